@@ -1,0 +1,89 @@
+"""The form in which every source hands over its text."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from replaceme.errors import DatasetError
+from replaceme.progress import logger
+
+Chat = list[dict[str, str]]
+Row = str | Chat
+
+# ShareGPT's names for the roles of a conversation, which SlimOrca uses.
+ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Rows of text in the order in which they are to be taken.
+
+    Attributes:
+        rows: texts or chats.
+        running: rows are long texts to cut into documents, rather than documents.
+    """
+
+    rows: Iterable[Row]
+    running: bool = False
+
+
+def pick_column(columns: Iterable[str], first: Mapping[str, Any], wanted: str | None, name: str) -> str:
+    """Return the column to read.
+
+    Args:
+        columns: the dataset's columns.
+        first: its first row, to recognise a chat column by its values.
+        wanted: the parameter ``dataset_column``.
+        name: what to call the dataset in messages.
+
+    Raises:
+        DatasetError: the column is absent, or none can be chosen; lists the columns.
+    """
+    columns = list(columns)
+    if wanted in columns:
+        return str(wanted)
+    chats = [column for column in columns if is_chat(first.get(column))]
+    texts = [column for column in columns if isinstance(first.get(column), str)]
+    fallback = (
+        (["text"] if "text" in columns and wanted is None else [])
+        or chats
+        or (texts if wanted is None and len(texts) == 1 else [])
+    )
+    if fallback:
+        if wanted is not None:
+            logger.info("dataset_column: %s has no column '%s'; its chat column '%s' is used", name, wanted, fallback[0])
+        return fallback[0]
+    problem = f"{name} has no column '{wanted}'" if wanted else f"the text column of {name} isn't obvious"
+    raise DatasetError(f"dataset_column: {problem}; its columns are {', '.join(columns) or 'none'}.")
+
+
+def is_chat(value: Any) -> bool:
+    """Tell whether a value is a list of turns, in the role/content or the from/value form."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(
+            isinstance(turn, Mapping) and ({"role", "content"} <= set(turn) or {"from", "value"} <= set(turn)) for turn in value
+        )
+    )
+
+
+def as_row(value: Any, column: str, name: str) -> Row:
+    """Return one value of the column as text or chat, with all its turns. A missing value is an empty text."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and not value:
+        return ""
+    if is_chat(value):
+        return [_turn(turn) for turn in value]
+    raise DatasetError(
+        f"dataset_column: '{column}' of {name} holds {type(value).__name__}, neither text nor a list of chat turns."
+    )
+
+
+def _turn(turn: Mapping[str, Any]) -> dict[str, str]:
+    role = str(turn.get("role") or turn.get("from"))
+    content = turn.get("content") if "content" in turn else turn.get("value")
+    return {"role": ROLES.get(role, role), "content": str(content or "")}

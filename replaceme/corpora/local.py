@@ -1,0 +1,66 @@
+"""Text in the user's own file: .txt is one running text; a row of .jsonl, .csv or .parquet is a document."""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from replaceme.corpora.corpus import Corpus, Row, as_row, pick_column
+from replaceme.errors import DatasetError
+
+BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+SUFFIXES = (".txt", *BUILDERS)
+
+
+def check_file(path: Path, key: str = "dataset") -> None:
+    """Raise DatasetError unless ``path`` is a file of a known kind with something in it."""
+    if path.is_dir():
+        raise DatasetError(f"{key}: {path} is a folder; give one {', '.join(SUFFIXES)} file.")
+    if not path.is_file():
+        raise DatasetError(f"{key}: there is no file {path}; give a {', '.join(SUFFIXES)} file.")
+    if path.suffix not in SUFFIXES:
+        raise DatasetError(f"{key}: {path} ends in '{path.suffix}'; give a {', '.join(SUFFIXES)} file.")
+    if path.stat().st_size == 0:
+        raise DatasetError(f"{key}: {path} is empty.")
+
+
+def read_text(path: Path, key: str = "dataset") -> str:
+    """Return the text of a .txt file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as problem:
+        raise DatasetError(f"{key}: {path} isn't UTF-8 text (byte {problem.start}).") from None
+    if not text.strip():
+        raise DatasetError(f"{key}: {path} holds only white space.")
+    return text
+
+
+def read_rows(path: Path, column: str | None, seed: int | None, key: str = "dataset") -> Iterator[Row]:
+    """Yield the rows of a .jsonl, .csv or .parquet file, in the order of a seeded permutation (None: the file's own).
+
+    The rows are read through an Arrow file in a temporary folder, not from memory; a lasting cache could go stale.
+    """
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    with tempfile.TemporaryDirectory(prefix="replaceme-") as scratch:
+        try:
+            table = load_dataset(BUILDERS[path.suffix], data_files=str(path), split="train", cache_dir=scratch)
+        except (DatasetGenerationError, ValueError, OSError) as failure:
+            reason = " ".join(str(failure.__cause__ or failure).split())[:200]
+            raise DatasetError(f"{key}: {path} can't be read as {path.suffix[1:]} ({reason}).") from failure
+        if len(table) == 0:
+            raise DatasetError(f"{key}: {path} has no rows.")
+        chosen = pick_column(table.column_names, table[0], column, str(path))
+        generator = torch.Generator().manual_seed(seed) if seed is not None else None
+        order = range(len(table)) if generator is None else torch.randperm(len(table), generator=generator).tolist()
+        for index in order:
+            yield as_row(table[index][chosen], chosen, str(path))
+
+
+def open_file(path: Path, column: str | None, seed: int) -> Corpus:
+    """Return the corpus of a local file."""
+    if path.suffix == ".txt":
+        return Corpus([read_text(path)], running=True)
+    return Corpus(read_rows(path, column, seed))

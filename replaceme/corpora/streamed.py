@@ -1,0 +1,62 @@
+"""Text of hub datasets, streamed: rows arrive as they are needed and the dataset is never downloaded whole."""
+
+from collections.abc import Iterator
+
+from replaceme.corpora.corpus import Corpus, Row, as_row, pick_column
+from replaceme.errors import DatasetError
+from replaceme.params import Params
+
+# The published program's names, and the configuration that it reads of each.
+ALIASES: dict[str, tuple[str, ...]] = {
+    "slimorca": ("Open-Orca/SlimOrca",),
+    "fineweb": ("HuggingFaceFW/fineweb",),
+    "c4": ("allenai/c4",),
+    "wikitext": ("Salesforce/wikitext",),
+    "fineweb_and_orca": ("HuggingFaceFW/fineweb", "Open-Orca/SlimOrca"),
+}
+CONFIGS = {"HuggingFaceFW/fineweb": "sample-10BT", "allenai/c4": "en", "Salesforce/wikitext": "wikitext-2-raw-v1"}
+SHUFFLE_ROWS = 10_000
+
+
+def repositories(dataset: str) -> tuple[str, ...]:
+    """Return the hub repositories that a ``dataset`` value names: one, or the parts of a mix."""
+    return ALIASES.get(dataset.lower(), (dataset,))
+
+
+def open_stream(params: Params, commits: dict[str, str]) -> Corpus:
+    """Return the corpus of a hub dataset, or of a mix whose parts are taken in turn.
+
+    Args:
+        params: the parameters of the dataset.
+        commits: the commit to read of each repository.
+    """
+    streams = [_rows(name, commits[name], params) for name in repositories(params.dataset)]
+    return Corpus(streams[0] if len(streams) == 1 else _in_turn(streams))
+
+
+def _rows(name: str, commit: str, params: Params) -> Iterator[Row]:
+    from datasets import load_dataset
+
+    split = params.dataset_split or "train"
+    try:
+        stream = load_dataset(name, params.dataset_config or CONFIGS.get(name), split=split, streaming=True, revision=commit)
+        first = next(iter(stream), None)
+    except ValueError as problem:
+        # Unknown configuration or split: the library's message lists the ones there are.
+        raise DatasetError(f"dataset: {name} could not be opened ({' '.join(str(problem).split())[:300]}).") from problem
+    except OSError as problem:
+        raise DatasetError(f"dataset: {name} could not be streamed ({type(problem).__name__}).") from problem
+    if first is None:
+        raise DatasetError(f"dataset: the split {split} of {name} has no rows.")
+    column = pick_column(first, first, params.dataset_column, name)
+    for row in stream.shuffle(seed=params.seed, buffer_size=SHUFFLE_ROWS):
+        yield as_row(row[column], column, name)
+
+
+def _in_turn(streams: list[Iterator[Row]]) -> Iterator[Row]:
+    while streams:
+        for stream in list(streams):
+            try:
+                yield next(stream)
+            except StopIteration:
+                streams.remove(stream)

@@ -1,0 +1,105 @@
+"""Calibration documents as token ids, and the right-padded batches that a forward pass takes.
+
+On disk: ``documents.safetensors`` holds all ids end to end (int32) and each document's length (int64); there is no
+padding to store. In a batch, padding comes after the text, so a causal model's real tokens never see it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from replaceme.errors import ResourceError
+
+FILE = "documents.safetensors"
+
+
+@dataclass
+class Batch:
+    """Documents side by side.
+
+    Attributes:
+        index: position in the walk.
+        input_ids: (documents, longest) int64, padded at the right with 0.
+        lengths: (documents,) int64, the number of real tokens of each.
+        first_token: how many real tokens came before this batch in the walk.
+        scratch: what observers keep from one layer of this batch to a later one.
+    """
+
+    index: int
+    input_ids: Tensor
+    lengths: Tensor
+    first_token: int
+    scratch: dict[object, Tensor] = field(default_factory=dict)
+
+    @property
+    def mask(self) -> Tensor:
+        """(documents, longest) bool: which tokens are real."""
+        positions = torch.arange(self.input_ids.shape[1], device=self.input_ids.device)
+        return positions < self.lengths[:, None]
+
+    @property
+    def token_count(self) -> int:
+        """Number of real tokens."""
+        return int(self.lengths.sum())
+
+    def real(self, states: Tensor) -> Tensor:
+        """Return the real tokens of ``states`` (documents, longest, width) as (tokens, width)."""
+        if self.token_count == self.input_ids.numel():
+            return states.reshape(-1, states.shape[-1])
+        return states[self.mask]
+
+    def last(self, states: Tensor) -> Tensor:
+        """Return each document's last real token of ``states`` as (documents, width)."""
+        rows = torch.arange(len(self.lengths), device=states.device)
+        return states[rows, self.lengths - 1]
+
+
+class Documents:
+    """Token ids of a set of texts."""
+
+    def __init__(self, documents: list[Tensor]):
+        self.documents = documents
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    @property
+    def token_count(self) -> int:
+        """Number of tokens of all documents."""
+        return sum(len(document) for document in self.documents)
+
+    def head(self, count: int, max_length: int) -> "Documents":
+        """Return the first ``count`` documents, cut to ``max_length`` tokens."""
+        return Documents([document[:max_length] for document in self.documents[:count]])
+
+    def batch_count(self, batch_size: int) -> int:
+        """Return the number of batches that ``batches`` yields."""
+        return -(-len(self) // batch_size)
+
+    def batches(self, batch_size: int, device: str = "cpu") -> Iterator[Batch]:
+        """Yield all documents, longest first, so that a batch holds little padding."""
+        ordered = sorted(self.documents, key=len, reverse=True)
+        first_token = 0
+        for index, start in enumerate(range(0, len(ordered), batch_size)):
+            chosen = ordered[start : start + batch_size]
+            input_ids = torch.nn.utils.rnn.pad_sequence([document.long() for document in chosen], batch_first=True)
+            lengths = torch.tensor([len(document) for document in chosen])
+            yield Batch(index, input_ids.to(device), lengths.to(device), first_token)
+            first_token += int(lengths.sum())
+
+    def save(self, folder: Path) -> None:
+        """Write the documents into ``folder``."""
+        lengths = torch.tensor([len(document) for document in self.documents])
+        save_file({"input_ids": torch.cat(self.documents).to(torch.int32), "lengths": lengths}, folder / FILE)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Documents":
+        """Read what ``save`` wrote."""
+        if not (folder / FILE).is_file():
+            raise ResourceError(f"{folder / FILE} does not exist: run the calibrate stage first (`dvc repro`).")
+        stored = load_file(folder / FILE)
+        return cls(list(stored["input_ids"].long().split(stored["lengths"].tolist())))

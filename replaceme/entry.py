@@ -1,0 +1,80 @@
+"""The frame of every entry point: errors in one sentence, exit codes, and a stage's parameters.
+
+Exit codes: 0 done, 2 something for the user to mend, 1 a defect of ours, 130 interrupted.
+"""
+
+import errno
+import os
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from replaceme.errors import ParameterError, ReplaceMeError, ResourceError
+from replaceme.params import Params, read_params
+from replaceme.progress import configure_logging, silence_libraries
+from replaceme.workspace import Workspace
+
+PARAMS_FILE = Path("params.yaml")
+DEBUG_VARIABLE = "REPLACEME_DEBUG"
+FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
+
+
+def run(action: Callable[[], None], debug: bool = False) -> int:
+    """Run ``action``, say what went wrong in a sentence, and return the exit code."""
+    configure_logging()
+    try:
+        silence_libraries()
+        action()
+    except KeyboardInterrupt:
+        print("interrupted; what was finished stays, and the next run goes on from there", file=sys.stderr)
+        return 130
+    except BaseException as error:
+        if debug or os.environ.get(DEBUG_VARIABLE):
+            raise
+        if isinstance(error, SystemExit):
+            raise
+        known = explain(error)
+        for line in str(known).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return known.exit_code if isinstance(known, ReplaceMeError) else 1
+    return 0
+
+
+def explain(error: BaseException) -> BaseException:
+    """Return the error to show: ours as it is, a full disk or a torch out-of-memory as a sentence, others with a pointer."""
+    if isinstance(error, ReplaceMeError):
+        return error
+    if (isinstance(error, OSError) and error.errno in FULL_DISK) or "No space left on device" in str(error):
+        return ResourceError("the disk is full; free space and run again: what was finished stays.")
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return ResourceError("memory ran out; lower batch_size or max_length, or set use_4bit: true.")
+    return RuntimeError(
+        f"unexpected {type(error).__name__}: {error} (run with --debug, or {DEBUG_VARIABLE}=1, for the traceback)."
+    )
+
+
+def stage(action: Callable[[Params, Workspace], None], methods: Iterable[str] | None = None) -> None:
+    """Run one pipeline stage in the current folder, on params.yaml, and exit.
+
+    Args:
+        action: the stage's function.
+        methods: the names that ``method`` may have; None for stages that don't use it.
+    """
+
+    def work() -> None:
+        params = read_params(PARAMS_FILE, methods=methods)
+        check_pipeline_params(params)
+        action(params, Workspace())
+
+    sys.exit(run(work, debug="--debug" in sys.argv[1:]))
+
+
+def check_pipeline_params(params: Params) -> None:
+    """Refuse what only the console scripts can do: in the pipeline, the place of the result is fixed."""
+    problems = []
+    if params.save_path not in (None, "artifacts/model"):
+        problems.append(f"save_path: the pipeline writes to artifacts/model, not to '{params.save_path}'; use null here.")
+    if params.save_transform_only:
+        problems.append("save_transform_only: only the console scripts can stop at the transform; use false here.")
+    if problems:
+        raise ParameterError([f"{PARAMS_FILE}: {problem}" for problem in problems])

@@ -1,0 +1,56 @@
+"""A four-way choice of how a text goes on, in HellaSwag's form, made from held-out articles.
+
+The context is a run of whole sentences; the choices are the sentence that follows and three others of the same article
+from elsewhere in it, all cut to the same number of words, so that neither topic nor length gives the answer away.
+"""
+
+import hashlib
+import random
+import re
+from collections.abc import Iterable
+from itertools import zip_longest
+from typing import Any
+
+ITEMS = 400
+CONTEXT_WORDS = 40
+CHOICE_WORDS = 12
+CHOICES = 4
+
+
+def continuation_items(articles: Iterable[str]) -> list[dict[str, Any]]:
+    """Return at most ``ITEMS`` items ``{query, choices, gold}``, in turn from all articles; the same for the same text."""
+    rounds = zip_longest(*map(_items_of, articles))
+    return [item for row in rounds for item in row if item][:ITEMS]
+
+
+def _items_of(article: str) -> list[dict[str, Any]]:
+    chance = random.Random(hashlib.sha256(article.encode()).digest())
+    items = []
+    paragraphs = [_sentences(paragraph) for paragraph in article.split("\n\n")]
+    pool = [_opening(sentence) for paragraph in paragraphs for sentence in paragraph if _long_enough(sentence)]
+    for paragraph in paragraphs:
+        context: list[str] = []
+        for sentence in paragraph:
+            if sum(len(text.split()) for text in context) >= CONTEXT_WORDS and _long_enough(sentence):
+                gold = _opening(sentence)
+                others = [text for text in pool if text != gold and text not in " ".join(context)]
+                if len(others) >= CHOICES - 1:
+                    choices = [gold, *chance.sample(others, CHOICES - 1)]
+                    chance.shuffle(choices)
+                    items.append({"query": " ".join(context), "choices": choices, "gold": choices.index(gold)})
+                context = []
+            else:
+                context.append(sentence)
+    return items
+
+
+def _sentences(paragraph: str) -> list[str]:
+    return re.split(r"(?<=[.!?]) +(?=[A-Z])", paragraph)
+
+
+def _long_enough(sentence: str) -> bool:
+    return len(sentence.split()) >= CHOICE_WORDS
+
+
+def _opening(sentence: str) -> str:
+    return " ".join(sentence.split()[:CHOICE_WORDS])

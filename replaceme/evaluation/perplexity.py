@@ -1,0 +1,91 @@
+"""Perplexity on running text, in non-overlapping windows of 1024 tokens.
+
+Each window starts as the tokenizer starts a text. With mean negative log-likelihood ``nll`` over the predicted tokens:
+token perplexity is ``exp(nll)``; word and byte perplexity are ``exp(nll · tokens / words)`` and ``exp(nll · tokens /
+bytes)`` over the same text, so that models with different tokenizers compare.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerBase
+
+from replaceme.errors import DatasetError
+from replaceme.progress import progress
+from replaceme.tokenization import encode, start_of_text
+
+WINDOW = 1024
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows of a text, and how much text they hold (start-of-text ids not counted)."""
+
+    windows: list[Tensor]
+    tokens: int
+    words: int
+    bytes: int
+
+
+def cut_windows(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, limit: int | None) -> Windows:
+    """Cut texts into windows, the first of each text, then the second of each, and so on.
+
+    Args:
+        texts: running texts; windows never span two of them.
+        tokenizer: the model's.
+        limit: text tokens to take at most; None takes all.
+    """
+    prefix = start_of_text(tokenizer)
+    room = WINDOW - len(prefix)
+    rounds = zip_longest(*(_chunks(encode(text, tokenizer, prefix), room) for text in texts))
+    windows: list[Tensor] = []
+    taken: list[list[int]] = []
+    left = math.inf if limit is None else limit
+    for chunk in (chunk for row in rounds for chunk in row if chunk):
+        body = chunk if len(chunk) <= left else chunk[: int(left)]
+        if len(prefix) + len(body) >= 2:  # a single token has no prediction
+            windows.append(torch.tensor([*prefix, *body]))
+            taken.append(body)
+        left -= len(body)
+        if left <= 0:
+            break
+    if not windows:
+        raise DatasetError("tasks: a perplexity task has no text after tokenization.")
+    decoded = [tokenizer.decode(body) for body in taken]
+    return Windows(
+        windows,
+        sum(map(len, taken)),
+        sum(len(text.split()) for text in decoded),
+        sum(len(text.encode()) for text in decoded),
+    )
+
+
+@torch.inference_mode()
+def perplexities(model: Any, windows: Windows, batch_size: int, description: str) -> dict[str, float]:
+    """Return ``token``, ``word`` and ``byte`` perplexity of a model on windows."""
+    ordered = sorted(windows.windows, key=len, reverse=True)
+    batches = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+    total, predicted = 0.0, 0
+    for batch in progress(batches, description, "batches"):
+        ids = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True).to(model.device)
+        targets = torch.nn.utils.rnn.pad_sequence([window[1:] for window in batch], batch_first=True, padding_value=-100)
+        logits = model(ids, use_cache=False).logits[:, :-1]
+        for row, target in zip(logits, targets.to(model.device), strict=True):
+            total += float(cross_entropy(row.float(), target, ignore_index=-100, reduction="sum"))
+        predicted += sum(len(window) - 1 for window in batch)
+    nll = total / predicted
+    return {
+        "token": math.exp(nll),
+        "word": math.exp(nll * windows.tokens / max(windows.words, 1)),
+        "byte": math.exp(nll * windows.tokens / max(windows.bytes, 1)),
+    }
+
+
+def _chunks(ids: list[int], room: int) -> Iterator[list[int]]:
+    return (ids[start : start + room] for start in range(0, len(ids), room))

@@ -1,0 +1,59 @@
+"""Export: apply the edits to the original weights, save a normal Hugging Face folder, and prove it before it counts.
+
+The folder appears under its name only after the verification has passed.
+"""
+
+import shutil
+from pathlib import Path
+
+from transformers import GenerationConfig
+
+from replaceme.card import model_card
+from replaceme.compute import use_threads
+from replaceme.documents import Documents
+from replaceme.edits import Edits
+from replaceme.files import new_folder, read_json, rounded, write_json, write_text
+from replaceme.models import TOKENIZER_FILES, Model, parameter_count, recorded_model
+from replaceme.params import Params
+from replaceme.progress import logger
+from replaceme.surgery import apply_edits
+from replaceme.verification import verify_export
+from replaceme.workspace import Workspace
+
+SHARD_SIZE = "2GB"
+COPIED = (*TOKENIZER_FILES, "generation_config.json")
+
+
+def export(params: Params, work: Workspace) -> None:
+    """Write the pruned model's folder and metrics/export.json.
+
+    Raises:
+        VerificationError: the folder would not compute what was solved for; nothing is left behind.
+    """
+    use_threads(params.threads)
+    source, edits = recorded_model(params, work.model_input), Edits.load(work.edits)
+    with new_folder(work.model) as folder:
+        counts = save_pruned(source, edits, folder)
+        write_text(folder / "README.md", model_card(params, source, edits, read_json(work.metric("solve"))))
+        pruned = Model(folder, folder.name, trust_remote_code=source.trust_remote_code)
+        figures = verify_export(source, pruned, edits, Documents.load(work.documents))
+    write_json(work.metric("export"), rounded({**counts, **figures}))
+    logger.info(
+        "export: %s, %.1f M of %.1f M parameters; state at the cut equals the unfused computation to %.1e, logits to %.1e",
+        work.model, counts["parameters"] / 1e6, counts["parameters_dense"] / 1e6,
+        figures["hidden_error_max"], figures["logits_error"],
+    )  # fmt: skip
+
+
+def save_pruned(source: Model, edits: Edits, folder: Path) -> dict[str, int]:
+    """Write weights, config, tokenizer and generation config of the pruned model; return the parameter counts."""
+    model = source.load()
+    dense_parameters = parameter_count(model)
+    apply_edits(model, source.family(), edits)
+    # The original's generation config is copied as it is; saving would refuse some that are in use.
+    model.generation_config = GenerationConfig()
+    model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    for path in source.files(COPIED):
+        shutil.copyfile(path, folder / path.name)
+    return {"parameters": parameter_count(model), "parameters_dense": dense_parameters}

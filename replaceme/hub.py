@@ -1,0 +1,115 @@
+"""Everything that talks to a model hub: is it there, which commit does a name mean, and the files of that commit.
+
+The hub's client retries for half a minute when there is no network, so a short probe comes first.
+"""
+
+import re
+import socket
+import threading
+from pathlib import Path
+from urllib.parse import urlparse
+from urllib.request import getproxies
+
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from replaceme.errors import DatasetError, ModelError, ReplaceMeError
+from replaceme.progress import logger
+
+PROBE_SECONDS = 5.0
+KEYS = {"model": "model_path", "dataset": "dataset"}
+OFFLINE_HELP = {
+    "model": "offline, use a local folder or the embedded model smollm2-135m-instruct",
+    "dataset": "offline, use a local .txt, .jsonl, .csv or .parquet file or the embedded text wikipedia-sample",
+}
+
+
+def is_repository_id(name: str) -> bool:
+    """Tell whether ``name`` could be a hub repository: owner/name, or one of the old names without an owner."""
+    return re.fullmatch(r"([A-Za-z0-9][\w.\-]*/)?[A-Za-z0-9][\w.\-]*", name) is not None
+
+
+def resolve_commit(name: str, kind: str, revision: str | None, hint: str = "") -> str:
+    """Return the commit that a repository's revision means now.
+
+    Offline, the commit that the local cache holds for that revision is used, and the log says so. ``hint`` is added to
+    the message when nothing is found, for names that look like a slip.
+
+    Raises:
+        ModelError, DatasetError: unreachable and not cached, unknown, or not accessible.
+    """
+    if not reachable():
+        cached = _cached_commit(name, kind, revision)
+        if cached:
+            logger.info("%s: the hub can't be reached; the cached commit %s of %s is used", KEYS[kind], cached[:12], name)
+            return cached
+        raise _error(kind, f"{name} is no local path{hint}, and the hub can't be reached; {OFFLINE_HELP[kind]}.")
+    try:
+        return str(HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=10).sha)
+    except GatedRepoError:
+        raise _error(
+            kind, f"{name} is gated: accept its licence on the hub and set the environment variable HF_TOKEN."
+        ) from None
+    except RevisionNotFoundError:
+        raise _error(kind, f"{name} has no revision '{revision}'.") from None
+    except RepositoryNotFoundError:
+        raise _error(
+            kind, f"there is no local path and no public hub repository {name}{hint} (private ones need HF_TOKEN)."
+        ) from None
+    except (HfHubHTTPError, OSError) as failure:
+        raise _error(kind, f"{name} could not be looked up on the hub ({type(failure).__name__}).") from failure
+
+
+def snapshot(name: str, commit: str, patterns: tuple[str, ...]) -> Path:
+    """Return the local folder of a model repository at a commit, downloading what the cache lacks."""
+    try:
+        if not reachable():
+            return Path(snapshot_download(name, revision=commit, allow_patterns=list(patterns), local_files_only=True))
+        return Path(snapshot_download(name, revision=commit, allow_patterns=list(patterns)))
+    except LocalEntryNotFoundError:
+        raise _error("model", f"{name} at {commit[:12]} isn't cached, and the hub can't be reached.") from None
+    except (HfHubHTTPError, OSError) as failure:
+        raise _error("model", f"{name} could not be downloaded ({type(failure).__name__}: {failure}).") from failure
+
+
+def reachable() -> bool:
+    """Tell within ``PROBE_SECONDS`` whether the hub, or the proxy before it, answers; HF_HUB_OFFLINE counts as no."""
+    if constants.HF_HUB_OFFLINE:
+        return False
+    endpoint = urlparse(constants.ENDPOINT)
+    address = urlparse(getproxies().get(endpoint.scheme) or constants.ENDPOINT)
+    port = address.port or (443 if address.scheme == "https" else 80)
+    answers: list[bool] = []
+
+    def probe() -> None:
+        try:
+            with socket.create_connection((address.hostname or "", port), timeout=PROBE_SECONDS):
+                answers.append(True)
+        except OSError:
+            pass
+
+    # The socket's timeout doesn't bound the name look-up, which can hang for long: hence the thread.
+    thread = threading.Thread(target=probe, daemon=True)
+    thread.start()
+    thread.join(PROBE_SECONDS)
+    return bool(answers)
+
+
+def _cached_commit(name: str, kind: str, revision: str | None) -> str | None:
+    folder = Path(constants.HF_HUB_CACHE) / f"{kind}s--{name.replace('/', '--')}"
+    reference = folder / "refs" / (revision or "main")
+    if reference.is_file():
+        return reference.read_text(encoding="utf-8").strip()
+    if revision and (folder / "snapshots" / revision).is_dir():
+        return revision
+    return None
+
+
+def _error(kind: str, text: str) -> ReplaceMeError:
+    return (ModelError if kind == "model" else DatasetError)(f"{KEYS[kind]}: {text}")

@@ -1,0 +1,163 @@
+"""Find a model wherever it is, say early and in one sentence when it can't be used, and load it.
+
+Whatever ``model_path`` names ends as a local folder: an embedded model's, the user's own, or the snapshot of a hub
+repository at a commit. All later work reads that folder and no network.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from replaceme import embedded, hub
+from replaceme.errors import ModelError
+from replaceme.families import Family, family_of
+from replaceme.files import read_json
+from replaceme.params import Params, nearest
+
+WEIGHTS = ("*.safetensors",)
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece*",
+    "chat_template*",
+)
+MODEL_FILES = (*WEIGHTS, "*.safetensors.index.json", "config.json", "generation_config.json", "*.py", *TOKENIZER_FILES)
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model's files.
+
+    Attributes:
+        folder: local folder with config, safetensors and tokenizer.
+        name: how to call it in a card: a hub id, an embedded name or the folder's own name.
+        commit: the hub commit that the folder holds; None for local and embedded models.
+        trust_remote_code: whether code from the folder may run.
+    """
+
+    folder: Path
+    name: str
+    commit: str | None = None
+    trust_remote_code: bool = False
+
+    def config(self) -> Any:
+        """Return the model's configuration."""
+        return AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
+
+    def family(self) -> Family:
+        """Return the description of the model's family. Raises ModelError when it is refused."""
+        return family_of(self.config())
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Return the model's tokenizer."""
+        return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
+
+    def load(self, dtype: str = "auto", device: str = "cpu", use_4bit: bool = False) -> PreTrainedModel:
+        """Load the weights, ready for inference.
+
+        Args:
+            dtype: a torch dtype's name, or auto for the stored one.
+            device: where the weights go.
+            use_4bit: quantize linears to NF4 while loading (bitsandbytes); never for weights that are exported.
+        """
+        options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
+        if use_4bit:
+            options["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=torch.bfloat16,
+            )
+            options["device_map"] = {"": device}
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                self.folder, trust_remote_code=self.trust_remote_code, use_safetensors=True, **options
+            )
+        except (OSError, ValueError, RuntimeError) as failure:
+            reason = " ".join(str(failure).split())[:300]
+            raise ModelError(f"model_path: {self.name} could not be loaded ({reason}).") from failure
+        return (model if use_4bit else model.to(device)).eval()
+
+    def files(self, patterns: Iterable[str] = MODEL_FILES) -> list[Path]:
+        """Return the files of the folder that match any of ``patterns``, sorted."""
+        return sorted({path for pattern in patterns for path in self.folder.glob(pattern) if path.is_file()})
+
+
+def find_model(params: Params, commit: str | None = None) -> Model:
+    """Return the files of ``params.model_path``, fetching what is missing.
+
+    Args:
+        params: the parameters ``model_path``, ``revision`` and ``trust_remote_code``.
+        commit: the commit that an earlier stage resolved, for a hub model.
+
+    Raises:
+        ModelError: there is no such model, it can't be reached, or it isn't a model that can be loaded safely.
+    """
+    name = params.model_path
+    if name in embedded.MODELS:
+        return Model(embedded.model_folder(name), name)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if params.revision is not None:
+            raise ModelError(f"revision: is for hub models, but {name} is a local folder; use null.")
+        return check_folder(Model(folder, folder.resolve().name, trust_remote_code=params.trust_remote_code))
+    if folder.exists():
+        raise ModelError(f"model_path: {name} is a file; give the model's folder.")
+    if not hub.is_repository_id(name):
+        raise ModelError(f"model_path: there is no folder {name}; give a model folder, a hub id or an embedded model's name.")
+    commit = commit or hub.resolve_commit(name, "model", params.revision, nearest(name, embedded.MODELS))
+    snapshot = hub.snapshot(name, commit, MODEL_FILES)
+    return check_folder(Model(snapshot, name, commit, params.trust_remote_code))
+
+
+def recorded_model(params: Params, record: Path) -> Model:
+    """Return the model whose identity the inputs stage wrote to ``record``."""
+    return find_model(params, read_json(record).get("commit"))
+
+
+def check_folder(model: Model) -> Model:
+    """Return ``model`` if its folder holds something loadable. Raises ModelError with the reason otherwise."""
+    if not (model.folder / "config.json").is_file():
+        if (model.folder / "adapter_config.json").is_file():
+            raise ModelError(f"model_path: {model.name} holds only an adapter; merge it into its base model first.")
+        raise ModelError(f"model_path: {model.name} is not a model folder: it has no config.json.")
+    if not model.files(WEIGHTS):
+        if model.files(PICKLED):
+            raise ModelError(
+                f"model_path: {model.name} has pickled weights only, which can run code when loaded; convert it to safetensors."
+            )
+        raise ModelError(f"model_path: {model.name} has no safetensors weights.")
+    if not model.files(("tokenizer*", "spiece.model", "vocab.*")):
+        raise ModelError(f"model_path: {model.name} has no tokenizer files.")
+    try:
+        model.config()
+    except (OSError, ValueError, KeyError, TypeError) as failure:
+        reason = " ".join(str(failure).split())[:300]
+        raise ModelError(f"model_path: the config.json of {model.name} can't be read ({reason}).") from failure
+    return model
+
+
+def layer_count(model: Model) -> int:
+    """Return the number of decoder layers."""
+    return int(model.config().num_hidden_layers)
+
+
+def parameter_count(model: Any) -> int:
+    """Return the number of parameters; tied ones count once."""
+    return sum(parameter.numel() for parameter in model.parameters())

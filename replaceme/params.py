@@ -1,0 +1,238 @@
+"""Every parameter, defined once: type, range, default and a sentence of meaning.
+
+Error texts, ``--help`` and docs/parameters.md come from here. The defaults are the published behaviour of ReplaceMe
+(arXiv 2505.02819), so that a published config does what its author meant; our own better settings stand openly in the
+repository's params.yaml. The names are the published ones where such a name exists.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+from ruamel.yaml.nodes import MappingNode
+
+from replaceme.errors import ParameterError
+from replaceme.progress import logger
+from replaceme.published import PUBLISHED_KEYS, translate
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+
+
+class Params(BaseModel):
+    """One setting of the whole pipeline. Immutable; unknown keys and wrong types are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+    method: str = Field("lstsq", description="How the removed block is made up for: lstsq (one linear map) or uidl (nothing).")
+
+    model_path: str = Field(
+        "smollm2-135m-instruct", min_length=1, description="A local model folder, a hub id, or an embedded model's name."
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub model; null is its main branch.")
+    trust_remote_code: bool = Field(False, description="Run Python code that the model's repository ships.")
+    use_4bit: bool = Field(
+        False, description="Load the calibration model in 4-bit NF4; the fold still uses the original weights."
+    )
+
+    dataset: str = Field(
+        "wikipedia-sample",
+        min_length=1,
+        description="Calibration text: a .txt, .jsonl, .csv or .parquet file, a hub id, or an embedded sample's name.",
+    )
+    dataset_config: str | None = Field(None, description="Configuration of a hub dataset, such as sample-10BT.")
+    dataset_split: str | None = Field(None, description="Split of the dataset; null is train, or an embedded sample's own.")
+    dataset_column: str | None = Field(None, description="Column with the text or chat; null takes text, or a chat column.")
+    dataset_revision: str | None = Field(None, description="Branch, tag or commit of a hub dataset.")
+    dataset_size: int = Field(128, ge=1, description="Number of calibration documents.")
+    max_length: int = Field(1024, ge=2, description="Tokens of a document at most.")
+    pack: bool = Field(False, description="Join short rows until a document is full.")
+    seed: int = Field(42, ge=0, description="Seed of the shuffle that picks the documents.")
+
+    batch_size: int = Field(8, ge=1, description="Documents in one calibration batch.")
+    dtype: Dtype = Field("bfloat16", description="Number format of the calibration passes; sums and solves are float64.")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N.")
+    threads: int = Field(2, ge=1, description="Processor threads; another number gives other last bits.")
+
+    selection: Literal["angular"] = Field("angular", description="What the cut minimises: the angular distance.")
+    layers_to_skip: int = Field(8, ge=1, description="Number of layers to remove.")
+    min_distance_layer: int | None = Field(None, ge=1, description="First layer (from 0) that may be removed.")
+    max_distance_layer: int | None = Field(None, ge=2, description="The removed block ends before this layer (from 0).")
+    num_A: int = Field(1, ge=1, description="Number of blocks, each with a transform and layers_to_skip layers.")
+    merge_consecutive: bool = Field(True, description="Merge adjacent blocks into one; matters for num_A above 1.")
+
+    alpha: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="Ridge of the least squares, in units of MᵀM (a sum over tokens)."
+    )
+
+    tasks: tuple[str, ...] = Field(
+        ("wikipedia", "wikipedia_continuation"),
+        strict=False,
+        description="What is scored: embedded tasks by name, or .txt and .jsonl files of text for their perplexity.",
+    )
+    eval_tokens: int | None = Field(16384, ge=2, description="Tokens of each perplexity task; null scores all.")
+    eval_batch_size: int = Field(1, ge=1, description="Full windows (1024 tokens) in one evaluation batch.")
+    eval_dtype: Dtype = Field("bfloat16", description="Number format of the evaluation.")
+
+    save_path: str | None = Field(
+        None, description="Where a console script puts its result; fixed in the pipeline (artifacts/model)."
+    )
+    save_transform_only: bool = Field(False, description="Console scripts: save the transform and write no model.")
+
+
+def read_params(
+    path: Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    methods: Iterable[str] | None = None,
+) -> Params:
+    """Read and validate a YAML 1.2 file of parameters.
+
+    Args:
+        path: the file; None takes the defaults.
+        overrides: values that win over the file's, as the command line gives them.
+        methods: names that ``method`` may have; None leaves it unchecked (stages that don't use it).
+
+    Raises:
+        ParameterError: naming every problem at once.
+    """
+    origin = str(path) if path else "parameters"
+    raw, problems = _read_yaml(path) if path else ({}, [])
+    translated, notes, refused = translate({**raw, **(overrides or {})})
+    problems += refused
+    for note in notes:
+        logger.info("%s: %s", origin, note)
+    params = None
+    try:
+        params = Params.model_validate(translated)
+    except ValidationError as invalid:
+        problems += [_sentence(problem) for problem in invalid.errors()]
+    problems += _not_built(translated, methods)
+    if problems or params is None:
+        raise ParameterError([f"{origin}: {problem}" for problem in dict.fromkeys(problems)])
+    return params
+
+
+def parse_value(text: str) -> Any:
+    """Read one command-line value as YAML 1.2 would (``1e-6`` is a number, ``no`` a string)."""
+    try:
+        return YAML(typ="safe", pure=True).load(text)
+    except YAMLError:
+        return text
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Return `` (did you mean X?)`` for the most similar name, or nothing."""
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+def _read_yaml(path: Path) -> tuple[dict[str, Any], list[str]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ParameterError(f"{path}: there is no such file; give the path of a YAML file of parameters.") from None
+    except (OSError, UnicodeDecodeError) as unreadable:
+        raise ParameterError(f"{path}: can't be read as UTF-8 text ({unreadable}).") from None
+    yaml = YAML(typ="safe", pure=True)
+    yaml.allow_duplicate_keys = True
+    try:
+        problems = _duplicates(yaml, text, path)
+        content = yaml.load(text)
+    except YAMLError as invalid:
+        reason = " ".join(str(invalid).split())
+        raise ParameterError(f"{path}: isn't valid YAML: {reason}.") from None
+    if content is None:
+        content = {}
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ParameterError(f"{path}: must hold one `key: value` a line, not {type(content).__name__}.")
+    return content, problems
+
+
+def _duplicates(yaml: YAML, text: str, path: Path) -> list[str]:
+    """Equal values of a repeated key are a warning, different ones a problem (the published cosine file has one)."""
+    root = yaml.compose(text)
+    if not isinstance(root, MappingNode):
+        return []
+    seen: dict[str, str] = {}
+    problems = []
+    for key_node, value_node in root.value:
+        key, value = str(key_node.value), text[value_node.start_mark.index : value_node.end_mark.index].strip()
+        if key in seen and parse_value(seen[key]) != parse_value(value):
+            problems.append(f"{key}: is given twice, as {seen[key]} and as {value}; keep one.")
+        elif key in seen:
+            logger.warning("%s: %s is given twice with the same value.", path, key)
+        seen.setdefault(key, value)
+    return problems
+
+
+def _sentence(problem: ErrorDetails) -> str:
+    """Say a pydantic error in one sentence: the key, what is wrong, what would be right."""
+    key, kind, given = str(problem["loc"][0]), problem["type"], problem["input"]
+    limits = problem.get("ctx", {})
+    if kind == "extra_forbidden":
+        hint = nearest(key, [*Params.model_fields, *PUBLISHED_KEYS])
+        return f"{key}: is not a parameter{hint}; docs/parameters.md lists them."
+    wanted = {
+        "int_type": "a whole number",
+        "int_from_float": "a whole number",
+        "float_type": "a number",
+        "finite_number": "a finite number",
+        "bool_type": "true or false",
+        "string_type": "a text",
+        "string_too_short": "a text that isn't empty",
+        "string_pattern_mismatch": "auto, cpu, cuda or cuda:N",
+        "greater_than_equal": f"at least {limits.get('ge')}",
+        "literal_error": str(limits.get("expected")),
+        "tuple_type": "a list of task names",
+    }.get(kind, problem["msg"])
+    shown = "null" if given is None else repr(given)
+    return f"{key}: must be {wanted}, not {shown}."
+
+
+def _not_built(raw: Mapping[str, Any], methods: Iterable[str] | None) -> list[str]:
+    """Features that the published key names promise and that this version doesn't have are refused by name."""
+    problems = []
+    blocks = raw.get("num_A", 1)
+    if isinstance(blocks, int) and blocks > 1:
+        problems.append(f"num_A: several blocks ({blocks}) are not built yet; use 1.")
+    method = raw.get("method", "lstsq")
+    if methods is not None and isinstance(method, str) and method not in set(methods):
+        known = sorted(methods)
+        planned = "is not built yet" if method in PLANNED_METHODS else f"is not a method{nearest(method, known)}"
+        problems.append(f"method: '{method}' {planned}; use one of {', '.join(known)}.")
+    return problems
+
+
+PLANNED_METHODS = ("cosine", "shortgpt", "sleb", "laco", "llm_streamline", "slicegpt", "llm_pruner")
+
+
+def reference() -> str:
+    """Return docs/parameters.md: one table row a parameter, made from the definitions above."""
+    rows = ["| key | default | meaning |", "| --- | --- | --- |"]
+    for name, field in Params.model_fields.items():
+        default = (
+            "null"
+            if field.default is None
+            else str(field.default).lower()
+            if isinstance(field.default, bool)
+            else field.default
+        )
+        if isinstance(default, tuple):
+            default = ", ".join(default)
+        rows.append(f"| `{name}` | {default} | {field.description} |")
+    published = ", ".join(f"`{key}`" for key in PUBLISHED_KEYS)
+    return (
+        "# Parameters\n\n"
+        "Made from `replaceme/params.py` by `python -m replaceme.params`. The defaults are the published behaviour; "
+        "the repository's `params.yaml` states other values where we found better ones.\n\n"
+        + "\n".join(rows)
+        + f"\n\nThe published program's other keys are accepted too, and mapped or reported as ignored: {published}.\n"
+    )
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

@@ -1,0 +1,48 @@
+"""The plan: which blocks of layers go, and which statistics of them are wanted.
+
+It names no method, so that methods that want the same statistics share them.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from replaceme.files import read_json, write_json
+
+
+@dataclass(frozen=True)
+class Block:
+    """Layers ``[start, end)`` (positions from 0), which are removed."""
+
+    start: int
+    end: int
+
+    @property
+    def host(self) -> int:
+        """The kept layer in front of the block, whose MLP takes the transform."""
+        return self.start - 1
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Blocks, first to last, and the names of the statistics (``replaceme.statistics``) wanted of each."""
+
+    blocks: tuple[Block, ...]
+    statistics: tuple[str, ...]
+
+    @property
+    def removed_layers(self) -> list[int]:
+        """Positions of all layers that go."""
+        return [layer for block in self.blocks for layer in range(block.start, block.end)]
+
+    def save(self, path: Path) -> None:
+        """Write the plan as JSON."""
+        write_json(path, {"blocks": [asdict(block) for block in self.blocks], "statistics": list(self.statistics)})
+
+    @classmethod
+    def load(cls, path: Path) -> "Plan":
+        """Read what ``save`` wrote."""
+        content = read_json(path)
+        return cls(tuple(Block(**block) for block in content["blocks"]), tuple(content["statistics"]))

@@ -1,0 +1,133 @@
+"""Profile a model once: how far every layer is from every other, and what each layer does to its input.
+
+Independent of every pruning setting, so that no sweep ever repeats it.
+
+- ``D(i, j)`` = mean over documents of ``arccos(cos(h_i, h_j)) / π`` at the last real token, for all pairs of layer
+  outputs (UIDL, arXiv 2403.17887, section 3.2; ReplaceMe, section 3).
+- Block influence ``BI_l`` = mean over tokens of ``1 − cos(h_{l−1}, h_l)`` (ShortGPT, arXiv 2403.03853, section 3.2).
+- Mean and largest token norm of each layer's output: massive activations show there.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from replaceme.compute import resolve_device, use_threads
+from replaceme.documents import Batch, Documents
+from replaceme.files import new_folder, rounded, write_json, write_text
+from replaceme.forward import Signal, Signals, ask, walk
+from replaceme.models import recorded_model
+from replaceme.params import Params
+from replaceme.progress import logger
+from replaceme.workspace import Workspace
+
+
+class AngularDistances:
+    """Observer of the angular distances between all pairs of layer outputs, at each document's last real token."""
+
+    def __init__(self, layers: int):
+        self.layers = layers
+        self.documents = 0
+        self.sums = torch.zeros(layers, layers, dtype=torch.float64)
+
+    def wants(self) -> Mapping[int, frozenset[Signal]]:
+        return ask(range(self.layers), "output")
+
+    def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
+        batch.scratch[self, layer] = batch.last(signals["output"]).double().cpu()
+        if layer == self.layers - 1:
+            states = torch.stack([batch.scratch.pop((self, index)) for index in range(self.layers)], dim=1)
+            self.sums += angular_distance(states).sum(dim=0)
+            self.documents += len(states)
+
+    def result(self) -> Tensor:
+        """Return the (layers, layers) float64 matrix of mean distances, in half turns (0 to 1)."""
+        return self.sums / self.documents
+
+
+class LayerFigures:
+    """Observer of block influence and of the norms of tokens, for every layer; sums over all real tokens."""
+
+    def __init__(self, layers: int):
+        self.layers = layers
+        self.tokens = 0
+        self.influence = torch.zeros(layers, dtype=torch.float64)
+        self.norm_sum = torch.zeros(layers, dtype=torch.float64)
+        self.norm_max = torch.zeros(layers, dtype=torch.float64)
+
+    def wants(self) -> Mapping[int, frozenset[Signal]]:
+        return ask(range(self.layers), "input", "output")
+
+    def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
+        before, after = batch.real(signals["input"]).float(), batch.real(signals["output"]).float()
+        norm_before, norm_after = torch.linalg.vector_norm(before, dim=-1), torch.linalg.vector_norm(after, dim=-1)
+        cosine = torch.linalg.vecdot(before, after) / (norm_before * norm_after).clamp_min(torch.finfo(torch.float32).tiny)
+        self.influence[layer] += (1 - cosine.double()).sum().cpu()
+        self.norm_sum[layer] += norm_after.double().sum().cpu()
+        self.norm_max[layer] = torch.maximum(self.norm_max[layer], norm_after.max().double().cpu())
+        if layer == self.layers - 1:
+            self.tokens += batch.token_count
+
+    def result(self) -> dict[str, list[float]]:
+        """Return one list a figure, with one entry a layer."""
+        return {
+            "block_influence": (self.influence / self.tokens).tolist(),
+            "mean_norm": (self.norm_sum / self.tokens).tolist(),
+            "max_norm": self.norm_max.tolist(),
+        }
+
+
+def angular_distance(states: Tensor) -> Tensor:
+    """Return (n, k, k) distances in half turns between all pairs of k states, for states (n, k, d)."""
+    unit = normalize(states, dim=-1)
+    cosine = (unit @ unit.transpose(1, 2)).clamp(-1, 1)
+    distance = torch.arccos(cosine) / torch.pi
+    # A state is at distance 0 from itself; arccos near 1 would make a rounding error into 1e-8.
+    distance.diagonal(dim1=1, dim2=2).zero_()
+    return distance
+
+
+def profile(params: Params, work: Workspace) -> None:
+    """Profile the model and write ``profile.json``, ``distances.csv`` and ``layers.csv``."""
+    use_threads(params.threads)
+    source = recorded_model(params, work.model_input)
+    model = source.load(params.dtype, resolve_device(params.device), params.use_4bit)
+    content = profile_model(model, source.family(), Documents.load(work.documents), params.batch_size)
+    with new_folder(work.profile) as folder:
+        write_json(folder / "profile.json", content)
+        write_text(folder / "distances.csv", _pairs_table(content["angular_distance"]))
+        write_text(folder / "layers.csv", _layers_table(content["layers"]))
+    figures = content["layers"]
+    loudest = max(range(len(figures["max_norm"])), key=figures["max_norm"].__getitem__)
+    logger.info(
+        "profile: %d layers; layer %d writes the largest token norm, %.0f (mean %.0f)",
+        len(figures["max_norm"]), loudest, figures["max_norm"][loudest], figures["mean_norm"][loudest],
+    )  # fmt: skip
+
+
+def profile_model(model: Any, family: Any, documents: Documents, batch_size: int) -> dict[str, Any]:
+    """Return the profile of a loaded model: ``angular_distance`` (layers × layers) and ``layers`` (figure → list)."""
+    layers = len(family.decoder_layers(model))
+    distances, figures = AngularDistances(layers), LayerFigures(layers)
+    walk(model, family, documents, [distances, figures], batch_size=batch_size, description="profiling layers")
+    return {"angular_distance": distances.result().tolist(), "layers": figures.result()}
+
+
+def _pairs_table(distances: list[list[float]]) -> str:
+    rows = [
+        f"{host},{host + 1 + skipped},{skipped},{rounded(distances[host][host + skipped])}"
+        for host in range(len(distances))
+        for skipped in range(1, len(distances) - host)
+    ]
+    return "\n".join(["host,end,layers_to_skip,angular_distance", *rows]) + "\n"
+
+
+def _layers_table(figures: dict[str, list[float]]) -> str:
+    rows = [
+        ",".join(map(str, [layer, *(rounded(figures[name][layer]) for name in sorted(figures))]))
+        for layer in range(len(figures["max_norm"]))
+    ]
+    return "\n".join([",".join(["layer", *sorted(figures)]), *rows]) + "\n"

@@ -1,0 +1,45 @@
+"""What the user sees while it runs: one line for each decision, and a progress bar with counts for each loop over text."""
+
+import logging
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+logger = logging.getLogger("replaceme")
+
+
+def configure_logging() -> None:
+    """Show this package's decisions on standard error, and keep the libraries' chatter away."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+def silence_libraries() -> None:
+    """Turn off progress bars and advice of transformers and datasets, loaded or yet to load: ours say what matters."""
+    os.environ.update(HF_DATASETS_DISABLE_PROGRESS_BARS="1", DATASETS_VERBOSITY="error", TRANSFORMERS_VERBOSITY="error")
+    if transformers := sys.modules.get("transformers"):
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+
+
+def progress(items: Iterable[T], description: str, unit: str, total: int | None = None) -> Iterator[T]:
+    """Iterate with a bar on a terminal; where output goes to a file, a line every 20 seconds."""
+    terminal = sys.stderr.isatty()
+    return iter(
+        tqdm(
+            items,
+            desc=description,
+            unit=f" {unit}",
+            total=total,
+            leave=False if terminal else None,
+            mininterval=0.2 if terminal else 20,
+            dynamic_ncols=terminal,
+        )
+    )

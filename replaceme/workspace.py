@@ -1,0 +1,85 @@
+"""Where each stage's results lie: the same names below any root, for the pipeline and for the console scripts."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Paths of one run.
+
+    Attributes:
+        root: folder that holds ``artifacts`` and ``metrics``.
+        save_path: where the pruned model goes; None is ``artifacts/model``.
+    """
+
+    root: Path = Path()
+    save_path: Path | None = None
+
+    def artifact(self, name: str) -> Path:
+        """Return the path of a stage's output."""
+        return self.root / "artifacts" / name
+
+    def metric(self, name: str) -> Path:
+        """Return the path of a metrics file."""
+        return self.root / "metrics" / f"{name}.json"
+
+    @property
+    def model_input(self) -> Path:
+        """Fingerprint of the dense model."""
+        return self.artifact("inputs") / "model.json"
+
+    @property
+    def tokenizer_input(self) -> Path:
+        """Fingerprint of the tokenizer."""
+        return self.artifact("inputs") / "tokenizer.json"
+
+    @property
+    def dataset_input(self) -> Path:
+        """Fingerprint of the calibration text."""
+        return self.artifact("inputs") / "dataset.json"
+
+    @property
+    def tasks_input(self) -> Path:
+        """Fingerprint of the evaluation text."""
+        return self.artifact("inputs") / "tasks.json"
+
+    @property
+    def documents(self) -> Path:
+        """Calibration documents (folder)."""
+        return self.artifact("documents")
+
+    @property
+    def profile(self) -> Path:
+        """Distances and per-layer figures (folder)."""
+        return self.artifact("profile")
+
+    @property
+    def plan(self) -> Path:
+        """The blocks to remove and the statistics to take."""
+        return self.artifact("plan.json")
+
+    @property
+    def statistics(self) -> Path:
+        """Activation statistics (folder)."""
+        return self.artifact("statistics")
+
+    @property
+    def solution(self) -> Path:
+        """Edits as solved (folder)."""
+        return self.artifact("solution")
+
+    @property
+    def edits(self) -> Path:
+        """Edits as repaired (folder)."""
+        return self.artifact("edits")
+
+    @property
+    def model(self) -> Path:
+        """The pruned model (folder)."""
+        return self.save_path or self.artifact("model")
+
+    @property
+    def baseline(self) -> Path:
+        """Scores of the dense model."""
+        return self.artifact("baseline.json")

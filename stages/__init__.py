@@ -1,0 +1,18 @@
+"""One thin script a stage, named as in dvc.yaml and run as ``python -m stages.NAME`` from the repository's root.
+
+(``python stages/select.py`` would put this folder first on the module path, where select.py hides the standard library's
+module of that name.) A stage started outside of the project's environment says so in one sentence.
+"""
+
+import importlib.util
+import sys
+
+_NEEDED = ("torch", "transformers", "pydantic", "ruamel")
+_missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+if _missing:
+    print(
+        f"error: {sys.executable} lacks {', '.join(_missing)}: run `make`, or put the environment first on PATH "
+        '(`export PATH="$PWD/.venv/bin:$PATH"`).',
+        file=sys.stderr,
+    )
+    sys.exit(2)
