@@ -185,7 +185,7 @@ def _sentence(problem: ErrorDetails) -> str:
         "string_type": "a text",
         "string_too_short": "a text that isn't empty",
         "string_pattern_mismatch": "auto, cpu, cuda or cuda:N",
-        "greater_than_equal": f"at least {limits.get('ge')}",
+        "greater_than_equal": f"at least {limits.get('ge', 0):g}",
         "literal_error": str(limits.get("expected")),
         "tuple_type": "a list of task names",
     }.get(kind, problem["msg"])

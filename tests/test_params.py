@@ -1,0 +1,116 @@
+from pathlib import Path
+
+import pytest
+
+from replaceme.errors import ParameterError
+from replaceme.methods import METHODS
+from replaceme.params import Params, read_params, reference
+from tests.closure import ROOT
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def problems_of(tmp_path: Path, text: str) -> str:
+    with pytest.raises(ParameterError) as caught:
+        read_params(written(tmp_path, text), methods=METHODS)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("layers_to_skp: 3", "layers_to_skp: is not a parameter (did you mean 'layers_to_skip'?)"),
+        ("layers_to_skip: 0", "layers_to_skip: must be at least 1, not 0"),
+        ("layers_to_skip: 2.5", "layers_to_skip: must be a whole number, not 2.5"),
+        ("layers_to_skip: true", "layers_to_skip: must be a whole number, not True"),
+        ("alpha: -1", "alpha: must be at least 0, not -1"),
+        ("alpha: .nan", "alpha: must be a finite number"),
+        ("alpha: .inf", "alpha: must be a finite number"),
+        ("alpha: high", "alpha: must be a number, not 'high'"),
+        ("pack: yes", "pack: must be true or false, not 'yes'"),
+        ("device: tpu", "device: must be auto, cpu, cuda or cuda:N, not 'tpu'"),
+        ("dtype: int8", "dtype: must be 'bfloat16', 'float16' or 'float32', not 'int8'"),
+        ("model_path: null", "model_path: must be a text, not null"),
+        ("method: lstq", "method: 'lstq' is not a method (did you mean 'lstsq'?); use one of lstsq, uidl"),
+        ("method: cosine", "method: 'cosine' is not built yet"),
+        ("num_A: 2", "num_A: several blocks (2) are not built yet"),
+        ("diag: true", "diag: transforms with this structure are not built yet"),
+        ("tasks: {winogrande: {fewshots: 5}}", "tasks: few-shot examples (winogrande: 5) are not built yet"),
+        ("token: secret-value", "token: secrets don't belong in parameters"),
+        ("alpha: 1\nalpha: 2", "alpha: is given twice, as 1 and as 2"),
+        ("alpha: [", "isn't valid YAML"),
+        ("- alpha", "must hold one `key: value` a line"),
+        ("dataset_subset: train\ndataset_split: test", "dataset_subset: says 'train' and dataset_split 'test'"),
+    ],
+)
+def test_each_mistake_is_named_in_one_sentence(tmp_path: Path, text: str, said: str) -> None:
+    message = problems_of(tmp_path, text)
+    assert said in message
+    assert "secret-value" not in message
+    assert len(message.splitlines()) == 1
+    assert message.startswith(str(tmp_path / "config.yaml"))
+
+
+def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
+    message = problems_of(tmp_path, "alpha: x\nbatch_size: 0\nfoo: 1\nmethod: foo\nnum_A: 3")
+    assert sorted(line.split(": ")[1] for line in message.splitlines()) == ["alpha", "batch_size", "foo", "method", "num_A"]
+
+
+def test_missing_config_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ParameterError, match=r"nowhere\.yaml: there is no such file"):
+        read_params(tmp_path / "nowhere.yaml")
+
+
+def test_numbers_are_read_as_yaml_1_2(tmp_path: Path) -> None:
+    assert read_params(written(tmp_path, "alpha: 1e-6")).alpha == 1e-6
+
+
+def test_equal_values_of_a_repeated_key_are_accepted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING", "replaceme"):
+        assert read_params(written(tmp_path, "layers_to_skip: 4\nalpha: 0\nlayers_to_skip: 4 # again")).layers_to_skip == 4
+
+
+def test_a_file_with_only_published_keys_is_valid(tmp_path: Path) -> None:
+    text = (
+        "method: lstsq\nmodel_path: some/model\ndataset: Open-Orca/SlimOrca\ndataset_column: text\nbatch_size: 8\n"
+        "max_length: 1024\nuse_4bit: True\nlayers_to_skip: 8\nmin_distance_layer: 20\nmerge_consecutive: True\nalpha: 0\n"
+        "num_A: 1\nsave_path: null\nsave_transform_only: True\n"
+    )
+    params = read_params(written(tmp_path, text), methods=METHODS)
+    assert (params.min_distance_layer, params.use_4bit, params.save_transform_only) == (20, True, True)
+
+
+@pytest.mark.parametrize("name", ["lstsq", "uidl"])
+def test_published_configs_are_read(name: str) -> None:
+    params = read_params(ROOT / "reproduce" / f"{name}.yaml", methods=METHODS)
+    assert (params.method, params.layers_to_skip, params.dataset_size, params.dataset_split) == (name, 8, 8000, "train")
+
+
+def test_published_cosine_config_is_refused_by_the_methods_name_alone() -> None:
+    with pytest.raises(ParameterError) as caught:
+        read_params(ROOT / "reproduce" / "cosine.yaml", methods=METHODS)
+    assert "method: 'cosine' is not built yet" in str(caught.value)
+    assert len(caught.value.problems) == 1
+
+
+def test_overrides_win_over_the_file(tmp_path: Path) -> None:
+    assert read_params(written(tmp_path, "alpha: 1"), {"alpha": 2.0}).alpha == 2.0
+
+
+def test_params_yaml_holds_every_key() -> None:
+    from ruamel.yaml import YAML
+
+    stated = YAML(typ="safe", pure=True).load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    assert list(stated) and set(stated) == set(Params.model_fields)
+
+
+def test_the_reference_page_is_made_from_the_definitions() -> None:
+    assert (ROOT / "docs" / "parameters.md").read_text(encoding="utf-8") == reference()
+
+
+def test_every_parameter_is_described() -> None:
+    assert all(field.description and field.description.endswith(".") for field in Params.model_fields.values())
