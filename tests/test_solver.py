@@ -1,0 +1,55 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from replaceme.errors import SolveError
+from replaceme.solver import solve_ridge
+
+
+def made(tokens: int, width: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    M = torch.randn(tokens, width, generator=generator, dtype=torch.float64)
+    Y = M @ torch.randn(width, width, generator=generator, dtype=torch.float64)
+    return M, Y + torch.randn(tokens, width, generator=generator, dtype=torch.float64)
+
+
+@given(st.integers(1, 12), st.integers(0, 1000))
+@settings(max_examples=40, deadline=None)
+def test_transform_equals_numpy_lstsq(width: int, seed: int) -> None:
+    M, Y = made(10 * width + 5, width, seed)
+    expected = np.linalg.lstsq(M.numpy(), Y.numpy(), rcond=None)[0]
+    assert np.allclose(solve_ridge(M.T @ M, M.T @ Y, 0.0).transform.numpy(), expected, rtol=1e-8, atol=1e-8)
+
+
+@given(st.integers(1, 12), st.integers(1, 30), st.floats(1e-3, 1e3))
+@settings(max_examples=40, deadline=None)
+def test_ridge_equals_least_squares_on_extended_rows(width: int, tokens: int, alpha: float) -> None:
+    M, Y = made(tokens, width)
+    rows = np.vstack([M.numpy(), alpha**0.5 * np.eye(width)])
+    targets = np.vstack([Y.numpy(), np.zeros((width, width))])
+    expected = np.linalg.lstsq(rows, targets, rcond=None)[0]
+    assert np.allclose(solve_ridge(M.T @ M, M.T @ Y, alpha).transform.numpy(), expected, rtol=1e-7, atol=1e-7)
+
+
+def test_fewer_tokens_than_dimensions_without_ridge_is_an_error() -> None:
+    M, Y = made(5, 8)
+    with pytest.raises(SolveError, match=r"alpha: 0 leaves the least squares singular \(rank 5 of 8\)"):
+        solve_ridge(M.T @ M, M.T @ Y, 0.0)
+
+
+def test_a_tiny_ridge_on_a_singular_system_is_solved_stably() -> None:
+    M, Y = made(5, 8)
+    transform = solve_ridge(M.T @ M, M.T @ Y, 1e-13).transform
+    expected = np.linalg.pinv(M.numpy()) @ Y.numpy()
+    assert torch.isfinite(transform).all()
+    assert np.allclose(M.numpy() @ transform.numpy(), M.numpy() @ expected, atol=1e-2)
+
+
+def test_condition_number_and_smallest_eigenvalue_are_those_of_the_gram_matrix() -> None:
+    gram = torch.diag(torch.tensor([4.0, 1.0, 100.0], dtype=torch.float64))
+    solution = solve_ridge(gram, gram, 0.0)
+    assert solution.smallest_eigenvalue == pytest.approx(1.0)
+    assert solution.condition_number == pytest.approx(100.0)
+    assert torch.allclose(solution.transform, torch.eye(3, dtype=torch.float64))

@@ -1,0 +1,112 @@
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+import torch
+
+from replaceme.documents import Batch, Documents
+from replaceme.families import PRE_NORM
+from replaceme.forward import Signal, Signals, ask, walk
+from replaceme.plan import Block, Plan
+from replaceme.solver import solve_ridge
+from replaceme.statistics import Sample, take_statistics
+from tests.conftest import WIDTH, made_model
+
+BLOCK = Block(start=2, end=4)
+PLAN = Plan((BLOCK,), ("gram", "sample"))
+
+
+def at_cut(model: torch.nn.Module, documents: Documents) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return M, Z and H of all tokens, document by document without padding, by plain hooks."""
+    kept: dict[str, list[torch.Tensor]] = {"M": [], "h": [], "H": []}
+    layers = model.model.layers
+    hooks = [
+        layers[BLOCK.host].mlp.register_forward_hook(lambda _m, _a, output: kept["M"].append(output[0])),
+        layers[BLOCK.host].register_forward_hook(lambda _m, _a, output: kept["h"].append(output[0])),
+        layers[BLOCK.end - 1].register_forward_hook(lambda _m, _a, output: kept["H"].append(output[0])),
+    ]
+    with torch.no_grad():
+        for document in documents.documents:
+            model(document[None], use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    M, h, H = (torch.cat(kept[name]).double().numpy() for name in ("M", "h", "H"))
+    return M, h - M, H
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_transform_from_the_statistics_equals_numpy_lstsq_on_the_activations(documents: Documents, batch_size: int) -> None:
+    model = made_model(dtype=torch.float64)
+    sums = take_statistics(model, PRE_NORM, documents, PLAN, batch_size)["gram-0"]
+    M, Z, H = at_cut(model, documents)
+    expected = np.linalg.lstsq(M, H - Z, rcond=None)[0]
+    assert np.allclose(solve_ridge(sums["gram"], sums["cross"], 0.0).transform.numpy(), expected, rtol=1e-8, atol=1e-8)
+
+
+def test_sums_equal_those_of_the_concatenated_activations(documents: Documents) -> None:
+    model = made_model(dtype=torch.float64)
+    sums = take_statistics(model, PRE_NORM, documents, PLAN, 4)["gram-0"]
+    M, Z, H = at_cut(model, documents)
+    expected = {
+        "gram": M.T @ M, "cross": M.T @ (H - Z), "target_squares": ((H - Z) ** 2).sum(), "output_squares": (H**2).sum(),
+        "gap_squares": ((H - Z - M) ** 2).sum(), "tokens": len(M),
+    }  # fmt: skip
+    assert all(np.allclose(sums[name].numpy(), value, rtol=1e-10) for name, value in expected.items())
+    assert all(total.dtype == torch.float64 for total in sums.values())
+
+
+def test_statistics_of_disjoint_documents_add_up(documents: Documents) -> None:
+    model = made_model(dtype=torch.float64)
+    parts = [Documents(documents.documents[:4]), Documents(documents.documents[4:])]
+    whole, first, second = (take_statistics(model, PRE_NORM, each, PLAN, 4)["gram-0"] for each in (documents, *parts))
+    assert all(torch.allclose(whole[name], first[name] + second[name], rtol=1e-10) for name in whole)
+
+
+def test_the_sample_holds_evenly_spaced_real_tokens(documents: Documents, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("replaceme.statistics.SAMPLED_TOKENS", 50)
+    model = made_model(dtype=torch.float64)
+    sample = take_statistics(model, PRE_NORM, documents, PLAN, 4)["sample-0"]
+    longest_first = Documents(sorted(documents.documents, key=len, reverse=True))
+    M, Z, H = at_cut(model, longest_first)
+    step = -(-documents.token_count // 50)
+    for name, values in (("added", M), ("rest", Z), ("target", H)):
+        assert np.allclose(sample[name].numpy(), values[::step], atol=1e-5)
+
+
+def test_the_sample_is_bounded_whatever_the_number_of_tokens() -> None:
+    assert -(-1_000_000 // Sample(BLOCK, 1_000_000).step) <= 2048
+
+
+def test_the_pass_stops_at_the_last_layer_needed_and_computes_no_logits(documents: Documents) -> None:
+    model = made_model()
+    called: list[str] = []
+    for index, layer in enumerate(model.model.layers):
+        layer.register_forward_hook(lambda *_, index=index: called.append(f"layer {index}"))
+    model.lm_head.register_forward_hook(lambda *_: called.append("logits"))
+    take_statistics(model, PRE_NORM, documents, PLAN, 4)
+    assert set(called) == {f"layer {index}" for index in range(BLOCK.end - 1)} | {f"layer {BLOCK.end - 1}"}
+
+
+def test_observers_leave_nothing_in_a_batchs_scratch_and_no_hook_on_the_model(documents: Documents) -> None:
+    model = made_model()
+    batches: list[Batch] = []
+
+    class Watch:
+        def wants(self) -> Mapping[int, frozenset[Signal]]:
+            return ask([BLOCK.end], "output")
+
+        def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
+            batches.append(batch)
+
+    from replaceme.statistics import Gram
+
+    walk(model, PRE_NORM, documents, [Gram(BLOCK), Watch()], batch_size=4, description="test")
+    assert batches
+    assert all(not batch.scratch for batch in batches)
+    assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
+
+
+def test_width_of_the_statistics_is_the_models() -> None:
+    model = made_model()
+    sums = take_statistics(model, PRE_NORM, Documents([torch.arange(2, 60)]), PLAN, 1)["gram-0"]
+    assert sums["gram"].shape == sums["cross"].shape == (WIDTH, WIDTH)
