@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from itertools import zip_longest
 from typing import Any
 
-ITEMS = 400
+ITEMS = 450
 CONTEXT_WORDS = 40
 CHOICE_WORDS = 12
 CHOICES = 4

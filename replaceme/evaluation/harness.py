@@ -1,11 +1,12 @@
 """Accuracy through lm-eval: its tasks and metrics, with a scorer of ours that computes only the logits that are read.
 
-Requests are sorted by length and batched by tokens; padding stands behind the text, where a causal model doesn't see
-it; logits are computed for the last positions alone, those that predict the continuations.
+Requests with the same context (the choices of an item) share its computation through the KV cache, and logits are
+computed for nothing but the tokens that are scored.
 """
 
 import logging
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,35 +44,63 @@ class CausalScorer(TemplateLM):
         ids: list[int] = self.tokenizer.encode(string, add_special_tokens=add_special_tokens is not False, verbose=False)
         return ids
 
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        # Without the library's bar over tokenization: ours, over the passes, is the one that takes time.
+        scores: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        return scores
+
     @torch.inference_mode()
     def _loglikelihood_tokens(self, requests: Sequence[Request], **_: Any) -> list[tuple[float, bool]]:
+        longest = int(getattr(self.model.config, "max_position_embeddings", 0) or 1 << 30)
+        by_context: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for index, (_, context, continuation) in enumerate(requests):
+            by_context[tuple(context[-max(1, longest - len(continuation)) :])].append(index)
         results: dict[int, tuple[float, bool]] = {}
-        order = sorted(range(len(requests)), key=lambda index: -len(requests[index][1]) - len(requests[index][2]))
-        bar = progress(order, self.description, "requests", total=len(order))
-        batch: list[int] = []
-        for index in bar:
-            longest = len(requests[batch[0]][1]) + len(requests[batch[0]][2]) if batch else 0
-            if batch and longest * (len(batch) + 1) > self.batch_tokens:
-                results |= self._score([requests[member] for member in batch], batch)
-                batch = []
-            batch.append(index)
-        if batch:
-            results |= self._score([requests[member] for member in batch], batch)
+        batches = self._batches(by_context, requests)
+        for contexts in progress(batches, self.description, "batches"):
+            members = [(row, index) for row, context in enumerate(contexts) for index in by_context[context]]
+            continuations = [requests[index][2] for _, index in members]
+            scores = self._score(contexts, [row for row, _ in members], continuations)
+            results |= {index: score for (_, index), score in zip(members, scores, strict=True)}
         return [results[index] for index in range(len(requests))]
 
-    def _score(self, requests: list[Request], indices: list[int]) -> dict[int, tuple[float, bool]]:
-        texts = [torch.tensor(context + continuation) for _, context, continuation in requests]
-        ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True).to(self.model.device)
-        # The token at position p is predicted at p − 1; the earliest one needed decides how many positions to keep.
-        first = min(len(context) for _, context, _ in requests) - 1
-        logits = self.model(ids, use_cache=False, logits_to_keep=ids.shape[1] - first).logits
-        scores = {}
-        for row, (index, (_, context, continuation)) in enumerate(zip(indices, requests, strict=True)):
-            start = len(context) - 1 - first
-            predictions = log_softmax(logits[row, start : start + len(continuation)].float(), dim=-1)
-            target = torch.tensor(continuation, device=predictions.device)
-            chosen = predictions.gather(1, target[:, None]).sum()
-            scores[index] = (float(chosen), bool((predictions.argmax(-1) == target).all()))
+    def _batches(
+        self, by_context: Mapping[tuple[int, ...], list[int]], requests: Sequence[Request]
+    ) -> list[list[tuple[int, ...]]]:
+        """Group contexts of equal length, the longest first, so that a batch computes about ``batch_tokens`` tokens."""
+        batches: list[list[tuple[int, ...]]] = []
+        filled = 0
+        for context in sorted(by_context, key=len, reverse=True):
+            cost = len(context) + sum(len(requests[index][2]) for index in by_context[context])
+            if not batches or len(batches[-1][0]) != len(context) or filled + cost > self.batch_tokens:
+                batches.append([])
+                filled = 0
+            batches[-1].append(context)
+            filled += cost
+        return batches
+
+    def _score(
+        self, contexts: Sequence[tuple[int, ...]], rows: list[int], continuations: list[list[int]]
+    ) -> list[tuple[float, bool]]:
+        """Score continuations, each after the context at its row; all contexts have the same length."""
+        device, cache = self.model.device, None
+        prefixes = torch.tensor([context[:-1] for context in contexts], device=device)
+        if prefixes.shape[1]:
+            base = self.model.get_submodule(self.model.base_model_prefix)
+            cache = base(input_ids=prefixes, use_cache=True).past_key_values
+            cache.batch_select_indices(torch.tensor(rows, device=device))
+        # The last token of the context predicts the first of the continuation. Padding stands behind the text.
+        inputs = [
+            torch.tensor([contexts[row][-1], *continuation[:-1]]) for row, continuation in zip(rows, continuations, strict=True)
+        ]
+        ids = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True).to(device)
+        logits = self.model(ids, past_key_values=cache, use_cache=cache is not None).logits
+        scores = []
+        for row, continuation in zip(logits, continuations, strict=True):
+            predictions = log_softmax(row[: len(continuation)].float(), dim=-1)
+            target = torch.tensor(continuation, device=device)
+            likelihood = predictions.gather(1, target[:, None]).sum()
+            scores.append((float(likelihood), bool((predictions.argmax(-1) == target).all())))
         return scores
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
