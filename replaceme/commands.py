@@ -1,0 +1,250 @@
+"""The console scripts: the pipeline's own functions, from any folder, without DVC.
+
+``run_replaceme`` keeps its intermediate results beside the model, in ``<save_path>.work``, each under a key made of the
+code, the parameters that the step uses and the content that it reads: an interrupted run goes on where it stopped, and a
+new α repeats nothing before the solve.
+"""
+
+import argparse
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from replaceme.calibration import calibrate
+from replaceme.card import SETTINGS
+from replaceme.entry import run
+from replaceme.errors import ParameterError
+from replaceme.evaluation.scores import align, evaluate, score_baseline, score_model
+from replaceme.evaluation.texts import task_fingerprints
+from replaceme.export import export
+from replaceme.files import read_json, remove, rounded, write_json
+from replaceme.fingerprints import sha256_below
+from replaceme.inputs import inspect_inputs
+from replaceme.methods import METHODS
+from replaceme.models import find_model
+from replaceme.params import Params, nearest, parse_value, read_params
+from replaceme.profile import profile
+from replaceme.progress import logger
+from replaceme.published import PUBLISHED_KEYS
+from replaceme.repair import repair
+from replaceme.selection import select
+from replaceme.solution import solve
+from replaceme.statistics import observe_activations
+from replaceme.workspace import Workspace
+
+PASS = ("batch_size", "dtype", "device", "threads", "use_4bit", "trust_remote_code")
+SCORING = ("tasks", "eval_tokens", "eval_batch_size", "eval_dtype", "device", "threads", "trust_remote_code")
+ALIASES = {"model": "model_path", "layers": "layers_to_skip"}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage as the console scripts run it; tests compare it with dvc.yaml.
+
+    Attributes:
+        run: the stage's function.
+        params: the parameters that change its output.
+        reads: what it reads, as names of ``Workspace`` paths.
+        writes: its main output, likewise.
+        metrics: the metrics files that it writes besides.
+    """
+
+    run: Callable[[Params, Workspace], None]
+    params: tuple[str, ...]
+    reads: tuple[str, ...]
+    writes: str
+    metrics: tuple[str, ...] = ()
+
+
+STEPS: Mapping[str, Step] = {
+    "calibrate": Step(
+        calibrate,
+        (
+            "dataset_config", "dataset_split", "dataset_column", "dataset_size", "max_length", "pack", "seed",
+            "trust_remote_code",
+        ),
+        ("tokenizer_input", "dataset_input"),
+        "documents",
+    ),
+    "profile": Step(profile, PASS, ("model_input", "documents"), "profile"),
+    "select": Step(
+        select,
+        (
+            "method", "selection", "layers_to_skip", "min_distance_layer", "max_distance_layer", "num_A", "merge_consecutive",
+        ),
+        ("profile",),
+        "plan",
+        ("select",),
+    ),
+    "activations": Step(observe_activations, PASS, ("model_input", "documents", "plan"), "statistics"),
+    "solve": Step(solve, ("method", "alpha", "threads"), ("plan", "statistics"), "solution", ("solve",)),
+    "repair": Step(repair, (), ("solution",), "edits"),
+    "export": Step(
+        export,
+        ("model_path", "trust_remote_code", "threads", *SETTINGS),
+        ("model_input", "tokenizer_input", "documents", "edits"),
+        "model",
+        ("export",),
+    ),
+    "baseline": Step(score_baseline, SCORING, ("model_input", "tokenizer_input", "tasks_input"), "baseline"),
+    "evaluate": Step(evaluate, SCORING, ("tasks_input", "model", "baseline"), "model", ("evaluation",)),
+}  # fmt: skip
+
+
+def run_replaceme() -> NoReturn:
+    """Prune a model, save it and score it."""
+    _main(_prune, "Prune a language model: choose a block of layers, fit what takes its place, save and score the result.")
+
+
+def run_uidl() -> NoReturn:
+    """Prune a model by dropping the block."""
+    _main(_prune, "Prune a language model by UIDL: drop the block of layers with the smallest angular distance.", method="uidl")
+
+
+def evaluate_model() -> NoReturn:
+    """Score a model."""
+    _main(_evaluate, "Score the model at model_path; save_path names a JSON file for the scores.")
+
+
+def get_distance_analysis() -> NoReturn:
+    """Profile a model."""
+    _main(_analyse, "Measure the angular distance between all pairs of layers, and list the best block of each size.")
+
+
+def get_lt_with_lstsq() -> NoReturn:
+    """Fit a transform."""
+    _main(
+        _prune, "Fit the linear transform of the best block by least squares and save it, without a model.",
+        method="lstsq", save_transform_only=True,
+    )  # fmt: skip
+
+
+def _prune(params: Params) -> None:
+    target = Path(params.save_path or f"{Path(params.model_path).name}-{params.method}-{params.layers_to_skip}").expanduser()
+    work = Workspace(target.with_name(target.name + ".work"), target)
+    inspect_inputs(params, work)
+    steps = ["calibrate", "profile", "select", "activations", "solve"]
+    if params.save_transform_only:
+        _run_steps(params, work, steps)
+        remove(target)
+        shutil.copytree(work.solution, target)
+        logger.info("only the transform was saved, to %s (edits.safetensors); no model was written", target)
+        return
+    _run_steps(params, work, [*steps, "repair", "export"])
+    logger.info("the pruned model is in %s, its figures in %s", target, work.root / "metrics")
+    if params.tasks:
+        _run_steps(params, work, ["baseline", "evaluate"])
+
+
+def _evaluate(params: Params) -> None:
+    fingerprints = task_fingerprints(params)
+    if not fingerprints:
+        raise ParameterError("tasks: is empty; name what is to be scored.")
+    model = find_model(params)
+    scores = score_model(params, model, model.name)
+    rows = [("", "token", "word", "byte")]
+    rows += [
+        (f"{task} perplexity", *(f"{value:.4g}" for value in pair.values())) for task, pair in scores["perplexity"].items()
+    ]
+    rows += [
+        (f"{task} accuracy", f"{100 * score['accuracy']:.1f} ± {100 * score['stderr']:.1f} %", "", "")
+        for task, score in scores["accuracy"].items()
+    ]
+    print(align(rows))
+    target = Path(params.save_path or f"{model.name}.evaluation.json").expanduser()
+    write_json(target, rounded(scores))
+    logger.info("the scores are in %s", target)
+
+
+def _analyse(params: Params) -> None:
+    target = Path(params.save_path or f"{Path(params.model_path).name}-distances").expanduser()
+    work = Workspace(target.with_name(target.name + ".work"), target)
+    inspect_inputs(params.model_copy(update={"layers_to_skip": 1}), work)
+    _run_steps(params, work, ["calibrate", "profile"])
+    remove(target)
+    shutil.copytree(work.profile, target)
+    distances = read_json(target / "profile.json")["angular_distance"]
+    rows = [("layers to skip", "host", "removed", "angular distance")]
+    for skip in range(1, len(distances) - 1):
+        host = min(range(len(distances) - skip), key=lambda host: distances[host][host + skip])
+        removed = f"{host + 1}–{host + skip}" if skip > 1 else str(host + 1)
+        rows.append((str(skip), str(host), removed, f"{distances[host][host + skip]:.4f}"))
+    print(align(rows))
+    logger.info("all pairs are in %s", target / "distances.csv")
+
+
+def _run_steps(params: Params, work: Workspace, names: Sequence[str]) -> None:
+    """Run the steps whose key or output isn't there, in order."""
+    for name in names:
+        step, stamp = STEPS[name], work.root / "steps" / f"{name}.json"
+        key = _key(params, work, step)
+        outputs = [getattr(work, step.writes), *map(work.metric, step.metrics)]
+        if stamp.is_file() and read_json(stamp) == key and all(path.exists() for path in outputs):
+            logger.info("%s: unchanged since an earlier run", name)
+            continue
+        stamp.unlink(missing_ok=True)
+        step.run(params, work)
+        write_json(stamp, key)
+
+
+def _key(params: Params, work: Workspace, step: Step) -> str:
+    package = Path(__file__).parent
+    content = {
+        "code": {name: digest for name, digest in sha256_below(package).items() if name.endswith(".py")},
+        "params": {name: getattr(params, name) for name in step.params},
+        "reads": {name: sha256_below(getattr(work, name)) for name in step.reads},
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ParameterError(f"command line: {message}.")
+
+
+def _main(action: Callable[[Params], None], description: str, **fixed: Any) -> NoReturn:
+    arguments = sys.argv[1:]
+
+    def work() -> None:
+        config, overrides = _parse(arguments, description)
+        if fixed.get("method") and overrides.get("method") not in (None, fixed["method"]):
+            raise ParameterError(f"method: this command runs {fixed['method']}; use run_replaceme for {overrides['method']}.")
+        action(read_params(config, {**overrides, **fixed}, METHODS))
+
+    sys.exit(run(work, debug="--debug" in arguments))
+
+
+def _parse(arguments: Sequence[str], description: str) -> tuple[Path | None, dict[str, Any]]:
+    """Return the config file and the overrides of a command line."""
+    parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of parameters")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    for name, field in Params.model_fields.items():
+        flags = [f"--{name}", *(f"--{alias}" for alias, key in ALIASES.items() if key == name)]
+        default = "null" if field.default is None else field.default
+        parser.add_argument(
+            *flags, dest=name, default=argparse.SUPPRESS, metavar="VALUE", help=f"{field.description} [{default}]"
+        )
+    for name in PUBLISHED_KEYS:
+        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    known, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        name = unknown[0].lstrip("-").split("=")[0]
+        hint = nearest(name, [*Params.model_fields, *ALIASES, *PUBLISHED_KEYS])
+        raise ParameterError(f"command line: '{unknown[0]}' is not an option{hint}; see --help.")
+    overrides = {name: value for name, value in vars(known).items() if name not in ("config", "debug")}
+    return known.config, {name: _typed(name, value) for name, value in overrides.items()}
+
+
+def _typed(name: str, value: str) -> Any:
+    field = Params.model_fields.get(name)
+    if field and field.annotation in (str, str | None) and parse_value(value) is not None:
+        return value
+    if name == "tasks" and not value.startswith(("[", "{")):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return parse_value(value)
