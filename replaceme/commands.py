@@ -147,7 +147,7 @@ def _evaluate(params: Params) -> None:
         raise ParameterError("tasks: is empty; name what is to be scored.")
     model = find_model(params)
     scores = score_model(params, model, model.name)
-    rows = [("", "token", "word", "byte")]
+    rows: list[tuple[str, ...]] = [("", "token", "word", "byte")]
     rows += [
         (f"{task} perplexity", *(f"{value:.4g}" for value in pair.values())) for task, pair in scores["perplexity"].items()
     ]

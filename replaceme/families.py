@@ -46,6 +46,11 @@ class Family:
         return layer.get_submodule(self.mlp_output)
 
 
+def decoder_of(model: nn.Module) -> nn.Module:
+    """Return the model without its language-model head: it gives hidden states and computes no logits."""
+    return model.get_submodule(str(model.base_model_prefix))
+
+
 PRE_NORM = Family()
 FAMILIES: Mapping[str, Family] = {
     "llama": PRE_NORM,

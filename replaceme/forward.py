@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from replaceme.documents import Batch, Documents
-from replaceme.families import Family
+from replaceme.families import Family, decoder_of
 from replaceme.progress import progress
 
 Signal = Literal["input", "mlp", "output"]
@@ -86,7 +86,7 @@ class _Tap:
         self.batch = batch
         try:
             # Padding stands behind the text, where no real token of a causal model sees it: no mask is needed.
-            model.get_submodule(model.base_model_prefix)(input_ids=batch.input_ids, use_cache=False)
+            decoder_of(model)(input_ids=batch.input_ids, use_cache=False)
         except _LastLayerReachedError:
             pass
         finally:

@@ -5,12 +5,17 @@ a local file or folder with new content is never taken for the old one. What can
 work.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 from replaceme.compute import resolve_device
 from replaceme.corpora import find_dataset
+from replaceme.errors import ReplaceMeError
 from replaceme.evaluation.texts import task_fingerprints
 from replaceme.files import new_folder, write_json
 from replaceme.fingerprints import sha256_of
-from replaceme.models import MODEL_FILES, TOKENIZER_FILES, Model, find_model, layer_count
+from replaceme.models import MODEL_FILES, TOKENIZER_FILES, Model, check_weights, find_model, layer_count
 from replaceme.params import Params
 from replaceme.progress import logger
 from replaceme.selection import allowed_starts
@@ -18,24 +23,46 @@ from replaceme.workspace import Workspace
 
 
 def inspect_inputs(params: Params, work: Workspace) -> None:
-    """Check model, text and tasks, and write their fingerprints.
+    """Check device, model, text and tasks, and write their fingerprints.
 
     Raises:
-        ModelError, DatasetError, ParameterError: something is missing, unreachable or can't be pruned.
+        ReplaceMeError: something is missing, unreachable or can't be pruned; all that was found is in the message.
     """
-    resolve_device(params.device)
-    model = find_model(params)
-    model.family()
-    layers = layer_count(model)
-    allowed_starts(params, layers)
-    dataset = find_dataset(params)
-    tasks = task_fingerprints(params)
+    problems: list[ReplaceMeError] = []
+    content: dict[str, Any] = {}
+    with _collecting(problems):
+        resolve_device(params.device)
+    with _collecting(problems):
+        model = find_model(params)
+        model.family()
+        check_weights(model)
+        allowed_starts(params, layer_count(model))
+        content[work.model_input.name] = _identity(model, MODEL_FILES)
+        content[work.tokenizer_input.name] = _identity(model, TOKENIZER_FILES)
+    with _collecting(problems):
+        content[work.dataset_input.name] = find_dataset(params).fingerprint()
+    with _collecting(problems):
+        content[work.tasks_input.name] = task_fingerprints(params)
+    if problems:
+        raise problems[0] if len(problems) == 1 else ReplaceMeError("\n".join(map(str, problems)))
     with new_folder(work.artifact("inputs")) as folder:
-        write_json(folder / work.model_input.name, _identity(model, MODEL_FILES))
-        write_json(folder / work.tokenizer_input.name, _identity(model, TOKENIZER_FILES))
-        write_json(folder / work.dataset_input.name, dataset.fingerprint())
-        write_json(folder / work.tasks_input.name, tasks)
-    logger.info("inputs: model %s (%d layers), text %s, %d tasks", model.name, layers, params.dataset, len(tasks))
+        for name, identity in content.items():
+            write_json(folder / name, identity)
+    logger.info(
+        "inputs: model %s (%d layers), text %s, tasks %s",
+        model.name,
+        layer_count(model),
+        params.dataset,
+        ", ".join(content[work.tasks_input.name]) or "none",
+    )
+
+
+@contextmanager
+def _collecting(problems: list[ReplaceMeError]) -> Iterator[None]:
+    try:
+        yield
+    except ReplaceMeError as problem:
+        problems.append(problem)
 
 
 def _identity(model: Model, patterns: tuple[str, ...]) -> dict[str, object]:

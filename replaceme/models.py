@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -89,7 +90,7 @@ class Model:
             model = AutoModelForCausalLM.from_pretrained(
                 self.folder, trust_remote_code=self.trust_remote_code, use_safetensors=True, **options
             )
-        except (OSError, ValueError, RuntimeError) as failure:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as failure:
             reason = " ".join(str(failure).split())[:300]
             raise ModelError(f"model_path: {self.name} could not be loaded ({reason}).") from failure
         return (model if use_4bit else model.to(device)).eval()
@@ -151,6 +152,20 @@ def check_folder(model: Model) -> Model:
         reason = " ".join(str(failure).split())[:300]
         raise ModelError(f"model_path: the config.json of {model.name} can't be read ({reason}).") from failure
     return model
+
+
+def check_weights(model: Model) -> None:
+    """Raise ModelError when a weight file is damaged or a shard that the index names is missing; reads headers alone."""
+    for index in model.files(("*.safetensors.index.json",)):
+        missing = {name for name in read_json(index)["weight_map"].values() if not (model.folder / name).is_file()}
+        if missing:
+            raise ModelError(f"model_path: {model.name} lacks {min(missing)}, which {index.name} names.")
+    for path in model.files(WEIGHTS):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (SafetensorError, OSError) as failure:
+            raise ModelError(f"model_path: {path.name} of {model.name} is damaged ({failure}).") from None
 
 
 def layer_count(model: Model) -> int:

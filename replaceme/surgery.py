@@ -46,7 +46,7 @@ def renumber(layers: Sequence[nn.Module]) -> None:
     for position, layer in enumerate(layers):
         for module in layer.modules():
             if isinstance(getattr(module, "layer_idx", None), int):
-                module.layer_idx = position
+                module.layer_idx = position  # type: ignore[assignment]
 
 
 def cut_config(config: Any, family: Family, removed_layers: Sequence[int]) -> None:

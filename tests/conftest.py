@@ -14,7 +14,7 @@ from replaceme.documents import Documents
 from replaceme.models import Model
 from replaceme.params import Params, read_params
 
-WORDS = "the a river mountain of runs near old town and people walk to market where bread fish wine are sold every day".split()
+VOCABULARY = "the a river mountain of runs near old town and people walk to market where bread fish wine are sold every day"
 CHAT_TEMPLATE = "{{ bos_token }}{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}\n{% endfor %}"
 FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {"mlp_bias": True, "attention_bias": True},
@@ -26,6 +26,12 @@ WIDTH, LAYERS = 32, 6
 
 
 @pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Models this small are slower on several threads."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep the remembered sums of test files out of the user's cache."""
     monkeypatch.setenv("REPLACEME_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
@@ -34,7 +40,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 def made_text(sentences: int, seed: int = 0) -> str:
     """Return prose of made-up sentences, in paragraphs."""
     chance = random.Random(seed)
-    made = [" ".join(chance.choices(WORDS, k=chance.randint(6, 18))).capitalize() + "." for _ in range(sentences)]
+    made = [" ".join(chance.choices(VOCABULARY.split(), k=chance.randint(6, 18))).capitalize() + "." for _ in range(sentences)]
     return "\n\n".join(" ".join(made[start : start + 8]) for start in range(0, sentences, 8))
 
 
@@ -121,5 +127,6 @@ def params(tiny: Model, text_file: Path) -> Params:
         {
             "model_path": str(tiny.folder), "dataset": str(text_file), "dataset_size": 20, "max_length": 48, "dtype": "float32",
             "layers_to_skip": 2, "tasks": (str(text_file),), "eval_tokens": 600, "eval_dtype": "float32", "device": "cpu",
+            "threads": 1,
         },
     )  # fmt: skip

@@ -17,6 +17,7 @@ from torch.nn.functional import log_softmax
 from transformers import PreTrainedTokenizerBase
 
 from replaceme.evaluation.perplexity import WINDOW
+from replaceme.families import decoder_of
 from replaceme.progress import progress
 from replaceme.tokenization import start_of_text
 
@@ -40,7 +41,7 @@ class CausalScorer(TemplateLM):
     def prefix_token_id(self) -> int:
         return self.start[0] if self.start else self.eot_token_id
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_options: Any) -> list[int]:
         ids: list[int] = self.tokenizer.encode(string, add_special_tokens=add_special_tokens is not False, verbose=False)
         return ids
 
@@ -50,7 +51,7 @@ class CausalScorer(TemplateLM):
         return scores
 
     @torch.inference_mode()
-    def _loglikelihood_tokens(self, requests: Sequence[Request], **_: Any) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(self, requests: Sequence[Request], **_options: Any) -> list[tuple[float, bool]]:
         longest = int(getattr(self.model.config, "max_position_embeddings", 0) or 1 << 30)
         by_context: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for index, (_, context, continuation) in enumerate(requests):
@@ -86,8 +87,7 @@ class CausalScorer(TemplateLM):
         device, cache = self.model.device, None
         prefixes = torch.tensor([context[:-1] for context in contexts], device=device)
         if prefixes.shape[1]:
-            base = self.model.get_submodule(self.model.base_model_prefix)
-            cache = base(input_ids=prefixes, use_cache=True).past_key_values
+            cache = decoder_of(self.model)(input_ids=prefixes, use_cache=True).past_key_values
             cache.batch_select_indices(torch.tensor(rows, device=device))
         # The last token of the context predicts the first of the continuation. Padding stands behind the text.
         inputs = [

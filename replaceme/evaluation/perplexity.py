@@ -6,9 +6,8 @@ bytes)`` over the same text, so that models with different tokenizers compare.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -43,27 +42,23 @@ def cut_windows(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, limit:
     """
     prefix = start_of_text(tokenizer)
     room = WINDOW - len(prefix)
-    rounds = zip_longest(*(_chunks(encode(text, tokenizer, prefix), room) for text in texts))
+    encoded = [encode(text, tokenizer, prefix) for text in texts]
     windows: list[Tensor] = []
-    taken: list[list[int]] = []
+    taken = [0] * len(encoded)  # ids of each text, from its beginning
     left = math.inf if limit is None else limit
-    for chunk in (chunk for row in rounds for chunk in row if chunk):
-        body = chunk if len(chunk) <= left else chunk[: int(left)]
-        if len(prefix) + len(body) >= 2:  # a single token has no prediction
-            windows.append(torch.tensor([*prefix, *body]))
-            taken.append(body)
-        left -= len(body)
-        if left <= 0:
-            break
+    for start in range(0, max(map(len, encoded), default=0), room):
+        for number, ids in enumerate(encoded):
+            body = ids[start : start + int(min(room, left))]
+            if len(prefix) + len(body) >= 2:  # a single token has no prediction
+                windows.append(torch.tensor([*prefix, *body]))
+                taken[number] += len(body)
+                left -= len(body)
     if not windows:
         raise DatasetError("tasks: a perplexity task has no text after tokenization.")
-    decoded = [tokenizer.decode(body) for body in taken]
+    decoded = [tokenizer.decode(ids[:count]) for ids, count in zip(encoded, taken, strict=True)]
     return Windows(
-        windows,
-        sum(map(len, taken)),
-        sum(len(text.split()) for text in decoded),
-        sum(len(text.encode()) for text in decoded),
-    )
+        windows, sum(taken), sum(len(text.split()) for text in decoded), sum(len(text.encode()) for text in decoded)
+    )  # fmt: skip
 
 
 @torch.inference_mode()
@@ -85,7 +80,3 @@ def perplexities(model: Any, windows: Windows, batch_size: int, description: str
         "word": math.exp(nll * windows.tokens / max(windows.words, 1)),
         "byte": math.exp(nll * windows.tokens / max(windows.bytes, 1)),
     }
-
-
-def _chunks(ids: list[int], room: int) -> Iterator[list[int]]:
-    return (ids[start : start + room] for start in range(0, len(ids), room))

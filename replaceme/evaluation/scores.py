@@ -1,5 +1,6 @@
 """Score a model, and set the pruned model's scores beside the dense one's."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from replaceme.compute import resolve_device, use_threads
@@ -88,7 +89,7 @@ def compare(dense: Scores, pruned: Scores) -> Scores:
 
 def comparison_table(comparison: Scores) -> str:
     """Return the comparison as a small text table."""
-    rows = [("", "dense", "pruned", "")]
+    rows: list[tuple[str, ...]] = [("", "dense", "pruned", "")]
     for task, pair in comparison.get("perplexity", {}).items():
         rows.append((f"{task} perplexity", f"{pair['dense']:.4g}", f"{pair['pruned']:.4g}", f"x {pair['ratio']:.3g}"))
     for task, pair in comparison.get("accuracy", {}).items():
@@ -101,7 +102,7 @@ def comparison_table(comparison: Scores) -> str:
     return align(rows)
 
 
-def align(rows: list[tuple[str, ...]]) -> str:
+def align(rows: Sequence[Sequence[str]]) -> str:
     """Return rows as columns: the first to the left, the others to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(

