@@ -5,7 +5,9 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 .PHONY: all environment test lint benchmarks clean
 
 all: environment
+	@touch .venv/.started
 	dvc repro
+	@test metrics/evaluation.json -nt .venv/.started || python -m replaceme.evaluation.scores
 
 environment: .venv/.run
 

@@ -24,6 +24,7 @@ def configure_logging() -> None:
 def silence_libraries() -> None:
     """Turn off progress bars and advice of transformers and datasets, loaded or yet to load: ours say what matters."""
     os.environ.update(HF_DATASETS_DISABLE_PROGRESS_BARS="1", DATASETS_VERBOSITY="error", TRANSFORMERS_VERBOSITY="error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if transformers := sys.modules.get("transformers"):
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()

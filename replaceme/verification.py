@@ -1,9 +1,9 @@
 """Prove that the exported folder computes what was solved for.
 
-The folder is reloaded as any user would load it. Every weight that no edit names must be the original's, bit for bit. The
-computation is compared with the dense model's, unfused: its own weights, ``M T`` in place of the host's ``M`` by a hook,
-and the removed layers bypassed; hidden states behind each host and logits must agree up to the rounding of the stored
-weights. Generation with the KV cache must equal generation without.
+The folder is reloaded as any user would load it. Every weight that no edit names must be the original's, bit for bit, and a
+folded one the exact fold but for its last bit. The computation is compared with the dense model's, unfused: its own
+weights, ``M T`` in place of the host's ``M`` by a hook, and the removed layers bypassed; hidden states behind each host and
+logits must agree up to the rounding of the stored weights. Generation with the KV cache must equal generation without.
 """
 
 from collections.abc import Callable
@@ -23,8 +23,9 @@ from replaceme.forward import tensor_of
 from replaceme.models import Model
 
 DOCUMENTS, TOKENS, GENERATED = 2, 256, 16
-# Largest relative error of a token's state at the cut: rounding of the stored weights, with room for cancellation.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+# Mean over tokens of the relative error of the state at the cut: rounding of the stored weights, with room for
+# cancellation. Single tokens can be several times worse: a fit with large coefficients cancels more.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 # The layers behind the cut can amplify that error.
 LOGITS_FACTOR = 10
 CACHE_TOLERANCE = 1e-2
@@ -40,11 +41,9 @@ def verify_export(dense: Model, pruned: Model, edits: Edits, documents: Document
         VerificationError: an error is larger than the stored dtype's rounding explains.
     """
     family, excerpts = dense.family(), documents.head(DOCUMENTS, TOKENS)
-    changed = changed_weights(dense.load(), pruned.load(), family, edits)
-    if changed:
-        raise VerificationError(
-            f"export: {changed[0]} is not the original's weight, though no edit names it; nothing was saved."
-        )
+    wrong = wrong_weights(dense.load(), pruned.load(), family, edits)
+    if wrong:
+        raise VerificationError(f"export: {wrong[0]} is not what the original and the edits make of it; nothing was saved.")
     stored = _stored_dtype(pruned)
     dtype, tolerance = _working_dtype(dense, stored), TOLERANCE[stored]
     hosts = _hosts(edits, int(dense.config().num_hidden_layers))
@@ -61,7 +60,7 @@ def verify_export(dense: Model, pruned: Model, edits: Edits, documents: Document
         "tolerance": tolerance,
     }
     for figure, limit, what in (
-        ("hidden_error_max", tolerance, "the state at the cut differs from the unfused computation"),
+        ("hidden_error_mean", tolerance, "the state at the cut differs from the unfused computation"),
         ("logits_error", LOGITS_FACTOR * tolerance, "the logits differ from the unfused computation's"),
         ("cache_error", CACHE_TOLERANCE, "generation with the KV cache differs from generation without"),
     ):
@@ -73,20 +72,28 @@ def verify_export(dense: Model, pruned: Model, edits: Edits, documents: Document
     return figures
 
 
-def changed_weights(dense: Any, pruned: Any, family: Family, edits: Edits) -> list[str]:
-    """Return the names of kept weights that differ from the original's though no edit names them."""
+def wrong_weights(dense: Any, pruned: Any, family: Family, edits: Edits) -> list[str]:
+    """Return the names of weights that are neither the original's nor, in a host, the original's fold."""
     kept = [layer for layer in range(len(family.decoder_layers(dense))) if layer not in set(edits.removed_layers)]
-    edited = {f"{family.layers}.{kept.index(layer)}.{family.mlp_output}" for layer in edits.transforms}
     originals = dict(dense.named_parameters())
-    changed = []
+    prefix, wrong = f"{family.layers}.", []
     for name, weight in pruned.named_parameters():
-        original = name
-        if name.startswith(f"{family.layers}."):
-            position, _, rest = name.removeprefix(f"{family.layers}.").partition(".")
-            original = f"{family.layers}.{kept[int(position)]}.{rest}"
-        if name.rpartition(".")[0] not in edited and not torch.equal(weight, originals[original]):
-            changed.append(name)
-    return changed
+        original, transform = name, None
+        if name.startswith(prefix):
+            position, _, rest = name.removeprefix(prefix).partition(".")
+            layer = kept[int(position)]
+            original = f"{prefix}{layer}.{rest}"
+            if rest.startswith(f"{family.mlp_output}."):
+                transform = edits.transforms.get(layer)
+        expected = originals[original]
+        if transform is None:
+            right = torch.equal(weight, expected)
+        else:
+            exact = transform.T @ expected.double()
+            right = bool(((weight.double() - exact).abs() <= torch.finfo(weight.dtype).eps * exact.abs()).all())
+        if not right:
+            wrong.append(name)
+    return wrong
 
 
 @torch.inference_mode()

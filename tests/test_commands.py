@@ -127,6 +127,22 @@ def test_get_lt_with_lstsq_saves_the_transform_and_no_model(
     assert "no model was written" in capsys.readouterr().err
 
 
+def test_4_bit_calibration_folds_into_the_original_weights(
+    save_tiny: Callable[..., Model], text_file: Path, tmp_path: Path
+) -> None:
+    tiny = save_tiny(hidden_size=64, intermediate_size=128)  # NF4 works in blocks of 64
+    call(
+        commands.run_replaceme, "--model", tiny.folder, "--dataset", text_file, "--layers", "2", "--use_4bit", "true", *FAST,
+        "--tasks", "[]", "--save_path", tmp_path / "result",
+    )  # fmt: skip
+    pruned, dense = load_file(tmp_path / "result" / "model.safetensors"), load_file(tiny.folder / "model.safetensors")
+    assert torch.equal(pruned["model.layers.0.self_attn.q_proj.weight"], dense["model.layers.0.self_attn.q_proj.weight"])
+    (transform,) = load_file(tmp_path / "result.work" / "artifacts" / "edits" / "edits.safetensors").values()
+    host = json.loads((tmp_path / "result.work" / "metrics" / "select.json").read_text())["host"]
+    name = f"model.layers.{host}.mlp.down_proj.weight"
+    assert torch.equal(pruned[name], (transform.T @ dense[name].double()).float())
+
+
 def test_get_distance_analysis_lists_the_best_block_of_each_size(
     tiny: Model, text_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

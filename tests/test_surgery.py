@@ -165,15 +165,15 @@ def test_verification_passes_an_honest_export(
     source, edits = save_tiny(dtype=dtype), edits_for(2, 2)
     save_pruned(source, edits, tmp_path)
     figures = verify_export(source, Model(tmp_path, "pruned"), edits, documents)
-    assert 0 < figures["hidden_error_max"] < figures["tolerance"]
+    assert 0 < figures["hidden_error_mean"] < figures["tolerance"]
 
 
 @pytest.mark.parametrize(
     ("tampered", "said"),
     [
-        (Edits("test", [2, 3], {1: made_transform(1)}), "the state at the cut differs"),  # another transform
-        (Edits("test", [2, 3], {}), "the state at the cut differs"),  # the transform left out
-        (Edits("test", [2, 4], {1: made_transform()}), "is not the original's weight"),  # another layer removed
+        (Edits("test", [2, 3], {1: made_transform(1)}), "layers.1.mlp.down_proj.weight is not what"),  # another transform
+        (Edits("test", [2, 3], {}), "layers.1.mlp.down_proj.weight is not what"),  # the transform left out
+        (Edits("test", [2, 4], {1: made_transform()}), "is not what the original and the edits make"),  # another layer
     ],
 )
 def test_verification_fails_a_wrong_export(
@@ -181,6 +181,15 @@ def test_verification_fails_a_wrong_export(
 ) -> None:
     save_pruned(tiny, tampered, tmp_path)
     with pytest.raises(VerificationError, match=said):
+        verify_export(tiny, Model(tmp_path, "pruned"), edits_for(2, 2), documents)
+
+
+def test_verification_compares_with_the_unfused_computation_itself(
+    tiny: Model, tmp_path: Path, documents: Documents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("replaceme.verification.wrong_weights", lambda *_: [])
+    save_pruned(tiny, Edits("test", [2, 3], {1: made_transform().T.contiguous()}), tmp_path)
+    with pytest.raises(VerificationError, match="the state at the cut differs from the unfused computation by"):
         verify_export(tiny, Model(tmp_path, "pruned"), edits_for(2, 2), documents)
 
 

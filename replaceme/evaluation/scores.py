@@ -111,3 +111,8 @@ def align(rows: Sequence[Sequence[str]]) -> str:
         ).rstrip()
         for row in rows
     )
+
+
+if __name__ == "__main__":
+    # The table of the last run again, when nothing had to be scored anew.
+    print(comparison_table(read_json(Workspace().metric("evaluation"))))

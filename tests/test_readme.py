@@ -1,0 +1,70 @@
+"""The README's commands: those marked quick are run in the project copy, all others are parsed against what there is.
+
+A block that starts with ```` ```bash quick ```` or ```` ```python quick ```` is run as it stands.
+"""
+
+import re
+import shlex
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from replaceme import commands
+from replaceme.params import Params, read_params
+from tests.closure import ROOT
+from tests.test_pipeline import project, shell
+
+__all__ = ["project"]
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"(?ms)^```(bash|python)( quick)?\n(.*?)^```$", README)
+QUICK = [(language, body) for language, quick, body in BLOCKS if quick]
+COMMANDS = [line for language, _, body in BLOCKS if language == "bash" for line in body.splitlines() if line and line[0] != "#"]
+DVC = {"repro", "exp", "metrics", "params", "plots", "queue", "push", "pull", "dag", "status", "remote", "config"}
+SCRIPTS = ["run_replaceme", "run_uidl", "evaluate_model", "get_distance_analysis", "get_lt_with_lstsq"]
+
+
+def test_the_readme_has_commands_of_both_kinds() -> None:
+    assert len(QUICK) >= 2
+    assert {"make", "make test"} <= {line.split("#")[0].strip() for line in COMMANDS}
+
+
+@pytest.mark.parametrize(("language", "body"), QUICK)
+def test_quick_commands_run_as_they_stand(language: str, body: str, project: Path) -> None:
+    if language == "bash":
+        assert shell(project, "bash", "-euc", body)
+    else:
+        assert shell(project, "python", "-c", body)
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_every_command_is_one_that_there_is(line: str) -> None:
+    words = shlex.split(line, comments=True)
+    if words[0] in SCRIPTS:
+        config, overrides = commands._parse([word for word in words[1:] if word != "--help"], "test")
+        if config:
+            assert (ROOT / config).is_file()
+        read_params(ROOT / config if config and "cosine" not in str(config) else None, overrides)
+    elif words[0] == "make":
+        targets = re.findall(r"(?m)^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"))
+        assert set(words[1:]) <= set(targets)
+    elif words[0] == "dvc":
+        assert words[1] in DVC
+        settings = [word for flag, word in pairwise(words) if flag == "-S"]
+        assert all(setting.split("=")[0] in Params.model_fields for setting in settings)
+    else:
+        assert words[0] in {"export", "git", "python", "cd"}
+
+
+def test_every_file_of_the_library_has_its_line() -> None:
+    names = {path.relative_to(ROOT).as_posix() for path in (ROOT / "replaceme").rglob("*.py") if path.name != "__init__.py"}
+    described = set(re.findall(r"(?m)^\| `([\w/.]+\.py)` \|", README))
+    assert names == {f"replaceme/{name}" for name in described}
+
+
+def test_the_settings_table_names_parameters_that_there_are() -> None:
+    table = README.split("## Settings")[1].split("\n## ")[0]
+    named = set(re.findall(r"(?m)^\| `(\w+)`", table))
+    assert len(named) > 10
+    assert named <= set(Params.model_fields)
