@@ -18,7 +18,7 @@ from replaceme.files import new_folder, read_json, write_json
 from replaceme.models import recorded_model
 from replaceme.params import Params
 from replaceme.progress import logger, progress
-from replaceme.tokenization import encode, start_of_text
+from replaceme.tokenization import encode, encode_in_chunks, start_of_text
 from replaceme.workspace import Workspace
 
 SEPARATOR = "\n\n"
@@ -36,10 +36,13 @@ class Counts:
 
 def calibrate(params: Params, work: Workspace) -> None:
     """Write the calibration documents and their counts."""
-    tokenizer = recorded_model(params, work.model_input).tokenizer()
+    tokenizer = recorded_model(params, work.tokenizer_input).tokenizer()
     source = find_dataset(params, read_json(work.dataset_input).get("commits"))
+    corpus = source.open()
+    if corpus.running and params.pack:
+        logger.info("pack: has no effect on a running text, whose documents are full")
     documents, counts = draw_documents(
-        source.open(), tokenizer, params.dataset_size, params.max_length, pack=params.pack, seed=params.seed
+        corpus, tokenizer, params.dataset_size, params.max_length, pack=params.pack, seed=params.seed
     )
     with new_folder(work.documents) as folder:
         documents.save(folder)
@@ -73,7 +76,8 @@ def draw_documents(
     counts = Counts()
     encoded = (encode(row, tokenizer, prefix) for row in corpus.rows)
     if corpus.running:
-        bodies: Iterable[list[int]] = _pieces(encoded, room, size, seed)
+        texts = (text for text in corpus.rows if isinstance(text, str))
+        bodies: Iterable[list[int]] = _pieces((encode_in_chunks(text, tokenizer, prefix) for text in texts), room, size, seed)
     elif pack:
         bodies = _packed(encoded, tokenizer.encode(SEPARATOR, add_special_tokens=False), room, counts)
     else:
@@ -94,14 +98,20 @@ def draw_documents(
     return documents, counts
 
 
-def _pieces(texts: Iterable[list[int]], room: int, size: int, seed: int) -> Iterator[list[int]]:
+def _pieces(texts: Iterable[Iterable[list[int]]], room: int, size: int, seed: int) -> Iterator[list[int]]:
     """Cut running texts into full pieces (a short text is one piece), and yield ``size`` of them in a seeded order."""
-    pieces: list[list[int]] = []
-    for ids in texts:
-        full = [ids[start : start + room] for start in range(0, len(ids) - room + 1, room)]
-        pieces += full or ([ids] if ids else [])
+    pieces: list[Tensor] = []
+    for chunks in progress(texts, "tokenizing", "texts"):
+        before, rest = len(pieces), torch.empty(0, dtype=torch.int32)
+        for chunk in chunks:
+            rest = torch.cat([rest, torch.tensor(chunk, dtype=torch.int32)])
+            full = len(rest) // room * room
+            pieces += rest[:full].split(room) if full else ()
+            rest = rest[full:].clone()
+        if len(pieces) == before and len(rest):
+            pieces.append(rest)
     order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed)).tolist()
-    yield from (pieces[index] for index in order[:size])
+    yield from (pieces[index].tolist() for index in order[:size])
 
 
 def _packed(rows: Iterable[list[int]], separator: list[int], room: int, counts: Counts) -> Iterator[list[int]]:

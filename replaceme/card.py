@@ -11,7 +11,7 @@ from replaceme.params import Params
 SETTINGS = (
     "method", "revision", "use_4bit", "dataset", "dataset_config", "dataset_split", "dataset_column", "dataset_revision",
     "dataset_size", "max_length", "pack", "seed", "batch_size", "dtype", "selection", "layers_to_skip", "min_distance_layer",
-    "max_distance_layer", "num_A", "merge_consecutive", "alpha",
+    "max_distance_layer", "alpha",
 )  # fmt: skip
 
 
@@ -50,7 +50,8 @@ def model_card(params: Params, source: Model, edits: Edits, solved: dict[str, An
         lines += ["", f"Relative residual of the fit at the cut: {solved['relative_residual']:.4g}."]
     # A user's own file is named without its folder.
     settings = {key: value for key in SETTINGS if (value := getattr(params, key)) is not None}
-    settings["dataset"] = Path(params.dataset).name if Path(params.dataset).exists() else params.dataset
+    file = Path(params.dataset).expanduser()
+    settings["dataset"] = file.name if file.exists() else params.dataset
     lines += ["", "## Settings", "", "```yaml", *(f"{key}: {_scalar(value)}" for key, value in settings.items()), "```", ""]
     return "\n".join(lines)
 

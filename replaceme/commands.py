@@ -1,8 +1,8 @@
 """The console scripts: the pipeline's own functions, from any folder, without DVC.
 
-``run_replaceme`` keeps its intermediate results beside the model, in ``<save_path>.work``, each under a key made of the
-code, the parameters that the step uses and the content that it reads: an interrupted run goes on where it stopped, and a
-new α repeats nothing before the solve.
+They keep their intermediate results beside the result, in ``<save_path>.work``, each with a stamp made of the code, the
+parameters that the step uses, and the content that it read and wrote: an interrupted run goes on where it stopped, a new α
+repeats nothing before the solve, and an output that somebody changed is made again.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from replaceme.errors import ParameterError
 from replaceme.evaluation.scores import align, evaluate, score_baseline, score_model
 from replaceme.evaluation.texts import task_fingerprints
 from replaceme.export import export
-from replaceme.files import read_json, remove, rounded, write_json
+from replaceme.files import new_folder, read_json, rounded, write_json
 from replaceme.fingerprints import sha256_below
 from replaceme.inputs import inspect_inputs
 from replaceme.methods import METHODS
@@ -50,14 +50,14 @@ class Step:
         run: the stage's function.
         params: the parameters that change its output.
         reads: what it reads, as names of ``Workspace`` paths.
-        writes: its main output, likewise.
-        metrics: the metrics files that it writes besides.
+        writes: its main output, likewise; None where it writes metrics alone.
+        metrics: the metrics files that it writes.
     """
 
     run: Callable[[Params, Workspace], None]
     params: tuple[str, ...]
     reads: tuple[str, ...]
-    writes: str
+    writes: str | None
     metrics: tuple[str, ...] = ()
 
 
@@ -75,7 +75,7 @@ STEPS: Mapping[str, Step] = {
     "select": Step(
         select,
         (
-            "method", "selection", "layers_to_skip", "min_distance_layer", "max_distance_layer", "num_A", "merge_consecutive",
+            "method", "selection", "layers_to_skip", "min_distance_layer", "max_distance_layer",
         ),
         ("profile",),
         "plan",
@@ -92,7 +92,7 @@ STEPS: Mapping[str, Step] = {
         ("export",),
     ),
     "baseline": Step(score_baseline, SCORING, ("model_input", "tokenizer_input", "tasks_input"), "baseline"),
-    "evaluate": Step(evaluate, SCORING, ("tasks_input", "model", "baseline"), "model", ("evaluation",)),
+    "evaluate": Step(evaluate, SCORING, ("tasks_input", "model", "baseline"), None, ("evaluation",)),
 }  # fmt: skip
 
 
@@ -125,14 +125,15 @@ def get_lt_with_lstsq() -> NoReturn:
 
 
 def _prune(params: Params) -> None:
-    target = Path(params.save_path or f"{Path(params.model_path).name}-{params.method}-{params.layers_to_skip}").expanduser()
-    work = Workspace(target.with_name(target.name + ".work"), target)
+    kind = "transform" if params.save_transform_only else "pruned"
+    work = _claim(params, kind)
+    target = work.model
     inspect_inputs(params, work)
     steps = ["calibrate", "profile", "select", "activations", "solve"]
     if params.save_transform_only:
         _run_steps(params, work, steps)
-        remove(target)
-        shutil.copytree(work.solution, target)
+        with new_folder(target) as folder:
+            shutil.copytree(work.solution, folder, dirs_exist_ok=True)
         logger.info("only the transform was saved, to %s (edits.safetensors); no model was written", target)
         return
     _run_steps(params, work, [*steps, "repair", "export"])
@@ -146,28 +147,28 @@ def _evaluate(params: Params) -> None:
     if not fingerprints:
         raise ParameterError("tasks: is empty; name what is to be scored.")
     model = find_model(params)
+    target = Path(params.save_path or f"{model.name.replace('/', '--')}.evaluation.json").expanduser()
+    if target.is_dir():
+        raise ParameterError(f"save_path: {target} is a folder; name a JSON file for the scores.")
     scores = score_model(params, model, model.name)
-    rows: list[tuple[str, ...]] = [("", "token", "word", "byte")]
-    rows += [
-        (f"{task} perplexity", *(f"{value:.4g}" for value in pair.values())) for task, pair in scores["perplexity"].items()
-    ]
-    rows += [
-        (f"{task} accuracy", f"{100 * score['accuracy']:.1f} ± {100 * score['stderr']:.1f} %", "", "")
-        for task, score in scores["accuracy"].items()
-    ]
+    units = ("token", "word", "byte")
+    rows: list[tuple[str, ...]] = [("", *units)]
+    for task, figures in scores["perplexity"].items():
+        rows.append((f"{task} perplexity", *(f"{figures[unit]:.4g}" if unit in figures else "" for unit in units)))
+    for task, score in scores["accuracy"].items():
+        rows.append((f"{task} accuracy", f"{100 * score['accuracy']:.1f} ± {100 * score['stderr']:.1f} %", "", ""))
     print(align(rows))
-    target = Path(params.save_path or f"{model.name}.evaluation.json").expanduser()
     write_json(target, rounded(scores))
     logger.info("the scores are in %s", target)
 
 
 def _analyse(params: Params) -> None:
-    target = Path(params.save_path or f"{Path(params.model_path).name}-distances").expanduser()
-    work = Workspace(target.with_name(target.name + ".work"), target)
+    work = _claim(params, "distances")
+    target = work.model
     inspect_inputs(params.model_copy(update={"layers_to_skip": 1}), work)
     _run_steps(params, work, ["calibrate", "profile"])
-    remove(target)
-    shutil.copytree(work.profile, target)
+    with new_folder(target) as folder:
+        shutil.copytree(work.profile, folder, dirs_exist_ok=True)
     distances = read_json(target / "profile.json")["angular_distance"]
     rows = [("layers to skip", "host", "removed", "angular distance")]
     for skip in range(1, len(distances) - 1):
@@ -178,18 +179,48 @@ def _analyse(params: Params) -> None:
     logger.info("all pairs are in %s", target / "distances.csv")
 
 
+def _claim(params: Params, kind: str) -> Workspace:
+    """Return the place of the result and of the intermediate results beside it.
+
+    Args:
+        params: ``save_path`` names the place; None makes a name of model and ``kind``.
+        kind: what the result is; a place that holds another kind is refused.
+
+    Raises:
+        ParameterError: something would be replaced that isn't an earlier result of the same command, or nothing can be
+            written there.
+    """
+    source = Path(params.model_path).expanduser().resolve()
+    target = Path(params.save_path or f"{source.name}-{kind}").expanduser().absolute()
+    work = Workspace(target.with_name(target.name + ".work"), target)
+    record = work.root / "result.json"
+    if target.resolve() == source:
+        raise ParameterError(f"save_path: {target} is the model that is to be pruned; choose another folder.")
+    if target.exists() and (not record.is_file() or read_json(record) != kind):
+        raise ParameterError(f"save_path: {target} exists and is not an earlier result of this command; choose another folder.")
+    try:
+        write_json(record, kind)
+    except OSError as failure:
+        raise ParameterError(f"save_path: nothing can be written beside {target} ({failure.strerror}).") from None
+    return work
+
+
 def _run_steps(params: Params, work: Workspace, names: Sequence[str]) -> None:
-    """Run the steps whose key or output isn't there, in order."""
+    """Run the steps whose stamp doesn't fit, in order."""
     for name in names:
         step, stamp = STEPS[name], work.root / "steps" / f"{name}.json"
         key = _key(params, work, step)
-        outputs = [getattr(work, step.writes), *map(work.metric, step.metrics)]
-        if stamp.is_file() and read_json(stamp) == key and all(path.exists() for path in outputs):
+        outputs = [*([getattr(work, step.writes)] if step.writes else []), *map(work.metric, step.metrics)]
+        if stamp.is_file() and read_json(stamp) == [key, _sums(outputs)]:
             logger.info("%s: unchanged since an earlier run", name)
             continue
         stamp.unlink(missing_ok=True)
         step.run(params, work)
-        write_json(stamp, key)
+        write_json(stamp, [key, _sums(outputs)])
+
+
+def _sums(paths: Sequence[Path]) -> list[dict[str, str]]:
+    return [sha256_below(path) if path.exists() else {} for path in paths]
 
 
 def _key(params: Params, work: Workspace, step: Step) -> str:
@@ -212,8 +243,9 @@ def _main(action: Callable[[Params], None], description: str, **fixed: Any) -> N
 
     def work() -> None:
         config, overrides = _parse(arguments, description)
-        if fixed.get("method") and overrides.get("method") not in (None, fixed["method"]):
-            raise ParameterError(f"method: this command runs {fixed['method']}; use run_replaceme for {overrides['method']}.")
+        for key, value in fixed.items():
+            if overrides.get(key, value) != value:
+                raise ParameterError(f"{key}: this command sets it to {value}; use run_replaceme for {overrides[key]}.")
         action(read_params(config, {**overrides, **fixed}, METHODS))
 
     sys.exit(run(work, debug="--debug" in arguments))
@@ -233,18 +265,24 @@ def _parse(arguments: Sequence[str], description: str) -> tuple[Path | None, dic
     for name in PUBLISHED_KEYS:
         parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     known, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        name = unknown[0].lstrip("-").split("=")[0]
-        hint = nearest(name, [*Params.model_fields, *ALIASES, *PUBLISHED_KEYS])
-        raise ParameterError(f"command line: '{unknown[0]}' is not an option{hint}; see --help.")
+    problems = []
+    for word in unknown:
+        if word.startswith("--"):
+            name = word.lstrip("-").split("=")[0]
+            hint = nearest(name, [*Params.model_fields, *ALIASES, *PUBLISHED_KEYS])
+            problems.append(f"command line: '{word}' is not an option{hint}; see --help.")
+    if unknown and not problems:
+        problems.append(f"command line: '{unknown[0]}' belongs to no option; see --help.")
+    if problems:
+        raise ParameterError(problems)
     overrides = {name: value for name, value in vars(known).items() if name not in ("config", "debug")}
     return known.config, {name: _typed(name, value) for name, value in overrides.items()}
 
 
 def _typed(name: str, value: str) -> Any:
-    field = Params.model_fields.get(name)
-    if field and field.annotation in (str, str | None) and parse_value(value) is not None:
+    parsed, field = parse_value(value), Params.model_fields.get(name)
+    if parsed is not None and field and field.annotation in (str, str | None):
         return value
-    if name == "tasks" and not value.startswith(("[", "{")):
+    if name == "tasks" and isinstance(parsed, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
-    return parse_value(value)
+    return parsed

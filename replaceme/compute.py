@@ -13,6 +13,8 @@ def resolve_device(device: str) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ResourceError(f"device: {device} is asked for, but torch sees no CUDA device; use cpu or auto.")
+    if ":" in device and int(device.split(":")[1]) >= torch.cuda.device_count():
+        raise ResourceError(f"device: {device} is asked for, but torch sees {torch.cuda.device_count()} CUDA devices.")
     return device
 
 

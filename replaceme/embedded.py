@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import platformdirs
+from filelock import FileLock
 
 from replaceme.errors import DatasetError, ResourceError
 from replaceme.files import new_folder, write_text
@@ -71,9 +72,10 @@ def cache_folder() -> Path:
 def model_folder(name: str) -> Path:
     """Return the safetensors folder of an embedded model, making it on first use."""
     folder = cache_folder() / "models" / f"{name}-{MODELS[name].sha256[:12]}"
-    if not folder.is_dir():
-        with _fetched(MODELS[name]) as gguf, new_folder(folder) as partial:
-            _convert_gguf(gguf, partial)
+    with _locked(folder):
+        if not folder.is_dir():
+            with _fetched(MODELS[name]) as gguf, new_folder(folder) as partial:
+                _convert_gguf(gguf, partial)
     return folder
 
 
@@ -89,10 +91,11 @@ def text_articles(name: str, split: str | None) -> list[str]:
     if wanted not in splits:
         raise DatasetError(f"dataset_split: {name} has no split '{wanted}'; it has {' and '.join(splits)}.")
     cached = cache_folder() / "texts" / f"{name}-{file.sha256[:12]}-v{TEXT_VERSION}.jsonl"
-    if not cached.is_file():
-        with _fetched(file) as source:
-            rows = [{"text": text, "title": title} for title, text in extract(source)]
-        write_text(cached, "".join(json.dumps(row) + "\n" for row in rows))
+    with _locked(cached):
+        if not cached.is_file():
+            with _fetched(file) as source:
+                rows = [{"text": text, "title": title} for title, text in extract(source)]
+            write_text(cached, "".join(json.dumps(row) + "\n" for row in rows))
     lines = cached.read_text(encoding="utf-8").splitlines()
     return [row["text"] for row in map(json.loads, lines) if len(splits) == 1 or _split_of(row["title"]) == wanted]
 
@@ -100,6 +103,12 @@ def text_articles(name: str, split: str | None) -> list[str]:
 def text_fingerprint(name: str) -> str:
     """Return what identifies an embedded text's content, without fetching it."""
     return f"{TEXTS[name][1].sha256}-v{TEXT_VERSION}"
+
+
+def _locked(path: Path) -> FileLock:
+    """Return a lock that lets one process at a time make what belongs at ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(path.with_name(path.name + ".lock"))
 
 
 @contextmanager
@@ -199,6 +208,8 @@ def _news(file: Path) -> Iterator[tuple[str, str]]:
             yield f"document {number}", line.strip()
 
 
+# Texts long enough to be cut into documents; a row of the others is a document.
+RUNNING = ("wikipedia-sample",)
 TEXTS: dict[str, tuple[tuple[str, ...], PackagedFile, Callable[[Path], Iterator[tuple[str, str]]]]] = {
     "wikipedia-sample": (("calibration", "held-out"), WIKIPEDIA, _wikipedia),
     "lee-news": (("calibration",), NEWS, _news),

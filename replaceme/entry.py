@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 something for the user to mend, 1 a defect of ours, 130 in
 import errno
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -28,12 +29,12 @@ def run(action: Callable[[], None], debug: bool = False) -> int:
     except KeyboardInterrupt:
         print("interrupted; what was finished stays, and the next run goes on from there", file=sys.stderr)
         return 130
+    except SystemExit:
+        raise
     except BaseException as error:
-        if debug or os.environ.get(DEBUG_VARIABLE):
-            raise
-        if isinstance(error, SystemExit):
-            raise
         known = explain(error)
+        if debug or os.environ.get(DEBUG_VARIABLE):
+            traceback.print_exc()
         for line in str(known).splitlines():
             print(f"error: {line}", file=sys.stderr)
         return known.exit_code if isinstance(known, ReplaceMeError) else 1
@@ -46,8 +47,11 @@ def explain(error: BaseException) -> BaseException:
         return error
     if (isinstance(error, OSError) and error.errno in FULL_DISK) or "No space left on device" in str(error):
         return ResourceError("the disk is full; free space and run again: what was finished stays.")
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    out_of_memory = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    if out_of_memory or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return ResourceError("memory ran out; lower batch_size or max_length, or set use_4bit: true.")
+    if isinstance(error, OSError) and error.filename:
+        return ResourceError(f"{error.filename}: {error.strerror}.")
     return RuntimeError(
         f"unexpected {type(error).__name__}: {error} (run with --debug, or {DEBUG_VARIABLE}=1, for the traceback)."
     )

@@ -13,7 +13,7 @@ from replaceme.compute import use_threads
 from replaceme.documents import Documents
 from replaceme.edits import Edits
 from replaceme.files import new_folder, read_json, rounded, write_json, write_text
-from replaceme.models import TOKENIZER_FILES, Model, parameter_count, recorded_model
+from replaceme.models import COPIED_FILES, Model, parameter_count, recorded_model
 from replaceme.params import Params
 from replaceme.progress import logger
 from replaceme.surgery import apply_edits
@@ -21,7 +21,6 @@ from replaceme.verification import verify_export
 from replaceme.workspace import Workspace
 
 SHARD_SIZE = "2GB"
-COPIED = (*TOKENIZER_FILES, "generation_config.json")
 
 
 def export(params: Params, work: Workspace) -> None:
@@ -54,6 +53,6 @@ def save_pruned(source: Model, edits: Edits, folder: Path) -> dict[str, int]:
     model.generation_config = GenerationConfig()
     model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
     (folder / "generation_config.json").unlink(missing_ok=True)
-    for path in source.files(COPIED):
+    for path in source.files(COPIED_FILES):
         shutil.copyfile(path, folder / path.name)
     return {"parameters": parameter_count(model), "parameters_dense": dense_parameters}

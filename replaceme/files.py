@@ -23,7 +23,7 @@ os.umask(_UMASK)
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder that takes ``path``'s place when the block ends well, and vanishes when it doesn't."""
-    partial = path.with_name(path.name + PARTIAL)
+    partial, aside = path.with_name(path.name + PARTIAL), path.with_name(path.name + ".old" + PARTIAL)
     remove(partial)
     partial.mkdir(parents=True)
     try:
@@ -31,16 +31,20 @@ def new_folder(path: Path) -> Iterator[Path]:
         for file in partial.rglob("*"):
             # Some libraries write files that nobody else may read.
             file.chmod((0o777 if file.is_dir() else 0o666) & ~_UMASK)
-        remove(path)
+        # An old folder goes aside first: it is never seen half deleted.
+        if path.exists():
+            os.replace(path, aside)
         os.replace(partial, path)
     finally:
         remove(partial)
+        remove(aside)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` (UTF-8) so that ``path`` holds either the old or the new content, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + PARTIAL)
+    # Several processes may write the same file of the user's cache.
+    partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
     try:
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, path)

@@ -1,7 +1,8 @@
 """Identity by content: sha256 of local files, remembered by path, size and time, so that a large folder is read once.
 
 The remembered sums lie in the user's cache folder. A file whose size or modification time (in nanoseconds) differs is
-read again, and so is one younger than two seconds, which could still change within one tick of the file system's clock.
+read again; the sum of one younger than two seconds, which could still change within one tick of the file system's clock,
+is not remembered.
 """
 
 import hashlib
@@ -33,8 +34,9 @@ def sha256_of(paths: Iterable[Path], root: Path) -> dict[str, str]:
         else:
             with path.open("rb") as stream:
                 digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            known[key] = [*state, digest]
-            learned = True
+            if settled:
+                known[key] = [*state, digest]
+                learned = True
         sums[path.relative_to(root).as_posix()] = digest
     if learned:
         write_json(memory, known)

@@ -3,6 +3,7 @@
 The hub's client retries for half a minute when there is no network, so a short probe comes first.
 """
 
+import functools
 import re
 import socket
 import threading
@@ -13,7 +14,6 @@ from urllib.request import getproxies
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
-    HfHubHTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -38,16 +38,17 @@ def is_repository_id(name: str) -> bool:
 def resolve_commit(name: str, kind: str, revision: str | None, hint: str = "") -> str:
     """Return the commit that a repository's revision means now.
 
-    Offline, the commit that the local cache holds for that revision is used, and the log says so. ``hint`` is added to
+    Offline, the commit of a model that the local cache holds is used, and the log says so; datasets are streamed and can't
+    be read from the cache. ``hint`` is added to
     the message when nothing is found, for names that look like a slip.
 
     Raises:
         ModelError, DatasetError: unreachable and not cached, unknown, or not accessible.
     """
     if not reachable():
-        cached = _cached_commit(name, kind, revision)
+        cached = _cached_commit(name, revision) if kind == "model" else None
         if cached:
-            logger.info("%s: the hub can't be reached; the cached commit %s of %s is used", KEYS[kind], cached[:12], name)
+            logger.info("model_path: the hub can't be reached; the cached commit %s of %s is used", cached[:12], name)
             return cached
         raise _error(kind, f"{name} is no local path{hint}, and the hub can't be reached; {OFFLINE_HELP[kind]}.")
     try:
@@ -62,24 +63,24 @@ def resolve_commit(name: str, kind: str, revision: str | None, hint: str = "") -
         raise _error(
             kind, f"there is no local path and no public hub repository {name}{hint} (private ones need HF_TOKEN)."
         ) from None
-    except (HfHubHTTPError, OSError) as failure:
+    except Exception as failure:  # whatever the HTTP library in use raises, and names that the hub's client refuses
         raise _error(kind, f"{name} could not be looked up on the hub ({type(failure).__name__}).") from failure
 
 
-def snapshot(name: str, commit: str, patterns: tuple[str, ...]) -> Path:
+def snapshot(name: str, commit: str, patterns: tuple[str, ...], ignored: tuple[str, ...]) -> Path:
     """Return the local folder of a model repository at a commit, downloading what the cache lacks."""
+    choice = {"allow_patterns": list(patterns), "ignore_patterns": list(ignored)}
     try:
-        if not reachable():
-            return Path(snapshot_download(name, revision=commit, allow_patterns=list(patterns), local_files_only=True))
-        return Path(snapshot_download(name, revision=commit, allow_patterns=list(patterns)))
+        return Path(snapshot_download(name, revision=commit, local_files_only=not reachable(), **choice))
     except LocalEntryNotFoundError:
         raise _error("model", f"{name} at {commit[:12]} isn't cached, and the hub can't be reached.") from None
-    except (HfHubHTTPError, OSError) as failure:
+    except Exception as failure:  # as above
         raise _error("model", f"{name} could not be downloaded ({type(failure).__name__}: {failure}).") from failure
 
 
+@functools.cache
 def reachable() -> bool:
-    """Tell within ``PROBE_SECONDS`` whether the hub, or the proxy before it, answers; HF_HUB_OFFLINE counts as no."""
+    """Tell whether the hub, or the proxy before it, answers within ``PROBE_SECONDS``; asked once in a process."""
     if constants.HF_HUB_OFFLINE:
         return False
     endpoint = urlparse(constants.ENDPOINT)
@@ -101,8 +102,8 @@ def reachable() -> bool:
     return bool(answers)
 
 
-def _cached_commit(name: str, kind: str, revision: str | None) -> str | None:
-    folder = Path(constants.HF_HUB_CACHE) / f"{kind}s--{name.replace('/', '--')}"
+def _cached_commit(name: str, revision: str | None) -> str | None:
+    folder = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
     reference = folder / "refs" / (revision or "main")
     if reference.is_file():
         return reference.read_text(encoding="utf-8").strip()

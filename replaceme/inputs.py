@@ -5,6 +5,7 @@ a local file or folder with new content is never taken for the old one. What can
 work.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,7 @@ from replaceme.errors import ReplaceMeError
 from replaceme.evaluation.texts import task_fingerprints
 from replaceme.files import new_folder, write_json
 from replaceme.fingerprints import sha256_of
-from replaceme.models import MODEL_FILES, TOKENIZER_FILES, Model, check_weights, find_model, layer_count
+from replaceme.models import COPIED_FILES, WEIGHT_FILES, Model, check_weights, find_model, layer_count
 from replaceme.params import Params
 from replaceme.progress import logger
 from replaceme.selection import allowed_starts
@@ -36,15 +37,18 @@ def inspect_inputs(params: Params, work: Workspace) -> None:
         model = find_model(params)
         model.family()
         check_weights(model)
+        model.tokenizer()
         allowed_starts(params, layer_count(model))
-        content[work.model_input.name] = _identity(model, MODEL_FILES)
-        content[work.tokenizer_input.name] = _identity(model, TOKENIZER_FILES)
+        content[work.model_input.name] = _identity(model, WEIGHT_FILES)
+        content[work.tokenizer_input.name] = _identity(model, COPIED_FILES)
     with _collecting(problems):
         content[work.dataset_input.name] = find_dataset(params).fingerprint()
     with _collecting(problems):
         content[work.tasks_input.name] = task_fingerprints(params)
     if problems:
         raise problems[0] if len(problems) == 1 else ReplaceMeError("\n".join(map(str, problems)))
+    if (processors := os.cpu_count() or 1) > params.threads and resolve_device(params.device) == "cpu":
+        logger.info("threads: %d of this machine's %d processors are used", params.threads, processors)
     with new_folder(work.artifact("inputs")) as folder:
         for name, identity in content.items():
             write_json(folder / name, identity)

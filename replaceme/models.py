@@ -27,17 +27,14 @@ from replaceme.files import read_json
 from replaceme.params import Params, nearest
 
 WEIGHTS = ("*.safetensors",)
-TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece*",
-    "chat_template*",
-)
-MODEL_FILES = (*WEIGHTS, "*.safetensors.index.json", "config.json", "generation_config.json", "*.py", *TOKENIZER_FILES)
+WEIGHT_FILES = (*WEIGHTS, "*.safetensors.index.json", "config.json", "*.py")
+# What goes into the pruned model's folder as it is.
+COPIED_FILES = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model", "sentencepiece*",
+    "chat_template*", "generation_config.json",
+)  # fmt: skip
+# Some repositories hold the same weights twice, in a format of their own.
+LEFT_OUT = "consolidated*"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -59,15 +56,29 @@ class Model:
 
     def config(self) -> Any:
         """Return the model's configuration."""
-        return AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
+        try:
+            return AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
+        except Exception as failure:  # configs check themselves with errors of many kinds
+            raise ModelError(f"model_path: the config.json of {self.name} can't be read ({_reason(failure)}).") from failure
 
     def family(self) -> Family:
         """Return the description of the model's family. Raises ModelError when it is refused."""
-        return family_of(self.config())
+        config = self.config()
+        quantized = getattr(config, "quantization_config", None)
+        if quantized:
+            kind = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else type(quantized).__name__
+            raise ModelError(
+                f"model_path: the weights of {self.name} are quantized ({kind}); prune the original ones, with use_4bit: true "
+                "if memory is short."
+            )
+        return family_of(config)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the model's tokenizer."""
-        return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
+        try:
+            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
+        except Exception as failure:  # likewise
+            raise ModelError(f"model_path: the tokenizer of {self.name} can't be read ({_reason(failure)}).") from failure
 
     def load(self, dtype: str = "auto", device: str = "cpu", use_4bit: bool = False) -> PreTrainedModel:
         """Load the weights, ready for inference.
@@ -87,17 +98,27 @@ class Model:
             )
             options["device_map"] = {"": device}
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                self.folder, trust_remote_code=self.trust_remote_code, use_safetensors=True, **options
+            model, report = AutoModelForCausalLM.from_pretrained(
+                self.folder, trust_remote_code=self.trust_remote_code, use_safetensors=True, output_loading_info=True, **options
             )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as failure:
-            reason = " ".join(str(failure).split())[:300]
-            raise ModelError(f"model_path: {self.name} could not be loaded ({reason}).") from failure
+        except MemoryError:
+            raise
+        except Exception as failure:
+            raise ModelError(f"model_path: {self.name} could not be loaded ({_reason(failure)}).") from failure
+        # The library fills what a checkpoint lacks with random numbers.
+        lacking = sorted(report["missing_keys"]) + sorted(str(entry[0]) for entry in report["mismatched_keys"])
+        if lacking:
+            raise ModelError(
+                f"model_path: {lacking[0]} ({len(lacking)} in all) is missing from the weights of {self.name}, "
+                "or has another shape than its config.json says."
+            )
         return (model if use_4bit else model.to(device)).eval()
 
-    def files(self, patterns: Iterable[str] = MODEL_FILES) -> list[Path]:
+    def files(self, patterns: Iterable[str] = (*WEIGHT_FILES, *COPIED_FILES)) -> list[Path]:
         """Return the files of the folder that match any of ``patterns``, sorted."""
-        return sorted({path for pattern in patterns for path in self.folder.glob(pattern) if path.is_file()})
+        return sorted(
+            {path for pattern in patterns for path in self.folder.glob(pattern) if path.is_file() and not path.match(LEFT_OUT)}
+        )
 
 
 def find_model(params: Params, commit: str | None = None) -> Model:
@@ -111,19 +132,19 @@ def find_model(params: Params, commit: str | None = None) -> Model:
         ModelError: there is no such model, it can't be reached, or it isn't a model that can be loaded safely.
     """
     name = params.model_path
+    folder = Path(name).expanduser()
+    if params.revision is not None and (name in embedded.MODELS or folder.is_dir()):
+        raise ModelError(f"revision: is for hub models, but {name} is not one; use null.")
     if name in embedded.MODELS:
         return Model(embedded.model_folder(name), name)
-    folder = Path(name).expanduser()
     if folder.is_dir():
-        if params.revision is not None:
-            raise ModelError(f"revision: is for hub models, but {name} is a local folder; use null.")
         return check_folder(Model(folder, folder.resolve().name, trust_remote_code=params.trust_remote_code))
     if folder.exists():
         raise ModelError(f"model_path: {name} is a file; give the model's folder.")
     if not hub.is_repository_id(name):
         raise ModelError(f"model_path: there is no folder {name}; give a model folder, a hub id or an embedded model's name.")
     commit = commit or hub.resolve_commit(name, "model", params.revision, nearest(name, embedded.MODELS))
-    snapshot = hub.snapshot(name, commit, MODEL_FILES)
+    snapshot = hub.snapshot(name, commit, (*WEIGHT_FILES, *COPIED_FILES), ignored=(LEFT_OUT, "*/*"))
     return check_folder(Model(snapshot, name, commit, params.trust_remote_code))
 
 
@@ -146,18 +167,17 @@ def check_folder(model: Model) -> Model:
         raise ModelError(f"model_path: {model.name} has no safetensors weights.")
     if not model.files(("tokenizer*", "spiece.model", "vocab.*")):
         raise ModelError(f"model_path: {model.name} has no tokenizer files.")
-    try:
-        model.config()
-    except (OSError, ValueError, KeyError, TypeError) as failure:
-        reason = " ".join(str(failure).split())[:300]
-        raise ModelError(f"model_path: the config.json of {model.name} can't be read ({reason}).") from failure
     return model
 
 
 def check_weights(model: Model) -> None:
     """Raise ModelError when a weight file is damaged or a shard that the index names is missing; reads headers alone."""
     for index in model.files(("*.safetensors.index.json",)):
-        missing = {name for name in read_json(index)["weight_map"].values() if not (model.folder / name).is_file()}
+        try:
+            shards = set(read_json(index)["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ModelError(f"model_path: {index.name} of {model.name} can't be read.") from None
+        missing = {name for name in shards if not (model.folder / name).is_file()}
         if missing:
             raise ModelError(f"model_path: {model.name} lacks {min(missing)}, which {index.name} names.")
     for path in model.files(WEIGHTS):
@@ -176,3 +196,7 @@ def layer_count(model: Model) -> int:
 def parameter_count(model: Any) -> int:
     """Return the number of parameters; tied ones count once."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _reason(failure: Exception) -> str:
+    return f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}"

@@ -20,6 +20,8 @@ from replaceme.errors import ParameterError
 from replaceme.progress import logger
 from replaceme.published import PUBLISHED_KEYS, translate
 
+COMMAND_LINE = "command line"
+
 Dtype = Literal["bfloat16", "float16", "float32"]
 
 
@@ -51,12 +53,12 @@ class Params(BaseModel):
     dataset_size: int = Field(128, ge=1, description="Number of calibration documents.")
     max_length: int = Field(1024, ge=2, description="Tokens of a document at most.")
     pack: bool = Field(False, description="Join short rows until a document is full.")
-    seed: int = Field(42, ge=0, description="Seed of the shuffle that picks the documents.")
+    seed: int = Field(42, ge=0, le=2**32 - 1, description="Seed of the shuffle that picks the documents.")
 
     batch_size: int = Field(8, ge=1, description="Documents in one calibration batch.")
     dtype: Dtype = Field("bfloat16", description="Number format of the calibration passes; sums and solves are float64.")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N.")
-    threads: int = Field(2, ge=1, description="Processor threads; another number gives other last bits.")
+    threads: int = Field(2, ge=1, le=1024, description="Processor threads; another number gives other last bits.")
 
     selection: Literal["angular"] = Field("angular", description="What the cut minimises: the angular distance.")
     layers_to_skip: int = Field(8, ge=1, description="Number of layers to remove.")
@@ -99,20 +101,26 @@ def read_params(
     Raises:
         ParameterError: naming every problem at once.
     """
-    origin = str(path) if path else "parameters"
     raw, problems = _read_yaml(path) if path else ({}, [])
-    translated, notes, refused = translate({**raw, **(overrides or {})})
-    problems += refused
-    for note in notes:
-        logger.info("%s: %s", origin, note)
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for origin, given in ((str(path), raw), (COMMAND_LINE, overrides or {})):
+        translated, notes, refused = translate(given)
+        values |= translated
+        origins |= dict.fromkeys(translated, origin)
+        problems += [f"{origin}: {problem}" for problem in refused]
+        for note in notes:
+            logger.info("%s: %s", origin, note)
     params = None
+    found = []
     try:
-        params = Params.model_validate(translated)
+        params = Params.model_validate(values)
     except ValidationError as invalid:
-        problems += [_sentence(problem) for problem in invalid.errors()]
-    problems += _not_built(translated, methods)
+        found = [_sentence(problem) for problem in invalid.errors()]
+    for problem in found + _not_built(values, methods):
+        problems.append(f"{origins.get(problem.split(':')[0], COMMAND_LINE)}: {problem}")
     if problems or params is None:
-        raise ParameterError([f"{origin}: {problem}" for problem in dict.fromkeys(problems)])
+        raise ParameterError(list(dict.fromkeys(problems)))
     return params
 
 
@@ -120,7 +128,7 @@ def parse_value(text: str) -> Any:
     """Read one command-line value as YAML 1.2 would (``1e-6`` is a number, ``no`` a string)."""
     try:
         return YAML(typ="safe", pure=True).load(text)
-    except YAMLError:
+    except (YAMLError, ValueError):  # ValueError: an impossible date
         return text
 
 
@@ -142,7 +150,7 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], list[str]]:
     try:
         problems = _duplicates(yaml, text, path)
         content = yaml.load(text)
-    except YAMLError as invalid:
+    except (YAMLError, ValueError) as invalid:  # ValueError: an impossible date
         reason = " ".join(str(invalid).split())
         raise ParameterError(f"{path}: isn't valid YAML: {reason}.") from None
     if content is None:
@@ -162,7 +170,7 @@ def _duplicates(yaml: YAML, text: str, path: Path) -> list[str]:
     for key_node, value_node in root.value:
         key, value = str(key_node.value), text[value_node.start_mark.index : value_node.end_mark.index].strip()
         if key in seen and parse_value(seen[key]) != parse_value(value):
-            problems.append(f"{key}: is given twice, as {seen[key]} and as {value}; keep one.")
+            problems.append(f"{path}: {key}: is given twice, as {seen[key]} and as {value}; keep one.")
         elif key in seen:
             logger.warning("%s: %s is given twice with the same value.", path, key)
         seen.setdefault(key, value)
@@ -186,6 +194,7 @@ def _sentence(problem: ErrorDetails) -> str:
         "string_too_short": "a text that isn't empty",
         "string_pattern_mismatch": "auto, cpu, cuda or cuda:N",
         "greater_than_equal": f"at least {limits.get('ge', 0):g}",
+        "less_than_equal": f"at most {limits.get('le', 0):g}",
         "literal_error": str(limits.get("expected")),
         "tuple_type": "a list of task names",
     }.get(kind, problem["msg"])

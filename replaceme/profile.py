@@ -8,6 +8,7 @@ Independent of every pruning setting, so that no sweep ever repeats it.
 - Mean and largest token norm of each layer's output: massive activations show there.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.nn.functional import normalize
 
 from replaceme.compute import resolve_device, use_threads
 from replaceme.documents import Batch, Documents
+from replaceme.errors import ParameterError
 from replaceme.files import new_folder, rounded, write_json, write_text
 from replaceme.forward import Signal, Signals, ask, walk
 from replaceme.models import recorded_model
@@ -113,7 +115,11 @@ def profile_model(model: Any, family: Any, documents: Documents, batch_size: int
     layers = len(family.decoder_layers(model))
     distances, figures = AngularDistances(layers), LayerFigures(layers)
     walk(model, family, documents, [distances, figures], batch_size=batch_size, description="profiling layers")
-    return {"angular_distance": distances.result().tolist(), "layers": figures.result()}
+    of_layers = figures.result()
+    for layer, norm in enumerate(of_layers["max_norm"]):
+        if not math.isfinite(norm):
+            raise ParameterError(f"dtype: {model.dtype} overflows at layer {layer}; use bfloat16 or float32.")
+    return {"angular_distance": distances.result().tolist(), "layers": of_layers}
 
 
 def _pairs_table(distances: list[list[float]]) -> str:

@@ -63,7 +63,9 @@ def _task_names(tasks: Any, problems: list[str]) -> Any:
         return (tasks,)
     if isinstance(tasks, Mapping):
         for name, options in tasks.items():
-            if options and options.get("fewshots"):
+            if options is not None and not isinstance(options, Mapping):
+                problems.append(f"tasks: {name} must have options like {{fewshots: 0}}, not {options!r}.")
+            elif options and options.get("fewshots"):
                 problems.append(f"tasks: few-shot examples ({name}: {options['fewshots']}) are not built yet; use 0.")
         return tuple(tasks)
     return tasks

@@ -29,9 +29,9 @@ def allowed_starts(params: Params, layers: int) -> range:
     starts = range(first, end - skip + 1)
     if not starts:
         key = "max_distance_layer" if params.min_distance_layer is None else "min_distance_layer"
+        advice = f"start at {end - skip} or earlier" if end > skip else "end later"
         raise ParameterError(
-            f"{key}: no block of {skip} layers fits between layer {first} and layer {end}; "
-            f"start at {end - skip} or earlier, or remove fewer layers."
+            f"{key}: no block of {skip} layers fits between layer {first} and layer {end}; {advice}, or remove fewer layers."
         )
     return starts
 

@@ -37,17 +37,17 @@ def solve_ridge(gram: Tensor, cross: Tensor, alpha: float) -> RidgeSolution:
         alpha: ridge, in the units of ``gram``.
 
     Raises:
-        SolveError: the system is singular and alpha is 0.
+        SolveError: the system is singular to float64, with this alpha.
     """
     gram, cross = gram.double(), cross.double()
     eigenvalues, vectors = torch.linalg.eigh(gram)
     smallest, largest = max(float(eigenvalues[0]), 0.0), float(eigenvalues[-1])
     resolution = largest * len(gram) * torch.finfo(torch.float64).eps
-    if alpha == 0 and smallest <= resolution:
+    if smallest + alpha <= resolution:
         rank = int((eigenvalues > resolution).sum())
         raise SolveError(
-            f"alpha: 0 leaves the least squares singular (rank {rank} of {len(gram)}); "
-            "raise dataset_size for more tokens, or set alpha above 0."
+            f"alpha: {alpha:g} leaves the least squares singular (rank {rank} of {len(gram)}); "
+            f"raise dataset_size for more tokens, or set alpha well above {resolution:.1g}."
         )
     factor, failed = torch.linalg.cholesky_ex(gram + alpha * torch.eye(len(gram), dtype=torch.float64))
     if failed:

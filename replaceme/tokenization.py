@@ -1,9 +1,13 @@
 """Text and chats to token ids, with the start of a text kept apart, so that it stands once in every document."""
 
+from collections.abc import Iterator
+
 from transformers import PreTrainedTokenizerBase
 
 from replaceme.corpora.corpus import Row
 from replaceme.errors import DatasetError
+
+CHUNK_CHARACTERS = 1 << 20
 
 
 def start_of_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -14,6 +18,16 @@ def start_of_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         if marked[start : start + len(plain)] == plain:
             return list(marked[:start])
     return []
+
+
+def encode_in_chunks(text: str, tokenizer: PreTrainedTokenizerBase, prefix: list[int]) -> Iterator[list[int]]:
+    """Yield the ids of a long text in parts of about ``CHUNK_CHARACTERS``, cut behind a line: tokenizers need far more
+    memory for a text than its ids take."""
+    start = 0
+    while start < len(text):
+        end = text.find("\n", start + CHUNK_CHARACTERS) + 1 or len(text)
+        yield encode(text[start:end], tokenizer, prefix)
+        start = end
 
 
 def encode(row: Row, tokenizer: PreTrainedTokenizerBase, prefix: list[int]) -> list[int]:

@@ -26,12 +26,12 @@ class Workspace:
 
     @property
     def model_input(self) -> Path:
-        """Fingerprint of the dense model."""
+        """Fingerprint of the dense model's weights and config."""
         return self.artifact("inputs") / "model.json"
 
     @property
     def tokenizer_input(self) -> Path:
-        """Fingerprint of the tokenizer."""
+        """Fingerprint of the tokenizer and of what else is copied as it is."""
         return self.artifact("inputs") / "tokenizer.json"
 
     @property

@@ -162,5 +162,38 @@ def test_too_few_documents_are_used_as_they_are() -> None:
     assert (len(documents), counts.documents) == (2, 2)
 
 
+def test_rows_are_drawn_in_an_order_of_the_seed(tmp_path: Path) -> None:
+    path = rows_file(tmp_path, [{"text": f"the river {number}"} for number in range(9)])
+    tokenizer = made_tokenizer()
+    orders = {tuple(tokenizer.decode(d) for d in draw(path, size=9, seed=seed)[0].documents) for seed in range(3)}
+    assert len(orders) == 3
+    assert len({tuple(sorted(order)) for order in orders}) == 1
+
+
+def test_packed_rows_are_set_apart_by_a_blank_line(tmp_path: Path) -> None:
+    path = rows_file(tmp_path, [{"text": "the river"}] * 3)
+    documents, _ = draw(path, size=1, max_length=100, pack=True)
+    assert made_tokenizer().decode(documents.documents[0]) == "<s>" + "\n\n".join(["the river"] * 3)
+
+
+def test_a_first_row_without_a_text_hides_no_column(tmp_path: Path) -> None:
+    path = rows_file(tmp_path, [{"body": None}, {"body": "the river"}])
+    documents, counts = draw(path)
+    assert (len(documents), counts.empty) == (1, 1)
+
+
+def test_chat_turns_made_of_parts_are_refused(tmp_path: Path) -> None:
+    path = rows_file(tmp_path, [{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}])
+    with pytest.raises(DatasetError, match="a chat turn holds list, not text"):
+        draw(path)
+
+
+def test_long_texts_are_tokenized_in_chunks_that_lose_nothing(text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, _ = draw(text_file, size=10_000)
+    monkeypatch.setattr("replaceme.tokenization.CHUNK_CHARACTERS", 1000)
+    chunked, _ = draw(text_file, size=10_000)
+    assert [d.tolist() for d in chunked.documents] == [d.tolist() for d in whole.documents]
+
+
 def test_missing_values_are_empty_texts() -> None:
     assert as_row(None, "text", "x") == ""

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from replaceme import commands
@@ -118,7 +118,7 @@ def test_get_lt_with_lstsq_saves_the_transform_and_no_model(
     tiny: Model, text_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     call(commands.get_lt_with_lstsq, "--model", tiny.folder, "--dataset", text_file, "--layers", "2", *FAST)
-    folder = Path(f"{tiny.folder.name}-lstsq-2")
+    folder = Path(f"{tiny.folder.name}-transform")
     (name, transform), *rest = load_file(folder / "edits.safetensors").items()
     assert not rest
     assert name.startswith("transform.")
@@ -175,7 +175,7 @@ def test_evaluate_model_prints_the_scores_and_writes_them(
         (["--layers", "6"], "layers_to_skip: must be less than the model's 6 layers, not 6"),
         (["--layers", "2", "--min_distance_layer", "5"], "min_distance_layer: no block of 2 layers fits"),
         (["--layers", "2", "--tasks", "hellaswag"], "tasks: 'hellaswag' is not available"),
-        (["--layers", "2", "--device", "cuda"], "device: cuda is asked for, but torch sees no CUDA device"),
+        (["--layers", "2", "--device", "cuda:99"], "device: cuda:99 is asked for, but torch sees"),
         (["--layers", "2", "--dataset_size", "1", "--max_length", "8"], "alpha: 0 leaves the least squares singular"),
     ],
 )
@@ -186,6 +186,65 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert said in errors[0]
+
+
+def test_a_folder_that_is_no_earlier_result_is_never_replaced(
+    tiny: Model, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years of work", encoding="utf-8")
+    arguments = ["--dataset", text_file, "--layers", "2", *FAST]
+    for command in (commands.run_replaceme, commands.get_lt_with_lstsq, commands.get_distance_analysis):
+        call(command, "--model", tiny.folder, *arguments, "--save_path", precious, code=2)
+        assert "precious exists and is not an earlier result of this command" in capsys.readouterr().err
+    assert (precious / "thesis.txt").read_text(encoding="utf-8") == "years of work"
+    call(commands.run_replaceme, "--model", tiny.folder, *arguments, "--save_path", tiny.folder, code=2)
+    assert "is the model that is to be pruned" in capsys.readouterr().err
+
+
+def test_an_output_that_was_changed_is_made_again(
+    tiny: Model, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "--model",
+        tiny.folder,
+        "--dataset",
+        text_file,
+        "--layers",
+        "2",
+        *FAST,
+        "--tasks",
+        "[]",
+        "--save_path",
+        tmp_path / "r",
+    ]
+    call(commands.run_replaceme, *arguments)
+    (tmp_path / "r" / "model.safetensors").unlink()
+    call(commands.run_replaceme, *arguments)
+    assert (tmp_path / "r" / "model.safetensors").is_file()
+    call(commands.get_distance_analysis, *arguments, code=2)
+    assert "exists and is not an earlier result of this command" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--save_path", "/proc/none/x"], "save_path: nothing can be written beside /proc/none/x"),
+        (["--revision", "main"], "revision: is for hub models"),
+        (["--dataset_column", "body"], "dataset_column: 'body' does not apply to"),
+        (["--foo", "1", "--bar"], "'--bar' is not an option"),
+    ],
+)
+def test_options_that_cannot_be_honoured_are_refused(
+    arguments: list[str], said: str, tiny: Model, text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call(commands.run_replaceme, "--model", tiny.folder, "--dataset", text_file, "--layers", "2", *FAST, *arguments, code=2)
+    assert said in capsys.readouterr().err
+
+
+def test_scores_are_not_written_over_a_folder(tiny: Model, text_file: Path, tmp_path: Path) -> None:
+    call(commands.evaluate_model, "--model_path", tiny.folder, "--tasks", text_file, "--save_path", tmp_path, *FAST, code=2)
 
 
 def test_few_tokens_are_warned_of(tiny: Model, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -226,6 +285,50 @@ def test_a_folder_that_is_no_usable_model_is_refused_before_any_work(
     assert said in errors[0]
 
 
+def copied(tiny: Model, folder: Path) -> Path:
+    folder.mkdir()
+    for path in tiny.files():
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def test_weights_that_the_checkpoint_lacks_are_not_made_up(
+    tiny: Model, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copied(tiny, tmp_path / "lacking")
+    weights = {name: weight for name, weight in load_file(folder / "model.safetensors").items() if ".layers.4." not in name}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    call(commands.run_replaceme, "--model", folder, "--dataset", text_file, "--layers", "2", *FAST, code=2)
+    assert "is missing from the weights of lacking" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("config.json", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "are quantized (gptq)"),
+        ("config.json", {"num_hidden_layers": "six"}, "can't be read"),
+        ("tokenizer.json", {"model": 3}, "the tokenizer of changed can't be read"),
+        ("model.safetensors.index.json", {}, "model.safetensors.index.json of changed can't be read"),
+    ],
+)
+def test_damaged_or_unsuitable_files_of_a_model_are_named_before_any_work(
+    name: str,
+    change: dict[str, Any],
+    said: str,
+    tiny: Model,
+    text_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = copied(tiny, tmp_path / "changed") / name
+    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    path.write_text(json.dumps({**content, **change}), encoding="utf-8")
+    call(commands.run_replaceme, "--model", path.parent, "--dataset", text_file, "--layers", "2", *FAST, code=2)
+    errors = capsys.readouterr().err
+    assert said in errors
+    assert "calibrate:" not in errors
+
+
 def test_a_damaged_weight_file_is_named(
     tiny: Model, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -238,7 +341,7 @@ def test_a_damaged_weight_file_is_named(
 
 
 def test_mistakes_in_model_text_and_tasks_are_reported_together(capsys: pytest.CaptureFixture[str]) -> None:
-    call(commands.run_replaceme, "--model", "./none", "--dataset", "none.txt", "--tasks", "none", "--device", "cuda", code=2)
+    call(commands.run_replaceme, "--model", "./none", "--dataset", "none.txt", "--tasks", "none", "--device", "cuda:99", code=2)
     errors = [line.split(": ")[1] for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert errors == ["device", "model_path", "dataset", "tasks"]
 
@@ -259,4 +362,4 @@ def test_the_scripts_are_installed_and_run_anywhere(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": ""},
     )  # fmt: skip
     assert done.returncode == 2
-    assert done.stderr == "error: parameters: alpha: must be a number, not 'x'.\n"
+    assert done.stderr == "error: command line: alpha: must be a number, not 'x'.\n"

@@ -71,7 +71,7 @@ def test_a_packaged_file_with_another_content_is_refused(packaged: PackagedFile,
     monkeypatch.setitem(embedded.TEXTS, "lee-news", (("calibration",), wrong, embedded._news))
     with pytest.raises(ResourceError, match=r"has sha256 [0-9a-f]{64}, not 0{64}"):
         text_articles("lee-news", None)
-    assert not list((embedded.cache_folder() / "texts").glob("*"))
+    assert not list((embedded.cache_folder() / "texts").glob("*.jsonl"))
 
 
 def test_an_unknown_split_is_named() -> None:
@@ -92,5 +92,10 @@ def test_a_failed_download_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def test_the_title_alone_decides_the_split() -> None:
-    assert {embedded._split_of(title) for title in map(str, range(50))} == {"calibration", "held-out"}
-    assert embedded._split_of("Albedo") == embedded._split_of("Albedo")
+    # Pinned: another split would let held-out text into the calibration of an old result.
+    assert [embedded._split_of(title) for title in ("Albedo", "Autism", "Anarchism", "Alaska")] == [
+        "calibration",
+        "calibration",
+        "calibration",
+        "held-out",
+    ]

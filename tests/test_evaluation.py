@@ -6,6 +6,7 @@ import pytest
 import torch
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
+from tokenizers import processors
 
 from replaceme.errors import DatasetError, ParameterError
 from replaceme.evaluation.continuation import CHOICE_WORDS, CONTEXT_WORDS, continuation_items
@@ -31,24 +32,64 @@ def test_perplexity_equals_an_independent_computation(bos: bool, batch_size: int
             likelihood = model(window[None]).logits[0].double().log_softmax(-1)
         losses += [-likelihood[position, window[position + 1]] for position in range(len(window) - 1)]
     nll = float(torch.stack(losses).mean())
-    found = perplexities(model, cut_windows([text], tokenizer, None), batch_size, "test")
+    found = perplexities(model, cut_windows("t", [text], tokenizer, None), batch_size, "test")
     assert found["token"] == pytest.approx(math.exp(nll), rel=1e-4)
     assert found["word"] == pytest.approx(math.exp(nll * len(ids) / len(text.split())), rel=1e-4)
+    if len(ids) > room:
+        assert 0 < found["stderr"] < found["token"]
     assert found["byte"] == pytest.approx(math.exp(nll * len(ids) / len(text.encode())), rel=1e-4)
+
+
+def test_standard_error_is_that_of_the_windows_means() -> None:
+    model, tokenizer = made_model(max_position_embeddings=2048), made_tokenizer()
+    texts = [made_text(9, seed) for seed in range(12)]
+    windows = cut_windows("t", texts, tokenizer, None)
+    losses = []
+    for window in windows.windows:
+        with torch.no_grad():
+            likelihood = model(window[None]).logits[0].double().log_softmax(-1)
+        losses.append(-sum(float(likelihood[place, window[place + 1]]) for place in range(len(window) - 1)))
+    counts = torch.tensor([float(len(window) - 1) for window in windows.windows], dtype=torch.float64)
+    totals = torch.tensor(losses, dtype=torch.float64)
+    nll = float(totals.sum() / counts.sum())
+    ratio_error = float((totals - nll * counts).std() * len(losses) ** 0.5 / counts.sum())
+    assert perplexities(model, windows, 1, "t")["stderr"] == pytest.approx(math.exp(nll) * ratio_error, rel=1e-3)
+
+
+def test_a_figure_that_overflows_is_left_out() -> None:
+    endless = "ab" * 900  # one word of so many tokens that its perplexity is no number
+    figures = perplexities(
+        made_model(max_position_embeddings=2048), cut_windows("t", [endless], made_tokenizer(), None), 1, "t"
+    )
+    assert "word" not in figures
+    assert {"token", "byte"} <= set(figures)
+    dense = {"perplexity": {"t": figures}, "accuracy": {}, "parameters": 2}
+    found = compare(dense, dense)
+    assert "word_perplexity" not in found
+    assert found["perplexity"]["t"]["ratio"] == 1.0
+
+
+def test_a_start_of_several_ids_makes_no_empty_windows() -> None:
+    tokenizer = made_tokenizer(bos=False)
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> </s> $A", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    windows = cut_windows("t", ["the river", made_text(400)], tokenizer, None)
+    assert all(len(window) > 2 for window in windows.windows)
 
 
 def test_windows_come_from_each_text_in_turn_up_to_the_limit() -> None:
     tokenizer = made_tokenizer(bos=False)
     texts = [made_text(300, 1), made_text(300, 2)]
-    windows = cut_windows(texts, tokenizer, WINDOW + 10)
+    windows = cut_windows("t", texts, tokenizer, WINDOW + 10)
     assert [len(window) for window in windows.windows] == [WINDOW, 10]
     assert windows.tokens == WINDOW + 10
     assert windows.windows[1].tolist() == tokenizer.encode(texts[1])[:10]
 
 
 def test_a_text_without_tokens_is_an_error() -> None:
-    with pytest.raises(DatasetError, match="has no text after tokenization"):
-        cut_windows([" "], made_tokenizer(), None)
+    with pytest.raises(DatasetError, match="tasks: t has no text after tokenization"):
+        cut_windows("t", [" "], made_tokenizer(), None)
 
 
 @pytest.fixture
@@ -145,6 +186,23 @@ def test_text_files_are_tasks(tmp_path: Path) -> None:
     path.write_text('{"text": "one"}\n{"text": ""}\n{"text": "two"}\n', encoding="utf-8")
     assert task_name(str(path)) == "my_notes"
     assert task_texts(str(path)) == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("t.jsonl", '{"body": "x", "n": 1}', "have no column 'text' with text; the first one's columns are body, n"),
+        ("t.jsonl", "{", "isn't JSON"),
+        ("t.txt", "", "is empty"),
+    ],
+)
+def test_task_files_are_checked_before_any_work(tmp_path: Path, name: str, content: str, said: str) -> None:
+    path = tmp_path / name
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(DatasetError) as caught:
+        task_fingerprints(read_params(None, {"tasks": (str(path),)}))
+    assert str(caught.value).startswith("tasks: ")
+    assert said in str(caught.value)
 
 
 def test_unknown_and_clashing_tasks_are_named(tmp_path: Path) -> None:

@@ -87,6 +87,8 @@ def test_a_settled_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (ParameterError(["a: is wrong.", "b: is wrong."]), 2, "error: a: is wrong.\nerror: b: is wrong.\n"),
         (OSError(errno.ENOSPC, "No space left on device"), 2, "error: the disk is full"),
         (MemoryError(), 2, "error: memory ran out; lower batch_size"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 2, "error: memory ran out; lower batch_size"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x/y"), 2, "error: /x/y: Permission denied."),
         (KeyboardInterrupt(), 130, "interrupted; what was finished stays"),
         (KeyError("x"), 1, "error: unexpected KeyError: 'x' (run with --debug"),
     ],
@@ -103,9 +105,19 @@ def test_errors_end_in_a_sentence_and_an_exit_code(
     assert "Traceback" not in message
 
 
-def test_debug_shows_the_traceback() -> None:
+def test_debug_shows_the_traceback_and_keeps_the_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
     def fail() -> None:
         raise ParameterError("a: is wrong.")
 
-    with pytest.raises(ParameterError):
-        run(fail, debug=True)
+    assert run(fail, debug=True) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_sum_taken_from_a_fresh_file_is_not_remembered(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("one", encoding="utf-8")
+    times = path.stat()
+    first = sha256_below(path)
+    path.write_text("two", encoding="utf-8")
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # as a coarse clock would have it
+    assert sha256_below(path) != first

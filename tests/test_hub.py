@@ -35,6 +35,7 @@ def streamed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         return datasets.IterableDataset.from_generator(lambda: iter(rows))
 
     monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(hub, "reachable", lambda: True)
     monkeypatch.setattr(hub, "resolve_commit", lambda name, kind, revision, hint="": "c" * 40)
     return calls
 
@@ -62,20 +63,45 @@ def test_a_slip_in_an_embedded_name_is_recognised() -> None:
 
 
 @pytest.mark.usefixtures("offline")
-def test_offline_the_cached_commit_of_a_model_is_used(tmp_path: Path) -> None:
-    references = tmp_path / "models--owner--model" / "refs"
-    references.mkdir(parents=True)
-    (references / "main").write_text("d" * 40, encoding="utf-8")
-    assert hub.resolve_commit("owner/model", "model", None) == "d" * 40
+def test_offline_the_cached_commit_of_a_model_is_used_and_of_a_dataset_not(tmp_path: Path) -> None:
+    for kind in ("model", "dataset"):
+        references = tmp_path / f"{kind}s--owner--name" / "refs"
+        references.mkdir(parents=True)
+        (references / "main").write_text("d" * 40, encoding="utf-8")
+    assert hub.resolve_commit("owner/name", "model", None) == "d" * 40
+    with pytest.raises(DatasetError, match="the hub can't be reached"):
+        hub.resolve_commit("owner/name", "dataset", None)
+
+
+@pytest.mark.parametrize("name", ["owner/name", "foo--bar"])
+def test_a_connection_that_breaks_is_one_sentence(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class NoConnectionError(Exception):
+        """What the HTTP library raises; no OSError."""
+
+    def refuse(*_args: Any, **_options: Any) -> None:
+        raise NoConnectionError
+
+    monkeypatch.setattr(hub, "reachable", lambda: True)
+    monkeypatch.setattr(hub.HfApi, "repo_info", refuse)
+    with pytest.raises(ModelError, match=f"{name} could not be looked up on the hub"):
+        find_model(made(model_path=name))
 
 
 def test_a_hub_that_never_answers_is_given_up_within_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "PROBE_SECONDS", 0.3)
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub.socket, "create_connection", lambda *_args, **_options: (time.sleep(2), socket.socket())[1])
+    hub.reachable.cache_clear()
     began = time.monotonic()
     assert not hub.reachable()
     assert time.monotonic() - began < 1.5
+    hub.reachable.cache_clear()
+
+
+def test_streamed_rows_are_shuffled_by_the_seed(streamed: list[tuple[Any, ...]]) -> None:
+    orders = {tuple(map(str, find_dataset(made(dataset="fineweb", seed=seed)).open().rows)) for seed in range(8)}
+    assert len(orders) > 1
+    assert len(streamed) == 8
 
 
 def test_published_dataset_names_are_streamed_with_their_configuration(streamed: list[tuple[Any, ...]]) -> None:
@@ -112,7 +138,9 @@ def test_an_unknown_configuration_is_said_in_one_sentence(monkeypatch: pytest.Mo
         raise ValueError("BuilderConfig 'x' not found.\nAvailable: ['a', 'b']")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
+    monkeypatch.setattr(hub, "reachable", lambda: True)
     with pytest.raises(
-        DatasetError, match=r"owner/data could not be opened \(BuilderConfig 'x' not found\. Available: \['a', 'b'\]\)"
+        DatasetError,
+        match=r"owner/data could not be read \(ValueError: BuilderConfig 'x' not found\. Available: \['a', 'b'\]\)",
     ):
         list(find_dataset(made(dataset="owner/data"), {"owner/data": "c" * 40}).open().rows)

@@ -43,6 +43,9 @@ def problems_of(tmp_path: Path, text: str) -> str:
         ("token: secret-value", "token: secrets don't belong in parameters"),
         ("alpha: 1\nalpha: 2", "alpha: is given twice, as 1 and as 2"),
         ("alpha: [", "isn't valid YAML"),
+        ("revision: 2024-99-99", "isn't valid YAML"),
+        ("seed: 99999999999999999999", "seed: must be at most"),
+        ("tasks: {winogrande: 5}", "tasks: winogrande must have options like {fewshots: 0}, not 5"),
         ("- alpha", "must hold one `key: value` a line"),
         ("dataset_subset: train\ndataset_split: test", "dataset_subset: says 'train' and dataset_split 'test'"),
     ],
@@ -72,6 +75,7 @@ def test_numbers_are_read_as_yaml_1_2(tmp_path: Path) -> None:
 def test_equal_values_of_a_repeated_key_are_accepted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("WARNING", "replaceme"):
         assert read_params(written(tmp_path, "layers_to_skip: 4\nalpha: 0\nlayers_to_skip: 4 # again")).layers_to_skip == 4
+    assert "layers_to_skip is given twice with the same value" in caplog.text
 
 
 def test_a_file_with_only_published_keys_is_valid(tmp_path: Path) -> None:
@@ -99,6 +103,19 @@ def test_published_cosine_config_is_refused_by_the_methods_name_alone() -> None:
 
 def test_overrides_win_over_the_file(tmp_path: Path) -> None:
     assert read_params(written(tmp_path, "alpha: 1"), {"alpha": 2.0}).alpha == 2.0
+
+
+def test_an_override_wins_over_a_published_key_of_the_file(tmp_path: Path) -> None:
+    assert read_params(written(tmp_path, "dataset_subset: train"), {"dataset_split": "test"}).dataset_split == "test"
+
+
+def test_a_mistake_is_blamed_on_where_it_stands(tmp_path: Path) -> None:
+    with pytest.raises(ParameterError) as caught:
+        read_params(written(tmp_path, "batch_size: 0"), {"alpha": "x"})
+    assert sorted(line.split(": ")[:2] for line in caught.value.problems) == [
+        [str(tmp_path / "config.yaml"), "batch_size"],
+        ["command line", "alpha"],
+    ]
 
 
 def test_params_yaml_holds_every_key() -> None:

@@ -39,12 +39,19 @@ def test_fewer_tokens_than_dimensions_without_ridge_is_an_error() -> None:
         solve_ridge(M.T @ M, M.T @ Y, 0.0)
 
 
-def test_a_tiny_ridge_on_a_singular_system_is_solved_stably() -> None:
+def test_a_ridge_below_the_rounding_is_as_singular_as_none() -> None:
     M, Y = made(5, 8)
-    transform = solve_ridge(M.T @ M, M.T @ Y, 1e-13).transform
-    expected = np.linalg.pinv(M.numpy()) @ Y.numpy()
-    assert torch.isfinite(transform).all()
-    assert np.allclose(M.numpy() @ transform.numpy(), M.numpy() @ expected, atol=1e-2)
+    with pytest.raises(SolveError, match="alpha: 1e-30 leaves the least squares singular"):
+        solve_ridge(M.T @ M, M.T @ Y, 1e-30)
+
+
+def test_where_rounding_leaves_the_matrix_not_quite_positive_eigenvectors_solve_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    M, Y = made(50, 8)
+    expected = solve_ridge(M.T @ M, M.T @ Y, 0.5).transform
+    failed = torch.linalg.cholesky_ex(-torch.eye(2, dtype=torch.float64))
+    assert failed.info > 0
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda _matrix: failed)
+    assert torch.allclose(solve_ridge(M.T @ M, M.T @ Y, 0.5).transform, expected, rtol=1e-9)
 
 
 def test_condition_number_and_smallest_eigenvalue_are_those_of_the_gram_matrix() -> None:

@@ -7,6 +7,8 @@ import torch
 from replaceme.documents import Batch, Documents
 from replaceme.families import PRE_NORM
 from replaceme.forward import Signal, Signals, ask, walk
+from replaceme.methods import METHODS
+from replaceme.params import read_params
 from replaceme.plan import Block, Plan
 from replaceme.solver import solve_ridge
 from replaceme.statistics import Sample, take_statistics
@@ -110,3 +112,26 @@ def test_width_of_the_statistics_is_the_models() -> None:
     model = made_model()
     sums = take_statistics(model, PRE_NORM, Documents([torch.arange(2, 60)]), PLAN, 1)["gram-0"]
     assert sums["gram"].shape == sums["cross"].shape == (WIDTH, WIDTH)
+
+
+def test_figures_of_the_fit_equal_those_of_the_activations(documents: Documents) -> None:
+    model = made_model(dtype=torch.float64)
+    taken = take_statistics(model, PRE_NORM, documents, PLAN, 4)
+    params = read_params(None, {"alpha": 3.0})
+    edits, figures = METHODS["lstsq"].solve(params, PLAN, lambda name, block: taken[f"{name}-{block}"])
+    T = edits.transforms[BLOCK.host].numpy()
+    M, Z, H = at_cut(model, documents)
+    cosine = ((M @ T + Z) * H).sum(1) / (np.linalg.norm(M @ T + Z, axis=1) * np.linalg.norm(H, axis=1))
+    eigenvalues = np.linalg.eigvalsh(M.T @ M)
+    expected = {
+        "tokens": len(M),
+        "relative_residual": np.linalg.norm(H - Z - M @ T) / np.linalg.norm(H),
+        "relative_residual_removed": np.linalg.norm(H - Z - M) / np.linalg.norm(H),
+        "mean_cosine": cosine.mean(),
+        "mean_cosine_removed": (((M + Z) * H).sum(1) / (np.linalg.norm(M + Z, axis=1) * np.linalg.norm(H, axis=1))).mean(),
+        "condition_number": (eigenvalues[-1] + 3) / (eigenvalues[0] + 3),
+        "smallest_eigenvalue": eigenvalues[0],
+        "alpha_over_smallest_eigenvalue": 3 / eigenvalues[0],
+        "distance_from_identity": np.linalg.norm(T - np.eye(WIDTH)) / WIDTH**0.5,
+    }
+    assert figures == pytest.approx(expected, rel=1e-5)

@@ -17,7 +17,7 @@ from replaceme.export import save_pruned
 from replaceme.families import FAMILIES, REFUSED, family_of
 from replaceme.models import Model
 from replaceme.surgery import apply_edits, cut_config, fold
-from replaceme.verification import cache_error, verify_export
+from replaceme.verification import cache_error, verify_export, wrong_weights
 from tests.conftest import FAMILY_CONFIGS, LAYERS, WIDTH, made_model
 
 TEXT = torch.arange(2, 42)[None]
@@ -124,7 +124,9 @@ def test_every_module_knows_its_new_position() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_config_list_keeps_an_entry_of_a_removed_layer(family: str) -> None:
     config = made_model(family, layers=7).config
+    config.layer_types = getattr(config, "layer_types", None) or ["full_attention"] * 7
     lists = {key for key, value in config.to_dict().items() if isinstance(value, list) and len(value) == 7}
+    assert "layer_types" in lists
     cut_config(config, FAMILIES[family], [2, 3])
     assert all(len(getattr(config, key)) == 5 for key in lists)
     assert config.num_hidden_layers == 5
@@ -158,7 +160,7 @@ def test_every_described_family_is_tested() -> None:
     assert set(FAMILIES) == set(FAMILY_CONFIGS)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_verification_passes_an_honest_export(
     save_tiny: Callable[..., Model], tmp_path: Path, documents: Documents, dtype: torch.dtype
 ) -> None:
@@ -182,6 +184,24 @@ def test_verification_fails_a_wrong_export(
     save_pruned(tiny, tampered, tmp_path)
     with pytest.raises(VerificationError, match=said):
         verify_export(tiny, Model(tmp_path, "pruned"), edits_for(2, 2), documents)
+
+
+def test_verification_knows_subnormal_weights(save_tiny: Callable[..., Model], tmp_path: Path, documents: Documents) -> None:
+    # Folds with so small a weight round in absolute steps.
+    source = save_tiny(dtype=torch.float16, initializer_range=1e-4)
+    edits = edits_for(2, 2)
+    save_pruned(source, edits, tmp_path)
+    dense, pruned = source.load(), Model(tmp_path, "pruned").load()
+    assert wrong_weights(dense, pruned, FAMILIES["llama"], edits) == []
+
+
+def test_verification_does_not_follow_the_models_generation_config(
+    save_tiny: Callable[..., Model], tmp_path: Path, documents: Documents
+) -> None:
+    source, edits = save_tiny(), edits_for(2, 2)
+    save_pruned(source, edits, tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"num_beams": 3, "do_sample": true, "top_k": 5, "eos_token_id": [1, 5]}')
+    assert verify_export(source, Model(tmp_path, "pruned"), edits, documents)["cache_error"] < 1e-4
 
 
 def test_verification_compares_with_the_unfused_computation_itself(

@@ -86,4 +86,6 @@ def as_row(value: Any, column: str, name: str) -> Row:
 def _turn(turn: Mapping[str, Any]) -> dict[str, str]:
     role = str(turn.get("role") or turn.get("from"))
     content = turn.get("content") if "content" in turn else turn.get("value")
-    return {"role": ROLES.get(role, role), "content": str(content or "")}
+    if content is not None and not isinstance(content, str):
+        raise DatasetError(f"dataset_column: a chat turn holds {type(content).__name__}, not text; flatten it to text first.")
+    return {"role": ROLES.get(role, role), "content": content or ""}

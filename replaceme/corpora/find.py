@@ -45,7 +45,7 @@ class DatasetSource:
             return local.open_file(self.path, params.dataset_column, params.seed)
         articles = embedded.text_articles(params.dataset, params.dataset_split)
         order = torch.randperm(len(articles), generator=torch.Generator().manual_seed(params.seed)).tolist()
-        return Corpus([articles[index] for index in order], running=True)
+        return Corpus([articles[index] for index in order], running=params.dataset in embedded.RUNNING)
 
 
 def find_dataset(params: Params, commits: dict[str, str] | None = None) -> DatasetSource:
@@ -71,6 +71,8 @@ def find_dataset(params: Params, commits: dict[str, str] | None = None) -> Datas
         local.check_file(path)
         _refuse(params, "dataset_config", "dataset_revision")
         _refuse(params, "dataset_split", but="train")
+        if path.suffix == ".txt":
+            _refuse(params, "dataset_column", but="text")
         return DatasetSource(params, path)
     repositories = streamed.repositories(name)
     if not all(map(hub.is_repository_id, repositories)):

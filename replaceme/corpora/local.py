@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,14 +14,14 @@ BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parqu
 SUFFIXES = (".txt", *BUILDERS)
 
 
-def check_file(path: Path, key: str = "dataset") -> None:
+def check_file(path: Path, key: str = "dataset", suffixes: tuple[str, ...] = SUFFIXES) -> None:
     """Raise DatasetError unless ``path`` is a file of a known kind with something in it."""
     if path.is_dir():
-        raise DatasetError(f"{key}: {path} is a folder; give one {', '.join(SUFFIXES)} file.")
+        raise DatasetError(f"{key}: {path} is a folder; give one {', '.join(suffixes)} file.")
     if not path.is_file():
-        raise DatasetError(f"{key}: there is no file {path}; give a {', '.join(SUFFIXES)} file.")
-    if path.suffix not in SUFFIXES:
-        raise DatasetError(f"{key}: {path} ends in '{path.suffix}'; give a {', '.join(SUFFIXES)} file.")
+        raise DatasetError(f"{key}: there is no file {path}; give a {', '.join(suffixes)} file.")
+    if path.suffix not in suffixes:
+        raise DatasetError(f"{key}: {path} ends in '{path.suffix}'; give a {', '.join(suffixes)} file.")
     if path.stat().st_size == 0:
         raise DatasetError(f"{key}: {path} is empty.")
 
@@ -52,11 +53,17 @@ def read_rows(path: Path, column: str | None, seed: int | None, key: str = "data
             raise DatasetError(f"{key}: {path} can't be read as {path.suffix[1:]} ({reason}).") from failure
         if len(table) == 0:
             raise DatasetError(f"{key}: {path} has no rows.")
-        chosen = pick_column(table.column_names, table[0], column, str(path))
+        chosen = pick_column(table.column_names, _sample(table), column, str(path))
         generator = torch.Generator().manual_seed(seed) if seed is not None else None
         order = range(len(table)) if generator is None else torch.randperm(len(table), generator=generator).tolist()
         for index in order:
             yield as_row(table[index][chosen], chosen, str(path))
+
+
+def _sample(table: Any) -> dict[str, Any]:
+    """Return a value of each column that isn't missing, where the first rows have one."""
+    rows = [table[index] for index in range(min(len(table), 100))]
+    return {name: next((row[name] for row in rows if row[name] is not None), None) for name in table.column_names}
 
 
 def open_file(path: Path, column: str | None, seed: int) -> Corpus:

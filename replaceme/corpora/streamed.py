@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from replaceme import hub
 from replaceme.corpora.corpus import Corpus, Row, as_row, pick_column
 from replaceme.errors import DatasetError
 from replaceme.params import Params
@@ -38,19 +39,21 @@ def _rows(name: str, commit: str, params: Params) -> Iterator[Row]:
     from datasets import load_dataset
 
     split = params.dataset_split or "train"
+    if not hub.reachable():
+        raise DatasetError(f"dataset: {name} is streamed, and the hub can't be reached.")
     try:
         stream = load_dataset(name, params.dataset_config or CONFIGS.get(name), split=split, streaming=True, revision=commit)
         first = next(iter(stream), None)
-    except ValueError as problem:
-        # Unknown configuration or split: the library's message lists the ones there are.
-        raise DatasetError(f"dataset: {name} could not be opened ({' '.join(str(problem).split())[:300]}).") from problem
-    except OSError as problem:
-        raise DatasetError(f"dataset: {name} could not be streamed ({type(problem).__name__}).") from problem
-    if first is None:
-        raise DatasetError(f"dataset: the split {split} of {name} has no rows.")
-    column = pick_column(first, first, params.dataset_column, name)
-    for row in stream.shuffle(seed=params.seed, buffer_size=SHUFFLE_ROWS):
-        yield as_row(row[column], column, name)
+        if first is None:
+            raise DatasetError(f"dataset: the split {split} of {name} has no rows.")
+        column = pick_column(first, first, params.dataset_column, name)
+        for row in stream.shuffle(seed=params.seed, buffer_size=SHUFFLE_ROWS):
+            yield as_row(row[column], column, name)
+    except DatasetError:
+        raise
+    except Exception as failure:  # unknown configurations, and whatever the HTTP library in use raises
+        reason = " ".join(str(failure).split())[:300]
+        raise DatasetError(f"dataset: {name} could not be read ({type(failure).__name__}: {reason}).") from failure
 
 
 def _in_turn(streams: list[Iterator[Row]]) -> Iterator[Row]:

@@ -33,13 +33,13 @@ def evaluate(params: Params, work: Workspace) -> None:
 
 
 def score_model(params: Params, model: Model, name: str) -> Scores:
-    """Return ``{"perplexity": {task: {token, word, byte}}, "accuracy": {task: {…}}, "parameters": n}``."""
+    """Return ``{"perplexity": {task: {token, word, byte, stderr}}, "accuracy": {task: {…}}, "parameters": n}``."""
     use_threads(params.threads)
     loaded, tokenizer = model.load(params.eval_dtype, resolve_device(params.device)), model.tokenizer()
     perplexity = {
         task_name(task): perplexities(
             loaded,
-            cut_windows(task_texts(task), tokenizer, params.eval_tokens),
+            cut_windows(task_name(task), task_texts(task), tokenizer, params.eval_tokens),
             params.eval_batch_size,
             f"{name}: {task_name(task)}",
         )
@@ -53,7 +53,7 @@ def score_model(params: Params, model: Model, name: str) -> Scores:
     }
     scorer = CausalScorer(loaded, tokenizer, params.eval_batch_size, f"{name}: {', '.join(choices)}")
     accuracy = accuracies(scorer, choices) if choices else {}
-    shown = [f"{task} perplexity {scores['token']:.4g}" for task, scores in perplexity.items()]
+    shown = [f"{task} perplexity {scores.get('token', float('inf')):.4g}" for task, scores in perplexity.items()]
     shown += [f"{task} accuracy {100 * scores['accuracy']:.1f} %" for task, scores in accuracy.items()]
     logger.info("%s: %s", name, ", ".join(shown) or "no tasks")
     return {"perplexity": perplexity, "accuracy": accuracy, "parameters": parameter_count(loaded)}
@@ -63,9 +63,13 @@ def compare(dense: Scores, pruned: Scores) -> Scores:
     """Return the content of metrics/evaluation.json: for each score dense, pruned and what relates them."""
     comparison: Scores = {}
     for unit, key in (("token", "perplexity"), ("word", "word_perplexity"), ("byte", "byte_perplexity")):
-        pairs = {task: (scores[unit], pruned["perplexity"][task][unit]) for task, scores in dense["perplexity"].items()}
-        if pairs:
-            comparison[key] = {task: {"dense": a, "pruned": b, "ratio": b / a} for task, (a, b) in pairs.items()}
+        for task, scores in dense["perplexity"].items():
+            both = scores, pruned["perplexity"][task]
+            if all(unit in side for side in both):
+                a, b = (side[unit] for side in both)
+                comparison.setdefault(key, {})[task] = {"dense": a, "pruned": b, "ratio": b / a}
+                if unit == "token" and all("stderr" in side for side in both):
+                    comparison[key][task] |= {"stderr_dense": both[0]["stderr"], "stderr_pruned": both[1]["stderr"]}
     if dense["accuracy"]:
         comparison["accuracy"] = {
             task: {

@@ -4,13 +4,14 @@ A task is an embedded one, or the user's own file: a .txt or .jsonl (column ``te
 file's name without its ending.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 from replaceme import embedded
 from replaceme.corpora import local
-from replaceme.errors import ParameterError
+from replaceme.errors import DatasetError, ParameterError
 from replaceme.fingerprints import sha256_below
 from replaceme.params import Params, nearest
 
@@ -40,7 +41,7 @@ def task_fingerprints(params: Params) -> dict[str, str]:
             fingerprints[name] = embedded.text_fingerprint(EMBEDDED[task][1])
         elif Path(task).suffix in FILE_SUFFIXES:
             path = Path(task).expanduser()
-            local.check_file(path, "tasks")
+            _check_task_file(path)
             fingerprints[name] = sha256_below(path)[path.name]
         else:
             known = ", ".join(EMBEDDED)
@@ -69,3 +70,19 @@ def task_texts(task: str) -> list[str]:
     if path.suffix == ".txt":
         return [local.read_text(path, "tasks")]
     return [row for row in local.read_rows(path, "text", None, "tasks") if isinstance(row, str) and row.strip()]
+
+
+def _check_task_file(path: Path) -> None:
+    """Raise DatasetError unless the file is there and, for .jsonl, its first row has a text."""
+    local.check_file(path, "tasks", FILE_SUFFIXES)
+    if path.suffix == ".txt":
+        return
+    with path.open(encoding="utf-8") as lines:
+        first = next((line for line in lines if line.strip()), "")
+    try:
+        row = json.loads(first)
+    except ValueError:
+        raise DatasetError(f"tasks: the first row of {path} isn't JSON.") from None
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        keys = ", ".join(row) if isinstance(row, dict) else "none"
+        raise DatasetError(f"tasks: the rows of {path} have no column 'text' with text; the first one's columns are {keys}.")
