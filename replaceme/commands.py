@@ -125,8 +125,8 @@ def get_lt_with_lstsq() -> NoReturn:
 
 
 def _prune(params: Params) -> None:
-    kind = "transform" if params.save_transform_only else "pruned"
-    work = _claim(params, kind)
+    kind = "transform" if params.save_transform_only else "model"
+    work = _claim(params, kind, f"{params.method}-{params.layers_to_skip}")
     target = work.model
     inspect_inputs(params, work)
     steps = ["calibrate", "profile", "select", "activations", "solve"]
@@ -163,7 +163,7 @@ def _evaluate(params: Params) -> None:
 
 
 def _analyse(params: Params) -> None:
-    work = _claim(params, "distances")
+    work = _claim(params, "distances", "distances")
     target = work.model
     inspect_inputs(params.model_copy(update={"layers_to_skip": 1}), work)
     _run_steps(params, work, ["calibrate", "profile"])
@@ -179,19 +179,20 @@ def _analyse(params: Params) -> None:
     logger.info("all pairs are in %s", target / "distances.csv")
 
 
-def _claim(params: Params, kind: str) -> Workspace:
+def _claim(params: Params, kind: str, suffix: str) -> Workspace:
     """Return the place of the result and of the intermediate results beside it.
 
     Args:
-        params: ``save_path`` names the place; None makes a name of model and ``kind``.
+        params: ``save_path`` names the place.
         kind: what the result is; a place that holds another kind is refused.
+        suffix: makes a name, behind the model's, where ``save_path`` is None.
 
     Raises:
         ParameterError: something would be replaced that isn't an earlier result of the same command, or nothing can be
             written there.
     """
     source = Path(params.model_path).expanduser().resolve()
-    target = Path(params.save_path or f"{source.name}-{kind}").expanduser().absolute()
+    target = Path(params.save_path or f"{source.name}-{suffix}").expanduser().absolute()
     work = Workspace(target.with_name(target.name + ".work"), target)
     record = work.root / "result.json"
     if target.resolve() == source:

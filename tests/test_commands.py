@@ -118,7 +118,7 @@ def test_get_lt_with_lstsq_saves_the_transform_and_no_model(
     tiny: Model, text_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     call(commands.get_lt_with_lstsq, "--model", tiny.folder, "--dataset", text_file, "--layers", "2", *FAST)
-    folder = Path(f"{tiny.folder.name}-transform")
+    folder = Path(f"{tiny.folder.name}-lstsq-2")
     (name, transform), *rest = load_file(folder / "edits.safetensors").items()
     assert not rest
     assert name.startswith("transform.")
