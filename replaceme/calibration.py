@@ -83,7 +83,7 @@ def draw_documents(
     else:
         bodies = encoded
     drawn: list[Tensor] = []
-    for body in progress(bodies, "tokenizing", "documents", total=size):
+    for body in progress(bodies, "drawing documents", "documents", total=size):
         if not body:
             counts.empty += 1
             continue
