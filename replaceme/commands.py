@@ -8,6 +8,7 @@ repeats nothing before the solve, and an output that somebody changed is made ag
 import argparse
 import hashlib
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ from replaceme.calibration import calibrate
 from replaceme.card import SETTINGS
 from replaceme.entry import run
 from replaceme.errors import ParameterError
-from replaceme.evaluation.scores import align, evaluate, score_baseline, score_model
+from replaceme.evaluation.scores import align, comparison_table, evaluate, score_baseline, score_model
 from replaceme.evaluation.texts import task_fingerprints
 from replaceme.export import export
 from replaceme.files import new_folder, read_json, rounded, write_json
@@ -32,7 +33,7 @@ from replaceme.profile import profile
 from replaceme.progress import logger
 from replaceme.published import PUBLISHED_KEYS
 from replaceme.repair import repair
-from replaceme.selection import select
+from replaceme.selection import allowed_starts, select, smallest_angle
 from replaceme.solution import solve
 from replaceme.statistics import observe_activations
 from replaceme.workspace import Workspace
@@ -125,21 +126,22 @@ def get_lt_with_lstsq() -> NoReturn:
 
 
 def _prune(params: Params) -> None:
-    kind = "transform" if params.save_transform_only else "model"
-    work = _claim(params, kind, f"{params.method}-{params.layers_to_skip}")
-    target = work.model
-    inspect_inputs(params, work)
+    suffix = f"{params.method}-{params.layers_to_skip}"
     steps = ["calibrate", "profile", "select", "activations", "solve"]
     if params.save_transform_only:
+        work = _claim(params, f"{suffix}-transform")
+        inspect_inputs(params, work)
         _run_steps(params, work, steps)
-        with new_folder(target) as folder:
-            shutil.copytree(work.solution, folder, dirs_exist_ok=True)
-        logger.info("only the transform was saved, to %s (edits.safetensors); no model was written", target)
+        _deliver(work, work.solution)
+        logger.info("only the transform was saved, to %s (edits.safetensors); no model was written", work.model)
         return
+    work = _claim(params, suffix)
+    inspect_inputs(params, work)
     _run_steps(params, work, [*steps, "repair", "export"])
-    logger.info("the pruned model is in %s, its figures in %s", target, work.root / "metrics")
-    if params.tasks:
-        _run_steps(params, work, ["baseline", "evaluate"])
+    _record(work)
+    logger.info("the pruned model is in %s, its figures in %s", work.model, work.root / "metrics")
+    if params.tasks and "evaluate" not in _run_steps(params, work, ["baseline", "evaluate"]):
+        print(comparison_table(read_json(work.metric("evaluation"))))
 
 
 def _evaluate(params: Params) -> None:
@@ -147,9 +149,7 @@ def _evaluate(params: Params) -> None:
     if not fingerprints:
         raise ParameterError("tasks: is empty; name what is to be scored.")
     model = find_model(params)
-    target = Path(params.save_path or f"{model.name.replace('/', '--')}.evaluation.json").expanduser()
-    if target.is_dir():
-        raise ParameterError(f"save_path: {target} is a folder; name a JSON file for the scores.")
+    target = _scores_file(params, model.name)
     scores = score_model(params, model, model.name)
     units = ("token", "word", "byte")
     rows: list[tuple[str, ...]] = [("", *units)]
@@ -162,52 +162,97 @@ def _evaluate(params: Params) -> None:
     logger.info("the scores are in %s", target)
 
 
+def _scores_file(params: Params, name: str) -> Path:
+    """Return where the scores go. Raises ParameterError when something else is there, or nothing can be written."""
+    target = Path(params.save_path or name.replace("/", "--")).expanduser().absolute()
+    if params.save_path is None or target.is_dir():
+        target = target.with_name(f"{target.name}.evaluation.json")
+    if target.exists():
+        try:
+            scores = isinstance(read_json(target), dict)
+        except ValueError:
+            scores = False
+        if not scores:
+            raise ParameterError(f"save_path: {target} exists and holds no scores; choose another file.")
+    _make_folder(target.parent)
+    return target
+
+
 def _analyse(params: Params) -> None:
-    work = _claim(params, "distances", "distances")
-    target = work.model
-    inspect_inputs(params.model_copy(update={"layers_to_skip": 1}), work)
+    work = _claim(params, "distances")
+    smallest = params.model_copy(update={"layers_to_skip": 1})
+    inspect_inputs(smallest, work)
     _run_steps(params, work, ["calibrate", "profile"])
-    with new_folder(target) as folder:
-        shutil.copytree(work.profile, folder, dirs_exist_ok=True)
-    distances = read_json(target / "profile.json")["angular_distance"]
+    _deliver(work, work.profile)
+    distances = read_json(work.profile / "profile.json")["angular_distance"]
     rows = [("layers to skip", "host", "removed", "angular distance")]
-    for skip in range(1, len(distances) - 1):
-        host = min(range(len(distances) - skip), key=lambda host: distances[host][host + skip])
-        removed = f"{host + 1}–{host + skip}" if skip > 1 else str(host + 1)
-        rows.append((str(skip), str(host), removed, f"{distances[host][host + skip]:.4f}"))
+    for skip in range(1, len(allowed_starts(smallest, len(distances))) + 1):
+        starts = allowed_starts(params.model_copy(update={"layers_to_skip": skip}), len(distances))
+        block = smallest_angle(distances, starts, skip)
+        removed = f"{block.start}–{block.end - 1}" if skip > 1 else str(block.start)
+        rows.append((str(skip), str(block.host), removed, f"{distances[block.host][block.end - 1]:.4f}"))
     print(align(rows))
-    logger.info("all pairs are in %s", target / "distances.csv")
+    logger.info("all pairs are in %s", work.model / "distances.csv")
 
 
-def _claim(params: Params, kind: str, suffix: str) -> Workspace:
+def _claim(params: Params, suffix: str) -> Workspace:
     """Return the place of the result and of the intermediate results beside it.
 
     Args:
         params: ``save_path`` names the place.
-        kind: what the result is; a place that holds another kind is refused.
         suffix: makes a name, behind the model's, where ``save_path`` is None.
 
     Raises:
-        ParameterError: something would be replaced that isn't an earlier result of the same command, or nothing can be
-            written there.
+        ParameterError: something is there that this program didn't write, or nothing can be written.
     """
     source = Path(params.model_path).expanduser().resolve()
-    target = Path(params.save_path or f"{source.name}-{suffix}").expanduser().absolute()
-    work = Workspace(target.with_name(target.name + ".work"), target)
-    record = work.root / "result.json"
+    name = source.name if source.is_dir() else params.model_path.replace("/", "--")
+    target = Path(params.save_path or f"{name}-{suffix}").expanduser().absolute()
     if target.resolve() == source:
         raise ParameterError(f"save_path: {target} is the model that is to be pruned; choose another folder.")
-    if target.exists() and (not record.is_file() or read_json(record) != kind):
-        raise ParameterError(f"save_path: {target} exists and is not an earlier result of this command; choose another folder.")
-    try:
-        write_json(record, kind)
-    except OSError as failure:
-        raise ParameterError(f"save_path: nothing can be written beside {target} ({failure.strerror}).") from None
+    if not target.name:
+        raise ParameterError(f"save_path: {target} can't be a result's folder; choose another one.")
+    work = Workspace(target.with_name(target.name + ".work"), target)
+    if target.exists():
+        record = _result_record(work)
+        written = read_json(record) if record.is_file() else {}
+        foreign = sorted(name for name, digest in sha256_below(target).items() if written.get(name) != digest)
+        if foreign or not target.is_dir():
+            what = f"holds {foreign[0]}, which" if target.is_dir() and foreign else "exists and"
+            raise ParameterError(f"save_path: {target} {what} this program did not write; choose another folder.")
+    _make_folder(work.root)
     return work
 
 
-def _run_steps(params: Params, work: Workspace, names: Sequence[str]) -> None:
-    """Run the steps whose stamp doesn't fit, in order."""
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        raise ParameterError(f"save_path: nothing can be written in {folder}; choose another place.")
+
+
+def _deliver(work: Workspace, folder: Path) -> None:
+    """Copy a step's output to the place of the result."""
+    with new_folder(work.model) as copy:
+        shutil.copytree(folder, copy, dirs_exist_ok=True)
+    _record(work)
+
+
+def _record(work: Workspace) -> None:
+    """Remember what the result consists of, so that a later run replaces nothing else."""
+    write_json(_result_record(work), sha256_below(work.model))
+
+
+def _result_record(work: Workspace) -> Path:
+    return work.root / "result.json"
+
+
+def _run_steps(params: Params, work: Workspace, names: Sequence[str]) -> list[str]:
+    """Run the steps whose stamp doesn't fit, in order, and return their names."""
+    ran = []
     for name in names:
         step, stamp = STEPS[name], work.root / "steps" / f"{name}.json"
         key = _key(params, work, step)
@@ -218,6 +263,8 @@ def _run_steps(params: Params, work: Workspace, names: Sequence[str]) -> None:
         stamp.unlink(missing_ok=True)
         step.run(params, work)
         write_json(stamp, [key, _sums(outputs)])
+        ran.append(name)
+    return ran
 
 
 def _sums(paths: Sequence[Path]) -> list[dict[str, str]]:

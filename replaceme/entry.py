@@ -3,21 +3,19 @@
 Exit codes: 0 done, 2 something for the user to mend, 1 a defect of ours, 130 interrupted.
 """
 
-import errno
 import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from replaceme.errors import ParameterError, ReplaceMeError, ResourceError
+from replaceme.errors import ParameterError, ReplaceMeError, ResourceError, resource_failure
 from replaceme.params import Params, read_params
 from replaceme.progress import configure_logging, silence_libraries
 from replaceme.workspace import Workspace
 
 PARAMS_FILE = Path("params.yaml")
 DEBUG_VARIABLE = "REPLACEME_DEBUG"
-FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 
 
 def run(action: Callable[[], None], debug: bool = False) -> int:
@@ -45,11 +43,8 @@ def explain(error: BaseException) -> BaseException:
     """Return the error to show: ours as it is, a full disk or a torch out-of-memory as a sentence, others with a pointer."""
     if isinstance(error, ReplaceMeError):
         return error
-    if (isinstance(error, OSError) and error.errno in FULL_DISK) or "No space left on device" in str(error):
-        return ResourceError("the disk is full; free space and run again: what was finished stays.")
-    out_of_memory = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    if out_of_memory or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return ResourceError("memory ran out; lower batch_size or max_length, or set use_4bit: true.")
+    if known := resource_failure(error):
+        return known
     if isinstance(error, OSError) and error.filename:
         return ResourceError(f"{error.filename}: {error.strerror}.")
     return RuntimeError(

@@ -4,6 +4,10 @@ The entry points (``replaceme.entry``) print the message and end with ``exit_cod
 only. Each class also is the built-in error that it refines, so that library callers can catch either.
 """
 
+import errno
+
+FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
+
 
 class ReplaceMeError(Exception):
     """Base of every error that is reported without a traceback."""
@@ -39,3 +43,13 @@ class VerificationError(ReplaceMeError, RuntimeError):
     """The exported model doesn't compute what was solved for: a defect here, not in the user's input."""
 
     exit_code = 1
+
+
+def resource_failure(error: BaseException) -> ResourceError | None:
+    """Return the sentence for a full disk or for memory that ran out, in whatever error a library wraps it; else None."""
+    text = str(error)
+    if (isinstance(error, OSError) and error.errno in FULL_DISK) or "No space left on device" in text:
+        return ResourceError("the disk is full; free space and run again: what was finished stays.")
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+        return ResourceError("memory ran out; lower batch_size or max_length, or set use_4bit: true.")
+    return None

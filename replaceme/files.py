@@ -24,6 +24,7 @@ os.umask(_UMASK)
 def new_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder that takes ``path``'s place when the block ends well, and vanishes when it doesn't."""
     partial, aside = path.with_name(path.name + PARTIAL), path.with_name(path.name + ".old" + PARTIAL)
+    _settle(path, aside)
     remove(partial)
     partial.mkdir(parents=True)
     try:
@@ -37,7 +38,14 @@ def new_folder(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         remove(partial)
-        remove(aside)
+        _settle(path, aside)
+
+
+def _settle(path: Path, aside: Path) -> None:
+    """Bring an old folder back that was put aside for one that never came, or delete it."""
+    if aside.exists() and not path.exists():
+        os.replace(aside, path)
+    remove(aside)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,6 +1,6 @@
 """Identity by content: sha256 of local files, remembered by path, size and time, so that a large folder is read once.
 
-The remembered sums lie in the user's cache folder. A file whose size or modification time (in nanoseconds) differs is
+The remembered sums lie in the user's cache folder. A file whose size, times (in nanoseconds) or inode differ is
 read again; the sum of one younger than two seconds, which could still change within one tick of the file system's clock,
 is not remembered.
 """
@@ -27,10 +27,10 @@ def sha256_of(paths: Iterable[Path], root: Path) -> dict[str, str]:
     sums, learned = {}, False
     for path in sorted(paths):
         stat = path.stat()
-        key, state = str(path.resolve()), [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+        key, state = str(path.resolve()), [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
         settled = time.time() - stat.st_mtime > SETTLED_SECONDS
-        if settled and key in known and known[key][:3] == state:
-            digest = known[key][3]
+        if settled and key in known and known[key][:-1] == state:
+            digest = known[key][-1]
         else:
             with path.open("rb") as stream:
                 digest = hashlib.file_digest(stream, "sha256").hexdigest()

@@ -9,7 +9,7 @@ import socket
 import threading
 from pathlib import Path
 from urllib.parse import urlparse
-from urllib.request import getproxies
+from urllib.request import getproxies, proxy_bypass
 
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from replaceme.errors import DatasetError, ModelError, ReplaceMeError
+from replaceme.errors import DatasetError, ModelError, ReplaceMeError, resource_failure
 from replaceme.progress import logger
 
 PROBE_SECONDS = 5.0
@@ -75,6 +75,8 @@ def snapshot(name: str, commit: str, patterns: tuple[str, ...], ignored: tuple[s
     except LocalEntryNotFoundError:
         raise _error("model", f"{name} at {commit[:12]} isn't cached, and the hub can't be reached.") from None
     except Exception as failure:  # as above
+        if known := resource_failure(failure):
+            raise known from failure
         raise _error("model", f"{name} could not be downloaded ({type(failure).__name__}: {failure}).") from failure
 
 
@@ -84,7 +86,9 @@ def reachable() -> bool:
     if constants.HF_HUB_OFFLINE:
         return False
     endpoint = urlparse(constants.ENDPOINT)
-    address = urlparse(getproxies().get(endpoint.scheme) or constants.ENDPOINT)
+    proxy = None if proxy_bypass(endpoint.hostname or "") else getproxies().get(endpoint.scheme)
+    # A proxy is often named without a scheme.
+    address = urlparse(proxy if "://" in proxy else f"http://{proxy}") if proxy else endpoint
     port = address.port or (443 if address.scheme == "https" else 80)
     answers: list[bool] = []
 

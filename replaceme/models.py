@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from replaceme import embedded, hub
-from replaceme.errors import ModelError
+from replaceme.errors import ModelError, resource_failure
 from replaceme.families import Family, family_of
 from replaceme.files import read_json
 from replaceme.params import Params, nearest
@@ -101,9 +101,9 @@ class Model:
             model, report = AutoModelForCausalLM.from_pretrained(
                 self.folder, trust_remote_code=self.trust_remote_code, use_safetensors=True, output_loading_info=True, **options
             )
-        except MemoryError:
-            raise
         except Exception as failure:
+            if known := resource_failure(failure):
+                raise known from failure
             raise ModelError(f"model_path: {self.name} could not be loaded ({_reason(failure)}).") from failure
         # The library fills what a checkpoint lacks with random numbers.
         lacking = sorted(report["missing_keys"]) + sorted(str(entry[0]) for entry in report["mismatched_keys"])

@@ -21,11 +21,14 @@ def start_of_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def encode_in_chunks(text: str, tokenizer: PreTrainedTokenizerBase, prefix: list[int]) -> Iterator[list[int]]:
-    """Yield the ids of a long text in parts of about ``CHUNK_CHARACTERS``, cut behind a line: tokenizers need far more
-    memory for a text than its ids take."""
+    """Yield the ids of a long text in parts of about ``CHUNK_CHARACTERS``, cut behind a line (or a word, or anywhere):
+    tokenizers need far more memory for a text than its ids take."""
     start = 0
     while start < len(text):
-        end = text.find("\n", start + CHUNK_CHARACTERS) + 1 or len(text)
+        end = start + CHUNK_CHARACTERS
+        if end < len(text):
+            line, word = text.rfind("\n", start, end) + 1, text.rfind(" ", start, end)
+            end = line or max(word, 0) or end
         yield encode(text[start:end], tokenizer, prefix)
         start = end
 

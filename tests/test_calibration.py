@@ -11,7 +11,7 @@ from replaceme.corpora.corpus import as_row
 from replaceme.documents import Documents
 from replaceme.errors import DatasetError
 from replaceme.params import read_params
-from replaceme.tokenization import start_of_text
+from replaceme.tokenization import encode_in_chunks, start_of_text
 from tests.conftest import made_text, made_tokenizer
 
 BOS = 0
@@ -193,6 +193,14 @@ def test_long_texts_are_tokenized_in_chunks_that_lose_nothing(text_file: Path, m
     monkeypatch.setattr("replaceme.tokenization.CHUNK_CHARACTERS", 1000)
     chunked, _ = draw(text_file, size=10_000)
     assert [d.tolist() for d in chunked.documents] == [d.tolist() for d in whole.documents]
+
+
+def test_a_text_of_one_line_is_tokenized_in_chunks_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("replaceme.tokenization.CHUNK_CHARACTERS", 50)
+    for text in (" ".join(["river"] * 100), "river" * 100):
+        chunks = list(encode_in_chunks(text, made_tokenizer(), [BOS]))
+        assert len(chunks) >= 9
+        assert made_tokenizer().decode([token for chunk in chunks for token in chunk]) == text
 
 
 def test_missing_values_are_empty_texts() -> None:

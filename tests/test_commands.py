@@ -118,7 +118,7 @@ def test_get_lt_with_lstsq_saves_the_transform_and_no_model(
     tiny: Model, text_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     call(commands.get_lt_with_lstsq, "--model", tiny.folder, "--dataset", text_file, "--layers", "2", *FAST)
-    folder = Path(f"{tiny.folder.name}-lstsq-2")
+    folder = Path(f"{tiny.folder.name}-lstsq-2-transform")
     (name, transform), *rest = load_file(folder / "edits.safetensors").items()
     assert not rest
     assert name.startswith("transform.")
@@ -149,7 +149,7 @@ def test_get_distance_analysis_lists_the_best_block_of_each_size(
     call(commands.get_distance_analysis, "--model", tiny.folder, "--dataset", text_file, *FAST)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[:3] == ["layers", "to", "skip"]
-    assert [line.split()[0] for line in lines[1:]] == ["1", "2", "3", "4"]
+    assert [line.split()[0] for line in lines[1:]] == ["1", "2", "3", "4", "5"]
     pairs = Path(f"{tiny.folder.name}-distances", "distances.csv").read_text(encoding="utf-8").splitlines()
     assert len(pairs) == 1 + 6 * 5 // 2
 
@@ -197,7 +197,7 @@ def test_a_folder_that_is_no_earlier_result_is_never_replaced(
     arguments = ["--dataset", text_file, "--layers", "2", *FAST]
     for command in (commands.run_replaceme, commands.get_lt_with_lstsq, commands.get_distance_analysis):
         call(command, "--model", tiny.folder, *arguments, "--save_path", precious, code=2)
-        assert "precious exists and is not an earlier result of this command" in capsys.readouterr().err
+        assert "precious holds thesis.txt, which this program did not write" in capsys.readouterr().err
     assert (precious / "thesis.txt").read_text(encoding="utf-8") == "years of work"
     call(commands.run_replaceme, "--model", tiny.folder, *arguments, "--save_path", tiny.folder, code=2)
     assert "is the model that is to be pruned" in capsys.readouterr().err
@@ -223,14 +223,45 @@ def test_an_output_that_was_changed_is_made_again(
     (tmp_path / "r" / "model.safetensors").unlink()
     call(commands.run_replaceme, *arguments)
     assert (tmp_path / "r" / "model.safetensors").is_file()
-    call(commands.get_distance_analysis, *arguments, code=2)
-    assert "exists and is not an earlier result of this command" in capsys.readouterr().err
+    (tmp_path / "r" / "notes.md").write_text("mine", encoding="utf-8")
+    call(commands.run_replaceme, *arguments, "--alpha", "3", code=2)
+    assert "r holds notes.md, which this program did not write" in capsys.readouterr().err
+    (tmp_path / "r" / "notes.md").unlink()
+    (tmp_path / "r" / "config.json").write_text("{}", encoding="utf-8")
+    call(commands.run_replaceme, *arguments, code=2)
+    assert "r holds config.json, which this program did not write" in capsys.readouterr().err
+
+
+def test_a_failed_run_claims_no_folder(
+    tiny: Model, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--model", tiny.folder, "--layers", "2", *FAST, "--tasks", "[]", "--save_path", tmp_path / "r"]
+    call(commands.run_replaceme, *arguments, "--dataset", "typo.txt", code=2)
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "mine").write_text("mine", encoding="utf-8")
+    call(commands.run_replaceme, *arguments, "--dataset", text_file, code=2)
+    assert (tmp_path / "r" / "mine").is_file()
+
+
+def test_a_second_run_prints_the_table_again(published: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tables = []
+    for _ in range(2):
+        call(commands.run_replaceme, "--config", published, *FAST)
+        tables.append(capsys.readouterr().out)
+    assert tables[0] == tables[1] != ""
+
+
+def test_transform_and_model_have_places_of_their_own(tiny: Model, text_file: Path) -> None:
+    arguments = ["--model", tiny.folder, "--dataset", text_file, "--layers", "2", *FAST, "--tasks", "[]"]
+    call(commands.get_lt_with_lstsq, *arguments)
+    call(commands.run_replaceme, *arguments)
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--save_path", "/proc/none/x"], "save_path: nothing can be written beside /proc/none/x"),
+        (["--save_path", "/proc/none/x"], "save_path: nothing can be written in /proc/none/x.work"),
+        (["--save_path", "/"], "save_path: / can't be a result's folder"),
         (["--revision", "main"], "revision: is for hub models"),
         (["--dataset_column", "body"], "dataset_column: 'body' does not apply to"),
         (["--foo", "1", "--bar"], "'--bar' is not an option"),
@@ -243,8 +274,27 @@ def test_options_that_cannot_be_honoured_are_refused(
     assert said in capsys.readouterr().err
 
 
-def test_scores_are_not_written_over_a_folder(tiny: Model, text_file: Path, tmp_path: Path) -> None:
-    call(commands.evaluate_model, "--model_path", tiny.folder, "--tasks", text_file, "--save_path", tmp_path, *FAST, code=2)
+def test_scores_replace_nothing_but_scores(tiny: Model, text_file: Path, tmp_path: Path) -> None:
+    arguments = ["--model_path", tiny.folder, "--tasks", text_file, *FAST]
+    thesis = tmp_path / "thesis.md"
+    thesis.write_text("years of work", encoding="utf-8")
+    call(commands.evaluate_model, *arguments, "--save_path", thesis, code=2)
+    assert thesis.read_text(encoding="utf-8") == "years of work"
+    (tmp_path / "folder").mkdir()
+    for _ in range(2):
+        call(commands.evaluate_model, *arguments, "--save_path", tmp_path / "folder")
+    assert (tmp_path / "folder.evaluation.json").is_file()
+
+
+def test_memory_that_runs_out_while_loading_is_said_as_such(
+    tiny: Model, text_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_args: Any, **_options: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("replaceme.models.AutoModelForCausalLM.from_pretrained", fail)
+    call(commands.run_replaceme, "--model", tiny.folder, "--dataset", text_file, "--layers", "2", *FAST, code=2)
+    assert "error: memory ran out; lower batch_size" in capsys.readouterr().err
 
 
 def test_few_tokens_are_warned_of(tiny: Model, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

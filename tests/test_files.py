@@ -39,6 +39,42 @@ def test_what_a_killed_run_left_is_cleared_away(tmp_path: Path) -> None:
     assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == ["out", "out/whole"]
 
 
+def test_an_old_folder_that_was_put_aside_comes_back(tmp_path: Path) -> None:
+    aside = tmp_path / "out.old.partial"
+    aside.mkdir()
+    (aside / "whole").write_text("old", encoding="utf-8")
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(tmp_path / "out")
+    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["out", "out/whole"]
+
+
+def test_an_old_folder_that_was_put_aside_stops_no_later_run(tmp_path: Path) -> None:
+    for name in ("out", "out.old.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "whole").write_text(name, encoding="utf-8")
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "whole").write_text("new", encoding="utf-8")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "whole").read_text(encoding="utf-8") == "new"
+
+
+def test_a_failure_between_the_two_renames_keeps_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "whole").write_text("old", encoding="utf-8")
+    replace = os.replace
+
+    def fail(source: Path, target: Path) -> None:
+        if str(source).endswith("out.partial"):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "out") as folder:
+        (folder / "whole").write_text("new", encoding="utf-8")
+    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["out", "out/whole"]
+    assert (tmp_path / "out" / "whole").read_text(encoding="utf-8") == "old"
+
+
 def test_files_are_readable_by_others(tmp_path: Path) -> None:
     with new_folder(tmp_path / "out") as folder:
         (folder / "secretive").touch(mode=0o600)

@@ -98,6 +98,39 @@ def test_a_hub_that_never_answers_is_given_up_within_the_limit(monkeypatch: pyte
     hub.reachable.cache_clear()
 
 
+@pytest.mark.parametrize(
+    ("proxy", "excepted", "asked"),
+    [
+        ("proxy.example:3128", "", ("proxy.example", 3128)),
+        ("http://proxy.example:3128", "", ("proxy.example", 3128)),
+        ("proxy.example:3128", "hub.example", ("hub.example", 443)),
+        (None, "", ("hub.example", 443)),
+    ],
+)
+def test_the_probe_asks_the_proxy_where_there_is_one(
+    proxy: str | None, excepted: str, asked: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    addresses: list[tuple[str, int]] = []
+
+    def connect(address: tuple[str, int], timeout: float) -> socket.socket:
+        addresses.append(address)
+        return socket.socket()
+
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    if proxy:
+        monkeypatch.setenv("https_proxy", proxy)
+    monkeypatch.setenv("no_proxy", excepted)
+    monkeypatch.setattr(hub.constants, "ENDPOINT", "https://hub.example")
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub.socket, "create_connection", connect)
+    hub.reachable.cache_clear()
+    assert hub.reachable()
+    hub.reachable.cache_clear()
+    assert addresses == [asked]
+
+
 def test_streamed_rows_are_shuffled_by_the_seed(streamed: list[tuple[Any, ...]]) -> None:
     orders = {tuple(map(str, find_dataset(made(dataset="fineweb", seed=seed)).open().rows)) for seed in range(8)}
     assert len(orders) > 1

@@ -5,12 +5,15 @@ A block that starts with ```` ```bash quick ```` or ```` ```python quick ```` is
 
 import re
 import shlex
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from dvc.cli import parse_args
 
 from replaceme import commands
+from replaceme.methods import METHODS
 from replaceme.params import Params, read_params
 from tests.closure import ROOT
 from tests.test_pipeline import project, shell
@@ -21,7 +24,6 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"(?ms)^```(bash|python)( quick)?\n(.*?)^```$", README)
 QUICK = [(language, body) for language, quick, body in BLOCKS if quick]
 COMMANDS = [line for language, _, body in BLOCKS if language == "bash" for line in body.splitlines() if line and line[0] != "#"]
-DVC = {"repro", "exp", "metrics", "params", "plots", "queue", "push", "pull", "dag", "status", "remote", "config"}
 SCRIPTS = ["run_replaceme", "run_uidl", "evaluate_model", "get_distance_analysis", "get_lt_with_lstsq"]
 
 
@@ -50,11 +52,22 @@ def test_every_command_is_one_that_there_is(line: str) -> None:
         targets = re.findall(r"(?m)^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"))
         assert set(words[1:]) <= set(targets)
     elif words[0] == "dvc":
-        assert words[1] in DVC
+        parse_args(words[1:])
         settings = [word for flag, word in pairwise(words) if flag == "-S"]
-        assert all(setting.split("=")[0] in Params.model_fields for setting in settings)
+        for key, _, values in (setting.partition("=") for setting in settings):
+            for value in values.split(","):
+                read_params(None, {key: commands._typed(key, value)}, METHODS)
     else:
         assert words[0] in {"export", "git", "python", "cd"}
+
+
+def test_nothing_is_left_to_fill_in() -> None:
+    assert "@@" not in README
+
+
+@pytest.mark.parametrize("module", re.findall(r"python -m ([\w.]+)", README))
+def test_modules_that_are_named_exist(module: str) -> None:
+    assert find_spec(module)
 
 
 def test_every_file_of_the_library_has_its_line() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from replaceme.corpora.corpus import Corpus, Row, as_row, pick_column
-from replaceme.errors import DatasetError
+from replaceme.errors import DatasetError, resource_failure
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 SUFFIXES = (".txt", *BUILDERS)
@@ -49,6 +49,8 @@ def read_rows(path: Path, column: str | None, seed: int | None, key: str = "data
         try:
             table = load_dataset(BUILDERS[path.suffix], data_files=str(path), split="train", cache_dir=scratch)
         except (DatasetGenerationError, ValueError, OSError) as failure:
+            if known := resource_failure(failure.__cause__ or failure):
+                raise known from failure
             reason = " ".join(str(failure.__cause__ or failure).split())[:200]
             raise DatasetError(f"{key}: {path} can't be read as {path.suffix[1:]} ({reason}).") from failure
         if len(table) == 0:

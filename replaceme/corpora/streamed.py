@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from replaceme import hub
 from replaceme.corpora.corpus import Corpus, Row, as_row, pick_column
-from replaceme.errors import DatasetError
+from replaceme.errors import DatasetError, resource_failure
 from replaceme.params import Params
 
 # The published program's names, and the configuration that it reads of each.
@@ -51,7 +51,10 @@ def _rows(name: str, commit: str, params: Params) -> Iterator[Row]:
             yield as_row(row[column], column, name)
     except DatasetError:
         raise
-    except Exception as failure:  # unknown configurations, and whatever the HTTP library in use raises
+    except Exception as failure:
+        if known := resource_failure(failure):
+            raise known from failure
+        # Unknown configurations, and whatever the HTTP library in use raises.
         reason = " ".join(str(failure).split())[:300]
         raise DatasetError(f"dataset: {name} could not be read ({type(failure).__name__}: {reason}).") from failure
 
