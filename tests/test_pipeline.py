@@ -104,7 +104,7 @@ def ran(output: str) -> list[str]:
 
 def test_the_run_leaves_model_metrics_and_lock(project: Path) -> None:
     evaluation = json.loads((project / "metrics" / "evaluation.json").read_text())
-    assert set(evaluation["perplexity"]["held-out"]) == {"dense", "pruned", "ratio"}
+    assert set(evaluation["perplexity"]["held-out"]) == {"dense", "pruned", "ratio", "stderr_dense", "stderr_pruned"}
     assert evaluation["parameters"]["pruned"] < evaluation["parameters"]["dense"]
     solve = json.loads((project / "metrics" / "solve.json").read_text())
     assert {"condition_number", "relative_residual", "mean_cosine"} <= set(solve)
