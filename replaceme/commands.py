@@ -127,17 +127,14 @@ def get_lt_with_lstsq() -> NoReturn:
 
 def _prune(params: Params) -> None:
     suffix = f"{params.method}-{params.layers_to_skip}"
-    steps = ["calibrate", "profile", "select", "activations", "solve"]
+    work = _claim(params, f"{suffix}-transform" if params.save_transform_only else suffix)
+    inspect_inputs(params, work)
+    _run_steps(params, work, ["calibrate", "profile", "select", "activations", "solve"])
     if params.save_transform_only:
-        work = _claim(params, f"{suffix}-transform")
-        inspect_inputs(params, work)
-        _run_steps(params, work, steps)
         _deliver(work, work.solution)
         logger.info("only the transform was saved, to %s (edits.safetensors); no model was written", work.model)
         return
-    work = _claim(params, suffix)
-    inspect_inputs(params, work)
-    _run_steps(params, work, [*steps, "repair", "export"])
+    _run_steps(params, work, ["repair", "export"])
     _record(work)
     logger.info("the pruned model is in %s, its figures in %s", work.model, work.root / "metrics")
     if params.tasks and "evaluate" not in _run_steps(params, work, ["baseline", "evaluate"]):
