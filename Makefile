@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 all: environment
 	@touch .venv/.started
 	dvc repro
-	@test metrics/evaluation.json -nt .venv/.started || python -m replaceme.evaluation.scores
+	@test metrics/evaluation.json -nt .venv/.started || python -m replaceme.evaluation.comparison
 
 environment: .venv/.run
 

@@ -20,8 +20,10 @@ from replaceme.calibration import calibrate
 from replaceme.card import SETTINGS
 from replaceme.entry import run
 from replaceme.errors import ParameterError
-from replaceme.evaluation.scores import align, comparison_table, evaluate, score_baseline, score_model
-from replaceme.evaluation.texts import task_fingerprints
+from replaceme.evaluation.comparison import align, comparison_table, scores_table
+from replaceme.evaluation.requests import Requests
+from replaceme.evaluation.scores import evaluate, score_baseline, score_model
+from replaceme.evaluation.tasks import task_fingerprints
 from replaceme.export import export
 from replaceme.files import new_folder, read_json, rounded, write_json
 from replaceme.fingerprints import sha256_below
@@ -147,14 +149,8 @@ def _evaluate(params: Params) -> None:
         raise ParameterError("tasks: is empty; name what is to be scored.")
     model = find_model(params)
     target = _scores_file(params, model.name)
-    scores = score_model(params, model, model.name)
-    units = ("token", "word", "byte")
-    rows: list[tuple[str, ...]] = [("", *units)]
-    for task, figures in scores["perplexity"].items():
-        rows.append((f"{task} perplexity", *(f"{figures[unit]:.4g}" if unit in figures else "" for unit in units)))
-    for task, score in scores["accuracy"].items():
-        rows.append((f"{task} accuracy", f"{100 * score['accuracy']:.1f} ± {100 * score['stderr']:.1f} %", "", ""))
-    print(align(rows))
+    scores = score_model(params, model, model.name, fingerprints, Requests()).figures
+    print(scores_table(scores))
     write_json(target, rounded(scores))
     logger.info("the scores are in %s", target)
 
@@ -272,7 +268,7 @@ def _key(params: Params, work: Workspace, step: Step) -> str:
     package = Path(__file__).parent
     content = {
         "code": {name: digest for name, digest in sha256_below(package).items() if name.endswith(".py")},
-        "params": {name: getattr(params, name) for name in step.params},
+        "params": params.model_dump(include=set(step.params)),
         "reads": {name: sha256_below(getattr(work, name)) for name in step.reads},
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

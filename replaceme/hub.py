@@ -80,6 +80,36 @@ def snapshot(name: str, commit: str, patterns: tuple[str, ...], ignored: tuple[s
         raise _error("model", f"{name} could not be downloaded ({type(failure).__name__}: {failure}).") from failure
 
 
+def dataset_commit(name: str, config: str | None, what: str) -> str:
+    """Return the commit of a dataset that is read whole: the hub's newest, or offline the one that the local cache holds.
+
+    Args:
+        name: repository.
+        config: the dataset's configuration.
+        what: the key and the value that need it, for messages.
+
+    Raises:
+        DatasetError: unknown, not accessible, or unreachable and not cached.
+    """
+    if reachable():
+        try:
+            return resolve_commit(name, "dataset", None)
+        except DatasetError as problem:
+            raise DatasetError(f"{what}: its dataset {str(problem).removeprefix('dataset: ')}") from None
+    from datasets import config as settings
+    from datasets import load_dataset_builder
+
+    # From here on, this process asks its cache alone, and at once.
+    settings.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+    try:
+        return str(load_dataset_builder(name, config).hash)
+    except Exception:  # whatever the library raises for a dataset that its cache lacks
+        raise DatasetError(
+            f"{what} needs the dataset {name}, the hub can't be reached, and the cache has no copy; offline, use the embedded "
+            "tasks or a .txt or .jsonl file."
+        ) from None
+
+
 @functools.cache
 def reachable() -> bool:
     """Tell whether the hub, or the proxy before it, answers within ``PROBE_SECONDS``; asked once in a process."""

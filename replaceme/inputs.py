@@ -13,7 +13,7 @@ from typing import Any
 from replaceme.compute import resolve_device
 from replaceme.corpora import find_dataset
 from replaceme.errors import ReplaceMeError
-from replaceme.evaluation.texts import task_fingerprints
+from replaceme.evaluation.tasks import task_fingerprints
 from replaceme.files import new_folder, write_json
 from replaceme.fingerprints import sha256_of
 from replaceme.models import COPIED_FILES, WEIGHT_FILES, Model, check_weights, find_model, layer_count

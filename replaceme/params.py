@@ -19,6 +19,7 @@ from ruamel.yaml.nodes import MappingNode
 from replaceme.errors import ParameterError
 from replaceme.progress import logger
 from replaceme.published import PUBLISHED_KEYS, translate
+from replaceme.task import Task
 
 COMMAND_LINE = "command line"
 
@@ -71,10 +72,10 @@ class Params(BaseModel):
         0.0, ge=0, allow_inf_nan=False, description="Ridge of the least squares, in units of MᵀM (a sum over tokens)."
     )
 
-    tasks: tuple[str, ...] = Field(
-        ("wikipedia", "wikipedia_continuation"),
-        strict=False,
-        description="What is scored: embedded tasks by name, or .txt and .jsonl files of text for their perplexity.",
+    tasks: tuple[Task, ...] = Field(
+        (Task("wikipedia"), Task("wikipedia_last_word"), Task("wikipedia_continuation")),
+        description="What is scored: embedded tasks, tasks and groups of lm-eval (default is the published set), and your own "
+        ".txt and .jsonl files; an entry can have options, as in {winogrande: {fewshots: 5, limit: 200}}.",
     )
     eval_tokens: int | None = Field(16384, ge=2, description="Tokens of each perplexity task; null scores all.")
     eval_batch_size: int = Field(1, ge=1, description="Full windows (1024 tokens) in one evaluation batch.")
@@ -196,7 +197,6 @@ def _sentence(problem: ErrorDetails) -> str:
         "greater_than_equal": f"at least {limits.get('ge', 0):g}",
         "less_than_equal": f"at most {limits.get('le', 0):g}",
         "literal_error": str(limits.get("expected")),
-        "tuple_type": "a list of task names",
     }.get(kind, problem["msg"])
     shown = "null" if given is None else repr(given)
     return f"{key}: must be {wanted}, not {shown}."
@@ -231,7 +231,7 @@ def reference() -> str:
             else field.default
         )
         if isinstance(default, tuple):
-            default = ", ".join(default)
+            default = ", ".join(task.name for task in default)
         rows.append(f"| `{name}` | {default} | {field.description} |")
     published = ", ".join(f"`{key}`" for key in PUBLISHED_KEYS)
     return (

@@ -7,6 +7,8 @@ do is refused by name; keys that only mattered to the published program are igno
 from collections.abc import Mapping
 from typing import Any
 
+from replaceme.task import parse_tasks
+
 # Each key with the value that asks for nothing.
 STRUCTURES = {"diag": False, "two_vectors": False, "thri": False}
 COSINE_ONLY = ("solver", "loss", "accurate")
@@ -48,24 +50,5 @@ def translate(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], list[s
             notes.append(f"{key} is ignored: results are cached by content, never read from a path")
 
     if "tasks" in ours:
-        ours["tasks"] = _task_names(ours["tasks"], problems)
+        ours["tasks"] = parse_tasks(ours["tasks"], problems)
     return ours, notes, problems
-
-
-def _task_names(tasks: Any, problems: list[str]) -> Any:
-    """The published form is ``{name: {fewshots: n}}``, or the word default."""
-    if tasks is None:
-        return ()
-    if tasks == "default":
-        problems.append("tasks: the published default tasks are not built yet; name embedded tasks or text files.")
-        return ()
-    if isinstance(tasks, str):
-        return (tasks,)
-    if isinstance(tasks, Mapping):
-        for name, options in tasks.items():
-            if options is not None and not isinstance(options, Mapping):
-                problems.append(f"tasks: {name} must have options like {{fewshots: 0}}, not {options!r}.")
-            elif options and options.get("fewshots"):
-                problems.append(f"tasks: few-shot examples ({name}: {options['fewshots']}) are not built yet; use 0.")
-        return tuple(tasks)
-    return tasks

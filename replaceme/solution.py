@@ -4,7 +4,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from replaceme.compute import use_threads
-from replaceme.files import new_folder, rounded, write_json
+from replaceme.files import new_folder, rounded, write_json, write_text
 from replaceme.methods import METHODS
 from replaceme.params import Params
 from replaceme.plan import Plan
@@ -20,10 +20,12 @@ def solve(params: Params, work: Workspace) -> None:
     def statistic(name: str, block: int) -> dict[str, Tensor]:
         return load_file(work.statistics / f"{name}-{block}.safetensors")
 
-    edits, figures = METHODS[params.method].solve(params, plan, statistic)
+    solved = METHODS[params.method].solve(params, plan, statistic)
+    removed = len(solved.edits.removed_layers)
     with new_folder(work.solution) as folder:
-        edits.save(folder)
-    figures = {"removed_layers": len(edits.removed_layers), **figures}
-    write_json(work.metric("solve"), rounded(figures))
-    if not edits.transforms:
-        logger.info("solve: %d layers go, and nothing takes their place", len(edits.removed_layers))
+        solved.edits.save(folder)
+        rows = [",".join(map(str, map(rounded, row))) for row in solved.ridge_path]
+        write_text(folder / "residuals.csv", "\n".join(["host,alpha,relative_residual", *rows]) + "\n")
+    write_json(work.metric("solve"), rounded({"removed_layers": removed, **solved.figures}))
+    if not solved.edits.transforms:
+        logger.info("solve: %d layers go, and nothing takes their place", removed)

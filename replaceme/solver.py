@@ -21,11 +21,29 @@ class RidgeSolution:
         transform: (d, d) float64, for row vectors: ``Y ≈ M T``.
         smallest_eigenvalue: of ``MᵀM``; what α is to be compared with.
         condition_number: of ``MᵀM + αI``.
+        eigenvalues: (d,) of ``MᵀM``, ascending, none below 0.
+        full_rank: whether α = 0 has one solution, to float64.
+        projections: (d,) ``‖vᵢᵀ MᵀY‖²`` for each eigenvector: with the eigenvalues, all that is needed to know any other α.
     """
 
     transform: Tensor
     smallest_eigenvalue: float
     condition_number: float
+    eigenvalues: Tensor
+    projections: Tensor
+    full_rank: bool
+
+    def squared_residual(self, alpha: float, target_squares: float) -> float:
+        """Return ``‖Y − M T_α‖²`` of another ridge, where ``target_squares`` is ``‖Y‖²``."""
+        explained = self.projections * (self.eigenvalues + 2 * alpha) / (self.eigenvalues + alpha).square()
+        # Rounding can take a perfect fit below zero.
+        return max(target_squares - float(explained.sum()), 0.0)
+
+    def change_from(self, alpha: float, other: float) -> float:
+        """Return ``‖T_α − T_other‖ / ‖T_other‖`` (Frobenius) of two ridges."""
+        change = 1 / (self.eigenvalues + alpha) - 1 / (self.eigenvalues + other)
+        size = (self.projections / (self.eigenvalues + other).square()).sum()
+        return float(((self.projections * change.square()).sum() / size).sqrt())
 
 
 def solve_ridge(gram: Tensor, cross: Tensor, alpha: float) -> RidgeSolution:
@@ -41,7 +59,8 @@ def solve_ridge(gram: Tensor, cross: Tensor, alpha: float) -> RidgeSolution:
     """
     gram, cross = gram.double(), cross.double()
     eigenvalues, vectors = torch.linalg.eigh(gram)
-    smallest, largest = max(float(eigenvalues[0]), 0.0), float(eigenvalues[-1])
+    eigenvalues = eigenvalues.clamp_min(0)
+    smallest, largest = float(eigenvalues[0]), float(eigenvalues[-1])
     resolution = largest * len(gram) * torch.finfo(torch.float64).eps
     if smallest + alpha <= resolution:
         rank = int((eigenvalues > resolution).sum())
@@ -50,9 +69,8 @@ def solve_ridge(gram: Tensor, cross: Tensor, alpha: float) -> RidgeSolution:
             f"raise dataset_size for more tokens, or set alpha well above {resolution:.1g}."
         )
     factor, failed = torch.linalg.cholesky_ex(gram + alpha * torch.eye(len(gram), dtype=torch.float64))
-    if failed:
-        shifted = (eigenvalues.clamp_min(0) + alpha)[:, None]
-        transform = vectors @ ((vectors.T @ cross) / shifted)
-    else:
-        transform = torch.cholesky_solve(cross, factor)
-    return RidgeSolution(transform, smallest, (largest + alpha) / (smallest + alpha))
+    projected = vectors.T @ cross
+    transform = vectors @ (projected / (eigenvalues + alpha)[:, None]) if failed else torch.cholesky_solve(cross, factor)
+    condition = (largest + alpha) / (smallest + alpha)
+    projections = projected.square().sum(dim=1)
+    return RidgeSolution(transform, smallest, condition, eigenvalues, projections, smallest > resolution)

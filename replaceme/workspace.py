@@ -81,5 +81,10 @@ class Workspace:
 
     @property
     def baseline(self) -> Path:
-        """Scores of the dense model."""
-        return self.artifact("baseline.json")
+        """Scores of the dense model, and the requests that were scored (folder)."""
+        return self.artifact("baseline")
+
+    @property
+    def report(self) -> Path:
+        """The page and its pictures (folder)."""
+        return self.artifact("report")

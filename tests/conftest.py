@@ -37,6 +37,13 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     monkeypatch.setenv("REPLACEME_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
+@pytest.fixture(autouse=True)
+def _online_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Undo what a test switches off for the whole process when it meets no hub."""
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+
+
 def made_text(sentences: int, seed: int = 0) -> str:
     """Return prose of made-up sentences, in paragraphs."""
     chance = random.Random(seed)

@@ -60,3 +60,22 @@ def test_condition_number_and_smallest_eigenvalue_are_those_of_the_gram_matrix()
     assert solution.smallest_eigenvalue == pytest.approx(1.0)
     assert solution.condition_number == pytest.approx(100.0)
     assert torch.allclose(solution.transform, torch.eye(3, dtype=torch.float64))
+
+
+@given(st.integers(2, 10), st.floats(0, 1e4), st.floats(1e-3, 1e4))
+@settings(max_examples=40, deadline=None)
+def test_any_other_ridge_is_known_from_the_eigenvalues(width: int, alpha: float, other: float) -> None:
+    M, Y = made(10 * width, width)
+    gram, cross = M.T @ M, M.T @ Y
+    solution = solve_ridge(gram, cross, alpha)
+    transforms = {value: solve_ridge(gram, cross, value).transform for value in (0.0, alpha, other)}
+    residual = float((Y - M @ transforms[other]).square().sum())
+    assert solution.squared_residual(other, float(Y.square().sum())) == pytest.approx(residual, rel=1e-8)
+    change = float((transforms[alpha] - transforms[0.0]).norm() / transforms[0.0].norm())
+    assert solution.change_from(alpha, 0.0) == pytest.approx(change, rel=1e-6, abs=1e-12)
+    assert solution.full_rank
+
+
+def test_a_ridge_that_makes_a_singular_problem_solvable_says_so() -> None:
+    M, Y = made(5, 8)
+    assert not solve_ridge(M.T @ M, M.T @ Y, 1.0).full_rank

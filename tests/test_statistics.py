@@ -118,11 +118,13 @@ def test_figures_of_the_fit_equal_those_of_the_activations(documents: Documents)
     model = made_model(dtype=torch.float64)
     taken = take_statistics(model, PRE_NORM, documents, PLAN, 4)
     params = read_params(None, {"alpha": 3.0})
-    edits, figures = METHODS["lstsq"].solve(params, PLAN, lambda name, block: taken[f"{name}-{block}"])
+    solved = METHODS["lstsq"].solve(params, PLAN, lambda name, block: taken[f"{name}-{block}"])
+    edits, figures = solved.edits, solved.figures
     T = edits.transforms[BLOCK.host].numpy()
     M, Z, H = at_cut(model, documents)
     cosine = ((M @ T + Z) * H).sum(1) / (np.linalg.norm(M @ T + Z, axis=1) * np.linalg.norm(H, axis=1))
     eigenvalues = np.linalg.eigvalsh(M.T @ M)
+    plain = np.linalg.lstsq(M, H - Z, rcond=None)[0]
     expected = {
         "tokens": len(M),
         "relative_residual": np.linalg.norm(H - Z - M @ T) / np.linalg.norm(H),
@@ -133,5 +135,10 @@ def test_figures_of_the_fit_equal_those_of_the_activations(documents: Documents)
         "smallest_eigenvalue": eigenvalues[0],
         "alpha_over_smallest_eigenvalue": 3 / eigenvalues[0],
         "distance_from_identity": np.linalg.norm(T - np.eye(WIDTH)) / WIDTH**0.5,
+        "distance_from_alpha_zero": np.linalg.norm(T - plain) / np.linalg.norm(plain),
     }
+    path = {alpha: residual for host, alpha, residual in solved.ridge_path if host == BLOCK.host}
+    alpha = sorted(path)[20]
+    other = METHODS["lstsq"].solve(read_params(None, {"alpha": alpha}), PLAN, lambda name, block: taken[f"{name}-{block}"])
+    assert path[alpha] == pytest.approx(other.figures["relative_residual"], rel=1e-8)
     assert figures == pytest.approx(expected, rel=1e-5)

@@ -19,14 +19,18 @@ CHOICES = 4
 
 def continuation_items(articles: Iterable[str]) -> list[dict[str, Any]]:
     """Return at most ``ITEMS`` items ``{query, choices, gold}``, in turn from all articles; the same for the same text."""
-    rounds = zip_longest(*map(_items_of, articles))
-    return [item for row in rounds for item in row if item][:ITEMS]
+    return in_turn([_items_of(article) for article in articles], ITEMS)
+
+
+def in_turn(lists: Iterable[list[dict[str, Any]]], limit: int) -> list[dict[str, Any]]:
+    """Return the first entry of each list, then the second of each, and so on, ``limit`` in all."""
+    return [item for row in zip_longest(*lists) for item in row if item][:limit]
 
 
 def _items_of(article: str) -> list[dict[str, Any]]:
     chance = random.Random(hashlib.sha256(article.encode()).digest())
     items = []
-    paragraphs = [_sentences(paragraph) for paragraph in article.split("\n\n")]
+    paragraphs = [sentences(paragraph) for paragraph in article.split("\n\n")]
     pool = [_opening(sentence) for paragraph in paragraphs for sentence in paragraph if _long_enough(sentence)]
     for paragraph in paragraphs:
         context: list[str] = []
@@ -44,7 +48,8 @@ def _items_of(article: str) -> list[dict[str, Any]]:
     return items
 
 
-def _sentences(paragraph: str) -> list[str]:
+def sentences(paragraph: str) -> list[str]:
+    """Split a paragraph where a sentence seems to end."""
     return re.split(r"(?<=[.!?]) +(?=[A-Z])", paragraph)
 
 

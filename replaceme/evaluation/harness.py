@@ -1,145 +1,176 @@
-"""Accuracy through lm-eval: its tasks and metrics, with a scorer of ours that computes only the logits that are read.
-
-Requests with the same context (the choices of an item) share its computation through the KV cache, and logits are
-computed for nothing but the tokens that are scored.
-"""
+"""Accuracy through lm-eval: its tasks, its metrics, its standard errors; what runs the model is ``CausalScorer``."""
 
 import logging
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
-from lm_eval.api.model import TemplateLM
-from lm_eval.api.task import ConfigurableTask
+from lm_eval.api import task as lm_eval_task
+from lm_eval.api.metrics import pooled_sample_stderr
 from lm_eval.evaluator import evaluate
-from torch.nn.functional import log_softmax
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
 
-from replaceme.evaluation.perplexity import WINDOW
-from replaceme.families import decoder_of
+from replaceme.errors import DatasetError, ParameterError
+from replaceme.evaluation import catalogue
+from replaceme.evaluation.scorer import CausalScorer
+from replaceme.evaluation.tasks import Items, is_file, task_items, task_kind, task_name
 from replaceme.progress import progress
-from replaceme.tokenization import start_of_text
+from replaceme.task import Task
 
-Request = tuple[tuple[str, str], list[int], list[int]]
-
-
-class CausalScorer(TemplateLM):
-    """lm-eval's view of a causal model that is already loaded."""
-
-    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int, description: str):
-        super().__init__()
-        self.model, self.tokenizer, self.description = model, tokenizer, description
-        self.batch_tokens = batch_size * WINDOW
-        self.start = start_of_text(tokenizer)
-
-    @property
-    def eot_token_id(self) -> int:
-        return int(self.tokenizer.eos_token_id)
-
-    @property
-    def prefix_token_id(self) -> int:
-        return self.start[0] if self.start else self.eot_token_id
-
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_options: Any) -> list[int]:
-        ids: list[int] = self.tokenizer.encode(string, add_special_tokens=add_special_tokens is not False, verbose=False)
-        return ids
-
-    def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        # Without the library's bar over tokenization: ours, over the passes, is the one that takes time.
-        scores: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
-        return scores
-
-    @torch.inference_mode()
-    def _loglikelihood_tokens(self, requests: Sequence[Request], **_options: Any) -> list[tuple[float, bool]]:
-        longest = int(getattr(self.model.config, "max_position_embeddings", 0) or 1 << 30)
-        by_context: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for index, (_, context, continuation) in enumerate(requests):
-            by_context[tuple(context[-max(1, longest - len(continuation)) :])].append(index)
-        results: dict[int, tuple[float, bool]] = {}
-        batches = self._batches(by_context, requests)
-        for contexts in progress(batches, self.description, "batches"):
-            members = [(row, index) for row, context in enumerate(contexts) for index in by_context[context]]
-            continuations = [requests[index][2] for _, index in members]
-            scores = self._score(contexts, [row for row, _ in members], continuations)
-            results |= {index: score for (_, index), score in zip(members, scores, strict=True)}
-        return [results[index] for index in range(len(requests))]
-
-    def _batches(
-        self, by_context: Mapping[tuple[int, ...], list[int]], requests: Sequence[Request]
-    ) -> list[list[tuple[int, ...]]]:
-        """Group contexts of equal length, the longest first, so that a batch computes about ``batch_tokens`` tokens."""
-        batches: list[list[tuple[int, ...]]] = []
-        filled = 0
-        for context in sorted(by_context, key=len, reverse=True):
-            cost = len(context) + sum(len(requests[index][2]) for index in by_context[context])
-            if not batches or len(batches[-1][0]) != len(context) or filled + cost > self.batch_tokens:
-                batches.append([])
-                filled = 0
-            batches[-1].append(context)
-            filled += cost
-        return batches
-
-    def _score(
-        self, contexts: Sequence[tuple[int, ...]], rows: list[int], continuations: list[list[int]]
-    ) -> list[tuple[float, bool]]:
-        """Score continuations, each after the context at its row; all contexts have the same length."""
-        device, cache = self.model.device, None
-        prefixes = torch.tensor([context[:-1] for context in contexts], device=device)
-        if prefixes.shape[1]:
-            cache = decoder_of(self.model)(input_ids=prefixes, use_cache=True).past_key_values
-            cache.batch_select_indices(torch.tensor(rows, device=device))
-        # The last token of the context predicts the first of the continuation. Padding stands behind the text.
-        inputs = [
-            torch.tensor([contexts[row][-1], *continuation[:-1]]) for row, continuation in zip(rows, continuations, strict=True)
-        ]
-        ids = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True).to(device)
-        logits = self.model(ids, past_key_values=cache, use_cache=cache is not None).logits
-        scores = []
-        for row, continuation in zip(logits, continuations, strict=True):
-            predictions = log_softmax(row[: len(continuation)].float(), dim=-1)
-            target = torch.tensor(continuation, device=device)
-            likelihood = predictions.gather(1, target[:, None]).sum()
-            scores.append((float(likelihood), bool((predictions.argmax(-1) == target).all())))
-        return scores
-
-    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-        raise NotImplementedError("perplexity is computed in replaceme.evaluation.perplexity")
-
-    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        raise NotImplementedError("no task that is offered generates text")
+# Length-normalised accuracy where the task has it, then what else says how often a model is right.
+ACCURACIES = ("acc_norm", "acc", "exact_match")
+PERPLEXITIES = {"word_perplexity": "word", "byte_perplexity": "byte"}
 
 
-def multiple_choice(name: str, items: list[dict[str, Any]]) -> ConfigurableTask:
-    """Return an lm-eval task from items ``{query, choices, gold}``; it reports acc and acc_norm."""
-    from datasets import Dataset
+@dataclass
+class Suite:
+    """Tasks for one run of lm-eval.
 
+    Attributes:
+        singles: name → lm-eval's task.
+        groups: name → lm-eval's group.
+        reported: the names whose scores are reported, each with the single tasks that it consists of.
+        limits: single task → the items that are scored.
+    """
+
+    singles: dict[str, Any] = field(default_factory=dict)
+    groups: dict[str, Any] = field(default_factory=dict)
+    reported: dict[str, list[str]] = field(default_factory=dict)
+    limits: dict[str, int] = field(default_factory=dict)
+
+    def add(self, task: Task, found: Any) -> None:
+        """Add a task; ``found`` is its identity (``task_fingerprints``)."""
+        if task_kind(task) == "lm-eval":
+            loaded = catalogue.load(task, found)
+            singles, groups = loaded["tasks"], loaded["groups"]
+        else:
+            singles, groups = {task_name(task): _own_task(task)}, {}
+        self.singles |= singles
+        self.groups |= groups
+        # A tag, or a group that has no score of its own, is so many tasks.
+        group = groups.get(task.name)
+        scored = bool(group.aggregate_metric_list) if group else task.name in singles or is_file(task)
+        self.reported |= {task_name(task): list(singles)} if scored else {name: [name] for name in singles}
+        if task.limit is not None:
+            self.limits |= dict.fromkeys(singles, task.limit)
+
+
+@dataclass
+class Outcome:
+    """What a run of lm-eval gave.
+
+    Attributes:
+        accuracy: task → ``{accuracy, metric, fewshots}``, and ``stderr`` and ``items`` where it has them.
+        perplexity: task → ``{word, byte}``, for lm-eval's own perplexity tasks.
+        items: task → (items,) float64, the accuracy of each item.
+    """
+
+    accuracy: dict[str, dict[str, Any]] = field(default_factory=dict)
+    perplexity: dict[str, dict[str, float]] = field(default_factory=dict)
+    items: dict[str, Tensor] = field(default_factory=dict)
+
+
+def run(scorer: CausalScorer, suite: Suite) -> Outcome:
+    """Score all tasks of a suite in one run, so that their requests are sorted and batched together.
+
+    Raises:
+        DatasetError: a task measures nothing that is an accuracy or a perplexity.
+    """
+    outcome = Outcome()
+    if not suite.singles:
+        return outcome
+    counts = {name: min(limit, len(suite.singles[name].eval_docs)) for name, limit in suite.limits.items()}
+    # lm-eval's own bar over the items says nothing about what it counts.
+    bar = partial(progress, description=f"{scorer.description}: items", unit="items")
+    with mock.patch.object(lm_eval_task, "tqdm", bar):
+        result = evaluate(
+            lm=scorer,
+            task_dict={"tasks": suite.singles, "groups": suite.groups},
+            samples={name: list(range(count)) for name, count in counts.items()} or None,
+            bootstrap_iters=0,  # no resampling: the standard error of a mean is known
+        )
+    for name, singles in suite.reported.items():
+        _report(outcome, name, singles, result, suite)
+    return outcome
+
+
+def _report(outcome: Outcome, name: str, singles: Sequence[str], result: Any, suite: Suite) -> None:
+    figures = {**result["results"], **result.get("groups", {})}[name]
+    metrics = {key.split(",")[0]: key for key in figures if "," in key and "_stderr" not in key}
+    better = result.get("higher_is_better", {}).get(name, {})
+    others = [metric for metric, key in metrics.items() if better.get(metric) and 0 <= float(figures[key]) <= 1]
+    if metric := next((metric for metric in (*ACCURACIES, *others) if metric in metrics), None):
+        kind = metrics[metric].split(",")[1]
+        score = {
+            "accuracy": float(figures[metrics[metric]]),
+            "metric": metric,
+            "fewshots": int(suite.singles[singles[0]].config.num_fewshot or 0),
+        }
+        known = (_items(result["samples"][single], metric, kind) for single in singles)
+        items = [values for values in known if values is not None]
+        if len(items) == len(singles):
+            outcome.items[name] = torch.cat(items)
+            score["items"] = len(outcome.items[name])
+            if all(len(values) > 1 for values in items):
+                errors = [float(values.std() / len(values) ** 0.5) for values in items]
+                score["stderr"] = errors[0] if len(errors) == 1 else pooled_sample_stderr(errors, list(map(len, items)))
+        outcome.accuracy[name] = score
+    elif found := {unit: float(figures[metrics[metric]]) for metric, unit in PERPLEXITIES.items() if metric in metrics}:
+        outcome.perplexity[name] = found
+    else:
+        raise DatasetError(
+            f"tasks: {name} measures {', '.join(metrics) or 'nothing'}, which is no accuracy and no perplexity; leave it out."
+        )
+
+
+def _items(samples: Sequence[Mapping[str, Any]], metric: str, kind: str) -> Tensor | None:
+    """Return (items,) float64, or None for a metric of all items together, of which one alone has no number."""
+    values = [sample.get(metric) for sample in samples if sample["filter"] == kind]
+    return torch.tensor(values, dtype=torch.float64) if all(isinstance(value, int | float) for value in values) else None
+
+
+def _own_task(task: Task) -> Any:
+    """Return an lm-eval task over items of ours."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    items, kind = task_items(task), task_kind(task)
+    if (task.fewshots or 0) >= len(items):
+        raise ParameterError(f"tasks: fewshots of {task_name(task)} must be below its {len(items)} items, not {task.fewshots}.")
+    single = _task_of(task_name(task), items, WORD if kind == "word" else QUESTION if is_file(task) else CONTINUATION)
+    catalogue.configure(single, task.fewshots)
+    return single
+
+
+# The prompts are those of lm-eval's tasks of the same form: lambada, piqa, hellaswag.
+WORD: Mapping[str, Any] = {
+    "output_type": "loglikelihood",
+    "doc_to_text": "{{context}}",
+    "doc_to_target": "{{' ' + word}}",
+    "target_delimiter": "",
+    "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+}
+CONTINUATION: Mapping[str, Any] = {
+    "output_type": "multiple_choice",
+    "doc_to_text": "query",
+    "doc_to_choice": "choices",
+    "doc_to_target": "gold",
+    "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+}
+QUESTION: Mapping[str, Any] = {**CONTINUATION, "doc_to_text": "Question: {{query}}\nAnswer:"}
+
+
+def _task_of(name: str, items: Items, form: Mapping[str, Any]) -> Any:
+    from datasets import Dataset
+    from lm_eval.api.task import ConfigurableTask
+
     return ConfigurableTask(
         config={
             "task": name,
             "custom_dataset": lambda **_: {"test": Dataset.from_list(items)},
             "test_split": "test",
-            "output_type": "multiple_choice",
-            "doc_to_text": "query",
-            "doc_to_choice": "choices",
-            "doc_to_target": "gold",
-            "num_fewshot": 0,
-            "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+            "fewshot_split": "test",
+            **form,
         }
     )
-
-
-def accuracies(scorer: CausalScorer, tasks: dict[str, ConfigurableTask]) -> dict[str, dict[str, float]]:
-    """Return ``{task: {accuracy, stderr, items}}``; accuracy is length-normalised where the task has that."""
-    outcome = evaluate(lm=scorer, task_dict=tasks, bootstrap_iters=1, log_samples=False)
-    scores = {}
-    for name in tasks:
-        result = outcome["results"][name]
-        metric = "acc_norm" if "acc_norm,none" in result else "acc"
-        scores[name] = {
-            "accuracy": float(result[f"{metric},none"]),
-            "stderr": float(result[f"{metric}_stderr,none"]),
-            "items": int(outcome["n-samples"][name]["effective"]),
-        }
-    return scores

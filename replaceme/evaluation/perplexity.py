@@ -33,6 +33,10 @@ class Windows:
     words: int
     bytes: int
 
+    def predictions(self) -> Tensor:
+        """Return (windows,) float64: how many tokens of each window are predicted."""
+        return torch.tensor([len(window) - 1 for window in self.windows], dtype=torch.float64)
+
 
 def cut_windows(task: str, texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, limit: int | None) -> Windows:
     """Cut texts into windows, the first of each text, then the second of each, and so on.
@@ -68,22 +72,29 @@ def cut_windows(task: str, texts: Iterable[str], tokenizer: PreTrainedTokenizerB
 
 
 @torch.inference_mode()
-def perplexities(model: Any, windows: Windows, batch_size: int, description: str) -> dict[str, float]:
-    """Return ``token``, ``word`` and ``byte`` perplexity of a model on windows, and ``stderr`` of the first.
+def window_losses(model: Any, windows: Windows, batch_size: int, description: str) -> Tensor:
+    """Return (windows,) float64: each window's sum of negative log-likelihoods, in the order of ``windows``."""
+    order = sorted(range(len(windows.windows)), key=lambda index: len(windows.windows[index]), reverse=True)
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    losses = torch.zeros(len(order), dtype=torch.float64)
+    for batch in progress(batches, description, "batches"):
+        rows = [windows.windows[index] for index in batch]
+        # The last token predicts nothing: it isn't computed.
+        ids = torch.nn.utils.rnn.pad_sequence([row[:-1] for row in rows], batch_first=True).to(model.device)
+        targets = torch.nn.utils.rnn.pad_sequence([row[1:] for row in rows], batch_first=True, padding_value=-100)
+        logits = model(ids, use_cache=False).logits
+        for index, row, target in zip(batch, logits, targets.to(model.device), strict=True):
+            losses[index] = float(cross_entropy(row.float(), target, ignore_index=-100, reduction="sum"))
+    return losses
+
+
+def perplexities(losses: Tensor, windows: Windows) -> dict[str, float]:
+    """Return ``token``, ``word`` and ``byte`` perplexity from the windows' losses, and ``stderr`` of the first.
 
     A figure that overflows (a text of one endless word, say) is left out.
     """
-    ordered = sorted(windows.windows, key=len, reverse=True)
-    batches = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
-    losses: list[float] = []
-    for batch in progress(batches, description, "batches"):
-        ids = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True).to(model.device)
-        targets = torch.nn.utils.rnn.pad_sequence([window[1:] for window in batch], batch_first=True, padding_value=-100)
-        logits = model(ids, use_cache=False).logits[:, :-1]
-        for row, target in zip(logits, targets.to(model.device), strict=True):
-            losses.append(float(cross_entropy(row.float(), target, ignore_index=-100, reduction="sum")))
-    counts = [len(window) - 1 for window in ordered]
-    nll = sum(losses) / sum(counts)
+    counts = windows.predictions()
+    nll = float(losses.sum() / counts.sum())
     exponents = {
         "token": nll,
         "word": nll * windows.tokens / max(windows.words, 1),
@@ -91,9 +102,14 @@ def perplexities(model: Any, windows: Windows, batch_size: int, description: str
     }
     figures = {unit: math.exp(exponent) for unit, exponent in exponents.items() if exponent < LARGEST_EXPONENT}
     if len(losses) > 1 and "token" in figures:
-        spread = sum((loss - nll * count) ** 2 for loss, count in zip(losses, counts, strict=True))
-        figures["stderr"] = figures["token"] * math.sqrt(spread * len(losses) / (len(losses) - 1)) / sum(counts)
+        figures["stderr"] = figures["token"] * mean_stderr(losses, counts)
     return figures
+
+
+def mean_stderr(sums: Tensor, counts: Tensor) -> float:
+    """Return the standard error of ``sums.sum() / counts.sum()`` over independent windows (ratio estimate, first order)."""
+    spread = (sums - sums.sum() / counts.sum() * counts).square().sum()
+    return math.sqrt(float(spread) * len(sums) / (len(sums) - 1)) / float(counts.sum())
 
 
 def _ids(text: str, tokenizer: PreTrainedTokenizerBase, prefix: list[int], limit: int | None) -> list[int]:

@@ -1,5 +1,6 @@
 """ReplaceMe with least squares (arXiv 2505.02819, section 3): one ridge regression a block, in closed form."""
 
+import math
 from typing import Any
 
 import torch
@@ -7,28 +8,30 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from replaceme.edits import Edits
-from replaceme.methods.method import Method, Statistics
+from replaceme.methods.method import Method, Solved, Statistics
 from replaceme.params import Params
 from replaceme.plan import Plan
 from replaceme.progress import logger
 from replaceme.solver import RidgeSolution, solve_ridge
 
+RIDGES = 33
 
-def solve(params: Params, plan: Plan, statistics: Statistics) -> tuple[Edits, dict[str, Any]]:
+
+def solve(params: Params, plan: Plan, statistics: Statistics) -> Solved:
     """Return the removal with one transform a block, and how well each fits."""
-    edits = Edits("ReplaceMe (least squares)", plan.removed_layers)
-    figures: dict[str, Any] = {}
+    solved = Solved(Edits("ReplaceMe (least squares)", plan.removed_layers))
     for number, block in enumerate(plan.blocks):
         sums, sample = statistics("gram", number), statistics("sample", number)
         solution = solve_ridge(sums["gram"], sums["cross"], params.alpha)
-        edits.transforms[block.host] = solution.transform
+        solved.edits.transforms[block.host] = solution.transform
         fit = _quality(solution, sums, sample, params.alpha)
-        figures = fit if len(plan.blocks) == 1 else {**figures, f"block{number}": fit}
+        solved.figures |= fit if len(plan.blocks) == 1 else {f"block{number}": fit}
+        solved.ridge_path += [(block.host, alpha, residual) for alpha, residual in _ridge_path(solution, sums)]
         logger.info(
             "solve: host %d, %d tokens, relative residual %.4f (%.4f with nothing in the block's place), mean cosine %.4f",
             block.host, fit["tokens"], fit["relative_residual"], fit["relative_residual_removed"], fit["mean_cosine"],
         )  # fmt: skip
-    return edits, figures
+    return solved
 
 
 def _quality(solution: RidgeSolution, sums: Any, sample: Any, alpha: float) -> dict[str, Any]:
@@ -47,7 +50,18 @@ def _quality(solution: RidgeSolution, sums: Any, sample: Any, alpha: float) -> d
     }
     if solution.smallest_eigenvalue > 0:
         figures["alpha_over_smallest_eigenvalue"] = alpha / solution.smallest_eigenvalue
+    if solution.full_rank:
+        figures["distance_from_alpha_zero"] = solution.change_from(alpha, 0.0)
     return figures
+
+
+def _ridge_path(solution: RidgeSolution, sums: Any) -> list[tuple[float, float]]:
+    """Return the relative residual for ridges between the smallest and the largest eigenvalue, and somewhat below."""
+    largest = float(solution.eigenvalues[-1])
+    lowest = max(solution.smallest_eigenvalue / 100, largest * 1e-12)
+    alphas = torch.logspace(math.log10(lowest), math.log10(largest), RIDGES, dtype=torch.float64).tolist()
+    target, output = float(sums["target_squares"]), float(sums["output_squares"])
+    return [(alpha, (solution.squared_residual(alpha, target) / output) ** 0.5) for alpha in alphas]
 
 
 def _mean_cosine(a: Tensor, b: Tensor) -> float:

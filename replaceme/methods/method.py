@@ -1,7 +1,7 @@
 """What a method is: the statistics it asks for, and the edits it makes of them."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -14,14 +14,29 @@ from replaceme.plan import Plan
 Statistics = Callable[[str, int], Mapping[str, Tensor]]
 
 
+@dataclass
+class Solved:
+    """What a method made of the statistics.
+
+    Attributes:
+        edits: what is to be changed.
+        figures: for metrics/solve.json.
+        ridge_path: rows (host, α, relative residual): how well each host's fit would be with another ridge.
+    """
+
+    edits: Edits
+    figures: dict[str, Any] = field(default_factory=dict)
+    ridge_path: list[tuple[int, float, float]] = field(default_factory=list)
+
+
 @dataclass(frozen=True)
 class Method:
     """A pruning method.
 
     Attributes:
         statistics: names of the statistics that it wants of each block (``replaceme.statistics``).
-        solve: turns the parameters, the plan and the statistics into edits, and figures for metrics/solve.json.
+        solve: turns the parameters, the plan and the statistics into edits and what is to be known of them.
     """
 
     statistics: tuple[str, ...]
-    solve: Callable[[Params, Plan, Statistics], tuple[Edits, dict[str, Any]]]
+    solve: Callable[[Params, Plan, Statistics], Solved]

@@ -1,0 +1,48 @@
+"""The last word of a passage, in LAMBADA's form (arXiv 1606.06031), made from held-out articles.
+
+The passage is the end of an article's earlier sentences and one whose last word is no common one and was used in those
+earlier sentences: what it is stands in the long context, hardly in the last sentence alone.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from replaceme.evaluation.continuation import in_turn, sentences
+
+ITEMS = 450
+CONTEXT_WORDS = 50
+SHORTEST_WORD = 4
+# A word that stands in at least this share of all sentences is a common one.
+COMMON = 0.05
+
+
+def last_word_items(articles: Iterable[str]) -> list[dict[str, Any]]:
+    """Return at most ``ITEMS`` items ``{context, word}``, in turn from all articles; the same for the same text."""
+    texts = [[sentences(paragraph) for paragraph in article.split("\n\n")] for article in articles]
+    everything = [sentence for text in texts for paragraph in text for sentence in paragraph]
+    counts = Counter(word for sentence in everything for word in set(_words(sentence)))
+    common = {word for word, count in counts.items() if count >= COMMON * len(everything)}
+    return in_turn([list(_items_of(text, common)) for text in texts], ITEMS)
+
+
+def _items_of(paragraphs: list[list[str]], common: set[str]) -> Iterator[dict[str, Any]]:
+    passage: list[str] = []
+    for sentence in (sentence for paragraph in paragraphs for sentence in paragraph):
+        ending = re.fullmatch(r"(.* )([a-z]+)[.!?]", sentence)
+        if ending and sum(len(text.split()) for text in passage) >= CONTEXT_WORDS:
+            start, word = ending[1].rstrip(), ending[2]
+            known = word in _words(" ".join(passage))
+            if known and len(word) >= SHORTEST_WORD and word not in common:
+                yield {"context": " ".join([*passage, start]), "word": word}
+                passage = []
+                continue
+        passage.append(sentence)
+        # As short a passage as is long enough: whole sentences, counted from the end.
+        while sum(len(text.split()) for text in passage[1:]) >= CONTEXT_WORDS:
+            passage.pop(0)
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[a-z]+", text.lower())

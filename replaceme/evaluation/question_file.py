@@ -1,0 +1,102 @@
+"""The user's own .jsonl file as a task: questions with choices, or text.
+
+    {"question": "Water freezes at", "choices": ["0 °C", "10 °C"], "answer": 0}
+
+Every row is read and checked before a model is loaded; a mistake is reported with its line.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from replaceme.errors import DatasetError
+from replaceme.task import Task
+
+
+def is_question_file(path: Path, task: Task) -> bool:
+    """Tell whether a file holds questions: by the columns that the task's options name, else by those of the first row."""
+    if path.suffix != ".jsonl" or task.text:
+        return False
+    if task.question or task.choices or task.answer:
+        return True
+    _, row = next(_rows(path))
+    if "question" in row and "choices" in row:
+        return True
+    if "text" in row:
+        return False
+    raise DatasetError(
+        f"tasks: the rows of {path} have neither question, choices and answer nor text; their columns are "
+        f"{', '.join(row) or 'none'}, which options can name: {{{path.name}: {{question: …, choices: …, answer: …}}}}."
+    )
+
+
+def read_questions(path: Path, task: Task) -> list[dict[str, Any]]:
+    """Return the rows of a file as items ``{query, choices, gold}``.
+
+    Raises:
+        DatasetError: naming the line and what is wrong there.
+    """
+    question, answer, columns = task.question or "question", task.answer or "answer", task.choices or "choices"
+    items = []
+    for place, row in _rows(path):
+        query = _column(row, question, place)
+        if not isinstance(query, str) or not query.strip():
+            raise DatasetError(f"tasks: {place}: '{question}' must be a text, not {query!r}.")
+        choices = _column(row, columns, place) if isinstance(columns, str) else [_column(row, name, place) for name in columns]
+        texts = isinstance(choices, list) and all(isinstance(choice, str) and choice.strip() for choice in choices)
+        if not texts or len(choices) < 2:
+            named = columns if isinstance(columns, str) else ", ".join(columns)
+            raise DatasetError(f"tasks: {place}: '{named}' must give at least two texts, not {choices!r}.")
+        gold = _column(row, answer, place)
+        if isinstance(gold, bool) or not isinstance(gold, int) or not 0 <= gold < len(choices):
+            raise DatasetError(
+                f"tasks: {place}: '{answer}' must be the right choice's position, 0 to {len(choices) - 1}, not {gold!r}."
+            )
+        items.append({"query": query, "choices": choices, "gold": gold})
+    return items
+
+
+def read_texts(path: Path, column: str) -> list[str]:
+    """Return the texts of a file's column; rows without text are left out."""
+    texts = []
+    for place, row in _rows(path):
+        text = _column(row, column, place)
+        if text is not None and not isinstance(text, str):
+            raise DatasetError(f"tasks: {place}: '{column}' must be a text, not {text!r}.")
+        if text and text.strip():
+            texts.append(text)
+    if not texts:
+        raise DatasetError(f"tasks: {path} has no text in column '{column}'.")
+    return texts
+
+
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield where each row stands, for messages, and the row."""
+    found = False
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    found = True
+                    yield (place := f"line {number} of {path}"), _row(line, place)
+    except UnicodeDecodeError as problem:
+        raise DatasetError(f"tasks: {path} isn't UTF-8 text (byte {problem.start}).") from None
+    if not found:
+        raise DatasetError(f"tasks: {path} has no rows.")
+
+
+def _row(line: str, place: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        raise DatasetError(f"tasks: {place} isn't JSON.") from None
+    if not isinstance(row, dict):
+        raise DatasetError(f"tasks: {place} must be an object with columns, not {type(row).__name__}.")
+    return row
+
+
+def _column(row: dict[str, Any], name: str, place: str) -> Any:
+    if name not in row:
+        raise DatasetError(f"tasks: {place} has no column '{name}'; its columns are {', '.join(row) or 'none'}.")
+    return row[name]

@@ -1,0 +1,129 @@
+"""lm-eval's view of a causal model that is loaded already: it computes only the logits that are read.
+
+Requests with the same context (the choices of an item) share its computation through the KV cache, logits are computed
+for nothing but the tokens that are scored, and no request is scored twice. Batches hold contexts of one length, the
+longest first, so that no padding enters an attention; continuations are padded behind the text.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from lm_eval.api.model import TemplateLM
+from torch.nn.functional import log_softmax
+from transformers import PreTrainedTokenizerBase
+
+from replaceme.evaluation.kv_cache import filled_cache, going_on
+from replaceme.evaluation.perplexity import WINDOW
+from replaceme.evaluation.requests import Encodings
+from replaceme.progress import progress
+from replaceme.tokenization import start_of_text
+
+Request = tuple[tuple[str, str], list[int], list[int]]
+Ids = tuple[int, ...]
+Score = tuple[float, bool]
+
+
+class CausalScorer(TemplateLM):
+    """Scores the requests of lm-eval's tasks with one model."""
+
+    def __init__(
+        self, model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int, description: str, encodings: Encodings
+    ) -> None:
+        super().__init__()
+        self.model, self.tokenizer, self.description = model, tokenizer, description
+        self.batch_tokens, self.encodings = batch_size * WINDOW, encodings
+        self.start = start_of_text(tokenizer)
+
+    @property
+    def eot_token_id(self) -> int:
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self.start[0] if self.start else self.eot_token_id
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_options: Any) -> list[int]:
+        ids: list[int] = self.tokenizer.encode(string, add_special_tokens=add_special_tokens is not False, verbose=False)
+        return ids
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        return self.encodings.pair(context, continuation, super()._encode_pair)
+
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> list[Score]:
+        # Without the library's bar over tokenization: ours, over the passes, is the one that takes time.
+        scores: list[Score] = super().loglikelihood(requests, disable_tqdm=True)
+        return scores
+
+    @torch.inference_mode()
+    def _loglikelihood_tokens(self, requests: Sequence[Request], **_options: Any) -> list[Score]:
+        longest = int(getattr(self.model.config, "max_position_embeddings", 0) or 1 << 30)
+        wanted: dict[Ids, dict[Ids, None]] = defaultdict(dict)  # context → its continuations, each once
+        keys: list[tuple[Ids, Ids]] = []
+        for _, context, continuation in requests:
+            # The model's room bounds what stands before the last token of the continuation.
+            kept = tuple(continuation[-longest:])
+            keys.append((tuple(context[-max(1, longest - len(kept) + 1) :]), kept))
+            wanted[keys[-1][0]][kept] = None
+        results: dict[tuple[Ids, Ids], Score] = {}
+        for contexts in progress(self._batches(wanted), self.description, "batches"):
+            rows, pairs = zip(
+                *((row, (context, tail)) for row, context in enumerate(contexts) for tail in wanted[context]), strict=True
+            )
+            results |= zip(pairs, self._score(contexts, rows, [tail for _, tail in pairs]), strict=True)
+        return [results[key] for key in keys]
+
+    def _batches(self, wanted: Mapping[Ids, Iterable[Ids]]) -> list[list[Ids]]:
+        """Group contexts of equal length, the longest first, so that a batch computes about ``batch_tokens`` tokens."""
+        batches: list[list[Ids]] = []
+        filled = 0
+        # Contexts with as many and as long continuations stand together, so that little is padded.
+        order = sorted(wanted, key=lambda context: (len(context), len(list(wanted[context])), max(map(len, wanted[context]))))
+        for context in reversed(order):
+            cost = len(context) + sum(map(len, wanted[context]))
+            if not batches or len(batches[-1][0]) != len(context) or filled + cost > self.batch_tokens:
+                batches.append([])
+                filled = 0
+            batches[-1].append(context)
+            filled += cost
+        return batches
+
+    def _score(self, contexts: Sequence[Ids], rows: Sequence[int], continuations: Sequence[Ids]) -> list[Score]:
+        """Score continuations, each after the context at its row; all contexts have the same length."""
+        device, cache = self.model.device, None
+        # The last token of the context predicts the first of the continuation. Padding stands behind the text.
+        tails = [torch.tensor([contexts[row][-1], *tail[:-1]]) for row, tail in zip(rows, continuations, strict=True)]
+        ids = torch.nn.utils.rnn.pad_sequence(tails, batch_first=True).to(device)
+        scored = ids.shape[1]
+        prefixes = torch.tensor([context[:-1] for context in contexts], device=device, dtype=torch.long)
+        if prefixes.shape[1] and len(rows) == len(contexts):
+            ids = torch.cat([prefixes, ids], dim=1)  # nothing to share: one pass
+        elif prefixes.shape[1]:
+            cache = filled_cache(self.model, prefixes)
+            cache.batch_select_indices(torch.tensor(rows, device=device))
+        logits = self.model(ids, logits_to_keep=scored, **going_on(self.model, cache)).logits
+        scores = []
+        for row, tail in zip(logits, continuations, strict=True):
+            predictions = log_softmax(row[: len(tail)].float(), dim=-1)
+            target = torch.tensor(tail, device=device)
+            likelihood = predictions.gather(1, target[:, None]).sum()
+            scores.append((float(likelihood), bool((predictions.argmax(-1) == target).all())))
+        return scores
+
+    @cached_property
+    def _library(self) -> Any:
+        """lm-eval's own model class, for what has nothing to gain here: generation, and perplexity tasks of its own."""
+        from lm_eval.models.huggingface import HFLM
+
+        batch_size = self.batch_tokens // WINDOW
+        return HFLM(pretrained=self.model, tokenizer=self.tokenizer, batch_size=batch_size, max_length=None)
+
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+        scores: list[float] = self._library.loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
+        return scores
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+        texts: list[str] = self._library.generate_until(requests, disable_tqdm=disable_tqdm)
+        return texts

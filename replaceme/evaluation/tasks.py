@@ -1,0 +1,129 @@
+"""What each task is: embedded, the user's own file, or one of lm-eval's; checked, and identified, before any work.
+
+- An embedded task is made from the held-out part of an embedded text.
+- A .txt file, or a .jsonl file with a column ``text``, is a perplexity task under the file's name without its ending.
+- A .jsonl file with the columns ``question``, ``choices`` (a list) and ``answer`` (position of the right one, from 0) is a
+  multiple-choice task. A task's options can name other columns.
+- Any other name is a task, group or tag of lm-eval (``replaceme.evaluation.catalogue``).
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from replaceme import embedded
+from replaceme.corpora import local
+from replaceme.errors import DatasetError, ParameterError
+from replaceme.evaluation import catalogue
+from replaceme.evaluation.continuation import continuation_items
+from replaceme.evaluation.last_word import last_word_items
+from replaceme.evaluation.question_file import is_question_file, read_questions, read_texts
+from replaceme.fingerprints import sha256_below
+from replaceme.params import Params, nearest
+from replaceme.task import COLUMNS, Task
+
+Kind = Literal["perplexity", "choice", "word", "lm-eval"]
+Items = list[dict[str, Any]]
+SOURCE, HELD_OUT = "wikipedia-sample", "held-out"
+# What each embedded task measures.
+EMBEDDED: Mapping[str, Kind] = {
+    "wikipedia": "perplexity",
+    "wikipedia_last_word": "word",
+    "wikipedia_continuation": "choice",
+}
+MAKERS: Mapping[str, Callable[[Iterable[str]], Items]] = {
+    "wikipedia_last_word": last_word_items,
+    "wikipedia_continuation": continuation_items,
+}
+FILE_SUFFIXES = (".txt", ".jsonl")
+
+
+def task_fingerprints(params: Params) -> dict[str, Any]:
+    """Check every task, and return the identity of what it is made from.
+
+    Raises:
+        ParameterError: a task is unknown, has an option that it can't use, or shares its name with another.
+        DatasetError: a file is missing or isn't as it should be, or a task's dataset can't be reached.
+    """
+    fingerprints: dict[str, Any] = {}
+    seen: dict[str, str] = {}  # a single task of lm-eval → the entry that it belongs to
+    for task in params.tasks:
+        name = task_name(task)
+        if name in fingerprints:
+            raise ParameterError(f"tasks: two tasks are named '{name}'; keep one, or rename a file.")
+        if task.name in EMBEDDED:
+            fingerprints[name] = embedded.text_fingerprint(SOURCE)
+        elif is_file(task):
+            path = _path(task)
+            local.check_file(path, "tasks", FILE_SUFFIXES)
+            fingerprints[name] = sha256_below(path)[path.name]
+        elif catalogue.has(task.name):
+            for single in catalogue.members(task.name):
+                if seen.setdefault(single, task.name) != task.name:
+                    raise ParameterError(f"tasks: {single} is in '{seen[single]}' and in '{task.name}'; keep one of the two.")
+            fingerprints[name] = catalogue.identity(task.name)
+        else:
+            hint = nearest(task.name, [*EMBEDDED, *catalogue.names()])
+            raise ParameterError(
+                f"tasks: '{task.name}' is no task{hint}; use {', '.join(EMBEDDED)}, a task or group of lm-eval, "
+                f"or a {' or '.join(FILE_SUFFIXES)} file."
+            )
+        _check_options(task)
+        if is_file(task):
+            # Reading it whole says early what is wrong with a row.
+            task_texts(task) if task_kind(task) == "perplexity" else task_items(task)
+    return fingerprints
+
+
+def is_file(task: Task) -> bool:
+    """Tell whether a task is the user's own file."""
+    return task.name not in EMBEDDED and Path(task.name).suffix in FILE_SUFFIXES
+
+
+def task_kind(task: Task) -> Kind:
+    """Return what a task measures."""
+    if task.name in EMBEDDED:
+        return EMBEDDED[task.name]
+    if not is_file(task):
+        return "lm-eval"
+    return "choice" if is_question_file(_path(task), task) else "perplexity"
+
+
+def task_name(task: Task) -> str:
+    """Return the task's name in metrics: its own, or the file's without its ending, with nothing that a key can't hold."""
+    return Path(task.name).stem.replace(".", "_").replace(",", "_") if is_file(task) else task.name
+
+
+def task_texts(task: Task) -> list[str]:
+    """Return the documents of a perplexity task."""
+    if task.name in EMBEDDED:
+        return embedded.text_articles(SOURCE, HELD_OUT)
+    path = _path(task)
+    return [local.read_text(path, "tasks")] if path.suffix == ".txt" else read_texts(path, task.text or "text")
+
+
+def task_items(task: Task) -> Items:
+    """Return the items of a task of kind choice (``{query, choices, gold}``) or word (``{context, word}``)."""
+    if task.name in MAKERS:
+        return MAKERS[task.name](embedded.text_articles(SOURCE, HELD_OUT))
+    return read_questions(_path(task), task)
+
+
+def _path(task: Task) -> Path:
+    return Path(task.name).expanduser()
+
+
+def _check_options(task: Task) -> None:
+    """Raise ParameterError for an option that would change nothing."""
+    kind = task_kind(task)
+    usable: tuple[str, ...] = () if kind == "perplexity" else ("fewshots", "limit")
+    if is_file(task):
+        usable += tuple(column for column in COLUMNS if (column == "text") == (kind == "perplexity"))
+    for option in task.options():
+        nothing_asked = option == "fewshots" and not task.fewshots
+        if option not in usable and not nothing_asked:
+            what = "is for the columns of a file" if option in COLUMNS else "counts items"
+            hint = "; eval_tokens bounds a perplexity task" if option == "limit" else ""
+            raise ParameterError(f"tasks: {option} {what}, of which {task_name(task)} has none{hint}; leave it out.")
+    if is_file(task) and _path(task).suffix == ".txt" and task.text:
+        raise DatasetError(f"tasks: {task_name(task)} is a .txt file and has no column '{task.text}'; leave text out.")

@@ -1,0 +1,110 @@
+"""What is scored: a task by name, with its options, as params.yaml and the command line give it.
+
+    tasks: [wikipedia, {winogrande: {fewshots: 5, limit: 200}}, my-questions.jsonl]
+
+The published program's form, one mapping ``{piqa: {fewshots: 0}}``, and its word ``default`` mean the same here.
+"""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+# The published table's tasks (ReplaceMe, arXiv 2505.02819, table 1); they need the hub.
+PUBLISHED = ("boolq", "hellaswag", "piqa", "mmlu")
+DEFAULT = "default"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task to score.
+
+    Attributes:
+        name: an embedded task, a task or group of lm-eval, or a .jsonl or .txt file.
+        fewshots: solved examples before each item; None is the task's own number.
+        limit: items to score at most (in a group: of each task), the first ones; None scores all.
+        text: column of a file that holds the text; None is ``text``.
+        question: column of a file that holds the question; None is ``question``.
+        choices: column of a file that holds the list of choices, or the columns that hold one each; None is ``choices``.
+        answer: column of a file that holds the right choice's position, from 0; None is ``answer``.
+    """
+
+    name: str
+    fewshots: int | None = None
+    limit: int | None = None
+    text: str | None = None
+    question: str | None = None
+    choices: str | tuple[str, ...] | None = None
+    answer: str | None = None
+
+    def options(self) -> dict[str, Any]:
+        """Return the options that are set."""
+        return {
+            field.name: value
+            for field in fields(self)
+            if field.name != "name" and (value := getattr(self, field.name)) is not None
+        }
+
+    def plain(self) -> str | dict[str, dict[str, Any]]:
+        """Return the task as it stands in params.yaml."""
+        options = {name: list(value) if isinstance(value, tuple) else value for name, value in self.options().items()}
+        return {self.name: options} if options else self.name
+
+
+OPTIONS = tuple(field.name for field in fields(Task) if field.name != "name")
+COLUMNS = ("text", "question", "choices", "answer")
+
+
+def parse_tasks(raw: Any, problems: list[str]) -> tuple[Task, ...]:
+    """Return the tasks that a value of ``tasks`` names, and append a sentence to ``problems`` for each mistake."""
+    if raw is None:
+        return ()
+    if isinstance(raw, str):
+        raw = [raw]
+    if isinstance(raw, Mapping):
+        raw = [{name: options} for name, options in raw.items()]
+    if not isinstance(raw, list | tuple):
+        problems.append(f"tasks: must be a list of task names, not {raw!r}.")
+        return ()
+    named = [name for entry in raw for name in (PUBLISHED if entry == DEFAULT else (entry,))]
+    tasks = [_parse_one(entry, problems) for entry in named]
+    return tuple(task for task in tasks if task)
+
+
+def _parse_one(entry: Any, problems: list[str]) -> Task | None:
+    if isinstance(entry, Task):
+        return entry
+    if isinstance(entry, str) and entry:
+        return Task(entry)
+    if not isinstance(entry, Mapping) or len(entry) != 1 or not isinstance(name := next(iter(entry)), str):
+        problems.append(f"tasks: an entry must be a name or one {{name: {{fewshots: 5}}}}, not {entry!r}.")
+        return None
+    options = entry[name] or {}
+    if not isinstance(options, Mapping):
+        problems.append(f"tasks: {name} must have options like {{fewshots: 0}}, not {options!r}.")
+        return None
+    wrong = [sentence for key, value in options.items() if (sentence := _wrong_option(name, key, value))]
+    problems += wrong
+    if wrong:
+        return None
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+    return Task(name, **values)
+
+
+def _wrong_option(name: str, key: Any, value: Any) -> str | None:
+    if key not in OPTIONS:
+        close = difflib.get_close_matches(str(key), OPTIONS, n=1, cutoff=0.5)
+        hint = f" (did you mean '{close[0]}'?)" if close else ""
+        return f"tasks: {name} has no option '{key}'{hint}; there are {', '.join(OPTIONS)}."
+    if value is None:
+        return None
+    if key in ("fewshots", "limit"):
+        least = 1 if key == "limit" else 0
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            return f"tasks: {key} of {name} must be a whole number of at least {least}, not {value!r}."
+        return None
+    several = key == "choices" and isinstance(value, list | tuple) and len(value) > 1 and all(isinstance(x, str) for x in value)
+    if not (isinstance(value, str) or several):
+        lists = " or a list of such names" if key == "choices" else ""
+        return f"tasks: {key} of {name} must be the name of a column{lists}, not {value!r}."
+    return None

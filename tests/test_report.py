@@ -1,0 +1,494 @@
+"""The report: what must stand on the page, what must not, and pictures that show the data."""
+
+import json
+import random
+import re
+from collections.abc import Callable, Iterator
+from html.parser import HTMLParser
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.text import Annotation
+
+from replaceme.params import Params, read_params
+from replaceme.plan import Block
+from replaceme.report.figures import distance_map, layer_figures, residual_path, score_figure
+from replaceme.report.page import Page, render, write_report
+from replaceme.report.published import LABEL, ROWS
+from replaceme.report.settings import settings_yaml
+from replaceme.report.tables import quantity
+from replaceme.report.theme import DARK, LIGHT, png
+from replaceme.report.tradeoff import Point, pareto_front, quality_against_size
+from replaceme.workspace import Workspace
+
+LAYERS = 7
+EVALUATION: dict[str, Any] = {
+    "accuracy": {
+        "piqa": {
+            "dense": 0.7811, "pruned": 0.6982, "difference": -0.0829, "stderr_dense": 0.0113, "stderr_pruned": 0.0124,
+            "stderr_difference": 0.0135, "p_value": 0.0021, "items": 1838,
+        },
+        "my_questions": {
+            "dense": 0.4123, "pruned": 0.4266, "difference": 0.0143, "stderr_dense": 0.0217, "stderr_pruned": 0.0228,
+            "stderr_difference": 0.0239, "p_value": 0.5371, "items": 507,
+        },
+    },
+    "average_accuracy": {"dense": 0.5967, "pruned": 0.5624},
+    "retention_percent": 94.2517,
+    "perplexity": {
+        "wikipedia": {
+            "dense": 18.4171, "pruned": 135.1934, "ratio": 7.3406, "stderr_dense": 1.52, "stderr_pruned": 14.6,
+            "stderr_ratio": 0.41,
+        }
+    },
+    "word_perplexity": {"wikipedia": {"dense": 56.9363, "pruned": 904.7361, "ratio": 15.8903}},
+    "byte_perplexity": {"wikipedia": {"dense": 1.8907, "pruned": 2.9236, "ratio": 1.5463}},
+    "parameters": {"dense": 134515008, "pruned": 106194240, "removed_percent": 21.054},
+    "disk_bytes": {"dense": 269060552, "pruned": 213419712, "removed_percent": 20.68},
+    "kv_cache_bytes_per_token": {"dense": 23040, "pruned": 16896, "removed_percent": 26.667},
+}  # fmt: skip
+SHOWN = (
+    "78.1 ± 1.1", "69.8 ± 1.2 *", "−8.3 ± 1.4", "0.002", "1838", "41.2 ± 2.2", "42.7 ± 2.3 °", "+1.4 ± 2.4", "0.537", "507",
+    "59.7", "56.2", "−3.4", "94.3", "18.42 ± 1.5", "135.2 ± 15", "× 7.341 ± 0.41", "56.94", "904.7", "× 15.89", "1.891", "2.924",
+    "× 1.546", "134.5 M", "106.2 M", "21.1 %", "269.1 MB", "213.4 MB", "20.7 %", "23.04 kB", "16.9 kB", "26.7 %",
+)  # fmt: skip
+SOLVED = {
+    "removed_layers": 2, "tokens": 32768, "relative_residual": 0.4085, "relative_residual_removed": 0.9727,
+    "mean_cosine": 0.6724, "mean_cosine_removed": 0.8543, "condition_number": 7883.24, "smallest_eigenvalue": 2055.85,
+    "alpha_over_smallest_eigenvalue": 0.0, "distance_from_identity": 19.507, "distance_from_alpha_zero": 0.0,
+}  # fmt: skip
+EXPORT = {"hidden_error_mean": 0.0024, "hidden_error_max": 0.0154, "logits_error": 0.0026, "tolerance": 0.02}
+RESIDUALS = "alpha,relative_residual\n0.0,0.4085\n100.0,0.41\n10000.0,0.44\n1000000.0,0.55\n"
+SPEED = {
+    "prefill_seconds": {"dense": 1.23, "pruned": 0.92, "speedup": 1.337},
+    "decode_seconds_per_token": {"dense": 0.0457, "pruned": 0.0346, "speedup": 1.321},
+    "prompt_tokens": 512, "new_tokens": 64, "batch_size": 1, "rounds": 5, "dtype": "bfloat16", "device": "cpu", "threads": 2,
+}  # fmt: skip
+UNMEASURED = (
+    "Times vary from run to run and are not part of the cached results: measure_speed measures them and writes this page with "
+    "them."
+)
+Run = Callable[..., Workspace]
+
+
+class Reader(HTMLParser):
+    """What a page says, shows and loads."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.loads: list[str] = []
+        self.tags: list[str] = []
+        self.alternatives: list[str] = []
+        self.tables: list[list[list[str]]] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        for name, value in attrs:
+            if name in ("src", "srcset", "data", "poster") or (name == "href" and tag != "a"):
+                self.loads.append(value or "")
+            if name == "alt":
+                self.alternatives.append(value or "")
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if "table" in self.tags and self.tables and self.tables[-1] and self.tables[-1][-1]:
+            self.tables[-1][-1][-1] += data
+
+    @property
+    def cells(self) -> set[str]:
+        return {cell.strip() for table in self.tables for row in table for cell in row}
+
+
+@pytest.fixture
+def params() -> Params:
+    return read_params(None, {"layers_to_skip": 2, "tasks": ["wikipedia", {"piqa": {"fewshots": 5}}]})
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Return a function that writes a run's results, with some of them replaced."""
+
+    def write(
+        evaluation: Any = EVALUATION,
+        solved: Any = SOLVED,
+        residuals: str = RESIDUALS,
+        title: str = "ReplaceMe (least squares)",
+        blocks: tuple[tuple[int, int], ...] = ((3, 5),),
+    ) -> Workspace:
+        work = Workspace(tmp_path)
+        for folder in (work.profile, work.solution, work.metric("solve").parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        contents = {
+            work.profile / "profile.json": {"angular_distance": made_distances(LAYERS), "layers": made_layers(LAYERS)},
+            work.plan: {"blocks": [{"start": start, "end": end} for start, end in blocks], "statistics": []},
+            work.solution / "edits.json": {"title": title},
+            work.metric("evaluation"): evaluation,
+            work.metric("solve"): solved,
+            work.metric("export"): EXPORT,
+        }
+        for path, content in contents.items():
+            path.write_text(json.dumps(content), encoding="utf-8")
+        (work.solution / "residuals.csv").write_text(residuals, encoding="utf-8")
+        return work
+
+    return write
+
+
+def made_distances(layers: int) -> list[list[float]]:
+    return [[abs(a - b) / layers / 2 + (0.01 * min(a, b) if a != b else 0) for b in range(layers)] for a in range(layers)]
+
+
+def made_layers(layers: int) -> dict[str, list[float]]:
+    return {
+        "block_influence": [0.9 / (layer + 1) for layer in range(layers)],
+        "mean_norm": [50.0 + layer for layer in range(layers)],
+        "max_norm": [100.0 * 3**layer for layer in range(layers)],
+    }
+
+
+# --- The page -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_loads_nothing_from_elsewhere(params: Params, run: Run) -> None:
+    page = Reader(html := render(params, run(), SPEED).html)
+    assert len(page.loads) > len(page.alternatives) == 4
+    assert all(source.startswith("data:") for source in page.loads)
+    assert not {"script", "iframe", "object", "embed"} & set(page.tags)
+    assert not re.search(r"@import|url\(|\son\w+=", html)
+
+
+def test_every_figure_of_the_evaluation_stands_in_a_table(params: Params, run: Run) -> None:
+    cells = Reader(render(params, run()).html).cells
+    assert [shown for shown in SHOWN if shown not in cells] == []
+
+
+def test_the_first_sentence_says_what_the_run_came_to(params: Params, run: Run) -> None:
+    text = Reader(render(params, run()).html).text
+    assert (
+        "2 of 7 layers of smollm2-135m-instruct were removed by ReplaceMe (least squares): 94.3 % of the accuracy kept, × 7.34 "
+        "the perplexity, 21.1 % smaller." in text
+    )
+
+
+@pytest.mark.parametrize(("p_value", "mark", "other"), [(0.049, "* differs", "° no"), (0.05, "° no", "* differs")])
+def test_only_marks_in_use_have_a_footnote(params: Params, run: Run, p_value: float, mark: str, other: str) -> None:
+    task = {**EVALUATION["accuracy"]["piqa"], "p_value": p_value}
+    text = Reader(render(params, run({"accuracy": {"piqa": task}})).html).text
+    assert mark in text
+    assert other not in text
+
+
+@pytest.mark.parametrize("missing", [*combinations(EVALUATION, 1), ("perplexity", "word_perplexity", "byte_perplexity")])
+def test_a_group_that_is_absent_leaves_its_place_out(params: Params, run: Run, missing: tuple[str, ...]) -> None:
+    page = Reader(render(params, run({key: value for key, value in EVALUATION.items() if key not in missing})).html)
+    assert all(len(table) > 1 and all(any(cells[1:]) for cells in table) for table in page.tables)
+    assert not re.search(r"\b(None|nan|Undefined)\b", page.text)
+    assert len(page.tables) == (4 if missing in (("accuracy",), ("perplexity", "word_perplexity", "byte_perplexity")) else 5)
+
+
+def test_accuracy_without_uncertainty_stands_alone(params: Params, run: Run) -> None:
+    bare = {
+        "accuracy": {"piqa": {"dense": 0.7811, "pruned": 0.6982}},
+        "perplexity": {"own": {"dense": 2.5, "pruned": 5, "ratio": 2}},
+    }
+    page = Reader(render(params, run(bare)).html)
+    assert page.tables[0] == [["", "piqa"], ["dense", "78.1"], ["pruned", "69.8"]]
+    assert {"2.5", "5", "× 2"} <= page.cells
+
+
+def test_a_run_without_tasks_says_so(params: Params, run: Run) -> None:
+    page = render(params, run({}))
+    assert "Nothing was scored." in page.html
+    assert set(page.pictures) == {"distances", "layers", "residuals"}
+    assert len(Reader(page.html).tables) == 2
+
+
+def test_a_method_without_a_map_has_none_to_judge(params: Params, run: Run) -> None:
+    page = render(params, run(solved={"removed_layers": 2}, residuals="alpha,relative_residual\n", title="UIDL"))
+    assert "there is no map to judge" in page.html
+    assert "residuals" not in page.pictures
+    assert "were removed by UIDL" in page.html
+
+
+def test_each_of_several_blocks_has_its_own_fit(params: Params, run: Run) -> None:
+    fits = {"removed_layers": 3, "block0": {**SOLVED, "tokens": 1111}, "block1": {**SOLVED, "tokens": 2222}}
+    page = render(params, run(solved=fits, blocks=((1, 2), (4, 6))))
+    assert ["calibration tokens", "1,111", "2,222", "what the map was fitted to"] in Reader(page.html).tables[-2]
+    assert "block1: the map takes" in page.html
+    assert "3 of 7" in page.html
+    assert "residuals" not in page.pictures
+
+
+def test_a_cut_is_compared_with_all_of_its_size(params: Params, run: Run) -> None:
+    text = Reader(render(params, run(blocks=((3, 5),))).html).text
+    # Distances of made_distances rise with the host: hosts 0 and 1 are nearer.
+    assert "Layers 3–4 are removed, behind host layer 2" in text
+    assert "is number 3, smallest first, of all 5 blocks of 2 layers" in text
+    assert "is the smallest of all 5" in Reader(render(params, run(blocks=((1, 3),))).html).text
+
+
+def test_times_stand_on_the_page_only_when_measured(params: Params, run: Run) -> None:
+    without, timed = Reader(render(params, run()).html), Reader(render(params, run(), SPEED).html)
+    assert UNMEASURED in without.text
+    assert "Measured on" not in without.text
+    assert UNMEASURED not in timed.text
+    assert "Measured on cpu, 2 threads: bfloat16, batch of 1, 5 rounds" in timed.text
+    assert {"1.23 s", "920 ms", "× 1.34", "45.7 ms", "34.6 ms", "× 1.32"} <= timed.cells
+
+
+def test_names_cannot_bring_html_in(run: Run) -> None:
+    params = read_params(None, {"model_path": "a/<script>x</script>&"})
+    evaluation = {
+        **EVALUATION,
+        "accuracy": {'<img src="x_y">': EVALUATION["accuracy"]["piqa"]},
+        "perplexity": {'"><script>': EVALUATION["perplexity"]["wikipedia"]},
+    }
+    page = Reader(render(params, run(evaluation, title="<b>M</b>")).html)
+    assert not {"script", "b"} & set(page.tags)
+    assert page.tags.count("img") == 4
+    assert "a/<script>x</script>&" in page.text
+    assert {'<img src="x_y">', '"><script>, per token'} <= page.cells
+
+
+def test_the_users_files_are_named_without_their_folders(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    private = tmp_path / "private"
+    for folder in (private / "my-model", private / "below"):
+        folder.mkdir(parents=True)
+    for file in ("notes.txt", "asked.jsonl", "below/other.txt"):
+        (private / file).touch()
+    monkeypatch.chdir(private)
+    params = read_params(
+        None,
+        {
+            "model_path": str(private / "my-model"),
+            "dataset": str(private / "notes.txt"),
+            "tasks": ["below/other.txt", {str(private / "asked.jsonl"): {"limit": 9}}, "/gone/away.txt"],
+            "save_path": str(private / "result"),
+        },
+    )
+    html = render(params, run()).html
+    for path in (str(tmp_path), "private", "below", "/gone", "result"):
+        assert path not in html
+    for shown in (
+        "my-model without 2 of",
+        "model_path: my-model",
+        "dataset: notes.txt",
+        "- other.txt",
+        "- away.txt",
+        "limit: 9",
+    ):
+        assert shown in html
+
+
+def test_the_settings_repeat_the_run() -> None:
+    given = {
+        "dataset": "org/1e-6", "dataset_config": "no", "alpha": 1e-7, "layers_to_skip": 3, "eval_tokens": None,
+        "tasks": ["wikipedia", {"winogrande": {"fewshots": 5, "limit": 200}}, {"q.jsonl": {"choices": ["a", "b"]}}],
+    }  # fmt: skip
+    params = read_params(None, given)
+    file = Path("settings.yaml")
+    file.write_text(settings_yaml(params), encoding="utf-8")
+    assert read_params(file) == params
+
+
+def test_the_settings_have_every_key_that_the_pipelines_file_must_have(params: Params) -> None:
+    lines = settings_yaml(params).splitlines()
+    assert {line.split(":")[0] for line in lines if line[0].isalpha()} == set(Params.model_fields)
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_the_same_run_gives_the_same_bytes_whatever_matplotlib_is_set_to(params: Params, run: Run) -> None:
+    first = render(params, run())
+    with matplotlib.rc_context({"font.size": 30, "lines.linewidth": 9, "savefig.dpi": 10, "axes.grid": True}):
+        again = render(params, run())
+        assert matplotlib.rcParams["font.size"] == 30
+    assert again == first
+
+
+def test_the_stage_writes_the_page_and_the_pictures_that_there_are(params: Params, run: Run) -> None:
+    work = run(solved={"removed_layers": 2}, residuals="alpha,relative_residual\n")
+    write_report(params, work)
+    assert {path.name for path in work.report.iterdir()} == {"index.html", "distances.png", "layers.png", "scores.png"}
+    page = render(params, work)
+    assert (work.report / "index.html").read_text(encoding="utf-8") == page.html
+    for name, picture in page.pictures.items():
+        assert (work.report / f"{name}.png").read_bytes() == picture.light
+        assert picture.light.startswith(b"\x89PNG")
+        assert picture.light != picture.dark
+
+
+def test_alternative_texts_say_what_is_to_be_seen(params: Params, run: Run) -> None:
+    distances, layers, scores, residuals = (render(params, run()).pictures[name].words for name in PICTURES)
+    assert "Framed: layers 3–4 at 0.163." in distances
+    assert "Shaded: layers 3–4." in layers
+    assert "perplexity of wikipedia: dense 18.42, pruned 135.2" in scores
+    assert "from 0.408 at α = 0 to 0.550 at α = 1e+06" in residuals
+
+
+PICTURES = ("distances", "layers", "scores", "residuals")
+
+
+def test_the_published_table_is_labelled_and_adds_up(params: Params, run: Run) -> None:
+    page = Reader(render(params, run()).html)
+    assert LABEL in page.text
+    assert ["ReplaceMe, least squares", "71.5", "61.3", "69.8", "45.1", "61.9", "91.9"] in page.tables[-1]
+    dense = sum(ROWS[0][1:5]) / 4
+    for row in ROWS:
+        assert sum(row[1:5]) / 4 == pytest.approx(row.average, abs=0.0006)
+        assert 100 * sum(row[1:5]) / 4 / dense == pytest.approx(row.percent_of_dense, abs=0.1)
+
+
+def test_quantities_have_decimal_prefixes() -> None:
+    assert [quantity(value, "B") for value in (0, 999, 23040, 2.5e6, 1.5e10, 3e15)] == [
+        "0 B", "999 B", "23.04 kB", "2.5 MB", "15 GB", "3000 TB",
+    ]  # fmt: skip
+
+
+# --- The pictures -------------------------------------------------------------------------------------------------------
+
+
+def _frames(figure: Figure) -> set[tuple[float, float]]:
+    """Centres of the frames on a distance map."""
+    frames = [patch for patch in figure.axes[0].patches if isinstance(patch, Rectangle)]
+    return {(frame.get_x() + frame.get_width() / 2, frame.get_y() + frame.get_height() / 2) for frame in frames}
+
+
+def test_the_map_shows_the_pairs_above_the_diagonal_and_frames_the_blocks() -> None:
+    distances = made_distances(LAYERS)
+    figure = distance_map(distances, [Block(1, 2), Block(3, 5)], DARK)
+    drawn = figure.axes[0].images[0].get_array()
+    assert drawn is not None
+    for host in range(LAYERS):
+        for last in range(LAYERS):
+            value = drawn[last, host]
+            if last > host:
+                assert value == distances[host][last]
+            else:
+                assert value is matplotlib.cm.ma.masked or value != value
+    assert _frames(figure) == {(0, 1), (2, 4)}
+    assert "2, 1 layers" in {text.get_text() for text in figure.axes[0].texts}
+
+
+def test_removed_layers_are_shaded_and_an_influence_of_nothing_is_no_obstacle() -> None:
+    layers = made_layers(LAYERS)
+    layers["block_influence"][2] = 0.0
+    figure = layer_figures(layers, [Block(3, 5)])
+    spans = [patch for axes in figure.axes for patch in axes.patches]
+    assert [(span.get_x(), span.get_x() + span.get_width()) for span in spans] == [(2.5, 4.5)] * 2
+    assert png(figure)
+
+
+@pytest.mark.parametrize(("accuracy", "perplexity"), [(0, 0), (1, 0), (0, 1), (3, 1), (10, 2)])
+def test_the_scores_have_a_line_for_each_task(accuracy: int, perplexity: int) -> None:
+    task = {"dense": 0.5, "pruned": 0.4, "stderr_dense": 0.5, "stderr_pruned": 0.1}
+    groups = {
+        "accuracy": {f"a{number}": task for number in range(accuracy)},
+        "perplexity": {f"p{number}": task for number in range(perplexity)},
+    }
+    figure = score_figure(groups, LIGHT)
+    if figure is None:
+        assert accuracy == perplexity == 0
+        return
+    assert [len(axes.containers) for axes in figure.axes] == [2 * tasks for tasks in (accuracy, perplexity) if tasks]
+    assert b"Software" not in png(figure)
+
+
+def test_the_ridge_path_has_a_place_for_no_ridge() -> None:
+    rows = [(0.0, 0.40), (10.0, 0.41), (1000.0, 0.5)]
+    figure = residual_path(rows, (0.0, 0.40), 200.0)
+    assert figure is not None
+    axes = figure.axes[0]
+    path, chosen, eigenvalue = axes.lines
+    assert list(zip(*path.get_data(), strict=True)) == rows
+    assert list(zip(*chosen.get_data(), strict=True)) == [(0.0, 0.40)]
+    assert list(eigenvalue.get_xdata()) == [200.0, 200.0]
+    assert axes.get_xlim()[0] < 0 < axes.get_xlim()[1]
+    assert png(figure)
+
+
+def test_a_path_without_a_ridge_is_no_picture() -> None:
+    assert residual_path([(0.0, 0.4)], (0.0, 0.4), 1.0) is None
+    with_zero_eigenvalue = residual_path([(10.0, 0.4), (100.0, 0.5)], (10.0, 0.4), 0.0)
+    assert with_zero_eigenvalue is not None
+    assert len(with_zero_eigenvalue.axes[0].lines) == 2
+
+
+# --- Experiments against each other -------------------------------------------------------------------------------------
+
+SMALL = st.integers(0, 4).map(float)
+POINTS = st.lists(st.builds(Point, st.just("x"), st.sampled_from("ab"), SMALL, SMALL), max_size=12)
+
+
+@given(POINTS, st.booleans())
+def test_the_front_is_what_no_other_point_beats(points: list[Point], higher_is_better: bool) -> None:
+    def beats(a: Point, b: Point) -> bool:
+        ahead = a.quality - b.quality if higher_is_better else b.quality - a.quality
+        return a.removed_percent >= b.removed_percent and ahead >= 0 and (a.removed_percent > b.removed_percent or ahead > 0)
+
+    expected = [point for point in points if not any(beats(other, point) for other in points)]
+    front = pareto_front(points, higher_is_better)
+    assert sorted(front, key=repr) == sorted(expected, key=repr)
+    assert [point.removed_percent for point in front] == sorted(point.removed_percent for point in front)
+
+
+def _labels(figure: Figure) -> Iterator[Annotation]:
+    return (text for text in figure.axes[0].texts if isinstance(text, Annotation))
+
+
+def _experiments(kind: str) -> list[Point]:
+    chance = random.Random(kind)
+    if kind == "chain":
+        return [Point(f"cosine {n}, alpha 1000", "abc"[n % 3], 1.0 + n, 100 - 2.1 * n) for n in range(30)]
+    count = {"few": 2, "some": 8, "many": 30}[kind]
+    made = [(chance.choice([1, 2, 4, 8]), chance.choice(["lstsq", "uidl", "shortgpt"])) for _ in range(count)]
+    return [Point(f"{method} {n}, α {n}000", method, 2.6 * n, 100 - n * chance.uniform(1, 8)) for n, method in made]
+
+
+@pytest.mark.parametrize("kind", ["few", "some", "many", "chain"])
+@pytest.mark.parametrize("higher_is_better", [True, False])
+def test_labels_cover_neither_each_other_nor_the_frame(kind: str, higher_is_better: bool) -> None:
+    points = _experiments(kind)
+    if not higher_is_better:
+        points = [Point(point.label, point.method, point.removed_percent, 100 / point.quality) for point in points]
+    figure = quality_against_size(points, "quality", higher_is_better, DARK)
+    before = png(figure)
+    boxes = [super(Annotation, label).get_window_extent() for label in _labels(figure)]
+    frame = figure.axes[0].get_window_extent()
+    front = pareto_front(points, higher_is_better)
+    assert len(boxes) == len(front) if kind != "chain" else len(boxes) > 10
+    for box in boxes:
+        assert frame.x0 <= box.x0 < box.x1 <= frame.x1
+        assert frame.y0 <= box.y0 < box.y1 <= frame.y1
+    assert not [pair for pair in combinations(boxes, 2) if pair[0].overlaps(pair[1])]
+    assert png(quality_against_size(points, "quality", higher_is_better, DARK)) == before
+
+
+def test_methods_differ_in_colour_and_shape() -> None:
+    points = [Point(method, method, 10.0 + number, 50.0) for number, method in enumerate("abcdefg")]
+    lines = [line for line in quality_against_size(points).axes[0].lines if line.get_label() in "abcdefg"]
+    assert len({line.get_color() for line in lines}) == len({line.get_marker() for line in lines}) == len(lines) == 7
+
+
+def test_a_page_is_its_parts(params: Params, run: Run) -> None:
+    page = render(params, run())
+    assert isinstance(page, Page)
+    assert tuple(page.pictures) == PICTURES
