@@ -35,6 +35,7 @@ lint: .venv/.dev
 benchmarks: environment
 	python -m benchmarks.cost
 	python -m benchmarks.memory
+	python -m benchmarks.evaluation
 
 clean:
 	rm -rf .venv artifacts

@@ -1,102 +1,37 @@
 """The console scripts: the pipeline's own functions, from any folder, without DVC.
 
-They keep their intermediate results beside the result, in ``<save_path>.work``, each with a stamp made of the code, the
-parameters that the step uses, and the content that it read and wrote: an interrupted run goes on where it stopped, a new α
-repeats nothing before the solve, and an output that somebody changed is made again.
+They keep their intermediate results beside the result, in ``<save_path>.work`` (see ``replaceme.steps``).
 """
 
 import argparse
-import hashlib
-import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from replaceme.calibration import calibrate
-from replaceme.card import SETTINGS
 from replaceme.entry import run
 from replaceme.errors import ParameterError
 from replaceme.evaluation.comparison import align, comparison_table, scores_table
 from replaceme.evaluation.requests import Requests
-from replaceme.evaluation.scores import evaluate, score_baseline, score_model
+from replaceme.evaluation.scores import score_model
 from replaceme.evaluation.tasks import task_fingerprints
-from replaceme.export import export
 from replaceme.files import new_folder, read_json, rounded, write_json
 from replaceme.fingerprints import sha256_below
-from replaceme.inputs import inspect_inputs
+from replaceme.inputs import identity, inspect_inputs
 from replaceme.methods import METHODS
-from replaceme.models import find_model
+from replaceme.models import Model, find_model, recorded_model
 from replaceme.params import Params, nearest, parse_value, read_params
-from replaceme.profile import profile
 from replaceme.progress import logger
 from replaceme.published import PUBLISHED_KEYS
-from replaceme.repair import repair
-from replaceme.selection import allowed_starts, select, smallest_angle
-from replaceme.solution import solve
-from replaceme.statistics import observe_activations
+from replaceme.report.page import render
+from replaceme.selection import allowed_starts, smallest_angle
+from replaceme.speed import measure_speed as measure_speed_of
+from replaceme.steps import STEPS, run_steps
 from replaceme.workspace import Workspace
 
-PASS = ("batch_size", "dtype", "device", "threads", "use_4bit", "trust_remote_code")
-SCORING = ("tasks", "eval_tokens", "eval_batch_size", "eval_dtype", "device", "threads", "trust_remote_code")
 ALIASES = {"model": "model_path", "layers": "layers_to_skip"}
-
-
-@dataclass(frozen=True)
-class Step:
-    """One stage as the console scripts run it; tests compare it with dvc.yaml.
-
-    Attributes:
-        run: the stage's function.
-        params: the parameters that change its output.
-        reads: what it reads, as names of ``Workspace`` paths.
-        writes: its main output, likewise; None where it writes metrics alone.
-        metrics: the metrics files that it writes.
-    """
-
-    run: Callable[[Params, Workspace], None]
-    params: tuple[str, ...]
-    reads: tuple[str, ...]
-    writes: str | None
-    metrics: tuple[str, ...] = ()
-
-
-STEPS: Mapping[str, Step] = {
-    "calibrate": Step(
-        calibrate,
-        (
-            "dataset_config", "dataset_split", "dataset_column", "dataset_size", "max_length", "pack", "seed",
-            "trust_remote_code",
-        ),
-        ("tokenizer_input", "dataset_input"),
-        "documents",
-    ),
-    "profile": Step(profile, PASS, ("model_input", "documents"), "profile"),
-    "select": Step(
-        select,
-        (
-            "method", "selection", "layers_to_skip", "min_distance_layer", "max_distance_layer",
-        ),
-        ("profile",),
-        "plan",
-        ("select",),
-    ),
-    "activations": Step(observe_activations, PASS, ("model_input", "documents", "plan"), "statistics"),
-    "solve": Step(solve, ("method", "alpha", "threads"), ("plan", "statistics"), "solution", ("solve",)),
-    "repair": Step(repair, (), ("solution",), "edits"),
-    "export": Step(
-        export,
-        ("model_path", "trust_remote_code", "threads", *SETTINGS),
-        ("model_input", "tokenizer_input", "documents", "edits"),
-        "model",
-        ("export",),
-    ),
-    "baseline": Step(score_baseline, SCORING, ("model_input", "tokenizer_input", "tasks_input"), "baseline"),
-    "evaluate": Step(evaluate, SCORING, ("tasks_input", "model", "baseline"), None, ("evaluation",)),
-}  # fmt: skip
 
 
 def run_replaceme() -> NoReturn:
@@ -112,6 +47,15 @@ def run_uidl() -> NoReturn:
 def evaluate_model() -> NoReturn:
     """Score a model."""
     _main(_evaluate, "Score the model at model_path; save_path names a JSON file for the scores.")
+
+
+def measure_speed() -> NoReturn:
+    """Measure the dense and the pruned model."""
+    _main(
+        _measure,
+        "Measure prefill and decoding of the dense model (model_path) and of the pruned one (save_path, else artifacts/model), "
+        "in turn, and write the report with these times.",
+    )
 
 
 def get_distance_analysis() -> NoReturn:
@@ -131,16 +75,19 @@ def _prune(params: Params) -> None:
     suffix = f"{params.method}-{params.layers_to_skip}"
     work = _claim(params, f"{suffix}-transform" if params.save_transform_only else suffix)
     inspect_inputs(params, work)
-    _run_steps(params, work, ["calibrate", "profile", "select", "activations", "solve"])
+    run_steps(params, work, ["calibrate", "profile", "select", "activations", "solve"])
     if params.save_transform_only:
         _deliver(work, work.solution)
         logger.info("only the transform was saved, to %s (edits.safetensors); no model was written", work.model)
         return
-    _run_steps(params, work, ["repair", "export"])
+    run_steps(params, work, ["repair", "export"])
     _record(work)
     logger.info("the pruned model is in %s, its figures in %s", work.model, work.root / "metrics")
-    if params.tasks and "evaluate" not in _run_steps(params, work, ["baseline", "evaluate"]):
+    if not params.tasks:
+        return
+    if "evaluate" not in run_steps(params, work, ["baseline", "evaluate", "report"]):
         print(comparison_table(read_json(work.metric("evaluation"))))
+    logger.info("the report is %s", work.report / "index.html")
 
 
 def _evaluate(params: Params) -> None:
@@ -153,6 +100,34 @@ def _evaluate(params: Params) -> None:
     print(scores_table(scores))
     write_json(target, rounded(scores))
     logger.info("the scores are in %s", target)
+
+
+def _measure(params: Params) -> None:
+    work = _result_of(params)
+    dense, pruned = recorded_model(params, work.model_input), Model(work.model, work.model.name)
+    if identity(dense) != read_json(work.model_input):
+        raise ParameterError(f"model_path: {params.model_path} is not what {work.model} was made from; name that model.")
+    times = measure_speed_of(params, dense, pruned)
+    rows: list[tuple[str, ...]] = [("measured", "dense", "pruned", "faster")]
+    for name, key in (("prefill", "prefill_seconds"), ("decoding, a token", "decode_seconds_per_token")):
+        pair = times[key]
+        rows.append((name, *(f"{1000 * pair[side]:.1f} ms" for side in ("dense", "pruned")), f"x {pair['speedup']:.2f}"))
+    print(align(rows))
+    with new_folder(work.speed) as folder:
+        write_json(folder / "speed.json", rounded(times, 4))
+        if all(work.metric(name).is_file() for name in STEPS["report"].figures):
+            render(params, work, times).save(folder)
+    logger.info("the times, and the report with them, are in %s", work.speed)
+
+
+def _result_of(params: Params) -> Workspace:
+    """Return the place of a result that is there already: the pipeline's, or a console script's."""
+    if params.save_path is None and (work := Workspace()).model.is_dir():
+        return work
+    work = _place_of(params, f"{params.method}-{params.layers_to_skip}")
+    if not work.model.is_dir() or not work.model_input.is_file():
+        raise ParameterError(f"save_path: there is no pruned model in {work.model}; run `dvc repro` or run_replaceme first.")
+    return work
 
 
 def _scores_file(params: Params, name: str) -> Path:
@@ -175,7 +150,7 @@ def _analyse(params: Params) -> None:
     work = _claim(params, "distances")
     smallest = params.model_copy(update={"layers_to_skip": 1})
     inspect_inputs(smallest, work)
-    _run_steps(params, work, ["calibrate", "profile"])
+    run_steps(params, work, ["calibrate", "profile"])
     _deliver(work, work.profile)
     distances = read_json(work.profile / "profile.json")["angular_distance"]
     rows = [("layers to skip", "host", "removed", "angular distance")]
@@ -198,14 +173,10 @@ def _claim(params: Params, suffix: str) -> Workspace:
     Raises:
         ParameterError: something is there that this program didn't write, or nothing can be written.
     """
-    source = Path(params.model_path).expanduser().resolve()
-    name = source.name if source.is_dir() else params.model_path.replace("/", "--")
-    target = Path(params.save_path or f"{name}-{suffix}").expanduser().absolute()
-    if target.resolve() == source:
+    work = _place_of(params, suffix)
+    target = work.model
+    if target.resolve() == Path(params.model_path).expanduser().resolve():
         raise ParameterError(f"save_path: {target} is the model that is to be pruned; choose another folder.")
-    if not target.name:
-        raise ParameterError(f"save_path: {target} can't be a result's folder; choose another one.")
-    work = Workspace(target.with_name(target.name + ".work"), target)
     if target.exists():
         record = _result_record(work)
         written = read_json(record) if record.is_file() else {}
@@ -215,6 +186,15 @@ def _claim(params: Params, suffix: str) -> Workspace:
             raise ParameterError(f"save_path: {target} {what} this program did not write; choose another folder.")
     _make_folder(work.root)
     return work
+
+
+def _place_of(params: Params, suffix: str) -> Workspace:
+    source = Path(params.model_path).expanduser().resolve()
+    name = source.name if source.is_dir() else params.model_path.replace("/", "--")
+    target = Path(params.save_path or f"{name}-{suffix}").expanduser().absolute()
+    if not target.name:
+        raise ParameterError(f"save_path: {target} can't be a result's folder; choose another one.")
+    return Workspace(target.with_name(target.name + ".work"), target)
 
 
 def _make_folder(folder: Path) -> None:
@@ -241,37 +221,6 @@ def _record(work: Workspace) -> None:
 
 def _result_record(work: Workspace) -> Path:
     return work.root / "result.json"
-
-
-def _run_steps(params: Params, work: Workspace, names: Sequence[str]) -> list[str]:
-    """Run the steps whose stamp doesn't fit, in order, and return their names."""
-    ran = []
-    for name in names:
-        step, stamp = STEPS[name], work.root / "steps" / f"{name}.json"
-        key = _key(params, work, step)
-        outputs = [*([getattr(work, step.writes)] if step.writes else []), *map(work.metric, step.metrics)]
-        if stamp.is_file() and read_json(stamp) == [key, _sums(outputs)]:
-            logger.info("%s: unchanged since an earlier run", name)
-            continue
-        stamp.unlink(missing_ok=True)
-        step.run(params, work)
-        write_json(stamp, [key, _sums(outputs)])
-        ran.append(name)
-    return ran
-
-
-def _sums(paths: Sequence[Path]) -> list[dict[str, str]]:
-    return [sha256_below(path) if path.exists() else {} for path in paths]
-
-
-def _key(params: Params, work: Workspace, step: Step) -> str:
-    package = Path(__file__).parent
-    content = {
-        "code": {name: digest for name, digest in sha256_below(package).items() if name.endswith(".py")},
-        "params": params.model_dump(include=set(step.params)),
-        "reads": {name: sha256_below(getattr(work, name)) for name in step.reads},
-    }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 class _Parser(argparse.ArgumentParser):

@@ -39,8 +39,8 @@ def inspect_inputs(params: Params, work: Workspace) -> None:
         check_weights(model)
         model.tokenizer()
         allowed_starts(params, layer_count(model))
-        content[work.model_input.name] = _identity(model, WEIGHT_FILES)
-        content[work.tokenizer_input.name] = _identity(model, COPIED_FILES)
+        content[work.model_input.name] = identity(model, WEIGHT_FILES)
+        content[work.tokenizer_input.name] = identity(model, COPIED_FILES)
     with _collecting(problems):
         content[work.dataset_input.name] = find_dataset(params).fingerprint()
     with _collecting(problems):
@@ -50,8 +50,8 @@ def inspect_inputs(params: Params, work: Workspace) -> None:
     if (processors := os.cpu_count() or 1) > params.threads and resolve_device(params.device) == "cpu":
         logger.info("threads: %d of this machine's %d processors are used", params.threads, processors)
     with new_folder(work.artifact("inputs")) as folder:
-        for name, identity in content.items():
-            write_json(folder / name, identity)
+        for name, entry in content.items():
+            write_json(folder / name, entry)
     logger.info(
         "inputs: model %s (%d layers), text %s, tasks %s",
         model.name,
@@ -69,7 +69,8 @@ def _collecting(problems: list[ReplaceMeError]) -> Iterator[None]:
         problems.append(problem)
 
 
-def _identity(model: Model, patterns: tuple[str, ...]) -> dict[str, object]:
+def identity(model: Model, patterns: tuple[str, ...] = WEIGHT_FILES) -> dict[str, object]:
+    """Return what identifies those of a model's files that match ``patterns``: their commit, or their sha256."""
     if model.commit:
         return {"commit": model.commit, "repository": model.name}
     return {"sha256": sha256_of(model.files(patterns), model.folder)}

@@ -1,5 +1,7 @@
 """The solve stage: from statistics to edits, by the method's own solver."""
 
+import math
+
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -24,8 +26,13 @@ def solve(params: Params, work: Workspace) -> None:
     removed = len(solved.edits.removed_layers)
     with new_folder(work.solution) as folder:
         solved.edits.save(folder)
-        rows = [",".join(map(str, map(rounded, row))) for row in solved.ridge_path]
-        write_text(folder / "residuals.csv", "\n".join(["host,alpha,relative_residual", *rows]) + "\n")
+        write_text(folder / "residuals.csv", _ridge_table(solved.ridge_path))
     write_json(work.metric("solve"), rounded({"removed_layers": removed, **solved.figures}))
     if not solved.edits.transforms:
         logger.info("solve: %d layers go, and nothing takes their place", removed)
+
+
+def _ridge_table(path: list[tuple[int, float, float]]) -> str:
+    """Return the ridge path as CSV; the logarithm is for readers that draw no logarithmic axis."""
+    rows = [f"{host},{rounded(alpha)},{rounded(math.log10(alpha))},{rounded(residual)}" for host, alpha, residual in path]
+    return "\n".join(["host,alpha,log10_alpha,relative_residual", *rows]) + "\n"

@@ -85,6 +85,11 @@ class Workspace:
         return self.artifact("baseline")
 
     @property
+    def speed(self) -> Path:
+        """Measured times, and the page with them (folder); no stage's output."""
+        return self.artifact("speed")
+
+    @property
     def report(self) -> Path:
         """The page and its pictures (folder)."""
         return self.artifact("report")

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from replaceme import commands
 from replaceme.models import Model
 from replaceme.params import Params
+from replaceme.steps import STEPS
 
 FAST = ["--dtype", "float32", "--eval_dtype", "float32", "--threads", "1", "--max_length", "48", "--dataset_size", "20"]
 
@@ -80,7 +81,7 @@ def test_a_second_run_repeats_nothing_and_a_new_alpha_only_what_it_changes(
     capsys.readouterr()
     call(commands.run_replaceme, "--config", published, *FAST)
     unchanged = [line.split(":")[0] for line in capsys.readouterr().err.splitlines() if "unchanged" in line]
-    assert unchanged == list(commands.STEPS)
+    assert unchanged == list(STEPS)
     call(commands.run_replaceme, "--config", published, *FAST, "--alpha", "1e3")
     unchanged = [line.split(":")[0] for line in capsys.readouterr().err.splitlines() if "unchanged" in line]
     assert unchanged == ["calibrate", "profile", "select", "activations", "baseline"]

@@ -94,6 +94,9 @@ def test_standard_errors_of_differences_are_those_of_the_items() -> None:
     assert found["accuracy"]["c"]["stderr_difference"] == pytest.approx(expected)
     assert found["accuracy"]["c"]["items"] == 50
     change = losses[1] - losses[0]
+    ratio = found["retention_percent"] / 100
+    expected = float((after - ratio * before).std() / 50**0.5) / found["average_accuracy"]["dense"]
+    assert found["retention_stderr"] == pytest.approx(100 * expected)
     log_ratio = float(change.sum() / counts.sum())
     spread = float((change - log_ratio * counts).std() * 8**0.5 / counts.sum())
     assert found["perplexity"]["t"]["stderr_ratio"] == pytest.approx(math.exp(log_ratio) * spread, rel=1e-6)

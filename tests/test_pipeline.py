@@ -1,6 +1,7 @@
 """The DVC pipeline: what dvc.yaml declares, and one real run of it on a tiny model."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -9,18 +10,32 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import yaml
 
 from replaceme import commands
 from replaceme.models import Model
+from replaceme.steps import STEPS
 from replaceme.workspace import Workspace
 from tests.closure import ROOT, import_closure
 from tests.conftest import made_text
 from tests.test_commands import call
 
 PIPELINE: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
-ORDER = ["inputs", "calibrate", "profile", "select", "activations", "solve", "repair", "export", "baseline", "evaluate"]
+ORDER = [
+    "inputs",
+    "calibrate",
+    "profile",
+    "select",
+    "activations",
+    "solve",
+    "repair",
+    "export",
+    "baseline",
+    "evaluate",
+    "report",
+]
 
 
 def test_every_stage_has_a_script_and_a_description() -> None:
@@ -41,12 +56,15 @@ def test_a_change_of_the_methods_or_the_evaluation_does_not_repeat_the_passes() 
         assert not [dep for dep in PIPELINE[name]["deps"] if re.search(r"methods|solver|evaluation|selection|export", dep)]
 
 
-@pytest.mark.parametrize("name", list(commands.STEPS))
+@pytest.mark.parametrize("name", list(STEPS))
 def test_console_scripts_and_pipeline_agree_on_what_a_stage_depends(name: str) -> None:
-    stage, step, work = PIPELINE[name], commands.STEPS[name], Workspace()
+    stage, step, work = PIPELINE[name], STEPS[name], Workspace()
     assert set(stage.get("params", [])) == set(step.params)
     data = {dep for dep in stage["deps"] if dep.startswith("artifacts/")}
     assert data == {getattr(work, read).as_posix() for read in step.reads}
+    assert {dep for dep in stage["deps"] if dep.startswith("metrics/")} == {
+        work.metric(name).as_posix() for name in step.figures
+    }
     outputs = {*stage.get("outs", []), *(path for metric in stage.get("metrics", []) for path in metric)}
     written = {getattr(work, step.writes).as_posix()} if step.writes else set()
     assert outputs == written | {work.metric(metric).as_posix() for metric in step.metrics}
@@ -70,9 +88,15 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny: Model) -> Path:
         shutil.copyfile(ROOT / name, folder / name)
     (folder / "text.txt").write_text(made_text(600), encoding="utf-8")
     (folder / "held-out.txt").write_text(made_text(100, seed=1), encoding="utf-8")
+    rows = [
+        {"question": made_text(2, n), "choices": [made_text(1, 99 + 2 * n), made_text(1, 100 + 2 * n)], "answer": n % 2}
+        for n in range(30)
+    ]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     settings = {
         "model_path": str(tiny.folder), "dataset": "text.txt", "dataset_size": "20", "max_length": "48", "dtype": "float32",
-        "layers_to_skip": "2", "tasks": "[held-out.txt]", "eval_dtype": "float32", "threads": "1", "device": "cpu",
+        "layers_to_skip": "2", "tasks": "[held-out.txt, {questions.jsonl: {limit: 25}}]", "eval_dtype": "float32",
+        "threads": "1", "device": "cpu",
     }  # fmt: skip
     text = (ROOT / "params.yaml").read_text(encoding="utf-8")
     for key, value in settings.items():
@@ -98,13 +122,24 @@ def shell(folder: Path, *command: str, code: int = 0) -> str:
     return done.stdout
 
 
+def numbers_of(content: Any) -> list[float]:
+    """Return every value of nested metrics, which must all be numbers."""
+    if isinstance(content, dict):
+        return [number for entry in content.values() for number in numbers_of(entry)]
+    assert isinstance(content, int | float)
+    return [content]
+
+
 def ran(output: str) -> list[str]:
     return re.findall(r"Running stage '(\w+)'", output)
 
 
 def test_the_run_leaves_model_metrics_and_lock(project: Path) -> None:
     evaluation = json.loads((project / "metrics" / "evaluation.json").read_text())
-    assert set(evaluation["perplexity"]["held-out"]) == {"dense", "pruned", "ratio", "stderr_dense", "stderr_pruned"}
+    errors = {"stderr_dense", "stderr_pruned", "stderr_ratio"}
+    assert set(evaluation["perplexity"]["held-out"]) == {"dense", "pruned", "ratio", *errors}
+    assert evaluation["accuracy"]["questions"]["items"] == 25
+    assert all(math.isfinite(value) and float(f"{value:.6g}") == value for value in numbers_of(evaluation))
     assert evaluation["parameters"]["pruned"] < evaluation["parameters"]["dense"]
     solve = json.loads((project / "metrics" / "solve.json").read_text())
     assert {"condition_number", "relative_residual", "mean_cosine"} <= set(solve)
@@ -134,7 +169,7 @@ def test_the_console_script_gives_the_pipelines_model_to_the_last_bit(
 
 def test_an_experiment_with_alpha_repeats_only_what_alpha_changes(project: Path) -> None:
     output = shell(project, "dvc", "exp", "run", "-S", "alpha=0.1")
-    assert ran(output) == ["inputs", "solve", "repair", "export", "evaluate"]
+    assert ran(output) == ["inputs", "solve", "repair", "export", "evaluate", "report"]
     difference = shell(project, "dvc", "metrics", "diff", "HEAD")
     assert "alpha_over_smallest_eigenvalue" in difference
     assert "nan" not in difference.lower()
@@ -145,9 +180,42 @@ def test_an_experiment_with_alpha_repeats_only_what_alpha_changes(project: Path)
 
 def test_an_experiment_with_another_block_does_not_profile_again(project: Path) -> None:
     output = shell(project, "dvc", "exp", "run", "-S", "layers_to_skip=1")
-    assert ran(output) == ["inputs", "select", "activations", "solve", "repair", "export", "evaluate"]
+    assert ran(output) == ["inputs", "select", "activations", "solve", "repair", "export", "evaluate", "report"]
     shell(project, "git", "checkout", "-q", ".")
     shell(project, "dvc", "checkout", "-q")
+
+
+def test_the_experiments_are_compared_in_a_table_and_a_picture(project: Path) -> None:
+    printed = shell(project, "compare_experiments")
+    table = pd.read_csv(project / "experiments" / "experiments.csv")
+    assert {"experiment", "best", "method", "alpha", "layers_to_skip", "removed_percent", "retention_percent"} <= set(table)
+    assert sorted(zip(table["alpha"], table["layers_to_skip"], strict=True)) == [(0.0, 1), (0.0, 2), (0.1, 2)]
+    assert table["best"].any()
+    assert (project / "experiments" / "quality.png").read_bytes().startswith(b"\x89PNG")
+    assert "alpha" in printed
+    assert (project / "experiments" / "experiments.md").read_text().count("\n") == len(table) + 2
+    shutil.rmtree(project / "experiments")
+
+
+def test_plots_are_shown_and_compared(project: Path) -> None:
+    names = shell(project, "dvc", "exp", "list", "--name-only").split()
+    for command in (("show",), ("diff", "HEAD", names[0])):
+        output = shell(project, "dvc", "plots", *command, "--out", "shown")
+        assert "failed" not in output.lower()
+        page = (project / "shown" / "index.html").read_text()
+        for title in ("Angular distance", "Block influence", "Relative residual", "distances.png"):
+            assert title in page
+        shutil.rmtree(project / "shown")
+
+
+def test_speed_is_measured_apart_from_the_lock(project: Path) -> None:
+    printed = shell(project, "measure_speed", "--config", "params.yaml")
+    assert re.search(r"prefill +[\d.]+ ms +[\d.]+ ms +x [\d.]+", printed)
+    times = json.loads((project / "artifacts" / "speed" / "speed.json").read_text())
+    assert times["prefill_seconds"]["speedup"] > 0
+    assert times["weights"].keys() == {"model.safetensors"}
+    assert "measured" in (project / "artifacts" / "speed" / "index.html").read_text()
+    assert shell(project, "git", "status", "--porcelain") == ""
 
 
 def test_new_content_in_a_local_file_is_noticed(project: Path) -> None:

@@ -55,10 +55,24 @@ def compare(dense: Figures, pruned: Figures, dense_items: Mapping[str, Tensor], 
         comparison["average_accuracy"] = means
         if means["dense"]:
             comparison["retention_percent"] = 100 * means["pruned"] / means["dense"]
+            stderr = _retention_stderr(means, list(dense["accuracy"]), dense_items, pruned_items)
+            if stderr is not None:
+                comparison["retention_stderr"] = 100 * stderr
     for size in SIZES:
         a, b = dense[size], pruned[size]
         comparison[size] = {"dense": a, "pruned": b, "removed_percent": 100 * (1 - b / a)}
     return comparison
+
+
+def _retention_stderr(
+    means: Mapping[str, float], tasks: Sequence[str], before: Mapping[str, Tensor], after: Mapping[str, Tensor]
+) -> float | None:
+    """Return the standard error of the ratio of the averages, from the items of both models (first order)."""
+    ratio, names = means["pruned"] / means["dense"], [f"accuracy/{task}" for task in tasks]
+    if not all(name in before and name in after and len(before[name]) > 1 for name in names):
+        return None
+    variance = sum(float((after[name] - ratio * before[name]).var()) / len(before[name]) for name in names)
+    return math.sqrt(variance) / len(names) / means["dense"]
 
 
 def _accuracy(dense: Figures, pruned: Figures, before: Tensor | None, after: Tensor | None) -> Figures:

@@ -1,0 +1,111 @@
+"""What evaluation costs: its tokens a second against one bare forward pass over the same tokens, for each task.
+
+``python -m benchmarks.evaluation [share]`` takes the model, tasks and settings of params.yaml, and ``share`` (default
+0.25) of each task's items. Tokens are those that must be computed: each context once, whatever the number of choices. The
+bare pass packs them into windows of 1024 tokens and computes no logits. Passes alternate, and the medians are compared.
+"""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from replaceme.compute import resolve_device, use_threads
+from replaceme.evaluation.harness import Suite, run
+from replaceme.evaluation.perplexity import WINDOW, Windows, cut_windows, window_losses
+from replaceme.evaluation.requests import Encodings
+from replaceme.evaluation.scorer import CausalScorer
+from replaceme.evaluation.tasks import task_fingerprints, task_items, task_kind, task_name, task_texts
+from replaceme.families import decoder_of
+from replaceme.models import find_model
+from replaceme.params import read_params
+from replaceme.progress import silence_libraries
+
+ROUNDS = 3
+LIMIT = 0.7
+
+
+def main(share: float) -> None:
+    """Measure and print."""
+    silence_libraries()
+    params = read_params(Path("params.yaml"))
+    use_threads(params.threads)
+    source = find_model(params)
+    model, tokenizer = source.load(params.eval_dtype, resolve_device(params.device)), source.tokenizer()
+    found = task_fingerprints(params)
+
+    def bare(windows: list[torch.Tensor]) -> None:
+        base = decoder_of(model)
+        with torch.inference_mode():
+            for start in range(0, len(windows), params.eval_batch_size):
+                base(input_ids=torch.stack(windows[start : start + params.eval_batch_size]).to(model.device), use_cache=False)
+
+    steps: dict[str, tuple[Callable[[], Any], list[int]]] = {}
+    for task in params.tasks:
+        name = task_name(task)
+        if task_kind(task) == "perplexity":
+            limit = int((params.eval_tokens or 1 << 16) * share)
+            windows = cut_windows(name, task_texts(task), tokenizer, limit)
+            ids = [int(token) for window in windows.windows for token in window[:-1]]
+            steps[name] = (_perplexity(model, windows, params.eval_batch_size), ids)
+        else:
+            limit = int(len(task_items(task)) * share) if task_kind(task) != "lm-eval" else 100
+            encodings = Encodings()
+            step = _accuracy(model, tokenizer, params.eval_batch_size, replace(task, limit=limit), found[name], encodings)
+            step()
+            steps[name] = (step, _computed(encodings))
+    print(f"{params.eval_dtype}, batch {params.eval_batch_size}, {params.threads} threads, median of {ROUNDS}")
+    total = {"bare": 0.0, "evaluation": 0.0}
+    for name, (step, ids) in steps.items():
+        # A last window that is not full would be a batch of its own shape.
+        ids = (ids * (WINDOW // len(ids) + 1))[: max(len(ids) // WINDOW, 1) * WINDOW] if len(ids) < WINDOW else ids
+        packed = list(torch.tensor(ids[: len(ids) // WINDOW * WINDOW]).view(-1, WINDOW))
+        times: dict[str, list[float]] = {"bare": [], "evaluation": []}
+        for _ in range(ROUNDS):
+            for kind, work in (("bare", lambda packed=packed: bare(packed)), ("evaluation", step)):
+                began = time.perf_counter()
+                work()
+                times[kind].append(time.perf_counter() - began)
+        rates = {
+            "bare": len(packed) * WINDOW / statistics.median(times["bare"]),
+            "evaluation": len(ids) / statistics.median(times["evaluation"]),
+        }
+        for kind, rate in rates.items():
+            total[kind] += len(ids) / rate
+        print(
+            f"{name:<26} {len(ids):>6} tokens  {rates['evaluation']:6.0f} of {rates['bare']:6.0f} tokens/s"
+            f"  {rates['evaluation'] / rates['bare']:.3f}"
+        )
+    print(f"{'all tasks':<26} {total['bare'] / total['evaluation']:.3f} (at least {LIMIT})")
+
+
+def _perplexity(model: Any, windows: Windows, batch_size: int) -> Callable[[], Any]:
+    return lambda: window_losses(model, windows, batch_size, "benchmark")
+
+
+def _accuracy(model: Any, tokenizer: Any, batch_size: int, task: Any, found: Any, encodings: Encodings) -> Callable[[], Any]:
+    def step() -> None:
+        suite = Suite()
+        suite.add(task, found)
+        run(CausalScorer(model, tokenizer, batch_size, "benchmark", encodings), suite)
+
+    return step
+
+
+def _computed(encodings: Encodings) -> list[int]:
+    """Return the ids that scoring must compute: each context once, and of each continuation all but its last token."""
+    contexts: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+    for context, continuation in encodings.pairs.values():
+        contexts.setdefault(tuple(context), []).append(tuple(continuation))
+    return [
+        token for context, tails in contexts.items() for part in (context, *(tail[:-1] for tail in tails)) for token in part
+    ]  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(float(sys.argv[1]) if len(sys.argv) > 1 else 0.25)

@@ -1,0 +1,156 @@
+"""The report's page: everything that a run came to, in one HTML file that opens offline, on a phone or in print.
+
+The page is a function of the run's files alone. Times are no part of these, since they change from run to run: whoever has
+measured some passes them in, and gets the same page with them.
+"""
+
+import base64
+import csv
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+from matplotlib.figure import Figure
+
+from replaceme.files import new_folder, read_json, write_text
+from replaceme.params import Params
+from replaceme.plan import Plan
+from replaceme.report import sentences, tables
+from replaceme.report.figures import distance_map, layer_figures, residual_path, score_figure
+from replaceme.report.published import LABEL
+from replaceme.report.settings import settings_yaml, without_folder
+from replaceme.report.theme import DARK, DPI, LIGHT, Theme, png
+from replaceme.workspace import Workspace
+
+# Pixels of the files in one CSS pixel of the page.
+DENSITY = DPI / 96
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture for light and dark pages (PNG), and what is to be seen on it."""
+
+    light: bytes
+    dark: bytes
+    words: str
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in CSS pixels."""
+        width, height = struct.unpack(">II", self.light[16:24])
+        return round(width / DENSITY), round(height / DENSITY)
+
+
+@dataclass(frozen=True)
+class Page:
+    """A report: the page, and the pictures by name, which the page holds too."""
+
+    html: str
+    pictures: Mapping[str, Picture]
+
+    def save(self, folder: Path) -> None:
+        """Write ``index.html``, and ``<name>.png`` of each picture in light colours, into ``folder``."""
+        write_text(folder / "index.html", self.html)
+        for name, picture in self.pictures.items():
+            (folder / f"{name}.png").write_bytes(picture.light)
+
+
+def write_report(params: Params, work: Workspace) -> None:
+    """Write the report of a finished run, without times."""
+    page = render(params, work)
+    with new_folder(work.report) as folder:
+        page.save(folder)
+
+
+def render(params: Params, work: Workspace, speed: Mapping[str, Any] | None = None) -> Page:
+    """Make the report of a finished run.
+
+    Args:
+        params: the run's setting.
+        work: where its results lie.
+        speed: measured times: ``prefill_seconds`` and ``decode_seconds_per_token`` (each ``dense``, ``pruned``, ``speedup``),
+            and ``prompt_tokens``, ``new_tokens``, ``batch_size``, ``rounds``, ``dtype``, ``device``, ``threads``.
+
+    Raises:
+        ResourceError: a stage that writes one of the results has not run.
+    """
+    profile, blocks = read_json(work.profile / "profile.json"), Plan.load(work.plan).blocks
+    evaluation, solved = read_json(work.metric("evaluation")), read_json(work.metric("solve"))
+    distances, layers, fits = profile["angular_distance"], profile["layers"], _fits(solved)
+    pictures = {
+        "distances": _picture(
+            lambda theme: distance_map(distances, blocks, theme), sentences.distance_words(distances, blocks)
+        ),
+        "layers": _picture(lambda theme: layer_figures(layers, blocks, theme), sentences.layer_words(layers, blocks)),
+        "scores": _picture(lambda theme: score_figure(evaluation, theme), sentences.score_words(evaluation)),
+        "residuals": _residual_picture(params, _residuals(work.solution / "residuals.csv"), solved),
+    }
+    drawn = {name: picture for name, picture in pictures.items() if picture}
+    html = _TEMPLATES.get_template("page.html").render(
+        model=without_folder(params.model_path),
+        method=read_json(work.solution / "edits.json")["title"],
+        removed=sum(map(len, blocks)),
+        layers=len(distances),
+        outcome=sentences.outcome(evaluation),
+        accuracy=tables.accuracy_table(evaluation),
+        perplexity=tables.perplexity_table(evaluation),
+        size=tables.size_table(evaluation),
+        times=tables.times_table(speed) if speed else None,
+        cut=sentences.cut_sentences(distances, blocks),
+        layer_reading=sentences.layer_sentences(layers, blocks),
+        fit=sentences.fit_sentences(fits),
+        fit_table=tables.fit_table(fits),
+        proof=sentences.proof_sentence(read_json(work.metric("export"))),
+        published=tables.published_table(LABEL),
+        settings=settings_yaml(params),
+        pictures=drawn,
+    )
+    return Page(html, drawn)
+
+
+def _fits(solved: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Return the figures of each block by its name; those of a single block have none."""
+    blocks = {key: value for key, value in solved.items() if isinstance(value, Mapping)}
+    return blocks or {"": solved}
+
+
+def _residuals(path: Path) -> list[tuple[float, float]]:
+    with path.open(encoding="utf-8", newline="") as lines:
+        return [(float(row["alpha"]), float(row["relative_residual"])) for row in csv.DictReader(lines)]
+
+
+def _residual_picture(params: Params, rows: list[tuple[float, float]], solved: Mapping[str, Any]) -> Picture | None:
+    # One path and several blocks: there is no saying whose it is.
+    if not rows or "relative_residual" not in solved:
+        return None
+    chosen, smallest = (params.alpha, solved["relative_residual"]), solved["smallest_eigenvalue"]
+    return _picture(lambda theme: residual_path(rows, chosen, smallest, theme), sentences.residual_words(rows, chosen))
+
+
+def _picture(draw: Callable[[Theme], Figure | None], words: str) -> Picture | None:
+    light, dark = draw(LIGHT), draw(DARK)
+    return Picture(png(light), png(dark), words) if light and dark else None
+
+
+def _embedded(image: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(image).decode()}"
+
+
+def _breakable(text: str) -> Markup:
+    """Let a long name of a task break behind its underscores."""
+    return escape(text).replace("_", Markup("_<wbr>"))
+
+
+_TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+_TEMPLATES.filters |= {"embedded": _embedded, "breakable": _breakable}

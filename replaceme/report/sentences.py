@@ -1,0 +1,133 @@
+"""What the pictures and tables say, in sentences: read off the figures, so that they hold for the run at hand.
+
+Each picture has an alternative text of the same kind, for those who don't see it.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from replaceme.plan import Block
+from replaceme.report.tables import Figures, number
+
+Distances = Sequence[Sequence[float]]
+
+
+def outcome(evaluation: Figures) -> list[tuple[str, str]]:
+    """Return what the run came to, as values and the words behind them."""
+    parts = []
+    if "retention_percent" in evaluation:
+        parts.append((f"{evaluation['retention_percent']:.1f} %", "of the accuracy kept"))
+    if ratios := [task["ratio"] for task in evaluation.get("perplexity", {}).values()]:
+        spread = f"× {min(ratios):.3g}" + f" to {max(ratios):.3g}" * (len(ratios) > 1)
+        parts.append((spread, "the perplexity"))
+    if "parameters" in evaluation:
+        parts.append((f"{evaluation['parameters']['removed_percent']:.1f} %", "smaller"))
+    return parts
+
+
+def span(block: Block) -> str:
+    """Return a block's layers: ``layers 11–18``."""
+    return f"layers {block.start}–{block.end - 1}" if len(block) > 1 else f"layer {block.start}"
+
+
+def cut_sentences(distances: Distances, blocks: Sequence[Block]) -> list[str]:
+    """Say for each block how close its two ends are, compared with all blocks of the same size."""
+    return [_cut_sentence(distances, block) for block in blocks]
+
+
+def _cut_sentence(distances: Distances, block: Block) -> str:
+    size = len(block)
+    same = [distances[host][host + size] for host in range(len(distances) - size)]
+    own = distances[block.host][block.end - 1]
+    closer = sum(distance < own for distance in same)
+    place = "is the smallest" if closer == 0 else f"is number {closer + 1}, smallest first,"
+    return (
+        f"{span(block).capitalize()} {'are' if size > 1 else 'is'} removed, behind host layer {block.host}: the angular "
+        f"distance from the host's output to the block's, {own:.3f} half turns, {place} of all {len(same)} blocks of {size} "
+        f"layer{'s' * (size > 1)}."
+    )
+
+
+def layer_sentences(layers: Mapping[str, Sequence[float]], blocks: Sequence[Block]) -> list[str]:
+    """Say what the removed layers do, compared with the others, and where the large norms arise."""
+    influence, norms = layers["block_influence"], layers["max_norm"]
+    removed = {layer for block in blocks for layer in range(block.start, block.end)}
+    gone, kept = ([value for layer, value in enumerate(influence) if (layer in removed) == side] for side in (True, False))
+    loudest = max(range(len(norms)), key=norms.__getitem__)
+    return [
+        f"The mean block influence is {_mean(gone):.3f} in the removed layers and {_mean(kept):.3f} in the others.",
+        f"The largest token norm, {number(norms[loudest])}, stands behind layer {loudest}, where the mean is "
+        f"{number(layers['mean_norm'][loudest])}.",
+        *(
+            f"Across {span(block)} the largest norm goes from {number(norms[block.host])} to {number(norms[block.end - 1])}."
+            for block in blocks
+        ),
+    ]
+
+
+def fit_sentences(fits: Mapping[str, Figures]) -> list[str]:
+    """Say what each map achieves over nothing in the block's place; nothing for a method without a map."""
+    return [_fit_sentence(name, fit) for name, fit in fits.items() if "relative_residual" in fit]
+
+
+def _fit_sentence(name: str, fit: Figures) -> str:
+    residual, bare = fit["relative_residual"], fit["relative_residual_removed"]
+    cosine, bare_cosine = fit["mean_cosine"], fit["mean_cosine_removed"]
+    sentence = (
+        f"{f'{name}: t' if name else 'T'}he map takes the relative residual from {bare:.3f} to {residual:.3f}, and the mean "
+        f"cosine from {bare_cosine:.3f} to {cosine:.3f}."
+    )
+    if residual < bare and cosine < bare_cosine:
+        sentence += " Where the two disagree, a few tokens of huge norm decide the fit."
+    return sentence
+
+
+def proof_sentence(export: Figures) -> str:
+    """Say how far the saved model is from the unfused computation."""
+    return (
+        "The saved model was loaded again and compared with the unfused computation: the state at the cut differs by "
+        f"{export['hidden_error_mean']:.2g} on average and {export['hidden_error_max']:.2g} at most (relative; up to "
+        f"{export['tolerance']:g} on average is rounding), the logits by {export['logits_error']:.2g}."
+    )
+
+
+def distance_words(distances: Distances, blocks: Sequence[Block]) -> str:
+    """Describe the distance map."""
+    pairs = [distance for host, row in enumerate(distances) for distance in row[host + 1 :]]
+    marked = "; ".join(f"{span(block)} at {distances[block.host][block.end - 1]:.3f}" for block in blocks)
+    return (
+        "Heat map of the angular distance from each host layer to each last removed layer, "
+        f"{min(pairs):.3f} to {max(pairs):.3f} half turns. Framed: {marked}."
+    )
+
+
+def layer_words(layers: Mapping[str, Sequence[float]], blocks: Sequence[Block]) -> str:
+    """Describe the charts of the layers."""
+    ranges = {key: f"{number(min(values))} to {number(max(values))}" for key, values in layers.items()}
+    return (
+        f"Two charts by layer on logarithmic axes: block influence, {ranges['block_influence']}; mean token norm, "
+        f"{ranges['mean_norm']}, and largest token norm, {ranges['max_norm']}. Shaded: {', '.join(map(span, blocks))}."
+    )
+
+
+def score_words(evaluation: Figures) -> str:
+    """Describe the chart of the scores."""
+    parts = [
+        f"{kind} of {task}: dense {number(factor * pair['dense'])}, pruned {number(factor * pair['pruned'])}"
+        for kind, factor in (("accuracy", 100), ("perplexity", 1))
+        for task, pair in evaluation.get(kind, {}).items()
+    ]
+    return f"Scores of both models, with error bars of one standard error. {'; '.join(parts).capitalize()}."
+
+
+def residual_words(rows: Sequence[tuple[float, float]], chosen: tuple[float, float]) -> str:
+    """Describe the ridge path."""
+    (first, low), (last, high) = min(rows), max(rows)
+    return (
+        f"Relative residual against α: from {low:.3f} at α = {first:g} to {high:.3f} at α = {last:g}; "
+        f"this run, at α = {chosen[0]:g}, has {chosen[1]:.3f}."
+    )
+
+
+def _mean(values: Sequence[Any]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,209 @@
+"""The page's tables as text cells, from the pipeline's figures. What a run did not measure makes no row, column or table.
+
+Accuracies are in percent everywhere, so that the run's own table and the published one read alike.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from replaceme.report.published import ROWS, SOURCE
+
+Figures = Mapping[str, Any]
+
+SIGNIFICANT = 0.05
+NOTES = {
+    "*": "differs from the dense model at p < 0.05: paired over the same items, exact McNemar test or paired t-test",
+    "°": "no significant difference from the dense model: p ≥ 0.05, by the same test",
+}
+UNITS = {"perplexity": "token", "word_perplexity": "word", "byte_perplexity": "byte"}
+SIZES = {
+    "parameters": ("parameters", ""),
+    "disk_bytes": ("size on disk", "B"),
+    "kv_cache_bytes_per_token": ("KV cache per token", "B"),
+}
+FIT_WORDS = {
+    "removed_layers": ("layers removed", ""),
+    "tokens": ("calibration tokens", "what the map was fitted to"),
+    "relative_residual": (
+        "relative residual",
+        "‖H − Z − M T‖ / ‖H‖ at the cut over all tokens: what the map misses; 0 is perfect",
+    ),
+    "relative_residual_removed": ("… without a map", "the same with nothing in the block's place"),
+    "mean_cosine": ("mean cosine", "between the state with the map and the dense model's, all tokens alike; 1 is perfect"),
+    "mean_cosine_removed": ("… without a map", "the same with nothing in the block's place"),
+    "condition_number": ("condition number", "of MᵀM + αI: how far noise in the text can be amplified"),
+    "smallest_eigenvalue": ("smallest eigenvalue", "of MᵀM: what α is to be compared with"),
+    "alpha_over_smallest_eigenvalue": ("α / smallest eigenvalue", "far below 1 the ridge changes nothing"),
+    "distance_from_identity": ("distance from identity", "‖T − I‖ / √d: 0 leaves the host layer as it was"),
+    "distance_from_alpha_zero": ("distance from α = 0", "how far the ridge moves the map from the one without it"),
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text; the first of each row is its heading.
+
+    Attributes:
+        caption: what the table holds.
+        head: one heading a column.
+        rows: as many cells each.
+        notes: footnotes, by the mark that stands in a cell.
+        link: where the figures come from, if from elsewhere.
+    """
+
+    caption: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[tuple[str, str]] = ()
+    link: str = ""
+
+
+def accuracy_table(evaluation: Figures) -> Table | None:
+    """Return dense and pruned accuracy, one column a task, in the published table's form."""
+    tasks = evaluation.get("accuracy")
+    if not tasks:
+        return None
+    marks = {name: _mark(task) for name, task in tasks.items()}
+    rows = {
+        "dense": [_percent(task, "dense") for task in tasks.values()],
+        "pruned": [f"{_percent(task, 'pruned')} {marks[name]}".rstrip() for name, task in tasks.items()],
+        "difference": [_percent(task, "difference", "+") for task in tasks.values()],
+        "p": [_p_value(task["p_value"]) if "p_value" in task else "" for task in tasks.values()],
+        "items": [str(task.get("items", "")) for task in tasks.values()],
+    }
+    head = ["", *tasks]
+    if average := evaluation.get("average_accuracy"):
+        head.append("average")
+        change = average["pruned"] - average["dense"]
+        cells = [f"{100 * average['dense']:.1f}", f"{100 * average['pruned']:.1f}", f"{100 * change:+.1f}", "", ""]
+        rows = {name: [*row, _minus(cell)] for (name, row), cell in zip(rows.items(), cells, strict=True)}
+    if "retention_percent" in evaluation:
+        head.append("% of dense")
+        cells = ["100.0", f"{evaluation['retention_percent']:.1f}", "", "", ""]
+        rows = {name: [*row, cell] for (name, row), cell in zip(rows.items(), cells, strict=True)}
+    return Table(
+        "Accuracy in percent, ± one standard error (of the difference: paired over the items)",
+        head,
+        [[name, *row] for name, row in rows.items() if any(row)],
+        [(mark, note) for mark, note in NOTES.items() if mark in marks.values()],
+    )
+
+
+def perplexity_table(evaluation: Figures) -> Table | None:
+    """Return the perplexities of each task, by token, word and byte."""
+    tasks = dict.fromkeys(task for group in UNITS for task in evaluation.get(group, {}))
+    rows = [
+        [
+            f"{task}, per {unit}",
+            *(_with_error(figures, side) for side in ("dense", "pruned")),
+            f"× {_with_error(figures, 'ratio')}",
+        ]
+        for task in tasks
+        for group, unit in UNITS.items()
+        if (figures := evaluation.get(group, {}).get(task))
+    ]
+    return Table("Perplexity, ± one standard error", ["", "dense", "pruned", "ratio"], rows) if rows else None
+
+
+def size_table(evaluation: Figures) -> Table | None:
+    """Return what is smaller."""
+    rows = [
+        [name, *(quantity(evaluation[key][side], unit) for side in ("dense", "pruned")), _saved(evaluation[key])]
+        for key, (name, unit) in SIZES.items()
+        if key in evaluation
+    ]
+    return Table("Size", ["", "dense", "pruned", "saved"], rows) if rows else None
+
+
+def times_table(speed: Figures) -> Table:
+    """Return measured times, as ``render`` takes them."""
+    names = {
+        "prefill_seconds": f"prefill of {speed['prompt_tokens']} tokens",
+        "decode_seconds_per_token": f"each of {speed['new_tokens']} new tokens",
+    }
+    rows = [
+        [name, *(_seconds(speed[key][side]) for side in ("dense", "pruned")), f"× {speed[key]['speedup']:.2f}"]
+        for key, name in names.items()
+    ]
+    threads = f", {speed['threads']} threads" if speed["device"] == "cpu" else ""
+    caption = (
+        f"Measured on {speed['device']}{threads}: {speed['dtype']}, batch of {speed['batch_size']}, {speed['rounds']} rounds"
+    )
+    return Table(caption, ["", "dense", "pruned", "faster"], rows)
+
+
+def fit_table(fits: Mapping[str, Figures]) -> Table:
+    """Return the figures of metrics/solve.json with their meaning.
+
+    Args:
+        fits: name of the block → its figures; one unnamed block as a rule.
+    """
+    keys = dict.fromkeys([*FIT_WORDS, *(key for fit in fits.values() for key in fit)])
+    rows = [
+        [FIT_WORDS.get(key, (key, ""))[0], *(number(fit[key]) if key in fit else "" for fit in fits.values()), _meaning(key)]
+        for key in keys
+        if any(key in fit for fit in fits.values())
+    ]
+    return Table("Figures of the fit on the calibration text", ["", *(name or "value" for name in fits), "meaning"], rows)
+
+
+def published_table(label: str) -> Table:
+    """Return the published table, captioned with ``label``."""
+    rows = [[row.method, *(f"{100 * value:.1f}" for value in row[1:6]), f"{row.percent_of_dense:.1f}"] for row in ROWS]
+    head = ["", "BoolQ", "HellaSwag", "PIQA", "MMLU", "average", "% of dense"]
+    return Table(f"Accuracy in percent, 25 % of the layers removed; {label}", head, rows, link=SOURCE)
+
+
+def number(value: float) -> str:
+    """Write a figure with four digits, and whole numbers whole."""
+    if isinstance(value, int) or (abs(value) >= 1000 and abs(value) < 1e7):
+        return _minus(f"{value:,.0f}")
+    return _minus(f"{value:.4g}")
+
+
+def quantity(value: float, unit: str = "") -> str:
+    """Write a large figure with a decimal prefix: ``134.5 M``, ``269.1 MB``."""
+    prefixes = ["", "k", "M", "G", "T"]
+    while abs(value) >= 1000 and len(prefixes) > 1:
+        value /= 1000
+        prefixes.pop(0)
+    return f"{value:.4g} {prefixes[0]}{unit}".rstrip()
+
+
+def _mark(task: Figures) -> str:
+    if "p_value" not in task:
+        return ""
+    return "*" if task["p_value"] < SIGNIFICANT else "°"
+
+
+def _p_value(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _percent(task: Figures, key: str, sign: str = "") -> str:
+    if key not in task:
+        return ""
+    error = task.get(f"stderr_{key}")
+    return _minus(f"{100 * task[key]:{sign}.1f}") + ("" if error is None else f" ± {100 * error:.1f}")
+
+
+def _with_error(figures: Figures, key: str) -> str:
+    error = figures.get(f"stderr_{key}")
+    return number(figures[key]) + ("" if error is None else f" ± {number(float(f'{error:.2g}'))}")
+
+
+def _saved(pair: Figures) -> str:
+    return f"{pair['removed_percent']:.1f} %"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3g} s" if value >= 1 else f"{1000 * value:.3g} ms"
+
+
+def _meaning(key: str) -> str:
+    return FIT_WORDS.get(key, ("", ""))[1]
+
+
+def _minus(text: str) -> str:
+    return text.replace("-", "−")

@@ -1,0 +1,96 @@
+"""How much faster the pruned model is: prefill and decoding of both models, measured in turn in one run.
+
+Times vary from run to run and from machine to machine, so they are no part of the pipeline's cached results: they are
+measured on demand, lie in a folder of their own, and name the weights that they belong to. Rounds of the dense and of the
+pruned model alternate, so that a machine that is busy for a while slows both; the medians are compared.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from replaceme.compute import resolve_device, use_threads
+from replaceme.evaluation.kv_cache import filled_cache, going_on
+from replaceme.fingerprints import sha256_of
+from replaceme.models import WEIGHTS, Model
+from replaceme.params import Params
+from replaceme.progress import progress
+
+PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 512, 64, 5
+
+
+def measure_speed(params: Params, dense: Model, pruned: Model) -> dict[str, Any]:
+    """Measure both models and return the times.
+
+    Args:
+        params: ``eval_dtype``, ``device``, ``threads`` and ``eval_batch_size`` (rows that are computed together).
+        dense: the dense model's files.
+        pruned: the pruned model's.
+
+    Returns:
+        ``prefill_seconds`` (one prompt of each row) and ``decode_seconds_per_token``, each with dense, pruned and
+        ``speedup`` (dense over pruned); the setting; and ``weights``, the sha256 of the pruned model's weight files.
+    """
+    use_threads(params.threads)
+    device = resolve_device(params.device)
+    models = {"dense": dense.load(params.eval_dtype, device), "pruned": pruned.load(params.eval_dtype, device)}
+    generator = torch.Generator().manual_seed(0)
+    room = int(getattr(models["dense"].config, "max_position_embeddings", 0) or 1 << 30) - NEW_TOKENS
+    shape = (params.eval_batch_size, max(min(PROMPT_TOKENS, room), 2))
+    prompt = torch.randint(int(models["dense"].config.vocab_size), shape, generator=generator).to(device)
+    times: dict[str, dict[str, list[float]]] = {kind: {name: [] for name in models} for kind in ("prefill", "decode")}
+    # The first round warms up and isn't counted.
+    for number in progress(range(ROUNDS + 1), "dense and pruned model in turn", "rounds"):
+        for name, model in models.items():
+            prefill, decode = _timed(model, prompt)
+            if number:
+                times["prefill"][name].append(prefill)
+                times["decode"][name].append(decode)
+    return {
+        "prefill_seconds": _compared(times["prefill"]),
+        "decode_seconds_per_token": _compared(times["decode"]),
+        "prompt_tokens": shape[1],
+        "new_tokens": NEW_TOKENS,
+        "rounds": ROUNDS,
+        "batch_size": params.eval_batch_size,
+        "dtype": params.eval_dtype,
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+        "threads": params.threads,
+        "weights": sha256_of(pruned.files(WEIGHTS), pruned.folder),
+    }
+
+
+@torch.inference_mode()
+def _timed(model: Any, prompt: Tensor) -> tuple[float, float]:
+    """Return the seconds of one prefill, and of one decoded token with the cache, greedily."""
+    prefill, cache = _clock(lambda: filled_cache(model, prompt[:, :-1]))
+    token = prompt[:, -1:]
+
+    def decode() -> None:
+        nonlocal token
+        for _ in range(NEW_TOKENS):
+            token = model(token, **going_on(model, cache)).logits[:, -1:].argmax(-1)
+
+    seconds, _ = _clock(decode)
+    return prefill, seconds / NEW_TOKENS
+
+
+def _clock(work: Callable[[], Any]) -> tuple[float, Any]:
+    began = _now()
+    result = work()
+    return _now() - began, result
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _compared(times: dict[str, list[float]]) -> dict[str, float]:
+    dense, pruned = (statistics.median(times[name]) for name in ("dense", "pruned"))
+    return {"dense": dense, "pruned": pruned, "speedup": dense / pruned}
