@@ -23,7 +23,7 @@ SIZES = {
     "kv_cache_bytes_per_token": ("KV cache per token", "B"),
 }
 FIT_WORDS = {
-    "removed_layers": ("layers removed", ""),
+    "removed_layers": ("layers removed", "of all that the model has"),
     "tokens": ("calibration tokens", "what the map was fitted to"),
     "relative_residual": (
         "relative residual",
@@ -80,7 +80,8 @@ def accuracy_table(evaluation: Figures) -> Table | None:
         rows = {name: [*row, _minus(cell)] for (name, row), cell in zip(rows.items(), cells, strict=True)}
     if "retention_percent" in evaluation:
         head.append("% of dense")
-        cells = ["100.0", f"{evaluation['retention_percent']:.1f}", "", "", ""]
+        error = f" ± {evaluation['retention_stderr']:.1f}" if "retention_stderr" in evaluation else ""
+        cells = ["100.0", f"{evaluation['retention_percent']:.1f}{error}", "", "", ""]
         rows = {name: [*row, cell] for (name, row), cell in zip(rows.items(), cells, strict=True)}
     return Table(
         "Accuracy in percent, ± one standard error (of the difference: paired over the items)",
