@@ -20,6 +20,7 @@ from replaceme.progress import logger
 from replaceme.report.theme import png
 from replaceme.report.tradeoff import Point, pareto_front, quality_against_size
 
+RATIO = " perplexity"
 RETENTION, REMOVED = "retention_percent", "parameters.removed_percent"
 SHORT = {"alpha": "α", "layers_to_skip": "layers"}
 # Where a run was computed says nothing about what came out.
@@ -28,13 +29,18 @@ NO_SETTING = ("save_path", "save_transform_only", "device")
 
 def compare_experiments() -> NoReturn:
     """Print and save the table and the picture of the experiments."""
+    options = parser().parse_args()
+    sys.exit(run(lambda: _compare(options.rev, options.num, options.output), options.debug))
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's options."""
     parser = argparse.ArgumentParser(description="Compare the experiments of this repository: table, CSV and picture.")
     parser.add_argument("--rev", action="append", help="commit whose experiments are compared; can be repeated [HEAD]")
     parser.add_argument("--num", type=int, default=1, help="also those of the commits before it, this many in all [1]")
     parser.add_argument("--output", type=Path, default=Path("experiments"), help="folder for the results [experiments]")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    options = parser.parse_args()
-    sys.exit(run(lambda: _compare(options.rev, options.num, options.output), options.debug))
+    return parser
 
 
 def _compare(revisions: Sequence[str] | None, number: int, output: Path) -> None:
@@ -93,7 +99,7 @@ def comparison_of(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     table["removed_percent"] = every[REMOVED].astype(float)
     results = {RETENTION: RETENTION, "retention_stderr": "retention_stderr", "relative_residual": "residual"}
     results |= {name: name.replace("accuracy.", "").replace(".pruned", "") for name in _of(every, "accuracy.", ".pruned")}
-    results |= {name: f"{name.split('.')[1]} ratio" for name in _of(every, "perplexity.", ".ratio")}
+    results |= {name: f"{name.split('.')[1]}{RATIO}" for name in _of(every, "perplexity.", ".ratio")}
     for name, title in results.items():
         if name in every:
             table[title] = pd.to_numeric(every[name], errors="coerce")
@@ -117,12 +123,11 @@ def _points(table: pd.DataFrame) -> tuple[list[Point], bool, str]:
     if RETENTION in table and table[RETENTION].notna().all():
         quality = RETENTION
     else:
-        ratios = [name for name in table if name.endswith(" ratio") and table[name].notna().all()]
+        ratios = [name for name in table if name.endswith(RATIO) and table[name].notna().all()]
         if not ratios:
             raise ParameterError("compare_experiments: the experiments have no score in common; give them the same tasks.")
         quality = ratios[0]
-    fixed = {"experiment", "best", "method", "removed_percent", RETENTION, "retention_stderr", "residual"}
-    settings = [name for name in Params.model_fields if name in table and name not in fixed]
+    settings = _settings_of(table)
     points = [
         Point(
             ", ".join(f"{SHORT.get(name, name)} {_cell(row[name])}" for name in settings) or str(row["method"]),
@@ -133,11 +138,13 @@ def _points(table: pd.DataFrame) -> tuple[list[Point], bool, str]:
     return points, quality == RETENTION, quality
 
 
+def _settings_of(table: pd.DataFrame) -> list[str]:
+    return [name for name in Params.model_fields if name in table and name != "method"]
+
+
 def _picture(table: pd.DataFrame) -> Any:
     points, higher_is_better, quality = _points(table)
-    title = (
-        "accuracy kept (% of dense)" if higher_is_better else f"perplexity of {quality.removesuffix(' ratio')} (times dense)"
-    )
+    title = "accuracy kept (% of dense)" if higher_is_better else f"perplexity of {quality.removesuffix(RATIO)} (times dense)"
     return quality_against_size(points, title, higher_is_better)
 
 
@@ -150,17 +157,24 @@ TITLES = {"removed_percent": "removed", RETENTION: "kept", "retention_stderr": "
 
 
 def _shown(table: pd.DataFrame) -> list[list[str]]:
-    """Return the table as people read it; a star stands before what is best for its size."""
-    columns = [name for name in table if name != "best"]
+    """Return the columns that decide, as people read them; a star stands before what is best for its size."""
+    columns = ["experiment", "method", *_settings_of(table), "removed_percent"]
+    columns += [name for name in table if name in (RETENTION, "retention_stderr") or name.endswith(RATIO)]
     rows = [[TITLES.get(name, name) for name in columns]]
     for row in table.to_dict("records"):
-        cells = [FORMATS.get(name, _cell)(row[name]) if row[name] == row[name] else "" for name in columns]
+        cells = [_shown_cell(name, row[name]) for name in columns]
         rows.append([f"{'* ' if row['best'] else '  '}{cells[0]}", *cells[1:]])
     return rows
 
 
+def _shown_cell(name: str, value: Any) -> str:
+    if value != value:  # not a number: this experiment has no such score
+        return ""
+    return f"× {value:.3g}" if name.endswith(RATIO) else FORMATS.get(name, _cell)(value)
+
+
 def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> str:

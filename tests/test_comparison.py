@@ -34,7 +34,7 @@ def test_scores_of_both_models_are_set_side_by_side() -> None:
         "byte_perplexity": {"t": {"dense": 5.0, "pruned": 7.5, "ratio": 1.5}},
         "accuracy": {
             "c": {
-                "dense": 0.8, "pruned": 0.6, "difference": pytest.approx(-0.2), "stderr_dense": 0.02, "stderr_pruned": 0.02,
+                "dense": 0.8, "pruned": 0.6, "stderr_dense": 0.02, "stderr_pruned": 0.02,
             }
         },
         "average_accuracy": {"dense": 0.8, "pruned": 0.6},
@@ -91,7 +91,7 @@ def test_standard_errors_of_differences_are_those_of_the_items() -> None:
     items = [{"accuracy/c": a, "losses/t": row, "counts/t": counts} for a, row in zip((before, after), losses, strict=True)]
     found = compare(*sides, *items)
     expected = float((after - before).std() / 50**0.5)
-    assert found["accuracy"]["c"]["stderr_difference"] == pytest.approx(expected)
+    assert found["accuracy"]["c"]["stderr_diff"] == pytest.approx(expected)
     assert found["accuracy"]["c"]["items"] == 50
     change = losses[1] - losses[0]
     ratio = found["retention_percent"] / 100

@@ -34,12 +34,12 @@ LAYERS = 7
 EVALUATION: dict[str, Any] = {
     "accuracy": {
         "piqa": {
-            "dense": 0.7811, "pruned": 0.6982, "difference": -0.0829, "stderr_dense": 0.0113, "stderr_pruned": 0.0124,
-            "stderr_difference": 0.0135, "p_value": 0.0021, "items": 1838,
+            "dense": 0.7811, "pruned": 0.6982, "stderr_dense": 0.0113, "stderr_pruned": 0.0124,
+            "stderr_diff": 0.0135, "p_value": 0.0021, "items": 1838,
         },
         "my_questions": {
-            "dense": 0.4123, "pruned": 0.4266, "difference": 0.0143, "stderr_dense": 0.0217, "stderr_pruned": 0.0228,
-            "stderr_difference": 0.0239, "p_value": 0.5371, "items": 507,
+            "dense": 0.4123, "pruned": 0.4266, "stderr_dense": 0.0217, "stderr_pruned": 0.0228,
+            "stderr_diff": 0.0239, "p_value": 0.5371, "items": 507,
         },
     },
     "average_accuracy": {"dense": 0.5967, "pruned": 0.5624},
@@ -232,7 +232,7 @@ def test_accuracy_without_uncertainty_stands_alone(params: Params, run: Run) -> 
         "perplexity": {"own": {"dense": 2.5, "pruned": 5, "ratio": 2}},
     }
     page = Reader(render(params, run(bare)).html)
-    assert page.tables[0] == [["", "piqa"], ["dense", "78.1"], ["pruned", "69.8"]]
+    assert page.tables[0] == [["", "piqa"], ["dense", "78.1"], ["pruned", "69.8"], ["difference", "−8.3"]]
     assert {"2.5", "5", "× 2"} <= page.cells
 
 

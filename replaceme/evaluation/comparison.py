@@ -1,7 +1,7 @@
 """The pruned model's scores beside the dense one's, with their uncertainty: the content of metrics/evaluation.json.
 
-Both models score the same items, so the difference is far less uncertain than each score: its standard error is that of
-the items' differences, and ``p_value`` is that of the exact McNemar test (accuracy of 0 or 1 an item; McNemar 1947) or of
+Both models score the same items, so their difference is less uncertain than that of two samples: its standard error is that
+of the items' differences, and ``p_value`` is that of the exact McNemar test (accuracy of 0 or 1 an item; McNemar 1947) or of
 the paired t-test. ``retention_percent`` is the published table's last column: average accuracy of the pruned model over
 that of the dense one (ReplaceMe, arXiv 2505.02819, table 1).
 """
@@ -76,12 +76,12 @@ def _retention_stderr(
 
 
 def _accuracy(dense: Figures, pruned: Figures, before: Tensor | None, after: Tensor | None) -> Figures:
-    entry = {"dense": dense["accuracy"], "pruned": pruned["accuracy"], "difference": pruned["accuracy"] - dense["accuracy"]}
+    entry = {"dense": dense["accuracy"], "pruned": pruned["accuracy"]}
     entry |= {f"stderr_{name}": side["stderr"] for name, side in (("dense", dense), ("pruned", pruned)) if "stderr" in side}
     if before is not None and after is not None and len(before) > 1:
         change = after - before
         entry["items"] = len(change)
-        entry["stderr_difference"] = float(change.std() / math.sqrt(len(change)))
+        entry["stderr_diff"] = float(change.std() / math.sqrt(len(change)))
         p_value = paired_p_value(before, after)
         if p_value is not None:
             entry["p_value"] = p_value

@@ -68,7 +68,7 @@ def accuracy_table(evaluation: Figures) -> Table | None:
     rows = {
         "dense": [_percent(task, "dense") for task in tasks.values()],
         "pruned": [f"{_percent(task, 'pruned')} {marks[name]}".rstrip() for name, task in tasks.items()],
-        "difference": [_percent(task, "difference", "+") for task in tasks.values()],
+        "difference": [_difference(task) for task in tasks.values()],
         "p": [_p_value(task["p_value"]) if "p_value" in task else "" for task in tasks.values()],
         "items": [str(task.get("items", "")) for task in tasks.values()],
     }
@@ -182,11 +182,14 @@ def _p_value(value: float) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def _percent(task: Figures, key: str, sign: str = "") -> str:
-    if key not in task:
-        return ""
+def _percent(task: Figures, key: str) -> str:
     error = task.get(f"stderr_{key}")
-    return _minus(f"{100 * task[key]:{sign}.1f}") + ("" if error is None else f" ± {100 * error:.1f}")
+    return f"{100 * task[key]:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
+
+
+def _difference(task: Figures) -> str:
+    error = task.get("stderr_diff")
+    return _minus(f"{100 * (task['pruned'] - task['dense']):+.1f}") + ("" if error is None else f" ± {100 * error:.1f}")
 
 
 def _with_error(figures: Figures, key: str) -> str:
