@@ -62,9 +62,10 @@ def main(share: float) -> None:
     print(f"{params.eval_dtype}, batch {params.eval_batch_size}, {params.threads} threads, median of {ROUNDS}")
     total = {"bare": 0.0, "evaluation": 0.0}
     for name, (step, ids) in steps.items():
-        # A last window that is not full would be a batch of its own shape.
-        ids = (ids * (WINDOW // len(ids) + 1))[: max(len(ids) // WINDOW, 1) * WINDOW] if len(ids) < WINDOW else ids
-        packed = list(torch.tensor(ids[: len(ids) // WINDOW * WINDOW]).view(-1, WINDOW))
+        # A last window that is not full would be a batch of its own shape: tokens are repeated until it is.
+        windows_needed = -(-len(ids) // WINDOW)
+        filled = (ids * (windows_needed * WINDOW // len(ids) + 1))[: windows_needed * WINDOW]
+        packed = list(torch.tensor(filled).view(-1, WINDOW))
         times: dict[str, list[float]] = {"bare": [], "evaluation": []}
         for _ in range(ROUNDS):
             for kind, work in (("bare", lambda packed=packed: bare(packed)), ("evaluation", step)):

@@ -99,7 +99,9 @@ def comparison_of(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     table["removed_percent"] = every[REMOVED].astype(float)
     results = {RETENTION: RETENTION, "retention_stderr": "retention_stderr", "relative_residual": "residual"}
     results |= {name: name.replace("accuracy.", "").replace(".pruned", "") for name in _of(every, "accuracy.", ".pruned")}
-    results |= {name: f"{name.split('.')[1]}{RATIO}" for name in _of(every, "perplexity.", ".ratio")}
+    for kind in ("perplexity", "word_perplexity"):  # lm-eval's own texts have no perplexity of tokens
+        found = {name: f"{name.split('.')[1]}{RATIO}" for name in _of(every, f"{kind}.", ".ratio")}
+        results |= {name: title for name, title in found.items() if title not in results.values()}
     for name, title in results.items():
         if name in every:
             table[title] = pd.to_numeric(every[name], errors="coerce")

@@ -95,7 +95,8 @@ def dataset_commit(name: str, config: str | None, what: str) -> str:
         try:
             return resolve_commit(name, "dataset", None)
         except DatasetError as problem:
-            raise DatasetError(f"{what}: its dataset {str(problem).removeprefix('dataset: ')}") from None
+            reason = str(problem).removeprefix("dataset: ").rstrip(".")
+            raise DatasetError(f"{what} needs the dataset {name}, which can't be had: {reason}.") from None
     from datasets import config as settings
     from datasets import load_dataset_builder
 

@@ -133,10 +133,10 @@ def parse_value(text: str) -> Any:
         return text
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
-    """Return `` (did you mean X?)`` for the most similar name, or nothing."""
-    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
-    return f" (did you mean '{close[0]}'?)" if close else ""
+def nearest(name: str, names: Iterable[str], count: int = 1) -> str:
+    """Return `` (did you mean X?)`` for the ``count`` most similar names at most, or nothing."""
+    close = difflib.get_close_matches(name, list(names), n=count, cutoff=0.5)
+    return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
 
 
 def _read_yaml(path: Path) -> tuple[dict[str, Any], list[str]]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from replaceme.calibration import calibrate
 from replaceme.card import SETTINGS
+from replaceme.compute import resolve_device
 from replaceme.embedded import cache_folder
 from replaceme.evaluation.scores import evaluate, score_baseline
 from replaceme.export import export
@@ -136,6 +137,8 @@ def _sums(paths: Sequence[Path]) -> list[dict[str, str]]:
 def _key(params: Params, work: Workspace, step: Step) -> str:
     package = Path(__file__).parent
     content = {
+        # On another kind of device the last digits differ.
+        "device": resolve_device(params.device).split(":")[0],
         "code": {name: digest for name, digest in sha256_below(package).items() if name.endswith((".py", ".html"))},
         "params": params.model_dump(include=set(step.params)),
         "reads": {name: sha256_below(getattr(work, name)) for name in step.reads},

@@ -63,12 +63,20 @@ def parse_tasks(raw: Any, problems: list[str]) -> tuple[Task, ...]:
         raw = [raw]
     if isinstance(raw, Mapping):
         raw = [{name: options} for name, options in raw.items()]
+    # The word default stands for the published set, with the options that it has.
     if not isinstance(raw, list | tuple):
         problems.append(f"tasks: must be a list of task names, not {raw!r}.")
         return ()
-    named = [name for entry in raw for name in (PUBLISHED if entry == DEFAULT else (entry,))]
-    tasks = [_parse_one(entry, problems) for entry in named]
+    tasks = [_parse_one(entry, problems) for given in raw for entry in _expanded(given)]
     return tuple(task for task in tasks if task)
+
+
+def _expanded(entry: Any) -> list[Any]:
+    if entry == DEFAULT:
+        return list(PUBLISHED)
+    if isinstance(entry, Mapping) and set(entry) == {DEFAULT}:
+        return [{name: entry[DEFAULT]} for name in PUBLISHED]
+    return [entry]
 
 
 def _parse_one(entry: Any, problems: list[str]) -> Task | None:
@@ -79,7 +87,7 @@ def _parse_one(entry: Any, problems: list[str]) -> Task | None:
     if not isinstance(entry, Mapping) or len(entry) != 1 or not isinstance(name := next(iter(entry)), str):
         problems.append(f"tasks: an entry must be a name or one {{name: {{fewshots: 5}}}}, not {entry!r}.")
         return None
-    options = entry[name] or {}
+    options = {} if entry[name] is None else entry[name]
     if not isinstance(options, Mapping):
         problems.append(f"tasks: {name} must have options like {{fewshots: 0}}, not {options!r}.")
         return None

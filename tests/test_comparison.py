@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from replaceme.errors import DatasetError
 from replaceme.evaluation.comparison import compare, comparison_table, paired_p_value, scores_table
 from replaceme.evaluation.perplexity import Windows
 from replaceme.evaluation.requests import Requests
@@ -21,7 +22,7 @@ SIZES = {"parameters": 200, "disk_bytes": 400, "kv_cache_bytes_per_token": 40}
 def figures(ppl: float, accuracy: float, share: float = 1.0) -> dict[str, Any]:
     return {
         "perplexity": {"t": {"token": ppl, "word": 2 * ppl, "byte": ppl / 2}},
-        "accuracy": {"c": {"accuracy": accuracy, "stderr": 0.02, "items": 9, "metric": "acc", "fewshots": 0}},
+        "accuracy": {"c": {"accuracy": accuracy, "stderr": 0.02, "items": 9, "metric": "acc", "fewshots": 0, "by_size": True}},
         **{name: int(size * share) for name, size in SIZES.items()},
     }
 
@@ -51,7 +52,11 @@ def test_retention_is_the_published_tables_last_column() -> None:
     dense, pruned = (.708, .713, .781, .492), (.715, .613, .698, .451)  # fmt: skip
 
     def side(values: tuple[float, ...]) -> dict[str, Any]:
-        return {"perplexity": {}, "accuracy": {str(n): {"accuracy": value} for n, value in enumerate(values)}, **SIZES}
+        return {
+            "perplexity": {},
+            "accuracy": {str(n): {"accuracy": value, "by_size": True} for n, value in enumerate(values)},
+            **SIZES,
+        }
 
     found = compare(side(dense), side(pruned), {}, {})
     assert round(found["retention_percent"], 1) == 91.9
@@ -73,8 +78,6 @@ def test_scores_that_are_no_yes_or_no_are_compared_by_the_paired_t_test() -> Non
     before = torch.rand(200, generator=generator, dtype=torch.float64)
     noise = torch.randn(200, generator=generator, dtype=torch.float64)
     alike, worse = paired_p_value(before, before + 0.1 * noise), paired_p_value(before, before - 0.1 + 0.1 * noise)
-    assert alike is not None
-    assert worse is not None
     assert alike > 0.05 > 1e-6 > worse
 
 
@@ -88,7 +91,7 @@ def test_standard_errors_of_differences_are_those_of_the_items() -> None:
         side = figures(math.exp(float(total / counts.sum())), 0.5)
         side["perplexity"]["t"]["stderr"] = 1.0
         sides.append(side)
-    items = [{"accuracy/c": a, "losses/t": row, "counts/t": counts} for a, row in zip((before, after), losses, strict=True)]
+    items = [{"accuracy/c/0": a, "losses/t": row, "counts/t": counts} for a, row in zip((before, after), losses, strict=True)]
     found = compare(*sides, *items)
     expected = float((after - before).std() / 50**0.5)
     assert found["accuracy"]["c"]["stderr_diff"] == pytest.approx(expected)
@@ -100,6 +103,30 @@ def test_standard_errors_of_differences_are_those_of_the_items() -> None:
     log_ratio = float(change.sum() / counts.sum())
     spread = float((change - log_ratio * counts).std() * 8**0.5 / counts.sum())
     assert found["perplexity"]["t"]["stderr_ratio"] == pytest.approx(math.exp(log_ratio) * spread, rel=1e-6)
+
+
+def test_in_a_group_the_tasks_are_fixed_and_their_items_a_sample() -> None:
+    generator = torch.Generator().manual_seed(3)
+    sizes, shares = (40, 200), (0.2, 0.8)
+    before = [torch.bernoulli(torch.full((n,), p), generator=generator).double() for n, p in zip(sizes, shares, strict=True)]
+    after = [torch.bernoulli(torch.full((n,), p / 2), generator=generator).double() for n, p in zip(sizes, shares, strict=True)]
+    for by_size in (True, False):
+        weights = [n / 240 if by_size else 0.5 for n in sizes]
+        sides = [
+            figures(10.0, sum(w * float(x.mean()) for w, x in zip(weights, parts, strict=True))) for parts in (before, after)
+        ]
+        for side in sides:
+            side["accuracy"]["c"]["by_size"] = by_size
+        items = [{f"accuracy/c/{n}": part for n, part in enumerate(parts)} for parts in (before, after)]
+        found = compare(*sides, *items)["accuracy"]["c"]
+        changes = [b - a for a, b in zip(before, after, strict=True)]
+        variance = sum(w * w * float(change.var()) / len(change) for w, change in zip(weights, changes, strict=True))
+        assert found["items"] == 240
+        assert found["stderr_diff"] == pytest.approx(variance**0.5)
+        mean = found["pruned"] - found["dense"]
+        normal = math.erfc(abs(mean) / variance**0.5 / 2**0.5)
+        expected = paired_p_value(torch.cat(before), torch.cat(after)) if by_size else normal
+        assert found["p_value"] == pytest.approx(expected)
 
 
 def test_a_figure_that_one_model_lacks_is_left_out() -> None:
@@ -126,5 +153,13 @@ def test_a_models_scores_hold_every_task_and_size(params: Params, tiny: Model, t
     assert all(torch.equal(loaded.items[name], scores.items[name]) for name in scores.items)
     windows: Windows = loaded.requests.windows["text"]
     assert all(map(torch.equal, windows.windows, scores.requests.windows["text"].windows))
-    again = score_model(params, tiny, "again", {}, loaded.requests)
+    again = score_model(params, tiny, "again", task_fingerprints(params), loaded.requests)
     assert again.figures == scores.figures
+
+
+def test_a_file_that_changed_since_it_was_looked_at_is_not_scored(params: Params, tiny: Model) -> None:
+    found = task_fingerprints(params)
+    path = Path(params.tasks[0].name)
+    path.write_text(path.read_text(encoding="utf-8") + " more", encoding="utf-8")
+    with pytest.raises(DatasetError, match=r"tasks: .*text\.txt changed while it was in use; run again"):
+        score_model(params, tiny, "dense", found, Requests())

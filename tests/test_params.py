@@ -56,6 +56,7 @@ def problems_of(tmp_path: Path, text: str) -> str:
         ("alpha: [", "isn't valid YAML"),
         ("revision: 2024-99-99", "isn't valid YAML"),
         ("seed: 99999999999999999999", "seed: must be at most"),
+        ("tasks: {gsm8k: 0}", "tasks: gsm8k must have options like {fewshots: 0}, not 0"),
         ("tasks: {winogrande: 5}", "tasks: winogrande must have options like {fewshots: 0}, not 5"),
         ("- alpha", "must hold one `key: value` a line"),
         ("dataset_subset: train\ndataset_split: test", "dataset_subset: says 'train' and dataset_split 'test'"),

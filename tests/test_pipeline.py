@@ -214,7 +214,12 @@ def test_speed_is_measured_apart_from_the_lock(project: Path) -> None:
     times = json.loads((project / "artifacts" / "speed" / "speed.json").read_text())
     assert times["prefill_seconds"]["speedup"] > 0
     assert times["weights"].keys() == {"model.safetensors"}
-    assert "Measured on cpu" in (project / "artifacts" / "speed" / "index.html").read_text()
+    page = (project / "artifacts" / "speed" / "index.html").read_text()
+    assert "Measured on cpu" in page
+    made = (project / "artifacts" / "report" / "params.yaml").read_text()
+    shown = shell(project, "measure_speed", "--config", "params.yaml", "--alpha", "7", "--max_length", "99")
+    assert "prefill" in shown
+    assert (project / "artifacts" / "speed" / "params.yaml").read_text() == made
     assert shell(project, "git", "status", "--porcelain") == ""
 
 

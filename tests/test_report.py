@@ -353,7 +353,9 @@ def test_the_same_run_gives_the_same_bytes_whatever_matplotlib_is_set_to(params:
 def test_the_stage_writes_the_page_and_the_pictures_that_there_are(params: Params, run: Run) -> None:
     work = run(solved={"removed_layers": 2}, residuals="alpha,relative_residual\n")
     write_report(params, work)
-    assert {path.name for path in work.report.iterdir()} == {"index.html", "distances.png", "layers.png", "scores.png"}
+    assert {path.name for path in work.report.iterdir()} == {
+        "index.html", "params.yaml", "distances.png", "layers.png", "scores.png",
+    }  # fmt: skip
     page = render(params, work)
     assert (work.report / "index.html").read_text(encoding="utf-8") == page.html
     for name, picture in page.pictures.items():

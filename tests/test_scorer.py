@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lm_eval.api.instance import Instance
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -49,6 +50,38 @@ def test_each_likelihood_equals_one_plain_pass(family: str, batch_size: int) -> 
         expected = plain_score(model, *pair)
         assert likelihood == pytest.approx(expected[0], rel=1e-5)
         assert greedy == expected[1]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_contexts_longer_than_a_sliding_window_are_shared_too(family: str) -> None:
+    model = made_model(family, dtype=torch.float64)
+    pairs = [(list(range(2, 2 + length)), [length, 5, 6][:size]) for length in (9, 14, 30) for size in (1, 2, 3)]
+    found = scorer_of(model)._loglikelihood_tokens([(("", ""), *pair) for pair in pairs])
+    for pair, score in zip(pairs, found, strict=True):
+        assert score[0] == pytest.approx(plain_score(model, *pair)[0], rel=1e-5)
+
+
+def test_a_model_without_a_cache_to_share_is_scored_row_by_row() -> None:
+    model = made_model(dtype=torch.float64)
+    scorer = scorer_of(model)
+    scorer.shares = False
+    found = scorer._loglikelihood_tokens([(("", ""), *pair) for pair in PAIRS])
+    for pair, (likelihood, _) in zip(PAIRS, found, strict=True):
+        assert likelihood == pytest.approx(plain_score(model, *pair)[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_an_empty_context_is_read_as_lm_eval_reads_it(bos: bool) -> None:
+    model, tokenizer = made_model(), made_tokenizer(bos=bos)
+    requests = [Instance("loglikelihood", {}, ("", text), 0) for text in ("the river", "a boat")]
+    ours = CausalScorer(model, tokenizer, 1, "test", Encodings()).loglikelihood(requests)
+    theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1).loglikelihood(requests, disable_tqdm=True)
+    assert [score for score, _ in ours] == pytest.approx([score for score, _ in theirs], rel=1e-4)
+
+
+def test_an_answer_without_tokens_is_refused() -> None:
+    with pytest.raises(DatasetError, match="tasks: the answer 'x' of an item has no tokens"):
+        scorer_of(made_model())._loglikelihood_tokens([(("", "x"), [5], [])])
 
 
 def test_no_request_is_scored_twice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,14 +186,15 @@ def test_accuracies_of_choices_and_of_words_equal_lm_evals_own(family: str, tmp_
     }
     for single in suite.singles.values():
         catalogue.configure(single, None)
-    suite.reported = {name: [name] for name in suite.singles}
+    suite.reported = {name: harness.Reported((name,), "acc" if name == "words" else "acc_norm") for name in suite.singles}
     found = harness.run(scorer_of(model), suite)
     reference = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, add_bos_token=True)
     expected = evaluate(reference, {"tasks": suite.singles}, bootstrap_iters=1)["results"]
     assert found.accuracy["words"]["accuracy"] == expected["words"]["acc,none"]
     assert found.accuracy["choices"]["accuracy"] == expected["choices"]["acc_norm,none"]
     for name in suite.singles:
-        assert float(found.items[name].mean()) == pytest.approx(found.accuracy[name]["accuracy"])
+        (part,) = found.items[name]
+        assert float(part.mean()) == pytest.approx(found.accuracy[name]["accuracy"])
 
 
 def test_a_group_has_lm_evals_aggregate_and_a_tag_is_so_many_tasks(library: Callable[..., None]) -> None:
@@ -180,7 +214,61 @@ def test_a_group_has_lm_evals_aggregate_and_a_tag_is_so_many_tasks(library: Call
     assert together.accuracy["all"]["accuracy"] == pytest.approx(mean)
     parts = [score["stderr"] ** 2 * 10 for score in limited.accuracy.values()]  # variances of the items
     assert together.accuracy["all"]["stderr"] == pytest.approx((sum(parts) / 2 / 20) ** 0.5)
-    assert torch.equal(together.items["all"], torch.cat([limited.items["one"], limited.items["two"]]))
+    assert all(map(torch.equal, together.items["all"], [*limited.items["one"], *limited.items["two"]]))
+
+
+def test_in_a_group_of_unequal_tasks_each_counts_alike_where_lm_eval_says_so(
+    library: Callable[..., None], questions: Path
+) -> None:
+    library("one")
+    few = {
+        "task": "few", "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(questions.with_name("few.jsonl"))}},
+        "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{question}}", "doc_to_choice": "choices",
+        "doc_to_target": "answer", "metric_list": [{"metric": "acc_norm"}],
+    }  # fmt: skip
+    aggregate = [{"metric": "acc_norm", "weight_by_size": False}]
+    library("group", group="all", task=["one", few], aggregate_metric_list=aggregate)
+    questions.with_name("few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in question_rows(5)), encoding="utf-8")
+    assert catalogue.members("all") == ["one", "all::few"]
+    found = run(made_model(max_position_embeddings=1024), Task("all"))
+    parts = found.items["all"]
+    assert [len(part) for part in parts] == [40, 5]
+    score = found.accuracy["all"]
+    assert not score["by_size"]
+    assert score["accuracy"] == pytest.approx(sum(float(part.mean()) for part in parts) / 2)
+    assert score["stderr"] == pytest.approx(sum(float(part.var()) / len(part) for part in parts) ** 0.5 / 2)
+
+
+def test_a_name_that_is_taken_is_refused(library: Callable[..., None], questions: Path) -> None:
+    library("questions")
+    with pytest.raises(ParameterError, match="tasks: questions is there twice"):
+        run(made_model(), Task("questions"), Task(str(questions)))
+
+
+def test_tasks_that_shuffle_give_the_same_items_each_time(library: Callable[..., None], tmp_path: Path) -> None:
+    code = """
+import random
+
+def order(docs):
+    drawn = [random.randrange(2) for _ in docs]
+    return docs.remove_columns("answer").add_column("answer", drawn)
+"""
+    (tmp_path / "tasks" / "shuffled.py").write_text(code, encoding="utf-8")
+    library("drawn")
+    path = tmp_path / "tasks" / "drawn.yaml"
+    path.write_text(path.read_text(encoding="utf-8") + "process_docs: !function shuffled.order\n", encoding="utf-8")
+    answers = [catalogue.load(Task("drawn"), {})["tasks"]["drawn"].eval_docs["answer"] for _ in range(2)]
+    assert list(answers[0]) == list(answers[1])
+    assert len(set(answers[0])) == 2
+
+
+def test_a_perplexity_that_is_no_number_loses_nothing_else(library: Callable[..., None], questions: Path) -> None:
+    library("pages", output_type="loglikelihood_rolling", doc_to_text="", doc_to_choice=None, doc_to_target="{{'ab' * 900}}",
+            metric_list=[{"metric": "word_perplexity"}])  # fmt: skip
+    found = run(made_model(max_position_embeddings=2048), Task("pages", limit=1), Task(str(questions)))
+    assert found.perplexity == {}
+    assert found.accuracy["questions"]["items"] == 40
 
 
 def test_generated_answers_and_perplexity_tasks_of_lm_eval_are_scored_too(library: Callable[..., None]) -> None:
@@ -195,7 +283,7 @@ def test_generated_answers_and_perplexity_tasks_of_lm_eval_are_scored_too(librar
     model = made_model(max_position_embeddings=1024)
     found = run(model, Task("answers", limit=5), Task("pages"))
     assert found.accuracy["answers"] | {"accuracy": 0, "stderr": 0} == {
-        "accuracy": 0, "stderr": 0, "items": 5, "metric": "exact_match", "fewshots": 0,
+        "accuracy": 0, "stderr": 0, "items": 5, "metric": "exact_match", "fewshots": 0, "by_size": True,
     }  # fmt: skip
     assert found.perplexity["pages"]["word"] > found.perplexity["pages"]["byte"] > 1
 
@@ -203,8 +291,10 @@ def test_generated_answers_and_perplexity_tasks_of_lm_eval_are_scored_too(librar
 def test_what_measures_neither_accuracy_nor_perplexity_is_refused(library: Callable[..., None]) -> None:
     library("likely", output_type="loglikelihood", doc_to_choice=None, doc_to_target="{{choices[0]}}",
             metric_list=[{"metric": "perplexity", "higher_is_better": False, "aggregation": "perplexity"}])  # fmt: skip
-    with pytest.raises(DatasetError, match="tasks: likely measures perplexity, which is no accuracy"):
-        run(made_model(max_position_embeddings=1024), Task("likely", limit=2))
+    library("correlated", metric_list=[{"metric": "mcc"}])
+    for name, metric in (("likely", "perplexity"), ("correlated", "mcc")):
+        with pytest.raises(DatasetError, match=f"tasks: {name} measures {metric}, which is no accuracy"):
+            harness.Suite().add(Task(name, limit=2), {})
 
 
 def test_a_task_that_cannot_be_loaded_is_a_sentence(library: Callable[..., None]) -> None:
@@ -214,7 +304,7 @@ def test_a_task_that_cannot_be_loaded_is_a_sentence(library: Callable[..., None]
 
 
 def test_more_examples_than_items_are_refused(questions: Path) -> None:
-    with pytest.raises(ParameterError, match="tasks: fewshots of questions must be below its 40 items, not 40"):
+    with pytest.raises(ParameterError, match="tasks: fewshots of questions must be at most its 39 examples, not 40"):
         run(made_model(), Task(str(questions), fewshots=40))
 
 

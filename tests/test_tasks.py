@@ -2,21 +2,27 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import DatasetInfo, Features, Value
+from datasets.arrow_writer import ArrowWriter
+from datasets.splits import SplitDict, SplitInfo
 
 from replaceme import hub
 from replaceme.errors import DatasetError, ParameterError, ReplaceMeError
-from replaceme.evaluation import catalogue
+from replaceme.evaluation import catalogue, harness
 from replaceme.evaluation.continuation import CHOICE_WORDS, CONTEXT_WORDS, continuation_items
 from replaceme.evaluation.last_word import CONTEXT_WORDS as PASSAGE_WORDS
 from replaceme.evaluation.last_word import last_word_items
+from replaceme.evaluation.requests import Encodings
+from replaceme.evaluation.scorer import CausalScorer
 from replaceme.evaluation.tasks import task_fingerprints, task_items, task_kind, task_name, task_texts
 from replaceme.params import read_params
 from replaceme.task import PUBLISHED, Task
-from tests.conftest import made_text
+from tests.conftest import made_model, made_text, made_tokenizer
 
 ROW = {"question": "Which?", "choices": ["one", "two"], "answer": 1}
 
@@ -40,6 +46,7 @@ def write_rows(path: Path, *rows: Any) -> str:
         (["a", {"b": {"limit": 3, "fewshots": 0}}], (Task("a"), Task("b", limit=3, fewshots=0))),
         ([{"q.jsonl": {"question": "goal", "choices": ["x", "y"]}}], (Task("q.jsonl", question="goal", choices=("x", "y")),)),
         ("default", tuple(map(Task, PUBLISHED))),
+        ({"default": {"fewshots": 5}}, tuple(Task(name, fewshots=5) for name in PUBLISHED)),
         (["a", "default"], (Task("a"), *map(Task, PUBLISHED))),
     ],
 )
@@ -135,6 +142,7 @@ def test_columns_of_any_name_can_be_mapped(tmp_path: Path) -> None:
         ("t.jsonl", json.dumps(ROW | {"question": " "}), {}, "'question' must be a text"),
         ("t.jsonl", json.dumps(ROW), {"answer": "label"}, "has no column 'label'; its columns are question, choices, answer"),
         ("t.jsonl", '{"text": " "}', {}, "has no text in column 'text'"),
+        ("t.jsonl", '{"text": "\\ud800"}', {}, "isn't JSON text"),
         ("t.txt", "", {}, "is empty"),
         ("t.txt", "text", {"limit": 5}, "limit counts items, of which t has none; eval_tokens bounds a perplexity task"),
         ("t.txt", "text", {"fewshots": 5}, "fewshots counts items, of which t has none"),
@@ -155,9 +163,9 @@ def test_what_is_wrong_with_a_file_is_said_before_any_work(
 
 
 def test_unknown_and_clashing_tasks_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ParameterError, match=r"'wikipedi' is no task \(did you mean 'wikipedia'\?\)"):
+    with pytest.raises(ParameterError, match=r"'wikipedi' is no task \(did you mean 'wikipedia'"):
         fingerprints("wikipedi")
-    with pytest.raises(ParameterError, match=r"'winogrand' is no task \(did you mean 'winogrande'\?\)"):
+    with pytest.raises(ParameterError, match=r"'winogrand' is no task \(did you mean 'winogrande' or '"):
         fingerprints("winogrand")
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
@@ -174,13 +182,14 @@ def test_a_columns_option_is_refused_where_there_is_no_file() -> None:
 
 
 @pytest.mark.parametrize("name", [*PUBLISHED, "winogrande", "race", "openbookqa", "sciq", "lambada_openai"])
-def test_the_published_tasks_are_known_and_need_the_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_published_tasks_are_known_and_need_the_hub(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
     monkeypatch.setattr(hub, "reachable", lambda: False)
     with pytest.raises(DatasetError, match=f"tasks: '{name}' needs the dataset .*, the hub can't be reached"):
         fingerprints(name)
 
 
-def test_hub_tasks_are_known_by_their_datasets_commits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_tasks_are_known_by_their_datasets_commits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "reachable", lambda: True)
     asked: list[str] = []
     monkeypatch.setattr(hub, "resolve_commit", lambda name, kind, revision: asked.append(name) or f"commit of {name}")
@@ -189,8 +198,13 @@ def test_hub_tasks_are_known_by_their_datasets_commits(monkeypatch: pytest.Monke
     assert found["mmlu"]["datasets"] == {"cais/mmlu": "commit of cais/mmlu"}
     assert asked == ["baber/piqa", "cais/mmlu"]
     assert found["mmlu"]["lm_eval"]
-    with pytest.raises(ParameterError, match=r"tasks: mmlu_\w+ is in 'mmlu' and in 'mmlu_stem'; keep one of the two"):
+    with pytest.raises(ParameterError, match=r"tasks: mmlu_\w+ is in 'mmlu' and in 'mmlu_stem'; keep one"):
         fingerprints("mmlu", "mmlu_stem")
+    with pytest.raises(ParameterError, match="tasks: humaneval runs code that the model writes"):
+        fingerprints("humaneval")
+    path = write_rows(tmp_path / "mmlu_anatomy.jsonl", ROW)
+    with pytest.raises(ParameterError, match=r"tasks: mmlu_anatomy is in 'mmlu' and in '.*mmlu_anatomy\.jsonl'"):
+        fingerprints("mmlu", path)
 
 
 def test_datasets_are_read_at_the_commit_that_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,3 +220,37 @@ def test_datasets_are_read_at_the_commit_that_was_found(monkeypatch: pytest.Monk
         catalogue.load(Task("piqa"), {"datasets": {"baber/piqa": "abc"}})
     assert asked[0]["path"] == "baber/piqa"
     assert asked[0]["revision"] == "abc"
+
+
+def cache_piqa(folder: Path, commit: str, goal: str) -> None:
+    """Put a few rows into a cache of hub datasets, as if PIQA had been read at a commit."""
+    place = folder / "baber___piqa" / "default" / "0.0.0" / commit
+    place.mkdir(parents=True)
+    features = Features({"goal": Value("string"), "sol1": Value("string"), "sol2": Value("string"), "label": Value("int64")})
+    splits = SplitDict(dataset_name="piqa")
+    for split in ("train", "validation"):
+        with ArrowWriter(features=features, path=str(place / f"piqa-{split}.arrow")) as writer:
+            for number in range(6):
+                writer.write({"goal": goal, "sol1": "the river", "sol2": "a boat", "label": number % 2})
+            examples, size = writer.finalize()
+        splits[split] = SplitInfo(name=split, num_bytes=size, num_examples=examples, dataset_name="piqa")
+    info = DatasetInfo(
+        features=features, splits=splits, builder_name="parquet", dataset_name="piqa", config_name="default", version="0.0.0"
+    )
+    info.write_to_directory(str(place))
+
+
+def test_a_cached_hub_task_is_scored_offline_at_its_commit_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "reachable", lambda: False)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    cache_piqa(tmp_path, "a" * 40, "Cross the water.")
+    found = fingerprints({"piqa": {"limit": 4}})
+    assert found["piqa"]["datasets"] == {"baber/piqa": "a" * 40}
+    model, suite = made_model(), harness.Suite()
+    suite.add(Task("piqa", limit=4), found["piqa"])
+    outcome = harness.run(CausalScorer(model, made_tokenizer(), 1, "test", Encodings()), suite)
+    assert (outcome.accuracy["piqa"]["items"], outcome.accuracy["piqa"]["metric"]) == (4, "acc_norm")
+    shutil.rmtree(tmp_path / "baber___piqa")
+    cache_piqa(tmp_path, "b" * 40, "Cross another water.")
+    with pytest.raises(DatasetError, match="tasks: the cache holds another version of baber/piqa than 'piqa' was found with"):
+        harness.Suite().add(Task("piqa"), found["piqa"])

@@ -6,16 +6,23 @@ the hub can't be reached, a dataset in the local cache does.
 
 import functools
 import logging
+import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 from unittest import mock
 
+import numpy as np
+import torch
+
 from replaceme import hub
 from replaceme.errors import DatasetError, ParameterError
 from replaceme.progress import logger
 from replaceme.task import Task
+
+# These dataset names read files and are no repositories.
+FILE_BUILDERS = {"json", "csv", "parquet", "text", "arrow"}
 
 
 def names() -> list[str]:
@@ -30,7 +37,7 @@ def has(name: str) -> bool:
 
 def members(name: str) -> list[str]:
     """Return the names of the single tasks that a name stands for."""
-    return [str(config["task"]) for config in _single_tasks(name)]
+    return [single for single, _ in _single_tasks(name)]
 
 
 def identity(name: str) -> dict[str, Any]:
@@ -38,13 +45,14 @@ def identity(name: str) -> dict[str, Any]:
 
     Raises:
         DatasetError: a dataset can neither be reached nor found in the cache.
+        ParameterError: the task needs more than text, or runs what the model writes.
     """
-    commits: dict[str, str] = {}
-    for config in _single_tasks(name):
-        path = config.get("dataset_path")
-        # Builders such as "json" read files; a task in Python names its dataset in its code.
-        if isinstance(path, str) and "/" in path and path not in commits:
-            commits[path] = hub.dataset_commit(path, config.get("dataset_name"), f"tasks: '{name}'")
+    for single, config in _single_tasks(name):
+        if config.get("unsafe_code"):
+            raise ParameterError(f"tasks: {single} runs code that the model writes; it is not run here, leave it out.")
+        if config.get("doc_to_image") or config.get("doc_to_audio"):
+            raise ParameterError(f"tasks: {single} needs more than text; leave it out.")
+    commits = _commits(name)
     if not commits:
         logger.info("tasks: what '%s' is made from is known by the version of lm-eval alone", name)
     return {"lm_eval": version("lm_eval"), "datasets": commits}
@@ -61,26 +69,46 @@ def load(task: Task, found: Mapping[str, Any]) -> dict[str, Any]:
         DatasetError: a dataset can't be read.
         ParameterError: the task can't be run here.
     """
+    if not hub.reachable() and (commits := _commits(task.name)) != found.get("datasets", {}):
+        raise DatasetError(
+            f"tasks: the cache holds another version of {min(commits)} than '{task.name}' was found with; run again."
+        )
+    seed()
     try:
         with _pinned(found.get("datasets", {})):
             loaded = _manager().load([task.name])
     except Exception as failure:  # datasets and tasks in Python raise errors of many kinds
         reason = f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}"
         raise DatasetError(f"tasks: '{task.name}' can't be loaded ({reason}).") from failure
-    for name, single in loaded["tasks"].items():
-        if getattr(single, "UNSAFE_CODE", False):
-            raise ParameterError(f"tasks: {name} runs code that the model writes; it is not run here, leave it out.")
-        if getattr(single, "MULTIMODAL", False):
-            raise ParameterError(f"tasks: {name} needs more than text; leave it out.")
+    for single in loaded["tasks"].values():
         configure(single, task.fewshots)
     return {"tasks": loaded["tasks"], "groups": loaded.get("groups", {})}
 
 
 def configure(single: Any, fewshots: int | None) -> None:
-    """Set the number of solved examples of one of lm-eval's tasks (None: its own, else none) and their seed, lm-eval's."""
+    """Set the number of solved examples of one of lm-eval's tasks (None: its own, else none) and their seed, lm-eval's.
+
+    Raises:
+        ParameterError: there are not so many examples to choose from.
+    """
     if fewshots is not None or single.config.num_fewshot is None:
         single.set_config(key="num_fewshot", value=fewshots or 0)
     single.set_fewshot_seed(seed=1234)
+    examples = getattr(getattr(single, "sampler", None), "df", None)
+    if fewshots and examples is not None:
+        # An item is no example of itself.
+        most = len(examples) - (single.fewshot_cfg.split == single.config.test_split)
+        if fewshots > most:
+            raise ParameterError(
+                f"tasks: fewshots of {single.config.task} must be at most its {most} examples, not {fewshots}."
+            )
+
+
+def seed() -> None:
+    """Seed what tasks draw from (some shuffle their choices), as lm-eval's own program does."""
+    random.seed(0)
+    np.random.seed(1234)
+    torch.manual_seed(1234)
 
 
 @functools.cache
@@ -97,28 +125,44 @@ def _index() -> Mapping[str, Any]:
     return index
 
 
-def _single_tasks(name: str) -> Iterator[dict[str, Any]]:
-    """Yield the configuration of each single task below a task, group or tag, without loading its dataset."""
+def _commits(name: str) -> dict[str, str]:
+    """Return dataset → commit for all tasks below a name; offline, every configuration of a dataset must be cached."""
+    commits: dict[str, str] = {}
+    asked = set()
+    for _, config in _single_tasks(name):
+        path, part = config.get("dataset_path"), config.get("dataset_name")
+        # A task in Python names its dataset in its code.
+        if not isinstance(path, str) or path in FILE_BUILDERS:
+            continue
+        if (path, part) in asked or (path in commits and hub.reachable()):
+            continue
+        asked.add((path, part))
+        commits[path] = hub.dataset_commit(path, part, f"tasks: '{name}'")
+    return commits
+
+
+def _single_tasks(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield name and configuration of each single task below a task, group or tag, without loading its dataset."""
     entry = _index()[name]
     if entry.kind.name == "TAG":
         for tagged in sorted(entry.tags):
             yield from _single_tasks(tagged)
     elif entry.kind.name == "GROUP":
-        yield from _members(entry.cfg)
+        yield from _members(name, entry.cfg)
     else:
-        yield entry.cfg
+        yield name, entry.cfg
 
 
-def _members(group: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def _members(group_name: str, group: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     listed = group.get("task")
     for member in listed if isinstance(listed, list) else []:
         name = member if isinstance(member, str) else member.get("group", member.get("task"))
         if name in _index():
             yield from _single_tasks(name)
         elif isinstance(member, dict) and "group" in member:
-            yield from _members(member)
+            yield from _members(f"{group_name}::{member['group']}", member)
         elif isinstance(member, dict):
-            yield member
+            yield f"{group_name}::{member.get('task')}", member  # defined in the group alone; lm-eval's name for it
 
 
 @contextmanager

@@ -2,15 +2,19 @@
 
 Both models score the same items, so their difference is less uncertain than that of two samples: its standard error is that
 of the items' differences, and ``p_value`` is that of the exact McNemar test (accuracy of 0 or 1 an item; McNemar 1947) or of
-the paired t-test. ``retention_percent`` is the published table's last column: average accuracy of the pruned model over
-that of the dense one (ReplaceMe, arXiv 2505.02819, table 1).
+the paired t-test. A group's items are a sample of each of its tasks, which count by their size or alike, as lm-eval has it.
+
+``retention_percent`` is the published table's last column: average accuracy of the pruned model over that of the dense one
+(ReplaceMe, arXiv 2505.02819, table 1).
 """
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import count, takewhile
 from typing import Any
 
-from scipy.stats import binomtest, ttest_rel
+import torch
+from scipy.stats import binomtest, ttest_1samp
 from torch import Tensor
 
 from replaceme.evaluation.perplexity import mean_stderr
@@ -34,7 +38,7 @@ def compare(dense: Figures, pruned: Figures, dense_items: Mapping[str, Tensor], 
     comparison: Figures = {}
     for unit, key in UNITS.items():
         for task, scores in dense["perplexity"].items():
-            a, b = scores.get(unit), pruned["perplexity"][task].get(unit)
+            a, b = scores.get(unit), pruned["perplexity"].get(task, {}).get(unit)
             if a is not None and b is not None:
                 comparison.setdefault(key, {})[task] = {"dense": a, "pruned": b, "ratio": b / a}
     for task, entry in comparison.get("perplexity", {}).items():
@@ -45,9 +49,7 @@ def compare(dense: Figures, pruned: Figures, dense_items: Mapping[str, Tensor], 
             entry["stderr_ratio"] = entry["ratio"] * mean_stderr(change, dense_items[f"counts/{task}"])
     if dense["accuracy"]:
         comparison["accuracy"] = {
-            task: _accuracy(
-                score, pruned["accuracy"][task], dense_items.get(f"accuracy/{task}"), pruned_items.get(f"accuracy/{task}")
-            )
+            task: _accuracy(score, pruned["accuracy"][task], parts_of(dense_items, task), parts_of(pruned_items, task))
             for task, score in dense["accuracy"].items()
         }
         entries = comparison["accuracy"].values()
@@ -55,54 +57,98 @@ def compare(dense: Figures, pruned: Figures, dense_items: Mapping[str, Tensor], 
         comparison["average_accuracy"] = means
         if means["dense"]:
             comparison["retention_percent"] = 100 * means["pruned"] / means["dense"]
-            stderr = _retention_stderr(means, list(dense["accuracy"]), dense_items, pruned_items)
+            stderr = _retention_stderr(means, dense, dense_items, pruned_items)
             if stderr is not None:
                 comparison["retention_stderr"] = 100 * stderr
     for size in SIZES:
-        a, b = dense[size], pruned[size]
-        comparison[size] = {"dense": a, "pruned": b, "removed_percent": 100 * (1 - b / a)}
+        if size in dense and size in pruned:
+            a, b = dense[size], pruned[size]
+            comparison[size] = {"dense": a, "pruned": b, "removed_percent": 100 * (1 - b / a)}
     return comparison
 
 
-def _retention_stderr(
-    means: Mapping[str, float], tasks: Sequence[str], before: Mapping[str, Tensor], after: Mapping[str, Tensor]
-) -> float | None:
-    """Return the standard error of the ratio of the averages, from the items of both models (first order)."""
-    ratio, names = means["pruned"] / means["dense"], [f"accuracy/{task}" for task in tasks]
-    if not all(name in before and name in after and len(before[name]) > 1 for name in names):
-        return None
-    variance = sum(float((after[name] - ratio * before[name]).var()) / len(before[name]) for name in names)
-    return math.sqrt(variance) / len(names) / means["dense"]
+def parts_of(items: Mapping[str, Tensor], task: str) -> list[Tensor]:
+    """Return each single task's items among ``Scores.items``; none where they aren't known."""
+    names = takewhile(items.__contains__, (f"accuracy/{task}/{number}" for number in count()))
+    return [items[name] for name in names]
 
 
-def _accuracy(dense: Figures, pruned: Figures, before: Tensor | None, after: Tensor | None) -> Figures:
+def weighted_mean(parts: Sequence[Tensor], by_size: bool) -> float:
+    """Return the mean over all items (``by_size``), or the mean of the parts' means."""
+    return sum(weight * float(part.mean()) for weight, part in zip(_weights(parts, by_size), parts, strict=True))
+
+
+def weighted_stderr(parts: Sequence[Tensor], by_size: bool) -> float:
+    """Return the standard error of ``weighted_mean``: the parts are fixed, the items of each are a sample."""
+    weights = _weights(parts, by_size)
+    variance = sum(
+        weight**2 * float(part.var()) / len(part) for weight, part in zip(weights, parts, strict=True)
+    )  # fmt: skip
+    return math.sqrt(variance)
+
+
+def _weights(parts: Sequence[Tensor], by_size: bool) -> list[float]:
+    total = sum(map(len, parts))
+    return [len(part) / total if by_size else 1 / len(parts) for part in parts]
+
+
+def _accuracy(dense: Figures, pruned: Figures, before: Sequence[Tensor], after: Sequence[Tensor]) -> Figures:
     entry = {"dense": dense["accuracy"], "pruned": pruned["accuracy"]}
     entry |= {f"stderr_{name}": side["stderr"] for name, side in (("dense", dense), ("pruned", pruned)) if "stderr" in side}
-    if before is not None and after is not None and len(before) > 1:
-        change = after - before
-        entry["items"] = len(change)
-        entry["stderr_diff"] = float(change.std() / math.sqrt(len(change)))
-        p_value = paired_p_value(before, after)
-        if p_value is not None:
-            entry["p_value"] = p_value
+    changes = _changes(before, after)
+    if changes:
+        by_size = dense["by_size"]
+        entry["items"] = sum(map(len, changes))
+        entry["stderr_diff"] = weighted_stderr(changes, by_size)
+        if by_size:
+            entry["p_value"] = paired_p_value(torch.cat(list(before)), torch.cat(list(after)))
+        else:  # McNemar's test weighs items alike: here the normal one, on what the tasks' means come to
+            entry["p_value"] = _normal_p_value(weighted_mean(changes, by_size), entry["stderr_diff"])
     return entry
 
 
-def paired_p_value(before: Tensor, after: Tensor) -> float | None:
-    """Return the two-sided p-value of a difference in mean on the same items; None where it isn't defined.
+def _changes(before: Sequence[Tensor], after: Sequence[Tensor], ratio: float = 1.0) -> list[Tensor]:
+    """Return ``after − ratio · before`` of each part, or nothing where an error can't be told from it."""
+    if len(before) != len(after) or not all(len(a) == len(b) > 1 for a, b in zip(before, after, strict=True)):
+        return []
+    return [b - ratio * a for a, b in zip(before, after, strict=True)]
+
+
+def _retention_stderr(
+    means: Mapping[str, float], dense: Figures, before: Mapping[str, Tensor], after: Mapping[str, Tensor]
+) -> float | None:
+    """Return the standard error of the ratio of the averages, from the items of both models (first order)."""
+    ratio, variance = means["pruned"] / means["dense"], 0.0
+    for task, score in dense["accuracy"].items():
+        changes = _changes(parts_of(before, task), parts_of(after, task), ratio)
+        if not changes:
+            return None
+        variance += weighted_stderr(changes, score["by_size"]) ** 2
+    return math.sqrt(variance) / len(dense["accuracy"]) / means["dense"]
+
+
+def paired_p_value(before: Tensor, after: Tensor) -> float:
+    """Return the two-sided p-value of a difference in mean on the same items.
 
     Args:
-        before: (items,) one model's score of each item.
+        before: (items,) one model's score of each item; at least two.
         after: (items,) the other's.
     """
     change = after - before
-    if not change.any():
-        return 1.0
     if ((before == 0) | (before == 1)).all() and ((after == 0) | (after == 1)).all():
         better, worse = int((change > 0).sum()), int((change < 0).sum())
-        return float(binomtest(better, better + worse).pvalue)
-    p_value = float(ttest_rel(after.numpy(), before.numpy()).pvalue)
-    return p_value if math.isfinite(p_value) else None
+        return float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
+    return _t_p_value(change)
+
+
+def _t_p_value(change: Tensor) -> float:
+    if not float(change.std()):  # every item changed alike
+        return float(not change.any())
+    return float(ttest_1samp(change.numpy(), 0).pvalue)
+
+
+def _normal_p_value(mean: float, stderr: float) -> float:
+    return math.erfc(abs(mean) / stderr / math.sqrt(2)) if stderr else float(not mean)
 
 
 def comparison_table(comparison: Figures) -> str:

@@ -15,14 +15,31 @@ from torch import Tensor
 
 from replaceme.errors import DatasetError, ParameterError
 from replaceme.evaluation import catalogue
+from replaceme.evaluation.comparison import weighted_mean, weighted_stderr
 from replaceme.evaluation.scorer import CausalScorer
 from replaceme.evaluation.tasks import Items, is_file, task_items, task_kind, task_name
-from replaceme.progress import progress
+from replaceme.progress import logger, progress
 from replaceme.task import Task
 
-# Length-normalised accuracy where the task has it, then what else says how often a model is right.
-ACCURACIES = ("acc_norm", "acc", "exact_match")
+# Length-normalised accuracy where the task has it, then what else says how often a model is right. Other metrics (F1, BLEU,
+# correlations) are no share of items, and an average over tasks would mix what doesn't compare.
+ACCURACIES = ("acc_norm", "acc", "exact_match", "em", "accuracy")
 PERPLEXITIES = {"word_perplexity": "word", "byte_perplexity": "byte"}
+
+
+@dataclass(frozen=True)
+class Reported:
+    """A score of its own.
+
+    Attributes:
+        singles: names of the single tasks that it is made of.
+        metric: the accuracy that counts; None for a perplexity.
+        by_size: whether each item weighs alike, not each task (of a group).
+    """
+
+    singles: tuple[str, ...]
+    metric: str | None
+    by_size: bool = True
 
 
 @dataclass
@@ -32,30 +49,51 @@ class Suite:
     Attributes:
         singles: name → lm-eval's task.
         groups: name → lm-eval's group.
-        reported: the names whose scores are reported, each with the single tasks that it consists of.
+        reported: name → what is reported under it.
         limits: single task → the items that are scored.
     """
 
     singles: dict[str, Any] = field(default_factory=dict)
     groups: dict[str, Any] = field(default_factory=dict)
-    reported: dict[str, list[str]] = field(default_factory=dict)
+    reported: dict[str, Reported] = field(default_factory=dict)
     limits: dict[str, int] = field(default_factory=dict)
 
     def add(self, task: Task, found: Any) -> None:
-        """Add a task; ``found`` is its identity (``task_fingerprints``)."""
+        """Add a task; ``found`` is its identity (``task_fingerprints``).
+
+        Raises:
+            DatasetError: it can't be read, or measures neither an accuracy nor a perplexity.
+            ParameterError: one of its names is taken.
+        """
         if task_kind(task) == "lm-eval":
             loaded = catalogue.load(task, found)
             singles, groups = loaded["tasks"], loaded["groups"]
         else:
             singles, groups = {task_name(task): _own_task(task)}, {}
+        if taken := self.singles.keys() & singles.keys():
+            raise ParameterError(f"tasks: {min(taken)} is there twice, by its own name or in a group; keep one.")
         self.singles |= singles
         self.groups |= groups
         # A tag, or a group that has no score of its own, is so many tasks.
-        group = groups.get(task.name)
-        scored = bool(group.aggregate_metric_list) if group else task.name in singles or is_file(task)
-        self.reported |= {task_name(task): list(singles)} if scored else {name: [name] for name in singles}
+        aggregates = groups[task.name].aggregate_metric_list if task.name in groups else None
+        if aggregates:
+            metric = _counting_metric(task.name, [aggregate.metric for aggregate in aggregates])
+            by_size = all(aggregate.weight_by_size for aggregate in aggregates if aggregate.metric == metric)
+            self.reported[task.name] = Reported(tuple(singles), metric, by_size)
+        else:
+            for name, single in singles.items():
+                self.reported[name] = Reported((name,), _counting_metric(name, list(single.aggregation())))
         if task.limit is not None:
             self.limits |= dict.fromkeys(singles, task.limit)
+
+
+def _counting_metric(name: str, metrics: Sequence[str]) -> str | None:
+    """Return the accuracy that counts among a task's metrics, or None if its perplexity does."""
+    if metric := next((metric for metric in ACCURACIES if metric in metrics), None):
+        return metric
+    if set(PERPLEXITIES) & set(metrics):
+        return None
+    raise DatasetError(f"tasks: {name} measures {', '.join(metrics)}, which is no accuracy and no perplexity; leave it out.")
 
 
 @dataclass
@@ -63,81 +101,99 @@ class Outcome:
     """What a run of lm-eval gave.
 
     Attributes:
-        accuracy: task → ``{accuracy, metric, fewshots}``, and ``stderr`` and ``items`` where it has them.
+        accuracy: task → ``{accuracy, metric, fewshots, by_size}``, and ``stderr`` and ``items`` where it has them.
         perplexity: task → ``{word, byte}``, for lm-eval's own perplexity tasks.
-        items: task → (items,) float64, the accuracy of each item.
+        items: task → for each of its single tasks (items,) float64, the accuracy of each item.
     """
 
     accuracy: dict[str, dict[str, Any]] = field(default_factory=dict)
     perplexity: dict[str, dict[str, float]] = field(default_factory=dict)
-    items: dict[str, Tensor] = field(default_factory=dict)
+    items: dict[str, list[Tensor]] = field(default_factory=dict)
 
 
 def run(scorer: CausalScorer, suite: Suite) -> Outcome:
-    """Score all tasks of a suite in one run, so that their requests are sorted and batched together.
-
-    Raises:
-        DatasetError: a task measures nothing that is an accuracy or a perplexity.
-    """
+    """Score all tasks of a suite; their requests are sorted and batched together."""
     outcome = Outcome()
-    if not suite.singles:
-        return outcome
-    counts = {name: min(limit, len(suite.singles[name].eval_docs)) for name, limit in suite.limits.items()}
-    # lm-eval's own bar over the items says nothing about what it counts.
-    bar = partial(progress, description=f"{scorer.description}: items", unit="items")
-    with mock.patch.object(lm_eval_task, "tqdm", bar):
-        result = evaluate(
-            lm=scorer,
-            task_dict={"tasks": suite.singles, "groups": suite.groups},
-            samples={name: list(range(count)) for name, count in counts.items()} or None,
-            bootstrap_iters=0,  # no resampling: the standard error of a mean is known
-        )
-    for name, singles in suite.reported.items():
-        _report(outcome, name, singles, result, suite)
+    rolling = {name for name, single in suite.singles.items() if single.OUTPUT_TYPE == "loglikelihood_rolling"}
+    for names in (suite.singles.keys() - rolling, rolling):
+        reported = {name: entry for name, entry in suite.reported.items() if names.issuperset(entry.singles)}
+        try:
+            result = _run_lm_eval(scorer, suite, {name for entry in reported.values() for name in entry.singles})
+        except OverflowError:
+            logger.warning("%s: the perplexity of %s is no number, and left out", scorer.description, ", ".join(reported))
+            continue
+        for name, entry in reported.items():
+            figures = {**result["results"], **result.get("groups", {})}[name]
+            if entry.metric:
+                _report_accuracy(outcome, name, entry, figures, result["samples"], suite)
+            else:
+                keys = {key.split(",")[0]: key for key in figures if "," in key}
+                outcome.perplexity[name] = {
+                    unit: float(figures[keys[metric]]) for metric, unit in PERPLEXITIES.items() if metric in keys
+                }
     return outcome
 
 
-def _report(outcome: Outcome, name: str, singles: Sequence[str], result: Any, suite: Suite) -> None:
-    figures = {**result["results"], **result.get("groups", {})}[name]
-    metrics = {key.split(",")[0]: key for key in figures if "," in key and "_stderr" not in key}
-    better = result.get("higher_is_better", {}).get(name, {})
-    others = [metric for metric, key in metrics.items() if better.get(metric) and 0 <= float(figures[key]) <= 1]
-    if metric := next((metric for metric in (*ACCURACIES, *others) if metric in metrics), None):
-        kind = metrics[metric].split(",")[1]
-        score = {
-            "accuracy": float(figures[metrics[metric]]),
-            "metric": metric,
-            "fewshots": int(suite.singles[singles[0]].config.num_fewshot or 0),
-        }
-        known = (_items(result["samples"][single], metric, kind) for single in singles)
-        items = [values for values in known if values is not None]
-        if len(items) == len(singles):
-            outcome.items[name] = torch.cat(items)
-            score["items"] = len(outcome.items[name])
-            if all(len(values) > 1 for values in items):
-                errors = [float(values.std() / len(values) ** 0.5) for values in items]
-                score["stderr"] = errors[0] if len(errors) == 1 else pooled_sample_stderr(errors, list(map(len, items)))
-        outcome.accuracy[name] = score
-    elif found := {unit: float(figures[metrics[metric]]) for metric, unit in PERPLEXITIES.items() if metric in metrics}:
-        outcome.perplexity[name] = found
-    else:
-        raise DatasetError(
-            f"tasks: {name} measures {', '.join(metrics) or 'nothing'}, which is no accuracy and no perplexity; leave it out."
+def _run_lm_eval(scorer: CausalScorer, suite: Suite, names: set[str]) -> Any:
+    if not names:
+        return {"results": {}}
+    singles = {name: single for name, single in suite.singles.items() if name in names}
+    groups = {
+        name: group
+        for name, group in suite.groups.items()
+        if names.issuperset(task.task_name for task in group.get_all_tasks())
+    }
+    counts = {name: min(limit, len(singles[name].eval_docs)) for name, limit in suite.limits.items() if name in names}
+    # lm-eval's own bar over the items says nothing about what it counts.
+    bar = partial(progress, description=f"{scorer.description}: items", unit="items")
+    with mock.patch.object(lm_eval_task, "tqdm", bar):
+        catalogue.seed()
+        return evaluate(
+            lm=scorer,
+            task_dict={"tasks": singles, "groups": groups},
+            samples={name: list(range(count)) for name, count in counts.items()} or None,
+            bootstrap_iters=0,  # no resampling: the standard error of a mean is known
         )
 
 
-def _items(samples: Sequence[Mapping[str, Any]], metric: str, kind: str) -> Tensor | None:
-    """Return (items,) float64, or None for a metric of all items together, of which one alone has no number."""
+def _report_accuracy(
+    outcome: Outcome, name: str, entry: Reported, figures: Mapping[str, Any], samples: Mapping[str, Any], suite: Suite
+) -> None:
+    # Of several filters of the answer (strict, flexible), the first one counts.
+    key = next((key for key in figures if key.split(",")[0] == entry.metric), "")
+    if not key:
+        raise DatasetError(f"tasks: {name} promises the metric {entry.metric} and doesn't measure it; leave it out.")
+    kind = key.split(",")[1]
+    score: dict[str, Any] = {
+        "accuracy": float(figures[key]),
+        "metric": str(entry.metric) if kind == "none" else key,
+        "fewshots": int(suite.singles[entry.singles[0]].config.num_fewshot or 0),
+        "by_size": entry.by_size,
+    }
+    parts = [_items(samples[single], str(entry.metric), kind) for single in entry.singles]
+    # What isn't the mean of its items (some metrics are of all of them together) has no error that these could tell.
+    if all(map(len, parts)) and abs(weighted_mean(parts, entry.by_size) - score["accuracy"]) < 1e-9:
+        outcome.items[name] = parts
+        score["items"] = sum(map(len, parts))
+        if all(len(values) > 1 for values in parts):
+            errors = [float(values.std() / len(values) ** 0.5) for values in parts]
+            if len(parts) > 1 and entry.by_size:
+                score["stderr"] = pooled_sample_stderr(errors, list(map(len, parts)))
+            else:
+                score["stderr"] = weighted_stderr(parts, entry.by_size)
+    outcome.accuracy[name] = score
+
+
+def _items(samples: Sequence[Mapping[str, Any]], metric: str, kind: str) -> Tensor:
+    """Return (items,) float64, or nothing for a metric of which one item alone has no number."""
     values = [sample.get(metric) for sample in samples if sample["filter"] == kind]
-    return torch.tensor(values, dtype=torch.float64) if all(isinstance(value, int | float) for value in values) else None
+    return torch.tensor(values if all(isinstance(value, int | float) for value in values) else [], dtype=torch.float64)
 
 
 def _own_task(task: Task) -> Any:
     """Return an lm-eval task over items of ours."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     items, kind = task_items(task), task_kind(task)
-    if (task.fewshots or 0) >= len(items):
-        raise ParameterError(f"tasks: fewshots of {task_name(task)} must be below its {len(items)} items, not {task.fewshots}.")
     single = _task_of(task_name(task), items, WORD if kind == "word" else QUESTION if is_file(task) else CONTINUATION)
     catalogue.configure(single, task.fewshots)
     return single

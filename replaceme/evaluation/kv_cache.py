@@ -15,7 +15,8 @@ from replaceme.families import decoder_of
 def filled_cache(model: Any, ids: Tensor) -> Any:
     """Return the cache after token ids (rows, tokens); computes no logits."""
     output = decoder_of(model)(input_ids=ids, use_cache=True)
-    return output.cache if getattr(output, "cache", None) is not None else output.past_key_values
+    cache = getattr(output, "cache", None)
+    return cache if cache is not None else getattr(output, "past_key_values", None)
 
 
 def going_on(model: Any, cache: Any) -> dict[str, Any]:
@@ -28,10 +29,24 @@ def going_on(model: Any, cache: Any) -> dict[str, Any]:
     }
 
 
-@torch.inference_mode()
-def cache_bytes_per_token(model: Any) -> int:
-    """Return the bytes of keys and values that a loaded model keeps for each token of a short text, over all its layers."""
+def shares_contexts(model: Any) -> bool:
+    """Tell whether rows of a model's cache can be repeated, so that the choices of an item share their context."""
+    return hasattr(_example(model, 1), "batch_select_indices")
+
+
+def cache_bytes_per_token(model: Any) -> int | None:
+    """Return the bytes of keys and values that a loaded model keeps for each token of a short text, over all its layers.
+
+    None for a model that keeps something else (a state-space model, say).
+    """
     tokens = 8
-    cache = filled_cache(model, torch.zeros(1, tokens, dtype=torch.long, device=model.device))
+    cache = _example(model, tokens)
+    if not all(hasattr(layer, "keys") for layer in getattr(cache, "layers", [None])):
+        return None
     tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors) // tokens
+
+
+@torch.inference_mode()
+def _example(model: Any, tokens: int) -> Any:
+    return filled_cache(model, torch.zeros(1, tokens, dtype=torch.long, device=model.device))

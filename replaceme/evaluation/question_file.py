@@ -75,7 +75,7 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield where each row stands, for messages, and the row."""
     found = False
     try:
-        with path.open(encoding="utf-8") as lines:
+        with path.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     found = True
@@ -89,8 +89,9 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _row(line: str, place: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
+        json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair is no text
     except ValueError:
-        raise DatasetError(f"tasks: {place} isn't JSON.") from None
+        raise DatasetError(f"tasks: {place} isn't JSON text.") from None
     if not isinstance(row, dict):
         raise DatasetError(f"tasks: {place} must be an object with columns, not {type(row).__name__}.")
     return row

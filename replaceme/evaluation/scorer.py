@@ -15,15 +15,16 @@ from lm_eval.api.model import TemplateLM
 from torch.nn.functional import log_softmax
 from transformers import PreTrainedTokenizerBase
 
-from replaceme.evaluation.kv_cache import filled_cache, going_on
+from replaceme.errors import DatasetError, ModelError
+from replaceme.evaluation.kv_cache import filled_cache, going_on, shares_contexts
 from replaceme.evaluation.perplexity import WINDOW
 from replaceme.evaluation.requests import Encodings
 from replaceme.progress import progress
-from replaceme.tokenization import start_of_text
 
 Request = tuple[tuple[str, str], list[int], list[int]]
 Ids = tuple[int, ...]
 Score = tuple[float, bool]
+ROWS_OF_CACHE = 8
 
 
 class CausalScorer(TemplateLM):
@@ -35,7 +36,7 @@ class CausalScorer(TemplateLM):
         super().__init__()
         self.model, self.tokenizer, self.description = model, tokenizer, description
         self.batch_tokens, self.encodings = batch_size * WINDOW, encodings
-        self.start = start_of_text(tokenizer)
+        self.shares = shares_contexts(model)
 
     @property
     def eot_token_id(self) -> int:
@@ -43,7 +44,11 @@ class CausalScorer(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        return self.start[0] if self.start else self.eot_token_id
+        # What an empty context is read as: lm-eval's choice, also where the tokenizer puts nothing before a text.
+        for start in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
+            if start is not None:
+                return int(start)
+        raise ModelError("model_path: the tokenizer has neither a bos nor an eos token, which a task without context needs.")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_options: Any) -> list[int]:
         ids: list[int] = self.tokenizer.encode(string, add_special_tokens=add_special_tokens is not False, verbose=False)
@@ -62,7 +67,11 @@ class CausalScorer(TemplateLM):
         longest = int(getattr(self.model.config, "max_position_embeddings", 0) or 1 << 30)
         wanted: dict[Ids, dict[Ids, None]] = defaultdict(dict)  # context → its continuations, each once
         keys: list[tuple[Ids, Ids]] = []
-        for _, context, continuation in requests:
+        for (_, text), context, continuation in requests:
+            if not continuation:
+                raise DatasetError(
+                    f"tasks: the answer {text!r} of an item has no tokens, so it has no likelihood; give it a text."
+                )
             # The model's room bounds what stands before the last token of the continuation.
             kept = tuple(continuation[-longest:])
             keys.append((tuple(context[-max(1, longest - len(kept) + 1) :]), kept))
@@ -78,16 +87,20 @@ class CausalScorer(TemplateLM):
     def _batches(self, wanted: Mapping[Ids, Iterable[Ids]]) -> list[list[Ids]]:
         """Group contexts of equal length, the longest first, so that a batch computes about ``batch_tokens`` tokens."""
         batches: list[list[Ids]] = []
-        filled = 0
+        filled = rows = 0
         # Contexts with as many and as long continuations stand together, so that little is padded.
         order = sorted(wanted, key=lambda context: (len(context), len(list(wanted[context])), max(map(len, wanted[context]))))
         for context in reversed(order):
-            cost = len(context) + sum(map(len, wanted[context]))
-            if not batches or len(batches[-1][0]) != len(context) or filled + cost > self.batch_tokens:
+            tails = list(map(len, wanted[context]))
+            cost = len(context) + sum(tails)
+            # Each choice has its copy of the context's cache, which is smaller than what a token takes to compute.
+            kept = (rows + len(tails)) * (len(context) + max(tails)) / ROWS_OF_CACHE
+            if not batches or len(batches[-1][0]) != len(context) or max(filled + cost, kept) > self.batch_tokens:
                 batches.append([])
-                filled = 0
+                filled = rows = 0
             batches[-1].append(context)
             filled += cost
+            rows += len(tails)
         return batches
 
     def _score(self, contexts: Sequence[Ids], rows: Sequence[int], continuations: Sequence[Ids]) -> list[Score]:
@@ -98,8 +111,8 @@ class CausalScorer(TemplateLM):
         ids = torch.nn.utils.rnn.pad_sequence(tails, batch_first=True).to(device)
         scored = ids.shape[1]
         prefixes = torch.tensor([context[:-1] for context in contexts], device=device, dtype=torch.long)
-        if prefixes.shape[1] and len(rows) == len(contexts):
-            ids = torch.cat([prefixes, ids], dim=1)  # nothing to share: one pass
+        if prefixes.shape[1] and (len(rows) == len(contexts) or not self.shares):
+            ids = torch.cat([prefixes[list(rows)], ids], dim=1)  # nothing to share: one pass
         elif prefixes.shape[1]:
             cache = filled_cache(self.model, prefixes)
             cache.batch_select_indices(torch.tensor(rows, device=device))

@@ -19,7 +19,7 @@ from replaceme.evaluation.kv_cache import cache_bytes_per_token
 from replaceme.evaluation.perplexity import cut_windows, perplexities, window_losses
 from replaceme.evaluation.requests import Requests
 from replaceme.evaluation.scorer import CausalScorer
-from replaceme.evaluation.tasks import task_kind, task_name, task_texts
+from replaceme.evaluation.tasks import check_unchanged, task_kind, task_name, task_texts
 from replaceme.files import new_folder, read_json, rounded, write_json
 from replaceme.models import WEIGHTS, Model, parameter_count, recorded_model
 from replaceme.params import Params
@@ -33,8 +33,9 @@ class Scores:
 
     Attributes:
         figures: ``perplexity`` (task → token, word, byte, stderr), ``accuracy`` (task → accuracy, stderr, items, metric,
-            fewshots), ``parameters``, ``disk_bytes`` and ``kv_cache_bytes_per_token``.
-        items: ``accuracy/<task>`` (items,) and ``losses/<task>``, ``counts/<task>`` (windows,), all float64.
+            fewshots, by_size), ``parameters``, ``disk_bytes``, ``kv_cache_bytes_per_token`` and ``device``.
+        items: ``accuracy/<task>/<n>`` (items,), n counting the single tasks of a group, and ``losses/<task>`` and
+            ``counts/<task>`` (windows,); all float64.
         requests: the token ids of all that was scored.
     """
 
@@ -68,6 +69,11 @@ def evaluate(params: Params, work: Workspace) -> None:
     pruned = Model(work.model, work.model.name, trust_remote_code=params.trust_remote_code)
     dense = Scores.load(work.baseline)
     scores = score_model(params, pruned, "pruned model", read_json(work.tasks_input), dense.requests)
+    if scores.figures["device"] != dense.figures["device"]:
+        logger.warning(
+            "device: the dense model was scored on %s, the pruned one on %s; their last digits differ for that alone",
+            dense.figures["device"], scores.figures["device"],
+        )  # fmt: skip
     comparison = rounded(compare(dense.figures, scores.figures, dense.items, scores.items))
     write_json(work.metric("evaluation"), comparison)
     print(comparison_table(comparison))
@@ -93,6 +99,7 @@ def score_model(params: Params, source: Model, name: str, found: dict[str, Any],
         elif task_name(task) not in requests.windows:
             windows = cut_windows(task_name(task), task_texts(task), tokenizer, params.eval_tokens)
             requests.windows[task_name(task)] = windows
+        check_unchanged(task, found[task_name(task)])
     model = source.load(params.eval_dtype, resolve_device(params.device))
     perplexity: dict[str, dict[str, float]] = {}
     items: dict[str, Tensor] = {}
@@ -102,15 +109,18 @@ def score_model(params: Params, source: Model, name: str, found: dict[str, Any],
         items |= {f"losses/{text}": losses, f"counts/{text}": windows.predictions()}
     scorer = CausalScorer(model, tokenizer, params.eval_batch_size, f"{name}: {', '.join(suite.reported)}", requests.encodings)
     outcome = harness.run(scorer, suite)
-    items |= {f"accuracy/{task}": values for task, values in outcome.items.items()}
+    items |= {f"accuracy/{task}/{n}": part for task, parts in outcome.items.items() for n, part in enumerate(parts)}
     figures = {
         "perplexity": perplexity | outcome.perplexity,
         "accuracy": outcome.accuracy,
         "parameters": parameter_count(model),
         "disk_bytes": sum(path.stat().st_size for path in source.files(WEIGHTS)),
-        "kv_cache_bytes_per_token": cache_bytes_per_token(model),
+        "device": model.device.type,
     }
+    if (size := cache_bytes_per_token(model)) is not None:
+        figures["kv_cache_bytes_per_token"] = size
     shown = [f"{task} perplexity {scores['token']:.4g}" for task, scores in perplexity.items() if "token" in scores]
+    shown += [f"{task} word perplexity {scores['word']:.4g}" for task, scores in outcome.perplexity.items() if "word" in scores]
     shown += [f"{task} accuracy {100 * scores['accuracy']:.1f} %" for task, scores in outcome.accuracy.items()]
     logger.info("%s: %s", name, ", ".join(shown) or "no tasks")
     return Scores(figures, items, requests)

@@ -46,24 +46,27 @@ def task_fingerprints(params: Params) -> dict[str, Any]:
         DatasetError: a file is missing or isn't as it should be, or a task's dataset can't be reached.
     """
     fingerprints: dict[str, Any] = {}
-    seen: dict[str, str] = {}  # a single task of lm-eval → the entry that it belongs to
+    seen: dict[str, str] = {}  # a single task → the entry that it belongs to
     for task in params.tasks:
         name = task_name(task)
         if name in fingerprints:
             raise ParameterError(f"tasks: two tasks are named '{name}'; keep one, or rename a file.")
+        library = not is_file(task) and task.name not in EMBEDDED and catalogue.has(task.name)
+        for single in catalogue.members(task.name) if library else [name]:
+            if seen.setdefault(single, task.name) != task.name:
+                raise ParameterError(
+                    f"tasks: {single} is in '{seen[single]}' and in '{task.name}'; keep one, or rename a file."
+                )
         if task.name in EMBEDDED:
             fingerprints[name] = embedded.text_fingerprint(SOURCE)
         elif is_file(task):
             path = _path(task)
             local.check_file(path, "tasks", FILE_SUFFIXES)
             fingerprints[name] = sha256_below(path)[path.name]
-        elif catalogue.has(task.name):
-            for single in catalogue.members(task.name):
-                if seen.setdefault(single, task.name) != task.name:
-                    raise ParameterError(f"tasks: {single} is in '{seen[single]}' and in '{task.name}'; keep one of the two.")
+        elif library:
             fingerprints[name] = catalogue.identity(task.name)
         else:
-            hint = nearest(task.name, [*EMBEDDED, *catalogue.names()])
+            hint = nearest(task.name, [*EMBEDDED, *catalogue.names()], count=3)
             raise ParameterError(
                 f"tasks: '{task.name}' is no task{hint}; use {', '.join(EMBEDDED)}, a task or group of lm-eval, "
                 f"or a {' or '.join(FILE_SUFFIXES)} file."
@@ -73,6 +76,12 @@ def task_fingerprints(params: Params) -> dict[str, Any]:
             # Reading it whole says early what is wrong with a row.
             task_texts(task) if task_kind(task) == "perplexity" else task_items(task)
     return fingerprints
+
+
+def check_unchanged(task: Task, found: Any) -> None:
+    """Raise DatasetError when a file that was read is no longer the one that ``task_fingerprints`` saw."""
+    if is_file(task) and sha256_below(path := _path(task))[path.name] != found:
+        raise DatasetError(f"tasks: {path} changed while it was in use; run again.")
 
 
 def is_file(task: Task) -> bool:

@@ -28,6 +28,7 @@ from replaceme.workspace import Workspace
 
 # Pixels of the files in one CSS pixel of the page.
 DENSITY = DPI / 96
+SETTINGS_FILE = "params.yaml"
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,16 @@ class Picture:
 
 @dataclass(frozen=True)
 class Page:
-    """A report: the page, and the pictures by name, which the page holds too."""
+    """A report: the page, and the pictures and the settings by themselves, which the page holds too."""
 
     html: str
     pictures: Mapping[str, Picture]
+    settings: str
 
     def save(self, folder: Path) -> None:
-        """Write ``index.html``, and ``<name>.png`` of each picture in light colours, into ``folder``."""
+        """Write ``index.html``, ``params.yaml``, and ``<name>.png`` of each picture in light colours, into ``folder``."""
         write_text(folder / "index.html", self.html)
+        write_text(folder / SETTINGS_FILE, self.settings)
         for name, picture in self.pictures.items():
             (folder / f"{name}.png").write_bytes(picture.light)
 
@@ -89,6 +92,7 @@ def render(params: Params, work: Workspace, speed: Mapping[str, Any] | None = No
         "scores": _picture(lambda theme: score_figure(evaluation, theme), sentences.score_words(evaluation)),
         "residuals": _residual_picture(params, _residuals(work.solution / "residuals.csv"), solved),
     }
+    settings = settings_yaml(params)
     drawn = {name: picture for name, picture in pictures.items() if picture}
     html = _TEMPLATES.get_template("page.html").render(
         model=without_folder(params.model_path),
@@ -106,10 +110,10 @@ def render(params: Params, work: Workspace, speed: Mapping[str, Any] | None = No
         fit_table=tables.fit_table(fits),
         proof=sentences.proof_sentence(read_json(work.metric("export"))),
         published=tables.published_table(LABEL),
-        settings=settings_yaml(params),
+        settings=settings,
         pictures=drawn,
     )
-    return Page(html, drawn)
+    return Page(html, drawn, settings)
 
 
 def _fits(solved: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

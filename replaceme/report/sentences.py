@@ -17,7 +17,9 @@ def outcome(evaluation: Figures) -> list[tuple[str, str]]:
     parts = []
     if "retention_percent" in evaluation:
         parts.append((f"{evaluation['retention_percent']:.1f} %", "of the accuracy kept"))
-    if ratios := [task["ratio"] for task in evaluation.get("perplexity", {}).values()]:
+    # Tasks of lm-eval have no perplexity of tokens.
+    texts = evaluation.get("word_perplexity", {}) | evaluation.get("perplexity", {})
+    if ratios := [task["ratio"] for task in texts.values()]:
         spread = f"× {min(ratios):.3g}" + f" to {max(ratios):.3g}" * (len(ratios) > 1)
         parts.append((spread, "the perplexity"))
     if "parameters" in evaluation:
