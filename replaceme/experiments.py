@@ -95,7 +95,7 @@ def comparison_of(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
         if name in differing:
             logger.warning("%s differs between experiments: their scores don't compare in absolute terms", name)
     table = pd.DataFrame({"experiment": [_name(record) for record in scored]})
-    table[["method", *differing]] = every[["method", *differing]].astype(object)
+    table[["method", *differing]] = every[["method", *differing]].convert_dtypes().astype(object)
     table["removed_percent"] = every[REMOVED].astype(float)
     results = {RETENTION: RETENTION, "retention_stderr": "retention_stderr", "relative_residual": "residual"}
     results |= {name: name.replace("accuracy.", "").replace(".pruned", "") for name in _of(every, "accuracy.", ".pruned")}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,9 +15,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from replaceme import commands
+from replaceme.fingerprints import sha256_below
 from replaceme.models import Model
 from replaceme.params import Params
 from replaceme.steps import STEPS
+from tests.conftest import made_text
 
 FAST = ["--dtype", "float32", "--eval_dtype", "float32", "--threads", "1", "--max_length", "48", "--dataset_size", "20"]
 
@@ -415,3 +418,44 @@ def test_the_scripts_are_installed_and_run_anywhere(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr == "error: command line: alpha: must be a number, not 'x'.\n"
+
+
+def test_the_dense_model_is_scored_once_for_all_results_and_known_by_content(
+    published: Path, tiny: Model, save_tiny: Callable[..., Model], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "model"
+    shutil.copytree(tiny.folder, source)
+    # A text of this test alone, so that no other one has scored it.
+    text = tmp_path / "scored-once.txt"
+    text.write_text(made_text(40, seed=77), encoding="utf-8")
+
+    def dense_score(name: str) -> tuple[float, bool]:
+        arguments = ["--model_path", source, "--tasks", text, "--save_path", tmp_path / name]
+        call(commands.run_replaceme, "--config", published, *FAST, *arguments)
+        known = "baseline: known from an earlier run" in capsys.readouterr().err
+        metrics = json.loads((tmp_path / f"{name}.work" / "metrics" / "evaluation.json").read_text())
+        return metrics["perplexity"]["scored-once"]["dense"], known
+
+    first, known = dense_score("a")
+    assert not known
+    assert dense_score("b") == (first, True)
+    shutil.rmtree(source)
+    shutil.copytree(save_tiny("llama", rope_theta=77.0).folder, source)
+    other, known = dense_score("c")
+    assert not known
+    assert other != first
+
+
+def test_speed_of_a_result_is_measured_against_the_model_it_was_made_from(
+    published: Path, tmp_path: Path, save_tiny: Callable[..., Model], capsys: pytest.CaptureFixture[str]
+) -> None:
+    call(commands.measure_speed, "--config", published, *FAST, code=2)
+    assert "save_path: there is no pruned model in" in capsys.readouterr().err
+    call(commands.run_replaceme, "--config", published, *FAST)
+    call(commands.measure_speed, "--config", published, *FAST)
+    times = json.loads((tmp_path / "result.work" / "artifacts" / "speed" / "speed.json").read_text())
+    assert times["weights"] == sha256_below(tmp_path / "result" / "model.safetensors")
+    assert set(times["decode_seconds_per_token"]) == {"dense", "pruned", "speedup"}
+    capsys.readouterr()
+    call(commands.measure_speed, "--config", published, *FAST, "--model_path", save_tiny("mistral").folder, code=2)
+    assert "is not what" in capsys.readouterr().err
