@@ -22,7 +22,7 @@ from replaceme.params import read_params
 from replaceme.plan import Plan
 from replaceme.profile import profile_model
 from replaceme.progress import silence_libraries
-from replaceme.selection import allowed_starts, smallest_angle
+from replaceme.selection import allowed_starts, smallest
 from replaceme.statistics import take_statistics
 
 ROUNDS = 3
@@ -48,7 +48,7 @@ def main(size: int) -> None:
 
     profiled = profile_model(model, family, documents, params.batch_size)
     starts = allowed_starts(params, len(family.decoder_layers(model)))
-    block = smallest_angle(profiled["angular_distance"], starts, params.layers_to_skip)
+    (block,) = smallest(profiled["residual"], starts, params.layers_to_skip)
     method = METHODS[params.method]
     plan = Plan((block,), method.statistics)
     taken = take_statistics(model, family, documents, plan, params.batch_size)

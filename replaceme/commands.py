@@ -26,7 +26,7 @@ from replaceme.params import Params, nearest, parse_value, read_params
 from replaceme.progress import logger
 from replaceme.published import PUBLISHED_KEYS
 from replaceme.report.page import SETTINGS_FILE, render
-from replaceme.selection import allowed_starts, smallest_angle
+from replaceme.selection import allowed_starts, smallest
 from replaceme.speed import measure_speed as measure_speed_of
 from replaceme.steps import run_steps
 from replaceme.workspace import Workspace
@@ -149,17 +149,21 @@ def _scores_file(params: Params, name: str) -> Path:
 
 def _analyse(params: Params) -> None:
     work = _claim(params, "distances")
-    smallest = params.model_copy(update={"layers_to_skip": 1})
-    inspect_inputs(smallest, work)
+    single = params.model_copy(update={"layers_to_skip": 1})
+    inspect_inputs(single, work)
     run_steps(params, work, ["calibrate", "profile"])
     _deliver(work, work.profile)
-    distances = read_json(work.profile / "profile.json")["angular_distance"]
-    rows = [("layers to skip", "host", "removed", "angular distance")]
-    for skip in range(1, len(allowed_starts(smallest, len(distances))) + 1):
-        starts = allowed_starts(params.model_copy(update={"layers_to_skip": skip}), len(distances))
-        block = smallest_angle(distances, starts, skip)
-        removed = f"{block.start}–{block.end - 1}" if skip > 1 else str(block.start)
-        rows.append((str(skip), str(block.host), removed, f"{distances[block.host][block.end - 1]:.4f}"))
+    content = read_json(work.profile / "profile.json")
+    criteria = {"angular distance": content["angular_distance"], "residual": content["residual"]}
+    rows = [("layers to skip", *(head for name in criteria for head in ("host", "removed", name)))]
+    for skip in range(1, len(allowed_starts(single, layers := len(content["residual"]))) + 1):
+        starts = allowed_starts(params.model_copy(update={"layers_to_skip": skip}), layers)
+        row = [str(skip)]
+        for values in criteria.values():
+            (block,) = smallest(values, starts, skip)
+            removed = f"{block.start}–{block.end - 1}" if skip > 1 else str(block.start)
+            row += [str(block.host), removed, f"{values[block.host][block.end - 1]:.4f}"]
+        rows.append(tuple(row))
     print(align(rows))
     logger.info("all pairs are in %s", work.model / "distances.csv")
 

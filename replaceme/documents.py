@@ -76,13 +76,17 @@ class Documents:
         """Return the first ``count`` documents, cut to ``max_length`` tokens."""
         return Documents([document[:max_length] for document in self.documents[:count]])
 
+    def longest_first(self) -> list[Tensor]:
+        """Return the documents in the order of a walk."""
+        return sorted(self.documents, key=len, reverse=True)
+
     def batch_count(self, batch_size: int) -> int:
         """Return the number of batches that ``batches`` yields."""
         return -(-len(self) // batch_size)
 
     def batches(self, batch_size: int, device: str = "cpu") -> Iterator[Batch]:
         """Yield all documents, longest first, so that a batch holds little padding."""
-        ordered = sorted(self.documents, key=len, reverse=True)
+        ordered = self.longest_first()
         first_token = 0
         for index, start in enumerate(range(0, len(ordered), batch_size)):
             chosen = ordered[start : start + batch_size]

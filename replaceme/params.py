@@ -61,7 +61,11 @@ class Params(BaseModel):
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N.")
     threads: int = Field(2, ge=1, le=1024, description="Processor threads; another number gives other last bits.")
 
-    selection: Literal["angular"] = Field("angular", description="What the cut minimises: the angular distance.")
+    selection: Literal["angular", "residual", "loss"] = Field(
+        "angular",
+        description="What the cut minimises: the angular distance, the residual of a linear map in the block's place, or the "
+        "next-token loss (measured for the few cuts with the smallest residuals).",
+    )
     layers_to_skip: int = Field(8, ge=1, description="Number of layers to remove.")
     min_distance_layer: int | None = Field(None, ge=1, description="First layer (from 0) that may be removed.")
     max_distance_layer: int | None = Field(None, ge=2, description="The removed block ends before this layer (from 0).")

@@ -5,11 +5,13 @@ Independent of every pruning setting, so that no sweep ever repeats it.
 - ``D(i, j)`` = mean over documents of ``arccos(cos(h_i, h_j)) / π`` at the last real token, for all pairs of layer
   outputs (UIDL, arXiv 2403.17887, section 3.2; ReplaceMe, section 3).
 - Block influence ``BI_l`` = mean over tokens of ``1 − cos(h_{l−1}, h_l)`` (ShortGPT, arXiv 2403.03853, section 3.2).
+- For all pairs, the relative residual of a linear map in the block's place (``replaceme.residuals``).
 - Mean and largest token norm of each layer's output: massive activations show there.
 """
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,10 +22,11 @@ from replaceme.compute import resolve_device, use_threads
 from replaceme.documents import Batch, Documents
 from replaceme.errors import ParameterError
 from replaceme.files import new_folder, rounded, write_json, write_text
-from replaceme.forward import Signal, Signals, ask, walk
+from replaceme.forward import Observer, Signal, Signals, ask, walk
 from replaceme.models import recorded_model
 from replaceme.params import Params
 from replaceme.progress import logger
+from replaceme.residuals import TokenSample, residual_map
 from replaceme.workspace import Workspace
 
 
@@ -97,10 +100,12 @@ def profile(params: Params, work: Workspace) -> None:
     use_threads(params.threads)
     source = recorded_model(params, work.model_input)
     model = source.load(params.dtype, resolve_device(params.device), params.use_4bit)
-    content = profile_model(model, source.family(), Documents.load(work.documents), params.batch_size)
+    documents = Documents.load(work.documents)
+    work.profile.parent.mkdir(parents=True, exist_ok=True)
+    content = profile_model(model, source.family(), documents, params.batch_size, work.profile.parent)
     with new_folder(work.profile) as folder:
         write_json(folder / "profile.json", content)
-        write_text(folder / "distances.csv", _pairs_table(content["angular_distance"]))
+        write_text(folder / "distances.csv", _pairs_table(content))
         write_text(folder / "layers.csv", _layers_table(content["layers"]))
     figures = content["layers"]
     loudest = max(range(len(figures["max_norm"])), key=figures["max_norm"].__getitem__)
@@ -110,25 +115,42 @@ def profile(params: Params, work: Workspace) -> None:
     )  # fmt: skip
 
 
-def profile_model(model: Any, family: Any, documents: Documents, batch_size: int) -> dict[str, Any]:
-    """Return the profile of a loaded model: ``angular_distance`` (layers × layers) and ``layers`` (figure → list)."""
+def profile_model(
+    model: Any, family: Any, documents: Documents, batch_size: int, scratch: Path | None = None
+) -> dict[str, Any]:
+    """Return the profile of a loaded model.
+
+    Args:
+        model: the model.
+        family: its description.
+        documents: calibration text.
+        batch_size: documents in a batch.
+        scratch: folder for scratch files; None is the system's temporary folder.
+
+    Returns:
+        ``angular_distance`` and ``residual`` (layers × layers; of host and last removed layer) and ``layers`` (figure → list).
+    """
     layers = len(family.decoder_layers(model))
     distances, figures = AngularDistances(layers), LayerFigures(layers)
-    walk(model, family, documents, [distances, figures], batch_size=batch_size, description="profiling layers")
+    with TokenSample(documents, layers, int(model.config.hidden_size), model.dtype, scratch) as sample:
+        observers: list[Observer] = [distances, figures, sample]
+        walk(model, family, documents, observers, batch_size=batch_size, description="profiling layers")
+        residuals = residual_map(sample, model.device)
     of_layers = figures.result()
     for layer, norm in enumerate(of_layers["max_norm"]):
         if not math.isfinite(norm):
             raise ParameterError(f"dtype: {model.dtype} overflows at layer {layer}; use bfloat16 or float32.")
-    return {"angular_distance": distances.result().tolist(), "layers": of_layers}
+    return {"angular_distance": distances.result().tolist(), "residual": residuals, "layers": of_layers}
 
 
-def _pairs_table(distances: list[list[float]]) -> str:
+def _pairs_table(content: Mapping[str, Any]) -> str:
+    distances, residuals = content["angular_distance"], content["residual"]
     rows = [
-        f"{host},{host + 1 + skipped},{skipped},{rounded(distances[host][host + skipped])}"
+        f"{host},{last + 1},{last - host},{rounded(distances[host][last])},{rounded(residuals[host][last])}"
         for host in range(len(distances))
-        for skipped in range(1, len(distances) - host)
+        for last in range(host + 1, len(distances))
     ]
-    return "\n".join(["host,end,layers_to_skip,angular_distance", *rows]) + "\n"
+    return "\n".join(["host,end,layers_to_skip,angular_distance,residual", *rows]) + "\n"
 
 
 def _layers_table(figures: dict[str, list[float]]) -> str:

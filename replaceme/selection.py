@@ -1,16 +1,29 @@
-"""Choose the block of layers to remove.
+"""Choose the block of layers to remove, by what its removal costs.
 
-A block ``[start, end)`` leaves host ``start − 1`` in front of it, so ``start`` is at least 1. The angular criterion takes
-the block with the smallest ``D(start − 1, end − 1)`` (UIDL; ReplaceMe, section 3).
+A block ``[start, end)`` leaves host ``start − 1`` in front of it, so ``start`` is at least 1. Criteria, cheapest first:
+
+- ``angular``: the smallest ``D(start − 1, end − 1)`` (UIDL; ReplaceMe, section 3).
+- ``residual``: the smallest relative residual of a linear map in the block's place (``replaceme.residuals``).
+- ``loss``: of the few cuts with the smallest residuals, the one whose shortened model predicts held-out calibration text best
+  (``replaceme.cut_loss``).
 """
 
+from typing import Any
+
+from replaceme.compute import resolve_device, use_threads
+from replaceme.cut_loss import cut_losses
+from replaceme.documents import Documents
 from replaceme.errors import ParameterError
 from replaceme.files import read_json, rounded, write_json
 from replaceme.methods import METHODS
+from replaceme.models import recorded_model
 from replaceme.params import Params
 from replaceme.plan import Block, Plan
 from replaceme.progress import logger
 from replaceme.workspace import Workspace
+
+# How many cuts are measured by their loss.
+SHORTLIST = 6
 
 
 def allowed_starts(params: Params, layers: int) -> range:
@@ -36,24 +49,48 @@ def allowed_starts(params: Params, layers: int) -> range:
     return starts
 
 
-def smallest_angle(distances: list[list[float]], starts: range, skip: int) -> Block:
-    """Return the block with the smallest distance; the earliest of equals."""
-    start = min(starts, key=lambda start: distances[start - 1][start - 1 + skip])
-    return Block(start, start + skip)
+def smallest(values: list[list[float]], starts: range, skip: int, count: int = 1) -> list[Block]:
+    """Return the ``count`` blocks with the smallest values (host × last removed layer), in order; the earliest of equals."""
+    ordered = sorted(starts, key=lambda start: values[start - 1][start - 1 + skip])
+    return [Block(start, start + skip) for start in ordered[:count]]
 
 
 def select(params: Params, work: Workspace) -> None:
-    """Write the plan: the blocks and the statistics that the method wants of them."""
-    distances = read_json(work.profile / "profile.json")["angular_distance"]
+    """Write the plan: the block and the statistics that the method wants of it."""
+    profile = read_json(work.profile / "profile.json")
+    distances, residuals = profile["angular_distance"], profile["residual"]
     starts = allowed_starts(params, len(distances))
-    block = smallest_angle(distances, starts, params.layers_to_skip)
-    distance = distances[block.host][block.end - 1]
+    figures: dict[str, Any] = {}
+    if params.selection == "loss":
+        candidates = smallest(residuals, starts, params.layers_to_skip, SHORTLIST)
+        losses = _measure(params, work, candidates)
+        block = candidates[losses.index(min(losses))]
+        figures = {
+            "loss": min(losses),
+            "losses": {f"host{each.host}": loss for each, loss in zip(candidates, losses, strict=True)},
+        }
+    else:
+        values = residuals if params.selection == "residual" else distances
+        (block,) = smallest(values, starts, params.layers_to_skip)
     Plan((block,), METHODS[params.method].statistics).save(work.plan)
-    write_json(
-        work.metric("select"),
-        {"host": block.host, "start": block.start, "end": block.end, "angular_distance": rounded(distance)},
-    )
+    figures |= {
+        "host": block.host,
+        "start": block.start,
+        "end": block.end,
+        "angular_distance": distances[block.host][block.end - 1],
+        "residual": residuals[block.host][block.end - 1],
+    }
+    write_json(work.metric("select"), rounded(figures))
     logger.info(
-        "select: layers %d to %d of %d go, host %d, angular distance %.4f",
-        block.start, block.end - 1, len(distances), block.host, distance,
+        "select: layers %d to %d of %d go, host %d, by %s: angular distance %.4f, residual %.4f%s",
+        block.start, block.end - 1, len(distances), block.host, params.selection, figures["angular_distance"],
+        figures["residual"], f", loss {figures['loss']:.4f}" if "loss" in figures else "",
     )  # fmt: skip
+
+
+def _measure(params: Params, work: Workspace, candidates: list[Block]) -> list[float]:
+    use_threads(params.threads)
+    source = recorded_model(params, work.model_input)
+    model = source.load(params.dtype, resolve_device(params.device), params.use_4bit)
+    documents, fitted = Documents.load(work.documents), bool(METHODS[params.method].statistics)
+    return cut_losses(model, source.family(), documents, candidates, fitted=fitted, batch_size=params.batch_size)

@@ -40,7 +40,7 @@ class Statistic(Observer, Protocol):
         ...
 
 
-class _AtCut:
+class AtCut:
     """Brings together a block's M, Z and H, which pass at different layers."""
 
     def __init__(self, block: Block):
@@ -62,7 +62,7 @@ class _AtCut:
         raise NotImplementedError
 
 
-class Gram(_AtCut):
+class Gram(AtCut):
     """``MᵀM`` and ``MᵀY`` (d, d), and the scalars ``ΣY²``, ``ΣH²``, ``Σ(H − h_host)²`` and the number of tokens; float64."""
 
     def __init__(self, block: Block):
@@ -88,7 +88,7 @@ class Gram(_AtCut):
         return {name: total.cpu() for name, total in self.sums.items()}
 
 
-class Sample(_AtCut):
+class Sample(AtCut):
     """M, Z and H of at most ``SAMPLED_TOKENS`` tokens, evenly spaced over the walk; each (n, d) float32."""
 
     def __init__(self, block: Block, token_count: int):

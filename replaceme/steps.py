@@ -72,10 +72,8 @@ STEPS: Mapping[str, Step] = {
     "profile": Step(profile, PASS, ("model_input", "documents"), "profile"),
     "select": Step(
         select,
-        (
-            "method", "selection", "layers_to_skip", "min_distance_layer", "max_distance_layer",
-        ),
-        ("profile",),
+        ("method", "selection", "layers_to_skip", "min_distance_layer", "max_distance_layer", *PASS),
+        ("profile", "model_input", "documents"),
         "plan",
         ("select",),
     ),
@@ -93,7 +91,7 @@ STEPS: Mapping[str, Step] = {
     "baseline": Step(score_baseline, SCORING, ("model_input", "tokenizer_input", "tasks_input"), "baseline"),
     "evaluate": Step(evaluate, SCORING, ("tasks_input", "model", "baseline"), None, ("evaluation",)),
     "report": Step(
-        write_report, tuple(ALL), ("profile", "plan", "solution"), "report", (), ("solve", "export", "evaluation"),
+        write_report, tuple(ALL), ("profile", "plan", "solution"), "report", (), ("select", "solve", "export", "evaluation"),
     ),
 }  # fmt: skip
 

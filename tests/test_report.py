@@ -21,7 +21,7 @@ from numpy.ma import masked
 from replaceme.params import Params, read_params
 from replaceme.plan import Block
 from replaceme.report import page as page_module
-from replaceme.report.figures import distance_map, layer_figures, residual_path, score_figure
+from replaceme.report.figures import cut_map, layer_figures, residual_path, score_figure
 from replaceme.report.page import Picture, render, write_report
 from replaceme.report.published import LABEL, ROWS
 from replaceme.report.settings import settings_yaml
@@ -78,7 +78,7 @@ UNMEASURED = (
     "Times vary from run to run and are not part of the cached results: measure_speed measures them and writes this page with "
     "them."
 )
-PICTURES = ("distances", "layers", "scores", "residuals")
+PICTURES = ("distances", "cut_residuals", "layers", "scores", "residuals")
 Run = Callable[..., Workspace]
 
 
@@ -147,12 +147,17 @@ def run(tmp_path: Path) -> Run:
         for folder in (work.profile, work.solution, work.metric("solve").parent):
             folder.mkdir(parents=True, exist_ok=True)
         contents = {
-            work.profile / "profile.json": {"angular_distance": made_distances(LAYERS), "layers": made_layers(LAYERS)},
+            work.profile / "profile.json": {
+                "angular_distance": made_distances(LAYERS),
+                "residual": made_distances(LAYERS),
+                "layers": made_layers(LAYERS),
+            },
             work.plan: {"blocks": [{"start": start, "end": end} for start, end in blocks], "statistics": []},
             work.solution / "edits.json": {"title": title},
             work.metric("evaluation"): evaluation,
             work.metric("solve"): solved,
             work.metric("export"): EXPORT,
+            work.metric("select"): {"losses": {"host2": 3.25, "host1": 4.5}},
         }
         for path, content in contents.items():
             path.write_text(json.dumps(content), encoding="utf-8")
@@ -186,7 +191,7 @@ def made_layers(layers: int) -> dict[str, list[float]]:
 
 def test_the_page_loads_nothing_from_elsewhere(params: Params, run: Run) -> None:
     page = Reader(html := render(params, run(), SPEED).html)
-    assert len(page.loads) > len(page.alternatives) == 4
+    assert len(page.loads) > len(page.alternatives) == 5
     assert all(source.startswith("data:") for source in page.loads)
     assert not {"script", "iframe", "object", "embed"} & set(page.tags)
     assert not re.search(r"@import|url\(|\son\w+=", html)
@@ -239,7 +244,7 @@ def test_accuracy_without_uncertainty_stands_alone(params: Params, run: Run) -> 
 def test_a_run_without_tasks_says_so(params: Params, run: Run) -> None:
     page = render(params, run({}))
     assert "Nothing was scored." in page.html
-    assert set(page.pictures) == {"distances", "layers", "residuals"}
+    assert set(page.pictures) == {"distances", "cut_residuals", "layers", "residuals"}
     assert len(Reader(page.html).tables) == 2
 
 
@@ -266,8 +271,10 @@ def test_a_cut_is_compared_with_all_of_its_size(params: Params, run: Run) -> Non
     text = Reader(render(params, run(blocks=((3, 5),))).html).text
     # Distances of made_distances rise with the host: hosts 0 and 1 are nearer.
     assert "Layers 3–4 are removed, behind host layer 2" in text
-    assert "is number 3, smallest first, of all 5 blocks of 2 layers" in text
-    assert "is the smallest of all 5" in Reader(render(params, run(blocks=((1, 3),))).html).text
+    assert text.count("(number 3 of 5, smallest first)") == 2
+    assert "(number 1 of 5, smallest first)" in Reader(render(params, run(blocks=((1, 3),))).html).text
+    assert "chosen by the smallest angular distance" in text
+    assert "in nats: 3.25 behind host 2, 4.50 behind host 1." in text
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -290,7 +297,7 @@ def test_names_cannot_bring_html_in(run: Run) -> None:
     }
     page = Reader(render(params, run(evaluation, title="<b>M</b>")).html)
     assert not {"script", "b"} & set(page.tags)
-    assert page.tags.count("img") == 4
+    assert page.tags.count("img") == 5
     assert "a/<script>x</script>&" in page.text
     assert {'<img src="x_y">', '"><script>, per token'} <= page.cells
 
@@ -354,7 +361,7 @@ def test_the_stage_writes_the_page_and_the_pictures_that_there_are(params: Param
     work = run(solved={"removed_layers": 2}, residuals="alpha,relative_residual\n")
     write_report(params, work)
     assert {path.name for path in work.report.iterdir()} == {
-        "index.html", "params.yaml", "distances.png", "layers.png", "scores.png",
+        "index.html", "params.yaml", "distances.png", "cut_residuals.png", "layers.png", "scores.png",
     }  # fmt: skip
     page = render(params, work)
     assert (work.report / "index.html").read_text(encoding="utf-8") == page.html
@@ -366,7 +373,8 @@ def test_the_stage_writes_the_page_and_the_pictures_that_there_are(params: Param
 
 @pytest.mark.usefixtures("undrawn")
 def test_alternative_texts_say_what_is_to_be_seen(params: Params, run: Run) -> None:
-    distances, layers, scores, residuals = (render(params, run()).pictures[name].words for name in PICTURES)
+    distances, cuts, layers, scores, residuals = (render(params, run()).pictures[name].words for name in PICTURES)
+    assert "relative residual of a linear map from each host layer" in cuts
     assert "Framed: layers 3–4 at 0.163." in distances
     assert "Shaded: layers 3–4." in layers
     assert "perplexity of wikipedia: dense 18.42, pruned 135.2" in scores
@@ -401,7 +409,7 @@ def _frames(figure: Figure) -> set[tuple[float, float]]:
 
 def test_the_map_shows_the_pairs_above_the_diagonal_and_frames_the_blocks() -> None:
     distances = made_distances(LAYERS)
-    figure = distance_map(distances, [Block(1, 2), Block(3, 5)], DARK)
+    figure = cut_map(distances, "distance", [Block(1, 2), Block(3, 5)], DARK)
     drawn = figure.axes[0].images[0].get_array()
     assert drawn is not None
     for host in range(LAYERS):

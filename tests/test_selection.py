@@ -5,7 +5,7 @@ import pytest
 from replaceme.errors import ParameterError
 from replaceme.params import read_params
 from replaceme.plan import Block
-from replaceme.selection import allowed_starts, smallest_angle
+from replaceme.selection import allowed_starts, smallest
 
 
 def starts(layers: int, **options: Any) -> range:
@@ -18,23 +18,23 @@ def distances(layers: int, best: tuple[int, int]) -> list[list[float]]:
 
 def test_the_block_with_the_smallest_distance_is_removed() -> None:
     # Host 4 and last removed layer 7: layers 5, 6 and 7 go.
-    assert smallest_angle(distances(12, (4, 7)), starts(12, layers_to_skip=3), 3) == Block(5, 8)
+    assert smallest(distances(12, (4, 7)), starts(12, layers_to_skip=3), 3) == [Block(5, 8)]
     assert Block(5, 8).host == 4
 
 
 def test_the_last_layers_can_be_removed_and_the_first_one_never() -> None:
     assert starts(12, layers_to_skip=3) == range(1, 10)
-    assert smallest_angle(distances(12, (8, 11)), starts(12, layers_to_skip=3), 3) == Block(9, 12)
+    assert smallest(distances(12, (8, 11)), starts(12, layers_to_skip=3), 3) == [Block(9, 12)]
 
 
 def test_limits_are_honoured() -> None:
     allowed = starts(12, layers_to_skip=3, min_distance_layer=6, max_distance_layer=11)
     assert allowed == range(6, 9)
-    assert smallest_angle(distances(12, (1, 4)), allowed, 3) == Block(6, 9)
+    assert smallest(distances(12, (1, 4)), allowed, 3) == [Block(6, 9)]
 
 
 def test_the_earliest_of_equal_blocks_is_taken() -> None:
-    assert smallest_angle(distances(12, (0, 0)), starts(12, layers_to_skip=3), 3) == Block(1, 4)
+    assert smallest(distances(12, (0, 0)), starts(12, layers_to_skip=3), 3) == [Block(1, 4)]
 
 
 @pytest.mark.parametrize(

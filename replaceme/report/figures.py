@@ -22,21 +22,22 @@ from replaceme.report.theme import LIGHT, WIDTH, Theme, drawing, log_axis, quiet
 FRAME = 1 / 28
 
 
-def distance_map(distances: Sequence[Sequence[float]], blocks: Sequence[Block], theme: Theme = LIGHT) -> Figure:
-    """Draw the angular distance of every block: host to the right, last removed layer upwards.
+def cut_map(values: Sequence[Sequence[float]], label: str, blocks: Sequence[Block], theme: Theme = LIGHT) -> Figure:
+    """Draw a figure of every block: host to the right, last removed layer upwards.
 
     Args:
-        distances: layers × layers, symmetric, in half turns.
+        values: layers × layers, of host and last removed layer.
+        label: what they are.
         blocks: the chosen ones, which are framed; a thin line runs through all blocks of the same size.
         theme: the colours.
     """
-    layers = len(distances)
-    above = [[distances[host][last] if last > host else math.nan for host in range(layers)] for last in range(layers)]
+    layers = len(values)
+    above = [[values[host][last] if last > host else math.nan for host in range(layers)] for last in range(layers)]
     with drawing(theme, WIDTH * 0.86) as figure:
         axes = figure.add_subplot()
         image = axes.imshow(above, origin="lower", cmap="viridis", interpolation="nearest")
         bar = figure.colorbar(image, ax=axes, shrink=0.82, pad=0.02, aspect=24)
-        bar.set_label("angular distance (half turns)")
+        bar.set_label(label)
         bar.outline.set_visible(False)
         bar.ax.tick_params(length=0)
         _same_size(axes, sorted({len(block) for block in blocks}, reverse=True), layers)

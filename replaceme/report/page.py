@@ -18,9 +18,9 @@ from matplotlib.figure import Figure
 
 from replaceme.files import new_folder, read_json, write_text
 from replaceme.params import Params
-from replaceme.plan import Plan
+from replaceme.plan import Block, Plan
 from replaceme.report import sentences, tables
-from replaceme.report.figures import distance_map, layer_figures, residual_path, score_figure
+from replaceme.report.figures import cut_map, layer_figures, residual_path, score_figure
 from replaceme.report.published import LABEL
 from replaceme.report.settings import settings_yaml, without_folder
 from replaceme.report.theme import DARK, DPI, LIGHT, Theme, png
@@ -83,11 +83,11 @@ def render(params: Params, work: Workspace, speed: Mapping[str, Any] | None = No
     """
     profile, blocks = read_json(work.profile / "profile.json"), Plan.load(work.plan).blocks
     evaluation, solved = read_json(work.metric("evaluation")), read_json(work.metric("solve"))
-    distances, layers, fits = profile["angular_distance"], profile["layers"], _fits(solved)
+    distances, residuals, layers = profile["angular_distance"], profile["residual"], profile["layers"]
+    fits = _fits(solved)
     pictures = {
-        "distances": _picture(
-            lambda theme: distance_map(distances, blocks, theme), sentences.distance_words(distances, blocks)
-        ),
+        "distances": _map(distances, "angular distance (half turns)", blocks),
+        "cut_residuals": _map(residuals, "relative residual of a linear map", blocks),
         "layers": _picture(lambda theme: layer_figures(layers, blocks, theme), sentences.layer_words(layers, blocks)),
         "scores": _picture(lambda theme: score_figure(evaluation, theme), sentences.score_words(evaluation)),
         "residuals": _residual_picture(params, _residuals(work.solution / "residuals.csv"), solved),
@@ -104,7 +104,7 @@ def render(params: Params, work: Workspace, speed: Mapping[str, Any] | None = No
         perplexity=tables.perplexity_table(evaluation),
         size=tables.size_table(evaluation),
         times=tables.times_table(speed) if speed else None,
-        cut=sentences.cut_sentences(distances, blocks),
+        cut=sentences.cut_sentences(distances, residuals, blocks, params.selection, read_json(work.metric("select"))),
         layer_reading=sentences.layer_sentences(layers, blocks),
         fit=sentences.fit_sentences(fits),
         fit_table=tables.fit_table(fits),
@@ -114,6 +114,10 @@ def render(params: Params, work: Workspace, speed: Mapping[str, Any] | None = No
         pictures=drawn,
     )
     return Page(html, drawn, settings)
+
+
+def _map(values: list[list[float]], label: str, blocks: tuple[Block, ...]) -> Picture | None:
+    return _picture(lambda theme: cut_map(values, label, blocks, theme), sentences.map_words(label, values, blocks))
 
 
 def _fits(solved: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

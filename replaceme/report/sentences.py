@@ -11,6 +11,12 @@ from replaceme.report.tables import Figures, number
 
 Distances = Sequence[Sequence[float]]
 
+CRITERIA = {
+    "angular": "the smallest angular distance",
+    "residual": "the smallest residual",
+    "loss": "the smallest loss among the cuts with the smallest residuals",
+}
+
 
 def outcome(evaluation: Figures) -> list[tuple[str, str]]:
     """Return what the run came to, as values and the words behind them."""
@@ -32,22 +38,39 @@ def span(block: Block) -> str:
     return f"layers {block.start}–{block.end - 1}" if len(block) > 1 else f"layer {block.start}"
 
 
-def cut_sentences(distances: Distances, blocks: Sequence[Block]) -> list[str]:
-    """Say for each block how close its two ends are, compared with all blocks of the same size."""
-    return [_cut_sentence(distances, block) for block in blocks]
+def cut_sentences(
+    distances: Distances, residuals: Distances, blocks: Sequence[Block], selection: str, selected: Figures
+) -> list[str]:
+    """Say why each block went, and where it stands among all of its size.
+
+    Args:
+        distances: layers × layers, angular.
+        residuals: layers × layers, of a linear map in the block's place.
+        blocks: what went.
+        selection: the criterion.
+        selected: the figures of metrics/select.json.
+    """
+    sentences = [_cut_sentence(distances, residuals, block, selection) for block in blocks]
+    if losses := selected.get("losses"):
+        measured = sorted(losses.items(), key=lambda pair: pair[1])
+        listed = ", ".join(f"{loss:.2f} behind {host.replace('host', 'host ')}" for host, loss in measured)
+        sentences.append(f"The next-token loss of the shortened model on held-out calibration text, in nats: {listed}.")
+    return sentences
 
 
-def _cut_sentence(distances: Distances, block: Block) -> str:
-    size = len(block)
-    same = [distances[host][host + size] for host in range(len(distances) - size)]
-    own = distances[block.host][block.end - 1]
-    closer = sum(distance < own for distance in same)
-    place = "is the smallest" if closer == 0 else f"is number {closer + 1}, smallest first,"
+def _cut_sentence(distances: Distances, residuals: Distances, block: Block, selection: str) -> str:
     return (
-        f"{span(block).capitalize()} {'are' if size > 1 else 'is'} removed, behind host layer {block.host}: the angular "
-        f"distance from the host's output to the block's, {own:.3f} half turns, {place} of all {len(same)} blocks of {size} "
-        f"layer{'s' * (size > 1)}."
+        f"{span(block).capitalize()} {'are' if len(block) > 1 else 'is'} removed, behind host layer {block.host}, chosen by "
+        f"{CRITERIA.get(selection, selection)}. The angular distance from the host's output to the block's is "
+        f"{_placed(distances, block)} half turns, the relative residual of a linear map there {_placed(residuals, block)}."
     )
+
+
+def _placed(values: Distances, block: Block) -> str:
+    """Write a block's value, and its place among all blocks of its size."""
+    size, own = len(block), values[block.host][block.end - 1]
+    same = [values[host][host + size] for host in range(len(values) - size)]
+    return f"{own:.3f} (number {1 + sum(value < own for value in same)} of {len(same)}, smallest first)"
 
 
 def layer_sentences(layers: Mapping[str, Sequence[float]], blocks: Sequence[Block]) -> list[str]:
@@ -93,13 +116,13 @@ def proof_sentence(export: Figures) -> str:
     )
 
 
-def distance_words(distances: Distances, blocks: Sequence[Block]) -> str:
-    """Describe the distance map."""
-    pairs = [distance for host, row in enumerate(distances) for distance in row[host + 1 :]]
-    marked = "; ".join(f"{span(block)} at {distances[block.host][block.end - 1]:.3f}" for block in blocks)
+def map_words(what: str, values: Sequence[Sequence[float]], blocks: Sequence[Block]) -> str:
+    """Describe the map of a figure of every block."""
+    pairs = [value for host, row in enumerate(values) for value in row[host + 1 :]]
+    marked = "; ".join(f"{span(block)} at {values[block.host][block.end - 1]:.3f}" for block in blocks)
     return (
-        "Heat map of the angular distance from each host layer to each last removed layer, "
-        f"{min(pairs):.3f} to {max(pairs):.3f} half turns. Framed: {marked}."
+        f"Heat map of the {what} from each host layer to each last removed layer, "
+        f"{min(pairs):.3f} to {max(pairs):.3f}. Framed: {marked}."
     )
 
 

@@ -1,0 +1,73 @@
+"""Which criterion foretells what a cut costs: rank correlation with the outcome, over all cuts of a size.
+
+``python -m benchmarks.criteria [sizes]`` (default ``4,8,10``) takes the model and documents of the pipeline's last run. The
+outcome of a cut is the perplexity on held-out text of the embedded task ``wikipedia`` (8192 tokens) with ReplaceMe's lstsq
+map, fitted to all calibration tokens, in the block's place.
+"""
+
+import math
+import sys
+from pathlib import Path
+
+import torch
+from scipy.stats import spearmanr
+
+from replaceme.compute import resolve_device, use_threads
+from replaceme.cut_loss import cut_losses, shortened
+from replaceme.documents import Documents
+from replaceme.evaluation.comparison import align
+from replaceme.evaluation.perplexity import cut_windows, perplexities, window_losses
+from replaceme.evaluation.tasks import task_texts
+from replaceme.files import read_json
+from replaceme.models import recorded_model
+from replaceme.params import read_params
+from replaceme.plan import Block, Plan
+from replaceme.progress import silence_libraries
+from replaceme.solver import solve_ridge
+from replaceme.statistics import take_statistics
+from replaceme.task import Task
+from replaceme.workspace import Workspace
+
+TEST_TOKENS = 8192
+
+
+def main(sizes: list[int]) -> None:
+    """Measure and print."""
+    silence_libraries()
+    params, work = read_params(Path("params.yaml")), Workspace()
+    use_threads(params.threads)
+    source, documents = recorded_model(params, work.model_input), Documents.load(work.documents)
+    model, family = source.load(params.dtype, resolve_device(params.device)), source.family()
+    windows = cut_windows("test", task_texts(Task("wikipedia")), source.tokenizer(), TEST_TOKENS)
+    profile = read_json(work.profile / "profile.json")
+    layers = len(profile["residual"])
+    for size in sizes:
+        blocks = [Block(start, start + size) for start in range(1, layers - size + 1)]
+        taken = take_statistics(model, family, documents, Plan(tuple(blocks), ("gram",)), params.batch_size)
+        outcomes = []
+        for number, block in enumerate(blocks):
+            sums = taken[f"gram-{number}"]
+            transform = solve_ridge(sums["gram"], sums["cross"], 0.0).transform.float().to(model.device)
+            with shortened(model, family, block, transform):
+                losses = window_losses(model, windows, params.eval_batch_size, f"host {block.host}")
+            outcomes.append(perplexities(losses, windows).get("token", math.inf))
+        criteria = {
+            name: [profile[key][block.host][block.end - 1] for block in blocks]
+            for name, key in (("angular", "angular_distance"), ("residual", "residual"))
+        }
+        criteria["loss"] = cut_losses(model, family, documents, blocks, fitted=True, batch_size=params.batch_size)
+        print(f"\n{size} of {layers} layers, {len(blocks)} cuts: best perplexity {min(outcomes):.1f}")
+        rows = [("criterion", "rank correlation", "its choice: host", "perplexity", "place")]
+        for name, values in criteria.items():
+            chosen = values.index(min(values))
+            place = 1 + sum(outcome < outcomes[chosen] for outcome in outcomes)
+            rank = float(spearmanr(values, outcomes).statistic)
+            rows.append((name, f"{rank:.2f}", str(blocks[chosen].host), f"{outcomes[chosen]:.1f}", f"{place} of {len(blocks)}"))
+        print(align(rows), flush=True)
+        order = sorted(range(len(blocks)), key=outcomes.__getitem__)[:8]
+        print("best cuts: " + ", ".join(f"host {blocks[n].host} {outcomes[n]:.1f}" for n in order), flush=True)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    main([int(size) for size in sys.argv[1].split(",")] if len(sys.argv) > 1 else [4, 8, 10])

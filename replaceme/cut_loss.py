@@ -1,0 +1,117 @@
+"""What a few cuts really cost: the next-token loss of the shortened model, with the closed-form fit in the block's place.
+
+The fit is that of the profile's residuals (``replaceme.residuals``), on the documents that it fits on; the loss is taken on
+those that it holds out. No weight is changed: the host's MLP output is multiplied by ``T`` and the block's layers pass their
+input on.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from replaceme.documents import Batch, Documents
+from replaceme.errors import ParameterError
+from replaceme.families import Family
+from replaceme.forward import tensor_of, walk
+from replaceme.plan import Block
+from replaceme.progress import progress
+from replaceme.residuals import HELD_OUT_EVERY, solve_small_ridge, split_documents
+from replaceme.statistics import AtCut
+
+# Held-out tokens that the loss is taken on, at most.
+TOKENS = 4096
+
+
+class WeightedGram(AtCut):
+    """``Σ w mᵀm`` and ``Σ w mᵀy`` (d, d) with ``w = 1/‖H‖²``; float32, as in the profile."""
+
+    def __init__(self, block: Block):
+        super().__init__(block)
+        self.gram: Tensor | float = 0.0
+        self.cross: Tensor | float = 0.0
+
+    def take(self, added: Tensor, left: Tensor, target: Tensor, batch: Batch) -> None:
+        M, H = added.float(), target.float()
+        weighted = M / H.square().sum(dim=1, keepdim=True)
+        self.gram = self.gram + weighted.T @ M
+        self.cross = self.cross + weighted.T @ (H - left.float() + M)
+
+
+def cut_losses(
+    model: Any, family: Family, documents: Documents, blocks: Sequence[Block], *, fitted: bool, batch_size: int
+) -> list[float]:
+    """Return the mean next-token loss (nats) with each of the blocks removed.
+
+    Args:
+        model: the dense model.
+        family: its description.
+        documents: calibration text.
+        blocks: the cuts.
+        fitted: whether a linear map takes the block's place, or nothing.
+        batch_size: documents in a batch.
+
+    Raises:
+        ParameterError: there are too few documents to hold one out.
+    """
+    fit, held_out = split_documents(documents)
+    if not len(held_out):
+        raise ParameterError(f"selection: loss holds documents out, so dataset_size must be at least {HELD_OUT_EVERY}.")
+    transforms: list[Tensor | None] = [None] * len(blocks)
+    if fitted:
+        grams = [WeightedGram(block) for block in blocks]
+        walk(model, family, fit, grams, batch_size=batch_size, description="fitting the best cuts")
+        transforms = [solve_small_ridge(torch.as_tensor(each.gram), torch.as_tensor(each.cross)) for each in grams]
+    excerpts = _excerpts(held_out)
+    cuts = list(zip(blocks, transforms, strict=True))
+    losses = []
+    for block, transform in progress(cuts, "measuring the best cuts", "cuts"):
+        with shortened(model, family, block, transform):
+            losses.append(_loss(model, excerpts, batch_size))
+    return losses
+
+
+@contextmanager
+def shortened(model: Any, family: Family, block: Block, transform: Tensor | None) -> Iterator[None]:
+    """Let ``model`` compute, for a while, what it would without the block, with ``T`` (None: nothing) in its place."""
+    layers = family.decoder_layers(model)
+    with ExitStack() as stack:
+        if transform is not None:
+            stack.callback(family.mlp_of(layers[block.host]).register_forward_hook(_multiplied_by(transform)).remove)
+        for layer in range(block.start, block.end):
+            stack.enter_context(mock.patch.object(layers[layer], "forward", _pass_on))
+        yield
+
+
+def _pass_on(hidden_states: Tensor, *_arguments: Any, **_options: Any) -> Tensor:
+    return hidden_states
+
+
+def _multiplied_by(transform: Tensor) -> Any:
+    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        added = tensor_of(output)
+        changed = (added.float() @ transform).to(added.dtype)
+        return changed if isinstance(output, Tensor) else (changed, *output[1:])
+
+    return hook
+
+
+def _excerpts(documents: Documents) -> Documents:
+    """Return as many of the documents' first tokens, each with the same share, as ``TOKENS`` allow."""
+    share = max(TOKENS // len(documents), 2)
+    return Documents([document[:share] for document in documents.documents if len(document) > 1])
+
+
+@torch.inference_mode()
+def _loss(model: Any, documents: Documents, batch_size: int) -> float:
+    total, count = 0.0, 0
+    for batch in documents.batches(batch_size, str(model.device)):
+        logits = model(batch.input_ids, use_cache=False).logits
+        for row, ids, length in zip(logits, batch.input_ids, batch.lengths.tolist(), strict=True):
+            total += float(cross_entropy(row[: length - 1].float(), ids[1:length], reduction="sum"))
+            count += length - 1
+    return total / count

@@ -1,0 +1,142 @@
+"""The residual of every cut, and the loss of a few, against plain computations."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from replaceme import cut_loss, residuals
+from replaceme.cut_loss import cut_losses, shortened
+from replaceme.documents import Documents
+from replaceme.errors import ParameterError, ResourceError
+from replaceme.families import FAMILIES, PRE_NORM
+from replaceme.forward import walk
+from replaceme.plan import Block
+from replaceme.profile import profile_model
+from replaceme.residuals import RIDGE, TokenSample, choose_tokens, residual_map, split_documents
+from tests.conftest import LAYERS, WIDTH, made_model
+
+
+def made_documents(count: int, seed: int = 0) -> Documents:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(20, 60, (count,), generator=generator).tolist()
+    return Documents([torch.randint(2, 400, (length,), generator=generator) for length in lengths])
+
+
+def states(model: torch.nn.Module, documents: Documents) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Return what each layer's MLP adds and each layer's output, (tokens, d) each, in the order of a walk."""
+    added: list[list[torch.Tensor]] = [[] for _ in range(LAYERS)]
+    output: list[list[torch.Tensor]] = [[] for _ in range(LAYERS)]
+    hooks = []
+    for index, layer in enumerate(model.model.layers):
+        hooks.append(layer.mlp.register_forward_hook(lambda _m, _a, out, kept=added[index]: kept.append(out[0])))
+        hooks.append(layer.register_forward_hook(lambda _m, _a, out, kept=output[index]: kept.append(out[0])))
+    with torch.no_grad():
+        for document in sorted(documents.documents, key=len, reverse=True):
+            model(document[None], use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return [torch.cat(part).double().numpy() for part in added], [torch.cat(part).double().numpy() for part in output]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_the_map_equals_a_direct_computation_for_sampled_pairs(batch_size: int, tmp_path: Path) -> None:
+    model, documents = made_model(dtype=torch.float64), made_documents(12)
+    with TokenSample(documents, LAYERS, WIDTH, torch.float64, tmp_path) as sample:
+        walk(model, PRE_NORM, documents, [sample], batch_size=batch_size, description="test")
+        found = residual_map(sample)
+        tokens = torch.cat([sample.fit, sample.held_out]).numpy()
+        fit = np.arange(len(tokens)) < len(sample.fit)
+    assert list(tmp_path.iterdir()) == []
+    added, output = states(model, documents)
+    for host, last in [(0, 1), (0, LAYERS - 1), (2, 4), (LAYERS - 2, LAYERS - 1)]:
+        M, Z, H = added[host][tokens], (output[host] - added[host])[tokens], output[last][tokens]
+        w = 1 / np.square(H).sum(1)
+        gram = (M[fit].T * w[fit]) @ M[fit]
+        T = np.linalg.solve(gram + RIDGE * np.trace(gram) / WIDTH * np.eye(WIDTH), (M[fit].T * w[fit]) @ (H - Z)[fit])
+        error = (H - Z - M @ T)[~fit]
+        assert found[host][last] == pytest.approx(np.sqrt((np.square(error).sum(1) * w[~fit]).mean()), rel=1e-3)
+        assert found[last][host] == 0
+
+
+def test_held_out_tokens_come_from_other_documents_than_the_fits() -> None:
+    documents = made_documents(11)
+    fit, held = choose_tokens(documents, 200)
+    assert (len(fit), len(held)) == (200, 50)
+    ends = torch.tensor(sorted((len(document) for document in documents.documents), reverse=True)).cumsum(0)
+    fit_owners, held_owners = (set(torch.searchsorted(ends, tokens, right=True).tolist()) for tokens in (fit, held))
+    assert not fit_owners & held_owners
+    kept, out = split_documents(documents)
+    assert len(out) == len(held_owners) == 2
+    assert len(kept) + len(out) == 11
+    assert torch.equal(choose_tokens(documents, 200)[0], fit)
+
+
+def test_few_documents_are_split_by_token() -> None:
+    fit, held_out = choose_tokens(made_documents(2), 10_000)
+    assert fit.max() < held_out.min()
+
+
+def test_a_layer_that_a_map_can_stand_for_has_no_residual() -> None:
+    model, documents = made_model(attention_bias=False, mlp_bias=False), made_documents(12)
+    with torch.no_grad():  # layers 3 and 4 do nothing: the identity is the map
+        for layer in (3, 4):
+            model.model.layers[layer].self_attn.o_proj.weight.zero_()
+            model.model.layers[layer].mlp.down_proj.weight.zero_()
+    found = profile_model(model, PRE_NORM, documents, 4)["residual"]
+    assert found[2][4] < 0.01
+    assert found[2][5] > 0.05
+
+
+def test_a_scratch_disk_that_is_too_small_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(residuals.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    sample = TokenSample(made_documents(6), LAYERS, WIDTH, torch.float32, tmp_path)
+    with pytest.raises(ResourceError, match="profiling keeps 0 MiB of states there"), sample:
+        pass
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_the_loss_of_a_cut_is_that_of_the_model_with_its_fold(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from copy import deepcopy
+
+    from replaceme.edits import Edits
+    from replaceme.surgery import apply_edits
+
+    monkeypatch.setattr(cut_loss, "TOKENS", 10_000)
+    model, documents, block = made_model(family), made_documents(12), Block(2, 4)
+    description = FAMILIES[family]
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    (fitted,) = cut_losses(model, description, documents, [block], fitted=True, batch_size=4)
+    (bare,) = cut_losses(model, description, documents, [block], fitted=False, batch_size=4)
+    assert all(torch.equal(weights[name], weight) for name, weight in model.state_dict().items())
+    kept, held_out = split_documents(documents)
+    added, output = states(model, kept)
+    M, Z, H = added[1], output[1] - added[1], output[3]
+    w = 1 / np.square(H).sum(1)
+    gram = (M.T * w) @ M
+    T = np.linalg.solve(gram + RIDGE * np.trace(gram) / WIDTH * np.eye(WIDTH), (M.T * w) @ (H - Z))
+    for found, transforms in ((fitted, {1: torch.from_numpy(T)}), (bare, {})):
+        pruned = deepcopy(model)
+        apply_edits(pruned, description, Edits("test", [2, 3], transforms))
+        total, count = 0.0, 0
+        for document in held_out.documents:
+            with torch.no_grad():
+                likelihood = pruned(document[None], use_cache=False).logits[0].log_softmax(-1)
+            total -= sum(float(likelihood[place, document[place + 1]]) for place in range(len(document) - 1))
+            count += len(document) - 1
+        assert found == pytest.approx(total / count, rel=1e-3)
+
+
+def test_a_shortened_model_is_whole_again_afterwards() -> None:
+    model, ids = made_model(), torch.arange(2, 30)[None]
+    before = model(ids).logits
+    with shortened(model, PRE_NORM, Block(2, 4), torch.zeros(WIDTH, WIDTH)):
+        assert not torch.allclose(model(ids).logits, before)
+    assert torch.equal(model(ids).logits, before)
+
+
+def test_the_loss_needs_documents_to_hold_out() -> None:
+    with pytest.raises(ParameterError, match="dataset_size must be at least 5"):
+        cut_losses(made_model(), PRE_NORM, made_documents(4), [Block(2, 3)], fitted=True, batch_size=1)
