@@ -1,8 +1,8 @@
-"""What a few cuts really cost: the next-token loss of the shortened model, with the closed-form fit in the block's place.
+"""What a few cuts cost: the next-token loss of the shortened model, with a closed-form fit in the block's place.
 
-The fit is that of the profile's residuals (``replaceme.residuals``), on the documents that it fits on; the loss is taken on
-those that it holds out. No weight is changed: the host's MLP output is multiplied by ``T`` and the block's layers pass their
-input on.
+The fit is that of the profile's residuals (``replaceme.residuals``: weighted, with a small ridge of its own, so that no cut
+depends on α or on a solver), on the documents that it fits on; the loss is taken on those that it holds out. No weight is
+changed: the host's MLP output is multiplied by ``T`` and the block's layers pass their input on.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,11 +20,11 @@ from replaceme.families import Family
 from replaceme.forward import tensor_of, walk
 from replaceme.plan import Block
 from replaceme.progress import progress
-from replaceme.residuals import HELD_OUT_EVERY, solve_small_ridge, split_documents
+from replaceme.residuals import HELD_OUT_EVERY, SEED, solve_small_ridge, split_documents, token_weights
 from replaceme.statistics import AtCut
 
 # Held-out tokens that the loss is taken on, at most.
-TOKENS = 4096
+TOKENS, LENGTH = 4096, 1024
 
 
 class WeightedGram(AtCut):
@@ -37,7 +37,7 @@ class WeightedGram(AtCut):
 
     def take(self, added: Tensor, left: Tensor, target: Tensor, batch: Batch) -> None:
         M, H = added.float(), target.float()
-        weighted = M / H.square().sum(dim=1, keepdim=True)
+        weighted = M * token_weights(H)
         self.gram = self.gram + weighted.T @ M
         self.cross = self.cross + weighted.T @ (H - left.float() + M)
 
@@ -59,14 +59,17 @@ def cut_losses(
         ParameterError: there are too few documents to hold one out.
     """
     fit, held_out = split_documents(documents)
-    if not len(held_out):
-        raise ParameterError(f"selection: loss holds documents out, so dataset_size must be at least {HELD_OUT_EVERY}.")
+    excerpts = _excerpts(held_out)
+    if not len(excerpts):
+        raise ParameterError(
+            f"selection: loss holds every {HELD_OUT_EVERY}th document out, and of the {len(documents)} that the dataset gave "
+            "none is left with two tokens; use residual, or more text."
+        )
     transforms: list[Tensor | None] = [None] * len(blocks)
     if fitted:
         grams = [WeightedGram(block) for block in blocks]
         walk(model, family, fit, grams, batch_size=batch_size, description="fitting the best cuts")
         transforms = [solve_small_ridge(torch.as_tensor(each.gram), torch.as_tensor(each.cross)) for each in grams]
-    excerpts = _excerpts(held_out)
     cuts = list(zip(blocks, transforms, strict=True))
     losses = []
     for block, transform in progress(cuts, "measuring the best cuts", "cuts"):
@@ -101,9 +104,16 @@ def _multiplied_by(transform: Tensor) -> Any:
 
 
 def _excerpts(documents: Documents) -> Documents:
-    """Return as many of the documents' first tokens, each with the same share, as ``TOKENS`` allow."""
-    share = max(TOKENS // len(documents), 2)
-    return Documents([document[:share] for document in documents.documents if len(document) > 1])
+    """Return documents, in a seeded order and at most ``LENGTH`` tokens of each, until ``TOKENS`` are reached."""
+    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(SEED)).tolist()
+    chosen: list[Tensor] = []
+    left = TOKENS
+    for index in order:
+        excerpt = documents.documents[index][: min(LENGTH, left)]
+        if len(excerpt) > 1:
+            chosen.append(excerpt)
+            left -= len(excerpt)
+    return Documents(chosen)
 
 
 @torch.inference_mode()

@@ -26,7 +26,7 @@ from replaceme.forward import Observer, Signal, Signals, ask, walk
 from replaceme.models import recorded_model
 from replaceme.params import Params
 from replaceme.progress import logger
-from replaceme.residuals import TokenSample, residual_map
+from replaceme.residuals import FIT_TOKENS, TokenSample, residual_map
 from replaceme.workspace import Workspace
 
 
@@ -132,7 +132,14 @@ def profile_model(
     """
     layers = len(family.decoder_layers(model))
     distances, figures = AngularDistances(layers), LayerFigures(layers)
-    with TokenSample(documents, layers, int(model.config.hidden_size), model.dtype, scratch) as sample:
+    width = int(model.config.hidden_size)
+    if documents.token_count < 2:
+        raise ParameterError("dataset_size: the dataset gave a single token, which leaves none to hold out; take more text.")
+    with TokenSample(documents, layers, width, model.dtype, scratch) as sample:
+        if len(sample.fit) < FIT_TOKENS * width:
+            logger.warning(
+                "profile: %d tokens are few for residuals of %d dimensions; raise dataset_size", len(sample.fit), width
+            )
         observers: list[Observer] = [distances, figures, sample]
         walk(model, family, documents, observers, batch_size=batch_size, description="profiling layers")
         residuals = residual_map(sample, model.device)

@@ -67,16 +67,18 @@ class TokenSample:
         needed, free = 2 * size * self.dtype.itemsize, shutil.disk_usage(where).free
         if needed > free:
             raise ResourceError(f"{where}: profiling keeps {needed >> 20} MiB of states there, and {free >> 20} MiB are free.")
-        self.scratch = tempfile.TemporaryDirectory(prefix="scratch-", suffix=".partial", dir=where)
-        self.added, self.output = (
-            torch.from_file(str(Path(self.scratch.name) / name), shared=True, size=size, dtype=self.dtype).view(shape)
-            for name in ("added", "output")
-        )
+        # A mapping outlives its file's name: without one, nothing is left behind however the run ends.
+        with tempfile.TemporaryDirectory(
+            prefix="scratch-", suffix=".partial", dir=where, ignore_cleanup_errors=True
+        ) as scratch:
+            self.added, self.output = (
+                torch.from_file(str(Path(scratch) / name), shared=True, size=size, dtype=self.dtype).view(shape)
+                for name in ("added", "output")
+            )
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         del self.added, self.output
-        self.scratch.cleanup()
 
     def wants(self) -> Mapping[int, frozenset[Signal]]:
         return ask(range(self.layers), "mlp", "output")
@@ -101,7 +103,7 @@ def choose_tokens(documents: Documents, fit_tokens: int) -> tuple[Tensor, Tensor
     if len(lengths) >= HELD_OUT_EVERY:
         fit = ~_held_out(of_document)
     else:
-        fit = torch.arange(len(of_document)) < (1 - HELD_OUT_SHARE) * len(of_document)
+        fit = torch.arange(len(of_document)) < min((1 - HELD_OUT_SHARE) * len(of_document), len(of_document) - 1)
     generator = torch.Generator().manual_seed(SEED)
     order = torch.randperm(len(of_document), generator=generator)
     held_out_tokens = max(int(HELD_OUT_SHARE * fit_tokens), 1)
@@ -132,12 +134,18 @@ def residual_map(sample: TokenSample, device: torch.device | str = "cpu") -> lis
         Z = sample.output[host].to(device).float() - M
         for last in range(host + 1, sample.layers):
             H = sample.output[last].to(device).float()
-            Y, w = H - Z, 1 / H.square().sum(dim=1, keepdim=True)
+            Y, w = H - Z, token_weights(H)
             weighted = M[:count] * w[:count]
             T = solve_small_ridge(weighted.T @ M[:count], weighted.T @ Y[:count])
             error = torch.addmm(Y[count:], M[count:], T, alpha=-1)
             residuals[host][last] = float((error.square().sum(dim=1, keepdim=True) * w[count:]).mean().sqrt())
     return residuals
+
+
+def token_weights(H: Tensor) -> Tensor:
+    """Return (tokens, 1): ``1/‖H‖²``; a state of zeros weighs nothing."""
+    squares = H.square().sum(dim=1, keepdim=True)
+    return torch.where(squares > 0, 1 / squares, 0)
 
 
 def solve_small_ridge(gram: Tensor, cross: Tensor) -> Tensor:

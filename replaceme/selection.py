@@ -4,10 +4,11 @@ A block ``[start, end)`` leaves host ``start − 1`` in front of it, so ``start`
 
 - ``angular``: the smallest ``D(start − 1, end − 1)`` (UIDL; ReplaceMe, section 3).
 - ``residual``: the smallest relative residual of a linear map in the block's place (``replaceme.residuals``).
-- ``loss``: of the few cuts with the smallest residuals, the one whose shortened model predicts held-out calibration text best
-  (``replaceme.cut_loss``).
+- ``loss``: of the few cuts with the smallest residuals (angles, where no map takes the block's place), the one whose
+  shortened model predicts held-out calibration text best (``replaceme.cut_loss``).
 """
 
+import math
 from typing import Any
 
 from replaceme.compute import resolve_device, use_threads
@@ -20,6 +21,7 @@ from replaceme.models import recorded_model
 from replaceme.params import Params
 from replaceme.plan import Block, Plan
 from replaceme.progress import logger
+from replaceme.residuals import HELD_OUT_EVERY
 from replaceme.workspace import Workspace
 
 # How many cuts are measured by their loss.
@@ -39,6 +41,10 @@ def allowed_starts(params: Params, layers: int) -> range:
     end = params.max_distance_layer or layers
     if end > layers:
         raise ParameterError(f"max_distance_layer: must be at most the model's {layers} layers, not {end}.")
+    if params.selection == "loss" and params.dataset_size < HELD_OUT_EVERY:
+        raise ParameterError(
+            f"dataset_size: selection loss holds documents out and needs at least {HELD_OUT_EVERY}, not {params.dataset_size}."
+        )
     starts = range(first, end - skip + 1)
     if not starts:
         key = "max_distance_layer" if params.min_distance_layer is None else "min_distance_layer"
@@ -62,12 +68,17 @@ def select(params: Params, work: Workspace) -> None:
     starts = allowed_starts(params, len(distances))
     figures: dict[str, Any] = {}
     if params.selection == "loss":
-        candidates = smallest(residuals, starts, params.layers_to_skip, SHORTLIST)
-        losses = _measure(params, work, candidates)
-        block = candidates[losses.index(min(losses))]
+        fitted = bool(METHODS[params.method].statistics)
+        # Where nothing takes the block's place, what a map would miss says little.
+        candidates = smallest(residuals if fitted else distances, starts, params.layers_to_skip, SHORTLIST)
+        measured = zip(candidates, _measure(params, work, candidates, fitted), strict=True)
+        losses = {block: loss for block, loss in measured if math.isfinite(loss)}
+        if not losses:
+            raise ParameterError(f"dtype: {params.dtype} overflows in every shortened model; use bfloat16 or float32.")
+        block = min(losses, key=losses.__getitem__)
         figures = {
-            "loss": min(losses),
-            "losses": {f"host{each.host}": loss for each, loss in zip(candidates, losses, strict=True)},
+            "loss": losses[block],
+            "losses": {f"host{each.host}": loss for each, loss in losses.items()},
         }
     else:
         values = residuals if params.selection == "residual" else distances
@@ -88,9 +99,10 @@ def select(params: Params, work: Workspace) -> None:
     )  # fmt: skip
 
 
-def _measure(params: Params, work: Workspace, candidates: list[Block]) -> list[float]:
+def _measure(params: Params, work: Workspace, candidates: list[Block], fitted: bool) -> list[float]:
     use_threads(params.threads)
     source = recorded_model(params, work.model_input)
     model = source.load(params.dtype, resolve_device(params.device), params.use_4bit)
-    documents, fitted = Documents.load(work.documents), bool(METHODS[params.method].statistics)
-    return cut_losses(model, source.family(), documents, candidates, fitted=fitted, batch_size=params.batch_size)
+    return cut_losses(
+        model, source.family(), Documents.load(work.documents), candidates, fitted=fitted, batch_size=params.batch_size
+    )

@@ -459,3 +459,21 @@ def test_speed_of_a_result_is_measured_against_the_model_it_was_made_from(
     capsys.readouterr()
     call(commands.measure_speed, "--config", published, *FAST, "--model_path", save_tiny("mistral").folder, code=2)
     assert "is not what" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("selection", ["angular", "residual", "loss"])
+def test_each_criterion_takes_its_own_best_cut(selection: str, tiny: Model, text_file: Path, tmp_path: Path) -> None:
+    arguments = ["--model", tiny.folder, "--dataset", text_file, "--layers", "2", *FAST, "--tasks", "[]", "--batch_size", "4"]
+    call(commands.get_lt_with_lstsq, *arguments, "--selection", selection, "--save_path", tmp_path / "map")
+    work = tmp_path / "map.work"
+    selected = json.loads((work / "metrics" / "select.json").read_text())
+    profile = json.loads((work / "artifacts" / "profile" / "profile.json").read_text())
+    hosts = range(len(profile["residual"]) - 2)
+    if selection == "loss":
+        assert set(selected["losses"]) == {f"host{host}" for host in hosts}  # fewer cuts than the shortlist holds
+        assert selected["losses"][f"host{selected['host']}"] == selected["loss"] == min(selected["losses"].values())
+    else:
+        values = profile["angular_distance" if selection == "angular" else "residual"]
+        assert selected["host"] == min(hosts, key=lambda host: values[host][host + 2])
+    assert selected["end"] - selected["start"] == 2
+    assert selected["residual"] == pytest.approx(profile["residual"][selected["host"]][selected["end"] - 1], rel=1e-4)

@@ -203,7 +203,13 @@ def test_plots_are_shown_and_compared(project: Path) -> None:
         output = shell(project, "dvc", "plots", *command, "--out", "shown")
         assert "failed" not in output.lower()
         page = (project / "shown" / "index.html").read_text()
-        for title in ("Angular distance", "Block influence", "Relative residual", "distances.png", "Residual of each cut"):
+        for title in (
+            "Angular distance",
+            "Block influence",
+            "Relative residual of the fit",
+            "Relative residual of a linear map",
+            "distances.png",
+        ):
             assert title in page
         shutil.rmtree(project / "shown")
 

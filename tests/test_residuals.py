@@ -49,7 +49,7 @@ def test_the_map_equals_a_direct_computation_for_sampled_pairs(batch_size: int, 
         found = residual_map(sample)
         tokens = torch.cat([sample.fit, sample.held_out]).numpy()
         fit = np.arange(len(tokens)) < len(sample.fit)
-    assert list(tmp_path.iterdir()) == []
+        assert list(tmp_path.iterdir()) == []
     added, output = states(model, documents)
     for host, last in [(0, 1), (0, LAYERS - 1), (2, 4), (LAYERS - 2, LAYERS - 1)]:
         M, Z, H = added[host][tokens], (output[host] - added[host])[tokens], output[last][tokens]
@@ -138,5 +138,26 @@ def test_a_shortened_model_is_whole_again_afterwards() -> None:
 
 
 def test_the_loss_needs_documents_to_hold_out() -> None:
-    with pytest.raises(ParameterError, match="dataset_size must be at least 5"):
-        cut_losses(made_model(), PRE_NORM, made_documents(4), [Block(2, 3)], fitted=True, batch_size=1)
+    for documents in (made_documents(4), Documents([torch.tensor([5])] * 6)):
+        with pytest.raises(ParameterError, match="selection: loss holds every 5th document out"):
+            cut_losses(made_model(), PRE_NORM, documents, [Block(2, 3)], fitted=True, batch_size=1)
+
+
+def test_many_documents_are_not_cut_short_for_the_loss() -> None:
+    short = Documents([torch.arange(2, 42)] * 900)
+    excerpts = cut_loss._excerpts(short)
+    assert {len(document) for document in excerpts.documents} <= {40, cut_loss.TOKENS % 40}
+    assert cut_loss.TOKENS - 40 < excerpts.token_count <= cut_loss.TOKENS
+    long = cut_loss._excerpts(Documents([torch.arange(3000)] * 9))
+    assert [len(document) for document in long.documents] == [cut_loss.LENGTH] * 4
+
+
+@pytest.mark.parametrize("lengths", [[2], [1, 1], [3], [1, 1, 1, 1, 1, 1]])
+def test_hardly_any_text_still_gives_numbers(lengths: list[int]) -> None:
+    documents = Documents([torch.arange(5, 5 + length) for length in lengths])
+    found = profile_model(made_model(), PRE_NORM, documents, 2)["residual"]
+    assert all(np.isfinite(row).all() for row in found)
+
+
+def test_a_state_of_zeros_weighs_nothing() -> None:
+    assert residuals.token_weights(torch.tensor([[0.0, 0.0], [3.0, 4.0]])).tolist() == [[0.0], [pytest.approx(0.04)]]

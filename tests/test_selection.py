@@ -1,11 +1,16 @@
+import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from replaceme import selection
 from replaceme.errors import ParameterError
+from replaceme.files import read_json, write_json
 from replaceme.params import read_params
-from replaceme.plan import Block
+from replaceme.plan import Block, Plan
 from replaceme.selection import allowed_starts, smallest
+from replaceme.workspace import Workspace
 
 
 def starts(layers: int, **options: Any) -> range:
@@ -56,3 +61,37 @@ def test_impossible_limits_are_named(options: dict[str, int], said: str) -> None
     with pytest.raises(ParameterError) as caught:
         starts(12, **options)
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(("method", "fitted"), [("lstsq", True), ("uidl", False)])
+def test_the_loss_decides_among_the_best_cuts(
+    method: str, fitted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers, skip = 14, 3
+    residuals = [[0.5 + 0.01 * host for _ in range(layers)] for host in range(layers)]
+    angles = [[0.9 - 0.01 * host for _ in range(layers)] for host in range(layers)]
+    work, asked = Workspace(tmp_path), []
+    write_json(work.profile / "profile.json", {"angular_distance": angles, "residual": residuals})
+
+    def measure(params: Any, work: Workspace, blocks: list[Block], with_map: bool) -> list[float]:
+        asked.extend((block.host, with_map) for block in blocks)
+        return [3.0, math.nan, 2.0, 4.0, math.inf, 5.0]
+
+    monkeypatch.setattr(selection, "_measure", measure)
+    limits = {"min_distance_layer": 3, "max_distance_layer": 13}
+    selection.select(read_params(None, {"method": method, "selection": "loss", "layers_to_skip": skip, **limits}), work)
+    # Hosts 2 to 9 are allowed; a map's residual is smallest in front, the angle behind.
+    hosts = [2, 3, 4, 5, 6, 7] if fitted else [9, 8, 7, 6, 5, 4]
+    assert asked == [(host, fitted) for host in hosts]
+    figures = read_json(work.metric("select"))
+    assert (figures["host"], figures["loss"]) == (hosts[2], 2.0)
+    assert len(figures["losses"]) == 4
+    assert Plan.load(work.plan).blocks == (Block(hosts[2] + 1, hosts[2] + 1 + skip),)
+    monkeypatch.setattr(selection, "_measure", lambda *_: [math.nan] * 6)
+    with pytest.raises(ParameterError, match="dtype: bfloat16 overflows in every shortened model"):
+        selection.select(read_params(None, {"method": method, "selection": "loss", "layers_to_skip": skip, **limits}), work)
+
+
+def test_the_loss_needs_documents_to_hold_out() -> None:
+    with pytest.raises(ParameterError, match="dataset_size: selection loss holds documents out and needs at least 5, not 4"):
+        starts(12, layers_to_skip=3, selection="loss", dataset_size=4)
