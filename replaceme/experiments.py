@@ -107,9 +107,10 @@ def comparison_of(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
             table[title] = pd.to_numeric(every[name], errors="coerce")
     # The commit that the experiments start from is often one of them.
     table = table.drop_duplicates(subset=[name for name in table if name != "experiment"], keep="last", ignore_index=True)
-    front = pareto_front(*_points(table)[:2])
-    table.insert(1, "best", [point in front for point in _points(table)[0]])
-    return table.sort_values(["method", "removed_percent", _points(table)[2]], ascending=[True, True, False], ignore_index=True)
+    points, higher_is_better, quality = _points(table)
+    front = pareto_front(points, higher_is_better)
+    table.insert(1, "best", [point in front for point in points])
+    return table.sort_values(["method", "removed_percent", quality], ascending=[True, True, False], ignore_index=True)
 
 
 def _of(table: pd.DataFrame, start: str, end: str) -> list[str]:
