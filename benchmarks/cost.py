@@ -50,7 +50,7 @@ def main(size: int) -> None:
     starts = allowed_starts(params, len(family.decoder_layers(model)))
     (block,) = smallest(profiled["residual"], starts, params.layers_to_skip)
     method = METHODS[params.method]
-    plan = Plan((block,), method.statistics)
+    plan = Plan((block,), method.statistics(params))
     taken = take_statistics(model, family, documents, plan, params.batch_size)
     steps: dict[str, Callable[[], object]] = {
         "bare forward pass": bare,

@@ -75,7 +75,7 @@ def _prune(params: Params) -> None:
     suffix = f"{params.method}-{params.layers_to_skip}"
     work = _claim(params, f"{suffix}-transform" if params.save_transform_only else suffix)
     inspect_inputs(params, work)
-    run_steps(params, work, ["calibrate", "profile", "select", "activations", "solve"])
+    run_steps(params, work, ["calibrate", "profile", "select", "plan", "activations", "solve"])
     if params.save_transform_only:
         _deliver(work, work.solution)
         logger.info("only the transform was saved, to %s (edits.safetensors); no model was written", work.model)

@@ -72,6 +72,9 @@ class Params(BaseModel):
     num_A: int = Field(1, ge=1, description="Number of blocks, each with a transform and layers_to_skip layers.")
     merge_consecutive: bool = Field(True, description="Merge adjacent blocks into one; matters for num_A above 1.")
 
+    transform: Literal["dense", "diagonal", "two_vectors", "triangular", "refit", "joint"] = Field(
+        "dense", description="What takes the block's place: a linear map on the host's MLP output (d × d)."
+    )
     alpha: float = Field(
         0.0, ge=0, allow_inf_nan=False, description="Ridge of the least squares, in units of MᵀM (a sum over tokens)."
     )

@@ -1,8 +1,10 @@
 """The plan: which blocks of layers go, and which statistics of them are wanted.
 
-It names no method, so that methods that want the same statistics share them.
+It names no method, so that methods that want the same statistics share them. It is a stage of its own behind the choice of the
+blocks: what a method wants can change with its transform, and the choice of the blocks does not.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -46,3 +48,13 @@ class Plan:
         """Read what ``save`` wrote."""
         content = read_json(path)
         return cls(tuple(Block(**block) for block in content["blocks"]), tuple(content["statistics"]))
+
+
+def save_blocks(blocks: Sequence[Block], path: Path) -> None:
+    """Write the chosen blocks as JSON."""
+    write_json(path, [asdict(block) for block in blocks])
+
+
+def load_blocks(path: Path) -> tuple[Block, ...]:
+    """Read what ``save_blocks`` wrote."""
+    return tuple(Block(**block) for block in read_json(path))

@@ -19,7 +19,7 @@ from replaceme.files import read_json, rounded, write_json
 from replaceme.methods import METHODS
 from replaceme.models import recorded_model
 from replaceme.params import Params
-from replaceme.plan import Block, Plan
+from replaceme.plan import Block, save_blocks
 from replaceme.progress import logger
 from replaceme.residuals import HELD_OUT_EVERY
 from replaceme.workspace import Workspace
@@ -62,13 +62,13 @@ def smallest(values: list[list[float]], starts: range, skip: int, count: int = 1
 
 
 def select(params: Params, work: Workspace) -> None:
-    """Write the plan: the block and the statistics that the method wants of it."""
+    """Write the block, and metrics/select.json."""
     profile = read_json(work.profile / "profile.json")
     distances, residuals = profile["angular_distance"], profile["residual"]
     starts = allowed_starts(params, len(distances))
     figures: dict[str, Any] = {}
     if params.selection == "loss":
-        fitted = bool(METHODS[params.method].statistics)
+        fitted = METHODS[params.method].fits
         # Where nothing takes the block's place, what a map would miss says little.
         candidates = smallest(residuals if fitted else distances, starts, params.layers_to_skip, SHORTLIST)
         measured = zip(candidates, _measure(params, work, candidates, fitted), strict=True)
@@ -83,7 +83,7 @@ def select(params: Params, work: Workspace) -> None:
     else:
         values = residuals if params.selection == "residual" else distances
         (block,) = smallest(values, starts, params.layers_to_skip)
-    Plan((block,), METHODS[params.method].statistics).save(work.plan)
+    save_blocks((block,), work.blocks)
     figures |= {
         "host": block.host,
         "start": block.start,

@@ -21,6 +21,7 @@ from replaceme.export import export
 from replaceme.files import new_folder, read_json, write_json
 from replaceme.fingerprints import sha256_below
 from replaceme.params import Params
+from replaceme.planning import plan
 from replaceme.profile import profile
 from replaceme.progress import logger
 from replaceme.repair import repair
@@ -74,11 +75,12 @@ STEPS: Mapping[str, Step] = {
         select,
         ("method", "selection", "layers_to_skip", "min_distance_layer", "max_distance_layer", *PASS),
         ("profile", "model_input", "documents"),
-        "plan",
+        "blocks",
         ("select",),
     ),
+    "plan": Step(plan, ("method", "transform"), ("blocks",), "plan"),
     "activations": Step(observe_activations, PASS, ("model_input", "documents", "plan"), "statistics"),
-    "solve": Step(solve, ("method", "alpha", "threads"), ("plan", "statistics"), "solution", ("solve",)),
+    "solve": Step(solve, ("method", "transform", "alpha", "threads"), ("plan", "statistics"), "solution", ("solve",)),
     "repair": Step(repair, (), ("solution",), "edits"),
     "export": Step(
         export,
@@ -91,7 +93,7 @@ STEPS: Mapping[str, Step] = {
     "baseline": Step(score_baseline, SCORING, ("model_input", "tokenizer_input", "tasks_input"), "baseline"),
     "evaluate": Step(evaluate, SCORING, ("tasks_input", "model", "baseline"), None, ("evaluation",)),
     "report": Step(
-        write_report, tuple(ALL), ("profile", "plan", "solution"), "report", (), ("select", "solve", "export", "evaluation"),
+        write_report, tuple(ALL), ("profile", "blocks", "solution"), "report", (), ("select", "solve", "export", "evaluation"),
     ),
 }  # fmt: skip
 

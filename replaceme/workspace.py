@@ -55,6 +55,11 @@ class Workspace:
         return self.artifact("profile")
 
     @property
+    def blocks(self) -> Path:
+        """The blocks to remove."""
+        return self.artifact("blocks.json")
+
+    @property
     def plan(self) -> Path:
         """The blocks to remove and the statistics to take."""
         return self.artifact("plan.json")

@@ -87,7 +87,7 @@ def test_a_second_run_repeats_nothing_and_a_new_alpha_only_what_it_changes(
     assert unchanged == list(STEPS)
     call(commands.run_replaceme, "--config", published, *FAST, "--alpha", "1e3")
     unchanged = [line.split(":")[0] for line in capsys.readouterr().err.splitlines() if "unchanged" in line]
-    assert unchanged == ["calibrate", "profile", "select", "activations", "baseline"]
+    assert unchanged == ["calibrate", "profile", "select", "plan", "activations", "baseline"]
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(
@@ -104,7 +104,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
     capsys.readouterr()
     call(commands.run_replaceme, "--config", published, *FAST)
     unchanged = [line.split(":")[0] for line in capsys.readouterr().err.splitlines() if "unchanged" in line]
-    assert unchanged == ["calibrate", "profile", "select", "activations", "solve", "repair"]
+    assert unchanged == ["calibrate", "profile", "select", "plan", "activations", "solve", "repair"]
 
 
 def test_run_uidl_drops_the_block_and_changes_no_other_weight(published: Path, tiny: Model, tmp_path: Path) -> None:

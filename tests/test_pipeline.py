@@ -28,6 +28,7 @@ ORDER = [
     "calibrate",
     "profile",
     "select",
+    "plan",
     "activations",
     "solve",
     "repair",
@@ -180,7 +181,7 @@ def test_an_experiment_with_alpha_repeats_only_what_alpha_changes(project: Path)
 
 def test_an_experiment_with_another_block_does_not_profile_again(project: Path) -> None:
     output = shell(project, "dvc", "exp", "run", "-S", "layers_to_skip=1")
-    assert ran(output) == ["inputs", "select", "activations", "solve", "repair", "export", "evaluate", "report"]
+    assert ran(output) == ["inputs", "select", "plan", "activations", "solve", "repair", "export", "evaluate", "report"]
     shell(project, "git", "checkout", "-q", ".")
     shell(project, "dvc", "checkout", "-q")
 

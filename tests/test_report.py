@@ -152,7 +152,7 @@ def run(tmp_path: Path) -> Run:
                 "residual": made_distances(LAYERS),
                 "layers": made_layers(LAYERS),
             },
-            work.plan: {"blocks": [{"start": start, "end": end} for start, end in blocks], "statistics": []},
+            work.blocks: [{"start": start, "end": end} for start, end in blocks],
             work.solution / "edits.json": {"title": title},
             work.metric("evaluation"): evaluation,
             work.metric("solve"): solved,

@@ -8,7 +8,7 @@ from replaceme import selection
 from replaceme.errors import ParameterError
 from replaceme.files import read_json, write_json
 from replaceme.params import read_params
-from replaceme.plan import Block, Plan
+from replaceme.plan import Block, load_blocks
 from replaceme.selection import allowed_starts, smallest
 from replaceme.workspace import Workspace
 
@@ -86,7 +86,7 @@ def test_the_loss_decides_among_the_best_cuts(
     figures = read_json(work.metric("select"))
     assert (figures["host"], figures["loss"]) == (hosts[2], 2.0)
     assert len(figures["losses"]) == 4
-    assert Plan.load(work.plan).blocks == (Block(hosts[2] + 1, hosts[2] + 1 + skip),)
+    assert load_blocks(work.blocks) == (Block(hosts[2] + 1, hosts[2] + 1 + skip),)
     monkeypatch.setattr(selection, "_measure", lambda *_: [math.nan] * 6)
     with pytest.raises(ParameterError, match="dtype: bfloat16 overflows in every shortened model"):
         selection.select(read_params(None, {"method": method, "selection": "loss", "layers_to_skip": skip, **limits}), work)

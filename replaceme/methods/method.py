@@ -34,9 +34,11 @@ class Method:
     """A pruning method.
 
     Attributes:
-        statistics: names of the statistics that it wants of each block (``replaceme.statistics``).
+        fits: whether something fitted takes the block's place, or nothing.
+        statistics: names of the statistics (``replaceme.statistics``) that it wants of each block, with these parameters.
         solve: turns the parameters, the plan and the statistics into edits and what is to be known of them.
     """
 
-    statistics: tuple[str, ...]
+    fits: bool
+    statistics: Callable[[Params], tuple[str, ...]]
     solve: Callable[[Params, Plan, Statistics], Solved]

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from replaceme.files import new_folder, read_json, write_text
 from replaceme.params import Params
-from replaceme.plan import Block, Plan
+from replaceme.plan import Block, load_blocks
 from replaceme.report import sentences, tables
 from replaceme.report.figures import cut_map, layer_figures, residual_path, score_figure
 from replaceme.report.published import LABEL
@@ -81,7 +81,7 @@ def render(params: Params, work: Workspace, speed: Mapping[str, Any] | None = No
     Raises:
         ResourceError: a stage that writes one of the results has not run.
     """
-    profile, blocks = read_json(work.profile / "profile.json"), Plan.load(work.plan).blocks
+    profile, blocks = read_json(work.profile / "profile.json"), load_blocks(work.blocks)
     evaluation, solved = read_json(work.metric("evaluation")), read_json(work.metric("solve"))
     distances, residuals, layers = profile["angular_distance"], profile["residual"], profile["layers"]
     fits = _fits(solved)
