@@ -10,15 +10,19 @@ tokens, and additive over disjoint documents. ``sample`` keeps a few evenly spac
 of squares. A statistic is an observer with a ``tensors`` method and one line in ``STATISTICS``.
 """
 
+import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from replaceme.compute import resolve_device, use_threads
 from replaceme.documents import Batch, Documents
+from replaceme.families import Family
 from replaceme.files import new_folder
 from replaceme.forward import Observer, Signal, Signals, walk
 from replaceme.models import recorded_model
@@ -107,9 +111,28 @@ class Sample(AtCut):
         return {name: torch.cat(parts) for name, parts in self.kept.items()}
 
 
-STATISTICS: dict[str, Callable[[Block, Documents], Statistic]] = {
-    "gram": lambda block, documents: Gram(block),
-    "sample": lambda block, documents: Sample(block, documents.token_count),
+@dataclass(frozen=True)
+class Place:
+    """Where and of what a statistic is taken.
+
+    Attributes:
+        block: the layers that go.
+        host: the module of the kept layer in front of them.
+        family: where its parts are.
+        documents: what is walked.
+        folder: where results too large for memory may be written; they stay with the other statistics.
+    """
+
+    block: Block
+    host: nn.Module
+    family: Family
+    documents: Documents
+    folder: Path
+
+
+STATISTICS: dict[str, Callable[[Place], Statistic]] = {
+    "gram": lambda place: Gram(place.block),
+    "sample": lambda place: Sample(place.block, place.documents.token_count),
 }
 
 
@@ -125,7 +148,7 @@ def observe_activations(params: Params, work: Workspace) -> None:
             return
         source = recorded_model(params, work.model_input)
         model = source.load(params.dtype, resolve_device(params.device), params.use_4bit)
-        taken = take_statistics(model, source.family(), documents, plan, params.batch_size)
+        taken = take_statistics(model, source.family(), documents, plan, params.batch_size, folder)
         for name, tensors in taken.items():
             save_file(tensors, folder / f"{name}.safetensors")
     width, tokens = int(source.config().hidden_size), documents.token_count
@@ -138,10 +161,17 @@ def observe_activations(params: Params, work: Workspace) -> None:
         )  # fmt: skip
 
 
-def take_statistics(model: Any, family: Any, documents: Documents, plan: Plan, batch_size: int) -> dict[str, dict[str, Tensor]]:
-    """Return ``{"gram-0": tensors, ...}``: each planned statistic of each block, numbered in the plan's order."""
+def take_statistics(
+    model: Any, family: Family, documents: Documents, plan: Plan, batch_size: int, folder: Path | None = None
+) -> dict[str, dict[str, Tensor]]:
+    """Return ``{"gram-0": tensors, ...}``: each planned statistic of each block, numbered in the plan's order.
+
+    What is too large for memory is written into ``folder``; None is the system's temporary folder.
+    """
+    layers = family.decoder_layers(model)
+    folder = folder or Path(tempfile.gettempdir())
     observers: dict[str, Statistic] = {
-        f"{name}-{number}": STATISTICS[name](block, documents)
+        f"{name}-{number}": STATISTICS[name](Place(block, layers[block.host], family, documents, folder))
         for number, block in enumerate(plan.blocks)
         for name in plan.statistics
     }
