@@ -13,8 +13,9 @@ import torch
 from scipy.stats import spearmanr
 
 from replaceme.compute import resolve_device, use_threads
-from replaceme.cut_loss import cut_losses, shortened
+from replaceme.cut_loss import cut_losses
 from replaceme.documents import Documents
+from replaceme.edits import Edits
 from replaceme.evaluation.comparison import align
 from replaceme.evaluation.perplexity import cut_windows, perplexities, window_losses
 from replaceme.evaluation.tasks import task_texts
@@ -26,6 +27,7 @@ from replaceme.progress import silence_libraries
 from replaceme.solver import solve_ridge
 from replaceme.statistics import take_statistics
 from replaceme.task import Task
+from replaceme.unfused import unfused
 from replaceme.workspace import Workspace
 
 TEST_TOKENS = 8192
@@ -47,8 +49,8 @@ def main(sizes: list[int]) -> None:
         outcomes = []
         for number, block in enumerate(blocks):
             sums = taken[f"gram-{number}"]
-            transform = solve_ridge(sums["gram"], sums["cross"], 0.0).transform.float().to(model.device)
-            with shortened(model, family, block, transform):
+            transform = solve_ridge(sums["gram"], sums["cross"], 0.0).transform
+            with unfused(model, family, Edits("", [*block.layers], {block.host: transform})):
                 losses = window_losses(model, windows, params.eval_batch_size, f"host {block.host}")
             outcomes.append(perplexities(losses, windows).get("token", math.inf))
         criteria = {

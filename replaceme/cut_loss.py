@@ -1,27 +1,26 @@
 """What a few cuts cost: the next-token loss of the shortened model, with a closed-form fit in the block's place.
 
 The fit is that of the profile's residuals (``replaceme.residuals``: weighted, with a small ridge of its own, so that no cut
-depends on α or on a solver), on the documents that it fits on; the loss is taken on those that it holds out. No weight is
-changed: the host's MLP output is multiplied by ``T`` and the block's layers pass their input on.
+depends on α or on a solver), on the documents that it fits on; the loss is taken on those that it holds out.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from typing import Any
-from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from replaceme.documents import Batch, Documents
+from replaceme.edits import Edits
 from replaceme.errors import ParameterError
 from replaceme.families import Family
-from replaceme.forward import tensor_of, walk
+from replaceme.forward import walk
 from replaceme.plan import Block
 from replaceme.progress import progress
 from replaceme.residuals import HELD_OUT_EVERY, SEED, solve_small_ridge, split_documents, token_weights
 from replaceme.statistics import AtCut
+from replaceme.unfused import unfused
 
 # Held-out tokens that the loss is taken on, at most.
 TOKENS, LENGTH = 4096, 1024
@@ -73,34 +72,10 @@ def cut_losses(
     cuts = list(zip(blocks, transforms, strict=True))
     losses = []
     for block, transform in progress(cuts, "measuring the best cuts", "cuts"):
-        with shortened(model, family, block, transform):
+        made_up = {} if transform is None else {block.host: transform}
+        with unfused(model, family, Edits("", [*block.layers], made_up)):
             losses.append(_loss(model, excerpts, batch_size))
     return losses
-
-
-@contextmanager
-def shortened(model: Any, family: Family, block: Block, transform: Tensor | None) -> Iterator[None]:
-    """Let ``model`` compute, for a while, what it would without the block, with ``T`` (None: nothing) in its place."""
-    layers = family.decoder_layers(model)
-    with ExitStack() as stack:
-        if transform is not None:
-            stack.callback(family.mlp_of(layers[block.host]).register_forward_hook(_multiplied_by(transform)).remove)
-        for layer in range(block.start, block.end):
-            stack.enter_context(mock.patch.object(layers[layer], "forward", _pass_on))
-        yield
-
-
-def _pass_on(hidden_states: Tensor, *_arguments: Any, **_options: Any) -> Tensor:
-    return hidden_states
-
-
-def _multiplied_by(transform: Tensor) -> Any:
-    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
-        added = tensor_of(output)
-        changed = (added.float() @ transform).to(added.dtype)
-        return changed if isinstance(output, Tensor) else (changed, *output[1:])
-
-    return hook
 
 
 def _excerpts(documents: Documents) -> Documents:

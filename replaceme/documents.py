@@ -46,11 +46,22 @@ class Batch:
         """Number of real tokens."""
         return int(self.lengths.sum())
 
+    @property
+    def tokens(self) -> slice:
+        """Positions of this batch's real tokens among all those of the walk."""
+        return slice(self.first_token, self.first_token + self.token_count)
+
     def real(self, states: Tensor) -> Tensor:
         """Return the real tokens of ``states`` (documents, longest, width) as (tokens, width)."""
         if self.token_count == self.input_ids.numel():
             return states.reshape(-1, states.shape[-1])
         return states[self.mask]
+
+    def padded(self, rows: Tensor) -> Tensor:
+        """Return ``rows`` (tokens, width) as (documents, longest, width), with zeros for padding: what ``real`` undoes."""
+        states = rows.new_zeros(*self.input_ids.shape, rows.shape[-1])
+        states[self.mask.to(rows.device)] = rows
+        return states
 
     def last(self, states: Tensor) -> Tensor:
         """Return each document's last real token of ``states`` as (documents, width)."""

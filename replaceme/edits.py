@@ -1,6 +1,12 @@
 """What a method decides, in a form that export can apply without knowing the method.
 
-On disk: ``edits.json`` (title and layers) and ``edits.safetensors`` (one ``transform.<layer>`` each, d × d float64).
+Two kinds of change, both to linears whose output is added to the residual stream (torch layout, ``y = G Wᵀ + b``):
+
+- a transform: ``y T``, so that ``W' = TᵀW`` and ``b' = Tᵀb`` (ReplaceMe, section 3);
+- a correction behind it: ``y T + G Δᵀ + δ``, so that ``W' = TᵀW + Δ`` and ``b' = Tᵀb + δ``.
+
+On disk: ``edits.json`` (title and layers) and ``edits.safetensors`` (``transform.<layer>``, d × d float64;
+``correction.<layer>.<linear>.weight``, d × inputs float32, and ``….bias``, d).
 """
 
 from dataclasses import dataclass, field
@@ -10,9 +16,23 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from replaceme.families import Linear
 from replaceme.files import read_json, write_json
 
-_PREFIX = "transform."
+
+@dataclass(frozen=True)
+class Change:
+    """How one linear's output changes: ``y T + G Δᵀ + δ``.
+
+    Attributes:
+        transform: T (d, d), or None for the identity.
+        weight: Δ (d, inputs), or None for nothing.
+        bias: δ (d,), or None; only where the linear has a bias.
+    """
+
+    transform: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
 
 
 @dataclass
@@ -22,18 +42,49 @@ class Edits:
     Attributes:
         title: the method's name, for the model card.
         removed_layers: layers that go.
-        transforms: layer → T (d, d) float64, to be folded into the linear that ends the layer's MLP.
+        transforms: layer → T (d, d) float64, for the linear that ends the layer's MLP.
+        corrections: (layer, linear) → Δ (d, inputs) and δ (d,) or None; float32.
     """
 
     title: str
     removed_layers: list[int]
     transforms: dict[int, Tensor] = field(default_factory=dict)
+    corrections: dict[tuple[int, Linear], tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+
+    def changes(self) -> dict[tuple[int, Linear], Change]:
+        """Return what changes, by layer and linear."""
+        edited: set[tuple[int, Linear]] = {*self.corrections}
+        edited.update((layer, "mlp_output") for layer in self.transforms)
+        return {
+            (layer, linear): Change(
+                self.transforms.get(layer) if linear == "mlp_output" else None,
+                *self.corrections.get((layer, linear), (None, None)),
+            )
+            for layer, linear in sorted(edited)
+        }
+
+    def correct(self, layer: int, linear: Linear, weight: Tensor, bias: Tensor | None = None) -> None:
+        """Add Δ (d, inputs) and δ (d,) to what corrects a linear so far."""
+        if (layer, linear) in self.corrections:
+            old_weight, old_bias = self.corrections[layer, linear]
+            weight = old_weight + weight
+            bias = old_bias if bias is None else bias if old_bias is None else old_bias + bias
+        self.corrections[layer, linear] = weight.float(), None if bias is None else bias.float()
 
     def save(self, folder: Path) -> None:
         """Write the edits into ``folder``."""
-        tensors = {f"{_PREFIX}{layer}": transform.contiguous() for layer, transform in self.transforms.items()}
+        tensors = {f"transform.{layer}": transform.contiguous() for layer, transform in self.transforms.items()}
+        for (layer, linear), (weight, bias) in self.corrections.items():
+            tensors[f"correction.{layer}.{linear}.weight"] = weight.contiguous()
+            if bias is not None:
+                tensors[f"correction.{layer}.{linear}.bias"] = bias.contiguous()
         save_file(tensors or {"none": torch.zeros(1)}, folder / "edits.safetensors")
-        content = {"title": self.title, "removed_layers": self.removed_layers, "transforms": sorted(self.transforms)}
+        content = {
+            "title": self.title,
+            "removed_layers": self.removed_layers,
+            "transforms": sorted(self.transforms),
+            "corrections": [list(edited) for edited in sorted(self.corrections)],
+        }
         write_json(folder / "edits.json", content)
 
     @classmethod
@@ -41,5 +92,12 @@ class Edits:
         """Read what ``save`` wrote."""
         content = read_json(folder / "edits.json")
         tensors = load_file(folder / "edits.safetensors")
-        transforms = {layer: tensors[f"{_PREFIX}{layer}"] for layer in content["transforms"]}
-        return cls(content["title"], content["removed_layers"], transforms)
+        transforms = {layer: tensors[f"transform.{layer}"] for layer in content["transforms"]}
+        corrections: dict[tuple[int, Linear], tuple[Tensor, Tensor | None]] = {
+            (layer, linear): (
+                tensors[f"correction.{layer}.{linear}.weight"],
+                tensors.get(f"correction.{layer}.{linear}.bias"),
+            )
+            for layer, linear in content["corrections"]
+        }
+        return cls(content["title"], content["removed_layers"], transforms, corrections)

@@ -6,11 +6,14 @@ the residual stream as it is. A family that isn't described here, or of which th
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from replaceme.errors import ModelError
+
+# The linears of a layer whose outputs are added to the residual stream.
+Linear = Literal["attention_output", "mlp_output"]
 
 
 @dataclass(frozen=True)
@@ -19,13 +22,17 @@ class Family:
 
     Attributes:
         layers: path of the list of decoder layers in the model.
-        mlp: path, within a layer, of the module whose output is added to the residual stream.
+        attention: path, within a layer, of the attention, whose output is added to the residual stream.
+        attention_output: path, within a layer, of the linear that ends the attention (torch layout: d × heads).
+        mlp: path, within a layer, of the MLP, whose output is added to the residual stream.
         mlp_output: path, within a layer, of the linear that ends the MLP (torch layout: d × f).
         per_layer: config fields that are lists with one entry a layer.
         layer_bounds: config fields that are layer indices; they count the layers before them.
     """
 
     layers: str = "model.layers"
+    attention: str = "self_attn"
+    attention_output: str = "self_attn.o_proj"
     mlp: str = "mlp"
     mlp_output: str = "mlp.down_proj"
     per_layer: tuple[str, ...] = ("layer_types",)
@@ -37,13 +44,9 @@ class Family:
         assert isinstance(layers, nn.ModuleList)
         return layers
 
-    def mlp_of(self, layer: nn.Module) -> nn.Module:
-        """Return the layer's MLP."""
-        return layer.get_submodule(self.mlp)
-
-    def mlp_output_of(self, layer: nn.Module) -> nn.Module:
-        """Return the linear that ends the layer's MLP."""
-        return layer.get_submodule(self.mlp_output)
+    def linear_of(self, layer: nn.Module, linear: Linear) -> nn.Module:
+        """Return a linear of the layer, by what it ends."""
+        return layer.get_submodule(self.mlp_output if linear == "mlp_output" else self.attention_output)
 
 
 def decoder_of(model: nn.Module) -> nn.Module:

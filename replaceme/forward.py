@@ -1,12 +1,12 @@
 """One pass over the documents, many observers.
 
-``walk`` sends the documents through layers ``[0, stop)`` and hands what passes to observers: the state that enters a
-layer, what its MLP adds, the state that leaves it. It ends each pass at the last layer that anybody observes, computes no
-logits, and keeps no states but those of the batch at hand.
+``walk`` sends the documents through layers ``[0, stop]`` and hands what passes to observers: the state that enters a layer,
+what its attention and its MLP add and the inputs of the linears that end them, the state that leaves it. It ends each pass at
+the last signal that anybody observes, computes no logits, and keeps no states but those of the batch at hand.
 
-The order of work is the driver's business: now batch by batch through resident weights. An observer may rely on two
-things alone: within a batch, layers come in ascending order, and what it must carry from one layer to a later one goes
-into ``batch.scratch``. So a walk layer by layer, with scratch on disk, needs no change in any observer.
+The order of work is the driver's business: batch by batch through resident weights. An observer may rely on two things
+alone: within a batch, layers come in ascending order, and what it must carry from one layer to a later one goes into
+``batch.scratch``. A walk can begin at a later layer, with states that an earlier walk kept: so goes a walk layer by layer.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from replaceme.documents import Batch, Documents
 from replaceme.families import Family, decoder_of
 from replaceme.progress import progress
+from replaceme.unfused import passed_by
 
-Signal = Literal["input", "mlp", "output"]
+# ``…_features`` are the inputs of the linear that ends the attention or the MLP.
+Signal = Literal["input", "attention_features", "attention", "mlp_features", "mlp", "output"]
 Signals = Mapping[Signal, Tensor]
 
 
@@ -36,8 +38,8 @@ class Observer(Protocol):
         ...
 
 
-class _LastLayerReachedError(Exception):
-    """Ends a forward pass behind the last observed layer."""
+class _LastSignalReachedError(Exception):
+    """Ends a forward pass behind the last observed signal."""
 
 
 def walk(
@@ -47,9 +49,10 @@ def walk(
     observers: Sequence[Observer],
     *,
     batch_size: int,
-    description: str,
+    description: str | None,
+    start: tuple[int, Tensor] | None = None,
 ) -> None:
-    """Run the documents through the model once, up to the last layer that an observer wants.
+    """Run the documents through the model once, up to the last signal that an observer wants.
 
     Args:
         model: a causal language model; its own device is used.
@@ -57,7 +60,9 @@ def walk(
         documents: what to run.
         observers: who looks.
         batch_size: documents in a batch.
-        description: what the progress bar says.
+        description: what the progress bar says; None shows none.
+        start: a layer, and the states that enter it instead of those that the layers before it would make: (tokens, d), the
+            real tokens in the order of the walk.
     """
     wanted: dict[int, set[Signal]] = {}
     for observer in observers:
@@ -65,65 +70,95 @@ def walk(
             wanted.setdefault(layer, set()).update(signals)
     if not wanted:
         return
-    tap = _Tap(family.decoder_layers(model), family, wanted, observers)
-    batches = documents.batches(batch_size, str(next(model.parameters()).device))
-    with torch.inference_mode(), tap:
-        for batch in progress(batches, description, "batches", total=documents.batch_count(batch_size)):
+    batches: Iterable[Batch] = documents.batches(batch_size, str(next(model.parameters()).device))
+    if description is not None:
+        batches = progress(batches, description, "batches", total=documents.batch_count(batch_size))
+    with torch.inference_mode(), _Tap(family.decoder_layers(model), family, wanted, observers, start) as tap:
+        for batch in batches:
             tap.run(model, batch)
 
 
 class _Tap:
-    """Hooks on the wanted layers; hands each layer's signals on as soon as the layer is done."""
+    """Hooks on the wanted layers; hands each layer's signals on as soon as all that are wanted of it have passed."""
 
-    def __init__(self, layers: nn.ModuleList, family: Family, wanted: Mapping[int, set[Signal]], observers: Sequence[Observer]):
-        self.layers, self.family, self.wanted = layers, family, wanted
+    def __init__(
+        self,
+        layers: nn.ModuleList,
+        family: Family,
+        wanted: Mapping[int, set[Signal]],
+        observers: Sequence[Observer],
+        start: tuple[int, Tensor] | None,
+    ):
+        self.layers, self.family, self.wanted, self.start = layers, family, wanted, start
         self.listeners = {layer: [each for each in observers if layer in each.wants()] for layer in wanted}
         self.stop = max(wanted)
         self.batch: Batch | None = None
         self.seen: dict[Signal, Tensor] = {}
 
     def run(self, model: nn.Module, batch: Batch) -> None:
-        self.batch = batch
+        self.batch, self.seen = batch, {}
         try:
             # Padding stands behind the text, where no real token of a causal model sees it: no mask is needed.
             decoder_of(model)(input_ids=batch.input_ids, use_cache=False)
-        except _LastLayerReachedError:
+        except _LastSignalReachedError:
             pass
         finally:
             self.batch = None
 
     def __enter__(self) -> "_Tap":
         with ExitStack() as stack:
-            for index, signals in self.wanted.items():
-                layer = self.layers[index]
-                if "input" in signals:
-                    stack.callback(layer.register_forward_pre_hook(self._keep_input, with_kwargs=True).remove)
-                if "mlp" in signals:
-                    stack.callback(self.family.mlp_of(layer).register_forward_hook(self._keep_mlp).remove)
-                stack.callback(layer.register_forward_hook(self._layer_done(index)).remove)
+            if self.start is not None:
+                first, states = self.start
+                stack.enter_context(passed_by(self.layers[:first]))
+                stack.callback(self.layers[first].register_forward_pre_hook(self._begin_with(states), with_kwargs=True).remove)
+            for layer, signals in self.wanted.items():
+                for signal in signals:
+                    stack.callback(self._hook(layer, signal).remove)
             self.hooks = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.hooks.close()
 
-    def _keep_input(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.seen["input"] = args[0] if args else kwargs["hidden_states"]
-
-    def _keep_mlp(self, _module: nn.Module, _args: Any, output: Any) -> None:
-        self.seen["mlp"] = tensor_of(output)
-
-    def _layer_done(self, index: int) -> Any:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+    def _begin_with(self, states: Tensor) -> Any:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             assert self.batch is not None
-            self.seen["output"] = tensor_of(output)
-            for observer in self.listeners[index]:
-                observer.observe(index, self.seen, self.batch)
-            self.seen = {}
-            if index == self.stop:
-                raise _LastLayerReachedError
+            rows = states[self.batch.tokens].to(self.batch.input_ids.device)
+            if args:
+                return (self.batch.padded(rows), *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": self.batch.padded(rows)}
 
         return hook
+
+    def _hook(self, index: int, signal: Signal) -> Any:
+        layer, family = self.layers[index], self.family
+
+        def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._take(index, signal, args[0] if args else kwargs["hidden_states"])
+
+        def after(_module: nn.Module, _args: Any, output: Any) -> None:
+            self._take(index, signal, tensor_of(output))
+
+        inputs = {
+            "input": lambda: layer,
+            "attention_features": lambda: family.linear_of(layer, "attention_output"),
+            "mlp_features": lambda: family.linear_of(layer, "mlp_output"),
+        }
+        if signal in inputs:
+            return inputs[signal]().register_forward_pre_hook(before, with_kwargs=True)
+        outputs = {"attention": family.attention, "mlp": family.mlp, "output": ""}
+        return layer.get_submodule(outputs[signal]).register_forward_hook(after)
+
+    def _take(self, layer: int, signal: Signal, states: Tensor) -> None:
+        self.seen[signal] = states
+        if len(self.seen) < len(self.wanted[layer]):
+            return
+        seen, self.seen = self.seen, {}
+        assert self.batch is not None
+        for observer in self.listeners[layer]:
+            observer.observe(layer, seen, self.batch)
+        if layer == self.stop:
+            raise _LastSignalReachedError
 
 
 def tensor_of(output: Any) -> Tensor:

@@ -23,6 +23,11 @@ class Block:
         """The kept layer in front of the block, whose MLP takes the transform."""
         return self.start - 1
 
+    @property
+    def layers(self) -> range:
+        """The layers that go."""
+        return range(self.start, self.end)
+
     def __len__(self) -> int:
         return self.end - self.start
 
@@ -37,7 +42,7 @@ class Plan:
     @property
     def removed_layers(self) -> list[int]:
         """Positions of all layers that go."""
-        return [layer for block in self.blocks for layer in range(block.start, block.end)]
+        return [layer for block in self.blocks for layer in block.layers]
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON."""

@@ -1,7 +1,7 @@
-"""Apply edits to a model: fold transforms, drop layers, and renumber whatever counts layers.
+"""Apply edits to a model: fold changes into weights, drop layers, and renumber whatever counts layers.
 
-The fold (ReplaceMe, section 3): with ``M = G Wᵀ + b`` and row vectors, ``M T = G (TᵀW)ᵀ + Tᵀb``, so that
-``W' = TᵀW`` and ``b' = Tᵀb`` compute the transform with no new parameter.
+The fold (ReplaceMe, section 3): with ``y = G Wᵀ + b`` and row vectors, ``y T + G Δᵀ + δ = G (TᵀW + Δ)ᵀ + Tᵀb + δ``, so that
+``W' = TᵀW + Δ`` and ``b' = Tᵀb + δ`` compute the change with no new parameter.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from replaceme.edits import Edits
+from replaceme.edits import Change, Edits
 from replaceme.families import Family
 
 
@@ -23,8 +23,8 @@ def apply_edits(model: Any, family: Family, edits: Edits) -> None:
         edits: what to change.
     """
     layers = family.decoder_layers(model)
-    for layer, transform in edits.transforms.items():
-        fold(family.mlp_output_of(layers[layer]), transform)
+    for (layer, linear), change in edits.changes().items():
+        fold(family.linear_of(layers[layer], linear), change)
     kept = [layer for index, layer in enumerate(layers) if index not in set(edits.removed_layers)]
     model.set_submodule(family.layers, nn.ModuleList(kept))
     renumber(kept)
@@ -32,13 +32,22 @@ def apply_edits(model: Any, family: Family, edits: Edits) -> None:
 
 
 @torch.no_grad()
-def fold(linear: nn.Module, transform: Tensor) -> None:
-    """Fold T (d, d) into a linear (weight d × f), in float64; the weights keep their dtype."""
+def fold(linear: nn.Module, change: Change) -> None:
+    """Fold a change into a linear, in float64; the weights keep their dtype."""
     weight, bias = linear.get_parameter("weight"), getattr(linear, "bias", None)
-    transform = transform.to(weight.device, torch.float64)
-    weight.copy_(transform.T @ weight.double())
+    weight.copy_(folded(weight, change.transform, change.weight))
     if bias is not None:
-        bias.copy_(transform.T @ bias.double())
+        bias.copy_(folded(bias, change.transform, change.bias))
+    else:
+        assert change.bias is None
+
+
+def folded(original: Tensor, transform: Tensor | None, addition: Tensor | None) -> Tensor:
+    """Return ``Tᵀ original + addition`` (float64), of a weight (d, inputs) or a bias (d,)."""
+    exact = original.double()
+    if transform is not None:
+        exact = transform.to(exact).T @ exact
+    return exact if addition is None else exact + addition.to(exact)
 
 
 def renumber(layers: Sequence[nn.Module]) -> None:

@@ -1,9 +1,9 @@
 """Prove that the exported folder computes what was solved for.
 
 The folder is reloaded as any user would load it. Every weight that no edit names must be the original's, bit for bit, and a
-folded one the exact fold but for its last bit. The computation is compared with the dense model's, unfused: its own
-weights, ``M T`` in place of the host's ``M`` by a hook, and the removed layers bypassed; hidden states behind each host and
-logits must agree up to the rounding of the stored weights. Generation with the KV cache must equal generation without.
+folded one the exact fold but for its last bit. The computation is compared with the dense model's under the edits, unfused
+(``replaceme.unfused``): hidden states behind each host and logits must agree up to the rounding of the stored weights.
+Generation with the KV cache must equal generation without.
 """
 
 from collections.abc import Callable
@@ -18,9 +18,11 @@ from transformers import GenerationConfig
 from replaceme.documents import Documents
 from replaceme.edits import Edits
 from replaceme.errors import VerificationError
-from replaceme.families import Family
+from replaceme.families import Family, Linear
 from replaceme.forward import tensor_of
 from replaceme.models import Model
+from replaceme.surgery import folded
+from replaceme.unfused import unfused
 
 DOCUMENTS, TOKENS, GENERATED = 2, 256, 16
 # Mean over tokens of the relative error of the state at the cut: rounding of the stored weights, with room for
@@ -75,23 +77,25 @@ def verify_export(dense: Model, pruned: Model, edits: Edits, documents: Document
 
 
 def wrong_weights(dense: Any, pruned: Any, family: Family, edits: Edits) -> list[str]:
-    """Return the names of weights that are neither the original's nor, in a host, the original's fold."""
+    """Return the names of weights that are neither the original's nor, where they are edited, the original's fold."""
     kept = [layer for layer in range(len(family.decoder_layers(dense))) if layer not in set(edits.removed_layers)]
-    originals = dict(dense.named_parameters())
+    originals, changes = dict(dense.named_parameters()), edits.changes()
+    linears: dict[str, Linear] = {family.attention_output: "attention_output", family.mlp_output: "mlp_output"}
     prefix, wrong = f"{family.layers}.", []
     for name, weight in pruned.named_parameters():
-        original, transform = name, None
+        original, change = name, None
         if name.startswith(prefix):
             position, _, rest = name.removeprefix(prefix).partition(".")
             layer = kept[int(position)]
             original = f"{prefix}{layer}.{rest}"
-            if rest.startswith(f"{family.mlp_output}."):
-                transform = edits.transforms.get(layer)
+            module, _, part = rest.rpartition(".")
+            if module in linears:
+                change = changes.get((layer, linears[module]))
         expected = originals[original]
-        if transform is None:
+        if change is None:
             right = torch.equal(weight, expected)
         else:
-            exact = transform.T @ expected.double()
+            exact = folded(expected, change.transform, getattr(change, part))
             # One step of the stored format: relative to the weight, and absolute where it is subnormal.
             limits = torch.finfo(weight.dtype)
             step = limits.eps * exact.abs().clamp_min(limits.smallest_normal)
@@ -145,36 +149,20 @@ def _hosts(edits: Edits, layers: int) -> list[int]:
 
 @torch.inference_mode()
 def _states(
-    model: Any, family: Family, observed: list[int], documents: Documents, unfused: Edits | None
+    model: Any, family: Family, observed: list[int], documents: Documents, edits: Edits | None
 ) -> tuple[dict[int, Tensor], Tensor]:
     """Return the states behind the observed layers, (tokens, d) each, and the last position's logits of each document."""
     layers = family.decoder_layers(model)
     states: dict[int, list[Tensor]] = {layer: [] for layer in observed}
     logits = []
     with ExitStack() as hooks:
-        if unfused:
-            for layer, transform in unfused.transforms.items():
-                hooks.callback(family.mlp_of(layers[layer]).register_forward_hook(_transforming(transform)).remove)
-            for layer in unfused.removed_layers:
-                hooks.callback(layers[layer].register_forward_hook(_bypass, with_kwargs=True).remove)
+        if edits:
+            hooks.enter_context(unfused(model, family, edits))
         for layer in observed:
             hooks.callback(layers[layer].register_forward_hook(_keeping(states[layer])).remove)
         for document in documents.documents:
             logits.append(model(document[None], use_cache=False, logits_to_keep=1).logits[0])
     return {layer: torch.cat(parts) for layer, parts in states.items()}, torch.cat(logits)
-
-
-def _transforming(transform: Tensor) -> Callable[..., Tensor]:
-    def hook(_module: nn.Module, _args: Any, output: Any) -> Tensor:
-        added = tensor_of(output)
-        return (added.double() @ transform).to(added.dtype)
-
-    return hook
-
-
-def _bypass(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    unchanged = args[0] if args else kwargs["hidden_states"]
-    return unchanged if isinstance(output, Tensor) else (unchanged, *output[1:])
 
 
 def _keeping(kept: list[Tensor]) -> Callable[..., None]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from replaceme import cut_loss, residuals
-from replaceme.cut_loss import cut_losses, shortened
+from replaceme.cut_loss import cut_losses
 from replaceme.documents import Documents
 from replaceme.errors import ParameterError, ResourceError
 from replaceme.families import FAMILIES, PRE_NORM
@@ -127,14 +127,6 @@ def test_the_loss_of_a_cut_is_that_of_the_model_with_its_fold(family: str, monke
             total -= sum(float(likelihood[place, document[place + 1]]) for place in range(len(document) - 1))
             count += len(document) - 1
         assert found == pytest.approx(total / count, rel=1e-3)
-
-
-def test_a_shortened_model_is_whole_again_afterwards() -> None:
-    model, ids = made_model(), torch.arange(2, 30)[None]
-    before = model(ids).logits
-    with shortened(model, PRE_NORM, Block(2, 4), torch.zeros(WIDTH, WIDTH)):
-        assert not torch.allclose(model(ids).logits, before)
-    assert torch.equal(model(ids).logits, before)
 
 
 def test_the_loss_needs_documents_to_hold_out() -> None:

@@ -11,12 +11,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from replaceme.documents import Documents
-from replaceme.edits import Edits
+from replaceme.edits import Change, Edits
 from replaceme.errors import ModelError, VerificationError
 from replaceme.export import save_pruned
-from replaceme.families import FAMILIES, REFUSED, family_of
+from replaceme.families import FAMILIES, REFUSED, Linear, family_of
 from replaceme.models import Model
 from replaceme.surgery import apply_edits, cut_config, fold
+from replaceme.unfused import unfused
 from replaceme.verification import cache_error, verify_export, wrong_weights
 from tests.conftest import FAMILY_CONFIGS, LAYERS, WIDTH, made_model
 
@@ -30,6 +31,28 @@ def made_transform(seed: int = 0) -> torch.Tensor:
 
 def edits_for(start: int, length: int) -> Edits:
     return Edits("test", list(range(start, start + length)), {start - 1: made_transform()})
+
+
+def corrected_for(start: int, length: int, model: Any) -> Edits:
+    """Return edits that also correct both linears of the host, and of the first layer behind the cut."""
+    edits, generator = edits_for(start, length), torch.Generator().manual_seed(1)
+    for layer in {start - 1, min(start + length, LAYERS - 1)} - {*edits.removed_layers}:
+        linears: dict[Linear, Any] = {
+            "attention_output": model.model.layers[layer].self_attn.o_proj,
+            "mlp_output": model.model.layers[layer].mlp.down_proj,
+        }
+        for linear, module in linears.items():
+            weight = 0.1 * torch.randn(module.weight.shape, generator=generator)
+            bias = None if module.bias is None else 0.1 * torch.randn(module.bias.shape, generator=generator)
+            edits.correct(layer, linear, weight, bias)
+    return edits
+
+
+def corrected(added: torch.Tensor, features: torch.Tensor, edits: Edits, layer: int, linear: Linear) -> torch.Tensor:
+    weight, bias = edits.corrections.get((layer, linear), (None, None))
+    if weight is not None:
+        added = added + features @ weight.T.to(added.dtype)
+    return added if bias is None else added + bias.to(added.dtype)
 
 
 @torch.no_grad()
@@ -48,14 +71,18 @@ def unfused_logits(model: Any, edits: Edits) -> torch.Tensor:
         )
         distance = positions[0][:, None] - positions[0]
         visible = (distance >= 0) & (distance < (window or TEXT.shape[1]))
-        middle = (
-            states
-            + layer.self_attn(layer.input_layernorm(states), position_embeddings=rotary, attention_mask=visible[None, None])[0]
-        )
-        added = layer.mlp(layer.post_attention_layernorm(middle))
+        features: list[torch.Tensor] = []
+        modules = layer.self_attn.o_proj, layer.mlp.down_proj
+        hooks = [module.register_forward_pre_hook(lambda _, args, kept=features: kept.append(args[0])) for module in modules]
+        inner = layer.input_layernorm(states)
+        added = layer.self_attn(inner, position_embeddings=rotary, attention_mask=visible[None, None])[0]
+        states = states + corrected(added, features[0], edits, index, "attention_output")
+        added = layer.mlp(layer.post_attention_layernorm(states))
         if index in edits.transforms:
             added = (added.double() @ edits.transforms[index]).to(added.dtype)
-        states = middle + added
+        states = states + corrected(added, features[1], edits, index, "mlp_output")
+        for hook in hooks:
+            hook.remove()
     return model.lm_head(base.norm(states))
 
 
@@ -66,12 +93,16 @@ def test_folded_model_equals_unfused_computation_for_every_start(
     family: str, length: int, dtype: torch.dtype, tolerance: float
 ) -> None:
     for start in range(1, LAYERS - length + 1):
-        model, edits = made_model(family, dtype), edits_for(start, length)
+        model = made_model(family, dtype)
+        edits = corrected_for(start, length, model)
         expected = unfused_logits(model, edits)
+        with torch.no_grad(), unfused(model, FAMILIES[family], edits):
+            hooked = model(TEXT, use_cache=False).logits
         apply_edits(model, FAMILIES[family], edits)
         with torch.no_grad():
             found = model(TEXT, use_cache=False).logits
-        assert (found - expected).norm() / expected.norm() < tolerance, f"start {start}"
+        for logits in (hooked, found):
+            assert (logits - expected).norm() / expected.norm() < tolerance, f"start {start}"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -104,14 +135,36 @@ def test_fold_transforms_the_output_of_a_biased_linear() -> None:
     linear, transform = nn.Linear(7, WIDTH, dtype=torch.float64), made_transform()
     inputs = torch.randn(5, 7, dtype=torch.float64)
     expected = linear(inputs) @ transform
-    fold(linear, transform)
+    fold(linear, Change(transform))
     assert torch.allclose(linear(inputs), expected, rtol=1e-12)
+
+
+def test_a_model_computes_with_edits_for_a_while_and_is_whole_again_afterwards() -> None:
+    model = made_model()
+    before = model(TEXT).logits
+    with unfused(model, FAMILIES["llama"], corrected_for(2, 2, model)):
+        assert not torch.allclose(model(TEXT).logits, before)
+    assert torch.equal(model(TEXT).logits, before)
+
+
+def test_edits_are_read_as_they_were_saved_and_corrections_add_up(tmp_path: Path) -> None:
+    edits = corrected_for(2, 2, made_model())
+    edits.correct(1, "mlp_output", torch.ones(WIDTH, 48))
+    edits.correct(0, "attention_output", torch.ones(WIDTH, WIDTH), torch.ones(WIDTH))
+    edits.save(tmp_path)
+    found, whole = Edits.load(tmp_path), corrected_for(2, 2, made_model()).corrections[1, "mlp_output"]
+    assert (found.title, found.removed_layers, found.changes().keys()) == ("test", [2, 3], edits.changes().keys())
+    assert torch.equal(found.transforms[1], made_transform())
+    assert torch.equal(found.corrections[1, "mlp_output"][0], whole[0] + 1)
+    assert whole[1] is not None
+    assert torch.equal(found.changes()[1, "mlp_output"].bias, whole[1])  # type: ignore[arg-type]
+    assert torch.equal(found.corrections[0, "attention_output"][0], torch.ones(WIDTH, WIDTH))
 
 
 def test_identity_transform_changes_no_bit() -> None:
     linear = nn.Linear(7, WIDTH, dtype=torch.bfloat16)
     before = linear.weight.clone()
-    fold(linear, torch.eye(WIDTH, dtype=torch.float64))
+    fold(linear, Change(torch.eye(WIDTH, dtype=torch.float64)))
     assert torch.equal(linear.weight, before)
 
 
@@ -164,7 +217,8 @@ def test_every_described_family_is_tested() -> None:
 def test_verification_passes_an_honest_export(
     save_tiny: Callable[..., Model], tmp_path: Path, documents: Documents, dtype: torch.dtype
 ) -> None:
-    source, edits = save_tiny(dtype=dtype), edits_for(2, 2)
+    source = save_tiny(dtype=dtype)
+    edits = corrected_for(2, 2, source.load())
     save_pruned(source, edits, tmp_path)
     figures = verify_export(source, Model(tmp_path, "pruned"), edits, documents)
     assert 0 < figures["hidden_error_mean"] < figures["tolerance"]
@@ -176,6 +230,10 @@ def test_verification_passes_an_honest_export(
         (Edits("test", [2, 3], {1: made_transform(1)}), "layers.1.mlp.down_proj.weight is not what"),  # another transform
         (Edits("test", [2, 3], {}), "layers.1.mlp.down_proj.weight is not what"),  # the transform left out
         (Edits("test", [2, 4], {1: made_transform()}), "is not what the original and the edits make"),  # another layer
+        (
+            Edits("test", [2, 3], {1: made_transform()}, {(4, "attention_output"): (torch.ones(WIDTH, WIDTH), None)}),
+            "layers.2.self_attn.o_proj.weight is not what",
+        ),  # a correction that nobody wanted
     ],
 )
 def test_verification_fails_a_wrong_export(

@@ -1,0 +1,72 @@
+"""Compute with a model's own weights what it would compute with its edits: the reference of every fold, and a way to look at
+a shortened model before any weight is changed.
+
+A hook on each edited linear makes ``y T + G Δᵀ + δ`` of its output ``y`` and its input ``G``; removed layers pass their input
+on.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from replaceme.edits import Change, Edits
+from replaceme.families import Family
+
+
+@contextmanager
+def unfused(model: nn.Module, family: Family, edits: Edits) -> Iterator[None]:
+    """Let a model with its original weights compute, for a while, what the edits make of it."""
+    layers = family.decoder_layers(model)
+    with ExitStack() as stack:
+        for index, layer in enumerate(layers):
+            stack.enter_context(edited_layer(layer, family, edits, index))
+        stack.enter_context(passed_by(layers[index] for index in edits.removed_layers))
+        yield
+
+
+@contextmanager
+def edited_layer(layer: nn.Module, family: Family, edits: Edits, index: int) -> Iterator[None]:
+    """Let one layer compute, for a while, with its edits."""
+    with ExitStack() as stack:
+        for (position, linear), change in edits.changes().items():
+            if position == index:
+                stack.callback(family.linear_of(layer, linear).register_forward_hook(_hook(change)).remove)
+        yield
+
+
+@contextmanager
+def passed_by(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Let layers, for a while, pass their input on and compute nothing."""
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(mock.patch.object(layer, "forward", _pass_on))
+        yield
+
+
+def _pass_on(hidden_states: Tensor, *_arguments: Any, **_options: Any) -> Tensor:
+    return hidden_states
+
+
+def _hook(change: Change) -> Any:
+    moved: dict[tuple[torch.device, torch.dtype], Change] = {}
+
+    def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        dtype = torch.promote_types(output.dtype, torch.float32)
+        key = output.device, dtype
+        if key not in moved:
+            parts = (None if part is None else part.to(*key) for part in (change.transform, change.weight, change.bias))
+            moved[key] = Change(*parts)
+        here, changed = moved[key], output.to(dtype)
+        if here.transform is not None:
+            changed = changed @ here.transform
+        if here.weight is not None:
+            changed = changed + args[0].to(dtype) @ here.weight.T
+        if here.bias is not None:
+            changed = changed + here.bias
+        return changed.to(output.dtype)
+
+    return hook

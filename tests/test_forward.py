@@ -1,0 +1,84 @@
+"""What a walk hands on, against plain hooks and the whole model."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from replaceme.documents import Batch, Documents
+from replaceme.families import FAMILIES, PRE_NORM
+from replaceme.forward import Signal, Signals, ask, walk
+from tests.conftest import LAYERS, made_model
+
+SIGNALS: tuple[Signal, ...] = ("input", "attention_features", "attention", "mlp_features", "mlp", "output")
+
+
+class Keep:
+    """Observer that keeps the real tokens of what it wants."""
+
+    def __init__(self, wanted: Mapping[int, frozenset[Signal]]):
+        self.wanted = wanted
+        self.kept: dict[tuple[int, Signal], list[Tensor]] = {}
+
+    def wants(self) -> Mapping[int, frozenset[Signal]]:
+        return self.wanted
+
+    def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
+        for signal in self.wanted[layer]:
+            self.kept.setdefault((layer, signal), []).append(batch.real(signals[signal]).clone())
+
+    def all(self, layer: int, signal: Signal) -> Tensor:
+        return torch.cat(self.kept[layer, signal])
+
+
+def count_calls(module: Any) -> list[int]:
+    calls: list[int] = []
+    module.register_forward_hook(lambda *_: calls.append(1))
+    return calls
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_signals_are_what_passes_in_the_layer(family: str, documents: Documents) -> None:
+    model, keep = made_model(family), Keep(ask([2, 4], *SIGNALS))
+    walk(model, FAMILIES[family], documents, [keep], batch_size=4, description="test")
+    for layer in (2, 4):
+        part = model.model.layers[layer]
+        close: Callable[[Tensor, Tensor], bool] = lambda a, b: torch.allclose(a, b, rtol=1e-4, atol=1e-4)  # noqa: E731
+        assert close(part.self_attn.o_proj(keep.all(layer, "attention_features")), keep.all(layer, "attention"))
+        assert close(part.mlp.down_proj(keep.all(layer, "mlp_features")), keep.all(layer, "mlp"))
+        middle = keep.all(layer, "input") + keep.all(layer, "attention")
+        assert close(part.mlp(part.post_attention_layernorm(middle)), keep.all(layer, "mlp"))
+        assert close(middle + keep.all(layer, "mlp"), keep.all(layer, "output"))
+
+
+@pytest.mark.parametrize(
+    ("signal", "computed"), [("input", 0), ("attention_features", 0), ("attention", 1), ("mlp_features", 1), ("output", 1)]
+)
+def test_a_walk_ends_at_the_last_signal_that_is_wanted(signal: Signal, computed: int, documents: Documents) -> None:
+    model = made_model()
+    output, later = count_calls(model.model.layers[3].self_attn.o_proj), count_calls(model.model.layers[4])
+    head, last = count_calls(model.lm_head), count_calls(model.model.layers[3].mlp.down_proj)
+    walk(model, PRE_NORM, documents, [Keep(ask([3], signal))], batch_size=len(documents), description="test")
+    assert (len(output), len(last), len(later), len(head)) == (computed, signal == "output", 0, 0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_walk_that_begins_at_a_later_layer_goes_on_where_another_ended(family: str, documents: Documents) -> None:
+    model, whole = made_model(family), Keep(ask([2, LAYERS - 1], "output"))
+    walk(model, FAMILIES[family], documents, [whole], batch_size=4, description="test")
+    rest, calls = Keep(ask([LAYERS - 1], "output")), count_calls(model.model.layers[0].mlp)
+    start = (3, whole.all(2, "output"))
+    walk(model, FAMILIES[family], documents, [rest], batch_size=4, description=None, start=start)
+    assert torch.allclose(rest.all(LAYERS - 1, "output"), whole.all(LAYERS - 1, "output"), rtol=1e-5, atol=1e-5)
+    assert not calls
+
+
+def test_the_padding_of_a_batch_is_put_back_where_it_was(documents: Documents) -> None:
+    for batch in documents.batches(4):
+        states = torch.randn(*batch.input_ids.shape, 5)
+        padded = batch.padded(batch.real(states))
+        assert torch.equal(batch.real(padded), batch.real(states))
+        assert not padded[~batch.mask].any()
+        assert len(batch.real(states)) == len(range(10_000)[batch.tokens])
