@@ -11,7 +11,8 @@ from replaceme.params import Params
 SETTINGS = (
     "method", "revision", "use_4bit", "dataset", "dataset_config", "dataset_split", "dataset_column", "dataset_revision",
     "dataset_size", "max_length", "pack", "seed", "batch_size", "dtype", "selection", "layers_to_skip", "min_distance_layer",
-    "max_distance_layer", "transform", "alpha",
+    "max_distance_layer", "num_A", "merge_consecutive", "transform", "alpha", "refit_ridge", "repair", "repair_ridge_attention",
+    "repair_ridge_mlp",
 )  # fmt: skip
 
 

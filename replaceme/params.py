@@ -73,11 +73,28 @@ class Params(BaseModel):
     merge_consecutive: bool = Field(True, description="Merge adjacent blocks into one; matters for num_A above 1.")
 
     transform: Literal["dense", "diagonal", "two_vectors", "triangular", "refit", "joint"] = Field(
-        "dense", description="What takes the block's place: a linear map on the host's MLP output (d × d)."
+        "dense",
+        description="What takes the block's place: a linear map on the host's MLP output (d × d); or refit, which solves for "
+        "all weights of the linear that ends the host's MLP, or joint, for those of its attention's output projection too.",
     )
     alpha: float = Field(
         0.0, ge=0, allow_inf_nan=False, description="Ridge of the least squares, in units of MᵀM (a sum over tokens)."
     )
+
+    refit_ridge: float = Field(
+        0.3, gt=0, allow_inf_nan=False,
+        description="Ridge of transform refit and joint toward the linear map's fold, relative to each feature's own squares.",
+    )  # fmt: skip
+    repair: bool = Field(
+        False, description="Re-solve the last linears of each kept layer behind the cut, toward the original model's states."
+    )
+    repair_ridge_attention: float = Field(
+        0.3, gt=0, allow_inf_nan=False,
+        description="Ridge of the repaired attention output projections, relative to each feature's own squares.",
+    )  # fmt: skip
+    repair_ridge_mlp: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="Ridge of the repaired MLP outputs, relative to each feature's own squares."
+    )  # fmt: skip
 
     tasks: tuple[Task, ...] = Field(
         (Task("wikipedia"), Task("wikipedia_last_word"), Task("wikipedia_continuation")),
@@ -201,6 +218,7 @@ def _sentence(problem: ErrorDetails) -> str:
         "string_type": "a text",
         "string_too_short": "a text that isn't empty",
         "string_pattern_mismatch": "auto, cpu, cuda or cuda:N",
+        "greater_than": f"above {limits.get('gt', 0):g}",
         "greater_than_equal": f"at least {limits.get('ge', 0):g}",
         "less_than_equal": f"at most {limits.get('le', 0):g}",
         "literal_error": str(limits.get("expected")),
@@ -212,9 +230,6 @@ def _sentence(problem: ErrorDetails) -> str:
 def _not_built(raw: Mapping[str, Any], methods: Iterable[str] | None) -> list[str]:
     """Features that the published key names promise and that this version doesn't have are refused by name."""
     problems = []
-    blocks = raw.get("num_A", 1)
-    if isinstance(blocks, int) and blocks > 1:
-        problems.append(f"num_A: several blocks ({blocks}) are not built yet; use 1.")
     method = raw.get("method", "lstsq")
     if methods is not None and isinstance(method, str) and method not in set(methods):
         known = sorted(methods)

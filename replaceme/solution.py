@@ -1,6 +1,7 @@
 """The solve stage: from statistics to edits, by the method's own solver."""
 
 import math
+from dataclasses import replace
 
 from safetensors.torch import load_file
 from torch import Tensor
@@ -22,8 +23,10 @@ def solve(params: Params, work: Workspace) -> None:
     def statistic(name: str, block: int) -> dict[str, Tensor]:
         return load_file(work.statistics / f"{name}-{block}.safetensors")
 
-    solved = METHODS[params.method].solve(params, plan, statistic)
-    removed = len(solved.edits.removed_layers)
+    # Later blocks are solved in the repair stage.
+    solved = METHODS[params.method].solve(params, replace(plan, blocks=plan.blocks[:1]), statistic)
+    solved.edits.removed_layers = plan.removed_layers
+    removed = len(plan.removed_layers)
     with new_folder(work.solution) as folder:
         solved.edits.save(folder)
         write_text(folder / "residuals.csv", _ridge_table(solved.ridge_path))

@@ -73,15 +73,28 @@ STEPS: Mapping[str, Step] = {
     "profile": Step(profile, PASS, ("model_input", "documents"), "profile"),
     "select": Step(
         select,
-        ("method", "selection", "layers_to_skip", "min_distance_layer", "max_distance_layer", *PASS),
+        (
+            "method", "selection", "layers_to_skip", "min_distance_layer", "max_distance_layer", "num_A", "merge_consecutive",
+            *PASS,
+        ),
         ("profile", "model_input", "documents"),
         "blocks",
         ("select",),
     ),
     "plan": Step(plan, ("method", "transform"), ("blocks",), "plan"),
     "activations": Step(observe_activations, PASS, ("model_input", "documents", "plan"), "statistics"),
-    "solve": Step(solve, ("method", "transform", "alpha", "threads"), ("plan", "statistics"), "solution", ("solve",)),
-    "repair": Step(repair, (), ("solution",), "edits"),
+    "solve": Step(
+        solve, ("method", "transform", "alpha", "refit_ridge", "threads"), ("plan", "statistics"), "solution", ("solve",)
+    ),
+    "repair": Step(
+        repair,
+        (
+            "method", "transform", "alpha", "refit_ridge", "repair", "repair_ridge_attention", "repair_ridge_mlp", *PASS,
+        ),
+        ("model_input", "documents", "plan", "solution"),
+        "edits",
+        ("repair",),
+    ),
     "export": Step(
         export,
         ("model_path", "trust_remote_code", "threads", *SETTINGS),

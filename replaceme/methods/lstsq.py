@@ -1,4 +1,5 @@
-"""ReplaceMe with least squares (arXiv 2505.02819, section 3): one ridge regression a block, in closed form."""
+"""ReplaceMe with least squares (arXiv 2505.02819, section 3), in closed form: one ridge regression a block; or one over all
+weights of the host's last linears (``replaceme.refit``)."""
 
 import math
 from typing import Any
@@ -12,13 +13,18 @@ from replaceme.methods.method import Method, Solved, Statistics
 from replaceme.params import Params
 from replaceme.plan import Plan
 from replaceme.progress import logger
+from replaceme.refit import refit
 from replaceme.solver import RidgeSolution, solve_ridge
 
 RIDGES = 33
+# The transforms that solve for more than a map, with the statistic that they want.
+FEATURES = {"refit": "mlp_features", "joint": "features"}
 
 
 def solve(params: Params, plan: Plan, statistics: Statistics) -> Solved:
     """Return the removal with one transform a block, and how well each fits."""
+    if params.transform in FEATURES:
+        return _refit(params, plan, statistics)
     solved = Solved(Edits("ReplaceMe (least squares)", plan.removed_layers))
     for number, block in enumerate(plan.blocks):
         sums, sample = statistics("gram", number), statistics("sample", number)
@@ -32,6 +38,24 @@ def solve(params: Params, plan: Plan, statistics: Statistics) -> Solved:
             block.host, fit["tokens"], fit["relative_residual"], fit["relative_residual_removed"], fit["mean_cosine"],
         )  # fmt: skip
     return solved
+
+
+def _refit(params: Params, plan: Plan, statistics: Statistics) -> Solved:
+    solved = Solved(Edits(f"least squares over the host's last weights ({params.transform})", plan.removed_layers))
+    for number, block in enumerate(plan.blocks):
+        sums = statistics(FEATURES[params.transform], number)
+        fit = refit(solved.edits, block.host, sums, params.alpha, params.refit_ridge)
+        solved.figures |= fit if len(plan.blocks) == 1 else {f"block{number}": fit}
+        logger.info(
+            "solve: host %d, %d tokens, weighted residual %.4f (%.4f with a transform alone, %.4f with nothing)",
+            block.host, fit["tokens"], fit["weighted_residual"], fit["weighted_residual_transform"],
+            fit["weighted_residual_removed"],
+        )  # fmt: skip
+    return solved
+
+
+def _statistics(params: Params) -> tuple[str, ...]:
+    return (FEATURES[params.transform],) if params.transform in FEATURES else ("gram", "sample")
 
 
 def _quality(solution: RidgeSolution, sums: Any, sample: Any, alpha: float) -> dict[str, Any]:
@@ -68,4 +92,4 @@ def _mean_cosine(a: Tensor, b: Tensor) -> float:
     return float(cosine_similarity(a.double(), b.double(), dim=-1).mean())
 
 
-METHOD = Method(fits=True, statistics=lambda params: ("gram", "sample"), solve=solve)
+METHOD = Method(fits=True, statistics=_statistics, solve=solve)
