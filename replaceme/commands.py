@@ -149,7 +149,7 @@ def _scores_file(params: Params, name: str) -> Path:
 
 def _analyse(params: Params) -> None:
     work = _claim(params, "distances")
-    single = params.model_copy(update={"layers_to_skip": 1})
+    single = params.model_copy(update={"layers_to_skip": 1, "num_A": 1})
     inspect_inputs(single, work)
     run_steps(params, work, ["calibrate", "profile"])
     _deliver(work, work.profile)
@@ -157,7 +157,7 @@ def _analyse(params: Params) -> None:
     criteria = {"angular distance": content["angular_distance"], "residual": content["residual"]}
     rows = [("layers to skip", *(head for name in criteria for head in ("host", "removed", name)))]
     for skip in range(1, len(allowed_starts(single, layers := len(content["residual"]))) + 1):
-        starts = allowed_starts(params.model_copy(update={"layers_to_skip": skip}), layers)
+        starts = allowed_starts(single.model_copy(update={"layers_to_skip": skip}), layers)
         row = [str(skip)]
         for values in criteria.values():
             (block,) = smallest(values, starts, skip)

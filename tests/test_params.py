@@ -37,7 +37,8 @@ def problems_of(tmp_path: Path, text: str) -> str:
         ("model_path: null", "model_path: must be a text, not null"),
         ("method: lstq", "method: 'lstq' is not a method (did you mean 'lstsq'?); use one of lstsq, uidl"),
         ("method: cosine", "method: 'cosine' is not built yet"),
-        ("num_A: 2", "num_A: several blocks (2) are not built yet"),
+        ("num_A: 0", "num_A: must be at least 1, not 0"),
+        ("refit_ridge: 0", "refit_ridge: must be above 0, not 0"),
         ("diag: true", "diag: transforms with this structure are not built yet"),
         (
             "tasks: {winogrande: {fewshots: many}}",
@@ -71,7 +72,7 @@ def test_each_mistake_is_named_in_one_sentence(tmp_path: Path, text: str, said: 
 
 
 def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
-    message = problems_of(tmp_path, "alpha: x\nbatch_size: 0\nfoo: 1\nmethod: foo\nnum_A: 3")
+    message = problems_of(tmp_path, "alpha: x\nbatch_size: 0\nfoo: 1\nmethod: foo\nnum_A: 0")
     assert sorted(line.split(": ")[1] for line in message.splitlines()) == ["alpha", "batch_size", "foo", "method", "num_A"]
 
 
