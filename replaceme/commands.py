@@ -75,12 +75,12 @@ def _prune(params: Params) -> None:
     suffix = f"{params.method}-{params.layers_to_skip}"
     work = _claim(params, f"{suffix}-transform" if params.save_transform_only else suffix)
     inspect_inputs(params, work)
-    run_steps(params, work, ["calibrate", "profile", "select", "plan", "activations", "solve"])
+    run_steps(params, work, ["calibrate", "profile", "select", "plan", "activations", "solve", "repair"])
     if params.save_transform_only:
-        _deliver(work, work.solution)
+        _deliver(work, work.edits)
         logger.info("only the transform was saved, to %s (edits.safetensors); no model was written", work.model)
         return
-    run_steps(params, work, ["repair", "export"])
+    run_steps(params, work, ["export"])
     _record(work)
     logger.info("the pruned model is in %s, its figures in %s", work.model, work.root / "metrics")
     if not params.tasks:

@@ -59,14 +59,13 @@ def repair(params: Params, work: Workspace) -> None:
     repairs: list[Repair] = []
     figures: dict[str, Any] = {}
     with new_folder(work.edits) as folder:
+        shutil.copytree(work.solution, folder, dirs_exist_ok=True)
         if params.repair or len(plan.blocks) > 1 or params.transform == "joint":
             source = recorded_model(params, work.model_input)
             model = source.load(params.dtype, resolve_device(params.device), params.use_4bit)
             mender = Mender(params, model, source.family(), Documents.load(work.documents), edits, plan)
             repairs, figures = mender.run(work.edits.parent)
             edits.save(folder)
-        else:
-            shutil.copytree(work.solution, folder, dirs_exist_ok=True)
         write_text(folder / "repairs.csv", _table(repairs))
     figures["corrected_linears"] = len(repairs)
     if repairs:
