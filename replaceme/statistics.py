@@ -7,7 +7,8 @@ For a block with host ``i`` and end ``e`` (ReplaceMe, section 3; rows are real t
 
 ``gram`` keeps ``MᵀM``, ``MᵀY`` and three sums of squares: all that least squares needs, d × d whatever the number of
 tokens, and additive over disjoint documents. ``sample`` keeps a few evenly spaced tokens, for figures that are not sums
-of squares. A statistic is an observer with a ``tensors`` method and one line in ``STATISTICS``.
+of squares. ``tokens`` keeps every token on disk, for losses that no sum can stand for. A statistic is an observer with a
+``tensors`` method and one line in ``STATISTICS``.
 """
 
 import tempfile
@@ -29,6 +30,7 @@ from replaceme.models import recorded_model
 from replaceme.params import Params
 from replaceme.plan import Block, Plan
 from replaceme.progress import logger
+from replaceme.token_shards import ShardWriter
 from replaceme.workspace import Workspace
 
 SAMPLED_TOKENS = 2048
@@ -111,6 +113,25 @@ class Sample(AtCut):
         return {name: torch.cat(parts) for name, parts in self.kept.items()}
 
 
+class TokenDump(AtCut):
+    """Every token's M and Y, or in the accurate form its M, h_host and H, in shards; the result says how many each holds."""
+
+    def __init__(self, place: "Place", accurate: bool):
+        super().__init__(place.block)
+        self.accurate = accurate
+        names = ("added", "left", "target") if accurate else ("added", "goal")
+        self.shards = ShardWriter(place.folder, place.number, names, place.documents.token_count)
+
+    def take(self, added: Tensor, left: Tensor, target: Tensor, batch: Batch) -> None:
+        if self.accurate:
+            self.shards.add(added, left, target)
+        else:
+            self.shards.add(added, target.float() - left.float() + added.float())
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"counts": self.shards.finish()}
+
+
 @dataclass(frozen=True)
 class Place:
     """Where and of what a statistic is taken.
@@ -121,6 +142,7 @@ class Place:
         family: where its parts are.
         documents: what is walked.
         folder: where results too large for memory may be written; they stay with the other statistics.
+        number: the block's, in the plan's order.
     """
 
     block: Block
@@ -128,11 +150,14 @@ class Place:
     family: Family
     documents: Documents
     folder: Path
+    number: int
 
 
 STATISTICS: dict[str, Callable[[Place], Statistic]] = {
     "gram": lambda place: Gram(place.block),
     "sample": lambda place: Sample(place.block, place.documents.token_count),
+    "tokens": lambda place: TokenDump(place, accurate=False),
+    "tokens_accurate": lambda place: TokenDump(place, accurate=True),
 }
 
 
@@ -171,7 +196,7 @@ def take_statistics(
     layers = family.decoder_layers(model)
     folder = folder or Path(tempfile.gettempdir())
     observers: dict[str, Statistic] = {
-        f"{name}-{number}": STATISTICS[name](Place(block, layers[block.host], family, documents, folder))
+        f"{name}-{number}": STATISTICS[name](Place(block, layers[block.host], family, documents, folder, number))
         for number, block in enumerate(plan.blocks)
         for name in plan.statistics
     }
