@@ -21,14 +21,19 @@ from torch import Tensor
 from replaceme.objectives import Problem
 from replaceme.progress import logger, progress
 
-# Standstill: the relative change of the objective over one of Adam's epochs, and over WINDOW iterations of the others.
-EPOCH_CHANGE, WINDOW_CHANGE, WINDOW = 1e-5, 1e-7, 10
+# Standstill: the relative gain over so many of Adam's epochs, and over so many iterations of the others.
+EPOCHS, EPOCHS_GAIN = 3, 1e-5
+# Adam that is this far above its best is no standstill: it swings, or goes up.
+SETTLED = 1e-2
+WINDOW, WINDOW_GAIN = 10, 1e-7
+# A line search that finds no lower point is at the limit of rounding, if the iteration before gained no more than this.
+ROUNDING_GAIN = 1e-6
 # Of the shuffle of the tokens.
 SEED = 0
 # Adam (Kingma and Ba 2015): decay of the gradient's mean and of its square's, and what keeps the division sane.
 DECAY, SQUARE_DECAY, EPSILON = 0.9, 0.999, 1e-8
 SCIPY: dict[str, dict[str, Any]] = {
-    "lbfgs": {"method": "L-BFGS-B", "options": {"ftol": 1e-11, "gtol": 1e-7, "maxcor": 20, "maxfun": 10**6}},
+    "lbfgs": {"method": "L-BFGS-B", "options": {"ftol": 1e-11, "gtol": 1e-7, "maxfun": 10**6}},
     "cg": {"method": "CG", "options": {"gtol": 1e-7}},
     "trust_region": {"method": "trust-ncg", "options": {"gtol": 1e-7}},
 }
@@ -65,9 +70,14 @@ class Minimum:
     curve: dict[int, float] = field(default_factory=dict)
     converged: bool = False
 
+    @property
+    def lowest(self) -> float:
+        """The objective at x."""
+        return min(self.curve.values())
+
     def see(self, iteration: int, value: float, x: Tensor) -> None:
         """Remember an iterate, and keep it if there was none better."""
-        if not self.curve or value < min(self.curve.values()):
+        if not self.curve or value < self.lowest:
             self.x = x.clone()
         self.curve[iteration] = value
 
@@ -83,7 +93,8 @@ def _adam(problem: Problem, start: Tensor, budget: Budget) -> Minimum:
     found = Minimum(start)
     found.see(0, problem.value(start), start)
     generator = torch.Generator().manual_seed(SEED)
-    x, step, last = start.clone(), 0, found.curve[0]
+    x, step = start.clone(), 0
+    best: list[float] = []
     mean, square = torch.zeros_like(x), torch.zeros_like(x)
     for _ in progress(range(budget.epochs), "solving (adam)", "epochs"):
         for gradient_at in problem.steps(budget.tokens_per_step, generator):
@@ -99,11 +110,14 @@ def _adam(problem: Problem, start: Tensor, budget: Budget) -> Minimum:
         if not math.isfinite(value):
             logger.warning("learning_rate: %g makes the loss overflow; lower it", budget.learning_rate)
             break
+        best.append(found.lowest)
         found.see(step, value, x)
-        found.converged = abs(last - value) <= EPOCH_CHANGE * abs(last)
+        before, now = best[-EPOCHS:][0], found.lowest
+        found.converged = (
+            len(best) >= EPOCHS and before - now <= EPOCHS_GAIN * abs(before) and value - now <= SETTLED * abs(now)
+        )
         if found.converged:
             break
-        last = value
     return found
 
 
@@ -135,7 +149,7 @@ def _scipy(problem: Problem, start: Tensor, solver: str, max_iterations: int) ->
         iteration = len(found.curve)
         found.see(iteration, float(intermediate_result.fun) * scale, tensor(intermediate_result.x))
         before = found.curve.get(iteration - WINDOW)
-        if before is not None and before - found.curve[iteration] <= WINDOW_CHANGE * abs(before):
+        if before is not None and before - found.curve[iteration] <= WINDOW_GAIN * abs(before):
             found.converged = True
             raise StopIteration
 
@@ -148,5 +162,7 @@ def _scipy(problem: Problem, start: Tensor, solver: str, max_iterations: int) ->
         **({"hessp": product} if solver == "trust_region" else {}),
         **({"bounds": Bounds(0, np.inf)} if split else {}),
     )  # fmt: skip
-    found.converged = found.converged or bool(result.success)
+    *_, before, last = [value, value, *found.curve.values()]
+    stuck = not result.success and len(found.curve) <= max_iterations and before - last <= ROUNDING_GAIN * abs(before)
+    found.converged = found.converged or bool(result.success) or stuck
     return found

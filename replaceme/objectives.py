@@ -5,7 +5,7 @@
 A loss is a sum over tokens and a function of T (d, d) alone, with a gradient and products with its Hessian in closed form:
 
 - ``SquaredError``: ``‖Y − M T‖²``, from the sums ``MᵀM``, ``MᵀY`` and ``ΣY²``; no token is read.
-- ``CosineLoss``: ``1 − cos(M T + Z, H)``; without Z and with Y for H its fast form. Tokens are read in a stream, in float32.
+- ``CosineLoss``: ``1 − cos(M T + Z, H)``; without Z and with Y for H its fast form. Tokens are read in a stream.
 
 A minibatch's gradient scales the penalties by its share of tokens, so that all minibatches add up to the whole.
 """
@@ -74,7 +74,7 @@ class SquaredError:
 class CosineLoss:
     """``Σ 1 − cos(M T + Z, H)`` over a stream of tokens."""
 
-    def __init__(self, shards: Shards, device: str = "cpu", dtype: torch.dtype = torch.float32):
+    def __init__(self, shards: Shards, device: str = "cpu", dtype: torch.dtype = torch.float64):
         """Take the tokens; ``dtype`` is what single tokens are computed in, their sums are float64."""
         self.shards, self.device, self.dtype = shards, device, dtype
         self.tokens = sum(shards.counts)

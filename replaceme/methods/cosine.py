@@ -79,7 +79,9 @@ def problem_of(params: Params, sums: Sums, statistic: Callable[[str], Sums]) -> 
     structure = parametrisation(STRUCTURES[params.transform], width, device)
     if params.loss == "cosine":
         shards = StoredShards(statistic(_tokens(params))["counts"], statistic)
-        return Problem(CosineLoss(shards, device), structure, prior, params.alpha)
+        # Minibatches are noisier than float32; a line search is not.
+        dtype = torch.float32 if params.solver == "adam" else torch.float64
+        return Problem(CosineLoss(shards, device, dtype), structure, prior, params.alpha)
     if params.loss == "mse":
         return Problem(SquaredError(sums, device), structure, prior, params.alpha)
     ridge, lasso = params.alpha * (1 - params.l1_ratio) / 2, params.alpha * params.l1_ratio
@@ -118,7 +120,7 @@ def _words(params: Params) -> str:
 def _solver_figures(found: Minimum) -> dict[str, Any]:
     return {
         "loss_start": found.curve[0],
-        "loss_end": min(found.curve.values()),
+        "loss_end": found.lowest,
         "iterations": max(found.curve),
         "converged": int(found.converged),
     }
@@ -131,9 +133,10 @@ def _report(params: Params, host: int, fit: Mapping[str, Any]) -> None:
         host, fit["tokens"], fit["loss_start"], fit["loss_end"], fit["iterations"], params.solver, fit["relative_residual"],
         fit["relative_residual_removed"], fit["mean_cosine"],
     )  # fmt: skip
-    if not fit["converged"]:
+    if not fit["converged"] and fit["iterations"]:
         key = "epochs" if params.solver == "adam" else "max_iterations"
-        logger.warning("%s: %s still lowers the loss after %d; raise it for more", key, params.solver, getattr(params, key))
+        advice = " or change learning_rate" if params.solver == "adam" else ""
+        logger.warning("%s: %s did not come to rest within %d; raise it%s", key, params.solver, getattr(params, key), advice)
 
 
 METHOD = Method(fits=True, statistics=statistics, solve=solve)
