@@ -11,7 +11,7 @@ With ``S = MᵀM + αI`` and ``C = MᵀY`` (rows are tokens, ``Y ≈ M T``):
 """
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from replaceme.errors import SolveError
 from replaceme.solver import require_full_rank, solve_ridge
 
 Structure = Literal["dense", "diagonal", "two_vectors", "triangular"]
+STRUCTURES: Mapping[str, Structure] = {name: name for name in get_args(Structure)}
 
 
 def closed_form(gram: Tensor, cross: Tensor, alpha: float, structure: Structure) -> Tensor:
@@ -47,6 +48,11 @@ def closed_form(gram: Tensor, cross: Tensor, alpha: float, structure: Structure)
     require_full_rank(torch.linalg.eigvalsh(gram), alpha)
     ridged = gram + alpha * torch.eye(len(gram), dtype=torch.float64)
     return _triangular(ridged, cross) if structure == "triangular" else _two_vectors(ridged, cross - gram)
+
+
+def structure_words(structure: str) -> str:
+    """Return what a title says of a structure behind the method's name: nothing of a dense one."""
+    return "" if structure == "dense" else f", {structure.replace('_', ' ')}"
 
 
 def squared_error(sums: Mapping[str, Tensor], transform: Tensor) -> float:

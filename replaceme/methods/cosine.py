@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from replaceme.closed_forms import Structure, closed_form
+from replaceme.closed_forms import STRUCTURES, closed_form, structure_words
 from replaceme.compute import resolve_device
 from replaceme.edits import Edits
 from replaceme.fit_quality import fit_quality, ridge_figures
@@ -26,9 +26,6 @@ from replaceme.progress import logger
 from replaceme.structures import parametrisation
 from replaceme.token_shards import StoredShards
 
-STRUCTURES: Mapping[str, Structure] = {
-    "dense": "dense", "diagonal": "diagonal", "triangular": "triangular", "two_vectors": "two_vectors",
-}  # fmt: skip
 LOSSES = {"cosine": "cosine", "mse": "squared error", "elastic_net": "elastic net"}
 
 Sums = Mapping[str, Tensor]
@@ -46,10 +43,9 @@ def solve(params: Params, plan: Plan, statistics: Statistics) -> Solved:
     solved = Solved(Edits(f"ReplaceMe ({_words(params)})", plan.removed_layers))
     for number, block in enumerate(plan.blocks):
         sums, sample = statistics("gram", number), statistics("sample", number)
-        problem = problem_of(params, sums, lambda name, number=number: statistics(name, number))  # type: ignore[misc]
-        found = minimise(
-            problem, problem.structure.start(_start(params, sums).to(problem.prior)), params.solver, _budget(params)
-        )
+        problem = problem_of(params, sums, _of_block(statistics, number))
+        start = problem.structure.start(_start(params, sums).to(problem.prior))
+        found = minimise(problem, start, params.solver, _budget(params))
         transform = problem.structure.build(found.x).cpu()
         fit = _solver_figures(found)
         if _is_fast(params):
@@ -93,6 +89,10 @@ def least_squares_scale(transform: Tensor, sums: Sums) -> float:
     return float((transform * sums["cross"]).sum() / (transform * (sums["gram"] @ transform)).sum())
 
 
+def _of_block(statistics: Statistics, number: int) -> Callable[[str], Sums]:
+    return lambda name: statistics(name, number)
+
+
 def _start(params: Params, sums: Sums) -> Tensor:
     if params.start == "identity":
         return torch.eye(len(sums["gram"]), dtype=torch.float64)
@@ -113,8 +113,7 @@ def _tokens(params: Params) -> str:
 
 def _words(params: Params) -> str:
     form = ", accurate" if params.loss == "cosine" and params.accurate else ""
-    shape = "" if params.transform == "dense" else f", {params.transform.replace('_', ' ')}"
-    return f"{LOSSES[params.loss]}{form}{shape}, {params.solver}"
+    return f"{LOSSES[params.loss]}{form}{structure_words(params.transform)}, {params.solver}"
 
 
 def _solver_figures(found: Minimum) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from replaceme.closed_forms import Structure, closed_form
+from replaceme.closed_forms import STRUCTURES, Structure, closed_form, structure_words
 from replaceme.edits import Edits
 from replaceme.errors import SolveError
 from replaceme.fit_quality import fit_quality, ridge_figures
@@ -18,18 +18,12 @@ from replaceme.progress import logger
 from replaceme.solver import RidgeSolution, solve_ridge
 
 RIDGES = 33
-STRUCTURES: dict[str, tuple[Structure, str]] = {
-    "dense": ("dense", "least squares"),
-    "diagonal": ("diagonal", "least squares, diagonal"),
-    "triangular": ("triangular", "least squares, triangular"),
-    "two_vectors": ("two_vectors", "least squares, two vectors"),
-}
 
 
 def solve(params: Params, plan: Plan, statistics: Statistics) -> Solved:
     """Return the removal with one transform a block, and how well each fits."""
-    structure, words = STRUCTURES[params.transform]
-    solved = Solved(Edits(f"ReplaceMe ({words})", plan.removed_layers))
+    structure = STRUCTURES[params.transform]
+    solved = Solved(Edits(f"ReplaceMe (least squares{structure_words(structure)})", plan.removed_layers))
     for number, block in enumerate(plan.blocks):
         sums, sample = statistics("gram", number), statistics("sample", number)
         if structure == "dense":
@@ -50,8 +44,10 @@ def solve(params: Params, plan: Plan, statistics: Statistics) -> Solved:
 
 
 def _dense_figures(solution: RidgeSolution, alpha: float) -> dict[str, Any]:
-    figures = ridge_figures(solution.eigenvalues, alpha)
-    return figures | {"distance_from_alpha_zero": solution.change_from(alpha, 0.0)} if solution.full_rank else figures
+    figures: dict[str, Any] = ridge_figures(solution.eigenvalues, alpha)
+    if solution.full_rank:
+        figures["distance_from_alpha_zero"] = solution.change_from(alpha, 0.0)
+    return figures
 
 
 def _structured_figures(transform: Tensor, sums: Mapping[str, Tensor], alpha: float, structure: Structure) -> dict[str, Any]:
