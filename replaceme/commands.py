@@ -71,6 +71,14 @@ def get_lt_with_lstsq() -> NoReturn:
     )  # fmt: skip
 
 
+def get_lt_with_solvers() -> NoReturn:
+    """Fit a transform by an iterative solver."""
+    _main(
+        _prune, "Fit the linear transform of the best block by an iterative solver and save it, without a model.",
+        method="cosine", save_transform_only=True,
+    )  # fmt: skip
+
+
 def _prune(params: Params) -> None:
     suffix = f"{params.method}-{params.layers_to_skip}"
     work = _claim(params, f"{suffix}-transform" if params.save_transform_only else suffix)

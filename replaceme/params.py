@@ -16,6 +16,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import MappingNode
 
+from replaceme.combinations import refusals, without_effect
 from replaceme.errors import ParameterError
 from replaceme.progress import logger
 from replaceme.published import PUBLISHED_KEYS, translate
@@ -31,7 +32,11 @@ class Params(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
 
-    method: str = Field("lstsq", description="How the removed block is made up for: lstsq (one linear map) or uidl (nothing).")
+    method: str = Field(
+        "lstsq",
+        description="How the removed block is made up for: lstsq (one linear map, least squares), cosine (one linear map, an "
+        "objective of choice and an iterative solver) or uidl (nothing).",
+    )
 
     model_path: str = Field(
         "smollm2-135m-instruct", min_length=1, description="A local model folder, a hub id, or an embedded model's name."
@@ -78,8 +83,33 @@ class Params(BaseModel):
         "all weights of the linear that ends the host's MLP, or joint, for those of its attention's output projection too.",
     )
     alpha: float = Field(
-        0.0, ge=0, allow_inf_nan=False, description="Ridge of the least squares, in units of MᵀM (a sum over tokens)."
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Strength of the penalty on the map: the ridge of the least squares, in units of MᵀM (a sum over tokens); "
+        "for loss cosine in units of that loss, summed over tokens.",
     )
+    loss: Literal["cosine", "mse", "elastic_net"] = Field(
+        "cosine",
+        description="What method cosine minimises: 1 − cosine, the squared error, or that with an L1 penalty on the map.",
+    )
+    accurate: bool = Field(
+        False,
+        description="Loss cosine compares M T + Z with H; false compares M T with H − Z, which takes two thirds of the disk.",
+    )
+    l1_ratio: float = Field(
+        0.5, ge=0, le=1, description="Loss elastic_net: the L1 penalty's share of alpha; the rest is half a ridge."
+    )
+    solver: Literal["adam", "lbfgs", "cg", "trust_region"] = Field(
+        "adam", description="Iterative solver of method cosine: Adam by minibatches, or one of scipy's on all tokens."
+    )
+    start: Literal["closed_form", "identity"] = Field(
+        "closed_form", description="Where method cosine starts: the least-squares map, or the identity (the published preset)."
+    )
+    learning_rate: float = Field(1e-4, gt=0, allow_inf_nan=False, description="Solver adam: its step.")
+    epochs: int = Field(10, ge=1, description="Solver adam: passes over the tokens at most.")
+    tokens_per_step: int = Field(1024, ge=1, description="Solver adam: tokens of a minibatch.")
+    max_iterations: int = Field(500, ge=1, description="Solvers lbfgs, cg and trust_region: iterations at most.")
 
     refit_ridge: float = Field(
         0.3, gt=0, allow_inf_nan=False,
@@ -142,6 +172,10 @@ def read_params(
         params = Params.model_validate(values)
     except ValidationError as invalid:
         found = [_sentence(problem) for problem in invalid.errors()]
+    if params:
+        found += refusals(params.model_dump())
+        for sentence in without_effect(values, params.model_dump(), Params().model_dump()):
+            logger.info(sentence)
     for problem in found + _not_built(values, methods):
         problems.append(f"{origins.get(problem.split(':')[0], COMMAND_LINE)}: {problem}")
     if problems or params is None:
@@ -238,7 +272,7 @@ def _not_built(raw: Mapping[str, Any], methods: Iterable[str] | None) -> list[st
     return problems
 
 
-PLANNED_METHODS = ("cosine", "shortgpt", "sleb", "laco", "llm_streamline", "slicegpt", "llm_pruner")
+PLANNED_METHODS = ("shortgpt", "sleb", "laco", "llm_streamline", "slicegpt", "llm_pruner")
 
 
 def reference() -> str:

@@ -12,6 +12,7 @@ scratch files, and no more than one layer's sums are in memory.
 """
 
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from replaceme.compute import resolve_device, use_threads
@@ -26,7 +28,7 @@ from replaceme.documents import Batch, Documents
 from replaceme.edits import Edits
 from replaceme.families import Family, Linear
 from replaceme.features import Features
-from replaceme.files import new_folder, rounded, write_json, write_text
+from replaceme.files import PARTIAL, new_folder, rounded, write_json, write_text
 from replaceme.forward import Observer, Signal, Signals, walk
 from replaceme.methods import METHODS
 from replaceme.models import recorded_model
@@ -105,6 +107,7 @@ class Mender:
 
     def run(self, folder: Path | None = None) -> tuple[list[Repair], dict[str, Any]]:
         """Make the edits, with scratch files in ``folder``, and return what was repaired and how well later blocks fit."""
+        self.folder = folder
         removed = set(self.plan.removed_layers)
         last = len(self.layers) - 1 if self.params.repair else max(self.hosted)
         kept = [layer for layer in range(self.first.host, last + 1) if layer not in removed]
@@ -148,11 +151,18 @@ class Mender:
 
     def _fit(self, block: Block) -> None:
         """Fit a later block by the method, on the shortened model's states at the host and the dense model's at the end."""
-        place = Place(block, self.layers[block.host], self.family, self.documents, Path())
-        observers = {name: STATISTICS[name](place) for name in self.plan.statistics}
-        self._walk([AtHost(each, self.dense) for each in observers.values()], (block.host, self.short), edited=True)
         plan = Plan((block,), self.plan.statistics)
-        solved = METHODS[self.params.method].solve(self.params, plan, lambda name, _: observers[name].tensors())
+        with tempfile.TemporaryDirectory(prefix="scratch-", suffix=PARTIAL, dir=self.folder) as name:
+            place = Place(block, self.layers[block.host], self.family, self.documents, Path(name), 0)
+            observers = {statistic: STATISTICS[statistic](place) for statistic in self.plan.statistics}
+            self._walk([AtHost(each, self.dense) for each in observers.values()], (block.host, self.short), edited=True)
+            taken = {statistic: observer.tensors() for statistic, observer in observers.items()}
+            # Single tokens lie in shards beside what the statistic returns.
+            solved = METHODS[self.params.method].solve(
+                self.params,
+                plan,
+                lambda statistic, _: taken.get(statistic) or load_file(place.folder / f"{statistic}-0.safetensors"),
+            )
         self.edits.transforms |= solved.edits.transforms
         self.edits.corrections |= solved.edits.corrections
         self.figures[f"block{self.plan.blocks.index(block)}"] = solved.figures

@@ -30,6 +30,7 @@ def solve(params: Params, work: Workspace) -> None:
     with new_folder(work.solution) as folder:
         solved.edits.save(folder)
         write_text(folder / "residuals.csv", _ridge_table(solved.ridge_path))
+        write_text(folder / "loss.csv", _loss_table(solved.loss_curve))
     write_json(work.metric("solve"), rounded({"removed_layers": removed, **solved.figures}))
     if not solved.edits.transforms:
         logger.info("solve: %d layers go, and nothing takes their place", removed)
@@ -39,3 +40,8 @@ def _ridge_table(path: list[tuple[int, float, float]]) -> str:
     """Return the ridge path as CSV; the logarithm is for readers that draw no logarithmic axis."""
     rows = [f"{host},{rounded(alpha)},{rounded(math.log10(alpha))},{rounded(residual)}" for host, alpha, residual in path]
     return "\n".join(["host,alpha,log10_alpha,relative_residual", *rows]) + "\n"
+
+
+def _loss_table(curve: list[tuple[int, int, float]]) -> str:
+    """Return the loss curves as CSV; of a closed form there is none."""
+    return "\n".join(["host,iteration,loss", *(f"{host},{step},{rounded(loss, 9)}" for host, step, loss in curve)]) + "\n"

@@ -96,16 +96,30 @@ def solve_ridge(gram: Tensor, cross: Tensor, alpha: float) -> RidgeSolution:
     eigenvalues, vectors = torch.linalg.eigh(gram)
     eigenvalues = eigenvalues.clamp_min(0)
     smallest, largest = float(eigenvalues[0]), float(eigenvalues[-1])
-    resolution = largest * len(gram) * torch.finfo(torch.float64).eps
-    if smallest + alpha <= resolution:
-        rank = int((eigenvalues > resolution).sum())
-        raise SolveError(
-            f"alpha: {alpha:g} leaves the least squares singular (rank {rank} of {len(gram)}); "
-            f"raise dataset_size for more tokens, or set alpha well above {resolution:.1g}."
-        )
+    resolution = require_full_rank(eigenvalues, alpha)
     factor, failed = torch.linalg.cholesky_ex(gram + alpha * torch.eye(len(gram), dtype=torch.float64))
     projected = vectors.T @ cross
     transform = vectors @ (projected / (eigenvalues + alpha)[:, None]) if failed else torch.cholesky_solve(cross, factor)
     condition = (largest + alpha) / (smallest + alpha)
     projections = projected.square().sum(dim=1)
     return RidgeSolution(transform, smallest, condition, eigenvalues, projections, smallest > resolution)
+
+
+def require_full_rank(eigenvalues: Tensor, alpha: float) -> float:
+    """Return the size below which float64 can't tell an eigenvalue from 0.
+
+    Args:
+        eigenvalues: (d,) of ``MᵀM``, ascending.
+        alpha: ridge.
+
+    Raises:
+        SolveError: ``MᵀM + αI`` is singular to float64.
+    """
+    resolution = float(eigenvalues[-1]) * len(eigenvalues) * torch.finfo(torch.float64).eps
+    if max(float(eigenvalues[0]), 0.0) + alpha <= resolution:
+        rank = int((eigenvalues > resolution).sum())
+        raise SolveError(
+            f"alpha: {alpha:g} leaves the least squares singular (rank {rank} of {len(eigenvalues)}); "
+            f"raise dataset_size for more tokens, or set alpha well above {resolution:.1g}."
+        )
+    return resolution

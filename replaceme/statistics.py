@@ -9,6 +9,9 @@ For a block with host ``i`` and end ``e`` (ReplaceMe, section 3; rows are real t
 tokens, and additive over disjoint documents. ``mlp_features`` and ``features`` keep the same of the inputs of the host's last
 linears, with weights. ``sample`` keeps a few evenly spaced tokens, for figures that are not sums of squares. A statistic is
 an observer with a ``tensors`` method and one line in ``STATISTICS``.
+tokens, and additive over disjoint documents. ``sample`` keeps a few evenly spaced tokens, for figures that are not sums
+of squares. ``tokens`` keeps every token on disk, for losses that no sum can stand for. A statistic is an observer with a
+``tensors`` method and one line in ``STATISTICS``.
 """
 
 import tempfile
@@ -31,6 +34,7 @@ from replaceme.models import recorded_model
 from replaceme.params import Params
 from replaceme.plan import Block, Plan
 from replaceme.progress import logger
+from replaceme.token_shards import ShardWriter
 from replaceme.weights import token_weights
 from replaceme.workspace import Workspace
 
@@ -166,6 +170,25 @@ def add_up(sums: dict[str, Tensor], parts: Mapping[str, Tensor]) -> None:
         sums[name] = sums[name].add_(part) if name in sums else part.double()
 
 
+class TokenDump(AtCut):
+    """Every token's M and Y, or in the accurate form its M, h_host and H, in shards; the result says how many each holds."""
+
+    def __init__(self, place: "Place", accurate: bool):
+        super().__init__(place.block)
+        self.accurate = accurate
+        names = ("added", "left", "target") if accurate else ("added", "goal")
+        self.shards = ShardWriter(place.folder, place.number, names, place.documents.token_count)
+
+    def take(self, added: Tensor, left: Tensor, target: Tensor, batch: Batch) -> None:
+        if self.accurate:
+            self.shards.add(added, left, target)
+        else:
+            self.shards.add(added, target.float() - left.float() + added.float())
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"counts": self.shards.finish()}
+
+
 @dataclass(frozen=True)
 class Place:
     """Where and of what a statistic is taken.
@@ -176,6 +199,7 @@ class Place:
         family: where its parts are.
         documents: what is walked.
         folder: where results too large for memory may be written; they stay with the other statistics.
+        number: the block's, in the plan's order.
     """
 
     block: Block
@@ -183,6 +207,7 @@ class Place:
     family: Family
     documents: Documents
     folder: Path
+    number: int
 
 
 STATISTICS: dict[str, Callable[[Place], Statistic]] = {
@@ -190,6 +215,8 @@ STATISTICS: dict[str, Callable[[Place], Statistic]] = {
     "sample": lambda place: Sample(place.block, place.documents.token_count),
     "mlp_features": lambda place: FeatureGram(place.block, Features.of(place.host, place.family, ["mlp_output"])),
     "features": lambda place: FeatureGram(place.block, Features.of(place.host, place.family, LINEARS)),
+    "tokens": lambda place: TokenDump(place, accurate=False),
+    "tokens_accurate": lambda place: TokenDump(place, accurate=True),
 }
 
 
@@ -230,7 +257,7 @@ def take_statistics(
     layers = family.decoder_layers(model)
     folder = folder or Path(tempfile.gettempdir())
     observers: dict[str, Statistic] = {
-        f"{name}-{number}": STATISTICS[name](Place(block, layers[block.host], family, documents, folder))
+        f"{name}-{number}": STATISTICS[name](Place(block, layers[block.host], family, documents, folder, number))
         for number, block in enumerate(plan.blocks)
         for name in plan.statistics
     }

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from replaceme.calibration import calibrate
 from replaceme.card import SETTINGS
+from replaceme.combinations import EFFECTS
 from replaceme.compute import resolve_device
 from replaceme.embedded import cache_folder
 from replaceme.evaluation.scores import evaluate, score_baseline
@@ -81,16 +82,18 @@ STEPS: Mapping[str, Step] = {
         "blocks",
         ("select",),
     ),
-    "plan": Step(plan, ("method", "transform"), ("blocks",), "plan"),
+    "plan": Step(plan, ("method", "transform", "loss", "accurate"), ("blocks",), "plan"),
     "activations": Step(observe_activations, PASS, ("model_input", "documents", "plan"), "statistics"),
     "solve": Step(
-        solve, ("method", "transform", "alpha", "refit_ridge", "threads"), ("plan", "statistics"), "solution", ("solve",)
+        solve,
+        ("method", "transform", "alpha", *EFFECTS, "device", "threads"),
+        ("plan", "statistics"),
+        "solution",
+        ("solve",),
     ),
     "repair": Step(
         repair,
-        (
-            "method", "transform", "alpha", "refit_ridge", "repair", "repair_ridge_attention", "repair_ridge_mlp", *PASS,
-        ),
+        ("method", "transform", "alpha", "repair", *EFFECTS, *PASS),
         ("model_input", "documents", "plan", "solution"),
         "edits",
         ("repair",),
