@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from replaceme.combinations import EFFECTS, has_effect
 from replaceme.edits import Edits
 from replaceme.models import Model
 from replaceme.params import Params
@@ -11,7 +12,7 @@ from replaceme.params import Params
 SETTINGS = (
     "method", "revision", "use_4bit", "dataset", "dataset_config", "dataset_split", "dataset_column", "dataset_revision",
     "dataset_size", "max_length", "pack", "seed", "batch_size", "dtype", "selection", "layers_to_skip", "min_distance_layer",
-    "max_distance_layer", "transform", "alpha",
+    "max_distance_layer", "num_A", "merge_consecutive", "transform", "alpha", "repair", *EFFECTS,
 )  # fmt: skip
 
 
@@ -43,13 +44,14 @@ def model_card(params: Params, source: Model, edits: Edits, solved: dict[str, An
     if edits.transforms:
         hosts = ", ".join(map(str, sorted(edits.transforms)))
         lines += [
-            f"A linear map, fitted to calibration text without training, was folded into the MLP of layer {hosts}: "
+            f"A linear map, fitted to calibration text without training the model, was folded into the MLP of layer {hosts}: "
             "no new parameter, the same architecture."
         ]
     if "relative_residual" in solved:
         lines += ["", f"Relative residual of the fit at the cut: {solved['relative_residual']:.4g}."]
     # A user's own file is named without its folder.
-    settings = {key: value for key in SETTINGS if (value := getattr(params, key)) is not None}
+    shown = [key for key in SETTINGS if has_effect(key, params.model_dump())]
+    settings = {key: value for key in shown if (value := getattr(params, key)) is not None}
     file = Path(params.dataset).expanduser()
     settings["dataset"] = file.name if file.exists() else params.dataset
     lines += ["", "## Settings", "", "```yaml", *(f"{key}: {_scalar(value)}" for key, value in settings.items()), "```", ""]

@@ -71,16 +71,24 @@ def get_lt_with_lstsq() -> NoReturn:
     )  # fmt: skip
 
 
+def get_lt_with_solvers() -> NoReturn:
+    """Fit a transform by an iterative solver."""
+    _main(
+        _prune, "Fit the linear transform of the best block by an iterative solver and save it, without a model.",
+        method="cosine", save_transform_only=True,
+    )  # fmt: skip
+
+
 def _prune(params: Params) -> None:
     suffix = f"{params.method}-{params.layers_to_skip}"
     work = _claim(params, f"{suffix}-transform" if params.save_transform_only else suffix)
     inspect_inputs(params, work)
-    run_steps(params, work, ["calibrate", "profile", "select", "plan", "activations", "solve"])
+    run_steps(params, work, ["calibrate", "profile", "select", "plan", "activations", "solve", "repair"])
     if params.save_transform_only:
-        _deliver(work, work.solution)
+        _deliver(work, work.edits)
         logger.info("only the transform was saved, to %s (edits.safetensors); no model was written", work.model)
         return
-    run_steps(params, work, ["repair", "export"])
+    run_steps(params, work, ["export"])
     _record(work)
     logger.info("the pruned model is in %s, its figures in %s", work.model, work.root / "metrics")
     if not params.tasks:
@@ -149,7 +157,7 @@ def _scores_file(params: Params, name: str) -> Path:
 
 def _analyse(params: Params) -> None:
     work = _claim(params, "distances")
-    single = params.model_copy(update={"layers_to_skip": 1})
+    single = params.model_copy(update={"layers_to_skip": 1, "num_A": 1})
     inspect_inputs(single, work)
     run_steps(params, work, ["calibrate", "profile"])
     _deliver(work, work.profile)
@@ -157,7 +165,7 @@ def _analyse(params: Params) -> None:
     criteria = {"angular distance": content["angular_distance"], "residual": content["residual"]}
     rows = [("layers to skip", *(head for name in criteria for head in ("host", "removed", name)))]
     for skip in range(1, len(allowed_starts(single, layers := len(content["residual"]))) + 1):
-        starts = allowed_starts(params.model_copy(update={"layers_to_skip": skip}), layers)
+        starts = allowed_starts(single.model_copy(update={"layers_to_skip": skip}), layers)
         row = [str(skip)]
         for values in criteria.values():
             (block,) = smallest(values, starts, skip)

@@ -18,9 +18,10 @@ from replaceme.families import Family
 from replaceme.forward import walk
 from replaceme.plan import Block
 from replaceme.progress import progress
-from replaceme.residuals import HELD_OUT_EVERY, SEED, solve_small_ridge, split_documents, token_weights
+from replaceme.residuals import HELD_OUT_EVERY, SEED, solve_small_ridge, split_documents
 from replaceme.statistics import AtCut
 from replaceme.unfused import unfused
+from replaceme.weights import token_weights
 
 # Held-out tokens that the loss is taken on, at most.
 TOKENS, LENGTH = 4096, 1024

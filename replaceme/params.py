@@ -16,6 +16,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import MappingNode
 
+from replaceme.combinations import refusals, without_effect
 from replaceme.errors import ParameterError
 from replaceme.progress import logger
 from replaceme.published import PUBLISHED_KEYS, translate
@@ -31,7 +32,11 @@ class Params(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
 
-    method: str = Field("lstsq", description="How the removed block is made up for: lstsq (one linear map) or uidl (nothing).")
+    method: str = Field(
+        "lstsq",
+        description="How the removed block is made up for: lstsq (one linear map, least squares), cosine (one linear map, an "
+        "objective of choice and an iterative solver) or uidl (nothing).",
+    )
 
     model_path: str = Field(
         "smollm2-135m-instruct", min_length=1, description="A local model folder, a hub id, or an embedded model's name."
@@ -73,11 +78,53 @@ class Params(BaseModel):
     merge_consecutive: bool = Field(True, description="Merge adjacent blocks into one; matters for num_A above 1.")
 
     transform: Literal["dense", "diagonal", "two_vectors", "triangular", "refit", "joint"] = Field(
-        "dense", description="What takes the block's place: a linear map on the host's MLP output (d × d)."
+        "dense",
+        description="What takes the block's place: a linear map on the host's MLP output (d × d); or refit, which solves for "
+        "all weights of the linear that ends the host's MLP, or joint, for those of its attention's output projection too.",
     )
     alpha: float = Field(
-        0.0, ge=0, allow_inf_nan=False, description="Ridge of the least squares, in units of MᵀM (a sum over tokens)."
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Strength of the penalty on the map: the ridge of the least squares, in units of MᵀM (a sum over tokens); "
+        "for loss cosine in units of that loss, summed over tokens.",
     )
+    loss: Literal["cosine", "mse", "elastic_net"] = Field(
+        "cosine",
+        description="What method cosine minimises: 1 − cosine, the squared error, or that with an L1 penalty on the map.",
+    )
+    accurate: bool = Field(
+        False,
+        description="Loss cosine compares M T + Z with H; false compares M T with H − Z, which takes two thirds of the disk.",
+    )
+    l1_ratio: float = Field(
+        0.5, ge=0, le=1, description="Loss elastic_net: the L1 penalty's share of alpha; the rest is half a ridge."
+    )
+    solver: Literal["adam", "lbfgs", "cg", "trust_region"] = Field(
+        "adam", description="Iterative solver of method cosine: Adam by minibatches, or one of scipy's on all tokens."
+    )
+    start: Literal["closed_form", "identity"] = Field(
+        "closed_form", description="Where method cosine starts: the least-squares map, or the identity (the published preset)."
+    )
+    learning_rate: float = Field(1e-4, gt=0, allow_inf_nan=False, description="Solver adam: its step.")
+    epochs: int = Field(10, ge=1, description="Solver adam: passes over the tokens at most.")
+    tokens_per_step: int = Field(1024, ge=1, description="Solver adam: tokens of a minibatch.")
+    max_iterations: int = Field(500, ge=1, description="Solvers lbfgs, cg and trust_region: iterations at most.")
+
+    refit_ridge: float = Field(
+        0.3, gt=0, allow_inf_nan=False,
+        description="Ridge of transform refit and joint toward the linear map's fold, relative to each feature's own squares.",
+    )  # fmt: skip
+    repair: bool = Field(
+        False, description="Re-solve the last linears of each kept layer behind the cut, toward the original model's states."
+    )
+    repair_ridge_attention: float = Field(
+        0.3, gt=0, allow_inf_nan=False,
+        description="Ridge of the repaired attention output projections, relative to each feature's own squares.",
+    )  # fmt: skip
+    repair_ridge_mlp: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="Ridge of the repaired MLP outputs, relative to each feature's own squares."
+    )  # fmt: skip
 
     tasks: tuple[Task, ...] = Field(
         (Task("wikipedia"), Task("wikipedia_last_word"), Task("wikipedia_continuation")),
@@ -125,6 +172,10 @@ def read_params(
         params = Params.model_validate(values)
     except ValidationError as invalid:
         found = [_sentence(problem) for problem in invalid.errors()]
+    if params:
+        found += refusals(params.model_dump())
+        for sentence in without_effect(values, params.model_dump(), Params().model_dump()):
+            logger.info(sentence)
     for problem in found + _not_built(values, methods):
         problems.append(f"{origins.get(problem.split(':')[0], COMMAND_LINE)}: {problem}")
     if problems or params is None:
@@ -201,6 +252,7 @@ def _sentence(problem: ErrorDetails) -> str:
         "string_type": "a text",
         "string_too_short": "a text that isn't empty",
         "string_pattern_mismatch": "auto, cpu, cuda or cuda:N",
+        "greater_than": f"above {limits.get('gt', 0):g}",
         "greater_than_equal": f"at least {limits.get('ge', 0):g}",
         "less_than_equal": f"at most {limits.get('le', 0):g}",
         "literal_error": str(limits.get("expected")),
@@ -212,9 +264,6 @@ def _sentence(problem: ErrorDetails) -> str:
 def _not_built(raw: Mapping[str, Any], methods: Iterable[str] | None) -> list[str]:
     """Features that the published key names promise and that this version doesn't have are refused by name."""
     problems = []
-    blocks = raw.get("num_A", 1)
-    if isinstance(blocks, int) and blocks > 1:
-        problems.append(f"num_A: several blocks ({blocks}) are not built yet; use 1.")
     method = raw.get("method", "lstsq")
     if methods is not None and isinstance(method, str) and method not in set(methods):
         known = sorted(methods)
@@ -223,7 +272,7 @@ def _not_built(raw: Mapping[str, Any], methods: Iterable[str] | None) -> list[st
     return problems
 
 
-PLANNED_METHODS = ("cosine", "shortgpt", "sleb", "laco", "llm_streamline", "slicegpt", "llm_pruner")
+PLANNED_METHODS = ("shortgpt", "sleb", "laco", "llm_streamline", "slicegpt", "llm_pruner")
 
 
 def reference() -> str:

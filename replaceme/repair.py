@@ -1,18 +1,249 @@
-"""The repair stage: the place for edits whose features depend on an earlier solution, made on the shortened model.
+"""The repair stage: edits whose features depend on an earlier solution, made on what the shortened model really computes.
 
-Nothing that is built yet needs it, so it passes the edits through.
+Behind the cut, the kept layers get other states than those they were trained on, and their linears can make up for a part of
+it. For each kept layer in order, with ``h`` = state of the shortened model (rows are tokens, ``w = 1/‖target‖²``):
+
+    attention's output projection:  toward (original state behind the attention) − h,            λ = repair_ridge_attention
+    the MLP's last linear:          toward (original layer output) − (new state behind it),      λ = repair_ridge_mlp
+
+each by ridge regression from Gram sums, toward the present weights. With several blocks, each later one is fitted here by the
+method itself, on the states that reach its host. All of it is one walk layer by layer: the states of both models wait in
+scratch files, and no more than one layer's sums are in memory.
 """
 
 import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from replaceme.files import new_folder
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from replaceme.compute import resolve_device, use_threads
+from replaceme.documents import Batch, Documents
+from replaceme.edits import Edits
+from replaceme.families import Family, Linear
+from replaceme.features import Features
+from replaceme.files import PARTIAL, new_folder, rounded, write_json, write_text
+from replaceme.forward import Observer, Signal, Signals, walk
+from replaceme.methods import METHODS
+from replaceme.models import recorded_model
 from replaceme.params import Params
-from replaceme.progress import logger
+from replaceme.plan import Block, Plan
+from replaceme.progress import logger, progress
+from replaceme.refit import gained
+from replaceme.scratch import scratch
+from replaceme.solver import solve_correction
+from replaceme.statistics import STATISTICS, AtCut, Place, add_up
+from replaceme.unfused import unfused
+from replaceme.weights import token_weights
 from replaceme.workspace import Workspace
 
 
+@dataclass(frozen=True)
+class Repair:
+    """One linear's repair: the relative residual before and after, ``√(Σ w‖e‖² / Σ w‖target‖²)``."""
+
+    layer: int
+    linear: Linear
+    before: float
+    after: float
+
+
 def repair(params: Params, work: Workspace) -> None:
-    """Pass the solved edits through."""
+    """Write the final edits, ``repairs.csv`` with them, and metrics/repair.json."""
+    use_threads(params.threads)
+    plan, edits = Plan.load(work.plan), Edits.load(work.solution)
+    repairs: list[Repair] = []
+    figures: dict[str, Any] = {}
     with new_folder(work.edits) as folder:
         shutil.copytree(work.solution, folder, dirs_exist_ok=True)
-    logger.info("repair: nothing to do")
+        if params.repair or len(plan.blocks) > 1 or params.transform == "joint":
+            source = recorded_model(params, work.model_input)
+            model = source.load(params.dtype, resolve_device(params.device), params.use_4bit)
+            mender = Mender(params, model, source.family(), Documents.load(work.documents), edits, plan)
+            repairs, figures = mender.run(work.edits.parent)
+            edits.save(folder)
+        write_text(folder / "repairs.csv", _table(repairs))
+    figures["corrected_linears"] = len(repairs)
+    if repairs:
+        figures |= {"first_residual": repairs[0].after, "last_residual": repairs[-1].after}
+        figures |= {"last_residual_before": repairs[-1].before}
+        logger.info(
+            "repair: %d linears corrected; relative residual of the last one's state %.4f, %.4f before its own correction",
+            len(repairs), repairs[-1].after, repairs[-1].before,
+        )  # fmt: skip
+    else:
+        logger.info("repair: nothing to do")
+    write_json(work.metric("repair"), rounded(figures))
+
+
+class Mender:
+    """Walks both models side by side, layer by layer, and adds to the edits."""
+
+    def __init__(self, params: Params, model: Any, family: Family, documents: Documents, edits: Edits, plan: Plan):
+        """Take what is needed.
+
+        Args:
+            params: the setting.
+            model: the dense model.
+            family: its description.
+            documents: calibration text.
+            edits: as solved for the first block; they are added to.
+            plan: the blocks, and the statistics that the method wants.
+        """
+        self.params, self.model, self.family, self.documents, self.edits, self.plan = (
+            params, model, family, documents, edits, plan,
+        )  # fmt: skip
+        self.layers = family.decoder_layers(model)
+        self.hosted = {block.host: block for block in plan.blocks}
+        self.first = plan.blocks[0]
+        self.repairs: list[Repair] = []
+        self.figures: dict[str, Any] = {}
+
+    def run(self, folder: Path | None = None) -> tuple[list[Repair], dict[str, Any]]:
+        """Make the edits, with scratch files in ``folder``, and return what was repaired and how well later blocks fit."""
+        self.folder = folder
+        removed = set(self.plan.removed_layers)
+        last = len(self.layers) - 1 if self.params.repair else max(self.hosted)
+        kept = [layer for layer in range(self.first.host, last + 1) if layer not in removed]
+        shape = self.documents.token_count, int(self.model.config.hidden_size)
+        with scratch(3, shape, self.model.dtype, folder, "repair") as (self.dense, self.short, self.middle):
+            self._walk([Keep(self.first.host, ("input",), self.dense)], None, "walking to the cut")
+            self.short.copy_(self.dense)
+            for layer in progress(kept, "repairing layers", "layers"):
+                self._mend(layer)
+                if layer != kept[-1]:
+                    self._walk([Keep(layer, ("output",), self.short)], (layer, self.short), edited=True)
+        return self.repairs, self.figures
+
+    def _mend(self, layer: int) -> None:
+        """Move the dense states on, and correct a kept layer toward them on the shortened model's states."""
+        block = self.hosted.get(layer)
+        # The host of the first block gets what it got in the dense model.
+        attention = self.params.repair and block != self.first
+        watched: list[Observer] = [Keep(block.end - 1 if block else layer, ("output",), self.dense)]
+        if attention:
+            watched.append(Keep(layer, ("input", "attention"), self.middle))
+        self._walk(watched, (layer, self.dense))
+        if attention:
+            self._correct(layer, "attention_output", self.middle, self.params.repair_ridge_attention)
+        if block and block != self.first:
+            self._fit(block)
+        if self.params.transform == "joint" if block else self.params.repair:
+            self._correct(layer, "mlp_output", self.dense, self.params.repair_ridge_mlp)
+
+    def _correct(self, layer: int, linear: Linear, target: Tensor, ridge: float) -> None:
+        features = Features.of(self.layers[layer], self.family, [linear])
+        missing = Missing(layer, linear, features, target)
+        self._walk([missing], (layer, self.short), edited=True)
+        sums = missing.sums
+        change = solve_correction(sums["gram"], sums["cross"], ridge, features.constant)
+        squares = float(sums["missing_squares"])
+        left = max(squares + gained(sums["gram"], sums["cross"], change), 0.0)
+        features.correct(self.edits, layer, change.cpu())
+        whole = float(sums["target_squares"])
+        self.repairs.append(Repair(layer, linear, (squares / whole) ** 0.5, (left / whole) ** 0.5))
+
+    def _fit(self, block: Block) -> None:
+        """Fit a later block by the method, on the shortened model's states at the host and the dense model's at the end."""
+        plan = Plan((block,), self.plan.statistics)
+        with tempfile.TemporaryDirectory(prefix="scratch-", suffix=PARTIAL, dir=self.folder) as name:
+            place = Place(block, self.layers[block.host], self.family, self.documents, Path(name), 0)
+            observers = {statistic: STATISTICS[statistic](place) for statistic in self.plan.statistics}
+            self._walk([AtHost(each, self.dense) for each in observers.values()], (block.host, self.short), edited=True)
+            taken = {statistic: observer.tensors() for statistic, observer in observers.items()}
+            # Single tokens lie in shards beside what the statistic returns.
+            solved = METHODS[self.params.method].solve(
+                self.params,
+                plan,
+                lambda statistic, _: taken.get(statistic) or load_file(place.folder / f"{statistic}-0.safetensors"),
+            )
+        self.edits.transforms |= solved.edits.transforms
+        self.edits.corrections |= solved.edits.corrections
+        self.figures[f"block{self.plan.blocks.index(block)}"] = solved.figures
+
+    def _walk(
+        self,
+        observers: Sequence[Observer],
+        start: tuple[int, Tensor] | None,
+        description: str | None = None,
+        edited: bool = False,
+    ) -> None:
+        context = unfused(self.model, self.family, self.edits) if edited else nullcontext()
+        with context:
+            walk(
+                self.model, self.family, self.documents, observers,
+                batch_size=self.params.batch_size, description=description, start=start,
+            )  # fmt: skip
+
+
+class Keep:
+    """Observer that keeps the sum of some signals of a layer, for all tokens: (tokens, d)."""
+
+    def __init__(self, layer: int, signals: tuple[Signal, ...], kept: Tensor):
+        self.layer, self.signals, self.kept = layer, signals, kept
+
+    def wants(self) -> Mapping[int, frozenset[Signal]]:
+        return {self.layer: frozenset(self.signals)}
+
+    def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
+        self.kept[batch.tokens] = torch.stack([batch.real(signals[name]) for name in self.signals]).sum(dim=0).to(self.kept)
+
+
+class Missing:
+    """Observer of what a linear of a layer lacks toward a target: sums over its features, float64.
+
+    ``gram`` = Σ w gᵀg (k, k), ``cross`` = Σ w gᵀe (k, d), ``missing_squares`` = Σ w ‖e‖² and ``target_squares`` =
+    Σ w ‖target‖², with ``e = target − state behind the linear`` and ``w = 1/‖target‖²``.
+    """
+
+    def __init__(self, layer: int, linear: Linear, features: Features, target: Tensor):
+        self.layer, self.features, self.target = layer, features, target
+        self.state: tuple[Signal, ...] = ("output",) if linear == "mlp_output" else ("input", "attention")
+        self.sums: dict[str, Tensor] = {}
+
+    def wants(self) -> Mapping[int, frozenset[Signal]]:
+        return {self.layer: frozenset({*self.state, *self.features.signals})}
+
+    def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
+        state = torch.stack([batch.real(signals[name]).float() for name in self.state]).sum(dim=0)
+        target = self.target[batch.tokens].to(state.device).float()
+        w = token_weights(target)
+        root = w.sqrt()
+        g = self.features.columns(*(batch.real(signals[name]) for name in self.features.signals)) * root
+        e = (target - state) * root
+        add_up(
+            self.sums,
+            {
+                "gram": g.T @ g,
+                "cross": g.T @ e,
+                "missing_squares": e.square().sum(),
+                "target_squares": (w * target.square()).sum(),
+            },
+        )
+
+
+class AtHost:
+    """Observer that gives a statistic of a cut the host's signals of one model and the target states of another."""
+
+    def __init__(self, statistic: Any, target: Tensor):
+        assert isinstance(statistic, AtCut)
+        self.statistic, self.target = statistic, target
+
+    def wants(self) -> Mapping[int, frozenset[Signal]]:
+        host = self.statistic.block.host
+        return {host: self.statistic.wants()[host]}
+
+    def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
+        self.statistic.observe(layer, signals, batch)
+        self.statistic.meet(self.target[batch.tokens].to(signals["output"].device), batch)
+
+
+def _table(repairs: Sequence[Repair]) -> str:
+    rows = [f"{each.layer},{each.linear},{rounded(each.before)},{rounded(each.after)}" for each in repairs]
+    return "\n".join(["layer,linear,residual_before,residual_after", *rows]) + "\n"

@@ -12,8 +12,6 @@ mapped scratch files; the held-out ones come from other documents than the fit's
 would cost more than the forward pass.
 """
 
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -22,9 +20,10 @@ import torch
 from torch import Tensor
 
 from replaceme.documents import Batch, Documents
-from replaceme.errors import ResourceError
 from replaceme.forward import Signal, Signals, ask
 from replaceme.progress import progress
+from replaceme.scratch import scratch
+from replaceme.weights import token_weights
 
 # Tokens of the fit for each dimension of the hidden state, and held-out ones for each of these.
 FIT_TOKENS, HELD_OUT_SHARE = 4, 0.25
@@ -62,19 +61,8 @@ class TokenSample:
 
     def __enter__(self) -> "TokenSample":
         shape = (self.layers, len(self.fit) + len(self.held_out), self.width)
-        size = shape[0] * shape[1] * shape[2]
-        where = self.folder or Path(tempfile.gettempdir())
-        needed, free = 2 * size * self.dtype.itemsize, shutil.disk_usage(where).free
-        if needed > free:
-            raise ResourceError(f"{where}: profiling keeps {needed >> 20} MiB of states there, and {free >> 20} MiB are free.")
-        # A mapping outlives its file's name: without one, nothing is left behind however the run ends.
-        with tempfile.TemporaryDirectory(
-            prefix="scratch-", suffix=".partial", dir=where, ignore_cleanup_errors=True
-        ) as scratch:
-            self.added, self.output = (
-                torch.from_file(str(Path(scratch) / name), shared=True, size=size, dtype=self.dtype).view(shape)
-                for name in ("added", "output")
-            )
+        with scratch(2, shape, self.dtype, self.folder, "profiling") as tensors:
+            self.added, self.output = tensors
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
@@ -140,12 +128,6 @@ def residual_map(sample: TokenSample, device: torch.device | str = "cpu") -> lis
             error = torch.addmm(Y[count:], M[count:], T, alpha=-1)
             residuals[host][last] = float((error.square().sum(dim=1, keepdim=True) * w[count:]).mean().sqrt())
     return residuals
-
-
-def token_weights(H: Tensor) -> Tensor:
-    """Return (tokens, 1): ``1/‖H‖²``; a state of zeros weighs nothing."""
-    squares = H.square().sum(dim=1, keepdim=True)
-    return torch.where(squares > 0, 1 / squares, 0)
 
 
 def solve_small_ridge(gram: Tensor, cross: Tensor) -> Tensor:

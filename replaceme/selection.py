@@ -1,4 +1,4 @@
-"""Choose the block of layers to remove, by what its removal costs.
+"""Choose the blocks of layers to remove, by what their removal costs.
 
 A block ``[start, end)`` leaves host ``start − 1`` in front of it, so ``start`` is at least 1. Criteria, cheapest first:
 
@@ -6,9 +6,13 @@ A block ``[start, end)`` leaves host ``start − 1`` in front of it, so ``start`
 - ``residual``: the smallest relative residual of a linear map in the block's place (``replaceme.residuals``).
 - ``loss``: of the few cuts with the smallest residuals (angles, where no map takes the block's place), the one whose
   shortened model predicts held-out calibration text best (``replaceme.cut_loss``).
+
+Several blocks (``num_A``; ReplaceMe, section 4) are taken in the order of their values, each where it overlaps none before
+it; unless adjacent ones are merged into one, a kept layer stays between them: a block's host.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from replaceme.compute import resolve_device, use_threads
@@ -45,12 +49,19 @@ def allowed_starts(params: Params, layers: int) -> range:
         raise ParameterError(
             f"dataset_size: selection loss holds documents out and needs at least {HELD_OUT_EVERY}, not {params.dataset_size}."
         )
+    if params.num_A > 1 and params.selection == "loss":
+        raise ParameterError("selection: loss measures a single cut; with several blocks (num_A) use residual or angular.")
     starts = range(first, end - skip + 1)
     if not starts:
         key = "max_distance_layer" if params.min_distance_layer is None else "min_distance_layer"
         advice = f"start at {end - skip} or earlier" if end > skip else "end later"
         raise ParameterError(
             f"{key}: no block of {skip} layers fits between layer {first} and layer {end}; {advice}, or remove fewer layers."
+        )
+    if _room(starts, _distance(params)) < params.num_A:
+        apart = "" if params.merge_consecutive else " with a kept layer between them"
+        raise ParameterError(
+            f"num_A: {params.num_A} blocks of {skip} layers{apart} don't fit between layer {first} and layer {end}; take fewer."
         )
     return starts
 
@@ -61,8 +72,45 @@ def smallest(values: list[list[float]], starts: range, skip: int, count: int = 1
     return [Block(start, start + skip) for start in ordered[:count]]
 
 
+def several(values: list[list[float]], starts: range, params: Params) -> list[Block]:
+    """Return ``num_A`` blocks that don't overlap, the smallest values first served; adjacent ones merged if wanted."""
+    skip, distance = params.layers_to_skip, _distance(params)
+    free, chosen = list(starts), []
+    for left in reversed(range(params.num_A)):
+        # Whoever takes the best one must leave room for the others.
+        roomy = [start for start in free if _room(_without(free, start, distance), distance) >= left]
+        best = min(roomy, key=lambda start: values[start - 1][start - 1 + skip])
+        free = _without(free, best, distance)
+        chosen.append(best)
+    blocks: list[Block] = []
+    for start in sorted(chosen):
+        if blocks and blocks[-1].end == start:
+            blocks[-1] = Block(blocks[-1].start, start + skip)
+        else:
+            blocks.append(Block(start, start + skip))
+    return blocks
+
+
+def _distance(params: Params) -> int:
+    """Return how far the starts of two blocks are apart at least."""
+    return params.layers_to_skip + (0 if params.merge_consecutive else 1)
+
+
+def _without(starts: list[int], taken: int, distance: int) -> list[int]:
+    return [start for start in starts if abs(start - taken) >= distance]
+
+
+def _room(starts: Sequence[int], distance: int) -> int:
+    """Return how many of the starts can be taken with at least this distance between them."""
+    count, after = 0, -1
+    for start in starts:
+        if start >= after:
+            count, after = count + 1, start + distance
+    return count
+
+
 def select(params: Params, work: Workspace) -> None:
-    """Write the block, and metrics/select.json."""
+    """Write the blocks, and metrics/select.json."""
     profile = read_json(work.profile / "profile.json")
     distances, residuals = profile["angular_distance"], profile["residual"]
     starts = allowed_starts(params, len(distances))
@@ -75,28 +123,29 @@ def select(params: Params, work: Workspace) -> None:
         losses = {block: loss for block, loss in measured if math.isfinite(loss)}
         if not losses:
             raise ParameterError(f"dtype: {params.dtype} overflows in every shortened model; use bfloat16 or float32.")
-        block = min(losses, key=losses.__getitem__)
+        blocks = [min(losses, key=losses.__getitem__)]
         figures = {
-            "loss": losses[block],
+            "loss": losses[blocks[0]],
             "losses": {f"host{each.host}": loss for each, loss in losses.items()},
         }
     else:
-        values = residuals if params.selection == "residual" else distances
-        (block,) = smallest(values, starts, params.layers_to_skip)
-    save_blocks((block,), work.blocks)
-    figures |= {
-        "host": block.host,
-        "start": block.start,
-        "end": block.end,
-        "angular_distance": distances[block.host][block.end - 1],
-        "residual": residuals[block.host][block.end - 1],
-    }
+        blocks = several(residuals if params.selection == "residual" else distances, starts, params)
+    save_blocks(blocks, work.blocks)
+    for number, block in enumerate(blocks):
+        chosen = {
+            "host": block.host,
+            "start": block.start,
+            "end": block.end,
+            "angular_distance": distances[block.host][block.end - 1],
+            "residual": residuals[block.host][block.end - 1],
+        }
+        figures |= {f"block{number}": chosen} if number else chosen
+        logger.info(
+            "select: layers %d to %d of %d go, host %d, by %s: angular distance %.4f, residual %.4f%s",
+            block.start, block.end - 1, len(distances), block.host, params.selection, chosen["angular_distance"],
+            chosen["residual"], f", loss {figures['loss']:.4f}" if "loss" in figures else "",
+        )  # fmt: skip
     write_json(work.metric("select"), rounded(figures))
-    logger.info(
-        "select: layers %d to %d of %d go, host %d, by %s: angular distance %.4f, residual %.4f%s",
-        block.start, block.end - 1, len(distances), block.host, params.selection, figures["angular_distance"],
-        figures["residual"], f", loss {figures['loss']:.4f}" if "loss" in figures else "",
-    )  # fmt: skip
 
 
 def _measure(params: Params, work: Workspace, candidates: list[Block], fitted: bool) -> list[float]:

@@ -1,6 +1,7 @@
 """The solve stage: from statistics to edits, by the method's own solver."""
 
 import math
+from dataclasses import replace
 
 from safetensors.torch import load_file
 from torch import Tensor
@@ -22,11 +23,14 @@ def solve(params: Params, work: Workspace) -> None:
     def statistic(name: str, block: int) -> dict[str, Tensor]:
         return load_file(work.statistics / f"{name}-{block}.safetensors")
 
-    solved = METHODS[params.method].solve(params, plan, statistic)
-    removed = len(solved.edits.removed_layers)
+    # Later blocks are solved in the repair stage.
+    solved = METHODS[params.method].solve(params, replace(plan, blocks=plan.blocks[:1]), statistic)
+    solved.edits.removed_layers = plan.removed_layers
+    removed = len(plan.removed_layers)
     with new_folder(work.solution) as folder:
         solved.edits.save(folder)
         write_text(folder / "residuals.csv", _ridge_table(solved.ridge_path))
+        write_text(folder / "loss.csv", _loss_table(solved.loss_curve))
     write_json(work.metric("solve"), rounded({"removed_layers": removed, **solved.figures}))
     if not solved.edits.transforms:
         logger.info("solve: %d layers go, and nothing takes their place", removed)
@@ -36,3 +40,8 @@ def _ridge_table(path: list[tuple[int, float, float]]) -> str:
     """Return the ridge path as CSV; the logarithm is for readers that draw no logarithmic axis."""
     rows = [f"{host},{rounded(alpha)},{rounded(math.log10(alpha))},{rounded(residual)}" for host, alpha, residual in path]
     return "\n".join(["host,alpha,log10_alpha,relative_residual", *rows]) + "\n"
+
+
+def _loss_table(curve: list[tuple[int, int, float]]) -> str:
+    """Return the loss curves as CSV; of a closed form there is none."""
+    return "\n".join(["host,iteration,loss", *(f"{host},{step},{rounded(loss, 9)}" for host, step, loss in curve)]) + "\n"

@@ -1,4 +1,4 @@
-"""The closed form of ReplaceMe's transform, from Gram statistics, in float64.
+"""Closed forms from Gram statistics, in float64: ReplaceMe's transform, and the correction of a linear's weights.
 
     T = argmin ‖Y − M T‖² + α‖T‖² = (MᵀM + αI)⁻¹ MᵀY        (arXiv 2505.02819, section 3)
 
@@ -11,6 +11,41 @@ import torch
 from torch import Tensor
 
 from replaceme.errors import SolveError
+
+
+def solve_correction(gram: Tensor, cross: Tensor, ridge: float, constant: bool) -> Tensor:
+    """Solve ``(S + λ diag S) X = C``: the change of a linear's weights that a ridge in the features' own units allows.
+
+    With residuals ``e`` of the present weights, ``C = Σ w gᵀe`` makes ``X`` the change toward least squares that is pulled
+    back to no change; so the prior is whatever the present weights are.
+
+    Args:
+        gram: ``S = Σ w gᵀg`` (k, k) float64, symmetric positive semi-definite.
+        cross: ``C`` (k, d) float64.
+        ridge: λ, above 0.
+        constant: whether the last feature is a column of ones, which is not penalised.
+
+    Returns:
+        X (k, d) float64; a feature that is always zero gets nothing.
+
+    Raises:
+        SolveError: there are numbers in the sums that are not finite.
+    """
+    # In units where every feature has a mean square of 1, the ridge is a multiple of the identity and the matrix well scaled.
+    diagonal = gram.diagonal()
+    scale = torch.where(diagonal > 0, diagonal.rsqrt(), 0)
+    scaled = gram * scale
+    scaled *= scale[:, None]
+    penalty = torch.full_like(scale, ridge)
+    if constant:
+        penalty[-1] = 0
+    # A feature of zeros has a row of zeros, which the ridge alone makes solvable.
+    scaled.diagonal().add_(penalty)
+    factor, failed = torch.linalg.cholesky_ex(scaled)
+    if failed:
+        raise SolveError("dtype: the sums over the features are not finite; use float32 or bfloat16.")
+    del scaled
+    return torch.cholesky_solve(cross * scale[:, None], factor).mul_(scale[:, None])
 
 
 @dataclass(frozen=True)
@@ -61,16 +96,30 @@ def solve_ridge(gram: Tensor, cross: Tensor, alpha: float) -> RidgeSolution:
     eigenvalues, vectors = torch.linalg.eigh(gram)
     eigenvalues = eigenvalues.clamp_min(0)
     smallest, largest = float(eigenvalues[0]), float(eigenvalues[-1])
-    resolution = largest * len(gram) * torch.finfo(torch.float64).eps
-    if smallest + alpha <= resolution:
-        rank = int((eigenvalues > resolution).sum())
-        raise SolveError(
-            f"alpha: {alpha:g} leaves the least squares singular (rank {rank} of {len(gram)}); "
-            f"raise dataset_size for more tokens, or set alpha well above {resolution:.1g}."
-        )
+    resolution = require_full_rank(eigenvalues, alpha)
     factor, failed = torch.linalg.cholesky_ex(gram + alpha * torch.eye(len(gram), dtype=torch.float64))
     projected = vectors.T @ cross
     transform = vectors @ (projected / (eigenvalues + alpha)[:, None]) if failed else torch.cholesky_solve(cross, factor)
     condition = (largest + alpha) / (smallest + alpha)
     projections = projected.square().sum(dim=1)
     return RidgeSolution(transform, smallest, condition, eigenvalues, projections, smallest > resolution)
+
+
+def require_full_rank(eigenvalues: Tensor, alpha: float) -> float:
+    """Return the size below which float64 can't tell an eigenvalue from 0.
+
+    Args:
+        eigenvalues: (d,) of ``MᵀM``, ascending.
+        alpha: ridge.
+
+    Raises:
+        SolveError: ``MᵀM + αI`` is singular to float64.
+    """
+    resolution = float(eigenvalues[-1]) * len(eigenvalues) * torch.finfo(torch.float64).eps
+    if max(float(eigenvalues[0]), 0.0) + alpha <= resolution:
+        rank = int((eigenvalues > resolution).sum())
+        raise SolveError(
+            f"alpha: {alpha:g} leaves the least squares singular (rank {rank} of {len(eigenvalues)}); "
+            f"raise dataset_size for more tokens, or set alpha well above {resolution:.1g}."
+        )
+    return resolution

@@ -6,13 +6,17 @@ For a block with host ``i`` and end ``e`` (ReplaceMe, section 3; rows are real t
     H = h_{e−1} = what the shortened model should have at the cut,  Y = H − Z.
 
 ``gram`` keeps ``MᵀM``, ``MᵀY`` and three sums of squares: all that least squares needs, d × d whatever the number of
+tokens, and additive over disjoint documents. ``mlp_features`` and ``features`` keep the same of the inputs of the host's last
+linears, with weights. ``sample`` keeps a few evenly spaced tokens, for figures that are not sums of squares. A statistic is
+an observer with a ``tensors`` method and one line in ``STATISTICS``.
 tokens, and additive over disjoint documents. ``sample`` keeps a few evenly spaced tokens, for figures that are not sums
-of squares. A statistic is an observer with a ``tensors`` method and one line in ``STATISTICS``.
+of squares. ``tokens`` keeps every token on disk, for losses that no sum can stand for. A statistic is an observer with a
+``tensors`` method and one line in ``STATISTICS``.
 """
 
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,12 +27,15 @@ from torch import Tensor, nn
 from replaceme.compute import resolve_device, use_threads
 from replaceme.documents import Batch, Documents
 from replaceme.families import Family
+from replaceme.features import LINEARS, Features
 from replaceme.files import new_folder
 from replaceme.forward import Observer, Signal, Signals, walk
 from replaceme.models import recorded_model
 from replaceme.params import Params
 from replaceme.plan import Block, Plan
 from replaceme.progress import logger
+from replaceme.token_shards import ShardWriter
+from replaceme.weights import token_weights
 from replaceme.workspace import Workspace
 
 SAMPLED_TOKENS = 2048
@@ -45,25 +52,32 @@ class Statistic(Observer, Protocol):
 
 
 class AtCut:
-    """Brings together a block's M, Z and H, which pass at different layers."""
+    """Brings together what passes at a block's host and at its end.
+
+    Attributes:
+        at_host: the signals of the host.
+        take: receives them, H and the batch; real tokens alone, each (tokens, width).
+    """
+
+    at_host: tuple[Signal, ...] = ("mlp", "output")
+    take: Callable[..., None]
 
     def __init__(self, block: Block):
         self.block = block
 
     def wants(self) -> Mapping[int, frozenset[Signal]]:
-        return {self.block.host: frozenset({"mlp", "output"}), self.block.end - 1: frozenset({"output"})}
+        return {self.block.host: frozenset(self.at_host), self.block.end - 1: frozenset({"output"})}
 
     def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
         if layer == self.block.host:
-            batch.scratch[self, "mlp"] = batch.real(signals["mlp"])
-            batch.scratch[self, "host"] = batch.real(signals["output"])
+            for signal in self.at_host:
+                batch.scratch[self, signal] = batch.real(signals[signal])
         else:
-            added, left = batch.scratch.pop((self, "mlp")), batch.scratch.pop((self, "host"))
-            self.take(added, left, batch.real(signals["output"]), batch)
+            self.meet(batch.real(signals["output"]), batch)
 
-    def take(self, added: Tensor, left: Tensor, target: Tensor, batch: Batch) -> None:
-        """Receive M, h_host = Z + M and H of the batch's real tokens, each (tokens, d)."""
-        raise NotImplementedError
+    def meet(self, target: Tensor, batch: Batch) -> None:
+        """Receive H of the batch's real tokens, behind the host's signals."""
+        self.take(*(batch.scratch.pop((self, signal)) for signal in self.at_host), target, batch)
 
 
 class Gram(AtCut):
@@ -85,8 +99,7 @@ class Gram(AtCut):
             "gap_squares": gap.square().sum(),
             "tokens": torch.tensor(float(len(M)), dtype=torch.float64),
         }
-        for name, part in parts.items():
-            self.sums[name] = self.sums[name].add_(part) if name in self.sums else part
+        add_up(self.sums, parts)
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: total.cpu() for name, total in self.sums.items()}
@@ -111,6 +124,71 @@ class Sample(AtCut):
         return {name: torch.cat(parts) for name, parts in self.kept.items()}
 
 
+class FeatureGram(AtCut):
+    """Weighted sums over the features ``g`` of the host's linears, ``w = 1/‖H‖²`` scaled to a mean of 1; float64.
+
+    ``gram`` = Σ w gᵀg (k, k) · ``cross`` = Σ w gᵀ(H − h_host) (k, d) · ``feature_added`` = Σ w gᵀM (k, d) · ``added_gram`` =
+    Σ w MᵀM and ``added_cross`` = Σ w Mᵀ(H − h_host) (d, d) · the scalars ``gap_squares`` = Σ w ‖H − h_host‖²,
+    ``output_squares`` = Σ w ‖H‖² and ``tokens`` · ``layout`` (``replaceme.features``). Products are float32, sums float64.
+    """
+
+    def __init__(self, block: Block, features: Features):
+        super().__init__(block)
+        self.features = features
+        self.at_host = ("mlp", "output", *features.signals)
+        self.sums: dict[str, Tensor] = {}
+
+    def take(self, added: Tensor, left: Tensor, *rest: Any) -> None:
+        *inputs, target, _batch = rest
+        g, M, H = self.features.columns(*inputs), added.float(), target.float()
+        w = token_weights(H)
+        gap, root = H - left.float(), w.sqrt()
+        wide, narrow, missing = g * root, M * root, gap * root
+        parts = {
+            "gram": wide.T @ wide,
+            "cross": wide.T @ missing,
+            "feature_added": wide.T @ narrow,
+            "added_gram": narrow.T @ narrow,
+            "added_cross": narrow.T @ missing,
+            "gap_squares": missing.square().sum(),
+            "output_squares": (w * H.square()).sum(),
+            "weights": w.sum(),
+            "tokens": torch.tensor(float(len(M))),
+        }
+        add_up(self.sums, parts)
+
+    def tensors(self) -> dict[str, Tensor]:
+        sums = dict(self.sums)
+        tokens, weights = sums.pop("tokens"), sums.pop("weights")
+        scaled = {name: (total * (tokens / weights).to(total.device)).cpu() for name, total in sums.items()}
+        return {**scaled, "tokens": tokens.cpu(), "layout": self.features.as_tensor()}
+
+
+def add_up(sums: dict[str, Tensor], parts: Mapping[str, Tensor]) -> None:
+    """Add to running sums, in float64."""
+    for name, part in parts.items():
+        sums[name] = sums[name].add_(part) if name in sums else part.double()
+
+
+class TokenDump(AtCut):
+    """Every token's M and Y, or in the accurate form its M, h_host and H, in shards; the result says how many each holds."""
+
+    def __init__(self, place: "Place", accurate: bool):
+        super().__init__(place.block)
+        self.accurate = accurate
+        names = ("added", "left", "target") if accurate else ("added", "goal")
+        self.shards = ShardWriter(place.folder, place.number, names, place.documents.token_count)
+
+    def take(self, added: Tensor, left: Tensor, target: Tensor, batch: Batch) -> None:
+        if self.accurate:
+            self.shards.add(added, left, target)
+        else:
+            self.shards.add(added, target.float() - left.float() + added.float())
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"counts": self.shards.finish()}
+
+
 @dataclass(frozen=True)
 class Place:
     """Where and of what a statistic is taken.
@@ -121,6 +199,7 @@ class Place:
         family: where its parts are.
         documents: what is walked.
         folder: where results too large for memory may be written; they stay with the other statistics.
+        number: the block's, in the plan's order.
     """
 
     block: Block
@@ -128,11 +207,16 @@ class Place:
     family: Family
     documents: Documents
     folder: Path
+    number: int
 
 
 STATISTICS: dict[str, Callable[[Place], Statistic]] = {
     "gram": lambda place: Gram(place.block),
     "sample": lambda place: Sample(place.block, place.documents.token_count),
+    "mlp_features": lambda place: FeatureGram(place.block, Features.of(place.host, place.family, ["mlp_output"])),
+    "features": lambda place: FeatureGram(place.block, Features.of(place.host, place.family, LINEARS)),
+    "tokens": lambda place: TokenDump(place, accurate=False),
+    "tokens_accurate": lambda place: TokenDump(place, accurate=True),
 }
 
 
@@ -148,12 +232,14 @@ def observe_activations(params: Params, work: Workspace) -> None:
             return
         source = recorded_model(params, work.model_input)
         model = source.load(params.dtype, resolve_device(params.device), params.use_4bit)
-        taken = take_statistics(model, source.family(), documents, plan, params.batch_size, folder)
+        # A later block is fitted on what the shortened model feeds it, in the repair stage.
+        first = replace(plan, blocks=plan.blocks[:1])
+        taken = take_statistics(model, source.family(), documents, first, params.batch_size, folder)
         for name, tensors in taken.items():
             save_file(tensors, folder / f"{name}.safetensors")
     width, tokens = int(source.config().hidden_size), documents.token_count
-    stop = max(block.end for block in plan.blocks)
-    logger.info("activations: %s over %d tokens, layers 0 to %d", " and ".join(plan.statistics), tokens, stop - 1)
+    last = plan.blocks[0].end - 1
+    logger.info("activations: %s over %d tokens, layers 0 to %d", " and ".join(plan.statistics), tokens, last)
     if tokens < TOKENS_PER_DIMENSION * width:
         logger.warning(
             "dataset_size: %d tokens are few for a width of %d; the fit wants at least %d, so raise dataset_size or alpha",
@@ -171,7 +257,7 @@ def take_statistics(
     layers = family.decoder_layers(model)
     folder = folder or Path(tempfile.gettempdir())
     observers: dict[str, Statistic] = {
-        f"{name}-{number}": STATISTICS[name](Place(block, layers[block.host], family, documents, folder))
+        f"{name}-{number}": STATISTICS[name](Place(block, layers[block.host], family, documents, folder, number))
         for number, block in enumerate(plan.blocks)
         for name in plan.statistics
     }

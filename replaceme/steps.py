@@ -14,6 +14,7 @@ from pathlib import Path
 
 from replaceme.calibration import calibrate
 from replaceme.card import SETTINGS
+from replaceme.combinations import EFFECTS
 from replaceme.compute import resolve_device
 from replaceme.embedded import cache_folder
 from replaceme.evaluation.scores import evaluate, score_baseline
@@ -73,15 +74,30 @@ STEPS: Mapping[str, Step] = {
     "profile": Step(profile, PASS, ("model_input", "documents"), "profile"),
     "select": Step(
         select,
-        ("method", "selection", "layers_to_skip", "min_distance_layer", "max_distance_layer", *PASS),
+        (
+            "method", "selection", "layers_to_skip", "min_distance_layer", "max_distance_layer", "num_A", "merge_consecutive",
+            *PASS,
+        ),
         ("profile", "model_input", "documents"),
         "blocks",
         ("select",),
     ),
-    "plan": Step(plan, ("method", "transform"), ("blocks",), "plan"),
+    "plan": Step(plan, ("method", "transform", "loss", "accurate"), ("blocks",), "plan"),
     "activations": Step(observe_activations, PASS, ("model_input", "documents", "plan"), "statistics"),
-    "solve": Step(solve, ("method", "transform", "alpha", "threads"), ("plan", "statistics"), "solution", ("solve",)),
-    "repair": Step(repair, (), ("solution",), "edits"),
+    "solve": Step(
+        solve,
+        ("method", "transform", "alpha", *EFFECTS, "device", "threads"),
+        ("plan", "statistics"),
+        "solution",
+        ("solve",),
+    ),
+    "repair": Step(
+        repair,
+        ("method", "transform", "alpha", "repair", *EFFECTS, *PASS),
+        ("model_input", "documents", "plan", "solution"),
+        "edits",
+        ("repair",),
+    ),
     "export": Step(
         export,
         ("model_path", "trust_remote_code", "threads", *SETTINGS),

@@ -22,19 +22,9 @@ def unfused(model: nn.Module, family: Family, edits: Edits) -> Iterator[None]:
     """Let a model with its original weights compute, for a while, what the edits make of it."""
     layers = family.decoder_layers(model)
     with ExitStack() as stack:
-        for index, layer in enumerate(layers):
-            stack.enter_context(edited_layer(layer, family, edits, index))
+        for (layer, linear), change in edits.changes().items():
+            stack.callback(family.linear_of(layers[layer], linear).register_forward_hook(_hook(change)).remove)
         stack.enter_context(passed_by(layers[index] for index in edits.removed_layers))
-        yield
-
-
-@contextmanager
-def edited_layer(layer: nn.Module, family: Family, edits: Edits, index: int) -> Iterator[None]:
-    """Let one layer compute, for a while, with its edits."""
-    with ExitStack() as stack:
-        for (position, linear), change in edits.changes().items():
-            if position == index:
-                stack.callback(family.linear_of(layer, linear).register_forward_hook(_hook(change)).remove)
         yield
 
 

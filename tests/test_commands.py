@@ -131,6 +131,47 @@ def test_get_lt_with_lstsq_saves_the_transform_and_no_model(
     assert "no model was written" in capsys.readouterr().err
 
 
+def test_get_lt_with_solvers_saves_the_transform_its_loss_curve_and_no_model(
+    tiny: Model, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--model", tiny.folder, "--dataset", text_file, "--layers", "2", *FAST, "--save_path", tmp_path / "map"]
+    call(commands.get_lt_with_solvers, "--method", "cosine", "--alpha", "0.1", *arguments)
+    work = tmp_path / "map.work"
+    figures = json.loads((work / "metrics" / "solve.json").read_text())
+    assert figures["loss_end"] < figures["loss_start"]
+    assert {"iterations", "converged", "relative_residual", "mean_cosine", "rescaled_by"} <= figures.keys()
+    curve = (tmp_path / "map" / "loss.csv").read_text(encoding="utf-8").splitlines()
+    assert curve[0] == "host,iteration,loss"
+    assert len(curve) >= 3
+    (transform,) = load_file(tmp_path / "map" / "edits.safetensors").values()
+    assert transform.shape == (32, 32)
+    assert not list((tmp_path / "map").glob("model*"))
+    # The plan wants no more than before, so the tokens are kept.
+    capsys.readouterr()
+    call(commands.get_lt_with_solvers, "--solver", "L-BFGS", "--max_iterations", "4", *arguments)
+    said = capsys.readouterr().err
+    assert "activations: unchanged since an earlier run" in said
+    assert "solver L-BFGS is read as lbfgs" in said
+    call(commands.get_lt_with_solvers, "--loss", "mse", "--thri", "true", "--solver", "cg", *arguments)
+    said = capsys.readouterr().err
+    assert "activations: unchanged" not in said
+    assert not list((work / "artifacts" / "statistics").glob("tokens*"))
+
+
+def test_a_model_pruned_by_the_cosine_says_how_and_keeps_its_report(
+    published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--method", "cosine", "--accurate", "true", "--solver", "trust_region", "--max_iterations", "3"]
+    call(commands.run_replaceme, "--config", published, *FAST, *given, "--diag", "true")
+    card = (tmp_path / "result" / "README.md").read_text(encoding="utf-8")
+    assert "ReplaceMe (cosine, accurate, diagonal, trust_region)" in card
+    assert "max_iterations: 3" in card
+    assert "learning_rate" not in card
+    page = (tmp_path / "result.work" / "artifacts" / "report" / "index.html").read_text(encoding="utf-8")
+    assert "loss at the start" in page
+    assert "diag is read as transform: diagonal" in capsys.readouterr().err
+
+
 def test_4_bit_calibration_folds_into_the_original_weights(
     save_tiny: Callable[..., Model], text_file: Path, tmp_path: Path
 ) -> None:
@@ -401,7 +442,9 @@ def test_mistakes_in_model_text_and_tasks_are_reported_together(capsys: pytest.C
     assert errors == ["device", "model_path", "dataset", "tasks"]
 
 
-@pytest.mark.parametrize("name", ["run_replaceme", "run_uidl", "evaluate_model", "get_distance_analysis", "get_lt_with_lstsq"])
+@pytest.mark.parametrize(
+    "name", ["run_replaceme", "run_uidl", "evaluate_model", "get_distance_analysis", "get_lt_with_lstsq", "get_lt_with_solvers"]
+)
 def test_help_describes_every_parameter(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     call(getattr(commands, name), "--help")
     said = " ".join(capsys.readouterr().out.split())

@@ -35,10 +35,21 @@ def problems_of(tmp_path: Path, text: str) -> str:
         ("device: tpu", "device: must be auto, cpu, cuda or cuda:N, not 'tpu'"),
         ("dtype: int8", "dtype: must be 'bfloat16', 'float16' or 'float32', not 'int8'"),
         ("model_path: null", "model_path: must be a text, not null"),
-        ("method: lstq", "method: 'lstq' is not a method (did you mean 'lstsq'?); use one of lstsq, uidl"),
-        ("method: cosine", "method: 'cosine' is not built yet"),
-        ("num_A: 2", "num_A: several blocks (2) are not built yet"),
-        ("diag: true", "diag: transforms with this structure are not built yet"),
+        ("method: lstq", "method: 'lstq' is not a method (did you mean 'lstsq'?); use one of cosine, lstsq, uidl"),
+        ("method: shortgpt", "method: 'shortgpt' is not built yet"),
+        ("num_A: 0", "num_A: must be at least 1, not 0"),
+        ("refit_ridge: 0", "refit_ridge: must be above 0, not 0"),
+        ("diag: 1", "diag: must be true or false, not 1"),
+        ("diag: true\nthri: true", "diag: is true and so is thri, but a transform has one structure; keep one"),
+        ("thri: true\ntransform: dense", "thri: asks for transform triangular, and transform says 'dense'; keep one"),
+        ("solver: Newton-CG", "solver: Newton-CG is not offered; trust_region uses the same second derivatives"),
+        ("solver: sgd", "solver: must be 'adam', 'lbfgs', 'cg' or 'trust_region', not 'sgd'"),
+        ("loss: huber", "loss: must be 'cosine', 'mse' or 'elastic_net', not 'huber'"),
+        ("learning_rate: 0", "learning_rate: must be above 0, not 0"),
+        ("l1_ratio: 1.5", "l1_ratio: must be at most 1, not 1.5"),
+        ("method: cosine\ntransform: joint", "transform: joint solves least squares for the host's own weights"),
+        ("method: cosine\nloss: elastic_net\nsolver: CG", "solver: cg needs a smooth objective"),
+        ("method: uidl\ntwo_vectors: true", "transform: two_vectors has no place in method uidl"),
         (
             "tasks: {winogrande: {fewshots: many}}",
             "tasks: fewshots of winogrande must be a whole number of at least 0, not 'many'",
@@ -71,7 +82,7 @@ def test_each_mistake_is_named_in_one_sentence(tmp_path: Path, text: str, said: 
 
 
 def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
-    message = problems_of(tmp_path, "alpha: x\nbatch_size: 0\nfoo: 1\nmethod: foo\nnum_A: 3")
+    message = problems_of(tmp_path, "alpha: x\nbatch_size: 0\nfoo: 1\nmethod: foo\nnum_A: 0")
     assert sorted(line.split(": ")[1] for line in message.splitlines()) == ["alpha", "batch_size", "foo", "method", "num_A"]
 
 
@@ -106,11 +117,48 @@ def test_published_configs_are_read(name: str) -> None:
     assert (params.method, params.layers_to_skip, params.dataset_size, params.dataset_split) == (name, 8, 8000, "train")
 
 
-def test_published_cosine_config_is_refused_by_the_methods_name_alone() -> None:
-    with pytest.raises(ParameterError) as caught:
-        read_params(ROOT / "reproduce" / "cosine.yaml", methods=METHODS)
-    assert "method: 'cosine' is not built yet" in str(caught.value)
-    assert len(caught.value.problems) == 1
+def test_the_published_cosine_config_is_the_published_cosine() -> None:
+    params = read_params(ROOT / "reproduce" / "cosine.yaml", methods=METHODS)
+    assert (params.method, params.loss, params.accurate, params.transform) == ("cosine", "cosine", False, "dense")
+    assert (params.solver, params.learning_rate, params.tokens_per_step, params.epochs) == ("adam", 1e-4, 1024, 10)
+    assert params.start == "identity"
+
+
+@pytest.mark.parametrize(("key", "transform"), [("diag", "diagonal"), ("two_vectors", "two_vectors"), ("thri", "triangular")])
+def test_published_structures_are_transforms(tmp_path: Path, key: str, transform: str) -> None:
+    for method in ("lstsq", "cosine"):
+        assert read_params(written(tmp_path, f"method: {method}\n{key}: true"), methods=METHODS).transform == transform
+    assert read_params(written(tmp_path, f"{key}: false\ntransform: diagonal")).transform == "diagonal"
+
+
+@pytest.mark.parametrize(
+    ("spelled", "solver"),
+    [("Adam", "adam"), ("CG", "cg"), ("L-BFGS", "lbfgs"), ("l-bfgs-b", "lbfgs"), ("trust-ncg", "trust_region")],
+)
+def test_published_solvers_are_ours_in_scipys_spelling(
+    tmp_path: Path, spelled: str, solver: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "replaceme"):
+        assert read_params(written(tmp_path, f"method: cosine\nsolver: {spelled}"), methods=METHODS).solver == solver
+    assert ("is read as" in caplog.text) == (spelled.lower() != solver)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("solver: lbfgs", "solver belongs to method cosine and is ignored"),
+        ("method: cosine\nloss: mse\naccurate: true", "accurate belongs to loss cosine of method cosine and is ignored"),
+        ("method: cosine\nsolver: cg\nepochs: 3", "epochs belongs to solver adam of method cosine and is ignored"),
+        ("method: cosine\nmax_iterations: 3", "max_iterations belongs to solvers lbfgs, cg and trust_region"),
+        ("method: cosine\nepochs: 3", ""),
+        ("method: lstsq\nsolver: adam\nloss: cosine\naccurate: false", ""),
+    ],
+)
+def test_a_key_without_effect_is_noted(tmp_path: Path, text: str, said: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "replaceme"):
+        read_params(written(tmp_path, text), methods=METHODS)
+    assert said in caplog.text
+    assert said or not caplog.text
 
 
 def test_overrides_win_over_the_file(tmp_path: Path) -> None:

@@ -256,6 +256,19 @@ def test_a_method_without_a_map_has_none_to_judge(params: Params, run: Run) -> N
     assert "were removed by UIDL" in page.html
 
 
+def test_an_iterative_solver_shows_its_curve_and_a_closed_form_none(params: Params, run: Run) -> None:
+    iterated = SOLVED | {"loss_start": 0.5, "loss_end": 0.25, "iterations": 9, "converged": 1, "rescaled_by": 1.5}
+    work = run(solved=iterated, residuals="alpha,relative_residual\n")
+    assert "loss" not in render(params, work).pictures
+    (work.solution / "loss.csv").write_text("host,iteration,loss\n", encoding="utf-8")
+    assert "loss" not in render(params, work).pictures
+    (work.solution / "loss.csv").write_text("host,iteration,loss\n2,0,0.5\n2,5,0.25\n2,9,0.26\n", encoding="utf-8")
+    page = render(params, work)
+    assert page.pictures["loss"].words == "The solver's objective a token: behind host 2 from 0.5 to 0.25 in 9 iterations."
+    assert page.pictures["loss"].light.startswith(b"\x89PNG")
+    assert {"loss at the start", "at rest", "rescaled by"} <= Reader(page.html).cells
+
+
 @pytest.mark.usefixtures("undrawn")
 def test_each_of_several_blocks_has_its_own_fit(params: Params, run: Run) -> None:
     fits = {"removed_layers": 3, "block0": {**SOLVED, "tokens": 1111}, "block1": {**SOLVED, "tokens": 2222}}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from replaceme import cut_loss, residuals
+from replaceme import cut_loss, scratch
 from replaceme.cut_loss import cut_losses
 from replaceme.documents import Documents
 from replaceme.errors import ParameterError, ResourceError
@@ -16,6 +16,7 @@ from replaceme.forward import walk
 from replaceme.plan import Block
 from replaceme.profile import profile_model
 from replaceme.residuals import RIDGE, TokenSample, choose_tokens, residual_map, split_documents
+from replaceme.weights import token_weights
 from tests.conftest import LAYERS, WIDTH, made_model
 
 
@@ -91,7 +92,7 @@ def test_a_layer_that_a_map_can_stand_for_has_no_residual() -> None:
 
 
 def test_a_scratch_disk_that_is_too_small_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(residuals.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(scratch.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     sample = TokenSample(made_documents(6), LAYERS, WIDTH, torch.float32, tmp_path)
     with pytest.raises(ResourceError, match="profiling keeps 0 MiB of states there"), sample:
         pass
@@ -152,4 +153,4 @@ def test_hardly_any_text_still_gives_numbers(lengths: list[int]) -> None:
 
 
 def test_a_state_of_zeros_weighs_nothing() -> None:
-    assert residuals.token_weights(torch.tensor([[0.0, 0.0], [3.0, 4.0]])).tolist() == [[0.0], [pytest.approx(0.04)]]
+    assert token_weights(torch.tensor([[0.0, 0.0], [3.0, 4.0]])).tolist() == [[0.0], [pytest.approx(0.04)]]

@@ -9,7 +9,7 @@ from replaceme.errors import ParameterError
 from replaceme.files import read_json, write_json
 from replaceme.params import read_params
 from replaceme.plan import Block, load_blocks
-from replaceme.selection import allowed_starts, smallest
+from replaceme.selection import allowed_starts, several, smallest
 from replaceme.workspace import Workspace
 
 
@@ -95,3 +95,36 @@ def test_the_loss_decides_among_the_best_cuts(
 def test_the_loss_needs_documents_to_hold_out() -> None:
     with pytest.raises(ParameterError, match="dataset_size: selection loss holds documents out and needs at least 5, not 4"):
         starts(12, layers_to_skip=3, selection="loss", dataset_size=4)
+
+
+def chosen(layers: int, values: dict[tuple[int, int], float], **options: Any) -> list[tuple[int, int]]:
+    """Return start and end of each block, where pairs (host, last removed layer) have these values and all others 1."""
+    params = read_params(None, options)
+    table = [[values.get((host, last), 1.0) for last in range(layers)] for host in range(layers)]
+    return [(block.start, block.end) for block in several(table, allowed_starts(params, layers), params)]
+
+
+def test_several_blocks_are_the_best_that_do_not_overlap() -> None:
+    values = {(4, 6): 0.1, (5, 7): 0.2, (9, 11): 0.3}
+    assert chosen(14, values, layers_to_skip=2, num_A=2) == [(5, 7), (10, 12)]
+
+
+def test_adjacent_blocks_are_merged_or_kept_apart() -> None:
+    values = {(4, 6): 0.1, (6, 8): 0.2, (7, 9): 0.3}
+    assert chosen(14, values, layers_to_skip=2, num_A=2) == [(5, 9)]
+    assert chosen(14, values, layers_to_skip=2, num_A=2, merge_consecutive=False) == [(5, 7), (8, 10)]
+
+
+def test_the_best_block_leaves_room_for_the_others() -> None:
+    # The block in the middle is the best, and would leave two layers on each side.
+    assert chosen(8, {(2, 5): 0.1}, layers_to_skip=3, num_A=2) == [(1, 7)]
+    assert chosen(8, {(2, 5): 0.1}, layers_to_skip=3, num_A=2, merge_consecutive=False) == [(1, 4), (5, 8)]
+
+
+def test_blocks_that_do_not_fit_are_named() -> None:
+    with pytest.raises(ParameterError, match="num_A: 3 blocks of 3 layers don't fit between layer 1 and layer 8; take fewer"):
+        starts(8, layers_to_skip=3, num_A=3)
+    with pytest.raises(ParameterError, match="num_A: 2 blocks of 4 layers with a kept layer between them don't fit"):
+        starts(9, layers_to_skip=4, num_A=2, merge_consecutive=False)
+    with pytest.raises(ParameterError, match=r"selection: loss measures a single cut; with several blocks \(num_A\)"):
+        starts(12, layers_to_skip=3, num_A=2, selection="loss")

@@ -142,3 +142,20 @@ def test_figures_of_the_fit_equal_those_of_the_activations(documents: Documents)
     other = METHODS["lstsq"].solve(read_params(None, {"alpha": alpha}), PLAN, lambda name, block: taken[f"{name}-{block}"])
     assert path[alpha] == pytest.approx(other.figures["relative_residual"], rel=1e-8)
     assert figures == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("transform", ["diagonal", "triangular", "two_vectors"])
+def test_a_structured_transform_has_the_same_figures_and_a_title_that_names_it(documents: Documents, transform: str) -> None:
+    model = made_model(dtype=torch.float64)
+    taken = take_statistics(model, PRE_NORM, documents, PLAN, 4)
+    params = read_params(None, {"alpha": 3.0, "transform": transform})
+    dense, solved = (
+        METHODS["lstsq"].solve(each, PLAN, lambda name, block: taken[f"{name}-{block}"])
+        for each in (read_params(None, {"alpha": 3.0}), params)
+    )
+    assert solved.figures.keys() == dense.figures.keys()
+    assert solved.edits.title == f"ReplaceMe (least squares, {transform.replace('_', ' ')})"
+    T = solved.edits.transforms[BLOCK.host].numpy()
+    M, Z, H = at_cut(model, documents)
+    assert solved.figures["relative_residual"] == pytest.approx(np.linalg.norm(H - Z - M @ T) / np.linalg.norm(H))
+    assert solved.figures["condition_number"] == pytest.approx(dense.figures["condition_number"])

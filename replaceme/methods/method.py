@@ -22,11 +22,13 @@ class Solved:
         edits: what is to be changed.
         figures: for metrics/solve.json.
         ridge_path: rows (host, α, relative residual): how well each host's fit would be with another ridge.
+        loss_curve: rows (host, iteration, objective a token) of an iterative solver.
     """
 
     edits: Edits
     figures: dict[str, Any] = field(default_factory=dict)
     ridge_path: list[tuple[int, float, float]] = field(default_factory=list)
+    loss_curve: list[tuple[int, int, float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The pictures of one run, from plain data: where it was cut, what the layers do, the scores, and the ridge path.
+"""The pictures of one run, from plain data: where it was cut, what the layers do, the scores, the ridge path, the loss curve.
 
 Each function returns a matplotlib ``Figure`` for a light or a dark page, or None where the data has nothing to show;
 ``replaceme.report.theme.png`` turns it into bytes.
@@ -199,6 +199,31 @@ def residual_path(
         axes.set(xlabel="α", ylabel="relative residual")
         quiet(axes, "both")
         axes.legend(loc="best", framealpha=1)
+    return figure
+
+
+def loss_curve(curves: Mapping[int, Sequence[tuple[int, float]]], theme: Theme = LIGHT) -> Figure | None:
+    """Draw what an iterative solver did; None without a curve.
+
+    Args:
+        curves: host → iterations and the objective a token.
+        theme: the colours.
+    """
+    losses = [loss for curve in curves.values() for _, loss in curve]
+    if not losses:
+        return None
+    with drawing(theme, WIDTH * 0.6) as figure:
+        axes = figure.add_subplot()
+        for host, curve in curves.items():
+            marker = "o" if len(curve) < 40 else ""
+            axes.plot(*zip(*curve, strict=True), color=theme.pruned, marker=marker, ms=4, lw=1.4, label=f"host {host}")
+        if min(losses) > 0:
+            log_axis(axes, "y", losses)
+        axes.set(xlabel="iteration", ylabel="objective a token")
+        _whole_numbers(axes)
+        quiet(axes, "both")
+        if len(curves) > 1:
+            axes.legend(loc="best", framealpha=1)
     return figure
 
 

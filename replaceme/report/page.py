@@ -20,7 +20,7 @@ from replaceme.files import new_folder, read_json, write_text
 from replaceme.params import Params
 from replaceme.plan import Block, load_blocks
 from replaceme.report import sentences, tables
-from replaceme.report.figures import cut_map, layer_figures, residual_path, score_figure
+from replaceme.report.figures import cut_map, layer_figures, loss_curve, residual_path, score_figure
 from replaceme.report.published import LABEL
 from replaceme.report.settings import settings_yaml, without_folder
 from replaceme.report.theme import DARK, DPI, LIGHT, Theme, png
@@ -91,6 +91,7 @@ def render(params: Params, work: Workspace, speed: Mapping[str, Any] | None = No
         "layers": _picture(lambda theme: layer_figures(layers, blocks, theme), sentences.layer_words(layers, blocks)),
         "scores": _picture(lambda theme: score_figure(evaluation, theme), sentences.score_words(evaluation)),
         "residuals": _residual_picture(params, _residuals(work.solution / "residuals.csv"), solved),
+        "loss": _loss_picture(_losses(work.solution / "loss.csv")),
     }
     settings = settings_yaml(params)
     drawn = {name: picture for name, picture in pictures.items() if picture}
@@ -137,6 +138,20 @@ def _residual_picture(params: Params, rows: list[tuple[float, float]], solved: M
         return None
     chosen, smallest = (params.alpha, solved["relative_residual"]), solved["smallest_eigenvalue"]
     return _picture(lambda theme: residual_path(rows, chosen, smallest, theme), sentences.residual_words(rows, chosen))
+
+
+def _losses(path: Path) -> dict[int, list[tuple[int, float]]]:
+    """Return each host's loss curve; none of a closed form, nor of a solution that an earlier version wrote."""
+    curves: dict[int, list[tuple[int, float]]] = {}
+    if path.is_file():
+        with path.open(encoding="utf-8", newline="") as lines:
+            for row in csv.DictReader(lines):
+                curves.setdefault(int(row["host"]), []).append((int(row["iteration"]), float(row["loss"])))
+    return curves
+
+
+def _loss_picture(curves: dict[int, list[tuple[int, float]]]) -> Picture | None:
+    return _picture(lambda theme: loss_curve(curves, theme), sentences.loss_words(curves)) if curves else None
 
 
 def _picture(draw: Callable[[Theme], Figure | None], words: str) -> Picture | None:

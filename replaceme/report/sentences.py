@@ -154,5 +154,15 @@ def residual_words(rows: Sequence[tuple[float, float]], chosen: tuple[float, flo
     )
 
 
+def loss_words(curves: Mapping[int, Sequence[tuple[int, float]]]) -> str:
+    """Describe the loss curves."""
+    parts = [
+        f"behind host {host} from {number(curve[0][1])} to {number(min(loss for _, loss in curve))} in {curve[-1][0]} "
+        "iterations"
+        for host, curve in curves.items()
+    ]
+    return f"The solver's objective a token: {'; '.join(parts)}."
+
+
 def _mean(values: Sequence[Any]) -> float:
     return sum(values) / len(values)

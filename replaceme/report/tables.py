@@ -36,6 +36,11 @@ FIT_WORDS = {
     "smallest_eigenvalue": ("smallest eigenvalue", "of MᵀM: what α is to be compared with"),
     "alpha_over_smallest_eigenvalue": ("α / smallest eigenvalue", "far below 1 the ridge changes nothing"),
     "distance_from_identity": ("distance from identity", "‖T − I‖ / √d: 0 leaves the host layer as it was"),
+    "loss_start": ("loss at the start", "the solver's objective a token, penalty included"),
+    "loss_end": ("… at the end", "the same at the best iterate, which is the one that is kept"),
+    "iterations": ("iterations", "of the solver"),
+    "converged": ("at rest", "1: the solver stopped because the loss stood still; 0: because it had no iterations left"),
+    "rescaled_by": ("rescaled by", "the fast cosine's map has no scale of its own: this factor makes ‖Y − M T‖ smallest"),
     "distance_from_alpha_zero": ("distance from α = 0", "how far the ridge moves the map from the one without it"),
 }
 

@@ -1,0 +1,81 @@
+"""Which parameters go together: what can't be done is refused by name, and what has no effect is said to have none."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Values = Mapping[str, Any]
+
+
+def _iterates(values: Values) -> bool:
+    return bool(values["method"] == "cosine")
+
+
+def _steps(values: Values) -> bool:
+    return _iterates(values) and values["solver"] == "adam"
+
+
+def _refits(values: Values) -> bool:
+    return values["transform"] in ("refit", "joint")
+
+
+def _repairs(values: Values) -> bool:
+    return bool(values["repair"])
+
+
+# Parameters that not every setting uses: what they belong to, when they have an effect.
+EFFECTS: Mapping[str, tuple[str, Callable[[Values], bool]]] = {
+    "refit_ridge": ("transform refit or joint", _refits),
+    "repair_ridge_attention": ("repair", _repairs),
+    "repair_ridge_mlp": ("repair, or transform joint,", lambda values: _repairs(values) or values["transform"] == "joint"),
+    "loss": ("method cosine", _iterates),
+    "accurate": ("loss cosine of method cosine", lambda values: _iterates(values) and values["loss"] == "cosine"),
+    "l1_ratio": ("loss elastic_net of method cosine", lambda values: _iterates(values) and values["loss"] == "elastic_net"),
+    "solver": ("method cosine", _iterates),
+    "start": ("method cosine", _iterates),
+    "learning_rate": ("solver adam of method cosine", _steps),
+    "epochs": ("solver adam of method cosine", _steps),
+    "tokens_per_step": ("solver adam of method cosine", _steps),
+    "max_iterations": (
+        "solvers lbfgs, cg and trust_region of method cosine",
+        lambda values: _iterates(values) and values["solver"] != "adam",
+    ),
+}
+
+
+def has_effect(key: str, values: Values) -> bool:
+    """Return whether a parameter changes the result, with all parameters' values."""
+    return key not in EFFECTS or EFFECTS[key][1](values)
+
+
+def without_effect(given: Values, values: Values, defaults: Values) -> list[str]:
+    """Return a sentence for each parameter that was given, isn't at its default, and has no effect."""
+    return [
+        f"{key} belongs to {EFFECTS[key][0]} and is ignored"
+        for key in EFFECTS
+        if key in given and values[key] != defaults[key] and not has_effect(key, values)
+    ]
+
+
+def refusals(values: Values) -> list[str]:
+    """Return a sentence for each combination that would not be what its names say."""
+    method, transform, loss, solver = (values[key] for key in ("method", "transform", "loss", "solver"))
+    problems = []
+    if method == "uidl" and transform != "dense":
+        problems.append(
+            f"transform: {transform} has no place in method uidl, which puts nothing in the block's place; use dense."
+        )
+    if not _iterates(values):
+        return problems
+    if transform in ("refit", "joint"):
+        problems.append(
+            f"transform: {transform} solves least squares for the host's own weights and has no other objective; use method "
+            "lstsq, or transform dense, diagonal, two_vectors or triangular."
+        )
+    if loss == "elastic_net" and solver in ("cg", "trust_region"):
+        problems.append(f"solver: {solver} needs a smooth objective, and loss elastic_net has a kink at 0; use lbfgs or adam.")
+    if loss == "elastic_net" and transform == "two_vectors":
+        problems.append(
+            "transform: two_vectors has no entries of its own that loss elastic_net could set to 0; use dense, diagonal or "
+            "triangular, or loss mse."
+        )
+    return problems

@@ -1,0 +1,141 @@
+"""ReplaceMe with an objective of choice (arXiv 2505.02819, section 3): one transform a block, by an iterative solver.
+
+    Σ_tokens loss + α‖T − P‖²_F,   P = 0; P = I for the fast cosine and for two vectors
+
+The fast cosine, ``1 − cos(M T, Y)``, knows nothing of T's scale. A ridge to 0 would have no minimum, hence P = I; and T is
+scaled at the end by the least-squares factor ``tr(TᵀMᵀY) / tr(TᵀMᵀM T)``. The elastic net is the squared error with
+``α(ρ‖T‖₁ + (1 − ρ)/2 ‖T‖²)``. Only the cosine reads tokens; the squared errors need the sums alone.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from replaceme.closed_forms import STRUCTURES, closed_form, structure_words
+from replaceme.compute import resolve_device
+from replaceme.edits import Edits
+from replaceme.fit_quality import fit_quality, ridge_figures
+from replaceme.methods.method import Method, Solved, Statistics
+from replaceme.minimisers import Budget, Minimum, minimise
+from replaceme.objectives import CosineLoss, Problem, SquaredError
+from replaceme.params import Params
+from replaceme.plan import Plan
+from replaceme.progress import logger
+from replaceme.structures import parametrisation
+from replaceme.token_shards import StoredShards
+
+LOSSES = {"cosine": "cosine", "mse": "squared error", "elastic_net": "elastic net"}
+
+Sums = Mapping[str, Tensor]
+
+
+def statistics(params: Params) -> tuple[str, ...]:
+    """Return what the objective needs: single tokens for the cosine alone."""
+    if params.loss != "cosine":
+        return ("gram", "sample")
+    return ("gram", "sample", _tokens(params))
+
+
+def solve(params: Params, plan: Plan, statistics: Statistics) -> Solved:
+    """Return the removal with one transform a block, how well each fits, and how the solver came there."""
+    solved = Solved(Edits(f"ReplaceMe ({_words(params)})", plan.removed_layers))
+    for number, block in enumerate(plan.blocks):
+        sums, sample = statistics("gram", number), statistics("sample", number)
+        problem = problem_of(params, sums, _of_block(statistics, number))
+        start = problem.structure.start(_start(params, sums).to(problem.prior))
+        found = minimise(problem, start, params.solver, _budget(params))
+        transform = problem.structure.build(found.x).cpu()
+        fit = _solver_figures(found)
+        if _is_fast(params):
+            fit["rescaled_by"] = least_squares_scale(transform, sums)
+            transform = transform * fit["rescaled_by"]
+        solved.edits.transforms[block.host] = transform
+        solved.loss_curve += [(block.host, iteration, loss) for iteration, loss in found.curve.items()]
+        fit |= fit_quality(transform, sums, sample)
+        if params.loss == "mse":
+            fit |= ridge_figures(torch.linalg.eigvalsh(sums["gram"]), params.alpha)
+        solved.figures |= fit if len(plan.blocks) == 1 else {f"block{number}": fit}
+        _report(params, block.host, fit)
+    return solved
+
+
+def problem_of(params: Params, sums: Sums, statistic: Callable[[str], Sums]) -> Problem:
+    """Return the objective of one block.
+
+    Args:
+        params: loss, its form, the transform's structure and the penalty.
+        sums: the statistic ``gram``.
+        statistic: the block's statistics by name; asked for tokens alone.
+    """
+    device, width = resolve_device(params.device), len(sums["gram"])
+    to_identity = _is_fast(params) or params.transform == "two_vectors"
+    prior = torch.eye(width, dtype=torch.float64, device=device) * float(to_identity)
+    structure = parametrisation(STRUCTURES[params.transform], width, device)
+    if params.loss == "cosine":
+        shards = StoredShards(statistic(_tokens(params))["counts"], statistic)
+        # Minibatches are noisier than float32; a line search is not.
+        dtype = torch.float32 if params.solver == "adam" else torch.float64
+        return Problem(CosineLoss(shards, device, dtype), structure, prior, params.alpha)
+    if params.loss == "mse":
+        return Problem(SquaredError(sums, device), structure, prior, params.alpha)
+    ridge, lasso = params.alpha * (1 - params.l1_ratio) / 2, params.alpha * params.l1_ratio
+    return Problem(SquaredError(sums, device), structure, prior, ridge, lasso)
+
+
+def least_squares_scale(transform: Tensor, sums: Sums) -> float:
+    """Return the factor s that makes ``‖Y − s M T‖²`` smallest."""
+    return float((transform * sums["cross"]).sum() / (transform * (sums["gram"] @ transform)).sum())
+
+
+def _of_block(statistics: Statistics, number: int) -> Callable[[str], Sums]:
+    return lambda name: statistics(name, number)
+
+
+def _start(params: Params, sums: Sums) -> Tensor:
+    if params.start == "identity":
+        return torch.eye(len(sums["gram"]), dtype=torch.float64)
+    return closed_form(sums["gram"], sums["cross"], params.alpha, STRUCTURES[params.transform])
+
+
+def _budget(params: Params) -> Budget:
+    return Budget(params.learning_rate, params.epochs, params.tokens_per_step, params.max_iterations)
+
+
+def _is_fast(params: Params) -> bool:
+    return params.loss == "cosine" and not params.accurate
+
+
+def _tokens(params: Params) -> str:
+    return "tokens_accurate" if params.accurate else "tokens"
+
+
+def _words(params: Params) -> str:
+    form = ", accurate" if params.loss == "cosine" and params.accurate else ""
+    return f"{LOSSES[params.loss]}{form}{structure_words(params.transform)}, {params.solver}"
+
+
+def _solver_figures(found: Minimum) -> dict[str, Any]:
+    return {
+        "loss_start": found.curve[0],
+        "loss_end": found.lowest,
+        "iterations": max(found.curve),
+        "converged": int(found.converged),
+    }
+
+
+def _report(params: Params, host: int, fit: Mapping[str, Any]) -> None:
+    logger.info(
+        "solve: host %d, %d tokens, loss %.6g to %.6g in %d iterations of %s, relative residual %.4f (%.4f with nothing in the "
+        "block's place), mean cosine %.4f",
+        host, fit["tokens"], fit["loss_start"], fit["loss_end"], fit["iterations"], params.solver, fit["relative_residual"],
+        fit["relative_residual_removed"], fit["mean_cosine"],
+    )  # fmt: skip
+    if not fit["converged"] and fit["iterations"]:
+        key = "epochs" if params.solver == "adam" else "max_iterations"
+        advice = " or change learning_rate" if params.solver == "adam" else ""
+        logger.warning("%s: %s did not come to rest within %d; raise it%s", key, params.solver, getattr(params, key), advice)
+
+
+METHOD = Method(fits=True, statistics=statistics, solve=solve)

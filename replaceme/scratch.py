@@ -1,0 +1,43 @@
+"""States too many for memory: tensors mapped to files that nobody sees, on a disk that is asked first."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from replaceme.errors import ResourceError
+
+
+@contextmanager
+def scratch(
+    count: int, shape: Sequence[int], dtype: torch.dtype, folder: Path | None = None, purpose: str = "this step"
+) -> Iterator[list[Tensor]]:
+    """Yield ``count`` tensors of one shape on disk, zeros at first, which go however the block ends.
+
+    Args:
+        count: how many.
+        shape: of each.
+        dtype: of each.
+        folder: where they may lie; None is the system's temporary folder.
+        purpose: what keeps them, for the message.
+
+    Raises:
+        ResourceError: they don't fit.
+    """
+    size = prod(shape)
+    where = folder or Path(tempfile.gettempdir())
+    needed, free = count * size * dtype.itemsize, shutil.disk_usage(where).free
+    if needed > free:
+        raise ResourceError(f"{where}: {purpose} keeps {needed >> 20} MiB of states there, and {free >> 20} MiB are free.")
+    # A mapping outlives its file's name: without one, nothing is left behind however the run ends.
+    with tempfile.TemporaryDirectory(prefix="scratch-", suffix=".partial", dir=where, ignore_cleanup_errors=True) as names:
+        tensors = [
+            torch.from_file(str(Path(names) / str(number)), shared=True, size=size, dtype=dtype).view(*shape)
+            for number in range(count)
+        ]
+    yield tensors

@@ -1,0 +1,96 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import minimize
+
+from replaceme.closed_forms import closed_form, squared_error
+from replaceme.errors import SolveError
+from tests.test_solver import made
+
+WIDTHS, SEEDS, ALPHAS = st.integers(1, 9), st.integers(0, 500), st.sampled_from([0.0, 0.1, 3.0, 200.0])
+
+
+def solved(M: torch.Tensor, Y: torch.Tensor, alpha: float, structure: str) -> np.ndarray:
+    return closed_form(M.T @ M, M.T @ Y, alpha, structure).numpy()
+
+
+def ridge(columns: np.ndarray, target: np.ndarray, alpha: float) -> np.ndarray:
+    """Solve one ridge regression as least squares on extended rows."""
+    width = columns.shape[1]
+    rows = np.vstack([columns, alpha**0.5 * np.eye(width)])
+    return np.linalg.lstsq(rows, np.concatenate([target, np.zeros(width)]), rcond=None)[0]
+
+
+@given(WIDTHS, SEEDS, ALPHAS)
+@settings(max_examples=30, deadline=None)
+def test_diagonal_equals_one_regression_a_dimension(width: int, seed: int, alpha: float) -> None:
+    M, Y = made(8 * width + 5, width, seed)
+    expected = [ridge(M[:, [j]].numpy(), Y[:, j].numpy(), alpha)[0] for j in range(width)]
+    assert np.allclose(solved(M, Y, alpha, "diagonal"), np.diag(expected), rtol=1e-9, atol=1e-9)
+
+
+@given(WIDTHS, SEEDS, ALPHAS)
+@settings(max_examples=30, deadline=None)
+def test_triangular_equals_one_regression_a_column_on_the_inputs_from_the_diagonal_down(
+    width: int, seed: int, alpha: float
+) -> None:
+    M, Y = made(8 * width + 5, width, seed)
+    expected = np.zeros((width, width))
+    for j in range(width):
+        expected[j:, j] = ridge(M[:, j:].numpy(), Y[:, j].numpy(), alpha)
+    assert np.allclose(solved(M, Y, alpha, "triangular"), expected, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 5.0, 100.0])
+def test_two_vectors_are_no_worse_than_what_an_iterative_search_from_many_starts_finds(alpha: float) -> None:
+    width = 5
+    M, Y = (part.numpy() for part in made(60, width))
+
+    def objective(T: np.ndarray) -> float:
+        return float(((Y - M @ T) ** 2).sum() + alpha * ((T - np.eye(width)) ** 2).sum())
+
+    found = solved(*map(torch.from_numpy, (M, Y)), alpha, "two_vectors")
+    assert np.linalg.matrix_rank(found - np.eye(width), tol=1e-8) == 1
+    chance = np.random.default_rng(0)
+    searched = [
+        minimize(lambda x: objective(np.eye(width) + np.outer(x[:width], x[width:])), chance.normal(size=2 * width)).fun
+        for _ in range(8)
+    ]
+    assert objective(found) == pytest.approx(min(searched), rel=1e-6)
+
+
+def test_a_huge_ridge_leaves_the_prior() -> None:
+    M, Y = made(60, 6)
+    for structure, prior in (("dense", 0), ("diagonal", 0), ("triangular", 0), ("two_vectors", 1)):
+        assert np.allclose(solved(M, Y, 1e15, structure), prior * np.eye(6), atol=1e-9)
+
+
+def test_dense_and_triangular_agree_where_the_best_map_is_triangular() -> None:
+    M, _ = made(60, 6)
+    Y = M @ torch.tril(torch.ones(6, 6, dtype=torch.float64))
+    assert np.allclose(solved(M, Y, 0.0, "triangular"), solved(M, Y, 0.0, "dense"), atol=1e-9)
+
+
+@pytest.mark.parametrize("structure", ["dense", "triangular", "two_vectors"])
+def test_fewer_tokens_than_dimensions_without_ridge_is_an_error(structure: str) -> None:
+    M, Y = made(5, 8)
+    with pytest.raises(SolveError, match=r"alpha: 0 leaves the least squares singular \(rank 5 of 8\)"):
+        solved(M, Y, 0.0, structure)
+    assert np.isfinite(solved(M, Y, 0.1, structure)).all()
+
+
+def test_a_dimension_that_is_always_zero_has_no_diagonal_fit_without_ridge() -> None:
+    M, Y = made(20, 4)
+    M[:, 2] = 0
+    with pytest.raises(SolveError, match="alpha: 0 leaves the least squares singular"):
+        solved(M, Y, 0.0, "diagonal")
+    assert solved(M, Y, 1.0, "diagonal")[2, 2] == 0
+
+
+def test_squared_error_is_that_of_the_tokens() -> None:
+    M, Y = made(40, 5)
+    T = torch.eye(5, dtype=torch.float64) * 0.5
+    sums = {"gram": M.T @ M, "cross": M.T @ Y, "target_squares": Y.square().sum()}
+    assert squared_error(sums, T) == pytest.approx(float((Y - M @ T).square().sum()))

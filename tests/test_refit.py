@@ -1,0 +1,191 @@
+"""The host's last linears solved for anew, against plain ridge regressions in numpy."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from replaceme.documents import Documents
+from replaceme.edits import Edits
+from replaceme.errors import SolveError
+from replaceme.families import FAMILIES, PRE_NORM
+from replaceme.features import LINEARS, Features
+from replaceme.methods import METHODS
+from replaceme.params import read_params
+from replaceme.plan import Block, Plan
+from replaceme.solver import solve_correction
+from replaceme.statistics import take_statistics
+from replaceme.surgery import apply_edits
+from tests.conftest import WIDTH, made_model
+
+BLOCK = Block(2, 4)
+
+
+def at_cut(model: Any, documents: Documents) -> dict[str, np.ndarray]:
+    """Return the host's signals and H of all tokens, document by document, by plain hooks."""
+    kept: dict[str, list[torch.Tensor]] = {name: [] for name in ("A", "G", "M", "x", "h", "H")}
+    host, last = model.model.layers[BLOCK.host], model.model.layers[BLOCK.end - 1]
+    hooks = [
+        host.self_attn.o_proj.register_forward_pre_hook(lambda _, args: kept["A"].append(args[0][0])),
+        host.mlp.down_proj.register_forward_pre_hook(lambda _, args: kept["G"].append(args[0][0])),
+        host.mlp.register_forward_hook(lambda _m, _a, output: kept["M"].append(output[0])),
+        host.register_forward_pre_hook(lambda _, args: kept["x"].append(args[0][0])),
+        host.register_forward_hook(lambda _m, _a, output: kept["h"].append(output[0])),
+        last.register_forward_hook(lambda _m, _a, output: kept["H"].append(output[0])),
+    ]
+    with torch.no_grad():
+        for document in documents.documents:
+            model(document[None], use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return {name: torch.cat(parts).double().numpy() for name, parts in kept.items()}
+
+
+def ridge(g: np.ndarray, r: np.ndarray, w: np.ndarray, prior: np.ndarray, size: float, constant: bool) -> np.ndarray:
+    """Return (Σ w gᵀg + λD)⁻¹ (Σ w gᵀr + λD prior), (features, d)."""
+    S = (g.T * w) @ g
+    D = size * np.diag(np.diag(S))
+    if constant:
+        D[-1, -1] = 0
+    return np.linalg.solve(S + D, (g.T * w) @ r + D @ prior)
+
+
+def solved(model: Any, documents: Documents, **options: Any) -> tuple[Edits, dict[str, Any]]:
+    params = read_params(None, options)
+    plan = Plan((BLOCK,), METHODS["lstsq"].statistics(params))
+    family = FAMILIES[model.config.model_type]
+    taken = take_statistics(model, family, documents, plan, 4)
+    found = METHODS["lstsq"].solve(params, plan, lambda name, block: taken[f"{name}-{block}"])
+    return found.edits, found.figures
+
+
+def many_documents(count: int = 30) -> Documents:
+    generator = torch.Generator().manual_seed(2)
+    lengths = torch.randint(3, 40, (count,), generator=generator).tolist()
+    return Documents([torch.randint(2, 400, (length,), generator=generator) for length in lengths])
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("transform", ["refit", "joint"])
+def test_the_solution_equals_a_direct_ridge_regression_toward_the_fold(transform: str, biased: bool) -> None:
+    model, documents = made_model(dtype=torch.float64, mlp_bias=biased, attention_bias=biased), many_documents()
+    edits, figures = solved(model, documents, transform=transform, alpha=2.0, refit_ridge=0.3)
+    states, host = at_cut(model, documents), model.model.layers[BLOCK.host]
+    A, G, M, x, h, H = (states[name] for name in ("A", "G", "M", "x", "h", "H"))
+    w = 1 / np.square(H).sum(1)
+    w *= len(w) / w.sum()
+    T = np.linalg.solve((M.T * w) @ M + 2 * np.eye(WIDTH), (M.T * w) @ (H - h + M))
+    rows = [host.mlp.down_proj.weight.detach().numpy().T @ T]
+    if biased:
+        rows.append(host.mlp.down_proj.bias.detach().numpy()[None] @ T)
+    ones = np.ones((len(G), 1))
+    g = np.hstack([G, ones]) if biased else G
+    W = ridge(g, H - (h - M), w, np.vstack(rows), 0.3, biased)
+    expected = {"mlp": W}
+    if transform == "joint":
+        b = host.self_attn.o_proj.bias.detach().numpy() if biased else 0
+        prior = np.vstack([host.self_attn.o_proj.weight.detach().numpy().T, W])
+        g = np.hstack([A, g])
+        both = ridge(g, H - x - b, w, prior, 0.3, biased)
+        expected = {"attention": both[: A.shape[1]], "mlp": both[A.shape[1] :]}
+        error = H - x - b - g @ both
+    else:
+        error = H - (h - M) - g @ W
+    assert figures["weighted_residual"] == pytest.approx(
+        np.sqrt((np.square(error).sum(1) * w).sum() / len(w) / w_unit(H)), rel=1e-4
+    )
+    apply_edits(model, PRE_NORM, edits)
+    host = model.model.layers[BLOCK.host]
+    close = {"rtol": 1e-3, "atol": 1e-4}
+    assert np.allclose(host.mlp.down_proj.weight.detach().numpy().T, expected["mlp"][: G.shape[1]], **close)
+    if biased:
+        assert np.allclose(host.mlp.down_proj.bias.detach().numpy(), expected["mlp"][-1], **close)
+    if transform == "joint":
+        assert np.allclose(host.self_attn.o_proj.weight.detach().numpy().T, expected["attention"], **close)
+
+
+def w_unit(H: np.ndarray) -> float:
+    """Return the mean of w‖H‖², with w scaled to a mean of 1."""
+    w = 1 / np.square(H).sum(1)
+    return float(1 / w.mean())
+
+
+@pytest.mark.parametrize("transform", ["refit", "joint"])
+def test_an_infinite_ridge_leaves_the_weighted_transform_alone(transform: str) -> None:
+    model, documents = made_model(mlp_bias=False, attention_bias=False), many_documents()
+    edits, figures = solved(model, documents, transform=transform, refit_ridge=1e14)
+    states = at_cut(model, documents)
+    M, h, H = states["M"], states["h"], states["H"]
+    w = 1 / np.square(H).sum(1)
+    T = np.linalg.solve((M.T * w) @ M, (M.T * w) @ (H - h + M))
+    assert np.allclose(edits.transforms[BLOCK.host].numpy(), T, rtol=1e-3, atol=1e-3)
+    assert all(weight.abs().max() < 1e-9 for weight, _ in edits.corrections.values())
+    assert figures["weighted_residual"] == pytest.approx(figures["weighted_residual_transform"], rel=1e-9)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_more_weights_never_fit_worse(family: str, documents: Documents) -> None:
+    model = made_model(family)
+    residuals = []
+    for transform in ("refit", "joint"):
+        for size in (10.0, 0.3, 0.01):
+            _, figures = solved(model, documents, transform=transform, alpha=1e-6, refit_ridge=size)
+            assert (
+                figures["weighted_residual"] <= figures["weighted_residual_transform"] <= figures["weighted_residual_removed"]
+            )
+            residuals.append(figures["weighted_residual"])
+    assert residuals[:3] == sorted(residuals[:3], reverse=True)
+    assert all(joint < refit for refit, joint in zip(residuals[:3], residuals[3:], strict=True))
+
+
+@given(st.integers(1, 8), st.integers(1, 4), st.booleans(), st.floats(1e-3, 1e3), st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+def test_a_correction_is_the_minimum_of_its_objective(
+    features: int, width: int, constant: bool, size: float, seed: int
+) -> None:
+    chance = np.random.default_rng(seed)
+    g = chance.normal(size=(20, features)) * chance.uniform(1e-3, 1e3, size=features)
+    g = np.hstack([g, np.ones((20, 1))]) if constant else g
+    e = chance.normal(size=(20, width))
+    penalty = np.sqrt(size) * np.linalg.norm(g, axis=0)
+    if constant:
+        penalty[-1] = 0
+    expected = np.linalg.lstsq(np.vstack([g, np.diag(penalty)]), np.vstack([e, np.zeros((g.shape[1], width))]), rcond=None)[0]
+    found = solve_correction(torch.from_numpy(g.T @ g), torch.from_numpy(g.T @ e), size, constant)
+    assert np.allclose(
+        found.numpy() * np.linalg.norm(g, axis=0)[:, None], expected * np.linalg.norm(g, axis=0)[:, None], atol=1e-8
+    )
+
+
+def test_a_feature_that_is_always_zero_gets_nothing() -> None:
+    g = torch.tensor([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0]], dtype=torch.float64)
+    found = solve_correction(g.T @ g, g.T @ g[:, :1], 0.5, constant=False)
+    assert found.tolist() == [[pytest.approx(1 / 1.5)], [0.0]]
+
+
+def test_sums_that_are_not_finite_are_an_error() -> None:
+    gram = torch.tensor([[float("nan")]], dtype=torch.float64)
+    with pytest.raises(SolveError, match="dtype: the sums over the features are not finite"):
+        solve_correction(gram, gram, 0.3, constant=False)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_layout_of_the_features_is_that_of_the_model(family: str) -> None:
+    layer = made_model(family).model.layers[0]
+    features = Features.of(layer, FAMILIES[family], LINEARS)
+    assert Features.from_tensor(features.as_tensor()) == features
+    biases = layer.mlp.down_proj.bias is not None or layer.self_attn.o_proj.bias is not None
+    assert len(features) == layer.self_attn.o_proj.in_features + 48 + biases
+    alone, place = features.only("mlp_output")
+    assert len(alone) == place.stop - place.start == 48 + (layer.mlp.down_proj.bias is not None)
+
+
+def test_padding_and_the_size_of_a_batch_change_nothing(documents: Documents, tmp_path: Path) -> None:
+    model = made_model(dtype=torch.float64)
+    plan = Plan((BLOCK,), ("features",))
+    one, four = (take_statistics(model, PRE_NORM, documents, plan, size)["features-0"] for size in (1, 4))
+    assert all(torch.allclose(one[name], four[name], rtol=1e-4, atol=1e-3) for name in one)

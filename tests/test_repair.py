@@ -1,0 +1,203 @@
+"""The repair of kept layers and the fit of later blocks, against plain computations on the shortened model itself."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from replaceme import scratch
+from replaceme.documents import Documents
+from replaceme.edits import Edits
+from replaceme.errors import ResourceError
+from replaceme.export import save_pruned
+from replaceme.families import FAMILIES
+from replaceme.methods import METHODS
+from replaceme.models import Model
+from replaceme.params import read_params
+from replaceme.plan import Block, Plan
+from replaceme.repair import Mender
+from replaceme.statistics import take_statistics
+from replaceme.surgery import apply_edits
+from replaceme.verification import verify_export
+from tests.conftest import LAYERS, made_model
+from tests.test_refit import many_documents, ridge
+
+BLOCK = Block(2, 4)
+
+
+def solved(model: Any, documents: Documents, blocks: tuple[Block, ...], **options: Any) -> tuple[Edits, Mender]:
+    """Return the edits as the stages solve and repair make them."""
+    params = read_params(None, {"batch_size": 4, **options})
+    family, method = FAMILIES[model.config.model_type], METHODS[params.method]
+    plan = Plan(blocks, method.statistics(params))
+    first = Plan(blocks[:1], plan.statistics)
+    taken = take_statistics(model, family, documents, first, 4) if plan.statistics else {}
+    edits = method.solve(params, first, lambda name, block: taken[f"{name}-{block}"]).edits
+    edits.removed_layers = plan.removed_layers
+    return edits, Mender(params, model, family, documents, edits, plan)
+
+
+def passing(model: Any, layer: int, documents: Documents) -> dict[str, np.ndarray]:
+    """Return what passes in a layer: its input, features, state behind the attention, what the MLP adds, and its output."""
+    kept: dict[str, list[torch.Tensor]] = {name: [] for name in ("input", "A", "attention", "G", "M", "output")}
+    module = model.model.layers[layer]
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args: kept["input"].append(args[0][0])),
+        module.self_attn.o_proj.register_forward_pre_hook(lambda _, args: kept["A"].append(args[0][0])),
+        module.self_attn.register_forward_hook(lambda _m, _a, output: kept["attention"].append(output[0][0])),
+        module.mlp.down_proj.register_forward_pre_hook(lambda _, args: kept["G"].append(args[0][0])),
+        module.mlp.register_forward_hook(lambda _m, _a, output: kept["M"].append(output[0])),
+        module.register_forward_hook(lambda _m, _a, output: kept["output"].append(output[0])),
+    ]
+    with torch.no_grad():
+        for document in documents.documents:
+            model(document[None], use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    found = {name: torch.cat(parts).double().numpy() for name, parts in kept.items()}
+    return found | {"middle": found["input"] + found["attention"]}
+
+
+def resolve(linear: Any, g: np.ndarray, error: np.ndarray, target: np.ndarray, size: float) -> None:
+    """Give a linear the weights that ridge regression toward its present ones finds."""
+    biased = linear.bias is not None
+    g = np.hstack([g, np.ones((len(g), 1))]) if biased else g
+    change = ridge(g, error, 1 / np.square(target).sum(1), np.zeros((g.shape[1], error.shape[1])), size, biased)
+    with torch.no_grad():
+        linear.weight += torch.from_numpy(change[: linear.in_features].T)
+        if biased:
+            linear.bias += torch.from_numpy(change[-1])
+
+
+def same_weights(a: Any, b: Any, tolerance: float = 1e-3) -> bool:
+    pairs = zip(a.parameters(), b.parameters(), strict=True)
+    return all(
+        torch.allclose(one, other, rtol=tolerance, atol=tolerance * float(other.detach().abs().max())) for one, other in pairs
+    )
+
+
+@pytest.mark.parametrize("method", ["lstsq", "uidl"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_kept_layer_is_resolved_on_what_the_shortened_model_feeds_it(family: str, method: str) -> None:
+    model, documents = made_model(family, torch.float64), many_documents()
+    edits, mender = solved(model, documents, (BLOCK,), method=method, alpha=5.0, repair=True)
+    expected = deepcopy(model)
+    apply_edits(expected, FAMILIES[family], edits)
+    for layer in range(BLOCK.end, LAYERS):
+        place = layer - len(BLOCK)
+        module, goal = expected.model.layers[place], passing(model, layer, documents)
+        now = passing(expected, place, documents)
+        resolve(module.self_attn.o_proj, now["A"], goal["middle"] - now["middle"], goal["middle"], 0.3)
+        now = passing(expected, place, documents)
+        resolve(module.mlp.down_proj, now["G"], goal["output"] - now["output"], goal["output"], 1.0)
+    repairs, figures = mender.run()
+    apply_edits(model, FAMILIES[family], edits)
+    assert same_weights(model, expected)
+    assert figures == {}
+    assert [(each.layer, each.linear) for each in repairs] == [
+        (layer, linear) for layer in range(BLOCK.end, LAYERS) for linear in ("attention_output", "mlp_output")
+    ]
+    assert all(each.after < each.before for each in repairs)
+    last = passing(model, LAYERS - 1 - len(BLOCK), documents)["output"]
+    w = 1 / np.square(goal["output"]).sum(1)
+    assert repairs[-1].after == pytest.approx(np.sqrt((np.square(goal["output"] - last).sum(1) * w).mean()), rel=1e-3)
+
+
+def test_with_an_infinite_ridge_nothing_is_repaired() -> None:
+    model = made_model(mlp_bias=False, attention_bias=False)
+    endless = {"repair_ridge_attention": 1e14, "repair_ridge_mlp": 1e14}
+    edits, mender = solved(model, many_documents(), (BLOCK,), repair=True, alpha=5.0, **endless)
+    mender.run()
+    assert len(edits.corrections) == 2 * (LAYERS - BLOCK.end)
+    assert all(weight.abs().max() < 1e-9 for weight, _ in edits.corrections.values())
+
+
+def test_the_joint_fit_resolves_the_mlp_on_its_new_features() -> None:
+    model, documents = made_model(dtype=torch.float64), many_documents()
+    edits, mender = solved(model, documents, (BLOCK,), transform="joint", alpha=5.0)
+    expected = deepcopy(model)
+    apply_edits(expected, FAMILIES["llama"], edits)
+    goal, now = passing(model, BLOCK.end - 1, documents), passing(expected, BLOCK.host, documents)
+    resolve(expected.model.layers[BLOCK.host].mlp.down_proj, now["G"], goal["output"] - now["output"], goal["output"], 1.0)
+    repairs, _ = mender.run()
+    apply_edits(model, FAMILIES["llama"], edits)
+    assert same_weights(model, expected)
+    assert [(each.layer, each.linear) for each in repairs] == [(BLOCK.host, "mlp_output")]
+
+
+@pytest.mark.parametrize("host_only", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_later_block_is_fitted_on_what_the_shortened_model_feeds_it(family: str, host_only: bool) -> None:
+    # The second block's host is the only layer between the two, or one of two.
+    blocks = (Block(1, 2), Block(3, 5)) if host_only else (Block(1, 2), Block(4, 5))
+    model, documents = made_model(family, torch.float64), many_documents()
+    edits, mender = solved(model, documents, blocks, alpha=5.0)
+    expected = deepcopy(model)
+    apply_edits(expected, FAMILIES[family], Edits("", [1], dict(edits.transforms)))
+    host, H = blocks[1].host, passing(model, blocks[1].end - 1, documents)["output"]
+    now = passing(expected, host - 1, documents)
+    M, Z = now["M"], now["output"] - now["M"]
+    T = np.linalg.solve(M.T @ M + 5 * np.eye(M.shape[1]), M.T @ (H - Z))
+    repairs, figures = mender.run()
+    assert not repairs
+    assert figures["block1"]["relative_residual"] == pytest.approx(np.linalg.norm(H - Z - M @ T) / np.linalg.norm(H), rel=1e-6)
+    assert np.allclose(edits.transforms[host].numpy(), T, rtol=1e-6, atol=1e-6)
+    assert edits.removed_layers == [layer for block in blocks for layer in block.layers]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("blocks", "options"),
+    [
+        ((BLOCK,), {"transform": "refit", "repair": True}),
+        ((BLOCK,), {"transform": "joint", "repair": True}),
+        ((Block(1, 2),), {"transform": "joint"}),  # the first layer is the host
+        ((Block(4, 6),), {"transform": "joint", "repair": True}),  # no layer is left behind the cut
+        ((Block(1, 2), Block(3, 5)), {"transform": "joint", "repair": True}),
+        ((Block(1, 2), Block(3, 5)), {"method": "uidl", "repair": True}),
+    ],
+)
+def test_everything_that_is_repaired_is_exported_exactly(
+    family: str, blocks: tuple[Block, ...], options: dict[str, Any], save_tiny: Callable[..., Model], tmp_path: Path
+) -> None:
+    source, documents = save_tiny(family), many_documents(12)
+    edits, mender = solved(source.load(), documents, blocks, alpha=1.0, **options)
+    mender.run()
+    save_pruned(source, edits, tmp_path)
+    figures = verify_export(source, Model(tmp_path, "pruned"), edits, documents)
+    assert figures["hidden_error_mean"] < figures["tolerance"]
+
+
+def test_the_size_of_a_batch_changes_nothing(documents: Documents) -> None:
+    found = []
+    for size in (1, 4):
+        model = made_model(dtype=torch.float64)
+        edits, mender = solved(model, documents, (BLOCK,), alpha=5.0, repair=True, batch_size=size)
+        mender.run()
+        apply_edits(model, FAMILIES["llama"], edits)
+        found.append(model)
+    assert same_weights(*found)
+
+
+def test_the_model_itself_stays_as_it_was_and_no_file_is_left(documents: Documents, tmp_path: Path) -> None:
+    model = made_model()
+    before = deepcopy(model.state_dict())
+    _, mender = solved(model, documents, (BLOCK,), alpha=5.0, repair=True)
+    mender.run(tmp_path)
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_scratch_disk_that_is_too_small_is_named(
+    documents: Documents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, mender = solved(made_model(), documents, (BLOCK,), alpha=5.0, repair=True)
+    monkeypatch.setattr(scratch.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(ResourceError, match="repair keeps 0 MiB of states there"):
+        mender.run(tmp_path)
