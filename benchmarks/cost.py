@@ -19,7 +19,6 @@ from replaceme.families import decoder_of
 from replaceme.methods import METHODS
 from replaceme.models import find_model
 from replaceme.params import read_params
-from replaceme.plan import Plan
 from replaceme.profile import profile_model
 from replaceme.progress import silence_libraries
 from replaceme.selection import allowed_starts, smallest
@@ -50,13 +49,13 @@ def main(size: int) -> None:
     starts = allowed_starts(params, len(family.decoder_layers(model)))
     (block,) = smallest(profiled["residual"], starts, params.layers_to_skip)
     method = METHODS[params.method]
-    plan = Plan((block,), method.statistics(params))
-    taken = take_statistics(model, family, documents, plan, params.batch_size)
+    names = method.statistics(params)
+    taken = take_statistics(model, family, documents, block, names, params.batch_size)
     steps: dict[str, Callable[[], object]] = {
         "bare forward pass": bare,
         "profile": lambda: profile_model(model, family, documents, params.batch_size),
-        "activations": lambda: take_statistics(model, family, documents, plan, params.batch_size),
-        "solve": lambda: method.solve(params, plan, lambda name, number: taken[f"{name}-{number}"]),
+        "activations": lambda: take_statistics(model, family, documents, block, names, params.batch_size),
+        "solve": lambda: method.solve(params, block, taken.__getitem__),
     }
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(ROUNDS):

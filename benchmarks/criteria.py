@@ -20,12 +20,13 @@ from replaceme.evaluation.comparison import align
 from replaceme.evaluation.perplexity import cut_windows, perplexities, window_losses
 from replaceme.evaluation.tasks import task_texts
 from replaceme.files import read_json
+from replaceme.forward import walk
 from replaceme.models import recorded_model
 from replaceme.params import read_params
-from replaceme.plan import Block, Plan
+from replaceme.plan import Block
 from replaceme.progress import silence_libraries
 from replaceme.solver import solve_ridge
-from replaceme.statistics import take_statistics
+from replaceme.statistics import Gram
 from replaceme.task import Task
 from replaceme.unfused import unfused
 from replaceme.workspace import Workspace
@@ -45,10 +46,11 @@ def main(sizes: list[int]) -> None:
     layers = len(profile["residual"])
     for size in sizes:
         blocks = [Block(start, start + size) for start in range(1, layers - size + 1)]
-        taken = take_statistics(model, family, documents, Plan(tuple(blocks), ("gram",)), params.batch_size)
+        grams = [Gram(block) for block in blocks]
+        walk(model, family, documents, grams, batch_size=params.batch_size, description="observing activations")
         outcomes = []
-        for number, block in enumerate(blocks):
-            sums = taken[f"gram-{number}"]
+        for block, gram in zip(blocks, grams, strict=True):
+            sums = gram.tensors()
             transform = solve_ridge(sums["gram"], sums["cross"], 0.0).transform
             with unfused(model, family, Edits("", [*block.layers], {block.host: transform})):
                 losses = window_losses(model, windows, params.eval_batch_size, f"host {block.host}")

@@ -15,7 +15,7 @@ from replaceme.compute import use_threads
 from replaceme.documents import Documents
 from replaceme.models import find_model
 from replaceme.params import read_params
-from replaceme.plan import Block, Plan
+from replaceme.plan import Block
 from replaceme.profile import profile_model
 from replaceme.progress import silence_libraries
 from replaceme.statistics import take_statistics
@@ -36,7 +36,7 @@ def measure(tokens: int) -> None:
     documents = Documents(list(rows))
     profile_model(model, family, documents, params.batch_size)
     middle = len(family.decoder_layers(model)) // 2
-    take_statistics(model, family, documents, Plan((Block(middle, middle + 8),), ("gram", "sample")), params.batch_size)
+    take_statistics(model, family, documents, Block(middle, middle + 8), ["gram", "sample"], params.batch_size)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 

@@ -47,8 +47,9 @@ def model_card(params: Params, source: Model, edits: Edits, solved: dict[str, An
             f"A linear map, fitted to calibration text without training the model, was folded into the MLP of layer {hosts}: "
             "no new parameter, the same architecture."
         ]
-    if "relative_residual" in solved:
-        lines += ["", f"Relative residual of the fit at the cut: {solved['relative_residual']:.4g}."]
+    for key in ("relative_residual", "weighted_residual"):
+        if key in solved:
+            lines += ["", f"Relative residual of the fit at the cut: {solved[key]:.4g}."]
     # A user's own file is named without its folder.
     shown = [key for key in SETTINGS if has_effect(key, params.model_dump())]
     settings = {key: value for key in shown if (value := getattr(params, key)) is not None}

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from replaceme.compute import resolve_device, use_threads
@@ -151,17 +151,14 @@ class Mender:
 
     def _fit(self, block: Block) -> None:
         """Fit a later block by the method, on the shortened model's states at the host and the dense model's at the end."""
-        plan = Plan((block,), self.plan.statistics)
         with tempfile.TemporaryDirectory(prefix="scratch-", suffix=PARTIAL, dir=self.folder) as name:
-            place = Place(block, self.layers[block.host], self.family, self.documents, Path(name), 0)
+            place = Place(block, self.layers[block.host], self.family, self.documents, Path(name))
             observers = {statistic: STATISTICS[statistic](place) for statistic in self.plan.statistics}
             self._walk([AtHost(each, self.dense) for each in observers.values()], (block.host, self.short), edited=True)
-            taken = {statistic: observer.tensors() for statistic, observer in observers.items()}
-            # Single tokens lie in shards beside what the statistic returns.
+            for statistic, observer in observers.items():
+                save_file(observer.tensors(), place.folder / f"{statistic}.safetensors")
             solved = METHODS[self.params.method].solve(
-                self.params,
-                plan,
-                lambda statistic, _: taken.get(statistic) or load_file(place.folder / f"{statistic}-0.safetensors"),
+                self.params, block, lambda statistic: load_file(place.folder / f"{statistic}.safetensors")
             )
         self.edits.transforms |= solved.edits.transforms
         self.edits.corrections |= solved.edits.corrections

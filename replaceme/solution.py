@@ -1,7 +1,6 @@
 """The solve stage: from statistics to edits, by the method's own solver."""
 
 import math
-from dataclasses import replace
 
 from safetensors.torch import load_file
 from torch import Tensor
@@ -20,11 +19,11 @@ def solve(params: Params, work: Workspace) -> None:
     use_threads(params.threads)
     plan = Plan.load(work.plan)
 
-    def statistic(name: str, block: int) -> dict[str, Tensor]:
-        return load_file(work.statistics / f"{name}-{block}.safetensors")
+    def statistic(name: str) -> dict[str, Tensor]:
+        return load_file(work.statistics / f"{name}.safetensors")
 
     # Later blocks are solved in the repair stage.
-    solved = METHODS[params.method].solve(params, replace(plan, blocks=plan.blocks[:1]), statistic)
+    solved = METHODS[params.method].solve(params, plan.blocks[0], statistic)
     solved.edits.removed_layers = plan.removed_layers
     removed = len(plan.removed_layers)
     with new_folder(work.solution) as folder:
@@ -32,16 +31,16 @@ def solve(params: Params, work: Workspace) -> None:
         write_text(folder / "residuals.csv", _ridge_table(solved.ridge_path))
         write_text(folder / "loss.csv", _loss_table(solved.loss_curve))
     write_json(work.metric("solve"), rounded({"removed_layers": removed, **solved.figures}))
-    if not solved.edits.transforms:
+    if not solved.edits.changes():
         logger.info("solve: %d layers go, and nothing takes their place", removed)
 
 
-def _ridge_table(path: list[tuple[int, float, float]]) -> str:
+def _ridge_table(path: list[tuple[float, float]]) -> str:
     """Return the ridge path as CSV; the logarithm is for readers that draw no logarithmic axis."""
-    rows = [f"{host},{rounded(alpha)},{rounded(math.log10(alpha))},{rounded(residual)}" for host, alpha, residual in path]
-    return "\n".join(["host,alpha,log10_alpha,relative_residual", *rows]) + "\n"
+    rows = [f"{rounded(alpha)},{rounded(math.log10(alpha))},{rounded(residual)}" for alpha, residual in path]
+    return "\n".join(["alpha,log10_alpha,relative_residual", *rows]) + "\n"
 
 
-def _loss_table(curve: list[tuple[int, int, float]]) -> str:
-    """Return the loss curves as CSV; of a closed form there is none."""
-    return "\n".join(["host,iteration,loss", *(f"{host},{step},{rounded(loss, 9)}" for host, step, loss in curve)]) + "\n"
+def _loss_table(curve: list[tuple[int, float]]) -> str:
+    """Return the loss curve as CSV; of a closed form there is none."""
+    return "\n".join(["iteration,loss", *(f"{step},{rounded(loss, 9)}" for step, loss in curve)]) + "\n"

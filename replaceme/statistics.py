@@ -1,4 +1,4 @@
-"""Activation statistics of the planned blocks, in one pass that stops at the last layer needed.
+"""Activation statistics of the first planned block, in one pass that stops at the last layer needed.
 
 For a block with host ``i`` and end ``e`` (ReplaceMe, section 3; rows are real tokens):
 
@@ -15,8 +15,8 @@ of squares. ``tokens`` keeps every token on disk, for losses that no sum can sta
 """
 
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -177,7 +177,7 @@ class TokenDump(AtCut):
         super().__init__(place.block)
         self.accurate = accurate
         names = ("added", "left", "target") if accurate else ("added", "goal")
-        self.shards = ShardWriter(place.folder, place.number, names, place.documents.token_count)
+        self.shards = ShardWriter(place.folder, names, place.documents.token_count)
 
     def take(self, added: Tensor, left: Tensor, target: Tensor, batch: Batch) -> None:
         if self.accurate:
@@ -199,7 +199,6 @@ class Place:
         family: where its parts are.
         documents: what is walked.
         folder: where results too large for memory may be written; they stay with the other statistics.
-        number: the block's, in the plan's order.
     """
 
     block: Block
@@ -207,7 +206,6 @@ class Place:
     family: Family
     documents: Documents
     folder: Path
-    number: int
 
 
 STATISTICS: dict[str, Callable[[Place], Statistic]] = {
@@ -233,13 +231,12 @@ def observe_activations(params: Params, work: Workspace) -> None:
         source = recorded_model(params, work.model_input)
         model = source.load(params.dtype, resolve_device(params.device), params.use_4bit)
         # A later block is fitted on what the shortened model feeds it, in the repair stage.
-        first = replace(plan, blocks=plan.blocks[:1])
-        taken = take_statistics(model, source.family(), documents, first, params.batch_size, folder)
+        block = plan.blocks[0]
+        taken = take_statistics(model, source.family(), documents, block, plan.statistics, params.batch_size, folder)
         for name, tensors in taken.items():
             save_file(tensors, folder / f"{name}.safetensors")
     width, tokens = int(source.config().hidden_size), documents.token_count
-    last = plan.blocks[0].end - 1
-    logger.info("activations: %s over %d tokens, layers 0 to %d", " and ".join(plan.statistics), tokens, last)
+    logger.info("activations: %s over %d tokens, layers 0 to %d", " and ".join(plan.statistics), tokens, block.end - 1)
     if tokens < TOKENS_PER_DIMENSION * width:
         logger.warning(
             "dataset_size: %d tokens are few for a width of %d; the fit wants at least %d, so raise dataset_size or alpha",
@@ -248,18 +245,21 @@ def observe_activations(params: Params, work: Workspace) -> None:
 
 
 def take_statistics(
-    model: Any, family: Family, documents: Documents, plan: Plan, batch_size: int, folder: Path | None = None
+    model: Any,
+    family: Family,
+    documents: Documents,
+    block: Block,
+    names: Sequence[str],
+    batch_size: int,
+    folder: Path | None = None,
 ) -> dict[str, dict[str, Tensor]]:
-    """Return ``{"gram-0": tensors, ...}``: each planned statistic of each block, numbered in the plan's order.
+    """Return the tensors of each statistic of a block, by name, from one pass.
 
     What is too large for memory is written into ``folder``; None is the system's temporary folder.
     """
     layers = family.decoder_layers(model)
     folder = folder or Path(tempfile.gettempdir())
-    observers: dict[str, Statistic] = {
-        f"{name}-{number}": STATISTICS[name](Place(block, layers[block.host], family, documents, folder, number))
-        for number, block in enumerate(plan.blocks)
-        for name in plan.statistics
-    }
+    place = Place(block, layers[block.host], family, documents, folder)
+    observers = {name: STATISTICS[name](place) for name in names}
     walk(model, family, documents, list(observers.values()), batch_size=batch_size, description="observing activations")
     return {name: observer.tensors() for name, observer in observers.items()}

@@ -109,7 +109,12 @@ STEPS: Mapping[str, Step] = {
     "baseline": Step(score_baseline, SCORING, ("model_input", "tokenizer_input", "tasks_input"), "baseline"),
     "evaluate": Step(evaluate, SCORING, ("tasks_input", "model", "baseline"), None, ("evaluation",)),
     "report": Step(
-        write_report, tuple(ALL), ("profile", "blocks", "solution"), "report", (), ("select", "solve", "export", "evaluation"),
+        write_report,
+        tuple(ALL),
+        ("profile", "blocks", "solution"),
+        "report",
+        (),
+        ("select", "solve", "repair", "export", "evaluation"),
     ),
 }  # fmt: skip
 

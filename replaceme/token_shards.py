@@ -1,7 +1,7 @@
 """Single tokens on disk, for losses that no sum can stand for: bf16 shards of bounded size, real tokens only.
 
 They are written while the documents pass and read one at a time, mapped into memory, so that neither side ever holds more
-than one shard, whatever the number of tokens. A shard is ``tokens.<shard>-<block>.safetensors``; the statistic's own file
+than one shard, whatever the number of tokens. A shard is ``tokens.<shard>.safetensors``; the statistic's own file
 says how many tokens each has. The fast form of the cosine keeps M and Y of each token (4 bytes a dimension), the accurate
 one M, h_host = Z + M and H (6 bytes): what passed, so that a bf16 walk loses nothing.
 """
@@ -42,16 +42,15 @@ class Shards(Protocol):
 class ShardWriter:
     """Collects rows and writes a shard as soon as it is full."""
 
-    def __init__(self, folder: Path, block: int, names: tuple[str, ...], token_count: int):
+    def __init__(self, folder: Path, names: tuple[str, ...], token_count: int):
         """Begin with no shard.
 
         Args:
             folder: where the shards go.
-            block: the number of the block that they belong to.
             names: of the tensors that each token has.
             token_count: how many tokens there will be.
         """
-        self.folder, self.block, self.names, self.token_count = folder, block, names, token_count
+        self.folder, self.names, self.token_count = folder, names, token_count
         self.waiting: list[tuple[Tensor, ...]] = []
         self.counts: list[int] = []
         self.rows = 0
@@ -91,7 +90,7 @@ class ShardWriter:
 
     def _write(self, parts: tuple[Tensor, ...]) -> None:
         tensors = {name: part.contiguous() for name, part in zip(self.names, parts, strict=True)}
-        save_file(tensors, self.folder / f"{shard_name(len(self.counts))}-{self.block}.safetensors")
+        save_file(tensors, self.folder / f"{shard_name(len(self.counts))}.safetensors")
         self.counts.append(len(parts[0]))
 
 

@@ -15,7 +15,7 @@ from replaceme.methods import METHODS
 from replaceme.methods.cosine import least_squares_scale, problem_of
 from replaceme.methods.method import Solved
 from replaceme.params import read_params
-from replaceme.plan import Block, Plan
+from replaceme.plan import Block
 from tests.test_objectives import STRUCTURES, WIDTH, made_sums, made_tokens
 
 BLOCK = Block(2, 4)
@@ -42,12 +42,10 @@ def solved(**given: object) -> Solved:
     params = read_params(None, {"method": "cosine", "device": "cpu", "alpha": 0.5, "start": "identity", **PACE, **given})
     shard = {"added": M, "left": Z + M, "target": H} if params.accurate else {"added": M, "goal": H - Z}
 
-    def statistic(name: str, block: int) -> Mapping[str, Tensor]:
-        assert block == 0
+    def statistic(name: str) -> Mapping[str, Tensor]:
         return shard if name == "tokens.0" else STATISTICS[name]
 
-    plan = Plan((BLOCK,), METHODS["cosine"].statistics(params))
-    return METHODS["cosine"].solve(params, plan, statistic)
+    return METHODS["cosine"].solve(params, BLOCK, statistic)
 
 
 def transform_of(result: Solved) -> Tensor:
@@ -171,11 +169,10 @@ def test_the_closed_form_is_where_a_solver_starts_and_a_minimum_already() -> Non
 
 def test_the_curve_goes_from_the_start_to_the_end_and_the_best_is_kept() -> None:
     result = solved(loss="cosine", accurate=True, solver="adam", learning_rate=0.3, epochs=8)
-    (host, first, start), *_ = result.loss_curve
-    losses = [loss for _, _, loss in result.loss_curve]
-    assert (host, first, start) == (BLOCK.host, 0, result.figures["loss_start"])
+    losses = [loss for _, loss in result.loss_curve]
+    assert result.loss_curve[0] == (0, result.figures["loss_start"])
     assert result.figures["loss_end"] == min(losses)
-    assert result.figures["iterations"] == result.loss_curve[-1][1] == 8 * 10
+    assert result.figures["iterations"] == result.loss_curve[-1][0] == 8 * 10
     params = read_params(None, {"method": "cosine", "accurate": True, "alpha": 0.5, "device": "cpu", "solver": "lbfgs"})
     shard = {"added": M, "left": Z + M, "target": H}
     problem = problem_of(params, SUMS, lambda name: shard if name == "tokens.0" else STATISTICS[name])
@@ -209,4 +206,4 @@ def test_fewer_tokens_than_dimensions_have_no_closed_form_to_start_from_and_the_
     params = read_params(None, {"method": "cosine", "loss": "mse", "solver": "lbfgs"})
     statistics = {"gram": few, "sample": STATISTICS["sample"]}
     with pytest.raises(SolveError, match="alpha: 0 leaves the least squares singular"):
-        METHODS["cosine"].solve(params, Plan((BLOCK,), ()), lambda name, _: statistics[name])
+        METHODS["cosine"].solve(params, BLOCK, statistics.__getitem__)

@@ -16,7 +16,7 @@ from replaceme.families import FAMILIES, PRE_NORM
 from replaceme.features import LINEARS, Features
 from replaceme.methods import METHODS
 from replaceme.params import read_params
-from replaceme.plan import Block, Plan
+from replaceme.plan import Block
 from replaceme.solver import solve_correction
 from replaceme.statistics import take_statistics
 from replaceme.surgery import apply_edits
@@ -56,10 +56,9 @@ def ridge(g: np.ndarray, r: np.ndarray, w: np.ndarray, prior: np.ndarray, size: 
 
 def solved(model: Any, documents: Documents, **options: Any) -> tuple[Edits, dict[str, Any]]:
     params = read_params(None, options)
-    plan = Plan((BLOCK,), METHODS["lstsq"].statistics(params))
     family = FAMILIES[model.config.model_type]
-    taken = take_statistics(model, family, documents, plan, 4)
-    found = METHODS["lstsq"].solve(params, plan, lambda name, block: taken[f"{name}-{block}"])
+    taken = take_statistics(model, family, documents, BLOCK, METHODS["lstsq"].statistics(params), 4)
+    found = METHODS["lstsq"].solve(params, BLOCK, taken.__getitem__)
     return found.edits, found.figures
 
 
@@ -186,6 +185,5 @@ def test_the_layout_of_the_features_is_that_of_the_model(family: str) -> None:
 
 def test_padding_and_the_size_of_a_batch_change_nothing(documents: Documents, tmp_path: Path) -> None:
     model = made_model(dtype=torch.float64)
-    plan = Plan((BLOCK,), ("features",))
-    one, four = (take_statistics(model, PRE_NORM, documents, plan, size)["features-0"] for size in (1, 4))
+    one, four = (take_statistics(model, PRE_NORM, documents, BLOCK, ["features"], size)["features"] for size in (1, 4))
     assert all(torch.allclose(one[name], four[name], rtol=1e-4, atol=1e-3) for name in one)

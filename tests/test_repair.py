@@ -35,9 +35,8 @@ def solved(model: Any, documents: Documents, blocks: tuple[Block, ...], **option
     params = read_params(None, {"batch_size": 4, **options})
     family, method = FAMILIES[model.config.model_type], METHODS[params.method]
     plan = Plan(blocks, method.statistics(params))
-    first = Plan(blocks[:1], plan.statistics)
-    taken = take_statistics(model, family, documents, first, 4) if plan.statistics else {}
-    edits = method.solve(params, first, lambda name, block: taken[f"{name}-{block}"]).edits
+    taken = take_statistics(model, family, documents, blocks[0], plan.statistics, 4)
+    edits = method.solve(params, blocks[0], taken.__getitem__).edits
     edits.removed_layers = plan.removed_layers
     return edits, Mender(params, model, family, documents, edits, plan)
 

@@ -139,6 +139,7 @@ def run(tmp_path: Path) -> Run:
     def write(
         evaluation: Any = EVALUATION,
         solved: Any = SOLVED,
+        repaired: Any = {"corrected_linears": 0},  # noqa: B006
         residuals: str = RESIDUALS,
         title: str = "ReplaceMe (least squares)",
         blocks: tuple[tuple[int, int], ...] = ((3, 5),),
@@ -156,12 +157,14 @@ def run(tmp_path: Path) -> Run:
             work.solution / "edits.json": {"title": title},
             work.metric("evaluation"): evaluation,
             work.metric("solve"): solved,
+            work.metric("repair"): repaired,
             work.metric("export"): EXPORT,
             work.metric("select"): {"losses": {"host2": 3.25, "host1": 4.5}},
         }
         for path, content in contents.items():
             path.write_text(json.dumps(content), encoding="utf-8")
         (work.solution / "residuals.csv").write_text(residuals, encoding="utf-8")
+        (work.solution / "loss.csv").write_text("iteration,loss\n", encoding="utf-8")
         return work
 
     return write
@@ -260,22 +263,35 @@ def test_an_iterative_solver_shows_its_curve_and_a_closed_form_none(params: Para
     iterated = SOLVED | {"loss_start": 0.5, "loss_end": 0.25, "iterations": 9, "converged": 1, "rescaled_by": 1.5}
     work = run(solved=iterated, residuals="alpha,relative_residual\n")
     assert "loss" not in render(params, work).pictures
-    (work.solution / "loss.csv").write_text("host,iteration,loss\n", encoding="utf-8")
-    assert "loss" not in render(params, work).pictures
-    (work.solution / "loss.csv").write_text("host,iteration,loss\n2,0,0.5\n2,5,0.25\n2,9,0.26\n", encoding="utf-8")
+    (work.solution / "loss.csv").write_text("iteration,loss\n0,0.5\n5,0.25\n9,0.26\n", encoding="utf-8")
     page = render(params, work)
-    assert page.pictures["loss"].words == "The solver's objective a token: behind host 2 from 0.5 to 0.25 in 9 iterations."
+    assert page.pictures["loss"].words == "The solver's objective a token: from 0.5 to 0.25 in 9 iterations."
     assert page.pictures["loss"].light.startswith(b"\x89PNG")
     assert {"loss at the start", "at rest", "rescaled by"} <= Reader(page.html).cells
 
 
 @pytest.mark.usefixtures("undrawn")
 def test_each_of_several_blocks_has_its_own_fit(params: Params, run: Run) -> None:
-    fits = {"removed_layers": 3, "block0": {**SOLVED, "tokens": 1111}, "block1": {**SOLVED, "tokens": 2222}}
-    page = render(params, run(solved=fits, blocks=((1, 2), (4, 6))))
+    later = {"block1": {**SOLVED, "tokens": 2222}, "corrected_linears": 0}
+    page = render(params, run(solved={**SOLVED, "tokens": 1111}, repaired=later, blocks=((1, 2), (4, 6))))
     assert ["calibration tokens", "1,111", "2,222", "what the map was fitted to"] in Reader(page.html).tables[-2]
-    assert "block1: the map takes" in page.html
+    assert "block 0: the map takes" in page.html
+    assert "block 1: the map takes" in page.html
     assert "3 of 7" in page.html
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_refit_and_a_repair_are_told(params: Params, run: Run) -> None:
+    refit = {
+        "removed_layers": 2, "tokens": 32768, "weighted_residual": 0.3368, "weighted_residual_transform": 0.4066,
+        "weighted_residual_removed": 0.6132, "distance_from_identity": 3.5,
+    }  # fmt: skip
+    repaired = {"corrected_linears": 18, "first_residual": 0.2, "last_residual": 0.229, "last_residual_before": 0.234}
+    page = render(params, run(solved=refit, repaired=repaired, residuals="alpha,relative_residual\n"))
+    assert "from 0.613 to 0.337; a map alone would reach 0.407." in page.html
+    assert "Then 18 linears were solved anew on what the shortened model feeds them." in page.html
+    assert "differs from the dense model&#39;s by 0.229" in page.html
+    assert {"0.3368", "… with a map alone"} <= Reader(page.html).cells
     assert "residuals" not in page.pictures
 
 

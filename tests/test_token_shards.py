@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 from replaceme.documents import Documents
 from replaceme.errors import ResourceError
 from replaceme.families import PRE_NORM
-from replaceme.plan import Plan
 from replaceme.statistics import take_statistics
 from replaceme.token_shards import ShardWriter, StoredShards, Tokens
 from tests.conftest import WIDTH, made_model
@@ -24,7 +23,7 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def read_all(folder: Path, counts: torch.Tensor) -> tuple[StoredShards, list[Tokens]]:
-    shards = StoredShards(counts, lambda name: load_file(folder / f"{name}-0.safetensors"))
+    shards = StoredShards(counts, lambda name: load_file(folder / f"{name}.safetensors"))
     return shards, [shards.read(number) for number in range(len(shards.counts))]
 
 
@@ -33,8 +32,8 @@ def test_the_fast_form_keeps_m_and_y_of_exactly_the_real_tokens(
     documents: Documents, tmp_path: Path, batch_size: int, small_shards: None
 ) -> None:
     model = made_model(dtype=torch.float64)
-    taken = take_statistics(model, PRE_NORM, documents, Plan((BLOCK,), ("tokens",)), batch_size, tmp_path)
-    shards, read = read_all(tmp_path, taken["tokens-0"]["counts"])
+    taken = take_statistics(model, PRE_NORM, documents, BLOCK, ["tokens"], batch_size, tmp_path)
+    shards, read = read_all(tmp_path, taken["tokens"]["counts"])
     assert sum(shards.counts) == documents.token_count
     assert shards.counts[:-1] == [TOKENS_A_SHARD] * (documents.token_count // TOKENS_A_SHARD)
     M, Z, H = at_cut(model, Documents(documents.longest_first()))
@@ -42,26 +41,19 @@ def test_the_fast_form_keeps_m_and_y_of_exactly_the_real_tokens(
         assert np.allclose(torch.cat(stored).double().numpy(), expected, rtol=2**-8, atol=1e-3)
     assert all(part[1] is None for part in read)
     assert {path.name for path in tmp_path.iterdir()} == {
-        f"tokens.{number}-0.safetensors" for number in range(len(shards.counts))
+        f"tokens.{number}.safetensors" for number in range(len(shards.counts))
     }
 
 
 def test_the_accurate_form_keeps_all_that_passed_and_a_bf16_walk_loses_nothing(documents: Documents, tmp_path: Path) -> None:
     model = made_model(dtype=torch.bfloat16)
-    taken = take_statistics(model, PRE_NORM, documents, Plan((BLOCK,), ("tokens_accurate",)), 1, tmp_path)
-    _, [(M, Z, H)] = read_all(tmp_path, taken["tokens_accurate-0"]["counts"])
+    taken = take_statistics(model, PRE_NORM, documents, BLOCK, ["tokens_accurate"], 1, tmp_path)
+    _, [(M, Z, H)] = read_all(tmp_path, taken["tokens_accurate"]["counts"])
     expected_m, expected_z, expected_h = at_cut(model, Documents(documents.longest_first()))
     assert Z is not None
     assert np.array_equal(M.double().numpy(), expected_m)
     assert np.array_equal(H.double().numpy(), expected_h)
     assert np.allclose((Z + M.float()).double().numpy(), expected_z + expected_m, rtol=1e-6, atol=1e-6)
-
-
-def test_several_blocks_have_shards_of_their_own(documents: Documents, tmp_path: Path) -> None:
-    from replaceme.plan import Block
-
-    take_statistics(made_model(), PRE_NORM, documents, Plan((Block(1, 2), Block(3, 4)), ("tokens",)), 4, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"tokens.0-0.safetensors", "tokens.0-1.safetensors"}
 
 
 def test_tokens_that_do_not_fit_on_the_disk_are_refused_before_any_is_written(
@@ -70,14 +62,14 @@ def test_tokens_that_do_not_fit_on_the_disk_are_refused_before_any_is_written(
     free = 2 * WIDTH * 2 * documents.token_count
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free - 1))
     with pytest.raises(ResourceError, match=r"loss cosine keeps 0 MiB of tokens there.*lower dataset_size or max_length"):
-        take_statistics(made_model(), PRE_NORM, documents, Plan((BLOCK,), ("tokens",)), 4, tmp_path)
+        take_statistics(made_model(), PRE_NORM, documents, BLOCK, ["tokens"], 4, tmp_path)
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
-    take_statistics(made_model(), PRE_NORM, documents, Plan((BLOCK,), ("tokens",)), 4, tmp_path)
+    take_statistics(made_model(), PRE_NORM, documents, BLOCK, ["tokens"], 4, tmp_path)
 
 
 def test_the_writer_waits_with_less_than_a_shard(tmp_path: Path, small_shards: None) -> None:
-    writer = ShardWriter(tmp_path, 0, ("added", "goal"), 1000)
+    writer = ShardWriter(tmp_path, ("added", "goal"), 1000)
     for _ in range(20):
         writer.add(torch.randn(37, WIDTH), torch.randn(37, WIDTH))
         assert sum(len(parts[0]) for parts in writer.waiting) < TOKENS_A_SHARD

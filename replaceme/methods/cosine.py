@@ -7,7 +7,7 @@ scaled at the end by the least-squares factor ``tr(TᵀMᵀY) / tr(TᵀMᵀM T)`
 ``α(ρ‖T‖₁ + (1 − ρ)/2 ‖T‖²)``. Only the cosine reads tokens; the squared errors need the sums alone.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from replaceme.methods.method import Method, Solved, Statistics
 from replaceme.minimisers import Budget, Minimum, minimise
 from replaceme.objectives import CosineLoss, Problem, SquaredError
 from replaceme.params import Params
-from replaceme.plan import Plan
+from replaceme.plan import Block
 from replaceme.progress import logger
 from replaceme.structures import parametrisation
 from replaceme.token_shards import StoredShards
@@ -38,30 +38,26 @@ def statistics(params: Params) -> tuple[str, ...]:
     return ("gram", "sample", _tokens(params))
 
 
-def solve(params: Params, plan: Plan, statistics: Statistics) -> Solved:
-    """Return the removal with one transform a block, how well each fits, and how the solver came there."""
-    solved = Solved(Edits(f"ReplaceMe ({_words(params)})", plan.removed_layers))
-    for number, block in enumerate(plan.blocks):
-        sums, sample = statistics("gram", number), statistics("sample", number)
-        problem = problem_of(params, sums, _of_block(statistics, number))
-        start = problem.structure.start(_start(params, sums).to(problem.prior))
-        found = minimise(problem, start, params.solver, _budget(params))
-        transform = problem.structure.build(found.x).cpu()
-        fit = _solver_figures(found)
-        if _is_fast(params):
-            fit["rescaled_by"] = least_squares_scale(transform, sums)
-            transform = transform * fit["rescaled_by"]
-        solved.edits.transforms[block.host] = transform
-        solved.loss_curve += [(block.host, iteration, loss) for iteration, loss in found.curve.items()]
-        fit |= fit_quality(transform, sums, sample)
-        if params.loss == "mse":
-            fit |= ridge_figures(torch.linalg.eigvalsh(sums["gram"]), params.alpha)
-        solved.figures |= fit if len(plan.blocks) == 1 else {f"block{number}": fit}
-        _report(params, block.host, fit)
-    return solved
+def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
+    """Return the transform, how well it fits, and how the solver came there."""
+    sums, sample = statistics("gram"), statistics("sample")
+    problem = problem_of(params, sums, statistics)
+    start = problem.structure.start(_start(params, sums).to(problem.prior))
+    found = minimise(problem, start, params.solver, _budget(params))
+    transform = problem.structure.build(found.x).cpu()
+    fit = _solver_figures(found)
+    if _is_fast(params):
+        fit["rescaled_by"] = least_squares_scale(transform, sums)
+        transform = transform * fit["rescaled_by"]
+    fit |= fit_quality(transform, sums, sample)
+    if params.loss == "mse":
+        fit |= ridge_figures(torch.linalg.eigvalsh(sums["gram"]), params.alpha)
+    _report(params, block.host, fit)
+    edits = Edits(f"ReplaceMe ({_words(params)})", [], {block.host: transform})
+    return Solved(edits, fit, loss_curve=list(found.curve.items()))
 
 
-def problem_of(params: Params, sums: Sums, statistic: Callable[[str], Sums]) -> Problem:
+def problem_of(params: Params, sums: Sums, statistic: Statistics) -> Problem:
     """Return the objective of one block.
 
     Args:
@@ -87,10 +83,6 @@ def problem_of(params: Params, sums: Sums, statistic: Callable[[str], Sums]) -> 
 def least_squares_scale(transform: Tensor, sums: Sums) -> float:
     """Return the factor s that makes ``‖Y − s M T‖²`` smallest."""
     return float((transform * sums["cross"]).sum() / (transform * (sums["gram"] @ transform)).sum())
-
-
-def _of_block(statistics: Statistics, number: int) -> Callable[[str], Sums]:
-    return lambda name: statistics(name, number)
 
 
 def _start(params: Params, sums: Sums) -> Tensor:

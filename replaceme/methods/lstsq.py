@@ -14,7 +14,7 @@ from replaceme.errors import SolveError
 from replaceme.fit_quality import fit_quality, ridge_figures
 from replaceme.methods.method import Method, Solved, Statistics
 from replaceme.params import Params
-from replaceme.plan import Plan
+from replaceme.plan import Block
 from replaceme.progress import logger
 from replaceme.refit import refit
 from replaceme.solver import RidgeSolution, solve_ridge
@@ -24,43 +24,38 @@ RIDGES = 33
 FEATURES = {"refit": "mlp_features", "joint": "features"}
 
 
-def solve(params: Params, plan: Plan, statistics: Statistics) -> Solved:
-    """Return the removal with one transform a block, and how well each fits."""
+def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
+    """Return what the host computes instead, and how well it fits."""
     if params.transform in FEATURES:
-        return _refit(params, plan, statistics)
+        return _refit(params, block, statistics)
     structure = STRUCTURES[params.transform]
-    solved = Solved(Edits(f"ReplaceMe (least squares{structure_words(structure)})", plan.removed_layers))
-    for number, block in enumerate(plan.blocks):
-        sums, sample = statistics("gram", number), statistics("sample", number)
-        if structure == "dense":
-            solution = solve_ridge(sums["gram"], sums["cross"], params.alpha)
-            transform, of_ridge = solution.transform, _dense_figures(solution, params.alpha)
-            solved.ridge_path += [(block.host, alpha, residual) for alpha, residual in _ridge_path(solution, sums)]
-        else:
-            transform = closed_form(sums["gram"], sums["cross"], params.alpha, structure)
-            of_ridge = _structured_figures(transform, sums, params.alpha, structure)
-        solved.edits.transforms[block.host] = transform
-        fit = fit_quality(transform, sums, sample) | of_ridge
-        solved.figures |= fit if len(plan.blocks) == 1 else {f"block{number}": fit}
-        logger.info(
-            "solve: host %d, %d tokens, relative residual %.4f (%.4f with nothing in the block's place), mean cosine %.4f",
-            block.host, fit["tokens"], fit["relative_residual"], fit["relative_residual_removed"], fit["mean_cosine"],
-        )  # fmt: skip
-    return solved
+    sums, sample = statistics("gram"), statistics("sample")
+    ridge_path: list[tuple[float, float]] = []
+    if structure == "dense":
+        solution = solve_ridge(sums["gram"], sums["cross"], params.alpha)
+        transform, of_ridge = solution.transform, _dense_figures(solution, params.alpha)
+        ridge_path = _ridge_path(solution, sums)
+    else:
+        transform = closed_form(sums["gram"], sums["cross"], params.alpha, structure)
+        of_ridge = _structured_figures(transform, sums, params.alpha, structure)
+    fit = fit_quality(transform, sums, sample) | of_ridge
+    logger.info(
+        "solve: host %d, %d tokens, relative residual %.4f (%.4f with nothing in the block's place), mean cosine %.4f",
+        block.host, fit["tokens"], fit["relative_residual"], fit["relative_residual_removed"], fit["mean_cosine"],
+    )  # fmt: skip
+    title = f"ReplaceMe (least squares{structure_words(structure)})"
+    return Solved(Edits(title, [], {block.host: transform}), fit, ridge_path)
 
 
-def _refit(params: Params, plan: Plan, statistics: Statistics) -> Solved:
-    solved = Solved(Edits(f"least squares over the host's last weights ({params.transform})", plan.removed_layers))
-    for number, block in enumerate(plan.blocks):
-        sums = statistics(FEATURES[params.transform], number)
-        fit = refit(solved.edits, block.host, sums, params.alpha, params.refit_ridge)
-        solved.figures |= fit if len(plan.blocks) == 1 else {f"block{number}": fit}
-        logger.info(
-            "solve: host %d, %d tokens, weighted residual %.4f (%.4f with a transform alone, %.4f with nothing)",
-            block.host, fit["tokens"], fit["weighted_residual"], fit["weighted_residual_transform"],
-            fit["weighted_residual_removed"],
-        )  # fmt: skip
-    return solved
+def _refit(params: Params, block: Block, statistics: Statistics) -> Solved:
+    edits = Edits(f"least squares over the host's last weights ({params.transform})", [])
+    fit = refit(edits, block.host, statistics(FEATURES[params.transform]), params.alpha, params.refit_ridge)
+    logger.info(
+        "solve: host %d, %d tokens, weighted residual %.4f (%.4f with a transform alone, %.4f with nothing)",
+        block.host, fit["tokens"], fit["weighted_residual"], fit["weighted_residual_transform"],
+        fit["weighted_residual_removed"],
+    )  # fmt: skip
+    return Solved(edits, fit)
 
 
 def _statistics(params: Params) -> tuple[str, ...]:

@@ -8,27 +8,27 @@ from torch import Tensor
 
 from replaceme.edits import Edits
 from replaceme.params import Params
-from replaceme.plan import Plan
+from replaceme.plan import Block
 
-# (name of a statistic, number of the block) → its tensors
-Statistics = Callable[[str, int], Mapping[str, Tensor]]
+# Name of a statistic → its tensors.
+Statistics = Callable[[str], Mapping[str, Tensor]]
 
 
 @dataclass
 class Solved:
-    """What a method made of the statistics.
+    """What a method made of the statistics of one block.
 
     Attributes:
-        edits: what is to be changed.
-        figures: for metrics/solve.json.
-        ridge_path: rows (host, α, relative residual): how well each host's fit would be with another ridge.
-        loss_curve: rows (host, iteration, objective a token) of an iterative solver.
+        edits: what is to be changed, beside the block that goes.
+        figures: how well it fits, for the metrics.
+        ridge_path: rows (α, relative residual): how well the fit would be with another ridge.
+        loss_curve: rows (iteration, objective a token) of an iterative solver.
     """
 
     edits: Edits
     figures: dict[str, Any] = field(default_factory=dict)
-    ridge_path: list[tuple[int, float, float]] = field(default_factory=list)
-    loss_curve: list[tuple[int, int, float]] = field(default_factory=list)
+    ridge_path: list[tuple[float, float]] = field(default_factory=list)
+    loss_curve: list[tuple[int, float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Method:
     Attributes:
         fits: whether something fitted takes the block's place, or nothing.
         statistics: names of the statistics (``replaceme.statistics``) that it wants of each block, with these parameters.
-        solve: turns the parameters, the plan and the statistics into edits and what is to be known of them.
+        solve: turns the parameters, a block and its statistics into edits and what is to be known of them.
     """
 
     fits: bool
     statistics: Callable[[Params], tuple[str, ...]]
-    solve: Callable[[Params, Plan, Statistics], Solved]
+    solve: Callable[[Params, Block, Statistics], Solved]

@@ -3,12 +3,12 @@
 from replaceme.edits import Edits
 from replaceme.methods.method import Method, Solved, Statistics
 from replaceme.params import Params
-from replaceme.plan import Plan
+from replaceme.plan import Block
 
 
-def solve(params: Params, plan: Plan, statistics: Statistics) -> Solved:
-    """Return the removal alone."""
-    return Solved(Edits("UIDL", plan.removed_layers))
+def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
+    """Return no change."""
+    return Solved(Edits("UIDL", []))
 
 
 METHOD = Method(fits=False, statistics=lambda params: (), solve=solve)

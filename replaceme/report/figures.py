@@ -202,28 +202,25 @@ def residual_path(
     return figure
 
 
-def loss_curve(curves: Mapping[int, Sequence[tuple[int, float]]], theme: Theme = LIGHT) -> Figure | None:
+def loss_curve(curve: Sequence[tuple[int, float]], theme: Theme = LIGHT) -> Figure | None:
     """Draw what an iterative solver did; None without a curve.
 
     Args:
-        curves: host → iterations and the objective a token.
+        curve: iterations and the objective a token.
         theme: the colours.
     """
-    losses = [loss for curve in curves.values() for _, loss in curve]
-    if not losses:
+    if not curve:
         return None
+    losses = [loss for _, loss in curve]
     with drawing(theme, WIDTH * 0.6) as figure:
         axes = figure.add_subplot()
-        for host, curve in curves.items():
-            marker = "o" if len(curve) < 40 else ""
-            axes.plot(*zip(*curve, strict=True), color=theme.pruned, marker=marker, ms=4, lw=1.4, label=f"host {host}")
+        marker = "o" if len(curve) < 40 else ""
+        axes.plot(*zip(*curve, strict=True), color=theme.pruned, marker=marker, ms=4, lw=1.4)
         if min(losses) > 0:
             log_axis(axes, "y", losses)
         axes.set(xlabel="iteration", ylabel="objective a token")
         _whole_numbers(axes)
         quiet(axes, "both")
-        if len(curves) > 1:
-            axes.legend(loc="best", framealpha=1)
     return figure
 
 

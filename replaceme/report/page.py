@@ -84,7 +84,8 @@ def render(params: Params, work: Workspace, speed: Mapping[str, Any] | None = No
     profile, blocks = read_json(work.profile / "profile.json"), load_blocks(work.blocks)
     evaluation, solved = read_json(work.metric("evaluation")), read_json(work.metric("solve"))
     distances, residuals, layers = profile["angular_distance"], profile["residual"], profile["layers"]
-    fits = _fits(solved)
+    repaired = read_json(work.metric("repair"))
+    fits = _fits(solved, repaired)
     pictures = {
         "distances": _map(distances, "angular distance (half turns)", blocks),
         "cut_residuals": _map(residuals, "relative residual of a linear map", blocks),
@@ -109,6 +110,7 @@ def render(params: Params, work: Workspace, speed: Mapping[str, Any] | None = No
         layer_reading=sentences.layer_sentences(layers, blocks),
         fit=sentences.fit_sentences(fits),
         fit_table=tables.fit_table(fits),
+        repair=sentences.repair_sentence(repaired),
         proof=sentences.proof_sentence(read_json(work.metric("export"))),
         published=tables.published_table(LABEL),
         settings=settings,
@@ -121,10 +123,10 @@ def _map(values: list[list[float]], label: str, blocks: tuple[Block, ...]) -> Pi
     return _picture(lambda theme: cut_map(values, label, blocks, theme), sentences.map_words(label, values, blocks))
 
 
-def _fits(solved: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Return the figures of each block by its name; those of a single block have none."""
-    blocks = {key: value for key, value in solved.items() if isinstance(value, Mapping)}
-    return blocks or {"": solved}
+def _fits(solved: Mapping[str, Any], repaired: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Return the figures of each block by its name; a single one has none."""
+    later = {key.replace("block", "block "): value for key, value in repaired.items() if isinstance(value, Mapping)}
+    return {"block 0": solved, **later} if later else {"": solved}
 
 
 def _residuals(path: Path) -> list[tuple[float, float]]:
@@ -133,25 +135,19 @@ def _residuals(path: Path) -> list[tuple[float, float]]:
 
 
 def _residual_picture(params: Params, rows: list[tuple[float, float]], solved: Mapping[str, Any]) -> Picture | None:
-    # One path and several blocks: there is no saying whose it is.
     if not rows or "relative_residual" not in solved:
         return None
     chosen, smallest = (params.alpha, solved["relative_residual"]), solved["smallest_eigenvalue"]
     return _picture(lambda theme: residual_path(rows, chosen, smallest, theme), sentences.residual_words(rows, chosen))
 
 
-def _losses(path: Path) -> dict[int, list[tuple[int, float]]]:
-    """Return each host's loss curve; none of a closed form, nor of a solution that an earlier version wrote."""
-    curves: dict[int, list[tuple[int, float]]] = {}
-    if path.is_file():
-        with path.open(encoding="utf-8", newline="") as lines:
-            for row in csv.DictReader(lines):
-                curves.setdefault(int(row["host"]), []).append((int(row["iteration"]), float(row["loss"])))
-    return curves
+def _losses(path: Path) -> list[tuple[int, float]]:
+    with path.open(encoding="utf-8", newline="") as lines:
+        return [(int(row["iteration"]), float(row["loss"])) for row in csv.DictReader(lines)]
 
 
-def _loss_picture(curves: dict[int, list[tuple[int, float]]]) -> Picture | None:
-    return _picture(lambda theme: loss_curve(curves, theme), sentences.loss_words(curves)) if curves else None
+def _loss_picture(curve: list[tuple[int, float]]) -> Picture | None:
+    return _picture(lambda theme: loss_curve(curve, theme), sentences.loss_words(curve)) if curve else None
 
 
 def _picture(draw: Callable[[Theme], Figure | None], words: str) -> Picture | None:

@@ -91,8 +91,30 @@ def layer_sentences(layers: Mapping[str, Sequence[float]], blocks: Sequence[Bloc
 
 
 def fit_sentences(fits: Mapping[str, Figures]) -> list[str]:
-    """Say what each map achieves over nothing in the block's place; nothing for a method without a map."""
-    return [_fit_sentence(name, fit) for name, fit in fits.items() if "relative_residual" in fit]
+    """Say what each fit achieves over nothing in the block's place; nothing for a method without one."""
+    return [
+        _refit_sentence(name, fit) if "weighted_residual" in fit else _fit_sentence(name, fit)
+        for name, fit in fits.items()
+        if "weighted_residual" in fit or "relative_residual" in fit
+    ]
+
+
+def repair_sentence(repaired: Figures) -> str:
+    """Say what the repair achieved; nothing where there was none."""
+    if not repaired.get("corrected_linears"):
+        return ""
+    return (
+        f"Then {repaired['corrected_linears']} linears were solved again on what the shortened model feeds them. Behind the last "
+        f"of them the state differs from the dense model's by {repaired['last_residual']:.3f} (relative, each token alike)."
+    )
+
+
+def _refit_sentence(name: str, fit: Figures) -> str:
+    return (
+        f"{f'{name}: t' if name else 'T'}he host's new weights take the relative residual, each token alike, from "
+        f"{fit['weighted_residual_removed']:.3f} to {fit['weighted_residual']:.3f}; a map alone would reach "
+        f"{fit['weighted_residual_transform']:.3f}."
+    )
 
 
 def _fit_sentence(name: str, fit: Figures) -> str:
@@ -154,14 +176,10 @@ def residual_words(rows: Sequence[tuple[float, float]], chosen: tuple[float, flo
     )
 
 
-def loss_words(curves: Mapping[int, Sequence[tuple[int, float]]]) -> str:
-    """Describe the loss curves."""
-    parts = [
-        f"behind host {host} from {number(curve[0][1])} to {number(min(loss for _, loss in curve))} in {curve[-1][0]} "
-        "iterations"
-        for host, curve in curves.items()
-    ]
-    return f"The solver's objective a token: {'; '.join(parts)}."
+def loss_words(curve: Sequence[tuple[int, float]]) -> str:
+    """Describe the loss curve."""
+    lowest = min(loss for _, loss in curve)
+    return f"The solver's objective a token: from {number(curve[0][1])} to {number(lowest)} in {curve[-1][0]} iterations."
 
 
 def _mean(values: Sequence[Any]) -> float:

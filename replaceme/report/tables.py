@@ -30,6 +30,12 @@ FIT_WORDS = {
         "‖H − Z − M T‖ / ‖H‖ at the cut over all tokens: what the map misses; 0 is perfect",
     ),
     "relative_residual_removed": ("… without a map", "the same with nothing in the block's place"),
+    "weighted_residual": (
+        "relative residual",
+        "√ mean of ‖H − Z − G W′‖² / ‖H‖² at the cut, every token alike: what the host's new weights miss; 0 is perfect",
+    ),
+    "weighted_residual_transform": ("… with a map alone", "the same with the best T on the MLP's output"),
+    "weighted_residual_removed": ("… without either", "the same with nothing in the block's place"),
     "mean_cosine": ("mean cosine", "between the state with the map and the dense model's, all tokens alike; 1 is perfect"),
     "mean_cosine_removed": ("… without a map", "the same with nothing in the block's place"),
     "condition_number": ("condition number", "of MᵀM + αI: how far noise in the text can be amplified"),
