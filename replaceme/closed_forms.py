@@ -55,6 +55,11 @@ def structure_words(structure: str) -> str:
     return "" if structure == "dense" else f", {structure.replace('_', ' ')}"
 
 
+def upper_cholesky(matrix: Tensor) -> Tensor:
+    """Return U, upper triangular, with ``UUᵀ = matrix``. Raises SolveError where it is singular to float64."""
+    return _cholesky(matrix.flip(0, 1)).flip(0, 1)
+
+
 def squared_error(sums: Mapping[str, Tensor], transform: Tensor) -> float:
     """Return ``‖Y − M T‖²`` from ``gram``, ``cross`` and ``target_squares`` (``ΣY²``); never below zero, as rounding can be."""
     explained = 2 * (transform * sums["cross"]).sum() - (transform * (sums["gram"] @ transform)).sum()
@@ -72,7 +77,7 @@ def _diagonal(gram: Tensor, cross: Tensor, alpha: float) -> Tensor:
 
 
 def _triangular(ridged: Tensor, cross: Tensor) -> Tensor:
-    upper = _cholesky(ridged.flip(0, 1)).flip(0, 1)
+    upper = upper_cholesky(ridged)
     forward = torch.linalg.solve_triangular(upper, cross, upper=True).tril()
     return torch.linalg.solve_triangular(upper.T, forward, upper=False).tril()
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from replaceme.objectives import Problem
 from replaceme.progress import logger, progress
+from replaceme.whitening import Whitening
 
 # Standstill: the relative gain over so many of Adam's epochs, and over so many iterations of the others.
 EPOCHS, EPOCHS_GAIN = 3, 1e-5
@@ -126,43 +127,88 @@ def _scipy(problem: Problem, start: Tensor, solver: str, max_iterations: int) ->
     value = problem.value(start)
     found.see(0, value, start)
     # scipy's tolerances are absolute: they hold for an objective of about 1. A perfect fit stays small.
-    scale = max(value, 1e-9)
-    split = problem.lasso > 0
+    space = (Split if problem.lasso else White)(problem, start, max(value, 1e-9))
     ticks = progress(range(max_iterations), f"solving ({solver})", "iterations")
-
-    def tensor(numbers: np.ndarray) -> Tensor:
-        x = torch.from_numpy(np.array(numbers, dtype=np.float64)).to(start.device)
-        return x[: len(start)] - x[len(start) :] if split else x
-
-    def objective(numbers: np.ndarray) -> tuple[float, np.ndarray]:
-        value, slope = problem.smooth(tensor(numbers))
-        if split:
-            lasso = problem.lasso / problem.loss.tokens
-            value, slope = value + lasso * float(numbers.sum()), torch.cat([slope + lasso, lasso - slope])
-        return value / scale, slope.cpu().numpy() / scale
-
-    def product(numbers: np.ndarray, step: np.ndarray) -> np.ndarray:
-        return problem.hessian_product(tensor(numbers), tensor(step)).cpu().numpy() / scale
 
     def look(intermediate_result: Any) -> None:
         next(ticks, None)
         iteration = len(found.curve)
-        found.see(iteration, float(intermediate_result.fun) * scale, tensor(intermediate_result.x))
+        found.see(iteration, float(intermediate_result.fun) * space.scale, space.leave(intermediate_result.x))
         before = found.curve.get(iteration - WINDOW)
         if before is not None and before - found.curve[iteration] <= WINDOW_GAIN * abs(before):
             found.converged = True
             raise StopIteration
 
-    first = start.cpu().numpy()
-    if split:
-        first = np.concatenate([first.clip(min=0), (-first).clip(min=0)])
     options = {**SCIPY[solver], "options": {**SCIPY[solver]["options"], "maxiter": max_iterations}}
-    result = minimize(
-        objective, first, jac=True, callback=look, **options,
-        **({"hessp": product} if solver == "trust_region" else {}),
-        **({"bounds": Bounds(0, np.inf)} if split else {}),
-    )  # fmt: skip
+    if solver == "trust_region":
+        options["hessp"] = space.hessian_product
+    result = minimize(space.objective, space.enter(start), jac=True, bounds=space.bounds, callback=look, **options)
     *_, before, last = [value, value, *found.curve.values()]
     stuck = not result.success and len(found.curve) <= max_iterations and before - last <= ROUNDING_GAIN * abs(before)
     found.converged = found.converged or bool(result.success) or stuck
     return found
+
+
+class White:
+    """A smooth problem as scipy sees it: numpy vectors in the whitened coordinates of the start."""
+
+    bounds: Bounds | None = None
+
+    def __init__(self, problem: Problem, start: Tensor, scale: float):
+        self.problem, self.device, self.scale = problem, start.device, scale
+        self.whitening = Whitening(problem.structure, problem.metric(start))
+
+    def enter(self, x: Tensor) -> np.ndarray:
+        """Return scipy's vector of x."""
+        return _numbers(self.whitening.enter(x))
+
+    def leave(self, numbers: np.ndarray) -> Tensor:
+        """Return x of scipy's vector."""
+        return self.whitening.leave(self._tensor(numbers))
+
+    def objective(self, numbers: np.ndarray) -> tuple[float, np.ndarray]:
+        """Return the scaled objective and its gradient."""
+        value, gradient = self.problem.smooth(self.leave(numbers))
+        return value / self.scale, _numbers(self.whitening.pull_back(gradient)) / self.scale
+
+    def hessian_product(self, numbers: np.ndarray, step: np.ndarray) -> np.ndarray:
+        """Return the scaled Hessian's product with a step."""
+        product = self.problem.hessian_product(self.leave(numbers), self.leave(step))
+        return _numbers(self.whitening.pull_back(product)) / self.scale
+
+    def _tensor(self, numbers: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.array(numbers, dtype=np.float64)).to(self.device)
+
+
+class Split(White):
+    """A problem with ``ρ‖T‖₁`` as scipy sees it: (y⁺, y⁻), both at least 0, of y = y⁺ − y⁻, which is x in units of its own.
+
+    The penalty of these two is linear. Rows of T must not be mixed, or their zeros were lost, so that each has a unit alone.
+    """
+
+    def __init__(self, problem: Problem, start: Tensor, scale: float):
+        self.problem, self.device, self.scale = problem, start.device, scale
+        self.bounds = Bounds(0, np.inf)
+        roots = problem.metric(start).diagonal().sqrt()[:, None]
+        # A dimension that is always 0 has no unit.
+        roots = torch.where(roots > 0, roots / roots.max(), 1.0)
+        self.units = problem.structure.rows(torch.ones_like(start), lambda part: roots * part)
+        self.lasso = problem.lasso / problem.loss.tokens / self.units
+
+    def enter(self, x: Tensor) -> np.ndarray:
+        y = x * self.units
+        return _numbers(torch.cat([y.clamp_min(0), (-y).clamp_min(0)]))
+
+    def leave(self, numbers: np.ndarray) -> Tensor:
+        plus, minus = self._tensor(numbers).chunk(2)
+        return (plus - minus) / self.units
+
+    def objective(self, numbers: np.ndarray) -> tuple[float, np.ndarray]:
+        value, gradient = self.problem.smooth(self.leave(numbers))
+        slope = gradient / self.units
+        penalty = float((self._tensor(numbers) * self.lasso.repeat(2)).sum())
+        return (value + penalty) / self.scale, _numbers(torch.cat([slope + self.lasso, self.lasso - slope])) / self.scale
+
+
+def _numbers(tensor: Tensor) -> np.ndarray:
+    return tensor.cpu().numpy()

@@ -43,6 +43,10 @@ class Loss(Protocol):
         """Return the Hessian's product with a direction."""
         ...
 
+    def metric(self, transform: Tensor) -> Tensor:
+        """Return (d, d) ``Σ mᵀm`` over M's rows, weighed as the loss's Hessian at this T weighs them."""
+        ...
+
     def minibatches(self, size: int, generator: torch.Generator) -> Iterator[Minibatch]:
         """Yield all tokens once, in random order, in parts of about ``size`` tokens."""
         ...
@@ -60,6 +64,9 @@ class SquaredError:
 
     def curvature(self, transform: Tensor, direction: Tensor) -> Tensor:
         return 2 * self.sums["gram"] @ direction
+
+    def metric(self, transform: Tensor) -> Tensor:
+        return 2 * self.sums["gram"]
 
     def minibatches(self, size: int, generator: torch.Generator) -> Iterator[Minibatch]:
         """Yield as many parts as there would be. The sums know the gradient of all tokens: a part's is its share of it."""
@@ -98,6 +105,15 @@ class CosineLoss:
             bent = (change * p + cosine * turn) / size + (h - cosine * p) * along / size.square()
             product += (M.T @ bent).double()
         return product
+
+    def metric(self, transform: Tensor) -> Tensor:
+        """Weigh with ``1/‖P‖²``: the longer a prediction, the less a step turns it."""
+        total = torch.zeros_like(transform)
+        for M, Z, H in self._stream():
+            size, *_ = _directions(M, Z, H, transform.to(self.dtype))
+            weighted = torch.where(size > SHORTEST, M / size, 0)
+            total += (weighted.T @ weighted).double()
+        return total
 
     def minibatches(self, size: int, generator: torch.Generator) -> Iterator[Minibatch]:
         """Yield the shards in random order, and the tokens of each likewise: a shard is all that is read at a time."""
@@ -175,6 +191,11 @@ class Problem:
         if self.structure.bends:
             product = product + self.structure.bend(step, self._in_transform(transform)[1])
         return product / self.loss.tokens
+
+    def metric(self, x: Tensor) -> Tensor:
+        """Return (d, d) how steep the whole is along T's rows, the ridge included."""
+        metric = self.loss.metric(self.structure.build(x))
+        return metric + 2 * self.ridge * torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
 
     def steps(self, size: int, generator: torch.Generator) -> Iterator[Callable[[Tensor], Tensor]]:
         """Yield, for each minibatch, the gradient of its own share of ``smooth`` by x, as of one token."""

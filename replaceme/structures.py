@@ -9,6 +9,7 @@ Each is a map ``build`` from x to T with its derivatives: ``pull_back`` takes a 
 x to one in T, and ``bend`` is what the map's own curvature adds to a Hessian in x: 0 but for two vectors.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -22,9 +23,11 @@ class Parametrisation(Protocol):
 
     Attributes:
         bends: whether the map from x to T is curved, so that ``bend`` is not 0.
+        mixes: whether rows of T may be mixed by a lower triangular matrix and T keeps the structure.
     """
 
     bends: bool
+    mixes: bool
 
     def start(self, transform: Tensor) -> Tensor:
         """Return x (n,) of a transform that has the structure."""
@@ -46,6 +49,10 @@ class Parametrisation(Protocol):
         """Return ``Σ ∂²T/∂x² · step`` weighed with a gradient in T: (n,)."""
         ...
 
+    def rows(self, x: Tensor, operator: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return x (n,) with a linear operator applied to what stands on T's left: its rows, or u."""
+        ...
+
 
 class Entries:
     """The entries of T that may differ from 0, in row-major order."""
@@ -53,8 +60,9 @@ class Entries:
     bends = False
 
     def __init__(self, free: Tensor):
-        """Take which ones they are: (d, d) bool."""
+        """Take which ones they are: (d, d) bool; all, those on and below the diagonal, or the diagonal's."""
         self.free = free
+        self.mixes = int(free.sum()) > len(free)
 
     def start(self, transform: Tensor) -> Tensor:
         return transform[self.free]
@@ -73,11 +81,15 @@ class Entries:
     def bend(self, step: Tensor, gradient: Tensor) -> Tensor:
         return torch.zeros_like(step)
 
+    def rows(self, x: Tensor, operator: Callable[[Tensor], Tensor]) -> Tensor:
+        return operator(self.build(x))[self.free]
+
 
 class TwoVectors:
     """``T = I + uvᵀ``."""
 
     bends = True
+    mixes = True
 
     def start(self, transform: Tensor) -> Tensor:
         """Return (u, v) of equal length; for the identity u = 0 and v of length 1, since (0, 0) is a saddle point."""
@@ -101,6 +113,10 @@ class TwoVectors:
 
     def bend(self, step: Tensor, gradient: Tensor) -> Tensor:
         return self.pull_back(step, gradient)
+
+    def rows(self, x: Tensor, operator: Callable[[Tensor], Tensor]) -> Tensor:
+        u, v = x.chunk(2)
+        return torch.cat([operator(u[:, None])[:, 0], v])
 
 
 def parametrisation(structure: Structure, width: int, device: torch.device | str = "cpu") -> Parametrisation:

@@ -289,7 +289,7 @@ def test_a_refit_and_a_repair_are_told(params: Params, run: Run) -> None:
     repaired = {"corrected_linears": 18, "first_residual": 0.2, "last_residual": 0.229, "last_residual_before": 0.234}
     page = render(params, run(solved=refit, repaired=repaired, residuals="alpha,relative_residual\n"))
     assert "from 0.613 to 0.337; a map alone would reach 0.407." in page.html
-    assert "Then 18 linears were solved anew on what the shortened model feeds them." in page.html
+    assert "Then 18 linears were solved again on what the shortened model feeds them." in page.html
     assert "differs from the dense model&#39;s by 0.229" in page.html
     assert {"0.3368", "… with a map alone"} <= Reader(page.html).cells
     assert "residuals" not in page.pictures

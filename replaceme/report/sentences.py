@@ -104,8 +104,8 @@ def repair_sentence(repaired: Figures) -> str:
     if not repaired.get("corrected_linears"):
         return ""
     return (
-        f"Then {repaired['corrected_linears']} linears were solved again on what the shortened model feeds them. Behind the last "
-        f"of them the state differs from the dense model's by {repaired['last_residual']:.3f} (relative, each token alike)."
+        f"Then {repaired['corrected_linears']} linears were solved again on what the shortened model feeds them. Behind the "
+        f"last the state differs from the dense model's by {repaired['last_residual']:.3f} (relative, each token alike)."
     )
 
 
