@@ -1,7 +1,8 @@
 """What a few cuts cost: the next-token loss of the shortened model, with a closed-form fit in the block's place.
 
-The fit is that of the profile's residuals (``replaceme.residuals``: weighted, with a small ridge of its own, so that no cut
-depends on α or on a solver), on the documents that it fits on; the loss is taken on those that it holds out.
+The fit has token weights and ridges of its own, so that no cut depends on α or on a solver: a linear map as in the profile's
+residuals (``replaceme.residuals``), or all weights of the host's last linear (``replaceme.refit``), which can rank the cuts
+differently. It is made on the documents that the profile fits on; the loss is taken on those that it holds out.
 """
 
 from collections.abc import Sequence
@@ -15,16 +16,21 @@ from replaceme.documents import Batch, Documents
 from replaceme.edits import Edits
 from replaceme.errors import ParameterError
 from replaceme.families import Family
+from replaceme.features import Features
 from replaceme.forward import walk
+from replaceme.methods.method import StandIn
 from replaceme.plan import Block
 from replaceme.progress import progress
-from replaceme.residuals import HELD_OUT_EVERY, SEED, solve_small_ridge, split_documents
-from replaceme.statistics import AtCut
+from replaceme.refit import refit
+from replaceme.residuals import HELD_OUT_EVERY, RIDGE, SEED, solve_small_ridge, split_documents
+from replaceme.statistics import AtCut, FeatureGram
 from replaceme.unfused import unfused
 from replaceme.weights import token_weights
 
 # Held-out tokens that the loss is taken on, at most.
 TOKENS, LENGTH = 4096, 1024
+# λ of a refit, and the memory that its sums may take: so many cuts are fitted in one pass.
+REFIT_RIDGE, GRAM_BYTES = 0.3, 4 << 30
 
 
 class WeightedGram(AtCut):
@@ -43,7 +49,7 @@ class WeightedGram(AtCut):
 
 
 def cut_losses(
-    model: Any, family: Family, documents: Documents, blocks: Sequence[Block], *, fitted: bool, batch_size: int
+    model: Any, family: Family, documents: Documents, blocks: Sequence[Block], *, stand_in: StandIn, batch_size: int
 ) -> list[float]:
     """Return the mean next-token loss (nats) with each of the blocks removed.
 
@@ -52,7 +58,7 @@ def cut_losses(
         family: its description.
         documents: calibration text.
         blocks: the cuts.
-        fitted: whether a linear map takes the block's place, or nothing.
+        stand_in: what takes the block's place.
         batch_size: documents in a batch.
 
     Raises:
@@ -65,18 +71,41 @@ def cut_losses(
             f"selection: loss holds every {HELD_OUT_EVERY}th document out, and of the {len(documents)} that the dataset gave "
             "none is left with two tokens; use residual, or more text."
         )
-    transforms: list[Tensor | None] = [None] * len(blocks)
-    if fitted:
-        grams = [WeightedGram(block) for block in blocks]
-        walk(model, family, fit, grams, batch_size=batch_size, description="fitting the best cuts")
-        transforms = [solve_small_ridge(torch.as_tensor(each.gram), torch.as_tensor(each.cross)) for each in grams]
-    cuts = list(zip(blocks, transforms, strict=True))
+    cuts = [Edits("", [*block.layers]) for block in blocks]
+    if stand_in == "map":
+        _fit_maps(model, family, fit, blocks, cuts, batch_size)
+    elif stand_in == "refit":
+        _refit(model, family, fit, blocks, cuts, batch_size)
     losses = []
-    for block, transform in progress(cuts, "measuring the best cuts", "cuts"):
-        made_up = {} if transform is None else {block.host: transform}
-        with unfused(model, family, Edits("", [*block.layers], made_up)):
+    for edits in progress(cuts, "measuring the best cuts", "cuts"):
+        with unfused(model, family, edits):
             losses.append(_loss(model, excerpts, batch_size))
     return losses
+
+
+def _fit_maps(
+    model: Any, family: Family, documents: Documents, blocks: Sequence[Block], cuts: Sequence[Edits], batch_size: int
+) -> None:
+    grams = [WeightedGram(block) for block in blocks]
+    walk(model, family, documents, grams, batch_size=batch_size, description="fitting the best cuts")
+    for block, edits, sums in zip(blocks, cuts, grams, strict=True):
+        edits.transforms[block.host] = solve_small_ridge(torch.as_tensor(sums.gram), torch.as_tensor(sums.cross))
+
+
+def _refit(
+    model: Any, family: Family, documents: Documents, blocks: Sequence[Block], cuts: Sequence[Edits], batch_size: int
+) -> None:
+    layers = family.decoder_layers(model)
+    features = [Features.of(layers[block.host], family, ["mlp_output"]) for block in blocks]
+    at_once = max(GRAM_BYTES // (8 * len(features[0]) ** 2), 1)
+    for first in range(0, len(blocks), at_once):
+        part = range(first, min(first + at_once, len(blocks)))
+        grams = {number: FeatureGram(blocks[number], features[number]) for number in part}
+        walk(model, family, documents, [*grams.values()], batch_size=batch_size, description="fitting the best cuts")
+        for number, gram in grams.items():
+            sums = gram.tensors()
+            alpha = RIDGE * float(sums["added_gram"].diagonal().mean())
+            refit(cuts[number], blocks[number].host, sums, alpha, REFIT_RIDGE)
 
 
 def _excerpts(documents: Documents) -> Documents:

@@ -21,6 +21,7 @@ from replaceme.documents import Documents
 from replaceme.errors import ParameterError
 from replaceme.files import read_json, rounded, write_json
 from replaceme.methods import METHODS
+from replaceme.methods.method import StandIn
 from replaceme.models import recorded_model
 from replaceme.params import Params
 from replaceme.plan import Block, save_blocks
@@ -116,10 +117,11 @@ def select(params: Params, work: Workspace) -> None:
     starts = allowed_starts(params, len(distances))
     figures: dict[str, Any] = {}
     if params.selection == "loss":
-        fitted = METHODS[params.method].fits
+        stand_in = METHODS[params.method].stand_in(params)
         # Where nothing takes the block's place, what a map would miss says little.
-        candidates = smallest(residuals if fitted else distances, starts, params.layers_to_skip, SHORTLIST)
-        measured = zip(candidates, _measure(params, work, candidates, fitted), strict=True)
+        values = distances if stand_in == "nothing" else residuals
+        candidates = smallest(values, starts, params.layers_to_skip, SHORTLIST)
+        measured = zip(candidates, _measure(params, work, candidates, stand_in), strict=True)
         losses = {block: loss for block, loss in measured if math.isfinite(loss)}
         if not losses:
             raise ParameterError(f"dtype: {params.dtype} overflows in every shortened model; use bfloat16 or float32.")
@@ -148,10 +150,10 @@ def select(params: Params, work: Workspace) -> None:
     write_json(work.metric("select"), rounded(figures))
 
 
-def _measure(params: Params, work: Workspace, candidates: list[Block], fitted: bool) -> list[float]:
+def _measure(params: Params, work: Workspace, candidates: list[Block], stand_in: StandIn) -> list[float]:
     use_threads(params.threads)
     source = recorded_model(params, work.model_input)
     model = source.load(params.dtype, resolve_device(params.device), params.use_4bit)
     return cut_losses(
-        model, source.family(), Documents.load(work.documents), candidates, fitted=fitted, batch_size=params.batch_size
+        model, source.family(), Documents.load(work.documents), candidates, stand_in=stand_in, batch_size=params.batch_size
     )

@@ -75,8 +75,8 @@ STEPS: Mapping[str, Step] = {
     "select": Step(
         select,
         (
-            "method", "selection", "layers_to_skip", "min_distance_layer", "max_distance_layer", "num_A", "merge_consecutive",
-            *PASS,
+            "method", "transform", "selection", "layers_to_skip", "min_distance_layer", "max_distance_layer", "num_A",
+            "merge_consecutive", *PASS,
         ),
         ("profile", "model_input", "documents"),
         "blocks",

@@ -1,5 +1,6 @@
 """The residual of every cut, and the loss of a few, against plain computations."""
 
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,12 +11,17 @@ import torch
 from replaceme import cut_loss, scratch
 from replaceme.cut_loss import cut_losses
 from replaceme.documents import Documents
+from replaceme.edits import Edits
 from replaceme.errors import ParameterError, ResourceError
 from replaceme.families import FAMILIES, PRE_NORM
 from replaceme.forward import walk
+from replaceme.methods import METHODS
+from replaceme.params import read_params
 from replaceme.plan import Block
 from replaceme.profile import profile_model
 from replaceme.residuals import RIDGE, TokenSample, choose_tokens, residual_map, split_documents
+from replaceme.statistics import take_statistics
+from replaceme.surgery import apply_edits
 from replaceme.weights import token_weights
 from tests.conftest import LAYERS, WIDTH, made_model
 
@@ -100,17 +106,12 @@ def test_a_scratch_disk_that_is_too_small_is_named(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_the_loss_of_a_cut_is_that_of_the_model_with_its_fold(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from copy import deepcopy
-
-    from replaceme.edits import Edits
-    from replaceme.surgery import apply_edits
-
     monkeypatch.setattr(cut_loss, "TOKENS", 10_000)
     model, documents, block = made_model(family), made_documents(12), Block(2, 4)
     description = FAMILIES[family]
     weights = {name: weight.clone() for name, weight in model.state_dict().items()}
-    (fitted,) = cut_losses(model, description, documents, [block], fitted=True, batch_size=4)
-    (bare,) = cut_losses(model, description, documents, [block], fitted=False, batch_size=4)
+    (fitted,) = cut_losses(model, description, documents, [block], stand_in="map", batch_size=4)
+    (bare,) = cut_losses(model, description, documents, [block], stand_in="nothing", batch_size=4)
     assert all(torch.equal(weights[name], weight) for name, weight in model.state_dict().items())
     kept, held_out = split_documents(documents)
     added, output = states(model, kept)
@@ -121,19 +122,13 @@ def test_the_loss_of_a_cut_is_that_of_the_model_with_its_fold(family: str, monke
     for found, transforms in ((fitted, {1: torch.from_numpy(T)}), (bare, {})):
         pruned = deepcopy(model)
         apply_edits(pruned, description, Edits("test", [2, 3], transforms))
-        total, count = 0.0, 0
-        for document in held_out.documents:
-            with torch.no_grad():
-                likelihood = pruned(document[None], use_cache=False).logits[0].log_softmax(-1)
-            total -= sum(float(likelihood[place, document[place + 1]]) for place in range(len(document) - 1))
-            count += len(document) - 1
-        assert found == pytest.approx(total / count, rel=1e-3)
+        assert found == pytest.approx(mean_loss(pruned, held_out), rel=1e-3)
 
 
 def test_the_loss_needs_documents_to_hold_out() -> None:
     for documents in (made_documents(4), Documents([torch.tensor([5])] * 6)):
         with pytest.raises(ParameterError, match="selection: loss holds every 5th document out"):
-            cut_losses(made_model(), PRE_NORM, documents, [Block(2, 3)], fitted=True, batch_size=1)
+            cut_losses(made_model(), PRE_NORM, documents, [Block(2, 3)], stand_in="map", batch_size=1)
 
 
 def test_many_documents_are_not_cut_short_for_the_loss() -> None:
@@ -154,3 +149,30 @@ def test_hardly_any_text_still_gives_numbers(lengths: list[int]) -> None:
 
 def test_a_state_of_zeros_weighs_nothing() -> None:
     assert token_weights(torch.tensor([[0.0, 0.0], [3.0, 4.0]])).tolist() == [[0.0], [pytest.approx(0.04)]]
+
+
+@pytest.mark.parametrize("bytes_at_once", [4 << 30, 1])
+def test_the_loss_of_a_refit_is_that_of_the_edits_of_the_method(bytes_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cut_loss, "TOKENS", 10_000)
+    monkeypatch.setattr(cut_loss, "GRAM_BYTES", bytes_at_once)
+    model, documents, blocks = made_model(dtype=torch.float64), made_documents(12), [Block(2, 4), Block(1, 3)]
+    found = cut_losses(model, PRE_NORM, documents, blocks, stand_in="refit", batch_size=4)
+    kept, held_out = split_documents(documents)
+    for loss, block in zip(found, blocks, strict=True):
+        sums = take_statistics(model, PRE_NORM, kept, block, ["mlp_features"], 4)["mlp_features"]
+        params = read_params(None, {"transform": "refit", "alpha": RIDGE * float(sums["added_gram"].diagonal().mean())})
+        edits = METHODS["lstsq"].solve(params, block, lambda _, sums=sums: sums).edits  # type: ignore[misc]
+        edits.removed_layers = [*block.layers]
+        pruned = deepcopy(model)
+        apply_edits(pruned, PRE_NORM, edits)
+        assert loss == pytest.approx(mean_loss(pruned, held_out), rel=1e-5)
+
+
+def mean_loss(model: torch.nn.Module, documents: Documents) -> float:
+    total, count = 0.0, 0
+    for document in documents.documents:
+        with torch.no_grad():
+            likelihood = model(document[None], use_cache=False).logits[0].log_softmax(-1)
+        total -= sum(float(likelihood[place, document[place + 1]]) for place in range(len(document) - 1))
+        count += len(document) - 1
+    return total / count

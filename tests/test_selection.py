@@ -63,9 +63,12 @@ def test_impossible_limits_are_named(options: dict[str, int], said: str) -> None
     assert said in str(caught.value)
 
 
-@pytest.mark.parametrize(("method", "fitted"), [("lstsq", True), ("uidl", False)])
+@pytest.mark.parametrize(
+    ("method", "transform", "stand_in"),
+    [("lstsq", "dense", "map"), ("cosine", "diagonal", "map"), ("lstsq", "joint", "refit"), ("uidl", "dense", "nothing")],
+)
 def test_the_loss_decides_among_the_best_cuts(
-    method: str, fitted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, transform: str, stand_in: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layers, skip = 14, 3
     residuals = [[0.5 + 0.01 * host for _ in range(layers)] for host in range(layers)]
@@ -73,23 +76,24 @@ def test_the_loss_decides_among_the_best_cuts(
     work, asked = Workspace(tmp_path), []
     write_json(work.profile / "profile.json", {"angular_distance": angles, "residual": residuals})
 
-    def measure(params: Any, work: Workspace, blocks: list[Block], with_map: bool) -> list[float]:
-        asked.extend((block.host, with_map) for block in blocks)
+    def measure(params: Any, work: Workspace, blocks: list[Block], kind: str) -> list[float]:
+        asked.extend((block.host, kind) for block in blocks)
         return [3.0, math.nan, 2.0, 4.0, math.inf, 5.0]
 
     monkeypatch.setattr(selection, "_measure", measure)
-    limits = {"min_distance_layer": 3, "max_distance_layer": 13}
-    selection.select(read_params(None, {"method": method, "selection": "loss", "layers_to_skip": skip, **limits}), work)
+    limits = {"min_distance_layer": 3, "max_distance_layer": 13, "layers_to_skip": skip}
+    params = read_params(None, {"method": method, "transform": transform, "selection": "loss", **limits})
+    selection.select(params, work)
     # Hosts 2 to 9 are allowed; a map's residual is smallest in front, the angle behind.
-    hosts = [2, 3, 4, 5, 6, 7] if fitted else [9, 8, 7, 6, 5, 4]
-    assert asked == [(host, fitted) for host in hosts]
+    hosts = [2, 3, 4, 5, 6, 7] if stand_in != "nothing" else [9, 8, 7, 6, 5, 4]
+    assert asked == [(host, stand_in) for host in hosts]
     figures = read_json(work.metric("select"))
     assert (figures["host"], figures["loss"]) == (hosts[2], 2.0)
     assert len(figures["losses"]) == 4
     assert load_blocks(work.blocks) == (Block(hosts[2] + 1, hosts[2] + 1 + skip),)
     monkeypatch.setattr(selection, "_measure", lambda *_: [math.nan] * 6)
     with pytest.raises(ParameterError, match="dtype: bfloat16 overflows in every shortened model"):
-        selection.select(read_params(None, {"method": method, "selection": "loss", "layers_to_skip": skip, **limits}), work)
+        selection.select(params, work)
 
 
 def test_the_loss_needs_documents_to_hold_out() -> None:

@@ -90,4 +90,4 @@ def _ridge_path(solution: RidgeSolution, sums: Mapping[str, Tensor]) -> list[tup
     return [(alpha, (solution.squared_residual(alpha, target) / output) ** 0.5) for alpha in alphas]
 
 
-METHOD = Method(fits=True, statistics=_statistics, solve=solve)
+METHOD = Method(stand_in=lambda params: "refit" if params.transform in FEATURES else "map", statistics=_statistics, solve=solve)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -12,6 +12,10 @@ from replaceme.plan import Block
 
 # Name of a statistic → its tensors.
 Statistics = Callable[[str], Mapping[str, Tensor]]
+
+
+# What can take a block's place: nothing, a linear map, or new weights of the linear that ends the host's MLP.
+StandIn = Literal["nothing", "map", "refit"]
 
 
 @dataclass
@@ -36,11 +40,11 @@ class Method:
     """A pruning method.
 
     Attributes:
-        fits: whether something fitted takes the block's place, or nothing.
+        stand_in: what takes the block's place while cuts are compared by their loss, with these parameters.
         statistics: names of the statistics (``replaceme.statistics``) that it wants of each block, with these parameters.
         solve: turns the parameters, a block and its statistics into edits and what is to be known of them.
     """
 
-    fits: bool
+    stand_in: Callable[[Params], StandIn]
     statistics: Callable[[Params], tuple[str, ...]]
     solve: Callable[[Params, Block, Statistics], Solved]

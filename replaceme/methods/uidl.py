@@ -11,4 +11,4 @@ def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
     return Solved(Edits("UIDL", []))
 
 
-METHOD = Method(fits=False, statistics=lambda params: (), solve=solve)
+METHOD = Method(stand_in=lambda params: "nothing", statistics=lambda params: (), solve=solve)
