@@ -1,4 +1,4 @@
-"""Peak memory of profile and activations at 16k and at 128k calibration tokens: it must not grow with the tokens.
+"""Peak memory of profile, activations and repair at 16k and at 128k calibration tokens: it must not grow with the tokens.
 
 ``python -m benchmarks.memory`` runs each size in a process of its own, on params.yaml's model with random token ids, and
 prints the peak resident set of each and their ratio.
@@ -13,11 +13,13 @@ import torch
 
 from replaceme.compute import use_threads
 from replaceme.documents import Documents
+from replaceme.methods import METHODS
 from replaceme.models import find_model
 from replaceme.params import read_params
-from replaceme.plan import Block
+from replaceme.plan import Block, Plan
 from replaceme.profile import profile_model
 from replaceme.progress import silence_libraries
+from replaceme.repair import Mender
 from replaceme.statistics import take_statistics
 
 SIZES = (16_384, 131_072)
@@ -36,7 +38,12 @@ def measure(tokens: int) -> None:
     documents = Documents(list(rows))
     profile_model(model, family, documents, params.batch_size)
     middle = len(family.decoder_layers(model)) // 2
-    take_statistics(model, family, documents, Block(middle, middle + 8), ["gram", "sample"], params.batch_size)
+    block, method = Block(middle, middle + 8), METHODS[params.method]
+    names = method.statistics(params)
+    taken = take_statistics(model, family, documents, block, names, params.batch_size)
+    edits = method.solve(params, block, taken.__getitem__).edits
+    edits.removed_layers = [*block.layers]
+    Mender(params, model, family, documents, edits, Plan((block,), names)).run()
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 

@@ -1,0 +1,54 @@
+"""Time and memory of the solves at a large model's widths, on random statistics.
+
+``python -m benchmarks.solve [d] [f]`` (default Llama-3-8B: 4096, 14336): ReplaceMe's map (d × d), and the new weights of the
+linear that ends the MLP (f × d), which a refit solves once and a repair once for each kept layer behind the cut.
+"""
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from replaceme.compute import use_threads
+from replaceme.params import read_params
+from replaceme.solver import solve_correction, solve_ridge
+
+
+def random_gram(width: int) -> Tensor:
+    """Return a well-conditioned Gram matrix (width, width) float64, with an uneven diagonal as real features have."""
+    scale = torch.logspace(-2, 2, width, dtype=torch.float64)
+    rows = torch.randn(256, width, dtype=torch.float32)
+    gram = (rows.T @ rows).double()
+    gram.diagonal().add_(64.0)
+    gram *= scale
+    gram *= scale[:, None]
+    return gram
+
+
+def timed(name: str, solve: Callable[[], object]) -> None:
+    """Print seconds and the peak resident set so far."""
+    began = time.perf_counter()
+    solve()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"{name:<44} {time.perf_counter() - began:7.1f} s   peak {peak:5.1f} GiB", flush=True)
+
+
+def main(width: int, inputs: int) -> None:
+    """Measure and print."""
+    threads = read_params(Path("params.yaml")).threads
+    use_threads(threads)
+    torch.manual_seed(0)
+    print(f"d {width}, f {inputs}, float64, {threads} threads")
+    gram = random_gram(width)
+    timed("map (Cholesky, and eigenvalues for α)", lambda: solve_ridge(gram, gram, 1.0))
+    del gram
+    gram, cross = random_gram(inputs), torch.randn(inputs, width, dtype=torch.float64)
+    timed("new weights of the MLP's last linear", lambda: solve_correction(gram, cross, 0.3, constant=False))
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:3])) if len(sys.argv) > 2 else main(4096, 14336)
