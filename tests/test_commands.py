@@ -520,3 +520,29 @@ def test_each_criterion_takes_its_own_best_cut(selection: str, tiny: Model, text
         assert selected["host"] == min(hosts, key=lambda host: values[host][host + 2])
     assert selected["end"] - selected["start"] == 2
     assert selected["residual"] == pytest.approx(profile["residual"][selected["host"]][selected["end"] - 1], rel=1e-4)
+
+
+def test_several_blocks_and_repairs_run_from_end_to_end(published: Path, tmp_path: Path) -> None:
+    call(
+        commands.run_replaceme, "--config", published, *FAST, "--num_A", "2", "--layers_to_skip", "1", "--transform", "joint",
+        "--repair", "true", "--merge_consecutive", "false", "--min_distance_layer", "1",
+    )  # fmt: skip
+    metrics = tmp_path / "result.work" / "metrics"
+    selected, repaired, solved = (
+        json.loads((metrics / f"{name}.json").read_text(encoding="utf-8")) for name in ("select", "repair", "solve")
+    )
+    assert selected["block1"]["start"] > selected["end"]
+    assert solved["removed_layers"] == 2
+    assert repaired["block1"]["weighted_residual"] < repaired["block1"]["weighted_residual_removed"]
+    assert repaired["corrected_linears"] > 2
+    assert len(AutoModelForCausalLM.from_pretrained(tmp_path / "result").model.layers) == 4
+
+
+def test_the_cosine_fits_a_later_block_too_and_the_transform_alone_is_saved(published: Path, tmp_path: Path) -> None:
+    call(
+        commands.get_lt_with_solvers, "--config", published, *FAST, "--num_A", "2", "--layers_to_skip", "1", "--alpha", "0.1",
+        "--merge_consecutive", "false", "--min_distance_layer", "1", "--epochs", "2", "--method", "cosine",
+    )  # fmt: skip
+    edits = json.loads((tmp_path / "result" / "edits.json").read_text(encoding="utf-8"))
+    assert len(edits["transforms"]) == len(edits["removed_layers"]) == 2
+    assert not list((tmp_path / "result.work").rglob("scratch-*"))
