@@ -5,6 +5,7 @@ from typing import Any
 
 from replaceme.combinations import EFFECTS, has_effect
 from replaceme.edits import Edits
+from replaceme.families import Linear
 from replaceme.models import Model
 from replaceme.params import Params
 
@@ -47,9 +48,14 @@ def model_card(params: Params, source: Model, edits: Edits, solved: dict[str, An
             f"A linear map, fitted to calibration text without training the model, was folded into the MLP of layer {hosts}: "
             "no new parameter, the same architecture."
         ]
+    linears: tuple[tuple[Linear, str], ...] = (("attention_output", "attention output"), ("mlp_output", "last MLP linear"))
+    for linear, words in linears:
+        if corrected := [layer for layer, name in edits.corrections if name == linear]:
+            lines += [f"The weights of the {words} of layer {_runs(corrected)} were solved for anew, likewise."]
     for key in ("relative_residual", "weighted_residual"):
         if key in solved:
-            lines += ["", f"Relative residual of the fit at the cut: {solved[key]:.4g}."]
+            where = "the first cut" if len(edits.transforms) > 1 else "the cut"
+            lines += ["", f"Relative residual of the fit at {where}: {solved[key]:.4g}."]
     # A user's own file is named without its folder.
     shown = [key for key in SETTINGS if has_effect(key, params.model_dump())]
     settings = {key: value for key in shown if (value := getattr(params, key)) is not None}

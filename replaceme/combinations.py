@@ -26,7 +26,7 @@ def _repairs(values: Values) -> bool:
 EFFECTS: Mapping[str, tuple[str, Callable[[Values], bool]]] = {
     "refit_ridge": ("transform refit or joint", _refits),
     "repair_ridge_attention": ("repair", _repairs),
-    "repair_ridge_mlp": ("repair, or transform joint,", lambda values: _repairs(values) or values["transform"] == "joint"),
+    "repair_ridge_mlp": ("repair", _repairs),
     "loss": ("method cosine", _iterates),
     "accurate": ("loss cosine of method cosine", lambda values: _iterates(values) and values["loss"] == "cosine"),
     "l1_ratio": ("loss elastic_net of method cosine", lambda values: _iterates(values) and values["loss"] == "elastic_net"),

@@ -97,7 +97,8 @@ def _refit(
 ) -> None:
     layers = family.decoder_layers(model)
     features = [Features.of(layers[block.host], family, ["mlp_output"]) for block in blocks]
-    at_once = max(GRAM_BYTES // (8 * len(features[0]) ** 2), 1)
+    width, inputs = int(model.config.hidden_size), len(features[0])
+    at_once = max(GRAM_BYTES // (8 * (inputs**2 + 2 * inputs * width + 2 * width**2)), 1)
     for first in range(0, len(blocks), at_once):
         part = range(first, min(first + at_once, len(blocks)))
         grams = {number: FeatureGram(blocks[number], features[number]) for number in part}

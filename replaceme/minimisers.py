@@ -18,6 +18,7 @@ import torch
 from scipy.optimize import Bounds, minimize
 from torch import Tensor
 
+from replaceme.errors import SolveError
 from replaceme.objectives import Problem
 from replaceme.progress import logger, progress
 from replaceme.whitening import Whitening
@@ -109,6 +110,8 @@ def _adam(problem: Problem, start: Tensor, budget: Budget) -> Minimum:
                 x = x.sign() * (x.abs() - pace * problem.lasso / problem.loss.tokens).clamp_min(0)
         value = problem.value(x)
         if not math.isfinite(value):
+            if not best:
+                raise SolveError(f"learning_rate: {budget.learning_rate:g} makes the loss overflow; lower it.")
             logger.warning("learning_rate: %g makes the loss overflow; lower it", budget.learning_rate)
             break
         best.append(found.lowest)

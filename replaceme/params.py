@@ -19,7 +19,7 @@ from ruamel.yaml.nodes import MappingNode
 from replaceme.combinations import refusals, without_effect
 from replaceme.errors import ParameterError
 from replaceme.progress import logger
-from replaceme.published import PUBLISHED_KEYS, translate
+from replaceme.published import PUBLISHED_KEYS, translate, without_replaced
 from replaceme.task import Task
 
 COMMAND_LINE = "command line"
@@ -62,7 +62,10 @@ class Params(BaseModel):
     seed: int = Field(42, ge=0, le=2**32 - 1, description="Seed of the shuffle that picks the documents.")
 
     batch_size: int = Field(8, ge=1, description="Documents in one calibration batch.")
-    dtype: Dtype = Field("bfloat16", description="Number format of the calibration passes; sums and solves are float64.")
+    dtype: Dtype = Field(
+        "bfloat16",
+        description="Number format of the calibration passes; sums and solves are float64, single tokens on disk bf16.",
+    )
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N.")
     threads: int = Field(2, ge=1, le=1024, description="Processor threads; another number gives other last bits.")
 
@@ -83,12 +86,10 @@ class Params(BaseModel):
         "all weights of the linear that ends the host's MLP, or joint, for those of its attention's output projection too.",
     )
     alpha: float = Field(
-        0.0,
-        ge=0,
-        allow_inf_nan=False,
-        description="Strength of the penalty on the map: the ridge of the least squares, in units of MᵀM (a sum over tokens); "
-        "for loss cosine in units of that loss, summed over tokens.",
-    )
+        0.0, ge=0, allow_inf_nan=False,
+        description="Strength of the penalty on the map: the ridge of the least squares, in units of MᵀM (a sum over tokens, "
+        "of refit and joint with weights of mean 1); for loss cosine in units of that loss, summed over tokens.",
+    )  # fmt: skip
     loss: Literal["cosine", "mse", "elastic_net"] = Field(
         "cosine",
         description="What method cosine minimises: 1 − cosine, the squared error, or that with an L1 penalty on the map.",
@@ -157,6 +158,7 @@ def read_params(
         ParameterError: naming every problem at once.
     """
     raw, problems = _read_yaml(path) if path else ({}, [])
+    raw = without_replaced(raw, overrides or {})
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for origin, given in ((str(path), raw), (COMMAND_LINE, overrides or {})):

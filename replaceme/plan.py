@@ -1,7 +1,7 @@
 """The plan: which blocks of layers go, and which statistics of them are wanted.
 
 It names no method, so that methods that want the same statistics share them. It is a stage of its own behind the choice of the
-blocks: what a method wants can change with its transform, and the choice of the blocks does not.
+blocks: what a method wants changes with settings of which that choice, and its measured losses, know nothing.
 """
 
 from collections.abc import Sequence

@@ -51,6 +51,16 @@ def translate(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], list[s
     return ours, notes, problems
 
 
+def without_replaced(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a file's keys without those that the command line says anew under another name."""
+    replaced = {key for key in STRUCTURES if key in overrides}
+    if "transform" in overrides or any(overrides[key] is True for key in replaced):
+        replaced |= {"transform", *STRUCTURES}
+    if {"dataset_split", "dataset_subset"} & overrides.keys():
+        replaced |= {"dataset_split", "dataset_subset"}
+    return {key: value for key, value in raw.items() if key not in replaced}
+
+
 def _translate_structure(ours: dict[str, Any], notes: list[str], problems: list[str]) -> None:
     given = {key: ours.pop(key) for key in STRUCTURES if key in ours}
     problems += [

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from replaceme.edits import Edits
 from replaceme.features import Features
+from replaceme.fit_quality import ridge_figures
 from replaceme.solver import solve_correction, solve_ridge
 
 
@@ -34,8 +35,8 @@ def refit(edits: Edits, host: int, sums: Mapping[str, Tensor], alpha: float, rid
         SolveError: the transform's least squares is singular with this alpha.
     """
     features = Features.from_tensor(sums["layout"])
-    transform = solve_ridge(sums["added_gram"], sums["added_cross"] + sums["added_gram"], alpha).transform
-    edits.transforms[host] = transform
+    solution = solve_ridge(sums["added_gram"], sums["added_cross"] + sums["added_gram"], alpha)
+    transform = edits.transforms[host] = solution.transform
     step = transform - torch.eye(len(transform), dtype=transform.dtype)
     squares = float(sums["gap_squares"])
     of_transform = squares + gained(sums["added_gram"], sums["added_cross"], step)
@@ -51,12 +52,15 @@ def refit(edits: Edits, host: int, sums: Mapping[str, Tensor], alpha: float, rid
             break
         cross = cross - sums["gram"][:, place] @ change
     output_squares = float(sums["output_squares"])
+    # A new attention output changes the MLP's features: that residual is of the least squares, and of no model yet.
+    name = "weighted_residual" if alone == features else "weighted_residual_joint"
     return {
         "tokens": int(sums["tokens"]),
         "weighted_residual_removed": _relative(squares, output_squares),
         "weighted_residual_transform": _relative(of_transform, output_squares),
-        "weighted_residual": _relative(left, output_squares),
+        name: _relative(left, output_squares),
         "distance_from_identity": float(step.norm() / len(step) ** 0.5),
+        **ridge_figures(solution.eigenvalues, alpha),
     }
 
 

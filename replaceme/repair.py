@@ -62,7 +62,7 @@ def repair(params: Params, work: Workspace) -> None:
     figures: dict[str, Any] = {}
     with new_folder(work.edits) as folder:
         shutil.copytree(work.solution, folder, dirs_exist_ok=True)
-        if params.repair or len(plan.blocks) > 1 or params.transform == "joint":
+        if params.repair or params.transform == "joint" or (plan.statistics and len(plan.blocks) > 1):
             source = recorded_model(params, work.model_input)
             model = source.load(params.dtype, resolve_device(params.device), params.use_4bit)
             mender = Mender(params, model, source.family(), Documents.load(work.documents), edits, plan)
@@ -134,7 +134,10 @@ class Mender:
             self._correct(layer, "attention_output", self.middle, self.params.repair_ridge_attention)
         if block and block != self.first:
             self._fit(block)
-        if self.params.transform == "joint" if block else self.params.repair:
+        if block and self.params.transform == "joint":
+            # The new output projection has changed the features that the joint solution counted on.
+            self._correct(layer, "mlp_output", self.dense, self.params.refit_ridge)
+        elif self.params.repair and not block:
             self._correct(layer, "mlp_output", self.dense, self.params.repair_ridge_mlp)
 
     def _correct(self, layer: int, linear: Linear, target: Tensor, ridge: float) -> None:
@@ -161,7 +164,9 @@ class Mender:
                 self.params, block, lambda statistic: load_file(place.folder / f"{statistic}.safetensors")
             )
         self.edits.transforms |= solved.edits.transforms
-        self.edits.corrections |= solved.edits.corrections
+        for (layer, linear), (weight, bias) in solved.edits.corrections.items():
+            # Its attention may be repaired already: the solution is what comes on top.
+            self.edits.correct(layer, linear, weight, bias)
         self.figures[f"block{self.plan.blocks.index(block)}"] = solved.figures
 
     def _walk(

@@ -29,7 +29,7 @@ def solve_correction(gram: Tensor, cross: Tensor, ridge: float, constant: bool) 
         X (k, d) float64; a feature that is always zero gets nothing.
 
     Raises:
-        SolveError: there are numbers in the sums that are not finite.
+        SolveError: the sums are not finite, or the ridge is too small for them.
     """
     # In units where every feature has a mean square of 1, the ridge is a multiple of the identity and the matrix well scaled.
     diagonal = gram.diagonal()
@@ -42,8 +42,13 @@ def solve_correction(gram: Tensor, cross: Tensor, ridge: float, constant: bool) 
     # A feature of zeros has a row of zeros, which the ridge alone makes solvable.
     scaled.diagonal().add_(penalty)
     factor, failed = torch.linalg.cholesky_ex(scaled)
-    if failed:
+    if not bool(torch.isfinite(factor).all() & torch.isfinite(cross).all()):
         raise SolveError("dtype: the sums over the features are not finite; use float32 or bfloat16.")
+    if failed:
+        raise SolveError(
+            f"refit_ridge, repair_ridge_attention, repair_ridge_mlp: {ridge:g} leaves the least squares singular; raise it, or "
+            "dataset_size."
+        )
     del scaled
     return torch.cholesky_solve(cross * scale[:, None], factor).mul_(scale[:, None])
 

@@ -7,11 +7,9 @@ For a block with host ``i`` and end ``e`` (ReplaceMe, section 3; rows are real t
 
 ``gram`` keeps ``MᵀM``, ``MᵀY`` and three sums of squares: all that least squares needs, d × d whatever the number of
 tokens, and additive over disjoint documents. ``mlp_features`` and ``features`` keep the same of the inputs of the host's last
-linears, with weights. ``sample`` keeps a few evenly spaced tokens, for figures that are not sums of squares. A statistic is
-an observer with a ``tensors`` method and one line in ``STATISTICS``.
-tokens, and additive over disjoint documents. ``sample`` keeps a few evenly spaced tokens, for figures that are not sums
-of squares. ``tokens`` keeps every token on disk, for losses that no sum can stand for. A statistic is an observer with a
-``tensors`` method and one line in ``STATISTICS``.
+linears, with weights. ``sample`` keeps a few evenly spaced tokens, for figures that are not sums of squares, ``tokens`` every
+token on disk, for losses that no sum can stand for. A statistic is an observer with a ``tensors`` method and one line in
+``STATISTICS``.
 """
 
 import tempfile
@@ -129,7 +127,8 @@ class FeatureGram(AtCut):
 
     ``gram`` = Σ w gᵀg (k, k) · ``cross`` = Σ w gᵀ(H − h_host) (k, d) · ``feature_added`` = Σ w gᵀM (k, d) · ``added_gram`` =
     Σ w MᵀM and ``added_cross`` = Σ w Mᵀ(H − h_host) (d, d) · the scalars ``gap_squares`` = Σ w ‖H − h_host‖²,
-    ``output_squares`` = Σ w ‖H‖² and ``tokens`` · ``layout`` (``replaceme.features``). Products are float32, sums float64.
+    ``output_squares`` = Σ w ‖H‖² and ``tokens`` · ``layout`` (``replaceme.features``). Those of M are float64 throughout, since
+    no ridge need stand behind them; the products of features are float32.
     """
 
     def __init__(self, block: Block, features: Features):
@@ -144,12 +143,13 @@ class FeatureGram(AtCut):
         w = token_weights(H)
         gap, root = H - left.float(), w.sqrt()
         wide, narrow, missing = g * root, M * root, gap * root
+        exact = narrow.double()
         parts = {
             "gram": wide.T @ wide,
             "cross": wide.T @ missing,
             "feature_added": wide.T @ narrow,
-            "added_gram": narrow.T @ narrow,
-            "added_cross": narrow.T @ missing,
+            "added_gram": exact.T @ exact,
+            "added_cross": exact.T @ missing.double(),
             "gap_squares": missing.square().sum(),
             "output_squares": (w * H.square()).sum(),
             "weights": w.sum(),

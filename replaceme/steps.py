@@ -36,6 +36,8 @@ PASS = ("batch_size", "dtype", "device", "threads", "use_4bit", "trust_remote_co
 SCORING = ("tasks", "eval_tokens", "eval_batch_size", "eval_dtype", "device", "threads", "trust_remote_code")
 ALL = [name for name in Params.model_fields if name not in ("save_path", "save_transform_only")]
 
+SOLVING = tuple(name for name in EFFECTS if not name.startswith("repair_"))
+
 # Of the dense model alone, so the same for every result that is made of it.
 SHARED = ("baseline",)
 
@@ -86,7 +88,7 @@ STEPS: Mapping[str, Step] = {
     "activations": Step(observe_activations, PASS, ("model_input", "documents", "plan"), "statistics"),
     "solve": Step(
         solve,
-        ("method", "transform", "alpha", *EFFECTS, "device", "threads"),
+        ("method", "transform", "alpha", *SOLVING, "device", "threads"),
         ("plan", "statistics"),
         "solution",
         ("solve",),

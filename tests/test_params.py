@@ -191,3 +191,18 @@ def test_the_reference_page_is_made_from_the_definitions() -> None:
 
 def test_every_parameter_is_described() -> None:
     assert all(field.description and field.description.endswith(".") for field in Params.model_fields.values())
+
+
+@pytest.mark.parametrize(
+    ("text", "given", "transform"),
+    [
+        ("diag: true", {"diag": False}, "dense"),
+        ("diag: true", {"thri": True}, "triangular"),
+        ("transform: joint", {"diag": True}, "diagonal"),
+        ("transform: joint", {"diag": False}, "joint"),
+        ("two_vectors: true", {"transform": "refit"}, "refit"),
+    ],
+)
+def test_the_command_line_wins_under_whatever_name(text: str, given: dict[str, object], transform: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(text, encoding="utf-8")
+    assert read_params(tmp_path / "config.yaml", given).transform == transform

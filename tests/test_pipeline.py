@@ -96,7 +96,8 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny: Model) -> Path:
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     settings = {
         "model_path": str(tiny.folder), "dataset": "text.txt", "dataset_size": "20", "max_length": "48", "dtype": "float32",
-        "layers_to_skip": "2", "tasks": "[held-out.txt, {questions.jsonl: {limit: 25}}]", "eval_dtype": "float32",
+        "layers_to_skip": "2", "transform": "dense", "eval_dtype": "float32",
+        "tasks": "[held-out.txt, {questions.jsonl: {limit: 25}}]",
         "threads": "1", "device": "cpu",
     }  # fmt: skip
     text = (ROOT / "params.yaml").read_text(encoding="utf-8")
@@ -144,6 +145,8 @@ def test_the_run_leaves_model_metrics_and_lock(project: Path) -> None:
     assert evaluation["parameters"]["pruned"] < evaluation["parameters"]["dense"]
     solve = json.loads((project / "metrics" / "solve.json").read_text())
     assert {"condition_number", "relative_residual", "mean_cosine"} <= set(solve)
+    repaired = json.loads((project / "metrics" / "repair.json").read_text())
+    assert repaired["corrected_linears"] > 0
     export = json.loads((project / "metrics" / "export.json").read_text())
     assert export["hidden_error_max"] < 1e-4
     lock = (project / "dvc.lock").read_text()
@@ -186,6 +189,15 @@ def test_an_experiment_with_another_block_does_not_profile_again(project: Path) 
     shell(project, "dvc", "checkout", "-q")
 
 
+def test_an_experiment_with_another_transform_takes_other_statistics_and_does_not_profile_again(project: Path) -> None:
+    shell(project, "sed", "-i", "s/^transform: .*/transform: joint/", "params.yaml")
+    output = shell(project, "dvc", "repro", "export")
+    assert ran(output) == ["inputs", "select", "plan", "activations", "solve", "repair", "export"]
+    assert "weighted_residual" in json.loads((project / "metrics" / "solve.json").read_text())
+    shell(project, "git", "checkout", "-q", ".")
+    shell(project, "dvc", "checkout", "-q")
+
+
 def test_the_experiments_are_compared_in_a_table_and_a_picture(project: Path) -> None:
     printed = shell(project, "compare_experiments")
     table = pd.read_csv(project / "experiments" / "experiments.csv")
@@ -209,6 +221,7 @@ def test_plots_are_shown_and_compared(project: Path) -> None:
             "Block influence",
             "Relative residual of the fit",
             "Relative residual of a linear map",
+            "Relative residual behind each repaired linear",
             "distances.png",
         ):
             assert title in page

@@ -6,10 +6,11 @@ A block that starts with ```` ```bash quick ```` or ```` ```python quick ```` is
 import re
 import shlex
 from importlib.util import find_spec
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
+import yaml
 from dvc.cli import parse_args
 
 from replaceme import commands, experiments
@@ -63,16 +64,26 @@ def test_every_command_is_one_that_there_is(line: str) -> None:
         assert set(words[1:]) <= set(targets)
     elif words[0] == "dvc":
         parse_args(words[1:])
-        settings = [word for flag, word in pairwise(words) if flag == "-S"]
-        for key, _, values in (setting.partition("=") for setting in settings):
-            for value in values.split(","):
-                read_params(None, {key: commands._typed(key, value)}, METHODS)
+        settings = [word.partition("=") for flag, word in pairwise(words) if flag == "-S"]
+        keys = [key for key, _, _ in settings]
+        for values in product(*(value.split(",") for _, _, value in settings)):
+            typed = {key: commands._typed(key, value) for key, value in zip(keys, values, strict=True)}
+            read_params(ROOT / "params.yaml", typed, METHODS)
     else:
         assert words[0] in {"export", "git", "python", "cd"}
 
 
 def test_nothing_is_left_to_fill_in() -> None:
-    assert "@@" not in README
+    assert not re.search(r"@@|ABLATION|TODO", README)
+
+
+def test_the_settings_are_those_of_params_yaml() -> None:
+    stated = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    rows = re.findall(r"(?m)^\| `(\w+)` \| (.*?) \|", README.split("## Settings")[1].split("\n## ")[0])
+    assert len(rows) > 10
+    for key, value in rows:
+        if key != "tasks":
+            assert commands._typed(key, value) == stated[key], key
 
 
 @pytest.mark.parametrize("module", re.findall(r"python -m ([\w.]+)", README))

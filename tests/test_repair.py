@@ -122,7 +122,7 @@ def test_the_joint_fit_resolves_the_mlp_on_its_new_features() -> None:
     expected = deepcopy(model)
     apply_edits(expected, FAMILIES["llama"], edits)
     goal, now = passing(model, BLOCK.end - 1, documents), passing(expected, BLOCK.host, documents)
-    resolve(expected.model.layers[BLOCK.host].mlp.down_proj, now["G"], goal["output"] - now["output"], goal["output"], 1.0)
+    resolve(expected.model.layers[BLOCK.host].mlp.down_proj, now["G"], goal["output"] - now["output"], goal["output"], 0.3)
     repairs, _ = mender.run()
     apply_edits(model, FAMILIES["llama"], edits)
     assert same_weights(model, expected)
@@ -200,3 +200,42 @@ def test_a_scratch_disk_that_is_too_small_is_named(
     monkeypatch.setattr(scratch.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(ResourceError, match="repair keeps 0 MiB of states there"):
         mender.run(tmp_path)
+
+
+def test_a_later_joint_fit_comes_on_top_of_the_repaired_attention() -> None:
+    blocks = (Block(1, 2), Block(3, 5))
+    model, documents = made_model(dtype=torch.float64), many_documents()
+    edits, mender = solved(model, documents, blocks, alpha=5.0, transform="joint", repair=True)
+    dense = deepcopy(model)
+    repairs, figures = mender.run()
+    apply_edits(model, FAMILIES["llama"], edits)
+    # Layer 2 is the second block's host; its place is 1, and its state is what the last repair of it left.
+    now, H = passing(model, 1, documents)["output"], passing(dense, 4, documents)["output"]
+    w = 1 / np.square(H).sum(1)
+    left = np.sqrt((np.square(H - now).sum(1) * w).mean())
+    (host,) = [each for each in repairs if (each.layer, each.linear) == (2, "mlp_output")]
+    assert host.after == pytest.approx(left, rel=1e-3)
+    attention, _ = edits.corrections[2, "attention_output"]
+    (repaired,) = [each for each in repairs if (each.layer, each.linear) == (2, "attention_output")]
+    assert repaired.after < repaired.before
+    assert attention.abs().max() > 0
+    assert figures["block1"]["weighted_residual_joint"] < figures["block1"]["weighted_residual_transform"]
+
+
+def test_the_states_of_a_later_fit_are_those_with_the_repaired_attention() -> None:
+    blocks, seen = (Block(1, 2), Block(3, 5)), []
+    model = made_model(dtype=torch.float64)
+    edits, mender = solved(model, many_documents(), blocks, alpha=5.0, transform="joint", repair=True)
+    fit = mender._fit
+
+    def watch(block: Block) -> None:
+        before = edits.corrections[2, "attention_output"][0].clone()
+        fit(block)
+        seen.append((before, edits.corrections[2, "attention_output"][0] - before))
+
+    mender._fit = watch  # type: ignore[method-assign]
+    mender.run()
+    ((repaired, on_top),) = seen
+    assert repaired.abs().max() > 0
+    assert on_top.abs().max() > 0
+    assert torch.allclose(edits.corrections[2, "attention_output"][0], repaired + on_top)

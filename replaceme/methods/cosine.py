@@ -28,6 +28,9 @@ from replaceme.token_shards import StoredShards
 
 LOSSES = {"cosine": "cosine", "mse": "squared error", "elastic_net": "elastic net"}
 
+# In units of the mean diagonal of MᵀM.
+START_RIDGE = 1e-6
+
 Sums = Mapping[str, Tensor]
 
 
@@ -88,7 +91,9 @@ def least_squares_scale(transform: Tensor, sums: Sums) -> float:
 def _start(params: Params, sums: Sums) -> Tensor:
     if params.start == "identity":
         return torch.eye(len(sums["gram"]), dtype=torch.float64)
-    return closed_form(sums["gram"], sums["cross"], params.alpha, STRUCTURES[params.transform])
+    # The cosine's α has the units of that loss: as a ridge on MᵀM it would be felt by nothing, or ruin the start.
+    alpha = START_RIDGE * float(sums["gram"].diagonal().mean()) if params.loss == "cosine" else params.alpha
+    return closed_form(sums["gram"], sums["cross"], alpha, STRUCTURES[params.transform])
 
 
 def _budget(params: Params) -> Budget:

@@ -52,8 +52,8 @@ def _refit(params: Params, block: Block, statistics: Statistics) -> Solved:
     fit = refit(edits, block.host, statistics(FEATURES[params.transform]), params.alpha, params.refit_ridge)
     logger.info(
         "solve: host %d, %d tokens, weighted residual %.4f (%.4f with a transform alone, %.4f with nothing)",
-        block.host, fit["tokens"], fit["weighted_residual"], fit["weighted_residual_transform"],
-        fit["weighted_residual_removed"],
+        block.host, fit["tokens"], fit.get("weighted_residual", fit.get("weighted_residual_joint")),
+        fit["weighted_residual_transform"], fit["weighted_residual_removed"],
     )  # fmt: skip
     return Solved(edits, fit)
 

@@ -93,9 +93,9 @@ def layer_sentences(layers: Mapping[str, Sequence[float]], blocks: Sequence[Bloc
 def fit_sentences(fits: Mapping[str, Figures]) -> list[str]:
     """Say what each fit achieves over nothing in the block's place; nothing for a method without one."""
     return [
-        _refit_sentence(name, fit) if "weighted_residual" in fit else _fit_sentence(name, fit)
+        _refit_sentence(name, fit) if "weighted_residual_transform" in fit else _fit_sentence(name, fit)
         for name, fit in fits.items()
-        if "weighted_residual" in fit or "relative_residual" in fit
+        if "weighted_residual_transform" in fit or "relative_residual" in fit
     ]
 
 
@@ -110,11 +110,15 @@ def repair_sentence(repaired: Figures) -> str:
 
 
 def _refit_sentence(name: str, fit: Figures) -> str:
-    return (
-        f"{f'{name}: t' if name else 'T'}he host's new weights take the relative residual, each token alike, from "
-        f"{fit['weighted_residual_removed']:.3f} to {fit['weighted_residual']:.3f}; a map alone would reach "
-        f"{fit['weighted_residual_transform']:.3f}."
+    left = fit.get("weighted_residual", fit.get("weighted_residual_joint", 0.0))
+    bare, of_map = fit["weighted_residual_removed"], fit["weighted_residual_transform"]
+    sentence = (
+        f"{f'{name}: t' if name else 'T'}he host's new weights take the relative residual, each token alike, from {bare:.3f} "
+        f"to {left:.3f}; a map alone would reach {of_map:.3f}."
     )
+    if "weighted_residual_joint" in fit:
+        sentence += " (The new attention changes the MLP's features, which are then computed and solved for once more.)"
+    return sentence
 
 
 def _fit_sentence(name: str, fit: Figures) -> str:

@@ -34,6 +34,10 @@ FIT_WORDS = {
         "relative residual",
         "√ mean of ‖H − Z − G W′‖² / ‖H‖² at the cut, every token alike: what the host's new weights miss; 0 is perfect",
     ),
+    "weighted_residual_joint": (
+        "relative residual",
+        "the same of [A | G] together, with the MLP's features as they were; the repair stage computes and solves them again",
+    ),
     "weighted_residual_transform": ("… with a map alone", "the same with the best T on the MLP's output"),
     "weighted_residual_removed": ("… without either", "the same with nothing in the block's place"),
     "mean_cosine": ("mean cosine", "between the state with the map and the dense model's, all tokens alike; 1 is perfect"),
