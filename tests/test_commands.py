@@ -533,7 +533,7 @@ def test_several_blocks_and_repairs_run_from_end_to_end(published: Path, tmp_pat
     )
     assert selected["block1"]["start"] > selected["end"]
     assert solved["removed_layers"] == 2
-    assert repaired["block1"]["weighted_residual"] < repaired["block1"]["weighted_residual_removed"]
+    assert repaired["block1"]["weighted_residual_joint"] < repaired["block1"]["weighted_residual_removed"]
     assert repaired["corrected_linears"] > 2
     assert len(AutoModelForCausalLM.from_pretrained(tmp_path / "result").model.layers) == 4
 
