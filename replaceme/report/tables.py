@@ -36,7 +36,7 @@ FIT_WORDS = {
     ),
     "weighted_residual_joint": (
         "relative residual",
-        "the same of [A | G] together, with the MLP's features as they were; the repair stage computes and solves them again",
+        "√ mean of ‖H − state‖² / ‖H‖² at the cut, every token alike; before the MLP is solved again on its new features",
     ),
     "weighted_residual_transform": ("… with a map alone", "the same with the best T on the MLP's output"),
     "weighted_residual_removed": ("… without either", "the same with nothing in the block's place"),
