@@ -193,7 +193,7 @@ def test_an_experiment_with_another_transform_takes_other_statistics_and_does_no
     shell(project, "sed", "-i", "s/^transform: .*/transform: joint/", "params.yaml")
     output = shell(project, "dvc", "repro", "export")
     assert ran(output) == ["inputs", "select", "plan", "activations", "solve", "repair", "export"]
-    assert "weighted_residual" in json.loads((project / "metrics" / "solve.json").read_text())
+    assert "weighted_residual_joint" in json.loads((project / "metrics" / "solve.json").read_text())
     shell(project, "git", "checkout", "-q", ".")
     shell(project, "dvc", "checkout", "-q")
 
