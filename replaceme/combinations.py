@@ -66,7 +66,7 @@ def refusals(values: Values) -> list[str]:
         )
     if not _iterates(values):
         return problems
-    if transform in ("refit", "joint"):
+    if _refits(values):
         problems.append(
             f"transform: {transform} solves least squares for the host's own weights and has no other objective; use method "
             "lstsq, or transform dense, diagonal, two_vectors or triangular."

@@ -56,9 +56,9 @@ def refit(edits: Edits, host: int, sums: Mapping[str, Tensor], alpha: float, rid
     name = "weighted_residual" if alone == features else "weighted_residual_joint"
     return {
         "tokens": int(sums["tokens"]),
-        "weighted_residual_removed": _relative(squares, output_squares),
-        "weighted_residual_transform": _relative(of_transform, output_squares),
-        name: _relative(left, output_squares),
+        "weighted_residual_removed": relative(squares, output_squares),
+        "weighted_residual_transform": relative(of_transform, output_squares),
+        name: relative(left, output_squares),
         "distance_from_identity": float(step.norm() / len(step) ** 0.5),
         **ridge_figures(solution.eigenvalues, alpha),
     }
@@ -69,6 +69,7 @@ def gained(gram: Tensor, cross: Tensor, change: Tensor) -> float:
     return float((change * (gram @ change)).sum() - 2 * (change * cross).sum())
 
 
-def _relative(squares: float, output_squares: float) -> float:
+def relative(squares: float, output_squares: float) -> float:
+    """Return the relative residual of sums of squares."""
     # Rounding can take a perfect fit below zero.
     return (max(squares, 0.0) / output_squares) ** 0.5

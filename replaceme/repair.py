@@ -35,10 +35,10 @@ from replaceme.models import recorded_model
 from replaceme.params import Params
 from replaceme.plan import Block, Plan
 from replaceme.progress import logger, progress
-from replaceme.refit import gained
+from replaceme.refit import gained, relative
 from replaceme.scratch import scratch
 from replaceme.solver import solve_correction
-from replaceme.statistics import STATISTICS, AtCut, Place, add_up
+from replaceme.statistics import STATISTICS, AtCut, Place, add_up, correction_sums
 from replaceme.unfused import unfused
 from replaceme.weights import token_weights
 from replaceme.workspace import Workspace
@@ -146,11 +146,10 @@ class Mender:
         self._walk([missing], (layer, self.short), edited=True)
         sums = missing.sums
         change = solve_correction(sums["gram"], sums["cross"], ridge, features.constant)
-        squares = float(sums["missing_squares"])
-        left = max(squares + gained(sums["gram"], sums["cross"], change), 0.0)
+        before, whole = float(sums["gap_squares"]), float(sums["output_squares"])
+        after = before + gained(sums["gram"], sums["cross"], change)
         features.correct(self.edits, layer, change.cpu())
-        whole = float(sums["target_squares"])
-        self.repairs.append(Repair(layer, linear, (squares / whole) ** 0.5, (left / whole) ** 0.5))
+        self.repairs.append(Repair(layer, linear, relative(before, whole), relative(after, whole)))
 
     def _fit(self, block: Block) -> None:
         """Fit a later block by the method, on the shortened model's states at the host and the dense model's at the end."""
@@ -200,8 +199,8 @@ class Keep:
 class Missing:
     """Observer of what a linear of a layer lacks toward a target: sums over its features, float64.
 
-    ``gram`` = Σ w gᵀg (k, k), ``cross`` = Σ w gᵀe (k, d), ``missing_squares`` = Σ w ‖e‖² and ``target_squares`` =
-    Σ w ‖target‖², with ``e = target − state behind the linear`` and ``w = 1/‖target‖²``.
+    ``gram`` = Σ w gᵀg (k, k), ``cross`` = Σ w gᵀe (k, d), ``gap_squares`` = Σ w ‖e‖² and ``output_squares`` = Σ w ‖target‖²,
+    with ``e = target − state behind the linear`` and ``w = 1/‖target‖²``.
     """
 
     def __init__(self, layer: int, linear: Linear, features: Features, target: Tensor):
@@ -218,16 +217,7 @@ class Missing:
         w = token_weights(target)
         root = w.sqrt()
         g = self.features.columns(*(batch.real(signals[name]) for name in self.features.signals)) * root
-        e = (target - state) * root
-        add_up(
-            self.sums,
-            {
-                "gram": g.T @ g,
-                "cross": g.T @ e,
-                "missing_squares": e.square().sum(),
-                "target_squares": (w * target.square()).sum(),
-            },
-        )
+        add_up(self.sums, correction_sums(g, (target - state) * root, target, w))
 
 
 class AtHost:

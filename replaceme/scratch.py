@@ -31,9 +31,7 @@ def scratch(
     """
     size = prod(shape)
     where = folder or Path(tempfile.gettempdir())
-    needed, free = count * size * dtype.itemsize, shutil.disk_usage(where).free
-    if needed > free:
-        raise ResourceError(f"{where}: {purpose} keeps {needed >> 20} MiB of states there, and {free >> 20} MiB are free.")
+    require_space(where, count * size * dtype.itemsize, f"{purpose} keeps {{}} of states there")
     # A mapping outlives its file's name: without one, nothing is left behind however the run ends.
     with tempfile.TemporaryDirectory(prefix="scratch-", suffix=".partial", dir=where, ignore_cleanup_errors=True) as names:
         tensors = [
@@ -41,3 +39,17 @@ def scratch(
             for number in range(count)
         ]
     yield tensors
+
+
+def require_space(folder: Path, needed: int, words: str, advice: str = "") -> None:
+    """Raise ResourceError where ``needed`` bytes are not free.
+
+    Args:
+        folder: where they would lie.
+        needed: how many.
+        words: what would lie there, with {} for how much.
+        advice: what would be less, behind the sentence.
+    """
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ResourceError(f"{folder}: {words.format(f'{needed >> 20} MiB')}, and {free >> 20} MiB are free{advice}.")

@@ -139,29 +139,41 @@ class FeatureGram(AtCut):
 
     def take(self, added: Tensor, left: Tensor, *rest: Any) -> None:
         *inputs, target, _batch = rest
-        g, M, H = self.features.columns(*inputs), added.float(), target.float()
+        H = target.float()
         w = token_weights(H)
-        gap, root = H - left.float(), w.sqrt()
-        wide, narrow, missing = g * root, M * root, gap * root
-        exact = narrow.double()
+        g, M, gap = (rows * w.sqrt() for rows in (self.features.columns(*inputs), added.float(), H - left.float()))
+        exact = M.double()
         parts = {
-            "gram": wide.T @ wide,
-            "cross": wide.T @ missing,
-            "feature_added": wide.T @ narrow,
+            "feature_added": g.T @ M,
             "added_gram": exact.T @ exact,
-            "added_cross": exact.T @ missing.double(),
-            "gap_squares": missing.square().sum(),
-            "output_squares": (w * H.square()).sum(),
+            "added_cross": exact.T @ gap.double(),
             "weights": w.sum(),
             "tokens": torch.tensor(float(len(M))),
         }
-        add_up(self.sums, parts)
+        add_up(self.sums, correction_sums(g, gap, H, w) | parts)
 
     def tensors(self) -> dict[str, Tensor]:
         sums = dict(self.sums)
         tokens, weights = sums.pop("tokens"), sums.pop("weights")
         scaled = {name: (total * (tokens / weights).to(total.device)).cpu() for name, total in sums.items()}
         return {**scaled, "tokens": tokens.cpu(), "layout": self.features.as_tensor()}
+
+
+def correction_sums(g: Tensor, gap: Tensor, target: Tensor, w: Tensor) -> dict[str, Tensor]:
+    """Return what ``replaceme.solver.solve_correction`` needs of some tokens, and how far they are from their target.
+
+    Args:
+        g: (tokens, k) features, times √w.
+        gap: (tokens, d) what the state lacks toward the target, times √w.
+        target: (tokens, d).
+        w: (tokens, 1) the weights.
+    """
+    return {
+        "gram": g.T @ g,
+        "cross": g.T @ gap,
+        "gap_squares": gap.square().sum(),
+        "output_squares": (w * target.square()).sum(),
+    }
 
 
 def add_up(sums: dict[str, Tensor], parts: Mapping[str, Tensor]) -> None:

@@ -6,7 +6,6 @@ says how many tokens each has. The fast form of the cosine keeps M and Y of each
 one M, h_host = Z + M and H (6 bytes): what passed, so that a bf16 walk loses nothing.
 """
 
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
@@ -15,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from replaceme.errors import ResourceError
+from replaceme.scratch import require_space
 
 # The budget of memory: what the writer collects before it writes, and what a reader has mapped.
 SHARD_BYTES = 64 << 20
@@ -78,12 +77,10 @@ class ShardWriter:
 
     def _reserve(self, token_bytes: int) -> None:
         self.rows = max(SHARD_BYTES // token_bytes, 1)
-        needed, free = token_bytes * self.token_count, shutil.disk_usage(self.folder).free
-        if needed > free:
-            raise ResourceError(
-                f"{self.folder}: loss cosine keeps {needed >> 20} MiB of tokens there, and {free >> 20} MiB are free; "
-                "lower dataset_size or max_length, or set loss to mse, which keeps none."
-            )
+        require_space(
+            self.folder, token_bytes * self.token_count, "loss cosine keeps {} of tokens there",
+            "; lower dataset_size or max_length, or set loss to mse, which keeps none",
+        )  # fmt: skip
 
     def _joined(self) -> tuple[Tensor, ...]:
         return tuple(torch.cat(parts) for parts in zip(*self.waiting, strict=True))

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -86,6 +87,31 @@ def made_model(family: str = "llama", dtype: torch.dtype = torch.float32, layers
             if name.endswith("bias"):  # zero after initialisation, which would hide a bias left unfolded
                 parameter.normal_(std=0.2)
     return model
+
+
+def passing(model: Any, layer: int, documents: Documents) -> dict[str, np.ndarray]:
+    """Return what passes in a layer, by plain hooks: all tokens, document by document without padding.
+
+    ``input``; ``A`` and ``G``, which enter the linears that end attention and MLP; ``attention`` and ``M``, which these add;
+    ``middle``, the state between them; ``output``. Each is (tokens, width) float64.
+    """
+    kept: dict[str, list[torch.Tensor]] = {name: [] for name in ("input", "A", "attention", "G", "M", "output")}
+    module = model.model.layers[layer]
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args: kept["input"].append(args[0][0])),
+        module.self_attn.o_proj.register_forward_pre_hook(lambda _, args: kept["A"].append(args[0][0])),
+        module.self_attn.register_forward_hook(lambda _m, _a, output: kept["attention"].append(output[0][0])),
+        module.mlp.down_proj.register_forward_pre_hook(lambda _, args: kept["G"].append(args[0][0])),
+        module.mlp.register_forward_hook(lambda _m, _a, output: kept["M"].append(output[0])),
+        module.register_forward_hook(lambda _m, _a, output: kept["output"].append(output[0])),
+    ]
+    with torch.no_grad():
+        for document in documents.documents:
+            model(document[None], use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    found = {name: torch.cat(parts).double().numpy() for name, parts in kept.items()}
+    return found | {"middle": found["input"] + found["attention"]}
 
 
 @pytest.fixture(scope="session")

@@ -20,29 +20,14 @@ from replaceme.plan import Block
 from replaceme.solver import solve_correction, solve_ridge
 from replaceme.statistics import FeatureGram, take_statistics
 from replaceme.surgery import apply_edits
-from tests.conftest import WIDTH, made_model
+from tests.conftest import WIDTH, made_model, passing
 
 BLOCK = Block(2, 4)
 
 
 def at_cut(model: Any, documents: Documents) -> dict[str, np.ndarray]:
-    """Return the host's signals and H of all tokens, document by document, by plain hooks."""
-    kept: dict[str, list[torch.Tensor]] = {name: [] for name in ("A", "G", "M", "x", "h", "H")}
-    host, last = model.model.layers[BLOCK.host], model.model.layers[BLOCK.end - 1]
-    hooks = [
-        host.self_attn.o_proj.register_forward_pre_hook(lambda _, args: kept["A"].append(args[0][0])),
-        host.mlp.down_proj.register_forward_pre_hook(lambda _, args: kept["G"].append(args[0][0])),
-        host.mlp.register_forward_hook(lambda _m, _a, output: kept["M"].append(output[0])),
-        host.register_forward_pre_hook(lambda _, args: kept["x"].append(args[0][0])),
-        host.register_forward_hook(lambda _m, _a, output: kept["h"].append(output[0])),
-        last.register_forward_hook(lambda _m, _a, output: kept["H"].append(output[0])),
-    ]
-    with torch.no_grad():
-        for document in documents.documents:
-            model(document[None], use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    return {name: torch.cat(parts).double().numpy() for name, parts in kept.items()}
+    """Return what passes in the host, and H."""
+    return passing(model, BLOCK.host, documents) | {"H": passing(model, BLOCK.end - 1, documents)["output"]}
 
 
 def ridge(g: np.ndarray, r: np.ndarray, w: np.ndarray, prior: np.ndarray, size: float, constant: bool) -> np.ndarray:
@@ -74,7 +59,7 @@ def test_the_solution_equals_a_direct_ridge_regression_toward_the_fold(transform
     model, documents = made_model(dtype=torch.float64, mlp_bias=biased, attention_bias=biased), many_documents()
     edits, figures = solved(model, documents, transform=transform, alpha=2.0, refit_ridge=0.3)
     states, host = at_cut(model, documents), model.model.layers[BLOCK.host]
-    A, G, M, x, h, H = (states[name] for name in ("A", "G", "M", "x", "h", "H"))
+    A, G, M, x, h, H = (states[name] for name in ("A", "G", "M", "input", "output", "H"))
     w = 1 / np.square(H).sum(1)
     w *= len(w) / w.sum()
     T = np.linalg.solve((M.T * w) @ M + 2 * np.eye(WIDTH), (M.T * w) @ (H - h + M))
@@ -117,7 +102,7 @@ def test_an_infinite_ridge_leaves_the_weighted_transform_alone(transform: str) -
     model, documents = made_model(mlp_bias=False, attention_bias=False), many_documents()
     edits, figures = solved(model, documents, transform=transform, refit_ridge=1e14)
     states = at_cut(model, documents)
-    M, h, H = states["M"], states["h"], states["H"]
+    M, h, H = states["M"], states["output"], states["H"]
     w = 1 / np.square(H).sum(1)
     T = np.linalg.solve((M.T * w) @ M, (M.T * w) @ (H - h + M))
     assert np.allclose(edits.transforms[BLOCK.host].numpy(), T, rtol=1e-3, atol=1e-3)

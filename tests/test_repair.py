@@ -24,7 +24,7 @@ from replaceme.repair import Mender
 from replaceme.statistics import take_statistics
 from replaceme.surgery import apply_edits
 from replaceme.verification import verify_export
-from tests.conftest import LAYERS, made_model
+from tests.conftest import LAYERS, made_model, passing
 from tests.test_refit import many_documents, ridge
 
 BLOCK = Block(2, 4)
@@ -39,27 +39,6 @@ def solved(model: Any, documents: Documents, blocks: tuple[Block, ...], **option
     edits = method.solve(params, blocks[0], taken.__getitem__).edits
     edits.removed_layers = plan.removed_layers
     return edits, Mender(params, model, family, documents, edits, plan)
-
-
-def passing(model: Any, layer: int, documents: Documents) -> dict[str, np.ndarray]:
-    """Return what passes in a layer: its input, features, state behind the attention, what the MLP adds, and its output."""
-    kept: dict[str, list[torch.Tensor]] = {name: [] for name in ("input", "A", "attention", "G", "M", "output")}
-    module = model.model.layers[layer]
-    hooks = [
-        module.register_forward_pre_hook(lambda _, args: kept["input"].append(args[0][0])),
-        module.self_attn.o_proj.register_forward_pre_hook(lambda _, args: kept["A"].append(args[0][0])),
-        module.self_attn.register_forward_hook(lambda _m, _a, output: kept["attention"].append(output[0][0])),
-        module.mlp.down_proj.register_forward_pre_hook(lambda _, args: kept["G"].append(args[0][0])),
-        module.mlp.register_forward_hook(lambda _m, _a, output: kept["M"].append(output[0])),
-        module.register_forward_hook(lambda _m, _a, output: kept["output"].append(output[0])),
-    ]
-    with torch.no_grad():
-        for document in documents.documents:
-            model(document[None], use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    found = {name: torch.cat(parts).double().numpy() for name, parts in kept.items()}
-    return found | {"middle": found["input"] + found["attention"]}
 
 
 def resolve(linear: Any, g: np.ndarray, error: np.ndarray, target: np.ndarray, size: float) -> None:

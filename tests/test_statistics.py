@@ -12,28 +12,16 @@ from replaceme.params import read_params
 from replaceme.plan import Block
 from replaceme.solver import solve_ridge
 from replaceme.statistics import Sample, take_statistics
-from tests.conftest import WIDTH, made_model
+from tests.conftest import WIDTH, made_model, passing
 
 BLOCK = Block(start=2, end=4)
 NAMES = ("gram", "sample")
 
 
 def at_cut(model: torch.nn.Module, documents: Documents) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return M, Z and H of all tokens, document by document without padding, by plain hooks."""
-    kept: dict[str, list[torch.Tensor]] = {"M": [], "h": [], "H": []}
-    layers = model.model.layers
-    hooks = [
-        layers[BLOCK.host].mlp.register_forward_hook(lambda _m, _a, output: kept["M"].append(output[0])),
-        layers[BLOCK.host].register_forward_hook(lambda _m, _a, output: kept["h"].append(output[0])),
-        layers[BLOCK.end - 1].register_forward_hook(lambda _m, _a, output: kept["H"].append(output[0])),
-    ]
-    with torch.no_grad():
-        for document in documents.documents:
-            model(document[None], use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    M, h, H = (torch.cat(kept[name]).double().numpy() for name in ("M", "h", "H"))
-    return M, h - M, H
+    """Return M, Z and H of all tokens, document by document without padding."""
+    host = passing(model, BLOCK.host, documents)
+    return host["M"], host["output"] - host["M"], passing(model, BLOCK.end - 1, documents)["output"]
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
