@@ -34,6 +34,8 @@ def proposed_family(model: Any) -> Family:
         ModelError: a part was not found.
     """
     config = model.config
+    if not hasattr(config, "num_hidden_layers"):
+        raise _refusal(config.model_type, "its config has no num_hidden_layers, as where one model is made of several")
     kind, count, width = config.model_type, int(config.num_hidden_layers), int(config.hidden_size)
     lists = [name for name, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part) == count]
     if not lists:

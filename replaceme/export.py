@@ -16,7 +16,7 @@ from replaceme.files import new_folder, read_json, rounded, write_json, write_te
 from replaceme.models import COPIED_FILES, Model, parameter_count, recorded_model
 from replaceme.params import Params
 from replaceme.progress import logger
-from replaceme.surgery import apply_edits
+from replaceme.surgery import apply_edits, broken_patterns
 from replaceme.verification import verify_export
 from replaceme.workspace import Workspace
 
@@ -36,6 +36,13 @@ def export(params: Params, work: Workspace) -> None:
         write_text(folder / "README.md", model_card(params, source, edits, read_json(work.metric("solve"))))
         pruned = Model(folder, folder.name, trust_remote_code=source.trust_remote_code)
         figures = verify_export(source, pruned, edits, Documents.load(work.documents))
+        broken = broken_patterns(pruned.config(), source.family())
+    if broken:
+        logger.warning(
+            "export: %s no longer follows the family's pattern: transformers and vLLM read it from the config, but a program that "
+            "computes it from a layer's position, such as llama.cpp, would compute something else (docs/loading.md)",
+            " and ".join(broken),
+        )
     write_json(work.metric("export"), rounded({**counts, **figures}))
     logger.info(
         "export: %s, %.1f M of %.1f M parameters; state at the cut equals the unfused computation to %.1e, logits to %.1e",

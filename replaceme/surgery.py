@@ -111,3 +111,14 @@ def cut_config(config: Any, family: Family, removed_layers: Sequence[int]) -> No
         kept = [layer for layer in getattr(config, name, None) or [] if layer not in removed]
         setattr(config, name, [layer - sum(index < layer for index in removed) for layer in kept])
     config.num_hidden_layers = total - len(removed)
+
+
+def broken_patterns(config: Any, family: Family) -> list[str]:
+    """Return the per-layer lists of a cut config that differ from what its class makes of the number of layers alone.
+
+    transformers reads the lists. Programs that compute such a pattern from a layer's position compute something else.
+    """
+    lists = {name: entries for name in family.per_layer if (entries := getattr(config, name, None)) is not None}
+    plain = {key: value for key, value in config.to_dict().items() if key not in lists}
+    default = type(config).from_dict(plain)
+    return [name for name, entries in lists.items() if (usual := getattr(default, name, None)) and list(entries) != list(usual)]

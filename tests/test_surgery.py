@@ -16,7 +16,7 @@ from replaceme.export import save_pruned
 from replaceme.families import FAMILIES, PRE_NORM, Family, Linear, family_of, parameter_of
 from replaceme.models import Model
 from replaceme.procrustes import polar
-from replaceme.surgery import apply_edits, cut_config, fold
+from replaceme.surgery import apply_edits, broken_patterns, cut_config, fold
 from replaceme.unfused import unfused
 from replaceme.verification import cache_error, verify_export, wrong_weights
 from tests.conftest import FAMILY_CONFIGS, KINDS, LAYERS, WIDTH, made_model, shortened_logits
@@ -216,6 +216,24 @@ def test_a_pattern_of_sparse_layers_stays_with_its_layers() -> None:
     assert model.config.mlp_only_layers == [1, 2]
     again = AutoModelForCausalLM.from_config(model.config)
     assert [hasattr(layer.mlp, "experts") for layer in again.model.layers] == [True, False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("kind", "removed", "broken"),
+    [
+        ("gemma2", [1, 2], []),  # a whole period
+        ("gemma2", [2], ["layer_types"]),
+        ("gemma3_text", [0, 1, 2], []),
+        ("gemma3_text", [2, 3], ["layer_types"]),
+        ("smollm3", [2], ["layer_types", "no_rope_layers"]),
+        ("qwen2", [1, 4], []),
+        ("llama", [1], []),
+    ],
+)
+def test_a_cut_that_breaks_a_pattern_over_positions_is_known(kind: str, removed: list[int], broken: list[str]) -> None:
+    model = made_model(kind)
+    apply_edits(model, family_of(model.config), Edits("test", removed))
+    assert broken_patterns(model.config, family_of(model.config)) == broken
 
 
 def test_every_described_family_is_tested() -> None:
