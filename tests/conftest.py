@@ -51,7 +51,9 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 KINDS = [*FAMILY_CONFIGS, *FORMS]
 # Those whose last linears can be solved for anew: neither a norm nor experts stand behind them.
-PLAIN = [kind for kind in KINDS if kind not in ("gemma2", "gemma3_text", "olmo2", "mixtral", "qwen2_moe", "qwen3_moe")]
+NORM_AFTER_MLP = ["gemma2", "gemma3_text", "olmo2"]
+EXPERTS = ["mixtral", "qwen2_moe", "qwen3_moe"]
+PLAIN = [kind for kind in KINDS if kind not in NORM_AFTER_MLP + EXPERTS]
 WIDTH, LAYERS = 32, 6
 
 

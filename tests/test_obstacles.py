@@ -19,16 +19,16 @@ from replaceme.plan import Block
 from replaceme.statistics import take_statistics
 from replaceme.surgery import behind_norm
 from replaceme.verification import verify_export
-from tests.conftest import KINDS, PLAIN, passing
+from tests.conftest import EXPERTS, NORM_AFTER_MLP, passing
 from tests.test_commands import call
 from tests.test_refit import many_documents
 
 BLOCK = Block(2, 4)
-OBSTRUCTED = [kind for kind in KINDS if kind not in PLAIN]
+OBSTRUCTED = NORM_AFTER_MLP + EXPERTS
 
 
 def transform_of(kind: str) -> str:
-    return "orthogonal" if kind in ("gemma2", "gemma3_text", "olmo2") else "dense"
+    return "orthogonal" if kind in NORM_AFTER_MLP else "dense"
 
 
 @pytest.mark.parametrize("kind", OBSTRUCTED)
