@@ -39,8 +39,8 @@ def export(params: Params, work: Workspace) -> None:
         broken = broken_patterns(pruned.config(), source.family())
     if broken:
         logger.warning(
-            "export: %s no longer follows the family's pattern: transformers and vLLM read it from the config, but a program that "
-            "computes it from a layer's position, such as llama.cpp, would compute something else (docs/loading.md)",
+            "export: %s no longer follows the family's pattern: transformers and vLLM read it from the config, but a program "
+            "that computes it from a layer's position, such as llama.cpp, would compute something else (docs/loading.md)",
             " and ".join(broken),
         )
     write_json(work.metric("export"), rounded({**counts, **figures}))
