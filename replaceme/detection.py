@@ -45,13 +45,17 @@ def proposed_family(model: Any) -> Family:
         raise _refusal(kind, "its layers hold weights of three dimensions, as a mixture of experts does")
     attention = _block(kind, layer, ATTENTION, "attention")
     mlp = _block(kind, layer, MLP, "MLP")
+    ends = _last_linear(kind, layer, attention, width), _last_linear(kind, layer, mlp, width)
+    for other in model.get_submodule(lists[0]):
+        if not {attention, mlp, *ends} <= {name for name, _ in other.named_modules()}:
+            raise _refusal(kind, "its layers are not all alike")
     lengths = {name: len(value) for name, value in config.to_dict().items() if isinstance(value, list)}
     return Family(
         layers=lists[0],
         attention=attention,
-        attention_output=_last_linear(kind, layer, attention, width),
+        attention_output=ends[0],
         mlp=mlp,
-        mlp_output=_last_linear(kind, layer, mlp, width),
+        mlp_output=ends[1],
         per_layer=tuple(name for name, length in lengths.items() if length == count),
         detected=True,
     )

@@ -54,6 +54,12 @@ def test_experts_are_not_recognised(kind: str) -> None:
         proposed_family(made_model(kind))
 
 
+def test_layers_of_different_kinds_are_not_recognised() -> None:
+    model = made_model("lfm2", layer_types=["full_attention", "conv"] * (LAYERS // 2))
+    with pytest.raises(ModelError, match="its layers are not all alike"):
+        proposed_family(model)
+
+
 @pytest.mark.parametrize("kind", UNDESCRIBED)
 def test_an_undescribed_family_is_pruned_when_the_proof_passes(
     kind: str, save_tiny: Callable[..., Model], text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
