@@ -180,6 +180,7 @@ FAMILIES: Mapping[str, Callable[[Any], Family]] = {
     "mistral": _described(),
     "mixtral": _described(experts=("mlp.experts.down_proj",)),
     "olmo2": _described(**_NORM_AFTER, norm_offset=0.0),
+    "olmo3": _described(**_NORM_AFTER, norm_offset=0.0),
     "opt": _opt,
     "phi": _described(attention_output="self_attn.dense", mlp_output="mlp.fc2", parallel=True),
     "phi3": _described(),

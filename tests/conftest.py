@@ -31,6 +31,7 @@ FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 8},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "olmo2": {},
+    "olmo3": {"sliding_window": 8},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
     "phi": {"partial_rotary_factor": 0.5},
     "phi3": {"sliding_window": 8},
@@ -51,7 +52,7 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 KINDS = [*FAMILY_CONFIGS, *FORMS]
 # Those whose last linears can be solved for anew: neither a norm nor experts stand behind them.
-NORM_AFTER_MLP = ["gemma2", "gemma3_text", "olmo2"]
+NORM_AFTER_MLP = ["gemma2", "gemma3_text", "olmo2", "olmo3"]
 EXPERTS = ["mixtral", "qwen2_moe", "qwen3_moe"]
 PLAIN = [kind for kind in KINDS if kind not in NORM_AFTER_MLP + EXPERTS]
 WIDTH, LAYERS = 32, 6
