@@ -28,10 +28,11 @@ from replaceme.params import Params, nearest
 
 WEIGHTS = ("*.safetensors",)
 WEIGHT_FILES = (*WEIGHTS, "*.safetensors.index.json", "config.json", "*.py")
-# What goes into the pruned model's folder as it is.
+CARD = "README.md"
+# What goes into the pruned model's folder as it is, but for the card, of which the licence stays.
 COPIED_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model", "sentencepiece*",
-    "chat_template*", "generation_config.json",
+    "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*", CARD,
 )  # fmt: skip
 # Some repositories hold the same weights twice, in a format of their own.
 LEFT_OUT = "consolidated*"

@@ -21,6 +21,7 @@ from replaceme.evaluation.scores import evaluate, score_baseline
 from replaceme.export import export
 from replaceme.files import new_folder, read_json, write_json
 from replaceme.fingerprints import sha256_below
+from replaceme.models import CARD
 from replaceme.params import Params
 from replaceme.planning import plan
 from replaceme.profile import profile
@@ -102,7 +103,7 @@ STEPS: Mapping[str, Step] = {
     ),
     "export": Step(
         export,
-        ("model_path", "trust_remote_code", "threads", *SETTINGS),
+        SETTINGS,
         ("model_input", "tokenizer_input", "documents", "edits"),
         "model",
         ("export",),
@@ -154,7 +155,12 @@ def _run_once_for_all(name: str, key: str, output: Path, step: Callable[[], None
 
 
 def _sums(paths: Sequence[Path]) -> list[dict[str, str]]:
-    return [sha256_below(path) if path.exists() else {} for path in paths]
+    return [_content(path) if path.exists() else {} for path in paths]
+
+
+def _content(path: Path) -> dict[str, str]:
+    """Return the sums of what a step reads or writes, but for a model's card: it gets the scores when they are known."""
+    return {name: digest for name, digest in sha256_below(path).items() if name != CARD}
 
 
 def _key(params: Params, work: Workspace, step: Step) -> str:
@@ -164,7 +170,7 @@ def _key(params: Params, work: Workspace, step: Step) -> str:
         "device": resolve_device(params.device).split(":")[0],
         "code": {name: digest for name, digest in sha256_below(package).items() if name.endswith((".py", ".html"))},
         "params": params.model_dump(include=set(step.params)),
-        "reads": {name: sha256_below(getattr(work, name)) for name in step.reads},
+        "reads": {name: _content(getattr(work, name)) for name in step.reads},
         "figures": {name: sha256_below(work.metric(name)) for name in step.figures},
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
