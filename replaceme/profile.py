@@ -99,7 +99,7 @@ def profile(params: Params, work: Workspace) -> None:
     """Profile the model and write ``profile.json``, ``distances.csv`` and ``layers.csv``."""
     use_threads(params.threads)
     source = recorded_model(params, work.model_input)
-    model = source.load(params.dtype, resolve_device(params.device), params.use_4bit)
+    model = source.load(params.dtype, resolve_device(params.device), params.use_4bit, params.device_map)
     documents = Documents.load(work.documents)
     work.profile.parent.mkdir(parents=True, exist_ok=True)
     content = profile_model(model, source.family(), documents, params.batch_size, work.profile.parent)

@@ -33,8 +33,8 @@ from replaceme.solution import solve
 from replaceme.statistics import observe_activations
 from replaceme.workspace import Workspace
 
-PASS = ("batch_size", "dtype", "device", "threads", "use_4bit", "trust_remote_code")
-SCORING = ("tasks", "eval_tokens", "eval_batch_size", "eval_dtype", "device", "threads", "trust_remote_code")
+PASS = ("batch_size", "dtype", "device", "device_map", "threads", "use_4bit", "trust_remote_code")
+SCORING = ("tasks", "eval_tokens", "eval_batch_size", "eval_dtype", "device", "device_map", "threads", "trust_remote_code")
 ALL = [name for name in Params.model_fields if name not in ("save_path", "save_transform_only")]
 
 SOLVING = tuple(name for name in EFFECTS if not name.startswith("repair_"))
