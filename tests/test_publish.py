@@ -144,6 +144,14 @@ def test_without_a_model_a_token_or_a_hub_nothing_is_tried(
     assert not api.made
 
 
+def test_a_pipelines_model_without_its_pipeline_is_refused(pruned: Path, api: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    (pruned.parent / "artifacts").mkdir()
+    pruned.rename(pruned.parent / "artifacts" / "model")
+    call(push_to_hub, "--repo_id", "me/small", code=2)
+    assert "(run it inside the repository)" in capsys.readouterr().err
+    assert not api.made
+
+
 @pytest.mark.parametrize(
     ("status", "said"),
     [
