@@ -86,12 +86,11 @@ def card_of(params: Params, work: Workspace) -> str:
 def _scores(evaluation: Mapping[str, Any]) -> str:
     """Return metrics/evaluation.json as Markdown."""
     head, *rows = comparison_rows(evaluation)
-    lines = [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
-    sentence = "Behind ± stands one standard error."
+    table = "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
     if "retention_stderr" in evaluation:
         kept = f"{evaluation['retention_percent']:.1f} ± {evaluation['retention_stderr']:.1f} %"
-        sentence = f"{kept} of the dense model's average accuracy is kept. {sentence}"
-    return "\n".join([*lines, "", sentence])
+        table += f"\n\n{kept} of the dense model's average accuracy is kept; behind ± stands one standard error."
+    return table
 
 
 def _results(evaluation: Mapping[str, Any]) -> list[EvalResult]:
