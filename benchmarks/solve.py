@@ -47,7 +47,8 @@ def main(width: int, inputs: int) -> None:
     timed("map (Cholesky, and eigenvalues for α)", lambda: solve_ridge(gram, gram, 1.0))
     del gram
     gram, cross = random_gram(inputs), torch.randn(inputs, width, dtype=torch.float64)
-    timed("new weights of the MLP's last linear", lambda: solve_correction(gram, cross, 0.3, constant=False))
+    ridge = torch.full((inputs,), 0.3, dtype=torch.float64)
+    timed("new weights of the MLP's last linear", lambda: solve_correction(gram, cross, ridge))
 
 
 if __name__ == "__main__":

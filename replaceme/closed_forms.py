@@ -8,6 +8,7 @@ With ``S = MᵀM + αI`` and ``C = MᵀY`` (rows are tokens, ``Y ≈ M T``):
   upper triangular, each ``S[j:, j:]`` is ``U[j:, j:] U[j:, j:]ᵀ``, so that ``T = U⁻ᵀ tril(U⁻¹C)`` solves all columns at once.
 - ``two_vectors``: ``T = I + uvᵀ``, the ridge on ``uvᵀ``. With ``S = LLᵀ`` and ``R = MᵀY − MᵀM`` the objective is
   ``‖Lᵀuvᵀ − L⁻¹R‖²`` and a constant, so that the largest singular triple (σ, a, b) of ``L⁻¹R`` gives ``u = σL⁻ᵀa``, ``v = b``.
+- ``orthogonal``: what folds behind a norm, by a few steps of its own (``replaceme.procrustes``).
 """
 
 from collections.abc import Mapping
@@ -19,13 +20,14 @@ from scipy.linalg import eigh
 from torch import Tensor
 
 from replaceme.errors import SolveError
+from replaceme.procrustes import orthogonal_map
 from replaceme.solver import require_full_rank, solve_ridge
 
-Structure = Literal["dense", "diagonal", "two_vectors", "triangular"]
+Structure = Literal["dense", "diagonal", "two_vectors", "triangular", "orthogonal"]
 STRUCTURES: Mapping[str, Structure] = {name: name for name in get_args(Structure)}
 
 
-def closed_form(gram: Tensor, cross: Tensor, alpha: float, structure: Structure) -> Tensor:
+def closed_form(gram: Tensor, cross: Tensor, alpha: float, structure: Structure, norm: Tensor | None = None) -> Tensor:
     """Return ``argmin ‖Y − M T‖² + α‖T − P‖²`` over the transforms of a structure; P = I for two vectors, else 0.
 
     Args:
@@ -33,6 +35,7 @@ def closed_form(gram: Tensor, cross: Tensor, alpha: float, structure: Structure)
         cross: ``MᵀY``, (d, d).
         alpha: ridge, in the units of ``gram``.
         structure: which entries of T may differ from P, and how.
+        norm: weight (d,) of the norm that M has gone through, for an orthogonal map; None is no norm.
 
     Returns:
         T, (d, d) float64.
@@ -45,6 +48,8 @@ def closed_form(gram: Tensor, cross: Tensor, alpha: float, structure: Structure)
         return solve_ridge(gram, cross, alpha).transform
     if structure == "diagonal":
         return _diagonal(gram, cross, alpha)
+    if structure == "orthogonal":
+        return orthogonal_map(gram, cross, alpha, norm)
     require_full_rank(torch.linalg.eigvalsh(gram), alpha)
     ridged = gram + alpha * torch.eye(len(gram), dtype=torch.float64)
     return _triangular(ridged, cross) if structure == "triangular" else _two_vectors(ridged, cross - gram)

@@ -1,9 +1,16 @@
 """Which parameters go together: what can't be done is refused by name, and what has no effect is said to have none."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 Values = Mapping[str, Any]
+Obstacle = Literal["norm", "experts", "undescribed"]
+
+OBSTACLES: Mapping[Obstacle, str] = {
+    "norm": "the norm behind the MLP of the family",
+    "experts": "the mixture of experts of the family",
+    "undescribed": "a family that nobody described,",
+}
 
 
 def _iterates(values: Values) -> bool:
@@ -66,6 +73,8 @@ def refusals(values: Values) -> list[str]:
         )
     if not _iterates(values):
         return problems
+    if transform == "orthogonal":
+        problems.append("transform: orthogonal is fitted by least squares alone; use method lstsq.")
     if _refits(values):
         problems.append(
             f"transform: {transform} solves least squares for the host's own weights and has no other objective; use method "
@@ -78,4 +87,28 @@ def refusals(values: Values) -> list[str]:
             "transform: two_vectors has no entries of its own that loss elastic_net could set to 0; use dense, diagonal or "
             "triangular, or loss mse."
         )
+    return problems
+
+
+def family_refusals(values: Values, kind: str, obstacle: Obstacle | None) -> list[str]:
+    """Return a sentence for each parameter that would not be exact, or is not derived, for a model's family.
+
+    Args:
+        values: all parameters' values.
+        kind: the family's name.
+        obstacle: what stands between the MLP's last linear and the residual stream; or that nobody described the family.
+    """
+    if obstacle is None:
+        return []
+    method, transform = values["method"], values["transform"]
+    place, problems = f"{OBSTACLES[obstacle]} '{kind}'", []
+    if obstacle == "norm" and method == "cosine":
+        problems.append(f"method: cosine makes maps that do not fold into {place}; use lstsq with transform: orthogonal.")
+    elif obstacle == "norm" and method == "lstsq" and transform != "orthogonal":
+        problems.append(f"transform: {transform} does not fold into {place}; use orthogonal.")
+    elif _refits(values) and (obstacle == "experts" or transform == "joint"):
+        use = "refit" if obstacle == "undescribed" else "dense"
+        problems.append(f"transform: {transform} is not derived for {place}; use {use}.")
+    if _repairs(values):
+        problems.append(f"repair: is not derived for {place}; use false.")
     return problems

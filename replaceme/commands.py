@@ -159,7 +159,9 @@ def _scores_file(params: Params, name: str) -> Path:
 
 def _analyse(params: Params) -> None:
     work = _claim(params, "distances")
-    single = params.model_copy(update={"layers_to_skip": 1, "num_A": 1})
+    # Nothing is pruned here, so nothing need fold.
+    bare = {"method": "uidl", "transform": "dense", "repair": False}
+    single = params.model_copy(update={"layers_to_skip": 1, "num_A": 1, **bare})
     inspect_inputs(single, work)
     run_steps(params, work, ["calibrate", "profile"])
     _deliver(work, work.profile)

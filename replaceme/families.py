@@ -1,15 +1,19 @@
 """What the program must know of a model family: one small description each, found by the config's ``model_type``.
 
-The fold ``W' = Tᵀ W`` (ReplaceMe, section 3) is exact where the host's MLP ends in a linear layer whose output is added to
-the residual stream as it is. A family that isn't described here, or of which that isn't true, is refused before any work.
+What a layer's MLP adds to the residual stream is ``M = ρ N(G Wᵀ + b)``: a last linear, perhaps a norm ``N`` behind it, and a
+factor ρ. ReplaceMe's fold ``W' = TᵀW``, ``b' = Tᵀb`` (section 3) is exact for any T where no norm stands there; behind a norm
+with weight γ it is for ``T = diag(γ)⁻¹ Q D``, Q orthogonal and D diagonal (``W' = QᵀW``, ``γ' = D``). Of a mixture of experts,
+which adds up weighted outputs, every expert's last linear takes T. What can't be exact is refused before any work.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from replaceme.combinations import Obstacle
 from replaceme.errors import ModelError
 
 # The linears of a layer whose outputs are added to the residual stream.
@@ -18,16 +22,25 @@ Linear = Literal["attention_output", "mlp_output"]
 
 @dataclass(frozen=True)
 class Family:
-    """Where the parts of a decoder-only family are.
+    """Where the parts of a decoder-only family are. All paths but the first are within a layer.
 
     Attributes:
         layers: path of the list of decoder layers in the model.
-        attention: path, within a layer, of the attention, whose output is added to the residual stream.
-        attention_output: path, within a layer, of the linear that ends the attention (torch layout: d × heads).
-        mlp: path, within a layer, of the MLP, whose output is added to the residual stream.
-        mlp_output: path, within a layer, of the linear that ends the MLP (torch layout: d × f).
+        attention: the module whose output the attention adds to the residual stream (its norm, where one stands behind it).
+        attention_output: the linear that ends the attention.
+        mlp: the module whose output the MLP adds to the residual stream, likewise.
+        mlp_output: the linear that ends the MLP.
+        experts: the parameters that end the experts of an MLP that is a mixture of them; a layer may lack some.
+        norm_offset: what the norm behind the MLP adds to its parameter to have its weight; None where no norm is there.
+        multiplier: ρ, the factor of what attention and MLP add.
+        parallel: whether the MLP reads what the attention reads, and not what the attention has added to.
+        adds_in_place: whether the layer adds into the MLP's output tensor.
+        returns_tuple: whether the layer returns its output within a tuple.
         per_layer: config fields that are lists with one entry a layer.
         layer_bounds: config fields that are layer indices; they count the layers before them.
+        layer_indices: config fields that are lists of layer indices.
+        detected: whether nobody described the family: it was recognised by its structure (``replaceme.detection``).
+        make_explicit: writes into a config, as lists, what it says by a pattern over layer indices.
     """
 
     layers: str = "model.layers"
@@ -35,8 +48,27 @@ class Family:
     attention_output: str = "self_attn.o_proj"
     mlp: str = "mlp"
     mlp_output: str = "mlp.down_proj"
+    experts: tuple[str, ...] = ()
+    norm_offset: float | None = None
+    multiplier: float = 1.0
+    parallel: bool = False
+    adds_in_place: bool = False
+    returns_tuple: bool = False
     per_layer: tuple[str, ...] = ("layer_types",)
     layer_bounds: tuple[str, ...] = ()
+    layer_indices: tuple[str, ...] = ()
+    detected: bool = False
+    make_explicit: Callable[[Any], None] = lambda config: None
+
+    @property
+    def norm_after_mlp(self) -> bool:
+        """Whether a norm stands between the MLP's last linear and the residual stream."""
+        return self.norm_offset is not None
+
+    @property
+    def obstacle(self) -> Obstacle | None:
+        """What keeps some settings from being exact, or from being derived."""
+        return "norm" if self.norm_after_mlp else "experts" if self.experts else "undescribed" if self.detected else None
 
     def decoder_layers(self, model: nn.Module) -> nn.ModuleList:
         """Return the model's list of decoder layers."""
@@ -48,6 +80,29 @@ class Family:
         """Return a linear of the layer, by what it ends."""
         return layer.get_submodule(self.mlp_output if linear == "mlp_output" else self.attention_output)
 
+    def transformed(self, layer: nn.Module) -> nn.Module:
+        """Return the module whose output a transform of the MLP's contribution takes."""
+        return layer.get_submodule(self.mlp if self.experts or self.norm_after_mlp else self.mlp_output)
+
+    def ends(self, layer: nn.Module, linear: Linear) -> list[str]:
+        """Return the names, within the layer, of the parameters that make the last output: weights and biases."""
+        path = self.mlp_output if linear == "mlp_output" else self.attention_output
+        names = self.experts if linear == "mlp_output" and self.experts else (f"{path}.weight", f"{path}.bias")
+        present = dict(layer.named_parameters())
+        return [name for name in names if name in present]
+
+    def norm_weight(self, layer: nn.Module) -> Tensor:
+        """Return γ (d,) float64 of the norm behind the layer's MLP."""
+        assert self.norm_offset is not None
+        return parameter_of(layer, f"{self.mlp}.weight").double() + self.norm_offset
+
+
+def parameter_of(layer: nn.Module, name: str) -> Tensor:
+    """Return a view of a parameter in torch's layout, whatever its module's is: weights (…, d, inputs), biases (d,)."""
+    parameter = layer.get_parameter(name).detach()
+    owner = layer.get_submodule(name.rpartition(".")[0])
+    return parameter.T if isinstance(owner, Conv1D) and parameter.ndim == 2 else parameter
+
 
 def decoder_of(model: nn.Module) -> nn.Module:
     """Return the model without its language-model head: it gives hidden states and computes no logits."""
@@ -55,24 +110,84 @@ def decoder_of(model: nn.Module) -> nn.Module:
 
 
 PRE_NORM = Family()
-FAMILIES: Mapping[str, Family] = {
-    "llama": PRE_NORM,
-    "mistral": PRE_NORM,
-    "qwen2": Family(layer_bounds=("max_window_layers",)),
-    "qwen3": Family(layer_bounds=("max_window_layers",)),
-}
 
-_NORM_AFTER_MLP = "a norm stands between its MLP and the residual stream, where a dense map does not fold exactly"
-_EXPERTS = "its MLP is a mixture of experts, into which the map is not folded yet"
-REFUSED: Mapping[str, str] = {
-    "gemma2": _NORM_AFTER_MLP,
-    "gemma3": _NORM_AFTER_MLP,
-    "gemma3_text": _NORM_AFTER_MLP,
-    "olmo2": _NORM_AFTER_MLP,
-    "olmo3": _NORM_AFTER_MLP,
-    "mixtral": _EXPERTS,
-    "qwen2_moe": _EXPERTS,
-    "qwen3_moe": _EXPERTS,
+
+def _described(**parts: Any) -> Callable[[Any], Family]:
+    family = Family(**parts)
+    return lambda config: family
+
+
+def _granite(config: Any) -> Family:
+    return Family(multiplier=float(config.residual_multiplier))
+
+
+def _falcon(config: Any) -> Family:
+    return Family(
+        layers="transformer.h", attention="self_attention", attention_output="self_attention.dense",
+        mlp_output="mlp.dense_4h_to_h", parallel=bool(config.new_decoder_architecture or config.parallel_attn),
+        adds_in_place=True, returns_tuple=True,
+    )  # fmt: skip
+
+
+def _gpt_neox(config: Any) -> Family:
+    return Family(
+        layers="gpt_neox.layers", attention="attention", attention_output="attention.dense", mlp_output="mlp.dense_4h_to_h",
+        parallel=bool(config.use_parallel_residual),
+    )  # fmt: skip
+
+
+def _gpt2(config: Any) -> Family:
+    if config.scale_attn_by_inverse_layer_idx:
+        raise _refusal("gpt2", "a cut would change the scale of its attention (scale_attn_by_inverse_layer_idx)")
+    return Family(layers="transformer.h", attention="attn", attention_output="attn.c_proj", mlp_output="mlp.c_proj")
+
+
+def _opt(config: Any) -> Family:
+    if not config.do_layer_norm_before:
+        raise _refusal("opt", "it normalises the residual stream itself (do_layer_norm_before: false)")
+    return Family(layers="model.decoder.layers", attention_output="self_attn.out_proj", mlp="fc2", mlp_output="fc2")
+
+
+def _sparse_layers(config: Any) -> None:
+    """Say which layers have no experts by a list, instead of by every how many layers."""
+    config.mlp_only_layers = [
+        layer
+        for layer in range(config.num_hidden_layers)
+        if layer in (config.mlp_only_layers or []) or (layer + 1) % config.decoder_sparse_step
+    ]
+    config.decoder_sparse_step = 1
+
+
+_NORM_AFTER = {"attention": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"}
+_QWEN_MOE = _described(
+    experts=("mlp.experts.down_proj", "mlp.shared_expert.down_proj.weight", "mlp.down_proj.weight"),
+    layer_bounds=("max_window_layers",),
+    layer_indices=("mlp_only_layers",),
+    make_explicit=_sparse_layers,
+)
+
+FAMILIES: Mapping[str, Callable[[Any], Family]] = {
+    "falcon": _falcon,
+    "gemma2": _described(**_NORM_AFTER, norm_offset=1.0),
+    "gemma3_text": _described(**_NORM_AFTER, norm_offset=1.0),
+    "gpt2": _gpt2,
+    "gpt_neox": _gpt_neox,
+    "gptj": _described(
+        layers="transformer.h", attention="attn", attention_output="attn.out_proj", mlp_output="mlp.fc_out", parallel=True
+    ),
+    "granite": _granite,
+    "llama": _described(),
+    "mistral": _described(),
+    "mixtral": _described(experts=("mlp.experts.down_proj",)),
+    "olmo2": _described(**_NORM_AFTER, norm_offset=0.0),
+    "opt": _opt,
+    "phi": _described(attention_output="self_attn.dense", mlp_output="mlp.fc2", parallel=True),
+    "phi3": _described(),
+    "qwen2": _described(layer_bounds=("max_window_layers",)),
+    "qwen2_moe": _QWEN_MOE,
+    "qwen3": _described(layer_bounds=("max_window_layers",)),
+    "qwen3_moe": _QWEN_MOE,
+    "smollm3": _described(per_layer=("layer_types", "no_rope_layers"), layer_bounds=("max_window_layers",)),
 }
 
 
@@ -83,11 +198,10 @@ def family_of(config: Any) -> Family:
         ModelError: the family is not described, or its fold would not be exact.
     """
     kind = config.model_type
-    if kind in FAMILIES:
-        return FAMILIES[kind]
-    described = ", ".join(sorted(FAMILIES))
-    if kind in REFUSED:
-        raise ModelError(f"model_path: the family '{kind}' is refused: {REFUSED[kind]}; supported are {described}.")
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"model_path: '{kind}' is an encoder-decoder, not a causal language model; supported are {described}.")
-    raise ModelError(f"model_path: the family '{kind}' is not described yet; supported are {described}.")
+    if kind not in FAMILIES:
+        raise ModelError(f"model_path: the family '{kind}' is not described; described are {', '.join(sorted(FAMILIES))}.")
+    return FAMILIES[kind](config)
+
+
+def _refusal(kind: str, reason: str) -> ModelError:
+    return ModelError(f"model_path: this model of the family '{kind}' is refused: {reason}.")

@@ -2,7 +2,7 @@
 
 With row vectors, what a layer adds to the residual stream is ``A W_oᵀ + G W_dᵀ`` (and biases), where ``A`` enters the linear
 that ends the attention and ``G`` the one that ends the MLP. A change of both weights is one linear map of ``[A | G | 1]``; the
-column of ones is there where a linear has a bias.
+column of ones is there where a linear has a bias. Where the family multiplies what is added by ρ, so are the features.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from replaceme.edits import Edits
-from replaceme.families import Family, Linear
+from replaceme.families import Family, Linear, parameter_of
 from replaceme.forward import Signal
 
 LINEARS: tuple[Linear, ...] = ("attention_output", "mlp_output")
@@ -26,10 +26,12 @@ class Features:
     Attributes:
         widths: number of inputs of each linear, in the order of the columns.
         biased: the linear whose bias the last column, of ones, stands for; None where there is no such column.
+        multiplier: ρ.
     """
 
     widths: Mapping[Linear, int]
     biased: Linear | None
+    multiplier: float = 1.0
 
     @classmethod
     def of(cls, layer: nn.Module, family: Family, linears: Sequence[Linear]) -> "Features":
@@ -37,7 +39,8 @@ class Features:
         modules = {linear: family.linear_of(layer, linear) for linear in LINEARS if linear in linears}
         # Two biases add to the same states: one of them is enough.
         biased = [linear for linear, module in modules.items() if getattr(module, "bias", None) is not None]
-        return cls({linear: int(module.in_features) for linear, module in modules.items()}, biased[-1] if biased else None)  # type: ignore[arg-type]
+        widths = {linear: parameter_of(module, "weight").shape[1] for linear, module in modules.items()}
+        return cls(widths, biased[-1] if biased else None, family.multiplier)
 
     @classmethod
     def from_tensor(cls, layout: Tensor) -> "Features":
@@ -69,7 +72,14 @@ class Features:
     def columns(self, *inputs: Tensor) -> Tensor:
         """Return (tokens, columns) float32 of each linear's inputs (tokens, width)."""
         parts = [part.float() for part in inputs]
-        return torch.cat([*parts, *([parts[0].new_ones(len(parts[0]), 1)] if self.constant else [])], dim=1)
+        columns = torch.cat([*parts, *([parts[0].new_ones(len(parts[0]), 1)] if self.constant else [])], dim=1)
+        return columns if self.multiplier == 1 else columns * self.multiplier
+
+    def per_column(self, values: Mapping[Linear, float]) -> Tensor:
+        """Return each linear's value for each of its columns, (columns,) float64."""
+        widths = torch.tensor([*self.widths.values()])
+        columns = torch.tensor([values[linear] for linear in self.widths], dtype=torch.float64).repeat_interleave(widths)
+        return torch.cat([columns, columns.new_zeros(int(self.constant))])
 
     def only(self, linear: Linear) -> tuple["Features", slice]:
         """Return the features of the last linear alone, and where its columns are; a bias stays with it."""

@@ -1,8 +1,8 @@
 """One pass over the documents, many observers.
 
 ``walk`` sends the documents through layers ``[0, stop]`` and hands what passes to observers: the state that enters a layer,
-what its attention and its MLP add and the inputs of the linears that end them, the state that leaves it. It ends each pass at
-the last signal that anybody observes, computes no logits, and keeps no states but those of the batch at hand.
+what its attention and its MLP add to it, the inputs of the linears that end them, the state that leaves it. It ends each pass
+at the last signal that anybody observes, computes no logits, and keeps no states but those of the batch at hand.
 
 The order of work is the driver's business: batch by batch through resident weights. An observer may rely on two things
 alone: within a batch, layers come in ascending order, and what it must carry from one layer to a later one goes into
@@ -109,7 +109,7 @@ class _Tap:
         with ExitStack() as stack:
             if self.start is not None:
                 first, states = self.start
-                stack.enter_context(passed_by(self.layers[:first]))
+                stack.enter_context(passed_by(self.family, self.layers[:first]))
                 stack.callback(self.layers[first].register_forward_pre_hook(self._begin_with(states), with_kwargs=True).remove)
             for layer, signals in self.wanted.items():
                 for signal in signals:
@@ -137,7 +137,11 @@ class _Tap:
             self._take(index, signal, args[0] if args else kwargs["hidden_states"])
 
         def after(_module: nn.Module, _args: Any, output: Any) -> None:
-            self._take(index, signal, tensor_of(output))
+            states = tensor_of(output)
+            if signal in ("attention", "mlp"):
+                states = states * family.multiplier if family.multiplier != 1 else states
+                states = states.clone() if family.adds_in_place else states
+            self._take(index, signal, states)
 
         inputs = {
             "input": lambda: layer,
@@ -150,11 +154,12 @@ class _Tap:
         return layer.get_submodule(outputs[signal]).register_forward_hook(after)
 
     def _take(self, layer: int, signal: Signal, states: Tensor) -> None:
-        self.seen[signal] = states
+        assert self.batch is not None
+        # Some layers and most experts see all tokens in one row.
+        self.seen[signal] = states.reshape(*self.batch.input_ids.shape, -1)
         if len(self.seen) < len(self.wanted[layer]):
             return
         seen, self.seen = self.seen, {}
-        assert self.batch is not None
         for observer in self.listeners[layer]:
             observer.observe(layer, seen, self.batch)
         if layer == self.stop:

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from replaceme.combinations import family_refusals
 from replaceme.compute import resolve_device
 from replaceme.corpora import find_dataset
-from replaceme.errors import ReplaceMeError
+from replaceme.errors import ParameterError, ReplaceMeError
 from replaceme.evaluation.tasks import task_fingerprints
 from replaceme.files import new_folder, write_json
 from replaceme.fingerprints import sha256_of
@@ -35,7 +36,15 @@ def inspect_inputs(params: Params, work: Workspace) -> None:
         resolve_device(params.device)
     with _collecting(problems):
         model = find_model(params)
-        model.family()
+        family, kind = model.family(), model.config().model_type
+        if refused := family_refusals(params.model_dump(), kind, family.obstacle):
+            raise ParameterError(refused)
+        if family.detected:
+            logger.warning(
+                "model_path: the family '%s' is not described; its layers (%s), attention (%s) and MLP (%s) were recognised by "
+                "their structure, which counts when the profile and the export have proved it on text",
+                kind, family.layers, family.attention_output, family.mlp_output,
+            )  # fmt: skip
         check_weights(model)
         model.tokenizer()
         allowed_starts(params, layer_count(model))

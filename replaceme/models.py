@@ -21,8 +21,9 @@ from transformers import (
 )
 
 from replaceme import embedded, hub
+from replaceme.detection import proposed_family
 from replaceme.errors import ModelError, resource_failure
-from replaceme.families import Family, family_of
+from replaceme.families import FAMILIES, Family, family_of
 from replaceme.files import read_json
 from replaceme.params import Params, nearest
 
@@ -72,7 +73,23 @@ class Model:
                 f"model_path: the weights of {self.name} are quantized ({kind}); prune the original ones, with use_4bit: true "
                 "if memory is short."
             )
-        return family_of(config)
+        if config.model_type in FAMILIES:
+            return family_of(config)
+        if getattr(config, "is_encoder_decoder", False):
+            raise ModelError(
+                f"model_path: {self.name} is an encoder-decoder ('{config.model_type}'), not a causal language model."
+            )
+        return proposed_family(self._skeleton(config))
+
+    def _skeleton(self, config: Any) -> Any:
+        """Return the model without memory for its weights."""
+        try:
+            with torch.device("meta"):
+                return AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code)
+        except Exception as failure:  # models are built with errors of many kinds
+            raise ModelError(
+                f"model_path: '{config.model_type}' is no causal language model that can be built here ({_reason(failure)})."
+            ) from failure
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the model's tokenizer."""

@@ -85,10 +85,11 @@ class Params(BaseModel):
     num_A: int = Field(1, ge=1, description="Number of blocks, each with a transform and layers_to_skip layers.")
     merge_consecutive: bool = Field(True, description="Merge adjacent blocks into one; matters for num_A above 1.")
 
-    transform: Literal["dense", "diagonal", "two_vectors", "triangular", "refit", "joint"] = Field(
+    transform: Literal["dense", "diagonal", "two_vectors", "triangular", "orthogonal", "refit", "joint"] = Field(
         "dense",
-        description="What takes the block's place: a linear map on the host's MLP output (d × d); or refit, which solves for "
-        "all weights of the linear that ends the host's MLP, or joint, for those of its attention's output projection too.",
+        description="What takes the block's place: a linear map on the host's MLP output (d × d), orthogonal folding where "
+        "a norm follows the MLP; or refit, which solves for all weights of the linear that ends the host's MLP, or joint, for "
+        "those of its attention's output projection too.",
     )
     alpha: float = Field(
         0.0, ge=0, allow_inf_nan=False,

@@ -19,12 +19,14 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from replaceme.compute import resolve_device, use_threads
+from replaceme.detection import prove
 from replaceme.documents import Batch, Documents
 from replaceme.errors import ParameterError
 from replaceme.files import new_folder, rounded, write_json, write_text
 from replaceme.forward import Observer, Signal, Signals, ask, walk
 from replaceme.models import recorded_model
 from replaceme.params import Params
+from replaceme.precision import working_dtype
 from replaceme.progress import logger
 from replaceme.residuals import FIT_TOKENS, TokenSample, residual_map
 from replaceme.workspace import Workspace
@@ -99,10 +101,12 @@ def profile(params: Params, work: Workspace) -> None:
     """Profile the model and write ``profile.json``, ``distances.csv`` and ``layers.csv``."""
     use_threads(params.threads)
     source = recorded_model(params, work.model_input)
+    family, documents = source.family(), Documents.load(work.documents)
+    if family.detected:
+        prove(source.load(working_dtype(source)), family, documents)
     model = source.load(params.dtype, resolve_device(params.device), params.use_4bit, params.device_map)
-    documents = Documents.load(work.documents)
     work.profile.parent.mkdir(parents=True, exist_ok=True)
-    content = profile_model(model, source.family(), documents, params.batch_size, work.profile.parent)
+    content = profile_model(model, family, documents, params.batch_size, work.profile.parent)
     with new_folder(work.profile) as folder:
         write_json(folder / "profile.json", content)
         write_text(folder / "distances.csv", _pairs_table(content))

@@ -45,14 +45,14 @@ def refit(edits: Edits, host: int, sums: Mapping[str, Tensor], alpha: float, rid
     alone, columns = features.only("mlp_output")
     for part, place in ((alone, columns), (features, slice(None))):
         gram = sums["gram"][place, place]
-        change = solve_correction(gram, cross[place], ridge, part.constant)
+        change = solve_correction(gram, cross[place], part.per_column(dict.fromkeys(part.widths, ridge)))
         part.correct(edits, host, change)
         left += gained(gram, cross[place], change)
         if part == features:
             break
         cross = cross - sums["gram"][:, place] @ change
     output_squares = float(sums["output_squares"])
-    # A new attention output changes the MLP's features: that residual is of the least squares, and of no model yet.
+    # A new attention output changes the features of an MLP that reads it: that residual is of the least squares alone.
     name = "weighted_residual" if alone == features else "weighted_residual_joint"
     return {
         "tokens": int(sums["tokens"]),

@@ -6,9 +6,10 @@ it. For each kept layer in order, with ``h`` = state of the shortened model (row
     attention's output projection:  toward (original state behind the attention) − h,            λ = repair_ridge_attention
     the MLP's last linear:          toward (original layer output) − (new state behind it),      λ = repair_ridge_mlp
 
-each by ridge regression from Gram sums, toward the present weights. With several blocks, each later one is fitted here by the
-method itself, on the states that reach its host. All of it is one walk layer by layer: the states of both models wait in
-scratch files, and no more than one layer's sums are in memory.
+each by ridge regression from Gram sums, toward the present weights. Where the MLP is parallel to the attention, no state is
+between them: both linears together, from ``[A | G]``, toward (original layer output) − h. With several blocks, each later one
+is fitted here by the method itself, on the states that reach its host. All of it is one walk layer by layer: the states of both
+models wait in scratch files, and no more than one layer's sums are in memory.
 """
 
 import shutil
@@ -46,10 +47,10 @@ from replaceme.workspace import Workspace
 
 @dataclass(frozen=True)
 class Repair:
-    """One linear's repair: the relative residual before and after, ``√(Σ w‖e‖² / Σ w‖target‖²)``."""
+    """What linears were solved for at once, and the relative residual before and after, ``√(Σ w‖e‖² / Σ w‖target‖²)``."""
 
     layer: int
-    linear: Linear
+    linears: tuple[Linear, ...]
     before: float
     after: float
 
@@ -69,13 +70,13 @@ def repair(params: Params, work: Workspace) -> None:
             repairs, figures = mender.run(work.edits.parent)
             edits.save(folder)
         write_text(folder / "repairs.csv", _table(repairs))
-    figures["corrected_linears"] = len(repairs)
+    figures["corrected_linears"] = sum(len(each.linears) for each in repairs)
     if repairs:
         figures |= {"first_residual": repairs[0].after, "last_residual": repairs[-1].after}
         figures |= {"last_residual_before": repairs[-1].before}
         logger.info(
             "repair: %d linears corrected; relative residual of the last one's state %.4f, %.4f before its own correction",
-            len(repairs), repairs[-1].after, repairs[-1].before,
+            figures["corrected_linears"], repairs[-1].after, repairs[-1].before,
         )  # fmt: skip
     else:
         logger.info("repair: nothing to do")
@@ -124,32 +125,36 @@ class Mender:
     def _mend(self, layer: int) -> None:
         """Move the dense states on, and correct a kept layer toward them on the shortened model's states."""
         block = self.hosted.get(layer)
+        ridges: dict[Linear, float] = {
+            "attention_output": self.params.repair_ridge_attention,
+            "mlp_output": self.params.repair_ridge_mlp,
+        }
         # The host of the first block gets what it got in the dense model.
-        attention = self.params.repair and block != self.first
+        attention = self.params.repair and block != self.first and not self.family.parallel
         watched: list[Observer] = [Keep(block.end - 1 if block else layer, ("output",), self.dense)]
         if attention:
             watched.append(Keep(layer, ("input", "attention"), self.middle))
         self._walk(watched, (layer, self.dense))
         if attention:
-            self._correct(layer, "attention_output", self.middle, self.params.repair_ridge_attention)
+            self._correct(layer, self.middle, {"attention_output": ridges.pop("attention_output")})
         if block and block != self.first:
             self._fit(block)
-        if block and self.params.transform == "joint":
+        if block and self.params.transform == "joint" and not self.family.parallel:
             # The new output projection has changed the features that the joint solution counted on.
-            self._correct(layer, "mlp_output", self.dense, self.params.refit_ridge)
+            self._correct(layer, self.dense, {"mlp_output": self.params.refit_ridge})
         elif self.params.repair and not block:
-            self._correct(layer, "mlp_output", self.dense, self.params.repair_ridge_mlp)
+            self._correct(layer, self.dense, ridges)
 
-    def _correct(self, layer: int, linear: Linear, target: Tensor, ridge: float) -> None:
-        features = Features.of(self.layers[layer], self.family, [linear])
-        missing = Missing(layer, linear, features, target)
+    def _correct(self, layer: int, target: Tensor, ridges: Mapping[Linear, float]) -> None:
+        features = Features.of(self.layers[layer], self.family, [*ridges])
+        missing = Missing(layer, features, target)
         self._walk([missing], (layer, self.short), edited=True)
         sums = missing.sums
-        change = solve_correction(sums["gram"], sums["cross"], ridge, features.constant)
+        change = solve_correction(sums["gram"], sums["cross"], features.per_column(ridges))
         before, whole = float(sums["gap_squares"]), float(sums["output_squares"])
         after = before + gained(sums["gram"], sums["cross"], change)
         features.correct(self.edits, layer, change.cpu())
-        self.repairs.append(Repair(layer, linear, relative(before, whole), relative(after, whole)))
+        self.repairs.append(Repair(layer, tuple(ridges), relative(before, whole), relative(after, whole)))
 
     def _fit(self, block: Block) -> None:
         """Fit a later block by the method, on the shortened model's states at the host and the dense model's at the end."""
@@ -197,15 +202,15 @@ class Keep:
 
 
 class Missing:
-    """Observer of what a linear of a layer lacks toward a target: sums over its features, float64.
+    """Observer of what linears of a layer lack toward a target: sums over their features, float64.
 
     ``gram`` = Σ w gᵀg (k, k), ``cross`` = Σ w gᵀe (k, d), ``gap_squares`` = Σ w ‖e‖² and ``output_squares`` = Σ w ‖target‖²,
-    with ``e = target − state behind the linear`` and ``w = 1/‖target‖²``.
+    with ``e = target − state behind the last linear`` and ``w = 1/‖target‖²``.
     """
 
-    def __init__(self, layer: int, linear: Linear, features: Features, target: Tensor):
+    def __init__(self, layer: int, features: Features, target: Tensor):
         self.layer, self.features, self.target = layer, features, target
-        self.state: tuple[Signal, ...] = ("output",) if linear == "mlp_output" else ("input", "attention")
+        self.state: tuple[Signal, ...] = ("output",) if "mlp_output" in features.widths else ("input", "attention")
         self.sums: dict[str, Tensor] = {}
 
     def wants(self) -> Mapping[int, frozenset[Signal]]:
@@ -237,5 +242,5 @@ class AtHost:
 
 
 def _table(repairs: Sequence[Repair]) -> str:
-    rows = [f"{each.layer},{each.linear},{rounded(each.before)},{rounded(each.after)}" for each in repairs]
+    rows = [f"{each.layer},{' + '.join(each.linears)},{rounded(each.before)},{rounded(each.after)}" for each in repairs]
     return "\n".join(["layer,linear,residual_before,residual_after", *rows]) + "\n"

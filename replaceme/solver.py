@@ -13,8 +13,8 @@ from torch import Tensor
 from replaceme.errors import SolveError
 
 
-def solve_correction(gram: Tensor, cross: Tensor, ridge: float, constant: bool) -> Tensor:
-    """Solve ``(S + λ diag S) X = C``: the change of a linear's weights that a ridge in the features' own units allows.
+def solve_correction(gram: Tensor, cross: Tensor, ridge: Tensor) -> Tensor:
+    """Solve ``(S + Λ diag S) X = C``: the change of a linear's weights that a ridge in the features' own units allows.
 
     With residuals ``e`` of the present weights, ``C = Σ w gᵀe`` makes ``X`` the change toward least squares that is pulled
     back to no change; so the prior is whatever the present weights are.
@@ -22,8 +22,7 @@ def solve_correction(gram: Tensor, cross: Tensor, ridge: float, constant: bool) 
     Args:
         gram: ``S = Σ w gᵀg`` (k, k) float64, symmetric positive semi-definite.
         cross: ``C`` (k, d) float64.
-        ridge: λ, above 0.
-        constant: whether the last feature is a column of ones, which is not penalised.
+        ridge: (k,) float64, the diagonal of Λ: 0 for a column of ones, which is not penalised, above 0 for the others.
 
     Returns:
         X (k, d) float64; a feature that is always zero gets nothing.
@@ -31,23 +30,20 @@ def solve_correction(gram: Tensor, cross: Tensor, ridge: float, constant: bool) 
     Raises:
         SolveError: the sums are not finite, or the ridge is too small for them.
     """
-    # In units where every feature has a mean square of 1, the ridge is a multiple of the identity and the matrix well scaled.
+    # In units where every feature has a mean square of 1, the ridge is all that is added, and the matrix well scaled.
     diagonal = gram.diagonal()
     scale = torch.where(diagonal > 0, diagonal.rsqrt(), 0)
     scaled = gram * scale
     scaled *= scale[:, None]
-    penalty = torch.full_like(scale, ridge)
-    if constant:
-        penalty[-1] = 0
     # A feature of zeros has a row of zeros, which the ridge alone makes solvable.
-    scaled.diagonal().add_(penalty)
+    scaled.diagonal().add_(ridge.to(scaled))
     factor, failed = torch.linalg.cholesky_ex(scaled)
     if not bool(torch.isfinite(factor).all() & torch.isfinite(cross).all()):
         raise SolveError("dtype: the sums over the features are not finite; use float32 or bfloat16.")
     if failed:
         raise SolveError(
-            f"refit_ridge, repair_ridge_attention, repair_ridge_mlp: {ridge:g} leaves the least squares singular; raise it, or "
-            "dataset_size."
+            f"refit_ridge, repair_ridge_attention, repair_ridge_mlp: {float(ridge.max()):g} leaves the least squares singular; "
+            "raise it, or dataset_size."
         )
     del scaled
     return torch.cholesky_solve(cross * scale[:, None], factor).mul_(scale[:, None])

@@ -79,11 +79,15 @@ class AtCut:
 
 
 class Gram(AtCut):
-    """``MᵀM`` and ``MᵀY`` (d, d), and the scalars ``ΣY²``, ``ΣH²``, ``Σ(H − h_host)²`` and the number of tokens; float64."""
+    """``MᵀM`` and ``MᵀY`` (d, d), and the scalars ``ΣY²``, ``ΣH²``, ``Σ(H − h_host)²`` and the number of tokens; float64.
 
-    def __init__(self, block: Block):
+    With them goes the weight (d,) of the norm behind the host's MLP, where there is one.
+    """
+
+    def __init__(self, block: Block, norm: Tensor | None = None):
         super().__init__(block)
         self.sums: dict[str, Tensor] = {}
+        self.norm = {} if norm is None else {"norm": norm.cpu()}
 
     def take(self, added: Tensor, left: Tensor, target: Tensor, batch: Batch) -> None:
         M, H = added.double(), target.double()
@@ -100,7 +104,7 @@ class Gram(AtCut):
         add_up(self.sums, parts)
 
     def tensors(self) -> dict[str, Tensor]:
-        return {name: total.cpu() for name, total in self.sums.items()}
+        return {name: total.cpu() for name, total in self.sums.items()} | self.norm
 
 
 class Sample(AtCut):
@@ -221,7 +225,7 @@ class Place:
 
 
 STATISTICS: dict[str, Callable[[Place], Statistic]] = {
-    "gram": lambda place: Gram(place.block),
+    "gram": lambda place: Gram(place.block, place.family.norm_weight(place.host) if place.family.norm_after_mlp else None),
     "sample": lambda place: Sample(place.block, place.documents.token_count),
     "mlp_features": lambda place: FeatureGram(place.block, Features.of(place.host, place.family, ["mlp_output"])),
     "features": lambda place: FeatureGram(place.block, Features.of(place.host, place.family, LINEARS)),

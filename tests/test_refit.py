@@ -1,5 +1,6 @@
 """The host's last linears solved for anew, against plain ridge regressions in numpy."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from replaceme.documents import Documents
 from replaceme.edits import Edits
 from replaceme.errors import SolveError
-from replaceme.families import FAMILIES, PRE_NORM
+from replaceme.families import PRE_NORM, family_of, parameter_of
 from replaceme.features import LINEARS, Features
 from replaceme.methods import METHODS
 from replaceme.params import read_params
@@ -20,7 +21,7 @@ from replaceme.plan import Block
 from replaceme.solver import solve_correction, solve_ridge
 from replaceme.statistics import FeatureGram, take_statistics
 from replaceme.surgery import apply_edits
-from tests.conftest import WIDTH, made_model, passing
+from tests.conftest import PLAIN, WIDTH, made_model, passing
 
 BLOCK = Block(2, 4)
 
@@ -30,10 +31,13 @@ def at_cut(model: Any, documents: Documents) -> dict[str, np.ndarray]:
     return passing(model, BLOCK.host, documents) | {"H": passing(model, BLOCK.end - 1, documents)["output"]}
 
 
-def ridge(g: np.ndarray, r: np.ndarray, w: np.ndarray, prior: np.ndarray, size: float, constant: bool) -> np.ndarray:
-    """Return (Σ w gᵀg + λD)⁻¹ (Σ w gᵀr + λD prior), (features, d)."""
+def ridge(
+    g: np.ndarray, r: np.ndarray, w: np.ndarray, prior: np.ndarray, size: float | np.ndarray, constant: bool
+) -> np.ndarray:
+    """Return (Σ w gᵀg + λD)⁻¹ (Σ w gᵀr + λD prior), (features, d); λ is one, or one a feature."""
     S = (g.T * w) @ g
-    D = size * np.diag(np.diag(S))
+    # A feature that is always zero gets nothing.
+    D = np.diag(np.where(np.diag(S) > 0, size * np.diag(S), 1))
     if constant:
         D[-1, -1] = 0
     return np.linalg.solve(S + D, (g.T * w) @ r + D @ prior)
@@ -41,7 +45,7 @@ def ridge(g: np.ndarray, r: np.ndarray, w: np.ndarray, prior: np.ndarray, size: 
 
 def solved(model: Any, documents: Documents, **options: Any) -> tuple[Edits, dict[str, Any]]:
     params = read_params(None, options)
-    family = FAMILIES[model.config.model_type]
+    family = family_of(model.config)
     taken = take_statistics(model, family, documents, BLOCK, METHODS["lstsq"].statistics(params), 4)
     found = METHODS["lstsq"].solve(params, BLOCK, taken.__getitem__)
     return found.edits, found.figures
@@ -111,9 +115,9 @@ def test_an_infinite_ridge_leaves_the_weighted_transform_alone(transform: str) -
     assert found == pytest.approx(figures["weighted_residual_transform"], rel=1e-9)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_more_weights_never_fit_worse(family: str, documents: Documents) -> None:
-    model = made_model(family)
+@pytest.mark.parametrize("kind", PLAIN)
+def test_more_weights_never_fit_worse(kind: str, documents: Documents) -> None:
+    model = made_model(kind)
     residuals = []
     for transform in ("refit", "joint"):
         for size in (10.0, 0.3, 0.01):
@@ -138,7 +142,10 @@ def test_a_correction_is_the_minimum_of_its_objective(
     if constant:
         penalty[-1] = 0
     expected = np.linalg.lstsq(np.vstack([g, np.diag(penalty)]), np.vstack([e, np.zeros((g.shape[1], width))]), rcond=None)[0]
-    found = solve_correction(torch.from_numpy(g.T @ g), torch.from_numpy(g.T @ e), size, constant)
+    ridges = torch.full((g.shape[1],), size, dtype=torch.float64)
+    if constant:
+        ridges[-1] = 0
+    found = solve_correction(torch.from_numpy(g.T @ g), torch.from_numpy(g.T @ e), ridges)
     assert np.allclose(
         found.numpy() * np.linalg.norm(g, axis=0)[:, None], expected * np.linalg.norm(g, axis=0)[:, None], atol=1e-8
     )
@@ -146,25 +153,29 @@ def test_a_correction_is_the_minimum_of_its_objective(
 
 def test_a_feature_that_is_always_zero_gets_nothing() -> None:
     g = torch.tensor([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0]], dtype=torch.float64)
-    found = solve_correction(g.T @ g, g.T @ g[:, :1], 0.5, constant=False)
+    found = solve_correction(g.T @ g, g.T @ g[:, :1], torch.full((2,), 0.5))
     assert found.tolist() == [[pytest.approx(1 / 1.5)], [0.0]]
 
 
 def test_sums_that_are_not_finite_are_an_error() -> None:
     gram = torch.tensor([[float("nan")]], dtype=torch.float64)
     with pytest.raises(SolveError, match="dtype: the sums over the features are not finite"):
-        solve_correction(gram, gram, 0.3, constant=False)
+        solve_correction(gram, gram, torch.tensor([0.3]))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_layout_of_the_features_is_that_of_the_model(family: str) -> None:
-    layer = made_model(family).model.layers[0]
-    features = Features.of(layer, FAMILIES[family], LINEARS)
-    assert Features.from_tensor(features.as_tensor()) == features
-    biases = layer.mlp.down_proj.bias is not None or layer.self_attn.o_proj.bias is not None
-    assert len(features) == layer.self_attn.o_proj.in_features + 48 + biases
+@pytest.mark.parametrize("kind", PLAIN)
+def test_the_layout_of_the_features_is_that_of_the_model(kind: str) -> None:
+    model = made_model(kind)
+    family = family_of(model.config)
+    layer = family.decoder_layers(model)[0]
+    features = Features.of(layer, family, LINEARS)
+    assert replace(Features.from_tensor(features.as_tensor()), multiplier=family.multiplier) == features
+    linears = [family.linear_of(layer, linear) for linear in LINEARS]
+    biases = [getattr(linear, "bias", None) is not None for linear in linears]
+    widths = [parameter_of(linear, "weight").shape[1] for linear in linears]
+    assert len(features) == sum(widths) + any(biases)
     alone, place = features.only("mlp_output")
-    assert len(alone) == place.stop - place.start == 48 + (layer.mlp.down_proj.bias is not None)
+    assert len(alone) == place.stop - place.start == widths[1] + biases[1]
 
 
 def test_padding_and_the_size_of_a_batch_change_nothing(documents: Documents, tmp_path: Path) -> None:
@@ -176,7 +187,7 @@ def test_padding_and_the_size_of_a_batch_change_nothing(documents: Documents, tm
 def test_a_ridge_that_is_too_small_for_so_few_tokens_is_named() -> None:
     g = torch.randn(20, 60, dtype=torch.float64)
     with pytest.raises(SolveError, match="repair_ridge_mlp: 1e-18 leaves the least squares singular"):
-        solve_correction(g.T @ g, g.T @ g[:, :3], 1e-18, constant=False)
+        solve_correction(g.T @ g, g.T @ g[:, :3], torch.full((60,), 1e-18, dtype=torch.float64))
 
 
 def test_the_map_is_solved_from_exact_sums() -> None:

@@ -15,7 +15,8 @@ from replaceme.documents import Documents
 from replaceme.edits import Edits
 from replaceme.errors import ResourceError
 from replaceme.export import save_pruned
-from replaceme.families import FAMILIES
+from replaceme.families import PRE_NORM, family_of, parameter_of
+from replaceme.features import LINEARS
 from replaceme.methods import METHODS
 from replaceme.models import Model
 from replaceme.params import read_params
@@ -24,7 +25,7 @@ from replaceme.repair import Mender
 from replaceme.statistics import take_statistics
 from replaceme.surgery import apply_edits
 from replaceme.verification import verify_export
-from tests.conftest import LAYERS, made_model, passing
+from tests.conftest import LAYERS, PLAIN, made_model, passing
 from tests.test_refit import many_documents, ridge
 
 BLOCK = Block(2, 4)
@@ -33,7 +34,7 @@ BLOCK = Block(2, 4)
 def solved(model: Any, documents: Documents, blocks: tuple[Block, ...], **options: Any) -> tuple[Edits, Mender]:
     """Return the edits as the stages solve and repair make them."""
     params = read_params(None, {"batch_size": 4, **options})
-    family, method = FAMILIES[model.config.model_type], METHODS[params.method]
+    family, method = family_of(model.config), METHODS[params.method]
     plan = Plan(blocks, method.statistics(params))
     taken = take_statistics(model, family, documents, blocks[0], plan.statistics, 4)
     edits = method.solve(params, blocks[0], taken.__getitem__).edits
@@ -41,14 +42,18 @@ def solved(model: Any, documents: Documents, blocks: tuple[Block, ...], **option
     return edits, Mender(params, model, family, documents, edits, plan)
 
 
-def resolve(linear: Any, g: np.ndarray, error: np.ndarray, target: np.ndarray, size: float) -> None:
-    """Give a linear the weights that ridge regression toward its present ones finds."""
-    biased = linear.bias is not None
-    g = np.hstack([g, np.ones((len(g), 1))]) if biased else g
-    change = ridge(g, error, 1 / np.square(target).sum(1), np.zeros((g.shape[1], error.shape[1])), size, biased)
+def resolve(linears: list[Any], features: list[np.ndarray], error: np.ndarray, target: np.ndarray, sizes: list[float]) -> None:
+    """Give linears the weights that one ridge regression toward their present ones finds; the last one's bias with them."""
+    widths = [part.shape[1] for part in features]
+    biased = [linear for linear in linears if getattr(linear, "bias", None) is not None][-1:]
+    g = np.hstack([*features, *(np.ones((len(error), 1)) for _ in biased)])
+    size = np.concatenate([np.repeat(sizes, widths), *(np.zeros(1) for _ in biased)])
+    change = ridge(g, error, 1 / np.square(target).sum(1), np.zeros((g.shape[1], error.shape[1])), size, bool(biased))
+    parts = np.split(change, np.cumsum(widths))
     with torch.no_grad():
-        linear.weight += torch.from_numpy(change[: linear.in_features].T)
-        if biased:
+        for linear, part in zip(linears, parts, strict=False):
+            parameter_of(linear, "weight").add_(torch.from_numpy(part.T))
+        for linear in biased:
             linear.bias += torch.from_numpy(change[-1])
 
 
@@ -60,25 +65,31 @@ def same_weights(a: Any, b: Any, tolerance: float = 1e-3) -> bool:
 
 
 @pytest.mark.parametrize("method", ["lstsq", "uidl"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_each_kept_layer_is_resolved_on_what_the_shortened_model_feeds_it(family: str, method: str) -> None:
-    model, documents = made_model(family, torch.float64), many_documents()
+@pytest.mark.parametrize("kind", PLAIN)
+def test_each_kept_layer_is_resolved_on_what_the_shortened_model_feeds_it(kind: str, method: str) -> None:
+    model, documents = made_model(kind, torch.float64), many_documents()
     edits, mender = solved(model, documents, (BLOCK,), method=method, alpha=5.0, repair=True)
     expected = deepcopy(model)
-    apply_edits(expected, FAMILIES[family], edits)
+    family = family_of(model.config)
+    apply_edits(expected, family, edits)
     for layer in range(BLOCK.end, LAYERS):
         place = layer - len(BLOCK)
-        module, goal = expected.model.layers[place], passing(model, layer, documents)
+        module, goal = family.decoder_layers(expected)[place], passing(model, layer, documents)
+        attention, mlp = (family.linear_of(module, linear) for linear in LINEARS)
         now = passing(expected, place, documents)
-        resolve(module.self_attn.o_proj, now["A"], goal["middle"] - now["middle"], goal["middle"], 0.3)
+        if family.parallel:
+            resolve([attention, mlp], [now["A"], now["G"]], goal["output"] - now["output"], goal["output"], [0.3, 1.0])
+            continue
+        resolve([attention], [family.multiplier * now["A"]], goal["middle"] - now["middle"], goal["middle"], [0.3])
         now = passing(expected, place, documents)
-        resolve(module.mlp.down_proj, now["G"], goal["output"] - now["output"], goal["output"], 1.0)
+        resolve([mlp], [family.multiplier * now["G"]], goal["output"] - now["output"], goal["output"], [1.0])
     repairs, figures = mender.run()
-    apply_edits(model, FAMILIES[family], edits)
+    apply_edits(model, family, edits)
     assert same_weights(model, expected)
     assert figures == {}
-    assert [(each.layer, each.linear) for each in repairs] == [
-        (layer, linear) for layer in range(BLOCK.end, LAYERS) for linear in ("attention_output", "mlp_output")
+    steps = [LINEARS] if family.parallel else [(linear,) for linear in LINEARS]
+    assert [(each.layer, each.linears) for each in repairs] == [
+        (layer, linears) for layer in range(BLOCK.end, LAYERS) for linears in steps
     ]
     assert all(each.after < each.before for each in repairs)
     last = passing(model, LAYERS - 1 - len(BLOCK), documents)["output"]
@@ -99,24 +110,25 @@ def test_the_joint_fit_resolves_the_mlp_on_its_new_features() -> None:
     model, documents = made_model(dtype=torch.float64), many_documents()
     edits, mender = solved(model, documents, (BLOCK,), transform="joint", alpha=5.0)
     expected = deepcopy(model)
-    apply_edits(expected, FAMILIES["llama"], edits)
+    apply_edits(expected, PRE_NORM, edits)
     goal, now = passing(model, BLOCK.end - 1, documents), passing(expected, BLOCK.host, documents)
-    resolve(expected.model.layers[BLOCK.host].mlp.down_proj, now["G"], goal["output"] - now["output"], goal["output"], 0.3)
+    mlp = expected.model.layers[BLOCK.host].mlp.down_proj
+    resolve([mlp], [now["G"]], goal["output"] - now["output"], goal["output"], [0.3])
     repairs, _ = mender.run()
-    apply_edits(model, FAMILIES["llama"], edits)
+    apply_edits(model, PRE_NORM, edits)
     assert same_weights(model, expected)
-    assert [(each.layer, each.linear) for each in repairs] == [(BLOCK.host, "mlp_output")]
+    assert [(each.layer, each.linears) for each in repairs] == [(BLOCK.host, ("mlp_output",))]
 
 
 @pytest.mark.parametrize("host_only", [True, False])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_later_block_is_fitted_on_what_the_shortened_model_feeds_it(family: str, host_only: bool) -> None:
+@pytest.mark.parametrize("kind", PLAIN)
+def test_a_later_block_is_fitted_on_what_the_shortened_model_feeds_it(kind: str, host_only: bool) -> None:
     # The second block's host is the only layer between the two, or one of two.
     blocks = (Block(1, 2), Block(3, 5)) if host_only else (Block(1, 2), Block(4, 5))
-    model, documents = made_model(family, torch.float64), many_documents()
+    model, documents = made_model(kind, torch.float64), many_documents()
     edits, mender = solved(model, documents, blocks, alpha=5.0)
     expected = deepcopy(model)
-    apply_edits(expected, FAMILIES[family], Edits("", [1], dict(edits.transforms)))
+    apply_edits(expected, family_of(model.config), Edits("", [1], dict(edits.transforms)))
     host, H = blocks[1].host, passing(model, blocks[1].end - 1, documents)["output"]
     now = passing(expected, host - 1, documents)
     M, Z = now["M"], now["output"] - now["M"]
@@ -128,7 +140,7 @@ def test_a_later_block_is_fitted_on_what_the_shortened_model_feeds_it(family: st
     assert edits.removed_layers == [layer for block in blocks for layer in block.layers]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", PLAIN)
 @pytest.mark.parametrize(
     ("blocks", "options"),
     [
@@ -141,9 +153,9 @@ def test_a_later_block_is_fitted_on_what_the_shortened_model_feeds_it(family: st
     ],
 )
 def test_everything_that_is_repaired_is_exported_exactly(
-    family: str, blocks: tuple[Block, ...], options: dict[str, Any], save_tiny: Callable[..., Model], tmp_path: Path
+    kind: str, blocks: tuple[Block, ...], options: dict[str, Any], save_tiny: Callable[..., Model], tmp_path: Path
 ) -> None:
-    source, documents = save_tiny(family), many_documents(12)
+    source, documents = save_tiny(kind), many_documents(12)
     edits, mender = solved(source.load(), documents, blocks, alpha=1.0, **options)
     mender.run()
     save_pruned(source, edits, tmp_path)
@@ -157,7 +169,7 @@ def test_the_size_of_a_batch_changes_nothing(documents: Documents) -> None:
         model = made_model(dtype=torch.float64)
         edits, mender = solved(model, documents, (BLOCK,), alpha=5.0, repair=True, batch_size=size)
         mender.run()
-        apply_edits(model, FAMILIES["llama"], edits)
+        apply_edits(model, PRE_NORM, edits)
         found.append(model)
     assert same_weights(*found)
 
@@ -187,15 +199,15 @@ def test_a_later_joint_fit_comes_on_top_of_the_repaired_attention() -> None:
     edits, mender = solved(model, documents, blocks, alpha=5.0, transform="joint", repair=True)
     dense = deepcopy(model)
     repairs, figures = mender.run()
-    apply_edits(model, FAMILIES["llama"], edits)
+    apply_edits(model, PRE_NORM, edits)
     # Layer 2 is the second block's host; its place is 1, and its state is what the last repair of it left.
     now, H = passing(model, 1, documents)["output"], passing(dense, 4, documents)["output"]
     w = 1 / np.square(H).sum(1)
     left = np.sqrt((np.square(H - now).sum(1) * w).mean())
-    (host,) = [each for each in repairs if (each.layer, each.linear) == (2, "mlp_output")]
+    (host,) = [each for each in repairs if (each.layer, each.linears) == (2, ("mlp_output",))]
     assert host.after == pytest.approx(left, rel=1e-3)
     attention, _ = edits.corrections[2, "attention_output"]
-    (repaired,) = [each for each in repairs if (each.layer, each.linear) == (2, "attention_output")]
+    (repaired,) = [each for each in repairs if (each.layer, each.linears) == (2, ("attention_output",))]
     assert repaired.after < repaired.before
     assert attention.abs().max() > 0
     assert figures["block1"]["weighted_residual_joint"] < figures["block1"]["weighted_residual_transform"]

@@ -13,7 +13,7 @@ from replaceme.cut_loss import cut_losses
 from replaceme.documents import Documents
 from replaceme.edits import Edits
 from replaceme.errors import ParameterError, ResourceError
-from replaceme.families import FAMILIES, PRE_NORM
+from replaceme.families import PRE_NORM, family_of
 from replaceme.forward import walk
 from replaceme.methods import METHODS
 from replaceme.params import read_params
@@ -108,7 +108,7 @@ def test_a_scratch_disk_that_is_too_small_is_named(tmp_path: Path, monkeypatch: 
 def test_the_loss_of_a_cut_is_that_of_the_model_with_its_fold(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cut_loss, "TOKENS", 10_000)
     model, documents, block = made_model(family), made_documents(12), Block(2, 4)
-    description = FAMILIES[family]
+    description = family_of(model.config)
     weights = {name: weight.clone() for name, weight in model.state_dict().items()}
     (fitted,) = cut_losses(model, description, documents, [block], stand_in="map", batch_size=4)
     (bare,) = cut_losses(model, description, documents, [block], stand_in="nothing", batch_size=4)

@@ -7,19 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from replaceme.documents import Documents
 from replaceme.edits import Change, Edits
-from replaceme.errors import ModelError, VerificationError
+from replaceme.errors import ModelError, SolveError, VerificationError
 from replaceme.export import save_pruned
-from replaceme.families import FAMILIES, REFUSED, Linear, family_of
+from replaceme.families import FAMILIES, PRE_NORM, Family, Linear, family_of, parameter_of
 from replaceme.models import Model
+from replaceme.procrustes import polar
 from replaceme.surgery import apply_edits, cut_config, fold
 from replaceme.unfused import unfused
 from replaceme.verification import cache_error, verify_export, wrong_weights
-from tests.conftest import FAMILY_CONFIGS, LAYERS, WIDTH, made_model
+from tests.conftest import FAMILY_CONFIGS, KINDS, LAYERS, WIDTH, made_model, shortened_logits
 
 TEXT = torch.arange(2, 42)[None]
 
@@ -33,126 +33,136 @@ def edits_for(start: int, length: int) -> Edits:
     return Edits("test", list(range(start, start + length)), {start - 1: made_transform()})
 
 
-def corrected_for(start: int, length: int, model: Any) -> Edits:
-    """Return edits that also correct both linears of the host, and of the first layer behind the cut."""
+def edits_of(start: int, length: int, model: Any) -> Edits:
+    """Return edits with all that folds in the model's family.
+
+    That is a transform of the host, and corrections of both linears of the host and of the first layer behind the cut; behind a
+    norm or with experts a transform alone.
+    """
+    family = family_of(model.config)
     edits, generator = edits_for(start, length), torch.Generator().manual_seed(1)
+    layers = family.decoder_layers(model)
+    if family.norm_after_mlp:
+        rotation = polar(made_transform())
+        gains = torch.linspace(-0.5, 2, WIDTH, dtype=torch.float64)
+        edits.transforms[start - 1] = rotation * gains / family.norm_weight(layers[start - 1])[:, None]
+    if family.norm_after_mlp or family.experts:
+        return edits
     for layer in {start - 1, min(start + length, LAYERS - 1)} - {*edits.removed_layers}:
-        linears: dict[Linear, Any] = {
-            "attention_output": model.model.layers[layer].self_attn.o_proj,
-            "mlp_output": model.model.layers[layer].mlp.down_proj,
-        }
-        for linear, module in linears.items():
-            weight = 0.1 * torch.randn(module.weight.shape, generator=generator)
-            bias = None if module.bias is None else 0.1 * torch.randn(module.bias.shape, generator=generator)
+        linears: tuple[Linear, ...] = ("attention_output", "mlp_output")
+        for linear in linears:
+            module = family.linear_of(layers[layer], linear)
+            weight = 0.1 * torch.randn(parameter_of(module, "weight").shape, generator=generator)
+            bias = None if getattr(module, "bias", None) is None else 0.1 * torch.randn(WIDTH, generator=generator)
             edits.correct(layer, linear, weight, bias)
     return edits
 
 
-def corrected(added: torch.Tensor, features: torch.Tensor, edits: Edits, layer: int, linear: Linear) -> torch.Tensor:
-    weight, bias = edits.corrections.get((layer, linear), (None, None))
-    if weight is not None:
-        added = added + features @ weight.T.to(added.dtype)
-    return added if bias is None else added + bias.to(added.dtype)
-
-
-@torch.no_grad()
-def unfused_logits(model: Any, edits: Edits) -> torch.Tensor:
-    """Write the shortened model's forward pass out by hand: M T in the host, the block left out."""
-    base = model.model
-    states = base.embed_tokens(TEXT)
-    positions = torch.arange(TEXT.shape[1])[None]
-    rotary = base.rotary_emb(states, positions)
-    kinds = getattr(model.config, "layer_types", None) or ["full_attention"] * LAYERS
-    for index, layer in enumerate(base.layers):
-        if index in edits.removed_layers:
-            continue
-        window = (
-            model.config.sliding_window if kinds[index] == "sliding_attention" or model.config.model_type == "mistral" else None
+def norm_in_float64(model: Any, family: Family) -> None:
+    """Let the norms behind the MLPs compute in float64; the library's go through float32 whatever the model's dtype."""
+    for layer in family.decoder_layers(model):
+        norm = layer.get_submodule(family.mlp)
+        eps = getattr(norm, "eps", None) or norm.variance_epsilon
+        norm.forward = lambda x, norm=norm, eps=eps: (
+            x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * (norm.weight + family.norm_offset)
         )
-        distance = positions[0][:, None] - positions[0]
-        visible = (distance >= 0) & (distance < (window or TEXT.shape[1]))
-        features: list[torch.Tensor] = []
-        modules = layer.self_attn.o_proj, layer.mlp.down_proj
-        hooks = [module.register_forward_pre_hook(lambda _, args, kept=features: kept.append(args[0])) for module in modules]
-        inner = layer.input_layernorm(states)
-        added = layer.self_attn(inner, position_embeddings=rotary, attention_mask=visible[None, None])[0]
-        states = states + corrected(added, features[0], edits, index, "attention_output")
-        added = layer.mlp(layer.post_attention_layernorm(states))
-        if index in edits.transforms:
-            added = (added.double() @ edits.transforms[index]).to(added.dtype)
-        states = states + corrected(added, features[1], edits, index, "mlp_output")
-        for hook in hooks:
-            hook.remove()
-    return model.lm_head(base.norm(states))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-9)])
 @pytest.mark.parametrize("length", [1, 3])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_folded_model_equals_unfused_computation_for_every_start(
-    family: str, length: int, dtype: torch.dtype, tolerance: float
+    kind: str, length: int, dtype: torch.dtype, tolerance: float
 ) -> None:
     for start in range(1, LAYERS - length + 1):
-        model = made_model(family, dtype)
-        edits = corrected_for(start, length, model)
-        expected = unfused_logits(model, edits)
-        with torch.no_grad(), unfused(model, FAMILIES[family], edits):
+        model = made_model(kind, dtype)
+        family, edits = family_of(model.config), edits_of(start, length, model)
+        if family.norm_after_mlp and dtype == torch.float64:
+            norm_in_float64(model, family)
+        expected = shortened_logits(model, edits, TEXT)
+        assert (model(TEXT, use_cache=False).logits - expected).norm() > 1e-2 * expected.norm()
+        with torch.no_grad(), unfused(model, family, edits):
             hooked = model(TEXT, use_cache=False).logits
-        apply_edits(model, FAMILIES[family], edits)
+        apply_edits(model, family, edits)
         with torch.no_grad():
             found = model(TEXT, use_cache=False).logits
         for logits in (hooked, found):
             assert (logits - expected).norm() / expected.norm() < tolerance, f"start {start}"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_saved_model_is_plain_and_gives_the_same_logits_and_uses_its_cache(
-    family: str, save_tiny: Callable[..., Model], tmp_path: Path
+    kind: str, save_tiny: Callable[..., Model], tmp_path: Path
 ) -> None:
-    source, edits = save_tiny(family), edits_for(2, 2)
-    expected = unfused_logits(source.load(), edits)
-    save_pruned(source, edits, tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    assert type(loaded) is type(source.load())
-    assert loaded.config.num_hidden_layers == len(loaded.model.layers) == LAYERS - 2
+    source = save_tiny(kind)
+    dense = source.load()
+    for start, length in ((1, 1), (2, 3), (LAYERS - 2, 2)):
+        edits, folder = edits_of(start, length, dense), tmp_path / f"{start}-{length}"
+        expected = shortened_logits(dense, edits, TEXT)
+        save_pruned(source, edits, folder)
+        loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
+        assert type(loaded) is type(dense)
+        layers = family_of(loaded.config).decoder_layers(loaded)
+        assert loaded.config.num_hidden_layers == len(layers) == LAYERS - length
+        with torch.no_grad():
+            assert torch.allclose(loaded(TEXT).logits, expected, rtol=1e-4, atol=1e-4)
+        assert cache_error(loaded, TEXT[0]) < 1e-4
+        embeddings = [each.weight.data_ptr() for each in (loaded.get_input_embeddings(), loaded.get_output_embeddings())]
+        assert (embeddings[0] == embeddings[1]) == loaded.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pruned_model_can_be_pruned_again(kind: str, save_tiny: Callable[..., Model], tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    source = save_tiny(kind)
+    save_pruned(source, edits_of(1, 2, source.load()), first)
+    once = Model(first, "first").load()
+    edits = edits_of(2, 1, once)
+    expected = shortened_logits(once, edits, TEXT)
+    save_pruned(Model(first, "first"), edits, second)
+    loaded = Model(second, "second").load()
+    assert loaded.config.num_hidden_layers == LAYERS - 3
     with torch.no_grad():
         assert torch.allclose(loaded(TEXT).logits, expected, rtol=1e-4, atol=1e-4)
     assert cache_error(loaded, TEXT[0]) < 1e-4
-    assert loaded.model.embed_tokens.weight.data_ptr() == loaded.lm_head.weight.data_ptr()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_pruned_model_can_be_pruned_again(family: str, save_tiny: Callable[..., Model], tmp_path: Path) -> None:
-    first, second = tmp_path / "first", tmp_path / "second"
-    save_pruned(save_tiny(family), edits_for(1, 2), first)
-    save_pruned(Model(first, "first"), edits_for(2, 1), second)
-    loaded = Model(second, "second").load()
-    assert len(loaded.model.layers) == LAYERS - 3
-    assert cache_error(loaded, TEXT[0]) < 1e-4
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_list_with_an_entry_a_layer_is_cut(kind: str) -> None:
+    model = made_model(kind)
+    family, removed = family_of(model.config), [1, 2, 4]
+    before = {name: value for name, value in model.config.to_dict().items() if isinstance(value, list) and len(value) == LAYERS}
+    # Indices of layers are no entry a layer, whatever their number.
+    assert before.keys() - family.layer_indices == set(family.per_layer) & model.config.to_dict().keys()
+    cut_config(model.config, family, removed)
+    after = model.config.to_dict()
+    for name, entries in before.items():
+        assert after[name] == [entry for layer, entry in enumerate(entries) if layer not in removed]
+    assert model.config.num_hidden_layers == LAYERS - len(removed)
 
 
 def test_fold_transforms_the_output_of_a_biased_linear() -> None:
-    linear, transform = nn.Linear(7, WIDTH, dtype=torch.float64), made_transform()
-    inputs = torch.randn(5, 7, dtype=torch.float64)
+    layer, transform = made_model(dtype=torch.float64).model.layers[0], made_transform()
+    linear, inputs = layer.mlp.down_proj, torch.randn(5, 48, dtype=torch.float64)
     expected = linear(inputs) @ transform
-    fold(linear, Change(transform))
+    fold(PRE_NORM, layer, "mlp_output", Change(transform))
     assert torch.allclose(linear(inputs), expected, rtol=1e-12)
 
 
 def test_a_model_computes_with_edits_for_a_while_and_is_whole_again_afterwards() -> None:
     model = made_model()
     before = model(TEXT).logits
-    with unfused(model, FAMILIES["llama"], corrected_for(2, 2, model)):
+    with unfused(model, PRE_NORM, edits_of(2, 2, model)):
         assert not torch.allclose(model(TEXT).logits, before)
     assert torch.equal(model(TEXT).logits, before)
 
 
 def test_edits_are_read_as_they_were_saved_and_corrections_add_up(tmp_path: Path) -> None:
-    edits = corrected_for(2, 2, made_model())
+    edits = edits_of(2, 2, made_model())
     edits.correct(1, "mlp_output", torch.ones(WIDTH, 48))
     edits.correct(0, "attention_output", torch.ones(WIDTH, WIDTH), torch.ones(WIDTH))
     edits.save(tmp_path)
-    found, whole = Edits.load(tmp_path), corrected_for(2, 2, made_model()).corrections[1, "mlp_output"]
+    found, whole = Edits.load(tmp_path), edits_of(2, 2, made_model()).corrections[1, "mlp_output"]
     assert (found.title, found.removed_layers, found.changes().keys()) == ("test", [2, 3], edits.changes().keys())
     assert torch.equal(found.transforms[1], made_transform())
     assert torch.equal(found.corrections[1, "mlp_output"][0], whole[0] + 1)
@@ -162,51 +172,50 @@ def test_edits_are_read_as_they_were_saved_and_corrections_add_up(tmp_path: Path
 
 
 def test_identity_transform_changes_no_bit() -> None:
-    linear = nn.Linear(7, WIDTH, dtype=torch.bfloat16)
-    before = linear.weight.clone()
-    fold(linear, Change(torch.eye(WIDTH, dtype=torch.float64)))
-    assert torch.equal(linear.weight, before)
+    layer = made_model(dtype=torch.bfloat16).model.layers[0]
+    before = layer.mlp.down_proj.weight.clone()
+    fold(PRE_NORM, layer, "mlp_output", Change(torch.eye(WIDTH, dtype=torch.float64)))
+    assert torch.equal(layer.mlp.down_proj.weight, before)
 
 
 def test_every_module_knows_its_new_position() -> None:
     model = made_model()
-    apply_edits(model, FAMILIES["llama"], edits_for(2, 2))
+    apply_edits(model, PRE_NORM, edits_for(2, 2))
     assert [layer.self_attn.layer_idx for layer in model.model.layers] == list(range(LAYERS - 2))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_no_config_list_keeps_an_entry_of_a_removed_layer(family: str) -> None:
-    config = made_model(family, layers=7).config
-    config.layer_types = getattr(config, "layer_types", None) or ["full_attention"] * 7
-    lists = {key for key, value in config.to_dict().items() if isinstance(value, list) and len(value) == 7}
-    assert "layer_types" in lists
-    cut_config(config, FAMILIES[family], [2, 3])
-    assert all(len(getattr(config, key)) == 5 for key in lists)
-    assert config.num_hidden_layers == 5
 
 
 def test_layer_types_and_window_bound_stay_with_their_layers() -> None:
     config = made_model("qwen2").config  # layers 3 to 5 have a sliding window
-    cut_config(config, FAMILIES["qwen2"], [1, 2])
+    cut_config(config, family_of(config), [1, 2])
     assert config.layer_types == ["full_attention"] + ["sliding_attention"] * 3
     assert config.max_window_layers == 1
 
 
-@pytest.mark.parametrize("family", REFUSED)
-def test_families_without_an_exact_fold_are_refused_with_the_reason(family: str) -> None:
-    class Config:
-        model_type = family
+@pytest.mark.parametrize(
+    ("kind", "options", "said"),
+    [
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "a cut would change the scale of its attention"),
+        ("opt", {"do_layer_norm_before": False}, "it normalises the residual stream itself"),
+    ],
+)
+def test_a_form_that_no_cut_leaves_exact_is_refused(kind: str, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ModelError, match=f"this model of the family '{kind}' is refused: {said}"):
+        family_of(AutoConfig.for_model(kind, **options))
 
-    with pytest.raises(ModelError, match=f"the family '{family}' is refused: "):
-        family_of(Config())
+
+def test_a_map_that_does_not_fold_behind_a_norm_is_an_error() -> None:
+    model = made_model("gemma2")
+    for transform in (made_transform(), torch.zeros(WIDTH, WIDTH, dtype=torch.float64)):
+        with pytest.raises(SolveError, match="does not fold behind the norm that follows the MLP; use transform: orthogonal"):
+            apply_edits(model, family_of(model.config), Edits("test", [2], {1: transform}))
 
 
-def test_a_family_that_nobody_described_is_refused() -> None:
-    class Config:
-        model_type = "mamba"
-
-    with pytest.raises(ModelError, match="the family 'mamba' is not described yet; supported are llama, mistral, qwen2, qwen3"):
-        family_of(Config())
+def test_a_pattern_of_sparse_layers_stays_with_its_layers() -> None:
+    model = made_model("qwen2_moe")  # experts in layers 1 and 5: every second one but 3
+    apply_edits(model, family_of(model.config), Edits("test", [0, 2]))
+    assert model.config.mlp_only_layers == [1, 2]
+    again = AutoModelForCausalLM.from_config(model.config)
+    assert [hasattr(layer.mlp, "experts") for layer in again.model.layers] == [True, False, False, True]
 
 
 def test_every_described_family_is_tested() -> None:
@@ -218,7 +227,7 @@ def test_verification_passes_an_honest_export(
     save_tiny: Callable[..., Model], tmp_path: Path, documents: Documents, dtype: torch.dtype
 ) -> None:
     source = save_tiny(dtype=dtype)
-    edits = corrected_for(2, 2, source.load())
+    edits = edits_of(2, 2, source.load())
     save_pruned(source, edits, tmp_path)
     figures = verify_export(source, Model(tmp_path, "pruned"), edits, documents)
     assert 0 < figures["hidden_error_mean"] < figures["tolerance"]
@@ -250,7 +259,7 @@ def test_verification_knows_subnormal_weights(save_tiny: Callable[..., Model], t
     edits = edits_for(2, 2)
     save_pruned(source, edits, tmp_path)
     dense, pruned = source.load(), Model(tmp_path, "pruned").load()
-    assert wrong_weights(dense, pruned, FAMILIES["llama"], edits) == []
+    assert wrong_weights(dense, pruned, PRE_NORM, edits) == []
 
 
 def test_verification_does_not_follow_the_models_generation_config(
@@ -285,6 +294,6 @@ def test_verification_fails_a_config_that_changes_the_layers_behind_the_cut(
 
 def test_verification_fails_where_the_cache_is_addressed_wrongly(tiny: Model, tmp_path: Path) -> None:
     model = tiny.load()
-    apply_edits(model, FAMILIES["llama"], edits_for(2, 2))
+    apply_edits(model, PRE_NORM, edits_for(2, 2))
     model.model.layers[2].self_attn.layer_idx = 1
     assert cache_error(model, TEXT[0]) > 1e-2

@@ -36,7 +36,7 @@ def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
         transform, of_ridge = solution.transform, _dense_figures(solution, params.alpha)
         ridge_path = _ridge_path(solution, sums)
     else:
-        transform = closed_form(sums["gram"], sums["cross"], params.alpha, structure)
+        transform = closed_form(sums["gram"], sums["cross"], params.alpha, structure, sums.get("norm"))
         of_ridge = _structured_figures(transform, sums, params.alpha, structure)
     fit = fit_quality(transform, sums, sample) | of_ridge
     logger.info(
@@ -72,7 +72,7 @@ def _dense_figures(solution: RidgeSolution, alpha: float) -> dict[str, Any]:
 def _structured_figures(transform: Tensor, sums: Mapping[str, Tensor], alpha: float, structure: Structure) -> dict[str, Any]:
     figures: dict[str, Any] = ridge_figures(torch.linalg.eigvalsh(sums["gram"]), alpha)
     try:
-        plain = closed_form(sums["gram"], sums["cross"], 0.0, structure) if alpha else transform
+        plain = closed_form(sums["gram"], sums["cross"], 0.0, structure, sums.get("norm")) if alpha else transform
     except SolveError:  # without the ridge there is no one solution to be far from
         return figures
     return figures | {"distance_from_alpha_zero": float((transform - plain).norm() / plain.norm())}
