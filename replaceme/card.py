@@ -1,23 +1,44 @@
-"""The model card of a pruned model: what was done to which model, and how to do it again. No paths, no secrets."""
+"""The model card of a pruned model: what was done to which model, what it cost, and how to do it again.
 
-from pathlib import Path
+No paths, no secrets. The scores are known only after the export: ``replaceme.publish`` adds them.
+"""
+
+from collections.abc import Sequence
 from typing import Any
 
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.repocard import metadata_load
+
+from replaceme import __version__
 from replaceme.combinations import EFFECTS, has_effect
 from replaceme.edits import Edits
 from replaceme.families import Linear
-from replaceme.models import Model
+from replaceme.models import CARD, Model
 from replaceme.params import Params
+from replaceme.progress import logger
+from replaceme.settings import settings_yaml
 
-# The settings that say what was done; the others say where and how it was computed.
+# The settings that the model came from, and those of its scores; the others say where it was computed.
 SETTINGS = (
-    "method", "revision", "use_4bit", "dataset", "dataset_config", "dataset_split", "dataset_column", "dataset_revision",
-    "dataset_size", "max_length", "pack", "seed", "batch_size", "dtype", "selection", "layers_to_skip", "min_distance_layer",
-    "max_distance_layer", "num_A", "merge_consecutive", "transform", "alpha", "repair", *EFFECTS,
+    "method", "model_path", "revision", "trust_remote_code", "use_4bit", "dataset", "dataset_config", "dataset_split",
+    "dataset_column", "dataset_revision", "dataset_size", "max_length", "pack", "seed", "batch_size", "dtype", "threads",
+    "selection", "layers_to_skip", "min_distance_layer", "max_distance_layer", "num_A", "merge_consecutive", "transform",
+    "alpha", "repair", *EFFECTS,
 )  # fmt: skip
+SCORING = ("tasks", "eval_tokens", "eval_batch_size", "eval_dtype")
+# What the dense model's own card says of it that holds for the pruned one too.
+INHERITED = ("license", "license_name", "license_link", "language")
 
 
-def model_card(params: Params, source: Model, edits: Edits, solved: dict[str, Any]) -> str:
+def model_card(
+    params: Params,
+    source: Model,
+    edits: Edits,
+    solved: dict[str, Any],
+    scores: str = "",
+    results: Sequence[EvalResult] = (),
+) -> str:
     """Return the README.md of a pruned model's folder.
 
     Args:
@@ -25,22 +46,51 @@ def model_card(params: Params, source: Model, edits: Edits, solved: dict[str, An
         source: the dense model.
         edits: what was changed.
         solved: the figures of metrics/solve.json.
+        scores: what it scores, as Markdown; empty while that isn't known.
+        results: the same for the hub.
     """
-    removed = edits.removed_layers
-    layers = int(source.config().num_hidden_layers)
+    removed, layers = edits.removed_layers, int(source.config().num_hidden_layers)
+    title = f"{source.name} without {len(removed)} of its {layers} layers"
+    parts = ["---", _metadata(source, title, results), "---", "", f"# {title}", "", *_changes(source, edits, solved)]
+    if scores:
+        parts += ["", "## Scores", "", scores]
+    return "\n".join([*parts, "", "## How to reproduce", "", *_reproduction(params, source, bool(scores))])
+
+
+def _metadata(source: Model, title: str, results: Sequence[EvalResult]) -> str:
+    """Return the card's YAML block, which the hub reads."""
+    known = _own_metadata(source)
+    return ModelCardData(
+        # The hub knows a local copy by what its card says that it comes from.
+        base_model=source.name if source.commit else known.get("base_model"),
+        **{key: known.get(key) for key in INHERITED},
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["pruned", "depth-pruning", "replaceme"],
+        model_name=title if results else None,
+        eval_results=list(results) or None,
+    ).to_yaml()
+
+
+def _own_metadata(source: Model) -> dict[str, Any]:
+    """Return what the dense model's own card says in its YAML block; nothing where there is none."""
+    try:
+        known = metadata_load(source.folder / CARD) or {}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, yaml.YAMLError):
+        logger.warning(
+            "model_path: the YAML block of %s's %s can't be read; its licence is not carried over", source.name, CARD
+        )
+        return {}
+    return {key: value for key, value in known.items() if value and isinstance(value, str | list)}
+
+
+def _changes(source: Model, edits: Edits, solved: dict[str, Any]) -> list[str]:
+    """Return the sentences that say what was removed, and what took its place."""
+    commit = f" (commit {source.commit})" if source.commit else ""
     lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        *([f"base_model: {source.name}"] if source.commit else []),
-        "tags: [pruned, depth-pruning, replaceme]",
-        "---",
-        "",
-        f"# {source.name} without {len(removed)} of its {layers} layers",
-        "",
-        f"Layers {_runs(removed)} (counted from 0) were removed from `{source.name}`"
-        + (f" (commit {source.commit})" if source.commit else "")
-        + f" with {edits.title}.",
+        f"Layers {_runs(edits.removed_layers)} (counted from 0) were removed from `{source.name}`{commit} with {edits.title}."
     ]
     if edits.transforms:
         hosts = ", ".join(map(str, sorted(edits.transforms)))
@@ -56,13 +106,27 @@ def model_card(params: Params, source: Model, edits: Edits, solved: dict[str, An
         if key in solved:
             where = "the first cut" if len(edits.transforms) > 1 else "the cut"
             lines += ["", f"Relative residual of the fit at {where}: {solved[key]:.4g}."]
-    # A user's own file is named without its folder.
-    shown = [key for key in SETTINGS if has_effect(key, params.model_dump())]
-    settings = {key: value for key in shown if (value := getattr(params, key)) is not None}
-    file = Path(params.dataset).expanduser()
-    settings["dataset"] = file.name if file.exists() else params.dataset
-    lines += ["", "## Settings", "", "```yaml", *(f"{key}: {_scalar(value)}" for key, value in settings.items()), "```", ""]
-    return "\n".join(lines)
+    return lines
+
+
+def _reproduction(params: Params, source: Model, scored: bool) -> list[str]:
+    """Return the settings as a file that every console script takes, and the commands."""
+    if source.commit:
+        params = params.model_copy(update={"revision": source.commit})
+    values = params.model_dump()
+    keys = [
+        key
+        for key in (*SETTINGS, *(SCORING if scored else ()))
+        if has_effect(key, values) and (values[key] is not None or Params.model_fields[key].default is not None)
+    ]
+    return [
+        f"With replaceme-dvc {__version__}, save these settings as `settings.yaml` (a local file or folder stands there by its "
+        "own name):",
+        "", "```yaml", settings_yaml(params, keys).rstrip(), "```", "",
+        "```bash", "run_replaceme --config settings.yaml", "```", "",
+        "Or set them in the pipeline's `params.yaml`, and `dvc repro`.",
+        "",
+    ]  # fmt: skip
 
 
 def _runs(layers: list[int]) -> str:
@@ -74,7 +138,3 @@ def _runs(layers: list[int]) -> str:
         else:
             runs.append([layer, layer])
     return ", ".join(str(first) if first == last else f"{first}–{last}" for first, last in runs)
-
-
-def _scalar(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -11,19 +11,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from replaceme.entry import run
+from replaceme.entry import Parser, run
 from replaceme.errors import ParameterError
 from replaceme.evaluation.comparison import align, comparison_table, scores_table
 from replaceme.evaluation.requests import Requests
 from replaceme.evaluation.scores import score_model
 from replaceme.evaluation.tasks import task_fingerprints
-from replaceme.files import new_folder, read_json, rounded, write_json
+from replaceme.files import new_folder, read_json, rounded, write_json, write_text
 from replaceme.fingerprints import sha256_below
 from replaceme.inputs import identity, inspect_inputs
 from replaceme.methods import METHODS
-from replaceme.models import Model, find_model, recorded_model
+from replaceme.models import CARD, Model, find_model, recorded_model
 from replaceme.params import Params, nearest, parse_value, read_params
 from replaceme.progress import logger
+from replaceme.publish import card_of
 from replaceme.published import PUBLISHED_KEYS
 from replaceme.report.page import SETTINGS_FILE, render
 from replaceme.selection import allowed_starts, smallest
@@ -91,11 +92,12 @@ def _prune(params: Params) -> None:
     run_steps(params, work, ["export"])
     _record(work)
     logger.info("the pruned model is in %s, its figures in %s", work.model, work.root / "metrics")
-    if not params.tasks:
-        return
-    if "evaluate" not in run_steps(params, work, ["baseline", "evaluate", "report"]):
-        print(comparison_table(read_json(work.metric("evaluation"))))
-    logger.info("the report is %s", work.report / "index.html")
+    if params.tasks:
+        if "evaluate" not in run_steps(params, work, ["baseline", "evaluate", "report"]):
+            print(comparison_table(read_json(work.metric("evaluation"))))
+        logger.info("the report is %s", work.report / "index.html")
+    write_text(work.model / CARD, card_of(params, work))
+    _record(work)
 
 
 def _evaluate(params: Params) -> None:
@@ -131,7 +133,7 @@ def _measure(params: Params) -> None:
 
 def _result_of(params: Params) -> Workspace:
     """Return the place of a result that is there already: the pipeline's, or a console script's."""
-    if params.save_path is None and (work := Workspace()).model.is_dir():
+    if params.save_path in (None, "artifacts/model") and (work := Workspace()).model.is_dir():
         return work
     work = _place_of(params, f"{params.method}-{params.layers_to_skip}")
     if not work.model.is_dir() or not work.model_input.is_file():
@@ -238,11 +240,6 @@ def _result_record(work: Workspace) -> Path:
     return work.root / "result.json"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ParameterError(f"command line: {message}.")
-
-
 def _main(action: Callable[[Params], None], description: str, **fixed: Any) -> NoReturn:
     arguments = sys.argv[1:]
 
@@ -258,7 +255,7 @@ def _main(action: Callable[[Params], None], description: str, **fixed: Any) -> N
 
 def _parse(arguments: Sequence[str], description: str) -> tuple[Path | None, dict[str, Any]]:
     """Return the config file and the overrides of a command line."""
-    parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of parameters")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     for name, field in Params.model_fields.items():

@@ -50,6 +50,10 @@ MODELS = {
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     )
 }
+# The packaged file comes without its card; what the pruned model's is to say of licence and origin.
+CARDS = {
+    "smollm2-135m-instruct": "---\nbase_model: HuggingFaceTB/SmolLM2-135M-Instruct\nlicense: apache-2.0\nlanguage: [en]\n---\n",
+}
 WIKIPEDIA = PackagedFile(
     GENSIM,
     "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
@@ -76,6 +80,8 @@ def model_folder(name: str) -> Path:
         if not folder.is_dir():
             with _fetched(MODELS[name]) as gguf, new_folder(folder) as partial:
                 _convert_gguf(gguf, partial)
+        if not (folder / "README.md").is_file():
+            write_text(folder / "README.md", CARDS[name])
     return folder
 
 

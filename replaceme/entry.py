@@ -3,11 +3,13 @@
 Exit codes: 0 done, 2 something for the user to mend, 1 a defect of ours, 130 interrupted.
 """
 
+import argparse
 import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NoReturn
 
 from replaceme.errors import ParameterError, ReplaceMeError, ResourceError, resource_failure
 from replaceme.params import Params, read_params
@@ -16,6 +18,13 @@ from replaceme.workspace import Workspace
 
 PARAMS_FILE = Path("params.yaml")
 DEBUG_VARIABLE = "REPLACEME_DEBUG"
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line's parser that says a mistake in a sentence, as for a parameter."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ParameterError(f"command line: {message}.")
 
 
 def run(action: Callable[[], None], debug: bool = False) -> int:

@@ -24,7 +24,7 @@ RATIO = " perplexity"
 RETENTION, REMOVED = "retention_percent", "parameters.removed_percent"
 SHORT = {"alpha": "α", "layers_to_skip": "layers"}
 # Where a run was computed says nothing about what came out.
-NO_SETTING = ("save_path", "save_transform_only", "device")
+NO_SETTING = ("save_path", "save_transform_only", "device", "device_map")
 
 
 def compare_experiments() -> NoReturn:

@@ -13,7 +13,7 @@ from replaceme.compute import use_threads
 from replaceme.documents import Documents
 from replaceme.edits import Edits
 from replaceme.files import new_folder, read_json, rounded, write_json, write_text
-from replaceme.models import COPIED_FILES, Model, parameter_count, recorded_model
+from replaceme.models import CARD, COPIED_FILES, Model, parameter_count, recorded_model
 from replaceme.params import Params
 from replaceme.progress import logger
 from replaceme.surgery import apply_edits, broken_patterns
@@ -33,7 +33,7 @@ def export(params: Params, work: Workspace) -> None:
     source, edits = recorded_model(params, work.model_input), Edits.load(work.edits)
     with new_folder(work.model) as folder:
         counts = save_pruned(source, edits, folder)
-        write_text(folder / "README.md", model_card(params, source, edits, read_json(work.metric("solve"))))
+        write_text(folder / CARD, model_card(params, source, edits, read_json(work.metric("solve"))))
         pruned = Model(folder, folder.name, trust_remote_code=source.trust_remote_code)
         figures = verify_export(source, pruned, edits, Documents.load(work.documents))
         broken = broken_patterns(pruned.config(), source.family())

@@ -104,6 +104,11 @@ def parameter_of(layer: nn.Module, name: str) -> Tensor:
     return parameter.T if isinstance(owner, Conv1D) and parameter.ndim == 2 else parameter
 
 
+def inputs_of(linear: nn.Module) -> int:
+    """Return the number of a linear's inputs; a 4-bit weight is packed, so that its shape says nothing."""
+    return int(linear.nx) if isinstance(linear, Conv1D) else int(linear.in_features)  # type: ignore[arg-type]
+
+
 def decoder_of(model: nn.Module) -> nn.Module:
     """Return the model without its language-model head: it gives hidden states and computes no logits."""
     return model.get_submodule(str(model.base_model_prefix))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from replaceme.edits import Edits
-from replaceme.families import Family, Linear, parameter_of
+from replaceme.families import Family, Linear, inputs_of
 from replaceme.forward import Signal
 
 LINEARS: tuple[Linear, ...] = ("attention_output", "mlp_output")
@@ -39,7 +39,7 @@ class Features:
         modules = {linear: family.linear_of(layer, linear) for linear in LINEARS if linear in linears}
         # Two biases add to the same states: one of them is enough.
         biased = [linear for linear, module in modules.items() if getattr(module, "bias", None) is not None]
-        widths = {linear: parameter_of(module, "weight").shape[1] for linear, module in modules.items()}
+        widths = {linear: inputs_of(module) for linear, module in modules.items()}
         return cls(widths, biased[-1] if biased else None, family.multiplier)
 
     @classmethod

@@ -156,7 +156,8 @@ class _Tap:
     def _take(self, layer: int, signal: Signal, states: Tensor) -> None:
         assert self.batch is not None
         # Some layers and most experts see all tokens in one row.
-        self.seen[signal] = states.reshape(*self.batch.input_ids.shape, -1)
+        # The layers of a large model may be on several devices: observers see all states on one.
+        self.seen[signal] = states.reshape(*self.batch.input_ids.shape, -1).to(self.batch.input_ids.device)
         if len(self.seen) < len(self.wanted[layer]):
             return
         seen, self.seen = self.seen, {}

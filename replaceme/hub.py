@@ -1,25 +1,30 @@
-"""Everything that talks to a model hub: is it there, which commit does a name mean, and the files of that commit.
+"""Everything that talks to a model hub: is it there, which commit does a name mean, the files of that commit, and new ones.
 
 The hub's client retries for half a minute when there is no network, so a short probe comes first.
 """
 
 import functools
+import os
 import re
 import socket
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlparse
 from urllib.request import getproxies, proxy_bypass
 
-from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub import CommitOperationAdd, HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 
-from replaceme.errors import DatasetError, ModelError, ReplaceMeError, resource_failure
+from replaceme.errors import DatasetError, ModelError, ParameterError, ReplaceMeError, ResourceError, resource_failure
 from replaceme.progress import logger
 
 PROBE_SECONDS = 5.0
@@ -109,6 +114,49 @@ def dataset_commit(name: str, config: str | None, what: str) -> str:
             f"{what} needs the dataset {name}, the hub can't be reached, and the cache has no copy; offline, use the embedded "
             "tasks or a .txt or .jsonl file."
         ) from None
+
+
+def upload(name: str, files: Mapping[str, Path | bytes], private: bool) -> str:
+    """Put files into a model repository in one commit, make it where it isn't there, and return its address.
+
+    Args:
+        name: user/name.
+        files: path in the repository → file, or content.
+        private: whether nobody else may see it.
+
+    Raises:
+        ParameterError: no name of a repository, no token, no right to write there, or it is public and should not be.
+        ResourceError: the hub can't be reached, or fails.
+    """
+    try:
+        validate_repo_id(name)
+        named = "/" in name
+    except HFValidationError:
+        named = False
+    if not named:
+        raise ParameterError(f"repo_id: '{name}' can't be a repository; give user/name, of letters, digits, '-', '_' and '.'.")
+    token = os.environ.get("HF_TOKEN", "").strip()
+    if not token:
+        raise ParameterError("HF_TOKEN: is not set; put a token with the right to write into this environment variable.")
+    if not reachable():
+        raise ResourceError(f"repo_id: the hub can't be reached, so nothing was put into {name}; try again when it is there.")
+    api = HfApi(token=token)
+    operations = [CommitOperationAdd(path, content) for path, content in sorted(files.items())]
+    try:
+        url = str(api.create_repo(name, private=private or None, exist_ok=True))
+        if private and not api.repo_info(name).private:
+            raise ParameterError(f"private: {name} is there already and public; make it private on the hub, or choose another.")
+        api.create_commit(name, operations, commit_message="Pruned model")
+    except HfHubHTTPError as failure:
+        if failure.response.status_code in (401, 403):
+            raise ParameterError(f"HF_TOKEN: the hub lets this token not write to {name}; use one that may.") from failure
+        reason = failure.server_message or type(failure).__name__
+        raise ResourceError(f"repo_id: the hub did not take {name} ({reason.rstrip('.')}).") from failure
+    except ReplaceMeError:
+        raise
+    except Exception as failure:  # whatever the HTTP library in use raises
+        raise ResourceError(f"repo_id: the way to {name} on the hub broke ({type(failure).__name__}).") from failure
+    return url
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from replaceme.errors import ParameterError, ReplaceMeError
 from replaceme.evaluation.tasks import task_fingerprints
 from replaceme.files import new_folder, write_json
 from replaceme.fingerprints import sha256_of
-from replaceme.models import COPIED_FILES, WEIGHT_FILES, Model, check_weights, find_model, layer_count
+from replaceme.models import CARD_FILES, TOKENIZER_FILES, WEIGHT_FILES, Model, check_weights, find_model, layer_count
 from replaceme.params import Params
 from replaceme.progress import logger
 from replaceme.selection import allowed_starts
@@ -49,7 +49,8 @@ def inspect_inputs(params: Params, work: Workspace) -> None:
         model.tokenizer()
         allowed_starts(params, layer_count(model))
         content[work.model_input.name] = identity(model, WEIGHT_FILES)
-        content[work.tokenizer_input.name] = identity(model, COPIED_FILES)
+        content[work.tokenizer_input.name] = identity(model, TOKENIZER_FILES)
+        content[work.card_input.name] = identity(model, CARD_FILES)
     with _collecting(problems):
         content[work.dataset_input.name] = find_dataset(params).fingerprint()
     with _collecting(problems):

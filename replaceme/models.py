@@ -29,11 +29,14 @@ from replaceme.params import Params, nearest
 
 WEIGHTS = ("*.safetensors",)
 WEIGHT_FILES = (*WEIGHTS, "*.safetensors.index.json", "config.json", "*.py")
-# What goes into the pruned model's folder as it is.
-COPIED_FILES = (
+CARD = "README.md"
+TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model", "sentencepiece*",
     "chat_template*", "generation_config.json",
 )  # fmt: skip
+CARD_FILES = (CARD, "LICENSE*", "NOTICE*")
+# What goes into the pruned model's folder as it is, but for the card, of which the licence stays.
+COPIED_FILES = (*TOKENIZER_FILES, *CARD_FILES)
 # Some repositories hold the same weights twice, in a format of their own.
 LEFT_OUT = "consolidated*"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -97,15 +100,23 @@ class Model:
         except Exception as failure:  # likewise
             raise ModelError(f"model_path: the tokenizer of {self.name} can't be read ({_reason(failure)}).") from failure
 
-    def load(self, dtype: str = "auto", device: str = "cpu", use_4bit: bool = False) -> PreTrainedModel:
+    def load(
+        self, dtype: str = "auto", device: str = "cpu", use_4bit: bool = False, device_map: str | None = None
+    ) -> PreTrainedModel:
         """Load the weights, ready for inference.
 
         Args:
             dtype: a torch dtype's name, or auto for the stored one.
             device: where the weights go.
             use_4bit: quantize linears to NF4 while loading (bitsandbytes); never for weights that are exported.
+            device_map: how accelerate spreads the weights, which then stay where they are; None puts all on ``device``.
+
+        Raises:
+            ModelError: the files can't be read, lack a weight, or can't be held in 4 bits here.
         """
         options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
+        if use_4bit or device_map:
+            options["device_map"] = device_map or {"": device}
         if use_4bit:
             options["quantization_config"] = BitsAndBytesConfig(
                 load_in_4bit=True,
@@ -113,15 +124,18 @@ class Model:
                 bnb_4bit_use_double_quant=True,
                 bnb_4bit_compute_dtype=torch.bfloat16,
             )
-            options["device_map"] = {"": device}
         try:
             model, report = AutoModelForCausalLM.from_pretrained(
                 self.folder, trust_remote_code=self.trust_remote_code, use_safetensors=True, output_loading_info=True, **options
             )
+            if use_4bit:
+                _multiply_once(model)
         except Exception as failure:
             if known := resource_failure(failure):
                 raise known from failure
-            raise ModelError(f"model_path: {self.name} could not be loaded ({_reason(failure)}).") from failure
+            key = "use_4bit" if use_4bit else "device_map" if device_map else "model_path"
+            advice = "; use false" if use_4bit else "; use null" if device_map else ""
+            raise ModelError(f"{key}: {self.name} could not be loaded ({_reason(failure)}){advice}.") from failure
         # The library fills what a checkpoint lacks with random numbers.
         lacking = sorted(report["missing_keys"]) + sorted(str(entry[0]) for entry in report["mismatched_keys"])
         if lacking:
@@ -129,7 +143,7 @@ class Model:
                 f"model_path: {lacking[0]} ({len(lacking)} in all) is missing from the weights of {self.name}, "
                 "or has another shape than its config.json says."
             )
-        return (model if use_4bit else model.to(device)).eval()
+        return (model if "device_map" in options else model.to(device)).eval()
 
     def files(self, patterns: Iterable[str] = (*WEIGHT_FILES, *COPIED_FILES)) -> list[Path]:
         """Return the files of the folder that match any of ``patterns``, sorted."""
@@ -213,6 +227,13 @@ def layer_count(model: Model) -> int:
 def parameter_count(model: Any) -> int:
     """Return the number of parameters; tied ones count once."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _multiply_once(model: Any) -> None:
+    """Let a 4-bit linear compute: whether it can, on this device and in this number format, is known only then."""
+    linear = next((module for module in model.modules() if type(module).__name__ == "Linear4bit"), None)
+    if linear is not None:
+        linear(torch.zeros(1, linear.in_features, dtype=model.dtype, device=linear.weight.device))
 
 
 def _reason(failure: Exception) -> str:

@@ -67,6 +67,11 @@ class Params(BaseModel):
         description="Number format of the calibration passes; sums and solves are float64, single tokens on disk bf16.",
     )
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N.")
+    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = Field(
+        None,
+        description="How accelerate spreads a model that is too large for one GPU: auto, balanced, balanced_low_0 or "
+        "sequential; null puts all of it on device.",
+    )
     threads: int = Field(2, ge=1, le=1024, description="Processor threads; another number gives other last bits.")
 
     selection: Literal["angular", "residual", "loss"] = Field(

@@ -104,7 +104,7 @@ def profile(params: Params, work: Workspace) -> None:
     family, documents = source.family(), Documents.load(work.documents)
     if family.detected:
         prove(source.load(working_dtype(source)), family, documents)
-    model = source.load(params.dtype, resolve_device(params.device), params.use_4bit)
+    model = source.load(params.dtype, resolve_device(params.device), params.use_4bit, params.device_map)
     work.profile.parent.mkdir(parents=True, exist_ok=True)
     content = profile_model(model, family, documents, params.batch_size, work.profile.parent)
     with new_folder(work.profile) as folder:

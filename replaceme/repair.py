@@ -65,7 +65,7 @@ def repair(params: Params, work: Workspace) -> None:
         shutil.copytree(work.solution, folder, dirs_exist_ok=True)
         if params.repair or params.transform == "joint" or (plan.statistics and len(plan.blocks) > 1):
             source = recorded_model(params, work.model_input)
-            model = source.load(params.dtype, resolve_device(params.device), params.use_4bit)
+            model = source.load(params.dtype, resolve_device(params.device), params.use_4bit, params.device_map)
             mender = Mender(params, model, source.family(), Documents.load(work.documents), edits, plan)
             repairs, figures = mender.run(work.edits.parent)
             edits.save(folder)

@@ -153,7 +153,7 @@ def select(params: Params, work: Workspace) -> None:
 def _measure(params: Params, work: Workspace, candidates: list[Block], stand_in: StandIn) -> list[float]:
     use_threads(params.threads)
     source = recorded_model(params, work.model_input)
-    model = source.load(params.dtype, resolve_device(params.device), params.use_4bit)
+    model = source.load(params.dtype, resolve_device(params.device), params.use_4bit, params.device_map)
     return cut_losses(
         model, source.family(), Documents.load(work.documents), candidates, stand_in=stand_in, batch_size=params.batch_size
     )

@@ -37,7 +37,10 @@ def measure_speed(params: Params, dense: Model, pruned: Model) -> dict[str, Any]
     """
     use_threads(params.threads)
     device = resolve_device(params.device)
-    models = {"dense": dense.load(params.eval_dtype, device), "pruned": pruned.load(params.eval_dtype, device)}
+    models = {
+        name: model.load(params.eval_dtype, device, device_map=params.device_map)
+        for name, model in (("dense", dense), ("pruned", pruned))
+    }
     generator = torch.Generator().manual_seed(0)
     room = int(getattr(models["dense"].config, "max_position_embeddings", 0) or 1 << 30) - NEW_TOKENS
     shape = (params.eval_batch_size, max(min(PROMPT_TOKENS, room), 2))

@@ -245,7 +245,7 @@ def observe_activations(params: Params, work: Workspace) -> None:
             save_file({"none": torch.zeros(1)}, folder / "none.safetensors")
             return
         source = recorded_model(params, work.model_input)
-        model = source.load(params.dtype, resolve_device(params.device), params.use_4bit)
+        model = source.load(params.dtype, resolve_device(params.device), params.use_4bit, params.device_map)
         # A later block is fitted on what the shortened model feeds it, in the repair stage.
         block = plan.blocks[0]
         taken = take_statistics(model, source.family(), documents, block, plan.statistics, params.batch_size, folder)

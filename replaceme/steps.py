@@ -21,6 +21,7 @@ from replaceme.evaluation.scores import evaluate, score_baseline
 from replaceme.export import export
 from replaceme.files import new_folder, read_json, write_json
 from replaceme.fingerprints import sha256_below
+from replaceme.models import CARD
 from replaceme.params import Params
 from replaceme.planning import plan
 from replaceme.profile import profile
@@ -32,8 +33,8 @@ from replaceme.solution import solve
 from replaceme.statistics import observe_activations
 from replaceme.workspace import Workspace
 
-PASS = ("batch_size", "dtype", "device", "threads", "use_4bit", "trust_remote_code")
-SCORING = ("tasks", "eval_tokens", "eval_batch_size", "eval_dtype", "device", "threads", "trust_remote_code")
+PASS = ("batch_size", "dtype", "device", "device_map", "threads", "use_4bit", "trust_remote_code")
+SCORING = ("tasks", "eval_tokens", "eval_batch_size", "eval_dtype", "device", "device_map", "threads", "trust_remote_code")
 ALL = [name for name in Params.model_fields if name not in ("save_path", "save_transform_only")]
 
 SOLVING = tuple(name for name in EFFECTS if not name.startswith("repair_"))
@@ -102,8 +103,8 @@ STEPS: Mapping[str, Step] = {
     ),
     "export": Step(
         export,
-        ("model_path", "trust_remote_code", "threads", *SETTINGS),
-        ("model_input", "tokenizer_input", "documents", "edits"),
+        SETTINGS,
+        ("model_input", "tokenizer_input", "card_input", "documents", "edits"),
         "model",
         ("export",),
         ("solve",),
@@ -154,7 +155,12 @@ def _run_once_for_all(name: str, key: str, output: Path, step: Callable[[], None
 
 
 def _sums(paths: Sequence[Path]) -> list[dict[str, str]]:
-    return [sha256_below(path) if path.exists() else {} for path in paths]
+    return [_content(path) if path.exists() else {} for path in paths]
+
+
+def _content(path: Path) -> dict[str, str]:
+    """Return the sums of what a step reads or writes, but for a model's card: it gets the scores when they are known."""
+    return {name: digest for name, digest in sha256_below(path).items() if name != CARD}
 
 
 def _key(params: Params, work: Workspace, step: Step) -> str:
@@ -164,7 +170,7 @@ def _key(params: Params, work: Workspace, step: Step) -> str:
         "device": resolve_device(params.device).split(":")[0],
         "code": {name: digest for name, digest in sha256_below(package).items() if name.endswith((".py", ".html"))},
         "params": params.model_dump(include=set(step.params)),
-        "reads": {name: sha256_below(getattr(work, name)) for name in step.reads},
+        "reads": {name: _content(getattr(work, name)) for name in step.reads},
         "figures": {name: sha256_below(work.metric(name)) for name in step.figures},
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

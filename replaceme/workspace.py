@@ -31,8 +31,13 @@ class Workspace:
 
     @property
     def tokenizer_input(self) -> Path:
-        """Fingerprint of the tokenizer and of what else is copied as it is."""
+        """Fingerprint of the tokenizer, the chat template and the generation config."""
         return self.artifact("inputs") / "tokenizer.json"
+
+    @property
+    def card_input(self) -> Path:
+        """Fingerprint of the dense model's card and licence."""
+        return self.artifact("inputs") / "card.json"
 
     @property
     def dataset_input(self) -> Path:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -71,10 +72,36 @@ def test_run_replaceme_works_from_an_empty_folder_with_published_keys(
     assert generated[0]["generated_text"].startswith("the river")
     card = (result / "README.md").read_text(encoding="utf-8")
     assert "ReplaceMe (least squares)" in card
+    assert "| text perplexity |" in card
     assert str(tmp_path) not in card
     metrics = json.loads((tmp_path / "result.work" / "metrics" / "evaluation.json").read_text())
     assert metrics["perplexity"]["text"]["dense"] > 1
     assert list((tmp_path / "empty").iterdir()) == []
+
+
+def test_the_settings_on_the_card_make_the_same_model(published: Path, tiny: Model, text_file: Path, tmp_path: Path) -> None:
+    call(commands.run_replaceme, "--config", published, *FAST)
+    card = (tmp_path / "result" / "README.md").read_text(encoding="utf-8")
+    (settings,) = re.findall(r"(?ms)^```yaml\n(.*?)^```$", card)
+    Path("settings.yaml").write_text(settings, encoding="utf-8")
+    # Local files stand there without their folder.
+    places = ["--model_path", tiny.folder, "--dataset", text_file, "--tasks", f"{{{text_file}: {{fewshots: 0}}}}"]
+    call(commands.run_replaceme, "--config", "settings.yaml", *places, "--save_path", tmp_path / "again")
+    for name in sha256_below(tmp_path / "result"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "result" / name).read_bytes(), name
+
+
+def test_a_card_that_is_gone_is_written_again_and_nothing_else(
+    published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call(commands.run_replaceme, "--config", published, *FAST)
+    card = tmp_path / "result" / "README.md"
+    before = card.read_bytes()
+    card.unlink()
+    capsys.readouterr()
+    call(commands.run_replaceme, "--config", published, *FAST)
+    assert card.read_bytes() == before
+    assert capsys.readouterr().err.count("unchanged since an earlier run") == len(STEPS)
 
 
 def test_a_second_run_repeats_nothing_and_a_new_alpha_only_what_it_changes(

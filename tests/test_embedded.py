@@ -3,9 +3,11 @@
 import bz2
 import hashlib
 import zipfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from huggingface_hub.repocard import metadata_load
 
 from replaceme import embedded
 from replaceme.embedded import PackagedFile, text_articles
@@ -99,3 +101,17 @@ def test_the_title_alone_decides_the_split() -> None:
         "calibration",
         "held-out",
     ]
+
+
+@pytest.mark.parametrize("made_by_an_earlier_version", [False, True])
+def test_the_embedded_model_has_a_card_with_its_licence(
+    made_by_an_earlier_version: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (name,) = embedded.MODELS
+    monkeypatch.setenv("REPLACEME_CACHE", str(tmp_path))
+    monkeypatch.setattr(embedded, "_fetched", lambda _: nullcontext(tmp_path))
+    monkeypatch.setattr(embedded, "_convert_gguf", lambda _, folder: (folder / "config.json").write_text("{}"))
+    if made_by_an_earlier_version:
+        (embedded.model_folder(name) / "README.md").unlink()
+    known = metadata_load(embedded.model_folder(name) / "README.md")
+    assert known == {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0", "language": ["en"]}

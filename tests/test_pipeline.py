@@ -13,14 +13,19 @@ from typing import Any
 import pandas as pd
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
 from replaceme import commands
 from replaceme.models import Model
+from replaceme.publish import push_to_hub
 from replaceme.steps import STEPS
 from replaceme.workspace import Workspace
 from tests.closure import ROOT, import_closure
 from tests.conftest import made_text
 from tests.test_commands import call
+from tests.test_publish import Hub, api
+
+__all__ = ["api"]
 
 PIPELINE: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
 ORDER = [
@@ -167,8 +172,38 @@ def test_the_console_script_gives_the_pipelines_model_to_the_last_bit(
     call(commands.run_replaceme, "--config", "params.yaml", "--save_path", tmp_path / "same")
     names = {path.name for path in (project / "artifacts" / "model").iterdir()}
     assert names == {path.name for path in (tmp_path / "same").iterdir()}
-    for name in names:
+    for name in names - {"README.md"}:
         assert (tmp_path / "same" / name).read_bytes() == (project / "artifacts" / "model" / name).read_bytes()
+
+
+def test_what_is_put_on_the_hub_has_its_scores_and_the_stages_output_stays_as_it_is(
+    project: Path, tmp_path: Path, api: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project)
+    model = project / "artifacts" / "model"
+    call(push_to_hub, "--repo_id", "me/small")
+    assert api.files.keys() == {path.name for path in model.iterdir()}
+    assert api.files["model.safetensors"] == (model / "model.safetensors").read_bytes()
+    scores = {(each.dataset_name, each.metric_type) for each in ModelCard(api.files["README.md"].decode()).data.eval_results}
+    assert scores == {("held-out", "perplexity"), ("questions", "accuracy")}
+    assert "## Scores" not in (model / "README.md").read_text(encoding="utf-8")
+    # A console script's folder has that card.
+    call(commands.run_replaceme, "--config", "params.yaml", "--save_path", tmp_path / "same")
+    assert (tmp_path / "same" / "README.md").read_bytes() == api.files["README.md"]
+    assert shell(project, "git", "status", "--porcelain") == ""
+
+
+def test_another_models_scores_are_not_put_on_the_hub(
+    project: Path, api: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(project)
+    settings = project / "params.yaml"
+    before = settings.read_text(encoding="utf-8")
+    settings.write_text(before.replace("layers_to_skip: 2", "layers_to_skip: 1"), encoding="utf-8")
+    call(push_to_hub, "--repo_id", "me/small", code=2)
+    settings.write_text(before, encoding="utf-8")
+    assert "save_path: the stage export is not up to date" in capsys.readouterr().err
+    assert not api.made
 
 
 def test_an_experiment_with_alpha_repeats_only_what_alpha_changes(project: Path) -> None:

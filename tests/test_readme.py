@@ -13,7 +13,7 @@ import pytest
 import yaml
 from dvc.cli import parse_args
 
-from replaceme import commands, experiments
+from replaceme import commands, experiments, publish
 from replaceme.methods import METHODS
 from replaceme.params import Params, read_params
 from tests.closure import ROOT
@@ -59,6 +59,8 @@ def test_every_command_is_one_that_there_is(line: str) -> None:
         read_params(ROOT / config if config else None, overrides)
     elif words[0] == "compare_experiments":
         experiments.parser().parse_args(words[1:])
+    elif words[0] == "push_to_hub":
+        publish.parser().parse_args(words[1:])
     elif words[0] == "make":
         targets = re.findall(r"(?m)^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"))
         assert set(words[1:]) <= set(targets)

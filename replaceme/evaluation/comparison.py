@@ -153,6 +153,11 @@ def _normal_p_value(mean: float, stderr: float) -> float:
 
 def comparison_table(comparison: Figures) -> str:
     """Return the comparison as a small text table."""
+    return align(comparison_rows(comparison))
+
+
+def comparison_rows(comparison: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Return the comparison as rows of cells, the heading first."""
     rows: list[tuple[str, ...]] = [("", "dense", "pruned", "")]
     for task, pair in comparison.get("perplexity", {}).items():
         rows.append((f"{task} perplexity", f"{pair['dense']:.4g}", f"{pair['pruned']:.4g}", f"x {pair['ratio']:.3g}"))
@@ -168,7 +173,7 @@ def comparison_table(comparison: Figures) -> str:
     rows.append(
         ("parameters", f"{size['dense'] / 1e6:.1f} M", f"{size['pruned'] / 1e6:.1f} M", f"−{size['removed_percent']:.1f} %")
     )
-    return align(rows)
+    return rows
 
 
 def scores_table(figures: Figures) -> str:

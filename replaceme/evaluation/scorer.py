@@ -115,7 +115,7 @@ class CausalScorer(TemplateLM):
             ids = torch.cat([prefixes[list(rows)], ids], dim=1)  # nothing to share: one pass
         elif prefixes.shape[1]:
             cache = filled_cache(self.model, prefixes)
-            cache.batch_select_indices(torch.tensor(rows, device=device))
+            cache.batch_select_indices(torch.tensor(rows))  # at the processor: each layer may be on a device of its own
         logits = self.model(ids, logits_to_keep=scored, **going_on(self.model, cache)).logits
         scores = []
         for row, tail in zip(logits, continuations, strict=True):

@@ -22,8 +22,8 @@ from replaceme.plan import Block, load_blocks
 from replaceme.report import sentences, tables
 from replaceme.report.figures import cut_map, layer_figures, loss_curve, residual_path, score_figure
 from replaceme.report.published import LABEL
-from replaceme.report.settings import settings_yaml, without_folder
 from replaceme.report.theme import DARK, DPI, LIGHT, Theme, png
+from replaceme.settings import settings_yaml, without_folder
 from replaceme.workspace import Workspace
 
 # Pixels of the files in one CSS pixel of the page.
@@ -94,7 +94,7 @@ def render(params: Params, work: Workspace, speed: Mapping[str, Any] | None = No
         "residuals": _residual_picture(params, _residuals(work.solution / "residuals.csv"), solved),
         "loss": _loss_picture(_losses(work.solution / "loss.csv")),
     }
-    settings = settings_yaml(params)
+    settings = settings_yaml(params, Params.model_fields)
     drawn = {name: picture for name, picture in pictures.items() if picture}
     html = _TEMPLATES.get_template("page.html").render(
         model=without_folder(params.model_path),

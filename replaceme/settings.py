@@ -1,10 +1,11 @@
-"""The settings of a run as the page shows them: a file that repeats the run, without anything that is this machine's alone.
+"""Settings of a run as others may see them: a file that repeats the run, without anything that is this machine's alone.
 
 A local file or folder stands there by its own name, without the folder that it lies in.
 """
 
 import io
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,18 @@ def without_folder(name: str) -> str:
     return os.path.basename(os.path.abspath(path)) if path.is_absolute() or path.exists() else name
 
 
-def settings_yaml(params: Params) -> str:
-    """Return all parameters as a params.yaml."""
-    values: dict[str, Any] = {key: value for key, value in params if key not in CONSOLE_ONLY}
-    values |= {key: without_folder(values[key]) for key in ("model_path", "dataset")}
-    values["tasks"] = [_plain(task) for task in params.tasks]
+def settings_yaml(params: Params, keys: Iterable[str]) -> str:
+    """Return some of the parameters as a params.yaml."""
+    values: dict[str, Any] = {key: getattr(params, key) for key in keys}
+    values |= {key: value for key, value in CONSOLE_ONLY.items() if key in values}
+    values |= {key: without_folder(values[key]) for key in ("model_path", "dataset") if key in values}
+    if "tasks" in values:
+        values["tasks"] = [_plain(task) for task in params.tasks]
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     text = io.StringIO()
-    yaml.dump(values | CONSOLE_ONLY, text)
+    yaml.dump(values, text)
     return text.getvalue()
 
 

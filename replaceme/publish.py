@@ -1,0 +1,104 @@
+"""Publish a pruned model: its card with the scores, and the folder on the hub. A command, never a stage.
+
+A stage's output must not change behind it, so the card in the pipeline's ``artifacts/model`` has no scores: what is pushed has
+them, and so has the folder of a console script.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from huggingface_hub import EvalResult
+
+from replaceme import hub
+from replaceme.card import model_card
+from replaceme.edits import Edits
+from replaceme.entry import PARAMS_FILE, Parser, run
+from replaceme.errors import ParameterError
+from replaceme.evaluation.comparison import comparison_rows
+from replaceme.files import read_json
+from replaceme.models import CARD, Model, recorded_model
+from replaceme.params import Params, read_params
+from replaceme.progress import logger
+from replaceme.workspace import Workspace
+
+
+def push_to_hub() -> NoReturn:
+    """Put a pruned model on the hub."""
+    arguments = sys.argv[1:]
+    sys.exit(run(lambda: _push(parser().parse_args(arguments)), debug="--debug" in arguments))
+
+
+def parser() -> Parser:
+    """Return the parser of the command's options."""
+    parser = Parser(
+        description="Put a pruned model on the hub, with its card. The token comes from the environment variable HF_TOKEN.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--repo_id", required=True, metavar="USER/NAME", help="the repository, which is made if it isn't there")
+    parser.add_argument("--save_path", type=Path, metavar="FOLDER", help="a console script's result [artifacts/model]")
+    parser.add_argument("--private", action="store_true", help="only you can see it")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _push(options: argparse.Namespace) -> None:
+    pipeline = Workspace()
+    folder = options.save_path or pipeline.model
+    files: dict[str, Path | bytes] = {path.name: path for path in Model(folder, folder.name).files()}
+    if not {"config.json", CARD} <= files.keys():
+        raise ParameterError(f"save_path: there is no pruned model in {folder}; run `dvc repro` or run_replaceme first.")
+    if folder.resolve() == pipeline.model.resolve():
+        _check_scores()
+        files[CARD] = card_of(read_params(PARAMS_FILE), pipeline).encode()
+    url = hub.upload(options.repo_id, files, options.private)
+    logger.info("the model is at %s", url)
+
+
+def _check_scores() -> None:
+    """Raise ParameterError unless the pipeline's model, scores and settings belong together."""
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    try:
+        with Repo() as repo:
+            changed = repo.status(["export", "evaluate"])
+    except DvcException as failure:
+        raise ParameterError(f"save_path: {' '.join(str(failure).split())} (run it inside the repository).") from failure
+    if changed:
+        stage = next(iter(changed))
+        raise ParameterError(
+            f"save_path: the stage {stage} is not up to date, so scores and settings may be another model's; run `dvc repro`."
+        )
+
+
+def card_of(params: Params, work: Workspace) -> str:
+    """Return the card of a finished run's model, with what it scores on the tasks of ``params``."""
+    source, edits, solved = recorded_model(params, work.model_input), Edits.load(work.edits), read_json(work.metric("solve"))
+    if not params.tasks:
+        return model_card(params, source, edits, solved)
+    evaluation = read_json(work.metric("evaluation"))
+    return model_card(params, source, edits, solved, _scores(evaluation), _results(evaluation))
+
+
+def _scores(evaluation: Mapping[str, Any]) -> str:
+    """Return metrics/evaluation.json as Markdown."""
+    head, *rows = comparison_rows(evaluation)
+    table = "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+    if "retention_stderr" in evaluation:
+        kept = f"{evaluation['retention_percent']:.1f} ± {evaluation['retention_stderr']:.1f} %"
+        table += f"\n\n{kept} of the dense model's average accuracy is kept; behind ± stands one standard error."
+    return table
+
+
+def _results(evaluation: Mapping[str, Any]) -> list[EvalResult]:
+    """Return the pruned model's scores in the form that the hub shows."""
+    return [
+        EvalResult(
+            task_type="text-generation", dataset_type=task, dataset_name=task, metric_type=metric, metric_value=pair["pruned"]
+        )
+        for metric in ("perplexity", "accuracy")
+        for task, pair in evaluation.get(metric, {}).items()
+    ]
