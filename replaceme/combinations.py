@@ -6,6 +6,9 @@ from typing import Any, Literal
 Values = Mapping[str, Any]
 Obstacle = Literal["norm", "experts", "undescribed"]
 
+# The methods that put nothing in the place of what they remove.
+DROPPING = ("uidl", "shortgpt", "sleb")
+
 OBSTACLES: Mapping[Obstacle, str] = {
     "norm": "the norm behind the MLP of the family",
     "experts": "the mixture of experts of the family",
@@ -67,9 +70,9 @@ def refusals(values: Values) -> list[str]:
     """Return a sentence for each combination that would not be what its names say."""
     method, transform, loss, solver = (values[key] for key in ("method", "transform", "loss", "solver"))
     problems = []
-    if method == "uidl" and transform != "dense":
+    if method in DROPPING and transform != "dense":
         problems.append(
-            f"transform: {transform} has no place in method uidl, which puts nothing in the block's place; use dense."
+            f"transform: {transform} has no place in method {method}, which puts nothing in the block's place; use dense."
         )
     if not _iterates(values):
         return problems

@@ -34,8 +34,8 @@ class Params(BaseModel):
 
     method: str = Field(
         "lstsq",
-        description="How the removed block is made up for: lstsq (one linear map, least squares), cosine (one linear map, an "
-        "objective of choice and an iterative solver) or uidl (nothing).",
+        description="How the removed layers are made up for: lstsq (one linear map, least squares), cosine (one linear map, an "
+        "objective of choice and an iterative solver), or uidl, shortgpt and sleb (nothing; each has a criterion of its own).",
     )
 
     model_path: str = Field(
@@ -74,10 +74,11 @@ class Params(BaseModel):
     )
     threads: int = Field(2, ge=1, le=1024, description="Processor threads; another number gives other last bits.")
 
-    selection: Literal["angular", "residual", "loss"] = Field(
-        "angular",
-        description="What the cut minimises: the angular distance, the residual of a linear map in the block's place, or the "
-        "next-token loss (measured for the few cuts with the smallest residuals).",
+    selection: Literal["angular", "residual", "loss", "influence", "greedy"] | None = Field(
+        None,
+        description="What goes: the block with the smallest angular distance, residual of a linear map in its place, or "
+        "next-token loss (of the few with the smallest residuals); or single layers, by their influence (ShortGPT) or greedily "
+        "by the loss without them (SLEB). null is the method's own published criterion.",
     )
     layers_to_skip: int = Field(8, ge=1, description="Number of layers to remove.")
     min_distance_layer: int | None = Field(None, ge=1, description="First layer (from 0) that may be removed.")
@@ -280,7 +281,7 @@ def _not_built(raw: Mapping[str, Any], methods: Iterable[str] | None) -> list[st
     return problems
 
 
-PLANNED_METHODS = ("shortgpt", "sleb", "laco", "llm_streamline", "slicegpt", "llm_pruner")
+PLANNED_METHODS = ("laco", "llm_streamline", "slicegpt", "llm_pruner")
 
 
 def reference() -> str:

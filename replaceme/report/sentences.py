@@ -15,6 +15,8 @@ CRITERIA = {
     "angular": "the smallest angular distance",
     "residual": "the smallest residual",
     "loss": "the smallest loss among the cuts with the smallest residuals",
+    "influence": "the smallest influence on their input",
+    "greedy": "the smallest loss without them, one by one",
 }
 
 
