@@ -12,6 +12,10 @@ Two criteria choose single layers, and a block is a run of them:
 - ``influence``: the layers that change their input least (ShortGPT, arXiv 2403.03853): ``replaceme.profile``.
 - ``greedy``: one by one, each the one without which the loss is lowest (SLEB, arXiv 2402.09025): ``replaceme.greedy``.
 
+And one says what hosts become, too:
+
+- ``collapse``: the layers that can be merged into the one in front of them (LaCo, arXiv 2402.11187): ``replaceme.collapse``.
+
 Several blocks (``num_A``; ReplaceMe, section 4) are taken in the order of their values, each where it overlaps none before
 it; unless adjacent ones are merged into one, a kept layer stays between them: a block's host.
 """
@@ -20,10 +24,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from replaceme.collapse import Way, collapsed_blocks, most
 from replaceme.compute import resolve_device, use_threads
 from replaceme.cut_loss import cut_losses
 from replaceme.documents import Documents
 from replaceme.errors import ParameterError
+from replaceme.families import Family
 from replaceme.files import read_json, rounded, write_json
 from replaceme.greedy import greedy_layers
 from replaceme.methods import METHODS
@@ -65,6 +71,11 @@ def allowed_starts(params: Params, layers: int) -> range:
         advice = f"start at {end - skip} or earlier" if end > skip else "end later"
         raise ParameterError(
             f"{key}: no block of {skip} layers fits between layer {first} and layer {end}; {advice}, or remove fewer layers."
+        )
+    if criterion == "collapse" and (go := most(layers, _way(params, layers))) < skip:
+        raise ParameterError(
+            f"laco_interval: merges {params.laco_interval} layers apart remove {go} of the {skip} layers between layer {first} "
+            f"and layer {end} at most; lower it, or remove fewer layers."
         )
     if _room(starts, _distance(params)) < params.num_A:
         apart = "" if params.merge_consecutive else " with a kept layer between them"
@@ -144,6 +155,8 @@ def select(params: Params, work: Workspace) -> None:
         blocks, figures = _by_loss(params, work, distances, residuals, starts)
     elif criterion == "greedy":
         blocks, figures = _one_by_one(params, work, allowed)
+    elif criterion == "collapse":
+        blocks, figures = _merges(params, work, len(distances))
     elif criterion == "influence":
         influence = profile["layers"]["block_influence"]
         layers = sorted(allowed, key=influence.__getitem__)[: params.layers_to_skip]
@@ -184,13 +197,11 @@ def _by_loss(
 
 
 def _one_by_one(params: Params, work: Workspace, allowed: Sequence[int]) -> tuple[list[Block], dict[str, Any]]:
-    use_threads(params.threads)
-    source = recorded_model(params, work.model_input)
-    model = source.load(params.dtype, resolve_device(params.device), params.use_4bit, params.device_map)
+    model, family = _loaded(params, work)
     documents, count = Documents.load(work.documents), params.layers_to_skip
     work.blocks.parent.mkdir(parents=True, exist_ok=True)
     layers, losses = greedy_layers(
-        model, source.family(), documents, allowed, count, batch_size=params.batch_size, folder=work.blocks.parent
+        model, family, documents, allowed, count, batch_size=params.batch_size, folder=work.blocks.parent
     )
     logger.info("select: layers in the order in which they went: %s", ", ".join(map(str, layers)))
     return runs(layers), {
@@ -199,10 +210,38 @@ def _one_by_one(params: Params, work: Workspace, allowed: Sequence[int]) -> tupl
     }
 
 
+def _merges(params: Params, work: Workspace, layers: int) -> tuple[list[Block], dict[str, Any]]:
+    model, family = _loaded(params, work)
+    work.blocks.parent.mkdir(parents=True, exist_ok=True)
+    blocks, alike, threshold = collapsed_blocks(
+        model, family, Documents.load(work.documents), _way(params, layers), params.laco_threshold,
+        batch_size=params.batch_size, folder=work.blocks.parent,
+    )  # fmt: skip
+    if threshold < params.laco_threshold:
+        logger.info("select: laco_threshold %g leaves too many layers, and was lowered to %g", params.laco_threshold, threshold)
+    listed = ", ".join(f"{value:.4f} with layer {place}" for place, value in alike.items())
+    logger.info("select: similarity behind each merge, above the threshold %g: %s", threshold, listed)
+    return blocks, {
+        "threshold": threshold,
+        "similarity": [*alike.values()][-1],
+        "merges": {f"layer{place}": value for place, value in alike.items()},
+    }
+
+
+def _way(params: Params, layers: int) -> Way:
+    first, end = (params.min_distance_layer or 1) - 1, params.max_distance_layer or layers
+    return Way(first, end, params.laco_layers, params.laco_interval, params.layers_to_skip)
+
+
 def _measure(params: Params, work: Workspace, candidates: list[Block], stand_in: StandIn) -> list[float]:
+    model, family = _loaded(params, work)
+    documents = Documents.load(work.documents)
+    return cut_losses(model, family, documents, candidates, stand_in=stand_in, batch_size=params.batch_size)
+
+
+def _loaded(params: Params, work: Workspace) -> tuple[Any, Family]:
+    """Return the dense model and its description."""
     use_threads(params.threads)
     source = recorded_model(params, work.model_input)
     model = source.load(params.dtype, resolve_device(params.device), params.use_4bit, params.device_map)
-    return cut_losses(
-        model, source.family(), Documents.load(work.documents), candidates, stand_in=stand_in, batch_size=params.batch_size
-    )
+    return model, source.family()

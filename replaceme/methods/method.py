@@ -15,7 +15,7 @@ Statistics = Callable[[str], Mapping[str, Tensor]]
 
 
 # By what a cut is chosen (``replaceme.selection``).
-Criterion = Literal["angular", "residual", "loss", "influence", "greedy"]
+Criterion = Literal["angular", "residual", "loss", "influence", "greedy", "collapse"]
 # What can take a block's place: nothing, a linear map, or new weights of the linear that ends the host's MLP.
 StandIn = Literal["nothing", "map", "refit"]
 
