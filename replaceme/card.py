@@ -98,6 +98,10 @@ def _changes(source: Model, edits: Edits, solved: dict[str, Any]) -> list[str]:
             f"A linear map, fitted to calibration text without training the model, was folded into the MLP of layer {hosts}: "
             "no new parameter, the same architecture."
         ]
+    lines += [
+        f"The weights of the linears of layers {_runs([*mixture])} were merged into those of layer {layer}, without training."
+        for layer, mixture in sorted(edits.mixtures.items())
+    ]
     linears: tuple[tuple[Linear, str], ...] = (("attention_output", "attention output"), ("mlp_output", "last MLP linear"))
     for linear, words in linears:
         if corrected := [layer for layer, name in edits.corrections if name == linear]:

@@ -6,11 +6,18 @@ from typing import Any, Literal
 Values = Mapping[str, Any]
 Obstacle = Literal["norm", "experts", "undescribed"]
 
+# The methods that put nothing in the place of what they remove.
+DROPPING = ("uidl", "shortgpt", "sleb")
+
 OBSTACLES: Mapping[Obstacle, str] = {
     "norm": "the norm behind the MLP of the family",
     "experts": "the mixture of experts of the family",
     "undescribed": "a family that nobody described,",
 }
+
+
+def _merges(values: Values) -> bool:
+    return bool(values["method"] == "laco")
 
 
 def _iterates(values: Values) -> bool:
@@ -31,6 +38,9 @@ def _repairs(values: Values) -> bool:
 
 # Parameters that not every setting uses: what they belong to, when they have an effect.
 EFFECTS: Mapping[str, tuple[str, Callable[[Values], bool]]] = {
+    "laco_layers": ("method laco", _merges),
+    "laco_interval": ("method laco", _merges),
+    "laco_threshold": ("method laco", _merges),
     "refit_ridge": ("transform refit or joint", _refits),
     "repair_ridge_attention": ("repair", _repairs),
     "repair_ridge_mlp": ("repair", _repairs),
@@ -67,10 +77,12 @@ def refusals(values: Values) -> list[str]:
     """Return a sentence for each combination that would not be what its names say."""
     method, transform, loss, solver = (values[key] for key in ("method", "transform", "loss", "solver"))
     problems = []
-    if method == "uidl" and transform != "dense":
+    if method in DROPPING and transform != "dense":
         problems.append(
-            f"transform: {transform} has no place in method uidl, which puts nothing in the block's place; use dense."
+            f"transform: {transform} has no place in method {method}, which puts nothing in the block's place; use dense."
         )
+    if _merges(values):
+        problems += _merge_refusals(values)
     if not _iterates(values):
         return problems
     if transform == "orthogonal":
@@ -90,6 +102,21 @@ def refusals(values: Values) -> list[str]:
     return problems
 
 
+def _merge_refusals(values: Values) -> list[str]:
+    problems = []
+    if values["transform"] != "dense":
+        problems.append(
+            f"transform: {values['transform']} has no place in method laco, which merges the layers' own weights; use dense."
+        )
+    if values["selection"] is not None:
+        problems.append(
+            f"selection: {values['selection']} has no place in method laco, which chooses by what layers merge to; use null."
+        )
+    if values["num_A"] > 1:
+        problems.append("num_A: method laco makes as many merges as layers_to_skip takes; use 1.")
+    return problems
+
+
 def family_refusals(values: Values, kind: str, obstacle: Obstacle | None) -> list[str]:
     """Return a sentence for each parameter that would not be exact, or is not derived, for a model's family.
 
@@ -102,6 +129,8 @@ def family_refusals(values: Values, kind: str, obstacle: Obstacle | None) -> lis
         return []
     method, transform = values["method"], values["transform"]
     place, problems = f"{OBSTACLES[obstacle]} '{kind}'", []
+    if obstacle == "experts" and _merges(values):
+        problems.append(f"method: laco is not derived for {place}, where no expert is the next layer's; use another method.")
     if obstacle == "norm" and method == "cosine":
         problems.append(f"method: cosine makes maps that do not fold into {place}; use lstsq with transform: orthogonal.")
     elif obstacle == "norm" and method == "lstsq" and transform != "orthogonal":

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from replaceme.documents import Batch, Documents
 from replaceme.edits import Edits
@@ -19,16 +18,15 @@ from replaceme.families import Family
 from replaceme.features import Features
 from replaceme.forward import walk
 from replaceme.methods.method import StandIn
+from replaceme.next_token import excerpts_of, next_token_loss
 from replaceme.plan import Block
 from replaceme.progress import progress
 from replaceme.refit import refit
-from replaceme.residuals import HELD_OUT_EVERY, RIDGE, SEED, solve_small_ridge, split_documents
+from replaceme.residuals import HELD_OUT_EVERY, RIDGE, solve_small_ridge, split_documents
 from replaceme.statistics import AtCut, FeatureGram
 from replaceme.unfused import unfused
 from replaceme.weights import token_weights
 
-# Held-out tokens that the loss is taken on, at most.
-TOKENS, LENGTH = 4096, 1024
 # λ of a refit, and the memory that its sums may take: so many cuts are fitted in one pass.
 REFIT_RIDGE, GRAM_BYTES = 0.3, 4 << 30
 
@@ -65,7 +63,7 @@ def cut_losses(
         ParameterError: there are too few documents to hold one out.
     """
     fit, held_out = split_documents(documents)
-    excerpts = _excerpts(held_out)
+    excerpts = excerpts_of(held_out)
     if not len(excerpts):
         raise ParameterError(
             f"selection: loss holds every {HELD_OUT_EVERY}th document out, and of the {len(documents)} that the dataset gave "
@@ -79,7 +77,7 @@ def cut_losses(
     losses = []
     for edits in progress(cuts, "measuring the best cuts", "cuts"):
         with unfused(model, family, edits):
-            losses.append(_loss(model, excerpts, batch_size))
+            losses.append(next_token_loss(model, excerpts, batch_size))
     return losses
 
 
@@ -107,27 +105,3 @@ def _refit(
             sums = gram.tensors()
             alpha = RIDGE * float(sums["added_gram"].diagonal().mean())
             refit(cuts[number], blocks[number].host, sums, alpha, REFIT_RIDGE)
-
-
-def _excerpts(documents: Documents) -> Documents:
-    """Return documents, in a seeded order and at most ``LENGTH`` tokens of each, until ``TOKENS`` are reached."""
-    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(SEED)).tolist()
-    chosen: list[Tensor] = []
-    left = TOKENS
-    for index in order:
-        excerpt = documents.documents[index][: min(LENGTH, left)]
-        if len(excerpt) > 1:
-            chosen.append(excerpt)
-            left -= len(excerpt)
-    return Documents(chosen)
-
-
-@torch.inference_mode()
-def _loss(model: Any, documents: Documents, batch_size: int) -> float:
-    total, count = 0.0, 0
-    for batch in documents.batches(batch_size, str(model.device)):
-        logits = model(batch.input_ids, use_cache=False).logits
-        for row, ids, length in zip(logits, batch.input_ids, batch.lengths.tolist(), strict=True):
-            total += float(cross_entropy(row[: length - 1].float(), ids[1:length], reduction="sum"))
-            count += length - 1
-    return total / count

@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from replaceme.documents import Batch, Documents
 from replaceme.errors import ModelError
-from replaceme.families import Family, parameter_of
+from replaceme.families import Family, linears_within, parameter_of
 from replaceme.forward import Signal, Signals, ask, walk
 from replaceme.progress import logger
 
@@ -94,18 +93,16 @@ class _Proof:
 
 
 def _block(kind: str, layer: nn.Module, name: re.Pattern[str], what: str) -> str:
-    found = [path for path, part in layer.named_children() if name.search(path) and not NORM.search(path) and _linears(part)]
+    found = [
+        path for path, part in layer.named_children() if name.search(path) and not NORM.search(path) and linears_within(part)
+    ]
     if len(found) != 1:
         raise _refusal(kind, f"its layers have {'no' if not found else 'more than one'} {what} that ends in a linear")
     return found[0]
 
 
-def _linears(part: nn.Module) -> dict[str, nn.Module]:
-    return {path: module for path, module in part.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-
-
 def _last_linear(kind: str, layer: nn.Module, path: str, width: int) -> str:
-    linears = _linears(layer.get_submodule(path))
+    linears = linears_within(layer.get_submodule(path))
     fitting = [name for name, linear in linears.items() if parameter_of(linear, "weight").shape[0] == width]
     if not fitting:
         raise _refusal(kind, f"no linear of width {width} ends its {path}")

@@ -1,11 +1,14 @@
 """What a method decides, in a form that export can apply without knowing the method.
 
-Two kinds of change, both to linears whose output is added to the residual stream (torch layout, ``y = G Wᵀ + b``):
+Two kinds of change to linears whose output is added to the residual stream (torch layout, ``y = G Wᵀ + b``):
 
 - a transform: ``y T``, so that ``W' = TᵀW`` and ``b' = Tᵀb`` (ReplaceMe, section 3);
 - a correction behind it: ``y T + G Δᵀ + δ``, so that ``W' = TᵀW + Δ`` and ``b' = Tᵀb + δ``.
 
-On disk: ``edits.json`` (title and layers) and ``edits.safetensors`` (``transform.<layer>``, d × d float64;
+And one to all linears of a layer, before these two: a mixture ``W = Σ c_j W_j`` and ``b = Σ c_j b_j`` with those of layers that
+go (LaCo, arXiv 2402.11187). The layer's norms stay its own.
+
+On disk: ``edits.json`` (title, layers and mixtures) and ``edits.safetensors`` (``transform.<layer>``, d × d float64;
 ``correction.<layer>.<linear>.weight``, d × inputs float32, and ``….bias``, d).
 """
 
@@ -44,15 +47,17 @@ class Edits:
         removed_layers: layers that go.
         transforms: layer → T (d, d) float64, for the linear that ends the layer's MLP.
         corrections: (layer, linear) → Δ (d, inputs) and δ (d,) or None; float32.
+        mixtures: kept layer → the original layers whose linears it mixes, itself among them, with their coefficients.
     """
 
     title: str
     removed_layers: list[int]
     transforms: dict[int, Tensor] = field(default_factory=dict)
     corrections: dict[tuple[int, Linear], tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    mixtures: dict[int, dict[int, float]] = field(default_factory=dict)
 
     def changes(self) -> dict[tuple[int, Linear], Change]:
-        """Return what changes, by layer and linear."""
+        """Return what changes beside the mixtures, by layer and linear."""
         edited: set[tuple[int, Linear]] = {*self.corrections}
         edited.update((layer, "mlp_output") for layer in self.transforms)
         return {
@@ -84,6 +89,7 @@ class Edits:
             "removed_layers": self.removed_layers,
             "transforms": sorted(self.transforms),
             "corrections": [list(edited) for edited in sorted(self.corrections)],
+            "mixtures": [[layer, [*mixture.items()]] for layer, mixture in sorted(self.mixtures.items())],
         }
         write_json(folder / "edits.json", content)
 
@@ -100,4 +106,5 @@ class Edits:
             )
             for layer, linear in content["corrections"]
         }
-        return cls(content["title"], content["removed_layers"], transforms, corrections)
+        mixtures: dict[int, dict[int, float]] = {layer: dict(mixture) for layer, mixture in content["mixtures"]}
+        return cls(content["title"], content["removed_layers"], transforms, corrections, mixtures)

@@ -109,6 +109,17 @@ def inputs_of(linear: nn.Module) -> int:
     return int(linear.nx) if isinstance(linear, Conv1D) else int(linear.in_features)  # type: ignore[arg-type]
 
 
+def linears_within(part: nn.Module) -> dict[str, nn.Module]:
+    """Return a module's linears by their path in it; that of a module that is one itself is empty."""
+    return {path: module for path, module in part.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+
+
+def linear_parameters(layer: nn.Module) -> list[str]:
+    """Return the names, within a layer, of the weights and biases of its linears."""
+    linears = linears_within(layer).items()
+    return [f"{path}.{name}" for path, linear in linears for name, _ in linear.named_parameters(recurse=False)]
+
+
 def decoder_of(model: nn.Module) -> nn.Module:
     """Return the model without its language-model head: it gives hidden states and computes no logits."""
     return model.get_submodule(str(model.base_model_prefix))

@@ -9,8 +9,8 @@ alone: within a batch, layers come in ascending order, and what it must carry fr
 ``batch.scratch``. A walk can begin at a later layer, with states that an earlier walk kept: so goes a walk layer by layer.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, Protocol
 
 import torch
@@ -109,8 +109,7 @@ class _Tap:
         with ExitStack() as stack:
             if self.start is not None:
                 first, states = self.start
-                stack.enter_context(passed_by(self.family, self.layers[:first]))
-                stack.callback(self.layers[first].register_forward_pre_hook(self._begin_with(states), with_kwargs=True).remove)
+                stack.enter_context(begun_at(self.family, self.layers, first, states, lambda: self.batch))
             for layer, signals in self.wanted.items():
                 for signal in signals:
                     stack.callback(self._hook(layer, signal).remove)
@@ -119,16 +118,6 @@ class _Tap:
 
     def __exit__(self, *_: object) -> None:
         self.hooks.close()
-
-    def _begin_with(self, states: Tensor) -> Any:
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            assert self.batch is not None
-            rows = states[self.batch.tokens].to(self.batch.input_ids.device)
-            if args:
-                return (self.batch.padded(rows), *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": self.batch.padded(rows)}
-
-        return hook
 
     def _hook(self, index: int, signal: Signal) -> Any:
         layer, family = self.layers[index], self.family
@@ -165,6 +154,34 @@ class _Tap:
             observer.observe(layer, seen, self.batch)
         if layer == self.stop:
             raise _LastSignalReachedError
+
+
+@contextmanager
+def begun_at(
+    family: Family, layers: nn.ModuleList, first: int, states: Tensor, current: Callable[[], Batch | None]
+) -> Iterator[None]:
+    """Let a model begin at a later layer, for a while.
+
+    Args:
+        family: where its parts are.
+        layers: its layers.
+        first: the layer; those before it compute nothing.
+        states: what enters it: (tokens, d), the real tokens in the order of the walk.
+        current: tells which batch is being computed.
+    """
+
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        batch = current()
+        assert batch is not None
+        padded = batch.padded(states[batch.tokens].to(batch.input_ids.device))
+        return ((padded, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": padded})
+
+    with passed_by(family, layers[:first]):
+        handle = layers[first].register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
 def tensor_of(output: Any) -> Tensor:

@@ -34,8 +34,9 @@ class Params(BaseModel):
 
     method: str = Field(
         "lstsq",
-        description="How the removed block is made up for: lstsq (one linear map, least squares), cosine (one linear map, an "
-        "objective of choice and an iterative solver) or uidl (nothing).",
+        description="How the removed layers are made up for: lstsq (one linear map, least squares), cosine (one linear map, an "
+        "objective of choice and an iterative solver), laco (their weights, merged into those of the layer in front), "
+        "or uidl, shortgpt and sleb (nothing; each has a criterion of its own).",
     )
 
     model_path: str = Field(
@@ -74,16 +75,27 @@ class Params(BaseModel):
     )
     threads: int = Field(2, ge=1, le=1024, description="Processor threads; another number gives other last bits.")
 
-    selection: Literal["angular", "residual", "loss"] = Field(
-        "angular",
-        description="What the cut minimises: the angular distance, the residual of a linear map in the block's place, or the "
-        "next-token loss (measured for the few cuts with the smallest residuals).",
+    selection: Literal["angular", "residual", "loss", "influence", "greedy"] | None = Field(
+        None,
+        description="What goes: the block with the smallest angular distance, residual of a linear map in its place, or "
+        "next-token loss (of the few with the smallest residuals); or single layers, by their influence (ShortGPT) or greedily "
+        "by the loss without them (SLEB). null is the method's own published criterion.",
     )
     layers_to_skip: int = Field(8, ge=1, description="Number of layers to remove.")
     min_distance_layer: int | None = Field(None, ge=1, description="First layer (from 0) that may be removed.")
     max_distance_layer: int | None = Field(None, ge=2, description="The removed block ends before this layer (from 0).")
     num_A: int = Field(1, ge=1, description="Number of blocks, each with a transform and layers_to_skip layers.")
     merge_consecutive: bool = Field(True, description="Merge adjacent blocks into one; matters for num_A above 1.")
+
+    laco_layers: int = Field(7, ge=2, description="Method laco: layers that become one in a merge, at most (published as C).")
+    laco_interval: int = Field(
+        1, ge=1, description="Method laco: how many layers in front of a merge the next one is tried (published as I)."
+    )
+    laco_threshold: float = Field(
+        0.45, ge=-1, le=1,
+        description="Method laco: cosine of last states with the original model's that a merge must leave (published as T); "
+        "lowered by steps of 0.01 until layers_to_skip layers go, so that 1 finds the highest one.",
+    )  # fmt: skip
 
     transform: Literal["dense", "diagonal", "two_vectors", "triangular", "orthogonal", "refit", "joint"] = Field(
         "dense",
@@ -280,7 +292,7 @@ def _not_built(raw: Mapping[str, Any], methods: Iterable[str] | None) -> list[st
     return problems
 
 
-PLANNED_METHODS = ("shortgpt", "sleb", "laco", "llm_streamline", "slicegpt", "llm_pruner")
+PLANNED_METHODS = ("llm_streamline", "slicegpt", "llm_pruner")
 
 
 def reference() -> str:

@@ -1,4 +1,4 @@
-"""The plan: which blocks of layers go, and which statistics of them are wanted.
+"""The plan: which blocks of layers go, what their hosts take in of them, and which statistics of them are wanted.
 
 It names no method, so that methods that want the same statistics share them. It is a stage of its own behind the choice of the
 blocks: what a method wants changes with settings of which that choice, and its measured losses, know nothing.
@@ -7,16 +7,25 @@ blocks: what a method wants changes with settings of which that choice, and its 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from replaceme.files import read_json, write_json
 
 
 @dataclass(frozen=True)
 class Block:
-    """Layers ``[start, end)`` (positions from 0), which are removed."""
+    """Layers ``[start, end)`` (positions from 0), which are removed.
+
+    Attributes:
+        start: the first of them.
+        end: the layer behind the last.
+        coefficients: where the layers are merged into the host, the parts of the host's own linears and of theirs, in order,
+            that the host's linears become; else empty.
+    """
 
     start: int
     end: int
+    coefficients: tuple[float, ...] = ()
 
     @property
     def host(self) -> int:
@@ -27,6 +36,11 @@ class Block:
     def layers(self) -> range:
         """The layers that go."""
         return range(self.start, self.end)
+
+    @property
+    def mixture(self) -> dict[int, float]:
+        """Layer → its part of what the host's linears become; empty where the host stays."""
+        return dict(zip(range(self.host, self.end), self.coefficients, strict=True)) if self.coefficients else {}
 
     def __len__(self) -> int:
         return self.end - self.start
@@ -44,22 +58,36 @@ class Plan:
         """Positions of all layers that go."""
         return [layer for block in self.blocks for layer in block.layers]
 
+    @property
+    def mixtures(self) -> dict[int, dict[int, float]]:
+        """Host → what its linears become (``Block.mixture``), where that is not what they are."""
+        return {block.host: block.mixture for block in self.blocks if block.coefficients}
+
     def save(self, path: Path) -> None:
         """Write the plan as JSON."""
-        write_json(path, {"blocks": [asdict(block) for block in self.blocks], "statistics": list(self.statistics)})
+        write_json(path, {"blocks": _plain(self.blocks), "statistics": list(self.statistics)})
 
     @classmethod
     def load(cls, path: Path) -> "Plan":
         """Read what ``save`` wrote."""
         content = read_json(path)
-        return cls(tuple(Block(**block) for block in content["blocks"]), tuple(content["statistics"]))
+        return cls(_blocks(content["blocks"]), tuple(content["statistics"]))
 
 
 def save_blocks(blocks: Sequence[Block], path: Path) -> None:
     """Write the chosen blocks as JSON."""
-    write_json(path, [asdict(block) for block in blocks])
+    write_json(path, _plain(blocks))
 
 
 def load_blocks(path: Path) -> tuple[Block, ...]:
     """Read what ``save_blocks`` wrote."""
-    return tuple(Block(**block) for block in read_json(path))
+    return _blocks(read_json(path))
+
+
+def _plain(blocks: Sequence[Block]) -> list[dict[str, Any]]:
+    """Return the blocks for JSON; a block that is merged into nothing says nothing of it."""
+    return [{key: value for key, value in asdict(block).items() if value != ()} for block in blocks]
+
+
+def _blocks(plain: Sequence[dict[str, Any]]) -> tuple[Block, ...]:
+    return tuple(Block(each["start"], each["end"], tuple(each.get("coefficients", ()))) for each in plain)

@@ -7,6 +7,15 @@ A block ``[start, end)`` leaves host ``start − 1`` in front of it, so ``start`
 - ``loss``: of the few cuts with the smallest residuals (angles, where no map takes the block's place), the one whose
   shortened model predicts held-out calibration text best (``replaceme.cut_loss``).
 
+Two criteria choose single layers, and a block is a run of them:
+
+- ``influence``: the layers that change their input least (ShortGPT, arXiv 2403.03853): ``replaceme.profile``.
+- ``greedy``: one by one, each the one without which the loss is lowest (SLEB, arXiv 2402.09025): ``replaceme.greedy``.
+
+And one says what hosts become, too:
+
+- ``collapse``: the layers that can be merged into the one in front of them (LaCo, arXiv 2402.11187): ``replaceme.collapse``.
+
 Several blocks (``num_A``; ReplaceMe, section 4) are taken in the order of their values, each where it overlaps none before
 it; unless adjacent ones are merged into one, a kept layer stays between them: a block's host.
 """
@@ -15,13 +24,16 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from replaceme.collapse import Way, collapsed_blocks, most
 from replaceme.compute import resolve_device, use_threads
 from replaceme.cut_loss import cut_losses
 from replaceme.documents import Documents
 from replaceme.errors import ParameterError
+from replaceme.families import Family
 from replaceme.files import read_json, rounded, write_json
+from replaceme.greedy import greedy_layers
 from replaceme.methods import METHODS
-from replaceme.methods.method import StandIn
+from replaceme.methods.method import Criterion, StandIn
 from replaceme.models import recorded_model
 from replaceme.params import Params
 from replaceme.plan import Block, save_blocks
@@ -46,12 +58,13 @@ def allowed_starts(params: Params, layers: int) -> range:
     end = params.max_distance_layer or layers
     if end > layers:
         raise ParameterError(f"max_distance_layer: must be at most the model's {layers} layers, not {end}.")
-    if params.selection == "loss" and params.dataset_size < HELD_OUT_EVERY:
+    criterion = criterion_of(params)
+    if criterion == "loss" and params.dataset_size < HELD_OUT_EVERY:
         raise ParameterError(
             f"dataset_size: selection loss holds documents out and needs at least {HELD_OUT_EVERY}, not {params.dataset_size}."
         )
-    if params.num_A > 1 and params.selection == "loss":
-        raise ParameterError("selection: loss measures a single cut; with several blocks (num_A) use residual or angular.")
+    if params.num_A > 1 and criterion not in ("angular", "residual"):
+        raise ParameterError(f"selection: {criterion} makes one choice; with several blocks (num_A) use residual or angular.")
     starts = range(first, end - skip + 1)
     if not starts:
         key = "max_distance_layer" if params.min_distance_layer is None else "min_distance_layer"
@@ -59,12 +72,22 @@ def allowed_starts(params: Params, layers: int) -> range:
         raise ParameterError(
             f"{key}: no block of {skip} layers fits between layer {first} and layer {end}; {advice}, or remove fewer layers."
         )
+    if criterion == "collapse" and (go := most(layers, _way(params, layers))) < skip:
+        raise ParameterError(
+            f"laco_interval: merges {params.laco_interval} layers apart remove {go} of the {skip} layers between layer {first} "
+            f"and layer {end} at most; lower it, or remove fewer layers."
+        )
     if _room(starts, _distance(params)) < params.num_A:
         apart = "" if params.merge_consecutive else " with a kept layer between them"
         raise ParameterError(
             f"num_A: {params.num_A} blocks of {skip} layers{apart} don't fit between layer {first} and layer {end}; take fewer."
         )
     return starts
+
+
+def criterion_of(params: Params) -> Criterion:
+    """Return what the cut is chosen by: ``selection``, or the method's own criterion."""
+    return params.selection or METHODS[params.method].criterion
 
 
 def smallest(values: list[list[float]], starts: range, skip: int, count: int = 1) -> list[Block]:
@@ -110,28 +133,36 @@ def _room(starts: Sequence[int], distance: int) -> int:
     return count
 
 
+def runs(layers: Sequence[int]) -> list[Block]:
+    """Return the blocks that single layers make."""
+    blocks: list[Block] = []
+    for layer in sorted(layers):
+        if blocks and blocks[-1].end == layer:
+            blocks[-1] = Block(blocks[-1].start, layer + 1)
+        else:
+            blocks.append(Block(layer, layer + 1))
+    return blocks
+
+
 def select(params: Params, work: Workspace) -> None:
     """Write the blocks, and metrics/select.json."""
     profile = read_json(work.profile / "profile.json")
-    distances, residuals = profile["angular_distance"], profile["residual"]
+    distances, residuals, criterion = profile["angular_distance"], profile["residual"], criterion_of(params)
     starts = allowed_starts(params, len(distances))
+    allowed = range(starts.start, starts.stop + params.layers_to_skip - 1)
     figures: dict[str, Any] = {}
-    if params.selection == "loss":
-        stand_in = METHODS[params.method].stand_in(params)
-        # Where nothing takes the block's place, what a map would miss says little.
-        values = distances if stand_in == "nothing" else residuals
-        candidates = smallest(values, starts, params.layers_to_skip, SHORTLIST)
-        measured = zip(candidates, _measure(params, work, candidates, stand_in), strict=True)
-        losses = {block: loss for block, loss in measured if math.isfinite(loss)}
-        if not losses:
-            raise ParameterError(f"dtype: {params.dtype} overflows in every shortened model; use bfloat16 or float32.")
-        blocks = [min(losses, key=losses.__getitem__)]
-        figures = {
-            "loss": losses[blocks[0]],
-            "losses": {f"host{each.host}": loss for each, loss in losses.items()},
-        }
+    if criterion == "loss":
+        blocks, figures = _by_loss(params, work, distances, residuals, starts)
+    elif criterion == "greedy":
+        blocks, figures = _one_by_one(params, work, allowed)
+    elif criterion == "collapse":
+        blocks, figures = _merges(params, work, len(distances))
+    elif criterion == "influence":
+        influence = profile["layers"]["block_influence"]
+        layers = sorted(allowed, key=influence.__getitem__)[: params.layers_to_skip]
+        blocks, figures = runs(layers), {"influence": sum(influence[layer] for layer in layers)}
     else:
-        blocks = several(residuals if params.selection == "residual" else distances, starts, params)
+        blocks = several(residuals if criterion == "residual" else distances, starts, params)
     save_blocks(blocks, work.blocks)
     for number, block in enumerate(blocks):
         chosen = {
@@ -144,16 +175,73 @@ def select(params: Params, work: Workspace) -> None:
         figures |= {f"block{number}": chosen} if number else chosen
         logger.info(
             "select: layers %d to %d of %d go, host %d, by %s: angular distance %.4f, residual %.4f%s",
-            block.start, block.end - 1, len(distances), block.host, params.selection, chosen["angular_distance"],
+            block.start, block.end - 1, len(distances), block.host, criterion, chosen["angular_distance"],
             chosen["residual"], f", loss {figures['loss']:.4f}" if "loss" in figures else "",
         )  # fmt: skip
     write_json(work.metric("select"), rounded(figures))
 
 
+def _by_loss(
+    params: Params, work: Workspace, distances: list[list[float]], residuals: list[list[float]], starts: range
+) -> tuple[list[Block], dict[str, Any]]:
+    stand_in = METHODS[params.method].stand_in(params)
+    # Where nothing takes the block's place, what a map would miss says little.
+    values = distances if stand_in == "nothing" else residuals
+    candidates = smallest(values, starts, params.layers_to_skip, SHORTLIST)
+    measured = zip(candidates, _measure(params, work, candidates, stand_in), strict=True)
+    losses = {block: loss for block, loss in measured if math.isfinite(loss)}
+    if not losses:
+        raise ParameterError(f"dtype: {params.dtype} overflows in every shortened model; use bfloat16 or float32.")
+    best = min(losses, key=losses.__getitem__)
+    return [best], {"loss": losses[best], "losses": {f"host{each.host}": loss for each, loss in losses.items()}}
+
+
+def _one_by_one(params: Params, work: Workspace, allowed: Sequence[int]) -> tuple[list[Block], dict[str, Any]]:
+    model, family = _loaded(params, work)
+    documents, count = Documents.load(work.documents), params.layers_to_skip
+    work.blocks.parent.mkdir(parents=True, exist_ok=True)
+    layers, losses = greedy_layers(
+        model, family, documents, allowed, count, batch_size=params.batch_size, folder=work.blocks.parent
+    )
+    logger.info("select: layers in the order in which they went: %s", ", ".join(map(str, layers)))
+    return runs(layers), {
+        "loss": losses[-1],
+        "order": {f"layer{layer}": loss for layer, loss in zip(layers, losses, strict=True)},
+    }
+
+
+def _merges(params: Params, work: Workspace, layers: int) -> tuple[list[Block], dict[str, Any]]:
+    model, family = _loaded(params, work)
+    work.blocks.parent.mkdir(parents=True, exist_ok=True)
+    blocks, alike, threshold = collapsed_blocks(
+        model, family, Documents.load(work.documents), _way(params, layers), params.laco_threshold,
+        batch_size=params.batch_size, folder=work.blocks.parent,
+    )  # fmt: skip
+    if threshold < params.laco_threshold:
+        logger.info("select: laco_threshold %g leaves too many layers, and was lowered to %g", params.laco_threshold, threshold)
+    listed = ", ".join(f"{value:.4f} with layer {place}" for place, value in alike.items())
+    logger.info("select: similarity behind each merge, above the threshold %g: %s", threshold, listed)
+    return blocks, {
+        "threshold": threshold,
+        "similarity": [*alike.values()][-1],
+        "merges": {f"layer{place}": value for place, value in alike.items()},
+    }
+
+
+def _way(params: Params, layers: int) -> Way:
+    first, end = (params.min_distance_layer or 1) - 1, params.max_distance_layer or layers
+    return Way(first, end, params.laco_layers, params.laco_interval, params.layers_to_skip)
+
+
 def _measure(params: Params, work: Workspace, candidates: list[Block], stand_in: StandIn) -> list[float]:
+    model, family = _loaded(params, work)
+    documents = Documents.load(work.documents)
+    return cut_losses(model, family, documents, candidates, stand_in=stand_in, batch_size=params.batch_size)
+
+
+def _loaded(params: Params, work: Workspace) -> tuple[Any, Family]:
+    """Return the dense model and its description."""
     use_threads(params.threads)
     source = recorded_model(params, work.model_input)
     model = source.load(params.dtype, resolve_device(params.device), params.use_4bit, params.device_map)
-    return cut_losses(
-        model, source.family(), Documents.load(work.documents), candidates, stand_in=stand_in, batch_size=params.batch_size
-    )
+    return model, source.family()

@@ -24,14 +24,16 @@ def solve(params: Params, work: Workspace) -> None:
 
     # Later blocks are solved in the repair stage.
     solved = METHODS[params.method].solve(params, plan.blocks[0], statistic)
-    solved.edits.removed_layers = plan.removed_layers
+    solved.edits.removed_layers, solved.edits.mixtures = plan.removed_layers, plan.mixtures
     removed = len(plan.removed_layers)
     with new_folder(work.solution) as folder:
         solved.edits.save(folder)
         write_text(folder / "residuals.csv", _ridge_table(solved.ridge_path))
         write_text(folder / "loss.csv", _loss_table(solved.loss_curve))
     write_json(work.metric("solve"), rounded({"removed_layers": removed, **solved.figures}))
-    if not solved.edits.changes():
+    if plan.mixtures:
+        logger.info("solve: %d layers go, merged into %d that stay", removed, len(plan.mixtures))
+    elif not solved.edits.changes():
         logger.info("solve: %d layers go, and nothing takes their place", removed)
 
 

@@ -37,7 +37,9 @@ PASS = ("batch_size", "dtype", "device", "device_map", "threads", "use_4bit", "t
 SCORING = ("tasks", "eval_tokens", "eval_batch_size", "eval_dtype", "device", "device_map", "threads", "trust_remote_code")
 ALL = [name for name in Params.model_fields if name not in ("save_path", "save_transform_only")]
 
-SOLVING = tuple(name for name in EFFECTS if not name.startswith("repair_"))
+MERGING = tuple(name for name in EFFECTS if name.startswith("laco_"))
+REPAIRING = tuple(name for name in EFFECTS if name.startswith("repair_"))
+SOLVING = tuple(name for name in EFFECTS if name not in MERGING + REPAIRING)
 
 # Of the dense model alone, so the same for every result that is made of it.
 SHARED = ("baseline",)
@@ -79,7 +81,7 @@ STEPS: Mapping[str, Step] = {
         select,
         (
             "method", "transform", "selection", "layers_to_skip", "min_distance_layer", "max_distance_layer", "num_A",
-            "merge_consecutive", *PASS,
+            "merge_consecutive", *MERGING, *PASS,
         ),
         ("profile", "model_input", "documents"),
         "blocks",
@@ -96,7 +98,7 @@ STEPS: Mapping[str, Step] = {
     ),
     "repair": Step(
         repair,
-        ("method", "transform", "alpha", "repair", *EFFECTS, *PASS),
+        ("method", "transform", "alpha", "repair", *REPAIRING, *SOLVING, *PASS),
         ("model_input", "documents", "plan", "solution"),
         "edits",
         ("repair",),

@@ -4,9 +4,12 @@ The fold (ReplaceMe, section 3): with ``y = G Wᵀ + b`` and row vectors, ``y T 
 ``W' = TᵀW + Δ`` and ``b' = Tᵀb + δ`` compute the change with no new parameter. Behind a norm with weight γ, the transform
 ``T = diag(γ)⁻¹ Q D`` folds into ``W' = QᵀW`` and ``γ' = D``: an orthogonal Q leaves the root mean square that the norm divides
 by as it was.
+
+A layer that mixes layers (``W = Σ c_j W_j``) has this instead of its own W, in the fold too.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -14,7 +17,7 @@ from torch import Tensor, nn
 
 from replaceme.edits import Change, Edits
 from replaceme.errors import SolveError
-from replaceme.families import Family, Linear, parameter_of
+from replaceme.families import Family, Linear, linear_parameters, parameter_of
 
 # How far from orthogonal, in the largest entry of QᵀQ − I, rounding can take a map.
 ORTHOGONAL = 1e-6
@@ -29,12 +32,36 @@ def apply_edits(model: Any, family: Family, edits: Edits) -> None:
         edits: what to change.
     """
     layers = family.decoder_layers(model)
-    for (layer, linear), change in edits.changes().items():
-        fold(family, layers[layer], linear, change)
+    for layer, name, exact in edited_parameters(family, layers, edits):
+        parameter_of(layers[layer], name).copy_(exact)
     kept = [layer for index, layer in enumerate(layers) if index not in set(edits.removed_layers)]
     model.set_submodule(family.layers, nn.ModuleList(kept))
     renumber(kept)
     cut_config(model.config, family, edits.removed_layers)
+
+
+def edited_parameters(family: Family, layers: nn.ModuleList, edits: Edits) -> Iterator[tuple[int, str, Tensor]]:
+    """Yield each parameter that the edits touch: its layer, its name within it, and what it is to be (float64, torch's layout).
+
+    All come from the original weights of ``layers``, and none is needed once it has been yielded: it can be overwritten.
+    """
+    done = set()
+    for (layer, linear), change in edits.changes().items():
+        original = partial(mixed, layers, edits.mixtures[layer]) if layer in edits.mixtures else None
+        for name, exact in folds(family, layers[layer], linear, change, original):
+            done.add((layer, name))
+            yield layer, name, exact
+    for layer, mixture in edits.mixtures.items():
+        assert set(mixture) - {layer} <= set(edits.removed_layers), "a kept layer would be mixed into another one"
+        for name in linear_parameters(layers[layer]):
+            if (layer, name) not in done:
+                yield layer, name, mixed(layers, mixture, name)
+
+
+def mixed(layers: nn.ModuleList, mixture: Mapping[int, float], name: str) -> Tensor:
+    """Return ``Σ c_j θ_j`` (float64, torch's layout) of the parameters that layers have under one name."""
+    parts = (coefficient * parameter_of(layers[source], name).double() for source, coefficient in mixture.items())
+    return reduce(torch.add, parts)
 
 
 def fold(family: Family, layer: nn.Module, linear: Linear, change: Change) -> None:
@@ -43,8 +70,17 @@ def fold(family: Family, layer: nn.Module, linear: Linear, change: Change) -> No
         parameter_of(layer, name).copy_(exact)
 
 
-def folds(family: Family, layer: nn.Module, linear: Linear, change: Change) -> Iterator[tuple[str, Tensor]]:
+def folds(
+    family: Family, layer: nn.Module, linear: Linear, change: Change, original: Callable[[str], Tensor] | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """Yield each parameter that a change touches, by name within the layer, and what it is to be: float64, in torch's layout.
+
+    Args:
+        family: where the parts are.
+        layer: the layer.
+        linear: which linear changes.
+        change: how.
+        original: what the linear's parameters are before; None takes the layer's own.
 
     Raises:
         SolveError: a norm stands behind the linear, and the transform does not fold through it.
@@ -56,7 +92,7 @@ def folds(family: Family, layer: nn.Module, linear: Linear, change: Change) -> I
         yield f"{family.mlp}.weight", gains - family.norm_offset
     for name in family.ends(layer, linear):
         addition = change.bias if name.endswith(".bias") else change.weight
-        yield name, folded(parameter_of(layer, name), transform, addition)
+        yield name, folded(original(name) if original else parameter_of(layer, name), transform, addition)
 
 
 def folded(original: Tensor, transform: Tensor | None, addition: Tensor | None) -> Tensor:

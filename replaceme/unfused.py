@@ -2,10 +2,11 @@
 a shortened model before any weight is changed.
 
 A hook on each edited linear makes ``y T + G Δᵀ + δ`` of its output ``y`` and its input ``G``; where a norm or a mixture of
-experts stands behind the linear, the hook is on what that adds to the residual stream. Removed layers pass their input on.
+experts stands behind the linear, the hook is on what that adds to the residual stream. A hook on each linear of a layer that
+mixes layers makes ``Σ c_j (G W_jᵀ + b_j)``, by the other layers' own linears. Removed layers pass their input on.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from replaceme.edits import Change, Edits
-from replaceme.families import Family
+from replaceme.families import Family, linears_within
 
 
 @contextmanager
@@ -22,6 +23,11 @@ def unfused(model: nn.Module, family: Family, edits: Edits) -> Iterator[None]:
     """Let a model with its original weights compute, for a while, what the edits make of it."""
     layers = family.decoder_layers(model)
     with ExitStack() as stack:
+        # Before the changes, whose hooks see what a mixture makes.
+        for layer, mixture in edits.mixtures.items():
+            for path, module in linears_within(layers[layer]).items():
+                others = [(layers[source].get_submodule(path), part) for source, part in mixture.items() if source != layer]
+                stack.callback(module.register_forward_hook(_mixing(mixture.get(layer, 0.0), others)).remove)
         for (layer, linear), change in edits.changes().items():
             part = layers[layer]
             module = family.transformed(part) if linear == "mlp_output" else family.linear_of(part, linear)
@@ -45,6 +51,18 @@ def _pass_on(hidden_states: Tensor, *_arguments: Any, **_options: Any) -> Tensor
 
 def _pass_on_in_tuple(hidden_states: Tensor, *_arguments: Any, **_options: Any) -> tuple[Tensor, None]:
     return hidden_states, None
+
+
+def _mixing(own: float, others: Sequence[tuple[nn.Module, float]]) -> Any:
+    def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        total = own * output.to(torch.promote_types(output.dtype, torch.float32))
+        for linear, part in others:
+            if part:
+                # Not by a call: what others watch on that linear is not meant.
+                total = total + part * linear.forward(args[0]).to(total)
+        return total.to(output.dtype)
+
+    return hook
 
 
 def _hook(change: Change) -> Any:

@@ -1,9 +1,9 @@
 """Prove that the exported folder computes what was solved for.
 
-The folder is reloaded as any user would load it. Every weight that no edit names must be the original's, bit for bit, and a
-folded one the exact fold but for its last bit. The computation is compared with the dense model's under the edits, unfused
-(``replaceme.unfused``): hidden states behind each host and logits must agree up to the rounding of the stored weights.
-Generation with the KV cache must equal generation without.
+The folder is reloaded as any user would load it. Every weight that no edit names must be the original's, bit for bit, and one
+that was folded or mixed what that comes to but for its last bit. The computation is compared with the dense model's under the
+edits, unfused (``replaceme.unfused``): hidden states behind each host and logits must agree up to the rounding of the stored
+weights. Generation with the KV cache must equal generation without.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from replaceme.families import Family, parameter_of
 from replaceme.forward import tensor_of
 from replaceme.models import Model
 from replaceme.precision import stored_dtype, working_dtype
-from replaceme.surgery import folds
+from replaceme.surgery import edited_parameters
 from replaceme.unfused import unfused
 
 DOCUMENTS, TOKENS, GENERATED = 2, 256, 16
@@ -74,20 +74,19 @@ def verify_export(dense: Model, pruned: Model, edits: Edits, documents: Document
 
 
 def wrong_weights(dense: Any, pruned: Any, family: Family, edits: Edits) -> list[str]:
-    """Return the names of weights that are neither the original's nor, where they are edited, the original's fold."""
+    """Return the names of weights that are neither the original's nor, where they are edited, what that makes of it."""
     layers, shortened = family.decoder_layers(dense), family.decoder_layers(pruned)
     kept = [layer for layer in range(len(layers)) if layer not in set(edits.removed_layers)]
     originals, weights, wrong = dict(dense.named_parameters()), dict(pruned.named_parameters()), []
-    for (layer, linear), change in edits.changes().items():
+    for layer, part, exact in edited_parameters(family, layers, edits):
         place = kept.index(layer)
-        for part, exact in folds(family, layers[layer], linear, change):
-            name, weight = f"{family.layers}.{place}.{part}", parameter_of(shortened[place], part)
-            del weights[name]
-            # One step of the stored format: relative to the weight, and absolute where it is subnormal.
-            limits = torch.finfo(weight.dtype)
-            step = limits.eps * exact.abs().clamp_min(limits.smallest_normal)
-            if not bool(((weight.double() - exact).abs() <= step).all()):
-                wrong.append(name)
+        name, weight = f"{family.layers}.{place}.{part}", parameter_of(shortened[place], part)
+        del weights[name]
+        # One step of the stored format: relative to the weight, and absolute where it is subnormal.
+        limits = torch.finfo(weight.dtype)
+        step = limits.eps * exact.abs().clamp_min(limits.smallest_normal)
+        if not bool(((weight.double() - exact).abs() <= step).all()):
+            wrong.append(name)
     prefix = f"{family.layers}."
     for name, weight in weights.items():
         original = name

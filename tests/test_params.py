@@ -35,8 +35,11 @@ def problems_of(tmp_path: Path, text: str) -> str:
         ("device: tpu", "device: must be auto, cpu, cuda or cuda:N, not 'tpu'"),
         ("dtype: int8", "dtype: must be 'bfloat16', 'float16' or 'float32', not 'int8'"),
         ("model_path: null", "model_path: must be a text, not null"),
-        ("method: lstq", "method: 'lstq' is not a method (did you mean 'lstsq'?); use one of cosine, lstsq, uidl"),
-        ("method: shortgpt", "method: 'shortgpt' is not built yet"),
+        (
+            "method: lstq",
+            "method: 'lstq' is not a method (did you mean 'lstsq'?); use one of cosine, laco, lstsq, shortgpt, sleb, uidl",
+        ),
+        ("method: slicegpt", "method: 'slicegpt' is not built yet"),
         ("num_A: 0", "num_A: must be at least 1, not 0"),
         ("refit_ridge: 0", "refit_ridge: must be above 0, not 0"),
         ("diag: 1", "diag: must be true or false, not 1"),

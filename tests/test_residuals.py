@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from replaceme import cut_loss, scratch
+from replaceme import cut_loss, next_token, scratch
 from replaceme.cut_loss import cut_losses
 from replaceme.documents import Documents
 from replaceme.edits import Edits
@@ -106,7 +106,7 @@ def test_a_scratch_disk_that_is_too_small_is_named(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_the_loss_of_a_cut_is_that_of_the_model_with_its_fold(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cut_loss, "TOKENS", 10_000)
+    monkeypatch.setattr(next_token, "TOKENS", 10_000)
     model, documents, block = made_model(family), made_documents(12), Block(2, 4)
     description = family_of(model.config)
     weights = {name: weight.clone() for name, weight in model.state_dict().items()}
@@ -133,11 +133,11 @@ def test_the_loss_needs_documents_to_hold_out() -> None:
 
 def test_many_documents_are_not_cut_short_for_the_loss() -> None:
     short = Documents([torch.arange(2, 42)] * 900)
-    excerpts = cut_loss._excerpts(short)
-    assert {len(document) for document in excerpts.documents} <= {40, cut_loss.TOKENS % 40}
-    assert cut_loss.TOKENS - 40 < excerpts.token_count <= cut_loss.TOKENS
-    long = cut_loss._excerpts(Documents([torch.arange(3000)] * 9))
-    assert [len(document) for document in long.documents] == [cut_loss.LENGTH] * 4
+    excerpts = next_token.excerpts_of(short)
+    assert {len(document) for document in excerpts.documents} <= {40, next_token.TOKENS % 40}
+    assert next_token.TOKENS - 40 < excerpts.token_count <= next_token.TOKENS
+    long = next_token.excerpts_of(Documents([torch.arange(3000)] * 9))
+    assert [len(document) for document in long.documents] == [next_token.LENGTH] * 4
 
 
 @pytest.mark.parametrize("lengths", [[2], [1, 1], [3], [1, 1, 1, 1, 1, 1]])
@@ -153,7 +153,7 @@ def test_a_state_of_zeros_weighs_nothing() -> None:
 
 @pytest.mark.parametrize("bytes_at_once", [4 << 30, 1])
 def test_the_loss_of_a_refit_is_that_of_the_edits_of_the_method(bytes_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cut_loss, "TOKENS", 10_000)
+    monkeypatch.setattr(next_token, "TOKENS", 10_000)
     monkeypatch.setattr(cut_loss, "GRAM_BYTES", bytes_at_once)
     model, documents, blocks = made_model(dtype=torch.float64), made_documents(12), [Block(2, 4), Block(1, 3)]
     found = cut_losses(model, PRE_NORM, documents, blocks, stand_in="refit", batch_size=4)

@@ -130,5 +130,5 @@ def test_blocks_that_do_not_fit_are_named() -> None:
         starts(8, layers_to_skip=3, num_A=3)
     with pytest.raises(ParameterError, match="num_A: 2 blocks of 4 layers with a kept layer between them don't fit"):
         starts(9, layers_to_skip=4, num_A=2, merge_consecutive=False)
-    with pytest.raises(ParameterError, match=r"selection: loss measures a single cut; with several blocks \(num_A\)"):
+    with pytest.raises(ParameterError, match=r"selection: loss makes one choice; with several blocks \(num_A\)"):
         starts(12, layers_to_skip=3, num_A=2, selection="loss")

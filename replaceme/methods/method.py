@@ -14,6 +14,8 @@ from replaceme.plan import Block
 Statistics = Callable[[str], Mapping[str, Tensor]]
 
 
+# By what a cut is chosen (``replaceme.selection``).
+Criterion = Literal["angular", "residual", "loss", "influence", "greedy", "collapse"]
 # What can take a block's place: nothing, a linear map, or new weights of the linear that ends the host's MLP.
 StandIn = Literal["nothing", "map", "refit"]
 
@@ -43,8 +45,15 @@ class Method:
         stand_in: what takes the block's place while cuts are compared by their loss, with these parameters.
         statistics: names of the statistics (``replaceme.statistics``) that it wants of each block, with these parameters.
         solve: turns the parameters, a block and its statistics into edits and what is to be known of them.
+        criterion: by which it chooses what goes, as published.
     """
 
     stand_in: Callable[[Params], StandIn]
     statistics: Callable[[Params], tuple[str, ...]]
     solve: Callable[[Params, Block, Statistics], Solved]
+    criterion: Criterion = "angular"
+
+
+def drop(title: str) -> Callable[[Params, Block, Statistics], Solved]:
+    """Return the solver of a method that puts nothing in the block's place."""
+    return lambda params, block, statistics: Solved(Edits(title, []))

@@ -17,6 +17,7 @@ from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from replaceme.files import new_folder, read_json, write_text
+from replaceme.methods import METHODS
 from replaceme.params import Params
 from replaceme.plan import Block, load_blocks
 from replaceme.report import sentences, tables
@@ -86,6 +87,7 @@ def render(params: Params, work: Workspace, speed: Mapping[str, Any] | None = No
     distances, residuals, layers = profile["angular_distance"], profile["residual"], profile["layers"]
     repaired = read_json(work.metric("repair"))
     fits = _fits(solved, repaired)
+    criterion = params.selection or METHODS[params.method].criterion
     pictures = {
         "distances": _map(distances, "angular distance (half turns)", blocks),
         "cut_residuals": _map(residuals, "relative residual of a linear map", blocks),
@@ -106,7 +108,7 @@ def render(params: Params, work: Workspace, speed: Mapping[str, Any] | None = No
         perplexity=tables.perplexity_table(evaluation),
         size=tables.size_table(evaluation),
         times=tables.times_table(speed) if speed else None,
-        cut=sentences.cut_sentences(distances, residuals, blocks, params.selection, read_json(work.metric("select"))),
+        cut=sentences.cut_sentences(distances, residuals, blocks, criterion, read_json(work.metric("select"))),
         layer_reading=sentences.layer_sentences(layers, blocks),
         fit=sentences.fit_sentences(fits),
         fit_table=tables.fit_table(fits),

@@ -15,6 +15,9 @@ CRITERIA = {
     "angular": "the smallest angular distance",
     "residual": "the smallest residual",
     "loss": "the smallest loss among the cuts with the smallest residuals",
+    "influence": "the smallest influence on their input",
+    "greedy": "the smallest loss without them, one by one",
+    "collapse": "merging layers into the one in front of them, as long as the last states stay alike",
 }
 
 

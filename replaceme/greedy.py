@@ -1,0 +1,79 @@
+"""Layers chosen one by one, by what the model without each of them predicts (SLEB, arXiv 2402.09025, section 3).
+
+As many times as layers are to go, every layer that is left is passed by in turn, and the one without which the calibration loss
+is lowest goes. The states that enter each layer are computed once a round: a candidate costs the layers behind it alone.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from replaceme.documents import Batch, Documents
+from replaceme.edits import Edits
+from replaceme.families import Family
+from replaceme.forward import Signal, Signals, ask, begun_at, walk
+from replaceme.next_token import excerpts_of, next_token_loss
+from replaceme.progress import progress
+from replaceme.scratch import scratch
+from replaceme.unfused import unfused
+
+
+def greedy_layers(
+    model: Any,
+    family: Family,
+    documents: Documents,
+    allowed: Sequence[int],
+    count: int,
+    *,
+    batch_size: int,
+    folder: Path | None = None,
+) -> tuple[list[int], list[float]]:
+    """Return the layers that go, in the order in which they were chosen, and the loss (nats a token) after each.
+
+    Args:
+        model: the dense model.
+        family: its description.
+        documents: calibration text.
+        allowed: the layers that may go.
+        count: how many go.
+        batch_size: documents in a batch.
+        folder: where scratch files may lie; None is the system's temporary folder.
+    """
+    layers, excerpts = family.decoder_layers(model), excerpts_of(documents)
+    removed: list[int] = []
+    losses: list[float] = []
+    shape = len(layers), excerpts.token_count, int(model.config.hidden_size)
+    with scratch(1, shape, model.dtype, folder, "the choice of layers") as (entering,):
+        for _ in progress(range(count), "choosing layers", "layers"):
+            left = [layer for layer in allowed if layer not in removed]
+            with unfused(model, family, Edits("", removed)):
+                walk(model, family, excerpts, [Entering(left, entering)], batch_size=batch_size, description=None)
+            found = {}
+            for layer in left:
+                with unfused(model, family, Edits("", [*removed, layer])):
+                    found[layer] = next_token_loss(
+                        model,
+                        excerpts,
+                        batch_size,
+                        # The layer itself is passed by: it hands on what enters it.
+                        lambda current, layer=layer: begun_at(family, layers, layer, entering[layer], current),  # type: ignore[misc]
+                    )
+            best = min(found, key=found.__getitem__)
+            removed.append(best)
+            losses.append(found[best])
+    return removed, losses
+
+
+class Entering:
+    """Observer that keeps what enters layers: (layers, tokens, d), at the layers' own positions."""
+
+    def __init__(self, layers: Sequence[int], kept: Tensor):
+        self.layers, self.kept = layers, kept
+
+    def wants(self) -> Mapping[int, frozenset[Signal]]:
+        return ask(self.layers, "input")
+
+    def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
+        self.kept[layer, batch.tokens] = batch.real(signals["input"]).to(self.kept)

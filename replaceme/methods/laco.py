@@ -1,0 +1,5 @@
+"""LaCo (arXiv 2402.11187): merge layers into the one in front of them, chosen and merged at once (``replaceme.collapse``)."""
+
+from replaceme.methods.method import Method, drop
+
+METHOD = Method(stand_in=lambda params: "nothing", statistics=lambda params: (), solve=drop("LaCo"), criterion="collapse")

@@ -1,0 +1,5 @@
+"""ShortGPT (arXiv 2403.03853): drop the layers that change their input least, adjacent or not."""
+
+from replaceme.methods.method import Method, drop
+
+METHOD = Method(stand_in=lambda params: "nothing", statistics=lambda params: (), solve=drop("ShortGPT"), criterion="influence")

@@ -1,0 +1,5 @@
+"""SLEB (arXiv 2402.09025): drop layers one by one, each the one that the loss misses least."""
+
+from replaceme.methods.method import Method, drop
+
+METHOD = Method(stand_in=lambda params: "nothing", statistics=lambda params: (), solve=drop("SLEB"), criterion="greedy")

@@ -1,0 +1,54 @@
+"""The next-token loss of calibration text, by which cuts are compared: a few thousand tokens, the same for all of them."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from replaceme.documents import Batch, Documents
+
+# Tokens that the loss is taken on, and of a document, at most; and the seed of the order in which documents are taken.
+TOKENS, LENGTH, SEED = 4096, 1024, 0
+
+
+def excerpts_of(documents: Documents) -> Documents:
+    """Return documents, in a seeded order and at most ``LENGTH`` tokens of each, until ``TOKENS`` are reached."""
+    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(SEED)).tolist()
+    chosen: list[Tensor] = []
+    left = TOKENS
+    for index in order:
+        excerpt = documents.documents[index][: min(LENGTH, left)]
+        if len(excerpt) > 1:
+            chosen.append(excerpt)
+            left -= len(excerpt)
+    return Documents(chosen)
+
+
+@torch.inference_mode()
+def next_token_loss(
+    model: Any,
+    documents: Documents,
+    batch_size: int,
+    context: Callable[[Callable[[], Batch]], AbstractContextManager[None]] = lambda current: nullcontext(),
+) -> float:
+    """Return the mean loss (nats a token) of a loaded model.
+
+    Args:
+        model: the model, as it computes at present.
+        documents: the text; at least one has two tokens.
+        batch_size: documents in a batch.
+        context: what holds while it computes, of a function that tells the batch at hand.
+    """
+    total, count = 0.0, 0
+    batches: list[Batch] = []
+    with context(lambda: batches[-1]):
+        for batch in documents.batches(batch_size, str(model.device)):
+            batches[:] = [batch]
+            logits = model(batch.input_ids, use_cache=False).logits
+            for row, ids, length in zip(logits, batch.input_ids, batch.lengths.tolist(), strict=True):
+                total += float(cross_entropy(row[: length - 1].float(), ids[1:length], reduction="sum"))
+                count += length - 1
+    return total / count
