@@ -86,8 +86,12 @@ def _fit_maps(
 ) -> None:
     grams = [WeightedGram(block) for block in blocks]
     walk(model, family, documents, grams, batch_size=batch_size, description="fitting the best cuts")
+    layers = family.decoder_layers(model)
     for block, edits, sums in zip(blocks, cuts, grams, strict=True):
-        edits.transforms[block.host] = solve_small_ridge(torch.as_tensor(sums.gram), torch.as_tensor(sums.cross))
+        transform = solve_small_ridge(torch.as_tensor(sums.gram), torch.as_tensor(sums.cross))
+        if family.norm_after_mlp:  # a dense map, which ranks the cuts and is never folded
+            transform = family.norm_weight(layers[block.host]).to(transform)[:, None] * transform
+        edits.transforms[block.host] = transform
 
 
 def _refit(

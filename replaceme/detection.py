@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from replaceme.documents import Batch, Documents
 from replaceme.errors import ModelError
@@ -44,6 +44,8 @@ def proposed_family(model: Any) -> Family:
         raise _refusal(kind, "its layers hold weights of three dimensions, as a mixture of experts does")
     attention = _block(kind, layer, ATTENTION, "attention")
     mlp = _block(kind, layer, MLP, "MLP")
+    if any(isinstance(part, nn.ModuleList) for part in layer.get_submodule(mlp).modules()):
+        raise _refusal(kind, "its MLP is a list of them, as a mixture of experts is")
     ends = _last_linear(kind, layer, attention, width), _last_linear(kind, layer, mlp, width)
     for other in model.get_submodule(lists[0]):
         if not {attention, mlp, *ends} <= {name for name, _ in other.named_modules()}:
@@ -68,7 +70,14 @@ def prove(model: Any, family: Family, documents: Documents) -> None:
     """
     kind = model.config.model_type
     proofs = [_Proof(layer, index, family, kind) for index, layer in enumerate(family.decoder_layers(model))]
-    walk(model, family, documents.head(DOCUMENTS, TOKENS), proofs, batch_size=DOCUMENTS, description=None)
+    returned: list[Any] = []
+    hook = family.decoder_layers(model)[0].register_forward_hook(lambda _module, _args, output: returned.append(output))
+    try:
+        walk(model, family, documents.head(DOCUMENTS, TOKENS), proofs, batch_size=DOCUMENTS, description=None)
+    finally:
+        hook.remove()
+    if not isinstance(returned[0], Tensor):
+        raise _refusal(kind, "its layers return more than their states")
     logger.info("%s: in each of the %d layers, the parts that were recognised are all that it adds", kind, len(proofs))
 
 
@@ -84,11 +93,12 @@ class _Proof:
     def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
         before, attention, mlp, after = (batch.real(signals[name]).double() for name in ("input", "attention", "mlp", "output"))
         linear = batch.real(self.linear(signals["mlp_features"])).double()
-        rounding = torch.finfo(signals["output"].dtype).eps * sum(part.norm() for part in (before, attention, mlp, after))
-        # Written so that NaN fails too.
-        if not bool((after - before - attention - mlp).norm() <= rounding):
+        # Token by token: one of huge norm must not hide the others. Written so that NaN fails too.
+        eps = torch.finfo(signals["output"].dtype).eps
+        rounding = eps * sum(part.norm(dim=-1) for part in (before, attention, mlp, after))
+        if not bool(((after - before - attention - mlp).norm(dim=-1) <= rounding).all()):
             raise _refusal(self.kind, f"layer {layer} adds something else than what its attention and its MLP return")
-        if not bool((mlp - linear).norm() <= rounding):
+        if not bool(((mlp - linear).norm(dim=-1) <= 4 * eps * mlp.norm(dim=-1)).all()):
             raise _refusal(self.kind, f"the MLP of layer {layer} returns something else than its last linear")
 
 

@@ -2,7 +2,8 @@
 
 Two kinds of change to linears whose output is added to the residual stream (torch layout, ``y = G Wᵀ + b``):
 
-- a transform: ``y T``, so that ``W' = TᵀW`` and ``b' = Tᵀb`` (ReplaceMe, section 3);
+- a transform: ``y T``, so that ``W' = TᵀW`` and ``b' = Tᵀb`` (ReplaceMe, section 3); where a norm follows, of the norm's output
+  before its weight, so that it is the same however the weight is rounded;
 - a correction behind it: ``y T + G Δᵀ + δ``, so that ``W' = TᵀW + Δ`` and ``b' = Tᵀb + δ``.
 
 And one to all linears of a layer, before these two: a mixture ``W = Σ c_j W_j`` and ``b = Σ c_j b_j`` with those of layers that

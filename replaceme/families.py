@@ -164,6 +164,12 @@ def _opt(config: Any) -> Family:
     return Family(layers="model.decoder.layers", attention_output="self_attn.out_proj", mlp="fc2", mlp_output="fc2")
 
 
+def _gemma3(config: Any) -> Family:
+    if config.use_bidirectional_attention:
+        raise _refusal("gemma3_text", "it is an encoder, whose tokens see those behind them (use_bidirectional_attention)")
+    return Family(**_NORM_AFTER, norm_offset=1.0)
+
+
 def _sparse_layers(config: Any) -> None:
     """Say which layers have no experts by a list, instead of by every how many layers."""
     config.mlp_only_layers = [
@@ -174,7 +180,7 @@ def _sparse_layers(config: Any) -> None:
     config.decoder_sparse_step = 1
 
 
-_NORM_AFTER = {"attention": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"}
+_NORM_AFTER: dict[str, Any] = {"attention": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"}
 _QWEN_MOE = _described(
     experts=("mlp.experts.down_proj", "mlp.shared_expert.down_proj.weight", "mlp.down_proj.weight"),
     layer_bounds=("max_window_layers",),
@@ -185,7 +191,7 @@ _QWEN_MOE = _described(
 FAMILIES: Mapping[str, Callable[[Any], Family]] = {
     "falcon": _falcon,
     "gemma2": _described(**_NORM_AFTER, norm_offset=1.0),
-    "gemma3_text": _described(**_NORM_AFTER, norm_offset=1.0),
+    "gemma3_text": _gemma3,
     "gpt2": _gpt2,
     "gpt_neox": _gpt_neox,
     "gptj": _described(

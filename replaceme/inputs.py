@@ -19,6 +19,7 @@ from replaceme.files import new_folder, write_json
 from replaceme.fingerprints import sha256_of
 from replaceme.models import CARD_FILES, TOKENIZER_FILES, WEIGHT_FILES, Model, check_weights, find_model, layer_count
 from replaceme.params import Params
+from replaceme.positions import check_cut
 from replaceme.progress import logger
 from replaceme.selection import allowed_starts
 from replaceme.workspace import Workspace
@@ -36,10 +37,14 @@ def inspect_inputs(params: Params, work: Workspace) -> None:
         resolve_device(params.device)
     with _collecting(problems):
         model = find_model(params)
-        family, kind = model.family(), model.config().model_type
+        config, family = model.config(), model.family()
+        kind, positions = config.model_type, getattr(config, "max_position_embeddings", None)
+        if positions and params.max_length > positions:
+            raise ParameterError(f"max_length: must be at most the model's {positions} positions, not {params.max_length}.")
         if refused := family_refusals(params.model_dump(), kind, family.obstacle):
             raise ParameterError(refused)
         if family.detected:
+            check_cut(model.skeleton, config, family)
             logger.warning(
                 "model_path: the family '%s' is not described; its layers (%s), attention (%s) and MLP (%s) were recognised by "
                 "their structure, which counts when the profile and the export have proved it on text",

@@ -81,9 +81,9 @@ class Model:
             raise ModelError(
                 f"model_path: {self.name} is an encoder-decoder ('{config.model_type}'), not a causal language model."
             )
-        return proposed_family(self._skeleton(config))
+        return proposed_family(self.skeleton(config))
 
-    def _skeleton(self, config: Any) -> Any:
+    def skeleton(self, config: Any) -> Any:
         """Return the model without memory for its weights."""
         try:
             with torch.device("meta"):

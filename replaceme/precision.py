@@ -10,10 +10,9 @@ FLOAT32_BYTES = 8 << 30
 
 
 def stored_dtype(model: Model) -> torch.dtype:
-    """Return the format of the stored weights."""
+    """Return the format of the stored weights; old files hold masks of bytes beside them."""
     with safe_open(model.files(WEIGHTS)[0], "pt") as weights:
-        dtype: torch.dtype = weights.get_tensor(next(iter(weights.keys()))).dtype
-    return dtype
+        return next(tensor.dtype for name in weights.keys() if (tensor := weights.get_tensor(name)).is_floating_point())  # noqa: SIM118
 
 
 def working_dtype(model: Model) -> str:

@@ -1,8 +1,8 @@
 """Apply edits to a model: fold changes into weights, drop layers, and renumber whatever counts layers.
 
 The fold (ReplaceMe, section 3): with ``y = G Wᵀ + b`` and row vectors, ``y T + G Δᵀ + δ = G (TᵀW + Δ)ᵀ + Tᵀb + δ``, so that
-``W' = TᵀW + Δ`` and ``b' = Tᵀb + δ`` compute the change with no new parameter. Behind a norm with weight γ, the transform
-``T = diag(γ)⁻¹ Q D`` folds into ``W' = QᵀW`` and ``γ' = D``: an orthogonal Q leaves the root mean square that the norm divides
+``W' = TᵀW + Δ`` and ``b' = Tᵀb + δ`` compute the change with no new parameter. Behind a norm, which gives ``M = u diag(γ)``, a
+transform ``Q D`` of u folds into ``W' = QᵀW`` and ``γ' = D``: an orthogonal Q leaves the root mean square that the norm divides
 by as it was.
 
 A layer that mixes layers (``W = Σ c_j W_j``) has this instead of its own W, in the fold too.
@@ -87,7 +87,7 @@ def folds(
     """
     transform = change.transform
     if transform is not None and family.norm_after_mlp:
-        transform, gains = behind_norm(transform, family.norm_weight(layer))
+        transform, gains = behind_norm(transform)
         assert family.norm_offset is not None
         yield f"{family.mlp}.weight", gains - family.norm_offset
     for name in family.ends(layer, linear):
@@ -103,19 +103,14 @@ def folded(original: Tensor, transform: Tensor | None, addition: Tensor | None) 
     return exact if addition is None else exact + addition.to(exact)
 
 
-def behind_norm(transform: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return Q (d, d) and the diagonal of D (d,) of ``T = diag(γ)⁻¹ Q D``.
-
-    Args:
-        transform: T (d, d), which takes the norm's output.
-        weight: γ (d,).
+def behind_norm(transform: Tensor) -> tuple[Tensor, Tensor]:
+    """Return Q (d, d) and the diagonal of D (d,) of a transform ``Q D`` of a norm's output before its weight.
 
     Raises:
-        SolveError: T has no such parts.
+        SolveError: it has no such parts.
     """
-    scaled = weight.double().to(transform.device)[:, None] * transform.double()
-    gains = scaled.norm(dim=0)
-    rotation = scaled / gains
+    gains = transform.double().norm(dim=0)
+    rotation = transform.double() / gains
     identity = torch.eye(len(rotation), dtype=rotation.dtype, device=rotation.device)
     # Written so that NaN, of a column of zeros, fails too.
     if not float((rotation.T @ rotation - identity).abs().max()) <= ORTHOGONAL:

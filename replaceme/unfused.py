@@ -8,6 +8,7 @@ mixes layers makes ``Σ c_j (G W_jᵀ + b_j)``, by the other layers' own linears
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -31,6 +32,9 @@ def unfused(model: nn.Module, family: Family, edits: Edits) -> Iterator[None]:
         for (layer, linear), change in edits.changes().items():
             part = layers[layer]
             module = family.transformed(part) if linear == "mlp_output" else family.linear_of(part, linear)
+            if change.transform is not None and family.norm_after_mlp:
+                weight = family.norm_weight(part).to(change.transform)
+                change = replace(change, transform=change.transform / torch.where(weight == 0, 1, weight)[:, None])
             stack.callback(module.register_forward_hook(_hook(change)).remove)
         stack.enter_context(passed_by(family, (layers[index] for index in edits.removed_layers)))
         yield

@@ -24,7 +24,7 @@ from replaceme.precision import stored_dtype, working_dtype
 from replaceme.surgery import edited_parameters
 from replaceme.unfused import unfused
 
-DOCUMENTS, TOKENS, GENERATED = 2, 256, 16
+DOCUMENTS, TOKENS, LOGITS, GENERATED = 2, 256, 32, 16
 # Mean over tokens of the relative error of the state at the cut: rounding of the stored weights, with room for
 # cancellation. Single tokens can be several times worse: a fit with large coefficients cancels more.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 2e-2}
@@ -49,21 +49,28 @@ def verify_export(dense: Model, pruned: Model, edits: Edits, documents: Document
     dtype, tolerance = working_dtype(dense), TOLERANCE[stored_dtype(pruned)]
     hosts = _hosts(edits, int(dense.config().num_hidden_layers))
     position = {layer: layer - sum(removed < layer for removed in edits.removed_layers) for layer in hosts}
-    expected, expected_logits = _states(dense.load(dtype), family, hosts, excerpts, edits)
+    whole, prompt = dense.load(dtype), excerpts.documents[0][: TOKENS // 4]
+    expected, expected_logits = _states(whole, family, hosts, excerpts, edits)
+    # Where a token's experts are chosen, rounding can choose others: the dense model's own cache shows by how much.
+    cache_limit = max(CACHE_TOLERANCE[dtype], 2 * cache_error(whole, prompt) if family.experts else 0)
+    del whole
     shortened = pruned.load(dtype)
     found, found_logits = _states(shortened, family, list(position.values()), excerpts, None)
     errors = torch.cat([_relative_errors(expected[layer], found[position[layer]]) for layer in hosts])
+    of_logits = _relative_errors(expected_logits, found_logits)
+    # Most tokens keep their experts.
+    usual = torch.median if family.experts else torch.mean
     figures = {
         "hidden_error_max": float(errors.max()),
-        "hidden_error_mean": float(errors.mean()),
-        "logits_error": float((found_logits - expected_logits).norm() / expected_logits.norm()),
-        "cache_error": cache_error(shortened, excerpts.documents[0][: TOKENS // 4]),
+        "hidden_error_mean": float(usual(errors)),
+        "logits_error": float(usual(of_logits)),
+        "cache_error": cache_error(shortened, prompt),
         "tolerance": tolerance,
     }
     for figure, limit, what in (
         ("hidden_error_mean", tolerance, "the state at the cut differs from the unfused computation"),
         ("logits_error", LOGITS_FACTOR * tolerance, "the logits differ from the unfused computation's"),
-        ("cache_error", CACHE_TOLERANCE[dtype], "generation with the KV cache differs from generation without"),
+        ("cache_error", cache_limit, "generation with the KV cache differs from generation without"),
     ):
         # Written so that NaN fails too.
         if not figures[figure] <= limit:
@@ -131,7 +138,7 @@ def _hosts(edits: Edits, layers: int) -> list[int]:
 def _states(
     model: Any, family: Family, observed: list[int], documents: Documents, edits: Edits | None
 ) -> tuple[dict[int, Tensor], Tensor]:
-    """Return the states behind the observed layers, (tokens, d) each, and the last position's logits of each document."""
+    """Return the states behind the observed layers, (tokens, d) each, and the last positions' logits of each document."""
     layers = family.decoder_layers(model)
     states: dict[int, list[Tensor]] = {layer: [] for layer in observed}
     logits = []
@@ -141,7 +148,7 @@ def _states(
         for layer in observed:
             hooks.callback(layers[layer].register_forward_hook(_keeping(states[layer])).remove)
         for document in documents.documents:
-            logits.append(model(document[None], use_cache=False, logits_to_keep=1).logits[0])
+            logits.append(model(document[None], use_cache=False, logits_to_keep=LOGITS).logits[0])
     return {layer: torch.cat(parts) for layer, parts in states.items()}, torch.cat(logits)
 
 

@@ -217,7 +217,9 @@ def shortened_logits(model: Any, edits: Edits, text: torch.Tensor) -> torch.Tens
         state = output[0] if isinstance(output, tuple) else output
         if index in edits.transforms:
             (added,) = mlp
-            change = (added.double() @ edits.transforms[index] - added.double()).reshape(state.shape)
+            # Behind a norm, the transform takes the norm's output before its weight.
+            weighed = added.double() / family.norm_weight(layer) if family.norm_after_mlp else added.double()
+            change = (weighed @ edits.transforms[index] - added.double()).reshape(state.shape)
             weight, bias = edits.corrections.get((index, "mlp_output"), (None, None))
             if weight is not None:
                 change = change + (features[0].double() @ weight.T.double() + (0 if bias is None else bias)).reshape(

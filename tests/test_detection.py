@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from replaceme import commands
 from replaceme.detection import proposed_family, prove
@@ -13,11 +14,13 @@ from replaceme.documents import Documents
 from replaceme.errors import ModelError
 from replaceme.families import FAMILIES, family_of
 from replaceme.models import Model
-from tests.conftest import LAYERS, PLAIN, made_model
+from replaceme.positions import check_cut
+from tests.conftest import LAYERS, PLAIN, WIDTH, made_model
 from tests.test_commands import call
 
 UNDESCRIBED: dict[str, dict[str, Any]] = {
     "cohere": {"logit_scale": 1.0, "layer_norm_eps": 1e-5},
+    "cohere2": {"sliding_window": 8, "layer_types": ["full_attention", *["sliding_attention"] * (LAYERS - 1)]},
     "gemma": {"head_dim": 8},
     "olmo": {},
     "stablelm": {"use_parallel_residual": False},
@@ -52,6 +55,43 @@ def test_parts_that_are_not_all_that_a_layer_adds_are_refused(kind: str, documen
 def test_experts_are_not_recognised(kind: str) -> None:
     with pytest.raises(ModelError, match="weights of three dimensions, as a mixture of experts does"):
         proposed_family(made_model(kind))
+
+
+def test_an_mlp_that_does_not_end_with_its_last_linear_is_refused(documents: Documents) -> None:
+    model = made_model()
+    family, mlp = proposed_family(model), model.model.layers[3].mlp
+    whole = mlp.forward
+    mlp.forward = lambda states: 0.9 * whole(states)
+    with pytest.raises(ModelError, match="the MLP of layer 3 returns something else than its last linear"):
+        prove(model, family, documents)
+
+
+def test_a_loud_token_hides_no_norm(documents: Documents) -> None:
+    model = made_model("gemma2", torch.bfloat16)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[documents.documents[0][0]] *= 1000
+    with pytest.raises(ModelError, match="adds something else"):
+        prove(model, proposed_family(model), documents)
+
+
+def test_layers_that_return_more_than_their_states_are_refused(documents: Documents) -> None:
+    model = made_model("falcon_sequential")
+    with pytest.raises(ModelError, match="its layers return more than their states"):
+        prove(model, proposed_family(model), documents)
+
+
+def test_a_list_of_experts_is_refused() -> None:
+    model = made_model()
+    for layer in model.model.layers:
+        layer.mlp.experts = nn.ModuleList([nn.Linear(WIDTH, WIDTH) for _ in range(3)])
+    with pytest.raises(ModelError, match="its MLP is a list of them"):
+        proposed_family(model)
+
+
+def test_a_family_whose_layers_depend_on_their_position_is_refused_before_any_work(save_tiny: Callable[..., Model]) -> None:
+    source = save_tiny("diffllama")
+    with pytest.raises(ModelError, match="no layer of it can go: self_attn.lambda_init of layer 1 depends on its position"):
+        check_cut(source.skeleton, source.config(), source.family())
 
 
 def test_layers_of_different_kinds_are_not_recognised() -> None:

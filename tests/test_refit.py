@@ -116,6 +116,19 @@ def test_an_infinite_ridge_leaves_the_weighted_transform_alone(transform: str) -
 
 
 @pytest.mark.parametrize("kind", PLAIN)
+def test_the_residual_of_a_refit_is_what_the_shortened_model_leaves(kind: str, documents: Documents) -> None:
+    model = made_model(kind, torch.float64)
+    family, H = family_of(model.config), passing(model, BLOCK.end - 1, documents)["output"]
+    edits, figures = solved(model, documents, transform="refit", alpha=1.0)
+    edits.removed_layers = [*BLOCK.layers]
+    apply_edits(model, family, edits)
+    left = H - passing(model, BLOCK.host, documents)["output"]
+    assert figures["weighted_residual"] == pytest.approx(
+        np.sqrt((np.square(left).sum(1) / np.square(H).sum(1)).mean()), rel=1e-3
+    )
+
+
+@pytest.mark.parametrize("kind", PLAIN)
 def test_more_weights_never_fit_worse(kind: str, documents: Documents) -> None:
     model = made_model(kind)
     residuals = []

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from copy import deepcopy
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -64,8 +65,7 @@ def same_weights(a: Any, b: Any, tolerance: float = 1e-3) -> bool:
     )
 
 
-@pytest.mark.parametrize("method", ["lstsq", "uidl"])
-@pytest.mark.parametrize("kind", PLAIN)
+@pytest.mark.parametrize(("kind", "method"), [*product(PLAIN, ["lstsq"]), ("llama", "uidl"), ("phi", "uidl")])
 def test_each_kept_layer_is_resolved_on_what_the_shortened_model_feeds_it(kind: str, method: str) -> None:
     model, documents = made_model(kind, torch.float64), many_documents()
     edits, mender = solved(model, documents, (BLOCK,), method=method, alpha=5.0, repair=True)

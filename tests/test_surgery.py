@@ -45,7 +45,7 @@ def edits_of(start: int, length: int, model: Any) -> Edits:
     if family.norm_after_mlp:
         rotation = polar(made_transform())
         gains = torch.linspace(-0.5, 2, WIDTH, dtype=torch.float64)
-        edits.transforms[start - 1] = rotation * gains / family.norm_weight(layers[start - 1])[:, None]
+        edits.transforms[start - 1] = rotation * gains
     if family.norm_after_mlp or family.experts:
         return edits
     for layer in {start - 1, min(start + length, LAYERS - 1)} - {*edits.removed_layers}:
@@ -196,6 +196,7 @@ def test_layer_types_and_window_bound_stay_with_their_layers() -> None:
     [
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "a cut would change the scale of its attention"),
         ("opt", {"do_layer_norm_before": False}, "it normalises the residual stream itself"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "it is an encoder"),
     ],
 )
 def test_a_form_that_no_cut_leaves_exact_is_refused(kind: str, options: dict[str, Any], said: str) -> None:

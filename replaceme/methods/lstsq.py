@@ -44,6 +44,8 @@ def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
         block.host, fit["tokens"], fit["relative_residual"], fit["relative_residual_removed"], fit["mean_cosine"],
     )  # fmt: skip
     title = f"ReplaceMe (least squares{structure_words(structure)})"
+    if "norm" in sums:  # edits hold what the norm's output before its weight takes
+        transform = sums["norm"][:, None] * transform
     return Solved(Edits(title, [], {block.host: transform}), fit, ridge_path)
 
 
@@ -71,8 +73,10 @@ def _dense_figures(solution: RidgeSolution, alpha: float) -> dict[str, Any]:
 
 def _structured_figures(transform: Tensor, sums: Mapping[str, Tensor], alpha: float, structure: Structure) -> dict[str, Any]:
     figures: dict[str, Any] = ridge_figures(torch.linalg.eigvalsh(sums["gram"]), alpha)
+    if structure == "orthogonal":  # a second search would cost as much as the first
+        return figures
     try:
-        plain = closed_form(sums["gram"], sums["cross"], 0.0, structure, sums.get("norm")) if alpha else transform
+        plain = closed_form(sums["gram"], sums["cross"], 0.0, structure) if alpha else transform
     except SolveError:  # without the ridge there is no one solution to be far from
         return figures
     return figures | {"distance_from_alpha_zero": float((transform - plain).norm() / plain.norm())}
