@@ -34,6 +34,7 @@ from replaceme.families import Family, decoder_of, linear_parameters, parameter_
 from replaceme.forward import begun_at, walk
 from replaceme.greedy import Entering
 from replaceme.plan import Block
+from replaceme.progress import progress
 from replaceme.scratch import scratch
 from replaceme.unfused import unfused
 
@@ -132,11 +133,12 @@ def collapse_all(
             known[layers] = similarity(layers, place)
         return known[layers]
 
-    while threshold > -1 - 2 * STEP:
-        layers, found = collapse(total, way, threshold, measured)
+    # Down to where every merge counts, of any cosine.
+    thresholds = (round(threshold - STEP * number, 6) for number in range(round((threshold + 1) / STEP) + 2))
+    for lowered in progress(thresholds, "merging layers", "thresholds"):
+        layers, found = collapse(total, way, lowered, measured)
         if total - len(layers) == way.count:
-            return layers, found, threshold
-        threshold = round(threshold - STEP, 6)
+            return layers, found, lowered
     raise ParameterError("dtype: the merged models overflow; use bfloat16 or float32.")
 
 
