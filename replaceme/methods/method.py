@@ -46,12 +46,14 @@ class Method:
         statistics: names of the statistics (``replaceme.statistics``) that it wants of each block, with these parameters.
         solve: turns the parameters, a block and its statistics into edits and what is to be known of them.
         criterion: by which it chooses what goes, as published.
+        trained: whether it trains weights on the text; the others see each token once or twice, and solve.
     """
 
     stand_in: Callable[[Params], StandIn]
     statistics: Callable[[Params], tuple[str, ...]]
     solve: Callable[[Params, Block, Statistics], Solved]
     criterion: Criterion = "angular"
+    trained: bool = False
 
 
 def drop(title: str) -> Callable[[Params, Block, Statistics], Solved]:
