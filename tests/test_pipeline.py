@@ -258,6 +258,22 @@ def test_the_experiments_are_compared_in_a_table_and_a_picture(project: Path) ->
     shell(project, "git", "checkout", "-q", ".")
 
 
+def test_the_models_of_the_experiments_are_measured_once(project: Path) -> None:
+    first = shell(project, "compare_experiments", "--speed")
+    times = json.loads((project / "experiments" / "speed.json").read_text())
+    assert len(times) == first.count(", measured") == 3
+    table = pd.read_csv(project / "experiments" / "experiments.csv")
+    assert (table[["prefill_speedup", "decode_speedup"]] > 0).all(axis=None)
+    again = shell(project, "compare_experiments", "--speed")
+    assert (again.count(", measured"), again.count(", known")) == (0, 3)
+    assert re.search(r"time +memory +prefill +decode\n", again)
+    assert not list(project.glob("*.partial"))
+    assert "prefill_speedup" not in shell(project, "compare_experiments")
+    assert (project / "experiments" / "speed.json").is_file()
+    shell(project, "git", "checkout", "-q", ".")
+    shell(project, "git", "clean", "-qf", "experiments")
+
+
 def test_plots_are_shown_and_compared(project: Path) -> None:
     names = shell(project, "dvc", "exp", "list", "--name-only").split()
     for command in (("show",), ("diff", "HEAD", names[0])):
