@@ -179,6 +179,7 @@ def test_training_methods_are_marked_in_all_that_is_written(
     lines = [line.split(",") for line in (output / "experiments.csv").read_text(encoding="utf-8").splitlines()]
     method, trained = (lines[0].index(name) for name in ("method", "trained"))
     assert {line[method] for line in lines[1:] if line[trained] == "trained"} == set(TRAINING)
+    assert lines[1][lines[0].index("parameters")] == "106194240"
     assert "\nselection: loss in lstsq, else None\n" in (output / "experiments.md").read_text(encoding="utf-8")
 
 

@@ -170,10 +170,12 @@ def _results(every: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
             task = name.removeprefix(f"{kind}.").removesuffix(".ratio")
             if f"{task}{RATIO}" not in names.values():
                 names |= {name: f"{task}{RATIO}", name.removesuffix("ratio") + "pruned": f"{task}{ABSOLUTE}"}
-    return tuple(
+    results, costs = (
         pd.DataFrame({title: pd.to_numeric(every[name], errors="coerce") for name, title in kind.items() if name in every})
         for kind in (names, COSTS)
     )
+    counts = [name for name in ("parameters",) if name in results]
+    return results.astype(dict.fromkeys(counts, "Int64")), costs
 
 
 def _of(table: pd.DataFrame, start: str, end: str) -> list[str]:
