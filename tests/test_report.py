@@ -18,6 +18,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.text import Annotation
 from numpy.ma import masked
 
+from replaceme.cost import COMPRESSION
 from replaceme.params import Params, read_params
 from replaceme.plan import Block
 from replaceme.report import page as page_module
@@ -145,7 +146,7 @@ def run(tmp_path: Path) -> Run:
         blocks: tuple[tuple[int, int], ...] = ((3, 5),),
     ) -> Workspace:
         work = Workspace(tmp_path)
-        for folder in (work.profile, work.solution, work.metric("solve").parent):
+        for folder in (work.profile, work.solution, work.metric("solve").parent, work.cost("solve").parent):
             folder.mkdir(parents=True, exist_ok=True)
         contents = {
             work.profile / "profile.json": {
@@ -160,6 +161,7 @@ def run(tmp_path: Path) -> Run:
             work.metric("repair"): repaired,
             work.metric("export"): EXPORT,
             work.metric("select"): {"losses": {"host2": 3.25, "host1": 4.5}},
+            **{work.cost(name): {"seconds": 1.5, "peak_memory_bytes": 10**9} for name in COMPRESSION},
         }
         for path, content in contents.items():
             path.write_text(json.dumps(content), encoding="utf-8")
@@ -398,6 +400,7 @@ def test_the_stage_writes_the_page_and_the_pictures_that_there_are(params: Param
         assert (work.report / f"{name}.png").read_bytes() == picture.light
         assert picture.light.startswith(b"\x89PNG")
         assert picture.light != picture.dark
+    assert json.loads(work.metric("compression").read_text())["seconds"] == 12.0
 
 
 @pytest.mark.usefixtures("undrawn")

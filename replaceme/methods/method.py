@@ -76,6 +76,7 @@ class Method:
         work: what sums of activations can't tell, it makes on the model itself, behind the solve (in the repair stage): it adds
             to the edits and returns figures for the metrics.
         plain: whether the result has the family's own form, with these parameters.
+        trained: whether it trains weights on the text; the others see each token once or twice, and solve.
     """
 
     stand_in: Callable[[Params], StandIn]
@@ -84,6 +85,7 @@ class Method:
     criterion: Criterion = "angular"
     work: Callable[[Bench], dict[str, Any]] | None = None
     plain: Callable[[Params], bool] = lambda params: True
+    trained: bool = False
 
 
 def drop(title: str) -> Callable[[Params, Block, Statistics], Solved]:

@@ -16,11 +16,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
-from replaceme.files import new_folder, read_json, write_text
+from replaceme.files import new_folder, read_json, write_json, write_text
 from replaceme.methods import METHODS
 from replaceme.params import Params
 from replaceme.plan import Block, load_blocks
 from replaceme.report import sentences, tables
+from replaceme.report.compression import compression_figures
 from replaceme.report.figures import cut_map, layer_figures, loss_curve, residual_path, score_figure
 from replaceme.report.published import LABEL
 from replaceme.report.theme import DARK, DPI, LIGHT, Theme, png
@@ -64,10 +65,11 @@ class Page:
 
 
 def write_report(params: Params, work: Workspace) -> None:
-    """Write the report of a finished run, without times."""
-    page = render(params, work)
+    """Write the report of a finished run, without times, and beside it what the compression cost."""
+    page, cost = render(params, work), compression_figures(params, work)
     with new_folder(work.report) as folder:
         page.save(folder)
+    write_json(work.metric("compression"), cost)
 
 
 def render(params: Params, work: Workspace, speed: Mapping[str, Any] | None = None) -> Page:

@@ -178,6 +178,11 @@ def number(value: float) -> str:
     return _minus(f"{value:.4g}")
 
 
+def digits(value: float, count: int) -> str:
+    """Write a figure with so many digits, zeros at the end too, and whole numbers where these are more."""
+    return f"{value:#.{count}g}".rstrip(".") if value < 10**count else f"{value:,.0f}"
+
+
 def quantity(value: float, unit: str = "") -> str:
     """Write a large figure with a decimal prefix: ``134.5 M``, ``269.1 MB``."""
     prefixes = ["", "k", "M", "G", "T"]
