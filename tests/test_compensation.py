@@ -54,10 +54,7 @@ def passed(model: Any, documents: Documents, gone: dict[int, float]) -> tuple[to
     for document in documents.documents:
         calls: dict[int, Any] = {}
 
-        def note(index: int, calls: dict[int, Any] = calls) -> Any:
-            return lambda _module, args, kwargs: calls.update({index: (args, kwargs)})
-
-        hooks = [layer.register_forward_pre_hook(note(index), with_kwargs=True) for index, layer in enumerate(layers)]
+        hooks = [layer.register_forward_pre_hook(noting(calls, index), with_kwargs=True) for index, layer in enumerate(layers)]
         model(document[None], use_cache=False)
         for hook in hooks:
             hook.remove()
@@ -75,6 +72,13 @@ def passed(model: Any, documents: Documents, gone: dict[int, float]) -> tuple[to
             far[index] += float((1 - torch.cosine_similarity(state, output, dim=-1)).sum())
             state = output
     return before, after, [total / documents.token_count for total in far]
+
+
+def noting(calls: dict[int, Any], index: int) -> Any:
+    def hook(_module: Any, args: Any, kwargs: Any) -> None:
+        calls[index] = args, kwargs
+
+    return hook
 
 
 def chosen(model: Any, documents: Documents, allowed: Sequence[int], count: int) -> dict[int, float]:
@@ -98,6 +102,13 @@ def float64(kind: str) -> Any:
 def logits_of(model: Any) -> torch.Tensor:
     logits: torch.Tensor = model(TEXT, use_cache=False).logits
     return logits
+
+
+@torch.no_grad()
+def loss_of(model: Any, documents: Documents) -> float:
+    texts = documents.documents
+    losses = [float(model(text[None], labels=text[None], use_cache=False).loss) * (len(text) - 1) for text in texts]
+    return sum(losses) / sum(len(text) - 1 for text in texts)
 
 
 @pytest.mark.parametrize("kind", SCALABLE)
@@ -125,18 +136,19 @@ def test_the_result_is_that_of_the_published_fold_into_the_weights_in_front(docu
     published, family = deepcopy(model), family_of(model.config)
     kept, expected = list(range(LAYERS)), {}
     for _ in range(3):
-        layers, sums = published.model.layers, {}
+        layers = published.model.layers
+        pairs: list[list[Any]] = [[] for _ in layers]
         hooks = [
-            layer.register_forward_hook(lambda _m, args, out, n=n: sums.setdefault(n, []).append((args[0][0], out[0])))
-            for n, layer in enumerate(layers)
+            layer.register_forward_hook(lambda _module, args, output, kept=kept: kept.append((args[0][0], output[0])))
+            for layer, kept in zip(layers, pairs, strict=True)
         ]
         with torch.no_grad():
             for document in documents.documents:
                 published(document[None], use_cache=False)
         for hook in hooks:
             hook.remove()
-        states = {n: [torch.cat(parts) for parts in zip(*pairs, strict=True)] for n, pairs in sums.items()}
-        far = {n: float((1 - torch.cosine_similarity(*pair, dim=-1)).mean()) for n, pair in states.items() if n}
+        states = [[torch.cat(parts) for parts in zip(*kept, strict=True)] for kept in pairs]
+        far = {n: float((1 - torch.cosine_similarity(*pair, dim=-1)).mean()) for n, pair in enumerate(states) if n}
         best = min(far, key=far.__getitem__)
         entering, leaving = (state.abs().mean(dim=0) for state in states[best])
         scale = float((leaving / entering).mean())
@@ -208,10 +220,7 @@ def test_cuts_are_compared_by_the_loss_with_their_scalars() -> None:
     for block, loss in zip(blocks, losses, strict=True):
         (there,) = compensated(model, family, fit, [block], batch_size=4)
         with unfused(model, family, scaled([there])):
-            expected = sum(
-                float(model(text[None], labels=text[None], use_cache=False).loss) * (len(text) - 1)
-                for text in held_out.documents
-            ) / sum(len(text) - 1 for text in held_out.documents)
+            expected = loss_of(model, held_out)
         assert loss == pytest.approx(expected, rel=1e-5)
         assert loss != pytest.approx(loss_without("llama", [*block.layers], held_out), rel=1e-5)
 
