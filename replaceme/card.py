@@ -107,6 +107,12 @@ def _changes(source: Model, edits: Edits, solved: dict[str, Any]) -> list[str]:
     for linear, words in linears:
         if corrected := [layer for layer, name in edits.corrections if name == linear]:
             lines += [f"The weights of the {words} of layer {_runs(corrected)} were solved for anew, likewise."]
+    if scalars := {layer: float(P) for layer, P in sorted(edits.operators.items()) if not P.ndim}:
+        listed = ", ".join(f"by {1 / scale:.4g} behind layer {layer}" for layer, scale in scalars.items())
+        lines += [
+            "The residual stream lacks the magnitude that the removed layers gave it. To make up for that, what all layers "
+            f"behind the cut add to it was multiplied {listed}: no new parameter, the same architecture."
+        ]
     if any(P.ndim for P in edits.operators.values()):
         lines += ["The state behind the cut goes through a linear map of its own."]
     if edits.form(""):

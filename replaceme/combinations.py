@@ -20,6 +20,10 @@ def _merges(values: Values) -> bool:
     return bool(values["method"] == "laco")
 
 
+def _scales(values: Values) -> bool:
+    return bool(values["method"] == "prune_and_comp")
+
+
 def _iterates(values: Values) -> bool:
     return bool(values["method"] == "cosine")
 
@@ -81,6 +85,10 @@ def refusals(values: Values) -> list[str]:
         problems.append(
             f"transform: {transform} has no place in method {method}, which puts nothing in the block's place; use dense."
         )
+    if _scales(values) and transform != "dense":
+        problems.append(
+            f"transform: {transform} has no place in method prune_and_comp, which puts one number there; use dense."
+        )
     if _merges(values):
         problems += _merge_refusals(values)
     if not _iterates(values):
@@ -117,18 +125,25 @@ def _merge_refusals(values: Values) -> list[str]:
     return problems
 
 
-def family_refusals(values: Values, kind: str, obstacle: Obstacle | None) -> list[str]:
+def family_refusals(values: Values, kind: str, obstacle: Obstacle | None, norm_before: bool) -> list[str]:
     """Return a sentence for each parameter that would not be exact, or is not derived, for a model's family.
 
     Args:
         values: all parameters' values.
         kind: the family's name.
         obstacle: what stands between the MLP's last linear and the residual stream; or that nobody described the family.
+        norm_before: whether the scale of the residual stream is nothing to the layers, since they see it through a norm.
     """
+    problems = []
+    if _scales(values) and not norm_before:
+        problems.append(
+            f"method: prune_and_comp scales the residual stream, and not all that reads it in the family '{kind}' does so "
+            "through a norm: no scalar folds; use shortgpt."
+        )
     if obstacle is None:
-        return []
+        return problems
     method, transform = values["method"], values["transform"]
-    place, problems = f"{OBSTACLES[obstacle]} '{kind}'", []
+    place = f"{OBSTACLES[obstacle]} '{kind}'"
     if obstacle == "experts" and _merges(values):
         problems.append(f"method: laco is not derived for {place}, where no expert is the next layer's; use another method.")
     if obstacle == "norm" and method == "cosine":

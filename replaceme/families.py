@@ -31,7 +31,7 @@ class Family:
         mlp: the module whose output the MLP adds to the residual stream, likewise.
         mlp_output: the linear that ends the MLP.
         experts: the parameters that end the experts of an MLP that is a mixture of them; a layer may lack some.
-        norm_before: whether attention and MLP see the residual stream through a norm, to which its scale is nothing.
+        norm_before: whether attention, MLP and head see the residual stream through norms, to which its scale is nothing.
         norm_offset: what the norm behind the MLP adds to its parameter to have its weight; None where no norm is there.
         multiplier: ρ, the factor of what attention and MLP add.
         parallel: whether the MLP reads what the attention reads, and not what the attention has added to.
@@ -169,7 +169,10 @@ def _gpt2(config: Any) -> Family:
 def _opt(config: Any) -> Family:
     if not config.do_layer_norm_before:
         raise _refusal("opt", "it normalises the residual stream itself (do_layer_norm_before: false)")
-    return Family(layers="model.decoder.layers", attention_output="self_attn.out_proj", mlp="fc2", mlp_output="fc2")
+    return Family(
+        layers="model.decoder.layers", attention_output="self_attn.out_proj", mlp="fc2", mlp_output="fc2",
+        norm_before=not config._remove_final_layer_norm,
+    )  # fmt: skip
 
 
 def _gemma3(config: Any) -> Family:

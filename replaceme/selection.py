@@ -18,6 +18,11 @@ And one says what hosts become, too:
 
 - ``collapse``: the layers that can be merged into the one in front of them (LaCo, arXiv 2402.11187): ``replaceme.collapse``.
 
+One scales the state where a layer has gone, before it looks for the next:
+
+- ``compensated``: one by one, each the one with the lowest influence by then (Prune&Comp, arXiv 2507.18212):
+  ``replaceme.compensation``. A method that scales gets its scalars here whatever it chooses by.
+
 Several blocks (``num_A``; ReplaceMe, section 4) are taken in the order of their values, each where it overlaps none before
 it; unless adjacent ones are merged into one, a kept layer stays between them: a block's host.
 """
@@ -27,6 +32,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from replaceme.collapse import Way, collapsed_blocks, most
+from replaceme.compensation import blocks_of, check_scale, compensated, compensated_layers
 from replaceme.compute import resolve_device, use_threads
 from replaceme.cut_loss import cut_losses
 from replaceme.documents import Documents
@@ -38,7 +44,7 @@ from replaceme.methods import METHODS
 from replaceme.methods.method import Criterion, StandIn
 from replaceme.models import recorded_model
 from replaceme.params import Params
-from replaceme.plan import Block, save_blocks
+from replaceme.plan import Block, runs, save_blocks
 from replaceme.progress import logger
 from replaceme.residuals import HELD_OUT_EVERY
 from replaceme.workspace import Workspace
@@ -135,17 +141,6 @@ def _room(starts: Sequence[int], distance: int) -> int:
     return count
 
 
-def runs(layers: Sequence[int]) -> list[Block]:
-    """Return the blocks that single layers make."""
-    blocks: list[Block] = []
-    for layer in sorted(layers):
-        if blocks and blocks[-1].end == layer:
-            blocks[-1] = Block(blocks[-1].start, layer + 1)
-        else:
-            blocks.append(Block(layer, layer + 1))
-    return blocks
-
-
 def select(params: Params, work: Workspace) -> None:
     """Write the blocks, and metrics/select.json."""
     profile = read_json(work.profile / "profile.json")
@@ -162,12 +157,16 @@ def select(params: Params, work: Workspace) -> None:
         blocks, figures = _one_by_one(params, work, allowed)
     elif criterion == "collapse":
         blocks, figures = _merges(params, work, len(distances))
+    elif criterion == "compensated":
+        blocks, figures = _compensated(params, work, allowed)
     elif criterion == "influence":
         influence = profile["layers"]["block_influence"]
         layers = sorted(allowed, key=influence.__getitem__)[: params.layers_to_skip]
         blocks, figures = runs(layers), {"influence": sum(influence[layer] for layer in layers)}
     else:
         blocks = several(residuals if criterion == "residual" else distances, starts, params)
+    if criterion != "compensated" and METHODS[params.method].stand_in(params) == "scalar":
+        blocks = _scaled(params, work, blocks)
     save_blocks(blocks, work.blocks)
     for number, block in enumerate(blocks):
         chosen = {
@@ -176,7 +175,7 @@ def select(params: Params, work: Workspace) -> None:
             "end": block.end,
             "angular_distance": distances[block.host][block.end - 1],
             "residual": residuals[block.host][block.end - 1],
-        }
+        } | ({} if block.scale is None else {"scale": block.scale})
         figures |= {f"block{number}": chosen} if number else chosen
         logger.info(
             "select: layers %d to %d of %d go, host %d, by %s: angular distance %.4f, residual %.4f%s",
@@ -191,7 +190,7 @@ def _by_loss(
 ) -> tuple[list[Block], dict[str, Any]]:
     stand_in = METHODS[params.method].stand_in(params)
     # Where nothing takes the block's place, what a map would miss says little.
-    values = distances if stand_in == "nothing" else residuals
+    values = distances if stand_in in ("nothing", "scalar") else residuals
     candidates = smallest(values, starts, params.layers_to_skip, SHORTLIST)
     measured = zip(candidates, _measure(params, work, candidates, stand_in), strict=True)
     losses = {block: loss for block, loss in measured if math.isfinite(loss)}
@@ -231,6 +230,33 @@ def _merges(params: Params, work: Workspace, layers: int) -> tuple[list[Block], 
         "similarity": [*alike.values()][-1],
         "merges": {f"layer{place}": value for place, value in alike.items()},
     }
+
+
+def _compensated(params: Params, work: Workspace, allowed: Sequence[int]) -> tuple[list[Block], dict[str, Any]]:
+    model, family, documents = _scalable(params, work)
+    scales, influences = compensated_layers(
+        model, family, documents, allowed, params.layers_to_skip, batch_size=params.batch_size
+    )
+    listed = ", ".join(f"{layer} (influence {influences[layer]:.4f}, scale {scale:.4f})" for layer, scale in scales.items())
+    logger.info("select: layers in the order in which they went: %s", listed)
+    return blocks_of(scales), {
+        "influence": sum(influences.values()),
+        "order": {f"layer{layer}": {"influence": influences[layer], "scale": scale} for layer, scale in scales.items()},
+    }
+
+
+def _scaled(params: Params, work: Workspace, blocks: Sequence[Block]) -> list[Block]:
+    """Return blocks that were chosen otherwise, with the scalars of their places."""
+    model, family, documents = _scalable(params, work)
+    return compensated(model, family, documents, blocks, batch_size=params.batch_size)
+
+
+def _scalable(params: Params, work: Workspace) -> tuple[Any, Family, Documents]:
+    """Return the dense model, its description and the text, when scalars are known to fold."""
+    (model, family), documents = _loaded(params, work), Documents.load(work.documents)
+    if family.detected:
+        check_scale(model, family, documents)
+    return model, family, documents
 
 
 def _way(params: Params, layers: int) -> Way:

@@ -40,7 +40,7 @@ def unfused(model: nn.Module, family: Family, edits: Edits) -> Iterator[None]:
                 change = replace(change, transform=change.transform / torch.where(weight == 0, 1, weight)[:, None])
             stack.callback(module.register_forward_hook(_hook(change)).remove)
         for layer, P in edits.operators.items():
-            stack.callback(layers[layer].register_forward_hook(_operating(P)).remove)
+            stack.callback(layers[layer].register_forward_hook(operating(P)).remove)
         stack.enter_context(passed_by(family, (layers[index] for index in edits.removed_layers)))
         yield
 
@@ -59,7 +59,9 @@ def _standing_in(layer: nn.Module, name: str, value: Tensor) -> Iterator[None]:
         parameter.data = own
 
 
-def _operating(P: Tensor) -> Any:
+def operating(P: Tensor) -> Any:
+    """Return a forward hook that multiplies what a module returns by P: a scalar (), a diagonal (d,) or a map (d, d)."""
+
     def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
         whole = isinstance(output, Tensor)
         state = output if whole else output[0]

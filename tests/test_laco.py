@@ -376,10 +376,10 @@ def test_merges_too_far_apart_are_named() -> None:
 
 def test_experts_are_not_merged_and_norms_are_no_obstacle() -> None:
     values = read_params(None, {"method": "laco"}).model_dump()
-    (said,) = family_refusals(values, "mixtral", "experts")
+    (said,) = family_refusals(values, "mixtral", "experts", True)
     assert said.startswith("method: laco is not derived for the mixture of experts of the family 'mixtral'")
-    assert family_refusals(values, "gemma2", "norm") == []
-    assert family_refusals(values, "x", "undescribed") == []
+    assert family_refusals(values, "gemma2", "norm", True) == []
+    assert family_refusals(values, "x", "undescribed", True) == []
 
 
 def test_the_keys_belong_to_laco_alone(caplog: pytest.LogCaptureFixture) -> None:

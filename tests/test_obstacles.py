@@ -142,6 +142,6 @@ def test_a_cut_that_breaks_the_pattern_of_a_family_is_told(
 def test_what_is_not_exact_or_not_derived_for_a_family_is_refused(
     obstacle: Any, options: dict[str, Any], said: list[str]
 ) -> None:
-    found = family_refusals(read_params(None, options).model_dump(), "x", obstacle)
+    found = family_refusals(read_params(None, options).model_dump(), "x", obstacle, True)
     assert len(found) == len(said)
     assert all(start in sentence for start, sentence in zip(said, found, strict=True))

@@ -1,12 +1,13 @@
 """The methods by name. A new one is a module with a ``Method`` in it, and one line here; nothing else names it."""
 
-from replaceme.methods import cosine, laco, lstsq, shortgpt, sleb, uidl
+from replaceme.methods import cosine, laco, lstsq, prune_and_comp, shortgpt, sleb, uidl
 from replaceme.methods.method import Method
 
 METHODS: dict[str, Method] = {
     "cosine": cosine.METHOD,
     "laco": laco.METHOD,
     "lstsq": lstsq.METHOD,
+    "prune_and_comp": prune_and_comp.METHOD,
     "shortgpt": shortgpt.METHOD,
     "sleb": sleb.METHOD,
     "uidl": uidl.METHOD,

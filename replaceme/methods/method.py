@@ -19,9 +19,9 @@ Statistics = Callable[[str], Mapping[str, Tensor]]
 
 # By what a cut is chosen (``replaceme.selection``).
 # "width": no layer goes, but parts of layers do.
-Criterion = Literal["angular", "residual", "loss", "influence", "greedy", "collapse", "width"]
-# What can take a block's place: nothing, a linear map, or new weights of the linear that ends the host's MLP.
-StandIn = Literal["nothing", "map", "refit"]
+Criterion = Literal["angular", "residual", "loss", "influence", "greedy", "collapse", "compensated", "width"]
+# What can take a block's place: nothing, a factor, a linear map, or new weights of the linear that ends the host's MLP.
+StandIn = Literal["nothing", "scalar", "map", "refit"]
 
 
 @dataclass

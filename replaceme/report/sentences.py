@@ -18,6 +18,7 @@ CRITERIA = {
     "influence": "the smallest influence on their input",
     "greedy": "the smallest loss without them, one by one",
     "collapse": "merging layers into the one in front of them, as long as the last states stay alike",
+    "compensated": "the smallest influence on their input, one by one, the state scaled in the place of those before",
 }
 
 
