@@ -8,6 +8,8 @@ Obstacle = Literal["norm", "experts", "undescribed"]
 
 # The methods that put nothing in the place of what they remove.
 DROPPING = ("uidl", "shortgpt", "sleb")
+# The methods that put an operator on the whole state behind the host.
+OPERATING = ("linearpatch", "ghosted")
 
 OBSTACLES: Mapping[Obstacle, str] = {
     "norm": "the norm behind the MLP of the family",
@@ -41,6 +43,8 @@ EFFECTS: Mapping[str, tuple[str, Callable[[Values], bool]]] = {
     "laco_layers": ("method laco", _merges),
     "laco_interval": ("method laco", _merges),
     "laco_threshold": ("method laco", _merges),
+    "linearpatch_form": ("method linearpatch", lambda values: bool(values["method"] == "linearpatch")),
+    "ghosted_weighted": ("method ghosted", lambda values: bool(values["method"] == "ghosted")),
     "refit_ridge": ("transform refit or joint", _refits),
     "repair_ridge_attention": ("repair", _repairs),
     "repair_ridge_mlp": ("repair", _repairs),
@@ -80,6 +84,10 @@ def refusals(values: Values) -> list[str]:
     if method in DROPPING and transform != "dense":
         problems.append(
             f"transform: {transform} has no place in method {method}, which puts nothing in the block's place; use dense."
+        )
+    if method in OPERATING and transform != "dense":
+        problems.append(
+            f"transform: {transform} has no place in method {method}, which maps the whole state behind the host; use dense."
         )
     if _merges(values):
         problems += _merge_refusals(values)

@@ -43,9 +43,11 @@ def inspect_inputs(params: Params, work: Workspace) -> None:
         kind, positions = config.model_type, getattr(config, "max_position_embeddings", None)
         if positions and params.max_length > positions:
             raise ParameterError(f"max_length: must be at most the model's {positions} positions, not {params.max_length}.")
-        if refused := family_refusals(params.model_dump(), kind, family.obstacle):
+        method = METHODS[params.method]
+        refused = family_refusals(params.model_dump(), kind, family.obstacle) + method.refusals(params, config)
+        if refused:
             raise ParameterError(refused)
-        if not METHODS[params.method].plain(params):
+        if not method.plain(params):
             check_own_form(config, kind)
         if family.detected:
             check_cut(model.skeleton, config, family)

@@ -36,6 +36,7 @@ class Params(BaseModel):
         "lstsq",
         description="How the removed layers are made up for: lstsq (one linear map, least squares), cosine (one linear map, an "
         "objective of choice and an iterative solver), laco (their weights, merged into those of the layer in front), "
+        "linearpatch and ghosted (an operator on the whole state at the cut: magnitudes of channels, or least squares), "
         "or uidl, shortgpt and sleb (nothing; each has a criterion of its own).",
     )
 
@@ -97,6 +98,16 @@ class Params(BaseModel):
         "lowered by steps of 0.01 until layers_to_skip layers go, so that 1 finds the highest one.",
     )  # fmt: skip
 
+    linearpatch_form: Literal["hadamard", "diagonal"] = Field(
+        "hadamard",
+        description="Method linearpatch: whether channels are scaled in coordinates turned by a Hadamard matrix (published as "
+        "rotate; d × d parameters), or in the model's own (diagonal, published as diag; d).",
+    )
+    ghosted_weighted: bool = Field(
+        False,
+        description="Method ghosted: every token counts by its relative error (weights 1/‖H‖²); false is the published form.",
+    )
+
     transform: Literal["dense", "diagonal", "two_vectors", "triangular", "orthogonal", "refit", "joint"] = Field(
         "dense",
         description="What takes the block's place: a linear map on the host's MLP output (d × d), orthogonal folding where "
@@ -106,7 +117,8 @@ class Params(BaseModel):
     alpha: float = Field(
         0.0, ge=0, allow_inf_nan=False,
         description="Strength of the penalty on the map: the ridge of the least squares, in units of MᵀM (a sum over tokens, "
-        "of refit and joint with weights of mean 1); for loss cosine in units of that loss, summed over tokens.",
+        "of refit, joint and ghosted_weighted with weights of mean 1; with method ghosted, M is the whole state); for loss "
+        "cosine in units of that loss, summed over tokens.",
     )  # fmt: skip
     loss: Literal["cosine", "mse", "elastic_net"] = Field(
         "cosine",

@@ -76,6 +76,7 @@ class Method:
         work: what sums of activations can't tell, it makes on the model itself, behind the solve (in the repair stage): it adds
             to the edits and returns figures for the metrics.
         plain: whether the result has the family's own form, with these parameters.
+        refusals: why it can't be used with a model of some config, with these parameters: a sentence for each reason.
     """
 
     stand_in: Callable[[Params], StandIn]
@@ -84,6 +85,7 @@ class Method:
     criterion: Criterion = "angular"
     work: Callable[[Bench], dict[str, Any]] | None = None
     plain: Callable[[Params], bool] = lambda params: True
+    refusals: Callable[[Params, Any], list[str]] = lambda params, config: []
 
 
 def drop(title: str) -> Callable[[Params, Block, Statistics], Solved]:
