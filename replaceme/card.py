@@ -113,8 +113,8 @@ def _changes(source: Model, edits: Edits, solved: dict[str, Any]) -> list[str]:
             "The residual stream lacks the magnitude that the removed layers gave it. To make up for that, what all layers "
             f"behind the cut add to it was multiplied {listed}: no new parameter, the same architecture."
         ]
-    if any(P.ndim for P in edits.operators.values()):
-        lines += ["The state behind the cut goes through a linear map of its own."]
+    if mapped := [layer for layer, P in edits.operators.items() if P.ndim]:
+        lines += [f"The whole state behind layer {_runs(mapped)} goes through a linear map of its own."]
     if edits.form(""):
         lines += [
             "",
@@ -123,7 +123,7 @@ def _changes(source: Model, edits: Edits, solved: dict[str, Any]) -> list[str]:
         ]
     for key in ("relative_residual", "weighted_residual"):
         if key in solved:
-            where = "the first cut" if len(edits.transforms) > 1 else "the cut"
+            where = "the first cut" if len(edits.transforms | edits.operators) > 1 else "the cut"
             lines += ["", f"Relative residual of the fit at {where}: {solved[key]:.4g}."]
     return lines
 

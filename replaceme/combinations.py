@@ -8,6 +8,8 @@ Obstacle = Literal["norm", "experts", "undescribed"]
 
 # The methods that put nothing in the place of what they remove.
 DROPPING = ("uidl", "shortgpt", "sleb")
+# The methods that put an operator on the whole state behind the host.
+OPERATING = ("linearpatch", "ghosted")
 
 OBSTACLES: Mapping[Obstacle, str] = {
     "norm": "the norm behind the MLP of the family",
@@ -45,6 +47,8 @@ EFFECTS: Mapping[str, tuple[str, Callable[[Values], bool]]] = {
     "laco_layers": ("method laco", _merges),
     "laco_interval": ("method laco", _merges),
     "laco_threshold": ("method laco", _merges),
+    "linearpatch_form": ("method linearpatch", lambda values: bool(values["method"] == "linearpatch")),
+    "ghosted_weighted": ("method ghosted", lambda values: bool(values["method"] == "ghosted")),
     "refit_ridge": ("transform refit or joint", _refits),
     "repair_ridge_attention": ("repair", _repairs),
     "repair_ridge_mlp": ("repair", _repairs),
@@ -89,6 +93,10 @@ def refusals(values: Values) -> list[str]:
         problems.append(
             f"transform: {transform} has no place in method prune_and_comp, which puts one number there; use dense."
         )
+    if method in OPERATING and transform != "dense":
+        problems.append(
+            f"transform: {transform} has no place in method {method}, which maps the whole state behind the host; use dense."
+        )
     if _merges(values):
         problems += _merge_refusals(values)
     if not _iterates(values):
@@ -125,21 +133,21 @@ def _merge_refusals(values: Values) -> list[str]:
     return problems
 
 
-def family_refusals(values: Values, kind: str, obstacle: Obstacle | None, norm_before: bool) -> list[str]:
+def family_refusals(values: Values, kind: str, family: Any) -> list[str]:
     """Return a sentence for each parameter that would not be exact, or is not derived, for a model's family.
 
     Args:
         values: all parameters' values.
         kind: the family's name.
-        obstacle: what stands between the MLP's last linear and the residual stream; or that nobody described the family.
-        norm_before: whether the scale of the residual stream is nothing to the layers, since they see it through a norm.
+        family: its description (``replaceme.families``).
     """
     problems = []
-    if _scales(values) and not norm_before:
+    if _scales(values) and not family.norm_before:
         problems.append(
             f"method: prune_and_comp scales the residual stream, and not all that reads it in the family '{kind}' does so "
             "through a norm: no scalar folds; use shortgpt."
         )
+    obstacle: Obstacle | None = family.obstacle
     if obstacle is None:
         return problems
     method, transform = values["method"], values["transform"]

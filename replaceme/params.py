@@ -34,10 +34,10 @@ class Params(BaseModel):
 
     method: str = Field(
         "lstsq",
-        description="How the removed layers are made up for: lstsq (one linear map, least squares), cosine (one linear map, an "
-        "objective of choice and an iterative solver), laco (their weights, merged into those of the layer in front), "
-        "prune_and_comp (a factor that gives the residual stream its magnitude back), or uidl, shortgpt and sleb (nothing; each "
-        "has a criterion of its own).",
+        description="What takes the place of what goes. ReplaceMe: lstsq and cosine (a linear map, in closed form or by an iterative "
+        "solver). To compare with: uidl, shortgpt and sleb (nothing), laco (merged weights), prune_and_comp (a factor), "
+        "linearpatch and ghosted (a map of the whole state), llm_streamline (a trained layer); and, where parts of layers go, "
+        "slicegpt (width of the residual stream) and llm_pruner (heads and channels).",
     )
 
     model_path: str = Field(
@@ -98,6 +98,16 @@ class Params(BaseModel):
         "lowered by steps of 0.01 until layers_to_skip layers go, so that 1 finds the highest one.",
     )  # fmt: skip
 
+    linearpatch_form: Literal["hadamard", "diagonal"] = Field(
+        "hadamard",
+        description="Method linearpatch: whether channels are scaled in coordinates turned by a Hadamard matrix (published as "
+        "rotate; d × d parameters), or in the model's own (diagonal, published as diag; d).",
+    )
+    ghosted_weighted: bool = Field(
+        False,
+        description="Method ghosted: every token counts by its relative error (weights 1/‖H‖²); false is the published form.",
+    )
+
     transform: Literal["dense", "diagonal", "two_vectors", "triangular", "orthogonal", "refit", "joint"] = Field(
         "dense",
         description="What takes the block's place: a linear map on the host's MLP output (d × d), orthogonal folding where "
@@ -107,7 +117,8 @@ class Params(BaseModel):
     alpha: float = Field(
         0.0, ge=0, allow_inf_nan=False,
         description="Strength of the penalty on the map: the ridge of the least squares, in units of MᵀM (a sum over tokens, "
-        "of refit and joint with weights of mean 1); for loss cosine in units of that loss, summed over tokens.",
+        "of refit, joint and ghosted_weighted with weights of mean 1; with method ghosted, M is the whole state); for loss "
+        "cosine in units of that loss, summed over tokens.",
     )  # fmt: skip
     loss: Literal["cosine", "mse", "elastic_net"] = Field(
         "cosine",

@@ -30,6 +30,7 @@ from replaceme.edits import Edits
 from replaceme.families import Family, Linear
 from replaceme.features import Features
 from replaceme.files import PARTIAL, new_folder, rounded, write_json, write_text
+from replaceme.fit_quality import gained, relative
 from replaceme.forward import Observer, Signal, Signals, walk
 from replaceme.methods import METHODS
 from replaceme.methods.method import Bench
@@ -37,7 +38,6 @@ from replaceme.models import recorded_model
 from replaceme.params import Params
 from replaceme.plan import Block, Plan
 from replaceme.progress import logger, progress
-from replaceme.refit import gained, relative
 from replaceme.scratch import scratch
 from replaceme.solver import solve_correction
 from replaceme.statistics import STATISTICS, AtCut, Place, add_up, correction_sums
@@ -180,6 +180,7 @@ class Mender:
                 self.params, block, lambda statistic: load_file(place.folder / f"{statistic}.safetensors")
             )
         self.edits.transforms |= solved.edits.transforms
+        self.edits.operators |= solved.edits.operators
         for (layer, linear), (weight, bias) in solved.edits.corrections.items():
             # Its attention may be repaired already: the solution is what comes on top.
             self.edits.correct(layer, linear, weight, bias)

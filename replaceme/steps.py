@@ -91,7 +91,12 @@ STEPS: Mapping[str, Step] = {
         "blocks",
         ("select",),
     ),
-    "plan": Step(plan, ("method", "transform", "loss", "accurate"), ("blocks",), "plan"),
+    "plan": Step(
+        plan,
+        ("method", "transform", "linearpatch_form", "ghosted_weighted", "loss", "accurate"),
+        ("blocks",),
+        "plan",
+    ),
     "activations": Step(observe_activations, PASS, ("model_input", "documents", "plan"), "statistics"),
     "solve": Step(
         solve,

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from replaceme.documents import Documents
 from replaceme.edits import Edits
-from replaceme.families import family_of
+from replaceme.families import Family, family_of
 from replaceme.models import Model
 from replaceme.params import Params, read_params
 
@@ -56,6 +56,8 @@ NORM_AFTER_MLP = ["gemma2", "gemma3_text", "olmo2", "olmo3"]
 EXPERTS = ["mixtral", "qwen2_moe", "qwen3_moe"]
 PLAIN = [kind for kind in KINDS if kind not in NORM_AFTER_MLP + EXPERTS]
 WIDTH, LAYERS = 32, 6
+# A family with each of the obstacles.
+OBSTACLES = {"norm": Family(norm_offset=0.0), "experts": Family(experts=("experts",)), "undescribed": Family(detected=True)}
 
 
 @pytest.fixture(autouse=True)

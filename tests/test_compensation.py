@@ -19,7 +19,7 @@ from replaceme.documents import Documents
 from replaceme.edits import Edits
 from replaceme.errors import ModelError, ParameterError
 from replaceme.export import save_pruned
-from replaceme.families import family_of
+from replaceme.families import Family, family_of
 from replaceme.files import read_json
 from replaceme.methods import METHODS
 from replaceme.models import Model
@@ -31,7 +31,7 @@ from replaceme.selection import criterion_of
 from replaceme.surgery import apply_edits
 from replaceme.unfused import unfused
 from replaceme.verification import verify_export, wrong_weights
-from tests.conftest import KINDS, LAYERS, PLAIN, made_model, shortened_logits
+from tests.conftest import KINDS, LAYERS, OBSTACLES, PLAIN, made_model, shortened_logits
 from tests.test_commands import call
 from tests.test_detection import UNDESCRIBED
 from tests.test_greedy import loss_without
@@ -347,12 +347,15 @@ def test_families_that_see_the_scale_of_the_stream_are_refused_before_any_work()
     values = read_params(None, {"method": "prune_and_comp"}).model_dump()
     for kind in KINDS:
         family = family_of(made_model(kind).config)
-        refused = family_refusals(values, kind, family.obstacle, family.norm_before)
+        refused = family_refusals(values, kind, family)
         assert bool(refused) == kind.startswith("olmo"), kind
         assert not refused or refused[0].startswith("method: prune_and_comp scales the residual stream, and not all that reads")
-    assert family_refusals(values, "x", "undescribed", True) == []
+    assert family_refusals(values, "x", OBSTACLES["undescribed"]) == []
     assert not family_of(made_model("opt", _remove_final_layer_norm=True).config).norm_before
-    assert family_refusals(read_params(None, {"method": "uidl"}).model_dump(), "olmo2", "norm", False) == []
+    assert (
+        family_refusals(read_params(None, {"method": "uidl"}).model_dump(), "olmo2", Family(norm_offset=0.0, norm_before=False))
+        == []
+    )
 
 
 def test_the_method_has_a_criterion_of_its_own_unless_selection_says_otherwise() -> None:

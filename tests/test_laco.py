@@ -33,7 +33,7 @@ from replaceme.selection import allowed_starts, criterion_of
 from replaceme.surgery import apply_edits
 from replaceme.unfused import unfused
 from replaceme.verification import verify_export, wrong_weights
-from tests.conftest import EXPERTS, KINDS, LAYERS, PLAIN, made_model
+from tests.conftest import EXPERTS, KINDS, LAYERS, OBSTACLES, PLAIN, made_model
 from tests.test_commands import call
 from tests.test_refit import many_documents
 from tests.test_surgery import TEXT
@@ -376,10 +376,10 @@ def test_merges_too_far_apart_are_named() -> None:
 
 def test_experts_are_not_merged_and_norms_are_no_obstacle() -> None:
     values = read_params(None, {"method": "laco"}).model_dump()
-    (said,) = family_refusals(values, "mixtral", "experts", True)
+    (said,) = family_refusals(values, "mixtral", OBSTACLES["experts"])
     assert said.startswith("method: laco is not derived for the mixture of experts of the family 'mixtral'")
-    assert family_refusals(values, "gemma2", "norm", True) == []
-    assert family_refusals(values, "x", "undescribed", True) == []
+    assert family_refusals(values, "gemma2", OBSTACLES["norm"]) == []
+    assert family_refusals(values, "x", OBSTACLES["undescribed"]) == []
 
 
 def test_the_keys_belong_to_laco_alone(caplog: pytest.LogCaptureFixture) -> None:

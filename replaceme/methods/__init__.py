@@ -1,11 +1,13 @@
 """The methods by name. A new one is a module with a ``Method`` in it, and one line here; nothing else names it."""
 
-from replaceme.methods import cosine, laco, lstsq, prune_and_comp, shortgpt, sleb, uidl
+from replaceme.methods import cosine, ghosted, laco, linearpatch, lstsq, prune_and_comp, shortgpt, sleb, uidl
 from replaceme.methods.method import Method
 
 METHODS: dict[str, Method] = {
     "cosine": cosine.METHOD,
+    "ghosted": ghosted.METHOD,
     "laco": laco.METHOD,
+    "linearpatch": linearpatch.METHOD,
     "lstsq": lstsq.METHOD,
     "prune_and_comp": prune_and_comp.METHOD,
     "shortgpt": shortgpt.METHOD,

@@ -77,6 +77,8 @@ class Method:
             to the edits and returns figures for the metrics.
         plain: whether the result has the family's own form, with these parameters.
         trained: whether it trains weights on the text; the others see each token once or twice, and solve.
+        check: raises ParameterError, before any work, when a model (the second argument, without its weights) can't give what
+            these parameters ask for.
     """
 
     stand_in: Callable[[Params], StandIn]
@@ -86,6 +88,7 @@ class Method:
     work: Callable[[Bench], dict[str, Any]] | None = None
     plain: Callable[[Params], bool] = lambda params: True
     trained: bool = False
+    check: Callable[[Params, Any, Family], None] | None = None
 
 
 def drop(title: str) -> Callable[[Params, Block, Statistics], Solved]:

@@ -99,7 +99,7 @@ def fit_sentences(fits: Mapping[str, Figures]) -> list[str]:
     return [
         _refit_sentence(name, fit) if "weighted_residual_transform" in fit else _fit_sentence(name, fit)
         for name, fit in fits.items()
-        if "weighted_residual_transform" in fit or "relative_residual" in fit
+        if "weighted_residual_removed" in fit or "relative_residual" in fit
     ]
 
 
@@ -126,11 +126,12 @@ def _refit_sentence(name: str, fit: Figures) -> str:
 
 
 def _fit_sentence(name: str, fit: Figures) -> str:
-    residual, bare = fit["relative_residual"], fit["relative_residual_removed"]
+    kind, alike = ("relative", "") if "relative_residual" in fit else ("weighted", ", each token alike,")
+    residual, bare = fit[f"{kind}_residual"], fit[f"{kind}_residual_removed"]
     cosine, bare_cosine = fit["mean_cosine"], fit["mean_cosine_removed"]
     sentence = (
-        f"{f'{name}: t' if name else 'T'}he map takes the relative residual from {bare:.3f} to {residual:.3f}, and the mean "
-        f"cosine from {bare_cosine:.3f} to {cosine:.3f}."
+        f"{f'{name}: t' if name else 'T'}he map takes the relative residual{alike} from {bare:.3f} to {residual:.3f}, and the "
+        f"mean cosine from {bare_cosine:.3f} to {cosine:.3f}."
     )
     if residual < bare and cosine < bare_cosine:
         sentence += " Where the two disagree, a few tokens of huge norm decide the fit."

@@ -27,12 +27,12 @@ FIT_WORDS = {
     "tokens": ("calibration tokens", "what the map was fitted to"),
     "relative_residual": (
         "relative residual",
-        "‖H − Z − M T‖ / ‖H‖ at the cut over all tokens: what the map misses; 0 is perfect",
+        "‖H − state‖ / ‖H‖ at the cut over all tokens: what the map misses; 0 is perfect",
     ),
     "relative_residual_removed": ("… without a map", "the same with nothing in the block's place"),
     "weighted_residual": (
         "relative residual",
-        "√ mean of ‖H − Z − G W′‖² / ‖H‖² at the cut, every token alike: what the host's new weights miss; 0 is perfect",
+        "√ mean of ‖H − state‖² / ‖H‖² at the cut, every token alike: what new weights or a map miss; 0 is perfect",
     ),
     "weighted_residual_joint": (
         "relative residual",
@@ -42,7 +42,12 @@ FIT_WORDS = {
     "weighted_residual_removed": ("… without either", "the same with nothing in the block's place"),
     "mean_cosine": ("mean cosine", "between the state with the map and the dense model's, all tokens alike; 1 is perfect"),
     "mean_cosine_removed": ("… without a map", "the same with nothing in the block's place"),
-    "condition_number": ("condition number", "of MᵀM + αI: how far noise in the text can be amplified"),
+    "smallest_factor": ("smallest factor", "of a channel: how much of its magnitude is left"),
+    "largest_factor": ("largest factor", "likewise"),
+    "condition_number": (
+        "condition number",
+        "of MᵀM + αI, where M is what is mapped: how far noise in the text can be amplified",
+    ),
     "smallest_eigenvalue": ("smallest eigenvalue", "of MᵀM: what α is to be compared with"),
     "alpha_over_smallest_eigenvalue": ("α / smallest eigenvalue", "far below 1 the ridge changes nothing"),
     "distance_from_identity": ("distance from identity", "‖T − I‖ / √d: 0 leaves the host layer as it was"),
