@@ -34,8 +34,8 @@ class Params(BaseModel):
 
     method: str = Field(
         "lstsq",
-        description="What takes the place of what goes. ReplaceMe: lstsq and cosine (a linear map, in closed form or by an iterative "
-        "solver). To compare with: uidl, shortgpt and sleb (nothing), laco (merged weights), prune_and_comp (a factor), "
+        description="What takes the place of what goes. ReplaceMe: lstsq and cosine (a linear map, in closed form or by an "
+        "iterative solver). To compare with: uidl, shortgpt and sleb (nothing), laco (merged weights), prune_and_comp (a scale), "
         "linearpatch and ghosted (a map of the whole state), llm_streamline (a trained layer); and, where parts of layers go, "
         "slicegpt (width of the residual stream) and llm_pruner (heads and channels).",
     )

@@ -352,10 +352,8 @@ def test_families_that_see_the_scale_of_the_stream_are_refused_before_any_work()
         assert not refused or refused[0].startswith("method: prune_and_comp scales the residual stream, and not all that reads")
     assert family_refusals(values, "x", OBSTACLES["undescribed"]) == []
     assert not family_of(made_model("opt", _remove_final_layer_norm=True).config).norm_before
-    assert (
-        family_refusals(read_params(None, {"method": "uidl"}).model_dump(), "olmo2", Family(norm_offset=0.0, norm_before=False))
-        == []
-    )
+    olmo2 = Family(norm_offset=0.0, norm_before=False)
+    assert family_refusals(read_params(None, {"method": "uidl"}).model_dump(), "olmo2", olmo2) == []
 
 
 def test_the_method_has_a_criterion_of_its_own_unless_selection_says_otherwise() -> None:

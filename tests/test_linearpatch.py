@@ -177,7 +177,7 @@ def test_a_width_without_a_hadamard_matrix_is_refused_before_any_work(
     inspect_inputs(params.model_copy(update=given), Workspace(tmp_path / "fine"))
     source = save_tiny(hidden_size=52, num_attention_heads=2, num_key_value_heads=1)
     narrow = params.model_copy(update={**given, "model_path": str(source.folder)})
-    said = "linearpatch_form: hadamard needs a Hadamard matrix of the model's width, and of 52 none is constructed here; use d"
+    said = "linearpatch_form: hadamard needs a Hadamard matrix of the model's width, and of 52 none is constructed; use d"
     with pytest.raises(ReplaceMeError, match=said):
         inspect_inputs(narrow, Workspace(tmp_path / "refused"))
     assert not (tmp_path / "refused").exists()
