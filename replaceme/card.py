@@ -107,6 +107,10 @@ def _changes(source: Model, edits: Edits, solved: dict[str, Any]) -> list[str]:
     for linear, words in linears:
         if corrected := [layer for layer, name in edits.corrections if name == linear]:
             lines += [f"The weights of the {words} of layer {_runs(corrected)} were solved for anew, likewise."]
+    if trained := sorted({layer for layer, _ in edits.parameters}):
+        lines += [f"The weights of layer {_runs(trained)} were found by training on calibration text."]
+    if edits.without_attention:
+        lines += [f"Layer {_runs([*edits.without_attention])} has no attention any more."]
     if any(P.ndim for P in edits.operators.values()):
         lines += ["The state behind the cut goes through a linear map of its own."]
     if edits.form(""):

@@ -20,6 +20,14 @@ def _merges(values: Values) -> bool:
     return bool(values["method"] == "laco")
 
 
+def _streamlines(values: Values) -> bool:
+    return bool(values["method"] == "llm_streamline")
+
+
+def _without_attention(values: Values) -> bool:
+    return _streamlines(values) and values["llm_streamline_form"] == "mlp"
+
+
 def _iterates(values: Values) -> bool:
     return bool(values["method"] == "cosine")
 
@@ -41,6 +49,10 @@ EFFECTS: Mapping[str, tuple[str, Callable[[Values], bool]]] = {
     "laco_layers": ("method laco", _merges),
     "laco_interval": ("method laco", _merges),
     "laco_threshold": ("method laco", _merges),
+    "llm_streamline_form": ("method llm_streamline", _streamlines),
+    "llm_streamline_learning_rate": ("method llm_streamline", _streamlines),
+    "llm_streamline_epochs": ("method llm_streamline", _streamlines),
+    "plain": ("llm_streamline_form mlp of method llm_streamline", _without_attention),
     "refit_ridge": ("transform refit or joint", _refits),
     "repair_ridge_attention": ("repair", _repairs),
     "repair_ridge_mlp": ("repair", _repairs),
@@ -83,6 +95,8 @@ def refusals(values: Values) -> list[str]:
         )
     if _merges(values):
         problems += _merge_refusals(values)
+    if _streamlines(values):
+        problems += _training_refusals(values)
     if not _iterates(values):
         return problems
     if transform == "orthogonal":
@@ -117,18 +131,46 @@ def _merge_refusals(values: Values) -> list[str]:
     return problems
 
 
-def family_refusals(values: Values, kind: str, obstacle: Obstacle | None) -> list[str]:
+def _training_refusals(values: Values) -> list[str]:
+    problems, selection = [], values["selection"]
+    if values["transform"] != "dense":
+        problems.append(
+            f"transform: {values['transform']} has no place in method llm_streamline, which trains a layer; use dense."
+        )
+    if values["repair"]:
+        problems.append("repair: has no place in method llm_streamline, which trains one layer alone; use false.")
+    if selection in ("influence", "greedy"):
+        problems.append(
+            f"selection: {selection} chooses single layers, and method llm_streamline trains one layer for one block; use "
+            "null, angular, residual or loss."
+        )
+    if values["num_A"] > 1:
+        problems.append("num_A: method llm_streamline trains one layer for one block; use 1.")
+    if values["use_4bit"]:
+        problems.append("use_4bit: method llm_streamline trains from the layer's own weights, not from 4-bit ones; use false.")
+    return problems
+
+
+def family_refusals(values: Values, kind: str, obstacle: Obstacle | None, parallel: bool = False) -> list[str]:
     """Return a sentence for each parameter that would not be exact, or is not derived, for a model's family.
 
     Args:
         values: all parameters' values.
         kind: the family's name.
         obstacle: what stands between the MLP's last linear and the residual stream; or that nobody described the family.
+        parallel: whether attention and MLP read the same.
     """
+    if parallel and _without_attention(values):
+        return [
+            f"llm_streamline_form: mlp is not derived for the family '{kind}', whose attention and MLP are "
+            "side by side; use layer."
+        ]
     if obstacle is None:
         return []
     method, transform = values["method"], values["transform"]
     place, problems = f"{OBSTACLES[obstacle]} '{kind}'", []
+    if _without_attention(values) and obstacle != "experts":
+        problems.append(f"llm_streamline_form: mlp is not derived for {place}; use layer.")
     if obstacle == "experts" and _merges(values):
         problems.append(f"method: laco is not derived for {place}, where no expert is the next layer's; use another method.")
     if obstacle == "norm" and method == "cosine":

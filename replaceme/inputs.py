@@ -43,7 +43,7 @@ def inspect_inputs(params: Params, work: Workspace) -> None:
         kind, positions = config.model_type, getattr(config, "max_position_embeddings", None)
         if positions and params.max_length > positions:
             raise ParameterError(f"max_length: must be at most the model's {positions} positions, not {params.max_length}.")
-        if refused := family_refusals(params.model_dump(), kind, family.obstacle):
+        if refused := family_refusals(params.model_dump(), kind, family.obstacle, family.parallel):
             raise ParameterError(refused)
         if not METHODS[params.method].plain(params):
             check_own_form(config, kind)

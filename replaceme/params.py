@@ -35,8 +35,8 @@ class Params(BaseModel):
     method: str = Field(
         "lstsq",
         description="How the removed layers are made up for: lstsq (one linear map, least squares), cosine (one linear map, an "
-        "objective of choice and an iterative solver), laco (their weights, merged into those of the layer in front), "
-        "or uidl, shortgpt and sleb (nothing; each has a criterion of its own).",
+        "objective of choice and an iterative solver), llm_streamline (one layer, trained for them), laco (their weights, "
+        "merged into those of the layer in front), or uidl, shortgpt and sleb (nothing; each has a criterion of its own).",
     )
 
     model_path: str = Field(
@@ -96,6 +96,23 @@ class Params(BaseModel):
         description="Method laco: cosine of last states with the original model's that a merge must leave (published as T); "
         "lowered by steps of 0.01 until layers_to_skip layers go, so that 1 finds the highest one.",
     )  # fmt: skip
+
+    llm_streamline_form: Literal["layer", "mlp"] = Field(
+        "layer",
+        description="Method llm_streamline: what is trained in the layers' place: the whole layer in front of them, or its MLP "
+        "alone, without an attention.",
+    )
+    llm_streamline_learning_rate: float = Field(
+        2e-4, gt=0, allow_inf_nan=False, description="Method llm_streamline: AdamW's largest step."
+    )
+    llm_streamline_epochs: int = Field(
+        1, ge=1, description="Method llm_streamline: passes over the documents, batch_size of them in a step."
+    )
+    plain: bool = Field(
+        False,
+        description="Give the result the family's own form, where the method can: with llm_streamline_form mlp, an attention "
+        "that adds nothing stays, so that it loads without trust_remote_code.",
+    )
 
     transform: Literal["dense", "diagonal", "two_vectors", "triangular", "orthogonal", "refit", "joint"] = Field(
         "dense",
@@ -292,7 +309,7 @@ def _not_built(raw: Mapping[str, Any], methods: Iterable[str] | None) -> list[st
     return problems
 
 
-PLANNED_METHODS = ("llm_streamline", "slicegpt", "llm_pruner")
+PLANNED_METHODS = ("slicegpt", "llm_pruner")
 
 
 def reference() -> str:

@@ -19,7 +19,8 @@ Statistics = Callable[[str], Mapping[str, Tensor]]
 
 # By what a cut is chosen (``replaceme.selection``).
 # "width": no layer goes, but parts of layers do.
-Criterion = Literal["angular", "residual", "loss", "influence", "greedy", "collapse", "width"]
+# "window": the layer in front goes too, and another one comes in its place.
+Criterion = Literal["angular", "residual", "loss", "influence", "greedy", "collapse", "width", "window"]
 # What can take a block's place: nothing, a linear map, or new weights of the linear that ends the host's MLP.
 StandIn = Literal["nothing", "map", "refit"]
 
@@ -53,6 +54,7 @@ class Bench:
         plan: what goes.
         edits: as solved so far; they are added to.
         folder: where scratch files may lie, and what an interrupted run goes on from.
+        output: the folder of the edits, for what is to be kept with them.
     """
 
     params: Params
@@ -62,6 +64,7 @@ class Bench:
     plan: Plan
     edits: Edits
     folder: Path
+    output: Path
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class Method:
         work: what sums of activations can't tell, it makes on the model itself, behind the solve (in the repair stage): it adds
             to the edits and returns figures for the metrics.
         plain: whether the result has the family's own form, with these parameters.
+        trained: whether it trains weights on the text.
     """
 
     stand_in: Callable[[Params], StandIn]
@@ -84,6 +88,7 @@ class Method:
     criterion: Criterion = "angular"
     work: Callable[[Bench], dict[str, Any]] | None = None
     plain: Callable[[Params], bool] = lambda params: True
+    trained: bool = False
 
 
 def drop(title: str) -> Callable[[Params, Block, Statistics], Solved]:
