@@ -107,6 +107,10 @@ def _changes(source: Model, edits: Edits, solved: dict[str, Any]) -> list[str]:
     for linear, words in linears:
         if corrected := [layer for layer, name in edits.corrections if name == linear]:
             lines += [f"The weights of the {words} of layer {_runs(corrected)} were solved for anew, likewise."]
+    if trained := sorted({layer for layer, _ in edits.parameters}):
+        lines += [f"The weights of layer {_runs(trained)} were found by training on calibration text."]
+    if edits.without_attention:
+        lines += [f"Layer {_runs([*edits.without_attention])} has no attention any more."]
     if scalars := {layer: float(P) for layer, P in sorted(edits.operators.items()) if not P.ndim}:
         listed = ", ".join(f"by {1 / scale:.4g} behind layer {layer}" for layer, scale in scalars.items())
         lines += [

@@ -26,6 +26,14 @@ def _scales(values: Values) -> bool:
     return bool(values["method"] == "prune_and_comp")
 
 
+def _streamlines(values: Values) -> bool:
+    return bool(values["method"] == "llm_streamline")
+
+
+def _without_attention(values: Values) -> bool:
+    return _streamlines(values) and values["llm_streamline_form"] == "mlp"
+
+
 def _iterates(values: Values) -> bool:
     return bool(values["method"] == "cosine")
 
@@ -49,6 +57,10 @@ EFFECTS: Mapping[str, tuple[str, Callable[[Values], bool]]] = {
     "laco_threshold": ("method laco", _merges),
     "linearpatch_form": ("method linearpatch", lambda values: bool(values["method"] == "linearpatch")),
     "ghosted_weighted": ("method ghosted", lambda values: bool(values["method"] == "ghosted")),
+    "llm_streamline_form": ("method llm_streamline", _streamlines),
+    "llm_streamline_learning_rate": ("method llm_streamline", _streamlines),
+    "llm_streamline_epochs": ("method llm_streamline", _streamlines),
+    "plain": ("llm_streamline_form mlp of method llm_streamline", _without_attention),
     "refit_ridge": ("transform refit or joint", _refits),
     "repair_ridge_attention": ("repair", _repairs),
     "repair_ridge_mlp": ("repair", _repairs),
@@ -99,6 +111,8 @@ def refusals(values: Values) -> list[str]:
         )
     if _merges(values):
         problems += _merge_refusals(values)
+    if _streamlines(values):
+        problems += _training_refusals(values)
     if not _iterates(values):
         return problems
     if transform == "orthogonal":
@@ -133,6 +147,26 @@ def _merge_refusals(values: Values) -> list[str]:
     return problems
 
 
+def _training_refusals(values: Values) -> list[str]:
+    problems, selection = [], values["selection"]
+    if values["transform"] != "dense":
+        problems.append(
+            f"transform: {values['transform']} has no place in method llm_streamline, which trains a layer; use dense."
+        )
+    if values["repair"]:
+        problems.append("repair: has no place in method llm_streamline, which trains one layer alone; use false.")
+    if selection in ("influence", "greedy"):
+        problems.append(
+            f"selection: {selection} chooses single layers, and method llm_streamline trains one layer for one block; use "
+            "null, angular, residual or loss."
+        )
+    if values["num_A"] > 1:
+        problems.append("num_A: method llm_streamline trains one layer for one block; use 1.")
+    if values["use_4bit"]:
+        problems.append("use_4bit: method llm_streamline trains from the layer's own weights, not from 4-bit ones; use false.")
+    return problems
+
+
 def family_refusals(values: Values, kind: str, family: Any) -> list[str]:
     """Return a sentence for each parameter that would not be exact, or is not derived, for a model's family.
 
@@ -147,11 +181,17 @@ def family_refusals(values: Values, kind: str, family: Any) -> list[str]:
             f"method: prune_and_comp scales the residual stream, and not all that reads it in the family '{kind}' does so "
             "through a norm: no scalar folds; use shortgpt."
         )
+    if family.parallel and _without_attention(values):
+        problems.append(
+            f"llm_streamline_form: mlp is not derived for the family '{kind}', whose attention and MLP are side by side; use layer."
+        )
     obstacle: Obstacle | None = family.obstacle
     if obstacle is None:
         return problems
     method, transform = values["method"], values["transform"]
     place = f"{OBSTACLES[obstacle]} '{kind}'"
+    if _without_attention(values) and obstacle != "experts":
+        problems.append(f"llm_streamline_form: mlp is not derived for {place}; use layer.")
     if obstacle == "experts" and _merges(values):
         problems.append(f"method: laco is not derived for {place}, where no expert is the next layer's; use another method.")
     if obstacle == "norm" and method == "cosine":

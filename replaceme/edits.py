@@ -13,7 +13,8 @@ One is of no linear: an operator P on the state behind a layer, ``h P`` (LinearP
 2605.15491; Prune&Comp, arXiv 2507.18212). A norm lets only a scalar through, so that a scalar folds: what the layers behind add
 is divided by it. Any other P stays an operator, in a form of the model that ``replaceme.modeling_pruned`` computes.
 
-And a layer can have parameters that were found otherwise, by training.
+And a layer can have parameters that were found otherwise, by training, or be left without its attention and the norm in front
+of it: it is then ``h + MLP(norm(h))``.
 
 On disk: ``edits.json`` (title, layers and mixtures) and ``edits.safetensors`` (``transform.<layer>``, d × d float64;
 ``correction.<layer>.<linear>.weight``, d × inputs float32, and ``….bias``, d; ``operator.<layer>``, of no, one or two
@@ -60,6 +61,7 @@ class Edits:
         mixtures: kept layer → the original layers whose linears it mixes, itself among them, with their coefficients.
         operators: kept layer → P: a scalar (), a diagonal (d,) or any map (d, d), float64, of the state behind the layer.
         parameters: (kept layer, name within it) → what the parameter is instead, in torch's layout.
+        without_attention: kept layer → paths within it of the attention, and of the norm in front, that it has no longer.
     """
 
     title: str
@@ -69,6 +71,7 @@ class Edits:
     mixtures: dict[int, dict[int, float]] = field(default_factory=dict)
     operators: dict[int, Tensor] = field(default_factory=dict)
     parameters: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    without_attention: dict[int, tuple[str, str]] = field(default_factory=dict)
 
     def scale(self, layer: int) -> float:
         """Return what the scalars behind layers before ``layer`` make of the state that enters it."""
@@ -84,6 +87,10 @@ class Edits:
         parts: dict[str, Any] = {}
         if operators := {self.position(at): P.ndim for at, P in sorted(self.operators.items()) if P.ndim}:
             parts["operators"] = {str(at): "diagonal" if ndim == 1 else "dense" for at, ndim in operators.items()}
+        if self.without_attention:
+            parts["without_attention"] = {
+                str(self.position(at)): [*paths] for at, paths in sorted(self.without_attention.items())
+            }
         return {"layers": layers, **parts} if parts else {}
 
     def position(self, layer: int) -> int:
@@ -128,6 +135,7 @@ class Edits:
             "mixtures": [[layer, [*mixture.items()]] for layer, mixture in sorted(self.mixtures.items())],
             "operators": sorted(self.operators),
             "parameters": [list(edited) for edited in sorted(self.parameters)],
+            "without_attention": [[layer, *paths] for layer, paths in sorted(self.without_attention.items())],
         }
         write_json(folder / "edits.json", content)
 
@@ -147,4 +155,5 @@ class Edits:
         mixtures: dict[int, dict[int, float]] = {layer: dict(mixture) for layer, mixture in content["mixtures"]}
         operators = {layer: tensors[f"operator.{layer}"] for layer in content["operators"]}
         parameters = {(layer, name): tensors[f"parameter.{layer}.{name}"] for layer, name in content["parameters"]}
-        return cls(content["title"], content["removed_layers"], transforms, corrections, mixtures, operators, parameters)
+        bare = {layer: (attention, norm) for layer, attention, norm in content["without_attention"]}
+        return cls(content["title"], content["removed_layers"], transforms, corrections, mixtures, operators, parameters, bare)

@@ -28,6 +28,7 @@ class Family:
         layers: path of the list of decoder layers in the model.
         attention: the module whose output the attention adds to the residual stream (its norm, where one stands behind it).
         attention_output: the linear that ends the attention.
+        attention_norm: the norm in front of the attention, where it is in front of nothing else.
         mlp: the module whose output the MLP adds to the residual stream, likewise.
         mlp_output: the linear that ends the MLP.
         experts: the parameters that end the experts of an MLP that is a mixture of them; a layer may lack some.
@@ -47,6 +48,7 @@ class Family:
     layers: str = "model.layers"
     attention: str = "self_attn"
     attention_output: str = "self_attn.o_proj"
+    attention_norm: str = "input_layernorm"
     mlp: str = "mlp"
     mlp_output: str = "mlp.down_proj"
     experts: tuple[str, ...] = ()
@@ -66,6 +68,11 @@ class Family:
     def norm_after_mlp(self) -> bool:
         """Whether a norm stands between the MLP's last linear and the residual stream."""
         return self.norm_offset is not None
+
+    @property
+    def attention_apart(self) -> bool:
+        """Whether a layer without its attention, and the norm in front of it, is ``h + MLP(norm(h))``."""
+        return not (self.parallel or self.norm_after_mlp or self.detected)
 
     @property
     def obstacle(self) -> Obstacle | None:
@@ -107,9 +114,13 @@ class Family:
 
 def parameter_of(layer: nn.Module, name: str) -> Tensor:
     """Return a view of a parameter in torch's layout, whatever its module's is: weights (…, d, inputs), biases (d,)."""
-    parameter = layer.get_parameter(name).detach()
+    return in_torch_layout(layer, name, layer.get_parameter(name).detach())
+
+
+def in_torch_layout(layer: nn.Module, name: str, value: Tensor) -> Tensor:
+    """Return a view in torch's layout of what has that of a layer's parameter, or the other way round."""
     owner = layer.get_submodule(name.rpartition(".")[0])
-    return parameter.T if isinstance(owner, Conv1D) and parameter.ndim == 2 else parameter
+    return value.T if isinstance(owner, Conv1D) and value.ndim == 2 else value
 
 
 def inputs_of(linear: nn.Module) -> int:
@@ -163,15 +174,17 @@ def _gpt_neox(config: Any) -> Family:
 def _gpt2(config: Any) -> Family:
     if config.scale_attn_by_inverse_layer_idx:
         raise _refusal("gpt2", "a cut would change the scale of its attention (scale_attn_by_inverse_layer_idx)")
-    return Family(layers="transformer.h", attention="attn", attention_output="attn.c_proj", mlp_output="mlp.c_proj")
+    return Family(
+        layers="transformer.h", attention="attn", attention_output="attn.c_proj", attention_norm="ln_1", mlp_output="mlp.c_proj"
+    )  # fmt: skip
 
 
 def _opt(config: Any) -> Family:
     if not config.do_layer_norm_before:
         raise _refusal("opt", "it normalises the residual stream itself (do_layer_norm_before: false)")
     return Family(
-        layers="model.decoder.layers", attention_output="self_attn.out_proj", mlp="fc2", mlp_output="fc2",
-        norm_before=not config._remove_final_layer_norm,
+        layers="model.decoder.layers", attention_output="self_attn.out_proj", attention_norm="self_attn_layer_norm", mlp="fc2",
+        mlp_output="fc2", norm_before=not config._remove_final_layer_norm,
     )  # fmt: skip
 
 

@@ -35,7 +35,7 @@ class Params(BaseModel):
     method: str = Field(
         "lstsq",
         description="What takes the place of what goes. ReplaceMe: lstsq and cosine (a linear map, in closed form or by an "
-        "iterative solver). To compare with: uidl, shortgpt and sleb (nothing), laco (merged weights), prune_and_comp (a scale), "
+        "iterative solver). To compare with: uidl, shortgpt, sleb (nothing), laco (merged weights), prune_and_comp (a scale), "
         "linearpatch and ghosted (a map of the whole state), llm_streamline (a trained layer); and, where parts of layers go, "
         "slicegpt (width of the residual stream) and llm_pruner (heads and channels).",
     )
@@ -106,6 +106,23 @@ class Params(BaseModel):
     ghosted_weighted: bool = Field(
         False,
         description="Method ghosted: every token counts by its relative error (weights 1/‖H‖²); false is the published form.",
+    )
+
+    llm_streamline_form: Literal["layer", "mlp"] = Field(
+        "layer",
+        description="Method llm_streamline: what is trained in the layers' place: the whole layer in front of them, or its MLP "
+        "alone, without an attention.",
+    )
+    llm_streamline_learning_rate: float = Field(
+        2e-4, gt=0, allow_inf_nan=False, description="Method llm_streamline: AdamW's largest step."
+    )
+    llm_streamline_epochs: int = Field(
+        1, ge=1, description="Method llm_streamline: passes over the documents, batch_size of them in a step."
+    )
+    plain: bool = Field(
+        False,
+        description="Give the result the family's own form, where the method can: with llm_streamline_form mlp, an attention "
+        "that adds nothing stays, so that it loads without trust_remote_code.",
     )
 
     transform: Literal["dense", "diagonal", "two_vectors", "triangular", "orthogonal", "refit", "joint"] = Field(
@@ -304,7 +321,7 @@ def _not_built(raw: Mapping[str, Any], methods: Iterable[str] | None) -> list[st
     return problems
 
 
-PLANNED_METHODS = ("llm_streamline", "slicegpt", "llm_pruner")
+PLANNED_METHODS = ("slicegpt", "llm_pruner")
 
 
 def reference() -> str:

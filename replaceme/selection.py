@@ -12,6 +12,10 @@ Two criteria choose single layers, and a block is a run of them:
 - ``influence``: the layers that change their input least (ShortGPT, arXiv 2403.03853): ``replaceme.profile``.
 - ``greedy``: one by one, each the one without which the loss is lowest (SLEB, arXiv 2402.09025): ``replaceme.greedy``.
 
+And one, of a method that puts another layer in the host's place, sees the host as gone too:
+
+- ``window``: the highest mean cosine of what enters the host and what leaves the block (LLM-Streamline, arXiv 2403.19135).
+
 Methods that take away parts of layers choose by themselves (``width``): no block goes.
 
 And one says what hosts become, too:
@@ -163,6 +167,16 @@ def select(params: Params, work: Workspace) -> None:
         influence = profile["layers"]["block_influence"]
         layers = sorted(allowed, key=influence.__getitem__)[: params.layers_to_skip]
         blocks, figures = runs(layers), {"influence": sum(influence[layer] for layer in layers)}
+    elif criterion == "window":
+        cosines = profile["mean_cosine"]
+        blocks = smallest([[-cosine for cosine in row] for row in cosines], starts, params.layers_to_skip)
+        figures = {"mean_cosine": cosines[blocks[0].host][blocks[0].end - 1]}
+        logger.info(
+            "select: what enters layer %d and leaves layer %d has a mean cosine of %.4f",
+            blocks[0].host,
+            blocks[0].end - 1,
+            figures["mean_cosine"],
+        )
     else:
         blocks = several(residuals if criterion == "residual" else distances, starts, params)
     if criterion != "compensated" and METHODS[params.method].stand_in(params) == "scalar":

@@ -40,8 +40,9 @@ SCORING = ("tasks", "eval_tokens", "eval_batch_size", "eval_dtype", "device", "d
 ALL = [name for name in Params.model_fields if name not in ("save_path", "save_transform_only")]
 
 MERGING = tuple(name for name in EFFECTS if name.startswith("laco_"))
+TRAINING = (*(name for name in EFFECTS if name.startswith("llm_streamline_")), "plain")
 REPAIRING = tuple(name for name in EFFECTS if name.startswith("repair_"))
-SOLVING = tuple(name for name in EFFECTS if name not in MERGING + REPAIRING)
+SOLVING = tuple(name for name in EFFECTS if name not in MERGING + TRAINING + REPAIRING)
 
 # Of the dense model alone, so the same for every result that is made of it.
 SHARED = ("baseline",)
@@ -107,7 +108,7 @@ STEPS: Mapping[str, Step] = {
     ),
     "repair": Step(
         repair,
-        ("method", "transform", "alpha", "repair", *REPAIRING, *SOLVING, *PASS),
+        ("method", "transform", "alpha", "repair", *TRAINING, *REPAIRING, *SOLVING, *PASS),
         ("model_input", "documents", "plan", "solution"),
         "edits",
         ("repair",),

@@ -4,7 +4,7 @@ a shortened model before any weight is changed.
 A hook on each edited linear makes ``y T + G Δᵀ + δ`` of its output ``y`` and its input ``G``; where a norm or a mixture of
 experts stands behind the linear, the hook is on what that adds to the residual stream. A hook on each linear of a layer that
 mixes layers makes ``Σ c_j (G W_jᵀ + b_j)``, by the other layers' own linears. An operator is a hook on its layer. Parameters
-that are others stand in for a while. Removed layers pass their input on.
+that are others stand in for a while. An attention that is gone adds nothing. Removed layers pass their input on.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from replaceme.edits import Change, Edits
 from replaceme.families import Family, linears_within, parameter_of
+from replaceme.modeling_pruned import NoAttention
 
 
 @contextmanager
@@ -27,6 +28,8 @@ def unfused(model: nn.Module, family: Family, edits: Edits) -> Iterator[None]:
     with ExitStack() as stack:
         for (layer, name), value in edits.parameters.items():
             stack.enter_context(_standing_in(layers[layer], name, value))
+        for layer, (attention, _) in edits.without_attention.items():
+            stack.enter_context(silent(layers[layer].get_submodule(attention)))
         # Before the changes, whose hooks see what a mixture makes.
         for layer, mixture in edits.mixtures.items():
             for path, module in linears_within(layers[layer]).items():
@@ -42,6 +45,13 @@ def unfused(model: nn.Module, family: Family, edits: Edits) -> Iterator[None]:
         for layer, P in edits.operators.items():
             stack.callback(layers[layer].register_forward_hook(operating(P)).remove)
         stack.enter_context(passed_by(family, (layers[index] for index in edits.removed_layers)))
+        yield
+
+
+@contextmanager
+def silent(attention: nn.Module) -> Iterator[None]:
+    """Let an attention, for a while, add nothing and compute nothing."""
+    with mock.patch.object(attention, "forward", NoAttention(None).forward):
         yield
 
 

@@ -1,6 +1,6 @@
 """The methods by name. A new one is a module with a ``Method`` in it, and one line here; nothing else names it."""
 
-from replaceme.methods import cosine, ghosted, laco, linearpatch, lstsq, prune_and_comp, shortgpt, sleb, uidl
+from replaceme.methods import cosine, ghosted, laco, linearpatch, llm_streamline, lstsq, prune_and_comp, shortgpt, sleb, uidl
 from replaceme.methods.method import Method
 
 METHODS: dict[str, Method] = {
@@ -8,6 +8,7 @@ METHODS: dict[str, Method] = {
     "ghosted": ghosted.METHOD,
     "laco": laco.METHOD,
     "linearpatch": linearpatch.METHOD,
+    "llm_streamline": llm_streamline.METHOD,
     "lstsq": lstsq.METHOD,
     "prune_and_comp": prune_and_comp.METHOD,
     "shortgpt": shortgpt.METHOD,

@@ -19,7 +19,8 @@ Statistics = Callable[[str], Mapping[str, Tensor]]
 
 # By what a cut is chosen (``replaceme.selection``).
 # "width": no layer goes, but parts of layers do.
-Criterion = Literal["angular", "residual", "loss", "influence", "greedy", "collapse", "compensated", "width"]
+# "window": the layer in front goes too, and another one comes in its place.
+Criterion = Literal["angular", "residual", "loss", "influence", "greedy", "collapse", "compensated", "width", "window"]
 # What can take a block's place: nothing, a factor, a linear map, or new weights of the linear that ends the host's MLP.
 StandIn = Literal["nothing", "scalar", "map", "refit"]
 
@@ -53,6 +54,7 @@ class Bench:
         plan: what goes.
         edits: as solved so far; they are added to.
         folder: where scratch files may lie, and what an interrupted run goes on from.
+        output: the folder of the edits, for what is to be kept with them.
     """
 
     params: Params
@@ -62,6 +64,7 @@ class Bench:
     plan: Plan
     edits: Edits
     folder: Path
+    output: Path
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ CRITERIA = {
     "loss": "the smallest loss among the cuts with the smallest residuals",
     "influence": "the smallest influence on their input",
     "greedy": "the smallest loss without them, one by one",
+    "window": "the highest mean cosine of what enters the layer that is trained and what leaves the last one",
     "collapse": "merging layers into the one in front of them, as long as the last states stay alike",
     "compensated": "the smallest influence on their input, one by one, the state scaled in the place of those before",
 }
