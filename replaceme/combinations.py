@@ -183,7 +183,7 @@ def family_refusals(values: Values, kind: str, family: Any) -> list[str]:
         )
     if family.parallel and _without_attention(values):
         problems.append(
-            f"llm_streamline_form: mlp is not derived for the family '{kind}', whose attention and MLP are side by side; use layer."
+            f"llm_streamline_form: mlp is not derived for the family '{kind}', whose attention and MLP are parallel; use layer."
         )
     obstacle: Obstacle | None = family.obstacle
     if obstacle is None:
