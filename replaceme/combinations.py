@@ -20,6 +20,10 @@ def _merges(values: Values) -> bool:
     return bool(values["method"] == "laco")
 
 
+def _slices(values: Values) -> bool:
+    return bool(values["method"] == "slicegpt")
+
+
 def _iterates(values: Values) -> bool:
     return bool(values["method"] == "cosine")
 
@@ -41,6 +45,7 @@ EFFECTS: Mapping[str, tuple[str, Callable[[Values], bool]]] = {
     "laco_layers": ("method laco", _merges),
     "laco_interval": ("method laco", _merges),
     "laco_threshold": ("method laco", _merges),
+    "plain": ("method slicegpt", _slices),
     "refit_ridge": ("transform refit or joint", _refits),
     "repair_ridge_attention": ("repair", _repairs),
     "repair_ridge_mlp": ("repair", _repairs),
@@ -83,6 +88,8 @@ def refusals(values: Values) -> list[str]:
         )
     if _merges(values):
         problems += _merge_refusals(values)
+    if _slices(values):
+        problems += _slice_refusals(values)
     if not _iterates(values):
         return problems
     if transform == "orthogonal":
@@ -117,14 +124,35 @@ def _merge_refusals(values: Values) -> list[str]:
     return problems
 
 
-def family_refusals(values: Values, kind: str, obstacle: Obstacle | None) -> list[str]:
+def _slice_refusals(values: Values) -> list[str]:
+    problems = []
+    if values["transform"] != "dense":
+        problems.append(
+            f"transform: {values['transform']} has no place in method slicegpt, which takes no layer's place; use dense."
+        )
+    if values["repair"]:
+        problems.append("repair: has no place in method slicegpt, where no layer goes; use false.")
+    problems += [
+        f"{key}: {values[key]} has no place in method slicegpt, where no layer goes; use null."
+        for key in ("selection", "min_distance_layer", "max_distance_layer")
+        if values[key] is not None
+    ]
+    if values["num_A"] > 1:
+        problems.append("num_A: method slicegpt removes no blocks; use 1.")
+    return problems
+
+
+def family_refusals(values: Values, kind: str, obstacle: Obstacle | None, against_slicing: str | None = None) -> list[str]:
     """Return a sentence for each parameter that would not be exact, or is not derived, for a model's family.
 
     Args:
         values: all parameters' values.
         kind: the family's name.
         obstacle: what stands between the MLP's last linear and the residual stream; or that nobody described the family.
+        against_slicing: why its residual stream can't be made narrower.
     """
+    if _slices(values) and against_slicing:
+        return [f"method: slicegpt can't slice the family '{kind}': {against_slicing}; use another method."]
     if obstacle is None:
         return []
     method, transform = values["method"], values["transform"]

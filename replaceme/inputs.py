@@ -24,6 +24,7 @@ from replaceme.params import Params
 from replaceme.positions import check_cut
 from replaceme.progress import logger
 from replaceme.selection import allowed_starts
+from replaceme.slicing import against_slicing
 from replaceme.workspace import Workspace
 
 
@@ -43,7 +44,7 @@ def inspect_inputs(params: Params, work: Workspace) -> None:
         kind, positions = config.model_type, getattr(config, "max_position_embeddings", None)
         if positions and params.max_length > positions:
             raise ParameterError(f"max_length: must be at most the model's {positions} positions, not {params.max_length}.")
-        if refused := family_refusals(params.model_dump(), kind, family.obstacle):
+        if refused := family_refusals(params.model_dump(), kind, family.obstacle, against_slicing(family)):
             raise ParameterError(refused)
         if not METHODS[params.method].plain(params):
             check_own_form(config, kind)

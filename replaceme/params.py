@@ -36,7 +36,8 @@ class Params(BaseModel):
         "lstsq",
         description="How the removed layers are made up for: lstsq (one linear map, least squares), cosine (one linear map, an "
         "objective of choice and an iterative solver), laco (their weights, merged into those of the layer in front), "
-        "or uidl, shortgpt and sleb (nothing; each has a criterion of its own).",
+        "or uidl, shortgpt and sleb (nothing; each has a criterion of its own). Or what goes instead of layers, as many "
+        "parameters: slicegpt (a part of the residual stream's width).",
     )
 
     model_path: str = Field(
@@ -96,6 +97,12 @@ class Params(BaseModel):
         description="Method laco: cosine of last states with the original model's that a merge must leave (published as T); "
         "lowered by steps of 0.01 until layers_to_skip layers go, so that 1 finds the highest one.",
     )  # fmt: skip
+
+    plain: bool = Field(
+        False,
+        description="Give the result the family's own form, where the method can, so that it loads without trust_remote_code: "
+        "slicegpt with one basis for all layers.",
+    )
 
     transform: Literal["dense", "diagonal", "two_vectors", "triangular", "orthogonal", "refit", "joint"] = Field(
         "dense",

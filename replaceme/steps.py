@@ -98,7 +98,7 @@ STEPS: Mapping[str, Step] = {
     ),
     "repair": Step(
         repair,
-        ("method", "transform", "alpha", "repair", *REPAIRING, *SOLVING, *PASS),
+        ("method", "transform", "alpha", "layers_to_skip", "repair", *REPAIRING, *SOLVING, *PASS),
         ("model_input", "documents", "plan", "solution"),
         "edits",
         ("repair",),

@@ -1,6 +1,6 @@
 """The methods by name. A new one is a module with a ``Method`` in it, and one line here; nothing else names it."""
 
-from replaceme.methods import cosine, laco, lstsq, shortgpt, sleb, uidl
+from replaceme.methods import cosine, laco, lstsq, shortgpt, sleb, slicegpt, uidl
 from replaceme.methods.method import Method
 
 METHODS: dict[str, Method] = {
@@ -9,5 +9,6 @@ METHODS: dict[str, Method] = {
     "lstsq": lstsq.METHOD,
     "shortgpt": shortgpt.METHOD,
     "sleb": sleb.METHOD,
+    "slicegpt": slicegpt.METHOD,
     "uidl": uidl.METHOD,
 }
