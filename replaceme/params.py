@@ -299,7 +299,7 @@ def _not_built(raw: Mapping[str, Any], methods: Iterable[str] | None) -> list[st
     return problems
 
 
-PLANNED_METHODS = ("llm_streamline", "slicegpt", "llm_pruner")
+PLANNED_METHODS = ("llm_streamline", "llm_pruner")
 
 
 def reference() -> str:
