@@ -34,6 +34,14 @@ def _without_attention(values: Values) -> bool:
     return _streamlines(values) and values["llm_streamline_form"] == "mlp"
 
 
+def _slices(values: Values) -> bool:
+    return bool(values["method"] == "slicegpt")
+
+
+def _has_plain(values: Values) -> bool:
+    return _slices(values) or _without_attention(values)
+
+
 def _iterates(values: Values) -> bool:
     return bool(values["method"] == "cosine")
 
@@ -60,7 +68,7 @@ EFFECTS: Mapping[str, tuple[str, Callable[[Values], bool]]] = {
     "llm_streamline_form": ("method llm_streamline", _streamlines),
     "llm_streamline_learning_rate": ("method llm_streamline", _streamlines),
     "llm_streamline_epochs": ("method llm_streamline", _streamlines),
-    "plain": ("llm_streamline_form mlp of method llm_streamline", _without_attention),
+    "plain": ("method slicegpt, and llm_streamline_form mlp", _has_plain),
     "refit_ridge": ("transform refit or joint", _refits),
     "repair_ridge_attention": ("repair", _repairs),
     "repair_ridge_mlp": ("repair", _repairs),
@@ -113,6 +121,8 @@ def refusals(values: Values) -> list[str]:
         problems += _merge_refusals(values)
     if _streamlines(values):
         problems += _training_refusals(values)
+    if _slices(values):
+        problems += _slice_refusals(values)
     if not _iterates(values):
         return problems
     if transform == "orthogonal":
@@ -167,6 +177,24 @@ def _training_refusals(values: Values) -> list[str]:
     return problems
 
 
+def _slice_refusals(values: Values) -> list[str]:
+    problems = []
+    if values["transform"] != "dense":
+        problems.append(
+            f"transform: {values['transform']} has no place in method slicegpt, which takes no layer's place; use dense."
+        )
+    if values["repair"]:
+        problems.append("repair: has no place in method slicegpt, where no layer goes; use false.")
+    problems += [
+        f"{key}: {values[key]} has no place in method slicegpt, where no layer goes; use null."
+        for key in ("selection", "min_distance_layer", "max_distance_layer")
+        if values[key] is not None
+    ]
+    if values["num_A"] > 1:
+        problems.append("num_A: method slicegpt removes no blocks; use 1.")
+    return problems
+
+
 def family_refusals(values: Values, kind: str, family: Any) -> list[str]:
     """Return a sentence for each parameter that would not be exact, or is not derived, for a model's family.
 
@@ -176,6 +204,8 @@ def family_refusals(values: Values, kind: str, family: Any) -> list[str]:
         family: its description (``replaceme.families``).
     """
     problems = []
+    if _slices(values) and family.unsliced:
+        problems.append(f"method: slicegpt can't slice the family '{kind}': {family.unsliced}; use another method.")
     if _scales(values) and not family.norm_before:
         problems.append(
             f"method: prune_and_comp scales the residual stream, and not all that reads it in the family '{kind}' does so "

@@ -16,9 +16,12 @@ is divided by it. Any other P stays an operator, in a form of the model that ``r
 And a layer can have parameters that were found otherwise, by training, or be left without its attention and the norm in front
 of it: it is then ``h + MLP(norm(h))``.
 
+Or the whole residual stream becomes narrower (SliceGPT, arXiv 2401.15024): at each signal, which is what enters an attention's
+norm, an MLP's or the last one, ``h`` becomes ``h Q Qᵀ``, of which only ``h Q`` is computed (``replaceme.slicing``).
+
 On disk: ``edits.json`` (title, layers and mixtures) and ``edits.safetensors`` (``transform.<layer>``, d × d float64;
 ``correction.<layer>.<linear>.weight``, d × inputs float32, and ``….bias``, d; ``operator.<layer>``, of no, one or two
-dimensions, float64; ``parameter.<layer>.<name>``).
+dimensions, float64; ``parameter.<layer>.<name>``; ``basis.<signal>``, d × width float32).
 """
 
 import math
@@ -62,6 +65,8 @@ class Edits:
         operators: kept layer → P: a scalar (), a diagonal (d,) or any map (d, d), float64, of the state behind the layer.
         parameters: (kept layer, name within it) → what the parameter is instead, in torch's layout.
         without_attention: kept layer → paths within it of the attention, and of the norm in front, that it has no longer.
+        bases: Q (d, width) with orthonormal columns, float32, of each of the 2 L + 1 signals in order, or a single one for all
+            of them; empty where the stream keeps its width. With bases there are no other changes.
     """
 
     title: str
@@ -72,6 +77,27 @@ class Edits:
     operators: dict[int, Tensor] = field(default_factory=dict)
     parameters: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     without_attention: dict[int, tuple[str, str]] = field(default_factory=dict)
+    bases: list[Tensor] = field(default_factory=list)
+
+    def basis(self, signal: int) -> Tensor:
+        """Return Q (d, width) float64 of a signal: 2 l enters layer l, 2 l + 1 its MLP's norm, and 2 L the last norm."""
+        return self.bases[signal if len(self.bases) > 1 else 0].double()
+
+    @property
+    def width(self) -> int | None:
+        """Entries of the state that are left of each token; None where all are."""
+        return self.bases[0].shape[1] if self.bases else None
+
+    @property
+    def stream_scale(self) -> float:
+        """√(width / d): by it, a narrower state is computed smaller, so that the mean of its squares is that of the whole."""
+        return math.sqrt(self.bases[0].shape[1] / self.bases[0].shape[0]) if self.bases else 1.0
+
+    def as_dense(self, layer: int, state: Tensor) -> Tensor:
+        """Return the dense model's state behind a kept layer, of the shortened model's (tokens, width)."""
+        if self.bases:
+            return state.double() @ self.basis(2 * (layer + 1)).T.to(state.device) / self.stream_scale
+        return self.scale(layer + 1) * state
 
     def scale(self, layer: int) -> float:
         """Return what the scalars behind layers before ``layer`` make of the state that enters it."""
@@ -91,6 +117,8 @@ class Edits:
             parts["without_attention"] = {
                 str(self.position(at)): [*paths] for at, paths in sorted(self.without_attention.items())
             }
+        if len(self.bases) > 1:
+            parts |= {"shortcuts": True, "width": self.width}
         return {"layers": layers, **parts} if parts else {}
 
     def position(self, layer: int) -> int:
@@ -126,6 +154,7 @@ class Edits:
                 tensors[f"correction.{layer}.{linear}.bias"] = bias.contiguous()
         tensors |= {f"operator.{layer}": P.contiguous() for layer, P in self.operators.items()}
         tensors |= {f"parameter.{layer}.{name}": value.contiguous() for (layer, name), value in self.parameters.items()}
+        tensors |= {f"basis.{signal}": Q.contiguous() for signal, Q in enumerate(self.bases)}
         save_file(tensors or {"none": torch.zeros(1)}, folder / "edits.safetensors")
         content = {
             "title": self.title,
@@ -136,6 +165,7 @@ class Edits:
             "operators": sorted(self.operators),
             "parameters": [list(edited) for edited in sorted(self.parameters)],
             "without_attention": [[layer, *paths] for layer, paths in sorted(self.without_attention.items())],
+            "bases": len(self.bases),
         }
         write_json(folder / "edits.json", content)
 
@@ -156,4 +186,7 @@ class Edits:
         operators = {layer: tensors[f"operator.{layer}"] for layer in content["operators"]}
         parameters = {(layer, name): tensors[f"parameter.{layer}.{name}"] for layer, name in content["parameters"]}
         bare = {layer: (attention, norm) for layer, attention, norm in content["without_attention"]}
-        return cls(content["title"], content["removed_layers"], transforms, corrections, mixtures, operators, parameters, bare)
+        bases = [tensors[f"basis.{signal}"] for signal in range(content["bases"])]
+        return cls(
+            content["title"], content["removed_layers"], transforms, corrections, mixtures, operators, parameters, bare, bases
+        )  # fmt: skip

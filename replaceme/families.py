@@ -33,6 +33,8 @@ class Family:
         mlp_output: the linear that ends the MLP.
         experts: the parameters that end the experts of an MLP that is a mixture of them; a layer may lack some.
         norm_before: whether attention, MLP and head see the residual stream through norms, to which its scale is nothing.
+        rms_norms: the RMS norms of attention and MLP, where these, one behind the other, see the stream through nothing else,
+            and ``replaceme.modeling_pruned`` knows their layer; empty elsewhere.
         norm_offset: what the norm behind the MLP adds to its parameter to have its weight; None where no norm is there.
         multiplier: ρ, the factor of what attention and MLP add.
         parallel: whether the MLP reads what the attention reads, and not what the attention has added to.
@@ -53,6 +55,7 @@ class Family:
     mlp_output: str = "mlp.down_proj"
     experts: tuple[str, ...] = ()
     norm_before: bool = True
+    rms_norms: tuple[str, ...] = ()
     norm_offset: float | None = None
     multiplier: float = 1.0
     parallel: bool = False
@@ -78,6 +81,19 @@ class Family:
     def obstacle(self) -> Obstacle | None:
         """What keeps some settings from being exact, or from being derived."""
         return "norm" if self.norm_after_mlp else "experts" if self.experts else "undescribed" if self.detected else None
+
+    @property
+    def unsliced(self) -> str | None:
+        """Why the residual stream can't be made narrower, or None."""
+        if self.detected:
+            return "nobody described what reads its residual stream"
+        if self.experts:
+            return "the router of its mixture of experts is not derived"
+        if self.norm_after_mlp:
+            return "the norm behind its MLP changes with the basis"
+        if self.parallel:
+            return "its attention and MLP are parallel, which is not derived"
+        return None if self.rms_norms else "its norms subtract a mean, which is not derived"
 
     def decoder_layers(self, model: nn.Module) -> nn.ModuleList:
         """Return the model's list of decoder layers."""
@@ -153,7 +169,7 @@ def _described(**parts: Any) -> Callable[[Any], Family]:
 
 
 def _granite(config: Any) -> Family:
-    return Family(multiplier=float(config.residual_multiplier))
+    return Family(multiplier=float(config.residual_multiplier), rms_norms=_RMS_NORMS)
 
 
 def _falcon(config: Any) -> Family:
@@ -204,6 +220,7 @@ def _sparse_layers(config: Any) -> None:
     config.decoder_sparse_step = 1
 
 
+_RMS_NORMS = ("input_layernorm", "post_attention_layernorm")
 _NORM_AFTER: dict[str, Any] = {"attention": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"}
 _QWEN_MOE = _described(
     experts=("mlp.experts.down_proj", "mlp.shared_expert.down_proj.weight", "mlp.down_proj.weight"),
@@ -222,19 +239,21 @@ FAMILIES: Mapping[str, Callable[[Any], Family]] = {
         layers="transformer.h", attention="attn", attention_output="attn.out_proj", mlp_output="mlp.fc_out", parallel=True
     ),
     "granite": _granite,
-    "llama": _described(),
-    "mistral": _described(),
+    "llama": _described(rms_norms=_RMS_NORMS),
+    "mistral": _described(rms_norms=_RMS_NORMS),
     "mixtral": _described(experts=("mlp.experts.down_proj",)),
     "olmo2": _described(**_NORM_AFTER, norm_offset=0.0, norm_before=False),
     "olmo3": _described(**_NORM_AFTER, norm_offset=0.0, norm_before=False),
     "opt": _opt,
     "phi": _described(attention_output="self_attn.dense", mlp_output="mlp.fc2", parallel=True),
-    "phi3": _described(),
-    "qwen2": _described(layer_bounds=("max_window_layers",)),
+    "phi3": _described(rms_norms=_RMS_NORMS),
+    "qwen2": _described(rms_norms=_RMS_NORMS, layer_bounds=("max_window_layers",)),
     "qwen2_moe": _QWEN_MOE,
-    "qwen3": _described(layer_bounds=("max_window_layers",)),
+    "qwen3": _described(rms_norms=_RMS_NORMS, layer_bounds=("max_window_layers",)),
     "qwen3_moe": _QWEN_MOE,
-    "smollm3": _described(per_layer=("layer_types", "no_rope_layers"), layer_bounds=("max_window_layers",)),
+    "smollm3": _described(
+        rms_norms=_RMS_NORMS, per_layer=("layer_types", "no_rope_layers"), layer_bounds=("max_window_layers",)
+    ),
 }
 
 

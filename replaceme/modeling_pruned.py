@@ -6,8 +6,11 @@ It is the family's class with what `config.pruned` names:
 - `operators`: layer → "dense" or "diagonal": the state behind the layer is multiplied by a (d, d) or (d,) weight.
 - `without_attention`: layer → paths of its attention and of the norm in front of it: both are gone, and
   `h + MLP(norm(h))` is left.
+- `shortcuts`: the state has `width` entries, in a basis of its own at each norm; what goes past attention and MLP is taken from
+  one basis to the next by a (width, width) weight.
 """
 
+from types import MethodType
 from typing import Any
 
 import torch
@@ -56,10 +59,19 @@ def operate(layer: Any, _arguments: Any, output: Any) -> Any:
     return (layer.operator(output[0]), *output[1:])
 
 
+def computed_with_shortcuts(layer: Any, hidden_states: torch.Tensor, **options: Any) -> torch.Tensor:
+    """What such a layer's own forward computes, with a shortcut past its attention and one past its MLP."""
+    multiplier = getattr(layer, "residual_multiplier", 1)
+    added, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **options)
+    hidden_states = layer.attention_shortcut(hidden_states) + multiplier * added
+    added = layer.mlp(layer.post_attention_layernorm(hidden_states))
+    return layer.mlp_shortcut(hidden_states) + multiplier * added
+
+
 def reshape(model: nn.Module, pruned: dict[str, Any]) -> None:
     """Give a model of the family's own form the parts that `pruned` names; their weights are not set."""
     layers: Any = model.get_submodule(pruned["layers"])
-    width: Any = model.config.hidden_size  # type: ignore[union-attr]
+    width: Any = pruned.get("width", model.config.hidden_size)  # type: ignore[union-attr]
     for index, form in pruned.get("operators", {}).items():
         layer = layers[int(index)]
         layer.operator = (Operator(width) if form == "diagonal" else Operator(width, width)).to(next(layer.parameters()))
@@ -67,6 +79,10 @@ def reshape(model: nn.Module, pruned: dict[str, Any]) -> None:
     for index, (attention, norm) in pruned.get("without_attention", {}).items():
         layers[int(index)].set_submodule(attention, NoAttention(int(index)))
         layers[int(index)].set_submodule(norm, nn.Identity())
+    for layer in layers if pruned.get("shortcuts") else ():
+        for name in ("attention_shortcut", "mlp_shortcut"):
+            setattr(layer, name, Operator(width, width).to(next(layer.parameters())))
+        layer.forward = MethodType(computed_with_shortcuts, layer)
 
 
 Config, Model = getattr(transformers, CONFIG), getattr(transformers, MODEL)
@@ -76,6 +92,9 @@ class PrunedConfig(Config):  # type: ignore[misc, valid-type]
     """The family's config, and `pruned`: what differs from its form."""
 
     model_type = f"pruned_{Config.model_type}"
+
+    def validate_architecture(self) -> None:
+        """The width need not be the heads' widths together."""
 
 
 class PrunedForCausalLM(Model):  # type: ignore[misc, valid-type]

@@ -42,7 +42,9 @@ def write_own_form(folder: Path, pruned: dict[str, Any]) -> None:
     (model,) = config["architectures"]
     base = getattr(transformers, model).config_class.__name__
     own = {"model_type": KIND + config["model_type"], "architectures": [AUTO_MAP[AUTO].split(".")[1]], "auto_map": AUTO_MAP}
-    write_json(folder / "config.json", {**config, **own, "pruned": pruned})
+    # The family's own config might refuse the width.
+    width = {"hidden_size": pruned["width"]} if "width" in pruned else {}
+    write_json(folder / "config.json", {**config, **own, **width, "pruned": pruned})
     write_text(folder / FILE, _rendered({"CONFIG": base, "MODEL": model}))
 
 

@@ -121,8 +121,8 @@ class Params(BaseModel):
     )
     plain: bool = Field(
         False,
-        description="Give the result the family's own form, where the method can: with llm_streamline_form mlp, an attention "
-        "that adds nothing stays, so that it loads without trust_remote_code.",
+        description="Give the result the family's own form, where the method can, so that it loads without trust_remote_code: "
+        "slicegpt by one basis for all layers, llm_streamline_form mlp by an attention that stays and adds nothing.",
     )
 
     transform: Literal["dense", "diagonal", "two_vectors", "triangular", "orthogonal", "refit", "joint"] = Field(
@@ -321,7 +321,7 @@ def _not_built(raw: Mapping[str, Any], methods: Iterable[str] | None) -> list[st
     return problems
 
 
-PLANNED_METHODS = ("slicegpt", "llm_pruner")
+PLANNED_METHODS = ("llm_pruner",)
 
 
 def reference() -> str:

@@ -108,7 +108,7 @@ STEPS: Mapping[str, Step] = {
     ),
     "repair": Step(
         repair,
-        ("method", "transform", "alpha", "repair", *TRAINING, *REPAIRING, *SOLVING, *PASS),
+        ("method", "transform", "alpha", "layers_to_skip", "repair", *TRAINING, *REPAIRING, *SOLVING, *PASS),
         ("model_input", "documents", "plan", "solution"),
         "edits",
         ("repair",),

@@ -9,9 +9,11 @@ A layer that mixes layers (``W = Σ c_j W_j``) has this instead of its own W, in
 
 A scalar s on the state behind a layer folds into what is behind: with a state s times smaller, all that the layers behind add
 is divided by s, and their norms, up to the epsilon under the root, don't see the difference; neither does the last one.
+
+A narrower residual stream changes every weight that reads it or adds to it: ``replaceme.slicing``.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial, reduce
 from typing import Any
 
@@ -22,6 +24,7 @@ from replaceme.edits import Change, Edits
 from replaceme.errors import SolveError
 from replaceme.families import Family, Linear, linear_parameters, parameter_of
 from replaceme.modeling_pruned import reshape
+from replaceme.slicing import narrow, sliced_parameters
 
 # How far from orthogonal, in the largest entry of QᵀQ − I, rounding can take a map.
 ORTHOGONAL = 1e-6
@@ -41,16 +44,46 @@ def apply_edits(model: Any, family: Family, edits: Edits) -> None:
     renumber(kept)
     if form := edits.form(family.layers):
         reshape(model, form)
-    for layer, name, exact in edited_parameters(family, layers, edits):
-        parameter_of(layers[layer], name).copy_(exact)
+    for name, exact in edited_parameters(model, family, layers, edits):
+        if edits.bases:
+            _replace(model, name, exact)
+        else:
+            parameter_of(model, name).copy_(exact)
     cut_config(model.config, family, edits.removed_layers)
+    if edits.width:
+        narrow(model.config, edits)
 
 
-def edited_parameters(family: Family, layers: nn.ModuleList, edits: Edits) -> Iterator[tuple[int, str, Tensor]]:
-    """Yield each parameter that the edits touch: its layer, its name within it, and what it is to be (float64, torch's layout).
+def _replace(model: nn.Module, name: str, exact: Tensor) -> None:
+    """Put a parameter of another shape in the place of one, which may be another module's too and stays that one's."""
+    owner, _, own_name = name.rpartition(".")
+    old = model.get_parameter(name)
+    setattr(model.get_submodule(owner), own_name, nn.Parameter(exact.to(old), requires_grad=old.requires_grad))
 
-    All come from the original weights of ``layers``, and none is needed once it has been yielded: it can be overwritten.
+
+def edited_parameters(
+    model: nn.Module, family: Family, layers: Iterable[nn.Module], edits: Edits
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield each parameter that the edits touch: its name in the shortened model, and what it is to be.
+
+    It is float64, in torch's layout. All come from original weights, and none is needed once it has been yielded: it can be
+    overwritten.
+
+    Args:
+        model: the dense model; its list of layers may be cut already.
+        family: where its parts are.
+        layers: all its layers.
+        edits: what changes.
     """
+    if edits.bases:
+        yield from sliced_parameters(model, family, edits)
+        return
+    for layer, name, exact in _edited_in_layers(family, nn.ModuleList(layers), edits):
+        yield f"{family.layers}.{edits.position(layer)}.{name}", exact
+
+
+def _edited_in_layers(family: Family, layers: nn.ModuleList, edits: Edits) -> Iterator[tuple[int, str, Tensor]]:
+    """Yield each parameter of a layer that the edits touch: its layer, its name within it, and what it is to be."""
     scales = {layer: edits.scale(layer) for layer in range(len(layers)) if layer not in set(edits.removed_layers)}
     done = set()
     for layer, name, exact in _changed(family, layers, edits):

@@ -4,7 +4,8 @@ a shortened model before any weight is changed.
 A hook on each edited linear makes ``y T + G Δᵀ + δ`` of its output ``y`` and its input ``G``; where a norm or a mixture of
 experts stands behind the linear, the hook is on what that adds to the residual stream. A hook on each linear of a layer that
 mixes layers makes ``Σ c_j (G W_jᵀ + b_j)``, by the other layers' own linears. An operator is a hook on its layer. Parameters
-that are others stand in for a while. An attention that is gone adds nothing. Removed layers pass their input on.
+that are others stand in for a while. An attention that is gone adds nothing. Removed layers pass their input on. Where the
+residual stream is narrower, hooks project it onto its basis at each signal.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -44,6 +45,8 @@ def unfused(model: nn.Module, family: Family, edits: Edits) -> Iterator[None]:
             stack.callback(module.register_forward_hook(_hook(change)).remove)
         for layer, P in edits.operators.items():
             stack.callback(layers[layer].register_forward_hook(operating(P)).remove)
+        if edits.bases:
+            _project(stack, family, layers, edits)
         stack.enter_context(passed_by(family, (layers[index] for index in edits.removed_layers)))
         yield
 
@@ -67,6 +70,47 @@ def _standing_in(layer: nn.Module, name: str, value: Tensor) -> Iterator[None]:
         yield
     finally:
         parameter.data = own
+
+
+def _project(stack: ExitStack, family: Family, layers: nn.ModuleList, edits: Edits) -> None:
+    """Let ``h Q Qᵀ`` stand for ``h`` at each signal: in front of each layer and its MLP's norm, and behind the last layer."""
+    for index, layer in enumerate(layers):
+        entering = _Entering(edits.basis(2 * index))
+        stack.callback(layer.register_forward_pre_hook(entering.hook, with_kwargs=True).remove)
+        # What the attention adds is made such that with what it is added to, the sum is the projected one.
+        between = _between(entering, edits.basis(2 * index + 1), family.multiplier)
+        stack.callback(layer.get_submodule(family.attention).register_forward_hook(between).remove)
+    last = edits.basis(2 * len(layers))
+    stack.callback(layers[-1].register_forward_hook(operating(last @ last.T)).remove)
+
+
+class _Entering:
+    """Hook that projects what enters a layer, and keeps it."""
+
+    def __init__(self, Q: Tensor):
+        self.Q = Q
+
+    def hook(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.state = _projected(args[0] if args else kwargs["hidden_states"], self.Q)
+        return ((self.state, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": self.state})
+
+
+def _between(entering: _Entering, Q: Tensor, multiplier: float) -> Any:
+    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        added = output if isinstance(output, Tensor) else output[0]
+        dtype = torch.promote_types(added.dtype, torch.float32)
+        state = entering.state.to(dtype)
+        changed = ((_projected(state + multiplier * added.to(dtype), Q) - state) / multiplier).to(added.dtype)
+        return changed if isinstance(output, Tensor) else (changed, *output[1:])
+
+    return hook
+
+
+def _projected(state: Tensor, Q: Tensor) -> Tensor:
+    """Return ``h Q Qᵀ``."""
+    dtype = torch.promote_types(state.dtype, torch.float32)
+    Q = Q.to(state.device, dtype)
+    return (state.to(dtype) @ Q @ Q.T).to(state.dtype)
 
 
 def operating(P: Tensor) -> Any:

@@ -56,8 +56,8 @@ def verify_export(dense: Model, pruned: Model, edits: Edits, documents: Document
     del whole
     shortened = pruned.load(dtype)
     found, found_logits = _states(shortened, family, list(position.values()), excerpts, None)
-    # Where a scalar was folded, the state is so much smaller.
-    errors = torch.cat([_relative_errors(expected[layer], edits.scale(layer + 1) * found[position[layer]]) for layer in hosts])
+    # Where a scalar was folded, the state is so much smaller; where the stream is narrower, it is in a basis of its own.
+    errors = torch.cat([_relative_errors(expected[layer], edits.as_dense(layer, found[position[layer]])) for layer in hosts])
     of_logits = _relative_errors(expected_logits, found_logits)
     # Most tokens keep their experts.
     usual = torch.median if family.experts else torch.mean
@@ -83,17 +83,16 @@ def verify_export(dense: Model, pruned: Model, edits: Edits, documents: Document
 
 def wrong_weights(dense: Any, pruned: Any, family: Family, edits: Edits) -> list[str]:
     """Return the names of weights that are neither the original's nor, where they are edited, what that makes of it."""
-    layers, shortened = family.decoder_layers(dense), family.decoder_layers(pruned)
+    layers = family.decoder_layers(dense)
     kept = [layer for layer in range(len(layers)) if layer not in set(edits.removed_layers)]
     originals, weights, wrong = dict(dense.named_parameters()), dict(pruned.named_parameters()), []
-    for layer, part, exact in edited_parameters(family, layers, edits):
-        place = kept.index(layer)
-        name, weight = f"{family.layers}.{place}.{part}", parameter_of(shortened[place], part)
+    for name, exact in edited_parameters(dense, family, layers, edits):
+        weight = parameter_of(pruned, name)
         del weights[name]
         # One step of the stored format: relative to the weight, and absolute where it is subnormal.
         limits = torch.finfo(weight.dtype)
         step = limits.eps * exact.abs().clamp_min(limits.smallest_normal)
-        if not bool(((weight.double() - exact).abs() <= step).all()):
+        if weight.shape != exact.shape or not bool(((weight.double() - exact).abs() <= step).all()):
             wrong.append(name)
     prefix = f"{family.layers}."
     for name, weight in weights.items():

@@ -1,6 +1,18 @@
 """The methods by name. A new one is a module with a ``Method`` in it, and one line here; nothing else names it."""
 
-from replaceme.methods import cosine, ghosted, laco, linearpatch, llm_streamline, lstsq, prune_and_comp, shortgpt, sleb, uidl
+from replaceme.methods import (
+    cosine,
+    ghosted,
+    laco,
+    linearpatch,
+    llm_streamline,
+    lstsq,
+    prune_and_comp,
+    shortgpt,
+    sleb,
+    slicegpt,
+    uidl,
+)
 from replaceme.methods.method import Method
 
 METHODS: dict[str, Method] = {
@@ -13,5 +25,6 @@ METHODS: dict[str, Method] = {
     "prune_and_comp": prune_and_comp.METHOD,
     "shortgpt": shortgpt.METHOD,
     "sleb": sleb.METHOD,
+    "slicegpt": slicegpt.METHOD,
     "uidl": uidl.METHOD,
 }

@@ -1,0 +1,176 @@
+"""SliceGPT (arXiv 2401.15024): keep of the residual stream what its principal components hold (``replaceme.slicing``).
+
+The basis of a signal is made of the eigenvectors of ``Σ hᵀh`` over real tokens with the largest eigenvalues. One after the
+other, each signal is computed from those in front of it as they are when sliced: the tokens' states lie in a file on disk, are
+projected, and are sent through one attention or one MLP, so that every layer is computed once. The published damping adds the
+same to every eigenvalue; it changes no eigenvector, and is left out.
+
+With ``plain`` one basis serves all signals, of their sums together, and the result is the family's own class.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from replaceme.documents import Batch
+from replaceme.errors import SolveError
+from replaceme.families import Family
+from replaceme.forward import Signal, Signals, ask, walk
+from replaceme.methods.method import Bench, Method, drop
+from replaceme.progress import logger, progress
+from replaceme.scratch import scratch
+from replaceme.slicing import fitting_width
+
+# Tokens that an MLP computes at once.
+ROWS = 2048
+
+
+def work(bench: Bench) -> dict[str, Any]:
+    """Set the bases in the edits, and return what is kept."""
+    params, d = bench.params, int(bench.model.config.hidden_size)
+    width, parameters, dense = fitting_width(bench.model, bench.family, params.layers_to_skip, params.plain)
+    found = [*(shared_basis if params.plain else bases_in_order)(bench, width)]
+    bench.edits.bases = [Q for Q, _ in found]
+    kept = [share for _, share in found]
+    figures = {
+        "width": width,
+        "slicing": 1 - width / d,
+        "parameters": parameters,
+        "removed_parameters": dense - parameters,
+        "kept_squares_lowest": min(kept),
+        "kept_squares_mean": sum(kept) / len(kept),
+    }
+    logger.info(
+        "repair: width %d of %d (%.1f %% sliced), %.1f M of %.1f M parameters; of the states' squares, %.4f are kept at least",
+        width, d, 100 * figures["slicing"], parameters / 1e6, dense / 1e6, figures["kept_squares_lowest"],
+    )  # fmt: skip
+    return figures
+
+
+def principal(gram: Tensor, width: int) -> tuple[Tensor, float]:
+    """Return the ``width`` leading eigenvectors of ``Σ hᵀh`` (d, d), as (d, width) float32, and their share of its trace.
+
+    Raises:
+        SolveError: the sums are not finite.
+    """
+    if not bool(torch.isfinite(gram).all()):
+        raise SolveError("dtype: the sums over the states are not finite; use float32 or bfloat16.")
+    eigenvalues, vectors = torch.linalg.eigh(gram.cpu())
+    share = eigenvalues[-width:].sum() / eigenvalues.sum()
+    return vectors[:, -width:].flip(1).float().contiguous(), float(share)
+
+
+@torch.inference_mode()
+def bases_in_order(bench: Bench, width: int) -> Iterator[tuple[Tensor, float]]:
+    """Yield Q and its share of each signal, in order, each signal being made of the sliced ones in front of it."""
+    model, family = bench.model, bench.family
+    layers, d = family.decoder_layers(model), int(model.config.hidden_size)
+    with scratch(1, (bench.documents.token_count, d), model.dtype, bench.folder, "slicing") as (states,):
+        gram = _watched(bench, 0, ("input",), states, None)
+        for index, layer in enumerate(progress(layers, "slicing layers", "layers")):
+            Q, share = principal(gram, width)
+            yield Q, share
+            for rows in _parts(states):
+                rows.copy_(_projected(rows, Q))
+            gram = _watched(bench, index, ("input", "attention"), states, (index, states))
+            Q, share = principal(gram, width)
+            yield Q, share
+            gram = _through_mlp(layer, family, states, Q)
+        yield principal(gram, width)
+
+
+def shared_basis(bench: Bench, width: int) -> Iterator[tuple[Tensor, float]]:
+    """Yield one Q for all signals of the dense model, and its share of them together."""
+    pool = Pool(len(bench.family.decoder_layers(bench.model)), int(bench.model.config.hidden_size))
+    walk(
+        bench.model, bench.family, bench.documents, [pool],
+        batch_size=bench.params.batch_size, description="watching all states",
+    )  # fmt: skip
+    yield principal(pool.gram, width)
+
+
+def _watched(bench: Bench, layer: int, signals: tuple[Signal, ...], states: Tensor, start: tuple[int, Tensor] | None) -> Tensor:
+    """Put a layer's signals, added up, in the place of all tokens' states, and return ``Σ hᵀh`` (d, d) float64."""
+    watch = Watch(layer, signals, states)
+    walk(
+        bench.model, bench.family, bench.documents, [watch],
+        batch_size=bench.params.batch_size, description=None, start=start,
+    )  # fmt: skip
+    return watch.gram
+
+
+def _through_mlp(layer: Any, family: Family, states: Tensor, Q: Tensor) -> Tensor:
+    """Send all tokens' states, projected, through a layer's MLP, in place, and return ``Σ hᵀh`` (d, d) float64."""
+    norm, mlp = layer.get_submodule(family.rms_norms[1]), layer.get_submodule(family.mlp)
+    device = next(mlp.parameters()).device
+    gram = torch.zeros(len(Q), len(Q), dtype=torch.float64, device=device)
+    for rows in _parts(states):
+        state = _projected(rows.to(device), Q)
+        added = mlp(norm(state.to(rows.dtype)[None]))[0]
+        state = state + family.multiplier * added.to(state)
+        gram += state.T @ state
+        rows.copy_(state)
+    return gram
+
+
+def _parts(states: Tensor) -> Iterator[Tensor]:
+    """Yield views of the states, some tokens each."""
+    return (states[start : start + ROWS] for start in range(0, len(states), ROWS))
+
+
+def _projected(state: Tensor, Q: Tensor) -> Tensor:
+    """Return ``h Q Qᵀ``, in float32 at least."""
+    dtype = torch.promote_types(state.dtype, torch.float32)
+    Q = Q.to(state.device, dtype)
+    return state.to(dtype) @ Q @ Q.T
+
+
+class Watch:
+    """Observer of the sum of some signals of a layer: keeps it for all tokens, (tokens, d), and ``gram``, Σ hᵀh."""
+
+    def __init__(self, layer: int, signals: tuple[Signal, ...], kept: Tensor):
+        self.layer, self.signals, self.kept = layer, signals, kept
+        self.gram = torch.zeros(kept.shape[1], kept.shape[1], dtype=torch.float64)
+
+    def wants(self) -> Mapping[int, frozenset[Signal]]:
+        return ask([self.layer], *self.signals)
+
+    def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
+        state = _added(signals, self.signals, batch)
+        self.gram = self.gram.to(state.device).add_(state.T @ state)
+        self.kept[batch.tokens] = state.to(self.kept)
+
+
+class Pool:
+    """Observer of all signals of a model: ``gram`` is their Σ hᵀh together."""
+
+    def __init__(self, layers: int, d: int):
+        self.layers, self.gram = layers, torch.zeros(d, d, dtype=torch.float64)
+
+    def wants(self) -> Mapping[int, frozenset[Signal]]:
+        return {**ask(range(self.layers), "input", "attention"), self.layers - 1: frozenset({"input", "attention", "output"})}
+
+    def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
+        states = [_added(signals, names, batch) for names in (("input",), ("input", "attention"))]
+        if "output" in signals:
+            states.append(_added(signals, ("output",), batch))
+        for state in states:
+            self.gram = self.gram.to(state.device).add_(state.T @ state)
+
+
+def _added(signals: Signals, names: tuple[Signal, ...], batch: Batch) -> Tensor:
+    """Return the sum of signals, of real tokens: (tokens, d), float32 at least."""
+    states = [batch.real(signals[name]) for name in names]
+    return torch.stack(states).to(torch.promote_types(states[0].dtype, torch.float32)).sum(dim=0)
+
+
+METHOD = Method(
+    stand_in=lambda params: "nothing",
+    statistics=lambda params: (),
+    solve=drop("SliceGPT"),
+    criterion="width",
+    work=work,
+    plain=lambda params: params.plain,
+)
