@@ -8,6 +8,8 @@ Obstacle = Literal["norm", "experts", "undescribed"]
 
 # The methods that put nothing in the place of what they remove.
 DROPPING = ("uidl", "shortgpt", "sleb")
+# Those that remove no layer, but parts of layers.
+NARROWING = ("llm_pruner",)
 
 OBSTACLES: Mapping[Obstacle, str] = {
     "norm": "the norm behind the MLP of the family",
@@ -18,6 +20,10 @@ OBSTACLES: Mapping[Obstacle, str] = {
 
 def _merges(values: Values) -> bool:
     return bool(values["method"] == "laco")
+
+
+def _narrows(values: Values) -> bool:
+    return values["method"] in NARROWING
 
 
 def _iterates(values: Values) -> bool:
@@ -38,6 +44,7 @@ def _repairs(values: Values) -> bool:
 
 # Parameters that not every setting uses: what they belong to, when they have an effect.
 EFFECTS: Mapping[str, tuple[str, Callable[[Values], bool]]] = {
+    "plain": ("method llm_pruner", _narrows),
     "laco_layers": ("method laco", _merges),
     "laco_interval": ("method laco", _merges),
     "laco_threshold": ("method laco", _merges),
@@ -83,6 +90,8 @@ def refusals(values: Values) -> list[str]:
         )
     if _merges(values):
         problems += _merge_refusals(values)
+    if _narrows(values):
+        problems += _width_refusals(values)
     if not _iterates(values):
         return problems
     if transform == "orthogonal":
@@ -117,14 +126,43 @@ def _merge_refusals(values: Values) -> list[str]:
     return problems
 
 
-def family_refusals(values: Values, kind: str, obstacle: Obstacle | None) -> list[str]:
+def _width_refusals(values: Values) -> list[str]:
+    method, problems = values["method"], []
+    place = f"has no place in method {method}, which removes parts of layers and no layer; use"
+    if values["transform"] != "dense":
+        problems.append(f"transform: {values['transform']} {place} dense.")
+    if values["selection"] is not None:
+        problems.append(f"selection: {values['selection']} {place} null.")
+    if values["num_A"] > 1:
+        problems.append(f"num_A: {values['num_A']} {place} 1.")
+    if _repairs(values):
+        problems.append(f"repair: is not derived for method {method}; use false.")
+    if method == "llm_pruner":
+        if values["use_4bit"]:
+            problems.append(
+                "use_4bit: method llm_pruner needs the gradients of the weights, and packed ones have none; use false."
+            )
+        if values["dtype"] == "float16":
+            problems.append("dtype: float16 is too short for the gradients of method llm_pruner; use bfloat16 or float32.")
+        problems += [
+            f"{key}: with plain, method llm_pruner takes from every layer; use null."
+            for key in ("min_distance_layer", "max_distance_layer")
+            if values["plain"] and values[key] is not None
+        ]
+    return problems
+
+
+def family_refusals(values: Values, kind: str, obstacle: Obstacle | None, uncut: str = "") -> list[str]:
     """Return a sentence for each parameter that would not be exact, or is not derived, for a model's family.
 
     Args:
         values: all parameters' values.
         kind: the family's name.
         obstacle: what stands between the MLP's last linear and the residual stream; or that nobody described the family.
+        uncut: why heads and channels can't be cut out of its layers, if so.
     """
+    if values["method"] == "llm_pruner":
+        return [f"method: llm_pruner is refused for the family '{kind}': {uncut}; use another method."] if uncut else []
     if obstacle is None:
         return []
     method, transform = values["method"], values["transform"]

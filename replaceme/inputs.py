@@ -43,10 +43,13 @@ def inspect_inputs(params: Params, work: Workspace) -> None:
         kind, positions = config.model_type, getattr(config, "max_position_embeddings", None)
         if positions and params.max_length > positions:
             raise ParameterError(f"max_length: must be at most the model's {positions} positions, not {params.max_length}.")
-        if refused := family_refusals(params.model_dump(), kind, family.obstacle):
+        if refused := family_refusals(params.model_dump(), kind, family.obstacle, family.uncut):
             raise ParameterError(refused)
         if not METHODS[params.method].plain(params):
             check_own_form(config, kind)
+        allowed_starts(params, layer_count(model))
+        if check := METHODS[params.method].check:
+            check(params, model.skeleton(config), family)
         if family.detected:
             check_cut(model.skeleton, config, family)
             logger.warning(
@@ -56,7 +59,6 @@ def inspect_inputs(params: Params, work: Workspace) -> None:
             )  # fmt: skip
         check_weights(model)
         model.tokenizer()
-        allowed_starts(params, layer_count(model))
         content[work.model_input.name] = identity(model, WEIGHT_FILES)
         content[work.tokenizer_input.name] = identity(model, TOKENIZER_FILES)
         content[work.card_input.name] = identity(model, CARD_FILES)

@@ -4,6 +4,8 @@
 It is the family's class with what `config.pruned` names:
 
 - `operators`: layer → "dense" or "diagonal": the state behind the layer is multiplied by a (d, d) or (d,) weight.
+- `linears`: path → [outputs, inputs] of linears that have other shapes than the family's config says: heads and channels are
+  missing in some layers.
 """
 
 from typing import Any
@@ -44,6 +46,10 @@ def reshape(model: nn.Module, pruned: dict[str, Any]) -> None:
         layer = layers[int(index)]
         layer.operator = (Operator(width) if form == "diagonal" else Operator(width, width)).to(next(layer.parameters()))
         layer.register_forward_hook(operate)
+    for path, (outputs, inputs) in pruned.get("linears", {}).items():
+        own: Any = model.get_submodule(path)
+        like = {"device": own.weight.device, "dtype": own.weight.dtype}
+        model.set_submodule(path, nn.Linear(inputs, outputs, bias=own.bias is not None, **like))
 
 
 Config, Model = getattr(transformers, CONFIG), getattr(transformers, MODEL)

@@ -36,7 +36,8 @@ class Params(BaseModel):
         "lstsq",
         description="How the removed layers are made up for: lstsq (one linear map, least squares), cosine (one linear map, an "
         "objective of choice and an iterative solver), laco (their weights, merged into those of the layer in front), "
-        "or uidl, shortgpt and sleb (nothing; each has a criterion of its own).",
+        "uidl, shortgpt and sleb (nothing; each has a criterion of its own); or llm_pruner, which removes heads and channels "
+        "instead of layers.",
     )
 
     model_path: str = Field(
@@ -81,11 +82,25 @@ class Params(BaseModel):
         "next-token loss (of the few with the smallest residuals); or single layers, by their influence (ShortGPT) or greedily "
         "by the loss without them (SLEB). null is the method's own published criterion.",
     )
-    layers_to_skip: int = Field(8, ge=1, description="Number of layers to remove.")
-    min_distance_layer: int | None = Field(None, ge=1, description="First layer (from 0) that may be removed.")
-    max_distance_layer: int | None = Field(None, ge=2, description="The removed block ends before this layer (from 0).")
+    layers_to_skip: int = Field(
+        8, ge=1, description="Number of layers to remove; where parts of layers go, as many parameters as these layers have."
+    )
+    min_distance_layer: int | None = Field(
+        None, ge=1, description="First layer (from 0) that may be removed; that loses parts, with method llm_pruner (null: 4)."
+    )
+    max_distance_layer: int | None = Field(
+        None, ge=2,
+        description="The removed block ends before this layer (from 0); or the layers that lose parts, with method llm_pruner "
+        "(null: the last but one).",
+    )  # fmt: skip
     num_A: int = Field(1, ge=1, description="Number of blocks, each with a transform and layers_to_skip layers.")
     merge_consecutive: bool = Field(True, description="Merge adjacent blocks into one; matters for num_A above 1.")
+
+    plain: bool = Field(
+        False,
+        description="Give the result the family's own form, where the method can, so that it loads without trust_remote_code: "
+        "llm_pruner takes as many heads and channels from every layer, instead of leaving the first and the last ones whole.",
+    )
 
     laco_layers: int = Field(7, ge=2, description="Method laco: layers that become one in a merge, at most (published as C).")
     laco_interval: int = Field(
@@ -292,7 +307,7 @@ def _not_built(raw: Mapping[str, Any], methods: Iterable[str] | None) -> list[st
     return problems
 
 
-PLANNED_METHODS = ("llm_streamline", "slicegpt", "llm_pruner")
+PLANNED_METHODS = ("llm_streamline", "slicegpt")
 
 
 def reference() -> str:

@@ -67,6 +67,8 @@ def allowed_starts(params: Params, layers: int) -> range:
         )
     if params.num_A > 1 and criterion not in ("angular", "residual"):
         raise ParameterError(f"selection: {criterion} makes one choice; with several blocks (num_A) use residual or angular.")
+    if criterion == "width":  # no block has to find room
+        return range(first, end)
     starts = range(first, end - skip + 1)
     if not starts:
         key = "max_distance_layer" if params.min_distance_layer is None else "min_distance_layer"
@@ -155,9 +157,7 @@ def select(params: Params, work: Workspace) -> None:
     figures: dict[str, Any] = {}
     if criterion == "width":
         blocks: list[Block] = []
-        logger.info(
-            "select: parts of layers go, as many parameters as %d layers have", params.layers_to_skip
-        )
+        logger.info("select: parts of layers go, as many parameters as %d layers have", params.layers_to_skip)
     elif criterion == "loss":
         blocks, figures = _by_loss(params, work, distances, residuals, starts)
     elif criterion == "greedy":

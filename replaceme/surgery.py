@@ -9,6 +9,8 @@ A layer that mixes layers (``W = Σ c_j W_j``) has this instead of its own W, in
 
 A scalar s on the state behind a layer folds into what is behind: with a state s times smaller, all that the layers behind add
 is divided by s, and their norms, up to the epsilon under the root, don't see the difference; neither does the last one.
+
+Of a linear in front of which groups go, the columns of their features go, and of the linears that make these, the rows.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from replaceme.edits import Change, Edits
+from replaceme.edits import Change, Edits, features_of
 from replaceme.errors import SolveError
 from replaceme.families import Family, Linear, linear_parameters, parameter_of
 from replaceme.modeling_pruned import reshape
@@ -40,10 +42,25 @@ def apply_edits(model: Any, family: Family, edits: Edits) -> None:
     model.set_submodule(family.layers, nn.ModuleList(kept))
     renumber(kept)
     if form := edits.form(family.layers):
-        reshape(model, form)
+        # Linears get their shapes with their weights, which are made of those that they have.
+        reshape(model, {**form, "linears": {}})
     for layer, name, exact in edited_parameters(family, layers, edits):
-        parameter_of(layers[layer], name).copy_(exact)
+        _put(layers[layer], name, exact)
     cut_config(model.config, family, edits.removed_layers)
+    for name, value in edits.config.items():
+        setattr(model.config, name, value)
+
+
+def _put(layer: nn.Module, name: str, exact: Tensor) -> None:
+    """Give a parameter its new values, and its new shape where it has one."""
+    own = parameter_of(layer, name)
+    if own.shape == exact.shape:
+        own.copy_(exact)
+        return
+    path, _, leaf = name.rpartition(".")
+    owner: Any = layer.get_submodule(path)
+    setattr(owner, leaf, nn.Parameter(exact.to(own)))
+    owner.out_features, owner.in_features = owner.weight.shape
 
 
 def edited_parameters(family: Family, layers: nn.ModuleList, edits: Edits) -> Iterator[tuple[int, str, Tensor]]:
@@ -51,6 +68,32 @@ def edited_parameters(family: Family, layers: nn.ModuleList, edits: Edits) -> It
 
     All come from the original weights of ``layers``, and none is needed once it has been yielded: it can be overwritten.
     """
+    cuts = {
+        (layer, name): (groups, dimension)
+        for (layer, linear), groups in edits.kept.items()
+        for name, dimension in family.cut_parameters(layers[layer], linear).items()
+    }
+    for layer, name, exact in _whole(family, layers, edits):
+        yield layer, name, cut(exact, *cuts.pop((layer, name))) if (layer, name) in cuts else exact
+    for (layer, name), (groups, dimension) in cuts.items():
+        yield layer, name, cut(parameter_of(layers[layer], name).double(), groups, dimension)
+
+
+def cut(parameter: Tensor, groups: Tensor, dimension: int) -> Tensor:
+    """Return what is left of a parameter.
+
+    Args:
+        parameter: a weight (outputs, inputs) or a bias (outputs,).
+        groups: which groups stay, (groups,) bool.
+        dimension: the one that these divide into equal parts, in order.
+    """
+    return parameter.index_select(
+        dimension, features_of(groups, parameter.shape[dimension]).nonzero()[:, 0].to(parameter.device)
+    )
+
+
+def _whole(family: Family, layers: nn.ModuleList, edits: Edits) -> Iterator[tuple[int, str, Tensor]]:
+    """Yield what the edits make of each parameter that they touch, before any is cut."""
     scales = {layer: edits.scale(layer) for layer in range(len(layers)) if layer not in set(edits.removed_layers)}
     done = set()
     for layer, name, exact in _changed(family, layers, edits):

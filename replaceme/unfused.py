@@ -4,7 +4,8 @@ a shortened model before any weight is changed.
 A hook on each edited linear makes ``y T + G Δᵀ + δ`` of its output ``y`` and its input ``G``; where a norm or a mixture of
 experts stands behind the linear, the hook is on what that adds to the residual stream. A hook on each linear of a layer that
 mixes layers makes ``Σ c_j (G W_jᵀ + b_j)``, by the other layers' own linears. An operator is a hook on its layer. Parameters
-that are others stand in for a while. Removed layers pass their input on.
+that are others stand in for a while. The features of removed groups are 0 before they enter the last linear. Removed layers
+pass their input on.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,8 +17,8 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from replaceme.edits import Change, Edits
-from replaceme.families import Family, linears_within, parameter_of
+from replaceme.edits import Change, Edits, features_of
+from replaceme.families import Family, inputs_of, linears_within, parameter_of
 
 
 @contextmanager
@@ -27,6 +28,9 @@ def unfused(model: nn.Module, family: Family, edits: Edits) -> Iterator[None]:
     with ExitStack() as stack:
         for (layer, name), value in edits.parameters.items():
             stack.enter_context(_standing_in(layers[layer], name, value))
+        for (layer, linear), groups in edits.kept.items():
+            last = family.linear_of(layers[layer], linear)
+            stack.callback(last.register_forward_pre_hook(_without(features_of(groups, inputs_of(last)))).remove)
         # Before the changes, whose hooks see what a mixture makes.
         for layer, mixture in edits.mixtures.items():
             for path, module in linears_within(layers[layer]).items():
@@ -67,6 +71,14 @@ def _operating(P: Tensor) -> Any:
         operator = P.to(state.device, dtype)
         changed = (state.to(dtype) @ operator if P.ndim == 2 else state.to(dtype) * operator).to(state.dtype)
         return changed if whole else (changed, *output[1:])
+
+    return hook
+
+
+def _without(kept: Tensor) -> Any:
+    def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        # Not by a product: infinity times 0 is none.
+        return args[0].masked_fill(~kept.to(args[0].device), 0), *args[1:]
 
     return hook
 

@@ -90,6 +90,9 @@ def wrong_weights(dense: Any, pruned: Any, family: Family, edits: Edits) -> list
         place = kept.index(layer)
         name, weight = f"{family.layers}.{place}.{part}", parameter_of(shortened[place], part)
         del weights[name]
+        if weight.shape != exact.shape:
+            wrong.append(name)
+            continue
         # One step of the stored format: relative to the weight, and absolute where it is subnormal.
         limits = torch.finfo(weight.dtype)
         step = limits.eps * exact.abs().clamp_min(limits.smallest_normal)
