@@ -51,14 +51,15 @@ def model_card(
         results: the same for the hub.
     """
     removed, layers = edits.removed_layers, int(source.config().num_hidden_layers)
-    title = f"{source.name} without {len(removed)} of its {layers} layers"
-    parts = ["---", _metadata(source, title, results), "---", "", f"# {title}", "", *_changes(source, edits, solved)]
+    title = f"{source.name} without {edits.parts or f'{len(removed)} of its {layers} layers'}"
+    kind = "width-pruning" if edits.parts else "depth-pruning"
+    parts = ["---", _metadata(source, title, kind, results), "---", "", f"# {title}", "", *_changes(source, edits, solved)]
     if scores:
         parts += ["", "## Scores", "", scores]
     return "\n".join([*parts, "", "## How to reproduce", "", *_reproduction(params, source, bool(scores))])
 
 
-def _metadata(source: Model, title: str, results: Sequence[EvalResult]) -> str:
+def _metadata(source: Model, title: str, kind: str, results: Sequence[EvalResult]) -> str:
     """Return the card's YAML block, which the hub reads."""
     known = _own_metadata(source)
     return ModelCardData(
@@ -67,7 +68,7 @@ def _metadata(source: Model, title: str, results: Sequence[EvalResult]) -> str:
         **{key: known.get(key) for key in INHERITED},
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["pruned", "depth-pruning", "replaceme"],
+        tags=["pruned", kind, "replaceme"],
         model_name=title if results else None,
         eval_results=list(results) or None,
     ).to_yaml()
@@ -90,9 +91,8 @@ def _own_metadata(source: Model) -> dict[str, Any]:
 def _changes(source: Model, edits: Edits, solved: dict[str, Any]) -> list[str]:
     """Return the sentences that say what was removed, and what took its place."""
     commit = f" (commit {source.commit})" if source.commit else ""
-    lines = [
-        f"Layers {_runs(edits.removed_layers)} (counted from 0) were removed from `{source.name}`{commit} with {edits.title}."
-    ]
+    what = edits.parts[:1].upper() + edits.parts[1:] or f"Layers {_runs(edits.removed_layers)} (counted from 0)"
+    lines = [f"{what} were removed from `{source.name}`{commit} with {edits.title}."]
     if edits.transforms:
         hosts = ", ".join(map(str, sorted(edits.transforms)))
         lines += [

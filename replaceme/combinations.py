@@ -10,6 +10,8 @@ Obstacle = Literal["norm", "experts", "undescribed"]
 DROPPING = ("uidl", "shortgpt", "sleb")
 # The methods that put an operator on the whole state behind the host.
 OPERATING = ("linearpatch", "ghosted")
+# Those that remove no layer, but parts of layers.
+NARROWING = ("slicegpt", "llm_pruner")
 
 OBSTACLES: Mapping[Obstacle, str] = {
     "norm": "the norm behind the MLP of the family",
@@ -34,12 +36,12 @@ def _without_attention(values: Values) -> bool:
     return _streamlines(values) and values["llm_streamline_form"] == "mlp"
 
 
-def _slices(values: Values) -> bool:
-    return bool(values["method"] == "slicegpt")
-
-
 def _has_plain(values: Values) -> bool:
-    return _slices(values) or _without_attention(values)
+    return _narrows(values) or _without_attention(values)
+
+
+def _narrows(values: Values) -> bool:
+    return values["method"] in NARROWING
 
 
 def _iterates(values: Values) -> bool:
@@ -68,7 +70,7 @@ EFFECTS: Mapping[str, tuple[str, Callable[[Values], bool]]] = {
     "llm_streamline_form": ("method llm_streamline", _streamlines),
     "llm_streamline_learning_rate": ("method llm_streamline", _streamlines),
     "llm_streamline_epochs": ("method llm_streamline", _streamlines),
-    "plain": ("method slicegpt, and llm_streamline_form mlp", _has_plain),
+    "plain": ("methods slicegpt and llm_pruner, and llm_streamline_form mlp", _has_plain),
     "refit_ridge": ("transform refit or joint", _refits),
     "repair_ridge_attention": ("repair", _repairs),
     "repair_ridge_mlp": ("repair", _repairs),
@@ -121,8 +123,8 @@ def refusals(values: Values) -> list[str]:
         problems += _merge_refusals(values)
     if _streamlines(values):
         problems += _training_refusals(values)
-    if _slices(values):
-        problems += _slice_refusals(values)
+    if _narrows(values):
+        problems += _width_refusals(values)
     if not _iterates(values):
         return problems
     if transform == "orthogonal":
@@ -177,21 +179,35 @@ def _training_refusals(values: Values) -> list[str]:
     return problems
 
 
-def _slice_refusals(values: Values) -> list[str]:
-    problems = []
+def _width_refusals(values: Values) -> list[str]:
+    method, problems = values["method"], []
+    place = f"has no place in method {method}, which removes parts of layers and no layer; use"
     if values["transform"] != "dense":
-        problems.append(
-            f"transform: {values['transform']} has no place in method slicegpt, which takes no layer's place; use dense."
-        )
-    if values["repair"]:
-        problems.append("repair: has no place in method slicegpt, where no layer goes; use false.")
-    problems += [
-        f"{key}: {values[key]} has no place in method slicegpt, where no layer goes; use null."
-        for key in ("selection", "min_distance_layer", "max_distance_layer")
-        if values[key] is not None
-    ]
+        problems.append(f"transform: {values['transform']} {place} dense.")
+    if values["selection"] is not None:
+        problems.append(f"selection: {values['selection']} {place} null.")
     if values["num_A"] > 1:
-        problems.append("num_A: method slicegpt removes no blocks; use 1.")
+        problems.append(f"num_A: {values['num_A']} {place} 1.")
+    if _repairs(values):
+        problems.append(f"repair: is not derived for method {method}; use false.")
+    if method == "slicegpt":
+        problems += [
+            f"{key}: {values[key]} {place} null."
+            for key in ("min_distance_layer", "max_distance_layer")
+            if values[key] is not None
+        ]
+    if method == "llm_pruner":
+        if values["use_4bit"]:
+            problems.append(
+                "use_4bit: method llm_pruner needs the gradients of the weights, and packed ones have none; use false."
+            )
+        if values["dtype"] == "float16":
+            problems.append("dtype: float16 is too short for the gradients of method llm_pruner; use bfloat16 or float32.")
+        problems += [
+            f"{key}: with plain, method llm_pruner takes from every layer; use null."
+            for key in ("min_distance_layer", "max_distance_layer")
+            if values["plain"] and values[key] is not None
+        ]
     return problems
 
 
@@ -203,9 +219,11 @@ def family_refusals(values: Values, kind: str, family: Any) -> list[str]:
         kind: the family's name.
         family: its description (``replaceme.families``).
     """
-    problems = []
-    if _slices(values) and family.unsliced:
-        problems.append(f"method: slicegpt can't slice the family '{kind}': {family.unsliced}; use another method.")
+    method, transform, problems = values["method"], values["transform"], []
+    if method == "llm_pruner" and family.uncut:
+        return [f"method: llm_pruner is refused for the family '{kind}': {family.uncut}; use another method."]
+    if method == "slicegpt" and family.unsliced:
+        return [f"method: slicegpt can't slice the family '{kind}': {family.unsliced}; use another method."]
     if _scales(values) and not family.norm_before:
         problems.append(
             f"method: prune_and_comp scales the residual stream, and not all that reads it in the family '{kind}' does so "
@@ -218,7 +236,6 @@ def family_refusals(values: Values, kind: str, family: Any) -> list[str]:
     obstacle: Obstacle | None = family.obstacle
     if obstacle is None:
         return problems
-    method, transform = values["method"], values["transform"]
     place = f"{OBSTACLES[obstacle]} '{kind}'"
     if _without_attention(values) and obstacle != "experts":
         problems.append(f"llm_streamline_form: mlp is not derived for {place}; use layer.")

@@ -53,8 +53,9 @@ def export(params: Params, work: Workspace) -> None:
         )
     write_json(work.metric("export"), rounded({**counts, **figures}))
     logger.info(
-        "export: %s, %.1f M of %.1f M parameters; state at the cut equals the unfused computation to %.1e, logits to %.1e",
+        "export: %s, %.1f M of %.1f M parameters; state %s equals the unfused computation to %.1e, logits to %.1e",
         work.model, counts["parameters"] / 1e6, counts["parameters_dense"] / 1e6,
+        "at the cut" if edits.removed_layers else "behind the last layer",
         figures["hidden_error_max"], figures["logits_error"],
     )  # fmt: skip
 

@@ -8,6 +8,8 @@ It is the family's class with what `config.pruned` names:
   `h + MLP(norm(h))` is left.
 - `shortcuts`: the state has `width` entries, in a basis of its own at each norm; what goes past attention and MLP is taken from
   one basis to the next by a (width, width) weight.
+- `linears`: path → [outputs, inputs] of linears that have other shapes than the family's config says: heads and channels are
+  missing in some layers.
 """
 
 from types import MethodType
@@ -83,6 +85,10 @@ def reshape(model: nn.Module, pruned: dict[str, Any]) -> None:
         for name in ("attention_shortcut", "mlp_shortcut"):
             setattr(layer, name, Operator(width, width).to(next(layer.parameters())))
         layer.forward = MethodType(computed_with_shortcuts, layer)
+    for path, (outputs, inputs) in pruned.get("linears", {}).items():
+        own: Any = model.get_submodule(path)
+        like = {"device": own.weight.device, "dtype": own.weight.dtype}
+        model.set_submodule(path, nn.Linear(inputs, outputs, bias=own.bias is not None, **like))
 
 
 Config, Model = getattr(transformers, CONFIG), getattr(transformers, MODEL)

@@ -82,9 +82,17 @@ class Params(BaseModel):
         "next-token loss (of the few with the smallest residuals); or single layers, by their influence (ShortGPT) or greedily "
         "by the loss without them (SLEB). null is the method's own published criterion.",
     )
-    layers_to_skip: int = Field(8, ge=1, description="Number of layers to remove.")
-    min_distance_layer: int | None = Field(None, ge=1, description="First layer (from 0) that may be removed.")
-    max_distance_layer: int | None = Field(None, ge=2, description="The removed block ends before this layer (from 0).")
+    layers_to_skip: int = Field(
+        8, ge=1, description="Number of layers to remove; where parts of layers go, as many parameters as these layers have."
+    )
+    min_distance_layer: int | None = Field(
+        None, ge=1, description="First layer (from 0) that may be removed; that loses parts, with method llm_pruner (null: 4)."
+    )
+    max_distance_layer: int | None = Field(
+        None, ge=2,
+        description="The removed block ends before this layer (from 0); or the layers that lose parts, with method llm_pruner "
+        "(null: the last but one).",
+    )  # fmt: skip
     num_A: int = Field(1, ge=1, description="Number of blocks, each with a transform and layers_to_skip layers.")
     merge_consecutive: bool = Field(True, description="Merge adjacent blocks into one; matters for num_A above 1.")
 
@@ -122,7 +130,8 @@ class Params(BaseModel):
     plain: bool = Field(
         False,
         description="Give the result the family's own form, where the method can, so that it loads without trust_remote_code: "
-        "slicegpt by one basis for all layers, llm_streamline_form mlp by an attention that stays and adds nothing.",
+        "slicegpt by one basis for all layers, llm_pruner by as much from every layer, llm_streamline_form mlp by an attention "
+        "that stays and adds nothing.",
     )
 
     transform: Literal["dense", "diagonal", "two_vectors", "triangular", "orthogonal", "refit", "joint"] = Field(
@@ -225,7 +234,7 @@ def read_params(
         found += refusals(params.model_dump())
         for sentence in without_effect(values, params.model_dump(), Params().model_dump()):
             logger.info(sentence)
-    for problem in found + _not_built(values, methods):
+    for problem in found + _unknown_method(values, methods):
         problems.append(f"{origins.get(problem.split(':')[0], COMMAND_LINE)}: {problem}")
     if problems or params is None:
         raise ParameterError(list(dict.fromkeys(problems)))
@@ -310,18 +319,12 @@ def _sentence(problem: ErrorDetails) -> str:
     return f"{key}: must be {wanted}, not {shown}."
 
 
-def _not_built(raw: Mapping[str, Any], methods: Iterable[str] | None) -> list[str]:
-    """Features that the published key names promise and that this version doesn't have are refused by name."""
-    problems = []
+def _unknown_method(raw: Mapping[str, Any], methods: Iterable[str] | None) -> list[str]:
     method = raw.get("method", "lstsq")
-    if methods is not None and isinstance(method, str) and method not in set(methods):
-        known = sorted(methods)
-        planned = "is not built yet" if method in PLANNED_METHODS else f"is not a method{nearest(method, known)}"
-        problems.append(f"method: '{method}' {planned}; use one of {', '.join(known)}.")
-    return problems
-
-
-PLANNED_METHODS = ("llm_pruner",)
+    if methods is None or not isinstance(method, str) or method in set(methods):
+        return []
+    known = sorted(methods)
+    return [f"method: '{method}' is not a method{nearest(method, known)}; use one of {', '.join(known)}."]
 
 
 def reference() -> str:

@@ -77,6 +77,8 @@ def allowed_starts(params: Params, layers: int) -> range:
         )
     if params.num_A > 1 and criterion not in ("angular", "residual"):
         raise ParameterError(f"selection: {criterion} makes one choice; with several blocks (num_A) use residual or angular.")
+    if criterion == "width":  # no block has to find room
+        return range(first, end)
     starts = range(first, end - skip + 1)
     if not starts:
         key = "max_distance_layer" if params.min_distance_layer is None else "min_distance_layer"

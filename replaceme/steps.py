@@ -108,7 +108,10 @@ STEPS: Mapping[str, Step] = {
     ),
     "repair": Step(
         repair,
-        ("method", "transform", "alpha", "layers_to_skip", "repair", *TRAINING, *REPAIRING, *SOLVING, *PASS),
+        (
+            "method", "transform", "alpha", "layers_to_skip", "min_distance_layer", "max_distance_layer", "repair", *TRAINING,
+            *REPAIRING, *SOLVING, *PASS,
+        ),
         ("model_input", "documents", "plan", "solution"),
         "edits",
         ("repair",),
@@ -126,7 +129,7 @@ STEPS: Mapping[str, Step] = {
     "report": Step(
         write_report,
         tuple(ALL),
-        ("profile", "blocks", "solution"),
+        ("profile", "blocks", "solution", "edits"),
         "report",
         ("compression",),
         ("select", "solve", "repair", "export", "evaluation"),

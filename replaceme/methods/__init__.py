@@ -5,6 +5,7 @@ from replaceme.methods import (
     ghosted,
     laco,
     linearpatch,
+    llm_pruner,
     llm_streamline,
     lstsq,
     prune_and_comp,
@@ -12,7 +13,7 @@ from replaceme.methods import (
     sleb,
     slicegpt,
     uidl,
-)
+)  # fmt: skip
 from replaceme.methods.method import Method
 
 METHODS: dict[str, Method] = {
@@ -21,6 +22,7 @@ METHODS: dict[str, Method] = {
     "laco": laco.METHOD,
     "linearpatch": linearpatch.METHOD,
     "llm_streamline": llm_streamline.METHOD,
+    "llm_pruner": llm_pruner.METHOD,
     "lstsq": lstsq.METHOD,
     "prune_and_comp": prune_and_comp.METHOD,
     "shortgpt": shortgpt.METHOD,

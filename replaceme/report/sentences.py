@@ -51,7 +51,7 @@ def cut_sentences(
     Args:
         distances: layers × layers, angular.
         residuals: layers × layers, of a linear map in the block's place.
-        blocks: what went.
+        blocks: what went, if layers did.
         selection: the criterion.
         selected: the figures of metrics/select.json.
     """
@@ -84,8 +84,9 @@ def layer_sentences(layers: Mapping[str, Sequence[float]], blocks: Sequence[Bloc
     removed = {layer for block in blocks for layer in range(block.start, block.end)}
     gone, kept = ([value for layer, value in enumerate(influence) if (layer in removed) == side] for side in (True, False))
     loudest = max(range(len(norms)), key=norms.__getitem__)
+    apart = f"{_mean(gone):.3f} in the removed layers and {_mean(kept):.3f} in the others" if gone else f"{_mean(kept):.3f}"
     return [
-        f"The mean block influence is {_mean(gone):.3f} in the removed layers and {_mean(kept):.3f} in the others.",
+        f"The mean block influence is {apart}.",
         f"The largest token norm, {number(norms[loudest])}, stands behind layer {loudest}, where the mean is "
         f"{number(layers['mean_norm'][loudest])}.",
         *(
@@ -139,10 +140,11 @@ def _fit_sentence(name: str, fit: Figures) -> str:
     return sentence
 
 
-def proof_sentence(export: Figures) -> str:
-    """Say how far the saved model is from the unfused computation."""
+def proof_sentence(export: Figures, blocks: Sequence[Block]) -> str:
+    """Say how far the saved model is from the unfused computation, at the cut or, where no layer went, at the end."""
+    place = "at the cut" if blocks else "behind the last layer"
     return (
-        "The saved model was loaded again and compared with the unfused computation: the state at the cut differs by "
+        f"The saved model was loaded again and compared with the unfused computation: the state {place} differs by "
         f"{export['hidden_error_mean']:.2g} on average and {export['hidden_error_max']:.2g} at most (relative; up to "
         f"{export['tolerance']:g} on average is rounding), the logits by {export['logits_error']:.2g}."
     )
@@ -154,16 +156,17 @@ def map_words(what: str, values: Sequence[Sequence[float]], blocks: Sequence[Blo
     marked = "; ".join(f"{span(block)} at {values[block.host][block.end - 1]:.3f}" for block in blocks)
     return (
         f"Heat map of the {what} from each host layer to each last removed layer, "
-        f"{min(pairs):.3f} to {max(pairs):.3f}. Framed: {marked}."
+        f"{min(pairs):.3f} to {max(pairs):.3f}.{f' Framed: {marked}.' if blocks else ''}"
     )
 
 
 def layer_words(layers: Mapping[str, Sequence[float]], blocks: Sequence[Block]) -> str:
     """Describe the charts of the layers."""
+    shaded = ", ".join(map(span, blocks))
     ranges = {key: f"{number(min(values))} to {number(max(values))}" for key, values in layers.items()}
     return (
         f"Two charts by layer on logarithmic axes: block influence, {ranges['block_influence']}; mean token norm, "
-        f"{ranges['mean_norm']}, and largest token norm, {ranges['max_norm']}. Shaded: {', '.join(map(span, blocks))}."
+        f"{ranges['mean_norm']}, and largest token norm, {ranges['max_norm']}.{f' Shaded: {shaded}.' if blocks else ''}"
     )
 
 

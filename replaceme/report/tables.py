@@ -58,6 +58,16 @@ FIT_WORDS = {
     "rescaled_by": ("rescaled by", "the fast cosine's map has no scale of its own: this factor makes ‖Y − M T‖ smallest"),
     "distance_from_alpha_zero": ("distance from α = 0", "how far the ridge moves the map from the one without it"),
 }
+PART_WORDS = {
+    "removed_heads": ("heads removed", "of the queries, over all layers"),
+    "removed_channels": ("MLP channels removed", "over all layers"),
+    "parameters_removed": ("parameters removed", "of all that the model has"),
+    "parameters_wanted": (
+        "… wanted",
+        "those of the whole layers that layers_to_skip names: the nearest that heads and channels allow",
+    ),
+    "calibration_loss": ("calibration loss", "nats a token of the dense model on the texts whose gradients decide"),
+}
 
 
 @dataclass(frozen=True)
@@ -167,6 +177,12 @@ def fit_table(fits: Mapping[str, Figures]) -> Table:
         if any(key in fit for fit in fits.values())
     ]
     return Table("Figures of the fit on the calibration text", ["", *(name or "value" for name in fits), "meaning"], rows)
+
+
+def parts_table(figures: Figures) -> Table | None:
+    """Return what of metrics/repair.json says how parts of layers were removed, with its meaning."""
+    rows = [[name, number(figures[key]), meaning] for key, (name, meaning) in PART_WORDS.items() if key in figures]
+    return Table("What was removed", ["", "value", "meaning"], rows) if rows else None
 
 
 def published_table(label: str) -> Table:
