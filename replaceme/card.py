@@ -15,6 +15,7 @@ from replaceme.combinations import EFFECTS, has_effect
 from replaceme.edits import Edits
 from replaceme.families import Linear
 from replaceme.models import CARD, Model
+from replaceme.own_form import FILE
 from replaceme.params import Params
 from replaceme.progress import logger
 from replaceme.settings import settings_yaml
@@ -106,6 +107,14 @@ def _changes(source: Model, edits: Edits, solved: dict[str, Any]) -> list[str]:
     for linear, words in linears:
         if corrected := [layer for layer, name in edits.corrections if name == linear]:
             lines += [f"The weights of the {words} of layer {_runs(corrected)} were solved for anew, likewise."]
+    if any(P.ndim for P in edits.operators.values()):
+        lines += ["The state behind the cut goes through a linear map of its own."]
+    if edits.form(""):
+        lines += [
+            "",
+            "No class of transformers has this form: the model loads with `trust_remote_code=True`, by the file "
+            f"`{FILE}` beside its weights.",
+        ]
     for key in ("relative_residual", "weighted_residual"):
         if key in solved:
             where = "the first cut" if len(edits.transforms) > 1 else "the cut"

@@ -9,12 +9,21 @@ Two kinds of change to linears whose output is added to the residual stream (tor
 And one to all linears of a layer, before these two: a mixture ``W = Σ c_j W_j`` and ``b = Σ c_j b_j`` with those of layers that
 go (LaCo, arXiv 2402.11187). The layer's norms stay its own.
 
+One is of no linear: an operator P on the state behind a layer, ``h P`` (LinearPatch, arXiv 2505.24680; Ghosted, arXiv
+2605.15491; Prune&Comp, arXiv 2507.18212). A norm lets only a scalar through, so that a scalar folds: what the layers behind add
+is divided by it. Any other P stays an operator, in a form of the model that ``replaceme.modeling_pruned`` computes.
+
+And a layer can have parameters that were found otherwise, by training.
+
 On disk: ``edits.json`` (title, layers and mixtures) and ``edits.safetensors`` (``transform.<layer>``, d × d float64;
-``correction.<layer>.<linear>.weight``, d × inputs float32, and ``….bias``, d).
+``correction.<layer>.<linear>.weight``, d × inputs float32, and ``….bias``, d; ``operator.<layer>``, of no, one or two
+dimensions, float64; ``parameter.<layer>.<name>``).
 """
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -49,6 +58,8 @@ class Edits:
         transforms: layer → T (d, d) float64, for the linear that ends the layer's MLP.
         corrections: (layer, linear) → Δ (d, inputs) and δ (d,) or None; float32.
         mixtures: kept layer → the original layers whose linears it mixes, itself among them, with their coefficients.
+        operators: kept layer → P: a scalar (), a diagonal (d,) or any map (d, d), float64, of the state behind the layer.
+        parameters: (kept layer, name within it) → what the parameter is instead, in torch's layout.
     """
 
     title: str
@@ -56,6 +67,28 @@ class Edits:
     transforms: dict[int, Tensor] = field(default_factory=dict)
     corrections: dict[tuple[int, Linear], tuple[Tensor, Tensor | None]] = field(default_factory=dict)
     mixtures: dict[int, dict[int, float]] = field(default_factory=dict)
+    operators: dict[int, Tensor] = field(default_factory=dict)
+    parameters: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+
+    def scale(self, layer: int) -> float:
+        """Return what the scalars behind layers before ``layer`` make of the state that enters it."""
+        scalars = (float(P) for place, P in self.operators.items() if P.ndim == 0 and place < layer)
+        return math.prod(scalars)
+
+    def form(self, layers: str) -> dict[str, Any]:
+        """Return what ``replaceme.modeling_pruned`` is to make of the family's own form, or nothing where that is kept.
+
+        Args:
+            layers: path of the list of decoder layers in the model.
+        """
+        parts: dict[str, Any] = {}
+        if operators := {self.position(at): P.ndim for at, P in sorted(self.operators.items()) if P.ndim}:
+            parts["operators"] = {str(at): "diagonal" if ndim == 1 else "dense" for at, ndim in operators.items()}
+        return {"layers": layers, **parts} if parts else {}
+
+    def position(self, layer: int) -> int:
+        """Return the place of a kept layer in the shortened model."""
+        return layer - sum(removed < layer for removed in self.removed_layers)
 
     def changes(self) -> dict[tuple[int, Linear], Change]:
         """Return what changes beside the mixtures, by layer and linear."""
@@ -84,6 +117,8 @@ class Edits:
             tensors[f"correction.{layer}.{linear}.weight"] = weight.contiguous()
             if bias is not None:
                 tensors[f"correction.{layer}.{linear}.bias"] = bias.contiguous()
+        tensors |= {f"operator.{layer}": P.contiguous() for layer, P in self.operators.items()}
+        tensors |= {f"parameter.{layer}.{name}": value.contiguous() for (layer, name), value in self.parameters.items()}
         save_file(tensors or {"none": torch.zeros(1)}, folder / "edits.safetensors")
         content = {
             "title": self.title,
@@ -91,6 +126,8 @@ class Edits:
             "transforms": sorted(self.transforms),
             "corrections": [list(edited) for edited in sorted(self.corrections)],
             "mixtures": [[layer, [*mixture.items()]] for layer, mixture in sorted(self.mixtures.items())],
+            "operators": sorted(self.operators),
+            "parameters": [list(edited) for edited in sorted(self.parameters)],
         }
         write_json(folder / "edits.json", content)
 
@@ -108,4 +145,6 @@ class Edits:
             for layer, linear in content["corrections"]
         }
         mixtures: dict[int, dict[int, float]] = {layer: dict(mixture) for layer, mixture in content["mixtures"]}
-        return cls(content["title"], content["removed_layers"], transforms, corrections, mixtures)
+        operators = {layer: tensors[f"operator.{layer}"] for layer in content["operators"]}
+        parameters = {(layer, name): tensors[f"parameter.{layer}.{name}"] for layer, name in content["parameters"]}
+        return cls(content["title"], content["removed_layers"], transforms, corrections, mixtures, operators, parameters)

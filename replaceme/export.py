@@ -14,6 +14,7 @@ from replaceme.documents import Documents
 from replaceme.edits import Edits
 from replaceme.files import new_folder, read_json, rounded, write_json, write_text
 from replaceme.models import CARD, COPIED_FILES, Model, parameter_count, recorded_model
+from replaceme.own_form import FILE, is_own_form, write_own_form
 from replaceme.params import Params
 from replaceme.progress import logger
 from replaceme.surgery import apply_edits, broken_patterns
@@ -37,11 +38,18 @@ def export(params: Params, work: Workspace) -> None:
         pruned = Model(folder, folder.name, trust_remote_code=source.trust_remote_code)
         figures = verify_export(source, pruned, edits, Documents.load(work.documents))
         broken = broken_patterns(pruned.config(), source.family())
+        plain = not is_own_form(folder)
     if broken:
         logger.warning(
             "export: %s no longer follows the family's pattern: transformers and vLLM read it from the config, but a program "
             "that computes it from a layer's position, such as llama.cpp, would compute something else (docs/loading.md)",
             " and ".join(broken),
+        )
+    if not plain:
+        logger.warning(
+            "export: the result has a form that no class of transformers has: it loads with trust_remote_code=True, by the "
+            "file %s beside the weights",
+            FILE,
         )
     write_json(work.metric("export"), rounded({**counts, **figures}))
     logger.info(
@@ -60,6 +68,8 @@ def save_pruned(source: Model, edits: Edits, folder: Path) -> dict[str, int]:
     model.generation_config = GenerationConfig()
     model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
     (folder / "generation_config.json").unlink(missing_ok=True)
+    if form := edits.form(source.family().layers):
+        write_own_form(folder, form)
     for path in source.files(COPIED_FILES):
         shutil.copyfile(path, folder / path.name)
     return {"parameters": parameter_count(model), "parameters_dense": dense_parameters}

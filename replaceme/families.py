@@ -31,6 +31,7 @@ class Family:
         mlp: the module whose output the MLP adds to the residual stream, likewise.
         mlp_output: the linear that ends the MLP.
         experts: the parameters that end the experts of an MLP that is a mixture of them; a layer may lack some.
+        norm_before: whether attention and MLP see the residual stream through a norm, to which its scale is nothing.
         norm_offset: what the norm behind the MLP adds to its parameter to have its weight; None where no norm is there.
         multiplier: ρ, the factor of what attention and MLP add.
         parallel: whether the MLP reads what the attention reads, and not what the attention has added to.
@@ -49,6 +50,7 @@ class Family:
     mlp: str = "mlp"
     mlp_output: str = "mlp.down_proj"
     experts: tuple[str, ...] = ()
+    norm_before: bool = True
     norm_offset: float | None = None
     multiplier: float = 1.0
     parallel: bool = False
@@ -90,6 +92,12 @@ class Family:
         names = self.experts if linear == "mlp_output" and self.experts else (f"{path}.weight", f"{path}.bias")
         present = dict(layer.named_parameters())
         return [name for name in names if name in present]
+
+    def adding(self, layer: nn.Module) -> list[str]:
+        """Return the names, within the layer, of the parameters in proportion to which it adds to the residual stream."""
+        if self.norm_after_mlp:
+            return [f"{self.attention}.weight", f"{self.mlp}.weight"]
+        return [*self.ends(layer, "attention_output"), *self.ends(layer, "mlp_output")]
 
     def norm_weight(self, layer: nn.Module) -> Tensor:
         """Return γ (d,) float64 of the norm behind the layer's MLP."""
@@ -201,8 +209,8 @@ FAMILIES: Mapping[str, Callable[[Any], Family]] = {
     "llama": _described(),
     "mistral": _described(),
     "mixtral": _described(experts=("mlp.experts.down_proj",)),
-    "olmo2": _described(**_NORM_AFTER, norm_offset=0.0),
-    "olmo3": _described(**_NORM_AFTER, norm_offset=0.0),
+    "olmo2": _described(**_NORM_AFTER, norm_offset=0.0, norm_before=False),
+    "olmo3": _described(**_NORM_AFTER, norm_offset=0.0, norm_before=False),
     "opt": _opt,
     "phi": _described(attention_output="self_attn.dense", mlp_output="mlp.fc2", parallel=True),
     "phi3": _described(),

@@ -17,7 +17,9 @@ from replaceme.errors import ParameterError, ReplaceMeError
 from replaceme.evaluation.tasks import task_fingerprints
 from replaceme.files import new_folder, write_json
 from replaceme.fingerprints import sha256_of
+from replaceme.methods import METHODS
 from replaceme.models import CARD_FILES, TOKENIZER_FILES, WEIGHT_FILES, Model, check_weights, find_model, layer_count
+from replaceme.own_form import check_own_form
 from replaceme.params import Params
 from replaceme.positions import check_cut
 from replaceme.progress import logger
@@ -43,6 +45,8 @@ def inspect_inputs(params: Params, work: Workspace) -> None:
             raise ParameterError(f"max_length: must be at most the model's {positions} positions, not {params.max_length}.")
         if refused := family_refusals(params.model_dump(), kind, family.obstacle):
             raise ParameterError(refused)
+        if not METHODS[params.method].plain(params):
+            check_own_form(config, kind)
         if family.detected:
             check_cut(model.skeleton, config, family)
             logger.warning(

@@ -25,6 +25,7 @@ from replaceme.detection import proposed_family
 from replaceme.errors import ModelError, resource_failure
 from replaceme.families import FAMILIES, Family, family_of
 from replaceme.files import read_json
+from replaceme.own_form import KIND, is_own_form
 from replaceme.params import Params, nearest
 
 WEIGHTS = ("*.safetensors",)
@@ -58,10 +59,15 @@ class Model:
     commit: str | None = None
     trust_remote_code: bool = False
 
+    @property
+    def trusts(self) -> bool:
+        """Whether code in the folder may run: the user says so, or this program wrote it."""
+        return self.trust_remote_code or is_own_form(self.folder)
+
     def config(self) -> Any:
         """Return the model's configuration."""
         try:
-            return AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
+            return AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trusts)
         except Exception as failure:  # configs check themselves with errors of many kinds
             raise ModelError(f"model_path: the config.json of {self.name} can't be read ({_reason(failure)}).") from failure
 
@@ -75,6 +81,10 @@ class Model:
                 f"model_path: the weights of {self.name} are quantized ({kind}); prune the original ones, with use_4bit: true "
                 "if memory is short."
             )
+        if config.model_type.startswith(KIND):
+            raise ModelError(
+                f"model_path: {self.name} was pruned into a form of its own; prune the model that it was made from."
+            )
         if config.model_type in FAMILIES:
             return family_of(config)
         if getattr(config, "is_encoder_decoder", False):
@@ -87,7 +97,7 @@ class Model:
         """Return the model without memory for its weights."""
         try:
             with torch.device("meta"):
-                return AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code)
+                return AutoModelForCausalLM.from_config(config, trust_remote_code=self.trusts)
         except Exception as failure:  # models are built with errors of many kinds
             raise ModelError(
                 f"model_path: '{config.model_type}' is no causal language model that can be built here ({_reason(failure)})."
@@ -96,7 +106,7 @@ class Model:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the model's tokenizer."""
         try:
-            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
+            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trusts)
         except Exception as failure:  # likewise
             raise ModelError(f"model_path: the tokenizer of {self.name} can't be read ({_reason(failure)}).") from failure
 
@@ -126,7 +136,7 @@ class Model:
             )
         try:
             model, report = AutoModelForCausalLM.from_pretrained(
-                self.folder, trust_remote_code=self.trust_remote_code, use_safetensors=True, output_loading_info=True, **options
+                self.folder, trust_remote_code=self.trusts, use_safetensors=True, output_loading_info=True, **options
             )
             if use_4bit:
                 _multiply_once(model)

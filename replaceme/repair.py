@@ -32,6 +32,7 @@ from replaceme.features import Features
 from replaceme.files import PARTIAL, new_folder, rounded, write_json, write_text
 from replaceme.forward import Observer, Signal, Signals, walk
 from replaceme.methods import METHODS
+from replaceme.methods.method import Bench
 from replaceme.models import recorded_model
 from replaceme.params import Params
 from replaceme.plan import Block, Plan
@@ -61,12 +62,17 @@ def repair(params: Params, work: Workspace) -> None:
     plan, edits = Plan.load(work.plan), Edits.load(work.solution)
     repairs: list[Repair] = []
     figures: dict[str, Any] = {}
+    method = METHODS[params.method]
     with new_folder(work.edits) as folder:
         shutil.copytree(work.solution, folder, dirs_exist_ok=True)
-        if params.repair or params.transform == "joint" or (plan.statistics and len(plan.blocks) > 1):
-            source = recorded_model(params, work.model_input)
-            model = source.load(params.dtype, resolve_device(params.device), params.use_4bit, params.device_map)
-            mender = Mender(params, model, source.family(), Documents.load(work.documents), edits, plan)
+        if method.work:
+            model, family = _loaded(params, work)
+            bench = Bench(params, model, family, Documents.load(work.documents), plan, edits, work.edits.parent)
+            figures = method.work(bench)
+            edits.save(folder)
+        elif params.repair or params.transform == "joint" or (plan.statistics and len(plan.blocks) > 1):
+            model, family = _loaded(params, work)
+            mender = Mender(params, model, family, Documents.load(work.documents), edits, plan)
             repairs, figures = mender.run(work.edits.parent)
             edits.save(folder)
         write_text(folder / "repairs.csv", _table(repairs))
@@ -78,9 +84,15 @@ def repair(params: Params, work: Workspace) -> None:
             "repair: %d linears corrected; relative residual of the last one's state %.4f, %.4f before its own correction",
             figures["corrected_linears"], repairs[-1].after, repairs[-1].before,
         )  # fmt: skip
-    else:
+    elif not method.work:
         logger.info("repair: nothing to do")
     write_json(work.metric("repair"), rounded(figures))
+
+
+def _loaded(params: Params, work: Workspace) -> tuple[Any, Family]:
+    source = recorded_model(params, work.model_input)
+    model = source.load(params.dtype, resolve_device(params.device), params.use_4bit, params.device_map)
+    return model, source.family()
 
 
 class Mender:

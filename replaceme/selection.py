@@ -12,6 +12,8 @@ Two criteria choose single layers, and a block is a run of them:
 - ``influence``: the layers that change their input least (ShortGPT, arXiv 2403.03853): ``replaceme.profile``.
 - ``greedy``: one by one, each the one without which the loss is lowest (SLEB, arXiv 2402.09025): ``replaceme.greedy``.
 
+Methods that take away parts of layers choose by themselves (``width``): no block goes.
+
 And one says what hosts become, too:
 
 - ``collapse``: the layers that can be merged into the one in front of them (LaCo, arXiv 2402.11187): ``replaceme.collapse``.
@@ -151,7 +153,10 @@ def select(params: Params, work: Workspace) -> None:
     starts = allowed_starts(params, len(distances))
     allowed = range(starts.start, starts.stop + params.layers_to_skip - 1)
     figures: dict[str, Any] = {}
-    if criterion == "loss":
+    if criterion == "width":
+        blocks: list[Block] = []
+        logger.info("select: parts of layers go, as many parameters as %d layers have", params.layers_to_skip)
+    elif criterion == "loss":
         blocks, figures = _by_loss(params, work, distances, residuals, starts)
     elif criterion == "greedy":
         blocks, figures = _one_by_one(params, work, allowed)

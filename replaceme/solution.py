@@ -9,7 +9,7 @@ from replaceme.compute import use_threads
 from replaceme.files import new_folder, rounded, write_json, write_text
 from replaceme.methods import METHODS
 from replaceme.params import Params
-from replaceme.plan import Plan
+from replaceme.plan import Block, Plan
 from replaceme.progress import logger
 from replaceme.workspace import Workspace
 
@@ -22,8 +22,9 @@ def solve(params: Params, work: Workspace) -> None:
     def statistic(name: str) -> dict[str, Tensor]:
         return load_file(work.statistics / f"{name}.safetensors")
 
-    # Later blocks are solved in the repair stage.
-    solved = METHODS[params.method].solve(params, plan.blocks[0], statistic)
+    # Later blocks are solved in the repair stage; a method that takes away parts of layers has none at all.
+    block = plan.blocks[0] if plan.blocks else Block(0, 0)
+    solved = METHODS[params.method].solve(params, block, statistic)
     solved.edits.removed_layers, solved.edits.mixtures = plan.removed_layers, plan.mixtures
     removed = len(plan.removed_layers)
     with new_folder(work.solution) as folder:
@@ -33,7 +34,7 @@ def solve(params: Params, work: Workspace) -> None:
     write_json(work.metric("solve"), rounded({"removed_layers": removed, **solved.figures}))
     if plan.mixtures:
         logger.info("solve: %d layers go, merged into %d that stay", removed, len(plan.mixtures))
-    elif not solved.edits.changes():
+    elif removed and not (METHODS[params.method].work or solved.edits.changes() or solved.edits.operators):
         logger.info("solve: %d layers go, and nothing takes their place", removed)
 
 

@@ -6,6 +6,9 @@ transform ``Q D`` of u folds into ``W' = QᵀW`` and ``γ' = D``: an orthogonal 
 by as it was.
 
 A layer that mixes layers (``W = Σ c_j W_j``) has this instead of its own W, in the fold too.
+
+A scalar s on the state behind a layer folds into what is behind: with a state s times smaller, all that the layers behind add
+is divided by s, and their norms, up to the epsilon under the root, don't see the difference; neither does the last one.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +21,7 @@ from torch import Tensor, nn
 from replaceme.edits import Change, Edits
 from replaceme.errors import SolveError
 from replaceme.families import Family, Linear, linear_parameters, parameter_of
+from replaceme.modeling_pruned import reshape
 
 # How far from orthogonal, in the largest entry of QᵀQ − I, rounding can take a map.
 ORTHOGONAL = 1e-6
@@ -32,11 +36,13 @@ def apply_edits(model: Any, family: Family, edits: Edits) -> None:
         edits: what to change.
     """
     layers = family.decoder_layers(model)
-    for layer, name, exact in edited_parameters(family, layers, edits):
-        parameter_of(layers[layer], name).copy_(exact)
     kept = [layer for index, layer in enumerate(layers) if index not in set(edits.removed_layers)]
     model.set_submodule(family.layers, nn.ModuleList(kept))
     renumber(kept)
+    if form := edits.form(family.layers):
+        reshape(model, form)
+    for layer, name, exact in edited_parameters(family, layers, edits):
+        parameter_of(layers[layer], name).copy_(exact)
     cut_config(model.config, family, edits.removed_layers)
 
 
@@ -45,7 +51,34 @@ def edited_parameters(family: Family, layers: nn.ModuleList, edits: Edits) -> It
 
     All come from the original weights of ``layers``, and none is needed once it has been yielded: it can be overwritten.
     """
+    scales = {layer: edits.scale(layer) for layer in range(len(layers)) if layer not in set(edits.removed_layers)}
     done = set()
+    for layer, name, exact in _changed(family, layers, edits):
+        done.add((layer, name))
+        if scales[layer] != 1 and name in family.adding(layers[layer]):
+            exact = _divided(family, name, exact, scales[layer])
+        yield layer, name, exact
+    for layer, scale in scales.items():
+        for name in family.adding(layers[layer]) if scale != 1 else ():
+            if (layer, name) not in done:
+                yield layer, name, _divided(family, name, parameter_of(layers[layer], name).double(), scale)
+    for layer, operator in edits.operators.items():
+        if operator.ndim:
+            yield layer, "operator.weight", operator
+
+
+def _divided(family: Family, name: str, exact: Tensor, scale: float) -> Tensor:
+    """Return what a parameter that scales what its layer adds becomes, so that it adds ``scale`` times less."""
+    offset = family.norm_offset or 0.0
+    return (exact + offset) / scale - offset
+
+
+def _changed(family: Family, layers: nn.ModuleList, edits: Edits) -> Iterator[tuple[int, str, Tensor]]:
+    """Yield what the edits but for operators make of each parameter that they touch."""
+    done = set()
+    for (layer, name), value in edits.parameters.items():
+        done.add((layer, name))
+        yield layer, name, value.double()
     for (layer, linear), change in edits.changes().items():
         original = partial(mixed, layers, edits.mixtures[layer]) if layer in edits.mixtures else None
         for name, exact in folds(family, layers[layer], linear, change, original):

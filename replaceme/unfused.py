@@ -3,7 +3,8 @@ a shortened model before any weight is changed.
 
 A hook on each edited linear makes ``y T + G Δᵀ + δ`` of its output ``y`` and its input ``G``; where a norm or a mixture of
 experts stands behind the linear, the hook is on what that adds to the residual stream. A hook on each linear of a layer that
-mixes layers makes ``Σ c_j (G W_jᵀ + b_j)``, by the other layers' own linears. Removed layers pass their input on.
+mixes layers makes ``Σ c_j (G W_jᵀ + b_j)``, by the other layers' own linears. An operator is a hook on its layer. Parameters
+that are others stand in for a while. Removed layers pass their input on.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from replaceme.edits import Change, Edits
-from replaceme.families import Family, linears_within
+from replaceme.families import Family, linears_within, parameter_of
 
 
 @contextmanager
@@ -24,6 +25,8 @@ def unfused(model: nn.Module, family: Family, edits: Edits) -> Iterator[None]:
     """Let a model with its original weights compute, for a while, what the edits make of it."""
     layers = family.decoder_layers(model)
     with ExitStack() as stack:
+        for (layer, name), value in edits.parameters.items():
+            stack.enter_context(_standing_in(layers[layer], name, value))
         # Before the changes, whose hooks see what a mixture makes.
         for layer, mixture in edits.mixtures.items():
             for path, module in linears_within(layers[layer]).items():
@@ -36,8 +39,36 @@ def unfused(model: nn.Module, family: Family, edits: Edits) -> Iterator[None]:
                 weight = family.norm_weight(part).to(change.transform)
                 change = replace(change, transform=change.transform / torch.where(weight == 0, 1, weight)[:, None])
             stack.callback(module.register_forward_hook(_hook(change)).remove)
+        for layer, P in edits.operators.items():
+            stack.callback(layers[layer].register_forward_hook(_operating(P)).remove)
         stack.enter_context(passed_by(family, (layers[index] for index in edits.removed_layers)))
         yield
+
+
+@contextmanager
+def _standing_in(layer: nn.Module, name: str, value: Tensor) -> Iterator[None]:
+    """Let a parameter have, for a while, another value, given in torch's layout."""
+    parameter = layer.get_parameter(name)
+    own = parameter.data
+    other = torch.empty_like(own)
+    parameter.data = other
+    parameter_of(layer, name).copy_(value)
+    try:
+        yield
+    finally:
+        parameter.data = own
+
+
+def _operating(P: Tensor) -> Any:
+    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        whole = isinstance(output, Tensor)
+        state = output if whole else output[0]
+        dtype = torch.promote_types(state.dtype, torch.float32)
+        operator = P.to(state.device, dtype)
+        changed = (state.to(dtype) @ operator if P.ndim == 2 else state.to(dtype) * operator).to(state.dtype)
+        return changed if whole else (changed, *output[1:])
+
+    return hook
 
 
 @contextmanager

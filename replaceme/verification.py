@@ -48,7 +48,7 @@ def verify_export(dense: Model, pruned: Model, edits: Edits, documents: Document
         raise VerificationError(f"export: {wrong[0]} is not what the original and the edits make of it; nothing was saved.")
     dtype, tolerance = working_dtype(dense), TOLERANCE[stored_dtype(pruned)]
     hosts = _hosts(edits, int(dense.config().num_hidden_layers))
-    position = {layer: layer - sum(removed < layer for removed in edits.removed_layers) for layer in hosts}
+    position = {layer: edits.position(layer) for layer in hosts}
     whole, prompt = dense.load(dtype), excerpts.documents[0][: TOKENS // 4]
     expected, expected_logits = _states(whole, family, hosts, excerpts, edits)
     # Where a token's experts are chosen, rounding can choose others: the dense model's own cache shows by how much.
@@ -56,7 +56,8 @@ def verify_export(dense: Model, pruned: Model, edits: Edits, documents: Document
     del whole
     shortened = pruned.load(dtype)
     found, found_logits = _states(shortened, family, list(position.values()), excerpts, None)
-    errors = torch.cat([_relative_errors(expected[layer], found[position[layer]]) for layer in hosts])
+    # Where a scalar was folded, the state is so much smaller.
+    errors = torch.cat([_relative_errors(expected[layer], edits.scale(layer + 1) * found[position[layer]]) for layer in hosts])
     of_logits = _relative_errors(expected_logits, found_logits)
     # Most tokens keep their experts.
     usual = torch.median if family.experts else torch.mean
@@ -129,8 +130,10 @@ def cache_error(model: Any, prompt: Tensor) -> float:
 
 
 def _hosts(edits: Edits, layers: int) -> list[int]:
-    """Return the kept layers in front of each removed run: the cuts."""
+    """Return the kept layers in front of each removed run: the cuts; where no layer goes, the last one."""
     removed = set(edits.removed_layers)
+    if not removed:
+        return [layers - 1]
     return [layer for layer in range(layers - 1) if layer not in removed and layer + 1 in removed]
 
 

@@ -226,6 +226,9 @@ def shortened_logits(model: Any, edits: Edits, text: torch.Tensor) -> torch.Tens
                     state.shape
                 )
             state = (state.double() + family.multiplier * change).to(state.dtype)
+        if index in edits.operators:
+            operator = edits.operators[index].to(state.dtype)
+            state = state @ operator if operator.ndim == 2 else state * operator
     last = layers[-1].register_forward_hook(lambda _m, _a, out: (state, *out[1:]) if isinstance(out, tuple) else state)
     logits: torch.Tensor = model(text, use_cache=False).logits
     last.remove()

@@ -2,20 +2,24 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
+from replaceme.documents import Documents
 from replaceme.edits import Edits
+from replaceme.families import Family
 from replaceme.params import Params
-from replaceme.plan import Block
+from replaceme.plan import Block, Plan
 
 # Name of a statistic → its tensors.
 Statistics = Callable[[str], Mapping[str, Tensor]]
 
 
 # By what a cut is chosen (``replaceme.selection``).
-Criterion = Literal["angular", "residual", "loss", "influence", "greedy", "collapse"]
+# "width": no layer goes, but parts of layers do.
+Criterion = Literal["angular", "residual", "loss", "influence", "greedy", "collapse", "width"]
 # What can take a block's place: nothing, a linear map, or new weights of the linear that ends the host's MLP.
 StandIn = Literal["nothing", "map", "refit"]
 
@@ -38,6 +42,29 @@ class Solved:
 
 
 @dataclass(frozen=True)
+class Bench:
+    """What a method works with that works on the model itself.
+
+    Attributes:
+        params: the setting.
+        model: the dense model, loaded for calibration; it is left as it was found.
+        family: where its parts are.
+        documents: calibration text.
+        plan: what goes.
+        edits: as solved so far; they are added to.
+        folder: where scratch files may lie, and what an interrupted run goes on from.
+    """
+
+    params: Params
+    model: Any
+    family: Family
+    documents: Documents
+    plan: Plan
+    edits: Edits
+    folder: Path
+
+
+@dataclass(frozen=True)
 class Method:
     """A pruning method.
 
@@ -46,6 +73,9 @@ class Method:
         statistics: names of the statistics (``replaceme.statistics``) that it wants of each block, with these parameters.
         solve: turns the parameters, a block and its statistics into edits and what is to be known of them.
         criterion: by which it chooses what goes, as published.
+        work: what sums of activations can't tell, it makes on the model itself, behind the solve (in the repair stage): it adds
+            to the edits and returns figures for the metrics.
+        plain: whether the result has the family's own form, with these parameters.
         trained: whether it trains weights on the text; the others see each token once or twice, and solve.
     """
 
@@ -53,6 +83,8 @@ class Method:
     statistics: Callable[[Params], tuple[str, ...]]
     solve: Callable[[Params, Block, Statistics], Solved]
     criterion: Criterion = "angular"
+    work: Callable[[Bench], dict[str, Any]] | None = None
+    plain: Callable[[Params], bool] = lambda params: True
     trained: bool = False
 
 
