@@ -6,6 +6,7 @@ compression reads these files: times vary, and must make nothing run again.
 The seconds go from the reading of the parameters to the last byte written; the interpreter's start and the imports, some
 seconds of each process, are not in them. The memory is the largest resident set of the process, with the libraries and the
 pages of mapped files in it; under the console scripts, which run all steps in one process, the largest so far.
+A stage that goes on from where it was interrupted counts its last part alone.
 """
 
 import resource

@@ -23,6 +23,7 @@ NO_SETTING = ("save_path", "save_transform_only", "device", "device_map")
 # What varies from run to run tells no experiment from another.
 COSTS = {"seconds": "compression_seconds", "peak_memory_bytes": "peak_memory_bytes", "peak_cuda_bytes": "peak_cuda_bytes"}
 SPEEDS = {"prefill_seconds": "prefill_speedup", "decode_seconds_per_token": "decode_speedup"}
+COUNTS = ("parameters", "peak_memory_bytes", "peak_cuda_bytes")
 TRAINED = "trained"
 # In percent of the parameters: less than a layer of a small model.
 SAME_SIZE = 2.5
@@ -170,12 +171,12 @@ def _results(every: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
             task = name.removeprefix(f"{kind}.").removesuffix(".ratio")
             if f"{task}{RATIO}" not in names.values():
                 names |= {name: f"{task}{RATIO}", name.removesuffix("ratio") + "pruned": f"{task}{ABSOLUTE}"}
-    results, costs = (
+    frames = (
         pd.DataFrame({title: pd.to_numeric(every[name], errors="coerce") for name, title in kind.items() if name in every})
         for kind in (names, COSTS)
     )
-    counts = [name for name in ("parameters",) if name in results]
-    return results.astype(dict.fromkeys(counts, "Int64")), costs
+    results, costs = (frame.astype({name: "Int64" for name in COUNTS if name in frame}) for frame in frames)
+    return results, costs
 
 
 def _of(table: pd.DataFrame, start: str, end: str) -> list[str]:
