@@ -261,7 +261,7 @@ class _Run:
         epoch, place = divmod(step, self.per_epoch)
         documents = orders(self.taught, epoch, self.course.batch_size)[place]
         loss = self.bound.loss(self.whole, documents)
-        self.log("loss", step, float(loss))
+        self.log("loss", step, float(loss.detach()))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), CLIP)
         for group in self.optimizer.param_groups:

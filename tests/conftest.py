@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from replaceme.documents import Documents
 from replaceme.edits import Edits
-from replaceme.families import Family, family_of
+from replaceme.families import Family, family_of, parameter_of
 from replaceme.models import Model
 from replaceme.params import Params, read_params
 
@@ -211,11 +211,20 @@ def shortened_logits(model: Any, edits: Edits, text: torch.Tensor) -> torch.Tens
                 features: list[torch.Tensor] = []
                 linear = layer.get_submodule(family.mlp_output)
                 hooks.append(linear.register_forward_pre_hook(lambda _, args, kept=features: kept.append(args[0])))
+        if index in edits.without_attention:
+            attention = layer.get_submodule(edits.without_attention[index][0])
+            hooks.append(attention.register_forward_hook(lambda _m, _a, out: (torch.zeros_like(out[0]), *out[1:])))
+        own = {name: parameter.detach().clone() for name, parameter in layer.named_parameters()}
+        for (place, name), value in edits.parameters.items():
+            if place == index:
+                parameter_of(layer, name).copy_(value)
         args, kwargs = whole[index]
         given = {**kwargs, "hidden_states": state} if not args else kwargs
         output = layer(*([state, *args[1:]] if args else []), **given)
         for hook in hooks:
             hook.remove()
+        for name, value in own.items():
+            layer.get_parameter(name).copy_(value)
         state = output[0] if isinstance(output, tuple) else output
         if index in edits.transforms:
             (added,) = mlp
