@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from replaceme.documents import Documents
+from replaceme.edits import Edits, features_of
 from replaceme.errors import ParameterError
 from replaceme.families import Family, Linear, parameter_of
 
@@ -178,3 +179,16 @@ def least(importance: Tensor, count: int) -> Tensor:
     kept = torch.ones(len(importance), dtype=torch.bool)
     kept[importance.argsort(stable=True)[:count]] = False
     return kept
+
+
+def shapes_of(family: Family, layers: nn.ModuleList, edits: Edits) -> dict[tuple[int, str], tuple[int, int]]:
+    """Return the outputs and inputs that are left of each linear that loses some, by its layer and its path within it."""
+    shapes = {}
+    for (layer, linear), groups in edits.kept.items():
+        for name, dimension in family.cut_parameters(layers[layer], linear).items():
+            path, _, kind = name.rpartition(".")
+            if kind == "weight":
+                shape = [*parameter_of(layers[layer], name).shape]
+                shape[dimension] = int(features_of(groups, shape[dimension]).sum())
+                shapes[layer, path] = (shape[0], shape[1])
+    return shapes

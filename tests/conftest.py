@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -171,10 +172,21 @@ def passing(model: Any, layer: int, documents: Documents) -> dict[str, np.ndarra
 def shortened_logits(model: Any, edits: Edits, text: torch.Tensor) -> torch.Tensor:
     """Run the kept layers one after the other, each as the whole model calls it, and return the logits of what comes out.
 
-    A transform is made of what the layer returns: ``h − M + M T``; corrections by plain hooks on the linears.
+    A transform is made of what the layer returns: ``h − M + M T``; corrections by plain hooks on the linears. The columns of
+    groups that go are zeros.
     """
     family, whole = family_of(model.config), {}
     layers = family.decoder_layers(model)
+    corrections = dict(edits.corrections)
+    owned = []
+    for (place, name), groups in edits.kept.items():
+        weight = family.linear_of(layers[place], name).weight
+        stay = groups.repeat_interleave(weight.shape[1] // len(groups)).to(weight)
+        if (place, name) in corrections:
+            corrections[place, name] = (corrections[place, name][0] * stay, corrections[place, name][1])
+        owned.append((weight, weight.data))
+        weight.data = weight.data * stay
+    edits = replace(edits, corrections=corrections)
 
     def note(index: int) -> Any:
         def hook(_module: Any, args: Any, kwargs: Any) -> None:
@@ -243,6 +255,8 @@ def shortened_logits(model: Any, edits: Edits, text: torch.Tensor) -> torch.Tens
     last = layers[-1].register_forward_hook(lambda _m, _a, out: (state, *out[1:]) if isinstance(out, tuple) else state)
     logits: torch.Tensor = model(text, use_cache=False).logits
     last.remove()
+    for weight, data in owned:
+        weight.data = data
     return logits
 
 

@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from replaceme.edits import Edits, features_of
 from replaceme.errors import ParameterError
 from replaceme.families import Family, Linear, parameter_of
-from replaceme.groups import FIRST, LAST, Width, crops_of, importance_of, least, width_of
+from replaceme.groups import FIRST, LAST, Width, crops_of, importance_of, least, shapes_of, width_of
 from replaceme.methods.method import Bench, Method, drop
 from replaceme.params import Params
 from replaceme.progress import logger
@@ -64,19 +63,6 @@ def work(bench: Bench) -> dict[str, Any]:
         params.layers_to_skip, figures["parameters_wanted"],
     )  # fmt: skip
     return figures
-
-
-def shapes_of(family: Family, layers: Any, edits: Edits) -> dict[tuple[int, str], tuple[int, int]]:
-    """Return the outputs and inputs that are left of each linear that loses some, by its layer and its path within it."""
-    shapes = {}
-    for (layer, linear), groups in edits.kept.items():
-        for name, dimension in family.cut_parameters(layers[layer], linear).items():
-            path, _, kind = name.rpartition(".")
-            if kind == "weight":
-                shape = [*parameter_of(layers[layer], name).shape]
-                shape[dimension] = int(features_of(groups, shape[dimension]).sum())
-                shapes[layer, path] = (shape[0], shape[1])
-    return shapes
 
 
 def _plan(params: Params, model: Any, family: Family) -> tuple[Width, dict[Linear, int]]:
