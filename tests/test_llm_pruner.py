@@ -410,7 +410,7 @@ def test_what_makes_no_sense_is_refused_in_one_sentence(options: dict[str, Any],
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in CUT])
 def test_families_whose_heads_cannot_be_cut_out_are_refused_with_the_reason(kind: str) -> None:
     family = family_of(made_model(kind).config)
-    (said,) = family_refusals(read_params(None, {"method": "llm_pruner"}).model_dump(), kind, family.obstacle, family.uncut)
+    (said,) = family_refusals(read_params(None, {"method": "llm_pruner"}).model_dump(), kind, family)
     assert said == f"method: llm_pruner is refused for the family '{kind}': {family.uncut}; use another method."
 
 
