@@ -36,8 +36,8 @@ class Params(BaseModel):
         "lstsq",
         description="How the removed layers are made up for: lstsq (one linear map, least squares), cosine (one linear map, an "
         "objective of choice and an iterative solver), laco (their weights, merged into those of the layer in front), "
-        "prune_and_comp (a factor that gives the residual stream its magnitude back), or uidl, shortgpt and sleb (nothing; each "
-        "has a criterion of its own).",
+        "prune_and_comp (a factor that gives the residual stream its magnitude back), or uidl, shortgpt and sleb (nothing; "
+        "each has a criterion of its own).",
     )
 
     model_path: str = Field(
