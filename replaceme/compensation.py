@@ -85,6 +85,7 @@ def compensated_layers(
         with unfused(model, family, edits):
             walk(model, family, excerpts, [figures, magnitudes], batch_size=batch_size, description=None)
         influence = figures.result()["block_influence"]
+        _finite(sum(influence))
         best = min((layer for layer in allowed if layer not in scales), key=influence.__getitem__)
         # What leaves a layer that hosts a block has been through that block's scalar.
         behind = float(edits.operators.get(best, 1.0))
@@ -170,7 +171,7 @@ def _ends(blocks: Iterable[Block]) -> Iterable[tuple[int, Signal]]:
         yield block.end - 1, "output"
 
 
-def _finite(gain: float) -> float:
-    if not math.isfinite(gain):
+def _finite(figure: float) -> float:
+    if not math.isfinite(figure):
         raise ParameterError("dtype: the states of the shortened model overflow; use bfloat16 or float32.")
-    return gain
+    return figure

@@ -228,8 +228,11 @@ def test_cuts_are_compared_by_the_loss_with_their_scalars() -> None:
 def test_states_that_overflow_are_named(documents: Documents) -> None:
     model = made_model()
     model.model.layers[3].forward = lambda hidden_states, *_args, **_options: float("inf") * hidden_states
-    with pytest.raises(ParameterError, match="dtype: the states of the shortened model overflow; use bfloat16 or float32"):
+    said = "dtype: the states of the shortened model overflow; use bfloat16 or float32"
+    with pytest.raises(ParameterError, match=said):
         compensated(model, family_of(model.config), documents, [Block(3, 4)], batch_size=4)
+    with pytest.raises(ParameterError, match=said):
+        compensated_layers(model, family_of(model.config), documents, [1, 2], 1, batch_size=4)
 
 
 @pytest.mark.parametrize("kind", UNDESCRIBED)
