@@ -8,6 +8,8 @@ Obstacle = Literal["norm", "experts", "undescribed"]
 
 # The methods that put nothing in the place of what they remove.
 DROPPING = ("uidl", "shortgpt", "sleb")
+# Those that remove no layer, but parts of layers.
+NARROWING = ("slicegpt",)
 
 OBSTACLES: Mapping[Obstacle, str] = {
     "norm": "the norm behind the MLP of the family",
@@ -20,8 +22,8 @@ def _merges(values: Values) -> bool:
     return bool(values["method"] == "laco")
 
 
-def _slices(values: Values) -> bool:
-    return bool(values["method"] == "slicegpt")
+def _narrows(values: Values) -> bool:
+    return values["method"] in NARROWING
 
 
 def _iterates(values: Values) -> bool:
@@ -42,10 +44,10 @@ def _repairs(values: Values) -> bool:
 
 # Parameters that not every setting uses: what they belong to, when they have an effect.
 EFFECTS: Mapping[str, tuple[str, Callable[[Values], bool]]] = {
+    "plain": ("method slicegpt", _narrows),
     "laco_layers": ("method laco", _merges),
     "laco_interval": ("method laco", _merges),
     "laco_threshold": ("method laco", _merges),
-    "plain": ("method slicegpt", _slices),
     "refit_ridge": ("transform refit or joint", _refits),
     "repair_ridge_attention": ("repair", _repairs),
     "repair_ridge_mlp": ("repair", _repairs),
@@ -88,8 +90,8 @@ def refusals(values: Values) -> list[str]:
         )
     if _merges(values):
         problems += _merge_refusals(values)
-    if _slices(values):
-        problems += _slice_refusals(values)
+    if _narrows(values):
+        problems += _width_refusals(values)
     if not _iterates(values):
         return problems
     if transform == "orthogonal":
@@ -124,21 +126,23 @@ def _merge_refusals(values: Values) -> list[str]:
     return problems
 
 
-def _slice_refusals(values: Values) -> list[str]:
-    problems = []
+def _width_refusals(values: Values) -> list[str]:
+    method, problems = values["method"], []
+    place = f"has no place in method {method}, which removes parts of layers and no layer; use"
     if values["transform"] != "dense":
-        problems.append(
-            f"transform: {values['transform']} has no place in method slicegpt, which takes no layer's place; use dense."
-        )
-    if values["repair"]:
-        problems.append("repair: has no place in method slicegpt, where no layer goes; use false.")
-    problems += [
-        f"{key}: {values[key]} has no place in method slicegpt, where no layer goes; use null."
-        for key in ("selection", "min_distance_layer", "max_distance_layer")
-        if values[key] is not None
-    ]
+        problems.append(f"transform: {values['transform']} {place} dense.")
+    if values["selection"] is not None:
+        problems.append(f"selection: {values['selection']} {place} null.")
     if values["num_A"] > 1:
-        problems.append("num_A: method slicegpt removes no blocks; use 1.")
+        problems.append(f"num_A: {values['num_A']} {place} 1.")
+    if _repairs(values):
+        problems.append(f"repair: is not derived for method {method}; use false.")
+    if method == "slicegpt":
+        problems += [
+            f"{key}: method slicegpt takes from all layers alike; use null."
+            for key in ("min_distance_layer", "max_distance_layer")
+            if values[key] is not None
+        ]
     return problems
 
 
@@ -151,8 +155,10 @@ def family_refusals(values: Values, kind: str, obstacle: Obstacle | None, agains
         obstacle: what stands between the MLP's last linear and the residual stream; or that nobody described the family.
         against_slicing: why its residual stream can't be made narrower.
     """
-    if _slices(values) and against_slicing:
-        return [f"method: slicegpt can't slice the family '{kind}': {against_slicing}; use another method."]
+    if values["method"] == "slicegpt":
+        if against_slicing:
+            return [f"method: slicegpt is refused for the family '{kind}': {against_slicing}; use another method."]
+        return []
     if obstacle is None:
         return []
     method, transform = values["method"], values["transform"]

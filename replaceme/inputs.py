@@ -48,6 +48,9 @@ def inspect_inputs(params: Params, work: Workspace) -> None:
             raise ParameterError(refused)
         if not METHODS[params.method].plain(params):
             check_own_form(config, kind)
+        allowed_starts(params, layer_count(model))
+        if check := METHODS[params.method].check:
+            check(params, model.skeleton(config), family)
         if family.detected:
             check_cut(model.skeleton, config, family)
             logger.warning(
@@ -57,7 +60,6 @@ def inspect_inputs(params: Params, work: Workspace) -> None:
             )  # fmt: skip
         check_weights(model)
         model.tokenizer()
-        allowed_starts(params, layer_count(model))
         content[work.model_input.name] = identity(model, WEIGHT_FILES)
         content[work.tokenizer_input.name] = identity(model, TOKENIZER_FILES)
         content[work.card_input.name] = identity(model, CARD_FILES)

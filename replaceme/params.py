@@ -36,8 +36,8 @@ class Params(BaseModel):
         "lstsq",
         description="How the removed layers are made up for: lstsq (one linear map, least squares), cosine (one linear map, an "
         "objective of choice and an iterative solver), laco (their weights, merged into those of the layer in front), "
-        "or uidl, shortgpt and sleb (nothing; each has a criterion of its own). Or what goes instead of layers, as many "
-        "parameters: slicegpt (a part of the residual stream's width).",
+        "uidl, shortgpt and sleb (nothing; each has a criterion of its own); or slicegpt, which removes a part of the residual "
+        "stream's width instead of layers.",
     )
 
     model_path: str = Field(
@@ -82,11 +82,19 @@ class Params(BaseModel):
         "next-token loss (of the few with the smallest residuals); or single layers, by their influence (ShortGPT) or greedily "
         "by the loss without them (SLEB). null is the method's own published criterion.",
     )
-    layers_to_skip: int = Field(8, ge=1, description="Number of layers to remove.")
+    layers_to_skip: int = Field(
+        8, ge=1, description="Number of layers to remove; where parts of layers go, as many parameters as these layers have."
+    )
     min_distance_layer: int | None = Field(None, ge=1, description="First layer (from 0) that may be removed.")
     max_distance_layer: int | None = Field(None, ge=2, description="The removed block ends before this layer (from 0).")
     num_A: int = Field(1, ge=1, description="Number of blocks, each with a transform and layers_to_skip layers.")
     merge_consecutive: bool = Field(True, description="Merge adjacent blocks into one; matters for num_A above 1.")
+
+    plain: bool = Field(
+        False,
+        description="Give the result the family's own form, where the method can, so that it loads without trust_remote_code: "
+        "slicegpt takes one basis for all layers.",
+    )
 
     laco_layers: int = Field(7, ge=2, description="Method laco: layers that become one in a merge, at most (published as C).")
     laco_interval: int = Field(
@@ -97,12 +105,6 @@ class Params(BaseModel):
         description="Method laco: cosine of last states with the original model's that a merge must leave (published as T); "
         "lowered by steps of 0.01 until layers_to_skip layers go, so that 1 finds the highest one.",
     )  # fmt: skip
-
-    plain: bool = Field(
-        False,
-        description="Give the result the family's own form, where the method can, so that it loads without trust_remote_code: "
-        "slicegpt with one basis for all layers.",
-    )
 
     transform: Literal["dense", "diagonal", "two_vectors", "triangular", "orthogonal", "refit", "joint"] = Field(
         "dense",

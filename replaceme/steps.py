@@ -39,7 +39,7 @@ ALL = [name for name in Params.model_fields if name not in ("save_path", "save_t
 
 MERGING = tuple(name for name in EFFECTS if name.startswith("laco_"))
 REPAIRING = tuple(name for name in EFFECTS if name.startswith("repair_"))
-SOLVING = tuple(name for name in EFFECTS if name not in MERGING + REPAIRING)
+SOLVING = tuple(name for name in EFFECTS if name not in (*MERGING, *REPAIRING, "plain"))
 
 # Of the dense model alone, so the same for every result that is made of it.
 SHARED = ("baseline",)
@@ -98,7 +98,7 @@ STEPS: Mapping[str, Step] = {
     ),
     "repair": Step(
         repair,
-        ("method", "transform", "alpha", "layers_to_skip", "repair", *REPAIRING, *SOLVING, *PASS),
+        ("method", "transform", "alpha", "repair", "plain", "layers_to_skip", *REPAIRING, *SOLVING, *PASS),
         ("model_input", "documents", "plan", "solution"),
         "edits",
         ("repair",),

@@ -76,6 +76,8 @@ class Method:
         work: what sums of activations can't tell, it makes on the model itself, behind the solve (in the repair stage): it adds
             to the edits and returns figures for the metrics.
         plain: whether the result has the family's own form, with these parameters.
+        check: raises ParameterError, before any work, when these parameters ask for more than a model (the second argument,
+            without its weights) can give.
     """
 
     stand_in: Callable[[Params], StandIn]
@@ -84,6 +86,7 @@ class Method:
     criterion: Criterion = "angular"
     work: Callable[[Bench], dict[str, Any]] | None = None
     plain: Callable[[Params], bool] = lambda params: True
+    check: Callable[[Params, Any, Family], None] | None = None
 
 
 def drop(title: str) -> Callable[[Params, Block, Statistics], Solved]:
