@@ -192,7 +192,7 @@ def _width_refusals(values: Values) -> list[str]:
         problems.append(f"repair: is not derived for method {method}; use false.")
     if method == "slicegpt":
         problems += [
-            f"{key}: {values[key]} {place} null."
+            f"{key}: method slicegpt takes from all layers alike; use null."
             for key in ("min_distance_layer", "max_distance_layer")
             if values[key] is not None
         ]
@@ -223,7 +223,7 @@ def family_refusals(values: Values, kind: str, family: Any) -> list[str]:
     if method == "llm_pruner" and family.uncut:
         return [f"method: llm_pruner is refused for the family '{kind}': {family.uncut}; use another method."]
     if method == "slicegpt" and family.unsliced:
-        return [f"method: slicegpt can't slice the family '{kind}': {family.unsliced}; use another method."]
+        return [f"method: slicegpt is refused for the family '{kind}': {family.unsliced}; use another method."]
     if _scales(values) and not family.norm_before:
         problems.append(
             f"method: prune_and_comp scales the residual stream, and not all that reads it in the family '{kind}' does so "

@@ -240,7 +240,7 @@ def test_families_are_sliced_or_refused_with_the_reason() -> None:
         "mixtral": "the router of its mixture of experts",
     }.items():  # fmt: skip
         (problem,) = said[kind]
-        assert problem.startswith(f"method: slicegpt can't slice the family '{kind}': {reason}")
+        assert problem.startswith(f"method: slicegpt is refused for the family '{kind}': {reason}")
     assert family_refusals({**values, "method": "uidl"}, "gpt2", None, "a reason") == []
 
 
@@ -248,10 +248,13 @@ def test_families_are_sliced_or_refused_with_the_reason() -> None:
     ("options", "said"),
     [
         ({"transform": "joint"}, "transform: joint has no place in method slicegpt"),
-        ({"repair": True}, "repair: has no place in method slicegpt, where no layer goes; use false."),
-        ({"selection": "loss"}, "selection: loss has no place in method slicegpt, where no layer goes; use null."),
-        ({"min_distance_layer": 3}, "min_distance_layer: 3 has no place in method slicegpt"),
-        ({"num_A": 2}, "num_A: method slicegpt removes no blocks; use 1."),
+        ({"repair": True}, "repair: is not derived for method slicegpt; use false."),
+        (
+            {"selection": "loss"},
+            "selection: loss has no place in method slicegpt, which removes parts of layers",
+        ),
+        ({"min_distance_layer": 3}, "min_distance_layer: method slicegpt takes from all layers alike; use null."),
+        ({"num_A": 2}, "num_A: 2 has no place in method slicegpt"),
     ],
 )
 def test_what_makes_no_sense_is_refused_in_one_sentence(options: dict[str, Any], said: str) -> None:
@@ -286,7 +289,7 @@ def test_the_stages_slice_save_and_score(plain: bool, params: Params, tmp_path: 
     assert figures["width"] == pruned.config.hidden_size == edits.width
     assert figures["slicing"] == pytest.approx(1 - figures["width"] / WIDTH)
     assert figures["parameters"] == read_json(work.metric("export"))["parameters"] == parameter_count(pruned)
-    assert figures["removed_parameters"] == read_json(work.metric("export"))["parameters_dense"] - figures["parameters"]
+    assert figures["parameters_removed"] == read_json(work.metric("export"))["parameters_dense"] - figures["parameters"]
     assert 0 < figures["kept_squares_lowest"] <= figures["kept_squares_mean"] <= 1
     assert is_own_form(work.model) != plain
     scores = read_json(work.metric("evaluation"))

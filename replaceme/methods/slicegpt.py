@@ -19,6 +19,7 @@ from replaceme.errors import SolveError
 from replaceme.families import Family
 from replaceme.forward import Signal, Signals, ask, walk
 from replaceme.methods.method import Bench, Method, drop
+from replaceme.params import Params
 from replaceme.progress import logger, progress
 from replaceme.scratch import scratch
 from replaceme.slicing import fitting_width
@@ -33,12 +34,13 @@ def work(bench: Bench) -> dict[str, Any]:
     width, parameters, dense = fitting_width(bench.model, bench.family, params.layers_to_skip, params.plain)
     found = [*(shared_basis if params.plain else bases_in_order)(bench, width)]
     bench.edits.bases = [Q for Q, _ in found]
+    bench.edits.parts = f"{d - width} of the {d} dimensions of its residual stream"
     kept = [share for _, share in found]
     figures = {
         "width": width,
         "slicing": 1 - width / d,
         "parameters": parameters,
-        "removed_parameters": dense - parameters,
+        "parameters_removed": dense - parameters,
         "kept_squares_lowest": min(kept),
         "kept_squares_mean": sum(kept) / len(kept),
     }
@@ -47,6 +49,11 @@ def work(bench: Bench) -> dict[str, Any]:
         width, d, 100 * figures["slicing"], parameters / 1e6, dense / 1e6, figures["kept_squares_lowest"],
     )  # fmt: skip
     return figures
+
+
+def check(params: Params, model: Any, family: Family) -> None:
+    """Raise ParameterError when there is no width for these parameters."""
+    fitting_width(model, family, params.layers_to_skip, params.plain)
 
 
 def principal(gram: Tensor, width: int) -> tuple[Tensor, float]:
@@ -110,9 +117,14 @@ def _through_mlp(layer: Any, family: Family, states: Tensor, Q: Tensor) -> Tenso
         state = _projected(rows.to(device), Q)
         added = mlp(norm(state.to(rows.dtype)[None]))[0]
         state = state + family.multiplier * added.to(state)
-        gram += state.T @ state
+        gram += squares(state)
         rows.copy_(state)
     return gram
+
+
+def squares(state: Tensor) -> Tensor:
+    """Return ``Σ hᵀh`` (d, d) of some tokens' states."""
+    return state.T @ state
 
 
 def _parts(states: Tensor) -> Iterator[Tensor]:
@@ -139,7 +151,7 @@ class Watch:
 
     def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
         state = _added(signals, self.signals, batch)
-        self.gram = self.gram.to(state.device).add_(state.T @ state)
+        self.gram = self.gram.to(state.device).add_(squares(state))
         self.kept[batch.tokens] = state.to(self.kept)
 
 
@@ -157,7 +169,7 @@ class Pool:
         if "output" in signals:
             states.append(_added(signals, ("output",), batch))
         for state in states:
-            self.gram = self.gram.to(state.device).add_(state.T @ state)
+            self.gram = self.gram.to(state.device).add_(squares(state))
 
 
 def _added(signals: Signals, names: tuple[Signal, ...], batch: Batch) -> Tensor:
@@ -173,4 +185,5 @@ METHOD = Method(
     criterion="width",
     work=work,
     plain=lambda params: params.plain,
+    check=check,
 )

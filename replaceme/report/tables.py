@@ -61,6 +61,13 @@ FIT_WORDS = {
 PART_WORDS = {
     "removed_heads": ("heads removed", "of the queries, over all layers"),
     "removed_channels": ("MLP channels removed", "over all layers"),
+    "width": ("width", "of the residual stream that is left"),
+    "slicing": ("slicing", "the part of the width that went"),
+    "kept_squares_lowest": (
+        "squares kept, at least",
+        "of the states' squares, the part that a basis keeps, at the worst of the norms",
+    ),
+    "kept_squares_mean": ("… on average", "the same, over all norms"),
     "parameters_removed": ("parameters removed", "of all that the model has"),
     "parameters_wanted": (
         "… wanted",
