@@ -37,7 +37,8 @@ def problems_of(tmp_path: Path, text: str) -> str:
         ("model_path: null", "model_path: must be a text, not null"),
         (
             "method: lstq",
-            "method: 'lstq' is not a method (did you mean 'lstsq'?); use one of cosine, laco, llm_streamline, lstsq, shortgpt, sleb, uidl",
+            "method: 'lstq' is not a method (did you mean 'lstsq'?); use one of cosine, laco, llm_streamline, lstsq, shortgpt, "
+            "sleb, uidl",
         ),
         ("method: slicegpt", "method: 'slicegpt' is not built yet"),
         ("num_A: 0", "num_A: must be at least 1, not 0"),
