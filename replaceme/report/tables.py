@@ -65,7 +65,7 @@ PART_WORDS = {
     "slicing": ("slicing", "the part of the width that went"),
     "kept_squares_lowest": (
         "squares kept, at least",
-        "of the states' squares, the part that a basis keeps, at the worst of the norms",
+        "the part of the states' squares that a basis keeps, at the worst of the norms",
     ),
     "kept_squares_mean": ("… on average", "the same, over all norms"),
     "parameters_removed": ("parameters removed", "of all that the model has"),
