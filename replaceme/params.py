@@ -16,7 +16,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import MappingNode
 
-from replaceme.combinations import refusals, without_effect
+from replaceme.combinations import Limits, refusals, without_effect
 from replaceme.errors import ParameterError
 from replaceme.progress import logger
 from replaceme.published import PUBLISHED_KEYS, translate, without_replaced
@@ -201,14 +201,14 @@ class Params(BaseModel):
 def read_params(
     path: Path | None = None,
     overrides: Mapping[str, Any] | None = None,
-    methods: Iterable[str] | None = None,
+    methods: Mapping[str, Limits] | None = None,
 ) -> Params:
     """Read and validate a YAML 1.2 file of parameters.
 
     Args:
         path: the file; None takes the defaults.
         overrides: values that win over the file's, as the command line gives them.
-        methods: names that ``method`` may have; None leaves it unchecked (stages that don't use it).
+        methods: the methods that ``method`` may name; None leaves it unchecked (stages that don't use it).
 
     Raises:
         ParameterError: naming every problem at once.
@@ -231,7 +231,8 @@ def read_params(
     except ValidationError as invalid:
         found = [_sentence(problem) for problem in invalid.errors()]
     if params:
-        found += refusals(params.model_dump())
+        if methods and params.method in methods:
+            found += refusals(params.model_dump(), methods[params.method])
         for sentence in without_effect(values, params.model_dump(), Params().model_dump()):
             logger.info(sentence)
     for problem in found + _unknown_method(values, methods):

@@ -342,13 +342,16 @@ def test_the_card_says_what_was_merged(params: Params, tiny: Model) -> None:
     [
         (
             {"transform": "joint"},
-            "transform: joint has no place in method laco, which merges the layers' own weights; use dense.",
+            "transform: joint has no place in method laco, which merges layers by what they merge to; use dense.",
         ),
         (
             {"selection": "loss"},
-            "selection: loss has no place in method laco, which chooses by what layers merge to; use null.",
+            "selection: loss has no place in method laco, which merges layers by what they merge to; use null.",
         ),
-        ({"num_A": 2}, "num_A: method laco makes as many merges as layers_to_skip takes; use 1."),
+        (
+            {"num_A": 2},
+            "num_A: 2 has no place in method laco, which merges layers by what they merge to; use 1.",
+        ),
         ({"laco_layers": 1}, "laco_layers: must be at least 2, not 1."),
         ({"laco_interval": 0}, "laco_interval: must be at least 1, not 0."),
         ({"laco_threshold": 1.5}, "laco_threshold: must be at most 1, not 1.5."),

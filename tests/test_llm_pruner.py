@@ -270,7 +270,9 @@ def edits_of(source: Model, documents: Documents, tmp_path: Path, **settings: An
     """Return what the method's work makes of a model."""
     params = read_params(None, {"method": "llm_pruner", "layers_to_skip": 2, **settings}, METHODS)
     model, edits = source.load(), Edits("LLM-Pruner", [])
-    return edits, METHODS["llm_pruner"].work(Bench(params, model, source.family(), documents, Plan((), ()), edits, tmp_path))
+    return edits, METHODS["llm_pruner"].work(
+        Bench(params, model, source.family(), documents, Plan((), ()), edits, tmp_path, tmp_path)
+    )
 
 
 @pytest.mark.parametrize("kind", CUT)
@@ -393,8 +395,11 @@ def test_the_whole_command_removes_parts_of_layers(
         ),
         ({"selection": "loss"}, "selection: loss has no place in method llm_pruner"),
         ({"num_A": 2}, "num_A: 2 has no place in method llm_pruner"),
-        ({"repair": True}, "repair: is not derived for method llm_pruner; use false."),
-        ({"use_4bit": True}, "use_4bit: method llm_pruner needs the gradients of the weights"),
+        (
+            {"repair": True},
+            "repair: true has no place in method llm_pruner, which removes parts of layers and no layer; use f",
+        ),
+        ({"use_4bit": True}, "use_4bit: true has no place in method llm_pruner"),
         ({"dtype": "float16"}, "dtype: float16 is too short for the gradients of method llm_pruner; use bfloat16 or float32."),
         ({"plain": True, "min_distance_layer": 3}, "min_distance_layer: with plain, method llm_pruner takes from every layer"),
         ({"plain": True, "max_distance_layer": 3}, "max_distance_layer: with plain, method llm_pruner takes from every layer"),
@@ -442,4 +447,6 @@ def test_the_published_layers_are_all_but_the_first_four_and_the_last_two() -> N
 def test_plain_belongs_to_methods_with_another_form(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "replaceme"):
         read_params(None, {"plain": True})
-    assert [record.message for record in caplog.records] == ["plain belongs to method llm_pruner and is ignored"]
+    assert [record.message for record in caplog.records] == [
+        "plain belongs to methods slicegpt, llm_pruner and (in form mlp) llm_streamline and is ignored"
+    ]

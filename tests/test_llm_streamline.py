@@ -22,7 +22,7 @@ from replaceme.edits import Edits
 from replaceme.errors import ParameterError, SolveError
 from replaceme.evaluation.kv_cache import cache_bytes_per_token
 from replaceme.export import export, save_pruned
-from replaceme.families import FAMILIES, PRE_NORM, family_of
+from replaceme.families import FAMILIES, PRE_NORM, Family, family_of
 from replaceme.files import read_json
 from replaceme.forward import Keep, walk
 from replaceme.inputs import inspect_inputs
@@ -42,7 +42,7 @@ from replaceme.training import Bound, Course, Lesson, orders, train
 from replaceme.unfused import unfused
 from replaceme.verification import cache_error, verify_export
 from replaceme.workspace import Workspace
-from tests.conftest import KINDS, LAYERS, WIDTH, made_model, shortened_logits
+from tests.conftest import KINDS, LAYERS, OBSTACLES, WIDTH, made_model, shortened_logits
 from tests.test_profile import layer_outputs
 from tests.test_refit import many_documents
 
@@ -414,12 +414,12 @@ def test_a_method_that_trains_nothing_leaves_empty_curves(params: Params, tmp_pa
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"transform": "joint"}, "transform: joint has no place in method llm_streamline, which trains a layer; use dense."),
-        ({"repair": True}, "repair: has no place in method llm_streamline, which trains one layer alone; use false."),
-        ({"selection": "greedy"}, "selection: greedy chooses single layers, and method llm_streamline trains one layer"),
-        ({"selection": "influence"}, "selection: influence chooses single layers"),
-        ({"num_A": 2}, "num_A: method llm_streamline trains one layer for one block; use 1."),
-        ({"use_4bit": True}, "use_4bit: method llm_streamline trains from the layer's own weights"),
+        ({"transform": "joint"}, "transform: joint has no place in method llm_streamline, which trains one layer in the place"),
+        ({"repair": True}, "repair: true has no place in method llm_streamline"),
+        ({"selection": "greedy"}, "selection: greedy has no place in method llm_streamline"),
+        ({"selection": "influence"}, "selection: influence has no place in method llm_streamline"),
+        ({"num_A": 2}, "num_A: 2 has no place in method llm_streamline"),
+        ({"use_4bit": True}, "use_4bit: true has no place in method llm_streamline"),
         ({"llm_streamline_form": "attention"}, "llm_streamline_form: must be 'layer' or 'mlp', not 'attention'."),
         ({"llm_streamline_epochs": 0}, "llm_streamline_epochs: must be at least 1, not 0."),
         ({"llm_streamline_learning_rate": 0.0}, "llm_streamline_learning_rate: must be above 0, not 0.0."),
@@ -435,16 +435,25 @@ def test_what_makes_no_sense_is_refused_in_one_sentence(options: dict[str, Any],
 def test_families_whose_layers_have_no_mlp_of_their_own_are_refused_for_the_form_mlp() -> None:
     layer, mlp = ({"method": "llm_streamline", "llm_streamline_form": form} for form in ("layer", "mlp"))
     values = [read_params(None, given, METHODS).model_dump() for given in (layer, mlp)]
-    cases: list[tuple[Any, bool, str]] = [
-        (None, True, "llm_streamline_form: mlp is not derived for the family 'x', whose attention and MLP are side by side"),
-        ("norm", False, "llm_streamline_form: mlp is not derived for the norm behind the MLP of the family 'x'; use layer."),
-        ("undescribed", False, "llm_streamline_form: mlp is not derived for a family that nobody described, 'x'; use layer."),
+    cases: list[tuple[Family, str]] = [
+        (
+            Family(parallel=True),
+            "llm_streamline_form: mlp is not derived for the family 'x', whose attention and MLP are parallel",
+        ),
+        (
+            OBSTACLES["norm"],
+            "llm_streamline_form: mlp is not derived for the norm behind the MLP of the family 'x'; use layer.",
+        ),
+        (
+            OBSTACLES["undescribed"],
+            "llm_streamline_form: mlp is not derived for a family that nobody described, 'x'; use layer.",
+        ),
     ]
-    for obstacle, parallel, said in cases:
-        assert family_refusals(values[0], "x", obstacle, parallel) == []
-        (problem,) = family_refusals(values[1], "x", obstacle, parallel)
+    for family, said in cases:
+        assert family_refusals(values[0], "x", family) == []
+        (problem,) = family_refusals(values[1], "x", family)
         assert problem.startswith(said)
-    assert family_refusals(values[1], "x", "experts") == []
+    assert family_refusals(values[1], "x", OBSTACLES["experts"]) == []
 
 
 def test_the_schedule_warms_up_and_ends_at_a_quarter() -> None:
@@ -464,7 +473,7 @@ def test_the_keys_belong_to_the_method_alone(caplog: pytest.LogCaptureFixture, t
     assert [record.message for record in caplog.records] == [
         "llm_streamline_form belongs to method llm_streamline and is ignored",
         "llm_streamline_epochs belongs to method llm_streamline and is ignored",
-        "plain belongs to llm_streamline_form mlp of method llm_streamline and is ignored",
+        "plain belongs to methods slicegpt, llm_pruner and (in form mlp) llm_streamline and is ignored",
     ]
     text = model_card(params, tiny, Edits("x", [2], without_attention={1: ("self_attn", "input_layernorm")}), {})
     assert "Layer 1 has no attention any more." in text

@@ -150,7 +150,7 @@ def test_verification_sees_a_change_of_any_weight(name: str, tiny: Model, tmp_pa
 
 def bench_of(model: Any, documents: Documents, folder: Path, **options: Any) -> Bench:
     params = read_params(None, {"method": "slicegpt", "batch_size": 4, "layers_to_skip": 1, **options}, METHODS)
-    return Bench(params, model, family_of(model.config), documents, Plan((), ()), Edits("SliceGPT", []), folder)
+    return Bench(params, model, family_of(model.config), documents, Plan((), ()), Edits("SliceGPT", []), folder, folder)
 
 
 def leading(gram: np.ndarray, width: int) -> tuple[np.ndarray, float]:
@@ -248,7 +248,10 @@ def test_families_are_sliced_or_refused_with_the_reason() -> None:
     ("options", "said"),
     [
         ({"transform": "joint"}, "transform: joint has no place in method slicegpt"),
-        ({"repair": True}, "repair: is not derived for method slicegpt; use false."),
+        (
+            {"repair": True},
+            "repair: true has no place in method slicegpt, which removes parts of layers and no layer",
+        ),
         (
             {"selection": "loss"},
             "selection: loss has no place in method slicegpt, which removes parts of layers",

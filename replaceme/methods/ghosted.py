@@ -44,4 +44,5 @@ METHOD = Method(
     statistics=lambda params: (_stream(params), "sample"),
     solve=solve,
     plain=lambda params: False,
+    words="maps the whole state behind the host",
 )

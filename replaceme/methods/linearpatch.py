@@ -61,5 +61,6 @@ METHOD = Method(
     statistics=lambda params: (_magnitudes(params), "stream", "sample"),
     solve=solve,
     plain=lambda params: False,
+    words="maps the whole state behind the host",
     check=check,
 )

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from replaceme.combinations import Values
 from replaceme.errors import ParameterError
 from replaceme.families import Family, Linear, parameter_of
 from replaceme.groups import FIRST, LAST, Width, crops_of, importance_of, least, shapes_of, width_of
@@ -116,6 +117,18 @@ def _words(width: Width, removed: Mapping[Linear, int], heads: int) -> str:
     return " and ".join(parts)
 
 
+def refusals(values: Values) -> list[str]:
+    """Return a sentence for each setting that would be ignored, or in which gradients overflow."""
+    problems = []
+    if values["dtype"] == "float16":
+        problems.append("dtype: float16 is too short for the gradients of method llm_pruner; use bfloat16 or float32.")
+    return problems + [
+        f"{key}: with plain, method llm_pruner takes from every layer; use null."
+        for key in ("min_distance_layer", "max_distance_layer")
+        if values["plain"] and values[key] is not None
+    ]
+
+
 METHOD = Method(
     stand_in=lambda params: "nothing",
     statistics=lambda params: (),
@@ -123,5 +136,11 @@ METHOD = Method(
     criterion="width",
     work=work,
     plain=lambda params: params.plain,
+    words="removes parts of layers and no layer",
+    selections=(),
+    several=False,
+    repairs=False,
+    packed=False,
+    refusals=refusals,
     check=check,
 )

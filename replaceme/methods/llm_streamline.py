@@ -103,4 +103,9 @@ METHOD = Method(
     work=work,
     plain=lambda params: params.llm_streamline_form == "layer" or params.plain,
     trained=True,
+    words="trains one layer in the place of one block",
+    selections=("angular", "residual", "loss"),
+    several=False,
+    repairs=False,
+    packed=False,
 )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from replaceme.closed_forms import STRUCTURES, Structure, closed_form, structure_words
+from replaceme.combinations import TRANSFORMS
 from replaceme.edits import Edits
 from replaceme.errors import SolveError
 from replaceme.fit_quality import fit_quality, ridge_figures, ridge_path
@@ -80,4 +81,10 @@ def _structured_figures(transform: Tensor, sums: Mapping[str, Tensor], alpha: fl
     return figures | {"distance_from_alpha_zero": float((transform - plain).norm() / plain.norm())}
 
 
-METHOD = Method(stand_in=lambda params: "refit" if params.transform in FEATURES else "map", statistics=_statistics, solve=solve)
+METHOD = Method(
+    stand_in=lambda params: "refit" if params.transform in FEATURES else "map",
+    statistics=_statistics,
+    solve=solve,
+    words="fits what takes the block's place",
+    transforms=TRANSFORMS,
+)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from replaceme.combinations import Limits
 from replaceme.documents import Documents
 from replaceme.edits import Edits
 from replaceme.families import Family
@@ -68,8 +69,8 @@ class Bench:
 
 
 @dataclass(frozen=True)
-class Method:
-    """A pruning method.
+class Method(Limits):
+    """A pruning method; the settings that it takes stand in ``Limits``.
 
     Attributes:
         stand_in: what takes the block's place while cuts are compared by their loss, with these parameters.

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from replaceme.combinations import Values
 from replaceme.documents import Batch
 from replaceme.errors import SolveError
 from replaceme.families import Family
@@ -178,6 +179,15 @@ def _added(signals: Signals, names: tuple[Signal, ...], batch: Batch) -> Tensor:
     return torch.stack(states).to(torch.promote_types(states[0].dtype, torch.float32)).sum(dim=0)
 
 
+def refusals(values: Values) -> list[str]:
+    """Return a sentence for each limit that would be ignored."""
+    return [
+        f"{key}: method slicegpt takes from all layers alike; use null."
+        for key in ("min_distance_layer", "max_distance_layer")
+        if values[key] is not None
+    ]
+
+
 METHOD = Method(
     stand_in=lambda params: "nothing",
     statistics=lambda params: (),
@@ -185,5 +195,10 @@ METHOD = Method(
     criterion="width",
     work=work,
     plain=lambda params: params.plain,
+    words="removes parts of layers and no layer",
+    selections=(),
+    several=False,
+    repairs=False,
+    refusals=refusals,
     check=check,
 )
