@@ -438,21 +438,21 @@ def test_families_whose_layers_have_no_mlp_of_their_own_are_refused_for_the_form
     cases: list[tuple[Family, str]] = [
         (
             Family(parallel=True),
-            "llm_streamline_form: mlp is not derived for the family 'x', whose attention and MLP are parallel",
+            "mlp is not derived for the family 'x', whose attention and MLP are parallel",
         ),
         (
             OBSTACLES["norm"],
-            "llm_streamline_form: mlp is not derived for the norm behind the MLP of the family 'x'; use layer.",
+            "mlp is not derived for the norm behind the MLP of the family 'x'; use layer.",
         ),
         (
             OBSTACLES["undescribed"],
-            "llm_streamline_form: mlp is not derived for a family that nobody described, 'x'; use layer.",
+            "mlp is not derived for a family that nobody described, 'x'; use layer.",
         ),
     ]
     for family, said in cases:
         assert family_refusals(values[0], "x", family) == []
         (problem,) = family_refusals(values[1], "x", family)
-        assert problem.startswith(said)
+        assert problem.startswith(f"llm_streamline_form: {said}")
     assert family_refusals(values[1], "x", OBSTACLES["experts"]) == []
 
 
