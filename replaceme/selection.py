@@ -155,9 +155,7 @@ def select(params: Params, work: Workspace) -> None:
     figures: dict[str, Any] = {}
     if criterion == "width":
         blocks: list[Block] = []
-        logger.info(
-            "select: parts of layers go, as many parameters as %d layers have", params.layers_to_skip
-        )
+        logger.info("select: parts of layers go, as many parameters as %d layers have", params.layers_to_skip)
     elif criterion == "loss":
         blocks, figures = _by_loss(params, work, distances, residuals, starts)
     elif criterion == "greedy":
