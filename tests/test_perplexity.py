@@ -78,3 +78,10 @@ def test_windows_come_from_each_text_in_turn_up_to_the_limit() -> None:
 def test_a_text_without_tokens_is_an_error() -> None:
     with pytest.raises(DatasetError, match="tasks: t has no text after tokenization"):
         cut_windows("t", [" "], made_tokenizer(), None)
+
+
+def test_windows_are_no_longer_than_the_positions_that_a_model_has() -> None:
+    model, tokenizer = made_model("gpt2", n_positions=64, max_position_embeddings=64), made_tokenizer()
+    windows = cut_windows("t", [made_text(60)], tokenizer, None, model.config.max_position_embeddings)
+    assert max(map(len, windows.windows)) == 64
+    assert perplexities(window_losses(model, windows, 2, "t"), windows)["token"] > 1

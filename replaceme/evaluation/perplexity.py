@@ -1,4 +1,4 @@
-"""Perplexity on running text, in non-overlapping windows of 1024 tokens.
+"""Perplexity on running text, in non-overlapping windows of 1024 tokens (fewer, where the model can't take as many).
 
 Each window starts as the tokenizer starts a text. With mean negative log-likelihood ``nll`` over the predicted tokens:
 token perplexity is ``exp(nll)``; word and byte perplexity are ``exp(nll · tokens / words)`` and ``exp(nll · tokens /
@@ -38,7 +38,9 @@ class Windows:
         return torch.tensor([len(window) - 1 for window in self.windows], dtype=torch.float64)
 
 
-def cut_windows(task: str, texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, limit: int | None) -> Windows:
+def cut_windows(
+    task: str, texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, limit: int | None, positions: int | None = None
+) -> Windows:
     """Cut texts into windows, the first of each text, then the second of each, and so on.
 
     Args:
@@ -46,12 +48,13 @@ def cut_windows(task: str, texts: Iterable[str], tokenizer: PreTrainedTokenizerB
         texts: running texts; windows never span two of them.
         tokenizer: the model's.
         limit: text tokens to take at most; None takes all.
+        positions: tokens that the model can take at most, where its config says so.
 
     Raises:
         DatasetError: there is nothing to predict.
     """
     prefix = start_of_text(tokenizer)
-    room = WINDOW - len(prefix)
+    room = min(WINDOW, positions or WINDOW) - len(prefix)
     encoded = [_ids(text, tokenizer, prefix, limit) for text in texts]
     windows: list[Tensor] = []
     taken = [0] * len(encoded)  # ids of each text, from its beginning

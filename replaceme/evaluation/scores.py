@@ -90,14 +90,14 @@ def score_model(params: Params, source: Model, name: str, found: dict[str, Any],
         requests: token ids that are known already; what is missing is added.
     """
     use_threads(params.threads)
-    tokenizer = source.tokenizer()
+    tokenizer, positions = source.tokenizer(), getattr(source.config(), "max_position_embeddings", None)
     # All that can go wrong with a task does so before a model is loaded.
     suite = harness.Suite()
     for task in params.tasks:
         if task_kind(task) != "perplexity":
             suite.add(task, found[task_name(task)])
         elif task_name(task) not in requests.windows:
-            windows = cut_windows(task_name(task), task_texts(task), tokenizer, params.eval_tokens)
+            windows = cut_windows(task_name(task), task_texts(task), tokenizer, params.eval_tokens, positions)
             requests.windows[task_name(task)] = windows
         check_unchanged(task, found[task_name(task)])
     model = source.load(params.eval_dtype, resolve_device(params.device), device_map=params.device_map)
