@@ -99,8 +99,8 @@ class Edits:
     parts: str = ""
 
     def basis(self, signal: int) -> Tensor:
-        """Return Q (d, width) float64 of a signal: 2 l enters layer l, 2 l + 1 its MLP's norm, and 2 L the last norm."""
-        return self.bases[signal if len(self.bases) > 1 else 0].double()
+        """Return Q (d, width) of a signal: 2 l enters layer l, 2 l + 1 its MLP's norm, and 2 L the last norm."""
+        return self.bases[signal if len(self.bases) > 1 else 0]
 
     @property
     def width(self) -> int | None:
@@ -115,7 +115,7 @@ class Edits:
     def as_dense(self, layer: int, state: Tensor) -> Tensor:
         """Return the dense model's state behind a kept layer, of the shortened model's (tokens, width)."""
         if self.bases:
-            return state.double() @ self.basis(2 * (layer + 1)).T.to(state.device) / self.stream_scale
+            return state.double() @ self.basis(2 * (layer + 1)).T.to(state.device).double() / self.stream_scale
         return self.scale(layer + 1) * state
 
     def scale(self, layer: int) -> float:

@@ -39,20 +39,26 @@ def sliced_parameters(model: nn.Module, family: Family, edits: Edits) -> Iterato
         edits: the bases.
     """
     layers, scale = family.decoder_layers(model), edits.stream_scale
-    ones = torch.ones_like(edits.basis(0)[0])
+    ones = torch.ones_like(edits.basis(0)[0]).double()
+
+    def weight(name: str) -> Tensor:
+        return model.get_parameter(name).detach().double()
+
+    def basis(signal: int) -> Tensor:
+        return edits.basis(signal).double()
 
     def reads(name: str, norm: str, Q: Tensor) -> Tensor:
-        return model.get_parameter(name).detach().double() * model.get_parameter(norm).detach().double() @ Q / scale
+        return weight(name) @ (weight(norm)[:, None] * Q / scale)
 
     # The head before the embedding, whose weights it may share.
-    yield HEAD, reads(HEAD, LAST_NORM, edits.basis(2 * len(layers)))
+    yield HEAD, reads(HEAD, LAST_NORM, basis(2 * len(layers)))
     yield LAST_NORM, ones
-    yield EMBEDDING, model.get_parameter(EMBEDDING).detach().double() @ edits.basis(0) * scale
+    yield EMBEDDING, weight(EMBEDDING) @ (basis(0) * scale)
     ends = (family.attention, family.attention_output), (family.mlp, family.mlp_output)
     for index, layer in enumerate(layers):
         prefix = f"{family.layers}.{index}."
         for part, (place, end) in enumerate(ends):
-            Q, behind = edits.basis(2 * index + part), edits.basis(2 * index + part + 1)
+            Q, behind = basis(2 * index + part), basis(2 * index + part + 1)
             norm = f"{prefix}{family.rms_norms[part]}.weight"
             for path in linears_within(layer.get_submodule(place)):
                 if f"{place}.{path}" != end:
@@ -60,7 +66,7 @@ def sliced_parameters(model: nn.Module, family: Family, edits: Edits) -> Iterato
                     yield name, reads(name, norm, Q)
             yield norm, ones
             for name in (f"{prefix}{end}.{kind}" for kind, _ in layer.get_submodule(end).named_parameters()):
-                yield name, behind.T @ model.get_parameter(name).detach().double() * scale
+                yield name, (behind * scale).T @ weight(name)
             if len(edits.bases) > 1:
                 yield prefix + SHORTCUTS[part], Q.T @ behind
 

@@ -84,7 +84,7 @@ def _project(stack: ExitStack, family: Family, layers: nn.ModuleList, edits: Edi
         # What the attention adds is made such that with what it is added to, the sum is the projected one.
         between = _between(entering, edits.basis(2 * index + 1), family.multiplier)
         stack.callback(layer.get_submodule(family.attention).register_forward_hook(between).remove)
-    last = edits.basis(2 * len(layers))
+    last = edits.basis(2 * len(layers)).double()
     stack.callback(layers[-1].register_forward_hook(operating(last @ last.T)).remove)
 
 

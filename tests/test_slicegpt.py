@@ -83,7 +83,7 @@ def projected_logits(model: Any, edits: Edits, text: torch.Tensor) -> torch.Tens
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found.detach() - expected).norm() / expected.norm())
+    return float((found - expected).detach().norm() / expected.detach().norm())
 
 
 @pytest.mark.parametrize("one_basis", [False, True])
