@@ -35,10 +35,11 @@ def export(params: Params, work: Workspace) -> None:
     with new_folder(work.model) as folder:
         counts = save_pruned(source, edits, folder)
         write_text(folder / CARD, model_card(params, source, edits, read_json(work.metric("solve"))))
-        pruned = Model(folder, folder.name, trust_remote_code=source.trust_remote_code)
+        plain = not is_own_form(folder)
+        # As any user loads it, by the file that was just written.
+        pruned = Model(folder, folder.name, trust_remote_code=source.trust_remote_code or not plain)
         figures = verify_export(source, pruned, edits, Documents.load(work.documents))
         broken = broken_patterns(pruned.config(), source.family())
-        plain = not is_own_form(folder)
     if broken:
         logger.warning(
             "export: %s no longer follows the family's pattern: transformers and vLLM read it from the config, but a program "
