@@ -93,7 +93,6 @@ class Edits:
     parameters: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     without_attention: dict[int, tuple[str, str]] = field(default_factory=dict)
     bases: list[Tensor] = field(default_factory=list)
-
     kept: dict[tuple[int, Linear], Tensor] = field(default_factory=dict)
     shapes: dict[tuple[int, str], tuple[int, int]] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
