@@ -81,11 +81,6 @@ class Family:
         return self.norm_offset is not None
 
     @property
-    def attention_apart(self) -> bool:
-        """Whether a layer without its attention, and the norm in front of it, is ``h + MLP(norm(h))``."""
-        return not (self.parallel or self.norm_after_mlp or self.detected)
-
-    @property
     def obstacle(self) -> Obstacle | None:
         """What keeps some settings from being exact, or from being derived."""
         return "norm" if self.norm_after_mlp else "experts" if self.experts else "undescribed" if self.detected else None

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from replaceme.compute import require_resident
 from replaceme.documents import Documents
 from replaceme.edits import Edits, features_of
 from replaceme.errors import ParameterError
@@ -134,8 +135,10 @@ def importance_of(
         crops: (texts, tokens) ids.
 
     Raises:
+        ModelError: weights of these layers are not on a device.
         ParameterError: the numbers overflow.
     """
+    require_resident({layer: family.decoder_layers(model)[layer] for layer in layers}, "whose gradients are wanted")
     found: dict[tuple[int, Linear], Tensor] = {
         (layer, linear): torch.zeros(count, dtype=torch.float64) for layer in layers for linear, count in groups.items()
     }

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
@@ -15,7 +16,7 @@ from replaceme import commands
 from replaceme.combinations import family_refusals
 from replaceme.documents import Documents
 from replaceme.edits import Edits
-from replaceme.errors import ParameterError, VerificationError
+from replaceme.errors import ModelError, ParameterError, VerificationError
 from replaceme.evaluation.kv_cache import cache_bytes_per_token, filled_cache
 from replaceme.export import save_pruned
 from replaceme.families import FAMILIES, PRE_NORM, Family, Linear, family_of, parameter_of
@@ -191,6 +192,17 @@ def test_the_least_important_groups_go() -> None:
     assert least(importance, 2).tolist() == [True, False, True, False, True]
     assert least(importance, 1).tolist() == [True, False, True, True, True]
     assert least(importance, 0).all()
+
+
+def test_weights_that_are_there_only_while_the_model_computes_are_refused(tmp_path: Path) -> None:
+    # As device_map leaves a layer that no device has room for: its gradients would go to copies, and all its importance be 0.
+    places = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    places |= {f"model.layers.{layer}": "disk" if layer == 3 else "cpu" for layer in range(LAYERS)}
+    model = dispatch_model(made_model(), places, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
+    family = family_of(model.config)
+    width = width_of(model, family, range(2, 5))
+    with pytest.raises(ModelError, match=r"device_map: layer 3, whose gradients are wanted, does not fit the GPUs"):
+        importance_of(model, family, width.layers, width.groups, crops_of(pieces()))
 
 
 def test_an_overflow_is_named(tiny: Model) -> None:

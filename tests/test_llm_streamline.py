@@ -49,7 +49,9 @@ from tests.test_refit import many_documents
 TEXT = torch.arange(2, 42)[None]
 HOST, END = 1, 4
 METHOD = METHODS["llm_streamline"]
-APART = [kind for kind in KINDS if family_of(made_model(kind).config).attention_apart]
+# Families whose layers can be left without their attention.
+MLP_ALONE = read_params(None, {"method": "llm_streamline", "llm_streamline_form": "mlp"}, METHODS).model_dump()
+APART = [kind for kind in KINDS if not family_refusals(MLP_ALONE, kind, family_of(made_model(kind).config))]
 
 
 def lesson_of(model: Any, documents: Documents, silent: str | None = None, host: int = HOST, end: int = END) -> Lesson:

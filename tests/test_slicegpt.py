@@ -14,7 +14,7 @@ from replaceme.calibration import calibrate
 from replaceme.combinations import family_refusals
 from replaceme.documents import Documents
 from replaceme.edits import Edits
-from replaceme.errors import ParameterError, SolveError, VerificationError
+from replaceme.errors import ModelError, ParameterError, SolveError, VerificationError
 from replaceme.evaluation.scores import evaluate, score_baseline
 from replaceme.export import export, save_pruned
 from replaceme.families import family_of
@@ -182,6 +182,13 @@ def projected_middle(seen: dict[str, np.ndarray], known: list[np.ndarray]) -> np
     return seen["input"] @ known[-1] @ known[-1].T + seen["attention"]
 
 
+def test_a_layer_whose_weights_are_on_no_device_is_refused(documents: Documents, tmp_path: Path) -> None:
+    model = made_model()
+    model.model.layers[3].to("meta")
+    with pytest.raises(ModelError, match=r"device_map: layer 3, whose MLP is computed by itself, does not fit the GPUs"):
+        next(bases_in_order(bench_of(model, documents, tmp_path), 16))
+
+
 def test_the_shared_basis_is_of_all_signals_together(documents: Documents, tmp_path: Path) -> None:
     model = made_model()
     ((Q, share),) = shared_basis(bench_of(model, documents, tmp_path, plain=True), 16)
@@ -241,7 +248,7 @@ def test_families_are_sliced_or_refused_with_the_reason() -> None:
     }.items():  # fmt: skip
         (problem,) = said[kind]
         assert problem.startswith(f"method: slicegpt is refused for the family '{kind}': {reason}")
-    assert family_refusals({**values, "method": "uidl"}, "gpt2", None, "a reason") == []
+    assert family_refusals({**values, "method": "uidl"}, "gpt2", family_of(made_model("gpt2").config)) == []
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from replaceme.checkpoints import key_of
+from replaceme.compute import require_resident
 from replaceme.curves import write_curves
-from replaceme.errors import ModelError
 from replaceme.families import in_torch_layout, parameter_of
 from replaceme.files import PARTIAL, remove
 from replaceme.forward import Keep, walk
@@ -34,11 +34,7 @@ def work(bench: Bench) -> dict[str, Any]:
     params, model, family = bench.params, bench.model, bench.family
     (block,) = bench.plan.blocks
     host = family.decoder_layers(model)[block.host]
-    if any(parameter.is_meta for parameter in host.parameters()):
-        raise ModelError(
-            f"device_map: layer {block.host}, which is to be trained, does not fit the GPUs beside the others; use null, or "
-            "another machine."
-        )
+    require_resident({block.host: host}, "which is to be trained")
     bare = (family.attention, family.attention_norm) if params.llm_streamline_form == "mlp" else None
     shape, folder = (bench.documents.token_count, int(model.config.hidden_size)), bench.folder / f"training{PARTIAL}"
     course = Course(params.llm_streamline_learning_rate, params.llm_streamline_epochs, params.batch_size)

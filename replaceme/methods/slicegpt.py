@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from replaceme.combinations import Values
+from replaceme.compute import require_resident
 from replaceme.documents import Batch
 from replaceme.errors import SolveError
 from replaceme.families import Family
@@ -75,6 +76,7 @@ def bases_in_order(bench: Bench, width: int) -> Iterator[tuple[Tensor, float]]:
     """Yield Q and its share of each signal, in order, each signal being made of the sliced ones in front of it."""
     model, family = bench.model, bench.family
     layers, d = family.decoder_layers(model), int(model.config.hidden_size)
+    require_resident(dict(enumerate(layers)), "whose MLP is computed by itself")
     with scratch(1, (bench.documents.token_count, d), model.dtype, bench.folder, "slicing") as (states,):
         gram = _watched(bench, 0, ("input",), states, None)
         for index, layer in enumerate(progress(layers, "slicing layers", "layers")):
