@@ -25,7 +25,7 @@ SETTINGS = (
     "method", "model_path", "revision", "trust_remote_code", "use_4bit", "dataset", "dataset_config", "dataset_split",
     "dataset_column", "dataset_revision", "dataset_size", "max_length", "pack", "seed", "batch_size", "dtype", "threads",
     "selection", "layers_to_skip", "min_distance_layer", "max_distance_layer", "num_A", "merge_consecutive", "transform",
-    "alpha", "repair", *EFFECTS,
+    "repair", *EFFECTS,
 )  # fmt: skip
 SCORING = ("tasks", "eval_tokens", "eval_batch_size", "eval_dtype")
 # What the dense model's own card says of it that holds for the pruned one too.
@@ -108,7 +108,11 @@ def _changes(source: Model, edits: Edits, solved: dict[str, Any]) -> list[str]:
         if corrected := [layer for layer, name in edits.corrections if name == linear]:
             lines += [f"The weights of the {words} of layer {_runs(corrected)} were solved for anew, likewise."]
     if trained := sorted({layer for layer, _ in edits.parameters}):
-        lines += [f"The weights of layer {_runs(trained)} were found by training on calibration text."]
+        speaks = all(bool(value.any()) for value in edits.parameters.values())
+        lines += [
+            f"The weights of layer {_runs(trained)} were found by training on calibration text"
+            f"{'' if speaks else '; its attention is left with weights of 0, so that it adds nothing'}."
+        ]
     if edits.without_attention:
         lines += [f"Layer {_runs([*edits.without_attention])} has no attention any more."]
     if scalars := {layer: float(P) for layer, P in sorted(edits.operators.items()) if not P.ndim}:

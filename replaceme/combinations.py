@@ -55,6 +55,7 @@ def _repairs(values: Values) -> bool:
 
 # Parameters that not every setting uses: what they belong to, when they have an effect.
 EFFECTS: Mapping[str, tuple[str, Callable[[Values], bool]]] = {
+    "alpha": ("methods lstsq, cosine and ghosted", lambda values: values["method"] in ("lstsq", "cosine", "ghosted")),
     "laco_layers": ("method laco", _merges),
     "laco_interval": ("method laco", _merges),
     "laco_threshold": ("method laco", _merges),

@@ -71,7 +71,7 @@ def save_pruned(source: Model, edits: Edits, folder: Path) -> dict[str, int]:
     model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
     (folder / "generation_config.json").unlink(missing_ok=True)
     if form := edits.form(source.family().layers):
-        write_own_form(folder, form)
+        write_own_form(folder, form, type(source.tokenizer()).__name__)
     for path in source.files(COPIED_FILES):
         shutil.copyfile(path, folder / path.name)
     return {"parameters": parameter_count(model), "parameters_dense": dense_parameters}

@@ -36,12 +36,13 @@ def check_own_form(config: Any, kind: str) -> None:
         )
 
 
-def write_own_form(folder: Path, pruned: dict[str, Any]) -> None:
+def write_own_form(folder: Path, pruned: dict[str, Any], tokenizer: str) -> None:
     """Make a saved model one of our form.
 
     Args:
         folder: where a reshaped model (``replaceme.modeling_pruned.reshape``) was saved as its family's own class.
         pruned: what it was reshaped by.
+        tokenizer: the class of its tokenizer, which would be found by the family's name otherwise.
     """
     config = read_json(folder / "config.json")
     (model,) = config["architectures"]
@@ -49,7 +50,7 @@ def write_own_form(folder: Path, pruned: dict[str, Any]) -> None:
     own = {"model_type": KIND + config["model_type"], "architectures": [AUTO_MAP[AUTO].split(".")[1]], "auto_map": AUTO_MAP}
     # The family's own config might refuse the width.
     width = {"hidden_size": pruned["width"]} if "width" in pruned else {}
-    write_json(folder / "config.json", {**config, **own, **width, "pruned": pruned})
+    write_json(folder / "config.json", {**config, **own, **width, "tokenizer_class": tokenizer, "pruned": pruned})
     write_text(folder / FILE, _rendered({"CONFIG": base, "MODEL": model}))
 
 

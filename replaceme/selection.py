@@ -7,6 +7,9 @@ A block ``[start, end)`` leaves host ``start − 1`` in front of it, so ``start`
 - ``loss``: of the few cuts with the smallest residuals (angles, where no map takes the block's place), the one whose
   shortened model predicts held-out calibration text best (``replaceme.cut_loss``).
 
+- ``mean_cosine``: the highest mean cosine, over all tokens, of what enters the block and what leaves it (LinearPatch, arXiv
+  2505.24680; Ghosted, arXiv 2605.15491).
+
 Two criteria choose single layers, and a block is a run of them:
 
 - ``influence``: the layers that change their input least (ShortGPT, arXiv 2403.03853): ``replaceme.profile``.
@@ -75,7 +78,7 @@ def allowed_starts(params: Params, layers: int) -> range:
         raise ParameterError(
             f"dataset_size: selection loss holds documents out and needs at least {HELD_OUT_EVERY}, not {params.dataset_size}."
         )
-    if params.num_A > 1 and criterion not in ("angular", "residual"):
+    if params.num_A > 1 and criterion not in ("angular", "residual", "mean_cosine"):
         raise ParameterError(f"selection: {criterion} makes one choice; with several blocks (num_A) use residual or angular.")
     if criterion == "width":  # no block has to find room
         return range(first, end)
@@ -179,6 +182,9 @@ def select(params: Params, work: Workspace) -> None:
             blocks[0].end - 1,
             figures["mean_cosine"],
         )
+    elif criterion == "mean_cosine":
+        # Of what leaves the host, which enters the block.
+        blocks = several([[-cosine for cosine in row] for row in profile["mean_cosine"][1:]], starts, params)
     else:
         blocks = several(residuals if criterion == "residual" else distances, starts, params)
     if criterion != "compensated" and METHODS[params.method].stand_in(params) == "scalar":

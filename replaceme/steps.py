@@ -101,7 +101,7 @@ STEPS: Mapping[str, Step] = {
     "activations": Step(observe_activations, PASS, ("model_input", "documents", "plan"), "statistics"),
     "solve": Step(
         solve,
-        ("method", "transform", "alpha", *SOLVING, "device", "threads"),
+        ("method", "transform", *SOLVING, "device", "threads"),
         ("plan", "statistics"),
         "solution",
         ("solve",),
@@ -109,7 +109,7 @@ STEPS: Mapping[str, Step] = {
     "repair": Step(
         repair,
         (
-            "method", "transform", "alpha", "layers_to_skip", "min_distance_layer", "max_distance_layer", "repair", *TRAINING,
+            "method", "transform", "layers_to_skip", "min_distance_layer", "max_distance_layer", "repair", *TRAINING,
             *REPAIRING, *SOLVING, *PASS,
         ),
         ("model_input", "documents", "plan", "solution"),

@@ -435,7 +435,7 @@ def test_families_whose_heads_cannot_be_cut_out_are_refused_with_the_reason(kind
     ("kind", "options", "said"),
     [
         ("gpt2", {}, "method: llm_pruner is refused for the family 'gpt2': one linear makes its queries, keys and values"),
-        ("llama", {}, "min_distance_layer: method llm_pruner takes nothing from the first 4 layers and the last 2"),
+        ("llama", {}, "min_distance_layer: of the model's 6 layers, none is between layer 4 and layer 4; set it"),
         ("llama", {"min_distance_layer": 2, "max_distance_layer": 3}, "layers_to_skip: 2 layers have more parameters than"),
         ("gptj", {"plain": True}, "plain: the family's own config can't say what would be left"),
     ],

@@ -189,12 +189,13 @@ def test_a_layer_whose_weights_are_on_no_device_is_refused(documents: Documents,
         next(bases_in_order(bench_of(model, documents, tmp_path), 16))
 
 
-def test_the_shared_basis_is_of_all_signals_together(documents: Documents, tmp_path: Path) -> None:
+def test_the_shared_basis_is_of_all_signals_together_as_the_norms_see_them(documents: Documents, tmp_path: Path) -> None:
     model = made_model()
     ((Q, share),) = shared_basis(bench_of(model, documents, tmp_path, plain=True), 16)
     seen = [passing(model, layer, documents) for layer in range(LAYERS)]
     signals = [state for each in seen for state in (each["input"], each["middle"])] + [seen[-1]["output"]]
-    gram = sum(h.T @ h for h in signals)
+    units = [h / np.linalg.norm(h, axis=1, keepdims=True) for h in signals]
+    gram = sum(h.T @ h for h in units)
     projector, _ = leading(gram, 16)
     assert np.abs(Q.numpy() @ Q.numpy().T - projector).max() < 1e-3
     values = np.linalg.eigvalsh(gram)

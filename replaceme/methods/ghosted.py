@@ -43,6 +43,7 @@ METHOD = Method(
     stand_in=lambda params: "map",
     statistics=lambda params: (_stream(params), "sample"),
     solve=solve,
+    criterion="mean_cosine",
     plain=lambda params: False,
     words="maps the whole state behind the host",
 )

@@ -60,6 +60,7 @@ METHOD = Method(
     stand_in=lambda params: "nothing",
     statistics=lambda params: (_magnitudes(params), "stream", "sample"),
     solve=solve,
+    criterion="mean_cosine",
     plain=lambda params: False,
     words="maps the whole state behind the host",
     check=check,

@@ -26,8 +26,8 @@ def layers_of(params: Params, count: int) -> range:
     layers = range(params.min_distance_layer or FIRST, params.max_distance_layer or count - LAST)
     if not layers:
         raise ParameterError(
-            f"min_distance_layer: method llm_pruner takes nothing from the first {FIRST} layers and the last {LAST}, unless "
-            f"min_distance_layer and max_distance_layer say so, and that leaves none of the model's {count}; set them."
+            f"min_distance_layer: of the model's {count} layers, none is between layer {layers.start} and layer {layers.stop}; "
+            f"set it and max_distance_layer (null takes nothing from the first {FIRST} layers and the last {LAST})."
         )
     return layers
 

@@ -21,7 +21,9 @@ Statistics = Callable[[str], Mapping[str, Tensor]]
 # By what a cut is chosen (``replaceme.selection``).
 # "width": no layer goes, but parts of layers do.
 # "window": the layer in front goes too, and another one comes in its place.
-Criterion = Literal["angular", "residual", "loss", "influence", "greedy", "collapse", "compensated", "width", "window"]
+Criterion = Literal[
+    "angular", "residual", "loss", "influence", "greedy", "collapse", "compensated", "width", "window", "mean_cosine"
+]
 # What can take a block's place: nothing, a factor, a linear map, or new weights of the linear that ends the host's MLP.
 StandIn = Literal["nothing", "scalar", "map", "refit"]
 

@@ -5,7 +5,8 @@ other, each signal is computed from those in front of it as they are when sliced
 projected, and are sent through one attention or one MLP, so that every layer is computed once. The published damping adds the
 same to every eigenvalue; it changes no eigenvector, and is left out.
 
-With ``plain`` one basis serves all signals, of their sums together, and the result is the family's own class.
+With ``plain`` one basis serves all signals of the dense model together, and the result is the family's own class. There each
+token's state counts as the norm sees it, with length 1: of the states as they are, the last layers' would decide alone.
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,7 @@ from replaceme.params import Params
 from replaceme.progress import logger, progress
 from replaceme.scratch import scratch
 from replaceme.slicing import fitting_width
+from replaceme.weights import token_weights
 
 # Tokens that an MLP computes at once.
 ROWS = 2048
@@ -159,7 +161,7 @@ class Watch:
 
 
 class Pool:
-    """Observer of all signals of a model: ``gram`` is their Σ hᵀh together."""
+    """Observer of all signals of a model: ``gram`` is Σ hᵀh / ‖h‖² of all of them together."""
 
     def __init__(self, layers: int, d: int):
         self.layers, self.gram = layers, torch.zeros(d, d, dtype=torch.float64)
@@ -172,7 +174,7 @@ class Pool:
         if "output" in signals:
             states.append(_added(signals, ("output",), batch))
         for state in states:
-            self.gram = self.gram.to(state.device).add_(squares(state))
+            self.gram = self.gram.to(state.device).add_(squares(state * token_weights(state).sqrt()))
 
 
 def _added(signals: Signals, names: tuple[Signal, ...], batch: Batch) -> Tensor:

@@ -15,6 +15,7 @@ CRITERIA = {
     "angular": "the smallest angular distance",
     "residual": "the smallest residual",
     "loss": "the smallest loss among the cuts with the smallest residuals",
+    "mean_cosine": "the highest mean cosine of the state in front of it and the one behind",
     "influence": "the smallest influence on their input",
     "greedy": "the smallest loss without them, one by one",
     "window": "the highest mean cosine of what enters the layer that is trained and what leaves the last one",
