@@ -398,7 +398,8 @@ def test_the_stages_choose_train_and_export(options: dict[str, Any], params: Par
     assert not [path for path in work.edits.parent.iterdir() if "partial" in path.name]
     card = (work.model / "README.md").read_text(encoding="utf-8")
     assert "with LLM-Streamline (a trained" in card
-    assert f"The weights of layer {block.host} were found by training on calibration text." in card
+    assert f"The weights of layer {block.host} were found by training on calibration text" in card
+    assert ("its attention is left with weights of 0" in card) == bool(options.get("plain"))
     assert "llm_streamline_epochs: 3" in card
     loaded = Model(work.model, "pruned").load()
     assert loaded.config.num_hidden_layers == LAYERS - 2
