@@ -26,7 +26,8 @@ def solve(params: Params, work: Workspace) -> None:
     # Later blocks are solved in the repair stage; a method that takes away parts of layers has none at all.
     block = plan.blocks[0] if plan.blocks else Block(0, 0)
     solved = METHODS[params.method].solve(params, block, statistic)
-    solved.edits.removed_layers, solved.edits.mixtures = plan.removed_layers, plan.mixtures
+    solved.edits.removed_layers = plan.removed_layers
+    solved.edits.mixtures |= plan.mixtures
     solved.edits.operators |= {host: torch.tensor(scale, dtype=torch.float64) for host, scale in plan.scales.items()}
     removed = len(plan.removed_layers)
     with new_folder(work.solution) as folder:
@@ -34,8 +35,8 @@ def solve(params: Params, work: Workspace) -> None:
         write_text(folder / "residuals.csv", _ridge_table(solved.ridge_path))
         write_text(folder / "loss.csv", _loss_table(solved.loss_curve))
     write_json(work.metric("solve"), rounded({"removed_layers": removed, **solved.figures}))
-    if plan.mixtures:
-        logger.info("solve: %d layers go, merged into %d that stay", removed, len(plan.mixtures))
+    if mixtures := solved.edits.mixtures:
+        logger.info("solve: %d layers go, merged into %d that stay", removed, len(mixtures))
     elif plan.scales:
         listed = ", ".join(f"{scale:.4f} behind layer {host}" for host, scale in plan.scales.items())
         logger.info("solve: %d layers go, and the state is scaled in their place: %s", removed, listed)
