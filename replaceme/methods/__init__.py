@@ -1,6 +1,7 @@
 """The methods by name. A new one is a module with a ``Method`` in it, and one line here; nothing else names it."""
 
 from replaceme.methods import (
+    average,
     cosine,
     ghosted,
     laco,
@@ -13,10 +14,11 @@ from replaceme.methods import (
     sleb,
     slicegpt,
     uidl,
-)  # fmt: skip
+)
 from replaceme.methods.method import Method
 
 METHODS: dict[str, Method] = {
+    "average": average.METHOD,
     "cosine": cosine.METHOD,
     "ghosted": ghosted.METHOD,
     "laco": laco.METHOD,
