@@ -25,7 +25,7 @@ SETTINGS = (
     "method", "model_path", "revision", "trust_remote_code", "use_4bit", "dataset", "dataset_config", "dataset_split",
     "dataset_column", "dataset_revision", "dataset_size", "max_length", "pack", "seed", "batch_size", "dtype", "threads",
     "selection", "layers_to_skip", "min_distance_layer", "max_distance_layer", "num_A", "merge_consecutive", "transform",
-    "alpha", "repair", *EFFECTS,
+    "repair", *EFFECTS,
 )  # fmt: skip
 SCORING = ("tasks", "eval_tokens", "eval_batch_size", "eval_dtype")
 # What the dense model's own card says of it that holds for the pruned one too.
@@ -51,14 +51,15 @@ def model_card(
         results: the same for the hub.
     """
     removed, layers = edits.removed_layers, int(source.config().num_hidden_layers)
-    title = f"{source.name} without {len(removed)} of its {layers} layers"
-    parts = ["---", _metadata(source, title, results), "---", "", f"# {title}", "", *_changes(source, edits, solved)]
+    title = f"{source.name} without {edits.parts or f'{len(removed)} of its {layers} layers'}"
+    kind = "width-pruning" if edits.parts else "depth-pruning"
+    parts = ["---", _metadata(source, title, kind, results), "---", "", f"# {title}", "", *_changes(source, edits, solved)]
     if scores:
         parts += ["", "## Scores", "", scores]
     return "\n".join([*parts, "", "## How to reproduce", "", *_reproduction(params, source, bool(scores))])
 
 
-def _metadata(source: Model, title: str, results: Sequence[EvalResult]) -> str:
+def _metadata(source: Model, title: str, kind: str, results: Sequence[EvalResult]) -> str:
     """Return the card's YAML block, which the hub reads."""
     known = _own_metadata(source)
     return ModelCardData(
@@ -67,7 +68,7 @@ def _metadata(source: Model, title: str, results: Sequence[EvalResult]) -> str:
         **{key: known.get(key) for key in INHERITED},
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["pruned", "depth-pruning", "replaceme"],
+        tags=["pruned", kind, "replaceme"],
         model_name=title if results else None,
         eval_results=list(results) or None,
     ).to_yaml()
@@ -90,9 +91,8 @@ def _own_metadata(source: Model) -> dict[str, Any]:
 def _changes(source: Model, edits: Edits, solved: dict[str, Any]) -> list[str]:
     """Return the sentences that say what was removed, and what took its place."""
     commit = f" (commit {source.commit})" if source.commit else ""
-    lines = [
-        f"Layers {_runs(edits.removed_layers)} (counted from 0) were removed from `{source.name}`{commit} with {edits.title}."
-    ]
+    what = edits.parts[:1].upper() + edits.parts[1:] or f"Layers {_runs(edits.removed_layers)} (counted from 0)"
+    lines = [f"{what} were removed from `{source.name}`{commit} with {edits.title}."]
     if edits.transforms:
         hosts = ", ".join(map(str, sorted(edits.transforms)))
         lines += [
@@ -107,8 +107,22 @@ def _changes(source: Model, edits: Edits, solved: dict[str, Any]) -> list[str]:
     for linear, words in linears:
         if corrected := [layer for layer, name in edits.corrections if name == linear]:
             lines += [f"The weights of the {words} of layer {_runs(corrected)} were solved for anew, likewise."]
-    if any(P.ndim for P in edits.operators.values()):
-        lines += ["The state behind the cut goes through a linear map of its own."]
+    if trained := sorted({layer for layer, _ in edits.parameters}):
+        speaks = all(bool(value.any()) for value in edits.parameters.values())
+        lines += [
+            f"The weights of layer {_runs(trained)} were found by training on calibration text"
+            f"{'' if speaks else '; its attention is left with weights of 0, so that it adds nothing'}."
+        ]
+    if edits.without_attention:
+        lines += [f"Layer {_runs([*edits.without_attention])} has no attention any more."]
+    if scalars := {layer: float(P) for layer, P in sorted(edits.operators.items()) if not P.ndim}:
+        listed = ", ".join(f"by {1 / scale:.4g} behind layer {layer}" for layer, scale in scalars.items())
+        lines += [
+            "The residual stream lacks the magnitude that the removed layers gave it. To make up for that, what all layers "
+            f"behind the cut add to it was multiplied {listed}: no new parameter, the same architecture."
+        ]
+    if mapped := [layer for layer, P in edits.operators.items() if P.ndim]:
+        lines += [f"The whole state behind layer {_runs(mapped)} goes through a linear map of its own."]
     if edits.form(""):
         lines += [
             "",
@@ -117,7 +131,7 @@ def _changes(source: Model, edits: Edits, solved: dict[str, Any]) -> list[str]:
         ]
     for key in ("relative_residual", "weighted_residual"):
         if key in solved:
-            where = "the first cut" if len(edits.transforms) > 1 else "the cut"
+            where = "the first cut" if len(edits.transforms | edits.operators) > 1 else "the cut"
             lines += ["", f"Relative residual of the fit at {where}: {solved[key]:.4g}."]
     return lines
 

@@ -1,15 +1,14 @@
 """Which parameters go together: what can't be done is refused by name, and what has no effect is said to have none."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 Values = Mapping[str, Any]
 Obstacle = Literal["norm", "experts", "undescribed"]
 
-# The methods that put nothing in the place of what they remove.
-DROPPING = ("uidl", "shortgpt", "sleb")
-# Those that remove no layer, but parts of layers.
-NARROWING = ("slicegpt",)
+SELECTIONS = ("angular", "residual", "loss", "influence", "greedy")
+TRANSFORMS = ("dense", "diagonal", "two_vectors", "triangular", "orthogonal", "refit", "joint")
 
 OBSTACLES: Mapping[Obstacle, str] = {
     "norm": "the norm behind the MLP of the family",
@@ -22,8 +21,20 @@ def _merges(values: Values) -> bool:
     return bool(values["method"] == "laco")
 
 
-def _narrows(values: Values) -> bool:
-    return values["method"] in NARROWING
+def _scales(values: Values) -> bool:
+    return bool(values["method"] == "prune_and_comp")
+
+
+def _streamlines(values: Values) -> bool:
+    return bool(values["method"] == "llm_streamline")
+
+
+def _without_attention(values: Values) -> bool:
+    return _streamlines(values) and values["llm_streamline_form"] == "mlp"
+
+
+def _has_plain(values: Values) -> bool:
+    return values["method"] in ("slicegpt", "llm_pruner") or _without_attention(values)
 
 
 def _iterates(values: Values) -> bool:
@@ -44,10 +55,16 @@ def _repairs(values: Values) -> bool:
 
 # Parameters that not every setting uses: what they belong to, when they have an effect.
 EFFECTS: Mapping[str, tuple[str, Callable[[Values], bool]]] = {
-    "plain": ("method slicegpt", _narrows),
+    "alpha": ("methods lstsq, cosine and ghosted", lambda values: values["method"] in ("lstsq", "cosine", "ghosted")),
     "laco_layers": ("method laco", _merges),
     "laco_interval": ("method laco", _merges),
     "laco_threshold": ("method laco", _merges),
+    "linearpatch_form": ("method linearpatch", lambda values: bool(values["method"] == "linearpatch")),
+    "ghosted_weighted": ("method ghosted", lambda values: bool(values["method"] == "ghosted")),
+    "llm_streamline_form": ("method llm_streamline", _streamlines),
+    "llm_streamline_learning_rate": ("method llm_streamline", _streamlines),
+    "llm_streamline_epochs": ("method llm_streamline", _streamlines),
+    "plain": ("methods slicegpt, llm_pruner and (in form mlp) llm_streamline", _has_plain),
     "refit_ridge": ("transform refit or joint", _refits),
     "repair_ridge_attention": ("repair", _repairs),
     "repair_ridge_mlp": ("repair", _repairs),
@@ -80,89 +97,83 @@ def without_effect(given: Values, values: Values, defaults: Values) -> list[str]
     ]
 
 
-def refusals(values: Values) -> list[str]:
-    """Return a sentence for each combination that would not be what its names say."""
-    method, transform, loss, solver = (values[key] for key in ("method", "transform", "loss", "solver"))
-    problems = []
-    if method in DROPPING and transform != "dense":
-        problems.append(
-            f"transform: {transform} has no place in method {method}, which puts nothing in the block's place; use dense."
-        )
-    if _merges(values):
-        problems += _merge_refusals(values)
-    if _narrows(values):
-        problems += _width_refusals(values)
-    if not _iterates(values):
-        return problems
-    if transform == "orthogonal":
-        problems.append("transform: orthogonal is fitted by least squares alone; use method lstsq.")
-    if _refits(values):
-        problems.append(
-            f"transform: {transform} solves least squares for the host's own weights and has no other objective; use method "
-            "lstsq, or transform dense, diagonal, two_vectors or triangular."
-        )
-    if loss == "elastic_net" and solver in ("cg", "trust_region"):
-        problems.append(f"solver: {solver} needs a smooth objective, and loss elastic_net has a kink at 0; use lbfgs or adam.")
-    if loss == "elastic_net" and transform == "two_vectors":
-        problems.append(
-            "transform: two_vectors has no entries of its own that loss elastic_net could set to 0; use dense, diagonal or "
-            "triangular, or loss mse."
-        )
-    return problems
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """The settings that a method takes.
+
+    Attributes:
+        words: what it does with what goes, behind "which"; for the sentence that refuses a setting.
+        transforms: the transforms that it can make of what takes the block's place.
+        selections: the criteria, beside its own, by which its cut can be chosen.
+        several: whether it can remove several blocks (``num_A``).
+        repairs: whether the kept layers behind can be repaired on top of it.
+        packed: whether a calibration model with 4-bit weights will do.
+        refusals: a sentence for each setting, of all parameters' values, that has no place in it for other reasons.
+    """
+
+    words: str = "puts nothing in the block's place"
+    transforms: tuple[str, ...] = ("dense",)
+    selections: tuple[str, ...] = SELECTIONS
+    several: bool = True
+    repairs: bool = True
+    packed: bool = True
+    refusals: Callable[[Values], list[str]] = lambda values: []
 
 
-def _merge_refusals(values: Values) -> list[str]:
-    problems = []
-    if values["transform"] != "dense":
-        problems.append(
-            f"transform: {values['transform']} has no place in method laco, which merges the layers' own weights; use dense."
-        )
-    if values["selection"] is not None:
-        problems.append(
-            f"selection: {values['selection']} has no place in method laco, which chooses by what layers merge to; use null."
-        )
-    if values["num_A"] > 1:
-        problems.append("num_A: method laco makes as many merges as layers_to_skip takes; use 1.")
-    return problems
+def refusals(values: Values, method: Limits) -> list[str]:
+    """Return a sentence for each setting that has no place in a method, or would not be what its name says.
+
+    Args:
+        values: all parameters' values.
+        method: the method that they name.
+    """
+    selection, several = values["selection"], values["num_A"] > 1
+    wrong = {
+        "transform": (values["transform"] not in method.transforms, "dense"),
+        "selection": (selection is not None and selection not in method.selections, " or ".join(["null", *method.selections])),
+        "num_A": (several and not method.several, "1"),
+        "repair": (values["repair"] and not method.repairs, "false"),
+        "use_4bit": (values["use_4bit"] and not method.packed, "false"),
+    }
+    return [
+        f"{key}: {_shown(values[key])} has no place in method {values['method']}, which {method.words}; use {right}."
+        for key, (refused, right) in wrong.items()
+        if refused
+    ] + method.refusals(values)
 
 
-def _width_refusals(values: Values) -> list[str]:
-    method, problems = values["method"], []
-    place = f"has no place in method {method}, which removes parts of layers and no layer; use"
-    if values["transform"] != "dense":
-        problems.append(f"transform: {values['transform']} {place} dense.")
-    if values["selection"] is not None:
-        problems.append(f"selection: {values['selection']} {place} null.")
-    if values["num_A"] > 1:
-        problems.append(f"num_A: {values['num_A']} {place} 1.")
-    if _repairs(values):
-        problems.append(f"repair: is not derived for method {method}; use false.")
-    if method == "slicegpt":
-        problems += [
-            f"{key}: method slicegpt takes from all layers alike; use null."
-            for key in ("min_distance_layer", "max_distance_layer")
-            if values[key] is not None
-        ]
-    return problems
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def family_refusals(values: Values, kind: str, obstacle: Obstacle | None, against_slicing: str | None = None) -> list[str]:
+def family_refusals(values: Values, kind: str, family: Any) -> list[str]:
     """Return a sentence for each parameter that would not be exact, or is not derived, for a model's family.
 
     Args:
         values: all parameters' values.
         kind: the family's name.
-        obstacle: what stands between the MLP's last linear and the residual stream; or that nobody described the family.
-        against_slicing: why its residual stream can't be made narrower.
+        family: its description (``replaceme.families``).
     """
-    if values["method"] == "slicegpt":
-        if against_slicing:
-            return [f"method: slicegpt is refused for the family '{kind}': {against_slicing}; use another method."]
-        return []
+    method, transform, problems = values["method"], values["transform"], []
+    if method == "llm_pruner" and family.uncut:
+        return [f"method: llm_pruner is refused for the family '{kind}': {family.uncut}; use another method."]
+    if method == "slicegpt" and family.unsliced:
+        return [f"method: slicegpt is refused for the family '{kind}': {family.unsliced}; use another method."]
+    if _scales(values) and not family.norm_before:
+        problems.append(
+            f"method: prune_and_comp scales the residual stream, and not all that reads it in the family '{kind}' does so "
+            "through a norm: no scalar folds; use shortgpt."
+        )
+    if family.parallel and _without_attention(values):
+        problems.append(
+            f"llm_streamline_form: mlp is not derived for the family '{kind}', whose attention and MLP are parallel; use layer."
+        )
+    obstacle: Obstacle | None = family.obstacle
     if obstacle is None:
-        return []
-    method, transform = values["method"], values["transform"]
-    place, problems = f"{OBSTACLES[obstacle]} '{kind}'", []
+        return problems
+    place = f"{OBSTACLES[obstacle]} '{kind}'"
+    if _without_attention(values) and obstacle != "experts":
+        problems.append(f"llm_streamline_form: mlp is not derived for {place}; use layer.")
     if obstacle == "experts" and _merges(values):
         problems.append(f"method: laco is not derived for {place}, where no expert is the next layer's; use another method.")
     if obstacle == "norm" and method == "cosine":

@@ -1,10 +1,12 @@
 """Where and with how many threads to compute."""
 
 import os
+from collections.abc import Mapping
 
 import torch
+from torch import nn
 
-from replaceme.errors import ResourceError
+from replaceme.errors import ModelError, ResourceError
 
 
 def resolve_device(device: str) -> str:
@@ -22,3 +24,17 @@ def use_threads(threads: int) -> None:
     """Fix the number of threads: another number sums in another order and gives other last bits."""
     torch.set_num_threads(threads)
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
+
+
+def require_resident(layers: Mapping[int, nn.Module], words: str) -> None:
+    """Raise ModelError where ``device_map`` left weights off the devices: they are there only while the whole model computes.
+
+    Args:
+        layers: by their positions, those that are worked on by themselves.
+        words: what is done with them, behind a layer's number.
+    """
+    for position, layer in layers.items():
+        if any(parameter.is_meta for parameter in layer.parameters()):
+            raise ModelError(
+                f"device_map: layer {position}, {words}, does not fit the GPUs beside the others; use null, or another machine."
+            )

@@ -2,7 +2,8 @@
 
 The fit has token weights and ridges of its own, so that no cut depends on α or on a solver: a linear map as in the profile's
 residuals (``replaceme.residuals``), or all weights of the host's last linear (``replaceme.refit``), which can rank the cuts
-differently. It is made on the documents that the profile fits on; the loss is taken on those that it holds out.
+differently; or a scalar (``replaceme.compensation``). It is made on the documents that the profile fits on; the loss is taken
+on those that it holds out.
 """
 
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from replaceme.compensation import gains
 from replaceme.documents import Batch, Documents
 from replaceme.edits import Edits
 from replaceme.errors import ParameterError
@@ -74,6 +76,9 @@ def cut_losses(
         _fit_maps(model, family, fit, blocks, cuts, batch_size)
     elif stand_in == "refit":
         _refit(model, family, fit, blocks, cuts, batch_size)
+    elif stand_in == "scalar":
+        for block, edits, gain in zip(blocks, cuts, gains(model, family, fit, blocks, batch_size=batch_size), strict=True):
+            edits.operators[block.host] = torch.tensor(gain, dtype=torch.float64)
     losses = []
     for edits in progress(cuts, "measuring the best cuts", "cuts"):
         with unfused(model, family, edits):

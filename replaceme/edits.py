@@ -13,14 +13,20 @@ One is of no linear: an operator P on the state behind a layer, ``h P`` (LinearP
 2605.15491; Prune&Comp, arXiv 2507.18212). A norm lets only a scalar through, so that a scalar folds: what the layers behind add
 is divided by it. Any other P stays an operator, in a form of the model that ``replaceme.modeling_pruned`` computes.
 
-And a layer can have parameters that were found otherwise, by training.
+And a layer can have parameters that were found otherwise, by training, or be left without its attention and the norm in front
+of it: it is then ``h + MLP(norm(h))``.
 
 Or the whole residual stream becomes narrower (SliceGPT, arXiv 2401.15024): at each signal, which is what enters an attention's
 norm, an MLP's or the last one, ``h`` becomes ``h Q Qᵀ``, of which only ``h Q`` is computed (``replaceme.slicing``).
 
-On disk: ``edits.json`` (title, layers and mixtures) and ``edits.safetensors`` (``transform.<layer>``, d × d float64;
+Parts of a layer can go, too (LLM-Pruner, arXiv 2305.11627): its attention and its MLP are made of groups, which add to the
+output of the last linear independently of each other. Of a removed one, the last linear's columns go and, in the linears in
+front, the rows that make its features.
+
+On disk: ``edits.json`` (title, layers, mixtures, and shapes) and ``edits.safetensors`` (``transform.<layer>``, d × d float64;
 ``correction.<layer>.<linear>.weight``, d × inputs float32, and ``….bias``, d; ``operator.<layer>``, of no, one or two
-dimensions, float64; ``parameter.<layer>.<name>``; ``basis.<signal>``, d × width float32).
+dimensions, float64; ``parameter.<layer>.<name>``; ``basis.<signal>``, d × width float32; ``kept.<layer>.<linear>``, a bool for
+each group).
 """
 
 import math
@@ -51,6 +57,11 @@ class Change:
     bias: Tensor | None = None
 
 
+def features_of(groups: Tensor, features: int) -> Tensor:
+    """Return which of so many features stay, (features,) bool, where ``groups`` (groups,) divide them into equal parts."""
+    return groups.repeat_interleave(features // len(groups))
+
+
 @dataclass
 class Edits:
     """Changes to a model; all positions are those of the dense model's layers.
@@ -58,13 +69,19 @@ class Edits:
     Attributes:
         title: the method's name, for the model card.
         removed_layers: layers that go.
+        parts: what goes of layers that stay, in words that follow "without" (``3 of 9 heads in every layer``), or nothing.
         transforms: layer → T (d, d) float64, for the linear that ends the layer's MLP.
         corrections: (layer, linear) → Δ (d, inputs) and δ (d,) or None; float32.
         mixtures: kept layer → the original layers whose linears it mixes, itself among them, with their coefficients.
         operators: kept layer → P: a scalar (), a diagonal (d,) or any map (d, d), float64, of the state behind the layer.
         parameters: (kept layer, name within it) → what the parameter is instead, in torch's layout.
+        without_attention: kept layer → paths within it of the attention, and of the norm in front, that it has no longer.
         bases: Q (d, width) with orthonormal columns, float32, of each of the 2 L + 1 signals in order, or a single one for all
             of them; empty where the stream keeps its width. With bases there are no other changes.
+        kept: (kept layer, linear) → which of the groups in front of the linear stay, (groups,) bool. They divide the linear's
+            inputs, and the outputs of the linears in front, into equal parts, in order.
+        shapes: (kept layer, path of a linear within it) → the outputs and inputs that are left of it, where some go.
+        config: what the family's own config says of these shapes, where it can say it; else they make a form of our own.
     """
 
     title: str
@@ -74,7 +91,12 @@ class Edits:
     mixtures: dict[int, dict[int, float]] = field(default_factory=dict)
     operators: dict[int, Tensor] = field(default_factory=dict)
     parameters: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    without_attention: dict[int, tuple[str, str]] = field(default_factory=dict)
     bases: list[Tensor] = field(default_factory=list)
+    kept: dict[tuple[int, Linear], Tensor] = field(default_factory=dict)
+    shapes: dict[tuple[int, str], tuple[int, int]] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    parts: str = ""
 
     def basis(self, signal: int) -> Tensor:
         """Return Q (d, width) of a signal: 2 l enters layer l, 2 l + 1 its MLP's norm, and 2 L the last norm."""
@@ -110,8 +132,15 @@ class Edits:
         parts: dict[str, Any] = {}
         if operators := {self.position(at): P.ndim for at, P in sorted(self.operators.items()) if P.ndim}:
             parts["operators"] = {str(at): "diagonal" if ndim == 1 else "dense" for at, ndim in operators.items()}
+        if self.without_attention:
+            parts["without_attention"] = {
+                str(self.position(at)): [*paths] for at, paths in sorted(self.without_attention.items())
+            }
         if len(self.bases) > 1:
             parts |= {"shortcuts": True, "width": self.width}
+        if self.shapes and not self.config:
+            linears = {(self.position(layer), path): shape for (layer, path), shape in sorted(self.shapes.items())}
+            parts["linears"] = {f"{layers}.{place}.{path}": [*shape] for (place, path), shape in linears.items()}
         return {"layers": layers, **parts} if parts else {}
 
     def position(self, layer: int) -> int:
@@ -148,16 +177,22 @@ class Edits:
         tensors |= {f"operator.{layer}": P.contiguous() for layer, P in self.operators.items()}
         tensors |= {f"parameter.{layer}.{name}": value.contiguous() for (layer, name), value in self.parameters.items()}
         tensors |= {f"basis.{signal}": Q.contiguous() for signal, Q in enumerate(self.bases)}
+        tensors |= {f"kept.{layer}.{linear}": groups.contiguous() for (layer, linear), groups in self.kept.items()}
         save_file(tensors or {"none": torch.zeros(1)}, folder / "edits.safetensors")
         content = {
             "title": self.title,
+            "parts": self.parts,
             "removed_layers": self.removed_layers,
             "transforms": sorted(self.transforms),
             "corrections": [list(edited) for edited in sorted(self.corrections)],
             "mixtures": [[layer, [*mixture.items()]] for layer, mixture in sorted(self.mixtures.items())],
             "operators": sorted(self.operators),
             "parameters": [list(edited) for edited in sorted(self.parameters)],
+            "without_attention": [[layer, *paths] for layer, paths in sorted(self.without_attention.items())],
             "bases": len(self.bases),
+            "kept": [list(edited) for edited in sorted(self.kept)],
+            "shapes": [[*place, *shape] for place, shape in sorted(self.shapes.items())],
+            "config": self.config,
         }
         write_json(folder / "edits.json", content)
 
@@ -177,5 +212,13 @@ class Edits:
         mixtures: dict[int, dict[int, float]] = {layer: dict(mixture) for layer, mixture in content["mixtures"]}
         operators = {layer: tensors[f"operator.{layer}"] for layer in content["operators"]}
         parameters = {(layer, name): tensors[f"parameter.{layer}.{name}"] for layer, name in content["parameters"]}
+        bare = {layer: (attention, norm) for layer, attention, norm in content["without_attention"]}
         bases = [tensors[f"basis.{signal}"] for signal in range(content["bases"])]
-        return cls(content["title"], content["removed_layers"], transforms, corrections, mixtures, operators, parameters, bases)
+        kept: dict[tuple[int, Linear], Tensor] = {
+            (layer, linear): tensors[f"kept.{layer}.{linear}"] for layer, linear in content["kept"]
+        }
+        return cls(
+            content["title"], content["removed_layers"], transforms, corrections, mixtures, operators, parameters, bare, bases,
+            kept=kept, shapes={(layer, path): (outputs, inputs) for layer, path, outputs, inputs in content["shapes"]},
+            config=content["config"], parts=content["parts"],
+        )  # fmt: skip

@@ -7,10 +7,13 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
 
+from replaceme.combinations import Limits
+from replaceme.cost import COMPRESSION, recorded
 from replaceme.errors import ParameterError, ReplaceMeError, ResourceError, resource_failure
 from replaceme.params import Params, read_params
 from replaceme.progress import configure_logging, silence_libraries
@@ -61,18 +64,21 @@ def explain(error: BaseException) -> BaseException:
     )
 
 
-def stage(action: Callable[[Params, Workspace], None], methods: Iterable[str] | None = None) -> None:
-    """Run one pipeline stage in the current folder, on params.yaml, and exit.
+def stage(action: Callable[[Params, Workspace], None], methods: Mapping[str, Limits] | None = None) -> None:
+    """Run one pipeline stage in the current folder, on params.yaml, and exit; one of the compression leaves what it cost.
 
     Args:
         action: the stage's function.
-        methods: the names that ``method`` may have; None for stages that don't use it.
+        methods: the methods that ``method`` may name; None for stages that don't use it.
     """
 
+    name, place = Path(sys.argv[0]).stem, Workspace()
+
     def work() -> None:
-        params = read_params(PARAMS_FILE, methods=methods)
-        check_pipeline_params(params)
-        action(params, Workspace())
+        with recorded(place.cost(name)) if name in COMPRESSION else nullcontext():
+            params = read_params(PARAMS_FILE, methods=methods)
+            check_pipeline_params(params)
+            action(params, place)
 
     sys.exit(run(work, debug="--debug" in sys.argv[1:]))
 

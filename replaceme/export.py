@@ -35,10 +35,11 @@ def export(params: Params, work: Workspace) -> None:
     with new_folder(work.model) as folder:
         counts = save_pruned(source, edits, folder)
         write_text(folder / CARD, model_card(params, source, edits, read_json(work.metric("solve"))))
-        pruned = Model(folder, folder.name, trust_remote_code=source.trust_remote_code)
+        plain = not is_own_form(folder)
+        # As any user loads it, by the file that was just written.
+        pruned = Model(folder, folder.name, trust_remote_code=source.trust_remote_code or not plain)
         figures = verify_export(source, pruned, edits, Documents.load(work.documents))
         broken = broken_patterns(pruned.config(), source.family())
-        plain = not is_own_form(folder)
     if broken:
         logger.warning(
             "export: %s no longer follows the family's pattern: transformers and vLLM read it from the config, but a program "
@@ -53,8 +54,9 @@ def export(params: Params, work: Workspace) -> None:
         )
     write_json(work.metric("export"), rounded({**counts, **figures}))
     logger.info(
-        "export: %s, %.1f M of %.1f M parameters; state at the cut equals the unfused computation to %.1e, logits to %.1e",
+        "export: %s, %.1f M of %.1f M parameters; state %s equals the unfused computation to %.1e, logits to %.1e",
         work.model, counts["parameters"] / 1e6, counts["parameters_dense"] / 1e6,
+        "at the cut" if edits.removed_layers else "behind the last layer",
         figures["hidden_error_max"], figures["logits_error"],
     )  # fmt: skip
 
@@ -69,7 +71,7 @@ def save_pruned(source: Model, edits: Edits, folder: Path) -> dict[str, int]:
     model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
     (folder / "generation_config.json").unlink(missing_ok=True)
     if form := edits.form(source.family().layers):
-        write_own_form(folder, form)
+        write_own_form(folder, form, type(source.tokenizer()).__name__)
     for path in source.files(COPIED_FILES):
         shutil.copyfile(path, folder / path.name)
     return {"parameters": parameter_count(model), "parameters_dense": dense_parameters}

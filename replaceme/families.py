@@ -7,7 +7,7 @@ which adds up weighted outputs, every expert's last linear takes T. What can't b
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -18,6 +18,10 @@ from replaceme.errors import ModelError
 
 # The linears of a layer whose outputs are added to the residual stream.
 Linear = Literal["attention_output", "mlp_output"]
+PROJECTIONS: Mapping[Linear, tuple[str, ...]] = {
+    "attention_output": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "mlp_output": ("mlp.gate_proj", "mlp.up_proj"),
+}
 
 
 @dataclass(frozen=True)
@@ -28,10 +32,13 @@ class Family:
         layers: path of the list of decoder layers in the model.
         attention: the module whose output the attention adds to the residual stream (its norm, where one stands behind it).
         attention_output: the linear that ends the attention.
+        attention_norm: the norm in front of the attention, where it is in front of nothing else.
         mlp: the module whose output the MLP adds to the residual stream, likewise.
         mlp_output: the linear that ends the MLP.
         experts: the parameters that end the experts of an MLP that is a mixture of them; a layer may lack some.
-        norm_before: whether attention and MLP see the residual stream through a norm, to which its scale is nothing.
+        feeding: the linears whose outputs make the inputs of the last one, of attention and MLP.
+        uncut: why heads and channels can't be cut out of these by their shapes alone; empty where they can.
+        norm_before: whether attention, MLP and head see the residual stream through norms, to which its scale is nothing.
         rms_norms: the RMS norms of attention and MLP, where these, one behind the other, see the stream through nothing else,
             and ``replaceme.modeling_pruned`` knows their layer; empty elsewhere.
         norm_offset: what the norm behind the MLP adds to its parameter to have its weight; None where no norm is there.
@@ -49,9 +56,12 @@ class Family:
     layers: str = "model.layers"
     attention: str = "self_attn"
     attention_output: str = "self_attn.o_proj"
+    attention_norm: str = "input_layernorm"
     mlp: str = "mlp"
     mlp_output: str = "mlp.down_proj"
     experts: tuple[str, ...] = ()
+    feeding: Mapping[Linear, tuple[str, ...]] = field(default_factory=lambda: PROJECTIONS)
+    uncut: str = ""
     norm_before: bool = True
     rms_norms: tuple[str, ...] = ()
     norm_offset: float | None = None
@@ -75,6 +85,19 @@ class Family:
         """What keeps some settings from being exact, or from being derived."""
         return "norm" if self.norm_after_mlp else "experts" if self.experts else "undescribed" if self.detected else None
 
+    @property
+    def unsliced(self) -> str | None:
+        """Why the residual stream can't be made narrower, or None."""
+        if self.detected:
+            return "nobody described what reads its residual stream"
+        if self.experts:
+            return "the router of its mixture of experts is not derived"
+        if self.norm_after_mlp:
+            return "the norm behind its MLP changes with the basis"
+        if self.parallel:
+            return "its attention and MLP are parallel, which is not derived"
+        return None if self.rms_norms else "its norms subtract a mean, which is not derived"
+
     def decoder_layers(self, model: nn.Module) -> nn.ModuleList:
         """Return the model's list of decoder layers."""
         layers = model.get_submodule(self.layers)
@@ -84,6 +107,13 @@ class Family:
     def linear_of(self, layer: nn.Module, linear: Linear) -> nn.Module:
         """Return a linear of the layer, by what it ends."""
         return layer.get_submodule(self.mlp_output if linear == "mlp_output" else self.attention_output)
+
+    def cut_parameters(self, layer: nn.Module, linear: Linear) -> dict[str, int]:
+        """Return the parameters that the groups in front of a linear are made of: name within the layer → their dimension."""
+        last = self.mlp_output if linear == "mlp_output" else self.attention_output
+        names = [f"{path}.{name}" for path in self.feeding[linear] for name in ("weight", "bias")]
+        present = dict(layer.named_parameters())
+        return {**{name: 0 for name in names if name in present}, f"{last}.weight": 1}
 
     def transformed(self, layer: nn.Module) -> nn.Module:
         """Return the module whose output a transform of the MLP's contribution takes."""
@@ -110,9 +140,13 @@ class Family:
 
 def parameter_of(layer: nn.Module, name: str) -> Tensor:
     """Return a view of a parameter in torch's layout, whatever its module's is: weights (…, d, inputs), biases (d,)."""
-    parameter = layer.get_parameter(name).detach()
+    return in_torch_layout(layer, name, layer.get_parameter(name).detach())
+
+
+def in_torch_layout(layer: nn.Module, name: str, value: Tensor) -> Tensor:
+    """Return a view in torch's layout of what has that of a layer's parameter, or the other way round."""
     owner = layer.get_submodule(name.rpartition(".")[0])
-    return parameter.T if isinstance(owner, Conv1D) and parameter.ndim == 2 else parameter
+    return value.T if isinstance(owner, Conv1D) and value.ndim == 2 else value
 
 
 def inputs_of(linear: nn.Module) -> int:
@@ -152,27 +186,33 @@ def _falcon(config: Any) -> Family:
     return Family(
         layers="transformer.h", attention="self_attention", attention_output="self_attention.dense",
         mlp_output="mlp.dense_4h_to_h", parallel=bool(config.new_decoder_architecture or config.parallel_attn),
-        adds_in_place=True, returns_tuple=True,
+        adds_in_place=True, returns_tuple=True, uncut=_FUSED,
     )  # fmt: skip
 
 
 def _gpt_neox(config: Any) -> Family:
     return Family(
         layers="gpt_neox.layers", attention="attention", attention_output="attention.dense", mlp_output="mlp.dense_4h_to_h",
-        parallel=bool(config.use_parallel_residual),
+        parallel=bool(config.use_parallel_residual), uncut=_FUSED,
     )  # fmt: skip
 
 
 def _gpt2(config: Any) -> Family:
     if config.scale_attn_by_inverse_layer_idx:
         raise _refusal("gpt2", "a cut would change the scale of its attention (scale_attn_by_inverse_layer_idx)")
-    return Family(layers="transformer.h", attention="attn", attention_output="attn.c_proj", mlp_output="mlp.c_proj")
+    return Family(
+        layers="transformer.h", attention="attn", attention_output="attn.c_proj", attention_norm="ln_1",
+        mlp_output="mlp.c_proj", uncut=_FUSED,
+    )  # fmt: skip
 
 
 def _opt(config: Any) -> Family:
     if not config.do_layer_norm_before:
         raise _refusal("opt", "it normalises the residual stream itself (do_layer_norm_before: false)")
-    return Family(layers="model.decoder.layers", attention_output="self_attn.out_proj", mlp="fc2", mlp_output="fc2")
+    return Family(
+        layers="model.decoder.layers", attention_output="self_attn.out_proj", attention_norm="self_attn_layer_norm", mlp="fc2",
+        mlp_output="fc2", norm_before=not config._remove_final_layer_norm, uncut=_COUNTED,
+    )  # fmt: skip
 
 
 def _gemma3(config: Any) -> Family:
@@ -192,9 +232,14 @@ def _sparse_layers(config: Any) -> None:
 
 
 _RMS_NORMS = ("input_layernorm", "post_attention_layernorm")
+_FUSED = "one linear makes its queries, keys and values, and its code splits them where the config says"
+_COUNTED = "its attention takes its number of heads from the config"
+_SPANNING = "a norm spans all its heads, so that none is independent of the others"
+_ROUTED = "a router, which belongs to no channel, weighs its experts"
 _NORM_AFTER: dict[str, Any] = {"attention": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"}
 _QWEN_MOE = _described(
     experts=("mlp.experts.down_proj", "mlp.shared_expert.down_proj.weight", "mlp.down_proj.weight"),
+    uncut=_ROUTED,
     layer_bounds=("max_window_layers",),
     layer_indices=("mlp_only_layers",),
     make_explicit=_sparse_layers,
@@ -207,17 +252,30 @@ FAMILIES: Mapping[str, Callable[[Any], Family]] = {
     "gpt2": _gpt2,
     "gpt_neox": _gpt_neox,
     "gptj": _described(
-        layers="transformer.h", attention="attn", attention_output="attn.out_proj", mlp_output="mlp.fc_out", parallel=True
+        layers="transformer.h",
+        attention="attn",
+        attention_output="attn.out_proj",
+        mlp_output="mlp.fc_out",
+        parallel=True,
+        feeding={
+            "attention_output": ("attn.q_proj", "attn.k_proj", "attn.v_proj"),
+            "mlp_output": ("mlp.fc_in",),
+        },
     ),
     "granite": _granite,
     "llama": _described(rms_norms=_RMS_NORMS),
     "mistral": _described(rms_norms=_RMS_NORMS),
-    "mixtral": _described(experts=("mlp.experts.down_proj",)),
-    "olmo2": _described(**_NORM_AFTER, norm_offset=0.0, norm_before=False),
-    "olmo3": _described(**_NORM_AFTER, norm_offset=0.0, norm_before=False),
+    "mixtral": _described(experts=("mlp.experts.down_proj",), uncut=_ROUTED),
+    "olmo2": _described(**_NORM_AFTER, norm_offset=0.0, norm_before=False, uncut=_SPANNING),
+    "olmo3": _described(**_NORM_AFTER, norm_offset=0.0, norm_before=False, uncut=_SPANNING),
     "opt": _opt,
-    "phi": _described(attention_output="self_attn.dense", mlp_output="mlp.fc2", parallel=True),
-    "phi3": _described(rms_norms=_RMS_NORMS),
+    "phi": _described(
+        attention_output="self_attn.dense",
+        mlp_output="mlp.fc2",
+        parallel=True,
+        feeding={**PROJECTIONS, "mlp_output": ("mlp.fc1",)},
+    ),
+    "phi3": _described(rms_norms=_RMS_NORMS, uncut=_FUSED),
     "qwen2": _described(rms_norms=_RMS_NORMS, layer_bounds=("max_window_layers",)),
     "qwen2_moe": _QWEN_MOE,
     "qwen3": _described(rms_norms=_RMS_NORMS, layer_bounds=("max_window_layers",)),

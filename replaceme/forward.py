@@ -184,6 +184,19 @@ def begun_at(
             handle.remove()
 
 
+class Keep:
+    """Observer that keeps the sum of some signals of a layer, for all tokens: (tokens, d)."""
+
+    def __init__(self, layer: int, signals: tuple[Signal, ...], kept: Tensor):
+        self.layer, self.signals, self.kept = layer, signals, kept
+
+    def wants(self) -> Mapping[int, frozenset[Signal]]:
+        return {self.layer: frozenset(self.signals)}
+
+    def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
+        self.kept[batch.tokens] = torch.stack([batch.real(signals[name]) for name in self.signals]).sum(dim=0).to(self.kept)
+
+
 def tensor_of(output: Any) -> Tensor:
     """Return the state in a module's output, which some families wrap in a tuple."""
     return output if isinstance(output, Tensor) else output[0]

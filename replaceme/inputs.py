@@ -24,7 +24,6 @@ from replaceme.params import Params
 from replaceme.positions import check_cut
 from replaceme.progress import logger
 from replaceme.selection import allowed_starts
-from replaceme.slicing import against_slicing
 from replaceme.workspace import Workspace
 
 
@@ -44,13 +43,14 @@ def inspect_inputs(params: Params, work: Workspace) -> None:
         kind, positions = config.model_type, getattr(config, "max_position_embeddings", None)
         if positions and params.max_length > positions:
             raise ParameterError(f"max_length: must be at most the model's {positions} positions, not {params.max_length}.")
-        if refused := family_refusals(params.model_dump(), kind, family.obstacle, against_slicing(family)):
+        method = METHODS[params.method]
+        if refused := family_refusals(params.model_dump(), kind, family):
             raise ParameterError(refused)
-        if not METHODS[params.method].plain(params):
+        if not method.plain(params):
             check_own_form(config, kind)
         allowed_starts(params, layer_count(model))
-        if check := METHODS[params.method].check:
-            check(params, model.skeleton(config), family)
+        if method.check:
+            method.check(params, model.skeleton(config), family)
         if family.detected:
             check_cut(model.skeleton, config, family)
             logger.warning(

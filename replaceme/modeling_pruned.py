@@ -4,8 +4,12 @@
 It is the family's class with what `config.pruned` names:
 
 - `operators`: layer → "dense" or "diagonal": the state behind the layer is multiplied by a (d, d) or (d,) weight.
+- `without_attention`: layer → paths of its attention and of the norm in front of it: both are gone, and
+  `h + MLP(norm(h))` is left.
 - `shortcuts`: the state has `width` entries, in a basis of its own at each norm; what goes past attention and MLP is taken from
   one basis to the next by a (width, width) weight.
+- `linears`: path → [outputs, inputs] of linears that have other shapes than the family's config says: heads and channels are
+  missing in some layers.
 """
 
 from types import MethodType
@@ -32,6 +36,24 @@ class Operator(nn.Module):
         return states * self.weight if self.weight.ndim == 1 else states @ self.weight
 
 
+class NoAttention(nn.Module):
+    """What stands where an attention was: it adds nothing.
+
+    Some models take the number of tokens before from the cache of their first layer. So this one keeps a number a token there.
+    """
+
+    def __init__(self, layer_idx: int | None):
+        super().__init__()
+        self.layer_idx = layer_idx
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        cache = next((given for given in (*args, *kwargs.values()) if isinstance(given, transformers.Cache)), None)
+        if cache is not None:
+            token = hidden_states[:, None, :, :1]
+            cache.update(token, token, self.layer_idx)
+        return torch.zeros_like(hidden_states), None
+
+
 def operate(layer: Any, _arguments: Any, output: Any) -> Any:
     """Forward hook of a layer: what it returns goes through its operator."""
     if isinstance(output, torch.Tensor):
@@ -56,10 +78,17 @@ def reshape(model: nn.Module, pruned: dict[str, Any]) -> None:
         layer = layers[int(index)]
         layer.operator = (Operator(width) if form == "diagonal" else Operator(width, width)).to(next(layer.parameters()))
         layer.register_forward_hook(operate)
+    for index, (attention, norm) in pruned.get("without_attention", {}).items():
+        layers[int(index)].set_submodule(attention, NoAttention(int(index)))
+        layers[int(index)].set_submodule(norm, nn.Identity())
     for layer in layers if pruned.get("shortcuts") else ():
         for name in ("attention_shortcut", "mlp_shortcut"):
             setattr(layer, name, Operator(width, width).to(next(layer.parameters())))
         layer.forward = MethodType(computed_with_shortcuts, layer)
+    for path, (outputs, inputs) in pruned.get("linears", {}).items():
+        own: Any = model.get_submodule(path)
+        like = {"device": own.weight.device, "dtype": own.weight.dtype}
+        model.set_submodule(path, nn.Linear(inputs, outputs, bias=own.bias is not None, **like))
 
 
 Config, Model = getattr(transformers, CONFIG), getattr(transformers, MODEL)

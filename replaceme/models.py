@@ -25,7 +25,7 @@ from replaceme.detection import proposed_family
 from replaceme.errors import ModelError, resource_failure
 from replaceme.families import FAMILIES, Family, family_of
 from replaceme.files import read_json
-from replaceme.own_form import KIND, is_own_form
+from replaceme.own_form import KIND, own_classes
 from replaceme.params import Params, nearest
 
 WEIGHTS = ("*.safetensors",)
@@ -51,7 +51,7 @@ class Model:
         folder: local folder with config, safetensors and tokenizer.
         name: how to call it in a card: a hub id, an embedded name or the folder's own name.
         commit: the hub commit that the folder holds; None for local and embedded models.
-        trust_remote_code: whether code from the folder may run.
+        trust_remote_code: whether code from the folder may run; a form of our own (``replaceme.own_form``) needs none of it.
     """
 
     folder: Path
@@ -59,15 +59,15 @@ class Model:
     commit: str | None = None
     trust_remote_code: bool = False
 
-    @property
-    def trusts(self) -> bool:
-        """Whether code in the folder may run: the user says so, or this program wrote it."""
-        return self.trust_remote_code or is_own_form(self.folder)
+    def classes(self) -> tuple[Any, Any]:
+        """Return what makes the config, and what makes the model."""
+        own = None if self.trust_remote_code else own_classes(self.folder)
+        return own or (AutoConfig, AutoModelForCausalLM)
 
     def config(self) -> Any:
         """Return the model's configuration."""
         try:
-            return AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trusts)
+            return self.classes()[0].from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
         except Exception as failure:  # configs check themselves with errors of many kinds
             raise ModelError(f"model_path: the config.json of {self.name} can't be read ({_reason(failure)}).") from failure
 
@@ -97,7 +97,7 @@ class Model:
         """Return the model without memory for its weights."""
         try:
             with torch.device("meta"):
-                return AutoModelForCausalLM.from_config(config, trust_remote_code=self.trusts)
+                return AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code)
         except Exception as failure:  # models are built with errors of many kinds
             raise ModelError(
                 f"model_path: '{config.model_type}' is no causal language model that can be built here ({_reason(failure)})."
@@ -106,7 +106,7 @@ class Model:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the model's tokenizer."""
         try:
-            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trusts)
+            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
         except Exception as failure:  # likewise
             raise ModelError(f"model_path: the tokenizer of {self.name} can't be read ({_reason(failure)}).") from failure
 
@@ -135,8 +135,8 @@ class Model:
                 bnb_4bit_compute_dtype=torch.bfloat16,
             )
         try:
-            model, report = AutoModelForCausalLM.from_pretrained(
-                self.folder, trust_remote_code=self.trusts, use_safetensors=True, output_loading_info=True, **options
+            model, report = self.classes()[1].from_pretrained(
+                self.folder, trust_remote_code=self.trust_remote_code, use_safetensors=True, output_loading_info=True, **options
             )
             if use_4bit:
                 _multiply_once(model)

@@ -16,7 +16,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import MappingNode
 
-from replaceme.combinations import refusals, without_effect
+from replaceme.combinations import Limits, refusals, without_effect
 from replaceme.errors import ParameterError
 from replaceme.progress import logger
 from replaceme.published import PUBLISHED_KEYS, translate, without_replaced
@@ -34,10 +34,10 @@ class Params(BaseModel):
 
     method: str = Field(
         "lstsq",
-        description="How the removed layers are made up for: lstsq (one linear map, least squares), cosine (one linear map, an "
-        "objective of choice and an iterative solver), laco (their weights, merged into those of the layer in front), "
-        "uidl, shortgpt and sleb (nothing; each has a criterion of its own); or slicegpt, which removes a part of the residual "
-        "stream's width instead of layers.",
+        description="What takes the place of what goes. ReplaceMe: lstsq and cosine (a linear map, in closed form or by an "
+        "iterative solver). To compare with: uidl, shortgpt, sleb (nothing), laco (merged weights), prune_and_comp (a scale), "
+        "linearpatch and ghosted (a map of the whole state), llm_streamline (a trained layer); and, where parts of layers go, "
+        "slicegpt (width of the residual stream) and llm_pruner (heads and channels).",
     )
 
     model_path: str = Field(
@@ -85,16 +85,16 @@ class Params(BaseModel):
     layers_to_skip: int = Field(
         8, ge=1, description="Number of layers to remove; where parts of layers go, as many parameters as these layers have."
     )
-    min_distance_layer: int | None = Field(None, ge=1, description="First layer (from 0) that may be removed.")
-    max_distance_layer: int | None = Field(None, ge=2, description="The removed block ends before this layer (from 0).")
+    min_distance_layer: int | None = Field(
+        None, ge=1, description="First layer (from 0) that may be removed; that loses parts, with method llm_pruner (null: 4)."
+    )
+    max_distance_layer: int | None = Field(
+        None, ge=2,
+        description="The removed block ends before this layer (from 0); or the layers that lose parts, with method llm_pruner "
+        "(null: the last but one).",
+    )  # fmt: skip
     num_A: int = Field(1, ge=1, description="Number of blocks, each with a transform and layers_to_skip layers.")
     merge_consecutive: bool = Field(True, description="Merge adjacent blocks into one; matters for num_A above 1.")
-
-    plain: bool = Field(
-        False,
-        description="Give the result the family's own form, where the method can, so that it loads without trust_remote_code: "
-        "slicegpt takes one basis for all layers.",
-    )
 
     laco_layers: int = Field(7, ge=2, description="Method laco: layers that become one in a merge, at most (published as C).")
     laco_interval: int = Field(
@@ -106,6 +106,34 @@ class Params(BaseModel):
         "lowered by steps of 0.01 until layers_to_skip layers go, so that 1 finds the highest one.",
     )  # fmt: skip
 
+    linearpatch_form: Literal["hadamard", "diagonal"] = Field(
+        "hadamard",
+        description="Method linearpatch: whether channels are scaled in coordinates turned by a Hadamard matrix (published as "
+        "rotate; d × d parameters), or in the model's own (diagonal, published as diag; d).",
+    )
+    ghosted_weighted: bool = Field(
+        False,
+        description="Method ghosted: every token counts by its relative error (weights 1/‖H‖²); false is the published form.",
+    )
+
+    llm_streamline_form: Literal["layer", "mlp"] = Field(
+        "layer",
+        description="Method llm_streamline: what is trained in the layers' place: the whole layer in front of them, or its MLP "
+        "alone, without an attention.",
+    )
+    llm_streamline_learning_rate: float = Field(
+        2e-4, gt=0, allow_inf_nan=False, description="Method llm_streamline: AdamW's largest step."
+    )
+    llm_streamline_epochs: int = Field(
+        1, ge=1, description="Method llm_streamline: passes over the documents, batch_size of them in a step."
+    )
+    plain: bool = Field(
+        False,
+        description="Give the result the family's own form, where the method can, so that it loads without trust_remote_code: "
+        "slicegpt by one basis for all layers, llm_pruner by as much from every layer, llm_streamline_form mlp by an attention "
+        "that stays and adds nothing.",
+    )
+
     transform: Literal["dense", "diagonal", "two_vectors", "triangular", "orthogonal", "refit", "joint"] = Field(
         "dense",
         description="What takes the block's place: a linear map on the host's MLP output (d × d), orthogonal folding where "
@@ -115,7 +143,8 @@ class Params(BaseModel):
     alpha: float = Field(
         0.0, ge=0, allow_inf_nan=False,
         description="Strength of the penalty on the map: the ridge of the least squares, in units of MᵀM (a sum over tokens, "
-        "of refit and joint with weights of mean 1); for loss cosine in units of that loss, summed over tokens.",
+        "of refit, joint and ghosted_weighted with weights of mean 1; with method ghosted, M is the whole state); for loss "
+        "cosine in units of that loss, summed over tokens.",
     )  # fmt: skip
     loss: Literal["cosine", "mse", "elastic_net"] = Field(
         "cosine",
@@ -172,14 +201,14 @@ class Params(BaseModel):
 def read_params(
     path: Path | None = None,
     overrides: Mapping[str, Any] | None = None,
-    methods: Iterable[str] | None = None,
+    methods: Mapping[str, Limits] | None = None,
 ) -> Params:
     """Read and validate a YAML 1.2 file of parameters.
 
     Args:
         path: the file; None takes the defaults.
         overrides: values that win over the file's, as the command line gives them.
-        methods: names that ``method`` may have; None leaves it unchecked (stages that don't use it).
+        methods: the methods that ``method`` may name; None leaves it unchecked (stages that don't use it).
 
     Raises:
         ParameterError: naming every problem at once.
@@ -202,10 +231,11 @@ def read_params(
     except ValidationError as invalid:
         found = [_sentence(problem) for problem in invalid.errors()]
     if params:
-        found += refusals(params.model_dump())
+        if methods and params.method in methods:
+            found += refusals(params.model_dump(), methods[params.method])
         for sentence in without_effect(values, params.model_dump(), Params().model_dump()):
             logger.info(sentence)
-    for problem in found + _not_built(values, methods):
+    for problem in found + _unknown_method(values, methods):
         problems.append(f"{origins.get(problem.split(':')[0], COMMAND_LINE)}: {problem}")
     if problems or params is None:
         raise ParameterError(list(dict.fromkeys(problems)))
@@ -290,18 +320,12 @@ def _sentence(problem: ErrorDetails) -> str:
     return f"{key}: must be {wanted}, not {shown}."
 
 
-def _not_built(raw: Mapping[str, Any], methods: Iterable[str] | None) -> list[str]:
-    """Features that the published key names promise and that this version doesn't have are refused by name."""
-    problems = []
+def _unknown_method(raw: Mapping[str, Any], methods: Iterable[str] | None) -> list[str]:
     method = raw.get("method", "lstsq")
-    if methods is not None and isinstance(method, str) and method not in set(methods):
-        known = sorted(methods)
-        planned = "is not built yet" if method in PLANNED_METHODS else f"is not a method{nearest(method, known)}"
-        problems.append(f"method: '{method}' {planned}; use one of {', '.join(known)}.")
-    return problems
-
-
-PLANNED_METHODS = ("llm_streamline", "llm_pruner")
+    if methods is None or not isinstance(method, str) or method in set(methods):
+        return []
+    known = sorted(methods)
+    return [f"method: '{method}' is not a method{nearest(method, known)}; use one of {', '.join(known)}."]
 
 
 def reference() -> str:

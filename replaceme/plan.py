@@ -21,11 +21,13 @@ class Block:
         end: the layer behind the last.
         coefficients: where the layers are merged into the host, the parts of the host's own linears and of theirs, in order,
             that the host's linears become; else empty.
+        scale: where the state behind the host is multiplied by a number, that number; else None.
     """
 
     start: int
     end: int
     coefficients: tuple[float, ...] = ()
+    scale: float | None = None
 
     @property
     def host(self) -> int:
@@ -63,6 +65,11 @@ class Plan:
         """Host → what its linears become (``Block.mixture``), where that is not what they are."""
         return {block.host: block.mixture for block in self.blocks if block.coefficients}
 
+    @property
+    def scales(self) -> dict[int, float]:
+        """Host → what the state behind it is multiplied by, where it is."""
+        return {block.host: block.scale for block in self.blocks if block.scale is not None}
+
     def save(self, path: Path) -> None:
         """Write the plan as JSON."""
         write_json(path, {"blocks": _plain(self.blocks), "statistics": list(self.statistics)})
@@ -85,9 +92,20 @@ def load_blocks(path: Path) -> tuple[Block, ...]:
 
 
 def _plain(blocks: Sequence[Block]) -> list[dict[str, Any]]:
-    """Return the blocks for JSON; a block that is merged into nothing says nothing of it."""
-    return [{key: value for key, value in asdict(block).items() if value != ()} for block in blocks]
+    """Return the blocks for JSON; a block that is merged into nothing, and not scaled, says nothing of it."""
+    return [{key: value for key, value in asdict(block).items() if value not in ((), None)} for block in blocks]
 
 
 def _blocks(plain: Sequence[dict[str, Any]]) -> tuple[Block, ...]:
-    return tuple(Block(each["start"], each["end"], tuple(each.get("coefficients", ()))) for each in plain)
+    return tuple(Block(each["start"], each["end"], tuple(each.get("coefficients", ())), each.get("scale")) for each in plain)
+
+
+def runs(layers: Sequence[int]) -> list[Block]:
+    """Return the blocks that single layers make."""
+    blocks: list[Block] = []
+    for layer in sorted(layers):
+        if blocks and blocks[-1].end == layer:
+            blocks[-1] = Block(blocks[-1].start, layer + 1)
+        else:
+            blocks.append(Block(layer, layer + 1))
+    return blocks

@@ -5,6 +5,8 @@ Independent of every pruning setting, so that no sweep ever repeats it.
 - ``D(i, j)`` = mean over documents of ``arccos(cos(h_i, h_j)) / π`` at the last real token, for all pairs of layer
   outputs (UIDL, arXiv 2403.17887, section 3.2; ReplaceMe, section 3).
 - Block influence ``BI_l`` = mean over tokens of ``1 − cos(h_{l−1}, h_l)`` (ShortGPT, arXiv 2403.03853, section 3.2).
+- Mean over tokens of ``cos(h_{i−1}, h_j)``, of what enters layer i and what leaves layer j (LLM-Streamline, arXiv 2403.19135,
+  section 2).
 - For all pairs, the relative residual of a linear map in the block's place (``replaceme.residuals``).
 - Mean and largest token norm of each layer's output: massive activations show there.
 """
@@ -31,6 +33,9 @@ from replaceme.progress import logger
 from replaceme.residuals import FIT_TOKENS, TokenSample, residual_map
 from replaceme.workspace import Workspace
 
+# Tokens whose states of all layers are compared at once.
+COSINE_TOKENS = 256
+
 
 class AngularDistances:
     """Observer of the angular distances between all pairs of layer outputs, at each document's last real token."""
@@ -53,6 +58,37 @@ class AngularDistances:
     def result(self) -> Tensor:
         """Return the (layers, layers) float64 matrix of mean distances, in half turns (0 to 1)."""
         return self.sums / self.documents
+
+
+class MeanCosines:
+    """Observer of the mean cosine, over all real tokens, of what enters a layer and what leaves it or a later one."""
+
+    def __init__(self, layers: int):
+        self.layers = layers
+        self.tokens = 0
+        # Of the state that enters the first layer, and of every layer's output.
+        self.sums = torch.zeros(layers + 1, layers + 1, dtype=torch.float64)
+
+    def wants(self) -> Mapping[int, frozenset[Signal]]:
+        return {0: frozenset({"input", "output"}), **ask(range(1, self.layers), "output")}
+
+    def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
+        if layer == 0:
+            batch.scratch[self, 0] = batch.real(signals["input"])
+        batch.scratch[self, layer + 1] = batch.real(signals["output"])
+        if layer == self.layers - 1:
+            states = [batch.scratch.pop((self, index)) for index in range(self.layers + 1)]
+            for start in range(0, batch.token_count, COSINE_TOKENS):
+                # On several devices, where the model is spread.
+                parts = [state[start : start + COSINE_TOKENS].to(states[0].device).float() for state in states]
+                unit = normalize(torch.stack(parts), dim=-1).flatten(1)
+                self.sums += (unit @ unit.T).double().cpu()
+            self.tokens += batch.token_count
+
+    def result(self) -> list[list[float]]:
+        """Return (layers × layers): of what enters the first one and leaves the second; 0 where that is in front of it."""
+        means = (self.sums / self.tokens)[:-1, 1:]
+        return means.triu().tolist()
 
 
 class LayerFigures:
@@ -132,10 +168,11 @@ def profile_model(
         scratch: folder for scratch files; None is the system's temporary folder.
 
     Returns:
-        ``angular_distance`` and ``residual`` (layers × layers; of host and last removed layer) and ``layers`` (figure → list).
+        ``angular_distance`` and ``residual`` (layers × layers; of host and last removed layer), ``mean_cosine`` (likewise; of
+        what enters the host) and ``layers`` (figure → list).
     """
     layers = len(family.decoder_layers(model))
-    distances, figures = AngularDistances(layers), LayerFigures(layers)
+    distances, cosines, figures = AngularDistances(layers), MeanCosines(layers), LayerFigures(layers)
     width = int(model.config.hidden_size)
     if documents.token_count < 2:
         raise ParameterError("dataset_size: the dataset gave a single token, which leaves none to hold out; take more text.")
@@ -144,14 +181,19 @@ def profile_model(
             logger.warning(
                 "profile: %d tokens are few for residuals of %d dimensions; raise dataset_size", len(sample.fit), width
             )
-        observers: list[Observer] = [distances, figures, sample]
+        observers: list[Observer] = [distances, cosines, figures, sample]
         walk(model, family, documents, observers, batch_size=batch_size, description="profiling layers")
         residuals = residual_map(sample, model.device)
     of_layers = figures.result()
     for layer, norm in enumerate(of_layers["max_norm"]):
         if not math.isfinite(norm):
             raise ParameterError(f"dtype: {model.dtype} overflows at layer {layer}; use bfloat16 or float32.")
-    return {"angular_distance": distances.result().tolist(), "residual": residuals, "layers": of_layers}
+    return {
+        "angular_distance": distances.result().tolist(),
+        "mean_cosine": cosines.result(),
+        "residual": residuals,
+        "layers": of_layers,
+    }
 
 
 def _pairs_table(content: Mapping[str, Any]) -> str:

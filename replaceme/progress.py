@@ -3,7 +3,7 @@
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -30,17 +30,32 @@ def silence_libraries() -> None:
         transformers.utils.logging.disable_progress_bar()
 
 
-def progress(items: Iterable[T], description: str, unit: str, total: int | None = None) -> Iterator[T]:
-    """Iterate with a bar on a terminal; where output goes to a file, a line every 20 seconds."""
+def progress(
+    items: Iterable[T], description: str, unit: str, total: int | None = None, note: Callable[[], str] | None = None
+) -> Iterator[T]:
+    """Iterate with a bar on a terminal; where output goes to a file, a line every 20 seconds.
+
+    Args:
+        items: what to iterate over.
+        description: what is being done.
+        unit: what the items are.
+        total: their number, where they don't know it.
+        note: says, behind each item, what the bar shows behind its counts.
+    """
     terminal = sys.stderr.isatty()
-    return iter(
-        tqdm(
-            items,
-            desc=description,
-            unit=f" {unit}",
-            total=total,
-            leave=False if terminal else None,
-            mininterval=0.2 if terminal else 20,
-            dynamic_ncols=terminal,
-        )
+    bar = tqdm(
+        items,
+        desc=description,
+        unit=f" {unit}",
+        total=total,
+        leave=False if terminal else None,
+        mininterval=0.2 if terminal else 20,
+        dynamic_ncols=terminal,
     )
+    return iter(bar) if note is None else _noted(bar, note)
+
+
+def _noted(bar: "tqdm[T]", note: Callable[[], str]) -> Iterator[T]:
+    for item in bar:
+        yield item
+        bar.set_postfix_str(note(), refresh=False)

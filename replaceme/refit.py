@@ -17,7 +17,7 @@ from torch import Tensor
 
 from replaceme.edits import Edits
 from replaceme.features import Features
-from replaceme.fit_quality import ridge_figures
+from replaceme.fit_quality import gained, relative, ridge_figures
 from replaceme.solver import solve_correction, solve_ridge
 
 
@@ -62,14 +62,3 @@ def refit(edits: Edits, host: int, sums: Mapping[str, Tensor], alpha: float, rid
         "distance_from_identity": float(step.norm() / len(step) ** 0.5),
         **ridge_figures(solution.eigenvalues, alpha),
     }
-
-
-def gained(gram: Tensor, cross: Tensor, change: Tensor) -> float:
-    """Return by how much a change moves the sum of squares: ``‖e − g X‖² − ‖e‖²`` of ``S = gᵀg`` and ``C = gᵀe``."""
-    return float((change * (gram @ change)).sum() - 2 * (change * cross).sum())
-
-
-def relative(squares: float, output_squares: float) -> float:
-    """Return the relative residual of sums of squares."""
-    # Rounding can take a perfect fit below zero.
-    return (max(squares, 0.0) / output_squares) ** 0.5

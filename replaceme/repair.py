@@ -25,19 +25,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from replaceme.compute import resolve_device, use_threads
+from replaceme.curves import write_curves
 from replaceme.documents import Batch, Documents
 from replaceme.edits import Edits
 from replaceme.families import Family, Linear
 from replaceme.features import Features
 from replaceme.files import PARTIAL, new_folder, rounded, write_json, write_text
-from replaceme.forward import Observer, Signal, Signals, walk
+from replaceme.fit_quality import gained, relative
+from replaceme.forward import Keep, Observer, Signal, Signals, walk
 from replaceme.methods import METHODS
 from replaceme.methods.method import Bench
 from replaceme.models import recorded_model
 from replaceme.params import Params
 from replaceme.plan import Block, Plan
 from replaceme.progress import logger, progress
-from replaceme.refit import gained, relative
 from replaceme.scratch import scratch
 from replaceme.solver import solve_correction
 from replaceme.statistics import STATISTICS, AtCut, Place, add_up, correction_sums
@@ -57,7 +58,7 @@ class Repair:
 
 
 def repair(params: Params, work: Workspace) -> None:
-    """Write the final edits, ``repairs.csv`` with them, and metrics/repair.json."""
+    """Write the final edits, ``repairs.csv`` and the curves of a training with them, and metrics/repair.json."""
     use_threads(params.threads)
     plan, edits = Plan.load(work.plan), Edits.load(work.solution)
     repairs: list[Repair] = []
@@ -67,7 +68,7 @@ def repair(params: Params, work: Workspace) -> None:
         shutil.copytree(work.solution, folder, dirs_exist_ok=True)
         if method.work:
             model, family = _loaded(params, work)
-            bench = Bench(params, model, family, Documents.load(work.documents), plan, edits, work.edits.parent)
+            bench = Bench(params, model, family, Documents.load(work.documents), plan, edits, work.edits.parent, folder)
             figures = method.work(bench)
             edits.save(folder)
         elif params.repair or params.transform == "joint" or (plan.statistics and len(plan.blocks) > 1):
@@ -76,6 +77,8 @@ def repair(params: Params, work: Workspace) -> None:
             repairs, figures = mender.run(work.edits.parent)
             edits.save(folder)
         write_text(folder / "repairs.csv", _table(repairs))
+        if not method.trained:
+            write_curves(folder, {})
     figures["corrected_linears"] = sum(len(each.linears) for each in repairs)
     if repairs:
         figures |= {"first_residual": repairs[0].after, "last_residual": repairs[-1].after}
@@ -180,6 +183,7 @@ class Mender:
                 self.params, block, lambda statistic: load_file(place.folder / f"{statistic}.safetensors")
             )
         self.edits.transforms |= solved.edits.transforms
+        self.edits.operators |= solved.edits.operators
         for (layer, linear), (weight, bias) in solved.edits.corrections.items():
             # Its attention may be repaired already: the solution is what comes on top.
             self.edits.correct(layer, linear, weight, bias)
@@ -198,19 +202,6 @@ class Mender:
                 self.model, self.family, self.documents, observers,
                 batch_size=self.params.batch_size, description=description, start=start,
             )  # fmt: skip
-
-
-class Keep:
-    """Observer that keeps the sum of some signals of a layer, for all tokens: (tokens, d)."""
-
-    def __init__(self, layer: int, signals: tuple[Signal, ...], kept: Tensor):
-        self.layer, self.signals, self.kept = layer, signals, kept
-
-    def wants(self) -> Mapping[int, frozenset[Signal]]:
-        return {self.layer: frozenset(self.signals)}
-
-    def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
-        self.kept[batch.tokens] = torch.stack([batch.real(signals[name]) for name in self.signals]).sum(dim=0).to(self.kept)
 
 
 class Missing:

@@ -7,16 +7,28 @@ A block ``[start, end)`` leaves host ``start − 1`` in front of it, so ``start`
 - ``loss``: of the few cuts with the smallest residuals (angles, where no map takes the block's place), the one whose
   shortened model predicts held-out calibration text best (``replaceme.cut_loss``).
 
+- ``mean_cosine``: the highest mean cosine, over all tokens, of what enters the block and what leaves it (LinearPatch, arXiv
+  2505.24680; Ghosted, arXiv 2605.15491).
+
 Two criteria choose single layers, and a block is a run of them:
 
 - ``influence``: the layers that change their input least (ShortGPT, arXiv 2403.03853): ``replaceme.profile``.
 - ``greedy``: one by one, each the one without which the loss is lowest (SLEB, arXiv 2402.09025): ``replaceme.greedy``.
+
+And one, of a method that puts another layer in the host's place, sees the host as gone too:
+
+- ``window``: the highest mean cosine of what enters the host and what leaves the block (LLM-Streamline, arXiv 2403.19135).
 
 Methods that take away parts of layers choose by themselves (``width``): no block goes.
 
 And one says what hosts become, too:
 
 - ``collapse``: the layers that can be merged into the one in front of them (LaCo, arXiv 2402.11187): ``replaceme.collapse``.
+
+One scales the state where a layer has gone, before it looks for the next:
+
+- ``compensated``: one by one, each the one with the lowest influence by then (Prune&Comp, arXiv 2507.18212):
+  ``replaceme.compensation``. A method that scales gets its scalars here whatever it chooses by.
 
 Several blocks (``num_A``; ReplaceMe, section 4) are taken in the order of their values, each where it overlaps none before
 it; unless adjacent ones are merged into one, a kept layer stays between them: a block's host.
@@ -27,6 +39,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from replaceme.collapse import Way, collapsed_blocks, most
+from replaceme.compensation import blocks_of, check_scale, compensated, compensated_layers
 from replaceme.compute import resolve_device, use_threads
 from replaceme.cut_loss import cut_losses
 from replaceme.documents import Documents
@@ -38,7 +51,7 @@ from replaceme.methods import METHODS
 from replaceme.methods.method import Criterion, StandIn
 from replaceme.models import recorded_model
 from replaceme.params import Params
-from replaceme.plan import Block, save_blocks
+from replaceme.plan import Block, runs, save_blocks
 from replaceme.progress import logger
 from replaceme.residuals import HELD_OUT_EVERY
 from replaceme.workspace import Workspace
@@ -65,8 +78,10 @@ def allowed_starts(params: Params, layers: int) -> range:
         raise ParameterError(
             f"dataset_size: selection loss holds documents out and needs at least {HELD_OUT_EVERY}, not {params.dataset_size}."
         )
-    if params.num_A > 1 and criterion not in ("angular", "residual"):
+    if params.num_A > 1 and criterion not in ("angular", "residual", "mean_cosine"):
         raise ParameterError(f"selection: {criterion} makes one choice; with several blocks (num_A) use residual or angular.")
+    if criterion == "width":  # no block has to find room
+        return range(first, end)
     starts = range(first, end - skip + 1)
     if not starts:
         key = "max_distance_layer" if params.min_distance_layer is None else "min_distance_layer"
@@ -135,17 +150,6 @@ def _room(starts: Sequence[int], distance: int) -> int:
     return count
 
 
-def runs(layers: Sequence[int]) -> list[Block]:
-    """Return the blocks that single layers make."""
-    blocks: list[Block] = []
-    for layer in sorted(layers):
-        if blocks and blocks[-1].end == layer:
-            blocks[-1] = Block(blocks[-1].start, layer + 1)
-        else:
-            blocks.append(Block(layer, layer + 1))
-    return blocks
-
-
 def select(params: Params, work: Workspace) -> None:
     """Write the blocks, and metrics/select.json."""
     profile = read_json(work.profile / "profile.json")
@@ -162,12 +166,29 @@ def select(params: Params, work: Workspace) -> None:
         blocks, figures = _one_by_one(params, work, allowed)
     elif criterion == "collapse":
         blocks, figures = _merges(params, work, len(distances))
+    elif criterion == "compensated":
+        blocks, figures = _compensated(params, work, allowed)
     elif criterion == "influence":
         influence = profile["layers"]["block_influence"]
         layers = sorted(allowed, key=influence.__getitem__)[: params.layers_to_skip]
         blocks, figures = runs(layers), {"influence": sum(influence[layer] for layer in layers)}
+    elif criterion == "window":
+        cosines = profile["mean_cosine"]
+        blocks = smallest([[-cosine for cosine in row] for row in cosines], starts, params.layers_to_skip)
+        figures = {"mean_cosine": cosines[blocks[0].host][blocks[0].end - 1]}
+        logger.info(
+            "select: what enters layer %d and leaves layer %d has a mean cosine of %.4f",
+            blocks[0].host,
+            blocks[0].end - 1,
+            figures["mean_cosine"],
+        )
+    elif criterion == "mean_cosine":
+        # Of what leaves the host, which enters the block.
+        blocks = several([[-cosine for cosine in row] for row in profile["mean_cosine"][1:]], starts, params)
     else:
         blocks = several(residuals if criterion == "residual" else distances, starts, params)
+    if criterion != "compensated" and METHODS[params.method].stand_in(params) == "scalar":
+        blocks = _scaled(params, work, blocks)
     save_blocks(blocks, work.blocks)
     for number, block in enumerate(blocks):
         chosen = {
@@ -176,7 +197,7 @@ def select(params: Params, work: Workspace) -> None:
             "end": block.end,
             "angular_distance": distances[block.host][block.end - 1],
             "residual": residuals[block.host][block.end - 1],
-        }
+        } | ({} if block.scale is None else {"scale": block.scale})
         figures |= {f"block{number}": chosen} if number else chosen
         logger.info(
             "select: layers %d to %d of %d go, host %d, by %s: angular distance %.4f, residual %.4f%s",
@@ -191,7 +212,7 @@ def _by_loss(
 ) -> tuple[list[Block], dict[str, Any]]:
     stand_in = METHODS[params.method].stand_in(params)
     # Where nothing takes the block's place, what a map would miss says little.
-    values = distances if stand_in == "nothing" else residuals
+    values = distances if stand_in in ("nothing", "scalar") else residuals
     candidates = smallest(values, starts, params.layers_to_skip, SHORTLIST)
     measured = zip(candidates, _measure(params, work, candidates, stand_in), strict=True)
     losses = {block: loss for block, loss in measured if math.isfinite(loss)}
@@ -231,6 +252,33 @@ def _merges(params: Params, work: Workspace, layers: int) -> tuple[list[Block], 
         "similarity": [*alike.values()][-1],
         "merges": {f"layer{place}": value for place, value in alike.items()},
     }
+
+
+def _compensated(params: Params, work: Workspace, allowed: Sequence[int]) -> tuple[list[Block], dict[str, Any]]:
+    model, family, documents = _scalable(params, work)
+    scales, influences = compensated_layers(
+        model, family, documents, allowed, params.layers_to_skip, batch_size=params.batch_size
+    )
+    listed = ", ".join(f"{layer} (influence {influences[layer]:.4f}, scale {scale:.4f})" for layer, scale in scales.items())
+    logger.info("select: layers in the order in which they went: %s", listed)
+    return blocks_of(scales), {
+        "influence": sum(influences.values()),
+        "order": {f"layer{layer}": {"influence": influences[layer], "scale": scale} for layer, scale in scales.items()},
+    }
+
+
+def _scaled(params: Params, work: Workspace, blocks: Sequence[Block]) -> list[Block]:
+    """Return blocks that were chosen otherwise, with the scalars of their places."""
+    model, family, documents = _scalable(params, work)
+    return compensated(model, family, documents, blocks, batch_size=params.batch_size)
+
+
+def _scalable(params: Params, work: Workspace) -> tuple[Any, Family, Documents]:
+    """Return the dense model, its description and the text, when scalars are known to fold."""
+    (model, family), documents = _loaded(params, work), Documents.load(work.documents)
+    if family.detected:
+        check_scale(model, family, documents)
+    return model, family, documents
 
 
 def _way(params: Params, layers: int) -> Way:

@@ -79,21 +79,6 @@ def narrow(config: Any, edits: Edits) -> None:
         config.hidden_size = edits.width
 
 
-def against_slicing(family: Family) -> str | None:
-    """Return why a family's residual stream can't be made narrower here, or None."""
-    if family.detected:
-        return "nobody described what reads its residual stream"
-    if family.experts:
-        return "the router of its mixture of experts is not derived"
-    if family.norm_after_mlp:
-        return "the norm behind its MLP changes with the basis"
-    if family.parallel:
-        return "its attention and MLP are parallel, which is not derived"
-    if not family.rms_norms:
-        return "its norms subtract a mean, which is not derived"
-    return None
-
-
 def fitting_width(model: Any, family: Family, layers: int, one_basis: bool) -> tuple[int, int, int]:
     """Return the width at which the model is nearest to the dense one without ``layers`` average layers, and both's parameters.
 

@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -26,6 +27,7 @@ def solve(params: Params, work: Workspace) -> None:
     block = plan.blocks[0] if plan.blocks else Block(0, 0)
     solved = METHODS[params.method].solve(params, block, statistic)
     solved.edits.removed_layers, solved.edits.mixtures = plan.removed_layers, plan.mixtures
+    solved.edits.operators |= {host: torch.tensor(scale, dtype=torch.float64) for host, scale in plan.scales.items()}
     removed = len(plan.removed_layers)
     with new_folder(work.solution) as folder:
         solved.edits.save(folder)
@@ -34,6 +36,9 @@ def solve(params: Params, work: Workspace) -> None:
     write_json(work.metric("solve"), rounded({"removed_layers": removed, **solved.figures}))
     if plan.mixtures:
         logger.info("solve: %d layers go, merged into %d that stay", removed, len(plan.mixtures))
+    elif plan.scales:
+        listed = ", ".join(f"{scale:.4f} behind layer {host}" for host, scale in plan.scales.items())
+        logger.info("solve: %d layers go, and the state is scaled in their place: %s", removed, listed)
     elif removed and not (METHODS[params.method].work or solved.edits.changes() or solved.edits.operators):
         logger.info("solve: %d layers go, and nothing takes their place", removed)
 

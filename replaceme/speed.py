@@ -59,11 +59,19 @@ def measure_speed(params: Params, dense: Model, pruned: Model) -> dict[str, Any]
         "prompt_tokens": shape[1],
         "new_tokens": NEW_TOKENS,
         "rounds": ROUNDS,
+        **setting_of(params),
+        "weights": sha256_of(pruned.files(WEIGHTS), pruned.folder),
+    }
+
+
+def setting_of(params: Params) -> dict[str, Any]:
+    """Return what times depend on beside the models, as it stands among the times."""
+    device = resolve_device(params.device)
+    return {
         "batch_size": params.eval_batch_size,
         "dtype": params.eval_dtype,
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
         "threads": params.threads,
-        "weights": sha256_of(pruned.files(WEIGHTS), pruned.folder),
     }
 
 

@@ -7,9 +7,9 @@ For a block with host ``i`` and end ``e`` (ReplaceMe, section 3; rows are real t
 
 ``gram`` keeps ``MᵀM``, ``MᵀY`` and three sums of squares: all that least squares needs, d × d whatever the number of
 tokens, and additive over disjoint documents. ``mlp_features`` and ``features`` keep the same of the inputs of the host's last
-linears, with weights. ``sample`` keeps a few evenly spaced tokens, for figures that are not sums of squares, ``tokens`` every
-token on disk, for losses that no sum can stand for. A statistic is an observer with a ``tensors`` method and one line in
-``STATISTICS``.
+linears, with weights, ``stream`` of the whole state h_i, and ``magnitudes`` how large its channels are. ``sample`` keeps a few
+evenly spaced tokens, for figures that are not sums of squares, ``tokens`` every token on disk, for losses that no sum can stand
+for. A statistic is an observer with a ``tensors`` method and one line in ``STATISTICS``.
 """
 
 import tempfile
@@ -28,6 +28,7 @@ from replaceme.families import Family
 from replaceme.features import LINEARS, Features
 from replaceme.files import new_folder
 from replaceme.forward import Observer, Signal, Signals, walk
+from replaceme.hadamard import hadamard
 from replaceme.models import recorded_model
 from replaceme.params import Params
 from replaceme.plan import Block, Plan
@@ -157,10 +158,81 @@ class FeatureGram(AtCut):
         add_up(self.sums, correction_sums(g, gap, H, w) | parts)
 
     def tensors(self) -> dict[str, Tensor]:
-        sums = dict(self.sums)
-        tokens, weights = sums.pop("tokens"), sums.pop("weights")
-        scaled = {name: (total * (tokens / weights).to(total.device)).cpu() for name, total in sums.items()}
-        return {**scaled, "tokens": tokens.cpu(), "layout": self.features.as_tensor()}
+        return {**of_mean_weight(self.sums), "layout": self.features.as_tensor()}
+
+
+class StreamGram(AtCut):
+    """Sums over the whole state ``h`` behind the host, with ``w = 1`` or ``1/‖H‖²`` scaled to a mean of 1; float64.
+
+    ``gram`` = Σ w hᵀh and ``cross`` = Σ w hᵀ(H − h) (d, d) · the scalars ``gap_squares`` = Σ w ‖H − h‖², ``output_squares`` =
+    Σ w ‖H‖² and ``tokens``.
+    """
+
+    at_host = ("output",)
+
+    def __init__(self, block: Block, weighted: bool):
+        super().__init__(block)
+        self.weighted = weighted
+        self.sums: dict[str, Tensor] = {}
+
+    def take(self, left: Tensor, target: Tensor, batch: Batch) -> None:
+        h, H = left.double(), target.double()
+        w = token_weights(H) if self.weighted else torch.ones_like(H[:, :1])
+        h, gap = h * w.sqrt(), (H - h) * w.sqrt()
+        parts = {"weights": w.sum(), "tokens": torch.tensor(float(len(h)))}
+        add_up(self.sums, correction_sums(h, gap, H, w) | parts)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return of_mean_weight(self.sums)
+
+
+class Magnitudes(AtCut):
+    """How much larger each channel of the state gets across the block: the mean over documents of
+
+        mean over the document's tokens of |H_k| / mean over the document's tokens of |h_k|
+
+    in ``ratios`` (d,) float64, a sum, with the number of ``documents``; where ``rotated``, of the states times a Hadamard
+    matrix. A channel that is zero throughout a document stays as it is there.
+    """
+
+    at_host = ("output",)
+
+    def __init__(self, block: Block, rotated: bool):
+        super().__init__(block)
+        self.rotated, self.rotation = rotated, torch.empty(0)
+        self.sums: dict[str, Tensor] = {}
+
+    def take(self, left: Tensor, target: Tensor, batch: Batch) -> None:
+        lengths = batch.lengths.tolist()
+        before, after = (
+            torch.stack([document.abs().double().mean(dim=0) for document in self._turned(rows.float()).split(lengths)])
+            for rows in (left, target)
+        )
+        ratios = torch.where(before > 0, after / before, 1)
+        add_up(self.sums, {"ratios": ratios.sum(dim=0), "documents": torch.tensor(float(len(lengths)))})
+
+    def _turned(self, rows: Tensor) -> Tensor:
+        if not self.rotated:
+            return rows
+        if not len(self.rotation):
+            matrix = hadamard(rows.shape[1])
+            assert matrix is not None, "a width without a Hadamard matrix would have been refused"
+            self.rotation = matrix.to(rows)
+        return rows @ self.rotation
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: total.cpu() for name, total in self.sums.items()}
+
+
+def of_mean_weight(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return weighted sums as with weights of mean 1, at the processor.
+
+    Args:
+        sums: Σ w of something, by name; ``weights`` = Σ w, which is left out, and ``tokens``, their number.
+    """
+    tokens, weights = sums["tokens"].cpu(), sums["weights"].cpu()
+    scaled = {name: total.cpu() * (tokens / weights) for name, total in sums.items() if name not in ("tokens", "weights")}
+    return {**scaled, "tokens": tokens}
 
 
 def correction_sums(g: Tensor, gap: Tensor, target: Tensor, w: Tensor) -> dict[str, Tensor]:
@@ -229,6 +301,10 @@ STATISTICS: dict[str, Callable[[Place], Statistic]] = {
     "sample": lambda place: Sample(place.block, place.documents.token_count),
     "mlp_features": lambda place: FeatureGram(place.block, Features.of(place.host, place.family, ["mlp_output"])),
     "features": lambda place: FeatureGram(place.block, Features.of(place.host, place.family, LINEARS)),
+    "stream": lambda place: StreamGram(place.block, weighted=False),
+    "stream_weighted": lambda place: StreamGram(place.block, weighted=True),
+    "magnitudes": lambda place: Magnitudes(place.block, rotated=False),
+    "magnitudes_rotated": lambda place: Magnitudes(place.block, rotated=True),
     "tokens": lambda place: TokenDump(place, accurate=False),
     "tokens_accurate": lambda place: TokenDump(place, accurate=True),
 }

@@ -8,6 +8,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from replaceme.calibration import calibrate
 from replaceme.card import SETTINGS
 from replaceme.combinations import EFFECTS
 from replaceme.compute import resolve_device
+from replaceme.cost import COMPRESSION, recorded
 from replaceme.embedded import cache_folder
 from replaceme.evaluation.scores import evaluate, score_baseline
 from replaceme.export import export
@@ -38,8 +40,9 @@ SCORING = ("tasks", "eval_tokens", "eval_batch_size", "eval_dtype", "device", "d
 ALL = [name for name in Params.model_fields if name not in ("save_path", "save_transform_only")]
 
 MERGING = tuple(name for name in EFFECTS if name.startswith("laco_"))
+TRAINING = (*(name for name in EFFECTS if name.startswith("llm_streamline_")), "plain")
 REPAIRING = tuple(name for name in EFFECTS if name.startswith("repair_"))
-SOLVING = tuple(name for name in EFFECTS if name not in (*MERGING, *REPAIRING, "plain"))
+SOLVING = tuple(name for name in EFFECTS if name not in MERGING + TRAINING + REPAIRING)
 
 # Of the dense model alone, so the same for every result that is made of it.
 SHARED = ("baseline",)
@@ -56,6 +59,7 @@ class Step:
         writes: its main output, likewise; None where it writes metrics alone.
         metrics: the metrics files that it writes.
         figures: the metrics files that it reads.
+        costs: the steps whose cost it reads.
     """
 
     run: Callable[[Params, Workspace], None]
@@ -64,6 +68,7 @@ class Step:
     writes: str | None
     metrics: tuple[str, ...] = ()
     figures: tuple[str, ...] = ()
+    costs: tuple[str, ...] = ()
 
 
 STEPS: Mapping[str, Step] = {
@@ -87,18 +92,26 @@ STEPS: Mapping[str, Step] = {
         "blocks",
         ("select",),
     ),
-    "plan": Step(plan, ("method", "transform", "loss", "accurate"), ("blocks",), "plan"),
+    "plan": Step(
+        plan,
+        ("method", "transform", "linearpatch_form", "ghosted_weighted", "loss", "accurate"),
+        ("blocks",),
+        "plan",
+    ),
     "activations": Step(observe_activations, PASS, ("model_input", "documents", "plan"), "statistics"),
     "solve": Step(
         solve,
-        ("method", "transform", "alpha", *SOLVING, "device", "threads"),
+        ("method", "transform", *SOLVING, "device", "threads"),
         ("plan", "statistics"),
         "solution",
         ("solve",),
     ),
     "repair": Step(
         repair,
-        ("method", "transform", "alpha", "repair", "plain", "layers_to_skip", *REPAIRING, *SOLVING, *PASS),
+        (
+            "method", "transform", "layers_to_skip", "min_distance_layer", "max_distance_layer", "repair", *TRAINING,
+            *REPAIRING, *SOLVING, *PASS,
+        ),
         ("model_input", "documents", "plan", "solution"),
         "edits",
         ("repair",),
@@ -116,10 +129,11 @@ STEPS: Mapping[str, Step] = {
     "report": Step(
         write_report,
         tuple(ALL),
-        ("profile", "blocks", "solution"),
+        ("profile", "blocks", "solution", "edits"),
         "report",
-        (),
+        ("compression",),
         ("select", "solve", "repair", "export", "evaluation"),
+        COMPRESSION,
     ),
 }  # fmt: skip
 
@@ -131,6 +145,8 @@ def run_steps(params: Params, work: Workspace, names: Sequence[str]) -> list[str
         step, stamp = STEPS[name], work.root / "steps" / f"{name}.json"
         key = _key(params, work, step)
         outputs = [*([getattr(work, step.writes)] if step.writes else []), *map(work.metric, step.metrics)]
+        if name in COMPRESSION:
+            outputs.append(work.cost(name))
         if stamp.is_file() and read_json(stamp) == [key, _sums(outputs)]:
             logger.info("%s: unchanged since an earlier run", name)
             continue
@@ -138,7 +154,8 @@ def run_steps(params: Params, work: Workspace, names: Sequence[str]) -> list[str
         if name in SHARED:
             _run_once_for_all(name, key, getattr(work, str(step.writes)), partial(step.run, params, work))
         else:
-            step.run(params, work)
+            with recorded(work.cost(name)) if name in COMPRESSION else nullcontext():
+                step.run(params, work)
         write_json(stamp, [key, _sums(outputs)])
         ran.append(name)
     return ran
@@ -174,5 +191,6 @@ def _key(params: Params, work: Workspace, step: Step) -> str:
         "params": params.model_dump(include=set(step.params)),
         "reads": {name: _content(getattr(work, name)) for name in step.reads},
         "figures": {name: sha256_below(work.metric(name)) for name in step.figures},
+        "costs": {name: sha256_below(work.cost(name)) for name in step.costs},
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -11,6 +11,8 @@ A scalar s on the state behind a layer folds into what is behind: with a state s
 is divided by s, and their norms, up to the epsilon under the root, don't see the difference; neither does the last one.
 
 A narrower residual stream changes every weight that reads it or adds to it: ``replaceme.slicing``.
+
+Of a linear in front of which groups go, the columns of their features go, and of the linears that make these, the rows.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from replaceme.edits import Change, Edits
+from replaceme.edits import Change, Edits, features_of
 from replaceme.errors import SolveError
 from replaceme.families import Family, Linear, linear_parameters, parameter_of
 from replaceme.modeling_pruned import reshape
@@ -43,22 +45,35 @@ def apply_edits(model: Any, family: Family, edits: Edits) -> None:
     model.set_submodule(family.layers, nn.ModuleList(kept))
     renumber(kept)
     if form := edits.form(family.layers):
-        reshape(model, form)
+        # Linears get their shapes with their weights, which are made of those that they have.
+        reshape(model, {**form, "linears": {}})
     for name, exact in edited_parameters(model, family, layers, edits):
-        if edits.bases:
-            _replace(model, name, exact)
-        else:
-            parameter_of(model, name).copy_(exact)
+        _put(model, name, exact, replace=bool(edits.bases))
     cut_config(model.config, family, edits.removed_layers)
     if edits.width:
         narrow(model.config, edits)
+    for name, value in edits.config.items():
+        setattr(model.config, name, value)
 
 
-def _replace(model: nn.Module, name: str, exact: Tensor) -> None:
-    """Put a parameter of another shape in the place of one, which may be another module's too and stays that one's."""
-    owner, _, own_name = name.rpartition(".")
-    old = model.get_parameter(name)
-    setattr(model.get_submodule(owner), own_name, nn.Parameter(exact.to(old), requires_grad=old.requires_grad))
+def _put(model: nn.Module, name: str, exact: Tensor, replace: bool) -> None:
+    """Give a parameter its new values, or put another in its place, where the shape is new.
+
+    Args:
+        model: where it is.
+        name: the parameter.
+        exact: what it is to be.
+        replace: whether it may be another module's too, and stays that one's.
+    """
+    old = parameter_of(model, name)
+    if old.shape == exact.shape and not replace:
+        old.copy_(exact)
+        return
+    path, _, leaf = name.rpartition(".")
+    owner: Any = model.get_submodule(path)
+    setattr(owner, leaf, nn.Parameter(exact.to(old), requires_grad=model.get_parameter(name).requires_grad))
+    if isinstance(owner, nn.Linear):
+        owner.out_features, owner.in_features = owner.weight.shape
 
 
 def edited_parameters(
@@ -84,6 +99,32 @@ def edited_parameters(
 
 def _edited_in_layers(family: Family, layers: nn.ModuleList, edits: Edits) -> Iterator[tuple[int, str, Tensor]]:
     """Yield each parameter of a layer that the edits touch: its layer, its name within it, and what it is to be."""
+    cuts = {
+        (layer, name): (groups, dimension)
+        for (layer, linear), groups in edits.kept.items()
+        for name, dimension in family.cut_parameters(layers[layer], linear).items()
+    }
+    for layer, name, exact in _whole(family, layers, edits):
+        yield layer, name, cut(exact, *cuts.pop((layer, name))) if (layer, name) in cuts else exact
+    for (layer, name), (groups, dimension) in cuts.items():
+        yield layer, name, cut(parameter_of(layers[layer], name).double(), groups, dimension)
+
+
+def cut(parameter: Tensor, groups: Tensor, dimension: int) -> Tensor:
+    """Return what is left of a parameter.
+
+    Args:
+        parameter: a weight (outputs, inputs) or a bias (outputs,).
+        groups: which groups stay, (groups,) bool.
+        dimension: the one that these divide into equal parts, in order.
+    """
+    return parameter.index_select(
+        dimension, features_of(groups, parameter.shape[dimension]).nonzero()[:, 0].to(parameter.device)
+    )
+
+
+def _whole(family: Family, layers: nn.ModuleList, edits: Edits) -> Iterator[tuple[int, str, Tensor]]:
+    """Yield what the edits make of each parameter that they touch, before any is cut."""
     scales = {layer: edits.scale(layer) for layer in range(len(layers)) if layer not in set(edits.removed_layers)}
     done = set()
     for layer, name, exact in _changed(family, layers, edits):

@@ -4,8 +4,9 @@ a shortened model before any weight is changed.
 A hook on each edited linear makes ``y T + G Δᵀ + δ`` of its output ``y`` and its input ``G``; where a norm or a mixture of
 experts stands behind the linear, the hook is on what that adds to the residual stream. A hook on each linear of a layer that
 mixes layers makes ``Σ c_j (G W_jᵀ + b_j)``, by the other layers' own linears. An operator is a hook on its layer. Parameters
-that are others stand in for a while. Removed layers pass their input on. Where the residual stream is narrower, hooks project
-it onto its basis at each signal.
+that are others stand in for a while. An attention that is gone adds nothing. The features of removed groups are 0 before they
+enter the last linear. Removed layers pass their input on. Where the residual stream is narrower, hooks project it onto its
+basis at each signal.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,8 +18,9 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from replaceme.edits import Change, Edits
-from replaceme.families import Family, linears_within, parameter_of
+from replaceme.edits import Change, Edits, features_of
+from replaceme.families import Family, inputs_of, linears_within, parameter_of
+from replaceme.modeling_pruned import NoAttention
 
 
 @contextmanager
@@ -28,6 +30,11 @@ def unfused(model: nn.Module, family: Family, edits: Edits) -> Iterator[None]:
     with ExitStack() as stack:
         for (layer, name), value in edits.parameters.items():
             stack.enter_context(_standing_in(layers[layer], name, value))
+        for layer, (attention, _) in edits.without_attention.items():
+            stack.enter_context(silent(layers[layer].get_submodule(attention)))
+        for (layer, linear), groups in edits.kept.items():
+            last = family.linear_of(layers[layer], linear)
+            stack.callback(last.register_forward_pre_hook(_without(features_of(groups, inputs_of(last)))).remove)
         # Before the changes, whose hooks see what a mixture makes.
         for layer, mixture in edits.mixtures.items():
             for path, module in linears_within(layers[layer]).items():
@@ -41,10 +48,17 @@ def unfused(model: nn.Module, family: Family, edits: Edits) -> Iterator[None]:
                 change = replace(change, transform=change.transform / torch.where(weight == 0, 1, weight)[:, None])
             stack.callback(module.register_forward_hook(_hook(change)).remove)
         for layer, P in edits.operators.items():
-            stack.callback(layers[layer].register_forward_hook(_operating(P)).remove)
+            stack.callback(layers[layer].register_forward_hook(operating(P)).remove)
         if edits.bases:
             _project(stack, family, layers, edits)
         stack.enter_context(passed_by(family, (layers[index] for index in edits.removed_layers)))
+        yield
+
+
+@contextmanager
+def silent(attention: nn.Module) -> Iterator[None]:
+    """Let an attention, for a while, add nothing and compute nothing."""
+    with mock.patch.object(attention, "forward", NoAttention(None).forward):
         yield
 
 
@@ -71,7 +85,7 @@ def _project(stack: ExitStack, family: Family, layers: nn.ModuleList, edits: Edi
         between = _between(entering, edits.basis(2 * index + 1), family.multiplier)
         stack.callback(layer.get_submodule(family.attention).register_forward_hook(between).remove)
     last = edits.basis(2 * len(layers)).double()
-    stack.callback(layers[-1].register_forward_hook(_operating(last @ last.T)).remove)
+    stack.callback(layers[-1].register_forward_hook(operating(last @ last.T)).remove)
 
 
 class _Entering:
@@ -103,7 +117,9 @@ def _projected(state: Tensor, Q: Tensor) -> Tensor:
     return (state.to(dtype) @ Q @ Q.T).to(state.dtype)
 
 
-def _operating(P: Tensor) -> Any:
+def operating(P: Tensor) -> Any:
+    """Return a forward hook that multiplies what a module returns by P: a scalar (), a diagonal (d,) or a map (d, d)."""
+
     def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
         whole = isinstance(output, Tensor)
         state = output if whole else output[0]
@@ -111,6 +127,14 @@ def _operating(P: Tensor) -> Any:
         operator = P.to(state.device, dtype)
         changed = (state.to(dtype) @ operator if P.ndim == 2 else state.to(dtype) * operator).to(state.dtype)
         return changed if whole else (changed, *output[1:])
+
+    return hook
+
+
+def _without(kept: Tensor) -> Any:
+    def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        # Not by a product: infinity times 0 is none.
+        return args[0].masked_fill(~kept.to(args[0].device), 0), *args[1:]
 
     return hook
 

@@ -89,10 +89,13 @@ def wrong_weights(dense: Any, pruned: Any, family: Family, edits: Edits) -> list
     for name, exact in edited_parameters(dense, family, layers, edits):
         weight = parameter_of(pruned, name)
         del weights[name]
+        if weight.shape != exact.shape:
+            wrong.append(name)
+            continue
         # One step of the stored format: relative to the weight, and absolute where it is subnormal.
         limits = torch.finfo(weight.dtype)
         step = limits.eps * exact.abs().clamp_min(limits.smallest_normal)
-        if weight.shape != exact.shape or not bool(((weight.double() - exact).abs() <= step).all()):
+        if not bool(((weight.double() - exact).abs() <= step).all()):
             wrong.append(name)
     prefix = f"{family.layers}."
     for name, weight in weights.items():

@@ -24,6 +24,10 @@ class Workspace:
         """Return the path of a metrics file."""
         return self.root / "metrics" / f"{name}.json"
 
+    def cost(self, name: str) -> Path:
+        """Return the path of what a stage of the compression cost."""
+        return self.artifact("cost") / f"{name}.json"
+
     @property
     def model_input(self) -> Path:
         """Fingerprint of the dense model's weights and config."""

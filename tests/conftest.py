@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from replaceme.documents import Documents
 from replaceme.edits import Edits
-from replaceme.families import family_of
+from replaceme.families import Family, family_of, parameter_of
 from replaceme.models import Model
 from replaceme.params import Params, read_params
 
@@ -56,6 +57,8 @@ NORM_AFTER_MLP = ["gemma2", "gemma3_text", "olmo2", "olmo3"]
 EXPERTS = ["mixtral", "qwen2_moe", "qwen3_moe"]
 PLAIN = [kind for kind in KINDS if kind not in NORM_AFTER_MLP + EXPERTS]
 WIDTH, LAYERS = 32, 6
+# A family with each of the obstacles.
+OBSTACLES = {"norm": Family(norm_offset=0.0), "experts": Family(experts=("experts",)), "undescribed": Family(detected=True)}
 
 
 @pytest.fixture(autouse=True)
@@ -169,10 +172,21 @@ def passing(model: Any, layer: int, documents: Documents) -> dict[str, np.ndarra
 def shortened_logits(model: Any, edits: Edits, text: torch.Tensor) -> torch.Tensor:
     """Run the kept layers one after the other, each as the whole model calls it, and return the logits of what comes out.
 
-    A transform is made of what the layer returns: ``h − M + M T``; corrections by plain hooks on the linears.
+    A transform is made of what the layer returns: ``h − M + M T``; corrections by plain hooks on the linears. The columns of
+    groups that go are zeros.
     """
     family, whole = family_of(model.config), {}
     layers = family.decoder_layers(model)
+    corrections = dict(edits.corrections)
+    owned = []
+    for (place, name), groups in edits.kept.items():
+        weight = family.linear_of(layers[place], name).weight
+        stay = groups.repeat_interleave(weight.shape[1] // len(groups)).to(weight)
+        if (place, name) in corrections:
+            corrections[place, name] = (corrections[place, name][0] * stay, corrections[place, name][1])
+        owned.append((weight, weight.data))
+        weight.data = weight.data * stay
+    edits = replace(edits, corrections=corrections)
 
     def note(index: int) -> Any:
         def hook(_module: Any, args: Any, kwargs: Any) -> None:
@@ -209,11 +223,20 @@ def shortened_logits(model: Any, edits: Edits, text: torch.Tensor) -> torch.Tens
                 features: list[torch.Tensor] = []
                 linear = layer.get_submodule(family.mlp_output)
                 hooks.append(linear.register_forward_pre_hook(lambda _, args, kept=features: kept.append(args[0])))
+        if index in edits.without_attention:
+            attention = layer.get_submodule(edits.without_attention[index][0])
+            hooks.append(attention.register_forward_hook(lambda _m, _a, out: (torch.zeros_like(out[0]), *out[1:])))
+        own = {name: parameter.detach().clone() for name, parameter in layer.named_parameters()}
+        for (place, name), value in edits.parameters.items():
+            if place == index:
+                parameter_of(layer, name).copy_(value)
         args, kwargs = whole[index]
         given = {**kwargs, "hidden_states": state} if not args else kwargs
         output = layer(*([state, *args[1:]] if args else []), **given)
         for hook in hooks:
             hook.remove()
+        for name, value in own.items():
+            layer.get_parameter(name).copy_(value)
         state = output[0] if isinstance(output, tuple) else output
         if index in edits.transforms:
             (added,) = mlp
@@ -232,6 +255,8 @@ def shortened_logits(model: Any, edits: Edits, text: torch.Tensor) -> torch.Tens
     last = layers[-1].register_forward_hook(lambda _m, _a, out: (state, *out[1:]) if isinstance(out, tuple) else state)
     logits: torch.Tensor = model(text, use_cache=False).logits
     last.remove()
+    for weight, data in owned:
+        weight.data = data
     return logits
 
 

@@ -16,9 +16,9 @@ from replaceme.files import read_json, write_json
 from replaceme.greedy import greedy_layers
 from replaceme.methods import METHODS
 from replaceme.params import read_params
-from replaceme.plan import Block, load_blocks
+from replaceme.plan import Block, load_blocks, runs
 from replaceme.profile import profile_model
-from replaceme.selection import criterion_of, runs
+from replaceme.selection import criterion_of
 from replaceme.surgery import apply_edits
 from replaceme.workspace import Workspace
 from tests.conftest import LAYERS, made_model

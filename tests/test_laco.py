@@ -33,7 +33,7 @@ from replaceme.selection import allowed_starts, criterion_of
 from replaceme.surgery import apply_edits
 from replaceme.unfused import unfused
 from replaceme.verification import verify_export, wrong_weights
-from tests.conftest import EXPERTS, KINDS, LAYERS, PLAIN, made_model
+from tests.conftest import EXPERTS, KINDS, LAYERS, OBSTACLES, PLAIN, made_model
 from tests.test_commands import call
 from tests.test_refit import many_documents
 from tests.test_surgery import TEXT
@@ -342,13 +342,16 @@ def test_the_card_says_what_was_merged(params: Params, tiny: Model) -> None:
     [
         (
             {"transform": "joint"},
-            "transform: joint has no place in method laco, which merges the layers' own weights; use dense.",
+            "transform: joint has no place in method laco, which merges layers by what they merge to; use dense.",
         ),
         (
             {"selection": "loss"},
-            "selection: loss has no place in method laco, which chooses by what layers merge to; use null.",
+            "selection: loss has no place in method laco, which merges layers by what they merge to; use null.",
         ),
-        ({"num_A": 2}, "num_A: method laco makes as many merges as layers_to_skip takes; use 1."),
+        (
+            {"num_A": 2},
+            "num_A: 2 has no place in method laco, which merges layers by what they merge to; use 1.",
+        ),
         ({"laco_layers": 1}, "laco_layers: must be at least 2, not 1."),
         ({"laco_interval": 0}, "laco_interval: must be at least 1, not 0."),
         ({"laco_threshold": 1.5}, "laco_threshold: must be at most 1, not 1.5."),
@@ -376,10 +379,10 @@ def test_merges_too_far_apart_are_named() -> None:
 
 def test_experts_are_not_merged_and_norms_are_no_obstacle() -> None:
     values = read_params(None, {"method": "laco"}).model_dump()
-    (said,) = family_refusals(values, "mixtral", "experts")
+    (said,) = family_refusals(values, "mixtral", OBSTACLES["experts"])
     assert said.startswith("method: laco is not derived for the mixture of experts of the family 'mixtral'")
-    assert family_refusals(values, "gemma2", "norm") == []
-    assert family_refusals(values, "x", "undescribed") == []
+    assert family_refusals(values, "gemma2", OBSTACLES["norm"]) == []
+    assert family_refusals(values, "x", OBSTACLES["undescribed"]) == []
 
 
 def test_the_keys_belong_to_laco_alone(caplog: pytest.LogCaptureFixture) -> None:

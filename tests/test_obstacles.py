@@ -11,7 +11,7 @@ import torch
 from replaceme import commands
 from replaceme.combinations import family_refusals
 from replaceme.export import save_pruned
-from replaceme.families import family_of
+from replaceme.families import Family, family_of
 from replaceme.methods import METHODS
 from replaceme.models import Model
 from replaceme.params import read_params
@@ -19,7 +19,7 @@ from replaceme.plan import Block
 from replaceme.statistics import take_statistics
 from replaceme.surgery import behind_norm
 from replaceme.verification import verify_export
-from tests.conftest import EXPERTS, NORM_AFTER_MLP, passing
+from tests.conftest import EXPERTS, NORM_AFTER_MLP, OBSTACLES, passing
 from tests.test_commands import call
 from tests.test_refit import many_documents
 
@@ -142,6 +142,6 @@ def test_a_cut_that_breaks_the_pattern_of_a_family_is_told(
 def test_what_is_not_exact_or_not_derived_for_a_family_is_refused(
     obstacle: Any, options: dict[str, Any], said: list[str]
 ) -> None:
-    found = family_refusals(read_params(None, options).model_dump(), "x", obstacle)
+    found = family_refusals(read_params(None, options).model_dump(), "x", OBSTACLES[obstacle] if obstacle else Family())
     assert len(found) == len(said)
     assert all(start in sentence for start, sentence in zip(said, found, strict=True))

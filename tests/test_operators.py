@@ -110,18 +110,39 @@ def test_a_parameter_stands_in_for_a_while_and_is_written(tiny: Model, tmp_path:
     verify_export(tiny, pruned, edits, documents)
 
 
-def test_only_code_that_this_program_wrote_is_trusted(tiny: Model, tmp_path: Path) -> None:
+def test_a_form_of_our_own_is_known_to_the_letter(tiny: Model, tmp_path: Path) -> None:
     save_pruned(tiny, edits_with("dense"), tmp_path)
-    assert Model(tmp_path, "pruned").trusts
+    assert is_own_form(tmp_path)
     code, config = tmp_path / FILE, tmp_path / "config.json"
     text, settings = code.read_text(), config.read_text()
     code.write_text(text + "\nprint('anything')\n")
-    assert not Model(tmp_path, "pruned").trusts
+    assert not is_own_form(tmp_path)
     code.write_text(text.replace('"LlamaConfig"', '"os.system"'))
-    assert not Model(tmp_path, "pruned").trusts
+    assert not is_own_form(tmp_path)
     code.write_text(text)
     config.write_text(json.dumps(json.loads(settings) | {"auto_map": {"AutoConfig": "other.Config"}}))
-    assert not Model(tmp_path, "pruned").trusts
+    assert not is_own_form(tmp_path)
+
+
+def test_nothing_in_a_folder_of_our_form_runs_unless_the_user_says_so(tiny: Model, tmp_path: Path) -> None:
+    save_pruned(tiny, edits_with("dense"), tmp_path)
+    trace = tmp_path / "trace"
+    runs = f"open({str(trace)!r}, 'a').write('ran')\n"
+    (tmp_path / "custom_generate").mkdir()
+    (tmp_path / "custom_generate" / "generate.py").write_text(runs + "def generate(model, **options): pass\n")
+    (tmp_path / "foreign.py").write_text(runs + "from transformers import PreTrainedTokenizerFast as Tokenizer\n")
+    settings = tmp_path / "tokenizer_config.json"
+    auto_map = {"auto_map": {"AutoTokenizer": ["foreign.Tokenizer", "foreign.Tokenizer"]}}
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | auto_map))
+    pruned = Model(tmp_path, "pruned")
+    model = pruned.load()
+    assert type(pruned.config()).__name__ == "PrunedConfig"
+    assert "transformers_modules" not in type(model).__module__
+    pruned.tokenizer()
+    assert not trace.exists()
+    # The same folder shows that this is what keeps it from running.
+    Model(tmp_path, "pruned", trust_remote_code=True).tokenizer()
+    assert trace.read_text() == "ran"
 
 
 def test_a_form_of_our_own_is_not_pruned_again_and_not_built_on_foreign_code(tiny: Model, tmp_path: Path) -> None:

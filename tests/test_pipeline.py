@@ -16,6 +16,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from replaceme import commands
+from replaceme.cost import COMPRESSION
 from replaceme.models import Model
 from replaceme.publish import push_to_hub
 from replaceme.steps import STEPS
@@ -28,6 +29,7 @@ from tests.test_publish import Hub, api
 __all__ = ["api"]
 
 PIPELINE: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+METHODS_FOLDER = "replaceme/methods"
 ORDER = [
     "inputs",
     "calibrate",
@@ -54,6 +56,9 @@ def test_every_stage_has_a_script_and_a_description() -> None:
 @pytest.mark.parametrize("name", ORDER)
 def test_declared_code_dependencies_equal_the_import_closure(name: str) -> None:
     declared = {dep for dep in PIPELINE[name]["deps"] if dep.endswith(".py")}
+    if METHODS_FOLDER in PIPELINE[name]["deps"]:
+        # As a folder, so that a new method changes nothing here.
+        declared |= {path.relative_to(ROOT).as_posix() for path in (ROOT / METHODS_FOLDER).glob("*.py")}
     assert declared == import_closure(ROOT / "stages" / f"{name}.py")
 
 
@@ -67,13 +72,20 @@ def test_console_scripts_and_pipeline_agree_on_what_a_stage_depends(name: str) -
     stage, step, work = PIPELINE[name], STEPS[name], Workspace()
     assert set(stage.get("params", [])) == set(step.params)
     data = {dep for dep in stage["deps"] if dep.startswith("artifacts/")}
-    assert data == {getattr(work, read).as_posix() for read in step.reads}
+    costs = {work.cost(name).as_posix() for name in step.costs}
+    assert data == {getattr(work, read).as_posix() for read in step.reads} | costs
     assert {dep for dep in stage["deps"] if dep.startswith("metrics/")} == {
         work.metric(name).as_posix() for name in step.figures
     }
     outputs = {*stage.get("outs", []), *(path for metric in stage.get("metrics", []) for path in metric)}
     written = {getattr(work, step.writes).as_posix()} if step.writes else set()
+    written |= {work.cost(name).as_posix()} if name in COMPRESSION else set()
     assert outputs == written | {work.metric(metric).as_posix() for metric in step.metrics}
+
+
+def test_no_stage_but_the_report_reads_what_the_compression_cost() -> None:
+    readers = [name for name, stage in PIPELINE.items() if any("cost/" in dep for dep in stage["deps"])]
+    assert readers == ["report"]
 
 
 def test_metrics_keep_the_run_cache() -> None:
@@ -154,6 +166,11 @@ def test_the_run_leaves_model_metrics_and_lock(project: Path) -> None:
     assert repaired["corrected_linears"] > 0
     export = json.loads((project / "metrics" / "export.json").read_text())
     assert export["hidden_error_max"] < 1e-4
+    cost = json.loads((project / "metrics" / "compression.json").read_text())
+    assert set(cost["stage_seconds"]) == set(COMPRESSION)
+    assert sum(cost["stage_seconds"].values()) == pytest.approx(cost["seconds"], rel=1e-3)
+    assert cost["trained"] is False
+    assert 100e6 < cost["peak_memory_bytes"] < 5e9
     lock = (project / "dvc.lock").read_text()
     assert str(project.parent) not in lock
     assert Model(project / "artifacts" / "model", "pruned").config().num_hidden_layers == 4
@@ -243,6 +260,22 @@ def test_the_experiments_are_compared_in_a_table_and_a_picture(project: Path) ->
     assert "alpha" in printed
     assert (project / "experiments" / "experiments.md").read_text().count("\n") == len(table) + 2
     shell(project, "git", "checkout", "-q", ".")
+
+
+def test_the_models_of_the_experiments_are_measured_once(project: Path) -> None:
+    first = shell(project, "compare_experiments", "--speed")
+    times = json.loads((project / "experiments" / "speed.json").read_text())
+    assert len(times) == first.count(", measured") == 3
+    table = pd.read_csv(project / "experiments" / "experiments.csv")
+    assert (table[["prefill_speedup", "decode_speedup"]] > 0).all(axis=None)
+    again = shell(project, "compare_experiments", "--speed")
+    assert (again.count(", measured"), again.count(", known")) == (0, 3)
+    assert re.search(r"time +memory +prefill +decode\n", again)
+    assert not list(project.glob("*.partial"))
+    assert "prefill_speedup" not in shell(project, "compare_experiments")
+    assert (project / "experiments" / "speed.json").is_file()
+    shell(project, "git", "checkout", "-q", ".")
+    shell(project, "git", "clean", "-qf", "experiments")
 
 
 def test_plots_are_shown_and_compared(project: Path) -> None:

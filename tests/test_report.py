@@ -18,6 +18,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.text import Annotation
 from numpy.ma import masked
 
+from replaceme.cost import COMPRESSION
 from replaceme.params import Params, read_params
 from replaceme.plan import Block
 from replaceme.report import page as page_module
@@ -143,9 +144,10 @@ def run(tmp_path: Path) -> Run:
         residuals: str = RESIDUALS,
         title: str = "ReplaceMe (least squares)",
         blocks: tuple[tuple[int, int], ...] = ((3, 5),),
+        parts: str = "",
     ) -> Workspace:
         work = Workspace(tmp_path)
-        for folder in (work.profile, work.solution, work.metric("solve").parent):
+        for folder in (work.profile, work.solution, work.edits, work.metric("solve").parent, work.cost("solve").parent):
             folder.mkdir(parents=True, exist_ok=True)
         contents = {
             work.profile / "profile.json": {
@@ -154,12 +156,13 @@ def run(tmp_path: Path) -> Run:
                 "layers": made_layers(LAYERS),
             },
             work.blocks: [{"start": start, "end": end} for start, end in blocks],
-            work.solution / "edits.json": {"title": title},
+            work.edits / "edits.json": {"title": title, "parts": parts},
             work.metric("evaluation"): evaluation,
             work.metric("solve"): solved,
             work.metric("repair"): repaired,
             work.metric("export"): EXPORT,
             work.metric("select"): {"losses": {"host2": 3.25, "host1": 4.5}},
+            **{work.cost(name): {"seconds": 1.5, "peak_memory_bytes": 10**9} for name in COMPRESSION},
         }
         for path, content in contents.items():
             path.write_text(json.dumps(content), encoding="utf-8")
@@ -257,6 +260,22 @@ def test_a_method_without_a_map_has_none_to_judge(params: Params, run: Run) -> N
     assert "there is no map to judge" in page.html
     assert "residuals" not in page.pictures
     assert "were removed by UIDL" in page.html
+
+
+def test_parts_of_layers_are_told_where_no_layer_goes(params: Params, run: Run) -> None:
+    parts = "2 of 4 heads in every layer"
+    repaired = {"removed_heads": 14, "parameters_removed": 123456, "calibration_loss": 2.5, "corrected_linears": 0}
+    work = run(solved={"removed_layers": 0}, repaired=repaired, title="LLM-Pruner", blocks=(), parts=parts)
+    work.metric("select").write_text("{}", encoding="utf-8")
+    page = Reader(render(params, work).html)
+    assert f"smollm2-135m-instruct without {parts}" in page.text
+    assert f"{parts} of smollm2-135m-instruct were removed by LLM-Pruner: " in page.text
+    assert f"No layer was removed, but {parts}." in page.text
+    assert {"heads removed", "14", "123,456", "2.5"} <= page.cells
+    assert "Nothing stands in the place of what was removed" in page.text
+    assert "the state behind the last layer differs by 0.0024" in page.text
+    assert not re.search(r"Framed|Shaded|cut differs|removed layers and|of its 7", page.text + " ".join(page.alternatives))
+    assert len(page.alternatives) == 4
 
 
 def test_an_iterative_solver_shows_its_curve_and_a_closed_form_none(params: Params, run: Run) -> None:
@@ -398,6 +417,7 @@ def test_the_stage_writes_the_page_and_the_pictures_that_there_are(params: Param
         assert (work.report / f"{name}.png").read_bytes() == picture.light
         assert picture.light.startswith(b"\x89PNG")
         assert picture.light != picture.dark
+    assert json.loads(work.metric("compression").read_text())["seconds"] == 12.0
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -459,6 +479,18 @@ def test_removed_layers_are_shaded_and_an_influence_of_nothing_is_no_obstacle() 
     spans = [patch for axes in figure.axes for patch in axes.patches]
     assert [(span.get_x(), span.get_x() + span.get_width()) for span in spans] == [(2.5, 4.5)] * 2
     assert png(figure)
+
+
+def test_without_a_block_nothing_is_framed_shaded_or_named() -> None:
+    figure = cut_map(made_distances(LAYERS), "distance", [], DARK)
+    assert figure.axes[0].get_legend() is None
+    assert _frames(figure) == set()
+    assert not figure.axes[0].texts
+    layers = layer_figures(made_layers(LAYERS), [])
+    assert not [patch for axes in layers.axes for patch in axes.patches]
+    assert [text.get_text() for text in layers.legends[0].get_texts()] == ["largest", "mean"]
+    assert png(figure)
+    assert png(layers)
 
 
 @pytest.mark.parametrize(("accuracy", "perplexity"), [(0, 0), (1, 0), (0, 1), (3, 1), (10, 2)])

@@ -14,7 +14,7 @@ from replaceme.calibration import calibrate
 from replaceme.combinations import family_refusals
 from replaceme.documents import Documents
 from replaceme.edits import Edits
-from replaceme.errors import ParameterError, SolveError, VerificationError
+from replaceme.errors import ModelError, ParameterError, SolveError, VerificationError
 from replaceme.evaluation.scores import evaluate, score_baseline
 from replaceme.export import export, save_pruned
 from replaceme.families import family_of
@@ -30,7 +30,7 @@ from replaceme.plan import Plan, save_blocks
 from replaceme.planning import plan
 from replaceme.repair import repair
 from replaceme.selection import criterion_of
-from replaceme.slicing import against_slicing, fitting_width, nearest
+from replaceme.slicing import fitting_width, nearest
 from replaceme.solution import solve
 from replaceme.statistics import observe_activations
 from replaceme.surgery import apply_edits
@@ -150,7 +150,7 @@ def test_verification_sees_a_change_of_any_weight(name: str, tiny: Model, tmp_pa
 
 def bench_of(model: Any, documents: Documents, folder: Path, **options: Any) -> Bench:
     params = read_params(None, {"method": "slicegpt", "batch_size": 4, "layers_to_skip": 1, **options}, METHODS)
-    return Bench(params, model, family_of(model.config), documents, Plan((), ()), Edits("SliceGPT", []), folder)
+    return Bench(params, model, family_of(model.config), documents, Plan((), ()), Edits("SliceGPT", []), folder, folder)
 
 
 def leading(gram: np.ndarray, width: int) -> tuple[np.ndarray, float]:
@@ -180,6 +180,13 @@ def test_each_basis_is_of_what_the_sliced_signals_before_it_make(kind: str, docu
 
 def projected_middle(seen: dict[str, np.ndarray], known: list[np.ndarray]) -> np.ndarray:
     return seen["input"] @ known[-1] @ known[-1].T + seen["attention"]
+
+
+def test_a_layer_whose_weights_are_on_no_device_is_refused(documents: Documents, tmp_path: Path) -> None:
+    model = made_model()
+    model.model.layers[3].to("meta")
+    with pytest.raises(ModelError, match=r"device_map: layer 3, whose MLP is computed by itself, does not fit the GPUs"):
+        next(bases_in_order(bench_of(model, documents, tmp_path), 16))
 
 
 def test_the_shared_basis_is_of_all_signals_together_as_the_norms_see_them(documents: Documents, tmp_path: Path) -> None:
@@ -234,7 +241,7 @@ def test_families_are_sliced_or_refused_with_the_reason() -> None:
     said = {}
     for kind in KINDS:
         family = family_of(made_model(kind).config)
-        said[kind] = family_refusals(values, kind, family.obstacle, against_slicing(family))
+        said[kind] = family_refusals(values, kind, family)
     assert [kind for kind in KINDS if not said[kind]] == SLICED
     for kind, reason in {
         "gpt2": "its norms subtract a mean", "falcon": "its attention and MLP are parallel", "olmo2": "the norm behind its MLP",
@@ -242,14 +249,17 @@ def test_families_are_sliced_or_refused_with_the_reason() -> None:
     }.items():  # fmt: skip
         (problem,) = said[kind]
         assert problem.startswith(f"method: slicegpt is refused for the family '{kind}': {reason}")
-    assert family_refusals({**values, "method": "uidl"}, "gpt2", None, "a reason") == []
+    assert family_refusals({**values, "method": "uidl"}, "gpt2", family_of(made_model("gpt2").config)) == []
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         ({"transform": "joint"}, "transform: joint has no place in method slicegpt"),
-        ({"repair": True}, "repair: is not derived for method slicegpt; use false."),
+        (
+            {"repair": True},
+            "repair: true has no place in method slicegpt, which removes parts of layers and no layer",
+        ),
         (
             {"selection": "loss"},
             "selection: loss has no place in method slicegpt, which removes parts of layers",
@@ -290,7 +300,7 @@ def test_the_stages_slice_save_and_score(plain: bool, params: Params, tmp_path: 
     assert figures["width"] == pruned.config.hidden_size == edits.width
     assert figures["slicing"] == pytest.approx(1 - figures["width"] / WIDTH)
     assert figures["parameters"] == read_json(work.metric("export"))["parameters"] == parameter_count(pruned)
-    assert figures["removed_parameters"] == read_json(work.metric("export"))["parameters_dense"] - figures["parameters"]
+    assert figures["parameters_removed"] == read_json(work.metric("export"))["parameters_dense"] - figures["parameters"]
     assert 0 < figures["kept_squares_lowest"] <= figures["kept_squares_mean"] <= 1
     assert is_own_form(work.model) != plain
     scores = read_json(work.metric("evaluation"))

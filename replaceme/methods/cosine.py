@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from replaceme.closed_forms import STRUCTURES, closed_form, structure_words
+from replaceme.combinations import TRANSFORMS, Values
 from replaceme.compute import resolve_device
 from replaceme.edits import Edits
 from replaceme.fit_quality import fit_quality, ridge_figures
@@ -135,4 +136,32 @@ def _report(params: Params, host: int, fit: Mapping[str, Any]) -> None:
         logger.warning("%s: %s did not come to rest within %d; raise it%s", key, params.solver, getattr(params, key), advice)
 
 
-METHOD = Method(stand_in=lambda params: "map", statistics=statistics, solve=solve)
+def refusals(values: Values) -> list[str]:
+    """Return a sentence for each objective, structure and solver that do not go together."""
+    transform, loss, solver = (values[key] for key in ("transform", "loss", "solver"))
+    problems = []
+    if transform == "orthogonal":
+        problems.append("transform: orthogonal is fitted by least squares alone; use method lstsq.")
+    if transform in ("refit", "joint"):
+        problems.append(
+            f"transform: {transform} solves least squares for the host's own weights and has no other objective; use method "
+            "lstsq, or transform dense, diagonal, two_vectors or triangular."
+        )
+    if loss == "elastic_net" and solver in ("cg", "trust_region"):
+        problems.append(f"solver: {solver} needs a smooth objective, and loss elastic_net has a kink at 0; use lbfgs or adam.")
+    if loss == "elastic_net" and transform == "two_vectors":
+        problems.append(
+            "transform: two_vectors has no entries of its own that loss elastic_net could set to 0; use dense, diagonal or "
+            "triangular, or loss mse."
+        )
+    return problems
+
+
+METHOD = Method(
+    stand_in=lambda params: "map",
+    statistics=statistics,
+    solve=solve,
+    words="fits what takes the block's place",
+    transforms=TRANSFORMS,
+    refusals=refusals,
+)

@@ -1,7 +1,6 @@
 """ReplaceMe with least squares (arXiv 2505.02819, section 3), in closed form: one ridge regression a block; or one over all
 weights of the host's last linears (``replaceme.refit``)."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,9 +8,10 @@ import torch
 from torch import Tensor
 
 from replaceme.closed_forms import STRUCTURES, Structure, closed_form, structure_words
+from replaceme.combinations import TRANSFORMS
 from replaceme.edits import Edits
 from replaceme.errors import SolveError
-from replaceme.fit_quality import fit_quality, ridge_figures
+from replaceme.fit_quality import fit_quality, ridge_figures, ridge_path
 from replaceme.methods.method import Method, Solved, Statistics
 from replaceme.params import Params
 from replaceme.plan import Block
@@ -19,7 +19,6 @@ from replaceme.progress import logger
 from replaceme.refit import refit
 from replaceme.solver import RidgeSolution, solve_ridge
 
-RIDGES = 33
 # The transforms that solve for more than a map, with the statistic that they want.
 FEATURES = {"refit": "mlp_features", "joint": "features"}
 
@@ -30,11 +29,11 @@ def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
         return _refit(params, block, statistics)
     structure = STRUCTURES[params.transform]
     sums, sample = statistics("gram"), statistics("sample")
-    ridge_path: list[tuple[float, float]] = []
+    path: list[tuple[float, float]] = []
     if structure == "dense":
         solution = solve_ridge(sums["gram"], sums["cross"], params.alpha)
         transform, of_ridge = solution.transform, _dense_figures(solution, params.alpha)
-        ridge_path = _ridge_path(solution, sums)
+        path = ridge_path(solution, float(sums["target_squares"]), float(sums["output_squares"]))
     else:
         transform = closed_form(sums["gram"], sums["cross"], params.alpha, structure, sums.get("norm"))
         of_ridge = _structured_figures(transform, sums, params.alpha, structure)
@@ -46,7 +45,7 @@ def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
     title = f"ReplaceMe (least squares{structure_words(structure)})"
     if "norm" in sums:  # edits hold what the norm's output before its weight takes
         transform = sums["norm"][:, None] * transform
-    return Solved(Edits(title, [], {block.host: transform}), fit, ridge_path)
+    return Solved(Edits(title, [], {block.host: transform}), fit, path)
 
 
 def _refit(params: Params, block: Block, statistics: Statistics) -> Solved:
@@ -82,16 +81,10 @@ def _structured_figures(transform: Tensor, sums: Mapping[str, Tensor], alpha: fl
     return figures | {"distance_from_alpha_zero": float((transform - plain).norm() / plain.norm())}
 
 
-def _ridge_path(solution: RidgeSolution, sums: Mapping[str, Tensor]) -> list[tuple[float, float]]:
-    """Return the relative residual for ridges between the smallest and the largest eigenvalue, and somewhat below.
-
-    A dense transform's alone: its eigenvectors give all ridges at once.
-    """
-    largest = float(solution.eigenvalues[-1])
-    lowest = max(solution.smallest_eigenvalue / 100, largest * 1e-12)
-    alphas = torch.logspace(math.log10(lowest), math.log10(largest), RIDGES, dtype=torch.float64).tolist()
-    target, output = float(sums["target_squares"]), float(sums["output_squares"])
-    return [(alpha, (solution.squared_residual(alpha, target) / output) ** 0.5) for alpha in alphas]
-
-
-METHOD = Method(stand_in=lambda params: "refit" if params.transform in FEATURES else "map", statistics=_statistics, solve=solve)
+METHOD = Method(
+    stand_in=lambda params: "refit" if params.transform in FEATURES else "map",
+    statistics=_statistics,
+    solve=solve,
+    words="fits what takes the block's place",
+    transforms=TRANSFORMS,
+)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from replaceme.combinations import Limits
 from replaceme.documents import Documents
 from replaceme.edits import Edits
 from replaceme.families import Family
@@ -19,9 +20,12 @@ Statistics = Callable[[str], Mapping[str, Tensor]]
 
 # By what a cut is chosen (``replaceme.selection``).
 # "width": no layer goes, but parts of layers do.
-Criterion = Literal["angular", "residual", "loss", "influence", "greedy", "collapse", "width"]
-# What can take a block's place: nothing, a linear map, or new weights of the linear that ends the host's MLP.
-StandIn = Literal["nothing", "map", "refit"]
+# "window": the layer in front goes too, and another one comes in its place.
+Criterion = Literal[
+    "angular", "residual", "loss", "influence", "greedy", "collapse", "compensated", "width", "window", "mean_cosine"
+]
+# What can take a block's place: nothing, a factor, a linear map, or new weights of the linear that ends the host's MLP.
+StandIn = Literal["nothing", "scalar", "map", "refit"]
 
 
 @dataclass
@@ -53,6 +57,7 @@ class Bench:
         plan: what goes.
         edits: as solved so far; they are added to.
         folder: where scratch files may lie, and what an interrupted run goes on from.
+        output: the folder of the edits, for what is to be kept with them.
     """
 
     params: Params
@@ -62,11 +67,12 @@ class Bench:
     plan: Plan
     edits: Edits
     folder: Path
+    output: Path
 
 
 @dataclass(frozen=True)
-class Method:
-    """A pruning method.
+class Method(Limits):
+    """A pruning method; the settings that it takes stand in ``Limits``.
 
     Attributes:
         stand_in: what takes the block's place while cuts are compared by their loss, with these parameters.
@@ -76,8 +82,9 @@ class Method:
         work: what sums of activations can't tell, it makes on the model itself, behind the solve (in the repair stage): it adds
             to the edits and returns figures for the metrics.
         plain: whether the result has the family's own form, with these parameters.
-        check: raises ParameterError, before any work, when these parameters ask for more than a model (the second argument,
-            without its weights) can give.
+        trained: whether it trains weights on the text; the others see each token once or twice, and solve.
+        check: raises ParameterError, before any work, when a model (the second argument, without its weights) can't give what
+            these parameters ask for.
     """
 
     stand_in: Callable[[Params], StandIn]
@@ -86,6 +93,7 @@ class Method:
     criterion: Criterion = "angular"
     work: Callable[[Bench], dict[str, Any]] | None = None
     plain: Callable[[Params], bool] = lambda params: True
+    trained: bool = False
     check: Callable[[Params, Any, Family], None] | None = None
 
 

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from replaceme.combinations import Values
+from replaceme.compute import require_resident
 from replaceme.documents import Batch
 from replaceme.errors import SolveError
 from replaceme.families import Family
@@ -36,12 +38,13 @@ def work(bench: Bench) -> dict[str, Any]:
     width, parameters, dense = fitting_width(bench.model, bench.family, params.layers_to_skip, params.plain)
     found = [*(shared_basis if params.plain else bases_in_order)(bench, width)]
     bench.edits.bases = [Q for Q, _ in found]
+    bench.edits.parts = f"{d - width} of the {d} dimensions of its residual stream"
     kept = [share for _, share in found]
     figures = {
         "width": width,
         "slicing": 1 - width / d,
         "parameters": parameters,
-        "removed_parameters": dense - parameters,
+        "parameters_removed": dense - parameters,
         "kept_squares_lowest": min(kept),
         "kept_squares_mean": sum(kept) / len(kept),
     }
@@ -75,6 +78,7 @@ def bases_in_order(bench: Bench, width: int) -> Iterator[tuple[Tensor, float]]:
     """Yield Q and its share of each signal, in order, each signal being made of the sliced ones in front of it."""
     model, family = bench.model, bench.family
     layers, d = family.decoder_layers(model), int(model.config.hidden_size)
+    require_resident(dict(enumerate(layers)), "whose MLP is computed by itself")
     with scratch(1, (bench.documents.token_count, d), model.dtype, bench.folder, "slicing") as (states,):
         gram = _watched(bench, 0, ("input",), states, None)
         for index, layer in enumerate(progress(layers, "slicing layers", "layers")):
@@ -179,6 +183,15 @@ def _added(signals: Signals, names: tuple[Signal, ...], batch: Batch) -> Tensor:
     return torch.stack(states).to(torch.promote_types(states[0].dtype, torch.float32)).sum(dim=0)
 
 
+def refusals(values: Values) -> list[str]:
+    """Return a sentence for each limit that would be ignored."""
+    return [
+        f"{key}: method slicegpt takes from all layers alike; use null."
+        for key in ("min_distance_layer", "max_distance_layer")
+        if values[key] is not None
+    ]
+
+
 METHOD = Method(
     stand_in=lambda params: "nothing",
     statistics=lambda params: (),
@@ -186,5 +199,10 @@ METHOD = Method(
     criterion="width",
     work=work,
     plain=lambda params: params.plain,
+    words="removes parts of layers and no layer",
+    selections=(),
+    several=False,
+    repairs=False,
+    refusals=refusals,
     check=check,
 )

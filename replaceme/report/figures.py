@@ -28,7 +28,7 @@ def cut_map(values: Sequence[Sequence[float]], label: str, blocks: Sequence[Bloc
     Args:
         values: layers × layers, of host and last removed layer.
         label: what they are.
-        blocks: the chosen ones, which are framed; a thin line runs through all blocks of the same size.
+        blocks: the chosen ones, if any, which are framed; a thin line runs through all blocks of the same size.
         theme: the colours.
     """
     layers = len(values)
@@ -40,11 +40,12 @@ def cut_map(values: Sequence[Sequence[float]], label: str, blocks: Sequence[Bloc
         bar.set_label(label)
         bar.outline.set_visible(False)
         bar.ax.tick_params(length=0)
-        _same_size(axes, sorted({len(block) for block in blocks}, reverse=True), layers)
+        if blocks:
+            _same_size(axes, sorted({len(block) for block in blocks}, reverse=True), layers)
+            frame = Line2D([], [], marker="s", ls="", mfc="none", mec=theme.mark, mew=2, ms=9)
+            axes.legend([frame], ["removed block" if len(blocks) == 1 else "removed blocks"], loc="lower right", frameon=False)
         for block in blocks:
             _frame(axes, block, max(1.3, layers * FRAME), theme)
-        frame = Line2D([], [], marker="s", ls="", mfc="none", mec=theme.mark, mew=2, ms=9)
-        axes.legend([frame], ["removed block" if len(blocks) == 1 else "removed blocks"], loc="lower right", frameon=False)
         axes.set(xlabel="host layer", ylabel="last removed layer")
         _whole_numbers(axes)
         axes.yaxis.set_major_locator(MaxNLocator(7, integer=True))

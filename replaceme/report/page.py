@@ -16,11 +16,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
-from replaceme.files import new_folder, read_json, write_text
+from replaceme.files import new_folder, read_json, write_json, write_text
 from replaceme.methods import METHODS
 from replaceme.params import Params
 from replaceme.plan import Block, load_blocks
 from replaceme.report import sentences, tables
+from replaceme.report.compression import compression_figures
 from replaceme.report.figures import cut_map, layer_figures, loss_curve, residual_path, score_figure
 from replaceme.report.published import LABEL
 from replaceme.report.theme import DARK, DPI, LIGHT, Theme, png
@@ -64,10 +65,11 @@ class Page:
 
 
 def write_report(params: Params, work: Workspace) -> None:
-    """Write the report of a finished run, without times."""
-    page = render(params, work)
+    """Write the report of a finished run, without times, and beside it what the compression cost."""
+    page, cost = render(params, work), compression_figures(params, work)
     with new_folder(work.report) as folder:
         page.save(folder)
+    write_json(work.metric("compression"), cost)
 
 
 def render(params: Params, work: Workspace, speed: Mapping[str, Any] | None = None) -> Page:
@@ -85,7 +87,7 @@ def render(params: Params, work: Workspace, speed: Mapping[str, Any] | None = No
     profile, blocks = read_json(work.profile / "profile.json"), load_blocks(work.blocks)
     evaluation, solved = read_json(work.metric("evaluation")), read_json(work.metric("solve"))
     distances, residuals, layers = profile["angular_distance"], profile["residual"], profile["layers"]
-    repaired = read_json(work.metric("repair"))
+    repaired, edits = read_json(work.metric("repair")), read_json(work.edits / "edits.json")
     fits = _fits(solved, repaired)
     criterion = params.selection or METHODS[params.method].criterion
     pictures = {
@@ -100,7 +102,8 @@ def render(params: Params, work: Workspace, speed: Mapping[str, Any] | None = No
     drawn = {name: picture for name, picture in pictures.items() if picture}
     html = _TEMPLATES.get_template("page.html").render(
         model=without_folder(params.model_path),
-        method=read_json(work.solution / "edits.json")["title"],
+        method=edits["title"],
+        parts=edits["parts"],
         removed=sum(map(len, blocks)),
         layers=len(distances),
         outcome=sentences.outcome(evaluation),
@@ -109,11 +112,12 @@ def render(params: Params, work: Workspace, speed: Mapping[str, Any] | None = No
         size=tables.size_table(evaluation),
         times=tables.times_table(speed) if speed else None,
         cut=sentences.cut_sentences(distances, residuals, blocks, criterion, read_json(work.metric("select"))),
+        parts_table=tables.parts_table(repaired) if edits["parts"] else None,
         layer_reading=sentences.layer_sentences(layers, blocks),
         fit=sentences.fit_sentences(fits),
         fit_table=tables.fit_table(fits),
         repair=sentences.repair_sentence(repaired),
-        proof=sentences.proof_sentence(read_json(work.metric("export"))),
+        proof=sentences.proof_sentence(read_json(work.metric("export")), blocks),
         published=tables.published_table(LABEL),
         settings=settings,
         pictures=drawn,

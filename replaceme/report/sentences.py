@@ -15,9 +15,12 @@ CRITERIA = {
     "angular": "the smallest angular distance",
     "residual": "the smallest residual",
     "loss": "the smallest loss among the cuts with the smallest residuals",
+    "mean_cosine": "the highest mean cosine of the state in front of it and the one behind",
     "influence": "the smallest influence on their input",
     "greedy": "the smallest loss without them, one by one",
+    "window": "the highest mean cosine of what enters the layer that is trained and what leaves the last one",
     "collapse": "merging layers into the one in front of them, as long as the last states stay alike",
+    "compensated": "the smallest influence on their input, one by one, the state scaled in the place of those before",
 }
 
 
@@ -49,7 +52,7 @@ def cut_sentences(
     Args:
         distances: layers × layers, angular.
         residuals: layers × layers, of a linear map in the block's place.
-        blocks: what went.
+        blocks: what went, if layers did.
         selection: the criterion.
         selected: the figures of metrics/select.json.
     """
@@ -82,8 +85,9 @@ def layer_sentences(layers: Mapping[str, Sequence[float]], blocks: Sequence[Bloc
     removed = {layer for block in blocks for layer in range(block.start, block.end)}
     gone, kept = ([value for layer, value in enumerate(influence) if (layer in removed) == side] for side in (True, False))
     loudest = max(range(len(norms)), key=norms.__getitem__)
+    apart = f"{_mean(gone):.3f} in the removed layers and {_mean(kept):.3f} in the others" if gone else f"{_mean(kept):.3f}"
     return [
-        f"The mean block influence is {_mean(gone):.3f} in the removed layers and {_mean(kept):.3f} in the others.",
+        f"The mean block influence is {apart}.",
         f"The largest token norm, {number(norms[loudest])}, stands behind layer {loudest}, where the mean is "
         f"{number(layers['mean_norm'][loudest])}.",
         *(
@@ -98,7 +102,7 @@ def fit_sentences(fits: Mapping[str, Figures]) -> list[str]:
     return [
         _refit_sentence(name, fit) if "weighted_residual_transform" in fit else _fit_sentence(name, fit)
         for name, fit in fits.items()
-        if "weighted_residual_transform" in fit or "relative_residual" in fit
+        if "weighted_residual_removed" in fit or "relative_residual" in fit
     ]
 
 
@@ -125,21 +129,23 @@ def _refit_sentence(name: str, fit: Figures) -> str:
 
 
 def _fit_sentence(name: str, fit: Figures) -> str:
-    residual, bare = fit["relative_residual"], fit["relative_residual_removed"]
+    kind, alike = ("relative", "") if "relative_residual" in fit else ("weighted", ", each token alike,")
+    residual, bare = fit[f"{kind}_residual"], fit[f"{kind}_residual_removed"]
     cosine, bare_cosine = fit["mean_cosine"], fit["mean_cosine_removed"]
     sentence = (
-        f"{f'{name}: t' if name else 'T'}he map takes the relative residual from {bare:.3f} to {residual:.3f}, and the mean "
-        f"cosine from {bare_cosine:.3f} to {cosine:.3f}."
+        f"{f'{name}: t' if name else 'T'}he map takes the relative residual{alike} from {bare:.3f} to {residual:.3f}, and the "
+        f"mean cosine from {bare_cosine:.3f} to {cosine:.3f}."
     )
     if residual < bare and cosine < bare_cosine:
         sentence += " Where the two disagree, a few tokens of huge norm decide the fit."
     return sentence
 
 
-def proof_sentence(export: Figures) -> str:
-    """Say how far the saved model is from the unfused computation."""
+def proof_sentence(export: Figures, blocks: Sequence[Block]) -> str:
+    """Say how far the saved model is from the unfused computation, at the cut or, where no layer went, at the end."""
+    place = "at the cut" if blocks else "behind the last layer"
     return (
-        "The saved model was loaded again and compared with the unfused computation: the state at the cut differs by "
+        f"The saved model was loaded again and compared with the unfused computation: the state {place} differs by "
         f"{export['hidden_error_mean']:.2g} on average and {export['hidden_error_max']:.2g} at most (relative; up to "
         f"{export['tolerance']:g} on average is rounding), the logits by {export['logits_error']:.2g}."
     )
@@ -151,16 +157,17 @@ def map_words(what: str, values: Sequence[Sequence[float]], blocks: Sequence[Blo
     marked = "; ".join(f"{span(block)} at {values[block.host][block.end - 1]:.3f}" for block in blocks)
     return (
         f"Heat map of the {what} from each host layer to each last removed layer, "
-        f"{min(pairs):.3f} to {max(pairs):.3f}. Framed: {marked}."
+        f"{min(pairs):.3f} to {max(pairs):.3f}.{f' Framed: {marked}.' if blocks else ''}"
     )
 
 
 def layer_words(layers: Mapping[str, Sequence[float]], blocks: Sequence[Block]) -> str:
     """Describe the charts of the layers."""
+    shaded = ", ".join(map(span, blocks))
     ranges = {key: f"{number(min(values))} to {number(max(values))}" for key, values in layers.items()}
     return (
         f"Two charts by layer on logarithmic axes: block influence, {ranges['block_influence']}; mean token norm, "
-        f"{ranges['mean_norm']}, and largest token norm, {ranges['max_norm']}. Shaded: {', '.join(map(span, blocks))}."
+        f"{ranges['mean_norm']}, and largest token norm, {ranges['max_norm']}.{f' Shaded: {shaded}.' if blocks else ''}"
     )
 
 

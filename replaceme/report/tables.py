@@ -27,12 +27,12 @@ FIT_WORDS = {
     "tokens": ("calibration tokens", "what the map was fitted to"),
     "relative_residual": (
         "relative residual",
-        "‖H − Z − M T‖ / ‖H‖ at the cut over all tokens: what the map misses; 0 is perfect",
+        "‖H − state‖ / ‖H‖ at the cut over all tokens: what the map misses; 0 is perfect",
     ),
     "relative_residual_removed": ("… without a map", "the same with nothing in the block's place"),
     "weighted_residual": (
         "relative residual",
-        "√ mean of ‖H − Z − G W′‖² / ‖H‖² at the cut, every token alike: what the host's new weights miss; 0 is perfect",
+        "√ mean of ‖H − state‖² / ‖H‖² at the cut, every token alike: what new weights or a map miss; 0 is perfect",
     ),
     "weighted_residual_joint": (
         "relative residual",
@@ -42,7 +42,12 @@ FIT_WORDS = {
     "weighted_residual_removed": ("… without either", "the same with nothing in the block's place"),
     "mean_cosine": ("mean cosine", "between the state with the map and the dense model's, all tokens alike; 1 is perfect"),
     "mean_cosine_removed": ("… without a map", "the same with nothing in the block's place"),
-    "condition_number": ("condition number", "of MᵀM + αI: how far noise in the text can be amplified"),
+    "smallest_factor": ("smallest factor", "of a channel: how much of its magnitude is left"),
+    "largest_factor": ("largest factor", "likewise"),
+    "condition_number": (
+        "condition number",
+        "of MᵀM + αI, where M is what is mapped: how far noise in the text can be amplified",
+    ),
     "smallest_eigenvalue": ("smallest eigenvalue", "of MᵀM: what α is to be compared with"),
     "alpha_over_smallest_eigenvalue": ("α / smallest eigenvalue", "far below 1 the ridge changes nothing"),
     "distance_from_identity": ("distance from identity", "‖T − I‖ / √d: 0 leaves the host layer as it was"),
@@ -52,6 +57,23 @@ FIT_WORDS = {
     "converged": ("at rest", "1: the solver stopped because the loss stood still; 0: because it had no iterations left"),
     "rescaled_by": ("rescaled by", "the fast cosine's map has no scale of its own: this factor makes ‖Y − M T‖ smallest"),
     "distance_from_alpha_zero": ("distance from α = 0", "how far the ridge moves the map from the one without it"),
+}
+PART_WORDS = {
+    "removed_heads": ("heads removed", "of the queries, over all layers"),
+    "removed_channels": ("MLP channels removed", "over all layers"),
+    "width": ("width", "of the residual stream that is left"),
+    "slicing": ("slicing", "the part of the width that went"),
+    "kept_squares_lowest": (
+        "squares kept, at least",
+        "the part of the states' squares that a basis keeps, at the worst of the norms",
+    ),
+    "kept_squares_mean": ("… on average", "the same, over all norms"),
+    "parameters_removed": ("parameters removed", "of all that the model has"),
+    "parameters_wanted": (
+        "… wanted",
+        "those of the whole layers that layers_to_skip names: the nearest that heads and channels allow",
+    ),
+    "calibration_loss": ("calibration loss", "nats a token of the dense model on the texts whose gradients decide"),
 }
 
 
@@ -164,6 +186,12 @@ def fit_table(fits: Mapping[str, Figures]) -> Table:
     return Table("Figures of the fit on the calibration text", ["", *(name or "value" for name in fits), "meaning"], rows)
 
 
+def parts_table(figures: Figures) -> Table | None:
+    """Return what of metrics/repair.json says how parts of layers were removed, with its meaning."""
+    rows = [[name, number(figures[key]), meaning] for key, (name, meaning) in PART_WORDS.items() if key in figures]
+    return Table("What was removed", ["", "value", "meaning"], rows) if rows else None
+
+
 def published_table(label: str) -> Table:
     """Return the published table, captioned with ``label``."""
     rows = [[row.method, *(f"{100 * value:.1f}" for value in row[1:6]), f"{row.percent_of_dense:.1f}"] for row in ROWS]
@@ -176,6 +204,11 @@ def number(value: float) -> str:
     if isinstance(value, int) or (abs(value) >= 1000 and abs(value) < 1e7):
         return _minus(f"{value:,.0f}")
     return _minus(f"{value:.4g}")
+
+
+def digits(value: float, count: int) -> str:
+    """Write a figure with so many digits, zeros at the end too, and whole numbers where these are more."""
+    return f"{value:#.{count}g}".rstrip(".") if value < 10**count else f"{value:,.0f}"
 
 
 def quantity(value: float, unit: str = "") -> str:

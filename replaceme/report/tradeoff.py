@@ -3,6 +3,7 @@
 Only an experiment that no other beats in both respects is worth a name; these make up the Pareto front.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,7 +17,9 @@ from replaceme.report.theme import LIGHT, WIDTH, Theme, drawing, log_axis, quiet
 
 # Seven colours and nine shapes: 63 methods before a pair comes again.
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
-LABEL_WIDTH = 18
+LABEL_WIDTH, LONG_NAME = 18, 14
+# Of the legend; what it has more than these makes the picture higher (in inches).
+LEGEND_LINES, LEGEND_LINE = 3, 0.21
 
 
 @dataclass(frozen=True)
@@ -67,11 +70,14 @@ def quality_against_size(
     """
     front = pareto_front(points, higher_is_better)
     dense = 100.0 if higher_is_better else 1.0
-    with drawing(theme, WIDTH * 0.86) as figure:
+    methods = sorted({point.method for point in points})
+    columns = 2 if max(map(len, methods)) > LONG_NAME else 3
+    below = max(math.ceil((len(methods) + 2) / columns) - LEGEND_LINES, 0) * LEGEND_LINE
+    with drawing(theme, WIDTH * 0.86 + below) as figure:
         axes = figure.add_subplot()
         axes.axhline(dense, color=theme.dense, lw=1, ls=":", label="dense")
         axes.plot(*zip(*map(_place, front), strict=True), color=theme.dense, lw=1.3, label="best for its size", zorder=1)
-        for number, method in enumerate(sorted({point.method for point in points})):
+        for number, method in enumerate(methods):
             look: dict[str, Any] = {
                 "marker": MARKERS[number % len(MARKERS)],
                 "color": theme.series[number % len(theme.series)],
@@ -88,7 +94,7 @@ def quality_against_size(
         axes.set_xlim(left=0)
         axes.xaxis.set_major_locator(MaxNLocator(6))
         quiet(axes, "both")
-        figure.legend(loc="outside lower center", ncols=3, frameon=False, columnspacing=1.2, handletextpad=0.5)
+        figure.legend(loc="outside lower center", ncols=columns, frameon=False, columnspacing=1.2, handletextpad=0.5)
         place_labels(
             axes,
             [(*_place(point), _broken(point.label)) for point in front],

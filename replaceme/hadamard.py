@@ -1,0 +1,58 @@
+"""Hadamard matrices: entries ±1, rows at right angles to each other.
+
+Sylvester's, of the powers of 2, times one of Paley's, of the orders q + 1 (prime q of the form 4k + 3) and 2(q + 1) (prime q of
+the form 4k + 1), whose rows tell squares modulo q from the others (Paley, "On orthogonal matrices", 1933). That covers the
+widths of the usual models: 576 = 16 · 36, 896 = 32 · 28, 3072 = 256 · 12, 5120 = 256 · 20.
+"""
+
+from math import isqrt
+
+import scipy.linalg
+import torch
+from torch import Tensor
+
+
+def hadamard(order: int) -> Tensor | None:
+    """Return the (order, order) float64 matrix, scaled to be orthonormal; None where none is constructed."""
+    core = _core(order)
+    if core is None:
+        return None
+    signs = torch.kron(torch.from_numpy(scipy.linalg.hadamard(order // len(core))), core)
+    return signs.double() / order**0.5
+
+
+def _core(order: int) -> Tensor | None:
+    """Return the smallest matrix of Paley's, or (1), of which a power of 2 makes this order."""
+    sizes = [order >> halved for halved in range(order.bit_length()) if order % (1 << halved) == 0]
+    return next((core for size in reversed(sizes) if (core := _paley(size)) is not None), None)
+
+
+def _paley(size: int) -> Tensor | None:
+    if size == 1:
+        return torch.ones(1, 1, dtype=torch.int64)
+    if _is_prime(size - 1) and size % 4 == 0:
+        return _bordered(size - 1, -1) + torch.eye(size, dtype=torch.int64)
+    half = size // 2
+    if size % 4 == 0 and half % 4 == 2 and _is_prime(half - 1):
+        beside, diagonal = torch.tensor([[1, 1], [1, -1]]), torch.tensor([[1, -1], [-1, -1]])
+        return torch.kron(_bordered(half - 1, 1), beside) + torch.kron(torch.eye(half, dtype=torch.int64), diagonal)
+    return None
+
+
+def _bordered(q: int, sign: int) -> Tensor:
+    """Return (q + 1, q + 1): χ(i − j), with a row of ones above it and a column of ``sign`` before it.
+
+    χ is 1 for squares modulo q, 0 for 0 and −1 for the others.
+    """
+    squares = torch.full((q,), -1)
+    squares[torch.arange(q) ** 2 % q] = 1
+    squares[0] = 0
+    places = torch.arange(q)
+    bordered = torch.ones(q + 1, q + 1, dtype=torch.int64)
+    bordered[0, 0], bordered[1:, 0] = 0, sign
+    bordered[1:, 1:] = squares[(places[:, None] - places) % q]
+    return bordered
+
+
+def _is_prime(number: int) -> bool:
+    return number > 1 and all(number % divisor for divisor in range(2, isqrt(number) + 1))

@@ -1,0 +1,49 @@
+"""Ghosted Layers (arXiv 2605.15491): the best linear map of the whole state at the cut, in closed form.
+
+    W = I + M,   M = argmin Σ w ‖h_host M − (H − h_host)‖² + α‖M‖²
+
+over all real tokens; the penalty is toward nothing in the block's place. As published, w = 1 and α is next to nothing (1e-6);
+with w = 1/‖H‖² every token counts by its relative error, so that a few of massive norm don't decide the fit. A transform
+(``replaceme.methods.lstsq``) maps what the host's MLP adds alone; this maps everything, and costs d² parameters.
+"""
+
+import torch
+
+from replaceme.edits import Edits
+from replaceme.fit_quality import operator_quality, ridge_figures, ridge_path
+from replaceme.methods.method import Method, Solved, Statistics
+from replaceme.params import Params
+from replaceme.plan import Block
+from replaceme.progress import logger
+from replaceme.solver import solve_ridge
+
+
+def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
+    """Return the operator behind the host, and how well it fits."""
+    sums, sample = statistics(_stream(params)), statistics("sample")
+    solution = solve_ridge(sums["gram"], sums["cross"], params.alpha)
+    W = solution.transform + torch.eye(len(solution.transform), dtype=torch.float64)
+    kind = "weighted" if params.ghosted_weighted else "relative"
+    fit = operator_quality(W, sums, sample, weighted=params.ghosted_weighted)
+    fit |= ridge_figures(solution.eigenvalues, params.alpha)
+    logger.info(
+        "solve: host %d, %d tokens, %s residual %.4f (%.4f with nothing in the block's place), mean cosine %.4f",
+        block.host, fit["tokens"], kind, fit[f"{kind}_residual"], fit[f"{kind}_residual_removed"], fit["mean_cosine"],
+    )  # fmt: skip
+    path = ridge_path(solution, float(sums["gap_squares"]), float(sums["output_squares"]))
+    title = f"Ghosted Layers{' (weighted)' if params.ghosted_weighted else ''}"
+    return Solved(Edits(title, [], operators={block.host: W}), fit, path)
+
+
+def _stream(params: Params) -> str:
+    return "stream_weighted" if params.ghosted_weighted else "stream"
+
+
+METHOD = Method(
+    stand_in=lambda params: "map",
+    statistics=lambda params: (_stream(params), "sample"),
+    solve=solve,
+    criterion="mean_cosine",
+    plain=lambda params: False,
+    words="maps the whole state behind the host",
+)

@@ -1,0 +1,67 @@
+"""LinearPatch (arXiv 2505.24680), without its distillation: scale the state at the cut to the magnitudes that it has behind the
+block, channel by channel, in coordinates in which no single channel is massive.
+
+    P = R diag(s) Rᵀ,   s_k = mean over documents of (mean over tokens of |(H R)_k| / mean over tokens of |(h_host R)_k|)
+
+with a Hadamard matrix R (the published ``rotate``), or R = I (its ``diag``), which costs d parameters instead of d². All real
+tokens count, those of massive norm too: the rotation spreads them over the channels. Any Hadamard matrix of the width will do,
+but another one gives another P; ours are those of ``replaceme.hadamard``.
+"""
+
+from typing import Any
+
+from replaceme.edits import Edits
+from replaceme.errors import ParameterError
+from replaceme.families import Family
+from replaceme.fit_quality import operator_quality
+from replaceme.hadamard import hadamard
+from replaceme.methods.method import Method, Solved, Statistics
+from replaceme.params import Params
+from replaceme.plan import Block
+from replaceme.progress import logger
+
+
+def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
+    """Return the operator behind the host, and how well it fits."""
+    magnitudes = statistics(_magnitudes(params))
+    factors = magnitudes["ratios"] / magnitudes["documents"]
+    if params.linearpatch_form == "hadamard":
+        rotation = hadamard(len(factors))
+        assert rotation is not None, "a width without a Hadamard matrix would have been refused"
+        P = dense = (rotation * factors) @ rotation.T
+    else:
+        P, dense = factors, factors.diag()
+    fit = operator_quality(dense, statistics("stream"), statistics("sample"))
+    fit |= {"smallest_factor": float(factors.min()), "largest_factor": float(factors.max())}
+    logger.info(
+        "solve: host %d, %d tokens, channels scaled by %.3g to %.3g, relative residual %.4f (%.4f with nothing in the block's "
+        "place), mean cosine %.4f",
+        block.host, fit["tokens"], fit["smallest_factor"], fit["largest_factor"], fit["relative_residual"],
+        fit["relative_residual_removed"], fit["mean_cosine"],
+    )  # fmt: skip
+    return Solved(Edits(f"LinearPatch ({params.linearpatch_form})", [], operators={block.host: P}), fit)
+
+
+def _magnitudes(params: Params) -> str:
+    return "magnitudes_rotated" if params.linearpatch_form == "hadamard" else "magnitudes"
+
+
+def check(params: Params, model: Any, family: Family) -> None:
+    """Raise ParameterError when the model's width has no Hadamard matrix that is constructed here."""
+    width = int(model.config.hidden_size)
+    if params.linearpatch_form == "hadamard" and hadamard(width) is None:
+        raise ParameterError(
+            f"linearpatch_form: hadamard needs a Hadamard matrix of the model's width, and of {width} none is constructed; use "
+            "diagonal."
+        )
+
+
+METHOD = Method(
+    stand_in=lambda params: "nothing",
+    statistics=lambda params: (_magnitudes(params), "stream", "sample"),
+    solve=solve,
+    criterion="mean_cosine",
+    plain=lambda params: False,
+    words="maps the whole state behind the host",
+    check=check,
+)

@@ -1,0 +1,107 @@
+"""LLM-Streamline (arXiv 2403.19135): one lightweight layer, trained, in the place of a window of layers.
+
+The window ``[b, b + n]`` is the one whose entering state h_{b−1} and leaving state h_{b+n} have the highest mean cosine ("layer
+pruning"). Its first layer stays and is trained to make h_{b+n} of h_{b−1} ("layer replacement", by the mean squared error); the
+n behind it go. So the block is ``[b + 1, b + n]``, its host the layer that is trained, and b may be 0, where the embedding
+enters.
+
+The replacement is the whole decoder layer, or its MLP and the norm in front alone (``llm_streamline_form``). Without its
+attention a layer has no form that a class of transformers knows; with ``plain``, its attention stays and adds nothing.
+"""
+
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from replaceme.checkpoints import key_of
+from replaceme.compute import require_resident
+from replaceme.curves import write_curves
+from replaceme.families import in_torch_layout, parameter_of
+from replaceme.files import PARTIAL, remove
+from replaceme.forward import Keep, walk
+from replaceme.methods.method import Bench, Method, drop
+from replaceme.progress import logger
+from replaceme.scratch import scratch
+from replaceme.training import Course, Curves, Lesson, settings_of, train
+
+TITLES = {"layer": "LLM-Streamline (a trained layer)", "mlp": "LLM-Streamline (a trained MLP)"}
+
+
+def work(bench: Bench) -> dict[str, Any]:
+    """Train the host."""
+    params, model, family = bench.params, bench.model, bench.family
+    (block,) = bench.plan.blocks
+    host = family.decoder_layers(model)[block.host]
+    require_resident({block.host: host}, "which is to be trained")
+    bare = (family.attention, family.attention_norm) if params.llm_streamline_form == "mlp" else None
+    shape, folder = (bench.documents.token_count, int(model.config.hidden_size)), bench.folder / f"training{PARTIAL}"
+    course = Course(params.llm_streamline_learning_rate, params.llm_streamline_epochs, params.batch_size)
+    with scratch(2, shape, model.dtype, bench.folder, "training") as (inputs, targets):
+        ends = [Keep(block.host, ("input",), inputs), Keep(block.end - 1, ("output",), targets)]
+        walk(model, family, bench.documents, ends, batch_size=params.batch_size, description="walking to the cut")
+        lesson = Lesson(model, family, block.host, bench.documents, inputs, targets, bare[0] if bare else None)
+        parameters = lesson.learners(bare or ())
+        settings = {
+            **settings_of(course),
+            "config": model.config.to_json_string(),
+            "layer": block.host,
+            "form": params.llm_streamline_form,
+            "device": str(next(host.parameters()).device.type),
+            "documents": [len(document) for document in bench.documents.documents],
+        }
+        key = key_of(settings, [*bench.documents.documents, inputs, targets, *host.parameters()])
+        parameters, curves = train(lesson, parameters, course, folder, key)
+    write_curves(bench.output, curves)
+    _edit(bench, block.host, parameters, bare)
+    remove(folder)
+    return _figures(curves, sum(parameter.numel() for parameter in parameters.values()))
+
+
+def _edit(bench: Bench, host: int, parameters: dict[str, Tensor], bare: tuple[str, str] | None) -> None:
+    """Add what was trained, and what is gone, to the edits."""
+    edits, layer = bench.edits, bench.family.decoder_layers(bench.model)[host]
+    edits.title = TITLES[bench.params.llm_streamline_form]
+    for name, value in parameters.items():
+        edits.parameters[host, name] = in_torch_layout(layer, name, value.detach().cpu())
+    if bare and bench.params.plain:
+        for name in bench.family.ends(layer, "attention_output"):
+            edits.parameters[host, name] = torch.zeros_like(parameter_of(layer, name), dtype=torch.float32, device="cpu")
+    elif bare:
+        edits.without_attention[host] = bare
+
+
+def _figures(curves: Curves, parameters: int) -> dict[str, Any]:
+    """Return the figures of a training, and say them; a batch's loss is noisy, so that several are taken together."""
+    losses, held_out = [loss for _, loss in curves["loss"]], [loss for _, loss in curves["held_out_loss"]]
+    part = max(len(losses) // 8, 1)
+    figures = {
+        "trained_parameters": parameters,
+        "training_steps": len(losses),
+        "training_loss_first": fmean(losses[:part]),
+        "training_loss_last": fmean(losses[-part:]),
+    }
+    said = f"loss {figures['training_loss_first']:.4g} to {figures['training_loss_last']:.4g}"
+    if held_out:
+        figures |= {"held_out_loss_first": held_out[0], "held_out_loss_last": held_out[-1]}
+        said += f", on held-out documents {held_out[0]:.4g} to {held_out[-1]:.4g}"
+    logger.info("training: %d steps, %s", len(losses), said)
+    return figures
+
+
+METHOD = Method(
+    # What a map or a refit does for a cut says more of what a trained layer will than nothing in the block's place.
+    stand_in=lambda params: "map",
+    statistics=lambda params: (),
+    solve=drop("LLM-Streamline"),
+    criterion="window",
+    work=work,
+    plain=lambda params: params.llm_streamline_form == "layer" or params.plain,
+    trained=True,
+    words="trains one layer in the place of one block",
+    selections=("angular", "residual", "loss"),
+    several=False,
+    repairs=False,
+    packed=False,
+)
