@@ -12,6 +12,8 @@ from replaceme.documents import Batch, Documents
 
 # Tokens that the loss is taken on, and of a document, at most; and the seed of the order in which documents are taken.
 TOKENS, LENGTH, SEED = 4096, 1024, 0
+# Tokens whose scores are in float32 at once: of a whole document they would be larger than a small model.
+PART = 128
 
 
 def excerpts_of(documents: Documents) -> Documents:
@@ -49,6 +51,7 @@ def next_token_loss(
             batches[:] = [batch]
             logits = model(batch.input_ids, use_cache=False).logits
             for row, ids, length in zip(logits, batch.input_ids, batch.lengths.tolist(), strict=True):
-                total += float(cross_entropy(row[: length - 1].float(), ids[1:length], reduction="sum"))
+                for scores, targets in zip(row[: length - 1].split(PART), ids[1:length].split(PART), strict=True):
+                    total += float(cross_entropy(scores.float(), targets, reduction="sum"))
                 count += length - 1
     return total / count
