@@ -130,7 +130,9 @@ def test_nothing_in_a_folder_of_our_form_runs_unless_the_user_says_so(tiny: Mode
     runs = f"open({str(trace)!r}, 'a').write('ran')\n"
     (tmp_path / "custom_generate").mkdir()
     (tmp_path / "custom_generate" / "generate.py").write_text(runs + "def generate(model, **options): pass\n")
-    (tmp_path / "foreign.py").write_text(runs + "from transformers import PreTrainedTokenizerFast as Tokenizer\n")
+    # A class of its own: transformers marks the one that it loads, for the whole process.
+    foreign = "from transformers import PreTrainedTokenizerFast\nclass Tokenizer(PreTrainedTokenizerFast): pass\n"
+    (tmp_path / "foreign.py").write_text(runs + foreign)
     settings = tmp_path / "tokenizer_config.json"
     auto_map = {"auto_map": {"AutoTokenizer": ["foreign.Tokenizer", "foreign.Tokenizer"]}}
     settings.write_text(json.dumps(json.loads(settings.read_text()) | auto_map))
