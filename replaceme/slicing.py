@@ -28,6 +28,8 @@ EMBEDDING, LAST_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "
 SHORTCUTS = ("attention_shortcut.weight", "mlp_shortcut.weight")
 # Widths are multiples of it, as processors like them.
 STEP = 8
+# Rows of a weight that are multiplied at once.
+ROWS = 4096
 
 
 def sliced_parameters(model: nn.Module, family: Family, edits: Edits) -> Iterator[tuple[str, Tensor]]:
@@ -47,13 +49,17 @@ def sliced_parameters(model: nn.Module, family: Family, edits: Edits) -> Iterato
     def basis(signal: int) -> Tensor:
         return edits.basis(signal).double()
 
+    def times(name: str, Q: Tensor) -> Tensor:
+        # A part at a time: an embedding in float64 would be larger than a small model.
+        return torch.cat([rows.double() @ Q for rows in model.get_parameter(name).detach().split(ROWS)])
+
     def reads(name: str, norm: str, Q: Tensor) -> Tensor:
-        return weight(name) @ (weight(norm)[:, None] * Q / scale)
+        return times(name, weight(norm)[:, None] * Q / scale)
 
     # The head before the embedding, whose weights it may share.
     yield HEAD, reads(HEAD, LAST_NORM, basis(2 * len(layers)))
     yield LAST_NORM, ones
-    yield EMBEDDING, weight(EMBEDDING) @ (basis(0) * scale)
+    yield EMBEDDING, times(EMBEDDING, basis(0) * scale)
     ends = (family.attention, family.attention_output), (family.mlp, family.mlp_output)
     for index, layer in enumerate(layers):
         prefix = f"{family.layers}.{index}."

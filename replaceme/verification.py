@@ -24,6 +24,8 @@ from replaceme.precision import stored_dtype, working_dtype
 from replaceme.surgery import edited_parameters
 from replaceme.unfused import unfused
 
+# Rows of a weight that are compared at once.
+ROWS = 4096
 DOCUMENTS, TOKENS, LOGITS, GENERATED = 2, 256, 32, 16
 # Mean over tokens of the relative error of the state at the cut: rounding of the stored weights, with room for
 # cancellation. Single tokens can be several times worse: a fit with large coefficients cancels more.
@@ -92,10 +94,8 @@ def wrong_weights(dense: Any, pruned: Any, family: Family, edits: Edits) -> list
         if weight.shape != exact.shape:
             wrong.append(name)
             continue
-        # One step of the stored format: relative to the weight, and absolute where it is subnormal.
-        limits = torch.finfo(weight.dtype)
-        step = limits.eps * exact.abs().clamp_min(limits.smallest_normal)
-        if not bool(((weight.double() - exact).abs() <= step).all()):
+        # A part at a time: an embedding in float64 would be larger than a small model.
+        if not all(map(_to_its_last_bit, weight.split(ROWS), exact.split(ROWS))):
             wrong.append(name)
     prefix = f"{family.layers}."
     for name, weight in weights.items():
@@ -129,6 +129,13 @@ def cache_error(model: Any, prompt: Tensor) -> float:
     cached = torch.cat(output.logits)
     full = model(output.sequences, use_cache=False).logits[0, len(prompt) - 1 : -1]
     return float((cached - full).abs().max() / full.abs().max())
+
+
+def _to_its_last_bit(weight: Tensor, exact: Tensor) -> bool:
+    """Return whether a weight is at most one step of its format from what it is to be; absolute where that is subnormal."""
+    limits = torch.finfo(weight.dtype)
+    step = limits.eps * exact.abs().clamp_min(limits.smallest_normal)
+    return bool(((weight.double() - exact).abs() <= step).all())
 
 
 def _hosts(edits: Edits, layers: int) -> list[int]:
