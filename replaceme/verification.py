@@ -6,6 +6,7 @@ edits, unfused (``replaceme.unfused``): hidden states behind each host and logit
 weights. Generation with the KV cache must equal generation without.
 """
 
+import gc
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -48,6 +49,8 @@ def verify_export(dense: Model, pruned: Model, edits: Edits, documents: Document
     wrong = wrong_weights(dense.load(), pruned.load(), family, edits)
     if wrong:
         raise VerificationError(f"export: {wrong[0]} is not what the original and the edits make of it; nothing was saved.")
+    # A model of our own form refers to itself: it goes only when somebody looks for such circles.
+    gc.collect()
     dtype, tolerance = working_dtype(dense), TOLERANCE[stored_dtype(pruned)]
     hosts = _hosts(edits, int(dense.config().num_hidden_layers))
     position = {layer: edits.position(layer) for layer in hosts}
@@ -56,6 +59,7 @@ def verify_export(dense: Model, pruned: Model, edits: Edits, documents: Document
     # Where a token's experts are chosen, rounding can choose others: the dense model's own cache shows by how much.
     cache_limit = max(CACHE_TOLERANCE[dtype], 2 * cache_error(whole, prompt) if family.experts else 0)
     del whole
+    gc.collect()
     shortened = pruned.load(dtype)
     found, found_logits = _states(shortened, family, list(position.values()), excerpts, None)
     # Where a scalar was folded, the state is so much smaller; where the stream is narrower, it is in a basis of its own.
