@@ -17,28 +17,16 @@ OBSTACLES: Mapping[Obstacle, str] = {
 }
 
 
-def _merges(values: Values) -> bool:
-    return bool(values["method"] == "laco")
+def _of(*methods: str) -> Callable[[Values], bool]:
+    """Return what tells whether the method is one of these."""
+    return lambda values: values["method"] in methods
 
 
-def _scales(values: Values) -> bool:
-    return bool(values["method"] == "prune_and_comp")
-
-
-def _streamlines(values: Values) -> bool:
-    return bool(values["method"] == "llm_streamline")
+_iterates = _of("cosine")
 
 
 def _without_attention(values: Values) -> bool:
-    return _streamlines(values) and values["llm_streamline_form"] == "mlp"
-
-
-def _has_plain(values: Values) -> bool:
-    return values["method"] in ("slicegpt", "llm_pruner") or _without_attention(values)
-
-
-def _iterates(values: Values) -> bool:
-    return bool(values["method"] == "cosine")
+    return values["method"] == "llm_streamline" and values["llm_streamline_form"] == "mlp"
 
 
 def _steps(values: Values) -> bool:
@@ -55,16 +43,19 @@ def _repairs(values: Values) -> bool:
 
 # Parameters that not every setting uses: what they belong to, when they have an effect.
 EFFECTS: Mapping[str, tuple[str, Callable[[Values], bool]]] = {
-    "alpha": ("methods lstsq, cosine and ghosted", lambda values: values["method"] in ("lstsq", "cosine", "ghosted")),
-    "laco_layers": ("method laco", _merges),
-    "laco_interval": ("method laco", _merges),
-    "laco_threshold": ("method laco", _merges),
-    "linearpatch_form": ("method linearpatch", lambda values: bool(values["method"] == "linearpatch")),
-    "ghosted_weighted": ("method ghosted", lambda values: bool(values["method"] == "ghosted")),
-    "llm_streamline_form": ("method llm_streamline", _streamlines),
-    "llm_streamline_learning_rate": ("method llm_streamline", _streamlines),
-    "llm_streamline_epochs": ("method llm_streamline", _streamlines),
-    "plain": ("methods slicegpt, llm_pruner and (in form mlp) llm_streamline", _has_plain),
+    "alpha": ("methods lstsq, cosine and ghosted", _of("lstsq", "cosine", "ghosted")),
+    "laco_layers": ("method laco", _of("laco")),
+    "laco_interval": ("method laco", _of("laco")),
+    "laco_threshold": ("method laco", _of("laco")),
+    "linearpatch_form": ("method linearpatch", _of("linearpatch")),
+    "ghosted_weighted": ("method ghosted", _of("ghosted")),
+    "llm_streamline_form": ("method llm_streamline", _of("llm_streamline")),
+    "llm_streamline_learning_rate": ("method llm_streamline", _of("llm_streamline")),
+    "llm_streamline_epochs": ("method llm_streamline", _of("llm_streamline")),
+    "plain": (
+        "methods slicegpt, llm_pruner and (in form mlp) llm_streamline",
+        lambda values: values["method"] in ("slicegpt", "llm_pruner") or _without_attention(values),
+    ),
     "refit_ridge": ("transform refit or joint", _refits),
     "repair_ridge_attention": ("repair", _repairs),
     "repair_ridge_mlp": ("repair", _repairs),
@@ -159,7 +150,7 @@ def family_refusals(values: Values, kind: str, family: Any) -> list[str]:
         return [f"method: llm_pruner is refused for the family '{kind}': {family.uncut}; use another method."]
     if method == "slicegpt" and family.unsliced:
         return [f"method: slicegpt is refused for the family '{kind}': {family.unsliced}; use another method."]
-    if _scales(values) and not family.norm_before:
+    if method == "prune_and_comp" and not family.norm_before:
         problems.append(
             f"method: prune_and_comp scales the residual stream, and not all that reads it in the family '{kind}' does so "
             "through a norm: no scalar folds; use shortgpt."
@@ -174,7 +165,7 @@ def family_refusals(values: Values, kind: str, family: Any) -> list[str]:
     place = f"{OBSTACLES[obstacle]} '{kind}'"
     if _without_attention(values) and obstacle != "experts":
         problems.append(f"llm_streamline_form: mlp is not derived for {place}; use layer.")
-    if obstacle == "experts" and _merges(values):
+    if obstacle == "experts" and method == "laco":
         problems.append(f"method: laco is not derived for {place}, where no expert is the next layer's; use another method.")
     if obstacle == "norm" and method == "cosine":
         problems.append(f"method: cosine makes maps that do not fold into {place}; use lstsq with transform: orthogonal.")

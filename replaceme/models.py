@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from replaceme import embedded, hub
+from replaceme.compute import resolve_device
 from replaceme.detection import proposed_family
 from replaceme.errors import ModelError, resource_failure
 from replaceme.families import FAMILIES, Family, family_of
@@ -192,6 +193,12 @@ def find_model(params: Params, commit: str | None = None) -> Model:
 def recorded_model(params: Params, record: Path) -> Model:
     """Return the model whose identity the inputs stage wrote to ``record``."""
     return find_model(params, read_json(record).get("commit"))
+
+
+def calibration_model(params: Params, record: Path) -> tuple[PreTrainedModel, Family]:
+    """Return the model that the inputs stage wrote to ``record``, loaded for calibration, and its description."""
+    source = recorded_model(params, record)
+    return source.load(params.dtype, resolve_device(params.device), params.use_4bit, params.device_map), source.family()
 
 
 def check_folder(model: Model) -> Model:

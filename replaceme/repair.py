@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from replaceme.compute import resolve_device, use_threads
+from replaceme.compute import use_threads
 from replaceme.curves import write_curves
 from replaceme.documents import Batch, Documents
 from replaceme.edits import Edits
@@ -35,7 +35,7 @@ from replaceme.fit_quality import gained, relative
 from replaceme.forward import Keep, Observer, Signal, Signals, walk
 from replaceme.methods import METHODS
 from replaceme.methods.method import Bench
-from replaceme.models import recorded_model
+from replaceme.models import calibration_model
 from replaceme.params import Params
 from replaceme.plan import Block, Plan
 from replaceme.progress import logger, progress
@@ -67,12 +67,12 @@ def repair(params: Params, work: Workspace) -> None:
     with new_folder(work.edits) as folder:
         shutil.copytree(work.solution, folder, dirs_exist_ok=True)
         if method.work:
-            model, family = _loaded(params, work)
+            model, family = calibration_model(params, work.model_input)
             bench = Bench(params, model, family, Documents.load(work.documents), plan, edits, work.edits.parent, folder)
             figures = method.work(bench)
             edits.save(folder)
         elif params.repair or params.transform == "joint" or (plan.statistics and len(plan.blocks) > 1):
-            model, family = _loaded(params, work)
+            model, family = calibration_model(params, work.model_input)
             mender = Mender(params, model, family, Documents.load(work.documents), edits, plan)
             repairs, figures = mender.run(work.edits.parent)
             edits.save(folder)
@@ -90,12 +90,6 @@ def repair(params: Params, work: Workspace) -> None:
     elif not method.work:
         logger.info("repair: nothing to do")
     write_json(work.metric("repair"), rounded(figures))
-
-
-def _loaded(params: Params, work: Workspace) -> tuple[Any, Family]:
-    source = recorded_model(params, work.model_input)
-    model = source.load(params.dtype, resolve_device(params.device), params.use_4bit, params.device_map)
-    return model, source.family()
 
 
 class Mender:

@@ -40,7 +40,7 @@ from typing import Any
 
 from replaceme.collapse import Way, collapsed_blocks, most
 from replaceme.compensation import blocks_of, check_scale, compensated, compensated_layers
-from replaceme.compute import resolve_device, use_threads
+from replaceme.compute import use_threads
 from replaceme.cut_loss import cut_losses
 from replaceme.documents import Documents
 from replaceme.errors import ParameterError
@@ -49,7 +49,7 @@ from replaceme.files import read_json, rounded, write_json
 from replaceme.greedy import greedy_layers
 from replaceme.methods import METHODS
 from replaceme.methods.method import Criterion, StandIn
-from replaceme.models import recorded_model
+from replaceme.models import calibration_model
 from replaceme.params import Params
 from replaceme.plan import Block, runs, save_blocks
 from replaceme.progress import logger
@@ -123,13 +123,7 @@ def several(values: list[list[float]], starts: range, params: Params) -> list[Bl
         best = min(roomy, key=lambda start: values[start - 1][start - 1 + skip])
         free = _without(free, best, distance)
         chosen.append(best)
-    blocks: list[Block] = []
-    for start in sorted(chosen):
-        if blocks and blocks[-1].end == start:
-            blocks[-1] = Block(blocks[-1].start, start + skip)
-        else:
-            blocks.append(Block(start, start + skip))
-    return blocks
+    return runs([layer for start in chosen for layer in range(start, start + skip)])
 
 
 def _distance(params: Params) -> int:
@@ -295,6 +289,4 @@ def _measure(params: Params, work: Workspace, candidates: list[Block], stand_in:
 def _loaded(params: Params, work: Workspace) -> tuple[Any, Family]:
     """Return the dense model and its description."""
     use_threads(params.threads)
-    source = recorded_model(params, work.model_input)
-    model = source.load(params.dtype, resolve_device(params.device), params.use_4bit, params.device_map)
-    return model, source.family()
+    return calibration_model(params, work.model_input)

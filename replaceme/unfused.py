@@ -95,7 +95,8 @@ class _Entering:
         self.Q = Q
 
     def hook(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.state = _projected(args[0] if args else kwargs["hidden_states"], self.Q)
+        entering = args[0] if args else kwargs["hidden_states"]
+        self.state = projected(entering, self.Q).to(entering.dtype)
         return ((self.state, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": self.state})
 
 
@@ -104,17 +105,17 @@ def _between(entering: _Entering, Q: Tensor, multiplier: float) -> Any:
         added = output if isinstance(output, Tensor) else output[0]
         dtype = torch.promote_types(added.dtype, torch.float32)
         state = entering.state.to(dtype)
-        changed = ((_projected(state + multiplier * added.to(dtype), Q) - state) / multiplier).to(added.dtype)
+        changed = ((projected(state + multiplier * added.to(dtype), Q) - state) / multiplier).to(added.dtype)
         return changed if isinstance(output, Tensor) else (changed, *output[1:])
 
     return hook
 
 
-def _projected(state: Tensor, Q: Tensor) -> Tensor:
-    """Return ``h Q Qᵀ``."""
+def projected(state: Tensor, Q: Tensor) -> Tensor:
+    """Return ``h Q Qᵀ``, in float32 at least."""
     dtype = torch.promote_types(state.dtype, torch.float32)
     Q = Q.to(state.device, dtype)
-    return (state.to(dtype) @ Q @ Q.T).to(state.dtype)
+    return state.to(dtype) @ Q @ Q.T
 
 
 def operating(P: Tensor) -> Any:

@@ -28,8 +28,6 @@ def check(params: Params, model: Any, family: Family) -> None:
 
 
 METHOD = Method(
-    stand_in=lambda params: "nothing",
-    statistics=lambda params: (),
     solve=solve,
     words="averages one block with its host",
     several=False,

@@ -3,8 +3,6 @@
 from replaceme.methods.method import Method, drop
 
 METHOD = Method(
-    stand_in=lambda params: "nothing",
-    statistics=lambda params: (),
     solve=drop("LaCo"),
     criterion="collapse",
     words="merges layers by what they merge to",

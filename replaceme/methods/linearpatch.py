@@ -57,7 +57,6 @@ def check(params: Params, model: Any, family: Family) -> None:
 
 
 METHOD = Method(
-    stand_in=lambda params: "nothing",
     statistics=lambda params: (_magnitudes(params), "stream", "sample"),
     solve=solve,
     criterion="mean_cosine",

@@ -130,8 +130,6 @@ def refusals(values: Values) -> list[str]:
 
 
 METHOD = Method(
-    stand_in=lambda params: "nothing",
-    statistics=lambda params: (),
     solve=drop("LLM-Pruner"),
     criterion="width",
     work=work,

@@ -93,7 +93,6 @@ def _figures(curves: Curves, parameters: int) -> dict[str, Any]:
 METHOD = Method(
     # What a map or a refit does for a cut says more of what a trained layer will than nothing in the block's place.
     stand_in=lambda params: "map",
-    statistics=lambda params: (),
     solve=drop("LLM-Streamline"),
     criterion="window",
     work=work,

@@ -75,9 +75,9 @@ class Method(Limits):
     """A pruning method; the settings that it takes stand in ``Limits``.
 
     Attributes:
+        solve: turns the parameters, a block and its statistics into edits and what is to be known of them.
         stand_in: what takes the block's place while cuts are compared by their loss, with these parameters.
         statistics: names of the statistics (``replaceme.statistics``) that it wants of each block, with these parameters.
-        solve: turns the parameters, a block and its statistics into edits and what is to be known of them.
         criterion: by which it chooses what goes, as published.
         work: what sums of activations can't tell, it makes on the model itself, behind the solve (in the repair stage): it adds
             to the edits and returns figures for the metrics.
@@ -87,9 +87,9 @@ class Method(Limits):
             these parameters ask for.
     """
 
-    stand_in: Callable[[Params], StandIn]
-    statistics: Callable[[Params], tuple[str, ...]]
     solve: Callable[[Params, Block, Statistics], Solved]
+    stand_in: Callable[[Params], StandIn] = lambda params: "nothing"
+    statistics: Callable[[Params], tuple[str, ...]] = lambda params: ()
     criterion: Criterion = "angular"
     work: Callable[[Bench], dict[str, Any]] | None = None
     plain: Callable[[Params], bool] = lambda params: True

@@ -4,7 +4,6 @@ from replaceme.methods.method import Method, drop
 
 METHOD = Method(
     stand_in=lambda params: "scalar",
-    statistics=lambda params: (),
     solve=drop("Prune&Comp"),
     criterion="compensated",
     words="puts one number there",

@@ -26,6 +26,7 @@ from replaceme.params import Params
 from replaceme.progress import logger, progress
 from replaceme.scratch import scratch
 from replaceme.slicing import fitting_width
+from replaceme.unfused import projected
 from replaceme.weights import token_weights
 
 # Tokens that an MLP computes at once.
@@ -85,7 +86,7 @@ def bases_in_order(bench: Bench, width: int) -> Iterator[tuple[Tensor, float]]:
             Q, share = principal(gram, width)
             yield Q, share
             for rows in _parts(states):
-                rows.copy_(_projected(rows, Q))
+                rows.copy_(projected(rows, Q))
             gram = _watched(bench, index, ("input", "attention"), states, (index, states))
             Q, share = principal(gram, width)
             yield Q, share
@@ -119,7 +120,7 @@ def _through_mlp(layer: Any, family: Family, states: Tensor, Q: Tensor) -> Tenso
     device = next(mlp.parameters()).device
     gram = torch.zeros(len(Q), len(Q), dtype=torch.float64, device=device)
     for rows in _parts(states):
-        state = _projected(rows.to(device), Q)
+        state = projected(rows.to(device), Q)
         added = mlp(norm(state.to(rows.dtype)[None]))[0]
         state = state + family.multiplier * added.to(state)
         gram += squares(state)
@@ -135,13 +136,6 @@ def squares(state: Tensor) -> Tensor:
 def _parts(states: Tensor) -> Iterator[Tensor]:
     """Yield views of the states, some tokens each."""
     return (states[start : start + ROWS] for start in range(0, len(states), ROWS))
-
-
-def _projected(state: Tensor, Q: Tensor) -> Tensor:
-    """Return ``h Q Qᵀ``, in float32 at least."""
-    dtype = torch.promote_types(state.dtype, torch.float32)
-    Q = Q.to(state.device, dtype)
-    return state.to(dtype) @ Q @ Q.T
 
 
 class Watch:
@@ -193,8 +187,6 @@ def refusals(values: Values) -> list[str]:
 
 
 METHOD = Method(
-    stand_in=lambda params: "nothing",
-    statistics=lambda params: (),
     solve=drop("SliceGPT"),
     criterion="width",
     work=work,
