@@ -8,7 +8,7 @@ Values = Mapping[str, Any]
 Obstacle = Literal["norm", "experts", "undescribed"]
 
 SELECTIONS = ("angular", "residual", "loss", "influence", "greedy")
-TRANSFORMS = ("dense", "diagonal", "two_vectors", "triangular", "orthogonal", "refit", "joint")
+TRANSFORMS = ("dense", "diagonal", "two_vectors", "triangular", "orthogonal", "refit", "joint", "channels")
 
 OBSTACLES: Mapping[Obstacle, str] = {
     "norm": "the norm behind the MLP of the family",
@@ -34,7 +34,7 @@ def _steps(values: Values) -> bool:
 
 
 def _refits(values: Values) -> bool:
-    return values["transform"] in ("refit", "joint")
+    return values["transform"] in ("refit", "joint", "channels")
 
 
 def _repairs(values: Values) -> bool:
@@ -56,7 +56,7 @@ EFFECTS: Mapping[str, tuple[str, Callable[[Values], bool]]] = {
         "methods slicegpt, llm_pruner and (in form mlp) llm_streamline",
         lambda values: values["method"] in ("slicegpt", "llm_pruner") or _without_attention(values),
     ),
-    "refit_ridge": ("transform refit or joint", _refits),
+    "refit_ridge": ("transform refit, joint or channels", _refits),
     "repair_ridge_attention": ("repair", _repairs),
     "repair_ridge_mlp": ("repair", _repairs),
     "loss": ("method cosine", _iterates),
@@ -159,6 +159,11 @@ def family_refusals(values: Values, kind: str, family: Any) -> list[str]:
         problems.append(
             f"llm_streamline_form: mlp is not derived for the family '{kind}', whose attention and MLP are parallel; use layer."
         )
+    if transform == "channels" and not family.mlp_norm:
+        problems.append(
+            f"transform: channels folds the norm in front of an MLP into its linears, and those of the family '{kind}' have no "
+            "biases for the norm's; use joint."
+        )
     obstacle: Obstacle | None = family.obstacle
     if obstacle is None:
         return problems
@@ -171,7 +176,7 @@ def family_refusals(values: Values, kind: str, family: Any) -> list[str]:
         problems.append(f"method: cosine makes maps that do not fold into {place}; use lstsq with transform: orthogonal.")
     elif obstacle == "norm" and method == "lstsq" and transform != "orthogonal":
         problems.append(f"transform: {transform} does not fold into {place}; use orthogonal.")
-    elif _refits(values) and (obstacle == "experts" or transform == "joint"):
+    elif _refits(values) and (obstacle == "experts" or transform in ("joint", "channels")):
         use = "refit" if obstacle == "undescribed" else "dense"
         problems.append(f"transform: {transform} is not derived for {place}; use {use}.")
     if _repairs(values):

@@ -9,6 +9,8 @@ Two kinds of change to linears whose output is added to the residual stream (tor
 And one to all linears of a layer, before these two: a mixture ``W = Σ c_j W_j`` and ``b = Σ c_j b_j`` with those of layers that
 go (LaCo, arXiv 2402.11187). The layer's norms stay its own.
 
+An MLP can be made of other channels, some of layers that go, before these two and as wide as it was (``replaceme.channels``).
+
 One is of no linear: an operator P on the state behind a layer, ``h P`` (LinearPatch, arXiv 2505.24680; Ghosted, arXiv
 2605.15491; Prune&Comp, arXiv 2507.18212). A norm lets only a scalar through, so that a scalar folds: what the layers behind add
 is divided by it. Any other P stays an operator, in a form of the model that ``replaceme.modeling_pruned`` computes.
@@ -24,9 +26,9 @@ output of the last linear independently of each other. Of a removed one, the las
 front, the rows that make its features.
 
 On disk: ``edits.json`` (title, layers, mixtures, and shapes) and ``edits.safetensors`` (``transform.<layer>``, d × d float64;
-``correction.<layer>.<linear>.weight``, d × inputs float32, and ``….bias``, d; ``operator.<layer>``, of no, one or two
-dimensions, float64; ``parameter.<layer>.<name>``; ``basis.<signal>``, d × width float32; ``kept.<layer>.<linear>``, a bool for
-each group).
+``correction.<layer>.<linear>.weight``, d × inputs float32, and ``….bias``, d; ``channels.<layer>``, f × 2 int64;
+``operator.<layer>``, of no, one or two dimensions, float64; ``parameter.<layer>.<name>``; ``basis.<signal>``, d × width
+float32; ``kept.<layer>.<linear>``, a bool for each group).
 """
 
 import math
@@ -73,6 +75,8 @@ class Edits:
         transforms: layer → T (d, d) float64, for the linear that ends the layer's MLP.
         corrections: (layer, linear) → Δ (d, inputs) and δ (d,) or None; float32.
         mixtures: kept layer → the original layers whose linears it mixes, itself among them, with their coefficients.
+        channels: kept layer → what its MLP is made of, (f, 2) int64: for each channel an original layer, itself or one that
+            goes, and the place there.
         operators: kept layer → P: a scalar (), a diagonal (d,) or any map (d, d), float64, of the state behind the layer.
         parameters: (kept layer, name within it) → what the parameter is instead, in torch's layout.
         without_attention: kept layer → paths within it of the attention, and of the norm in front, that it has no longer.
@@ -89,6 +93,7 @@ class Edits:
     transforms: dict[int, Tensor] = field(default_factory=dict)
     corrections: dict[tuple[int, Linear], tuple[Tensor, Tensor | None]] = field(default_factory=dict)
     mixtures: dict[int, dict[int, float]] = field(default_factory=dict)
+    channels: dict[int, Tensor] = field(default_factory=dict)
     operators: dict[int, Tensor] = field(default_factory=dict)
     parameters: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     without_attention: dict[int, tuple[str, str]] = field(default_factory=dict)
@@ -174,6 +179,7 @@ class Edits:
             tensors[f"correction.{layer}.{linear}.weight"] = weight.contiguous()
             if bias is not None:
                 tensors[f"correction.{layer}.{linear}.bias"] = bias.contiguous()
+        tensors |= {f"channels.{layer}": channels.contiguous() for layer, channels in self.channels.items()}
         tensors |= {f"operator.{layer}": P.contiguous() for layer, P in self.operators.items()}
         tensors |= {f"parameter.{layer}.{name}": value.contiguous() for (layer, name), value in self.parameters.items()}
         tensors |= {f"basis.{signal}": Q.contiguous() for signal, Q in enumerate(self.bases)}
@@ -186,6 +192,7 @@ class Edits:
             "transforms": sorted(self.transforms),
             "corrections": [list(edited) for edited in sorted(self.corrections)],
             "mixtures": [[layer, [*mixture.items()]] for layer, mixture in sorted(self.mixtures.items())],
+            "channels": sorted(self.channels),
             "operators": sorted(self.operators),
             "parameters": [list(edited) for edited in sorted(self.parameters)],
             "without_attention": [[layer, *paths] for layer, paths in sorted(self.without_attention.items())],
@@ -210,6 +217,7 @@ class Edits:
             for layer, linear in content["corrections"]
         }
         mixtures: dict[int, dict[int, float]] = {layer: dict(mixture) for layer, mixture in content["mixtures"]}
+        channels = {layer: tensors[f"channels.{layer}"] for layer in content["channels"]}
         operators = {layer: tensors[f"operator.{layer}"] for layer in content["operators"]}
         parameters = {(layer, name): tensors[f"parameter.{layer}.{name}"] for layer, name in content["parameters"]}
         bare = {layer: (attention, norm) for layer, attention, norm in content["without_attention"]}
@@ -218,7 +226,8 @@ class Edits:
             (layer, linear): tensors[f"kept.{layer}.{linear}"] for layer, linear in content["kept"]
         }
         return cls(
-            content["title"], content["removed_layers"], transforms, corrections, mixtures, operators, parameters, bare, bases,
-            kept=kept, shapes={(layer, path): (outputs, inputs) for layer, path, outputs, inputs in content["shapes"]},
+            content["title"], content["removed_layers"], transforms, corrections, mixtures, channels, operators, parameters,
+            bare, bases, kept=kept,
+            shapes={(layer, path): (outputs, inputs) for layer, path, outputs, inputs in content["shapes"]},
             config=content["config"], parts=content["parts"],
         )  # fmt: skip

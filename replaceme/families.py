@@ -35,9 +35,10 @@ class Family:
         attention_norm: the norm in front of the attention, where it is in front of nothing else.
         mlp: the module whose output the MLP adds to the residual stream, likewise.
         mlp_output: the linear that ends the MLP.
+        mlp_norm: the norm in front of the MLP, where the linears behind it can take in its weight and bias; else empty.
         experts: the parameters that end the experts of an MLP that is a mixture of them; a layer may lack some.
         feeding: the linears whose outputs make the inputs of the last one, of attention and MLP.
-        uncut: why heads and channels can't be cut out of these by their shapes alone; empty where they can.
+        uncut: why heads can't be cut out of these by their shapes alone; empty where they can.
         norm_before: whether attention, MLP and head see the residual stream through norms, to which its scale is nothing.
         rms_norms: the RMS norms of attention and MLP, where these, one behind the other, see the stream through nothing else,
             and ``replaceme.modeling_pruned`` knows their layer; empty elsewhere.
@@ -59,6 +60,7 @@ class Family:
     attention_norm: str = "input_layernorm"
     mlp: str = "mlp"
     mlp_output: str = "mlp.down_proj"
+    mlp_norm: str = "post_attention_layernorm"
     experts: tuple[str, ...] = ()
     feeding: Mapping[Linear, tuple[str, ...]] = field(default_factory=lambda: PROJECTIONS)
     uncut: str = ""
@@ -185,7 +187,8 @@ def _granite(config: Any) -> Family:
 def _falcon(config: Any) -> Family:
     return Family(
         layers="transformer.h", attention="self_attention", attention_output="self_attention.dense",
-        mlp_output="mlp.dense_4h_to_h", parallel=bool(config.new_decoder_architecture or config.parallel_attn),
+        # Its linears have no biases to take in its norms'.
+        mlp_output="mlp.dense_4h_to_h", mlp_norm="", parallel=bool(config.new_decoder_architecture or config.parallel_attn),
         adds_in_place=True, returns_tuple=True, uncut=_FUSED,
     )  # fmt: skip
 
@@ -193,7 +196,7 @@ def _falcon(config: Any) -> Family:
 def _gpt_neox(config: Any) -> Family:
     return Family(
         layers="gpt_neox.layers", attention="attention", attention_output="attention.dense", mlp_output="mlp.dense_4h_to_h",
-        parallel=bool(config.use_parallel_residual), uncut=_FUSED,
+        parallel=bool(config.use_parallel_residual), feeding={"mlp_output": ("mlp.dense_h_to_4h",)}, uncut=_FUSED,
     )  # fmt: skip
 
 
@@ -202,7 +205,7 @@ def _gpt2(config: Any) -> Family:
         raise _refusal("gpt2", "a cut would change the scale of its attention (scale_attn_by_inverse_layer_idx)")
     return Family(
         layers="transformer.h", attention="attn", attention_output="attn.c_proj", attention_norm="ln_1",
-        mlp_output="mlp.c_proj", uncut=_FUSED,
+        mlp_output="mlp.c_proj", mlp_norm="ln_2", feeding={"mlp_output": ("mlp.c_fc",)}, uncut=_FUSED,
     )  # fmt: skip
 
 
@@ -211,7 +214,8 @@ def _opt(config: Any) -> Family:
         raise _refusal("opt", "it normalises the residual stream itself (do_layer_norm_before: false)")
     return Family(
         layers="model.decoder.layers", attention_output="self_attn.out_proj", attention_norm="self_attn_layer_norm", mlp="fc2",
-        mlp_output="fc2", norm_before=not config._remove_final_layer_norm, uncut=_COUNTED,
+        mlp_output="fc2", mlp_norm="final_layer_norm", feeding={"mlp_output": ("fc1",)}, uncut=_COUNTED,
+        norm_before=not config._remove_final_layer_norm,
     )  # fmt: skip
 
 
@@ -256,6 +260,7 @@ FAMILIES: Mapping[str, Callable[[Any], Family]] = {
         attention="attn",
         attention_output="attn.out_proj",
         mlp_output="mlp.fc_out",
+        mlp_norm="ln_1",
         parallel=True,
         feeding={
             "attention_output": ("attn.q_proj", "attn.k_proj", "attn.v_proj"),
@@ -272,10 +277,11 @@ FAMILIES: Mapping[str, Callable[[Any], Family]] = {
     "phi": _described(
         attention_output="self_attn.dense",
         mlp_output="mlp.fc2",
+        mlp_norm="input_layernorm",
         parallel=True,
         feeding={**PROJECTIONS, "mlp_output": ("mlp.fc1",)},
     ),
-    "phi3": _described(rms_norms=_RMS_NORMS, uncut=_FUSED),
+    "phi3": _described(rms_norms=_RMS_NORMS, feeding={"mlp_output": ("mlp.gate_up_proj",)}, uncut=_FUSED),
     "qwen2": _described(rms_norms=_RMS_NORMS, layer_bounds=("max_window_layers",)),
     "qwen2_moe": _QWEN_MOE,
     "qwen3": _described(rms_norms=_RMS_NORMS, layer_bounds=("max_window_layers",)),

@@ -134,17 +134,18 @@ class Params(BaseModel):
         "that stays and adds nothing.",
     )
 
-    transform: Literal["dense", "diagonal", "two_vectors", "triangular", "orthogonal", "refit", "joint"] = Field(
+    transform: Literal["dense", "diagonal", "two_vectors", "triangular", "orthogonal", "refit", "joint", "channels"] = Field(
         "dense",
         description="What takes the block's place: a linear map on the host's MLP output (d × d), orthogonal folding where "
         "a norm follows the MLP; or refit, which solves for all weights of the linear that ends the host's MLP, or joint, for "
-        "those of its attention's output projection too.",
+        "those of its attention's output projection too; or channels: joint, with the best channels of the host's MLP and of "
+        "those that go.",
     )
     alpha: float = Field(
         0.0, ge=0, allow_inf_nan=False,
         description="Strength of the penalty on the map: the ridge of the least squares, in units of MᵀM (a sum over tokens, "
-        "of refit, joint and ghosted_weighted with weights of mean 1; with method ghosted, M is the whole state); for loss "
-        "cosine in units of that loss, summed over tokens.",
+        "of refit, joint, channels and ghosted_weighted with weights of mean 1; with method ghosted, M is the whole state); "
+        "for loss cosine in units of that loss, summed over tokens.",
     )  # fmt: skip
     loss: Literal["cosine", "mse", "elastic_net"] = Field(
         "cosine",
@@ -170,7 +171,8 @@ class Params(BaseModel):
 
     refit_ridge: float = Field(
         0.3, gt=0, allow_inf_nan=False,
-        description="Ridge of transform refit and joint toward the linear map's fold, relative to each feature's own squares.",
+        description="Ridge of transform refit and joint toward the linear map's fold, of channels toward their own columns, "
+        "relative to each feature's own squares.",
     )  # fmt: skip
     repair: bool = Field(
         False, description="Re-solve the last linears of each kept layer behind the cut, toward the original model's states."

@@ -7,9 +7,10 @@ it. For each kept layer in order, with ``h`` = state of the shortened model (row
     the MLP's last linear:          toward (original layer output) − (new state behind it),      λ = repair_ridge_mlp
 
 each by ridge regression from Gram sums, toward the present weights. Where the MLP is parallel to the attention, no state is
-between them: both linears together, from ``[A | G]``, toward (original layer output) − h. With several blocks, each later one
-is fitted here by the method itself, on the states that reach its host. All of it is one walk layer by layer: the states of both
-models wait in scratch files, and no more than one layer's sums are in memory.
+between them: both linears together, from ``[A | G]``, toward (original layer output) − h. A host whose MLP is to be made of the
+best channels of the window gets them here (``replaceme.channel_choice``), before its linears are solved for the last time. With
+several blocks, each later one is fitted here by the method itself, on the states that reach its host. All of it is one walk
+layer by layer: the states of both models wait in scratch files, and no more than one layer's sums are in memory.
 """
 
 import shutil
@@ -24,7 +25,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from replaceme.compute import use_threads
+from replaceme.channel_choice import TOKENS_PER_CHANNEL, Candidates, best_channels, few_documents
+from replaceme.channels import assembled, channel_count, channels_of
+from replaceme.compute import require_resident, use_threads
 from replaceme.curves import write_curves
 from replaceme.documents import Batch, Documents
 from replaceme.edits import Edits
@@ -45,6 +48,9 @@ from replaceme.statistics import STATISTICS, AtCut, Place, add_up, correction_su
 from replaceme.unfused import unfused
 from replaceme.weights import token_weights
 from replaceme.workspace import Workspace
+
+# The transforms of which a first solution of a host's linears is not all.
+STEPWISE = ("joint", "channels")
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ def repair(params: Params, work: Workspace) -> None:
             bench = Bench(params, model, family, Documents.load(work.documents), plan, edits, work.edits.parent, folder)
             figures = method.work(bench)
             edits.save(folder)
-        elif params.repair or params.transform == "joint" or (plan.statistics and len(plan.blocks) > 1):
+        elif params.repair or params.transform in STEPWISE or (plan.statistics and len(plan.blocks) > 1):
             model, family = calibration_model(params, work.model_input)
             mender = Mender(params, model, family, Documents.load(work.documents), edits, plan)
             repairs, figures = mender.run(work.edits.parent)
@@ -148,11 +154,56 @@ class Mender:
             self._correct(layer, self.middle, {"attention_output": ridges.pop("attention_output")})
         if block and block != self.first:
             self._fit(block)
-        if block and self.params.transform == "joint" and not self.family.parallel:
-            # The new output projection has changed the features that the joint solution counted on.
-            self._correct(layer, self.dense, {"mlp_output": self.params.refit_ridge})
+        if block and self.params.transform in STEPWISE:
+            self._fit_on(block)
         elif self.params.repair and not block:
             self._correct(layer, self.dense, ridges)
+
+    def _fit_on(self, block: Block) -> None:
+        """Go on from a joint solution of the host's linears, step by step on the features that each step leaves."""
+        alone: dict[Linear, float] = {"mlp_output": self.params.refit_ridge}
+        both: dict[Linear, float] = {"attention_output": self.params.refit_ridge, **alone}
+        chosen = self.params.transform == "channels"
+        if chosen:
+            self._choose(block)
+        if not self.family.parallel:
+            # The new output projection has changed the features that the joint solution counted on.
+            self._correct(block.host, self.dense, alone)
+        if chosen:
+            self._correct(block.host, self.dense, both)
+            if not self.family.parallel:
+                self._correct(block.host, self.dense, alone)
+
+    def _choose(self, block: Block) -> None:
+        """Make the host's MLP of the best channels of its own and of the layers that go, with the columns that they had."""
+        host, layer = block.host, self.layers[block.host]
+        self.edits.transforms.pop(host, None)
+        self.edits.corrections.pop((host, "mlp_output"), None)
+        window = range(host, block.end)
+        require_resident({place: self.layers[place] for place in window}, "whose channels are compared")
+        count = channel_count(self.family, layer)
+        documents = few_documents(self.documents, TOKENS_PER_CHANNEL * 2 * count)
+        chosen = torch.empty(0, 2, dtype=torch.int64)
+        for source in progress([*reversed(window)], "choosing channels", "layers"):
+            chosen = torch.cat([channels_of(source, count), chosen])
+            if len(chosen) > count:
+                self.edits.channels[host] = chosen
+                sums = Candidates(host, self.family, layer, self.dense)
+                self._walk([sums], (host, self.short), edited=True, documents=documents)
+                prior = dict(assembled(self.family, self.layers, host, chosen))[f"{self.family.mlp_output}.weight"].T
+                kept = best_channels(sums.gram, sums.cross, prior, self.params.refit_ridge, count)
+                chosen = chosen[kept]
+        self.edits.channels[host] = chosen
+        own = int((chosen[:, 0] == host).sum())
+        for name, number in (("mlp_channels", count), ("own_mlp_channels", own)):
+            self.figures[name] = self.figures.get(name, 0) + number
+        logger.info(
+            "repair: of the %d channels of layer %d's MLP, %d are its own and %d of layers that go",
+            count,
+            host,
+            own,
+            count - own,
+        )
 
     def _correct(self, layer: int, target: Tensor, ridges: Mapping[Linear, float]) -> None:
         features = Features.of(self.layers[layer], self.family, [*ridges])
@@ -189,11 +240,12 @@ class Mender:
         start: tuple[int, Tensor] | None,
         description: str | None = None,
         edited: bool = False,
+        documents: Documents | None = None,
     ) -> None:
         context = unfused(self.model, self.family, self.edits) if edited else nullcontext()
         with context:
             walk(
-                self.model, self.family, self.documents, observers,
+                self.model, self.family, documents or self.documents, observers,
                 batch_size=self.params.batch_size, description=description, start=start,
             )  # fmt: skip
 

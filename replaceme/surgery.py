@@ -12,6 +12,8 @@ is divided by s, and their norms, up to the epsilon under the root, don't see th
 
 A narrower residual stream changes every weight that reads it or adds to it: ``replaceme.slicing``.
 
+An MLP of other channels has their rows and columns (``replaceme.channels``), and a change comes on top.
+
 Of a linear in front of which groups go, the columns of their features go, and of the linears that make these, the rows.
 """
 
@@ -22,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from replaceme.channels import assembled
 from replaceme.edits import Change, Edits, features_of
 from replaceme.errors import SolveError
 from replaceme.families import Family, Linear, linear_parameters, parameter_of
@@ -153,16 +156,28 @@ def _changed(family: Family, layers: nn.ModuleList, edits: Edits) -> Iterator[tu
     for (layer, name), value in edits.parameters.items():
         done.add((layer, name))
         yield layer, name, value.double()
+    # All of them before any is overwritten: a host's channels change their places.
+    mlps = {layer: dict(assembled(family, layers, layer, channels)) for layer, channels in edits.channels.items()}
     for (layer, linear), change in edits.changes().items():
         original = partial(mixed, layers, edits.mixtures[layer]) if layer in edits.mixtures else None
+        if layer in mlps:
+            original = partial(_of_channels, layers[layer], mlps[layer])
         for name, exact in folds(family, layers[layer], linear, change, original):
             done.add((layer, name))
             yield layer, name, exact
+    for layer, mlp in mlps.items():
+        for name, exact in mlp.items():
+            if (layer, name) not in done:
+                yield layer, name, exact
     for layer, mixture in edits.mixtures.items():
         assert set(mixture) - {layer} <= set(edits.removed_layers), "a kept layer would be mixed into another one"
         for name in linear_parameters(layers[layer]):
             if (layer, name) not in done:
                 yield layer, name, mixed(layers, mixture, name)
+
+
+def _of_channels(layer: nn.Module, mlp: Mapping[str, Tensor], name: str) -> Tensor:
+    return mlp[name] if name in mlp else parameter_of(layer, name)
 
 
 def mixed(layers: nn.ModuleList, mixture: Mapping[int, float], name: str) -> Tensor:

@@ -4,22 +4,24 @@ a shortened model before any weight is changed.
 A hook on each edited linear makes ``y T + G Δᵀ + δ`` of its output ``y`` and its input ``G``; where a norm or a mixture of
 experts stands behind the linear, the hook is on what that adds to the residual stream. A hook on each linear of a layer that
 mixes layers makes ``Σ c_j (G W_jᵀ + b_j)``, by the other layers' own linears. An operator is a hook on its layer. Parameters
-that are others stand in for a while. An attention that is gone adds nothing. The features of removed groups are 0 before they
-enter the last linear. Removed layers pass their input on. Where the residual stream is narrower, hooks project it onto its
-basis at each signal.
+that are others, and those that chosen channels make, stand in for a while. An attention that is gone adds nothing. The features
+of removed groups are 0 before they enter the last linear. Removed layers pass their input on. Where the residual stream is
+narrower, hooks project it onto its basis at each signal.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from replaceme.channels import assembled
 from replaceme.edits import Change, Edits, features_of
-from replaceme.families import Family, inputs_of, linears_within, parameter_of
+from replaceme.families import Family, in_torch_layout, inputs_of, linears_within
 from replaceme.modeling_pruned import NoAttention
 
 
@@ -30,6 +32,9 @@ def unfused(model: nn.Module, family: Family, edits: Edits) -> Iterator[None]:
     with ExitStack() as stack:
         for (layer, name), value in edits.parameters.items():
             stack.enter_context(_standing_in(layers[layer], name, value))
+        for layer, channels in edits.channels.items():
+            for name, value in assembled(family, layers, layer, channels):
+                stack.enter_context(_standing_in(layers[layer], name, value))
         for layer, (attention, _) in edits.without_attention.items():
             stack.enter_context(silent(layers[layer].get_submodule(attention)))
         for (layer, linear), groups in edits.kept.items():
@@ -64,14 +69,14 @@ def silent(attention: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _standing_in(layer: nn.Module, name: str, value: Tensor) -> Iterator[None]:
-    """Let a parameter have, for a while, another value, given in torch's layout."""
-    parameter = layer.get_parameter(name)
+    """Let a parameter have, for a while, another value, given in torch's layout; its shape may be another one, too."""
+    parameter, owner = layer.get_parameter(name), layer.get_submodule(name.rpartition(".")[0])
     own = parameter.data
-    other = torch.empty_like(own)
-    parameter.data = other
-    parameter_of(layer, name).copy_(value)
+    parameter.data = in_torch_layout(layer, name, value).to(own).contiguous()
     try:
-        yield
+        # The one linear that asks for its number of outputs.
+        with mock.patch.object(owner, "nf", parameter.shape[-1]) if isinstance(owner, Conv1D) else nullcontext():
+            yield
     finally:
         parameter.data = own
 

@@ -142,7 +142,7 @@ def refusals(values: Values) -> list[str]:
     problems = []
     if transform == "orthogonal":
         problems.append("transform: orthogonal is fitted by least squares alone; use method lstsq.")
-    if transform in ("refit", "joint"):
+    if transform in ("refit", "joint", "channels"):
         problems.append(
             f"transform: {transform} solves least squares for the host's own weights and has no other objective; use method "
             "lstsq, or transform dense, diagonal, two_vectors or triangular."

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from replaceme.closed_forms import STRUCTURES, Structure, closed_form, structure_words
-from replaceme.combinations import TRANSFORMS
+from replaceme.combinations import TRANSFORMS, Values
 from replaceme.edits import Edits
 from replaceme.errors import SolveError
 from replaceme.fit_quality import fit_quality, ridge_figures, ridge_path
@@ -20,7 +20,7 @@ from replaceme.refit import refit
 from replaceme.solver import RidgeSolution, solve_ridge
 
 # The transforms that solve for more than a map, with the statistic that they want.
-FEATURES = {"refit": "mlp_features", "joint": "features"}
+FEATURES = {"refit": "mlp_features", "joint": "features", "channels": "features"}
 
 
 def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
@@ -81,10 +81,19 @@ def _structured_figures(transform: Tensor, sums: Mapping[str, Tensor], alpha: fl
     return figures | {"distance_from_alpha_zero": float((transform - plain).norm() / plain.norm())}
 
 
+def _refusals(values: Values) -> list[str]:
+    if values["transform"] == "channels" and values["use_4bit"]:
+        return [
+            "use_4bit: transform channels puts rows of several layers' weights together, and 4-bit ones are packed; use false."
+        ]
+    return []
+
+
 METHOD = Method(
     stand_in=lambda params: "refit" if params.transform in FEATURES else "map",
     statistics=_statistics,
     solve=solve,
     words="fits what takes the block's place",
     transforms=TRANSFORMS,
+    refusals=_refusals,
 )

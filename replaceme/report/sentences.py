@@ -110,9 +110,14 @@ def repair_sentence(repaired: Figures) -> str:
     """Say what the repair achieved; nothing where there was none."""
     if not repaired.get("corrected_linears"):
         return ""
+    chosen = ""
+    if total := repaired.get("mlp_channels"):
+        others = total - repaired["own_mlp_channels"]
+        chosen = f"Of the {total:,} channels of the host's MLP, {others:,} are now channels of layers that went. "
     return (
-        f"Then {repaired['corrected_linears']} linears were solved again on what the shortened model feeds them. Behind the "
-        f"last the state differs from the dense model's by {repaired['last_residual']:.3f} (relative, each token alike)."
+        f"{chosen}Then {repaired['corrected_linears']} linears were solved again on what the shortened model feeds them. "
+        f"Behind the last the state differs from the dense model's by {repaired['last_residual']:.3f} "
+        "(relative, each token alike)."
     )
 
 

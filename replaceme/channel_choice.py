@@ -1,0 +1,93 @@
+"""Which channels make the best MLP for a host: of its own, and of those of the layers that go (``replaceme.channels``).
+
+The question is put to the least squares that its last linear is solved by (``replaceme.refit``): a ridge regression of what
+the state at the cut lacks, with the columns that the channels have where they come from as its prior. With ``A = S + λ diag S``
+and the solution's rows ``w_i``, its objective rises by
+
+    ‖w_i‖² / (A⁻¹)_ii
+
+without the channel i (Hassibi and Stork, Optimal Brain Surgeon, 1993). Those that matter least go, a share at a time.
+
+From the last removed layer to the host itself, the best of the channels so far and of the layer's own stay. So no more than two
+layers' are compared at once: the sums are (2 f)² numbers, however many layers go. (On the demo, all at once is no better.)
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from replaceme.documents import Batch, Documents
+from replaceme.errors import SolveError
+from replaceme.families import Family
+from replaceme.forward import Signal, Signals
+from replaceme.weights import token_weights
+
+# Tokens for each of the channels that are compared, and the share of these that stays in a round.
+TOKENS_PER_CHANNEL, SHARE = 8, 0.7
+
+
+class Candidates:
+    """Observer of what channels can do toward a target, while they stand in the host's MLP: sums over tokens, float32.
+
+    ``gram`` = Σ w gᵀg (k, k) and ``cross`` = Σ w gᵀ(target − state without the MLP) (k, d), ``w = 1/‖target‖²``.
+    """
+
+    def __init__(self, host: int, family: Family, layer: nn.Module, target: Tensor):
+        self.host, self.target, self.multiplier = host, target, family.multiplier
+        bias = getattr(family.linear_of(layer, "mlp_output"), "bias", None)
+        self.bias = 0.0 if bias is None else family.multiplier * bias.detach().float()
+        self.gram = self.cross = torch.zeros(())
+
+    def wants(self) -> Mapping[int, frozenset[Signal]]:
+        return {self.host: frozenset(("input", "attention", "mlp_features"))}
+
+    def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
+        state = batch.real(signals["input"]).float() + batch.real(signals["attention"]).float() + self.bias
+        target = self.target[batch.tokens].to(state.device).float()
+        root = token_weights(target).sqrt()
+        g = batch.real(signals["mlp_features"]).float() * (self.multiplier * root)
+        self.gram = self.gram.to(g) + g.T @ g
+        self.cross = self.cross.to(g) + g.T @ ((target - state) * root)
+
+
+def best_channels(gram: Tensor, cross: Tensor, prior: Tensor, ridge: float, count: int) -> Tensor:
+    """Return which channels stay, (count,) int64 ascending.
+
+    Args:
+        gram: ``S = Σ w gᵀg`` (k, k).
+        cross: ``Σ w gᵀe`` (k, d), ``e`` what is to be made.
+        prior: (k, d), the transposed weights toward which the ridge pulls.
+        ridge: λ, in the features' own units, above 0.
+        count: how many.
+
+    Raises:
+        SolveError: the sums are not finite.
+    """
+    diagonal = gram.diagonal()
+    scale = torch.where(diagonal > 0, diagonal.rsqrt(), 0)
+    # In units where every channel has a mean square of 1; one that is always zero is worth nothing.
+    scaled, goal = gram * scale * scale[:, None], cross * scale[:, None]
+    prior = torch.where(scale[:, None] > 0, prior.to(gram) / scale[:, None], 0)
+    kept = torch.arange(len(gram), device=gram.device)
+    while len(kept) > count:
+        matrix = scaled[kept][:, kept]
+        matrix.diagonal().add_(ridge)
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        if failed or not bool(torch.isfinite(goal).all()):
+            raise SolveError("dtype: the sums over the MLP's channels are not finite; use float32 or bfloat16.")
+        weights = torch.cholesky_solve(goal[kept] + ridge * prior[kept], factor)
+        rise = weights.square().sum(dim=1) / torch.cholesky_inverse(factor).diagonal()
+        left = max(count, int(SHARE * len(kept)))
+        kept = kept[rise.topk(left).indices.sort().values]
+    return kept.cpu()
+
+
+def few_documents(documents: Documents, tokens: int) -> Documents:
+    """Return the first documents of a walk that have so many tokens together, or all."""
+    chosen: list[Tensor] = []
+    for document in documents.longest_first():
+        if sum(map(len, chosen)) >= tokens:
+            break
+        chosen.append(document)
+    return Documents(chosen)
