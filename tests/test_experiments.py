@@ -80,9 +80,9 @@ def test_a_dozen_methods_fit_a_terminal_with_their_speed() -> None:
     assert rows[0][-2:] == ["prefill", "decode"]
     assert all(row[-2:] == ["× 1.39", "× 1.28"] for row in rows[1:])
     assert notes == [
-        "selection: loss in lstsq, else None",
+        "selection: loss in lstsq, else null",
         "transform: joint in gyral-le12, else dense",
-        "repair: True in gyral-le12, else False",
+        "repair: true in gyral-le12, else false",
     ]
 
 
@@ -90,7 +90,7 @@ def test_settings_make_columns_where_there_is_room() -> None:
     plain = [{key: value for key, value in each.items() if key not in ("seconds", "peak_memory_bytes")} for each in dozen()]
     rows, notes = table_of(plain)
     assert {row["experiment"].strip(" *"): row["transform"] for row in rows}["gyral-le12"] == "joint"
-    assert notes == ["selection: loss in lstsq, else None"]
+    assert notes == ["selection: loss in lstsq, else null"]
 
 
 def test_of_one_method_every_setting_that_differs_is_a_column() -> None:
@@ -180,7 +180,7 @@ def test_training_methods_are_marked_in_all_that_is_written(
     method, trained = (lines[0].index(name) for name in ("method", "trained"))
     assert {line[method] for line in lines[1:] if line[trained] == "trained"} == set(TRAINING)
     assert lines[1][lines[0].index("parameters")] == "106194240"
-    assert "\nselection: loss in lstsq, else None\n" in (output / "experiments.md").read_text(encoding="utf-8")
+    assert "\nselection: loss in lstsq, else null\n" in (output / "experiments.md").read_text(encoding="utf-8")
 
 
 def test_a_cell_cannot_break_the_markdown_table() -> None:
@@ -197,7 +197,7 @@ def test_methods_are_compared_where_most_are_of_one_size() -> None:
     assert {row.method for row in rows} == set(DOZEN)
     assert {row.method for row in rows if row.trained} == set(TRAINING)
     assert {row.settings for row in rows if row.method == "lstsq"} == {
-        "transform dense, repair False", "transform joint, repair True",
+        "transform dense, repair false", "transform joint, repair true",
     }  # fmt: skip
     assert all(row.settings == "" for row in rows if row.method not in ("lstsq", "uidl"))
     assert comparison_of([record(alpha=float(n), number=n) for n in range(3)]).same_size() == ([], "")

@@ -211,13 +211,19 @@ def _sizes(removed: pd.Series) -> list[float]:
     return [first[size] for size in removed]
 
 
+# DVC writes these as Python does.
+WORDS = {"True": "true", "False": "false", "None": "null"}
+
+
 def method_name(row: Mapping[str, Any]) -> str:
     """Return an experiment's method, and that it trained."""
     return f"{row['method']} ({TRAINED})" if row[TRAINED] else str(row["method"])
 
 
 def cell(value: Any) -> str:
-    """Return a value as people read it; nothing where there is none."""
+    """Return a value as params.yaml has it; nothing where there is none."""
     if pd.isna(value):
         return ""
+    if str(value) in WORDS:
+        return WORDS[str(value)]
     return f"{value:g}" if isinstance(value, float) else str(value)
