@@ -103,6 +103,12 @@ def _changes(source: Model, edits: Edits, solved: dict[str, Any]) -> list[str]:
         f"The weights of the linears of layers {_runs([*mixture])} were merged into those of layer {layer}, without training."
         for layer, mixture in sorted(edits.mixtures.items())
     ]
+    for layer, channels in sorted(edits.channels.items()):
+        own = int((channels[:, 0] == layer).sum())
+        lines += [
+            f"The MLP of layer {layer} is made of {own:,} of its own channels and {len(channels) - own:,} of removed layers: "
+            "as many as it had, and no new parameter."
+        ]
     linears: tuple[tuple[Linear, str], ...] = (("attention_output", "attention output"), ("mlp_output", "last MLP linear"))
     for linear, words in linears:
         if corrected := [layer for layer, name in edits.corrections if name == linear]:

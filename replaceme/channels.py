@@ -9,11 +9,12 @@ the norms folds into the rows (γ, β of the norms in front of the MLP, of the s
 Which channels serve best, ``replaceme.channel_choice`` finds out.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
+from replaceme.errors import ModelError
 from replaceme.families import Family, parameter_of
 
 
@@ -38,46 +39,58 @@ def assembled(family: Family, layers: nn.ModuleList, host: int, channels: Tensor
 
     Yields:
         A name within the layer, and the value: float64, in torch's layout. A bias of the last linear is no channel's.
+
+    Raises:
+        ModelError: the norm in front has a bias, and a linear behind it has none.
     """
-    count = channel_count(family, layers[host])
-    for name, dimension in family.cut_parameters(layers[host], "mlp_output").items():
-        own = parameter_of(layers[host], name)
-        # One linear can make several rows for each channel, one part of it behind the other.
-        parts = own.shape[dimension] // count
-        shape = [*own.shape]
-        shape[dimension] = parts * len(channels)
-        made = torch.empty(shape, dtype=torch.float64, device=own.device)
-        for source in channels[:, 0].unique().tolist():
-            places = (channels[:, 0] == source).nonzero()[:, 0]
-            value = _as_at_host(family, layers[source], layers[host], name, dimension)
-            wanted = channels[places, 1]
-            taken = value(_in_parts(wanted, parts, count).to(own.device))
-            made.index_copy_(dimension, _in_parts(places, parts, len(channels)).to(own.device), taken.to(own.device))
-        yield name, made
+    names = family.cut_parameters(layers[host], "mlp_output")
+    assert 0 in names.values(), "the linears in front of the MLP's last one are not described"
+    for name in names:
+        yield name, assembled_parameter(family, layers, host, channels, name)
+
+
+def assembled_parameter(family: Family, layers: nn.ModuleList, host: int, channels: Tensor, name: str) -> Tensor:
+    """Return one of the parameters that ``assembled`` yields."""
+    dimension = family.cut_parameters(layers[host], "mlp_output")[name]
+    count, own = channel_count(family, layers[host]), parameter_of(layers[host], name)
+    # One linear can make several rows for each channel, one part of them behind the other.
+    parts = own.shape[dimension] // count
+    shape = [*own.shape]
+    shape[dimension] = parts * len(channels)
+    made = torch.empty(shape, dtype=torch.float64, device=own.device)
+    for source in channels[:, 0].unique().tolist():
+        places = (channels[:, 0] == source).nonzero()[:, 0]
+        rows, targets = _in_parts(channels[places, 1], parts, count), _in_parts(places, parts, len(channels))
+        value = _rows(layers[source], name, dimension, rows)
+        if dimension == 0 and source != host:
+            value = _behind_norm(family, layers[source], layers[host], name, rows, value)
+        made.index_copy_(dimension, targets.to(own.device), value.to(own.device))
+    return made
 
 
 def _in_parts(places: Tensor, parts: int, size: int) -> Tensor:
     return torch.cat([places + part * size for part in range(parts)])
 
 
-def _as_at_host(family: Family, source: nn.Module, host: nn.Module, name: str, dimension: int) -> Callable[[Tensor], Tensor]:
-    """Return what gives some rows or columns of a source's parameter, as they are to be behind the host's norm."""
+def _rows(layer: nn.Module, name: str, dimension: int, rows: Tensor) -> Tensor:
+    value = parameter_of(layer, name)
+    return value.index_select(dimension, rows.to(value.device)).double()
 
-    def taken(rows: Tensor, name: str = name) -> Tensor:
-        value = parameter_of(source, name)
-        return value.index_select(dimension, rows.to(value.device)).double()
 
-    if dimension == 1 or source is host:
-        return taken
+def _behind_norm(family: Family, source: nn.Module, host: nn.Module, name: str, rows: Tensor, value: Tensor) -> Tensor:
+    """Return rows of a source's weight or bias, as they are to be behind the host's norm."""
     norms = [layer.get_submodule(family.mlp_norm) for layer in (source, host)]
-    weight, host_weight = (parameter_of(norm, "weight").double() for norm in norms)
+    weight, host_weight = (parameter_of(norm, "weight").to(value) for norm in norms)
     # Where the host's norm lets nothing through, nothing comes: the fit sees that, as it sees all of this.
-    ratio = torch.where(host_weight == 0, 0, weight.to(host_weight) / host_weight)
-    if name.endswith(".weight"):
-        return lambda rows: taken(rows) * ratio.to(parameter_of(source, name).device)
-    if getattr(norms[0], "bias", None) is None:
-        return taken
-    biases = [parameter_of(norm, "bias").double() for norm in norms]
-    shift = biases[0].to(ratio) - ratio * biases[1]
-    weights = name.removesuffix(".bias") + ".weight"
-    return lambda rows: taken(rows) + taken(rows, weights) @ shift.to(parameter_of(source, weights).device)
+    ratio = torch.where(host_weight == 0, 0, weight / host_weight)
+    path, _, kind = name.rpartition(".")
+    shifted = getattr(norms[0], "bias", None) is not None
+    if shifted and getattr(source.get_submodule(path), "bias", None) is None:
+        raise ModelError(f"model_path: {path} has no bias that could take in that of {family.mlp_norm}; use transform: joint.")
+    if kind == "weight":
+        return value * ratio
+    if not shifted:
+        return value
+    bias, host_bias = (parameter_of(norm, "bias").to(value) for norm in norms)
+    # The same rows of the weight, which is the source's own here.
+    return value + _rows(source, f"{path}.weight", 0, rows).to(value) @ (bias - ratio * host_bias)

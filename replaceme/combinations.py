@@ -161,8 +161,8 @@ def family_refusals(values: Values, kind: str, family: Any) -> list[str]:
         )
     if transform == "channels" and not family.mlp_norm:
         problems.append(
-            f"transform: channels folds the norm in front of an MLP into its linears, and those of the family '{kind}' have no "
-            "biases for the norm's; use joint."
+            f"transform: channels folds the norm in front of an MLP into its linears, and those of this model of the family "
+            f"'{kind}' have no biases for the norm's, or are not described so; use joint."
         )
     obstacle: Obstacle | None = family.obstacle
     if obstacle is None:

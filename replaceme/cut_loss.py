@@ -1,12 +1,12 @@
 """What a few cuts cost: the next-token loss of the shortened model, with a closed-form fit in the block's place.
 
 The fit has token weights and ridges of its own, so that no cut depends on α or on a solver: a linear map as in the profile's
-residuals (``replaceme.residuals``), or all weights of the host's last linear (``replaceme.refit``), which can rank the cuts
-differently; or a scalar (``replaceme.compensation``). It is made on the documents that the profile fits on; the loss is taken
-on those that it holds out.
+residuals (``replaceme.residuals``), or all weights of the host's last linear or of both its last linears (``replaceme.refit``),
+which can rank the cuts differently; or a scalar (``replaceme.compensation``). It is made on the documents that the profile fits
+on; the loss is taken on those that it holds out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +16,8 @@ from replaceme.compensation import gains
 from replaceme.documents import Batch, Documents
 from replaceme.edits import Edits
 from replaceme.errors import ParameterError
-from replaceme.families import Family
-from replaceme.features import Features
+from replaceme.families import Family, Linear
+from replaceme.features import LINEARS, Features
 from replaceme.forward import walk
 from replaceme.methods.method import StandIn
 from replaceme.next_token import excerpts_of, next_token_loss
@@ -31,6 +31,9 @@ from replaceme.weights import token_weights
 
 # λ of a refit, and the memory that its sums may take: so many cuts are fitted in one pass.
 REFIT_RIDGE, GRAM_BYTES = 0.3, 4 << 30
+
+# What is solved for in each stand-in that is new weights.
+LINEARS_OF: Mapping[StandIn, Sequence[Linear]] = {"refit": ("mlp_output",), "joint": LINEARS}
 
 
 class WeightedGram(AtCut):
@@ -74,8 +77,8 @@ def cut_losses(
     cuts = [Edits("", [*block.layers]) for block in blocks]
     if stand_in == "map":
         _fit_maps(model, family, fit, blocks, cuts, batch_size)
-    elif stand_in == "refit":
-        _refit(model, family, fit, blocks, cuts, batch_size)
+    elif stand_in in LINEARS_OF:
+        _refit(model, family, fit, blocks, cuts, batch_size, LINEARS_OF[stand_in])
     elif stand_in == "scalar":
         for block, edits, gain in zip(blocks, cuts, gains(model, family, fit, blocks, batch_size=batch_size), strict=True):
             edits.operators[block.host] = torch.tensor(gain, dtype=torch.float64)
@@ -100,10 +103,16 @@ def _fit_maps(
 
 
 def _refit(
-    model: Any, family: Family, documents: Documents, blocks: Sequence[Block], cuts: Sequence[Edits], batch_size: int
+    model: Any,
+    family: Family,
+    documents: Documents,
+    blocks: Sequence[Block],
+    cuts: Sequence[Edits],
+    batch_size: int,
+    linears: Sequence[Linear],
 ) -> None:
     layers = family.decoder_layers(model)
-    features = [Features.of(layers[block.host], family, ["mlp_output"]) for block in blocks]
+    features = [Features.of(layers[block.host], family, linears) for block in blocks]
     width, inputs = int(model.config.hidden_size), len(features[0])
     at_once = max(GRAM_BYTES // (8 * (inputs**2 + 2 * inputs * width + 2 * width**2)), 1)
     for first in range(0, len(blocks), at_once):

@@ -38,7 +38,7 @@ class Family:
         mlp_norm: the norm in front of the MLP, where the linears behind it can take in its weight and bias; else empty.
         experts: the parameters that end the experts of an MLP that is a mixture of them; a layer may lack some.
         feeding: the linears whose outputs make the inputs of the last one, of attention and MLP.
-        uncut: why heads can't be cut out of these by their shapes alone; empty where they can.
+        uncut: why heads and channels can't be cut out by shapes alone; empty where they can.
         norm_before: whether attention, MLP and head see the residual stream through norms, to which its scale is nothing.
         rms_norms: the RMS norms of attention and MLP, where these, one behind the other, see the stream through nothing else,
             and ``replaceme.modeling_pruned`` knows their layer; empty elsewhere.
@@ -187,7 +187,7 @@ def _granite(config: Any) -> Family:
 def _falcon(config: Any) -> Family:
     return Family(
         layers="transformer.h", attention="self_attention", attention_output="self_attention.dense",
-        # Its linears have no biases to take in its norms'.
+        # As published, its linears have no biases that could take in those of its norms.
         mlp_output="mlp.dense_4h_to_h", mlp_norm="", parallel=bool(config.new_decoder_architecture or config.parallel_attn),
         adds_in_place=True, returns_tuple=True, uncut=_FUSED,
     )  # fmt: skip
@@ -212,9 +212,10 @@ def _gpt2(config: Any) -> Family:
 def _opt(config: Any) -> Family:
     if not config.do_layer_norm_before:
         raise _refusal("opt", "it normalises the residual stream itself (do_layer_norm_before: false)")
+    affine = config.enable_bias and config.layer_norm_elementwise_affine
     return Family(
         layers="model.decoder.layers", attention_output="self_attn.out_proj", attention_norm="self_attn_layer_norm", mlp="fc2",
-        mlp_output="fc2", mlp_norm="final_layer_norm", feeding={"mlp_output": ("fc1",)}, uncut=_COUNTED,
+        mlp_output="fc2", mlp_norm="final_layer_norm" if affine else "", feeding={"mlp_output": ("fc1",)}, uncut=_COUNTED,
         norm_before=not config._remove_final_layer_norm,
     )  # fmt: skip
 

@@ -17,7 +17,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from replaceme.channel_choice import TOKENS_PER_CHANNEL, Candidates, best_channels, few_documents
-from replaceme.channels import assembled, channel_count, channels_of
+from replaceme.channels import assembled_parameter, channel_count, channels_of
 from replaceme.compute import require_resident, use_threads
 from replaceme.curves import write_curves
 from replaceme.documents import Batch, Documents
@@ -160,19 +160,17 @@ class Mender:
             self._correct(layer, self.dense, ridges)
 
     def _fit_on(self, block: Block) -> None:
-        """Go on from a joint solution of the host's linears, step by step on the features that each step leaves."""
+        """Go on from a joint solution of the host's linears: each step toward the weights, and on the features, of the last."""
         alone: dict[Linear, float] = {"mlp_output": self.params.refit_ridge}
         both: dict[Linear, float] = {"attention_output": self.params.refit_ridge, **alone}
         chosen = self.params.transform == "channels"
         if chosen:
             self._choose(block)
-        if not self.family.parallel:
-            # The new output projection has changed the features that the joint solution counted on.
-            self._correct(block.host, self.dense, alone)
-        if chosen:
-            self._correct(block.host, self.dense, both)
-            if not self.family.parallel:
-                self._correct(block.host, self.dense, alone)
+        # A new output projection changes the features of an MLP behind it. Where that is parallel, the joint solution stands,
+        # unless it was of other channels.
+        steps = [alone, both, alone] if not self.family.parallel else [both] if chosen else []
+        for ridges in steps:
+            self._correct(block.host, self.dense, ridges)
 
     def _choose(self, block: Block) -> None:
         """Make the host's MLP of the best channels of its own and of the layers that go, with the columns that they had."""
@@ -183,16 +181,13 @@ class Mender:
         require_resident({place: self.layers[place] for place in window}, "whose channels are compared")
         count = channel_count(self.family, layer)
         documents = few_documents(self.documents, TOKENS_PER_CHANNEL * 2 * count)
-        chosen = torch.empty(0, 2, dtype=torch.int64)
-        for source in progress([*reversed(window)], "choosing channels", "layers"):
-            chosen = torch.cat([channels_of(source, count), chosen])
-            if len(chosen) > count:
-                self.edits.channels[host] = chosen
-                sums = Candidates(host, self.family, layer, self.dense)
-                self._walk([sums], (host, self.short), edited=True, documents=documents)
-                prior = dict(assembled(self.family, self.layers, host, chosen))[f"{self.family.mlp_output}.weight"].T
-                kept = best_channels(sums.gram, sums.cross, prior, self.params.refit_ridge, count)
-                chosen = chosen[kept]
+        chosen = channels_of(block.end - 1, count)
+        for source in progress([*reversed(window[:-1])], "choosing channels", "layers"):
+            candidates = self.edits.channels[host] = torch.cat([channels_of(source, count), chosen])
+            sums = Candidates(host, self.family, layer, self.dense)
+            self._walk([sums], (host, self.short), edited=True, documents=documents)
+            prior = assembled_parameter(self.family, self.layers, host, candidates, f"{self.family.mlp_output}.weight").T
+            chosen = candidates[best_channels(sums.gram, sums.cross, prior, self.params.refit_ridge, count)]
         self.edits.channels[host] = chosen
         own = int((chosen[:, 0] == host).sum())
         for name, number in (("mlp_channels", count), ("own_mlp_channels", own)):
@@ -242,8 +237,10 @@ class Mender:
         edited: bool = False,
         documents: Documents | None = None,
     ) -> None:
-        context = unfused(self.model, self.family, self.edits) if edited else nullcontext()
-        with context:
+        # What stands before the layer at which the walk begins computes nothing: no MLP need be assembled there.
+        channels = {layer: each for layer, each in self.edits.channels.items() if start is None or layer >= start[0]}
+        edits = replace(self.edits, channels=channels)
+        with unfused(self.model, self.family, edits) if edited else nullcontext():
             walk(
                 self.model, self.family, documents or self.documents, observers,
                 batch_size=self.params.batch_size, description=description, start=start,

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from replaceme.channels import assembled
+from replaceme.channels import assembled_parameter
 from replaceme.edits import Change, Edits, features_of
 from replaceme.errors import SolveError
 from replaceme.families import Family, Linear, linear_parameters, parameter_of
@@ -156,19 +156,17 @@ def _changed(family: Family, layers: nn.ModuleList, edits: Edits) -> Iterator[tu
     for (layer, name), value in edits.parameters.items():
         done.add((layer, name))
         yield layer, name, value.double()
-    # All of them before any is overwritten: a host's channels change their places.
-    mlps = {layer: dict(assembled(family, layers, layer, channels)) for layer, channels in edits.channels.items()}
     for (layer, linear), change in edits.changes().items():
         original = partial(mixed, layers, edits.mixtures[layer]) if layer in edits.mixtures else None
-        if layer in mlps:
-            original = partial(_of_channels, layers[layer], mlps[layer])
+        if layer in edits.channels and linear == "mlp_output":
+            original = partial(_with_channels, family, layers, layer, edits.channels[layer])
         for name, exact in folds(family, layers[layer], linear, change, original):
             done.add((layer, name))
             yield layer, name, exact
-    for layer, mlp in mlps.items():
-        for name, exact in mlp.items():
+    for layer, channels in edits.channels.items():
+        for name in family.cut_parameters(layers[layer], "mlp_output"):
             if (layer, name) not in done:
-                yield layer, name, exact
+                yield layer, name, assembled_parameter(family, layers, layer, channels, name)
     for layer, mixture in edits.mixtures.items():
         assert set(mixture) - {layer} <= set(edits.removed_layers), "a kept layer would be mixed into another one"
         for name in linear_parameters(layers[layer]):
@@ -176,8 +174,11 @@ def _changed(family: Family, layers: nn.ModuleList, edits: Edits) -> Iterator[tu
                 yield layer, name, mixed(layers, mixture, name)
 
 
-def _of_channels(layer: nn.Module, mlp: Mapping[str, Tensor], name: str) -> Tensor:
-    return mlp[name] if name in mlp else parameter_of(layer, name)
+def _with_channels(family: Family, layers: nn.ModuleList, layer: int, channels: Tensor, name: str) -> Tensor:
+    """Return a parameter of an MLP's last linear, as its channels make it; a bias is no channel's."""
+    if name in family.cut_parameters(layers[layer], "mlp_output"):
+        return assembled_parameter(family, layers, layer, channels, name)
+    return parameter_of(layers[layer], name)
 
 
 def mixed(layers: nn.ModuleList, mixture: Mapping[int, float], name: str) -> Tensor:

@@ -72,7 +72,7 @@ def _standing_in(layer: nn.Module, name: str, value: Tensor) -> Iterator[None]:
     """Let a parameter have, for a while, another value, given in torch's layout; its shape may be another one, too."""
     parameter, owner = layer.get_parameter(name), layer.get_submodule(name.rpartition(".")[0])
     own = parameter.data
-    parameter.data = in_torch_layout(layer, name, value).to(own).contiguous()
+    parameter.data = in_torch_layout(layer, name, value).to(own, copy=True).contiguous()
     try:
         # The one linear that asks for its number of outputs.
         with mock.patch.object(owner, "nf", parameter.shape[-1]) if isinstance(owner, Conv1D) else nullcontext():

@@ -15,7 +15,7 @@ from replaceme.channels import assembled, channel_count, channels_of
 from replaceme.combinations import family_refusals, refusals
 from replaceme.documents import Documents
 from replaceme.edits import Edits
-from replaceme.errors import SolveError
+from replaceme.errors import ModelError, SolveError
 from replaceme.export import save_pruned
 from replaceme.families import family_of
 from replaceme.forward import walk
@@ -108,6 +108,14 @@ def test_a_norm_that_lets_nothing_through_makes_no_infinity() -> None:
     assert not values["mlp.up_proj.weight"][:, 3].any()
 
 
+def test_a_norms_bias_that_no_linear_can_take_in_is_an_error() -> None:
+    model = made_model("gpt2")
+    for layer in model.transformer.h:
+        layer.mlp.c_fc.bias = None
+    with pytest.raises(ModelError, match=r"mlp\.c_fc has no bias that could take in that of ln_2"):
+        dict(assembled(family_of(model.config), model.transformer.h, 1, channels_of(2, 48)))
+
+
 def problem(features: int, outputs: int = 5, tokens: int = 200) -> tuple[Tensor, Tensor, Tensor]:
     chance = torch.Generator().manual_seed(features)
     mixing = torch.randn(features, features, generator=chance, dtype=torch.float64)
@@ -184,23 +192,64 @@ def test_the_tokens_of_a_choice_are_the_first_of_a_walk() -> None:
     assert few_documents(documents, 10**9).token_count == documents.token_count
 
 
+def test_a_ridge_that_is_too_small_is_not_called_an_overflow() -> None:
+    g = torch.ones(3, 6)
+    with pytest.raises(SolveError, match="refit_ridge: 1e-30"):
+        best_channels(g.T @ g, g.T @ torch.ones(3, 2), torch.ones(6, 2), 1e-30, 3)
+
+
 @pytest.mark.parametrize("kind", FOLDING)
-def test_the_window_serves_better_than_the_host_alone(kind: str) -> None:
+def test_the_chosen_channels_serve_better_than_the_hosts_own_or_any(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, documents = made_model(kind, torch.float64), many_documents(60)
+
+    def by_chance(gram: Tensor, *rest: Any) -> Tensor:
+        return torch.randperm(len(gram), generator=torch.Generator().manual_seed(0))[: rest[-1]].sort().values
+
+    def own(gram: Tensor, *rest: Any) -> Tensor:
+        return torch.arange(rest[-1])  # in the last round the host's own come first
+
     left = {}
-    for transform in ("joint", "channels"):
-        edits, mender = solved(model, documents, (BLOCK,), transform=transform, alpha=5.0, refit_ridge=0.01)
+    for name, choice in (("best", best_channels), ("chance", by_chance), ("own", own)):
+        monkeypatch.setattr("replaceme.repair.best_channels", choice)
+        edits, mender = solved(model, documents, (BLOCK,), transform="channels", alpha=5.0, refit_ridge=0.01)
         shortened = deepcopy(model)
         _, figures = mender.run()
         apply_edits(shortened, family_of(model.config), edits)
         target = passing(model, BLOCK.end - 1, documents)["output"]
         gap = passing(shortened, BLOCK.host, documents)["output"] - target
-        left[transform] = float((np.square(gap).sum(1) / np.square(target).sum(1)).mean())
-    chosen = edits.channels[BLOCK.host]
-    assert left["channels"] < left["joint"]
-    assert {*chosen[:, 0].tolist()} <= {BLOCK.host, *BLOCK.layers}
-    assert len(chosen.unique(dim=0)) == len(chosen) == figures["mlp_channels"]
-    assert figures["own_mlp_channels"] == int((chosen[:, 0] == BLOCK.host).sum()) < len(chosen)
+        left[name] = float((np.square(gap).sum(1) / np.square(target).sum(1)).mean())
+        chosen = edits.channels[BLOCK.host]
+        assert {*chosen[:, 0].tolist()} <= {BLOCK.host, *BLOCK.layers}
+        assert len(chosen.unique(dim=0)) == len(chosen) == figures["mlp_channels"]
+        assert figures["own_mlp_channels"] == int((chosen[:, 0] == BLOCK.host).sum())
+    assert figures["own_mlp_channels"] == figures["mlp_channels"]
+    assert left["best"] < min(left["chance"], left["own"])
+
+
+@pytest.mark.parametrize("kind", ["llama", "granite", "smollm3", "phi"])
+def test_a_later_block_chooses_on_what_the_shortened_model_feeds_its_host(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, documents = made_model(kind, torch.float64), many_documents(40)
+    blocks, seen = (Block(1, 2), Block(4, 5)), []
+
+    def keeping(gram: Tensor, cross: Tensor, *rest: Any) -> Tensor:
+        seen.append((gram.clone(), cross.clone(), deepcopy(edits)))
+        return best_channels(gram, cross, *rest)
+
+    monkeypatch.setattr("replaceme.repair.best_channels", keeping)
+    edits, mender = solved(model, documents, blocks, transform="channels", alpha=5.0, repair=True)
+    mender.run()
+    gram, cross, by_then = seen[1]
+    family, host = family_of(model.config), blocks[1].host
+    few = Documents(few_documents(documents, 8 * 2 * 48).longest_first())
+    target = passing(model, blocks[1].end - 1, few)["output"]
+    with unfused(model, family, by_then):
+        now = passing(model, host, few)
+    bias = getattr(family.linear_of(family.decoder_layers(model)[host], "mlp_output"), "bias", None)
+    e = target - now["middle"] - (0 if bias is None else family.multiplier * bias.detach().numpy())
+    g, w = family.multiplier * now["G"], 1 / np.square(target).sum(1, keepdims=True)
+    assert by_then.removed_layers == [1, 4]
+    assert np.allclose(gram.numpy(), (w * g).T @ g, rtol=1e-3, atol=1e-5)
+    assert np.allclose(cross.numpy(), (w * g).T @ e, rtol=1e-3, atol=1e-5)
 
 
 def test_an_infinite_ridge_leaves_the_chosen_channels_with_the_columns_that_they_had() -> None:
@@ -257,6 +306,8 @@ def test_what_can_not_be_is_refused_by_name() -> None:
     values["use_4bit"] = False
     assert not refusals(values, METHODS["lstsq"])
     (sentence,) = family_refusals(values, "falcon", family_of(made_model("falcon").config))
+    assert sentence.startswith("transform: channels folds the norm in front of an MLP into its linears")
+    (sentence,) = family_refusals(values, "opt", family_of(made_model("opt", enable_bias=False).config))
     assert sentence.startswith("transform: channels folds the norm in front of an MLP into its linears")
     (sentence,) = refusals({**values, "method": "cosine"}, METHODS["cosine"])
     assert sentence.startswith("transform: channels solves least squares")

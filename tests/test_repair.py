@@ -111,13 +111,18 @@ def test_the_joint_fit_resolves_the_mlp_on_its_new_features() -> None:
     edits, mender = solved(model, documents, (BLOCK,), transform="joint", alpha=5.0)
     expected = deepcopy(model)
     apply_edits(expected, PRE_NORM, edits)
-    goal, now = passing(model, BLOCK.end - 1, documents), passing(expected, BLOCK.host, documents)
-    mlp = expected.model.layers[BLOCK.host].mlp.down_proj
-    resolve([mlp], [now["G"]], goal["output"] - now["output"], goal["output"], [0.3])
+    goal = passing(model, BLOCK.end - 1, documents)["output"]
+    host = expected.model.layers[BLOCK.host]
+    attention, mlp = host.self_attn.o_proj, host.mlp.down_proj
+    for linears, names in (([mlp], "G"), ([attention, mlp], "AG"), ([mlp], "G")):
+        now = passing(expected, BLOCK.host, documents)
+        resolve(linears, [now[name] for name in names], goal - now["output"], goal, [0.3] * len(linears))
     repairs, _ = mender.run()
     apply_edits(model, PRE_NORM, edits)
     assert same_weights(model, expected)
-    assert [(each.layer, each.linears) for each in repairs] == [(BLOCK.host, ("mlp_output",))]
+    assert [(each.layer, each.linears) for each in repairs] == [
+        (BLOCK.host, linears) for linears in (("mlp_output",), LINEARS, ("mlp_output",))
+    ]
 
 
 @pytest.mark.parametrize("host_only", [True, False])
@@ -204,7 +209,7 @@ def test_a_later_joint_fit_comes_on_top_of_the_repaired_attention() -> None:
     now, H = passing(model, 1, documents)["output"], passing(dense, 4, documents)["output"]
     w = 1 / np.square(H).sum(1)
     left = np.sqrt((np.square(H - now).sum(1) * w).mean())
-    (host,) = [each for each in repairs if (each.layer, each.linears) == (2, ("mlp_output",))]
+    host = [each for each in repairs if (each.layer, each.linears) == (2, ("mlp_output",))][-1]
     assert host.after == pytest.approx(left, rel=1e-3)
     attention, _ = edits.corrections[2, "attention_output"]
     (repaired,) = [each for each in repairs if (each.layer, each.linears) == (2, ("attention_output",))]
@@ -225,6 +230,7 @@ def test_the_states_of_a_later_fit_are_those_with_the_repaired_attention() -> No
         seen.append((before, edits.corrections[2, "attention_output"][0] - before))
 
     mender._fit = watch  # type: ignore[method-assign]
+    mender._fit_on = lambda block: None  # type: ignore[method-assign]
     mender.run()
     ((repaired, on_top),) = seen
     assert repaired.abs().max() > 0

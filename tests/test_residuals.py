@@ -151,16 +151,19 @@ def test_a_state_of_zeros_weighs_nothing() -> None:
     assert token_weights(torch.tensor([[0.0, 0.0], [3.0, 4.0]])).tolist() == [[0.0], [pytest.approx(0.04)]]
 
 
+@pytest.mark.parametrize(("transform", "statistic"), [("refit", "mlp_features"), ("joint", "features")])
 @pytest.mark.parametrize("bytes_at_once", [4 << 30, 1])
-def test_the_loss_of_a_refit_is_that_of_the_edits_of_the_method(bytes_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loss_of_new_weights_is_that_of_the_edits_of_the_method(
+    bytes_at_once: int, transform: str, statistic: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(next_token, "TOKENS", 10_000)
     monkeypatch.setattr(cut_loss, "GRAM_BYTES", bytes_at_once)
     model, documents, blocks = made_model(dtype=torch.float64), made_documents(12), [Block(2, 4), Block(1, 3)]
-    found = cut_losses(model, PRE_NORM, documents, blocks, stand_in="refit", batch_size=4)
+    found = cut_losses(model, PRE_NORM, documents, blocks, stand_in=transform, batch_size=4)  # type: ignore[arg-type]
     kept, held_out = split_documents(documents)
     for loss, block in zip(found, blocks, strict=True):
-        sums = take_statistics(model, PRE_NORM, kept, block, ["mlp_features"], 4)["mlp_features"]
-        params = read_params(None, {"transform": "refit", "alpha": RIDGE * float(sums["added_gram"].diagonal().mean())})
+        sums = take_statistics(model, PRE_NORM, kept, block, [statistic], 4)[statistic]
+        params = read_params(None, {"transform": transform, "alpha": RIDGE * float(sums["added_gram"].diagonal().mean())})
         edits = METHODS["lstsq"].solve(params, block, lambda _, sums=sums: sums).edits  # type: ignore[misc]
         edits.removed_layers = [*block.layers]
         pruned = deepcopy(model)

@@ -65,7 +65,13 @@ def test_impossible_limits_are_named(options: dict[str, int], said: str) -> None
 
 @pytest.mark.parametrize(
     ("method", "transform", "stand_in"),
-    [("lstsq", "dense", "map"), ("cosine", "diagonal", "map"), ("lstsq", "joint", "refit"), ("uidl", "dense", "nothing")],
+    [
+        ("lstsq", "dense", "map"),
+        ("cosine", "diagonal", "map"),
+        ("lstsq", "refit", "refit"),
+        ("lstsq", "channels", "joint"),
+        ("uidl", "dense", "nothing"),
+    ],
 )
 def test_the_loss_decides_among_the_best_cuts(
     method: str, transform: str, stand_in: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

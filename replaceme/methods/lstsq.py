@@ -12,7 +12,7 @@ from replaceme.combinations import TRANSFORMS, Values
 from replaceme.edits import Edits
 from replaceme.errors import SolveError
 from replaceme.fit_quality import fit_quality, ridge_figures, ridge_path
-from replaceme.methods.method import Method, Solved, Statistics
+from replaceme.methods.method import Method, Solved, StandIn, Statistics
 from replaceme.params import Params
 from replaceme.plan import Block
 from replaceme.progress import logger
@@ -63,6 +63,11 @@ def _statistics(params: Params) -> tuple[str, ...]:
     return (FEATURES[params.transform],) if params.transform in FEATURES else ("gram", "sample")
 
 
+def _stand_in(params: Params) -> StandIn:
+    # The first solution of channels is a joint one.
+    return "refit" if params.transform == "refit" else "joint" if params.transform in FEATURES else "map"
+
+
 def _dense_figures(solution: RidgeSolution, alpha: float) -> dict[str, Any]:
     figures: dict[str, Any] = ridge_figures(solution.eigenvalues, alpha)
     if solution.full_rank:
@@ -90,7 +95,7 @@ def _refusals(values: Values) -> list[str]:
 
 
 METHOD = Method(
-    stand_in=lambda params: "refit" if params.transform in FEATURES else "map",
+    stand_in=_stand_in,
     statistics=_statistics,
     solve=solve,
     words="fits what takes the block's place",

@@ -24,8 +24,9 @@ Statistics = Callable[[str], Mapping[str, Tensor]]
 Criterion = Literal[
     "angular", "residual", "loss", "influence", "greedy", "collapse", "compensated", "width", "window", "mean_cosine"
 ]
-# What can take a block's place: nothing, a factor, a linear map, or new weights of the linear that ends the host's MLP.
-StandIn = Literal["nothing", "scalar", "map", "refit"]
+# What can take a block's place: nothing, a factor, a linear map, or new weights of the linear that ends the host's MLP, or of
+# its attention's too.
+StandIn = Literal["nothing", "scalar", "map", "refit", "joint"]
 
 
 @dataclass

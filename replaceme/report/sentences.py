@@ -113,7 +113,9 @@ def repair_sentence(repaired: Figures) -> str:
     chosen = ""
     if total := repaired.get("mlp_channels"):
         others = total - repaired["own_mlp_channels"]
-        chosen = f"Of the {total:,} channels of the host's MLP, {others:,} are now channels of layers that went. "
+        chosen = (
+            f"From there: of the {total:,} MLP channels behind which layers went, {others:,} are now channels of those layers. "
+        )
     return (
         f"{chosen}Then {repaired['corrected_linears']} linears were solved again on what the shortened model feeds them. "
         f"Behind the last the state differs from the dense model's by {repaired['last_residual']:.3f} "
@@ -129,7 +131,7 @@ def _refit_sentence(name: str, fit: Figures) -> str:
         f"to {left:.3f}; a map alone would reach {of_map:.3f}."
     )
     if "weighted_residual_joint" in fit:
-        sentence += " (The new attention changes the MLP's features, which are then computed and solved for once more.)"
+        sentence += " (The new attention changes the MLP's features, so that both are then solved for once more, step by step.)"
     return sentence
 
 
