@@ -72,7 +72,6 @@ def best_channels(gram: Tensor, cross: Tensor, prior: Tensor, ridge: float, coun
     diagonal = gram.diagonal()
     scale = torch.where(diagonal > 0, diagonal.rsqrt(), 0)
     # In units where every channel has a mean square of 1; one that is always zero is worth nothing.
-    # In units where every channel has a mean square of 1; one that is always zero is worth nothing.
     scaled, goal = gram.mul_(scale).mul_(scale[:, None]), cross * scale[:, None]
     prior = torch.where(scale[:, None] > 0, prior.to(gram) / scale[:, None], 0)
     kept = torch.arange(len(gram), device=gram.device)

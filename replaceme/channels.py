@@ -15,12 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from replaceme.errors import ModelError
-from replaceme.families import Family, parameter_of
-
-
-def channel_count(family: Family, layer: nn.Module) -> int:
-    """Return how many channels a layer's MLP has."""
-    return parameter_of(layer, f"{family.mlp_output}.weight").shape[1]
+from replaceme.families import Family, inputs_of, parameter_of
 
 
 def channels_of(layer: int, count: int) -> Tensor:
@@ -52,7 +47,7 @@ def assembled(family: Family, layers: nn.ModuleList, host: int, channels: Tensor
 def assembled_parameter(family: Family, layers: nn.ModuleList, host: int, channels: Tensor, name: str) -> Tensor:
     """Return one of the parameters that ``assembled`` yields."""
     dimension = family.cut_parameters(layers[host], "mlp_output")[name]
-    count, own = channel_count(family, layers[host]), parameter_of(layers[host], name)
+    count, own = inputs_of(family.linear_of(layers[host], "mlp_output")), parameter_of(layers[host], name)
     # One linear can make several rows for each channel, one part of them behind the other.
     parts = own.shape[dimension] // count
     shape = [*own.shape]

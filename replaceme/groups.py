@@ -21,7 +21,7 @@ from replaceme.compute import require_resident
 from replaceme.documents import Documents
 from replaceme.edits import Edits, features_of
 from replaceme.errors import ParameterError
-from replaceme.families import Family, Linear, parameter_of
+from replaceme.families import Family, Linear, inputs_of, parameter_of
 
 # The texts of the backward pass (section 4.1), and the seed of their choice.
 CROPS, LENGTH, SEED = 10, 64, 0
@@ -94,7 +94,7 @@ def width_of(model: Any, family: Family, layers: range) -> Width:
     layer, config = family.decoder_layers(model)[layers[0]], model.config
     groups: dict[Linear, int] = {
         "attention_output": int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads),
-        "mlp_output": parameter_of(layer, f"{family.mlp_output}.weight").shape[1],
+        "mlp_output": inputs_of(family.linear_of(layer, "mlp_output")),
     }
     sizes = {
         linear: sum(parameter_of(layer, name).numel() for name in family.cut_parameters(layer, linear)) // count

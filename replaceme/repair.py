@@ -26,12 +26,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from replaceme.channel_choice import TOKENS_PER_CHANNEL, Candidates, best_channels, few_documents
-from replaceme.channels import assembled_parameter, channel_count, channels_of
+from replaceme.channels import assembled_parameter, channels_of
 from replaceme.compute import require_resident, use_threads
 from replaceme.curves import write_curves
 from replaceme.documents import Batch, Documents
 from replaceme.edits import Edits
-from replaceme.families import Family, Linear
+from replaceme.families import Family, Linear, inputs_of
 from replaceme.features import Features
 from replaceme.files import PARTIAL, new_folder, rounded, write_json, write_text
 from replaceme.fit_quality import gained, relative
@@ -179,7 +179,7 @@ class Mender:
         self.edits.corrections.pop((host, "mlp_output"), None)
         window = range(host, block.end)
         require_resident({place: self.layers[place] for place in window}, "whose channels are compared")
-        count = channel_count(self.family, layer)
+        count = inputs_of(self.family.linear_of(layer, "mlp_output"))
         documents = few_documents(self.documents, TOKENS_PER_CHANNEL * 2 * count)
         chosen = channels_of(block.end - 1, count)
         for source in progress([*reversed(window[:-1])], "choosing channels", "layers"):

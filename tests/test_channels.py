@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from replaceme.channel_choice import Candidates, best_channels, few_documents
-from replaceme.channels import assembled, channel_count, channels_of
+from replaceme.channels import assembled, channels_of
 from replaceme.combinations import family_refusals, refusals
 from replaceme.documents import Documents
 from replaceme.edits import Edits
 from replaceme.errors import ModelError, SolveError
 from replaceme.export import save_pruned
-from replaceme.families import family_of
+from replaceme.families import family_of, inputs_of
 from replaceme.forward import walk
 from replaceme.methods import METHODS
 from replaceme.models import Model
@@ -49,7 +49,7 @@ def test_a_layers_channels_compute_at_the_host_what_its_norm_and_mlp_would(kind:
     for path in {family.mlp_norm, family.mlp_output.rpartition(".")[0] or "fc1", family.mlp_output}:
         family.decoder_layers(other)[host].set_submodule(path, deepcopy(layers[source].get_submodule(path)))
     expected = passing(other, host, documents)["G"]
-    count = channel_count(family, layers[host])
+    count = inputs_of(family.linear_of(layers[host], "mlp_output"))
     with unfused(model, family, Edits("", [], channels={host: channels_of(source, count)})):
         found = passing(model, host, documents)["G"]
     assert np.abs(found - expected).max() < 1e-9 * np.abs(expected).max()
@@ -60,7 +60,7 @@ def test_a_layers_channels_compute_at_the_host_what_its_norm_and_mlp_would(kind:
 def test_more_channels_than_the_host_has_are_each_their_own(kind: str) -> None:
     model, documents = made_model(kind, torch.float64), many_documents(3)
     family, host = family_of(model.config), 2
-    count = channel_count(family, family.decoder_layers(model)[host])
+    count = inputs_of(family.linear_of(family.decoder_layers(model)[host], "mlp_output"))
     alone = {}
     for layer in (2, 3):
         with unfused(model, family, Edits("", [], channels={host: channels_of(layer, count)})):
@@ -80,7 +80,7 @@ def test_chosen_channels_and_a_correction_are_exported_exactly(
 ) -> None:
     source, documents = save_tiny(kind), many_documents(4)
     family, layers = source.family(), source.family().decoder_layers(source.load())
-    count = channel_count(family, layers[1])
+    count = inputs_of(family.linear_of(layers[1], "mlp_output"))
     edits = Edits("", [2, 3], channels={1: mixed_channels(count, [1, 2, 3])})
     edits.correct(1, "mlp_output", 0.1 * torch.randn(32, count, generator=torch.Generator().manual_seed(2)))
     (tmp_path / "edits").mkdir()
