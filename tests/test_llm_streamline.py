@@ -26,6 +26,7 @@ from replaceme.families import FAMILIES, PRE_NORM, Family, family_of
 from replaceme.files import read_json
 from replaceme.forward import Keep, walk
 from replaceme.inputs import inspect_inputs
+from replaceme.layer_lesson import LayerLesson
 from replaceme.methods import METHODS
 from replaceme.methods.method import Bench
 from replaceme.models import Model
@@ -38,7 +39,7 @@ from replaceme.repair import repair
 from replaceme.selection import select
 from replaceme.solution import solve
 from replaceme.statistics import observe_activations
-from replaceme.training import Bound, Course, Lesson, orders, train
+from replaceme.training import Course, orders, train
 from replaceme.unfused import unfused
 from replaceme.verification import cache_error, verify_export
 from replaceme.workspace import Workspace
@@ -48,13 +49,14 @@ from tests.test_refit import many_documents
 
 TEXT = torch.arange(2, 42)[None]
 HOST, END = 1, 4
+RATE = "llm_streamline_learning_rate"
 METHOD = METHODS["llm_streamline"]
 # Families whose layers can be left without their attention.
 MLP_ALONE = read_params(None, {"method": "llm_streamline", "llm_streamline_form": "mlp"}, METHODS).model_dump()
 APART = [kind for kind in KINDS if not family_refusals(MLP_ALONE, kind, family_of(made_model(kind).config))]
 
 
-def lesson_of(model: Any, documents: Documents, silent: str | None = None, host: int = HOST, end: int = END) -> Lesson:
+def lesson_of(model: Any, documents: Documents, without: tuple[str, ...] = (), host: int = HOST, end: int = END) -> LayerLesson:
     """Return what a host is to learn: from what enters it, what leaves the last layer of the block."""
     family = family_of(model.config)
     shape = documents.token_count, WIDTH
@@ -63,7 +65,7 @@ def lesson_of(model: Any, documents: Documents, silent: str | None = None, host:
         model, family, documents, [Keep(host, ("input",), inputs), Keep(end - 1, ("output",), targets)],
         batch_size=4, description=None,
     )  # fmt: skip
-    return Lesson(model, family, host, documents, inputs, targets, silent)
+    return LayerLesson(model, family, host, documents, inputs, targets, without)
 
 
 def trained(model: Any, documents: Documents, course: Course, folder: Path, key: str = "key") -> Any:
@@ -145,7 +147,7 @@ def test_mean_cosines_equal_a_plain_reference_and_padding_changes_nothing(docume
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_equals_a_plain_loop_of_torch(kind: str, documents: Documents, tmp_path: Path) -> None:
-    model, course = made_model(kind), Course(1e-3, 2, 4)
+    model, course = made_model(kind), Course(1e-3, 2, 4, RATE)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     parameters, curves = trained(model, documents, course, tmp_path)
     expected = dict(by_hand(model, documents, course).named_parameters())
@@ -164,7 +166,7 @@ def test_training_equals_a_plain_loop_of_torch(kind: str, documents: Documents, 
 
 def test_the_loss_falls_on_what_is_trained_and_on_what_is_held_out(tmp_path: Path) -> None:
     texts = many_documents(40)
-    _, curves = trained(made_model(), texts, Course(3e-3, 12, 4), tmp_path)
+    _, curves = trained(made_model(), texts, Course(3e-3, 12, 4, RATE), tmp_path)
     losses, held_out = [loss for _, loss in curves["loss"]], curves["held_out_loss"]
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
     assert held_out[0][0] == 0
@@ -179,17 +181,16 @@ def test_what_is_held_out_is_not_trained_on(tmp_path: Path) -> None:
     lesson = lesson_of(made_model(), texts)
     taught_ones, held_out = training.split(40)
     assert (sorted(taught_ones + held_out), len(held_out)) == ([*range(40)], 2)
-    course = Course(1e-3, 1, 4)
+    course = Course(1e-3, 1, 4, RATE)
     first, _ = train(lesson, lesson.learners(), course, tmp_path / "one", "")
-    bound = Bound(lesson)
     for index in held_out:
-        lesson.targets[bound.starts[index] : bound.starts[index] + len(bound.texts[index])] += 1
+        lesson.targets[lesson.texts.starts[index] : lesson.texts.starts[index] + len(lesson.texts.texts[index])] += 1
     second, _ = train(lesson, lesson.learners(), course, tmp_path / "two", "")
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_a_state_of_short_numbers_is_trained_in_float32(documents: Documents, tmp_path: Path) -> None:
-    parameters, _ = trained(made_model(dtype=torch.bfloat16), documents, Course(1e-4, 1, 4), tmp_path)
+    parameters, _ = trained(made_model(dtype=torch.bfloat16), documents, Course(1e-4, 1, 4, RATE), tmp_path)
     assert {value.dtype for value in parameters.values()} == {torch.float32}
     # Steps this small are lost in bfloat16.
     assert any(not torch.equal(value, value.bfloat16().float()) for value in parameters.values())
@@ -199,20 +200,19 @@ def test_a_state_of_short_numbers_is_trained_in_float32(documents: Documents, tm
 def test_the_trained_layer_sees_no_later_token(kind: str, documents: Documents, tmp_path: Path) -> None:
     model = made_model(kind)
     lesson = lesson_of(model, documents)
-    parameters, _ = train(lesson, lesson.learners(), Course(1e-2, 2, 4), tmp_path, "")
-    bound = Bound(lesson)
-    batch, rows = bound._batch([0]), bound._rows(lesson.inputs, [0])
+    parameters, _ = train(lesson, lesson.learners(), Course(1e-2, 2, 4, RATE), tmp_path, "")
+    batch, rows = lesson.texts.batch([0]), lesson.texts.rows(lesson.inputs, [0])
     changed = rows.clone()
     changed[20:] += 1
     with torch.no_grad():
-        one, other = (bound.states(parameters, batch, each)[0] for each in (rows, changed))
+        one, other = (lesson.states(parameters, batch, each)[0] for each in (rows, changed))
     assert torch.equal(one[:20], other[:20])
     assert not torch.equal(one[20:], other[20:])
 
 
 def test_a_bad_learning_rate_is_named(documents: Documents, tmp_path: Path) -> None:
     with pytest.raises(SolveError, match=r"llm_streamline_learning_rate: the loss of the training is (nan|inf) at step"):
-        trained(made_model(), documents, Course(1e30, 3, 4), tmp_path)
+        trained(made_model(), documents, Course(1e30, 3, 4, RATE), tmp_path)
 
 
 class InterruptedRunError(Exception):
@@ -222,7 +222,7 @@ class InterruptedRunError(Exception):
 @pytest.mark.parametrize("after", [1, 4, 6])
 def test_an_interrupted_run_goes_on_to_the_same_bits(after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
-    texts, course, model = many_documents(21), Course(1e-3, 2, 5), made_model()
+    texts, course, model = many_documents(21), Course(1e-3, 2, 5, RATE), made_model()
     expected, curves = trained(model, texts, course, tmp_path / "whole")
     steps = len(curves["loss"])
     assert steps == 8
@@ -272,7 +272,7 @@ def test_every_setting_of_a_training_makes_another_key(
 ) -> None:
     keys: list[str] = []
 
-    def noting(lesson: Lesson, parameters: Any, course: Course, folder: Path, key: str) -> Any:
+    def noting(lesson: LayerLesson, parameters: Any, course: Course, folder: Path, key: str) -> Any:
         keys.append(key)
         return parameters, {"loss": [(0, 1.0)], "held_out_loss": []}
 
@@ -460,7 +460,7 @@ def test_families_whose_layers_have_no_mlp_of_their_own_are_refused_for_the_form
 
 
 def test_the_schedule_warms_up_and_ends_at_a_quarter() -> None:
-    course = Course(2e-4, 1, 1)
+    course = Course(2e-4, 1, 1, RATE)
     rates = [course.rate(step, 1000) for step in range(1000)]
     assert rates[0] == pytest.approx(2e-5)
     assert rates[9] == max(rates) == pytest.approx(2e-4)

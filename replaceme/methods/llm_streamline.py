@@ -9,7 +9,6 @@ The replacement is the whole decoder layer, or its MLP and the norm in front alo
 attention a layer has no form that a class of transformers knows; with ``plain``, its attention stays and adds nothing.
 """
 
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -21,10 +20,10 @@ from replaceme.curves import write_curves
 from replaceme.families import in_torch_layout, parameter_of
 from replaceme.files import PARTIAL, remove
 from replaceme.forward import Keep, walk
+from replaceme.layer_lesson import LayerLesson
 from replaceme.methods.method import Bench, Method, drop
-from replaceme.progress import logger
 from replaceme.scratch import scratch
-from replaceme.training import Course, Curves, Lesson, settings_of, train
+from replaceme.training import Course, figures_of, settings_of, train
 
 TITLES = {"layer": "LLM-Streamline (a trained layer)", "mlp": "LLM-Streamline (a trained MLP)"}
 
@@ -37,12 +36,14 @@ def work(bench: Bench) -> dict[str, Any]:
     require_resident({block.host: host}, "which is to be trained")
     bare = (family.attention, family.attention_norm) if params.llm_streamline_form == "mlp" else None
     shape, folder = (bench.documents.token_count, int(model.config.hidden_size)), bench.folder / f"training{PARTIAL}"
-    course = Course(params.llm_streamline_learning_rate, params.llm_streamline_epochs, params.batch_size)
+    course = Course(
+        params.llm_streamline_learning_rate, params.llm_streamline_epochs, params.batch_size, "llm_streamline_learning_rate"
+    )
     with scratch(2, shape, model.dtype, bench.folder, "training") as (inputs, targets):
         ends = [Keep(block.host, ("input",), inputs), Keep(block.end - 1, ("output",), targets)]
         walk(model, family, bench.documents, ends, batch_size=params.batch_size, description="walking to the cut")
-        lesson = Lesson(model, family, block.host, bench.documents, inputs, targets, bare[0] if bare else None)
-        parameters = lesson.learners(bare or ())
+        lesson = LayerLesson(model, family, block.host, bench.documents, inputs, targets, bare or ())
+        parameters = lesson.learners()
         settings = {
             **settings_of(course),
             "config": model.config.to_json_string(),
@@ -56,7 +57,7 @@ def work(bench: Bench) -> dict[str, Any]:
     write_curves(bench.output, curves)
     _edit(bench, block.host, parameters, bare)
     remove(folder)
-    return _figures(curves, sum(parameter.numel() for parameter in parameters.values()))
+    return figures_of(curves, parameters)
 
 
 def _edit(bench: Bench, host: int, parameters: dict[str, Tensor], bare: tuple[str, str] | None) -> None:
@@ -70,24 +71,6 @@ def _edit(bench: Bench, host: int, parameters: dict[str, Tensor], bare: tuple[st
             edits.parameters[host, name] = torch.zeros_like(parameter_of(layer, name), dtype=torch.float32, device="cpu")
     elif bare:
         edits.without_attention[host] = bare
-
-
-def _figures(curves: Curves, parameters: int) -> dict[str, Any]:
-    """Return the figures of a training, and say them; a batch's loss is noisy, so that several are taken together."""
-    losses, held_out = [loss for _, loss in curves["loss"]], [loss for _, loss in curves["held_out_loss"]]
-    part = max(len(losses) // 8, 1)
-    figures = {
-        "trained_parameters": parameters,
-        "training_steps": len(losses),
-        "training_loss_first": fmean(losses[:part]),
-        "training_loss_last": fmean(losses[-part:]),
-    }
-    said = f"loss {figures['training_loss_first']:.4g} to {figures['training_loss_last']:.4g}"
-    if held_out:
-        figures |= {"held_out_loss_first": held_out[0], "held_out_loss_last": held_out[-1]}
-        said += f", on held-out documents {held_out[0]:.4g} to {held_out[-1]:.4g}"
-    logger.info("training: %d steps, %s", len(losses), said)
-    return figures
 
 
 METHOD = Method(
