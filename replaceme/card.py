@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.repocard import metadata_load
 
 from replaceme import __version__
-from replaceme.combinations import EFFECTS, has_effect
+from replaceme.combinations import EFFECTS, NEW_WEIGHTS, has_effect
 from replaceme.edits import Edits
 from replaceme.families import Linear
 from replaceme.models import CARD, Model
@@ -25,7 +25,7 @@ SETTINGS = (
     "method", "model_path", "revision", "trust_remote_code", "use_4bit", "dataset", "dataset_config", "dataset_split",
     "dataset_column", "dataset_revision", "dataset_size", "max_length", "pack", "seed", "batch_size", "dtype", "threads",
     "selection", "layers_to_skip", "min_distance_layer", "max_distance_layer", "num_A", "merge_consecutive", "transform",
-    "repair", *EFFECTS,
+    "repair", "heal_epochs", *EFFECTS,
 )  # fmt: skip
 SCORING = ("tasks", "eval_tokens", "eval_batch_size", "eval_dtype")
 # What the dense model's own card says of it that holds for the pruned one too.
@@ -53,7 +53,15 @@ def model_card(
     removed, layers = edits.removed_layers, int(source.config().num_hidden_layers)
     title = f"{source.name} without {edits.parts or f'{len(removed)} of its {layers} layers'}"
     kind = "width-pruning" if edits.parts else "depth-pruning"
-    parts = ["---", _metadata(source, title, kind, results), "---", "", f"# {title}", "", *_changes(source, edits, solved)]
+    parts = [
+        "---",
+        _metadata(source, title, kind, results),
+        "---",
+        "",
+        f"# {title}",
+        "",
+        *_changes(params, source, edits, solved),
+    ]
     if scores:
         parts += ["", "## Scores", "", scores]
     return "\n".join([*parts, "", "## How to reproduce", "", *_reproduction(params, source, bool(scores))])
@@ -88,7 +96,7 @@ def _own_metadata(source: Model) -> dict[str, Any]:
     return {key: value for key, value in known.items() if value and isinstance(value, str | list)}
 
 
-def _changes(source: Model, edits: Edits, solved: dict[str, Any]) -> list[str]:
+def _changes(params: Params, source: Model, edits: Edits, solved: dict[str, Any]) -> list[str]:
     """Return the sentences that say what was removed, and what took its place."""
     commit = f" (commit {source.commit})" if source.commit else ""
     what = edits.parts[:1].upper() + edits.parts[1:] or f"Layers {_runs(edits.removed_layers)} (counted from 0)"
@@ -111,8 +119,16 @@ def _changes(source: Model, edits: Edits, solved: dict[str, Any]) -> list[str]:
         ]
     linears: tuple[tuple[Linear, str], ...] = (("attention_output", "attention output"), ("mlp_output", "last MLP linear"))
     for linear, words in linears:
-        if corrected := [layer for layer, name in edits.corrections if name == linear]:
+        corrected = [layer for layer, name in edits.corrections if name == linear]
+        if corrected and not params.heal_epochs:
             lines += [f"The weights of the {words} of layer {_runs(corrected)} were solved for anew, likewise."]
+    if params.heal_epochs:
+        healed = _runs([layer for layer, name in edits.corrections if name == "mlp_output"])
+        before = "solved for anew, without training, and then " if params.repair or params.transform in NEW_WEIGHTS else ""
+        lines += [
+            f"The weights of the attention output and the last MLP linear of layer {healed} were {before}trained on "
+            "calibration text toward the original model's predictions."
+        ]
     if trained := sorted({layer for layer, _ in edits.parameters}):
         speaks = all(bool(value.any()) for value in edits.parameters.values())
         lines += [

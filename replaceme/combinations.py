@@ -9,6 +9,8 @@ Obstacle = Literal["norm", "experts", "undescribed"]
 
 SELECTIONS = ("angular", "residual", "loss", "influence", "greedy")
 TRANSFORMS = ("dense", "diagonal", "two_vectors", "triangular", "orthogonal", "refit", "joint", "channels")
+# Those that solve for weights instead of a map.
+NEW_WEIGHTS = ("refit", "joint", "channels")
 
 OBSTACLES: Mapping[Obstacle, str] = {
     "norm": "the norm behind the MLP of the family",
@@ -34,11 +36,15 @@ def _steps(values: Values) -> bool:
 
 
 def _refits(values: Values) -> bool:
-    return values["transform"] in ("refit", "joint", "channels")
+    return values["transform"] in NEW_WEIGHTS
 
 
 def _repairs(values: Values) -> bool:
     return bool(values["repair"])
+
+
+def _heals(values: Values) -> bool:
+    return bool(values["heal_epochs"])
 
 
 # Parameters that not every setting uses: what they belong to, when they have an effect.
@@ -59,6 +65,7 @@ EFFECTS: Mapping[str, tuple[str, Callable[[Values], bool]]] = {
     "refit_ridge": ("transform refit, joint or channels", _refits),
     "repair_ridge_attention": ("repair", _repairs),
     "repair_ridge_mlp": ("repair", _repairs),
+    "heal_learning_rate": ("heal_epochs above 0", _heals),
     "loss": ("method cosine", _iterates),
     "accurate": ("loss cosine of method cosine", lambda values: _iterates(values) and values["loss"] == "cosine"),
     "l1_ratio": ("loss elastic_net of method cosine", lambda values: _iterates(values) and values["loss"] == "elastic_net"),
@@ -97,7 +104,7 @@ class Limits:
         transforms: the transforms that it can make of what takes the block's place.
         selections: the criteria, beside its own, by which its cut can be chosen.
         several: whether it can remove several blocks (``num_A``).
-        repairs: whether the kept layers behind can be repaired on top of it.
+        repairs: whether the kept layers behind can be repaired, and healed, on top of it.
         packed: whether a calibration model with 4-bit weights will do.
         refusals: a sentence for each setting, of all parameters' values, that has no place in it for other reasons.
     """
@@ -124,13 +131,29 @@ def refusals(values: Values, method: Limits) -> list[str]:
         "selection": (selection is not None and selection not in method.selections, " or ".join(["null", *method.selections])),
         "num_A": (several and not method.several, "1"),
         "repair": (values["repair"] and not method.repairs, "false"),
+        "heal_epochs": (_heals(values) and not method.repairs, "0"),
         "use_4bit": (values["use_4bit"] and not method.packed, "false"),
     }
-    return [
-        f"{key}: {_shown(values[key])} has no place in method {values['method']}, which {method.words}; use {right}."
-        for key, (refused, right) in wrong.items()
-        if refused
-    ] + method.refusals(values)
+    return (
+        [
+            f"{key}: {_shown(values[key])} has no place in method {values['method']}, which {method.words}; use {right}."
+            for key, (refused, right) in wrong.items()
+            if refused
+        ]
+        + _healing_refusals(values)
+        + method.refusals(values)
+    )
+
+
+def _healing_refusals(values: Values) -> list[str]:
+    """Return a sentence for each setting that weights can't be trained with."""
+    if not _heals(values):
+        return []
+    wrong = {
+        "use_4bit: packs the weights that heal_epochs trains; use false.": values["use_4bit"],
+        "dtype: float16 is too short for the gradients of heal_epochs; use bfloat16 or float32.": values["dtype"] == "float16",
+    }
+    return [sentence for sentence, refused in wrong.items() if refused]
 
 
 def _shown(value: Any) -> str:
@@ -181,4 +204,6 @@ def family_refusals(values: Values, kind: str, family: Any) -> list[str]:
         problems.append(f"transform: {transform} is not derived for {place}; use {use}.")
     if _repairs(values):
         problems.append(f"repair: is not derived for {place}; use false.")
+    if _heals(values):
+        problems.append(f"heal_epochs: is not derived for {place}; use 0.")
     return problems

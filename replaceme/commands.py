@@ -84,7 +84,7 @@ def _prune(params: Params) -> None:
     suffix = f"{params.method}-{params.layers_to_skip}"
     work = _claim(params, f"{suffix}-transform" if params.save_transform_only else suffix)
     inspect_inputs(params, work)
-    run_steps(params, work, ["calibrate", "profile", "select", "plan", "activations", "solve", "repair"])
+    run_steps(params, work, ["calibrate", "profile", "select", "plan", "activations", "solve", "repair", "heal"])
     if params.save_transform_only:
         _deliver(work, work.edits)
         logger.info("only the transform was saved, to %s (edits.safetensors); no model was written", work.model)
@@ -160,7 +160,7 @@ def _scores_file(params: Params, name: str) -> Path:
 def _analyse(params: Params) -> None:
     work = _claim(params, "distances")
     # Nothing is pruned here, so nothing need fold.
-    bare = {"method": "uidl", "transform": "dense", "repair": False}
+    bare = {"method": "uidl", "transform": "dense", "repair": False, "heal_epochs": 0}
     single = params.model_copy(update={"layers_to_skip": 1, "num_A": 1, **bare})
     inspect_inputs(single, work)
     run_steps(params, work, ["calibrate", "profile"])

@@ -20,7 +20,7 @@ from typing import Any
 from replaceme.files import rounded, write_json
 
 # From the text to the saved model. What is needed to judge the result costs extra, and the same for every method.
-COMPRESSION = ("calibrate", "profile", "select", "plan", "activations", "solve", "repair", "export")
+COMPRESSION = ("calibrate", "profile", "select", "plan", "activations", "solve", "repair", "heal", "export")
 
 STATUS = Path("/proc/self/status")
 

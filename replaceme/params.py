@@ -184,6 +184,14 @@ class Params(BaseModel):
     repair_ridge_mlp: float = Field(
         1.0, gt=0, allow_inf_nan=False, description="Ridge of the repaired MLP outputs, relative to each feature's own squares."
     )  # fmt: skip
+    heal_epochs: int = Field(
+        0, ge=0,
+        description="Passes over the calibration text in which the last linears of the layers from the cut on are trained, all "
+        "together, toward the original model's predictions, batch_size documents in a step; 0 trains nothing.",
+    )  # fmt: skip
+    heal_learning_rate: float = Field(
+        1e-4, gt=0, allow_inf_nan=False, description="AdamW's largest step while healing; the larger the model, the smaller."
+    )
 
     tasks: tuple[Task, ...] = Field(
         (Task("wikipedia"), Task("wikipedia_last_word"), Task("wikipedia_continuation")),

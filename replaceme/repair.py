@@ -64,23 +64,23 @@ class Repair:
 
 
 def repair(params: Params, work: Workspace) -> None:
-    """Write the final edits, ``repairs.csv`` and the curves of a training with them, and metrics/repair.json."""
+    """Write the edits, ``repairs.csv`` and the curves of a training with them, and metrics/repair.json."""
     use_threads(params.threads)
     plan, edits = Plan.load(work.plan), Edits.load(work.solution)
     repairs: list[Repair] = []
     figures: dict[str, Any] = {}
     method = METHODS[params.method]
-    with new_folder(work.edits) as folder:
+    with new_folder(work.repaired) as folder:
         shutil.copytree(work.solution, folder, dirs_exist_ok=True)
         if method.work:
             model, family = calibration_model(params, work.model_input)
-            bench = Bench(params, model, family, Documents.load(work.documents), plan, edits, work.edits.parent, folder)
+            bench = Bench(params, model, family, Documents.load(work.documents), plan, edits, work.repaired.parent, folder)
             figures = method.work(bench)
             edits.save(folder)
         elif params.repair or params.transform in STEPWISE or (plan.statistics and len(plan.blocks) > 1):
             model, family = calibration_model(params, work.model_input)
             mender = Mender(params, model, family, Documents.load(work.documents), edits, plan)
-            repairs, figures = mender.run(work.edits.parent)
+            repairs, figures = mender.run(work.repaired.parent)
             edits.save(folder)
         write_text(folder / "repairs.csv", _table(repairs))
         if not method.trained:

@@ -23,6 +23,7 @@ from replaceme.evaluation.scores import evaluate, score_baseline
 from replaceme.export import export
 from replaceme.files import new_folder, read_json, write_json
 from replaceme.fingerprints import sha256_below
+from replaceme.healing import heal
 from replaceme.models import CARD
 from replaceme.params import Params
 from replaceme.planning import plan
@@ -42,7 +43,8 @@ ALL = [name for name in Params.model_fields if name not in ("save_path", "save_t
 MERGING = tuple(name for name in EFFECTS if name.startswith("laco_"))
 TRAINING = (*(name for name in EFFECTS if name.startswith("llm_streamline_")), "plain")
 REPAIRING = tuple(name for name in EFFECTS if name.startswith("repair_"))
-SOLVING = tuple(name for name in EFFECTS if name not in MERGING + TRAINING + REPAIRING)
+HEALING = ("heal_epochs", *(name for name in EFFECTS if name.startswith("heal_")))
+SOLVING = tuple(name for name in EFFECTS if name not in MERGING + TRAINING + REPAIRING + HEALING)
 
 # Of the dense model alone, so the same for every result that is made of it.
 SHARED = ("baseline",)
@@ -113,9 +115,10 @@ STEPS: Mapping[str, Step] = {
             *REPAIRING, *SOLVING, *PASS,
         ),
         ("model_input", "documents", "plan", "solution"),
-        "edits",
+        "repaired",
         ("repair",),
     ),
+    "heal": Step(heal, (*HEALING, *PASS), ("model_input", "documents", "plan", "repaired"), "edits", ("heal",)),
     "export": Step(
         export,
         SETTINGS,
@@ -132,7 +135,7 @@ STEPS: Mapping[str, Step] = {
         ("profile", "blocks", "solution", "edits"),
         "report",
         ("compression",),
-        ("select", "solve", "repair", "export", "evaluation"),
+        ("select", "solve", "repair", "heal", "export", "evaluation"),
         COMPRESSION,
     ),
 }  # fmt: skip

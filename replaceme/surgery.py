@@ -130,7 +130,7 @@ def _whole(family: Family, layers: nn.ModuleList, edits: Edits) -> Iterator[tupl
     """Yield what the edits make of each parameter that they touch, before any is cut."""
     scales = {layer: edits.scale(layer) for layer in range(len(layers)) if layer not in set(edits.removed_layers)}
     done = set()
-    for layer, name, exact in _changed(family, layers, edits):
+    for layer, name, exact in changed_parameters(family, layers, edits):
         done.add((layer, name))
         if scales[layer] != 1 and name in family.adding(layers[layer]):
             exact = _divided(family, name, exact, scales[layer])
@@ -150,8 +150,11 @@ def _divided(family: Family, name: str, exact: Tensor, scale: float) -> Tensor:
     return (exact + offset) / scale - offset
 
 
-def _changed(family: Family, layers: nn.ModuleList, edits: Edits) -> Iterator[tuple[int, str, Tensor]]:
-    """Yield what the edits but for operators make of each parameter that they touch."""
+def changed_parameters(family: Family, layers: nn.ModuleList, edits: Edits) -> Iterator[tuple[int, str, Tensor]]:
+    """Yield what the edits but for operators make of each parameter that they touch: its layer, its name within it, its value.
+
+    It is float64, in torch's layout, of a layer as wide as it was.
+    """
     done = set()
     for (layer, name), value in edits.parameters.items():
         done.add((layer, name))

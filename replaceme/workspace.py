@@ -84,8 +84,13 @@ class Workspace:
         return self.artifact("solution")
 
     @property
-    def edits(self) -> Path:
+    def repaired(self) -> Path:
         """Edits as repaired (folder)."""
+        return self.artifact("repaired")
+
+    @property
+    def edits(self) -> Path:
+        """Edits as healed, the final ones (folder)."""
         return self.artifact("edits")
 
     @property

@@ -131,7 +131,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
     capsys.readouterr()
     call(commands.run_replaceme, "--config", published, *FAST)
     unchanged = [line.split(":")[0] for line in capsys.readouterr().err.splitlines() if "unchanged" in line]
-    assert unchanged == ["calibrate", "profile", "select", "plan", "activations", "solve", "repair"]
+    assert unchanged == ["calibrate", "profile", "select", "plan", "activations", "solve", "repair", "heal"]
 
 
 def test_run_uidl_drops_the_block_and_changes_no_other_weight(published: Path, tiny: Model, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from replaceme.export import export, save_pruned
 from replaceme.families import FAMILIES, PRE_NORM, Family, family_of
 from replaceme.files import read_json
 from replaceme.forward import Keep, walk
+from replaceme.healing import heal
 from replaceme.inputs import inspect_inputs
 from replaceme.layer_lesson import LayerLesson
 from replaceme.methods import METHODS
@@ -374,7 +375,7 @@ def test_a_trained_mlp_leaves_attention_out_or_plainly_silent(
 
 
 def run_stages(params: Params, work: Workspace) -> None:
-    for stage in (inspect_inputs, calibrate, profile, select, plan, observe_activations, solve, repair, export):
+    for stage in (inspect_inputs, calibrate, profile, select, plan, observe_activations, solve, repair, heal, export):
         stage(params, work)
 
 
@@ -408,7 +409,7 @@ def test_the_stages_choose_train_and_export(options: dict[str, Any], params: Par
 
 def test_a_method_that_trains_nothing_leaves_empty_curves(params: Params, tmp_path: Path) -> None:
     work = Workspace(tmp_path / "run")
-    for stage in (inspect_inputs, calibrate, profile, select, plan, observe_activations, solve, repair):
+    for stage in (inspect_inputs, calibrate, profile, select, plan, observe_activations, solve, repair, heal):
         stage(params.model_copy(update={"method": "uidl"}), work)
     assert (work.edits / "loss.tsv").read_text() == "step\tloss\n"
     assert (work.edits / "held_out_loss.tsv").read_text() == "step\theld_out_loss\n"

@@ -39,6 +39,7 @@ ORDER = [
     "activations",
     "solve",
     "repair",
+    "heal",
     "export",
     "baseline",
     "evaluate",
@@ -225,7 +226,7 @@ def test_another_models_scores_are_not_put_on_the_hub(
 
 def test_an_experiment_with_alpha_repeats_only_what_alpha_changes(project: Path) -> None:
     output = shell(project, "dvc", "exp", "run", "-S", "alpha=0.1")
-    assert ran(output) == ["inputs", "solve", "repair", "export", "evaluate", "report"]
+    assert ran(output) == ["inputs", "solve", "repair", "heal", "export", "evaluate", "report"]
     difference = shell(project, "dvc", "metrics", "diff", "HEAD")
     assert "alpha_over_smallest_eigenvalue" in difference
     assert "nan" not in difference.lower()
@@ -236,7 +237,7 @@ def test_an_experiment_with_alpha_repeats_only_what_alpha_changes(project: Path)
 
 def test_an_experiment_with_another_block_does_not_profile_again(project: Path) -> None:
     output = shell(project, "dvc", "exp", "run", "-S", "layers_to_skip=1")
-    assert ran(output) == ["inputs", "select", "plan", "activations", "solve", "repair", "export", "evaluate", "report"]
+    assert ran(output) == ["inputs", "select", "plan", "activations", "solve", "repair", "heal", "export", "evaluate", "report"]
     shell(project, "git", "checkout", "-q", ".")
     shell(project, "dvc", "checkout", "-q")
 
@@ -244,7 +245,7 @@ def test_an_experiment_with_another_block_does_not_profile_again(project: Path) 
 def test_an_experiment_with_another_transform_takes_other_statistics_and_does_not_profile_again(project: Path) -> None:
     shell(project, "sed", "-i", "s/^transform: .*/transform: joint/", "params.yaml")
     output = shell(project, "dvc", "repro", "export")
-    assert ran(output) == ["inputs", "select", "plan", "activations", "solve", "repair", "export"]
+    assert ran(output) == ["inputs", "select", "plan", "activations", "solve", "repair", "heal", "export"]
     assert "weighted_residual_joint" in json.loads((project / "metrics" / "solve.json").read_text())
     shell(project, "git", "checkout", "-q", ".")
     shell(project, "dvc", "checkout", "-q")

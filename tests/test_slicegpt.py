@@ -19,6 +19,7 @@ from replaceme.evaluation.scores import evaluate, score_baseline
 from replaceme.export import export, save_pruned
 from replaceme.families import family_of
 from replaceme.files import read_json
+from replaceme.healing import heal
 from replaceme.inputs import inspect_inputs
 from replaceme.methods import METHODS
 from replaceme.methods.method import Bench
@@ -291,7 +292,7 @@ def test_the_stages_slice_save_and_score(plain: bool, params: Params, tmp_path: 
     inspect_inputs(params, work)
     calibrate(params, work)
     save_blocks([], work.blocks)
-    for stage in (plan, observe_activations, solve, repair, export, score_baseline, evaluate):
+    for stage in (plan, observe_activations, solve, repair, heal, export, score_baseline, evaluate):
         stage(params, work)
     figures, pruned = read_json(work.metric("repair")), Model(work.model, "pruned").load()
     edits = Edits.load(work.edits)

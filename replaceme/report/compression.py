@@ -16,7 +16,7 @@ def compression_figures(params: Params, work: Workspace) -> dict[str, Any]:
 
     Returns:
         ``seconds`` (all stages together), ``stage_seconds`` (by stage), ``peak_memory_bytes`` and, where CUDA was used,
-        ``peak_cuda_bytes`` (the largest of any stage), and ``trained``, which says whether the method trains.
+        ``peak_cuda_bytes`` (the largest of any stage), and ``trained``, which says whether anything was trained.
 
     Raises:
         ResourceError: a stage has left no record of its cost.
@@ -24,5 +24,5 @@ def compression_figures(params: Params, work: Workspace) -> dict[str, Any]:
     costs = {name: read_json(work.cost(name)) for name in COMPRESSION}
     seconds = {name: cost["seconds"] for name, cost in costs.items()}
     peaks = {key: found for key in PEAKS if (found := max(cost.get(key, 0) for cost in costs.values()))}
-    trained = METHODS[params.method].trained
+    trained = METHODS[params.method].trained or params.heal_epochs > 0
     return {"seconds": rounded(sum(seconds.values()), 4), "stage_seconds": seconds, **peaks, "trained": trained}

@@ -117,6 +117,7 @@ def render(params: Params, work: Workspace, speed: Mapping[str, Any] | None = No
         fit=sentences.fit_sentences(fits),
         fit_table=tables.fit_table(fits),
         repair=sentences.repair_sentence(repaired),
+        heal=sentences.heal_sentence(read_json(work.metric("heal"))),
         proof=sentences.proof_sentence(read_json(work.metric("export")), blocks),
         published=tables.published_table(LABEL),
         settings=settings,

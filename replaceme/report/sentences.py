@@ -123,6 +123,18 @@ def repair_sentence(repaired: Figures) -> str:
     )
 
 
+def heal_sentence(healed: Figures) -> str:
+    """Say what the training behind the cut achieved; nothing where there was none."""
+    if not healed:
+        return ""
+    of, where = ("held_out_loss", "held-out") if "held_out_loss_first" in healed else ("training_loss", "its own")
+    return (
+        f"Then {healed['trained_parameters']:,} weights from the first cut on were trained in {healed['training_steps']:,} "
+        f"steps toward the original model's predictions: on {where} calibration documents, the divergence from these went from "
+        f"{healed[f'{of}_first']:.3f} to {healed[f'{of}_last']:.3f} nats a token."
+    )
+
+
 def _refit_sentence(name: str, fit: Figures) -> str:
     left = fit.get("weighted_residual", fit.get("weighted_residual_joint", 0.0))
     bare, of_map = fit["weighted_residual_removed"], fit["weighted_residual_transform"]

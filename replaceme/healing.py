@@ -1,0 +1,223 @@
+"""The heal stage: the layers from the first cut on, trained for a while toward what the dense model predicts.
+
+A repair makes each state like the dense model's, layer by layer, and all its directions count alike. What a user reads is the
+predictions. The same linears (those that end attention and MLP) go on from there, all of them together, down the mean of
+
+    KL(p ‖ q) = Σ_v p(v) log(p(v) / q(v)),    p = the dense model's distribution of the next token, q = the shortened one's,
+
+over the real tokens of the calibration text (distillation: Hinton et al., arXiv 1503.02531; healing by low-rank adapters and
+next tokens: Gromov et al., arXiv 2403.17887). That is training, and everything that tells of the result says so. There is no
+new parameter: what was learnt is a change of these weights, as a repair's is.
+
+Nothing in front of the first cut computes anything: what enters its host, and what leaves the dense model's last layer, lies in
+scratch files from one pass.
+"""
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import kl_div, log_softmax
+
+from replaceme.checkpoints import key_of
+from replaceme.compute import require_resident, use_threads
+from replaceme.curves import write_curves
+from replaceme.documents import Batch, Documents
+from replaceme.edits import Edits
+from replaceme.families import Family, Linear, in_torch_layout, parameter_of
+from replaceme.features import LINEARS
+from replaceme.files import PARTIAL, new_folder, read_json, remove, rounded, write_json
+from replaceme.fingerprints import sha256_below
+from replaceme.forward import Keep, begun_at, walk
+from replaceme.models import calibration_model
+from replaceme.params import Params
+from replaceme.plan import Plan
+from replaceme.progress import logger
+from replaceme.scratch import scratch
+from replaceme.surgery import changed_parameters
+from replaceme.training import Course, Curves, Texts, figures_of, settings_of, train
+from replaceme.unfused import passed_by, unfused
+from replaceme.workspace import Workspace
+
+# The part of a step's tokens whose predictions are compared. (A step takes most of its time for them; as many tokens, in twice
+# as many steps, learn more.)
+SHARE = 0.5
+
+
+def heal(params: Params, work: Workspace) -> None:
+    """Write the final edits and metrics/heal.json."""
+    use_threads(params.threads)
+    figures: dict[str, Any] = {}
+    with new_folder(work.edits) as folder:
+        shutil.copytree(work.repaired, folder, dirs_exist_ok=True)
+        if params.heal_epochs:
+            edits = Edits.load(work.repaired)
+            figures, curves = _heal(params, work, edits)
+            edits.save(folder)
+            write_curves(folder, curves)
+        else:
+            logger.info("heal: nothing to do")
+    write_json(work.metric("heal"), rounded(figures))
+
+
+def _heal(params: Params, work: Workspace, edits: Edits) -> tuple[dict[str, Any], Curves]:
+    """Add to the edits what the training changes, and return its figures and curves."""
+    model, family = calibration_model(params, work.model_input)
+    documents, host = Documents.load(work.documents), Plan.load(work.plan).blocks[0].host
+    count, folder = len(family.decoder_layers(model)), work.edits.parent / f"healing{PARTIAL}"
+    shape = documents.token_count, int(model.config.hidden_size)
+    course = Course(params.heal_learning_rate, params.heal_epochs, params.batch_size, "heal_learning_rate")
+    settings = {
+        **settings_of(course),
+        "share": SHARE,
+        "model": read_json(work.model_input),
+        "edits": sha256_below(work.repaired),
+        "dtype": params.dtype,
+        "device": next(model.parameters()).device.type,
+    }
+    with scratch(2, shape, model.dtype, work.edits.parent, "healing") as (entering, leaving):
+        ends = [Keep(host, ("input",), entering), Keep(count - 1, ("output",), leaving)]
+        walk(model, family, documents, ends, batch_size=params.batch_size, description="walking to the predictions")
+        lesson = Predictions(model, family, edits, documents, host, entering, leaving)
+        parameters, curves = train(lesson, lesson.learners(), course, folder, key_of(settings, documents.documents))
+    lesson.correct(edits, parameters)
+    remove(folder)
+    return figures_of(curves, parameters), curves
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What the layers from a cut on are to learn: the dense model's predictions.
+
+    Attributes:
+        model: the dense model, which stays as it is.
+        family: its description.
+        edits: what shortens it.
+        documents: the text.
+        host: the layer in front of the first that goes.
+        entering: (tokens, d) what enters the host, in the order of a walk.
+        leaving: (tokens, d) what leaves the dense model's last layer.
+    """
+
+    model: Any
+    family: Family
+    edits: Edits
+    documents: Documents
+    host: int
+    entering: Tensor
+    leaving: Tensor
+
+    @cached_property
+    def texts(self) -> Texts:
+        """The text, as batches."""
+        return Texts(self.documents, next(self.model.parameters()).device)
+
+    @cached_property
+    def layers(self) -> nn.ModuleList:
+        """The dense model's layers."""
+        return self.family.decoder_layers(self.model)
+
+    @cached_property
+    def changed(self) -> dict[tuple[int, str], Tensor]:
+        """What the edits make of each parameter that they touch, by layer and name within it, float32, in torch's layout."""
+        return {(layer, name): value.float() for layer, name, value in changed_parameters(self.family, self.layers, self.edits)}
+
+    @cached_property
+    def trained(self) -> list[tuple[int, Linear, str]]:
+        """The parameters that are trained: layer, linear, and name within the layer."""
+        kept = [layer for layer in range(self.host, len(self.layers)) if layer not in set(self.edits.removed_layers)]
+        require_resident({layer: self.layers[layer] for layer in kept}, "which is to be trained")
+        return [
+            (layer, linear, name)
+            for layer in kept
+            for linear in LINEARS
+            for name in self.family.ends(self.layers[layer], linear)
+        ]
+
+    def learners(self) -> dict[str, Tensor]:
+        """Return float32 copies of the parameters to train, by their names in the dense model, in torch's layout."""
+        return {self._name(layer, name): self._start(layer, name).clone().requires_grad_() for layer, _, name in self.trained}
+
+    @contextmanager
+    def begun(self) -> Iterator[None]:
+        """Let the model compute what the edits make of it, for as long as the training takes."""
+        learnt = {(layer, name) for layer, _, name in self.trained}
+        standing_in = {place: value for place, value in self.changed.items() if place not in learnt}
+        folded = Edits(self.edits.title, self.edits.removed_layers, operators=self.edits.operators, parameters=standing_in)
+        asked = {parameter: parameter.requires_grad for parameter in self.model.parameters()}
+        self.model.requires_grad_(False)
+        try:
+            with unfused(self.model, self.family, folded):
+                yield
+        finally:
+            for parameter, was in asked.items():
+                parameter.requires_grad_(was)
+
+    def loss(self, parameters: Mapping[str, Tensor], documents: Sequence[int], step: int | None) -> Tensor:
+        """Return the mean divergence over a part of the real tokens of documents; without a step, always over the same part."""
+        batch = self.texts.batch(documents)
+        longest = batch.input_ids.shape[1]
+        chance = torch.Generator().manual_seed(-1 if step is None else step)
+        places = torch.randperm(longest, generator=chance)[: max(round(SHARE * longest), 1)].sort().values
+        places = places.to(self.texts.device)
+        real = batch.mask[:, places]
+        with torch.no_grad():
+            wanted = self._dense(batch, self.texts.rows(self.leaving, documents), places)
+        found = self._shortened(parameters, batch, self.texts.rows(self.entering, documents), places)
+        real = real.to(found.device)
+        wanted, found = (log_softmax(logits[real].float(), dim=-1) for logits in (wanted, found))
+        return kl_div(found, wanted, reduction="batchmean", log_target=True)
+
+    def correct(self, edits: Edits, parameters: Mapping[str, Tensor]) -> None:
+        """Add what was learnt to edits."""
+        changes = {
+            (layer, name): (parameters[self._name(layer, name)].detach().cpu() - self._start(layer, name).cpu())
+            for layer, _, name in self.trained
+        }
+        for layer, linear, name in self.trained:
+            if name.endswith(".weight"):
+                edits.correct(layer, linear, changes[layer, name], changes.get((layer, name.replace(".weight", ".bias"))))
+
+    def _name(self, layer: int, name: str) -> str:
+        return f"{self.family.layers}.{layer}.{name}"
+
+    def _start(self, layer: int, name: str) -> Tensor:
+        """Return a parameter as the edits make it."""
+        changed = self.changed.get((layer, name))
+        return parameter_of(self.layers[layer], name).float() if changed is None else changed
+
+    def _shortened(self, parameters: Mapping[str, Tensor], batch: Batch, rows: Tensor, places: Tensor) -> Tensor:
+        """Return the shortened model's logits (documents, places, words), with ``rows`` (tokens, d) entering the host."""
+        values = {
+            self._name(layer, name): in_torch_layout(self.layers[layer], name, parameters[self._name(layer, name)])
+            for layer, _, name in self.trained
+        }
+        values = {name: value.to(self.model.dtype) for name, value in values.items()}
+        with begun_at(self.family, self.layers, self.host, rows, lambda: batch):
+            return self._logits(batch, places, values)
+
+    def _dense(self, batch: Batch, rows: Tensor, places: Tensor) -> Tensor:
+        """Return the dense model's logits, likewise, with ``rows`` leaving its last layer."""
+
+        # Behind everything that the edits do to that layer.
+        def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+            padded = batch.padded(rows)
+            return padded if isinstance(output, Tensor) else (padded, *output[1:])
+
+        with passed_by(self.family, self.layers):
+            handle = self.layers[-1].register_forward_hook(hook)
+            try:
+                return self._logits(batch, places, {})
+            finally:
+                handle.remove()
+
+    def _logits(self, batch: Batch, places: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+        inputs = {"input_ids": batch.input_ids, "use_cache": False, "logits_to_keep": places}
+        logits: Tensor = functional_call(self.model, dict(values), (), inputs).logits
+        return logits
