@@ -168,7 +168,9 @@ class Mender:
             self._choose(block)
         # A new output projection changes the features of an MLP behind it. Where that is parallel, the joint solution stands,
         # unless it was of other channels.
-        steps = [alone, both, alone] if not self.family.parallel else [both] if chosen else []
+        steps = [alone, both, alone] if chosen else [alone]
+        if self.family.parallel:
+            steps = [both] if chosen else []
         for ridges in steps:
             self._correct(block.host, self.dense, ridges)
 
