@@ -124,10 +124,10 @@ def _changes(params: Params, source: Model, edits: Edits, solved: dict[str, Any]
             lines += [f"The weights of the {words} of layer {_runs(corrected)} were solved for anew, likewise."]
     if params.heal_epochs:
         healed = _runs([layer for layer, name in edits.corrections if name == "mlp_output"])
-        before = "solved for anew, without training, and then " if params.repair or params.transform in NEW_WEIGHTS else ""
+        start = ", from what was solved for without training" if params.repair or params.transform in NEW_WEIGHTS else ""
         lines += [
-            f"The weights of the attention output and the last MLP linear of layer {healed} were {before}trained on "
-            "calibration text toward the original model's predictions."
+            f"The weights of the attention output and the last MLP linear of layer {healed} were trained on "
+            f"calibration text toward the original model's predictions{start}."
         ]
     if trained := sorted({layer for layer, _ in edits.parameters}):
         speaks = all(bool(value.any()) for value in edits.parameters.values())

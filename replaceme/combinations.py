@@ -151,6 +151,7 @@ def _healing_refusals(values: Values) -> list[str]:
         return []
     wrong = {
         "use_4bit: packs the weights that heal_epochs trains; use false.": values["use_4bit"],
+        "device_map: heal_epochs trains on one device; use null.": values["device_map"] is not None,
         "dtype: float16 is too short for the gradients of heal_epochs; use bfloat16 or float32.": values["dtype"] == "float16",
     }
     return [sentence for sentence, refused in wrong.items() if refused]

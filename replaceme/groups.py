@@ -11,12 +11,14 @@ ones.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from replaceme import gradients
 from replaceme.compute import require_resident
 from replaceme.documents import Documents
 from replaceme.edits import Edits, features_of
@@ -120,7 +122,7 @@ def crops_of(documents: Documents) -> Tensor:
 
 
 def importance_of(
-    model: Any, family: Family, layers: Sequence[int], groups: Mapping[Linear, int], crops: Tensor
+    model: Any, family: Family, wanted: Sequence[int], groups: Mapping[Linear, int], crops: Tensor
 ) -> tuple[Importance, float]:
     """Return how much each group matters, and the loss that tells it.
 
@@ -130,7 +132,7 @@ def importance_of(
     Args:
         model: loaded; it is left as it was found.
         family: where its parts are.
-        layers: of which layers it is wanted.
+        wanted: of which layers it is wanted.
         groups: how many groups each has in front of each linear.
         crops: (texts, tokens) ids.
 
@@ -138,12 +140,11 @@ def importance_of(
         ModelError: weights of these layers are not on a device.
         ParameterError: the numbers overflow.
     """
-    require_resident({layer: family.decoder_layers(model)[layer] for layer in layers}, "whose gradients are wanted")
+    layers = family.decoder_layers(model)
+    require_resident({layer: layers[layer] for layer in wanted}, "whose gradients are wanted")
     found: dict[tuple[int, Linear], Tensor] = {
-        (layer, linear): torch.zeros(count, dtype=torch.float64) for layer in layers for linear, count in groups.items()
+        (layer, linear): torch.zeros(count, dtype=torch.float64) for layer in wanted for linear, count in groups.items()
     }
-    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    hooks = []
 
     def adding(total: Tensor, dimension: int) -> Callable[[nn.Parameter], None]:
         def add(weight: nn.Parameter) -> None:
@@ -154,24 +155,19 @@ def importance_of(
 
         return add
 
-    try:
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        for (layer, linear), total in found.items():
-            module = family.decoder_layers(model)[layer]
-            for name, dimension in family.cut_parameters(module, linear).items():
-                weight = module.get_parameter(name)
-                weight.requires_grad_(True)
-                hooks.append(weight.register_post_accumulate_grad_hook(adding(total, dimension)))
-        with torch.enable_grad():
-            ids = crops.to(model.device)
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-            loss.backward()
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for parameter, was in trained.items():
-            parameter.requires_grad_(was)
+    cuts = [
+        (layers[layer].get_parameter(name), total, dimension)
+        for (layer, linear), total in found.items()
+        for name, dimension in family.cut_parameters(layers[layer], linear).items()
+    ]
+    with ExitStack() as stack:
+        stack.enter_context(gradients.wanted(model, (weight for weight, _, _ in cuts)))
+        for weight, total, dimension in cuts:
+            stack.callback(weight.register_post_accumulate_grad_hook(adding(total, dimension)).remove)
+        stack.enter_context(torch.enable_grad())
+        ids = crops.to(model.device)
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
     if not all(bool(total.isfinite().all()) for total in found.values()):
         raise ParameterError("dtype: the model's gradients overflow; use float32.")
     return found, float(loss.detach())

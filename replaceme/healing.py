@@ -18,15 +18,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import kl_div, log_softmax
+from torch.utils.checkpoint import checkpoint
 
+from replaceme import gradients
 from replaceme.checkpoints import key_of
-from replaceme.compute import require_resident, use_threads
+from replaceme.compute import use_threads
 from replaceme.curves import write_curves
 from replaceme.documents import Batch, Documents
 from replaceme.edits import Edits
@@ -48,6 +51,8 @@ from replaceme.workspace import Workspace
 # The part of a step's tokens whose predictions are compared. (A step takes most of its time for them; as many tokens, in twice
 # as many steps, learn more.)
 SHARE = 0.5
+# Rows of logits of which the divergence is taken at once.
+ROWS = 128
 
 
 def heal(params: Params, work: Workspace) -> None:
@@ -62,6 +67,7 @@ def heal(params: Params, work: Workspace) -> None:
             edits.save(folder)
             write_curves(folder, curves)
         else:
+            remove(_checkpoints(work))
             logger.info("heal: nothing to do")
     write_json(work.metric("heal"), rounded(figures))
 
@@ -70,7 +76,7 @@ def _heal(params: Params, work: Workspace, edits: Edits) -> tuple[dict[str, Any]
     """Add to the edits what the training changes, and return its figures and curves."""
     model, family = calibration_model(params, work.model_input)
     documents, host = Documents.load(work.documents), Plan.load(work.plan).blocks[0].host
-    count, folder = len(family.decoder_layers(model)), work.edits.parent / f"healing{PARTIAL}"
+    count, folder = len(family.decoder_layers(model)), _checkpoints(work)
     shape = documents.token_count, int(model.config.hidden_size)
     course = Course(params.heal_learning_rate, params.heal_epochs, params.batch_size, "heal_learning_rate")
     settings = {
@@ -89,6 +95,26 @@ def _heal(params: Params, work: Workspace, edits: Edits) -> tuple[dict[str, Any]
     lesson.correct(edits, parameters)
     remove(folder)
     return figures_of(curves, parameters), curves
+
+
+def _checkpoints(work: Workspace) -> Path:
+    """Return the folder that an interrupted training goes on from."""
+    return work.edits.parent / f"healing{PARTIAL}"
+
+
+def divergence(wanted: Tensor, found: Tensor) -> Tensor:
+    """Return the mean over rows of KL(p ‖ q), p and q the softmaxes of logits (rows, words).
+
+    What a backward pass needs is computed again there, a few rows at a time: it would be several times the logits.
+    """
+    parts = zip(wanted.split(ROWS), found.split(ROWS), strict=True)
+    sums = [checkpoint(_divergence, *part, use_reentrant=False) for part in parts]
+    return torch.stack(sums).sum() / len(found)
+
+
+def _divergence(wanted: Tensor, found: Tensor) -> Tensor:
+    p, q = log_softmax(wanted.float(), dim=-1), log_softmax(found.float(), dim=-1)
+    return kl_div(q, p, reduction="sum", log_target=True)
 
 
 @dataclass(frozen=True)
@@ -125,14 +151,15 @@ class Predictions:
 
     @cached_property
     def changed(self) -> dict[tuple[int, str], Tensor]:
-        """What the edits make of each parameter that they touch, by layer and name within it, float32, in torch's layout."""
-        return {(layer, name): value.float() for layer, name, value in changed_parameters(self.family, self.layers, self.edits)}
+        """What the edits make of each parameter that they touch, by layer and name within it: float32, in torch's layout."""
+        changed = changed_parameters(self.family, self.layers, self.edits)
+        # At the processor: those that are trained are on the device already.
+        return {(layer, name): value.float().cpu() for layer, name, value in changed}
 
     @cached_property
     def trained(self) -> list[tuple[int, Linear, str]]:
         """The parameters that are trained: layer, linear, and name within the layer."""
         kept = [layer for layer in range(self.host, len(self.layers)) if layer not in set(self.edits.removed_layers)]
-        require_resident({layer: self.layers[layer] for layer in kept}, "which is to be trained")
         return [
             (layer, linear, name)
             for layer in kept
@@ -142,7 +169,8 @@ class Predictions:
 
     def learners(self) -> dict[str, Tensor]:
         """Return float32 copies of the parameters to train, by their names in the dense model, in torch's layout."""
-        return {self._name(layer, name): self._start(layer, name).clone().requires_grad_() for layer, _, name in self.trained}
+        started = {self._name(layer, name): self._start(layer, name) for layer, _, name in self.trained}
+        return {name: value.to(self.texts.device, copy=True).requires_grad_() for name, value in started.items()}
 
     @contextmanager
     def begun(self) -> Iterator[None]:
@@ -150,14 +178,8 @@ class Predictions:
         learnt = {(layer, name) for layer, _, name in self.trained}
         standing_in = {place: value for place, value in self.changed.items() if place not in learnt}
         folded = Edits(self.edits.title, self.edits.removed_layers, operators=self.edits.operators, parameters=standing_in)
-        asked = {parameter: parameter.requires_grad for parameter in self.model.parameters()}
-        self.model.requires_grad_(False)
-        try:
-            with unfused(self.model, self.family, folded):
-                yield
-        finally:
-            for parameter, was in asked.items():
-                parameter.requires_grad_(was)
+        with gradients.wanted(self.model), unfused(self.model, self.family, folded):
+            yield
 
     def loss(self, parameters: Mapping[str, Tensor], documents: Sequence[int], step: int | None) -> Tensor:
         """Return the mean divergence over a part of the real tokens of documents; without a step, always over the same part."""
@@ -168,16 +190,14 @@ class Predictions:
         places = places.to(self.texts.device)
         real = batch.mask[:, places]
         with torch.no_grad():
-            wanted = self._dense(batch, self.texts.rows(self.leaving, documents), places)
+            wanted = self._dense(batch, self.texts.rows(self.leaving, documents), places)[real]
         found = self._shortened(parameters, batch, self.texts.rows(self.entering, documents), places)
-        real = real.to(found.device)
-        wanted, found = (log_softmax(logits[real].float(), dim=-1) for logits in (wanted, found))
-        return kl_div(found, wanted, reduction="batchmean", log_target=True)
+        return divergence(wanted, found[real])
 
     def correct(self, edits: Edits, parameters: Mapping[str, Tensor]) -> None:
         """Add what was learnt to edits."""
         changes = {
-            (layer, name): (parameters[self._name(layer, name)].detach().cpu() - self._start(layer, name).cpu())
+            (layer, name): parameters[self._name(layer, name)].detach().cpu() - self._start(layer, name)
             for layer, _, name in self.trained
         }
         for layer, linear, name in self.trained:
@@ -190,7 +210,7 @@ class Predictions:
     def _start(self, layer: int, name: str) -> Tensor:
         """Return a parameter as the edits make it."""
         changed = self.changed.get((layer, name))
-        return parameter_of(self.layers[layer], name).float() if changed is None else changed
+        return parameter_of(self.layers[layer], name).float().cpu() if changed is None else changed
 
     def _shortened(self, parameters: Mapping[str, Tensor], batch: Batch, rows: Tensor, places: Tensor) -> Tensor:
         """Return the shortened model's logits (documents, places, words), with ``rows`` (tokens, d) entering the host."""

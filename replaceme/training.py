@@ -35,7 +35,8 @@ WEIGHT_DECAY, CLIP, WARM_UP, FLOOR = 1e-3, 5.0, 0.01, 0.25
 SEED = 0
 # Every this many documents one is held out, whose loss is taken so often.
 HELD_OUT_EVERY, EVALUATIONS = 20, 8
-CHECKPOINT_SECONDS = 60.0
+# Between checkpoints, at least; and as many times what the last one took.
+CHECKPOINT_SECONDS, SAVING_SHARE = 60.0, 10
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ class Lesson(Protocol):
         Args:
             parameters: the weights that are trained, float32.
             documents: places in a walk.
-            step: the step (from 0) that asks; None asks for the loss itself and not for an estimate.
+            step: the step (from 0) that asks, where the loss is estimated from a part of the tokens, which then is the step's;
+                None asks for the same part each time.
         """
         ...
 
@@ -163,7 +165,8 @@ class _Run:
         self._go_on()
         folder.mkdir(parents=True, exist_ok=True)
         write_curves(folder, self.curves)
-        self.saved = time.monotonic()
+        # When the last checkpoint was whole, and how long it took.
+        self.saved, self.saving = time.monotonic(), 0.0
 
     def take(self, step: int) -> None:
         """Make a step."""
@@ -179,7 +182,7 @@ class _Run:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step = step + 1
-        if time.monotonic() - self.saved >= CHECKPOINT_SECONDS:
+        if time.monotonic() - self.saved >= max(CHECKPOINT_SECONDS, SAVING_SHARE * self.saving):
             self.save()
 
     def evaluate(self, step: int) -> None:
@@ -188,7 +191,7 @@ class _Run:
             self.log("held_out_loss", step, self.mean_loss(self.held_out))
 
     def mean_loss(self, documents: Sequence[int]) -> float:
-        """Return the mean loss over all tokens of documents."""
+        """Return the mean loss on documents, each token of all of them alike."""
         total, tokens = 0.0, 0
         with torch.no_grad():
             for start in range(0, len(documents), self.course.batch_size):
@@ -206,11 +209,13 @@ class _Run:
 
     def save(self) -> None:
         """Write a checkpoint."""
+        begun = time.monotonic()
         tensors = {f"weight.{name}": parameter for name, parameter in self.parameters.items()}
         for name, parameter in self.parameters.items():
             tensors |= {f"{part}.{name}": value for part, value in self.optimizer.state[parameter].items()}
         save_checkpoint(self.folder / "checkpoint", self.key, {"step": self.step, "curves": self.curves}, tensors)
         self.saved = time.monotonic()
+        self.saving = self.saved - begun
 
     def _go_on(self) -> None:
         found = load_checkpoint(self.folder / "checkpoint", self.key)

@@ -58,6 +58,8 @@ def lesson_of(model: Any, documents: Documents, edits: Edits, host: int = BLOCK.
 def edits_of(model: Any, documents: Documents, blocks: tuple[Block, ...] = (BLOCK,), **options: Any) -> Edits:
     """Return the edits as the stages solve and repair make them."""
     edits, mender = solved(model, documents, blocks, alpha=5.0, **options)
+    edits.mixtures |= mender.plan.mixtures
+    edits.operators |= {host: torch.tensor(scale, dtype=torch.float64) for host, scale in mender.plan.scales.items()}
     mender.run()
     return edits
 
@@ -172,6 +174,8 @@ def test_a_step_compares_a_part_of_the_places_and_never_padding(documents: Docum
         ("gpt_neox", (Block(1, 2), Block(3, 5)), {"transform": "dense", "repair": True}),
         ("llama", (Block(4, 6),), {"transform": "refit"}),  # no layer is left behind the cut
         ("granite", (BLOCK,), {"method": "ghosted"}),
+        ("phi3", (Block(1, 2, scale=1.7), Block(3, 4, scale=1.2)), {"method": "prune_and_comp"}),
+        ("gpt2", (Block(2, 4, coefficients=(-1.0, 1.0, 1.0)),), {"method": "laco"}),
     ],
 )
 def test_what_was_healed_is_nearer_to_the_dense_model_and_its_export_is_proved(
@@ -215,7 +219,8 @@ def test_the_stage_trains_exports_and_says_so(params: Params, tmp_path: Path) ->
     assert len((work.edits / "loss.tsv").read_text().splitlines()) == figures["training_steps"] + 1
     assert not [path for path in work.edits.parent.iterdir() if "partial" in path.name]
     card = (work.model / "README.md").read_text(encoding="utf-8")
-    assert "without training, and then trained on calibration text toward the original model's predictions" in card
+    said = "trained on calibration text toward the original model's predictions, from what was solved for without training."
+    assert said in card
     assert "heal_epochs: 3" in card
     for name in COMPRESSION:
         write_json(work.cost(name), {"seconds": 1.0, "peak_memory_bytes": 1})
@@ -238,6 +243,7 @@ def test_an_interrupted_healing_goes_on_to_the_same_bits(
     params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(training, "SAVING_SHARE", 0)
     params, work = params.model_copy(update={"heal_epochs": 2, "batch_size": 4}), Workspace(tmp_path / "run")
     run(params, work, to_export=False)
     expected, curve = sha256_below(work.edits), (work.edits / "loss.tsv").read_text()
@@ -277,11 +283,43 @@ def test_an_interrupted_healing_goes_on_to_the_same_bits(
     assert again[0] == 0
 
 
+def test_whatever_a_healing_depends_on_makes_another_key(
+    params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params, work = params.model_copy(update={"method": "uidl", "heal_epochs": 1}), Workspace(tmp_path / "run")
+    run(params, work, to_export=False)
+    keys: list[str] = []
+
+    def noting(lesson: Any, parameters: Any, course: Course, folder: Path, key: str) -> Any:
+        keys.append(key)
+        return parameters, {"loss": [(0, 1.0)], "held_out_loss": []}
+
+    monkeypatch.setattr(healing, "train", noting)
+    others = [{}, {"heal_epochs": 2}, {"heal_learning_rate": 1e-3}, {"batch_size": 2}, {"dtype": "bfloat16"}, {"threads": 2}]
+    for settings in others:
+        heal(params.model_copy(update=settings), work)
+    with monkeypatch.context() as patch:
+        patch.setattr(healing, "SHARE", 0.25)
+        heal(params, work)
+    texts = Documents.load(work.documents)
+    Documents([text.flip(0) for text in texts.documents]).save(work.documents)
+    heal(params, work)
+    texts.save(work.documents)
+    known = work.model_input.read_text()
+    work.model_input.write_text(known.replace('"sha256"', '"note": "another model", "sha256"', 1))
+    heal(params, work)
+    work.model_input.write_text(known)
+    assert len({*keys}) == len(keys) == len(others) + 3
+    heal(params, work)
+    assert keys[-1] == keys[0]
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         ({"method": "slicegpt"}, "heal_epochs: 2 has no place in method slicegpt"),
         ({"method": "llm_streamline"}, "heal_epochs: 2 has no place in method llm_streamline"),
+        ({"device_map": "auto"}, "device_map: heal_epochs trains on one device; use null."),
         ({"use_4bit": True}, "use_4bit: packs the weights that heal_epochs trains; use false."),
         ({"dtype": "float16"}, "dtype: float16 is too short for the gradients of heal_epochs"),
     ],

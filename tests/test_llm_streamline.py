@@ -223,6 +223,7 @@ class InterruptedRunError(Exception):
 @pytest.mark.parametrize("after", [1, 4, 6])
 def test_an_interrupted_run_goes_on_to_the_same_bits(after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(training, "SAVING_SHARE", 0)
     texts, course, model = many_documents(21), Course(1e-3, 2, 5, RATE), made_model()
     expected, curves = trained(model, texts, course, tmp_path / "whole")
     steps = len(curves["loss"])

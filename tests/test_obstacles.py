@@ -126,6 +126,7 @@ def test_a_cut_that_breaks_the_pattern_of_a_family_is_told(
         ("norm", {"method": "cosine"}, ["method: cosine makes maps that do not fold into the norm behind the MLP"]),
         ("norm", {"transform": "joint"}, ["transform: joint does not fold"]),
         ("norm", {"transform": "orthogonal", "repair": True}, ["repair: is not derived for the norm behind the MLP"]),
+        ("norm", {"method": "uidl", "heal_epochs": 1}, ["heal_epochs: is not derived for the norm behind the MLP"]),
         ("experts", {}, []),
         ("experts", {"method": "cosine"}, []),
         ("experts", {"transform": "refit"}, ["transform: refit is not derived for the mixture of experts of the family 'x'"]),

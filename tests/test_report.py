@@ -298,9 +298,9 @@ def test_a_training_behind_the_cut_is_told(held_out: bool, params: Params, run: 
     healed |= {"held_out_loss_first": 0.75, "held_out_loss_last": 0.625} if held_out else {}
     page = render(params, run(healed=healed)).html
     assert "12,345 weights from the first cut on were trained in 31 steps" in page
-    told = "on held-out calibration documents, the divergence from these went from 0.750 to 0.625"
+    told = "on documents that only this did not see, the divergence from these went from 0.750 to 0.625"
     assert (told in page) == held_out
-    assert ("on its own calibration documents, the divergence from these went from 0.500 to 0.250" in page) != held_out
+    assert ("on its documents, the divergence from these went from 0.500 to 0.250" in page) != held_out
     assert "were trained" not in render(params, run()).html
 
 

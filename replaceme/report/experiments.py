@@ -154,11 +154,11 @@ def _setting(record: Mapping[str, Any], name: str) -> Any:
 
 
 def _trained(record: Mapping[str, Any]) -> bool:
-    """Tell whether an experiment trained; one without a record of its cost did if its method does."""
+    """Tell whether an experiment trained; of one without a record of its cost, its settings tell."""
     if "trained" in record and record["trained"] == record["trained"]:
         return str(record["trained"]) in ("True", "1", "1.0")
     method = METHODS.get(str(record.get("method")))
-    return method is not None and method.trained
+    return (method is not None and method.trained) or _setting(record, "heal_epochs") not in (None, 0, "0")
 
 
 def _results(every: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:

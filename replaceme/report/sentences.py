@@ -127,10 +127,11 @@ def heal_sentence(healed: Figures) -> str:
     """Say what the training behind the cut achieved; nothing where there was none."""
     if not healed:
         return ""
-    of, where = ("held_out_loss", "held-out") if "held_out_loss_first" in healed else ("training_loss", "its own")
+    held_out = "held_out_loss_first" in healed
+    of, where = ("held_out_loss", "documents that only this did not see") if held_out else ("training_loss", "its documents")
     return (
         f"Then {healed['trained_parameters']:,} weights from the first cut on were trained in {healed['training_steps']:,} "
-        f"steps toward the original model's predictions: on {where} calibration documents, the divergence from these went from "
+        f"steps toward the original model's predictions: on {where}, the divergence from these went from "
         f"{healed[f'{of}_first']:.3f} to {healed[f'{of}_last']:.3f} nats a token."
     )
 
@@ -143,7 +144,7 @@ def _refit_sentence(name: str, fit: Figures) -> str:
         f"to {left:.3f}; a map alone would reach {of_map:.3f}."
     )
     if "weighted_residual_joint" in fit:
-        sentence += " (The new attention changes the MLP's features, so that both are then solved for once more, step by step.)"
+        sentence += " (Where the new attention changes the MLP's features, more is then solved for on these: see below.)"
     return sentence
 
 
