@@ -6,6 +6,7 @@ pass runs the decoder with the same batches and computes no logits. Steps altern
 
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,16 +17,21 @@ from replaceme.calibration import draw_documents
 from replaceme.compute import resolve_device, use_threads
 from replaceme.corpora import find_dataset
 from replaceme.cut_loss import cut_losses
+from replaceme.edits import Edits
 from replaceme.families import decoder_of
+from replaceme.forward import Keep, walk
+from replaceme.healing import Predictions
 from replaceme.methods import METHODS
 from replaceme.models import find_model
 from replaceme.params import Params, read_params
 from replaceme.plan import Plan
 from replaceme.profile import profile_model
 from replaceme.progress import silence_libraries
-from replaceme.repair import Mender
+from replaceme.repair import STEPWISE, Mender
+from replaceme.scratch import scratch
 from replaceme.selection import SHORTLIST, allowed_starts, smallest
 from replaceme.statistics import take_statistics
+from replaceme.training import Course, train
 
 ROUNDS = 3
 LIMITS = {"profile, activations and solve of a map": 2.2, "choice by loss": 1.5, "repair": 2.5}
@@ -56,20 +62,32 @@ def main(size: int) -> None:
         method = METHODS[setting.method]
         taken = take_statistics(model, family, documents, block, method.statistics(setting), params.batch_size)
         solved = method.solve(setting, block, taken.__getitem__)
-        if setting.repair:
+        if setting.repair or setting.transform in STEPWISE:
             solved.edits.removed_layers = [*block.layers]
             plan = Plan((block,), method.statistics(setting))
             Mender(setting, model, family, documents, solved.edits, plan).run()
 
     settings = {
         transform: params.model_copy(update={"method": "lstsq", "transform": transform, "repair": False})
-        for transform in ("dense", "refit")
+        for transform in ("dense", "refit", "joint", "channels")
     }
+
+    def heal() -> None:
+        shape, last = (documents.token_count, int(model.config.hidden_size)), len(family.decoder_layers(model)) - 1
+        with tempfile.TemporaryDirectory() as folder, scratch(2, shape, model.dtype) as (entering, leaving):
+            ends = [Keep(block.host, ("input",), entering), Keep(last, ("output",), leaving)]
+            walk(model, family, documents, ends, batch_size=params.batch_size, description=None)
+            lesson = Predictions(model, family, Edits("", [*block.layers]), documents, block.host, entering, leaving)
+            course = Course(params.heal_learning_rate, 1, params.batch_size, "heal_learning_rate")
+            train(lesson, lesson.learners(), course, Path(folder), "")
+
     steps: dict[str, Callable[[], object]] = {
         "bare forward pass": bare,
         "profile": lambda: profile_model(model, family, documents, params.batch_size),
         "fit of a map": lambda: fit(settings["dense"]),
         "fit of a refit": lambda: fit(settings["refit"]),
+        "fit of a joint": lambda: fit(settings["joint"]),
+        "fit of channels": lambda: fit(settings["channels"]),
         "fit of a map, repair": lambda: fit(settings["dense"].model_copy(update={"repair": True})),
         "losses of maps": lambda: cut_losses(
             model, family, documents, cuts, stand_in="map", batch_size=params.batch_size
@@ -77,6 +95,10 @@ def main(size: int) -> None:
         "losses of refits": lambda: cut_losses(
             model, family, documents, cuts, stand_in="refit", batch_size=params.batch_size
         ),
+        "losses of joint fits": lambda: cut_losses(
+            model, family, documents, cuts, stand_in="joint", batch_size=params.batch_size
+        ),
+        "an epoch of healing": heal,
     }  # fmt: skip
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(ROUNDS):
@@ -94,7 +116,7 @@ def main(size: int) -> None:
         print(f"{name:<24} {median:8.2f} s  {median / reference:6.3f} x  {documents.token_count / median:8.0f} tokens/s")
     sums = (
         medians["profile"] + medians["fit of a map"],
-        max(medians["losses of maps"], medians["losses of refits"]),
+        max(median for name, median in medians.items() if name.startswith("losses")),
         medians["fit of a map, repair"] - medians["fit of a map"],
     )
     for (name, limit), total in zip(LIMITS.items(), sums, strict=True):

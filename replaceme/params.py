@@ -190,7 +190,7 @@ class Params(BaseModel):
         "together, toward the original model's predictions, batch_size documents in a step; 0 trains nothing.",
     )  # fmt: skip
     heal_learning_rate: float = Field(
-        1e-4, gt=0, allow_inf_nan=False, description="AdamW's largest step while healing; the larger the model, the smaller."
+        3e-4, gt=0, allow_inf_nan=False, description="AdamW's largest step while healing; the larger the model, the smaller."
     )
 
     tasks: tuple[Task, ...] = Field(
