@@ -40,6 +40,7 @@ from replaceme.training import Course, orders, train
 from replaceme.verification import verify_export
 from replaceme.workspace import Workspace
 from tests.conftest import LAYERS, PLAIN, WIDTH, made_model
+from tests.interruption import InterruptedRunError, counted, stop_at
 from tests.test_refit import many_documents
 from tests.test_repair import BLOCK, solved
 
@@ -235,10 +236,6 @@ def test_without_epochs_the_stage_hands_on_what_it_got(params: Params, tmp_path:
     assert read_json(work.metric("heal")) == {}
 
 
-class InterruptedRunError(Exception):
-    pass
-
-
 def test_an_interrupted_healing_goes_on_to_the_same_bits(
     params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -247,38 +244,21 @@ def test_an_interrupted_healing_goes_on_to_the_same_bits(
     params, work = params.model_copy(update={"heal_epochs": 2, "batch_size": 4}), Workspace(tmp_path / "run")
     run(params, work, to_export=False)
     expected, curve = sha256_below(work.edits), (work.edits / "loss.tsv").read_text()
-    steps: list[int] = []
-    take = training._Run.take
-
-    def stopping(running: Any, step: int) -> None:
-        if len(steps) == 3:
-            raise InterruptedRunError
-        steps.append(step)
-        take(running, step)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training._Run, "take", stopping)
-        with pytest.raises(InterruptedRunError):
-            heal(params, work)
+    with counted(stop_at(3)) as steps, pytest.raises(InterruptedRunError):
+        heal(params, work)
     # What was finished before is still there.
     assert sha256_below(work.edits) == expected
-    with monkeypatch.context() as patch:
-        patch.setattr(training._Run, "take", lambda running, step: (steps.append(step), take(running, step))[1])
+    with counted() as rest:
         heal(params, work)
-    assert steps == [*range(len(curve.splitlines()) - 1)]
+    assert steps + rest == [*range(len(curve.splitlines()) - 1)]
     assert sha256_below(work.edits) == expected
     # Other edits make another training.
     edits = Edits.load(work.repaired)
     edits.correct(edits.removed_layers[0] - 1, "mlp_output", torch.full((WIDTH, 48), 1e-3))
-    steps.clear()
-    with monkeypatch.context() as patch:
-        patch.setattr(training._Run, "take", stopping)
-        with pytest.raises(InterruptedRunError):
-            heal(params, work)
+    with counted(stop_at(3)), pytest.raises(InterruptedRunError):
+        heal(params, work)
     edits.save(work.repaired)
-    again: list[int] = []
-    with monkeypatch.context() as patch:
-        patch.setattr(training._Run, "take", lambda running, step: (again.append(step), take(running, step))[1])
+    with counted() as again:
         heal(params, work)
     assert again[0] == 0
 

@@ -45,6 +45,7 @@ from replaceme.unfused import unfused
 from replaceme.verification import cache_error, verify_export
 from replaceme.workspace import Workspace
 from tests.conftest import KINDS, LAYERS, OBSTACLES, WIDTH, made_model, shortened_logits
+from tests.interruption import InterruptedRunError, counted, stop_at
 from tests.test_profile import layer_outputs
 from tests.test_refit import many_documents
 
@@ -216,10 +217,6 @@ def test_a_bad_learning_rate_is_named(documents: Documents, tmp_path: Path) -> N
         trained(made_model(), documents, Course(1e30, 3, 4, RATE), tmp_path)
 
 
-class InterruptedRunError(Exception):
-    pass
-
-
 @pytest.mark.parametrize("after", [1, 4, 6])
 def test_an_interrupted_run_goes_on_to_the_same_bits(after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
@@ -228,24 +225,16 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(after: int, tmp_path: Path,
     expected, curves = trained(model, texts, course, tmp_path / "whole")
     steps = len(curves["loss"])
     assert steps == 8
-    taken, take = [], training._Run.take
 
-    def stopping(run: Any, step: int) -> None:
-        if len(taken) == after:
+    def stopping(taken: int) -> None:
+        if taken == after:
             # One step further than the last checkpoint.
             monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 1e9)
-        if len(taken) == after + 1:
-            raise InterruptedRunError
-        taken.append(step)
-        take(run, step)
+        stop_at(after + 1)(taken)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(training._Run, "take", stopping)
-        with pytest.raises(InterruptedRunError):
-            trained(model, texts, course, tmp_path / "stopped")
-    again: list[int] = []
-    with monkeypatch.context() as patch:
-        patch.setattr(training._Run, "take", lambda run, step: (again.append(step), take(run, step))[1])
+    with counted(stopping), pytest.raises(InterruptedRunError):
+        trained(model, texts, course, tmp_path / "stopped")
+    with counted() as again:
         found, rest = trained(model, texts, course, tmp_path / "stopped")
     assert again == [*range(after, steps)]
     assert rest == curves
