@@ -19,7 +19,6 @@ from replaceme.corpora import find_dataset
 from replaceme.cut_loss import cut_losses
 from replaceme.edits import Edits
 from replaceme.families import decoder_of
-from replaceme.forward import Keep, walk
 from replaceme.healing import Predictions
 from replaceme.methods import METHODS
 from replaceme.models import find_model
@@ -28,10 +27,9 @@ from replaceme.plan import Plan
 from replaceme.profile import profile_model
 from replaceme.progress import silence_libraries
 from replaceme.repair import STEPWISE, Mender
-from replaceme.scratch import scratch
 from replaceme.selection import SHORTLIST, allowed_starts, smallest
 from replaceme.statistics import take_statistics
-from replaceme.training import Course, train
+from replaceme.training import Course, entering_and_leaving, train
 
 ROUNDS = 3
 LIMITS = {"profile, activations and solve of a map": 2.2, "choice by loss": 1.5, "repair": 2.5}
@@ -73,13 +71,11 @@ def main(size: int) -> None:
     }
 
     def heal() -> None:
-        shape, last = (documents.token_count, int(model.config.hidden_size)), len(family.decoder_layers(model)) - 1
-        with tempfile.TemporaryDirectory() as folder, scratch(2, shape, model.dtype) as (entering, leaving):
-            ends = [Keep(block.host, ("input",), entering), Keep(last, ("output",), leaving)]
-            walk(model, family, documents, ends, batch_size=params.batch_size, description=None)
-            lesson = Predictions(model, family, Edits("", [*block.layers]), documents, block.host, entering, leaving)
-            course = Course(params.heal_learning_rate, 1, params.batch_size, "heal_learning_rate")
-            train(lesson, lesson.learners(), course, Path(folder), "")
+        last, batch_size = len(family.decoder_layers(model)) - 1, params.batch_size
+        states = entering_and_leaving(model, family, documents, block.host, last, batch_size=batch_size)
+        lesson = Predictions(model, family, Edits("", [*block.layers]), documents, block.host, *states)
+        with tempfile.TemporaryDirectory() as folder:
+            train(lesson, lesson.learners(), Course(params.heal_learning_rate, 1, batch_size, ""), Path(folder), "")
 
     steps: dict[str, Callable[[], object]] = {
         "bare forward pass": bare,

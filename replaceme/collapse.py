@@ -171,24 +171,24 @@ def collapsed_blocks(
     check_alike(layers, range(way.first, way.end))
     original = last_states(model, texts, batch_size)
     shape = len(layers), texts.token_count, int(model.config.hidden_size)
-    with scratch(1, shape, model.dtype, folder, "the choice of layers") as (entering,):
-        places = range(way.first, way.end - 1)
-        walk(model, family, texts, [Entering(places, entering)], batch_size=batch_size, description=None)
+    (entering,) = scratch(1, shape, model.dtype, folder, "the choice of layers")
+    places = range(way.first, way.end - 1)
+    walk(model, family, texts, [Entering(places, entering)], batch_size=batch_size, description=None)
 
-        def similarity(candidate: Layers, place: int) -> float:
-            blocks = blocks_of(candidate)
-            edits = Edits("", list(chain(*(block.layers for block in blocks))))
-            edits.mixtures = {block.host: block.mixture for block in blocks}
-            with unfused(model, family, edits):
-                states = last_states(
-                    model, texts, batch_size, lambda current: begun_at(family, layers, place, entering[place], current)
-                )
-            return fmean(
-                float(torch.cosine_similarity(state.double(), before.double(), dim=0))
-                for state, before in zip(states, original, strict=True)
+    def similarity(candidate: Layers, place: int) -> float:
+        blocks = blocks_of(candidate)
+        edits = Edits("", list(chain(*(block.layers for block in blocks))))
+        edits.mixtures = {block.host: block.mixture for block in blocks}
+        with unfused(model, family, edits):
+            states = last_states(
+                model, texts, batch_size, lambda current: begun_at(family, layers, place, entering[place], current)
             )
+        return fmean(
+            float(torch.cosine_similarity(state.double(), before.double(), dim=0))
+            for state, before in zip(states, original, strict=True)
+        )
 
-        left, found, reached = collapse_all(len(layers), way, threshold, similarity)
+    left, found, reached = collapse_all(len(layers), way, threshold, similarity)
     return blocks_of(left), found, reached
 
 

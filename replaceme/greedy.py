@@ -45,24 +45,24 @@ def greedy_layers(
     removed: list[int] = []
     losses: list[float] = []
     shape = len(layers), excerpts.token_count, int(model.config.hidden_size)
-    with scratch(1, shape, model.dtype, folder, "the choice of layers") as (entering,):
-        for _ in progress(range(count), "choosing layers", "layers"):
-            left = [layer for layer in allowed if layer not in removed]
-            with unfused(model, family, Edits("", removed)):
-                walk(model, family, excerpts, [Entering(left, entering)], batch_size=batch_size, description=None)
-            found = {}
-            for layer in left:
-                with unfused(model, family, Edits("", [*removed, layer])):
-                    found[layer] = next_token_loss(
-                        model,
-                        excerpts,
-                        batch_size,
-                        # The layer itself is passed by: it hands on what enters it.
-                        lambda current, layer=layer: begun_at(family, layers, layer, entering[layer], current),  # type: ignore[misc]
-                    )
-            best = min(found, key=found.__getitem__)
-            removed.append(best)
-            losses.append(found[best])
+    (entering,) = scratch(1, shape, model.dtype, folder, "the choice of layers")
+    for _ in progress(range(count), "choosing layers", "layers"):
+        left = [layer for layer in allowed if layer not in removed]
+        with unfused(model, family, Edits("", removed)):
+            walk(model, family, excerpts, [Entering(left, entering)], batch_size=batch_size, description=None)
+        found = {}
+        for layer in left:
+            with unfused(model, family, Edits("", [*removed, layer])):
+                found[layer] = next_token_loss(
+                    model,
+                    excerpts,
+                    batch_size,
+                    # The layer itself is passed by: it hands on what enters it.
+                    lambda current, layer=layer: begun_at(family, layers, layer, entering[layer], current),  # type: ignore[misc]
+                )
+        best = min(found, key=found.__getitem__)
+        removed.append(best)
+        losses.append(found[best])
     return removed, losses
 
 

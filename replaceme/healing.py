@@ -37,14 +37,13 @@ from replaceme.families import Family, Linear, in_torch_layout, parameter_of
 from replaceme.features import LINEARS
 from replaceme.files import PARTIAL, new_folder, read_json, remove, rounded, write_json
 from replaceme.fingerprints import sha256_below
-from replaceme.forward import Keep, begun_at, walk
+from replaceme.forward import begun_at
 from replaceme.models import calibration_model
 from replaceme.params import Params
 from replaceme.plan import Plan
 from replaceme.progress import logger
-from replaceme.scratch import scratch
 from replaceme.surgery import changed_parameters
-from replaceme.training import Course, Curves, Texts, figures_of, settings_of, train
+from replaceme.training import Course, Curves, Texts, entering_and_leaving, figures_of, settings_of, train
 from replaceme.unfused import passed_by, unfused
 from replaceme.workspace import Workspace
 
@@ -76,8 +75,7 @@ def _heal(params: Params, work: Workspace, edits: Edits) -> tuple[dict[str, Any]
     """Add to the edits what the training changes, and return its figures and curves."""
     model, family = calibration_model(params, work.model_input)
     documents, host = Documents.load(work.documents), Plan.load(work.plan).blocks[0].host
-    count, folder = len(family.decoder_layers(model)), _checkpoints(work)
-    shape = documents.token_count, int(model.config.hidden_size)
+    folder = _checkpoints(work)
     course = Course(params.heal_learning_rate, params.heal_epochs, params.batch_size, "heal_learning_rate")
     settings = {
         **settings_of(course),
@@ -87,11 +85,12 @@ def _heal(params: Params, work: Workspace, edits: Edits) -> tuple[dict[str, Any]
         "dtype": params.dtype,
         "device": next(model.parameters()).device.type,
     }
-    with scratch(2, shape, model.dtype, work.edits.parent, "healing") as (entering, leaving):
-        ends = [Keep(host, ("input",), entering), Keep(count - 1, ("output",), leaving)]
-        walk(model, family, documents, ends, batch_size=params.batch_size, description="walking to the predictions")
-        lesson = Predictions(model, family, edits, documents, host, entering, leaving)
-        parameters, curves = train(lesson, lesson.learners(), course, folder, key_of(settings, documents.documents))
+    entering, leaving = entering_and_leaving(
+        model, family, documents, host, len(family.decoder_layers(model)) - 1,
+        batch_size=params.batch_size, folder=work.edits.parent, purpose="healing", description="walking to the predictions",
+    )  # fmt: skip
+    lesson = Predictions(model, family, edits, documents, host, entering, leaving)
+    parameters, curves = train(lesson, lesson.learners(), course, folder, key_of(settings, documents.documents))
     lesson.correct(edits, parameters)
     remove(folder)
     return figures_of(curves, parameters), curves

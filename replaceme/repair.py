@@ -128,13 +128,13 @@ class Mender:
         last = len(self.layers) - 1 if self.params.repair else max(self.hosted)
         kept = [layer for layer in range(self.first.host, last + 1) if layer not in removed]
         shape = self.documents.token_count, int(self.model.config.hidden_size)
-        with scratch(3, shape, self.model.dtype, folder, "repair") as (self.dense, self.short, self.middle):
-            self._walk([Keep(self.first.host, ("input",), self.dense)], None, "walking to the cut")
-            self.short.copy_(self.dense)
-            for layer in progress(kept, "repairing layers", "layers"):
-                self._mend(layer)
-                if layer != kept[-1]:
-                    self._walk([Keep(layer, ("output",), self.short)], (layer, self.short), edited=True)
+        self.dense, self.short, self.middle = scratch(3, shape, self.model.dtype, folder, "repair")
+        self._walk([Keep(self.first.host, ("input",), self.dense)], None, "walking to the cut")
+        self.short.copy_(self.dense)
+        for layer in progress(kept, "repairing layers", "layers"):
+            self._mend(layer)
+            if layer != kept[-1]:
+                self._walk([Keep(layer, ("output",), self.short)], (layer, self.short), edited=True)
         return self.repairs, self.figures
 
     def _mend(self, layer: int) -> None:

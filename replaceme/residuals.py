@@ -61,8 +61,7 @@ class TokenSample:
 
     def __enter__(self) -> "TokenSample":
         shape = (self.layers, len(self.fit) + len(self.held_out), self.width)
-        with scratch(2, shape, self.dtype, self.folder, "profiling") as tensors:
-            self.added, self.output = tensors
+        self.added, self.output = scratch(2, shape, self.dtype, self.folder, "profiling")
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:

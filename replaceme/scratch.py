@@ -2,8 +2,7 @@
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 
@@ -13,11 +12,10 @@ from torch import Tensor
 from replaceme.errors import ResourceError
 
 
-@contextmanager
 def scratch(
     count: int, shape: Sequence[int], dtype: torch.dtype, folder: Path | None = None, purpose: str = "this step"
-) -> Iterator[list[Tensor]]:
-    """Yield ``count`` tensors of one shape on disk, zeros at first, which go however the block ends.
+) -> list[Tensor]:
+    """Return ``count`` tensors of one shape on disk, zeros at first; their place is free again when nothing refers to them.
 
     Args:
         count: how many.
@@ -34,11 +32,10 @@ def scratch(
     require_space(where, count * size * dtype.itemsize, f"{purpose} keeps {{}} of states there")
     # A mapping outlives its file's name: without one, nothing is left behind however the run ends.
     with tempfile.TemporaryDirectory(prefix="scratch-", suffix=".partial", dir=where, ignore_cleanup_errors=True) as names:
-        tensors = [
+        return [
             torch.from_file(str(Path(names) / str(number)), shared=True, size=size, dtype=dtype).view(*shape)
             for number in range(count)
         ]
-    yield tensors
 
 
 def require_space(folder: Path, needed: int, words: str, advice: str = "") -> None:

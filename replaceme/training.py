@@ -23,7 +23,10 @@ from replaceme.checkpoints import load_checkpoint, save_checkpoint
 from replaceme.curves import CURVES, add_row, write_curves
 from replaceme.documents import Batch, Documents
 from replaceme.errors import SolveError
+from replaceme.families import Family
+from replaceme.forward import Keep, walk
 from replaceme.progress import logger, progress
+from replaceme.scratch import scratch
 
 # Rows (steps that were made before, loss), by a curve's name.
 Curves = dict[str, list[tuple[int, float]]]
@@ -107,6 +110,41 @@ class Texts:
         """Return the rows of states (tokens, d), in the order of the walk, that belong to documents."""
         parts = [states[self.starts[index] : self.starts[index] + len(self.texts[index])] for index in documents]
         return torch.cat(parts).to(self.device)
+
+
+def entering_and_leaving(
+    model: Any,
+    family: Family,
+    documents: Documents,
+    first: int,
+    last: int,
+    *,
+    batch_size: int,
+    folder: Path | None = None,
+    purpose: str = "training",
+    description: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return what enters one layer and leaves another, in scratch files.
+
+    Args:
+        model: the dense model.
+        family: its description.
+        documents: the text.
+        first: the layer that something enters.
+        last: the layer that something leaves.
+        batch_size: documents in a batch.
+        folder: where scratch files may lie; None is the system's temporary folder.
+        purpose: what keeps them, for the message where they don't fit.
+        description: of the progress bar; None shows none.
+
+    Returns:
+        Each (tokens, d), in the model's format and the order of a walk.
+    """
+    shape = documents.token_count, int(model.config.hidden_size)
+    entering, leaving = scratch(2, shape, model.dtype, folder, purpose)
+    ends = [Keep(first, ("input",), entering), Keep(last, ("output",), leaving)]
+    walk(model, family, documents, ends, batch_size=batch_size, description=description)
+    return entering, leaving
 
 
 def split(count: int) -> tuple[list[int], list[int]]:

@@ -21,7 +21,6 @@ from replaceme.families import family_of
 from replaceme.features import LINEARS
 from replaceme.files import read_json, write_json
 from replaceme.fingerprints import sha256_below
-from replaceme.forward import Keep, walk
 from replaceme.healing import Predictions, heal
 from replaceme.inputs import inspect_inputs
 from replaceme.methods import METHODS
@@ -36,7 +35,7 @@ from replaceme.selection import select
 from replaceme.solution import solve
 from replaceme.statistics import observe_activations
 from replaceme.surgery import apply_edits
-from replaceme.training import Course, orders, train
+from replaceme.training import Course, entering_and_leaving, orders, train
 from replaceme.verification import verify_export
 from replaceme.workspace import Workspace
 from tests.conftest import LAYERS, PLAIN, WIDTH, made_model
@@ -49,11 +48,9 @@ RATE = "heal_learning_rate"
 
 def lesson_of(model: Any, documents: Documents, edits: Edits, host: int = BLOCK.host) -> Predictions:
     """Return what the layers behind a cut are to learn."""
-    family, shape = family_of(model.config), (documents.token_count, WIDTH)
-    entering, leaving = (torch.zeros(shape, dtype=model.dtype) for _ in range(2))
-    ends = [Keep(host, ("input",), entering), Keep(LAYERS - 1, ("output",), leaving)]
-    walk(model, family, documents, ends, batch_size=4, description=None)
-    return Predictions(model, family, edits, documents, host, entering, leaving)
+    family = family_of(model.config)
+    states = entering_and_leaving(model, family, documents, host, LAYERS - 1, batch_size=4)
+    return Predictions(model, family, edits, documents, host, *states)
 
 
 def edits_of(model: Any, documents: Documents, blocks: tuple[Block, ...] = (BLOCK,), **options: Any) -> Edits:

@@ -24,7 +24,6 @@ from replaceme.evaluation.kv_cache import cache_bytes_per_token
 from replaceme.export import export, save_pruned
 from replaceme.families import FAMILIES, PRE_NORM, Family, family_of
 from replaceme.files import read_json
-from replaceme.forward import Keep, walk
 from replaceme.healing import heal
 from replaceme.inputs import inspect_inputs
 from replaceme.layer_lesson import LayerLesson
@@ -40,11 +39,11 @@ from replaceme.repair import repair
 from replaceme.selection import select
 from replaceme.solution import solve
 from replaceme.statistics import observe_activations
-from replaceme.training import Course, orders, train
+from replaceme.training import Course, entering_and_leaving, orders, train
 from replaceme.unfused import unfused
 from replaceme.verification import cache_error, verify_export
 from replaceme.workspace import Workspace
-from tests.conftest import KINDS, LAYERS, OBSTACLES, WIDTH, made_model, shortened_logits
+from tests.conftest import KINDS, LAYERS, OBSTACLES, made_model, shortened_logits
 from tests.interruption import InterruptedRunError, counted, stop_at
 from tests.test_profile import layer_outputs
 from tests.test_refit import many_documents
@@ -61,13 +60,8 @@ APART = [kind for kind in KINDS if not family_refusals(MLP_ALONE, kind, family_o
 def lesson_of(model: Any, documents: Documents, without: tuple[str, ...] = (), host: int = HOST, end: int = END) -> LayerLesson:
     """Return what a host is to learn: from what enters it, what leaves the last layer of the block."""
     family = family_of(model.config)
-    shape = documents.token_count, WIDTH
-    inputs, targets = torch.zeros(shape, dtype=model.dtype), torch.zeros(shape, dtype=model.dtype)
-    walk(
-        model, family, documents, [Keep(host, ("input",), inputs), Keep(end - 1, ("output",), targets)],
-        batch_size=4, description=None,
-    )  # fmt: skip
-    return LayerLesson(model, family, host, documents, inputs, targets, without)
+    states = entering_and_leaving(model, family, documents, host, end - 1, batch_size=4)
+    return LayerLesson(model, family, host, documents, *states, without)
 
 
 def trained(model: Any, documents: Documents, course: Course, folder: Path, key: str = "key") -> Any:

@@ -19,11 +19,9 @@ from replaceme.compute import require_resident
 from replaceme.curves import write_curves
 from replaceme.families import in_torch_layout, parameter_of
 from replaceme.files import PARTIAL, remove
-from replaceme.forward import Keep, walk
 from replaceme.layer_lesson import LayerLesson
 from replaceme.methods.method import Bench, Method, drop
-from replaceme.scratch import scratch
-from replaceme.training import Course, figures_of, settings_of, train
+from replaceme.training import Course, entering_and_leaving, figures_of, settings_of, train
 
 TITLES = {"layer": "LLM-Streamline (a trained layer)", "mlp": "LLM-Streamline (a trained MLP)"}
 
@@ -35,25 +33,25 @@ def work(bench: Bench) -> dict[str, Any]:
     host = family.decoder_layers(model)[block.host]
     require_resident({block.host: host}, "which is to be trained")
     bare = (family.attention, family.attention_norm) if params.llm_streamline_form == "mlp" else None
-    shape, folder = (bench.documents.token_count, int(model.config.hidden_size)), bench.folder / f"training{PARTIAL}"
+    folder = bench.folder / f"training{PARTIAL}"
     course = Course(
         params.llm_streamline_learning_rate, params.llm_streamline_epochs, params.batch_size, "llm_streamline_learning_rate"
     )
-    with scratch(2, shape, model.dtype, bench.folder, "training") as (inputs, targets):
-        ends = [Keep(block.host, ("input",), inputs), Keep(block.end - 1, ("output",), targets)]
-        walk(model, family, bench.documents, ends, batch_size=params.batch_size, description="walking to the cut")
-        lesson = LayerLesson(model, family, block.host, bench.documents, inputs, targets, bare or ())
-        parameters = lesson.learners()
-        settings = {
-            **settings_of(course),
-            "config": model.config.to_json_string(),
-            "layer": block.host,
-            "form": params.llm_streamline_form,
-            "device": str(next(host.parameters()).device.type),
-            "documents": [len(document) for document in bench.documents.documents],
-        }
-        key = key_of(settings, [*bench.documents.documents, inputs, targets, *host.parameters()])
-        parameters, curves = train(lesson, parameters, course, folder, key)
+    inputs, targets = entering_and_leaving(
+        model, family, bench.documents, block.host, block.end - 1,
+        batch_size=params.batch_size, folder=bench.folder, description="walking to the cut",
+    )  # fmt: skip
+    lesson = LayerLesson(model, family, block.host, bench.documents, inputs, targets, bare or ())
+    settings = {
+        **settings_of(course),
+        "config": model.config.to_json_string(),
+        "layer": block.host,
+        "form": params.llm_streamline_form,
+        "device": str(next(host.parameters()).device.type),
+        "documents": [len(document) for document in bench.documents.documents],
+    }
+    key = key_of(settings, [*bench.documents.documents, inputs, targets, *host.parameters()])
+    parameters, curves = train(lesson, lesson.learners(), course, folder, key)
     write_curves(bench.output, curves)
     _edit(bench, block.host, parameters, bare)
     remove(folder)

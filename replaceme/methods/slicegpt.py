@@ -80,18 +80,18 @@ def bases_in_order(bench: Bench, width: int) -> Iterator[tuple[Tensor, float]]:
     model, family = bench.model, bench.family
     layers, d = family.decoder_layers(model), int(model.config.hidden_size)
     require_resident(dict(enumerate(layers)), "whose MLP is computed by itself")
-    with scratch(1, (bench.documents.token_count, d), model.dtype, bench.folder, "slicing") as (states,):
-        gram = _watched(bench, 0, ("input",), states, None)
-        for index, layer in enumerate(progress(layers, "slicing layers", "layers")):
-            Q, share = principal(gram, width)
-            yield Q, share
-            for rows in _parts(states):
-                rows.copy_(projected(rows, Q))
-            gram = _watched(bench, index, ("input", "attention"), states, (index, states))
-            Q, share = principal(gram, width)
-            yield Q, share
-            gram = _through_mlp(layer, family, states, Q)
-        yield principal(gram, width)
+    (states,) = scratch(1, (bench.documents.token_count, d), model.dtype, bench.folder, "slicing")
+    gram = _watched(bench, 0, ("input",), states, None)
+    for index, layer in enumerate(progress(layers, "slicing layers", "layers")):
+        Q, share = principal(gram, width)
+        yield Q, share
+        for rows in _parts(states):
+            rows.copy_(projected(rows, Q))
+        gram = _watched(bench, index, ("input", "attention"), states, (index, states))
+        Q, share = principal(gram, width)
+        yield Q, share
+        gram = _through_mlp(layer, family, states, Q)
+    yield principal(gram, width)
 
 
 def shared_basis(bench: Bench, width: int) -> Iterator[tuple[Tensor, float]]:
