@@ -24,8 +24,8 @@ from replaceme.settings import settings_yaml
 SETTINGS = (
     "method", "model_path", "revision", "trust_remote_code", "use_4bit", "dataset", "dataset_config", "dataset_split",
     "dataset_column", "dataset_revision", "dataset_size", "max_length", "pack", "seed", "batch_size", "dtype", "threads",
-    "selection", "layers_to_skip", "min_distance_layer", "max_distance_layer", "num_A", "merge_consecutive", "transform",
-    "repair", "heal_epochs", *EFFECTS,
+    "selection", "layers_to_skip", "tolerated_loss", "min_distance_layer", "max_distance_layer", "num_A", "merge_consecutive",
+    "transform", "repair", "heal_epochs", *EFFECTS,
 )  # fmt: skip
 SCORING = ("tasks", "eval_tokens", "eval_batch_size", "eval_dtype")
 # What the dense model's own card says of it that holds for the pruned one too.

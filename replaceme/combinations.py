@@ -140,6 +140,11 @@ def refusals(values: Values, method: Limits) -> list[str]:
             for key, (refused, right) in wrong.items()
             if refused
         ]
+        + (
+            [f"tolerated_loss: needs selection: loss, which measures it, not {_shown(selection)}."]
+            if values["tolerated_loss"] is not None and selection != "loss"
+            else []
+        )
         + _healing_refusals(values)
         + method.refusals(values)
     )
@@ -158,7 +163,7 @@ def _healing_refusals(values: Values) -> list[str]:
 
 
 def _shown(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def family_refusals(values: Values, kind: str, family: Any) -> list[str]:

@@ -51,6 +51,16 @@ class WeightedGram(AtCut):
         self.cross = self.cross + weighted.T @ (H - left.float() + M)
 
 
+def dense_loss(model: Any, documents: Documents, batch_size: int) -> float:
+    """Return the mean next-token loss (nats) of the dense model, on the text that ``cut_losses`` takes.
+
+    Raises:
+        ParameterError: there are too few documents to hold one out.
+    """
+    _, excerpts = _split(documents)
+    return next_token_loss(model, excerpts, batch_size)
+
+
 def cut_losses(
     model: Any, family: Family, documents: Documents, blocks: Sequence[Block], *, stand_in: StandIn, batch_size: int
 ) -> list[float]:
@@ -67,13 +77,7 @@ def cut_losses(
     Raises:
         ParameterError: there are too few documents to hold one out.
     """
-    fit, held_out = split_documents(documents)
-    excerpts = excerpts_of(held_out)
-    if not len(excerpts):
-        raise ParameterError(
-            f"selection: loss holds every {HELD_OUT_EVERY}th document out, and of the {len(documents)} that the dataset gave "
-            "none is left with two tokens; use residual, or more text."
-        )
+    fit, excerpts = _split(documents)
     cuts = [Edits("", [*block.layers]) for block in blocks]
     if stand_in == "map":
         _fit_maps(model, family, fit, blocks, cuts, batch_size)
@@ -87,6 +91,18 @@ def cut_losses(
         with unfused(model, family, edits):
             losses.append(next_token_loss(model, excerpts, batch_size))
     return losses
+
+
+def _split(documents: Documents) -> tuple[Documents, Documents]:
+    """Return the documents that a stand-in is fitted on, and the text that the losses are taken on."""
+    fit, held_out = split_documents(documents)
+    excerpts = excerpts_of(held_out)
+    if not len(excerpts):
+        raise ParameterError(
+            f"selection: loss holds every {HELD_OUT_EVERY}th document out, and of the {len(documents)} that the dataset gave "
+            "none is left with two tokens; use residual, or more text."
+        )
+    return fit, excerpts
 
 
 def _fit_maps(

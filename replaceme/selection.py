@@ -5,7 +5,8 @@ A block ``[start, end)`` leaves host ``start − 1`` in front of it, so ``start`
 - ``angular``: the smallest ``D(start − 1, end − 1)`` (UIDL; ReplaceMe, section 3).
 - ``residual``: the smallest relative residual of a linear map in the block's place (``replaceme.residuals``).
 - ``loss``: of the few cuts with the smallest residuals (angles, where no map takes the block's place), the one whose
-  shortened model predicts held-out calibration text best (``replaceme.cut_loss``).
+  shortened model predicts held-out calibration text best (``replaceme.cut_loss``). With ``tolerated_loss``, of as many layers
+  as can go without a greater rise of that loss.
 
 - ``mean_cosine``: the highest mean cosine, over all tokens, of what enters the block and what leaves it (LinearPatch, arXiv
   2505.24680; Ghosted, arXiv 2605.15491).
@@ -35,20 +36,22 @@ it; unless adjacent ones are merged into one, a kept layer stays between them: a
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from replaceme.collapse import Way, collapsed_blocks, most
 from replaceme.compensation import blocks_of, check_scale, compensated, compensated_layers
 from replaceme.compute import use_threads
-from replaceme.cut_loss import cut_losses
+from replaceme.cut_loss import cut_losses, dense_loss
 from replaceme.documents import Documents
 from replaceme.errors import ParameterError
 from replaceme.families import Family
 from replaceme.files import read_json, rounded, write_json
 from replaceme.greedy import greedy_layers
 from replaceme.methods import METHODS
-from replaceme.methods.method import Criterion, StandIn
+from replaceme.methods.method import Criterion
 from replaceme.models import calibration_model
 from replaceme.params import Params
 from replaceme.plan import Block, runs, save_blocks
@@ -155,7 +158,7 @@ def select(params: Params, work: Workspace) -> None:
         blocks: list[Block] = []
         logger.info("select: parts of layers go, as many parameters as %d layers have", params.layers_to_skip)
     elif criterion == "loss":
-        blocks, figures = _by_loss(params, work, distances, residuals, starts)
+        blocks, figures = _by_loss(params, work, distances, residuals)
     elif criterion == "greedy":
         blocks, figures = _one_by_one(params, work, allowed)
     elif criterion == "collapse":
@@ -202,18 +205,48 @@ def select(params: Params, work: Workspace) -> None:
 
 
 def _by_loss(
-    params: Params, work: Workspace, distances: list[list[float]], residuals: list[list[float]], starts: range
+    params: Params, work: Workspace, distances: list[list[float]], residuals: list[list[float]]
 ) -> tuple[list[Block], dict[str, Any]]:
     stand_in = METHODS[params.method].stand_in(params)
     # Where nothing takes the block's place, what a map would miss says little.
     values = distances if stand_in in ("nothing", "scalar") else residuals
-    candidates = smallest(values, starts, params.layers_to_skip, SHORTLIST)
-    measured = zip(candidates, _measure(params, work, candidates, stand_in), strict=True)
-    losses = {block: loss for block, loss in measured if math.isfinite(loss)}
-    if not losses:
-        raise ParameterError(f"dtype: {params.dtype} overflows in every shortened model; use bfloat16 or float32.")
-    best = min(losses, key=losses.__getitem__)
-    return [best], {"loss": losses[best], "losses": {f"host{each.host}": loss for each, loss in losses.items()}}
+    (model, family), documents = _loaded(params, work), Documents.load(work.documents)
+    dense = dense_loss(model, documents, params.batch_size)
+
+    @cache
+    def measured(count: int) -> dict[Block, float]:
+        """Return the losses with the best few blocks of so many layers, the lowest first."""
+        starts = allowed_starts(params.model_copy(update={"layers_to_skip": count}), len(values))
+        candidates = smallest(values, starts, count, SHORTLIST)
+        losses = cut_losses(model, family, documents, candidates, stand_in=stand_in, batch_size=params.batch_size)
+        finite = [pair for pair in zip(candidates, losses, strict=True) if math.isfinite(pair[1])]
+        if not finite:
+            raise ParameterError(f"dtype: {params.dtype} overflows in every shortened model; use bfloat16 or float32.")
+        return dict(sorted(finite, key=lambda pair: pair[1]))
+
+    rises: dict[int, float] = {}
+
+    def rise(count: int) -> float:
+        rises[count] = next(iter(measured(count).values())) - dense
+        logger.info("select: %s less: the loss rises by %.4f nats", f"{count} layers" if count > 1 else "1 layer", rises[count])
+        return rises[count]
+
+    count = params.layers_to_skip
+    if params.tolerated_loss is not None:
+        # What the loss rises by grows with the number of layers.
+        count = bisect_right(range(1, count + 1), params.tolerated_loss, key=rise)
+        if not count:
+            raise ParameterError(
+                f"tolerated_loss: the loss rises by {rises[1]:.4f} nats without one layer; tolerate that, or use null."
+            )
+    losses = measured(count)
+    best = next(iter(losses))
+    figures = {
+        "loss": losses[best],
+        "dense_loss": dense,
+        "losses": {f"host{block.host}": loss for block, loss in losses.items()},
+    }
+    return [best], figures | ({"rises": {f"layers{each}": rises[each] for each in sorted(rises)}} if rises else {})
 
 
 def _one_by_one(params: Params, work: Workspace, allowed: Sequence[int]) -> tuple[list[Block], dict[str, Any]]:
@@ -278,12 +311,6 @@ def _scalable(params: Params, work: Workspace) -> tuple[Any, Family, Documents]:
 def _way(params: Params, layers: int) -> Way:
     first, end = (params.min_distance_layer or 1) - 1, params.max_distance_layer or layers
     return Way(first, end, params.laco_layers, params.laco_interval, params.layers_to_skip)
-
-
-def _measure(params: Params, work: Workspace, candidates: list[Block], stand_in: StandIn) -> list[float]:
-    model, family = _loaded(params, work)
-    documents = Documents.load(work.documents)
-    return cut_losses(model, family, documents, candidates, stand_in=stand_in, batch_size=params.batch_size)
 
 
 def _loaded(params: Params, work: Workspace) -> tuple[Any, Family]:

@@ -87,8 +87,8 @@ STEPS: Mapping[str, Step] = {
     "select": Step(
         select,
         (
-            "method", "transform", "selection", "layers_to_skip", "min_distance_layer", "max_distance_layer", "num_A",
-            "merge_consecutive", *MERGING, *PASS,
+            "method", "transform", "selection", "layers_to_skip", "tolerated_loss", "min_distance_layer", "max_distance_layer",
+            "num_A", "merge_consecutive", *MERGING, *PASS,
         ),
         ("profile", "model_input", "documents"),
         "blocks",

@@ -163,7 +163,11 @@ def run(tmp_path: Path) -> Run:
             work.metric("repair"): repaired,
             work.metric("heal"): healed,
             work.metric("export"): EXPORT,
-            work.metric("select"): {"losses": {"host2": 3.25, "host1": 4.5}},
+            work.metric("select"): {
+                "losses": {"host2": 3.25, "host1": 4.5},
+                "dense_loss": 2.75,
+                "rises": {"layers2": 0.5, "layers4": 1.5},
+            },
             **{work.cost(name): {"seconds": 1.5, "peak_memory_bytes": 10**9} for name in COMPRESSION},
         }
         for path, content in contents.items():
@@ -337,7 +341,8 @@ def test_a_cut_is_compared_with_all_of_its_size(params: Params, run: Run) -> Non
     assert text.count("(number 3 of 5, smallest first)") == 2
     assert "(number 1 of 5, smallest first)" in Reader(render(params, run(blocks=((1, 3),))).html).text
     assert "chosen by the smallest angular distance" in text
-    assert "in nats: 3.25 behind host 2, 4.50 behind host 1." in text
+    assert "in nats: 3.25 behind host 2, 4.50 behind host 1; the dense model's is 2.75." in text
+    assert "at the best cut of a size that loss rises by 0.50 without 2, 1.50 without 4." in text
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from replaceme import cut_loss, next_token, scratch
-from replaceme.cut_loss import cut_losses
+from replaceme.cut_loss import cut_losses, dense_loss
 from replaceme.documents import Documents
 from replaceme.edits import Edits
 from replaceme.errors import ParameterError, ResourceError
@@ -110,10 +110,12 @@ def test_the_loss_of_a_cut_is_that_of_the_model_with_its_fold(family: str, monke
     model, documents, block = made_model(family), made_documents(12), Block(2, 4)
     description = family_of(model.config)
     weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    dense = dense_loss(model, documents, 4)
     (fitted,) = cut_losses(model, description, documents, [block], stand_in="map", batch_size=4)
     (bare,) = cut_losses(model, description, documents, [block], stand_in="nothing", batch_size=4)
     assert all(torch.equal(weights[name], weight) for name, weight in model.state_dict().items())
     kept, held_out = split_documents(documents)
+    assert dense == pytest.approx(mean_loss(model, held_out), rel=1e-5)
     added, output = states(model, kept)
     M, Z, H = added[1], output[1] - added[1], output[3]
     w = 1 / np.square(H).sum(1)
@@ -127,6 +129,8 @@ def test_the_loss_of_a_cut_is_that_of_the_model_with_its_fold(family: str, monke
 
 def test_the_loss_needs_documents_to_hold_out() -> None:
     for documents in (made_documents(4), Documents([torch.tensor([5])] * 6)):
+        with pytest.raises(ParameterError, match="selection: loss holds every 5th document out"):
+            dense_loss(made_model(), documents, 1)
         with pytest.raises(ParameterError, match="selection: loss holds every 5th document out"):
             cut_losses(made_model(), PRE_NORM, documents, [Block(2, 3)], stand_in="map", batch_size=1)
 

@@ -1,4 +1,5 @@
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 from replaceme import selection
 from replaceme.errors import ParameterError
 from replaceme.files import read_json, write_json
+from replaceme.methods import METHODS
 from replaceme.params import read_params
 from replaceme.plan import Block, load_blocks
 from replaceme.selection import allowed_starts, several, smallest
@@ -82,11 +84,11 @@ def test_the_loss_decides_among_the_best_cuts(
     work, asked = Workspace(tmp_path), []
     write_json(work.profile / "profile.json", {"angular_distance": angles, "residual": residuals})
 
-    def measure(params: Any, work: Workspace, blocks: list[Block], kind: str) -> list[float]:
-        asked.extend((block.host, kind) for block in blocks)
+    def measure(model: Any, family: Any, documents: Any, blocks: list[Block], *, stand_in: str, batch_size: int) -> list[float]:
+        asked.extend((block.host, stand_in) for block in blocks)
         return [3.0, math.nan, 2.0, 4.0, math.inf, 5.0]
 
-    monkeypatch.setattr(selection, "_measure", measure)
+    without_model(monkeypatch, measure)
     limits = {"min_distance_layer": 3, "max_distance_layer": 13, "layers_to_skip": skip}
     params = read_params(None, {"method": method, "transform": transform, "selection": "loss", **limits})
     selection.select(params, work)
@@ -94,12 +96,55 @@ def test_the_loss_decides_among_the_best_cuts(
     hosts = [2, 3, 4, 5, 6, 7] if stand_in != "nothing" else [9, 8, 7, 6, 5, 4]
     assert asked == [(host, stand_in) for host in hosts]
     figures = read_json(work.metric("select"))
-    assert (figures["host"], figures["loss"]) == (hosts[2], 2.0)
-    assert len(figures["losses"]) == 4
+    assert (figures["host"], figures["loss"], figures["dense_loss"]) == (hosts[2], 2.0, 1.5)
+    assert figures["losses"] == {f"host{hosts[place]}": loss for place, loss in ((2, 2.0), (0, 3.0), (3, 4.0), (5, 5.0))}
     assert load_blocks(work.blocks) == (Block(hosts[2] + 1, hosts[2] + 1 + skip),)
-    monkeypatch.setattr(selection, "_measure", lambda *_: [math.nan] * 6)
+    without_model(monkeypatch, lambda *_, **__: [math.nan] * 6)
     with pytest.raises(ParameterError, match="dtype: bfloat16 overflows in every shortened model"):
         selection.select(params, work)
+
+
+@pytest.mark.parametrize(("tolerated", "count"), [(0.15, 1), (0.5, 4), (0.54, 5), (3.0, 9)])
+def test_as_many_layers_go_as_raise_the_loss_by_what_is_tolerated(
+    tolerated: float, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers, rises, tried = 14, {1: 0.1, 2: 0.2, 3: 0.3, 4: 0.5, 5: 0.54, 6: 0.6, 7: 0.9, 8: 1.0, 9: 2.0}, []
+    residuals = [[0.01 * host for _ in range(layers)] for host in range(layers)]
+    work = Workspace(tmp_path)
+    write_json(work.profile / "profile.json", {"angular_distance": residuals, "residual": residuals})
+
+    def measure(model: Any, family: Any, documents: Any, blocks: list[Block], **_: Any) -> list[float]:
+        tried.append(len(blocks[0]))
+        return [1.5 + rises[len(block)] + 0.01 * abs(block.host - 2) for block in blocks]
+
+    without_model(monkeypatch, measure)
+    options = {"selection": "loss", "layers_to_skip": 9, "max_distance_layer": 13}
+    selection.select(read_params(None, {**options, "tolerated_loss": tolerated + 1e-9}), work)
+    assert load_blocks(work.blocks) == (Block(3, 3 + count),)
+    figures = read_json(work.metric("select"))
+    assert len(set(tried)) == len(tried) <= 5
+    assert figures["rises"] == pytest.approx({f"layers{each}": rises[each] for each in sorted(tried)})
+    assert figures["loss"] == pytest.approx(1.5 + rises[count])
+    with pytest.raises(ParameterError, match=r"tolerated_loss: the loss rises by 0.1000 nats without one layer; tolerate that"):
+        selection.select(read_params(None, {**options, "tolerated_loss": 0.05}), work)
+
+
+def test_what_is_tolerated_needs_a_loss_that_is_measured() -> None:
+    for setting in ({}, {"selection": "residual"}, {"method": "sleb"}):
+        with pytest.raises(
+            ParameterError, match=r"tolerated_loss: needs selection: loss, which measures it, not (null|residual)"
+        ):
+            read_params(None, {**setting, "tolerated_loss": 0.3}, METHODS)
+    with pytest.raises(ParameterError, match="layers_to_skip: must be a whole number, not 'auto'; with tolerated_loss it is"):
+        read_params(None, {"layers_to_skip": "auto"})
+
+
+def without_model(monkeypatch: pytest.MonkeyPatch, measure: Callable[..., list[float]]) -> None:
+    """Let the losses be what a function says, without a model."""
+    monkeypatch.setattr(selection, "_loaded", lambda *_: (None, None))
+    monkeypatch.setattr(selection.Documents, "load", lambda _: None)
+    monkeypatch.setattr(selection, "dense_loss", lambda *_: 1.5)
+    monkeypatch.setattr(selection, "cut_losses", measure)
 
 
 def test_the_loss_needs_documents_to_hold_out() -> None:

@@ -60,7 +60,13 @@ def cut_sentences(
     if losses := selected.get("losses"):
         measured = sorted(losses.items(), key=lambda pair: pair[1])
         listed = ", ".join(f"{loss:.2f} behind {host.replace('host', 'host ')}" for host, loss in measured)
-        sentences.append(f"The next-token loss of the shortened model on held-out calibration text, in nats: {listed}.")
+        sentences.append(
+            f"The next-token loss of the shortened model on held-out calibration text, in nats: {listed}; the dense model's is "
+            f"{selected['dense_loss']:.2f}."
+        )
+    if rises := selected.get("rises"):
+        listed = ", ".join(f"{rise:.2f} without {layers.removeprefix('layers')}" for layers, rise in rises.items())
+        sentences.append(f"As many layers went as tolerated_loss lets; at the best cut of a size that loss rises by {listed}.")
     return sentences
 
 
