@@ -210,6 +210,6 @@ def family_refusals(values: Values, kind: str, family: Any) -> list[str]:
         problems.append(f"transform: {transform} is not derived for {place}; use {use}.")
     if _repairs(values):
         problems.append(f"repair: is not derived for {place}; use false.")
-    if _heals(values):
+    if _heals(values) and obstacle != "norm":
         problems.append(f"heal_epochs: is not derived for {place}; use 0.")
     return problems

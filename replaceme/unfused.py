@@ -2,7 +2,7 @@
 a shortened model before any weight is changed.
 
 A hook on each edited linear makes ``y T + G Δᵀ + δ`` of its output ``y`` and its input ``G``; where a norm or a mixture of
-experts stands behind the linear, the hook is on what that adds to the residual stream. A hook on each linear of a layer that
+experts stands behind the linear, T is a hook on what that adds to the residual stream. A hook on each linear of a layer that
 mixes layers makes ``Σ c_j (G W_jᵀ + b_j)``, by the other layers' own linears. An operator is a hook on its layer. Parameters
 that are others, and those that chosen channels make, stand in for a while. An attention that is gone adds nothing. The features
 of removed groups are 0 before they enter the last linear. Removed layers pass their input on. Where the residual stream is
@@ -11,7 +11,6 @@ narrower, hooks project it onto its basis at each signal.
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -21,8 +20,9 @@ from transformers.pytorch_utils import Conv1D
 
 from replaceme.channels import assembled
 from replaceme.edits import Change, Edits, features_of
-from replaceme.families import Family, in_torch_layout, inputs_of, linears_within
+from replaceme.families import Family, Linear, in_torch_layout, inputs_of, linears_within
 from replaceme.modeling_pruned import NoAttention
+from replaceme.surgery import behind_norm
 
 
 @contextmanager
@@ -46,18 +46,30 @@ def unfused(model: nn.Module, family: Family, edits: Edits) -> Iterator[None]:
                 others = [(layers[source].get_submodule(path), part) for source, part in mixture.items() if source != layer]
                 stack.callback(module.register_forward_hook(_mixing(mixture.get(layer, 0.0), others)).remove)
         for (layer, linear), change in edits.changes().items():
-            part = layers[layer]
-            module = family.transformed(part) if linear == "mlp_output" else family.linear_of(part, linear)
-            if change.transform is not None and family.norm_after_mlp:
-                weight = family.norm_weight(part).to(change.transform)
-                change = replace(change, transform=change.transform / torch.where(weight == 0, 1, weight)[:, None])
-            stack.callback(module.register_forward_hook(_hook(change)).remove)
+            for module, part in _parts(family, layers[layer], linear, change):
+                stack.callback(module.register_forward_hook(_hook(part)).remove)
         for layer, P in edits.operators.items():
             stack.callback(layers[layer].register_forward_hook(operating(P)).remove)
         if edits.bases:
             _project(stack, family, layers, edits)
         stack.enter_context(passed_by(family, (layers[index] for index in edits.removed_layers)))
         yield
+
+
+def _parts(family: Family, layer: nn.Module, linear: Linear, change: Change) -> Iterator[tuple[nn.Module, Change]]:
+    """Yield the modules whose outputs a change is about, each with its part of the change."""
+    last = family.linear_of(layer, linear)
+    if linear == "attention_output" or not family.norm_after_mlp:
+        yield (last if linear == "attention_output" else family.transformed(layer)), change
+        return
+    if change.transform is not None:
+        weight = family.norm_weight(layer).to(change.transform)
+        yield family.transformed(layer), Change(change.transform / torch.where(weight == 0, 1, weight)[:, None])
+    if change.weight is not None:
+        # ``W' = QᵀW + Δ`` ends in coordinates that Q has turned, and here it is the norm's output that is turned.
+        Q = None if change.transform is None else behind_norm(change.transform)[0]
+        added = (part if part is None or Q is None else Q @ part.double() for part in (change.weight, change.bias))
+        yield last, Change(None, *added)
 
 
 @contextmanager

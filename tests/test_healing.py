@@ -170,6 +170,9 @@ def test_a_step_compares_a_part_of_the_places_and_never_padding(documents: Docum
         ("opt", (BLOCK,), {"transform": "dense"}),
         ("falcon", (BLOCK,), {"method": "uidl"}),
         ("gpt_neox", (Block(1, 2), Block(3, 5)), {"transform": "dense", "repair": True}),
+        ("gemma2", (BLOCK,), {"transform": "orthogonal"}),
+        ("gemma3_text", (BLOCK,), {"method": "uidl"}),
+        ("olmo2", (BLOCK,), {"transform": "orthogonal"}),
         ("llama", (Block(4, 6),), {"transform": "refit"}),  # no layer is left behind the cut
         ("granite", (BLOCK,), {"method": "ghosted"}),
         ("phi3", (Block(1, 2, scale=1.7), Block(3, 4, scale=1.2)), {"method": "prune_and_comp"}),
