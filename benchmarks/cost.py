@@ -75,7 +75,13 @@ def main(size: int) -> None:
         states = entering_and_leaving(model, family, documents, block.host, last, batch_size=batch_size)
         lesson = Predictions(model, family, Edits("", [*block.layers]), documents, block.host, *states)
         with tempfile.TemporaryDirectory() as folder:
-            train(lesson, lesson.learners(), Course(params.heal_learning_rate, 1, batch_size, ""), Path(folder), "")
+            train(
+                lesson,
+                lesson.learners(),
+                Course(params.heal_learning_rate, 1, batch_size, "heal_learning_rate"),
+                Path(folder),
+                "",
+            )
 
     steps: dict[str, Callable[[], object]] = {
         "bare forward pass": bare,

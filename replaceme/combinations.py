@@ -126,9 +126,11 @@ def refusals(values: Values, method: Limits) -> list[str]:
         method: the method that they name.
     """
     selection, several = values["selection"], values["num_A"] > 1
+    tolerates, measures = values["tolerated_loss"] is not None, "loss" in method.selections
     wrong = {
         "transform": (values["transform"] not in method.transforms, "dense"),
         "selection": (selection is not None and selection not in method.selections, " or ".join(["null", *method.selections])),
+        "tolerated_loss": (tolerates and not measures, "null"),
         "num_A": (several and not method.several, "1"),
         "repair": (values["repair"] and not method.repairs, "false"),
         "heal_epochs": (_heals(values) and not method.repairs, "0"),
@@ -141,8 +143,8 @@ def refusals(values: Values, method: Limits) -> list[str]:
             if refused
         ]
         + (
-            [f"tolerated_loss: needs selection: loss, which measures it, not {_shown(selection)}."]
-            if values["tolerated_loss"] is not None and selection != "loss"
+            [f"tolerated_loss: needs selection: loss, which measures it, and that is {_shown(selection)}."]
+            if tolerates and measures and selection != "loss"
             else []
         )
         + _healing_refusals(values)

@@ -81,8 +81,7 @@ def get_lt_with_solvers() -> NoReturn:
 
 
 def _prune(params: Params) -> None:
-    suffix = f"{params.method}-{params.layers_to_skip}"
-    work = _claim(params, f"{suffix}-transform" if params.save_transform_only else suffix)
+    work = _claim(params, f"{_suffix(params)}-transform" if params.save_transform_only else _suffix(params))
     inspect_inputs(params, work)
     run_steps(params, work, ["calibrate", "profile", "select", "plan", "activations", "solve", "repair", "heal"])
     if params.save_transform_only:
@@ -135,7 +134,7 @@ def _result_of(params: Params) -> Workspace:
     """Return the place of a result that is there already: the pipeline's, or a console script's."""
     if params.save_path in (None, "artifacts/model") and (work := Workspace()).model.is_dir():
         return work
-    work = _place_of(params, f"{params.method}-{params.layers_to_skip}")
+    work = _place_of(params, _suffix(params))
     if not work.model.is_dir() or not work.model_input.is_file():
         raise ParameterError(f"save_path: there is no pruned model in {work.model}; run `dvc repro` or run_replaceme first.")
     return work
@@ -178,6 +177,12 @@ def _analyse(params: Params) -> None:
         rows.append(tuple(row))
     print(align(rows))
     logger.info("all pairs are in %s", work.model / "distances.csv")
+
+
+def _suffix(params: Params) -> str:
+    """Return what tells a result from others of its model, in the name of its folder."""
+    tolerated = "" if params.tolerated_loss is None else f"-within-{params.tolerated_loss:g}"
+    return f"{params.method}-{params.layers_to_skip}{tolerated}"
 
 
 def _claim(params: Params, suffix: str) -> Workspace:

@@ -87,8 +87,9 @@ class Params(BaseModel):
     )
     tolerated_loss: float | None = Field(
         None, gt=0, allow_inf_nan=False,
-        description="With selection loss: layers_to_skip is the most that may go, and as many go as raise the next-token loss "
-        "on held-out calibration text, measured before any repair, by so many nats at most; null removes layers_to_skip.",
+        description="With selection loss: layers_to_skip is the most that may go, and as many go as raise that loss, which is "
+        "measured with a closed-form fit in the block's place and before any repair, by so many nats at most; null removes "
+        "layers_to_skip.",
     )  # fmt: skip
     min_distance_layer: int | None = Field(
         None, ge=1, description="First layer (from 0) that may be removed; that loses parts, with method llm_pruner (null: 4)."
@@ -331,8 +332,6 @@ def _sentence(problem: ErrorDetails) -> str:
         "less_than_equal": f"at most {limits.get('le', 0):g}",
         "literal_error": str(limits.get("expected")),
     }.get(kind, problem["msg"])
-    if (key, given) == ("layers_to_skip", "auto"):
-        return f"{key}: must be a whole number, not 'auto'; with tolerated_loss it is the most that may go."
     shown = "null" if given is None else repr(given)
     return f"{key}: must be {wanted}, not {shown}."
 

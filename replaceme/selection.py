@@ -5,8 +5,8 @@ A block ``[start, end)`` leaves host ``start − 1`` in front of it, so ``start`
 - ``angular``: the smallest ``D(start − 1, end − 1)`` (UIDL; ReplaceMe, section 3).
 - ``residual``: the smallest relative residual of a linear map in the block's place (``replaceme.residuals``).
 - ``loss``: of the few cuts with the smallest residuals (angles, where no map takes the block's place), the one whose
-  shortened model predicts held-out calibration text best (``replaceme.cut_loss``). With ``tolerated_loss``, of as many layers
-  as can go without a greater rise of that loss.
+  shortened model predicts held-out calibration text best (``replaceme.cut_loss``). With ``tolerated_loss``, as many
+  layers go as raise that loss by no more.
 
 - ``mean_cosine``: the highest mean cosine, over all tokens, of what enters the block and what leaves it (LinearPatch, arXiv
   2505.24680; Ghosted, arXiv 2605.15491).
@@ -38,7 +38,6 @@ it; unless adjacent ones are merged into one, a kept layer stays between them: a
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 from replaceme.collapse import Way, collapsed_blocks, most
@@ -158,7 +157,7 @@ def select(params: Params, work: Workspace) -> None:
         blocks: list[Block] = []
         logger.info("select: parts of layers go, as many parameters as %d layers have", params.layers_to_skip)
     elif criterion == "loss":
-        blocks, figures = _by_loss(params, work, distances, residuals)
+        blocks, figures = _by_loss(params, work, distances, residuals, starts)
     elif criterion == "greedy":
         blocks, figures = _one_by_one(params, work, allowed)
     elif criterion == "collapse":
@@ -205,48 +204,51 @@ def select(params: Params, work: Workspace) -> None:
 
 
 def _by_loss(
-    params: Params, work: Workspace, distances: list[list[float]], residuals: list[list[float]]
+    params: Params, work: Workspace, distances: list[list[float]], residuals: list[list[float]], starts: range
 ) -> tuple[list[Block], dict[str, Any]]:
     stand_in = METHODS[params.method].stand_in(params)
     # Where nothing takes the block's place, what a map would miss says little.
     values = distances if stand_in in ("nothing", "scalar") else residuals
     (model, family), documents = _loaded(params, work), Documents.load(work.documents)
-    dense = dense_loss(model, documents, params.batch_size)
-
-    @cache
-    def measured(count: int) -> dict[Block, float]:
-        """Return the losses with the best few blocks of so many layers, the lowest first."""
-        starts = allowed_starts(params.model_copy(update={"layers_to_skip": count}), len(values))
-        candidates = smallest(values, starts, count, SHORTLIST)
-        losses = cut_losses(model, family, documents, candidates, stand_in=stand_in, batch_size=params.batch_size)
-        finite = [pair for pair in zip(candidates, losses, strict=True) if math.isfinite(pair[1])]
-        if not finite:
-            raise ParameterError(f"dtype: {params.dtype} overflows in every shortened model; use bfloat16 or float32.")
-        return dict(sorted(finite, key=lambda pair: pair[1]))
-
-    rises: dict[int, float] = {}
+    dense, most = dense_loss(model, documents, params.batch_size), params.layers_to_skip
+    # Of each number of layers, the losses with the best few blocks, the lowest first.
+    tried: dict[int, dict[Block, float]] = {}
 
     def rise(count: int) -> float:
-        rises[count] = next(iter(measured(count).values())) - dense
-        logger.info("select: %s less: the loss rises by %.4f nats", f"{count} layers" if count > 1 else "1 layer", rises[count])
-        return rises[count]
+        """Return by how much the loss rises with the best block of so many layers."""
+        candidates = smallest(values, range(starts.start, starts.stop + most - count), count, SHORTLIST)
+        losses = cut_losses(model, family, documents, candidates, stand_in=stand_in, batch_size=params.batch_size)
+        finite = [pair for pair in zip(candidates, losses, strict=True) if math.isfinite(pair[1])]
+        tried[count] = dict(sorted(finite, key=lambda pair: pair[1]))
+        risen = lowest(count) - dense
+        logger.info("select: %s less: the loss rises by %.4f nats", f"{count} layers" if count > 1 else "1 layer", risen)
+        return risen
 
-    count = params.layers_to_skip
-    if params.tolerated_loss is not None:
-        # What the loss rises by grows with the number of layers.
-        count = bisect_right(range(1, count + 1), params.tolerated_loss, key=rise)
-        if not count:
-            raise ParameterError(
-                f"tolerated_loss: the loss rises by {rises[1]:.4f} nats without one layer; tolerate that, or use null."
-            )
-    losses = measured(count)
-    best = next(iter(losses))
-    figures = {
-        "loss": losses[best],
+    def lowest(count: int) -> float:
+        return min(tried[count].values(), default=math.inf)
+
+    if params.tolerated_loss is None:
+        rise(count := most)
+    else:
+        # The rise is taken to grow with the number of layers.
+        count = bisect_right(range(1, most + 1), params.tolerated_loss, key=rise)
+    if not (math.isfinite(dense) and tried[max(count, 1)]):
+        raise ParameterError(f"dtype: {params.dtype} overflows in every shortened model; use bfloat16 or float32.")
+    rises = {each: lowest(each) - dense for each in sorted(tried) if tried[each]}
+    if not count:
+        raise ParameterError(
+            f"tolerated_loss: the loss rises by {rises[1]:.4f} nats without one layer, and {params.tolerated_loss:g} are "
+            "tolerated; take more, or null."
+        )
+    best, *_ = tried[count]
+    figures: dict[str, Any] = {
+        "loss": tried[count][best],
         "dense_loss": dense,
-        "losses": {f"host{block.host}": loss for block, loss in losses.items()},
+        "losses": {f"host{block.host}": loss for block, loss in tried[count].items()},
     }
-    return [best], figures | ({"rises": {f"layers{each}": rises[each] for each in sorted(rises)}} if rises else {})
+    if params.tolerated_loss is not None:
+        figures["rises"] = {f"layers{each}": risen for each, risen in rises.items()}
+    return [best], figures
 
 
 def _one_by_one(params: Params, work: Workspace, allowed: Sequence[int]) -> tuple[list[Block], dict[str, Any]]:

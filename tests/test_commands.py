@@ -554,6 +554,11 @@ def test_each_criterion_takes_its_own_best_cut(selection: str, tiny: Model, text
     if selection == "loss":
         assert set(selected["losses"]) == {f"host{host}" for host in hosts}  # fewer cuts than the shortlist holds
         assert selected["losses"][f"host{selected['host']}"] == selected["loss"] == min(selected["losses"].values())
+        arguments += ["--selection", selection, "--tolerated_loss", "50"]
+        call(commands.get_lt_with_lstsq, *arguments, "--save_path", tmp_path / "another")
+        tolerated = json.loads((tmp_path / "another.work" / "metrics" / "select.json").read_text())
+        assert tolerated.pop("rises") == {"layers2": pytest.approx(selected["loss"] - selected["dense_loss"], abs=1e-3)}
+        assert tolerated == selected
     else:
         values = profile["angular_distance" if selection == "angular" else "residual"]
         assert selected["host"] == min(hosts, key=lambda host: values[host][host + 2])

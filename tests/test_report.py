@@ -166,7 +166,7 @@ def run(tmp_path: Path) -> Run:
             work.metric("select"): {
                 "losses": {"host2": 3.25, "host1": 4.5},
                 "dense_loss": 2.75,
-                "rises": {"layers2": 0.5, "layers4": 1.5},
+                "rises": {"layers11": 1.5, "layers2": 0.5},
             },
             **{work.cost(name): {"seconds": 1.5, "peak_memory_bytes": 10**9} for name in COMPRESSION},
         }
@@ -342,7 +342,7 @@ def test_a_cut_is_compared_with_all_of_its_size(params: Params, run: Run) -> Non
     assert "(number 1 of 5, smallest first)" in Reader(render(params, run(blocks=((1, 3),))).html).text
     assert "chosen by the smallest angular distance" in text
     assert "in nats: 3.25 behind host 2, 4.50 behind host 1; the dense model's is 2.75." in text
-    assert "at the best cut of a size that loss rises by 0.50 without 2, 1.50 without 4." in text
+    assert "with the best cut of a size, that loss rises by 0.500 without 2, 1.500 without 11." in text
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -60,13 +60,16 @@ def cut_sentences(
     if losses := selected.get("losses"):
         measured = sorted(losses.items(), key=lambda pair: pair[1])
         listed = ", ".join(f"{loss:.2f} behind {host.replace('host', 'host ')}" for host, loss in measured)
-        sentences.append(
-            f"The next-token loss of the shortened model on held-out calibration text, in nats: {listed}; the dense model's is "
-            f"{selected['dense_loss']:.2f}."
-        )
+        if "dense_loss" in selected:
+            listed += f"; the dense model's is {selected['dense_loss']:.2f}"
+        sentences.append(f"The next-token loss of the shortened model on held-out calibration text, in nats: {listed}.")
     if rises := selected.get("rises"):
-        listed = ", ".join(f"{rise:.2f} without {layers.removeprefix('layers')}" for layers, rise in rises.items())
-        sentences.append(f"As many layers went as tolerated_loss lets; at the best cut of a size that loss rises by {listed}.")
+        numbers = sorted((int(layers.removeprefix("layers")), rise) for layers, rise in rises.items())
+        listed = ", ".join(f"{rise:.3f} without {count}" for count, rise in numbers)
+        sentences.append(
+            "How many layers go was searched by tolerated_loss, layers_to_skip at most: with the best cut of a size, that loss "
+            f"rises by {listed}."
+        )
     return sentences
 
 
