@@ -4,7 +4,8 @@ Two kinds of change to linears whose output is added to the residual stream (tor
 
 - a transform: ``y T``, so that ``W' = TᵀW`` and ``b' = Tᵀb`` (ReplaceMe, section 3); where a norm follows, of the norm's output
   before its weight, so that it is the same however the weight is rounded;
-- a correction behind it: ``y T + G Δᵀ + δ``, so that ``W' = TᵀW + Δ`` and ``b' = Tᵀb + δ``.
+- a correction behind it: ``y T + G Δᵀ + δ``, so that ``W' = TᵀW + Δ`` and ``b' = Tᵀb + δ``; where a norm follows, behind what
+  the transform is in front of that (``W' = QᵀW + Δ``).
 
 And one to all linears of a layer, before these two: a mixture ``W = Σ c_j W_j`` and ``b = Σ c_j b_j`` with those of layers that
 go (LaCo, arXiv 2402.11187). The layer's norms stay its own.
@@ -40,13 +41,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from replaceme.errors import SolveError
 from replaceme.families import Linear
 from replaceme.files import read_json, write_json
+
+# How far from orthogonal, in the largest entry of QᵀQ − I, rounding can take a map.
+ORTHOGONAL = 1e-6
 
 
 @dataclass(frozen=True)
 class Change:
-    """How one linear's output changes: ``y T + G Δᵀ + δ``.
+    """How one linear's output changes: ``y T + G Δᵀ + δ``; in front of a norm, with its Q in T's place (``behind_norm``).
 
     Attributes:
         transform: T (d, d), or None for the identity.
@@ -57,6 +62,21 @@ class Change:
     transform: Tensor | None = None
     weight: Tensor | None = None
     bias: Tensor | None = None
+
+
+def behind_norm(transform: Tensor) -> tuple[Tensor, Tensor]:
+    """Return Q (d, d) and the diagonal of D (d,) of a transform ``Q D`` of a norm's output before its weight.
+
+    Raises:
+        SolveError: it has no such parts.
+    """
+    gains = transform.double().norm(dim=0)
+    rotation = transform.double() / gains
+    identity = torch.eye(len(rotation), dtype=rotation.dtype, device=rotation.device)
+    # Written so that NaN, of a column of zeros, fails too.
+    if not float((rotation.T @ rotation - identity).abs().max()) <= ORTHOGONAL:
+        raise SolveError("transform: this map does not fold behind the norm that follows the MLP; use transform: orthogonal.")
+    return rotation, gains
 
 
 def features_of(groups: Tensor, features: int) -> Tensor:

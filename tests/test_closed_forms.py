@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from replaceme import surgery
+from replaceme import edits
 from replaceme.closed_forms import closed_form, squared_error
 from replaceme.errors import SolveError
 from tests.test_solver import made
@@ -72,7 +72,7 @@ def test_an_orthogonal_map_has_its_form_and_no_small_turn_or_stretch_of_it_fits_
     gamma = torch.rand(width, generator=chance, dtype=torch.float64) + 0.5 if behind_norm else None
     weight = torch.ones(width, dtype=torch.float64) if gamma is None else gamma
     T = closed_form(M.T @ M, M.T @ Y, alpha, "orthogonal", gamma)
-    Q, D = surgery.behind_norm(weight[:, None] * T)
+    Q, D = edits.behind_norm(weight[:, None] * T)
 
     def objective(rotation: torch.Tensor, gains: torch.Tensor) -> float:
         map_ = rotation * gains / weight[:, None]

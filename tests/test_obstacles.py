@@ -10,6 +10,7 @@ import torch
 
 from replaceme import commands
 from replaceme.combinations import family_refusals
+from replaceme.edits import behind_norm
 from replaceme.export import save_pruned
 from replaceme.families import Family, family_of
 from replaceme.methods import METHODS
@@ -17,7 +18,6 @@ from replaceme.models import Model
 from replaceme.params import read_params
 from replaceme.plan import Block
 from replaceme.statistics import take_statistics
-from replaceme.surgery import behind_norm
 from replaceme.verification import verify_export
 from tests.conftest import EXPERTS, NORM_AFTER_MLP, OBSTACLES, passing
 from tests.test_commands import call

@@ -36,8 +36,8 @@ def edits_for(start: int, length: int) -> Edits:
 def edits_of(start: int, length: int, model: Any) -> Edits:
     """Return edits with all that folds in the model's family.
 
-    That is a transform of the host, and corrections of both linears of the host and of the first layer behind the cut; behind a
-    norm or with experts a transform alone.
+    That is a transform of the host, and corrections of both linears of the host and of the first layer behind the cut; with
+    experts a transform alone.
     """
     family = family_of(model.config)
     edits, generator = edits_for(start, length), torch.Generator().manual_seed(1)
@@ -46,7 +46,7 @@ def edits_of(start: int, length: int, model: Any) -> Edits:
         rotation = polar(made_transform())
         gains = torch.linspace(-0.5, 2, WIDTH, dtype=torch.float64)
         edits.transforms[start - 1] = rotation * gains
-    if family.norm_after_mlp or family.experts:
+    if family.experts:
         return edits
     for layer in {start - 1, min(start + length, LAYERS - 1)} - {*edits.removed_layers}:
         linears: tuple[Linear, ...] = ("attention_output", "mlp_output")
