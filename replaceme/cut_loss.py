@@ -7,6 +7,7 @@ on; the loss is taken on those that it holds out.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from replaceme.edits import Edits
 from replaceme.errors import ParameterError
 from replaceme.families import Family, Linear
 from replaceme.features import LINEARS, Features
-from replaceme.forward import walk
+from replaceme.forward import Keep, begun_at, walk
+from replaceme.gram import squares
 from replaceme.methods.method import StandIn
 from replaceme.next_token import excerpts_of, next_token_loss
 from replaceme.plan import Block
@@ -46,9 +48,10 @@ class WeightedGram(AtCut):
 
     def take(self, added: Tensor, left: Tensor, target: Tensor, batch: Batch) -> None:
         M, H = added.float(), target.float()
-        weighted = M * token_weights(H)
-        self.gram = self.gram + weighted.T @ M
-        self.cross = self.cross + weighted.T @ (H - left.float() + M)
+        root = token_weights(H).sqrt()
+        weighted = M * root
+        self.gram = self.gram + squares(weighted)
+        self.cross = self.cross + weighted.T @ ((H - left.float() + M) * root)
 
 
 def dense_loss(model: Any, documents: Documents, batch_size: int) -> float:
@@ -86,10 +89,16 @@ def cut_losses(
     elif stand_in == "scalar":
         for block, edits, gain in zip(blocks, cuts, gains(model, family, fit, blocks, batch_size=batch_size), strict=True):
             edits.operators[block.host] = torch.tensor(gain, dtype=torch.float64)
+    # Nothing in front of a cut is changed by it: once is enough.
+    layers, width = family.decoder_layers(model), int(model.config.hidden_size)
+    entering = {block.host: torch.empty(excerpts.token_count, width, dtype=model.dtype) for block in blocks}
+    kept = [Keep(host, ("input",), states) for host, states in entering.items()]
+    walk(model, family, excerpts, kept, batch_size=batch_size, description=None)
     losses = []
-    for edits in progress(cuts, "measuring the best cuts", "cuts"):
+    for block, edits in zip(progress(blocks, "measuring the best cuts", "cuts"), cuts, strict=True):
+        begun = partial(begun_at, family, layers, block.host, entering[block.host])
         with unfused(model, family, edits):
-            losses.append(next_token_loss(model, excerpts, batch_size))
+            losses.append(next_token_loss(model, excerpts, batch_size, begun))
     return losses
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from replaceme.closed_forms import squared_error
+from replaceme.gram import squares
 from replaceme.structures import Parametrisation
 from replaceme.token_shards import Shards, Tokens
 
@@ -112,7 +113,7 @@ class CosineLoss:
         for M, Z, H in self._stream():
             size, *_ = _directions(M, Z, H, transform.to(self.dtype))
             weighted = torch.where(size > SHORTEST, M / size, 0)
-            total += (weighted.T @ weighted).double()
+            total += squares(weighted).double()
         return total
 
     def minibatches(self, size: int, generator: torch.Generator) -> Iterator[Minibatch]:

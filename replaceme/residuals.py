@@ -21,6 +21,7 @@ from torch import Tensor
 
 from replaceme.documents import Batch, Documents
 from replaceme.forward import Signal, Signals, ask
+from replaceme.gram import squares
 from replaceme.progress import progress
 from replaceme.scratch import scratch
 from replaceme.weights import token_weights
@@ -122,8 +123,9 @@ def residual_map(sample: TokenSample, device: torch.device | str = "cpu") -> lis
         for last in range(host + 1, sample.layers):
             H = sample.output[last].to(device).float()
             Y, w = H - Z, token_weights(H)
-            weighted = M[:count] * w[:count]
-            T = solve_small_ridge(weighted.T @ M[:count], weighted.T @ Y[:count])
+            root = w[:count].sqrt()
+            weighted = M[:count] * root
+            T = solve_small_ridge(squares(weighted), weighted.T @ (Y[:count] * root))
             error = torch.addmm(Y[count:], M[count:], T, alpha=-1)
             residuals[host][last] = float((error.square().sum(dim=1, keepdim=True) * w[count:]).mean().sqrt())
     return residuals

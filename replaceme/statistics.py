@@ -28,6 +28,7 @@ from replaceme.families import Family
 from replaceme.features import LINEARS, Features
 from replaceme.files import new_folder
 from replaceme.forward import Observer, Signal, Signals, walk
+from replaceme.gram import squares
 from replaceme.hadamard import hadamard
 from replaceme.models import recorded_model
 from replaceme.params import Params
@@ -95,7 +96,7 @@ class Gram(AtCut):
         gap = H - left.double()
         Y = gap + M
         parts = {
-            "gram": M.T @ M,
+            "gram": squares(M),
             "cross": M.T @ Y,
             "target_squares": Y.square().sum(),
             "output_squares": H.square().sum(),
@@ -150,7 +151,7 @@ class FeatureGram(AtCut):
         exact = M.double()
         parts = {
             "feature_added": g.T @ M,
-            "added_gram": exact.T @ exact,
+            "added_gram": squares(exact),
             "added_cross": exact.T @ gap.double(),
             "weights": w.sum(),
             "tokens": torch.tensor(float(len(M))),
@@ -245,7 +246,7 @@ def correction_sums(g: Tensor, gap: Tensor, target: Tensor, w: Tensor) -> dict[s
         w: (tokens, 1) the weights.
     """
     return {
-        "gram": g.T @ g,
+        "gram": squares(g),
         "cross": g.T @ gap,
         "gap_squares": gap.square().sum(),
         "output_squares": (w * target.square()).sum(),

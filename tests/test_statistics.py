@@ -7,6 +7,7 @@ import torch
 from replaceme.documents import Batch, Documents
 from replaceme.families import PRE_NORM
 from replaceme.forward import Signal, Signals, ask, walk
+from replaceme.gram import squares
 from replaceme.methods import METHODS
 from replaceme.params import read_params
 from replaceme.plan import Block
@@ -146,3 +147,11 @@ def test_a_structured_transform_has_the_same_figures_and_a_title_that_names_it(d
     M, Z, H = at_cut(model, documents)
     assert solved.figures["relative_residual"] == pytest.approx(np.linalg.norm(H - Z - M @ T) / np.linalg.norm(H))
     assert solved.figures["condition_number"] == pytest.approx(dense.figures["condition_number"])
+
+
+@pytest.mark.parametrize("width", [1, 5, 6, 7, 13, 64])
+def test_squares_are_the_gram_matrix(width: int) -> None:
+    x = torch.randn(20, width, dtype=torch.float64, generator=torch.Generator().manual_seed(width))
+    product = squares(x)
+    assert torch.equal(product, product.T)
+    assert torch.allclose(product, x.T @ x, rtol=1e-12, atol=1e-12)

@@ -21,6 +21,7 @@ from replaceme.documents import Batch
 from replaceme.errors import SolveError
 from replaceme.families import Family
 from replaceme.forward import Signal, Signals, ask, walk
+from replaceme.gram import squares
 from replaceme.methods.method import Bench, Method, drop
 from replaceme.params import Params
 from replaceme.progress import logger, progress
@@ -126,11 +127,6 @@ def _through_mlp(layer: Any, family: Family, states: Tensor, Q: Tensor) -> Tenso
         gram += squares(state)
         rows.copy_(state)
     return gram
-
-
-def squares(state: Tensor) -> Tensor:
-    """Return ``Σ hᵀh`` (d, d) of some tokens' states."""
-    return state.T @ state
 
 
 def _parts(states: Tensor) -> Iterator[Tensor]:
