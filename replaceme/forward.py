@@ -12,6 +12,7 @@ alone: within a batch, layers come in ascending order, and what it must carry fr
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, Protocol
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,7 @@ def walk(
     batch_size: int,
     description: str | None,
     start: tuple[int, Tensor] | None = None,
+    attention: Tensor | None = None,
 ) -> None:
     """Run the documents through the model once, up to the last signal that an observer wants.
 
@@ -63,6 +65,7 @@ def walk(
         description: what the progress bar says; None shows none.
         start: a layer, and the states that enter it instead of those that the layers before it would make: (tokens, d), the
             real tokens in the order of the walk.
+        attention: what enters the linear that ends that layer's attention, likewise; None computes it.
     """
     wanted: dict[int, set[Signal]] = {}
     for observer in observers:
@@ -73,7 +76,7 @@ def walk(
     batches: Iterable[Batch] = documents.batches(batch_size, str(next(model.parameters()).device))
     if description is not None:
         batches = progress(batches, description, "batches", total=documents.batch_count(batch_size))
-    with torch.inference_mode(), _Tap(family.decoder_layers(model), family, wanted, observers, start) as tap:
+    with torch.inference_mode(), _Tap(family.decoder_layers(model), family, wanted, observers, start, attention) as tap:
         for batch in batches:
             tap.run(model, batch)
 
@@ -88,8 +91,9 @@ class _Tap:
         wanted: Mapping[int, set[Signal]],
         observers: Sequence[Observer],
         start: tuple[int, Tensor] | None,
+        attention: Tensor | None,
     ):
-        self.layers, self.family, self.wanted, self.start = layers, family, wanted, start
+        self.layers, self.family, self.wanted, self.start, self.attention = layers, family, wanted, start, attention
         self.listeners = {layer: [each for each in observers if layer in each.wants()] for layer in wanted}
         self.stop = max(wanted)
         self.batch: Batch | None = None
@@ -110,6 +114,8 @@ class _Tap:
             if self.start is not None:
                 first, states = self.start
                 stack.enter_context(begun_at(self.family, self.layers, first, states, lambda: self.batch))
+                if self.attention is not None:
+                    stack.enter_context(attended(self.family, self.layers[first], self.attention, lambda: self.batch))
             for layer, signals in self.wanted.items():
                 for signal in signals:
                     stack.callback(self._hook(layer, signal).remove)
@@ -182,6 +188,27 @@ def begun_at(
             yield
         finally:
             handle.remove()
+
+
+@contextmanager
+def attended(family: Family, layer: nn.Module, features: Tensor, current: Callable[[], Batch | None]) -> Iterator[None]:
+    """Let a layer's attention, for a while, take from memory what enters its last linear, and compute no more than that.
+
+    Args:
+        family: where its parts are; no norm stands behind the attention.
+        layer: the layer.
+        features: (tokens, inputs), of the real tokens in the order of the walk.
+        current: tells which batch is being computed.
+    """
+    last = family.linear_of(layer, "attention_output")
+
+    def forward(*_arguments: Any, **_options: Any) -> tuple[Tensor, None]:
+        batch = current()
+        assert batch is not None
+        return last(batch.padded(features[batch.tokens].to(batch.input_ids.device))), None
+
+    with mock.patch.object(layer.get_submodule(family.attention), "forward", forward):
+        yield
 
 
 class Keep:

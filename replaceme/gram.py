@@ -7,7 +7,7 @@ PARTS = 6
 
 
 def squares(x: Tensor) -> Tensor:
-    """Return ``xᵀx`` (k, k) of rows (tokens, k), in their format; it is symmetric to the last bit."""
+    """Return ``xᵀx`` (k, k) of rows (tokens, k), in their format."""
     width = x.shape[1]
     step = -(-width // PARTS)
     product = x.new_empty(width, width)

@@ -129,6 +129,10 @@ class Mender:
         kept = [layer for layer in range(self.first.host, last + 1) if layer not in removed]
         shape = self.documents.token_count, int(self.model.config.hidden_size)
         self.dense, self.short, self.middle = scratch(3, shape, self.model.dtype, folder, "repair")
+        # What enters the linear that ends the attention of the layer at hand, once it is known: it stays when that changes.
+        inputs = inputs_of(self.family.linear_of(self.layers[self.first.host], "attention_output"))
+        (self.attention,) = scratch(1, (shape[0], inputs), self.model.dtype, folder, "repair")
+        self.attended: int | None = None
         self._walk([Keep(self.first.host, ("input",), self.dense)], None, "walking to the cut")
         self.short.copy_(self.dense)
         for layer in progress(kept, "repairing layers", "layers"):
@@ -205,7 +209,10 @@ class Mender:
     def _correct(self, layer: int, target: Tensor, ridges: Mapping[Linear, float]) -> None:
         features = Features.of(self.layers[layer], self.family, [*ridges])
         missing = Missing(layer, features, target)
-        self._walk([missing], (layer, self.short), edited=True)
+        known = self.attended == layer
+        kept = [] if known else [Keep(layer, ("attention_features",), self.attention)]
+        self._walk([missing, *kept], (layer, self.short), edited=True)
+        self.attended = layer
         sums = missing.sums
         change = solve_correction(sums["gram"], sums["cross"], features.per_column(ridges))
         before, whole = float(sums["gap_squares"]), float(sums["output_squares"])
@@ -242,10 +249,11 @@ class Mender:
         # What stands before the layer at which the walk begins computes nothing: no MLP need be assembled there.
         channels = {layer: each for layer, each in self.edits.channels.items() if start is None or layer >= start[0]}
         edits = replace(self.edits, channels=channels)
+        known = self.attention if edited and start and start[0] == self.attended and not documents else None
         with unfused(self.model, self.family, edits) if edited else nullcontext():
             walk(
                 self.model, self.family, documents or self.documents, observers,
-                batch_size=self.params.batch_size, description=description, start=start,
+                batch_size=self.params.batch_size, description=description, start=start, attention=known,
             )  # fmt: skip
 
 

@@ -57,9 +57,8 @@ def unfused(model: nn.Module, family: Family, edits: Edits) -> Iterator[None]:
 
 def _parts(family: Family, layer: nn.Module, linear: Linear, change: Change) -> Iterator[tuple[nn.Module, Change]]:
     """Yield the modules whose outputs a change is about, each with its part of the change."""
-    last = family.linear_of(layer, linear)
     if linear == "attention_output" or not family.norm_after_mlp:
-        yield (last if linear == "attention_output" else family.transformed(layer)), change
+        yield (family.linear_of(layer, linear) if linear == "attention_output" else family.transformed(layer)), change
         return
     if change.transform is not None:
         weight = family.norm_weight(layer).to(change.transform)
@@ -68,7 +67,7 @@ def _parts(family: Family, layer: nn.Module, linear: Linear, change: Change) -> 
         # ``W' = QᵀW + Δ`` ends in coordinates that Q has turned, and here it is the norm's output that is turned.
         Q = None if change.transform is None else behind_norm(change.transform)[0]
         added = (part if part is None or Q is None else Q @ part.double() for part in (change.weight, change.bias))
-        yield last, Change(None, *added)
+        yield family.linear_of(layer, linear), Change(None, *added)
 
 
 @contextmanager

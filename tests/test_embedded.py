@@ -147,8 +147,9 @@ def test_an_embedded_model_has_a_card_with_its_licence(
     made_by_an_earlier_version: bool,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level("INFO", "replaceme")
     monkeypatch.setenv("REPLACEME_CACHE", str(tmp_path))
     monkeypatch.setattr(embedded, "_fetched", lambda _: nullcontext(tmp_path))
     monkeypatch.setattr(embedded, "_convert_gguf", lambda _, folder: (folder / "config.json").write_text("{}"))
@@ -157,4 +158,4 @@ def test_an_embedded_model_has_a_card_with_its_licence(
     assert metadata_load(embedded.model_folder(name) / "README.md") == known
     terms = ("NOTICE", "ai.google.dev/gemma/terms") if name.startswith("gemma") else ("README.md", "apache-2.0")
     assert terms[1] in (embedded.model_folder(name) / terms[0]).read_text()
-    assert f"{name} has the licence" in capsys.readouterr().err
+    assert f"{name} has the licence" in caplog.text

@@ -151,7 +151,7 @@ def test_a_format_that_overflows_is_named(
     [
         ({}, "needs selection: loss, which measures it, and that is null"),
         ({"selection": "residual"}, "needs selection: loss, which measures it, and that is residual"),
-        ({"method": "slicegpt"}, "0.3 has no place in method slicegpt, which makes"),
+        ({"method": "slicegpt"}, "0.3 has no place in method slicegpt, which removes parts"),
     ],
 )
 def test_what_is_tolerated_needs_a_loss_that_is_measured(setting: dict[str, Any], said: str) -> None:
