@@ -22,6 +22,7 @@ from replaceme.documents import Batch, Documents
 from replaceme.errors import SolveError
 from replaceme.families import Family
 from replaceme.forward import Signal, Signals
+from replaceme.gram import add_squares, mirror
 from replaceme.weights import token_weights
 
 # Tokens for each of the channels that are compared, and the share of these that stays in a round.
@@ -31,7 +32,8 @@ TOKENS_PER_CHANNEL, SHARE = 8, 0.8
 class Candidates:
     """Observer of what channels can do toward a target, while they stand in the host's MLP: sums over tokens, float32.
 
-    ``gram`` = Σ w gᵀg (k, k) and ``cross`` = Σ w gᵀ(target − state without the MLP) (k, d), ``w = 1/‖target‖²``.
+    ``gram`` = Σ w gᵀg (k, k; half of it: ``replaceme.gram``) and ``cross`` = Σ w gᵀ(target − state without the
+    MLP) (k, d), ``w = 1/‖target‖²``.
     """
 
     def __init__(self, host: int, family: Family, layer: nn.Module, target: Tensor):
@@ -51,7 +53,7 @@ class Candidates:
         g = batch.real(signals["mlp_features"]).float() * (self.multiplier * root)
         if not len(self.gram):
             self.gram, self.cross = (g.new_zeros(g.shape[1], width) for width in (g.shape[1], target.shape[1]))
-        self.gram.addmm_(g.T, g)
+        add_squares(self.gram, g)
         self.cross.addmm_(g.T, (target - state) * root)
 
 
@@ -60,7 +62,7 @@ def best_channels(gram: Tensor, cross: Tensor, prior: Tensor, ridge: float, coun
     """Return which channels stay, (count,) int64 ascending.
 
     Args:
-        gram: ``S = Σ w gᵀg`` (k, k); it is overwritten.
+        gram: ``S = Σ w gᵀg`` (k, k), of which the half above the diagonal counts; it is overwritten.
         cross: ``Σ w gᵀe`` (k, d), ``e`` what is to be made.
         prior: (k, d), the transposed weights toward which the ridge pulls.
         ridge: λ, in the features' own units, above 0.
@@ -69,7 +71,7 @@ def best_channels(gram: Tensor, cross: Tensor, prior: Tensor, ridge: float, coun
     Raises:
         SolveError: the sums are not finite, or the ridge is too small for them.
     """
-    diagonal = gram.diagonal()
+    diagonal = mirror(gram).diagonal()
     scale = torch.where(diagonal > 0, diagonal.rsqrt(), 0)
     # In units where every channel has a mean square of 1; one that is always zero is worth nothing.
     scaled, goal = gram.mul_(scale).mul_(scale[:, None]), cross * scale[:, None]

@@ -19,6 +19,7 @@ is the original model, whatever was merged behind: a candidate costs the layers 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from statistics import fmean
@@ -31,8 +32,7 @@ from replaceme.documents import Batch, Documents
 from replaceme.edits import Edits
 from replaceme.errors import ModelError, ParameterError
 from replaceme.families import Family, decoder_of, linear_parameters, parameter_of
-from replaceme.forward import begun_at, walk
-from replaceme.greedy import Entering
+from replaceme.forward import Keep, begun_at, walk
 from replaceme.plan import Block
 from replaceme.progress import progress
 from replaceme.scratch import scratch
@@ -171,18 +171,17 @@ def collapsed_blocks(
     check_alike(layers, range(way.first, way.end))
     original = last_states(model, texts, batch_size)
     shape = len(layers), texts.token_count, int(model.config.hidden_size)
-    (entering,) = scratch(1, shape, model.dtype, folder, "the choice of layers")
-    places = range(way.first, way.end - 1)
-    walk(model, family, texts, [Entering(places, entering)], batch_size=batch_size, description=None)
+    (entering,) = scratch([shape], model.dtype, folder, "the choice of layers")
+    kept = [Keep(place, ("input",), entering[place]) for place in range(way.first, way.end - 1)]
+    walk(model, family, texts, kept, batch_size=batch_size, description=None)
 
     def similarity(candidate: Layers, place: int) -> float:
         blocks = blocks_of(candidate)
         edits = Edits("", list(chain(*(block.layers for block in blocks))))
         edits.mixtures = {block.host: block.mixture for block in blocks}
         with unfused(model, family, edits):
-            states = last_states(
-                model, texts, batch_size, lambda current: begun_at(family, layers, place, entering[place], current)
-            )
+            begun = partial(begun_at, family, layers, place, entering[place])
+            states = last_states(model, texts, batch_size, begun)
         return fmean(
             float(torch.cosine_similarity(state.double(), before.double(), dim=0))
             for state, before in zip(states, original, strict=True)

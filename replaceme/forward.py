@@ -202,10 +202,10 @@ def attended(family: Family, layer: nn.Module, features: Tensor, current: Callab
     """
     last = family.linear_of(layer, "attention_output")
 
-    def forward(*_arguments: Any, **_options: Any) -> tuple[Tensor, None]:
-        batch = current()
+    def forward(*arguments: Any, **options: Any) -> tuple[Tensor, None]:
+        batch, state = current(), arguments[0] if arguments else options["hidden_states"]
         assert batch is not None
-        return last(batch.padded(features[batch.tokens].to(batch.input_ids.device))), None
+        return last(batch.padded(features[batch.tokens].to(state.device))), None
 
     with mock.patch.object(layer.get_submodule(family.attention), "forward", forward):
         yield

@@ -4,16 +4,15 @@ As many times as layers are to go, every layer that is left is passed by in turn
 is lowest goes. The states that enter each layer are computed once a round: a candidate costs the layers behind it alone.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from replaceme.documents import Batch, Documents
+from replaceme.documents import Documents
 from replaceme.edits import Edits
 from replaceme.families import Family
-from replaceme.forward import Signal, Signals, ask, begun_at, walk
+from replaceme.forward import Keep, begun_at, walk
 from replaceme.next_token import excerpts_of, next_token_loss
 from replaceme.progress import progress
 from replaceme.scratch import scratch
@@ -45,35 +44,19 @@ def greedy_layers(
     removed: list[int] = []
     losses: list[float] = []
     shape = len(layers), excerpts.token_count, int(model.config.hidden_size)
-    (entering,) = scratch(1, shape, model.dtype, folder, "the choice of layers")
+    (entering,) = scratch([shape], model.dtype, folder, "the choice of layers")
     for _ in progress(range(count), "choosing layers", "layers"):
         left = [layer for layer in allowed if layer not in removed]
+        kept = [Keep(layer, ("input",), entering[layer]) for layer in left]
         with unfused(model, family, Edits("", removed)):
-            walk(model, family, excerpts, [Entering(left, entering)], batch_size=batch_size, description=None)
+            walk(model, family, excerpts, kept, batch_size=batch_size, description=None)
         found = {}
         for layer in left:
             with unfused(model, family, Edits("", [*removed, layer])):
-                found[layer] = next_token_loss(
-                    model,
-                    excerpts,
-                    batch_size,
-                    # The layer itself is passed by: it hands on what enters it.
-                    lambda current, layer=layer: begun_at(family, layers, layer, entering[layer], current),  # type: ignore[misc]
-                )
+                # The layer itself is passed by: it hands on what enters it.
+                begun = partial(begun_at, family, layers, layer, entering[layer])
+                found[layer] = next_token_loss(model, excerpts, batch_size, begun)
         best = min(found, key=found.__getitem__)
         removed.append(best)
         losses.append(found[best])
     return removed, losses
-
-
-class Entering:
-    """Observer that keeps what enters layers: (layers, tokens, d), at the layers' own positions."""
-
-    def __init__(self, layers: Sequence[int], kept: Tensor):
-        self.layers, self.kept = layers, kept
-
-    def wants(self) -> Mapping[int, frozenset[Signal]]:
-        return ask(self.layers, "input")
-
-    def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
-        self.kept[layer, batch.tokens] = batch.real(signals["input"]).to(self.kept)

@@ -10,7 +10,8 @@ each by ridge regression from Gram sums, toward the present weights. Where the M
 between them: both linears together, from ``[A | G]``, toward (original layer output) − h. A host whose MLP is to be made of the
 best channels of the window gets them here (``replaceme.channel_choice``), before its linears are solved for the last time. With
 several blocks, each later one is fitted here by the method itself, on the states that reach its host. All of it is one walk
-layer by layer: the states of both models wait in scratch files, and no more than one layer's sums are in memory.
+layer by layer: the states of both models wait in scratch files, with what enters the linear that ends a layer's attention, so
+that this is computed once; and no more than one layer's sums are in memory.
 """
 
 import shutil
@@ -128,10 +129,10 @@ class Mender:
         last = len(self.layers) - 1 if self.params.repair else max(self.hosted)
         kept = [layer for layer in range(self.first.host, last + 1) if layer not in removed]
         shape = self.documents.token_count, int(self.model.config.hidden_size)
-        self.dense, self.short, self.middle = scratch(3, shape, self.model.dtype, folder, "repair")
-        # What enters the linear that ends the attention of the layer at hand, once it is known: it stays when that changes.
+        # What enters the linear that ends the attention of the layer at hand, once it is known, stays when that changes.
         inputs = inputs_of(self.family.linear_of(self.layers[self.first.host], "attention_output"))
-        (self.attention,) = scratch(1, (shape[0], inputs), self.model.dtype, folder, "repair")
+        shapes = [shape] * 3 + [(shape[0], inputs)]
+        self.dense, self.short, self.middle, self.attention = scratch(shapes, self.model.dtype, folder, "repair")
         self.attended: int | None = None
         self._walk([Keep(self.first.host, ("input",), self.dense)], None, "walking to the cut")
         self.short.copy_(self.dense)
@@ -209,8 +210,7 @@ class Mender:
     def _correct(self, layer: int, target: Tensor, ridges: Mapping[Linear, float]) -> None:
         features = Features.of(self.layers[layer], self.family, [*ridges])
         missing = Missing(layer, features, target)
-        known = self.attended == layer
-        kept = [] if known else [Keep(layer, ("attention_features",), self.attention)]
+        kept = [] if self.attended == layer else [Keep(layer, ("attention_features",), self.attention)]
         self._walk([missing, *kept], (layer, self.short), edited=True)
         self.attended = layer
         sums = missing.sums
@@ -249,7 +249,7 @@ class Mender:
         # What stands before the layer at which the walk begins computes nothing: no MLP need be assembled there.
         channels = {layer: each for layer, each in self.edits.channels.items() if start is None or layer >= start[0]}
         edits = replace(self.edits, channels=channels)
-        known = self.attention if edited and start and start[0] == self.attended and not documents else None
+        known = self.attention if edited and start and start[0] == self.attended else None
         with unfused(self.model, self.family, edits) if edited else nullcontext():
             walk(
                 self.model, self.family, documents or self.documents, observers,

@@ -62,7 +62,7 @@ class TokenSample:
 
     def __enter__(self) -> "TokenSample":
         shape = (self.layers, len(self.fit) + len(self.held_out), self.width)
-        self.added, self.output = scratch(2, shape, self.dtype, self.folder, "profiling")
+        self.added, self.output = scratch([shape] * 2, self.dtype, self.folder, "profiling")
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:

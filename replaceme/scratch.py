@@ -13,13 +13,12 @@ from replaceme.errors import ResourceError
 
 
 def scratch(
-    count: int, shape: Sequence[int], dtype: torch.dtype, folder: Path | None = None, purpose: str = "this step"
+    shapes: Sequence[Sequence[int]], dtype: torch.dtype, folder: Path | None = None, purpose: str = "this step"
 ) -> list[Tensor]:
-    """Return ``count`` tensors of one shape on disk, zeros at first; their place is free again when nothing refers to them.
+    """Return tensors on disk, zeros at first; their place is free again when nothing refers to them.
 
     Args:
-        count: how many.
-        shape: of each.
+        shapes: of each.
         dtype: of each.
         folder: where they may lie; None is the system's temporary folder.
         purpose: what keeps them, for the message.
@@ -27,14 +26,13 @@ def scratch(
     Raises:
         ResourceError: they don't fit.
     """
-    size = prod(shape)
     where = folder or Path(tempfile.gettempdir())
-    require_space(where, count * size * dtype.itemsize, f"{purpose} keeps {{}} of states there")
+    require_space(where, sum(map(prod, shapes)) * dtype.itemsize, f"{purpose} keeps {{}} of states there")
     # A mapping outlives its file's name: without one, nothing is left behind however the run ends.
     with tempfile.TemporaryDirectory(prefix="scratch-", suffix=".partial", dir=where, ignore_cleanup_errors=True) as names:
         return [
-            torch.from_file(str(Path(names) / str(number)), shared=True, size=size, dtype=dtype).view(*shape)
-            for number in range(count)
+            torch.from_file(str(Path(names) / str(number)), shared=True, size=prod(shape), dtype=dtype).view(*shape)
+            for number, shape in enumerate(shapes)
         ]
 
 

@@ -210,13 +210,15 @@ def _by_loss(
     # Where nothing takes the block's place, what a map would miss says little.
     values = distances if stand_in in ("nothing", "scalar") else residuals
     (model, family), documents = _loaded(params, work), Documents.load(work.documents)
-    dense, most = dense_loss(model, documents, params.batch_size), params.layers_to_skip
+    dense, limit = dense_loss(model, documents, params.batch_size), params.layers_to_skip
+    if not math.isfinite(dense):
+        raise ParameterError(f"dtype: {params.dtype} overflows in the model's predictions; use bfloat16 or float32.")
     # Of each number of layers, the losses with the best few blocks, the lowest first.
     tried: dict[int, dict[Block, float]] = {}
 
     def rise(count: int) -> float:
         """Return by how much the loss rises with the best block of so many layers."""
-        candidates = smallest(values, range(starts.start, starts.stop + most - count), count, SHORTLIST)
+        candidates = smallest(values, range(starts.start, starts.stop + limit - count), count, SHORTLIST)
         losses = cut_losses(model, family, documents, candidates, stand_in=stand_in, batch_size=params.batch_size)
         finite = [pair for pair in zip(candidates, losses, strict=True) if math.isfinite(pair[1])]
         tried[count] = dict(sorted(finite, key=lambda pair: pair[1]))
@@ -228,11 +230,11 @@ def _by_loss(
         return min(tried[count].values(), default=math.inf)
 
     if params.tolerated_loss is None:
-        rise(count := most)
+        rise(count := limit)
     else:
         # The rise is taken to grow with the number of layers.
-        count = bisect_right(range(1, most + 1), params.tolerated_loss, key=rise)
-    if not (math.isfinite(dense) and tried[max(count, 1)]):
+        count = bisect_right(range(1, limit + 1), params.tolerated_loss, key=rise)
+    if not tried[max(count, 1)]:
         raise ParameterError(f"dtype: {params.dtype} overflows in every shortened model; use bfloat16 or float32.")
     rises = {each: lowest(each) - dense for each in sorted(tried) if tried[each]}
     if not count:

@@ -141,7 +141,7 @@ def entering_and_leaving(
         Each (tokens, d), in the model's format and the order of a walk.
     """
     shape = documents.token_count, int(model.config.hidden_size)
-    entering, leaving = scratch(2, shape, model.dtype, folder, purpose)
+    entering, leaving = scratch([shape] * 2, model.dtype, folder, purpose)
     ends = [Keep(first, ("input",), entering), Keep(last, ("output",), leaving)]
     walk(model, family, documents, ends, batch_size=batch_size, description=description)
     return entering, leaving

@@ -154,7 +154,8 @@ def test_an_embedded_model_has_a_card_with_its_licence(
     monkeypatch.setattr(embedded, "_fetched", lambda _: nullcontext(tmp_path))
     monkeypatch.setattr(embedded, "_convert_gguf", lambda _, folder: (folder / "config.json").write_text("{}"))
     if made_by_an_earlier_version:
-        (embedded.model_folder(name) / "README.md").unlink()
+        for file in ("README.md", "NOTICE"):
+            (embedded.model_folder(name) / file).unlink(missing_ok=True)
     assert metadata_load(embedded.model_folder(name) / "README.md") == known
     terms = ("NOTICE", "ai.google.dev/gemma/terms") if name.startswith("gemma") else ("README.md", "apache-2.0")
     assert terms[1] in (embedded.model_folder(name) / terms[0]).read_text()

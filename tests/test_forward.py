@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from replaceme.documents import Batch, Documents
-from replaceme.families import PRE_NORM, family_of, parameter_of
+from replaceme.families import PRE_NORM, family_of, linears_within, parameter_of
 from replaceme.features import LINEARS, SIGNAL
 from replaceme.forward import Signal, Signals, ask, walk
 from tests.conftest import KINDS, LAYERS, PLAIN, made_model, passing
@@ -87,6 +87,25 @@ def test_a_walk_that_begins_at_a_later_layer_goes_on_where_another_ended(kind: s
     walk(model, family, documents, [rest], batch_size=4, description=None, start=start)
     assert torch.allclose(rest.all(LAYERS - 1, "output"), whole.all(LAYERS - 1, "output"), rtol=1e-5, atol=1e-5)
     assert not calls
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_an_attention_whose_features_are_known_computes_its_last_linear_alone(kind: str, documents: Documents) -> None:
+    model, layer = made_model(kind), 3
+    family = family_of(model.config)
+    signals: tuple[Signal, ...] = ("input", "attention_features", "attention", "mlp_features", "output")
+    whole, again = Keep(ask([layer], *signals)), Keep(ask([layer], *signals[2:]))
+    walk(model, family, documents, [whole], batch_size=4, description=None)
+    part = family.decoder_layers(model)[layer]
+    last = family.linear_of(part, "attention_output")
+    first = next(each for each in linears_within(part.get_submodule(family.attention)).values() if each is not last)
+    calls = count_calls(first)
+    start = (layer, whole.all(layer, "input"))
+    features = whole.all(layer, "attention_features")
+    walk(model, family, documents, [again], batch_size=4, description=None, start=start, attention=features)
+    assert not calls
+    for signal in signals[2:]:
+        assert torch.allclose(again.all(layer, signal), whole.all(layer, signal), rtol=1e-5, atol=1e-5)
 
 
 def test_the_padding_of_a_batch_is_put_back_where_it_was(documents: Documents) -> None:

@@ -176,6 +176,16 @@ def test_the_size_of_a_batch_changes_nothing(documents: Documents) -> None:
     assert same_weights(*found)
 
 
+def test_each_models_attention_is_computed_once_a_layer(documents: Documents) -> None:
+    model, calls = made_model(), []
+    _, mender = solved(model, documents, (BLOCK,), alpha=5.0, repair=True)
+    for layer in mender.layers[BLOCK.end :]:
+        layer.self_attn.q_proj.register_forward_hook(lambda *_: calls.append(None))
+    mender.run()
+    batches = documents.batch_count(mender.params.batch_size)
+    assert len(calls) == 2 * len(mender.layers[BLOCK.end :]) * batches
+
+
 def test_the_model_itself_stays_as_it_was_and_no_file_is_left(documents: Documents, tmp_path: Path) -> None:
     model = made_model()
     before = deepcopy(model.state_dict())

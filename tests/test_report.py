@@ -342,7 +342,7 @@ def test_a_cut_is_compared_with_all_of_its_size(params: Params, run: Run) -> Non
     assert "(number 1 of 5, smallest first)" in Reader(render(params, run(blocks=((1, 3),))).html).text
     assert "chosen by the smallest angular distance" in text
     assert "in nats: 3.25 behind host 2, 4.50 behind host 1; the dense model's is 2.75." in text
-    assert "with the best cut of a size, that loss rises by 0.500 without 2, 1.500 without 11." in text
+    assert "with the best cut of a size, that loss rises by 0.500 without 2 layers, 1.500 without 11 layers." in text
 
 
 @pytest.mark.usefixtures("undrawn")

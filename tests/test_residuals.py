@@ -23,7 +23,7 @@ from replaceme.residuals import RIDGE, TokenSample, choose_tokens, residual_map,
 from replaceme.statistics import take_statistics
 from replaceme.surgery import apply_edits
 from replaceme.weights import token_weights
-from tests.conftest import LAYERS, WIDTH, made_model
+from tests.conftest import KINDS, LAYERS, WIDTH, made_model
 
 
 def made_documents(count: int, seed: int = 0) -> Documents:
@@ -125,6 +125,23 @@ def test_the_loss_of_a_cut_is_that_of_the_model_with_its_fold(family: str, monke
         pruned = deepcopy(model)
         apply_edits(pruned, description, Edits("test", [2, 3], transforms))
         assert found == pytest.approx(mean_loss(pruned, held_out), rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loss_of_a_cut_is_that_of_the_model_without_its_layers(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(next_token, "TOKENS", 10_000)
+    model, documents, blocks = made_model(kind), made_documents(12), [Block(2, 4), Block(3, 4)]
+    description, computed = family_of(model.config), []
+    front = description.decoder_layers(model)[0].get_submodule(description.attention)
+    front.register_forward_hook(lambda *_: computed.append(None))
+    losses = cut_losses(model, description, documents, blocks, stand_in="nothing", batch_size=4)
+    _, held_out = split_documents(documents)
+    # What stands in front of all cuts is computed once for all of them.
+    assert len(computed) == held_out.batch_count(4)
+    for found, block in zip(losses, blocks, strict=True):
+        pruned = deepcopy(model)
+        apply_edits(pruned, description, Edits("test", [*block.layers]))
+        assert found == pytest.approx(mean_loss(pruned, held_out), rel=1e-4)
 
 
 def test_the_loss_needs_documents_to_hold_out() -> None:

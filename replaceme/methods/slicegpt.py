@@ -81,7 +81,7 @@ def bases_in_order(bench: Bench, width: int) -> Iterator[tuple[Tensor, float]]:
     model, family = bench.model, bench.family
     layers, d = family.decoder_layers(model), int(model.config.hidden_size)
     require_resident(dict(enumerate(layers)), "whose MLP is computed by itself")
-    (states,) = scratch(1, (bench.documents.token_count, d), model.dtype, bench.folder, "slicing")
+    (states,) = scratch([(bench.documents.token_count, d)], model.dtype, bench.folder, "slicing")
     gram = _watched(bench, 0, ("input",), states, None)
     for index, layer in enumerate(progress(layers, "slicing layers", "layers")):
         Q, share = principal(gram, width)

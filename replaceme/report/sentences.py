@@ -65,7 +65,7 @@ def cut_sentences(
         sentences.append(f"The next-token loss of the shortened model on held-out calibration text, in nats: {listed}.")
     if rises := selected.get("rises"):
         numbers = sorted((int(layers.removeprefix("layers")), rise) for layers, rise in rises.items())
-        listed = ", ".join(f"{rise:.3f} without {count}" for count, rise in numbers)
+        listed = ", ".join(f"{rise:.3f} without {count} layers" for count, rise in numbers)
         sentences.append(
             "How many layers go was searched by tolerated_loss, layers_to_skip at most: with the best cut of a size, that loss "
             f"rises by {listed}."
