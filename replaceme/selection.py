@@ -4,9 +4,9 @@ A block ``[start, end)`` leaves host ``start − 1`` in front of it, so ``start`
 
 - ``angular``: the smallest ``D(start − 1, end − 1)`` (UIDL; ReplaceMe, section 3).
 - ``residual``: the smallest relative residual of a linear map in the block's place (``replaceme.residuals``).
-- ``loss``: of the few cuts with the smallest residuals (angles, where no map takes the block's place), the one whose
-  shortened model predicts held-out calibration text best (``replaceme.cut_loss``). With ``tolerated_loss``, as many
-  layers go as raise that loss by no more.
+- ``loss``: of the few cuts with the smallest residuals (or with these and the smallest angles, where no map takes the block's
+  place), the one whose shortened model predicts held-out calibration text best (``replaceme.cut_loss``). With
+  ``tolerated_loss``, as many layers go as raise that loss by no more.
 
 - ``mean_cosine``: the highest mean cosine, over all tokens, of what enters the block and what leaves it (LinearPatch, arXiv
   2505.24680; Ghosted, arXiv 2605.15491).
@@ -38,6 +38,7 @@ it; unless adjacent ones are merged into one, a kept layer stays between them: a
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 from replaceme.collapse import Way, collapsed_blocks, most
@@ -207,8 +208,8 @@ def _by_loss(
     params: Params, work: Workspace, distances: list[list[float]], residuals: list[list[float]], starts: range
 ) -> tuple[list[Block], dict[str, Any]]:
     stand_in = METHODS[params.method].stand_in(params)
-    # Where nothing takes the block's place, what a map would miss says little.
-    values = distances if stand_in in ("nothing", "scalar") else residuals
+    # Where nothing takes the block's place, what a map would miss says too little, and the angle has misses of its own.
+    criteria = [distances, residuals] if stand_in in ("nothing", "scalar") else [residuals]
     (model, family), documents = _loaded(params, work), Documents.load(work.documents)
     dense, limit = dense_loss(model, documents, params.batch_size), params.layers_to_skip
     if not math.isfinite(dense):
@@ -218,7 +219,8 @@ def _by_loss(
 
     def rise(count: int) -> float:
         """Return by how much the loss rises with the best block of so many layers."""
-        candidates = smallest(values, range(starts.start, starts.stop + limit - count), count, SHORTLIST)
+        longer, each = range(starts.start, starts.stop + limit - count), SHORTLIST // len(criteria)
+        candidates = [*dict.fromkeys(chain(*(smallest(values, longer, count, each) for values in criteria)))]
         losses = cut_losses(model, family, documents, candidates, stand_in=stand_in, batch_size=params.batch_size)
         finite = [pair for pair in zip(candidates, losses, strict=True) if math.isfinite(pair[1])]
         tried[count] = dict(sorted(finite, key=lambda pair: pair[1]))

@@ -14,7 +14,7 @@ Distances = Sequence[Sequence[float]]
 CRITERIA = {
     "angular": "the smallest angular distance",
     "residual": "the smallest residual",
-    "loss": "the smallest loss among the cuts with the smallest residuals",
+    "loss": "the smallest loss among the few best cuts",
     "mean_cosine": "the highest mean cosine of the state in front of it and the one behind",
     "influence": "the smallest influence on their input",
     "greedy": "the smallest loss without them, one by one",
