@@ -32,7 +32,7 @@ from replaceme.documents import Batch, Documents
 from replaceme.edits import Edits
 from replaceme.errors import ModelError, ParameterError
 from replaceme.families import Family, decoder_of, linear_parameters, parameter_of
-from replaceme.forward import Keep, begun_at, walk
+from replaceme.forward import Keep, Start, begun_at, walk
 from replaceme.plan import Block
 from replaceme.progress import progress
 from replaceme.scratch import scratch
@@ -180,7 +180,7 @@ def collapsed_blocks(
         edits = Edits("", list(chain(*(block.layers for block in blocks))))
         edits.mixtures = {block.host: block.mixture for block in blocks}
         with unfused(model, family, edits):
-            begun = partial(begun_at, family, layers, place, entering[place])
+            begun = partial(begun_at, family, layers, Start(place, entering[place]))
             states = last_states(model, texts, batch_size, begun)
         return fmean(
             float(torch.cosine_similarity(state.double(), before.double(), dim=0))

@@ -30,7 +30,6 @@ from replaceme.families import Family
 from replaceme.forward import Signal, Signals, ask, walk
 from replaceme.next_token import excerpts_of
 from replaceme.plan import Block, runs
-from replaceme.profile import LayerFigures
 from replaceme.progress import progress
 from replaceme.unfused import operating, unfused
 
@@ -60,6 +59,20 @@ class Magnitudes:
         return float((after[there] / before[there]).mean())
 
 
+class Influence:
+    """Observer of ``Σ 1 − cos(h_{l−1}, h_l)`` over tokens, of every layer: (layers,) float64 (ShortGPT, arXiv 2403.03853)."""
+
+    def __init__(self, layers: int):
+        self.sums = torch.zeros(layers, dtype=torch.float64)
+
+    def wants(self) -> Mapping[int, frozenset[Signal]]:
+        return ask(range(len(self.sums)), "input", "output")
+
+    def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
+        before, after = batch.real(signals["input"]).float(), batch.real(signals["output"]).float()
+        self.sums[layer] += (1 - torch.cosine_similarity(before, after, dim=-1).double()).sum().cpu()
+
+
 def compensated_layers(
     model: Any, family: Family, documents: Documents, allowed: Sequence[int], count: int, *, batch_size: int
 ) -> tuple[dict[int, float], dict[int, float]]:
@@ -81,10 +94,10 @@ def compensated_layers(
     influences: dict[int, float] = {}
     for _ in progress(range(count), "choosing layers", "layers"):
         edits = scaled(blocks_of(scales))
-        figures, magnitudes = LayerFigures(total), Magnitudes(ask(range(total), "input", "output"))
+        changes, magnitudes = Influence(total), Magnitudes(ask(range(total), "input", "output"))
         with unfused(model, family, edits):
-            walk(model, family, excerpts, [figures, magnitudes], batch_size=batch_size, description=None)
-        influence = figures.result()["block_influence"]
+            walk(model, family, excerpts, [changes, magnitudes], batch_size=batch_size, description=None)
+        influence = (changes.sums / excerpts.token_count).tolist()
         _finite(sum(influence))
         best = min((layer for layer in allowed if layer not in scales), key=influence.__getitem__)
         # What leaves a layer that hosts a block has been through that block's scalar.

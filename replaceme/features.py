@@ -5,7 +5,7 @@ that ends the attention and ``G`` the one that ends the MLP. A change of both we
 column of ones is there where a linear has a bias. Where the family multiplies what is added by ρ, so are the features.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,10 +70,10 @@ class Features:
         return sum(self.widths.values()) + self.constant
 
     def columns(self, *inputs: Tensor) -> Tensor:
-        """Return (tokens, columns) float32 of each linear's inputs (tokens, width)."""
-        parts = [part.float() for part in inputs]
-        columns = torch.cat([*parts, *([parts[0].new_ones(len(parts[0]), 1)] if self.constant else [])], dim=1)
-        return columns if self.multiplier == 1 else columns * self.multiplier
+        """Return new (tokens, columns) float32 of each linear's inputs (tokens, width)."""
+        ones = [inputs[0].new_ones(len(inputs[0]), 1)] if self.constant else []
+        columns = torch.cat([*inputs, *ones], dim=1).float()
+        return columns if self.multiplier == 1 else columns.mul_(self.multiplier)
 
     def per_column(self, values: Mapping[Linear, float]) -> Tensor:
         """Return each linear's value for each of its columns, (columns,) float64."""
@@ -88,10 +88,12 @@ class Features:
         start = sum(self.widths.values()) - self.widths[linear]
         return alone, slice(start, start + len(alone))
 
+    def parts(self, change: Tensor) -> Iterator[tuple[Linear, Tensor, Tensor | None]]:
+        """Yield each linear with its part of a change (columns, d): of its weight (d, inputs), and of its bias (d,)."""
+        for linear, rows in zip(self.widths, change.split([*self.widths.values(), int(self.constant)]), strict=False):
+            yield linear, rows.T, change[-1] if self.biased == linear else None
+
     def correct(self, edits: Edits, layer: int, change: Tensor) -> None:
         """Add a solved change (columns, d) to the corrections of a layer."""
-        start = 0
-        for linear, width in self.widths.items():
-            bias = change[-1].clone() if self.biased == linear else None
-            edits.correct(layer, linear, change[start : start + width].T.contiguous(), bias)
-            start += width
+        for linear, weight, bias in self.parts(change.cpu()):
+            edits.correct(layer, linear, weight.contiguous(), None if bias is None else bias.clone())

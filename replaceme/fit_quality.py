@@ -80,6 +80,11 @@ def gained(gram: Tensor, cross: Tensor, change: Tensor) -> float:
     return float((change * (gram @ change)).sum() - 2 * (change * cross).sum())
 
 
+def gained_by_ridge(gram: Tensor, cross: Tensor, change: Tensor, ridge: Tensor) -> float:
+    """Return the same of what ``replaceme.solver.solve_correction`` gave: there ``S X = C − Λ diag S X``, without a product."""
+    return -float((change * (cross + (ridge.to(gram) * gram.diagonal())[:, None] * change)).sum())
+
+
 def relative(squares: float, output_squares: float) -> float:
     """Return the relative residual of sums of squares."""
     # Rounding can take a perfect fit below zero.

@@ -11,6 +11,8 @@ alone: within a batch, layers come in ascending order, and what it must carry fr
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import reduce
 from typing import Any, Literal, Protocol
 from unittest import mock
 
@@ -39,6 +41,22 @@ class Observer(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Start:
+    """Where a walk begins instead of at the first layer.
+
+    Attributes:
+        layer: the layer.
+        states: what enters it instead of what the layers before it would make: (tokens, d), the real tokens in the order of
+            the walk.
+        attention: what enters the linear that ends its attention, (tokens, inputs) likewise; None computes it.
+    """
+
+    layer: int
+    states: Tensor
+    attention: Tensor | None = None
+
+
 class _LastSignalReachedError(Exception):
     """Ends a forward pass behind the last observed signal."""
 
@@ -51,8 +69,7 @@ def walk(
     *,
     batch_size: int,
     description: str | None,
-    start: tuple[int, Tensor] | None = None,
-    attention: Tensor | None = None,
+    start: Start | None = None,
 ) -> None:
     """Run the documents through the model once, up to the last signal that an observer wants.
 
@@ -63,9 +80,7 @@ def walk(
         observers: who looks.
         batch_size: documents in a batch.
         description: what the progress bar says; None shows none.
-        start: a layer, and the states that enter it instead of those that the layers before it would make: (tokens, d), the
-            real tokens in the order of the walk.
-        attention: what enters the linear that ends that layer's attention, likewise; None computes it.
+        start: where to begin; None begins at the first layer.
     """
     wanted: dict[int, set[Signal]] = {}
     for observer in observers:
@@ -76,7 +91,7 @@ def walk(
     batches: Iterable[Batch] = documents.batches(batch_size, str(next(model.parameters()).device))
     if description is not None:
         batches = progress(batches, description, "batches", total=documents.batch_count(batch_size))
-    with torch.inference_mode(), _Tap(family.decoder_layers(model), family, wanted, observers, start, attention) as tap:
+    with torch.inference_mode(), _Tap(family.decoder_layers(model), family, wanted, observers, start) as tap:
         for batch in batches:
             tap.run(model, batch)
 
@@ -90,10 +105,9 @@ class _Tap:
         family: Family,
         wanted: Mapping[int, set[Signal]],
         observers: Sequence[Observer],
-        start: tuple[int, Tensor] | None,
-        attention: Tensor | None,
+        start: Start | None,
     ):
-        self.layers, self.family, self.wanted, self.start, self.attention = layers, family, wanted, start, attention
+        self.layers, self.family, self.wanted, self.start = layers, family, wanted, start
         self.listeners = {layer: [each for each in observers if layer in each.wants()] for layer in wanted}
         self.stop = max(wanted)
         self.batch: Batch | None = None
@@ -112,10 +126,7 @@ class _Tap:
     def __enter__(self) -> "_Tap":
         with ExitStack() as stack:
             if self.start is not None:
-                first, states = self.start
-                stack.enter_context(begun_at(self.family, self.layers, first, states, lambda: self.batch))
-                if self.attention is not None:
-                    stack.enter_context(attended(self.family, self.layers[first], self.attention, lambda: self.batch))
+                stack.enter_context(begun_at(self.family, self.layers, self.start, lambda: self.batch))
             for layer, signals in self.wanted.items():
                 for signal in signals:
                     stack.callback(self._hook(layer, signal).remove)
@@ -163,51 +174,36 @@ class _Tap:
 
 
 @contextmanager
-def begun_at(
-    family: Family, layers: nn.ModuleList, first: int, states: Tensor, current: Callable[[], Batch | None]
-) -> Iterator[None]:
-    """Let a model begin at a later layer, for a while.
+def begun_at(family: Family, layers: nn.ModuleList, start: Start, current: Callable[[], Batch | None]) -> Iterator[None]:
+    """Let a model begin at a later layer, for a while; those before it compute nothing.
 
     Args:
-        family: where its parts are.
+        family: where its parts are; where what enters the attention's last linear is given, no norm stands behind that.
         layers: its layers.
-        first: the layer; those before it compute nothing.
-        states: what enters it: (tokens, d), the real tokens in the order of the walk.
+        start: where.
         current: tells which batch is being computed.
     """
+    layer = layers[start.layer]
 
-    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def padded(rows: Tensor) -> Tensor:
         batch = current()
         assert batch is not None
-        padded = batch.padded(states[batch.tokens].to(batch.input_ids.device))
-        return ((padded, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": padded})
+        return batch.padded(rows[batch.tokens].to(batch.input_ids.device))
 
-    with passed_by(family, layers[:first]):
-        handle = layers[first].register_forward_pre_hook(hook, with_kwargs=True)
-        try:
-            yield
-        finally:
-            handle.remove()
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        states = padded(start.states)
+        return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
 
+    def attend(*arguments: Any, **options: Any) -> tuple[Tensor, None]:
+        assert start.attention is not None
+        state = arguments[0] if arguments else options["hidden_states"]
+        return family.linear_of(layer, "attention_output")(padded(start.attention).to(state.device)), None
 
-@contextmanager
-def attended(family: Family, layer: nn.Module, features: Tensor, current: Callable[[], Batch | None]) -> Iterator[None]:
-    """Let a layer's attention, for a while, take from memory what enters its last linear, and compute no more than that.
-
-    Args:
-        family: where its parts are; no norm stands behind the attention.
-        layer: the layer.
-        features: (tokens, inputs), of the real tokens in the order of the walk.
-        current: tells which batch is being computed.
-    """
-    last = family.linear_of(layer, "attention_output")
-
-    def forward(*arguments: Any, **options: Any) -> tuple[Tensor, None]:
-        batch, state = current(), arguments[0] if arguments else options["hidden_states"]
-        assert batch is not None
-        return last(batch.padded(features[batch.tokens].to(state.device))), None
-
-    with mock.patch.object(layer.get_submodule(family.attention), "forward", forward):
+    with ExitStack() as stack:
+        stack.enter_context(passed_by(family, layers[: start.layer]))
+        stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        if start.attention is not None:
+            stack.enter_context(mock.patch.object(layer.get_submodule(family.attention), "forward", attend))
         yield
 
 
@@ -221,7 +217,12 @@ class Keep:
         return {self.layer: frozenset(self.signals)}
 
     def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
-        self.kept[batch.tokens] = torch.stack([batch.real(signals[name]) for name in self.signals]).sum(dim=0).to(self.kept)
+        self.kept[batch.tokens] = total(batch.real(signals[name]) for name in self.signals).to(self.kept)
+
+
+def total(parts: Iterable[Tensor]) -> Tensor:
+    """Return the sum of some states."""
+    return reduce(torch.add, parts)
 
 
 def tensor_of(output: Any) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 from replaceme.documents import Documents
 from replaceme.edits import Edits
 from replaceme.families import Family
-from replaceme.forward import Keep, begun_at, walk
+from replaceme.forward import Keep, Start, begun_at, walk
 from replaceme.next_token import excerpts_of, next_token_loss
 from replaceme.progress import progress
 from replaceme.scratch import scratch
@@ -54,7 +54,7 @@ def greedy_layers(
         for layer in left:
             with unfused(model, family, Edits("", [*removed, layer])):
                 # The layer itself is passed by: it hands on what enters it.
-                begun = partial(begun_at, family, layers, layer, entering[layer])
+                begun = partial(begun_at, family, layers, Start(layer, entering[layer]))
                 found[layer] = next_token_loss(model, excerpts, batch_size, begun)
         best = min(found, key=found.__getitem__)
         removed.append(best)

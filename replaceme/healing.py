@@ -37,7 +37,7 @@ from replaceme.families import Family, Linear, in_torch_layout, parameter_of
 from replaceme.features import LINEARS
 from replaceme.files import PARTIAL, new_folder, read_json, remove, rounded, write_json
 from replaceme.fingerprints import sha256_below
-from replaceme.forward import begun_at
+from replaceme.forward import Start, begun_at
 from replaceme.models import calibration_model
 from replaceme.params import Params
 from replaceme.plan import Plan
@@ -218,7 +218,7 @@ class Predictions:
             for layer, _, name in self.trained
         }
         values = {name: value.to(self.model.dtype) for name, value in values.items()}
-        with begun_at(self.family, self.layers, self.host, rows, lambda: batch):
+        with begun_at(self.family, self.layers, Start(self.host, rows), lambda: batch):
             return self._logits(batch, places, values)
 
     def _dense(self, batch: Batch, rows: Tensor, places: Tensor) -> Tensor:

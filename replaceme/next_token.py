@@ -12,8 +12,8 @@ from replaceme.documents import Batch, Documents
 
 # Tokens that the loss is taken on, and of a document, at most; and the seed of the order in which documents are taken.
 TOKENS, LENGTH, SEED = 4096, 1024, 0
-# Tokens whose scores are in float32 at once: of a whole document they would be larger than a small model.
-PART = 128
+# Tokens whose scores are in float32 at once: few enough for the processor's cache.
+PART = 16
 
 
 def excerpts_of(documents: Documents) -> Documents:

@@ -33,8 +33,10 @@ from replaceme.progress import logger
 from replaceme.residuals import FIT_TOKENS, TokenSample, residual_map
 from replaceme.workspace import Workspace
 
-# Tokens whose states of all layers are compared at once.
-COSINE_TOKENS = 256
+# Tokens whose states of all layers are compared at once: few enough for the processor's cache.
+TOKENS = 64
+# What a state of zeros is divided by.
+TINY = torch.finfo(torch.float32).tiny
 
 
 class AngularDistances:
@@ -60,14 +62,16 @@ class AngularDistances:
         return self.sums / self.documents
 
 
-class MeanCosines:
-    """Observer of the mean cosine, over all real tokens, of what enters a layer and what leaves it or a later one."""
+class Comparison:
+    """Observer of the mean cosine of what enters a layer and what leaves it or a later one, and of norms, over real tokens."""
 
     def __init__(self, layers: int):
         self.layers = layers
         self.tokens = 0
         # Of the state that enters the first layer, and of every layer's output.
-        self.sums = torch.zeros(layers + 1, layers + 1, dtype=torch.float64)
+        self.cosines = torch.zeros(layers + 1, layers + 1, dtype=torch.float64)
+        self.norm_sum = torch.zeros(layers + 1, dtype=torch.float64)
+        self.norm_max = torch.zeros(layers + 1, dtype=torch.float64)
 
     def wants(self) -> Mapping[int, frozenset[Signal]]:
         return {0: frozenset({"input", "output"}), **ask(range(1, self.layers), "output")}
@@ -78,48 +82,26 @@ class MeanCosines:
         batch.scratch[self, layer + 1] = batch.real(signals["output"])
         if layer == self.layers - 1:
             states = [batch.scratch.pop((self, index)) for index in range(self.layers + 1)]
-            for start in range(0, batch.token_count, COSINE_TOKENS):
+            for start in range(0, batch.token_count, TOKENS):
                 # On several devices, where the model is spread.
-                parts = [state[start : start + COSINE_TOKENS].to(states[0].device).float() for state in states]
-                unit = normalize(torch.stack(parts), dim=-1).flatten(1)
-                self.sums += (unit @ unit.T).double().cpu()
+                parts = torch.stack([state[start : start + TOKENS].to(states[0].device) for state in states]).float()
+                norms = torch.linalg.vector_norm(parts, dim=-1)
+                unit = parts.div_(norms.clamp_min(TINY)[..., None]).flatten(1)
+                self.cosines += (unit @ unit.T).double().cpu()
+                self.norm_sum += norms.sum(dim=1, dtype=torch.float64).cpu()
+                self.norm_max = torch.maximum(self.norm_max, norms.amax(dim=1).double().cpu())
             self.tokens += batch.token_count
 
-    def result(self) -> list[list[float]]:
-        """Return (layers × layers): of what enters the first one and leaves the second; 0 where that is in front of it."""
-        means = (self.sums / self.tokens)[:-1, 1:]
-        return means.triu().tolist()
+    def mean_cosine(self) -> Tensor:
+        """Return (layers, layers): of what enters the first one and leaves the second; 0 where that is in front of it."""
+        return (self.cosines / self.tokens)[:-1, 1:].triu()
 
-
-class LayerFigures:
-    """Observer of block influence and of the norms of tokens, for every layer; sums over all real tokens."""
-
-    def __init__(self, layers: int):
-        self.layers = layers
-        self.tokens = 0
-        self.influence = torch.zeros(layers, dtype=torch.float64)
-        self.norm_sum = torch.zeros(layers, dtype=torch.float64)
-        self.norm_max = torch.zeros(layers, dtype=torch.float64)
-
-    def wants(self) -> Mapping[int, frozenset[Signal]]:
-        return ask(range(self.layers), "input", "output")
-
-    def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
-        before, after = batch.real(signals["input"]).float(), batch.real(signals["output"]).float()
-        norm_before, norm_after = torch.linalg.vector_norm(before, dim=-1), torch.linalg.vector_norm(after, dim=-1)
-        cosine = torch.linalg.vecdot(before, after) / (norm_before * norm_after).clamp_min(torch.finfo(torch.float32).tiny)
-        self.influence[layer] += (1 - cosine.double()).sum().cpu()
-        self.norm_sum[layer] += norm_after.double().sum().cpu()
-        self.norm_max[layer] = torch.maximum(self.norm_max[layer], norm_after.max().double().cpu())
-        if layer == self.layers - 1:
-            self.tokens += batch.token_count
-
-    def result(self) -> dict[str, list[float]]:
-        """Return one list a figure, with one entry a layer."""
+    def figures(self) -> dict[str, list[float]]:
+        """Return block influence and norms of the output: one list a figure, with one entry a layer."""
         return {
-            "block_influence": (self.influence / self.tokens).tolist(),
-            "mean_norm": (self.norm_sum / self.tokens).tolist(),
-            "max_norm": self.norm_max.tolist(),
+            "block_influence": (1 - self.mean_cosine().diagonal()).tolist(),
+            "mean_norm": (self.norm_sum / self.tokens)[1:].tolist(),
+            "max_norm": self.norm_max[1:].tolist(),
         }
 
 
@@ -172,7 +154,7 @@ def profile_model(
         what enters the host) and ``layers`` (figure → list).
     """
     layers = len(family.decoder_layers(model))
-    distances, cosines, figures = AngularDistances(layers), MeanCosines(layers), LayerFigures(layers)
+    distances, comparison = AngularDistances(layers), Comparison(layers)
     width = int(model.config.hidden_size)
     if documents.token_count < 2:
         raise ParameterError("dataset_size: the dataset gave a single token, which leaves none to hold out; take more text.")
@@ -181,18 +163,18 @@ def profile_model(
             logger.warning(
                 "profile: %d tokens are few for residuals of %d dimensions; raise dataset_size", len(sample.fit), width
             )
-        observers: list[Observer] = [distances, cosines, figures, sample]
+        observers: list[Observer] = [distances, comparison, sample]
         walk(model, family, documents, observers, batch_size=batch_size, description="profiling layers")
         residuals = residual_map(sample, model.device)
-    of_layers = figures.result()
-    for layer, norm in enumerate(of_layers["max_norm"]):
+    figures = comparison.figures()
+    for layer, norm in enumerate(figures["max_norm"]):
         if not math.isfinite(norm):
             raise ParameterError(f"dtype: {model.dtype} overflows at layer {layer}; use bfloat16 or float32.")
     return {
         "angular_distance": distances.result().tolist(),
-        "mean_cosine": cosines.result(),
+        "mean_cosine": comparison.mean_cosine().tolist(),
         "residual": residuals,
-        "layers": of_layers,
+        "layers": figures,
     }
 
 

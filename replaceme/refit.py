@@ -17,7 +17,7 @@ from torch import Tensor
 
 from replaceme.edits import Edits
 from replaceme.features import Features
-from replaceme.fit_quality import gained, relative, ridge_figures
+from replaceme.fit_quality import gained, gained_by_ridge, relative, ridge_figures
 from replaceme.solver import solve_correction, solve_ridge
 
 
@@ -44,10 +44,10 @@ def refit(edits: Edits, host: int, sums: Mapping[str, Tensor], alpha: float, rid
     left = of_transform
     alone, columns = features.only("mlp_output")
     for part, place in ((alone, columns), (features, slice(None))):
-        gram = sums["gram"][place, place]
-        change = solve_correction(gram, cross[place], part.per_column(dict.fromkeys(part.widths, ridge)))
+        gram, penalty = sums["gram"][place, place], part.per_column(dict.fromkeys(part.widths, ridge))
+        change = solve_correction(gram, cross[place], penalty)
         part.correct(edits, host, change)
-        left += gained(gram, cross[place], change)
+        left += gained_by_ridge(gram, cross[place], change, penalty)
         if part == features:
             break
         cross = cross - sums["gram"][:, place] @ change

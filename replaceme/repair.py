@@ -10,8 +10,8 @@ each by ridge regression from Gram sums, toward the present weights. Where the M
 between them: both linears together, from ``[A | G]``, toward (original layer output) − h. A host whose MLP is to be made of the
 best channels of the window gets them here (``replaceme.channel_choice``), before its linears are solved for the last time. With
 several blocks, each later one is fitted here by the method itself, on the states that reach its host. All of it is one walk
-layer by layer: the states of both models wait in scratch files, with what enters the linear that ends a layer's attention, so
-that this is computed once; and no more than one layer's sums are in memory.
+layer by layer: the states of both models wait in scratch files, with what enters the last linears of the layer at hand, so that
+neither its attention nor its MLP is computed again when these have changed; and no more than one layer's sums are in memory.
 """
 
 import shutil
@@ -33,10 +33,11 @@ from replaceme.curves import write_curves
 from replaceme.documents import Batch, Documents
 from replaceme.edits import Edits
 from replaceme.families import Family, Linear, inputs_of
-from replaceme.features import Features
+from replaceme.features import LINEARS, Features
 from replaceme.files import PARTIAL, new_folder, rounded, write_json, write_text
-from replaceme.fit_quality import gained, relative
-from replaceme.forward import Keep, Observer, Signal, Signals, walk
+from replaceme.fit_quality import gained_by_ridge, relative
+from replaceme.forward import Keep, Observer, Signal, Signals, Start, total, walk
+from replaceme.gram import Sums
 from replaceme.methods import METHODS
 from replaceme.methods.method import Bench
 from replaceme.models import calibration_model
@@ -45,13 +46,15 @@ from replaceme.plan import Block, Plan
 from replaceme.progress import logger, progress
 from replaceme.scratch import scratch
 from replaceme.solver import solve_correction
-from replaceme.statistics import STATISTICS, AtCut, Place, add_up, correction_sums
+from replaceme.statistics import STATISTICS, AtCut, Place, add_correction
 from replaceme.unfused import unfused
 from replaceme.weights import token_weights
 from replaceme.workspace import Workspace
 
 # The transforms of which a first solution of a host's linears is not all.
 STEPWISE = ("joint", "channels")
+# Tokens whose states move on at once.
+TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -127,19 +130,21 @@ class Mender:
         self.folder = folder
         removed = set(self.plan.removed_layers)
         last = len(self.layers) - 1 if self.params.repair else max(self.hosted)
-        kept = [layer for layer in range(self.first.host, last + 1) if layer not in removed]
-        shape = self.documents.token_count, int(self.model.config.hidden_size)
-        # What enters the linear that ends the attention of the layer at hand, once it is known, stays when that changes.
-        inputs = inputs_of(self.family.linear_of(self.layers[self.first.host], "attention_output"))
-        shapes = [shape] * 3 + [(shape[0], inputs)]
-        self.dense, self.short, self.middle, self.attention = scratch(shapes, self.model.dtype, folder, "repair")
-        self.attended: int | None = None
-        self._walk([Keep(self.first.host, ("input",), self.dense)], None, "walking to the cut")
+        self.kept = [layer for layer in range(self.first.host, last + 1) if layer not in removed]
+        solves = self.params.repair or self.params.transform in STEPWISE
+        host, linears = self.layers[self.first.host], LINEARS if solves else ()
+        widths = [int(self.model.config.hidden_size)] * 3 + [inputs_of(self.family.linear_of(host, each)) for each in linears]
+        shapes = [(self.documents.token_count, width) for width in widths]
+        self.dense, self.short, self.middle, *inputs = scratch(shapes, self.model.dtype, folder, "repair")
+        self.inputs = dict(zip(linears, inputs, strict=True))
+        # The layer whose attention's last inputs are known, and the one behind which the shortened model's states are.
+        self.attended = self.left = -1
+        self._walk([Keep(self.first.host, ("input",), self.dense)], None, description="walking to the cut")
         self.short.copy_(self.dense)
-        for layer in progress(kept, "repairing layers", "layers"):
+        for layer in progress(self.kept, "repairing layers", "layers"):
             self._mend(layer)
-            if layer != kept[-1]:
-                self._walk([Keep(layer, ("output",), self.short)], (layer, self.short), edited=True)
+            if layer != self.kept[-1] and self.left != layer:
+                self._walk([Keep(layer, ("output",), self.short)], layer, edited=True)
         return self.repairs, self.figures
 
     def _mend(self, layer: int) -> None:
@@ -154,7 +159,7 @@ class Mender:
         watched: list[Observer] = [Keep(block.end - 1 if block else layer, ("output",), self.dense)]
         if attention:
             watched.append(Keep(layer, ("input", "attention"), self.middle))
-        self._walk(watched, (layer, self.dense))
+        self._walk(watched, layer)
         if attention:
             self._correct(layer, self.middle, {"attention_output": ridges.pop("attention_output")})
         if block and block != self.first:
@@ -162,7 +167,7 @@ class Mender:
         if block and self.params.transform in STEPWISE:
             self._fit_on(block)
         elif self.params.repair and not block:
-            self._correct(layer, self.dense, ridges)
+            self._correct(layer, self.dense, ridges, leaves=layer != self.kept[-1])
 
     def _fit_on(self, block: Block) -> None:
         """Go on from a joint solution of the host's linears: each step toward the weights, and on the features, of the last."""
@@ -176,8 +181,8 @@ class Mender:
         steps = [alone, both, alone] if chosen else [alone]
         if self.family.parallel:
             steps = [both] if chosen else []
-        for ridges in steps:
-            self._correct(block.host, self.dense, ridges)
+        for left, ridges in enumerate(steps, start=1 - len(steps)):
+            self._correct(block.host, self.dense, ridges, leaves=not left and block.host != self.kept[-1])
 
     def _choose(self, block: Block) -> None:
         """Make the host's MLP of the best channels of its own and of the layers that go, with the columns that they had."""
@@ -192,7 +197,7 @@ class Mender:
         for source in progress([*reversed(window[:-1])], "choosing channels", "layers"):
             candidates = self.edits.channels[host] = torch.cat([channels_of(source, count), chosen])
             sums = Candidates(host, self.family, layer, self.dense)
-            self._walk([sums], (host, self.short), edited=True, documents=documents)
+            self._walk([sums], host, edited=True, documents=documents)
             prior = assembled_parameter(self.family, self.layers, host, candidates, f"{self.family.mlp_output}.weight").T
             chosen = candidates[best_channels(sums.gram, sums.cross, prior, self.params.refit_ridge, count)]
         self.edits.channels[host] = chosen
@@ -207,25 +212,43 @@ class Mender:
             count - own,
         )
 
-    def _correct(self, layer: int, target: Tensor, ridges: Mapping[Linear, float]) -> None:
+    def _correct(self, layer: int, target: Tensor, ridges: Mapping[Linear, float], leaves: bool = False) -> None:
+        """Solve for linears of a layer; where they are its last ones, the shortened model's states can leave it with that."""
         features = Features.of(self.layers[layer], self.family, [*ridges])
         missing = Missing(layer, features, target)
-        kept = [] if self.attended == layer else [Keep(layer, ("attention_features",), self.attention)]
-        self._walk([missing, *kept], (layer, self.short), edited=True)
+        observers: list[Observer] = [missing]
+        if self.attended != layer:
+            observers.append(Keep(layer, ("attention_features",), self.inputs["attention_output"]))
+        if leaves:
+            observers.append(Keep(layer, ("mlp_features",), self.inputs["mlp_output"]))
+            observers.append(Keep(layer, ("output",), self.short))
+        self._walk(observers, layer, edited=True)
         self.attended = layer
-        sums = missing.sums
-        change = solve_correction(sums["gram"], sums["cross"], features.per_column(ridges))
+        sums, penalty = missing.sums.finished(), features.per_column(ridges)
+        change = solve_correction(sums["gram"], sums["cross"], penalty)
         before, whole = float(sums["gap_squares"]), float(sums["output_squares"])
-        after = before + gained(sums["gram"], sums["cross"], change)
-        features.correct(self.edits, layer, change.cpu())
+        after = before + gained_by_ridge(sums["gram"], sums["cross"], change, penalty)
+        features.correct(self.edits, layer, change)
         self.repairs.append(Repair(layer, tuple(ridges), relative(before, whole), relative(after, whole)))
+        if leaves:
+            self._leave(features, change)
+            self.left = layer
+
+    def _leave(self, features: Features, change: Tensor) -> None:
+        """Add to the shortened model's states what a change of their layer's last linears makes of their inputs."""
+        for start in range(0, len(self.short), TOKENS):
+            rows = slice(start, start + TOKENS)
+            for linear, weight, bias in features.parts(change):
+                inputs = self.inputs[linear][rows].to(change.device)
+                added = (inputs @ weight.T.to(inputs)).float() + (0 if bias is None else bias.float())
+                self.short[rows] += (features.multiplier * added).to(self.short)
 
     def _fit(self, block: Block) -> None:
         """Fit a later block by the method, on the shortened model's states at the host and the dense model's at the end."""
         with tempfile.TemporaryDirectory(prefix="scratch-", suffix=PARTIAL, dir=self.folder) as name:
             place = Place(block, self.layers[block.host], self.family, self.documents, Path(name))
             observers = {statistic: STATISTICS[statistic](place) for statistic in self.plan.statistics}
-            self._walk([AtHost(each, self.dense) for each in observers.values()], (block.host, self.short), edited=True)
+            self._walk([AtHost(each, self.dense) for each in observers.values()], block.host, edited=True)
             for statistic, observer in observers.items():
                 save_file(observer.tensors(), place.folder / f"{statistic}.safetensors")
             solved = METHODS[self.params.method].solve(
@@ -241,19 +264,23 @@ class Mender:
     def _walk(
         self,
         observers: Sequence[Observer],
-        start: tuple[int, Tensor] | None,
-        description: str | None = None,
+        layer: int | None,
+        *,
         edited: bool = False,
         documents: Documents | None = None,
+        description: str | None = None,
     ) -> None:
+        """Walk through the dense model or the shortened one, from a layer that the states enter; None is the whole model."""
+        start = None
+        if layer is not None:
+            known = self.inputs["attention_output"] if edited and layer == self.attended else None
+            start = Start(layer, self.short if edited else self.dense, known)
         # What stands before the layer at which the walk begins computes nothing: no MLP need be assembled there.
-        channels = {layer: each for layer, each in self.edits.channels.items() if start is None or layer >= start[0]}
-        edits = replace(self.edits, channels=channels)
-        known = self.attention if edited and start and start[0] == self.attended else None
-        with unfused(self.model, self.family, edits) if edited else nullcontext():
+        channels = {place: each for place, each in self.edits.channels.items() if layer is None or place >= layer}
+        with unfused(self.model, self.family, replace(self.edits, channels=channels)) if edited else nullcontext():
             walk(
                 self.model, self.family, documents or self.documents, observers,
-                batch_size=self.params.batch_size, description=description, start=start, attention=known,
+                batch_size=self.params.batch_size, description=description, start=start,
             )  # fmt: skip
 
 
@@ -267,18 +294,18 @@ class Missing:
     def __init__(self, layer: int, features: Features, target: Tensor):
         self.layer, self.features, self.target = layer, features, target
         self.state: tuple[Signal, ...] = ("output",) if "mlp_output" in features.widths else ("input", "attention")
-        self.sums: dict[str, Tensor] = {}
+        self.sums = Sums()
 
     def wants(self) -> Mapping[int, frozenset[Signal]]:
         return {self.layer: frozenset({*self.state, *self.features.signals})}
 
     def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
-        state = torch.stack([batch.real(signals[name]).float() for name in self.state]).sum(dim=0)
+        state = total(batch.real(signals[name]).float() for name in self.state)
         target = self.target[batch.tokens].to(state.device).float()
         w = token_weights(target)
         root = w.sqrt()
-        g = self.features.columns(*(batch.real(signals[name]) for name in self.features.signals)) * root
-        add_up(self.sums, correction_sums(g, (target - state) * root, target, w))
+        g = self.features.columns(*(batch.real(signals[name]) for name in self.features.signals)).mul_(root)
+        add_correction(self.sums, g, (target - state) * root, target, w)
 
 
 class AtHost:

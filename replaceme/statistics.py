@@ -28,7 +28,7 @@ from replaceme.families import Family
 from replaceme.features import LINEARS, Features
 from replaceme.files import new_folder
 from replaceme.forward import Observer, Signal, Signals, walk
-from replaceme.gram import squares
+from replaceme.gram import Sums
 from replaceme.hadamard import hadamard
 from replaceme.models import recorded_model
 from replaceme.params import Params
@@ -88,25 +88,26 @@ class Gram(AtCut):
 
     def __init__(self, block: Block, norm: Tensor | None = None):
         super().__init__(block)
-        self.sums: dict[str, Tensor] = {}
+        self.sums = Sums()
         self.norm = {} if norm is None else {"norm": norm.cpu()}
 
     def take(self, added: Tensor, left: Tensor, target: Tensor, batch: Batch) -> None:
         M, H = added.double(), target.double()
         gap = H - left.double()
         Y = gap + M
-        parts = {
-            "gram": squares(M),
-            "cross": M.T @ Y,
-            "target_squares": Y.square().sum(),
-            "output_squares": H.square().sum(),
-            "gap_squares": gap.square().sum(),
-            "tokens": torch.tensor(float(len(M)), dtype=torch.float64),
-        }
-        add_up(self.sums, parts)
+        self.sums.add_squares("gram", M)
+        self.sums.add(
+            {
+                "cross": M.T @ Y,
+                "target_squares": Y.square().sum(),
+                "output_squares": H.square().sum(),
+                "gap_squares": gap.square().sum(),
+                "tokens": torch.tensor(float(len(M)), dtype=torch.float64),
+            }
+        )
 
     def tensors(self) -> dict[str, Tensor]:
-        return {name: total.cpu() for name, total in self.sums.items()} | self.norm
+        return {name: total.cpu() for name, total in self.sums.finished().items()} | self.norm
 
 
 class Sample(AtCut):
@@ -141,25 +142,27 @@ class FeatureGram(AtCut):
         super().__init__(block)
         self.features = features
         self.at_host = ("mlp", "output", *features.signals)
-        self.sums: dict[str, Tensor] = {}
+        self.sums = Sums()
 
-    def take(self, added: Tensor, left: Tensor, *rest: Any) -> None:
-        *inputs, target, _batch = rest
+    def take(self, *signals: Any) -> None:
+        added, left, *inputs, target, _batch = signals
+        g, gap, w = self.take_features(left, inputs, target)
+        M = added.float() * w.sqrt()
+        exact = M.double()
+        self.sums.add_squares("added_gram", exact)
+        self.sums.add({"feature_added": g.T @ M, "added_cross": exact.T @ gap.double()})
+
+    def take_features(self, left: Tensor, inputs: Sequence[Tensor], target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Add to the sums without M, and return the features and the gap, both times √w, and w."""
         H = target.float()
         w = token_weights(H)
-        g, M, gap = (rows * w.sqrt() for rows in (self.features.columns(*inputs), added.float(), H - left.float()))
-        exact = M.double()
-        parts = {
-            "feature_added": g.T @ M,
-            "added_gram": squares(exact),
-            "added_cross": exact.T @ gap.double(),
-            "weights": w.sum(),
-            "tokens": torch.tensor(float(len(M))),
-        }
-        add_up(self.sums, correction_sums(g, gap, H, w) | parts)
+        g, gap = self.features.columns(*inputs).mul_(w.sqrt()), (H - left.float()).mul_(w.sqrt())
+        add_correction(self.sums, g, gap, H, w)
+        self.sums.add({"weights": w.sum(), "tokens": torch.tensor(float(len(H)))})
+        return g, gap, w
 
     def tensors(self) -> dict[str, Tensor]:
-        return {**of_mean_weight(self.sums), "layout": self.features.as_tensor()}
+        return {**of_mean_weight(self.sums.finished()), "layout": self.features.as_tensor()}
 
 
 class StreamGram(AtCut):
@@ -174,17 +177,17 @@ class StreamGram(AtCut):
     def __init__(self, block: Block, weighted: bool):
         super().__init__(block)
         self.weighted = weighted
-        self.sums: dict[str, Tensor] = {}
+        self.sums = Sums()
 
     def take(self, left: Tensor, target: Tensor, batch: Batch) -> None:
         h, H = left.double(), target.double()
         w = token_weights(H) if self.weighted else torch.ones_like(H[:, :1])
         h, gap = h * w.sqrt(), (H - h) * w.sqrt()
-        parts = {"weights": w.sum(), "tokens": torch.tensor(float(len(h)))}
-        add_up(self.sums, correction_sums(h, gap, H, w) | parts)
+        add_correction(self.sums, h, gap, H, w)
+        self.sums.add({"weights": w.sum(), "tokens": torch.tensor(float(len(h)))})
 
     def tensors(self) -> dict[str, Tensor]:
-        return of_mean_weight(self.sums)
+        return of_mean_weight(self.sums.finished())
 
 
 class Magnitudes(AtCut):
@@ -201,7 +204,7 @@ class Magnitudes(AtCut):
     def __init__(self, block: Block, rotated: bool):
         super().__init__(block)
         self.rotated, self.rotation = rotated, torch.empty(0)
-        self.sums: dict[str, Tensor] = {}
+        self.sums = Sums()
 
     def take(self, left: Tensor, target: Tensor, batch: Batch) -> None:
         lengths = batch.lengths.tolist()
@@ -210,7 +213,7 @@ class Magnitudes(AtCut):
             for rows in (left, target)
         )
         ratios = torch.where(before > 0, after / before, 1)
-        add_up(self.sums, {"ratios": ratios.sum(dim=0), "documents": torch.tensor(float(len(lengths)))})
+        self.sums.add({"ratios": ratios.sum(dim=0), "documents": torch.tensor(float(len(lengths)))})
 
     def _turned(self, rows: Tensor) -> Tensor:
         if not self.rotated:
@@ -222,7 +225,7 @@ class Magnitudes(AtCut):
         return rows @ self.rotation
 
     def tensors(self) -> dict[str, Tensor]:
-        return {name: total.cpu() for name, total in self.sums.items()}
+        return {name: total.cpu() for name, total in self.sums.finished().items()}
 
 
 def of_mean_weight(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -236,27 +239,18 @@ def of_mean_weight(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {**scaled, "tokens": tokens}
 
 
-def correction_sums(g: Tensor, gap: Tensor, target: Tensor, w: Tensor) -> dict[str, Tensor]:
-    """Return what ``replaceme.solver.solve_correction`` needs of some tokens, and how far they are from their target.
+def add_correction(sums: Sums, g: Tensor, gap: Tensor, target: Tensor, w: Tensor) -> None:
+    """Add what ``replaceme.solver.solve_correction`` needs of some tokens, and how far they are from their target.
 
     Args:
+        sums: get ``gram`` (k, k), ``cross`` (k, d), ``gap_squares`` and ``output_squares``.
         g: (tokens, k) features, times √w.
         gap: (tokens, d) what the state lacks toward the target, times √w.
         target: (tokens, d).
         w: (tokens, 1) the weights.
     """
-    return {
-        "gram": squares(g),
-        "cross": g.T @ gap,
-        "gap_squares": gap.square().sum(),
-        "output_squares": (w * target.square()).sum(),
-    }
-
-
-def add_up(sums: dict[str, Tensor], parts: Mapping[str, Tensor]) -> None:
-    """Add to running sums, in float64."""
-    for name, part in parts.items():
-        sums[name] = sums[name].add_(part) if name in sums else part.double()
+    sums.add_squares("gram", g)
+    sums.add({"cross": g.T @ gap, "gap_squares": gap.square().sum(), "output_squares": (w * target.square()).sum()})
 
 
 class TokenDump(AtCut):

@@ -10,7 +10,7 @@ from torch import Tensor
 from replaceme.documents import Batch, Documents
 from replaceme.families import PRE_NORM, family_of, linears_within, parameter_of
 from replaceme.features import LINEARS, SIGNAL
-from replaceme.forward import Signal, Signals, ask, walk
+from replaceme.forward import Signal, Signals, Start, ask, walk
 from tests.conftest import KINDS, LAYERS, PLAIN, made_model, passing
 
 SIGNALS: tuple[Signal, ...] = ("input", "attention_features", "attention", "mlp_features", "mlp", "output")
@@ -83,7 +83,7 @@ def test_a_walk_that_begins_at_a_later_layer_goes_on_where_another_ended(kind: s
     family = family_of(model.config)
     walk(model, family, documents, [whole], batch_size=4, description="test")
     rest, calls = Keep(ask([LAYERS - 1], "output")), count_calls(family.decoder_layers(model)[0].get_submodule(family.mlp))
-    start = (3, whole.all(2, "output"))
+    start = Start(3, whole.all(2, "output"))
     walk(model, family, documents, [rest], batch_size=4, description=None, start=start)
     assert torch.allclose(rest.all(LAYERS - 1, "output"), whole.all(LAYERS - 1, "output"), rtol=1e-5, atol=1e-5)
     assert not calls
@@ -100,9 +100,8 @@ def test_an_attention_whose_features_are_known_computes_its_last_linear_alone(ki
     last = family.linear_of(part, "attention_output")
     first = next(each for each in linears_within(part.get_submodule(family.attention)).values() if each is not last)
     calls = count_calls(first)
-    start = (layer, whole.all(layer, "input"))
-    features = whole.all(layer, "attention_features")
-    walk(model, family, documents, [again], batch_size=4, description=None, start=start, attention=features)
+    start = Start(layer, whole.all(layer, "input"), whole.all(layer, "attention_features"))
+    walk(model, family, documents, [again], batch_size=4, description=None, start=start)
     assert not calls
     for signal in signals[2:]:
         assert torch.allclose(again.all(layer, signal), whole.all(layer, signal), rtol=1e-5, atol=1e-5)

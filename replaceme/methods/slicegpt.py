@@ -20,7 +20,7 @@ from replaceme.compute import require_resident
 from replaceme.documents import Batch
 from replaceme.errors import SolveError
 from replaceme.families import Family
-from replaceme.forward import Signal, Signals, ask, walk
+from replaceme.forward import Signal, Signals, Start, ask, walk
 from replaceme.gram import squares
 from replaceme.methods.method import Bench, Method, drop
 from replaceme.params import Params
@@ -88,7 +88,7 @@ def bases_in_order(bench: Bench, width: int) -> Iterator[tuple[Tensor, float]]:
         yield Q, share
         for rows in _parts(states):
             rows.copy_(projected(rows, Q))
-        gram = _watched(bench, index, ("input", "attention"), states, (index, states))
+        gram = _watched(bench, index, ("input", "attention"), states, Start(index, states))
         Q, share = principal(gram, width)
         yield Q, share
         gram = _through_mlp(layer, family, states, Q)
@@ -105,7 +105,7 @@ def shared_basis(bench: Bench, width: int) -> Iterator[tuple[Tensor, float]]:
     yield principal(pool.gram, width)
 
 
-def _watched(bench: Bench, layer: int, signals: tuple[Signal, ...], states: Tensor, start: tuple[int, Tensor] | None) -> Tensor:
+def _watched(bench: Bench, layer: int, signals: tuple[Signal, ...], states: Tensor, start: Start | None) -> Tensor:
     """Put a layer's signals, added up, in the place of all tokens' states, and return ``Σ hᵀh`` (d, d) float64."""
     watch = Watch(layer, signals, states)
     walk(
