@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn import functional
 
 from replaceme.channel_choice import TOKENS_PER_CHANNEL, Candidates, best_channels, few_documents
 from replaceme.channels import assembled_parameter, channels_of
@@ -240,8 +241,8 @@ class Mender:
             rows = slice(start, start + TOKENS)
             for linear, weight, bias in features.parts(change):
                 inputs = self.inputs[linear][rows].to(change.device)
-                added = (inputs @ weight.T.to(inputs)).float() + (0 if bias is None else bias.float())
-                self.short[rows] += (features.multiplier * added).to(self.short)
+                added = functional.linear(inputs, weight.to(inputs), None if bias is None else bias.to(inputs))
+                self.short[rows] += (features.multiplier * added).to(self.short.device)
 
     def _fit(self, block: Block) -> None:
         """Fit a later block by the method, on the shortened model's states at the host and the dense model's at the end."""

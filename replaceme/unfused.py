@@ -58,17 +58,20 @@ def unfused(model: nn.Module, family: Family, edits: Edits) -> Iterator[None]:
 
 def _parts(family: Family, layer: nn.Module, linear: Linear, change: Change) -> Iterator[tuple[nn.Module, Change]]:
     """Yield the modules whose outputs a change is about, each with its part of the change."""
-    if linear == "attention_output" or not family.norm_after_mlp:
-        yield (family.linear_of(layer, linear) if linear == "attention_output" else family.transformed(layer)), change
-        return
-    if change.transform is not None:
-        weight = family.norm_weight(layer).to(change.transform)
-        yield family.transformed(layer), Change(change.transform / torch.where(weight == 0, 1, weight)[:, None])
-    if change.weight is not None:
-        # ``W' = QᵀW + Δ`` ends in coordinates that Q has turned, and here it is the norm's output that is turned.
-        Q = None if change.transform is None else behind_norm(change.transform)[0]
-        added = (part if part is None or Q is None else Q @ part.double() for part in (change.weight, change.bias))
-        yield family.linear_of(layer, linear), Change(None, *added)
+    if linear == "attention_output":
+        yield family.linear_of(layer, linear), change
+    elif not family.norm_after_mlp:
+        yield family.transformed(layer), change
+    else:
+        Q = None
+        if change.transform is not None:
+            weight = family.norm_weight(layer).to(change.transform)
+            yield family.transformed(layer), Change(change.transform / torch.where(weight == 0, 1, weight)[:, None])
+            # ``W' = QᵀW + Δ`` ends in coordinates that Q has turned, and here it is the norm's output that is turned.
+            Q, _ = behind_norm(change.transform)
+        if change.weight is not None:
+            added = (part if part is None or Q is None else Q @ part.double() for part in (change.weight, change.bias))
+            yield family.linear_of(layer, linear), Change(None, *added)
 
 
 @contextmanager

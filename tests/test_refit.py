@@ -15,6 +15,7 @@ from replaceme.edits import Edits
 from replaceme.errors import SolveError
 from replaceme.families import PRE_NORM, family_of, parameter_of
 from replaceme.features import LINEARS, Features
+from replaceme.fit_quality import gained_by_ridge
 from replaceme.methods import METHODS
 from replaceme.params import read_params
 from replaceme.plan import Block
@@ -162,6 +163,9 @@ def test_a_correction_is_the_minimum_of_its_objective(
     assert np.allclose(
         found.numpy() * np.linalg.norm(g, axis=0)[:, None], expected * np.linalg.norm(g, axis=0)[:, None], atol=1e-8
     )
+    less = np.square(e - g @ expected).sum() - np.square(e).sum()
+    sums = torch.from_numpy(g.T @ g), torch.from_numpy(g.T @ e)
+    assert gained_by_ridge(*sums, found, ridges) == pytest.approx(less, abs=1e-8)
 
 
 def test_a_feature_that_is_always_zero_gets_nothing() -> None:

@@ -176,11 +176,12 @@ def test_the_size_of_a_batch_changes_nothing(documents: Documents) -> None:
     assert same_weights(*found)
 
 
-def test_each_models_attention_is_computed_once_a_layer(documents: Documents) -> None:
+@pytest.mark.parametrize("linear", ["self_attn.q_proj", "mlp.up_proj"])
+def test_each_models_attention_and_mlp_are_computed_once_a_layer(linear: str, documents: Documents) -> None:
     model, calls = made_model(), []
     _, mender = solved(model, documents, (BLOCK,), alpha=5.0, repair=True)
     for layer in mender.layers[BLOCK.end :]:
-        layer.self_attn.q_proj.register_forward_hook(lambda *_: calls.append(None))
+        layer.get_submodule(linear).register_forward_hook(lambda *_: calls.append(None))
     mender.run()
     batches = documents.batch_count(mender.params.batch_size)
     assert len(calls) == 2 * len(mender.layers[BLOCK.end :]) * batches

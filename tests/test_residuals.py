@@ -9,21 +9,22 @@ import pytest
 import torch
 
 from replaceme import cut_loss, next_token, scratch
-from replaceme.cut_loss import cut_losses, dense_loss
+from replaceme.cut_loss import DerivedGram, cut_losses, dense_loss
 from replaceme.documents import Documents
 from replaceme.edits import Edits
 from replaceme.errors import ParameterError, ResourceError
-from replaceme.families import PRE_NORM, family_of
+from replaceme.families import PRE_NORM, Linear, family_of
+from replaceme.features import LINEARS, Features
 from replaceme.forward import walk
 from replaceme.methods import METHODS
 from replaceme.params import read_params
 from replaceme.plan import Block
 from replaceme.profile import profile_model
 from replaceme.residuals import RIDGE, TokenSample, choose_tokens, residual_map, split_documents
-from replaceme.statistics import take_statistics
+from replaceme.statistics import FeatureGram, take_statistics
 from replaceme.surgery import apply_edits
 from replaceme.weights import token_weights
-from tests.conftest import KINDS, LAYERS, WIDTH, made_model
+from tests.conftest import KINDS, LAYERS, PLAIN, WIDTH, made_model
 
 
 def made_documents(count: int, seed: int = 0) -> Documents:
@@ -190,6 +191,20 @@ def test_the_loss_of_new_weights_is_that_of_the_edits_of_the_method(
         pruned = deepcopy(model)
         apply_edits(pruned, PRE_NORM, edits)
         assert loss == pytest.approx(mean_loss(pruned, held_out), rel=1e-5)
+
+
+@pytest.mark.parametrize("linears", [("mlp_output",), LINEARS])
+@pytest.mark.parametrize("kind", PLAIN)
+def test_what_the_mlp_adds_is_known_from_its_features(kind: str, linears: tuple[Linear, ...]) -> None:
+    model, documents, block = made_model(kind, torch.float64), made_documents(8), Block(2, 4)
+    family = family_of(model.config)
+    host = family.decoder_layers(model)[block.host]
+    features, last = Features.of(host, family, linears), family.linear_of(host, "mlp_output")
+    found, expected = DerivedGram(block, features, last, torch.float64), FeatureGram(block, features)
+    walk(model, family, documents, [found, expected], batch_size=4, description=None)
+    sums = found.tensors()
+    for name, total in expected.tensors().items():
+        assert torch.allclose(sums[name], total, rtol=1e-5, atol=1e-6 * float(total.abs().max()))
 
 
 def mean_loss(model: torch.nn.Module, documents: Documents) -> float:

@@ -7,7 +7,7 @@ import torch
 from replaceme.documents import Batch, Documents
 from replaceme.families import PRE_NORM
 from replaceme.forward import Signal, Signals, ask, walk
-from replaceme.gram import squares
+from replaceme.gram import Sums, squares
 from replaceme.methods import METHODS
 from replaceme.params import read_params
 from replaceme.plan import Block
@@ -154,3 +154,18 @@ def test_squares_are_the_gram_matrix(width: int) -> None:
     x = torch.randn(20, width, dtype=torch.float64, generator=torch.Generator().manual_seed(width))
     product = squares(x)
     assert torch.allclose(product, x.T @ x, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sums_are_those_of_all_parts_in_float64(dtype: torch.dtype) -> None:
+    rows, sums = torch.randn(60, 13, dtype=dtype, generator=torch.Generator().manual_seed(0)), Sums()
+    for part in rows.split(20):
+        sums.add_squares("gram", part)
+        sums.add({"column": part.sum(dim=0), "squares": part.square().sum()})
+    found = sums.finished()
+    exact = rows.double()
+    expected = {"gram": exact.T @ exact, "column": exact.sum(dim=0), "squares": exact.square().sum()}
+    assert found.keys() == expected.keys()
+    for name, total in expected.items():
+        assert found[name].dtype == torch.float64
+        assert torch.allclose(found[name], total, rtol=1e-5, atol=1e-5)
