@@ -1,7 +1,8 @@
 """What each step costs, against one bare forward pass over the same tokens.
 
-``python -m benchmarks.cost [documents]`` takes the model, text, dtype, batch size and threads of params.yaml. The bare
-pass runs the decoder with the same batches and computes no logits. Steps alternate, and the medians are compared.
+``python -m benchmarks.cost [documents]`` takes the model, text, dtype, batch size and threads of params.yaml, and as many
+documents as these say. The bare pass runs the decoder with the same batches and computes no logits. Steps alternate, and the
+medians are compared.
 """
 
 import statistics
@@ -35,10 +36,11 @@ ROUNDS = 3
 LIMITS = {"profile, activations and solve of a map": 2.2, "choice by loss": 1.5, "repair": 2.5}
 
 
-def main(size: int) -> None:
+def main(size: int | None) -> None:
     """Measure and print."""
     silence_libraries()
     params = read_params(Path("params.yaml"))
+    size = size or params.dataset_size
     use_threads(params.threads)
     source = find_model(params)
     model, family = source.load(params.dtype, resolve_device(params.device)), source.family()
@@ -121,4 +123,4 @@ def main(size: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 16)
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else None)

@@ -17,7 +17,7 @@ from replaceme.compensation import gains
 from replaceme.documents import Batch, Documents
 from replaceme.edits import Edits
 from replaceme.errors import ParameterError
-from replaceme.families import Family, Linear, inputs_of
+from replaceme.families import Family, Linear, parameter_of
 from replaceme.features import LINEARS, Features
 from replaceme.forward import Keep, Start, begun_at, walk
 from replaceme.gram import squares
@@ -57,18 +57,16 @@ class WeightedGram(AtCut):
 class DerivedGram(FeatureGram):
     """The sums over M made of those over the features, of which M is a linear map: good to float32, and a third less work."""
 
-    def __init__(self, block: Block, features: Features, last: nn.Module, dtype: torch.dtype):
+    def __init__(self, block: Block, features: Features, last: nn.Module):
         super().__init__(block, features)
         self.at_host = ("output", *features.signals)
-        # Asked of the linear itself, since 4-bit weights are packed: what it makes of nothing, and of each input alone.
-        inputs = torch.eye(inputs_of(last), dtype=dtype, device=next(last.parameters()).device)
-        with torch.inference_mode():
-            bias = last(torch.zeros_like(inputs[:1])).double().cpu()
-            weights = last(inputs).double().cpu() - bias
-        _, columns = features.only("mlp_output")
+        rows = [parameter_of(last, "weight").double().cpu().T]
+        if features.biased == "mlp_output":
+            rows.append(parameter_of(last, "bias").double().cpu()[None])
         # Of the attention's features, M holds nothing.
-        self.map = torch.zeros(len(features), weights.shape[1], dtype=torch.float64)
-        self.map[columns] = torch.cat([weights, bias])[: columns.stop - columns.start]
+        _, columns = features.only("mlp_output")
+        self.map = torch.zeros(len(features), rows[0].shape[1], dtype=torch.float64)
+        self.map[columns] = torch.cat(rows)
 
     def take(self, *signals: Any) -> None:
         left, *inputs, target, _batch = signals
@@ -79,6 +77,13 @@ class DerivedGram(FeatureGram):
         feature_added = sums["gram"] @ self.map
         added = {"added_gram": self.map.T @ feature_added, "added_cross": self.map.T @ sums["cross"]}
         return {**sums, "feature_added": feature_added, **added}
+
+
+def feature_gram(block: Block, features: Features, last: nn.Module) -> FeatureGram:
+    """Return what takes the sums of a cut; weights that are packed or elsewhere can't be read, and M is watched instead."""
+    weight = last.get_parameter("weight")
+    readable = weight.is_floating_point() and not weight.is_meta
+    return DerivedGram(block, features, last) if readable else FeatureGram(block, features)
 
 
 def dense_loss(model: Any, documents: Documents, batch_size: int) -> float:
@@ -170,7 +175,7 @@ def _refit(
     at_once = max(GRAM_BYTES // (8 * (inputs**2 + 2 * inputs * width + 2 * width**2)), 1)
     for first in range(0, len(blocks), at_once):
         part = range(first, min(first + at_once, len(blocks)))
-        grams = {number: DerivedGram(blocks[number], features[number], lasts[number], model.dtype) for number in part}
+        grams = {number: feature_gram(blocks[number], features[number], lasts[number]) for number in part}
         walk(model, family, documents, [*grams.values()], batch_size=batch_size, description="fitting the best cuts")
         for number, gram in grams.items():
             sums = gram.tensors()

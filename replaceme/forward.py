@@ -185,10 +185,10 @@ def begun_at(family: Family, layers: nn.ModuleList, start: Start, current: Calla
     """
     layer = layers[start.layer]
 
-    def padded(rows: Tensor) -> Tensor:
+    def padded(rows: Tensor, device: torch.device | None = None) -> Tensor:
         batch = current()
         assert batch is not None
-        return batch.padded(rows[batch.tokens].to(batch.input_ids.device))
+        return batch.padded(rows[batch.tokens].to(device or batch.input_ids.device))
 
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         states = padded(start.states)
@@ -197,7 +197,7 @@ def begun_at(family: Family, layers: nn.ModuleList, start: Start, current: Calla
     def attend(*arguments: Any, **options: Any) -> tuple[Tensor, None]:
         assert start.attention is not None
         state = arguments[0] if arguments else options["hidden_states"]
-        return family.linear_of(layer, "attention_output")(padded(start.attention).to(state.device)), None
+        return family.linear_of(layer, "attention_output")(padded(start.attention, state.device)), None
 
     with ExitStack() as stack:
         stack.enter_context(passed_by(family, layers[: start.layer]))

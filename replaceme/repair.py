@@ -11,7 +11,8 @@ between them: both linears together, from ``[A | G]``, toward (original layer ou
 best channels of the window gets them here (``replaceme.channel_choice``), before its linears are solved for the last time. With
 several blocks, each later one is fitted here by the method itself, on the states that reach its host. All of it is one walk
 layer by layer: the states of both models wait in scratch files, with what enters the last linears of the layer at hand, so that
-neither its attention nor its MLP is computed again when these have changed; and no more than one layer's sums are in memory.
+its attention is not computed again when they have changed, nor is its MLP for the states that leave it; and no more than one
+layer's sums are in memory.
 """
 
 import shutil
@@ -48,7 +49,7 @@ from replaceme.progress import logger, progress
 from replaceme.scratch import scratch
 from replaceme.solver import solve_correction
 from replaceme.statistics import STATISTICS, AtCut, Place, add_correction
-from replaceme.unfused import unfused
+from replaceme.unfused import product_format, unfused
 from replaceme.weights import token_weights
 from replaceme.workspace import Workspace
 
@@ -133,7 +134,8 @@ class Mender:
         last = len(self.layers) - 1 if self.params.repair else max(self.hosted)
         self.kept = [layer for layer in range(self.first.host, last + 1) if layer not in removed]
         solves = self.params.repair or self.params.transform in STEPWISE
-        host, linears = self.layers[self.first.host], LINEARS if solves else ()
+        # Behind the last layer, nobody asks for the states.
+        host, linears = self.layers[self.first.host], LINEARS[: min(len(self.kept), 2)] if solves else ()
         widths = [int(self.model.config.hidden_size)] * 3 + [inputs_of(self.family.linear_of(host, each)) for each in linears]
         shapes = [(self.documents.token_count, width) for width in widths]
         self.dense, self.short, self.middle, *inputs = scratch(shapes, self.model.dtype, folder, "repair")
@@ -168,7 +170,7 @@ class Mender:
         if block and self.params.transform in STEPWISE:
             self._fit_on(block)
         elif self.params.repair and not block:
-            self._correct(layer, self.dense, ridges, leaves=layer != self.kept[-1])
+            self._correct(layer, self.dense, ridges, last=True)
 
     def _fit_on(self, block: Block) -> None:
         """Go on from a joint solution of the host's linears: each step toward the weights, and on the features, of the last."""
@@ -182,8 +184,8 @@ class Mender:
         steps = [alone, both, alone] if chosen else [alone]
         if self.family.parallel:
             steps = [both] if chosen else []
-        for left, ridges in enumerate(steps, start=1 - len(steps)):
-            self._correct(block.host, self.dense, ridges, leaves=not left and block.host != self.kept[-1])
+        for number, ridges in enumerate(steps, start=1):
+            self._correct(block.host, self.dense, ridges, last=number == len(steps))
 
     def _choose(self, block: Block) -> None:
         """Make the host's MLP of the best channels of its own and of the layers that go, with the columns that they had."""
@@ -213,11 +215,12 @@ class Mender:
             count - own,
         )
 
-    def _correct(self, layer: int, target: Tensor, ridges: Mapping[Linear, float], leaves: bool = False) -> None:
-        """Solve for linears of a layer; where they are its last ones, the shortened model's states can leave it with that."""
+    def _correct(self, layer: int, target: Tensor, ridges: Mapping[Linear, float], last: bool = False) -> None:
+        """Solve for linears of a layer; with its last step, the shortened model's states leave it."""
         features = Features.of(self.layers[layer], self.family, [*ridges])
         missing = Missing(layer, features, target)
         observers: list[Observer] = [missing]
+        leaves = last and layer != self.kept[-1]
         if self.attended != layer:
             observers.append(Keep(layer, ("attention_features",), self.inputs["attention_output"]))
         if leaves:
@@ -237,12 +240,10 @@ class Mender:
 
     def _leave(self, features: Features, change: Tensor) -> None:
         """Add to the shortened model's states what a change of their layer's last linears makes of their inputs."""
-        for start in range(0, len(self.short), TOKENS):
-            rows = slice(start, start + TOKENS)
-            for linear, weight, bias in features.parts(change):
-                inputs = self.inputs[linear][rows].to(change.device)
-                added = functional.linear(inputs, weight.to(inputs), None if bias is None else bias.to(inputs))
-                self.short[rows] += (features.multiplier * added).to(self.short.device)
+        dtype = product_format(self.short.dtype)
+        for linear, weight, bias in features.parts((features.multiplier * change).to(dtype)):
+            for rows, inputs in zip(self.short.split(TOKENS), self.inputs[linear].split(TOKENS), strict=True):
+                rows += functional.linear(inputs.to(weight), weight, bias).to(rows)
 
     def _fit(self, block: Block) -> None:
         """Fit a later block by the method, on the shortened model's states at the host and the dense model's at the end."""

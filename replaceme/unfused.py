@@ -3,11 +3,10 @@ a shortened model before any weight is changed.
 
 A hook on each edited linear makes ``y T + G Δᵀ + δ`` of its output ``y`` and its input ``G``; where a norm or a mixture of
 experts stands behind the linear, T is a hook on what that adds to the residual stream. The product with Δ is in the model's
-format, as it is in a folded model. A hook on each linear of a layer that mixes layers makes ``Σ c_j (G W_jᵀ + b_j)``, by the
-other layers' own linears. An operator is a hook on its layer. Parameters
-that are others, and those that chosen channels make, stand in for a while. An attention that is gone adds nothing. The features
-of removed groups are 0 before they enter the last linear. Removed layers pass their input on. Where the residual stream is
-narrower, hooks project it onto its basis at each signal.
+format, as it is in a folded one. A hook on each linear of a layer that mixes layers makes ``Σ c_j (G W_jᵀ + b_j)``, by the
+other layers' own linears. An operator is a hook on its layer. Parameters that are others, and those that chosen channels make,
+stand in for a while. An attention that is gone adds nothing. The features of removed groups are 0 before they enter the last
+linear. Removed layers pass their input on. Where the residual stream is narrower, hooks project it onto its basis at each signal.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -188,20 +187,24 @@ def _mixing(own: float, others: Sequence[tuple[nn.Module, float]]) -> Any:
     return hook
 
 
+def product_format(dtype: torch.dtype) -> torch.dtype:
+    """Return the format for a correction in a model of some format: that of a quiet feature can be too large for float16."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def _hook(change: Change) -> Any:
     moved: dict[tuple[torch.device, torch.dtype], Change] = {}
 
     def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        dtype = torch.promote_types(output.dtype, torch.float32)
-        key = output.device, dtype
+        dtype, key = torch.promote_types(output.dtype, torch.float32), (output.device, output.dtype)
         if key not in moved:
-            parts = (change.transform, dtype), (change.weight, output.dtype), (change.bias, dtype)
+            parts = (change.transform, dtype), (change.weight, product_format(output.dtype)), (change.bias, dtype)
             moved[key] = Change(*(None if part is None else part.to(output.device, format) for part, format in parts))
         here, changed = moved[key], output.to(dtype)
         if here.transform is not None:
             changed = changed @ here.transform
         if here.weight is not None:
-            changed = changed + args[0] @ here.weight.T
+            changed = changed + args[0].to(here.weight) @ here.weight.T
         if here.bias is not None:
             changed = changed + here.bias
         return changed.to(output.dtype)

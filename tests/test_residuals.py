@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from replaceme import cut_loss, next_token, scratch
-from replaceme.cut_loss import DerivedGram, cut_losses, dense_loss
+from replaceme.cut_loss import DerivedGram, cut_losses, dense_loss, feature_gram
 from replaceme.documents import Documents
 from replaceme.edits import Edits
 from replaceme.errors import ParameterError, ResourceError
@@ -200,11 +201,19 @@ def test_what_the_mlp_adds_is_known_from_its_features(kind: str, linears: tuple[
     family = family_of(model.config)
     host = family.decoder_layers(model)[block.host]
     features, last = Features.of(host, family, linears), family.linear_of(host, "mlp_output")
-    found, expected = DerivedGram(block, features, last, torch.float64), FeatureGram(block, features)
+    found, expected = feature_gram(block, features, last), FeatureGram(block, features)
+    assert isinstance(found, DerivedGram)
     walk(model, family, documents, [found, expected], batch_size=4, description=None)
     sums = found.tensors()
     for name, total in expected.tensors().items():
         assert torch.allclose(sums[name], total, rtol=1e-5, atol=1e-6 * float(total.abs().max()))
+
+
+def test_where_weights_cannot_be_read_what_the_mlp_adds_is_watched() -> None:
+    features = Features({"mlp_output": 8}, None)
+    offloaded, packed = nn.Linear(8, 4, bias=False, device="meta"), nn.Linear(8, 4, bias=False)
+    packed.weight = nn.Parameter(torch.zeros(16, 1, dtype=torch.uint8), requires_grad=False)
+    assert [type(feature_gram(Block(2, 4), features, each)) for each in (offloaded, packed)] == [FeatureGram] * 2
 
 
 def mean_loss(model: torch.nn.Module, documents: Documents) -> float:

@@ -316,3 +316,16 @@ def test_verification_fails_where_the_cache_is_addressed_wrongly(tiny: Model, tm
     apply_edits(model, PRE_NORM, edits_for(2, 2))
     model.model.layers[2].self_attn.layer_idx = 1
     assert cache_error(model, TEXT[0]) > 1e-2
+
+
+def test_a_large_correction_of_a_quiet_feature_is_no_overflow() -> None:
+    model, large = made_model(dtype=torch.float16, mlp_bias=False), Edits("", [])
+    weight = torch.zeros_like(PRE_NORM.linear_of(model.model.layers[2], "mlp_output").weight, dtype=torch.float32)
+    weight[:, 0] = 1e5
+    large.correct(2, "mlp_output", weight)
+    model.model.layers[2].mlp.up_proj.weight.data[0] = 0
+    ids = torch.arange(5, 25)[None]
+    with torch.inference_mode():
+        expected = model(ids).logits
+        with unfused(model, PRE_NORM, large):
+            assert torch.equal(model(ids).logits, expected)
