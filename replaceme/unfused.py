@@ -6,7 +6,8 @@ experts stands behind the linear, T is a hook on what that adds to the residual 
 format, as it is in a folded one. A hook on each linear of a layer that mixes layers makes ``Σ c_j (G W_jᵀ + b_j)``, by the
 other layers' own linears. An operator is a hook on its layer. Parameters that are others, and those that chosen channels make,
 stand in for a while. An attention that is gone adds nothing. The features of removed groups are 0 before they enter the last
-linear. Removed layers pass their input on. Where the residual stream is narrower, hooks project it onto its basis at each signal.
+linear. Removed layers pass their input on. Where the residual stream is narrower, hooks project it onto its basis at each
+signal.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
