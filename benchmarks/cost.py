@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from replaceme.calibration import draw_documents
-from replaceme.compute import resolve_device, use_threads
+from replaceme.compute import resolve_device, use_processor
 from replaceme.corpora import find_dataset
 from replaceme.cut_loss import cut_losses
 from replaceme.edits import Edits
@@ -41,7 +41,7 @@ def main(size: int | None) -> None:
     silence_libraries()
     params = read_params(Path("params.yaml"))
     size = size or params.dataset_size
-    use_threads(params.threads)
+    use_processor(params.threads)
     source = find_model(params)
     model, family = source.load(params.dtype, resolve_device(params.device)), source.family()
     documents, _ = draw_documents(

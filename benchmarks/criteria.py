@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from scipy.stats import spearmanr
 
-from replaceme.compute import resolve_device, use_threads
+from replaceme.compute import resolve_device, use_processor
 from replaceme.cut_loss import cut_losses
 from replaceme.documents import Documents
 from replaceme.edits import Edits
@@ -38,7 +38,7 @@ def main(sizes: list[int]) -> None:
     """Measure and print."""
     silence_libraries()
     params, work = read_params(Path("params.yaml")), Workspace()
-    use_threads(params.threads)
+    use_processor(params.threads)
     source, documents = recorded_model(params, work.model_input), Documents.load(work.documents)
     model, family = source.load(params.dtype, resolve_device(params.device)), source.family()
     windows = cut_windows("test", task_texts(Task("wikipedia")), source.tokenizer(), TEST_TOKENS)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from replaceme.compute import resolve_device, use_threads
+from replaceme.compute import resolve_device, use_processor
 from replaceme.evaluation.harness import Suite, run
 from replaceme.evaluation.perplexity import WINDOW, Windows, cut_windows, window_losses
 from replaceme.evaluation.requests import Encodings
@@ -34,7 +34,7 @@ def main(share: float) -> None:
     """Measure and print."""
     silence_libraries()
     params = read_params(Path("params.yaml"))
-    use_threads(params.threads)
+    use_processor(params.threads)
     source = find_model(params)
     model, tokenizer = source.load(params.eval_dtype, resolve_device(params.device)), source.tokenizer()
     found = task_fingerprints(params)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from replaceme.compute import use_threads
+from replaceme.compute import use_processor
 from replaceme.documents import Documents
 from replaceme.methods import METHODS
 from replaceme.models import find_model
@@ -30,7 +30,7 @@ def measure(tokens: int) -> None:
     """Run both passes over ``tokens`` tokens and print the peak resident set in MiB."""
     silence_libraries()
     params = read_params(Path("params.yaml"))
-    use_threads(params.threads)
+    use_processor(params.threads)
     source = find_model(params)
     model, family = source.load(params.dtype), source.family()
     generator = torch.Generator().manual_seed(0)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from replaceme.compute import use_threads
+from replaceme.compute import use_processor
 from replaceme.params import read_params
 from replaceme.solver import solve_correction, solve_ridge
 
@@ -40,7 +40,7 @@ def timed(name: str, solve: Callable[[], object]) -> None:
 def main(width: int, inputs: int) -> None:
     """Measure and print."""
     threads = read_params(Path("params.yaml")).threads
-    use_threads(threads)
+    use_processor(threads)
     torch.manual_seed(0)
     print(f"d {width}, f {inputs}, float64, {threads} threads")
     gram = random_gram(width)

@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import GenerationConfig
 
 from replaceme.card import model_card
-from replaceme.compute import use_threads
+from replaceme.compute import use_processor
 from replaceme.documents import Documents
 from replaceme.edits import Edits
 from replaceme.files import new_folder, read_json, rounded, write_json, write_text
@@ -30,7 +30,7 @@ def export(params: Params, work: Workspace) -> None:
     Raises:
         VerificationError: the folder would not compute what was solved for; nothing is left behind.
     """
-    use_threads(params.threads)
+    use_processor(params.threads)
     source, edits = recorded_model(params, work.model_input), Edits.load(work.edits)
     with new_folder(work.model) as folder:
         counts = save_pruned(source, edits, folder)

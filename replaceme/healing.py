@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from replaceme import gradients
 from replaceme.checkpoints import key_of
-from replaceme.compute import use_threads
+from replaceme.compute import use_processor
 from replaceme.curves import write_curves
 from replaceme.documents import Batch, Documents
 from replaceme.edits import Edits
@@ -56,7 +56,7 @@ ROWS = 128
 
 def heal(params: Params, work: Workspace) -> None:
     """Write the final edits and metrics/heal.json."""
-    use_threads(params.threads)
+    use_processor(params.threads)
     figures: dict[str, Any] = {}
     with new_folder(work.edits) as folder:
         shutil.copytree(work.repaired, folder, dirs_exist_ok=True)

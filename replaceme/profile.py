@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from replaceme.compute import resolve_device, use_threads
+from replaceme.compute import resolve_device, use_processor
 from replaceme.detection import prove
 from replaceme.documents import Batch, Documents
 from replaceme.errors import ParameterError
@@ -117,7 +117,7 @@ def angular_distance(states: Tensor) -> Tensor:
 
 def profile(params: Params, work: Workspace) -> None:
     """Profile the model and write ``profile.json``, ``distances.csv`` and ``layers.csv``."""
-    use_threads(params.threads)
+    use_processor(params.threads)
     source = recorded_model(params, work.model_input)
     family, documents = source.family(), Documents.load(work.documents)
     if family.detected:

@@ -30,7 +30,7 @@ from torch.nn import functional
 
 from replaceme.channel_choice import TOKENS_PER_CHANNEL, Candidates, best_channels, few_documents
 from replaceme.channels import assembled_parameter, channels_of
-from replaceme.compute import require_resident, use_threads
+from replaceme.compute import require_resident, use_processor
 from replaceme.curves import write_curves
 from replaceme.documents import Batch, Documents
 from replaceme.edits import Edits
@@ -71,7 +71,7 @@ class Repair:
 
 def repair(params: Params, work: Workspace) -> None:
     """Write the edits, ``repairs.csv`` and the curves of a training with them, and metrics/repair.json."""
-    use_threads(params.threads)
+    use_processor(params.threads)
     plan, edits = Plan.load(work.plan), Edits.load(work.solution)
     repairs: list[Repair] = []
     figures: dict[str, Any] = {}

@@ -43,7 +43,7 @@ from typing import Any
 
 from replaceme.collapse import Way, collapsed_blocks, most
 from replaceme.compensation import blocks_of, check_scale, compensated, compensated_layers
-from replaceme.compute import use_threads
+from replaceme.compute import use_processor
 from replaceme.cut_loss import cut_losses, dense_loss
 from replaceme.documents import Documents
 from replaceme.errors import ParameterError
@@ -321,5 +321,5 @@ def _way(params: Params, layers: int) -> Way:
 
 def _loaded(params: Params, work: Workspace) -> tuple[Any, Family]:
     """Return the dense model and its description."""
-    use_threads(params.threads)
+    use_processor(params.threads)
     return calibration_model(params, work.model_input)

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from replaceme.compute import use_threads
+from replaceme.compute import use_processor
 from replaceme.files import new_folder, rounded, write_json, write_text
 from replaceme.methods import METHODS
 from replaceme.params import Params
@@ -17,7 +17,7 @@ from replaceme.workspace import Workspace
 
 def solve(params: Params, work: Workspace) -> None:
     """Run the method's solver, and write its edits and metrics/solve.json."""
-    use_threads(params.threads)
+    use_processor(params.threads)
     plan = Plan.load(work.plan)
 
     def statistic(name: str) -> dict[str, Tensor]:

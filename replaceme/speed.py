@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from replaceme.compute import resolve_device, use_threads
+from replaceme.compute import resolve_device, use_processor
 from replaceme.evaluation.kv_cache import filled_cache, going_on
 from replaceme.fingerprints import sha256_of
 from replaceme.models import WEIGHTS, Model
@@ -35,7 +35,7 @@ def measure_speed(params: Params, dense: Model, pruned: Model) -> dict[str, Any]
         ``prefill_seconds`` (one prompt of each row) and ``decode_seconds_per_token``, each with dense, pruned and
         ``speedup`` (dense over pruned); the setting; and ``weights``, the sha256 of the pruned model's weight files.
     """
-    use_threads(params.threads)
+    use_processor(params.threads)
     device = resolve_device(params.device)
     models = {
         name: model.load(params.eval_dtype, device, device_map=params.device_map)

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from replaceme.compute import resolve_device, use_threads
+from replaceme.compute import resolve_device, use_processor
 from replaceme.documents import Batch, Documents
 from replaceme.families import Family
 from replaceme.features import LINEARS, Features
@@ -307,7 +307,7 @@ STATISTICS: dict[str, Callable[[Place], Statistic]] = {
 
 def observe_activations(params: Params, work: Workspace) -> None:
     """Take the planned statistics and write one safetensors file for each."""
-    use_threads(params.threads)
+    use_processor(params.threads)
     plan, documents = Plan.load(work.plan), Documents.load(work.documents)
     with new_folder(work.statistics) as folder:
         if not plan.statistics:

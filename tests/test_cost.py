@@ -1,6 +1,7 @@
 """What a stage of the compression cost, and what all of them come to."""
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -99,3 +100,20 @@ def test_a_stage_without_a_record_is_named(tmp_path: Path) -> None:
     work.cost("select").unlink()
     with pytest.raises(ResourceError, match=r"select\.json does not exist"):
         compression_figures(read_params(None, {}), work)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
+def test_memory_that_becomes_free_is_kept_unless_the_user_tunes_the_allocator() -> None:
+    program = (
+        "import resource, torch; from replaceme.compute import use_processor; use_processor(1)\n"
+        "for _ in range(20): parts = [torch.ones(4 << 20) for _ in range(3)]; del parts\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)"
+    )
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")} | {"PYTHONPATH": str(ROOT)}
+    faults = [
+        int(subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True).stdout)
+        for env in (plain, plain | {"MALLOC_PERTURB_": "0"})
+    ]
+    # A page has 4096 bytes, or more: three times 16 MiB, once or twenty times.
+    pages = 20 * 3 * (16 << 20) // os.sysconf("SC_PAGE_SIZE")
+    assert faults[1] - faults[0] > pages // 2

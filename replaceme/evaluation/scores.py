@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from replaceme.compute import resolve_device, use_threads
+from replaceme.compute import resolve_device, use_processor
 from replaceme.evaluation import harness
 from replaceme.evaluation.comparison import compare, comparison_table
 from replaceme.evaluation.kv_cache import cache_bytes_per_token
@@ -89,7 +89,7 @@ def score_model(params: Params, source: Model, name: str, found: dict[str, Any],
         found: the tasks' identities (``task_fingerprints``).
         requests: token ids that are known already; what is missing is added.
     """
-    use_threads(params.threads)
+    use_processor(params.threads)
     tokenizer, positions = source.tokenizer(), getattr(source.config(), "max_position_embeddings", None)
     # All that can go wrong with a task does so before a model is loaded.
     suite = harness.Suite()
