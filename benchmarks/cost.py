@@ -14,23 +14,24 @@ from pathlib import Path
 
 import torch
 
-from replaceme.calibration import draw_documents
-from replaceme.compute import resolve_device, use_processor
-from replaceme.corpora import find_dataset
-from replaceme.cut_loss import cut_losses
-from replaceme.edits import Edits
-from replaceme.families import decoder_of
-from replaceme.healing import Predictions
-from replaceme.methods import METHODS
-from replaceme.models import find_model
-from replaceme.params import Params, read_params
-from replaceme.plan import Plan
-from replaceme.profile import profile_model
-from replaceme.progress import silence_libraries
-from replaceme.repair import STEPWISE, Mender
-from replaceme.selection import SHORTLIST, allowed_starts, smallest
-from replaceme.statistics import take_statistics
-from replaceme.training import Course, entering_and_leaving, train
+from replaceme.base.compute import resolve_device, use_processor
+from replaceme.base.params import Params, read_params
+from replaceme.base.plan import Plan
+from replaceme.base.progress import silence_libraries
+from replaceme.corpora.draw import draw_documents
+from replaceme.corpora.find import find_dataset
+from replaceme.edits.edits import Edits
+from replaceme.methods.registry import METHODS, criterion_of
+from replaceme.methods.repair import STEPWISE, Mender
+from replaceme.models.families import decoder_of
+from replaceme.models.model import find_model
+from replaceme.observers.profile import profile_model
+from replaceme.observers.statistics import take_statistics
+from replaceme.selection.blocks import smallest
+from replaceme.selection.criteria import allowed_starts
+from replaceme.selection.cut_loss import SHORTLIST, cut_losses
+from replaceme.training.healing import Predictions
+from replaceme.training.training import Course, entering_and_leaving, train
 
 ROUNDS = 3
 LIMITS = {"profile, activations and solve of a map": 2.2, "choice by loss": 1.5, "repair": 2.5}
@@ -48,7 +49,7 @@ def main(size: int | None) -> None:
         find_dataset(params).open(), source.tokenizer(), size, params.max_length, pack=params.pack, seed=params.seed
     )
     profiled = profile_model(model, family, documents, params.batch_size)
-    starts = allowed_starts(params, len(family.decoder_layers(model)))
+    starts = allowed_starts(params, len(family.decoder_layers(model)), criterion_of(params))
     cuts = smallest(profiled["residual"], starts, params.layers_to_skip, SHORTLIST)
     block = cuts[0]
 

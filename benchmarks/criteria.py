@@ -12,24 +12,23 @@ from pathlib import Path
 import torch
 from scipy.stats import spearmanr
 
-from replaceme.compute import resolve_device, use_processor
-from replaceme.cut_loss import cut_losses
-from replaceme.documents import Documents
-from replaceme.edits import Edits
-from replaceme.evaluation.comparison import align
+from replaceme.base.compute import resolve_device, use_processor
+from replaceme.base.documents import Documents
+from replaceme.base.files import read_json
+from replaceme.base.params import read_params
+from replaceme.base.plan import Block
+from replaceme.base.progress import align, silence_libraries
+from replaceme.base.task import Task
+from replaceme.base.workspace import Workspace
+from replaceme.edits.edits import Edits
+from replaceme.edits.unfused import unfused
 from replaceme.evaluation.perplexity import cut_windows, perplexities, window_losses
 from replaceme.evaluation.tasks import task_texts
-from replaceme.files import read_json
-from replaceme.forward import walk
-from replaceme.models import recorded_model
-from replaceme.params import read_params
-from replaceme.plan import Block
-from replaceme.progress import silence_libraries
-from replaceme.solver import solve_ridge
-from replaceme.statistics import Gram
-from replaceme.task import Task
-from replaceme.unfused import unfused
-from replaceme.workspace import Workspace
+from replaceme.models.model import recorded_model
+from replaceme.observers.statistics import Gram
+from replaceme.observers.walk import walk
+from replaceme.selection.cut_loss import cut_losses
+from replaceme.solvers.ridge import solve_ridge
 
 TEST_TOKENS = 8192
 

@@ -15,16 +15,16 @@ from typing import Any
 
 import torch
 
-from replaceme.compute import resolve_device, use_processor
+from replaceme.base.compute import resolve_device, use_processor
+from replaceme.base.params import read_params
+from replaceme.base.progress import silence_libraries
 from replaceme.evaluation.harness import Suite, run
 from replaceme.evaluation.perplexity import WINDOW, Windows, cut_windows, window_losses
 from replaceme.evaluation.requests import Encodings
 from replaceme.evaluation.scorer import CausalScorer
 from replaceme.evaluation.tasks import task_fingerprints, task_items, task_kind, task_name, task_texts
-from replaceme.families import decoder_of
-from replaceme.models import find_model
-from replaceme.params import read_params
-from replaceme.progress import silence_libraries
+from replaceme.models.families import decoder_of
+from replaceme.models.model import find_model
 
 ROUNDS = 3
 LIMIT = 0.7

@@ -11,16 +11,16 @@ from pathlib import Path
 
 import torch
 
-from replaceme.compute import use_processor
-from replaceme.documents import Documents
-from replaceme.methods import METHODS
-from replaceme.models import find_model
-from replaceme.params import read_params
-from replaceme.plan import Block, Plan
-from replaceme.profile import profile_model
-from replaceme.progress import silence_libraries
-from replaceme.repair import Mender
-from replaceme.statistics import take_statistics
+from replaceme.base.compute import use_processor
+from replaceme.base.documents import Documents
+from replaceme.base.params import read_params
+from replaceme.base.plan import Block, Plan
+from replaceme.base.progress import silence_libraries
+from replaceme.methods.registry import METHODS
+from replaceme.methods.repair import Mender
+from replaceme.models.model import find_model
+from replaceme.observers.profile import profile_model
+from replaceme.observers.statistics import take_statistics
 
 SIZES = (16_384, 131_072)
 LENGTH = 1024

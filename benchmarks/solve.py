@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from replaceme.compute import use_processor
-from replaceme.params import read_params
-from replaceme.solver import solve_correction, solve_ridge
+from replaceme.base.compute import use_processor
+from replaceme.base.params import read_params
+from replaceme.solvers.ridge import solve_correction, solve_ridge
 
 
 def random_gram(width: int) -> Tensor:

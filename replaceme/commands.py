@@ -11,26 +11,27 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from replaceme.entry import Parser, run
-from replaceme.errors import ParameterError
-from replaceme.evaluation.comparison import align, comparison_table, scores_table
+from replaceme.base.entry import Parser, run
+from replaceme.base.errors import ParameterError
+from replaceme.base.files import new_folder, read_json, rounded, write_json, write_text
+from replaceme.base.fingerprints import sha256_below
+from replaceme.base.params import Params, nearest, parse_value, read_params
+from replaceme.base.progress import align, logger
+from replaceme.base.published_keys import PUBLISHED_KEYS
+from replaceme.base.workspace import Workspace
+from replaceme.evaluation.comparison import comparison_table, scores_table
 from replaceme.evaluation.requests import Requests
 from replaceme.evaluation.scores import score_model
 from replaceme.evaluation.tasks import task_fingerprints
-from replaceme.files import new_folder, read_json, rounded, write_json, write_text
-from replaceme.fingerprints import sha256_below
-from replaceme.inputs import identity, inspect_inputs
-from replaceme.methods import METHODS
-from replaceme.models import CARD, Model, find_model, recorded_model
-from replaceme.params import Params, nearest, parse_value, read_params
-from replaceme.progress import logger
+from replaceme.methods.registry import METHODS, criterion_of
+from replaceme.models.model import CARD, Model, find_model, identity, recorded_model
+from replaceme.pipeline.inputs import inspect_inputs
 from replaceme.publish import card_of
-from replaceme.published import PUBLISHED_KEYS
 from replaceme.report.page import SETTINGS_FILE, render
-from replaceme.selection import allowed_starts, smallest
+from replaceme.selection.blocks import smallest
+from replaceme.selection.criteria import allowed_starts
 from replaceme.speed import measure_speed as measure_speed_of
 from replaceme.steps import run_steps
-from replaceme.workspace import Workspace
 
 ALIASES = {"model": "model_path", "layers": "layers_to_skip"}
 
@@ -167,8 +168,8 @@ def _analyse(params: Params) -> None:
     content = read_json(work.profile / "profile.json")
     criteria = {"angular distance": content["angular_distance"], "residual": content["residual"]}
     rows = [("layers to skip", *(head for name in criteria for head in ("host", "removed", name)))]
-    for skip in range(1, len(allowed_starts(single, layers := len(content["residual"]))) + 1):
-        starts = allowed_starts(single.model_copy(update={"layers_to_skip": skip}), layers)
+    for skip in range(1, len(allowed_starts(single, layers := len(content["residual"]), criterion_of(single))) + 1):
+        starts = allowed_starts(single.model_copy(update={"layers_to_skip": skip}), layers, criterion_of(single))
         row = [str(skip)]
         for values in criteria.values():
             (block,) = smallest(values, starts, skip)

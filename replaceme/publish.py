@@ -12,17 +12,17 @@ from typing import Any, NoReturn
 
 from huggingface_hub import EvalResult
 
-from replaceme import hub
-from replaceme.card import model_card
-from replaceme.edits import Edits
-from replaceme.entry import PARAMS_FILE, Parser, run
-from replaceme.errors import ParameterError
+from replaceme.base.entry import PARAMS_FILE, Parser, run
+from replaceme.base.errors import ParameterError
+from replaceme.base.files import read_json
+from replaceme.base.params import Params, read_params
+from replaceme.base.progress import logger
+from replaceme.base.workspace import Workspace
+from replaceme.edits.edits import Edits
 from replaceme.evaluation.comparison import comparison_rows
-from replaceme.files import read_json
-from replaceme.models import CARD, Model, recorded_model
-from replaceme.params import Params, read_params
-from replaceme.progress import logger
-from replaceme.workspace import Workspace
+from replaceme.export.card import model_card
+from replaceme.models import hub
+from replaceme.models.model import CARD, Model, recorded_model
 
 
 def push_to_hub() -> NoReturn:

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from replaceme.compute import resolve_device, use_processor
+from replaceme.base.compute import resolve_device, use_processor
+from replaceme.base.fingerprints import sha256_of
+from replaceme.base.params import Params
+from replaceme.base.progress import progress
 from replaceme.evaluation.kv_cache import filled_cache, going_on
-from replaceme.fingerprints import sha256_of
-from replaceme.models import WEIGHTS, Model
-from replaceme.params import Params
-from replaceme.progress import progress
+from replaceme.models.model import WEIGHTS, Model
 
 PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 512, 64, 5
 

@@ -1,7 +1,7 @@
 """Take the statistics that the plan wants."""
 
-from replaceme.entry import stage
-from replaceme.statistics import observe_activations
+from replaceme.base.stage import run_stage
+from replaceme.pipeline.activations import STAGE
 
 if __name__ == "__main__":
-    stage(observe_activations)
+    run_stage(STAGE)

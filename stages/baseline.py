@@ -1,7 +1,7 @@
 """Score the dense model."""
 
-from replaceme.entry import stage
-from replaceme.evaluation.scores import score_baseline
+from replaceme.base.stage import run_stage
+from replaceme.pipeline.baseline import STAGE
 
 if __name__ == "__main__":
-    stage(score_baseline)
+    run_stage(STAGE)

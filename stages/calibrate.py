@@ -1,7 +1,7 @@
 """Draw calibration documents."""
 
-from replaceme.calibration import calibrate
-from replaceme.entry import stage
+from replaceme.base.stage import run_stage
+from replaceme.pipeline.calibrate import STAGE
 
 if __name__ == "__main__":
-    stage(calibrate)
+    run_stage(STAGE)

@@ -1,7 +1,7 @@
 """Score the pruned model beside the dense one."""
 
-from replaceme.entry import stage
-from replaceme.evaluation.scores import evaluate
+from replaceme.base.stage import run_stage
+from replaceme.pipeline.evaluate import STAGE
 
 if __name__ == "__main__":
-    stage(evaluate)
+    run_stage(STAGE)

@@ -1,7 +1,7 @@
 """Save the pruned model and prove that it computes what was solved for."""
 
-from replaceme.entry import stage
-from replaceme.export import export
+from replaceme.base.stage import run_stage
+from replaceme.pipeline.export import STAGE
 
 if __name__ == "__main__":
-    stage(export)
+    run_stage(STAGE)

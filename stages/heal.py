@@ -1,8 +1,7 @@
 """Train what was solved for a while, where the settings ask for it."""
 
-from replaceme.entry import stage
-from replaceme.healing import heal
-from replaceme.methods import METHODS
+from replaceme.base.stage import run_stage
+from replaceme.pipeline.heal import STAGE
 
 if __name__ == "__main__":
-    stage(heal, METHODS)
+    run_stage(STAGE)

@@ -1,8 +1,7 @@
 """Look at model, text and tasks, and write their fingerprints."""
 
-from replaceme.entry import stage
-from replaceme.inputs import inspect_inputs
-from replaceme.methods import METHODS
+from replaceme.base.stage import run_stage
+from replaceme.pipeline.inputs import STAGE
 
 if __name__ == "__main__":
-    stage(inspect_inputs, METHODS)
+    run_stage(STAGE)

@@ -1,8 +1,7 @@
 """The statistics that the method wants of the chosen blocks."""
 
-from replaceme.entry import stage
-from replaceme.methods import METHODS
-from replaceme.planning import plan
+from replaceme.base.stage import run_stage
+from replaceme.pipeline.plan import STAGE
 
 if __name__ == "__main__":
-    stage(plan, METHODS)
+    run_stage(STAGE)

@@ -1,7 +1,7 @@
 """Measure the distances between all pairs of layers, and what each layer does."""
 
-from replaceme.entry import stage
-from replaceme.profile import profile
+from replaceme.base.stage import run_stage
+from replaceme.pipeline.profile import STAGE
 
 if __name__ == "__main__":
-    stage(profile)
+    run_stage(STAGE)

@@ -1,8 +1,7 @@
 """Make the edits that depend on an earlier solution."""
 
-from replaceme.entry import stage
-from replaceme.methods import METHODS
-from replaceme.repair import repair
+from replaceme.base.stage import run_stage
+from replaceme.pipeline.repair import STAGE
 
 if __name__ == "__main__":
-    stage(repair, METHODS)
+    run_stage(STAGE)

@@ -1,7 +1,7 @@
 """Write the page that says what the pruning cost."""
 
-from replaceme.entry import stage
-from replaceme.report.page import write_report
+from replaceme.base.stage import run_stage
+from replaceme.pipeline.report import STAGE
 
 if __name__ == "__main__":
-    stage(write_report)
+    run_stage(STAGE)

@@ -1,8 +1,7 @@
 """Choose the block of layers to remove."""
 
-from replaceme.entry import stage
-from replaceme.methods import METHODS
-from replaceme.selection import select
+from replaceme.base.stage import run_stage
+from replaceme.pipeline.select import STAGE
 
 if __name__ == "__main__":
-    stage(select, METHODS)
+    run_stage(STAGE)

@@ -1,8 +1,7 @@
 """Turn statistics into edits."""
 
-from replaceme.entry import stage
-from replaceme.methods import METHODS
-from replaceme.solution import solve
+from replaceme.base.stage import run_stage
+from replaceme.pipeline.solve import STAGE
 
 if __name__ == "__main__":
-    stage(solve, METHODS)
+    run_stage(STAGE)

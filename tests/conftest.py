@@ -12,11 +12,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from replaceme.documents import Documents
-from replaceme.edits import Edits
-from replaceme.families import Family, family_of, parameter_of
-from replaceme.models import Model
-from replaceme.params import Params, read_params
+from replaceme.base.documents import Documents
+from replaceme.base.params import Params, read_params
+from replaceme.edits.edits import Edits
+from replaceme.models.families import Family, family_of, parameter_of
+from replaceme.models.model import Model
 
 VOCABULARY = "the a river mountain of runs near old town and people walk to market where bread fish wine are sold every day"
 CHAT_TEMPLATE = "{{ bos_token }}{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}\n{% endfor %}"

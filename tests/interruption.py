@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
-from replaceme import training
+from replaceme.training import training
 
 
 class InterruptedRunError(Exception):

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from replaceme.errors import DatasetError
-from replaceme.progress import logger
+from replaceme.base.errors import DatasetError
+from replaceme.base.progress import logger
 
 Chat = list[dict[str, str]]
 Row = str | Chat

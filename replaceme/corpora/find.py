@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from replaceme import embedded, hub
-from replaceme.corpora import local, streamed
+from replaceme.base.errors import DatasetError
+from replaceme.base.fingerprints import sha256_below
+from replaceme.base.params import Params, nearest
+from replaceme.corpora import embedded, local, streamed
 from replaceme.corpora.corpus import Corpus
-from replaceme.errors import DatasetError
-from replaceme.fingerprints import sha256_below
-from replaceme.params import Params, nearest
+from replaceme.models import hub
 
 
 @dataclass(frozen=True)

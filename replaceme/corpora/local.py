@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from replaceme.base.errors import DatasetError, resource_failure
 from replaceme.corpora.corpus import Corpus, Row, as_row, pick_column
-from replaceme.errors import DatasetError, resource_failure
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 SUFFIXES = (".txt", *BUILDERS)

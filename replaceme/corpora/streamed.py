@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 
-from replaceme import hub
+from replaceme.base.errors import DatasetError, resource_failure
+from replaceme.base.params import Params
 from replaceme.corpora.corpus import Corpus, Row, as_row, pick_column
-from replaceme.errors import DatasetError, resource_failure
-from replaceme.params import Params
+from replaceme.models import hub
 
 # The published program's names, and the configuration that it reads of each.
 ALIASES: dict[str, tuple[str, ...]] = {

@@ -1,1 +1,4 @@
-"""Scores of a model: perplexity on held-out text, and accuracy through lm-eval on tasks made from it."""
+"""Scores of a model.
+
+It may import base, models and corpora.
+"""

@@ -16,10 +16,10 @@ from unittest import mock
 import numpy as np
 import torch
 
-from replaceme import hub
-from replaceme.errors import DatasetError, ParameterError
-from replaceme.progress import logger
-from replaceme.task import Task
+from replaceme.base.errors import DatasetError, ParameterError
+from replaceme.base.progress import logger
+from replaceme.base.task import Task
+from replaceme.models import hub
 
 # These dataset names read files and are no repositories.
 FILE_BUILDERS = {"json", "csv", "parquet", "text", "arrow"}

@@ -17,9 +17,10 @@ import torch
 from scipy.stats import binomtest, ttest_1samp
 from torch import Tensor
 
+from replaceme.base.files import read_json
+from replaceme.base.progress import align
+from replaceme.base.workspace import Workspace
 from replaceme.evaluation.perplexity import mean_stderr
-from replaceme.files import read_json
-from replaceme.workspace import Workspace
 
 Figures = dict[str, Any]
 UNITS = {"token": "perplexity", "word": "word_perplexity", "byte": "byte_perplexity"}
@@ -197,17 +198,6 @@ def _percent(pair: Figures, side: str) -> str:
 
 def _kept(pair: Figures) -> str:
     return f"{100 * pair['pruned'] / pair['dense']:.1f} % kept" if pair["dense"] else ""
-
-
-def align(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows as columns: the first to the left, the others to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        ).rstrip()
-        for row in rows
-    )
 
 
 if __name__ == "__main__":

@@ -13,13 +13,13 @@ from lm_eval.api.metrics import pooled_sample_stderr
 from lm_eval.evaluator import evaluate
 from torch import Tensor
 
-from replaceme.errors import DatasetError, ParameterError
+from replaceme.base.errors import DatasetError, ParameterError
+from replaceme.base.progress import logger, progress
+from replaceme.base.task import Task
 from replaceme.evaluation import catalogue
 from replaceme.evaluation.comparison import weighted_mean, weighted_stderr
 from replaceme.evaluation.scorer import CausalScorer
 from replaceme.evaluation.tasks import Items, is_file, task_items, task_kind, task_name
-from replaceme.progress import logger, progress
-from replaceme.task import Task
 
 # Length-normalised accuracy where the task has it, then what else says how often a model is right. Other metrics (F1, BLEU,
 # correlations) are no share of items, and an average over tasks would mix what doesn't compare.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from replaceme.families import decoder_of
+from replaceme.models.families import decoder_of
 
 
 def filled_cache(model: Any, ids: Tensor) -> Any:

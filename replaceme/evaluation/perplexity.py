@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
-from replaceme.errors import DatasetError
-from replaceme.progress import progress
-from replaceme.tokenization import encode_in_chunks, start_of_text
+from replaceme.base.errors import DatasetError
+from replaceme.base.progress import progress
+from replaceme.corpora.tokenization import encode_in_chunks, start_of_text
 
 WINDOW = 1024
 LARGEST_EXPONENT = 700.0

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from replaceme.errors import DatasetError
-from replaceme.task import Task
+from replaceme.base.errors import DatasetError
+from replaceme.base.task import Task
 
 
 def is_question_file(path: Path, task: Task) -> bool:

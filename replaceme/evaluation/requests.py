@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from replaceme.base.files import read_json, write_json
 from replaceme.evaluation.perplexity import Windows
-from replaceme.files import read_json, write_json
 
 Pair = tuple[list[int], list[int]]
 

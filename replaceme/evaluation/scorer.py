@@ -15,11 +15,11 @@ from lm_eval.api.model import TemplateLM
 from torch.nn.functional import log_softmax
 from transformers import PreTrainedTokenizerBase
 
-from replaceme.errors import DatasetError, ModelError
+from replaceme.base.errors import DatasetError, ModelError
+from replaceme.base.progress import progress
 from replaceme.evaluation.kv_cache import filled_cache, going_on, shares_contexts
 from replaceme.evaluation.perplexity import WINDOW
 from replaceme.evaluation.requests import Encodings
-from replaceme.progress import progress
 
 Request = tuple[tuple[str, str], list[int], list[int]]
 Ids = tuple[int, ...]

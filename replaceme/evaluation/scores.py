@@ -12,19 +12,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from replaceme.compute import resolve_device, use_processor
+from replaceme.base.compute import resolve_device, use_processor
+from replaceme.base.files import read_json, write_json
+from replaceme.base.params import Params
+from replaceme.base.progress import logger
 from replaceme.evaluation import harness
-from replaceme.evaluation.comparison import compare, comparison_table
 from replaceme.evaluation.kv_cache import cache_bytes_per_token
 from replaceme.evaluation.perplexity import cut_windows, perplexities, window_losses
 from replaceme.evaluation.requests import Requests
 from replaceme.evaluation.scorer import CausalScorer
 from replaceme.evaluation.tasks import check_unchanged, task_kind, task_name, task_texts
-from replaceme.files import new_folder, read_json, rounded, write_json
-from replaceme.models import WEIGHTS, Model, parameter_count, recorded_model
-from replaceme.params import Params
-from replaceme.progress import logger
-from replaceme.workspace import Workspace
+from replaceme.models.model import WEIGHTS, Model, parameter_count
 
 
 @dataclass
@@ -54,29 +52,6 @@ class Scores:
         """Read what ``save`` wrote."""
         figures, items = read_json(folder / "scores.json"), load_file(folder / "items.safetensors")
         return cls(figures, items, Requests.load(folder))
-
-
-def score_baseline(params: Params, work: Workspace) -> None:
-    """Score the dense model and write its scores, which all experiments share."""
-    found = read_json(work.tasks_input)
-    scores = score_model(params, recorded_model(params, work.model_input), "dense model", found, Requests())
-    with new_folder(work.baseline) as folder:
-        scores.save(folder)
-
-
-def evaluate(params: Params, work: Workspace) -> None:
-    """Score the pruned model, write metrics/evaluation.json and print the table."""
-    pruned = Model(work.model, work.model.name, trust_remote_code=params.trust_remote_code)
-    dense = Scores.load(work.baseline)
-    scores = score_model(params, pruned, "pruned model", read_json(work.tasks_input), dense.requests)
-    if scores.figures["device"] != dense.figures["device"]:
-        logger.warning(
-            "device: the dense model was scored on %s, the pruned one on %s; their last digits differ for that alone",
-            dense.figures["device"], scores.figures["device"],
-        )  # fmt: skip
-    comparison = rounded(compare(dense.figures, scores.figures, dense.items, scores.items))
-    write_json(work.metric("evaluation"), comparison)
-    print(comparison_table(comparison))
 
 
 def score_model(params: Params, source: Model, name: str, found: dict[str, Any], requests: Requests) -> Scores:

@@ -11,16 +11,15 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from replaceme import embedded
-from replaceme.corpora import local
-from replaceme.errors import DatasetError, ParameterError
+from replaceme.base.errors import DatasetError, ParameterError
+from replaceme.base.fingerprints import sha256_below
+from replaceme.base.params import Params, nearest
+from replaceme.base.task import COLUMNS, Task
+from replaceme.corpora import embedded, local
 from replaceme.evaluation import catalogue
 from replaceme.evaluation.continuation import continuation_items
 from replaceme.evaluation.last_word import last_word_items
 from replaceme.evaluation.question_file import is_question_file, read_questions, read_texts
-from replaceme.fingerprints import sha256_below
-from replaceme.params import Params, nearest
-from replaceme.task import COLUMNS, Task
 
 Kind = Literal["perplexity", "choice", "word", "lm-eval"]
 Items = list[dict[str, Any]]

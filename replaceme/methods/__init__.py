@@ -1,34 +1,4 @@
-"""The methods by name. A new one is a module with a ``Method`` in it, and one line here; nothing else names it."""
+"""What takes the place of the layers that go: one file a method, listed in ``registry.py``; repair among them.
 
-from replaceme.methods import (
-    average,
-    cosine,
-    ghosted,
-    laco,
-    linearpatch,
-    llm_pruner,
-    llm_streamline,
-    lstsq,
-    prune_and_comp,
-    shortgpt,
-    sleb,
-    slicegpt,
-    uidl,
-)
-from replaceme.methods.method import Method
-
-METHODS: dict[str, Method] = {
-    "average": average.METHOD,
-    "cosine": cosine.METHOD,
-    "ghosted": ghosted.METHOD,
-    "laco": laco.METHOD,
-    "linearpatch": linearpatch.METHOD,
-    "llm_streamline": llm_streamline.METHOD,
-    "llm_pruner": llm_pruner.METHOD,
-    "lstsq": lstsq.METHOD,
-    "prune_and_comp": prune_and_comp.METHOD,
-    "shortgpt": shortgpt.METHOD,
-    "sleb": sleb.METHOD,
-    "slicegpt": slicegpt.METHOD,
-    "uidl": uidl.METHOD,
-}
+It may import base to selection.
+"""

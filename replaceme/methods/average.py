@@ -5,12 +5,12 @@ A floor for what merges weights by a formula (LaCo, arXiv 2402.11187): no publis
 
 from typing import Any
 
-from replaceme.edits import Edits
-from replaceme.errors import ParameterError
-from replaceme.families import Family
+from replaceme.base.errors import ParameterError
+from replaceme.base.params import Params
+from replaceme.base.plan import Block
+from replaceme.edits.edits import Edits
 from replaceme.methods.method import Method, Solved, Statistics
-from replaceme.params import Params
-from replaceme.plan import Block
+from replaceme.models.families import Family
 
 
 def solve(params: Params, block: Block, statistics: Statistics) -> Solved:

@@ -13,19 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from replaceme.closed_forms import STRUCTURES, closed_form, structure_words
-from replaceme.combinations import TRANSFORMS, Values
-from replaceme.compute import resolve_device
-from replaceme.edits import Edits
-from replaceme.fit_quality import fit_quality, ridge_figures
+from replaceme.base.combinations import TRANSFORMS, Values
+from replaceme.base.compute import resolve_device
+from replaceme.base.params import Params
+from replaceme.base.plan import Block
+from replaceme.base.progress import logger
+from replaceme.edits.edits import Edits
 from replaceme.methods.method import Method, Solved, Statistics
-from replaceme.minimisers import Budget, Minimum, minimise
-from replaceme.objectives import CosineLoss, Problem, SquaredError
-from replaceme.params import Params
-from replaceme.plan import Block
-from replaceme.progress import logger
-from replaceme.structures import parametrisation
-from replaceme.token_shards import StoredShards
+from replaceme.observers.shards import StoredShards
+from replaceme.solvers.closed_forms import STRUCTURES, closed_form, structure_words
+from replaceme.solvers.minimisers import Budget, Minimum, minimise
+from replaceme.solvers.objectives import CosineLoss, Problem, SquaredError
+from replaceme.solvers.quality import fit_quality, ridge_figures
+from replaceme.solvers.structures import parametrisation
 
 LOSSES = {"cosine": "cosine", "mse": "squared error", "elastic_net": "elastic net"}
 

@@ -9,13 +9,14 @@ with w = 1/‖H‖² every token counts by its relative error, so that a few of 
 
 import torch
 
-from replaceme.edits import Edits
-from replaceme.fit_quality import operator_quality, ridge_figures, ridge_path
+from replaceme.base.params import Params
+from replaceme.base.plan import Block
+from replaceme.base.progress import logger
+from replaceme.edits.edits import Edits
 from replaceme.methods.method import Method, Solved, Statistics
-from replaceme.params import Params
-from replaceme.plan import Block
-from replaceme.progress import logger
-from replaceme.solver import solve_ridge
+from replaceme.selection.criteria import MEAN_COSINE
+from replaceme.solvers.quality import operator_quality, ridge_figures, ridge_path
+from replaceme.solvers.ridge import solve_ridge
 
 
 def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
@@ -43,7 +44,7 @@ METHOD = Method(
     stand_in=lambda params: "map",
     statistics=lambda params: (_stream(params), "sample"),
     solve=solve,
-    criterion="mean_cosine",
+    criterion=MEAN_COSINE,
     plain=lambda params: False,
     words="maps the whole state behind the host",
 )

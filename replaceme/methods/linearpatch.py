@@ -5,20 +5,21 @@ block, channel by channel, in coordinates in which no single channel is massive.
 
 with a Hadamard matrix R (the published ``rotate``), or R = I (its ``diag``), which costs d parameters instead of d². All real
 tokens count, those of massive norm too: the rotation spreads them over the channels. Any Hadamard matrix of the width will do,
-but another one gives another P; ours are those of ``replaceme.hadamard``.
+but another one gives another P; ours are those of ``replaceme.observers.hadamard``.
 """
 
 from typing import Any
 
-from replaceme.edits import Edits
-from replaceme.errors import ParameterError
-from replaceme.families import Family
-from replaceme.fit_quality import operator_quality
-from replaceme.hadamard import hadamard
+from replaceme.base.errors import ParameterError
+from replaceme.base.params import Params
+from replaceme.base.plan import Block
+from replaceme.base.progress import logger
+from replaceme.edits.edits import Edits
 from replaceme.methods.method import Method, Solved, Statistics
-from replaceme.params import Params
-from replaceme.plan import Block
-from replaceme.progress import logger
+from replaceme.models.families import Family
+from replaceme.observers.hadamard import hadamard
+from replaceme.selection.criteria import MEAN_COSINE
+from replaceme.solvers.quality import operator_quality
 
 
 def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
@@ -59,7 +60,7 @@ def check(params: Params, model: Any, family: Family) -> None:
 METHOD = Method(
     statistics=lambda params: (_magnitudes(params), "stream", "sample"),
     solve=solve,
-    criterion="mean_cosine",
+    criterion=MEAN_COSINE,
     plain=lambda params: False,
     words="maps the whole state behind the host",
     check=check,

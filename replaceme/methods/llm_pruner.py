@@ -1,4 +1,4 @@
-"""LLM-Pruner (arXiv 2305.11627): heads and channels go, those that the loss feels least (``replaceme.groups``)."""
+"""LLM-Pruner (arXiv 2305.11627): heads and channels go, those that the loss feels least (``replaceme.methods.groups``)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,13 +6,14 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from replaceme.combinations import Values
-from replaceme.errors import ParameterError
-from replaceme.families import Family, Linear, parameter_of
-from replaceme.groups import FIRST, LAST, Width, crops_of, importance_of, least, shapes_of, width_of
+from replaceme.base.combinations import Values
+from replaceme.base.errors import ParameterError
+from replaceme.base.params import Params
+from replaceme.base.progress import logger
+from replaceme.methods.groups import FIRST, LAST, Width, crops_of, importance_of, least, shapes_of, width_of
 from replaceme.methods.method import Bench, Method, drop
-from replaceme.params import Params
-from replaceme.progress import logger
+from replaceme.models.families import Family, Linear, parameter_of
+from replaceme.selection.criteria import WIDTH
 
 
 def layers_of(params: Params, count: int) -> range:
@@ -131,7 +132,7 @@ def refusals(values: Values) -> list[str]:
 
 METHOD = Method(
     solve=drop("LLM-Pruner"),
-    criterion="width",
+    criterion=WIDTH,
     work=work,
     plain=lambda params: params.plain,
     words="removes parts of layers and no layer",

@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from replaceme.checkpoints import key_of
-from replaceme.compute import require_resident
-from replaceme.curves import write_curves
-from replaceme.families import in_torch_layout, parameter_of
-from replaceme.files import PARTIAL, remove
-from replaceme.layer_lesson import LayerLesson
+from replaceme.base.compute import require_resident
+from replaceme.base.files import PARTIAL, remove
+from replaceme.methods.layer_lesson import LayerLesson
 from replaceme.methods.method import Bench, Method, drop
-from replaceme.training import Course, entering_and_leaving, figures_of, settings_of, train
+from replaceme.models.families import in_torch_layout, parameter_of
+from replaceme.selection.criteria import WINDOW
+from replaceme.training.checkpoints import key_of
+from replaceme.training.curves import write_curves
+from replaceme.training.training import Course, entering_and_leaving, figures_of, settings_of, train
 
 TITLES = {"layer": "LLM-Streamline (a trained layer)", "mlp": "LLM-Streamline (a trained MLP)"}
 
@@ -75,7 +76,7 @@ METHOD = Method(
     # What a map or a refit does for a cut says more of what a trained layer will than nothing in the block's place.
     stand_in=lambda params: "map",
     solve=drop("LLM-Streamline"),
-    criterion="window",
+    criterion=WINDOW,
     work=work,
     plain=lambda params: params.llm_streamline_form == "layer" or params.plain,
     trained=True,

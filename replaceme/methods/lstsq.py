@@ -1,5 +1,5 @@
 """ReplaceMe with least squares (arXiv 2505.02819, section 3), in closed form: one ridge regression a block; or one over all
-weights of the host's last linears (``replaceme.refit``)."""
+weights of the host's last linears (``replaceme.solvers.refit``)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,17 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from replaceme.closed_forms import STRUCTURES, Structure, closed_form, structure_words
-from replaceme.combinations import TRANSFORMS, Values
-from replaceme.edits import Edits
-from replaceme.errors import SolveError
-from replaceme.fit_quality import fit_quality, ridge_figures, ridge_path
-from replaceme.methods.method import Method, Solved, StandIn, Statistics
-from replaceme.params import Params
-from replaceme.plan import Block
-from replaceme.progress import logger
-from replaceme.refit import refit
-from replaceme.solver import RidgeSolution, solve_ridge
+from replaceme.base.combinations import TRANSFORMS, Values
+from replaceme.base.errors import SolveError
+from replaceme.base.params import Params
+from replaceme.base.plan import Block, StandIn
+from replaceme.base.progress import logger
+from replaceme.edits.edits import Edits
+from replaceme.methods.method import Method, Solved, Statistics
+from replaceme.solvers.closed_forms import STRUCTURES, Structure, closed_form, structure_words
+from replaceme.solvers.quality import fit_quality, ridge_figures, ridge_path
+from replaceme.solvers.refit import refit
+from replaceme.solvers.ridge import RidgeSolution, solve_ridge
 
 # The transforms that solve for more than a map, with the statistic that they want.
 FEATURES = {"refit": "mlp_features", "joint": "features", "channels": "features"}

@@ -3,30 +3,20 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
-from replaceme.combinations import Limits
-from replaceme.documents import Documents
-from replaceme.edits import Edits
-from replaceme.families import Family
-from replaceme.params import Params
-from replaceme.plan import Block, Plan
+from replaceme.base.combinations import Limits
+from replaceme.base.documents import Documents
+from replaceme.base.params import Params
+from replaceme.base.plan import Block, Plan, StandIn
+from replaceme.edits.edits import Edits
+from replaceme.models.families import Family
+from replaceme.selection.criteria import CRITERIA, Criterion
 
 # Name of a statistic → its tensors.
 Statistics = Callable[[str], Mapping[str, Tensor]]
-
-
-# By what a cut is chosen (``replaceme.selection``).
-# "width": no layer goes, but parts of layers do.
-# "window": the layer in front goes too, and another one comes in its place.
-Criterion = Literal[
-    "angular", "residual", "loss", "influence", "greedy", "collapse", "compensated", "width", "window", "mean_cosine"
-]
-# What can take a block's place: nothing, a factor, a linear map, or new weights of the linear that ends the host's MLP, or of
-# its attention's too.
-StandIn = Literal["nothing", "scalar", "map", "refit", "joint"]
 
 
 @dataclass
@@ -78,7 +68,8 @@ class Method(Limits):
     Attributes:
         solve: turns the parameters, a block and its statistics into edits and what is to be known of them.
         stand_in: what takes the block's place while cuts are compared by their loss, with these parameters.
-        statistics: names of the statistics (``replaceme.statistics``) that it wants of each block, with these parameters.
+        statistics: names of the statistics (``replaceme.observers.statistics``) that it wants of each block, with these
+            parameters.
         criterion: by which it chooses what goes, as published.
         work: what sums of activations can't tell, it makes on the model itself, behind the solve (in the repair stage): it adds
             to the edits and returns figures for the metrics.
@@ -91,7 +82,7 @@ class Method(Limits):
     solve: Callable[[Params, Block, Statistics], Solved]
     stand_in: Callable[[Params], StandIn] = lambda params: "nothing"
     statistics: Callable[[Params], tuple[str, ...]] = lambda params: ()
-    criterion: Criterion = "angular"
+    criterion: Criterion = CRITERIA["angular"]
     work: Callable[[Bench], dict[str, Any]] | None = None
     plain: Callable[[Params], bool] = lambda params: True
     trained: bool = False

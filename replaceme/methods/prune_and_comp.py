@@ -1,10 +1,39 @@
-"""Prune&Comp (arXiv 2507.18212): drop layers one by one, and scale the state where each was (``replaceme.compensation``)."""
+"""Prune&Comp (arXiv 2507.18212): drop layers one by one, and scale the state where each was.
 
+Each layer that goes is the one with the lowest influence by then, in the model as shortened and scaled so far
+(``replaceme.selection.compensation``).
+"""
+
+from typing import Any
+
+from replaceme.base.plan import Block
+from replaceme.base.progress import logger
 from replaceme.methods.method import Method, drop
+from replaceme.selection.compensation import blocks_of, compensated_layers, scalable
+from replaceme.selection.criteria import Choice, Criterion
+
+
+def choose(choice: Choice) -> tuple[list[Block], dict[str, Any]]:
+    """Return the blocks with their scalars, and figures for metrics/select.json."""
+    (model, family), params = scalable(*choice.model, choice.documents), choice.params
+    scales, influences = compensated_layers(
+        model, family, choice.documents, choice.layers, params.layers_to_skip, batch_size=params.batch_size
+    )
+    listed = ", ".join(f"{layer} (influence {influences[layer]:.4f}, scale {scale:.4f})" for layer, scale in scales.items())
+    logger.info("select: layers in the order in which they went: %s", listed)
+    return blocks_of(scales), {
+        "influence": sum(influences.values()),
+        "order": {f"layer{layer}": {"influence": influences[layer], "scale": scale} for layer, scale in scales.items()},
+    }
+
 
 METHOD = Method(
     stand_in=lambda params: "scalar",
     solve=drop("Prune&Comp"),
-    criterion="compensated",
+    criterion=Criterion(
+        "compensated",
+        "the smallest influence on their input, one by one, the state scaled in the place of those before",
+        choose,
+    ),
     words="puts one number there",
 )

@@ -1,5 +1,6 @@
 """ShortGPT (arXiv 2403.03853): drop the layers that change their input least, adjacent or not."""
 
 from replaceme.methods.method import Method, drop
+from replaceme.selection.criteria import CRITERIA
 
-METHOD = Method(solve=drop("ShortGPT"), criterion="influence")
+METHOD = Method(solve=drop("ShortGPT"), criterion=CRITERIA["influence"])

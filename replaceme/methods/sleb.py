@@ -1,5 +1,6 @@
 """SLEB (arXiv 2402.09025): drop layers one by one, each the one that the loss misses least."""
 
 from replaceme.methods.method import Method, drop
+from replaceme.selection.criteria import CRITERIA
 
-METHOD = Method(solve=drop("SLEB"), criterion="greedy")
+METHOD = Method(solve=drop("SLEB"), criterion=CRITERIA["greedy"])

@@ -1,4 +1,4 @@
-"""SliceGPT (arXiv 2401.15024): keep of the residual stream what its principal components hold (``replaceme.slicing``).
+"""SliceGPT (arXiv 2401.15024): keep of the residual stream what its principal components hold (``replaceme.edits.slicing``).
 
 The basis of a signal is made of the eigenvectors of ``Σ hᵀh`` over real tokens with the largest eigenvalues. One after the
 other, each signal is computed from those in front of it as they are when sliced: the tokens' states lie in a file on disk, are
@@ -9,26 +9,29 @@ With ``plain`` one basis serves all signals of the dense model together, and the
 token's state counts as the norm sees it, with length 1: of the states as they are, the last layers' would decide alone.
 """
 
-from collections.abc import Iterator, Mapping
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from replaceme.combinations import Values
-from replaceme.compute import require_resident
-from replaceme.documents import Batch
-from replaceme.errors import SolveError
-from replaceme.families import Family
-from replaceme.forward import Signal, Signals, Start, ask, walk
-from replaceme.gram import squares
+from replaceme.base.combinations import Values
+from replaceme.base.compute import require_resident
+from replaceme.base.documents import Batch
+from replaceme.base.errors import ParameterError, SolveError
+from replaceme.base.params import Params
+from replaceme.base.progress import logger, progress
+from replaceme.base.scratch import scratch
+from replaceme.edits.edits import Edits
+from replaceme.edits.slicing import sliced_parameters
+from replaceme.edits.unfused import projected
 from replaceme.methods.method import Bench, Method, drop
-from replaceme.params import Params
-from replaceme.progress import logger, progress
-from replaceme.scratch import scratch
-from replaceme.slicing import fitting_width
-from replaceme.unfused import projected
-from replaceme.weights import token_weights
+from replaceme.models.families import Family
+from replaceme.observers.sums import squares, token_weights
+from replaceme.observers.walk import Signal, Signals, Start, ask, walk
+from replaceme.selection.criteria import WIDTH
 
 # Tokens that an MLP computes at once.
 ROWS = 2048
@@ -184,7 +187,7 @@ def refusals(values: Values) -> list[str]:
 
 METHOD = Method(
     solve=drop("SliceGPT"),
-    criterion="width",
+    criterion=WIDTH,
     work=work,
     plain=lambda params: params.plain,
     words="removes parts of layers and no layer",
@@ -194,3 +197,51 @@ METHOD = Method(
     refusals=refusals,
     check=check,
 )
+
+
+# Widths are multiples of it, as processors like them.
+STEP = 8
+
+
+def fitting_width(model: Any, family: Family, layers: int, one_basis: bool) -> tuple[int, int, int]:
+    """Return the width at which the model is nearest to the dense one without ``layers`` average layers, and both's parameters.
+
+    Everything counts: the head that is tied no more, and the shortcuts.
+
+    Args:
+        model: the dense model.
+        family: its description.
+        layers: how many layers' parameters are to go.
+        one_basis: whether one basis serves all signals: then there are no shortcuts, and the width is a multiple of the heads'
+            number, too, which families' own classes ask for.
+
+    Raises:
+        ParameterError: there is no narrower width.
+    """
+    with torch.device("meta"):
+        skeleton = type(model)(model.config)
+    d, heads = int(model.config.hidden_size), int(model.config.num_attention_heads)
+    step = math.lcm(STEP, heads) if one_basis else STEP
+    widths = range(step, d, step)
+    if not widths:
+        raise ParameterError(
+            f"plain: the width would be a multiple of {step}, for {heads} attention heads, and the model's is {d}; use false."
+        )
+    blocks = family.decoder_layers(skeleton)
+    total, of_layers = (sum(parameter.numel() for parameter in part.parameters()) for part in (skeleton, blocks))
+    target = total - layers * of_layers / len(blocks)
+    count = len(blocks) * 2 + 1
+
+    def size(width: int) -> int:
+        edits = Edits("", [], bases=[torch.empty(d, width, device="meta")] * (1 if one_basis else count))
+        parts = {name: parameter.numel() for name, parameter in skeleton.named_parameters()}
+        return sum((parts | {name: exact.numel() for name, exact in sliced_parameters(skeleton, family, edits)}).values())
+
+    width = nearest(widths, target, size)
+    return width, size(width), total
+
+
+def nearest(widths: Sequence[int], target: float, size: Callable[[int], int]) -> int:
+    """Return the width whose size, which grows with it, is nearest to the target."""
+    above = bisect_left(widths, target, key=size)
+    return min(widths[max(above - 1, 0) : above + 1], key=lambda width: abs(size(width) - target))

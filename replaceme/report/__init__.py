@@ -1,1 +1,4 @@
-"""The report: one HTML page that opens offline, and its pictures."""
+"""The page: tables, figures, sentences; and the comparison of experiments.
+
+It may import base to methods.
+"""

@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from replaceme.plan import Block
+from replaceme.base.plan import Block
 from replaceme.report.theme import LIGHT, WIDTH, Theme, drawing, log_axis, quiet
 
 # Cells of a big model's map are too small to be framed one by one: the frame is at least this part of the map.

@@ -16,17 +16,16 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
-from replaceme.files import new_folder, read_json, write_json, write_text
-from replaceme.methods import METHODS
-from replaceme.params import Params
-from replaceme.plan import Block, load_blocks
+from replaceme.base.files import read_json, write_text
+from replaceme.base.params import Params
+from replaceme.base.plan import Block, load_blocks
+from replaceme.base.settings import settings_yaml, without_folder
+from replaceme.base.workspace import Workspace
+from replaceme.methods.registry import criterion_of
 from replaceme.report import sentences, tables
-from replaceme.report.compression import compression_figures
 from replaceme.report.figures import cut_map, layer_figures, loss_curve, residual_path, score_figure
-from replaceme.report.published import LABEL
+from replaceme.report.published_table import LABEL
 from replaceme.report.theme import DARK, DPI, LIGHT, Theme, png
-from replaceme.settings import settings_yaml, without_folder
-from replaceme.workspace import Workspace
 
 # Pixels of the files in one CSS pixel of the page.
 DENSITY = DPI / 96
@@ -64,14 +63,6 @@ class Page:
             (folder / f"{name}.png").write_bytes(picture.light)
 
 
-def write_report(params: Params, work: Workspace) -> None:
-    """Write the report of a finished run, without times, and beside it what the compression cost."""
-    page, cost = render(params, work), compression_figures(params, work)
-    with new_folder(work.report) as folder:
-        page.save(folder)
-    write_json(work.metric("compression"), cost)
-
-
 def render(params: Params, work: Workspace, speed: Mapping[str, Any] | None = None) -> Page:
     """Make the report of a finished run.
 
@@ -89,7 +80,6 @@ def render(params: Params, work: Workspace, speed: Mapping[str, Any] | None = No
     distances, residuals, layers = profile["angular_distance"], profile["residual"], profile["layers"]
     repaired, edits = read_json(work.metric("repair")), read_json(work.edits / "edits.json")
     fits = _fits(solved, repaired)
-    criterion = params.selection or METHODS[params.method].criterion
     pictures = {
         "distances": _map(distances, "angular distance (half turns)", blocks),
         "cut_residuals": _map(residuals, "relative residual of a linear map", blocks),
@@ -111,7 +101,7 @@ def render(params: Params, work: Workspace, speed: Mapping[str, Any] | None = No
         perplexity=tables.perplexity_table(evaluation),
         size=tables.size_table(evaluation),
         times=tables.times_table(speed) if speed else None,
-        cut=sentences.cut_sentences(distances, residuals, blocks, criterion, read_json(work.metric("select"))),
+        cut=sentences.cut_sentences(distances, residuals, blocks, criterion_of(params).words, read_json(work.metric("select"))),
         parts_table=tables.parts_table(repaired) if edits["parts"] else None,
         layer_reading=sentences.layer_sentences(layers, blocks),
         fit=sentences.fit_sentences(fits),

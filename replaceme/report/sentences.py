@@ -6,22 +6,10 @@ Each picture has an alternative text of the same kind, for those who don't see i
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from replaceme.plan import Block
+from replaceme.base.plan import Block
 from replaceme.report.tables import Figures, number
 
 Distances = Sequence[Sequence[float]]
-
-CRITERIA = {
-    "angular": "the smallest angular distance",
-    "residual": "the smallest residual",
-    "loss": "the smallest loss among the few best cuts",
-    "mean_cosine": "the highest mean cosine of the state in front of it and the one behind",
-    "influence": "the smallest influence on their input",
-    "greedy": "the smallest loss without them, one by one",
-    "window": "the highest mean cosine of what enters the layer that is trained and what leaves the last one",
-    "collapse": "merging layers into the one in front of them, as long as the last states stay alike",
-    "compensated": "the smallest influence on their input, one by one, the state scaled in the place of those before",
-}
 
 
 def outcome(evaluation: Figures) -> list[tuple[str, str]]:
@@ -45,7 +33,7 @@ def span(block: Block) -> str:
 
 
 def cut_sentences(
-    distances: Distances, residuals: Distances, blocks: Sequence[Block], selection: str, selected: Figures
+    distances: Distances, residuals: Distances, blocks: Sequence[Block], words: str, selected: Figures
 ) -> list[str]:
     """Say why each block went, and where it stands among all of its size.
 
@@ -53,10 +41,10 @@ def cut_sentences(
         distances: layers × layers, angular.
         residuals: layers × layers, of a linear map in the block's place.
         blocks: what went, if layers did.
-        selection: the criterion.
+        words: what they were chosen by.
         selected: the figures of metrics/select.json.
     """
-    sentences = [_cut_sentence(distances, residuals, block, selection) for block in blocks]
+    sentences = [_cut_sentence(distances, residuals, block, words) for block in blocks]
     if losses := selected.get("losses"):
         measured = sorted(losses.items(), key=lambda pair: pair[1])
         listed = ", ".join(f"{loss:.2f} behind {host.replace('host', 'host ')}" for host, loss in measured)
@@ -73,10 +61,10 @@ def cut_sentences(
     return sentences
 
 
-def _cut_sentence(distances: Distances, residuals: Distances, block: Block, selection: str) -> str:
+def _cut_sentence(distances: Distances, residuals: Distances, block: Block, words: str) -> str:
     return (
         f"{span(block).capitalize()} {'are' if len(block) > 1 else 'is'} removed, behind host layer {block.host}, chosen by "
-        f"{CRITERIA.get(selection, selection)}. The angular distance from the host's output to the block's is "
+        f"{words}. The angular distance from the host's output to the block's is "
         f"{_placed(distances, block)} half turns, the relative residual of a linear map there {_placed(residuals, block)}."
     )
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from replaceme.report.published import ROWS, SOURCE
+from replaceme.report.published_table import ROWS, SOURCE
 
 Figures = Mapping[str, Any]
 

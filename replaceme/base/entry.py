@@ -1,0 +1,59 @@
+"""The frame of every entry point: errors in one sentence, exit codes, and a stage's parameters.
+
+Exit codes: 0 done, 2 something for the user to mend, 1 a defect of ours, 130 interrupted.
+"""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from replaceme.base.errors import ParameterError, ReplaceMeError, ResourceError, resource_failure
+from replaceme.base.progress import configure_logging, silence_libraries
+
+PARAMS_FILE = Path("params.yaml")
+DEBUG_VARIABLE = "REPLACEME_DEBUG"
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line's parser that says a mistake in a sentence, as for a parameter."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ParameterError(f"command line: {message}.")
+
+
+def run(action: Callable[[], None], debug: bool = False) -> int:
+    """Run ``action``, say what went wrong in a sentence, and return the exit code."""
+    configure_logging()
+    try:
+        silence_libraries()
+        action()
+    except KeyboardInterrupt:
+        print("interrupted; what was finished stays, and the next run goes on from there", file=sys.stderr)
+        return 130
+    except SystemExit:
+        raise
+    except BaseException as error:
+        known = explain(error)
+        if debug or os.environ.get(DEBUG_VARIABLE):
+            traceback.print_exc()
+        for line in str(known).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return known.exit_code if isinstance(known, ReplaceMeError) else 1
+    return 0
+
+
+def explain(error: BaseException) -> BaseException:
+    """Return the error to show: ours as it is, a full disk or a torch out-of-memory as a sentence, others with a pointer."""
+    if isinstance(error, ReplaceMeError):
+        return error
+    if known := resource_failure(error):
+        return known
+    if isinstance(error, OSError) and error.filename:
+        return ResourceError(f"{error.filename}: {error.strerror}.")
+    return RuntimeError(
+        f"unexpected {type(error).__name__}: {error} (run with --debug, or {DEBUG_VARIABLE}=1, for the traceback)."
+    )

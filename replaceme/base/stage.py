@@ -1,0 +1,82 @@
+"""A stage of the pipeline: its function and what its output depends on. DVC and the console scripts run the same stages.
+
+Each file of ``replaceme.pipeline`` declares one. ``tests/pipeline`` compares the declarations with dvc.yaml and with the
+imports.
+"""
+
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+from replaceme.base.combinations import EFFECTS, Limits
+from replaceme.base.cost import COMPRESSION, recorded
+from replaceme.base.entry import PARAMS_FILE, run
+from replaceme.base.errors import ParameterError
+from replaceme.base.params import Params, read_params
+from replaceme.base.workspace import Workspace
+
+# Parameters of every pass over the calibration text, and of every scoring.
+PASS = ("batch_size", "dtype", "device", "device_map", "threads", "use_4bit", "trust_remote_code")
+SCORING = ("tasks", "eval_tokens", "eval_batch_size", "eval_dtype", "device", "device_map", "threads", "trust_remote_code")
+
+MERGING = tuple(name for name in EFFECTS if name.startswith("laco_"))
+TRAINING = (*(name for name in EFFECTS if name.startswith("llm_streamline_")), "plain")
+REPAIRING = tuple(name for name in EFFECTS if name.startswith("repair_"))
+HEALING = ("heal_epochs", *(name for name in EFFECTS if name.startswith("heal_")))
+SOLVING = tuple(name for name in EFFECTS if name not in MERGING + TRAINING + REPAIRING + HEALING)
+# All that a result can hang on.
+ALL = tuple(name for name in Params.model_fields if name not in ("save_path", "save_transform_only"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage.
+
+    Attributes:
+        name: as in dvc.yaml.
+        run: the function that reads artifacts, calls the rooms and writes artifacts.
+        params: the parameters that change its output.
+        reads: the artifacts that it reads, as names of ``Workspace`` paths.
+        writes: the artifact that it writes, likewise; None where it writes metrics alone.
+        code: the rooms that it loads, or single files of them, below ``replaceme/``; beside its own file.
+        metrics: the metrics files that it writes.
+        figures: the metrics files that it reads.
+        costs: the stages whose cost it reads.
+        methods: the methods that ``method`` may name; None for a stage that asks no method.
+    """
+
+    name: str
+    run: Callable[[Params, Workspace], None]
+    params: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
+    writes: str | None = None
+    code: tuple[str, ...]
+    metrics: tuple[str, ...] = ()
+    figures: tuple[str, ...] = ()
+    costs: tuple[str, ...] = ()
+    methods: Mapping[str, Limits] | None = None
+
+
+def run_stage(stage: Stage) -> None:
+    """Run a stage in the current folder, on params.yaml, and exit; a stage of the compression records what it cost."""
+    place = Workspace()
+
+    def work() -> None:
+        with recorded(place.cost(stage.name)) if stage.name in COMPRESSION else nullcontext():
+            params = read_params(PARAMS_FILE, methods=stage.methods)
+            check_pipeline_params(params)
+            stage.run(params, place)
+
+    sys.exit(run(work, debug="--debug" in sys.argv[1:]))
+
+
+def check_pipeline_params(params: Params) -> None:
+    """Refuse what only the console scripts can do: in the pipeline, the place of the result is fixed."""
+    problems = []
+    if params.save_path not in (None, "artifacts/model"):
+        problems.append(f"save_path: the pipeline writes to artifacts/model, not to '{params.save_path}'; use null here.")
+    if params.save_transform_only:
+        problems.append("save_transform_only: only the console scripts can stop at the transform; use false here.")
+    if problems:
+        raise ParameterError([f"{PARAMS_FILE}: {problem}" for problem in problems])

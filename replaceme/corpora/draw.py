@@ -1,0 +1,104 @@
+"""Draw calibration documents: a seeded choice of texts, as token ids of at most ``max_length``.
+
+Every document starts as the tokenizer starts a text, with one BOS where it has one, also where a chat template writes a
+BOS of its own. Padding isn't stored, and documents that are empty after tokenization are counted.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from replaceme.base.documents import Documents
+from replaceme.base.errors import DatasetError
+from replaceme.base.progress import progress
+from replaceme.corpora.corpus import Corpus
+from replaceme.corpora.tokenization import encode, encode_in_chunks, start_of_text
+
+SEPARATOR = "\n\n"
+
+
+@dataclass
+class Counts:
+    """What became of the rows that were read."""
+
+    documents: int = 0
+    tokens: int = 0
+    empty: int = 0
+    cut: int = 0
+
+
+def draw_documents(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, size: int, max_length: int, *, pack: bool, seed: int
+) -> tuple[Documents, Counts]:
+    """Return ``size`` documents, or as many as the corpus has.
+
+    Args:
+        corpus: rows in the order in which they are to be taken.
+        tokenizer: the model's.
+        size: number of documents.
+        max_length: tokens of a document at most, its BOS included.
+        pack: join short rows until a document is full.
+        seed: picks among the pieces of a running text.
+
+    Raises:
+        DatasetError: nothing is left after tokenization.
+    """
+    prefix = start_of_text(tokenizer)
+    room = max_length - len(prefix)
+    counts = Counts()
+    encoded = (encode(row, tokenizer, prefix) for row in corpus.rows)
+    if corpus.running:
+        texts = (text for text in corpus.rows if isinstance(text, str))
+        bodies: Iterable[list[int]] = _pieces((encode_in_chunks(text, tokenizer, prefix) for text in texts), room, size, seed)
+    elif pack:
+        bodies = _packed(encoded, tokenizer.encode(SEPARATOR, add_special_tokens=False), room, counts)
+    else:
+        bodies = encoded
+    drawn: list[Tensor] = []
+    for body in progress(bodies, "drawing documents", "documents", total=size):
+        if not body:
+            counts.empty += 1
+            continue
+        counts.cut += len(body) > room
+        drawn.append(torch.tensor([*prefix, *body[:room]]))
+        if len(drawn) == size:
+            break
+    if not drawn:
+        raise DatasetError(f"dataset: no text is left after tokenization ({counts.empty} rows were empty).")
+    documents = Documents(drawn)
+    counts.documents, counts.tokens = len(documents), documents.token_count
+    return documents, counts
+
+
+def _pieces(texts: Iterable[Iterable[list[int]]], room: int, size: int, seed: int) -> Iterator[list[int]]:
+    """Cut running texts into full pieces (a short text is one piece), and yield ``size`` of them in a seeded order."""
+    pieces: list[Tensor] = []
+    for chunks in progress(texts, "tokenizing", "texts"):
+        before, rest = len(pieces), torch.empty(0, dtype=torch.int32)
+        for chunk in chunks:
+            rest = torch.cat([rest, torch.tensor(chunk, dtype=torch.int32)])
+            full = len(rest) // room * room
+            pieces += rest[:full].split(room) if full else ()
+            rest = rest[full:].clone()
+        if len(pieces) == before and len(rest):
+            pieces.append(rest)
+    order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed)).tolist()
+    yield from (pieces[index].tolist() for index in order[:size])
+
+
+def _packed(rows: Iterable[list[int]], separator: list[int], room: int, counts: Counts) -> Iterator[list[int]]:
+    """Join rows until a document is full; what the last row has too much is dropped."""
+    joined: list[int] = []
+    for ids in rows:
+        if not ids:
+            counts.empty += 1
+            continue
+        joined += [*(separator if joined else []), *ids]
+        if len(joined) >= room:
+            yield joined
+            joined = []
+    if joined:
+        yield joined

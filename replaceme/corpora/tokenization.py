@@ -1,0 +1,56 @@
+"""Text and chats to token ids, with the start of a text kept apart, so that it stands once in every document."""
+
+from collections.abc import Iterator
+
+from transformers import PreTrainedTokenizerBase
+
+from replaceme.base.errors import DatasetError
+from replaceme.corpora.corpus import Row
+
+CHUNK_CHARACTERS = 1 << 20
+
+
+def start_of_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the ids with which the tokenizer starts a text: one BOS, or nothing."""
+    plain = tokenizer.encode("a", add_special_tokens=False)
+    marked = tokenizer.encode("a")
+    for start in range(len(marked)):
+        if marked[start : start + len(plain)] == plain:
+            return list(marked[:start])
+    return []
+
+
+def encode_in_chunks(text: str, tokenizer: PreTrainedTokenizerBase, prefix: list[int]) -> Iterator[list[int]]:
+    """Yield the ids of a long text in parts of about ``CHUNK_CHARACTERS``, cut behind a line (or a word, or anywhere):
+    tokenizers need far more memory for a text than its ids take."""
+    start = 0
+    while start < len(text):
+        end = start + CHUNK_CHARACTERS
+        if end < len(text):
+            line, word = text.rfind("\n", start, end) + 1, text.rfind(" ", start, end)
+            end = line or max(word, 0) or end
+        yield encode(text[start:end], tokenizer, prefix)
+        start = end
+
+
+def encode(row: Row, tokenizer: PreTrainedTokenizerBase, prefix: list[int]) -> list[int]:
+    """Return a row's token ids without the start-of-text ids.
+
+    Raises:
+        DatasetError: the row is a chat and the tokenizer has no usable chat template.
+    """
+    if isinstance(row, str):
+        text = row if row.strip() else ""
+    else:
+        if not tokenizer.chat_template:
+            raise DatasetError(
+                "dataset_column: holds chats, but the model's tokenizer has no chat template; choose a text column."
+            )
+        try:
+            text = tokenizer.apply_chat_template(row, tokenize=False)
+        except Exception as refusal:  # templates raise their own errors, for instance on a system turn
+            raise DatasetError(f"dataset_column: the model's chat template refuses a chat ({refusal}).") from refusal
+    ids = list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
+    while prefix and ids[: len(prefix)] == prefix:
+        ids = ids[len(prefix) :]
+    return ids

@@ -1,0 +1,4 @@
+"""What was decided, as data; computed unfused; folded into weights.
+
+It may import base and models.
+"""

@@ -1,0 +1,261 @@
+"""What a method decides, in a form that export can apply without knowing the method.
+
+Two kinds of change to linears whose output is added to the residual stream (torch layout, ``y = G Wᵀ + b``):
+
+- a transform: ``y T``, so that ``W' = TᵀW`` and ``b' = Tᵀb`` (ReplaceMe, section 3); where a norm follows, of the norm's output
+  before its weight, so that it is the same however the weight is rounded;
+- a correction behind it: ``y T + G Δᵀ + δ``, so that ``W' = TᵀW + Δ`` and ``b' = Tᵀb + δ``; where a norm follows, behind what
+  the transform is in front of that (``W' = QᵀW + Δ``).
+
+And one to all linears of a layer, before these two: a mixture ``W = Σ c_j W_j`` and ``b = Σ c_j b_j`` with those of layers that
+go (LaCo, arXiv 2402.11187). The layer's norms stay its own.
+
+An MLP can be made of other channels, some of layers that go, before these two and as wide as it was
+(``replaceme.edits.channels``).
+
+One is of no linear: an operator P on the state behind a layer, ``h P`` (LinearPatch, arXiv 2505.24680; Ghosted, arXiv
+2605.15491; Prune&Comp, arXiv 2507.18212). A norm lets only a scalar through, so that a scalar folds: what the layers behind add
+is divided by it. Any other P stays an operator, in a form of the model that ``replaceme.models.modeling_pruned`` computes.
+
+And a layer can have parameters that were found otherwise, by training, or be left without its attention and the norm in front
+of it: it is then ``h + MLP(norm(h))``.
+
+Or the whole residual stream becomes narrower (SliceGPT, arXiv 2401.15024): at each signal, which is what enters an attention's
+norm, an MLP's or the last one, ``h`` becomes ``h Q Qᵀ``, of which only ``h Q`` is computed (``replaceme.edits.slicing``).
+
+Parts of a layer can go, too (LLM-Pruner, arXiv 2305.11627): its attention and its MLP are made of groups, which add to the
+output of the last linear independently of each other. Of a removed one, the last linear's columns go and, in the linears in
+front, the rows that make its features.
+
+On disk: ``edits.json`` (title, layers, mixtures, and shapes) and ``edits.safetensors`` (``transform.<layer>``, d × d float64;
+``correction.<layer>.<linear>.weight``, d × inputs float32, and ``….bias``, d; ``channels.<layer>``, f × 2 int64;
+``operator.<layer>``, of no, one or two dimensions, float64; ``parameter.<layer>.<name>``; ``basis.<signal>``, d × width
+float32; ``kept.<layer>.<linear>``, a bool for each group).
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from replaceme.base.errors import SolveError
+from replaceme.base.files import read_json, write_json
+from replaceme.models.families import Linear
+
+# How far from orthogonal, in the largest entry of QᵀQ − I, rounding can take a map.
+ORTHOGONAL = 1e-6
+
+
+@dataclass(frozen=True)
+class Change:
+    """How one linear's output changes: ``y T + G Δᵀ + δ``; in front of a norm, with its Q in T's place (``behind_norm``).
+
+    Attributes:
+        transform: T (d, d), or None for the identity.
+        weight: Δ (d, inputs), or None for nothing.
+        bias: δ (d,), or None; only where the linear has a bias.
+    """
+
+    transform: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+
+def behind_norm(transform: Tensor) -> tuple[Tensor, Tensor]:
+    """Return Q (d, d) and the diagonal of D (d,) of a transform ``Q D`` of a norm's output before its weight.
+
+    Raises:
+        SolveError: it has no such parts.
+    """
+    gains = transform.double().norm(dim=0)
+    rotation = transform.double() / gains
+    identity = torch.eye(len(rotation), dtype=rotation.dtype, device=rotation.device)
+    # Written so that NaN, of a column of zeros, fails too.
+    if not float((rotation.T @ rotation - identity).abs().max()) <= ORTHOGONAL:
+        raise SolveError("transform: this map does not fold behind the norm that follows the MLP; use transform: orthogonal.")
+    return rotation, gains
+
+
+def features_of(groups: Tensor, features: int) -> Tensor:
+    """Return which of so many features stay, (features,) bool, where ``groups`` (groups,) divide them into equal parts."""
+    return groups.repeat_interleave(features // len(groups))
+
+
+@dataclass
+class Edits:
+    """Changes to a model; all positions are those of the dense model's layers.
+
+    Attributes:
+        title: the method's name, for the model card.
+        removed_layers: layers that go.
+        parts: what goes of layers that stay, in words that follow "without" (``3 of 9 heads in every layer``), or nothing.
+        transforms: layer → T (d, d) float64, for the linear that ends the layer's MLP.
+        corrections: (layer, linear) → Δ (d, inputs) and δ (d,) or None; float32.
+        mixtures: kept layer → the original layers whose linears it mixes, itself among them, with their coefficients.
+        channels: kept layer → what its MLP is made of, (f, 2) int64: for each channel an original layer, itself or one that
+            goes, and the place there.
+        operators: kept layer → P: a scalar (), a diagonal (d,) or any map (d, d), float64, of the state behind the layer.
+        parameters: (kept layer, name within it) → what the parameter is instead, in torch's layout.
+        without_attention: kept layer → paths within it of the attention, and of the norm in front, that it has no longer.
+        bases: Q (d, width) with orthonormal columns, float32, of each of the 2 L + 1 signals in order, or a single one for all
+            of them; empty where the stream keeps its width. With bases there are no other changes.
+        kept: (kept layer, linear) → which of the groups in front of the linear stay, (groups,) bool. They divide the linear's
+            inputs, and the outputs of the linears in front, into equal parts, in order.
+        shapes: (kept layer, path of a linear within it) → the outputs and inputs that are left of it, where some go.
+        config: what the family's own config says of these shapes, where it can say it; else they make a form of our own.
+    """
+
+    title: str
+    removed_layers: list[int]
+    transforms: dict[int, Tensor] = field(default_factory=dict)
+    corrections: dict[tuple[int, Linear], tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    mixtures: dict[int, dict[int, float]] = field(default_factory=dict)
+    channels: dict[int, Tensor] = field(default_factory=dict)
+    operators: dict[int, Tensor] = field(default_factory=dict)
+    parameters: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    without_attention: dict[int, tuple[str, str]] = field(default_factory=dict)
+    bases: list[Tensor] = field(default_factory=list)
+    kept: dict[tuple[int, Linear], Tensor] = field(default_factory=dict)
+    shapes: dict[tuple[int, str], tuple[int, int]] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    parts: str = ""
+
+    def basis(self, signal: int) -> Tensor:
+        """Return Q (d, width) of a signal: 2 l enters layer l, 2 l + 1 its MLP's norm, and 2 L the last norm."""
+        return self.bases[signal if len(self.bases) > 1 else 0]
+
+    @property
+    def width(self) -> int | None:
+        """Entries of the state that are left of each token; None where all are."""
+        return self.bases[0].shape[1] if self.bases else None
+
+    @property
+    def stream_scale(self) -> float:
+        """√(width / d): by it, a narrower state is computed smaller, so that the mean of its squares is that of the whole."""
+        return math.sqrt(self.bases[0].shape[1] / self.bases[0].shape[0]) if self.bases else 1.0
+
+    def as_dense(self, layer: int, state: Tensor) -> Tensor:
+        """Return the dense model's state behind a kept layer, of the shortened model's (tokens, width)."""
+        if self.bases:
+            return state.double() @ self.basis(2 * (layer + 1)).T.to(state.device).double() / self.stream_scale
+        return self.scale(layer + 1) * state
+
+    def scale(self, layer: int) -> float:
+        """Return what the scalars behind layers before ``layer`` make of the state that enters it."""
+        scalars = (float(P) for place, P in self.operators.items() if P.ndim == 0 and place < layer)
+        return math.prod(scalars)
+
+    def form(self, layers: str) -> dict[str, Any]:
+        """Return what ``replaceme.models.modeling_pruned`` is to make of the family's own form, or nothing where that is kept.
+
+        Args:
+            layers: path of the list of decoder layers in the model.
+        """
+        parts: dict[str, Any] = {}
+        if operators := {self.position(at): P.ndim for at, P in sorted(self.operators.items()) if P.ndim}:
+            parts["operators"] = {str(at): "diagonal" if ndim == 1 else "dense" for at, ndim in operators.items()}
+        if self.without_attention:
+            parts["without_attention"] = {
+                str(self.position(at)): [*paths] for at, paths in sorted(self.without_attention.items())
+            }
+        if len(self.bases) > 1:
+            parts |= {"shortcuts": True, "width": self.width}
+        if self.shapes and not self.config:
+            linears = {(self.position(layer), path): shape for (layer, path), shape in sorted(self.shapes.items())}
+            parts["linears"] = {f"{layers}.{place}.{path}": [*shape] for (place, path), shape in linears.items()}
+        return {"layers": layers, **parts} if parts else {}
+
+    def position(self, layer: int) -> int:
+        """Return the place of a kept layer in the shortened model."""
+        return layer - sum(removed < layer for removed in self.removed_layers)
+
+    def changes(self) -> dict[tuple[int, Linear], Change]:
+        """Return what changes beside the mixtures, by layer and linear."""
+        edited: set[tuple[int, Linear]] = {*self.corrections}
+        edited.update((layer, "mlp_output") for layer in self.transforms)
+        return {
+            (layer, linear): Change(
+                self.transforms.get(layer) if linear == "mlp_output" else None,
+                *self.corrections.get((layer, linear), (None, None)),
+            )
+            for layer, linear in sorted(edited)
+        }
+
+    def correct(self, layer: int, linear: Linear, weight: Tensor, bias: Tensor | None = None) -> None:
+        """Add Δ (d, inputs) and δ (d,) to what corrects a linear so far."""
+        if (layer, linear) in self.corrections:
+            old_weight, old_bias = self.corrections[layer, linear]
+            weight = old_weight + weight
+            bias = old_bias if bias is None else bias if old_bias is None else old_bias + bias
+        self.corrections[layer, linear] = weight.float(), None if bias is None else bias.float()
+
+    def correct_all(self, layer: int, parts: Iterable[tuple[Linear, Tensor, Tensor | None]]) -> None:
+        """Add a solved change to what corrects a layer's linears: for each, Δ (d, inputs) and δ (d,) or None."""
+        for linear, weight, bias in parts:
+            own = None if bias is None else bias.cpu().clone()
+            self.correct(layer, linear, weight.cpu().contiguous(), own)
+
+    def save(self, folder: Path) -> None:
+        """Write the edits into ``folder``."""
+        tensors = {f"transform.{layer}": transform.contiguous() for layer, transform in self.transforms.items()}
+        for (layer, linear), (weight, bias) in self.corrections.items():
+            tensors[f"correction.{layer}.{linear}.weight"] = weight.contiguous()
+            if bias is not None:
+                tensors[f"correction.{layer}.{linear}.bias"] = bias.contiguous()
+        tensors |= {f"channels.{layer}": channels.contiguous() for layer, channels in self.channels.items()}
+        tensors |= {f"operator.{layer}": P.contiguous() for layer, P in self.operators.items()}
+        tensors |= {f"parameter.{layer}.{name}": value.contiguous() for (layer, name), value in self.parameters.items()}
+        tensors |= {f"basis.{signal}": Q.contiguous() for signal, Q in enumerate(self.bases)}
+        tensors |= {f"kept.{layer}.{linear}": groups.contiguous() for (layer, linear), groups in self.kept.items()}
+        save_file(tensors or {"none": torch.zeros(1)}, folder / "edits.safetensors")
+        content = {
+            "title": self.title,
+            "parts": self.parts,
+            "removed_layers": self.removed_layers,
+            "transforms": sorted(self.transforms),
+            "corrections": [list(edited) for edited in sorted(self.corrections)],
+            "mixtures": [[layer, [*mixture.items()]] for layer, mixture in sorted(self.mixtures.items())],
+            "channels": sorted(self.channels),
+            "operators": sorted(self.operators),
+            "parameters": [list(edited) for edited in sorted(self.parameters)],
+            "without_attention": [[layer, *paths] for layer, paths in sorted(self.without_attention.items())],
+            "bases": len(self.bases),
+            "kept": [list(edited) for edited in sorted(self.kept)],
+            "shapes": [[*place, *shape] for place, shape in sorted(self.shapes.items())],
+            "config": self.config,
+        }
+        write_json(folder / "edits.json", content)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Edits":
+        """Read what ``save`` wrote."""
+        content = read_json(folder / "edits.json")
+        tensors = load_file(folder / "edits.safetensors")
+        transforms = {layer: tensors[f"transform.{layer}"] for layer in content["transforms"]}
+        corrections: dict[tuple[int, Linear], tuple[Tensor, Tensor | None]] = {
+            (layer, linear): (
+                tensors[f"correction.{layer}.{linear}.weight"],
+                tensors.get(f"correction.{layer}.{linear}.bias"),
+            )
+            for layer, linear in content["corrections"]
+        }
+        mixtures: dict[int, dict[int, float]] = {layer: dict(mixture) for layer, mixture in content["mixtures"]}
+        channels = {layer: tensors[f"channels.{layer}"] for layer in content["channels"]}
+        operators = {layer: tensors[f"operator.{layer}"] for layer in content["operators"]}
+        parameters = {(layer, name): tensors[f"parameter.{layer}.{name}"] for layer, name in content["parameters"]}
+        bare = {layer: (attention, norm) for layer, attention, norm in content["without_attention"]}
+        bases = [tensors[f"basis.{signal}"] for signal in range(content["bases"])]
+        kept: dict[tuple[int, Linear], Tensor] = {
+            (layer, linear): tensors[f"kept.{layer}.{linear}"] for layer, linear in content["kept"]
+        }
+        return cls(
+            content["title"], content["removed_layers"], transforms, corrections, mixtures, channels, operators, parameters,
+            bare, bases, kept=kept,
+            shapes={(layer, path): (outputs, inputs) for layer, path, outputs, inputs in content["shapes"]},
+            config=content["config"], parts=content["parts"],
+        )  # fmt: skip

@@ -1,0 +1,32 @@
+"""Export: apply the edits to the original weights, save a normal Hugging Face folder, and prove it before it counts.
+
+The folder appears under its name only after the verification has passed.
+"""
+
+import shutil
+from pathlib import Path
+
+from transformers import GenerationConfig
+
+from replaceme.edits.edits import Edits
+from replaceme.edits.fold import apply_edits
+from replaceme.models.model import COPIED_FILES, Model, parameter_count
+from replaceme.models.own_form import write_own_form
+
+SHARD_SIZE = "2GB"
+
+
+def save_pruned(source: Model, edits: Edits, folder: Path) -> dict[str, int]:
+    """Write weights, config, tokenizer and generation config of the pruned model; return the parameter counts."""
+    model = source.load()
+    dense_parameters = parameter_count(model)
+    apply_edits(model, source.family(), edits)
+    # The original's generation config is copied as it is; saving would refuse some that are in use.
+    model.generation_config = GenerationConfig()
+    model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    if form := edits.form(source.family().layers):
+        write_own_form(folder, form, type(source.tokenizer()).__name__)
+    for path in source.files(COPIED_FILES):
+        shutil.copyfile(path, folder / path.name)
+    return {"parameters": parameter_count(model), "parameters_dense": dense_parameters}

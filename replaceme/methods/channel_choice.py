@@ -1,0 +1,93 @@
+"""Which channels make the best MLP for a host: of its own, and of those of the layers that go (``replaceme.edits.channels``).
+
+The question is put to the least squares that its last linear is solved by (``replaceme.solvers.refit``): a ridge regression of
+what the state at the cut lacks, with the columns that the channels have where they come from as its prior. With ``A = S + λ
+diag S`` and the solution's rows ``w_i``, its objective rises by
+
+    ‖w_i‖² / (A⁻¹)_ii
+
+without the channel i (Hassibi and Stork, Optimal Brain Surgeon, 1993). The fifth of them that matter least, each by itself, go;
+what is left is solved again, until there is room for all. (A smaller part at a time chose no better on the demo.)
+
+From the last removed layer to the host itself, the best of the channels so far and of the layer's own stay. So no more than two
+layers' are compared at once: the sums are (2 f)² numbers, however many layers go. (On the demo, all at once is no better.)
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from replaceme.base.documents import Batch
+from replaceme.base.errors import SolveError
+from replaceme.models.families import Family
+from replaceme.observers.sums import add_squares, mirror, token_weights
+from replaceme.observers.walk import Signal, Signals
+
+# Tokens for each of the channels that are compared, and the share of these that stays in a round.
+TOKENS_PER_CHANNEL, SHARE = 8, 0.8
+
+
+class Candidates:
+    """Observer of what channels can do toward a target, while they stand in the host's MLP: sums over tokens, float32.
+
+    ``gram`` = Σ w gᵀg (k, k; half of it: ``replaceme.observers.sums``) and ``cross`` = Σ w gᵀ(target − state without the
+    MLP) (k, d), ``w = 1/‖target‖²``.
+    """
+
+    def __init__(self, host: int, family: Family, layer: nn.Module, target: Tensor):
+        self.host, self.target, self.multiplier = host, target, family.multiplier
+        self.bias = getattr(family.linear_of(layer, "mlp_output"), "bias", None)
+        self.gram = self.cross = torch.empty(0)
+
+    def wants(self) -> Mapping[int, frozenset[Signal]]:
+        return {self.host: frozenset(("input", "attention", "mlp_features"))}
+
+    def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
+        state = batch.real(signals["input"]).float() + batch.real(signals["attention"]).float()
+        if self.bias is not None:
+            state += self.multiplier * self.bias.detach().to(state)
+        target = self.target[batch.tokens].to(state.device).float()
+        root = token_weights(target).sqrt()
+        g = batch.real(signals["mlp_features"]).float() * (self.multiplier * root)
+        if not len(self.gram):
+            self.gram, self.cross = (g.new_zeros(g.shape[1], width) for width in (g.shape[1], target.shape[1]))
+        add_squares(self.gram, g)
+        self.cross.addmm_(g.T, (target - state) * root)
+
+
+@torch.inference_mode()
+def best_channels(gram: Tensor, cross: Tensor, prior: Tensor, ridge: float, count: int) -> Tensor:
+    """Return which channels stay, (count,) int64 ascending.
+
+    Args:
+        gram: ``S = Σ w gᵀg`` (k, k), of which the half above the diagonal counts; it is overwritten.
+        cross: ``Σ w gᵀe`` (k, d), ``e`` what is to be made.
+        prior: (k, d), the transposed weights toward which the ridge pulls.
+        ridge: λ, in the features' own units, above 0.
+        count: how many.
+
+    Raises:
+        SolveError: the sums are not finite, or the ridge is too small for them.
+    """
+    diagonal = mirror(gram).diagonal()
+    scale = torch.where(diagonal > 0, diagonal.rsqrt(), 0)
+    # In units where every channel has a mean square of 1; one that is always zero is worth nothing.
+    scaled, goal = gram.mul_(scale).mul_(scale[:, None]), cross * scale[:, None]
+    prior = torch.where(scale[:, None] > 0, prior.to(gram) / scale[:, None], 0)
+    kept = torch.arange(len(gram), device=gram.device)
+    while len(kept) > count:
+        matrix = scaled[kept[:, None], kept]
+        matrix.diagonal().add_(ridge)
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        del matrix
+        if not bool(torch.isfinite(factor).all() & torch.isfinite(goal).all()):
+            raise SolveError("dtype: the sums over the MLP's channels are not finite; use float32 or bfloat16.")
+        if failed:
+            raise SolveError(f"refit_ridge: {ridge:g} leaves the choice of channels singular; raise it, or dataset_size.")
+        weights = torch.cholesky_solve(goal[kept] + ridge * prior[kept], factor)
+        rise = weights.square().sum(dim=1) / torch.cholesky_inverse(factor).diagonal()
+        del factor
+        left = max(count, int(SHARE * len(kept)))
+        kept = kept[rise.topk(left).indices.sort().values]
+    return kept.cpu()

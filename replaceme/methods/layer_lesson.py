@@ -1,0 +1,119 @@
+"""What one decoder layer is to learn by itself: given states of given states. No other layer computes or needs a gradient.
+
+The loss is the mean, over the real tokens of a few documents and the d entries of each, of ``(layer(x) − y)²``: the squared
+error, on whole documents, so that the attention sees what it sees in the model.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils import _pytree as trees
+
+from replaceme.base.documents import Batch, Documents
+from replaceme.models.families import Family, decoder_of
+from replaceme.models.layers import passed_by, silent, tensor_of
+from replaceme.training.training import Texts
+
+
+@dataclass(frozen=True)
+class LayerLesson:
+    """What a layer is to learn.
+
+    Attributes:
+        model: the dense model.
+        family: its description.
+        layer: the layer's position.
+        documents: the text.
+        inputs: (tokens, d) what enters the layer, in the order of a walk.
+        targets: (tokens, d) what is to leave it.
+        without: paths in the layer of an attention that it is to do without, and of the norm in front; nothing leaves it both.
+    """
+
+    model: Any
+    family: Family
+    layer: int
+    documents: Documents
+    inputs: Tensor
+    targets: Tensor
+    without: tuple[str, ...] = ()
+
+    @property
+    def module(self) -> nn.Module:
+        """The layer itself, which stays as it is."""
+        return self.family.decoder_layers(self.model)[self.layer]
+
+    @cached_property
+    def texts(self) -> Texts:
+        """The text, as batches."""
+        return Texts(self.documents, next(self.module.parameters()).device)
+
+    @cached_property
+    def fixed(self) -> dict[str, Tensor]:
+        """What the layer has beside the weights that are trained, float32 too."""
+        kept = {name: value.detach() for name, value in self.module.named_parameters() if self._gone(name)}
+        return {name: self._here(value) for name, value in {**kept, **dict(self.module.named_buffers())}.items()}
+
+    def learners(self) -> dict[str, Tensor]:
+        """Return float32 copies of the layer's parameters to train, by name."""
+        return {
+            name: parameter.detach().float().clone().requires_grad_()
+            for name, parameter in self.module.named_parameters()
+            if not self._gone(name)
+        }
+
+    def begun(self) -> AbstractContextManager[None]:
+        """Let the layer do without what it is to do without."""
+        return silent(self.module.get_submodule(self.without[0])) if self.without else nullcontext()
+
+    def loss(self, parameters: Mapping[str, Tensor], documents: Sequence[int], step: int | None = None) -> Tensor:
+        """Return the mean squared error, over the real tokens of documents, with these parameters."""
+        batch = self.texts.batch(documents)
+        found = batch.real(self.states(parameters, batch, self.texts.rows(self.inputs, documents).float()))
+        return (found - self.texts.rows(self.targets, documents).float()).square().mean()
+
+    def states(self, parameters: Mapping[str, Tensor], batch: Batch, rows: Tensor) -> Tensor:
+        """Return what leaves the layer (documents, longest, d), with ``rows`` (tokens, d) entering it."""
+        args, kwargs = trees.tree_map(self._here, arguments(self, batch))
+        entering = batch.padded(rows)
+        args, kwargs = ((entering, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": entering})
+        return tensor_of(functional_call(self.module, {**parameters, **self.fixed}, args, kwargs))
+
+    def _gone(self, name: str) -> bool:
+        return name.startswith(tuple(f"{path}." for path in self.without))
+
+    def _here(self, given: Any) -> Any:
+        if not isinstance(given, Tensor):
+            return given
+        return given.to(self.texts.device, torch.float32 if given.is_floating_point() else given.dtype)
+
+
+class _ReachedError(Exception):
+    """Ends a forward pass in front of the layer."""
+
+
+@torch.no_grad()
+def arguments(lesson: LayerLesson, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return what the model calls the layer with on a batch; the layers before it compute nothing."""
+    given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given.append((args, kwargs))
+        raise _ReachedError
+
+    layers = lesson.family.decoder_layers(lesson.model)
+    handle = lesson.module.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        with passed_by(lesson.family, layers[: lesson.layer]):
+            first = next(lesson.model.parameters()).device
+            decoder_of(lesson.model)(input_ids=batch.input_ids.to(first), use_cache=False)
+    except _ReachedError:
+        pass
+    finally:
+        handle.remove()
+    return given[0]

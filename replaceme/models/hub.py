@@ -1,0 +1,199 @@
+"""Everything that talks to a model hub: is it there, which commit does a name mean, the files of that commit, and new ones.
+
+The hub's client retries for half a minute when there is no network, so a short probe comes first.
+"""
+
+import functools
+import os
+import re
+import socket
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from urllib.parse import urlparse
+from urllib.request import getproxies, proxy_bypass
+
+from huggingface_hub import CommitOperationAdd, HfApi, constants, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+
+from replaceme.base.errors import DatasetError, ModelError, ParameterError, ReplaceMeError, ResourceError, resource_failure
+from replaceme.base.progress import logger
+
+PROBE_SECONDS = 5.0
+KEYS = {"model": "model_path", "dataset": "dataset"}
+OFFLINE_HELP = {
+    "model": "offline, use a local folder or an embedded model, smollm2-135m-instruct",
+    "dataset": "offline, use a local .txt, .jsonl, .csv or .parquet file or the embedded text wikipedia-sample",
+}
+
+
+def is_repository_id(name: str) -> bool:
+    """Tell whether ``name`` could be a hub repository: owner/name, or one of the old names without an owner."""
+    return re.fullmatch(r"([A-Za-z0-9][\w.\-]*/)?[A-Za-z0-9][\w.\-]*", name) is not None
+
+
+def resolve_commit(name: str, kind: str, revision: str | None, hint: str = "") -> str:
+    """Return the commit that a repository's revision means now.
+
+    Offline, the commit of a model that the local cache holds is used, and the log says so; datasets are streamed and can't
+    be read from the cache. ``hint`` is added to
+    the message when nothing is found, for names that look like a slip.
+
+    Raises:
+        ModelError, DatasetError: unreachable and not cached, unknown, or not accessible.
+    """
+    if not reachable():
+        cached = _cached_commit(name, revision) if kind == "model" else None
+        if cached:
+            logger.info("model_path: the hub can't be reached; the cached commit %s of %s is used", cached[:12], name)
+            return cached
+        raise _error(kind, f"{name} is no local path{hint}, and the hub can't be reached; {OFFLINE_HELP[kind]}.")
+    try:
+        return str(HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=10).sha)
+    except GatedRepoError:
+        raise _error(
+            kind, f"{name} is gated: accept its licence on the hub and set the environment variable HF_TOKEN."
+        ) from None
+    except RevisionNotFoundError:
+        raise _error(kind, f"{name} has no revision '{revision}'.") from None
+    except RepositoryNotFoundError:
+        raise _error(
+            kind, f"there is no local path and no public hub repository {name}{hint} (private ones need HF_TOKEN)."
+        ) from None
+    except Exception as failure:  # whatever the HTTP library in use raises, and names that the hub's client refuses
+        raise _error(kind, f"{name} could not be looked up on the hub ({type(failure).__name__}).") from failure
+
+
+def snapshot(name: str, commit: str, patterns: tuple[str, ...], ignored: tuple[str, ...]) -> Path:
+    """Return the local folder of a model repository at a commit, downloading what the cache lacks."""
+    choice = {"allow_patterns": list(patterns), "ignore_patterns": list(ignored)}
+    try:
+        return Path(snapshot_download(name, revision=commit, local_files_only=not reachable(), **choice))
+    except LocalEntryNotFoundError:
+        raise _error("model", f"{name} at {commit[:12]} isn't cached, and the hub can't be reached.") from None
+    except Exception as failure:  # as above
+        if known := resource_failure(failure):
+            raise known from failure
+        raise _error("model", f"{name} could not be downloaded ({type(failure).__name__}: {failure}).") from failure
+
+
+def dataset_commit(name: str, config: str | None, what: str) -> str:
+    """Return the commit of a dataset that is read whole: the hub's newest, or offline the one that the local cache holds.
+
+    Args:
+        name: repository.
+        config: the dataset's configuration.
+        what: the key and the value that need it, for messages.
+
+    Raises:
+        DatasetError: unknown, not accessible, or unreachable and not cached.
+    """
+    if reachable():
+        try:
+            return resolve_commit(name, "dataset", None)
+        except DatasetError as problem:
+            reason = str(problem).removeprefix("dataset: ").rstrip(".")
+            raise DatasetError(f"{what} needs the dataset {name}, which can't be had: {reason}.") from None
+    from datasets import config as settings
+    from datasets import load_dataset_builder
+
+    # From here on, this process asks its cache alone, and at once.
+    settings.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+    try:
+        return str(load_dataset_builder(name, config).hash)
+    except Exception:  # whatever the library raises for a dataset that its cache lacks
+        raise DatasetError(
+            f"{what} needs the dataset {name}, the hub can't be reached, and the cache has no copy; offline, use the embedded "
+            "tasks or a .txt or .jsonl file."
+        ) from None
+
+
+def upload(name: str, files: Mapping[str, Path | bytes], private: bool) -> str:
+    """Put files into a model repository in one commit, make it where it isn't there, and return its address.
+
+    Args:
+        name: user/name.
+        files: path in the repository → file, or content.
+        private: whether nobody else may see it.
+
+    Raises:
+        ParameterError: no name of a repository, no token, no right to write there, or it is public and should not be.
+        ResourceError: the hub can't be reached, or fails.
+    """
+    try:
+        validate_repo_id(name)
+        named = "/" in name
+    except HFValidationError:
+        named = False
+    if not named:
+        raise ParameterError(f"repo_id: '{name}' can't be a repository; give user/name, of letters, digits, '-', '_' and '.'.")
+    token = os.environ.get("HF_TOKEN", "").strip()
+    if not token:
+        raise ParameterError("HF_TOKEN: is not set; put a token with the right to write into this environment variable.")
+    if not reachable():
+        raise ResourceError(f"repo_id: the hub can't be reached, so nothing was put into {name}; try again when it is there.")
+    api = HfApi(token=token)
+    operations = [CommitOperationAdd(path, content) for path, content in sorted(files.items())]
+    try:
+        url = str(api.create_repo(name, private=private or None, exist_ok=True))
+        if private and not api.repo_info(name).private:
+            raise ParameterError(f"private: {name} is there already and public; make it private on the hub, or choose another.")
+        api.create_commit(name, operations, commit_message="Pruned model")
+    except HfHubHTTPError as failure:
+        if failure.response.status_code in (401, 403):
+            raise ParameterError(f"HF_TOKEN: the hub lets this token not write to {name}; use one that may.") from failure
+        reason = failure.server_message or type(failure).__name__
+        raise ResourceError(f"repo_id: the hub did not take {name} ({reason.rstrip('.')}).") from failure
+    except ReplaceMeError:
+        raise
+    except Exception as failure:  # whatever the HTTP library in use raises
+        raise ResourceError(f"repo_id: the way to {name} on the hub broke ({type(failure).__name__}).") from failure
+    return url
+
+
+@functools.cache
+def reachable() -> bool:
+    """Tell whether the hub, or the proxy before it, answers within ``PROBE_SECONDS``; asked once in a process."""
+    if constants.HF_HUB_OFFLINE:
+        return False
+    endpoint = urlparse(constants.ENDPOINT)
+    proxy = None if proxy_bypass(endpoint.hostname or "") else getproxies().get(endpoint.scheme)
+    # A proxy is often named without a scheme.
+    address = urlparse(proxy if "://" in proxy else f"http://{proxy}") if proxy else endpoint
+    port = address.port or (443 if address.scheme == "https" else 80)
+    answers: list[bool] = []
+
+    def probe() -> None:
+        try:
+            with socket.create_connection((address.hostname or "", port), timeout=PROBE_SECONDS):
+                answers.append(True)
+        except OSError:
+            pass
+
+    # The socket's timeout doesn't bound the name look-up, which can hang for long: hence the thread.
+    thread = threading.Thread(target=probe, daemon=True)
+    thread.start()
+    thread.join(PROBE_SECONDS)
+    return bool(answers)
+
+
+def _cached_commit(name: str, revision: str | None) -> str | None:
+    folder = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
+    reference = folder / "refs" / (revision or "main")
+    if reference.is_file():
+        return reference.read_text(encoding="utf-8").strip()
+    if revision and (folder / "snapshots" / revision).is_dir():
+        return revision
+    return None
+
+
+def _error(kind: str, text: str) -> ReplaceMeError:
+    return (ModelError if kind == "model" else DatasetError)(f"{KEYS[kind]}: {text}")

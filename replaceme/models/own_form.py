@@ -1,0 +1,103 @@
+"""Models that no class of transformers describes: how their folder says so, and how it is known to be ours.
+
+Such a folder has ``modeling_pruned.py`` (``replaceme.models.modeling_pruned`` for the family at hand) beside its weights, and a
+config that names it. Code from a model's folder runs only when the user says so (``trust_remote_code``). Where he does not, and
+the file is to the letter what this program would write, the same classes are made of the program's own text, and nothing in the
+folder runs: neither this file, nor code that it brings along for its tokenizer or for generation.
+"""
+
+import re
+import sys
+from functools import cache
+from importlib.abc import InspectLoader
+from importlib.util import module_from_spec, spec_from_loader
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from replaceme.base.errors import ModelError
+from replaceme.base.files import read_json, write_json, write_text
+from replaceme.models import modeling_pruned
+
+FILE = Path(modeling_pruned.__file__).name
+KIND = "pruned_"
+AUTO = "AutoModelForCausalLM"
+AUTO_MAP = {"AutoConfig": f"{Path(FILE).stem}.PrunedConfig", AUTO: f"{Path(FILE).stem}.PrunedForCausalLM"}
+_CLASSES = re.compile(r'^(CONFIG|MODEL) = "(\w+)"$', re.MULTILINE)
+
+
+def check_own_form(config: Any, kind: str) -> None:
+    """Raise ModelError when a model's class is not one of transformers, on which our form is built."""
+    if getattr(config, "auto_map", None):
+        raise ModelError(
+            f"method: the result of this method needs a modelling file of its own, and '{kind}' has one already; use a method "
+            "whose result keeps the family's form, such as lstsq."
+        )
+
+
+def write_own_form(folder: Path, pruned: dict[str, Any], tokenizer: str) -> None:
+    """Make a saved model one of our form.
+
+    Args:
+        folder: where a reshaped model (``replaceme.models.modeling_pruned.reshape``) was saved as its family's own class.
+        pruned: what it was reshaped by.
+        tokenizer: the class of its tokenizer, which would be found by the family's name otherwise.
+    """
+    config = read_json(folder / "config.json")
+    (model,) = config["architectures"]
+    base = getattr(transformers, model).config_class.__name__
+    own = {"model_type": KIND + config["model_type"], "architectures": [AUTO_MAP[AUTO].split(".")[1]], "auto_map": AUTO_MAP}
+    # The family's own config might refuse the width.
+    width = {"hidden_size": pruned["width"]} if "width" in pruned else {}
+    write_json(folder / "config.json", {**config, **own, **width, "tokenizer_class": tokenizer, "pruned": pruned})
+    write_text(folder / FILE, _rendered({"CONFIG": base, "MODEL": model}))
+
+
+def is_own_form(folder: Path) -> bool:
+    """Return whether a folder's model is of our form, and the code in it is what this program wrote."""
+    return _names(folder) is not None
+
+
+def own_classes(folder: Path) -> tuple[Any, Any] | None:
+    """Return config class and model class of a folder of our form, made of this program's own text; None for other folders."""
+    names = _names(folder)
+    return None if names is None else _made(names["CONFIG"], names["MODEL"])
+
+
+def _names(folder: Path) -> dict[str, str] | None:
+    """Return the family's classes that a folder's code names, if it is what this program wrote."""
+    try:
+        config, text = read_json(folder / "config.json"), (folder / FILE).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
+    named = isinstance(config, dict) and str(config.get("model_type")).startswith(KIND) and config.get("auto_map") == AUTO_MAP
+    names = dict(_CLASSES.findall(text))
+    return names if named and text == _rendered(names) else None
+
+
+class _Rendered(InspectLoader):
+    """Imports a text."""
+
+    def __init__(self, text: str):
+        self.text = text
+
+    def get_source(self, fullname: str) -> str:
+        return self.text
+
+
+@cache
+def _made(config: str, model: str) -> tuple[Any, Any]:
+    loader = _Rendered(_rendered({"CONFIG": config, "MODEL": model}))
+    spec = spec_from_loader(f"{modeling_pruned.__name__}_{model}", loader)
+    assert spec is not None
+    module = module_from_spec(spec)
+    loader.exec_module(module)
+    # transformers looks a class's module up there.
+    sys.modules[spec.name] = module
+    return module.PrunedConfig, module.PrunedForCausalLM
+
+
+def _rendered(classes: dict[str, str]) -> str:
+    text = Path(modeling_pruned.__file__).read_text(encoding="utf-8")
+    return _CLASSES.sub(lambda line: f'{line[1]} = "{classes.get(line[1], line[2])}"', text)

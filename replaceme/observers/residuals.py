@@ -1,0 +1,126 @@
+"""How well a linear map could stand for each block of layers: the residual of its closed-form fit, for every possible cut.
+
+For host ``i`` and last removed layer ``j``, with rows of sampled tokens, ``M`` what the host's MLP adds, ``Z = h_i − M`` and
+``H = h_j``:
+
+    T = argmin Σ w ‖H − Z − M T‖² + λ‖T‖²,   w = 1/‖H‖²
+    residual(i, j) = √ mean over held-out tokens of ‖H − Z − M T‖²/‖H‖²
+
+The weights keep the fit sane where a massive activation is cut: without them a few tokens of huge norm decide it. The angular
+distance sees neither those nor what a linear map can express. Tokens are a seeded sample, large against the width, in memory-
+mapped scratch files; the held-out ones come from other documents than the fit's. Statistics of all tokens for all pairs
+would cost more than the forward pass.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from replaceme.base.documents import HELD_OUT_EVERY, Batch, Documents, held_out_places
+from replaceme.base.progress import progress
+from replaceme.base.scratch import scratch
+from replaceme.observers.sums import squares, token_weights
+from replaceme.observers.walk import Signal, Signals, ask
+
+# Tokens of the fit for each dimension of the hidden state, and held-out ones for each of these.
+FIT_TOKENS, HELD_OUT_SHARE = 4, 0.25
+# In units of the mean diagonal of the Gram matrix: the fit's own, whatever alpha is.
+RIDGE = 1e-3
+SEED = 0
+
+
+class TokenSample:
+    """Observer that keeps M and h of sampled tokens, at every layer, in scratch files; use it as a context.
+
+    Attributes:
+        added: (layers, tokens, d) what each layer's MLP adds; first the tokens of the fit, then the held-out ones.
+        output: (layers, tokens, d) each layer's output, likewise.
+        fit, held_out: (n,) ascending: the tokens' positions in the walk.
+    """
+
+    added: Tensor
+    output: Tensor
+
+    def __init__(self, documents: Documents, layers: int, width: int, dtype: torch.dtype, folder: Path | None = None):
+        """Choose the tokens.
+
+        Args:
+            documents: what will be walked.
+            layers: number of layers.
+            width: d.
+            dtype: of the states, which are kept as they are.
+            folder: where scratch files may lie; None is the system's temporary folder.
+        """
+        self.layers, self.width, self.dtype, self.folder = layers, width, dtype, folder
+        self.fit, self.held_out = choose_tokens(documents, FIT_TOKENS * width)
+
+    def __enter__(self) -> "TokenSample":
+        shape = (self.layers, len(self.fit) + len(self.held_out), self.width)
+        self.added, self.output = scratch([shape] * 2, self.dtype, self.folder, "profiling")
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        del self.added, self.output
+
+    def wants(self) -> Mapping[int, frozenset[Signal]]:
+        return ask(range(self.layers), "mlp", "output")
+
+    def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
+        bounds = torch.tensor([batch.first_token, batch.first_token + batch.token_count])
+        added, output = batch.real(signals["mlp"]), batch.real(signals["output"])
+        for tokens, offset in ((self.fit, 0), (self.held_out, len(self.fit))):
+            start, end = torch.searchsorted(tokens, bounds).tolist()
+            rows, place = (tokens[start:end] - batch.first_token).to(added.device), slice(offset + start, offset + end)
+            self.added[layer, place] = added[rows].cpu()
+            self.output[layer, place] = output[rows].cpu()
+
+
+def choose_tokens(documents: Documents, fit_tokens: int) -> tuple[Tensor, Tensor]:
+    """Return sampled positions in the walk, ascending: (n,) for the fit, and (m,) held out.
+
+    Held-out tokens come from documents that the fit sees nothing of, where there are enough documents.
+    """
+    lengths = torch.tensor([len(document) for document in documents.longest_first()])
+    of_document = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    if len(lengths) >= HELD_OUT_EVERY:
+        fit = ~held_out_places(of_document)
+    else:
+        fit = torch.arange(len(of_document)) < min((1 - HELD_OUT_SHARE) * len(of_document), len(of_document) - 1)
+    generator = torch.Generator().manual_seed(SEED)
+    order = torch.randperm(len(of_document), generator=generator)
+    held_out_tokens = max(int(HELD_OUT_SHARE * fit_tokens), 1)
+    return order[fit[order]][:fit_tokens].sort().values, order[~fit[order]][:held_out_tokens].sort().values
+
+
+def residual_map(sample: TokenSample, device: torch.device | str = "cpu") -> list[list[float]]:
+    """Return (layers × layers): residual(host, last removed layer); 0 where the last one is not behind the host."""
+    residuals = [[0.0] * sample.layers for _ in range(sample.layers)]
+    count = len(sample.fit)
+    weights = [token_weights(H.to(device).float()) for H in sample.output]
+    # Made once: large tensors that come and go cost as much as what is computed with them.
+    Y, weighted = (torch.empty(rows, sample.width, device=device) for rows in (len(sample.output[0]), count))
+    for host in progress(range(sample.layers - 1), "fitting every cut", "hosts"):
+        M = sample.added[host].to(device).float()
+        Z = sample.output[host].to(device).float() - M
+        for last, w in enumerate(weights[host + 1 :], start=host + 1):
+            torch.sub(sample.output[last].to(device), Z, out=Y)
+            goal, root = Y[:count], w[:count].sqrt()
+            torch.mul(M[:count], root, out=weighted)
+            T = solve_small_ridge(squares(weighted), weighted.T @ goal.mul_(root))
+            error = Y[count:].addmm_(M[count:], T, alpha=-1)
+            residuals[host][last] = float((error.square().sum(dim=1, keepdim=True) * w[count:]).mean().sqrt())
+    return residuals
+
+
+def solve_small_ridge(gram: Tensor, cross: Tensor) -> Tensor:
+    """Solve ``(gram + λI) T = cross`` with the fixed small ridge."""
+    # A host whose MLP adds nothing leaves a matrix of zeros.
+    ridge = RIDGE * gram.diagonal().mean().clamp_min(1e-20)
+    gram = gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    if failed:  # float32 can't tell the matrix from a singular one
+        return torch.linalg.solve(gram.double(), cross.double()).to(gram.dtype)
+    return torch.cholesky_solve(cross, factor)

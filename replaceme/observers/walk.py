@@ -1,0 +1,230 @@
+"""One pass over the documents, many observers.
+
+``walk`` sends the documents through layers ``[0, stop]`` and hands what passes to observers: the state that enters a layer,
+what its attention and its MLP add to it, the inputs of the linears that end them, the state that leaves it. It ends each pass
+at the last signal that anybody observes, computes no logits, and keeps no states but those of the batch at hand.
+
+The order of work is the driver's business: batch by batch through resident weights. An observer may rely on two things
+alone: within a batch, layers come in ascending order, and what it must carry from one layer to a later one goes into
+``batch.scratch``. A walk can begin at a later layer, with states that an earlier walk kept: so goes a walk layer by layer.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any, Literal, Protocol
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from replaceme.base.documents import Batch, Documents
+from replaceme.base.progress import progress
+from replaceme.models.families import Family, decoder_of
+from replaceme.models.layers import passed_by, tensor_of
+
+# ``…_features`` are the inputs of the linear that ends the attention or the MLP.
+Signal = Literal["input", "attention_features", "attention", "mlp_features", "mlp", "output"]
+Signals = Mapping[Signal, Tensor]
+
+
+class Observer(Protocol):
+    """Something that looks at states as they pass."""
+
+    def wants(self) -> Mapping[int, frozenset[Signal]]:
+        """Return which signals of which layers it wants."""
+        ...
+
+    def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
+        """Take the signals of one layer for one batch; each is (documents, longest, width), padding included."""
+        ...
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a walk begins instead of at the first layer.
+
+    Attributes:
+        layer: the layer.
+        states: what enters it instead of what the layers before it would make: (tokens, d), the real tokens in the order of
+            the walk.
+        attention: what enters the linear that ends its attention, (tokens, inputs) likewise; None computes it.
+    """
+
+    layer: int
+    states: Tensor
+    attention: Tensor | None = None
+
+
+class _LastSignalReachedError(Exception):
+    """Ends a forward pass behind the last observed signal."""
+
+
+def walk(
+    model: nn.Module,
+    family: Family,
+    documents: Documents,
+    observers: Sequence[Observer],
+    *,
+    batch_size: int,
+    description: str | None,
+    start: Start | None = None,
+) -> None:
+    """Run the documents through the model once, up to the last signal that an observer wants.
+
+    Args:
+        model: a causal language model; its own device is used.
+        family: where its parts are.
+        documents: what to run.
+        observers: who looks.
+        batch_size: documents in a batch.
+        description: what the progress bar says; None shows none.
+        start: where to begin; None begins at the first layer.
+    """
+    wanted: dict[int, set[Signal]] = {}
+    for observer in observers:
+        for layer, signals in observer.wants().items():
+            wanted.setdefault(layer, set()).update(signals)
+    if not wanted:
+        return
+    batches: Iterable[Batch] = documents.batches(batch_size, str(next(model.parameters()).device))
+    if description is not None:
+        batches = progress(batches, description, "batches", total=documents.batch_count(batch_size))
+    with torch.inference_mode(), _Tap(family.decoder_layers(model), family, wanted, observers, start) as tap:
+        for batch in batches:
+            tap.run(model, batch)
+
+
+class _Tap:
+    """Hooks on the wanted layers; hands each layer's signals on as soon as all that are wanted of it have passed."""
+
+    def __init__(
+        self,
+        layers: nn.ModuleList,
+        family: Family,
+        wanted: Mapping[int, set[Signal]],
+        observers: Sequence[Observer],
+        start: Start | None,
+    ):
+        self.layers, self.family, self.wanted, self.start = layers, family, wanted, start
+        self.listeners = {layer: [each for each in observers if layer in each.wants()] for layer in wanted}
+        self.stop = max(wanted)
+        self.batch: Batch | None = None
+        self.seen: dict[Signal, Tensor] = {}
+
+    def run(self, model: nn.Module, batch: Batch) -> None:
+        self.batch, self.seen = batch, {}
+        try:
+            # Padding stands behind the text, where no real token of a causal model sees it: no mask is needed.
+            decoder_of(model)(input_ids=batch.input_ids, use_cache=False)
+        except _LastSignalReachedError:
+            pass
+        finally:
+            self.batch = None
+
+    def __enter__(self) -> "_Tap":
+        with ExitStack() as stack:
+            if self.start is not None:
+                stack.enter_context(begun_at(self.family, self.layers, self.start, lambda: self.batch))
+            for layer, signals in self.wanted.items():
+                for signal in signals:
+                    stack.callback(self._hook(layer, signal).remove)
+            self.hooks = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.hooks.close()
+
+    def _hook(self, index: int, signal: Signal) -> Any:
+        layer, family = self.layers[index], self.family
+
+        def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._take(index, signal, args[0] if args else kwargs["hidden_states"])
+
+        def after(_module: nn.Module, _args: Any, output: Any) -> None:
+            states = tensor_of(output)
+            if signal in ("attention", "mlp"):
+                states = states * family.multiplier if family.multiplier != 1 else states
+                states = states.clone() if family.adds_in_place else states
+            self._take(index, signal, states)
+
+        inputs = {
+            "input": lambda: layer,
+            "attention_features": lambda: family.linear_of(layer, "attention_output"),
+            "mlp_features": lambda: family.linear_of(layer, "mlp_output"),
+        }
+        if signal in inputs:
+            return inputs[signal]().register_forward_pre_hook(before, with_kwargs=True)
+        outputs = {"attention": family.attention, "mlp": family.mlp, "output": ""}
+        return layer.get_submodule(outputs[signal]).register_forward_hook(after)
+
+    def _take(self, layer: int, signal: Signal, states: Tensor) -> None:
+        assert self.batch is not None
+        # Some layers and most experts see all tokens in one row.
+        # The layers of a large model may be on several devices: observers see all states on one.
+        self.seen[signal] = states.reshape(*self.batch.input_ids.shape, -1).to(self.batch.input_ids.device)
+        if len(self.seen) < len(self.wanted[layer]):
+            return
+        seen, self.seen = self.seen, {}
+        for observer in self.listeners[layer]:
+            observer.observe(layer, seen, self.batch)
+        if layer == self.stop:
+            raise _LastSignalReachedError
+
+
+@contextmanager
+def begun_at(family: Family, layers: nn.ModuleList, start: Start, current: Callable[[], Batch | None]) -> Iterator[None]:
+    """Let a model begin at a later layer, for a while; those before it compute nothing.
+
+    Args:
+        family: where its parts are; where what enters the attention's last linear is given, no norm stands behind that.
+        layers: its layers.
+        start: where.
+        current: tells which batch is being computed.
+    """
+    layer = layers[start.layer]
+
+    def padded(rows: Tensor, device: torch.device | None = None) -> Tensor:
+        batch = current()
+        assert batch is not None
+        return batch.padded(rows[batch.tokens].to(device or batch.input_ids.device))
+
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        states = padded(start.states)
+        return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
+
+    def attend(*arguments: Any, **options: Any) -> tuple[Tensor, None]:
+        assert start.attention is not None
+        state = arguments[0] if arguments else options["hidden_states"]
+        return family.linear_of(layer, "attention_output")(padded(start.attention, state.device)), None
+
+    with ExitStack() as stack:
+        stack.enter_context(passed_by(family, layers[: start.layer]))
+        stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        if start.attention is not None:
+            stack.enter_context(mock.patch.object(layer.get_submodule(family.attention), "forward", attend))
+        yield
+
+
+class Keep:
+    """Observer that keeps the sum of some signals of a layer, for all tokens: (tokens, d)."""
+
+    def __init__(self, layer: int, signals: tuple[Signal, ...], kept: Tensor):
+        self.layer, self.signals, self.kept = layer, signals, kept
+
+    def wants(self) -> Mapping[int, frozenset[Signal]]:
+        return {self.layer: frozenset(self.signals)}
+
+    def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
+        self.kept[batch.tokens] = total(batch.real(signals[name]) for name in self.signals).to(self.kept)
+
+
+def total(parts: Iterable[Tensor]) -> Tensor:
+    """Return the sum of some states."""
+    return reduce(torch.add, parts)
+
+
+def ask(layers: Iterable[int], *signals: Signal) -> dict[int, frozenset[Signal]]:
+    """Return the wish for the same signals of several layers."""
+    return {layer: frozenset(signals) for layer in layers}

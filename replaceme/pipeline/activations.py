@@ -1,0 +1,54 @@
+"""activations: take the statistics that the plan wants of the first block, in one pass."""
+
+import torch
+from safetensors.torch import save_file
+
+from replaceme.base.compute import resolve_device, use_processor
+from replaceme.base.documents import Documents
+from replaceme.base.files import new_folder
+from replaceme.base.params import Params
+from replaceme.base.plan import Plan
+from replaceme.base.progress import logger
+from replaceme.base.stage import PASS, Stage
+from replaceme.base.workspace import Workspace
+from replaceme.models.model import recorded_model
+from replaceme.observers.statistics import take_statistics
+
+# Below this many tokens a dimension, the fit follows the sample's noise.
+TOKENS_PER_DIMENSION = 8
+
+
+def observe_activations(params: Params, work: Workspace) -> None:
+    """Take the planned statistics and write one safetensors file for each."""
+    use_processor(params.threads)
+    plan, documents = Plan.load(work.plan), Documents.load(work.documents)
+    with new_folder(work.statistics) as folder:
+        if not plan.statistics:
+            logger.info("activations: the method wants no statistics")
+            # DVC keeps no empty folder.
+            save_file({"none": torch.zeros(1)}, folder / "none.safetensors")
+            return
+        source = recorded_model(params, work.model_input)
+        model = source.load(params.dtype, resolve_device(params.device), params.use_4bit, params.device_map)
+        # A later block is fitted on what the shortened model feeds it, in the repair stage.
+        block = plan.blocks[0]
+        taken = take_statistics(model, source.family(), documents, block, plan.statistics, params.batch_size, folder)
+        for name, tensors in taken.items():
+            save_file(tensors, folder / f"{name}.safetensors")
+    width, tokens = int(source.config().hidden_size), documents.token_count
+    logger.info("activations: %s over %d tokens, layers 0 to %d", " and ".join(plan.statistics), tokens, block.end - 1)
+    if tokens < TOKENS_PER_DIMENSION * width:
+        logger.warning(
+            "dataset_size: %d tokens are few for a width of %d; the fit wants at least %d, so raise dataset_size or alpha",
+            tokens, width, TOKENS_PER_DIMENSION * width,
+        )  # fmt: skip
+
+
+STAGE = Stage(
+    name="activations",
+    run=observe_activations,
+    params=PASS,
+    reads=("model_input", "documents", "plan"),
+    writes="statistics",
+    code=("base", "models", "observers"),
+)

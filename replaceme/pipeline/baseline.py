@@ -1,0 +1,27 @@
+"""baseline: score the dense model, once for all experiments."""
+
+from replaceme.base.files import new_folder, read_json
+from replaceme.base.params import Params
+from replaceme.base.stage import SCORING, Stage
+from replaceme.base.workspace import Workspace
+from replaceme.evaluation.requests import Requests
+from replaceme.evaluation.scores import score_model
+from replaceme.models.model import recorded_model
+
+
+def score_baseline(params: Params, work: Workspace) -> None:
+    """Score the dense model and write its scores, which all experiments share."""
+    found = read_json(work.tasks_input)
+    scores = score_model(params, recorded_model(params, work.model_input), "dense model", found, Requests())
+    with new_folder(work.baseline) as folder:
+        scores.save(folder)
+
+
+STAGE = Stage(
+    name="baseline",
+    run=score_baseline,
+    params=SCORING,
+    reads=("model_input", "tokenizer_input", "tasks_input"),
+    writes="baseline",
+    code=("base", "models", "corpora", "evaluation"),
+)

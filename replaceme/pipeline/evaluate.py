@@ -1,0 +1,35 @@
+"""evaluate: score the pruned model beside the dense one."""
+
+from replaceme.base.files import read_json, rounded, write_json
+from replaceme.base.params import Params
+from replaceme.base.progress import logger
+from replaceme.base.stage import SCORING, Stage
+from replaceme.base.workspace import Workspace
+from replaceme.evaluation.comparison import compare, comparison_table
+from replaceme.evaluation.scores import Scores, score_model
+from replaceme.models.model import Model
+
+
+def evaluate(params: Params, work: Workspace) -> None:
+    """Score the pruned model, write metrics/evaluation.json and print the table."""
+    pruned = Model(work.model, work.model.name, trust_remote_code=params.trust_remote_code)
+    dense = Scores.load(work.baseline)
+    scores = score_model(params, pruned, "pruned model", read_json(work.tasks_input), dense.requests)
+    if scores.figures["device"] != dense.figures["device"]:
+        logger.warning(
+            "device: the dense model was scored on %s, the pruned one on %s; their last digits differ for that alone",
+            dense.figures["device"], scores.figures["device"],
+        )  # fmt: skip
+    comparison = rounded(compare(dense.figures, scores.figures, dense.items, scores.items))
+    write_json(work.metric("evaluation"), comparison)
+    print(comparison_table(comparison))
+
+
+STAGE = Stage(
+    name="evaluate",
+    run=evaluate,
+    params=SCORING,
+    reads=("tasks_input", "model", "baseline"),
+    metrics=("evaluation",),
+    code=("base", "models", "corpora", "evaluation"),
+)

@@ -1,0 +1,79 @@
+"""heal: train the last linears of the layers from the cut on, where the settings ask for it."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from replaceme.base.compute import use_processor
+from replaceme.base.documents import Documents
+from replaceme.base.files import PARTIAL, new_folder, read_json, remove, rounded, write_json
+from replaceme.base.fingerprints import sha256_below
+from replaceme.base.params import Params
+from replaceme.base.plan import Plan
+from replaceme.base.progress import logger
+from replaceme.base.stage import HEALING, PASS, Stage
+from replaceme.base.workspace import Workspace
+from replaceme.edits.edits import Edits
+from replaceme.models.model import calibration_model
+from replaceme.training import healing
+from replaceme.training.checkpoints import key_of
+from replaceme.training.curves import write_curves
+from replaceme.training.training import Course, Curves, entering_and_leaving, figures_of, settings_of, train
+
+
+def heal(params: Params, work: Workspace) -> None:
+    """Write the final edits and metrics/heal.json."""
+    use_processor(params.threads)
+    figures: dict[str, Any] = {}
+    with new_folder(work.edits) as folder:
+        shutil.copytree(work.repaired, folder, dirs_exist_ok=True)
+        if params.heal_epochs:
+            edits = Edits.load(work.repaired)
+            figures, curves = _heal(params, work, edits)
+            edits.save(folder)
+            write_curves(folder, curves)
+        else:
+            remove(_checkpoints(work))
+            logger.info("heal: nothing to do")
+    write_json(work.metric("heal"), rounded(figures))
+
+
+def _heal(params: Params, work: Workspace, edits: Edits) -> tuple[dict[str, Any], Curves]:
+    """Add to the edits what the training changes, and return its figures and curves."""
+    model, family = calibration_model(params, work.model_input)
+    documents, host = Documents.load(work.documents), Plan.load(work.plan).blocks[0].host
+    folder = _checkpoints(work)
+    course = Course(params.heal_learning_rate, params.heal_epochs, params.batch_size, "heal_learning_rate")
+    settings = {
+        **settings_of(course),
+        "share": healing.SHARE,
+        "model": read_json(work.model_input),
+        "edits": sha256_below(work.repaired),
+        "dtype": params.dtype,
+        "device": next(model.parameters()).device.type,
+    }
+    entering, leaving = entering_and_leaving(
+        model, family, documents, host, len(family.decoder_layers(model)) - 1,
+        batch_size=params.batch_size, folder=work.edits.parent, purpose="healing", description="walking to the predictions",
+    )  # fmt: skip
+    lesson = healing.Predictions(model, family, edits, documents, host, entering, leaving)
+    parameters, curves = train(lesson, lesson.learners(), course, folder, key_of(settings, documents.documents))
+    lesson.correct(edits, parameters)
+    remove(folder)
+    return figures_of(curves, parameters), curves
+
+
+def _checkpoints(work: Workspace) -> Path:
+    """Return the folder that an interrupted training goes on from."""
+    return work.edits.parent / f"healing{PARTIAL}"
+
+
+STAGE = Stage(
+    name="heal",
+    run=heal,
+    params=(*HEALING, *PASS),
+    reads=("model_input", "documents", "plan", "repaired"),
+    writes="edits",
+    metrics=("heal",),
+    code=("base", "models", "observers", "edits", "training"),
+)

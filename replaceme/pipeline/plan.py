@@ -1,0 +1,26 @@
+"""plan: the statistics that the method wants of the chosen blocks."""
+
+from replaceme.base.params import Params
+from replaceme.base.plan import Plan, load_blocks
+from replaceme.base.progress import logger
+from replaceme.base.stage import Stage
+from replaceme.base.workspace import Workspace
+from replaceme.methods.registry import METHODS
+
+
+def plan(params: Params, work: Workspace) -> None:
+    """Write the plan."""
+    wanted = Plan(load_blocks(work.blocks), METHODS[params.method].statistics(params))
+    wanted.save(work.plan)
+    logger.info("plan: wanted of each block: %s", ", ".join(wanted.statistics) or "nothing")
+
+
+STAGE = Stage(
+    name="plan",
+    run=plan,
+    params=("method", "transform", "linearpatch_form", "ghosted_weighted", "loss", "accurate"),
+    reads=("blocks",),
+    writes="plan",
+    code=("base", "models", "observers", "edits", "solvers", "training", "selection", "methods"),
+    methods=METHODS,
+)

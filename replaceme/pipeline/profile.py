@@ -1,0 +1,69 @@
+"""profile: measure the distances between all pairs of layers, and what each layer does to its input."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from replaceme.base.compute import resolve_device, use_processor
+from replaceme.base.documents import Documents
+from replaceme.base.files import new_folder, rounded, write_json, write_text
+from replaceme.base.params import Params
+from replaceme.base.progress import logger
+from replaceme.base.stage import PASS, Stage
+from replaceme.base.workspace import Workspace
+from replaceme.models.model import recorded_model, working_dtype
+from replaceme.observers.profile import profile_model
+from replaceme.observers.proof import prove
+
+
+def profile(params: Params, work: Workspace) -> None:
+    """Profile the model and write ``profile.json``, ``distances.csv`` and ``layers.csv``."""
+    use_processor(params.threads)
+    source = recorded_model(params, work.model_input)
+    family, documents = source.family(), Documents.load(work.documents)
+    if family.detected:
+        prove(source.load(working_dtype(source)), family, documents)
+    model = source.load(params.dtype, resolve_device(params.device), params.use_4bit, params.device_map)
+    work.profile.parent.mkdir(parents=True, exist_ok=True)
+    content = profile_model(model, family, documents, params.batch_size, work.profile.parent)
+    with new_folder(work.profile) as folder:
+        write_json(folder / "profile.json", content)
+        write_text(folder / "distances.csv", _pairs_table(content))
+        write_text(folder / "layers.csv", _layers_table(content["layers"]))
+    figures = content["layers"]
+    loudest = max(range(len(figures["max_norm"])), key=figures["max_norm"].__getitem__)
+    logger.info(
+        "profile: %d layers; layer %d writes the largest token norm, %.0f (mean %.0f)",
+        len(figures["max_norm"]), loudest, figures["max_norm"][loudest], figures["mean_norm"][loudest],
+    )  # fmt: skip
+
+
+def _pairs_table(content: Mapping[str, Any]) -> str:
+    distances, residuals = content["angular_distance"], content["residual"]
+    rows = [
+        f"{host},{last + 1},{last - host},{rounded(distances[host][last])},{rounded(residuals[host][last])}"
+        for host in range(len(distances))
+        for last in range(host + 1, len(distances))
+    ]
+    return "\n".join(["host,end,layers_to_skip,angular_distance,residual", *rows]) + "\n"
+
+
+def _layers_table(figures: dict[str, list[float]]) -> str:
+    rows = [
+        ",".join(map(str, [layer, *(rounded(figures[name][layer]) for name in sorted(figures))]))
+        for layer in range(len(figures["max_norm"]))
+    ]
+    return "\n".join([",".join(["layer", *sorted(figures)]), *rows]) + "\n"
+
+
+STAGE = Stage(
+    name="profile",
+    run=profile,
+    params=PASS,
+    reads=("model_input", "documents"),
+    writes="profile",
+    # Not all observers: a new statistic repeats no profile.
+    code=(
+        "base", "models", "observers/walk.py", "observers/sums.py", "observers/profile.py",
+        "observers/residuals.py", "observers/proof.py",
+    ),
+)  # fmt: skip

@@ -1,0 +1,75 @@
+"""repair: make the edits that depend on an earlier solution, on what the shortened model computes."""
+
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+from replaceme.base.compute import use_processor
+from replaceme.base.documents import Documents
+from replaceme.base.files import new_folder, rounded, write_json, write_text
+from replaceme.base.params import Params
+from replaceme.base.plan import Plan
+from replaceme.base.progress import logger
+from replaceme.base.stage import PASS, REPAIRING, SOLVING, TRAINING, Stage
+from replaceme.base.workspace import Workspace
+from replaceme.edits.edits import Edits
+from replaceme.methods.method import Bench
+from replaceme.methods.registry import METHODS
+from replaceme.methods.repair import STEPWISE, Mender, Repair
+from replaceme.models.model import calibration_model
+from replaceme.training.curves import write_curves
+
+
+def repair(params: Params, work: Workspace) -> None:
+    """Write the edits, ``repairs.csv`` and the curves of a training with them, and metrics/repair.json."""
+    use_processor(params.threads)
+    plan, edits = Plan.load(work.plan), Edits.load(work.solution)
+    repairs: list[Repair] = []
+    figures: dict[str, Any] = {}
+    method = METHODS[params.method]
+    with new_folder(work.repaired) as folder:
+        shutil.copytree(work.solution, folder, dirs_exist_ok=True)
+        if method.work:
+            model, family = calibration_model(params, work.model_input)
+            bench = Bench(params, model, family, Documents.load(work.documents), plan, edits, work.repaired.parent, folder)
+            figures = method.work(bench)
+            edits.save(folder)
+        elif params.repair or params.transform in STEPWISE or (plan.statistics and len(plan.blocks) > 1):
+            model, family = calibration_model(params, work.model_input)
+            mender = Mender(params, model, family, Documents.load(work.documents), edits, plan)
+            repairs, figures = mender.run(work.repaired.parent)
+            edits.save(folder)
+        write_text(folder / "repairs.csv", _table(repairs))
+        if not method.trained:
+            write_curves(folder, {})
+    figures["corrected_linears"] = sum(len(each.linears) for each in repairs)
+    if repairs:
+        figures |= {"first_residual": repairs[0].after, "last_residual": repairs[-1].after}
+        figures |= {"last_residual_before": repairs[-1].before}
+        logger.info(
+            "repair: %d linears corrected; relative residual of the last one's state %.4f, %.4f before its own correction",
+            figures["corrected_linears"], repairs[-1].after, repairs[-1].before,
+        )  # fmt: skip
+    elif not method.work:
+        logger.info("repair: nothing to do")
+    write_json(work.metric("repair"), rounded(figures))
+
+
+def _table(repairs: Sequence[Repair]) -> str:
+    rows = [f"{each.layer},{' + '.join(each.linears)},{rounded(each.before)},{rounded(each.after)}" for each in repairs]
+    return "\n".join(["layer,linear,residual_before,residual_after", *rows]) + "\n"
+
+
+STAGE = Stage(
+    name="repair",
+    run=repair,
+    params=(
+        "method", "transform", "layers_to_skip", "min_distance_layer", "max_distance_layer", "repair", *TRAINING, *REPAIRING,
+        *SOLVING, *PASS,
+    ),
+    reads=("model_input", "documents", "plan", "solution"),
+    writes="repaired",
+    metrics=("repair",),
+    code=("base", "models", "observers", "edits", "solvers", "training", "selection", "methods"),
+    methods=METHODS,
+)  # fmt: skip

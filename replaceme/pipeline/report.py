@@ -1,0 +1,54 @@
+"""report: one page with scores, pictures and settings; and, apart from it, what the compression cost."""
+
+from typing import Any
+
+from replaceme.base.cost import COMPRESSION
+from replaceme.base.files import new_folder, read_json, rounded, write_json
+from replaceme.base.params import Params
+from replaceme.base.stage import ALL, Stage
+from replaceme.base.workspace import Workspace
+from replaceme.methods.registry import METHODS
+from replaceme.report.page import (
+    render,
+)
+
+PEAKS = ("peak_memory_bytes", "peak_cuda_bytes")
+
+
+def compression_figures(params: Params, work: Workspace) -> dict[str, Any]:
+    """Add up what the stages from calibrate to export cost when each of them ran.
+
+    Returns:
+        ``seconds`` (all stages together), ``stage_seconds`` (by stage), ``peak_memory_bytes`` and, where CUDA was used,
+        ``peak_cuda_bytes`` (the largest of any stage), and ``trained``, which says whether anything was trained.
+
+    Raises:
+        ResourceError: a stage has left no record of its cost.
+    """
+    costs = {name: read_json(work.cost(name)) for name in COMPRESSION}
+    seconds = {name: cost["seconds"] for name, cost in costs.items()}
+    peaks = {key: found for key in PEAKS if (found := max(cost.get(key, 0) for cost in costs.values()))}
+    trained = METHODS[params.method].trained or params.heal_epochs > 0
+    return {"seconds": rounded(sum(seconds.values()), 4), "stage_seconds": seconds, **peaks, "trained": trained}
+
+
+def write_report(params: Params, work: Workspace) -> None:
+    """Write the report of a finished run, without times, and beside it what the compression cost."""
+    page, cost = render(params, work), compression_figures(params, work)
+    with new_folder(work.report) as folder:
+        page.save(folder)
+    write_json(work.metric("compression"), cost)
+
+
+STAGE = Stage(
+    name="report",
+    run=write_report,
+    params=ALL,
+    reads=("profile", "blocks", "solution", "edits"),
+    writes="report",
+    metrics=("compression",),
+    figures=("select", "solve", "repair", "heal", "export", "evaluation"),
+    costs=COMPRESSION,
+    code=("base", "models", "edits", "observers", "solvers", "training", "selection", "methods", "report"),
+    methods=METHODS,
+)

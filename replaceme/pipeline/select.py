@@ -1,0 +1,71 @@
+"""select: choose the layers to remove."""
+
+from functools import partial
+from typing import Any
+
+from replaceme.base.compute import use_processor
+from replaceme.base.documents import Documents
+from replaceme.base.files import read_json, rounded, write_json
+from replaceme.base.params import Params
+from replaceme.base.plan import save_blocks
+from replaceme.base.progress import logger
+from replaceme.base.stage import MERGING, PASS, Stage
+from replaceme.base.workspace import Workspace
+from replaceme.methods.registry import METHODS, criterion_of
+from replaceme.models.families import Family
+from replaceme.models.model import calibration_model
+from replaceme.selection.compensation import compensated, scalable
+from replaceme.selection.criteria import Choice, allowed_starts
+
+
+def select(params: Params, work: Workspace) -> None:
+    """Write the blocks, and metrics/select.json."""
+    profile = read_json(work.profile / "profile.json")
+    distances, residuals, criterion = profile["angular_distance"], profile["residual"], criterion_of(params)
+    stand_in, folder = METHODS[params.method].stand_in(params), work.blocks.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    choice = Choice(
+        params, profile, allowed_starts(params, len(distances), criterion), stand_in,
+        partial(_loaded, params, work), partial(Documents.load, work.documents), folder,
+    )  # fmt: skip
+    blocks, figures = criterion.choose(choice)
+    if stand_in == "scalar" and any(block.scale is None for block in blocks):
+        model, family = scalable(*choice.model, choice.documents)
+        blocks = compensated(model, family, choice.documents, blocks, batch_size=params.batch_size)
+    save_blocks(blocks, work.blocks)
+    for number, block in enumerate(blocks):
+        chosen = {
+            "host": block.host,
+            "start": block.start,
+            "end": block.end,
+            "angular_distance": distances[block.host][block.end - 1],
+            "residual": residuals[block.host][block.end - 1],
+        } | ({} if block.scale is None else {"scale": block.scale})
+        figures |= {f"block{number}": chosen} if number else chosen
+        logger.info(
+            "select: layers %d to %d of %d go, host %d, by %s: angular distance %.4f, residual %.4f%s",
+            block.start, block.end - 1, len(distances), block.host, criterion.name, chosen["angular_distance"],
+            chosen["residual"], f", loss {figures['loss']:.4f}" if "loss" in figures else "",
+        )  # fmt: skip
+    write_json(work.metric("select"), rounded(figures))
+
+
+def _loaded(params: Params, work: Workspace) -> tuple[Any, Family]:
+    """Return the dense model and its description."""
+    use_processor(params.threads)
+    return calibration_model(params, work.model_input)
+
+
+STAGE = Stage(
+    name="select",
+    run=select,
+    params=(
+        "method", "transform", "selection", "layers_to_skip", "tolerated_loss", "min_distance_layer", "max_distance_layer",
+        "num_A", "merge_consecutive", *MERGING, *PASS,
+    ),
+    reads=("profile", "model_input", "documents"),
+    writes="blocks",
+    metrics=("select",),
+    code=("base", "models", "observers", "edits", "solvers", "training", "selection", "methods"),
+    methods=METHODS,
+)  # fmt: skip

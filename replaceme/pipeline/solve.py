@@ -1,0 +1,68 @@
+"""solve: from statistics to edits, by the method's own solver."""
+
+import math
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from replaceme.base.compute import use_processor
+from replaceme.base.files import new_folder, rounded, write_json, write_text
+from replaceme.base.params import Params
+from replaceme.base.plan import Block, Plan
+from replaceme.base.progress import logger
+from replaceme.base.stage import SOLVING, Stage
+from replaceme.base.workspace import Workspace
+from replaceme.methods.registry import METHODS
+
+
+def solve(params: Params, work: Workspace) -> None:
+    """Run the method's solver, and write its edits and metrics/solve.json."""
+    use_processor(params.threads)
+    plan = Plan.load(work.plan)
+
+    def statistic(name: str) -> dict[str, Tensor]:
+        return load_file(work.statistics / f"{name}.safetensors")
+
+    # Later blocks are solved in the repair stage; a method that takes away parts of layers has none at all.
+    block = plan.blocks[0] if plan.blocks else Block(0, 0)
+    solved = METHODS[params.method].solve(params, block, statistic)
+    solved.edits.removed_layers = plan.removed_layers
+    solved.edits.mixtures |= plan.mixtures
+    solved.edits.operators |= {host: torch.tensor(scale, dtype=torch.float64) for host, scale in plan.scales.items()}
+    removed = len(plan.removed_layers)
+    with new_folder(work.solution) as folder:
+        solved.edits.save(folder)
+        write_text(folder / "residuals.csv", _ridge_table(solved.ridge_path))
+        write_text(folder / "loss.csv", _loss_table(solved.loss_curve))
+    write_json(work.metric("solve"), rounded({"removed_layers": removed, **solved.figures}))
+    if mixtures := solved.edits.mixtures:
+        logger.info("solve: %d layers go, merged into %d that stay", removed, len(mixtures))
+    elif plan.scales:
+        listed = ", ".join(f"{scale:.4f} behind layer {host}" for host, scale in plan.scales.items())
+        logger.info("solve: %d layers go, and the state is scaled in their place: %s", removed, listed)
+    elif removed and not (METHODS[params.method].work or solved.edits.changes() or solved.edits.operators):
+        logger.info("solve: %d layers go, and nothing takes their place", removed)
+
+
+def _ridge_table(path: list[tuple[float, float]]) -> str:
+    """Return the ridge path as CSV; the logarithm is for readers that draw no logarithmic axis."""
+    rows = [f"{rounded(alpha)},{rounded(math.log10(alpha))},{rounded(residual)}" for alpha, residual in path]
+    return "\n".join(["alpha,log10_alpha,relative_residual", *rows]) + "\n"
+
+
+def _loss_table(curve: list[tuple[int, float]]) -> str:
+    """Return the loss curve as CSV; of a closed form there is none."""
+    return "\n".join(["iteration,loss", *(f"{step},{rounded(loss, 9)}" for step, loss in curve)]) + "\n"
+
+
+STAGE = Stage(
+    name="solve",
+    run=solve,
+    params=("method", "transform", *SOLVING, "device", "threads"),
+    reads=("plan", "statistics"),
+    writes="solution",
+    metrics=("solve",),
+    code=("base", "models", "observers", "edits", "solvers", "training", "selection", "methods"),
+    methods=METHODS,
+)

@@ -1,0 +1,229 @@
+"""Experiments side by side: what differs between them, what was removed and kept, and what that cost."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import pandas as pd
+
+from replaceme.base.combinations import has_effect
+from replaceme.base.errors import ParameterError
+from replaceme.base.params import Params
+from replaceme.base.progress import logger
+from replaceme.methods.registry import METHODS
+from replaceme.report.methods_figure import Row
+from replaceme.report.tradeoff import Point, pareto_front
+
+RATIO, ABSOLUTE = " perplexity", " perplexity, absolute"
+RETENTION, ERROR, REMOVED = "retention_percent", "retention_stderr", "parameters.removed_percent"
+SHORT = {"alpha": "α", "layers_to_skip": "layers"}
+# Where a run was computed says nothing about what came out.
+NO_SETTING = ("save_path", "save_transform_only", "device", "device_map")
+# What varies from run to run tells no experiment from another.
+COSTS = {"seconds": "compression_seconds", "peak_memory_bytes": "peak_memory_bytes", "peak_cuda_bytes": "peak_cuda_bytes"}
+SPEEDS = {"prefill_seconds": "prefill_speedup", "decode_seconds_per_token": "decode_speedup"}
+COUNTS = ("parameters", "peak_memory_bytes", "peak_cuda_bytes")
+TRAINED = "trained"
+# In percent of the parameters: less than a layer of a small model.
+SAME_SIZE = 2.5
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Experiments side by side.
+
+    Attributes:
+        table: one row an experiment, all columns.
+        settings: those of its columns that are settings.
+        telling: those settings that the method's name doesn't tell.
+        quality: the column that says how good an experiment is.
+        higher_is_better: whether more of it is.
+    """
+
+    table: pd.DataFrame
+    settings: tuple[str, ...]
+    telling: tuple[str, ...]
+    quality: str
+    higher_is_better: bool
+
+    def points(self) -> list[Point]:
+        """Return the experiments as points of size and quality."""
+        return [
+            Point(self._label(row), method_name(row), float(row["removed_percent"]), float(row[self.quality]))
+            for row in self.table.to_dict("records")
+        ]
+
+    def same_size(self) -> tuple[list[Row], str]:
+        """Return those experiments, of at least two methods, that are of about the same size, and the figure they compare in.
+
+        Of several sizes, the one with the most methods. Perplexity, where all have it, is finer than accuracy.
+        """
+        groups = [rows for rows in self._by_size() if len({row["method"] for row in rows}) > 1]
+        if not groups:
+            return [], ""
+        rows = max(groups, key=lambda rows: (len({row["method"] for row in rows}), rows[0]["removed_percent"]))
+        ratios = [name for name in self.table if name.endswith(RATIO) and all(row[name] == row[name] for row in rows)]
+        column = ratios[0] if ratios else self.quality
+        counts = pd.Series([row["method"] for row in rows]).value_counts()
+        return [
+            Row(
+                str(row["method"]), float(row["removed_percent"]), float(row[column]), bool(row[TRAINED]),
+                ", ".join(self._told(row) if counts[row["method"]] > 1 else []),
+            )
+            for row in rows
+        ], column  # fmt: skip
+
+    def _by_size(self) -> list[list[dict[str, Any]]]:
+        rows, sizes = self.table.to_dict("records"), _sizes(self.table["removed_percent"])
+        return [[row for row, _ in group] for _, group in groupby(zip(rows, sizes, strict=True), key=lambda pair: pair[1])]
+
+    def _label(self, row: Mapping[str, Any]) -> str:
+        """Return an experiment's name in a picture: its method, where there are several, and what that doesn't tell."""
+        settings = self._told(row)
+        alone = self.table["method"].nunique() == 1
+        return ", ".join(([] if alone and settings else [str(row["method"])]) + settings)
+
+    def _told(self, row: Mapping[str, Any]) -> list[str]:
+        """Return the settings that tell an experiment from others of its method."""
+        if (self.table["method"] == row["method"]).sum() == 1:
+            return []
+        return [f"{SHORT.get(name, name)} {cell(row[name])}" for name in self.telling if cell(row[name])]
+
+
+def comparison_of(records: Sequence[Mapping[str, Any]]) -> Comparison:
+    """Return the experiments with their settings, results, cost, and whether they are on the Pareto front.
+
+    Args:
+        records: what ``dvc.api.exp_show`` returns.
+
+    Raises:
+        ParameterError: nothing has been scored yet, or there is no score in common.
+    """
+    scored = [record for record in records if isinstance(record.get(REMOVED), int | float) and record.get("rev") != "workspace"]
+    if not scored:
+        raise ParameterError(
+            "compare_experiments: no experiment has scores yet; run some, as in `dvc exp run --queue -S 'layers_to_skip=4,8'` "
+            "and `dvc queue start`."
+        )
+    if left := sum(record.get("State") in ("Queued", "Running", "Failed") for record in records):
+        logger.info("%d experiments are queued, running or failed, and left out", left)
+    settings = _settings(scored)
+    for name in ("model_path", "tasks", "eval_tokens"):
+        if name in settings:
+            logger.warning("%s differs between experiments: their scores don't compare in absolute terms", name)
+    table = pd.DataFrame({"experiment": [str(record.get("Experiment") or record["rev"]) for record in scored]})
+    table["method"] = [str(record.get("method")) for record in scored]
+    table[TRAINED] = [TRAINED if _trained(record) else "" for record in scored]
+    table[list(settings)] = settings
+    results, costs = _results(pd.DataFrame(scored))
+    table = pd.concat([table, results, costs], axis=1)
+    table["revision"] = [str(record["rev"]) for record in scored]
+    # The commit that the experiments start from is often one of them.
+    same = [name for name in table if name not in ("experiment", "revision", *costs)]
+    table = table[~table[same].astype(str).duplicated(keep="last")].reset_index(drop=True)
+    quality, higher_is_better = _quality(table)
+    about = tuple(settings), _telling(table, list(settings)), quality, higher_is_better
+    points = Comparison(table, *about).points()
+    front = pareto_front(points, higher_is_better)
+    table.insert(1, "best", [point in front for point in points])
+    table["size"] = _sizes(table["removed_percent"])
+    table = table.sort_values(["size", quality], ascending=[True, not higher_is_better], ignore_index=True, kind="stable")
+    return Comparison(table.drop(columns="size"), *about)
+
+
+def _settings(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Return the settings of which those experiments that use them have several values; None where one doesn't use it."""
+    defaults = {name: field.default for name, field in Params.model_fields.items()}
+    found = []
+    for record in records:
+        given = {name: _setting(record, name) for name in defaults if _setting(record, name) is not None}
+        values = defaults | {name: None if value == "None" else value for name, value in given.items()}
+        found.append({name: value for name, value in given.items() if has_effect(name, values)})
+    every = pd.DataFrame(found, columns=[name for name in defaults if name not in ("method", *NO_SETTING)])
+    differing = every.loc[:, [every[name].dropna().astype(str).nunique() > 1 for name in every]]
+    return differing.convert_dtypes().astype(object)
+
+
+def _setting(record: Mapping[str, Any], name: str) -> Any:
+    """Return a setting's value: DVC writes truth values as words, and the file before a name that a metric has too."""
+    value = record.get(name) if f"params.yaml:{name}" not in record else record[f"params.yaml:{name}"]
+    if isinstance(value, list | tuple | dict):
+        return str(value)
+    return {"True": True, "False": False}.get(value, value) if isinstance(value, str) else value
+
+
+def _trained(record: Mapping[str, Any]) -> bool:
+    """Tell whether an experiment trained; of one without a record of its cost, its settings tell."""
+    if "trained" in record and record["trained"] == record["trained"]:
+        return str(record["trained"]) in ("True", "1", "1.0")
+    method = METHODS.get(str(record.get("method")))
+    return (method is not None and method.trained) or _setting(record, "heal_epochs") not in (None, 0, "0")
+
+
+def _results(every: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return what came out, and what it cost, under the names of the table."""
+    names = {REMOVED: "removed_percent", "parameters.pruned": "parameters", RETENTION: RETENTION, ERROR: ERROR}
+    names |= {"relative_residual": "residual"}
+    names |= {name: name.replace("accuracy.", "").replace(".pruned", "") for name in _of(every, "accuracy.", ".pruned")}
+    for kind in ("perplexity", "word_perplexity"):  # lm-eval's own texts have no perplexity of tokens
+        for name in _of(every, f"{kind}.", ".ratio"):
+            task = name.removeprefix(f"{kind}.").removesuffix(".ratio")
+            if f"{task}{RATIO}" not in names.values():
+                names |= {name: f"{task}{RATIO}", name.removesuffix("ratio") + "pruned": f"{task}{ABSOLUTE}"}
+    frames = (
+        pd.DataFrame({title: pd.to_numeric(every[name], errors="coerce") for name, title in kind.items() if name in every})
+        for kind in (names, COSTS)
+    )
+    results, costs = (frame.astype({name: "Int64" for name in COUNTS if name in frame}) for frame in frames)
+    return results, costs
+
+
+def _of(table: pd.DataFrame, start: str, end: str) -> list[str]:
+    return [name for name in table if isinstance(name, str) and name.startswith(start) and name.endswith(end)]
+
+
+def _quality(table: pd.DataFrame) -> tuple[str, bool]:
+    """Return the column that says how good an experiment is, and whether more is better."""
+    if RETENTION in table and table[RETENTION].notna().all():
+        return RETENTION, True
+    ratios = [name for name in table if name.endswith(RATIO) and table[name].notna().all()]
+    if not ratios:
+        raise ParameterError("compare_experiments: the experiments have no score in common; give them the same tasks.")
+    return ratios[0], False
+
+
+def _telling(table: pd.DataFrame, settings: Sequence[str]) -> tuple[str, ...]:
+    """Return the settings that the method's name doesn't tell, most values first; with one method, all."""
+    if table["method"].nunique() == 1:
+        return tuple(settings)
+    values = {name: table[name].astype(str) for name in settings}
+    found = [name for name in settings if values[name].groupby(table["method"]).nunique().max() > 1]
+    return tuple(sorted(found, key=lambda name: -values[name].nunique()))
+
+
+def _sizes(removed: pd.Series) -> list[float]:
+    """Return for each size the smallest of those about the same."""
+    first: dict[float, float] = {}
+    for size in sorted(set(removed)):
+        start = first[max(first)] if first else size
+        first[size] = start if size - start <= SAME_SIZE else size
+    return [first[size] for size in removed]
+
+
+# DVC writes these as Python does.
+WORDS = {"True": "true", "False": "false", "None": "null"}
+
+
+def method_name(row: Mapping[str, Any]) -> str:
+    """Return an experiment's method, and that it trained."""
+    return f"{row['method']} ({TRAINED})" if row[TRAINED] else str(row["method"])
+
+
+def cell(value: Any) -> str:
+    """Return a value as params.yaml has it; nothing where there is none."""
+    if pd.isna(value):
+        return ""
+    if str(value) in WORDS:
+        return WORDS[str(value)]
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,210 @@
+"""The criteria by which blocks of layers are chosen: one table, name → how it chooses and what it is called.
+
+A block ``[start, end)`` leaves host ``start − 1`` in front of it, so ``start`` is at least 1. Cheapest first:
+
+- ``angular``: the smallest ``D(start − 1, end − 1)`` (UIDL; ReplaceMe, section 3).
+- ``residual``: the smallest relative residual of a linear map in the block's place (``replaceme.observers.residuals``).
+- ``loss``: of the few cuts with the smallest residuals (or with these and the smallest angles, where no map takes the block's
+  place), the one whose shortened model predicts held-out calibration text best (``replaceme.selection.cut_loss``). With
+  ``tolerated_loss``, as many layers go as raise that loss by no more.
+- ``mean_cosine``: the highest mean cosine, over all tokens, of what enters the block and what leaves it (LinearPatch, arXiv
+  2505.24680; Ghosted, arXiv 2605.15491).
+- ``window``: the highest mean cosine of what enters the host and what leaves the block (LLM-Streamline, arXiv 2403.19135,
+  which replaces the host too).
+
+Two criteria choose single layers; a block is a run of them:
+
+- ``influence``: the layers that change their input least (ShortGPT, arXiv 2403.03853): ``replaceme.observers.profile``.
+- ``greedy``: one by one, each the one without which the loss is lowest (SLEB, arXiv 2402.09025):
+  ``replaceme.selection.greedy``.
+
+A method can bring a criterion of its own (LaCo's merges, Prune&Comp's scaled layers). Methods that take away parts of layers
+choose by themselves (``WIDTH``): no block goes.
+
+Several blocks (``num_A``; ReplaceMe, section 4) are taken in the order of their values, each where it overlaps none before
+it; unless adjacent ones are merged into one, a kept layer stays between them: a block's host.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from replaceme.base.documents import HELD_OUT_EVERY, Documents
+from replaceme.base.errors import ParameterError
+from replaceme.base.params import Params
+from replaceme.base.plan import Block, StandIn, runs
+from replaceme.base.progress import logger
+from replaceme.models.families import Family
+from replaceme.selection.blocks import bounds, check_room, several, smallest, starts_between
+from replaceme.selection.cut_loss import lowest_loss
+from replaceme.selection.greedy import greedy_layers
+
+Figures = dict[str, Any]
+Pairs = list[list[float]]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a criterion chooses from.
+
+    Attributes:
+        params: the setting.
+        profile: the content of ``profile.json``.
+        starts: the allowed starts of a block.
+        stand_in: what takes the block's place.
+        load: loads the dense model and its description, for the criteria that measure on it.
+        read: reads the calibration documents, likewise.
+        folder: where scratch files may lie.
+    """
+
+    params: Params
+    profile: Mapping[str, Any]
+    starts: range
+    stand_in: StandIn
+    load: Callable[[], tuple[Any, Family]]
+    read: Callable[[], Documents]
+    folder: Path
+
+    @property
+    def layers(self) -> range:
+        """The layers that may go."""
+        return range(self.starts.start, self.starts.stop + self.params.layers_to_skip - 1)
+
+    @cached_property
+    def model(self) -> tuple[Any, Family]:
+        """The dense model and its description."""
+        return self.load()
+
+    @cached_property
+    def documents(self) -> Documents:
+        """The calibration text."""
+        return self.read()
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """How blocks are chosen.
+
+    Attributes:
+        name: the value of ``selection``, or the name of a method's own criterion.
+        words: what the choice is made by, after "chosen by".
+        choose: returns the blocks, and figures for metrics/select.json.
+        several: whether it ranks blocks, so that ``num_A`` of them can be taken.
+        whole_layers: whether layers go; else parts of layers do, and no block has to find room.
+        check: raises ParameterError, before any work, where it can't choose from so many layers with these parameters.
+    """
+
+    name: str
+    words: str
+    choose: Callable[[Choice], tuple[list[Block], Figures]]
+    several: bool = False
+    whole_layers: bool = True
+    check: Callable[[Params, int], None] = field(default=lambda params, layers: None)
+
+
+def _ranked(values: Callable[[Mapping[str, Any]], Pairs]) -> Callable[[Choice], tuple[list[Block], Figures]]:
+    """Return a choice of the blocks with the smallest values, (host × last removed layer) of a profile."""
+    return lambda choice: (several(values(choice.profile), choice.starts, choice.params), {})
+
+
+def _negative(rows: Pairs) -> Pairs:
+    return [[-value for value in row] for row in rows]
+
+
+def _window(choice: Choice) -> tuple[list[Block], Figures]:
+    cosines = choice.profile["mean_cosine"]
+    (block,) = smallest(_negative(cosines), choice.starts, choice.params.layers_to_skip)
+    cosine = cosines[block.host][block.end - 1]
+    logger.info("select: what enters layer %d and leaves layer %d has a mean cosine of %.4f", block.host, block.end - 1, cosine)
+    return [block], {"mean_cosine": cosine}
+
+
+def _influence(choice: Choice) -> tuple[list[Block], Figures]:
+    influence = choice.profile["layers"]["block_influence"]
+    layers = sorted(choice.layers, key=influence.__getitem__)[: choice.params.layers_to_skip]
+    return runs(layers), {"influence": sum(influence[layer] for layer in layers)}
+
+
+def _greedy(choice: Choice) -> tuple[list[Block], Figures]:
+    (model, family), params = choice.model, choice.params
+    layers, losses = greedy_layers(
+        model, family, choice.documents, choice.layers, params.layers_to_skip,
+        batch_size=params.batch_size, folder=choice.folder,
+    )  # fmt: skip
+    logger.info("select: layers in the order in which they went: %s", ", ".join(map(str, layers)))
+    order = {f"layer{layer}": loss for layer, loss in zip(layers, losses, strict=True)}
+    return runs(layers), {"loss": losses[-1], "order": order}
+
+
+def _loss(choice: Choice) -> tuple[list[Block], Figures]:
+    (model, family), profile, params = choice.model, choice.profile, choice.params
+    # Where nothing takes the block's place, what a map would miss says too little, and the angle has misses of its own.
+    rankings = [profile["residual"]]
+    if choice.stand_in in ("nothing", "scalar"):
+        rankings = [profile["angular_distance"], *rankings]
+    return lowest_loss(model, family, choice.documents, params, rankings, choice.starts, choice.stand_in)
+
+
+def _enough_documents(params: Params, layers: int) -> None:
+    if params.dataset_size < HELD_OUT_EVERY:
+        raise ParameterError(
+            f"dataset_size: selection loss holds documents out and needs at least {HELD_OUT_EVERY}, not {params.dataset_size}."
+        )
+
+
+def _parts_of_layers(choice: Choice) -> tuple[list[Block], Figures]:
+    logger.info("select: parts of layers go, as many parameters as %d layers have", choice.params.layers_to_skip)
+    return [], {}
+
+
+# What ``selection`` can name.
+CRITERIA: Mapping[str, Criterion] = {
+    criterion.name: criterion
+    for criterion in (
+        Criterion(
+            "angular", "the smallest angular distance", _ranked(lambda profile: profile["angular_distance"]), several=True
+        ),
+        Criterion("residual", "the smallest residual", _ranked(lambda profile: profile["residual"]), several=True),
+        Criterion("loss", "the smallest loss among the few best cuts", _loss, check=_enough_documents),
+        Criterion("influence", "the smallest influence on their input", _influence),
+        Criterion("greedy", "the smallest loss without them, one by one", _greedy),
+    )
+}
+MEAN_COSINE = Criterion(
+    "mean_cosine",
+    "the highest mean cosine of the state in front of it and the one behind",
+    # Of what leaves the host, which enters the block.
+    _ranked(lambda profile: _negative(profile["mean_cosine"][1:])),
+    several=True,
+)
+WINDOW = Criterion(
+    "window", "the highest mean cosine of what enters the layer that is trained and what leaves the last one", _window
+)
+WIDTH = Criterion("width", "parts of layers", _parts_of_layers, whole_layers=False)
+
+
+def allowed_starts(params: Params, layers: int, criterion: Criterion) -> range:
+    """Return the starts that the limits leave for a block of ``layers_to_skip`` layers.
+
+    Args:
+        params: the limits.
+        layers: the model's number of layers.
+        criterion: by which a block is chosen.
+
+    Raises:
+        ParameterError: there is none, or the criterion can't choose.
+    """
+    first, end = bounds(params, layers)
+    if params.num_A > 1 and not criterion.several:
+        raise ParameterError(
+            f"selection: {criterion.name} makes one choice; with several blocks (num_A) use residual or angular."
+        )
+    if not criterion.whole_layers:
+        criterion.check(params, layers)
+        return range(first, end)
+    starts = starts_between(params, first, end)
+    criterion.check(params, layers)
+    check_room(params, starts, first, end)
+    return starts

@@ -1,0 +1,268 @@
+"""What a few cuts cost: the next-token loss of the shortened model, with a closed-form fit in the block's place.
+
+The fit has token weights and ridges of its own, so that no cut depends on α or on a solver: a linear map as in the profile's
+residuals (``replaceme.observers.residuals``), or all weights of the host's last linear or of both its last linears
+(``replaceme.solvers.refit``), which can rank the cuts differently; or a scalar (``replaceme.selection.compensation``). It is
+made on the documents that the profile fits on; the loss is taken on those that it holds out.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from replaceme.base.documents import HELD_OUT_EVERY, Batch, Documents, excerpts_of, split_documents
+from replaceme.base.errors import ParameterError
+from replaceme.base.params import Params
+from replaceme.base.plan import Block, StandIn
+from replaceme.base.progress import logger, progress
+from replaceme.edits.edits import Edits
+from replaceme.edits.unfused import unfused
+from replaceme.models.families import Family, Linear, parameter_of
+from replaceme.observers.features import LINEARS, Features
+from replaceme.observers.residuals import RIDGE, solve_small_ridge
+from replaceme.observers.statistics import AtCut, FeatureGram
+from replaceme.observers.sums import squares, token_weights
+from replaceme.observers.walk import Keep, Start, begun_at, walk
+from replaceme.selection.blocks import smallest
+from replaceme.selection.compensation import gains
+from replaceme.selection.next_token import next_token_loss
+from replaceme.solvers.refit import refit
+
+# How many cuts are measured.
+SHORTLIST = 6
+# λ of a refit, and the memory that its sums may take: so many cuts are fitted in one pass.
+REFIT_RIDGE, GRAM_BYTES = 0.3, 4 << 30
+
+# What is solved for in each stand-in that is new weights.
+LINEARS_OF: Mapping[StandIn, Sequence[Linear]] = {"refit": ("mlp_output",), "joint": LINEARS}
+
+
+class WeightedGram(AtCut):
+    """``Σ w mᵀm`` and ``Σ w mᵀy`` (d, d) with ``w = 1/‖H‖²``; float32, as in the profile."""
+
+    def __init__(self, block: Block):
+        super().__init__(block)
+        self.gram: Tensor | float = 0.0
+        self.cross: Tensor | float = 0.0
+
+    def take(self, added: Tensor, left: Tensor, target: Tensor, batch: Batch) -> None:
+        M, H = added.float(), target.float()
+        root = token_weights(H).sqrt()
+        weighted = M * root
+        self.gram = self.gram + squares(weighted)
+        self.cross = self.cross + weighted.T @ ((H - left.float() + M) * root)
+
+
+class DerivedGram(FeatureGram):
+    """The sums over M made of those over the features, of which M is a linear map: good to float32, and a third less work."""
+
+    def __init__(self, block: Block, features: Features, last: nn.Module):
+        super().__init__(block, features)
+        self.at_host = ("output", *features.signals)
+        rows = [parameter_of(last, "weight").double().cpu().T]
+        if features.biased == "mlp_output":
+            rows.append(parameter_of(last, "bias").double().cpu()[None])
+        # Of the attention's features, M holds nothing.
+        _, columns = features.only("mlp_output")
+        self.map = torch.zeros(len(features), rows[0].shape[1], dtype=torch.float64)
+        self.map[columns] = torch.cat(rows)
+
+    def take(self, *signals: Any) -> None:
+        left, *inputs, target, _batch = signals
+        self.take_features(left, inputs, target)
+
+    def tensors(self) -> dict[str, Tensor]:
+        sums = super().tensors()
+        feature_added = sums["gram"] @ self.map
+        added = {"added_gram": self.map.T @ feature_added, "added_cross": self.map.T @ sums["cross"]}
+        return {**sums, "feature_added": feature_added, **added}
+
+
+def feature_gram(block: Block, features: Features, last: nn.Module) -> FeatureGram:
+    """Return what takes the sums of a cut; weights that are packed or elsewhere can't be read, and M is watched instead."""
+    weight = last.get_parameter("weight")
+    readable = weight.is_floating_point() and not weight.is_meta
+    return DerivedGram(block, features, last) if readable else FeatureGram(block, features)
+
+
+def dense_loss(model: Any, documents: Documents, batch_size: int) -> float:
+    """Return the mean next-token loss (nats) of the dense model, on the text that ``cut_losses`` takes.
+
+    Raises:
+        ParameterError: there are too few documents to hold one out.
+    """
+    _, excerpts = _split(documents)
+    return next_token_loss(model, excerpts, batch_size)
+
+
+def cut_losses(
+    model: Any, family: Family, documents: Documents, blocks: Sequence[Block], *, stand_in: StandIn, batch_size: int
+) -> list[float]:
+    """Return the mean next-token loss (nats) with each of the blocks removed.
+
+    Args:
+        model: the dense model.
+        family: its description.
+        documents: calibration text.
+        blocks: the cuts.
+        stand_in: what takes the block's place.
+        batch_size: documents in a batch.
+
+    Raises:
+        ParameterError: there are too few documents to hold one out.
+    """
+    fit, excerpts = _split(documents)
+    cuts = [Edits("", [*block.layers]) for block in blocks]
+    if stand_in == "map":
+        _fit_maps(model, family, fit, blocks, cuts, batch_size)
+    elif stand_in in LINEARS_OF:
+        _refit(model, family, fit, blocks, cuts, batch_size, LINEARS_OF[stand_in])
+    elif stand_in == "scalar":
+        for block, edits, gain in zip(blocks, cuts, gains(model, family, fit, blocks, batch_size=batch_size), strict=True):
+            edits.operators[block.host] = torch.tensor(gain, dtype=torch.float64)
+    # Nothing in front of a cut is changed by it: once is enough.
+    layers, width = family.decoder_layers(model), int(model.config.hidden_size)
+    entering = {block.host: torch.empty(excerpts.token_count, width, dtype=model.dtype) for block in blocks}
+    kept = [Keep(host, ("input",), states) for host, states in entering.items()]
+    walk(model, family, excerpts, kept, batch_size=batch_size, description=None)
+    losses = []
+    for block, edits in zip(progress(blocks, "measuring the best cuts", "cuts"), cuts, strict=True):
+        begun = partial(begun_at, family, layers, Start(block.host, entering[block.host]))
+        with unfused(model, family, edits):
+            losses.append(next_token_loss(model, excerpts, batch_size, begun))
+    return losses
+
+
+def _split(documents: Documents) -> tuple[Documents, Documents]:
+    """Return the documents that a stand-in is fitted on, and the text that the losses are taken on."""
+    fit, held_out = split_documents(documents)
+    excerpts = excerpts_of(held_out)
+    if not len(excerpts):
+        raise ParameterError(
+            f"selection: loss holds every {HELD_OUT_EVERY}th document out, and of the {len(documents)} that the dataset gave "
+            "none is left with two tokens; use residual, or more text."
+        )
+    return fit, excerpts
+
+
+def _fit_maps(
+    model: Any, family: Family, documents: Documents, blocks: Sequence[Block], cuts: Sequence[Edits], batch_size: int
+) -> None:
+    grams = [WeightedGram(block) for block in blocks]
+    walk(model, family, documents, grams, batch_size=batch_size, description="fitting the best cuts")
+    layers = family.decoder_layers(model)
+    for block, edits, sums in zip(blocks, cuts, grams, strict=True):
+        transform = solve_small_ridge(torch.as_tensor(sums.gram), torch.as_tensor(sums.cross))
+        if family.norm_after_mlp:  # a dense map, which ranks the cuts and is never folded
+            transform = family.norm_weight(layers[block.host]).to(transform)[:, None] * transform
+        edits.transforms[block.host] = transform
+
+
+def _refit(
+    model: Any,
+    family: Family,
+    documents: Documents,
+    blocks: Sequence[Block],
+    cuts: Sequence[Edits],
+    batch_size: int,
+    linears: Sequence[Linear],
+) -> None:
+    layers = family.decoder_layers(model)
+    features = [Features.of(layers[block.host], family, linears) for block in blocks]
+    lasts = [family.linear_of(layers[block.host], "mlp_output") for block in blocks]
+    width, inputs = int(model.config.hidden_size), len(features[0])
+    at_once = max(GRAM_BYTES // (8 * (inputs**2 + 2 * inputs * width + 2 * width**2)), 1)
+    for first in range(0, len(blocks), at_once):
+        part = range(first, min(first + at_once, len(blocks)))
+        grams = {number: feature_gram(blocks[number], features[number], lasts[number]) for number in part}
+        walk(model, family, documents, [*grams.values()], batch_size=batch_size, description="fitting the best cuts")
+        for number, gram in grams.items():
+            sums = gram.tensors()
+            alpha = RIDGE * float(sums["added_gram"].diagonal().mean())
+            refit(cuts[number], blocks[number].host, sums, alpha, REFIT_RIDGE)
+
+
+def lowest_loss(
+    model: Any,
+    family: Family,
+    documents: Documents,
+    params: Params,
+    rankings: Sequence[list[list[float]]],
+    starts: range,
+    stand_in: StandIn,
+) -> tuple[list[Block], dict[str, Any]]:
+    """Return the block whose shortened model has the lowest loss, and the figures of those that were measured.
+
+    Args:
+        model: the dense model.
+        family: its description.
+        documents: calibration text.
+        params: ``layers_to_skip`` layers go; with ``tolerated_loss``, the most that raise the loss by no more, up to that.
+        rankings: (host × last removed layer) each; the ``SHORTLIST`` blocks with the smallest values of these are measured.
+        starts: allowed ones of a block of ``layers_to_skip`` layers.
+        stand_in: what takes the block's place.
+
+    Raises:
+        ParameterError: the predictions overflow, or no layer can go for ``tolerated_loss``.
+    """
+    dense, limit = dense_loss(model, documents, params.batch_size), params.layers_to_skip
+    if not math.isfinite(dense):
+        raise ParameterError(f"dtype: {params.dtype} overflows in the model's predictions; use bfloat16 or float32.")
+    # Of each number of layers, the losses with the best few blocks, the lowest first.
+    tried: dict[int, dict[Block, float]] = {}
+
+    def lowest(count: int) -> float:
+        return min(tried[count].values(), default=math.inf)
+
+    def rise(count: int) -> float:
+        """Return by how much the loss rises with the best block of so many layers."""
+        longer, each = range(starts.start, starts.stop + limit - count), SHORTLIST // len(rankings)
+        candidates = [*dict.fromkeys(chain(*(smallest(values, longer, count, each) for values in rankings)))]
+        losses = cut_losses(model, family, documents, candidates, stand_in=stand_in, batch_size=params.batch_size)
+        finite = [pair for pair in zip(candidates, losses, strict=True) if math.isfinite(pair[1])]
+        tried[count] = dict(sorted(finite, key=lambda pair: pair[1]))
+        risen = lowest(count) - dense
+        logger.info("select: %s less: the loss rises by %.4f nats", f"{count} layers" if count > 1 else "1 layer", risen)
+        return risen
+
+    if params.tolerated_loss is None:
+        count = limit
+        rise(count)
+    else:
+        count = _most_within(params.tolerated_loss, limit, rise)
+    if not tried[max(count, 1)]:
+        raise ParameterError(f"dtype: {params.dtype} overflows in every shortened model; use bfloat16 or float32.")
+    if not count:
+        raise ParameterError(
+            f"tolerated_loss: the loss rises by {lowest(1) - dense:.4f} nats without one layer, and {params.tolerated_loss:g} "
+            "are tolerated; take more, or null."
+        )
+    best, *_ = tried[count]
+    figures: dict[str, Any] = {
+        "loss": tried[count][best],
+        "dense_loss": dense,
+        "losses": {f"host{block.host}": loss for block, loss in tried[count].items()},
+    }
+    if params.tolerated_loss is not None:
+        figures["rises"] = {f"layers{each}": lowest(each) - dense for each in sorted(tried) if tried[each]}
+    return [best], figures
+
+
+def _most_within(tolerated: float, limit: int, rise: Callable[[int], float]) -> int:
+    """Return the largest number of layers up to ``limit`` whose rise is tolerated, by bisection; 0 for none.
+
+    The rise is taken to grow with the number of layers.
+    """
+    within, beyond = 0, limit + 1
+    while beyond - within > 1:
+        middle = (within + beyond + 1) // 2
+        if rise(middle) <= tolerated:
+            within = middle
+        else:
+            beyond = middle
+    return within

@@ -1,0 +1,112 @@
+"""How well a map fits at the cut, whatever made it: the figures of metrics/solve.json that methods share."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from replaceme.solvers.closed_forms import squared_error
+from replaceme.solvers.ridge import RidgeSolution
+
+RIDGES = 33
+
+
+def fit_quality(transform: Tensor, sums: Mapping[str, Tensor], sample: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return tokens, relative residuals, mean cosines and the distance from the identity.
+
+    Args:
+        transform: T, (d, d) float64.
+        sums: the statistic ``gram``: of all tokens.
+        sample: the statistic ``sample``: M, Z and H of a few.
+    """
+    output_squares = float(sums["output_squares"])
+    return {
+        "tokens": int(sums["tokens"]),
+        "relative_residual": (squared_error(sums, transform) / output_squares) ** 0.5,
+        "relative_residual_removed": (float(sums["gap_squares"]) / output_squares) ** 0.5,
+        "mean_cosine": _mean_cosine(sample["added"].double() @ transform + sample["rest"], sample["target"]),
+        "mean_cosine_removed": _mean_cosine(sample["added"] + sample["rest"], sample["target"]),
+        "distance_from_identity": float((transform - torch.eye(len(transform), dtype=torch.float64)).norm())
+        / len(transform) ** 0.5,
+    }
+
+
+def operator_quality(
+    P: Tensor, sums: Mapping[str, Tensor], sample: Mapping[str, Tensor], *, weighted: bool = False
+) -> dict[str, Any]:
+    """Return the same of an operator on the whole state h behind the host: how far ``h P`` is from H.
+
+    Args:
+        P: (d, d) float64.
+        sums: the statistic ``stream``, or ``stream_weighted``.
+        sample: the statistic ``sample``.
+        weighted: which of the two: with weights, the residuals count every token alike, and are named so.
+    """
+    step = P - torch.eye(len(P), dtype=P.dtype)
+    gap, whole = float(sums["gap_squares"]), float(sums["output_squares"])
+    kind = "weighted" if weighted else "relative"
+    h = (sample["added"] + sample["rest"]).double()
+    return {
+        "tokens": int(sums["tokens"]),
+        f"{kind}_residual": relative(gap + gained(sums["gram"], sums["cross"], step), whole),
+        f"{kind}_residual_removed": relative(gap, whole),
+        "mean_cosine": _mean_cosine(h @ P, sample["target"]),
+        "mean_cosine_removed": _mean_cosine(h, sample["target"]),
+        "distance_from_identity": float(step.norm()) / len(P) ** 0.5,
+    }
+
+
+def ridge_path(solution: RidgeSolution, target_squares: float, output_squares: float) -> list[tuple[float, float]]:
+    """Return rows (α, relative residual) for ridges between the smallest and the largest eigenvalue, and somewhat below.
+
+    A dense map's alone: its eigenvectors give all ridges at once.
+
+    Args:
+        solution: the solved least squares.
+        target_squares: ``‖Y‖²`` of what it solves for.
+        output_squares: ``‖H‖²``, to which the residual is relative.
+    """
+    largest = float(solution.eigenvalues[-1])
+    lowest = max(solution.smallest_eigenvalue / 100, largest * 1e-12)
+    alphas = torch.logspace(math.log10(lowest), math.log10(largest), RIDGES, dtype=torch.float64).tolist()
+    return [(alpha, (solution.squared_residual(alpha, target_squares) / output_squares) ** 0.5) for alpha in alphas]
+
+
+def gained(gram: Tensor, cross: Tensor, change: Tensor) -> float:
+    """Return by how much a change moves the sum of squares: ``‖e − g X‖² − ‖e‖²`` of ``S = gᵀg`` and ``C = gᵀe``."""
+    return float((change * (gram @ change)).sum() - 2 * (change * cross).sum())
+
+
+def gained_by_ridge(gram: Tensor, cross: Tensor, change: Tensor, ridge: Tensor) -> float:
+    """Return the same of what ``replaceme.solvers.ridge.solve_correction`` gave: there ``S X = C − Λ diag S X``, without a
+    product."""
+    return -float((change * (cross + (ridge.to(gram) * gram.diagonal())[:, None] * change)).sum())
+
+
+def relative(squares: float, output_squares: float) -> float:
+    """Return the relative residual of sums of squares."""
+    # Rounding can take a perfect fit below zero.
+    return (max(squares, 0.0) / output_squares) ** 0.5
+
+
+def ridge_figures(eigenvalues: Tensor, alpha: float) -> dict[str, float]:
+    """Return how α compares with ``MᵀM``; what would be infinite is left out.
+
+    Args:
+        eigenvalues: (d,) of ``MᵀM``, ascending.
+        alpha: ridge of a squared error.
+    """
+    smallest, largest = max(float(eigenvalues[0]), 0.0), float(eigenvalues[-1])
+    figures = {"smallest_eigenvalue": smallest}
+    if smallest > 0:
+        figures["alpha_over_smallest_eigenvalue"] = alpha / smallest
+    if smallest + alpha > 0:
+        figures["condition_number"] = (largest + alpha) / (smallest + alpha)
+    return figures
+
+
+def _mean_cosine(a: Tensor, b: Tensor) -> float:
+    return float(cosine_similarity(a.double(), b.double(), dim=-1).mean())

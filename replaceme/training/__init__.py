@@ -1,0 +1,4 @@
+"""Weights trained on documents.
+
+It may import base, models, edits and observers.
+"""

@@ -1,0 +1,49 @@
+"""What an interrupted training goes on from: a folder of tensors and what belongs to them, whole or absent, under a key.
+
+The key stands for all that a training is made of. A checkpoint with another one is another training's, and is never read.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from replaceme.base.errors import ResourceError
+from replaceme.base.files import new_folder, read_json, write_json
+
+TENSORS, STATE = "tensors.safetensors", "state.json"
+# Bytes of a tensor that are read at once.
+CHUNK = 1 << 26
+
+
+def key_of(settings: Mapping[str, Any], tensors: Iterable[Tensor]) -> str:
+    """Return a digest of settings, which JSON can hold, and of the content of tensors."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {[*tensor.shape]}".encode())
+        rows = tensor.detach().contiguous().flatten().view(torch.uint8)
+        for start in range(0, len(rows), CHUNK):
+            digest.update(rows[start : start + CHUNK].cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_checkpoint(folder: Path, key: str, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write a checkpoint in the place of the last one."""
+    with new_folder(folder) as new:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, new / TENSORS)
+        write_json(new / STATE, {"key": key, **state})
+
+
+def load_checkpoint(folder: Path, key: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """Return state and tensors of the checkpoint in ``folder``; None where there is none with this key."""
+    try:
+        state = read_json(folder / STATE)
+        return (state, load_file(folder / TENSORS)) if state.pop("key", None) == key else None
+    except (ResourceError, ValueError, AttributeError, OSError, SafetensorError):
+        return None

@@ -1,0 +1,295 @@
+"""Train weights on documents, a few documents in a step: the loop, whatever is to be learnt.
+
+AdamW with a linear warm-up and a cosine decay (LLM-Streamline, arXiv 2403.19135, and its public program). Weights, moments and
+gradients are float32, whatever the model's format is; dropout is off.
+
+A run that is interrupted goes on from its last checkpoint, to the same result as one that was not: the order of the documents
+is a function of the epoch's number, and a checkpoint holds the rest.
+"""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from replaceme.base.documents import Batch, Documents
+from replaceme.base.errors import SolveError
+from replaceme.base.progress import logger, progress
+from replaceme.base.scratch import scratch
+from replaceme.models.families import Family
+from replaceme.observers.walk import Keep, walk
+from replaceme.training.checkpoints import load_checkpoint, save_checkpoint
+from replaceme.training.curves import CURVES, add_row, write_curves
+
+# Rows (steps that were made before, loss), by a curve's name.
+Curves = dict[str, list[tuple[int, float]]]
+
+# The published values: of AdamW, the largest norm of the gradient, the part of the steps that warms up, and where the step's
+# size ends, as a part of it.
+WEIGHT_DECAY, CLIP, WARM_UP, FLOOR = 1e-3, 5.0, 0.01, 0.25
+# Of the order of documents.
+SEED = 0
+# Every this many documents one is held out, whose loss is taken so often.
+HELD_OUT_EVERY, EVALUATIONS = 20, 8
+# Between checkpoints, at least; and as many times what the last one took.
+CHECKPOINT_SECONDS, SAVING_SHARE = 60.0, 10
+
+
+@dataclass(frozen=True)
+class Course:
+    """How long and how fast.
+
+    Attributes:
+        learning_rate: the largest step.
+        epochs: passes over the documents.
+        batch_size: documents of a step.
+        rate_name: the parameter that says the learning rate.
+    """
+
+    learning_rate: float
+    epochs: int
+    batch_size: int
+    rate_name: str
+
+    def rate(self, step: int, steps: int) -> float:
+        """Return the learning rate of a step (from 0) of so many."""
+        warm = max(WARM_UP * steps, 1.0)
+        if step + 1 < warm:
+            return self.learning_rate * (step + 1) / warm
+        done = (step + 1 - warm) / max(steps - warm, 1.0)
+        return self.learning_rate * (FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * min(done, 1.0))) / 2)
+
+
+class Lesson(Protocol):
+    """What is to be learnt, as a function of the weights."""
+
+    @property
+    def documents(self) -> Documents:
+        """The text."""
+        ...
+
+    def loss(self, parameters: Mapping[str, Tensor], documents: Sequence[int], step: int | None) -> Tensor:
+        """Return the mean loss, over the real tokens of documents, with these weights.
+
+        Args:
+            parameters: the weights that are trained, float32.
+            documents: places in a walk.
+            step: the step (from 0) that asks, where the loss is estimated from a part of the tokens, which then is the step's;
+                None asks for the same part each time.
+        """
+        ...
+
+    def begun(self) -> AbstractContextManager[None]:
+        """Make the model ready for as long as the training takes."""
+        ...
+
+
+class Texts:
+    """Documents in the order of a walk, by their places in it."""
+
+    def __init__(self, documents: Documents, device: torch.device):
+        self.device = device
+        self.texts = documents.longest_first()
+        lengths = torch.tensor([len(text) for text in self.texts])
+        self.starts = (lengths.cumsum(0) - lengths).tolist()
+
+    def batch(self, documents: Sequence[int]) -> Batch:
+        """Return documents side by side."""
+        texts = [self.texts[index].long() for index in documents]
+        ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
+        return Batch(0, ids.to(self.device), torch.tensor([len(text) for text in texts], device=self.device), 0)
+
+    def rows(self, states: Tensor, documents: Sequence[int]) -> Tensor:
+        """Return the rows of states (tokens, d), in the order of the walk, that belong to documents."""
+        parts = [states[self.starts[index] : self.starts[index] + len(self.texts[index])] for index in documents]
+        return torch.cat(parts).to(self.device)
+
+
+def entering_and_leaving(
+    model: Any,
+    family: Family,
+    documents: Documents,
+    first: int,
+    last: int,
+    *,
+    batch_size: int,
+    folder: Path | None = None,
+    purpose: str = "training",
+    description: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return what enters one layer and leaves another, in scratch files.
+
+    Args:
+        model: the dense model.
+        family: its description.
+        documents: the text.
+        first: the layer that something enters.
+        last: the layer that something leaves.
+        batch_size: documents in a batch.
+        folder: where scratch files may lie; None is the system's temporary folder.
+        purpose: what keeps them, for the message where they don't fit.
+        description: of the progress bar; None shows none.
+
+    Returns:
+        Each (tokens, d), in the model's format and the order of a walk.
+    """
+    shape = documents.token_count, int(model.config.hidden_size)
+    entering, leaving = scratch([shape] * 2, model.dtype, folder, purpose)
+    ends = [Keep(first, ("input",), entering), Keep(last, ("output",), leaving)]
+    walk(model, family, documents, ends, batch_size=batch_size, description=description)
+    return entering, leaving
+
+
+def split(count: int) -> tuple[list[int], list[int]]:
+    """Return which documents of a walk are trained on, and which are held out."""
+    held_out = [index for index in range(count) if index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1]
+    return [index for index in range(count) if index not in set(held_out)], held_out
+
+
+def orders(documents: Sequence[int], epoch: int, batch_size: int) -> list[list[int]]:
+    """Return an epoch's batches of documents."""
+    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(SEED + epoch)).tolist()
+    shuffled = [documents[index] for index in order]
+    return [shuffled[start : start + batch_size] for start in range(0, len(shuffled), batch_size)]
+
+
+def train(
+    lesson: Lesson, parameters: dict[str, Tensor], course: Course, folder: Path, key: str
+) -> tuple[dict[str, Tensor], Curves]:
+    """Train weights.
+
+    Args:
+        lesson: what it is to learn.
+        parameters: to begin with, float32 with gradients; they are changed.
+        course: how long and how fast.
+        folder: where checkpoints lie, and the curves while it runs.
+        key: what a checkpoint must have been made with (``replaceme.training.checkpoints``).
+
+    Returns:
+        The parameters, and the curves.
+
+    Raises:
+        SolveError: the loss is no number any more.
+    """
+    run = _Run(lesson, parameters, course, folder, key)
+    with lesson.begun():
+        for step in progress(
+            range(run.step, run.steps), "training", "steps", note=lambda: f"loss {run.curves['loss'][-1][1]:.4g}"
+        ):
+            run.take(step)
+        run.evaluate(run.steps)
+    return run.parameters, run.curves
+
+
+class _Run:
+    """A training under way."""
+
+    def __init__(self, lesson: Lesson, parameters: dict[str, Tensor], course: Course, folder: Path, key: str):
+        self.lesson, self.parameters, self.course, self.folder, self.key = lesson, parameters, course, folder, key
+        self.lengths = [len(text) for text in lesson.documents.longest_first()]
+        self.taught, self.held_out = split(len(lesson.documents))
+        self.optimizer = torch.optim.AdamW(parameters.values(), lr=course.learning_rate, weight_decay=WEIGHT_DECAY)
+        self.per_epoch = -(-len(self.taught) // course.batch_size)
+        self.steps = self.per_epoch * course.epochs
+        self.step = 0
+        self.curves: Curves = {name: [] for name in CURVES}
+        self._go_on()
+        folder.mkdir(parents=True, exist_ok=True)
+        write_curves(folder, self.curves)
+        # When the last checkpoint was whole, and how long it took.
+        self.saved, self.saving = time.monotonic(), 0.0
+
+    def take(self, step: int) -> None:
+        """Make a step."""
+        self.evaluate(step)
+        epoch, place = divmod(step, self.per_epoch)
+        documents = orders(self.taught, epoch, self.course.batch_size)[place]
+        loss = self.lesson.loss(self.parameters, documents, step)
+        self.log("loss", step, float(loss.detach()))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters.values(), CLIP)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.course.rate(step, self.steps)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step = step + 1
+        if time.monotonic() - self.saved >= max(CHECKPOINT_SECONDS, SAVING_SHARE * self.saving):
+            self.save()
+
+    def evaluate(self, step: int) -> None:
+        """Take the loss of what is held out, at a few steps, and at the first and behind the last one."""
+        if self.held_out and (step == self.steps or step % max(self.steps // EVALUATIONS, 1) == 0):
+            self.log("held_out_loss", step, self.mean_loss(self.held_out))
+
+    def mean_loss(self, documents: Sequence[int]) -> float:
+        """Return the mean loss on documents, each token of all of them alike."""
+        total, tokens = 0.0, 0
+        with torch.no_grad():
+            for start in range(0, len(documents), self.course.batch_size):
+                chosen = documents[start : start + self.course.batch_size]
+                count = sum(self.lengths[index] for index in chosen)
+                total, tokens = total + count * float(self.lesson.loss(self.parameters, chosen, None)), tokens + count
+        return total / tokens
+
+    def log(self, name: str, step: int, value: float) -> None:
+        """Add to a curve."""
+        if not math.isfinite(value):
+            raise SolveError(f"{self.course.rate_name}: the loss of the training is {value} at step {step}; take a lower one.")
+        self.curves[name].append((step, value))
+        add_row(self.folder, name, step, value)
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        begun = time.monotonic()
+        tensors = {f"weight.{name}": parameter for name, parameter in self.parameters.items()}
+        for name, parameter in self.parameters.items():
+            tensors |= {f"{part}.{name}": value for part, value in self.optimizer.state[parameter].items()}
+        save_checkpoint(self.folder / "checkpoint", self.key, {"step": self.step, "curves": self.curves}, tensors)
+        self.saved = time.monotonic()
+        self.saving = self.saved - begun
+
+    def _go_on(self) -> None:
+        found = load_checkpoint(self.folder / "checkpoint", self.key)
+        if found is None:
+            return
+        state, tensors = found
+        self.step, self.curves = state["step"], {name: [*map(tuple, rows)] for name, rows in state["curves"].items()}
+        for name, parameter in self.parameters.items():
+            parameter.data.copy_(tensors[f"weight.{name}"])
+            self.optimizer.state[parameter] = {
+                # Its own count of steps stays at the processor.
+                part: tensors[f"{part}.{name}"].to("cpu" if part == "step" else parameter.device)
+                for part in ("step", "exp_avg", "exp_avg_sq")
+            }
+        logger.info("training: goes on behind step %d of %d of an interrupted run", self.step, self.steps)
+
+
+def figures_of(curves: Curves, parameters: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the figures of a training, and say them; a batch's loss is noisy, so that several are taken together."""
+    losses, held_out = [loss for _, loss in curves["loss"]], [loss for _, loss in curves["held_out_loss"]]
+    part = max(len(losses) // 8, 1)
+    figures = {
+        "trained_parameters": sum(parameter.numel() for parameter in parameters.values()),
+        "training_steps": len(losses),
+        "training_loss_first": fmean(losses[:part]),
+        "training_loss_last": fmean(losses[-part:]),
+    }
+    said = f"loss {figures['training_loss_first']:.4g} to {figures['training_loss_last']:.4g}"
+    if held_out:
+        figures |= {"held_out_loss_first": held_out[0], "held_out_loss_last": held_out[-1]}
+        said += f", on held-out documents {held_out[0]:.4g} to {held_out[-1]:.4g}"
+    logger.info("training: %d steps, %s", len(losses), said)
+    return figures
+
+
+def settings_of(course: Course) -> dict[str, Any]:
+    """Return what a training depends on beside the lesson and the parameters, for a checkpoint's key."""
+    constants = [WEIGHT_DECAY, CLIP, WARM_UP, FLOOR, SEED, HELD_OUT_EVERY, EVALUATIONS]
+    return {**asdict(course), "constants": constants, "torch": torch.__version__, "threads": torch.get_num_threads()}

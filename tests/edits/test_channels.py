@@ -1,0 +1,315 @@
+"""A host's MLP of channels of several layers: what they compute there, which are chosen, and that it is exported exactly."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from replaceme.base.combinations import refusals
+from replaceme.base.documents import Documents, few_documents
+from replaceme.base.errors import ModelError, SolveError
+from replaceme.base.params import read_params
+from replaceme.base.plan import Block
+from replaceme.edits.channels import assembled, channels_of
+from replaceme.edits.edits import Edits
+from replaceme.edits.fold import apply_edits
+from replaceme.edits.unfused import unfused
+from replaceme.export.save import save_pruned
+from replaceme.export.verification import verify_export
+from replaceme.methods.channel_choice import Candidates, best_channels
+from replaceme.methods.refusals import family_refusals
+from replaceme.methods.registry import METHODS
+from replaceme.models.families import family_of, inputs_of
+from replaceme.models.model import Model
+from replaceme.observers.sums import mirror
+from replaceme.observers.walk import walk
+from tests.conftest import PLAIN, made_model, passing
+from tests.methods.test_repair import BLOCK, same_weights, solved
+from tests.solvers.test_refit import many_documents
+
+FOLDING = [kind for kind in PLAIN if not kind.startswith("falcon")]
+
+
+def mixed_channels(count: int, layers: list[int], seed: int = 0) -> Tensor:
+    """Return as many channels as one layer has, of several layers in no order."""
+    every = torch.cat([channels_of(layer, count) for layer in layers])
+    return every[torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))[:count]]
+
+
+@pytest.mark.parametrize("kind", FOLDING)
+def test_a_layers_channels_compute_at_the_host_what_its_norm_and_mlp_would(kind: str) -> None:
+    model, documents = made_model(kind, torch.float64), many_documents(3)
+    family, host, source = family_of(model.config), 1, 3
+    layers = family.decoder_layers(model)
+    other = deepcopy(model)
+    # The source's own norm and MLP in the host's place. Where the attention shares that norm, it changes too, but not the MLP.
+    for path in {family.mlp_norm, family.mlp_output.rpartition(".")[0] or "fc1", family.mlp_output}:
+        family.decoder_layers(other)[host].set_submodule(path, deepcopy(layers[source].get_submodule(path)))
+    expected = passing(other, host, documents)["G"]
+    count = inputs_of(family.linear_of(layers[host], "mlp_output"))
+    with unfused(model, family, Edits("", [], channels={host: channels_of(source, count)})):
+        found = passing(model, host, documents)["G"]
+    assert np.abs(found - expected).max() < 1e-9 * np.abs(expected).max()
+    assert np.abs(found - passing(model, host, documents)["G"]).max() > 0.01 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("kind", FOLDING)
+def test_more_channels_than_the_host_has_are_each_their_own(kind: str) -> None:
+    model, documents = made_model(kind, torch.float64), many_documents(3)
+    family, host = family_of(model.config), 2
+    count = inputs_of(family.linear_of(family.decoder_layers(model)[host], "mlp_output"))
+    alone = {}
+    for layer in (2, 3):
+        with unfused(model, family, Edits("", [], channels={host: channels_of(layer, count)})):
+            alone[layer] = passing(model, host, documents)["G"]
+    every = torch.cat([channels_of(layer, count) for layer in (2, 3)])
+    order = torch.randperm(len(every), generator=torch.Generator().manual_seed(1))
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    with unfused(model, family, Edits("", [], channels={host: every[order]})):
+        wide = passing(model, host, documents)["G"]
+    assert np.allclose(wide, np.hstack([alone[2], alone[3]])[:, order.numpy()], rtol=1e-9, atol=1e-9)
+    assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
+
+
+@pytest.mark.parametrize("kind", FOLDING)
+def test_chosen_channels_and_a_correction_are_exported_exactly(
+    kind: str, save_tiny: Callable[..., Model], tmp_path: Path
+) -> None:
+    source, documents = save_tiny(kind), many_documents(4)
+    family, layers = source.family(), source.family().decoder_layers(source.load())
+    count = inputs_of(family.linear_of(layers[1], "mlp_output"))
+    edits = Edits("", [2, 3], channels={1: mixed_channels(count, [1, 2, 3])})
+    edits.correct(1, "mlp_output", 0.1 * torch.randn(32, count, generator=torch.Generator().manual_seed(2)))
+    (tmp_path / "edits").mkdir()
+    edits.save(tmp_path / "edits")
+    again = Edits.load(tmp_path / "edits")
+    assert torch.equal(again.channels[1], edits.channels[1])
+    save_pruned(source, again, tmp_path)
+    figures = verify_export(source, Model(tmp_path, "pruned"), edits, documents)
+    assert figures["hidden_error_mean"] < figures["tolerance"]
+
+
+def test_the_hosts_own_channels_leave_it_as_it_was() -> None:
+    model = made_model(dtype=torch.float64)
+    same = deepcopy(model)
+    family = family_of(model.config)
+    apply_edits(model, family, Edits("", [], channels={2: channels_of(2, 48)}))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), same.parameters(), strict=True))
+
+
+def test_a_norm_that_lets_nothing_through_makes_no_infinity() -> None:
+    model = made_model()
+    model.model.layers[1].post_attention_layernorm.weight.data[3] = 0.0
+    values = dict(assembled(family_of(model.config), model.model.layers, 1, channels_of(2, 48)))
+    assert all(bool(torch.isfinite(value).all()) for value in values.values())
+    assert not values["mlp.up_proj.weight"][:, 3].any()
+
+
+def test_a_norms_bias_that_no_linear_can_take_in_is_an_error() -> None:
+    model = made_model("gpt2")
+    for layer in model.transformer.h:
+        layer.mlp.c_fc.bias = None
+    with pytest.raises(ModelError, match=r"mlp\.c_fc has no bias that could take in that of ln_2"):
+        dict(assembled(family_of(model.config), model.transformer.h, 1, channels_of(2, 48)))
+
+
+def problem(features: int, outputs: int = 5, tokens: int = 200) -> tuple[Tensor, Tensor, Tensor]:
+    chance = torch.Generator().manual_seed(features)
+    mixing = torch.randn(features, features, generator=chance, dtype=torch.float64)
+    g = torch.randn(tokens, features, generator=chance, dtype=torch.float64) @ mixing
+    e = torch.randn(tokens, outputs, generator=chance, dtype=torch.float64)
+    return g, e, torch.randn(features, outputs, generator=chance, dtype=torch.float64)
+
+
+def test_the_channel_that_goes_is_the_one_without_which_the_objective_rises_least() -> None:
+    g, e, prior = problem(8)
+    ridge, diagonal = 0.3, g.square().sum(0)
+    objectives = []
+    for gone in range(8):
+        rest = [place for place in range(8) if place != gone]
+        A = g[:, rest].T @ g[:, rest] + ridge * torch.diag(diagonal[rest])
+        w = torch.zeros_like(prior)
+        w[rest] = torch.linalg.solve(A, g[:, rest].T @ e + ridge * diagonal[rest, None] * prior[rest])
+        objectives.append(float((e - g @ w).square().sum() + ridge * (diagonal[:, None] * (w - prior).square()).sum()))
+    kept = best_channels(g.T @ g, g.T @ e, prior, ridge, 7)
+    assert kept.tolist() == [place for place in range(8) if place != int(np.argmin(objectives))]
+
+
+def test_the_channels_that_make_the_target_are_found() -> None:
+    g, _, prior = problem(60, tokens=2000)
+    support = torch.arange(5, 60, 4)
+    e = g[:, support] @ torch.randn(len(support), 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    kept = best_channels((g.T @ g).float(), (g.T @ e).float(), 0 * prior.float(), 1e-3, len(support))
+    assert torch.equal(kept, support)
+
+
+def test_the_choice_does_not_depend_on_units() -> None:
+    g, e, prior = problem(30)
+    units = torch.logspace(-3, 3, 30, dtype=torch.float64)
+    kept = best_channels(g.T @ g, g.T @ e, prior, 0.3, 10)
+    scaled = g * units
+    assert torch.equal(kept, best_channels(scaled.T @ scaled, scaled.T @ e, prior / units[:, None], 0.3, 10))
+
+
+def test_a_channel_that_is_always_zero_goes_first() -> None:
+    g, e, prior = problem(10)
+    g[:, [2, 7]] = 0
+    assert best_channels(g.T @ g, g.T @ e, prior, 0.3, 8).tolist() == [0, 1, 3, 4, 5, 6, 8, 9]
+
+
+def test_sums_that_are_not_finite_are_an_error() -> None:
+    g, e, prior = problem(4)
+    with pytest.raises(SolveError, match="not finite"):
+        best_channels(g.T @ g, torch.full_like(g.T @ e, torch.nan), prior, 0.3, 2)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("kind", ["llama", "granite", "opt", "phi"])
+def test_the_sums_are_those_of_a_plain_computation(kind: str, batch_size: int) -> None:
+    model, documents = made_model(kind, torch.float64), many_documents(7)
+    family, host = family_of(model.config), 2
+    layer = family.decoder_layers(model)[host]
+    ordered = Documents(documents.longest_first())
+    here, target = passing(model, host, ordered), passing(model, host + 2, ordered)["output"]
+    sums = Candidates(host, family, layer, torch.from_numpy(target))
+    walk(model, family, documents, [sums], batch_size=batch_size, description=None)
+    w = 1 / np.square(target).sum(1, keepdims=True)
+    g = family.multiplier * here["G"]
+    bias = getattr(family.linear_of(layer, "mlp_output"), "bias", None)
+    e = target - here["middle"] - (0 if bias is None else family.multiplier * bias.detach().numpy())
+    assert np.allclose(mirror(sums.gram.clone()).numpy(), (w * g).T @ g, rtol=1e-3, atol=1e-5)
+    assert np.allclose(sums.cross.numpy(), (w * g).T @ e, rtol=1e-3, atol=1e-5)
+
+
+def test_the_tokens_of_a_choice_are_the_first_of_a_walk() -> None:
+    documents = many_documents(9)
+    few = few_documents(documents, 100)
+    assert 100 <= few.token_count < 100 + max(map(len, documents.documents))
+    assert all(torch.equal(a, b) for a, b in zip(few.longest_first(), documents.longest_first(), strict=False))
+    assert few_documents(documents, 10**9).token_count == documents.token_count
+
+
+def test_a_ridge_that_is_too_small_is_not_called_an_overflow() -> None:
+    g = torch.ones(3, 6)
+    with pytest.raises(SolveError, match="refit_ridge: 1e-30"):
+        best_channels(g.T @ g, g.T @ torch.ones(3, 2), torch.ones(6, 2), 1e-30, 3)
+
+
+@pytest.mark.parametrize("kind", FOLDING)
+def test_the_chosen_channels_serve_better_than_the_hosts_own_or_any(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, documents = made_model(kind, torch.float64), many_documents(60)
+
+    def by_chance(gram: Tensor, *rest: Any) -> Tensor:
+        return torch.randperm(len(gram), generator=torch.Generator().manual_seed(0))[: rest[-1]].sort().values
+
+    def own(gram: Tensor, *rest: Any) -> Tensor:
+        return torch.arange(rest[-1])  # in the last round the host's own come first
+
+    left = {}
+    for name, choice in (("best", best_channels), ("chance", by_chance), ("own", own)):
+        monkeypatch.setattr("replaceme.methods.repair.best_channels", choice)
+        edits, mender = solved(model, documents, (BLOCK,), transform="channels", alpha=5.0, refit_ridge=0.01)
+        shortened = deepcopy(model)
+        _, figures = mender.run()
+        apply_edits(shortened, family_of(model.config), edits)
+        target = passing(model, BLOCK.end - 1, documents)["output"]
+        gap = passing(shortened, BLOCK.host, documents)["output"] - target
+        left[name] = float((np.square(gap).sum(1) / np.square(target).sum(1)).mean())
+        chosen = edits.channels[BLOCK.host]
+        assert {*chosen[:, 0].tolist()} <= {BLOCK.host, *BLOCK.layers}
+        assert len(chosen.unique(dim=0)) == len(chosen) == figures["mlp_channels"]
+        assert figures["own_mlp_channels"] == int((chosen[:, 0] == BLOCK.host).sum())
+    assert figures["own_mlp_channels"] == figures["mlp_channels"]
+    assert left["best"] < min(left["chance"], left["own"])
+
+
+@pytest.mark.parametrize("kind", ["llama", "granite", "smollm3", "phi"])
+def test_a_later_block_chooses_on_what_the_shortened_model_feeds_its_host(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, documents = made_model(kind, torch.float64), many_documents(40)
+    blocks, seen = (Block(1, 2), Block(4, 5)), []
+
+    def keeping(gram: Tensor, cross: Tensor, *rest: Any) -> Tensor:
+        seen.append((gram.clone(), cross.clone(), deepcopy(edits)))
+        return best_channels(gram, cross, *rest)
+
+    monkeypatch.setattr("replaceme.methods.repair.best_channels", keeping)
+    edits, mender = solved(model, documents, blocks, transform="channels", alpha=5.0, repair=True)
+    mender.run()
+    gram, cross, by_then = seen[1]
+    family, host = family_of(model.config), blocks[1].host
+    few = Documents(few_documents(documents, 8 * 2 * 48).longest_first())
+    target = passing(model, blocks[1].end - 1, few)["output"]
+    with unfused(model, family, by_then):
+        now = passing(model, host, few)
+    bias = getattr(family.linear_of(family.decoder_layers(model)[host], "mlp_output"), "bias", None)
+    e = target - now["middle"] - (0 if bias is None else family.multiplier * bias.detach().numpy())
+    g, w = family.multiplier * now["G"], 1 / np.square(target).sum(1, keepdims=True)
+    assert by_then.removed_layers == [1, 4]
+    assert np.allclose(mirror(gram).numpy(), (w * g).T @ g, rtol=1e-3, atol=1e-5)
+    assert np.allclose(cross.numpy(), (w * g).T @ e, rtol=1e-3, atol=1e-5)
+
+
+def test_an_infinite_ridge_leaves_the_chosen_channels_with_the_columns_that_they_had() -> None:
+    model, documents = made_model(dtype=torch.float64, mlp_bias=False, attention_bias=False), many_documents()
+    edits, mender = solved(model, documents, (BLOCK,), transform="channels", alpha=5.0, refit_ridge=1e14)
+    mender.run()
+    expected = deepcopy(model)
+    family = family_of(model.config)
+    apply_edits(expected, family, Edits("", edits.removed_layers, channels=edits.channels))
+    apply_edits(model, family, edits)
+    assert same_weights(model, expected, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "options"),
+    [
+        ((BLOCK,), {"repair": True}),
+        ((Block(1, 2),), {}),  # the first layer is the host
+        ((Block(4, 6),), {"repair": True}),  # no layer is left behind the cut
+        ((Block(1, 2), Block(3, 5)), {"repair": True}),
+    ],
+)
+@pytest.mark.parametrize("kind", FOLDING)
+def test_the_whole_of_it_is_exported_exactly(
+    kind: str, blocks: tuple[Block, ...], options: dict[str, Any], save_tiny: Callable[..., Model], tmp_path: Path
+) -> None:
+    source, documents = save_tiny(kind), many_documents(12)
+    edits, mender = solved(source.load(), documents, blocks, alpha=1.0, transform="channels", **options)
+    mender.run()
+    assert set(edits.channels) == {block.host for block in blocks}
+    save_pruned(source, edits, tmp_path)
+    figures = verify_export(source, Model(tmp_path, "pruned"), edits, documents)
+    assert figures["hidden_error_mean"] < figures["tolerance"]
+
+
+def test_the_size_of_a_batch_changes_no_channel() -> None:
+    chosen = []
+    for batch_size in (1, 5):
+        edits, mender = solved(
+            made_model(), many_documents(), (BLOCK,), transform="channels", alpha=5.0, batch_size=batch_size
+        )  # fmt: skip
+        mender.run()
+        chosen.append(edits.channels[BLOCK.host])
+    # Rounding may turn a close decision.
+    shared = len({*map(tuple, chosen[0].tolist())} & {*map(tuple, chosen[1].tolist())})
+    assert shared >= len(chosen[0]) - 1
+
+
+def test_what_can_not_be_is_refused_by_name() -> None:
+    values = read_params(None, {"transform": "channels", "use_4bit": True}).model_dump()
+    assert refusals(values, METHODS["lstsq"]) == [
+        "use_4bit: transform channels puts rows of several layers' weights together, and 4-bit ones are packed; use false."
+    ]
+    values["use_4bit"] = False
+    assert not refusals(values, METHODS["lstsq"])
+    (sentence,) = family_refusals(values, "falcon", family_of(made_model("falcon").config))
+    assert sentence.startswith("transform: channels folds the norm in front of an MLP into its linears")
+    (sentence,) = family_refusals(values, "opt", family_of(made_model("opt", enable_bias=False).config))
+    assert sentence.startswith("transform: channels folds the norm in front of an MLP into its linears")
+    (sentence,) = refusals({**values, "method": "cosine"}, METHODS["cosine"])
+    assert sentence.startswith("transform: channels solves least squares")

@@ -1,0 +1,332 @@
+"""The fold against the unfused computation, for each family, each start and two block lengths."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from replaceme.base.documents import Documents
+from replaceme.base.errors import ModelError, SolveError, VerificationError
+from replaceme.edits.edits import Change, Edits
+from replaceme.edits.fold import apply_edits, fold
+from replaceme.edits.unfused import unfused
+from replaceme.export.save import save_pruned
+from replaceme.export.verification import cache_error, verify_export, wrong_weights
+from replaceme.models.depth import broken_patterns, cut_config
+from replaceme.models.families import FAMILIES, PRE_NORM, Family, Linear, family_of, parameter_of
+from replaceme.models.model import Model
+from replaceme.solvers.procrustes import polar
+from tests.conftest import FAMILY_CONFIGS, KINDS, LAYERS, WIDTH, made_model, shortened_logits
+
+TEXT = torch.arange(2, 42)[None]
+
+
+def made_transform(seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.eye(WIDTH, dtype=torch.float64) + 0.3 * torch.randn(WIDTH, WIDTH, generator=generator, dtype=torch.float64)
+
+
+def edits_for(start: int, length: int) -> Edits:
+    return Edits("test", list(range(start, start + length)), {start - 1: made_transform()})
+
+
+def edits_of(start: int, length: int, model: Any) -> Edits:
+    """Return edits with all that folds in the model's family.
+
+    That is a transform of the host, and corrections of both linears of the host and of the first layer behind the cut; with
+    experts a transform alone.
+    """
+    family = family_of(model.config)
+    edits, generator = edits_for(start, length), torch.Generator().manual_seed(1)
+    layers = family.decoder_layers(model)
+    if family.norm_after_mlp:
+        rotation = polar(made_transform())
+        gains = torch.linspace(-0.5, 2, WIDTH, dtype=torch.float64)
+        edits.transforms[start - 1] = rotation * gains
+    if family.experts:
+        return edits
+    for layer in {start - 1, min(start + length, LAYERS - 1)} - {*edits.removed_layers}:
+        linears: tuple[Linear, ...] = ("attention_output", "mlp_output")
+        for linear in linears:
+            module = family.linear_of(layers[layer], linear)
+            weight = 0.1 * torch.randn(parameter_of(module, "weight").shape, generator=generator)
+            bias = None if getattr(module, "bias", None) is None else 0.1 * torch.randn(WIDTH, generator=generator)
+            edits.correct(layer, linear, weight, bias)
+    return edits
+
+
+def norm_in_float64(model: Any, family: Family) -> None:
+    """Let the norms behind the MLPs compute in float64; the library's go through float32 whatever the model's dtype."""
+    for layer in family.decoder_layers(model):
+        norm = layer.get_submodule(family.mlp)
+        eps = getattr(norm, "eps", None) or norm.variance_epsilon
+        norm.forward = lambda x, norm=norm, eps=eps: (
+            x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * (norm.weight + family.norm_offset)
+        )
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-9)])
+@pytest.mark.parametrize("length", [1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_folded_model_equals_unfused_computation_for_every_start(
+    kind: str, length: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    for start in range(1, LAYERS - length + 1):
+        model = made_model(kind, dtype)
+        family, edits = family_of(model.config), edits_of(start, length, model)
+        if family.norm_after_mlp and dtype == torch.float64:
+            norm_in_float64(model, family)
+        expected = shortened_logits(model, edits, TEXT)
+        assert (model(TEXT, use_cache=False).logits - expected).norm() > 1e-2 * expected.norm()
+        with torch.no_grad(), unfused(model, family, edits):
+            hooked = model(TEXT, use_cache=False).logits
+        apply_edits(model, family, edits)
+        with torch.no_grad():
+            found = model(TEXT, use_cache=False).logits
+        for logits in (hooked, found):
+            assert (logits - expected).norm() / expected.norm() < tolerance, f"start {start}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_model_is_plain_and_gives_the_same_logits_and_uses_its_cache(
+    kind: str, save_tiny: Callable[..., Model], tmp_path: Path
+) -> None:
+    source = save_tiny(kind)
+    dense = source.load()
+    for start, length in ((1, 1), (2, 3), (LAYERS - 2, 2)):
+        edits, folder = edits_of(start, length, dense), tmp_path / f"{start}-{length}"
+        expected = shortened_logits(dense, edits, TEXT)
+        save_pruned(source, edits, folder)
+        loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
+        assert type(loaded) is type(dense)
+        layers = family_of(loaded.config).decoder_layers(loaded)
+        assert loaded.config.num_hidden_layers == len(layers) == LAYERS - length
+        with torch.no_grad():
+            assert torch.allclose(loaded(TEXT).logits, expected, rtol=1e-4, atol=1e-4)
+        assert cache_error(loaded, TEXT[0]) < 1e-4
+        embeddings = [each.weight.data_ptr() for each in (loaded.get_input_embeddings(), loaded.get_output_embeddings())]
+        assert (embeddings[0] == embeddings[1]) == loaded.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pruned_model_can_be_pruned_again(kind: str, save_tiny: Callable[..., Model], tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    source = save_tiny(kind)
+    save_pruned(source, edits_of(1, 2, source.load()), first)
+    once = Model(first, "first").load()
+    edits = edits_of(2, 1, once)
+    expected = shortened_logits(once, edits, TEXT)
+    save_pruned(Model(first, "first"), edits, second)
+    loaded = Model(second, "second").load()
+    assert loaded.config.num_hidden_layers == LAYERS - 3
+    with torch.no_grad():
+        assert torch.allclose(loaded(TEXT).logits, expected, rtol=1e-4, atol=1e-4)
+    assert cache_error(loaded, TEXT[0]) < 1e-4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_list_with_an_entry_a_layer_is_cut(kind: str) -> None:
+    model = made_model(kind)
+    family, removed = family_of(model.config), [1, 2, 4]
+    before = {name: value for name, value in model.config.to_dict().items() if isinstance(value, list) and len(value) == LAYERS}
+    # Indices of layers are no entry a layer, whatever their number.
+    assert before.keys() - family.layer_indices == set(family.per_layer) & model.config.to_dict().keys()
+    cut_config(model.config, family, removed)
+    after = model.config.to_dict()
+    for name, entries in before.items():
+        assert after[name] == [entry for layer, entry in enumerate(entries) if layer not in removed]
+    assert model.config.num_hidden_layers == LAYERS - len(removed)
+
+
+def test_fold_transforms_the_output_of_a_biased_linear() -> None:
+    layer, transform = made_model(dtype=torch.float64).model.layers[0], made_transform()
+    linear, inputs = layer.mlp.down_proj, torch.randn(5, 48, dtype=torch.float64)
+    expected = linear(inputs) @ transform
+    fold(PRE_NORM, layer, "mlp_output", Change(transform))
+    assert torch.allclose(linear(inputs), expected, rtol=1e-12)
+
+
+def test_a_model_computes_with_edits_for_a_while_and_is_whole_again_afterwards() -> None:
+    model = made_model()
+    before = model(TEXT).logits
+    with unfused(model, PRE_NORM, edits_of(2, 2, model)):
+        assert not torch.allclose(model(TEXT).logits, before)
+    assert torch.equal(model(TEXT).logits, before)
+
+
+def test_edits_are_read_as_they_were_saved_and_corrections_add_up(tmp_path: Path) -> None:
+    edits = edits_of(2, 2, made_model())
+    edits.correct(1, "mlp_output", torch.ones(WIDTH, 48))
+    edits.correct(0, "attention_output", torch.ones(WIDTH, WIDTH), torch.ones(WIDTH))
+    edits.save(tmp_path)
+    found, whole = Edits.load(tmp_path), edits_of(2, 2, made_model()).corrections[1, "mlp_output"]
+    assert (found.title, found.removed_layers, found.changes().keys()) == ("test", [2, 3], edits.changes().keys())
+    assert torch.equal(found.transforms[1], made_transform())
+    assert torch.equal(found.corrections[1, "mlp_output"][0], whole[0] + 1)
+    assert whole[1] is not None
+    assert torch.equal(found.changes()[1, "mlp_output"].bias, whole[1])  # type: ignore[arg-type]
+    assert torch.equal(found.corrections[0, "attention_output"][0], torch.ones(WIDTH, WIDTH))
+
+
+def test_identity_transform_changes_no_bit() -> None:
+    layer = made_model(dtype=torch.bfloat16).model.layers[0]
+    before = layer.mlp.down_proj.weight.clone()
+    fold(PRE_NORM, layer, "mlp_output", Change(torch.eye(WIDTH, dtype=torch.float64)))
+    assert torch.equal(layer.mlp.down_proj.weight, before)
+
+
+def test_every_module_knows_its_new_position() -> None:
+    model = made_model()
+    apply_edits(model, PRE_NORM, edits_for(2, 2))
+    assert [layer.self_attn.layer_idx for layer in model.model.layers] == list(range(LAYERS - 2))
+
+
+def test_layer_types_and_window_bound_stay_with_their_layers() -> None:
+    config = made_model("qwen2").config  # layers 3 to 5 have a sliding window
+    cut_config(config, family_of(config), [1, 2])
+    assert config.layer_types == ["full_attention"] + ["sliding_attention"] * 3
+    assert config.max_window_layers == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "said"),
+    [
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "a cut would change the scale of its attention"),
+        ("opt", {"do_layer_norm_before": False}, "it normalises the residual stream itself"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "it is an encoder"),
+    ],
+)
+def test_a_form_that_no_cut_leaves_exact_is_refused(kind: str, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ModelError, match=f"this model of the family '{kind}' is refused: {said}"):
+        family_of(AutoConfig.for_model(kind, **options))
+
+
+def test_a_map_that_does_not_fold_behind_a_norm_is_an_error() -> None:
+    model = made_model("gemma2")
+    for transform in (made_transform(), torch.zeros(WIDTH, WIDTH, dtype=torch.float64)):
+        with pytest.raises(SolveError, match="does not fold behind the norm that follows the MLP; use transform: orthogonal"):
+            apply_edits(model, family_of(model.config), Edits("test", [2], {1: transform}))
+
+
+def test_a_pattern_of_sparse_layers_stays_with_its_layers() -> None:
+    model = made_model("qwen2_moe")  # experts in layers 1 and 5: every second one but 3
+    apply_edits(model, family_of(model.config), Edits("test", [0, 2]))
+    assert model.config.mlp_only_layers == [1, 2]
+    again = AutoModelForCausalLM.from_config(model.config)
+    assert [hasattr(layer.mlp, "experts") for layer in again.model.layers] == [True, False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("kind", "removed", "broken"),
+    [
+        ("gemma2", [1, 2], []),  # a whole period
+        ("gemma2", [2], ["layer_types"]),
+        ("gemma3_text", [0, 1, 2], []),
+        ("gemma3_text", [2, 3], ["layer_types"]),
+        ("smollm3", [2], ["layer_types", "no_rope_layers"]),
+        ("qwen2", [1, 4], []),
+        ("llama", [1], []),
+    ],
+)
+def test_a_cut_that_breaks_a_pattern_over_positions_is_known(kind: str, removed: list[int], broken: list[str]) -> None:
+    model = made_model(kind)
+    apply_edits(model, family_of(model.config), Edits("test", removed))
+    assert broken_patterns(model.config, family_of(model.config)) == broken
+
+
+def test_every_described_family_is_tested() -> None:
+    assert set(FAMILIES) == set(FAMILY_CONFIGS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_verification_passes_an_honest_export(
+    save_tiny: Callable[..., Model], tmp_path: Path, documents: Documents, dtype: torch.dtype
+) -> None:
+    source = save_tiny(dtype=dtype)
+    edits = edits_of(2, 2, source.load())
+    save_pruned(source, edits, tmp_path)
+    figures = verify_export(source, Model(tmp_path, "pruned"), edits, documents)
+    assert 0 < figures["hidden_error_mean"] < figures["tolerance"]
+
+
+@pytest.mark.parametrize(
+    ("tampered", "said"),
+    [
+        (Edits("test", [2, 3], {1: made_transform(1)}), "layers.1.mlp.down_proj.weight is not what"),  # another transform
+        (Edits("test", [2, 3], {}), "layers.1.mlp.down_proj.weight is not what"),  # the transform left out
+        (Edits("test", [2, 4], {1: made_transform()}), "is not what the original and the edits make"),  # another layer
+        (
+            Edits("test", [2, 3], {1: made_transform()}, {(4, "attention_output"): (torch.ones(WIDTH, WIDTH), None)}),
+            "layers.2.self_attn.o_proj.weight is not what",
+        ),  # a correction that nobody wanted
+    ],
+)
+def test_verification_fails_a_wrong_export(
+    tiny: Model, tmp_path: Path, documents: Documents, tampered: Edits, said: str
+) -> None:
+    save_pruned(tiny, tampered, tmp_path)
+    with pytest.raises(VerificationError, match=said):
+        verify_export(tiny, Model(tmp_path, "pruned"), edits_for(2, 2), documents)
+
+
+def test_verification_knows_subnormal_weights(save_tiny: Callable[..., Model], tmp_path: Path, documents: Documents) -> None:
+    # Folds with so small a weight round in absolute steps.
+    source = save_tiny(dtype=torch.float16, initializer_range=1e-4)
+    edits = edits_for(2, 2)
+    save_pruned(source, edits, tmp_path)
+    dense, pruned = source.load(), Model(tmp_path, "pruned").load()
+    assert wrong_weights(dense, pruned, PRE_NORM, edits) == []
+
+
+def test_verification_does_not_follow_the_models_generation_config(
+    save_tiny: Callable[..., Model], tmp_path: Path, documents: Documents
+) -> None:
+    source, edits = save_tiny(), edits_for(2, 2)
+    save_pruned(source, edits, tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"num_beams": 3, "do_sample": true, "top_k": 5, "eos_token_id": [1, 5]}')
+    assert verify_export(source, Model(tmp_path, "pruned"), edits, documents)["cache_error"] < 1e-4
+
+
+def test_verification_compares_with_the_unfused_computation_itself(
+    tiny: Model, tmp_path: Path, documents: Documents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("replaceme.export.verification.wrong_weights", lambda *_: [])
+    save_pruned(tiny, Edits("test", [2, 3], {1: made_transform().T.contiguous()}), tmp_path)
+    with pytest.raises(VerificationError, match="the state at the cut differs from the unfused computation by"):
+        verify_export(tiny, Model(tmp_path, "pruned"), edits_for(2, 2), documents)
+
+
+def test_verification_fails_a_config_that_changes_the_layers_behind_the_cut(
+    save_tiny: Callable[..., Model], tmp_path: Path, documents: Documents
+) -> None:
+    source, edits = save_tiny("qwen2"), edits_for(1, 2)  # layers 3 to 5 have a sliding window
+    save_pruned(source, edits, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["layer_types"] = ["full_attention"] * (LAYERS - 2)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(VerificationError, match="the logits differ"):
+        verify_export(source, Model(tmp_path, "pruned"), edits, documents)
+
+
+def test_verification_fails_where_the_cache_is_addressed_wrongly(tiny: Model, tmp_path: Path) -> None:
+    model = tiny.load()
+    apply_edits(model, PRE_NORM, edits_for(2, 2))
+    model.model.layers[2].self_attn.layer_idx = 1
+    assert cache_error(model, TEXT[0]) > 1e-2
+
+
+def test_a_large_correction_of_a_quiet_feature_is_no_overflow() -> None:
+    model, large = made_model(dtype=torch.float16, mlp_bias=False), Edits("", [])
+    weight = torch.zeros_like(PRE_NORM.linear_of(model.model.layers[2], "mlp_output").weight, dtype=torch.float32)
+    weight[:, 0] = 1e5
+    large.correct(2, "mlp_output", weight)
+    model.model.layers[2].mlp.up_proj.weight.data[0] = 0
+    ids = torch.arange(5, 25)[None]
+    with torch.inference_mode():
+        expected = model(ids).logits
+        with unfused(model, PRE_NORM, large):
+            assert torch.equal(model(ids).logits, expected)

@@ -1,0 +1,158 @@
+"""Operators on the whole residual stream: a scalar folds, any other P is exported in a form of its own that loads."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from replaceme.base.documents import Documents
+from replaceme.base.errors import ModelError, VerificationError
+from replaceme.edits.edits import Edits
+from replaceme.edits.fold import apply_edits
+from replaceme.edits.unfused import unfused
+from replaceme.export.save import save_pruned
+from replaceme.export.verification import cache_error, verify_export
+from replaceme.models.families import family_of
+from replaceme.models.model import Model
+from replaceme.models.own_form import FILE, check_own_form, is_own_form
+from tests.conftest import KINDS, WIDTH, made_model, shortened_logits
+from tests.edits.test_fold import norm_in_float64
+
+TEXT = torch.arange(2, 42)[None]
+FORMS = {"scalar": (), "diagonal": (WIDTH,), "dense": (WIDTH, WIDTH)}
+
+
+def edits_with(form: str) -> Edits:
+    """Return edits that remove two single layers, and put an operator in the place of each."""
+    generator = torch.Generator().manual_seed(0)
+    plain = torch.eye(WIDTH, dtype=torch.float64) if form == "dense" else 1.4
+    made = [plain + 0.1 * torch.randn(FORMS[form], generator=generator, dtype=torch.float64) for _ in range(2)]
+    return Edits("test", [2, 4], operators={1: made[0], 3: made[1]})
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_operators_compute_what_the_kept_layers_and_they_do_one_after_the_other(kind: str, form: str) -> None:
+    model, edits = made_model(kind, torch.float64), edits_with(form)
+    family = family_of(model.config)
+    if family.norm_after_mlp:
+        norm_in_float64(model, family)
+    expected = shortened_logits(model, edits, TEXT)
+    assert (model(TEXT, use_cache=False).logits - expected).norm() > 1e-2 * expected.norm()
+    with torch.no_grad(), unfused(model, family, edits):
+        hooked = model(TEXT, use_cache=False).logits
+    apply_edits(model, family, edits)
+    with torch.no_grad():
+        found = model(TEXT, use_cache=False).logits
+    assert (hooked - expected).norm() / expected.norm() < 1e-9
+    # The epsilon under a norm's root does see a smaller state.
+    if form != "scalar" or family.norm_before:
+        assert (found - expected).norm() / expected.norm() < (1e-4 if form == "scalar" else 1e-9)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "falcon", "qwen2_moe", "gemma3_text"])
+def test_a_saved_model_with_operators_passes_its_verification_and_loads_alone(
+    kind: str, form: str, save_tiny: Any, tmp_path: Path, documents: Documents
+) -> None:
+    source, edits = save_tiny(kind), edits_with(form)
+    counts = save_pruned(source, edits, tmp_path)
+    pruned = Model(tmp_path, "pruned")
+    figures = verify_export(source, pruned, edits, documents)
+    assert figures["logits_error"] < 1e-3
+    assert is_own_form(tmp_path) == (form != "scalar")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=form != "scalar").eval()
+    expected = shortened_logits(source.load(), edits, TEXT)
+    with torch.no_grad():
+        assert torch.allclose(loaded(TEXT).logits, expected, rtol=1e-3, atol=1e-3)
+    assert cache_error(loaded, TEXT[0]) < 1e-4
+    assert counts["parameters"] == sum(parameter.numel() for parameter in loaded.parameters())
+
+
+def test_verification_fails_another_operator(tiny: Model, tmp_path: Path, documents: Documents) -> None:
+    save_pruned(tiny, edits_with("dense"), tmp_path)
+    edits = edits_with("dense")
+    edits.operators[3] = edits.operators[3] * 1.01
+    with pytest.raises(VerificationError, match=r"model.layers.2.operator.weight is not"):
+        verify_export(tiny, Model(tmp_path, "pruned"), edits, documents)
+
+
+def test_edits_with_operators_and_parameters_are_read_as_they_were_saved(tmp_path: Path) -> None:
+    for form in FORMS:
+        edits = edits_with(form)
+        edits.parameters[1, "mlp.up_proj.weight"] = torch.ones(3, 2)
+        edits.save(tmp_path)
+        read = Edits.load(tmp_path)
+        assert {layer: P.tolist() for layer, P in read.operators.items()} == {
+            layer: P.tolist() for layer, P in edits.operators.items()
+        }
+        assert read.parameters.keys() == edits.parameters.keys()
+    scaled = edits_with("scalar")
+    first, second = (float(P) for P in scaled.operators.values())
+    assert [scaled.scale(layer) for layer in (0, 1, 3, 5)] == [1, 1, first, first * second]
+
+
+def test_a_parameter_stands_in_for_a_while_and_is_written(tiny: Model, tmp_path: Path, documents: Documents) -> None:
+    model = tiny.load()
+    family, name = tiny.family(), "self_attn.q_proj.weight"
+    edits = Edits("test", [2], parameters={(1, name): torch.randn(WIDTH, WIDTH)})
+    before = model(TEXT, use_cache=False).logits
+    with torch.no_grad(), unfused(model, family, edits):
+        during = model(TEXT, use_cache=False).logits
+    assert torch.equal(model(TEXT, use_cache=False).logits, before)
+    save_pruned(tiny, edits, tmp_path)
+    pruned = Model(tmp_path, "pruned")
+    assert torch.allclose(pruned.load()(TEXT, use_cache=False).logits, during, atol=1e-5)
+    assert torch.equal(pruned.load().get_parameter(f"model.layers.1.{name}"), edits.parameters[1, name])
+    verify_export(tiny, pruned, edits, documents)
+
+
+def test_a_form_of_our_own_is_known_to_the_letter(tiny: Model, tmp_path: Path) -> None:
+    save_pruned(tiny, edits_with("dense"), tmp_path)
+    assert is_own_form(tmp_path)
+    code, config = tmp_path / FILE, tmp_path / "config.json"
+    text, settings = code.read_text(), config.read_text()
+    code.write_text(text + "\nprint('anything')\n")
+    assert not is_own_form(tmp_path)
+    code.write_text(text.replace('"LlamaConfig"', '"os.system"'))
+    assert not is_own_form(tmp_path)
+    code.write_text(text)
+    config.write_text(json.dumps(json.loads(settings) | {"auto_map": {"AutoConfig": "other.Config"}}))
+    assert not is_own_form(tmp_path)
+
+
+def test_nothing_in_a_folder_of_our_form_runs_unless_the_user_says_so(tiny: Model, tmp_path: Path) -> None:
+    save_pruned(tiny, edits_with("dense"), tmp_path)
+    trace = tmp_path / "trace"
+    runs = f"open({str(trace)!r}, 'a').write('ran')\n"
+    (tmp_path / "custom_generate").mkdir()
+    (tmp_path / "custom_generate" / "generate.py").write_text(runs + "def generate(model, **options): pass\n")
+    # A class of its own: transformers marks the one that it loads, for the whole process.
+    foreign = "from transformers import PreTrainedTokenizerFast\nclass Tokenizer(PreTrainedTokenizerFast): pass\n"
+    (tmp_path / "foreign.py").write_text(runs + foreign)
+    settings = tmp_path / "tokenizer_config.json"
+    auto_map = {"auto_map": {"AutoTokenizer": ["foreign.Tokenizer", "foreign.Tokenizer"]}}
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | auto_map))
+    pruned = Model(tmp_path, "pruned")
+    model = pruned.load()
+    assert type(pruned.config()).__name__ == "PrunedConfig"
+    assert "transformers_modules" not in type(model).__module__
+    pruned.tokenizer()
+    assert not trace.exists()
+    # The same folder shows that this is what keeps it from running.
+    Model(tmp_path, "pruned", trust_remote_code=True).tokenizer()
+    assert trace.read_text() == "ran"
+
+
+def test_a_form_of_our_own_is_not_pruned_again_and_not_built_on_foreign_code(tiny: Model, tmp_path: Path) -> None:
+    save_pruned(tiny, edits_with("dense"), tmp_path)
+    with pytest.raises(ModelError, match=r"model_path: pruned was pruned into a form of its own"):
+        Model(tmp_path, "pruned").family()
+    config = tiny.config()
+    check_own_form(config, "llama")
+    config.auto_map = {"AutoConfig": "foreign.Config"}
+    with pytest.raises(ModelError, match=r"method: the result of this method needs a modelling file"):
+        check_own_form(config, "llama")

@@ -1,0 +1,87 @@
+import math
+
+import pytest
+import torch
+from tokenizers import processors
+
+from replaceme.base.errors import DatasetError
+from replaceme.evaluation.perplexity import WINDOW, cut_windows, perplexities, window_losses
+from tests.conftest import made_model, made_text, made_tokenizer
+
+
+@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_perplexity_equals_an_independent_computation(bos: bool, batch_size: int) -> None:
+    model, tokenizer, text = made_model(max_position_embeddings=2048), made_tokenizer(bos=bos), made_text(150)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    room = WINDOW - bos
+    losses: list[torch.Tensor] = []
+    for start in range(0, len(ids), room):
+        window = torch.tensor([*([0] if bos else []), *ids[start : start + room]])
+        with torch.no_grad():
+            likelihood = model(window[None]).logits[0].double().log_softmax(-1)
+        losses += [-likelihood[position, window[position + 1]] for position in range(len(window) - 1)]
+    nll = float(torch.stack(losses).mean())
+    windows = cut_windows("t", [text], tokenizer, None)
+    found = perplexities(window_losses(model, windows, batch_size, "test"), windows)
+    assert found["token"] == pytest.approx(math.exp(nll), rel=1e-4)
+    assert found["word"] == pytest.approx(math.exp(nll * len(ids) / len(text.split())), rel=1e-4)
+    if len(ids) > room:
+        assert 0 < found["stderr"] < found["token"]
+    assert found["byte"] == pytest.approx(math.exp(nll * len(ids) / len(text.encode())), rel=1e-4)
+
+
+def test_standard_error_is_that_of_the_windows_means() -> None:
+    model, tokenizer = made_model(max_position_embeddings=2048), made_tokenizer()
+    texts = [made_text(9, seed) for seed in range(12)]
+    windows = cut_windows("t", texts, tokenizer, None)
+    losses = []
+    for window in windows.windows:
+        with torch.no_grad():
+            likelihood = model(window[None]).logits[0].double().log_softmax(-1)
+        losses.append(-sum(float(likelihood[place, window[place + 1]]) for place in range(len(window) - 1)))
+    counts = torch.tensor([float(len(window) - 1) for window in windows.windows], dtype=torch.float64)
+    totals = torch.tensor(losses, dtype=torch.float64)
+    nll = float(totals.sum() / counts.sum())
+    ratio_error = float((totals - nll * counts).std() * len(losses) ** 0.5 / counts.sum())
+    assert perplexities(window_losses(model, windows, 1, "t"), windows)["stderr"] == pytest.approx(
+        math.exp(nll) * ratio_error, rel=1e-3
+    )
+
+
+def test_a_figure_that_overflows_is_left_out() -> None:
+    endless = "ab" * 900  # one word of so many tokens that its perplexity is no number
+    windows = cut_windows("t", [endless], made_tokenizer(), None)
+    figures = perplexities(window_losses(made_model(max_position_embeddings=2048), windows, 1, "t"), windows)
+    assert "word" not in figures
+    assert {"token", "byte"} <= set(figures)
+
+
+def test_a_start_of_several_ids_makes_no_empty_windows() -> None:
+    tokenizer = made_tokenizer(bos=False)
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> </s> $A", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    windows = cut_windows("t", ["the river", made_text(400)], tokenizer, None)
+    assert all(len(window) > 2 for window in windows.windows)
+
+
+def test_windows_come_from_each_text_in_turn_up_to_the_limit() -> None:
+    tokenizer = made_tokenizer(bos=False)
+    texts = [made_text(300, 1), made_text(300, 2)]
+    windows = cut_windows("t", texts, tokenizer, WINDOW + 10)
+    assert [len(window) for window in windows.windows] == [WINDOW, 10]
+    assert windows.tokens == WINDOW + 10
+    assert windows.windows[1].tolist() == tokenizer.encode(texts[1])[:10]
+
+
+def test_a_text_without_tokens_is_an_error() -> None:
+    with pytest.raises(DatasetError, match="tasks: t has no text after tokenization"):
+        cut_windows("t", [" "], made_tokenizer(), None)
+
+
+def test_windows_are_no_longer_than_the_positions_that_a_model_has() -> None:
+    model, tokenizer = made_model("gpt2", n_positions=64, max_position_embeddings=64), made_tokenizer()
+    windows = cut_windows("t", [made_text(60)], tokenizer, None, model.config.max_position_embeddings)
+    assert max(map(len, windows.windows)) == 64
+    assert perplexities(window_losses(model, windows, 2, "t"), windows)["token"] > 1

@@ -1,0 +1,139 @@
+"""The model card: what the hub reads of it, and a setting that repeats the run."""
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+
+from replaceme.base.params import Params, read_params
+from replaceme.edits.edits import Edits
+from replaceme.export.card import SCORING, SETTINGS, model_card
+from replaceme.methods.registry import METHODS
+from replaceme.models.model import Model
+from replaceme.publish import _results, _scores
+from tests.edits.test_fold import edits_for
+
+EVALUATION: dict[str, Any] = {
+    "perplexity": {"prose": {"dense": 18.4163, "pruned": 32.9806, "ratio": 1.79084}},
+    "accuracy": {
+        "last_word": {"dense": 0.5, "pruned": 0.4, "stderr_dense": 0.02, "stderr_pruned": 0.03},
+        "piqa": {"dense": 0.8, "pruned": 0.7},
+    },
+    "average_accuracy": {"dense": 0.65, "pruned": 0.55},
+    "retention_percent": 84.6154,
+    "retention_stderr": 2.3,
+    "parameters": {"dense": 1000000, "pruned": 800000, "removed_percent": 20.0},
+}
+
+
+@pytest.fixture
+def card_of(params: Params, tiny: Model, tmp_path: Path) -> Callable[..., ModelCard]:
+    """Return a function that makes the card of a copy of the tiny model, whose own card is given."""
+
+    def make(own: str | None = None, scored: bool = False, commit: str | None = None, **settings: Any) -> ModelCard:
+        folder = Path(shutil.copytree(tiny.folder, tmp_path / "dense", dirs_exist_ok=True))
+        if own is not None:
+            (folder / "README.md").write_text(own, encoding="utf-8")
+        source = Model(folder, "org/dense" if commit else "dense", commit)
+        setting = params.model_copy(update={"model_path": "org/dense" if commit else str(folder), **settings})
+        scores = (_scores(EVALUATION), _results(EVALUATION)) if scored else ()
+        return ModelCard(model_card(setting, source, edits_for(2, 2), {"relative_residual": 0.25}, *scores))
+
+    return make
+
+
+def settings_of(card: ModelCard, tmp_path: Path) -> Params:
+    """Read the card's settings as a console script reads its config."""
+    (block,) = re.findall(r"(?ms)^```yaml\n(.*?)^```$", card.text)
+    file = tmp_path / "settings.yaml"
+    file.write_text(block, encoding="utf-8")
+    return read_params(file, methods=METHODS)
+
+
+def test_the_hub_finds_what_it_reads(card_of: Callable[..., ModelCard]) -> None:
+    card = card_of(commit="c" * 40)
+    assert isinstance(card.data, ModelCardData)
+    assert card.data.to_dict() == {
+        "base_model": "org/dense",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["pruned", "depth-pruning", "replaceme"],
+    }
+    assert f"Layers 2–3 (counted from 0) were removed from `org/dense` (commit {'c' * 40}) with test." in card.text
+    assert "folded into the MLP of layer 1" in card.text
+    assert "Relative residual of the fit at the cut: 0.25." in card.text
+    assert "## Scores" not in card.text
+
+
+def test_licence_and_language_are_those_of_the_original(card_of: Callable[..., ModelCard]) -> None:
+    own = "---\nlicense: other\nlicense_name: theirs\nlicense_link: LICENSE\nlanguage: [en, de]\ntags: [theirs]\n---\n# A\n"
+    data = card_of(own).data.to_dict()
+    assert (data["license"], data["license_name"], data["license_link"]) == ("other", "theirs", "LICENSE")
+    assert data["language"] == ["en", "de"]
+    assert "theirs" not in data["tags"]
+    assert "base_model" not in data
+
+
+def test_a_local_copy_is_based_on_what_its_card_names(card_of: Callable[..., ModelCard]) -> None:
+    own = "---\nbase_model: org/first\n---\n"
+    assert card_of(own).data.base_model == "org/first"
+    assert card_of(own, commit="c" * 40).data.base_model == "org/dense"
+
+
+@pytest.mark.parametrize(
+    "own", ["", "# no block", "---\nlicense: [\n---\n", "---\n- a list\n---\n", "---\nlicense: {a: b}\n---\n"]
+)
+def test_a_card_that_says_nothing_or_cannot_be_read_is_no_obstacle(own: str, card_of: Callable[..., ModelCard]) -> None:
+    assert "license" not in card_of(own).data.to_dict()
+
+
+def test_the_scores_are_a_table_and_what_the_hub_shows(card_of: Callable[..., ModelCard]) -> None:
+    card = card_of(scored=True)
+    assert "| prose perplexity | 18.42 | 32.98 | x 1.79 |" in card.text
+    assert "| last_word accuracy | 50.0 ± 2.0 % | 40.0 ± 3.0 % | 80.0 % kept |" in card.text
+    assert "84.6 ± 2.3 % of the dense model's average accuracy is kept; behind ± stands one standard error." in card.text
+    found = {(result.dataset_name, result.metric_type): result.metric_value for result in card.data.eval_results}
+    assert found == {("prose", "perplexity"): 32.9806, ("last_word", "accuracy"): 0.4, ("piqa", "accuracy"): 0.7}
+    (index,) = card.data.to_dict()["model-index"]
+    assert index["name"] == "dense without 2 of its 6 layers"
+
+
+def test_the_settings_repeat_the_run(card_of: Callable[..., ModelCard], params: Params, tmp_path: Path) -> None:
+    given = {
+        "dataset": "org/1e-6", "dataset_config": "no", "dataset_split": "2024-01-01", "alpha": 1e-7, "layers_to_skip": 3,
+        "min_distance_layer": 2, "eval_tokens": None, "method": "cosine", "solver": "lbfgs", "threads": 3,
+    }  # fmt: skip
+    tasks = read_params(None, {"tasks": ["wikipedia", {"winogrande": {"fewshots": 5}}]}).tasks
+    card = card_of(commit="c" * 40, scored=True, **given, tasks=tasks)
+    setting = params.model_copy(update={**given, "tasks": tasks, "model_path": "org/dense", "revision": "c" * 40})
+    found = settings_of(card, tmp_path)
+    assert {key: getattr(found, key) for key in (*SETTINGS, *SCORING)} == {
+        key: getattr(setting, key) for key in (*SETTINGS, *SCORING)
+    }
+    assert "learning_rate" not in card.text
+
+
+def test_local_paths_stay_at_home(card_of: Callable[..., ModelCard], tmp_path: Path, text_file: Path) -> None:
+    card = card_of(scored=True)
+    assert str(tmp_path) not in str(card)
+    found = settings_of(card, tmp_path)
+    assert (found.model_path, found.dataset, found.tasks[0].name) == ("dense", text_file.name, text_file.name)
+
+
+def test_what_was_solved_for_is_said_layer_by_layer(params: Params, tiny: Model) -> None:
+    edits = Edits("test", [2, 3, 5])
+    for layer in (0, 1, 4):
+        edits.correct(layer, "mlp_output", torch.zeros(32, 48))
+    edits.correct(4, "attention_output", torch.zeros(32, 32))
+    text = model_card(params, tiny, edits, {})
+    assert "Layers 2–3, 5 (counted from 0)" in text
+    assert "the last MLP linear of layer 0–1, 4 were solved for anew" in text
+    assert "the attention output of layer 4 were solved for anew" in text
+    assert "A linear map" not in text
+    assert yaml.safe_load(text.split("---")[1])["library_name"] == "transformers"

@@ -1,0 +1,209 @@
+"""Method cosine: every combination of loss, form, structure and solver does what its names say, or is refused by name."""
+
+from collections.abc import Mapping
+from functools import cache
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from replaceme.base.errors import ParameterError, SolveError
+from replaceme.base.params import read_params
+from replaceme.base.plan import Block
+from replaceme.methods.cosine import least_squares_scale, problem_of
+from replaceme.methods.method import Solved
+from replaceme.methods.registry import METHODS
+from replaceme.solvers.closed_forms import closed_form, squared_error
+from tests.solvers.test_objectives import STRUCTURES, WIDTH, made_sums, made_tokens
+
+BLOCK = Block(2, 4)
+M, Z, H = made_tokens(80)
+SUMS = made_sums(M, Z, H)
+# A pace at which Adam comes to rest on tokens this few.
+PACE = {"learning_rate": 0.01, "epochs": 400, "tokens_per_step": 8, "max_iterations": 500}
+SOLVERS = ["adam", "lbfgs", "cg", "trust_region"]
+STATISTICS: dict[str, Mapping[str, Tensor]] = {
+    "gram": SUMS,
+    "sample": {"added": M, "rest": Z, "target": H},
+    "tokens": {"counts": torch.tensor([80])},
+    "tokens_accurate": {"counts": torch.tensor([80])},
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@cache
+def solved(**given: object) -> Solved:
+    params = read_params(None, {"method": "cosine", "device": "cpu", "alpha": 0.5, "start": "identity", **PACE, **given})
+    shard = {"added": M, "left": Z + M, "target": H} if params.accurate else {"added": M, "goal": H - Z}
+
+    def statistic(name: str) -> Mapping[str, Tensor]:
+        return shard if name == "tokens.0" else STATISTICS[name]
+
+    return METHODS["cosine"].solve(params, BLOCK, statistic)
+
+
+def transform_of(result: Solved) -> Tensor:
+    return result.edits.transforms[BLOCK.host]
+
+
+def has_structure(T: np.ndarray, structure: str) -> bool:
+    if structure == "two_vectors":
+        return int(np.linalg.matrix_rank(T - np.eye(WIDTH), tol=1e-9)) <= 1
+    return structure == "dense" or np.array_equal(T, np.tril(T) if structure == "triangular" else np.diag(np.diag(T)))
+
+
+@pytest.mark.parametrize(("structure", "solver"), list(product(STRUCTURES, SOLVERS)))
+def test_squared_error_reaches_the_closed_form_from_the_identity(structure: str, solver: str) -> None:
+    result = solved(loss="mse", transform=structure, solver=solver)
+    best = closed_form(SUMS["gram"], SUMS["cross"], 0.5, structure)
+    prior = torch.eye(WIDTH) if structure == "two_vectors" else torch.zeros(WIDTH, WIDTH)
+    expected = (squared_error(SUMS, best) + 0.5 * float((best - prior).square().sum())) / len(M)
+    assert result.figures["loss_end"] == pytest.approx(expected, rel=1e-4)
+    assert result.figures["loss_start"] > 1.01 * expected
+    assert has_structure(transform_of(result).numpy(), structure)
+    assert result.figures["converged"] == 1
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("accurate", [False, True])
+def test_all_solvers_find_the_same_cosine(accurate: bool, structure: str) -> None:
+    results = {name: solved(loss="cosine", accurate=accurate, transform=structure, solver=name) for name in SOLVERS}
+    found = {name: result.figures["loss_end"] for name, result in results.items()}
+    assert found["lbfgs"] < 0.97 * results["lbfgs"].figures["loss_start"]
+    # A cosine is not convex: of a triangular transform there are two minima, a thousandth apart.
+    near = 2e-3 if structure == "triangular" else 1e-5
+    assert found["cg"] == pytest.approx(found["lbfgs"], rel=near)
+    assert found["trust_region"] == pytest.approx(found["lbfgs"], rel=near)
+    # Steps of one length, by eight tokens each, end near the minimum and not on it.
+    assert found["adam"] == pytest.approx(found["lbfgs"], rel=3e-2)
+    assert all(results[name].figures["converged"] for name in SOLVERS if name != "adam")
+
+
+@pytest.mark.parametrize("structure", ["dense", "diagonal", "triangular"])
+@pytest.mark.parametrize("ratio", [0.0, 0.5, 1.0])
+def test_elastic_net_is_at_rest_by_its_own_conditions(structure: str, ratio: float) -> None:
+    """At a minimum the smooth part's slope is −αρ sign(T) where T isn't 0, and within ±αρ where it is."""
+    result = solved(loss="elastic_net", transform=structure, solver="lbfgs", l1_ratio=ratio, alpha=60.0)
+    T = transform_of(result)
+    slope = 2 * (SUMS["gram"] @ T - SUMS["cross"]) + 60 * (1 - ratio) * T
+    free = {"dense": T == T, "diagonal": torch.eye(WIDTH) > 0, "triangular": torch.ones(WIDTH, WIDTH).tril() > 0}[structure]
+    size = float(SUMS["cross"].abs().max())
+    assert float((slope + 60 * ratio * T.sign())[free & (T != 0)].abs().max()) < 1e-3 * size
+    assert bool((slope[free & (T == 0)].abs() <= 60 * ratio + 1e-3 * size).all())
+    assert has_structure(T.numpy(), structure)
+    if ratio == 1.0 and structure == "dense":
+        assert int((T == 0).sum()) > 0
+
+
+@pytest.mark.parametrize("structure", ["dense", "diagonal", "triangular"])
+def test_adam_finds_the_elastic_nets_minimum_too(structure: str) -> None:
+    given = {"loss": "elastic_net", "transform": structure, "alpha": 60.0}
+    adam, other = (solved(solver=solver, **given).figures["loss_end"] for solver in ("adam", "lbfgs"))
+    assert adam == pytest.approx(other, rel=1e-4)
+
+
+def test_elastic_net_without_its_l1_part_is_half_a_ridge() -> None:
+    result = solved(loss="elastic_net", l1_ratio=0.0, alpha=30.0, solver="lbfgs")
+    expected = closed_form(SUMS["gram"], SUMS["cross"], 15.0, "dense")
+    assert torch.allclose(transform_of(result), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"transform": "refit"}, "transform: refit solves least squares for the host's own weights"),
+        ({"transform": "joint"}, "transform: joint solves least squares for the host's own weights"),
+        ({"loss": "elastic_net", "solver": "cg"}, "solver: cg needs a smooth objective"),
+        ({"loss": "elastic_net", "solver": "trust_region"}, "solver: trust_region needs a smooth objective"),
+        ({"loss": "elastic_net", "transform": "two_vectors"}, "transform: two_vectors has no entries of its own"),
+        ({"method": "uidl", "transform": "diagonal"}, "transform: diagonal has no place in method uidl"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_by_name(given: dict[str, object], said: str) -> None:
+    with pytest.raises(ParameterError) as refused:
+        read_params(None, {"method": "cosine", **given}, METHODS)
+    assert said in str(refused.value)
+
+
+def test_the_fast_cosine_is_scaled_by_least_squares_at_the_end() -> None:
+    result = solved(loss="cosine", solver="lbfgs")
+    T, Y = transform_of(result).numpy(), (H - Z).numpy()
+    P = M.numpy() @ T
+    assert (P * Y).sum() / (P * P).sum() == pytest.approx(1)
+    assert least_squares_scale(transform_of(result) * 3, SUMS) == pytest.approx(1 / 3)
+    assert "rescaled_by" not in solved(loss="cosine", accurate=True, solver="lbfgs").figures
+
+
+@pytest.mark.parametrize("given", [{}, {"accurate": True}, {"loss": "mse"}, {"transform": "two_vectors", "loss": "mse"}])
+def test_a_huge_penalty_leaves_the_prior(given: dict[str, object]) -> None:
+    result = solved(solver="lbfgs", alpha=1e9, **given)
+    to_identity = not given or "transform" in given
+    expected = torch.eye(WIDTH, dtype=torch.float64) * float(to_identity) * result.figures.get("rescaled_by", 1.0)
+    assert torch.allclose(transform_of(result), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_same_result_twice(solver: str) -> None:
+    given = {"loss": "cosine", "solver": solver, "epochs": 3, "max_iterations": 5}
+    first = solved(**given)
+    solved.cache_clear()
+    second = solved(**given)
+    assert torch.equal(transform_of(first), transform_of(second))
+    assert first.loss_curve == second.loss_curve
+
+
+def test_the_closed_form_is_where_a_solver_starts_and_a_minimum_already() -> None:
+    for solver in SOLVERS:
+        figures = solved(loss="mse", solver=solver, start="closed_form").figures
+        assert figures["loss_end"] == pytest.approx(figures["loss_start"], rel=1e-9)
+        assert figures["converged"] == 1
+    expected = closed_form(SUMS["gram"], SUMS["cross"], 0.5, "dense")
+    assert torch.allclose(transform_of(solved(loss="mse", solver="cg", start="closed_form")), expected, atol=1e-9)
+
+
+def test_the_curve_goes_from_the_start_to_the_end_and_the_best_is_kept() -> None:
+    result = solved(loss="cosine", accurate=True, solver="adam", learning_rate=0.3, epochs=8)
+    losses = [loss for _, loss in result.loss_curve]
+    assert result.loss_curve[0] == (0, result.figures["loss_start"])
+    assert result.figures["loss_end"] == min(losses)
+    assert result.figures["iterations"] == result.loss_curve[-1][0] == 8 * 10
+    params = read_params(None, {"method": "cosine", "accurate": True, "alpha": 0.5, "device": "cpu", "solver": "lbfgs"})
+    shard = {"added": M, "left": Z + M, "target": H}
+    problem = problem_of(params, SUMS, lambda name: shard if name == "tokens.0" else STATISTICS[name])
+    assert problem.value(transform_of(result).reshape(-1)) == pytest.approx(min(losses), rel=1e-5)
+
+
+def test_a_solver_that_is_cut_short_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    solved.cache_clear()
+    with caplog.at_level("INFO", "replaceme"):
+        assert solved(loss="mse", solver="lbfgs", max_iterations=2).figures["converged"] == 0
+        assert solved(loss="mse", solver="adam", epochs=2, learning_rate=1e-3).figures["converged"] == 0
+    assert "max_iterations: lbfgs did not come to rest within 2; raise it" in caplog.text
+    assert "epochs: adam did not come to rest within 2; raise it or change learning_rate" in caplog.text
+
+
+def test_only_the_cosine_wants_single_tokens() -> None:
+    wanted = {
+        (loss, accurate): METHODS["cosine"].statistics(
+            read_params(None, {"method": "cosine", "loss": loss, "accurate": accurate})
+        )
+        for loss in ("cosine", "mse", "elastic_net")
+        for accurate in (False, True)
+    }
+    assert wanted["cosine", False] == ("gram", "sample", "tokens")
+    assert wanted["cosine", True] == ("gram", "sample", "tokens_accurate")
+    assert {names for (loss, _), names in wanted.items() if loss != "cosine"} == {("gram", "sample")}
+
+
+def test_fewer_tokens_than_dimensions_have_no_closed_form_to_start_from_and_the_sentence_says_so() -> None:
+    few = made_sums(M[:3], Z[:3], H[:3])
+    params = read_params(None, {"method": "cosine", "loss": "mse", "solver": "lbfgs"})
+    statistics = {"gram": few, "sample": STATISTICS["sample"]}
+    with pytest.raises(SolveError, match="alpha: 0 leaves the least squares singular"):
+        METHODS["cosine"].solve(params, BLOCK, statistics.__getitem__)

@@ -1,0 +1,196 @@
+"""Ghosted Layers, against numpy's least squares on the activations themselves."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from replaceme import commands
+from replaceme.base.documents import Documents
+from replaceme.base.errors import SolveError
+from replaceme.base.files import read_json
+from replaceme.base.params import read_params
+from replaceme.base.plan import Block, Plan
+from replaceme.edits.edits import Edits
+from replaceme.edits.unfused import unfused
+from replaceme.export.save import save_pruned
+from replaceme.export.verification import verify_export
+from replaceme.methods.method import Solved
+from replaceme.methods.registry import METHODS
+from replaceme.methods.repair import Mender
+from replaceme.models.families import family_of
+from replaceme.models.model import Model
+from replaceme.observers.statistics import take_statistics
+from tests.conftest import KINDS, LAYERS, PLAIN, WIDTH, made_model, passing, shortened_logits
+from tests.pipeline.test_commands import call
+from tests.solvers.test_refit import many_documents
+
+BLOCK = Block(2, 4)
+TEXT = torch.arange(2, 42)[None]
+
+
+def solved(model: Any, documents: Documents, block: Block = BLOCK, batch_size: int = 4, **options: Any) -> Solved:
+    params, method = read_params(None, {"method": "ghosted", **options}), METHODS["ghosted"]
+    taken = take_statistics(model, family_of(model.config), documents, block, method.statistics(params), batch_size)
+    made = method.solve(params, block, taken.__getitem__)
+    made.edits.removed_layers = [*block.layers]
+    return made
+
+
+def states(model: Any, documents: Documents, block: Block = BLOCK) -> tuple[np.ndarray, np.ndarray]:
+    return passing(model, block.host, documents)["output"], passing(model, block.end - 1, documents)["output"]
+
+
+def least_squares(h: np.ndarray, H: np.ndarray, weighted: bool = False, alpha: float = 0.0) -> np.ndarray:
+    """Return W, by stacking the ridge toward the identity below the tokens."""
+    root = 1 / np.linalg.norm(H, axis=1, keepdims=True) if weighted else np.ones((len(H), 1))
+    root = root / np.sqrt(np.mean(root**2))
+    identity = np.eye(h.shape[1])
+    rows, goal = np.vstack([root * h, alpha**0.5 * identity]), np.vstack([root * H, alpha**0.5 * identity])
+    return np.asarray(np.linalg.lstsq(rows, goal, rcond=None)[0])
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("alpha", [0.0, 50.0])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_operator_equals_numpys_least_squares(weighted: bool, alpha: float, batch_size: int, documents: Documents) -> None:
+    model = made_model(dtype=torch.float64)
+    made = solved(model, documents, batch_size=batch_size, ghosted_weighted=weighted, alpha=alpha)
+    h, H = states(model, documents)
+    W = least_squares(h, H, weighted, alpha)
+    (operator,) = made.edits.operators.values()
+    assert np.allclose(operator.numpy(), W, rtol=1e-8, atol=1e-8)
+    w = np.square(H).sum(1, keepdims=True) ** -1.0 if weighted else 1.0
+    kind = "weighted" if weighted else "relative"
+    cosine = (h @ W * H).sum(1) / np.linalg.norm(h @ W, axis=1) / np.linalg.norm(H, axis=1)
+    figures = {
+        "tokens": len(H),
+        f"{kind}_residual": np.sqrt((w * (H - h @ W) ** 2).sum() / (w * H**2).sum()),
+        f"{kind}_residual_removed": np.sqrt((w * (H - h) ** 2).sum() / (w * H**2).sum()),
+        "mean_cosine": cosine.mean(),
+        "mean_cosine_removed": ((h * H).sum(1) / np.linalg.norm(h, axis=1) / np.linalg.norm(H, axis=1)).mean(),
+        "distance_from_identity": np.linalg.norm(W - np.eye(WIDTH)) / WIDTH**0.5,
+    }
+    assert {name: made.figures[name] for name in figures} == pytest.approx(figures, rel=1e-5)
+    # The residual of every other ridge: with one as strong as the largest eigenvalue, the last row.
+    strongest, residual = made.ridge_path[-1]
+    error = np.sqrt(w) * (H - h @ least_squares(h, H, weighted, strongest))
+    assert residual == pytest.approx(np.linalg.norm(error) / np.linalg.norm(np.sqrt(w) * H), rel=1e-6)
+
+
+@pytest.mark.parametrize("form", ["hadamard", "diagonal"])
+def test_no_symmetric_operator_fits_better(form: str, documents: Documents) -> None:
+    model = made_model(dtype=torch.float64)
+    params, method = read_params(None, {"method": "linearpatch", "linearpatch_form": form}), METHODS["linearpatch"]
+    taken = take_statistics(model, family_of(model.config), documents, BLOCK, method.statistics(params), 4)
+    other = method.solve(params, BLOCK, taken.__getitem__).figures["relative_residual"]
+    assert solved(model, documents).figures["relative_residual"] < other
+
+
+def test_a_block_that_changes_nothing_gets_the_identity(documents: Documents) -> None:
+    model = made_model(dtype=torch.float64)
+    with torch.no_grad():
+        for layer in model.model.layers[BLOCK.start : BLOCK.end]:
+            for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                linear.weight.zero_()
+                linear.bias.zero_()
+    made = solved(model, documents)
+    assert torch.allclose(made.edits.operators[BLOCK.host], torch.eye(WIDTH, dtype=torch.float64), atol=1e-12)
+    expected = model(TEXT, use_cache=False).logits
+    with torch.no_grad(), unfused(model, family_of(model.config), made.edits):
+        assert torch.allclose(model(TEXT, use_cache=False).logits, expected)
+
+
+def test_too_little_text_is_named() -> None:
+    model = made_model()
+    text = Documents([torch.arange(2, 2 + WIDTH // 2)])
+    with pytest.raises(SolveError, match=r"alpha: 0 leaves the least squares singular"):
+        solved(model, text)
+    assert solved(model, text, alpha=1.0).edits.operators
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_family_is_mapped_saved_and_verified(
+    kind: str, save_tiny: Callable[..., Model], tmp_path: Path, documents: Documents
+) -> None:
+    source = save_tiny(kind)
+    model = source.load()
+    edits = solved(model, documents).edits
+    h, H = states(model, documents)
+    assert np.allclose(edits.operators[BLOCK.host].numpy(), least_squares(h, H), rtol=1e-3, atol=1e-4)
+    save_pruned(source, edits, tmp_path)
+    figures = verify_export(source, Model(tmp_path, "pruned"), edits, documents)
+    assert figures["hidden_error_mean"] < figures["tolerance"]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True).eval()
+    expected = shortened_logits(source.load(), edits, TEXT)
+    with torch.no_grad():
+        assert (loaded(TEXT).logits - expected).norm() < 1e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("kind", ["llama", "falcon", "gemma2", "mixtral"])
+def test_each_later_block_is_fitted_on_what_the_shortened_model_feeds_it(kind: str) -> None:
+    model, documents = made_model(kind, torch.float64, layers=8), many_documents()
+    blocks, family = (Block(1, 2), Block(3, 5)), family_of(model.config)
+    first = solved(model, documents, blocks[0])
+    edits = deepcopy(first.edits)
+    edits.removed_layers = [1, 3, 4]
+    params = read_params(None, {"method": "ghosted", "batch_size": 4})
+    plan = Plan(blocks, METHODS["ghosted"].statistics(params))
+    _, figures = Mender(params, model, family, documents, edits, plan).run()
+    _, H = states(model, documents, blocks[1])
+    with unfused(model, family, first.edits):
+        h = passing(model, blocks[1].host, documents)["output"]
+    assert torch.equal(edits.operators[0], first.edits.operators[0])
+    W = least_squares(h, H)
+    assert np.allclose(edits.operators[2].numpy(), W, rtol=1e-5, atol=1e-5)
+    assert figures["block1"]["relative_residual"] == pytest.approx(np.linalg.norm(H - h @ W) / np.linalg.norm(H), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_repair_comes_on_top_of_an_operator(kind: str, save_tiny: Callable[..., Model], tmp_path: Path) -> None:
+    source, texts = save_tiny(kind), many_documents(12)
+    model, params = source.load(), read_params(None, {"method": "ghosted", "repair": True, "batch_size": 4})
+    edits = solved(model, texts).edits
+    plan = Plan((BLOCK,), METHODS["ghosted"].statistics(params))
+    repairs, _ = Mender(params, model, source.family(), texts, edits, plan).run()
+    assert {each.layer for each in repairs} == set(range(BLOCK.end, LAYERS))
+    assert all(each.after < each.before for each in repairs)
+    save_pruned(source, edits, tmp_path)
+    figures = verify_export(source, Model(tmp_path, "pruned"), edits, texts)
+    assert figures["hidden_error_mean"] < figures["tolerance"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"ghosted_weighted": "true"}, "The map takes the relative residual, each token alike, from"),
+        ({"num_A": 2, "layers_to_skip": 1, "merge_consecutive": "false"}, "block 1: the map takes the relative residual from"),
+        ({"selection": "influence"}, "ap takes the relative residual from"),
+        ({"selection": "loss"}, "The map takes the relative residual from"),
+    ],
+)
+def test_the_whole_command_maps_the_state(
+    options: dict[str, Any], said: str, tiny: Model, text_file: Path, tmp_path: Path
+) -> None:
+    settings = {
+        "model": tiny.folder, "dataset": text_file, "dataset_size": 20, "max_length": 48, "dtype": "float32", "threads": 1,
+        "layers_to_skip": 2, "tasks": f"[{text_file}]", "eval_tokens": 200, "method": "ghosted", **options,
+    }  # fmt: skip
+    given = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
+    call(commands.run_replaceme, *given, "--save_path", tmp_path / "pruned")
+    work = tmp_path / "pruned.work"
+    edits = Edits.load(work / "artifacts" / "edits")
+    starts = [layer for layer in edits.removed_layers if layer - 1 not in edits.removed_layers]
+    assert sorted(edits.operators) == [start - 1 for start in starts]
+    assert len(edits.removed_layers) == 2
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", trust_remote_code=True)
+    assert read_json(work / "metrics" / "export.json")["parameters"] == loaded.num_parameters()
+    card = (tmp_path / "pruned" / "README.md").read_text(encoding="utf-8")
+    assert "with Ghosted Layers" in card
+    page = (work / "artifacts" / "report" / "index.html").read_text(encoding="utf-8")
+    assert said in page

@@ -1,0 +1,394 @@
+"""LaCo: mixtures of layers, and the choice of what is merged, against models that are really built from the formula."""
+
+import json
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from replaceme import commands
+from replaceme.base.documents import Documents
+from replaceme.base.errors import ModelError, ParameterError, VerificationError
+from replaceme.base.files import read_json
+from replaceme.base.params import Params, read_params
+from replaceme.base.plan import Block, Plan, load_blocks, save_blocks
+from replaceme.edits.edits import Edits
+from replaceme.edits.fold import apply_edits
+from replaceme.edits.unfused import unfused
+from replaceme.export.card import model_card
+from replaceme.export.save import save_pruned
+from replaceme.export.verification import verify_export, wrong_weights
+from replaceme.methods import laco as module
+from replaceme.methods.laco import Way, blocks_of, check_alike, collapse, collapse_all, collapsed_blocks, merged, texts_of
+from replaceme.methods.refusals import family_refusals
+from replaceme.methods.registry import METHODS, criterion_of
+from replaceme.methods.repair import Mender
+from replaceme.models.families import PRE_NORM, family_of
+from replaceme.models.model import Model
+from replaceme.selection.criteria import allowed_starts
+from tests.conftest import EXPERTS, KINDS, LAYERS, OBSTACLES, PLAIN, made_model
+from tests.edits.test_fold import TEXT
+from tests.pipeline.test_commands import call
+from tests.solvers.test_refit import many_documents
+
+DENSE = [kind for kind in KINDS if kind not in EXPERTS]
+# Layers 1 to 3 have become one, then 0 to 2 of what was left: layer 0 took in the mixture and layer 4.
+TWICE = (Block(1, 5, (-1, -1, 1, 1, 1)),)
+
+
+def mixing(*blocks: Block) -> Edits:
+    edits = Edits("test", [layer for block in blocks for layer in block.layers])
+    edits.mixtures = {block.host: block.mixture for block in blocks}
+    return edits
+
+
+@torch.no_grad()
+def merge(model: Any, place: int, size: int, last: int) -> Any:
+    """Return the model that the formula makes: θ_l + Σ (θ_{l+k} − θ_l) for every linear, and the layers behind l gone."""
+    model = deepcopy(model)
+    layers = family_of(model.config).decoder_layers(model)
+    m = min(size - 1, last - place)
+    for name, linear in layers[place].named_modules():
+        if isinstance(linear, nn.Linear | Conv1D):
+            for parameter, value in linear.named_parameters():
+                others = [layers[place + k].get_submodule(name).get_parameter(parameter) for k in range(1, m + 1)]
+                value += sum(other - value for other in others)
+    apply_edits(model, family_of(model.config), Edits("", list(range(place + 1, place + 1 + m))))
+    return model
+
+
+@torch.no_grad()
+def likeness(model: Any, original: Any, texts: Documents) -> float:
+    """Return the mean cosine of the last hidden states, as published."""
+    cosines = []
+    for text in texts.documents:
+        one, other = (each(text[None], output_hidden_states=True).hidden_states[-1][0].flatten() for each in (model, original))
+        cosines.append(float(torch.cosine_similarity(one, other, dim=0)))
+    return sum(cosines) / len(cosines)
+
+
+def slowly(model: Any, texts: Documents, way: Way, threshold: float) -> tuple[Any, list[int], dict[int, float]]:
+    """Collapse a model by building every candidate. Return it, its original layers, and the scores of what was merged."""
+    merged_model, kept, scores = model, list(range(model.config.num_hidden_layers)), {}
+    last, left = way.end - 1, way.count
+    place = way.end - min(way.size, way.count + 1)
+    while place >= way.first and left:
+        size = min(way.size, left + 1)
+        candidate = merge(merged_model, place, size, last)
+        score = likeness(candidate, model, texts)
+        if score > threshold:
+            gone = min(size - 1, last - place)
+            merged_model, scores[place] = candidate, score
+            del kept[place + 1 : place + 1 + gone]
+            last, left = last - gone, left - gone
+            place -= way.interval
+        else:
+            place -= 1
+    return merged_model, kept, scores
+
+
+@torch.no_grad()
+def logits_of(model: Any) -> torch.Tensor:
+    logits: torch.Tensor = model(TEXT, use_cache=False).logits
+    return logits
+
+
+def test_a_layer_that_takes_in_others_is_the_papers_sum() -> None:
+    layers = ((1,),) * 6
+    once = merged(layers, 1, 2)
+    assert once == ((1,), (-1, 1, 1), (1,), (1,))
+    assert blocks_of(once) == [Block(2, 4, (-1, 1, 1))]
+    # θ_0 + (θ_1 − θ_0) + (θ_4 − θ_0), with what layer 1 has become.
+    assert blocks_of(merged(once, 0, 2)) == [*TWICE]
+    assert blocks_of(merged(layers, 2, 1)) == [Block(3, 4, (0, 1))]
+    assert all(sum(parts) == 1 for parts in merged(merged(once, 2, 1), 0, 2))
+
+
+@pytest.mark.parametrize("kind", DENSE)
+def test_a_folded_mixture_equals_the_formula_and_the_unfused_computation(kind: str) -> None:
+    original = made_model(kind, torch.float64)
+    # Twice, and one layer of it in the other.
+    expected = logits_of(merge(merge(original, 1, 3, LAYERS - 1), 0, 3, LAYERS - 3))
+    family, edits = family_of(original.config), mixing(*TWICE)
+    assert (logits_of(original) - expected).norm() > 1e-2 * expected.norm()
+    with unfused(original, family, edits):
+        hooked = logits_of(original)
+    apply_edits(original, family, edits)
+    found = logits_of(original)
+    for logits in (hooked, found):
+        assert (logits - expected).norm() / expected.norm() < 1e-9
+    assert not any(part._forward_hooks for part in original.modules())
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2", "falcon", "opt", "gemma2"])
+def test_an_exported_mixture_gives_the_same_logits_and_is_proved(
+    kind: str, save_tiny: Callable[..., Model], documents: Documents, tmp_path: Path
+) -> None:
+    source, edits = save_tiny(kind), mixing(Block(1, 3, (-1, 1, 1)), Block(4, 5, (0, 1)))
+    expected = logits_of(merge(merge(source.load(), 0, 3, LAYERS - 1), 1, 2, LAYERS - 3))
+    (tmp_path / "edits").mkdir()
+    edits.save(tmp_path / "edits")
+    read = Edits.load(tmp_path / "edits")
+    assert (read.removed_layers, read.mixtures) == ([1, 2, 4], {0: {0: -1, 1: 1, 2: 1}, 3: {3: 0, 4: 1}})
+    save_pruned(source, read, tmp_path / "pruned")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").eval()
+    assert torch.allclose(logits_of(loaded), expected, rtol=1e-4, atol=1e-4)
+    figures = verify_export(source, Model(tmp_path / "pruned", "pruned"), edits, documents)
+    assert 0 <= figures["hidden_error_mean"] < figures["tolerance"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_an_export_of_short_numbers_is_proved_too(
+    dtype: torch.dtype, save_tiny: Callable[..., Model], documents: Documents, tmp_path: Path
+) -> None:
+    source = save_tiny(dtype=dtype)
+    save_pruned(source, mixing(*TWICE), tmp_path)
+    verify_export(source, Model(tmp_path, "pruned"), mixing(*TWICE), documents)
+
+
+@pytest.mark.parametrize(
+    ("tampered", "said"),
+    [
+        (mixing(Block(1, 5, (0, -1, 0, 1, 1))), "layers.0.self_attn.q_proj.weight is not what"),
+        (Edits("test", [1, 2, 3, 4]), "layers.0.self_attn.q_proj.weight is not what"),
+        (mixing(Block(2, 6, (-3, 1, 1, 1, 1))), "is not what the original and the edits make of it"),
+    ],
+)
+def test_a_wrong_mixture_is_not_passed(tampered: Edits, said: str, tiny: Model, documents: Documents, tmp_path: Path) -> None:
+    save_pruned(tiny, tampered, tmp_path)
+    with pytest.raises(VerificationError, match=said):
+        verify_export(tiny, Model(tmp_path, "pruned"), mixing(*TWICE), documents)
+
+
+def test_a_norm_that_was_mixed_too_is_not_passed(tiny: Model, tmp_path: Path) -> None:
+    edits = mixing(*TWICE)
+    save_pruned(tiny, edits, tmp_path)
+    weights, dense = load_file(tmp_path / "model.safetensors"), load_file(tiny.folder / "model.safetensors")
+    name = "model.layers.{}.input_layernorm.weight"
+    weights[name.format(0)] = dense[name.format(4)].clone()
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    assert wrong_weights(tiny.load(), Model(tmp_path, "pruned").load(), PRE_NORM, edits) == [name.format(0)]
+
+
+def test_a_kept_layer_is_mixed_into_no_other() -> None:
+    model = made_model()
+    with pytest.raises(AssertionError, match="a kept layer would be mixed into another one"):
+        apply_edits(model, PRE_NORM, Edits("test", [2], mixtures={1: {1: 0, 2: 0, 3: 1}}))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "falcon", "opt", "gemma2", "smollm3"])
+@pytest.mark.parametrize(
+    ("way", "threshold"),
+    [
+        (Way(0, LAYERS, 3, 1, 3), 0.3),
+        (Way(0, LAYERS, 3, 2, 4), -1.0),  # all merges count
+        (Way(1, LAYERS - 1, 2, 1, 3), 0.0),
+        (Way(0, LAYERS, 7, 1, 2), 0.5),  # more at once than go at all
+    ],
+)
+def test_the_choice_is_that_of_models_that_are_really_built(
+    kind: str, way: Way, threshold: float, documents: Documents, tmp_path: Path
+) -> None:
+    model = made_model(kind, torch.float64, initializer_range=0.08)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    blocks, scores, reached = collapsed_blocks(
+        model, family_of(model.config), documents, way, threshold, batch_size=4, folder=tmp_path
+    )
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+    assert not list(tmp_path.iterdir())
+    expected, kept, found = slowly(model, texts_of(documents), way, reached)
+    gone = [layer for block in blocks for layer in block.layers]
+    assert kept == [layer for layer in range(LAYERS) if layer not in gone]
+    assert len(gone) == way.count
+    assert [*scores] == [*found]
+    assert [*scores.values()] == pytest.approx([*found.values()], rel=1e-5)
+    apply_edits(model, family_of(model.config), mixing(*blocks))
+    logits = logits_of(expected)
+    assert (logits_of(model) - logits).norm() < 1e-6 * logits.norm()
+    # A threshold one step higher leaves too many layers.
+    if reached < threshold:
+        assert len(slowly(model_again(kind), texts_of(documents), way, reached + module.STEP)[1]) > LAYERS - way.count
+
+
+def model_again(kind: str) -> Any:
+    return made_model(kind, torch.float64, initializer_range=0.08)
+
+
+def test_with_a_threshold_above_one_nothing_is_merged() -> None:
+    layers, found = collapse(LAYERS, Way(0, LAYERS, 3, 1, 3), 1.01, lambda *_: 1.0)
+    assert layers == ((1,),) * LAYERS
+    assert found == {}
+
+
+def test_the_threshold_is_lowered_until_the_budget_is_reached_and_no_candidate_is_measured_twice() -> None:
+    asked = []
+
+    def similarity(layers: Any, place: int) -> float:
+        asked.append(layers)
+        return {4: 0.2, 3: 0.35, 2: 0.1, 1: 0.3, 0: 0.9}[place]
+
+    layers, found, reached = collapse_all(6, Way(1, 6, 2, 1, 2), 0.45, similarity)
+    # 0.35 is passed by 0.34 and 0.3 by 0.29: layer 3 takes in layer 4, and layer 1 layer 2.
+    assert (reached, found) == (0.29, {3: 0.35, 1: 0.3})
+    assert blocks_of(layers) == [Block(2, 3, (0, 1)), Block(4, 5, (0, 1))]
+    assert len(asked) == len(set(asked))
+    assert collapse(6, Way(1, 6, 2, 1, 2), reached, similarity)[0] == layers
+
+
+@pytest.mark.parametrize("size", [2, 3, 5, 9])
+@pytest.mark.parametrize(("interval", "count"), [(1, 1), (1, 2), (1, 4), (1, 8), (2, 1), (2, 3), (2, 4)])
+def test_exactly_so_many_layers_go_within_the_range(size: int, interval: int, count: int) -> None:
+    generator = torch.Generator().manual_seed(size + 10 * interval)
+    way = Way(2, 11, size, interval, count)
+    layers, _, _ = collapse_all(12, way, 0.9, lambda *_: float(torch.rand(1, generator=generator)))
+    gone = [layer for block in blocks_of(layers) for layer in block.layers]
+    assert len(gone) == count
+    assert set(gone) <= set(range(3, 11))
+
+
+def test_states_that_overflow_are_named() -> None:
+    with pytest.raises(ParameterError, match="dtype: the merged models overflow; use bfloat16 or float32"):
+        collapse_all(6, Way(0, 6, 3, 1, 2), 0.45, lambda *_: float("nan"))
+
+
+def test_the_texts_are_a_few_whatever_the_documents() -> None:
+    texts = texts_of(Documents([torch.arange(length) for length in range(1, 200)]))
+    assert len(texts) == module.TEXTS
+    assert max(map(len, texts.documents)) == module.LENGTH
+    assert len(texts_of(Documents([torch.arange(1)]))) == 1
+
+
+def test_layers_of_other_shapes_are_not_merged() -> None:
+    layers = made_model().model.layers
+    check_alike(layers, range(LAYERS))
+    layers[3].mlp.up_proj = nn.Linear(32, 40)
+    check_alike(layers, range(3))
+    with pytest.raises(ModelError, match="model_path: the linears of layers 0 and 3 differ in their shapes"):
+        check_alike(layers, range(LAYERS))
+
+
+def test_blocks_and_plan_say_what_hosts_become_and_name_no_method(tmp_path: Path) -> None:
+    blocks = (Block(1, 3, (-1, 1, 1)), Block(4, 5))
+    save_blocks(blocks, tmp_path / "blocks.json")
+    assert load_blocks(tmp_path / "blocks.json") == blocks
+    Plan(blocks, ("gram",)).save(tmp_path / "plan.json")
+    plan = Plan.load(tmp_path / "plan.json")
+    assert (plan.blocks, plan.mixtures) == (blocks, {0: {0: -1, 1: 1, 2: 1}})
+    assert "laco" not in (tmp_path / "plan.json").read_text()
+    assert json.loads((tmp_path / "plan.json").read_text())["blocks"][1] == {"start": 4, "end": 5}
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_repair_comes_on_top_of_a_mixture(kind: str, save_tiny: Callable[..., Model], tmp_path: Path) -> None:
+    source, texts = save_tiny(kind), many_documents(12)
+    plan = Plan((Block(1, 2, (0, 1)), Block(3, 5, (-1, 1, 1))), ())
+    params = read_params(None, {"method": "laco", "repair": True, "batch_size": 4})
+    model, edits = source.load(), mixing(*plan.blocks)
+    repairs, _ = Mender(params, model, source.family(), texts, edits, plan).run()
+    # Layer 2 is kept and mixed, and what corrects it is for what it has become.
+    assert {each.layer for each in repairs} == ({5} if source.family().parallel else {2, 5})
+    assert all(each.after < each.before for each in repairs)
+    save_pruned(source, edits, tmp_path)
+    figures = verify_export(source, Model(tmp_path, "pruned"), edits, texts)
+    assert figures["hidden_error_mean"] < figures["tolerance"]
+
+
+def test_the_whole_command_merges_layers(
+    save_tiny: Callable[..., Model], text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = save_tiny()
+    options = ["--model", source.folder, "--dataset", text_file, "--dataset_size", 20, "--max_length", 48, "--dtype", "float32"]
+    options += ["--layers_to_skip", 3, "--laco_layers", 3, "--tasks", f"[{text_file}]", "--eval_tokens", 200, "--threads", 1]
+    call(commands.run_replaceme, "--method", "laco", *options, "--save_path", tmp_path / "pruned")
+    said = capsys.readouterr().err
+    metrics = tmp_path / "pruned.work" / "metrics"
+    figures = read_json(metrics / "select.json")
+    assert f"select: similarity behind each merge, above the threshold {figures['threshold']:g}" in said
+    assert f"laco_threshold 0.45 leaves too many layers, and was lowered to {figures['threshold']:g}" in said
+    assert min(figures["merges"].values()) > figures["threshold"]
+    assert figures["similarity"] in figures["merges"].values()
+    assert read_json(metrics / "solve.json")["removed_layers"] == 3
+    loaded = Model(tmp_path / "pruned", "pruned").load()
+    assert loaded.config.num_hidden_layers == LAYERS - 3
+    edits = Edits.load(tmp_path / "pruned.work" / "artifacts" / "edits")
+    assert wrong_weights(source.load(), loaded, PRE_NORM, edits) == []
+    card = (tmp_path / "pruned" / "README.md").read_text(encoding="utf-8")
+    assert "with LaCo." in card
+    assert "laco_layers: 3" in card
+    page = (tmp_path / "pruned.work" / "artifacts" / "report" / "index.html").read_text(encoding="utf-8")
+    assert "merging layers into the one in front of them" in page
+    # The threshold that was reached makes the same model at once.
+    repeated = ["--laco_threshold", figures["threshold"], "--save_path", tmp_path / "again"]
+    call(commands.run_replaceme, "--method", "laco", *options, *repeated)
+    assert "was lowered" not in capsys.readouterr().err
+    model = "model.safetensors"
+    assert (tmp_path / "again" / model).read_bytes() == (tmp_path / "pruned" / model).read_bytes()
+
+
+def test_the_card_says_what_was_merged(params: Params, tiny: Model) -> None:
+    text = model_card(params, tiny, mixing(*TWICE), {})
+    assert "The weights of the linears of layers 0–4 were merged into those of layer 0, without training." in text
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            {"transform": "joint"},
+            "transform: joint has no place in method laco, which merges layers by what they merge to; use dense.",
+        ),
+        (
+            {"selection": "loss"},
+            "selection: loss has no place in method laco, which merges layers by what they merge to; use null.",
+        ),
+        (
+            {"num_A": 2},
+            "num_A: 2 has no place in method laco, which merges layers by what they merge to; use 1.",
+        ),
+        ({"laco_layers": 1}, "laco_layers: must be at least 2, not 1."),
+        ({"laco_interval": 0}, "laco_interval: must be at least 1, not 0."),
+        ({"laco_threshold": 1.5}, "laco_threshold: must be at most 1, not 1.5."),
+        ({"laco_threshold": -2.0}, "laco_threshold: must be at least -1, not -2.0."),
+        (
+            {"method": "uidl", "selection": "collapse"},
+            "selection: must be 'angular', 'residual', 'loss', 'influence' or 'greedy'",
+        ),
+    ],
+)
+def test_what_makes_no_sense_is_refused_in_one_sentence(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ParameterError) as caught:
+        read_params(None, {"method": "laco", **options}, METHODS)
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"command line: {said}")
+
+
+def test_merges_too_far_apart_are_named() -> None:
+    params = read_params(None, {"method": "laco", "laco_interval": 5, "laco_layers": 2, "layers_to_skip": 4})
+    said = "laco_interval: merges 5 layers apart remove 3 of the 4 layers between layer 1 and layer 12 at most; lower it"
+    with pytest.raises(ParameterError, match=said):
+        allowed_starts(params, 12, criterion_of(params))
+    assert allowed_starts(params.model_copy(update={"layers_to_skip": 3}), 12, criterion_of(params))
+
+
+def test_experts_are_not_merged_and_norms_are_no_obstacle() -> None:
+    values = read_params(None, {"method": "laco"}).model_dump()
+    (said,) = family_refusals(values, "mixtral", OBSTACLES["experts"])
+    assert said.startswith("method: laco is not derived for the mixture of experts of the family 'mixtral'")
+    assert family_refusals(values, "gemma2", OBSTACLES["norm"]) == []
+    assert family_refusals(values, "x", OBSTACLES["undescribed"]) == []
+
+
+def test_the_keys_belong_to_laco_alone(caplog: pytest.LogCaptureFixture) -> None:
+    assert criterion_of(read_params(None, {"method": "laco"}, METHODS)).name == "collapse"
+    with caplog.at_level("INFO", "replaceme"):
+        read_params(None, {"laco_layers": 4, "laco_interval": 2, "laco_threshold": 0.6}, METHODS)
+    assert [record.message for record in caplog.records] == [
+        f"laco_{name} belongs to method laco and is ignored" for name in ("layers", "interval", "threshold")
+    ]

@@ -1,0 +1,471 @@
+"""LLM-Streamline: the choice of the window, and the training of one layer, against loops of plain torch."""
+
+import json
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from replaceme.base.documents import Documents
+from replaceme.base.errors import ParameterError, SolveError
+from replaceme.base.files import read_json
+from replaceme.base.params import Params, read_params
+from replaceme.base.plan import Block, Plan, load_blocks
+from replaceme.base.workspace import Workspace
+from replaceme.edits.edits import Edits
+from replaceme.edits.unfused import unfused
+from replaceme.evaluation.kv_cache import cache_bytes_per_token
+from replaceme.export.card import model_card
+from replaceme.export.save import save_pruned
+from replaceme.export.verification import cache_error, verify_export
+from replaceme.methods.layer_lesson import LayerLesson
+from replaceme.methods.method import Bench
+from replaceme.methods.refusals import family_refusals
+from replaceme.methods.registry import METHODS
+from replaceme.models.families import FAMILIES, PRE_NORM, Family, family_of
+from replaceme.models.model import Model
+from replaceme.models.own_form import is_own_form
+from replaceme.observers.profile import profile_model
+from replaceme.pipeline.activations import observe_activations
+from replaceme.pipeline.calibrate import calibrate
+from replaceme.pipeline.export import export
+from replaceme.pipeline.heal import heal
+from replaceme.pipeline.inputs import inspect_inputs
+from replaceme.pipeline.plan import plan
+from replaceme.pipeline.profile import profile
+from replaceme.pipeline.repair import repair
+from replaceme.pipeline.select import select
+from replaceme.pipeline.solve import solve
+from replaceme.training import training
+from replaceme.training.checkpoints import key_of, load_checkpoint, save_checkpoint
+from replaceme.training.training import Course, entering_and_leaving, orders, train
+from tests.conftest import KINDS, LAYERS, OBSTACLES, made_model, shortened_logits
+from tests.interruption import InterruptedRunError, counted, stop_at
+from tests.observers.test_profile import layer_outputs
+from tests.solvers.test_refit import many_documents
+
+TEXT = torch.arange(2, 42)[None]
+HOST, END = 1, 4
+RATE = "llm_streamline_learning_rate"
+METHOD = METHODS["llm_streamline"]
+# Families whose layers can be left without their attention.
+MLP_ALONE = read_params(None, {"method": "llm_streamline", "llm_streamline_form": "mlp"}, METHODS).model_dump()
+APART = [kind for kind in KINDS if not family_refusals(MLP_ALONE, kind, family_of(made_model(kind).config))]
+
+
+def lesson_of(model: Any, documents: Documents, without: tuple[str, ...] = (), host: int = HOST, end: int = END) -> LayerLesson:
+    """Return what a host is to learn: from what enters it, what leaves the last layer of the block."""
+    family = family_of(model.config)
+    states = entering_and_leaving(model, family, documents, host, end - 1, batch_size=4)
+    return LayerLesson(model, family, host, documents, *states, without)
+
+
+def trained(model: Any, documents: Documents, course: Course, folder: Path, key: str = "key") -> Any:
+    lesson = lesson_of(model, documents)
+    return train(lesson, lesson.learners(), course, folder, key)
+
+
+def bench_of(source: Model, documents: Documents, folder: Path, **options: Any) -> Bench:
+    settings = {"method": "llm_streamline", "dtype": "float32", "batch_size": 4, "device": "cpu", "threads": 1, **options}
+    edits = Edits("", [*range(HOST + 1, END)])
+    output = folder / "edits"
+    output.mkdir(exist_ok=True)
+    params = read_params(None, settings, METHODS)
+    return Bench(
+        params, source.load(), source.family(), documents, Plan((Block(HOST + 1, END),), ()), edits, folder, output
+    )  # fmt: skip
+
+
+def taught(
+    kind: str, save_tiny: Callable[..., Model], documents: Documents, folder: Path, **options: Any
+) -> tuple[Model, Edits]:
+    source = save_tiny(kind)
+    bench = bench_of(source, documents, folder, **options)
+    assert METHOD.work
+    METHOD.work(bench)
+    return source, bench.edits
+
+
+def layer_called(model: Any, layer: int, ids: Tensor) -> tuple[Any, Any, Tensor]:
+    """Return with what a whole model calls a layer on one text, and what leaves it."""
+    kept: list[Any] = []
+    kind = model.config.model_type.removeprefix("pruned_")
+    module = FAMILIES[kind](model.config).decoder_layers(model)[layer]
+    hook = module.register_forward_hook(lambda _m, args, kwargs, out: kept.append((args, kwargs, out)), with_kwargs=True)
+    with torch.no_grad():
+        model(ids[None], use_cache=False)
+    hook.remove()
+    args, kwargs, output = kept[0]
+    return args, kwargs, output if isinstance(output, Tensor) else output[0]
+
+
+def by_hand(model: Any, documents: Documents, course: Course) -> Any:
+    """Train a copy of the host by a plain loop: one document after the other, no padding, torch's own AdamW."""
+    texts = documents.longest_first()
+    layer = deepcopy(family_of(model.config).decoder_layers(model)[HOST]).float()
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=course.learning_rate, weight_decay=1e-3)
+    steps = course.epochs * -(-len(texts) // course.batch_size)
+    step = 0
+    for epoch in range(course.epochs):
+        for batch in orders(range(len(texts)), epoch, course.batch_size):
+            error, count = torch.zeros(()), 0
+            for index in batch:
+                args, kwargs, _ = layer_called(model, HOST, texts[index])
+                target = layer_called(model, END - 1, texts[index])[2]
+                output = layer(*args, **kwargs)
+                output = output if isinstance(output, Tensor) else output[0]
+                error, count = error + (output - target).square().sum(), count + target.numel()
+            optimizer.zero_grad()
+            (error / count).backward()
+            torch.nn.utils.clip_grad_norm_(layer.parameters(), 5.0)
+            optimizer.param_groups[0]["lr"] = course.rate(step, steps)
+            optimizer.step()
+            step += 1
+    return layer
+
+
+def test_mean_cosines_equal_a_plain_reference_and_padding_changes_nothing(documents: Documents) -> None:
+    model = made_model()
+    found = profile_model(model, PRE_NORM, documents, batch_size=4)["mean_cosine"]
+    states = [
+        torch.cat(parts).double() for parts in zip(*(layer_outputs(model, each) for each in documents.documents), strict=True)
+    ]
+    for first in range(LAYERS):
+        for last in range(LAYERS):
+            # What enters layer 0 is the embedding.
+            cosine = torch.cosine_similarity(states[first], states[last + 1]).mean() if last >= first else 0.0
+            assert found[first][last] == pytest.approx(float(cosine), abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_equals_a_plain_loop_of_torch(kind: str, documents: Documents, tmp_path: Path) -> None:
+    model, course = made_model(kind), Course(1e-3, 2, 4, RATE)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    parameters, curves = trained(model, documents, course, tmp_path)
+    expected = dict(by_hand(model, documents, course).named_parameters())
+    layer = family_of(model.config).decoder_layers(model)[HOST]
+    moved = sum(float((expected[name] - value).norm()) for name, value in layer.named_parameters())
+    assert moved > 1e-2
+    assert parameters.keys() == expected.keys()
+    apart = sum(float((expected[name] - value).norm()) for name, value in parameters.items())
+    assert apart < 1e-2 * moved
+    assert len(curves["loss"]) == 6
+    # The dense model is as it was, and nobody else got a gradient.
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(part._forward_pre_hooks for part in model.modules())
+
+
+def test_the_loss_falls_on_what_is_trained_and_on_what_is_held_out(tmp_path: Path) -> None:
+    texts = many_documents(40)
+    _, curves = trained(made_model(), texts, Course(3e-3, 12, 4, RATE), tmp_path)
+    losses, held_out = [loss for _, loss in curves["loss"]], curves["held_out_loss"]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert held_out[0][0] == 0
+    assert held_out[-1][0] == len(losses)
+    assert held_out[-1][1] < 0.9 * held_out[0][1]
+    assert (tmp_path / "loss.tsv").read_text().splitlines()[0] == "step\tloss"
+    assert len((tmp_path / "held_out_loss.tsv").read_text().splitlines()) == len(held_out) + 1
+
+
+def test_what_is_held_out_is_not_trained_on(tmp_path: Path) -> None:
+    texts = many_documents(40)
+    lesson = lesson_of(made_model(), texts)
+    taught_ones, held_out = training.split(40)
+    assert (sorted(taught_ones + held_out), len(held_out)) == ([*range(40)], 2)
+    course = Course(1e-3, 1, 4, RATE)
+    first, _ = train(lesson, lesson.learners(), course, tmp_path / "one", "")
+    for index in held_out:
+        lesson.targets[lesson.texts.starts[index] : lesson.texts.starts[index] + len(lesson.texts.texts[index])] += 1
+    second, _ = train(lesson, lesson.learners(), course, tmp_path / "two", "")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_state_of_short_numbers_is_trained_in_float32(documents: Documents, tmp_path: Path) -> None:
+    parameters, _ = trained(made_model(dtype=torch.bfloat16), documents, Course(1e-4, 1, 4, RATE), tmp_path)
+    assert {value.dtype for value in parameters.values()} == {torch.float32}
+    # Steps this small are lost in bfloat16.
+    assert any(not torch.equal(value, value.bfloat16().float()) for value in parameters.values())
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "falcon"])
+def test_the_trained_layer_sees_no_later_token(kind: str, documents: Documents, tmp_path: Path) -> None:
+    model = made_model(kind)
+    lesson = lesson_of(model, documents)
+    parameters, _ = train(lesson, lesson.learners(), Course(1e-2, 2, 4, RATE), tmp_path, "")
+    batch, rows = lesson.texts.batch([0]), lesson.texts.rows(lesson.inputs, [0])
+    changed = rows.clone()
+    changed[20:] += 1
+    with torch.no_grad():
+        one, other = (lesson.states(parameters, batch, each)[0] for each in (rows, changed))
+    assert torch.equal(one[:20], other[:20])
+    assert not torch.equal(one[20:], other[20:])
+
+
+def test_a_bad_learning_rate_is_named(documents: Documents, tmp_path: Path) -> None:
+    with pytest.raises(SolveError, match=r"llm_streamline_learning_rate: the loss of the training is (nan|inf) at step"):
+        trained(made_model(), documents, Course(1e30, 3, 4, RATE), tmp_path)
+
+
+@pytest.mark.parametrize("after", [1, 4, 6])
+def test_an_interrupted_run_goes_on_to_the_same_bits(after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(training, "SAVING_SHARE", 0)
+    texts, course, model = many_documents(21), Course(1e-3, 2, 5, RATE), made_model()
+    expected, curves = trained(model, texts, course, tmp_path / "whole")
+    steps = len(curves["loss"])
+    assert steps == 8
+
+    def stopping(taken: int) -> None:
+        if taken == after:
+            # One step further than the last checkpoint.
+            monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 1e9)
+        stop_at(after + 1)(taken)
+
+    with counted(stopping), pytest.raises(InterruptedRunError):
+        trained(model, texts, course, tmp_path / "stopped")
+    with counted() as again:
+        found, rest = trained(model, texts, course, tmp_path / "stopped")
+    assert again == [*range(after, steps)]
+    assert rest == curves
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert (tmp_path / "stopped" / "loss.tsv").read_text() == (tmp_path / "whole" / "loss.tsv").read_text()
+
+
+def test_a_checkpoint_of_another_training_is_not_used(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "checkpoint", "mine", {"step": 3}, {"weight": torch.ones(2)})
+    state, tensors = load_checkpoint(tmp_path / "checkpoint", "mine") or ({}, {})
+    assert (state, tensors["weight"].tolist()) == ({"step": 3}, [1, 1])
+    assert load_checkpoint(tmp_path / "checkpoint", "other") is None
+    assert load_checkpoint(tmp_path / "nowhere", "mine") is None
+    (tmp_path / "checkpoint" / "tensors.safetensors").write_bytes(b"damaged")
+    assert load_checkpoint(tmp_path / "checkpoint", "mine") is None
+    keys = [
+        key_of({"a": 1}, [torch.ones(2)]), key_of({"a": 2}, [torch.ones(2)]), key_of({"a": 1}, [torch.zeros(2)]),
+        key_of({"a": 1}, [torch.ones(2).bfloat16()]), key_of({"a": 1}, [torch.ones(1, 2)]),
+    ]  # fmt: skip
+    assert len({*keys}) == len(keys)
+    assert key_of({"a": 1}, [torch.ones(2)]) == keys[0]
+
+
+def test_every_setting_of_a_training_makes_another_key(
+    save_tiny: Callable[..., Model], documents: Documents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys: list[str] = []
+
+    def noting(lesson: LayerLesson, parameters: Any, course: Course, folder: Path, key: str) -> Any:
+        keys.append(key)
+        return parameters, {"loss": [(0, 1.0)], "held_out_loss": []}
+
+    monkeypatch.setattr("replaceme.methods.llm_streamline.train", noting)
+    others = Documents([document.flip(0) for document in documents.documents])
+    for source, texts, options in (
+        ("llama", documents, {}),
+        ("llama", documents, {"llm_streamline_epochs": 2}),
+        ("llama", documents, {"llm_streamline_learning_rate": 1e-3}),
+        ("llama", documents, {"llm_streamline_form": "mlp"}),
+        ("llama", documents, {"batch_size": 2}),
+        ("llama", others, {}),
+        ("mistral", documents, {}),
+    ):
+        taught(source, save_tiny, texts, tmp_path, **options)
+    assert len({*keys}) == len(keys)
+    taught("llama", save_tiny, documents, tmp_path)
+    assert keys[-1] == keys[0]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "falcon", "opt", "gemma2", "qwen2_moe", "gpt_neox"])
+def test_a_trained_layer_is_exported_as_a_plain_model_and_proved(
+    kind: str, save_tiny: Callable[..., Model], documents: Documents, tmp_path: Path
+) -> None:
+    source, edits = taught(kind, save_tiny, documents, tmp_path, llm_streamline_learning_rate=1e-2)
+    assert edits.title == "LLM-Streamline (a trained layer)"
+    edits.save(tmp_path / "edits")
+    edits = Edits.load(tmp_path / "edits")
+    save_pruned(source, edits, tmp_path / "pruned")
+    assert not is_own_form(tmp_path / "pruned")
+    verify_export(source, Model(tmp_path / "pruned", "pruned"), edits, documents)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").eval()
+    assert loaded.config.num_hidden_layers == LAYERS - (END - HOST - 1)
+    with torch.no_grad():
+        found = loaded(TEXT, use_cache=False).logits
+    assert torch.allclose(found, shortened_logits(source.load(), edits, TEXT), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("host", [0, HOST])
+@pytest.mark.parametrize("kind", APART)
+def test_a_layer_without_attention_is_its_mlp_and_loads_with_its_file(
+    kind: str, host: int, save_tiny: Callable[..., Model], documents: Documents, tmp_path: Path
+) -> None:
+    source = save_tiny(kind)
+    family = source.family()
+    edits = Edits("test", [2, 3], without_attention={host: (family.attention, family.attention_norm)})
+    edits.save(tmp_path)
+    edits = Edits.load(tmp_path)
+    counts = save_pruned(source, edits, tmp_path / "pruned")
+    assert is_own_form(tmp_path / "pruned")
+    dense = source.load()
+    layer = family.decoder_layers(dense)[host]
+    gone = {name for path in edits.without_attention[host] for name, _ in layer.get_submodule(path).named_parameters(path)}
+    removed = sum(parameter.numel() for at in (2, 3) for parameter in family.decoder_layers(dense)[at].parameters())
+    removed += sum(layer.get_parameter(name).numel() for name in gone)
+    assert counts["parameters"] == counts["parameters_dense"] - removed
+    weights = load_file(tmp_path / "pruned" / "model.safetensors")
+    assert gone
+    assert not [name for name in weights if any(name.endswith(f"{family.layers}.{host}.{part}") for part in gone)]
+    expected = shortened_logits(source.load(), edits, TEXT)
+    with torch.no_grad(), unfused(dense, family, edits):
+        hooked = dense(TEXT, use_cache=False).logits
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", trust_remote_code=True).eval()
+    with torch.no_grad():
+        found = loaded(TEXT).logits
+    for logits in (hooked, found):
+        assert torch.allclose(logits, expected, rtol=1e-3, atol=1e-3)
+    verify_export(source, Model(tmp_path / "pruned", "pruned"), edits, documents)
+    assert cache_error(loaded, TEXT[0]) < 1e-4
+    assert cache_bytes_per_token(loaded) < cache_bytes_per_token(dense)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_trained_mlp_leaves_attention_out_or_plainly_silent(
+    plain: bool, save_tiny: Callable[..., Model], documents: Documents, tmp_path: Path
+) -> None:
+    settings = {"llm_streamline_form": "mlp", "llm_streamline_learning_rate": 1e-2, "plain": plain}
+    source, edits = taught("llama", save_tiny, documents, tmp_path, **settings)
+    assert METHOD.plain(read_params(None, {"method": "llm_streamline", **settings}, METHODS)) is plain
+    names = {name for _, name in edits.parameters}
+    zeroed = {"self_attn.o_proj.weight", "self_attn.o_proj.bias"}
+    assert {name for name in names if "self_attn" in name} == (zeroed if plain else set())
+    assert "input_layernorm.weight" not in names
+    assert {"mlp.gate_proj.weight", "mlp.down_proj.bias", "post_attention_layernorm.weight"} <= names
+    save_pruned(source, edits, tmp_path / "pruned")
+    assert is_own_form(tmp_path / "pruned") is not plain
+    verify_export(source, Model(tmp_path / "pruned", "pruned"), edits, documents)
+    # Both are h + MLP(norm(h)), by hand.
+    model = source.load()
+    layer = model.model.layers[HOST]
+    with torch.no_grad():
+        for (_, name), value in edits.parameters.items():
+            layer.get_parameter(name).copy_(value)
+    layer.forward = lambda hidden_states, **_: hidden_states + layer.mlp(layer.post_attention_layernorm(hidden_states))
+    pruned = Model(tmp_path / "pruned", "pruned").load()
+    expected = layer_called(model, HOST, TEXT[0])[2]
+    found = layer_called(pruned, HOST, TEXT[0])[2]
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def run_stages(params: Params, work: Workspace) -> None:
+    for stage in (inspect_inputs, calibrate, profile, select, plan, observe_activations, solve, repair, heal, export):
+        stage(params, work)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"llm_streamline_form": "mlp"}, {"llm_streamline_form": "mlp", "plain": True}, {"selection": "loss"}]
+)
+def test_the_stages_choose_train_and_export(options: dict[str, Any], params: Params, tiny: Model, tmp_path: Path) -> None:
+    settings = {"method": "llm_streamline", "batch_size": 4, "llm_streamline_epochs": 3, "llm_streamline_learning_rate": 3e-3}
+    params, work = params.model_copy(update={**settings, **options}), Workspace(tmp_path / "run")
+    run_stages(params, work)
+    (block,) = load_blocks(work.blocks)
+    if not options:
+        cosines = read_json(work.profile / "profile.json")["mean_cosine"]
+        best = max(range(LAYERS - 2), key=lambda first: cosines[first][first + 2])
+        assert (block.host, block.end - 1) == (best, best + 2)
+        assert read_json(work.metric("select"))["mean_cosine"] == pytest.approx(cosines[best][best + 2], rel=1e-5)
+    figures = read_json(work.metric("repair"))
+    assert figures["training_loss_last"] < figures["training_loss_first"]
+    assert figures["held_out_loss_last"] < figures["held_out_loss_first"]
+    assert len((work.edits / "loss.tsv").read_text().splitlines()) == figures["training_steps"] + 1
+    assert not [path for path in work.edits.parent.iterdir() if "partial" in path.name]
+    card = (work.model / "README.md").read_text(encoding="utf-8")
+    assert "with LLM-Streamline (a trained" in card
+    assert f"The weights of layer {block.host} were found by training on calibration text" in card
+    assert ("its attention is left with weights of 0" in card) == bool(options.get("plain"))
+    assert "llm_streamline_epochs: 3" in card
+    loaded = Model(work.model, "pruned").load()
+    assert loaded.config.num_hidden_layers == LAYERS - 2
+    assert is_own_form(work.model) == ("llm_streamline_form" in options and "plain" not in options)
+
+
+def test_a_method_that_trains_nothing_leaves_empty_curves(params: Params, tmp_path: Path) -> None:
+    work = Workspace(tmp_path / "run")
+    for stage in (inspect_inputs, calibrate, profile, select, plan, observe_activations, solve, repair, heal):
+        stage(params.model_copy(update={"method": "uidl"}), work)
+    assert (work.edits / "loss.tsv").read_text() == "step\tloss\n"
+    assert (work.edits / "held_out_loss.tsv").read_text() == "step\theld_out_loss\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"transform": "joint"}, "transform: joint has no place in method llm_streamline, which trains one layer in the place"),
+        ({"repair": True}, "repair: true has no place in method llm_streamline"),
+        ({"selection": "greedy"}, "selection: greedy has no place in method llm_streamline"),
+        ({"selection": "influence"}, "selection: influence has no place in method llm_streamline"),
+        ({"num_A": 2}, "num_A: 2 has no place in method llm_streamline"),
+        ({"use_4bit": True}, "use_4bit: true has no place in method llm_streamline"),
+        ({"llm_streamline_form": "attention"}, "llm_streamline_form: must be 'layer' or 'mlp', not 'attention'."),
+        ({"llm_streamline_epochs": 0}, "llm_streamline_epochs: must be at least 1, not 0."),
+        ({"llm_streamline_learning_rate": 0.0}, "llm_streamline_learning_rate: must be above 0, not 0.0."),
+    ],
+)
+def test_what_makes_no_sense_is_refused_in_one_sentence(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ParameterError) as caught:
+        read_params(None, {"method": "llm_streamline", **options}, METHODS)
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"command line: {said}")
+
+
+def test_families_whose_layers_have_no_mlp_of_their_own_are_refused_for_the_form_mlp() -> None:
+    layer, mlp = ({"method": "llm_streamline", "llm_streamline_form": form} for form in ("layer", "mlp"))
+    values = [read_params(None, given, METHODS).model_dump() for given in (layer, mlp)]
+    cases: list[tuple[Family, str]] = [
+        (
+            Family(parallel=True),
+            "mlp is not derived for the family 'x', whose attention and MLP are parallel",
+        ),
+        (
+            OBSTACLES["norm"],
+            "mlp is not derived for the norm behind the MLP of the family 'x'; use layer.",
+        ),
+        (
+            OBSTACLES["undescribed"],
+            "mlp is not derived for a family that nobody described, 'x'; use layer.",
+        ),
+    ]
+    for family, said in cases:
+        assert family_refusals(values[0], "x", family) == []
+        (problem,) = family_refusals(values[1], "x", family)
+        assert problem.startswith(f"llm_streamline_form: {said}")
+    assert family_refusals(values[1], "x", OBSTACLES["experts"]) == []
+
+
+def test_the_schedule_warms_up_and_ends_at_a_quarter() -> None:
+    course = Course(2e-4, 1, 1, RATE)
+    rates = [course.rate(step, 1000) for step in range(1000)]
+    assert rates[0] == pytest.approx(2e-5)
+    assert rates[9] == max(rates) == pytest.approx(2e-4)
+    assert rates[-1] == pytest.approx(5e-5)
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+    assert course.rate(0, 1) == pytest.approx(2e-4)
+
+
+def test_the_keys_belong_to_the_method_alone(caplog: pytest.LogCaptureFixture, tmp_path: Path, tiny: Model) -> None:
+    with caplog.at_level("INFO", "replaceme"):
+        read_params(None, {"llm_streamline_epochs": 4, "llm_streamline_form": "mlp"}, METHODS)
+        params = read_params(None, {"method": "llm_streamline", "plain": True}, METHODS)
+    assert [record.message for record in caplog.records] == [
+        "llm_streamline_form belongs to method llm_streamline and is ignored",
+        "llm_streamline_epochs belongs to method llm_streamline and is ignored",
+        "plain belongs to methods slicegpt, llm_pruner and (in form mlp) llm_streamline and is ignored",
+    ]
+    text = model_card(params, tiny, Edits("x", [2], without_attention={1: ("self_attn", "input_layernorm")}), {})
+    assert "Layer 1 has no attention any more." in text
+    assert "trust_remote_code=True" in text
+    assert json.loads(json.dumps(Edits("x", [2]).form("layers"))) == {}

@@ -1,0 +1,44 @@
+"""The first-party files that a file imports, and those that running a stage's script loads; read off the syntax trees."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("replaceme", "stages")
+
+
+def import_closure(script: Path) -> set[str]:
+    """Return paths (relative to the repository) of every file of ours that running ``script`` as a module loads."""
+    found: set[str] = set()
+    waiting = [script, *_packages_of(script)]
+    while waiting:
+        path = waiting.pop()
+        name = path.relative_to(ROOT).as_posix()
+        if name not in found:
+            found.add(name)
+            waiting += [file for module in imported_modules(path) for file in (module, *_packages_of(module))]
+    return found
+
+
+def imported_modules(path: Path) -> list[Path]:
+    """Return the files of ours that a file imports, in whatever place; the package itself where a name of it is taken."""
+    files: list[Path] = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            files += [file for alias in node.names for file in _file_of(alias.name)]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            for alias in node.names:
+                files += _file_of(f"{node.module}.{alias.name}") or _file_of(str(node.module))
+    return files
+
+
+def _file_of(module: str) -> list[Path]:
+    if module.split(".")[0] not in PACKAGES:
+        return []
+    path = ROOT.joinpath(*module.split("."))
+    return [file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()][:1]
+
+
+def _packages_of(path: Path) -> list[Path]:
+    return [parent / "__init__.py" for parent in path.parents if ROOT in parent.parents and (parent / "__init__.py").is_file()]

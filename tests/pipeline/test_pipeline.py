@@ -1,0 +1,352 @@
+"""The DVC pipeline: what dvc.yaml declares, and one real run of it on a tiny model."""
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from replaceme import commands
+from replaceme.base.cost import COMPRESSION
+from replaceme.base.stage import ALL
+from replaceme.base.workspace import Workspace
+from replaceme.models.model import Model
+from replaceme.publish import push_to_hub
+from replaceme.steps import STAGES
+from tests.conftest import made_text
+from tests.pipeline.closure import ROOT, import_closure
+from tests.pipeline.test_commands import call
+from tests.pipeline.test_publish import Hub, api
+
+__all__ = ["api"]
+
+PIPELINE: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+ORDER = ["inputs", *STAGES]
+
+
+def test_every_stage_has_a_script_and_a_description() -> None:
+    assert list(PIPELINE) == ORDER
+    for name, stage in PIPELINE.items():
+        assert stage["cmd"] == f"python -m stages.{name}"
+        assert stage["desc"]
+
+
+def test_dvc_yaml_can_be_read_at_once() -> None:
+    assert len((ROOT / "dvc.yaml").read_text(encoding="utf-8").splitlines()) <= 250
+
+
+def code_of(name: str) -> list[str]:
+    return [dep for dep in PIPELINE[name].get("deps", []) if dep.startswith("replaceme/")]
+
+
+def below(file: str, dep: str) -> bool:
+    return file == dep or file.startswith(f"{dep}/")
+
+
+@pytest.mark.parametrize("name", list(STAGES))
+def test_every_file_that_a_stage_loads_lies_below_its_dependencies_and_each_of_these_is_loaded(name: str) -> None:
+    loaded, code = import_closure(ROOT / "stages" / f"{name}.py"), code_of(name)
+    # Faces hold nothing (test_rooms.py); stages/ starts the stage.
+    counting = {file for file in loaded if file.startswith("replaceme/") and not file.endswith("__init__.py")}
+    assert [file for file in sorted(counting) if not any(below(file, dep) for dep in code)] == []
+    assert [dep for dep in code if not any(below(file, dep) for file in loaded)] == []
+
+
+def test_a_change_of_method_criterion_scores_or_page_repeats_no_pass() -> None:
+    for name in ("calibrate", "profile", "activations"):
+        assert not [dep for dep in code_of(name) if re.search("methods|evaluation|selection|report|export|solvers", dep)]
+
+
+@pytest.mark.parametrize("name", list(STAGES))
+def test_console_scripts_and_pipeline_agree_on_what_a_stage_depends(name: str) -> None:
+    declared, stage, work = PIPELINE[name], STAGES[name], Workspace()
+    if declared["params"] != [{"params.yaml": None}]:
+        assert declared["params"] == sorted(set(stage.params), key=declared["params"].index)
+    else:
+        assert set(stage.params) == set(ALL)
+    data = {dep for dep in declared["deps"] if dep.startswith("artifacts/")}
+    costs = {work.cost(name).as_posix() for name in stage.costs}
+    assert data == {getattr(work, read).as_posix() for read in stage.reads} | costs
+    assert {dep for dep in declared["deps"] if dep.startswith("metrics/")} == {
+        work.metric(name).as_posix() for name in stage.figures
+    }
+    assert code_of(name) == [f"replaceme/pipeline/{name}.py", *(f"replaceme/{part}" for part in stage.code)]
+    outputs = {*declared.get("outs", []), *(path for metric in declared.get("metrics", []) for path in metric)}
+    written = {getattr(work, stage.writes).as_posix()} if stage.writes else set()
+    written |= {work.cost(name).as_posix()} if name in COMPRESSION else set()
+    assert outputs == written | {work.metric(metric).as_posix() for metric in stage.metrics}
+
+
+def test_no_stage_but_the_report_reads_what_the_compression_cost() -> None:
+    readers = [name for name, stage in PIPELINE.items() if any("cost/" in dep for dep in stage["deps"])]
+    assert readers == ["report"]
+
+
+def test_metrics_keep_the_run_cache() -> None:
+    for stage in PIPELINE.values():
+        for metric in stage.get("metrics", []):
+            assert list(metric.values()) == [{"cache": False}]
+        assert not stage.get("always_changed") or stage is PIPELINE["inputs"]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory, tiny: Model) -> Path:
+    """A copy of the repository in another folder, set to a tiny model and a text of its own, and run once."""
+    folder = tmp_path_factory.mktemp("project") / "repository"
+    for name in ("stages", "replaceme", "experiments"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("dvc.yaml", ".dvcignore", ".gitignore", ".dvc/config", ".dvc/.gitignore"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(ROOT / name, folder / name)
+    (folder / "text.txt").write_text(made_text(600), encoding="utf-8")
+    (folder / "held-out.txt").write_text(made_text(100, seed=1), encoding="utf-8")
+    rows = [
+        {"question": made_text(2, n), "choices": [made_text(1, 99 + 2 * n), made_text(1, 100 + 2 * n)], "answer": n % 2}
+        for n in range(30)
+    ]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    settings = {
+        "model_path": str(tiny.folder), "dataset": "text.txt", "dataset_size": "20", "max_length": "48", "dtype": "float32",
+        "layers_to_skip": "2", "transform": "dense", "eval_dtype": "float32",
+        "tasks": "[held-out.txt, {questions.jsonl: {limit: 25}}]",
+        "threads": "1", "device": "cpu",
+    }  # fmt: skip
+    text = (ROOT / "params.yaml").read_text(encoding="utf-8")
+    for key, value in settings.items():
+        text, count = re.subn(rf"(?m)^{key}: .*$", f"{key}: {value}", text)
+        assert count == 1
+    (folder / "params.yaml").write_text(text, encoding="utf-8")
+    shell(folder, "git", "init", "-q", "-b", "main")
+    shell(folder, "git", "config", "user.name", "tester")
+    shell(folder, "git", "config", "user.email", "tester@example.org")
+    shell(folder, "dvc", "repro")
+    shell(folder, "git", "add", ".")
+    shell(folder, "git", "commit", "-q", "-m", "first run")
+    return folder
+
+
+def shell(folder: Path, *command: str, code: int = 0) -> str:
+    """Run a command in the project with this environment first on PATH, and return all that it printed."""
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(
+        command, cwd=folder, env=environment, text=True, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert done.returncode == code, done.stdout
+    return done.stdout
+
+
+def numbers_of(content: Any) -> list[float]:
+    """Return every value of nested metrics, which must all be numbers."""
+    if isinstance(content, dict):
+        return [number for entry in content.values() for number in numbers_of(entry)]
+    assert isinstance(content, int | float)
+    return [content]
+
+
+def ran(output: str) -> list[str]:
+    return re.findall(r"Running stage '(\w+)'", output)
+
+
+def test_the_run_leaves_model_metrics_and_lock(project: Path) -> None:
+    evaluation = json.loads((project / "metrics" / "evaluation.json").read_text())
+    errors = {"stderr_dense", "stderr_pruned", "stderr_ratio"}
+    assert set(evaluation["perplexity"]["held-out"]) == {"dense", "pruned", "ratio", *errors}
+    assert evaluation["accuracy"]["questions"]["items"] == 25
+    assert all(math.isfinite(value) and float(f"{value:.6g}") == value for value in numbers_of(evaluation))
+    assert evaluation["parameters"]["pruned"] < evaluation["parameters"]["dense"]
+    solve = json.loads((project / "metrics" / "solve.json").read_text())
+    assert {"condition_number", "relative_residual", "mean_cosine"} <= set(solve)
+    repaired = json.loads((project / "metrics" / "repair.json").read_text())
+    assert repaired["corrected_linears"] > 0
+    export = json.loads((project / "metrics" / "export.json").read_text())
+    assert export["hidden_error_max"] < 1e-4
+    cost = json.loads((project / "metrics" / "compression.json").read_text())
+    assert set(cost["stage_seconds"]) == set(COMPRESSION)
+    assert sum(cost["stage_seconds"].values()) == pytest.approx(cost["seconds"], rel=1e-3)
+    assert cost["trained"] is False
+    assert 100e6 < cost["peak_memory_bytes"] < 5e9
+    lock = (project / "dvc.lock").read_text()
+    assert str(project.parent) not in lock
+    assert Model(project / "artifacts" / "model", "pruned").config().num_hidden_layers == 4
+
+
+def test_a_second_run_runs_inputs_alone_and_changes_no_byte(project: Path) -> None:
+    output = shell(project, "dvc", "repro")
+    assert ran(output) == ["inputs"]
+    assert shell(project, "git", "status", "--porcelain") == ""
+
+
+def test_the_console_script_gives_the_pipelines_model_to_the_last_bit(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project)
+    call(commands.run_replaceme, "--config", "params.yaml", "--save_path", tmp_path / "same")
+    names = {path.name for path in (project / "artifacts" / "model").iterdir()}
+    assert names == {path.name for path in (tmp_path / "same").iterdir()}
+    for name in names - {"README.md"}:
+        assert (tmp_path / "same" / name).read_bytes() == (project / "artifacts" / "model" / name).read_bytes()
+
+
+def test_what_is_put_on_the_hub_has_its_scores_and_the_stages_output_stays_as_it_is(
+    project: Path, tmp_path: Path, api: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project)
+    model = project / "artifacts" / "model"
+    call(push_to_hub, "--repo_id", "me/small")
+    assert api.files.keys() == {path.name for path in model.iterdir()}
+    assert api.files["model.safetensors"] == (model / "model.safetensors").read_bytes()
+    scores = {(each.dataset_name, each.metric_type) for each in ModelCard(api.files["README.md"].decode()).data.eval_results}
+    assert scores == {("held-out", "perplexity"), ("questions", "accuracy")}
+    assert "## Scores" not in (model / "README.md").read_text(encoding="utf-8")
+    # A console script's folder has that card.
+    call(commands.run_replaceme, "--config", "params.yaml", "--save_path", tmp_path / "same")
+    assert (tmp_path / "same" / "README.md").read_bytes() == api.files["README.md"]
+    assert shell(project, "git", "status", "--porcelain") == ""
+
+
+def test_another_models_scores_are_not_put_on_the_hub(
+    project: Path, api: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(project)
+    settings = project / "params.yaml"
+    before = settings.read_text(encoding="utf-8")
+    settings.write_text(before.replace("layers_to_skip: 2", "layers_to_skip: 1"), encoding="utf-8")
+    call(push_to_hub, "--repo_id", "me/small", code=2)
+    settings.write_text(before, encoding="utf-8")
+    assert "save_path: the stage export is not up to date" in capsys.readouterr().err
+    assert not api.made
+
+
+def test_an_experiment_with_alpha_repeats_only_what_alpha_changes(project: Path) -> None:
+    output = shell(project, "dvc", "exp", "run", "-S", "alpha=0.1")
+    assert ran(output) == ["inputs", "solve", "repair", "heal", "export", "evaluate", "report"]
+    difference = shell(project, "dvc", "metrics", "diff", "HEAD")
+    assert "alpha_over_smallest_eigenvalue" in difference
+    assert "nan" not in difference.lower()
+    assert shell(project, "dvc", "exp", "show", "--csv").count("alpha") >= 1
+    shell(project, "git", "checkout", "-q", ".")
+    shell(project, "dvc", "checkout", "-q")
+
+
+def test_an_experiment_with_another_block_does_not_profile_again(project: Path) -> None:
+    output = shell(project, "dvc", "exp", "run", "-S", "layers_to_skip=1")
+    assert ran(output) == ["inputs", "select", "plan", "activations", "solve", "repair", "heal", "export", "evaluate", "report"]
+    shell(project, "git", "checkout", "-q", ".")
+    shell(project, "dvc", "checkout", "-q")
+
+
+def test_an_experiment_with_another_transform_takes_other_statistics_and_does_not_profile_again(project: Path) -> None:
+    shell(project, "sed", "-i", "s/^transform: .*/transform: joint/", "params.yaml")
+    output = shell(project, "dvc", "repro", "export")
+    assert ran(output) == ["inputs", "select", "plan", "activations", "solve", "repair", "heal", "export"]
+    assert "weighted_residual_joint" in json.loads((project / "metrics" / "solve.json").read_text())
+    shell(project, "git", "checkout", "-q", ".")
+    shell(project, "dvc", "checkout", "-q")
+
+
+def test_the_experiments_are_compared_in_a_table_and_a_picture(project: Path) -> None:
+    printed = shell(project, "compare_experiments")
+    table = pd.read_csv(project / "experiments" / "experiments.csv")
+    assert {"experiment", "best", "method", "alpha", "layers_to_skip", "removed_percent", "retention_percent"} <= set(table)
+    assert sorted(zip(table["alpha"], table["layers_to_skip"], strict=True)) == [(0.0, 1), (0.0, 2), (0.1, 2)]
+    assert table["best"].any()
+    assert (project / "experiments" / "quality.png").read_bytes().startswith(b"\x89PNG")
+    assert "alpha" in printed
+    assert (project / "experiments" / "experiments.md").read_text().count("\n") == len(table) + 2
+    shell(project, "git", "checkout", "-q", ".")
+
+
+def test_the_models_of_the_experiments_are_measured_once(project: Path) -> None:
+    first = shell(project, "compare_experiments", "--speed")
+    times = json.loads((project / "experiments" / "speed.json").read_text())
+    assert len(times) == first.count(", measured") == 3
+    table = pd.read_csv(project / "experiments" / "experiments.csv")
+    assert (table[["prefill_speedup", "decode_speedup"]] > 0).all(axis=None)
+    again = shell(project, "compare_experiments", "--speed")
+    assert (again.count(", measured"), again.count(", known")) == (0, 3)
+    assert re.search(r"time +memory +prefill +decode\n", again)
+    assert not list(project.glob("*.partial"))
+    assert "prefill_speedup" not in shell(project, "compare_experiments")
+    assert (project / "experiments" / "speed.json").is_file()
+    shell(project, "git", "checkout", "-q", ".")
+    shell(project, "git", "clean", "-qf", "experiments")
+
+
+def test_plots_are_shown_and_compared(project: Path) -> None:
+    names = shell(project, "dvc", "exp", "list", "--name-only").split()
+    for command in (("show",), ("diff", "HEAD", names[0])):
+        output = shell(project, "dvc", "plots", *command, "--out", "shown")
+        assert "failed" not in output.lower()
+        page = (project / "shown" / "index.html").read_text()
+        for title in (
+            "Angular distance",
+            "Block influence",
+            "Relative residual of the fit",
+            "Relative residual of a linear map",
+            "Relative residual behind each repaired linear",
+            "distances.png",
+        ):
+            assert title in page
+        shutil.rmtree(project / "shown")
+
+
+def test_speed_is_measured_apart_from_the_lock(project: Path) -> None:
+    printed = shell(project, "measure_speed", "--config", "params.yaml")
+    assert re.search(r"prefill +[\d.]+ ms +[\d.]+ ms +x [\d.]+", printed)
+    times = json.loads((project / "artifacts" / "speed" / "speed.json").read_text())
+    assert times["prefill_seconds"]["speedup"] > 0
+    assert times["weights"].keys() == {"model.safetensors"}
+    page = (project / "artifacts" / "speed" / "index.html").read_text()
+    assert "Measured on cpu" in page
+    made = (project / "artifacts" / "report" / "params.yaml").read_text()
+    shown = shell(project, "measure_speed", "--config", "params.yaml", "--alpha", "7", "--max_length", "99")
+    assert "prefill" in shown
+    assert (project / "artifacts" / "speed" / "params.yaml").read_text() == made
+    assert shell(project, "git", "status", "--porcelain") == ""
+
+
+def test_new_content_in_a_local_file_is_noticed(project: Path) -> None:
+    text = project / "text.txt"
+    before = text.read_text(encoding="utf-8")
+    text.write_text(before.replace("river", "brook", 1), encoding="utf-8")
+    shell(project, "dvc", "repro", "inputs")
+    status = json.loads(shell(project, "dvc", "status", "--json", "calibrate", "baseline"))
+    assert {"calibrate"} == set(status) - {"inputs"}
+    assert "modified" in json.dumps(status["calibrate"])
+    text.write_text(before, encoding="utf-8")
+    shell(project, "dvc", "repro", "inputs")
+
+
+def test_a_mistake_in_params_yaml_stops_at_the_first_stage_with_a_sentence(project: Path) -> None:
+    path = project / "params.yaml"
+    before = path.read_text(encoding="utf-8")
+    path.write_text(before.replace("alpha: 0.0", "alpha: 0.0\nalhpa: 1\nsave_path: elsewhere").replace("save_path: null", ""))
+    output = shell(project, "dvc", "repro", code=255)
+    path.write_text(before)
+    assert "error: params.yaml: alhpa: is not a parameter (did you mean 'alpha'?)" in output
+    assert ran(output) == ["inputs"]
+    assert "Traceback" not in output
+
+
+def test_the_pipelines_place_is_fixed(project: Path) -> None:
+    path = project / "params.yaml"
+    before = path.read_text(encoding="utf-8")
+    path.write_text(before.replace("save_path: null", "save_path: elsewhere"))
+    output = shell(project, "python", "-m", "stages.inputs", code=2)
+    path.write_text(before)
+    assert "save_path: the pipeline writes to artifacts/model, not to 'elsewhere'" in output
+
+
+def test_a_stage_outside_of_the_environment_says_so(project: Path) -> None:
+    output = shell(project, sys.executable, "-S", "-m", "stages.select", code=2)
+    assert "lacks torch" in output
+    assert "run `make`" in output

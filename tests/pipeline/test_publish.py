@@ -1,0 +1,178 @@
+"""What is put on the hub, and what is refused: the hub is replaced by a record of what it is asked."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import HfHubHTTPError
+
+from replaceme import commands
+from replaceme.export.save import save_pruned
+from replaceme.models import hub
+from replaceme.models.model import Model
+from replaceme.publish import push_to_hub
+from tests.edits.test_fold import edits_for
+from tests.pipeline.test_commands import FAST, call
+
+TOKEN = "hf_not-to-be-seen"
+
+
+class Hub:
+    """Stands in for ``HfApi``."""
+
+    def __init__(self) -> None:
+        self.tokens: list[str] = []
+        self.made: list[tuple[str, Any]] = []
+        self.files: dict[str, bytes] = {}
+        self.public = True
+        self.failure: Exception | None = None
+
+    def __call__(self, token: str) -> "Hub":
+        self.tokens.append(token)
+        return self
+
+    def create_repo(self, name: str, *, private: bool | None, exist_ok: bool) -> str:
+        assert exist_ok
+        self.made.append((name, private))
+        return f"https://hub.example/{name}"
+
+    def repo_info(self, name: str) -> Any:
+        return SimpleNamespace(private=not self.public)
+
+    def create_commit(self, name: str, operations: list[Any], *, commit_message: str) -> None:
+        assert commit_message
+        if self.failure:
+            raise self.failure
+        for operation in operations:
+            with operation.as_file() as content:
+                self.files[operation.path_in_repo] = content.read()
+
+
+@pytest.fixture
+def api(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub that is there, and a token in the environment."""
+    stand_in = Hub()
+    monkeypatch.setattr(hub, "HfApi", stand_in)
+    monkeypatch.setattr(hub, "reachable", lambda: True)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    return stand_in
+
+
+@pytest.fixture
+def pruned(tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A pruned model's folder with a card, and another file in it."""
+    folder = tmp_path / "pruned"
+    save_pruned(tiny, edits_for(2, 2), folder)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# Pruned\n", encoding="utf-8")
+    (folder / "diary.txt").write_text("mine", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+def test_the_models_files_and_nothing_else_are_put_there_in_one_commit(
+    pruned: Path, api: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call(push_to_hub, "--repo_id", "me/small", "--save_path", pruned)
+    assert api.made == [("me/small", None)]
+    assert api.files.keys() == {path.name for path in pruned.iterdir()} - {"diary.txt"}
+    for name, content in api.files.items():
+        assert content == (pruned / name).read_bytes()
+    assert "https://hub.example/me/small" in capsys.readouterr().err
+
+
+def test_the_token_comes_from_the_environment_and_shows_nowhere(
+    pruned: Path, api: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call(push_to_hub, "--repo_id", "me/small", "--save_path", pruned)
+    api.failure = RuntimeError("broken")
+    call(push_to_hub, "--repo_id", "me/small", "--save_path", pruned, "--debug", code=2)
+    assert api.tokens == [TOKEN] * 2
+    said = capsys.readouterr()
+    assert TOKEN not in said.out + said.err
+    files = [path for path in pruned.parent.rglob("*") if path.is_file()]
+    assert not [path for path in files if TOKEN.encode() in path.read_bytes()]
+    assert not [content for content in api.files.values() if TOKEN.encode() in content]
+
+
+def test_private_means_private(pruned: Path, api: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    call(push_to_hub, "--repo_id", "me/small", "--save_path", pruned, "--private", code=2)
+    assert "private: me/small is there already and public" in capsys.readouterr().err
+    assert not api.files
+    api.public = False
+    call(push_to_hub, "--repo_id", "me/small", "--save_path", pruned, "--private")
+    assert api.made[-1] == ("me/small", True)
+    assert api.files
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "command line: the following arguments are required: --repo_id"),
+        (["--repo_id", "small"], "repo_id: 'small' can't be a repository; give user/name"),
+        (["--repo_id", "me/small/er"], "repo_id: 'me/small/er' can't be a repository"),
+        (["--repo_id", "me/sm--all"], "repo_id: 'me/sm--all' can't be a repository"),
+        (["--repo_id", "me/small", "--token", "x"], "command line: unrecognized arguments: --token x"),
+        (
+            ["--repo_id", "me/small", "--save_path", "nowhere"],
+            "save_path: there is no pruned model in nowhere; run `dvc repro`",
+        ),
+    ],
+)
+def test_bad_arguments_are_one_sentence(
+    arguments: list[str], said: str, pruned: Path, api: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call(push_to_hub, "--save_path", pruned, *arguments, code=2)
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1
+    assert errors[0].startswith(f"error: {said}")
+    assert not api.made
+
+
+def test_without_a_model_a_token_or_a_hub_nothing_is_tried(
+    pruned: Path, api: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call(push_to_hub, "--repo_id", "me/small", code=2)
+    assert "save_path: there is no pruned model in artifacts/model" in capsys.readouterr().err
+    monkeypatch.setattr(hub, "reachable", lambda: False)
+    call(push_to_hub, "--repo_id", "me/small", "--save_path", pruned, code=2)
+    assert "the hub can't be reached, so nothing was put into me/small" in capsys.readouterr().err
+    monkeypatch.delenv("HF_TOKEN")
+    call(push_to_hub, "--repo_id", "me/small", "--save_path", pruned, code=2)
+    assert "HF_TOKEN: is not set" in capsys.readouterr().err
+    assert not api.made
+
+
+def test_a_pipelines_model_without_its_pipeline_is_refused(pruned: Path, api: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    (pruned.parent / "artifacts").mkdir()
+    pruned.rename(pruned.parent / "artifacts" / "model")
+    call(push_to_hub, "--repo_id", "me/small", code=2)
+    assert "(run it inside the repository)" in capsys.readouterr().err
+    assert not api.made
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        (401, "HF_TOKEN: the hub lets this token not write to me/small"),
+        (403, "HF_TOKEN: the hub lets this token not write to me/small"),
+        (500, "repo_id: the hub did not take me/small (out of order)."),
+    ],
+)
+def test_a_hub_that_refuses_is_one_sentence(
+    status: int, said: str, pruned: Path, api: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    response: Any = SimpleNamespace(status_code=status, headers={}, request=None)
+    api.failure = HfHubHTTPError("failed", response=response, server_message="out of order.")
+    call(push_to_hub, "--repo_id", "me/small", "--save_path", pruned, code=2)
+    assert said in capsys.readouterr().err
+
+
+def test_what_a_console_script_made_goes_with_its_scores(tiny: Model, text_file: Path, tmp_path: Path, api: Hub) -> None:
+    arguments = ["--model", tiny.folder, "--dataset", text_file, "--layers", "2", "--tasks", text_file, "--eval_tokens", "600"]
+    call(commands.run_replaceme, *arguments, *FAST, "--save_path", tmp_path / "result")
+    call(push_to_hub, "--repo_id", "me/small", "--save_path", tmp_path / "result")
+    (result,) = ModelCard(api.files["README.md"].decode()).data.eval_results
+    assert (result.dataset_name, result.metric_type) == ("text", "perplexity")

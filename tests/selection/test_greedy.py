@@ -1,0 +1,110 @@
+"""ShortGPT and SLEB: what goes, against plain computations."""
+
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from replaceme.base.documents import Documents, excerpts_of
+from replaceme.base.files import read_json, write_json
+from replaceme.base.params import read_params
+from replaceme.base.plan import Block, load_blocks, runs
+from replaceme.base.workspace import Workspace
+from replaceme.edits.edits import Edits
+from replaceme.edits.fold import apply_edits
+from replaceme.methods.registry import METHODS, criterion_of
+from replaceme.models.families import family_of
+from replaceme.observers.profile import profile_model
+from replaceme.pipeline.select import select
+from replaceme.selection.greedy import greedy_layers
+from tests.conftest import LAYERS, made_model
+
+
+def loss_without(kind: str, removed: list[int], documents: Documents) -> float:
+    """Return the mean loss of a model whose layers are really gone."""
+    model = made_model(kind)
+    apply_edits(model, family_of(model.config), Edits("", removed))
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for document in documents.documents:
+            logits = model(document[None], use_cache=False).logits[0, :-1]
+            total += float(cross_entropy(logits, document[1:], reduction="sum"))
+            count += len(document) - 1
+    return total / count
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "falcon", "gemma2", "opt"])
+def test_greedy_choice_is_the_exhaustive_best_of_each_round(kind: str, documents: Documents) -> None:
+    model = made_model(kind)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    removed, losses = greedy_layers(model, family_of(model.config), documents, range(1, LAYERS), 3, batch_size=4)
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+    for number, loss in enumerate(losses):
+        gone = removed[:number]
+        found = {layer: loss_without(kind, [*gone, layer], documents) for layer in range(1, LAYERS) if layer not in gone}
+        assert removed[number] == min(found, key=found.__getitem__)
+        assert loss == pytest.approx(min(found.values()), rel=1e-4)
+
+
+def test_greedy_takes_no_other_layers_than_it_may(documents: Documents) -> None:
+    removed, _ = greedy_layers(made_model(), family_of(made_model().config), documents, [2, 5], 2, batch_size=4)
+    assert sorted(removed) == [2, 5]
+
+
+def test_the_loss_of_greedy_is_of_a_few_thousand_tokens(documents: Documents, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("replaceme.base.documents.EXCERPT_TOKENS", 50)
+    _, losses = greedy_layers(made_model(), family_of(made_model().config), documents, [3], 1, batch_size=4)
+    assert losses == [pytest.approx(loss_without("llama", [3], excerpts_of(documents)), rel=1e-4)]
+
+
+def test_influence_of_a_layer_that_does_nothing_is_zero_and_it_goes_first(documents: Documents, tmp_path: Path) -> None:
+    model = made_model()
+    with torch.no_grad():
+        for layer in (2, 4):
+            model.model.layers[layer].self_attn.o_proj.weight.zero_()
+            model.model.layers[layer].self_attn.o_proj.bias.zero_()
+            model.model.layers[layer].mlp.down_proj.weight.zero_()
+            model.model.layers[layer].mlp.down_proj.bias.zero_()
+    found = profile_model(model, family_of(model.config), documents, 4)
+    assert [found["layers"]["block_influence"][layer] for layer in (2, 4)] == pytest.approx([0, 0], abs=1e-6)
+    work = Workspace(tmp_path)
+    write_json(work.profile / "profile.json", found)
+    select(read_params(None, {"method": "shortgpt", "layers_to_skip": 2}), work)
+    assert load_blocks(work.blocks) == (Block(2, 3), Block(4, 5))
+    assert read_json(work.metric("select"))["influence"] == pytest.approx(0, abs=1e-6)
+    select(read_params(None, {"method": "shortgpt", "layers_to_skip": 1, "min_distance_layer": 3}), work)
+    assert load_blocks(work.blocks) == (Block(4, 5),)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_influence_removes_the_layers_with_the_lowest_sum(count: int, tmp_path: Path) -> None:
+    influence = [0.0, 0.5, 0.1, 0.3, 0.2, 0.4]
+    work, nothing = Workspace(tmp_path), [[0.1] * 6] * 6
+    content = {"angular_distance": nothing, "residual": nothing, "layers": {"block_influence": influence}}
+    write_json(work.profile / "profile.json", content)
+    select(read_params(None, {"method": "shortgpt", "layers_to_skip": count}), work)
+    # The first layer has nothing in front of it, and stays.
+    best = min(combinations(range(1, 6), count), key=lambda layers: sum(influence[layer] for layer in layers))
+    assert [layer for block in load_blocks(work.blocks) for layer in block.layers] == sorted(best)
+
+
+def test_single_layers_make_blocks_of_their_runs() -> None:
+    assert runs([7, 2, 3, 9, 8]) == [Block(2, 4), Block(7, 10)]
+
+
+@pytest.mark.parametrize(
+    ("options", "criterion"),
+    [
+        ({}, "angular"),
+        ({"method": "uidl"}, "angular"),
+        ({"method": "shortgpt"}, "influence"),
+        ({"method": "sleb"}, "greedy"),
+        ({"method": "sleb", "selection": "residual"}, "residual"),
+        ({"selection": "influence"}, "influence"),
+    ],
+)
+def test_each_method_has_its_own_criterion_unless_selection_says_otherwise(options: dict[str, Any], criterion: str) -> None:
+    assert criterion_of(read_params(None, options, METHODS)).name == criterion

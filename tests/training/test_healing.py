@@ -1,0 +1,311 @@
+"""Healing: the training toward the dense model's predictions, against a plain loop of torch on the cut model itself."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import log_softmax
+
+from replaceme.base.cost import COMPRESSION
+from replaceme.base.documents import Documents
+from replaceme.base.errors import ParameterError
+from replaceme.base.files import read_json, write_json
+from replaceme.base.fingerprints import sha256_below
+from replaceme.base.params import Params, read_params
+from replaceme.base.plan import Block
+from replaceme.base.workspace import Workspace
+from replaceme.edits.edits import Edits
+from replaceme.edits.fold import apply_edits
+from replaceme.export.save import save_pruned
+from replaceme.export.verification import verify_export
+from replaceme.methods.registry import METHODS
+from replaceme.models.families import family_of
+from replaceme.models.model import Model
+from replaceme.observers.features import LINEARS
+from replaceme.pipeline.activations import observe_activations
+from replaceme.pipeline.calibrate import calibrate
+from replaceme.pipeline.export import export
+from replaceme.pipeline.heal import heal
+from replaceme.pipeline.inputs import inspect_inputs
+from replaceme.pipeline.plan import plan
+from replaceme.pipeline.profile import profile
+from replaceme.pipeline.repair import repair
+from replaceme.pipeline.report import compression_figures
+from replaceme.pipeline.select import select
+from replaceme.pipeline.solve import solve
+from replaceme.training import healing, training
+from replaceme.training.healing import Predictions
+from replaceme.training.training import Course, entering_and_leaving, orders, train
+from tests.conftest import LAYERS, PLAIN, WIDTH, made_model
+from tests.interruption import InterruptedRunError, counted, stop_at
+from tests.methods.test_repair import BLOCK, solved
+from tests.solvers.test_refit import many_documents
+
+RATE = "heal_learning_rate"
+
+
+def lesson_of(model: Any, documents: Documents, edits: Edits, host: int = BLOCK.host) -> Predictions:
+    """Return what the layers behind a cut are to learn."""
+    family = family_of(model.config)
+    states = entering_and_leaving(model, family, documents, host, LAYERS - 1, batch_size=4)
+    return Predictions(model, family, edits, documents, host, *states)
+
+
+def edits_of(model: Any, documents: Documents, blocks: tuple[Block, ...] = (BLOCK,), **options: Any) -> Edits:
+    """Return the edits as the stages solve and repair make them."""
+    edits, mender = solved(model, documents, blocks, alpha=5.0, **options)
+    edits.mixtures |= mender.plan.mixtures
+    edits.operators |= {host: torch.tensor(scale, dtype=torch.float64) for host, scale in mender.plan.scales.items()}
+    mender.run()
+    return edits
+
+
+def divergence(model: Any, shortened: Any, text: Tensor, places: Tensor | slice = slice(None)) -> tuple[Tensor, int]:
+    """Return the sum over a text's places of KL(dense ‖ shortened), and how many these are."""
+    with torch.no_grad():
+        wanted = log_softmax(model(text[None], use_cache=False).logits[0, places].float(), dim=-1)
+    found = log_softmax(shortened(text[None], use_cache=False).logits[0, places].float(), dim=-1)
+    return (wanted.exp() * (wanted - found)).sum(), len(found)
+
+
+def by_hand(model: Any, shortened: Any, documents: Documents, course: Course) -> None:
+    """Train a cut model by a plain loop: one document after the other, no padding, all places, torch's own AdamW."""
+    family, texts = family_of(model.config), documents.longest_first()
+    layers = family.decoder_layers(shortened)[BLOCK.host :]
+    names = [family.ends(layer, linear) for layer in layers for linear in LINEARS]
+    learners = [
+        layer.get_parameter(name)
+        for layer, found in zip([layer for layer in layers for _ in LINEARS], names, strict=True)
+        for name in found
+    ]
+    shortened.requires_grad_(False)
+    for learner in learners:
+        learner.requires_grad_(True)
+    optimizer = torch.optim.AdamW(learners, lr=course.learning_rate, weight_decay=1e-3)
+    step, steps = 0, course.epochs * -(-len(texts) // course.batch_size)
+    for epoch in range(course.epochs):
+        for batch in orders(range(len(texts)), epoch, course.batch_size):
+            sums = [divergence(model, shortened, texts[index]) for index in batch]
+            optimizer.zero_grad()
+            (torch.stack([total for total, _ in sums]).sum() / sum(count for _, count in sums)).backward()
+            torch.nn.utils.clip_grad_norm_(learners, 5.0)
+            optimizer.param_groups[0]["lr"] = course.rate(step, steps)
+            optimizer.step()
+            step += 1
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_healing_equals_a_plain_loop_on_the_cut_model(
+    kind: str, documents: Documents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(healing, "SHARE", 1.0)
+    model, course = made_model(kind), Course(1e-3, 2, 4, RATE)
+    edits = edits_of(model, documents, repair=True)
+    dense, expected = deepcopy(model), deepcopy(model)
+    apply_edits(expected, family_of(model.config), edits)
+    bare = deepcopy(expected)
+    lesson = lesson_of(model, documents, edits)
+    learners = lesson.learners()
+    with lesson.begun():
+        for chosen in ([0], [0, len(documents) - 1]):
+            sums = [divergence(dense, expected, lesson.texts.texts[index]) for index in chosen]
+            whole = sum(float(total.detach()) for total, _ in sums) / sum(count for _, count in sums)
+            assert float(lesson.loss(learners, chosen, 0).detach()) == pytest.approx(whole, rel=1e-4)
+    parameters, curves = train(lesson, learners, course, tmp_path, "")
+    lesson.correct(edits, parameters)
+    by_hand(dense, expected, documents, course)
+    apply_edits(model, family_of(model.config), edits)
+    found = dict(model.named_parameters())
+    moved = apart = 0.0
+    for (name, one), other in zip(expected.named_parameters(), bare.parameters(), strict=True):
+        moved += float((one - other).detach().norm())
+        apart += float((one - found[name]).detach().norm())
+    assert moved > 1e-2
+    assert apart < 2e-2 * moved
+    assert len(curves["loss"]) == 6
+    kept = [layer for layer in range(LAYERS) if layer not in BLOCK.layers]
+    assert {layer for layer, _ in edits.corrections} == {*kept[BLOCK.host :]}
+
+
+def test_the_dense_model_stays_as_it_was(documents: Documents, tmp_path: Path) -> None:
+    model = made_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    asked = [parameter.requires_grad for parameter in model.parameters()]
+    lesson = lesson_of(model, documents, edits_of(model, documents, transform="channels", refit_ridge=0.1))
+    train(lesson, lesson.learners(), Course(1e-3, 1, 4, RATE), tmp_path, "")
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert [parameter.requires_grad for parameter in model.parameters()] == asked
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(part._forward_pre_hooks or part._forward_hooks for part in model.modules())
+
+
+def test_a_step_compares_a_part_of_the_places_and_never_padding(documents: Documents) -> None:
+    model = made_model()
+    edits = edits_of(model, documents)
+    shortened = deepcopy(model)
+    apply_edits(shortened, family_of(model.config), edits)
+    lesson = lesson_of(model, documents, edits)
+    learners, chosen = lesson.learners(), [0, len(documents) - 1]
+    longest, shortest = (lesson.texts.texts[index] for index in chosen)
+    assert len(shortest) < len(longest)
+    found = []
+    for step in (3, 4, None):
+        chance = torch.Generator().manual_seed(-1 if step is None else step)
+        places = torch.randperm(len(longest), generator=chance)[: round(healing.SHARE * len(longest))]
+        sums = [divergence(model, shortened, text, places[places < len(text)]) for text in (longest, shortest)]
+        with lesson.begun(), torch.no_grad():
+            found.append(float(lesson.loss(learners, chosen, step)))
+        whole = sum(float(total.detach()) for total, _ in sums) / sum(count for _, count in sums)
+        assert found[-1] == pytest.approx(whole, rel=1e-4)
+    assert len({*found}) == 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "blocks", "options"),
+    [
+        ("llama", (BLOCK,), {"transform": "channels", "repair": True}),
+        ("gpt2", (BLOCK,), {"transform": "joint"}),
+        ("opt", (BLOCK,), {"transform": "dense"}),
+        ("falcon", (BLOCK,), {"method": "uidl"}),
+        ("gpt_neox", (Block(1, 2), Block(3, 5)), {"transform": "dense", "repair": True}),
+        ("gemma2", (BLOCK,), {"transform": "orthogonal"}),
+        ("gemma3_text", (BLOCK,), {"method": "uidl"}),
+        ("olmo2", (BLOCK,), {"transform": "orthogonal"}),
+        ("llama", (Block(4, 6),), {"transform": "refit"}),  # no layer is left behind the cut
+        ("granite", (BLOCK,), {"method": "ghosted"}),
+        ("phi3", (Block(1, 2, scale=1.7), Block(3, 4, scale=1.2)), {"method": "prune_and_comp"}),
+        ("gpt2", (Block(2, 4, coefficients=(-1.0, 1.0, 1.0)),), {"method": "laco"}),
+    ],
+)
+def test_what_was_healed_is_nearer_to_the_dense_model_and_its_export_is_proved(
+    kind: str, blocks: tuple[Block, ...], options: dict[str, Any], save_tiny: Callable[..., Model], tmp_path: Path
+) -> None:
+    source, documents = save_tiny(kind), many_documents(40)
+    edits = edits_of(source.load(), documents, blocks, **options)
+    lesson = lesson_of(source.load(), documents, edits, blocks[0].host)
+    learners, losses = lesson.learners(), []
+    for _ in range(2):
+        with lesson.begun(), torch.no_grad():
+            losses.append(float(lesson.loss(learners, range(20), None)))
+        if len(losses) < 2:
+            parameters, _ = train(lesson, learners, Course(5e-4, 4, 4, RATE), tmp_path, "")
+    assert losses[1] < 0.99 * losses[0]
+    lesson.correct(edits, parameters)
+    save_pruned(source, edits, tmp_path / "pruned")
+    verify_export(source, Model(tmp_path / "pruned", "pruned"), edits, documents)
+    # What the training saw is what the exported model does.
+    model, pruned = source.load(), Model(tmp_path / "pruned", "pruned").load()
+    places = torch.randperm(longest := len(lesson.texts.texts[19]), generator=torch.Generator().manual_seed(-1))
+    places = places[: round(healing.SHARE * longest)]
+    total, count = divergence(model, pruned, lesson.texts.texts[19], places)
+    with lesson.begun(), torch.no_grad():
+        assert float(lesson.loss(parameters, [19], None)) == pytest.approx(float(total.detach()) / count, rel=1e-3, abs=1e-4)
+
+
+def run(params: Params, work: Workspace, to_export: bool = True) -> None:
+    stages = (inspect_inputs, calibrate, profile, select, plan, observe_activations, solve, repair, heal)
+    for stage in (*stages, export) if to_export else stages:
+        stage(params, work)
+
+
+def test_the_stage_trains_exports_and_says_so(params: Params, tmp_path: Path) -> None:
+    settings = {"heal_epochs": 3, "heal_learning_rate": 3e-3, "batch_size": 4, "repair": True}
+    params, work = params.model_copy(update=settings), Workspace(tmp_path / "run")
+    run(params, work)
+    figures = read_json(work.metric("heal"))
+    assert figures["training_loss_last"] < figures["training_loss_first"]
+    assert figures["held_out_loss_last"] < figures["held_out_loss_first"]
+    assert len((work.edits / "loss.tsv").read_text().splitlines()) == figures["training_steps"] + 1
+    assert not [path for path in work.edits.parent.iterdir() if "partial" in path.name]
+    card = (work.model / "README.md").read_text(encoding="utf-8")
+    said = "trained on calibration text toward the original model's predictions, from what was solved for without training."
+    assert said in card
+    assert "heal_epochs: 3" in card
+    for name in COMPRESSION:
+        write_json(work.cost(name), {"seconds": 1.0, "peak_memory_bytes": 1})
+    assert compression_figures(params, work)["trained"] is True
+    assert compression_figures(params.model_copy(update={"heal_epochs": 0}), work)["trained"] is False
+
+
+def test_without_epochs_the_stage_hands_on_what_it_got(params: Params, tmp_path: Path) -> None:
+    work = Workspace(tmp_path / "run")
+    run(params, work, to_export=False)
+    assert sha256_below(work.edits) == sha256_below(work.repaired)
+    assert read_json(work.metric("heal")) == {}
+
+
+def test_an_interrupted_healing_goes_on_to_the_same_bits(
+    params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(training, "SAVING_SHARE", 0)
+    params, work = params.model_copy(update={"heal_epochs": 2, "batch_size": 4}), Workspace(tmp_path / "run")
+    run(params, work, to_export=False)
+    expected, curve = sha256_below(work.edits), (work.edits / "loss.tsv").read_text()
+    with counted(stop_at(3)) as steps, pytest.raises(InterruptedRunError):
+        heal(params, work)
+    # What was finished before is still there.
+    assert sha256_below(work.edits) == expected
+    with counted() as rest:
+        heal(params, work)
+    assert steps + rest == [*range(len(curve.splitlines()) - 1)]
+    assert sha256_below(work.edits) == expected
+    # Other edits make another training.
+    edits = Edits.load(work.repaired)
+    edits.correct(edits.removed_layers[0] - 1, "mlp_output", torch.full((WIDTH, 48), 1e-3))
+    with counted(stop_at(3)), pytest.raises(InterruptedRunError):
+        heal(params, work)
+    edits.save(work.repaired)
+    with counted() as again:
+        heal(params, work)
+    assert again[0] == 0
+
+
+def test_whatever_a_healing_depends_on_makes_another_key(
+    params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params, work = params.model_copy(update={"method": "uidl", "heal_epochs": 1}), Workspace(tmp_path / "run")
+    run(params, work, to_export=False)
+    keys: list[str] = []
+
+    def noting(lesson: Any, parameters: Any, course: Course, folder: Path, key: str) -> Any:
+        keys.append(key)
+        return parameters, {"loss": [(0, 1.0)], "held_out_loss": []}
+
+    monkeypatch.setattr("replaceme.pipeline.heal.train", noting)
+    others = [{}, {"heal_epochs": 2}, {"heal_learning_rate": 1e-3}, {"batch_size": 2}, {"dtype": "bfloat16"}, {"threads": 2}]
+    for settings in others:
+        heal(params.model_copy(update=settings), work)
+    with monkeypatch.context() as patch:
+        patch.setattr(healing, "SHARE", 0.25)
+        heal(params, work)
+    texts = Documents.load(work.documents)
+    Documents([text.flip(0) for text in texts.documents]).save(work.documents)
+    heal(params, work)
+    texts.save(work.documents)
+    known = work.model_input.read_text()
+    work.model_input.write_text(known.replace('"sha256"', '"note": "another model", "sha256"', 1))
+    heal(params, work)
+    work.model_input.write_text(known)
+    assert len({*keys}) == len(keys) == len(others) + 3
+    heal(params, work)
+    assert keys[-1] == keys[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"method": "slicegpt"}, "heal_epochs: 2 has no place in method slicegpt"),
+        ({"method": "llm_streamline"}, "heal_epochs: 2 has no place in method llm_streamline"),
+        ({"device_map": "auto"}, "device_map: heal_epochs trains on one device; use null."),
+        ({"use_4bit": True}, "use_4bit: packs the weights that heal_epochs trains; use false."),
+        ({"dtype": "float16"}, "dtype: float16 is too short for the gradients of heal_epochs"),
+    ],
+)
+def test_what_can_not_be_healed_is_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ParameterError, match=said):
+        read_params(None, {"heal_epochs": 2, **options}, METHODS)
