@@ -1,6 +1,7 @@
 """The console scripts: the pipeline's own functions, from any folder, without DVC.
 
-They keep their intermediate results beside the result, in ``<save_path>.work`` (see ``replaceme.steps``).
+Each command loads what it computes with when it runs, so that ``--help`` takes no time. Intermediate results lie beside the
+result, in ``<save_path>.work`` (see ``replaceme.steps``).
 """
 
 import argparse
@@ -19,19 +20,7 @@ from replaceme.base.params import Params, nearest, parse_value, read_params
 from replaceme.base.progress import align, logger
 from replaceme.base.published_keys import PUBLISHED_KEYS
 from replaceme.base.workspace import Workspace
-from replaceme.evaluation.comparison import comparison_table, scores_table
-from replaceme.evaluation.requests import Requests
-from replaceme.evaluation.scores import score_model
-from replaceme.evaluation.tasks import task_fingerprints
-from replaceme.methods.registry import METHODS, criterion_of
-from replaceme.models.model import CARD, Model, find_model, identity, recorded_model
-from replaceme.pipeline.inputs import inspect_inputs
-from replaceme.publish import card_of
-from replaceme.report.page import SETTINGS_FILE, render
-from replaceme.selection.blocks import smallest
-from replaceme.selection.criteria import allowed_starts
-from replaceme.speed import measure_speed as measure_speed_of
-from replaceme.steps import run_steps
+from replaceme.methods.registry import FIELDS, METHODS, criterion_of
 
 ALIASES = {"model": "model_path", "layers": "layers_to_skip"}
 
@@ -82,6 +71,12 @@ def get_lt_with_solvers() -> NoReturn:
 
 
 def _prune(params: Params) -> None:
+    from replaceme.evaluation.comparison import comparison_table
+    from replaceme.models.model import CARD
+    from replaceme.pipeline.inputs import inspect_inputs
+    from replaceme.publish import card_of
+    from replaceme.steps import run_steps
+
     work = _claim(params, f"{_suffix(params)}-transform" if params.save_transform_only else _suffix(params))
     inspect_inputs(params, work)
     run_steps(params, work, ["calibrate", "profile", "select", "plan", "activations", "solve", "repair", "heal"])
@@ -101,6 +96,12 @@ def _prune(params: Params) -> None:
 
 
 def _evaluate(params: Params) -> None:
+    from replaceme.evaluation.comparison import scores_table
+    from replaceme.evaluation.requests import Requests
+    from replaceme.evaluation.scores import score_model
+    from replaceme.evaluation.tasks import task_fingerprints
+    from replaceme.models.model import find_model
+
     fingerprints = task_fingerprints(params)
     if not fingerprints:
         raise ParameterError("tasks: is empty; name what is to be scored.")
@@ -113,11 +114,15 @@ def _evaluate(params: Params) -> None:
 
 
 def _measure(params: Params) -> None:
+    from replaceme.models.model import Model, identity, recorded_model
+    from replaceme.report.page import SETTINGS_FILE, render
+    from replaceme.speed import measure_speed
+
     work = _result_of(params)
     dense, pruned = recorded_model(params, work.model_input), Model(work.model, work.model.name)
     if identity(dense) != read_json(work.model_input):
         raise ParameterError(f"model_path: {params.model_path} is not what {work.model} was made from; name that model.")
-    times = measure_speed_of(params, dense, pruned)
+    times = measure_speed(params, dense, pruned)
     rows: list[tuple[str, ...]] = [("measured", "dense", "pruned", "faster")]
     for name, key in (("prefill", "prefill_seconds"), ("decoding, a token", "decode_seconds_per_token")):
         pair = times[key]
@@ -127,7 +132,7 @@ def _measure(params: Params) -> None:
         write_json(folder / "speed.json", rounded(times, 4))
         # The page shows the settings that the model was made with, whatever this call's are.
         if (settings := work.report / SETTINGS_FILE).is_file():
-            render(read_params(settings), work, times).save(folder)
+            render(read_params(settings, methods=METHODS), work, times).save(folder)
     logger.info("the times, and the report with them, are in %s", work.speed)
 
 
@@ -158,6 +163,11 @@ def _scores_file(params: Params, name: str) -> Path:
 
 
 def _analyse(params: Params) -> None:
+    from replaceme.pipeline.inputs import inspect_inputs
+    from replaceme.selection.blocks import smallest
+    from replaceme.selection.criteria import allowed_starts
+    from replaceme.steps import run_steps
+
     work = _claim(params, "distances")
     # Nothing is pruned here, so nothing need fold.
     bare = {"method": "uidl", "transform": "dense", "repair": False, "heal_epochs": 0}
@@ -264,7 +274,7 @@ def _parse(arguments: Sequence[str], description: str) -> tuple[Path | None, dic
     parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of parameters")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    for name, field in Params.model_fields.items():
+    for name, field in FIELDS.items():
         flags = [f"--{name}", *(f"--{alias}" for alias, key in ALIASES.items() if key == name)]
         default = "null" if field.default is None else field.default
         parser.add_argument(
@@ -277,7 +287,7 @@ def _parse(arguments: Sequence[str], description: str) -> tuple[Path | None, dic
     for word in unknown:
         if word.startswith("--"):
             name = word.lstrip("-").split("=")[0]
-            hint = nearest(name, [*Params.model_fields, *ALIASES, *PUBLISHED_KEYS])
+            hint = nearest(name, [*FIELDS, *ALIASES, *PUBLISHED_KEYS])
             problems.append(f"command line: '{word}' is not an option{hint}; see --help.")
     if unknown and not problems:
         problems.append(f"command line: '{unknown[0]}' belongs to no option; see --help.")
@@ -288,7 +298,7 @@ def _parse(arguments: Sequence[str], description: str) -> tuple[Path | None, dic
 
 
 def _typed(name: str, value: str) -> Any:
-    parsed, field = parse_value(value), Params.model_fields.get(name)
+    parsed, field = parse_value(value), FIELDS.get(name)
     if parsed is not None and field and field.annotation in (str, str | None):
         return value
     if name == "tasks" and isinstance(parsed, str):

@@ -1,7 +1,11 @@
 """The experiments of this workspace against each other: a table, quality against size, and methods at the same size.
 
 ``dvc exp show`` shows every column; this shows the settings that differ, the results that decide, and what they cost.
+With ``--speed`` the models are measured too: each is taken out of DVC's cache, and measured against its dense model. A model is
+known by DVC's own sums of its weights, config and code, so one that was measured before is not even taken out.
 """
+
+from __future__ import annotations
 
 import argparse
 import shutil
@@ -9,7 +13,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from replaceme.base.entry import run
 from replaceme.base.errors import ParameterError, ReplaceMeError, ResourceError
@@ -18,18 +22,100 @@ from replaceme.base.params import Params, read_params
 from replaceme.base.progress import align, logger
 from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import METHODS
-from replaceme.models.model import WEIGHT_FILES, Model, recorded_model
-from replaceme.report.comparison import RATIO, RETENTION, SPEEDS, Comparison, comparison_of
-from replaceme.report.comparison_table import markdown, shown
-from replaceme.report.methods_figure import methods_figure
-from replaceme.report.theme import png
-from replaceme.report.tradeoff import quality_against_size
-from replaceme.speed import measure_speed, setting_of
 
+if TYPE_CHECKING:
+    from replaceme.report.comparison import Comparison
+
+SPEED_FILE = "speed.json"
 Record = dict[str, Any]
 PLACE = Workspace()
 # What is taken out: the model, what it was made from, and the settings.
 MODEL, DENSE, PARAMS = PLACE.model.as_posix(), PLACE.model_input.as_posix(), "params.yaml"
+
+
+def compare_experiments() -> NoReturn:
+    """Print and save the table and the pictures of the experiments."""
+    options = parser().parse_args()
+    sys.exit(run(lambda: _compare(options.rev, options.num, options.output, options.speed), options.debug))
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's options."""
+    parser = argparse.ArgumentParser(description="Compare the experiments of this repository: table, CSV and pictures.")
+    parser.add_argument("--rev", action="append", help="commit whose experiments are compared; can be repeated [HEAD]")
+    parser.add_argument("--num", type=int, default=1, help="also those of the commits before it, this many in all [1]")
+    parser.add_argument("--output", type=Path, default=Path("experiments"), help="folder for the results [experiments]")
+    parser.add_argument(
+        "--speed", action="store_true", help="measure each model that was not measured before against its dense one"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _compare(revisions: Sequence[str] | None, number: int, output: Path, speed: bool = False) -> None:
+    from replaceme.report.comparison import comparison_of
+    from replaceme.report.comparison_table import shown
+
+    if output.exists() and not (output / "experiments.csv").is_file():
+        raise ParameterError(f"--output: {output} exists and holds no comparison of experiments; choose another folder.")
+    comparison = comparison_of(_recorded(revisions, number))
+    # What is there is saved before the measurement, which takes long.
+    _save(comparison, output)
+    if speed:
+        _add_speeds(comparison, output)
+        _save(comparison, output)
+    rows, notes = shown(comparison)
+    print(align(rows), *notes, sep="\n")
+    logger.info("the table and the pictures are in %s", output)
+
+
+def _recorded(revisions: Sequence[str] | None, number: int) -> list[dict[str, Any]]:
+    """Return DVC's record of each experiment. Raises ParameterError where there is no repository."""
+    from dvc.api import exp_show
+    from dvc.exceptions import DvcException
+    from scmrepo.exceptions import SCMError
+
+    try:
+        records: list[dict[str, Any]] = exp_show(revs=list(revisions) if revisions else None, num=number)
+    except (DvcException, SCMError) as failure:
+        raise ParameterError(
+            f"compare_experiments: {' '.join(str(failure).split())} (run it inside the repository)."
+        ) from failure
+    return records
+
+
+def _add_speeds(comparison: Comparison, output: Path) -> None:
+    from replaceme.report.comparison import SPEEDS
+
+    times = speeds_of(comparison.table.to_dict("records"), output / SPEED_FILE)
+    for kind, column in SPEEDS.items():
+        comparison.table[column] = [record[kind]["speedup"] if record else None for record in times]
+
+
+def _save(comparison: Comparison, output: Path) -> None:
+    """Write the table and the pictures; the times that were measured stay."""
+    from replaceme.report.comparison import RETENTION
+    from replaceme.report.comparison_table import markdown, shown
+    from replaceme.report.methods_figure import methods_figure
+    from replaceme.report.theme import png
+    from replaceme.report.tradeoff import quality_against_size
+
+    with new_folder(output) as folder:
+        comparison.table.map(rounded).to_csv(folder / "experiments.csv", index=False)
+        (folder / "experiments.md").write_text(markdown(*shown(comparison)), encoding="utf-8")
+        title = _title(comparison.quality)
+        (folder / "quality.png").write_bytes(png(quality_against_size(comparison.points(), title, comparison.higher_is_better)))
+        rows, column = comparison.same_size()
+        if rows:
+            (folder / "methods.png").write_bytes(png(methods_figure(rows, _title(column), column == RETENTION)))
+        if (output / SPEED_FILE).is_file():
+            shutil.copyfile(output / SPEED_FILE, folder / SPEED_FILE)
+
+
+def _title(column: str) -> str:
+    from replaceme.report.comparison import RATIO, RETENTION
+
+    return "accuracy kept (% of dense)" if column == RETENTION else f"perplexity of {column.removesuffix(RATIO)} (times dense)"
 
 
 def speeds_of(experiments: Sequence[Mapping[str, Any]], memory: Path) -> list[Record | None]:
@@ -61,6 +147,8 @@ def speeds_of(experiments: Sequence[Mapping[str, Any]], memory: Path) -> list[Re
 
 def _speed(revision: str, name: str, known: Sequence[Record], beside: Path) -> tuple[Record, bool]:
     """Return the times of one experiment, and whether they are new."""
+    from replaceme.speed import setting_of
+
     files = _opened(revision)
     with TemporaryDirectory(dir=beside.absolute().parent, prefix=f"{beside.name}-", suffix=PARTIAL) as folder:
         place = Path(folder)
@@ -78,6 +166,9 @@ def _speed(revision: str, name: str, known: Sequence[Record], beside: Path) -> t
 
 
 def _measured(params: Params, place: Path, name: str) -> Record:
+    from replaceme.models.model import Model, recorded_model
+    from replaceme.speed import measure_speed
+
     return measure_speed(params, recorded_model(params, place / "dense.json"), Model(place / "model", name))
 
 
@@ -90,6 +181,8 @@ def _opened(revision: str) -> Any:
 
 def _sums(files: Any) -> dict[str, str]:
     """Return DVC's sums of what a model computes with: file → MD5."""
+    from replaceme.models.model import WEIGHT_FILES
+
     inside = {path: Path(path).name for path in files.find(MODEL)}
     return {
         name: files.info(path)["md5"]
@@ -105,78 +198,3 @@ def _of_cache(work: Callable[[], Any], name: str) -> Any:
         raise ResourceError(
             f"its model is not in DVC's cache ({type(failure).__name__}); `dvc exp apply {name}` and `dvc repro` make it again."
         ) from failure
-
-
-SPEED_FILE = "speed.json"
-
-
-def compare_experiments() -> NoReturn:
-    """Print and save the table and the pictures of the experiments."""
-    options = parser().parse_args()
-    sys.exit(run(lambda: _compare(options.rev, options.num, options.output, options.speed), options.debug))
-
-
-def parser() -> argparse.ArgumentParser:
-    """Return the parser of the command's options."""
-    parser = argparse.ArgumentParser(description="Compare the experiments of this repository: table, CSV and pictures.")
-    parser.add_argument("--rev", action="append", help="commit whose experiments are compared; can be repeated [HEAD]")
-    parser.add_argument("--num", type=int, default=1, help="also those of the commits before it, this many in all [1]")
-    parser.add_argument("--output", type=Path, default=Path("experiments"), help="folder for the results [experiments]")
-    parser.add_argument(
-        "--speed", action="store_true", help="measure each model that was not measured before against its dense one"
-    )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return parser
-
-
-def _compare(revisions: Sequence[str] | None, number: int, output: Path, speed: bool = False) -> None:
-    if output.exists() and not (output / "experiments.csv").is_file():
-        raise ParameterError(f"--output: {output} exists and holds no comparison of experiments; choose another folder.")
-    comparison = comparison_of(_recorded(revisions, number))
-    # What is there is saved before the measurement, which takes long.
-    _save(comparison, output)
-    if speed:
-        _add_speeds(comparison, output)
-        _save(comparison, output)
-    rows, notes = shown(comparison)
-    print(align(rows), *notes, sep="\n")
-    logger.info("the table and the pictures are in %s", output)
-
-
-def _recorded(revisions: Sequence[str] | None, number: int) -> list[dict[str, Any]]:
-    """Return DVC's record of each experiment. Raises ParameterError where there is no repository."""
-    from dvc.api import exp_show
-    from dvc.exceptions import DvcException
-    from scmrepo.exceptions import SCMError
-
-    try:
-        records: list[dict[str, Any]] = exp_show(revs=list(revisions) if revisions else None, num=number)
-    except (DvcException, SCMError) as failure:
-        raise ParameterError(
-            f"compare_experiments: {' '.join(str(failure).split())} (run it inside the repository)."
-        ) from failure
-    return records
-
-
-def _add_speeds(comparison: Comparison, output: Path) -> None:
-    times = speeds_of(comparison.table.to_dict("records"), output / SPEED_FILE)
-    for kind, column in SPEEDS.items():
-        comparison.table[column] = [record[kind]["speedup"] if record else None for record in times]
-
-
-def _save(comparison: Comparison, output: Path) -> None:
-    """Write the table and the pictures; the times that were measured stay."""
-    with new_folder(output) as folder:
-        comparison.table.map(rounded).to_csv(folder / "experiments.csv", index=False)
-        (folder / "experiments.md").write_text(markdown(*shown(comparison)), encoding="utf-8")
-        title = _title(comparison.quality)
-        (folder / "quality.png").write_bytes(png(quality_against_size(comparison.points(), title, comparison.higher_is_better)))
-        rows, column = comparison.same_size()
-        if rows:
-            (folder / "methods.png").write_bytes(png(methods_figure(rows, _title(column), column == RETENTION)))
-        if (output / SPEED_FILE).is_file():
-            shutil.copyfile(output / SPEED_FILE, folder / SPEED_FILE)
-
-
-def _title(column: str) -> str:
-    return "accuracy kept (% of dense)" if column == RETENTION else f"perplexity of {column.removesuffix(RATIO)} (times dense)"

@@ -4,13 +4,13 @@ A stage's output must not change behind it, so the card in the pipeline's ``arti
 them, and so has the folder of a console script.
 """
 
+from __future__ import annotations
+
 import argparse
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
-
-from huggingface_hub import EvalResult
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from replaceme.base.entry import PARAMS_FILE, Parser, run
 from replaceme.base.errors import ParameterError
@@ -18,11 +18,10 @@ from replaceme.base.files import read_json
 from replaceme.base.params import Params, read_params
 from replaceme.base.progress import logger
 from replaceme.base.workspace import Workspace
-from replaceme.edits.edits import Edits
-from replaceme.evaluation.comparison import comparison_rows
-from replaceme.export.card import model_card
-from replaceme.models import hub
-from replaceme.models.model import CARD, Model, recorded_model
+from replaceme.methods.registry import METHODS
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
 
 
 def push_to_hub() -> NoReturn:
@@ -45,6 +44,9 @@ def parser() -> Parser:
 
 
 def _push(options: argparse.Namespace) -> None:
+    from replaceme.models import hub
+    from replaceme.models.model import CARD, Model
+
     pipeline = Workspace()
     folder = options.save_path or pipeline.model
     files: dict[str, Path | bytes] = {path.name: path for path in Model(folder, folder.name).files()}
@@ -52,7 +54,7 @@ def _push(options: argparse.Namespace) -> None:
         raise ParameterError(f"save_path: there is no pruned model in {folder}; run `dvc repro` or run_replaceme first.")
     if folder.resolve() == pipeline.model.resolve():
         _check_scores()
-        files[CARD] = card_of(read_params(PARAMS_FILE), pipeline).encode()
+        files[CARD] = card_of(read_params(PARAMS_FILE, methods=METHODS), pipeline).encode()
     url = hub.upload(options.repo_id, files, options.private)
     logger.info("the model is at %s", url)
 
@@ -76,6 +78,10 @@ def _check_scores() -> None:
 
 def card_of(params: Params, work: Workspace) -> str:
     """Return the card of a finished run's model, with what it scores on the tasks of ``params``."""
+    from replaceme.edits.edits import Edits
+    from replaceme.export.card import model_card
+    from replaceme.models.model import recorded_model
+
     source, edits, solved = recorded_model(params, work.model_input), Edits.load(work.edits), read_json(work.metric("solve"))
     if not params.tasks:
         return model_card(params, source, edits, solved)
@@ -85,6 +91,8 @@ def card_of(params: Params, work: Workspace) -> str:
 
 def _scores(evaluation: Mapping[str, Any]) -> str:
     """Return metrics/evaluation.json as Markdown."""
+    from replaceme.evaluation.comparison import comparison_rows
+
     head, *rows = comparison_rows(evaluation)
     table = "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
     if "retention_stderr" in evaluation:
@@ -95,6 +103,8 @@ def _scores(evaluation: Mapping[str, Any]) -> str:
 
 def _results(evaluation: Mapping[str, Any]) -> list[EvalResult]:
     """Return the pruned model's scores in the form that the hub shows."""
+    from huggingface_hub import EvalResult
+
     return [
         EvalResult(
             task_type="text-generation", dataset_type=task, dataset_name=task, metric_type=metric, metric_value=pair["pruned"]

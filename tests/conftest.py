@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from replaceme.base.documents import Documents
 from replaceme.base.params import Params, read_params
 from replaceme.edits.edits import Edits
+from replaceme.methods.registry import METHODS
 from replaceme.models.families import Family, family_of, parameter_of
 from replaceme.models.model import Model
 
@@ -315,4 +316,4 @@ def params(tiny: Model, text_file: Path) -> Params:
             "layers_to_skip": 2, "tasks": (str(text_file),), "eval_tokens": 600, "eval_dtype": "float32", "device": "cpu",
             "threads": 1,
         },
-    )  # fmt: skip
+     methods=METHODS)  # fmt: skip

@@ -1,91 +1,56 @@
-"""Which parameters go together: what can't be done is refused by name, and what has no effect is said to have none."""
+"""Which parameters go together: what can't be done is refused by name, and what has no effect is said to have none.
+
+Parameters of a single method, and what it refuses, stand in the method's own file (``replaceme.methods``): a class of
+``Settings``, handed to these functions with its ``Limits``.
+"""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self, get_args
+
+from pydantic import BaseModel, ConfigDict
+from pydantic.fields import FieldInfo
 
 Values = Mapping[str, Any]
 
-SELECTIONS = ("angular", "residual", "loss", "influence", "greedy")
-TRANSFORMS = ("dense", "diagonal", "two_vectors", "triangular", "orthogonal", "refit", "joint", "channels")
+Transform = Literal["dense", "diagonal", "two_vectors", "triangular", "orthogonal", "refit", "joint", "channels"]
+TRANSFORMS: tuple[Transform, ...] = get_args(Transform)
 # Those that solve for weights instead of a map.
 NEW_WEIGHTS = ("refit", "joint", "channels")
 
 
-def _of(*methods: str) -> Callable[[Values], bool]:
-    """Return what tells whether the method is one of these."""
-    return lambda values: values["method"] in methods
+@dataclass(frozen=True)
+class Use:
+    """How a method uses a parameter.
+
+    Attributes:
+        stages: the stages whose output it changes.
+        words: of which setting of the method it is a part ("solver adam"); empty where it always has an effect.
+        when: whether it has an effect, with these values of all parameters.
+    """
+
+    stages: tuple[str, ...] = ()
+    words: str = ""
+    when: Callable[[Values], bool] = lambda values: True
 
 
-_iterates = _of("cosine")
+class Settings(BaseModel):
+    """The parameters of one method. Each field is ``Annotated`` with its ``Use``; no other method has one of that name."""
 
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
 
-def without_attention(values: Values) -> bool:
-    return values["method"] == "llm_streamline" and values["llm_streamline_form"] == "mlp"
+    @classmethod
+    def of(cls, params: BaseModel) -> Self:
+        """Return this method's parameters among all."""
+        return cls.model_validate(params.model_extra or {})
 
-
-def _steps(values: Values) -> bool:
-    return _iterates(values) and values["solver"] == "adam"
-
-
-def refits(values: Values) -> bool:
-    return values["transform"] in NEW_WEIGHTS
-
-
-def repairs(values: Values) -> bool:
-    return bool(values["repair"])
-
-
-def heals(values: Values) -> bool:
-    return bool(values["heal_epochs"])
-
-
-# Parameters that not every setting uses: what they belong to, when they have an effect.
-EFFECTS: Mapping[str, tuple[str, Callable[[Values], bool]]] = {
-    "alpha": ("methods lstsq, cosine and ghosted", _of("lstsq", "cosine", "ghosted")),
-    "laco_layers": ("method laco", _of("laco")),
-    "laco_interval": ("method laco", _of("laco")),
-    "laco_threshold": ("method laco", _of("laco")),
-    "linearpatch_form": ("method linearpatch", _of("linearpatch")),
-    "ghosted_weighted": ("method ghosted", _of("ghosted")),
-    "llm_streamline_form": ("method llm_streamline", _of("llm_streamline")),
-    "llm_streamline_learning_rate": ("method llm_streamline", _of("llm_streamline")),
-    "llm_streamline_epochs": ("method llm_streamline", _of("llm_streamline")),
-    "plain": (
-        "methods slicegpt, llm_pruner and (in form mlp) llm_streamline",
-        lambda values: values["method"] in ("slicegpt", "llm_pruner") or without_attention(values),
-    ),
-    "refit_ridge": ("transform refit, joint or channels", refits),
-    "repair_ridge_attention": ("repair", repairs),
-    "repair_ridge_mlp": ("repair", repairs),
-    "heal_learning_rate": ("heal_epochs above 0", heals),
-    "loss": ("method cosine", _iterates),
-    "accurate": ("loss cosine of method cosine", lambda values: _iterates(values) and values["loss"] == "cosine"),
-    "l1_ratio": ("loss elastic_net of method cosine", lambda values: _iterates(values) and values["loss"] == "elastic_net"),
-    "solver": ("method cosine", _iterates),
-    "start": ("method cosine", _iterates),
-    "learning_rate": ("solver adam of method cosine", _steps),
-    "epochs": ("solver adam of method cosine", _steps),
-    "tokens_per_step": ("solver adam of method cosine", _steps),
-    "max_iterations": (
-        "solvers lbfgs, cg and trust_region of method cosine",
-        lambda values: _iterates(values) and values["solver"] != "adam",
-    ),
-}
-
-
-def has_effect(key: str, values: Values) -> bool:
-    """Return whether a parameter changes the result, with all parameters' values."""
-    return key not in EFFECTS or EFFECTS[key][1](values)
-
-
-def without_effect(given: Values, values: Values, defaults: Values) -> list[str]:
-    """Return a sentence for each parameter that was given, isn't at its default, and has no effect."""
-    return [
-        f"{key} belongs to {EFFECTS[key][0]} and is ignored"
-        for key in EFFECTS
-        if key in given and values[key] != defaults[key] and not has_effect(key, values)
-    ]
+    @classmethod
+    def uses(cls) -> dict[str, Use]:
+        """Return how each parameter is used."""
+        return {
+            name: next((each for each in info.metadata if isinstance(each, Use)), Use())
+            for name, info in cls.model_fields.items()
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,22 +58,90 @@ class Limits:
     """The settings that a method takes.
 
     Attributes:
-        words: what it does with what goes, behind "which"; for the sentence that refuses a setting.
+        settings: its own parameters.
+        shared: parameters that it shares with other methods, and how it uses them.
+        words: what it does with what goes, after "which"; for the sentence that refuses a setting.
         transforms: the transforms that it can make of what takes the block's place.
         selections: the criteria, beside its own, by which its cut can be chosen.
         several: whether it can remove several blocks (``num_A``).
-        repairs: whether the kept layers behind can be repaired, and healed, on top of it.
+        repairs: whether the kept layers after the cut can be repaired, and healed, on top of it.
         packed: whether a calibration model with 4-bit weights will do.
         refusals: a sentence for each setting, of all parameters' values, that has no place in it for other reasons.
     """
 
+    settings: type[Settings] = Settings
+    shared: Mapping[str, Use] = field(default_factory=dict)
     words: str = "puts nothing in the block's place"
     transforms: tuple[str, ...] = ("dense",)
-    selections: tuple[str, ...] = SELECTIONS
+    selections: tuple[str, ...] = ()
     several: bool = True
     repairs: bool = True
     packed: bool = True
     refusals: Callable[[Values], list[str]] = lambda values: []
+
+
+Methods = Mapping[str, Limits]
+
+
+def refits(values: Values) -> bool:
+    """Return whether weights are solved for, instead of a map."""
+    return values["transform"] in NEW_WEIGHTS
+
+
+def repairs(values: Values) -> bool:
+    """Return whether the kept layers after the cut are repaired."""
+    return bool(values["repair"])
+
+
+def heals(values: Values) -> bool:
+    """Return whether the result is trained."""
+    return bool(values["heal_epochs"])
+
+
+# What a parameter belongs to, and whether it has an effect.
+Effect = tuple[str, Callable[[Values], bool]]
+# Parameters of no method that not every setting uses.
+EFFECTS: Mapping[str, Effect] = {
+    "refit_ridge": ("transform refit, joint or channels", refits),
+    "repair_ridge_attention": ("repair", repairs),
+    "repair_ridge_mlp": ("repair", repairs),
+    "heal_learning_rate": ("heal_epochs above 0", heals),
+}
+
+
+def effects_of(methods: Methods) -> dict[str, Effect]:
+    """Return the effect of each parameter that not every setting uses: those of the methods, and ``EFFECTS``."""
+    users: dict[str, dict[str, Use]] = {}
+    for name, method in methods.items():
+        for key, use in {**method.shared, **method.settings.uses()}.items():
+            users.setdefault(key, {})[name] = use
+    return {key: _effect(uses) for key, uses in users.items()} | dict(EFFECTS)
+
+
+def _effect(uses: Mapping[str, Use]) -> Effect:
+    def when(values: Values) -> bool:
+        use = uses.get(values["method"])
+        return use is not None and use.when(values)
+
+    if len(uses) == 1:
+        ((name, use),) = uses.items()
+        return (f"{use.words} of method {name}" if use.words else f"method {name}"), when
+    *others, last = (f"{name} (with {use.words})" if use.words else name for name, use in uses.items())
+    return f"methods {', '.join(others)} and {last}", when
+
+
+def without_effect(given: Values, values: Values, defaults: Values, effects: Mapping[str, Effect]) -> list[str]:
+    """Return a sentence for each parameter that was given, isn't at its default, and has no effect."""
+    return [
+        f"{key} belongs to {words} and is ignored"
+        for key, (words, when) in ((key, effects[key]) for key in given if key in effects)
+        if values[key] != defaults[key] and not when(values)
+    ]
+
+
+def own_fields(methods: Methods) -> dict[str, FieldInfo]:
+    """Return the methods' own parameters, by name."""
+    return {name: info for method in methods.values() for name, info in method.settings.model_fields.items()}
 
 
 def refusals(values: Values, method: Limits) -> list[str]:

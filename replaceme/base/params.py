@@ -1,14 +1,14 @@
 """Every parameter, defined once: type, range, default and a sentence of meaning.
 
-Error texts, ``--help`` and docs/parameters.md come from here. The defaults are the published behaviour of ReplaceMe
-(arXiv 2505.02819), so that a published config does what its author meant; our own better settings stand openly in the
-repository's params.yaml. The names are the published ones where such a name exists.
+Parameters of a single method stand in its file. Error texts, ``--help`` and docs/parameters.md come from these definitions. The
+defaults are the published behaviour of ReplaceMe (arXiv 2505.02819), so that a published config does what its author meant; our
+own better settings stand openly in the repository's params.yaml. The names are the published ones where such a name exists.
 """
 
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
@@ -16,7 +16,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import MappingNode
 
-from replaceme.base.combinations import Limits, refusals, without_effect
+from replaceme.base.combinations import Methods, Transform, effects_of, own_fields, refusals, without_effect
 from replaceme.base.errors import ParameterError
 from replaceme.base.progress import logger
 from replaceme.base.published_keys import PUBLISHED_KEYS, translate, without_replaced
@@ -28,17 +28,14 @@ Dtype = Literal["bfloat16", "float16", "float32"]
 
 
 class Params(BaseModel):
-    """One setting of the whole pipeline. Immutable; unknown keys and wrong types are refused."""
+    """One setting of the whole pipeline. Immutable.
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+    The parameters of the methods are its extra fields; each method reads its own (``replaceme.base.combinations.Settings``).
+    """
 
-    method: str = Field(
-        "lstsq",
-        description="What takes the place of what goes. ReplaceMe: lstsq and cosine (a linear map, in closed form or by an "
-        "iterative solver). To compare with: uidl, shortgpt, sleb (nothing), laco (merged weights), prune_and_comp (a scale), "
-        "linearpatch and ghosted (a map of the whole state), llm_streamline (a trained layer); and, where parts of layers go, "
-        "slicegpt (width of the residual stream) and llm_pruner (heads and channels).",
-    )
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True, protected_namespaces=())
+
+    method: str = Field("lstsq", description="What takes the place of what goes; the methods are listed below.")
 
     model_path: str = Field(
         "smollm2-135m-instruct", min_length=1, description="A local model folder, a hub id, or an embedded model's name."
@@ -76,7 +73,7 @@ class Params(BaseModel):
     )
     threads: int = Field(2, ge=1, le=1024, description="Processor threads; another number gives other last bits.")
 
-    selection: Literal["angular", "residual", "loss", "influence", "greedy"] | None = Field(
+    selection: str | None = Field(
         None,
         description="What goes: the block with the smallest angular distance, residual of a linear map in its place, or "
         "next-token loss (of the few with the smallest residuals); or single layers, by their influence (ShortGPT) or greedily "
@@ -102,37 +99,6 @@ class Params(BaseModel):
     num_A: int = Field(1, ge=1, description="Number of blocks, each with a transform and layers_to_skip layers.")
     merge_consecutive: bool = Field(True, description="Merge adjacent blocks into one; matters for num_A above 1.")
 
-    laco_layers: int = Field(7, ge=2, description="Method laco: layers that become one in a merge, at most (published as C).")
-    laco_interval: int = Field(
-        1, ge=1, description="Method laco: how many layers in front of a merge the next one is tried (published as I)."
-    )
-    laco_threshold: float = Field(
-        0.45, ge=-1, le=1,
-        description="Method laco: cosine of last states with the original model's that a merge must leave (published as T); "
-        "lowered by steps of 0.01 until layers_to_skip layers go, so that 1 finds the highest one.",
-    )  # fmt: skip
-
-    linearpatch_form: Literal["hadamard", "diagonal"] = Field(
-        "hadamard",
-        description="Method linearpatch: whether channels are scaled in coordinates turned by a Hadamard matrix (published as "
-        "rotate; d × d parameters), or in the model's own (diagonal, published as diag; d).",
-    )
-    ghosted_weighted: bool = Field(
-        False,
-        description="Method ghosted: every token counts by its relative error (weights 1/‖H‖²); false is the published form.",
-    )
-
-    llm_streamline_form: Literal["layer", "mlp"] = Field(
-        "layer",
-        description="Method llm_streamline: what is trained in the layers' place: the whole layer in front of them, or its MLP "
-        "alone, without an attention.",
-    )
-    llm_streamline_learning_rate: float = Field(
-        2e-4, gt=0, allow_inf_nan=False, description="Method llm_streamline: AdamW's largest step."
-    )
-    llm_streamline_epochs: int = Field(
-        1, ge=1, description="Method llm_streamline: passes over the documents, batch_size of them in a step."
-    )
     plain: bool = Field(
         False,
         description="Give the result the family's own form, where the method can, so that it loads without trust_remote_code: "
@@ -140,7 +106,7 @@ class Params(BaseModel):
         "that stays and adds nothing.",
     )
 
-    transform: Literal["dense", "diagonal", "two_vectors", "triangular", "orthogonal", "refit", "joint", "channels"] = Field(
+    transform: Transform = Field(
         "dense",
         description="What takes the block's place: a linear map on the host's MLP output (d × d), orthogonal folding where "
         "a norm follows the MLP; or refit, which solves for all weights of the linear that ends the host's MLP, or joint, for "
@@ -153,27 +119,6 @@ class Params(BaseModel):
         "of refit, joint, channels and ghosted_weighted with weights of mean 1; with method ghosted, M is the whole state); "
         "for loss cosine in units of that loss, summed over tokens.",
     )  # fmt: skip
-    loss: Literal["cosine", "mse", "elastic_net"] = Field(
-        "cosine",
-        description="What method cosine minimises: 1 − cosine, the squared error, or that with an L1 penalty on the map.",
-    )
-    accurate: bool = Field(
-        False,
-        description="Loss cosine compares M T + Z with H; false compares M T with H − Z, which takes two thirds of the disk.",
-    )
-    l1_ratio: float = Field(
-        0.5, ge=0, le=1, description="Loss elastic_net: the L1 penalty's share of alpha; the rest is half a ridge."
-    )
-    solver: Literal["adam", "lbfgs", "cg", "trust_region"] = Field(
-        "adam", description="Iterative solver of method cosine: Adam by minibatches, or one of scipy's on all tokens."
-    )
-    start: Literal["closed_form", "identity"] = Field(
-        "closed_form", description="Where method cosine starts: the least-squares map, or the identity (the published preset)."
-    )
-    learning_rate: float = Field(1e-4, gt=0, allow_inf_nan=False, description="Solver adam: its step.")
-    epochs: int = Field(10, ge=1, description="Solver adam: passes over the tokens at most.")
-    tokens_per_step: int = Field(1024, ge=1, description="Solver adam: tokens of a minibatch.")
-    max_iterations: int = Field(500, ge=1, description="Solvers lbfgs, cg and trust_region: iterations at most.")
 
     refit_ridge: float = Field(
         0.3, gt=0, allow_inf_nan=False,
@@ -217,14 +162,15 @@ class Params(BaseModel):
 def read_params(
     path: Path | None = None,
     overrides: Mapping[str, Any] | None = None,
-    methods: Mapping[str, Limits] | None = None,
+    methods: Methods | None = None,
 ) -> Params:
     """Read and validate a YAML 1.2 file of parameters.
 
     Args:
         path: the file; None takes the defaults.
         overrides: values that win over the file's, as the command line gives them.
-        methods: the methods that ``method`` may name; None leaves it unchecked (stages that don't use it).
+        methods: the methods that ``method`` may name. Their parameters are checked and get their defaults, and unknown keys are
+            refused. None checks neither, for a stage that asks no method: the first stage has checked everything.
 
     Raises:
         ParameterError: naming every problem at once.
@@ -240,18 +186,21 @@ def read_params(
         problems += [f"{origin}: {problem}" for problem in refused]
         for note in notes:
             logger.info("%s: %s", origin, note)
-    params = None
-    found = []
-    try:
-        params = Params.model_validate(values)
-    except ValidationError as invalid:
-        found = [_sentence(problem) for problem in invalid.errors()]
-    if params:
-        if methods and params.method in methods:
-            found += refusals(params.model_dump(), methods[params.method])
-        for sentence in without_effect(values, params.model_dump(), Params().model_dump()):
-            logger.info(sentence)
-    for problem in found + _unknown_method(values, methods):
+    found: list[str] = []
+    params = _validated(Params, values, found)
+    if methods is not None:
+        for method in methods.values():
+            if own := _validated(method.settings, values, found):
+                values |= own.model_dump()
+        found += _unknown_keys(values, methods) + _unknown_selection(values, methods) + _unknown_method(values, methods)
+        if params and not found:
+            params = Params.model_validate(values)
+            everything = params.model_dump()
+            found = refusals(everything, methods[params.method])
+            defaults = {name: info.default for name, info in {**Params.model_fields, **own_fields(methods)}.items()}
+            for sentence in without_effect(origins, everything, defaults, effects_of(methods)):
+                logger.info(sentence)
+    for problem in found:
         problems.append(f"{origins.get(problem.split(':')[0], COMMAND_LINE)}: {problem}")
     if problems or params is None:
         raise ParameterError(list(dict.fromkeys(problems)))
@@ -311,13 +260,22 @@ def _duplicates(yaml: YAML, text: str, path: Path) -> list[str]:
     return problems
 
 
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def _validated(model: type[Model], values: Mapping[str, Any], found: list[str]) -> Model | None:
+    """Return the parameters of a model, or None, with a sentence for each problem in ``found``."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as invalid:
+        found += [_sentence(problem) for problem in invalid.errors()]
+    return None
+
+
 def _sentence(problem: ErrorDetails) -> str:
     """Say a pydantic error in one sentence: the key, what is wrong, what would be right."""
     key, kind, given = str(problem["loc"][0]), problem["type"], problem["input"]
     limits = problem.get("ctx", {})
-    if kind == "extra_forbidden":
-        hint = nearest(key, [*Params.model_fields, *PUBLISHED_KEYS])
-        return f"{key}: is not a parameter{hint}; docs/parameters.md lists them."
     wanted = {
         "int_type": "a whole number",
         "int_from_float": "a whole number",
@@ -336,37 +294,26 @@ def _sentence(problem: ErrorDetails) -> str:
     return f"{key}: must be {wanted}, not {shown}."
 
 
-def _unknown_method(raw: Mapping[str, Any], methods: Iterable[str] | None) -> list[str]:
-    method = raw.get("method", "lstsq")
-    if methods is None or not isinstance(method, str) or method in set(methods):
+def _unknown_keys(values: Mapping[str, Any], methods: Methods) -> list[str]:
+    known = {**Params.model_fields, **own_fields(methods)}
+    return [
+        f"{key}: is not a parameter{nearest(key, [*known, *PUBLISHED_KEYS])}; docs/parameters.md lists them."
+        for key in values
+        if key not in known
+    ]
+
+
+def _unknown_selection(values: Mapping[str, Any], methods: Methods) -> list[str]:
+    known = list(dict.fromkeys(name for method in methods.values() for name in method.selections))
+    selection = values.get("selection")
+    if not isinstance(selection, str) or selection in known:
+        return []
+    return [f"selection: '{selection}' is not a criterion{nearest(selection, known)}; use null or one of {', '.join(known)}."]
+
+
+def _unknown_method(values: Mapping[str, Any], methods: Methods) -> list[str]:
+    method = values.get("method", "lstsq")
+    if not isinstance(method, str) or method in methods:
         return []
     known = sorted(methods)
     return [f"method: '{method}' is not a method{nearest(method, known)}; use one of {', '.join(known)}."]
-
-
-def reference() -> str:
-    """Return docs/parameters.md: one table row a parameter, made from the definitions above."""
-    rows = ["| key | default | meaning |", "| --- | --- | --- |"]
-    for name, field in Params.model_fields.items():
-        default = (
-            "null"
-            if field.default is None
-            else str(field.default).lower()
-            if isinstance(field.default, bool)
-            else field.default
-        )
-        if isinstance(default, tuple):
-            default = ", ".join(task.name for task in default)
-        rows.append(f"| `{name}` | {default} | {field.description} |")
-    published = ", ".join(f"`{key}`" for key in PUBLISHED_KEYS)
-    return (
-        "# Parameters\n\n"
-        "Made from `replaceme/base/params.py` by `python -m replaceme.base.params`. The defaults are the published behaviour; "
-        "the repository's `params.yaml` states other values where we found better ones.\n\n"
-        + "\n".join(rows)
-        + f"\n\nThe published program's other keys are accepted too, and mapped or reported as ignored: {published}.\n"
-    )
-
-
-if __name__ == "__main__":
-    print(reference(), end="")

@@ -5,11 +5,11 @@ imports.
 """
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
-from replaceme.base.combinations import EFFECTS, Limits
+from replaceme.base.combinations import Methods
 from replaceme.base.cost import COMPRESSION, recorded
 from replaceme.base.entry import PARAMS_FILE, run
 from replaceme.base.errors import ParameterError
@@ -19,14 +19,6 @@ from replaceme.base.workspace import Workspace
 # Parameters of every pass over the calibration text, and of every scoring.
 PASS = ("batch_size", "dtype", "device", "device_map", "threads", "use_4bit", "trust_remote_code")
 SCORING = ("tasks", "eval_tokens", "eval_batch_size", "eval_dtype", "device", "device_map", "threads", "trust_remote_code")
-
-MERGING = tuple(name for name in EFFECTS if name.startswith("laco_"))
-TRAINING = (*(name for name in EFFECTS if name.startswith("llm_streamline_")), "plain")
-REPAIRING = tuple(name for name in EFFECTS if name.startswith("repair_"))
-HEALING = ("heal_epochs", *(name for name in EFFECTS if name.startswith("heal_")))
-SOLVING = tuple(name for name in EFFECTS if name not in MERGING + TRAINING + REPAIRING + HEALING)
-# All that a result can hang on.
-ALL = tuple(name for name in Params.model_fields if name not in ("save_path", "save_transform_only"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +47,7 @@ class Stage:
     metrics: tuple[str, ...] = ()
     figures: tuple[str, ...] = ()
     costs: tuple[str, ...] = ()
-    methods: Mapping[str, Limits] | None = None
+    methods: Methods | None = None
 
 
 def run_stage(stage: Stage) -> None:

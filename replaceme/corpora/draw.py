@@ -4,18 +4,23 @@ Every document starts as the tokenizer starts a text, with one BOS where it has 
 BOS of its own. Padding isn't stored, and documents that are empty after tokenization are counted.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from replaceme.base.documents import Documents
 from replaceme.base.errors import DatasetError
 from replaceme.base.progress import progress
 from replaceme.corpora.corpus import Corpus
 from replaceme.corpora.tokenization import encode, encode_in_chunks, start_of_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SEPARATOR = "\n\n"
 

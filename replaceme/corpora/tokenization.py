@@ -1,11 +1,15 @@
 """Text and chats to token ids, with the start of a text kept apart, so that it stands once in every document."""
 
-from collections.abc import Iterator
+from __future__ import annotations
 
-from transformers import PreTrainedTokenizerBase
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from replaceme.base.errors import DatasetError
 from replaceme.corpora.corpus import Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CHUNK_CHARACTERS = 1 << 20
 

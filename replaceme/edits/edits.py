@@ -33,11 +33,13 @@ On disk: ``edits.json`` (title, layers, mixtures, and shapes) and ``edits.safete
 float32; ``kept.<layer>.<linear>``, a bool for each group).
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -45,7 +47,9 @@ from torch import Tensor
 
 from replaceme.base.errors import SolveError
 from replaceme.base.files import read_json, write_json
-from replaceme.models.families import Linear
+
+if TYPE_CHECKING:
+    from replaceme.models.families import Linear
 
 # How far from orthogonal, in the largest entry of QᵀQ − I, rounding can take a map.
 ORTHOGONAL = 1e-6
@@ -232,7 +236,7 @@ class Edits:
         write_json(folder / "edits.json", content)
 
     @classmethod
-    def load(cls, folder: Path) -> "Edits":
+    def load(cls, folder: Path) -> Edits:
         """Read what ``save`` wrote."""
         content = read_json(folder / "edits.json")
         tensors = load_file(folder / "edits.safetensors")

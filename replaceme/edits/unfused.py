@@ -17,11 +17,10 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from replaceme.edits.channels import assembled
 from replaceme.edits.edits import Change, Edits, behind_norm, features_of
-from replaceme.models.families import Family, Linear, in_torch_layout, inputs_of, linears_within
+from replaceme.models.families import Family, Linear, in_torch_layout, inputs_of, is_conv1d, linears_within
 from replaceme.models.layers import passed_by, silent
 
 
@@ -82,7 +81,7 @@ def _standing_in(layer: nn.Module, name: str, value: Tensor) -> Iterator[None]:
     parameter.data = in_torch_layout(layer, name, value).to(own, copy=True).contiguous()
     try:
         # The one linear that asks for its number of outputs.
-        with mock.patch.object(owner, "nf", parameter.shape[-1]) if isinstance(owner, Conv1D) else nullcontext():
+        with mock.patch.object(owner, "nf", parameter.shape[-1]) if is_conv1d(owner) else nullcontext():
             yield
     finally:
         parameter.data = own

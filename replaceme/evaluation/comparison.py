@@ -14,7 +14,6 @@ from itertools import count, takewhile
 from typing import Any
 
 import torch
-from scipy.stats import binomtest, ttest_1samp
 from torch import Tensor
 
 from replaceme.base.files import read_json
@@ -135,6 +134,8 @@ def paired_p_value(before: Tensor, after: Tensor) -> float:
         before: (items,) one model's score of each item; at least two.
         after: (items,) the other's.
     """
+    from scipy.stats import binomtest
+
     change = after - before
     if ((before == 0) | (before == 1)).all() and ((after == 0) | (after == 1)).all():
         better, worse = int((change > 0).sum()), int((change < 0).sum())
@@ -143,6 +144,8 @@ def paired_p_value(before: Tensor, after: Tensor) -> float:
 
 
 def _t_p_value(change: Tensor) -> float:
+    from scipy.stats import ttest_1samp
+
     if not float(change.std()):  # every item changed alike
         return float(not change.any())
     return float(ttest_1samp(change.numpy(), 0).pvalue)

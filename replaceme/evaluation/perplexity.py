@@ -6,19 +6,23 @@ bytes)`` over the same text, so that models with different tokenizers compare. T
 the windows' means (a ratio estimate, first order).
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedTokenizerBase
 
 from replaceme.base.errors import DatasetError
 from replaceme.base.progress import progress
 from replaceme.corpora.tokenization import encode_in_chunks, start_of_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 WINDOW = 1024
 LARGEST_EXPONENT = 700.0

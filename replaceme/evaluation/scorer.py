@@ -5,21 +5,25 @@ for nothing but the tokens that are scored, and no request is scored twice. Batc
 longest first, so that no padding enters an attention; continuations are padded behind the text.
 """
 
+from __future__ import annotations
+
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lm_eval.api.model import TemplateLM
 from torch.nn.functional import log_softmax
-from transformers import PreTrainedTokenizerBase
 
 from replaceme.base.errors import DatasetError, ModelError
 from replaceme.base.progress import progress
 from replaceme.evaluation.kv_cache import filled_cache, going_on, shares_contexts
 from replaceme.evaluation.perplexity import WINDOW
 from replaceme.evaluation.requests import Encodings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Request = tuple[tuple[str, str], list[int], list[int]]
 Ids = tuple[int, ...]

@@ -11,11 +11,12 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.repocard import metadata_load
 
 from replaceme import __version__
-from replaceme.base.combinations import EFFECTS, NEW_WEIGHTS, has_effect
+from replaceme.base.combinations import NEW_WEIGHTS
 from replaceme.base.params import Params
 from replaceme.base.progress import logger
 from replaceme.base.settings import settings_yaml
 from replaceme.edits.edits import Edits
+from replaceme.methods.registry import EFFECTS, FIELDS, has_effect
 from replaceme.models.families import Linear
 from replaceme.models.model import CARD, Model
 from replaceme.models.own_form import FILE
@@ -166,7 +167,7 @@ def _reproduction(params: Params, source: Model, scored: bool) -> list[str]:
     keys = [
         key
         for key in (*SETTINGS, *(SCORING if scored else ()))
-        if has_effect(key, values) and (values[key] is not None or Params.model_fields[key].default is not None)
+        if has_effect(key, values) and (values[key] is not None or FIELDS[key].default is not None)
     ]
     return [
         f"With replaceme-dvc {__version__}, save these settings as `settings.yaml` (a local file or folder stands there by its "

@@ -7,56 +7,100 @@ scaled at the end by the least-squares factor ``tr(TᵀMᵀY) / tr(TᵀMᵀM T)`
 ``α(ρ‖T‖₁ + (1 − ρ)/2 ‖T‖²)``. Only the cosine reads tokens; the squared errors need the sums alone.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
-from torch import Tensor
+from pydantic import Field
 
-from replaceme.base.combinations import TRANSFORMS, Values
-from replaceme.base.compute import resolve_device
+from replaceme.base.combinations import TRANSFORMS, Settings, Use, Values
 from replaceme.base.params import Params
 from replaceme.base.plan import Block
 from replaceme.base.progress import logger
-from replaceme.edits.edits import Edits
 from replaceme.methods.method import Method, Solved, Statistics
-from replaceme.observers.shards import StoredShards
-from replaceme.solvers.closed_forms import STRUCTURES, closed_form, structure_words
-from replaceme.solvers.minimisers import Budget, Minimum, minimise
-from replaceme.solvers.objectives import CosineLoss, Problem, SquaredError
-from replaceme.solvers.quality import fit_quality, ridge_figures
-from replaceme.solvers.structures import parametrisation
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from replaceme.models.families import Family
+    from replaceme.solvers.minimisers import Budget, Minimum
+    from replaceme.solvers.objectives import Problem
 
 LOSSES = {"cosine": "cosine", "mse": "squared error", "elastic_net": "elastic net"}
 
 # In units of the mean diagonal of MᵀM.
 START_RIDGE = 1e-6
 
-Sums = Mapping[str, Tensor]
+Sums = Mapping[str, "Tensor"]
+
+
+_STAGES = ("solve", "repair")
+_PLANNED = Use(("plan", *_STAGES))
+_SOLVED = Use(_STAGES)
+_COSINE = Use(("plan", *_STAGES), "loss cosine", lambda values: values["loss"] == "cosine")
+_ELASTIC_NET = Use(_STAGES, "loss elastic_net", lambda values: values["loss"] == "elastic_net")
+_ADAM = Use(_STAGES, "solver adam", lambda values: values["solver"] == "adam")
+_OTHERS = Use(_STAGES, "solvers lbfgs, cg and trust_region", lambda values: values["solver"] != "adam")
+
+
+class Objective(Settings):
+    """Parameters of the objective and of its solver."""
+
+    loss: Annotated[Literal["cosine", "mse", "elastic_net"], _PLANNED] = Field(
+        "cosine", description="What is minimised: 1 − cosine, the squared error, or that with an L1 penalty on the map."
+    )
+    accurate: Annotated[bool, _COSINE] = Field(
+        False,
+        description="Loss cosine compares M T + Z with H; false compares M T with H − Z, which takes two thirds of the disk.",
+    )
+    l1_ratio: Annotated[float, _ELASTIC_NET] = Field(
+        0.5, ge=0, le=1, description="Loss elastic_net: the L1 penalty's share of alpha; the rest is half a ridge."
+    )
+    solver: Annotated[Literal["adam", "lbfgs", "cg", "trust_region"], _SOLVED] = Field(
+        "adam", description="The iterative solver: Adam by minibatches, or one of scipy's on all tokens."
+    )
+    start: Annotated[Literal["closed_form", "identity"], _SOLVED] = Field(
+        "closed_form", description="Where it starts: at the least-squares map, or at the identity (the published preset)."
+    )
+    learning_rate: Annotated[float, _ADAM] = Field(1e-4, gt=0, allow_inf_nan=False, description="Solver adam: its step.")
+    epochs: Annotated[int, _ADAM] = Field(10, ge=1, description="Solver adam: passes over the tokens at most.")
+    tokens_per_step: Annotated[int, _ADAM] = Field(1024, ge=1, description="Solver adam: tokens of a minibatch.")
+    max_iterations: Annotated[int, _OTHERS] = Field(
+        500, ge=1, description="Solvers lbfgs, cg and trust_region: iterations at most."
+    )
 
 
 def statistics(params: Params) -> tuple[str, ...]:
     """Return what the objective needs: single tokens for the cosine alone."""
-    if params.loss != "cosine":
+    own = Objective.of(params)
+    if own.loss != "cosine":
         return ("gram", "sample")
-    return ("gram", "sample", _tokens(params))
+    return ("gram", "sample", _tokens(own))
 
 
 def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
     """Return the transform, how well it fits, and how the solver came there."""
+    import torch
+
+    from replaceme.edits.edits import Edits
+    from replaceme.solvers.minimisers import minimise
+    from replaceme.solvers.quality import fit_quality, ridge_figures
+
+    own = Objective.of(params)
     sums, sample = statistics("gram"), statistics("sample")
     problem = problem_of(params, sums, statistics)
     start = problem.structure.start(_start(params, sums).to(problem.prior))
-    found = minimise(problem, start, params.solver, _budget(params))
+    found = minimise(problem, start, own.solver, _budget(own))
     transform = problem.structure.build(found.x).cpu()
     fit = _solver_figures(found)
-    if _is_fast(params):
+    if _is_fast(own):
         fit["rescaled_by"] = least_squares_scale(transform, sums)
         transform = transform * fit["rescaled_by"]
     fit |= fit_quality(transform, sums, sample)
-    if params.loss == "mse":
+    if own.loss == "mse":
         fit |= ridge_figures(torch.linalg.eigvalsh(sums["gram"]), params.alpha)
-    _report(params, block.host, fit)
+    _report(own, block.host, fit)
     edits = Edits(f"ReplaceMe ({_words(params)})", [], {block.host: transform})
     return Solved(edits, fit, loss_curve=list(found.curve.items()))
 
@@ -69,18 +113,27 @@ def problem_of(params: Params, sums: Sums, statistic: Statistics) -> Problem:
         sums: the statistic ``gram``.
         statistic: the block's statistics by name; asked for tokens alone.
     """
+    import torch
+
+    from replaceme.base.compute import resolve_device
+    from replaceme.observers.shards import StoredShards
+    from replaceme.solvers.closed_forms import STRUCTURES
+    from replaceme.solvers.objectives import CosineLoss, Problem, SquaredError
+    from replaceme.solvers.structures import parametrisation
+
+    own = Objective.of(params)
     device, width = resolve_device(params.device), len(sums["gram"])
-    to_identity = _is_fast(params) or params.transform == "two_vectors"
+    to_identity = _is_fast(own) or params.transform == "two_vectors"
     prior = torch.eye(width, dtype=torch.float64, device=device) * float(to_identity)
     structure = parametrisation(STRUCTURES[params.transform], width, device)
-    if params.loss == "cosine":
-        shards = StoredShards(statistic(_tokens(params))["counts"], statistic)
+    if own.loss == "cosine":
+        shards = StoredShards(statistic(_tokens(own))["counts"], statistic)
         # Minibatches are noisier than float32; a line search is not.
-        dtype = torch.float32 if params.solver == "adam" else torch.float64
+        dtype = torch.float32 if own.solver == "adam" else torch.float64
         return Problem(CosineLoss(shards, device, dtype), structure, prior, params.alpha)
-    if params.loss == "mse":
+    if own.loss == "mse":
         return Problem(SquaredError(sums, device), structure, prior, params.alpha)
-    ridge, lasso = params.alpha * (1 - params.l1_ratio) / 2, params.alpha * params.l1_ratio
+    ridge, lasso = params.alpha * (1 - own.l1_ratio) / 2, params.alpha * own.l1_ratio
     return Problem(SquaredError(sums, device), structure, prior, ridge, lasso)
 
 
@@ -90,28 +143,38 @@ def least_squares_scale(transform: Tensor, sums: Sums) -> float:
 
 
 def _start(params: Params, sums: Sums) -> Tensor:
-    if params.start == "identity":
+    import torch
+
+    from replaceme.solvers.closed_forms import STRUCTURES, closed_form
+
+    own = Objective.of(params)
+    if own.start == "identity":
         return torch.eye(len(sums["gram"]), dtype=torch.float64)
     # The cosine's α has the units of that loss: as a ridge on MᵀM it would be felt by nothing, or ruin the start.
-    alpha = START_RIDGE * float(sums["gram"].diagonal().mean()) if params.loss == "cosine" else params.alpha
+    alpha = START_RIDGE * float(sums["gram"].diagonal().mean()) if own.loss == "cosine" else params.alpha
     return closed_form(sums["gram"], sums["cross"], alpha, STRUCTURES[params.transform])
 
 
-def _budget(params: Params) -> Budget:
-    return Budget(params.learning_rate, params.epochs, params.tokens_per_step, params.max_iterations)
+def _budget(own: Objective) -> Budget:
+    from replaceme.solvers.minimisers import Budget
+
+    return Budget(own.learning_rate, own.epochs, own.tokens_per_step, own.max_iterations)
 
 
-def _is_fast(params: Params) -> bool:
-    return params.loss == "cosine" and not params.accurate
+def _is_fast(own: Objective) -> bool:
+    return own.loss == "cosine" and not own.accurate
 
 
-def _tokens(params: Params) -> str:
-    return "tokens_accurate" if params.accurate else "tokens"
+def _tokens(own: Objective) -> str:
+    return "tokens_accurate" if own.accurate else "tokens"
 
 
 def _words(params: Params) -> str:
-    form = ", accurate" if params.loss == "cosine" and params.accurate else ""
-    return f"{LOSSES[params.loss]}{form}{structure_words(params.transform)}, {params.solver}"
+    from replaceme.solvers.closed_forms import structure_words
+
+    own = Objective.of(params)
+    form = ", accurate" if own.loss == "cosine" and own.accurate else ""
+    return f"{LOSSES[own.loss]}{form}{structure_words(params.transform)}, {own.solver}"
 
 
 def _solver_figures(found: Minimum) -> dict[str, Any]:
@@ -123,17 +186,17 @@ def _solver_figures(found: Minimum) -> dict[str, Any]:
     }
 
 
-def _report(params: Params, host: int, fit: Mapping[str, Any]) -> None:
+def _report(own: Objective, host: int, fit: Mapping[str, Any]) -> None:
     logger.info(
         "solve: host %d, %d tokens, loss %.6g to %.6g in %d iterations of %s, relative residual %.4f (%.4f with nothing in the "
         "block's place), mean cosine %.4f",
-        host, fit["tokens"], fit["loss_start"], fit["loss_end"], fit["iterations"], params.solver, fit["relative_residual"],
+        host, fit["tokens"], fit["loss_start"], fit["loss_end"], fit["iterations"], own.solver, fit["relative_residual"],
         fit["relative_residual_removed"], fit["mean_cosine"],
     )  # fmt: skip
     if not fit["converged"] and fit["iterations"]:
-        key = "epochs" if params.solver == "adam" else "max_iterations"
-        advice = " or change learning_rate" if params.solver == "adam" else ""
-        logger.warning("%s: %s did not come to rest within %d; raise it%s", key, params.solver, getattr(params, key), advice)
+        key = "epochs" if own.solver == "adam" else "max_iterations"
+        advice = " or change learning_rate" if own.solver == "adam" else ""
+        logger.warning("%s: %s did not come to rest within %d; raise it%s", key, own.solver, getattr(own, key), advice)
 
 
 def refusals(values: Values) -> list[str]:
@@ -157,11 +220,24 @@ def refusals(values: Values) -> list[str]:
     return problems
 
 
+def refuses(values: Values, kind: str, family: Family) -> list[str]:
+    """Refuse a family whose MLP ends in a norm, through which only an orthogonal map folds."""
+    if family.norm_after_mlp:
+        return [
+            f"method: cosine makes maps that do not fold into the norm after the MLP of the family '{kind}'; use lstsq with "
+            "transform: orthogonal."
+        ]
+    return []
+
+
 METHOD = Method(
+    settings=Objective,
+    shared={"alpha": Use(("solve", "repair"))},
     stand_in=lambda params: "map",
     statistics=statistics,
     solve=solve,
     words="fits what takes the block's place",
     transforms=TRANSFORMS,
     refusals=refusals,
+    refuses=refuses,
 )

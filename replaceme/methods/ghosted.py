@@ -7,40 +7,60 @@ with w = 1/‖H‖² every token counts by its relative error, so that a few of 
 (``replaceme.methods.lstsq``) maps what the host's MLP adds alone; this maps everything, and costs d² parameters.
 """
 
-import torch
+from __future__ import annotations
 
+from typing import Annotated
+
+from pydantic import Field
+
+from replaceme.base.combinations import Settings, Use
 from replaceme.base.params import Params
 from replaceme.base.plan import Block
 from replaceme.base.progress import logger
-from replaceme.edits.edits import Edits
 from replaceme.methods.method import Method, Solved, Statistics
 from replaceme.selection.criteria import MEAN_COSINE
-from replaceme.solvers.quality import operator_quality, ridge_figures, ridge_path
-from replaceme.solvers.ridge import solve_ridge
+
+
+class Weighting(Settings):
+    """Parameters of Ghosted Layers."""
+
+    ghosted_weighted: Annotated[bool, Use(("plan", "solve", "repair"))] = Field(
+        False,
+        description="Every token counts by its relative error (weights 1/‖H‖²); false is the published form.",
+    )
 
 
 def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
-    """Return the operator behind the host, and how well it fits."""
+    """Return the operator on the state after the host, and how well it fits."""
+    import torch
+
+    from replaceme.edits.edits import Edits
+    from replaceme.solvers.quality import operator_quality, ridge_figures, ridge_path
+    from replaceme.solvers.ridge import solve_ridge
+
+    weighted = Weighting.of(params).ghosted_weighted
     sums, sample = statistics(_stream(params)), statistics("sample")
     solution = solve_ridge(sums["gram"], sums["cross"], params.alpha)
     W = solution.transform + torch.eye(len(solution.transform), dtype=torch.float64)
-    kind = "weighted" if params.ghosted_weighted else "relative"
-    fit = operator_quality(W, sums, sample, weighted=params.ghosted_weighted)
+    kind = "weighted" if weighted else "relative"
+    fit = operator_quality(W, sums, sample, weighted=weighted)
     fit |= ridge_figures(solution.eigenvalues, params.alpha)
     logger.info(
         "solve: host %d, %d tokens, %s residual %.4f (%.4f with nothing in the block's place), mean cosine %.4f",
         block.host, fit["tokens"], kind, fit[f"{kind}_residual"], fit[f"{kind}_residual_removed"], fit["mean_cosine"],
     )  # fmt: skip
     path = ridge_path(solution, float(sums["gap_squares"]), float(sums["output_squares"]))
-    title = f"Ghosted Layers{' (weighted)' if params.ghosted_weighted else ''}"
+    title = f"Ghosted Layers{' (weighted)' if weighted else ''}"
     return Solved(Edits(title, [], operators={block.host: W}), fit, path)
 
 
 def _stream(params: Params) -> str:
-    return "stream_weighted" if params.ghosted_weighted else "stream"
+    return "stream_weighted" if Weighting.of(params).ghosted_weighted else "stream"
 
 
 METHOD = Method(
+    settings=Weighting,
+    shared={"alpha": Use(("solve", "repair"))},
     stand_in=lambda params: "map",
     statistics=lambda params: (_stream(params), "sample"),
     solve=solve,

@@ -27,8 +27,6 @@ from replaceme.models.layers import gradients_for
 
 # The texts of the backward pass (section 4.1), and the seed of their choice.
 CROPS, LENGTH, SEED = 10, 64, 0
-# In how many layers in front nothing goes, and before how many at the end (the published 4 to 30 of 32).
-FIRST, LAST = 4, 2
 
 Importance = Mapping[tuple[int, Linear], Tensor]
 

@@ -1,272 +1,77 @@
-"""Layers merged into the one in front of them, as long as the model's last states stay alike (LaCo, arXiv 2402.11187).
+"""LaCo (arXiv 2402.11187): merge layers into the one in front of them, chosen and merged at once.
 
-From the back to the front, a layer l takes in the m layers behind it, which then go: each of its linears becomes
-
-    θ*_l = θ_l + Σ_{k=1..m} (θ_{l+k} − θ_l) = (1 − m) θ_l + Σ_{k=1..m} θ_{l+k},     m = min(C − 1, last − l)
-
-and its norms stay. The merge counts where the mean over a few texts of the cosine between the model's last states, all tokens
-as one vector, and the original's is above a threshold T; then l goes down by an interval I, else by one. (As published, an l
-that has passed the new last layer goes back in front of it. It never has: l goes down with every merge.) Since the layers of a
-merge can have taken in others before, what a layer becomes is kept as coefficients of original layers: whole numbers of sum 1.
-
-The last states are those behind the final norm, as in the published program (transformers' ``hidden_states[-1]``): what the
-head reads, and where all tokens are about as long; in front of it a few tokens of huge norm can be all that the cosine sees.
-
-``layers_to_skip`` layers go: no merge takes in more than are left, and T is lowered until so many go. What stands in front of l
-is the original model, whatever was merged behind: a candidate costs the layers from l on, and one that comes up again nothing.
+The merges are ``replaceme.selection.collapse``; this file says where they are tried.
 """
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from functools import partial
-from itertools import chain
-from pathlib import Path
-from statistics import fmean
-from typing import Any
+from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Annotated, Any
 
-from replaceme.base.documents import Batch, Documents
-from replaceme.base.errors import ModelError, ParameterError
+from pydantic import Field
+
+from replaceme.base.combinations import Settings, Use, Values
+from replaceme.base.errors import ParameterError
 from replaceme.base.params import Params
 from replaceme.base.plan import Block
-from replaceme.base.progress import logger, progress
-from replaceme.base.scratch import scratch
-from replaceme.edits.edits import Edits
-from replaceme.edits.unfused import unfused
+from replaceme.base.progress import logger
 from replaceme.methods.method import Method, drop
-from replaceme.models.families import Family, decoder_of, linear_parameters, parameter_of
-from replaceme.observers.walk import Keep, Start, begun_at, walk
 from replaceme.selection.criteria import Choice, Criterion
 
-# The texts and the tokens of each (the paper takes a few sentences), the seed that picks them, and the step of the threshold.
-TEXTS, LENGTH, SEED, STEP = 10, 64, 0, 0.01
-
-# For each layer that is left, the parts of its own linears and of those that it has taken in, in the original order.
-Layers = tuple[tuple[int, ...], ...]
+if TYPE_CHECKING:
+    from replaceme.models.families import Family
+    from replaceme.selection.collapse import Way
 
 
-@dataclass(frozen=True)
-class Way:
-    """Where merges are tried.
+class Merging(Settings):
+    """Parameters of LaCo."""
 
-    Attributes:
-        first: the first layer that may take in others (L).
-        end: the layer behind the last one that may go (H).
-        size: layers merged at once (C).
-        interval: how far the next merge is from one that counts (I).
-        count: how many layers go.
-    """
-
-    first: int
-    end: int
-    size: int
-    interval: int
-    count: int
-
-
-def merged(layers: Layers, place: int, count: int) -> Layers:
-    """Return the layers where that at ``place`` has taken in the ``count`` behind it."""
-    own, others = layers[place], layers[place + 1 : place + 1 + count]
-    return (*layers[:place], (*((1 - count) * part for part in own), *chain(*others)), *layers[place + 1 + count :])
-
-
-def blocks_of(layers: Layers) -> list[Block]:
-    """Return what goes, and what its hosts become."""
-    blocks, host = [], 0
-    for parts in layers:
-        if len(parts) > 1:
-            blocks.append(Block(host + 1, host + len(parts), parts))
-        host += len(parts)
-    return blocks
-
-
-def collapse(
-    total: int, way: Way, threshold: float, similarity: Callable[[Layers, int], float]
-) -> tuple[Layers, dict[int, float]]:
-    """Merge layers with one threshold.
-
-    Args:
-        total: the number of layers.
-        way: where merges are tried.
-        threshold: T.
-        similarity: tells how alike the last states are, with these layers; and where the last merge is.
-
-    Returns:
-        The layers, fewer by ``way.count`` at most, and the similarity behind each merge by its place, in order.
-    """
-    layers: Layers = ((1,),) * total
-    end, left, found = way.end, way.count, {}
-    # A merge of all that is to go is the largest that there is.
-    place = end - min(way.size, left + 1)
-    while left and place >= way.first:
-        count = min(way.size - 1, end - 1 - place, left)
-        candidate = merged(layers, place, count)
-        alike = similarity(candidate, place)
-        if alike > threshold:
-            layers, found[place] = candidate, alike
-            end, left, place = end - count, left - count, place - way.interval
-        else:
-            place -= 1
-    return layers, found
-
-
-def most(total: int, way: Way) -> int:
-    """Return how many layers go where every merge counts."""
-    return total - len(collapse(total, way, 0.0, lambda *_: 1.0)[0])
-
-
-def collapse_all(
-    total: int, way: Way, threshold: float, similarity: Callable[[Layers, int], float]
-) -> tuple[Layers, dict[int, float], float]:
-    """Merge layers until ``way.count`` are gone, with the highest of the thresholds T, T − 0.01, … at which they go.
-
-    Returns:
-        As ``collapse``, and the threshold.
-
-    Raises:
-        ParameterError: the similarities aren't finite, so that not even the lowest threshold is passed.
-    """
-    known: dict[Layers, float] = {}
-
-    def measured(layers: Layers, place: int) -> float:
-        if layers not in known:
-            known[layers] = similarity(layers, place)
-        return known[layers]
-
-    # Down to where every merge counts, of any cosine.
-    thresholds = (round(threshold - STEP * number, 6) for number in range(round((threshold + 1) / STEP) + 2))
-    for lowered in progress(thresholds, "merging layers", "thresholds"):
-        layers, found = collapse(total, way, lowered, measured)
-        if total - len(layers) == way.count:
-            return layers, found, lowered
-    raise ParameterError("dtype: the merged models overflow; use bfloat16 or float32.")
-
-
-def collapsed_blocks(
-    model: Any,
-    family: Family,
-    documents: Documents,
-    way: Way,
-    threshold: float,
-    *,
-    batch_size: int,
-    folder: Path | None = None,
-) -> tuple[list[Block], dict[int, float], float]:
-    """Return what goes from a model and what its hosts become, the similarity behind each merge, and the threshold.
-
-    Args:
-        model: the dense model.
-        family: its description.
-        documents: calibration text.
-        way: where merges are tried.
-        threshold: T to begin with.
-        batch_size: documents in a batch.
-        folder: where scratch files may lie; None is the system's temporary folder.
-
-    Raises:
-        ModelError: the layers' linears differ in their shapes.
-        ParameterError: the merged models overflow.
-    """
-    layers, texts = family.decoder_layers(model), texts_of(documents)
-    check_alike(layers, range(way.first, way.end))
-    original = last_states(model, texts, batch_size)
-    shape = len(layers), texts.token_count, int(model.config.hidden_size)
-    (entering,) = scratch([shape], model.dtype, folder, "the choice of layers")
-    kept = [Keep(place, ("input",), entering[place]) for place in range(way.first, way.end - 1)]
-    walk(model, family, texts, kept, batch_size=batch_size, description=None)
-
-    def similarity(candidate: Layers, place: int) -> float:
-        blocks = blocks_of(candidate)
-        edits = Edits("", list(chain(*(block.layers for block in blocks))))
-        edits.mixtures = {block.host: block.mixture for block in blocks}
-        with unfused(model, family, edits):
-            begun = partial(begun_at, family, layers, Start(place, entering[place]))
-            states = last_states(model, texts, batch_size, begun)
-        return fmean(
-            float(torch.cosine_similarity(state.double(), before.double(), dim=0))
-            for state, before in zip(states, original, strict=True)
-        )
-
-    left, found, reached = collapse_all(len(layers), way, threshold, similarity)
-    return blocks_of(left), found, reached
-
-
-def texts_of(documents: Documents) -> Documents:
-    """Return ``TEXTS`` documents at most, in a seeded order, cut to ``LENGTH`` tokens."""
-    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(SEED)).tolist()
-    return Documents([documents.documents[index] for index in order]).head(TEXTS, LENGTH)
-
-
-def check_alike(layers: nn.ModuleList, places: Iterable[int]) -> None:
-    """Raise ModelError where layers' linears are not of the same names and shapes."""
-    shapes = {
-        place: {name: tuple(parameter_of(layers[place], name).shape) for name in linear_parameters(layers[place])}
-        for place in places
-    }
-    first, *others = shapes
-    for place in others:
-        if shapes[place] != shapes[first]:
-            raise ModelError(
-                f"model_path: the linears of layers {first} and {place} differ in their shapes, so that they can't be merged; "
-                "use another method."
-            )
-
-
-@torch.inference_mode()
-def last_states(
-    model: Any,
-    documents: Documents,
-    batch_size: int,
-    context: Callable[[Callable[[], Batch]], AbstractContextManager[None]] = lambda current: nullcontext(),
-) -> list[Tensor]:
-    """Return what the head reads of each document, in the order of a walk: (tokens · d,).
-
-    Args:
-        model: the model, as it computes at present.
-        documents: the text.
-        batch_size: documents in a batch.
-        context: makes what the model computes in; it gets a function that tells the batch at hand.
-    """
-    states: list[Tensor] = []
-    batches: list[Batch] = []
-    with context(lambda: batches[-1]):
-        for batch in documents.batches(batch_size, str(model.device)):
-            batches[:] = [batch]
-            last = decoder_of(model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-            states += [row[:length].flatten() for row, length in zip(last, batch.lengths.tolist(), strict=True)]
-    return states
+    laco_layers: Annotated[int, Use(("select",))] = Field(
+        7, ge=2, description="Layers that become one in a merge, at most (published as C)."
+    )
+    laco_interval: Annotated[int, Use(("select",))] = Field(
+        1, ge=1, description="How many layers in front of a merge the next one is tried (published as I)."
+    )
+    laco_threshold: Annotated[float, Use(("select",))] = Field(
+        0.45, ge=-1, le=1,
+        description="Cosine of last states with the original model's that a merge must leave (published as T); "
+        "lowered by steps of 0.01 until layers_to_skip layers go, so that 1 finds the highest one.",
+    )  # fmt: skip
 
 
 def way_of(params: Params, layers: int) -> Way:
     """Return where merges are tried in a model of so many layers."""
-    first, end = (params.min_distance_layer or 1) - 1, params.max_distance_layer or layers
-    return Way(first, end, params.laco_layers, params.laco_interval, params.layers_to_skip)
+    from replaceme.selection.collapse import Way
+
+    own, first, end = Merging.of(params), (params.min_distance_layer or 1) - 1, params.max_distance_layer or layers
+    return Way(first, end, own.laco_layers, own.laco_interval, params.layers_to_skip)
 
 
 def check_merges(params: Params, layers: int) -> None:
     """Raise ParameterError when too few layers go even where every merge counts."""
+    from replaceme.selection.collapse import most
+
     way = way_of(params, layers)
     if (go := most(layers, way)) < params.layers_to_skip:
         raise ParameterError(
-            f"laco_interval: merges {params.laco_interval} layers apart remove {go} of the {params.layers_to_skip} layers "
-            f"between layer {way.first + 1} and layer {way.end} at most; lower it, or remove fewer layers."
+            f"laco_interval: merges {way.interval} layers apart remove {go} of the {params.layers_to_skip} layers between "
+            f"layer {way.first + 1} and layer {way.end} at most; lower it, or remove fewer layers."
         )
 
 
 def choose(choice: Choice) -> tuple[list[Block], dict[str, Any]]:
     """Return the merged blocks, and figures for metrics/select.json."""
+    from replaceme.selection.collapse import collapsed_blocks
+
     (model, family), params = choice.model, choice.params
+    wanted = Merging.of(params).laco_threshold
     blocks, alike, threshold = collapsed_blocks(
-        model, family, choice.documents, way_of(params, len(choice.profile["residual"])), params.laco_threshold,
+        model, family, choice.documents, way_of(params, len(choice.profile["residual"])), wanted,
         batch_size=params.batch_size, folder=choice.folder,
     )  # fmt: skip
-    if threshold < params.laco_threshold:
-        logger.info("select: laco_threshold %g leaves too many layers, and was lowered to %g", params.laco_threshold, threshold)
+    if threshold < wanted:
+        logger.info("select: laco_threshold %g leaves too many layers, and was lowered to %g", wanted, threshold)
     listed = ", ".join(f"{value:.4f} with layer {place}" for place, value in alike.items())
-    logger.info("select: similarity behind each merge, above the threshold %g: %s", threshold, listed)
+    logger.info("select: similarity after each merge, above the threshold %g: %s", threshold, listed)
     return blocks, {
         "threshold": threshold,
         "similarity": [*alike.values()][-1],
@@ -274,7 +79,18 @@ def choose(choice: Choice) -> tuple[list[Block], dict[str, Any]]:
     }
 
 
+def refuses(values: Values, kind: str, family: Family) -> list[str]:
+    """Refuse a mixture of experts, none of which is the next layer's."""
+    if family.experts:
+        return [
+            f"method: laco is not derived for the mixture of experts of the family '{kind}', where no expert is the next "
+            "layer's; use another method."
+        ]
+    return []
+
+
 METHOD = Method(
+    settings=Merging,
     solve=drop("LaCo"),
     criterion=Criterion(
         "collapse",
@@ -285,4 +101,5 @@ METHOD = Method(
     words="merges layers by what they merge to",
     selections=(),
     several=False,
+    refuses=refuses,
 )

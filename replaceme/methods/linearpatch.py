@@ -8,25 +8,44 @@ tokens count, those of massive norm too: the rotation spreads them over the chan
 but another one gives another P; ours are those of ``replaceme.observers.hadamard``.
 """
 
-from typing import Any
+from __future__ import annotations
 
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from replaceme.base.combinations import Settings, Use
 from replaceme.base.errors import ParameterError
 from replaceme.base.params import Params
 from replaceme.base.plan import Block
 from replaceme.base.progress import logger
-from replaceme.edits.edits import Edits
 from replaceme.methods.method import Method, Solved, Statistics
-from replaceme.models.families import Family
-from replaceme.observers.hadamard import hadamard
 from replaceme.selection.criteria import MEAN_COSINE
-from replaceme.solvers.quality import operator_quality
+
+if TYPE_CHECKING:
+    from replaceme.models.families import Family
+
+
+class Form(Settings):
+    """Parameters of LinearPatch."""
+
+    linearpatch_form: Annotated[Literal["hadamard", "diagonal"], Use(("plan", "solve", "repair"))] = Field(
+        "hadamard",
+        description="Whether channels are scaled in coordinates turned by a Hadamard matrix (published as "
+        "rotate; d × d parameters), or in the model's own (diagonal, published as diag; d).",
+    )
 
 
 def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
-    """Return the operator behind the host, and how well it fits."""
+    """Return the operator on the state after the host, and how well it fits."""
+    from replaceme.edits.edits import Edits
+    from replaceme.observers.hadamard import hadamard
+    from replaceme.solvers.quality import operator_quality
+
+    form = Form.of(params).linearpatch_form
     magnitudes = statistics(_magnitudes(params))
     factors = magnitudes["ratios"] / magnitudes["documents"]
-    if params.linearpatch_form == "hadamard":
+    if form == "hadamard":
         rotation = hadamard(len(factors))
         assert rotation is not None, "a width without a Hadamard matrix would have been refused"
         P = dense = (rotation * factors) @ rotation.T
@@ -40,17 +59,19 @@ def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
         block.host, fit["tokens"], fit["smallest_factor"], fit["largest_factor"], fit["relative_residual"],
         fit["relative_residual_removed"], fit["mean_cosine"],
     )  # fmt: skip
-    return Solved(Edits(f"LinearPatch ({params.linearpatch_form})", [], operators={block.host: P}), fit)
+    return Solved(Edits(f"LinearPatch ({form})", [], operators={block.host: P}), fit)
 
 
 def _magnitudes(params: Params) -> str:
-    return "magnitudes_rotated" if params.linearpatch_form == "hadamard" else "magnitudes"
+    return "magnitudes_rotated" if Form.of(params).linearpatch_form == "hadamard" else "magnitudes"
 
 
 def check(params: Params, model: Any, family: Family) -> None:
     """Raise ParameterError when the model's width has no Hadamard matrix that is constructed here."""
+    from replaceme.observers.hadamard import hadamard
+
     width = int(model.config.hidden_size)
-    if params.linearpatch_form == "hadamard" and hadamard(width) is None:
+    if Form.of(params).linearpatch_form == "hadamard" and hadamard(width) is None:
         raise ParameterError(
             f"linearpatch_form: hadamard needs a Hadamard matrix of the model's width, and of {width} none is constructed; use "
             "diagonal."
@@ -58,6 +79,7 @@ def check(params: Params, model: Any, family: Family) -> None:
 
 
 METHOD = Method(
+    settings=Form,
     statistics=lambda params: (_magnitudes(params), "stream", "sample"),
     solve=solve,
     criterion=MEAN_COSINE,

@@ -1,19 +1,23 @@
 """LLM-Pruner (arXiv 2305.11627): heads and channels go, those that the loss feels least (``replaceme.methods.groups``)."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import AutoModelForCausalLM
-
-from replaceme.base.combinations import Values
+from replaceme.base.combinations import Use, Values
 from replaceme.base.errors import ParameterError
 from replaceme.base.params import Params
 from replaceme.base.progress import logger
-from replaceme.methods.groups import FIRST, LAST, Width, crops_of, importance_of, least, shapes_of, width_of
 from replaceme.methods.method import Bench, Method, drop
-from replaceme.models.families import Family, Linear, parameter_of
 from replaceme.selection.criteria import WIDTH
+
+if TYPE_CHECKING:
+    from replaceme.methods.groups import Width
+    from replaceme.models.families import Family, Linear
+
+# In how many layers in front nothing goes, and before how many at the end (the published 4 to 30 of 32).
+FIRST, LAST = 4, 2
 
 
 def layers_of(params: Params, count: int) -> range:
@@ -40,6 +44,8 @@ def check(params: Params, model: Any, family: Family) -> None:
 
 def work(bench: Bench) -> dict[str, Any]:
     """Add to the edits which groups stay, and return what goes."""
+    from replaceme.methods.groups import crops_of, importance_of, least, shapes_of
+
     params, model, family = bench.params, bench.model, bench.family
     width, removed = _plan(params, model, family)
     importance, loss = importance_of(model, family, width.layers, width.groups, crops_of(bench.documents))
@@ -69,6 +75,8 @@ def work(bench: Bench) -> dict[str, Any]:
 
 def _plan(params: Params, model: Any, family: Family) -> tuple[Width, dict[Linear, int]]:
     """Return what can go, and how much of it does."""
+    from replaceme.methods.groups import width_of
+
     width = width_of(model, family, layers_of(params, len(family.decoder_layers(model))))
 
     def fits(kept: Mapping[Linear, int]) -> bool:
@@ -95,6 +103,11 @@ def _config(config: Any, kept: Mapping[Linear, int]) -> dict[str, Any]:
 
 def _describes(model: Any, family: Family, width: Width, kept: Mapping[Linear, int]) -> bool:
     """Return whether the family's own class, with the config that says so, has layers of which these groups are kept."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from replaceme.models.families import parameter_of
+
     config = model.config
     try:
         changed = type(config).from_dict({**config.to_dict(), **_config(config, kept)})
@@ -130,7 +143,15 @@ def refusals(values: Values) -> list[str]:
     ]
 
 
+def refuses(values: Values, kind: str, family: Family) -> list[str]:
+    """Refuse a family whose heads and channels can't be cut out by shapes alone."""
+    if family.uncut:
+        return [f"method: llm_pruner is refused for the family '{kind}': {family.uncut}; use another method."]
+    return []
+
+
 METHOD = Method(
+    shared={"plain": Use(("repair",))},
     solve=drop("LLM-Pruner"),
     criterion=WIDTH,
     work=work,
@@ -141,5 +162,6 @@ METHOD = Method(
     repairs=False,
     packed=False,
     refusals=refusals,
+    refuses=refuses,
     check=check,
 )

@@ -9,34 +9,58 @@ The replacement is the whole decoder layer, or its MLP and the norm in front alo
 attention a layer has no form that a class of transformers knows; with ``plain``, its attention stays and adds nothing.
 """
 
-from typing import Any
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from replaceme.base.compute import require_resident
+from pydantic import Field
+
+from replaceme.base.combinations import Settings, Use, Values
 from replaceme.base.files import PARTIAL, remove
-from replaceme.methods.layer_lesson import LayerLesson
 from replaceme.methods.method import Bench, Method, drop
-from replaceme.models.families import in_torch_layout, parameter_of
 from replaceme.selection.criteria import WINDOW
-from replaceme.training.checkpoints import key_of
-from replaceme.training.curves import write_curves
-from replaceme.training.training import Course, entering_and_leaving, figures_of, settings_of, train
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from replaceme.models.families import Family
 
 TITLES = {"layer": "LLM-Streamline (a trained layer)", "mlp": "LLM-Streamline (a trained MLP)"}
 
 
+class Training(Settings):
+    """Parameters of the trained layer."""
+
+    llm_streamline_form: Annotated[Literal["layer", "mlp"], Use(("repair",))] = Field(
+        "layer",
+        description="What is trained in the layers' place: the whole layer in front of them, or its MLP "
+        "alone, without an attention.",
+    )
+    llm_streamline_learning_rate: Annotated[float, Use(("repair",))] = Field(
+        2e-4, gt=0, allow_inf_nan=False, description="AdamW's largest step."
+    )
+    llm_streamline_epochs: Annotated[int, Use(("repair",))] = Field(
+        1, ge=1, description="Passes over the documents, batch_size of them in a step."
+    )
+
+
 def work(bench: Bench) -> dict[str, Any]:
     """Train the host."""
+    from replaceme.base.compute import require_resident
+    from replaceme.methods.layer_lesson import LayerLesson
+    from replaceme.training.checkpoints import key_of
+    from replaceme.training.curves import write_curves
+    from replaceme.training.training import Course, entering_and_leaving, figures_of, settings_of, train
+
+    own = Training.of(bench.params)
     params, model, family = bench.params, bench.model, bench.family
     (block,) = bench.plan.blocks
     host = family.decoder_layers(model)[block.host]
     require_resident({block.host: host}, "which is to be trained")
-    bare = (family.attention, family.attention_norm) if params.llm_streamline_form == "mlp" else None
+    bare = (family.attention, family.attention_norm) if own.llm_streamline_form == "mlp" else None
     folder = bench.folder / f"training{PARTIAL}"
     course = Course(
-        params.llm_streamline_learning_rate, params.llm_streamline_epochs, params.batch_size, "llm_streamline_learning_rate"
+        own.llm_streamline_learning_rate, own.llm_streamline_epochs, params.batch_size, "llm_streamline_learning_rate"
     )
     inputs, targets = entering_and_leaving(
         model, family, bench.documents, block.host, block.end - 1,
@@ -47,7 +71,7 @@ def work(bench: Bench) -> dict[str, Any]:
         **settings_of(course),
         "config": model.config.to_json_string(),
         "layer": block.host,
-        "form": params.llm_streamline_form,
+        "form": own.llm_streamline_form,
         "device": str(next(host.parameters()).device.type),
         "documents": [len(document) for document in bench.documents.documents],
     }
@@ -61,8 +85,12 @@ def work(bench: Bench) -> dict[str, Any]:
 
 def _edit(bench: Bench, host: int, parameters: dict[str, Tensor], bare: tuple[str, str] | None) -> None:
     """Add what was trained, and what is gone, to the edits."""
+    import torch
+
+    from replaceme.models.families import in_torch_layout, parameter_of
+
     edits, layer = bench.edits, bench.family.decoder_layers(bench.model)[host]
-    edits.title = TITLES[bench.params.llm_streamline_form]
+    edits.title = TITLES[Training.of(bench.params).llm_streamline_form]
     for name, value in parameters.items():
         edits.parameters[host, name] = in_torch_layout(layer, name, value.detach().cpu())
     if bare and bench.params.plain:
@@ -72,17 +100,38 @@ def _edit(bench: Bench, host: int, parameters: dict[str, Tensor], bare: tuple[st
         edits.without_attention[host] = bare
 
 
+def _without_attention(values: Values) -> bool:
+    return bool(values["llm_streamline_form"] == "mlp")
+
+
+def refuses(values: Values, kind: str, family: Family) -> list[str]:
+    """Refuse a bare MLP where it is not derived: attention and MLP in parallel, or a norm after the MLP."""
+    if not _without_attention(values):
+        return []
+    problems = []
+    if family.parallel:
+        problems.append(
+            f"llm_streamline_form: mlp is not derived for the family '{kind}', whose attention and MLP are parallel; use layer."
+        )
+    if family.obstacle and family.obstacle != "experts":
+        problems.append(f"llm_streamline_form: mlp is not derived for {family.obstacle_words(kind)}; use layer.")
+    return problems
+
+
 METHOD = Method(
+    settings=Training,
+    shared={"plain": Use(("repair",), "form mlp", _without_attention)},
     # What a map or a refit does for a cut says more of what a trained layer will than nothing in the block's place.
     stand_in=lambda params: "map",
     solve=drop("LLM-Streamline"),
     criterion=WINDOW,
     work=work,
-    plain=lambda params: params.llm_streamline_form == "layer" or params.plain,
+    plain=lambda params: Training.of(params).llm_streamline_form == "layer" or params.plain,
     trained=True,
     words="trains one layer in the place of one block",
     selections=("angular", "residual", "loss"),
     several=False,
     repairs=False,
     packed=False,
+    refuses=refuses,
 )

@@ -1,23 +1,18 @@
 """ReplaceMe with least squares (arXiv 2505.02819, section 3), in closed form: one ridge regression a block; or one over all
 weights of the host's last linears (``replaceme.solvers.refit``)."""
 
-from collections.abc import Mapping
-from typing import Any
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from replaceme.base.combinations import TRANSFORMS, Values
-from replaceme.base.errors import SolveError
+from replaceme.base.combinations import TRANSFORMS, Use, Values
 from replaceme.base.params import Params
 from replaceme.base.plan import Block, StandIn
 from replaceme.base.progress import logger
-from replaceme.edits.edits import Edits
 from replaceme.methods.method import Method, Solved, Statistics
-from replaceme.solvers.closed_forms import STRUCTURES, Structure, closed_form, structure_words
-from replaceme.solvers.quality import fit_quality, ridge_figures, ridge_path
-from replaceme.solvers.refit import refit
-from replaceme.solvers.ridge import RidgeSolution, solve_ridge
+
+if TYPE_CHECKING:
+    from replaceme.models.families import Family
 
 # The transforms that solve for more than a map, with the statistic that they want.
 FEATURES = {"refit": "mlp_features", "joint": "features", "channels": "features"}
@@ -25,6 +20,11 @@ FEATURES = {"refit": "mlp_features", "joint": "features", "channels": "features"
 
 def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
     """Return what the host computes instead, and how well it fits."""
+    from replaceme.edits.edits import Edits
+    from replaceme.solvers.closed_forms import STRUCTURES, closed_form, structure_words
+    from replaceme.solvers.quality import dense_figures, fit_quality, ridge_path, structured_figures
+    from replaceme.solvers.ridge import solve_ridge
+
     if params.transform in FEATURES:
         return _refit(params, block, statistics)
     structure = STRUCTURES[params.transform]
@@ -32,11 +32,11 @@ def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
     path: list[tuple[float, float]] = []
     if structure == "dense":
         solution = solve_ridge(sums["gram"], sums["cross"], params.alpha)
-        transform, of_ridge = solution.transform, _dense_figures(solution, params.alpha)
+        transform, of_ridge = solution.transform, dense_figures(solution, params.alpha)
         path = ridge_path(solution, float(sums["target_squares"]), float(sums["output_squares"]))
     else:
         transform = closed_form(sums["gram"], sums["cross"], params.alpha, structure, sums.get("norm"))
-        of_ridge = _structured_figures(transform, sums, params.alpha, structure)
+        of_ridge = structured_figures(transform, sums, params.alpha, structure)
     fit = fit_quality(transform, sums, sample) | of_ridge
     logger.info(
         "solve: host %d, %d tokens, relative residual %.4f (%.4f with nothing in the block's place), mean cosine %.4f",
@@ -49,6 +49,9 @@ def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
 
 
 def _refit(params: Params, block: Block, statistics: Statistics) -> Solved:
+    from replaceme.edits.edits import Edits
+    from replaceme.solvers.refit import refit
+
     edits = Edits(f"least squares over the host's last weights ({params.transform})", [])
     fit = refit(edits, block.host, statistics(FEATURES[params.transform]), params.alpha, params.refit_ridge)
     logger.info(
@@ -68,24 +71,6 @@ def _stand_in(params: Params) -> StandIn:
     return "refit" if params.transform == "refit" else "joint" if params.transform in FEATURES else "map"
 
 
-def _dense_figures(solution: RidgeSolution, alpha: float) -> dict[str, Any]:
-    figures: dict[str, Any] = ridge_figures(solution.eigenvalues, alpha)
-    if solution.full_rank:
-        figures["distance_from_alpha_zero"] = solution.change_from(alpha, 0.0)
-    return figures
-
-
-def _structured_figures(transform: Tensor, sums: Mapping[str, Tensor], alpha: float, structure: Structure) -> dict[str, Any]:
-    figures: dict[str, Any] = ridge_figures(torch.linalg.eigvalsh(sums["gram"]), alpha)
-    if structure == "orthogonal":  # a second search would cost as much as the first
-        return figures
-    try:
-        plain = closed_form(sums["gram"], sums["cross"], 0.0, structure) if alpha else transform
-    except SolveError:  # without the ridge there is no one solution to be far from
-        return figures
-    return figures | {"distance_from_alpha_zero": float((transform - plain).norm() / plain.norm())}
-
-
 def _refusals(values: Values) -> list[str]:
     if values["transform"] == "channels" and values["use_4bit"]:
         return [
@@ -94,11 +79,22 @@ def _refusals(values: Values) -> list[str]:
     return []
 
 
+def _refuses(values: Values, kind: str, family: Family) -> list[str]:
+    if family.norm_after_mlp and values["transform"] != "orthogonal":
+        return [
+            f"transform: {values['transform']} does not fold into the norm after the MLP of the family '{kind}'; "
+            "use orthogonal."
+        ]
+    return []
+
+
 METHOD = Method(
+    shared={"alpha": Use(("solve", "repair"))},
     stand_in=_stand_in,
     statistics=_statistics,
     solve=solve,
     words="fits what takes the block's place",
     transforms=TRANSFORMS,
     refusals=_refusals,
+    refuses=_refuses,
 )

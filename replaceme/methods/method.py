@@ -1,22 +1,26 @@
 """What a method is: the statistics it asks for, and the edits it makes of them."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from replaceme.base.combinations import Limits
-from replaceme.base.documents import Documents
+from replaceme.base.combinations import Limits, Values
 from replaceme.base.params import Params
 from replaceme.base.plan import Block, Plan, StandIn
-from replaceme.edits.edits import Edits
-from replaceme.models.families import Family
 from replaceme.selection.criteria import CRITERIA, Criterion
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from replaceme.base.documents import Documents
+    from replaceme.edits.edits import Edits
+    from replaceme.models.families import Family
+
 # Name of a statistic → its tensors.
-Statistics = Callable[[str], Mapping[str, Tensor]]
+Statistics = Callable[[str], Mapping[str, "Tensor"]]
 
 
 @dataclass
@@ -61,9 +65,11 @@ class Bench:
     output: Path
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Method(Limits):
     """A pruning method; the settings that it takes stand in ``Limits``.
+
+    A method's file declares it and loads what computes only where it is called, so that those who ask for words load no torch.
 
     Attributes:
         solve: turns the parameters, a block and its statistics into edits and what is to be known of them.
@@ -71,13 +77,17 @@ class Method(Limits):
         statistics: names of the statistics (``replaceme.observers.statistics``) that it wants of each block, with these
             parameters.
         criterion: by which it chooses what goes, as published.
-        work: what sums of activations can't tell, it makes on the model itself, behind the solve (in the repair stage): it adds
-            to the edits and returns figures for the metrics.
+        work: runs on the model after solve, in the repair stage, for edits that statistics can't give: it adds to the edits and
+            returns figures for the metrics.
         plain: whether the result has the family's own form, with these parameters.
         trained: whether it trains weights on the text; the others see each token once or twice, and solve.
         check: raises ParameterError, before any work, when a model (the second argument, without its weights) can't give what
             these parameters ask for.
+        refuses: a sentence for each parameter that is not exact, or not derived, for a model family (values of all parameters,
+            the family's name, its description).
     """
+
+    selections: tuple[str, ...] = tuple(CRITERIA)
 
     solve: Callable[[Params, Block, Statistics], Solved]
     stand_in: Callable[[Params], StandIn] = lambda params: "nothing"
@@ -87,8 +97,15 @@ class Method(Limits):
     plain: Callable[[Params], bool] = lambda params: True
     trained: bool = False
     check: Callable[[Params, Any, Family], None] | None = None
+    refuses: Callable[[Values, str, Family], list[str]] = lambda values, kind, family: []
 
 
 def drop(title: str) -> Callable[[Params, Block, Statistics], Solved]:
     """Return the solver of a method that puts nothing in the block's place."""
-    return lambda params, block, statistics: Solved(Edits(title, []))
+
+    def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
+        from replaceme.edits.edits import Edits
+
+        return Solved(Edits(title, []))
+
+    return solve

@@ -4,17 +4,24 @@ Each layer that goes is the one with the lowest influence by then, in the model 
 (``replaceme.selection.compensation``).
 """
 
-from typing import Any
+from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+from replaceme.base.combinations import Values
 from replaceme.base.plan import Block
 from replaceme.base.progress import logger
 from replaceme.methods.method import Method, drop
-from replaceme.selection.compensation import blocks_of, compensated_layers, scalable
 from replaceme.selection.criteria import Choice, Criterion
+
+if TYPE_CHECKING:
+    from replaceme.models.families import Family
 
 
 def choose(choice: Choice) -> tuple[list[Block], dict[str, Any]]:
     """Return the blocks with their scalars, and figures for metrics/select.json."""
+    from replaceme.selection.compensation import blocks_of, compensated_layers, scalable
+
     (model, family), params = scalable(*choice.model, choice.documents), choice.params
     scales, influences = compensated_layers(
         model, family, choice.documents, choice.layers, params.layers_to_skip, batch_size=params.batch_size
@@ -27,6 +34,16 @@ def choose(choice: Choice) -> tuple[list[Block], dict[str, Any]]:
     }
 
 
+def refuses(values: Values, kind: str, family: Family) -> list[str]:
+    """Refuse a family that reads the residual stream through anything but norms: there no scalar folds."""
+    if not family.norm_before:
+        return [
+            f"method: prune_and_comp scales the residual stream, and not all that reads it in the family '{kind}' does so "
+            "through a norm: no scalar folds; use shortgpt."
+        ]
+    return []
+
+
 METHOD = Method(
     stand_in=lambda params: "scalar",
     solve=drop("Prune&Comp"),
@@ -36,4 +53,5 @@ METHOD = Method(
         choose,
     ),
     words="puts one number there",
+    refuses=refuses,
 )

@@ -1,5 +1,8 @@
 """The methods by name. A new one is a module with a ``Method`` in it, and one line here; nothing else names it."""
 
+from pydantic.fields import FieldInfo
+
+from replaceme.base.combinations import Values, effects_of, own_fields
 from replaceme.base.params import Params
 from replaceme.methods import (
     average,
@@ -39,3 +42,19 @@ METHODS: dict[str, Method] = {
 def criterion_of(params: Params) -> Criterion:
     """Return what the cut is chosen by: ``selection``, or the method's own criterion."""
     return CRITERIA[params.selection] if params.selection else METHODS[params.method].criterion
+
+
+# All parameters, those of the methods with them, in the order in which they are documented.
+FIELDS: dict[str, FieldInfo] = {**Params.model_fields, **own_fields(METHODS)}
+EFFECTS = effects_of(METHODS)
+
+
+def has_effect(key: str, values: Values) -> bool:
+    """Return whether a parameter changes the result, with all parameters' values."""
+    return key not in EFFECTS or EFFECTS[key][1](values)
+
+
+def read_by(stage: str) -> tuple[str, ...]:
+    """Return the methods' parameters, own and shared ones, that change the output of a stage."""
+    uses = [use for method in METHODS.values() for use in {**method.settings.uses(), **method.shared}.items()]
+    return tuple(dict.fromkeys(key for key, use in uses if stage in use.stages))

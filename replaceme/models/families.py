@@ -8,14 +8,19 @@ which adds up weighted outputs, every expert's last linear takes T. What can't b
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Literal
 
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from replaceme.base.errors import ModelError
 
 Obstacle = Literal["norm", "experts", "undescribed"]
+OBSTACLES: Mapping[Obstacle, str] = {
+    "norm": "the norm after the MLP of the family",
+    "experts": "the mixture of experts of the family",
+    "undescribed": "a family that nobody described,",
+}
 
 
 # The linears of a layer whose outputs are added to the residual stream.
@@ -44,7 +49,7 @@ class Family:
         norm_before: whether attention, MLP and head see the residual stream through norms, to which its scale is nothing.
         rms_norms: the RMS norms of attention and MLP, where these, one behind the other, see the stream through nothing else,
             and ``replaceme.models.modeling_pruned`` knows their layer; empty elsewhere.
-        norm_offset: what the norm behind the MLP adds to its parameter to have its weight; None where no norm is there.
+        norm_offset: what the norm after the MLP adds to its parameter to have its weight; None where no norm is there.
         multiplier: ρ, the factor of what attention and MLP add.
         parallel: whether the MLP reads what the attention reads, and not what the attention has added to.
         adds_in_place: whether the layer adds into the MLP's output tensor.
@@ -88,6 +93,11 @@ class Family:
     def obstacle(self) -> Obstacle | None:
         """What keeps some settings from being exact, or from being derived."""
         return "norm" if self.norm_after_mlp else "experts" if self.experts else "undescribed" if self.detected else None
+
+    def obstacle_words(self, kind: str) -> str:
+        """Return what the obstacle is, with the family's name."""
+        assert self.obstacle is not None
+        return f"{OBSTACLES[self.obstacle]} '{kind}'"
 
     @property
     def unsliced(self) -> str | None:
@@ -150,17 +160,29 @@ def parameter_of(layer: nn.Module, name: str) -> Tensor:
 def in_torch_layout(layer: nn.Module, name: str, value: Tensor) -> Tensor:
     """Return a view in torch's layout of what has that of a layer's parameter, or the other way round."""
     owner = layer.get_submodule(name.rpartition(".")[0])
-    return value.T if isinstance(owner, Conv1D) and value.ndim == 2 else value
+    return value.T if is_conv1d(owner) and value.ndim == 2 else value
+
+
+@cache
+def _conv1d() -> type[nn.Module]:
+    from transformers.pytorch_utils import Conv1D
+
+    return Conv1D
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Return whether a module is transformers' ``Conv1D``: a linear whose weight is (inputs, outputs)."""
+    return isinstance(module, _conv1d())
 
 
 def inputs_of(linear: nn.Module) -> int:
     """Return the number of a linear's inputs; a 4-bit weight is packed, so that its shape says nothing."""
-    return int(linear.nx) if isinstance(linear, Conv1D) else int(linear.in_features)  # type: ignore[arg-type]
+    return int(linear.nx if is_conv1d(linear) else linear.in_features)  # type: ignore[arg-type]
 
 
 def linears_within(part: nn.Module) -> dict[str, nn.Module]:
     """Return a module's linears by their path in it; that of a module that is one itself is empty."""
-    return {path: module for path, module in part.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    return {path: module for path, module in part.named_modules() if isinstance(module, nn.Linear) or is_conv1d(module)}
 
 
 def linear_parameters(layer: nn.Module) -> list[str]:

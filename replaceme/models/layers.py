@@ -8,7 +8,6 @@ from unittest import mock
 from torch import Tensor, nn
 
 from replaceme.models.families import Family
-from replaceme.models.modeling_pruned import NoAttention
 
 
 def tensor_of(output: Any) -> Tensor:
@@ -33,6 +32,8 @@ def gradients_for(model: nn.Module, parameters: Iterable[nn.Parameter] = ()) -> 
 @contextmanager
 def silent(attention: nn.Module) -> Iterator[None]:
     """Let an attention, for a while, add nothing and compute nothing."""
+    from replaceme.models.modeling_pruned import NoAttention
+
     with mock.patch.object(attention, "forward", NoAttention(None).forward):
         yield
 

@@ -4,21 +4,16 @@ Whatever ``model_path`` names ends as a local folder: an embedded model's, the u
 repository at a commit. All later work reads that folder and no network.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from replaceme.base.compute import resolve_device
 from replaceme.base.errors import ModelError, resource_failure
@@ -29,6 +24,9 @@ from replaceme.models import embedded, hub
 from replaceme.models.families import FAMILIES, Family, family_of
 from replaceme.models.own_form import KIND, own_classes
 from replaceme.models.recognition import proposed_family
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 WEIGHTS = ("*.safetensors",)
 WEIGHT_FILES = (*WEIGHTS, "*.safetensors.index.json", "config.json", "*.py")
@@ -131,6 +129,8 @@ class Model:
         if use_4bit or device_map:
             options["device_map"] = device_map or {"": device}
         if use_4bit:
+            from transformers import BitsAndBytesConfig
+
             options["quantization_config"] = BitsAndBytesConfig(
                 load_in_4bit=True,
                 bnb_4bit_quant_type="nf4",

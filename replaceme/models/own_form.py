@@ -14,13 +14,12 @@ from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from typing import Any
 
-import transformers
-
 from replaceme.base.errors import ModelError
 from replaceme.base.files import read_json, write_json, write_text
-from replaceme.models import modeling_pruned
 
-FILE = Path(modeling_pruned.__file__).name
+# Read as a text, and loaded by transformers or ``_made``.
+MODELING = Path(__file__).with_name("modeling_pruned.py")
+FILE = MODELING.name
 KIND = "pruned_"
 AUTO = "AutoModelForCausalLM"
 AUTO_MAP = {"AutoConfig": f"{Path(FILE).stem}.PrunedConfig", AUTO: f"{Path(FILE).stem}.PrunedForCausalLM"}
@@ -44,6 +43,8 @@ def write_own_form(folder: Path, pruned: dict[str, Any], tokenizer: str) -> None
         pruned: what it was reshaped by.
         tokenizer: the class of its tokenizer, which would be found by the family's name otherwise.
     """
+    import transformers
+
     config = read_json(folder / "config.json")
     (model,) = config["architectures"]
     base = getattr(transformers, model).config_class.__name__
@@ -89,7 +90,7 @@ class _Rendered(InspectLoader):
 @cache
 def _made(config: str, model: str) -> tuple[Any, Any]:
     loader = _Rendered(_rendered({"CONFIG": config, "MODEL": model}))
-    spec = spec_from_loader(f"{modeling_pruned.__name__}_{model}", loader)
+    spec = spec_from_loader(f"replaceme.models.{MODELING.stem}_{model}", loader)
     assert spec is not None
     module = module_from_spec(spec)
     loader.exec_module(module)
@@ -99,5 +100,5 @@ def _made(config: str, model: str) -> tuple[Any, Any]:
 
 
 def _rendered(classes: dict[str, str]) -> str:
-    text = Path(modeling_pruned.__file__).read_text(encoding="utf-8")
+    text = MODELING.read_text(encoding="utf-8")
     return _CLASSES.sub(lambda line: f'{line[1]} = "{classes.get(line[1], line[2])}"', text)

@@ -7,13 +7,14 @@ widths of the usual models: 576 = 16 · 36, 896 = 32 · 28, 3072 = 256 · 12, 51
 
 from math import isqrt
 
-import scipy.linalg
 import torch
 from torch import Tensor
 
 
 def hadamard(order: int) -> Tensor | None:
     """Return the (order, order) float64 matrix, scaled to be orthonormal; None where none is constructed."""
+    import scipy.linalg
+
     core = _core(order)
     if core is None:
         return None

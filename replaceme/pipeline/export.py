@@ -61,5 +61,5 @@ STAGE = Stage(
     writes="model",
     metrics=("export",),
     figures=("solve",),
-    code=("__init__.py", "base", "models", "edits", "export"),
+    code=("__init__.py", "base", "models", "edits", "selection/criteria.py", "selection/blocks.py", "methods", "export"),
 )

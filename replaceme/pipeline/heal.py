@@ -1,33 +1,31 @@
 """heal: train the last linears of the layers from the cut on, where the settings ask for it."""
 
+from __future__ import annotations
+
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from replaceme.base.compute import use_processor
-from replaceme.base.documents import Documents
 from replaceme.base.files import PARTIAL, new_folder, read_json, remove, rounded, write_json
-from replaceme.base.fingerprints import sha256_below
 from replaceme.base.params import Params
-from replaceme.base.plan import Plan
 from replaceme.base.progress import logger
-from replaceme.base.stage import HEALING, PASS, Stage
+from replaceme.base.stage import PASS, Stage
 from replaceme.base.workspace import Workspace
-from replaceme.edits.edits import Edits
-from replaceme.models.model import calibration_model
-from replaceme.training import healing
-from replaceme.training.checkpoints import key_of
-from replaceme.training.curves import write_curves
-from replaceme.training.training import Course, Curves, entering_and_leaving, figures_of, settings_of, train
+
+if TYPE_CHECKING:
+    from replaceme.edits.edits import Edits
+    from replaceme.training.training import Curves
 
 
 def heal(params: Params, work: Workspace) -> None:
     """Write the final edits and metrics/heal.json."""
-    use_processor(params.threads)
     figures: dict[str, Any] = {}
     with new_folder(work.edits) as folder:
         shutil.copytree(work.repaired, folder, dirs_exist_ok=True)
         if params.heal_epochs:
+            from replaceme.edits.edits import Edits
+            from replaceme.training.curves import write_curves
+
             edits = Edits.load(work.repaired)
             figures, curves = _heal(params, work, edits)
             edits.save(folder)
@@ -40,6 +38,16 @@ def heal(params: Params, work: Workspace) -> None:
 
 def _heal(params: Params, work: Workspace, edits: Edits) -> tuple[dict[str, Any], Curves]:
     """Add to the edits what the training changes, and return its figures and curves."""
+    from replaceme.base.compute import use_processor
+    from replaceme.base.documents import Documents
+    from replaceme.base.fingerprints import sha256_below
+    from replaceme.base.plan import Plan
+    from replaceme.models.model import calibration_model
+    from replaceme.training import healing
+    from replaceme.training.checkpoints import key_of
+    from replaceme.training.training import Course, entering_and_leaving, figures_of, settings_of, train
+
+    use_processor(params.threads)
     model, family = calibration_model(params, work.model_input)
     documents, host = Documents.load(work.documents), Plan.load(work.plan).blocks[0].host
     folder = _checkpoints(work)
@@ -71,7 +79,7 @@ def _checkpoints(work: Workspace) -> Path:
 STAGE = Stage(
     name="heal",
     run=heal,
-    params=(*HEALING, *PASS),
+    params=("heal_epochs", "heal_learning_rate", *PASS),
     reads=("model_input", "documents", "plan", "repaired"),
     writes="edits",
     metrics=("heal",),

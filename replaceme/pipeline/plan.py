@@ -5,7 +5,7 @@ from replaceme.base.plan import Plan, load_blocks
 from replaceme.base.progress import logger
 from replaceme.base.stage import Stage
 from replaceme.base.workspace import Workspace
-from replaceme.methods.registry import METHODS
+from replaceme.methods.registry import METHODS, read_by
 
 
 def plan(params: Params, work: Workspace) -> None:
@@ -18,9 +18,9 @@ def plan(params: Params, work: Workspace) -> None:
 STAGE = Stage(
     name="plan",
     run=plan,
-    params=("method", "transform", "linearpatch_form", "ghosted_weighted", "loss", "accurate"),
+    params=("method", "transform", *read_by("plan")),
     reads=("blocks",),
     writes="plan",
-    code=("base", "models", "observers", "edits", "solvers", "training", "selection", "methods"),
+    code=("base", "selection/criteria.py", "selection/blocks.py", "methods"),
     methods=METHODS,
 )

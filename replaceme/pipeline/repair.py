@@ -10,11 +10,11 @@ from replaceme.base.files import new_folder, rounded, write_json, write_text
 from replaceme.base.params import Params
 from replaceme.base.plan import Plan
 from replaceme.base.progress import logger
-from replaceme.base.stage import PASS, REPAIRING, SOLVING, TRAINING, Stage
+from replaceme.base.stage import PASS, Stage
 from replaceme.base.workspace import Workspace
 from replaceme.edits.edits import Edits
 from replaceme.methods.method import Bench
-from replaceme.methods.registry import METHODS
+from replaceme.methods.registry import METHODS, read_by
 from replaceme.methods.repair import STEPWISE, Mender, Repair
 from replaceme.models.model import calibration_model
 from replaceme.training.curves import write_curves
@@ -64,12 +64,15 @@ STAGE = Stage(
     name="repair",
     run=repair,
     params=(
-        "method", "transform", "layers_to_skip", "min_distance_layer", "max_distance_layer", "repair", *TRAINING, *REPAIRING,
-        *SOLVING, *PASS,
+        "method", "transform", "layers_to_skip", "min_distance_layer", "max_distance_layer", "repair", "repair_ridge_attention",
+        "repair_ridge_mlp", "refit_ridge", *read_by("repair"), *PASS,
     ),
     reads=("model_input", "documents", "plan", "solution"),
     writes="repaired",
     metrics=("repair",),
-    code=("base", "models", "observers", "edits", "solvers", "training", "selection", "methods"),
+    code=(
+        "base", "models", "observers", "edits", "solvers", "training", "selection/criteria.py", "selection/blocks.py",
+        "methods",
+    ),
     methods=METHODS,
 )  # fmt: skip

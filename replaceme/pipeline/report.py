@@ -5,13 +5,15 @@ from typing import Any
 from replaceme.base.cost import COMPRESSION
 from replaceme.base.files import new_folder, read_json, rounded, write_json
 from replaceme.base.params import Params
-from replaceme.base.stage import ALL, Stage
+from replaceme.base.stage import Stage
 from replaceme.base.workspace import Workspace
-from replaceme.methods.registry import METHODS
+from replaceme.methods.registry import FIELDS, METHODS
 from replaceme.report.page import (
     render,
 )
 
+# All that a result can hang on.
+ALL = tuple(name for name in FIELDS if name not in ("save_path", "save_transform_only"))
 PEAKS = ("peak_memory_bytes", "peak_cuda_bytes")
 
 
@@ -49,6 +51,6 @@ STAGE = Stage(
     metrics=("compression",),
     figures=("select", "solve", "repair", "heal", "export", "evaluation"),
     costs=COMPRESSION,
-    code=("base", "models", "edits", "observers", "solvers", "training", "selection", "methods", "report"),
+    code=("base", "selection/criteria.py", "selection/blocks.py", "methods", "report"),
     methods=METHODS,
 )

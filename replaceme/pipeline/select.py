@@ -9,9 +9,9 @@ from replaceme.base.files import read_json, rounded, write_json
 from replaceme.base.params import Params
 from replaceme.base.plan import save_blocks
 from replaceme.base.progress import logger
-from replaceme.base.stage import MERGING, PASS, Stage
+from replaceme.base.stage import PASS, Stage
 from replaceme.base.workspace import Workspace
-from replaceme.methods.registry import METHODS, criterion_of
+from replaceme.methods.registry import METHODS, criterion_of, read_by
 from replaceme.models.families import Family
 from replaceme.models.model import calibration_model
 from replaceme.selection.compensation import compensated, scalable
@@ -61,11 +61,11 @@ STAGE = Stage(
     run=select,
     params=(
         "method", "transform", "selection", "layers_to_skip", "tolerated_loss", "min_distance_layer", "max_distance_layer",
-        "num_A", "merge_consecutive", *MERGING, *PASS,
+        "num_A", "merge_consecutive", *read_by("select"), *PASS,
     ),
     reads=("profile", "model_input", "documents"),
     writes="blocks",
     metrics=("select",),
-    code=("base", "models", "observers", "edits", "solvers", "training", "selection", "methods"),
+    code=("base", "models", "observers", "edits", "solvers", "selection", "methods"),
     methods=METHODS,
 )  # fmt: skip

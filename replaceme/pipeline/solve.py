@@ -11,9 +11,9 @@ from replaceme.base.files import new_folder, rounded, write_json, write_text
 from replaceme.base.params import Params
 from replaceme.base.plan import Block, Plan
 from replaceme.base.progress import logger
-from replaceme.base.stage import SOLVING, Stage
+from replaceme.base.stage import Stage
 from replaceme.base.workspace import Workspace
-from replaceme.methods.registry import METHODS
+from replaceme.methods.registry import METHODS, read_by
 
 
 def solve(params: Params, work: Workspace) -> None:
@@ -59,10 +59,10 @@ def _loss_table(curve: list[tuple[int, float]]) -> str:
 STAGE = Stage(
     name="solve",
     run=solve,
-    params=("method", "transform", *SOLVING, "device", "threads"),
+    params=("method", "transform", "refit_ridge", *read_by("solve"), "device", "threads"),
     reads=("plan", "statistics"),
     writes="solution",
     metrics=("solve",),
-    code=("base", "models", "observers", "edits", "solvers", "training", "selection", "methods"),
+    code=("base", "models", "observers", "edits", "solvers", "selection/criteria.py", "selection/blocks.py", "methods"),
     methods=METHODS,
 )

@@ -7,11 +7,9 @@ from typing import Any
 
 import pandas as pd
 
-from replaceme.base.combinations import has_effect
 from replaceme.base.errors import ParameterError
-from replaceme.base.params import Params
 from replaceme.base.progress import logger
-from replaceme.methods.registry import METHODS
+from replaceme.methods.registry import FIELDS, METHODS, has_effect
 from replaceme.report.methods_figure import Row
 from replaceme.report.tradeoff import Point, pareto_front
 
@@ -134,7 +132,7 @@ def comparison_of(records: Sequence[Mapping[str, Any]]) -> Comparison:
 
 def _settings(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """Return the settings of which those experiments that use them have several values; None where one doesn't use it."""
-    defaults = {name: field.default for name, field in Params.model_fields.items()}
+    defaults = {name: field.default for name, field in FIELDS.items()}
     found = []
     for record in records:
         given = {name: _setting(record, name) for name in defaults if _setting(record, name) is not None}

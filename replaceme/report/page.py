@@ -21,7 +21,7 @@ from replaceme.base.params import Params
 from replaceme.base.plan import Block, load_blocks
 from replaceme.base.settings import settings_yaml, without_folder
 from replaceme.base.workspace import Workspace
-from replaceme.methods.registry import criterion_of
+from replaceme.methods.registry import FIELDS, criterion_of
 from replaceme.report import sentences, tables
 from replaceme.report.figures import cut_map, layer_figures, loss_curve, residual_path, score_figure
 from replaceme.report.published_table import LABEL
@@ -88,7 +88,7 @@ def render(params: Params, work: Workspace, speed: Mapping[str, Any] | None = No
         "residuals": _residual_picture(params, _residuals(work.solution / "residuals.csv"), solved),
         "loss": _loss_picture(_losses(work.solution / "loss.csv")),
     }
-    settings = settings_yaml(params, Params.model_fields)
+    settings = settings_yaml(params, FIELDS)
     drawn = {name: picture for name, picture in pictures.items() if picture}
     html = _TEMPLATES.get_template("page.html").render(
         model=without_folder(params.model_path),

@@ -19,27 +19,30 @@ Two criteria choose single layers; a block is a run of them:
   ``replaceme.selection.greedy``.
 
 A method can bring a criterion of its own (LaCo's merges, Prune&Comp's scaled layers). Methods that take away parts of layers
-choose by themselves (``WIDTH``): no block goes.
+choose by themselves (``WIDTH``): no block goes. What computes is loaded where it is called, so that the table costs nothing to
+read.
 
 Several blocks (``num_A``; ReplaceMe, section 4) are taken in the order of their values, each where it overlaps none before
 it; unless adjacent ones are merged into one, a kept layer stays between them: a block's host.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from replaceme.base.documents import HELD_OUT_EVERY, Documents
 from replaceme.base.errors import ParameterError
 from replaceme.base.params import Params
 from replaceme.base.plan import Block, StandIn, runs
 from replaceme.base.progress import logger
-from replaceme.models.families import Family
 from replaceme.selection.blocks import bounds, check_room, several, smallest, starts_between
-from replaceme.selection.cut_loss import lowest_loss
-from replaceme.selection.greedy import greedy_layers
+
+if TYPE_CHECKING:
+    from replaceme.base.documents import Documents
+    from replaceme.models.families import Family
 
 Figures = dict[str, Any]
 Pairs = list[list[float]]
@@ -128,6 +131,8 @@ def _influence(choice: Choice) -> tuple[list[Block], Figures]:
 
 
 def _greedy(choice: Choice) -> tuple[list[Block], Figures]:
+    from replaceme.selection.greedy import greedy_layers
+
     (model, family), params = choice.model, choice.params
     layers, losses = greedy_layers(
         model, family, choice.documents, choice.layers, params.layers_to_skip,
@@ -139,6 +144,8 @@ def _greedy(choice: Choice) -> tuple[list[Block], Figures]:
 
 
 def _loss(choice: Choice) -> tuple[list[Block], Figures]:
+    from replaceme.selection.cut_loss import lowest_loss
+
     (model, family), profile, params = choice.model, choice.profile, choice.params
     # Where nothing takes the block's place, what a map would miss says too little, and the angle has misses of its own.
     rankings = [profile["residual"]]
@@ -148,6 +155,8 @@ def _loss(choice: Choice) -> tuple[list[Block], Figures]:
 
 
 def _enough_documents(params: Params, layers: int) -> None:
+    from replaceme.base.documents import HELD_OUT_EVERY
+
     if params.dataset_size < HELD_OUT_EVERY:
         raise ParameterError(
             f"dataset_size: selection loss holds documents out and needs at least {HELD_OUT_EVERY}, not {params.dataset_size}."

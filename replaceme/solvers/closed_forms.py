@@ -16,7 +16,6 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
-from scipy.linalg import eigh
 from torch import Tensor
 
 from replaceme.base.errors import SolveError
@@ -88,6 +87,8 @@ def _triangular(ridged: Tensor, cross: Tensor) -> Tensor:
 
 
 def _two_vectors(ridged: Tensor, remaining: Tensor) -> Tensor:
+    from scipy.linalg import eigh
+
     lower = _cholesky(ridged)
     whitened = torch.linalg.solve_triangular(lower, remaining, upper=False)
     # The right singular vector by the eigenvectors of the square: the largest one loses nothing by it.

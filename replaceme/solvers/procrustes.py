@@ -39,7 +39,7 @@ def orthogonal_map(gram: Tensor, cross: Tensor, alpha: float, norm: Tensor | Non
     """
     gamma = torch.ones(len(gram), dtype=torch.float64) if norm is None else norm.double()
     if not bool((gamma != 0).all()):
-        raise SolveError("transform: orthogonal divides by the weight of the norm behind the MLP, which has zeros here.")
+        raise SolveError("transform: orthogonal divides by the weight of the norm after the MLP, which has zeros here.")
     S = (gram + alpha * torch.eye(len(gram), dtype=torch.float64)) / gamma / gamma[:, None]
     C = cross / gamma[:, None]
     if not float(S.diagonal().sum()) > 0:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from replaceme.solvers.closed_forms import squared_error
+from replaceme.base.errors import SolveError
+from replaceme.solvers.closed_forms import Structure, closed_form, squared_error
 from replaceme.solvers.ridge import RidgeSolution
 
 RIDGES = 33
@@ -106,6 +107,27 @@ def ridge_figures(eigenvalues: Tensor, alpha: float) -> dict[str, float]:
     if smallest + alpha > 0:
         figures["condition_number"] = (largest + alpha) / (smallest + alpha)
     return figures
+
+
+def dense_figures(solution: RidgeSolution, alpha: float) -> dict[str, Any]:
+    """Return how α compares with ``MᵀM``, and how far it moves a dense map; without the latter where α = 0 has no one
+    solution."""
+    figures: dict[str, Any] = ridge_figures(solution.eigenvalues, alpha)
+    if solution.full_rank:
+        figures["distance_from_alpha_zero"] = solution.change_from(alpha, 0.0)
+    return figures
+
+
+def structured_figures(transform: Tensor, sums: Mapping[str, Tensor], alpha: float, structure: Structure) -> dict[str, Any]:
+    """Return the same of a map of another structure."""
+    figures: dict[str, Any] = ridge_figures(torch.linalg.eigvalsh(sums["gram"]), alpha)
+    if structure == "orthogonal":  # a second search would cost as much as the first
+        return figures
+    try:
+        plain = closed_form(sums["gram"], sums["cross"], 0.0, structure) if alpha else transform
+    except SolveError:  # without the ridge there is no one solution to be far from
+        return figures
+    return figures | {"distance_from_alpha_zero": float((transform - plain).norm() / plain.norm())}
 
 
 def _mean_cosine(a: Tensor, b: Tensor) -> float:

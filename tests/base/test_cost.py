@@ -92,7 +92,7 @@ def test_the_whole_compression_is_the_sum_of_seconds_and_the_largest_peak(tmp_pa
 def test_a_method_that_trains_says_so(tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
     costs(work := Workspace(tmp_path))
     method = METHODS[params.method]
-    trained = Method(method.stand_in, method.statistics, method.solve, trained=True)
+    trained = Method(solve=method.solve, trained=True)
     monkeypatch.setitem(METHODS, params.method, trained)
     assert compression_figures(params, work)["trained"] is True
 

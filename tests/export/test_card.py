@@ -109,7 +109,7 @@ def test_the_settings_repeat_the_run(card_of: Callable[..., ModelCard], params: 
         "dataset": "org/1e-6", "dataset_config": "no", "dataset_split": "2024-01-01", "alpha": 1e-7, "layers_to_skip": 3,
         "min_distance_layer": 2, "eval_tokens": None, "method": "cosine", "solver": "lbfgs", "threads": 3,
     }  # fmt: skip
-    tasks = read_params(None, {"tasks": ["wikipedia", {"winogrande": {"fewshots": 5}}]}).tasks
+    tasks = read_params(None, {"tasks": ["wikipedia", {"winogrande": {"fewshots": 5}}]}, methods=METHODS).tasks
     card = card_of(commit="c" * 40, scored=True, **given, tasks=tasks)
     setting = params.model_copy(update={**given, "tasks": tasks, "model_path": "org/dense", "revision": "c" * 40})
     found = settings_of(card, tmp_path)

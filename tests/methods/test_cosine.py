@@ -12,7 +12,7 @@ from torch import Tensor
 from replaceme.base.errors import ParameterError, SolveError
 from replaceme.base.params import read_params
 from replaceme.base.plan import Block
-from replaceme.methods.cosine import least_squares_scale, problem_of
+from replaceme.methods.cosine import Objective, least_squares_scale, problem_of
 from replaceme.methods.method import Solved
 from replaceme.methods.registry import METHODS
 from replaceme.solvers.closed_forms import closed_form, squared_error
@@ -39,8 +39,10 @@ def _one_thread() -> None:
 
 @cache
 def solved(**given: object) -> Solved:
-    params = read_params(None, {"method": "cosine", "device": "cpu", "alpha": 0.5, "start": "identity", **PACE, **given})
-    shard = {"added": M, "left": Z + M, "target": H} if params.accurate else {"added": M, "goal": H - Z}
+    params = read_params(
+        None, {"method": "cosine", "device": "cpu", "alpha": 0.5, "start": "identity", **PACE, **given}, methods=METHODS
+    )
+    shard = {"added": M, "left": Z + M, "target": H} if Objective.of(params).accurate else {"added": M, "goal": H - Z}
 
     def statistic(name: str) -> Mapping[str, Tensor]:
         return shard if name == "tokens.0" else STATISTICS[name]
@@ -173,7 +175,9 @@ def test_the_curve_goes_from_the_start_to_the_end_and_the_best_is_kept() -> None
     assert result.loss_curve[0] == (0, result.figures["loss_start"])
     assert result.figures["loss_end"] == min(losses)
     assert result.figures["iterations"] == result.loss_curve[-1][0] == 8 * 10
-    params = read_params(None, {"method": "cosine", "accurate": True, "alpha": 0.5, "device": "cpu", "solver": "lbfgs"})
+    params = read_params(
+        None, {"method": "cosine", "accurate": True, "alpha": 0.5, "device": "cpu", "solver": "lbfgs"}, methods=METHODS
+    )
     shard = {"added": M, "left": Z + M, "target": H}
     problem = problem_of(params, SUMS, lambda name: shard if name == "tokens.0" else STATISTICS[name])
     assert problem.value(transform_of(result).reshape(-1)) == pytest.approx(min(losses), rel=1e-5)
@@ -191,7 +195,7 @@ def test_a_solver_that_is_cut_short_says_so(caplog: pytest.LogCaptureFixture) ->
 def test_only_the_cosine_wants_single_tokens() -> None:
     wanted = {
         (loss, accurate): METHODS["cosine"].statistics(
-            read_params(None, {"method": "cosine", "loss": loss, "accurate": accurate})
+            read_params(None, {"method": "cosine", "loss": loss, "accurate": accurate}, methods=METHODS)
         )
         for loss in ("cosine", "mse", "elastic_net")
         for accurate in (False, True)
@@ -203,7 +207,7 @@ def test_only_the_cosine_wants_single_tokens() -> None:
 
 def test_fewer_tokens_than_dimensions_have_no_closed_form_to_start_from_and_the_sentence_says_so() -> None:
     few = made_sums(M[:3], Z[:3], H[:3])
-    params = read_params(None, {"method": "cosine", "loss": "mse", "solver": "lbfgs"})
+    params = read_params(None, {"method": "cosine", "loss": "mse", "solver": "lbfgs"}, methods=METHODS)
     statistics = {"gram": few, "sample": STATISTICS["sample"]}
     with pytest.raises(SolveError, match="alpha: 0 leaves the least squares singular"):
         METHODS["cosine"].solve(params, BLOCK, statistics.__getitem__)

@@ -25,13 +25,13 @@ from replaceme.edits.unfused import unfused
 from replaceme.export.card import model_card
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import verify_export, wrong_weights
-from replaceme.methods import laco as module
-from replaceme.methods.laco import Way, blocks_of, check_alike, collapse, collapse_all, collapsed_blocks, merged, texts_of
 from replaceme.methods.refusals import family_refusals
 from replaceme.methods.registry import METHODS, criterion_of
 from replaceme.methods.repair import Mender
 from replaceme.models.families import PRE_NORM, family_of
 from replaceme.models.model import Model
+from replaceme.selection import collapse as module
+from replaceme.selection.collapse import Way, blocks_of, check_alike, collapse, collapse_all, collapsed_blocks, merged, texts_of
 from replaceme.selection.criteria import allowed_starts
 from tests.conftest import EXPERTS, KINDS, LAYERS, OBSTACLES, PLAIN, made_model
 from tests.edits.test_fold import TEXT
@@ -310,7 +310,7 @@ def test_the_whole_command_merges_layers(
     said = capsys.readouterr().err
     metrics = tmp_path / "pruned.work" / "metrics"
     figures = read_json(metrics / "select.json")
-    assert f"select: similarity behind each merge, above the threshold {figures['threshold']:g}" in said
+    assert f"select: similarity after each merge, above the threshold {figures['threshold']:g}" in said
     assert f"laco_threshold 0.45 leaves too many layers, and was lowered to {figures['threshold']:g}" in said
     assert min(figures["merges"].values()) > figures["threshold"]
     assert figures["similarity"] in figures["merges"].values()
@@ -358,7 +358,7 @@ def test_the_card_says_what_was_merged(params: Params, tiny: Model) -> None:
         ({"laco_threshold": -2.0}, "laco_threshold: must be at least -1, not -2.0."),
         (
             {"method": "uidl", "selection": "collapse"},
-            "selection: must be 'angular', 'residual', 'loss', 'influence' or 'greedy'",
+            "selection: 'collapse' is not a criterion; use null or one of angular, residual, loss, influence, greedy",
         ),
     ],
 )

@@ -427,7 +427,7 @@ def test_what_makes_no_sense_is_refused_in_one_sentence(options: dict[str, Any],
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in CUT])
 def test_families_whose_heads_cannot_be_cut_out_are_refused_with_the_reason(kind: str) -> None:
     family = family_of(made_model(kind).config)
-    (said,) = family_refusals(read_params(None, {"method": "llm_pruner"}).model_dump(), kind, family)
+    (said,) = family_refusals(read_params(None, {"method": "llm_pruner"}, methods=METHODS).model_dump(), kind, family)
     assert said == f"method: llm_pruner is refused for the family '{kind}': {family.uncut}; use another method."
 
 
@@ -449,7 +449,7 @@ def test_what_a_model_cannot_give_is_refused_before_any_work(
 
 
 def test_the_published_layers_are_all_but_the_first_four_and_the_last_two() -> None:
-    params = read_params(None, {"method": "llm_pruner"})
+    params = read_params(None, {"method": "llm_pruner"}, methods=METHODS)
     assert layers_of(params, 32) == range(4, 30)
     assert layers_of(params.model_copy(update={"min_distance_layer": 1, "max_distance_layer": 32}), 32) == range(1, 32)
     assert layers_of(params.model_copy(update={"plain": True}), 32) == range(32)
@@ -458,7 +458,7 @@ def test_the_published_layers_are_all_but_the_first_four_and_the_last_two() -> N
 
 def test_plain_belongs_to_methods_with_another_form(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "replaceme"):
-        read_params(None, {"plain": True})
+        read_params(None, {"plain": True}, methods=METHODS)
     assert [record.message for record in caplog.records] == [
-        "plain belongs to methods slicegpt, llm_pruner and (in form mlp) llm_streamline and is ignored"
+        "plain belongs to methods llm_streamline (with form mlp), llm_pruner and slicegpt and is ignored"
     ]

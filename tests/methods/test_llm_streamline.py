@@ -263,7 +263,7 @@ def test_every_setting_of_a_training_makes_another_key(
         keys.append(key)
         return parameters, {"loss": [(0, 1.0)], "held_out_loss": []}
 
-    monkeypatch.setattr("replaceme.methods.llm_streamline.train", noting)
+    monkeypatch.setattr("replaceme.training.training.train", noting)
     others = Documents([document.flip(0) for document in documents.documents])
     for source, texts, options in (
         ("llama", documents, {}),
@@ -432,7 +432,7 @@ def test_families_whose_layers_have_no_mlp_of_their_own_are_refused_for_the_form
         ),
         (
             OBSTACLES["norm"],
-            "mlp is not derived for the norm behind the MLP of the family 'x'; use layer.",
+            "mlp is not derived for the norm after the MLP of the family 'x'; use layer.",
         ),
         (
             OBSTACLES["undescribed"],
@@ -461,9 +461,9 @@ def test_the_keys_belong_to_the_method_alone(caplog: pytest.LogCaptureFixture, t
         read_params(None, {"llm_streamline_epochs": 4, "llm_streamline_form": "mlp"}, METHODS)
         params = read_params(None, {"method": "llm_streamline", "plain": True}, METHODS)
     assert [record.message for record in caplog.records] == [
-        "llm_streamline_form belongs to method llm_streamline and is ignored",
         "llm_streamline_epochs belongs to method llm_streamline and is ignored",
-        "plain belongs to methods slicegpt, llm_pruner and (in form mlp) llm_streamline and is ignored",
+        "llm_streamline_form belongs to method llm_streamline and is ignored",
+        "plain belongs to methods llm_streamline (with form mlp), llm_pruner and slicegpt and is ignored",
     ]
     text = model_card(params, tiny, Edits("x", [2], without_attention={1: ("self_attn", "input_layernorm")}), {})
     assert "Layer 1 has no attention any more." in text

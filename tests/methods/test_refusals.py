@@ -1,4 +1,4 @@
-"""Families with a norm behind the MLP, or with experts: the whole way from statistics to a verified export."""
+"""Families with a norm after the MLP, or with experts: the whole way from statistics to a verified export."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -120,12 +120,12 @@ def test_a_cut_that_breaks_the_pattern_of_a_family_is_told(
 @pytest.mark.parametrize(
     ("obstacle", "options", "said"),
     [
-        ("norm", {}, ["transform: dense does not fold into the norm behind the MLP of the family 'x'; use orthogonal."]),
+        ("norm", {}, ["transform: dense does not fold into the norm after the MLP of the family 'x'; use orthogonal."]),
         ("norm", {"transform": "orthogonal"}, []),
         ("norm", {"method": "uidl"}, []),
-        ("norm", {"method": "cosine"}, ["method: cosine makes maps that do not fold into the norm behind the MLP"]),
+        ("norm", {"method": "cosine"}, ["method: cosine makes maps that do not fold into the norm after the MLP"]),
         ("norm", {"transform": "joint"}, ["transform: joint does not fold"]),
-        ("norm", {"transform": "orthogonal", "repair": True}, ["repair: is not derived for the norm behind the MLP"]),
+        ("norm", {"transform": "orthogonal", "repair": True}, ["repair: is not derived for the norm after the MLP"]),
         ("norm", {"transform": "orthogonal", "heal_epochs": 1}, []),
         ("experts", {"method": "uidl", "heal_epochs": 1}, ["heal_epochs: is not derived for the mixture of experts"]),
         ("undescribed", {"heal_epochs": 1}, ["heal_epochs: is not derived for a family that nobody described"]),

@@ -21,10 +21,10 @@ from replaceme.edits.fold import apply_edits
 from replaceme.edits.unfused import unfused
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import cache_error, verify_export, wrong_weights
+from replaceme.methods.bases import bases_in_order, fitting_width, nearest, principal, shared_basis
 from replaceme.methods.method import Bench
 from replaceme.methods.refusals import family_refusals
 from replaceme.methods.registry import METHODS, criterion_of
-from replaceme.methods.slicegpt import bases_in_order, fitting_width, nearest, principal, shared_basis
 from replaceme.models.families import family_of
 from replaceme.models.model import Model, parameter_count
 from replaceme.models.own_form import is_own_form

@@ -7,23 +7,35 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("replaceme", "stages")
 
 
-def import_closure(script: Path) -> set[str]:
-    """Return paths (relative to the repository) of every file of ours that running ``script`` as a module loads."""
+def import_closure(script: Path, everything: bool = False) -> set[str]:
+    """Return paths (relative to the repository) of every file of ours that running a stage's script as a module loads.
+
+    Imports within functions count for the stage's own file; for other files with ``everything`` alone: these are loaded where
+    somebody calls the function, which the stage need not do.
+    """
     found: set[str] = set()
+    own = ROOT / "replaceme" / "pipeline" / script.name
     waiting = [script, *_packages_of(script)]
     while waiting:
         path = waiting.pop()
         name = path.relative_to(ROOT).as_posix()
         if name not in found:
             found.add(name)
-            waiting += [file for module in imported_modules(path) for file in (module, *_packages_of(module))]
+            modules = imported_modules(path, everything or path == own)
+            waiting += [file for module in modules for file in (module, *_packages_of(module))]
     return found
 
 
-def imported_modules(path: Path) -> list[Path]:
-    """Return the files of ours that a file imports, in whatever place; the package itself where a name of it is taken."""
+def imported_modules(path: Path, everything: bool = True) -> list[Path]:
+    """Return the files of ours that a file imports; the package itself where a name of it is taken.
+
+    Args:
+        path: the file.
+        everything: whether imports within functions count, and those for the type checker alone.
+    """
     files: list[Path] = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree) if everything else tree.body:
         if isinstance(node, ast.Import):
             files += [file for alias in node.names for file in _file_of(alias.name)]
         elif isinstance(node, ast.ImportFrom):

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from replaceme import commands
 from replaceme.base.fingerprints import sha256_below
-from replaceme.base.params import Params
+from replaceme.methods.registry import FIELDS
 from replaceme.models.model import Model
 from replaceme.steps import STAGES
 from tests.conftest import made_text
@@ -387,7 +387,7 @@ def test_few_tokens_are_warned_of(tiny: Model, text_file: Path, capsys: pytest.C
         ({"config.json": "{", "model.safetensors": "x", "tokenizer.json": "{}"}, "config.json of broken can't be read"),
         (
             {"config.json": '{"model_type": "gemma2"}', "model.safetensors": "x", "tokenizer.json": "{}"},
-            "transform: dense does not fold into the norm behind the MLP of the family 'gemma2'; use orthogonal.",
+            "transform: dense does not fold into the norm after the MLP of the family 'gemma2'; use orthogonal.",
         ),
         (
             {"config.json": '{"model_type": "mamba"}', "model.safetensors": "x", "tokenizer.json": "{}"},
@@ -487,7 +487,7 @@ def test_mistakes_in_model_text_and_tasks_are_reported_together(capsys: pytest.C
 def test_help_describes_every_parameter(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     call(getattr(commands, name), "--help")
     said = " ".join(capsys.readouterr().out.split())
-    for key, field in Params.model_fields.items():
+    for key, field in FIELDS.items():
         assert f"--{key}" in said
         assert " ".join(str(field.description).split()[:3]) in said
 

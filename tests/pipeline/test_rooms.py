@@ -15,7 +15,7 @@ ORDER = [
     ["export", "evaluation", "report"], ["pipeline"], [""],
 ]  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
-FRONT_DOOR = {"commands.py", "experiments.py", "publish.py", "speed.py", "steps.py"}
+FRONT_DOOR = {"commands.py", "experiments.py", "publish.py", "reference.py", "speed.py", "steps.py"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 FACES = [path for path in FILES if path.name == "__init__.py" and path.parent != PACKAGE]
 

@@ -139,7 +139,7 @@ def test_times_tell_no_experiment_from_the_commit_it_started_from() -> None:
 
 
 def test_experiments_without_a_record_of_their_cost_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    nothing = Method(lambda params: "nothing", lambda params: (), drop("x"), trained=True)
+    nothing = Method(solve=drop("x"), trained=True)
     monkeypatch.setitem(METHODS, "uidl", nothing)
     cost = ("seconds", "peak_memory_bytes", "trained")
     old = [{key: value for key, value in record(method).items() if key not in cost} for method in ("lstsq", "uidl")]
@@ -286,8 +286,8 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         times = {"dense": 1.5, "pruned": 1.0, "speedup": 1.5}
         return {"prefill_seconds": times, "decode_seconds_per_token": times, "weights": {}}
 
-    monkeypatch.setattr(experiments, "measure_speed", measure)
-    monkeypatch.setattr(experiments, "recorded_model", lambda params, path: Model(path, "dense"))
+    monkeypatch.setattr("replaceme.speed.measure_speed", measure)
+    monkeypatch.setattr("replaceme.models.model.recorded_model", lambda params, path: Model(path, "dense"))
     return names
 
 

@@ -23,6 +23,7 @@ from replaceme.base.params import Params, read_params
 from replaceme.base.plan import Block
 from replaceme.base.settings import settings_yaml
 from replaceme.base.workspace import Workspace
+from replaceme.methods.registry import FIELDS, METHODS
 from replaceme.pipeline.report import write_report
 from replaceme.report import page as page_module
 from replaceme.report.figures import cut_map, layer_figures, residual_path, score_figure
@@ -131,7 +132,7 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def params() -> Params:
-    return read_params(None, {"layers_to_skip": 2, "tasks": ["wikipedia", {"piqa": {"fewshots": 5}}]})
+    return read_params(None, {"layers_to_skip": 2, "tasks": ["wikipedia", {"piqa": {"fewshots": 5}}]}, methods=METHODS)
 
 
 @pytest.fixture
@@ -358,7 +359,7 @@ def test_times_stand_on_the_page_only_when_measured(params: Params, run: Run) ->
 
 @pytest.mark.usefixtures("undrawn")
 def test_names_cannot_bring_html_in(run: Run) -> None:
-    params = read_params(None, {"model_path": "a/<script>x</script>&"})
+    params = read_params(None, {"model_path": "a/<script>x</script>&"}, methods=METHODS)
     evaluation = {
         **EVALUATION,
         "accuracy": {'<img src="x_y">': EVALUATION["accuracy"]["piqa"]},
@@ -387,6 +388,7 @@ def test_the_users_files_are_named_without_their_folders(run: Run, tmp_path: Pat
             "tasks": ["below/other.txt", {str(private / "asked.jsonl"): {"limit": 9}}, "/gone/away.txt"],
             "save_path": str(private / "chosen-place"),
         },
+        methods=METHODS,
     )
     html = render(params, run()).html
     for path in (str(tmp_path), "private", "below/", "/gone", "chosen-place"):
@@ -407,15 +409,15 @@ def test_the_settings_repeat_the_run() -> None:
         "dataset": "org/1e-6", "dataset_config": "no", "alpha": 1e-7, "layers_to_skip": 3, "eval_tokens": None,
         "tasks": ["wikipedia", {"winogrande": {"fewshots": 5, "limit": 200}}, {"q.jsonl": {"choices": ["a", "b"]}}],
     }  # fmt: skip
-    params = read_params(None, given)
+    params = read_params(None, given, methods=METHODS)
     file = Path("settings.yaml")
-    file.write_text(settings_yaml(params, Params.model_fields), encoding="utf-8")
-    assert read_params(file) == params
+    file.write_text(settings_yaml(params, FIELDS), encoding="utf-8")
+    assert read_params(file, methods=METHODS) == params
 
 
 def test_the_settings_have_every_key_that_the_pipelines_file_must_have(params: Params) -> None:
-    lines = settings_yaml(params, Params.model_fields).splitlines()
-    assert {line.split(":")[0] for line in lines if line[0].isalpha()} == set(Params.model_fields)
+    lines = settings_yaml(params, FIELDS).splitlines()
+    assert {line.split(":")[0] for line in lines if line[0].isalpha()} == set(FIELDS)
 
 
 def test_the_same_run_gives_the_same_bytes_whatever_matplotlib_is_set_to(params: Params, run: Run) -> None:

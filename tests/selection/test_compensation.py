@@ -333,7 +333,7 @@ def test_the_card_of_another_method_has_no_scalars(params: Params, tiny: Model) 
         ),
         (
             {"method": "uidl", "selection": "compensated"},
-            "selection: must be 'angular', 'residual', 'loss', 'influence' or 'greedy'",
+            "selection: 'compensated' is not a criterion; use null or one of angular, residual, loss, influence, greedy.",
         ),
     ],
 )
