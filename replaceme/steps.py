@@ -55,15 +55,15 @@ def run_steps(params: Params, work: Workspace, names: Sequence[str]) -> list[str
     for name in names:
         step, stamp = STAGES[name], work.root / "steps" / f"{name}.json"
         key = _key(params, work, step)
-        outputs = [*([getattr(work, step.writes)] if step.writes else []), *map(work.metric, step.metrics)]
+        outputs = [*([work.path(step.writes)] if step.writes else []), *map(work.metric, step.metrics)]
         if name in COMPRESSION:
             outputs.append(work.cost(name))
         if stamp.is_file() and read_json(stamp) == [key, _sums(outputs)]:
             logger.info("%s: unchanged since an earlier run", name)
             continue
         stamp.unlink(missing_ok=True)
-        if name in SHARED:
-            _run_once_for_all(name, key, getattr(work, str(step.writes)), partial(step.run, params, work))
+        if name in SHARED and step.writes:
+            _run_once_for_all(name, key, work.path(step.writes), partial(step.run, params, work))
         else:
             with recorded(work.cost(name)) if name in COMPRESSION else nullcontext():
                 step.run(params, work)
@@ -100,7 +100,7 @@ def _key(params: Params, work: Workspace, step: Stage) -> str:
         "device": resolve_device(params.device).split(":")[0],
         "code": {name: digest for name, digest in sha256_below(package).items() if name.endswith((".py", ".html"))},
         "params": params.model_dump(include=set(step.params)),
-        "reads": {name: _content(getattr(work, name)) for name in step.reads},
+        "reads": {artifact.place: _content(work.path(artifact)) for artifact in step.reads},
         "figures": {name: sha256_below(work.metric(name)) for name in step.figures},
         "costs": {name: sha256_below(work.cost(name)) for name in step.costs},
     }

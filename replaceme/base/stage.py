@@ -14,7 +14,7 @@ from replaceme.base.cost import COMPRESSION, recorded
 from replaceme.base.entry import PARAMS_FILE, run
 from replaceme.base.errors import ParameterError
 from replaceme.base.params import Params, read_params
-from replaceme.base.workspace import Workspace
+from replaceme.base.workspace import Artifact, Workspace
 
 # Parameters of every pass over the calibration text, and of every scoring.
 PASS = ("batch_size", "dtype", "device", "device_map", "threads", "use_4bit", "trust_remote_code")
@@ -29,8 +29,8 @@ class Stage:
         name: as in dvc.yaml.
         run: the function that reads artifacts, calls the rooms and writes artifacts.
         params: the parameters that change its output.
-        reads: the artifacts that it reads, as names of ``Workspace`` paths.
-        writes: the artifact that it writes, likewise; None where it writes metrics alone.
+        reads: the artifacts that it reads.
+        writes: the artifact that it writes; None where it writes metrics alone.
         code: the rooms that it loads, or single files of them, below ``replaceme/``; beside its own file.
         metrics: the metrics files that it writes.
         figures: the metrics files that it reads.
@@ -41,8 +41,8 @@ class Stage:
     name: str
     run: Callable[[Params, Workspace], None]
     params: tuple[str, ...] = ()
-    reads: tuple[str, ...] = ()
-    writes: str | None = None
+    reads: tuple[Artifact, ...] = ()
+    writes: Artifact | None = None
     code: tuple[str, ...]
     metrics: tuple[str, ...] = ()
     figures: tuple[str, ...] = ()

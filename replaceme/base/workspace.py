@@ -1,7 +1,31 @@
-"""Where each stage's results lie: the same names below any root, for the pipeline and for the console scripts."""
+"""Paths of a run: the same names below any root, for the pipeline and for the console scripts."""
+
+from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import overload
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What a stage writes, by its place below ``artifacts``."""
+
+    place: str
+
+
+class _At:
+    """Attribute of ``Workspace``: ``Workspace.documents`` is the artifact, ``work.documents`` its path."""
+
+    def __init__(self, place: str):
+        self.artifact = Artifact(place)
+
+    @overload
+    def __get__(self, work: None, owner: type) -> Artifact: ...
+    @overload
+    def __get__(self, work: Workspace, owner: type) -> Path: ...
+    def __get__(self, work: Workspace | None, owner: type) -> Artifact | Path:
+        return self.artifact if work is None else work.path(self.artifact)
 
 
 @dataclass(frozen=True)
@@ -16,99 +40,49 @@ class Workspace:
     root: Path = Path()
     save_path: Path | None = None
 
-    def artifact(self, name: str) -> Path:
-        """Return the path of a stage's output."""
-        return self.root / "artifacts" / name
+    # Fingerprints of the dense model's weights and config; of the tokenizer, the chat template and the generation config; of
+    # the dense model's card and licence; of the calibration text; and of the evaluation text.
+    model_input = _At("inputs/model.json")
+    tokenizer_input = _At("inputs/tokenizer.json")
+    card_input = _At("inputs/card.json")
+    dataset_input = _At("inputs/dataset.json")
+    tasks_input = _At("inputs/tasks.json")
+    # Calibration documents (folder).
+    documents = _At("documents")
+    # Distances and per-layer figures (folder).
+    profile = _At("profile")
+    # The blocks to remove; and with them the statistics to take.
+    blocks = _At("blocks.json")
+    plan = _At("plan.json")
+    # Activation statistics (folder).
+    statistics = _At("statistics")
+    # Edits as solved, as repaired, and as healed, which are the final ones (folders).
+    solution = _At("solution")
+    repaired = _At("repaired")
+    edits = _At("edits")
+    # The pruned model (folder).
+    model = _At("model")
+    # Scores of the dense model, and the requests that were scored (folder).
+    baseline = _At("baseline")
+    # The page and its pictures (folder).
+    report = _At("report")
+    # Measured times, and the page with them (folder); no stage's output.
+    speed = _At("speed")
+
+    def path(self, artifact: Artifact) -> Path:
+        """Return the path of an artifact."""
+        if artifact == Workspace.model and self.save_path:
+            return self.save_path
+        return self.artifact(artifact.place)
+
+    def artifact(self, place: str) -> Path:
+        """Return the path of a place below ``artifacts``."""
+        return self.root / "artifacts" / place
 
     def metric(self, name: str) -> Path:
         """Return the path of a metrics file."""
         return self.root / "metrics" / f"{name}.json"
 
     def cost(self, name: str) -> Path:
-        """Return the path of what a stage of the compression cost."""
+        """Return the path of the file with a stage's cost."""
         return self.artifact("cost") / f"{name}.json"
-
-    @property
-    def model_input(self) -> Path:
-        """Fingerprint of the dense model's weights and config."""
-        return self.artifact("inputs") / "model.json"
-
-    @property
-    def tokenizer_input(self) -> Path:
-        """Fingerprint of the tokenizer, the chat template and the generation config."""
-        return self.artifact("inputs") / "tokenizer.json"
-
-    @property
-    def card_input(self) -> Path:
-        """Fingerprint of the dense model's card and licence."""
-        return self.artifact("inputs") / "card.json"
-
-    @property
-    def dataset_input(self) -> Path:
-        """Fingerprint of the calibration text."""
-        return self.artifact("inputs") / "dataset.json"
-
-    @property
-    def tasks_input(self) -> Path:
-        """Fingerprint of the evaluation text."""
-        return self.artifact("inputs") / "tasks.json"
-
-    @property
-    def documents(self) -> Path:
-        """Calibration documents (folder)."""
-        return self.artifact("documents")
-
-    @property
-    def profile(self) -> Path:
-        """Distances and per-layer figures (folder)."""
-        return self.artifact("profile")
-
-    @property
-    def blocks(self) -> Path:
-        """The blocks to remove."""
-        return self.artifact("blocks.json")
-
-    @property
-    def plan(self) -> Path:
-        """The blocks to remove and the statistics to take."""
-        return self.artifact("plan.json")
-
-    @property
-    def statistics(self) -> Path:
-        """Activation statistics (folder)."""
-        return self.artifact("statistics")
-
-    @property
-    def solution(self) -> Path:
-        """Edits as solved (folder)."""
-        return self.artifact("solution")
-
-    @property
-    def repaired(self) -> Path:
-        """Edits as repaired (folder)."""
-        return self.artifact("repaired")
-
-    @property
-    def edits(self) -> Path:
-        """Edits as healed, the final ones (folder)."""
-        return self.artifact("edits")
-
-    @property
-    def model(self) -> Path:
-        """The pruned model (folder)."""
-        return self.save_path or self.artifact("model")
-
-    @property
-    def baseline(self) -> Path:
-        """Scores of the dense model, and the requests that were scored (folder)."""
-        return self.artifact("baseline")
-
-    @property
-    def speed(self) -> Path:
-        """Measured times, and the page with them (folder); no stage's output."""
-        return self.artifact("speed")
-
-    @property
-    def report(self) -> Path:
-        """The page and its pictures (folder)."""
-        return self.artifact("report")

@@ -48,7 +48,7 @@ STAGE = Stage(
     name="activations",
     run=observe_activations,
     params=PASS,
-    reads=("model_input", "documents", "plan"),
-    writes="statistics",
+    reads=(Workspace.model_input, Workspace.documents, Workspace.plan),
+    writes=Workspace.statistics,
     code=("base", "models", "observers"),
 )

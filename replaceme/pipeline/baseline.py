@@ -21,7 +21,7 @@ STAGE = Stage(
     name="baseline",
     run=score_baseline,
     params=SCORING,
-    reads=("model_input", "tokenizer_input", "tasks_input"),
-    writes="baseline",
+    reads=(Workspace.model_input, Workspace.tokenizer_input, Workspace.tasks_input),
+    writes=Workspace.baseline,
     code=("base", "models", "corpora", "evaluation"),
 )

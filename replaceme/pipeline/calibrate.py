@@ -39,7 +39,7 @@ STAGE = Stage(
     params=(
         "dataset_config", "dataset_split", "dataset_column", "dataset_size", "max_length", "pack", "seed", "trust_remote_code",
     ),
-    reads=("tokenizer_input", "dataset_input"),
-    writes="documents",
+    reads=(Workspace.tokenizer_input, Workspace.dataset_input),
+    writes=Workspace.documents,
     code=("base", "models", "corpora"),
 )  # fmt: skip

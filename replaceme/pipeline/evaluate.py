@@ -29,7 +29,7 @@ STAGE = Stage(
     name="evaluate",
     run=evaluate,
     params=SCORING,
-    reads=("tasks_input", "model", "baseline"),
+    reads=(Workspace.tasks_input, Workspace.model, Workspace.baseline),
     metrics=("evaluation",),
     code=("base", "models", "corpora", "evaluation"),
 )

@@ -80,8 +80,8 @@ STAGE = Stage(
     name="heal",
     run=heal,
     params=("heal_epochs", "heal_learning_rate", *PASS),
-    reads=("model_input", "documents", "plan", "repaired"),
-    writes="edits",
+    reads=(Workspace.model_input, Workspace.documents, Workspace.plan, Workspace.repaired),
+    writes=Workspace.edits,
     metrics=("heal",),
     code=("base", "models", "observers", "edits", "training"),
 )

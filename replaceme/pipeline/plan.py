@@ -19,8 +19,8 @@ STAGE = Stage(
     name="plan",
     run=plan,
     params=("method", "transform", *read_by("plan")),
-    reads=("blocks",),
-    writes="plan",
+    reads=(Workspace.blocks,),
+    writes=Workspace.plan,
     code=("base", "selection/criteria.py", "selection/blocks.py", "methods"),
     methods=METHODS,
 )

@@ -59,8 +59,8 @@ STAGE = Stage(
     name="profile",
     run=profile,
     params=PASS,
-    reads=("model_input", "documents"),
-    writes="profile",
+    reads=(Workspace.model_input, Workspace.documents),
+    writes=Workspace.profile,
     # Not all observers: a new statistic repeats no profile.
     code=(
         "base", "models", "observers/walk.py", "observers/sums.py", "observers/profile.py",

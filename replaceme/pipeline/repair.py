@@ -67,8 +67,8 @@ STAGE = Stage(
         "method", "transform", "layers_to_skip", "min_distance_layer", "max_distance_layer", "repair", "repair_ridge_attention",
         "repair_ridge_mlp", "refit_ridge", *read_by("repair"), *PASS,
     ),
-    reads=("model_input", "documents", "plan", "solution"),
-    writes="repaired",
+    reads=(Workspace.model_input, Workspace.documents, Workspace.plan, Workspace.solution),
+    writes=Workspace.repaired,
     metrics=("repair",),
     code=(
         "base", "models", "observers", "edits", "solvers", "training", "selection/criteria.py", "selection/blocks.py",

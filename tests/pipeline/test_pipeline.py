@@ -87,13 +87,13 @@ def test_console_scripts_and_pipeline_agree_on_what_a_stage_depends(name: str) -
         assert set(stage.params) == set(STAGES["report"].params)
     data = {dep for dep in declared["deps"] if dep.startswith("artifacts/")}
     costs = {work.cost(name).as_posix() for name in stage.costs}
-    assert data == {getattr(work, read).as_posix() for read in stage.reads} | costs
+    assert data == {work.path(read).as_posix() for read in stage.reads} | costs
     assert {dep for dep in declared["deps"] if dep.startswith("metrics/")} == {
         work.metric(name).as_posix() for name in stage.figures
     }
     assert code_of(name) == [f"replaceme/pipeline/{name}.py", *(f"replaceme/{part}" for part in stage.code)]
     outputs = {*declared.get("outs", []), *(path for metric in declared.get("metrics", []) for path in metric)}
-    written = {getattr(work, stage.writes).as_posix()} if stage.writes else set()
+    written = {work.path(stage.writes).as_posix()} if stage.writes else set()
     written |= {work.cost(name).as_posix()} if name in COMPRESSION else set()
     assert outputs == written | {work.metric(metric).as_posix() for metric in stage.metrics}
 
