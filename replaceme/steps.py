@@ -1,7 +1,7 @@
-"""The pipeline's stages as the console scripts run them, without DVC: one after the other, each unless its stamp fits.
+"""The pipeline's stages as the console scripts run them, without DVC: in order, each unless its stamp is still valid.
 
-A stamp is made of the code, the parameters that the step uses, and the content that it read and wrote: an interrupted run
-goes on where it stopped, a new α repeats nothing before the solve, and an output that somebody changed is made again.
+A stamp covers the code that the step loads, the parameters that it uses, and the content that it read and wrote: an interrupted
+run resumes where it stopped, a new α repeats nothing before the solve, and a changed output is made again.
 """
 
 import hashlib
@@ -44,6 +44,8 @@ STAGES: Mapping[str, Stage] = {
         export.STAGE, baseline.STAGE, evaluate.STAGE, report.STAGE,
     )
 }  # fmt: skip
+
+PACKAGE = Path(__file__).parent
 
 # Of the dense model alone, so the same for every result that is made of it.
 SHARED = ("baseline",)
@@ -94,14 +96,19 @@ def _content(path: Path) -> dict[str, str]:
 
 
 def _key(params: Params, work: Workspace, step: Stage) -> str:
-    package = Path(__file__).parent
+    """Return the digest of everything that the step's output depends on."""
     content = {
         # On another kind of device the last digits differ.
         "device": resolve_device(params.device).split(":")[0],
-        "code": {name: digest for name, digest in sha256_below(package).items() if name.endswith((".py", ".html"))},
+        "code": {part: _code(PACKAGE / part) for part in (f"pipeline/{step.name}.py", *step.code)},
         "params": params.model_dump(include=set(step.params)),
         "reads": {artifact.place: _content(work.path(artifact)) for artifact in step.reads},
         "figures": {name: sha256_below(work.metric(name)) for name in step.figures},
         "costs": {name: sha256_below(work.cost(name)) for name in step.costs},
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _code(path: Path) -> dict[str, str]:
+    """Return the sums of a file of the package, or of the files of a room."""
+    return {name: digest for name, digest in sha256_below(path).items() if name.endswith((".py", ".html"))}
