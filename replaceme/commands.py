@@ -19,6 +19,7 @@ from replaceme.base.fingerprints import sha256_below
 from replaceme.base.params import Params, nearest, parse_value, read_params
 from replaceme.base.progress import align, logger
 from replaceme.base.published_keys import PUBLISHED_KEYS
+from replaceme.base.stage import ANALYSIS, FIT, JUDGEMENT
 from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import FIELDS, METHODS, criterion_of
 
@@ -79,7 +80,7 @@ def _prune(params: Params) -> None:
 
     work = _claim(params, f"{_suffix(params)}-transform" if params.save_transform_only else _suffix(params))
     inspect_inputs(params, work)
-    run_steps(params, work, ["calibrate", "profile", "select", "plan", "activations", "solve", "repair", "heal"])
+    run_steps(params, work, FIT)
     if params.save_transform_only:
         _deliver(work, work.edits)
         logger.info("only the transform was saved, to %s (edits.safetensors); no model was written", work.model)
@@ -88,7 +89,7 @@ def _prune(params: Params) -> None:
     _record(work)
     logger.info("the pruned model is in %s, its figures in %s", work.model, work.root / "metrics")
     if params.tasks:
-        if "evaluate" not in run_steps(params, work, ["baseline", "evaluate", "report"]):
+        if "evaluate" not in run_steps(params, work, JUDGEMENT):
             print(comparison_table(read_json(work.metric("evaluation"))))
         logger.info("the report is %s", work.report / "index.html")
     write_text(work.model / CARD, card_of(params, work))
@@ -173,7 +174,7 @@ def _analyse(params: Params) -> None:
     bare = {"method": "uidl", "transform": "dense", "repair": False, "heal_epochs": 0}
     single = params.model_copy(update={"layers_to_skip": 1, "num_A": 1, **bare})
     inspect_inputs(single, work)
-    run_steps(params, work, ["calibrate", "profile"])
+    run_steps(params, work, ANALYSIS)
     _deliver(work, work.profile)
     content = read_json(work.profile / "profile.json")
     criteria = {"angular distance": content["angular_distance"], "residual": content["residual"]}

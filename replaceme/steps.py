@@ -10,41 +10,21 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 from replaceme.base.compute import resolve_device
-from replaceme.base.cost import COMPRESSION, recorded
+from replaceme.base.cost import recorded
 from replaceme.base.files import cache_folder, new_folder, read_json, write_json
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.params import Params
 from replaceme.base.progress import logger
-from replaceme.base.stage import Stage
+from replaceme.base.stage import COMPRESSION, ORDER, Stage
 from replaceme.base.workspace import Workspace
 from replaceme.models.model import CARD
-from replaceme.pipeline import (
-    activations,
-    baseline,
-    calibrate,
-    evaluate,
-    export,
-    heal,
-    plan,
-    profile,
-    repair,
-    report,
-    select,
-    solve,
-)
 
-# In the order in which they run; ``inputs`` is the caller's.
-STAGES: Mapping[str, Stage] = {
-    stage.name: stage
-    for stage in (
-        calibrate.STAGE, profile.STAGE, select.STAGE, plan.STAGE, activations.STAGE, solve.STAGE, repair.STAGE, heal.STAGE,
-        export.STAGE, baseline.STAGE, evaluate.STAGE, report.STAGE,
-    )
-}  # fmt: skip
-
+# ``inputs`` is the caller's.
+STAGES: Mapping[str, Stage] = {name: import_module(f"replaceme.pipeline.{name}").STAGE for name in ORDER}
 PACKAGE = Path(__file__).parent
 
 # Of the dense model alone, so the same for every result that is made of it.

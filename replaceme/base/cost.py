@@ -19,9 +19,6 @@ from typing import Any
 
 from replaceme.base.files import rounded, write_json
 
-# From the text to the saved model. What is needed to judge the result costs extra, and the same for every method.
-COMPRESSION = ("calibrate", "profile", "select", "plan", "activations", "solve", "repair", "heal", "export")
-
 STATUS = Path("/proc/self/status")
 
 

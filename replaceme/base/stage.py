@@ -10,11 +10,19 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 from replaceme.base.combinations import Methods
-from replaceme.base.cost import COMPRESSION, recorded
+from replaceme.base.cost import recorded
 from replaceme.base.entry import PARAMS_FILE, run
 from replaceme.base.errors import ParameterError
 from replaceme.base.params import Params, read_params
 from replaceme.base.workspace import Artifact, Workspace
+
+# The order of the stages, after ``inputs``: from the text to the profile, to the final edits, and to the saved model.
+ANALYSIS = ("calibrate", "profile")
+FIT = (*ANALYSIS, "select", "plan", "activations", "solve", "repair", "heal")
+COMPRESSION = (*FIT, "export")
+# Judging the result is no part of the compression: it costs the same for every method.
+JUDGEMENT = ("baseline", "evaluate", "report")
+ORDER = (*COMPRESSION, *JUDGEMENT)
 
 # Parameters of every pass over the calibration text, and of every scoring.
 PASS = ("batch_size", "dtype", "device", "device_map", "threads", "use_4bit", "trust_remote_code")

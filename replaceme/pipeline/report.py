@@ -2,15 +2,12 @@
 
 from typing import Any
 
-from replaceme.base.cost import COMPRESSION
 from replaceme.base.files import new_folder, read_json, rounded, write_json
 from replaceme.base.params import Params
-from replaceme.base.stage import Stage
+from replaceme.base.stage import COMPRESSION, Stage
 from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import FIELDS, METHODS
-from replaceme.report.page import (
-    render,
-)
+from replaceme.report.page import render
 
 # All that a result can hang on.
 ALL = tuple(name for name in FIELDS if name not in ("save_path", "save_transform_only"))

@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import pytest
 
 from replaceme.base import cost as cost_module
-from replaceme.base.cost import COMPRESSION, peak_memory, recorded
+from replaceme.base.cost import peak_memory, recorded
 from replaceme.base.errors import ResourceError
 from replaceme.base.files import read_json, write_json
 from replaceme.base.params import Params, read_params
-from replaceme.base.stage import Stage, run_stage
+from replaceme.base.stage import COMPRESSION, Stage, run_stage
 from replaceme.base.workspace import Workspace
 from replaceme.methods.method import Method
 from replaceme.methods.registry import METHODS

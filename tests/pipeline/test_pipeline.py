@@ -17,7 +17,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from replaceme import commands
-from replaceme.base.cost import COMPRESSION
+from replaceme.base.stage import COMPRESSION
 from replaceme.base.workspace import Workspace
 from replaceme.models.model import Model
 from replaceme.publish import push_to_hub

@@ -18,10 +18,10 @@ from matplotlib.patches import Rectangle
 from matplotlib.text import Annotation
 from numpy.ma import masked
 
-from replaceme.base.cost import COMPRESSION
 from replaceme.base.params import Params, read_params
 from replaceme.base.plan import Block
 from replaceme.base.settings import settings_yaml
+from replaceme.base.stage import COMPRESSION
 from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import FIELDS, METHODS
 from replaceme.pipeline.report import write_report

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from replaceme.base.cost import COMPRESSION
 from replaceme.base.documents import Documents
 from replaceme.base.errors import ParameterError
 from replaceme.base.files import read_json, write_json
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.params import Params, read_params
 from replaceme.base.plan import Block
+from replaceme.base.stage import COMPRESSION
 from replaceme.base.workspace import Workspace
 from replaceme.edits.edits import Edits
 from replaceme.edits.fold import apply_edits
