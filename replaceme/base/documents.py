@@ -4,7 +4,7 @@ On disk: ``documents.safetensors`` holds all ids end to end (int32) and each doc
 padding to store. In a batch, padding comes after the text, so a causal model's real tokens never see it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -87,6 +87,10 @@ class Documents:
         """Return the first ``count`` documents, cut to ``max_length`` tokens."""
         return Documents([document[:max_length] for document in self.documents[:count]])
 
+    def shuffled(self, seed: int) -> "Documents":
+        """Return the documents in a seeded order."""
+        return Documents([self.documents[index] for index in seeded_order(len(self), seed).tolist()])
+
     def longest_first(self) -> list[Tensor]:
         """Return the documents in the order of a walk."""
         return sorted(self.documents, key=len, reverse=True)
@@ -120,50 +124,58 @@ class Documents:
         return cls(list(stored["input_ids"].long().split(stored["lengths"].tolist())))
 
 
-# Tokens that the loss is taken on, and of a document, at most; and the seed of the order in which documents are taken.
+# Tokens that the loss is measured on, tokens of a document at most, and the seed of the documents' order.
 EXCERPT_TOKENS, EXCERPT_LENGTH, EXCERPT_SEED = 4096, 1024, 0
 
 
 def excerpts_of(documents: Documents) -> Documents:
-    """Return documents, in a seeded order and at most ``EXCERPT_LENGTH`` tokens of each, until ``EXCERPT_TOKENS`` are
-    reached."""
-    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(EXCERPT_SEED)).tolist()
-    chosen: list[Tensor] = []
-    left = EXCERPT_TOKENS
-    for index in order:
-        excerpt = documents.documents[index][: min(EXCERPT_LENGTH, left)]
-        if len(excerpt) > 1:
-            chosen.append(excerpt)
-            left -= len(excerpt)
-    return Documents(chosen)
-
-
-# Every this many documents, one is held out.
-HELD_OUT_EVERY = 5
-
-
-def split_documents(documents: Documents) -> tuple[Documents, Documents]:
-    """Return the documents to fit on, and those held out (none, of fewer than five)."""
-    ordered = documents.longest_first()
-    held_out = held_out_places(torch.arange(len(ordered))).tolist()
-    parts = [
-        Documents([document for document, out in zip(ordered, held_out, strict=True) if out is wanted])
-        for wanted in (False, True)
-    ]
-    return parts[0], parts[1]
-
-
-def held_out_places(documents: Tensor) -> Tensor:
-    """Return which places in a walk are held out, (n,) bool, of places (n,) int64."""
-    return documents % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+    """Return ``EXCERPT_TOKENS`` tokens of documents in a seeded order, at most ``EXCERPT_LENGTH`` of each."""
+    cut = (document[:EXCERPT_LENGTH] for document in documents.shuffled(EXCERPT_SEED).documents if len(document) > 1)
+    excerpts = first_of(cut, EXCERPT_TOKENS)
+    if (surplus := sum(map(len, excerpts)) - EXCERPT_TOKENS) > 0:
+        excerpts[-1] = excerpts[-1][:-surplus]
+    # A single token predicts none.
+    return Documents([excerpt for excerpt in excerpts if len(excerpt) > 1])
 
 
 def few_documents(documents: Documents, tokens: int) -> Documents:
-    """Return the first documents of a walk, which are the longest, that have so many tokens together, or all."""
+    """Return the first documents of a walk (the longest ones) that reach so many tokens together, or all."""
+    return Documents(first_of(documents.longest_first(), tokens))
+
+
+def first_of(documents: Iterable[Tensor], tokens: int) -> list[Tensor]:
+    """Return the first documents that reach so many tokens together, the last one whole; or all."""
     chosen: list[Tensor] = []
-    for document in documents.longest_first():
+    for document in documents:
         if tokens <= 0:
             break
         chosen.append(document)
         tokens -= len(document)
-    return Documents(chosen)
+    return chosen
+
+
+def seeded_order(count: int, seed: int) -> Tensor:
+    """Return a random permutation of ``range(count)``, (count,) int64, which the seed determines."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+
+
+# One document of this many is held out.
+HELD_OUT_EVERY = 5
+
+
+def split_documents(documents: Documents) -> tuple[Documents, Documents]:
+    """Return the documents to fit on, and those held out (none of fewer than ``HELD_OUT_EVERY``)."""
+    ordered = documents.longest_first()
+    fit, held_out = ([ordered[place] for place in places] for places in split_places(len(ordered), HELD_OUT_EVERY))
+    return Documents(fit), Documents(held_out)
+
+
+def split_places(count: int, every: int) -> tuple[list[int], list[int]]:
+    """Return the places of a walk over ``count`` documents that are used, and those that are held out."""
+    held_out = is_held_out(torch.arange(count), every)
+    return (~held_out).nonzero()[:, 0].tolist(), held_out.nonzero()[:, 0].tolist()
+
+
+def is_held_out(places: Tensor, every: int = HELD_OUT_EVERY) -> Tensor:
+    """Return which places of a walk, (n,) int64, are held out, (n,) bool: the last of each ``every`` ones."""
+    return places % every == every - 1

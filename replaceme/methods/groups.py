@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from replaceme.base.compute import require_resident
-from replaceme.base.documents import Documents
+from replaceme.base.documents import Documents, seeded_order
 from replaceme.base.errors import ParameterError
 from replaceme.edits.edits import Edits, features_of
 from replaceme.models.families import Family, Linear, inputs_of, parameter_of
@@ -115,8 +115,7 @@ def crops_of(documents: Documents) -> Tensor:
             f"dataset_size: the calibration text has {len(pieces)} pieces of {LENGTH} tokens, and method llm_pruner takes "
             f"{CROPS}; use more documents, or longer ones (max_length)."
         )
-    order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(SEED))
-    return torch.stack([pieces[index] for index in order[:CROPS].tolist()])
+    return torch.stack([pieces[index] for index in seeded_order(len(pieces), SEED)[:CROPS].tolist()])
 
 
 def importance_of(

@@ -19,7 +19,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from replaceme.base.documents import HELD_OUT_EVERY, Batch, Documents, held_out_places
+from replaceme.base.documents import HELD_OUT_EVERY, Batch, Documents, is_held_out, seeded_order
 from replaceme.base.progress import progress
 from replaceme.base.scratch import scratch
 from replaceme.observers.sums import squares, token_weights
@@ -86,11 +86,10 @@ def choose_tokens(documents: Documents, fit_tokens: int) -> tuple[Tensor, Tensor
     lengths = torch.tensor([len(document) for document in documents.longest_first()])
     of_document = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
     if len(lengths) >= HELD_OUT_EVERY:
-        fit = ~held_out_places(of_document)
+        fit = ~is_held_out(of_document)
     else:
         fit = torch.arange(len(of_document)) < min((1 - HELD_OUT_SHARE) * len(of_document), len(of_document) - 1)
-    generator = torch.Generator().manual_seed(SEED)
-    order = torch.randperm(len(of_document), generator=generator)
+    order = seeded_order(len(of_document), SEED)
     held_out_tokens = max(int(HELD_OUT_SHARE * fit_tokens), 1)
     return order[fit[order]][:fit_tokens].sort().values, order[~fit[order]][:held_out_tokens].sort().values
 

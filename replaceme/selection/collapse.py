@@ -193,8 +193,7 @@ def collapsed_blocks(
 
 def texts_of(documents: Documents) -> Documents:
     """Return ``TEXTS`` documents at most, in a seeded order, cut to ``LENGTH`` tokens."""
-    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(SEED)).tolist()
-    return Documents([documents.documents[index] for index in order]).head(TEXTS, LENGTH)
+    return documents.shuffled(SEED).head(TEXTS, LENGTH)
 
 
 def check_alike(layers: nn.ModuleList, places: Iterable[int]) -> None:

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from replaceme.base.documents import Batch, Documents
+from replaceme.base.documents import Batch, Documents, seeded_order, split_places
 from replaceme.base.errors import SolveError
 from replaceme.base.progress import logger, progress
 from replaceme.base.scratch import scratch
@@ -147,16 +147,9 @@ def entering_and_leaving(
     return entering, leaving
 
 
-def split(count: int) -> tuple[list[int], list[int]]:
-    """Return which documents of a walk are trained on, and which are held out."""
-    held_out = [index for index in range(count) if index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1]
-    return [index for index in range(count) if index not in set(held_out)], held_out
-
-
 def orders(documents: Sequence[int], epoch: int, batch_size: int) -> list[list[int]]:
     """Return an epoch's batches of documents."""
-    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(SEED + epoch)).tolist()
-    shuffled = [documents[index] for index in order]
+    shuffled = [documents[index] for index in seeded_order(len(documents), SEED + epoch).tolist()]
     return [shuffled[start : start + batch_size] for start in range(0, len(shuffled), batch_size)]
 
 
@@ -194,7 +187,7 @@ class _Run:
     def __init__(self, lesson: Lesson, parameters: dict[str, Tensor], course: Course, folder: Path, key: str):
         self.lesson, self.parameters, self.course, self.folder, self.key = lesson, parameters, course, folder, key
         self.lengths = [len(text) for text in lesson.documents.longest_first()]
-        self.taught, self.held_out = split(len(lesson.documents))
+        self.taught, self.held_out = split_places(len(lesson.documents), HELD_OUT_EVERY)
         self.optimizer = torch.optim.AdamW(parameters.values(), lr=course.learning_rate, weight_decay=WEIGHT_DECAY)
         self.per_epoch = -(-len(self.taught) // course.batch_size)
         self.steps = self.per_epoch * course.epochs
