@@ -1,4 +1,4 @@
-"""What every room stands on: parameters, places, errors, messages, files, and the forms that stages hand on.
+"""The base of all rooms: parameters, paths, errors, log messages, files, and the data that stages pass on.
 
 It may import no other room.
 """

@@ -1,7 +1,7 @@
-"""Which parameters go together: what can't be done is refused by name, and what has no effect is said to have none.
+"""Which parameters go together: impossible combinations are refused by name, and parameters without effect are reported.
 
-Parameters of a single method, and what it refuses, stand in the method's own file (``replaceme.methods``): a class of
-``Settings``, handed to these functions with its ``Limits``.
+The parameters of a single method and its refusals stand in the method's own file (``replaceme.methods``), as a subclass of
+``Settings`` and its ``Limits``, which these functions take.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ Values = Mapping[str, Any]
 
 Transform = Literal["dense", "diagonal", "two_vectors", "triangular", "orthogonal", "refit", "joint", "channels"]
 TRANSFORMS: tuple[Transform, ...] = get_args(Transform)
-# Those that solve for weights instead of a map.
+# Transforms that solve for new weights instead of a map.
 NEW_WEIGHTS = ("refit", "joint", "channels")
 
 
@@ -24,9 +24,9 @@ class Use:
     """How a method uses a parameter.
 
     Attributes:
-        stages: the stages whose output it changes.
-        words: of which setting of the method it is a part ("solver adam"); empty where it always has an effect.
-        when: whether it has an effect, with these values of all parameters.
+        stages: the stages whose output the parameter changes.
+        words: the setting of the method that it belongs to ("solver adam"); empty if it always has an effect.
+        when: whether it has an effect, given the values of all parameters.
     """
 
     stages: tuple[str, ...] = ()
@@ -35,18 +35,18 @@ class Use:
 
 
 class Settings(BaseModel):
-    """The parameters of one method. Each field is ``Annotated`` with its ``Use``; no other method has one of that name."""
+    """The parameters of one method. Each field is ``Annotated`` with its ``Use``; names are unique over all methods."""
 
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
 
     @classmethod
     def of(cls, params: BaseModel) -> Self:
-        """Return this method's parameters among all."""
+        """Return this method's own parameters, taken from all."""
         return cls.model_validate(params.model_extra or {})
 
     @classmethod
     def uses(cls) -> dict[str, Use]:
-        """Return how each parameter is used."""
+        """Return each parameter's use."""
         return {
             name: next((each for each in info.metadata if isinstance(each, Use)), Use())
             for name, info in cls.model_fields.items()
@@ -55,18 +55,18 @@ class Settings(BaseModel):
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """The settings that a method takes.
+    """The settings that a method accepts.
 
     Attributes:
         settings: its own parameters.
-        shared: parameters that it shares with other methods, and how it uses them.
-        words: what it does with what goes, after "which"; for the sentence that refuses a setting.
-        transforms: the transforms that it can make of what takes the block's place.
-        selections: the criteria, beside its own, by which its cut can be chosen.
+        shared: parameters that it shares with other methods, and their use here.
+        words: what the method does, as a clause after "which", for the sentence that refuses a setting.
+        transforms: the values of ``transform`` that it accepts.
+        selections: the values of ``selection`` that it accepts, besides null (its own criterion).
         several: whether it can remove several blocks (``num_A``).
-        repairs: whether the kept layers after the cut can be repaired, and healed, on top of it.
-        packed: whether a calibration model with 4-bit weights will do.
-        refusals: a sentence for each setting, of all parameters' values, that has no place in it for other reasons.
+        repairs: whether the kept layers after the cut can be repaired and healed.
+        packed: whether the calibration model may have 4-bit weights.
+        refusals: takes the values of all parameters and returns a sentence for each one refused for another reason.
     """
 
     settings: type[Settings] = Settings
@@ -84,7 +84,7 @@ Methods = Mapping[str, Limits]
 
 
 def refits(values: Values) -> bool:
-    """Return whether weights are solved for, instead of a map."""
+    """Return whether the transform solves for new weights instead of a map."""
     return values["transform"] in NEW_WEIGHTS
 
 
@@ -94,13 +94,13 @@ def repairs(values: Values) -> bool:
 
 
 def heals(values: Values) -> bool:
-    """Return whether the result is trained."""
+    """Return whether the result is healed (trained)."""
     return bool(values["heal_epochs"])
 
 
-# What a parameter belongs to, and whether it has an effect.
+# The setting that a parameter belongs to, and whether the parameter has an effect.
 Effect = tuple[str, Callable[[Values], bool]]
-# Parameters of no method that not every setting uses.
+# Parameters that belong to no method and have an effect only in some settings.
 EFFECTS: Mapping[str, Effect] = {
     "refit_ridge": ("transform refit, joint or channels", refits),
     "repair_ridge_attention": ("repair", repairs),
@@ -110,7 +110,7 @@ EFFECTS: Mapping[str, Effect] = {
 
 
 def effects_of(methods: Methods) -> dict[str, Effect]:
-    """Return the effect of each parameter that not every setting uses: those of the methods, and ``EFFECTS``."""
+    """Return the effects of the methods' parameters, and ``EFFECTS``."""
     users: dict[str, dict[str, Use]] = {}
     for name, method in methods.items():
         for key, use in {**method.shared, **method.settings.uses()}.items():
@@ -131,7 +131,7 @@ def _effect(uses: Mapping[str, Use]) -> Effect:
 
 
 def without_effect(given: Values, values: Values, defaults: Values, effects: Mapping[str, Effect]) -> list[str]:
-    """Return a sentence for each parameter that was given, isn't at its default, and has no effect."""
+    """Return a sentence for each given parameter that differs from its default and has no effect."""
     return [
         f"{key} belongs to {words} and is ignored"
         for key, (words, when) in ((key, effects[key]) for key in given if key in effects)
@@ -145,11 +145,11 @@ def own_fields(methods: Methods) -> dict[str, FieldInfo]:
 
 
 def refusals(values: Values, method: Limits) -> list[str]:
-    """Return a sentence for each setting that has no place in a method, or would not be what its name says.
+    """Return a sentence for each setting that the method refuses.
 
     Args:
         values: all parameters' values.
-        method: the method that they name.
+        method: the limits of the method that ``values`` names.
     """
     selection, several = values["selection"], values["num_A"] > 1
     tolerates, measures = values["tolerated_loss"] is not None, "loss" in method.selections
@@ -179,7 +179,7 @@ def refusals(values: Values, method: Limits) -> list[str]:
 
 
 def _healing_refusals(values: Values) -> list[str]:
-    """Return a sentence for each setting that weights can't be trained with."""
+    """Return a sentence for each setting that makes healing impossible."""
     if not heals(values):
         return []
     wrong = {

@@ -1,4 +1,4 @@
-"""Where and with how many threads to compute."""
+"""The device, the number of threads, and the memory allocator."""
 
 import ctypes
 import os
@@ -10,13 +10,13 @@ from torch import nn
 
 from replaceme.base.errors import ModelError, ResourceError
 
-# Of the C library's allocator, by its own numbers (malloc.h), in bytes: what is free at the end of the heap before it is given
-# back, what the heap grows by beside what is asked for, and the size from which a block is no part of the heap.
+# Options of glibc's allocator (malloc.h), in bytes: M_TRIM_THRESHOLD, the free space at the heap's top that is kept; M_TOP_PAD,
+# the extra space when the heap grows; M_MMAP_THRESHOLD, the size from which a block is mapped by itself.
 HEAP = {-1: 256 << 20, -2: 32 << 20, -3: 32 << 20}
 
 
 def resolve_device(device: str) -> str:
-    """Return the device that ``auto`` stands for here, and check that a CUDA device asked for is there."""
+    """Return the device, with ``auto`` resolved. Raises ResourceError for a CUDA device that doesn't exist."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -27,11 +27,11 @@ def resolve_device(device: str) -> str:
 
 
 def use_processor(threads: int) -> None:
-    """Make ready to compute.
+    """Set the number of threads and tune the allocator.
 
-    The number of threads is fixed: another number sums in another order and gives other last bits. And memory that becomes free
-    is kept for what comes next: glibc gives large blocks back at once, and a page at a time is what it then takes to have
-    them again, a million times in a profile of the demo. Who sets its ``MALLOC_…`` variables is left alone.
+    Another number of threads sums in another order and gives other last bits. By default glibc returns large freed blocks to
+    the system at once; reusing that memory costs a page fault for each page, a million in a profile of the demo. So freed
+    memory is kept, unless the user set a ``MALLOC_…`` variable.
     """
     torch.set_num_threads(threads)
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
@@ -42,11 +42,11 @@ def use_processor(threads: int) -> None:
 
 
 def require_resident(layers: Mapping[int, nn.Module], words: str) -> None:
-    """Raise ModelError where ``device_map`` left weights off the devices: they are there only while the whole model computes.
+    """Raise ModelError if ``device_map`` offloaded weights of these layers: they are loaded only during a whole forward pass.
 
     Args:
-        layers: by their positions, those that are worked on by themselves.
-        words: what is done with them, behind a layer's number.
+        layers: position → layer; layers that are used on their own.
+        words: what they are used for, to follow a layer's number in the message.
     """
     for position, layer in layers.items():
         if any(parameter.is_meta for parameter in layer.parameters()):

@@ -1,12 +1,12 @@
-"""What the compression cost when it really ran: seconds and peak memory of each stage, as an output of that stage.
+"""The cost of the compression: seconds and peak memory of each stage, written as an output of that stage.
 
-A stage that DVC restores, or that several methods share, so brings the cost of the run that made it. No stage of the
-compression reads these files: times vary, and must make nothing run again.
+A stage that DVC restores from its cache, or that several methods share, has the cost of the run that computed it. No stage of
+the compression reads these files: times vary and must not cause a re-run.
 
-The seconds go from the reading of the parameters to the last byte written; the interpreter's start and the imports, some
-seconds of each process, are not in them. The memory is the largest resident set of the process, with the libraries and the
-pages of mapped files in it; under the console scripts, which run all steps in one process, the largest so far.
-A stage that goes on from where it was interrupted counts its last part alone.
+The seconds run from reading the parameters to the last byte written; the start of the interpreter and the imports, some seconds
+per process, are not included. The memory is the peak resident set of the process, with libraries and pages of mapped files; the
+console scripts run all steps in one process, so there it is the peak so far. A stage that resumes after an interruption counts
+only its last part.
 """
 
 import resource
@@ -24,10 +24,10 @@ STATUS = Path("/proc/self/status")
 
 @contextmanager
 def recorded(path: Path) -> Iterator[None]:
-    """Write to ``path`` what the block took, unless it fails.
+    """Write the cost of the block to ``path``, unless the block fails.
 
-    The file has ``seconds``, ``peak_memory_bytes`` and, where CUDA was used, ``peak_cuda_bytes``: what torch had allocated
-    at most, over all devices.
+    The file has ``seconds``, ``peak_memory_bytes`` and, if CUDA was used, ``peak_cuda_bytes``: the peak of torch's allocated
+    memory, summed over all devices.
     """
     began = time.perf_counter()
     yield
@@ -36,8 +36,8 @@ def recorded(path: Path) -> Iterator[None]:
 
 
 def peak_memory() -> int:
-    """Return the largest resident set of this process so far, in bytes."""
-    try:  # Linux counts that of the process which started this one into ru_maxrss
+    """Return the peak resident set of this process so far, in bytes."""
+    try:  # On Linux, ru_maxrss includes the peak of the parent process.
         return 1024 * int(STATUS.read_text(encoding="utf-8").split("VmHWM:")[1].split()[0])
     except (OSError, IndexError):
         pass
@@ -46,7 +46,7 @@ def peak_memory() -> int:
 
 
 def _peak_cuda() -> dict[str, Any]:
-    # A stage that computes nothing need not load torch for this.
+    # Don't load torch for a stage that doesn't use it.
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return {}

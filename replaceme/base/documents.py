@@ -1,7 +1,7 @@
-"""Calibration documents as token ids, and the right-padded batches that a forward pass takes.
+"""Calibration documents as token ids, right-padded batches of them, and samples of them.
 
-On disk: ``documents.safetensors`` holds all ids end to end (int32) and each document's length (int64); there is no
-padding to store. In a batch, padding comes after the text, so a causal model's real tokens never see it.
+On disk, ``documents.safetensors`` holds the concatenated ids (int32) and the length of each document (int64), without padding.
+In a batch, padding comes after the text, so a causal model's real tokens never attend to it.
 """
 
 from collections.abc import Iterable, Iterator
@@ -19,14 +19,14 @@ FILE = "documents.safetensors"
 
 @dataclass
 class Batch:
-    """Documents side by side.
+    """Documents for one forward pass.
 
     Attributes:
-        index: position in the walk.
+        index: position of the batch in the walk.
         input_ids: (documents, longest) int64, padded at the right with 0.
-        lengths: (documents,) int64, the number of real tokens of each.
-        first_token: how many real tokens came before this batch in the walk.
-        scratch: what observers keep from one layer of this batch to a later one.
+        lengths: (documents,) int64, the number of real tokens of each document.
+        first_token: the number of real tokens before this batch in the walk.
+        scratch: tensors that observers keep from one layer of this batch for a later one.
     """
 
     index: int
@@ -48,7 +48,7 @@ class Batch:
 
     @property
     def tokens(self) -> slice:
-        """Positions of this batch's real tokens among all those of the walk."""
+        """Positions of this batch's real tokens among all real tokens of the walk."""
         return slice(self.first_token, self.first_token + self.token_count)
 
     def real(self, states: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class Batch:
         return states[self.mask]
 
     def padded(self, rows: Tensor) -> Tensor:
-        """Return ``rows`` (tokens, width) as (documents, longest, width), with zeros for padding: what ``real`` undoes."""
+        """Return ``rows`` (tokens, width) as (documents, longest, width), zero at padding: the inverse of ``real``."""
         states = rows.new_zeros(*self.input_ids.shape, rows.shape[-1])
         states[self.mask.to(rows.device)] = rows
         return states
@@ -70,7 +70,7 @@ class Batch:
 
 
 class Documents:
-    """Token ids of a set of texts."""
+    """Token ids of a list of texts, each (tokens,) int64."""
 
     def __init__(self, documents: list[Tensor]):
         self.documents = documents
@@ -92,7 +92,7 @@ class Documents:
         return Documents([self.documents[index] for index in seeded_order(len(self), seed).tolist()])
 
     def longest_first(self) -> list[Tensor]:
-        """Return the documents in the order of a walk."""
+        """Return the documents in the order of a walk: longest first."""
         return sorted(self.documents, key=len, reverse=True)
 
     def batch_count(self, batch_size: int) -> int:
@@ -100,7 +100,7 @@ class Documents:
         return -(-len(self) // batch_size)
 
     def batches(self, batch_size: int, device: str = "cpu") -> Iterator[Batch]:
-        """Yield all documents, longest first, so that a batch holds little padding."""
+        """Yield all documents in batches, longest first, so that a batch has little padding."""
         ordered = self.longest_first()
         first_token = 0
         for index, start in enumerate(range(0, len(ordered), batch_size)):

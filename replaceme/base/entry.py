@@ -1,6 +1,6 @@
-"""The frame of every entry point: errors in one sentence, exit codes, and a stage's parameters.
+"""The frame of every entry point: errors as one sentence, and exit codes.
 
-Exit codes: 0 done, 2 something for the user to mend, 1 a defect of ours, 130 interrupted.
+Exit codes: 0 done, 2 something for the user to fix, 1 a bug here, 130 interrupted.
 """
 
 import argparse
@@ -15,8 +15,8 @@ from replaceme.base.errors import ParameterError, ReplaceMeError, ResourceError,
 from replaceme.base.progress import configure_logging, silence_libraries
 
 # OpenMP reads this once, when torch is loaded, so it is set here, on import: every entry point imports this file before torch.
-# Threads that spin at barriers lose time beside other work: of the demo on two cores, the stage activations takes 54 s either
-# way on an idle machine, but beside one busy program 136 s spinning and 94 s passive.
+# Threads that spin at barriers lose time next to other work: for the demo on two cores, the stage activations takes 54 s either
+# way on an idle machine, but next to one busy program 136 s spinning and 94 s passive.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 PARAMS_FILE = Path("params.yaml")
@@ -24,20 +24,20 @@ DEBUG_VARIABLE = "REPLACEME_DEBUG"
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line's parser that says a mistake in a sentence, as for a parameter."""
+    """A parser that reports a mistake as a ParameterError."""
 
     def error(self, message: str) -> NoReturn:
         raise ParameterError(f"command line: {message}.")
 
 
 def run(action: Callable[[], None], debug: bool = False) -> int:
-    """Run ``action``, say what went wrong in a sentence, and return the exit code."""
+    """Run ``action``, print an error as one sentence, and return the exit code."""
     configure_logging()
     try:
         silence_libraries()
         action()
     except KeyboardInterrupt:
-        print("interrupted; what was finished stays, and the next run goes on from there", file=sys.stderr)
+        print("interrupted; finished stages are kept, and the next run resumes there", file=sys.stderr)
         return 130
     except SystemExit:
         raise
@@ -52,7 +52,7 @@ def run(action: Callable[[], None], debug: bool = False) -> int:
 
 
 def explain(error: BaseException) -> BaseException:
-    """Return the error to show: ours as it is, a full disk or a torch out-of-memory as a sentence, others with a pointer."""
+    """Return the error to show: ours as it is, resource errors as a sentence, others with a hint how to get the traceback."""
     if isinstance(error, ReplaceMeError):
         return error
     if known := resource_failure(error):

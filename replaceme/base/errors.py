@@ -1,7 +1,7 @@
-"""The errors that a user can cause. Each message is one sentence a problem: the key or file, what is wrong, what is right.
+"""Errors that a user can cause. A message has one sentence per problem: the key or file, what is wrong, what would be right.
 
-The entry points (``replaceme.base.entry``) print the message and end with ``exit_code``; a traceback is shown with ``--debug``
-only. Each class also is the built-in error that it refines, so that library callers can catch either.
+The entry points (``replaceme.base.entry``) print the message and exit with ``exit_code``; they show a traceback only with
+``--debug``. Each class also derives from the built-in error that it refines, so that library callers can catch either.
 """
 
 import errno
@@ -10,7 +10,7 @@ FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 
 
 class ReplaceMeError(Exception):
-    """Base of every error that is reported without a traceback."""
+    """Base of all errors that are reported without a traceback."""
 
     exit_code = 2
 
@@ -24,15 +24,15 @@ class ParameterError(ReplaceMeError, ValueError):
 
 
 class ModelError(ReplaceMeError, ValueError):
-    """The model is missing, unreachable, damaged, or of a kind that can't be pruned exactly."""
+    """The model is missing, unreachable, damaged, or can't be pruned exactly."""
 
 
 class DatasetError(ReplaceMeError, ValueError):
-    """The text is missing, unreachable, empty, or lacks the column asked for."""
+    """The text is missing, unreachable, empty, or lacks the requested column."""
 
 
 class ResourceError(ReplaceMeError, OSError):
-    """The machine lacks something: disk, a package index, a stage's earlier output."""
+    """The machine lacks something: disk space, memory, a device, or the output of an earlier stage."""
 
 
 class SolveError(ReplaceMeError, ArithmeticError):
@@ -40,16 +40,16 @@ class SolveError(ReplaceMeError, ArithmeticError):
 
 
 class VerificationError(ReplaceMeError, RuntimeError):
-    """The exported model doesn't compute what was solved for: a defect here, not in the user's input."""
+    """The exported model doesn't compute the solution: a bug here, not a mistake of the user."""
 
     exit_code = 1
 
 
 def resource_failure(error: BaseException) -> ResourceError | None:
-    """Return the sentence for a full disk or for memory that ran out, in whatever error a library wraps it; else None."""
+    """Return an error for a full disk or exhausted memory, whatever exception a library raises for it; else None."""
     text = str(error)
     if (isinstance(error, OSError) and error.errno in FULL_DISK) or "No space left on device" in text:
-        return ResourceError("the disk is full; free space and run again: what was finished stays.")
+        return ResourceError("the disk is full; free space and run again: finished stages are kept.")
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
         return ResourceError("memory ran out; lower batch_size or max_length, or set use_4bit: true.")
     return None

@@ -1,7 +1,7 @@
-"""Files that are whole or absent, and JSON that is the same bytes for the same content.
+"""Atomic writes: a file is either complete or absent. JSON has the same bytes for the same content.
 
-A stage that is interrupted, or meets a full disk, must leave nothing that a later stage would take for finished: what is
-written goes into a sibling with a temporary name and is renamed at the end.
+A stage that is interrupted, or finds the disk full, must leave nothing that a later stage would take for complete. So output is
+written to a sibling with a temporary name, which is renamed at the end.
 """
 
 import json
@@ -30,7 +30,7 @@ os.umask(_UMASK)
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder that takes ``path``'s place when the block ends well, and vanishes when it doesn't."""
+    """Yield an empty folder; it replaces ``path`` when the block succeeds and is deleted otherwise."""
     partial, aside = path.with_name(path.name + PARTIAL), path.with_name(path.name + ".old" + PARTIAL)
     _settle(path, aside)
     remove(partial)
@@ -38,9 +38,9 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         yield partial
         for file in partial.rglob("*"):
-            # Some libraries write files that nobody else may read.
+            # Some libraries write files that only the owner can read.
             file.chmod((0o777 if file.is_dir() else 0o666) & ~_UMASK)
-        # An old folder goes aside first: it is never seen half deleted.
+        # An old folder is moved aside first, so that it is never visible half deleted.
         if path.exists():
             os.replace(path, aside)
         os.replace(partial, path)
@@ -50,16 +50,16 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def _settle(path: Path, aside: Path) -> None:
-    """Bring an old folder back that was put aside for one that never came, or delete it."""
+    """Restore an old folder that was moved aside if no new one replaced it; otherwise delete it."""
     if aside.exists() and not path.exists():
         os.replace(aside, path)
     remove(aside)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` (UTF-8) so that ``path`` holds either the old or the new content, never a part."""
+    """Write ``text`` (UTF-8) atomically: ``path`` holds either the old or the new content."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Several processes may write the same file of the user's cache.
+    # Several processes may write the same file in the user's cache.
     partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
     try:
         partial.write_text(text, encoding="utf-8")
@@ -69,12 +69,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write ``content`` with sorted keys. Raises ValueError for NaN and infinity, which break the readers of metrics."""
+    """Write ``content`` with sorted keys. Raises ValueError for NaN and infinity, which many JSON readers reject."""
     write_text(path, json.dumps(content, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON that an earlier stage wrote. Raises ResourceError, naming the file, when it isn't there."""
+    """Read JSON that an earlier stage wrote. Raises ResourceError if the file doesn't exist."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -82,7 +82,7 @@ def read_json(path: Path) -> Any:
 
 
 def remove(path: Path) -> None:
-    """Delete a file, link or folder if it is there."""
+    """Delete a file, link or folder if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -90,7 +90,7 @@ def remove(path: Path) -> None:
 
 
 def rounded(value: Any, digits: int = 6) -> Any:
-    """Round every float in nested dicts to ``digits`` significant digits, for metrics that people read."""
+    """Round every float in nested dicts to ``digits`` significant digits."""
     if isinstance(value, dict):
         return {key: rounded(entry, digits) for key, entry in value.items()}
     if isinstance(value, float) and value and math.isfinite(value):

@@ -1,8 +1,8 @@
-"""Identity by content: sha256 of local files, remembered by path, size and time, so that a large folder is read once.
+"""SHA-256 sums of local files, cached by path, size and times, so that a large folder is read only once.
 
-The remembered sums lie in the user's cache folder. A file whose size, times (in nanoseconds) or inode differ is
-read again; the sum of one younger than two seconds, which could still change within one tick of the file system's clock,
-is not remembered.
+They are cached in the user's cache folder. A file is read again if its size, its times (in nanoseconds) or its inode changed.
+The sum of a file modified less than two seconds ago is not cached: the file could change again within one tick of the file
+system's clock.
 """
 
 import hashlib
@@ -43,7 +43,7 @@ def sha256_of(paths: Iterable[Path], root: Path) -> dict[str, str]:
 
 
 def sha256_below(path: Path) -> dict[str, str]:
-    """Return the sums of a file, or of every file below a folder."""
+    """Return the sum of a file, or the sums of all files below a folder, as ``sha256_of`` does."""
     if path.is_dir():
         return sha256_of((entry for entry in path.rglob("*") if entry.is_file()), path)
     return sha256_of([path], path.parent)

@@ -1,8 +1,8 @@
-"""Every parameter, defined once: type, range, default and a sentence of meaning.
+"""All parameters, each defined once: type, range, default and a one-sentence description.
 
-Parameters of a single method stand in its file. Error texts, ``--help`` and docs/parameters.md come from these definitions. The
-defaults are the published behaviour of ReplaceMe (arXiv 2505.02819), so that a published config does what its author meant; our
-own better settings stand openly in the repository's params.yaml. The names are the published ones where such a name exists.
+Parameters of a single method are defined in the method's file. Error messages, ``--help`` and docs/parameters.md derive from
+these definitions. Names and defaults are those of the published ReplaceMe (arXiv 2505.02819) where it has them, so that a
+published config does what its author meant; our own better settings are in the repository's params.yaml.
 """
 
 import difflib
@@ -28,14 +28,14 @@ Dtype = Literal["bfloat16", "float16", "float32"]
 
 
 class Params(BaseModel):
-    """One setting of the whole pipeline. Immutable.
+    """The parameters of one run of the pipeline. Immutable.
 
-    The parameters of the methods are its extra fields; each method reads its own (``replaceme.base.combinations.Settings``).
+    The methods' parameters are extra fields; each method reads its own (``replaceme.base.combinations.Settings``).
     """
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True, protected_namespaces=())
 
-    method: str = Field("lstsq", description="What takes the place of what goes; the methods are listed below.")
+    method: str = Field("lstsq", description="The pruning method; the methods are listed below.")
 
     model_path: str = Field(
         "smollm2-135m-instruct", min_length=1, description="A local model folder, a hub id, or an embedded model's name."
@@ -56,7 +56,7 @@ class Params(BaseModel):
     dataset_column: str | None = Field(None, description="Column with the text or chat; null takes text, or a chat column.")
     dataset_revision: str | None = Field(None, description="Branch, tag or commit of a hub dataset.")
     dataset_size: int = Field(128, ge=1, description="Number of calibration documents.")
-    max_length: int = Field(1024, ge=2, description="Tokens of a document at most.")
+    max_length: int = Field(1024, ge=2, description="Largest number of tokens of a document.")
     pack: bool = Field(False, description="Join short rows until a document is full.")
     seed: int = Field(42, ge=0, le=2**32 - 1, description="Seed of the shuffle that picks the documents.")
 
@@ -69,87 +69,89 @@ class Params(BaseModel):
     device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = Field(
         None,
         description="How accelerate spreads a model that is too large for one GPU: auto, balanced, balanced_low_0 or "
-        "sequential; null puts all of it on device.",
+        "sequential; null puts the whole model on device.",
     )
     threads: int = Field(2, ge=1, le=1024, description="Processor threads; another number gives other last bits.")
 
     selection: str | None = Field(
         None,
-        description="What goes: the block with the smallest angular distance, residual of a linear map in its place, or "
-        "next-token loss (of the few with the smallest residuals); or single layers, by their influence (ShortGPT) or greedily "
-        "by the loss without them (SLEB). null is the method's own published criterion.",
+        description="Which layers are removed: the block with the smallest angular distance, with the smallest residual of a "
+        "linear map in its place, or with the smallest next-token loss (of the few with the smallest residuals); or single "
+        "layers, by their influence (ShortGPT) or greedily by the loss without them (SLEB). null is the method's own published "
+        "criterion.",
     )
     layers_to_skip: int = Field(
-        8, ge=1, description="Number of layers to remove; where parts of layers go, as many parameters as these layers have."
+        8, ge=1, description="Number of layers to remove; methods that remove parts of layers remove as many parameters."
     )
     tolerated_loss: float | None = Field(
         None, gt=0, allow_inf_nan=False,
-        description="With selection loss: layers_to_skip is the most that may go, and as many go as raise that loss, which is "
-        "measured with a closed-form fit in the block's place and before any repair, by so many nats at most; null removes "
-        "layers_to_skip.",
+        description="With selection loss: remove as many layers as possible, at most layers_to_skip, with a rise of the loss "
+        "of at most this (nats); the loss is measured with a closed-form fit in the block's place, before any repair. null "
+        "removes layers_to_skip.",
     )  # fmt: skip
     min_distance_layer: int | None = Field(
-        None, ge=1, description="First layer (from 0) that may be removed; that loses parts, with method llm_pruner (null: 4)."
+        None, ge=1, description="First layer (from 0) that may be removed; with method llm_pruner, that loses parts (null: 4)."
     )
     max_distance_layer: int | None = Field(
         None, ge=2,
-        description="The removed block ends before this layer (from 0); or the layers that lose parts, with method llm_pruner "
-        "(null: the last but one).",
+        description="The removed block ends before this layer (from 0); with method llm_pruner, so do those that lose "
+        "parts (null: the last but one).",
     )  # fmt: skip
     num_A: int = Field(1, ge=1, description="Number of blocks, each with a transform and layers_to_skip layers.")
     merge_consecutive: bool = Field(True, description="Merge adjacent blocks into one; matters for num_A above 1.")
 
     plain: bool = Field(
         False,
-        description="Give the result the family's own form, where the method can, so that it loads without trust_remote_code: "
-        "slicegpt by one basis for all layers, llm_pruner by as much from every layer, llm_streamline_form mlp by an attention "
-        "that stays and adds nothing.",
+        description="Give the result the family's own form, if the method can, so that it loads without trust_remote_code: "
+        "slicegpt with one basis for all layers, llm_pruner with the same widths in every layer, llm_streamline_form mlp with "
+        "an attention that adds nothing.",
     )
 
     transform: Transform = Field(
         "dense",
-        description="What takes the block's place: a linear map on the host's MLP output (d × d), orthogonal folding where "
-        "a norm follows the MLP; or refit, which solves for all weights of the linear that ends the host's MLP, or joint, for "
-        "those of its attention's output projection too; or channels: joint, with the best channels of the host's MLP and of "
-        "those that go.",
+        description="What replaces the block: a linear map on the host's MLP output (d × d; orthogonal folds where a norm "
+        "follows the MLP); refit, new weights of the last linear of the host's MLP; joint, also of its attention's output "
+        "projection; or channels, which is joint with the best channels of the host's MLP and of the removed ones.",
     )
     alpha: float = Field(
         0.0, ge=0, allow_inf_nan=False,
         description="Strength of the penalty on the map: the ridge of the least squares, in units of MᵀM (a sum over tokens, "
-        "of refit, joint, channels and ghosted_weighted with weights of mean 1; with method ghosted, M is the whole state); "
-        "for loss cosine in units of that loss, summed over tokens.",
+        "with weights of mean 1 for refit, joint, channels and ghosted_weighted; with method ghosted, M is the whole state); "
+        "for loss cosine, in units of that loss summed over tokens.",
     )  # fmt: skip
 
     refit_ridge: float = Field(
         0.3, gt=0, allow_inf_nan=False,
-        description="Ridge of transform refit and joint toward the linear map's fold, of channels toward their own columns, "
-        "relative to each feature's own squares.",
+        description="Ridge of transforms refit and joint toward the folded linear map, of channels toward the channels' own "
+        "columns; relative to each feature's sum of squares.",
     )  # fmt: skip
     repair: bool = Field(
-        False, description="Re-solve the last linears of each kept layer behind the cut, toward the original model's states."
+        False, description="Re-solve the last linears of each kept layer after the cut, toward the original model's states."
     )
     repair_ridge_attention: float = Field(
         0.3, gt=0, allow_inf_nan=False,
-        description="Ridge of the repaired attention output projections, relative to each feature's own squares.",
+        description="Ridge of the repaired attention output projections, relative to each feature's sum of squares.",
     )  # fmt: skip
     repair_ridge_mlp: float = Field(
-        1.0, gt=0, allow_inf_nan=False, description="Ridge of the repaired MLP outputs, relative to each feature's own squares."
+        1.0, gt=0, allow_inf_nan=False,
+        description="Ridge of the repaired MLP outputs, relative to each feature's sum of squares.",
     )  # fmt: skip
     heal_epochs: int = Field(
         0, ge=0,
-        description="Passes over the calibration text in which the last linears of the layers from the cut on are trained, all "
-        "together, toward the original model's predictions, batch_size documents in a step; 0 trains nothing.",
+        description="Passes over the calibration text that train the last linears of the layers from the cut on, all together, "
+        "toward the original model's predictions, with batch_size documents in a step; 0 trains nothing.",
     )  # fmt: skip
     heal_learning_rate: float = Field(
-        3e-4, gt=0, allow_inf_nan=False, description="AdamW's largest step while healing; the larger the model, the smaller."
-    )
+        3e-4, gt=0, allow_inf_nan=False,
+        description="AdamW's largest learning rate in healing; larger models need a smaller one.",
+    )  # fmt: skip
 
     tasks: tuple[Task, ...] = Field(
         (Task("wikipedia"), Task("wikipedia_last_word"), Task("wikipedia_continuation")),
-        description="What is scored: embedded tasks, tasks and groups of lm-eval (default is the published set), and your own "
+        description="Evaluation tasks: embedded ones, tasks and groups of lm-eval (default is the published set), and your own "
         ".txt and .jsonl files; an entry can have options, as in {winogrande: {fewshots: 5, limit: 200}}.",
     )
-    eval_tokens: int | None = Field(16384, ge=2, description="Tokens of each perplexity task; null scores all.")
+    eval_tokens: int | None = Field(16384, ge=2, description="Number of tokens of each perplexity task; null scores all.")
     eval_batch_size: int = Field(1, ge=1, description="Full windows (1024 tokens) in one evaluation batch.")
     eval_dtype: Dtype = Field("bfloat16", description="Number format of the evaluation.")
 
@@ -168,12 +170,12 @@ def read_params(
 
     Args:
         path: the file; None takes the defaults.
-        overrides: values that win over the file's, as the command line gives them.
+        overrides: values from the command line, which override the file's.
         methods: the methods that ``method`` may name. Their parameters are checked and get their defaults, and unknown keys are
-            refused. None checks neither, for a stage that asks no method: the first stage has checked everything.
+            refused. None skips this, for stages that use no method: the first stage has checked everything.
 
     Raises:
-        ParameterError: naming every problem at once.
+        ParameterError: lists all problems.
     """
     raw, problems = _read_yaml(path) if path else ({}, [])
     raw = without_replaced(raw, overrides or {})
@@ -208,7 +210,7 @@ def read_params(
 
 
 def parse_value(text: str) -> Any:
-    """Read one command-line value as YAML 1.2 would (``1e-6`` is a number, ``no`` a string)."""
+    """Parse one command-line value as YAML 1.2 (``1e-6`` is a number, ``no`` a string)."""
     try:
         return YAML(typ="safe", pure=True).load(text)
     except (YAMLError, ValueError):  # ValueError: an impossible date
@@ -216,7 +218,7 @@ def parse_value(text: str) -> Any:
 
 
 def nearest(name: str, names: Iterable[str], count: int = 1) -> str:
-    """Return `` (did you mean X?)`` for the ``count`` most similar names at most, or nothing."""
+    """Return `` (did you mean X?)`` with at most ``count`` similar names, or an empty string."""
     close = difflib.get_close_matches(name, list(names), n=count, cutoff=0.5)
     return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
 
@@ -244,7 +246,10 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def _duplicates(yaml: YAML, text: str, path: Path) -> list[str]:
-    """Equal values of a repeated key are a warning, different ones a problem (the published cosine file has one)."""
+    """Return the keys given twice with different values, as problems; equal values are only warned of.
+
+    The published cosine file has a key twice.
+    """
     root = yaml.compose(text)
     if not isinstance(root, MappingNode):
         return []
@@ -264,7 +269,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def _validated(model: type[Model], values: Mapping[str, Any], found: list[str]) -> Model | None:
-    """Return the parameters of a model, or None, with a sentence for each problem in ``found``."""
+    """Return the validated parameters; or None, after adding a sentence for each problem to ``found``."""
     try:
         return model.model_validate(values)
     except ValidationError as invalid:
@@ -273,7 +278,7 @@ def _validated(model: type[Model], values: Mapping[str, Any], found: list[str]) 
 
 
 def _sentence(problem: ErrorDetails) -> str:
-    """Say a pydantic error in one sentence: the key, what is wrong, what would be right."""
+    """Return a pydantic error as one sentence: the key, what is wrong, what would be right."""
     key, kind, given = str(problem["loc"][0]), problem["type"], problem["input"]
     limits = problem.get("ctx", {})
     wanted = {

@@ -1,7 +1,7 @@
-"""The plan: which blocks of layers go, what their hosts take in of them, and which statistics of them are wanted.
+"""The plan: the blocks of layers to remove, how each is merged into its host, and the statistics to take.
 
-It names no method, so that methods that want the same statistics share them. It is a stage of its own behind the choice of the
-blocks: what a method wants changes with settings of which that choice, and its measured losses, know nothing.
+The plan names no method, so that methods with the same statistics share them. It is a stage of its own, after select: the
+statistics depend on settings that don't affect the choice of blocks and its measured losses.
 """
 
 from collections.abc import Sequence
@@ -11,21 +11,21 @@ from typing import Any, Literal
 
 from replaceme.base.files import read_json, write_json
 
-# What can take a block's place: nothing, a factor, a linear map, or new weights of the linear that ends the host's MLP, or of
-# its attention's too.
+# What replaces a block: nothing, a factor, a linear map, new weights of the last linear of the host's MLP, or new weights of
+# that and of the output projection of the host's attention.
 StandIn = Literal["nothing", "scalar", "map", "refit", "joint"]
 
 
 @dataclass(frozen=True)
 class Block:
-    """Layers ``[start, end)`` (positions from 0), which are removed.
+    """Layers ``[start, end)`` to remove (positions from 0).
 
     Attributes:
-        start: the first of them.
-        end: the layer behind the last.
-        coefficients: where the layers are merged into the host, the parts of the host's own linears and of theirs, in order,
-            that the host's linears become; else empty.
-        scale: where the state behind the host is multiplied by a number, that number; else None.
+        start: the first removed layer.
+        end: the layer after the last removed one.
+        coefficients: if the layers are merged into the host, the coefficients of the linear combination that replaces the
+            host's linears: first the host's, then the removed layers', in order; else empty.
+        scale: the factor that multiplies the state after the host; None without one.
     """
 
     start: int
@@ -35,17 +35,17 @@ class Block:
 
     @property
     def host(self) -> int:
-        """The kept layer in front of the block, whose MLP takes the transform."""
+        """The kept layer before the block; the transform is folded into its MLP."""
         return self.start - 1
 
     @property
     def layers(self) -> range:
-        """The layers that go."""
+        """The removed layers."""
         return range(self.start, self.end)
 
     @property
     def mixture(self) -> dict[int, float]:
-        """Layer → its part of what the host's linears become; empty where the host stays."""
+        """Layer → its coefficient in the combination that replaces the host's linears; empty without a merge."""
         return dict(zip(range(self.host, self.end), self.coefficients, strict=True)) if self.coefficients else {}
 
     def __len__(self) -> int:
@@ -54,24 +54,24 @@ class Block:
 
 @dataclass(frozen=True)
 class Plan:
-    """Blocks, first to last, and the names of the statistics (``replaceme.observers.statistics``) wanted of each."""
+    """Blocks, first to last, and the names of the statistics (``replaceme.observers.statistics``) to take of each."""
 
     blocks: tuple[Block, ...]
     statistics: tuple[str, ...]
 
     @property
     def removed_layers(self) -> list[int]:
-        """Positions of all layers that go."""
+        """Positions of all removed layers."""
         return [layer for block in self.blocks for layer in block.layers]
 
     @property
     def mixtures(self) -> dict[int, dict[int, float]]:
-        """Host → what its linears become (``Block.mixture``), where that is not what they are."""
+        """Host → its ``Block.mixture``, for the hosts that layers are merged into."""
         return {block.host: block.mixture for block in self.blocks if block.coefficients}
 
     @property
     def scales(self) -> dict[int, float]:
-        """Host → what the state behind it is multiplied by, where it is."""
+        """Host → the factor of the state after it, for the hosts that have one."""
         return {block.host: block.scale for block in self.blocks if block.scale is not None}
 
     def save(self, path: Path) -> None:
@@ -96,7 +96,7 @@ def load_blocks(path: Path) -> tuple[Block, ...]:
 
 
 def _plain(blocks: Sequence[Block]) -> list[dict[str, Any]]:
-    """Return the blocks for JSON; a block that is merged into nothing, and not scaled, says nothing of it."""
+    """Return the blocks for JSON; empty coefficients and a missing scale are left out."""
     return [{key: value for key, value in asdict(block).items() if value not in ((), None)} for block in blocks]
 
 
@@ -105,7 +105,7 @@ def _blocks(plain: Sequence[dict[str, Any]]) -> tuple[Block, ...]:
 
 
 def runs(layers: Sequence[int]) -> list[Block]:
-    """Return the blocks that single layers make."""
+    """Group single layers into blocks of adjacent ones."""
     blocks: list[Block] = []
     for layer in sorted(layers):
         if blocks and blocks[-1].end == layer:

@@ -1,4 +1,4 @@
-"""What the user sees while it runs: one line for each decision, and a progress bar with counts for each loop over text."""
+"""Output during a run: one log line for each decision, and a progress bar for each loop over text."""
 
 import logging
 import os
@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 
 def align(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows as columns: the first to the left, the others to the right."""
+    """Return rows as aligned columns: the first one left-aligned, the others right-aligned."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
         "  ".join(
@@ -25,7 +25,7 @@ logger = logging.getLogger("replaceme")
 
 
 def configure_logging() -> None:
-    """Show this package's decisions on standard error, and keep the libraries' chatter away."""
+    """Log this package's messages to standard error, without the libraries' ones."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger.handlers = [handler]
@@ -34,7 +34,7 @@ def configure_logging() -> None:
 
 
 def silence_libraries() -> None:
-    """Turn off progress bars and advice of transformers and datasets, loaded or yet to load: ours say what matters."""
+    """Turn off the progress bars and warnings of transformers and datasets, whether they are already loaded or not."""
     os.environ.update(HF_DATASETS_DISABLE_PROGRESS_BARS="1", DATASETS_VERBOSITY="error", TRANSFORMERS_VERBOSITY="error")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if transformers := sys.modules.get("transformers"):
@@ -45,14 +45,14 @@ def silence_libraries() -> None:
 def progress(
     items: Iterable[T], description: str, unit: str, total: int | None = None, note: Callable[[], str] | None = None
 ) -> Iterator[T]:
-    """Iterate with a bar on a terminal; where output goes to a file, a line every 20 seconds.
+    """Iterate with a progress bar on a terminal, or with a line every 20 seconds if the output goes to a file.
 
     Args:
         items: what to iterate over.
         description: what is being done.
         unit: what the items are.
-        total: their number, where they don't know it.
-        note: says, behind each item, what the bar shows behind its counts.
+        total: their number, if ``len`` doesn't give it.
+        note: returns the text after the bar's counts; called after each item.
     """
     terminal = sys.stderr.isatty()
     bar = tqdm(

@@ -1,7 +1,7 @@
-"""The published program's own keys and spellings, turned into ours, so that its config files run as they stand.
+"""Translate the published program's keys and spellings into ours, so that its config files run unchanged.
 
-Keys with a value that asks for nothing (``diag: false``) are dropped; a value that asks for something this version can't
-do is refused by name; keys that only mattered to the published program are ignored, and the log says so.
+Keys whose value asks for nothing (``diag: false``) are dropped. A value that asks for something not offered here is refused by
+name. Keys that only mattered to the published program are ignored, with a log line.
 """
 
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from typing import Any
 
 from replaceme.base.task import parse_tasks
 
-# Each key with the transform that it asks for.
+# Key → the transform that it asks for.
 STRUCTURES = {"diag": "diagonal", "two_vectors": "two_vectors", "thri": "triangular"}
 # scipy's spellings, in lower case.
 SOLVERS = {"l-bfgs": "lbfgs", "l-bfgs-b": "lbfgs", "trust-ncg": "trust_region"}
@@ -21,7 +21,7 @@ def translate(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], list[s
     """Return our parameters, notes for the log, and problems.
 
     Args:
-        raw: keys and values as a config file or the command line gave them.
+        raw: keys and values from a config file or the command line.
     """
     ours = dict(raw)
     notes: list[str] = []
@@ -52,7 +52,7 @@ def translate(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], list[s
 
 
 def without_replaced(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a file's keys without those that the command line says anew under another name."""
+    """Return a file's keys without those that the command line overrides under another name."""
     replaced = {key for key in STRUCTURES if key in overrides}
     if "transform" in overrides or any(overrides[key] is True for key in replaced):
         replaced |= {"transform", *STRUCTURES}
@@ -83,7 +83,7 @@ def _translate_structure(ours: dict[str, Any], notes: list[str], problems: list[
 
 def _translate_solver(ours: dict[str, Any], notes: list[str], problems: list[str]) -> None:
     for key in ("solver", "loss"):
-        if ours.get(key, "") is None:  # the published files' way to say nothing
+        if ours.get(key, "") is None:  # null in the published files means not set
             ours.pop(key)
     solver = ours.get("solver")
     if not isinstance(solver, str):

@@ -1,4 +1,4 @@
-"""States too many for memory: tensors mapped to files that nobody sees, on a disk that is asked first."""
+"""Tensors on disk, for states that exceed the memory: mapped to unnamed temporary files, after a check of the free space."""
 
 import shutil
 import tempfile
@@ -15,20 +15,20 @@ from replaceme.base.errors import ResourceError
 def scratch(
     shapes: Sequence[Sequence[int]], dtype: torch.dtype, folder: Path | None = None, purpose: str = "this step"
 ) -> list[Tensor]:
-    """Return tensors on disk, zeros at first; their place is free again when nothing refers to them.
+    """Return tensors on disk, initially zero; their space is freed when the last reference is gone.
 
     Args:
-        shapes: of each.
-        dtype: of each.
-        folder: where they may lie; None is the system's temporary folder.
-        purpose: what keeps them, for the message.
+        shapes: one for each tensor.
+        dtype: of all tensors.
+        folder: on the disk to use; None is the system's temporary folder.
+        purpose: the subject of the error message.
 
     Raises:
-        ResourceError: they don't fit.
+        ResourceError: the disk has too little free space.
     """
     where = folder or Path(tempfile.gettempdir())
     require_space(where, sum(map(prod, shapes)) * dtype.itemsize, f"{purpose} keeps {{}} of states there")
-    # A mapping outlives its file's name: without one, nothing is left behind however the run ends.
+    # A mapping outlives the deletion of its file, so nothing is left on disk however the run ends.
     with tempfile.TemporaryDirectory(prefix="scratch-", suffix=".partial", dir=where, ignore_cleanup_errors=True) as names:
         return [
             torch.from_file(str(Path(names) / str(number)), shared=True, size=prod(shape), dtype=dtype).view(*shape)
@@ -37,13 +37,13 @@ def scratch(
 
 
 def require_space(folder: Path, needed: int, words: str, advice: str = "") -> None:
-    """Raise ResourceError where ``needed`` bytes are not free.
+    """Raise ResourceError if fewer than ``needed`` bytes are free.
 
     Args:
-        folder: where they would lie.
-        needed: how many.
-        words: what would lie there, with {} for how much.
-        advice: what would be less, behind the sentence.
+        folder: on the disk to check.
+        needed: bytes.
+        words: what needs the space, with {} for how much.
+        advice: how to need less, appended to the sentence.
     """
     free = shutil.disk_usage(folder).free
     if needed > free:

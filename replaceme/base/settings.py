@@ -1,6 +1,6 @@
-"""Settings of a run as others may see them: a file that repeats the run, without anything that is this machine's alone.
+"""The settings of a run for publication: a params.yaml that reproduces it and reveals nothing about this machine.
 
-A local file or folder stands there by its own name, without the folder that it lies in.
+Local files and folders appear by name only, without the path to them.
 """
 
 import io
@@ -14,18 +14,18 @@ from ruamel.yaml import YAML
 from replaceme.base.params import Params
 from replaceme.base.task import Task
 
-# Where a console script puts its result: not a setting of the run. The pipeline's file must have these keys all the same.
+# Where a console script puts its result is no setting of the run, but a params.yaml must have these keys.
 CONSOLE_ONLY = {"save_path": None, "save_transform_only": False}
 
 
 def without_folder(name: str) -> str:
-    """Return a local file or folder by its own name, and any other name as it is."""
+    """Return the last part of a local path, and any other name unchanged."""
     path = Path(name).expanduser()
     return os.path.basename(os.path.abspath(path)) if path.is_absolute() or path.exists() else name
 
 
 def settings_yaml(params: Params, keys: Iterable[str]) -> str:
-    """Return some of the parameters as a params.yaml."""
+    """Return these parameters as the text of a params.yaml."""
     values: dict[str, Any] = {key: getattr(params, key) for key in keys}
     values |= {key: value for key, value in CONSOLE_ONLY.items() if key in values}
     values |= {key: without_folder(values[key]) for key in ("model_path", "dataset") if key in values}

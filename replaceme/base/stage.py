@@ -1,7 +1,6 @@
-"""A stage of the pipeline: its function and what its output depends on. DVC and the console scripts run the same stages.
+"""A stage of the pipeline: its function and the dependencies of its output. DVC and the console scripts run the same stages.
 
-Each file of ``replaceme.pipeline`` declares one. ``tests/pipeline`` compares the declarations with dvc.yaml and with the
-imports.
+Each file of ``replaceme.pipeline`` declares one stage. ``tests/pipeline`` checks them against dvc.yaml and the imports.
 """
 
 import sys
@@ -24,7 +23,7 @@ COMPRESSION = (*FIT, "export")
 JUDGEMENT = ("baseline", "evaluate", "report")
 ORDER = (*COMPRESSION, *JUDGEMENT)
 
-# Parameters of every pass over the calibration text, and of every scoring.
+# Parameters of every pass over the calibration text, and of every evaluation.
 PASS = ("batch_size", "dtype", "device", "device_map", "threads", "use_4bit", "trust_remote_code")
 SCORING = ("tasks", "eval_tokens", "eval_batch_size", "eval_dtype", "device", "device_map", "threads", "trust_remote_code")
 
@@ -35,15 +34,15 @@ class Stage:
 
     Attributes:
         name: as in dvc.yaml.
-        run: the function that reads artifacts, calls the rooms and writes artifacts.
-        params: the parameters that change its output.
+        run: the function that reads artifacts, computes and writes artifacts.
+        params: the parameters that its output depends on.
         reads: the artifacts that it reads.
-        writes: the artifact that it writes; None where it writes metrics alone.
-        code: the rooms that it loads, or single files of them, below ``replaceme/``; beside its own file.
+        writes: the artifact that it writes; None if it writes only metrics.
+        code: the rooms, or single files of them, that it loads, below ``replaceme/``; besides its own file.
         metrics: the metrics files that it writes.
         figures: the metrics files that it reads.
         costs: the stages whose cost it reads.
-        methods: the methods that ``method`` may name; None for a stage that asks no method.
+        methods: the methods that ``method`` may name; None for a stage that uses no method.
     """
 
     name: str
@@ -59,7 +58,7 @@ class Stage:
 
 
 def run_stage(stage: Stage) -> None:
-    """Run a stage in the current folder, on params.yaml, and exit; a stage of the compression records what it cost."""
+    """Run a stage on params.yaml in the current folder, and exit. A stage of the compression records its cost."""
     place = Workspace()
 
     def work() -> None:
@@ -72,7 +71,7 @@ def run_stage(stage: Stage) -> None:
 
 
 def check_pipeline_params(params: Params) -> None:
-    """Refuse what only the console scripts can do: in the pipeline, the place of the result is fixed."""
+    """Refuse settings of the console scripts: in the pipeline, the place of the result is fixed."""
     problems = []
     if params.save_path not in (None, "artifacts/model"):
         problems.append(f"save_path: the pipeline writes to artifacts/model, not to '{params.save_path}'; use null here.")

@@ -1,8 +1,8 @@
-"""What is scored: a task by name, with its options, as params.yaml and the command line give it.
+"""Evaluation tasks: a name with options, as given in params.yaml or on the command line.
 
     tasks: [wikipedia, {winogrande: {fewshots: 5, limit: 200}}, my-questions.jsonl]
 
-The published program's form, one mapping ``{piqa: {fewshots: 0}}``, and its word ``default`` mean the same here.
+The published program's form, one mapping ``{piqa: {fewshots: 0}}``, and its task ``default`` are accepted too.
 """
 
 import difflib
@@ -17,12 +17,12 @@ DEFAULT = "default"
 
 @dataclass(frozen=True)
 class Task:
-    """A task to score.
+    """A task to evaluate.
 
     Attributes:
         name: an embedded task, a task or group of lm-eval, or a .jsonl or .txt file.
         fewshots: solved examples before each item; None is the task's own number.
-        limit: items to score at most (in a group: of each task), the first ones; None scores all.
+        limit: score only the first items, this many (in a group: of each task); None scores all.
         text: column of a file that holds the text; None is ``text``.
         question: column of a file that holds the question; None is ``question``.
         choices: column of a file that holds the list of choices, or the columns that hold one each; None is ``choices``.
@@ -46,7 +46,7 @@ class Task:
         }
 
     def plain(self) -> str | dict[str, dict[str, Any]]:
-        """Return the task as it stands in params.yaml."""
+        """Return the task as written in params.yaml."""
         options = {name: list(value) if isinstance(value, tuple) else value for name, value in self.options().items()}
         return {self.name: options} if options else self.name
 
@@ -56,14 +56,14 @@ COLUMNS = ("text", "question", "choices", "answer")
 
 
 def parse_tasks(raw: Any, problems: list[str]) -> tuple[Task, ...]:
-    """Return the tasks that a value of ``tasks`` names, and append a sentence to ``problems`` for each mistake."""
+    """Return the tasks in a value of ``tasks``, and append a sentence to ``problems`` for each mistake."""
     if raw is None:
         return ()
     if isinstance(raw, str):
         raw = [raw]
     if isinstance(raw, Mapping):
         raw = [{name: options} for name, options in raw.items()]
-    # The word default stands for the published set, with the options that it has.
+    # ``default`` stands for the published tasks, each with its options.
     if not isinstance(raw, list | tuple):
         problems.append(f"tasks: must be a list of task names, not {raw!r}.")
         return ()

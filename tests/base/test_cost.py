@@ -1,4 +1,4 @@
-"""What a stage of the compression cost, and what all of them come to."""
+"""The cost of each stage of the compression, and the total."""
 
 import os
 import platform
@@ -116,6 +116,6 @@ def test_memory_that_becomes_free_is_kept_unless_the_user_tunes_the_allocator() 
         int(subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True).stdout)
         for env in (plain, plain | {"MALLOC_PERTURB_": "0"})
     ]
-    # A page has 4096 bytes, or more: three times 16 MiB, once or twenty times.
+    # Three tensors of 16 MiB fault their pages in once, or in each of the twenty rounds.
     pages = 20 * 3 * (16 << 20) // os.sysconf("SC_PAGE_SIZE")
     assert faults[1] - faults[0] > pages // 2

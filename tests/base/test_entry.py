@@ -1,4 +1,4 @@
-"""What is set before torch is loaded: a torch of the test's own says what it finds."""
+"""Settings that must precede the import of torch: a fake torch prints the environment that it finds."""
 
 import os
 import subprocess

@@ -125,7 +125,7 @@ def test_a_settled_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (MemoryError(), 2, "error: memory ran out; lower batch_size"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 2, "error: memory ran out; lower batch_size"),
         (PermissionError(errno.EACCES, "Permission denied", "/x/y"), 2, "error: /x/y: Permission denied."),
-        (KeyboardInterrupt(), 130, "interrupted; what was finished stays"),
+        (KeyboardInterrupt(), 130, "interrupted; finished stages are kept"),
         (KeyError("x"), 1, "error: unexpected KeyError: 'x' (run with --debug"),
     ],
 )
