@@ -1,7 +1,7 @@
-"""One thin script a stage, named as in dvc.yaml and run as ``python -m stages.NAME`` from the repository's root.
+"""One script per stage, named as in dvc.yaml; run it as ``python -m stages.NAME`` from the repository's root.
 
 (``python stages/select.py`` would put this folder first on the module path, where select.py hides the standard library's
-module of that name.) A stage started outside of the project's environment says so in one sentence.
+module.) A stage that is started outside of the project's environment fails with one sentence.
 """
 
 import importlib.util

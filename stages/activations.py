@@ -1,4 +1,4 @@
-"""Take the statistics that the plan wants."""
+"""Take the planned statistics."""
 
 from replaceme.base.stage import run_stage
 from replaceme.pipeline.activations import STAGE

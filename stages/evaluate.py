@@ -1,4 +1,4 @@
-"""Score the pruned model beside the dense one."""
+"""Score the pruned model and compare it with the dense one."""
 
 from replaceme.base.stage import run_stage
 from replaceme.pipeline.evaluate import STAGE

@@ -1,4 +1,4 @@
-"""Save the pruned model and prove that it computes what was solved for."""
+"""Save the pruned model and verify that it computes the solution."""
 
 from replaceme.base.stage import run_stage
 from replaceme.pipeline.export import STAGE

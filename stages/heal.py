@@ -1,4 +1,4 @@
-"""Train what was solved for a while, where the settings ask for it."""
+"""Train the last linears of the layers from the cut on, if heal_epochs is above 0."""
 
 from replaceme.base.stage import run_stage
 from replaceme.pipeline.heal import STAGE

@@ -1,4 +1,4 @@
-"""Look at model, text and tasks, and write their fingerprints."""
+"""Check model, text and tasks, and write their fingerprints."""
 
 from replaceme.base.stage import run_stage
 from replaceme.pipeline.inputs import STAGE

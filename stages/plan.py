@@ -1,4 +1,4 @@
-"""The statistics that the method wants of the chosen blocks."""
+"""Decide which statistics of the chosen blocks the method needs."""
 
 from replaceme.base.stage import run_stage
 from replaceme.pipeline.plan import STAGE

@@ -1,4 +1,4 @@
-"""Measure the distances between all pairs of layers, and what each layer does."""
+"""Measure the distances between all pairs of layers, and the influence and norms of each layer."""
 
 from replaceme.base.stage import run_stage
 from replaceme.pipeline.profile import STAGE

@@ -1,4 +1,4 @@
-"""Make the edits that depend on an earlier solution."""
+"""Solve for the edits that depend on the first block's solution."""
 
 from replaceme.base.stage import run_stage
 from replaceme.pipeline.repair import STAGE

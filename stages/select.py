@@ -1,4 +1,4 @@
-"""Choose the block of layers to remove."""
+"""Choose the layers to remove."""
 
 from replaceme.base.stage import run_stage
 from replaceme.pipeline.select import STAGE

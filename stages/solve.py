@@ -1,4 +1,4 @@
-"""Turn statistics into edits."""
+"""Compute the edits from the statistics."""
 
 from replaceme.base.stage import run_stage
 from replaceme.pipeline.solve import STAGE

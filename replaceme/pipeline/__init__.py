@@ -1,4 +1,4 @@
-"""One file a stage: it reads artifacts, calls the rooms, and writes artifacts.
+"""The stages, one file each: a stage reads artifacts, computes with the other rooms, and writes artifacts.
 
 It may import every other room.
 """

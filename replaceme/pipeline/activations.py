@@ -1,4 +1,4 @@
-"""activations: take the statistics that the plan wants of the first block, in one pass."""
+"""activations: take the planned statistics of the first block, in one pass."""
 
 import torch
 from safetensors.torch import save_file
@@ -14,7 +14,7 @@ from replaceme.base.workspace import Workspace
 from replaceme.models.model import recorded_model
 from replaceme.observers.statistics import take_statistics
 
-# Below this many tokens a dimension, the fit follows the sample's noise.
+# With fewer tokens per dimension, the fit overfits the sample.
 TOKENS_PER_DIMENSION = 8
 
 
@@ -24,13 +24,13 @@ def observe_activations(params: Params, work: Workspace) -> None:
     plan, documents = Plan.load(work.plan), Documents.load(work.documents)
     with new_folder(work.statistics) as folder:
         if not plan.statistics:
-            logger.info("activations: the method wants no statistics")
-            # DVC keeps no empty folder.
+            logger.info("activations: the method needs no statistics")
+            # DVC does not track empty folders.
             save_file({"none": torch.zeros(1)}, folder / "none.safetensors")
             return
         source = recorded_model(params, work.model_input)
         model = source.load(params.dtype, resolve_device(params.device), params.use_4bit, params.device_map)
-        # A later block is fitted on what the shortened model feeds it, in the repair stage.
+        # Later blocks are fitted in the repair stage, on the states of the shortened model.
         block = plan.blocks[0]
         taken = take_statistics(model, source.family(), documents, block, plan.statistics, params.batch_size, folder)
         for name, tensors in taken.items():
@@ -39,7 +39,7 @@ def observe_activations(params: Params, work: Workspace) -> None:
     logger.info("activations: %s over %d tokens, layers 0 to %d", " and ".join(plan.statistics), tokens, block.end - 1)
     if tokens < TOKENS_PER_DIMENSION * width:
         logger.warning(
-            "dataset_size: %d tokens are few for a width of %d; the fit wants at least %d, so raise dataset_size or alpha",
+            "dataset_size: %d tokens are few for a width of %d; the fit needs at least %d, so raise dataset_size or alpha",
             tokens, width, TOKENS_PER_DIMENSION * width,
         )  # fmt: skip
 

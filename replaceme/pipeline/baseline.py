@@ -10,7 +10,7 @@ from replaceme.models.model import recorded_model
 
 
 def score_baseline(params: Params, work: Workspace) -> None:
-    """Score the dense model and write its scores, which all experiments share."""
+    """Score the dense model, and write the scores."""
     found = read_json(work.tasks_input)
     scores = score_model(params, recorded_model(params, work.model_input), "dense model", found, Requests())
     with new_folder(work.baseline) as folder:

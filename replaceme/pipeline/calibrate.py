@@ -18,7 +18,7 @@ def calibrate(params: Params, work: Workspace) -> None:
     source = find_dataset(params, read_json(work.dataset_input).get("commits"))
     corpus = source.open()
     if corpus.running and params.pack:
-        logger.info("pack: has no effect on a running text, whose documents are full")
+        logger.info("pack: has no effect on a running text, whose documents are full already")
     documents, counts = draw_documents(
         corpus, tokenizer, params.dataset_size, params.max_length, pack=params.pack, seed=params.seed
     )
@@ -26,7 +26,7 @@ def calibrate(params: Params, work: Workspace) -> None:
         documents.save(folder)
         write_json(folder / "documents.json", asdict(counts))
     logger.info(
-        "calibrate: %d documents, %d tokens from %s (%d cut to %d tokens, %d empty ones passed over)",
+        "calibrate: %d documents, %d tokens from %s (%d cut to %d tokens, %d empty ones skipped)",
         counts.documents, counts.tokens, params.dataset, counts.cut, params.max_length, counts.empty,
     )  # fmt: skip
     if counts.documents < params.dataset_size:

@@ -1,4 +1,4 @@
-"""evaluate: score the pruned model beside the dense one."""
+"""evaluate: score the pruned model and compare it with the dense one."""
 
 from replaceme.base.files import read_json, rounded, write_json
 from replaceme.base.params import Params
@@ -17,7 +17,7 @@ def evaluate(params: Params, work: Workspace) -> None:
     scores = score_model(params, pruned, "pruned model", read_json(work.tasks_input), dense.requests)
     if scores.figures["device"] != dense.figures["device"]:
         logger.warning(
-            "device: the dense model was scored on %s, the pruned one on %s; their last digits differ for that alone",
+            "device: the dense model was scored on %s, the pruned one on %s; that alone changes the last digits",
             dense.figures["device"], scores.figures["device"],
         )  # fmt: skip
     comparison = rounded(compare(dense.figures, scores.figures, dense.items, scores.items))

@@ -1,4 +1,4 @@
-"""export: save the pruned model as a Hugging Face folder, which appears under its name only when it is proved."""
+"""export: save the pruned model as a Hugging Face folder, which gets its name only after verification."""
 
 from replaceme.base.compute import use_processor
 from replaceme.base.documents import Documents
@@ -20,7 +20,7 @@ def export(params: Params, work: Workspace) -> None:
     """Write the pruned model's folder and metrics/export.json.
 
     Raises:
-        VerificationError: the folder would not compute what was solved for; nothing is left behind.
+        VerificationError: the saved model would not compute the solution; no folder is left.
     """
     use_processor(params.threads)
     source, edits = recorded_model(params, work.model_input), Edits.load(work.edits)
@@ -28,27 +28,27 @@ def export(params: Params, work: Workspace) -> None:
         counts = save_pruned(source, edits, folder)
         write_text(folder / CARD, model_card(params, source, edits, read_json(work.metric("solve"))))
         plain = not is_own_form(folder)
-        # As any user loads it, by the file that was just written.
+        # Load it as a user would, with the code file that was just written.
         pruned = Model(folder, folder.name, trust_remote_code=source.trust_remote_code or not plain)
         figures = verify_export(source, pruned, edits, Documents.load(work.documents))
         broken = broken_patterns(pruned.config(), source.family())
     if broken:
         logger.warning(
-            "export: %s no longer follows the family's pattern: transformers and vLLM read it from the config, but a program "
-            "that computes it from a layer's position, such as llama.cpp, would compute something else (docs/loading.md)",
+            "export: %s no longer follows the family's pattern: transformers and vLLM read it from the config, but programs "
+            "that derive it from a layer's position, such as llama.cpp, would compute something else (docs/loading.md)",
             " and ".join(broken),
         )
     if not plain:
         logger.warning(
-            "export: the result has a form that no class of transformers has: it loads with trust_remote_code=True, by the "
-            "file %s beside the weights",
+            "export: no class of transformers has the form of the result: it loads with trust_remote_code=True, from the file "
+            "%s beside the weights",
             FILE,
         )
     write_json(work.metric("export"), rounded({**counts, **figures}))
     logger.info(
         "export: %s, %.1f M of %.1f M parameters; state %s equals the unfused computation to %.1e, logits to %.1e",
         work.model, counts["parameters"] / 1e6, counts["parameters_dense"] / 1e6,
-        "at the cut" if edits.removed_layers else "behind the last layer",
+        "at the cut" if edits.removed_layers else "after the last layer",
         figures["hidden_error_max"], figures["logits_error"],
     )  # fmt: skip
 

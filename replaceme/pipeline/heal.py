@@ -1,4 +1,4 @@
-"""heal: train the last linears of the layers from the cut on, where the settings ask for it."""
+"""heal: train the last linears of the layers from the cut on, if heal_epochs is above 0."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def heal(params: Params, work: Workspace) -> None:
-    """Write the final edits and metrics/heal.json."""
+    """Write the final edits and metrics/heal.json; without healing, the edits are copied."""
     figures: dict[str, Any] = {}
     with new_folder(work.edits) as folder:
         shutil.copytree(work.repaired, folder, dirs_exist_ok=True)
@@ -37,7 +37,7 @@ def heal(params: Params, work: Workspace) -> None:
 
 
 def _heal(params: Params, work: Workspace, edits: Edits) -> tuple[dict[str, Any], Curves]:
-    """Add to the edits what the training changes, and return its figures and curves."""
+    """Train, add the changes to the edits, and return the training's figures and curves."""
     from replaceme.base.compute import use_processor
     from replaceme.base.documents import Documents
     from replaceme.base.fingerprints import sha256_below
@@ -72,7 +72,7 @@ def _heal(params: Params, work: Workspace, edits: Edits) -> tuple[dict[str, Any]
 
 
 def _checkpoints(work: Workspace) -> Path:
-    """Return the folder that an interrupted training goes on from."""
+    """Return the folder of the checkpoints, from which an interrupted training resumes."""
     return work.edits.parent / f"healing{PARTIAL}"
 
 

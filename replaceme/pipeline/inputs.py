@@ -1,8 +1,8 @@
-"""inputs: look at everything that a run reads from outside, and write down its identity.
+"""inputs: check everything that a run reads from outside, and write fingerprints of it.
 
-Always runs, in seconds, and writes the same bytes while nothing changed; all later stages hang on these files, so that
-a local file or folder with new content is never taken for the old one. What can't be pruned is refused here, before any
-work.
+This stage always runs, takes seconds, and writes the same bytes while nothing changed. All later stages depend on the
+fingerprints, so new content of a local file or folder is always noticed. Models that can't be pruned are refused here, before
+any work.
 """
 
 import os
@@ -39,7 +39,7 @@ def inspect_inputs(params: Params, work: Workspace) -> None:
     """Check device, model, text and tasks, and write their fingerprints.
 
     Raises:
-        ReplaceMeError: something is missing, unreachable or can't be pruned; all that was found is in the message.
+        ReplaceMeError: something is missing, unreachable or can't be pruned; the message lists all problems.
     """
     problems: list[ReplaceMeError] = []
     content: dict[str, Any] = {}
@@ -63,7 +63,7 @@ def inspect_inputs(params: Params, work: Workspace) -> None:
             check_cut(model.skeleton, config, family)
             logger.warning(
                 "model_path: the family '%s' is not described; its layers (%s), attention (%s) and MLP (%s) were recognised by "
-                "their structure, which counts when the profile and the export have proved it on text",
+                "their structure; profile and export will verify this on text",
                 kind, family.layers, family.attention_output, family.mlp_output,
             )  # fmt: skip
         check_weights(model)
@@ -99,5 +99,5 @@ def _collecting(problems: list[ReplaceMeError]) -> Iterator[None]:
         problems.append(problem)
 
 
-# It always runs, so neither its parameters nor its code are asked.
+# It always runs, so its parameters and its code need no declaration.
 STAGE = Stage(name="inputs", run=inspect_inputs, code=(), methods=METHODS)

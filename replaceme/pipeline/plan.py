@@ -1,4 +1,4 @@
-"""plan: the statistics that the method wants of the chosen blocks."""
+"""plan: decide which statistics of the chosen blocks the method needs."""
 
 from replaceme.base.params import Params
 from replaceme.base.plan import Plan, load_blocks
@@ -12,7 +12,7 @@ def plan(params: Params, work: Workspace) -> None:
     """Write the plan."""
     wanted = Plan(load_blocks(work.blocks), METHODS[params.method].statistics(params))
     wanted.save(work.plan)
-    logger.info("plan: wanted of each block: %s", ", ".join(wanted.statistics) or "nothing")
+    logger.info("plan: statistics of each block: %s", ", ".join(wanted.statistics) or "none")
 
 
 STAGE = Stage(

@@ -1,4 +1,4 @@
-"""profile: measure the distances between all pairs of layers, and what each layer does to its input."""
+"""profile: measure the distances between all pairs of layers, and the influence and norms of each layer."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -32,7 +32,7 @@ def profile(params: Params, work: Workspace) -> None:
     figures = content["layers"]
     loudest = max(range(len(figures["max_norm"])), key=figures["max_norm"].__getitem__)
     logger.info(
-        "profile: %d layers; layer %d writes the largest token norm, %.0f (mean %.0f)",
+        "profile: %d layers; the output of layer %d has the largest token norm, %.0f (mean %.0f)",
         len(figures["max_norm"]), loudest, figures["max_norm"][loudest], figures["mean_norm"][loudest],
     )  # fmt: skip
 
@@ -61,7 +61,7 @@ STAGE = Stage(
     params=PASS,
     reads=(Workspace.model_input, Workspace.documents),
     writes=Workspace.profile,
-    # Not all observers: a new statistic repeats no profile.
+    # Only some observers, so that a new statistic repeats no profile.
     code=(
         "base", "models", "observers/walk.py", "observers/sums.py", "observers/profile.py",
         "observers/residuals.py", "observers/proof.py",

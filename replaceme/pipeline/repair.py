@@ -1,4 +1,4 @@
-"""repair: make the edits that depend on an earlier solution, on what the shortened model computes."""
+"""repair: solve for the edits that depend on the first block's solution, on states of the shortened model."""
 
 import shutil
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from replaceme.training.curves import write_curves
 
 
 def repair(params: Params, work: Workspace) -> None:
-    """Write the edits, ``repairs.csv`` and the curves of a training with them, and metrics/repair.json."""
+    """Write the edits with ``repairs.csv`` and training curves, and metrics/repair.json."""
     use_processor(params.threads)
     plan, edits = Plan.load(work.plan), Edits.load(work.solution)
     repairs: list[Repair] = []
@@ -47,7 +47,7 @@ def repair(params: Params, work: Workspace) -> None:
         figures |= {"first_residual": repairs[0].after, "last_residual": repairs[-1].after}
         figures |= {"last_residual_before": repairs[-1].before}
         logger.info(
-            "repair: %d linears corrected; relative residual of the last one's state %.4f, %.4f before its own correction",
+            "repair: %d linears corrected; relative residual of the state after the last one %.4f, %.4f before its correction",
             figures["corrected_linears"], repairs[-1].after, repairs[-1].before,
         )  # fmt: skip
     elif not method.work:

@@ -1,4 +1,4 @@
-"""report: one page with scores, pictures and settings; and, apart from it, what the compression cost."""
+"""report: a page with scores, figures and settings; and, in a file of its own, the cost of the compression."""
 
 from typing import Any
 
@@ -9,20 +9,20 @@ from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import FIELDS, METHODS
 from replaceme.report.page import render
 
-# All that a result can hang on.
+# Everything that a result can depend on.
 ALL = tuple(name for name in FIELDS if name not in ("save_path", "save_transform_only"))
 PEAKS = ("peak_memory_bytes", "peak_cuda_bytes")
 
 
 def compression_figures(params: Params, work: Workspace) -> dict[str, Any]:
-    """Add up what the stages from calibrate to export cost when each of them ran.
+    """Return the cost of the compression, which is that of the stages from calibrate to export.
 
     Returns:
-        ``seconds`` (all stages together), ``stage_seconds`` (by stage), ``peak_memory_bytes`` and, where CUDA was used,
-        ``peak_cuda_bytes`` (the largest of any stage), and ``trained``, which says whether anything was trained.
+        ``seconds`` (the sum), ``stage_seconds`` (by stage), ``peak_memory_bytes`` and, if CUDA was used, ``peak_cuda_bytes``
+        (the largest of any stage), and ``trained`` (whether anything was trained).
 
     Raises:
-        ResourceError: a stage has left no record of its cost.
+        ResourceError: the cost of a stage is missing.
     """
     costs = {name: read_json(work.cost(name)) for name in COMPRESSION}
     seconds = {name: cost["seconds"] for name, cost in costs.items()}
@@ -32,7 +32,7 @@ def compression_figures(params: Params, work: Workspace) -> dict[str, Any]:
 
 
 def write_report(params: Params, work: Workspace) -> None:
-    """Write the report of a finished run, without times, and beside it what the compression cost."""
+    """Write the report, which has no times, and metrics/compression.json."""
     page, cost = render(params, work), compression_figures(params, work)
     with new_folder(work.report) as folder:
         page.save(folder)

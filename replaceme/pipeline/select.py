@@ -19,7 +19,7 @@ from replaceme.selection.criteria import Choice, allowed_starts
 
 
 def select(params: Params, work: Workspace) -> None:
-    """Write the blocks, and metrics/select.json."""
+    """Write the blocks and metrics/select.json."""
     profile = read_json(work.profile / "profile.json")
     distances, residuals, criterion = profile["angular_distance"], profile["residual"], criterion_of(params)
     stand_in, folder = METHODS[params.method].stand_in(params), work.blocks.parent
@@ -43,7 +43,7 @@ def select(params: Params, work: Workspace) -> None:
         } | ({} if block.scale is None else {"scale": block.scale})
         figures |= {f"block{number}": chosen} if number else chosen
         logger.info(
-            "select: layers %d to %d of %d go, host %d, by %s: angular distance %.4f, residual %.4f%s",
+            "select: layers %d to %d of %d are removed, host %d, by %s: angular distance %.4f, residual %.4f%s",
             block.start, block.end - 1, len(distances), block.host, criterion.name, chosen["angular_distance"],
             chosen["residual"], f", loss {figures['loss']:.4f}" if "loss" in figures else "",
         )  # fmt: skip

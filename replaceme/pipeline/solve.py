@@ -1,4 +1,4 @@
-"""solve: from statistics to edits, by the method's own solver."""
+"""solve: compute the edits from the statistics with the method's solver."""
 
 import math
 
@@ -17,14 +17,14 @@ from replaceme.methods.registry import METHODS, read_by
 
 
 def solve(params: Params, work: Workspace) -> None:
-    """Run the method's solver, and write its edits and metrics/solve.json."""
+    """Write the edits, their curves and metrics/solve.json."""
     use_processor(params.threads)
     plan = Plan.load(work.plan)
 
     def statistic(name: str) -> dict[str, Tensor]:
         return load_file(work.statistics / f"{name}.safetensors")
 
-    # Later blocks are solved in the repair stage; a method that takes away parts of layers has none at all.
+    # Later blocks are solved in the repair stage; methods that remove parts of layers have no block.
     block = plan.blocks[0] if plan.blocks else Block(0, 0)
     solved = METHODS[params.method].solve(params, block, statistic)
     solved.edits.removed_layers = plan.removed_layers
@@ -37,22 +37,22 @@ def solve(params: Params, work: Workspace) -> None:
         write_text(folder / "loss.csv", _loss_table(solved.loss_curve))
     write_json(work.metric("solve"), rounded({"removed_layers": removed, **solved.figures}))
     if mixtures := solved.edits.mixtures:
-        logger.info("solve: %d layers go, merged into %d that stay", removed, len(mixtures))
+        logger.info("solve: %d layers are removed, merged into %d kept ones", removed, len(mixtures))
     elif plan.scales:
-        listed = ", ".join(f"{scale:.4f} behind layer {host}" for host, scale in plan.scales.items())
-        logger.info("solve: %d layers go, and the state is scaled in their place: %s", removed, listed)
+        listed = ", ".join(f"{scale:.4f} after layer {host}" for host, scale in plan.scales.items())
+        logger.info("solve: %d layers are removed, and the state is scaled instead: %s", removed, listed)
     elif removed and not (METHODS[params.method].work or solved.edits.changes() or solved.edits.operators):
-        logger.info("solve: %d layers go, and nothing takes their place", removed)
+        logger.info("solve: %d layers are removed, and nothing replaces them", removed)
 
 
 def _ridge_table(path: list[tuple[float, float]]) -> str:
-    """Return the ridge path as CSV; the logarithm is for readers that draw no logarithmic axis."""
+    """Return the ridge path as CSV, with the logarithm for plots without logarithmic axes."""
     rows = [f"{rounded(alpha)},{rounded(math.log10(alpha))},{rounded(residual)}" for alpha, residual in path]
     return "\n".join(["alpha,log10_alpha,relative_residual", *rows]) + "\n"
 
 
 def _loss_table(curve: list[tuple[int, float]]) -> str:
-    """Return the loss curve as CSV; of a closed form there is none."""
+    """Return the loss curve as CSV; empty for a closed form."""
     return "\n".join(["iteration,loss", *(f"{step},{rounded(loss, 9)}" for step, loss in curve)]) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""The first-party files that a file imports, and those that running a stage's script loads; read off the syntax trees."""
+"""The first-party files that a file imports, and those that a stage's script loads, from the syntax trees."""
 
 import ast
 from pathlib import Path
@@ -8,10 +8,10 @@ PACKAGES = ("replaceme", "stages")
 
 
 def import_closure(script: Path, everything: bool = False) -> set[str]:
-    """Return paths (relative to the repository) of every file of ours that running a stage's script as a module loads.
+    """Return the paths, relative to the repository, of all first-party files that a stage's script loads when it runs.
 
-    Imports within functions count for the stage's own file; for other files with ``everything`` alone: these are loaded where
-    somebody calls the function, which the stage need not do.
+    Imports within functions count in the stage's own file; in other files only with ``everything``, because the stage need not
+    call these functions.
     """
     found: set[str] = set()
     own = ROOT / "replaceme" / "pipeline" / script.name
@@ -27,11 +27,11 @@ def import_closure(script: Path, everything: bool = False) -> set[str]:
 
 
 def imported_modules(path: Path, everything: bool = True) -> list[Path]:
-    """Return the files of ours that a file imports; the package itself where a name of it is taken.
+    """Return the first-party files that a file imports; for a name defined in a package itself, its ``__init__.py``.
 
     Args:
         path: the file.
-        everything: whether imports within functions count, and those for the type checker alone.
+        everything: whether to count imports within functions, and those for the type checker only.
     """
     files: list[Path] = []
     tree = ast.parse(path.read_text(encoding="utf-8"))

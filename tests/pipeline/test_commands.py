@@ -84,7 +84,7 @@ def test_the_settings_on_the_card_make_the_same_model(published: Path, tiny: Mod
     card = (tmp_path / "result" / "README.md").read_text(encoding="utf-8")
     (settings,) = re.findall(r"(?ms)^```yaml\n(.*?)^```$", card)
     Path("settings.yaml").write_text(settings, encoding="utf-8")
-    # Local files stand there without their folder.
+    # The card names local files without their folder.
     places = ["--model_path", tiny.folder, "--dataset", text_file, "--tasks", f"{{{text_file}: {{fewshots: 0}}}}"]
     call(commands.run_replaceme, "--config", "settings.yaml", *places, "--save_path", tmp_path / "again")
     for name in sha256_below(tmp_path / "result"):
@@ -173,7 +173,7 @@ def test_get_lt_with_solvers_saves_the_transform_its_loss_curve_and_no_model(
     (transform,) = load_file(tmp_path / "map" / "edits.safetensors").values()
     assert transform.shape == (32, 32)
     assert not list((tmp_path / "map").glob("model*"))
-    # The plan wants no more than before, so the tokens are kept.
+    # The plan has the same statistics as before, so the tokens are kept.
     capsys.readouterr()
     call(commands.get_lt_with_solvers, "--solver", "L-BFGS", "--max_iterations", "4", *arguments)
     said = capsys.readouterr().err
@@ -373,7 +373,7 @@ def test_memory_that_runs_out_while_loading_is_said_as_such(
 def test_few_tokens_are_warned_of(tiny: Model, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--model", tiny.folder, "--dataset", text_file, "--layers", "2", *FAST, "--dataset_size", "2", "--alpha", "1"]
     call(commands.get_lt_with_lstsq, *arguments)
-    assert "dataset_size: 96 tokens are few for a width of 32; the fit wants at least 256" in capsys.readouterr().err
+    assert "dataset_size: 96 tokens are few for a width of 32; the fit needs at least 256" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -507,7 +507,7 @@ def test_the_dense_model_is_scored_once_for_all_results_and_known_by_content(
 ) -> None:
     source = tmp_path / "model"
     shutil.copytree(tiny.folder, source)
-    # A text of this test alone, so that no other one has scored it.
+    # A text of its own, which no other test has scored.
     text = tmp_path / "scored-once.txt"
     text.write_text(made_text(40, seed=77), encoding="utf-8")
 

@@ -69,7 +69,7 @@ def test_every_file_that_a_stage_really_loads_lies_below_its_dependencies(projec
 
 
 def counting(files: Iterable[str]) -> list[str]:
-    """Return the files of the library, but for its faces, which hold nothing (test_rooms.py)."""
+    """Return the files of the library, except the rooms' ``__init__.py``, which are empty (test_rooms.py)."""
     return sorted(file for file in files if file.startswith("replaceme/") and not file.endswith("__init__.py"))
 
 
@@ -110,7 +110,7 @@ def test_metrics_keep_the_run_cache() -> None:
         assert not stage.get("always_changed") or stage is PIPELINE["inputs"]
 
 
-# Writes down which files of the library a stage has loaded, when its process ends.
+# Records which files of the library a stage has loaded, at the end of its process.
 NOTING = """
 import atexit, json, os, pathlib, sys
 
@@ -128,7 +128,7 @@ atexit.register(note)
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory, tiny: Model) -> Path:
-    """A copy of the repository in another folder, set to a tiny model and a text of its own, and run once."""
+    """A copy of the repository, configured for a tiny model and a text of its own, after one run."""
     folder = tmp_path_factory.mktemp("project") / "repository"
     for name in ("stages", "replaceme", "experiments"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -167,7 +167,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny: Model) -> Path:
 
 
 def shell(folder: Path, *command: str, code: int = 0, **variables: str) -> str:
-    """Run a command in the project with this environment first on PATH, and return all that it printed."""
+    """Run a command in the project with this environment first on PATH, and return its output."""
     environment = {**os.environ, **variables, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(
         command, cwd=folder, env=environment, text=True, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -239,7 +239,7 @@ def test_what_is_put_on_the_hub_has_its_scores_and_the_stages_output_stays_as_it
     scores = {(each.dataset_name, each.metric_type) for each in ModelCard(api.files["README.md"].decode()).data.eval_results}
     assert scores == {("held-out", "perplexity"), ("questions", "accuracy")}
     assert "## Scores" not in (model / "README.md").read_text(encoding="utf-8")
-    # A console script's folder has that card.
+    # A console script's folder has the same card.
     call(commands.run_replaceme, "--config", "params.yaml", "--save_path", tmp_path / "same")
     assert (tmp_path / "same" / "README.md").read_bytes() == api.files["README.md"]
     assert shell(project, "git", "status", "--porcelain") == ""
@@ -324,7 +324,7 @@ def test_plots_are_shown_and_compared(project: Path) -> None:
             "Block influence",
             "Relative residual of the fit",
             "Relative residual of a linear map",
-            "Relative residual behind each repaired linear",
+            "Relative residual after each repaired linear",
             "distances.png",
         ):
             assert title in page

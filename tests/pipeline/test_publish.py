@@ -1,4 +1,4 @@
-"""What is put on the hub, and what is refused: the hub is replaced by a record of what it is asked."""
+"""Uploads to the hub, and refusals; a fake hub records the requests."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +21,7 @@ TOKEN = "hf_not-to-be-seen"
 
 
 class Hub:
-    """Stands in for ``HfApi``."""
+    """A fake ``HfApi``."""
 
     def __init__(self) -> None:
         self.tokens: list[str] = []
@@ -53,7 +53,7 @@ class Hub:
 
 @pytest.fixture
 def api(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A hub that is there, and a token in the environment."""
+    """A reachable fake hub, and a token in the environment."""
     stand_in = Hub()
     monkeypatch.setattr(hub, "HfApi", stand_in)
     monkeypatch.setattr(hub, "reachable", lambda: True)

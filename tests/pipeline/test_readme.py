@@ -1,6 +1,6 @@
-"""The README's commands: those marked quick are run in the project copy, all others are parsed against what there is.
+"""The README's commands: those marked quick are run in a copy of the project, all others are parsed.
 
-A block that starts with ```` ```bash quick ```` or ```` ```python quick ```` is run as it stands.
+A block that starts with ```` ```bash quick ```` or ```` ```python quick ```` is run unchanged.
 """
 
 import re

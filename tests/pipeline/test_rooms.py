@@ -1,4 +1,4 @@
-"""The rooms of the library: which there are, and that no import runs against their order."""
+"""The rooms of the library, and the one direction of imports between them."""
 
 import ast
 import re
@@ -9,7 +9,7 @@ import pytest
 from tests.pipeline.closure import ROOT, imported_modules
 
 PACKAGE = ROOT / "replaceme"
-# Nothing imports to its right; rooms of one group know nothing of each other. "" is the front door.
+# A room imports only rooms of earlier groups. "" is the front door.
 ORDER = [
     ["base"], ["models"], ["corpora", "edits", "observers"], ["solvers", "training"], ["selection"], ["methods"],
     ["export", "evaluation", "report"], ["pipeline"], [""],

@@ -1,4 +1,4 @@
-"""The stamps of the console scripts' steps."""
+"""Which changes make a console script repeat a step."""
 
 import shutil
 from pathlib import Path

@@ -304,7 +304,7 @@ def test_the_whole_command_scales_what_is_left(
     figures = read_json(work / "metrics" / "select.json")
     assert figures["scale"] == pytest.approx(blocks[0].scale, rel=1e-5)
     for block in blocks:
-        assert f"{block.scale:.4f} behind layer {block.host}" in said
+        assert f"{block.scale:.4f} after layer {block.host}" in said
     if not options:
         assert len(figures["order"]) == 3
         product = torch.tensor([each["scale"] for each in figures["order"].values()]).prod()
