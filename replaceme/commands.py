@@ -1,6 +1,6 @@
-"""The console scripts: the pipeline's own functions, from any folder, without DVC.
+"""The console scripts: they run the pipeline's functions in any folder, without DVC.
 
-Each command loads what it computes with when it runs, so that ``--help`` takes no time. Intermediate results lie beside the
+Each command imports torch and the like only when it runs, so that ``--help`` is fast. Intermediate results lie beside the
 result, in ``<save_path>.work`` (see ``replaceme.steps``).
 """
 
@@ -28,7 +28,7 @@ ALIASES = {"model": "model_path", "layers": "layers_to_skip"}
 
 def run_replaceme() -> NoReturn:
     """Prune a model, save it and score it."""
-    _main(_prune, "Prune a language model: choose a block of layers, fit what takes its place, save and score the result.")
+    _main(_prune, "Prune a language model: choose a block of layers, fit its replacement, save and score the result.")
 
 
 def run_uidl() -> NoReturn:
@@ -38,14 +38,14 @@ def run_uidl() -> NoReturn:
 
 def evaluate_model() -> NoReturn:
     """Score a model."""
-    _main(_evaluate, "Score the model at model_path; save_path names a JSON file for the scores.")
+    _main(_evaluate, "Score the model at model_path; save_path is a JSON file for the scores.")
 
 
 def measure_speed() -> NoReturn:
     """Measure the dense and the pruned model."""
     _main(
         _measure,
-        "Measure prefill and decoding of the dense model (model_path) and of the pruned one (save_path, else artifacts/model), "
+        "Measure prefill and decoding of the dense model (model_path) and of the pruned one (save_path, or artifacts/model), "
         "in turn, and write the report with these times.",
     )
 
@@ -105,7 +105,7 @@ def _evaluate(params: Params) -> None:
 
     fingerprints = task_fingerprints(params)
     if not fingerprints:
-        raise ParameterError("tasks: is empty; name what is to be scored.")
+        raise ParameterError("tasks: is empty; name at least one task.")
     model = find_model(params)
     target = _scores_file(params, model.name)
     scores = score_model(params, model, model.name, fingerprints, Requests()).figures
@@ -131,14 +131,14 @@ def _measure(params: Params) -> None:
     print(align(rows))
     with new_folder(work.speed) as folder:
         write_json(folder / "speed.json", rounded(times, 4))
-        # The page shows the settings that the model was made with, whatever this call's are.
+        # The page shows the settings that the model was made with, not those of this call.
         if (settings := work.report / SETTINGS_FILE).is_file():
             render(read_params(settings, methods=METHODS), work, times).save(folder)
     logger.info("the times, and the report with them, are in %s", work.speed)
 
 
 def _result_of(params: Params) -> Workspace:
-    """Return the place of a result that is there already: the pipeline's, or a console script's."""
+    """Return the paths of an existing result, the pipeline's or a console script's."""
     if params.save_path in (None, "artifacts/model") and (work := Workspace()).model.is_dir():
         return work
     work = _place_of(params, _suffix(params))
@@ -148,7 +148,7 @@ def _result_of(params: Params) -> Workspace:
 
 
 def _scores_file(params: Params, name: str) -> Path:
-    """Return where the scores go. Raises ParameterError when something else is there, or nothing can be written."""
+    """Return the file for the scores. Raises ParameterError if it holds something else or isn't writable."""
     target = Path(params.save_path or name.replace("/", "--")).expanduser().absolute()
     if params.save_path is None or target.is_dir():
         target = target.with_name(f"{target.name}.evaluation.json")
@@ -170,7 +170,7 @@ def _analyse(params: Params) -> None:
     from replaceme.steps import run_steps
 
     work = _claim(params, "distances")
-    # Nothing is pruned here, so nothing need fold.
+    # Nothing is pruned here, so no transform has to fold.
     bare = {"method": "uidl", "transform": "dense", "repair": False, "heal_epochs": 0}
     single = params.model_copy(update={"layers_to_skip": 1, "num_A": 1, **bare})
     inspect_inputs(single, work)
@@ -192,20 +192,20 @@ def _analyse(params: Params) -> None:
 
 
 def _suffix(params: Params) -> str:
-    """Return what tells a result from others of its model, in the name of its folder."""
+    """Return the part of a result folder's name that distinguishes results of one model."""
     tolerated = "" if params.tolerated_loss is None else f"-within-{params.tolerated_loss:g}"
     return f"{params.method}-{params.layers_to_skip}{tolerated}"
 
 
 def _claim(params: Params, suffix: str) -> Workspace:
-    """Return the place of the result and of the intermediate results beside it.
+    """Return the paths of the result and of the intermediate results beside it, after a check that they may be written.
 
     Args:
-        params: ``save_path`` names the place.
-        suffix: makes a name, behind the model's, where ``save_path`` is None.
+        params: ``save_path`` is the place of the result.
+        suffix: appended to the model's name for the place, if ``save_path`` is None.
 
     Raises:
-        ParameterError: something is there that this program didn't write, or nothing can be written.
+        ParameterError: the place holds files that this program didn't write, or isn't writable.
     """
     work = _place_of(params, suffix)
     target = work.model
@@ -242,14 +242,14 @@ def _make_folder(folder: Path) -> None:
 
 
 def _deliver(work: Workspace, folder: Path) -> None:
-    """Copy a step's output to the place of the result."""
+    """Copy a step's output to the place of the result, and record it."""
     with new_folder(work.model) as copy:
         shutil.copytree(folder, copy, dirs_exist_ok=True)
     _record(work)
 
 
 def _record(work: Workspace) -> None:
-    """Remember what the result consists of, so that a later run replaces nothing else."""
+    """Record the result's files, so that a later run replaces no others."""
     write_json(_result_record(work), sha256_below(work.model))
 
 

@@ -1,8 +1,8 @@
-"""The experiments of this workspace against each other: a table, quality against size, and methods at the same size.
+"""Compare the experiments of this workspace: a table, quality against size, and methods at the same size.
 
-``dvc exp show`` shows every column; this shows the settings that differ, the results that decide, and what they cost.
-With ``--speed`` the models are measured too: each is taken out of DVC's cache, and measured against its dense model. A model is
-known by DVC's own sums of its weights, config and code, so one that was measured before is not even taken out.
+``dvc exp show`` shows every column; this shows the settings that differ, the main results, and the cost. With ``--speed``, each
+model is taken from DVC's cache and measured against its dense model. Models are identified by DVC's checksums of their weights,
+config and code, so a model that was measured before isn't even taken from the cache.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 SPEED_FILE = "speed.json"
 Record = dict[str, Any]
 PLACE = Workspace()
-# What is taken out: the model, what it was made from, and the settings.
+# Read from DVC's cache: the pruned model, the fingerprint of the dense one, and the settings.
 MODEL, DENSE, PARAMS = PLACE.model.as_posix(), PLACE.model_input.as_posix(), "params.yaml"
 
 
@@ -40,13 +40,15 @@ def compare_experiments() -> NoReturn:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the parser of the command's options."""
+    """Return the command's parser."""
     parser = argparse.ArgumentParser(description="Compare the experiments of this repository: table, CSV and pictures.")
-    parser.add_argument("--rev", action="append", help="commit whose experiments are compared; can be repeated [HEAD]")
-    parser.add_argument("--num", type=int, default=1, help="also those of the commits before it, this many in all [1]")
+    parser.add_argument("--rev", action="append", help="commit whose experiments are compared; repeatable [HEAD]")
+    parser.add_argument(
+        "--num", type=int, default=1, help="number of commits, counted back from that one, whose experiments are compared [1]"
+    )
     parser.add_argument("--output", type=Path, default=Path("experiments"), help="folder for the results [experiments]")
     parser.add_argument(
-        "--speed", action="store_true", help="measure each model that was not measured before against its dense one"
+        "--speed", action="store_true", help="also measure each model against its dense one, unless it was measured before"
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
@@ -59,7 +61,7 @@ def _compare(revisions: Sequence[str] | None, number: int, output: Path, speed: 
     if output.exists() and not (output / "experiments.csv").is_file():
         raise ParameterError(f"--output: {output} exists and holds no comparison of experiments; choose another folder.")
     comparison = comparison_of(_recorded(revisions, number))
-    # What is there is saved before the measurement, which takes long.
+    # Save before the measurement, which takes long.
     _save(comparison, output)
     if speed:
         _add_speeds(comparison, output)
@@ -70,7 +72,7 @@ def _compare(revisions: Sequence[str] | None, number: int, output: Path, speed: 
 
 
 def _recorded(revisions: Sequence[str] | None, number: int) -> list[dict[str, Any]]:
-    """Return DVC's record of each experiment. Raises ParameterError where there is no repository."""
+    """Return DVC's record of each experiment. Raises ParameterError outside of a repository."""
     from dvc.api import exp_show
     from dvc.exceptions import DvcException
     from scmrepo.exceptions import SCMError
@@ -93,7 +95,7 @@ def _add_speeds(comparison: Comparison, output: Path) -> None:
 
 
 def _save(comparison: Comparison, output: Path) -> None:
-    """Write the table and the pictures; the times that were measured stay."""
+    """Write the table and the figures; keep the measured times."""
     from replaceme.report.comparison import RETENTION
     from replaceme.report.comparison_table import markdown, shown
     from replaceme.report.methods_figure import methods_figure
@@ -119,11 +121,11 @@ def _title(column: str) -> str:
 
 
 def speeds_of(experiments: Sequence[Mapping[str, Any]], memory: Path) -> list[Record | None]:
-    """Return the times of each experiment as ``measure_speed`` does; None, and a sentence, where there is no model to measure.
+    """Return the times of each experiment, as from ``measure_speed``; None, after a warning, where the model is missing.
 
     Args:
         experiments: ``experiment`` (its name) and ``revision``.
-        memory: JSON file of what was measured before, in this setting and on this device; each new time is added at once.
+        memory: JSON file of earlier measurements in the same setting and on the same device; new ones are added at once.
     """
     known: list[Record] = read_json(memory) if memory.is_file() else []
     found: list[Record | None] = []
@@ -173,14 +175,14 @@ def _measured(params: Params, place: Path, name: str) -> Record:
 
 
 def _opened(revision: str) -> Any:
-    """Return the files of a revision: what git has, and what DVC's cache has."""
+    """Return the file system of a revision: git's files and those of DVC's cache."""
     from dvc.api import DVCFileSystem
 
     return DVCFileSystem(rev=revision)
 
 
 def _sums(files: Any) -> dict[str, str]:
-    """Return DVC's sums of what a model computes with: file → MD5."""
+    """Return DVC's checksums of the model's weights, config and code: file → MD5."""
     from replaceme.models.model import WEIGHT_FILES
 
     inside = {path: Path(path).name for path in files.find(MODEL)}
@@ -194,7 +196,7 @@ def _sums(files: Any) -> dict[str, str]:
 def _of_cache(work: Callable[[], Any], name: str) -> Any:
     try:
         return work()
-    except Exception as failure:  # DVC has errors of many kinds for what its cache lacks
+    except Exception as failure:  # DVC raises many kinds of errors for a file that its cache lacks.
         raise ResourceError(
             f"its model is not in DVC's cache ({type(failure).__name__}); `dvc exp apply {name}` and `dvc repro` make it again."
         ) from failure

@@ -1,7 +1,7 @@
-"""Publish a pruned model: its card with the scores, and the folder on the hub. A command, never a stage.
+"""Upload a pruned model to the hub, with its scores on its card. A command, not a stage.
 
-A stage's output must not change behind it, so the card in the pipeline's ``artifacts/model`` has no scores: what is pushed has
-them, and so has the folder of a console script.
+A stage's output must not change afterwards, so the card in the pipeline's ``artifacts/model`` has no scores. The uploaded card
+has them, and so does the card of a console script.
 """
 
 from __future__ import annotations
@@ -25,20 +25,22 @@ if TYPE_CHECKING:
 
 
 def push_to_hub() -> NoReturn:
-    """Put a pruned model on the hub."""
+    """Upload a pruned model to the hub."""
     arguments = sys.argv[1:]
     sys.exit(run(lambda: _push(parser().parse_args(arguments)), debug="--debug" in arguments))
 
 
 def parser() -> Parser:
-    """Return the parser of the command's options."""
+    """Return the command's parser."""
     parser = Parser(
-        description="Put a pruned model on the hub, with its card. The token comes from the environment variable HF_TOKEN.",
+        description="Upload a pruned model to the hub, with its card. The token comes from the environment variable HF_TOKEN.",
         allow_abbrev=False,
     )
-    parser.add_argument("--repo_id", required=True, metavar="USER/NAME", help="the repository, which is made if it isn't there")
+    parser.add_argument(
+        "--repo_id", required=True, metavar="USER/NAME", help="the repository; it is created if it doesn't exist"
+    )
     parser.add_argument("--save_path", type=Path, metavar="FOLDER", help="a console script's result [artifacts/model]")
-    parser.add_argument("--private", action="store_true", help="only you can see it")
+    parser.add_argument("--private", action="store_true", help="make the repository private")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -60,7 +62,7 @@ def _push(options: argparse.Namespace) -> None:
 
 
 def _check_scores() -> None:
-    """Raise ParameterError unless the pipeline's model, scores and settings belong together."""
+    """Raise ParameterError unless the pipeline's model, scores and settings are up to date."""
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
@@ -72,12 +74,12 @@ def _check_scores() -> None:
     if changed:
         stage = next(iter(changed))
         raise ParameterError(
-            f"save_path: the stage {stage} is not up to date, so scores and settings may be another model's; run `dvc repro`."
+            f"save_path: the stage {stage} is not up to date, so its scores may be those of another model; run `dvc repro`."
         )
 
 
 def card_of(params: Params, work: Workspace) -> str:
-    """Return the card of a finished run's model, with what it scores on the tasks of ``params``."""
+    """Return the card of a finished run's model, with its scores on the tasks of ``params``."""
     from replaceme.edits.edits import Edits
     from replaceme.export.card import model_card
     from replaceme.models.model import recorded_model
@@ -97,12 +99,12 @@ def _scores(evaluation: Mapping[str, Any]) -> str:
     table = "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
     if "retention_stderr" in evaluation:
         kept = f"{evaluation['retention_percent']:.1f} ± {evaluation['retention_stderr']:.1f} %"
-        table += f"\n\n{kept} of the dense model's average accuracy is kept; behind ± stands one standard error."
+        table += f"\n\n{kept} of the dense model's average accuracy is kept; ± is one standard error."
     return table
 
 
 def _results(evaluation: Mapping[str, Any]) -> list[EvalResult]:
-    """Return the pruned model's scores in the form that the hub shows."""
+    """Return the pruned model's scores as the hub's evaluation results."""
     from huggingface_hub import EvalResult
 
     return [

@@ -1,8 +1,8 @@
-"""How much faster the pruned model is: prefill and decoding of both models, measured in turn in one run.
+"""The speedup of the pruned model: prefill and decoding of both models, measured in one run.
 
-Times vary from run to run and from machine to machine, so they are no part of the pipeline's cached results: they are
-measured on demand, lie in a folder of their own, and name the weights that they belong to. Rounds of the dense and of the
-pruned model alternate, so that a machine that is busy for a while slows both; the medians are compared.
+Times vary between runs and machines, so they are no part of the pipeline's cached results: they are measured on demand and
+stored in a folder of their own, with the checksums of the weights. Rounds of the dense and the pruned model alternate, so that
+other work on the machine slows both; the medians are compared.
 """
 
 import statistics
@@ -27,13 +27,13 @@ def measure_speed(params: Params, dense: Model, pruned: Model) -> dict[str, Any]
     """Measure both models and return the times.
 
     Args:
-        params: ``eval_dtype``, ``device``, ``threads`` and ``eval_batch_size`` (rows that are computed together).
+        params: of which ``eval_dtype``, ``device``, ``device_map``, ``threads`` and ``eval_batch_size`` (rows) are used.
         dense: the dense model's files.
         pruned: the pruned model's.
 
     Returns:
-        ``prefill_seconds`` (one prompt of each row) and ``decode_seconds_per_token``, each with dense, pruned and
-        ``speedup`` (dense over pruned); the setting; and ``weights``, the sha256 of the pruned model's weight files.
+        ``prefill_seconds`` (of one batch of prompts) and ``decode_seconds_per_token``, each with ``dense``, ``pruned`` and
+        ``speedup`` (dense / pruned); the setting; and ``weights``, the SHA-256 of the pruned model's weight files.
     """
     use_processor(params.threads)
     device = resolve_device(params.device)
@@ -46,7 +46,7 @@ def measure_speed(params: Params, dense: Model, pruned: Model) -> dict[str, Any]
     shape = (params.eval_batch_size, max(min(PROMPT_TOKENS, room), 2))
     prompt = torch.randint(int(models["dense"].config.vocab_size), shape, generator=generator).to(device)
     times: dict[str, dict[str, list[float]]] = {kind: {name: [] for name in models} for kind in ("prefill", "decode")}
-    # The first round warms up and isn't counted.
+    # The first round is a warm-up and isn't counted.
     for number in progress(range(ROUNDS + 1), "dense and pruned model in turn", "rounds"):
         for name, model in models.items():
             prefill, decode = _timed(model, prompt)
@@ -65,7 +65,7 @@ def measure_speed(params: Params, dense: Model, pruned: Model) -> dict[str, Any]
 
 
 def setting_of(params: Params) -> dict[str, Any]:
-    """Return what times depend on beside the models, as it stands among the times."""
+    """Return the settings that times depend on besides the models."""
     device = resolve_device(params.device)
     return {
         "batch_size": params.eval_batch_size,
@@ -77,7 +77,7 @@ def setting_of(params: Params) -> dict[str, Any]:
 
 @torch.inference_mode()
 def _timed(model: Any, prompt: Tensor) -> tuple[float, float]:
-    """Return the seconds of one prefill, and of one decoded token with the cache, greedily."""
+    """Return the seconds of one prefill, and per token of greedy decoding with a KV cache."""
     prefill, cache = _clock(lambda: filled_cache(model, prompt[:, :-1]))
     token = prompt[:, -1:]
 

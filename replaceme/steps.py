@@ -23,16 +23,16 @@ from replaceme.base.stage import COMPRESSION, ORDER, Stage
 from replaceme.base.workspace import Workspace
 from replaceme.models.model import CARD
 
-# ``inputs`` is the caller's.
+# Without ``inputs``, which the caller runs.
 STAGES: Mapping[str, Stage] = {name: import_module(f"replaceme.pipeline.{name}").STAGE for name in ORDER}
 PACKAGE = Path(__file__).parent
 
-# Of the dense model alone, so the same for every result that is made of it.
+# Depends on the dense model only, so all results made from it share the output.
 SHARED = ("baseline",)
 
 
 def run_steps(params: Params, work: Workspace, names: Sequence[str]) -> list[str]:
-    """Run the steps whose stamp doesn't fit, in order, and return their names."""
+    """Run the steps whose stamp isn't valid, in order, and return their names."""
     ran = []
     for name in names:
         step, stamp = STAGES[name], work.root / "steps" / f"{name}.json"
@@ -55,7 +55,7 @@ def run_steps(params: Params, work: Workspace, names: Sequence[str]) -> list[str
 
 
 def _run_once_for_all(name: str, key: str, output: Path, step: Callable[[], None]) -> None:
-    """Take a step's output from the user's cache, or run it and keep it there: other results use it too."""
+    """Copy a step's output from the user's cache; or run the step and copy its output there, for other results."""
     shared = cache_folder() / f"{name}s" / key
     if shared.is_dir():
         logger.info("%s: known from an earlier run", name)
@@ -71,14 +71,14 @@ def _sums(paths: Sequence[Path]) -> list[dict[str, str]]:
 
 
 def _content(path: Path) -> dict[str, str]:
-    """Return the sums of what a step reads or writes, but for a model's card: it gets the scores when they are known."""
+    """Return the sums of what a step reads or writes, except a model's card, to which the scores are added later."""
     return {name: digest for name, digest in sha256_below(path).items() if name != CARD}
 
 
 def _key(params: Params, work: Workspace, step: Stage) -> str:
     """Return the digest of everything that the step's output depends on."""
     content = {
-        # On another kind of device the last digits differ.
+        # The last digits differ between kinds of devices.
         "device": resolve_device(params.device).split(":")[0],
         "code": {part: _code(PACKAGE / part) for part in (f"pipeline/{step.name}.py", *step.code)},
         "params": params.model_dump(include=set(step.params)),

@@ -97,7 +97,7 @@ def test_the_scores_are_a_table_and_what_the_hub_shows(card_of: Callable[..., Mo
     card = card_of(scored=True)
     assert "| prose perplexity | 18.42 | 32.98 | x 1.79 |" in card.text
     assert "| last_word accuracy | 50.0 ± 2.0 % | 40.0 ± 3.0 % | 80.0 % kept |" in card.text
-    assert "84.6 ± 2.3 % of the dense model's average accuracy is kept; behind ± stands one standard error." in card.text
+    assert "84.6 ± 2.3 % of the dense model's average accuracy is kept; ± is one standard error." in card.text
     found = {(result.dataset_name, result.metric_type): result.metric_value for result in card.data.eval_results}
     assert found == {("prose", "perplexity"): 32.9806, ("last_word", "accuracy"): 0.4, ("piqa", "accuracy"): 0.7}
     (index,) = card.data.to_dict()["model-index"]
