@@ -36,7 +36,7 @@ float32; ``kept.<layer>.<linear>``, a bool for each group).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -205,34 +205,15 @@ class Edits:
             self.correct(layer, linear, weight.cpu().contiguous(), own)
 
     def save(self, folder: Path) -> None:
-        """Write the edits into ``folder``."""
-        tensors = {f"transform.{layer}": transform.contiguous() for layer, transform in self.transforms.items()}
-        for (layer, linear), (weight, bias) in self.corrections.items():
-            tensors[f"correction.{layer}.{linear}.weight"] = weight.contiguous()
-            if bias is not None:
-                tensors[f"correction.{layer}.{linear}.bias"] = bias.contiguous()
-        tensors |= {f"channels.{layer}": channels.contiguous() for layer, channels in self.channels.items()}
-        tensors |= {f"operator.{layer}": P.contiguous() for layer, P in self.operators.items()}
-        tensors |= {f"parameter.{layer}.{name}": value.contiguous() for (layer, name), value in self.parameters.items()}
-        tensors |= {f"basis.{signal}": Q.contiguous() for signal, Q in enumerate(self.bases)}
-        tensors |= {f"kept.{layer}.{linear}": groups.contiguous() for (layer, linear), groups in self.kept.items()}
-        save_file(tensors or {"none": torch.zeros(1)}, folder / "edits.safetensors")
-        content = {
-            "title": self.title,
-            "parts": self.parts,
-            "removed_layers": self.removed_layers,
-            "transforms": sorted(self.transforms),
-            "corrections": [list(edited) for edited in sorted(self.corrections)],
-            "mixtures": [[layer, [*mixture.items()]] for layer, mixture in sorted(self.mixtures.items())],
-            "channels": sorted(self.channels),
-            "operators": sorted(self.operators),
-            "parameters": [list(edited) for edited in sorted(self.parameters)],
-            "without_attention": [[layer, *paths] for layer, paths in sorted(self.without_attention.items())],
-            "bases": len(self.bases),
-            "kept": [list(edited) for edited in sorted(self.kept)],
-            "shapes": [[*place, *shape] for place, shape in sorted(self.shapes.items())],
-            "config": self.config,
-        }
+        """Write ``edits.json`` and ``edits.safetensors`` into ``folder``."""
+        content: dict[str, Any] = {}
+        tensors: dict[str, Tensor] = {}
+        for name, kind in KINDS.items():
+            value = getattr(self, name)
+            content[name] = kind.to_json(value)
+            tensors |= kind.tensors(value)
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous or {"none": torch.zeros(1)}, folder / "edits.safetensors")
         write_json(folder / "edits.json", content)
 
     @classmethod
@@ -240,26 +221,83 @@ class Edits:
         """Read what ``save`` wrote."""
         content = read_json(folder / "edits.json")
         tensors = load_file(folder / "edits.safetensors")
-        transforms = {layer: tensors[f"transform.{layer}"] for layer in content["transforms"]}
-        corrections: dict[tuple[int, Linear], tuple[Tensor, Tensor | None]] = {
-            (layer, linear): (
-                tensors[f"correction.{layer}.{linear}.weight"],
-                tensors.get(f"correction.{layer}.{linear}.bias"),
-            )
-            for layer, linear in content["corrections"]
-        }
-        mixtures: dict[int, dict[int, float]] = {layer: dict(mixture) for layer, mixture in content["mixtures"]}
-        channels = {layer: tensors[f"channels.{layer}"] for layer in content["channels"]}
-        operators = {layer: tensors[f"operator.{layer}"] for layer in content["operators"]}
-        parameters = {(layer, name): tensors[f"parameter.{layer}.{name}"] for layer, name in content["parameters"]}
-        bare = {layer: (attention, norm) for layer, attention, norm in content["without_attention"]}
-        bases = [tensors[f"basis.{signal}"] for signal in range(content["bases"])]
-        kept: dict[tuple[int, Linear], Tensor] = {
-            (layer, linear): tensors[f"kept.{layer}.{linear}"] for layer, linear in content["kept"]
-        }
-        return cls(
-            content["title"], content["removed_layers"], transforms, corrections, mixtures, channels, operators, parameters,
-            bare, bases, kept=kept,
-            shapes={(layer, path): (outputs, inputs) for layer, path, outputs, inputs in content["shapes"]},
-            config=content["config"], parts=content["parts"],
-        )  # fmt: skip
+        return cls(**{name: kind.read(content[name], tensors) for name, kind in KINDS.items()})
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How one field of ``Edits`` is stored.
+
+    Attributes:
+        to_json: returns the field's entry in edits.json.
+        read: returns the field, given that entry and all tensors of edits.safetensors.
+        tensors: returns the field's tensors by name; by default it has none.
+    """
+
+    to_json: Callable[[Any], Any]
+    read: Callable[[Any, dict[str, Tensor]], Any]
+    tensors: Callable[[Any], dict[str, Tensor]] = lambda _: {}
+
+
+def _rows(row: Callable[..., tuple[Any, ...]], item: Callable[..., tuple[Any, Any]]) -> Kind:
+    """Return the kind of a dict without tensors: ``row`` turns a key and value into a list for edits.json, ``item`` back."""
+    return Kind(
+        lambda field: [row(*pair) for pair in sorted(field.items())], lambda rows, _: dict(item(*each) for each in rows)
+    )
+
+
+def _tensors(prefix: str) -> Kind:
+    """Return the kind of a dict of tensors: its keys are in edits.json, and a tensor is named by the prefix and its key."""
+    return Kind(
+        sorted,
+        lambda keys, tensors: {_key(each): tensors[_name(prefix, each)] for each in keys},
+        lambda field: {_name(prefix, key): tensor for key, tensor in field.items()},
+    )
+
+
+def _linears(prefix: str) -> Kind:
+    """Return the kind of a dict of weights with biases or None: like ``_tensors``, with ``.weight`` and ``.bias`` appended."""
+
+    def read(keys: list[Any], tensors: dict[str, Tensor]) -> dict[Any, tuple[Tensor, Tensor | None]]:
+        names = {_key(each): _name(prefix, each) for each in keys}
+        return {key: (tensors[f"{name}.weight"], tensors.get(f"{name}.bias")) for key, name in names.items()}
+
+    def tensors(field: dict[Any, tuple[Tensor, Tensor | None]]) -> dict[str, Tensor]:
+        weights = {f"{_name(prefix, key)}.weight": weight for key, (weight, _) in field.items()}
+        return weights | {f"{_name(prefix, key)}.bias": bias for key, (_, bias) in field.items() if bias is not None}
+
+    return Kind(sorted, read, tensors)
+
+
+def _key(entry: Any) -> Any:
+    """Return a key as it was before JSON turned its tuple into a list."""
+    return tuple(entry) if isinstance(entry, list) else entry
+
+
+def _name(prefix: str, key: Any) -> str:
+    """Return the name of a tensor: its prefix and the parts of its key, joined by dots."""
+    return ".".join(map(str, (prefix, *key) if isinstance(key, list | tuple) else (prefix, key)))
+
+
+_AS_IT_IS = Kind(lambda field: field, lambda entry, _: entry)
+# How each field is stored; ``save`` and ``load`` follow from this.
+KINDS: dict[str, Kind] = {
+    "title": _AS_IT_IS,
+    "removed_layers": _AS_IT_IS,
+    "transforms": _tensors("transform"),
+    "corrections": _linears("correction"),
+    "mixtures": _rows(lambda layer, mixture: (layer, [*mixture.items()]), lambda layer, mixture: (layer, dict(mixture))),
+    "channels": _tensors("channels"),
+    "operators": _tensors("operator"),
+    "parameters": _tensors("parameter"),
+    "without_attention": _rows(lambda layer, paths: (layer, *paths), lambda layer, *paths: (layer, paths)),
+    "bases": Kind(
+        len,
+        lambda count, tensors: [tensors[f"basis.{signal}"] for signal in range(count)],
+        lambda bases: {f"basis.{signal}": Q for signal, Q in enumerate(bases)},
+    ),
+    "kept": _tensors("kept"),
+    "shapes": _rows(lambda place, shape: (*place, *shape), lambda layer, path, *shape: ((layer, path), tuple(shape))),
+    "config": _AS_IT_IS,
+    "parts": _AS_IT_IS,
+}
