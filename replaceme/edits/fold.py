@@ -187,12 +187,6 @@ def mixed(layers: nn.ModuleList, mixture: Mapping[int, float], name: str) -> Ten
     return reduce(torch.add, parts)
 
 
-def fold(family: Family, layer: nn.Module, linear: Linear, change: Change) -> None:
-    """Fold a change into a layer's weights, in float64; they keep their dtype."""
-    for name, exact in folds(family, layer, linear, change):
-        parameter_of(layer, name).copy_(exact)
-
-
 def folds(
     family: Family, layer: nn.Module, linear: Linear, change: Change, original: Callable[[str], Tensor] | None = None
 ) -> Iterator[tuple[str, Tensor]]:

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from replaceme.base.documents import Documents
 from replaceme.base.errors import ModelError, SolveError, VerificationError
 from replaceme.edits.edits import Change, Edits
-from replaceme.edits.fold import apply_edits, fold
+from replaceme.edits.fold import apply_edits, folds
 from replaceme.edits.unfused import unfused
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import cache_error, verify_export, wrong_weights
@@ -146,7 +146,8 @@ def test_fold_transforms_the_output_of_a_biased_linear() -> None:
     layer, transform = made_model(dtype=torch.float64).model.layers[0], made_transform()
     linear, inputs = layer.mlp.down_proj, torch.randn(5, 48, dtype=torch.float64)
     expected = linear(inputs) @ transform
-    fold(PRE_NORM, layer, "mlp_output", Change(transform))
+    for name, exact in folds(PRE_NORM, layer, "mlp_output", Change(transform)):
+        parameter_of(layer, name).copy_(exact)
     assert torch.allclose(linear(inputs), expected, rtol=1e-12)
 
 
@@ -174,9 +175,8 @@ def test_edits_are_read_as_they_were_saved_and_corrections_add_up(tmp_path: Path
 
 def test_identity_transform_changes_no_bit() -> None:
     layer = made_model(dtype=torch.bfloat16).model.layers[0]
-    before = layer.mlp.down_proj.weight.clone()
-    fold(PRE_NORM, layer, "mlp_output", Change(torch.eye(WIDTH, dtype=torch.float64)))
-    assert torch.equal(layer.mlp.down_proj.weight, before)
+    exact = dict(folds(PRE_NORM, layer, "mlp_output", Change(torch.eye(WIDTH, dtype=torch.float64))))
+    assert torch.equal(exact["mlp.down_proj.weight"].bfloat16(), layer.mlp.down_proj.weight)
 
 
 def test_every_module_knows_its_new_position() -> None:
