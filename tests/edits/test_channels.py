@@ -301,11 +301,10 @@ def test_the_size_of_a_batch_changes_no_channel() -> None:
 
 
 def test_settings_and_families_without_channels_are_refused() -> None:
-    values = read_params(None, {"transform": "channels", "use_4bit": True}).model_dump()
-    assert refusals(values, METHODS["lstsq"]) == [
+    values = read_params(None, {"transform": "channels"}, methods=METHODS).model_dump()
+    assert refusals({**values, "use_4bit": True}, METHODS["lstsq"]) == [
         "use_4bit: transform channels puts rows of several layers' weights together, and 4-bit ones are packed; use false."
     ]
-    values["use_4bit"] = False
     assert not refusals(values, METHODS["lstsq"])
     (sentence,) = family_refusals(values, "falcon", family_of(made_model("falcon").config))
     assert sentence.startswith("transform: channels folds the norm in front of an MLP into its linears")
