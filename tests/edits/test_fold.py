@@ -256,12 +256,12 @@ def test_verification_passes_an_honest_export(
 @pytest.mark.parametrize(
     ("tampered", "said"),
     [
-        (Edits("test", [2, 3], {1: made_transform(1)}), "layers.1.mlp.down_proj.weight is not what"),  # another transform
-        (Edits("test", [2, 3], {}), "layers.1.mlp.down_proj.weight is not what"),  # the transform left out
-        (Edits("test", [2, 4], {1: made_transform()}), "is not what the original and the edits make"),  # another layer
+        (Edits("test", [2, 3], {1: made_transform(1)}), "layers.1.mlp.down_proj.weight differs"),  # another transform
+        (Edits("test", [2, 3], {}), "layers.1.mlp.down_proj.weight differs"),  # the transform left out
+        (Edits("test", [2, 4], {1: made_transform()}), "differs from the original with the edits"),  # another layer
         (
             Edits("test", [2, 3], {1: made_transform()}, {(4, "attention_output"): (torch.ones(WIDTH, WIDTH), None)}),
-            "layers.2.self_attn.o_proj.weight is not what",
+            "layers.2.self_attn.o_proj.weight differs",
         ),  # a correction that nobody wanted
     ],
 )

@@ -133,7 +133,7 @@ def test_what_was_solved_for_is_said_layer_by_layer(params: Params, tiny: Model)
     edits.correct(4, "attention_output", torch.zeros(32, 32))
     text = model_card(params, tiny, edits, {})
     assert "Layers 2–3, 5 (counted from 0)" in text
-    assert "the last MLP linear of layer 0–1, 4 were solved for anew" in text
-    assert "the attention output of layer 4 were solved for anew" in text
+    assert "The MLP output projection of layers 0–1, 4 was refitted in closed form" in text
+    assert "The attention output projection of layer 4 was refitted in closed form" in text
     assert "A linear map" not in text
     assert yaml.safe_load(text.split("---")[1])["library_name"] == "transformers"
