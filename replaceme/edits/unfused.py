@@ -91,7 +91,7 @@ def _project(stack: ExitStack, family: Family, layers: nn.ModuleList, edits: Edi
     for index, layer in enumerate(layers):
         entering = _ProjectedInput(edits.basis(2 * index))
         stack.callback(layer.register_forward_pre_hook(entering.hook, with_kwargs=True).remove)
-        # Changes what the attention adds, so that its sum with the layer's input is the projected state.
+        # Changes the attention's output so that its sum with the layer's input is the projected state.
         between = _between(entering, edits.basis(2 * index + 1), family.multiplier)
         stack.callback(layer.get_submodule(family.attention).register_forward_hook(between).remove)
     last = edits.basis(2 * len(layers)).double()

@@ -100,7 +100,7 @@ def _own_metadata(source: Model) -> dict[str, Any]:
 
 
 def _changes(params: Params, source: Model, edits: Edits, solved: dict[str, Any]) -> list[str]:
-    """Return the sentences that say what was removed and what replaced it."""
+    """Return the sentences on what was removed and what replaced it, with the fit's residual."""
     commit = f" (commit {source.commit})" if source.commit else ""
     removed = edits.parts[:1].upper() + edits.parts[1:] or f"{_named(edits.removed_layers).capitalize()} (counted from 0)"
     verb = "was" if len(edits.removed_layers) == 1 and not edits.parts else "were"

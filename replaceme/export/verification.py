@@ -1,4 +1,4 @@
-"""Verify that the exported folder computes what was solved for.
+"""Verify that the exported folder computes the dense model with its edits.
 
 The folder is loaded as a user would load it. Three checks:
 
@@ -81,7 +81,7 @@ def verify_export(dense: Model, pruned: Model, edits: Edits, documents: Document
         "cache_error": cache_error(shortened, prompt),
         "tolerance": tolerance,
     }
-    for figure, limit, what in (
+    for figure, limit, difference in (
         ("hidden_error_mean", tolerance, "the state at the cut differs from the unfused computation"),
         ("logits_error", LOGITS_FACTOR * tolerance, "the logits differ from the unfused computation's"),
         ("cache_error", cache_limit, "generation with the KV cache differs from generation without"),
@@ -89,7 +89,7 @@ def verify_export(dense: Model, pruned: Model, edits: Edits, documents: Document
         # In this form NaN fails too.
         if not figures[figure] <= limit:
             raise VerificationError(
-                f"export: {what} by {figures[figure]:.2g} (at most {limit:.2g} is rounding); nothing was saved."
+                f"export: {difference} by {figures[figure]:.2g} (at most {limit:.2g} is rounding); nothing was saved."
             )
     return figures
 

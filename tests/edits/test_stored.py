@@ -1,4 +1,4 @@
-"""Edits on disk: the files are the same bytes whatever the code that writes them, and are read as they were saved."""
+"""Edits on disk: fixed bytes for fixed edits, which are read as they were saved."""
 
 import dataclasses
 from pathlib import Path
@@ -139,7 +139,7 @@ JSON = """{
 
 
 def of_every_kind() -> Edits:
-    """Return edits with every field set, none of them in the order in which it is stored."""
+    """Return edits with every field set and no field in its stored order."""
     T = TENSORS
     return Edits(
         "every kind – at once",
@@ -165,7 +165,7 @@ def of_every_kind() -> Edits:
     )
 
 
-def test_edits_of_every_kind_are_these_bytes(tmp_path: Path) -> None:
+def test_edits_of_every_kind_give_these_bytes(tmp_path: Path) -> None:
     edits = of_every_kind()
     assert all(getattr(edits, field.name) for field in dataclasses.fields(edits)), "a field is not tested"
     edits.save(tmp_path)
@@ -174,7 +174,7 @@ def test_edits_of_every_kind_are_these_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "edits.safetensors").read_bytes() == (tmp_path / "expected.safetensors").read_bytes()
 
 
-def test_edits_without_tensors_are_these_bytes(tmp_path: Path) -> None:
+def test_edits_without_tensors_give_these_bytes(tmp_path: Path) -> None:
     Edits("nothing", [1]).save(tmp_path)
     save_file({"none": torch.zeros(1)}, tmp_path / "expected.safetensors")
     assert (tmp_path / "edits.safetensors").read_bytes() == (tmp_path / "expected.safetensors").read_bytes()
@@ -182,7 +182,7 @@ def test_edits_without_tensors_are_these_bytes(tmp_path: Path) -> None:
 
 
 def plain(value: Any) -> Any:
-    """Return a value with lists in the place of tensors, which can be compared as they are."""
+    """Return a value with its tensors as lists, to compare with ==."""
     if isinstance(value, torch.Tensor):
         return str(value.dtype), value.tolist()
     if isinstance(value, dict):
@@ -196,5 +196,5 @@ def test_edits_of_every_kind_are_read_as_they_were_saved(tmp_path: Path) -> None
     found = Edits.load(tmp_path)
     for field in dataclasses.fields(edits):
         assert plain(getattr(found, field.name)) == plain(getattr(edits, field.name)), field.name
-    # The order of a mixture is the order of its sum.
+    # A mixture is summed in this order.
     assert [*found.mixtures[9]] == [11, 9, 10]
