@@ -1,4 +1,4 @@
-"""What was decided, as data; computed unfused; folded into weights.
+"""Edits: a method's decisions as data, computed with hooks (unfused) or folded into the weights.
 
 It may import base and models.
 """

@@ -1,20 +1,21 @@
-"""Apply edits to a model: fold changes into weights, drop layers, and renumber whatever counts layers.
+"""Apply edits to a model: fold changes into weights, remove layers, and renumber everything that counts layers.
 
 The fold (ReplaceMe, section 3): with ``y = G Wᵀ + b`` and row vectors, ``y T + G Δᵀ + δ = G (TᵀW + Δ)ᵀ + Tᵀb + δ``, so that
-``W' = TᵀW + Δ`` and ``b' = Tᵀb + δ`` compute the change with no new parameter. Behind a norm, which gives ``M = u diag(γ)``, a
-transform ``Q D`` of u folds into ``W' = QᵀW + Δ`` and ``γ' = D``: an orthogonal Q leaves the root mean square that the norm
-divides by as it was.
+``W' = TᵀW + Δ`` and ``b' = Tᵀb + δ`` compute the change with no new parameter. Where a norm follows, ``M = u diag(γ)``, a
+transform ``Q D`` of u folds into ``W' = QᵀW + Δ`` and ``γ' = D``: an orthogonal Q doesn't change the root mean square by which
+the norm divides.
 
-A layer that mixes layers (``W = Σ c_j W_j``) has this instead of its own W, in the fold too.
+A mixture of layers (``W = Σ c_j W_j``) takes the place of the layer's own W, in the fold too.
 
-A scalar s on the state behind a layer folds into what is behind: with a state s times smaller, all that the layers behind add
-is divided by s, and their norms, up to the epsilon under the root, don't see the difference; neither does the last one.
+A scalar s on the state after a layer folds into the later layers: the state is kept s times smaller, everything that they add
+is divided by s, and their norms and the last one ignore the scale, up to the epsilon under the root.
 
-A narrower residual stream changes every weight that reads it or adds to it: ``replaceme.edits.slicing``.
+A narrower residual stream changes every weight that reads it or adds to it (``replaceme.edits.slicing``).
 
-An MLP of other channels has their rows and columns (``replaceme.edits.channels``), and a change comes on top.
+An MLP of other channels gets their rows and columns (``replaceme.edits.channels``); a change is folded into the result.
 
-Of a linear in front of which groups go, the columns of their features go, and of the linears that make these, the rows.
+A removed group takes with it the columns of its features in the linear that reads them, and the rows in those that compute
+them.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from replaceme.edits.channels import assembled_parameter
-from replaceme.edits.edits import Change, Edits, behind_norm, features_of
+from replaceme.edits.edits import Change, Edits, features_of, rotation_and_gains
 from replaceme.edits.slicing import narrow, sliced_parameters
 from replaceme.models.depth import cut_config, renumber
 from replaceme.models.families import Family, Linear, linear_parameters, parameter_of
@@ -37,18 +38,18 @@ def apply_edits(model: Any, family: Family, edits: Edits) -> None:
 
     Args:
         model: a causal language model with its original weights (not quantized).
-        family: where its parts are.
-        edits: what to change.
+        family: describes the model's parts.
+        edits: the changes.
     """
     layers = family.decoder_layers(model)
     kept = [layer for index, layer in enumerate(layers) if index not in set(edits.removed_layers)]
     model.set_submodule(family.layers, nn.ModuleList(kept))
     renumber(kept)
     if form := edits.form(family.layers):
-        # Linears get their shapes with their weights, which are made of those that they have.
+        # The linears get their new shapes with their new weights, which are computed from the old ones.
         reshape(model, {**form, "linears": {}})
     for name, exact in edited_parameters(model, family, layers, edits):
-        _put(model, name, exact, replace=bool(edits.bases))
+        _set_parameter(model, name, exact, replace=bool(edits.bases))
     cut_config(model.config, family, edits.removed_layers)
     if edits.width:
         narrow(model.config, edits)
@@ -56,14 +57,14 @@ def apply_edits(model: Any, family: Family, edits: Edits) -> None:
         setattr(model.config, name, value)
 
 
-def _put(model: nn.Module, name: str, exact: Tensor, replace: bool) -> None:
-    """Give a parameter its new values, or put another in its place, where the shape is new.
+def _set_parameter(model: nn.Module, name: str, exact: Tensor, replace: bool) -> None:
+    """Write a parameter's new values, or replace the parameter where its shape changes.
 
     Args:
-        model: where it is.
-        name: the parameter.
-        exact: what it is to be.
-        replace: whether it may be another module's too, and stays that one's.
+        model: the model.
+        name: the parameter's name.
+        exact: the new values; the parameter keeps its dtype.
+        replace: replace the parameter in any case, so that a module that shares it keeps the old values.
     """
     old = parameter_of(model, name)
     if old.shape == exact.shape and not replace:
@@ -79,16 +80,15 @@ def _put(model: nn.Module, name: str, exact: Tensor, replace: bool) -> None:
 def edited_parameters(
     model: nn.Module, family: Family, layers: Iterable[nn.Module], edits: Edits
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield each parameter that the edits touch: its name in the shortened model, and what it is to be.
+    """Yield each parameter that the edits change: its name in the shortened model and its new value (float64, torch's layout).
 
-    It is float64, in torch's layout. All come from original weights, and none is needed once it has been yielded: it can be
-    overwritten.
+    All values are computed from original weights. A parameter can be overwritten once it has been yielded.
 
     Args:
         model: the dense model; its list of layers may be cut already.
-        family: where its parts are.
-        layers: all its layers.
-        edits: what changes.
+        family: describes the model's parts.
+        layers: all layers of the dense model.
+        edits: the changes.
     """
     if edits.bases:
         yield from sliced_parameters(model, family, edits)
@@ -98,33 +98,33 @@ def edited_parameters(
 
 
 def _edited_in_layers(family: Family, layers: nn.ModuleList, edits: Edits) -> Iterator[tuple[int, str, Tensor]]:
-    """Yield each parameter of a layer that the edits touch: its layer, its name within it, and what it is to be."""
+    """Yield each parameter of a layer that the edits change: the layer, the name within it and the new value."""
     cuts = {
         (layer, name): (groups, dimension)
         for (layer, linear), groups in edits.kept.items()
         for name, dimension in family.cut_parameters(layers[layer], linear).items()
     }
-    for layer, name, exact in _whole(family, layers, edits):
+    for layer, name, exact in _before_cuts(family, layers, edits):
         yield layer, name, cut(exact, *cuts.pop((layer, name))) if (layer, name) in cuts else exact
     for (layer, name), (groups, dimension) in cuts.items():
         yield layer, name, cut(parameter_of(layers[layer], name).double(), groups, dimension)
 
 
 def cut(parameter: Tensor, groups: Tensor, dimension: int) -> Tensor:
-    """Return what is left of a parameter.
+    """Return a parameter without the features of removed groups.
 
     Args:
         parameter: a weight (outputs, inputs) or a bias (outputs,).
         groups: which groups stay, (groups,) bool.
-        dimension: the one that these divide into equal parts, in order.
+        dimension: the dimension that the groups divide into equal parts, in order.
     """
     return parameter.index_select(
         dimension, features_of(groups, parameter.shape[dimension]).nonzero()[:, 0].to(parameter.device)
     )
 
 
-def _whole(family: Family, layers: nn.ModuleList, edits: Edits) -> Iterator[tuple[int, str, Tensor]]:
-    """Yield what the edits make of each parameter that they touch, before any is cut."""
+def _before_cuts(family: Family, layers: nn.ModuleList, edits: Edits) -> Iterator[tuple[int, str, Tensor]]:
+    """Yield each parameter that the edits change, before groups are cut out: the layer, the name within it, the new value."""
     scales = {layer: edits.scale(layer) for layer in range(len(layers)) if layer not in set(edits.removed_layers)}
     done = set()
     for layer, name, exact in changed_parameters(family, layers, edits):
@@ -142,15 +142,15 @@ def _whole(family: Family, layers: nn.ModuleList, edits: Edits) -> Iterator[tupl
 
 
 def _divided(family: Family, name: str, exact: Tensor, scale: float) -> Tensor:
-    """Return what a parameter that scales what its layer adds becomes, so that it adds ``scale`` times less."""
+    """Return a parameter in proportion to which its layer adds to the stream, so that the layer adds ``scale`` times less."""
     offset = family.norm_offset or 0.0
     return (exact + offset) / scale - offset
 
 
 def changed_parameters(family: Family, layers: nn.ModuleList, edits: Edits) -> Iterator[tuple[int, str, Tensor]]:
-    """Yield what the edits but for operators make of each parameter that they touch: its layer, its name within it, its value.
+    """Yield each parameter that the edits change, operators and cuts left out: the layer, the name within it, the new value.
 
-    It is float64, in torch's layout, of a layer as wide as it was.
+    The value is float64 in torch's layout and has the dense model's shape.
     """
     done = set()
     for (layer, name), value in edits.parameters.items():
@@ -168,49 +168,43 @@ def changed_parameters(family: Family, layers: nn.ModuleList, edits: Edits) -> I
             if (layer, name) not in done:
                 yield layer, name, assembled_parameter(family, layers, layer, channels, name)
     for layer, mixture in edits.mixtures.items():
-        assert set(mixture) - {layer} <= set(edits.removed_layers), "a kept layer would be mixed into another one"
+        assert set(mixture) - {layer} <= set(edits.removed_layers), "a kept layer is mixed into another one"
         for name in linear_parameters(layers[layer]):
             if (layer, name) not in done:
                 yield layer, name, mixed(layers, mixture, name)
 
 
 def _with_channels(family: Family, layers: nn.ModuleList, layer: int, channels: Tensor, name: str) -> Tensor:
-    """Return a parameter of an MLP's last linear, as its channels make it; a bias is no channel's."""
+    """Return a parameter of an MLP's last linear made of the given channels; a bias belongs to no channel and stays."""
     if name in family.cut_parameters(layers[layer], "mlp_output"):
         return assembled_parameter(family, layers, layer, channels, name)
     return parameter_of(layers[layer], name)
 
 
 def mixed(layers: nn.ModuleList, mixture: Mapping[int, float], name: str) -> Tensor:
-    """Return ``Σ c_j θ_j`` (float64, torch's layout) of the parameters that layers have under one name."""
+    """Return ``Σ c_j θ_j`` (float64, torch's layout) over the layers' parameters of one name."""
     parts = (coefficient * parameter_of(layers[source], name).double() for source, coefficient in mixture.items())
     return reduce(torch.add, parts)
-
-
-def fold(family: Family, layer: nn.Module, linear: Linear, change: Change) -> None:
-    """Fold a change into a layer's weights, in float64; they keep their dtype."""
-    for name, exact in folds(family, layer, linear, change):
-        parameter_of(layer, name).copy_(exact)
 
 
 def folds(
     family: Family, layer: nn.Module, linear: Linear, change: Change, original: Callable[[str], Tensor] | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield each parameter that a change touches, by name within the layer, and what it is to be: float64, in torch's layout.
+    """Yield each parameter of a folded change: its name within the layer and its new value (float64, torch's layout).
 
     Args:
-        family: where the parts are.
+        family: describes the layer's parts.
         layer: the layer.
-        linear: which linear changes.
-        change: how.
-        original: what the linear's parameters are before; None takes the layer's own.
+        linear: the changed linear.
+        change: the change.
+        original: returns the linear's parameters before the change, by name; None takes the layer's own.
 
     Raises:
-        SolveError: a norm stands behind the linear, and the transform does not fold through it.
+        SolveError: a norm follows the linear, and the transform does not fold into it.
     """
     transform = change.transform
     if transform is not None and family.norm_after_mlp:
-        transform, gains = behind_norm(transform)
+        transform, gains = rotation_and_gains(transform)
         assert family.norm_offset is not None
         yield f"{family.mlp}.weight", gains - family.norm_offset
     for name in family.ends(layer, linear):
@@ -219,7 +213,7 @@ def folds(
 
 
 def folded(original: Tensor, transform: Tensor | None, addition: Tensor | None) -> Tensor:
-    """Return ``Tᵀ original + addition`` (float64), of a weight (…, d, inputs) or a bias (d,)."""
+    """Return ``Tᵀ original + addition`` (float64) for a weight (…, d, inputs) or a bias (d,)."""
     exact = original.double()
     if transform is not None:
         exact = transform.to(exact).T @ exact

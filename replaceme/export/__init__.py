@@ -1,4 +1,4 @@
-"""The pruned model as a folder: saved, proved, with its card.
+"""Export: the pruned model as a folder, verified, with its model card.
 
 It may import base, models and edits.
 """

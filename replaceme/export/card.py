@@ -1,6 +1,6 @@
-"""The model card of a pruned model: what was done to which model, what it cost, and how to do it again.
+"""The model card of a pruned model: the original, the changes, the scores, and how to reproduce them.
 
-No paths, no secrets. The scores are known only after the export: ``replaceme.publish`` adds them.
+It has no local paths and no secrets. The scores are known only after the export; ``replaceme.publish`` adds them.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from replaceme.models.families import Linear
 from replaceme.models.model import CARD, Model
 from replaceme.models.own_form import FILE
 
-# The settings that the model came from, and those of its scores; the others say where it was computed.
+# The settings that determine the model, and those that determine its scores; the others say where it was computed.
 SETTINGS = (
     "method", "model_path", "revision", "trust_remote_code", "use_4bit", "dataset", "dataset_config", "dataset_split",
     "dataset_column", "dataset_revision", "dataset_size", "max_length", "pack", "seed", "batch_size", "dtype", "threads",
@@ -29,7 +29,7 @@ SETTINGS = (
     "transform", "repair", "heal_epochs", *EFFECTS,
 )  # fmt: skip
 SCORING = ("tasks", "eval_tokens", "eval_batch_size", "eval_dtype")
-# What the dense model's own card says of it that holds for the pruned one too.
+# Entries of the dense model's card that also hold for the pruned model.
 INHERITED = ("license", "license_name", "license_link", "language")
 
 
@@ -44,12 +44,12 @@ def model_card(
     """Return the README.md of a pruned model's folder.
 
     Args:
-        params: the setting.
+        params: the settings.
         source: the dense model.
-        edits: what was changed.
+        edits: the changes.
         solved: the figures of metrics/solve.json.
-        scores: what it scores, as Markdown; empty while that isn't known.
-        results: the same for the hub.
+        scores: the scores as Markdown; empty before the evaluation.
+        results: the same scores for the hub's metadata.
     """
     removed, layers = edits.removed_layers, int(source.config().num_hidden_layers)
     title = f"{source.name} without {edits.parts or f'{len(removed)} of its {layers} layers'}"
@@ -69,10 +69,10 @@ def model_card(
 
 
 def _metadata(source: Model, title: str, kind: str, results: Sequence[EvalResult]) -> str:
-    """Return the card's YAML block, which the hub reads."""
+    """Return the card's YAML block for the hub."""
     known = _own_metadata(source)
     return ModelCardData(
-        # The hub knows a local copy by what its card says that it comes from.
+        # A local copy has no name on the hub: its own card's base model stands for it.
         base_model=source.name if source.commit else known.get("base_model"),
         **{key: known.get(key) for key in INHERITED},
         library_name="transformers",
@@ -84,73 +84,76 @@ def _metadata(source: Model, title: str, kind: str, results: Sequence[EvalResult
 
 
 def _own_metadata(source: Model) -> dict[str, Any]:
-    """Return what the dense model's own card says in its YAML block; nothing where there is none."""
+    """Return the YAML block of the dense model's own card; empty where there is none."""
     try:
         known = metadata_load(source.folder / CARD) or {}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, yaml.YAMLError):
         logger.warning(
-            "model_path: the YAML block of %s's %s can't be read; its licence is not carried over", source.name, CARD
+            "model_path: the YAML block of %s's %s can't be read; its licence is not copied",
+            source.name,
+            CARD,
         )
         return {}
     return {key: value for key, value in known.items() if value and isinstance(value, str | list)}
 
 
 def _changes(params: Params, source: Model, edits: Edits, solved: dict[str, Any]) -> list[str]:
-    """Return the sentences that say what was removed, and what took its place."""
+    """Return the sentences on what was removed and what replaced it, with the fit's residual."""
     commit = f" (commit {source.commit})" if source.commit else ""
-    what = edits.parts[:1].upper() + edits.parts[1:] or f"Layers {_runs(edits.removed_layers)} (counted from 0)"
-    lines = [f"{what} were removed from `{source.name}`{commit} with {edits.title}."]
+    removed = edits.parts[:1].upper() + edits.parts[1:] or f"{_named(edits.removed_layers).capitalize()} (counted from 0)"
+    verb = "was" if len(edits.removed_layers) == 1 and not edits.parts else "were"
+    lines = [f"{removed} {verb} removed from `{source.name}`{commit} with {edits.title}."]
     if edits.transforms:
-        hosts = ", ".join(map(str, sorted(edits.transforms)))
         lines += [
-            f"A linear map, fitted to calibration text without training the model, was folded into the MLP of layer {hosts}: "
-            "no new parameter, the same architecture."
+            f"A linear map was folded into the MLP of {_named([*edits.transforms])}. It was fitted to calibration text, "
+            "without training the model, and adds no parameters: the architecture is unchanged."
         ]
     lines += [
-        f"The weights of the linears of layers {_runs([*mixture])} were merged into those of layer {layer}, without training."
+        f"The weights of the linear modules of {_named([*mixture])} were merged into those of layer {layer}, without training."
         for layer, mixture in sorted(edits.mixtures.items())
     ]
     for layer, channels in sorted(edits.channels.items()):
         own = int((channels[:, 0] == layer).sum())
         lines += [
-            f"The MLP of layer {layer} is made of {own:,} of its own channels and {len(channels) - own:,} of removed layers: "
-            "as many as it had, and no new parameter."
+            f"The MLP of layer {layer} now has {own:,} of its own channels and {len(channels) - own:,} channels of removed "
+            "layers. Its width is unchanged, and no parameters were added."
         ]
-    linears: tuple[tuple[Linear, str], ...] = (("attention_output", "attention output"), ("mlp_output", "last MLP linear"))
-    for linear, words in linears:
+    linears: tuple[tuple[Linear, str], ...] = (("attention_output", "attention"), ("mlp_output", "MLP"))
+    for linear, word in linears:
         corrected = [layer for layer, name in edits.corrections if name == linear]
         if corrected and not params.heal_epochs:
-            lines += [f"The weights of the {words} of layer {_runs(corrected)} were solved for anew, likewise."]
+            lines += [f"The {word} output projection of {_named(corrected)} was refitted in closed form, without training."]
     if params.heal_epochs:
-        healed = _runs([layer for layer, name in edits.corrections if name == "mlp_output"])
-        start = ", from what was solved for without training" if params.repair or params.transform in NEW_WEIGHTS else ""
+        healed = _named([layer for layer, name in edits.corrections if name == "mlp_output"])
+        start = ", starting from weights refitted in closed form" if params.repair or params.transform in NEW_WEIGHTS else ""
         lines += [
-            f"The weights of the attention output and the last MLP linear of layer {healed} were trained on "
-            f"calibration text toward the original model's predictions{start}."
+            f"The attention and MLP output projections of {healed} were trained on calibration text to match the "
+            f"original model's predictions{start}."
         ]
     if trained := sorted({layer for layer, _ in edits.parameters}):
-        speaks = all(bool(value.any()) for value in edits.parameters.values())
+        active = all(bool(value.any()) for value in edits.parameters.values())
         lines += [
-            f"The weights of layer {_runs(trained)} were found by training on calibration text"
-            f"{'' if speaks else '; its attention is left with weights of 0, so that it adds nothing'}."
+            f"The weights of {_named(trained)} were trained on calibration text"
+            f"{'' if active else '; its attention output projection is 0, so that it adds nothing'}."
         ]
     if edits.without_attention:
-        lines += [f"Layer {_runs([*edits.without_attention])} has no attention any more."]
+        lines += [f"The attention of {_named([*edits.without_attention])} was removed."]
     if scalars := {layer: float(P) for layer, P in sorted(edits.operators.items()) if not P.ndim}:
-        listed = ", ".join(f"by {1 / scale:.4g} behind layer {layer}" for layer, scale in scalars.items())
+        listed = ", ".join(f"by {1 / scale:.4g} after layer {layer}" for layer, scale in scalars.items())
         lines += [
-            "The residual stream lacks the magnitude that the removed layers gave it. To make up for that, what all layers "
-            f"behind the cut add to it was multiplied {listed}: no new parameter, the same architecture."
+            "Without the removed layers the residual stream has another magnitude than the later layers expect. To compensate, "
+            f"everything that the layers after the cut add to it was multiplied {listed}. This adds no parameters: the "
+            "architecture is unchanged."
         ]
     if mapped := [layer for layer, P in edits.operators.items() if P.ndim]:
-        lines += [f"The whole state behind layer {_runs(mapped)} goes through a linear map of its own."]
+        lines += [f"A linear map was added after {_named(mapped)}; it multiplies the whole hidden state."]
     if edits.form(""):
         lines += [
             "",
-            "No class of transformers has this form: the model loads with `trust_remote_code=True`, by the file "
-            f"`{FILE}` beside its weights.",
+            f"No class of transformers describes this architecture. Load the model with `trust_remote_code=True`: it uses the "
+            f"file `{FILE}` beside its weights.",
         ]
     for key in ("relative_residual", "weighted_residual"):
         if key in solved:
@@ -160,7 +163,7 @@ def _changes(params: Params, source: Model, edits: Edits, solved: dict[str, Any]
 
 
 def _reproduction(params: Params, source: Model, scored: bool) -> list[str]:
-    """Return the settings as a file that every console script takes, and the commands."""
+    """Return the settings, as a file that every console script accepts, and the commands."""
     if source.commit:
         params = params.model_copy(update={"revision": source.commit})
     values = params.model_dump()
@@ -170,17 +173,22 @@ def _reproduction(params: Params, source: Model, scored: bool) -> list[str]:
         if has_effect(key, values) and (values[key] is not None or FIELDS[key].default is not None)
     ]
     return [
-        f"With replaceme-dvc {__version__}, save these settings as `settings.yaml` (a local file or folder stands there by its "
-        "own name):",
+        f"With replaceme-dvc {__version__}, save these settings as `settings.yaml` (local files and folders are given by name, "
+        "without their path):",
         "", "```yaml", settings_yaml(params, keys).rstrip(), "```", "",
         "```bash", "run_replaceme --config settings.yaml", "```", "",
-        "Or set them in the pipeline's `params.yaml`, and `dvc repro`.",
+        "Or write them into the pipeline's `params.yaml` and run `dvc repro`.",
         "",
     ]  # fmt: skip
 
 
+def _named(layers: list[int]) -> str:
+    """Name layers in words: ``layer 3`` or ``layers 3–4, 9``."""
+    return f"layer{'s' if len(layers) > 1 else ''} {_runs(layers)}"
+
+
 def _runs(layers: list[int]) -> str:
-    """Write positions as ranges: ``11–18`` or ``3–4, 9``."""
+    """Write layer indices as ranges: ``11–18`` or ``3–4, 9``."""
     runs: list[list[int]] = []
     for layer in sorted(layers):
         if runs and layer == runs[-1][1] + 1:

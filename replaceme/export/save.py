@@ -1,6 +1,6 @@
-"""Export: apply the edits to the original weights, save a normal Hugging Face folder, and prove it before it counts.
+"""Apply the edits to the original weights and save the result as a Hugging Face folder.
 
-The folder appears under its name only after the verification has passed.
+The caller verifies the folder (``replaceme.export.verification``) before it gives it its final name.
 """
 
 import shutil
@@ -17,11 +17,15 @@ SHARD_SIZE = "2GB"
 
 
 def save_pruned(source: Model, edits: Edits, folder: Path) -> dict[str, int]:
-    """Write weights, config, tokenizer and generation config of the pruned model; return the parameter counts."""
+    """Write weights, config, tokenizer and generation config of the pruned model.
+
+    Returns:
+        The numbers of parameters: of the pruned model, and of the dense one.
+    """
     model = source.load()
     dense_parameters = parameter_count(model)
     apply_edits(model, source.family(), edits)
-    # The original's generation config is copied as it is; saving would refuse some that are in use.
+    # The original's generation config is copied below: saving would refuse some that are in use.
     model.generation_config = GenerationConfig()
     model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
     (folder / "generation_config.json").unlink(missing_ok=True)

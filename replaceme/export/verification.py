@@ -1,9 +1,11 @@
-"""Prove that the exported folder computes what was solved for.
+"""Verify that the exported folder computes the dense model with its edits.
 
-The folder is reloaded as any user would load it. Every weight that no edit names must be the original's, bit for bit, and one
-that was folded or mixed what that comes to but for its last bit. The computation is compared with the dense model's under the
-edits, unfused (``replaceme.edits.unfused``): hidden states behind each host and logits must agree up to the rounding of the
-stored weights. Generation with the KV cache must equal generation without.
+The folder is loaded as a user would load it. Three checks:
+
+- weights: unedited ones equal the original's bit for bit; edited ones equal the exact values up to their last bit;
+- computation: the hidden states after each host and the logits equal those of the dense model with unfused edits
+  (``replaceme.edits.unfused``), up to the rounding of the stored weights;
+- cache: generation with the KV cache equals generation without it.
 """
 
 import gc
@@ -24,13 +26,13 @@ from replaceme.models.families import Family, parameter_of
 from replaceme.models.layers import tensor_of
 from replaceme.models.model import Model, stored_dtype, working_dtype
 
-# Rows of a weight that are compared at once.
+# Rows of a weight compared at once.
 ROWS = 4096
 DOCUMENTS, TOKENS, LOGITS, GENERATED = 2, 256, 32, 16
-# Mean over tokens of the relative error of the state at the cut: rounding of the stored weights, with room for
+# By stored dtype, the mean over tokens of the state's relative error at the cut that rounding explains, with room for
 # cancellation. Single tokens can be several times worse: a fit with large coefficients cancels more.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 2e-2}
-# The layers behind the cut can amplify that error.
+# The layers after the cut can amplify that error.
 LOGITS_FACTOR = 10
 CACHE_TOLERANCE = {"float64": 1e-6, "float32": 1e-2, "float16": 5e-2, "bfloat16": 2e-1}
 
@@ -38,33 +40,39 @@ CACHE_TOLERANCE = {"float64": 1e-6, "float32": 1e-2, "float16": 5e-2, "bfloat16"
 def verify_export(dense: Model, pruned: Model, edits: Edits, documents: Documents) -> dict[str, Any]:
     """Compare the exported folder with the unfused computation on calibration text.
 
+    Args:
+        dense: the original model.
+        pruned: the exported folder.
+        edits: the edits that were applied.
+        documents: calibration text; the first few documents are used.
+
     Returns:
         The figures for metrics/export.json.
 
     Raises:
-        VerificationError: an error is larger than the stored dtype's rounding explains.
+        VerificationError: an error is larger than rounding to the stored dtype explains.
     """
     family, excerpts = dense.family(), documents.head(DOCUMENTS, TOKENS)
     wrong = wrong_weights(dense.load(), pruned.load(), family, edits)
     if wrong:
-        raise VerificationError(f"export: {wrong[0]} is not what the original and the edits make of it; nothing was saved.")
-    # A model of our own form refers to itself: it goes only when somebody looks for such circles.
+        raise VerificationError(f"export: {wrong[0]} differs from the original with the edits applied; nothing was saved.")
+    # A model of our own form refers to itself, and only the garbage collector frees such a cycle.
     gc.collect()
     dtype, tolerance = working_dtype(dense), TOLERANCE[stored_dtype(pruned)]
     hosts = _hosts(edits, int(dense.config().num_hidden_layers))
     position = {layer: edits.position(layer) for layer in hosts}
     whole, prompt = dense.load(dtype), excerpts.documents[0][: TOKENS // 4]
     expected, expected_logits = _states(whole, family, hosts, excerpts, edits)
-    # Where a token's experts are chosen, rounding can choose others: the dense model's own cache shows by how much.
+    # Rounding can send a token to other experts. The dense model's own cache error shows how much that changes.
     cache_limit = max(CACHE_TOLERANCE[dtype], 2 * cache_error(whole, prompt) if family.experts else 0)
     del whole
     gc.collect()
     shortened = pruned.load(dtype)
     found, found_logits = _states(shortened, family, list(position.values()), excerpts, None)
-    # Where a scalar was folded, the state is so much smaller; where the stream is narrower, it is in a basis of its own.
+    # A folded scalar makes the state smaller, and a narrower stream has another basis: ``as_dense`` undoes both.
     errors = torch.cat([_relative_errors(expected[layer], edits.as_dense(layer, found[position[layer]])) for layer in hosts])
     of_logits = _relative_errors(expected_logits, found_logits)
-    # Most tokens keep their experts.
+    # The median, for experts: most tokens keep theirs.
     usual = torch.median if family.experts else torch.mean
     figures = {
         "hidden_error_max": float(errors.max()),
@@ -73,21 +81,21 @@ def verify_export(dense: Model, pruned: Model, edits: Edits, documents: Document
         "cache_error": cache_error(shortened, prompt),
         "tolerance": tolerance,
     }
-    for figure, limit, what in (
+    for figure, limit, difference in (
         ("hidden_error_mean", tolerance, "the state at the cut differs from the unfused computation"),
         ("logits_error", LOGITS_FACTOR * tolerance, "the logits differ from the unfused computation's"),
         ("cache_error", cache_limit, "generation with the KV cache differs from generation without"),
     ):
-        # Written so that NaN fails too.
+        # In this form NaN fails too.
         if not figures[figure] <= limit:
             raise VerificationError(
-                f"export: {what} by {figures[figure]:.2g} (at most {limit:.2g} is rounding); nothing was saved."
+                f"export: {difference} by {figures[figure]:.2g} (at most {limit:.2g} is rounding); nothing was saved."
             )
     return figures
 
 
 def wrong_weights(dense: Any, pruned: Any, family: Family, edits: Edits) -> list[str]:
-    """Return the names of weights that are neither the original's nor, where they are edited, what that makes of it."""
+    """Return the names of weights that differ from the original's or, where edited, from the exact value by over one step."""
     layers = family.decoder_layers(dense)
     kept = [layer for layer in range(len(layers)) if layer not in set(edits.removed_layers)]
     originals, weights, wrong = dict(dense.named_parameters()), dict(pruned.named_parameters()), []
@@ -97,8 +105,8 @@ def wrong_weights(dense: Any, pruned: Any, family: Family, edits: Edits) -> list
         if weight.shape != exact.shape:
             wrong.append(name)
             continue
-        # A part at a time: an embedding in float64 would be larger than a small model.
-        if not all(map(_to_its_last_bit, weight.split(ROWS), exact.split(ROWS))):
+        # In parts: a whole embedding in float64 can be larger than a small model.
+        if not all(map(_within_one_step, weight.split(ROWS), exact.split(ROWS))):
             wrong.append(name)
     prefix = f"{family.layers}."
     for name, weight in weights.items():
@@ -115,10 +123,10 @@ def wrong_weights(dense: Any, pruned: Any, family: Family, edits: Edits) -> list
 def cache_error(model: Any, prompt: Tensor) -> float:
     """Return the largest difference between the logits of generation with the KV cache and of one pass without it.
 
-    Relative to the largest logit. Greedy tokens are generated with the cache; then one pass over the whole text, without
-    a cache, must give the same logits at each of them.
+    The difference is relative to the largest logit. Tokens are generated greedily with the cache; then one pass over prompt and
+    tokens, (tokens,) int64, computes the same logits without it.
     """
-    # A config of its own: the model's may ask for beams or sampling, or end early.
+    # Not the model's own config, which may ask for beams or sampling, or stop early.
     greedy = GenerationConfig(
         max_new_tokens=GENERATED,
         do_sample=False,
@@ -134,15 +142,15 @@ def cache_error(model: Any, prompt: Tensor) -> float:
     return float((cached - full).abs().max() / full.abs().max())
 
 
-def _to_its_last_bit(weight: Tensor, exact: Tensor) -> bool:
-    """Return whether a weight is at most one step of its format from what it is to be; absolute where that is subnormal."""
+def _within_one_step(weight: Tensor, exact: Tensor) -> bool:
+    """Return whether a weight is within one step of its dtype from its exact value; the step is absolute for subnormals."""
     limits = torch.finfo(weight.dtype)
     step = limits.eps * exact.abs().clamp_min(limits.smallest_normal)
     return bool(((weight.double() - exact).abs() <= step).all())
 
 
 def _hosts(edits: Edits, layers: int) -> list[int]:
-    """Return the kept layers in front of each removed run: the cuts; where no layer goes, the last one."""
+    """Return the kept layer before each removed run; where no layer is removed, the last one."""
     removed = set(edits.removed_layers)
     if not removed:
         return [layers - 1]
@@ -153,7 +161,7 @@ def _hosts(edits: Edits, layers: int) -> list[int]:
 def _states(
     model: Any, family: Family, observed: list[int], documents: Documents, edits: Edits | None
 ) -> tuple[dict[int, Tensor], Tensor]:
-    """Return the states behind the observed layers, (tokens, d) each, and the last positions' logits of each document."""
+    """Return the states after the observed layers, (tokens, d) each, and the logits at the last positions of all documents."""
     layers = family.decoder_layers(model)
     states: dict[int, list[Tensor]] = {layer: [] for layer in observed}
     logits = []
@@ -161,18 +169,19 @@ def _states(
         if edits:
             hooks.enter_context(unfused(model, family, edits))
         for layer in observed:
-            hooks.callback(layers[layer].register_forward_hook(_keeping(states[layer])).remove)
+            hooks.callback(layers[layer].register_forward_hook(_recording(states[layer])).remove)
         for document in documents.documents:
             logits.append(model(document[None], use_cache=False, logits_to_keep=LOGITS).logits[0])
     return {layer: torch.cat(parts) for layer, parts in states.items()}, torch.cat(logits)
 
 
-def _keeping(kept: list[Tensor]) -> Callable[..., None]:
+def _recording(states: list[Tensor]) -> Callable[..., None]:
     def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-        kept.append(tensor_of(output)[0].clone())
+        states.append(tensor_of(output)[0].clone())
 
     return hook
 
 
 def _relative_errors(expected: Tensor, found: Tensor) -> Tensor:
+    """Return the relative error of each row, float64, of (rows, entries) tensors."""
     return (found.double() - expected.double()).norm(dim=-1) / expected.double().norm(dim=-1)

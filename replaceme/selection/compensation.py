@@ -28,7 +28,7 @@ from replaceme.base.errors import ModelError, ParameterError
 from replaceme.base.plan import Block, runs
 from replaceme.base.progress import progress
 from replaceme.edits.edits import Edits
-from replaceme.edits.unfused import operating, unfused
+from replaceme.edits.unfused import operator_hook, unfused
 from replaceme.models.families import Family
 from replaceme.observers.walk import Signal, Signals, ask, walk
 
@@ -167,7 +167,7 @@ def check_scale(model: Any, family: Family, documents: Documents) -> None:
     Raises:
         ModelError: they don't.
     """
-    layers, enlarged = family.decoder_layers(model), operating(torch.tensor(FACTOR))
+    layers, enlarged = family.decoder_layers(model), operator_hook(torch.tensor(FACTOR))
     parts = [layer.get_submodule(path) for layer in layers[1:] for path in (family.attention, family.mlp)]
     for document in documents.head(DOCUMENTS, LENGTH).documents:
         text = document[None].to(model.device)

@@ -1,4 +1,4 @@
-"""A host's MLP of channels of several layers: what they compute there, which are chosen, and that it is exported exactly."""
+"""An MLP made of several layers' channels: its computation, the choice of channels, and the exact export."""
 
 from collections.abc import Callable
 from copy import deepcopy
@@ -36,18 +36,18 @@ FOLDING = [kind for kind in PLAIN if not kind.startswith("falcon")]
 
 
 def mixed_channels(count: int, layers: list[int], seed: int = 0) -> Tensor:
-    """Return as many channels as one layer has, of several layers in no order."""
+    """Return as many channels as one layer has, drawn from several layers in random order."""
     every = torch.cat([channels_of(layer, count) for layer in layers])
     return every[torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))[:count]]
 
 
 @pytest.mark.parametrize("kind", FOLDING)
-def test_a_layers_channels_compute_at_the_host_what_its_norm_and_mlp_would(kind: str) -> None:
+def test_a_layers_channels_compute_in_the_host_as_its_norm_and_mlp_do(kind: str) -> None:
     model, documents = made_model(kind, torch.float64), many_documents(3)
     family, host, source = family_of(model.config), 1, 3
     layers = family.decoder_layers(model)
     other = deepcopy(model)
-    # The source's own norm and MLP in the host's place. Where the attention shares that norm, it changes too, but not the MLP.
+    # Put the source's norm and MLP into the host. Where the attention shares that norm, it changes too, but not the MLP.
     for path in {family.mlp_norm, family.mlp_output.rpartition(".")[0] or "fc1", family.mlp_output}:
         family.decoder_layers(other)[host].set_submodule(path, deepcopy(layers[source].get_submodule(path)))
     expected = passing(other, host, documents)["G"]
@@ -59,7 +59,7 @@ def test_a_layers_channels_compute_at_the_host_what_its_norm_and_mlp_would(kind:
 
 
 @pytest.mark.parametrize("kind", FOLDING)
-def test_more_channels_than_the_host_has_are_each_their_own(kind: str) -> None:
+def test_a_wider_mlp_computes_each_channel_as_alone(kind: str) -> None:
     model, documents = made_model(kind, torch.float64), many_documents(3)
     family, host = family_of(model.config), 2
     count = inputs_of(family.linear_of(family.decoder_layers(model)[host], "mlp_output"))
@@ -94,7 +94,7 @@ def test_chosen_channels_and_a_correction_are_exported_exactly(
     assert figures["hidden_error_mean"] < figures["tolerance"]
 
 
-def test_the_hosts_own_channels_leave_it_as_it_was() -> None:
+def test_the_hosts_own_channels_change_nothing() -> None:
     model = made_model(dtype=torch.float64)
     same = deepcopy(model)
     family = family_of(model.config)
@@ -102,7 +102,7 @@ def test_the_hosts_own_channels_leave_it_as_it_was() -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), same.parameters(), strict=True))
 
 
-def test_a_norm_that_lets_nothing_through_makes_no_infinity() -> None:
+def test_a_zero_in_the_hosts_norm_gives_no_infinity() -> None:
     model = made_model()
     model.model.layers[1].post_attention_layernorm.weight.data[3] = 0.0
     values = dict(assembled(family_of(model.config), model.model.layers, 1, channels_of(2, 48)))
@@ -110,11 +110,11 @@ def test_a_norm_that_lets_nothing_through_makes_no_infinity() -> None:
     assert not values["mlp.up_proj.weight"][:, 3].any()
 
 
-def test_a_norms_bias_that_no_linear_can_take_in_is_an_error() -> None:
+def test_a_norms_bias_that_no_linear_can_absorb_is_an_error() -> None:
     model = made_model("gpt2")
     for layer in model.transformer.h:
         layer.mlp.c_fc.bias = None
-    with pytest.raises(ModelError, match=r"mlp\.c_fc has no bias that could take in that of ln_2"):
+    with pytest.raises(ModelError, match=r"mlp\.c_fc has no bias to absorb that of ln_2"):
         dict(assembled(family_of(model.config), model.transformer.h, 1, channels_of(2, 48)))
 
 
@@ -126,7 +126,7 @@ def problem(features: int, outputs: int = 5, tokens: int = 200) -> tuple[Tensor,
     return g, e, torch.randn(features, outputs, generator=chance, dtype=torch.float64)
 
 
-def test_the_channel_that_goes_is_the_one_without_which_the_objective_rises_least() -> None:
+def test_the_removed_channel_is_the_one_that_raises_the_objective_least() -> None:
     g, e, prior = problem(8)
     ridge, diagonal = 0.3, g.square().sum(0)
     objectives = []
@@ -140,7 +140,7 @@ def test_the_channel_that_goes_is_the_one_without_which_the_objective_rises_leas
     assert kept.tolist() == [place for place in range(8) if place != int(np.argmin(objectives))]
 
 
-def test_the_channels_that_make_the_target_are_found() -> None:
+def test_the_channels_of_the_target_are_found() -> None:
     g, _, prior = problem(60, tokens=2000)
     support = torch.arange(5, 60, 4)
     e = g[:, support] @ torch.randn(len(support), 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -156,7 +156,7 @@ def test_the_choice_does_not_depend_on_units() -> None:
     assert torch.equal(kept, best_channels(scaled.T @ scaled, scaled.T @ e, prior / units[:, None], 0.3, 10))
 
 
-def test_a_channel_that_is_always_zero_goes_first() -> None:
+def test_channels_that_are_always_zero_are_removed_first() -> None:
     g, e, prior = problem(10)
     g[:, [2, 7]] = 0
     assert best_channels(g.T @ g, g.T @ e, prior, 0.3, 8).tolist() == [0, 1, 3, 4, 5, 6, 8, 9]
@@ -170,7 +170,7 @@ def test_sums_that_are_not_finite_are_an_error() -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("kind", ["llama", "granite", "opt", "phi"])
-def test_the_sums_are_those_of_a_plain_computation(kind: str, batch_size: int) -> None:
+def test_the_sums_equal_a_plain_computation(kind: str, batch_size: int) -> None:
     model, documents = made_model(kind, torch.float64), many_documents(7)
     family, host = family_of(model.config), 2
     layer = family.decoder_layers(model)[host]
@@ -186,7 +186,7 @@ def test_the_sums_are_those_of_a_plain_computation(kind: str, batch_size: int) -
     assert np.allclose(sums.cross.numpy(), (w * g).T @ e, rtol=1e-3, atol=1e-5)
 
 
-def test_the_tokens_of_a_choice_are_the_first_of_a_walk() -> None:
+def test_the_choice_takes_the_first_tokens_of_a_walk() -> None:
     documents = many_documents(9)
     few = few_documents(documents, 100)
     assert 100 <= few.token_count < 100 + max(map(len, documents.documents))
@@ -194,21 +194,21 @@ def test_the_tokens_of_a_choice_are_the_first_of_a_walk() -> None:
     assert few_documents(documents, 10**9).token_count == documents.token_count
 
 
-def test_a_ridge_that_is_too_small_is_not_called_an_overflow() -> None:
+def test_a_ridge_that_is_too_small_is_named_in_the_error() -> None:
     g = torch.ones(3, 6)
     with pytest.raises(SolveError, match="refit_ridge: 1e-30"):
         best_channels(g.T @ g, g.T @ torch.ones(3, 2), torch.ones(6, 2), 1e-30, 3)
 
 
 @pytest.mark.parametrize("kind", FOLDING)
-def test_the_chosen_channels_serve_better_than_the_hosts_own_or_any(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_chosen_channels_fit_better_than_the_hosts_own_or_random_ones(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, documents = made_model(kind, torch.float64), many_documents(60)
 
     def by_chance(gram: Tensor, *rest: Any) -> Tensor:
         return torch.randperm(len(gram), generator=torch.Generator().manual_seed(0))[: rest[-1]].sort().values
 
     def own(gram: Tensor, *rest: Any) -> Tensor:
-        return torch.arange(rest[-1])  # in the last round the host's own come first
+        return torch.arange(rest[-1])  # in the last round the host's own channels come first
 
     left = {}
     for name, choice in (("best", best_channels), ("chance", by_chance), ("own", own)):
@@ -229,7 +229,7 @@ def test_the_chosen_channels_serve_better_than_the_hosts_own_or_any(kind: str, m
 
 
 @pytest.mark.parametrize("kind", ["llama", "granite", "smollm3", "phi"])
-def test_a_later_block_chooses_on_what_the_shortened_model_feeds_its_host(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_later_block_chooses_on_the_shortened_models_activations(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, documents = made_model(kind, torch.float64), many_documents(40)
     blocks, seen = (Block(1, 2), Block(4, 5)), []
 
@@ -254,7 +254,7 @@ def test_a_later_block_chooses_on_what_the_shortened_model_feeds_its_host(kind: 
     assert np.allclose(cross.numpy(), (w * g).T @ e, rtol=1e-3, atol=1e-5)
 
 
-def test_an_infinite_ridge_leaves_the_chosen_channels_with_the_columns_that_they_had() -> None:
+def test_an_infinite_ridge_leaves_the_chosen_channels_their_own_columns() -> None:
     model, documents = made_model(dtype=torch.float64, mlp_bias=False, attention_bias=False), many_documents()
     edits, mender = solved(model, documents, (BLOCK,), transform="channels", alpha=5.0, refit_ridge=1e14)
     mender.run()
@@ -270,12 +270,12 @@ def test_an_infinite_ridge_leaves_the_chosen_channels_with_the_columns_that_they
     [
         ((BLOCK,), {"repair": True}),
         ((Block(1, 2),), {}),  # the first layer is the host
-        ((Block(4, 6),), {"repair": True}),  # no layer is left behind the cut
+        ((Block(4, 6),), {"repair": True}),  # no layer is left after the cut
         ((Block(1, 2), Block(3, 5)), {"repair": True}),
     ],
 )
 @pytest.mark.parametrize("kind", FOLDING)
-def test_the_whole_of_it_is_exported_exactly(
+def test_channels_and_repair_are_exported_exactly(
     kind: str, blocks: tuple[Block, ...], options: dict[str, Any], save_tiny: Callable[..., Model], tmp_path: Path
 ) -> None:
     source, documents = save_tiny(kind), many_documents(12)
@@ -295,17 +295,16 @@ def test_the_size_of_a_batch_changes_no_channel() -> None:
         )  # fmt: skip
         mender.run()
         chosen.append(edits.channels[BLOCK.host])
-    # Rounding may turn a close decision.
+    # Rounding may decide a close choice differently.
     shared = len({*map(tuple, chosen[0].tolist())} & {*map(tuple, chosen[1].tolist())})
     assert shared >= len(chosen[0]) - 1
 
 
-def test_what_can_not_be_is_refused_by_name() -> None:
-    values = read_params(None, {"transform": "channels", "use_4bit": True}).model_dump()
-    assert refusals(values, METHODS["lstsq"]) == [
+def test_settings_and_families_without_channels_are_refused() -> None:
+    values = read_params(None, {"transform": "channels"}, methods=METHODS).model_dump()
+    assert refusals({**values, "use_4bit": True}, METHODS["lstsq"]) == [
         "use_4bit: transform channels puts rows of several layers' weights together, and 4-bit ones are packed; use false."
     ]
-    values["use_4bit"] = False
     assert not refusals(values, METHODS["lstsq"])
     (sentence,) = family_refusals(values, "falcon", family_of(made_model("falcon").config))
     assert sentence.startswith("transform: channels folds the norm in front of an MLP into its linears")

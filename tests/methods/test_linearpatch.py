@@ -162,7 +162,7 @@ def test_the_whole_command_patches_the_state(tiny: Model, text_file: Path, tmp_p
     assert figures["parameters"] == loaded.num_parameters()
     card = (tmp_path / "pruned" / "README.md").read_text(encoding="utf-8")
     assert "with LinearPatch (hadamard)." in card
-    assert f"The whole state behind layer {host} goes through a linear map of its own." in card
+    assert f"A linear map was added after layer {host}; it multiplies the whole hidden state." in card
     assert "linearpatch_form: hadamard" in card
     page = (work / "artifacts" / "report" / "index.html").read_text(encoding="utf-8")
     assert "The map takes the relative residual from" in page

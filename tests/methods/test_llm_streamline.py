@@ -385,8 +385,8 @@ def test_the_stages_choose_train_and_export(options: dict[str, Any], params: Par
     assert not [path for path in work.edits.parent.iterdir() if "partial" in path.name]
     card = (work.model / "README.md").read_text(encoding="utf-8")
     assert "with LLM-Streamline (a trained" in card
-    assert f"The weights of layer {block.host} were found by training on calibration text" in card
-    assert ("its attention is left with weights of 0" in card) == bool(options.get("plain"))
+    assert f"The weights of layer {block.host} were trained on calibration text" in card
+    assert ("its attention output projection is 0" in card) == bool(options.get("plain"))
     assert "llm_streamline_epochs: 3" in card
     loaded = Model(work.model, "pruned").load()
     assert loaded.config.num_hidden_layers == LAYERS - 2
@@ -466,6 +466,6 @@ def test_the_keys_belong_to_the_method_alone(caplog: pytest.LogCaptureFixture, t
         "plain belongs to methods llm_streamline (with form mlp), llm_pruner and slicegpt and is ignored",
     ]
     text = model_card(params, tiny, Edits("x", [2], without_attention={1: ("self_attn", "input_layernorm")}), {})
-    assert "Layer 1 has no attention any more." in text
+    assert "The attention of layer 1 was removed." in text
     assert "trust_remote_code=True" in text
     assert json.loads(json.dumps(Edits("x", [2]).form("layers"))) == {}

@@ -11,7 +11,7 @@ import torch
 from replaceme import commands
 from replaceme.base.params import read_params
 from replaceme.base.plan import Block
-from replaceme.edits.edits import behind_norm
+from replaceme.edits.edits import rotation_and_gains
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import verify_export
 from replaceme.methods.refusals import family_refusals
@@ -64,7 +64,7 @@ def test_the_norm_that_the_fit_is_behind_is_the_hosts(save_tiny: Callable[..., M
         norm = taken["gram"]["norm"]
         assert torch.equal(norm, host.post_feedforward_layernorm.weight.double() + (1 if kind == "gemma2" else 0))
         solved = METHODS["lstsq"].solve(params, BLOCK, taken.__getitem__)
-        behind_norm(solved.edits.transforms[BLOCK.host])
+        rotation_and_gains(solved.edits.transforms[BLOCK.host])
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "olmo2", "qwen2_moe"])

@@ -145,7 +145,7 @@ def test_verification_sees_a_change_of_any_weight(name: str, tiny: Model, tmp_pa
         pruned.get_parameter(name).view(-1)[3] += 1e-3
     assert wrong_weights(tiny.load(), pruned, tiny.family(), edits) == [name]
     edits.bases[4] = random_edits(22).bases[0]
-    with pytest.raises(VerificationError, match=r"export: model.layers.\d.\S+ is not what"):
+    with pytest.raises(VerificationError, match=r"export: model.layers.\d.\S+ differs"):
         verify_export(tiny, Model(tmp_path, "pruned"), edits, documents)
 
 

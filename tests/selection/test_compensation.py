@@ -315,7 +315,7 @@ def test_the_whole_command_scales_what_is_left(
     assert torch.allclose(logits_of(loaded), shortened_logits(dense, edits, TEXT), rtol=1e-3, atol=1e-3)
     card = (tmp_path / "pruned" / "README.md").read_text(encoding="utf-8")
     assert "with Prune&Comp." in card
-    assert f"by {1 / float(blocks[0].scale or 0):.4g} behind layer {blocks[0].host}" in card
+    assert f"by {1 / float(blocks[0].scale or 0):.4g} after layer {blocks[0].host}" in card
     page = (work / "artifacts" / "report" / "index.html").read_text(encoding="utf-8")
     assert options or "the smallest influence on their input, one by one" in page
 

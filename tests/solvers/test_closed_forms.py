@@ -72,7 +72,7 @@ def test_an_orthogonal_map_has_its_form_and_no_small_turn_or_stretch_of_it_fits_
     gamma = torch.rand(width, generator=chance, dtype=torch.float64) + 0.5 if behind_norm else None
     weight = torch.ones(width, dtype=torch.float64) if gamma is None else gamma
     T = closed_form(M.T @ M, M.T @ Y, alpha, "orthogonal", gamma)
-    Q, D = edits.behind_norm(weight[:, None] * T)
+    Q, D = edits.rotation_and_gains(weight[:, None] * T)
 
     def objective(rotation: torch.Tensor, gains: torch.Tensor) -> float:
         map_ = rotation * gains / weight[:, None]

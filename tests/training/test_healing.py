@@ -222,7 +222,9 @@ def test_the_stage_trains_exports_and_says_so(params: Params, tmp_path: Path) ->
     assert len((work.edits / "loss.tsv").read_text().splitlines()) == figures["training_steps"] + 1
     assert not [path for path in work.edits.parent.iterdir() if "partial" in path.name]
     card = (work.model / "README.md").read_text(encoding="utf-8")
-    said = "trained on calibration text toward the original model's predictions, from what was solved for without training."
+    said = (
+        "trained on calibration text to match the original model's predictions, starting from weights refitted in closed form."
+    )
     assert said in card
     assert "heal_epochs: 3" in card
     for name in COMPRESSION:
