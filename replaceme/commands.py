@@ -21,7 +21,8 @@ from replaceme.base.progress import align, logger
 from replaceme.base.published_keys import PUBLISHED_KEYS
 from replaceme.base.stage import ANALYSIS, FIT, JUDGEMENT
 from replaceme.base.workspace import Workspace
-from replaceme.methods.registry import FIELDS, METHODS, criterion_of
+from replaceme.methods.registry import EFFECTS, FIELDS, METHODS, criterion_of
+from replaceme.selection.criteria import CRITERIA
 
 ALIASES = {"model": "model_path", "layers": "layers_to_skip"}
 
@@ -275,12 +276,9 @@ def _parse(arguments: Sequence[str], description: str) -> tuple[Path | None, dic
     parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of parameters")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    for name, field in FIELDS.items():
+    for name in FIELDS:
         flags = [f"--{name}", *(f"--{alias}" for alias, key in ALIASES.items() if key == name)]
-        default = "null" if field.default is None else field.default
-        parser.add_argument(
-            *flags, dest=name, default=argparse.SUPPRESS, metavar="VALUE", help=f"{field.description} [{default}]"
-        )
+        parser.add_argument(*flags, dest=name, default=argparse.SUPPRESS, metavar="VALUE", help=_help(name))
     for name in PUBLISHED_KEYS:
         parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     known, unknown = parser.parse_known_args(arguments)
@@ -296,6 +294,15 @@ def _parse(arguments: Sequence[str], description: str) -> tuple[Path | None, dic
         raise ParameterError(problems)
     overrides = {name: value for name, value in vars(known).items() if name not in ("config", "debug")}
     return known.config, {name: _typed(name, value) for name, value in overrides.items()}
+
+
+def _help(name: str) -> str:
+    """Return a parameter's sentence, with the values that it can name, what it belongs to, and its default."""
+    default = "null" if FIELDS[name].default is None else FIELDS[name].default
+    names = {"method": METHODS, "selection": CRITERIA}.get(name)
+    one_of = f" One of {', '.join(names)}." if names else ""
+    belongs = f" ({EFFECTS[name][0]})" if name in EFFECTS else ""
+    return f"{FIELDS[name].description}{one_of}{belongs} [{default}]"
 
 
 def _typed(name: str, value: str) -> Any:

@@ -35,7 +35,7 @@ class Params(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True, protected_namespaces=())
 
-    method: str = Field("lstsq", description="The pruning method; the methods are listed below.")
+    method: str = Field("lstsq", description="What takes the place of the removed layers, or parts of layers.")
 
     model_path: str = Field(
         "smollm2-135m-instruct", min_length=1, description="A local model folder, a hub id, or an embedded model's name."

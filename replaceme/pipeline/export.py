@@ -11,6 +11,7 @@ from replaceme.edits.edits import Edits
 from replaceme.export.card import SETTINGS, model_card
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import verify_export
+from replaceme.methods.registry import METHODS
 from replaceme.models.depth import broken_patterns
 from replaceme.models.model import CARD, Model, recorded_model
 from replaceme.models.own_form import FILE, is_own_form
@@ -62,4 +63,5 @@ STAGE = Stage(
     metrics=("export",),
     figures=("solve",),
     code=("__init__.py", "base", "models", "edits", "selection/criteria.py", "selection/blocks.py", "methods", "export"),
+    methods=METHODS,
 )

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from replaceme import commands
 from replaceme.base.fingerprints import sha256_below
-from replaceme.methods.registry import FIELDS
+from replaceme.methods.registry import FIELDS, METHODS
 from replaceme.models.model import Model
 from replaceme.steps import STAGES
 from tests.conftest import made_text
@@ -490,6 +490,8 @@ def test_help_describes_every_parameter(name: str, capsys: pytest.CaptureFixture
     for key, field in FIELDS.items():
         assert f"--{key}" in said
         assert " ".join(str(field.description).split()[:3]) in said
+    assert f"One of {', '.join(METHODS)}." in said
+    assert "(solver adam of method cosine) [10]" in said
 
 
 def test_the_scripts_are_installed_and_run_anywhere(tmp_path: Path) -> None:

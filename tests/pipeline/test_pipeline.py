@@ -17,8 +17,10 @@ import yaml
 from huggingface_hub import ModelCard
 
 from replaceme import commands
+from replaceme.base.params import Params
 from replaceme.base.stage import COMPRESSION
 from replaceme.base.workspace import Workspace
+from replaceme.methods.registry import FIELDS, METHODS
 from replaceme.models.model import Model
 from replaceme.publish import push_to_hub
 from replaceme.steps import STAGES
@@ -54,10 +56,15 @@ def below(file: str, dep: str) -> bool:
 
 @pytest.mark.parametrize("name", list(STAGES))
 def test_every_file_that_a_stage_imports_lies_below_its_dependencies_and_each_of_these_is_imported(name: str) -> None:
-    script, code = ROOT / "stages" / f"{name}.py", code_of(name)
-    assert [file for file in counting(import_closure(script)) if not any(below(file, dep) for dep in code)] == []
-    loadable = import_closure(script, everything=True)
-    assert [dep for dep in code if not any(below(file, dep) for file in loadable)] == []
+    loaded, code = import_closure(ROOT / "stages" / f"{name}.py"), code_of(name)
+    assert [file for file in counting(loaded) if not any(below(file, dep) for dep in code)] == []
+    assert [dep for dep in code if not any(below(file, dep) for file in loaded)] == []
+
+
+@pytest.mark.parametrize("name", list(STAGES))
+def test_a_stage_that_depends_on_a_methods_own_parameter_reads_the_methods(name: str) -> None:
+    own = set(STAGES[name].params) & (FIELDS.keys() - Params.model_fields.keys())
+    assert not own or STAGES[name].methods is METHODS
 
 
 def test_every_file_that_a_stage_really_loads_lies_below_its_dependencies(project: Path) -> None:

@@ -77,3 +77,11 @@ def test_the_readme_names_every_room() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8").split("## Where everything is")[1].split("\n## ")[0]
     assert re.findall(r"(?m)^\| `(\w+)/` \|", readme) == [room for group in ORDER for room in group if room]
     assert set(re.findall(r"`(\w+\.py)`", readme)) - {"families.py"} == FRONT_DOOR
+
+
+@pytest.mark.parametrize("page", sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")]), ids=lambda page: page.name)
+def test_every_file_that_a_page_names_is_there(page: Path) -> None:
+    if page.name in ("CHANGELOG.md", "lab-notes.md"):  # they keep the names of their day
+        return
+    named = re.findall(r"`((?:replaceme|tests|stages|benchmarks)/[\w/]+\.\w+)`", page.read_text(encoding="utf-8"))
+    assert [name for name in named if not (ROOT / name).is_file()] == []
