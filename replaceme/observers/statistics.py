@@ -180,7 +180,7 @@ class StreamGram(AtCut):
         return of_mean_weight(self.sums.finished())
 
 
-class Magnitudes(AtCut):
+class MagnitudeRatios(AtCut):
     """How much larger each channel of the state gets across the block: the mean over documents of
 
         mean over the document's tokens of |H_k| / mean over the document's tokens of |h_k|
@@ -288,8 +288,8 @@ STATISTICS: dict[str, Callable[[Place], Statistic]] = {
     "features": lambda place: FeatureGram(place.block, Features.of(place.host, place.family, LINEARS)),
     "stream": lambda place: StreamGram(place.block, weighted=False),
     "stream_weighted": lambda place: StreamGram(place.block, weighted=True),
-    "magnitudes": lambda place: Magnitudes(place.block, rotated=False),
-    "magnitudes_rotated": lambda place: Magnitudes(place.block, rotated=True),
+    "magnitudes": lambda place: MagnitudeRatios(place.block, rotated=False),
+    "magnitudes_rotated": lambda place: MagnitudeRatios(place.block, rotated=True),
     "tokens": lambda place: TokenDump(place, accurate=False),
     "tokens_accurate": lambda place: TokenDump(place, accurate=True),
 }

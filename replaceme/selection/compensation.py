@@ -36,7 +36,7 @@ from replaceme.observers.walk import Signal, Signals, ask, walk
 DOCUMENTS, LENGTH, FACTOR, TOLERANCE = 2, 128, 4.0, 0.05
 
 
-class Magnitudes:
+class MagnitudeSums:
     """Observer of ``Σ |h|`` over tokens, of each channel of what enters and leaves layers: (d,) float64."""
 
     def __init__(self, wanted: Mapping[int, frozenset[Signal]]):
@@ -93,7 +93,7 @@ def compensated_layers(
     influences: dict[int, float] = {}
     for _ in progress(range(count), "choosing layers", "layers"):
         edits = scaled(blocks_of(scales))
-        changes, magnitudes = Influence(total), Magnitudes(ask(range(total), "input", "output"))
+        changes, magnitudes = Influence(total), MagnitudeSums(ask(range(total), "input", "output"))
         with unfused(model, family, edits):
             walk(model, family, excerpts, [changes, magnitudes], batch_size=batch_size, description=None)
         influence = (changes.sums / excerpts.token_count).tolist()
@@ -136,7 +136,7 @@ def gains(model: Any, family: Family, documents: Documents, blocks: Sequence[Blo
     wanted: dict[int, frozenset[Signal]] = {}
     for layer, signal in _ends(blocks):
         wanted[layer] = wanted.get(layer, frozenset()) | {signal}
-    magnitudes = Magnitudes(wanted)
+    magnitudes = MagnitudeSums(wanted)
     walk(model, family, excerpts_of(documents), [magnitudes], batch_size=batch_size, description=None)
     return [_finite(magnitudes.gain(block.start, block.end)) for block in blocks]
 
