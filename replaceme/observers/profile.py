@@ -55,7 +55,7 @@ class AngularDistances:
         return self.sums / self.documents
 
 
-class Comparison:
+class StateCosines:
     """Observer of the mean cosine of what enters a layer and what leaves it or a later one, and of norms, over real tokens."""
 
     def __init__(self, layers: int):
@@ -125,7 +125,7 @@ def profile_model(
         what enters the host) and ``layers`` (figure → list).
     """
     layers = len(family.decoder_layers(model))
-    distances, comparison = AngularDistances(layers), Comparison(layers)
+    distances, cosines = AngularDistances(layers), StateCosines(layers)
     width = int(model.config.hidden_size)
     if documents.token_count < 2:
         raise ParameterError("dataset_size: the dataset gave a single token, which leaves none to hold out; take more text.")
@@ -134,16 +134,16 @@ def profile_model(
             logger.warning(
                 "profile: %d tokens are few for residuals of %d dimensions; raise dataset_size", len(sample.fit), width
             )
-        observers: list[Observer] = [distances, comparison, sample]
+        observers: list[Observer] = [distances, cosines, sample]
         walk(model, family, documents, observers, batch_size=batch_size, description="profiling layers")
         residuals = residual_map(sample, model.device)
-    figures = comparison.figures()
+    figures = cosines.figures()
     for layer, norm in enumerate(figures["max_norm"]):
         if not math.isfinite(norm):
             raise ParameterError(f"dtype: {model.dtype} overflows at layer {layer}; use bfloat16 or float32.")
     return {
         "angular_distance": distances.result().tolist(),
-        "mean_cosine": comparison.mean_cosine().tolist(),
+        "mean_cosine": cosines.mean_cosine().tolist(),
         "residual": residuals,
         "layers": figures,
     }
