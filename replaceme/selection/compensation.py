@@ -58,6 +58,9 @@ class MagnitudeSums:
         return float((after[there] / before[there]).mean())
 
 
+# The profile computes the same figure for the dense model in another way: it needs the cosines of all pairs of states and takes
+# them from one product of unit vectors that sums over tokens too, so a single token's cosine never exists there. The two forms
+# round differently: sharing one would change the last bits of the profile or of this method's choice.
 class Influence:
     """Observer of ``Σ 1 − cos(h_{l−1}, h_l)`` over tokens, of every layer: (layers,) float64 (ShortGPT, arXiv 2403.03853)."""
 
