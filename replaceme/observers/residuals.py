@@ -99,13 +99,14 @@ def residual_map(sample: TokenSample, device: torch.device | str = "cpu") -> lis
     """Return (layers × layers): residual(host, last removed layer); 0 where the last one is not behind the host."""
     residuals = [[0.0] * sample.layers for _ in range(sample.layers)]
     count = len(sample.fit)
-    weights = [token_weights(H.to(device).float()) for H in sample.output]
+    # Of every layer that can end a block: all but the first.
+    weights = [token_weights(H.to(device).float()) for H in sample.output[1:]]
     # Made once: large tensors that come and go cost as much as what is computed with them.
     Y, weighted = (torch.empty(rows, sample.width, device=device) for rows in (len(sample.output[0]), count))
     for host in progress(range(sample.layers - 1), "fitting every cut", "hosts"):
         M = sample.added[host].to(device).float()
         Z = sample.output[host].to(device).float() - M
-        for last, w in enumerate(weights[host + 1 :], start=host + 1):
+        for last, w in enumerate(weights[host:], start=host + 1):
             torch.sub(sample.output[last].to(device), Z, out=Y)
             goal, root = Y[:count], w[:count].sqrt()
             torch.mul(M[:count], root, out=weighted)
