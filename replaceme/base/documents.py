@@ -22,14 +22,12 @@ class Batch:
     """Documents side by side.
 
     Attributes:
-        index: position in the walk.
         input_ids: (documents, longest) int64, padded at the right with 0.
         lengths: (documents,) int64, the number of real tokens of each.
         first_token: how many real tokens came before this batch in the walk.
         scratch: what observers keep from one layer of this batch to a later one.
     """
 
-    index: int
     input_ids: Tensor
     lengths: Tensor
     first_token: int
@@ -99,11 +97,11 @@ class Documents:
         """Yield all documents, longest first, so that a batch holds little padding."""
         ordered = self.longest_first()
         first_token = 0
-        for index, start in enumerate(range(0, len(ordered), batch_size)):
+        for start in range(0, len(ordered), batch_size):
             chosen = ordered[start : start + batch_size]
             input_ids = torch.nn.utils.rnn.pad_sequence([document.long() for document in chosen], batch_first=True)
             lengths = torch.tensor([len(document) for document in chosen])
-            yield Batch(index, input_ids.to(device), lengths.to(device), first_token)
+            yield Batch(input_ids.to(device), lengths.to(device), first_token)
             first_token += int(lengths.sum())
 
     def save(self, folder: Path) -> None:

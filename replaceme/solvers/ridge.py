@@ -56,7 +56,6 @@ class RidgeSolution:
     Attributes:
         transform: (d, d) float64, for row vectors: ``Y ≈ M T``.
         smallest_eigenvalue: of ``MᵀM``; what α is to be compared with.
-        condition_number: of ``MᵀM + αI``.
         eigenvalues: (d,) of ``MᵀM``, ascending, none below 0.
         full_rank: whether α = 0 has one solution, to float64.
         projections: (d,) ``‖vᵢᵀ MᵀY‖²`` for each eigenvector: with the eigenvalues, all that is needed to know any other α.
@@ -64,7 +63,6 @@ class RidgeSolution:
 
     transform: Tensor
     smallest_eigenvalue: float
-    condition_number: float
     eigenvalues: Tensor
     projections: Tensor
     full_rank: bool
@@ -96,14 +94,13 @@ def solve_ridge(gram: Tensor, cross: Tensor, alpha: float) -> RidgeSolution:
     gram, cross = gram.double(), cross.double()
     eigenvalues, vectors = torch.linalg.eigh(gram)
     eigenvalues = eigenvalues.clamp_min(0)
-    smallest, largest = float(eigenvalues[0]), float(eigenvalues[-1])
+    smallest = float(eigenvalues[0])
     resolution = require_full_rank(eigenvalues, alpha)
     factor, failed = torch.linalg.cholesky_ex(gram + alpha * torch.eye(len(gram), dtype=torch.float64))
     projected = vectors.T @ cross
     transform = vectors @ (projected / (eigenvalues + alpha)[:, None]) if failed else torch.cholesky_solve(cross, factor)
-    condition = (largest + alpha) / (smallest + alpha)
     projections = projected.square().sum(dim=1)
-    return RidgeSolution(transform, smallest, condition, eigenvalues, projections, smallest > resolution)
+    return RidgeSolution(transform, smallest, eigenvalues, projections, smallest > resolution)
 
 
 def require_full_rank(eigenvalues: Tensor, alpha: float) -> float:
