@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from replaceme.base.errors import SolveError
+from replaceme.solvers.arguments import ArgumentError
 from replaceme.solvers.procrustes import orthogonal_map
 from replaceme.solvers.ridge import require_full_rank, solve_ridge
 
@@ -40,7 +40,7 @@ def closed_form(gram: Tensor, cross: Tensor, alpha: float, structure: Structure,
         T, (d, d) float64.
 
     Raises:
-        SolveError: the system is singular to float64, with this alpha.
+        ArgumentError: the system is singular to float64, with this alpha.
     """
     gram, cross = gram.double(), cross.double()
     if structure == "dense":
@@ -60,7 +60,7 @@ def structure_words(structure: str) -> str:
 
 
 def upper_cholesky(matrix: Tensor) -> Tensor:
-    """Return U, upper triangular, with ``UUᵀ = matrix``. Raises SolveError where it is singular to float64."""
+    """Return U, upper triangular, with ``UUᵀ = matrix``. Raises ArgumentError where it is singular to float64."""
     return _cholesky(matrix.flip(0, 1)).flip(0, 1)
 
 
@@ -73,9 +73,9 @@ def squared_error(sums: Mapping[str, Tensor], transform: Tensor) -> float:
 def _diagonal(gram: Tensor, cross: Tensor, alpha: float) -> Tensor:
     scale = gram.diagonal() + alpha
     if float(scale.min()) <= 0:
-        raise SolveError(
-            f"alpha: {alpha:g} leaves the least squares singular ({int((scale <= 0).sum())} of {len(gram)} dimensions of M are "
-            "always 0); set alpha above 0."
+        raise ArgumentError(
+            f"{{alpha}}: {alpha:g} leaves the least squares singular ({int((scale <= 0).sum())} of {len(gram)} dimensions of M "
+            "are always 0); set {alpha} above 0."
         )
     return torch.diag(cross.diagonal() / scale)
 
@@ -102,5 +102,5 @@ def _two_vectors(ridged: Tensor, remaining: Tensor) -> Tensor:
 def _cholesky(ridged: Tensor) -> Tensor:
     factor, failed = torch.linalg.cholesky_ex(ridged)
     if failed:
-        raise SolveError("alpha: the least squares are singular to float64; raise alpha, or dataset_size for more tokens.")
+        raise ArgumentError("{alpha}: the least squares are singular to float64; raise {alpha}, or {tokens}.")
     return factor

@@ -16,7 +16,7 @@ does.
 import torch
 from torch import Tensor
 
-from replaceme.base.errors import SolveError
+from replaceme.solvers.arguments import ArgumentError
 
 # Stop at a gain of an iteration that is this small against f, or after so many.
 GAIN, ITERATIONS = 2e-5, 200
@@ -35,15 +35,15 @@ def orthogonal_map(gram: Tensor, cross: Tensor, alpha: float, norm: Tensor | Non
         T, (d, d) float64.
 
     Raises:
-        SolveError: M is 0, or γ has zeros.
+        ArgumentError: α = 0 and M is 0, or γ has zeros.
     """
     gamma = torch.ones(len(gram), dtype=torch.float64) if norm is None else norm.double()
     if not bool((gamma != 0).all()):
-        raise SolveError("transform: orthogonal divides by the weight of the norm after the MLP, which has zeros here.")
+        raise ArgumentError("{norm}: an orthogonal map divides by the norm's weight, which has zeros here.")
     S = (gram + alpha * torch.eye(len(gram), dtype=torch.float64)) / gamma / gamma[:, None]
     C = cross / gamma[:, None]
     if not float(S.diagonal().sum()) > 0:
-        raise SolveError(f"alpha: {alpha:g} leaves the least squares singular (M is always 0); set alpha above 0.")
+        raise ArgumentError(f"{{alpha}}: {alpha:g} leaves the least squares singular (M is always 0); set {{alpha}} above 0.")
     Q = polar(C)
     D = ((Q * C).sum() / S.diagonal().sum()).expand(len(S))
     lowest, best, momentum, before = torch.inf, Q * D, 0, S @ Q

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from replaceme.base.errors import SolveError
+from replaceme.solvers.arguments import ArgumentError
 from replaceme.solvers.closed_forms import Structure, closed_form, squared_error
 from replaceme.solvers.ridge import RidgeSolution
 
@@ -125,7 +125,7 @@ def structured_figures(transform: Tensor, sums: Mapping[str, Tensor], alpha: flo
         return figures
     try:
         plain = closed_form(sums["gram"], sums["cross"], 0.0, structure) if alpha else transform
-    except SolveError:  # without the ridge there is no one solution to be far from
+    except ArgumentError:  # without the ridge there is no one solution to be far from
         return figures
     return figures | {"distance_from_alpha_zero": float((transform - plain).norm() / plain.norm())}
 

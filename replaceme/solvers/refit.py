@@ -32,7 +32,7 @@ def refit(edits: Edits, host: int, sums: Mapping[str, Tensor], alpha: float, rid
         ridge: λ of the rest.
 
     Raises:
-        SolveError: the transform's least squares is singular with this alpha.
+        ArgumentError: the least squares are singular with ``alpha`` or with ``ridge``, or the sums are not finite.
     """
     features = Features.from_tensor(sums["layout"])
     solution = solve_ridge(sums["added_gram"], sums["added_cross"] + sums["added_gram"], alpha)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from replaceme.base.errors import SolveError
+from replaceme.solvers.arguments import ArgumentError
 
 
 def solve_correction(gram: Tensor, cross: Tensor, ridge: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ def solve_correction(gram: Tensor, cross: Tensor, ridge: Tensor) -> Tensor:
         X (k, d) float64; a feature that is always zero gets nothing.
 
     Raises:
-        SolveError: the sums are not finite, or the ridge is too small for them.
+        ArgumentError: the sums are not finite, or the ridge is too small for them.
     """
     # In units where every feature has a mean square of 1, the ridge is all that is added, and the matrix well scaled.
     diagonal = gram.diagonal()
@@ -39,12 +39,10 @@ def solve_correction(gram: Tensor, cross: Tensor, ridge: Tensor) -> Tensor:
     scaled.diagonal().add_(ridge.to(scaled))
     factor, failed = torch.linalg.cholesky_ex(scaled)
     if not bool(torch.isfinite(factor).all() & torch.isfinite(cross).all()):
-        raise SolveError("dtype: the sums over the features are not finite; use float32 or bfloat16.")
+        raise ArgumentError("{sums}: the sums over the features are not finite; use float32 or bfloat16.")
     if failed:
-        raise SolveError(
-            f"refit_ridge, repair_ridge_attention, repair_ridge_mlp: {float(ridge.max()):g} leaves the least squares singular; "
-            "raise it, or dataset_size."
-        )
+        smallest = float(ridge[ridge > 0].min())
+        raise ArgumentError(f"{{ridge}}: {smallest:g} leaves the least squares singular; raise it, or {{tokens}}.")
     del scaled
     return torch.cholesky_solve(cross * scale[:, None], factor).mul_(scale[:, None])
 
@@ -89,7 +87,7 @@ def solve_ridge(gram: Tensor, cross: Tensor, alpha: float) -> RidgeSolution:
         alpha: ridge, in the units of ``gram``.
 
     Raises:
-        SolveError: the system is singular to float64, with this alpha.
+        ArgumentError: the system is singular to float64, with this alpha.
     """
     gram, cross = gram.double(), cross.double()
     eigenvalues, vectors = torch.linalg.eigh(gram)
@@ -111,13 +109,13 @@ def require_full_rank(eigenvalues: Tensor, alpha: float) -> float:
         alpha: ridge.
 
     Raises:
-        SolveError: ``MᵀM + αI`` is singular to float64.
+        ArgumentError: ``MᵀM + αI`` is singular to float64.
     """
     resolution = float(eigenvalues[-1]) * len(eigenvalues) * torch.finfo(torch.float64).eps
     if max(float(eigenvalues[0]), 0.0) + alpha <= resolution:
         rank = int((eigenvalues > resolution).sum())
-        raise SolveError(
-            f"alpha: {alpha:g} leaves the least squares singular (rank {rank} of {len(eigenvalues)}); "
-            f"raise dataset_size for more tokens, or set alpha well above {resolution:.1g}."
+        raise ArgumentError(
+            f"{{alpha}}: {alpha:g} leaves the least squares singular (rank {rank} of {len(eigenvalues)}); "
+            f"raise {{tokens}}, or set {{alpha}} well above {resolution:.1g}."
         )
     return resolution
