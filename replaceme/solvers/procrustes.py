@@ -1,16 +1,15 @@
-"""The map that folds behind a norm: an orthogonal matrix between two diagonal ones, fitted by least squares from sums alone.
+"""The map that folds after a norm: an orthogonal matrix between two diagonal ones, fitted by least squares from sums alone.
 
-A norm with weight γ makes ``M = u diag(γ)`` of the MLP's last output, u of a fixed length for each token. Rotating that output
-rotates u, and the norm's weight may be any other, so that ``M T = u Q D`` with ``T = diag(γ)⁻¹ Q D`` folds exactly. What is
-fitted is the best of these, not the best T rounded to one: with ``S = diag(γ)⁻¹(MᵀM + αI)diag(γ)⁻¹`` and ``C = diag(γ)⁻¹MᵀY``
-the minimum of
+A norm with weight γ after the MLP has the output ``M = u diag(γ)``, u of a fixed length for each token. A rotation of the
+norm's input rotates u, and γ can be replaced, so ``M T = u Q D`` with ``T = diag(γ)⁻¹ Q D`` folds exactly. The fit is over
+these maps, rather than a projection of the best T onto them. With ``S = diag(γ)⁻¹(MᵀM + αI)diag(γ)⁻¹`` and ``C =
+diag(γ)⁻¹MᵀY`` it minimises
 
     f(Q, D) = tr(D QᵀSQ D) − 2 tr(D QᵀC)
 
-D has a closed form where Q is known; Q where D is a multiple of the identity, ``polar(C)`` (orthogonal Procrustes, Schönemann
-1966): the start. For another D, ``−tr((δ − D²)QᵀSQ)`` with ``δ = max D²`` is concave in Q, so that its tangent bounds it from
-above and ``polar(C D + S Q(δ − D²))`` never raises f. With Nesterov's momentum, dropped where f rises, a quarter of the steps
-does.
+Given Q, D has a closed form. If D is a multiple of the identity, Q is ``polar(C)`` (orthogonal Procrustes, Schönemann 1966):
+the start. For any other D, ``−tr((δ − D²)QᵀSQ)`` with ``δ = max D²`` is concave in Q and lies below its tangent, so the step
+``Q ← polar(C D + S Q(δ − D²))`` never raises f. Nesterov's momentum, reset when f rises, needs a quarter of the steps.
 """
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from replaceme.solvers.arguments import ArgumentError
 
-# Stop at a gain of an iteration that is this small against f, or after so many.
+# Stop at this gain of an iteration, relative to f, or after this many iterations.
 GAIN, ITERATIONS = 2e-5, 200
 
 
@@ -29,7 +28,7 @@ def orthogonal_map(gram: Tensor, cross: Tensor, alpha: float, norm: Tensor | Non
         gram: ``MᵀM``, (d, d) float64.
         cross: ``MᵀY``, (d, d) float64.
         alpha: ridge, in the units of ``gram``.
-        norm: γ (d,); None is no norm: all ones.
+        norm: γ (d,); None if there is no norm: all ones.
 
     Returns:
         T, (d, d) float64.
