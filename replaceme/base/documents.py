@@ -22,14 +22,12 @@ class Batch:
     """Documents for one forward pass.
 
     Attributes:
-        index: position of the batch in the walk.
         input_ids: (documents, longest) int64, padded at the right with 0.
         lengths: (documents,) int64, the number of real tokens of each document.
         first_token: the number of real tokens before this batch in the walk.
         scratch: tensors that observers keep from one layer of this batch for a later one.
     """
 
-    index: int
     input_ids: Tensor
     lengths: Tensor
     first_token: int
@@ -103,11 +101,11 @@ class Documents:
         """Yield all documents in batches, longest first, so that a batch has little padding."""
         ordered = self.longest_first()
         first_token = 0
-        for index, start in enumerate(range(0, len(ordered), batch_size)):
+        for start in range(0, len(ordered), batch_size):
             chosen = ordered[start : start + batch_size]
             input_ids = torch.nn.utils.rnn.pad_sequence([document.long() for document in chosen], batch_first=True)
             lengths = torch.tensor([len(document) for document in chosen])
-            yield Batch(index, input_ids.to(device), lengths.to(device), first_token)
+            yield Batch(input_ids.to(device), lengths.to(device), first_token)
             first_token += int(lengths.sum())
 
     def save(self, folder: Path) -> None:

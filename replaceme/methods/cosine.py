@@ -84,14 +84,16 @@ def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
     import torch
 
     from replaceme.edits.edits import Edits
+    from replaceme.solvers.arguments import naming
     from replaceme.solvers.minimisers import minimise
     from replaceme.solvers.quality import fit_quality, ridge_figures
 
     own = Objective.of(params)
     sums, sample = statistics("gram"), statistics("sample")
     problem = problem_of(params, sums, statistics)
-    start = problem.structure.start(_start(params, sums).to(problem.prior))
-    found = minimise(problem, start, own.solver, _budget(own))
+    with naming(alpha="alpha", tokens="dataset_size"):
+        start = problem.structure.start(_start(params, sums).to(problem.prior))
+        found = minimise(problem, start, own.solver, _budget(own))
     transform = problem.structure.build(found.x).cpu()
     fit = _solver_figures(found)
     if _is_fast(own):

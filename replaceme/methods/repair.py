@@ -44,6 +44,7 @@ from replaceme.observers.features import LINEARS, Features
 from replaceme.observers.statistics import STATISTICS, AtCut, Place, add_correction
 from replaceme.observers.sums import Sums, token_weights
 from replaceme.observers.walk import Keep, Observer, Signal, Signals, Start, total, walk
+from replaceme.solvers.arguments import naming
 from replaceme.solvers.quality import gained_by_ridge, relative
 from replaceme.solvers.ridge import solve_correction
 
@@ -112,10 +113,7 @@ class Mender:
     def _mend(self, layer: int) -> None:
         """Move the dense states on, and correct a kept layer toward them on the shortened model's states."""
         block = self.hosted.get(layer)
-        ridges: dict[Linear, float] = {
-            "attention_output": self.params.repair_ridge_attention,
-            "mlp_output": self.params.repair_ridge_mlp,
-        }
+        ridges: dict[Linear, str] = {"attention_output": "repair_ridge_attention", "mlp_output": "repair_ridge_mlp"}
         # The host of the first block gets what it got in the dense model.
         attention = self.params.repair and block != self.first and not self.family.parallel
         watched: list[Observer] = [Keep(block.end - 1 if block else layer, ("output",), self.dense)]
@@ -133,8 +131,8 @@ class Mender:
 
     def _fit_on(self, block: Block) -> None:
         """Go on from a joint solution of the host's linears: each step toward the weights, and on the features, of the last."""
-        alone: dict[Linear, float] = {"mlp_output": self.params.refit_ridge}
-        both: dict[Linear, float] = {"attention_output": self.params.refit_ridge, **alone}
+        alone: dict[Linear, str] = {"mlp_output": "refit_ridge"}
+        both: dict[Linear, str] = {"attention_output": "refit_ridge", **alone}
         chosen = self.params.transform == "channels"
         if chosen:
             self._choose(block)
@@ -174,8 +172,16 @@ class Mender:
             count - own,
         )
 
-    def _correct(self, layer: int, target: Tensor, ridges: Mapping[Linear, float], last: bool = False) -> None:
-        """Solve for linears of a layer; with its last step, the shortened model's states leave it."""
+    def _correct(self, layer: int, target: Tensor, parameters: Mapping[Linear, str], last: bool = False) -> None:
+        """Solve for linears of a layer; with its last step, the shortened model's states leave it.
+
+        Args:
+            layer: the layer.
+            target: what its output, or its state after the attention, should be.
+            parameters: the linears, each with the parameter that is its ridge.
+            last: whether this is the layer's last step.
+        """
+        ridges: dict[Linear, float] = {linear: getattr(self.params, name) for linear, name in parameters.items()}
         features = Features.of(self.layers[layer], self.family, [*ridges])
         missing = Missing(layer, features, target)
         observers: list[Observer] = [missing]
@@ -188,7 +194,8 @@ class Mender:
         self._walk(observers, layer, edited=True)
         self.attended = layer
         sums, penalty = missing.sums.finished(), features.per_column(ridges)
-        change = solve_correction(sums["gram"], sums["cross"], penalty)
+        with naming(ridge=parameters[min(ridges, key=ridges.__getitem__)], sums="dtype", tokens="dataset_size"):
+            change = solve_correction(sums["gram"], sums["cross"], penalty)
         before, whole = float(sums["gap_squares"]), float(sums["output_squares"])
         after = before + gained_by_ridge(sums["gram"], sums["cross"], change, penalty)
         self.edits.correct_all(layer, features.parts(change))

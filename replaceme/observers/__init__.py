@@ -1,4 +1,4 @@
-"""One pass over the documents, many observers: the profile of all layers, the statistics at a cut, sums.
+"""Forward passes with observers: the profile of all layers, the statistics at a cut, sums over tokens.
 
 It may import base and models.
 """

@@ -1,8 +1,8 @@
-"""Hadamard matrices: entries ±1, rows at right angles to each other.
+"""Hadamard matrices: entries ±1, orthogonal rows.
 
-Sylvester's, of the powers of 2, times one of Paley's, of the orders q + 1 (prime q of the form 4k + 3) and 2(q + 1) (prime q of
-the form 4k + 1), whose rows tell squares modulo q from the others (Paley, "On orthogonal matrices", 1933). That covers the
-widths of the usual models: 576 = 16 · 36, 896 = 32 · 28, 3072 = 256 · 12, 5120 = 256 · 20.
+Kronecker products of a Sylvester matrix (order 2^k) and a Paley matrix, of order q + 1 (prime q = 4k + 3) or 2(q + 1) (prime
+q = 4k + 1), made from the quadratic residues modulo q (Paley, "On orthogonal matrices", 1933). These orders cover the widths of
+the usual models: 576 = 16 · 36, 896 = 32 · 28, 3072 = 256 · 12, 5120 = 256 · 20.
 """
 
 from math import isqrt
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def hadamard(order: int) -> Tensor | None:
-    """Return the (order, order) float64 matrix, scaled to be orthonormal; None where none is constructed."""
+    """Return an (order, order) float64 matrix, scaled to be orthonormal; None if the constructions give none of this order."""
     import scipy.linalg
 
     core = _core(order)
@@ -23,7 +23,7 @@ def hadamard(order: int) -> Tensor | None:
 
 
 def _core(order: int) -> Tensor | None:
-    """Return the smallest matrix of Paley's, or (1), of which a power of 2 makes this order."""
+    """Return the smallest Paley matrix, or (1), whose order times a power of 2 is ``order``; None if there is none."""
     sizes = [order >> halved for halved in range(order.bit_length()) if order % (1 << halved) == 0]
     return next((core for size in reversed(sizes) if (core := _paley(size)) is not None), None)
 
@@ -41,9 +41,9 @@ def _paley(size: int) -> Tensor | None:
 
 
 def _bordered(q: int, sign: int) -> Tensor:
-    """Return (q + 1, q + 1): χ(i − j), with a row of ones above it and a column of ``sign`` before it.
+    """Return (q + 1, q + 1): the matrix χ(i − j) with a row of ones above it and a column of ``sign`` on its left.
 
-    χ is 1 for squares modulo q, 0 for 0 and −1 for the others.
+    χ is the quadratic character modulo q: 1 for squares, 0 for 0 and −1 for all others.
     """
     squares = torch.full((q,), -1)
     squares[torch.arange(q) ** 2 % q] = 1

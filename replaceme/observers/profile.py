@@ -1,14 +1,14 @@
-"""Profile a model once: how far every layer is from every other, and what each layer does to its input.
+"""The profile of a model: distances between all pairs of layers, and each layer's influence on its input.
 
-Independent of every pruning setting, so that no sweep ever repeats it.
+The profile depends on no pruning setting, so a sweep computes it once.
 
 - ``D(i, j)`` = mean over documents of ``arccos(cos(h_i, h_j)) / π`` at the last real token, for all pairs of layer
   outputs (UIDL, arXiv 2403.17887, section 3.2; ReplaceMe, section 3).
 - Block influence ``BI_l`` = mean over tokens of ``1 − cos(h_{l−1}, h_l)`` (ShortGPT, arXiv 2403.03853, section 3.2).
-- Mean over tokens of ``cos(h_{i−1}, h_j)``, of what enters layer i and what leaves layer j (LLM-Streamline, arXiv 2403.19135,
+- Mean over tokens of ``cos(h_{i−1}, h_j)``, of layer i's input and layer j's output (LLM-Streamline, arXiv 2403.19135,
   section 2).
 - For all pairs, the relative residual of a linear map in the block's place (``replaceme.observers.residuals``).
-- Mean and largest token norm of each layer's output: massive activations show there.
+- Mean and largest token norm of each layer's output, which show massive activations.
 """
 
 import math
@@ -26,9 +26,9 @@ from replaceme.base.progress import logger
 from replaceme.observers.residuals import FIT_TOKENS, TokenSample, residual_map
 from replaceme.observers.walk import Observer, Signal, Signals, ask, walk
 
-# Tokens whose states of all layers are compared at once: few enough for the processor's cache.
+# Tokens compared at once, in all layers: few enough for the processor's cache.
 TOKENS = 64
-# What a state of zeros is divided by.
+# Smallest norm to divide by, for states of zeros.
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -55,13 +55,13 @@ class AngularDistances:
         return self.sums / self.documents
 
 
-class Comparison:
-    """Observer of the mean cosine of what enters a layer and what leaves it or a later one, and of norms, over real tokens."""
+class StateCosines:
+    """Observer of the mean cosines of all pairs of states, and of the states' norms, over real tokens."""
 
     def __init__(self, layers: int):
         self.layers = layers
         self.tokens = 0
-        # Of the state that enters the first layer, and of every layer's output.
+        # Of the input of the first layer and the output of every layer.
         self.cosines = torch.zeros(layers + 1, layers + 1, dtype=torch.float64)
         self.norm_sum = torch.zeros(layers + 1, dtype=torch.float64)
         self.norm_max = torch.zeros(layers + 1, dtype=torch.float64)
@@ -76,7 +76,7 @@ class Comparison:
         if layer == self.layers - 1:
             states = [batch.scratch.pop((self, index)) for index in range(self.layers + 1)]
             for start in range(0, batch.token_count, TOKENS):
-                # On several devices, where the model is spread.
+                # The states can be on several devices.
                 parts = torch.stack([state[start : start + TOKENS].to(states[0].device) for state in states]).float()
                 norms = torch.linalg.vector_norm(parts, dim=-1)
                 unit = parts.div_(norms.clamp_min(TINY)[..., None]).flatten(1)
@@ -86,11 +86,11 @@ class Comparison:
             self.tokens += batch.token_count
 
     def mean_cosine(self) -> Tensor:
-        """Return (layers, layers): of what enters the first one and leaves the second; 0 where that is in front of it."""
+        """Return (layers, layers) float64: mean cosine of the input of layer i and the output of layer j; 0 for j < i."""
         return (self.cosines / self.tokens)[:-1, 1:].triu()
 
     def figures(self) -> dict[str, list[float]]:
-        """Return block influence and norms of the output: one list a figure, with one entry a layer."""
+        """Return block influence, and mean and largest norm of the output: figure → one number per layer."""
         return {
             "block_influence": (1 - self.mean_cosine().diagonal()).tolist(),
             "mean_norm": (self.norm_sum / self.tokens)[1:].tolist(),
@@ -103,7 +103,7 @@ def angular_distance(states: Tensor) -> Tensor:
     unit = normalize(states, dim=-1)
     cosine = (unit @ unit.transpose(1, 2)).clamp(-1, 1)
     distance = torch.arccos(cosine) / torch.pi
-    # A state is at distance 0 from itself; arccos near 1 would make a rounding error into 1e-8.
+    # A state has distance 0 from itself; arccos would turn rounding near 1 into 1e-8.
     distance.diagonal(dim1=1, dim2=2).zero_()
     return distance
 
@@ -117,15 +117,19 @@ def profile_model(
         model: the model.
         family: its description.
         documents: calibration text.
-        batch_size: documents in a batch.
+        batch_size: documents per batch.
         scratch: folder for scratch files; None is the system's temporary folder.
 
     Returns:
-        ``angular_distance`` and ``residual`` (layers × layers; of host and last removed layer), ``mean_cosine`` (likewise; of
-        what enters the host) and ``layers`` (figure → list).
+        ``angular_distance`` and ``residual`` (layers × layers: host, last removed layer), ``mean_cosine`` (layers × layers:
+        input of the first, output of the second) and ``layers`` (figure → list).
+
+    Raises:
+        ParameterError: the text has a single token, or states overflow.
+        ResourceError: the disk is too small for the scratch files.
     """
     layers = len(family.decoder_layers(model))
-    distances, comparison = AngularDistances(layers), Comparison(layers)
+    distances, cosines = AngularDistances(layers), StateCosines(layers)
     width = int(model.config.hidden_size)
     if documents.token_count < 2:
         raise ParameterError("dataset_size: the dataset gave a single token, which leaves none to hold out; take more text.")
@@ -134,16 +138,16 @@ def profile_model(
             logger.warning(
                 "profile: %d tokens are few for residuals of %d dimensions; raise dataset_size", len(sample.fit), width
             )
-        observers: list[Observer] = [distances, comparison, sample]
+        observers: list[Observer] = [distances, cosines, sample]
         walk(model, family, documents, observers, batch_size=batch_size, description="profiling layers")
         residuals = residual_map(sample, model.device)
-    figures = comparison.figures()
+    figures = cosines.figures()
     for layer, norm in enumerate(figures["max_norm"]):
         if not math.isfinite(norm):
             raise ParameterError(f"dtype: {model.dtype} overflows at layer {layer}; use bfloat16 or float32.")
     return {
         "angular_distance": distances.result().tolist(),
-        "mean_cosine": comparison.mean_cosine().tolist(),
+        "mean_cosine": cosines.mean_cosine().tolist(),
         "residual": residuals,
         "layers": figures,
     }

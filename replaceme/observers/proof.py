@@ -1,4 +1,4 @@
-"""Prove on real text that the parts recognised in an undescribed family are all that its layers add to the residual stream."""
+"""Check on text that the parts recognised in an undescribed family are all that its layers add to the residual stream."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,12 +12,12 @@ from replaceme.models.families import Family
 from replaceme.models.recognition import unrecognised
 from replaceme.observers.walk import Signal, Signals, ask, walk
 
-# Real text of the proof.
+# Size of the check: documents, and tokens of each.
 DOCUMENTS, TOKENS = 2, 128
 
 
 def prove(model: Any, family: Family, documents: Documents) -> None:
-    """Compare, in every layer and on real text, what the proposed parts return with what the layer adds to its input.
+    """Compare, in every layer, the sum of the recognised parts' outputs with what the layer adds to its input.
 
     Raises:
         ModelError: they differ by more than rounding.
@@ -36,7 +36,7 @@ def prove(model: Any, family: Family, documents: Documents) -> None:
 
 
 class _Proof:
-    """Observer that compares what a layer adds with what its attention and its MLP return, and this with the last linear's."""
+    """Observer that checks a layer's addition against its attention and MLP, and its MLP against its last linear."""
 
     def __init__(self, layer: nn.Module, index: int, family: Family, kind: str):
         self.linear, self.index, self.kind = family.linear_of(layer, "mlp_output"), index, kind
@@ -47,7 +47,7 @@ class _Proof:
     def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
         before, attention, mlp, after = (batch.real(signals[name]).double() for name in ("input", "attention", "mlp", "output"))
         linear = batch.real(self.linear(signals["mlp_features"])).double()
-        # Token by token: one of huge norm must not hide the others. Written so that NaN fails too.
+        # Per token, since one of huge norm would hide the others; the comparisons are false for NaN.
         eps = torch.finfo(signals["output"].dtype).eps
         rounding = eps * sum(part.norm(dim=-1) for part in (before, attention, mlp, after))
         if not bool(((after - before - attention - mlp).norm(dim=-1) <= rounding).all()):

@@ -1,15 +1,15 @@
-"""How well a linear map could stand for each block of layers: the residual of its closed-form fit, for every possible cut.
+"""The residual of a linear map in the place of a block of layers, for every possible cut.
 
-For host ``i`` and last removed layer ``j``, with rows of sampled tokens, ``M`` what the host's MLP adds, ``Z = h_i − M`` and
-``H = h_j``:
+For host ``i`` and last removed layer ``j``, with rows of sampled tokens, ``M`` the output of the host's MLP, ``Z = h_i − M``
+and ``H = h_j``:
 
     T = argmin Σ w ‖H − Z − M T‖² + λ‖T‖²,   w = 1/‖H‖²
     residual(i, j) = √ mean over held-out tokens of ‖H − Z − M T‖²/‖H‖²
 
-The weights keep the fit sane where a massive activation is cut: without them a few tokens of huge norm decide it. The angular
-distance sees neither those nor what a linear map can express. Tokens are a seeded sample, large against the width, in memory-
-mapped scratch files; the held-out ones come from other documents than the fit's. Statistics of all tokens for all pairs
-would cost more than the forward pass.
+Without the weights, a few tokens of massive norm would decide the fit. The angular distance ignores norms and cannot tell which
+differences a linear map corrects. The tokens are a seeded sample, several times as many as dimensions, in memory-mapped scratch
+files; held-out tokens come from other documents than the fit's. Statistics of all tokens for all pairs would cost more than the
+forward pass.
 """
 
 from collections.abc import Mapping
@@ -25,18 +25,18 @@ from replaceme.base.scratch import scratch
 from replaceme.observers.sums import squares, token_weights
 from replaceme.observers.walk import Signal, Signals, ask
 
-# Tokens of the fit for each dimension of the hidden state, and held-out ones for each of these.
+# Tokens of the fit per dimension of the hidden state, and held-out tokens per token of the fit.
 FIT_TOKENS, HELD_OUT_SHARE = 4, 0.25
-# In units of the mean diagonal of the Gram matrix: the fit's own, whatever alpha is.
+# λ, in units of the mean diagonal of the Gram matrix; independent of the parameter alpha.
 RIDGE = 1e-3
 SEED = 0
 
 
 class TokenSample:
-    """Observer that keeps M and h of sampled tokens, at every layer, in scratch files; use it as a context.
+    """Observer that keeps M and h of sampled tokens, at every layer, in scratch files; a context manager.
 
     Attributes:
-        added: (layers, tokens, d) what each layer's MLP adds; first the tokens of the fit, then the held-out ones.
+        added: (layers, tokens, d) the output of each layer's MLP; first the tokens of the fit, then the held-out ones.
         output: (layers, tokens, d) each layer's output, likewise.
         fit, held_out: (n,) ascending: the tokens' positions in the walk.
     """
@@ -48,11 +48,11 @@ class TokenSample:
         """Choose the tokens.
 
         Args:
-            documents: what will be walked.
+            documents: the documents of the walk.
             layers: number of layers.
             width: d.
-            dtype: of the states, which are kept as they are.
-            folder: where scratch files may lie; None is the system's temporary folder.
+            dtype: of the model's states, and of the scratch files.
+            folder: for the scratch files; None is the system's temporary folder.
         """
         self.layers, self.width, self.dtype, self.folder = layers, width, dtype, folder
         self.fit, self.held_out = choose_tokens(documents, FIT_TOKENS * width)
@@ -79,9 +79,9 @@ class TokenSample:
 
 
 def choose_tokens(documents: Documents, fit_tokens: int) -> tuple[Tensor, Tensor]:
-    """Return sampled positions in the walk, ascending: (n,) for the fit, and (m,) held out.
+    """Return sampled positions in the walk, ascending int64: (n,) for the fit and (m,) held out.
 
-    Held-out tokens come from documents that the fit sees nothing of, where there are enough documents.
+    Held-out tokens come from other documents than the fit's if there are at least ``HELD_OUT_EVERY`` documents.
     """
     lengths = torch.tensor([len(document) for document in documents.longest_first()])
     of_document = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
@@ -95,16 +95,17 @@ def choose_tokens(documents: Documents, fit_tokens: int) -> tuple[Tensor, Tensor
 
 
 def residual_map(sample: TokenSample, device: torch.device | str = "cpu") -> list[list[float]]:
-    """Return (layers × layers): residual(host, last removed layer); 0 where the last one is not behind the host."""
+    """Return (layers × layers): residual(host, last removed layer), relative; 0 unless the last layer comes after the host."""
     residuals = [[0.0] * sample.layers for _ in range(sample.layers)]
     count = len(sample.fit)
-    weights = [token_weights(H.to(device).float()) for H in sample.output]
-    # Made once: large tensors that come and go cost as much as what is computed with them.
+    # Of every layer that can end a block: all but the first.
+    weights = [token_weights(H.to(device).float()) for H in sample.output[1:]]
+    # Allocated once: allocating tensors of this size costs as much as computing with them.
     Y, weighted = (torch.empty(rows, sample.width, device=device) for rows in (len(sample.output[0]), count))
     for host in progress(range(sample.layers - 1), "fitting every cut", "hosts"):
         M = sample.added[host].to(device).float()
         Z = sample.output[host].to(device).float() - M
-        for last, w in enumerate(weights[host + 1 :], start=host + 1):
+        for last, w in enumerate(weights[host:], start=host + 1):
             torch.sub(sample.output[last].to(device), Z, out=Y)
             goal, root = Y[:count], w[:count].sqrt()
             torch.mul(M[:count], root, out=weighted)
@@ -115,11 +116,11 @@ def residual_map(sample: TokenSample, device: torch.device | str = "cpu") -> lis
 
 
 def solve_small_ridge(gram: Tensor, cross: Tensor) -> Tensor:
-    """Solve ``(gram + λI) T = cross`` with the fixed small ridge."""
-    # A host whose MLP adds nothing leaves a matrix of zeros.
+    """Solve ``(gram + λI) T = cross`` (d, d) with the ridge ``RIDGE``; in the format of ``gram``."""
+    # The Gram matrix is 0 if the host's MLP adds nothing.
     ridge = RIDGE * gram.diagonal().mean().clamp_min(1e-20)
     gram = gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     factor, failed = torch.linalg.cholesky_ex(gram)
-    if failed:  # float32 can't tell the matrix from a singular one
+    if failed:  # singular to float32
         return torch.linalg.solve(gram.double(), cross.double()).to(gram.dtype)
     return torch.cholesky_solve(cross, factor)

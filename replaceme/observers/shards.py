@@ -1,9 +1,9 @@
-"""Single tokens on disk, for losses that no sum can stand for: bf16 shards of bounded size, real tokens only.
+"""Activations of every token on disk, for losses that need more than sums: bf16 shards of bounded size, real tokens only.
 
-They are written while the documents pass and read one at a time, mapped into memory, so that neither side ever holds more
-than one shard, whatever the number of tokens. A shard is ``tokens.<shard>.safetensors``; the statistic's own file
-says how many tokens each has. The fast form of the cosine keeps M and Y of each token (4 bytes a dimension), the accurate
-one M, h_host = Z + M and H (6 bytes): what passed, so that a bf16 walk loses nothing.
+Shards are written during the walk and read one at a time, mapped into memory: writer and reader hold at most one shard,
+whatever the number of tokens. A shard is ``tokens.<shard>.safetensors``; the statistic's own file has the number of tokens of
+each. The fast form of the cosine loss keeps M and Y of each token (4 bytes per dimension). The accurate form keeps M,
+h_host = Z + M and H (6 bytes), which are activations of the model, so a bf16 walk loses nothing.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,16 +16,16 @@ from torch import Tensor
 
 from replaceme.base.scratch import require_space
 
-# The budget of memory: what the writer collects before it writes, and what a reader has mapped.
+# Size of a shard: memory of the writer, and of a reader.
 SHARD_BYTES = 64 << 20
 STORED = torch.bfloat16
 
-# M, what is added to M T (nothing in the fast form), and what the sum is compared with: (n, d) each.
+# M, Z and H, (n, d) each; in the fast form None for Z, and Y for H.
 Tokens = tuple[Tensor, Tensor | None, Tensor]
 
 
 class Shards(Protocol):
-    """Tokens that are read in parts.
+    """Tokens, read one shard at a time.
 
     Attributes:
         counts: the number of tokens of each shard.
@@ -39,15 +39,15 @@ class Shards(Protocol):
 
 
 class ShardWriter:
-    """Collects rows and writes a shard as soon as it is full."""
+    """Collects tokens and writes each shard as soon as it is full."""
 
     def __init__(self, folder: Path, names: tuple[str, ...], token_count: int):
-        """Begin with no shard.
+        """Start with no shard.
 
         Args:
-            folder: where the shards go.
-            names: of the tensors that each token has.
-            token_count: how many tokens there will be.
+            folder: for the shards.
+            names: of the tensors in a shard.
+            token_count: number of tokens that will be added.
         """
         self.folder, self.names, self.token_count = folder, names, token_count
         self.waiting: list[tuple[Tensor, ...]] = []
@@ -55,10 +55,10 @@ class ShardWriter:
         self.rows = 0
 
     def add(self, *rows: Tensor) -> None:
-        """Take tokens, one tensor (n, d) a name.
+        """Add tokens: one tensor (n, d) for each name.
 
         Raises:
-            ResourceError: all of them together would not fit on the disk; said of the first ones.
+            ResourceError: at the first call, if ``token_count`` tokens do not fit on the disk.
         """
         if not self.rows:
             self._reserve(len(self.names) * rows[0].shape[1] * STORED.itemsize)
@@ -69,7 +69,7 @@ class ShardWriter:
             self.waiting = [tuple(part[self.rows :] for part in whole)]
 
     def finish(self) -> Tensor:
-        """Write what is left, and return the number of tokens of each shard (int64)."""
+        """Write the last shard, and return the number of tokens of each, (shards,) int64."""
         if any(len(parts[0]) for parts in self.waiting):
             self._write(self._joined())
         self.waiting = []
@@ -92,15 +92,15 @@ class ShardWriter:
 
 
 class StoredShards:
-    """The shards of one block, as the statistics of an earlier stage."""
+    """The shards of one block, read from the statistics of an earlier stage."""
 
     def __init__(self, counts: Tensor, read: Callable[[str], Mapping[str, Tensor]]):
-        """Take the number of tokens of each shard, and what returns a statistic by its name, mapped into memory."""
+        """Take the number of tokens of each shard, and a function that maps a statistic into memory, by name."""
         self.counts = [int(count) for count in counts]
         self._read = read
 
     def read(self, shard: int) -> Tokens:
-        """Return M, Z (None in the fast form) and H (Y in the fast form)."""
+        """Return M, Z (None in the fast form) and H (Y in the fast form), (n, d) each."""
         parts = self._read(shard_name(shard))
         if "left" not in parts:
             return parts["added"], None, parts["goal"]
@@ -108,5 +108,5 @@ class StoredShards:
 
 
 def shard_name(shard: int) -> str:
-    """Return the name of a shard's statistic."""
+    """Return the name of the statistic that is a shard."""
     return f"tokens.{shard}"

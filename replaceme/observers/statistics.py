@@ -1,15 +1,19 @@
-"""Activation statistics of the first planned block, in one pass that stops at the last layer needed.
+"""Activation statistics of a block, in one walk that stops at the last layer needed.
 
 For a block with host ``i`` and end ``e`` (ReplaceMe, section 3; rows are real tokens):
 
-    M = what the host's MLP adds,  Z = h_i − M = everything else that leaves the host,
-    H = h_{e−1} = what the shortened model should have at the cut,  Y = H − Z.
+    M = output of the host's MLP,  Z = h_i − M = the rest of the host's output,
+    H = h_{e−1} = target for the state at the cut,  Y = H − Z.
 
-``gram`` keeps ``MᵀM``, ``MᵀY`` and three sums of squares: all that least squares needs, d × d whatever the number of
-tokens, and additive over disjoint documents. ``mlp_features`` and ``features`` keep the same of the inputs of the host's last
-linears, with weights, ``stream`` of the whole state h_i, and ``magnitudes`` how large its channels are. ``sample`` keeps a few
-evenly spaced tokens, for figures that are not sums of squares, ``tokens`` every token on disk, for losses that no sum can stand
-for. A statistic is an observer with a ``tensors`` method and one line in ``STATISTICS``.
+- ``gram``: ``MᵀM``, ``MᵀY`` and three sums of squares, which determine the least squares for T. Their size is d × d whatever
+  the number of tokens, and they are additive over disjoint documents.
+- ``mlp_features``, ``features``: the same for the inputs of the host's last linears, with token weights.
+- ``stream``, ``stream_weighted``: the same for the whole state h_i.
+- ``magnitudes``, ``magnitudes_rotated``: growth of each channel's magnitude across the block.
+- ``sample``: a few evenly spaced tokens, for figures that are not sums of squares.
+- ``tokens``, ``tokens_accurate``: every token, on disk, for losses that need more than sums.
+
+A statistic is an observer with a ``tensors`` method and one line in ``STATISTICS``.
 """
 
 import tempfile
@@ -37,16 +41,16 @@ class Statistic(Observer, Protocol):
     """An observer whose result is a few tensors."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the result, at the processor."""
+        """Return the result, on the CPU."""
         ...
 
 
 class AtCut:
-    """Brings together what passes at a block's host and at its end.
+    """Base of the statistics: pairs a host's signals with the state at the block's end, batch by batch.
 
     Attributes:
         at_host: the signals of the host.
-        take: receives them, H and the batch; real tokens alone, each (tokens, width).
+        take: receives these signals, H and the batch; real tokens alone, each (tokens, width).
     """
 
     at_host: tuple[Signal, ...] = ("mlp", "output")
@@ -66,14 +70,14 @@ class AtCut:
             self.meet(batch.real(signals["output"]), batch)
 
     def meet(self, target: Tensor, batch: Batch) -> None:
-        """Receive H of the batch's real tokens, behind the host's signals."""
+        """Hand the host's signals, kept in the batch's scratch, and H (tokens, d) to ``take``."""
         self.take(*(batch.scratch.pop((self, signal)) for signal in self.at_host), target, batch)
 
 
 class Gram(AtCut):
     """``MᵀM`` and ``MᵀY`` (d, d), and the scalars ``ΣY²``, ``ΣH²``, ``Σ(H − h_host)²`` and the number of tokens; float64.
 
-    With them goes the weight (d,) of the norm behind the host's MLP, where there is one.
+    ``norm`` is the weight (d,) of the norm after the host's MLP, if there is one.
     """
 
     def __init__(self, block: Block, norm: Tensor | None = None):
@@ -124,8 +128,8 @@ class FeatureGram(AtCut):
 
     ``gram`` = Σ w gᵀg (k, k) · ``cross`` = Σ w gᵀ(H − h_host) (k, d) · ``feature_added`` = Σ w gᵀM (k, d) · ``added_gram`` =
     Σ w MᵀM and ``added_cross`` = Σ w Mᵀ(H − h_host) (d, d) · the scalars ``gap_squares`` = Σ w ‖H − h_host‖²,
-    ``output_squares`` = Σ w ‖H‖² and ``tokens`` · ``layout`` (``replaceme.observers.features``). Those of M are float64
-    throughout, since no ridge need stand behind them; the products of features are float32.
+    ``output_squares`` = Σ w ‖H‖² and ``tokens`` · ``layout`` (``replaceme.observers.features``). Products of M
+    alone are float64, since alpha, the ridge of their least squares, can be 0; products of features are float32.
     """
 
     def __init__(self, block: Block, features: Features):
@@ -143,7 +147,7 @@ class FeatureGram(AtCut):
         self.sums.add({"feature_added": g.T @ M, "added_cross": exact.T @ gap.double()})
 
     def take_features(self, left: Tensor, inputs: Sequence[Tensor], target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Add to the sums without M, and return the features and the gap, both times √w, and w."""
+        """Add to the sums without M; return √w g (tokens, k), √w (H − h_host) (tokens, d) and w (tokens, 1), float32."""
         H = target.float()
         w = token_weights(H)
         g, gap = self.features.columns(*inputs).mul_(w.sqrt()), (H - left.float()).mul_(w.sqrt())
@@ -156,7 +160,7 @@ class FeatureGram(AtCut):
 
 
 class StreamGram(AtCut):
-    """Sums over the whole state ``h`` behind the host, with ``w = 1`` or ``1/‖H‖²`` scaled to a mean of 1; float64.
+    """Sums over the host's output ``h``, with ``w = 1`` or ``1/‖H‖²`` scaled to a mean of 1; float64.
 
     ``gram`` = Σ w hᵀh and ``cross`` = Σ w hᵀ(H − h) (d, d) · the scalars ``gap_squares`` = Σ w ‖H − h‖², ``output_squares`` =
     Σ w ‖H‖² and ``tokens``.
@@ -180,13 +184,13 @@ class StreamGram(AtCut):
         return of_mean_weight(self.sums.finished())
 
 
-class Magnitudes(AtCut):
-    """How much larger each channel of the state gets across the block: the mean over documents of
+class MagnitudeRatios(AtCut):
+    """Growth of each channel k of the state across the block, summed over documents:
 
         mean over the document's tokens of |H_k| / mean over the document's tokens of |h_k|
 
-    in ``ratios`` (d,) float64, a sum, with the number of ``documents``; where ``rotated``, of the states times a Hadamard
-    matrix. A channel that is zero throughout a document stays as it is there.
+    ``ratios`` (d,) is the sum and ``documents`` their number, float64. If ``rotated``, both states are first multiplied by a
+    Hadamard matrix. The ratio is 1 for a channel that is zero throughout a document.
     """
 
     at_host = ("output",)
@@ -210,7 +214,7 @@ class Magnitudes(AtCut):
             return rows
         if not len(self.rotation):
             matrix = hadamard(rows.shape[1])
-            assert matrix is not None, "a width without a Hadamard matrix would have been refused"
+            assert matrix is not None, "such a width is refused before any work"
             self.rotation = matrix.to(rows)
         return rows @ self.rotation
 
@@ -219,10 +223,10 @@ class Magnitudes(AtCut):
 
 
 def of_mean_weight(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return weighted sums as with weights of mean 1, at the processor.
+    """Return weighted sums, rescaled to weights of mean 1, on the CPU, without ``weights``.
 
     Args:
-        sums: Σ w of something, by name; ``weights`` = Σ w, which is left out, and ``tokens``, their number.
+        sums: weighted sums by name; among them ``weights`` = Σ w, and ``tokens``, the number of tokens.
     """
     tokens, weights = sums["tokens"].cpu(), sums["weights"].cpu()
     scaled = {name: total.cpu() * (tokens / weights) for name, total in sums.items() if name not in ("tokens", "weights")}
@@ -230,21 +234,21 @@ def of_mean_weight(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def add_correction(sums: Sums, g: Tensor, gap: Tensor, target: Tensor, w: Tensor) -> None:
-    """Add what ``replaceme.solvers.ridge.solve_correction`` needs of some tokens, and how far they are from their target.
+    """Add the sums of some tokens that ``replaceme.solvers.ridge.solve_correction`` needs, and their squared errors.
 
     Args:
-        sums: get ``gram`` (k, k), ``cross`` (k, d), ``gap_squares`` and ``output_squares``.
+        sums: added to: ``gram`` (k, k), ``cross`` (k, d), ``gap_squares`` and ``output_squares``.
         g: (tokens, k) features, times √w.
-        gap: (tokens, d) what the state lacks toward the target, times √w.
+        gap: (tokens, d) target minus state, times √w.
         target: (tokens, d).
-        w: (tokens, 1) the weights.
+        w: (tokens, 1) token weights.
     """
     sums.add_squares("gram", g)
     sums.add({"cross": g.T @ gap, "gap_squares": gap.square().sum(), "output_squares": (w * target.square()).sum()})
 
 
 class TokenDump(AtCut):
-    """Every token's M and Y, or in the accurate form its M, h_host and H, in shards; the result says how many each holds."""
+    """M and Y of every token, or M, h_host and H in the accurate form, in shards; ``counts``: number of tokens of each."""
 
     def __init__(self, place: "Place", accurate: bool):
         super().__init__(place.block)
@@ -264,14 +268,14 @@ class TokenDump(AtCut):
 
 @dataclass(frozen=True)
 class Place:
-    """Where and of what a statistic is taken.
+    """What a statistic is made from.
 
     Attributes:
-        block: the layers that go.
-        host: the module of the kept layer in front of them.
-        family: where its parts are.
-        documents: what is walked.
-        folder: where results too large for memory may be written; they stay with the other statistics.
+        block: the removed layers.
+        host: the kept layer before them.
+        family: its description.
+        documents: the documents of the walk.
+        folder: for results too large for memory, beside the other statistics.
     """
 
     block: Block
@@ -288,8 +292,8 @@ STATISTICS: dict[str, Callable[[Place], Statistic]] = {
     "features": lambda place: FeatureGram(place.block, Features.of(place.host, place.family, LINEARS)),
     "stream": lambda place: StreamGram(place.block, weighted=False),
     "stream_weighted": lambda place: StreamGram(place.block, weighted=True),
-    "magnitudes": lambda place: Magnitudes(place.block, rotated=False),
-    "magnitudes_rotated": lambda place: Magnitudes(place.block, rotated=True),
+    "magnitudes": lambda place: MagnitudeRatios(place.block, rotated=False),
+    "magnitudes_rotated": lambda place: MagnitudeRatios(place.block, rotated=True),
     "tokens": lambda place: TokenDump(place, accurate=False),
     "tokens_accurate": lambda place: TokenDump(place, accurate=True),
 }
@@ -304,9 +308,19 @@ def take_statistics(
     batch_size: int,
     folder: Path | None = None,
 ) -> dict[str, dict[str, Tensor]]:
-    """Return the tensors of each statistic of a block, by name, from one pass.
+    """Return the tensors of each statistic of a block, by name, from one walk.
 
-    What is too large for memory is written into ``folder``; None is the system's temporary folder.
+    Args:
+        model: the model.
+        family: its description.
+        documents: calibration text.
+        block: the removed layers.
+        names: of the statistics.
+        batch_size: documents per batch.
+        folder: for results too large for memory; None is the system's temporary folder.
+
+    Raises:
+        ResourceError: the disk is too small for these results.
     """
     layers = family.decoder_layers(model)
     folder = folder or Path(tempfile.gettempdir())

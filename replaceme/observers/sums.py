@@ -1,6 +1,6 @@
-"""Sums over tokens, in float64; Gram matrices among them, which cost as much as the layers they are taken at.
+"""Sums over tokens, in float64.
 
-A Gram matrix is symmetric, so half of the products will do.
+A Gram matrix costs about as much as a layer. It is symmetric, so only about half of it is computed.
 """
 
 from collections.abc import Iterator, Mapping
@@ -8,19 +8,19 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-# More parts save more products, down to a half, and multiply smaller matrices.
+# Blocks of columns of a Gram matrix. More of them save more products, at most half, but make the matrices smaller.
 PARTS = 6
 
 
 def squares(x: Tensor) -> Tensor:
-    """Return ``xᵀx`` (k, k) of rows (tokens, k), in their format."""
+    """Return ``xᵀx`` (k, k) of rows (tokens, k), in the format of ``x``."""
     return mirror(add_squares(x.new_zeros(x.shape[1], x.shape[1]), x))
 
 
 def add_squares(total: Tensor, x: Tensor) -> Tensor:
-    """Add ``xᵀx`` to a sum (k, k) of which only the half above the diagonal counts until ``mirror``, and return it.
+    """Add ``xᵀx`` of rows (tokens, k) to ``total`` (k, k), in place and above the diagonal only, and return it.
 
-    The products are in the format of ``x``, whatever that of the sum is.
+    ``mirror`` completes the sum. Products are computed in the format of ``x``.
     """
     for start, stop in _parts(len(total)):
         part, left, right = total[start:stop, start:], x[:, start:stop].T, x[:, start:]
@@ -32,7 +32,7 @@ def add_squares(total: Tensor, x: Tensor) -> Tensor:
 
 
 def mirror(total: Tensor) -> Tensor:
-    """Complete a sum of ``add_squares`` and return it."""
+    """Copy the half above the diagonal of a sum of ``add_squares`` below it, in place, and return it."""
     for start, stop in _parts(len(total)):
         total[stop:, start:stop] = total[start:stop, stop:].T
     return total
@@ -44,19 +44,19 @@ def _parts(width: int) -> Iterator[tuple[int, int]]:
 
 
 class Sums:
-    """Running sums by name, float64, on the device of what is added to them."""
+    """Running sums by name, float64, on the device of their first part."""
 
     def __init__(self) -> None:
         self.totals: dict[str, Tensor] = {}
         self.squared: set[str] = set()
 
     def add(self, parts: Mapping[str, Tensor]) -> None:
-        """Add a part to each of some sums."""
+        """Add each part to the sum of its name."""
         for name, part in parts.items():
             self.totals[name] = self.totals[name].add_(part) if name in self.totals else part.double()
 
     def add_squares(self, name: str, x: Tensor) -> None:
-        """Add ``xᵀx`` (k, k) of rows (tokens, k) to a sum; the products are in their format."""
+        """Add ``xᵀx`` (k, k) of rows (tokens, k) to a sum; products are computed in the format of ``x``."""
         if name not in self.totals:
             self.totals[name] = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float64)
             self.squared.add(name)
@@ -64,13 +64,13 @@ class Sums:
 
     @torch.inference_mode()
     def finished(self) -> dict[str, Tensor]:
-        """Return the sums, when nothing more is to come."""
+        """Return the sums; nothing can be added after this."""
         for name in self.squared:
             mirror(self.totals[name])
         return self.totals
 
 
 def token_weights(H: Tensor) -> Tensor:
-    """Return (tokens, 1): ``1/‖H‖²``; a state of zeros weighs nothing."""
+    """Return ``1/‖H‖²`` (tokens, 1) for states H (tokens, d); 0 for a state of zeros."""
     squares = H.square().sum(dim=1, keepdim=True)
     return torch.where(squares > 0, 1 / squares, 0)

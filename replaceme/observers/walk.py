@@ -1,12 +1,12 @@
-"""One pass over the documents, many observers.
+"""One forward pass over the documents for many observers.
 
-``walk`` sends the documents through layers ``[0, stop]`` and hands what passes to observers: the state that enters a layer,
-what its attention and its MLP add to it, the inputs of the linears that end them, the state that leaves it. It ends each pass
-at the last signal that anybody observes, computes no logits, and keeps no states but those of the batch at hand.
+``walk`` runs the documents through layers ``[0, stop]`` and hands signals to observers: a layer's input and output, the outputs
+of its attention and its MLP, and the inputs of their last linears. It stops each pass at the last signal that is observed,
+computes no logits, and keeps the states of the current batch alone.
 
-The order of work is the driver's business: batch by batch through resident weights. An observer may rely on two things
-alone: within a batch, layers come in ascending order, and what it must carry from one layer to a later one goes into
-``batch.scratch``. A walk can begin at a later layer, with states that an earlier walk kept: so goes a walk layer by layer.
+Documents go batch by batch through resident weights, but an observer may only rely on this: within a batch, layers come in
+ascending order, and ``batch.scratch`` keeps tensors from one layer to a later one. A walk can start at a later layer, with
+states that an earlier walk kept; this makes walks layer by layer possible.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,32 +24,31 @@ from replaceme.base.progress import progress
 from replaceme.models.families import Family, decoder_of
 from replaceme.models.layers import passed_by, tensor_of
 
-# ``…_features`` are the inputs of the linear that ends the attention or the MLP.
+# ``…_features`` are the inputs of the last linear of the attention or the MLP.
 Signal = Literal["input", "attention_features", "attention", "mlp_features", "mlp", "output"]
 Signals = Mapping[Signal, Tensor]
 
 
 class Observer(Protocol):
-    """Something that looks at states as they pass."""
+    """Reads states during a walk."""
 
     def wants(self) -> Mapping[int, frozenset[Signal]]:
-        """Return which signals of which layers it wants."""
+        """Return the signals it reads: layer → signals."""
         ...
 
     def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
-        """Take the signals of one layer for one batch; each is (documents, longest, width), padding included."""
+        """Receive the signals of one layer for one batch, each (documents, longest, width), padding included."""
         ...
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where a walk begins instead of at the first layer.
+    """A start of a walk at a later layer than the first.
 
     Attributes:
         layer: the layer.
-        states: what enters it instead of what the layers before it would make: (tokens, d), the real tokens in the order of
-            the walk.
-        attention: what enters the linear that ends its attention, (tokens, inputs) likewise; None computes it.
+        states: its input, (tokens, d): the real tokens in the order of the walk.
+        attention: input of its attention's last linear, (tokens, inputs) likewise; None computes it.
     """
 
     layer: int
@@ -58,7 +57,7 @@ class Start:
 
 
 class _LastSignalReachedError(Exception):
-    """Ends a forward pass behind the last observed signal."""
+    """Ends a forward pass after the last observed signal."""
 
 
 def walk(
@@ -74,13 +73,13 @@ def walk(
     """Run the documents through the model once, up to the last signal that an observer wants.
 
     Args:
-        model: a causal language model; its own device is used.
-        family: where its parts are.
-        documents: what to run.
-        observers: who looks.
-        batch_size: documents in a batch.
-        description: what the progress bar says; None shows none.
-        start: where to begin; None begins at the first layer.
+        model: a causal language model, on its own device.
+        family: its description.
+        documents: the documents.
+        observers: what reads the signals.
+        batch_size: documents per batch.
+        description: text of the progress bar; None shows no bar.
+        start: a later layer to start at; None is the first layer.
     """
     wanted: dict[int, set[Signal]] = {}
     for observer in observers:
@@ -97,7 +96,7 @@ def walk(
 
 
 class _Tap:
-    """Hooks on the wanted layers; hands each layer's signals on as soon as all that are wanted of it have passed."""
+    """Hooks on the wanted layers; hands a layer's signals to its observers as soon as all wanted ones are there."""
 
     def __init__(
         self,
@@ -116,7 +115,7 @@ class _Tap:
     def run(self, model: nn.Module, batch: Batch) -> None:
         self.batch, self.seen = batch, {}
         try:
-            # Padding stands behind the text, where no real token of a causal model sees it: no mask is needed.
+            # Padding comes after the text, so the real tokens of a causal model never attend to it: no mask is needed.
             decoder_of(model)(input_ids=batch.input_ids, use_cache=False)
         except _LastSignalReachedError:
             pass
@@ -161,8 +160,8 @@ class _Tap:
 
     def _take(self, layer: int, signal: Signal, states: Tensor) -> None:
         assert self.batch is not None
-        # Some layers and most experts see all tokens in one row.
-        # The layers of a large model may be on several devices: observers see all states on one.
+        # Some layers and most experts take all tokens in one row. The layers of a large model may be on several devices:
+        # observers get all states on one.
         self.seen[signal] = states.reshape(*self.batch.input_ids.shape, -1).to(self.batch.input_ids.device)
         if len(self.seen) < len(self.wanted[layer]):
             return
@@ -175,13 +174,13 @@ class _Tap:
 
 @contextmanager
 def begun_at(family: Family, layers: nn.ModuleList, start: Start, current: Callable[[], Batch | None]) -> Iterator[None]:
-    """Let a model begin at a later layer, for a while; those before it compute nothing.
+    """Start a model's forward passes at a later layer inside the block; the layers before it compute nothing.
 
     Args:
-        family: where its parts are; where what enters the attention's last linear is given, no norm stands behind that.
-        layers: its layers.
-        start: where.
-        current: tells which batch is being computed.
+        family: its description. If ``start.attention`` is given, the family has no norm after the attention's last linear.
+        layers: the model's layers.
+        start: the layer and its input.
+        current: returns the batch that is being computed.
     """
     layer = layers[start.layer]
 
@@ -208,7 +207,7 @@ def begun_at(family: Family, layers: nn.ModuleList, start: Start, current: Calla
 
 
 class Keep:
-    """Observer that keeps the sum of some signals of a layer, for all tokens: (tokens, d)."""
+    """Observer that writes the sum of some signals of a layer into ``kept`` (tokens, d), in the order of the walk."""
 
     def __init__(self, layer: int, signals: tuple[Signal, ...], kept: Tensor):
         self.layer, self.signals, self.kept = layer, signals, kept
@@ -221,10 +220,10 @@ class Keep:
 
 
 def total(parts: Iterable[Tensor]) -> Tensor:
-    """Return the sum of some states."""
+    """Return the sum of states of one shape."""
     return reduce(torch.add, parts)
 
 
 def ask(layers: Iterable[int], *signals: Signal) -> dict[int, frozenset[Signal]]:
-    """Return the wish for the same signals of several layers."""
+    """Return what ``wants`` returns for the same signals of several layers."""
     return {layer: frozenset(signals) for layer in layers}

@@ -1,17 +1,16 @@
-"""Scalars that give the residual stream the magnitude that removed layers would have given it (Prune&Comp, arXiv 2507.18212).
+"""Scalars that compensate the residual stream for removed layers (Prune&Comp, arXiv 2507.18212).
 
-Layers make the stream larger. Where a block ``[start, end)`` goes, what is behind gets a state that is too small beside what it
-adds, and one scalar makes up for it, the gain of the mean channel:
+Layers increase the stream's magnitude. After a removed block ``[start, end)``, the state is too small relative to the outputs
+of the layers that follow. One scalar compensates for this, the mean gain of the channels:
 
     s = mean over channels k of  Σ_tokens |h_{end−1}|_k / Σ_tokens |h_{start−1}|_k
 
-(the authors' program takes the ratio of each text of 2048 tokens and their mean; texts differ in length here, so that the sums
-run over all of them). Layers go one by one, each the one with the lowest block influence (``replaceme.observers.profile``) in
-the model as it is by then: shortened, and scaled where layers have gone. One pass over a few thousand tokens tells all
-influences and gains.
+The authors' program averages the ratios of single texts of 2048 tokens; here texts differ in length, so the sums run over all
+of them. Layers are removed one by one, each time the one of lowest block influence (``replaceme.observers.profile``) in the
+model as shortened and scaled so far. One pass over a few thousand tokens gives all influences and gains.
 
-The published program folds s into all weights in front that add to the stream, the embedding among them. Here what the layers
-behind add is divided by s, which is the same function (``replaceme.edits.fold``), and a tied embedding stays the head's.
+The published program folds s into the embedding and all weights before the cut that add to the stream. Here the outputs of the
+layers after the cut are divided by s, which is the same function (``replaceme.edits.fold``); a tied embedding stays tied.
 """
 
 import math
@@ -32,12 +31,12 @@ from replaceme.edits.unfused import operator_hook, unfused
 from replaceme.models.families import Family
 from replaceme.observers.walk import Signal, Signals, ask, walk
 
-# The proof that no scale matters: documents and their tokens, a factor that no rounding sees, and how far logits may move.
+# Of ``check_scale``: documents, tokens of each, a factor that rounds nothing, and the largest relative change of the logits.
 DOCUMENTS, LENGTH, FACTOR, TOLERANCE = 2, 128, 4.0, 0.05
 
 
-class Magnitudes:
-    """Observer of ``Σ |h|`` over tokens, of each channel of what enters and leaves layers: (d,) float64."""
+class MagnitudeSums:
+    """Observer of ``Σ |h|`` over tokens for each channel of layers' inputs and outputs: (d,) float64."""
 
     def __init__(self, wanted: Mapping[int, frozenset[Signal]]):
         self.wanted = wanted
@@ -52,14 +51,17 @@ class Magnitudes:
             self.sums[layer, signal] = self.sums.get((layer, signal), 0.0) + sums
 
     def gain(self, start: int, end: int) -> float:
-        """Return s of layers ``[start, end)``: that of channels in which anything enters."""
+        """Return s of layers ``[start, end)``, the mean over channels whose input is not 0 throughout."""
         before, after = self.sums[start, "input"], self.sums[end - 1, "output"]
         there = before > 0
         return float((after[there] / before[there]).mean())
 
 
+# The profile computes the same figure for the dense model in another way: it needs the cosines of all pairs of states and takes
+# them from one product of unit vectors that sums over tokens too, so a single token's cosine never exists there. The two forms
+# round differently: sharing one would change the last bits of the profile or of this method's choice.
 class Influence:
-    """Observer of ``Σ 1 − cos(h_{l−1}, h_l)`` over tokens, of every layer: (layers,) float64 (ShortGPT, arXiv 2403.03853)."""
+    """Observer of ``Σ 1 − cos(h_{l−1}, h_l)`` over tokens for every layer: (layers,) float64 (ShortGPT, arXiv 2403.03853)."""
 
     def __init__(self, layers: int):
         self.sums = torch.zeros(layers, dtype=torch.float64)
@@ -75,15 +77,15 @@ class Influence:
 def compensated_layers(
     model: Any, family: Family, documents: Documents, allowed: Sequence[int], count: int, *, batch_size: int
 ) -> tuple[dict[int, float], dict[int, float]]:
-    """Return each layer that goes with its scalar, in the order in which they go, and with its influence when it went.
+    """Choose the layers to remove; return their scalars, in order of removal, and their influences at removal.
 
     Args:
         model: the dense model.
         family: its description.
         documents: calibration text.
-        allowed: the layers that may go.
-        count: how many go.
-        batch_size: documents in a batch.
+        allowed: the layers that may be removed.
+        count: number of layers to remove.
+        batch_size: documents per batch.
 
     Raises:
         ParameterError: states overflow.
@@ -93,32 +95,32 @@ def compensated_layers(
     influences: dict[int, float] = {}
     for _ in progress(range(count), "choosing layers", "layers"):
         edits = scaled(blocks_of(scales))
-        changes, magnitudes = Influence(total), Magnitudes(ask(range(total), "input", "output"))
+        changes, magnitudes = Influence(total), MagnitudeSums(ask(range(total), "input", "output"))
         with unfused(model, family, edits):
             walk(model, family, excerpts, [changes, magnitudes], batch_size=batch_size, description=None)
         influence = (changes.sums / excerpts.token_count).tolist()
         _finite(sum(influence))
         best = min((layer for layer in allowed if layer not in scales), key=influence.__getitem__)
-        # What leaves a layer that hosts a block has been through that block's scalar.
-        behind = float(edits.operators.get(best, 1.0))
-        scales[best], influences[best] = _finite(magnitudes.gain(best, best + 1) / behind), influence[best]
+        # The output of a layer that hosts a block is already multiplied by that block's scalar.
+        applied = float(edits.operators.get(best, 1.0))
+        scales[best], influences[best] = _finite(magnitudes.gain(best, best + 1) / applied), influence[best]
     return scales, influences
 
 
 def blocks_of(scales: Mapping[int, float]) -> list[Block]:
-    """Return the blocks that single layers make; the scalars of layers that meet at one place multiply."""
+    """Return the blocks of contiguous layers, each with the product of its layers' scalars."""
     return [replace(block, scale=math.prod(scales[layer] for layer in block.layers)) for block in runs([*scales])]
 
 
 def compensated(model: Any, family: Family, documents: Documents, blocks: Sequence[Block], *, batch_size: int) -> list[Block]:
-    """Return chosen blocks with their scalars, each measured on the model without those in front of it, and scaled there.
+    """Return chosen blocks with their scalars, each measured on the model without the blocks before it, scaled there.
 
     Args:
         model: the dense model.
         family: its description.
         documents: calibration text.
-        blocks: what goes, first to last.
-        batch_size: documents in a batch.
+        blocks: the removed blocks, first to last.
+        batch_size: documents per batch.
 
     Raises:
         ParameterError: states overflow.
@@ -132,17 +134,21 @@ def compensated(model: Any, family: Family, documents: Documents, blocks: Sequen
 
 
 def gains(model: Any, family: Family, documents: Documents, blocks: Sequence[Block], *, batch_size: int) -> list[float]:
-    """Return s of each of several blocks, in the model as it computes at present, from one pass over a few thousand tokens."""
+    """Return s of each block in the model as given, hooks included, from one pass over a few thousand tokens.
+
+    Raises:
+        ParameterError: states overflow.
+    """
     wanted: dict[int, frozenset[Signal]] = {}
     for layer, signal in _ends(blocks):
         wanted[layer] = wanted.get(layer, frozenset()) | {signal}
-    magnitudes = Magnitudes(wanted)
+    magnitudes = MagnitudeSums(wanted)
     walk(model, family, excerpts_of(documents), [magnitudes], batch_size=batch_size, description=None)
     return [_finite(magnitudes.gain(block.start, block.end)) for block in blocks]
 
 
 def scaled(blocks: Iterable[Block]) -> Edits:
-    """Return the edits that blocks with scalars make."""
+    """Return the edits that remove blocks and multiply their hosts' outputs by their scalars."""
     edits = Edits("", [])
     for block in blocks:
         edits.removed_layers += block.layers
@@ -152,7 +158,11 @@ def scaled(blocks: Iterable[Block]) -> Edits:
 
 
 def scalable(model: Any, family: Family, documents: Documents) -> tuple[Any, Family]:
-    """Return a dense model and its description when a scalar is known to fold: described families', or proved on text."""
+    """Return a dense model and its description; check on text that a scalar folds if the family is a detected one.
+
+    Raises:
+        ModelError: a scalar does not fold.
+    """
     if family.detected:
         check_scale(model, family, documents)
     return model, family
@@ -160,12 +170,12 @@ def scalable(model: Any, family: Family, documents: Documents) -> tuple[Any, Fam
 
 @torch.inference_mode()
 def check_scale(model: Any, family: Family, documents: Documents) -> None:
-    """Prove on text that what layers and head make of the residual stream doesn't depend on its scale, so that a scalar folds.
+    """Check on text that layers and head do not depend on the scale of the residual stream, so that a scalar folds.
 
-    Behind the first layer, all that is added to the stream is made four times as large: the logits must stay.
+    The first layer's output and all later additions to the stream are multiplied by four; the logits must not change.
 
     Raises:
-        ModelError: they don't.
+        ModelError: the logits change.
     """
     layers, enlarged = family.decoder_layers(model), operator_hook(torch.tensor(FACTOR))
     parts = [layer.get_submodule(path) for layer in layers[1:] for path in (family.attention, family.mlp)]
@@ -176,11 +186,11 @@ def check_scale(model: Any, family: Family, documents: Documents) -> None:
             for part in [layers[0], *parts]:
                 stack.callback(part.register_forward_hook(enlarged).remove)
             found = model(text, use_cache=False).logits.double()
-        # Written so that NaN fails too.
+        # The comparison is false for NaN.
         if not float((found - expected).norm() / expected.norm()) <= TOLERANCE:
             raise ModelError(
-                f"model_path: what the layers of the family '{model.config.model_type}' make of the residual stream depends on "
-                "its scale, so that no scalar folds; use method shortgpt."
+                f"model_path: the layers of the family '{model.config.model_type}' depend on the scale of the residual stream, "
+                "so no scalar folds; use method shortgpt."
             )
 
 

@@ -31,6 +31,7 @@ from replaceme.observers.walk import Keep, Start, begun_at, walk
 from replaceme.selection.blocks import smallest
 from replaceme.selection.compensation import gains
 from replaceme.selection.next_token import next_token_loss
+from replaceme.solvers.arguments import naming
 from replaceme.solvers.refit import refit
 
 # How many cuts are measured.
@@ -184,7 +185,8 @@ def _refit(
         for number, gram in grams.items():
             sums = gram.tensors()
             alpha = RIDGE * float(sums["added_gram"].diagonal().mean())
-            refit(cuts[number], blocks[number].host, sums, alpha, REFIT_RIDGE)
+            with naming(sums="dtype", tokens="dataset_size"):
+                refit(cuts[number], blocks[number].host, sums, alpha, REFIT_RIDGE)
 
 
 def lowest_loss(

@@ -1,4 +1,4 @@
-"""From sums to maps and weights.
+"""Solvers: transforms and weights from sums and tokens.
 
 It may import base, models, edits and observers.
 """

@@ -1,14 +1,14 @@
-"""Squared error with a ridge, in closed form, for each structure that a transform can have; float64, from sums alone.
+"""Ridge regression in closed form for each structure of a transform; float64, from sums alone.
 
 With ``S = MᵀM + αI`` and ``C = MᵀY`` (rows are tokens, ``Y ≈ M T``):
 
 - ``dense``: ``T = S⁻¹C``.
 - ``diagonal``: ``t_j = C_jj / S_jj``.
-- ``triangular`` (lower: output j is made of the inputs i ≥ j): column j solves ``S[j:, j:] t = C[j:, j]``. With ``S = UUᵀ``, U
-  upper triangular, each ``S[j:, j:]`` is ``U[j:, j:] U[j:, j:]ᵀ``, so that ``T = U⁻ᵀ tril(U⁻¹C)`` solves all columns at once.
+- ``triangular`` (lower: output j depends on the inputs i ≥ j): column j solves ``S[j:, j:] t = C[j:, j]``. With ``S = UUᵀ``, U
+  upper triangular, each ``S[j:, j:]`` is ``U[j:, j:] U[j:, j:]ᵀ``, so ``T = U⁻ᵀ tril(U⁻¹C)`` solves all columns at once.
 - ``two_vectors``: ``T = I + uvᵀ``, the ridge on ``uvᵀ``. With ``S = LLᵀ`` and ``R = MᵀY − MᵀM`` the objective is
-  ``‖Lᵀuvᵀ − L⁻¹R‖²`` and a constant, so that the largest singular triple (σ, a, b) of ``L⁻¹R`` gives ``u = σL⁻ᵀa``, ``v = b``.
-- ``orthogonal``: what folds behind a norm, by a few steps of its own (``replaceme.solvers.procrustes``).
+  ``‖Lᵀuvᵀ − L⁻¹R‖²`` plus a constant, so the largest singular triple (σ, a, b) of ``L⁻¹R`` gives ``u = σL⁻ᵀa``, ``v = b``.
+- ``orthogonal``: the map that folds after a norm, by a short iteration (``replaceme.solvers.procrustes``).
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from replaceme.base.errors import SolveError
+from replaceme.solvers.arguments import ArgumentError
 from replaceme.solvers.procrustes import orthogonal_map
 from replaceme.solvers.ridge import require_full_rank, solve_ridge
 
@@ -33,14 +33,14 @@ def closed_form(gram: Tensor, cross: Tensor, alpha: float, structure: Structure,
         gram: ``MᵀM``, (d, d), symmetric positive semi-definite.
         cross: ``MᵀY``, (d, d).
         alpha: ridge, in the units of ``gram``.
-        structure: which entries of T may differ from P, and how.
-        norm: weight (d,) of the norm that M has gone through, for an orthogonal map; None is no norm.
+        structure: the form of T.
+        norm: weight (d,) of the norm whose output M is, for an orthogonal map; None if there is no norm.
 
     Returns:
         T, (d, d) float64.
 
     Raises:
-        SolveError: the system is singular to float64, with this alpha.
+        ArgumentError: the system is singular to float64, or ``norm`` has zeros.
     """
     gram, cross = gram.double(), cross.double()
     if structure == "dense":
@@ -55,17 +55,17 @@ def closed_form(gram: Tensor, cross: Tensor, alpha: float, structure: Structure,
 
 
 def structure_words(structure: str) -> str:
-    """Return what a title says of a structure behind the method's name: nothing of a dense one."""
+    """Return a structure's words after the method's name in a title; none for a dense map."""
     return "" if structure == "dense" else f", {structure.replace('_', ' ')}"
 
 
 def upper_cholesky(matrix: Tensor) -> Tensor:
-    """Return U, upper triangular, with ``UUᵀ = matrix``. Raises SolveError where it is singular to float64."""
+    """Return U, upper triangular, with ``UUᵀ = matrix``. Raises ArgumentError where it is singular to float64."""
     return _cholesky(matrix.flip(0, 1)).flip(0, 1)
 
 
 def squared_error(sums: Mapping[str, Tensor], transform: Tensor) -> float:
-    """Return ``‖Y − M T‖²`` from ``gram``, ``cross`` and ``target_squares`` (``ΣY²``); never below zero, as rounding can be."""
+    """Return ``‖Y − M T‖²`` from ``gram``, ``cross`` and ``target_squares`` (``ΣY²``), at least 0 in spite of rounding."""
     explained = 2 * (transform * sums["cross"]).sum() - (transform * (sums["gram"] @ transform)).sum()
     return max(float(sums["target_squares"] - explained), 0.0)
 
@@ -73,9 +73,9 @@ def squared_error(sums: Mapping[str, Tensor], transform: Tensor) -> float:
 def _diagonal(gram: Tensor, cross: Tensor, alpha: float) -> Tensor:
     scale = gram.diagonal() + alpha
     if float(scale.min()) <= 0:
-        raise SolveError(
-            f"alpha: {alpha:g} leaves the least squares singular ({int((scale <= 0).sum())} of {len(gram)} dimensions of M are "
-            "always 0); set alpha above 0."
+        raise ArgumentError(
+            f"{{alpha}}: {alpha:g} leaves the least squares singular ({int((scale <= 0).sum())} of {len(gram)} dimensions of M "
+            "are always 0); set {alpha} above 0."
         )
     return torch.diag(cross.diagonal() / scale)
 
@@ -91,7 +91,7 @@ def _two_vectors(ridged: Tensor, remaining: Tensor) -> Tensor:
 
     lower = _cholesky(ridged)
     whitened = torch.linalg.solve_triangular(lower, remaining, upper=False)
-    # The right singular vector by the eigenvectors of the square: the largest one loses nothing by it.
+    # v is an eigenvector of the Gram matrix of ``whitened``; squaring loses no accuracy in the leading one.
     last = len(lower) - 1
     _, vectors = eigh((whitened.T @ whitened).numpy(), subset_by_index=[last, last])
     v = torch.from_numpy(np.ascontiguousarray(vectors))
@@ -102,5 +102,5 @@ def _two_vectors(ridged: Tensor, remaining: Tensor) -> Tensor:
 def _cholesky(ridged: Tensor) -> Tensor:
     factor, failed = torch.linalg.cholesky_ex(ridged)
     if failed:
-        raise SolveError("alpha: the least squares are singular to float64; raise alpha, or dataset_size for more tokens.")
+        raise ArgumentError("{alpha}: the least squares are singular to float64; raise {alpha}, or {tokens}.")
     return factor

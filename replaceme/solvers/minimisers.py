@@ -1,12 +1,12 @@
-"""Iterative solvers by name: from a start they lower a ``Problem`` until it stands still, and remember how.
+"""Iterative solvers by name: each minimises a ``Problem`` from a start until it converges, and records the objective.
 
-``adam`` takes a step for each minibatch (ReplaceMe's own solver: learning rate 1e-4, 1024 tokens, 10 epochs) and looks at
-the whole objective after each epoch; ``lbfgs``, ``cg`` (nonlinear conjugate gradients) and ``trust_region`` (trust-ncg) are
-scipy's, with the objective and its derivatives of all tokens. Each returns the best x that it has seen, gives the same
-result twice, and stops where the objective stands still.
+``adam`` takes one step per minibatch (ReplaceMe's own solver: learning rate 1e-4, 1024 tokens, 10 epochs) and evaluates the
+whole objective after each epoch. ``lbfgs``, ``cg`` (nonlinear conjugate gradients) and ``trust_region`` (trust-ncg) are
+scipy's, with the objective and its derivatives over all tokens. Each is deterministic, returns the best x seen, and stops when
+the objective no longer falls.
 
-``ρ‖T‖₁`` has a kink at 0. Adam meets it with a proximal step in its own metric, L-BFGS with ``T = T⁺ − T⁻`` and bounds at 0,
-where the sum is smooth: both find exact zeros. The other two have no such form.
+``ρ‖T‖₁`` has a kink at 0. Adam handles it by a proximal step in its own metric, L-BFGS by ``T = T⁺ − T⁻`` with bounds at 0,
+where the sum is smooth; both find exact zeros. ``cg`` and ``trust_region`` do not support it.
 """
 
 import math
@@ -23,16 +23,16 @@ from replaceme.base.progress import logger, progress
 from replaceme.solvers.objectives import Problem
 from replaceme.solvers.whitening import Whitening
 
-# Standstill: the relative gain over so many of Adam's epochs, and over so many iterations of the others.
+# Convergence: largest relative gain over a number of epochs of Adam, and over a number of iterations of the others.
 EPOCHS, EPOCHS_GAIN = 3, 1e-5
-# Adam that is this far above its best is no standstill: it swings, or goes up.
+# Adam has not converged while it is further above its best objective than this, relative to it: it oscillates or diverges.
 SETTLED = 1e-2
 WINDOW, WINDOW_GAIN = 10, 1e-7
-# A line search that finds no lower point is at the limit of rounding, if the iteration before gained no more than this.
+# A failed line search counts as convergence to rounding if the iteration before gained no more than this, relative.
 ROUNDING_GAIN = 1e-6
-# Of the shuffle of the tokens.
+# Seed of the order of the tokens.
 SEED = 0
-# Adam (Kingma and Ba 2015): decay of the gradient's mean and of its square's, and what keeps the division sane.
+# Adam (Kingma and Ba 2015): decay of the first and second moments, and the ε of the division.
 DECAY, SQUARE_DECAY, EPSILON = 0.9, 0.999, 1e-8
 SCIPY: dict[str, dict[str, Any]] = {
     "lbfgs": {"method": "L-BFGS-B", "options": {"ftol": 1e-11, "gtol": 1e-7, "maxfun": 10**6}},
@@ -43,13 +43,13 @@ SCIPY: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Budget:
-    """How far an iterative solver may go, and Adam's pace.
+    """Limits of the iterative solvers, and Adam's step size.
 
     Attributes:
-        learning_rate: Adam's step.
-        epochs: Adam's passes over the tokens at most.
-        tokens_per_step: tokens of Adam's minibatch.
-        max_iterations: of the other solvers.
+        learning_rate: of Adam.
+        epochs: Adam's passes over the tokens, at most.
+        tokens_per_step: tokens in a minibatch of Adam.
+        max_iterations: iterations of the other solvers, at most.
     """
 
     learning_rate: float = 1e-4
@@ -60,12 +60,12 @@ class Budget:
 
 @dataclass
 class Minimum:
-    """What a solver found.
+    """A solver's result.
 
     Attributes:
-        x: (n,) float64, the best that was seen.
-        curve: iteration → objective of all tokens, the start at 0; Adam's iterations are its steps.
-        converged: whether it stopped because the objective stood still.
+        x: (n,) float64, the best x seen.
+        curve: iteration → objective, over all tokens, with the start at 0; Adam's iterations are its steps.
+        converged: whether the solver stopped because the objective no longer fell.
     """
 
     x: Tensor
@@ -78,14 +78,19 @@ class Minimum:
         return min(self.curve.values())
 
     def see(self, iteration: int, value: float, x: Tensor) -> None:
-        """Remember an iterate, and keep it if there was none better."""
+        """Record an iterate's objective, and keep its x if it is the lowest so far."""
         if not self.curve or value < self.lowest:
             self.x = x.clone()
         self.curve[iteration] = value
 
 
 def minimise(problem: Problem, start: Tensor, solver: str, budget: Budget) -> Minimum:
-    """Lower the problem from ``start`` (n,), with a solver by its name."""
+    """Minimise the problem from ``start`` (n,) with a solver, by name.
+
+    Raises:
+        SolveError: the loss overflows in Adam's first epoch.
+        ArgumentError: the metric is singular to float64.
+    """
     if solver == "adam":
         return _adam(problem, start, budget)
     return _scipy(problem, start, solver, budget.max_iterations)
@@ -129,7 +134,7 @@ def _scipy(problem: Problem, start: Tensor, solver: str, max_iterations: int) ->
     found = Minimum(start)
     value = problem.value(start)
     found.see(0, value, start)
-    # scipy's tolerances are absolute: they hold for an objective of about 1. A perfect fit stays small.
+    # scipy's tolerances are absolute: the objective is scaled to 1 at the start, or to less if the start fits perfectly.
     space = (Split if problem.lasso else White)(problem, start, max(value, 1e-9))
     ticks = progress(range(max_iterations), f"solving ({solver})", "iterations")
 
@@ -153,7 +158,7 @@ def _scipy(problem: Problem, start: Tensor, solver: str, max_iterations: int) ->
 
 
 class White:
-    """A smooth problem as scipy sees it: numpy vectors in the whitened coordinates of the start."""
+    """A smooth problem for scipy: numpy vectors in coordinates whitened at the start."""
 
     bounds: Bounds | None = None
 
@@ -162,11 +167,11 @@ class White:
         self.whitening = Whitening(problem.structure, problem.metric(start))
 
     def enter(self, x: Tensor) -> np.ndarray:
-        """Return scipy's vector of x."""
+        """Return scipy's vector from x."""
         return _numbers(self.whitening.enter(x))
 
     def leave(self, numbers: np.ndarray) -> Tensor:
-        """Return x of scipy's vector."""
+        """Return x from scipy's vector."""
         return self.whitening.leave(self._tensor(numbers))
 
     def objective(self, numbers: np.ndarray) -> tuple[float, np.ndarray]:
@@ -184,16 +189,16 @@ class White:
 
 
 class Split(White):
-    """A problem with ``ρ‖T‖₁`` as scipy sees it: (y⁺, y⁻), both at least 0, of y = y⁺ − y⁻, which is x in units of its own.
+    """A problem with ``ρ‖T‖₁`` for scipy: (y⁺, y⁻), both at least 0, with y = y⁺ − y⁻ a rescaled x.
 
-    The penalty of these two is linear. Rows of T must not be mixed, or their zeros were lost, so that each has a unit alone.
+    The penalty is linear in them. Each row of T is rescaled by itself: mixing rows would lose exact zeros.
     """
 
     def __init__(self, problem: Problem, start: Tensor, scale: float):
         self.problem, self.device, self.scale = problem, start.device, scale
         self.bounds = Bounds(0, np.inf)
         roots = problem.metric(start).diagonal().sqrt()[:, None]
-        # A dimension that is always 0 has no unit.
+        # A dimension that is always 0 is not rescaled.
         roots = torch.where(roots > 0, roots / roots.max(), 1.0)
         self.units = problem.structure.rows(torch.ones_like(start), lambda part: roots * part)
         self.lasso = problem.lasso / problem.loss.tokens / self.units

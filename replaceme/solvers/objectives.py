@@ -1,13 +1,13 @@
-"""What an iterative solver minimises, with its derivatives (ReplaceMe, arXiv 2505.02819, section 3):
+"""The objective of the iterative solvers, with its derivatives (ReplaceMe, arXiv 2505.02819, section 3):
 
     (Σ_tokens loss + α‖T − P‖²_F + ρ‖T‖₁) / number of tokens
 
-A loss is a sum over tokens and a function of T (d, d) alone, with a gradient and products with its Hessian in closed form:
+A loss is a sum over tokens, as a function of T (d, d), with its gradient and Hessian products in closed form:
 
-- ``SquaredError``: ``‖Y − M T‖²``, from the sums ``MᵀM``, ``MᵀY`` and ``ΣY²``; no token is read.
-- ``CosineLoss``: ``1 − cos(M T + Z, H)``; without Z and with Y for H its fast form. Tokens are read in a stream.
+- ``SquaredError``: ``‖Y − M T‖²``, from the sums ``MᵀM``, ``MᵀY`` and ``ΣY²``; it reads no tokens.
+- ``CosineLoss``: ``1 − cos(M T + Z, H)``, or ``1 − cos(M T, Y)`` in the fast form; it streams the tokens.
 
-A minibatch's gradient scales the penalties by its share of tokens, so that all minibatches add up to the whole.
+A minibatch's gradient includes its share of the penalties, so all minibatches add up to the whole gradient.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -23,11 +23,11 @@ from replaceme.observers.sums import squares
 from replaceme.solvers.closed_forms import squared_error
 from replaceme.solvers.structures import Parametrisation
 
-# Number of tokens, and the loss's gradient of them at a T.
+# Number of tokens, and the gradient of their loss as a function of T.
 Minibatch = tuple[int, Callable[[Tensor], Tensor]]
-# Rows of a shard that are computed with at once.
+# Tokens of a shard computed at once.
 ROWS = 4096
-# Shorter vectors have no direction.
+# Norms are raised to this before a division.
 SHORTEST = 1e-12
 
 
@@ -37,7 +37,7 @@ class Loss(Protocol):
     tokens: int
 
     def value_and_gradient(self, transform: Tensor) -> tuple[float, Tensor]:
-        """Return the sum over all tokens, and its gradient."""
+        """Return the loss of all tokens, and its gradient."""
         ...
 
     def curvature(self, transform: Tensor, direction: Tensor) -> Tensor:
@@ -45,11 +45,11 @@ class Loss(Protocol):
         ...
 
     def metric(self, transform: Tensor) -> Tensor:
-        """Return (d, d) ``Σ mᵀm`` over M's rows, weighed as the loss's Hessian at this T weighs them."""
+        """Return (d, d) ``Σ mᵀm`` over M's rows, weighted as in the loss's Hessian at this T."""
         ...
 
     def minibatches(self, size: int, generator: torch.Generator) -> Iterator[Minibatch]:
-        """Yield all tokens once, in random order, in parts of about ``size`` tokens."""
+        """Yield all tokens once, in random order, in minibatches of about ``size`` tokens."""
         ...
 
 
@@ -70,7 +70,7 @@ class SquaredError:
         return 2 * self.sums["gram"]
 
     def minibatches(self, size: int, generator: torch.Generator) -> Iterator[Minibatch]:
-        """Yield as many parts as there would be. The sums know the gradient of all tokens: a part's is its share of it."""
+        """Yield as many minibatches as tokens would give, each with its share of the gradient of all tokens."""
         for start in range(0, self.tokens, size):
             count = min(size, self.tokens - start)
             yield count, partial(self._gradient, share=count / self.tokens)
@@ -83,7 +83,7 @@ class CosineLoss:
     """``Σ 1 − cos(M T + Z, H)`` over a stream of tokens."""
 
     def __init__(self, shards: Shards, device: str = "cpu", dtype: torch.dtype = torch.float64):
-        """Take the tokens; ``dtype`` is what single tokens are computed in, their sums are float64."""
+        """Take the tokens; they are computed in ``dtype`` and summed in float64."""
         self.shards, self.device, self.dtype = shards, device, dtype
         self.tokens = sum(shards.counts)
 
@@ -102,13 +102,13 @@ class CosineLoss:
             along = _dot(p, step)
             turn = (step - along * p) / size
             change = _dot(turn, h)
-            # The derivative along the step of −(h − cos p)/‖P‖, which is the gradient in P.
+            # Derivative along the step of the gradient in P, −(h − cos p)/‖P‖.
             bent = (change * p + cosine * turn) / size + (h - cosine * p) * along / size.square()
             product += (M.T @ bent).double()
         return product
 
     def metric(self, transform: Tensor) -> Tensor:
-        """Weigh with ``1/‖P‖²``: the longer a prediction, the less a step turns it."""
+        """Return ``Σ mᵀm/‖P‖²`` (d, d): the longer a prediction P, the less a step turns it."""
         total = torch.zeros_like(transform)
         for M, Z, H in self._stream():
             size, *_ = _directions(M, Z, H, transform.to(self.dtype))
@@ -117,7 +117,7 @@ class CosineLoss:
         return total
 
     def minibatches(self, size: int, generator: torch.Generator) -> Iterator[Minibatch]:
-        """Yield the shards in random order, and the tokens of each likewise: a shard is all that is read at a time."""
+        """Yield the shards in random order, and the tokens of each in random order: one shard is in memory at a time."""
         for shard in torch.randperm(len(self.shards.counts), generator=generator).tolist():
             order = torch.randperm(self.shards.counts[shard], generator=generator)
             tokens = self.shards.read(shard)
@@ -140,14 +140,14 @@ class CosineLoss:
         return M, Z, H
 
     def _of(self, tokens: Tokens, transform: Tensor) -> tuple[float, Tensor]:
-        """Return the loss of some tokens, and its gradient."""
+        """Return the loss of some tokens, and its gradient (d, d) float64."""
         M, Z, H = tokens
         size, p, h, cosine = _directions(M, Z, H, transform.to(self.dtype))
         return float((1 - cosine.double()).sum()), -(M.T @ ((h - cosine * p) / size)).double()
 
 
 def _directions(M: Tensor, Z: Tensor | None, H: Tensor, transform: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return ‖P‖ (n, 1), P and H of length 1 (n, d), and their cosines (n, 1), with ``P = M T + Z``; 0 has no direction."""
+    """Return ‖P‖ (n, 1), P and H of length 1 (n, d), and their cosines (n, 1), with ``P = M T + Z``; zeros stay zeros."""
     P = M @ transform if Z is None else torch.addmm(Z, M, transform)
     size = P.norm(dim=1, keepdim=True).clamp_min(SHORTEST)
     p, h = P / size, H / H.norm(dim=1, keepdim=True).clamp_min(SHORTEST)
@@ -160,14 +160,14 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 @dataclass
 class Problem:
-    """The whole objective as a function of a vector x, divided by the number of tokens.
+    """The whole objective per token, as a function of a vector x.
 
     Attributes:
         loss: the sum over tokens.
-        structure: how x makes T.
+        structure: the map from x to T.
         prior: P, (d, d) float64.
-        ridge: α, of ``‖T − P‖²``.
-        lasso: ρ, of ``‖T‖₁``; only for structures whose x are entries of T.
+        ridge: α, factor of ``‖T − P‖²``.
+        lasso: ρ, factor of ``‖T‖₁``; only for structures whose x are entries of T.
     """
 
     loss: Loss
@@ -181,7 +181,7 @@ class Problem:
         return self.smooth(x)[0] + self.lasso / self.loss.tokens * float(x.abs().sum())
 
     def smooth(self, x: Tensor) -> tuple[float, Tensor]:
-        """Return value and gradient (n,) of what is smooth: everything but ``ρ‖T‖₁``."""
+        """Return value and gradient (n,) of the smooth part: everything but ``ρ‖T‖₁``."""
         value, gradient = self._in_transform(self.structure.build(x))
         return value / self.loss.tokens, self.structure.pull_back(x, gradient) / self.loss.tokens
 
@@ -194,12 +194,12 @@ class Problem:
         return product / self.loss.tokens
 
     def metric(self, x: Tensor) -> Tensor:
-        """Return (d, d) how steep the whole is along T's rows, the ridge included."""
+        """Return the loss's metric (d, d), with the ridge added to its diagonal."""
         metric = self.loss.metric(self.structure.build(x))
         return metric + 2 * self.ridge * torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
 
     def steps(self, size: int, generator: torch.Generator) -> Iterator[Callable[[Tensor], Tensor]]:
-        """Yield, for each minibatch, the gradient of its own share of ``smooth`` by x, as of one token."""
+        """Yield, for each minibatch, the gradient (n,) of its share of ``smooth`` per token, as a function of x."""
         for count, loss in self.loss.minibatches(size, generator):
             yield partial(self._step, count, loss)
 

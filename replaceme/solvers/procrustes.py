@@ -1,24 +1,23 @@
-"""The map that folds behind a norm: an orthogonal matrix between two diagonal ones, fitted by least squares from sums alone.
+"""The map that folds after a norm: an orthogonal matrix between two diagonal ones, fitted by least squares from sums alone.
 
-A norm with weight γ makes ``M = u diag(γ)`` of the MLP's last output, u of a fixed length for each token. Rotating that output
-rotates u, and the norm's weight may be any other, so that ``M T = u Q D`` with ``T = diag(γ)⁻¹ Q D`` folds exactly. What is
-fitted is the best of these, not the best T rounded to one: with ``S = diag(γ)⁻¹(MᵀM + αI)diag(γ)⁻¹`` and ``C = diag(γ)⁻¹MᵀY``
-the minimum of
+A norm with weight γ after the MLP has the output ``M = u diag(γ)``, u of a fixed length for each token. A rotation of the
+norm's input rotates u, and γ can be replaced, so ``M T = u Q D`` with ``T = diag(γ)⁻¹ Q D`` folds exactly. The fit is over
+these maps, rather than a projection of the best T onto them. With ``S = diag(γ)⁻¹(MᵀM + αI)diag(γ)⁻¹`` and ``C =
+diag(γ)⁻¹MᵀY`` it minimises
 
     f(Q, D) = tr(D QᵀSQ D) − 2 tr(D QᵀC)
 
-D has a closed form where Q is known; Q where D is a multiple of the identity, ``polar(C)`` (orthogonal Procrustes, Schönemann
-1966): the start. For another D, ``−tr((δ − D²)QᵀSQ)`` with ``δ = max D²`` is concave in Q, so that its tangent bounds it from
-above and ``polar(C D + S Q(δ − D²))`` never raises f. With Nesterov's momentum, dropped where f rises, a quarter of the steps
-does.
+Given Q, D has a closed form. If D is a multiple of the identity, Q is ``polar(C)`` (orthogonal Procrustes, Schönemann 1966):
+the start. For any other D, ``−tr((δ − D²)QᵀSQ)`` with ``δ = max D²`` is concave in Q and lies below its tangent, so the step
+``Q ← polar(C D + S Q(δ − D²))`` never raises f. Nesterov's momentum, reset when f rises, needs a quarter of the steps.
 """
 
 import torch
 from torch import Tensor
 
-from replaceme.base.errors import SolveError
+from replaceme.solvers.arguments import ArgumentError
 
-# Stop at a gain of an iteration that is this small against f, or after so many.
+# Stop at this gain of an iteration, relative to f, or after this many iterations.
 GAIN, ITERATIONS = 2e-5, 200
 
 
@@ -29,21 +28,21 @@ def orthogonal_map(gram: Tensor, cross: Tensor, alpha: float, norm: Tensor | Non
         gram: ``MᵀM``, (d, d) float64.
         cross: ``MᵀY``, (d, d) float64.
         alpha: ridge, in the units of ``gram``.
-        norm: γ (d,); None is no norm: all ones.
+        norm: γ (d,); None if there is no norm: all ones.
 
     Returns:
         T, (d, d) float64.
 
     Raises:
-        SolveError: M is 0, or γ has zeros.
+        ArgumentError: α = 0 and M is 0, or γ has zeros.
     """
     gamma = torch.ones(len(gram), dtype=torch.float64) if norm is None else norm.double()
     if not bool((gamma != 0).all()):
-        raise SolveError("transform: orthogonal divides by the weight of the norm after the MLP, which has zeros here.")
+        raise ArgumentError("{norm}: an orthogonal map divides by the norm's weight, which has zeros here.")
     S = (gram + alpha * torch.eye(len(gram), dtype=torch.float64)) / gamma / gamma[:, None]
     C = cross / gamma[:, None]
     if not float(S.diagonal().sum()) > 0:
-        raise SolveError(f"alpha: {alpha:g} leaves the least squares singular (M is always 0); set alpha above 0.")
+        raise ArgumentError(f"{{alpha}}: {alpha:g} leaves the least squares singular (M is always 0); set {{alpha}} above 0.")
     Q = polar(C)
     D = ((Q * C).sum() / S.diagonal().sum()).expand(len(S))
     lowest, best, momentum, before = torch.inf, Q * D, 0, S @ Q

@@ -1,4 +1,4 @@
-"""How well a map fits at the cut, whatever made it: the figures of metrics/solve.json that methods share."""
+"""Quality of a fit at the cut: the figures of metrics/solve.json that methods share."""
 
 import math
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from replaceme.base.errors import SolveError
+from replaceme.solvers.arguments import ArgumentError
 from replaceme.solvers.closed_forms import Structure, closed_form, squared_error
 from replaceme.solvers.ridge import RidgeSolution
 
@@ -20,8 +20,8 @@ def fit_quality(transform: Tensor, sums: Mapping[str, Tensor], sample: Mapping[s
 
     Args:
         transform: T, (d, d) float64.
-        sums: the statistic ``gram``: of all tokens.
-        sample: the statistic ``sample``: M, Z and H of a few.
+        sums: the statistic ``gram``, of all tokens.
+        sample: the statistic ``sample``: M, Z and H of a few tokens.
     """
     output_squares = float(sums["output_squares"])
     return {
@@ -38,13 +38,13 @@ def fit_quality(transform: Tensor, sums: Mapping[str, Tensor], sample: Mapping[s
 def operator_quality(
     P: Tensor, sums: Mapping[str, Tensor], sample: Mapping[str, Tensor], *, weighted: bool = False
 ) -> dict[str, Any]:
-    """Return the same of an operator on the whole state h behind the host: how far ``h P`` is from H.
+    """Return the same for an operator on the host's output h: how far ``h P`` is from H.
 
     Args:
         P: (d, d) float64.
         sums: the statistic ``stream``, or ``stream_weighted``.
         sample: the statistic ``sample``.
-        weighted: which of the two: with weights, the residuals count every token alike, and are named so.
+        weighted: whether ``sums`` is ``stream_weighted``; the residuals are then relative per token, and named weighted.
     """
     step = P - torch.eye(len(P), dtype=P.dtype)
     gap, whole = float(sums["gap_squares"]), float(sums["output_squares"])
@@ -61,14 +61,14 @@ def operator_quality(
 
 
 def ridge_path(solution: RidgeSolution, target_squares: float, output_squares: float) -> list[tuple[float, float]]:
-    """Return rows (α, relative residual) for ridges between the smallest and the largest eigenvalue, and somewhat below.
+    """Return rows (α, relative residual) for ridges from a hundredth of the smallest eigenvalue to the largest.
 
-    A dense map's alone: its eigenvectors give all ridges at once.
+    For dense maps only: their eigenvectors give all ridges at once.
 
     Args:
         solution: the solved least squares.
-        target_squares: ``‖Y‖²`` of what it solves for.
-        output_squares: ``‖H‖²``, to which the residual is relative.
+        target_squares: ``‖Y‖²`` of its target.
+        output_squares: ``‖H‖²``, the denominator of the residual.
     """
     largest = float(solution.eigenvalues[-1])
     lowest = max(solution.smallest_eigenvalue / 100, largest * 1e-12)
@@ -77,24 +77,26 @@ def ridge_path(solution: RidgeSolution, target_squares: float, output_squares: f
 
 
 def gained(gram: Tensor, cross: Tensor, change: Tensor) -> float:
-    """Return by how much a change moves the sum of squares: ``‖e − g X‖² − ‖e‖²`` of ``S = gᵀg`` and ``C = gᵀe``."""
+    """Return the difference that a change X makes in the sum of squares, ``‖e − g X‖² − ‖e‖²``, from S = gᵀg and C = gᵀe."""
     return float((change * (gram @ change)).sum() - 2 * (change * cross).sum())
 
 
 def gained_by_ridge(gram: Tensor, cross: Tensor, change: Tensor, ridge: Tensor) -> float:
-    """Return the same of what ``replaceme.solvers.ridge.solve_correction`` gave: there ``S X = C − Λ diag S X``, without a
-    product."""
+    """Return the same for the solution of ``replaceme.solvers.ridge.solve_correction``.
+
+    There ``S X = C − Λ diag S X``, which saves the product with S.
+    """
     return -float((change * (cross + (ridge.to(gram) * gram.diagonal())[:, None] * change)).sum())
 
 
 def relative(squares: float, output_squares: float) -> float:
-    """Return the relative residual of sums of squares."""
+    """Return the relative residual ``√(squares / output_squares)``."""
     # Rounding can take a perfect fit below zero.
     return (max(squares, 0.0) / output_squares) ** 0.5
 
 
 def ridge_figures(eigenvalues: Tensor, alpha: float) -> dict[str, float]:
-    """Return how α compares with ``MᵀM``; what would be infinite is left out.
+    """Return figures that compare α with ``MᵀM``, without those that would be infinite.
 
     Args:
         eigenvalues: (d,) of ``MᵀM``, ascending.
@@ -110,8 +112,7 @@ def ridge_figures(eigenvalues: Tensor, alpha: float) -> dict[str, float]:
 
 
 def dense_figures(solution: RidgeSolution, alpha: float) -> dict[str, Any]:
-    """Return how α compares with ``MᵀM``, and how far it moves a dense map; without the latter where α = 0 has no one
-    solution."""
+    """Return figures that compare α with ``MᵀM``, and a dense map's distance from that of α = 0, if that is unique."""
     figures: dict[str, Any] = ridge_figures(solution.eigenvalues, alpha)
     if solution.full_rank:
         figures["distance_from_alpha_zero"] = solution.change_from(alpha, 0.0)
@@ -119,13 +120,13 @@ def dense_figures(solution: RidgeSolution, alpha: float) -> dict[str, Any]:
 
 
 def structured_figures(transform: Tensor, sums: Mapping[str, Tensor], alpha: float, structure: Structure) -> dict[str, Any]:
-    """Return the same of a map of another structure."""
+    """Return the same for a map of another structure."""
     figures: dict[str, Any] = ridge_figures(torch.linalg.eigvalsh(sums["gram"]), alpha)
-    if structure == "orthogonal":  # a second search would cost as much as the first
+    if structure == "orthogonal":  # a second fit would cost as much as the first
         return figures
     try:
         plain = closed_form(sums["gram"], sums["cross"], 0.0, structure) if alpha else transform
-    except SolveError:  # without the ridge there is no one solution to be far from
+    except ArgumentError:  # no unique solution without the ridge
         return figures
     return figures | {"distance_from_alpha_zero": float((transform - plain).norm() / plain.norm())}
 

@@ -1,13 +1,15 @@
-"""More than ReplaceMe's transform in the same place: the host's last linears solved for anew, toward the state at the cut.
+"""Least squares for new weights of the host's last linears, toward the state at the cut.
 
-A transform of ``M = G Wᵀ`` can only mix the d outputs of the MLP; its last linear has f × d weights. Least squares over all of
-them, with a ridge toward ReplaceMe's fold, contains that fold and costs no parameter (rows are tokens, weighted by 1/‖H‖²):
+ReplaceMe's transform of ``M = G Wᵀ`` only mixes the d outputs of the MLP; its last linear has f × d weights. Least squares over
+all these weights, with a ridge toward ReplaceMe's fold, includes that fold and adds no parameters (rows are tokens, weighted by
+w = 1/‖H‖²):
 
     refit:  W'ᵀ = argmin Σ w ‖H − Z − g W'ᵀ‖² + λ (W' − TᵀW) diag(S) (W' − TᵀW)ᵀ,   S = Σ w gᵀg
     joint:  the same for [A | G] toward H − h_in: the attention's output projection too, with the refit as its prior
 
-The ridge is in each feature's own units: a plain one is felt by the loud features alone. What is solved for is the difference
-to the prior, so the model's weights are not needed: the residuals of the present weights are sums that are there.
+The ridge is in each feature's own units; a plain ridge would penalise features of small magnitude far more than large ones. The
+unknown is the difference from the prior, and the residuals of the current weights are among the sums, so the weights themselves
+are not needed.
 """
 
 from collections.abc import Mapping
@@ -25,14 +27,14 @@ def refit(edits: Edits, host: int, sums: Mapping[str, Tensor], alpha: float, rid
     """Solve for the host's linears, add the solution to the edits, and return how well it fits.
 
     Args:
-        edits: gets a transform (with the same token weights) and corrections behind it.
-        host: the kept layer in front of the block.
+        edits: receives a transform (fitted with the same token weights) and corrections of the weights after it.
+        host: the kept layer before the block.
         sums: ``replaceme.observers.statistics.FeatureGram``: of the MLP's features (refit), or of the attention's too (joint).
         alpha: ridge of the transform, in the units of ``Σ w MᵀM``.
-        ridge: λ of the rest.
+        ridge: λ of the corrections.
 
     Raises:
-        SolveError: the transform's least squares is singular with this alpha.
+        ArgumentError: the least squares are singular with ``alpha`` or with ``ridge``, or the sums are not finite.
     """
     features = Features.from_tensor(sums["layout"])
     solution = solve_ridge(sums["added_gram"], sums["added_cross"] + sums["added_gram"], alpha)
@@ -52,7 +54,7 @@ def refit(edits: Edits, host: int, sums: Mapping[str, Tensor], alpha: float, rid
             break
         cross = cross - sums["gram"][:, place] @ change
     output_squares = float(sums["output_squares"])
-    # A new attention output changes the features of an MLP that reads it: that residual is of the least squares alone.
+    # A new attention output changes the input of an MLP after it, so a joint residual is that of the least squares only.
     name = "weighted_residual" if alone == features else "weighted_residual_joint"
     return {
         "tokens": int(sums["tokens"]),

@@ -1,8 +1,8 @@
-"""Closed forms from Gram statistics, in float64: ReplaceMe's transform, and the correction of a linear's weights.
+"""Ridge regression from Gram matrices, in float64: ReplaceMe's transform, and the correction of a linear's weights.
 
     T = argmin ‖Y − M T‖² + α‖T‖² = (MᵀM + αI)⁻¹ MᵀY        (arXiv 2505.02819, section 3)
 
-Solved by Cholesky, never by an explicit inverse; by eigenvectors where rounding leaves the matrix not quite positive.
+Solved by Cholesky, or by eigenvectors if rounding makes the matrix not positive definite; never by an explicit inverse.
 """
 
 from dataclasses import dataclass
@@ -10,41 +10,39 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from replaceme.base.errors import SolveError
+from replaceme.solvers.arguments import ArgumentError
 
 
 def solve_correction(gram: Tensor, cross: Tensor, ridge: Tensor) -> Tensor:
-    """Solve ``(S + Λ diag S) X = C``: the change of a linear's weights that a ridge in the features' own units allows.
+    """Solve ``(S + Λ diag S) X = C``: the change of a linear's weights, with a ridge in the features' own units.
 
-    With residuals ``e`` of the present weights, ``C = Σ w gᵀe`` makes ``X`` the change toward least squares that is pulled
-    back to no change; so the prior is whatever the present weights are.
+    ``C = Σ w gᵀe`` with the residuals ``e`` of the current weights, so the ridge penalises the change: the current weights are
+    the prior.
 
     Args:
         gram: ``S = Σ w gᵀg`` (k, k) float64, symmetric positive semi-definite.
         cross: ``C`` (k, d) float64.
-        ridge: (k,) float64, the diagonal of Λ: 0 for a column of ones, which is not penalised, above 0 for the others.
+        ridge: (k,) float64, the diagonal of Λ: 0 for the column of ones, which is not penalised, above 0 for the others.
 
     Returns:
-        X (k, d) float64; a feature that is always zero gets nothing.
+        X (k, d) float64; its row is 0 for a feature that is always zero.
 
     Raises:
-        SolveError: the sums are not finite, or the ridge is too small for them.
+        ArgumentError: the sums are not finite, or the ridge is too small for them.
     """
-    # In units where every feature has a mean square of 1, the ridge is all that is added, and the matrix well scaled.
+    # With every feature scaled to a mean square of 1, the ridge is Λ itself, and the matrix is well scaled.
     diagonal = gram.diagonal()
     scale = torch.where(diagonal > 0, diagonal.rsqrt(), 0)
     scaled = gram * scale
     scaled *= scale[:, None]
-    # A feature of zeros has a row of zeros, which the ridge alone makes solvable.
+    # A feature of zeros has a row of zeros; the ridge makes it solvable.
     scaled.diagonal().add_(ridge.to(scaled))
     factor, failed = torch.linalg.cholesky_ex(scaled)
     if not bool(torch.isfinite(factor).all() & torch.isfinite(cross).all()):
-        raise SolveError("dtype: the sums over the features are not finite; use float32 or bfloat16.")
+        raise ArgumentError("{sums}: the sums over the features are not finite; use float32 or bfloat16.")
     if failed:
-        raise SolveError(
-            f"refit_ridge, repair_ridge_attention, repair_ridge_mlp: {float(ridge.max()):g} leaves the least squares singular; "
-            "raise it, or dataset_size."
-        )
+        smallest = float(ridge[ridge > 0].min())
+        raise ArgumentError(f"{{ridge}}: {smallest:g} leaves the least squares singular; raise it, or {{tokens}}.")
     del scaled
     return torch.cholesky_solve(cross * scale[:, None], factor).mul_(scale[:, None])
 
@@ -55,22 +53,20 @@ class RidgeSolution:
 
     Attributes:
         transform: (d, d) float64, for row vectors: ``Y ≈ M T``.
-        smallest_eigenvalue: of ``MᵀM``; what α is to be compared with.
-        condition_number: of ``MᵀM + αI``.
-        eigenvalues: (d,) of ``MᵀM``, ascending, none below 0.
-        full_rank: whether α = 0 has one solution, to float64.
-        projections: (d,) ``‖vᵢᵀ MᵀY‖²`` for each eigenvector: with the eigenvalues, all that is needed to know any other α.
+        smallest_eigenvalue: of ``MᵀM``, at least 0, for comparison with α.
+        eigenvalues: (d,) of ``MᵀM``, ascending, at least 0.
+        projections: (d,) ``‖vᵢᵀ MᵀY‖²`` of each eigenvector vᵢ; with the eigenvalues, they give the figures of any other α.
+        full_rank: whether α = 0 has a unique solution, to float64.
     """
 
     transform: Tensor
     smallest_eigenvalue: float
-    condition_number: float
     eigenvalues: Tensor
     projections: Tensor
     full_rank: bool
 
     def squared_residual(self, alpha: float, target_squares: float) -> float:
-        """Return ``‖Y − M T_α‖²`` of another ridge, where ``target_squares`` is ``‖Y‖²``."""
+        """Return ``‖Y − M T_α‖²`` for another ridge; ``target_squares`` is ``‖Y‖²``."""
         explained = self.projections * (self.eigenvalues + 2 * alpha) / (self.eigenvalues + alpha).square()
         # Rounding can take a perfect fit below zero.
         return max(target_squares - float(explained.sum()), 0.0)
@@ -91,36 +87,35 @@ def solve_ridge(gram: Tensor, cross: Tensor, alpha: float) -> RidgeSolution:
         alpha: ridge, in the units of ``gram``.
 
     Raises:
-        SolveError: the system is singular to float64, with this alpha.
+        ArgumentError: the system is singular to float64, with this alpha.
     """
     gram, cross = gram.double(), cross.double()
     eigenvalues, vectors = torch.linalg.eigh(gram)
     eigenvalues = eigenvalues.clamp_min(0)
-    smallest, largest = float(eigenvalues[0]), float(eigenvalues[-1])
+    smallest = float(eigenvalues[0])
     resolution = require_full_rank(eigenvalues, alpha)
     factor, failed = torch.linalg.cholesky_ex(gram + alpha * torch.eye(len(gram), dtype=torch.float64))
     projected = vectors.T @ cross
     transform = vectors @ (projected / (eigenvalues + alpha)[:, None]) if failed else torch.cholesky_solve(cross, factor)
-    condition = (largest + alpha) / (smallest + alpha)
     projections = projected.square().sum(dim=1)
-    return RidgeSolution(transform, smallest, condition, eigenvalues, projections, smallest > resolution)
+    return RidgeSolution(transform, smallest, eigenvalues, projections, smallest > resolution)
 
 
 def require_full_rank(eigenvalues: Tensor, alpha: float) -> float:
-    """Return the size below which float64 can't tell an eigenvalue from 0.
+    """Require a regular ``MᵀM + αI``, and return the size up to which an eigenvalue of ``MᵀM`` is 0 to float64.
 
     Args:
         eigenvalues: (d,) of ``MᵀM``, ascending.
         alpha: ridge.
 
     Raises:
-        SolveError: ``MᵀM + αI`` is singular to float64.
+        ArgumentError: ``MᵀM + αI`` is singular to float64.
     """
     resolution = float(eigenvalues[-1]) * len(eigenvalues) * torch.finfo(torch.float64).eps
     if max(float(eigenvalues[0]), 0.0) + alpha <= resolution:
         rank = int((eigenvalues > resolution).sum())
-        raise SolveError(
-            f"alpha: {alpha:g} leaves the least squares singular (rank {rank} of {len(eigenvalues)}); "
-            f"raise dataset_size for more tokens, or set alpha well above {resolution:.1g}."
+        raise ArgumentError(
+            f"{{alpha}}: {alpha:g} leaves the least squares singular (rank {rank} of {len(eigenvalues)}); "
+            f"raise {{tokens}}, or set {{alpha}} well above {resolution:.1g}."
         )
     return resolution

@@ -1,12 +1,12 @@
-"""A transform's structure as a way to write T with a vector x of free numbers, for solvers that know nothing but vectors.
+"""Parametrisations of structured transforms: T as a function of a vector x of free numbers, for solvers over vectors.
 
     dense        x = all entries of T
     diagonal     x = the diagonal
-    triangular   x = the entries on and below the diagonal (rows are tokens: output j is made of the inputs i ≥ j)
+    triangular   x = the entries on and below the diagonal (rows are tokens: output j depends on the inputs i ≥ j)
     two_vectors  x = (u, v),  T = I + uvᵀ
 
 Each is a map ``build`` from x to T with its derivatives: ``pull_back`` takes a gradient in T to one in x, ``push`` a step in
-x to one in T, and ``bend`` is what the map's own curvature adds to a Hessian in x: 0 but for two vectors.
+x to one in T, and ``bend`` is the part of a Hessian in x from the map's own curvature, which is 0 except for two vectors.
 """
 
 from collections.abc import Callable
@@ -22,8 +22,8 @@ class Parametrisation(Protocol):
     """A structure of T (d, d); all tensors are of T's dtype and device.
 
     Attributes:
-        bends: whether the map from x to T is curved, so that ``bend`` is not 0.
-        mixes: whether rows of T may be mixed by a lower triangular matrix and T keeps the structure.
+        bends: whether the map from x to T is curved, so ``bend`` is not 0.
+        mixes: whether T keeps its structure under multiplication by a lower triangular matrix from the left.
     """
 
     bends: bool
@@ -38,7 +38,7 @@ class Parametrisation(Protocol):
         ...
 
     def pull_back(self, x: Tensor, gradient: Tensor) -> Tensor:
-        """Return the gradient in x (n,) of a function of T with ``gradient`` (d, d) there."""
+        """Return the gradient in x (n,) of a function of T whose gradient in T is ``gradient`` (d, d)."""
         ...
 
     def push(self, x: Tensor, step: Tensor) -> Tensor:
@@ -46,11 +46,11 @@ class Parametrisation(Protocol):
         ...
 
     def bend(self, step: Tensor, gradient: Tensor) -> Tensor:
-        """Return ``Σ ∂²T/∂x² · step`` weighed with a gradient in T: (n,)."""
+        """Return (n,): ``∂²T/∂x² · step``, contracted with a gradient in T (d, d)."""
         ...
 
     def rows(self, x: Tensor, operator: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return x (n,) with a linear operator applied to what stands on T's left: its rows, or u."""
+        """Return x (n,) after a linear operator acts on T from the left, or on u of two vectors."""
         ...
 
 
@@ -60,7 +60,7 @@ class Entries:
     bends = False
 
     def __init__(self, free: Tensor):
-        """Take which ones they are: (d, d) bool; all, those on and below the diagonal, or the diagonal's."""
+        """Take the mask (d, d) bool of these entries: all, those on and below the diagonal, or the diagonal."""
         self.free = free
         self.mixes = int(free.sum()) > len(free)
 
@@ -92,7 +92,7 @@ class TwoVectors:
     mixes = True
 
     def start(self, transform: Tensor) -> Tensor:
-        """Return (u, v) of equal length; for the identity u = 0 and v of length 1, since (0, 0) is a saddle point."""
+        """Return (u, v) of equal norm; for the identity u = 0 and v of norm 1, since (0, 0) is a saddle point."""
         width = len(transform)
         left, size, right = torch.linalg.svd(transform - torch.eye(width, dtype=transform.dtype, device=transform.device))
         if not size[0] > 0:
@@ -120,7 +120,7 @@ class TwoVectors:
 
 
 def parametrisation(structure: Structure, width: int, device: torch.device | str = "cpu") -> Parametrisation:
-    """Return the structure by its name, for T (width, width)."""
+    """Return the parametrisation of a structure, by name, for T (width, width)."""
     if structure == "two_vectors":
         return TwoVectors()
     every = torch.ones(width, width, dtype=torch.bool, device=device)

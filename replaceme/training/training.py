@@ -104,7 +104,7 @@ class Texts:
         """Return documents side by side."""
         texts = [self.texts[index].long() for index in documents]
         ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
-        return Batch(0, ids.to(self.device), torch.tensor([len(text) for text in texts], device=self.device), 0)
+        return Batch(ids.to(self.device), torch.tensor([len(text) for text in texts], device=self.device), 0)
 
     def rows(self, states: Tensor, documents: Sequence[int]) -> Tensor:
         """Return the rows of states (tokens, d), in the order of the walk, that belong to documents."""

@@ -1,5 +1,6 @@
 """The host's last linears solved for anew, against plain ridge regressions in numpy."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from hypothesis import strategies as st
 from replaceme.base.documents import Documents
 from replaceme.base.errors import SolveError
 from replaceme.base.params import read_params
-from replaceme.base.plan import Block
+from replaceme.base.plan import Block, Plan
 from replaceme.edits.edits import Edits
 from replaceme.edits.fold import apply_edits
 from replaceme.methods.registry import METHODS
+from replaceme.methods.repair import Mender
 from replaceme.models.families import PRE_NORM, family_of, parameter_of
 from replaceme.observers.features import LINEARS, Features
 from replaceme.observers.statistics import FeatureGram, take_statistics
@@ -176,7 +178,7 @@ def test_a_feature_that_is_always_zero_gets_nothing() -> None:
 
 def test_sums_that_are_not_finite_are_an_error() -> None:
     gram = torch.tensor([[float("nan")]], dtype=torch.float64)
-    with pytest.raises(SolveError, match="dtype: the sums over the features are not finite"):
+    with pytest.raises(SolveError, match="sums: the sums over the features are not finite"):
         solve_correction(gram, gram, torch.tensor([0.3]))
 
 
@@ -203,8 +205,30 @@ def test_padding_and_the_size_of_a_batch_change_nothing(documents: Documents, tm
 
 def test_a_ridge_that_is_too_small_for_so_few_tokens_is_named() -> None:
     g = torch.randn(20, 60, dtype=torch.float64)
-    with pytest.raises(SolveError, match="repair_ridge_mlp: 1e-18 leaves the least squares singular"):
+    with pytest.raises(SolveError, match=r"^ridge: 1e-18 leaves the least squares singular; raise it, or tokens"):
         solve_correction(g.T @ g, g.T @ g[:, :3], torch.full((60,), 1e-18, dtype=torch.float64))
+
+
+def test_the_parameter_that_is_too_small_is_named_and_no_other() -> None:
+    model, few = made_model(mlp_bias=False, attention_bias=False), many_documents(1)
+    for key, options in {"alpha": {"alpha": 0.0}, "refit_ridge": {"alpha": 1.0, "refit_ridge": 1e-18}}.items():
+        with pytest.raises(SolveError) as caught:
+            solved(model, few, transform="refit", **options)
+        sentence = f"^{key}: {options[key]:g} leaves the least squares singular.*raise .*dataset_size"
+        assert re.search(sentence, str(caught.value))
+        assert ("alpha" in str(caught.value)) == (key == "alpha")
+
+
+@pytest.mark.parametrize("linear", ["attention", "mlp"])
+def test_a_repair_names_the_smaller_of_its_ridges(linear: str, tmp_path: Path) -> None:
+    model, few = made_model("gpt_neox"), many_documents(1)
+    ridges = {"repair_ridge_attention": 1e-17, "repair_ridge_mlp": 1e-17, f"repair_ridge_{linear}": 1e-18}
+    params = read_params(None, {"method": "uidl", "repair": True, "batch_size": 4, **ridges})
+    family = family_of(model.config)
+    assert family.parallel
+    mender = Mender(params, model, family, few, Edits("test", [*BLOCK.layers]), Plan((BLOCK,), ()))
+    with pytest.raises(SolveError, match=f"^repair_ridge_{linear}: 1e-18 leaves the least squares singular; raise it, or data"):
+        mender.run(tmp_path)
 
 
 def test_the_map_is_solved_from_exact_sums() -> None:

@@ -54,11 +54,10 @@ def test_where_rounding_leaves_the_matrix_not_quite_positive_eigenvectors_solve_
     assert torch.allclose(solve_ridge(M.T @ M, M.T @ Y, 0.5).transform, expected, rtol=1e-9)
 
 
-def test_condition_number_and_smallest_eigenvalue_are_those_of_the_gram_matrix() -> None:
+def test_the_smallest_eigenvalue_is_that_of_the_gram_matrix() -> None:
     gram = torch.diag(torch.tensor([4.0, 1.0, 100.0], dtype=torch.float64))
     solution = solve_ridge(gram, gram, 0.0)
     assert solution.smallest_eigenvalue == pytest.approx(1.0)
-    assert solution.condition_number == pytest.approx(100.0)
     assert torch.allclose(solution.transform, torch.eye(3, dtype=torch.float64))
 
 
