@@ -22,7 +22,7 @@ from replaceme.export.save import save_pruned
 from replaceme.export.verification import verify_export
 from replaceme.methods.method import Solved
 from replaceme.methods.registry import METHODS
-from replaceme.methods.repair import Mender
+from replaceme.methods.repair import mend
 from replaceme.models.families import family_of
 from replaceme.models.model import Model
 from replaceme.observers.statistics import take_statistics
@@ -141,7 +141,7 @@ def test_each_later_block_is_fitted_on_what_the_shortened_model_feeds_it(kind: s
     edits.removed_layers = [1, 3, 4]
     params = read_params(None, {"method": "ghosted", "batch_size": 4})
     plan = Plan(blocks, METHODS["ghosted"].statistics(params))
-    _, figures = Mender(params, model, family, documents, edits, plan).run()
+    _, figures = mend(params, model, family, documents, edits, plan)
     _, H = states(model, documents, blocks[1])
     with unfused(model, family, first.edits):
         h = passing(model, blocks[1].host, documents)["output"]
@@ -157,7 +157,7 @@ def test_repair_comes_on_top_of_an_operator(kind: str, save_tiny: Callable[..., 
     model, params = source.load(), read_params(None, {"method": "ghosted", "repair": True, "batch_size": 4})
     edits = solved(model, texts).edits
     plan = Plan((BLOCK,), METHODS["ghosted"].statistics(params))
-    repairs, _ = Mender(params, model, source.family(), texts, edits, plan).run()
+    repairs, _ = mend(params, model, source.family(), texts, edits, plan)
     assert {each.layer for each in repairs} == set(range(BLOCK.end, LAYERS))
     assert all(each.after < each.before for each in repairs)
     save_pruned(source, edits, tmp_path)

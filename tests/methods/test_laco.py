@@ -27,7 +27,7 @@ from replaceme.export.save import save_pruned
 from replaceme.export.verification import verify_export, wrong_weights
 from replaceme.methods.refusals import family_refusals
 from replaceme.methods.registry import METHODS, criterion_of
-from replaceme.methods.repair import Mender
+from replaceme.methods.repair import mend
 from replaceme.models.families import PRE_NORM, family_of
 from replaceme.models.model import Model
 from replaceme.selection import collapse as module
@@ -291,7 +291,7 @@ def test_repair_comes_on_top_of_a_mixture(kind: str, save_tiny: Callable[..., Mo
     plan = Plan((Block(1, 2, (0, 1)), Block(3, 5, (-1, 1, 1))), ())
     params = read_params(None, {"method": "laco", "repair": True, "batch_size": 4})
     model, edits = source.load(), mixing(*plan.blocks)
-    repairs, _ = Mender(params, model, source.family(), texts, edits, plan).run()
+    repairs, _ = mend(params, model, source.family(), texts, edits, plan)
     # Layer 2 is kept and mixed, and what corrects it is for what it has become.
     assert {each.layer for each in repairs} == ({5} if source.family().parallel else {2, 5})
     assert all(each.after < each.before for each in repairs)

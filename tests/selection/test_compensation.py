@@ -23,7 +23,7 @@ from replaceme.export.save import save_pruned
 from replaceme.export.verification import verify_export, wrong_weights
 from replaceme.methods.refusals import family_refusals
 from replaceme.methods.registry import METHODS, criterion_of
-from replaceme.methods.repair import Mender
+from replaceme.methods.repair import mend
 from replaceme.models.families import Family, family_of
 from replaceme.models.model import Model
 from replaceme.models.recognition import proposed_family
@@ -274,7 +274,7 @@ def test_repair_comes_on_top_of_scalars(kind: str, save_tiny: Callable[..., Mode
     model = source.load()
     plan = Plan(tuple(compensated(model, source.family(), texts, [Block(1, 2), Block(3, 5)], batch_size=4)), ())
     edits = scaled(plan.blocks)
-    repairs, _ = Mender(params, model, source.family(), texts, edits, plan).run()
+    repairs, _ = mend(params, model, source.family(), texts, edits, plan)
     assert repairs
     assert all(each.after < each.before for each in repairs)
     save_pruned(source, edits, tmp_path)
