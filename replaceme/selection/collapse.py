@@ -17,26 +17,23 @@ is the original model, whatever was merged behind: a candidate costs the layers 
 """
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from replaceme.base.documents import Batch, Documents
+from replaceme.base.documents import Documents
 from replaceme.base.errors import ModelError, ParameterError
 from replaceme.base.plan import Block
 from replaceme.base.progress import progress
 from replaceme.base.scratch import scratch
 from replaceme.edits.edits import Edits
-from replaceme.edits.unfused import unfused
-from replaceme.models.families import Family, decoder_of, linear_parameters, parameter_of
-from replaceme.observers.walk import Keep, Start, begun_at, walk
+from replaceme.models.families import Family, linear_parameters, parameter_of
+from replaceme.selection.trials import Trials, batches_of, last_states
 
 # The texts and the tokens of each (the paper takes a few sentences), the seed that picks them, and the step of the threshold.
 TEXTS, LENGTH, SEED, STEP = 10, 64, 0, 0.01
@@ -169,19 +166,18 @@ def collapsed_blocks(
     """
     layers, texts = family.decoder_layers(model), texts_of(documents)
     check_alike(layers, range(way.first, way.end))
-    original = last_states(model, texts, batch_size)
+    original = last_states(model, batches_of(model, texts, batch_size))
     shape = len(layers), texts.token_count, int(model.config.hidden_size)
     (entering,) = scratch([shape], model.dtype, folder, "the choice of layers")
-    kept = [Keep(place, ("input",), entering[place]) for place in range(way.first, way.end - 1)]
-    walk(model, family, texts, kept, batch_size=batch_size, description=None)
+    trials = Trials(model, family, texts, entering, batch_size)
+    trials.keep(range(way.first, way.end - 1))
 
     def similarity(candidate: Layers, place: int) -> float:
         blocks = blocks_of(candidate)
         edits = Edits("", list(chain(*(block.layers for block in blocks))))
         edits.mixtures = {block.host: block.mixture for block in blocks}
-        with unfused(model, family, edits):
-            begun = partial(begun_at, family, layers, Start(place, entering[place]))
-            states = last_states(model, texts, batch_size, begun)
+        with trials.trial(edits, place) as batches:
+            states = last_states(model, batches)
         return fmean(
             float(torch.cosine_similarity(state.double(), before.double(), dim=0))
             for state, before in zip(states, original, strict=True)
@@ -210,28 +206,3 @@ def check_alike(layers: nn.ModuleList, places: Iterable[int]) -> None:
                 f"model_path: the linears of layers {first} and {place} differ in their shapes, so that they can't be merged; "
                 "use another method."
             )
-
-
-@torch.inference_mode()
-def last_states(
-    model: Any,
-    documents: Documents,
-    batch_size: int,
-    context: Callable[[Callable[[], Batch]], AbstractContextManager[None]] = lambda current: nullcontext(),
-) -> list[Tensor]:
-    """Return what the head reads of each document, in the order of a walk: (tokens · d,).
-
-    Args:
-        model: the model, as it computes at present.
-        documents: the text.
-        batch_size: documents in a batch.
-        context: makes what the model computes in; it gets a function that tells the batch at hand.
-    """
-    states: list[Tensor] = []
-    batches: list[Batch] = []
-    with context(lambda: batches[-1]):
-        for batch in documents.batches(batch_size, str(model.device)):
-            batches[:] = [batch]
-            last = decoder_of(model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-            states += [row[:length].flatten() for row, length in zip(last, batch.lengths.tolist(), strict=True)]
-    return states

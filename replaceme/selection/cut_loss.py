@@ -8,7 +8,6 @@ made on the documents that the profile fits on; the loss is taken on those that 
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -21,16 +20,15 @@ from replaceme.base.params import Params
 from replaceme.base.plan import Block, StandIn
 from replaceme.base.progress import logger, progress
 from replaceme.edits.edits import Edits
-from replaceme.edits.unfused import unfused
 from replaceme.models.families import Family, Linear, parameter_of
 from replaceme.observers.features import LINEARS, Features
 from replaceme.observers.residuals import RIDGE, solve_small_ridge
 from replaceme.observers.statistics import AtCut, FeatureGram
 from replaceme.observers.sums import squares, token_weights
-from replaceme.observers.walk import Keep, Start, begun_at, walk
+from replaceme.observers.walk import walk
 from replaceme.selection.blocks import smallest
 from replaceme.selection.compensation import gains
-from replaceme.selection.next_token import next_token_loss
+from replaceme.selection.trials import Trials, batches_of, next_token_loss
 from replaceme.solvers.refit import refit
 
 # How many cuts are measured.
@@ -97,7 +95,7 @@ def dense_loss(model: Any, documents: Documents, batch_size: int) -> float:
         ParameterError: there are too few documents to hold one out.
     """
     _, excerpts = _split(documents)
-    return next_token_loss(model, excerpts, batch_size)
+    return next_token_loss(model, batches_of(model, excerpts, batch_size))
 
 
 def cut_losses(
@@ -126,15 +124,14 @@ def cut_losses(
         for block, edits, gain in zip(blocks, cuts, gains(model, family, fit, blocks, batch_size=batch_size), strict=True):
             edits.operators[block.host] = torch.tensor(gain, dtype=torch.float64)
     # Nothing in front of a cut is changed by it: once is enough.
-    layers, width = family.decoder_layers(model), int(model.config.hidden_size)
-    entering = {block.host: torch.empty(excerpts.token_count, width, dtype=model.dtype) for block in blocks}
-    kept = [Keep(host, ("input",), states) for host, states in entering.items()]
-    walk(model, family, excerpts, kept, batch_size=batch_size, description=None)
+    shape = excerpts.token_count, int(model.config.hidden_size)
+    entering = {block.host: torch.empty(shape, dtype=model.dtype) for block in blocks}
+    trials = Trials(model, family, excerpts, entering, batch_size)
+    trials.keep(entering)
     losses = []
     for block, edits in zip(progress(blocks, "measuring the best cuts", "cuts"), cuts, strict=True):
-        begun = partial(begun_at, family, layers, Start(block.host, entering[block.host]))
-        with unfused(model, family, edits):
-            losses.append(next_token_loss(model, excerpts, batch_size, begun))
+        with trials.trial(edits, block.host) as batches:
+            losses.append(next_token_loss(model, batches))
     return losses
 
 
