@@ -1,4 +1,4 @@
-"""Averaged layers, the plainest merge: the host's linears become the mean of its own and of the block's.
+"""Averaged layers, the simplest merge: the host's linears become the mean of its own and the block's.
 
 A floor for what merges weights by a formula (LaCo, arXiv 2402.11187): no published method, but what one would try first.
 """

@@ -1,4 +1,4 @@
-"""ReplaceMe with an objective of choice (arXiv 2505.02819, section 3): one transform a block, by an iterative solver.
+"""ReplaceMe with a selectable objective (arXiv 2505.02819, section 3): one transform per block, by an iterative solver.
 
     Σ_tokens loss + α‖T − P‖²_F,   P = 0; P = I for the fast cosine and for two vectors
 
@@ -48,7 +48,8 @@ class Objective(Settings):
     """Parameters of the objective and of its solver."""
 
     loss: Annotated[Literal["cosine", "mse", "elastic_net"], _PLANNED] = Field(
-        "cosine", description="What is minimised: 1 − cosine, the squared error, or that with an L1 penalty on the map."
+        "cosine",
+        description="The objective: 1 − cosine, the squared error, or the squared error with an L1 penalty on the map.",
     )
     accurate: Annotated[bool, _COSINE] = Field(
         False,
@@ -58,16 +59,16 @@ class Objective(Settings):
         0.5, ge=0, le=1, description="Loss elastic_net: the L1 penalty's share of alpha; the rest is half a ridge."
     )
     solver: Annotated[Literal["adam", "lbfgs", "cg", "trust_region"], _SOLVED] = Field(
-        "adam", description="The iterative solver: Adam by minibatches, or one of scipy's on all tokens."
+        "adam", description="The iterative solver: Adam on minibatches, or one of scipy's on all tokens."
     )
     start: Annotated[Literal["closed_form", "identity"], _SOLVED] = Field(
-        "closed_form", description="Where it starts: at the least-squares map, or at the identity (the published preset)."
+        "closed_form", description="Starting point: the least-squares map, or the identity (the published preset)."
     )
-    learning_rate: Annotated[float, _ADAM] = Field(1e-4, gt=0, allow_inf_nan=False, description="Solver adam: its step.")
-    epochs: Annotated[int, _ADAM] = Field(10, ge=1, description="Solver adam: passes over the tokens at most.")
-    tokens_per_step: Annotated[int, _ADAM] = Field(1024, ge=1, description="Solver adam: tokens of a minibatch.")
+    learning_rate: Annotated[float, _ADAM] = Field(1e-4, gt=0, allow_inf_nan=False, description="Solver adam: step size.")
+    epochs: Annotated[int, _ADAM] = Field(10, ge=1, description="Solver adam: maximum number of passes over the tokens.")
+    tokens_per_step: Annotated[int, _ADAM] = Field(1024, ge=1, description="Solver adam: tokens per minibatch.")
     max_iterations: Annotated[int, _OTHERS] = Field(
-        500, ge=1, description="Solvers lbfgs, cg and trust_region: iterations at most."
+        500, ge=1, description="Solvers lbfgs, cg and trust_region: maximum number of iterations."
     )
 
 
@@ -236,7 +237,7 @@ METHOD = Method(
     stand_in=lambda params: "map",
     statistics=statistics,
     solve=solve,
-    words="fits what takes the block's place",
+    words="fits a replacement for the block",
     transforms=TRANSFORMS,
     refusals=refusals,
     refuses=refuses,

@@ -26,7 +26,7 @@ class Weighting(Settings):
 
     ghosted_weighted: Annotated[bool, Use(("plan", "solve", "repair"))] = Field(
         False,
-        description="Every token counts by its relative error (weights 1/‖H‖²); false is the published form.",
+        description="Weight every token by 1/‖H‖², so that relative errors count; false is the published form.",
     )
 
 
@@ -66,5 +66,5 @@ METHOD = Method(
     solve=solve,
     criterion=MEAN_COSINE,
     plain=lambda params: False,
-    words="maps the whole state behind the host",
+    words="maps the whole state after the host",
 )

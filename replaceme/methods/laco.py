@@ -1,6 +1,6 @@
-"""LaCo (arXiv 2402.11187): merge layers into the one in front of them, chosen and merged at once.
+"""LaCo (arXiv 2402.11187): merge layers into the one before them, as long as the model's last states stay similar.
 
-The merges are ``replaceme.selection.collapse``; this file says where they are tried.
+``replaceme.selection.collapse`` does the merging; this file says where merges are tried.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ class Merging(Settings):
     """Parameters of LaCo."""
 
     laco_layers: Annotated[int, Use(("select",))] = Field(
-        7, ge=2, description="Layers that become one in a merge, at most (published as C)."
+        7, ge=2, description="Maximum number of layers in a merge, the host included (published as C)."
     )
     laco_interval: Annotated[int, Use(("select",))] = Field(
-        1, ge=1, description="How many layers in front of a merge the next one is tried (published as I)."
+        1, ge=1, description="How many layers before a merge the next one is tried (published as I)."
     )
     laco_threshold: Annotated[float, Use(("select",))] = Field(
         0.45, ge=-1, le=1,
-        description="Cosine of last states with the original model's that a merge must leave (published as T); "
-        "lowered by steps of 0.01 until layers_to_skip layers go, so that 1 finds the highest one.",
+        description="Minimum cosine between the merged and the original model's last states (published as T); "
+        "lowered in steps of 0.01 until layers_to_skip layers are removed, so that 1 finds the highest possible one.",
     )  # fmt: skip
 
 
@@ -94,11 +94,11 @@ METHOD = Method(
     solve=drop("LaCo"),
     criterion=Criterion(
         "collapse",
-        "merging layers into the one in front of them, as long as the last states stay alike",
+        "merging layers into the one before them, as long as the model's last states stay similar",
         choose,
         check=check_merges,
     ),
-    words="merges layers by what they merge to",
+    words="merges layers into the one before them",
     selections=(),
     several=False,
     refuses=refuses,

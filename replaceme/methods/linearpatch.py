@@ -1,5 +1,5 @@
-"""LinearPatch (arXiv 2505.24680), without its distillation: scale the state at the cut to the magnitudes that it has behind the
-block, channel by channel, in coordinates in which no single channel is massive.
+"""LinearPatch (arXiv 2505.24680), without its distillation: scale each channel of the state at the cut to its magnitude after
+the block, in rotated coordinates, where no single channel is massive.
 
     P = R diag(s) Rᵀ,   s_k = mean over documents of (mean over tokens of |(H R)_k| / mean over tokens of |(h_host R)_k|)
 
@@ -31,8 +31,8 @@ class Form(Settings):
 
     linearpatch_form: Annotated[Literal["hadamard", "diagonal"], Use(("plan", "solve", "repair"))] = Field(
         "hadamard",
-        description="Whether channels are scaled in coordinates turned by a Hadamard matrix (published as "
-        "rotate; d × d parameters), or in the model's own (diagonal, published as diag; d).",
+        description="Scale channels in coordinates rotated by a Hadamard matrix (published as rotate; d × d parameters), "
+        "or in the model's own (diagonal, published as diag; d parameters).",
     )
 
 
@@ -84,6 +84,6 @@ METHOD = Method(
     solve=solve,
     criterion=MEAN_COSINE,
     plain=lambda params: False,
-    words="maps the whole state behind the host",
+    words="maps the whole state after the host",
     check=check,
 )

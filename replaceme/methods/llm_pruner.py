@@ -1,4 +1,5 @@
-"""LLM-Pruner (arXiv 2305.11627): heads and channels go, those that the loss feels least (``replaceme.methods.groups``)."""
+"""LLM-Pruner (arXiv 2305.11627): remove the heads and MLP channels with the least effect on the loss
+(``replaceme.methods.groups``)."""
 
 from __future__ import annotations
 
@@ -156,7 +157,7 @@ METHOD = Method(
     criterion=WIDTH,
     work=work,
     plain=lambda params: params.plain,
-    words="removes parts of layers and no layer",
+    words="removes parts of layers, not whole layers",
     selections=(),
     several=False,
     repairs=False,

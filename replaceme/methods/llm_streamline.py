@@ -1,4 +1,4 @@
-"""LLM-Streamline (arXiv 2403.19135): one lightweight layer, trained, in the place of a window of layers.
+"""LLM-Streamline (arXiv 2403.19135): train one lightweight layer in the place of a window of layers.
 
 The window ``[b, b + n]`` is the one whose entering state h_{b−1} and leaving state h_{b+n} have the highest mean cosine ("layer
 pruning"). Its first layer stays and is trained to make h_{b+n} of h_{b−1} ("layer replacement", by the mean squared error); the
@@ -33,14 +33,14 @@ class Training(Settings):
 
     llm_streamline_form: Annotated[Literal["layer", "mlp"], Use(("repair",))] = Field(
         "layer",
-        description="What is trained in the layers' place: the whole layer in front of them, or its MLP "
-        "alone, without an attention.",
+        description="What is trained in the block's place: the whole layer before it, or only the MLP of that "
+        "layer, without an attention.",
     )
     llm_streamline_learning_rate: Annotated[float, Use(("repair",))] = Field(
-        2e-4, gt=0, allow_inf_nan=False, description="AdamW's largest step."
+        2e-4, gt=0, allow_inf_nan=False, description="AdamW's peak learning rate."
     )
     llm_streamline_epochs: Annotated[int, Use(("repair",))] = Field(
-        1, ge=1, description="Passes over the documents, batch_size of them in a step."
+        1, ge=1, description="Passes over the documents, batch_size documents per step."
     )
 
 

@@ -1,5 +1,5 @@
-"""ReplaceMe with least squares (arXiv 2505.02819, section 3), in closed form: one ridge regression a block; or one over all
-weights of the host's last linears (``replaceme.solvers.refit``)."""
+"""ReplaceMe with least squares (arXiv 2505.02819, section 3), in closed form: one ridge regression per block, for a map or for
+all weights of the host's last linears (``replaceme.solvers.refit``)."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ METHOD = Method(
     stand_in=_stand_in,
     statistics=_statistics,
     solve=solve,
-    words="fits what takes the block's place",
+    words="fits a replacement for the block",
     transforms=TRANSFORMS,
     refusals=_refusals,
     refuses=_refuses,

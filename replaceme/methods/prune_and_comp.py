@@ -1,4 +1,4 @@
-"""Prune&Comp (arXiv 2507.18212): drop layers one by one, and scale the state where each was.
+"""Prune&Comp (arXiv 2507.18212): drop layers one by one, and scale the state at each cut.
 
 Each layer that goes is the one with the lowest influence by then, in the model as shortened and scaled so far
 (``replaceme.selection.compensation``).
@@ -49,9 +49,9 @@ METHOD = Method(
     solve=drop("Prune&Comp"),
     criterion=Criterion(
         "compensated",
-        "the smallest influence on their input, one by one, the state scaled in the place of those before",
+        "the smallest block influence, one layer at a time, with the state scaled at earlier cuts",
         choose,
     ),
-    words="puts one number there",
+    words="replaces removed layers by a scalar",
     refuses=refuses,
 )

@@ -1,4 +1,4 @@
-"""SliceGPT (arXiv 2401.15024): keep of the residual stream what its principal components hold (``replaceme.edits.slicing``).
+"""SliceGPT (arXiv 2401.15024): project the residual stream onto its principal components (``replaceme.edits.slicing``).
 
 The basis of a signal is made of the eigenvectors of ``Σ hᵀh`` over real tokens with the largest eigenvalues. One after the
 other, each signal is computed from those in front of it as they are when sliced: the tokens' states lie in a file on disk, are
@@ -77,7 +77,7 @@ METHOD = Method(
     criterion=WIDTH,
     work=work,
     plain=lambda params: params.plain,
-    words="removes parts of layers and no layer",
+    words="removes parts of layers, not whole layers",
     selections=(),
     several=False,
     repairs=False,

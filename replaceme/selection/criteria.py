@@ -175,22 +175,25 @@ CRITERIA: Mapping[str, Criterion] = {
         Criterion(
             "angular", "the smallest angular distance", _ranked(lambda profile: profile["angular_distance"]), several=True
         ),
-        Criterion("residual", "the smallest residual", _ranked(lambda profile: profile["residual"]), several=True),
-        Criterion("loss", "the smallest loss among the few best cuts", _loss, check=_enough_documents),
-        Criterion("influence", "the smallest influence on their input", _influence),
-        Criterion("greedy", "the smallest loss without them, one by one", _greedy),
+        Criterion(
+            "residual",
+            "the smallest residual of a linear map in the block's place",
+            _ranked(lambda profile: profile["residual"]),
+            several=True,
+        ),
+        Criterion("loss", "the lowest next-token loss among a few preselected cuts", _loss, check=_enough_documents),
+        Criterion("influence", "the smallest block influence", _influence),
+        Criterion("greedy", "the lowest loss without the layer, one layer at a time", _greedy),
     )
 }
 MEAN_COSINE = Criterion(
     "mean_cosine",
-    "the highest mean cosine of the state in front of it and the one behind",
+    "the highest mean cosine between the states before and after the block",
     # Of what leaves the host, which enters the block.
     _ranked(lambda profile: _negative(profile["mean_cosine"][1:])),
     several=True,
 )
-WINDOW = Criterion(
-    "window", "the highest mean cosine of what enters the layer that is trained and what leaves the last one", _window
-)
+WINDOW = Criterion("window", "the highest mean cosine between the states before the trained layer and after the block", _window)
 WIDTH = Criterion("width", "parts of layers", _parts_of_layers, whole_layers=False)
 
 

@@ -342,15 +342,15 @@ def test_the_card_says_what_was_merged(params: Params, tiny: Model) -> None:
     [
         (
             {"transform": "joint"},
-            "transform: joint has no place in method laco, which merges layers by what they merge to; use dense.",
+            "transform: joint has no place in method laco, which merges layers into the one before them; use dense.",
         ),
         (
             {"selection": "loss"},
-            "selection: loss has no place in method laco, which merges layers by what they merge to; use null.",
+            "selection: loss has no place in method laco, which merges layers into the one before them; use null.",
         ),
         (
             {"num_A": 2},
-            "num_A: 2 has no place in method laco, which merges layers by what they merge to; use 1.",
+            "num_A: 2 has no place in method laco, which merges layers into the one before them; use 1.",
         ),
         ({"laco_layers": 1}, "laco_layers: must be at least 2, not 1."),
         ({"laco_interval": 0}, "laco_interval: must be at least 1, not 0."),

@@ -190,7 +190,7 @@ def test_no_transform_goes_with_an_operator(method: str, transform: str) -> None
     with pytest.raises(ParameterError) as caught:
         read_params(None, {"method": method, "transform": transform}, METHODS)
     assert caught.value.problems == [
-        f"command line: transform: {transform} has no place in method {method}, which maps the whole state behind the host; "
+        f"command line: transform: {transform} has no place in method {method}, which maps the whole state after the host; "
         "use dense."
     ]
 

@@ -409,7 +409,7 @@ def test_the_whole_command_removes_parts_of_layers(
         ({"num_A": 2}, "num_A: 2 has no place in method llm_pruner"),
         (
             {"repair": True},
-            "repair: true has no place in method llm_pruner, which removes parts of layers and no layer; use f",
+            "repair: true has no place in method llm_pruner, which removes parts of layers, not whole layers; use f",
         ),
         ({"use_4bit": True}, "use_4bit: true has no place in method llm_pruner"),
         ({"dtype": "float16"}, "dtype: float16 is too short for the gradients of method llm_pruner; use bfloat16 or float32."),

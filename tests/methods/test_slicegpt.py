@@ -259,7 +259,7 @@ def test_families_are_sliced_or_refused_with_the_reason() -> None:
         ({"transform": "joint"}, "transform: joint has no place in method slicegpt"),
         (
             {"repair": True},
-            "repair: true has no place in method slicegpt, which removes parts of layers and no layer",
+            "repair: true has no place in method slicegpt, which removes parts of layers, not whole layers",
         ),
         (
             {"selection": "loss"},

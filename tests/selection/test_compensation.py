@@ -317,7 +317,7 @@ def test_the_whole_command_scales_what_is_left(
     assert "with Prune&Comp." in card
     assert f"by {1 / float(blocks[0].scale or 0):.4g} behind layer {blocks[0].host}" in card
     page = (work / "artifacts" / "report" / "index.html").read_text(encoding="utf-8")
-    assert options or "the smallest influence on their input, one by one" in page
+    assert options or "the smallest block influence, one layer at a time" in page
 
 
 def test_the_card_of_another_method_has_no_scalars(params: Params, tiny: Model) -> None:
@@ -329,7 +329,7 @@ def test_the_card_of_another_method_has_no_scalars(params: Params, tiny: Model) 
     [
         (
             {"transform": "joint"},
-            "transform: joint has no place in method prune_and_comp, which puts one number there; use dense.",
+            "transform: joint has no place in method prune_and_comp, which replaces removed layers by a scalar; use dense.",
         ),
         (
             {"method": "uidl", "selection": "compensated"},
