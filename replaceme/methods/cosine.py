@@ -2,8 +2,8 @@
 
     Σ_tokens loss + α‖T − P‖²_F,   P = 0; P = I for the fast cosine and for two vectors
 
-The fast cosine, ``1 − cos(M T, Y)``, knows nothing of T's scale. A ridge to 0 would have no minimum, hence P = I; and T is
-scaled at the end by the least-squares factor ``tr(TᵀMᵀY) / tr(TᵀMᵀM T)``. The elastic net is the squared error with
+The fast cosine, ``1 − cos(M T, Y)``, does not depend on T's scale. A ridge toward 0 would have no minimum, hence P = I; and T
+is scaled at the end by the least-squares factor ``tr(TᵀMᵀY) / tr(TᵀMᵀM T)``. The elastic net is the squared error with
 ``α(ρ‖T‖₁ + (1 − ρ)/2 ‖T‖²)``. Only the cosine reads tokens; the squared errors need the sums alone.
 """
 
@@ -73,7 +73,7 @@ class Objective(Settings):
 
 
 def statistics(params: Params) -> tuple[str, ...]:
-    """Return what the objective needs: single tokens for the cosine alone."""
+    """Return the statistics of the objective: only the cosine needs single tokens."""
     own = Objective.of(params)
     if own.loss != "cosine":
         return ("gram", "sample")
@@ -81,7 +81,7 @@ def statistics(params: Params) -> tuple[str, ...]:
 
 
 def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
-    """Return the transform, how well it fits, and how the solver came there."""
+    """Return the transform, its fit, and the solver's loss curve."""
     import torch
 
     from replaceme.edits.edits import Edits
@@ -112,7 +112,7 @@ def problem_of(params: Params, sums: Sums, statistic: Statistics) -> Problem:
     Args:
         params: loss, its form, the transform's structure and the penalty.
         sums: the statistic ``gram``.
-        statistic: the block's statistics by name; asked for tokens alone.
+        statistic: the block's statistics by name; only those of tokens are read.
     """
     import torch
 
@@ -139,7 +139,7 @@ def problem_of(params: Params, sums: Sums, statistic: Statistics) -> Problem:
 
 
 def least_squares_scale(transform: Tensor, sums: Sums) -> float:
-    """Return the factor s that makes ``‖Y − s M T‖²`` smallest."""
+    """Return the factor s that minimises ``‖Y − s M T‖²``."""
     return float((transform * sums["cross"]).sum() / (transform * (sums["gram"] @ transform)).sum())
 
 
@@ -151,7 +151,7 @@ def _start(params: Params, sums: Sums) -> Tensor:
     own = Objective.of(params)
     if own.start == "identity":
         return torch.eye(len(sums["gram"]), dtype=torch.float64)
-    # The cosine's α has the units of that loss: as a ridge on MᵀM it would be felt by nothing, or ruin the start.
+    # The cosine's α has the units of that loss: as a ridge on MᵀM it would be negligible, or ruin the start.
     alpha = START_RIDGE * float(sums["gram"].diagonal().mean()) if own.loss == "cosine" else params.alpha
     return closed_form(sums["gram"], sums["cross"], alpha, STRUCTURES[params.transform])
 
@@ -197,11 +197,11 @@ def _report(own: Objective, host: int, fit: Mapping[str, Any]) -> None:
     if not fit["converged"] and fit["iterations"]:
         key = "epochs" if own.solver == "adam" else "max_iterations"
         advice = " or change learning_rate" if own.solver == "adam" else ""
-        logger.warning("%s: %s did not come to rest within %d; raise it%s", key, own.solver, getattr(own, key), advice)
+        logger.warning("%s: %s did not converge within %d; raise it%s", key, own.solver, getattr(own, key), advice)
 
 
 def refusals(values: Values) -> list[str]:
-    """Return a sentence for each objective, structure and solver that do not go together."""
+    """Return a sentence for each objective, structure and solver that can't be combined."""
     transform, loss, solver = (values[key] for key in ("transform", "loss", "solver"))
     problems = []
     if transform == "orthogonal":

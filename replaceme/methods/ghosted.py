@@ -2,9 +2,9 @@
 
     W = I + M,   M = argmin Σ w ‖h_host M − (H − h_host)‖² + α‖M‖²
 
-over all real tokens; the penalty is toward nothing in the block's place. As published, w = 1 and α is next to nothing (1e-6);
-with w = 1/‖H‖² every token counts by its relative error, so that a few of massive norm don't decide the fit. A transform
-(``replaceme.methods.lstsq``) maps what the host's MLP adds alone; this maps everything, and costs d² parameters.
+over all real tokens; the penalty pulls toward an empty cut, W = I. As published, w = 1 and α is negligible (1e-6); with
+w = 1/‖H‖² every token counts by its relative error, so that a few of massive norm don't dominate the fit. A transform
+(``replaceme.methods.lstsq``) maps only the MLP output of the host; this maps the whole state, and costs d² parameters.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Weighting(Settings):
 
 
 def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
-    """Return the operator on the state after the host, and how well it fits."""
+    """Return the operator on the state after the host, and its fit."""
     import torch
 
     from replaceme.edits.edits import Edits

@@ -39,7 +39,7 @@ class Merging(Settings):
 
 
 def way_of(params: Params, layers: int) -> Way:
-    """Return where merges are tried in a model of so many layers."""
+    """Return where merges are tried in a model with this number of layers."""
     from replaceme.selection.collapse import Way
 
     own, first, end = Merging.of(params), (params.min_distance_layer or 1) - 1, params.max_distance_layer or layers
@@ -47,7 +47,7 @@ def way_of(params: Params, layers: int) -> Way:
 
 
 def check_merges(params: Params, layers: int) -> None:
-    """Raise ParameterError when too few layers go even where every merge counts."""
+    """Raise ParameterError when too few layers go even if every merge is accepted."""
     from replaceme.selection.collapse import most
 
     way = way_of(params, layers)
@@ -80,7 +80,7 @@ def choose(choice: Choice) -> tuple[list[Block], dict[str, Any]]:
 
 
 def refuses(values: Values, kind: str, family: Family) -> list[str]:
-    """Refuse a mixture of experts, none of which is the next layer's."""
+    """Refuse mixtures of experts: experts of adjacent layers do not correspond."""
     if family.experts:
         return [
             f"method: laco is not derived for the mixture of experts of the family '{kind}', where no expert is the next "

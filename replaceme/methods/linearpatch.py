@@ -4,8 +4,8 @@ the block, in rotated coordinates, where no single channel is massive.
     P = R diag(s) Rᵀ,   s_k = mean over documents of (mean over tokens of |(H R)_k| / mean over tokens of |(h_host R)_k|)
 
 with a Hadamard matrix R (the published ``rotate``), or R = I (its ``diag``), which costs d parameters instead of d². All real
-tokens count, those of massive norm too: the rotation spreads them over the channels. Any Hadamard matrix of the width will do,
-but another one gives another P; ours are those of ``replaceme.observers.hadamard``.
+tokens count, also those of massive norm: the rotation spreads them over the channels. Any Hadamard matrix of the width works,
+but each gives another P; ours are those of ``replaceme.observers.hadamard``.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Form(Settings):
 
 
 def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
-    """Return the operator on the state after the host, and how well it fits."""
+    """Return the operator on the state after the host, and its fit."""
     from replaceme.edits.edits import Edits
     from replaceme.observers.hadamard import hadamard
     from replaceme.solvers.quality import operator_quality
@@ -67,7 +67,7 @@ def _magnitudes(params: Params) -> str:
 
 
 def check(params: Params, model: Any, family: Family) -> None:
-    """Raise ParameterError when the model's width has no Hadamard matrix that is constructed here."""
+    """Raise ParameterError if no Hadamard matrix of the model's width is constructed here."""
     from replaceme.observers.hadamard import hadamard
 
     width = int(model.config.hidden_size)

@@ -14,12 +14,12 @@ from replaceme.methods.method import Method, Solved, Statistics
 if TYPE_CHECKING:
     from replaceme.models.families import Family
 
-# The transforms that solve for more than a map, with the statistic that they want.
+# The transforms that solve for weights of the host, and the statistic that each needs.
 FEATURES = {"refit": "mlp_features", "joint": "features", "channels": "features"}
 
 
 def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
-    """Return what the host computes instead, and how well it fits."""
+    """Return the edits of the host, and their fit."""
     from replaceme.edits.edits import Edits
     from replaceme.solvers.closed_forms import STRUCTURES, closed_form, structure_words
     from replaceme.solvers.quality import dense_figures, fit_quality, ridge_path, structured_figures
@@ -43,7 +43,7 @@ def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
         block.host, fit["tokens"], fit["relative_residual"], fit["relative_residual_removed"], fit["mean_cosine"],
     )  # fmt: skip
     title = f"ReplaceMe (least squares{structure_words(structure)})"
-    if "norm" in sums:  # edits hold what the norm's output before its weight takes
+    if "norm" in sums:  # edits hold the map of the norm's output before its weight
         transform = sums["norm"][:, None] * transform
     return Solved(Edits(title, [], {block.host: transform}), fit, path)
 

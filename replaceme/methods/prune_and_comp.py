@@ -1,6 +1,6 @@
 """Prune&Comp (arXiv 2507.18212): drop layers one by one, and scale the state at each cut.
 
-Each layer that goes is the one with the lowest influence by then, in the model as shortened and scaled so far
+Each time, the layer with the lowest influence in the model as shortened and scaled so far is dropped
 (``replaceme.selection.compensation``).
 """
 
@@ -35,7 +35,7 @@ def choose(choice: Choice) -> tuple[list[Block], dict[str, Any]]:
 
 
 def refuses(values: Values, kind: str, family: Family) -> list[str]:
-    """Refuse a family that reads the residual stream through anything but norms: there no scalar folds."""
+    """Refuse families that read the residual stream other than through norms: no scalar folds there."""
     if not family.norm_before:
         return [
             f"method: prune_and_comp scales the residual stream, and not all that reads it in the family '{kind}' does so "

@@ -308,8 +308,8 @@ def test_what_can_not_be_is_refused_by_name() -> None:
     values["use_4bit"] = False
     assert not refusals(values, METHODS["lstsq"])
     (sentence,) = family_refusals(values, "falcon", family_of(made_model("falcon").config))
-    assert sentence.startswith("transform: channels folds the norm in front of an MLP into its linears")
+    assert sentence.startswith("transform: channels folds the norm before an MLP into its linears")
     (sentence,) = family_refusals(values, "opt", family_of(made_model("opt", enable_bias=False).config))
-    assert sentence.startswith("transform: channels folds the norm in front of an MLP into its linears")
+    assert sentence.startswith("transform: channels folds the norm before an MLP into its linears")
     (sentence,) = refusals({**values, "method": "cosine"}, METHODS["cosine"])
     assert sentence.startswith("transform: channels solves least squares")

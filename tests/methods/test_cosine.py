@@ -188,8 +188,8 @@ def test_a_solver_that_is_cut_short_says_so(caplog: pytest.LogCaptureFixture) ->
     with caplog.at_level("INFO", "replaceme"):
         assert solved(loss="mse", solver="lbfgs", max_iterations=2).figures["converged"] == 0
         assert solved(loss="mse", solver="adam", epochs=2, learning_rate=1e-3).figures["converged"] == 0
-    assert "max_iterations: lbfgs did not come to rest within 2; raise it" in caplog.text
-    assert "epochs: adam did not come to rest within 2; raise it or change learning_rate" in caplog.text
+    assert "max_iterations: lbfgs did not converge within 2; raise it" in caplog.text
+    assert "epochs: adam did not converge within 2; raise it or change learning_rate" in caplog.text
 
 
 def test_only_the_cosine_wants_single_tokens() -> None:

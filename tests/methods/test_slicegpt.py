@@ -265,7 +265,7 @@ def test_families_are_sliced_or_refused_with_the_reason() -> None:
             {"selection": "loss"},
             "selection: loss has no place in method slicegpt, which removes parts of layers",
         ),
-        ({"min_distance_layer": 3}, "min_distance_layer: method slicegpt takes from all layers alike; use null."),
+        ({"min_distance_layer": 3}, "min_distance_layer: method slicegpt slices all layers alike; use null."),
         ({"num_A": 2}, "num_A: 2 has no place in method slicegpt"),
     ],
 )
