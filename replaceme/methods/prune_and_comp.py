@@ -27,7 +27,7 @@ def choose(choice: Choice) -> tuple[list[Block], dict[str, Any]]:
         model, family, choice.documents, choice.layers, params.layers_to_skip, batch_size=params.batch_size
     )
     listed = ", ".join(f"{layer} (influence {influences[layer]:.4f}, scale {scale:.4f})" for layer, scale in scales.items())
-    logger.info("select: layers in the order in which they went: %s", listed)
+    logger.info("select: layers in order of removal: %s", listed)
     return blocks_of(scales), {
         "influence": sum(influences.values()),
         "order": {f"layer{layer}": {"influence": influences[layer], "scale": scale} for layer, scale in scales.items()},

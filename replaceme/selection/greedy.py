@@ -1,7 +1,7 @@
-"""Layers chosen one by one, by what the model without each of them predicts (SLEB, arXiv 2402.09025, section 3).
+"""Greedy choice of single layers by the loss of the model without each (SLEB, arXiv 2402.09025, section 3).
 
-As many times as layers are to go, every layer that is left is passed by in turn, and the one without which the calibration loss
-is lowest goes. The states that enter each layer are computed once a round: a candidate costs the layers behind it alone.
+In each round, every remaining layer is skipped in turn, and the one without which the calibration loss is lowest is removed.
+The states that enter each layer are computed once per round: a candidate costs only the layers after it.
 """
 
 from collections.abc import Sequence
@@ -27,14 +27,14 @@ def greedy_layers(
     batch_size: int,
     folder: Path | None = None,
 ) -> tuple[list[int], list[float]]:
-    """Return the layers that go, in the order in which they were chosen, and the loss (nats a token) after each.
+    """Return the removed layers in order of removal, and the loss (nats per token) after each.
 
     Args:
         model: the dense model.
         family: its description.
         documents: calibration text.
         allowed: the layers that may go.
-        count: how many go.
+        count: the number of layers to remove.
         batch_size: documents in a batch.
         folder: where scratch files may lie; None is the system's temporary folder.
     """

@@ -44,7 +44,10 @@ class Trials:
 
     @contextmanager
     def trial(self, edits: Edits, layer: int) -> Iterator[Iterator[Batch]]:
-        """Inside the block, compute with the edits, the first of which is at ``layer``; yield the batches to compute, once."""
+        """Compute with the edits inside the block, from ``layer`` on, and yield the batches, once.
+
+        The stored states that enter the layer have to include any edits before it.
+        """
         current: Batch | None = None
 
         def batches() -> Iterator[Batch]:
@@ -65,7 +68,7 @@ def batches_of(model: Any, documents: Documents, batch_size: int) -> Iterator[Ba
 
 @torch.inference_mode()
 def next_token_loss(model: Any, batches: Iterable[Batch]) -> float:
-    """Return the mean next-token loss (nats a token) of a model, as it computes at present; a text has two tokens at least."""
+    """Return the mean next-token loss (nats per token) of a model as it computes at present; one text needs two tokens."""
     total, count = 0.0, 0
     for batch in batches:
         logits = model(batch.input_ids, use_cache=False).logits
