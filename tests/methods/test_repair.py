@@ -37,7 +37,7 @@ Mending = Callable[..., tuple[list[Repair], dict[str, Any]]]
 
 
 def solved(model: Any, documents: Documents, blocks: tuple[Block, ...], **options: Any) -> tuple[Edits, Mending]:
-    """Return the edits as solve makes them, and what repairs them, given a scratch folder or none."""
+    """Return the edits as solve makes them, and ``mend`` for them, to be called with a scratch folder or none."""
     params = read_params(None, {"batch_size": 4, **options})
     family, method = family_of(model.config), METHODS[params.method]
     plan = Plan(blocks, method.statistics(params))
@@ -48,7 +48,7 @@ def solved(model: Any, documents: Documents, blocks: tuple[Block, ...], **option
 
 
 def resolve(linears: list[Any], features: list[np.ndarray], error: np.ndarray, target: np.ndarray, sizes: list[float]) -> None:
-    """Give linears the weights that one ridge regression toward their present ones finds; the last one's bias with them."""
+    """Set the weights of linears, and the last bias, by one ridge regression toward the present weights."""
     widths = [part.shape[1] for part in features]
     biased = [linear for linear in linears if getattr(linear, "bias", None) is not None][-1:]
     g = np.hstack([*features, *(np.ones((len(error), 1)) for _ in biased)])
@@ -70,7 +70,7 @@ def same_weights(a: Any, b: Any, tolerance: float = 1e-3) -> bool:
 
 
 @pytest.mark.parametrize(("kind", "method"), [*product(PLAIN, ["lstsq"]), ("llama", "uidl"), ("phi", "uidl")])
-def test_each_kept_layer_is_resolved_on_what_the_shortened_model_feeds_it(kind: str, method: str) -> None:
+def test_each_kept_layer_is_solved_again_on_states_of_the_shortened_model(kind: str, method: str) -> None:
     model, documents = made_model(kind, torch.float64), many_documents()
     edits, mending = solved(model, documents, (BLOCK,), method=method, alpha=5.0, repair=True)
     expected = deepcopy(model)
@@ -110,7 +110,7 @@ def test_with_an_infinite_ridge_nothing_is_repaired() -> None:
     assert all(weight.abs().max() < 1e-9 for weight, _ in edits.corrections.values())
 
 
-def test_the_joint_fit_resolves_the_mlp_on_its_new_features() -> None:
+def test_the_joint_fit_solves_the_mlp_again_on_its_new_features() -> None:
     model, documents = made_model(dtype=torch.float64), many_documents()
     edits, mending = solved(model, documents, (BLOCK,), transform="joint", alpha=5.0)
     expected = deepcopy(model)
@@ -128,7 +128,7 @@ def test_the_joint_fit_resolves_the_mlp_on_its_new_features() -> None:
 
 @pytest.mark.parametrize("host_only", [True, False])
 @pytest.mark.parametrize("kind", PLAIN)
-def test_a_later_block_is_fitted_on_what_the_shortened_model_feeds_it(kind: str, host_only: bool) -> None:
+def test_a_later_block_is_fitted_on_states_of_the_shortened_model(kind: str, host_only: bool) -> None:
     # The second block's host is the only layer between the two, or one of two.
     blocks = (Block(1, 2), Block(3, 5)) if host_only else (Block(1, 2), Block(4, 5))
     model, documents = made_model(kind, torch.float64), many_documents()
@@ -153,12 +153,12 @@ def test_a_later_block_is_fitted_on_what_the_shortened_model_feeds_it(kind: str,
         ((BLOCK,), {"transform": "refit", "repair": True}),
         ((BLOCK,), {"transform": "joint", "repair": True}),
         ((Block(1, 2),), {"transform": "joint"}),  # the first layer is the host
-        ((Block(4, 6),), {"transform": "joint", "repair": True}),  # no layer is left behind the cut
+        ((Block(4, 6),), {"transform": "joint", "repair": True}),  # no layer is left after the cut
         ((Block(1, 2), Block(3, 5)), {"transform": "joint", "repair": True}),
         ((Block(1, 2), Block(3, 5)), {"method": "uidl", "repair": True}),
     ],
 )
-def test_everything_that_is_repaired_is_exported_exactly(
+def test_all_repairs_are_exported_exactly(
     kind: str, blocks: tuple[Block, ...], options: dict[str, Any], save_tiny: Callable[..., Model], tmp_path: Path
 ) -> None:
     source, documents = save_tiny(kind), many_documents(12)
@@ -191,7 +191,7 @@ def test_each_models_attention_and_mlp_are_computed_once_a_layer(linear: str, do
     assert len(calls) == 2 * len(layers) * documents.batch_count(4)
 
 
-def test_the_model_itself_stays_as_it_was_and_no_file_is_left(documents: Documents, tmp_path: Path) -> None:
+def test_the_model_itself_is_unchanged_and_no_file_is_left(documents: Documents, tmp_path: Path) -> None:
     model = made_model()
     before = deepcopy(model.state_dict())
     _, mending = solved(model, documents, (BLOCK,), alpha=5.0, repair=True)
@@ -210,14 +210,14 @@ def test_a_scratch_disk_that_is_too_small_is_named(
         mending(tmp_path)
 
 
-def test_a_later_joint_fit_comes_on_top_of_the_repaired_attention() -> None:
+def test_a_later_joint_fit_is_added_to_the_repaired_attention() -> None:
     blocks = (Block(1, 2), Block(3, 5))
     model, documents = made_model(dtype=torch.float64), many_documents()
     edits, mending = solved(model, documents, blocks, alpha=5.0, transform="joint", repair=True)
     dense = deepcopy(model)
     repairs, figures = mending()
     apply_edits(model, PRE_NORM, edits)
-    # Layer 2 is the second block's host; its place is 1, and its state is what the last repair of it left.
+    # Layer 2 is the second block's host; its position is now 1, and its output is that of its last repair.
     now, H = passing(model, 1, documents)["output"], passing(dense, 4, documents)["output"]
     w = 1 / np.square(H).sum(1)
     left = np.sqrt((np.square(H - now).sum(1) * w).mean())
