@@ -22,7 +22,7 @@ from replaceme.corpora.draw import draw_documents
 from replaceme.corpora.find import find_dataset
 from replaceme.edits.edits import Edits
 from replaceme.methods.registry import METHODS, criterion_of
-from replaceme.methods.repair import STEPWISE, Mender
+from replaceme.methods.repair import STEPWISE, mend
 from replaceme.models.families import decoder_of
 from replaceme.models.model import find_model
 from replaceme.observers.profile import profile_model
@@ -66,7 +66,7 @@ def main(size: int | None) -> None:
         if setting.repair or setting.transform in STEPWISE:
             solved.edits.removed_layers = [*block.layers]
             plan = Plan((block,), method.statistics(setting))
-            Mender(setting, model, family, documents, solved.edits, plan).run()
+            mend(setting, model, family, documents, solved.edits, plan)
 
     settings = {
         transform: params.model_copy(update={"method": "lstsq", "transform": transform, "repair": False})

@@ -17,7 +17,7 @@ from replaceme.base.params import read_params
 from replaceme.base.plan import Block, Plan
 from replaceme.base.progress import silence_libraries
 from replaceme.methods.registry import METHODS
-from replaceme.methods.repair import Mender
+from replaceme.methods.repair import mend
 from replaceme.models.model import find_model
 from replaceme.observers.profile import profile_model
 from replaceme.observers.statistics import take_statistics
@@ -43,7 +43,7 @@ def measure(tokens: int) -> None:
     taken = take_statistics(model, family, documents, block, names, params.batch_size)
     edits = method.solve(params, block, taken.__getitem__).edits
     edits.removed_layers = [*block.layers]
-    Mender(params, model, family, documents, edits, Plan((block,), names)).run()
+    mend(params, model, family, documents, edits, Plan((block,), names))
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 

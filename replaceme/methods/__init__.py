@@ -1,4 +1,4 @@
-"""What takes the place of the layers that go: one file a method, listed in ``registry.py``; repair among them.
+"""The pruning methods, one file each, listed in ``registry.py``; and the repair of kept layers.
 
 It may import base to selection.
 """

@@ -1,6 +1,6 @@
-"""Averaged layers, the plainest merge: the host's linears become the mean of its own and of the block's.
+"""Averaged layers, the simplest merge: the host's linears become the mean of its own and the block's.
 
-A floor for what merges weights by a formula (LaCo, arXiv 2402.11187): no published method, but what one would try first.
+Not a published method: the baseline for methods that merge weights by a formula (LaCo, arXiv 2402.11187).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
-    """Return the mean, ``W = Σ W_j / (n + 1)`` over the host and the n layers of the block."""
+    """Return the mean, ``W = Σ W_j / (n + 1)`` over the host and the block's n layers."""
     from replaceme.edits.edits import Edits
 
     layers = range(block.host, block.end)
@@ -25,7 +25,7 @@ def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
 
 
 def refuses(values: Values, kind: str, family: Family) -> list[str]:
-    """Refuse a mixture of experts, none of which is another layer's."""
+    """Refuse mixtures of experts: experts of different layers do not correspond."""
     if family.experts:
         return [f"method: average is not derived for the mixture of experts of the family '{kind}'; use uidl."]
     return []

@@ -1,8 +1,8 @@
 """Bases of a narrower residual stream, for SliceGPT (arXiv 2401.15024): the principal components of each signal.
 
-One after the other, each signal is computed from those before it as they are when sliced: the tokens' states lie in a file on
-disk, are projected, and are sent through one attention or one MLP, so that every layer is computed once. A single basis for all
-signals comes from the dense model in one pass.
+The signals are taken in order, each computed from the sliced ones before it: the tokens' states, in a file on disk, are
+projected and go through one attention or one MLP, so that every layer is computed once. A single basis for all signals takes
+one pass through the dense model.
 """
 
 import math
@@ -26,14 +26,14 @@ from replaceme.models.families import Family
 from replaceme.observers.sums import squares, token_weights
 from replaceme.observers.walk import Signal, Signals, Start, ask, walk
 
-# Tokens that an MLP computes at once.
+# Tokens in one call of an MLP.
 ROWS = 2048
-# Widths are multiples of it, as processors like them.
+# Widths are multiples of this, for fast matrix products.
 STEP = 8
 
 
 def principal(gram: Tensor, width: int) -> tuple[Tensor, float]:
-    """Return the ``width`` leading eigenvectors of ``Σ hᵀh`` (d, d), as (d, width) float32, and their share of its trace.
+    """Return the ``width`` leading eigenvectors of ``Σ hᵀh`` (d, d), (d, width) float32, and their share of its trace.
 
     Raises:
         SolveError: the sums are not finite.
@@ -47,7 +47,7 @@ def principal(gram: Tensor, width: int) -> tuple[Tensor, float]:
 
 @torch.inference_mode()
 def bases_in_order(bench: Bench, width: int) -> Iterator[tuple[Tensor, float]]:
-    """Yield Q and its share of each signal, in order, each signal being made of the sliced ones in front of it."""
+    """Yield Q and its share of the trace for each signal, in order, each computed from the sliced ones before it."""
     model, family = bench.model, bench.family
     layers, d = family.decoder_layers(model), int(model.config.hidden_size)
     require_resident(dict(enumerate(layers)), "whose MLP is computed by itself")
@@ -66,7 +66,7 @@ def bases_in_order(bench: Bench, width: int) -> Iterator[tuple[Tensor, float]]:
 
 
 def shared_basis(bench: Bench, width: int) -> Iterator[tuple[Tensor, float]]:
-    """Yield one Q for all signals of the dense model, and its share of them together."""
+    """Yield one Q for all signals of the dense model, and its share of their common trace."""
     pool = Pool(len(bench.family.decoder_layers(bench.model)), int(bench.model.config.hidden_size))
     walk(
         bench.model, bench.family, bench.documents, [pool],
@@ -76,7 +76,7 @@ def shared_basis(bench: Bench, width: int) -> Iterator[tuple[Tensor, float]]:
 
 
 def _watched(bench: Bench, layer: int, signals: tuple[Signal, ...], states: Tensor, start: Start | None) -> Tensor:
-    """Put a layer's signals, added up, in the place of all tokens' states, and return ``Σ hᵀh`` (d, d) float64."""
+    """Overwrite all tokens' states with the sum of a layer's signals, and return its ``Σ hᵀh`` (d, d) float64."""
     watch = Watch(layer, signals, states)
     walk(
         bench.model, bench.family, bench.documents, [watch],
@@ -86,7 +86,7 @@ def _watched(bench: Bench, layer: int, signals: tuple[Signal, ...], states: Tens
 
 
 def _through_mlp(layer: Any, family: Family, states: Tensor, Q: Tensor) -> Tensor:
-    """Send all tokens' states, projected, through a layer's MLP, in place, and return ``Σ hᵀh`` (d, d) float64."""
+    """Project all tokens' states, update them by a layer's MLP, in place, and return ``Σ hᵀh`` (d, d) float64."""
     norm, mlp = layer.get_submodule(family.rms_norms[1]), layer.get_submodule(family.mlp)
     device = next(mlp.parameters()).device
     gram = torch.zeros(len(Q), len(Q), dtype=torch.float64, device=device)
@@ -100,12 +100,12 @@ def _through_mlp(layer: Any, family: Family, states: Tensor, Q: Tensor) -> Tenso
 
 
 def _parts(states: Tensor) -> Iterator[Tensor]:
-    """Yield views of the states, some tokens each."""
+    """Return views of the states, ``ROWS`` tokens each."""
     return (states[start : start + ROWS] for start in range(0, len(states), ROWS))
 
 
 class Watch:
-    """Observer of the sum of some signals of a layer: keeps it for all tokens, (tokens, d), and ``gram``, Σ hᵀh."""
+    """Observer that stores the sum h of some signals of a layer, (tokens, d), and ``gram`` = Σ hᵀh."""
 
     def __init__(self, layer: int, signals: tuple[Signal, ...], kept: Tensor):
         self.layer, self.signals, self.kept = layer, signals, kept
@@ -121,7 +121,7 @@ class Watch:
 
 
 class Pool:
-    """Observer of all signals of a model: ``gram`` is Σ hᵀh / ‖h‖² of all of them together."""
+    """Observer of all signals h of a model: ``gram`` = Σ hᵀh / ‖h‖² over tokens and signals."""
 
     def __init__(self, layers: int, d: int):
         self.layers, self.gram = layers, torch.zeros(d, d, dtype=torch.float64)
@@ -138,25 +138,25 @@ class Pool:
 
 
 def _added(signals: Signals, names: tuple[Signal, ...], batch: Batch) -> Tensor:
-    """Return the sum of signals, of real tokens: (tokens, d), float32 at least."""
+    """Return the sum of signals over real tokens: (tokens, d), float32 or wider."""
     states = [batch.real(signals[name]) for name in names]
     return torch.stack(states).to(torch.promote_types(states[0].dtype, torch.float32)).sum(dim=0)
 
 
 def fitting_width(model: Any, family: Family, layers: int, one_basis: bool) -> tuple[int, int, int]:
-    """Return the width at which the model is nearest to the dense one without ``layers`` average layers, and both's parameters.
+    """Return the width whose model is closest in size to the dense one without ``layers`` average layers; and both sizes.
 
-    Everything counts: the head that is tied no more, and the shortcuts.
+    All parameters count, also those of an untied head and of the shortcuts.
 
     Args:
         model: the dense model.
         family: its description.
-        layers: how many layers' parameters are to go.
-        one_basis: whether one basis serves all signals: then there are no shortcuts, and the width is a multiple of the heads'
-            number, too, which families' own classes ask for.
+        layers: the number of layers whose parameters the slicing removes.
+        one_basis: whether all signals share one basis; then there are no shortcuts, and the width is also a multiple of the
+            number of heads, as the families' own classes require.
 
     Raises:
-        ParameterError: there is no narrower width.
+        ParameterError: no narrower width exists.
     """
     with torch.device("meta"):
         skeleton = type(model)(model.config)
@@ -182,6 +182,6 @@ def fitting_width(model: Any, family: Family, layers: int, one_basis: bool) -> t
 
 
 def nearest(widths: Sequence[int], target: float, size: Callable[[int], int]) -> int:
-    """Return the width whose size, which grows with it, is nearest to the target."""
+    """Return the width whose size is nearest to the target; sizes grow with the width."""
     above = bisect_left(widths, target, key=size)
     return min(widths[max(above - 1, 0) : above + 1], key=lambda width: abs(size(width) - target))

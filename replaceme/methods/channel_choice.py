@@ -1,16 +1,16 @@
-"""Which channels make the best MLP for a host: of its own, and of those of the layers that go (``replaceme.edits.channels``).
+"""The choice of a host's MLP channels, from its own and those of the removed layers (``replaceme.edits.channels``).
 
-The question is put to the least squares that its last linear is solved by (``replaceme.solvers.refit``): a ridge regression of
-what the state at the cut lacks, with the columns that the channels have where they come from as its prior. With ``A = S + λ
-diag S`` and the solution's rows ``w_i``, its objective rises by
+The criterion is the least squares that solves for its last linear (``replaceme.solvers.refit``): a ridge regression of the gap
+of the state at the cut, toward the channels' original columns. With ``A = S + λ diag S`` and the solution's rows ``w_i``, its
+objective rises by
 
     ‖w_i‖² / (A⁻¹)_ii
 
-without the channel i (Hassibi and Stork, Optimal Brain Surgeon, 1993). The fifth of them that matter least, each by itself, go;
-what is left is solved again, until there is room for all. (A smaller part at a time chose no better on the demo.)
+without channel i (Hassibi and Stork, Optimal Brain Surgeon, 1993). Each round drops the fifth with the smallest rises, then
+solves again, until the channels fit. (Smaller steps chose no better on the demo.)
 
-From the last removed layer to the host itself, the best of the channels so far and of the layer's own stay. So no more than two
-layers' are compared at once: the sums are (2 f)² numbers, however many layers go. (On the demo, all at once is no better.)
+The layers compete one by one, from the last removed layer to the host, each with the best channels so far. So only two layers'
+channels are compared at once: the sums are (2 f)² numbers for any number of layers. (On the demo, all at once is no better.)
 """
 
 from collections.abc import Mapping
@@ -24,12 +24,12 @@ from replaceme.models.families import Family
 from replaceme.observers.sums import add_squares, mirror, token_weights
 from replaceme.observers.walk import Signal, Signals
 
-# Tokens for each of the channels that are compared, and the share of these that stays in a round.
+# Tokens per compared channel, and the share of channels that a round keeps.
 TOKENS_PER_CHANNEL, SHARE = 8, 0.8
 
 
 class Candidates:
-    """Observer of what channels can do toward a target, while they stand in the host's MLP: sums over tokens, float32.
+    """Observer of the least squares from candidate channels, in the host's MLP, to a target: sums over tokens, float32.
 
     ``gram`` = Σ w gᵀg (k, k; half of it: ``replaceme.observers.sums``) and ``cross`` = Σ w gᵀ(target − state without the
     MLP) (k, d), ``w = 1/‖target‖²``.
@@ -58,21 +58,21 @@ class Candidates:
 
 @torch.inference_mode()
 def best_channels(gram: Tensor, cross: Tensor, prior: Tensor, ridge: float, count: int) -> Tensor:
-    """Return which channels stay, (count,) int64 ascending.
+    """Return the channels to keep, (count,) int64 ascending.
 
     Args:
-        gram: ``S = Σ w gᵀg`` (k, k), of which the half above the diagonal counts; it is overwritten.
-        cross: ``Σ w gᵀe`` (k, d), ``e`` what is to be made.
-        prior: (k, d), the transposed weights toward which the ridge pulls.
+        gram: ``S = Σ w gᵀg`` (k, k), read above the diagonal only; it is overwritten.
+        cross: ``Σ w gᵀe`` (k, d), with ``e`` the gap to the target.
+        prior: (k, d), the transposed weights that the ridge pulls toward.
         ridge: λ, in the features' own units, above 0.
-        count: how many.
+        count: the number of channels to keep.
 
     Raises:
         SolveError: the sums are not finite, or the ridge is too small for them.
     """
     diagonal = mirror(gram).diagonal()
     scale = torch.where(diagonal > 0, diagonal.rsqrt(), 0)
-    # In units where every channel has a mean square of 1; one that is always zero is worth nothing.
+    # In units where every channel has a mean square of 1; a channel that is always zero gets zeros.
     scaled, goal = gram.mul_(scale).mul_(scale[:, None]), cross * scale[:, None]
     prior = torch.where(scale[:, None] > 0, prior.to(gram) / scale[:, None], 0)
     kept = torch.arange(len(gram), device=gram.device)

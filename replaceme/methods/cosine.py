@@ -1,9 +1,9 @@
-"""ReplaceMe with an objective of choice (arXiv 2505.02819, section 3): one transform a block, by an iterative solver.
+"""ReplaceMe with a selectable objective (arXiv 2505.02819, section 3): one transform per block, by an iterative solver.
 
     Σ_tokens loss + α‖T − P‖²_F,   P = 0; P = I for the fast cosine and for two vectors
 
-The fast cosine, ``1 − cos(M T, Y)``, knows nothing of T's scale. A ridge to 0 would have no minimum, hence P = I; and T is
-scaled at the end by the least-squares factor ``tr(TᵀMᵀY) / tr(TᵀMᵀM T)``. The elastic net is the squared error with
+The fast cosine, ``1 − cos(M T, Y)``, does not depend on T's scale. A ridge toward 0 would have no minimum, hence P = I; and T
+is scaled at the end by the least-squares factor ``tr(TᵀMᵀY) / tr(TᵀMᵀM T)``. The elastic net is the squared error with
 ``α(ρ‖T‖₁ + (1 − ρ)/2 ‖T‖²)``. Only the cosine reads tokens; the squared errors need the sums alone.
 """
 
@@ -48,7 +48,8 @@ class Objective(Settings):
     """Parameters of the objective and of its solver."""
 
     loss: Annotated[Literal["cosine", "mse", "elastic_net"], _PLANNED] = Field(
-        "cosine", description="What is minimised: 1 − cosine, the squared error, or that with an L1 penalty on the map."
+        "cosine",
+        description="The objective: 1 − cosine, the squared error, or the squared error with an L1 penalty on the map.",
     )
     accurate: Annotated[bool, _COSINE] = Field(
         False,
@@ -58,21 +59,21 @@ class Objective(Settings):
         0.5, ge=0, le=1, description="Loss elastic_net: the L1 penalty's share of alpha; the rest is half a ridge."
     )
     solver: Annotated[Literal["adam", "lbfgs", "cg", "trust_region"], _SOLVED] = Field(
-        "adam", description="The iterative solver: Adam by minibatches, or one of scipy's on all tokens."
+        "adam", description="The iterative solver: Adam on minibatches, or one of scipy's on all tokens."
     )
     start: Annotated[Literal["closed_form", "identity"], _SOLVED] = Field(
-        "closed_form", description="Where it starts: at the least-squares map, or at the identity (the published preset)."
+        "closed_form", description="Starting point: the least-squares map, or the identity (the published preset)."
     )
-    learning_rate: Annotated[float, _ADAM] = Field(1e-4, gt=0, allow_inf_nan=False, description="Solver adam: its step.")
-    epochs: Annotated[int, _ADAM] = Field(10, ge=1, description="Solver adam: passes over the tokens at most.")
-    tokens_per_step: Annotated[int, _ADAM] = Field(1024, ge=1, description="Solver adam: tokens of a minibatch.")
+    learning_rate: Annotated[float, _ADAM] = Field(1e-4, gt=0, allow_inf_nan=False, description="Solver adam: step size.")
+    epochs: Annotated[int, _ADAM] = Field(10, ge=1, description="Solver adam: maximum number of passes over the tokens.")
+    tokens_per_step: Annotated[int, _ADAM] = Field(1024, ge=1, description="Solver adam: tokens per minibatch.")
     max_iterations: Annotated[int, _OTHERS] = Field(
-        500, ge=1, description="Solvers lbfgs, cg and trust_region: iterations at most."
+        500, ge=1, description="Solvers lbfgs, cg and trust_region: maximum number of iterations."
     )
 
 
 def statistics(params: Params) -> tuple[str, ...]:
-    """Return what the objective needs: single tokens for the cosine alone."""
+    """Return the statistics of the objective: only the cosine needs single tokens."""
     own = Objective.of(params)
     if own.loss != "cosine":
         return ("gram", "sample")
@@ -80,7 +81,7 @@ def statistics(params: Params) -> tuple[str, ...]:
 
 
 def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
-    """Return the transform, how well it fits, and how the solver came there."""
+    """Return the transform, its fit, and the solver's loss curve."""
     import torch
 
     from replaceme.edits.edits import Edits
@@ -113,7 +114,7 @@ def problem_of(params: Params, sums: Sums, statistic: Statistics) -> Problem:
     Args:
         params: loss, its form, the transform's structure and the penalty.
         sums: the statistic ``gram``.
-        statistic: the block's statistics by name; asked for tokens alone.
+        statistic: the block's statistics by name; only those of tokens are read.
     """
     import torch
 
@@ -140,7 +141,7 @@ def problem_of(params: Params, sums: Sums, statistic: Statistics) -> Problem:
 
 
 def least_squares_scale(transform: Tensor, sums: Sums) -> float:
-    """Return the factor s that makes ``‖Y − s M T‖²`` smallest."""
+    """Return the factor s that minimises ``‖Y − s M T‖²``."""
     return float((transform * sums["cross"]).sum() / (transform * (sums["gram"] @ transform)).sum())
 
 
@@ -152,7 +153,7 @@ def _start(params: Params, sums: Sums) -> Tensor:
     own = Objective.of(params)
     if own.start == "identity":
         return torch.eye(len(sums["gram"]), dtype=torch.float64)
-    # The cosine's α has the units of that loss: as a ridge on MᵀM it would be felt by nothing, or ruin the start.
+    # The cosine's α has the units of that loss: as a ridge on MᵀM it would be negligible, or ruin the start.
     alpha = START_RIDGE * float(sums["gram"].diagonal().mean()) if own.loss == "cosine" else params.alpha
     return closed_form(sums["gram"], sums["cross"], alpha, STRUCTURES[params.transform])
 
@@ -198,11 +199,11 @@ def _report(own: Objective, host: int, fit: Mapping[str, Any]) -> None:
     if not fit["converged"] and fit["iterations"]:
         key = "epochs" if own.solver == "adam" else "max_iterations"
         advice = " or change learning_rate" if own.solver == "adam" else ""
-        logger.warning("%s: %s did not come to rest within %d; raise it%s", key, own.solver, getattr(own, key), advice)
+        logger.warning("%s: %s did not converge within %d; raise it%s", key, own.solver, getattr(own, key), advice)
 
 
 def refusals(values: Values) -> list[str]:
-    """Return a sentence for each objective, structure and solver that do not go together."""
+    """Return a sentence for each objective, structure and solver that can't be combined."""
     transform, loss, solver = (values[key] for key in ("transform", "loss", "solver"))
     problems = []
     if transform == "orthogonal":
@@ -238,7 +239,7 @@ METHOD = Method(
     stand_in=lambda params: "map",
     statistics=statistics,
     solve=solve,
-    words="fits what takes the block's place",
+    words="fits a replacement for the block",
     transforms=TRANSFORMS,
     refusals=refusals,
     refuses=refuses,

@@ -2,9 +2,9 @@
 
     W = I + M,   M = argmin Σ w ‖h_host M − (H − h_host)‖² + α‖M‖²
 
-over all real tokens; the penalty is toward nothing in the block's place. As published, w = 1 and α is next to nothing (1e-6);
-with w = 1/‖H‖² every token counts by its relative error, so that a few of massive norm don't decide the fit. A transform
-(``replaceme.methods.lstsq``) maps what the host's MLP adds alone; this maps everything, and costs d² parameters.
+over all real tokens; the penalty pulls toward an empty cut, W = I. As published, w = 1 and α is negligible (1e-6); with
+w = 1/‖H‖² every token counts by its relative error, so that a few of massive norm don't dominate the fit. A transform
+(``replaceme.methods.lstsq``) maps only the MLP output of the host; this maps the whole state, and costs d² parameters.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ class Weighting(Settings):
 
     ghosted_weighted: Annotated[bool, Use(("plan", "solve", "repair"))] = Field(
         False,
-        description="Every token counts by its relative error (weights 1/‖H‖²); false is the published form.",
+        description="Weight every token by 1/‖H‖², so that relative errors count; false is the published form.",
     )
 
 
 def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
-    """Return the operator on the state after the host, and how well it fits."""
+    """Return the operator on the state after the host, and its fit."""
     import torch
 
     from replaceme.edits.edits import Edits
@@ -68,5 +68,5 @@ METHOD = Method(
     solve=solve,
     criterion=MEAN_COSINE,
     plain=lambda params: False,
-    words="maps the whole state behind the host",
+    words="maps the whole state after the host",
 )

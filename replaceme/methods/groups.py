@@ -1,8 +1,8 @@
-"""Groups of parameters that go together, and which of them matter least (LLM-Pruner, arXiv 2305.11627, section 3).
+"""Groups of coupled parameters and their importance (LLM-Pruner, arXiv 2305.11627, section 3).
 
 A group is a key/value head with its queries (their rows, and the columns of the output projection that read them) or a channel
-of the MLP (its rows in front, and its column of the last linear). What a layer adds to the residual stream is a sum over its
-groups, so that the others don't change when one goes. How much one matters is told by the first order of the loss,
+of the MLP (its rows of the first linears and its column of the last one). A layer's output is a sum over its groups, so that
+removing one leaves the others unchanged. The importance is a first-order estimate of the change of the loss,
 
     importance = Σ |w · ∂L/∂w|  over the weights of the group,
 
@@ -25,7 +25,7 @@ from replaceme.edits.edits import Edits, features_of
 from replaceme.models.families import Family, Linear, inputs_of, parameter_of
 from replaceme.models.layers import gradients_for
 
-# The texts of the backward pass (section 4.1), and the seed of their choice.
+# Texts of the backward pass and tokens of each (section 4.1), and the seed of their choice.
 CROPS, LENGTH, SEED = 10, 64, 0
 
 Importance = Mapping[tuple[int, Linear], Tensor]
@@ -33,13 +33,13 @@ Importance = Mapping[tuple[int, Linear], Tensor]
 
 @dataclass(frozen=True)
 class Width:
-    """What can go: groups of attention and MLP, so many from each of some layers.
+    """The groups of attention and MLP that can be removed, the same from each of some layers.
 
     Attributes:
-        layers: these layers.
-        groups: how many groups each has.
-        sizes: parameters of a group.
-        layer_size: parameters of a whole layer.
+        layers: the layers.
+        groups: number of groups in a layer, by linear.
+        sizes: number of parameters in a group, by linear.
+        layer_size: number of parameters in a layer.
     """
 
     layers: range
@@ -48,26 +48,26 @@ class Width:
     layer_size: int
 
     def parameters(self, removed: Mapping[Linear, int]) -> int:
-        """Return the parameters that go, over all the layers, with so many groups of each."""
+        """Return the number of parameters in these groups, over all the layers."""
         return len(self.layers) * sum(count * self.sizes[linear] for linear, count in removed.items())
 
     @property
     def most(self) -> int:
-        """How many whole layers' parameters can go at most: a head and a channel of each layer stay."""
+        """The largest removable number of parameters, in whole layers: a head and a channel of each layer stay."""
         return self.parameters({linear: count - 1 for linear, count in self.groups.items()}) // self.layer_size
 
     def choose(self, skip: int, fits: Callable[[Mapping[Linear, int]], bool] = lambda kept: True) -> dict[Linear, int]:
-        """Return how many groups go from each layer, so that about as many parameters do as whole layers have.
+        """Return how many groups to remove from each layer, to match the parameters of whole layers.
 
-        The same share of both, but for rounding: heads are rounded to the nearest, at least one where it is not too much,
-        and channels make up for the rest.
+        Heads and channels lose the same share, but for rounding: heads are rounded to the nearest number, at least one where
+        that is not too much, and channels make up for the difference.
 
         Args:
             skip: the number of whole layers.
-            fits: whether a model can have what is kept.
+            fits: whether a model can have the kept groups.
 
         Raises:
-            ParameterError: that many can't go.
+            ParameterError: so many parameters can't be removed.
         """
         wanted = skip * self.layer_size / len(self.layers)
         heads, channels = self.groups["attention_output"], self.groups["mlp_output"]
@@ -90,7 +90,7 @@ class Width:
 
 
 def width_of(model: Any, family: Family, layers: range) -> Width:
-    """Return what can go from some layers of a model, whose weights need not be there."""
+    """Return the removable groups of some layers; the model's weights need not be loaded."""
     layer, config = family.decoder_layers(model)[layers[0]], model.config
     groups: dict[Linear, int] = {
         "attention_output": int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads),
@@ -121,16 +121,16 @@ def crops_of(documents: Documents) -> Tensor:
 def importance_of(
     model: Any, family: Family, wanted: Sequence[int], groups: Mapping[Linear, int], crops: Tensor
 ) -> tuple[Importance, float]:
-    """Return how much each group matters, and the loss that tells it.
+    """Return the importance of each group, and the loss whose gradients give it.
 
-    Each gradient is used and let go as soon as it is there, so that no more than one is held; the pass back ends at the first
-    of the layers.
+    Each gradient is used and freed as soon as it is computed, so that only one is held; the backward pass ends at the first of
+    the layers.
 
     Args:
-        model: loaded; it is left as it was found.
+        model: the loaded model; it is left unchanged.
         family: where its parts are.
-        wanted: of which layers it is wanted.
-        groups: how many groups each has in front of each linear.
+        wanted: the layers.
+        groups: number of groups in a layer, by the linear that reads them.
         crops: (texts, tokens) ids.
 
     Raises:
@@ -171,14 +171,14 @@ def importance_of(
 
 
 def least(importance: Tensor, count: int) -> Tensor:
-    """Return which groups stay, (groups,) bool, when the ``count`` least important ones go; the first of equals."""
+    """Return which groups stay, (groups,) bool, without the ``count`` least important ones; of equals, the first go."""
     kept = torch.ones(len(importance), dtype=torch.bool)
     kept[importance.argsort(stable=True)[:count]] = False
     return kept
 
 
 def shapes_of(family: Family, layers: nn.ModuleList, edits: Edits) -> dict[tuple[int, str], tuple[int, int]]:
-    """Return the outputs and inputs that are left of each linear that loses some, by its layer and its path within it."""
+    """Return the remaining outputs and inputs of each cut linear, by its layer and its path in the layer."""
     shapes = {}
     for (layer, linear), groups in edits.kept.items():
         for name, dimension in family.cut_parameters(layers[layer], linear).items():

@@ -1,6 +1,6 @@
-"""LaCo (arXiv 2402.11187): merge layers into the one in front of them, chosen and merged at once.
+"""LaCo (arXiv 2402.11187): merge layers into the one before them, as long as the model's last states stay similar.
 
-The merges are ``replaceme.selection.collapse``; this file says where they are tried.
+``replaceme.selection.collapse`` does the merging; this file says where merges are tried.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ class Merging(Settings):
     """Parameters of LaCo."""
 
     laco_layers: Annotated[int, Use(("select",))] = Field(
-        7, ge=2, description="Layers that become one in a merge, at most (published as C)."
+        7, ge=2, description="Maximum number of layers in a merge, the host included (published as C)."
     )
     laco_interval: Annotated[int, Use(("select",))] = Field(
-        1, ge=1, description="How many layers in front of a merge the next one is tried (published as I)."
+        1, ge=1, description="How many layers before a merge the next one is tried (published as I)."
     )
     laco_threshold: Annotated[float, Use(("select",))] = Field(
         0.45, ge=-1, le=1,
-        description="Cosine of last states with the original model's that a merge must leave (published as T); "
-        "lowered by steps of 0.01 until layers_to_skip layers go, so that 1 finds the highest one.",
+        description="Minimum cosine between the merged and the original model's last states (published as T); "
+        "lowered in steps of 0.01 until layers_to_skip layers are removed, so that 1 finds the highest possible one.",
     )  # fmt: skip
 
 
 def way_of(params: Params, layers: int) -> Way:
-    """Return where merges are tried in a model of so many layers."""
+    """Return where merges are tried in a model with this number of layers."""
     from replaceme.selection.collapse import Way
 
     own, first, end = Merging.of(params), (params.min_distance_layer or 1) - 1, params.max_distance_layer or layers
@@ -47,7 +47,7 @@ def way_of(params: Params, layers: int) -> Way:
 
 
 def check_merges(params: Params, layers: int) -> None:
-    """Raise ParameterError when too few layers go even where every merge counts."""
+    """Raise ParameterError when too few layers go even if every merge is accepted."""
     from replaceme.selection.collapse import most
 
     way = way_of(params, layers)
@@ -80,7 +80,7 @@ def choose(choice: Choice) -> tuple[list[Block], dict[str, Any]]:
 
 
 def refuses(values: Values, kind: str, family: Family) -> list[str]:
-    """Refuse a mixture of experts, none of which is the next layer's."""
+    """Refuse mixtures of experts: experts of adjacent layers do not correspond."""
     if family.experts:
         return [
             f"method: laco is not derived for the mixture of experts of the family '{kind}', where no expert is the next "
@@ -94,11 +94,11 @@ METHOD = Method(
     solve=drop("LaCo"),
     criterion=Criterion(
         "collapse",
-        "merging layers into the one in front of them, as long as the last states stay alike",
+        "merging layers into the one before them, as long as the model's last states stay similar",
         choose,
         check=check_merges,
     ),
-    words="merges layers by what they merge to",
+    words="merges layers into the one before them",
     selections=(),
     several=False,
     refuses=refuses,

@@ -1,7 +1,7 @@
-"""What one decoder layer is to learn by itself: given states of given states. No other layer computes or needs a gradient.
+"""Training of one decoder layer alone: stored states in, stored states out. No other layer computes or needs a gradient.
 
-The loss is the mean, over the real tokens of a few documents and the d entries of each, of ``(layer(x) − y)²``: the squared
-error, on whole documents, so that the attention sees what it sees in the model.
+The loss is the mean of ``(layer(x) − y)²`` over the real tokens of a few documents and the d entries of each. Documents are
+whole, so that the attention sees the same context as in the model.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,16 +23,16 @@ from replaceme.training.training import Texts
 
 @dataclass(frozen=True)
 class LayerLesson:
-    """What a layer is to learn.
+    """The training data and the loss of a layer.
 
     Attributes:
         model: the dense model.
         family: its description.
         layer: the layer's position.
         documents: the text.
-        inputs: (tokens, d) what enters the layer, in the order of a walk.
-        targets: (tokens, d) what is to leave it.
-        without: paths in the layer of an attention that it is to do without, and of the norm in front; nothing leaves it both.
+        inputs: (tokens, d) states that enter the layer, in the order of a walk.
+        targets: (tokens, d) states that should leave it.
+        without: paths in the layer of an attention that is left out, and of the norm before it; empty keeps both.
     """
 
     model: Any
@@ -45,7 +45,7 @@ class LayerLesson:
 
     @property
     def module(self) -> nn.Module:
-        """The layer itself, which stays as it is."""
+        """The layer; its weights stay unchanged."""
         return self.family.decoder_layers(self.model)[self.layer]
 
     @cached_property
@@ -55,7 +55,7 @@ class LayerLesson:
 
     @cached_property
     def fixed(self) -> dict[str, Tensor]:
-        """What the layer has beside the weights that are trained, float32 too."""
+        """The layer's buffers and untrained weights, in float32."""
         kept = {name: value.detach() for name, value in self.module.named_parameters() if self._gone(name)}
         return {name: self._here(value) for name, value in {**kept, **dict(self.module.named_buffers())}.items()}
 
@@ -68,17 +68,17 @@ class LayerLesson:
         }
 
     def begun(self) -> AbstractContextManager[None]:
-        """Let the layer do without what it is to do without."""
+        """Silence the attention inside the block, if this lesson leaves it out."""
         return silent(self.module.get_submodule(self.without[0])) if self.without else nullcontext()
 
     def loss(self, parameters: Mapping[str, Tensor], documents: Sequence[int], step: int | None = None) -> Tensor:
-        """Return the mean squared error, over the real tokens of documents, with these parameters."""
+        """Return the mean squared error, over the real tokens of documents, with the given parameters."""
         batch = self.texts.batch(documents)
         found = batch.real(self.states(parameters, batch, self.texts.rows(self.inputs, documents).float()))
         return (found - self.texts.rows(self.targets, documents).float()).square().mean()
 
     def states(self, parameters: Mapping[str, Tensor], batch: Batch, rows: Tensor) -> Tensor:
-        """Return what leaves the layer (documents, longest, d), with ``rows`` (tokens, d) entering it."""
+        """Return the layer's output (documents, longest, d) for the input ``rows`` (tokens, d)."""
         args, kwargs = trees.tree_map(self._here, arguments(self, batch))
         entering = batch.padded(rows)
         args, kwargs = ((entering, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": entering})
@@ -94,12 +94,12 @@ class LayerLesson:
 
 
 class _ReachedError(Exception):
-    """Ends a forward pass in front of the layer."""
+    """Ends a forward pass before the layer."""
 
 
 @torch.no_grad()
 def arguments(lesson: LayerLesson, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return what the model calls the layer with on a batch; the layers before it compute nothing."""
+    """Return the arguments of the model's call of the layer on a batch; the layers before it compute nothing."""
     given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

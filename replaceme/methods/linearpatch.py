@@ -1,11 +1,11 @@
-"""LinearPatch (arXiv 2505.24680), without its distillation: scale the state at the cut to the magnitudes that it has behind the
-block, channel by channel, in coordinates in which no single channel is massive.
+"""LinearPatch (arXiv 2505.24680), without its distillation: scale each channel of the state at the cut to its magnitude after
+the block, in rotated coordinates, where no single channel is massive.
 
     P = R diag(s) Rᵀ,   s_k = mean over documents of (mean over tokens of |(H R)_k| / mean over tokens of |(h_host R)_k|)
 
 with a Hadamard matrix R (the published ``rotate``), or R = I (its ``diag``), which costs d parameters instead of d². All real
-tokens count, those of massive norm too: the rotation spreads them over the channels. Any Hadamard matrix of the width will do,
-but another one gives another P; ours are those of ``replaceme.observers.hadamard``.
+tokens count, also those of massive norm: the rotation spreads them over the channels. Any Hadamard matrix of the width works,
+but each gives another P; ours are those of ``replaceme.observers.hadamard``.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ class Form(Settings):
 
     linearpatch_form: Annotated[Literal["hadamard", "diagonal"], Use(("plan", "solve", "repair"))] = Field(
         "hadamard",
-        description="Whether channels are scaled in coordinates turned by a Hadamard matrix (published as "
-        "rotate; d × d parameters), or in the model's own (diagonal, published as diag; d).",
+        description="Scale channels in coordinates rotated by a Hadamard matrix (published as rotate; d × d parameters), "
+        "or in the model's own (diagonal, published as diag; d parameters).",
     )
 
 
 def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
-    """Return the operator on the state after the host, and how well it fits."""
+    """Return the operator on the state after the host, and its fit."""
     from replaceme.edits.edits import Edits
     from replaceme.observers.hadamard import hadamard
     from replaceme.solvers.quality import operator_quality
@@ -67,7 +67,7 @@ def _magnitudes(params: Params) -> str:
 
 
 def check(params: Params, model: Any, family: Family) -> None:
-    """Raise ParameterError when the model's width has no Hadamard matrix that is constructed here."""
+    """Raise ParameterError if no Hadamard matrix of the model's width is constructed here."""
     from replaceme.observers.hadamard import hadamard
 
     width = int(model.config.hidden_size)
@@ -84,6 +84,6 @@ METHOD = Method(
     solve=solve,
     criterion=MEAN_COSINE,
     plain=lambda params: False,
-    words="maps the whole state behind the host",
+    words="maps the whole state after the host",
     check=check,
 )

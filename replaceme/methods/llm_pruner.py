@@ -1,4 +1,5 @@
-"""LLM-Pruner (arXiv 2305.11627): heads and channels go, those that the loss feels least (``replaceme.methods.groups``)."""
+"""LLM-Pruner (arXiv 2305.11627): remove the heads and MLP channels with the least effect on the loss
+(``replaceme.methods.groups``)."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from replaceme.methods.groups import Width
     from replaceme.models.families import Family, Linear
 
-# In how many layers in front nothing goes, and before how many at the end (the published 4 to 30 of 32).
+# The first and last layers that stay whole (published: layers 4 to 30 of 32 lose parts).
 FIRST, LAST = 4, 2
 
 
@@ -24,7 +25,7 @@ def layers_of(params: Params, count: int) -> range:
     """Return the layers that lose groups.
 
     Raises:
-        ParameterError: there is none.
+        ParameterError: there are none.
     """
     if params.plain:
         return range(count)
@@ -38,12 +39,12 @@ def layers_of(params: Params, count: int) -> range:
 
 
 def check(params: Params, model: Any, family: Family) -> None:
-    """Raise ParameterError when so much can't go from a model, whose weights need not be there."""
+    """Raise ParameterError if so much can't be removed; the model's weights need not be loaded."""
     _plan(params, model, family)
 
 
 def work(bench: Bench) -> dict[str, Any]:
-    """Add to the edits which groups stay, and return what goes."""
+    """Add the kept groups to the edits, and return figures of the removed ones."""
     from replaceme.methods.groups import crops_of, importance_of, least, shapes_of
 
     params, model, family = bench.params, bench.model, bench.family
@@ -74,7 +75,7 @@ def work(bench: Bench) -> dict[str, Any]:
 
 
 def _plan(params: Params, model: Any, family: Family) -> tuple[Width, dict[Linear, int]]:
-    """Return what can go, and how much of it does."""
+    """Return the removable groups, and how many of them to remove from each layer."""
     from replaceme.methods.groups import width_of
 
     width = width_of(model, family, layers_of(params, len(family.decoder_layers(model))))
@@ -90,7 +91,7 @@ def _kept(width: Width, removed: Mapping[Linear, int]) -> dict[Linear, int]:
 
 
 def _config(config: Any, kept: Mapping[Linear, int]) -> dict[str, Any]:
-    """Return the config fields that say how many heads and channels each layer has."""
+    """Return the config fields for the kept heads and channels."""
     heads, groups = config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     fields: dict[str, Any] = {"intermediate_size": kept["mlp_output"]}
@@ -102,7 +103,7 @@ def _config(config: Any, kept: Mapping[Linear, int]) -> dict[str, Any]:
 
 
 def _describes(model: Any, family: Family, width: Width, kept: Mapping[Linear, int]) -> bool:
-    """Return whether the family's own class, with the config that says so, has layers of which these groups are kept."""
+    """Return whether the family's own class, with such a config, has layers of exactly these groups."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -124,7 +125,7 @@ def _describes(model: Any, family: Family, width: Width, kept: Mapping[Linear, i
 
 
 def _words(width: Width, removed: Mapping[Linear, int], heads: int) -> str:
-    """Return what goes, in words."""
+    """Return the removed heads and channels, in words."""
     attention, mlp = removed["attention_output"], removed["mlp_output"]
     parts = [f"{heads * attention} of {heads * width.groups['attention_output']} heads"] if attention else []
     parts += [f"{mlp} of {width.groups['mlp_output']} MLP channels"] if mlp else []
@@ -132,7 +133,7 @@ def _words(width: Width, removed: Mapping[Linear, int], heads: int) -> str:
 
 
 def refusals(values: Values) -> list[str]:
-    """Return a sentence for each setting that would be ignored, or in which gradients overflow."""
+    """Return a sentence for each setting that would be ignored, or that makes gradients overflow."""
     problems = []
     if values["dtype"] == "float16":
         problems.append("dtype: float16 is too short for the gradients of method llm_pruner; use bfloat16 or float32.")
@@ -156,7 +157,7 @@ METHOD = Method(
     criterion=WIDTH,
     work=work,
     plain=lambda params: params.plain,
-    words="removes parts of layers and no layer",
+    words="removes parts of layers, not whole layers",
     selections=(),
     several=False,
     repairs=False,

@@ -1,12 +1,12 @@
-"""LLM-Streamline (arXiv 2403.19135): one lightweight layer, trained, in the place of a window of layers.
+"""LLM-Streamline (arXiv 2403.19135): train one lightweight layer in the place of a window of layers.
 
 The window ``[b, b + n]`` is the one whose entering state h_{b−1} and leaving state h_{b+n} have the highest mean cosine ("layer
-pruning"). Its first layer stays and is trained to make h_{b+n} of h_{b−1} ("layer replacement", by the mean squared error); the
-n behind it go. So the block is ``[b + 1, b + n]``, its host the layer that is trained, and b may be 0, where the embedding
+pruning"). Its first layer stays and is trained to map h_{b−1} to h_{b+n} ("layer replacement", by the mean squared error); the
+n layers after it go. So the block is ``[b + 1, b + n]``, its host is the trained layer, and b may be 0, where the embedding
 enters.
 
-The replacement is the whole decoder layer, or its MLP and the norm in front alone (``llm_streamline_form``). Without its
-attention a layer has no form that a class of transformers knows; with ``plain``, its attention stays and adds nothing.
+The replacement is the whole decoder layer, or only its MLP and the norm before it (``llm_streamline_form``). No class of
+transformers has layers without an attention; with ``plain``, the attention stays and adds nothing.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ class Training(Settings):
 
     llm_streamline_form: Annotated[Literal["layer", "mlp"], Use(("repair",))] = Field(
         "layer",
-        description="What is trained in the layers' place: the whole layer in front of them, or its MLP "
-        "alone, without an attention.",
+        description="What is trained in the block's place: the whole layer before it, or only the MLP of that "
+        "layer, without an attention.",
     )
     llm_streamline_learning_rate: Annotated[float, Use(("repair",))] = Field(
-        2e-4, gt=0, allow_inf_nan=False, description="AdamW's largest step."
+        2e-4, gt=0, allow_inf_nan=False, description="AdamW's peak learning rate."
     )
     llm_streamline_epochs: Annotated[int, Use(("repair",))] = Field(
-        1, ge=1, description="Passes over the documents, batch_size of them in a step."
+        1, ge=1, description="Passes over the documents, batch_size documents per step."
     )
 
 
 def work(bench: Bench) -> dict[str, Any]:
-    """Train the host."""
+    """Train the host, add its weights to the edits, and return figures of the training."""
     from replaceme.base.compute import require_resident
     from replaceme.methods.layer_lesson import LayerLesson
     from replaceme.training.checkpoints import key_of
@@ -84,7 +84,7 @@ def work(bench: Bench) -> dict[str, Any]:
 
 
 def _edit(bench: Bench, host: int, parameters: dict[str, Tensor], bare: tuple[str, str] | None) -> None:
-    """Add what was trained, and what is gone, to the edits."""
+    """Add the trained weights, and a removed attention, to the edits."""
     import torch
 
     from replaceme.models.families import in_torch_layout, parameter_of
@@ -121,7 +121,7 @@ def refuses(values: Values, kind: str, family: Family) -> list[str]:
 METHOD = Method(
     settings=Training,
     shared={"plain": Use(("repair",), "form mlp", _without_attention)},
-    # What a map or a refit does for a cut says more of what a trained layer will than nothing in the block's place.
+    # A fitted map predicts the loss with a trained layer better than an empty cut does.
     stand_in=lambda params: "map",
     solve=drop("LLM-Streamline"),
     criterion=WINDOW,

@@ -1,5 +1,5 @@
-"""ReplaceMe with least squares (arXiv 2505.02819, section 3), in closed form: one ridge regression a block; or one over all
-weights of the host's last linears (``replaceme.solvers.refit``)."""
+"""ReplaceMe with least squares (arXiv 2505.02819, section 3), in closed form: one ridge regression per block, for a map or for
+all weights of the host's last linears (``replaceme.solvers.refit``)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from replaceme.methods.method import Method, Solved, Statistics
 if TYPE_CHECKING:
     from replaceme.models.families import Family
 
-# The transforms that solve for more than a map, with the statistic that they want.
+# The transforms that solve for weights of the host, and the statistic that each needs.
 FEATURES = {"refit": "mlp_features", "joint": "features", "channels": "features"}
 
 
 def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
-    """Return what the host computes instead, and how well it fits."""
+    """Return the edits of the host, and their fit."""
     from replaceme.edits.edits import Edits
     from replaceme.solvers.arguments import naming
     from replaceme.solvers.closed_forms import STRUCTURES, closed_form, structure_words
@@ -46,7 +46,7 @@ def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
         block.host, fit["tokens"], fit["relative_residual"], fit["relative_residual_removed"], fit["mean_cosine"],
     )  # fmt: skip
     title = f"ReplaceMe (least squares{structure_words(structure)})"
-    if "norm" in sums:  # edits hold what the norm's output before its weight takes
+    if "norm" in sums:  # edits hold the map of the norm's output before its weight
         transform = sums["norm"][:, None] * transform
     return Solved(Edits(title, [], {block.host: transform}), fit, path)
 
@@ -98,7 +98,7 @@ METHOD = Method(
     stand_in=_stand_in,
     statistics=_statistics,
     solve=solve,
-    words="fits what takes the block's place",
+    words="fits a replacement for the block",
     transforms=TRANSFORMS,
     refusals=_refusals,
     refuses=_refuses,

@@ -1,4 +1,4 @@
-"""What a method is: the statistics it asks for, and the edits it makes of them."""
+"""The interface of a method: the statistics it needs, and the edits it makes from them."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ Statistics = Callable[[str], Mapping[str, "Tensor"]]
 
 @dataclass
 class Solved:
-    """What a method made of the statistics of one block.
+    """The solution of one block.
 
     Attributes:
-        edits: what is to be changed, beside the block that goes.
+        edits: the changes beside the removal of the block.
         figures: how well it fits, for the metrics.
-        ridge_path: rows (α, relative residual): how well the fit would be with another ridge.
-        loss_curve: rows (iteration, objective a token) of an iterative solver.
+        ridge_path: rows (α, relative residual) of the fit with other ridges.
+        loss_curve: rows (iteration, objective per token) of an iterative solver.
     """
 
     edits: Edits
@@ -42,17 +42,17 @@ class Solved:
 
 @dataclass(frozen=True)
 class Bench:
-    """What a method works with that works on the model itself.
+    """The inputs of a method's ``work`` on the model itself.
 
     Attributes:
         params: the setting.
-        model: the dense model, loaded for calibration; it is left as it was found.
+        model: the dense model, loaded for calibration; it is left unchanged.
         family: where its parts are.
         documents: calibration text.
-        plan: what goes.
+        plan: the removed blocks.
         edits: as solved so far; they are added to.
-        folder: where scratch files may lie, and what an interrupted run goes on from.
-        output: the folder of the edits, for what is to be kept with them.
+        folder: for scratch files, and for checkpoints that an interrupted run resumes from.
+        output: the folder of the edits, for files to be kept with them.
     """
 
     params: Params
@@ -67,24 +67,24 @@ class Bench:
 
 @dataclass(frozen=True, kw_only=True)
 class Method(Limits):
-    """A pruning method; the settings that it takes stand in ``Limits``.
+    """A pruning method; ``Limits`` holds the settings that it accepts.
 
-    A method's file declares it and loads what computes only where it is called, so that those who ask for words load no torch.
+    A method's file imports torch only inside the functions that compute, so that reading the declaration stays fast.
 
     Attributes:
-        solve: turns the parameters, a block and its statistics into edits and what is to be known of them.
-        stand_in: what takes the block's place while cuts are compared by their loss, with these parameters.
-        statistics: names of the statistics (``replaceme.observers.statistics``) that it wants of each block, with these
-            parameters.
-        criterion: by which it chooses what goes, as published.
+        solve: makes edits and their figures from the parameters, a block and its statistics.
+        stand_in: with these parameters, what takes the block's place while cuts are compared by their loss.
+        statistics: with these parameters, names of the statistics (``replaceme.observers.statistics``) that it needs of each
+            block.
+        criterion: the published criterion of what is removed.
         work: runs on the model after solve, in the repair stage, for edits that statistics can't give: it adds to the edits and
             returns figures for the metrics.
-        plain: whether the result has the family's own form, with these parameters.
-        trained: whether it trains weights on the text; the others see each token once or twice, and solve.
-        check: raises ParameterError, before any work, when a model (the second argument, without its weights) can't give what
-            these parameters ask for.
-        refuses: a sentence for each parameter that is not exact, or not derived, for a model family (values of all parameters,
-            the family's name, its description).
+        plain: with these parameters, whether the result has the family's own form.
+        trained: whether it trains weights on the text; other methods see each token once or twice, and solve.
+        check: raises ParameterError, before any work, if the parameters can't be met by a model (the second argument, without
+            its weights).
+        refuses: returns a sentence for each parameter that is not exact, or not derived, for a model family, given the values
+            of all parameters, the family's name and its description.
     """
 
     selections: tuple[str, ...] = tuple(CRITERIA)
@@ -101,7 +101,7 @@ class Method(Limits):
 
 
 def drop(title: str) -> Callable[[Params, Block, Statistics], Solved]:
-    """Return the solver of a method that puts nothing in the block's place."""
+    """Return the ``solve`` of a method that puts nothing in the block's place."""
 
     def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
         from replaceme.edits.edits import Edits

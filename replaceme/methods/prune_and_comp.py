@@ -1,6 +1,6 @@
-"""Prune&Comp (arXiv 2507.18212): drop layers one by one, and scale the state where each was.
+"""Prune&Comp (arXiv 2507.18212): drop layers one by one, and scale the state at each cut.
 
-Each layer that goes is the one with the lowest influence by then, in the model as shortened and scaled so far
+Each time, the layer with the lowest influence in the model as shortened and scaled so far is dropped
 (``replaceme.selection.compensation``).
 """
 
@@ -27,7 +27,7 @@ def choose(choice: Choice) -> tuple[list[Block], dict[str, Any]]:
         model, family, choice.documents, choice.layers, params.layers_to_skip, batch_size=params.batch_size
     )
     listed = ", ".join(f"{layer} (influence {influences[layer]:.4f}, scale {scale:.4f})" for layer, scale in scales.items())
-    logger.info("select: layers in the order in which they went: %s", listed)
+    logger.info("select: layers in order of removal: %s", listed)
     return blocks_of(scales), {
         "influence": sum(influences.values()),
         "order": {f"layer{layer}": {"influence": influences[layer], "scale": scale} for layer, scale in scales.items()},
@@ -35,7 +35,7 @@ def choose(choice: Choice) -> tuple[list[Block], dict[str, Any]]:
 
 
 def refuses(values: Values, kind: str, family: Family) -> list[str]:
-    """Refuse a family that reads the residual stream through anything but norms: there no scalar folds."""
+    """Refuse families that read the residual stream other than through norms: no scalar folds there."""
     if not family.norm_before:
         return [
             f"method: prune_and_comp scales the residual stream, and not all that reads it in the family '{kind}' does so "
@@ -49,9 +49,9 @@ METHOD = Method(
     solve=drop("Prune&Comp"),
     criterion=Criterion(
         "compensated",
-        "the smallest influence on their input, one by one, the state scaled in the place of those before",
+        "the smallest block influence, one layer at a time, with the state scaled at earlier cuts",
         choose,
     ),
-    words="puts one number there",
+    words="replaces removed layers by a scalar",
     refuses=refuses,
 )

@@ -1,6 +1,6 @@
-"""Settings that a model family does not allow: not exact for it, or not derived. Each is refused with the reason.
+"""Settings that are not exact, or not derived, for a model family; each is refused with the reason.
 
-What a single method refuses stands in its own file (``Method.refuses``).
+Refusals of a single method are in its own file (``Method.refuses``).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def family_refusals(values: Values, kind: str, family: Family) -> list[str]:
-    """Return a sentence for each parameter that would not be exact, or is not derived, for a model's family.
+    """Return a sentence for each parameter that is not exact, or not derived, for a model's family.
 
     Args:
         values: all parameters' values.
@@ -26,7 +26,7 @@ def family_refusals(values: Values, kind: str, family: Family) -> list[str]:
     named = any(problem.startswith(("transform:", "method:")) for problem in problems)
     if transform == "channels" and not family.mlp_norm:
         problems.append(
-            f"transform: channels folds the norm in front of an MLP into its linears, and those of this model of the family "
+            f"transform: channels folds the norm before an MLP into its linears, and those of this model of the family "
             f"'{kind}' have no biases for the norm's, or are not described so; use joint."
         )
     if family.obstacle is None:

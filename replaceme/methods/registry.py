@@ -1,4 +1,4 @@
-"""The methods by name. A new one is a module with a ``Method`` in it, and one line here; nothing else names it."""
+"""The methods by name. A new method is a module with a ``Method``, and one line here; nothing else names it."""
 
 from pydantic.fields import FieldInfo
 
@@ -40,11 +40,11 @@ METHODS: dict[str, Method] = {
 
 
 def criterion_of(params: Params) -> Criterion:
-    """Return what the cut is chosen by: ``selection``, or the method's own criterion."""
+    """Return the criterion of the cut: ``selection``, or the method's own."""
     return CRITERIA[params.selection] if params.selection else METHODS[params.method].criterion
 
 
-# All parameters, those of the methods with them, in the order in which they are documented.
+# All parameters, with those of the methods, in documented order.
 FIELDS: dict[str, FieldInfo] = {**Params.model_fields, **own_fields(METHODS)}
 EFFECTS = effects_of(METHODS)
 

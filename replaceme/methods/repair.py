@@ -1,30 +1,30 @@
-"""The repair stage: edits whose features depend on an earlier solution, made on what the shortened model really computes.
+"""The repair stage: edits whose features depend on an earlier solution, fitted on what the shortened model computes.
 
-Behind the cut, the kept layers get other states than those they were trained on, and their linears can make up for a part of
-it. For each kept layer in order, with ``h`` = state of the shortened model (rows are tokens, ``w = 1/‖target‖²``):
+After the cut, the kept layers get other states than those they were trained on; their linears can make up for part of it. For
+each kept layer in order, with ``h`` = state of the shortened model (rows are tokens, ``w = 1/‖target‖²``):
 
-    attention's output projection:  toward (original state behind the attention) − h,            λ = repair_ridge_attention
-    the MLP's last linear:          toward (original layer output) − (new state behind it),      λ = repair_ridge_mlp
+    attention's output projection:  toward (original state after the attention) − h,       λ = repair_ridge_attention
+    the MLP's last linear:          toward (original layer output) − (new state after it), λ = repair_ridge_mlp
 
-each by ridge regression from Gram sums, toward the present weights. Where the MLP is parallel to the attention, no state is
-between them: both linears together, from ``[A | G]``, toward (original layer output) − h. A host whose MLP is to be made of the
-best channels of the window gets them here (``replaceme.methods.channel_choice``), before its linears are solved for the last
-time. With several blocks, each later one is fitted here by the method itself, on the states that reach its host. All of it is
-one walk layer by layer: the states of both models wait in scratch files, with what enters the last linears of the layer at
-hand, so that its attention is not computed again when they have changed, nor is its MLP for the states that leave it; and no
-more than one layer's sums are in memory.
+each by ridge regression from Gram sums, toward the present weights. Where the MLP is parallel to the attention, no state lies
+between them: both linears are solved together, from ``[A | G]``, toward (original layer output) − h. With transform channels,
+the channels of a host's MLP are chosen here (``replaceme.methods.channel_choice``), before the last solve for its linears. With
+several blocks, the method fits each later one here, on the states that reach its host.
+
+All of it is one walk layer by layer. The states of both models lie in scratch files, with the inputs of the last linears of the
+current layer: its attention is not computed again after they change, nor is its MLP for the states that leave it. Only one
+layer's sums are in memory.
 """
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from replaceme.base.compute import require_resident
@@ -48,15 +48,18 @@ from replaceme.solvers.arguments import naming
 from replaceme.solvers.quality import gained_by_ridge, relative
 from replaceme.solvers.ridge import solve_correction
 
-# The transforms of which a first solution of a host's linears is not all.
+# The transforms whose host is solved for again, on its features after the first solution.
 STEPWISE = ("joint", "channels")
-# Tokens whose states move on at once.
+# Tokens whose states are updated at once.
 TOKENS = 2048
+
+# The linears that are solved for at once, each with the parameter that is its ridge.
+Ridges = Mapping[Linear, str]
 
 
 @dataclass(frozen=True)
 class Repair:
-    """What linears were solved for at once, and the relative residual before and after, ``√(Σ w‖e‖² / Σ w‖target‖²)``."""
+    """Linears solved for together, and the relative residual before and after, ``√(Σ w‖e‖² / Σ w‖target‖²)``."""
 
     layer: int
     linears: tuple[Linear, ...]
@@ -64,199 +67,231 @@ class Repair:
     after: float
 
 
-class Mender:
-    """Walks both models side by side, layer by layer, and adds to the edits."""
+def mend(
+    params: Params,
+    model: Any,
+    family: Family,
+    documents: Documents,
+    edits: Edits,
+    plan: Plan,
+    folder: Path | None = None,
+) -> tuple[list[Repair], dict[str, Any]]:
+    """Add the repairs and the fits of later blocks to the edits; return the repairs, and how well those blocks fit.
 
-    def __init__(self, params: Params, model: Any, family: Family, documents: Documents, edits: Edits, plan: Plan):
-        """Take what is needed.
+    Args:
+        params: the setting.
+        model: the dense model.
+        family: its description.
+        documents: calibration text.
+        edits: as solved for the first block; they are added to.
+        plan: the blocks, and the statistics that the method wants.
+        folder: where scratch files may lie; None is the system's temporary folder.
 
-        Args:
-            params: the setting.
-            model: the dense model.
-            family: its description.
-            documents: calibration text.
-            edits: as solved for the first block; they are added to.
-            plan: the blocks, and the statistics that the method wants.
-        """
-        self.params, self.model, self.family, self.documents, self.edits, self.plan = (
-            params, model, family, documents, edits, plan,
-        )  # fmt: skip
-        self.layers = family.decoder_layers(model)
-        self.hosted = {block.host: block for block in plan.blocks}
-        self.first = plan.blocks[0]
-        self.repairs: list[Repair] = []
-        self.figures: dict[str, Any] = {}
+    Raises:
+        ResourceError: the states do not fit on the disk.
+    """
+    state = _at_cut(params, model, family, documents, edits, plan, folder)
+    for layer in progress(state.kept, "repairing layers", "layers"):
+        _mend_layer(state, layer)
+    return state.repairs, state.figures
 
-    def run(self, folder: Path | None = None) -> tuple[list[Repair], dict[str, Any]]:
-        """Make the edits, with scratch files in ``folder``, and return what was repaired and how well later blocks fit."""
-        self.folder = folder
-        removed = set(self.plan.removed_layers)
-        last = len(self.layers) - 1 if self.params.repair else max(self.hosted)
-        self.kept = [layer for layer in range(self.first.host, last + 1) if layer not in removed]
-        solves = self.params.repair or self.params.transform in STEPWISE
-        # Behind the last layer, nobody asks for the states.
-        host, linears = self.layers[self.first.host], LINEARS[: min(len(self.kept), 2)] if solves else ()
-        widths = [int(self.model.config.hidden_size)] * 3 + [inputs_of(self.family.linear_of(host, each)) for each in linears]
-        shapes = [(self.documents.token_count, width) for width in widths]
-        self.dense, self.short, self.middle, *inputs = scratch(shapes, self.model.dtype, folder, "repair")
-        self.inputs = dict(zip(linears, inputs, strict=True))
-        # The layer whose attention's last inputs are known, and the one behind which the shortened model's states are.
-        self.attended = self.left = -1
-        self._walk([Keep(self.first.host, ("input",), self.dense)], None, description="walking to the cut")
-        self.short.copy_(self.dense)
-        for layer in progress(self.kept, "repairing layers", "layers"):
-            self._mend(layer)
-            if layer != self.kept[-1] and self.left != layer:
-                self._walk([Keep(layer, ("output",), self.short)], layer, edited=True)
-        return self.repairs, self.figures
 
-    def _mend(self, layer: int) -> None:
-        """Move the dense states on, and correct a kept layer toward them on the shortened model's states."""
-        block = self.hosted.get(layer)
-        ridges: dict[Linear, str] = {"attention_output": "repair_ridge_attention", "mlp_output": "repair_ridge_mlp"}
-        # The host of the first block gets what it got in the dense model.
-        attention = self.params.repair and block != self.first and not self.family.parallel
-        watched: list[Observer] = [Keep(block.end - 1 if block else layer, ("output",), self.dense)]
-        if attention:
-            watched.append(Keep(layer, ("input", "attention"), self.middle))
-        self._walk(watched, layer)
-        if attention:
-            self._correct(layer, self.middle, {"attention_output": ridges.pop("attention_output")})
-        if block and block != self.first:
-            self._fit(block)
-        if block and self.params.transform in STEPWISE:
-            self._fit_on(block)
-        elif self.params.repair and not block:
-            self._correct(layer, self.dense, ridges, last=True)
+@dataclass
+class State:
+    """Both models at the current layer.
 
-    def _fit_on(self, block: Block) -> None:
-        """Go on from a joint solution of the host's linears: each step toward the weights, and on the features, of the last."""
-        alone: dict[Linear, str] = {"mlp_output": "refit_ridge"}
-        both: dict[Linear, str] = {"attention_output": "refit_ridge", **alone}
-        chosen = self.params.transform == "channels"
-        if chosen:
-            self._choose(block)
-        # A new output projection changes the features of an MLP behind it. Where that is parallel, the joint solution stands,
-        # unless it was of other channels.
-        steps = [alone, both, alone] if chosen else [alone]
-        if self.family.parallel:
-            steps = [both] if chosen else []
-        for number, ridges in enumerate(steps, start=1):
-            self._correct(block.host, self.dense, ridges, last=number == len(steps))
+    Attributes:
+        params, model, family, documents, edits, plan, folder: as in ``mend``.
+        kept: the kept layers from the first host to the last one that changes.
+        dense: (tokens, d) states of the dense model, after the last layer that it has computed.
+        middle: (tokens, d) its states after the attention of the current layer, where this attention is repaired.
+        shortened: (tokens, d) states of the shortened model, before the current layer.
+        inputs: linear → (tokens, inputs) its inputs in the shortened model.
+        attended: the layer that ``inputs["attention_output"]`` belong to; None: no layer yet.
+        repairs: so far, in order.
+        figures: for the metrics, so far.
+    """
 
-    def _choose(self, block: Block) -> None:
-        """Make the host's MLP of the best channels of its own and of the layers that go, with the columns that they had."""
-        host, layer = block.host, self.layers[block.host]
-        self.edits.transforms.pop(host, None)
-        self.edits.corrections.pop((host, "mlp_output"), None)
-        window = range(host, block.end)
-        require_resident({place: self.layers[place] for place in window}, "whose channels are compared")
-        count = inputs_of(self.family.linear_of(layer, "mlp_output"))
-        documents = few_documents(self.documents, TOKENS_PER_CHANNEL * 2 * count)
-        chosen = channels_of(block.end - 1, count)
-        for source in progress([*reversed(window[:-1])], "choosing channels", "layers"):
-            candidates = self.edits.channels[host] = torch.cat([channels_of(source, count), chosen])
-            sums = Candidates(host, self.family, layer, self.dense)
-            self._walk([sums], host, edited=True, documents=documents)
-            prior = assembled_parameter(self.family, self.layers, host, candidates, f"{self.family.mlp_output}.weight").T
-            chosen = candidates[best_channels(sums.gram, sums.cross, prior, self.params.refit_ridge, count)]
-        self.edits.channels[host] = chosen
-        own = int((chosen[:, 0] == host).sum())
-        for name, number in (("mlp_channels", count), ("own_mlp_channels", own)):
-            self.figures[name] = self.figures.get(name, 0) + number
-        logger.info(
-            "repair: of the %d channels of layer %d's MLP, %d are its own and %d of layers that go",
-            count,
-            host,
-            own,
-            count - own,
+    params: Params
+    model: Any
+    family: Family
+    documents: Documents
+    edits: Edits
+    plan: Plan
+    folder: Path | None
+    kept: Sequence[int]
+    dense: Tensor
+    middle: Tensor
+    shortened: Tensor
+    inputs: Mapping[Linear, Tensor]
+    attended: int | None = None
+    repairs: list[Repair] = field(default_factory=list)
+    figures: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The dense model's layers."""
+        return self.family.decoder_layers(self.model)
+
+    def walk_dense(self, layer: int, observers: Sequence[Observer]) -> None:
+        """Walk through the dense model, from a layer that its states enter."""
+        self._walk(observers, Start(layer, self.dense), self.documents)
+
+    def walk_shortened(self, layer: int, observers: Sequence[Observer], documents: Documents | None = None) -> None:
+        """Walk through the shortened model, from a layer that its states enter; its attention is computed once."""
+        known = self.inputs["attention_output"] if layer == self.attended else None
+        # The layers before it compute nothing: none of their MLPs has to be assembled.
+        channels = {place: chosen for place, chosen in self.edits.channels.items() if place >= layer}
+        with unfused(self.model, self.family, replace(self.edits, channels=channels)):
+            self._walk(observers, Start(layer, self.shortened, known), documents or self.documents)
+
+    def _walk(self, observers: Sequence[Observer], start: Start, documents: Documents) -> None:
+        batch_size = self.params.batch_size
+        walk(self.model, self.family, documents, observers, batch_size=batch_size, description=None, start=start)
+
+
+def _at_cut(
+    params: Params, model: Any, family: Family, documents: Documents, edits: Edits, plan: Plan, folder: Path | None
+) -> State:
+    """Return the state at the first host, where both models are the same."""
+    layers, host, removed = family.decoder_layers(model), plan.blocks[0].host, set(plan.removed_layers)
+    last = len(layers) - 1 if params.repair else max(block.host for block in plan.blocks)
+    kept = [layer for layer in range(host, last + 1) if layer not in removed]
+    # The states after the last layer are not needed, nor are the inputs that update them.
+    linears = LINEARS[: min(len(kept), 2)] if params.repair or params.transform in STEPWISE else ()
+    widths = [int(model.config.hidden_size)] * 3 + [inputs_of(family.linear_of(layers[host], each)) for each in linears]
+    shapes = [(documents.token_count, width) for width in widths]
+    dense, shortened, middle, *inputs = scratch(shapes, model.dtype, folder, "repair")
+    entering = Keep(host, ("input",), dense)
+    walk(model, family, documents, [entering], batch_size=params.batch_size, description="walking to the cut")
+    shortened.copy_(dense)
+    known = dict(zip(linears, inputs, strict=True))
+    return State(params, model, family, documents, edits, plan, folder, kept, dense, middle, shortened, known)
+
+
+def _mend_layer(state: State, layer: int) -> None:
+    """Fit and correct a kept layer toward the dense model's states, and move the states of both models past it."""
+    params, family, blocks = state.params, state.family, state.plan.blocks
+    block = {block.host: block for block in blocks}.get(layer)
+    first = block == blocks[0]
+    # The attention of the first host has the same input as in the dense model.
+    separate = params.repair and not first and not family.parallel
+    targets: list[Observer] = [Keep(block.end - 1 if block else layer, ("output",), state.dense)]
+    if separate:
+        targets.append(Keep(layer, ("input", "attention"), state.middle))
+    state.walk_dense(layer, targets)
+    if separate:
+        _correct(state, layer, state.middle, {"attention_output": "repair_ridge_attention"})
+    if block and not first:
+        _fit(state, block)
+    if block and params.transform == "channels":
+        _choose(state, block)
+    solves, leaves = _solves(params, family, bool(block)), layer != state.kept[-1]
+    for number, ridges in enumerate(solves, start=1):
+        _correct(state, layer, state.dense, ridges, leaves=leaves and number == len(solves))
+    if leaves and not solves:
+        state.walk_shortened(layer, [Keep(layer, ("output",), state.shortened)])
+
+
+def _solves(params: Params, family: Family, is_host: bool) -> list[Ridges]:
+    """Return the solves toward the state after a layer, in order."""
+    mlp: Ridges
+    if is_host:
+        mlp = {"mlp_output": "refit_ridge"}
+        both: Ridges = {"attention_output": "refit_ridge", **mlp}
+        # A new output projection changes the features of an MLP after it. Where that is parallel, the joint solution stands,
+        # unless its channels have changed.
+        if params.transform == "channels":
+            return [both] if family.parallel else [mlp, both, mlp]
+        return [mlp] if params.transform == "joint" and not family.parallel else []
+    mlp = {"mlp_output": "repair_ridge_mlp"}
+    if not params.repair:
+        return []
+    return [{"attention_output": "repair_ridge_attention", **mlp}] if family.parallel else [mlp]
+
+
+def _choose(state: State, block: Block) -> None:
+    """Give the host's MLP the best channels of its own and of the removed layers, with their original columns."""
+    host, layer, edits = block.host, state.layers[block.host], state.edits
+    edits.transforms.pop(host, None)
+    edits.corrections.pop((host, "mlp_output"), None)
+    window = range(host, block.end)
+    require_resident({place: state.layers[place] for place in window}, "whose channels are compared")
+    count = inputs_of(state.family.linear_of(layer, "mlp_output"))
+    documents = few_documents(state.documents, TOKENS_PER_CHANNEL * 2 * count)
+    chosen = channels_of(block.end - 1, count)
+    for source in progress([*reversed(window[:-1])], "choosing channels", "layers"):
+        candidates = edits.channels[host] = torch.cat([channels_of(source, count), chosen])
+        sums = Candidates(host, state.family, layer, state.dense)
+        state.walk_shortened(host, [sums], documents)
+        prior = assembled_parameter(state.family, state.layers, host, candidates, f"{state.family.mlp_output}.weight").T
+        chosen = candidates[best_channels(sums.gram, sums.cross, prior, state.params.refit_ridge, count)]
+    edits.channels[host] = chosen
+    own = int((chosen[:, 0] == host).sum())
+    for name, number in (("mlp_channels", count), ("own_mlp_channels", own)):
+        state.figures[name] = state.figures.get(name, 0) + number
+    logger.info(
+        "repair: of the %d channels of layer %d's MLP, %d are its own and %d come from removed layers",
+        count, host, own, count - own,
+    )  # fmt: skip
+
+
+def _correct(state: State, layer: int, target: Tensor, ridges: Ridges, *, leaves: bool = False) -> None:
+    """Solve for linears of a layer; if ``leaves``, move the shortened model's states to after the corrected layer."""
+    features = Features.of(state.layers[layer], state.family, [*ridges])
+    missing = Missing(layer, features, target)
+    observers: list[Observer] = [missing]
+    if state.attended != layer:
+        observers.append(Keep(layer, ("attention_features",), state.inputs["attention_output"]))
+    if leaves:
+        observers.append(Keep(layer, ("mlp_features",), state.inputs["mlp_output"]))
+        observers.append(Keep(layer, ("output",), state.shortened))
+    state.walk_shortened(layer, observers)
+    state.attended = layer
+    values: dict[Linear, float] = {linear: getattr(state.params, name) for linear, name in ridges.items()}
+    sums, penalty = missing.sums.finished(), features.per_column(values)
+    with naming(ridge=ridges[min(values, key=values.__getitem__)], sums="dtype", tokens="dataset_size"):
+        change = solve_correction(sums["gram"], sums["cross"], penalty)
+    before, whole = float(sums["gap_squares"]), float(sums["output_squares"])
+    after = before + gained_by_ridge(sums["gram"], sums["cross"], change, penalty)
+    state.edits.correct_all(layer, features.parts(change))
+    state.repairs.append(Repair(layer, tuple(ridges), relative(before, whole), relative(after, whole)))
+    if leaves:
+        _add_change(state, features, change)
+
+
+def _add_change(state: State, features: Features, change: Tensor) -> None:
+    """Add to the shortened model's states, which left the layer before its change, the change's products with the inputs."""
+    dtype = product_format(state.shortened.dtype)
+    for linear, weight, bias in features.parts((features.multiplier * change).to(dtype)):
+        for rows, inputs in zip(state.shortened.split(TOKENS), state.inputs[linear].split(TOKENS), strict=True):
+            rows += functional.linear(inputs.to(weight), weight, bias).to(rows)
+
+
+def _fit(state: State, block: Block) -> None:
+    """Fit a later block by the method, on the shortened model's states at the host and the dense model's at the end."""
+    with tempfile.TemporaryDirectory(prefix="scratch-", suffix=PARTIAL, dir=state.folder) as name:
+        place = Place(block, state.layers[block.host], state.family, state.documents, Path(name))
+        observers = {statistic: STATISTICS[statistic](place) for statistic in state.plan.statistics}
+        state.walk_shortened(block.host, [AtHost(each, state.dense) for each in observers.values()])
+        for statistic, observer in observers.items():
+            save_file(observer.tensors(), place.folder / f"{statistic}.safetensors")
+        solved = METHODS[state.params.method].solve(
+            state.params, block, lambda statistic: load_file(place.folder / f"{statistic}.safetensors")
         )
-
-    def _correct(self, layer: int, target: Tensor, parameters: Mapping[Linear, str], last: bool = False) -> None:
-        """Solve for linears of a layer; with its last step, the shortened model's states leave it.
-
-        Args:
-            layer: the layer.
-            target: what its output, or its state after the attention, should be.
-            parameters: the linears, each with the parameter that is its ridge.
-            last: whether this is the layer's last step.
-        """
-        ridges: dict[Linear, float] = {linear: getattr(self.params, name) for linear, name in parameters.items()}
-        features = Features.of(self.layers[layer], self.family, [*ridges])
-        missing = Missing(layer, features, target)
-        observers: list[Observer] = [missing]
-        leaves = last and layer != self.kept[-1]
-        if self.attended != layer:
-            observers.append(Keep(layer, ("attention_features",), self.inputs["attention_output"]))
-        if leaves:
-            observers.append(Keep(layer, ("mlp_features",), self.inputs["mlp_output"]))
-            observers.append(Keep(layer, ("output",), self.short))
-        self._walk(observers, layer, edited=True)
-        self.attended = layer
-        sums, penalty = missing.sums.finished(), features.per_column(ridges)
-        with naming(ridge=parameters[min(ridges, key=ridges.__getitem__)], sums="dtype", tokens="dataset_size"):
-            change = solve_correction(sums["gram"], sums["cross"], penalty)
-        before, whole = float(sums["gap_squares"]), float(sums["output_squares"])
-        after = before + gained_by_ridge(sums["gram"], sums["cross"], change, penalty)
-        self.edits.correct_all(layer, features.parts(change))
-        self.repairs.append(Repair(layer, tuple(ridges), relative(before, whole), relative(after, whole)))
-        if leaves:
-            self._leave(features, change)
-            self.left = layer
-
-    def _leave(self, features: Features, change: Tensor) -> None:
-        """Add to the shortened model's states what a change of their layer's last linears makes of their inputs."""
-        dtype = product_format(self.short.dtype)
-        for linear, weight, bias in features.parts((features.multiplier * change).to(dtype)):
-            for rows, inputs in zip(self.short.split(TOKENS), self.inputs[linear].split(TOKENS), strict=True):
-                rows += functional.linear(inputs.to(weight), weight, bias).to(rows)
-
-    def _fit(self, block: Block) -> None:
-        """Fit a later block by the method, on the shortened model's states at the host and the dense model's at the end."""
-        with tempfile.TemporaryDirectory(prefix="scratch-", suffix=PARTIAL, dir=self.folder) as name:
-            place = Place(block, self.layers[block.host], self.family, self.documents, Path(name))
-            observers = {statistic: STATISTICS[statistic](place) for statistic in self.plan.statistics}
-            self._walk([AtHost(each, self.dense) for each in observers.values()], block.host, edited=True)
-            for statistic, observer in observers.items():
-                save_file(observer.tensors(), place.folder / f"{statistic}.safetensors")
-            solved = METHODS[self.params.method].solve(
-                self.params, block, lambda statistic: load_file(place.folder / f"{statistic}.safetensors")
-            )
-        self.edits.transforms |= solved.edits.transforms
-        self.edits.operators |= solved.edits.operators
-        for (layer, linear), (weight, bias) in solved.edits.corrections.items():
-            # Its attention may be repaired already: the solution is what comes on top.
-            self.edits.correct(layer, linear, weight, bias)
-        self.figures[f"block{self.plan.blocks.index(block)}"] = solved.figures
-
-    def _walk(
-        self,
-        observers: Sequence[Observer],
-        layer: int | None,
-        *,
-        edited: bool = False,
-        documents: Documents | None = None,
-        description: str | None = None,
-    ) -> None:
-        """Walk through the dense model or the shortened one, from a layer that the states enter; None is the whole model."""
-        start = None
-        if layer is not None:
-            known = self.inputs["attention_output"] if edited and layer == self.attended else None
-            start = Start(layer, self.short if edited else self.dense, known)
-        # What stands before the layer at which the walk begins computes nothing: no MLP need be assembled there.
-        channels = {place: each for place, each in self.edits.channels.items() if layer is None or place >= layer}
-        with unfused(self.model, self.family, replace(self.edits, channels=channels)) if edited else nullcontext():
-            walk(
-                self.model, self.family, documents or self.documents, observers,
-                batch_size=self.params.batch_size, description=description, start=start,
-            )  # fmt: skip
+    state.edits.transforms |= solved.edits.transforms
+    state.edits.operators |= solved.edits.operators
+    for (layer, linear), (weight, bias) in solved.edits.corrections.items():
+        # Its attention may be repaired already: the solution is added to that.
+        state.edits.correct(layer, linear, weight, bias)
+    state.figures[f"block{state.plan.blocks.index(block)}"] = solved.figures
 
 
 class Missing:
     """Observer of what linears of a layer lack toward a target: sums over their features, float64.
 
     ``gram`` = Σ w gᵀg (k, k), ``cross`` = Σ w gᵀe (k, d), ``gap_squares`` = Σ w ‖e‖² and ``output_squares`` = Σ w ‖target‖²,
-    with ``e = target − state behind the last linear`` and ``w = 1/‖target‖²``.
+    with ``e = target − state after the last linear`` and ``w = 1/‖target‖²``.
     """
 
     def __init__(self, layer: int, features: Features, target: Tensor):

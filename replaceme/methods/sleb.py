@@ -1,4 +1,4 @@
-"""SLEB (arXiv 2402.09025): drop layers one by one, each the one that the loss misses least."""
+"""SLEB (arXiv 2402.09025): drop layers one by one, each time the one whose removal raises the loss least."""
 
 from replaceme.methods.method import Method, drop
 from replaceme.selection.criteria import CRITERIA

@@ -1,12 +1,11 @@
-"""SliceGPT (arXiv 2401.15024): keep of the residual stream what its principal components hold (``replaceme.edits.slicing``).
+"""SliceGPT (arXiv 2401.15024): project the residual stream onto its principal components (``replaceme.edits.slicing``).
 
-The basis of a signal is made of the eigenvectors of ``Σ hᵀh`` over real tokens with the largest eigenvalues. One after the
-other, each signal is computed from those in front of it as they are when sliced: the tokens' states lie in a file on disk, are
-projected, and are sent through one attention or one MLP, so that every layer is computed once. The published damping adds the
-same to every eigenvalue; it changes no eigenvector, and is left out.
+The basis of a signal is the eigenvectors of ``Σ hᵀh`` over real tokens with the largest eigenvalues. The signals are taken in
+order, each computed from the sliced ones before it (``replaceme.methods.bases``). The published damping adds the same to every
+eigenvalue; it changes no eigenvector, and is left out.
 
-With ``plain`` one basis serves all signals of the dense model together, and the result is the family's own class. There each
-token's state counts as the norm sees it, with length 1: of the states as they are, the last layers' would decide alone.
+With ``plain``, all signals of the dense model share one basis, and the result has the family's own class. There each token's
+state is normalised to length 1, as a norm sees it: otherwise the large states of the last layers would dominate.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def work(bench: Bench) -> dict[str, Any]:
-    """Set the bases in the edits, and return what is kept."""
+    """Set the bases in the edits, and return figures of the slicing."""
     from replaceme.methods.bases import bases_in_order, fitting_width, shared_basis
 
     params, d = bench.params, int(bench.model.config.hidden_size)
@@ -49,23 +48,23 @@ def work(bench: Bench) -> dict[str, Any]:
 
 
 def check(params: Params, model: Any, family: Family) -> None:
-    """Raise ParameterError when there is no width for these parameters."""
+    """Raise ParameterError if no width suits these parameters."""
     from replaceme.methods.bases import fitting_width
 
     fitting_width(model, family, params.layers_to_skip, params.plain)
 
 
 def refusals(values: Values) -> list[str]:
-    """Return a sentence for each limit that would be ignored."""
+    """Return a sentence for each layer limit that would be ignored."""
     return [
-        f"{key}: method slicegpt takes from all layers alike; use null."
+        f"{key}: method slicegpt slices all layers alike; use null."
         for key in ("min_distance_layer", "max_distance_layer")
         if values[key] is not None
     ]
 
 
 def refuses(values: Values, kind: str, family: Family) -> list[str]:
-    """Refuse a family whose residual stream can't be made narrower exactly."""
+    """Refuse families whose residual stream can't be narrowed exactly."""
     if family.unsliced:
         return [f"method: slicegpt is refused for the family '{kind}': {family.unsliced}; use another method."]
     return []
@@ -77,7 +76,7 @@ METHOD = Method(
     criterion=WIDTH,
     work=work,
     plain=lambda params: params.plain,
-    words="removes parts of layers and no layer",
+    words="removes parts of layers, not whole layers",
     selections=(),
     several=False,
     repairs=False,

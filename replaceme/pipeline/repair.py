@@ -15,7 +15,7 @@ from replaceme.base.workspace import Workspace
 from replaceme.edits.edits import Edits
 from replaceme.methods.method import Bench
 from replaceme.methods.registry import METHODS, read_by
-from replaceme.methods.repair import STEPWISE, Mender, Repair
+from replaceme.methods.repair import STEPWISE, Repair, mend
 from replaceme.models.model import calibration_model
 from replaceme.training.curves import write_curves
 
@@ -36,8 +36,8 @@ def repair(params: Params, work: Workspace) -> None:
             edits.save(folder)
         elif params.repair or params.transform in STEPWISE or (plan.statistics and len(plan.blocks) > 1):
             model, family = calibration_model(params, work.model_input)
-            mender = Mender(params, model, family, Documents.load(work.documents), edits, plan)
-            repairs, figures = mender.run(work.repaired.parent)
+            documents, folder = Documents.load(work.documents), work.repaired.parent
+            repairs, figures = mend(params, model, family, documents, edits, plan, folder)
             edits.save(folder)
         write_text(folder / "repairs.csv", _table(repairs))
         if not method.trained:

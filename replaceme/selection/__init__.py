@@ -1,4 +1,4 @@
-"""Which layers go. A criterion is one entry in ``criteria.py``.
+"""The choice of the layers to remove. A criterion is one entry in ``criteria.py``.
 
 It may import base to training.
 """

@@ -1,4 +1,4 @@
-"""Where blocks can lie, and which of them have the smallest values."""
+"""The allowed positions of blocks, and the blocks with the smallest values among them."""
 
 from collections.abc import Sequence
 
@@ -8,17 +8,17 @@ from replaceme.base.plan import Block, runs
 
 
 def smallest(values: list[list[float]], starts: range, skip: int, count: int = 1) -> list[Block]:
-    """Return the ``count`` blocks with the smallest values (host × last removed layer), in order; the earliest of equals."""
+    """Return the ``count`` blocks with the smallest values (host × last removed layer), in order; of equals, the earliest."""
     ordered = sorted(starts, key=lambda start: values[start - 1][start - 1 + skip])
     return [Block(start, start + skip) for start in ordered[:count]]
 
 
 def several(values: list[list[float]], starts: range, params: Params) -> list[Block]:
-    """Return ``num_A`` blocks that don't overlap, the smallest values first served; adjacent ones merged if wanted."""
+    """Return ``num_A`` blocks that don't overlap, taken greedily by value; adjacent ones are merged unless forbidden."""
     skip, distance = params.layers_to_skip, _distance(params)
     free, chosen = list(starts), []
     for left in reversed(range(params.num_A)):
-        # Whoever takes the best one must leave room for the others.
+        # A block may be taken only if it leaves room for the others.
         roomy = [start for start in free if _room(_without(free, start, distance), distance) >= left]
         best = min(roomy, key=lambda start: values[start - 1][start - 1 + skip])
         free = _without(free, best, distance)
@@ -27,7 +27,7 @@ def several(values: list[list[float]], starts: range, params: Params) -> list[Bl
 
 
 def _distance(params: Params) -> int:
-    """Return how far the starts of two blocks are apart at least."""
+    """Return the minimum distance between the starts of two blocks."""
     return params.layers_to_skip + (0 if params.merge_consecutive else 1)
 
 
@@ -48,7 +48,7 @@ def bounds(params: Params, layers: int) -> tuple[int, int]:
     """Return the first layer that may go, and the one after the last.
 
     Raises:
-        ParameterError: the model has fewer layers.
+        ParameterError: the model has too few layers.
     """
     skip, first, end = params.layers_to_skip, params.min_distance_layer or 1, params.max_distance_layer or layers
     if skip >= layers:
@@ -62,7 +62,7 @@ def starts_between(params: Params, first: int, end: int) -> range:
     """Return the starts of blocks of ``layers_to_skip`` layers between two layers.
 
     Raises:
-        ParameterError: there is none.
+        ParameterError: there are none.
     """
     skip = params.layers_to_skip
     starts = range(first, end - skip + 1)
@@ -76,7 +76,7 @@ def starts_between(params: Params, first: int, end: int) -> range:
 
 
 def check_room(params: Params, starts: range, first: int, end: int) -> None:
-    """Raise ParameterError where ``num_A`` blocks don't fit beside each other."""
+    """Raise ParameterError if ``num_A`` blocks don't fit."""
     if _room(starts, _distance(params)) < params.num_A:
         apart = "" if params.merge_consecutive else " with a kept layer between them"
         raise ParameterError(

@@ -1,60 +1,57 @@
-"""Layers merged into the one in front of them, as long as the model's last states stay alike (LaCo, arXiv 2402.11187).
+"""Merge layers into the one before them, as long as the model's last states stay similar (LaCo, arXiv 2402.11187).
 
-From the back to the front, a layer l takes in the m layers behind it, which then go: each of its linears becomes
+From the last layer to the first, a layer l absorbs the m layers after it, which are removed: each of its linears becomes
 
     θ*_l = θ_l + Σ_{k=1..m} (θ_{l+k} − θ_l) = (1 − m) θ_l + Σ_{k=1..m} θ_{l+k},     m = min(C − 1, last − l)
 
-and its norms stay. The merge counts where the mean over a few texts of the cosine between the model's last states, all tokens
-as one vector, and the original's is above a threshold T; then l goes down by an interval I, else by one. (As published, an l
-that has passed the new last layer goes back in front of it. It never has: l goes down with every merge.) Since the layers of a
-merge can have taken in others before, what a layer becomes is kept as coefficients of original layers: whole numbers of sum 1.
+and its norms stay. The merge is accepted if the cosine between the last states of the merged and the original model, all tokens
+of a text as one vector, exceeds a threshold T on average over a few texts; then l decreases by an interval I, else by one. (The
+published program also moves l before the new last layer where it has passed it. That never happens: l decreases with every
+merge.) Merged layers may have absorbed others before, so a layer is stored as integer coefficients, of sum 1, of original ones.
 
-The last states are those behind the final norm, as in the published program (transformers' ``hidden_states[-1]``): what the
-head reads, and where all tokens are about as long; in front of it a few tokens of huge norm can be all that the cosine sees.
+The last states are those after the final norm, as in the published program (transformers' ``hidden_states[-1]``): the head's
+input, where all tokens have about the same norm. Before it, a few tokens of huge norm can dominate the cosine.
 
-``layers_to_skip`` layers go: no merge takes in more than are left, and T is lowered until so many go. What stands in front of l
-is the original model, whatever was merged behind: a candidate costs the layers from l on, and one that comes up again nothing.
+``layers_to_skip`` layers go: no merge absorbs more than remain to be removed, and T is lowered until so many are. The layers
+before l are always the original ones: a candidate costs the layers from l on, and a repeated one nothing.
 """
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from replaceme.base.documents import Batch, Documents
+from replaceme.base.documents import Documents
 from replaceme.base.errors import ModelError, ParameterError
 from replaceme.base.plan import Block
 from replaceme.base.progress import progress
 from replaceme.base.scratch import scratch
 from replaceme.edits.edits import Edits
-from replaceme.edits.unfused import unfused
-from replaceme.models.families import Family, decoder_of, linear_parameters, parameter_of
-from replaceme.observers.walk import Keep, Start, begun_at, walk
+from replaceme.models.families import Family, linear_parameters, parameter_of
+from replaceme.selection.trials import Trials, batches_of, last_states
 
 # The texts and the tokens of each (the paper takes a few sentences), the seed that picks them, and the step of the threshold.
 TEXTS, LENGTH, SEED, STEP = 10, 64, 0, 0.01
 
-# For each layer that is left, the parts of its own linears and of those that it has taken in, in the original order.
+# For each remaining layer, the coefficients of its own linears and of the absorbed ones, in the original order.
 Layers = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
 class Way:
-    """Where merges are tried.
+    """The positions where merges are tried.
 
     Attributes:
-        first: the first layer that may take in others (L).
-        end: the layer behind the last one that may go (H).
-        size: layers merged at once (C).
-        interval: how far the next merge is from one that counts (I).
-        count: how many layers go.
+        first: the first layer that may absorb others (L).
+        end: the layer after the last one that may go (H).
+        size: the most layers in one merge, the absorbing one included (C).
+        interval: the distance from an accepted merge to the next attempt (I).
+        count: the number of layers to remove.
     """
 
     first: int
@@ -65,13 +62,13 @@ class Way:
 
 
 def merged(layers: Layers, place: int, count: int) -> Layers:
-    """Return the layers where that at ``place`` has taken in the ``count`` behind it."""
+    """Return the layers after the one at ``place`` has absorbed the next ``count``."""
     own, others = layers[place], layers[place + 1 : place + 1 + count]
     return (*layers[:place], (*((1 - count) * part for part in own), *chain(*others)), *layers[place + 1 + count :])
 
 
 def blocks_of(layers: Layers) -> list[Block]:
-    """Return what goes, and what its hosts become."""
+    """Return the removed blocks, with their hosts' coefficients."""
     blocks, host = [], 0
     for parts in layers:
         if len(parts) > 1:
@@ -89,14 +86,14 @@ def collapse(
         total: the number of layers.
         way: where merges are tried.
         threshold: T.
-        similarity: tells how alike the last states are, with these layers; and where the last merge is.
+        similarity: returns the cosine of the last states, given the layers and the place of the last merge.
 
     Returns:
-        The layers, fewer by ``way.count`` at most, and the similarity behind each merge by its place, in order.
+        The layers, fewer by ``way.count`` at most, and the similarity after each merge, by its place, in order.
     """
     layers: Layers = ((1,),) * total
     end, left, found = way.end, way.count, {}
-    # A merge of all that is to go is the largest that there is.
+    # The largest merge absorbs all layers to remove.
     place = end - min(way.size, left + 1)
     while left and place >= way.first:
         count = min(way.size - 1, end - 1 - place, left)
@@ -111,20 +108,20 @@ def collapse(
 
 
 def most(total: int, way: Way) -> int:
-    """Return how many layers go where every merge counts."""
+    """Return how many layers go if every merge is accepted."""
     return total - len(collapse(total, way, 0.0, lambda *_: 1.0)[0])
 
 
 def collapse_all(
     total: int, way: Way, threshold: float, similarity: Callable[[Layers, int], float]
 ) -> tuple[Layers, dict[int, float], float]:
-    """Merge layers until ``way.count`` are gone, with the highest of the thresholds T, T − 0.01, … at which they go.
+    """Merge layers until ``way.count`` are gone, with the highest threshold of T, T − 0.01, … that allows it.
 
     Returns:
         As ``collapse``, and the threshold.
 
     Raises:
-        ParameterError: the similarities aren't finite, so that not even the lowest threshold is passed.
+        ParameterError: the similarities aren't finite, so that no threshold is exceeded.
     """
     known: dict[Layers, float] = {}
 
@@ -133,7 +130,7 @@ def collapse_all(
             known[layers] = similarity(layers, place)
         return known[layers]
 
-    # Down to where every merge counts, of any cosine.
+    # Down to a threshold below any cosine, where every merge is accepted.
     thresholds = (round(threshold - STEP * number, 6) for number in range(round((threshold + 1) / STEP) + 2))
     for lowered in progress(thresholds, "merging layers", "thresholds"):
         layers, found = collapse(total, way, lowered, measured)
@@ -152,14 +149,14 @@ def collapsed_blocks(
     batch_size: int,
     folder: Path | None = None,
 ) -> tuple[list[Block], dict[int, float], float]:
-    """Return what goes from a model and what its hosts become, the similarity behind each merge, and the threshold.
+    """Return the removed blocks with their hosts' coefficients, the similarity after each merge, and the threshold.
 
     Args:
         model: the dense model.
         family: its description.
         documents: calibration text.
         way: where merges are tried.
-        threshold: T to begin with.
+        threshold: the initial T.
         batch_size: documents in a batch.
         folder: where scratch files may lie; None is the system's temporary folder.
 
@@ -169,19 +166,18 @@ def collapsed_blocks(
     """
     layers, texts = family.decoder_layers(model), texts_of(documents)
     check_alike(layers, range(way.first, way.end))
-    original = last_states(model, texts, batch_size)
+    original = last_states(model, batches_of(model, texts, batch_size))
     shape = len(layers), texts.token_count, int(model.config.hidden_size)
     (entering,) = scratch([shape], model.dtype, folder, "the choice of layers")
-    kept = [Keep(place, ("input",), entering[place]) for place in range(way.first, way.end - 1)]
-    walk(model, family, texts, kept, batch_size=batch_size, description=None)
+    trials = Trials(model, family, texts, entering, batch_size)
+    trials.keep(range(way.first, way.end - 1))
 
     def similarity(candidate: Layers, place: int) -> float:
         blocks = blocks_of(candidate)
         edits = Edits("", list(chain(*(block.layers for block in blocks))))
         edits.mixtures = {block.host: block.mixture for block in blocks}
-        with unfused(model, family, edits):
-            begun = partial(begun_at, family, layers, Start(place, entering[place]))
-            states = last_states(model, texts, batch_size, begun)
+        with trials.trial(edits, place) as batches:
+            states = last_states(model, batches)
         return fmean(
             float(torch.cosine_similarity(state.double(), before.double(), dim=0))
             for state, before in zip(states, original, strict=True)
@@ -197,7 +193,7 @@ def texts_of(documents: Documents) -> Documents:
 
 
 def check_alike(layers: nn.ModuleList, places: Iterable[int]) -> None:
-    """Raise ModelError where layers' linears are not of the same names and shapes."""
+    """Raise ModelError if the linears of these layers differ in names or shapes."""
     shapes = {
         place: {name: tuple(parameter_of(layers[place], name).shape) for name in linear_parameters(layers[place])}
         for place in places
@@ -209,28 +205,3 @@ def check_alike(layers: nn.ModuleList, places: Iterable[int]) -> None:
                 f"model_path: the linears of layers {first} and {place} differ in their shapes, so that they can't be merged; "
                 "use another method."
             )
-
-
-@torch.inference_mode()
-def last_states(
-    model: Any,
-    documents: Documents,
-    batch_size: int,
-    context: Callable[[Callable[[], Batch]], AbstractContextManager[None]] = lambda current: nullcontext(),
-) -> list[Tensor]:
-    """Return what the head reads of each document, in the order of a walk: (tokens · d,).
-
-    Args:
-        model: the model, as it computes at present.
-        documents: the text.
-        batch_size: documents in a batch.
-        context: makes what the model computes in; it gets a function that tells the batch at hand.
-    """
-    states: list[Tensor] = []
-    batches: list[Batch] = []
-    with context(lambda: batches[-1]):
-        for batch in documents.batches(batch_size, str(model.device)):
-            batches[:] = [batch]
-            last = decoder_of(model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-            states += [row[:length].flatten() for row, length in zip(last, batch.lengths.tolist(), strict=True)]
-    return states

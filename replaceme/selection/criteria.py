@@ -1,29 +1,29 @@
-"""The criteria by which blocks of layers are chosen: one table, name → how it chooses and what it is called.
+"""The criteria for choosing blocks of layers, by name.
 
-A block ``[start, end)`` leaves host ``start − 1`` in front of it, so ``start`` is at least 1. Cheapest first:
+A block ``[start, end)`` has the host ``start − 1``, so ``start`` is at least 1. Cheapest first:
 
 - ``angular``: the smallest ``D(start − 1, end − 1)`` (UIDL; ReplaceMe, section 3).
 - ``residual``: the smallest relative residual of a linear map in the block's place (``replaceme.observers.residuals``).
-- ``loss``: of the few cuts with the smallest residuals (or with these and the smallest angles, where no map takes the block's
-  place), the one whose shortened model predicts held-out calibration text best (``replaceme.selection.cut_loss``). With
-  ``tolerated_loss``, as many layers go as raise that loss by no more.
-- ``mean_cosine``: the highest mean cosine, over all tokens, of what enters the block and what leaves it (LinearPatch, arXiv
+- ``loss``: of the few cuts with the smallest residuals (and smallest angles, where no map takes the block's place), the one
+  whose shortened model predicts held-out calibration text best (``replaceme.selection.cut_loss``). With ``tolerated_loss``, as
+  many layers go as raise that loss by no more than this.
+- ``mean_cosine``: the highest mean cosine, over all tokens, between the states before and after the block (LinearPatch, arXiv
   2505.24680; Ghosted, arXiv 2605.15491).
-- ``window``: the highest mean cosine of what enters the host and what leaves the block (LLM-Streamline, arXiv 2403.19135,
-  which replaces the host too).
+- ``window``: the highest mean cosine between the states before the host and after the block (LLM-Streamline, arXiv
+  2403.19135, which replaces the host too).
 
-Two criteria choose single layers; a block is a run of them:
+Two criteria choose single layers; adjacent ones form a block:
 
 - ``influence``: the layers that change their input least (ShortGPT, arXiv 2403.03853): ``replaceme.observers.profile``.
-- ``greedy``: one by one, each the one without which the loss is lowest (SLEB, arXiv 2402.09025):
+- ``greedy``: one layer at a time, the one without which the loss is lowest (SLEB, arXiv 2402.09025):
   ``replaceme.selection.greedy``.
 
-A method can bring a criterion of its own (LaCo's merges, Prune&Comp's scaled layers). Methods that take away parts of layers
-choose by themselves (``WIDTH``): no block goes. What computes is loaded where it is called, so that the table costs nothing to
-read.
+A method can have its own criterion (LaCo's merges, Prune&Comp's scaled layers). Methods that remove parts of layers choose
+these themselves (``WIDTH``): no block is removed. Torch is imported only inside the functions that compute, so that reading the
+table stays fast.
 
-Several blocks (``num_A``; ReplaceMe, section 4) are taken in the order of their values, each where it overlaps none before
-it; unless adjacent ones are merged into one, a kept layer stays between them: a block's host.
+Several blocks (``num_A``; ReplaceMe, section 4) are taken in the order of their values, skipping overlaps. Unless adjacent ones
+are merged, a kept layer stays between two blocks: the later block's host.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ Pairs = list[list[float]]
 
 @dataclass(frozen=True)
 class Choice:
-    """What a criterion chooses from.
+    """The inputs of a criterion.
 
     Attributes:
         params: the setting.
         profile: the content of ``profile.json``.
         starts: the allowed starts of a block.
         stand_in: what takes the block's place.
-        load: loads the dense model and its description, for the criteria that measure on it.
-        read: reads the calibration documents, likewise.
+        load: loads the dense model and its description, for criteria that run it.
+        read: reads the calibration documents, for the same criteria.
         folder: where scratch files may lie.
     """
 
@@ -88,15 +88,15 @@ class Choice:
 
 @dataclass(frozen=True)
 class Criterion:
-    """How blocks are chosen.
+    """A way to choose blocks.
 
     Attributes:
         name: the value of ``selection``, or the name of a method's own criterion.
-        words: what the choice is made by, after "chosen by".
+        words: completes "chosen by …".
         choose: returns the blocks, and figures for metrics/select.json.
-        several: whether it ranks blocks, so that ``num_A`` of them can be taken.
-        whole_layers: whether layers go; else parts of layers do, and no block has to find room.
-        check: raises ParameterError, before any work, where it can't choose from so many layers with these parameters.
+        several: whether it ranks blocks, so that ``num_A`` of them can be chosen.
+        whole_layers: whether whole layers go; if parts of layers do, no block has to fit.
+        check: raises ParameterError, before any work, if it can't choose from this number of layers with these parameters.
     """
 
     name: str
@@ -108,7 +108,7 @@ class Criterion:
 
 
 def _ranked(values: Callable[[Mapping[str, Any]], Pairs]) -> Callable[[Choice], tuple[list[Block], Figures]]:
-    """Return a choice of the blocks with the smallest values, (host × last removed layer) of a profile."""
+    """Return a ``choose`` that takes the blocks with the smallest values (host × last removed layer) of a profile."""
     return lambda choice: (several(values(choice.profile), choice.starts, choice.params), {})
 
 
@@ -120,7 +120,9 @@ def _window(choice: Choice) -> tuple[list[Block], Figures]:
     cosines = choice.profile["mean_cosine"]
     (block,) = smallest(_negative(cosines), choice.starts, choice.params.layers_to_skip)
     cosine = cosines[block.host][block.end - 1]
-    logger.info("select: what enters layer %d and leaves layer %d has a mean cosine of %.4f", block.host, block.end - 1, cosine)
+    logger.info(
+        "select: the states before layer %d and after layer %d have a mean cosine of %.4f", block.host, block.end - 1, cosine
+    )
     return [block], {"mean_cosine": cosine}
 
 
@@ -138,7 +140,7 @@ def _greedy(choice: Choice) -> tuple[list[Block], Figures]:
         model, family, choice.documents, choice.layers, params.layers_to_skip,
         batch_size=params.batch_size, folder=choice.folder,
     )  # fmt: skip
-    logger.info("select: layers in the order in which they went: %s", ", ".join(map(str, layers)))
+    logger.info("select: layers in order of removal: %s", ", ".join(map(str, layers)))
     order = {f"layer{layer}": loss for layer, loss in zip(layers, losses, strict=True)}
     return runs(layers), {"loss": losses[-1], "order": order}
 
@@ -147,7 +149,7 @@ def _loss(choice: Choice) -> tuple[list[Block], Figures]:
     from replaceme.selection.cut_loss import lowest_loss
 
     (model, family), profile, params = choice.model, choice.profile, choice.params
-    # Where nothing takes the block's place, what a map would miss says too little, and the angle has misses of its own.
+    # For an empty cut, the residual of a map is a poor predictor, and the angle alone misses good cuts too.
     rankings = [profile["residual"]]
     if choice.stand_in in ("nothing", "scalar"):
         rankings = [profile["angular_distance"], *rankings]
@@ -168,42 +170,45 @@ def _parts_of_layers(choice: Choice) -> tuple[list[Block], Figures]:
     return [], {}
 
 
-# What ``selection`` can name.
+# The values of ``selection``.
 CRITERIA: Mapping[str, Criterion] = {
     criterion.name: criterion
     for criterion in (
         Criterion(
             "angular", "the smallest angular distance", _ranked(lambda profile: profile["angular_distance"]), several=True
         ),
-        Criterion("residual", "the smallest residual", _ranked(lambda profile: profile["residual"]), several=True),
-        Criterion("loss", "the smallest loss among the few best cuts", _loss, check=_enough_documents),
-        Criterion("influence", "the smallest influence on their input", _influence),
-        Criterion("greedy", "the smallest loss without them, one by one", _greedy),
+        Criterion(
+            "residual",
+            "the smallest residual of a linear map in the block's place",
+            _ranked(lambda profile: profile["residual"]),
+            several=True,
+        ),
+        Criterion("loss", "the lowest next-token loss among a few preselected cuts", _loss, check=_enough_documents),
+        Criterion("influence", "the smallest block influence", _influence),
+        Criterion("greedy", "the lowest loss without the layer, one layer at a time", _greedy),
     )
 }
 MEAN_COSINE = Criterion(
     "mean_cosine",
-    "the highest mean cosine of the state in front of it and the one behind",
-    # Of what leaves the host, which enters the block.
+    "the highest mean cosine between the states before and after the block",
+    # A row of the profile is for the state before a layer; the choice reads rows by host, one layer earlier.
     _ranked(lambda profile: _negative(profile["mean_cosine"][1:])),
     several=True,
 )
-WINDOW = Criterion(
-    "window", "the highest mean cosine of what enters the layer that is trained and what leaves the last one", _window
-)
+WINDOW = Criterion("window", "the highest mean cosine between the states before the trained layer and after the block", _window)
 WIDTH = Criterion("width", "parts of layers", _parts_of_layers, whole_layers=False)
 
 
 def allowed_starts(params: Params, layers: int, criterion: Criterion) -> range:
-    """Return the starts that the limits leave for a block of ``layers_to_skip`` layers.
+    """Return the allowed starts of a block of ``layers_to_skip`` layers.
 
     Args:
         params: the limits.
         layers: the model's number of layers.
-        criterion: by which a block is chosen.
+        criterion: the criterion of the choice.
 
     Raises:
-        ParameterError: there is none, or the criterion can't choose.
+        ParameterError: there are none, or the criterion can't choose.
     """
     first, end = bounds(params, layers)
     if params.num_A > 1 and not criterion.several:

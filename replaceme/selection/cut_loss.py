@@ -1,14 +1,13 @@
-"""What a few cuts cost: the next-token loss of the shortened model, with a closed-form fit in the block's place.
+"""The cost of a few cuts: the next-token loss of the shortened model, with a closed-form fit in the block's place.
 
-The fit has token weights and ridges of its own, so that no cut depends on α or on a solver: a linear map as in the profile's
-residuals (``replaceme.observers.residuals``), or all weights of the host's last linear or of both its last linears
-(``replaceme.solvers.refit``), which can rank the cuts differently; or a scalar (``replaceme.selection.compensation``). It is
-made on the documents that the profile fits on; the loss is taken on those that it holds out.
+The fit has its own token weights and ridges, so that the choice does not depend on α or on a solver. It is a linear map as in
+the profile's residuals (``replaceme.observers.residuals``); or all weights of the host's last linear, or of both its last
+linears (``replaceme.solvers.refit``), which can rank the cuts differently; or a scalar (``replaceme.selection.compensation``).
+It is fitted on the documents that the profile fits on; the loss is measured on those that the profile holds out.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -21,25 +20,24 @@ from replaceme.base.params import Params
 from replaceme.base.plan import Block, StandIn
 from replaceme.base.progress import logger, progress
 from replaceme.edits.edits import Edits
-from replaceme.edits.unfused import unfused
 from replaceme.models.families import Family, Linear, parameter_of
 from replaceme.observers.features import LINEARS, Features
 from replaceme.observers.residuals import RIDGE, solve_small_ridge
 from replaceme.observers.statistics import AtCut, FeatureGram
 from replaceme.observers.sums import squares, token_weights
-from replaceme.observers.walk import Keep, Start, begun_at, walk
+from replaceme.observers.walk import walk
 from replaceme.selection.blocks import smallest
 from replaceme.selection.compensation import gains
-from replaceme.selection.next_token import next_token_loss
+from replaceme.selection.trials import Trials, batches_of, next_token_loss
 from replaceme.solvers.arguments import naming
 from replaceme.solvers.refit import refit
 
-# How many cuts are measured.
+# Number of measured cuts.
 SHORTLIST = 6
-# λ of a refit, and the memory that its sums may take: so many cuts are fitted in one pass.
+# λ of a refit, and the bytes that the sums of the cuts fitted in one pass may take.
 REFIT_RIDGE, GRAM_BYTES = 0.3, 4 << 30
 
-# What is solved for in each stand-in that is new weights.
+# The linears solved for, by stand-in.
 LINEARS_OF: Mapping[StandIn, Sequence[Linear]] = {"refit": ("mlp_output",), "joint": LINEARS}
 
 
@@ -60,7 +58,7 @@ class WeightedGram(AtCut):
 
 
 class DerivedGram(FeatureGram):
-    """The sums over M made of those over the features, of which M is a linear map: good to float32, and a third less work."""
+    """The sums over M, derived from those over the features, which M is linear in: float32 accuracy, a third less work."""
 
     def __init__(self, block: Block, features: Features, last: nn.Module):
         super().__init__(block, features)
@@ -68,7 +66,7 @@ class DerivedGram(FeatureGram):
         rows = [parameter_of(last, "weight").double().cpu().T]
         if features.biased == "mlp_output":
             rows.append(parameter_of(last, "bias").double().cpu()[None])
-        # Of the attention's features, M holds nothing.
+        # M does not depend on the attention's features.
         _, columns = features.only("mlp_output")
         self.map = torch.zeros(len(features), rows[0].shape[1], dtype=torch.float64)
         self.map[columns] = torch.cat(rows)
@@ -85,20 +83,20 @@ class DerivedGram(FeatureGram):
 
 
 def feature_gram(block: Block, features: Features, last: nn.Module) -> FeatureGram:
-    """Return what takes the sums of a cut; weights that are packed or elsewhere can't be read, and M is watched instead."""
+    """Return the observer of a cut's sums; if packed or offloaded weights can't be read, it observes M itself."""
     weight = last.get_parameter("weight")
     readable = weight.is_floating_point() and not weight.is_meta
     return DerivedGram(block, features, last) if readable else FeatureGram(block, features)
 
 
 def dense_loss(model: Any, documents: Documents, batch_size: int) -> float:
-    """Return the mean next-token loss (nats) of the dense model, on the text that ``cut_losses`` takes.
+    """Return the mean next-token loss (nats) of the dense model, on the text of ``cut_losses``.
 
     Raises:
         ParameterError: there are too few documents to hold one out.
     """
     _, excerpts = _split(documents)
-    return next_token_loss(model, excerpts, batch_size)
+    return next_token_loss(model, batches_of(model, excerpts, batch_size))
 
 
 def cut_losses(
@@ -126,27 +124,26 @@ def cut_losses(
     elif stand_in == "scalar":
         for block, edits, gain in zip(blocks, cuts, gains(model, family, fit, blocks, batch_size=batch_size), strict=True):
             edits.operators[block.host] = torch.tensor(gain, dtype=torch.float64)
-    # Nothing in front of a cut is changed by it: once is enough.
-    layers, width = family.decoder_layers(model), int(model.config.hidden_size)
-    entering = {block.host: torch.empty(excerpts.token_count, width, dtype=model.dtype) for block in blocks}
-    kept = [Keep(host, ("input",), states) for host, states in entering.items()]
-    walk(model, family, excerpts, kept, batch_size=batch_size, description=None)
+    # A cut changes nothing before it: those states are computed once.
+    shape = excerpts.token_count, int(model.config.hidden_size)
+    entering = {block.host: torch.empty(shape, dtype=model.dtype) for block in blocks}
+    trials = Trials(model, family, excerpts, entering, batch_size)
+    trials.keep(entering)
     losses = []
     for block, edits in zip(progress(blocks, "measuring the best cuts", "cuts"), cuts, strict=True):
-        begun = partial(begun_at, family, layers, Start(block.host, entering[block.host]))
-        with unfused(model, family, edits):
-            losses.append(next_token_loss(model, excerpts, batch_size, begun))
+        with trials.trial(edits, block.host) as batches:
+            losses.append(next_token_loss(model, batches))
     return losses
 
 
 def _split(documents: Documents) -> tuple[Documents, Documents]:
-    """Return the documents that a stand-in is fitted on, and the text that the losses are taken on."""
+    """Return the documents for fitting a stand-in, and the text for measuring losses."""
     fit, held_out = split_documents(documents)
     excerpts = excerpts_of(held_out)
     if not len(excerpts):
         raise ParameterError(
-            f"selection: loss holds every {HELD_OUT_EVERY}th document out, and of the {len(documents)} that the dataset gave "
-            "none is left with two tokens; use residual, or more text."
+            f"selection: loss holds out every {HELD_OUT_EVERY}th document, and none of these has two tokens, of "
+            f"{len(documents)} in the dataset; use residual, or more text."
         )
     return fit, excerpts
 
@@ -198,15 +195,15 @@ def lowest_loss(
     starts: range,
     stand_in: StandIn,
 ) -> tuple[list[Block], dict[str, Any]]:
-    """Return the block whose shortened model has the lowest loss, and the figures of those that were measured.
+    """Return the block whose shortened model has the lowest loss, and the figures of the measured ones.
 
     Args:
         model: the dense model.
         family: its description.
         documents: calibration text.
-        params: ``layers_to_skip`` layers go; with ``tolerated_loss``, the most that raise the loss by no more, up to that.
-        rankings: (host × last removed layer) each; the ``SHORTLIST`` blocks with the smallest values of these are measured.
-        starts: allowed ones of a block of ``layers_to_skip`` layers.
+        params: ``layers_to_skip`` layers go; with ``tolerated_loss``, at most these, as many as raise the loss by no more.
+        rankings: values (host × last removed layer) each; the ``SHORTLIST`` blocks with the smallest values are measured.
+        starts: the allowed starts of a block of ``layers_to_skip`` layers.
         stand_in: what takes the block's place.
 
     Raises:
@@ -215,21 +212,21 @@ def lowest_loss(
     dense, limit = dense_loss(model, documents, params.batch_size), params.layers_to_skip
     if not math.isfinite(dense):
         raise ParameterError(f"dtype: {params.dtype} overflows in the model's predictions; use bfloat16 or float32.")
-    # Of each number of layers, the losses with the best few blocks, the lowest first.
+    # Number of layers → the losses of its best few blocks, lowest first.
     tried: dict[int, dict[Block, float]] = {}
 
     def lowest(count: int) -> float:
         return min(tried[count].values(), default=math.inf)
 
     def rise(count: int) -> float:
-        """Return by how much the loss rises with the best block of so many layers."""
+        """Return the rise of the loss with the best block of this many layers."""
         longer, each = range(starts.start, starts.stop + limit - count), SHORTLIST // len(rankings)
         candidates = [*dict.fromkeys(chain(*(smallest(values, longer, count, each) for values in rankings)))]
         losses = cut_losses(model, family, documents, candidates, stand_in=stand_in, batch_size=params.batch_size)
         finite = [pair for pair in zip(candidates, losses, strict=True) if math.isfinite(pair[1])]
         tried[count] = dict(sorted(finite, key=lambda pair: pair[1]))
         risen = lowest(count) - dense
-        logger.info("select: %s less: the loss rises by %.4f nats", f"{count} layers" if count > 1 else "1 layer", risen)
+        logger.info("select: without %s, the loss rises by %.4f nats", f"{count} layers" if count > 1 else "1 layer", risen)
         return risen
 
     if params.tolerated_loss is None:
@@ -258,7 +255,7 @@ def lowest_loss(
 def _most_within(tolerated: float, limit: int, rise: Callable[[int], float]) -> int:
     """Return the largest number of layers up to ``limit`` whose rise is tolerated, by bisection; 0 for none.
 
-    The rise is taken to grow with the number of layers.
+    The rise is assumed to grow with the number of layers.
     """
     within, beyond = 0, limit + 1
     while beyond - within > 1:

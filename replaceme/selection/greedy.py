@@ -1,11 +1,10 @@
-"""Layers chosen one by one, by what the model without each of them predicts (SLEB, arXiv 2402.09025, section 3).
+"""Greedy choice of single layers by the loss of the model without each (SLEB, arXiv 2402.09025, section 3).
 
-As many times as layers are to go, every layer that is left is passed by in turn, and the one without which the calibration loss
-is lowest goes. The states that enter each layer are computed once a round: a candidate costs the layers behind it alone.
+In each round, every remaining layer is skipped in turn, and the one without which the calibration loss is lowest is removed.
+The states that enter each layer are computed once per round: a candidate costs only the layers after it.
 """
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,7 @@ from replaceme.base.scratch import scratch
 from replaceme.edits.edits import Edits
 from replaceme.edits.unfused import unfused
 from replaceme.models.families import Family
-from replaceme.observers.walk import Keep, Start, begun_at, walk
-from replaceme.selection.next_token import next_token_loss
+from replaceme.selection.trials import Trials, next_token_loss
 
 
 def greedy_layers(
@@ -29,14 +27,14 @@ def greedy_layers(
     batch_size: int,
     folder: Path | None = None,
 ) -> tuple[list[int], list[float]]:
-    """Return the layers that go, in the order in which they were chosen, and the loss (nats a token) after each.
+    """Return the removed layers in order of removal, and the loss (nats per token) after each.
 
     Args:
         model: the dense model.
         family: its description.
         documents: calibration text.
         allowed: the layers that may go.
-        count: how many go.
+        count: the number of layers to remove.
         batch_size: documents in a batch.
         folder: where scratch files may lie; None is the system's temporary folder.
     """
@@ -45,17 +43,15 @@ def greedy_layers(
     losses: list[float] = []
     shape = len(layers), excerpts.token_count, int(model.config.hidden_size)
     (entering,) = scratch([shape], model.dtype, folder, "the choice of layers")
+    trials = Trials(model, family, excerpts, entering, batch_size)
     for _ in progress(range(count), "choosing layers", "layers"):
         left = [layer for layer in allowed if layer not in removed]
-        kept = [Keep(layer, ("input",), entering[layer]) for layer in left]
         with unfused(model, family, Edits("", removed)):
-            walk(model, family, excerpts, kept, batch_size=batch_size, description=None)
+            trials.keep(left)
         found = {}
         for layer in left:
-            with unfused(model, family, Edits("", [*removed, layer])):
-                # The layer itself is passed by: it hands on what enters it.
-                begun = partial(begun_at, family, layers, Start(layer, entering[layer]))
-                found[layer] = next_token_loss(model, excerpts, batch_size, begun)
+            with trials.trial(Edits("", [*removed, layer]), layer) as batches:
+                found[layer] = next_token_loss(model, batches)
         best = min(found, key=found.__getitem__)
         removed.append(best)
         losses.append(found[best])

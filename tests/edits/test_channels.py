@@ -213,9 +213,9 @@ def test_the_chosen_channels_fit_better_than_the_hosts_own_or_random_ones(kind: 
     left = {}
     for name, choice in (("best", best_channels), ("chance", by_chance), ("own", own)):
         monkeypatch.setattr("replaceme.methods.repair.best_channels", choice)
-        edits, mender = solved(model, documents, (BLOCK,), transform="channels", alpha=5.0, refit_ridge=0.01)
+        edits, mending = solved(model, documents, (BLOCK,), transform="channels", alpha=5.0, refit_ridge=0.01)
         shortened = deepcopy(model)
-        _, figures = mender.run()
+        _, figures = mending()
         apply_edits(shortened, family_of(model.config), edits)
         target = passing(model, BLOCK.end - 1, documents)["output"]
         gap = passing(shortened, BLOCK.host, documents)["output"] - target
@@ -238,8 +238,8 @@ def test_a_later_block_chooses_on_the_shortened_models_activations(kind: str, mo
         return best_channels(gram, cross, *rest)
 
     monkeypatch.setattr("replaceme.methods.repair.best_channels", keeping)
-    edits, mender = solved(model, documents, blocks, transform="channels", alpha=5.0, repair=True)
-    mender.run()
+    edits, mending = solved(model, documents, blocks, transform="channels", alpha=5.0, repair=True)
+    mending()
     gram, cross, by_then = seen[1]
     family, host = family_of(model.config), blocks[1].host
     few = Documents(few_documents(documents, 8 * 2 * 48).longest_first())
@@ -256,8 +256,8 @@ def test_a_later_block_chooses_on_the_shortened_models_activations(kind: str, mo
 
 def test_an_infinite_ridge_leaves_the_chosen_channels_their_own_columns() -> None:
     model, documents = made_model(dtype=torch.float64, mlp_bias=False, attention_bias=False), many_documents()
-    edits, mender = solved(model, documents, (BLOCK,), transform="channels", alpha=5.0, refit_ridge=1e14)
-    mender.run()
+    edits, mending = solved(model, documents, (BLOCK,), transform="channels", alpha=5.0, refit_ridge=1e14)
+    mending()
     expected = deepcopy(model)
     family = family_of(model.config)
     apply_edits(expected, family, Edits("", edits.removed_layers, channels=edits.channels))
@@ -279,8 +279,8 @@ def test_channels_and_repair_are_exported_exactly(
     kind: str, blocks: tuple[Block, ...], options: dict[str, Any], save_tiny: Callable[..., Model], tmp_path: Path
 ) -> None:
     source, documents = save_tiny(kind), many_documents(12)
-    edits, mender = solved(source.load(), documents, blocks, alpha=1.0, transform="channels", **options)
-    mender.run()
+    edits, mending = solved(source.load(), documents, blocks, alpha=1.0, transform="channels", **options)
+    mending()
     assert set(edits.channels) == {block.host for block in blocks}
     save_pruned(source, edits, tmp_path)
     figures = verify_export(source, Model(tmp_path, "pruned"), edits, documents)
@@ -290,10 +290,10 @@ def test_channels_and_repair_are_exported_exactly(
 def test_the_size_of_a_batch_changes_no_channel() -> None:
     chosen = []
     for batch_size in (1, 5):
-        edits, mender = solved(
+        edits, mending = solved(
             made_model(), many_documents(), (BLOCK,), transform="channels", alpha=5.0, batch_size=batch_size
         )  # fmt: skip
-        mender.run()
+        mending()
         chosen.append(edits.channels[BLOCK.host])
     # Rounding may decide a close choice differently.
     shared = len({*map(tuple, chosen[0].tolist())} & {*map(tuple, chosen[1].tolist())})
@@ -307,8 +307,8 @@ def test_settings_and_families_without_channels_are_refused() -> None:
     ]
     assert not refusals(values, METHODS["lstsq"])
     (sentence,) = family_refusals(values, "falcon", family_of(made_model("falcon").config))
-    assert sentence.startswith("transform: channels folds the norm in front of an MLP into its linears")
+    assert sentence.startswith("transform: channels folds the norm before an MLP into its linears")
     (sentence,) = family_refusals(values, "opt", family_of(made_model("opt", enable_bias=False).config))
-    assert sentence.startswith("transform: channels folds the norm in front of an MLP into its linears")
+    assert sentence.startswith("transform: channels folds the norm before an MLP into its linears")
     (sentence,) = refusals({**values, "method": "cosine"}, METHODS["cosine"])
     assert sentence.startswith("transform: channels solves least squares")

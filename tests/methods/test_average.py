@@ -29,7 +29,7 @@ def test_the_hosts_linears_are_the_mean_and_its_norms_stay(tiny: Model, params: 
     assert (pruned[2].mlp.down_proj.weight == dense[4].mlp.down_proj.weight).all()
 
 
-def test_what_has_no_mean_is_refused(params: Params, save_tiny: Callable[..., Model], tmp_path: Path) -> None:
+def test_models_without_a_mean_of_layers_are_refused(params: Params, save_tiny: Callable[..., Model], tmp_path: Path) -> None:
     with pytest.raises(ParameterError, match="num_A: 2 has no place in method average, which averages one block with its host"):
         read_params(None, {"method": "average", "num_A": 2}, METHODS)
     given = {"method": "average", "model_path": str(save_tiny("mixtral").folder)}

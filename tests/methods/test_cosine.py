@@ -1,4 +1,4 @@
-"""Method cosine: every combination of loss, form, structure and solver does what its names say, or is refused by name."""
+"""Method cosine: every combination of loss, form, structure and solver minimises the named objective, or is refused by name."""
 
 from collections.abc import Mapping
 from functools import cache
@@ -21,7 +21,7 @@ from tests.solvers.test_objectives import STRUCTURES, WIDTH, made_sums, made_tok
 BLOCK = Block(2, 4)
 M, Z, H = made_tokens(80)
 SUMS = made_sums(M, Z, H)
-# A pace at which Adam comes to rest on tokens this few.
+# Settings with which Adam converges on so few tokens.
 PACE = {"learning_rate": 0.01, "epochs": 400, "tokens_per_step": 8, "max_iterations": 500}
 SOLVERS = ["adam", "lbfgs", "cg", "trust_region"]
 STATISTICS: dict[str, Mapping[str, Tensor]] = {
@@ -82,14 +82,14 @@ def test_all_solvers_find_the_same_cosine(accurate: bool, structure: str) -> Non
     near = 2e-3 if structure == "triangular" else 1e-5
     assert found["cg"] == pytest.approx(found["lbfgs"], rel=near)
     assert found["trust_region"] == pytest.approx(found["lbfgs"], rel=near)
-    # Steps of one length, by eight tokens each, end near the minimum and not on it.
+    # Steps of constant length, of eight tokens each, end near the minimum but not at it.
     assert found["adam"] == pytest.approx(found["lbfgs"], rel=3e-2)
     assert all(results[name].figures["converged"] for name in SOLVERS if name != "adam")
 
 
 @pytest.mark.parametrize("structure", ["dense", "diagonal", "triangular"])
 @pytest.mark.parametrize("ratio", [0.0, 0.5, 1.0])
-def test_elastic_net_is_at_rest_by_its_own_conditions(structure: str, ratio: float) -> None:
+def test_elastic_net_meets_its_optimality_conditions(structure: str, ratio: float) -> None:
     """At a minimum the smooth part's slope is −αρ sign(T) where T isn't 0, and within ±αρ where it is."""
     result = solved(loss="elastic_net", transform=structure, solver="lbfgs", l1_ratio=ratio, alpha=60.0)
     T = transform_of(result)
@@ -127,7 +127,7 @@ def test_elastic_net_without_its_l1_part_is_half_a_ridge() -> None:
         ({"method": "uidl", "transform": "diagonal"}, "transform: diagonal has no place in method uidl"),
     ],
 )
-def test_what_cannot_be_done_is_refused_by_name(given: dict[str, object], said: str) -> None:
+def test_impossible_combinations_are_refused_by_name(given: dict[str, object], said: str) -> None:
     with pytest.raises(ParameterError) as refused:
         read_params(None, {"method": "cosine", **given}, METHODS)
     assert said in str(refused.value)
@@ -160,7 +160,7 @@ def test_the_same_result_twice(solver: str) -> None:
     assert first.loss_curve == second.loss_curve
 
 
-def test_the_closed_form_is_where_a_solver_starts_and_a_minimum_already() -> None:
+def test_a_solver_starts_at_the_closed_form_which_is_a_minimum_already() -> None:
     for solver in SOLVERS:
         figures = solved(loss="mse", solver=solver, start="closed_form").figures
         assert figures["loss_end"] == pytest.approx(figures["loss_start"], rel=1e-9)
@@ -183,13 +183,13 @@ def test_the_curve_goes_from_the_start_to_the_end_and_the_best_is_kept() -> None
     assert problem.value(transform_of(result).reshape(-1)) == pytest.approx(min(losses), rel=1e-5)
 
 
-def test_a_solver_that_is_cut_short_says_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_solver_that_does_not_converge_warns(caplog: pytest.LogCaptureFixture) -> None:
     solved.cache_clear()
     with caplog.at_level("INFO", "replaceme"):
         assert solved(loss="mse", solver="lbfgs", max_iterations=2).figures["converged"] == 0
         assert solved(loss="mse", solver="adam", epochs=2, learning_rate=1e-3).figures["converged"] == 0
-    assert "max_iterations: lbfgs did not come to rest within 2; raise it" in caplog.text
-    assert "epochs: adam did not come to rest within 2; raise it or change learning_rate" in caplog.text
+    assert "max_iterations: lbfgs did not converge within 2; raise it" in caplog.text
+    assert "epochs: adam did not converge within 2; raise it or change learning_rate" in caplog.text
 
 
 def test_only_the_cosine_wants_single_tokens() -> None:
@@ -205,7 +205,7 @@ def test_only_the_cosine_wants_single_tokens() -> None:
     assert {names for (loss, _), names in wanted.items() if loss != "cosine"} == {("gram", "sample")}
 
 
-def test_fewer_tokens_than_dimensions_have_no_closed_form_to_start_from_and_the_sentence_says_so() -> None:
+def test_fewer_tokens_than_dimensions_are_refused_as_they_have_no_closed_form_to_start_from() -> None:
     few = made_sums(M[:3], Z[:3], H[:3])
     params = read_params(None, {"method": "cosine", "loss": "mse", "solver": "lbfgs"}, methods=METHODS)
     statistics = {"gram": few, "sample": STATISTICS["sample"]}

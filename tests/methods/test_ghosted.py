@@ -22,7 +22,7 @@ from replaceme.export.save import save_pruned
 from replaceme.export.verification import verify_export
 from replaceme.methods.method import Solved
 from replaceme.methods.registry import METHODS
-from replaceme.methods.repair import Mender
+from replaceme.methods.repair import mend
 from replaceme.models.families import family_of
 from replaceme.models.model import Model
 from replaceme.observers.statistics import take_statistics
@@ -77,7 +77,7 @@ def test_the_operator_equals_numpys_least_squares(weighted: bool, alpha: float, 
         "distance_from_identity": np.linalg.norm(W - np.eye(WIDTH)) / WIDTH**0.5,
     }
     assert {name: made.figures[name] for name in figures} == pytest.approx(figures, rel=1e-5)
-    # The residual of every other ridge: with one as strong as the largest eigenvalue, the last row.
+    # The last row of the ridge path has a ridge as large as the largest eigenvalue.
     strongest, residual = made.ridge_path[-1]
     error = np.sqrt(w) * (H - h @ least_squares(h, H, weighted, strongest))
     assert residual == pytest.approx(np.linalg.norm(error) / np.linalg.norm(np.sqrt(w) * H), rel=1e-6)
@@ -133,7 +133,7 @@ def test_every_family_is_mapped_saved_and_verified(
 
 
 @pytest.mark.parametrize("kind", ["llama", "falcon", "gemma2", "mixtral"])
-def test_each_later_block_is_fitted_on_what_the_shortened_model_feeds_it(kind: str) -> None:
+def test_each_later_block_is_fitted_on_states_of_the_shortened_model(kind: str) -> None:
     model, documents = made_model(kind, torch.float64, layers=8), many_documents()
     blocks, family = (Block(1, 2), Block(3, 5)), family_of(model.config)
     first = solved(model, documents, blocks[0])
@@ -141,7 +141,7 @@ def test_each_later_block_is_fitted_on_what_the_shortened_model_feeds_it(kind: s
     edits.removed_layers = [1, 3, 4]
     params = read_params(None, {"method": "ghosted", "batch_size": 4})
     plan = Plan(blocks, METHODS["ghosted"].statistics(params))
-    _, figures = Mender(params, model, family, documents, edits, plan).run()
+    _, figures = mend(params, model, family, documents, edits, plan)
     _, H = states(model, documents, blocks[1])
     with unfused(model, family, first.edits):
         h = passing(model, blocks[1].host, documents)["output"]
@@ -152,12 +152,12 @@ def test_each_later_block_is_fitted_on_what_the_shortened_model_feeds_it(kind: s
 
 
 @pytest.mark.parametrize("kind", PLAIN)
-def test_repair_comes_on_top_of_an_operator(kind: str, save_tiny: Callable[..., Model], tmp_path: Path) -> None:
+def test_repair_follows_an_operator(kind: str, save_tiny: Callable[..., Model], tmp_path: Path) -> None:
     source, texts = save_tiny(kind), many_documents(12)
     model, params = source.load(), read_params(None, {"method": "ghosted", "repair": True, "batch_size": 4})
     edits = solved(model, texts).edits
     plan = Plan((BLOCK,), METHODS["ghosted"].statistics(params))
-    repairs, _ = Mender(params, model, source.family(), texts, edits, plan).run()
+    repairs, _ = mend(params, model, source.family(), texts, edits, plan)
     assert {each.layer for each in repairs} == set(range(BLOCK.end, LAYERS))
     assert all(each.after < each.before for each in repairs)
     save_pruned(source, edits, tmp_path)

@@ -1,4 +1,4 @@
-"""LaCo: mixtures of layers, and the choice of what is merged, against models that are really built from the formula."""
+"""LaCo: mixtures of layers, and the choice of merges, against models built by the formula."""
 
 import json
 from collections.abc import Callable
@@ -27,7 +27,7 @@ from replaceme.export.save import save_pruned
 from replaceme.export.verification import verify_export, wrong_weights
 from replaceme.methods.refusals import family_refusals
 from replaceme.methods.registry import METHODS, criterion_of
-from replaceme.methods.repair import Mender
+from replaceme.methods.repair import mend
 from replaceme.models.families import PRE_NORM, family_of
 from replaceme.models.model import Model
 from replaceme.selection import collapse as module
@@ -39,7 +39,7 @@ from tests.pipeline.test_commands import call
 from tests.solvers.test_refit import many_documents
 
 DENSE = [kind for kind in KINDS if kind not in EXPERTS]
-# Layers 1 to 3 have become one, then 0 to 2 of what was left: layer 0 took in the mixture and layer 4.
+# Layers 1 to 3 were merged, then 0 to 2 of the remaining ones: layer 0 absorbed the mixture and layer 4.
 TWICE = (Block(1, 5, (-1, -1, 1, 1, 1)),)
 
 
@@ -51,7 +51,7 @@ def mixing(*blocks: Block) -> Edits:
 
 @torch.no_grad()
 def merge(model: Any, place: int, size: int, last: int) -> Any:
-    """Return the model that the formula makes: θ_l + Σ (θ_{l+k} − θ_l) for every linear, and the layers behind l gone."""
+    """Return the model by the formula: θ_l + Σ (θ_{l+k} − θ_l) for every linear, without the absorbed layers after l."""
     model = deepcopy(model)
     layers = family_of(model.config).decoder_layers(model)
     m = min(size - 1, last - place)
@@ -75,7 +75,7 @@ def likeness(model: Any, original: Any, texts: Documents) -> float:
 
 
 def slowly(model: Any, texts: Documents, way: Way, threshold: float) -> tuple[Any, list[int], dict[int, float]]:
-    """Collapse a model by building every candidate. Return it, its original layers, and the scores of what was merged."""
+    """Collapse a model by building every candidate. Return it, its original layers, and the scores of the merges."""
     merged_model, kept, scores = model, list(range(model.config.num_hidden_layers)), {}
     last, left = way.end - 1, way.count
     place = way.end - min(way.size, way.count + 1)
@@ -100,12 +100,12 @@ def logits_of(model: Any) -> torch.Tensor:
     return logits
 
 
-def test_a_layer_that_takes_in_others_is_the_papers_sum() -> None:
+def test_a_layer_that_absorbs_others_is_the_papers_sum() -> None:
     layers = ((1,),) * 6
     once = merged(layers, 1, 2)
     assert once == ((1,), (-1, 1, 1), (1,), (1,))
     assert blocks_of(once) == [Block(2, 4, (-1, 1, 1))]
-    # θ_0 + (θ_1 − θ_0) + (θ_4 − θ_0), with what layer 1 has become.
+    # θ_0 + (θ_1 − θ_0) + (θ_4 − θ_0), with layer 1 as merged before.
     assert blocks_of(merged(once, 0, 2)) == [*TWICE]
     assert blocks_of(merged(layers, 2, 1)) == [Block(3, 4, (0, 1))]
     assert all(sum(parts) == 1 for parts in merged(merged(once, 2, 1), 0, 2))
@@ -114,7 +114,7 @@ def test_a_layer_that_takes_in_others_is_the_papers_sum() -> None:
 @pytest.mark.parametrize("kind", DENSE)
 def test_a_folded_mixture_equals_the_formula_and_the_unfused_computation(kind: str) -> None:
     original = made_model(kind, torch.float64)
-    # Twice, and one layer of it in the other.
+    # Two merges, one of which absorbs the other.
     expected = logits_of(merge(merge(original, 1, 3, LAYERS - 1), 0, 3, LAYERS - 3))
     family, edits = family_of(original.config), mixing(*TWICE)
     assert (logits_of(original) - expected).norm() > 1e-2 * expected.norm()
@@ -128,7 +128,7 @@ def test_a_folded_mixture_equals_the_formula_and_the_unfused_computation(kind: s
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2", "falcon", "opt", "gemma2"])
-def test_an_exported_mixture_gives_the_same_logits_and_is_proved(
+def test_an_exported_mixture_gives_the_same_logits_and_is_verified(
     kind: str, save_tiny: Callable[..., Model], documents: Documents, tmp_path: Path
 ) -> None:
     source, edits = save_tiny(kind), mixing(Block(1, 3, (-1, 1, 1)), Block(4, 5, (0, 1)))
@@ -145,7 +145,7 @@ def test_an_exported_mixture_gives_the_same_logits_and_is_proved(
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_an_export_of_short_numbers_is_proved_too(
+def test_an_export_in_16_bits_is_verified_too(
     dtype: torch.dtype, save_tiny: Callable[..., Model], documents: Documents, tmp_path: Path
 ) -> None:
     source = save_tiny(dtype=dtype)
@@ -161,13 +161,13 @@ def test_an_export_of_short_numbers_is_proved_too(
         (mixing(Block(2, 6, (-3, 1, 1, 1, 1))), "differs from the original with the edits applied"),
     ],
 )
-def test_a_wrong_mixture_is_not_passed(tampered: Edits, said: str, tiny: Model, documents: Documents, tmp_path: Path) -> None:
+def test_a_wrong_mixture_is_refused(tampered: Edits, said: str, tiny: Model, documents: Documents, tmp_path: Path) -> None:
     save_pruned(tiny, tampered, tmp_path)
     with pytest.raises(VerificationError, match=said):
         verify_export(tiny, Model(tmp_path, "pruned"), mixing(*TWICE), documents)
 
 
-def test_a_norm_that_was_mixed_too_is_not_passed(tiny: Model, tmp_path: Path) -> None:
+def test_a_mixed_norm_is_refused(tiny: Model, tmp_path: Path) -> None:
     edits = mixing(*TWICE)
     save_pruned(tiny, edits, tmp_path)
     weights, dense = load_file(tmp_path / "model.safetensors"), load_file(tiny.folder / "model.safetensors")
@@ -188,12 +188,12 @@ def test_a_kept_layer_is_mixed_into_no_other() -> None:
     ("way", "threshold"),
     [
         (Way(0, LAYERS, 3, 1, 3), 0.3),
-        (Way(0, LAYERS, 3, 2, 4), -1.0),  # all merges count
+        (Way(0, LAYERS, 3, 2, 4), -1.0),  # all merges are accepted
         (Way(1, LAYERS - 1, 2, 1, 3), 0.0),
-        (Way(0, LAYERS, 7, 1, 2), 0.5),  # more at once than go at all
+        (Way(0, LAYERS, 7, 1, 2), 0.5),  # a merge larger than the number of layers to remove
     ],
 )
-def test_the_choice_is_that_of_models_that_are_really_built(
+def test_the_choice_equals_that_of_models_built_by_the_formula(
     kind: str, way: Way, threshold: float, documents: Documents, tmp_path: Path
 ) -> None:
     model = made_model(kind, torch.float64, initializer_range=0.08)
@@ -235,7 +235,7 @@ def test_the_threshold_is_lowered_until_the_budget_is_reached_and_no_candidate_i
         return {4: 0.2, 3: 0.35, 2: 0.1, 1: 0.3, 0: 0.9}[place]
 
     layers, found, reached = collapse_all(6, Way(1, 6, 2, 1, 2), 0.45, similarity)
-    # 0.35 is passed by 0.34 and 0.3 by 0.29: layer 3 takes in layer 4, and layer 1 layer 2.
+    # 0.35 exceeds 0.34 and 0.3 exceeds 0.29: layer 3 absorbs layer 4, and layer 1 layer 2.
     assert (reached, found) == (0.29, {3: 0.35, 1: 0.3})
     assert blocks_of(layers) == [Block(2, 3, (0, 1)), Block(4, 5, (0, 1))]
     assert len(asked) == len(set(asked))
@@ -244,7 +244,7 @@ def test_the_threshold_is_lowered_until_the_budget_is_reached_and_no_candidate_i
 
 @pytest.mark.parametrize("size", [2, 3, 5, 9])
 @pytest.mark.parametrize(("interval", "count"), [(1, 1), (1, 2), (1, 4), (1, 8), (2, 1), (2, 3), (2, 4)])
-def test_exactly_so_many_layers_go_within_the_range(size: int, interval: int, count: int) -> None:
+def test_exactly_count_layers_go_within_the_range(size: int, interval: int, count: int) -> None:
     generator = torch.Generator().manual_seed(size + 10 * interval)
     way = Way(2, 11, size, interval, count)
     layers, _, _ = collapse_all(12, way, 0.9, lambda *_: float(torch.rand(1, generator=generator)))
@@ -274,7 +274,7 @@ def test_layers_of_other_shapes_are_not_merged() -> None:
         check_alike(layers, range(LAYERS))
 
 
-def test_blocks_and_plan_say_what_hosts_become_and_name_no_method(tmp_path: Path) -> None:
+def test_blocks_and_plan_store_coefficients_and_name_no_method(tmp_path: Path) -> None:
     blocks = (Block(1, 3, (-1, 1, 1)), Block(4, 5))
     save_blocks(blocks, tmp_path / "blocks.json")
     assert load_blocks(tmp_path / "blocks.json") == blocks
@@ -286,13 +286,13 @@ def test_blocks_and_plan_say_what_hosts_become_and_name_no_method(tmp_path: Path
 
 
 @pytest.mark.parametrize("kind", PLAIN)
-def test_repair_comes_on_top_of_a_mixture(kind: str, save_tiny: Callable[..., Model], tmp_path: Path) -> None:
+def test_repair_follows_a_mixture(kind: str, save_tiny: Callable[..., Model], tmp_path: Path) -> None:
     source, texts = save_tiny(kind), many_documents(12)
     plan = Plan((Block(1, 2, (0, 1)), Block(3, 5, (-1, 1, 1))), ())
     params = read_params(None, {"method": "laco", "repair": True, "batch_size": 4})
     model, edits = source.load(), mixing(*plan.blocks)
-    repairs, _ = Mender(params, model, source.family(), texts, edits, plan).run()
-    # Layer 2 is kept and mixed, and what corrects it is for what it has become.
+    repairs, _ = mend(params, model, source.family(), texts, edits, plan)
+    # Layer 2 is kept and mixed; its correction is for the mixture.
     assert {each.layer for each in repairs} == ({5} if source.family().parallel else {2, 5})
     assert all(each.after < each.before for each in repairs)
     save_pruned(source, edits, tmp_path)
@@ -324,7 +324,7 @@ def test_the_whole_command_merges_layers(
     assert "laco_layers: 3" in card
     page = (tmp_path / "pruned.work" / "artifacts" / "report" / "index.html").read_text(encoding="utf-8")
     assert "merging layers into the one in front of them" in page
-    # The threshold that was reached makes the same model at once.
+    # Starting at the reached threshold gives the same model.
     repeated = ["--laco_threshold", figures["threshold"], "--save_path", tmp_path / "again"]
     call(commands.run_replaceme, "--method", "laco", *options, *repeated)
     assert "was lowered" not in capsys.readouterr().err
@@ -332,7 +332,7 @@ def test_the_whole_command_merges_layers(
     assert (tmp_path / "again" / model).read_bytes() == (tmp_path / "pruned" / model).read_bytes()
 
 
-def test_the_card_says_what_was_merged(params: Params, tiny: Model) -> None:
+def test_the_card_lists_the_merges(params: Params, tiny: Model) -> None:
     text = model_card(params, tiny, mixing(*TWICE), {})
     assert "The weights of the linear modules of layers 0–4 were merged into those of layer 0, without training." in text
 
@@ -342,15 +342,15 @@ def test_the_card_says_what_was_merged(params: Params, tiny: Model) -> None:
     [
         (
             {"transform": "joint"},
-            "transform: joint has no place in method laco, which merges layers by what they merge to; use dense.",
+            "transform: joint has no place in method laco, which merges layers into the one before them; use dense.",
         ),
         (
             {"selection": "loss"},
-            "selection: loss has no place in method laco, which merges layers by what they merge to; use null.",
+            "selection: loss has no place in method laco, which merges layers into the one before them; use null.",
         ),
         (
             {"num_A": 2},
-            "num_A: 2 has no place in method laco, which merges layers by what they merge to; use 1.",
+            "num_A: 2 has no place in method laco, which merges layers into the one before them; use 1.",
         ),
         ({"laco_layers": 1}, "laco_layers: must be at least 2, not 1."),
         ({"laco_interval": 0}, "laco_interval: must be at least 1, not 0."),
@@ -362,7 +362,7 @@ def test_the_card_says_what_was_merged(params: Params, tiny: Model) -> None:
         ),
     ],
 )
-def test_what_makes_no_sense_is_refused_in_one_sentence(options: dict[str, Any], said: str) -> None:
+def test_impossible_settings_are_refused_in_one_sentence(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ParameterError) as caught:
         read_params(None, {"method": "laco", **options}, METHODS)
     (problem,) = caught.value.problems

@@ -1,4 +1,4 @@
-"""LinearPatch, against its formula written down in numpy on the activations themselves."""
+"""LinearPatch, against its formula in numpy on the activations themselves."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -81,7 +81,7 @@ def test_the_operator_is_the_papers_formula_on_the_activations(form: str, batch_
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_patched_state_has_the_magnitudes_that_it_has_behind_the_block(form: str) -> None:
+def test_the_patched_state_has_the_magnitudes_of_the_state_after_the_block(form: str) -> None:
     model, text = made_model(), Documents([TEXT[0]])
     (operator,) = solved(model, text, form).edits.operators.values()
     h, H = (passing(model, layer, text)["output"] for layer in (BLOCK.host, BLOCK.end - 1))
@@ -106,7 +106,7 @@ def test_a_block_that_changes_nothing_gets_the_identity(form: str, documents: Do
     assert made.figures["relative_residual"] < 1e-7
 
 
-def test_a_channel_of_zeros_stays_as_it_is(documents: Documents) -> None:
+def test_a_channel_of_zeros_is_unchanged(documents: Documents) -> None:
     model = made_model()
     with torch.no_grad():
         model.model.embed_tokens.weight[:, 5] = 0
@@ -186,11 +186,11 @@ def test_a_width_without_a_hadamard_matrix_is_refused_before_any_work(
 
 @pytest.mark.parametrize("method", ["linearpatch", "ghosted"])
 @pytest.mark.parametrize("transform", ["diagonal", "joint"])
-def test_no_transform_goes_with_an_operator(method: str, transform: str) -> None:
+def test_a_transform_can_not_be_combined_with_an_operator(method: str, transform: str) -> None:
     with pytest.raises(ParameterError) as caught:
         read_params(None, {"method": method, "transform": transform}, METHODS)
     assert caught.value.problems == [
-        f"command line: transform: {transform} has no place in method {method}, which maps the whole state behind the host; "
+        f"command line: transform: {transform} has no place in method {method}, which maps the whole state after the host; "
         "use dense."
     ]
 

@@ -1,4 +1,4 @@
-"""LLM-Pruner: groups of heads and channels, how much each matters, and models without some of them."""
+"""LLM-Pruner: groups of heads and channels, their importance, and models without some of them."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -39,14 +39,14 @@ from tests.pipeline.test_commands import call
 
 TEXT = torch.arange(2, 42)[None]
 CUT = ["gemma2", "gemma3_text", "gptj", "granite", "llama", "mistral", "phi", "qwen2", "qwen3", "smollm3"]
-# Whose own config can say how many heads and channels there are.
+# Families whose config can express the number of heads and channels.
 DESCRIBED = [kind for kind in CUT if kind != "gptj"]
 LINEARS: tuple[Linear, ...] = ("attention_output", "mlp_output")
 FAST = ["--dtype", "float32", "--eval_dtype", "float32", "--threads", 1, "--max_length", 64, "--dataset_size", 20]
 
 
 def cutting(model: Any, removed: list[int] | None = None) -> Edits:
-    """Return edits that take other groups, and other numbers of them, from each of three layers."""
+    """Return edits that remove different numbers of groups from each of three layers."""
     family, generator = family_of(model.config), torch.Generator().manual_seed(0)
     layers = family.decoder_layers(model)
     edits = Edits("test", removed or [])
@@ -91,7 +91,7 @@ def test_groups_hold_each_weight_of_their_linears_once_and_nothing_else(kind: st
             assert sorted(torch.cat([part.flatten() for part in parts]).tolist()) == [*range(shape.numel())]
             entries += shape.numel()
         assert width.sizes[linear] * count == sum(parameter_of(layer, name).numel() for name in named)
-    # What is in no group: norms, and what is added to the residual stream whatever the groups do.
+    # In no group: norms, and biases that are added to the residual stream in any case.
     biases = [f"{path}.bias" for path in (family.attention_output, family.mlp_output)]
     rest = [name for name, _ in layer.named_parameters() if "norm" in name or "ln_" in name or name in biases]
     assert width.layer_size == entries + sum(layer.get_parameter(name).numel() for name in rest)
@@ -154,7 +154,7 @@ def test_with_every_group_kept_nothing_changes(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", CUT)
-def test_importance_is_the_plain_sum_over_a_groups_weights_and_the_model_is_left_as_it_was(kind: str) -> None:
+def test_importance_is_the_plain_sum_over_a_groups_weights_and_the_model_is_unchanged(kind: str) -> None:
     model = made_model(kind, torch.float64)
     crops = crops_of(pieces())
     family, width = family_of(model.config), width_of(model, family_of(model.config), range(2, 5))
@@ -194,8 +194,8 @@ def test_the_least_important_groups_go() -> None:
     assert least(importance, 0).all()
 
 
-def test_weights_that_are_there_only_while_the_model_computes_are_refused(tmp_path: Path) -> None:
-    # As device_map leaves a layer that no device has room for: its gradients would go to copies, and all its importance be 0.
+def test_offloaded_weights_are_refused(tmp_path: Path) -> None:
+    # As device_map offloads a layer: its gradients would go to copies, and its importance would be 0.
     places = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
     places |= {f"model.layers.{layer}": "disk" if layer == 3 else "cpu" for layer in range(LAYERS)}
     model = dispatch_model(made_model(), places, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
@@ -244,7 +244,7 @@ def test_as_many_parameters_go_as_the_whole_layers_have(width: Width, skip: int)
     wanted = skip * width.layer_size
     assert abs(width.parameters(removed) - wanted) <= each * sizes["mlp_output"] / 2
     assert all(0 <= removed[linear] < groups[linear] for linear in LINEARS)
-    # One head at least, where a head from each layer is not more than all that is to go.
+    # At least one head, if a head from each layer does not exceed the target.
     enough = wanted + each * sizes["mlp_output"] / 2 >= each * sizes["attention_output"]
     assert bool(removed["attention_output"]) == enough
     share = wanted / (each * sum(sizes[linear] * groups[linear] for linear in LINEARS))
@@ -253,13 +253,13 @@ def test_as_many_parameters_go_as_the_whole_layers_have(width: Width, skip: int)
 
 
 def test_a_quarter_of_the_parameters_is_a_quarter_of_heads_and_channels() -> None:
-    # The published share; 26 layers lose a quarter when as much goes as 6.5 of them have.
+    # The published share: 26 layers lose a quarter, the parameters of 6.5 layers.
     removed = replace(LLAMA2, layer_size=LLAMA2.layer_size * 13 // 2).choose(1)
     assert removed["attention_output"] == 8
     assert removed["mlp_output"] == pytest.approx(11008 / 4, abs=1)
 
 
-def test_more_than_there_is_is_refused_with_what_is_possible() -> None:
+def test_too_many_layers_are_refused_with_the_possible_number() -> None:
     assert SMOLLM2.most == 21
     assert SMOLLM2.choose(21)["attention_output"] == 2
     said = "layers_to_skip: 24 layers have more parameters than the heads and channels of layers 4–27 can lose; use 21 at most"
@@ -279,7 +279,7 @@ def test_only_numbers_that_fit_are_taken_the_nearest_first() -> None:
 
 
 def edits_of(source: Model, documents: Documents, tmp_path: Path, **settings: Any) -> tuple[Edits, dict[str, Any]]:
-    """Return what the method's work makes of a model."""
+    """Return the result of the method's work on a model."""
     params = read_params(None, {"method": "llm_pruner", "layers_to_skip": 2, **settings}, METHODS)
     model, edits = source.load(), Edits("LLM-Pruner", [])
     return edits, METHODS["llm_pruner"].work(
@@ -288,7 +288,7 @@ def edits_of(source: Model, documents: Documents, tmp_path: Path, **settings: An
 
 
 @pytest.mark.parametrize("kind", CUT)
-def test_a_model_that_lost_parts_of_some_layers_is_proved_and_loads(
+def test_a_model_that_lost_parts_of_some_layers_is_verified_and_loads(
     kind: str, save_tiny: Callable[..., Model], tmp_path: Path
 ) -> None:
     source, documents = save_tiny(kind), pieces()
@@ -309,7 +309,7 @@ def test_a_model_that_lost_parts_of_some_layers_is_proved_and_loads(
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", trust_remote_code=True).eval()
     assert torch.allclose(logits_of(loaded), shortened_logits(source.load(), read, TEXT), rtol=1e-3, atol=1e-3)
     assert cache_error(loaded, TEXT[0]) < 1e-4
-    # One of two key/value heads is gone in four of six layers, and the cache knows it.
+    # One of two key/value heads is gone in four of six layers; the cache shrinks accordingly.
     heads = [layer.keys.shape[1] for layer in filled_cache(loaded, TEXT).layers]
     assert heads == ([4, 2, 2, 2, 2, 4] if kind == "gptj" else [2, 1, 1, 1, 1, 2])
     before, after = cache_bytes_per_token(source.load()), cache_bytes_per_token(loaded)
@@ -334,7 +334,7 @@ def test_a_plain_model_has_the_familys_own_form(kind: str, save_tiny: Callable[.
     assert config.head_dim == FAMILY_CONFIGS[kind].get("head_dim", 8)
     assert torch.allclose(logits_of(loaded), shortened_logits(source.load(), edits, TEXT), rtol=1e-3, atol=1e-3)
     assert cache_error(loaded, TEXT[0]) < 1e-4
-    # It is a model like any other: what was pruned can be pruned again.
+    # It is an ordinary model, and can be pruned again.
     assert Model(tmp_path / "pruned", "pruned").family() == replace(source.family())
 
 
@@ -409,7 +409,7 @@ def test_the_whole_command_removes_parts_of_layers(
         ({"num_A": 2}, "num_A: 2 has no place in method llm_pruner"),
         (
             {"repair": True},
-            "repair: true has no place in method llm_pruner, which removes parts of layers and no layer; use f",
+            "repair: true has no place in method llm_pruner, which removes parts of layers, not whole layers; use f",
         ),
         ({"use_4bit": True}, "use_4bit: true has no place in method llm_pruner"),
         ({"dtype": "float16"}, "dtype: float16 is too short for the gradients of method llm_pruner; use bfloat16 or float32."),
@@ -417,7 +417,7 @@ def test_the_whole_command_removes_parts_of_layers(
         ({"plain": True, "max_distance_layer": 3}, "max_distance_layer: with plain, method llm_pruner takes from every layer"),
     ],
 )
-def test_what_makes_no_sense_is_refused_in_one_sentence(options: dict[str, Any], said: str) -> None:
+def test_impossible_settings_are_refused_in_one_sentence(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ParameterError) as caught:
         read_params(None, {"method": "llm_pruner", **options}, METHODS)
     (problem,) = caught.value.problems
@@ -440,7 +440,7 @@ def test_families_whose_heads_cannot_be_cut_out_are_refused_with_the_reason(kind
         ("gptj", {"plain": True}, "plain: the family's own config can't say what would be left"),
     ],
 )
-def test_what_a_model_cannot_give_is_refused_before_any_work(
+def test_impossible_requests_are_refused_before_any_work(
     kind: str, options: Mapping[str, Any], said: str, save_tiny: Callable[..., Model], params: Params, tmp_path: Path
 ) -> None:
     setting = params.model_copy(update={"method": "llm_pruner", "model_path": str(save_tiny(kind).folder), **options})

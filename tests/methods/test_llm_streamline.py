@@ -60,7 +60,7 @@ APART = [kind for kind in KINDS if not family_refusals(MLP_ALONE, kind, family_o
 
 
 def lesson_of(model: Any, documents: Documents, without: tuple[str, ...] = (), host: int = HOST, end: int = END) -> LayerLesson:
-    """Return what a host is to learn: from what enters it, what leaves the last layer of the block."""
+    """Return a host's lesson: from the states that enter it to those that leave the last layer of the block."""
     family = family_of(model.config)
     states = entering_and_leaving(model, family, documents, host, end - 1, batch_size=4)
     return LayerLesson(model, family, host, documents, *states, without)
@@ -93,7 +93,7 @@ def taught(
 
 
 def layer_called(model: Any, layer: int, ids: Tensor) -> tuple[Any, Any, Tensor]:
-    """Return with what a whole model calls a layer on one text, and what leaves it."""
+    """Return the arguments of a whole model's call of a layer on one text, and its output."""
     kept: list[Any] = []
     kind = model.config.model_type.removeprefix("pruned_")
     module = FAMILIES[kind](model.config).decoder_layers(model)[layer]
@@ -156,13 +156,13 @@ def test_training_equals_a_plain_loop_of_torch(kind: str, documents: Documents, 
     apart = sum(float((expected[name] - value).norm()) for name, value in parameters.items())
     assert apart < 1e-2 * moved
     assert len(curves["loss"]) == 6
-    # The dense model is as it was, and nobody else got a gradient.
+    # The dense model is unchanged, and no other parameter got a gradient.
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(part._forward_pre_hooks for part in model.modules())
 
 
-def test_the_loss_falls_on_what_is_trained_and_on_what_is_held_out(tmp_path: Path) -> None:
+def test_the_loss_falls_on_training_and_on_held_out_texts(tmp_path: Path) -> None:
     texts = many_documents(40)
     _, curves = trained(made_model(), texts, Course(3e-3, 12, 4, RATE), tmp_path)
     losses, held_out = [loss for _, loss in curves["loss"]], curves["held_out_loss"]
@@ -174,7 +174,7 @@ def test_the_loss_falls_on_what_is_trained_and_on_what_is_held_out(tmp_path: Pat
     assert len((tmp_path / "held_out_loss.tsv").read_text().splitlines()) == len(held_out) + 1
 
 
-def test_what_is_held_out_is_not_trained_on(tmp_path: Path) -> None:
+def test_held_out_texts_are_not_trained_on(tmp_path: Path) -> None:
     texts = many_documents(40)
     lesson = lesson_of(made_model(), texts)
     taught_ones, held_out = training.split(40)
@@ -187,7 +187,7 @@ def test_what_is_held_out_is_not_trained_on(tmp_path: Path) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_a_state_of_short_numbers_is_trained_in_float32(documents: Documents, tmp_path: Path) -> None:
+def test_bfloat16_states_are_trained_in_float32(documents: Documents, tmp_path: Path) -> None:
     parameters, _ = trained(made_model(dtype=torch.bfloat16), documents, Course(1e-4, 1, 4, RATE), tmp_path)
     assert {value.dtype for value in parameters.values()} == {torch.float32}
     # Steps this small are lost in bfloat16.
@@ -214,7 +214,7 @@ def test_a_bad_learning_rate_is_named(documents: Documents, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("after", [1, 4, 6])
-def test_an_interrupted_run_goes_on_to_the_same_bits(after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_resumes_to_the_same_bits(after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
     monkeypatch.setattr(training, "SAVING_SHARE", 0)
     texts, course, model = many_documents(21), Course(1e-3, 2, 5, RATE), made_model()
@@ -281,7 +281,7 @@ def test_every_setting_of_a_training_makes_another_key(
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "falcon", "opt", "gemma2", "qwen2_moe", "gpt_neox"])
-def test_a_trained_layer_is_exported_as_a_plain_model_and_proved(
+def test_a_trained_layer_is_exported_as_a_plain_model_and_verified(
     kind: str, save_tiny: Callable[..., Model], documents: Documents, tmp_path: Path
 ) -> None:
     source, edits = taught(kind, save_tiny, documents, tmp_path, llm_streamline_learning_rate=1e-2)
@@ -415,7 +415,7 @@ def test_a_method_that_trains_nothing_leaves_empty_curves(params: Params, tmp_pa
         ({"llm_streamline_learning_rate": 0.0}, "llm_streamline_learning_rate: must be above 0, not 0.0."),
     ],
 )
-def test_what_makes_no_sense_is_refused_in_one_sentence(options: dict[str, Any], said: str) -> None:
+def test_impossible_settings_are_refused_in_one_sentence(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ParameterError) as caught:
         read_params(None, {"method": "llm_streamline", **options}, METHODS)
     (problem,) = caught.value.problems

@@ -1,4 +1,4 @@
-"""Families with a norm after the MLP, or with experts: the whole way from statistics to a verified export."""
+"""Families with a norm after the MLP, or with experts: from statistics to a verified export."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +32,7 @@ def transform_of(kind: str) -> str:
 
 
 @pytest.mark.parametrize("kind", OBSTRUCTED)
-def test_what_is_solved_for_is_what_the_export_computes(kind: str, save_tiny: Callable[..., Model], tmp_path: Path) -> None:
+def test_the_export_computes_the_solution(kind: str, save_tiny: Callable[..., Model], tmp_path: Path) -> None:
     source, documents = save_tiny(kind), many_documents()
     model, params = source.load(), read_params(None, {"transform": transform_of(kind), "alpha": 1.0})
     family = family_of(model.config)
@@ -49,12 +49,12 @@ def test_what_is_solved_for_is_what_the_export_computes(kind: str, save_tiny: Ca
     save_pruned(source, solved.edits, tmp_path)
     figures = verify_export(source, Model(tmp_path, "pruned"), solved.edits, documents)
     assert figures["hidden_error_mean"] < figures["tolerance"]
-    # What the shortened model has at the cut is what the least squares counted on.
+    # The shortened model's state at the cut is the one that the least squares predicts.
     now = passing(Model(tmp_path, "pruned").load(), BLOCK.host, documents)["output"]
     assert np.linalg.norm(H - now) / np.linalg.norm(H) == pytest.approx(left, rel=1e-3)
 
 
-def test_the_norm_that_the_fit_is_behind_is_the_hosts(save_tiny: Callable[..., Model]) -> None:
+def test_the_fit_uses_the_norm_of_the_host(save_tiny: Callable[..., Model]) -> None:
     for kind in ("gemma2", "olmo2"):
         model = save_tiny(kind).load()
         family = family_of(model.config)
@@ -91,7 +91,7 @@ def test_the_whole_command_prunes_them_calibrated_in_another_format_than_the_sto
 
 
 @pytest.mark.parametrize(("first", "warned"), [(2, True), (5, False)])
-def test_a_cut_that_breaks_the_pattern_of_a_family_is_told(
+def test_a_cut_that_breaks_the_pattern_of_a_family_is_reported(
     first: int,
     warned: bool,
     save_tiny: Callable[..., Model],
@@ -142,7 +142,7 @@ def test_a_cut_that_breaks_the_pattern_of_a_family_is_told(
         (None, {"transform": "joint", "repair": True}, []),
     ],
 )
-def test_what_is_not_exact_or_not_derived_for_a_family_is_refused(
+def test_settings_that_are_not_exact_or_not_derived_for_a_family_are_refused(
     obstacle: Any, options: dict[str, Any], said: list[str]
 ) -> None:
     found = family_refusals(read_params(None, options).model_dump(), "x", OBSTACLES[obstacle] if obstacle else Family())

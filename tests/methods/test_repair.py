@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,8 +21,9 @@ from replaceme.edits.edits import Edits
 from replaceme.edits.fold import apply_edits
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import verify_export
+from replaceme.methods import repair
 from replaceme.methods.registry import METHODS
-from replaceme.methods.repair import Mender
+from replaceme.methods.repair import Repair, mend
 from replaceme.models.families import PRE_NORM, family_of, parameter_of
 from replaceme.models.model import Model
 from replaceme.observers.features import LINEARS
@@ -31,20 +33,22 @@ from tests.solvers.test_refit import many_documents, ridge
 
 BLOCK = Block(2, 4)
 
+Mending = Callable[..., tuple[list[Repair], dict[str, Any]]]
 
-def solved(model: Any, documents: Documents, blocks: tuple[Block, ...], **options: Any) -> tuple[Edits, Mender]:
-    """Return the edits as the stages solve and repair make them."""
+
+def solved(model: Any, documents: Documents, blocks: tuple[Block, ...], **options: Any) -> tuple[Edits, Mending]:
+    """Return the edits as solve makes them, and ``mend`` for them, to be called with a scratch folder or none."""
     params = read_params(None, {"batch_size": 4, **options})
     family, method = family_of(model.config), METHODS[params.method]
     plan = Plan(blocks, method.statistics(params))
     taken = take_statistics(model, family, documents, blocks[0], plan.statistics, 4)
     edits = method.solve(params, blocks[0], taken.__getitem__).edits
     edits.removed_layers = plan.removed_layers
-    return edits, Mender(params, model, family, documents, edits, plan)
+    return edits, partial(mend, params, model, family, documents, edits, plan)
 
 
 def resolve(linears: list[Any], features: list[np.ndarray], error: np.ndarray, target: np.ndarray, sizes: list[float]) -> None:
-    """Give linears the weights that one ridge regression toward their present ones finds; the last one's bias with them."""
+    """Set the weights of linears, and the last bias, by one ridge regression toward the present weights."""
     widths = [part.shape[1] for part in features]
     biased = [linear for linear in linears if getattr(linear, "bias", None) is not None][-1:]
     g = np.hstack([*features, *(np.ones((len(error), 1)) for _ in biased)])
@@ -66,9 +70,9 @@ def same_weights(a: Any, b: Any, tolerance: float = 1e-3) -> bool:
 
 
 @pytest.mark.parametrize(("kind", "method"), [*product(PLAIN, ["lstsq"]), ("llama", "uidl"), ("phi", "uidl")])
-def test_each_kept_layer_is_resolved_on_what_the_shortened_model_feeds_it(kind: str, method: str) -> None:
+def test_each_kept_layer_is_solved_again_on_states_of_the_shortened_model(kind: str, method: str) -> None:
     model, documents = made_model(kind, torch.float64), many_documents()
-    edits, mender = solved(model, documents, (BLOCK,), method=method, alpha=5.0, repair=True)
+    edits, mending = solved(model, documents, (BLOCK,), method=method, alpha=5.0, repair=True)
     expected = deepcopy(model)
     family = family_of(model.config)
     apply_edits(expected, family, edits)
@@ -83,7 +87,7 @@ def test_each_kept_layer_is_resolved_on_what_the_shortened_model_feeds_it(kind: 
         resolve([attention], [family.multiplier * now["A"]], goal["middle"] - now["middle"], goal["middle"], [0.3])
         now = passing(expected, place, documents)
         resolve([mlp], [family.multiplier * now["G"]], goal["output"] - now["output"], goal["output"], [1.0])
-    repairs, figures = mender.run()
+    repairs, figures = mending()
     apply_edits(model, family, edits)
     assert same_weights(model, expected)
     assert figures == {}
@@ -100,15 +104,15 @@ def test_each_kept_layer_is_resolved_on_what_the_shortened_model_feeds_it(kind: 
 def test_with_an_infinite_ridge_nothing_is_repaired() -> None:
     model = made_model(mlp_bias=False, attention_bias=False)
     endless = {"repair_ridge_attention": 1e14, "repair_ridge_mlp": 1e14}
-    edits, mender = solved(model, many_documents(), (BLOCK,), repair=True, alpha=5.0, **endless)
-    mender.run()
+    edits, mending = solved(model, many_documents(), (BLOCK,), repair=True, alpha=5.0, **endless)
+    mending()
     assert len(edits.corrections) == 2 * (LAYERS - BLOCK.end)
     assert all(weight.abs().max() < 1e-9 for weight, _ in edits.corrections.values())
 
 
-def test_the_joint_fit_resolves_the_mlp_on_its_new_features() -> None:
+def test_the_joint_fit_solves_the_mlp_again_on_its_new_features() -> None:
     model, documents = made_model(dtype=torch.float64), many_documents()
-    edits, mender = solved(model, documents, (BLOCK,), transform="joint", alpha=5.0)
+    edits, mending = solved(model, documents, (BLOCK,), transform="joint", alpha=5.0)
     expected = deepcopy(model)
     apply_edits(expected, PRE_NORM, edits)
     goal = passing(model, BLOCK.end - 1, documents)["output"]
@@ -116,7 +120,7 @@ def test_the_joint_fit_resolves_the_mlp_on_its_new_features() -> None:
     mlp = host.mlp.down_proj
     now = passing(expected, BLOCK.host, documents)
     resolve([mlp], [now["G"]], goal - now["output"], goal, [0.3])
-    repairs, _ = mender.run()
+    repairs, _ = mending()
     apply_edits(model, PRE_NORM, edits)
     assert same_weights(model, expected)
     assert [(each.layer, each.linears) for each in repairs] == [(BLOCK.host, ("mlp_output",))]
@@ -124,18 +128,18 @@ def test_the_joint_fit_resolves_the_mlp_on_its_new_features() -> None:
 
 @pytest.mark.parametrize("host_only", [True, False])
 @pytest.mark.parametrize("kind", PLAIN)
-def test_a_later_block_is_fitted_on_what_the_shortened_model_feeds_it(kind: str, host_only: bool) -> None:
+def test_a_later_block_is_fitted_on_states_of_the_shortened_model(kind: str, host_only: bool) -> None:
     # The second block's host is the only layer between the two, or one of two.
     blocks = (Block(1, 2), Block(3, 5)) if host_only else (Block(1, 2), Block(4, 5))
     model, documents = made_model(kind, torch.float64), many_documents()
-    edits, mender = solved(model, documents, blocks, alpha=5.0)
+    edits, mending = solved(model, documents, blocks, alpha=5.0)
     expected = deepcopy(model)
     apply_edits(expected, family_of(model.config), Edits("", [1], dict(edits.transforms)))
     host, H = blocks[1].host, passing(model, blocks[1].end - 1, documents)["output"]
     now = passing(expected, host - 1, documents)
     M, Z = now["M"], now["output"] - now["M"]
     T = np.linalg.solve(M.T @ M + 5 * np.eye(M.shape[1]), M.T @ (H - Z))
-    repairs, figures = mender.run()
+    repairs, figures = mending()
     assert not repairs
     assert figures["block1"]["relative_residual"] == pytest.approx(np.linalg.norm(H - Z - M @ T) / np.linalg.norm(H), rel=1e-6)
     assert np.allclose(edits.transforms[host].numpy(), T, rtol=1e-6, atol=1e-6)
@@ -149,17 +153,17 @@ def test_a_later_block_is_fitted_on_what_the_shortened_model_feeds_it(kind: str,
         ((BLOCK,), {"transform": "refit", "repair": True}),
         ((BLOCK,), {"transform": "joint", "repair": True}),
         ((Block(1, 2),), {"transform": "joint"}),  # the first layer is the host
-        ((Block(4, 6),), {"transform": "joint", "repair": True}),  # no layer is left behind the cut
+        ((Block(4, 6),), {"transform": "joint", "repair": True}),  # no layer is left after the cut
         ((Block(1, 2), Block(3, 5)), {"transform": "joint", "repair": True}),
         ((Block(1, 2), Block(3, 5)), {"method": "uidl", "repair": True}),
     ],
 )
-def test_everything_that_is_repaired_is_exported_exactly(
+def test_all_repairs_are_exported_exactly(
     kind: str, blocks: tuple[Block, ...], options: dict[str, Any], save_tiny: Callable[..., Model], tmp_path: Path
 ) -> None:
     source, documents = save_tiny(kind), many_documents(12)
-    edits, mender = solved(source.load(), documents, blocks, alpha=1.0, **options)
-    mender.run()
+    edits, mending = solved(source.load(), documents, blocks, alpha=1.0, **options)
+    mending()
     save_pruned(source, edits, tmp_path)
     figures = verify_export(source, Model(tmp_path, "pruned"), edits, documents)
     assert figures["hidden_error_mean"] < figures["tolerance"]
@@ -169,8 +173,8 @@ def test_the_size_of_a_batch_changes_nothing(documents: Documents) -> None:
     found = []
     for size in (1, 4):
         model = made_model(dtype=torch.float64)
-        edits, mender = solved(model, documents, (BLOCK,), alpha=5.0, repair=True, batch_size=size)
-        mender.run()
+        edits, mending = solved(model, documents, (BLOCK,), alpha=5.0, repair=True, batch_size=size)
+        mending()
         apply_edits(model, PRE_NORM, edits)
         found.append(model)
     assert same_weights(*found)
@@ -179,19 +183,19 @@ def test_the_size_of_a_batch_changes_nothing(documents: Documents) -> None:
 @pytest.mark.parametrize("linear", ["self_attn.q_proj", "mlp.up_proj"])
 def test_each_models_attention_and_mlp_are_computed_once_a_layer(linear: str, documents: Documents) -> None:
     model, calls = made_model(), []
-    _, mender = solved(model, documents, (BLOCK,), alpha=5.0, repair=True)
-    for layer in mender.layers[BLOCK.end :]:
+    _, mending = solved(model, documents, (BLOCK,), alpha=5.0, repair=True)
+    layers = model.model.layers[BLOCK.end :]
+    for layer in layers:
         layer.get_submodule(linear).register_forward_hook(lambda *_: calls.append(None))
-    mender.run()
-    batches = documents.batch_count(mender.params.batch_size)
-    assert len(calls) == 2 * len(mender.layers[BLOCK.end :]) * batches
+    mending()
+    assert len(calls) == 2 * len(layers) * documents.batch_count(4)
 
 
-def test_the_model_itself_stays_as_it_was_and_no_file_is_left(documents: Documents, tmp_path: Path) -> None:
+def test_the_model_itself_is_unchanged_and_no_file_is_left(documents: Documents, tmp_path: Path) -> None:
     model = made_model()
     before = deepcopy(model.state_dict())
-    _, mender = solved(model, documents, (BLOCK,), alpha=5.0, repair=True)
-    mender.run(tmp_path)
+    _, mending = solved(model, documents, (BLOCK,), alpha=5.0, repair=True)
+    mending(tmp_path)
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert list(tmp_path.iterdir()) == []
@@ -200,20 +204,20 @@ def test_the_model_itself_stays_as_it_was_and_no_file_is_left(documents: Documen
 def test_a_scratch_disk_that_is_too_small_is_named(
     documents: Documents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, mender = solved(made_model(), documents, (BLOCK,), alpha=5.0, repair=True)
+    _, mending = solved(made_model(), documents, (BLOCK,), alpha=5.0, repair=True)
     monkeypatch.setattr(scratch.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(ResourceError, match="repair keeps 0 MiB of states there"):
-        mender.run(tmp_path)
+        mending(tmp_path)
 
 
-def test_a_later_joint_fit_comes_on_top_of_the_repaired_attention() -> None:
+def test_a_later_joint_fit_is_added_to_the_repaired_attention() -> None:
     blocks = (Block(1, 2), Block(3, 5))
     model, documents = made_model(dtype=torch.float64), many_documents()
-    edits, mender = solved(model, documents, blocks, alpha=5.0, transform="joint", repair=True)
+    edits, mending = solved(model, documents, blocks, alpha=5.0, transform="joint", repair=True)
     dense = deepcopy(model)
-    repairs, figures = mender.run()
+    repairs, figures = mending()
     apply_edits(model, PRE_NORM, edits)
-    # Layer 2 is the second block's host; its place is 1, and its state is what the last repair of it left.
+    # Layer 2 is the second block's host; its position is now 1, and its output is that of its last repair.
     now, H = passing(model, 1, documents)["output"], passing(dense, 4, documents)["output"]
     w = 1 / np.square(H).sum(1)
     left = np.sqrt((np.square(H - now).sum(1) * w).mean())
@@ -226,20 +230,19 @@ def test_a_later_joint_fit_comes_on_top_of_the_repaired_attention() -> None:
     assert figures["block1"]["weighted_residual_joint"] < figures["block1"]["weighted_residual_transform"]
 
 
-def test_the_states_of_a_later_fit_are_those_with_the_repaired_attention() -> None:
+def test_the_states_of_a_later_fit_are_those_with_the_repaired_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     blocks, seen = (Block(1, 2), Block(3, 5)), []
     model = made_model(dtype=torch.float64)
-    edits, mender = solved(model, many_documents(), blocks, alpha=5.0, transform="joint", repair=True)
-    fit = mender._fit
+    edits, mending = solved(model, many_documents(), blocks, alpha=5.0, transform="joint", repair=True)
+    fit = repair._fit
 
-    def watch(block: Block) -> None:
+    def watch(state: repair.State, block: Block) -> None:
         before = edits.corrections[2, "attention_output"][0].clone()
-        fit(block)
+        fit(state, block)
         seen.append((before, edits.corrections[2, "attention_output"][0] - before))
 
-    mender._fit = watch  # type: ignore[method-assign]
-    mender._fit_on = lambda block: None  # type: ignore[method-assign]
-    mender.run()
+    monkeypatch.setattr(repair, "_fit", watch)
+    mending()
     ((repaired, on_top),) = seen
     assert repaired.abs().max() > 0
     assert on_top.abs().max() > 0

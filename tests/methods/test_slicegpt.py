@@ -62,7 +62,7 @@ def in_float64(model: Any) -> Any:
 
 @torch.no_grad()
 def projected_logits(model: Any, edits: Edits, text: torch.Tensor) -> torch.Tensor:
-    """Run each layer's own parts one after the other, with the stream projected by d × d matrices in front of every norm."""
+    """Run each layer's own parts in order, with the stream projected by d × d matrices before every norm."""
     P = [Q.double() @ Q.double().T for Q in edits.bases] * (SIGNALS if len(edits.bases) == 1 else 1)
     calls: list[Any] = []
     layers = model.model.layers
@@ -162,13 +162,13 @@ def leading(gram: np.ndarray, width: int) -> tuple[np.ndarray, float]:
 
 
 @pytest.mark.parametrize("kind", ["llama", "granite"])
-def test_each_basis_is_of_what_the_sliced_signals_before_it_make(kind: str, documents: Documents, tmp_path: Path) -> None:
+def test_each_basis_is_computed_from_the_sliced_signals_before_it(kind: str, documents: Documents, tmp_path: Path) -> None:
     model, width = made_model(kind), 20
     found = [Q.double().numpy() for Q, _ in bases_in_order(bench_of(model, documents, tmp_path), width)]
     assert len(found) == SIGNALS
     known: list[np.ndarray] = []
     for signal in range(SIGNALS):
-        # With the bases so far, and none behind them, the model is run whole.
+        # The whole model runs with the bases so far, and none after them.
         bases = [torch.from_numpy(Q) for Q in known] + [torch.eye(WIDTH, dtype=torch.float64)] * (SIGNALS - signal)
         with unfused(model, family_of(model.config), Edits("", [], bases=bases)):
             seen = passing(model, min(signal // 2, LAYERS - 1), documents)
@@ -183,7 +183,7 @@ def projected_middle(seen: dict[str, np.ndarray], known: list[np.ndarray]) -> np
     return seen["input"] @ known[-1] @ known[-1].T + seen["attention"]
 
 
-def test_a_layer_whose_weights_are_on_no_device_is_refused(documents: Documents, tmp_path: Path) -> None:
+def test_an_offloaded_layer_is_refused(documents: Documents, tmp_path: Path) -> None:
     model = made_model()
     model.model.layers[3].to("meta")
     with pytest.raises(ModelError, match=r"device_map: layer 3, whose MLP is computed by itself, does not fit the GPUs"):
@@ -210,7 +210,7 @@ def test_sums_that_are_not_finite_are_refused() -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("one_basis", [False, True])
-def test_the_width_is_that_whose_model_is_nearest_to_the_budget(one_basis: bool, tied: bool) -> None:
+def test_the_model_of_the_chosen_width_is_nearest_to_the_budget(one_basis: bool, tied: bool) -> None:
     def built(width: int) -> int:
         model = made_model("qwen3", tie_word_embeddings=tied)
         apply_edits(model, family_of(model.config), random_edits(width, one_basis))
@@ -259,17 +259,17 @@ def test_families_are_sliced_or_refused_with_the_reason() -> None:
         ({"transform": "joint"}, "transform: joint has no place in method slicegpt"),
         (
             {"repair": True},
-            "repair: true has no place in method slicegpt, which removes parts of layers and no layer",
+            "repair: true has no place in method slicegpt, which removes parts of layers, not whole layers",
         ),
         (
             {"selection": "loss"},
             "selection: loss has no place in method slicegpt, which removes parts of layers",
         ),
-        ({"min_distance_layer": 3}, "min_distance_layer: method slicegpt takes from all layers alike; use null."),
+        ({"min_distance_layer": 3}, "min_distance_layer: method slicegpt slices all layers alike; use null."),
         ({"num_A": 2}, "num_A: 2 has no place in method slicegpt"),
     ],
 )
-def test_what_makes_no_sense_is_refused_in_one_sentence(options: dict[str, Any], said: str) -> None:
+def test_impossible_settings_are_refused_in_one_sentence(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ParameterError) as caught:
         read_params(None, {"method": "slicegpt", **options}, METHODS)
     (problem,) = caught.value.problems

@@ -149,9 +149,9 @@ def test_the_loss_of_a_cut_is_that_of_the_model_without_its_layers(kind: str, mo
 
 def test_the_loss_needs_documents_to_hold_out() -> None:
     for documents in (made_documents(4), Documents([torch.tensor([5])] * 6)):
-        with pytest.raises(ParameterError, match="selection: loss holds every 5th document out"):
+        with pytest.raises(ParameterError, match="selection: loss holds out every 5th document"):
             dense_loss(made_model(), documents, 1)
-        with pytest.raises(ParameterError, match="selection: loss holds every 5th document out"):
+        with pytest.raises(ParameterError, match="selection: loss holds out every 5th document"):
             cut_losses(made_model(), PRE_NORM, documents, [Block(2, 3)], stand_in="map", batch_size=1)
 
 

@@ -1,4 +1,4 @@
-"""Prune&Comp: what goes and by what the state is scaled, against plain loops and against the published way to fold."""
+"""Prune&Comp: the removed layers and their scalars, against plain loops and the published fold."""
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -23,7 +23,7 @@ from replaceme.export.save import save_pruned
 from replaceme.export.verification import verify_export, wrong_weights
 from replaceme.methods.refusals import family_refusals
 from replaceme.methods.registry import METHODS, criterion_of
-from replaceme.methods.repair import Mender
+from replaceme.methods.repair import mend
 from replaceme.models.families import Family, family_of
 from replaceme.models.model import Model
 from replaceme.models.recognition import proposed_family
@@ -41,7 +41,7 @@ SCALABLE = [kind for kind in KINDS if not kind.startswith("olmo")]
 
 @torch.no_grad()
 def passed(model: Any, documents: Documents, gone: dict[int, float]) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
-    """Run the layers one after the other, a number in the place of each that is gone.
+    """Run the layers in order, with a scalar in the place of each removed one.
 
     Returns:
         Σ|h| of what enters and of what leaves each layer, (layers, d), and the mean of 1 − cosine of the two.
@@ -80,7 +80,7 @@ def noting(calls: dict[int, Any], index: int) -> Any:
 
 
 def chosen(model: Any, documents: Documents, allowed: Sequence[int], count: int) -> dict[int, float]:
-    """Return what goes, in order, with its scalar."""
+    """Return the removed layers in order, with their scalars."""
     gone: dict[int, float] = {}
     for _ in range(count):
         before, after, far = passed(model, documents, gone)
@@ -125,11 +125,11 @@ def test_layers_and_scalars_are_those_of_a_plain_loop_and_fold(kind: str, docume
         hooked = logits_of(model)
     apply_edits(model, family, edits)
     assert (hooked - plain).norm() / plain.norm() < 1e-9
-    # The epsilon under a norm's root does see a smaller state.
+    # The epsilon of a norm makes it depend slightly on the scale of the state.
     assert (logits_of(model) - plain).norm() / plain.norm() < 1e-4
 
 
-def test_the_result_is_that_of_the_published_fold_into_the_weights_in_front(documents: Documents) -> None:
+def test_the_result_equals_the_published_fold_into_the_earlier_weights(documents: Documents) -> None:
     model = made_model("llama", torch.float64, tie_word_embeddings=False)
     published, family = deepcopy(model), family_of(model.config)
     kept, expected = list(range(LAYERS)), {}
@@ -167,7 +167,7 @@ def test_the_result_is_that_of_the_published_fold_into_the_weights_in_front(docu
 
 
 @pytest.mark.parametrize("factors", [{3: 1.7}, {2: 0.6, 4: 1.7}, {3: 1.7, 4: 1.3}])
-def test_layers_that_only_scale_go_first_and_leave_the_model_as_it_was(factors: dict[int, float], documents: Documents) -> None:
+def test_layers_that_only_scale_go_first_and_the_function_is_unchanged(factors: dict[int, float], documents: Documents) -> None:
     model = made_model("llama", torch.float64)
     for index, factor in factors.items():
         model.model.layers[index].forward = lambda hidden_states, *_args, factor=factor, **_options: factor * hidden_states
@@ -186,7 +186,7 @@ def test_layers_that_only_scale_go_first_and_leave_the_model_as_it_was(factors: 
     assert (logits_of(dropped) - dense).norm() / dense.norm() > 1e-2
 
 
-def test_scalars_of_chosen_blocks_are_measured_one_behind_the_other(documents: Documents) -> None:
+def test_scalars_of_chosen_blocks_are_measured_one_after_the_other(documents: Documents) -> None:
     model = made_model("llama", torch.float64)
     first, second = compensated(model, family_of(model.config), documents, [Block(1, 3), Block(4, 5)], batch_size=4)
     before, after, _ = passed(model, documents, {})
@@ -197,7 +197,7 @@ def test_scalars_of_chosen_blocks_are_measured_one_behind_the_other(documents: D
     assert (len(first), len(second)) == (2, 1)
 
 
-def test_a_channel_in_which_nothing_enters_has_no_gain(documents: Documents) -> None:
+def test_a_channel_of_zeros_has_no_gain(documents: Documents) -> None:
     model = made_model("llama", torch.float64)
     with torch.no_grad():
         model.model.embed_tokens.weight[:, 5] = 0
@@ -234,7 +234,7 @@ def test_states_that_overflow_are_named(documents: Documents) -> None:
 
 
 @pytest.mark.parametrize("kind", UNDESCRIBED)
-def test_a_scalar_is_known_to_fold_in_families_that_nobody_described(kind: str, documents: Documents) -> None:
+def test_a_scalar_is_known_to_fold_in_undescribed_families(kind: str, documents: Documents) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         model = made_model(kind, dtype, **UNDESCRIBED[kind])
         check_scale(model, proposed_family(model), documents)
@@ -264,7 +264,7 @@ def test_blocks_and_plan_keep_scalars_to_the_last_bit_and_say_nothing_without(tm
 
 
 @pytest.mark.parametrize("kind", PLAIN)
-def test_repair_comes_on_top_of_scalars(kind: str, save_tiny: Callable[..., Model], tmp_path: Path) -> None:
+def test_repair_follows_scalars(kind: str, save_tiny: Callable[..., Model], tmp_path: Path) -> None:
     source, texts = save_tiny(kind), many_documents(12)
     if not source.family().norm_before:
         return
@@ -272,7 +272,7 @@ def test_repair_comes_on_top_of_scalars(kind: str, save_tiny: Callable[..., Mode
     model = source.load()
     plan = Plan(tuple(compensated(model, source.family(), texts, [Block(1, 2), Block(3, 5)], batch_size=4)), ())
     edits = scaled(plan.blocks)
-    repairs, _ = Mender(params, model, source.family(), texts, edits, plan).run()
+    repairs, _ = mend(params, model, source.family(), texts, edits, plan)
     assert repairs
     assert all(each.after < each.before for each in repairs)
     save_pruned(source, edits, tmp_path)
@@ -315,7 +315,7 @@ def test_the_whole_command_scales_what_is_left(
     assert "with Prune&Comp." in card
     assert f"by {1 / float(blocks[0].scale or 0):.4g} after layer {blocks[0].host}" in card
     page = (work / "artifacts" / "report" / "index.html").read_text(encoding="utf-8")
-    assert options or "the smallest influence on their input, one by one" in page
+    assert options or "the smallest block influence, one layer at a time" in page
 
 
 def test_the_card_of_another_method_has_no_scalars(params: Params, tiny: Model) -> None:
@@ -327,7 +327,7 @@ def test_the_card_of_another_method_has_no_scalars(params: Params, tiny: Model) 
     [
         (
             {"transform": "joint"},
-            "transform: joint has no place in method prune_and_comp, which puts one number there; use dense.",
+            "transform: joint has no place in method prune_and_comp, which replaces removed layers by a scalar; use dense.",
         ),
         (
             {"method": "uidl", "selection": "compensated"},
@@ -335,7 +335,7 @@ def test_the_card_of_another_method_has_no_scalars(params: Params, tiny: Model) 
         ),
     ],
 )
-def test_what_makes_no_sense_is_refused_in_one_sentence(options: dict[str, Any], said: str) -> None:
+def test_impossible_settings_are_refused_in_one_sentence(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ParameterError) as caught:
         read_params(None, {"method": "prune_and_comp", **options}, METHODS)
     (problem,) = caught.value.problems

@@ -95,7 +95,7 @@ def test_the_loss_decides_among_the_best_cuts(
     limits = {"min_distance_layer": 3, "max_distance_layer": 13, "layers_to_skip": skip}
     params = read_params(None, {"method": method, "transform": transform, "selection": "loss", **limits})
     select(params, work)
-    # Hosts 2 to 9 are allowed; a map's residual is smallest in front, the angle behind.
+    # Hosts 2 to 9 are allowed; a map's residual is smallest for the first, the angle for the last.
     hosts = [2, 3, 4, 5, 6, 7] if stand_in != "nothing" else [9, 8, 7, 2, 3, 4]
     assert asked == [(host, stand_in) for host in hosts]
     figures = read_json(work.metric("select"))
@@ -108,7 +108,7 @@ RISES = {1: 0.1, 2: 0.2, 3: 0.3, 4: 0.5, 5: 0.54, 6: 0.6, 7: math.inf, 8: 1.0, 9
 
 
 @pytest.mark.parametrize(("tolerated", "count"), [(0.15, 1), (0.5, 4), (0.54, 5), (0.7, 6), (3.0, 9)])
-def test_as_many_layers_go_as_raise_the_loss_by_what_is_tolerated(
+def test_the_most_layers_within_the_tolerated_rise_go(
     tolerated: float, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layers, tried = 14, []
@@ -158,13 +158,13 @@ def test_a_format_that_overflows_is_named(
         ({"method": "slicegpt"}, "0.3 has no place in method slicegpt, which removes parts"),
     ],
 )
-def test_what_is_tolerated_needs_a_loss_that_is_measured(setting: dict[str, Any], said: str) -> None:
+def test_tolerated_loss_needs_a_measured_loss(setting: dict[str, Any], said: str) -> None:
     with pytest.raises(ParameterError, match=f"tolerated_loss: {said}"):
         read_params(None, {**setting, "tolerated_loss": 0.3}, METHODS)
 
 
 def without_model(monkeypatch: pytest.MonkeyPatch, measure: Callable[..., list[float]], dense: float = 1.5) -> None:
-    """Let the losses be what a function says, without a model."""
+    """Replace the measured losses by a function, without a model."""
     monkeypatch.setattr("replaceme.pipeline.select._loaded", lambda *_: (None, None))
     monkeypatch.setattr("replaceme.pipeline.select.Documents.load", lambda _: None)
     monkeypatch.setattr(cut_loss, "dense_loss", lambda *_: dense)

@@ -1,4 +1,4 @@
-"""ShortGPT and SLEB: what goes, against plain computations."""
+"""ShortGPT and SLEB: the removed layers, against plain computations."""
 
 from itertools import combinations
 from pathlib import Path
@@ -24,7 +24,7 @@ from tests.conftest import LAYERS, made_model
 
 
 def loss_without(kind: str, removed: list[int], documents: Documents) -> float:
-    """Return the mean loss of a model whose layers are really gone."""
+    """Return the mean loss of a model whose layers are deleted."""
     model = made_model(kind)
     apply_edits(model, family_of(model.config), Edits("", removed))
     total, count = 0.0, 0
@@ -49,7 +49,7 @@ def test_greedy_choice_is_the_exhaustive_best_of_each_round(kind: str, documents
         assert loss == pytest.approx(min(found.values()), rel=1e-4)
 
 
-def test_greedy_takes_no_other_layers_than_it_may(documents: Documents) -> None:
+def test_greedy_removes_only_allowed_layers(documents: Documents) -> None:
     removed, _ = greedy_layers(made_model(), family_of(made_model().config), documents, [2, 5], 2, batch_size=4)
     assert sorted(removed) == [2, 5]
 
@@ -86,7 +86,7 @@ def test_influence_removes_the_layers_with_the_lowest_sum(count: int, tmp_path: 
     content = {"angular_distance": nothing, "residual": nothing, "layers": {"block_influence": influence}}
     write_json(work.profile / "profile.json", content)
     select(read_params(None, {"method": "shortgpt", "layers_to_skip": count}), work)
-    # The first layer has nothing in front of it, and stays.
+    # The first layer has no host before it, and stays.
     best = min(combinations(range(1, 6), count), key=lambda layers: sum(influence[layer] for layer in layers))
     assert [layer for block in load_blocks(work.blocks) for layer in block.layers] == sorted(best)
 
