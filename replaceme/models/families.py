@@ -196,9 +196,6 @@ def decoder_of(model: nn.Module) -> nn.Module:
     return model.get_submodule(str(model.base_model_prefix))
 
 
-PRE_NORM = Family()
-
-
 def _described(**parts: Any) -> Callable[[Any], Family]:
     family = Family(**parts)
     return lambda config: family
