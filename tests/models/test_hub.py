@@ -11,7 +11,7 @@ from replaceme.base.errors import DatasetError, ModelError
 from replaceme.base.params import Params, read_params
 from replaceme.corpora.find import find_dataset
 from replaceme.models import hub
-from replaceme.models.model import find_model
+from replaceme.models.find import find_model
 
 
 @pytest.fixture

@@ -18,7 +18,8 @@ from replaceme.base.params import read_params
 from replaceme.edits.edits import Edits
 from replaceme.models import hub
 from replaceme.models.families import Linear
-from replaceme.models.model import Model, find_model
+from replaceme.models.find import find_model
+from replaceme.models.model import Model
 from tests.conftest import LAYERS
 from tests.pipeline.test_commands import FAST, call
 
