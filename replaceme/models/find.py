@@ -1,7 +1,7 @@
-"""Find the model that ``model_path`` names, and refuse one that can't be used before any work, in one sentence.
+"""Find the model that ``model_path`` names, and refuse an unusable one before any work, in one sentence.
 
-Every model ends as a local folder: an embedded model's, the user's own, or the snapshot of a hub repository at a commit. All
-later work reads that folder, and no network.
+Each model becomes a local folder: that of an embedded model, the user's own, or the snapshot of a hub repository at a commit.
+Later stages read that folder and need no network.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def find_model(params: Params, commit: str | None = None) -> Model:
-    """Return the files of ``params.model_path``, fetching what is missing.
+    """Return the model that ``params.model_path`` names, downloading missing files.
 
     Args:
         params: the parameters ``model_path``, ``revision`` and ``trust_remote_code``.
-        commit: the commit that an earlier stage resolved, for a hub model.
+        commit: for a hub model, the commit that an earlier stage resolved.
 
     Raises:
-        ModelError: there is no such model, it can't be reached, or it isn't a model that can be loaded safely.
+        ModelError: there is no such model, it can't be reached, or can't be loaded safely.
     """
     name = params.model_path
     folder = Path(name).expanduser()
@@ -54,25 +54,25 @@ def find_model(params: Params, commit: str | None = None) -> Model:
 
 
 def recorded_model(params: Params, record: Path) -> Model:
-    """Return the model whose identity the inputs stage wrote to ``record``."""
+    """Return the model whose identity the inputs stage wrote to the file ``record``."""
     return find_model(params, read_json(record).get("commit"))
 
 
 def identity(model: Model, patterns: tuple[str, ...] = WEIGHT_FILES) -> dict[str, object]:
-    """Return what identifies those of a model's files that match ``patterns``: their commit, or their sha256."""
+    """Return what identifies the files of a model that match ``patterns``: the commit and repository, or their sha256."""
     if model.commit:
         return {"commit": model.commit, "repository": model.name}
     return {"sha256": sha256_of(model.files(patterns), model.folder)}
 
 
 def calibration_model(params: Params, record: Path) -> tuple[PreTrainedModel, Family]:
-    """Return the model that the inputs stage wrote to ``record``, loaded for calibration, and its description."""
+    """Load for calibration the model that the inputs stage wrote to ``record``; return it with its family's description."""
     source = recorded_model(params, record)
     return source.load(params.dtype, resolve_device(params.device), params.use_4bit, params.device_map), source.family()
 
 
 def check_folder(model: Model) -> Model:
-    """Return ``model`` if its folder holds something loadable. Raises ModelError with the reason otherwise."""
+    """Return ``model`` if its folder has config, safetensors and tokenizer. Raises ModelError with the reason otherwise."""
     if not (model.folder / "config.json").is_file():
         if (model.folder / "adapter_config.json").is_file():
             raise ModelError(f"model_path: {model.name} holds only an adapter; merge it into its base model first.")
@@ -89,7 +89,7 @@ def check_folder(model: Model) -> Model:
 
 
 def check_weights(model: Model) -> None:
-    """Raise ModelError when a weight file is damaged or a shard that the index names is missing; reads headers alone."""
+    """Raise ModelError if a weight file is damaged or a shard named by the index is missing; reads only headers."""
     for index in model.files(("*.safetensors.index.json",)):
         try:
             shards = set(read_json(index)["weight_map"].values())
