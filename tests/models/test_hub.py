@@ -1,4 +1,4 @@
-"""The hub's code paths, with the network replaced: what is asked of it, and what is said when it isn't there."""
+"""The hub without a network: requests, commits from the cache, and error messages."""
 
 import socket
 import time
@@ -25,7 +25,7 @@ def made(**options: Any) -> Params:
 
 
 @pytest.mark.usefixtures("offline")
-def test_unreachable_model_and_dataset_are_named_with_what_works_offline() -> None:
+def test_an_unreachable_model_or_dataset_is_named_with_the_offline_alternatives() -> None:
     with pytest.raises(
         ModelError, match=r"owner/model is no local path, and the hub can't be reached; offline, use a local folder"
     ):
@@ -37,13 +37,13 @@ def test_unreachable_model_and_dataset_are_named_with_what_works_offline() -> No
 
 
 @pytest.mark.usefixtures("offline")
-def test_a_slip_in_an_embedded_name_is_recognised() -> None:
+def test_a_misspelt_embedded_name_is_recognised() -> None:
     with pytest.raises(ModelError, match="did you mean 'smollm2-135m-instruct'"):
         find_model(made(model_path="smollm2-135m"))
 
 
 @pytest.mark.usefixtures("offline")
-def test_offline_the_cached_commit_of_a_model_is_used_and_of_a_dataset_not(tmp_path: Path) -> None:
+def test_offline_the_cached_commit_is_used_for_a_model_but_not_for_a_dataset(tmp_path: Path) -> None:
     for kind in ("model", "dataset"):
         references = tmp_path / f"{kind}s--owner--name" / "refs"
         references.mkdir(parents=True)
@@ -54,9 +54,9 @@ def test_offline_the_cached_commit_of_a_model_is_used_and_of_a_dataset_not(tmp_p
 
 
 @pytest.mark.parametrize("name", ["owner/name", "foo--bar"])
-def test_a_connection_that_breaks_is_one_sentence(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_connection_is_reported_in_one_sentence(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class NoConnectionError(Exception):
-        """What the HTTP library raises; no OSError."""
+        """An HTTP library's error, not an OSError."""
 
     def refuse(*_args: Any, **_options: Any) -> None:
         raise NoConnectionError
@@ -67,7 +67,7 @@ def test_a_connection_that_breaks_is_one_sentence(name: str, monkeypatch: pytest
         find_model(made(model_path=name))
 
 
-def test_a_hub_that_never_answers_is_given_up_within_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_probe_of_a_silent_hub_ends_within_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "PROBE_SECONDS", 0.3)
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub.socket, "create_connection", lambda *_args, **_options: (time.sleep(2), socket.socket())[1])
@@ -87,7 +87,7 @@ def test_a_hub_that_never_answers_is_given_up_within_the_limit(monkeypatch: pyte
         (None, "", ("hub.example", 443)),
     ],
 )
-def test_the_probe_asks_the_proxy_where_there_is_one(
+def test_the_probe_connects_to_the_proxy_if_there_is_one(
     proxy: str | None, excepted: str, asked: tuple[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     addresses: list[tuple[str, int]] = []
