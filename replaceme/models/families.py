@@ -19,7 +19,7 @@ Obstacle = Literal["norm", "experts", "undescribed"]
 OBSTACLES: Mapping[Obstacle, str] = {
     "norm": "the norm after the MLP of the family",
     "experts": "the mixture of experts of the family",
-    "undescribed": "a family that nobody described,",
+    "undescribed": "the undescribed family",
 }
 
 
@@ -103,7 +103,7 @@ class Family:
     def unsliced(self) -> str | None:
         """Why the residual stream can't be made narrower; None if it can."""
         if self.detected:
-            return "nobody described what reads its residual stream"
+            return "the readers of its residual stream are not described"
         if self.experts:
             return "the router of its mixture of experts is not derived"
         if self.norm_after_mlp:

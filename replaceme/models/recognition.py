@@ -55,7 +55,7 @@ def proposed_family(model: Any) -> Family:
         mlp_output=ends[1],
         per_layer=tuple(name for name, length in lengths.items() if length == count),
         detected=True,
-        uncut="nobody described its parts",
+        uncut="its heads and channels are not described",
     )
 
 

@@ -436,7 +436,7 @@ def test_families_whose_layers_have_no_mlp_of_their_own_are_refused_for_the_form
         ),
         (
             OBSTACLES["undescribed"],
-            "mlp is not derived for a family that nobody described, 'x'; use layer.",
+            "mlp is not derived for the undescribed family 'x'; use layer.",
         ),
     ]
     for family, said in cases:

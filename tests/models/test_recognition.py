@@ -110,7 +110,7 @@ def test_an_undescribed_family_is_pruned_if_the_proof_passes(
     options += ["--layers_to_skip", 2, "--tasks", "[]", "--save_path", tmp_path / "pruned", "--threads", 1]
     call(commands.run_replaceme, *options, "--transform", "joint", "--repair", "true", code=2)
     said = capsys.readouterr().err
-    assert f"transform: joint is not derived for a family that nobody described, '{kind}'; use refit." in said
+    assert f"transform: joint is not derived for the undescribed family '{kind}'; use refit." in said
     assert "repair: is not derived" in said
     call(commands.run_replaceme, *options, "--transform", "refit")
     said = capsys.readouterr().err
