@@ -24,7 +24,7 @@ from replaceme.edits.edits import Edits
 from replaceme.methods.registry import METHODS, criterion_of
 from replaceme.methods.repair import STEPWISE, mend
 from replaceme.models.families import decoder_of
-from replaceme.models.model import find_model
+from replaceme.models.find import find_model
 from replaceme.observers.profile import profile_model
 from replaceme.observers.statistics import take_statistics
 from replaceme.selection.blocks import smallest

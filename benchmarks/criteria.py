@@ -24,7 +24,7 @@ from replaceme.edits.edits import Edits
 from replaceme.edits.unfused import unfused
 from replaceme.evaluation.perplexity import cut_windows, perplexities, window_losses
 from replaceme.evaluation.tasks import task_texts
-from replaceme.models.model import recorded_model
+from replaceme.models.find import recorded_model
 from replaceme.observers.statistics import Gram
 from replaceme.observers.walk import walk
 from replaceme.selection.cut_loss import cut_losses

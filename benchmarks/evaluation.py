@@ -24,7 +24,7 @@ from replaceme.evaluation.requests import Encodings
 from replaceme.evaluation.scorer import CausalScorer
 from replaceme.evaluation.tasks import task_fingerprints, task_items, task_kind, task_name, task_texts
 from replaceme.models.families import decoder_of
-from replaceme.models.model import find_model
+from replaceme.models.find import find_model
 
 ROUNDS = 3
 LIMIT = 0.7

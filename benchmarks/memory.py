@@ -18,7 +18,7 @@ from replaceme.base.plan import Block, Plan
 from replaceme.base.progress import silence_libraries
 from replaceme.methods.registry import METHODS
 from replaceme.methods.repair import mend
-from replaceme.models.model import find_model
+from replaceme.models.find import find_model
 from replaceme.observers.profile import profile_model
 from replaceme.observers.statistics import take_statistics
 

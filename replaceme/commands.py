@@ -102,7 +102,7 @@ def _evaluate(params: Params) -> None:
     from replaceme.evaluation.requests import Requests
     from replaceme.evaluation.scores import score_model
     from replaceme.evaluation.tasks import task_fingerprints
-    from replaceme.models.model import find_model
+    from replaceme.models.find import find_model
 
     fingerprints = task_fingerprints(params)
     if not fingerprints:
@@ -116,7 +116,8 @@ def _evaluate(params: Params) -> None:
 
 
 def _measure(params: Params) -> None:
-    from replaceme.models.model import Model, identity, recorded_model
+    from replaceme.models.find import identity, recorded_model
+    from replaceme.models.model import Model
     from replaceme.report.page import SETTINGS_FILE, render
     from replaceme.speed import measure_speed
 

@@ -168,7 +168,8 @@ def _speed(revision: str, name: str, known: Sequence[Record], beside: Path) -> t
 
 
 def _measured(params: Params, place: Path, name: str) -> Record:
-    from replaceme.models.model import Model, recorded_model
+    from replaceme.models.find import recorded_model
+    from replaceme.models.model import Model
     from replaceme.speed import measure_speed
 
     return measure_speed(params, recorded_model(params, place / "dense.json"), Model(place / "model", name))

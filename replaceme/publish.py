@@ -82,7 +82,7 @@ def card_of(params: Params, work: Workspace) -> str:
     """Return the card of a finished run's model, with its scores on the tasks of ``params``."""
     from replaceme.edits.edits import Edits
     from replaceme.export.card import model_card
-    from replaceme.models.model import recorded_model
+    from replaceme.models.find import recorded_model
 
     source, edits, solved = recorded_model(params, work.model_input), Edits.load(work.edits), read_json(work.metric("solve"))
     if not params.tasks:

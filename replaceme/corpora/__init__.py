@@ -1,4 +1,4 @@
-"""Text: found, tokenized, drawn as calibration documents.
+"""Text: find it, tokenize it, draw calibration documents.
 
 It may import base and models.
 """

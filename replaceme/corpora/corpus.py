@@ -1,4 +1,4 @@
-"""The form in which every source hands over its text."""
+"""The common form of text from every source: rows that are texts or chats."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,17 +10,17 @@ from replaceme.base.progress import logger
 Chat = list[dict[str, str]]
 Row = str | Chat
 
-# ShareGPT's names for the roles of a conversation, which SlimOrca uses.
+# ShareGPT's names for the roles of a conversation (SlimOrca uses them) → ours.
 ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Rows of text in the order in which they are to be taken.
+    """Rows of text, in the order of use.
 
     Attributes:
         rows: texts or chats.
-        running: rows are long texts to cut into documents, rather than documents.
+        running: whether rows are long texts to cut into documents; else each row is a document.
     """
 
     rows: Iterable[Row]
@@ -32,12 +32,12 @@ def pick_column(columns: Iterable[str], first: Mapping[str, Any], wanted: str | 
 
     Args:
         columns: the dataset's columns.
-        first: its first row, to recognise a chat column by its values.
+        first: its first row; a chat column is recognised by its value.
         wanted: the parameter ``dataset_column``.
-        name: what to call the dataset in messages.
+        name: the dataset's name in messages.
 
     Raises:
-        DatasetError: the column is absent, or none can be chosen; lists the columns.
+        DatasetError: the column is missing, or none can be chosen; the message lists the columns.
     """
     columns = list(columns)
     if wanted in columns:
@@ -58,7 +58,7 @@ def pick_column(columns: Iterable[str], first: Mapping[str, Any], wanted: str | 
 
 
 def is_chat(value: Any) -> bool:
-    """Tell whether a value is a list of turns, in the role/content or the from/value form."""
+    """Return whether a value is a list of turns, in the role/content or the from/value form."""
     return (
         isinstance(value, list)
         and bool(value)
@@ -69,7 +69,7 @@ def is_chat(value: Any) -> bool:
 
 
 def as_row(value: Any, column: str, name: str) -> Row:
-    """Return one value of the column as text or chat, with all its turns. A missing value is an empty text."""
+    """Return a value of the column as text, or as chat with all its turns; a missing value is an empty text."""
     if value is None:
         return ""
     if isinstance(value, str):

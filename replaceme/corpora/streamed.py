@@ -1,4 +1,4 @@
-"""Text of hub datasets, streamed: rows arrive as they are needed and the dataset is never downloaded whole."""
+"""Text of hub datasets, streamed: rows are downloaded as needed, never the whole dataset."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,7 @@ from replaceme.base.params import Params
 from replaceme.corpora.corpus import Corpus, Row, as_row, pick_column
 from replaceme.models import hub
 
-# The published program's names, and the configuration that it reads of each.
+# The published program's dataset names, and the configuration that it reads of each.
 ALIASES: dict[str, tuple[str, ...]] = {
     "slimorca": ("Open-Orca/SlimOrca",),
     "fineweb": ("HuggingFaceFW/fineweb",),
@@ -25,11 +25,11 @@ def repositories(dataset: str) -> tuple[str, ...]:
 
 
 def open_stream(params: Params, commits: dict[str, str]) -> Corpus:
-    """Return the corpus of a hub dataset, or of a mix whose parts are taken in turn.
+    """Return the corpus of a hub dataset, or of a mix that takes rows from its parts in turn.
 
     Args:
         params: the parameters of the dataset.
-        commits: the commit to read of each repository.
+        commits: hub repository → commit to read.
     """
     streams = [_rows(name, commits[name], params) for name in repositories(params.dataset)]
     return Corpus(streams[0] if len(streams) == 1 else _in_turn(streams))
@@ -54,7 +54,7 @@ def _rows(name: str, commit: str, params: Params) -> Iterator[Row]:
     except Exception as failure:
         if known := resource_failure(failure):
             raise known from failure
-        # Unknown configurations, and whatever the HTTP library in use raises.
+        # Unknown configurations, and any HTTP library's errors.
         reason = " ".join(str(failure).split())[:300]
         raise DatasetError(f"dataset: {name} could not be read ({type(failure).__name__}: {reason}).") from failure
 

@@ -1,4 +1,4 @@
-"""Text and chats to token ids, with the start of a text kept apart, so that it stands once in every document."""
+"""Convert texts and chats to token ids, without the start of text: each document gets it exactly once, later."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CHUNK_CHARACTERS = 1 << 20
 
 
 def start_of_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids with which the tokenizer starts a text: one BOS, or nothing."""
+    """Return the ids that the tokenizer puts before a text: usually one BOS, or none."""
     plain = tokenizer.encode("a", add_special_tokens=False)
     marked = tokenizer.encode("a")
     for start in range(len(marked)):
@@ -25,8 +25,10 @@ def start_of_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def encode_in_chunks(text: str, tokenizer: PreTrainedTokenizerBase, prefix: list[int]) -> Iterator[list[int]]:
-    """Yield the ids of a long text in parts of about ``CHUNK_CHARACTERS``, cut behind a line (or a word, or anywhere):
-    tokenizers need far more memory for a text than its ids take."""
+    """Yield the ids of a long text in chunks of at most ``CHUNK_CHARACTERS``, to bound the tokenizer's memory.
+
+    A chunk ends after a line, else before a space, else anywhere.
+    """
     start = 0
     while start < len(text):
         end = start + CHUNK_CHARACTERS
@@ -38,7 +40,7 @@ def encode_in_chunks(text: str, tokenizer: PreTrainedTokenizerBase, prefix: list
 
 
 def encode(row: Row, tokenizer: PreTrainedTokenizerBase, prefix: list[int]) -> list[int]:
-    """Return a row's token ids without the start-of-text ids.
+    """Return a row's token ids, without the start-of-text ids.
 
     Raises:
         DatasetError: the row is a chat and the tokenizer has no usable chat template.
@@ -52,7 +54,7 @@ def encode(row: Row, tokenizer: PreTrainedTokenizerBase, prefix: list[int]) -> l
             )
         try:
             text = tokenizer.apply_chat_template(row, tokenize=False)
-        except Exception as refusal:  # templates raise their own errors, for instance on a system turn
+        except Exception as refusal:  # templates raise their own errors, for example on a system turn
             raise DatasetError(f"dataset_column: the model's chat template refuses a chat ({refusal}).") from refusal
     ids = list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
     while prefix and ids[: len(prefix)] == prefix:

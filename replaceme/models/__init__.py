@@ -1,4 +1,4 @@
-"""The dense model: found, checked, loaded and described. A model family is one description in ``families.py``.
+"""The dense model: find, check, load and describe it. Each model family has one description in ``families.py``.
 
 It may import base.
 """

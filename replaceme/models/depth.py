@@ -1,4 +1,4 @@
-"""Cut a model's depth: the config fields that count layers, and the modules that know their layer's position."""
+"""Cut a model's depth: update the config fields that count layers, and the modules that store their layer's index."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from replaceme.models.families import Family
 
 
 def renumber(layers: Sequence[nn.Module]) -> None:
-    """Give every module of a layer that knows its layer's position the new one: the KV cache is addressed by it."""
+    """Set ``layer_idx`` of all modules to their layer's new position: the KV cache is addressed by it."""
     for position, layer in enumerate(layers):
         for module in layer.modules():
             if isinstance(getattr(module, "layer_idx", None), int):
@@ -17,7 +17,7 @@ def renumber(layers: Sequence[nn.Module]) -> None:
 
 
 def cut_config(config: Any, family: Family, removed_layers: Sequence[int]) -> None:
-    """Cut the number of layers, every list with one entry a layer, and every field that is a layer's position."""
+    """Cut, in place, the number of layers, every list with one entry per layer, and every field that is a layer index."""
     total, removed = int(config.num_hidden_layers), set(removed_layers)
     family.make_explicit(config)
     for name in family.per_layer:
@@ -35,9 +35,9 @@ def cut_config(config: Any, family: Family, removed_layers: Sequence[int]) -> No
 
 
 def broken_patterns(config: Any, family: Family) -> list[str]:
-    """Return the per-layer lists of a cut config that differ from what its class makes of the number of layers alone.
+    """Return the per-layer lists of a cut config that differ from its class's default for that number of layers.
 
-    transformers reads the lists. Programs that compute such a pattern from a layer's position compute something else.
+    transformers reads the lists. A program that derives the pattern from the layer index computes another model.
     """
     lists = {name: entries for name in family.per_layer if (entries := getattr(config, name, None)) is not None}
     plain = {key: value for key, value in config.to_dict().items() if key not in lists}

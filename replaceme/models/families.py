@@ -1,9 +1,9 @@
-"""What the program must know of a model family: one small description each, found by the config's ``model_type``.
+"""Model families: one small description each, found by the config's ``model_type``.
 
-What a layer's MLP adds to the residual stream is ``M = ρ N(G Wᵀ + b)``: a last linear, perhaps a norm ``N`` behind it, and a
-factor ρ. ReplaceMe's fold ``W' = TᵀW``, ``b' = Tᵀb`` (section 3) is exact for any T where no norm stands there; behind a norm
-with weight γ it is for ``T = diag(γ)⁻¹ Q D``, Q orthogonal and D diagonal (``W' = QᵀW``, ``γ' = D``). Of a mixture of experts,
-which adds up weighted outputs, every expert's last linear takes T. What can't be exact is refused before any work.
+A layer's MLP adds ``M = ρ N(G Wᵀ + b)`` to the residual stream: a last linear, optionally a norm ``N`` after it, and a factor
+ρ. Without the norm, ReplaceMe's fold ``W' = TᵀW``, ``b' = Tᵀb`` (section 3) is exact for any T. With a norm of weight γ, a fold
+is exact for ``T = diag(γ)⁻¹ Q D``, Q orthogonal and D diagonal: ``W' = QᵀW``, ``γ' = D``. A mixture of experts sums weighted
+outputs, so T goes into the last linear of every expert. Settings that can't be exact are refused before any work.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,7 +19,7 @@ Obstacle = Literal["norm", "experts", "undescribed"]
 OBSTACLES: Mapping[Obstacle, str] = {
     "norm": "the norm after the MLP of the family",
     "experts": "the mixture of experts of the family",
-    "undescribed": "a family that nobody described,",
+    "undescribed": "the undescribed family",
 }
 
 
@@ -33,32 +33,32 @@ PROJECTIONS: Mapping[Linear, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Family:
-    """Where the parts of a decoder-only family are. All paths but the first are within a layer.
+    """Where the parts of a decoder-only family are. All paths but the first are relative to a layer.
 
     Attributes:
         layers: path of the list of decoder layers in the model.
-        attention: the module whose output the attention adds to the residual stream (its norm, where one stands behind it).
-        attention_output: the linear that ends the attention.
-        attention_norm: the norm in front of the attention, where it is in front of nothing else.
-        mlp: the module whose output the MLP adds to the residual stream, likewise.
-        mlp_output: the linear that ends the MLP.
-        mlp_norm: the norm in front of the MLP, where the linears behind it can take in its weight and bias; else empty.
-        experts: the parameters that end the experts of an MLP that is a mixture of them; a layer may lack some.
-        feeding: the linears whose outputs make the inputs of the last one, of attention and MLP.
-        uncut: why heads and channels can't be cut out by shapes alone; empty where they can.
-        norm_before: whether attention, MLP and head see the residual stream through norms, to which its scale is nothing.
-        rms_norms: the RMS norms of attention and MLP, where these, one behind the other, see the stream through nothing else,
-            and ``replaceme.models.modeling_pruned`` knows their layer; empty elsewhere.
-        norm_offset: what the norm after the MLP adds to its parameter to have its weight; None where no norm is there.
-        multiplier: ρ, the factor of what attention and MLP add.
-        parallel: whether the MLP reads what the attention reads, and not what the attention has added to.
+        attention: the module whose output is added to the residual stream: the attention, or the norm after it.
+        attention_output: the last linear of the attention.
+        attention_norm: the norm before the attention; it can be removed with the attention if nothing else reads it.
+        mlp: the module whose output is added to the residual stream: the MLP, or the norm after it.
+        mlp_output: the last linear of the MLP.
+        mlp_norm: the norm before the MLP; empty if the linears after it can't absorb its weight and bias.
+        experts: the last parameters of the experts, if the MLP is a mixture of them; a layer may lack some.
+        feeding: the linears whose outputs feed the last one, for attention and MLP.
+        uncut: why heads and channels can't be removed by changing shapes alone; empty if they can.
+        norm_before: whether attention, MLP and head read the residual stream through norms, so that its scale doesn't matter.
+        rms_norms: the RMS norms before attention and MLP; empty unless these two are sequential, read the residual stream
+            through these norms only, and ``replaceme.models.modeling_pruned`` can compute the layer.
+        norm_offset: the weight of the norm after the MLP is its parameter plus this; None if there is no such norm.
+        multiplier: ρ, the factor on what attention and MLP add.
+        parallel: whether the MLP reads the same states as the attention, instead of the states after it.
         adds_in_place: whether the layer adds into the MLP's output tensor.
-        returns_tuple: whether the layer returns its output within a tuple.
-        per_layer: config fields that are lists with one entry a layer.
-        layer_bounds: config fields that are layer indices; they count the layers before them.
+        returns_tuple: whether the layer returns its output inside a tuple.
+        per_layer: config fields that are lists with one entry per layer.
+        layer_bounds: config fields that hold a layer index and count the layers before it.
         layer_indices: config fields that are lists of layer indices.
-        detected: whether nobody described the family: it was recognised by its structure (``replaceme.models.recognition``).
-        make_explicit: writes into a config, as lists, what it says by a pattern over layer indices.
+        detected: whether the family was recognised by its structure (``replaceme.models.recognition``), not described.
+        make_explicit: replaces a config's patterns over layer indices by lists, in place.
     """
 
     layers: str = "model.layers"
@@ -91,23 +91,23 @@ class Family:
 
     @property
     def obstacle(self) -> Obstacle | None:
-        """What keeps some settings from being exact, or from being derived."""
+        """Why some settings are not exact, or not derived; None if all are."""
         return "norm" if self.norm_after_mlp else "experts" if self.experts else "undescribed" if self.detected else None
 
     def obstacle_words(self, kind: str) -> str:
-        """Return what the obstacle is, with the family's name."""
+        """Return the obstacle in words, with the name ``kind`` of the family."""
         assert self.obstacle is not None
         return f"{OBSTACLES[self.obstacle]} '{kind}'"
 
     @property
     def unsliced(self) -> str | None:
-        """Why the residual stream can't be made narrower, or None."""
+        """Why the residual stream can't be made narrower; None if it can."""
         if self.detected:
-            return "nobody described what reads its residual stream"
+            return "the readers of its residual stream are not described"
         if self.experts:
             return "the router of its mixture of experts is not derived"
         if self.norm_after_mlp:
-            return "the norm behind its MLP changes with the basis"
+            return "the norm after its MLP changes with the basis"
         if self.parallel:
             return "its attention and MLP are parallel, which is not derived"
         return None if self.rms_norms else "its norms subtract a mean, which is not derived"
@@ -119,46 +119,46 @@ class Family:
         return layers
 
     def linear_of(self, layer: nn.Module, linear: Linear) -> nn.Module:
-        """Return a linear of the layer, by what it ends."""
+        """Return the last linear of the layer's attention or MLP."""
         return layer.get_submodule(self.mlp_output if linear == "mlp_output" else self.attention_output)
 
     def cut_parameters(self, layer: nn.Module, linear: Linear) -> dict[str, int]:
-        """Return the parameters that the groups in front of a linear are made of: name within the layer → their dimension."""
+        """Return the parameters to cut for groups of inputs of a last linear: name within the layer → dimension to cut."""
         last = self.mlp_output if linear == "mlp_output" else self.attention_output
         names = [f"{path}.{name}" for path in self.feeding[linear] for name in ("weight", "bias")]
         present = dict(layer.named_parameters())
         return {**{name: 0 for name in names if name in present}, f"{last}.weight": 1}
 
     def transformed(self, layer: nn.Module) -> nn.Module:
-        """Return the module whose output a transform of the MLP's contribution takes."""
+        """Return the module whose output is multiplied by a transform of the MLP's contribution."""
         return layer.get_submodule(self.mlp if self.experts or self.norm_after_mlp else self.mlp_output)
 
     def ends(self, layer: nn.Module, linear: Linear) -> list[str]:
-        """Return the names, within the layer, of the parameters that make the last output: weights and biases."""
+        """Return the names, within the layer, of the last weights and biases of attention or MLP (of every expert)."""
         path = self.mlp_output if linear == "mlp_output" else self.attention_output
         names = self.experts if linear == "mlp_output" and self.experts else (f"{path}.weight", f"{path}.bias")
         present = dict(layer.named_parameters())
         return [name for name in names if name in present]
 
     def adding(self, layer: nn.Module) -> list[str]:
-        """Return the names, within the layer, of the parameters in proportion to which it adds to the residual stream."""
+        """Return the names, within the layer, of the parameters that scale what it adds to the residual stream."""
         if self.norm_after_mlp:
             return [f"{self.attention}.weight", f"{self.mlp}.weight"]
         return [*self.ends(layer, "attention_output"), *self.ends(layer, "mlp_output")]
 
     def norm_weight(self, layer: nn.Module) -> Tensor:
-        """Return γ (d,) float64 of the norm behind the layer's MLP."""
+        """Return γ (d,) float64 of the norm after the layer's MLP."""
         assert self.norm_offset is not None
         return parameter_of(layer, f"{self.mlp}.weight").double() + self.norm_offset
 
 
 def parameter_of(layer: nn.Module, name: str) -> Tensor:
-    """Return a view of a parameter in torch's layout, whatever its module's is: weights (…, d, inputs), biases (d,)."""
+    """Return a view of a parameter in torch's layout: weights (…, d, inputs), biases (d,); ``Conv1D`` stores the transpose."""
     return in_torch_layout(layer, name, layer.get_parameter(name).detach())
 
 
 def in_torch_layout(layer: nn.Module, name: str, value: Tensor) -> Tensor:
-    """Return a view in torch's layout of what has that of a layer's parameter, or the other way round."""
+    """Return a view of ``value`` converted from a parameter's layout to torch's, or back (both are the same transpose)."""
     owner = layer.get_submodule(name.rpartition(".")[0])
     return value.T if is_conv1d(owner) and value.ndim == 2 else value
 
@@ -176,12 +176,12 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def inputs_of(linear: nn.Module) -> int:
-    """Return the number of a linear's inputs; a 4-bit weight is packed, so that its shape says nothing."""
+    """Return the number of a linear's inputs; the shape of a packed 4-bit weight doesn't give it."""
     return int(linear.nx if is_conv1d(linear) else linear.in_features)  # type: ignore[arg-type]
 
 
 def linears_within(part: nn.Module) -> dict[str, nn.Module]:
-    """Return a module's linears by their path in it; that of a module that is one itself is empty."""
+    """Return the linears in a module by path; a module that is a linear itself has the path ''."""
     return {path: module for path, module in part.named_modules() if isinstance(module, nn.Linear) or is_conv1d(module)}
 
 
@@ -192,11 +192,8 @@ def linear_parameters(layer: nn.Module) -> list[str]:
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
-    """Return the model without its language-model head: it gives hidden states and computes no logits."""
+    """Return the model without its language-model head: it returns hidden states and computes no logits."""
     return model.get_submodule(str(model.base_model_prefix))
-
-
-PRE_NORM = Family()
 
 
 def _described(**parts: Any) -> Callable[[Any], Family]:
@@ -211,7 +208,7 @@ def _granite(config: Any) -> Family:
 def _falcon(config: Any) -> Family:
     return Family(
         layers="transformer.h", attention="self_attention", attention_output="self_attention.dense",
-        # As published, its linears have no biases that could take in those of its norms.
+        # As published, its linears have no biases that could absorb those of its norms.
         mlp_output="mlp.dense_4h_to_h", mlp_norm="", parallel=bool(config.new_decoder_architecture or config.parallel_attn),
         adds_in_place=True, returns_tuple=True, uncut=_FUSED,
     )  # fmt: skip
@@ -246,12 +243,12 @@ def _opt(config: Any) -> Family:
 
 def _gemma3(config: Any) -> Family:
     if config.use_bidirectional_attention:
-        raise _refusal("gemma3_text", "it is an encoder, whose tokens see those behind them (use_bidirectional_attention)")
+        raise _refusal("gemma3_text", "it is an encoder, whose tokens see later ones (use_bidirectional_attention)")
     return Family(**_NORM_AFTER, norm_offset=1.0)
 
 
 def _sparse_layers(config: Any) -> None:
-    """Say which layers have no experts by a list, instead of by every how many layers."""
+    """List the layers without experts in ``mlp_only_layers``, instead of by the period ``decoder_sparse_step``."""
     config.mlp_only_layers = [
         layer
         for layer in range(config.num_hidden_layers)

@@ -1,6 +1,6 @@
-"""Everything that talks to a model hub: is it there, which commit does a name mean, the files of that commit, and new ones.
+"""All traffic with the model hub: probe it, resolve names to commits, download a commit's files, upload a model.
 
-The hub's client retries for half a minute when there is no network, so a short probe comes first.
+The hub's client retries for half a minute without a network, so a short probe comes first.
 """
 
 import functools
@@ -36,16 +36,20 @@ OFFLINE_HELP = {
 
 
 def is_repository_id(name: str) -> bool:
-    """Tell whether ``name`` could be a hub repository: owner/name, or one of the old names without an owner."""
+    """Return whether ``name`` could be a hub repository: owner/name, or an old name without an owner."""
     return re.fullmatch(r"([A-Za-z0-9][\w.\-]*/)?[A-Za-z0-9][\w.\-]*", name) is not None
 
 
 def resolve_commit(name: str, kind: str, revision: str | None, hint: str = "") -> str:
-    """Return the commit that a repository's revision means now.
+    """Return the commit that a repository's revision points to now.
 
-    Offline, the commit of a model that the local cache holds is used, and the log says so; datasets are streamed and can't
-    be read from the cache. ``hint`` is added to
-    the message when nothing is found, for names that look like a slip.
+    Offline, a model's commit is taken from the local cache, and the log says so. Datasets are streamed, so they have none.
+
+    Args:
+        name: repository.
+        kind: model or dataset.
+        revision: branch, tag or commit; None is the default branch.
+        hint: added to the message when nothing is found: the name that may have been meant.
 
     Raises:
         ModelError, DatasetError: unreachable and not cached, unknown, or not accessible.
@@ -68,7 +72,7 @@ def resolve_commit(name: str, kind: str, revision: str | None, hint: str = "") -
         raise _error(
             kind, f"there is no local path and no public hub repository {name}{hint} (private ones need HF_TOKEN)."
         ) from None
-    except Exception as failure:  # whatever the HTTP library in use raises, and names that the hub's client refuses
+    except Exception as failure:  # any HTTP library's errors, and names that the hub's client refuses
         raise _error(kind, f"{name} could not be looked up on the hub ({type(failure).__name__}).") from failure
 
 
@@ -86,12 +90,12 @@ def snapshot(name: str, commit: str, patterns: tuple[str, ...], ignored: tuple[s
 
 
 def dataset_commit(name: str, config: str | None, what: str) -> str:
-    """Return the commit of a dataset that is read whole: the hub's newest, or offline the one that the local cache holds.
+    """Return the commit of a dataset that is downloaded whole: the hub's newest, or offline the cached one.
 
     Args:
         name: repository.
         config: the dataset's configuration.
-        what: the key and the value that need it, for messages.
+        what: the key and value that need it, for messages.
 
     Raises:
         DatasetError: unknown, not accessible, or unreachable and not cached.
@@ -105,11 +109,11 @@ def dataset_commit(name: str, config: str | None, what: str) -> str:
     from datasets import config as settings
     from datasets import load_dataset_builder
 
-    # From here on, this process asks its cache alone, and at once.
+    # From here on, this process reads only its cache, without waiting for the network.
     settings.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
     try:
         return str(load_dataset_builder(name, config).hash)
-    except Exception:  # whatever the library raises for a dataset that its cache lacks
+    except Exception:  # the library raises errors of many kinds for an uncached dataset
         raise DatasetError(
             f"{what} needs the dataset {name}, the hub can't be reached, and the cache has no copy; offline, use the embedded "
             "tasks or a .txt or .jsonl file."
@@ -117,15 +121,15 @@ def dataset_commit(name: str, config: str | None, what: str) -> str:
 
 
 def upload(name: str, files: Mapping[str, Path | bytes], private: bool) -> str:
-    """Put files into a model repository in one commit, make it where it isn't there, and return its address.
+    """Upload files to a model repository in one commit and return its URL; the repository is created if it doesn't exist.
 
     Args:
         name: user/name.
         files: path in the repository → file, or content.
-        private: whether nobody else may see it.
+        private: create the repository as private; refuse a public one.
 
     Raises:
-        ParameterError: no name of a repository, no token, no right to write there, or it is public and should not be.
+        ParameterError: not a repository name, no token, no right to write there, or it is public and ``private`` is set.
         ResourceError: the hub can't be reached, or fails.
     """
     try:
@@ -137,31 +141,31 @@ def upload(name: str, files: Mapping[str, Path | bytes], private: bool) -> str:
         raise ParameterError(f"repo_id: '{name}' can't be a repository; give user/name, of letters, digits, '-', '_' and '.'.")
     token = os.environ.get("HF_TOKEN", "").strip()
     if not token:
-        raise ParameterError("HF_TOKEN: is not set; put a token with the right to write into this environment variable.")
+        raise ParameterError("HF_TOKEN: is not set; set this environment variable to a token with the right to write.")
     if not reachable():
-        raise ResourceError(f"repo_id: the hub can't be reached, so nothing was put into {name}; try again when it is there.")
+        raise ResourceError(f"repo_id: the hub can't be reached, so nothing was uploaded to {name}; try again when it can.")
     api = HfApi(token=token)
     operations = [CommitOperationAdd(path, content) for path, content in sorted(files.items())]
     try:
         url = str(api.create_repo(name, private=private or None, exist_ok=True))
         if private and not api.repo_info(name).private:
-            raise ParameterError(f"private: {name} is there already and public; make it private on the hub, or choose another.")
+            raise ParameterError(f"private: {name} exists and is public; make it private on the hub, or choose another.")
         api.create_commit(name, operations, commit_message="Pruned model")
     except HfHubHTTPError as failure:
         if failure.response.status_code in (401, 403):
-            raise ParameterError(f"HF_TOKEN: the hub lets this token not write to {name}; use one that may.") from failure
+            raise ParameterError(f"HF_TOKEN: this token may not write to {name}; use one that may.") from failure
         reason = failure.server_message or type(failure).__name__
-        raise ResourceError(f"repo_id: the hub did not take {name} ({reason.rstrip('.')}).") from failure
+        raise ResourceError(f"repo_id: the hub refused the upload to {name} ({reason.rstrip('.')}).") from failure
     except ReplaceMeError:
         raise
-    except Exception as failure:  # whatever the HTTP library in use raises
-        raise ResourceError(f"repo_id: the way to {name} on the hub broke ({type(failure).__name__}).") from failure
+    except Exception as failure:  # any HTTP library's errors
+        raise ResourceError(f"repo_id: the upload to {name} failed ({type(failure).__name__}).") from failure
     return url
 
 
 @functools.cache
 def reachable() -> bool:
-    """Tell whether the hub, or the proxy before it, answers within ``PROBE_SECONDS``; asked once in a process."""
+    """Return whether the hub, or the proxy before it, answers within ``PROBE_SECONDS``; probed once per process."""
     if constants.HF_HUB_OFFLINE:
         return False
     endpoint = urlparse(constants.ENDPOINT)
@@ -178,7 +182,7 @@ def reachable() -> bool:
         except OSError:
             pass
 
-    # The socket's timeout doesn't bound the name look-up, which can hang for long: hence the thread.
+    # The socket's timeout doesn't bound the name look-up, which can hang: hence the thread.
     thread = threading.Thread(target=probe, daemon=True)
     thread.start()
     thread.join(PROBE_SECONDS)

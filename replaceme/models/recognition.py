@@ -1,9 +1,9 @@
-"""A family that nobody described: propose where its parts are from a model's structure, and prove it on real text.
+"""Undescribed families: derive a description from the model's structure, and check that the model can lose a layer.
 
-The proposal looks for the list of decoder layers and, in a layer, for an attention and an MLP that end in linears of the hidden
-width. It holds when, in every layer, what leaves each linear is what its block returns, and what both return is what the layer
-adds to its input: then the fold of a map is exact. What else a cut may change (attention patterns, a scale of the layer's
-index) is for the export's verification.
+The structure gives the list of decoder layers and, in a layer, an attention and an MLP that end in linears of the hidden width.
+The fold of a map is exact if, in every layer, the MLP returns the output of its last linear, and attention and MLP together
+are all that the layer adds to its input; ``replaceme.observers.proof`` checks both on real text. Other effects of a cut
+(attention patterns, a scale by layer index) are left to the export's verification.
 """
 
 import re
@@ -23,14 +23,14 @@ NORM = re.compile("norm|^ln", re.IGNORECASE)
 
 
 def proposed_family(model: Any) -> Family:
-    """Return what the structure suggests; the weights may be on the meta device.
+    """Return the description that the model's structure suggests; the weights may be on the meta device.
 
     Raises:
-        ModelError: a part was not found.
+        ModelError: a part was not found, or is ambiguous.
     """
     config = model.config
     if not hasattr(config, "num_hidden_layers"):
-        raise unrecognised(config.model_type, "its config has no num_hidden_layers, as where one model is made of several")
+        raise unrecognised(config.model_type, "its config has no num_hidden_layers, as in models of several parts")
     kind, count, width = config.model_type, int(config.num_hidden_layers), int(config.hidden_size)
     lists = [name for name, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part) == count]
     if not lists:
@@ -55,7 +55,7 @@ def proposed_family(model: Any) -> Family:
         mlp_output=ends[1],
         per_layer=tuple(name for name, length in lengths.items() if length == count),
         detected=True,
-        uncut="nobody described its parts",
+        uncut="its heads and channels are not described",
     )
 
 
@@ -77,23 +77,24 @@ def _last_linear(kind: str, layer: nn.Module, path: str, width: int) -> str:
 
 
 def unrecognised(kind: str, reason: str) -> ModelError:
+    """Return the error for a family whose structure was not recognised."""
     return ModelError(f"model_path: the family '{kind}' is not described, and was not recognised: {reason}.")
 
 
-# What a layer may know its position by.
+# Attributes that hold a layer's index, which a cut renumbers.
 INDICES = ("layer_idx", "layer_id", "layer_index", "layer_number", "block_idx")
 
 
 def check_cut(build: Callable[[Any], Any], config: Any, family: Family) -> None:
-    """Build a model with its first layer gone and compare the layers.
+    """Build the model without its first layer, and compare its layers with the kept ones of the dense model.
 
     Args:
-        build: makes a model of a config, without memory for its weights.
+        build: builds a model from a config, without memory for its weights.
         config: the dense model's.
-        family: what was recognised.
+        family: the recognised description.
 
     Raises:
-        ModelError: the shortened model can't be built, or its layers hold something else than the kept ones.
+        ModelError: the shortened model can't be built, or one of its layers has other values or shapes.
     """
     whole = family.decoder_layers(build(config))
     shorter = type(config).from_dict(config.to_dict())
@@ -104,23 +105,23 @@ def check_cut(build: Callable[[Any], Any], config: Any, family: Family) -> None:
             layers = family.decoder_layers(build(type(config).from_pretrained(folder)))
     except Exception as failure:  # configs check themselves with errors of many kinds
         reason = " ".join(str(failure).split())[:200]
-        raise _uncut(config, f"a config with fewer layers is none of its own ({reason})") from failure
+        raise _uncut(config, f"its config class refuses fewer layers ({reason})") from failure
     if len(layers) != len(whole) - 1:
-        raise _uncut(config, f"with a layer less it has {len(layers)} of {len(whole)}")
+        raise _uncut(config, f"with one layer less in its config it has {len(layers)} of {len(whole)}")
     for position, (kept, now) in enumerate(zip(list(whole)[1:], layers, strict=True), start=1):
-        before, after = _held(kept), _held(now)
+        before, after = _values_of(kept), _values_of(now)
         if different := sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name)):
             raise _uncut(config, f"{different[0]} of layer {position} depends on its position")
 
 
-def _held(layer: nn.Module) -> dict[str, Any]:
-    """Return the plain values and the shapes that the modules of a layer hold, by name."""
-    held: dict[str, Any] = {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
+def _values_of(layer: nn.Module) -> dict[str, Any]:
+    """Return the plain attributes of a layer's modules and the shapes of its parameters, by name."""
+    values: dict[str, Any] = {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
     for path, module in layer.named_modules():
         plain = {name: value for name, value in vars(module).items() if isinstance(value, int | float | str | None)}
-        held |= {f"{path}.{name}".lstrip("."): value for name, value in plain.items() if name not in INDICES}
-    return held
+        values |= {f"{path}.{name}".lstrip("."): value for name, value in plain.items() if name not in INDICES}
+    return values
 
 
 def _uncut(config: Any, reason: str) -> ModelError:
-    return ModelError(f"model_path: the family '{config.model_type}' is not described, and no layer of it can go: {reason}.")
+    return ModelError(f"model_path: the family '{config.model_type}' is not described, and can't lose a layer: {reason}.")

@@ -11,7 +11,7 @@ from replaceme.base.plan import Plan
 from replaceme.base.progress import logger
 from replaceme.base.stage import PASS, Stage
 from replaceme.base.workspace import Workspace
-from replaceme.models.model import recorded_model
+from replaceme.models.find import recorded_model
 from replaceme.observers.statistics import take_statistics
 
 # With fewer tokens per dimension, the fit overfits the sample.

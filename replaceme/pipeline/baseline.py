@@ -6,7 +6,7 @@ from replaceme.base.stage import SCORING, Stage
 from replaceme.base.workspace import Workspace
 from replaceme.evaluation.requests import Requests
 from replaceme.evaluation.scores import score_model
-from replaceme.models.model import recorded_model
+from replaceme.models.find import recorded_model
 
 
 def score_baseline(params: Params, work: Workspace) -> None:

@@ -9,7 +9,7 @@ from replaceme.base.stage import Stage
 from replaceme.base.workspace import Workspace
 from replaceme.corpora.draw import draw_documents
 from replaceme.corpora.find import find_dataset
-from replaceme.models.model import recorded_model
+from replaceme.models.find import recorded_model
 
 
 def calibrate(params: Params, work: Workspace) -> None:

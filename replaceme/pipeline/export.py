@@ -13,7 +13,8 @@ from replaceme.export.save import save_pruned
 from replaceme.export.verification import verify_export
 from replaceme.methods.registry import METHODS
 from replaceme.models.depth import broken_patterns
-from replaceme.models.model import CARD, Model, recorded_model
+from replaceme.models.find import recorded_model
+from replaceme.models.model import CARD, Model
 from replaceme.models.own_form import FILE, is_own_form
 
 

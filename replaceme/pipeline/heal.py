@@ -42,7 +42,7 @@ def _heal(params: Params, work: Workspace, edits: Edits) -> tuple[dict[str, Any]
     from replaceme.base.documents import Documents
     from replaceme.base.fingerprints import sha256_below
     from replaceme.base.plan import Plan
-    from replaceme.models.model import calibration_model
+    from replaceme.models.find import calibration_model
     from replaceme.training import healing
     from replaceme.training.checkpoints import key_of
     from replaceme.training.training import Course, entering_and_leaving, figures_of, settings_of, train

@@ -21,15 +21,8 @@ from replaceme.corpora.find import find_dataset
 from replaceme.evaluation.tasks import task_fingerprints
 from replaceme.methods.refusals import family_refusals
 from replaceme.methods.registry import METHODS, criterion_of
-from replaceme.models.model import (
-    CARD_FILES,
-    TOKENIZER_FILES,
-    WEIGHT_FILES,
-    check_weights,
-    find_model,
-    identity,
-    layer_count,
-)
+from replaceme.models.find import check_weights, find_model, identity
+from replaceme.models.model import CARD_FILES, TOKENIZER_FILES, WEIGHT_FILES, layer_count
 from replaceme.models.own_form import check_own_form
 from replaceme.models.recognition import check_cut
 from replaceme.selection.criteria import allowed_starts

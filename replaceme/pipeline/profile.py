@@ -10,7 +10,8 @@ from replaceme.base.params import Params
 from replaceme.base.progress import logger
 from replaceme.base.stage import PASS, Stage
 from replaceme.base.workspace import Workspace
-from replaceme.models.model import recorded_model, working_dtype
+from replaceme.models.find import recorded_model
+from replaceme.models.model import working_dtype
 from replaceme.observers.profile import profile_model
 from replaceme.observers.proof import prove
 

@@ -16,7 +16,7 @@ from replaceme.edits.edits import Edits
 from replaceme.methods.method import Bench
 from replaceme.methods.registry import METHODS, read_by
 from replaceme.methods.repair import STEPWISE, Repair, mend
-from replaceme.models.model import calibration_model
+from replaceme.models.find import calibration_model
 from replaceme.training.curves import write_curves
 
 

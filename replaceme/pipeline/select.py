@@ -13,7 +13,7 @@ from replaceme.base.stage import PASS, Stage
 from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import METHODS, criterion_of, read_by
 from replaceme.models.families import Family
-from replaceme.models.model import calibration_model
+from replaceme.models.find import calibration_model
 from replaceme.selection.compensation import compensated, scalable
 from replaceme.selection.criteria import Choice, allowed_starts
 

@@ -1,3 +1,5 @@
+"""Calibration documents: reading every kind of local file, tokenizing, cutting, packing, and refusing bad files."""
+
 import json
 from pathlib import Path
 from typing import Any
@@ -37,14 +39,14 @@ def rows_file(tmp_path: Path, rows: list[dict[str, Any]], suffix: str = ".jsonl"
     return path
 
 
-def test_a_text_file_is_cut_into_full_documents_that_each_start_with_one_bos(text_file: Path) -> None:
+def test_a_text_file_is_cut_into_full_documents_with_one_bos_each(text_file: Path) -> None:
     documents, counts = draw(text_file, size=6)
     assert [len(document) for document in documents.documents] == [16] * 6
     assert all(document[0] == BOS and (document[1:] != BOS).all() for document in documents.documents)
     assert (counts.documents, counts.tokens, counts.empty, counts.cut) == (6, 96, 0, 0)
 
 
-def test_the_pieces_of_a_text_file_are_its_own_tokens_without_overlap(text_file: Path) -> None:
+def test_the_pieces_of_a_text_file_are_its_tokens_without_overlap(text_file: Path) -> None:
     tokenizer = made_tokenizer()
     ids = tokenizer.encode(text_file.read_text(encoding="utf-8"), add_special_tokens=False)
     pieces = {tuple(ids[start : start + 15]) for start in range(0, len(ids) - 14, 15)}
@@ -73,7 +75,7 @@ def test_long_rows_are_cut_and_counted(tmp_path: Path) -> None:
     assert counts.cut == 1
 
 
-def test_empty_rows_are_counted_and_passed_over(tmp_path: Path) -> None:
+def test_empty_rows_are_counted_and_skipped(tmp_path: Path) -> None:
     path = rows_file(tmp_path, [{"text": text} for text in ["", "  ", "\n", "the river"]])
     documents, counts = draw(path)
     assert (len(documents), counts.empty) == (1, 3)
@@ -94,7 +96,7 @@ def test_chats_go_through_the_template_with_all_turns_and_one_bos(tmp_path: Path
     assert text == "<s><system>be brief\n<user>a river\n<assistant>runs\n"
 
 
-def test_published_column_name_falls_back_to_the_chat_column(tmp_path: Path) -> None:
+def test_the_published_column_name_falls_back_to_the_chat_column(tmp_path: Path) -> None:
     path = rows_file(tmp_path, [{"conversations": CHAT, "id": 1}])
     assert len(draw(path, max_length=100, dataset_column="text")[0]) == 1
 
@@ -105,7 +107,7 @@ def test_chats_without_a_template_are_an_error(tmp_path: Path) -> None:
         draw(path, tokenizer=made_tokenizer(chat=False))
 
 
-def test_a_tokenizer_without_bos_gets_none() -> None:
+def test_documents_get_a_bos_only_if_the_tokenizer_has_one() -> None:
     assert start_of_text(made_tokenizer(bos=False)) == []
     assert start_of_text(made_tokenizer()) == [BOS]
 
@@ -157,12 +159,12 @@ def test_non_utf8_text_is_refused(tmp_path: Path) -> None:
         draw(path)
 
 
-def test_too_few_documents_are_used_as_they_are() -> None:
+def test_a_corpus_with_fewer_documents_is_used_whole() -> None:
     documents, counts = draw_documents(Corpus(["the river", "a town"]), made_tokenizer(), 10, 16, pack=False, seed=0)
     assert (len(documents), counts.documents) == (2, 2)
 
 
-def test_rows_are_drawn_in_an_order_of_the_seed(tmp_path: Path) -> None:
+def test_the_seed_decides_the_order_of_rows(tmp_path: Path) -> None:
     path = rows_file(tmp_path, [{"text": f"the river {number}"} for number in range(9)])
     tokenizer = made_tokenizer()
     orders = {tuple(tokenizer.decode(d) for d in draw(path, size=9, seed=seed)[0].documents) for seed in range(3)}
@@ -170,32 +172,32 @@ def test_rows_are_drawn_in_an_order_of_the_seed(tmp_path: Path) -> None:
     assert len({tuple(sorted(order)) for order in orders}) == 1
 
 
-def test_packed_rows_are_set_apart_by_a_blank_line(tmp_path: Path) -> None:
+def test_packed_rows_are_separated_by_a_blank_line(tmp_path: Path) -> None:
     path = rows_file(tmp_path, [{"text": "the river"}] * 3)
     documents, _ = draw(path, size=1, max_length=100, pack=True)
     assert made_tokenizer().decode(documents.documents[0]) == "<s>" + "\n\n".join(["the river"] * 3)
 
 
-def test_a_first_row_without_a_text_hides_no_column(tmp_path: Path) -> None:
+def test_the_text_column_is_found_if_its_first_value_is_missing(tmp_path: Path) -> None:
     path = rows_file(tmp_path, [{"body": None}, {"body": "the river"}])
     documents, counts = draw(path)
     assert (len(documents), counts.empty) == (1, 1)
 
 
-def test_chat_turns_made_of_parts_are_refused(tmp_path: Path) -> None:
+def test_chat_turns_with_lists_of_parts_are_refused(tmp_path: Path) -> None:
     path = rows_file(tmp_path, [{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}])
     with pytest.raises(DatasetError, match="a chat turn holds list, not text"):
         draw(path)
 
 
-def test_long_texts_are_tokenized_in_chunks_that_lose_nothing(text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokenizing_in_chunks_gives_the_same_documents(text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, _ = draw(text_file, size=10_000)
     monkeypatch.setattr("replaceme.corpora.tokenization.CHUNK_CHARACTERS", 1000)
     chunked, _ = draw(text_file, size=10_000)
     assert [d.tolist() for d in chunked.documents] == [d.tolist() for d in whole.documents]
 
 
-def test_a_text_of_one_line_is_tokenized_in_chunks_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_without_line_breaks_is_tokenized_in_chunks_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("replaceme.corpora.tokenization.CHUNK_CHARACTERS", 50)
     for text in (" ".join(["river"] * 100), "river" * 100):
         chunks = list(encode_in_chunks(text, made_tokenizer(), [BOS]))

@@ -17,7 +17,7 @@ from replaceme.edits.unfused import unfused
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import cache_error, verify_export, wrong_weights
 from replaceme.models.depth import broken_patterns, cut_config
-from replaceme.models.families import FAMILIES, PRE_NORM, Family, Linear, family_of, parameter_of
+from replaceme.models.families import FAMILIES, Family, Linear, family_of, parameter_of
 from replaceme.models.model import Model
 from replaceme.solvers.procrustes import polar
 from tests.conftest import FAMILY_CONFIGS, KINDS, LAYERS, WIDTH, made_model, shortened_logits
@@ -146,7 +146,7 @@ def test_fold_transforms_the_output_of_a_biased_linear() -> None:
     layer, transform = made_model(dtype=torch.float64).model.layers[0], made_transform()
     linear, inputs = layer.mlp.down_proj, torch.randn(5, 48, dtype=torch.float64)
     expected = linear(inputs) @ transform
-    for name, exact in folds(PRE_NORM, layer, "mlp_output", Change(transform)):
+    for name, exact in folds(Family(), layer, "mlp_output", Change(transform)):
         parameter_of(layer, name).copy_(exact)
     assert torch.allclose(linear(inputs), expected, rtol=1e-12)
 
@@ -154,7 +154,7 @@ def test_fold_transforms_the_output_of_a_biased_linear() -> None:
 def test_a_model_computes_with_edits_inside_the_block_and_is_unchanged_afterwards() -> None:
     model = made_model()
     before = model(TEXT).logits
-    with unfused(model, PRE_NORM, edits_of(2, 2, model)):
+    with unfused(model, Family(), edits_of(2, 2, model)):
         assert not torch.allclose(model(TEXT).logits, before)
     assert torch.equal(model(TEXT).logits, before)
 
@@ -175,13 +175,13 @@ def test_edits_are_read_as_they_were_saved_and_corrections_add_up(tmp_path: Path
 
 def test_identity_transform_changes_no_bit() -> None:
     layer = made_model(dtype=torch.bfloat16).model.layers[0]
-    exact = dict(folds(PRE_NORM, layer, "mlp_output", Change(torch.eye(WIDTH, dtype=torch.float64))))
+    exact = dict(folds(Family(), layer, "mlp_output", Change(torch.eye(WIDTH, dtype=torch.float64))))
     assert torch.equal(exact["mlp.down_proj.weight"].bfloat16(), layer.mlp.down_proj.weight)
 
 
 def test_every_module_knows_its_new_position() -> None:
     model = made_model()
-    apply_edits(model, PRE_NORM, edits_for(2, 2))
+    apply_edits(model, Family(), edits_for(2, 2))
     assert [layer.self_attn.layer_idx for layer in model.model.layers] == list(range(LAYERS - 2))
 
 
@@ -281,7 +281,7 @@ def test_verification_allows_for_subnormal_weights(
     edits = edits_for(2, 2)
     save_pruned(source, edits, tmp_path)
     dense, pruned = source.load(), Model(tmp_path, "pruned").load()
-    assert wrong_weights(dense, pruned, PRE_NORM, edits) == []
+    assert wrong_weights(dense, pruned, Family(), edits) == []
 
 
 def test_verification_ignores_the_models_generation_config(
@@ -316,19 +316,19 @@ def test_verification_fails_a_config_that_changes_the_layers_after_the_cut(
 
 def test_verification_fails_a_wrong_cache_index(tiny: Model, tmp_path: Path) -> None:
     model = tiny.load()
-    apply_edits(model, PRE_NORM, edits_for(2, 2))
+    apply_edits(model, Family(), edits_for(2, 2))
     model.model.layers[2].self_attn.layer_idx = 1
     assert cache_error(model, TEXT[0]) > 1e-2
 
 
 def test_a_large_correction_of_a_quiet_feature_does_not_overflow() -> None:
     model, large = made_model(dtype=torch.float16, mlp_bias=False), Edits("", [])
-    weight = torch.zeros_like(PRE_NORM.linear_of(model.model.layers[2], "mlp_output").weight, dtype=torch.float32)
+    weight = torch.zeros_like(Family().linear_of(model.model.layers[2], "mlp_output").weight, dtype=torch.float32)
     weight[:, 0] = 1e5
     large.correct(2, "mlp_output", weight)
     model.model.layers[2].mlp.up_proj.weight.data[0] = 0
     ids = torch.arange(5, 25)[None]
     with torch.inference_mode():
         expected = model(ids).logits
-        with unfused(model, PRE_NORM, large):
+        with unfused(model, Family(), large):
             assert torch.equal(model(ids).logits, expected)

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from replaceme.export import save as export
 from replaceme.export.save import save_pruned
-from replaceme.models.model import Model, check_weights
+from replaceme.models.find import check_weights
+from replaceme.models.model import Model
 from tests.conftest import LAYERS
 from tests.edits.test_fold import edits_for
 

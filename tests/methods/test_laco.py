@@ -28,7 +28,7 @@ from replaceme.export.verification import verify_export, wrong_weights
 from replaceme.methods.refusals import family_refusals
 from replaceme.methods.registry import METHODS, criterion_of
 from replaceme.methods.repair import mend
-from replaceme.models.families import PRE_NORM, family_of
+from replaceme.models.families import Family, family_of
 from replaceme.models.model import Model
 from replaceme.selection import collapse as module
 from replaceme.selection.collapse import Way, blocks_of, check_alike, collapse, collapse_all, collapsed_blocks, merged, texts_of
@@ -174,13 +174,13 @@ def test_a_mixed_norm_is_refused(tiny: Model, tmp_path: Path) -> None:
     name = "model.layers.{}.input_layernorm.weight"
     weights[name.format(0)] = dense[name.format(4)].clone()
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    assert wrong_weights(tiny.load(), Model(tmp_path, "pruned").load(), PRE_NORM, edits) == [name.format(0)]
+    assert wrong_weights(tiny.load(), Model(tmp_path, "pruned").load(), Family(), edits) == [name.format(0)]
 
 
 def test_a_kept_layer_is_mixed_into_no_other() -> None:
     model = made_model()
     with pytest.raises(AssertionError, match="a kept layer would be mixed into another one"):
-        apply_edits(model, PRE_NORM, Edits("test", [2], mixtures={1: {1: 0, 2: 0, 3: 1}}))
+        apply_edits(model, Family(), Edits("test", [2], mixtures={1: {1: 0, 2: 0, 3: 1}}))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "falcon", "opt", "gemma2", "smollm3"])
@@ -318,7 +318,7 @@ def test_the_whole_command_merges_layers(
     loaded = Model(tmp_path / "pruned", "pruned").load()
     assert loaded.config.num_hidden_layers == LAYERS - 3
     edits = Edits.load(tmp_path / "pruned.work" / "artifacts" / "edits")
-    assert wrong_weights(source.load(), loaded, PRE_NORM, edits) == []
+    assert wrong_weights(source.load(), loaded, Family(), edits) == []
     card = (tmp_path / "pruned" / "README.md").read_text(encoding="utf-8")
     assert "with LaCo." in card
     assert "laco_layers: 3" in card

@@ -21,7 +21,7 @@ from replaceme.export.save import save_pruned
 from replaceme.export.verification import verify_export
 from replaceme.methods.method import Solved
 from replaceme.methods.registry import METHODS
-from replaceme.models.families import PRE_NORM, family_of
+from replaceme.models.families import Family, family_of
 from replaceme.models.model import Model
 from replaceme.observers.hadamard import hadamard
 from replaceme.observers.statistics import take_statistics
@@ -124,7 +124,7 @@ def test_sums_of_disjoint_documents_add_up_and_padding_does_not_count(documents:
     parts = [Documents(documents.documents[:4]), Documents(documents.documents[4:])]
     for name in ("magnitudes", "magnitudes_rotated"):
         whole, first, second = (
-            take_statistics(model, PRE_NORM, each, BLOCK, [name], size)[name]
+            take_statistics(model, Family(), each, BLOCK, [name], size)[name]
             for each, size in ((documents, 9), (parts[0], 1), (parts[1], 5))
         )
         assert all(torch.allclose(whole[key], first[key] + second[key], rtol=1e-5) for key in ("ratios", "documents"))

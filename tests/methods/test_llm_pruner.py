@@ -30,7 +30,7 @@ from replaceme.methods.llm_pruner import check, layers_of
 from replaceme.methods.method import Bench
 from replaceme.methods.refusals import family_refusals
 from replaceme.methods.registry import METHODS
-from replaceme.models.families import FAMILIES, PRE_NORM, Family, Linear, family_of, parameter_of
+from replaceme.models.families import FAMILIES, Family, Linear, family_of, parameter_of
 from replaceme.models.model import Model
 from replaceme.models.own_form import is_own_form
 from replaceme.pipeline.inputs import inspect_inputs
@@ -210,7 +210,7 @@ def test_an_overflow_is_named(tiny: Model) -> None:
     with torch.no_grad():
         model.model.layers[3].mlp.up_proj.weight[0] = float("inf")
     with pytest.raises(ParameterError, match="dtype: the model's gradients overflow; use float32"):
-        importance_of(model, PRE_NORM, [2], {"attention_output": 2, "mlp_output": 48}, crops_of(pieces()))
+        importance_of(model, Family(), [2], {"attention_output": 2, "mlp_output": 48}, crops_of(pieces()))
 
 
 def test_crops_are_ten_pieces_of_the_documents_and_too_few_are_named() -> None:

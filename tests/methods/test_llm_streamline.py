@@ -28,7 +28,7 @@ from replaceme.methods.layer_lesson import LayerLesson
 from replaceme.methods.method import Bench
 from replaceme.methods.refusals import family_refusals
 from replaceme.methods.registry import METHODS
-from replaceme.models.families import FAMILIES, PRE_NORM, Family, family_of
+from replaceme.models.families import FAMILIES, Family, family_of
 from replaceme.models.model import Model
 from replaceme.models.own_form import is_own_form
 from replaceme.observers.profile import profile_model
@@ -132,7 +132,7 @@ def by_hand(model: Any, documents: Documents, course: Course) -> Any:
 
 def test_mean_cosines_equal_a_plain_reference_and_padding_changes_nothing(documents: Documents) -> None:
     model = made_model()
-    found = profile_model(model, PRE_NORM, documents, batch_size=4)["mean_cosine"]
+    found = profile_model(model, Family(), documents, batch_size=4)["mean_cosine"]
     states = [
         torch.cat(parts).double() for parts in zip(*(layer_outputs(model, each) for each in documents.documents), strict=True)
     ]
@@ -436,7 +436,7 @@ def test_families_whose_layers_have_no_mlp_of_their_own_are_refused_for_the_form
         ),
         (
             OBSTACLES["undescribed"],
-            "mlp is not derived for a family that nobody described, 'x'; use layer.",
+            "mlp is not derived for the undescribed family 'x'; use layer.",
         ),
     ]
     for family, said in cases:

@@ -128,7 +128,7 @@ def test_a_cut_that_breaks_the_pattern_of_a_family_is_reported(
         ("norm", {"transform": "orthogonal", "repair": True}, ["repair: is not derived for the norm after the MLP"]),
         ("norm", {"transform": "orthogonal", "heal_epochs": 1}, []),
         ("experts", {"method": "uidl", "heal_epochs": 1}, ["heal_epochs: is not derived for the mixture of experts"]),
-        ("undescribed", {"heal_epochs": 1}, ["heal_epochs: is not derived for a family that nobody described"]),
+        ("undescribed", {"heal_epochs": 1}, ["heal_epochs: is not derived for the undescribed family"]),
         ("experts", {}, []),
         ("experts", {"method": "cosine"}, []),
         ("experts", {"transform": "refit"}, ["transform: refit is not derived for the mixture of experts of the family 'x'"]),
@@ -138,7 +138,7 @@ def test_a_cut_that_breaks_the_pattern_of_a_family_is_reported(
             ["transform: joint is not derived for the mixture of experts", "repair: is not derived for the mixture of experts"],
         ),
         ("undescribed", {"transform": "refit"}, []),
-        ("undescribed", {"transform": "joint"}, ["transform: joint is not derived for a family that nobody described, 'x'"]),
+        ("undescribed", {"transform": "joint"}, ["transform: joint is not derived for the undescribed family 'x'"]),
         (None, {"transform": "joint", "repair": True}, []),
     ],
 )

@@ -24,7 +24,7 @@ from replaceme.export.verification import verify_export
 from replaceme.methods import repair
 from replaceme.methods.registry import METHODS
 from replaceme.methods.repair import Repair, mend
-from replaceme.models.families import PRE_NORM, family_of, parameter_of
+from replaceme.models.families import Family, family_of, parameter_of
 from replaceme.models.model import Model
 from replaceme.observers.features import LINEARS
 from replaceme.observers.statistics import take_statistics
@@ -114,14 +114,14 @@ def test_the_joint_fit_solves_the_mlp_again_on_its_new_features() -> None:
     model, documents = made_model(dtype=torch.float64), many_documents()
     edits, mending = solved(model, documents, (BLOCK,), transform="joint", alpha=5.0)
     expected = deepcopy(model)
-    apply_edits(expected, PRE_NORM, edits)
+    apply_edits(expected, Family(), edits)
     goal = passing(model, BLOCK.end - 1, documents)["output"]
     host = expected.model.layers[BLOCK.host]
     mlp = host.mlp.down_proj
     now = passing(expected, BLOCK.host, documents)
     resolve([mlp], [now["G"]], goal - now["output"], goal, [0.3])
     repairs, _ = mending()
-    apply_edits(model, PRE_NORM, edits)
+    apply_edits(model, Family(), edits)
     assert same_weights(model, expected)
     assert [(each.layer, each.linears) for each in repairs] == [(BLOCK.host, ("mlp_output",))]
 
@@ -175,7 +175,7 @@ def test_the_size_of_a_batch_changes_nothing(documents: Documents) -> None:
         model = made_model(dtype=torch.float64)
         edits, mending = solved(model, documents, (BLOCK,), alpha=5.0, repair=True, batch_size=size)
         mending()
-        apply_edits(model, PRE_NORM, edits)
+        apply_edits(model, Family(), edits)
         found.append(model)
     assert same_weights(*found)
 
@@ -216,7 +216,7 @@ def test_a_later_joint_fit_is_added_to_the_repaired_attention() -> None:
     edits, mending = solved(model, documents, blocks, alpha=5.0, transform="joint", repair=True)
     dense = deepcopy(model)
     repairs, figures = mending()
-    apply_edits(model, PRE_NORM, edits)
+    apply_edits(model, Family(), edits)
     # Layer 2 is the second block's host; its position is now 1, and its output is that of its last repair.
     now, H = passing(model, 1, documents)["output"], passing(dense, 4, documents)["output"]
     w = 1 / np.square(H).sum(1)

@@ -245,7 +245,7 @@ def test_families_are_sliced_or_refused_with_the_reason() -> None:
         said[kind] = family_refusals(values, kind, family)
     assert [kind for kind in KINDS if not said[kind]] == SLICED
     for kind, reason in {
-        "gpt2": "its norms subtract a mean", "falcon": "its attention and MLP are parallel", "olmo2": "the norm behind its MLP",
+        "gpt2": "its norms subtract a mean", "falcon": "its attention and MLP are parallel", "olmo2": "the norm after its MLP",
         "mixtral": "the router of its mixture of experts",
     }.items():  # fmt: skip
         (problem,) = said[kind]

@@ -1,21 +1,17 @@
-"""The hub's code paths, with the network replaced: what is asked of it, and what is said when it isn't there."""
+"""The hub without a network: requests, commits from the cache, and error messages."""
 
 import socket
 import time
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 
 from replaceme.base.errors import DatasetError, ModelError
 from replaceme.base.params import Params, read_params
 from replaceme.corpora.find import find_dataset
 from replaceme.models import hub
-from replaceme.models.model import find_model
-
-SLIM = [{"conversations": [{"from": "human", "value": f"question {n}"}, {"from": "gpt", "value": "answer"}]} for n in range(5)]
-WEB = [{"text": f"page {n}", "url": "x"} for n in range(3)]
+from replaceme.models.find import find_model
 
 
 @pytest.fixture
@@ -24,28 +20,12 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
 
 
-@pytest.fixture
-def streamed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """Replace the hub's datasets by small ones, and record how they are opened."""
-    calls: list[tuple[Any, ...]] = []
-
-    def load(name: str, config: str | None, *, split: str, streaming: bool, revision: str) -> datasets.IterableDataset:
-        calls.append((name, config, split, streaming, revision))
-        rows = SLIM if "Orca" in name else WEB
-        return datasets.IterableDataset.from_generator(lambda: iter(rows))
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr(hub, "reachable", lambda: True)
-    monkeypatch.setattr(hub, "resolve_commit", lambda name, kind, revision, hint="": "c" * 40)
-    return calls
-
-
 def made(**options: Any) -> Params:
     return read_params(None, options)
 
 
 @pytest.mark.usefixtures("offline")
-def test_unreachable_model_and_dataset_are_named_with_what_works_offline() -> None:
+def test_an_unreachable_model_or_dataset_is_named_with_the_offline_alternatives() -> None:
     with pytest.raises(
         ModelError, match=r"owner/model is no local path, and the hub can't be reached; offline, use a local folder"
     ):
@@ -57,13 +37,13 @@ def test_unreachable_model_and_dataset_are_named_with_what_works_offline() -> No
 
 
 @pytest.mark.usefixtures("offline")
-def test_a_slip_in_an_embedded_name_is_recognised() -> None:
+def test_a_misspelt_embedded_name_is_recognised() -> None:
     with pytest.raises(ModelError, match="did you mean 'smollm2-135m-instruct'"):
         find_model(made(model_path="smollm2-135m"))
 
 
 @pytest.mark.usefixtures("offline")
-def test_offline_the_cached_commit_of_a_model_is_used_and_of_a_dataset_not(tmp_path: Path) -> None:
+def test_offline_the_cached_commit_is_used_for_a_model_but_not_for_a_dataset(tmp_path: Path) -> None:
     for kind in ("model", "dataset"):
         references = tmp_path / f"{kind}s--owner--name" / "refs"
         references.mkdir(parents=True)
@@ -74,9 +54,9 @@ def test_offline_the_cached_commit_of_a_model_is_used_and_of_a_dataset_not(tmp_p
 
 
 @pytest.mark.parametrize("name", ["owner/name", "foo--bar"])
-def test_a_connection_that_breaks_is_one_sentence(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_connection_is_reported_in_one_sentence(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class NoConnectionError(Exception):
-        """What the HTTP library raises; no OSError."""
+        """An HTTP library's error, not an OSError."""
 
     def refuse(*_args: Any, **_options: Any) -> None:
         raise NoConnectionError
@@ -87,7 +67,7 @@ def test_a_connection_that_breaks_is_one_sentence(name: str, monkeypatch: pytest
         find_model(made(model_path=name))
 
 
-def test_a_hub_that_never_answers_is_given_up_within_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_probe_of_a_silent_hub_ends_within_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "PROBE_SECONDS", 0.3)
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub.socket, "create_connection", lambda *_args, **_options: (time.sleep(2), socket.socket())[1])
@@ -107,7 +87,7 @@ def test_a_hub_that_never_answers_is_given_up_within_the_limit(monkeypatch: pyte
         (None, "", ("hub.example", 443)),
     ],
 )
-def test_the_probe_asks_the_proxy_where_there_is_one(
+def test_the_probe_connects_to_the_proxy_if_there_is_one(
     proxy: str | None, excepted: str, asked: tuple[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     addresses: list[tuple[str, int]] = []
@@ -129,51 +109,3 @@ def test_the_probe_asks_the_proxy_where_there_is_one(
     assert hub.reachable()
     hub.reachable.cache_clear()
     assert addresses == [asked]
-
-
-def test_streamed_rows_are_shuffled_by_the_seed(streamed: list[tuple[Any, ...]]) -> None:
-    orders = {tuple(map(str, find_dataset(made(dataset="fineweb", seed=seed)).open().rows)) for seed in range(8)}
-    assert len(orders) > 1
-    assert len(streamed) == 8
-
-
-def test_published_dataset_names_are_streamed_with_their_configuration(streamed: list[tuple[Any, ...]]) -> None:
-    rows = list(find_dataset(made(dataset="fineweb")).open().rows)
-    assert streamed == [("HuggingFaceFW/fineweb", "sample-10BT", "train", True, "c" * 40)]
-    assert sorted(map(str, rows)) == ["page 0", "page 1", "page 2"]
-
-
-def test_chat_datasets_give_all_turns_and_the_split_is_honoured(streamed: list[tuple[Any, ...]]) -> None:
-    rows = list(find_dataset(made(dataset="Open-Orca/SlimOrca", dataset_column="text", dataset_split="test")).open().rows)
-    assert streamed[0][2] == "test"
-    assert [{"role": "user", "content": "question 0"}, {"role": "assistant", "content": "answer"}] in rows
-
-
-@pytest.mark.usefixtures("streamed")
-def test_a_mix_takes_its_parts_in_turn() -> None:
-    rows = list(find_dataset(made(dataset="fineweb_and_orca")).open().rows)
-    assert [isinstance(row, str) for row in rows] == [True, False] * 3 + [False] * 2
-
-
-@pytest.mark.usefixtures("streamed")
-def test_a_missing_column_lists_the_columns() -> None:
-    with pytest.raises(DatasetError, match="has no column 'body'; its columns are text, url"):
-        list(find_dataset(made(dataset="fineweb", dataset_column="body")).open().rows)
-
-
-def test_the_commit_is_what_identifies_a_hub_dataset(streamed: list[tuple[Any, ...]]) -> None:
-    assert find_dataset(made(dataset="owner/data")).fingerprint() == {"commits": {"owner/data": "c" * 40}}
-    assert streamed == []
-
-
-def test_an_unknown_configuration_is_said_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_args: Any, **_options: Any) -> None:
-        raise ValueError("BuilderConfig 'x' not found.\nAvailable: ['a', 'b']")
-
-    monkeypatch.setattr(datasets, "load_dataset", refuse)
-    monkeypatch.setattr(hub, "reachable", lambda: True)
-    with pytest.raises(
-        DatasetError,
-        match=r"owner/data could not be read \(ValueError: BuilderConfig 'x' not found\. Available: \['a', 'b'\]\)",
-    ):
-        list(find_dataset(made(dataset="owner/data"), {"owner/data": "c" * 40}).open().rows)

@@ -1,4 +1,4 @@
-"""How a model is found and loaded: revisions, 4 bits, and weights that are spread by accelerate."""
+"""Finding and loading a model: hub revisions, 4-bit weights, and weights placed by accelerate."""
 
 import json
 import shutil
@@ -18,7 +18,8 @@ from replaceme.base.params import read_params
 from replaceme.edits.edits import Edits
 from replaceme.models import hub
 from replaceme.models.families import Linear
-from replaceme.models.model import Model, find_model
+from replaceme.models.find import find_model
+from replaceme.models.model import Model
 from tests.conftest import LAYERS
 from tests.pipeline.test_commands import FAST, call
 
@@ -28,13 +29,13 @@ MAPS = ["auto", "balanced", "balanced_low_0", "sequential"]
 
 @pytest.fixture
 def wide(save_tiny: Callable[..., Model]) -> Model:
-    """A tiny model of a width that NF4's blocks of 64 divide."""
+    """A tiny model whose width is a multiple of NF4's block size, 64."""
     return save_tiny(hidden_size=64, intermediate_size=128)
 
 
 @pytest.fixture
 def prune(text_file: Path, tmp_path: Path) -> Callable[..., Path]:
-    """Return a function that prunes a model by everything that there is, and returns the place of its result."""
+    """Return a function that prunes a model with selection by loss, a joint fit and repair, and returns the result's folder."""
 
     def run(source: Model, name: str, *options: str) -> Path:
         call(
@@ -51,7 +52,7 @@ def edits_of(result: Path) -> Edits:
     return Edits.load(result.with_name(f"{result.name}.work") / "artifacts" / "edits")
 
 
-def test_4_bit_calibration_changes_the_original_weights_alone(wide: Model, prune: Callable[..., Path]) -> None:
+def test_edits_from_4_bit_calibration_are_applied_to_the_original_weights(wide: Model, prune: Callable[..., Path]) -> None:
     result = prune(wide, "in-4-bits", "--use_4bit", "true")
     edits, dense, pruned = (
         edits_of(result),
@@ -76,12 +77,12 @@ def test_4_bit_calibration_changes_the_original_weights_alone(wide: Model, prune
             changed += 1
         assert torch.equal(weight, original), name
     assert changed >= 4
-    # The calibration was another one, though.
+    # The calibration itself differed, though.
     plain = edits_of(prune(wide, "plain"))
     assert not torch.equal(next(iter(plain.transforms.values())), next(iter(edits.transforms.values())))
 
 
-def test_a_model_is_held_in_4_bits(wide: Model) -> None:
+def test_a_model_is_loaded_in_4_bits(wide: Model) -> None:
     linear = wide.load("bfloat16", "cpu", use_4bit=True).model.layers[0].mlp.down_proj
     assert linear.weight.dtype == torch.uint8
     assert linear.weight.numel() == 64 * 128 // 2
@@ -95,7 +96,7 @@ def test_a_model_is_held_in_4_bits(wide: Model) -> None:
         ("bitsandbytes.nn.Linear4bit.forward", lambda *_: 1 / 0, "ZeroDivisionError"),
     ],
 )
-def test_4_bits_that_cannot_be_had_are_refused_with_the_reason(
+def test_unavailable_4_bit_linears_are_refused_with_the_reason(
     attribute: str,
     stand_in: Any,
     said: str,
@@ -127,12 +128,12 @@ def test_4_bits_that_cannot_be_had_are_refused_with_the_reason(
 
 
 @pytest.mark.parametrize("device_map", MAPS)
-def test_a_spread_model_computes_the_same(device_map: str, tiny: Model) -> None:
+def test_a_model_placed_by_a_device_map_computes_the_same(device_map: str, tiny: Model) -> None:
     with torch.inference_mode():
         assert torch.equal(tiny.load(device_map=device_map)(TEXT).logits, tiny.load()(TEXT).logits)
 
 
-def test_a_map_that_leaves_no_place_is_refused_with_the_reason(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_map_without_room_is_refused_with_the_reason(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_args: Any, **options: Any) -> None:
         raise ValueError(f"no room for {options['device_map']}")
 
@@ -141,7 +142,7 @@ def test_a_map_that_leaves_no_place_is_refused_with_the_reason(tiny: Model, monk
         tiny.load(device_map="auto")
 
 
-def test_a_model_whose_weights_come_and_go_gives_the_same_edits_and_scores(
+def test_a_partly_offloaded_model_gives_the_same_edits_and_scores(
     tiny: Model, prune: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = prune(tiny, "plain")
@@ -152,7 +153,7 @@ def test_a_model_whose_weights_come_and_go_gives_the_same_edits_and_scores(
         if device_map is None:
             return model, report
         spread.append(device_map)
-        # Half of the layers wait on disk, and are brought to the processor one by one.
+        # Half of the layers are on disk and are loaded one by one.
         places = {f"model.layers.{layer}": "disk" if layer >= 3 else "cpu" for layer in range(len(model.model.layers))}
         places |= dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
         return dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path / f"offloaded-{len(spread)}"), report
@@ -169,7 +170,7 @@ def test_a_model_whose_weights_come_and_go_gives_the_same_edits_and_scores(
 
 @pytest.fixture
 def cached(tiny: Model, save_tiny: Callable[..., Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Model]:
-    """Two revisions of a hub model in the hub's own cache, and no hub."""
+    """Two revisions of a hub model in the hub's cache, with the hub unreachable."""
     monkeypatch.setattr(hub, "reachable", lambda: False)
     monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     revisions = {"main": tiny, "v2": save_tiny("qwen3")}
@@ -183,7 +184,7 @@ def cached(tiny: Model, save_tiny: Callable[..., Model], tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize("revision", [None, "v2", "2" * 40])
-def test_a_revision_is_the_one_that_is_loaded(revision: str | None, cached: dict[str, Model]) -> None:
+def test_the_named_revision_is_loaded(revision: str | None, cached: dict[str, Model]) -> None:
     found = find_model(read_params(None, {"model_path": "owner/name", "revision": revision}))
     expected = cached["v2" if revision else "main"]
     assert (found.name, found.commit) == ("owner/name", ("2" if revision else "1") * 40)
@@ -192,13 +193,13 @@ def test_a_revision_is_the_one_that_is_loaded(revision: str | None, cached: dict
 
 
 @pytest.mark.usefixtures("cached")
-def test_a_revision_that_is_not_there_is_refused() -> None:
+def test_a_missing_revision_is_refused() -> None:
     with pytest.raises(ModelError, match="model_path: owner/name is no local path, and the hub can't be reached"):
         find_model(read_params(None, {"model_path": "owner/name", "revision": "v3"}))
 
 
 @pytest.mark.usefixtures("cached")
-def test_the_card_names_the_commit_that_was_pruned(prune: Callable[..., Path]) -> None:
+def test_the_card_names_the_pruned_commit(prune: Callable[..., Path]) -> None:
     result = prune(Model(Path("owner/name"), ""), "of-the-hub", "--revision", "v2")
     card = (result / "README.md").read_text(encoding="utf-8")
     assert "base_model: owner/name" in card

@@ -1,4 +1,4 @@
-"""Families that nobody described: what is recognised is exact, and what only looks alike is refused."""
+"""Undescribed families: recognised parts are exact, and structures that only look similar are refused."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +29,7 @@ UNDESCRIBED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", PLAIN)
-def test_what_is_recognised_of_a_described_family_is_its_description(kind: str) -> None:
+def test_recognition_of_a_described_family_gives_its_description(kind: str) -> None:
     model = made_model(kind)
     described = family_of(model.config)
     if described.mlp == described.mlp_output:  # OPT's layers hold their MLP's linears themselves
@@ -44,8 +44,8 @@ def test_what_is_recognised_of_a_described_family_is_its_description(kind: str) 
 
 
 @pytest.mark.parametrize("kind", ["olmo2", "gemma2", "granite", "falcon"])
-def test_parts_that_are_not_all_that_a_layer_adds_are_refused(kind: str, documents: Documents) -> None:
-    # A norm behind the MLP, a factor, a sum in place: the structure alone looks plain.
+def test_a_layer_that_adds_more_than_its_parts_return_is_refused(kind: str, documents: Documents) -> None:
+    # A norm after the MLP, a factor, an in-place sum: the module structure doesn't show these.
     model = made_model(kind)
     with pytest.raises(ModelError, match="adds something else than what its attention and its MLP return"):
         prove(model, proposed_family(model), documents)
@@ -66,7 +66,7 @@ def test_an_mlp_that_does_not_end_with_its_last_linear_is_refused(documents: Doc
         prove(model, family, documents)
 
 
-def test_a_loud_token_hides_no_norm(documents: Documents) -> None:
+def test_a_token_of_huge_norm_hides_no_difference(documents: Documents) -> None:
     model = made_model("gemma2", torch.bfloat16)
     with torch.no_grad():
         model.model.embed_tokens.weight[documents.documents[0][0]] *= 1000
@@ -90,7 +90,7 @@ def test_a_list_of_experts_is_refused() -> None:
 
 def test_a_family_whose_layers_depend_on_their_position_is_refused_before_any_work(save_tiny: Callable[..., Model]) -> None:
     source = save_tiny("diffllama")
-    with pytest.raises(ModelError, match=r"no layer of it can go: self_attn\.lambda_init of layer 1"):
+    with pytest.raises(ModelError, match=r"can't lose a layer: self_attn\.lambda_init of layer 1"):
         check_cut(source.skeleton, source.config(), source.family())
 
 
@@ -101,7 +101,7 @@ def test_layers_of_different_kinds_are_not_recognised() -> None:
 
 
 @pytest.mark.parametrize("kind", UNDESCRIBED)
-def test_an_undescribed_family_is_pruned_when_the_proof_passes(
+def test_an_undescribed_family_is_pruned_if_the_proof_passes(
     kind: str, save_tiny: Callable[..., Model], text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert kind not in FAMILIES
@@ -110,7 +110,7 @@ def test_an_undescribed_family_is_pruned_when_the_proof_passes(
     options += ["--layers_to_skip", 2, "--tasks", "[]", "--save_path", tmp_path / "pruned", "--threads", 1]
     call(commands.run_replaceme, *options, "--transform", "joint", "--repair", "true", code=2)
     said = capsys.readouterr().err
-    assert f"transform: joint is not derived for a family that nobody described, '{kind}'; use refit." in said
+    assert f"transform: joint is not derived for the undescribed family '{kind}'; use refit." in said
     assert "repair: is not derived" in said
     call(commands.run_replaceme, *options, "--transform", "refit")
     said = capsys.readouterr().err

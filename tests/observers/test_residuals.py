@@ -17,7 +17,7 @@ from replaceme.base.plan import Block
 from replaceme.edits.edits import Edits
 from replaceme.edits.fold import apply_edits
 from replaceme.methods.registry import METHODS
-from replaceme.models.families import PRE_NORM, Linear, family_of
+from replaceme.models.families import Family, Linear, family_of
 from replaceme.observers.features import LINEARS, Features
 from replaceme.observers.profile import profile_model
 from replaceme.observers.residuals import RIDGE, TokenSample, choose_tokens, residual_map
@@ -55,7 +55,7 @@ def states(model: torch.nn.Module, documents: Documents) -> tuple[list[np.ndarra
 def test_the_map_equals_a_direct_computation_for_sampled_pairs(batch_size: int, tmp_path: Path) -> None:
     model, documents = made_model(dtype=torch.float64), made_documents(12)
     with TokenSample(documents, LAYERS, WIDTH, torch.float64, tmp_path) as sample:
-        walk(model, PRE_NORM, documents, [sample], batch_size=batch_size, description="test")
+        walk(model, Family(), documents, [sample], batch_size=batch_size, description="test")
         found = residual_map(sample)
         tokens = torch.cat([sample.fit, sample.held_out]).numpy()
         fit = np.arange(len(tokens)) < len(sample.fit)
@@ -95,7 +95,7 @@ def test_a_layer_that_a_map_can_stand_for_has_no_residual() -> None:
         for layer in (3, 4):
             model.model.layers[layer].self_attn.o_proj.weight.zero_()
             model.model.layers[layer].mlp.down_proj.weight.zero_()
-    found = profile_model(model, PRE_NORM, documents, 4)["residual"]
+    found = profile_model(model, Family(), documents, 4)["residual"]
     assert found[2][4] < 0.01
     assert found[2][5] > 0.05
 
@@ -152,7 +152,7 @@ def test_the_loss_needs_documents_to_hold_out() -> None:
         with pytest.raises(ParameterError, match="selection: loss holds out every 5th document"):
             dense_loss(made_model(), documents, 1)
         with pytest.raises(ParameterError, match="selection: loss holds out every 5th document"):
-            cut_losses(made_model(), PRE_NORM, documents, [Block(2, 3)], stand_in="map", batch_size=1)
+            cut_losses(made_model(), Family(), documents, [Block(2, 3)], stand_in="map", batch_size=1)
 
 
 def test_many_documents_are_not_cut_short_for_the_loss() -> None:
@@ -167,7 +167,7 @@ def test_many_documents_are_not_cut_short_for_the_loss() -> None:
 @pytest.mark.parametrize("lengths", [[2], [1, 1], [3], [1, 1, 1, 1, 1, 1]])
 def test_hardly_any_text_still_gives_numbers(lengths: list[int]) -> None:
     documents = Documents([torch.arange(5, 5 + length) for length in lengths])
-    found = profile_model(made_model(), PRE_NORM, documents, 2)["residual"]
+    found = profile_model(made_model(), Family(), documents, 2)["residual"]
     assert all(np.isfinite(row).all() for row in found)
 
 
@@ -183,15 +183,15 @@ def test_the_loss_of_new_weights_is_that_of_the_edits_of_the_method(
     monkeypatch.setattr("replaceme.base.documents.EXCERPT_TOKENS", 10_000)
     monkeypatch.setattr(cut_loss, "GRAM_BYTES", bytes_at_once)
     model, documents, blocks = made_model(dtype=torch.float64), made_documents(12), [Block(2, 4), Block(1, 3)]
-    found = cut_losses(model, PRE_NORM, documents, blocks, stand_in=transform, batch_size=4)  # type: ignore[arg-type]
+    found = cut_losses(model, Family(), documents, blocks, stand_in=transform, batch_size=4)  # type: ignore[arg-type]
     kept, held_out = split_documents(documents)
     for loss, block in zip(found, blocks, strict=True):
-        sums = take_statistics(model, PRE_NORM, kept, block, [statistic], 4)[statistic]
+        sums = take_statistics(model, Family(), kept, block, [statistic], 4)[statistic]
         params = read_params(None, {"transform": transform, "alpha": RIDGE * float(sums["added_gram"].diagonal().mean())})
         edits = METHODS["lstsq"].solve(params, block, lambda _, sums=sums: sums).edits  # type: ignore[misc]
         edits.removed_layers = [*block.layers]
         pruned = deepcopy(model)
-        apply_edits(pruned, PRE_NORM, edits)
+        apply_edits(pruned, Family(), edits)
         assert loss == pytest.approx(mean_loss(pruned, held_out), rel=1e-5)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from replaceme.base.documents import Batch, Documents
-from replaceme.models.families import PRE_NORM, family_of, linears_within, parameter_of
+from replaceme.models.families import Family, family_of, linears_within, parameter_of
 from replaceme.observers.features import LINEARS, SIGNAL
 from replaceme.observers.walk import Signal, Signals, Start, ask, walk
 from tests.conftest import KINDS, LAYERS, PLAIN, made_model, passing
@@ -73,7 +73,7 @@ def test_a_walk_ends_at_the_last_signal_that_is_wanted(signal: Signal, computed:
     model = made_model()
     output, later = count_calls(model.model.layers[3].self_attn.o_proj), count_calls(model.model.layers[4])
     head, last = count_calls(model.lm_head), count_calls(model.model.layers[3].mlp.down_proj)
-    walk(model, PRE_NORM, documents, [Keep(ask([3], signal))], batch_size=len(documents), description="test")
+    walk(model, Family(), documents, [Keep(ask([3], signal))], batch_size=len(documents), description="test")
     assert (len(output), len(last), len(later), len(head)) == (computed, signal == "output", 0, 0)
 
 

@@ -99,7 +99,7 @@ def test_the_token_comes_from_the_environment_and_shows_nowhere(
 
 def test_private_means_private(pruned: Path, api: Hub, capsys: pytest.CaptureFixture[str]) -> None:
     call(push_to_hub, "--repo_id", "me/small", "--save_path", pruned, "--private", code=2)
-    assert "private: me/small is there already and public" in capsys.readouterr().err
+    assert "private: me/small exists and is public" in capsys.readouterr().err
     assert not api.files
     api.public = False
     call(push_to_hub, "--repo_id", "me/small", "--save_path", pruned, "--private")
@@ -138,7 +138,7 @@ def test_without_a_model_a_token_or_a_hub_nothing_is_tried(
     assert "save_path: there is no pruned model in artifacts/model" in capsys.readouterr().err
     monkeypatch.setattr(hub, "reachable", lambda: False)
     call(push_to_hub, "--repo_id", "me/small", "--save_path", pruned, code=2)
-    assert "the hub can't be reached, so nothing was put into me/small" in capsys.readouterr().err
+    assert "the hub can't be reached, so nothing was uploaded to me/small" in capsys.readouterr().err
     monkeypatch.delenv("HF_TOKEN")
     call(push_to_hub, "--repo_id", "me/small", "--save_path", pruned, code=2)
     assert "HF_TOKEN: is not set" in capsys.readouterr().err
@@ -156,9 +156,9 @@ def test_a_pipelines_model_without_its_pipeline_is_refused(pruned: Path, api: Hu
 @pytest.mark.parametrize(
     ("status", "said"),
     [
-        (401, "HF_TOKEN: the hub lets this token not write to me/small"),
-        (403, "HF_TOKEN: the hub lets this token not write to me/small"),
-        (500, "repo_id: the hub did not take me/small (out of order)."),
+        (401, "HF_TOKEN: this token may not write to me/small"),
+        (403, "HF_TOKEN: this token may not write to me/small"),
+        (500, "repo_id: the hub refused the upload to me/small (out of order)."),
     ],
 )
 def test_a_hub_that_refuses_is_one_sentence(

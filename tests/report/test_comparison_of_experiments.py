@@ -287,7 +287,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return {"prefill_seconds": times, "decode_seconds_per_token": times, "weights": {}}
 
     monkeypatch.setattr("replaceme.speed.measure_speed", measure)
-    monkeypatch.setattr("replaceme.models.model.recorded_model", lambda params, path: Model(path, "dense"))
+    monkeypatch.setattr("replaceme.models.find.recorded_model", lambda params, path: Model(path, "dense"))
     return names
 
 

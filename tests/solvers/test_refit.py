@@ -19,7 +19,7 @@ from replaceme.edits.edits import Edits
 from replaceme.edits.fold import apply_edits
 from replaceme.methods.registry import METHODS
 from replaceme.methods.repair import Mender
-from replaceme.models.families import PRE_NORM, family_of, parameter_of
+from replaceme.models.families import Family, family_of, parameter_of
 from replaceme.observers.features import LINEARS, Features
 from replaceme.observers.statistics import FeatureGram, take_statistics
 from replaceme.solvers.quality import gained_by_ridge
@@ -88,7 +88,7 @@ def test_the_solution_equals_a_direct_ridge_regression_toward_the_fold(transform
         error = H - (h - M) - g @ W
     found = figures["weighted_residual_joint" if transform == "joint" else "weighted_residual"]
     assert found == pytest.approx(np.sqrt((np.square(error).sum(1) * w).sum() / len(w) / w_unit(H)), rel=1e-4)
-    apply_edits(model, PRE_NORM, edits)
+    apply_edits(model, Family(), edits)
     host = model.model.layers[BLOCK.host]
     close = {"rtol": 1e-3, "atol": 1e-4}
     assert np.allclose(host.mlp.down_proj.weight.detach().numpy().T, expected["mlp"][: G.shape[1]], **close)
@@ -199,7 +199,7 @@ def test_the_layout_of_the_features_is_that_of_the_model(kind: str) -> None:
 
 def test_padding_and_the_size_of_a_batch_change_nothing(documents: Documents, tmp_path: Path) -> None:
     model = made_model(dtype=torch.float64)
-    one, four = (take_statistics(model, PRE_NORM, documents, BLOCK, ["features"], size)["features"] for size in (1, 4))
+    one, four = (take_statistics(model, Family(), documents, BLOCK, ["features"], size)["features"] for size in (1, 4))
     assert all(torch.allclose(one[name], four[name], rtol=1e-4, atol=1e-3) for name in one)
 
 
