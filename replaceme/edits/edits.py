@@ -242,7 +242,7 @@ class Kind:
 def _rows(row: Callable[..., tuple[Any, ...]], item: Callable[..., tuple[Any, Any]]) -> Kind:
     """Return the kind of a dict without tensors: ``row`` turns a key and value into a list for edits.json, ``item`` back."""
     return Kind(
-        lambda field: [row(*pair) for pair in sorted(field.items())], lambda rows, _: dict(item(*each) for each in rows)
+        lambda values: [row(*pair) for pair in sorted(values.items())], lambda rows, _: dict(item(*each) for each in rows)
     )
 
 
@@ -251,7 +251,7 @@ def _tensors(prefix: str) -> Kind:
     return Kind(
         sorted,
         lambda keys, tensors: {_key(each): tensors[_name(prefix, each)] for each in keys},
-        lambda field: {_name(prefix, key): tensor for key, tensor in field.items()},
+        lambda values: {_name(prefix, key): tensor for key, tensor in values.items()},
     )
 
 
@@ -262,9 +262,9 @@ def _linears(prefix: str) -> Kind:
         names = {_key(each): _name(prefix, each) for each in keys}
         return {key: (tensors[f"{name}.weight"], tensors.get(f"{name}.bias")) for key, name in names.items()}
 
-    def tensors(field: dict[Any, tuple[Tensor, Tensor | None]]) -> dict[str, Tensor]:
-        weights = {f"{_name(prefix, key)}.weight": weight for key, (weight, _) in field.items()}
-        return weights | {f"{_name(prefix, key)}.bias": bias for key, (_, bias) in field.items() if bias is not None}
+    def tensors(values: dict[Any, tuple[Tensor, Tensor | None]]) -> dict[str, Tensor]:
+        weights = {f"{_name(prefix, key)}.weight": weight for key, (weight, _) in values.items()}
+        return weights | {f"{_name(prefix, key)}.bias": bias for key, (_, bias) in values.items() if bias is not None}
 
     return Kind(sorted, read, tensors)
 
@@ -279,7 +279,7 @@ def _name(prefix: str, key: Any) -> str:
     return ".".join(map(str, (prefix, *key) if isinstance(key, list | tuple) else (prefix, key)))
 
 
-_AS_IT_IS = Kind(lambda field: field, lambda entry, _: entry)
+_AS_IT_IS = Kind(lambda value: value, lambda entry, _: entry)
 # How each field is stored; ``save`` and ``load`` follow from this.
 KINDS: dict[str, Kind] = {
     "title": _AS_IT_IS,

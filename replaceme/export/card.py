@@ -152,7 +152,7 @@ def _changes(params: Params, source: Model, edits: Edits, solved: dict[str, Any]
     if edits.form(""):
         lines += [
             "",
-            f"No class of transformers describes this architecture. Load the model with `trust_remote_code=True`: it uses the "
+            "No class of transformers describes this architecture. Load the model with `trust_remote_code=True`: it uses the "
             f"file `{FILE}` beside its weights.",
         ]
     for key in ("relative_residual", "weighted_residual"):

@@ -136,4 +136,5 @@ def test_refitted_linears_are_listed_by_layer(params: Params, tiny: Model) -> No
     assert "The MLP output projection of layers 0–1, 4 was refitted in closed form" in text
     assert "The attention output projection of layer 4 was refitted in closed form" in text
     assert "A linear map" not in text
+    assert "Layer 2 (counted from 0) was removed from" in model_card(params, tiny, Edits("test", [2]), {})
     assert yaml.safe_load(text.split("---")[1])["library_name"] == "transformers"
