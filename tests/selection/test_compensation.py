@@ -1,4 +1,4 @@
-"""Prune&Comp: what goes and by what the state is scaled, against plain loops and against the published way to fold."""
+"""Prune&Comp: the removed layers and their scalars, against plain loops and the published fold."""
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -41,10 +41,10 @@ SCALABLE = [kind for kind in KINDS if not kind.startswith("olmo")]
 
 @torch.no_grad()
 def passed(model: Any, documents: Documents, gone: dict[int, float]) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
-    """Run the layers one after the other, a number in the place of each that is gone.
+    """Run the layers one after the other, with a scalar in the place of each removed one.
 
     Returns:
-        Σ|h| of what enters and of what leaves each layer, (layers, d), and the mean of 1 − cosine of the two.
+        Σ|h| of each layer's input and of its output, (layers, d) each, and the mean of 1 − cosine of the two.
     """
     layers = family_of(model.config).decoder_layers(model)
     before, after = (torch.zeros(LAYERS, model.config.hidden_size, dtype=torch.float64) for _ in range(2))
@@ -80,7 +80,7 @@ def noting(calls: dict[int, Any], index: int) -> Any:
 
 
 def chosen(model: Any, documents: Documents, allowed: Sequence[int], count: int) -> dict[int, float]:
-    """Return what goes, in order, with its scalar."""
+    """Return the scalars of the removed layers, in order of removal."""
     gone: dict[int, float] = {}
     for _ in range(count):
         before, after, far = passed(model, documents, gone)
@@ -125,11 +125,11 @@ def test_layers_and_scalars_are_those_of_a_plain_loop_and_fold(kind: str, docume
         hooked = logits_of(model)
     apply_edits(model, family, edits)
     assert (hooked - plain).norm() / plain.norm() < 1e-9
-    # The epsilon under a norm's root does see a smaller state.
+    # The norms' epsilon is not scaled with the state.
     assert (logits_of(model) - plain).norm() / plain.norm() < 1e-4
 
 
-def test_the_result_is_that_of_the_published_fold_into_the_weights_in_front(documents: Documents) -> None:
+def test_the_result_is_that_of_the_published_fold_into_the_weights_before_the_cut(documents: Documents) -> None:
     model = made_model("llama", torch.float64, tie_word_embeddings=False)
     published, family = deepcopy(model), family_of(model.config)
     kept, expected = list(range(LAYERS)), {}
@@ -186,7 +186,7 @@ def test_layers_that_only_scale_go_first_and_leave_the_model_as_it_was(factors: 
     assert (logits_of(dropped) - dense).norm() / dense.norm() > 1e-2
 
 
-def test_scalars_of_chosen_blocks_are_measured_one_behind_the_other(documents: Documents) -> None:
+def test_scalars_of_chosen_blocks_are_measured_one_after_the_other(documents: Documents) -> None:
     model = made_model("llama", torch.float64)
     first, second = compensated(model, family_of(model.config), documents, [Block(1, 3), Block(4, 5)], batch_size=4)
     before, after, _ = passed(model, documents, {})
