@@ -37,7 +37,7 @@ class TokenSample:
 
     Attributes:
         added: (layers, tokens, d) the output of each layer's MLP; first the tokens of the fit, then the held-out ones.
-        output: (layers, tokens, d) each layer's output, likewise.
+        output: (layers, tokens, d) each layer's output, in the same order.
         fit, held_out: (n,) ascending: the tokens' positions in the walk.
     """
 

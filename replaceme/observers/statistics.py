@@ -50,7 +50,7 @@ class AtCut:
 
     Attributes:
         at_host: the signals of the host.
-        take: receives these signals, H and the batch; real tokens alone, each (tokens, width).
+        take: receives these signals, H and the batch; real tokens only, each (tokens, width).
     """
 
     at_host: tuple[Signal, ...] = ("mlp", "output")
@@ -129,7 +129,7 @@ class FeatureGram(AtCut):
     ``gram`` = Σ w gᵀg (k, k) · ``cross`` = Σ w gᵀ(H − h_host) (k, d) · ``feature_added`` = Σ w gᵀM (k, d) · ``added_gram`` =
     Σ w MᵀM and ``added_cross`` = Σ w Mᵀ(H − h_host) (d, d) · the scalars ``gap_squares`` = Σ w ‖H − h_host‖²,
     ``output_squares`` = Σ w ‖H‖² and ``tokens`` · ``layout`` (``replaceme.observers.features``). Products of M
-    alone are float64, since alpha, the ridge of their least squares, can be 0; products of features are float32.
+    only are float64, since alpha, the ridge of their least squares, can be 0; products of features are float32.
     """
 
     def __init__(self, block: Block, features: Features):

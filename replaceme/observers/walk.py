@@ -2,7 +2,7 @@
 
 ``walk`` runs the documents through layers ``[0, stop]`` and hands signals to observers: a layer's input and output, the outputs
 of its attention and its MLP, and the inputs of their last linears. It stops each pass at the last signal that is observed,
-computes no logits, and keeps the states of the current batch alone.
+computes no logits, and keeps the states of the current batch only.
 
 Documents go batch by batch through resident weights, but an observer may only rely on this: within a batch, layers come in
 ascending order, and ``batch.scratch`` keeps tensors from one layer to a later one. A walk can start at a later layer, with
@@ -48,7 +48,7 @@ class Start:
     Attributes:
         layer: the layer.
         states: its input, (tokens, d): the real tokens in the order of the walk.
-        attention: input of its attention's last linear, (tokens, inputs) likewise; None computes it.
+        attention: input of its attention's last linear, (tokens, inputs) in the same order; None computes it.
     """
 
     layer: int

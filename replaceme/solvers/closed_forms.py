@@ -1,4 +1,4 @@
-"""Ridge regression in closed form for each structure of a transform; float64, from sums alone.
+"""Ridge regression in closed form for each structure of a transform; float64, from sums only.
 
 With ``S = MᵀM + αI`` and ``C = MᵀY`` (rows are tokens, ``Y ≈ M T``):
 

@@ -77,7 +77,7 @@ class Minimum:
         """The objective at x."""
         return min(self.curve.values())
 
-    def see(self, iteration: int, value: float, x: Tensor) -> None:
+    def record(self, iteration: int, value: float, x: Tensor) -> None:
         """Record an iterate's objective, and keep its x if it is the lowest so far."""
         if not self.curve or value < self.lowest:
             self.x = x.clone()
@@ -98,7 +98,7 @@ def minimise(problem: Problem, start: Tensor, solver: str, budget: Budget) -> Mi
 
 def _adam(problem: Problem, start: Tensor, budget: Budget) -> Minimum:
     found = Minimum(start)
-    found.see(0, problem.value(start), start)
+    found.record(0, problem.value(start), start)
     generator = torch.Generator().manual_seed(SEED)
     x, step = start.clone(), 0
     best: list[float] = []
@@ -120,7 +120,7 @@ def _adam(problem: Problem, start: Tensor, budget: Budget) -> Minimum:
             logger.warning("learning_rate: %g makes the loss overflow; lower it", budget.learning_rate)
             break
         best.append(found.lowest)
-        found.see(step, value, x)
+        found.record(step, value, x)
         before, now = best[-EPOCHS:][0], found.lowest
         found.converged = (
             len(best) >= EPOCHS and before - now <= EPOCHS_GAIN * abs(before) and value - now <= SETTLED * abs(now)
@@ -133,15 +133,15 @@ def _adam(problem: Problem, start: Tensor, budget: Budget) -> Minimum:
 def _scipy(problem: Problem, start: Tensor, solver: str, max_iterations: int) -> Minimum:
     found = Minimum(start)
     value = problem.value(start)
-    found.see(0, value, start)
+    found.record(0, value, start)
     # scipy's tolerances are absolute: the objective is scaled to 1 at the start, or to less if the start fits perfectly.
-    space = (Split if problem.lasso else White)(problem, start, max(value, 1e-9))
+    space = (SplitProblem if problem.lasso else WhitenedProblem)(problem, start, max(value, 1e-9))
     ticks = progress(range(max_iterations), f"solving ({solver})", "iterations")
 
-    def look(intermediate_result: Any) -> None:
+    def callback(intermediate_result: Any) -> None:
         next(ticks, None)
         iteration = len(found.curve)
-        found.see(iteration, float(intermediate_result.fun) * space.scale, space.leave(intermediate_result.x))
+        found.record(iteration, float(intermediate_result.fun) * space.scale, space.leave(intermediate_result.x))
         before = found.curve.get(iteration - WINDOW)
         if before is not None and before - found.curve[iteration] <= WINDOW_GAIN * abs(before):
             found.converged = True
@@ -150,14 +150,14 @@ def _scipy(problem: Problem, start: Tensor, solver: str, max_iterations: int) ->
     options = {**SCIPY[solver], "options": {**SCIPY[solver]["options"], "maxiter": max_iterations}}
     if solver == "trust_region":
         options["hessp"] = space.hessian_product
-    result = minimize(space.objective, space.enter(start), jac=True, bounds=space.bounds, callback=look, **options)
+    result = minimize(space.objective, space.enter(start), jac=True, bounds=space.bounds, callback=callback, **options)
     *_, before, last = [value, value, *found.curve.values()]
     stuck = not result.success and len(found.curve) <= max_iterations and before - last <= ROUNDING_GAIN * abs(before)
     found.converged = found.converged or bool(result.success) or stuck
     return found
 
 
-class White:
+class WhitenedProblem:
     """A smooth problem for scipy: numpy vectors in coordinates whitened at the start."""
 
     bounds: Bounds | None = None
@@ -188,7 +188,7 @@ class White:
         return torch.from_numpy(np.array(numbers, dtype=np.float64)).to(self.device)
 
 
-class Split(White):
+class SplitProblem(WhitenedProblem):
     """A problem with ``ρ‖T‖₁`` for scipy: (y⁺, y⁻), both at least 0, with y = y⁺ − y⁻ a rescaled x.
 
     The penalty is linear in them. Each row of T is rescaled by itself: mixing rows would lose exact zeros.

@@ -1,4 +1,4 @@
-"""The map that folds after a norm: an orthogonal matrix between two diagonal ones, fitted by least squares from sums alone.
+"""The map that folds after a norm: an orthogonal matrix between two diagonal ones, fitted by least squares from sums only.
 
 A norm with weight γ after the MLP has the output ``M = u diag(γ)``, u of a fixed length for each token. A rotation of the
 norm's input rotates u, and γ can be replaced, so ``M T = u Q D`` with ``T = diag(γ)⁻¹ Q D`` folds exactly. The fit is over

@@ -1,4 +1,4 @@
-"""Hadamard matrices: their defining property, at the orders that models have."""
+"""Hadamard matrices at the widths of models: orthonormal rows, entries of one magnitude."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ WIDTHS = [576, 640, 768, 896, 960, 1152, 1600, 2048, 2304, 2880, 3072, 3584]
 
 
 @pytest.mark.parametrize("order", [1, 2, 4, 12, 20, 24, 28, 36, 40, 44, 60, 76, 84, 104, 148, 284])
-def test_rows_are_orthonormal_and_entries_differ_by_sign_alone(order: int) -> None:
+def test_rows_are_orthonormal_and_entries_differ_in_sign_only(order: int) -> None:
     matrix = hadamard(order)
     assert matrix is not None
     assert matrix.shape == (order, order)
@@ -26,5 +26,5 @@ def test_the_widths_of_usual_models_have_one(width: int) -> None:
 
 
 @pytest.mark.parametrize("order", [3, 6, 18, 50, 52, 92, 577])
-def test_an_order_without_a_construction_is_said_to_have_none(order: int) -> None:
+def test_an_order_without_a_construction_gives_none(order: int) -> None:
     assert hadamard(order) is None

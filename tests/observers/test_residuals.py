@@ -36,7 +36,7 @@ def made_documents(count: int, seed: int = 0) -> Documents:
 
 
 def states(model: torch.nn.Module, documents: Documents) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Return what each layer's MLP adds and each layer's output, (tokens, d) each, in the order of a walk."""
+    """Return the output of each layer's MLP and of each layer, (tokens, d) each, in the order of a walk."""
     added: list[list[torch.Tensor]] = [[] for _ in range(LAYERS)]
     output: list[list[torch.Tensor]] = [[] for _ in range(LAYERS)]
     hooks = []
@@ -139,7 +139,7 @@ def test_the_loss_of_a_cut_is_that_of_the_model_without_its_layers(kind: str, mo
     front.register_forward_hook(lambda *_: computed.append(None))
     losses = cut_losses(model, description, documents, blocks, stand_in="nothing", batch_size=4)
     _, held_out = split_documents(documents)
-    # What stands in front of all cuts is computed once for all of them.
+    # The layers before all cuts are computed once.
     assert len(computed) == held_out.batch_count(4)
     for found, block in zip(losses, blocks, strict=True):
         pruned = deepcopy(model)

@@ -1,4 +1,4 @@
-"""What a walk hands on, against plain hooks and the whole model."""
+"""The signals of a walk, against plain hooks and the whole model."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,7 +17,7 @@ SIGNALS: tuple[Signal, ...] = ("input", "attention_features", "attention", "mlp_
 
 
 class Keep:
-    """Observer that keeps the real tokens of what it wants."""
+    """Observer that keeps the real tokens of its signals."""
 
     def __init__(self, wanted: Mapping[int, frozenset[Signal]]):
         self.wanted = wanted
@@ -41,7 +41,7 @@ def count_calls(module: Any) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_signals_are_what_passes_in_the_layer(kind: str, documents: Documents) -> None:
+def test_signals_equal_those_of_plain_hooks(kind: str, documents: Documents) -> None:
     model, family = made_model(kind), family_of(made_model(kind).config)
     keep = Keep(ask([2, 4], *(name for name in SIGNALS if name != "mlp_features" or not family.experts)))
     walk(model, family, documents, [keep], batch_size=4, description="test")
@@ -57,7 +57,7 @@ def test_signals_are_what_passes_in_the_layer(kind: str, documents: Documents) -
                 assert close(family.multiplier * added, kept("attention" if linear == "attention_output" else "mlp"))
         alone = passing(model, layer, documents)
         names: dict[Signal, str] = {"input": "input", "attention": "attention", "mlp": "M", "output": "output"}
-        # Batches go from the longest document down, and the largest values come from all of them.
+        # Batches are sorted by length, documents here are not: values are compared in order of size.
         for signal, name in names.items():
             assert close(kept(signal).sort(dim=0).values, torch.from_numpy(alone[name]).float().sort(dim=0).values)
 
@@ -78,7 +78,7 @@ def test_a_walk_ends_at_the_last_signal_that_is_wanted(signal: Signal, computed:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_walk_that_begins_at_a_later_layer_goes_on_where_another_ended(kind: str, documents: Documents) -> None:
+def test_a_walk_from_a_later_layer_continues_an_earlier_walk(kind: str, documents: Documents) -> None:
     model, whole = made_model(kind), Keep(ask([2, LAYERS - 1], "output"))
     family = family_of(model.config)
     walk(model, family, documents, [whole], batch_size=4, description="test")
@@ -107,7 +107,7 @@ def test_an_attention_whose_features_are_known_computes_its_last_linear_alone(ki
         assert torch.allclose(again.all(layer, signal), whole.all(layer, signal), rtol=1e-5, atol=1e-5)
 
 
-def test_the_padding_of_a_batch_is_put_back_where_it_was(documents: Documents) -> None:
+def test_padded_undoes_real(documents: Documents) -> None:
     for batch in documents.batches(4):
         states = torch.randn(*batch.input_ids.shape, 5)
         padded = batch.padded(batch.real(states))

@@ -44,7 +44,7 @@ def passed(model: Any, documents: Documents, gone: dict[int, float]) -> tuple[to
     """Run the layers in order, with a scalar in the place of each removed one.
 
     Returns:
-        Σ|h| of what enters and of what leaves each layer, (layers, d), and the mean of 1 − cosine of the two.
+        Σ|h| of each layer's input and of its output, (layers, d) each, and the mean of 1 − cosine of the two.
     """
     layers = family_of(model.config).decoder_layers(model)
     before, after = (torch.zeros(LAYERS, model.config.hidden_size, dtype=torch.float64) for _ in range(2))

@@ -65,11 +65,11 @@ def test_two_vectors_are_no_worse_than_what_an_iterative_search_from_many_starts
 @given(WIDTHS, SEEDS, ALPHAS, st.booleans())
 @settings(max_examples=30, deadline=None)
 def test_an_orthogonal_map_has_its_form_and_no_small_turn_or_stretch_of_it_fits_better(
-    width: int, seed: int, alpha: float, behind_norm: bool
+    width: int, seed: int, alpha: float, after_norm: bool
 ) -> None:
     M, Y = made(8 * width + 5, width, seed)
     chance = torch.Generator().manual_seed(seed)
-    gamma = torch.rand(width, generator=chance, dtype=torch.float64) + 0.5 if behind_norm else None
+    gamma = torch.rand(width, generator=chance, dtype=torch.float64) + 0.5 if after_norm else None
     weight = torch.ones(width, dtype=torch.float64) if gamma is None else gamma
     T = closed_form(M.T @ M, M.T @ Y, alpha, "orthogonal", gamma)
     Q, D = edits.rotation_and_gains(weight[:, None] * T)
@@ -79,7 +79,7 @@ def test_an_orthogonal_map_has_its_form_and_no_small_turn_or_stretch_of_it_fits_
         return float((Y - M @ map_).square().sum() + alpha * map_.square().sum())
 
     lowest = objective(Q, D)
-    # The best multiple of a rotation has a closed form, and is one of them.
+    # The best multiple of a rotation has a closed form, and is one of these maps.
     C, S = M.T @ Y / weight[:, None], (M.T @ M + alpha * torch.eye(width)) / weight / weight[:, None]
     U, singular, V = np.linalg.svd(C.numpy())
     scale = torch.full((width,), float(singular.sum() / S.trace()), dtype=torch.float64)

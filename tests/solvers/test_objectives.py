@@ -1,4 +1,4 @@
-"""Losses and their derivatives against autograd and plain numpy, on made-up tokens in float64."""
+"""Losses and their derivatives against autograd and plain numpy, on random tokens in float64."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ class Held:
 
 
 def made_tokens(count: int = 50, width: int = WIDTH, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Return M, Z and H (count, width) with something to be found: H = Z + M A and noise."""
+    """Return M, Z and H (count, width) with a map A to be found: H = Z + M A + noise."""
     generator = torch.Generator().manual_seed(seed)
     M, Z, noise = (torch.randn(count, width, generator=generator, dtype=torch.float64) for _ in range(3))
     A = torch.eye(width, dtype=torch.float64) + 0.7 * torch.randn(width, width, generator=generator, dtype=torch.float64)
@@ -37,7 +37,7 @@ def made_tokens(count: int = 50, width: int = WIDTH, seed: int = 0) -> tuple[Ten
 
 
 def made_sums(M: Tensor, Z: Tensor, H: Tensor) -> dict[str, Tensor]:
-    """Return what the statistic ``gram`` holds of these tokens."""
+    """Return the statistic ``gram`` of these tokens."""
     Y = H - Z
     return {
         "gram": M.T @ M, "cross": M.T @ Y, "target_squares": Y.square().sum(), "output_squares": H.square().sum(),

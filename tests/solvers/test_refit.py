@@ -1,4 +1,4 @@
-"""The host's last linears solved for anew, against plain ridge regressions in numpy."""
+"""New weights of the host's last linears, against plain ridge regressions in numpy."""
 
 import re
 from dataclasses import replace
@@ -30,16 +30,16 @@ BLOCK = Block(2, 4)
 
 
 def at_cut(model: Any, documents: Documents) -> dict[str, np.ndarray]:
-    """Return what passes in the host, and H."""
+    """Return the host's signals, and H."""
     return passing(model, BLOCK.host, documents) | {"H": passing(model, BLOCK.end - 1, documents)["output"]}
 
 
 def ridge(
     g: np.ndarray, r: np.ndarray, w: np.ndarray, prior: np.ndarray, size: float | np.ndarray, constant: bool
 ) -> np.ndarray:
-    """Return (Σ w gᵀg + λD)⁻¹ (Σ w gᵀr + λD prior), (features, d); λ is one, or one a feature."""
+    """Return (Σ w gᵀg + λD)⁻¹ (Σ w gᵀr + λD prior), (features, d); λ is one number, or one per feature."""
     S = (g.T * w) @ g
-    # A feature that is always zero gets nothing.
+    # The weights of a feature that is always zero stay as they are.
     D = np.diag(np.where(np.diag(S) > 0, size * np.diag(S), 1))
     if constant:
         D[-1, -1] = 0

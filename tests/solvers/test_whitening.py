@@ -36,7 +36,7 @@ def test_dimensions_a_hundred_thousand_times_apart_are_fitted_in_a_few_iteration
     assert found.converged
 
 
-def test_a_metric_of_few_tokens_stretches_nothing_without_end() -> None:
+def test_a_singular_metric_gives_bounded_solutions() -> None:
     M, Z, H = made_tokens(2)
     shape = parametrisation("dense", WIDTH)
     problem = Problem(SquaredError(made_sums(M, Z, H)), shape, torch.zeros(WIDTH, WIDTH, dtype=torch.float64), 0.0)
