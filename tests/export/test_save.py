@@ -14,7 +14,7 @@ from replaceme.export import save as export
 from replaceme.export.save import save_pruned
 from replaceme.models.model import Model, check_weights
 from tests.conftest import LAYERS
-from tests.edits.test_fold import edits_for
+from tests.helpers import edits_for
 
 CHAT = [{"role": "user", "content": "where is the river"}]
 

@@ -20,7 +20,7 @@ from replaceme.models import hub
 from replaceme.models.families import Linear
 from replaceme.models.model import Model, find_model
 from tests.conftest import LAYERS
-from tests.pipeline.test_commands import FAST, call
+from tests.helpers import FAST, call
 
 TEXT = torch.arange(2, 42)[None]
 MAPS = ["auto", "balanced", "balanced_low_0", "sequential"]

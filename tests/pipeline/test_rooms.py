@@ -17,6 +17,7 @@ ORDER = [
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 FRONT_DOOR = {"commands.py", "experiments.py", "publish.py", "reference.py", "speed.py", "steps.py"}
 FILES = sorted(PACKAGE.rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
 FACES = [path for path in FILES if path.name == "__init__.py" and path.parent != PACKAGE]
 
 
@@ -77,3 +78,8 @@ def test_the_readme_names_every_room() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8").split("## Where everything is")[1].split("\n## ")[0]
     assert re.findall(r"(?m)^\| `(\w+)/` \|", readme) == [room for group in ORDER for room in group if room]
     assert set(re.findall(r"`(\w+\.py)`", readme)) - {"families.py"} == FRONT_DOOR
+
+
+def test_no_test_file_imports_from_another() -> None:
+    found = {path: re.findall(r"(?m)^(?:from|import) (tests\S*\btest_\w+)", path.read_text("utf-8")) for path in TESTS}
+    assert {path: modules for path, modules in found.items() if modules} == {}
