@@ -2,11 +2,9 @@
 
 import random
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -14,9 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from replaceme.base.documents import Documents
 from replaceme.base.params import Params, read_params
-from replaceme.edits.edits import Edits
 from replaceme.methods.registry import METHODS
-from replaceme.models.families import Family, family_of, parameter_of
+from replaceme.models.families import Family
 from replaceme.models.model import Model
 
 VOCABULARY = "the a river mountain of runs near old town and people walk to market where bread fish wine are sold every day"
@@ -53,11 +50,20 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox_sequential": ("gpt_neox", {"use_parallel_residual": False}),
 }
 KINDS = [*FAMILY_CONFIGS, *FORMS]
-# Those whose last linears can be solved for anew: neither a norm nor experts stand behind them.
+# PLAIN: the last linears can be solved for anew, since neither a norm nor experts follow them.
 NORM_AFTER_MLP = ["gemma2", "gemma3_text", "olmo2", "olmo3"]
 EXPERTS = ["mixtral", "qwen2_moe", "qwen3_moe"]
 PLAIN = [kind for kind in KINDS if kind not in NORM_AFTER_MLP + EXPERTS]
 WIDTH, LAYERS = 32, 6
+# Families without a description that are recognised by their structure, and their options.
+UNDESCRIBED: dict[str, dict[str, Any]] = {
+    "cohere": {"logit_scale": 1.0, "layer_norm_eps": 1e-5},
+    "cohere2": {"sliding_window": 8, "layer_types": ["full_attention", *["sliding_attention"] * (LAYERS - 1)]},
+    "gemma": {"head_dim": 8},
+    "olmo": {},
+    "stablelm": {"use_parallel_residual": False},
+    "starcoder2": {"use_bias": True},
+}
 # A family with each of the obstacles.
 OBSTACLES = {"norm": Family(norm_offset=0.0), "experts": Family(experts=("experts",)), "undescribed": Family(detected=True)}
 
@@ -129,143 +135,6 @@ def made_model(family: str = "llama", dtype: torch.dtype = torch.float32, layers
             elif parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter), alpha=0.2)
     return model
-
-
-def passing(model: Any, layer: int, documents: Documents) -> dict[str, np.ndarray]:
-    """Return what passes in a layer, by plain hooks: all tokens, document by document without padding.
-
-    ``input``; ``A`` and ``G``, which enter the linears that end attention and MLP; ``attention`` and ``M``, which these add to
-    the residual stream; ``middle``, the state between them; ``output``. Each is (tokens, width) float64.
-    """
-    kept: dict[str, list[torch.Tensor]] = {name: [] for name in ("input", "A", "attention", "G", "M", "output")}
-    family = family_of(model.config)
-    module = family.decoder_layers(model)[layer]
-
-    def before(name: str) -> Any:
-        return lambda _, args, kwargs: kept[name].append((args[0] if args else kwargs["hidden_states"]).flatten(0, -2).clone())
-
-    def after(name: str) -> Any:
-        return lambda _m, _a, output: kept[name].append(
-            (output if isinstance(output, torch.Tensor) else output[0]).flatten(0, -2).clone()
-        )
-
-    part = module.get_submodule
-    hooks = [
-        module.register_forward_pre_hook(before("input"), with_kwargs=True),
-        part(family.attention_output).register_forward_pre_hook(before("A"), with_kwargs=True),
-        part(family.attention).register_forward_hook(after("attention")),
-        part(family.mlp).register_forward_hook(after("M")),
-        module.register_forward_hook(after("output")),
-    ]
-    if not family.experts:
-        hooks.append(part(family.mlp_output).register_forward_pre_hook(before("G"), with_kwargs=True))
-    with torch.no_grad():
-        for document in documents.documents:
-            model(document[None], use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    found = {name: torch.cat(parts).double().numpy() for name, parts in kept.items() if parts}
-    scaled = {name: found[name] * family.multiplier for name in ("attention", "M")}
-    return found | scaled | {"middle": found["input"] + scaled["attention"]}
-
-
-@torch.no_grad()
-def shortened_logits(model: Any, edits: Edits, text: torch.Tensor) -> torch.Tensor:
-    """Run the kept layers one after the other, each as the whole model calls it, and return the logits of what comes out.
-
-    A transform is made of what the layer returns: ``h − M + M T``; corrections by plain hooks on the linears. The columns of
-    groups that go are zeros.
-    """
-    family, whole = family_of(model.config), {}
-    layers = family.decoder_layers(model)
-    corrections = dict(edits.corrections)
-    owned = []
-    for (place, name), groups in edits.kept.items():
-        weight = family.linear_of(layers[place], name).weight
-        stay = groups.repeat_interleave(weight.shape[1] // len(groups)).to(weight)
-        if (place, name) in corrections:
-            corrections[place, name] = (corrections[place, name][0] * stay, corrections[place, name][1])
-        owned.append((weight, weight.data))
-        weight.data = weight.data * stay
-    edits = replace(edits, corrections=corrections)
-
-    def note(index: int) -> Any:
-        def hook(_module: Any, args: Any, kwargs: Any) -> None:
-            whole[index] = args, kwargs
-
-        return hook
-
-    def correcting(weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
-        def hook(_module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
-            return output + args[0] @ weight.T.to(output) + (0 if bias is None else bias.to(output))
-
-        return hook
-
-    hooks = [layer.register_forward_pre_hook(note(index), with_kwargs=True) for index, layer in enumerate(layers)]
-    model(text, use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    state = (whole[0][0] or [whole[0][1]["hidden_states"]])[0]
-    for index, layer in enumerate(layers):
-        if index in edits.removed_layers:
-            continue
-        mlp: list[torch.Tensor] = []
-        hooks = [
-            layer.get_submodule(
-                family.attention_output if name == "attention_output" else family.mlp_output
-            ).register_forward_hook(correcting(*change))
-            for (place, name), change in edits.corrections.items()
-            if place == index and not (name == "mlp_output" and index in edits.transforms)
-        ]
-        if index in edits.transforms:
-            module = layer.get_submodule(family.mlp)
-            hooks.append(module.register_forward_hook(lambda _m, _a, output, kept=mlp: kept.append(output.clone())))
-            if (index, "mlp_output") in edits.corrections:
-                features: list[torch.Tensor] = []
-                linear = layer.get_submodule(family.mlp_output)
-                hooks.append(linear.register_forward_pre_hook(lambda _, args, kept=features: kept.append(args[0])))
-        if index in edits.without_attention:
-            attention = layer.get_submodule(edits.without_attention[index][0])
-            hooks.append(attention.register_forward_hook(lambda _m, _a, out: (torch.zeros_like(out[0]), *out[1:])))
-        own = {name: parameter.detach().clone() for name, parameter in layer.named_parameters()}
-        for (place, name), value in edits.parameters.items():
-            if place == index:
-                parameter_of(layer, name).copy_(value)
-        # Behind a norm, what is added to a weight that Q has turned is no sum of what comes out.
-        by_hand = family.norm_after_mlp and index in edits.transforms and (index, "mlp_output") in edits.corrections
-        if by_hand:
-            T, (change, _) = edits.transforms[index], edits.corrections[index, "mlp_output"]
-            weight, norm = layer.get_submodule(family.mlp_output).weight, layer.get_submodule(family.mlp).weight
-            weight.copy_((T / T.norm(dim=0)).T @ weight.double() + change)
-            norm.copy_(T.norm(dim=0) - family.norm_offset)
-        args, kwargs = whole[index]
-        given = {**kwargs, "hidden_states": state} if not args else kwargs
-        output = layer(*([state, *args[1:]] if args else []), **given)
-        for hook in hooks:
-            hook.remove()
-        for name, value in own.items():
-            layer.get_parameter(name).copy_(value)
-        state = output[0] if isinstance(output, tuple) else output
-        if index in edits.transforms and not by_hand:
-            (added,) = mlp
-            # Behind a norm, the transform takes the norm's output before its weight.
-            weighed = added.double() / family.norm_weight(layer) if family.norm_after_mlp else added.double()
-            change = (weighed @ edits.transforms[index] - added.double()).reshape(state.shape)
-            weight, bias = edits.corrections.get((index, "mlp_output"), (None, None))
-            if weight is not None:
-                change = change + (features[0].double() @ weight.T.double() + (0 if bias is None else bias)).reshape(
-                    state.shape
-                )
-            state = (state.double() + family.multiplier * change).to(state.dtype)
-        if index in edits.operators:
-            operator = edits.operators[index].to(state.dtype)
-            state = state @ operator if operator.ndim == 2 else state * operator
-    last = layers[-1].register_forward_hook(lambda _m, _a, out: (state, *out[1:]) if isinstance(out, tuple) else state)
-    logits: torch.Tensor = model(text, use_cache=False).logits
-    last.remove()
-    for weight, data in owned:
-        weight.data = data
-    return logits
 
 
 @pytest.fixture(scope="session")

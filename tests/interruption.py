@@ -1,4 +1,4 @@
-"""Trainings that are counted step by step, and stopped in the middle."""
+"""Count the steps of a training, and stop it at one of them."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ class InterruptedRunError(Exception):
 
 @contextmanager
 def counted(before: Callable[[int], None] = lambda taken: None) -> Iterator[list[int]]:
-    """Yield the steps that trainings take meanwhile; in front of each, ``before`` is told how many were taken."""
+    """Yield the steps that trainings take inside the block; ``before`` gets the number of steps taken before each."""
     steps: list[int] = []
     take = training._Run.take
 
@@ -28,7 +28,7 @@ def counted(before: Callable[[int], None] = lambda taken: None) -> Iterator[list
 
 
 def stop_at(step: int) -> Callable[[int], None]:
-    """Return what interrupts a training when it has taken so many steps."""
+    """Return a callback that interrupts a training after ``step`` steps."""
 
     def stop(taken: int) -> None:
         if taken == step:

@@ -28,9 +28,9 @@ from replaceme.models.families import family_of, inputs_of
 from replaceme.models.model import Model
 from replaceme.observers.sums import mirror
 from replaceme.observers.walk import walk
-from tests.conftest import PLAIN, made_model, passing
-from tests.methods.test_repair import BLOCK, same_weights, solved
-from tests.solvers.test_refit import many_documents
+from tests.conftest import PLAIN, made_model
+from tests.helpers import many_documents, passing
+from tests.methods.helpers import BLOCK, same_weights, solved
 
 FOLDING = [kind for kind in PLAIN if not kind.startswith("falcon")]
 

@@ -17,56 +17,10 @@ from replaceme.edits.unfused import unfused
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import cache_error, verify_export, wrong_weights
 from replaceme.models.depth import broken_patterns, cut_config
-from replaceme.models.families import FAMILIES, Family, Linear, family_of, parameter_of
+from replaceme.models.families import FAMILIES, Family, family_of, parameter_of
 from replaceme.models.model import Model
-from replaceme.solvers.procrustes import polar
-from tests.conftest import FAMILY_CONFIGS, KINDS, LAYERS, WIDTH, made_model, shortened_logits
-
-TEXT = torch.arange(2, 42)[None]
-
-
-def made_transform(seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.eye(WIDTH, dtype=torch.float64) + 0.3 * torch.randn(WIDTH, WIDTH, generator=generator, dtype=torch.float64)
-
-
-def edits_for(start: int, length: int) -> Edits:
-    return Edits("test", list(range(start, start + length)), {start - 1: made_transform()})
-
-
-def edits_of(start: int, length: int, model: Any) -> Edits:
-    """Return edits with every change that folds in the model's family.
-
-    These are a transform of the host, and corrections of both linears of the host and of the first layer after the cut; with
-    experts a transform alone.
-    """
-    family = family_of(model.config)
-    edits, generator = edits_for(start, length), torch.Generator().manual_seed(1)
-    layers = family.decoder_layers(model)
-    if family.norm_after_mlp:
-        rotation = polar(made_transform())
-        gains = torch.linspace(-0.5, 2, WIDTH, dtype=torch.float64)
-        edits.transforms[start - 1] = rotation * gains
-    if family.experts:
-        return edits
-    for layer in {start - 1, min(start + length, LAYERS - 1)} - {*edits.removed_layers}:
-        linears: tuple[Linear, ...] = ("attention_output", "mlp_output")
-        for linear in linears:
-            module = family.linear_of(layers[layer], linear)
-            weight = 0.1 * torch.randn(parameter_of(module, "weight").shape, generator=generator)
-            bias = None if getattr(module, "bias", None) is None else 0.1 * torch.randn(WIDTH, generator=generator)
-            edits.correct(layer, linear, weight, bias)
-    return edits
-
-
-def norm_in_float64(model: Any, family: Family) -> None:
-    """Make the norms after the MLPs compute in float64; the library's compute in float32 for every dtype."""
-    for layer in family.decoder_layers(model):
-        norm = layer.get_submodule(family.mlp)
-        eps = getattr(norm, "eps", None) or norm.variance_epsilon
-        norm.forward = lambda x, norm=norm, eps=eps: (
-            x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * (norm.weight + family.norm_offset)
-        )
+from tests.conftest import FAMILY_CONFIGS, KINDS, LAYERS, WIDTH, made_model
+from tests.helpers import TEXT, edits_for, edits_of, made_transform, norm_in_float64, shortened_logits
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-9)])

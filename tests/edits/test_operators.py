@@ -18,8 +18,8 @@ from replaceme.export.verification import cache_error, verify_export
 from replaceme.models.families import family_of
 from replaceme.models.model import Model
 from replaceme.models.own_form import FILE, check_own_form, is_own_form
-from tests.conftest import KINDS, WIDTH, made_model, shortened_logits
-from tests.edits.test_fold import norm_in_float64
+from tests.conftest import KINDS, WIDTH, made_model
+from tests.helpers import norm_in_float64, shortened_logits
 
 TEXT = torch.arange(2, 42)[None]
 FORMS = {"scalar": (), "diagonal": (WIDTH,), "dense": (WIDTH, WIDTH)}

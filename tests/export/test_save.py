@@ -15,7 +15,7 @@ from replaceme.export.save import save_pruned
 from replaceme.models.find import check_weights
 from replaceme.models.model import Model
 from tests.conftest import LAYERS
-from tests.edits.test_fold import edits_for
+from tests.helpers import edits_for
 
 CHAT = [{"role": "user", "content": "where is the river"}]
 

@@ -16,7 +16,7 @@ from replaceme.methods.cosine import Objective, least_squares_scale, problem_of
 from replaceme.methods.method import Solved
 from replaceme.methods.registry import METHODS
 from replaceme.solvers.closed_forms import closed_form, squared_error
-from tests.solvers.test_objectives import STRUCTURES, WIDTH, made_sums, made_tokens
+from tests.solvers.helpers import STRUCTURES, WIDTH, made_sums, made_tokens
 
 BLOCK = Block(2, 4)
 M, Z, H = made_tokens(80)

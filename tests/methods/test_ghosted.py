@@ -26,9 +26,8 @@ from replaceme.methods.repair import mend
 from replaceme.models.families import family_of
 from replaceme.models.model import Model
 from replaceme.observers.statistics import take_statistics
-from tests.conftest import KINDS, LAYERS, PLAIN, WIDTH, made_model, passing, shortened_logits
-from tests.pipeline.test_commands import call
-from tests.solvers.test_refit import many_documents
+from tests.conftest import KINDS, LAYERS, PLAIN, WIDTH, made_model
+from tests.helpers import call, many_documents, passing, shortened_logits
 
 BLOCK = Block(2, 4)
 TEXT = torch.arange(2, 42)[None]

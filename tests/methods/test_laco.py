@@ -34,9 +34,7 @@ from replaceme.selection import collapse as module
 from replaceme.selection.collapse import Way, blocks_of, check_alike, collapse, collapse_all, collapsed_blocks, merged, texts_of
 from replaceme.selection.criteria import allowed_starts
 from tests.conftest import EXPERTS, KINDS, LAYERS, OBSTACLES, PLAIN, made_model
-from tests.edits.test_fold import TEXT
-from tests.pipeline.test_commands import call
-from tests.solvers.test_refit import many_documents
+from tests.helpers import TEXT, call, many_documents
 
 DENSE = [kind for kind in KINDS if kind not in EXPERTS]
 # Layers 1 to 3 were merged, then 0 to 2 of the remaining ones: layer 0 absorbed the mixture and layer 4.

@@ -26,8 +26,8 @@ from replaceme.models.model import Model
 from replaceme.observers.hadamard import hadamard
 from replaceme.observers.statistics import take_statistics
 from replaceme.pipeline.inputs import inspect_inputs
-from tests.conftest import KINDS, LAYERS, WIDTH, made_model, passing, shortened_logits
-from tests.pipeline.test_commands import call
+from tests.conftest import KINDS, LAYERS, WIDTH, made_model
+from tests.helpers import call, passing, shortened_logits
 
 BLOCK = Block(2, 4)
 FORMS = ["hadamard", "diagonal"]

@@ -34,8 +34,8 @@ from replaceme.models.families import FAMILIES, Family, Linear, family_of, param
 from replaceme.models.model import Model
 from replaceme.models.own_form import is_own_form
 from replaceme.pipeline.inputs import inspect_inputs
-from tests.conftest import FAMILY_CONFIGS, KINDS, LAYERS, WIDTH, made_model, shortened_logits
-from tests.pipeline.test_commands import call
+from tests.conftest import FAMILY_CONFIGS, KINDS, LAYERS, WIDTH, made_model
+from tests.helpers import call, shortened_logits
 
 TEXT = torch.arange(2, 42)[None]
 CUT = ["gemma2", "gemma3_text", "gptj", "granite", "llama", "mistral", "phi", "qwen2", "qwen3", "smollm3"]

@@ -45,10 +45,9 @@ from replaceme.pipeline.solve import solve
 from replaceme.training import training
 from replaceme.training.checkpoints import key_of, load_checkpoint, save_checkpoint
 from replaceme.training.training import Course, entering_and_leaving, orders, train
-from tests.conftest import KINDS, LAYERS, OBSTACLES, made_model, shortened_logits
+from tests.conftest import KINDS, LAYERS, OBSTACLES, made_model
+from tests.helpers import layer_outputs, many_documents, shortened_logits
 from tests.interruption import InterruptedRunError, counted, stop_at
-from tests.observers.test_profile import layer_outputs
-from tests.solvers.test_refit import many_documents
 
 TEXT = torch.arange(2, 42)[None]
 HOST, END = 1, 4

@@ -19,9 +19,8 @@ from replaceme.methods.registry import METHODS
 from replaceme.models.families import Family, family_of
 from replaceme.models.model import Model
 from replaceme.observers.statistics import take_statistics
-from tests.conftest import EXPERTS, NORM_AFTER_MLP, OBSTACLES, passing
-from tests.pipeline.test_commands import call
-from tests.solvers.test_refit import many_documents
+from tests.conftest import EXPERTS, NORM_AFTER_MLP, OBSTACLES
+from tests.helpers import call, many_documents, passing
 
 BLOCK = Block(2, 4)
 OBSTRUCTED = NORM_AFTER_MLP + EXPERTS

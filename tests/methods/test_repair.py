@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from copy import deepcopy
-from functools import partial
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,36 +14,17 @@ import torch
 from replaceme.base import scratch
 from replaceme.base.documents import Documents
 from replaceme.base.errors import ResourceError
-from replaceme.base.params import read_params
-from replaceme.base.plan import Block, Plan
+from replaceme.base.plan import Block
 from replaceme.edits.edits import Edits
 from replaceme.edits.fold import apply_edits
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import verify_export
-from replaceme.methods import repair
-from replaceme.methods.registry import METHODS
-from replaceme.methods.repair import Repair, mend
 from replaceme.models.families import Family, family_of, parameter_of
 from replaceme.models.model import Model
 from replaceme.observers.features import LINEARS
-from replaceme.observers.statistics import take_statistics
-from tests.conftest import LAYERS, PLAIN, made_model, passing
-from tests.solvers.test_refit import many_documents, ridge
-
-BLOCK = Block(2, 4)
-
-Mending = Callable[..., tuple[list[Repair], dict[str, Any]]]
-
-
-def solved(model: Any, documents: Documents, blocks: tuple[Block, ...], **options: Any) -> tuple[Edits, Mending]:
-    """Return the edits as solve makes them, and ``mend`` for them, to be called with a scratch folder or none."""
-    params = read_params(None, {"batch_size": 4, **options})
-    family, method = family_of(model.config), METHODS[params.method]
-    plan = Plan(blocks, method.statistics(params))
-    taken = take_statistics(model, family, documents, blocks[0], plan.statistics, 4)
-    edits = method.solve(params, blocks[0], taken.__getitem__).edits
-    edits.removed_layers = plan.removed_layers
-    return edits, partial(mend, params, model, family, documents, edits, plan)
+from tests.conftest import LAYERS, PLAIN, made_model
+from tests.helpers import many_documents, passing, ridge
+from tests.methods.helpers import BLOCK, same_weights, solved
 
 
 def resolve(linears: list[Any], features: list[np.ndarray], error: np.ndarray, target: np.ndarray, sizes: list[float]) -> None:
@@ -60,13 +40,6 @@ def resolve(linears: list[Any], features: list[np.ndarray], error: np.ndarray, t
             parameter_of(linear, "weight").add_(torch.from_numpy(part.T))
         for linear in biased:
             linear.bias += torch.from_numpy(change[-1])
-
-
-def same_weights(a: Any, b: Any, tolerance: float = 1e-3) -> bool:
-    pairs = zip(a.parameters(), b.parameters(), strict=True)
-    return all(
-        torch.allclose(one, other, rtol=tolerance, atol=tolerance * float(other.detach().abs().max())) for one, other in pairs
-    )
 
 
 @pytest.mark.parametrize(("kind", "method"), [*product(PLAIN, ["lstsq"]), ("llama", "uidl"), ("phi", "uidl")])

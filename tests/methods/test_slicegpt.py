@@ -38,7 +38,8 @@ from replaceme.pipeline.inputs import inspect_inputs
 from replaceme.pipeline.plan import plan
 from replaceme.pipeline.repair import repair
 from replaceme.pipeline.solve import solve
-from tests.conftest import KINDS, LAYERS, WIDTH, made_model, passing
+from tests.conftest import KINDS, LAYERS, WIDTH, made_model
+from tests.helpers import passing
 
 SLICED = ["granite", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3"]
 SIGNALS = 2 * LAYERS + 1

@@ -21,7 +21,7 @@ from replaceme.models.families import Linear
 from replaceme.models.find import find_model
 from replaceme.models.model import Model
 from tests.conftest import LAYERS
-from tests.pipeline.test_commands import FAST, call
+from tests.helpers import FAST, call
 
 TEXT = torch.arange(2, 42)[None]
 MAPS = ["auto", "balanced", "balanced_low_0", "sequential"]

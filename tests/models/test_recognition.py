@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,17 +14,8 @@ from replaceme.models.families import FAMILIES, family_of
 from replaceme.models.model import Model
 from replaceme.models.recognition import check_cut, proposed_family
 from replaceme.observers.proof import prove
-from tests.conftest import LAYERS, PLAIN, WIDTH, made_model
-from tests.pipeline.test_commands import call
-
-UNDESCRIBED: dict[str, dict[str, Any]] = {
-    "cohere": {"logit_scale": 1.0, "layer_norm_eps": 1e-5},
-    "cohere2": {"sliding_window": 8, "layer_types": ["full_attention", *["sliding_attention"] * (LAYERS - 1)]},
-    "gemma": {"head_dim": 8},
-    "olmo": {},
-    "stablelm": {"use_parallel_residual": False},
-    "starcoder2": {"use_bias": True},
-}
+from tests.conftest import LAYERS, PLAIN, UNDESCRIBED, WIDTH, made_model
+from tests.helpers import call
 
 
 @pytest.mark.parametrize("kind", PLAIN)

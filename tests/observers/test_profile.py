@@ -7,18 +7,7 @@ from replaceme.base.documents import Documents
 from replaceme.models.families import Family
 from replaceme.observers.profile import angular_distance, profile_model
 from tests.conftest import LAYERS, made_model
-
-
-def layer_outputs(model: torch.nn.Module, document: torch.Tensor) -> list[torch.Tensor]:
-    """Return the embedding and every layer's output, (tokens, d) each, by plain hooks."""
-    kept: list[torch.Tensor] = []
-    hooks = [model.model.layers[0].register_forward_pre_hook(lambda _m, a, k: kept.append(a[0][0]), with_kwargs=True)]
-    hooks += [layer.register_forward_hook(lambda _m, _a, output: kept.append(output[0])) for layer in model.model.layers]
-    with torch.no_grad():
-        model(document[None], use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    return kept
+from tests.helpers import layer_outputs
 
 
 def test_distances_equal_a_plain_reference(documents: Documents) -> None:

@@ -12,7 +12,7 @@ from replaceme.models.families import Family
 from replaceme.observers.shards import ShardWriter, StoredShards, Tokens
 from replaceme.observers.statistics import take_statistics
 from tests.conftest import WIDTH, made_model
-from tests.observers.test_statistics import BLOCK, at_cut
+from tests.observers.helpers import BLOCK, at_cut
 
 TOKENS_A_SHARD = 50
 

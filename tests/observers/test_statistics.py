@@ -6,23 +6,16 @@ import torch
 
 from replaceme.base.documents import Batch, Documents
 from replaceme.base.params import read_params
-from replaceme.base.plan import Block
 from replaceme.methods.registry import METHODS
 from replaceme.models.families import Family
 from replaceme.observers.statistics import Sample, take_statistics
 from replaceme.observers.sums import Sums, squares
 from replaceme.observers.walk import Signal, Signals, ask, walk
 from replaceme.solvers.ridge import solve_ridge
-from tests.conftest import WIDTH, made_model, passing
+from tests.conftest import WIDTH, made_model
+from tests.observers.helpers import BLOCK, at_cut
 
-BLOCK = Block(start=2, end=4)
 NAMES = ("gram", "sample")
-
-
-def at_cut(model: torch.nn.Module, documents: Documents) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return M, Z and H of all tokens, document by document without padding."""
-    host = passing(model, BLOCK.host, documents)
-    return host["M"], host["output"] - host["M"], passing(model, BLOCK.end - 1, documents)["output"]
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])

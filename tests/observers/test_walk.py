@@ -11,7 +11,8 @@ from replaceme.base.documents import Batch, Documents
 from replaceme.models.families import Family, family_of, linears_within, parameter_of
 from replaceme.observers.features import LINEARS, SIGNAL
 from replaceme.observers.walk import Signal, Signals, Start, ask, walk
-from tests.conftest import KINDS, LAYERS, PLAIN, made_model, passing
+from tests.conftest import KINDS, LAYERS, PLAIN, made_model
+from tests.helpers import passing
 
 SIGNALS: tuple[Signal, ...] = ("input", "attention_features", "attention", "mlp_features", "mlp", "output")
 

@@ -21,19 +21,7 @@ from replaceme.methods.registry import FIELDS, METHODS
 from replaceme.models.model import Model
 from replaceme.steps import STAGES
 from tests.conftest import made_text
-
-FAST = ["--dtype", "float32", "--eval_dtype", "float32", "--threads", "1", "--max_length", "48", "--dataset_size", "20"]
-
-
-def call(command: Callable[[], Any], *arguments: str | Path, code: int = 0) -> None:
-    """Run a console script in this process."""
-    before, sys.argv = sys.argv, ["command", *map(str, arguments)]
-    try:
-        with pytest.raises(SystemExit) as ended:
-            command()
-    finally:
-        sys.argv = before
-    assert ended.value.code == code
+from tests.helpers import FAST, call
 
 
 @pytest.fixture

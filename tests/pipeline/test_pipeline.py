@@ -2,10 +2,8 @@
 
 import json
 import math
-import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,12 +22,9 @@ from replaceme.methods.registry import FIELDS, METHODS
 from replaceme.models.model import Model
 from replaceme.publish import push_to_hub
 from replaceme.steps import STAGES
-from tests.conftest import made_text
+from tests.helpers import call
 from tests.pipeline.closure import ROOT, import_closure
-from tests.pipeline.test_commands import call
-from tests.pipeline.test_publish import Hub, api
-
-__all__ = ["api"]
+from tests.pipeline.helpers import Hub, shell
 
 PIPELINE: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
 ORDER = ["inputs", *STAGES]
@@ -115,72 +110,6 @@ def test_metrics_keep_the_run_cache() -> None:
         for metric in stage.get("metrics", []):
             assert list(metric.values()) == [{"cache": False}]
         assert not stage.get("always_changed") or stage is PIPELINE["inputs"]
-
-
-# Records which files of the library a stage has loaded, at the end of its process.
-NOTING = """
-import atexit, json, os, pathlib, sys
-
-def note():
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    if spec and spec.name.startswith("stages."):
-        root = pathlib.Path.cwd()
-        files = [pathlib.Path(module.__file__) for module in list(sys.modules.values()) if getattr(module, "__file__", None)]
-        ours = [file.relative_to(root).as_posix() for file in files if root in file.parents]
-        pathlib.Path(os.environ["LOADED"], f"{spec.name}.json").write_text(json.dumps(sorted(ours)))
-
-atexit.register(note)
-"""
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory, tiny: Model) -> Path:
-    """A copy of the repository, configured for a tiny model and a text of its own, after one run."""
-    folder = tmp_path_factory.mktemp("project") / "repository"
-    for name in ("stages", "replaceme", "experiments"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("dvc.yaml", ".dvcignore", ".gitignore", ".dvc/config", ".dvc/.gitignore"):
-        (folder / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(ROOT / name, folder / name)
-    (folder / "text.txt").write_text(made_text(600), encoding="utf-8")
-    (folder / "held-out.txt").write_text(made_text(100, seed=1), encoding="utf-8")
-    rows = [
-        {"question": made_text(2, n), "choices": [made_text(1, 99 + 2 * n), made_text(1, 100 + 2 * n)], "answer": n % 2}
-        for n in range(30)
-    ]
-    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    settings = {
-        "model_path": str(tiny.folder), "dataset": "text.txt", "dataset_size": "20", "max_length": "48", "dtype": "float32",
-        "layers_to_skip": "2", "transform": "dense", "eval_dtype": "float32",
-        "tasks": "[held-out.txt, {questions.jsonl: {limit: 25}}]",
-        "threads": "1", "device": "cpu",
-    }  # fmt: skip
-    text = (ROOT / "params.yaml").read_text(encoding="utf-8")
-    for key, value in settings.items():
-        text, count = re.subn(rf"(?m)^{key}: .*$", f"{key}: {value}", text)
-        assert count == 1
-    (folder / "params.yaml").write_text(text, encoding="utf-8")
-    shell(folder, "git", "init", "-q", "-b", "main")
-    shell(folder, "git", "config", "user.name", "tester")
-    shell(folder, "git", "config", "user.email", "tester@example.org")
-    noting = folder.parent / "noting"
-    noting.mkdir()
-    (noting / "sitecustomize.py").write_text(NOTING, encoding="utf-8")
-    (folder.parent / "loaded").mkdir()
-    shell(folder, "dvc", "repro", PYTHONPATH=str(noting), LOADED=str(folder.parent / "loaded"))
-    shell(folder, "git", "add", ".")
-    shell(folder, "git", "commit", "-q", "-m", "first run")
-    return folder
-
-
-def shell(folder: Path, *command: str, code: int = 0, **variables: str) -> str:
-    """Run a command in the project with this environment first on PATH, and return its output."""
-    environment = {**os.environ, **variables, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    done = subprocess.run(
-        command, cwd=folder, env=environment, text=True, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    assert done.returncode == code, done.stdout
-    return done.stdout
 
 
 def numbers_of(content: Any) -> list[float]:

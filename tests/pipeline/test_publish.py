@@ -1,6 +1,5 @@
 """Uploads to the hub, and refusals; a fake hub records the requests."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,51 +13,8 @@ from replaceme.export.save import save_pruned
 from replaceme.models import hub
 from replaceme.models.model import Model
 from replaceme.publish import push_to_hub
-from tests.edits.test_fold import edits_for
-from tests.pipeline.test_commands import FAST, call
-
-TOKEN = "hf_not-to-be-seen"
-
-
-class Hub:
-    """A fake ``HfApi``."""
-
-    def __init__(self) -> None:
-        self.tokens: list[str] = []
-        self.made: list[tuple[str, Any]] = []
-        self.files: dict[str, bytes] = {}
-        self.public = True
-        self.failure: Exception | None = None
-
-    def __call__(self, token: str) -> "Hub":
-        self.tokens.append(token)
-        return self
-
-    def create_repo(self, name: str, *, private: bool | None, exist_ok: bool) -> str:
-        assert exist_ok
-        self.made.append((name, private))
-        return f"https://hub.example/{name}"
-
-    def repo_info(self, name: str) -> Any:
-        return SimpleNamespace(private=not self.public)
-
-    def create_commit(self, name: str, operations: list[Any], *, commit_message: str) -> None:
-        assert commit_message
-        if self.failure:
-            raise self.failure
-        for operation in operations:
-            with operation.as_file() as content:
-                self.files[operation.path_in_repo] = content.read()
-
-
-@pytest.fixture
-def api(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A reachable fake hub, and a token in the environment."""
-    stand_in = Hub()
-    monkeypatch.setattr(hub, "HfApi", stand_in)
-    monkeypatch.setattr(hub, "reachable", lambda: True)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    return stand_in
+from tests.helpers import FAST, call, edits_for
+from tests.pipeline.helpers import TOKEN, Hub
 
 
 @pytest.fixture

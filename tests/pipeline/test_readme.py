@@ -17,9 +17,7 @@ from replaceme import commands, experiments, publish
 from replaceme.base.params import read_params
 from replaceme.methods.registry import FIELDS, METHODS
 from tests.pipeline.closure import ROOT
-from tests.pipeline.test_pipeline import project, shell
-
-__all__ = ["project"]
+from tests.pipeline.helpers import shell
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"(?ms)^```(bash|python)( quick)?\n(.*?)^```$", README)

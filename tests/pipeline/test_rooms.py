@@ -17,6 +17,7 @@ ORDER = [
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 FRONT_DOOR = {"commands.py", "experiments.py", "publish.py", "reference.py", "speed.py", "steps.py"}
 FILES = sorted(PACKAGE.rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
 FACES = [path for path in FILES if path.name == "__init__.py" and path.parent != PACKAGE]
 
 
@@ -85,3 +86,8 @@ def test_every_file_that_a_page_names_is_there(page: Path) -> None:
         return
     named = re.findall(r"`((?:replaceme|tests|stages|benchmarks)/[\w/]+\.\w+)`", page.read_text(encoding="utf-8"))
     assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
+def test_no_test_file_imports_from_another() -> None:
+    found = {path: re.findall(r"(?m)^(?:from|import) (tests\S*\btest_\w+)", path.read_text("utf-8")) for path in TESTS}
+    assert {path: modules for path, modules in found.items() if modules} == {}

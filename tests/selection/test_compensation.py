@@ -29,12 +29,8 @@ from replaceme.models.model import Model
 from replaceme.models.recognition import proposed_family
 from replaceme.selection.compensation import blocks_of, check_scale, compensated, compensated_layers, scaled
 from replaceme.selection.cut_loss import cut_losses
-from tests.conftest import KINDS, LAYERS, OBSTACLES, PLAIN, made_model, shortened_logits
-from tests.edits.test_fold import TEXT, norm_in_float64
-from tests.models.test_recognition import UNDESCRIBED
-from tests.pipeline.test_commands import call
-from tests.selection.test_greedy import loss_without
-from tests.solvers.test_refit import many_documents
+from tests.conftest import KINDS, LAYERS, OBSTACLES, PLAIN, UNDESCRIBED, made_model
+from tests.helpers import TEXT, call, loss_without, many_documents, norm_in_float64, shortened_logits
 
 SCALABLE = [kind for kind in KINDS if not kind.startswith("olmo")]
 

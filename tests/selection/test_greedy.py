@@ -6,34 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
 
 from replaceme.base.documents import Documents, excerpts_of
 from replaceme.base.files import read_json, write_json
 from replaceme.base.params import read_params
 from replaceme.base.plan import Block, load_blocks, runs
 from replaceme.base.workspace import Workspace
-from replaceme.edits.edits import Edits
-from replaceme.edits.fold import apply_edits
 from replaceme.methods.registry import METHODS, criterion_of
 from replaceme.models.families import family_of
 from replaceme.observers.profile import profile_model
 from replaceme.pipeline.select import select
 from replaceme.selection.greedy import greedy_layers
 from tests.conftest import LAYERS, made_model
-
-
-def loss_without(kind: str, removed: list[int], documents: Documents) -> float:
-    """Return the mean loss of a model whose layers are deleted."""
-    model = made_model(kind)
-    apply_edits(model, family_of(model.config), Edits("", removed))
-    total, count = 0.0, 0
-    with torch.no_grad():
-        for document in documents.documents:
-            logits = model(document[None], use_cache=False).logits[0, :-1]
-            total += float(cross_entropy(logits, document[1:], reduction="sum"))
-            count += len(document) - 1
-    return total / count
+from tests.helpers import loss_without
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "falcon", "gemma2", "opt"])

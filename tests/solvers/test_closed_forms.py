@@ -8,7 +8,7 @@ from scipy.optimize import minimize
 from replaceme.base.errors import SolveError
 from replaceme.edits import edits
 from replaceme.solvers.closed_forms import closed_form, squared_error
-from tests.solvers.test_ridge import made
+from tests.solvers.helpers import made
 
 WIDTHS, SEEDS, ALPHAS = st.integers(1, 9), st.integers(0, 500), st.sampled_from([0.0, 0.1, 3.0, 200.0])
 

@@ -3,46 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
-from replaceme.observers.shards import Tokens
 from replaceme.solvers.objectives import CosineLoss, Loss, Problem, SquaredError
 from replaceme.solvers.structures import parametrisation
+from tests.solvers.helpers import STRUCTURES, WIDTH, Held, made_sums, made_tokens, some_x
 
-WIDTH = 5
-STRUCTURES = ["dense", "diagonal", "two_vectors", "triangular"]
 LOSSES = ["fast", "accurate", "mse"]
-
-
-class Held:
-    """Shards in memory."""
-
-    def __init__(self, M: Tensor, Z: Tensor | None, H: Tensor, rows: int = 17):
-        self.parts = [
-            (M[start : start + rows], None if Z is None else Z[start : start + rows], H[start : start + rows])
-            for start in range(0, len(M), rows)
-        ]
-        self.counts = [len(part[0]) for part in self.parts]
-
-    def read(self, shard: int) -> Tokens:
-        return self.parts[shard]
-
-
-def made_tokens(count: int = 50, width: int = WIDTH, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Return M, Z and H (count, width) with a map A to be found: H = Z + M A + noise."""
-    generator = torch.Generator().manual_seed(seed)
-    M, Z, noise = (torch.randn(count, width, generator=generator, dtype=torch.float64) for _ in range(3))
-    A = torch.eye(width, dtype=torch.float64) + 0.7 * torch.randn(width, width, generator=generator, dtype=torch.float64)
-    return M, Z, Z + M @ A + 0.3 * noise
-
-
-def made_sums(M: Tensor, Z: Tensor, H: Tensor) -> dict[str, Tensor]:
-    """Return the statistic ``gram`` of these tokens."""
-    Y = H - Z
-    return {
-        "gram": M.T @ M, "cross": M.T @ Y, "target_squares": Y.square().sum(), "output_squares": H.square().sum(),
-        "gap_squares": (Y - M).square().sum(), "tokens": torch.tensor(float(len(M)), dtype=torch.float64),
-    }  # fmt: skip
 
 
 def loss_and_plain(kind: str) -> tuple[Loss, object]:
@@ -63,11 +29,6 @@ def made_problem(kind: str, structure: str, ridge: float = 0.7) -> tuple[Problem
     prior = torch.diag(torch.linspace(0.5, 1.5, WIDTH, dtype=torch.float64))
     problem = Problem(loss, shape, prior, ridge)
     return problem, lambda x: (plain(shape.build(x)) + ridge * (shape.build(x) - prior).square().sum()) / loss.tokens
-
-
-def some_x(structure: str) -> Tensor:
-    size = {"dense": WIDTH**2, "diagonal": WIDTH, "two_vectors": 2 * WIDTH, "triangular": WIDTH * (WIDTH + 1) // 2}[structure]
-    return torch.randn(size, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
 
 def test_the_cosine_losses_equal_numpy() -> None:

@@ -18,13 +18,14 @@ from replaceme.base.plan import Block, Plan
 from replaceme.edits.edits import Edits
 from replaceme.edits.fold import apply_edits
 from replaceme.methods.registry import METHODS
-from replaceme.methods.repair import Mender
+from replaceme.methods.repair import mend
 from replaceme.models.families import Family, family_of, parameter_of
 from replaceme.observers.features import LINEARS, Features
 from replaceme.observers.statistics import FeatureGram, take_statistics
 from replaceme.solvers.quality import gained_by_ridge
 from replaceme.solvers.ridge import solve_correction, solve_ridge
-from tests.conftest import PLAIN, WIDTH, made_model, passing
+from tests.conftest import PLAIN, WIDTH, made_model
+from tests.helpers import many_documents, passing, ridge
 
 BLOCK = Block(2, 4)
 
@@ -34,30 +35,12 @@ def at_cut(model: Any, documents: Documents) -> dict[str, np.ndarray]:
     return passing(model, BLOCK.host, documents) | {"H": passing(model, BLOCK.end - 1, documents)["output"]}
 
 
-def ridge(
-    g: np.ndarray, r: np.ndarray, w: np.ndarray, prior: np.ndarray, size: float | np.ndarray, constant: bool
-) -> np.ndarray:
-    """Return (Σ w gᵀg + λD)⁻¹ (Σ w gᵀr + λD prior), (features, d); λ is one number, or one per feature."""
-    S = (g.T * w) @ g
-    # The weights of a feature that is always zero stay as they are.
-    D = np.diag(np.where(np.diag(S) > 0, size * np.diag(S), 1))
-    if constant:
-        D[-1, -1] = 0
-    return np.linalg.solve(S + D, (g.T * w) @ r + D @ prior)
-
-
 def solved(model: Any, documents: Documents, **options: Any) -> tuple[Edits, dict[str, Any]]:
     params = read_params(None, options)
     family = family_of(model.config)
     taken = take_statistics(model, family, documents, BLOCK, METHODS["lstsq"].statistics(params), 4)
     found = METHODS["lstsq"].solve(params, BLOCK, taken.__getitem__)
     return found.edits, found.figures
-
-
-def many_documents(count: int = 30) -> Documents:
-    generator = torch.Generator().manual_seed(2)
-    lengths = torch.randint(3, 40, (count,), generator=generator).tolist()
-    return Documents([torch.randint(2, 400, (length,), generator=generator) for length in lengths])
 
 
 @pytest.mark.parametrize("biased", [True, False])
@@ -226,9 +209,9 @@ def test_a_repair_names_the_smaller_of_its_ridges(linear: str, tmp_path: Path) -
     params = read_params(None, {"method": "uidl", "repair": True, "batch_size": 4, **ridges})
     family = family_of(model.config)
     assert family.parallel
-    mender = Mender(params, model, family, few, Edits("test", [*BLOCK.layers]), Plan((BLOCK,), ()))
+    edits, plan = Edits("test", [*BLOCK.layers]), Plan((BLOCK,), ())
     with pytest.raises(SolveError, match=f"^repair_ridge_{linear}: 1e-18 leaves the least squares singular; raise it, or data"):
-        mender.run(tmp_path)
+        mend(params, model, family, few, edits, plan, tmp_path)
 
 
 def test_the_map_is_solved_from_exact_sums() -> None:

@@ -6,13 +6,7 @@ from hypothesis import strategies as st
 
 from replaceme.base.errors import SolveError
 from replaceme.solvers.ridge import solve_ridge
-
-
-def made(tokens: int, width: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    M = torch.randn(tokens, width, generator=generator, dtype=torch.float64)
-    Y = M @ torch.randn(width, width, generator=generator, dtype=torch.float64)
-    return M, Y + torch.randn(tokens, width, generator=generator, dtype=torch.float64)
+from tests.solvers.helpers import made
 
 
 @given(st.integers(1, 12), st.integers(0, 1000))

@@ -6,7 +6,7 @@ from replaceme.solvers.minimisers import Budget, minimise
 from replaceme.solvers.objectives import CosineLoss, Problem, SquaredError
 from replaceme.solvers.structures import parametrisation
 from replaceme.solvers.whitening import Whitening
-from tests.solvers.test_objectives import STRUCTURES, WIDTH, Held, made_sums, made_tokens, some_x
+from tests.solvers.helpers import STRUCTURES, WIDTH, Held, made_sums, made_tokens, some_x
 
 UNEVEN = torch.logspace(-3, 2, WIDTH, dtype=torch.float64)
 

@@ -41,9 +41,9 @@ from replaceme.training import healing, training
 from replaceme.training.healing import Predictions
 from replaceme.training.training import Course, entering_and_leaving, orders, train
 from tests.conftest import LAYERS, PLAIN, WIDTH, made_model
+from tests.helpers import many_documents
 from tests.interruption import InterruptedRunError, counted, stop_at
-from tests.methods.test_repair import BLOCK, solved
-from tests.solvers.test_refit import many_documents
+from tests.methods.helpers import BLOCK, solved
 
 RATE = "heal_learning_rate"
 

@@ -1,0 +1,261 @@
+"""What tests of more than one room use: calls of the console scripts, made-up documents and edits, and plain references."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from replaceme.base.documents import Documents
+from replaceme.edits.edits import Edits
+from replaceme.edits.fold import apply_edits
+from replaceme.models.families import Family, Linear, family_of, parameter_of
+from replaceme.solvers.procrustes import polar
+from tests.conftest import LAYERS, WIDTH, made_model
+
+TEXT = torch.arange(2, 42)[None]
+
+FAST = ["--dtype", "float32", "--eval_dtype", "float32", "--threads", "1", "--max_length", "48", "--dataset_size", "20"]
+
+
+def call(command: Callable[[], Any], *arguments: str | Path, code: int = 0) -> None:
+    """Run a console script in this process."""
+    before, sys.argv = sys.argv, ["command", *map(str, arguments)]
+    try:
+        with pytest.raises(SystemExit) as ended:
+            command()
+    finally:
+        sys.argv = before
+    assert ended.value.code == code
+
+
+def many_documents(count: int = 30) -> Documents:
+    """Return random documents of 3 to 39 tokens."""
+    generator = torch.Generator().manual_seed(2)
+    lengths = torch.randint(3, 40, (count,), generator=generator).tolist()
+    return Documents([torch.randint(2, 400, (length,), generator=generator) for length in lengths])
+
+
+def made_transform(seed: int = 0) -> torch.Tensor:
+    """Return a random map near the identity, (WIDTH, WIDTH) float64."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.eye(WIDTH, dtype=torch.float64) + 0.3 * torch.randn(WIDTH, WIDTH, generator=generator, dtype=torch.float64)
+
+
+def edits_for(start: int, length: int) -> Edits:
+    """Return edits that remove ``length`` layers and transform their host's MLP output."""
+    return Edits("test", list(range(start, start + length)), {start - 1: made_transform()})
+
+
+def edits_of(start: int, length: int, model: Any) -> Edits:
+    """Return edits with everything that folds in the model's family.
+
+    That is a transform of the host, and corrections of both linears of the host and of the first layer after the cut; with
+    experts a transform alone.
+    """
+    family = family_of(model.config)
+    edits, generator = edits_for(start, length), torch.Generator().manual_seed(1)
+    layers = family.decoder_layers(model)
+    if family.norm_after_mlp:
+        rotation = polar(made_transform())
+        gains = torch.linspace(-0.5, 2, WIDTH, dtype=torch.float64)
+        edits.transforms[start - 1] = rotation * gains
+    if family.experts:
+        return edits
+    for layer in {start - 1, min(start + length, LAYERS - 1)} - {*edits.removed_layers}:
+        linears: tuple[Linear, ...] = ("attention_output", "mlp_output")
+        for linear in linears:
+            module = family.linear_of(layers[layer], linear)
+            weight = 0.1 * torch.randn(parameter_of(module, "weight").shape, generator=generator)
+            bias = None if getattr(module, "bias", None) is None else 0.1 * torch.randn(WIDTH, generator=generator)
+            edits.correct(layer, linear, weight, bias)
+    return edits
+
+
+def norm_in_float64(model: Any, family: Family) -> None:
+    """Make the norms after the MLPs compute in float64; the library's use float32 whatever the model's dtype."""
+    for layer in family.decoder_layers(model):
+        norm = layer.get_submodule(family.mlp)
+        eps = getattr(norm, "eps", None) or norm.variance_epsilon
+        norm.forward = lambda x, norm=norm, eps=eps: (
+            x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * (norm.weight + family.norm_offset)
+        )
+
+
+def ridge(
+    g: np.ndarray, r: np.ndarray, w: np.ndarray, prior: np.ndarray, size: float | np.ndarray, constant: bool
+) -> np.ndarray:
+    """Return (Σ w gᵀg + λD)⁻¹ (Σ w gᵀr + λD prior), (features, d); λ is one, or one a feature."""
+    S = (g.T * w) @ g
+    # A feature that is always zero gets nothing.
+    D = np.diag(np.where(np.diag(S) > 0, size * np.diag(S), 1))
+    if constant:
+        D[-1, -1] = 0
+    return np.linalg.solve(S + D, (g.T * w) @ r + D @ prior)
+
+
+def loss_without(kind: str, removed: list[int], documents: Documents) -> float:
+    """Return the mean loss of a model whose layers are really gone."""
+    model = made_model(kind)
+    apply_edits(model, family_of(model.config), Edits("", removed))
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for document in documents.documents:
+            logits = model(document[None], use_cache=False).logits[0, :-1]
+            total += float(cross_entropy(logits, document[1:], reduction="sum"))
+            count += len(document) - 1
+    return total / count
+
+
+def layer_outputs(model: torch.nn.Module, document: torch.Tensor) -> list[torch.Tensor]:
+    """Return the embedding and every layer's output, (tokens, d) each, by plain hooks."""
+    kept: list[torch.Tensor] = []
+    hooks = [model.model.layers[0].register_forward_pre_hook(lambda _m, a, k: kept.append(a[0][0]), with_kwargs=True)]
+    hooks += [layer.register_forward_hook(lambda _m, _a, output: kept.append(output[0])) for layer in model.model.layers]
+    with torch.no_grad():
+        model(document[None], use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return kept
+
+
+def passing(model: Any, layer: int, documents: Documents) -> dict[str, np.ndarray]:
+    """Return the activations of a layer, by plain hooks: all tokens, document by document without padding.
+
+    ``input``; ``A`` and ``G``, which enter the linears that end attention and MLP; ``attention`` and ``M``, which these add to
+    the residual stream; ``middle``, the state between them; ``output``. Each is (tokens, width) float64.
+    """
+    kept: dict[str, list[torch.Tensor]] = {name: [] for name in ("input", "A", "attention", "G", "M", "output")}
+    family = family_of(model.config)
+    module = family.decoder_layers(model)[layer]
+
+    def before(name: str) -> Any:
+        return lambda _, args, kwargs: kept[name].append((args[0] if args else kwargs["hidden_states"]).flatten(0, -2).clone())
+
+    def after(name: str) -> Any:
+        return lambda _m, _a, output: kept[name].append(
+            (output if isinstance(output, torch.Tensor) else output[0]).flatten(0, -2).clone()
+        )
+
+    part = module.get_submodule
+    hooks = [
+        module.register_forward_pre_hook(before("input"), with_kwargs=True),
+        part(family.attention_output).register_forward_pre_hook(before("A"), with_kwargs=True),
+        part(family.attention).register_forward_hook(after("attention")),
+        part(family.mlp).register_forward_hook(after("M")),
+        module.register_forward_hook(after("output")),
+    ]
+    if not family.experts:
+        hooks.append(part(family.mlp_output).register_forward_pre_hook(before("G"), with_kwargs=True))
+    with torch.no_grad():
+        for document in documents.documents:
+            model(document[None], use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    found = {name: torch.cat(parts).double().numpy() for name, parts in kept.items() if parts}
+    scaled = {name: found[name] * family.multiplier for name in ("attention", "M")}
+    return found | scaled | {"middle": found["input"] + scaled["attention"]}
+
+
+@torch.no_grad()
+def shortened_logits(model: Any, edits: Edits, text: torch.Tensor) -> torch.Tensor:
+    """Run the kept layers in order, each with the arguments that the whole model gives it, and return the logits.
+
+    A transform is applied to the layer's output: ``h − M + M T``; corrections by plain hooks on the linears. The columns of
+    removed groups are zeros.
+    """
+    family, whole = family_of(model.config), {}
+    layers = family.decoder_layers(model)
+    corrections = dict(edits.corrections)
+    owned = []
+    for (place, name), groups in edits.kept.items():
+        weight = family.linear_of(layers[place], name).weight
+        stay = groups.repeat_interleave(weight.shape[1] // len(groups)).to(weight)
+        if (place, name) in corrections:
+            corrections[place, name] = (corrections[place, name][0] * stay, corrections[place, name][1])
+        owned.append((weight, weight.data))
+        weight.data = weight.data * stay
+    edits = replace(edits, corrections=corrections)
+
+    def note(index: int) -> Any:
+        def hook(_module: Any, args: Any, kwargs: Any) -> None:
+            whole[index] = args, kwargs
+
+        return hook
+
+    def correcting(weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
+        def hook(_module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+            return output + args[0] @ weight.T.to(output) + (0 if bias is None else bias.to(output))
+
+        return hook
+
+    hooks = [layer.register_forward_pre_hook(note(index), with_kwargs=True) for index, layer in enumerate(layers)]
+    model(text, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    state = (whole[0][0] or [whole[0][1]["hidden_states"]])[0]
+    for index, layer in enumerate(layers):
+        if index in edits.removed_layers:
+            continue
+        mlp: list[torch.Tensor] = []
+        hooks = [
+            layer.get_submodule(
+                family.attention_output if name == "attention_output" else family.mlp_output
+            ).register_forward_hook(correcting(*change))
+            for (place, name), change in edits.corrections.items()
+            if place == index and not (name == "mlp_output" and index in edits.transforms)
+        ]
+        if index in edits.transforms:
+            module = layer.get_submodule(family.mlp)
+            hooks.append(module.register_forward_hook(lambda _m, _a, output, kept=mlp: kept.append(output.clone())))
+            if (index, "mlp_output") in edits.corrections:
+                features: list[torch.Tensor] = []
+                linear = layer.get_submodule(family.mlp_output)
+                hooks.append(linear.register_forward_pre_hook(lambda _, args, kept=features: kept.append(args[0])))
+        if index in edits.without_attention:
+            attention = layer.get_submodule(edits.without_attention[index][0])
+            hooks.append(attention.register_forward_hook(lambda _m, _a, out: (torch.zeros_like(out[0]), *out[1:])))
+        own = {name: parameter.detach().clone() for name, parameter in layer.named_parameters()}
+        for (place, name), value in edits.parameters.items():
+            if place == index:
+                parameter_of(layer, name).copy_(value)
+        # With a norm after the MLP, a change of the rotated weight is no summand of the output.
+        by_hand = family.norm_after_mlp and index in edits.transforms and (index, "mlp_output") in edits.corrections
+        if by_hand:
+            T, (change, _) = edits.transforms[index], edits.corrections[index, "mlp_output"]
+            weight, norm = layer.get_submodule(family.mlp_output).weight, layer.get_submodule(family.mlp).weight
+            weight.copy_((T / T.norm(dim=0)).T @ weight.double() + change)
+            norm.copy_(T.norm(dim=0) - family.norm_offset)
+        args, kwargs = whole[index]
+        given = {**kwargs, "hidden_states": state} if not args else kwargs
+        output = layer(*([state, *args[1:]] if args else []), **given)
+        for hook in hooks:
+            hook.remove()
+        for name, value in own.items():
+            layer.get_parameter(name).copy_(value)
+        state = output[0] if isinstance(output, tuple) else output
+        if index in edits.transforms and not by_hand:
+            (added,) = mlp
+            # With a norm after the MLP, the transform takes the norm's output before its weight.
+            weighed = added.double() / family.norm_weight(layer) if family.norm_after_mlp else added.double()
+            change = (weighed @ edits.transforms[index] - added.double()).reshape(state.shape)
+            weight, bias = edits.corrections.get((index, "mlp_output"), (None, None))
+            if weight is not None:
+                change = change + (features[0].double() @ weight.T.double() + (0 if bias is None else bias)).reshape(
+                    state.shape
+                )
+            state = (state.double() + family.multiplier * change).to(state.dtype)
+        if index in edits.operators:
+            operator = edits.operators[index].to(state.dtype)
+            state = state @ operator if operator.ndim == 2 else state * operator
+    last = layers[-1].register_forward_hook(lambda _m, _a, out: (state, *out[1:]) if isinstance(out, tuple) else state)
+    logits: torch.Tensor = model(text, use_cache=False).logits
+    last.remove()
+    for weight, data in owned:
+        weight.data = data
+    return logits

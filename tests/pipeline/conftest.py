@@ -1,0 +1,80 @@
+"""Fixtures of the pipeline's tests: one real run of it in a copy of the repository, and a hub that records what it is asked."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from replaceme.models import hub
+from replaceme.models.model import Model
+from tests.conftest import made_text
+from tests.pipeline.closure import ROOT
+from tests.pipeline.helpers import TOKEN, Hub, shell
+
+# A sitecustomize that records which files of the library a stage has loaded, when its process ends.
+NOTING = """
+import atexit, json, os, pathlib, sys
+
+def note():
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec and spec.name.startswith("stages."):
+        root = pathlib.Path.cwd()
+        files = [pathlib.Path(module.__file__) for module in list(sys.modules.values()) if getattr(module, "__file__", None)]
+        ours = [file.relative_to(root).as_posix() for file in files if root in file.parents]
+        pathlib.Path(os.environ["LOADED"], f"{spec.name}.json").write_text(json.dumps(sorted(ours)))
+
+atexit.register(note)
+"""
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory, tiny: Model) -> Path:
+    """A copy of the repository, set to a tiny model and a text of its own, and run once."""
+    folder = tmp_path_factory.mktemp("project") / "repository"
+    for name in ("stages", "replaceme", "experiments"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("dvc.yaml", ".dvcignore", ".gitignore", ".dvc/config", ".dvc/.gitignore"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(ROOT / name, folder / name)
+    (folder / "text.txt").write_text(made_text(600), encoding="utf-8")
+    (folder / "held-out.txt").write_text(made_text(100, seed=1), encoding="utf-8")
+    rows = [
+        {"question": made_text(2, n), "choices": [made_text(1, 99 + 2 * n), made_text(1, 100 + 2 * n)], "answer": n % 2}
+        for n in range(30)
+    ]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    settings = {
+        "model_path": str(tiny.folder), "dataset": "text.txt", "dataset_size": "20", "max_length": "48", "dtype": "float32",
+        "layers_to_skip": "2", "transform": "dense", "eval_dtype": "float32",
+        "tasks": "[held-out.txt, {questions.jsonl: {limit: 25}}]",
+        "threads": "1", "device": "cpu",
+    }  # fmt: skip
+    text = (ROOT / "params.yaml").read_text(encoding="utf-8")
+    for key, value in settings.items():
+        text, count = re.subn(rf"(?m)^{key}: .*$", f"{key}: {value}", text)
+        assert count == 1
+    (folder / "params.yaml").write_text(text, encoding="utf-8")
+    shell(folder, "git", "init", "-q", "-b", "main")
+    shell(folder, "git", "config", "user.name", "tester")
+    shell(folder, "git", "config", "user.email", "tester@example.org")
+    noting = folder.parent / "noting"
+    noting.mkdir()
+    (noting / "sitecustomize.py").write_text(NOTING, encoding="utf-8")
+    (folder.parent / "loaded").mkdir()
+    shell(folder, "dvc", "repro", PYTHONPATH=str(noting), LOADED=str(folder.parent / "loaded"))
+    shell(folder, "git", "add", ".")
+    shell(folder, "git", "commit", "-q", "-m", "first run")
+    return folder
+
+
+@pytest.fixture
+def api(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A reachable hub, and a token in the environment."""
+    stand_in = Hub()
+    monkeypatch.setattr(hub, "HfApi", stand_in)
+    monkeypatch.setattr(hub, "reachable", lambda: True)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    return stand_in
