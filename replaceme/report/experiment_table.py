@@ -6,7 +6,17 @@ from typing import Any
 import pandas as pd
 
 from replaceme.base.progress import align
-from replaceme.report.comparison import ABSOLUTE, COSTS, ERROR, RATIO, RETENTION, SPEEDS, Comparison, cell, method_name
+from replaceme.report.experiment_comparison import (
+    ABSOLUTE,
+    COSTS,
+    ERROR,
+    RATIO,
+    RETENTION,
+    SPEEDS,
+    ExperimentComparison,
+    cell,
+    method_name,
+)
 from replaceme.report.tables import digits, quantity
 
 COLUMNS = 120
@@ -15,7 +25,7 @@ TITLES |= {"compression_seconds": "time", "peak_memory_bytes": "memory", "peak_c
 TITLES |= {"prefill_speedup": "prefill", "decode_speedup": "decode"}
 
 
-def shown(comparison: Comparison) -> tuple[list[list[str]], list[str]]:
+def shown(comparison: ExperimentComparison) -> tuple[list[list[str]], list[str]]:
     """Return the columns that decide as rows of cells, the heading first, and a line for each setting that makes no column.
 
     A star stands before what is best for its size. With several methods, a setting makes a column while the table stays within

@@ -28,7 +28,7 @@ SAME_SIZE = 2.5
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ExperimentComparison:
     """Experiments side by side.
 
     Attributes:
@@ -89,7 +89,7 @@ class Comparison:
         return [f"{SHORT.get(name, name)} {cell(row[name])}" for name in self.telling if cell(row[name])]
 
 
-def comparison_of(records: Sequence[Mapping[str, Any]]) -> Comparison:
+def comparison_of(records: Sequence[Mapping[str, Any]]) -> ExperimentComparison:
     """Return the experiments with their settings, results, cost, and whether they are on the Pareto front.
 
     Args:
@@ -122,12 +122,12 @@ def comparison_of(records: Sequence[Mapping[str, Any]]) -> Comparison:
     table = table[~table[same].astype(str).duplicated(keep="last")].reset_index(drop=True)
     quality, higher_is_better = _quality(table)
     about = tuple(settings), _telling(table, list(settings)), quality, higher_is_better
-    points = Comparison(table, *about).points()
+    points = ExperimentComparison(table, *about).points()
     front = pareto_front(points, higher_is_better)
     table.insert(1, "best", [point in front for point in points])
     table["size"] = _sizes(table["removed_percent"])
     table = table.sort_values(["size", quality], ascending=[True, not higher_is_better], ignore_index=True, kind="stable")
-    return Comparison(table.drop(columns="size"), *about)
+    return ExperimentComparison(table.drop(columns="size"), *about)
 
 
 def _settings(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
