@@ -276,7 +276,7 @@ def test_whatever_a_healing_depends_on_makes_another_key(
         keys.append(key)
         return parameters, {"loss": [(0, 1.0)], "held_out_loss": []}
 
-    monkeypatch.setattr("replaceme.pipeline.heal.train", noting)
+    monkeypatch.setattr(training, "train", noting)
     others = [{}, {"heal_epochs": 2}, {"heal_learning_rate": 1e-3}, {"batch_size": 2}, {"dtype": "bfloat16"}, {"threads": 2}]
     for settings in others:
         heal(params.model_copy(update=settings), work)
