@@ -63,7 +63,7 @@ def cut_sentences(
 
 def _cut_sentence(distances: Distances, residuals: Distances, block: Block, words: str) -> str:
     return (
-        f"{span(block).capitalize()}, after host layer {block.host}, {'were' if len(block) > 1 else 'was'} removed, chosen by "
+        f"{span(block).capitalize()} (after host layer {block.host}) {'were' if len(block) > 1 else 'was'} removed, chosen by "
         f"{words}. The angular distance between the outputs of the host and of the block, in half turns, is "
         f"{_ranked(distances, block)}; the relative residual of a linear map in its place is {_ranked(residuals, block)}."
     )
@@ -110,7 +110,7 @@ def repair_sentence(repaired: Figures) -> str:
     chosen = ""
     if total := repaired.get("mlp_channels"):
         others = total - repaired["own_mlp_channels"]
-        chosen = f"Of the {total:,} MLP channels of the host layers, {others:,} were taken over from the removed layers. "
+        chosen = f"Of the {total:,} MLP channels kept at the cut, {others:,} come from the removed layers. "
     return (
         f"{chosen}Then {repaired['corrected_linears']} linears were solved again on the inputs that the shortened model gives "
         f"them. After the last one, the state differs from the dense model's by {repaired['last_residual']:.3f} "

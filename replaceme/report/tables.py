@@ -27,22 +27,22 @@ FIT_WORDS = {
     "tokens": ("calibration tokens", "used for the fit"),
     "relative_residual": (
         "relative residual",
-        "‖H − state‖ / ‖H‖ at the cut, over all tokens; H is the dense model's state; 0 is perfect",
+        "‖H − state‖ / ‖H‖ at the cut, over all tokens, where H is the dense model's state; 0 is perfect",
     ),
     "relative_residual_removed": ("… without a map", "the same with nothing in the block's place"),
     "weighted_residual": (
         "relative residual",
-        "√ mean of ‖H − state‖² / ‖H‖² at the cut, over all tokens equally; H is the dense model's state; 0 is perfect",
+        "√ mean over tokens of ‖H − state‖² / ‖H‖² at the cut, where H is the dense model's state; 0 is perfect",
     ),
     "weighted_residual_joint": (
         "relative residual",
-        "√ mean of ‖H − state‖² / ‖H‖² at the cut, over all tokens equally, before the MLP is solved again for its new inputs",
+        "√ mean over tokens of ‖H − state‖² / ‖H‖² at the cut, H the dense model's state, before the MLP is solved again",
     ),
     "weighted_residual_transform": ("… with a map alone", "the same with the best map T on the MLP's output"),
     "weighted_residual_removed": ("… without either", "the same with nothing in the block's place"),
     "mean_cosine": (
         "mean cosine",
-        "between the state with the map and the dense model's, over all tokens equally; 1 is perfect",
+        "between the state with the map and the dense model's, averaged over tokens; 1 is perfect",
     ),
     "mean_cosine_removed": ("… without a map", "the same with nothing in the block's place"),
     "smallest_factor": ("smallest factor", "by which a channel is scaled"),

@@ -339,7 +339,7 @@ def test_a_refit_and_a_repair_are_told(params: Params, run: Run) -> None:
 def test_a_cut_is_compared_with_all_of_its_size(params: Params, run: Run) -> None:
     text = Reader(render(params, run(blocks=((3, 5),))).html).text
     # Distances of made_distances rise with the host: hosts 0 and 1 are nearer.
-    assert "Layers 3–4, after host layer 2, were removed" in text
+    assert "Layers 3–4 (after host layer 2) were removed" in text
     assert text.count("(rank 3 of 5, smallest first)") == 2
     assert "(rank 1 of 5, smallest first)" in Reader(render(params, run(blocks=((1, 3),))).html).text
     assert "chosen by the smallest angular distance" in text
