@@ -54,7 +54,7 @@ def main(share: float) -> None:
             ids = [int(token) for window in windows.windows for token in window[:-1]]
             steps[name] = (_perplexity(model, windows, params.eval_batch_size), ids)
         else:
-            limit = int(len(task_items(task)) * share) if task_kind(task) != "lm-eval" else 100
+            limit = max(int(len(task_items(task)) * share), 1) if task_kind(task) != "lm-eval" else 100
             encodings = Encodings()
             step = _accuracy(model, tokenizer, params.eval_batch_size, replace(task, limit=limit), found[name], encodings)
             step()

@@ -37,8 +37,9 @@ def measure(tokens: int) -> None:
     rows = torch.randint(0, int(source.config().vocab_size), (tokens // LENGTH, LENGTH), generator=generator)
     documents = Documents(list(rows))
     profile_model(model, family, documents, params.batch_size)
-    middle = len(family.decoder_layers(model)) // 2
-    block, method = Block(middle, middle + 8), METHODS[params.method]
+    layers = len(family.decoder_layers(model))
+    middle = layers // 2
+    block, method = Block(middle, min(middle + 8, layers)), METHODS[params.method]
     names = method.statistics(params)
     taken = take_statistics(model, family, documents, block, names, params.batch_size)
     edits = method.solve(params, block, taken.__getitem__).edits
