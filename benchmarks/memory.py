@@ -1,7 +1,7 @@
-"""Peak memory of profile, activations and repair at 16k and at 128k calibration tokens: it must not grow with the tokens.
+"""Peak memory of profile, activations and repair at 16k and 128k calibration tokens: it must not grow with the tokens.
 
-``python -m benchmarks.memory`` runs each size in a process of its own, on params.yaml's model with random token ids, and
-prints the peak resident set of each and their ratio.
+``python -m benchmarks.memory`` measures each size in a process of its own, with params.yaml's model and random token ids, and
+prints the peak resident set sizes and their ratio.
 """
 
 import resource
@@ -27,7 +27,7 @@ LENGTH = 1024
 
 
 def measure(tokens: int) -> None:
-    """Run both passes over ``tokens`` tokens and print the peak resident set in MiB."""
+    """Run profile, activations and repair on ``tokens`` tokens and print the peak resident set size in MiB."""
     silence_libraries()
     params = read_params(Path("params.yaml"))
     use_processor(params.threads)
