@@ -146,7 +146,7 @@ def paired_p_value(before: Tensor, after: Tensor) -> float:
 def _t_p_value(change: Tensor) -> float:
     from scipy.stats import ttest_1samp
 
-    if not float(change.std()):  # every item changed alike
+    if not float(change.std()):  # every item changed by the same amount
         return float(not change.any())
     return float(ttest_1samp(change.numpy(), 0).pvalue)
 

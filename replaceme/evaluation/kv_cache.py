@@ -19,7 +19,7 @@ def filled_cache(model: Any, ids: Tensor) -> Any:
     return cache if cache is not None else getattr(output, "past_key_values", None)
 
 
-def going_on(model: Any, cache: Any) -> dict[str, Any]:
+def cache_arguments(model: Any, cache: Any) -> dict[str, Any]:
     """Return the arguments of a forward pass that continues from ``cache``; None is a pass without a cache."""
     if cache is None:
         return {"use_cache": False}

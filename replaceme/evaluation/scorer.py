@@ -18,7 +18,7 @@ from torch.nn.functional import log_softmax
 
 from replaceme.base.errors import DatasetError, ModelError
 from replaceme.base.progress import progress
-from replaceme.evaluation.kv_cache import filled_cache, going_on, shares_contexts
+from replaceme.evaluation.kv_cache import cache_arguments, filled_cache, shares_contexts
 from replaceme.evaluation.perplexity import WINDOW
 from replaceme.evaluation.requests import Encodings
 
@@ -120,7 +120,7 @@ class CausalScorer(TemplateLM):
         elif prefixes.shape[1]:
             cache = filled_cache(self.model, prefixes)
             cache.batch_select_indices(torch.tensor(rows))  # on the CPU: each layer may be on another device
-        logits = self.model(ids, logits_to_keep=scored, **going_on(self.model, cache)).logits
+        logits = self.model(ids, logits_to_keep=scored, **cache_arguments(self.model, cache)).logits
         scores = []
         for row, tail in zip(logits, continuations, strict=True):
             predictions = log_softmax(row[: len(tail)].float(), dim=-1)

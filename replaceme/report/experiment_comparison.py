@@ -34,14 +34,14 @@ class ExperimentComparison:
     Attributes:
         table: one row per experiment, with all columns.
         settings: the columns that are settings.
-        telling: the settings that do not follow from the method's name.
+        varying: the settings that do not follow from the method's name.
         quality: the column that experiments are ranked by.
         higher_is_better: whether a higher quality is better.
     """
 
     table: pd.DataFrame
     settings: tuple[str, ...]
-    telling: tuple[str, ...]
+    varying: tuple[str, ...]
     quality: str
     higher_is_better: bool
 
@@ -68,7 +68,7 @@ class ExperimentComparison:
         return [
             Row(
                 str(row["method"]), float(row["removed_percent"]), float(row[column]), bool(row[TRAINED]),
-                ", ".join(self._told(row) if counts[row["method"]] > 1 else []),
+                ", ".join(self._distinct_settings(row) if counts[row["method"]] > 1 else []),
             )
             for row in rows
         ], column  # fmt: skip
@@ -79,15 +79,15 @@ class ExperimentComparison:
 
     def _label(self, row: Mapping[str, Any]) -> str:
         """Return an experiment's name in a picture: its method, if there are several, and the settings that tell it apart."""
-        settings = self._told(row)
+        settings = self._distinct_settings(row)
         alone = self.table["method"].nunique() == 1
         return ", ".join(([] if alone and settings else [str(row["method"])]) + settings)
 
-    def _told(self, row: Mapping[str, Any]) -> list[str]:
+    def _distinct_settings(self, row: Mapping[str, Any]) -> list[str]:
         """Return the settings that tell an experiment apart from others of its method."""
         if (self.table["method"] == row["method"]).sum() == 1:
             return []
-        return [f"{SHORT.get(name, name)} {cell(row[name])}" for name in self.telling if cell(row[name])]
+        return [f"{SHORT.get(name, name)} {cell(row[name])}" for name in self.varying if cell(row[name])]
 
 
 def comparison_of(records: Sequence[Mapping[str, Any]]) -> ExperimentComparison:
@@ -122,7 +122,7 @@ def comparison_of(records: Sequence[Mapping[str, Any]]) -> ExperimentComparison:
     same = [name for name in table if name not in ("experiment", "revision", *costs)]
     table = table[~table[same].astype(str).duplicated(keep="last")].reset_index(drop=True)
     quality, higher_is_better = _quality(table)
-    about = tuple(settings), _telling(table, list(settings)), quality, higher_is_better
+    about = tuple(settings), _varying(table, list(settings)), quality, higher_is_better
     points = ExperimentComparison(table, *about).points()
     front = pareto_front(points, higher_is_better)
     table.insert(1, "best", [point in front for point in points])
@@ -195,7 +195,7 @@ def _quality(table: pd.DataFrame) -> tuple[str, bool]:
     return ratios[0], False
 
 
-def _telling(table: pd.DataFrame, settings: Sequence[str]) -> tuple[str, ...]:
+def _varying(table: pd.DataFrame, settings: Sequence[str]) -> tuple[str, ...]:
     """Return the settings that vary within a method, those with the most values first; with a single method, all settings."""
     if table["method"].nunique() == 1:
         return tuple(settings)

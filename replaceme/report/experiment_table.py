@@ -31,7 +31,7 @@ def shown(comparison: ExperimentComparison) -> tuple[list[list[str]], list[str]]
     A star marks the experiments that are the best for their size. With several methods, settings that vary within a method get
     columns as long as the table fits ``COLUMNS`` characters.
     """
-    table, settings = comparison.table, list(comparison.telling)
+    table, settings = comparison.table, list(comparison.varying)
     rows = _rows(table, settings)
     while table["method"].nunique() > 1 and settings and len(align(rows).splitlines()[0]) > COLUMNS:
         settings.pop()

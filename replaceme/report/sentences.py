@@ -144,12 +144,12 @@ def _refit_sentence(name: str, fit: Figures) -> str:
 
 
 def _fit_sentence(name: str, fit: Figures) -> str:
-    kind, alike = ("relative", "") if "relative_residual" in fit else ("weighted", " (all tokens weighted equally)")
+    kind, weighting = ("relative", "") if "relative_residual" in fit else ("weighted", " (all tokens weighted equally)")
     residual, bare = fit[f"{kind}_residual"], fit[f"{kind}_residual_removed"]
     cosine, bare_cosine = fit["mean_cosine"], fit["mean_cosine_removed"]
     sentence = (
-        f"{f'{name}: t' if name else 'T'}he map brings the relative residual{alike} from {bare:.3f} to {residual:.3f} and the "
-        f"mean cosine from {bare_cosine:.3f} to {cosine:.3f}."
+        f"{f'{name}: t' if name else 'T'}he map brings the relative residual{weighting} from {bare:.3f} to {residual:.3f} and "
+        f"the mean cosine from {bare_cosine:.3f} to {cosine:.3f}."
     )
     if residual < bare and cosine < bare_cosine:
         sentence += " The residual improves while the cosine gets worse, so a few tokens of very large norm dominate the fit."

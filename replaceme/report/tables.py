@@ -46,7 +46,7 @@ FIT_WORDS = {
     ),
     "mean_cosine_removed": ("… without a map", "the same with nothing in the block's place"),
     "smallest_factor": ("smallest factor", "by which a channel is scaled"),
-    "largest_factor": ("largest factor", "likewise"),
+    "largest_factor": ("largest factor", "the same"),
     "condition_number": (
         "condition number",
         "of MᵀM + αI, where M is the map's input: how far noise in the text can be amplified",
@@ -88,9 +88,9 @@ class Table:
     """A table of text cells; the first cell of each row is its heading.
 
     Attributes:
-        caption: what the table holds.
-        head: one heading a column.
-        rows: one cell a column.
+        caption: the contents, in a sentence or less.
+        head: one heading per column.
+        rows: one cell per column.
         notes: footnotes, as pairs of the mark in a cell and the note.
         link: source of the figures, if not the run itself.
     """
