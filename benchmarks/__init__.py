@@ -1,1 +1,1 @@
-"""Speed and memory, measured on demand against a bare forward pass in the same run; never part of the tests."""
+"""Benchmarks of speed, memory and selection criteria. They run on demand, not with the tests."""

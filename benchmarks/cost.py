@@ -1,8 +1,8 @@
-"""What each step costs, against one bare forward pass over the same tokens.
+"""Cost of each step, in bare forward passes over the same tokens.
 
-``python -m benchmarks.cost [documents]`` takes the model, text, dtype, batch size and threads of params.yaml, and as many
-documents as these say. The bare pass runs the decoder with the same batches and computes no logits. Steps alternate, and the
-medians are compared.
+``python -m benchmarks.cost [documents]`` uses the model, text, dtype, batch size and threads of params.yaml, and its
+dataset_size unless ``documents`` (at least 5) is given. A bare pass runs the decoder on the same batches without computing
+logits. The steps run in turn, in several rounds, and their medians are compared.
 """
 
 import statistics

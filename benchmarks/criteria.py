@@ -1,8 +1,8 @@
-"""Which criterion foretells what a cut costs: rank correlation with the outcome, over all cuts of a size.
+"""How well each criterion predicts the cost of a cut: rank correlation with the outcome, over all cuts of a size.
 
-``python -m benchmarks.criteria [sizes]`` (default ``4,8,10``) takes the model and documents of the pipeline's last run. The
-outcome of a cut is the perplexity on held-out text of the embedded task ``wikipedia`` (8192 tokens) with ReplaceMe's lstsq
-map, fitted to all calibration tokens, in the block's place.
+``python -m benchmarks.criteria [sizes]`` (default ``4,8,10``) uses the model, documents and profile of the pipeline's last run.
+The outcome of a cut is the perplexity on held-out text of the embedded task ``wikipedia`` (8192 tokens), with ReplaceMe's lstsq
+map in the block's place, fitted to all calibration tokens.
 """
 
 import math

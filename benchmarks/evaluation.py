@@ -1,8 +1,8 @@
-"""What evaluation costs: its tokens a second against one bare forward pass over the same tokens, for each task.
+"""Speed of the evaluation of each task, in tokens per second, relative to a bare forward pass over the same tokens.
 
-``python -m benchmarks.evaluation [share]`` takes the model, tasks and settings of params.yaml, and ``share`` (default
-0.25) of each task's items. Tokens are those that must be computed: each context once, whatever the number of choices. The
-bare pass packs them into windows of 1024 tokens and computes no logits. Passes alternate, and the medians are compared.
+``python -m benchmarks.evaluation [share]`` uses the model, tasks and settings of params.yaml, and ``share`` (default 0.25) of
+each task's items. Only the tokens that must be computed count: each context once, whatever the number of its choices. The bare
+pass packs them into windows of 1024 tokens and computes no logits. The two passes alternate, and their medians are compared.
 """
 
 import statistics
@@ -54,7 +54,7 @@ def main(share: float) -> None:
             ids = [int(token) for window in windows.windows for token in window[:-1]]
             steps[name] = (_perplexity(model, windows, params.eval_batch_size), ids)
         else:
-            limit = int(len(task_items(task)) * share) if task_kind(task) != "lm-eval" else 100
+            limit = max(int(len(task_items(task)) * share), 1) if task_kind(task) != "lm-eval" else 100
             encodings = Encodings()
             step = _accuracy(model, tokenizer, params.eval_batch_size, replace(task, limit=limit), found[name], encodings)
             step()
@@ -62,7 +62,7 @@ def main(share: float) -> None:
     print(f"{params.eval_dtype}, batch {params.eval_batch_size}, {params.threads} threads, median of {ROUNDS}")
     total = {"bare": 0.0, "evaluation": 0.0}
     for name, (step, ids) in steps.items():
-        # A last window that is not full would be a batch of its own shape: tokens are repeated until it is.
+        # Repeat tokens until the last window is full: a shorter one would be a batch of another shape.
         windows_needed = -(-len(ids) // WINDOW)
         filled = (ids * (windows_needed * WINDOW // len(ids) + 1))[: windows_needed * WINDOW]
         packed = list(torch.tensor(filled).view(-1, WINDOW))
@@ -99,7 +99,7 @@ def _accuracy(model: Any, tokenizer: Any, batch_size: int, task: Any, found: Any
 
 
 def _computed(encodings: Encodings) -> list[int]:
-    """Return the ids that scoring must compute: each context once, and of each continuation all but its last token."""
+    """Return the ids that scoring must compute: each context once, and each continuation without its last token."""
     contexts: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
     for context, continuation in encodings.pairs.values():
         contexts.setdefault(tuple(context), []).append(tuple(continuation))

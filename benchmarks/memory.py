@@ -1,7 +1,7 @@
-"""Peak memory of profile, activations and repair at 16k and at 128k calibration tokens: it must not grow with the tokens.
+"""Peak memory of profile, activations and repair at 16k and 128k calibration tokens: it must not grow with the tokens.
 
-``python -m benchmarks.memory`` runs each size in a process of its own, on params.yaml's model with random token ids, and
-prints the peak resident set of each and their ratio.
+``python -m benchmarks.memory`` measures each size in a process of its own, with params.yaml's model and random token ids, and
+prints the peak resident set sizes and their ratio.
 """
 
 import resource
@@ -27,7 +27,7 @@ LENGTH = 1024
 
 
 def measure(tokens: int) -> None:
-    """Run both passes over ``tokens`` tokens and print the peak resident set in MiB."""
+    """Run profile, activations and repair on ``tokens`` tokens and print the peak resident set size in MiB."""
     silence_libraries()
     params = read_params(Path("params.yaml"))
     use_processor(params.threads)
@@ -37,8 +37,9 @@ def measure(tokens: int) -> None:
     rows = torch.randint(0, int(source.config().vocab_size), (tokens // LENGTH, LENGTH), generator=generator)
     documents = Documents(list(rows))
     profile_model(model, family, documents, params.batch_size)
-    middle = len(family.decoder_layers(model)) // 2
-    block, method = Block(middle, middle + 8), METHODS[params.method]
+    layers = len(family.decoder_layers(model))
+    middle = layers // 2
+    block, method = Block(middle, min(middle + 8, layers)), METHODS[params.method]
     names = method.statistics(params)
     taken = take_statistics(model, family, documents, block, names, params.batch_size)
     edits = method.solve(params, block, taken.__getitem__).edits

@@ -1,7 +1,7 @@
 """Time and memory of the solves at a large model's widths, on random statistics.
 
-``python -m benchmarks.solve [d] [f]`` (default Llama-3-8B: 4096, 14336): ReplaceMe's map (d × d), and the new weights of the
-linear that ends the MLP (f × d), which a refit solves once and a repair once for each kept layer behind the cut.
+``python -m benchmarks.solve [d f]`` (default Llama-3-8B: 4096, 14336) times ReplaceMe's map (d × d) and the new weights of the
+MLP's last linear (f × d). A refit solves for these once, a repair once for each kept layer after the cut.
 """
 
 import resource
@@ -19,7 +19,7 @@ from replaceme.solvers.ridge import solve_correction, solve_ridge
 
 
 def random_gram(width: int) -> Tensor:
-    """Return a well-conditioned Gram matrix (width, width) float64, with an uneven diagonal as real features have."""
+    """Return a well-conditioned Gram matrix (width, width) float64; its diagonal is as uneven as that of real features."""
     scale = torch.logspace(-2, 2, width, dtype=torch.float64)
     rows = torch.randn(256, width, dtype=torch.float32)
     gram = (rows.T @ rows).double()
@@ -30,7 +30,7 @@ def random_gram(width: int) -> Tensor:
 
 
 def timed(name: str, solve: Callable[[], object]) -> None:
-    """Print seconds and the peak resident set so far."""
+    """Run ``solve``, and print its seconds and the peak resident set size so far."""
     began = time.perf_counter()
     solve()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -24,7 +24,7 @@ from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import METHODS
 
 if TYPE_CHECKING:
-    from replaceme.report.comparison import Comparison
+    from replaceme.report.experiment_comparison import ExperimentComparison
 
 SPEED_FILE = "speed.json"
 Record = dict[str, Any]
@@ -55,8 +55,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _compare(revisions: Sequence[str] | None, number: int, output: Path, speed: bool = False) -> None:
-    from replaceme.report.comparison import comparison_of
-    from replaceme.report.comparison_table import shown
+    from replaceme.report.experiment_comparison import comparison_of
+    from replaceme.report.experiment_table import shown
 
     if output.exists() and not (output / "experiments.csv").is_file():
         raise ParameterError(f"--output: {output} exists and holds no comparison of experiments; choose another folder.")
@@ -86,18 +86,18 @@ def _recorded(revisions: Sequence[str] | None, number: int) -> list[dict[str, An
     return records
 
 
-def _add_speeds(comparison: Comparison, output: Path) -> None:
-    from replaceme.report.comparison import SPEEDS
+def _add_speeds(comparison: ExperimentComparison, output: Path) -> None:
+    from replaceme.report.experiment_comparison import SPEEDS
 
     times = speeds_of(comparison.table.to_dict("records"), output / SPEED_FILE)
     for kind, column in SPEEDS.items():
         comparison.table[column] = [record[kind]["speedup"] if record else None for record in times]
 
 
-def _save(comparison: Comparison, output: Path) -> None:
+def _save(comparison: ExperimentComparison, output: Path) -> None:
     """Write the table and the figures; keep the measured times."""
-    from replaceme.report.comparison import RETENTION
-    from replaceme.report.comparison_table import markdown, shown
+    from replaceme.report.experiment_comparison import RETENTION
+    from replaceme.report.experiment_table import markdown, shown
     from replaceme.report.methods_figure import methods_figure
     from replaceme.report.theme import png
     from replaceme.report.tradeoff import quality_against_size
@@ -115,7 +115,7 @@ def _save(comparison: Comparison, output: Path) -> None:
 
 
 def _title(column: str) -> str:
-    from replaceme.report.comparison import RATIO, RETENTION
+    from replaceme.report.experiment_comparison import RATIO, RETENTION
 
     return "accuracy kept (% of dense)" if column == RETENTION else f"perplexity of {column.removesuffix(RATIO)} (times dense)"
 

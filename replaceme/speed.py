@@ -17,7 +17,7 @@ from replaceme.base.compute import resolve_device, use_processor
 from replaceme.base.fingerprints import sha256_of
 from replaceme.base.params import Params
 from replaceme.base.progress import progress
-from replaceme.evaluation.kv_cache import filled_cache, going_on
+from replaceme.evaluation.kv_cache import cache_arguments, filled_cache
 from replaceme.models.model import WEIGHTS, Model
 
 PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 512, 64, 5
@@ -84,7 +84,7 @@ def _timed(model: Any, prompt: Tensor) -> tuple[float, float]:
     def decode() -> None:
         nonlocal token
         for _ in range(NEW_TOKENS):
-            token = model(token, **going_on(model, cache)).logits[:, -1:].argmax(-1)
+            token = model(token, **cache_arguments(model, cache)).logits[:, -1:].argmax(-1)
 
     seconds, _ = _clock(decode)
     return prefill, seconds / NEW_TOKENS

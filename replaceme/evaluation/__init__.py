@@ -1,4 +1,4 @@
-"""Scores of a model.
+"""Evaluation: the scores of a model, and their comparison with another's.
 
 It may import base, models and corpora.
 """

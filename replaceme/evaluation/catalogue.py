@@ -1,7 +1,7 @@
-"""The tasks, groups and tags that lm-eval knows by name: which there are, what they are made from, and the tasks themselves.
+"""lm-eval's catalogue of tasks, groups and tags: their names, their datasets, and the tasks themselves.
 
-The names come from the YAML files that lm-eval ships; a task's text is a dataset of the hub, known by its commit. Where
-the hub can't be reached, a dataset in the local cache does.
+The names come from the YAML files that lm-eval ships. A task's text is a dataset of the hub, identified by its commit. If the
+hub can't be reached, the dataset is read from the local cache.
 """
 
 import functools
@@ -21,7 +21,7 @@ from replaceme.base.progress import logger
 from replaceme.base.task import Task
 from replaceme.models import hub
 
-# These dataset names read files and are no repositories.
+# These dataset names are loaders of files, not repositories.
 FILE_BUILDERS = {"json", "csv", "parquet", "text", "arrow"}
 
 
@@ -36,16 +36,16 @@ def has(name: str) -> bool:
 
 
 def members(name: str) -> list[str]:
-    """Return the names of the single tasks that a name stands for."""
+    """Return the single tasks of a task, group or tag, by name."""
     return [single for single, _ in _single_tasks(name)]
 
 
 def identity(name: str) -> dict[str, Any]:
-    """Return what identifies a name's items: the version of lm-eval, and the commit of each dataset.
+    """Return what identifies the items of a task, group or tag: lm-eval's version, and the commit of each dataset.
 
     Raises:
         DatasetError: a dataset can neither be reached nor found in the cache.
-        ParameterError: the task needs more than text, or runs what the model writes.
+        ParameterError: the task needs more than text, or runs code that the model writes.
     """
     for single, config in _single_tasks(name):
         if config.get("unsafe_code"):
@@ -54,16 +54,16 @@ def identity(name: str) -> dict[str, Any]:
             raise ParameterError(f"tasks: {single} needs more than text; leave it out.")
     commits = _commits(name)
     if not commits:
-        logger.info("tasks: what '%s' is made from is known by the version of lm-eval alone", name)
+        logger.info("tasks: the items of '%s' are identified by lm-eval's version alone", name)
     return {"lm_eval": version("lm_eval"), "datasets": commits}
 
 
 def load(task: Task, found: Mapping[str, Any]) -> dict[str, Any]:
-    """Return lm-eval's own objects of a task: ``tasks`` and ``groups``, both by name.
+    """Return lm-eval's objects for a task: ``tasks`` and ``groups``, both by name.
 
     Args:
-        task: the name, and options.
-        found: what ``identity`` returned; the datasets are read at these commits.
+        task: its name and options.
+        found: its ``identity``; the datasets are read at these commits.
 
     Raises:
         DatasetError: a dataset can't be read.
@@ -86,17 +86,21 @@ def load(task: Task, found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def configure(single: Any, fewshots: int | None) -> None:
-    """Set the number of solved examples of one of lm-eval's tasks (None: its own, else none) and their seed, lm-eval's.
+    """Set the number of few-shot examples of one of lm-eval's tasks, and lm-eval's own seed for them.
+
+    Args:
+        single: the task; it is changed.
+        fewshots: the number; None keeps the task's own, or 0 if it has none.
 
     Raises:
-        ParameterError: there are not so many examples to choose from.
+        ParameterError: the task has fewer examples to choose from.
     """
     if fewshots is not None or single.config.num_fewshot is None:
         single.set_config(key="num_fewshot", value=fewshots or 0)
     single.set_fewshot_seed(seed=1234)
     examples = getattr(getattr(single, "sampler", None), "df", None)
     if fewshots and examples is not None:
-        # An item is no example of itself.
+        # An item can't be its own example.
         most = len(examples) - (single.fewshot_cfg.split == single.config.test_split)
         if fewshots > most:
             raise ParameterError(
@@ -105,7 +109,7 @@ def configure(single: Any, fewshots: int | None) -> None:
 
 
 def seed() -> None:
-    """Seed what tasks draw from (some shuffle their choices), as lm-eval's own program does."""
+    """Seed the global generators, as lm-eval's own program does: some tasks shuffle their choices."""
     random.seed(0)
     np.random.seed(1234)
     torch.manual_seed(1234)
@@ -126,7 +130,7 @@ def _index() -> Mapping[str, Any]:
 
 
 def _commits(name: str) -> dict[str, str]:
-    """Return dataset → commit for all tasks below a name; offline, every configuration of a dataset must be cached."""
+    """Return dataset → commit for all single tasks of a name; offline, every configuration in use must be cached."""
     commits: dict[str, str] = {}
     asked = set()
     for _, config in _single_tasks(name):
@@ -142,7 +146,7 @@ def _commits(name: str) -> dict[str, str]:
 
 
 def _single_tasks(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield name and configuration of each single task below a task, group or tag, without loading its dataset."""
+    """Yield name and configuration of each single task of a task, group or tag, without loading its dataset."""
     entry = _index()[name]
     if entry.kind.name == "TAG":
         for tagged in sorted(entry.tags):
@@ -162,12 +166,12 @@ def _members(group_name: str, group: Mapping[str, Any]) -> Iterator[tuple[str, d
         elif isinstance(member, dict) and "group" in member:
             yield from _members(f"{group_name}::{member['group']}", member)
         elif isinstance(member, dict):
-            yield f"{group_name}::{member.get('task')}", member  # defined in the group alone; lm-eval's name for it
+            yield f"{group_name}::{member.get('task')}", member  # defined only in the group; this is lm-eval's name for it
 
 
 @contextmanager
 def _pinned(commits: Mapping[str, str]) -> Iterator[None]:
-    """Read datasets at the commits that were found, not at what is newest by then; lm-eval has no way to say so."""
+    """Load datasets at the given commits inside the block, not at the newest; lm-eval has no option for this."""
     import datasets
 
     read = datasets.load_dataset

@@ -1,8 +1,8 @@
-"""The pruned model's scores beside the dense one's, with their uncertainty: the content of metrics/evaluation.json.
+"""Comparison of the pruned model's scores with the dense model's, with uncertainties: the content of metrics/evaluation.json.
 
-Both models score the same items, so their difference is less uncertain than that of two samples: its standard error is that
-of the items' differences, and ``p_value`` is that of the exact McNemar test (accuracy of 0 or 1 an item; McNemar 1947) or of
-the paired t-test. A group's items are a sample of each of its tasks, which count by their size or alike, as lm-eval has it.
+Both models score the same items, so the comparison is paired. The standard error of a difference comes from the differences of
+the items; ``p_value`` is from the exact McNemar test (items of accuracy 0 or 1; McNemar 1947) or the paired t-test. In a group,
+the tasks are fixed and the items of each are a sample; tasks are weighted by size or equally, as lm-eval defines the group.
 
 ``retention_percent`` is the published table's last column: average accuracy of the pruned model over that of the dense one
 (ReplaceMe, arXiv 2505.02819, table 1).
@@ -27,13 +27,13 @@ SIZES = ("parameters", "disk_bytes", "kv_cache_bytes_per_token")
 
 
 def compare(dense: Figures, pruned: Figures, dense_items: Mapping[str, Tensor], pruned_items: Mapping[str, Tensor]) -> Figures:
-    """Return for each score dense, pruned and what relates them.
+    """Return each score of both models with their ratio or difference and its uncertainty.
 
     Args:
         dense: the dense model's figures (``Scores.figures``).
-        pruned: the pruned model's.
-        dense_items: the dense model's figures for each item (``Scores.items``).
-        pruned_items: the pruned model's, on the same items.
+        pruned: the pruned model's figures.
+        dense_items: the dense model's scores of each item (``Scores.items``).
+        pruned_items: the pruned model's scores of the same items.
     """
     comparison: Figures = {}
     for unit, key in UNITS.items():
@@ -68,13 +68,13 @@ def compare(dense: Figures, pruned: Figures, dense_items: Mapping[str, Tensor], 
 
 
 def parts_of(items: Mapping[str, Tensor], task: str) -> list[Tensor]:
-    """Return each single task's items among ``Scores.items``; none where they aren't known."""
+    """Return the items of each single task of ``task`` from ``Scores.items``; an empty list if they aren't known."""
     names = takewhile(items.__contains__, (f"accuracy/{task}/{number}" for number in count()))
     return [items[name] for name in names]
 
 
 def weighted_mean(parts: Sequence[Tensor], by_size: bool) -> float:
-    """Return the mean over all items (``by_size``), or the mean of the parts' means."""
+    """Return the mean over all items (``by_size``) or the mean of the parts' means."""
     return sum(weight * float(part.mean()) for weight, part in zip(_weights(parts, by_size), parts, strict=True))
 
 
@@ -102,13 +102,13 @@ def _accuracy(dense: Figures, pruned: Figures, before: Sequence[Tensor], after: 
         entry["stderr_diff"] = weighted_stderr(changes, by_size)
         if by_size:
             entry["p_value"] = paired_p_value(torch.cat(list(before)), torch.cat(list(after)))
-        else:  # McNemar's test weighs items alike: here the normal one, on what the tasks' means come to
+        else:  # McNemar's test weights items equally; here a normal test on the mean of the tasks' means
             entry["p_value"] = _normal_p_value(weighted_mean(changes, by_size), entry["stderr_diff"])
     return entry
 
 
 def _changes(before: Sequence[Tensor], after: Sequence[Tensor], ratio: float = 1.0) -> list[Tensor]:
-    """Return ``after − ratio · before`` of each part, or nothing where an error can't be told from it."""
+    """Return ``after − ratio · before`` of each part, or an empty list if it allows no standard error."""
     if len(before) != len(after) or not all(len(a) == len(b) > 1 for a, b in zip(before, after, strict=True)):
         return []
     return [b - ratio * a for a, b in zip(before, after, strict=True)]
@@ -117,7 +117,7 @@ def _changes(before: Sequence[Tensor], after: Sequence[Tensor], ratio: float = 1
 def _retention_stderr(
     means: Mapping[str, float], dense: Figures, before: Mapping[str, Tensor], after: Mapping[str, Tensor]
 ) -> float | None:
-    """Return the standard error of the ratio of the averages, from the items of both models (first order)."""
+    """Return the standard error of the ratio of the averages, from the items of both models (delta method, first order)."""
     ratio, variance = means["pruned"] / means["dense"], 0.0
     for task, score in dense["accuracy"].items():
         changes = _changes(parts_of(before, task), parts_of(after, task), ratio)
@@ -131,8 +131,8 @@ def paired_p_value(before: Tensor, after: Tensor) -> float:
     """Return the two-sided p-value of a difference in mean on the same items.
 
     Args:
-        before: (items,) one model's score of each item; at least two.
-        after: (items,) the other's.
+        before: (items,) one model's score of each item; at least two items.
+        after: (items,) the other model's scores.
     """
     from scipy.stats import binomtest
 
@@ -146,7 +146,7 @@ def paired_p_value(before: Tensor, after: Tensor) -> float:
 def _t_p_value(change: Tensor) -> float:
     from scipy.stats import ttest_1samp
 
-    if not float(change.std()):  # every item changed alike
+    if not float(change.std()):  # every item changed by the same amount
         return float(not change.any())
     return float(ttest_1samp(change.numpy(), 0).pvalue)
 
@@ -156,7 +156,7 @@ def _normal_p_value(mean: float, stderr: float) -> float:
 
 
 def comparison_table(comparison: Figures) -> str:
-    """Return the comparison as a small text table."""
+    """Return the comparison as a text table."""
     return align(comparison_rows(comparison))
 
 
@@ -181,7 +181,7 @@ def comparison_rows(comparison: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def scores_table(figures: Figures) -> str:
-    """Return one model's scores (``Scores.figures``) as a small text table."""
+    """Return one model's scores (``Scores.figures``) as a text table."""
     rows: list[tuple[str, ...]] = [("", *UNITS)]
     for task, scores in figures["perplexity"].items():
         rows.append((f"{task} perplexity", *(f"{scores[unit]:.4g}" if unit in scores else "" for unit in UNITS)))
@@ -204,5 +204,5 @@ def _kept(pair: Figures) -> str:
 
 
 if __name__ == "__main__":
-    # The table of the last run again, when nothing had to be scored anew.
+    # Print the last run's table again, if no stage had to run.
     print(comparison_table(read_json(Workspace().metric("evaluation"))))

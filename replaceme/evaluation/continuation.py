@@ -1,7 +1,7 @@
-"""A four-way choice of how a text goes on, in HellaSwag's form, made from held-out articles.
+"""Embedded task: choose how a text continues, out of four choices, in HellaSwag's form, from held-out articles.
 
-The context is a run of whole sentences; the choices are the sentence that follows and three others of the same article
-from elsewhere in it, all cut to the same number of words, so that neither topic nor length gives the answer away.
+The context is a run of whole sentences. The choices are the next sentence and three sentences from elsewhere in the same
+article, all cut to the same number of words, so that neither topic nor length gives the answer away.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ CHOICES = 4
 
 
 def continuation_items(articles: Iterable[str]) -> list[dict[str, Any]]:
-    """Return at most ``ITEMS`` items ``{query, choices, gold}``, in turn from all articles; the same for the same text."""
+    """Return at most ``ITEMS`` items ``{query, choices, gold}``, from all articles in turn; deterministic."""
     return in_turn([_items_of(article) for article in articles], ITEMS)
 
 
@@ -49,7 +49,7 @@ def _items_of(article: str) -> list[dict[str, Any]]:
 
 
 def sentences(paragraph: str) -> list[str]:
-    """Split a paragraph where a sentence seems to end."""
+    """Split a paragraph into sentences, by punctuation and capitals."""
     return re.split(r"(?<=[.!?]) +(?=[A-Z])", paragraph)
 
 

@@ -1,4 +1,4 @@
-"""Accuracy through lm-eval: its tasks, its metrics, its standard errors; what runs the model is ``CausalScorer``."""
+"""Accuracy through lm-eval: its tasks, metrics and standard errors, with ``CausalScorer`` to run the model."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -21,20 +21,20 @@ from replaceme.evaluation.comparison import weighted_mean, weighted_stderr
 from replaceme.evaluation.scorer import CausalScorer
 from replaceme.evaluation.tasks import Items, is_file, task_items, task_kind, task_name
 
-# Length-normalised accuracy where the task has it, then what else says how often a model is right. Other metrics (F1, BLEU,
-# correlations) are no share of items, and an average over tasks would mix what doesn't compare.
+# Length-normalised accuracy if the task has it, else another metric that is a share of correct items. Other metrics (F1, BLEU,
+# correlations) can't be averaged with these over tasks.
 ACCURACIES = ("acc_norm", "acc", "exact_match", "em", "accuracy")
 PERPLEXITIES = {"word_perplexity": "word", "byte_perplexity": "byte"}
 
 
 @dataclass(frozen=True)
 class Reported:
-    """A score of its own.
+    """One reported score.
 
     Attributes:
-        singles: names of the single tasks that it is made of.
-        metric: the accuracy that counts; None for a perplexity.
-        by_size: whether each item weighs alike, not each task (of a group).
+        singles: names of the single tasks that it covers.
+        metric: the reported accuracy; None for a perplexity.
+        by_size: whether a group weights its items equally; otherwise it weights its tasks equally.
     """
 
     singles: tuple[str, ...]
@@ -49,8 +49,8 @@ class Suite:
     Attributes:
         singles: name → lm-eval's task.
         groups: name → lm-eval's group.
-        reported: name → what is reported under it.
-        limits: single task → the items that are scored.
+        reported: name → the score that is reported under it.
+        limits: single task → number of items to score.
     """
 
     singles: dict[str, Any] = field(default_factory=dict)
@@ -62,8 +62,8 @@ class Suite:
         """Add a task; ``found`` is its identity (``task_fingerprints``).
 
         Raises:
-            DatasetError: it can't be read, or measures neither an accuracy nor a perplexity.
-            ParameterError: one of its names is taken.
+            DatasetError: the task can't be read, or measures neither an accuracy nor a perplexity.
+            ParameterError: one of its names is taken already.
         """
         if task_kind(task) == "lm-eval":
             loaded = catalogue.load(task, found)
@@ -74,36 +74,38 @@ class Suite:
             raise ParameterError(f"tasks: {min(taken)} is there twice, by its own name or in a group; keep one.")
         self.singles |= singles
         self.groups |= groups
-        # A tag, or a group that has no score of its own, is so many tasks.
+        # A tag, or a group without an aggregate score, is reported task by task.
         aggregates = groups[task.name].aggregate_metric_list if task.name in groups else None
         if aggregates:
-            metric = _counting_metric(task.name, [aggregate.metric for aggregate in aggregates])
+            metric = _reported_metric(task.name, [aggregate.metric for aggregate in aggregates])
             by_size = all(aggregate.weight_by_size for aggregate in aggregates if aggregate.metric == metric)
             self.reported[task.name] = Reported(tuple(singles), metric, by_size)
         else:
             for name, single in singles.items():
-                self.reported[name] = Reported((name,), _counting_metric(name, list(single.aggregation())))
+                self.reported[name] = Reported((name,), _reported_metric(name, list(single.aggregation())))
         if task.limit is not None:
             self.limits |= dict.fromkeys(singles, task.limit)
 
 
-def _counting_metric(name: str, metrics: Sequence[str]) -> str | None:
-    """Return the accuracy that counts among a task's metrics, or None if its perplexity does."""
+def _reported_metric(name: str, metrics: Sequence[str]) -> str | None:
+    """Return the accuracy to report among a task's metrics, or None to report its perplexity."""
     if metric := next((metric for metric in ACCURACIES if metric in metrics), None):
         return metric
     if set(PERPLEXITIES) & set(metrics):
         return None
-    raise DatasetError(f"tasks: {name} measures {', '.join(metrics)}, which is no accuracy and no perplexity; leave it out.")
+    raise DatasetError(
+        f"tasks: {name} measures {', '.join(metrics)}, which is neither an accuracy nor a perplexity; leave it out."
+    )
 
 
 @dataclass
 class Outcome:
-    """What a run of lm-eval gave.
+    """Results of a run of lm-eval.
 
     Attributes:
-        accuracy: task → ``{accuracy, metric, fewshots, by_size}``, and ``stderr`` and ``items`` where it has them.
+        accuracy: task → ``{accuracy, metric, fewshots, by_size}``, and ``stderr`` and ``items`` if known.
         perplexity: task → ``{word, byte}``, for lm-eval's own perplexity tasks.
-        items: task → for each of its single tasks (items,) float64, the accuracy of each item.
+        items: task → (items,) float64 for each of its single tasks: the accuracy of each item.
     """
 
     accuracy: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -112,7 +114,7 @@ class Outcome:
 
 
 def run(scorer: CausalScorer, suite: Suite) -> Outcome:
-    """Score all tasks of a suite; their requests are sorted and batched together."""
+    """Score all tasks of a suite; their requests are batched together."""
     outcome = Outcome()
     rolling = {name for name, single in suite.singles.items() if single.OUTPUT_TYPE == "loglikelihood_rolling"}
     for names in (suite.singles.keys() - rolling, rolling):
@@ -120,7 +122,7 @@ def run(scorer: CausalScorer, suite: Suite) -> Outcome:
         try:
             result = _run_lm_eval(scorer, suite, {name for entry in reported.values() for name in entry.singles})
         except OverflowError:
-            logger.warning("%s: the perplexity of %s is no number, and left out", scorer.description, ", ".join(reported))
+            logger.warning("%s: the perplexity of %s overflows and is left out", scorer.description, ", ".join(reported))
             continue
         for name, entry in reported.items():
             figures = {**result["results"], **result.get("groups", {})}[name]
@@ -144,7 +146,7 @@ def _run_lm_eval(scorer: CausalScorer, suite: Suite, names: set[str]) -> Any:
         if names.issuperset(task.task_name for task in group.get_all_tasks())
     }
     counts = {name: min(limit, len(singles[name].eval_docs)) for name, limit in suite.limits.items() if name in names}
-    # lm-eval's own bar over the items says nothing about what it counts.
+    # Replaces lm-eval's own progress bar, which doesn't say what it counts.
     bar = partial(progress, description=f"{scorer.description}: items", unit="items")
     with mock.patch.object(lm_eval_task, "tqdm", bar):
         catalogue.seed()
@@ -152,17 +154,17 @@ def _run_lm_eval(scorer: CausalScorer, suite: Suite, names: set[str]) -> Any:
             lm=scorer,
             task_dict={"tasks": singles, "groups": groups},
             samples={name: list(range(count)) for name, count in counts.items()} or None,
-            bootstrap_iters=0,  # no resampling: the standard error of a mean is known
+            bootstrap_iters=0,  # no bootstrap: the standard error of a mean has a formula
         )
 
 
 def _report_accuracy(
     outcome: Outcome, name: str, entry: Reported, figures: Mapping[str, Any], samples: Mapping[str, Any], suite: Suite
 ) -> None:
-    # Of several filters of the answer (strict, flexible), the first one counts.
+    # With several filters of the answer (strict, flexible), the first is reported.
     key = next((key for key in figures if key.split(",")[0] == entry.metric), "")
     if not key:
-        raise DatasetError(f"tasks: {name} promises the metric {entry.metric} and doesn't measure it; leave it out.")
+        raise DatasetError(f"tasks: {name} declares the metric {entry.metric} but doesn't measure it; leave it out.")
     kind = key.split(",")[1]
     score: dict[str, Any] = {
         "accuracy": float(figures[key]),
@@ -171,7 +173,7 @@ def _report_accuracy(
         "by_size": entry.by_size,
     }
     parts = [_items(samples[single], str(entry.metric), kind) for single in entry.singles]
-    # What isn't the mean of its items (some metrics are of all of them together) has no error that these could tell.
+    # Some metrics are not the mean of their items; the items then give no standard error.
     if all(map(len, parts)) and abs(weighted_mean(parts, entry.by_size) - score["accuracy"]) < 1e-9:
         outcome.items[name] = parts
         score["items"] = sum(map(len, parts))
@@ -185,13 +187,13 @@ def _report_accuracy(
 
 
 def _items(samples: Sequence[Mapping[str, Any]], metric: str, kind: str) -> Tensor:
-    """Return (items,) float64, or nothing for a metric of which one item alone has no number."""
+    """Return (items,) float64; empty for a metric without a value for single items."""
     values = [sample.get(metric) for sample in samples if sample["filter"] == kind]
     return torch.tensor(values if all(isinstance(value, int | float) for value in values) else [], dtype=torch.float64)
 
 
 def _own_task(task: Task) -> Any:
-    """Return an lm-eval task over items of ours."""
+    """Return an lm-eval task for an embedded task or the user's own file."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     items, kind = task_items(task), task_kind(task)
     single = _task_of(task_name(task), items, WORD if kind == "word" else QUESTION if is_file(task) else CONTINUATION)

@@ -1,6 +1,6 @@
-"""A model's key-value cache: fill it, go on from it, and say how large it is.
+"""A model's key-value cache: fill it, continue from it, and measure its size.
 
-Newer versions of transformers call the argument and the output ``cache``, older ones ``past_key_values``.
+Newer versions of transformers name the argument and the output ``cache``, older ones ``past_key_values``.
 """
 
 import inspect
@@ -13,14 +13,14 @@ from replaceme.models.families import decoder_of
 
 
 def filled_cache(model: Any, ids: Tensor) -> Any:
-    """Return the cache after token ids (rows, tokens); computes no logits."""
+    """Return the cache after token ids (rows, tokens), without computing logits."""
     output = decoder_of(model)(input_ids=ids, use_cache=True)
     cache = getattr(output, "cache", None)
     return cache if cache is not None else getattr(output, "past_key_values", None)
 
 
-def going_on(model: Any, cache: Any) -> dict[str, Any]:
-    """Return the arguments of a forward pass that goes on from ``cache`` (None: one that keeps no cache)."""
+def cache_arguments(model: Any, cache: Any) -> dict[str, Any]:
+    """Return the arguments of a forward pass that continues from ``cache``; None is a pass without a cache."""
     if cache is None:
         return {"use_cache": False}
     return {
@@ -35,9 +35,9 @@ def shares_contexts(model: Any) -> bool:
 
 
 def cache_bytes_per_token(model: Any) -> int | None:
-    """Return the bytes of keys and values that a loaded model keeps for each token of a short text, over all its layers.
+    """Return the bytes of keys and values that a loaded model caches per token of a short text, over all layers.
 
-    None for a model that keeps something else (a state-space model, say).
+    None for a model with another kind of cache (a state-space model, say).
     """
     tokens = 8
     cache = _example(model, tokens)

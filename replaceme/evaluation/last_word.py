@@ -1,7 +1,7 @@
-"""The last word of a passage, in LAMBADA's form (arXiv 1606.06031), made from held-out articles.
+"""Embedded task: predict the last word of a passage, in LAMBADA's form (arXiv 1606.06031), from held-out articles.
 
-The passage is the end of an article's earlier sentences and one whose last word is no common one and was used in those
-earlier sentences: what it is stands in the long context, hardly in the last sentence alone.
+A passage is a sentence with the sentences before it. Its last word is not a common one and occurs in the earlier sentences, so
+that the long context gives it away and the last sentence alone hardly does.
 """
 
 import re
@@ -14,12 +14,12 @@ from replaceme.evaluation.continuation import in_turn, sentences
 ITEMS = 450
 CONTEXT_WORDS = 50
 SHORTEST_WORD = 4
-# A word that stands in at least this share of all sentences is a common one.
+# A word that occurs in at least this share of all sentences is common.
 COMMON = 0.05
 
 
 def last_word_items(articles: Iterable[str]) -> list[dict[str, Any]]:
-    """Return at most ``ITEMS`` items ``{context, word}``, in turn from all articles; the same for the same text."""
+    """Return at most ``ITEMS`` items ``{context, word}``, from all articles in turn; deterministic."""
     texts = [[sentences(paragraph) for paragraph in article.split("\n\n")] for article in articles]
     everything = [sentence for text in texts for paragraph in text for sentence in paragraph]
     counts = Counter(word for sentence in everything for word in set(_words(sentence)))
@@ -39,7 +39,7 @@ def _items_of(paragraphs: list[list[str]], common: set[str]) -> Iterator[dict[st
                 passage = []
                 continue
         passage.append(sentence)
-        # As short a passage as is long enough: whole sentences, counted from the end.
+        # The shortest run of whole sentences before here that is long enough.
         while sum(len(text.split()) for text in passage[1:]) >= CONTEXT_WORDS:
             passage.pop(0)
 

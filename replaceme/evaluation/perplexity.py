@@ -1,9 +1,9 @@
-"""Perplexity on running text, in non-overlapping windows of 1024 tokens (fewer, where the model can't take as many).
+"""Perplexity on running text, in non-overlapping windows of 1024 tokens (fewer, if the model takes fewer).
 
-Each window starts as the tokenizer starts a text. With mean negative log-likelihood ``nll`` over the predicted tokens:
-token perplexity is ``exp(nll)``; word and byte perplexity are ``exp(nll · tokens / words)`` and ``exp(nll · tokens /
-bytes)`` over the same text, so that models with different tokenizers compare. The standard error comes from the spread of
-the windows' means (a ratio estimate, first order).
+Each window starts with the tokenizer's start-of-text ids. With ``nll``, the mean negative log-likelihood of predicted tokens,
+token perplexity is ``exp(nll)``; word and byte perplexity are ``exp(nll · tokens / words)`` and ``exp(nll · tokens / bytes)``
+over the same text, so that models with different tokenizers can be compared. The standard error comes from the spread over the
+windows (ratio estimate, first order).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LARGEST_EXPONENT = 700.0
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows of a text, and how much text they hold (start-of-text ids not counted)."""
+    """Windows of token ids, and the tokens, words and bytes of their text (without start-of-text ids)."""
 
     windows: list[Tensor]
     tokens: int
@@ -38,30 +38,30 @@ class Windows:
     bytes: int
 
     def predictions(self) -> Tensor:
-        """Return (windows,) float64: how many tokens of each window are predicted."""
+        """Return (windows,) float64: the number of predicted tokens of each window."""
         return torch.tensor([len(window) - 1 for window in self.windows], dtype=torch.float64)
 
 
 def cut_windows(
     task: str, texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, limit: int | None, positions: int | None = None
 ) -> Windows:
-    """Cut texts into windows, the first of each text, then the second of each, and so on.
+    """Cut texts into windows: the first of each text, then the second of each, and so on.
 
     Args:
-        task: what to call the text in messages.
-        texts: running texts; windows never span two of them.
-        tokenizer: the model's.
-        limit: text tokens to take at most; None takes all.
-        positions: tokens that the model can take at most, where its config says so.
+        task: name of the text in messages.
+        texts: running texts; no window spans two of them.
+        tokenizer: the model's tokenizer.
+        limit: largest number of text tokens; None takes all.
+        positions: largest number of tokens that the model takes, if its config says.
 
     Raises:
-        DatasetError: there is nothing to predict.
+        DatasetError: there is no token to predict.
     """
     prefix = start_of_text(tokenizer)
     room = min(WINDOW, positions or WINDOW) - len(prefix)
     encoded = [_ids(text, tokenizer, prefix, limit) for text in texts]
     windows: list[Tensor] = []
-    taken = [0] * len(encoded)  # ids of each text, from its beginning
+    taken = [0] * len(encoded)  # ids taken from the beginning of each text
     left = math.inf if limit is None else limit
     for start in range(0, max(map(len, encoded), default=0), room):
         for number, ids in enumerate(encoded):
@@ -80,13 +80,13 @@ def cut_windows(
 
 @torch.inference_mode()
 def window_losses(model: Any, windows: Windows, batch_size: int, description: str) -> Tensor:
-    """Return (windows,) float64: each window's sum of negative log-likelihoods, in the order of ``windows``."""
+    """Return (windows,) float64: each window's sum of negative log-likelihoods in nats, in the order of ``windows``."""
     order = sorted(range(len(windows.windows)), key=lambda index: len(windows.windows[index]), reverse=True)
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     losses = torch.zeros(len(order), dtype=torch.float64)
     for batch in progress(batches, description, "batches"):
         rows = [windows.windows[index] for index in batch]
-        # The last token predicts nothing: it isn't computed.
+        # The last token predicts nothing, so it is left out.
         ids = torch.nn.utils.rnn.pad_sequence([row[:-1] for row in rows], batch_first=True).to(model.device)
         targets = torch.nn.utils.rnn.pad_sequence([row[1:] for row in rows], batch_first=True, padding_value=-100)
         logits = model(ids, use_cache=False).logits
@@ -96,9 +96,9 @@ def window_losses(model: Any, windows: Windows, batch_size: int, description: st
 
 
 def perplexities(losses: Tensor, windows: Windows) -> dict[str, float]:
-    """Return ``token``, ``word`` and ``byte`` perplexity from the windows' losses, and ``stderr`` of the first.
+    """Return ``token``, ``word`` and ``byte`` perplexity from the windows' losses, and ``stderr`` of the token perplexity.
 
-    A figure that overflows (a text of one endless word, say) is left out.
+    A perplexity that overflows (for a text of one endless word, say) is left out.
     """
     counts = windows.predictions()
     nll = float(losses.sum() / counts.sum())

@@ -1,8 +1,8 @@
-"""The user's own .jsonl file as a task: questions with choices, or text.
+"""A user's .jsonl file as a task: questions with choices, or text.
 
     {"question": "Water freezes at", "choices": ["0 °C", "10 °C"], "answer": 0}
 
-Every row is read and checked before a model is loaded; a mistake is reported with its line.
+Every row is checked before a model is loaded; an error names its line.
 """
 
 import json
@@ -15,7 +15,7 @@ from replaceme.base.task import Task
 
 
 def is_question_file(path: Path, task: Task) -> bool:
-    """Tell whether a file holds questions: by the columns that the task's options name, else by those of the first row."""
+    """Tell whether a file holds questions, by the task's column options or else by the columns of the first row."""
     if path.suffix != ".jsonl" or task.text:
         return False
     if task.question or task.choices or task.answer:
@@ -35,7 +35,7 @@ def read_questions(path: Path, task: Task) -> list[dict[str, Any]]:
     """Return the rows of a file as items ``{query, choices, gold}``.
 
     Raises:
-        DatasetError: naming the line and what is wrong there.
+        DatasetError: a row is wrong; the message names the line.
     """
     question, answer, columns = task.question or "question", task.answer or "answer", task.choices or "choices"
     items = []
@@ -58,7 +58,7 @@ def read_questions(path: Path, task: Task) -> list[dict[str, Any]]:
 
 
 def read_texts(path: Path, column: str) -> list[str]:
-    """Return the texts of a file's column; rows without text are left out."""
+    """Return the texts of a column; rows without text are left out."""
     texts = []
     for place, row in _rows(path):
         text = _column(row, column, place)
@@ -72,7 +72,7 @@ def read_texts(path: Path, column: str) -> list[str]:
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield where each row stands, for messages, and the row."""
+    """Yield each row with its place in the file, for messages."""
     found = False
     try:
         with path.open(encoding="utf-8-sig") as lines:
@@ -89,7 +89,7 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _row(line: str, place: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-        json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+        json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair isn't text
     except ValueError:
         raise DatasetError(f"tasks: {place} isn't JSON text.") from None
     if not isinstance(row, dict):

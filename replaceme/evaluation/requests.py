@@ -1,7 +1,7 @@
-"""Everything that is scored, as token ids: made once with the dense model, and scored again by every pruned one.
+"""The token ids of all scored requests: made once for the dense model, and reused for every pruned one.
 
 On disk: ``windows.safetensors`` and ``windows.json`` (perplexity), ``pairs.safetensors`` (context and continuation of each
-request, found again by the sha256 of its text).
+request, looked up by the sha256 of its text).
 """
 
 import hashlib
@@ -21,12 +21,12 @@ Pair = tuple[list[int], list[int]]
 
 @dataclass
 class Encodings:
-    """Token ids of the requests seen so far, by their text."""
+    """Token ids of the requests so far, by the sha256 of their text."""
 
     pairs: dict[bytes, Pair] = field(default_factory=dict)
 
     def pair(self, context: str, continuation: str, encode: Callable[[str, str], Pair]) -> Pair:
-        """Return a request's token ids, encoding what wasn't seen before."""
+        """Return a request's token ids; encode it only if it is new."""
         key = hashlib.sha256(f"{len(context)}:{context}{continuation}".encode()).digest()
         if key not in self.pairs:
             self.pairs[key] = encode(context, continuation)
@@ -35,7 +35,7 @@ class Encodings:
 
 @dataclass
 class Requests:
-    """What a set of tasks comes to for one tokenizer.
+    """All requests of a set of tasks, for one tokenizer.
 
     Attributes:
         windows: task → the windows of its text.
@@ -51,7 +51,7 @@ class Requests:
         save_file(tensors or {"none": torch.zeros(1)}, folder / "windows.safetensors")
         counts = {task: {**asdict(cut), "windows": len(cut.windows)} for task, cut in self.windows.items()}
         write_json(folder / "windows.json", counts)
-        # The choices of an item share its context, which is stored once.
+        # The choices of an item share its context, so it is stored once.
         parts: dict[tuple[int, ...], int] = {}
         pairs = self.encodings.pairs
         indices = [[parts.setdefault(tuple(part), len(parts)) for part in pair] for pair in pairs.values()]

@@ -1,8 +1,8 @@
-"""lm-eval's view of a causal model that is loaded already: it computes only the logits that are read.
+"""lm-eval's interface to a loaded causal model; it computes only the logits that are scored.
 
-Requests with the same context (the choices of an item) share its computation through the KV cache, logits are computed
-for nothing but the tokens that are scored, and no request is scored twice. Batches hold contexts of one length, the
-longest first, so that no padding enters an attention; continuations are padded behind the text.
+Requests with the same context (the choices of an item) share its computation through the KV cache, and no request is scored
+twice. A batch holds contexts of one length, the longest first, so that no padding enters an attention; continuations are padded
+after the text.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.nn.functional import log_softmax
 
 from replaceme.base.errors import DatasetError, ModelError
 from replaceme.base.progress import progress
-from replaceme.evaluation.kv_cache import filled_cache, going_on, shares_contexts
+from replaceme.evaluation.kv_cache import cache_arguments, filled_cache, shares_contexts
 from replaceme.evaluation.perplexity import WINDOW
 from replaceme.evaluation.requests import Encodings
 
@@ -48,11 +48,11 @@ class CausalScorer(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        # What an empty context is read as: lm-eval's choice, also where the tokenizer puts nothing before a text.
+        # Stands for an empty context; lm-eval's choice, even if the tokenizer puts nothing before a text.
         for start in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
             if start is not None:
                 return int(start)
-        raise ModelError("model_path: the tokenizer has neither a bos nor an eos token, which a task without context needs.")
+        raise ModelError("model_path: the tokenizer has neither a bos nor an eos token, which an empty context needs.")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_options: Any) -> list[int]:
         ids: list[int] = self.tokenizer.encode(string, add_special_tokens=add_special_tokens is not False, verbose=False)
@@ -62,21 +62,21 @@ class CausalScorer(TemplateLM):
         return self.encodings.pair(context, continuation, super()._encode_pair)
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> list[Score]:
-        # Without the library's bar over tokenization: ours, over the passes, is the one that takes time.
+        # The library's progress bar is over tokenization; ours is over the passes, which take the time.
         scores: list[Score] = super().loglikelihood(requests, disable_tqdm=True)
         return scores
 
     @torch.inference_mode()
     def _loglikelihood_tokens(self, requests: Sequence[Request], **_options: Any) -> list[Score]:
         longest = int(getattr(self.model.config, "max_position_embeddings", 0) or 1 << 30)
-        wanted: dict[Ids, dict[Ids, None]] = defaultdict(dict)  # context → its continuations, each once
+        wanted: dict[Ids, dict[Ids, None]] = defaultdict(dict)  # context → its distinct continuations
         keys: list[tuple[Ids, Ids]] = []
         for (_, text), context, continuation in requests:
             if not continuation:
                 raise DatasetError(
                     f"tasks: the answer {text!r} of an item has no tokens, so it has no likelihood; give it a text."
                 )
-            # The model's room bounds what stands before the last token of the continuation.
+            # The last token of the continuation is not fed to the model, so one more token fits.
             kept = tuple(continuation[-longest:])
             keys.append((tuple(context[-max(1, longest - len(kept) + 1) :]), kept))
             wanted[keys[-1][0]][kept] = None
@@ -89,15 +89,15 @@ class CausalScorer(TemplateLM):
         return [results[key] for key in keys]
 
     def _batches(self, wanted: Mapping[Ids, Iterable[Ids]]) -> list[list[Ids]]:
-        """Group contexts of equal length, the longest first, so that a batch computes about ``batch_tokens`` tokens."""
+        """Group contexts of equal length, the longest first, into batches of at most about ``batch_tokens`` tokens."""
         batches: list[list[Ids]] = []
         filled = rows = 0
-        # Contexts with as many and as long continuations stand together, so that little is padded.
+        # Contexts with similar numbers and lengths of continuations come together, to need little padding.
         order = sorted(wanted, key=lambda context: (len(context), len(list(wanted[context])), max(map(len, wanted[context]))))
         for context in reversed(order):
             tails = list(map(len, wanted[context]))
             cost = len(context) + sum(tails)
-            # Each choice has its copy of the context's cache, which is smaller than what a token takes to compute.
+            # Each choice has its own copy of the context's cache; a cached token takes less memory than a computed one.
             kept = (rows + len(tails)) * (len(context) + max(tails)) / ROWS_OF_CACHE
             if not batches or len(batches[-1][0]) != len(context) or max(filled + cost, kept) > self.batch_tokens:
                 batches.append([])
@@ -110,7 +110,7 @@ class CausalScorer(TemplateLM):
     def _score(self, contexts: Sequence[Ids], rows: Sequence[int], continuations: Sequence[Ids]) -> list[Score]:
         """Score continuations, each after the context at its row; all contexts have the same length."""
         device, cache = self.model.device, None
-        # The last token of the context predicts the first of the continuation. Padding stands behind the text.
+        # The last token of the context predicts the first of the continuation. Padding comes after the text.
         tails = [torch.tensor([contexts[row][-1], *tail[:-1]]) for row, tail in zip(rows, continuations, strict=True)]
         ids = torch.nn.utils.rnn.pad_sequence(tails, batch_first=True).to(device)
         scored = ids.shape[1]
@@ -119,8 +119,8 @@ class CausalScorer(TemplateLM):
             ids = torch.cat([prefixes[list(rows)], ids], dim=1)  # nothing to share: one pass
         elif prefixes.shape[1]:
             cache = filled_cache(self.model, prefixes)
-            cache.batch_select_indices(torch.tensor(rows))  # at the processor: each layer may be on a device of its own
-        logits = self.model(ids, logits_to_keep=scored, **going_on(self.model, cache)).logits
+            cache.batch_select_indices(torch.tensor(rows))  # on the CPU: each layer may be on another device
+        logits = self.model(ids, logits_to_keep=scored, **cache_arguments(self.model, cache)).logits
         scores = []
         for row, tail in zip(logits, continuations, strict=True):
             predictions = log_softmax(row[: len(tail)].float(), dim=-1)
@@ -131,7 +131,7 @@ class CausalScorer(TemplateLM):
 
     @cached_property
     def _library(self) -> Any:
-        """lm-eval's own model class, for what has nothing to gain here: generation, and perplexity tasks of its own."""
+        """lm-eval's own model class, for generation and lm-eval's perplexity tasks, which gain nothing from this class."""
         from lm_eval.models.huggingface import HFLM
 
         batch_size = self.batch_tokens // WINDOW

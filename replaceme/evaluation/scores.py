@@ -1,7 +1,7 @@
-"""Score a model: the stages baseline and evaluate, and what they leave behind.
+"""Score a model on all tasks, for the stages baseline and evaluate.
 
-The dense model's scores are made once. With them lie the token ids of everything that was scored, so that a pruned model
-scores the same requests, and the score of each item, so that the difference can be tested on the same items.
+The dense model is scored once. Its scores are saved with the token ids of all requests, so that every pruned model scores the
+same requests, and with the score of each item, so that differences can be tested on the same items.
 """
 
 from dataclasses import dataclass
@@ -27,14 +27,14 @@ from replaceme.models.model import WEIGHTS, Model, parameter_count
 
 @dataclass
 class Scores:
-    """What scoring a model gives.
+    """The scores of a model.
 
     Attributes:
         figures: ``perplexity`` (task → token, word, byte, stderr), ``accuracy`` (task → accuracy, stderr, items, metric,
             fewshots, by_size), ``parameters``, ``disk_bytes``, ``kv_cache_bytes_per_token`` and ``device``.
-        items: ``accuracy/<task>/<n>`` (items,), n counting the single tasks of a group, and ``losses/<task>`` and
+        items: ``accuracy/<task>/<n>`` (items,), where n counts the single tasks of a group, and ``losses/<task>`` and
             ``counts/<task>`` (windows,); all float64.
-        requests: the token ids of all that was scored.
+        requests: the token ids of all scored requests.
     """
 
     figures: dict[str, Any]
@@ -60,13 +60,13 @@ def score_model(params: Params, source: Model, name: str, found: dict[str, Any],
     Args:
         params: tasks and settings of the evaluation.
         source: the model's files.
-        name: how to call it in bars and in the log.
+        name: its name in progress bars and in the log.
         found: the tasks' identities (``task_fingerprints``).
-        requests: token ids that are known already; what is missing is added.
+        requests: the token ids known so far; missing ones are added.
     """
     use_processor(params.threads)
     tokenizer, positions = source.tokenizer(), getattr(source.config(), "max_position_embeddings", None)
-    # All that can go wrong with a task does so before a model is loaded.
+    # Prepare every task first, so that errors in a task come before the model is loaded.
     suite = harness.Suite()
     for task in params.tasks:
         if task_kind(task) != "perplexity":

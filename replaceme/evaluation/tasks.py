@@ -1,9 +1,9 @@
-"""What each task is: embedded, the user's own file, or one of lm-eval's; checked, and identified, before any work.
+"""Kinds of tasks (embedded, the user's own file, lm-eval's), their checks before any work, and their items.
 
 - An embedded task is made from the held-out part of an embedded text.
-- A .txt file, or a .jsonl file with a column ``text``, is a perplexity task under the file's name without its ending.
-- A .jsonl file with the columns ``question``, ``choices`` (a list) and ``answer`` (position of the right one, from 0) is a
-  multiple-choice task. A task's options can name other columns.
+- A .txt file, or a .jsonl file with a column ``text``, is a perplexity task, named after the file without its suffix.
+- A .jsonl file with the columns ``question``, ``choices`` (a list) and ``answer`` (index of the right choice, from 0) is a
+  multiple-choice task. The task's options can name other columns.
 - Any other name is a task, group or tag of lm-eval (``replaceme.evaluation.catalogue``).
 """
 
@@ -24,7 +24,7 @@ from replaceme.evaluation.question_file import is_question_file, read_questions,
 Kind = Literal["perplexity", "choice", "word", "lm-eval"]
 Items = list[dict[str, Any]]
 SOURCE, HELD_OUT = "wikipedia-sample", "held-out"
-# What each embedded task measures.
+# The kind of each embedded task.
 EMBEDDED: Mapping[str, Kind] = {
     "wikipedia": "perplexity",
     "wikipedia_last_word": "word",
@@ -38,14 +38,14 @@ FILE_SUFFIXES = (".txt", ".jsonl")
 
 
 def task_fingerprints(params: Params) -> dict[str, Any]:
-    """Check every task, and return the identity of what it is made from.
+    """Check every task, and return the identity of its source (text, file or datasets) by the task's name.
 
     Raises:
         ParameterError: a task is unknown, has an option that it can't use, or shares its name with another.
-        DatasetError: a file is missing or isn't as it should be, or a task's dataset can't be reached.
+        DatasetError: a file is missing or malformed, or a task's dataset can't be reached.
     """
     fingerprints: dict[str, Any] = {}
-    seen: dict[str, str] = {}  # a single task → the entry that it belongs to
+    seen: dict[str, str] = {}  # single task → the entry of params.yaml that it belongs to
     for task in params.tasks:
         name = task_name(task)
         if name in fingerprints:
@@ -72,13 +72,13 @@ def task_fingerprints(params: Params) -> dict[str, Any]:
             )
         _check_options(task)
         if is_file(task):
-            # Reading it whole says early what is wrong with a row.
+            # Reading the whole file reports a wrong row before any work.
             task_texts(task) if task_kind(task) == "perplexity" else task_items(task)
     return fingerprints
 
 
 def check_unchanged(task: Task, found: Any) -> None:
-    """Raise DatasetError when a file that was read is no longer the one that ``task_fingerprints`` saw."""
+    """Raise DatasetError if the task's file has changed since ``task_fingerprints`` read it."""
     if is_file(task) and sha256_below(path := _path(task))[path.name] != found:
         raise DatasetError(f"tasks: {path} changed while it was in use; run again.")
 
@@ -89,7 +89,7 @@ def is_file(task: Task) -> bool:
 
 
 def task_kind(task: Task) -> Kind:
-    """Return what a task measures."""
+    """Return a task's kind."""
     if task.name in EMBEDDED:
         return EMBEDDED[task.name]
     if not is_file(task):
@@ -98,7 +98,7 @@ def task_kind(task: Task) -> Kind:
 
 
 def task_name(task: Task) -> str:
-    """Return the task's name in metrics: its own, or the file's without its ending, with nothing that a key can't hold."""
+    """Return the task's name in metrics: its own, or the file's without suffix; dots and commas become underscores."""
     return Path(task.name).stem.replace(".", "_").replace(",", "_") if is_file(task) else task.name
 
 
@@ -122,7 +122,7 @@ def _path(task: Task) -> Path:
 
 
 def _check_options(task: Task) -> None:
-    """Raise ParameterError for an option that would change nothing."""
+    """Raise ParameterError for an option that would have no effect."""
     kind = task_kind(task)
     usable: tuple[str, ...] = () if kind == "perplexity" else ("fewshots", "limit")
     if is_file(task):

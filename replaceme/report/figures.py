@@ -1,6 +1,6 @@
-"""The pictures of one run, from plain data: where it was cut, what the layers do, the scores, the ridge path, the loss curve.
+"""The pictures of one run: the map of all blocks, the layers' figures, the scores, the ridge path and the loss curve.
 
-Each function returns a matplotlib ``Figure`` for a light or a dark page, or None where the data has nothing to show;
+Each function returns a matplotlib ``Figure`` for a light or a dark page, or None if there is nothing to show;
 ``replaceme.report.theme.png`` turns it into bytes.
 """
 
@@ -18,17 +18,17 @@ from matplotlib.ticker import MaxNLocator
 from replaceme.base.plan import Block
 from replaceme.report.theme import LIGHT, WIDTH, Theme, drawing, log_axis, quiet
 
-# Cells of a big model's map are too small to be framed one by one: the frame is at least this part of the map.
+# The side of a frame, at least, as a fraction of the map: single cells of a large model's map are too small.
 FRAME = 1 / 28
 
 
 def cut_map(values: Sequence[Sequence[float]], label: str, blocks: Sequence[Block], theme: Theme = LIGHT) -> Figure:
-    """Draw a figure of every block: host to the right, last removed layer upwards.
+    """Draw a heat map of a figure over all blocks: host layer on the x axis, last removed layer on the y axis.
 
     Args:
-        values: layers × layers, of host and last removed layer.
-        label: what they are.
-        blocks: the chosen ones, if any, which are framed; a thin line runs through all blocks of the same size.
+        values: layers × layers, by host and last removed layer.
+        label: name of the figure.
+        blocks: the removed blocks, if any; they are framed, and a thin line runs through all blocks of the same size.
         theme: the colours.
     """
     layers = len(values)
@@ -54,7 +54,7 @@ def cut_map(values: Sequence[Sequence[float]], label: str, blocks: Sequence[Bloc
 
 
 def _same_size(axes: Axes, sizes: Sequence[int], layers: int) -> None:
-    """Draw a diagonal through all blocks of each size, and name the sizes above the map, from left to right."""
+    """Draw a diagonal through all blocks of each size, and write the sizes above the map, from left to right."""
     halo = [patheffects.withStroke(linewidth=2.2, foreground="black", alpha=0.35)]
     for size in sizes:
         ends = [-0.5, layers - size - 0.5], [size - 0.5, layers - 0.5]
@@ -73,11 +73,11 @@ def _frame(axes: Axes, block: Block, side: float, theme: Theme) -> None:
 
 
 def layer_figures(layers: Mapping[str, Sequence[float]], blocks: Sequence[Block], theme: Theme = LIGHT) -> Figure:
-    """Draw block influence, and mean and largest token norm, layer by layer; the removed layers are shaded.
+    """Draw block influence, and mean and largest token norm, by layer; the removed layers are shaded.
 
     Args:
-        layers: ``block_influence``, ``mean_norm`` and ``max_norm``, one number a layer.
-        blocks: what is removed.
+        layers: ``block_influence``, ``mean_norm`` and ``max_norm``, one number per layer.
+        blocks: the removed blocks.
         theme: the colours.
     """
     with drawing(theme, WIDTH * 0.95) as figure:
@@ -90,8 +90,8 @@ def layer_figures(layers: Mapping[str, Sequence[float]], blocks: Sequence[Block]
         for axes, key, label, colour, marker, line in curves:
             axes.plot(layers[key], line, color=colour, marker=marker, ms=3.5, lw=1.2, label=label)
         for axes, keys, title in (
-            (influence, ["block_influence"], "Block influence: 1 − cosine of before and after"),
-            (norm, ["max_norm", "mean_norm"], "Token norm behind each layer"),
+            (influence, ["block_influence"], "Block influence: 1 − cosine of input and output"),
+            (norm, ["max_norm", "mean_norm"], "Token norm after each layer"),
         ):
             for number, block in enumerate(blocks):
                 axes.axvspan(block.start - 0.5, block.end - 0.5, color=theme.shade, lw=0, label="removed" * (number == 0))
@@ -106,7 +106,7 @@ def layer_figures(layers: Mapping[str, Sequence[float]], blocks: Sequence[Block]
 
 
 def score_figure(evaluation: Mapping[str, Any], theme: Theme = LIGHT) -> Figure | None:
-    """Draw the scores of both models, each with one standard error; None without scores.
+    """Draw the scores of both models with error bars of one standard error; None without scores.
 
     Args:
         evaluation: the content of metrics/evaluation.json.
@@ -135,7 +135,7 @@ def score_figure(evaluation: Mapping[str, Any], theme: Theme = LIGHT) -> Figure 
 
 
 def _score_panel(axes: Axes, tasks: Mapping[str, Mapping[str, float]], factor: float, theme: Theme) -> None:
-    """One line a task, with its name above the line, so that a long name takes no width from the scores."""
+    """Draw one line per task, with the task's name above it: a long name then takes no width from the scores."""
     for row, (name, task) in enumerate(tasks.items()):
         axes.axhline(row, color=theme.grid, lw=0.8, zorder=0)
         axes.annotate(
@@ -154,7 +154,7 @@ def _score_panel(axes: Axes, tasks: Mapping[str, Mapping[str, float]], factor: f
 
 
 def _ends(tasks: Mapping[str, Mapping[str, float]]) -> list[float]:
-    """Return where all error bars begin and end, as far as a logarithmic axis can show it."""
+    """Return the ends of all error bars that a logarithmic axis can show."""
     ends = [
         task[side] + sign * task.get(f"stderr_{side}", 0)
         for task in tasks.values() for side in ("dense", "pruned") for sign in (-1, 1)
@@ -168,12 +168,12 @@ def residual_path(
     smallest_eigenvalue: float,
     theme: Theme = LIGHT,
 ) -> Figure | None:
-    """Draw the relative residual against the ridge α; None without a row of positive α.
+    """Draw the relative residual against the ridge α; None without a positive α.
 
     Args:
-        rows: α and relative residual.
-        chosen: the same of the run itself.
-        smallest_eigenvalue: of ``MᵀM``; a vertical line, below which α changes little.
+        rows: pairs of α and relative residual.
+        chosen: the pair of this run.
+        smallest_eigenvalue: of ``MᵀM``, drawn as a vertical line; below it, α changes little.
         theme: the colours.
     """
     positive = [alpha for alpha, _ in rows if alpha > 0]
@@ -190,7 +190,7 @@ def residual_path(
             axes.axvline(smallest_eigenvalue, color=theme.text, lw=1, ls="--", label=label)
         alphas = [alpha for alpha in (*positive, chosen[0], smallest_eigenvalue) if alpha > 0]
         if min(chosen[0], *(alpha for alpha, _ in rows)) == 0:
-            # A logarithmic axis has no place for α = 0: below the smallest α this one goes on to 0 in a straight line.
+            # A logarithmic axis can't show α = 0: below the smallest α, this axis is linear down to 0.
             straight = 10 ** math.floor(math.log10(min(alphas)))
             axes.set_xscale("symlog", linthresh=straight, linscale=0.5)
             axes.set_xlim(-0.2 * straight, 2 * max(alphas))
@@ -204,10 +204,10 @@ def residual_path(
 
 
 def loss_curve(curve: Sequence[tuple[int, float]], theme: Theme = LIGHT) -> Figure | None:
-    """Draw what an iterative solver did; None without a curve.
+    """Draw the loss curve of an iterative solver; None without a curve.
 
     Args:
-        curve: iterations and the objective a token.
+        curve: pairs of iteration and objective per token.
         theme: the colours.
     """
     if not curve:
@@ -219,7 +219,7 @@ def loss_curve(curve: Sequence[tuple[int, float]], theme: Theme = LIGHT) -> Figu
         axes.plot(*zip(*curve, strict=True), color=theme.pruned, marker=marker, ms=4, lw=1.4)
         if min(losses) > 0:
             log_axis(axes, "y", losses)
-        axes.set(xlabel="iteration", ylabel="objective a token")
+        axes.set(xlabel="iteration", ylabel="objective per token")
         _whole_numbers(axes)
         quiet(axes, "both")
     return figure

@@ -1,7 +1,7 @@
-"""Put labels beside points so that none covers another label, a point, a leader line or the frame.
+"""Place labels beside points so that none covers another label, a point, a leader line or the frame.
 
-Each label takes the cheapest free place around its point: near ones cost little, ones across a line of the picture more. A
-label that finds none is left out: a picture with a gap says more than one with words across each other.
+Each label takes the cheapest free place around its point: the cost is the distance, with a surcharge for covering a line of the
+picture. A label without a free place is left out, because overlapping labels can't be read.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,9 +13,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 # Sizes in points (1/72 inch), as matplotlib's offsets are.
 INCH = 72
 MARKER = 10.0
-# Where the label lies, seen from its point.
+# Directions of a label from its point (right, up).
 DIRECTIONS = ((1, 1), (1, 0), (0, 1), (-1, 1), (1, -1), (0, -1), (-1, -1), (-1, 0))
-# The nearest needs no line to its point.
+# At the nearest distance a label needs no leader line.
 DISTANCES = (7, 16, 28, 42, 58, 76)
 ACROSS_A_LINE = 30
 
@@ -30,15 +30,15 @@ def place_labels(
     points: Sequence[Place],
     lines: Sequence[tuple[Place, Place]],
 ) -> None:
-    """Write each text beside its point, as far as there is a place for it.
+    """Write each text beside its point, if there is a free place.
 
-    The limits of the axes must be final, and all that takes room beside the axes drawn.
+    The limits of the axes must be final, and everything that takes room beside the axes must have been drawn.
 
     Args:
-        axes: where the points are.
-        labelled: x, y and text.
+        axes: the axes with the points.
+        labelled: x and y of each point to label, and the text.
         points: x and y of all points, labelled or not.
-        lines: ends of the lines that labels had better not cross.
+        lines: ends of the lines that labels should not cover.
     """
     figure = axes.get_figure(root=True)
     assert figure is not None
@@ -58,7 +58,7 @@ def place_labels(
             text, (x, y), (0, 0), textcoords="offset points", fontsize=10, linespacing=1.05, zorder=5,
             arrowprops={"arrowstyle": "-", "lw": 0.7, "shrinkA": 0, "shrinkB": 4, "color": axes.xaxis.label.get_color()},
         )  # fmt: skip
-        # Labels lie within the frame, and must not move it.
+        # Labels lie within the frame and must not change the layout.
         label.set_in_layout(False)
         size = label.get_window_extent(figure.canvas.get_renderer())
         point = on_screen((x, y))
@@ -82,13 +82,13 @@ def place_labels(
 
 
 def _places(width: float, height: float) -> Iterator[tuple[float, Place]]:
-    """Yield distances, and offsets of a label's centre from its point."""
+    """Yield each distance with the offset (points) of a label's centre from its point."""
     for distance, (right, up) in product(DISTANCES, DIRECTIONS):
         yield distance, (right * (distance + width / 2), up * (distance * (0.6 if right else 1) + height / 2))
 
 
 def _leader(point: Place, box: Box, pixels: float) -> list[Box]:
-    """Return the line from a point to its label, without its ends."""
+    """Return boxes that cover the line from a point to its label, without the ends."""
     near = min(max(point[0], box[0]), box[2]), min(max(point[1], box[1]), box[3])
     ends = [box, _box(point, MARKER * pixels, MARKER * pixels)]
     return [part for part in _along(point, near, 2 * pixels) if not _touches([part], ends)]

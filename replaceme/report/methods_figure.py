@@ -1,4 +1,4 @@
-"""Methods against each other at about the same size: one line each, the best on top."""
+"""Comparison of methods at about the same size: one line per experiment, the best at the top."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from matplotlib.ticker import MaxNLocator
 from replaceme.report.tables import digits
 from replaceme.report.theme import LIGHT, Theme, drawing, log_axis, quiet
 
-# At most so many rows; the best experiment of each method is always among them.
+# Rows at most; the best experiment of each method is always among them.
 ROWS = 24
-# In inches: the row's first line, and each in small type below it.
+# Heights in inches: of a row's first line, and of each small line below it.
 FIRST, NEXT = 0.27, 0.14
 SMALL, WRAPPED = 8.5, 30
-# Ratios that lie further apart need a logarithmic axis.
+# From this ratio of the largest to the smallest value on, the axis is logarithmic.
 WIDE = 3.0
 
 
@@ -27,11 +27,11 @@ class Row:
     """An experiment.
 
     Attributes:
-        method: what it was made with.
-        removed_percent: parameters removed.
-        quality: perplexity over the dense model's, or percent of its accuracy.
-        trained: whether the method trains.
-        settings: what tells it from others of its method.
+        method: name of its method.
+        removed_percent: percentage of the parameters that were removed.
+        quality: perplexity over the dense model's, or percentage of its accuracy.
+        trained: whether it trained.
+        settings: the settings that tell it apart from others of its method.
     """
 
     method: str
@@ -42,12 +42,12 @@ class Row:
 
 
 def methods_figure(rows: Sequence[Row], quality: str, higher_is_better: bool = False, theme: Theme = LIGHT) -> Figure:
-    """Draw experiments by quality, each from the dense model's; those of methods that train are marked.
+    """Draw the quality of each experiment as a line that starts at the dense model's; trained ones are marked.
 
     Args:
         rows: at least one.
-        quality: what the x axis shows.
-        higher_is_better: percent of the dense model's accuracy; False is a ratio of perplexities.
+        quality: label of the x axis.
+        higher_is_better: True for a percentage of the dense model's accuracy, False for a ratio of perplexities.
         theme: the colours.
     """
     dense, rows = 100.0 if higher_is_better else 1.0, _chosen(rows, higher_is_better)
@@ -76,7 +76,7 @@ def methods_figure(rows: Sequence[Row], quality: str, higher_is_better: bool = F
 
 
 def _chosen(rows: Sequence[Row], higher_is_better: bool) -> list[Row]:
-    """Return the rows that are drawn, the best first."""
+    """Return the rows to draw, the best first."""
     ordered = sorted(rows, key=lambda row: -row.quality if higher_is_better else row.quality)
     best = {row.method: row for row in reversed(ordered)}
     others = [row for row in ordered if row is not best[row.method]]
@@ -104,7 +104,7 @@ def _draw(axes: Axes, row: Row, place: float, dense: float, theme: Theme) -> Non
     look = _look(row.trained, theme)
     axes.plot([dense, row.quality], [place, place], color=look["color"], lw=1.6, alpha=0.5, zorder=2)
     axes.plot(row.quality, place, ls="", zorder=3, clip_on=False, **look)
-    # To the right of point and line, where no name is.
+    # To the right of point and line: the names are on the left.
     axes.annotate(
         f"{row.quality:.1f} %" if dense > 1 else f"× {digits(row.quality, 3)}", (max(row.quality, dense), place), (8, 0),
         textcoords="offset points", va="center", annotation_clip=False,
@@ -112,7 +112,7 @@ def _draw(axes: Axes, row: Row, place: float, dense: float, theme: Theme) -> Non
 
 
 def _name(axes: Axes, row: Row, place: float, lines: Sequence[str], theme: Theme) -> None:
-    """Write a row's method, and what else is to be said below it in small type, to the left of the axes."""
+    """Write a row's method to the left of the axes, and its details below in small type."""
     top = place - (FIRST + NEXT * len(lines)) / 2
     small: dict[str, Any] = {"fontsize": SMALL, "color": theme.dense}
     heights = [FIRST / 2 + 0.01, *(FIRST - 0.01 + NEXT * (number + 0.35) for number in range(len(lines)))]

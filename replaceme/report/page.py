@@ -1,7 +1,7 @@
-"""The report's page: everything that a run came to, in one HTML file that opens offline, on a phone or in print.
+"""The report's page: all results of a run in one HTML file that can be read offline, on a phone or in print.
 
-The page is a function of the run's files alone. Times are no part of these, since they change from run to run: whoever has
-measured some passes them in, and gets the same page with them.
+The page depends on the run's files alone. Times vary from run to run and are not among these files; a caller that has measured
+them passes them in, and gets the same page with them.
 """
 
 import base64
@@ -27,14 +27,14 @@ from replaceme.report.figures import cut_map, layer_figures, loss_curve, residua
 from replaceme.report.published_table import LABEL
 from replaceme.report.theme import DARK, DPI, LIGHT, Theme, png
 
-# Pixels of the files in one CSS pixel of the page.
+# Pixels of a PNG file per CSS pixel of the page.
 DENSITY = DPI / 96
 SETTINGS_FILE = "params.yaml"
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture for light and dark pages (PNG), and what is to be seen on it."""
+    """A picture for light and dark pages (PNG), and its alternative text."""
 
     light: bytes
     dark: bytes
@@ -49,14 +49,14 @@ class Picture:
 
 @dataclass(frozen=True)
 class Page:
-    """A report: the page, and the pictures and the settings by themselves, which the page holds too."""
+    """A report: the page, and separately the pictures and settings that it contains."""
 
     html: str
     pictures: Mapping[str, Picture]
     settings: str
 
     def save(self, folder: Path) -> None:
-        """Write ``index.html``, ``params.yaml``, and ``<name>.png`` of each picture in light colours, into ``folder``."""
+        """Write ``index.html``, ``params.yaml`` and, in light colours, ``<name>.png`` of each picture into ``folder``."""
         write_text(folder / "index.html", self.html)
         write_text(folder / SETTINGS_FILE, self.settings)
         for name, picture in self.pictures.items():
@@ -67,13 +67,13 @@ def render(params: Params, work: Workspace, speed: Mapping[str, Any] | None = No
     """Make the report of a finished run.
 
     Args:
-        params: the run's setting.
-        work: where its results lie.
+        params: the run's settings.
+        work: the folder with its results.
         speed: measured times: ``prefill_seconds`` and ``decode_seconds_per_token`` (each ``dense``, ``pruned``, ``speedup``),
             and ``prompt_tokens``, ``new_tokens``, ``batch_size``, ``rounds``, ``dtype``, ``device``, ``threads``.
 
     Raises:
-        ResourceError: a stage that writes one of the results has not run.
+        ResourceError: a result is missing, because the stage that writes it has not run.
     """
     profile, blocks = read_json(work.profile / "profile.json"), load_blocks(work.blocks)
     evaluation, solved = read_json(work.metric("evaluation")), read_json(work.metric("solve"))
@@ -121,7 +121,7 @@ def _map(values: list[list[float]], label: str, blocks: tuple[Block, ...]) -> Pi
 
 
 def _fits(solved: Mapping[str, Any], repaired: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Return the figures of each block by its name; a single one has none."""
+    """Return the figures of each block by its name; a single block has the empty name."""
     later = {key.replace("block", "block "): value for key, value in repaired.items() if isinstance(value, Mapping)}
     return {"block 0": solved, **later} if later else {"": solved}
 
@@ -157,7 +157,7 @@ def _embedded(image: bytes) -> str:
 
 
 def _breakable(text: str) -> Markup:
-    """Let a long name of a task break behind its underscores."""
+    """Allow line breaks after the underscores of a long task name."""
     return escape(text).replace("_", Markup("_<wbr>"))
 
 

@@ -1,17 +1,17 @@
-"""The published result that a run is set beside: Llama-2-7B with a quarter of its layers removed.
+"""The published results shown for comparison: Llama-2-7B with a quarter of its layers removed (ReplaceMe, arXiv 2505.02819).
 
-Figures of ReplaceMe, arXiv 2505.02819. Another model, other tasks and other text: what they show is the size of the loss that
-each kind of method had, not what this run should reach.
+They are for another model, other tasks and other text. They show how much each kind of method lost there, not what this run
+should reach.
 """
 
 from typing import NamedTuple
 
 SOURCE = "https://arxiv.org/abs/2505.02819"
-LABEL = "published figures for Llama-2-7B, other model, tasks and text: not comparable with the table above in absolute terms"
+LABEL = "published for Llama-2-7B (another model, other tasks and text): not comparable with the tables above in absolute terms"
 
 
 class Published(NamedTuple):
-    """A row: accuracies as fractions, and the average in percent of the dense model's."""
+    """A row: accuracies as fractions, and the average as a percentage of the dense model's."""
 
     method: str
     boolq: float

@@ -1,6 +1,6 @@
-"""What the pictures and tables say, in sentences: read off the figures, so that they hold for the run at hand.
+"""Sentences of the report, generated from the run's own figures.
 
-Each picture has an alternative text of the same kind, for those who don't see it.
+The functions ``*_words`` return the pictures' alternative texts, for readers who can't see them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,14 +13,14 @@ Distances = Sequence[Sequence[float]]
 
 
 def outcome(evaluation: Figures) -> list[tuple[str, str]]:
-    """Return what the run came to, as values and the words behind them."""
+    """Return the main results as pairs of a value and the words after it."""
     parts = []
     if "retention_percent" in evaluation:
         parts.append((f"{evaluation['retention_percent']:.1f} %", "of the accuracy kept"))
-    # Tasks of lm-eval have no perplexity of tokens.
+    # lm-eval's own texts have no perplexity per token.
     texts = evaluation.get("word_perplexity", {}) | evaluation.get("perplexity", {})
     if ratios := [task["ratio"] for task in texts.values()]:
-        spread = f"× {min(ratios):.3g}" + f" to {max(ratios):.3g}" * (len(ratios) > 1)
+        spread = f"{min(ratios):.3g}" + f" to {max(ratios):.3g}" * (len(ratios) > 1) + " ×"
         parts.append((spread, "the perplexity"))
     if "parameters" in evaluation:
         parts.append((f"{evaluation['parameters']['removed_percent']:.1f} %", "smaller"))
@@ -28,56 +28,56 @@ def outcome(evaluation: Figures) -> list[tuple[str, str]]:
 
 
 def span(block: Block) -> str:
-    """Return a block's layers: ``layers 11–18``."""
+    """Name a block's layers: ``layers 11–18``."""
     return f"layers {block.start}–{block.end - 1}" if len(block) > 1 else f"layer {block.start}"
 
 
 def cut_sentences(
     distances: Distances, residuals: Distances, blocks: Sequence[Block], words: str, selected: Figures
 ) -> list[str]:
-    """Say why each block went, and where it stands among all of its size.
+    """Say how each block was chosen, and how it ranks among all blocks of its size.
 
     Args:
-        distances: layers × layers, angular.
-        residuals: layers × layers, of a linear map in the block's place.
-        blocks: what went, if layers did.
-        words: what they were chosen by.
+        distances: layers × layers, angular distances in half turns.
+        residuals: layers × layers, relative residuals of a linear map in the block's place.
+        blocks: the removed blocks; none where parts of layers were removed.
+        words: the criterion, after "chosen by".
         selected: the figures of metrics/select.json.
     """
     sentences = [_cut_sentence(distances, residuals, block, words) for block in blocks]
     if losses := selected.get("losses"):
         measured = sorted(losses.items(), key=lambda pair: pair[1])
-        listed = ", ".join(f"{loss:.2f} behind {host.replace('host', 'host ')}" for host, loss in measured)
+        listed = ", ".join(f"{loss:.2f} with {host.replace('host', 'host ')}" for host, loss in measured)
         if "dense_loss" in selected:
-            listed += f"; the dense model's is {selected['dense_loss']:.2f}"
-        sentences.append(f"The next-token loss of the shortened model on held-out calibration text, in nats: {listed}.")
+            listed += f"; the dense model has {selected['dense_loss']:.2f}"
+        sentences.append(f"Next-token loss of the shortened model on held-out calibration text, in nats per token: {listed}.")
     if rises := selected.get("rises"):
         numbers = sorted((int(layers.removeprefix("layers")), rise) for layers, rise in rises.items())
-        listed = ", ".join(f"{rise:.3f} without {count} layers" for count, rise in numbers)
+        listed = ", ".join(f"{rise:.3f} without {count} layer{'s' * (count > 1)}" for count, rise in numbers)
         sentences.append(
-            "How many layers go was searched by tolerated_loss, layers_to_skip at most: with the best cut of a size, that loss "
-            f"rises by {listed}."
+            "The number of removed layers follows from tolerated_loss, with layers_to_skip as its maximum. With the best block "
+            f"of each size, this loss rises by {listed}."
         )
     return sentences
 
 
 def _cut_sentence(distances: Distances, residuals: Distances, block: Block, words: str) -> str:
     return (
-        f"{span(block).capitalize()} {'are' if len(block) > 1 else 'is'} removed, behind host layer {block.host}, chosen by "
-        f"{words}. The angular distance from the host's output to the block's is "
-        f"{_placed(distances, block)} half turns, the relative residual of a linear map there {_placed(residuals, block)}."
+        f"{span(block).capitalize()} (after host layer {block.host}) {'were' if len(block) > 1 else 'was'} removed, chosen by "
+        f"{words}. The angular distance between the outputs of the host and of the block, in half turns, is "
+        f"{_ranked(distances, block)}; the relative residual of a linear map in its place is {_ranked(residuals, block)}."
     )
 
 
-def _placed(values: Distances, block: Block) -> str:
-    """Write a block's value, and its place among all blocks of its size."""
+def _ranked(values: Distances, block: Block) -> str:
+    """Write a block's value, and its rank among all blocks of its size."""
     size, own = len(block), values[block.host][block.end - 1]
     same = [values[host][host + size] for host in range(len(values) - size)]
-    return f"{own:.3f} (number {1 + sum(value < own for value in same)} of {len(same)}, smallest first)"
+    return f"{own:.3f} (rank {1 + sum(value < own for value in same)} of {len(same)}, smallest first)"
 
 
 def layer_sentences(layers: Mapping[str, Sequence[float]], blocks: Sequence[Block]) -> list[str]:
-    """Say what the removed layers do, compared with the others, and where the large norms arise."""
+    """Compare the removed layers with the others, and say where the large norms arise."""
     influence, norms = layers["block_influence"], layers["max_norm"]
     removed = {layer for block in blocks for layer in range(block.start, block.end)}
     gone, kept = ([value for layer, value in enumerate(influence) if (layer in removed) == side] for side in (True, False))
@@ -85,17 +85,17 @@ def layer_sentences(layers: Mapping[str, Sequence[float]], blocks: Sequence[Bloc
     apart = f"{_mean(gone):.3f} in the removed layers and {_mean(kept):.3f} in the others" if gone else f"{_mean(kept):.3f}"
     return [
         f"The mean block influence is {apart}.",
-        f"The largest token norm, {number(norms[loudest])}, stands behind layer {loudest}, where the mean is "
+        f"The largest token norm, {number(norms[loudest])}, occurs after layer {loudest}, where the mean is "
         f"{number(layers['mean_norm'][loudest])}.",
         *(
-            f"Across {span(block)} the largest norm goes from {number(norms[block.host])} to {number(norms[block.end - 1])}."
+            f"Across {span(block)} the largest norm changes from {number(norms[block.host])} to {number(norms[block.end - 1])}."
             for block in blocks
         ),
     ]
 
 
 def fit_sentences(fits: Mapping[str, Figures]) -> list[str]:
-    """Say what each fit achieves over nothing in the block's place; nothing for a method without one."""
+    """Compare each fit with an empty place; no sentence for a method without a fit."""
     return [
         _refit_sentence(name, fit) if "weighted_residual_transform" in fit else _fit_sentence(name, fit)
         for name, fit in fits.items()
@@ -104,32 +104,30 @@ def fit_sentences(fits: Mapping[str, Figures]) -> list[str]:
 
 
 def repair_sentence(repaired: Figures) -> str:
-    """Say what the repair achieved; nothing where there was none."""
+    """Say what the repair achieved; an empty text without a repair."""
     if not repaired.get("corrected_linears"):
         return ""
     chosen = ""
     if total := repaired.get("mlp_channels"):
         others = total - repaired["own_mlp_channels"]
-        chosen = (
-            f"From there: of the {total:,} MLP channels behind which layers went, {others:,} are now channels of those layers. "
-        )
+        chosen = f"Of the {total:,} MLP channels kept at the cut, {others:,} come from the removed layers. "
     return (
-        f"{chosen}Then {repaired['corrected_linears']} linears were solved again on what the shortened model feeds them. "
-        f"Behind the last the state differs from the dense model's by {repaired['last_residual']:.3f} "
-        "(relative, each token alike)."
+        f"{chosen}Then {repaired['corrected_linears']} linears were solved again on the inputs that the shortened model gives "
+        f"them. After the last one, the state differs from the dense model's by {repaired['last_residual']:.3f} "
+        "(relative, all tokens weighted equally)."
     )
 
 
 def heal_sentence(healed: Figures) -> str:
-    """Say what the training behind the cut achieved; nothing where there was none."""
+    """Say what healing achieved; an empty text without healing."""
     if not healed:
         return ""
     held_out = "held_out_loss_first" in healed
-    of, where = ("held_out_loss", "documents that only this did not see") if held_out else ("training_loss", "its documents")
+    of, where = ("held_out_loss", "documents held out from it") if held_out else ("training_loss", "its own documents")
     return (
-        f"Then {healed['trained_parameters']:,} weights from the first cut on were trained in {healed['training_steps']:,} "
-        f"steps toward the original model's predictions: on {where}, the divergence from these went from "
-        f"{healed[f'{of}_first']:.3f} to {healed[f'{of}_last']:.3f} nats a token."
+        f"Then {healed['trained_parameters']:,} weights from the first cut on were trained for {healed['training_steps']:,} "
+        f"steps toward the original model's predictions. During this training, the KL divergence from them, on {where}, "
+        f"went from {healed[f'{of}_first']:.3f} to {healed[f'{of}_last']:.3f} nats per token."
     )
 
 
@@ -137,39 +135,39 @@ def _refit_sentence(name: str, fit: Figures) -> str:
     left = fit.get("weighted_residual", fit.get("weighted_residual_joint", 0.0))
     bare, of_map = fit["weighted_residual_removed"], fit["weighted_residual_transform"]
     sentence = (
-        f"{f'{name}: t' if name else 'T'}he host's new weights take the relative residual, each token alike, from {bare:.3f} "
-        f"to {left:.3f}; a map alone would reach {of_map:.3f}."
+        f"{f'{name}: t' if name else 'T'}he host's new weights bring the relative residual (all tokens weighted equally) from "
+        f"{bare:.3f} to {left:.3f}; a map alone would reach {of_map:.3f}."
     )
     if "weighted_residual_joint" in fit:
-        sentence += " (Where the new attention changes the MLP's features, more is then solved for on these: see below.)"
+        sentence += " (If the new attention changes the MLP's inputs, the MLP is then solved again for these: see below.)"
     return sentence
 
 
 def _fit_sentence(name: str, fit: Figures) -> str:
-    kind, alike = ("relative", "") if "relative_residual" in fit else ("weighted", ", each token alike,")
+    kind, weighting = ("relative", "") if "relative_residual" in fit else ("weighted", " (all tokens weighted equally)")
     residual, bare = fit[f"{kind}_residual"], fit[f"{kind}_residual_removed"]
     cosine, bare_cosine = fit["mean_cosine"], fit["mean_cosine_removed"]
     sentence = (
-        f"{f'{name}: t' if name else 'T'}he map takes the relative residual{alike} from {bare:.3f} to {residual:.3f}, and the "
-        f"mean cosine from {bare_cosine:.3f} to {cosine:.3f}."
+        f"{f'{name}: t' if name else 'T'}he map brings the relative residual{weighting} from {bare:.3f} to {residual:.3f} and "
+        f"the mean cosine from {bare_cosine:.3f} to {cosine:.3f}."
     )
     if residual < bare and cosine < bare_cosine:
-        sentence += " Where the two disagree, a few tokens of huge norm decide the fit."
+        sentence += " The residual improves while the cosine gets worse, so a few tokens of very large norm dominate the fit."
     return sentence
 
 
 def proof_sentence(export: Figures, blocks: Sequence[Block]) -> str:
-    """Say how far the saved model is from the unfused computation, at the cut or, where no layer went, at the end."""
-    place = "at the cut" if blocks else "behind the last layer"
+    """Say how far the saved model is from the unfused computation: at the cut or, if no layer was removed, at the end."""
+    place = "at the cut" if blocks else "after the last layer"
     return (
-        f"The saved model was loaded again and compared with the unfused computation: the state {place} differs by "
-        f"{export['hidden_error_mean']:.2g} on average and {export['hidden_error_max']:.2g} at most (relative; up to "
-        f"{export['tolerance']:g} on average is rounding), the logits by {export['logits_error']:.2g}."
+        f"The saved model was reloaded and compared with the unfused computation: the state {place} differs by "
+        f"{export['hidden_error_mean']:.2g} on average and {export['hidden_error_max']:.2g} at most (relative; averages up to "
+        f"{export['tolerance']:g} are rounding), the logits by {export['logits_error']:.2g}."
     )
 
 
 def map_words(what: str, values: Sequence[Sequence[float]], blocks: Sequence[Block]) -> str:
-    """Describe the map of a figure of every block."""
+    """Describe the heat map of a figure over all blocks."""
     pairs = [value for host, row in enumerate(values) for value in row[host + 1 :]]
     marked = "; ".join(f"{span(block)} at {values[block.host][block.end - 1]:.3f}" for block in blocks)
     return (
@@ -210,7 +208,7 @@ def residual_words(rows: Sequence[tuple[float, float]], chosen: tuple[float, flo
 def loss_words(curve: Sequence[tuple[int, float]]) -> str:
     """Describe the loss curve."""
     lowest = min(loss for _, loss in curve)
-    return f"The solver's objective a token: from {number(curve[0][1])} to {number(lowest)} in {curve[-1][0]} iterations."
+    return f"The solver's objective per token: from {number(curve[0][1])} to {number(lowest)} in {curve[-1][0]} iterations."
 
 
 def _mean(values: Sequence[Any]) -> float:

@@ -1,6 +1,6 @@
-"""The page's tables as text cells, from the pipeline's figures. What a run did not measure makes no row, column or table.
+"""The page's tables as text cells, from the pipeline's figures. Rows, columns and tables without figures are left out.
 
-Accuracies are in percent everywhere, so that the run's own table and the published one read alike.
+All accuracies are in percent, so that the run's table and the published one can be read side by side.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,8 +13,8 @@ Figures = Mapping[str, Any]
 
 SIGNIFICANT = 0.05
 NOTES = {
-    "*": "differs from the dense model at p < 0.05: paired over the same items, exact McNemar test or paired t-test",
-    "°": "no significant difference from the dense model: p ≥ 0.05, by the same test",
+    "*": "differs from the dense model at p < 0.05 (exact McNemar test or paired t-test over the same items)",
+    "°": "no significant difference from the dense model (p ≥ 0.05, same test)",
 }
 UNITS = {"perplexity": "token", "word_perplexity": "word", "byte_perplexity": "byte"}
 SIZES = {
@@ -23,70 +23,76 @@ SIZES = {
     "kv_cache_bytes_per_token": ("KV cache per token", "B"),
 }
 FIT_WORDS = {
-    "removed_layers": ("layers removed", "of all that the model has"),
-    "tokens": ("calibration tokens", "what the map was fitted to"),
+    "removed_layers": ("layers removed", "in the whole model"),
+    "tokens": ("calibration tokens", "used for the fit"),
     "relative_residual": (
         "relative residual",
-        "‖H − state‖ / ‖H‖ at the cut over all tokens: what the map misses; 0 is perfect",
+        "‖H − state‖ / ‖H‖ at the cut, over all tokens, where H is the dense model's state; 0 is perfect",
     ),
     "relative_residual_removed": ("… without a map", "the same with nothing in the block's place"),
     "weighted_residual": (
         "relative residual",
-        "√ mean of ‖H − state‖² / ‖H‖² at the cut, every token alike: what new weights or a map miss; 0 is perfect",
+        "√ mean over tokens of ‖H − state‖² / ‖H‖² at the cut, where H is the dense model's state; 0 is perfect",
     ),
     "weighted_residual_joint": (
         "relative residual",
-        "√ mean of ‖H − state‖² / ‖H‖² at the cut, every token alike; before the MLP is solved again on its new features",
+        "√ mean over tokens of ‖H − state‖² / ‖H‖² at the cut, H the dense model's state, before the MLP is solved again",
     ),
-    "weighted_residual_transform": ("… with a map alone", "the same with the best T on the MLP's output"),
+    "weighted_residual_transform": ("… with a map alone", "the same with the best map T on the MLP's output"),
     "weighted_residual_removed": ("… without either", "the same with nothing in the block's place"),
-    "mean_cosine": ("mean cosine", "between the state with the map and the dense model's, all tokens alike; 1 is perfect"),
+    "mean_cosine": (
+        "mean cosine",
+        "between the state with the map and the dense model's, averaged over tokens; 1 is perfect",
+    ),
     "mean_cosine_removed": ("… without a map", "the same with nothing in the block's place"),
-    "smallest_factor": ("smallest factor", "of a channel: how much of its magnitude is left"),
-    "largest_factor": ("largest factor", "likewise"),
+    "smallest_factor": ("smallest factor", "by which a channel is scaled"),
+    "largest_factor": ("largest factor", "the same"),
     "condition_number": (
         "condition number",
-        "of MᵀM + αI, where M is what is mapped: how far noise in the text can be amplified",
+        "of MᵀM + αI, where M is the map's input: how far noise in the text can be amplified",
     ),
-    "smallest_eigenvalue": ("smallest eigenvalue", "of MᵀM: what α is to be compared with"),
-    "alpha_over_smallest_eigenvalue": ("α / smallest eigenvalue", "far below 1 the ridge changes nothing"),
-    "distance_from_identity": ("distance from identity", "‖T − I‖ / √d: 0 leaves the host layer as it was"),
-    "loss_start": ("loss at the start", "the solver's objective a token, penalty included"),
-    "loss_end": ("… at the end", "the same at the best iterate, which is the one that is kept"),
+    "smallest_eigenvalue": ("smallest eigenvalue", "of MᵀM: the scale to compare α with"),
+    "alpha_over_smallest_eigenvalue": ("α / smallest eigenvalue", "far below 1, the ridge changes almost nothing"),
+    "distance_from_identity": ("distance from identity", "‖T − I‖ / √d; 0 leaves the host layer unchanged"),
+    "loss_start": ("loss at the start", "the solver's objective per token, penalty included"),
+    "loss_end": ("… at the end", "the same at the best iterate, which is kept"),
     "iterations": ("iterations", "of the solver"),
-    "converged": ("at rest", "1: the solver stopped because the loss stood still; 0: because it had no iterations left"),
-    "rescaled_by": ("rescaled by", "the fast cosine's map has no scale of its own: this factor makes ‖Y − M T‖ smallest"),
-    "distance_from_alpha_zero": ("distance from α = 0", "how far the ridge moves the map from the one without it"),
+    "converged": ("converged", "1: the loss stopped changing; 0: the solver ran out of iterations"),
+    "rescaled_by": ("rescaled by", "the cosine objective leaves the map's scale open; this factor minimizes ‖Y − M T‖"),
+    "distance_from_alpha_zero": ("distance from α = 0", "relative distance of the map from the one without a ridge"),
 }
 PART_WORDS = {
     "removed_heads": ("heads removed", "of the queries, over all layers"),
     "removed_channels": ("MLP channels removed", "over all layers"),
-    "width": ("width", "of the residual stream that is left"),
-    "slicing": ("slicing", "the part of the width that went"),
+    "width": ("width", "of the residual stream after slicing"),
+    "slicing": ("slicing", "fraction of the width that was removed"),
     "kept_squares_lowest": (
         "squares kept, at least",
-        "the part of the states' squares that a basis keeps, at the worst of the norms",
+        "fraction of the states' squared norms that the basis keeps, lowest over the norms",
     ),
-    "kept_squares_mean": ("… on average", "the same, over all norms"),
-    "parameters_removed": ("parameters removed", "of all that the model has"),
+    "kept_squares_mean": ("… on average", "the same, averaged over the norms"),
+    "parameters_removed": ("parameters removed", "in the whole model"),
     "parameters_wanted": (
         "… wanted",
-        "those of the whole layers that layers_to_skip names: the nearest that heads and channels allow",
+        "those of layers_to_skip whole layers; heads and channels come as close to it as they can",
     ),
-    "calibration_loss": ("calibration loss", "nats a token of the dense model on the texts whose gradients decide"),
+    "calibration_loss": (
+        "calibration loss",
+        "of the dense model, in nats per token, on the texts whose gradients rank the parts",
+    ),
 }
 
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text; the first of each row is its heading.
+    """A table of text cells; the first cell of each row is its heading.
 
     Attributes:
-        caption: what the table holds.
-        head: one heading a column.
-        rows: as many cells each.
-        notes: footnotes, by the mark that stands in a cell.
-        link: where the figures come from, if from elsewhere.
+        caption: the contents, in a sentence or less.
+        head: one heading per column.
+        rows: one cell per column.
+        notes: footnotes, as pairs of the mark in a cell and the note.
+        link: source of the figures, if not the run itself.
     """
 
     caption: str
@@ -97,7 +103,7 @@ class Table:
 
 
 def accuracy_table(evaluation: Figures) -> Table | None:
-    """Return dense and pruned accuracy, one column a task, in the published table's form."""
+    """Return dense and pruned accuracy, one column per task, laid out like the published table."""
     tasks = evaluation.get("accuracy")
     if not tasks:
         return None
@@ -129,7 +135,7 @@ def accuracy_table(evaluation: Figures) -> Table | None:
 
 
 def perplexity_table(evaluation: Figures) -> Table | None:
-    """Return the perplexities of each task, by token, word and byte."""
+    """Return the perplexities of each task per token, word and byte."""
     tasks = dict.fromkeys(task for group in UNITS for task in evaluation.get(group, {}))
     rows = [
         [
@@ -145,7 +151,7 @@ def perplexity_table(evaluation: Figures) -> Table | None:
 
 
 def size_table(evaluation: Figures) -> Table | None:
-    """Return what is smaller."""
+    """Return the sizes of both models."""
     rows = [
         [name, *(quantity(evaluation[key][side], unit) for side in ("dense", "pruned")), _saved(evaluation[key])]
         for key, (name, unit) in SIZES.items()
@@ -155,7 +161,7 @@ def size_table(evaluation: Figures) -> Table | None:
 
 
 def times_table(speed: Figures) -> Table:
-    """Return measured times, as ``render`` takes them."""
+    """Return the measured times (``render``'s argument ``speed``)."""
     names = {
         "prefill_seconds": f"prefill of {speed['prompt_tokens']} tokens",
         "decode_seconds_per_token": f"each of {speed['new_tokens']} new tokens",
@@ -168,14 +174,14 @@ def times_table(speed: Figures) -> Table:
     caption = (
         f"Measured on {speed['device']}{threads}: {speed['dtype']}, batch of {speed['batch_size']}, {speed['rounds']} rounds"
     )
-    return Table(caption, ["", "dense", "pruned", "faster"], rows)
+    return Table(caption, ["", "dense", "pruned", "speedup"], rows)
 
 
 def fit_table(fits: Mapping[str, Figures]) -> Table:
-    """Return the figures of metrics/solve.json with their meaning.
+    """Return the figures of metrics/solve.json with their meanings.
 
     Args:
-        fits: name of the block → its figures; one unnamed block as a rule.
+        fits: name of the block → its figures; usually one unnamed block.
     """
     keys = dict.fromkeys([*FIT_WORDS, *(key for fit in fits.values() for key in fit)])
     rows = [
@@ -187,7 +193,7 @@ def fit_table(fits: Mapping[str, Figures]) -> Table:
 
 
 def parts_table(figures: Figures) -> Table | None:
-    """Return what of metrics/repair.json says how parts of layers were removed, with its meaning."""
+    """Return the figures of metrics/repair.json about removed parts of layers, with their meanings."""
     rows = [[name, number(figures[key]), meaning] for key, (name, meaning) in PART_WORDS.items() if key in figures]
     return Table("What was removed", ["", "value", "meaning"], rows) if rows else None
 
@@ -200,14 +206,14 @@ def published_table(label: str) -> Table:
 
 
 def number(value: float) -> str:
-    """Write a figure with four digits, and whole numbers whole."""
+    """Write a figure with four significant digits, an integer in full."""
     if isinstance(value, int) or (abs(value) >= 1000 and abs(value) < 1e7):
         return _minus(f"{value:,.0f}")
     return _minus(f"{value:.4g}")
 
 
 def digits(value: float, count: int) -> str:
-    """Write a figure with so many digits, zeros at the end too, and whole numbers where these are more."""
+    """Write a figure with ``count`` significant digits, trailing zeros included, and one with more integer digits in full."""
     return f"{value:#.{count}g}".rstrip(".") if value < 10**count else f"{value:,.0f}"
 
 

@@ -1,8 +1,8 @@
-"""How the pictures look: a light and a dark theme, and PNG bytes that depend on the data alone.
+"""Style of the pictures: a light and a dark theme, and PNG bytes that depend on the data alone.
 
-Every picture is as wide as a phone's screen at 350 CSS pixels, where one point is one pixel, so the text stays legible there.
-Figures are made without pyplot; matplotlib's settings are put back to its own defaults while one is drawn or saved, so that
-nobody's matplotlibrc shows in a picture, and are the caller's again afterwards.
+A picture is shown about 350 CSS pixels wide on a phone, where one point is one pixel: the text stays legible. Figures are made
+without pyplot. While one is drawn or saved, matplotlib uses its own defaults, so that no matplotlibrc changes a picture; the
+caller's settings are restored afterwards.
 """
 
 import io
@@ -24,7 +24,7 @@ DPI = 200
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of a picture; ``series`` are told apart by people who see few colours, too."""
+    """Colours of a picture; those of ``series`` can be told apart by colour-blind readers too."""
 
     background: str
     text: str
@@ -60,7 +60,7 @@ DARK = Theme(
 
 @contextmanager
 def drawing(theme: Theme, height: float) -> Iterator[Figure]:
-    """Yield an empty figure of the page's width, to be drawn on in the block.
+    """Yield an empty figure of the page's width, to draw on inside the block.
 
     Args:
         theme: its colours.
@@ -86,18 +86,18 @@ def png(figure: Figure) -> bytes:
     """Return a figure as PNG: the same bytes for the same data."""
     file = io.BytesIO()
     with style.context({}, after_reset=True):
-        # matplotlib would write its own version into the file.
+        # By default matplotlib writes its version into the file.
         figure.savefig(file, format="png", metadata={"Software": None})
     return file.getvalue()
 
 
 def log_axis(axes: Axes, direction: Literal["x", "y"], values: Sequence[float]) -> None:
-    """Make an axis logarithmic, with ticks that can be read whether it spans many decades or a part of one.
+    """Make an axis logarithmic, with readable ticks whether it spans many decades or part of one.
 
     Args:
-        axes: whose axis it is.
+        axes: the axes that it belongs to.
         direction: the x or the y axis.
-        values: what it must show; above 0.
+        values: the values to show, all above 0.
     """
     low, high = min(values), max(values)
     room = max((high / low) ** 0.08, 1.02)

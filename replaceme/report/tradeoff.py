@@ -1,6 +1,6 @@
-"""Experiments against each other: how much was removed, and how good what is left is.
+"""Trade-off between size and quality over experiments.
 
-Only an experiment that no other beats in both respects is worth a name; these make up the Pareto front.
+Only the experiments on the Pareto front are labelled: those that no other beats in size and quality.
 """
 
 import math
@@ -15,10 +15,10 @@ from matplotlib.ticker import MaxNLocator
 from replaceme.report.labels import place_labels
 from replaceme.report.theme import LIGHT, WIDTH, Theme, drawing, log_axis, quiet
 
-# Seven colours and nine shapes: 63 methods before a pair comes again.
+# Seven colours and nine shapes: a pair repeats after 63 methods.
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 LABEL_WIDTH, LONG_NAME = 18, 14
-# Of the legend; what it has more than these makes the picture higher (in inches).
+# Lines of the legend that fit the picture's height; each further one adds ``LEGEND_LINE`` inches.
 LEGEND_LINES, LEGEND_LINE = 3, 0.21
 
 
@@ -28,9 +28,9 @@ class Point:
 
     Attributes:
         label: a short name.
-        method: what it was made with.
-        removed_percent: parameters removed; 0 is the dense model.
-        quality: what was measured.
+        method: name of its method.
+        removed_percent: percentage of the parameters that were removed; 0 is the dense model.
+        quality: the measured quality.
     """
 
     label: str
@@ -40,9 +40,9 @@ class Point:
 
 
 def pareto_front(points: Sequence[Point], higher_is_better: bool) -> list[Point]:
-    """Return the points that no other one beats, the least removed first.
+    """Return the points that no other point beats, ordered by the share removed.
 
-    A point beats another when it has as much removed and is as good, and is ahead in one of the two. Equals stay together.
+    A point beats another if it is at least as good in both respects and better in one. Of equal points, all stay.
     """
     sign = 1 if higher_is_better else -1
     front: list[Point] = []
@@ -60,12 +60,13 @@ def quality_against_size(
     higher_is_better: bool = True,
     theme: Theme = LIGHT,
 ) -> Figure:
-    """Draw experiments by parameters removed and quality, with the Pareto front, whose points are filled and named.
+    """Draw quality against parameters removed, with the Pareto front; its points are filled and labelled.
 
     Args:
         points: at least one.
-        quality: what the y axis shows.
-        higher_is_better: percent of the dense model's accuracy; False is a ratio of perplexities, on a logarithmic axis.
+        quality: label of the y axis.
+        higher_is_better: True for a percentage of the dense model's accuracy, False for a ratio of perplexities, which is
+            drawn on a logarithmic axis.
         theme: the colours.
     """
     front = pareto_front(points, higher_is_better)
@@ -109,7 +110,7 @@ def _place(point: Point) -> tuple[float, float]:
 
 
 def _broken(label: str) -> str:
-    """Break a long label behind commas."""
+    """Break a long label after commas."""
     lines: list[str] = []
     for part in label.split(", "):
         if lines and len(lines[-1]) + len(part) < LABEL_WIDTH:

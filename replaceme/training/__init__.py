@@ -1,4 +1,4 @@
-"""Weights trained on documents.
+"""Training of weights on documents.
 
 It may import base, models, edits and observers.
 """

@@ -1,6 +1,7 @@
-"""What an interrupted training goes on from: a folder of tensors and what belongs to them, whole or absent, under a key.
+"""Checkpoints of a training: a folder with tensors, state and a key, written atomically.
 
-The key stands for all that a training is made of. A checkpoint with another one is another training's, and is never read.
+The key is a digest of everything that the training depends on. A checkpoint with another key belongs to another training and
+is ignored.
 """
 
 import hashlib
@@ -18,12 +19,12 @@ from replaceme.base.errors import ResourceError
 from replaceme.base.files import new_folder, read_json, write_json
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
-# Bytes of a tensor that are read at once.
+# Bytes of a tensor that are hashed at once.
 CHUNK = 1 << 26
 
 
 def key_of(settings: Mapping[str, Any], tensors: Iterable[Tensor]) -> str:
-    """Return a digest of settings, which JSON can hold, and of the content of tensors."""
+    """Return a digest (sha256, hex) of settings, which must fit JSON, and of the shapes, dtypes and values of tensors."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for tensor in tensors:
         digest.update(f"{tensor.dtype} {[*tensor.shape]}".encode())
@@ -34,14 +35,14 @@ def key_of(settings: Mapping[str, Any], tensors: Iterable[Tensor]) -> str:
 
 
 def save_checkpoint(folder: Path, key: str, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write a checkpoint in the place of the last one."""
+    """Write a checkpoint; it replaces the last one."""
     with new_folder(folder) as new:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, new / TENSORS)
         write_json(new / STATE, {"key": key, **state})
 
 
 def load_checkpoint(folder: Path, key: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """Return state and tensors of the checkpoint in ``folder``; None where there is none with this key."""
+    """Return state and tensors of the checkpoint in ``folder``, or None if there is no readable one with this key."""
     try:
         state = read_json(folder / STATE)
         return (state, load_file(folder / TENSORS)) if state.pop("key", None) == key else None

@@ -1,17 +1,17 @@
-"""The curves of a training: a table (step, figure) each, that grows while it runs. The form is DVCLive's."""
+"""Curves of a training: one table (step, figure) each, in DVCLive's format, extended while the training runs."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from replaceme.base.files import rounded
 
-# Of a step's batch, and of the documents that are held out.
+# The loss of a step's batch, and that of the held-out documents.
 CURVES = ("loss", "held_out_loss")
 Rows = Mapping[str, Sequence[tuple[int, float]]]
 
 
 def write_curves(folder: Path, rows: Rows) -> None:
-    """Write ``NAME.tsv`` for each curve, with what there is of it."""
+    """Write ``NAME.tsv`` for each curve, with the rows so far."""
     for name in CURVES:
         (folder / f"{name}.tsv").write_text(f"step\t{name}\n", encoding="utf-8")
         for step, value in rows.get(name, ()):
@@ -19,6 +19,6 @@ def write_curves(folder: Path, rows: Rows) -> None:
 
 
 def add_row(folder: Path, name: str, step: int, value: float) -> None:
-    """Add a row to a curve."""
+    """Append a row to a curve."""
     with (folder / f"{name}.tsv").open("a", encoding="utf-8") as table:
         table.write(f"{step}\t{rounded(value, 9)}\n")

@@ -1,16 +1,17 @@
-"""The heal stage: the layers from the first cut on, trained for a while toward what the dense model predicts.
+"""Healing: train the layers from the first cut on toward the dense model's predictions.
 
-A repair makes each state like the dense model's, layer by layer, and all its directions count alike. What a user reads is the
-predictions. The same linears (those that end attention and MLP) go on from there, all of them together, down the mean of
+A repair fits each state to the dense model's, layer by layer, with equal weight on all directions; a user sees only the
+predictions. Healing starts from the repaired weights and trains the same linears (the last ones of attention and MLP) jointly.
+It minimizes the mean of
 
     KL(p ‖ q) = Σ_v p(v) log(p(v) / q(v)),    p = the dense model's distribution of the next token, q = the shortened one's,
 
 over the real tokens of the calibration text (distillation: Hinton et al., arXiv 1503.02531; healing by low-rank adapters and
-next tokens: Gromov et al., arXiv 2403.17887). That is training, and everything that tells of the result says so. There is no
-new parameter: what was learnt is a change of these weights, as a repair's is.
+next tokens: Gromov et al., arXiv 2403.17887). This is training, and every record of the result says so. It adds no parameter:
+like a repair, it changes existing weights.
 
-Nothing in front of the first cut computes anything: what enters its host, and what leaves the dense model's last layer, lies in
-scratch files from one pass.
+The layers before the first cut's host don't run: the states that enter the host and those that leave the dense model's last
+layer are read from scratch files, which one pass writes.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,17 +36,18 @@ from replaceme.observers.features import LINEARS
 from replaceme.observers.walk import Start, begun_at
 from replaceme.training.training import Texts
 
-# The part of a step's tokens whose predictions are compared. (A step takes most of its time for them; as many tokens, in twice
-# as many steps, learn more.)
+# Fraction of a step's positions whose predictions are compared. (They take most of a step's time, and the same number of
+# positions spread over twice as many steps teaches more.)
 SHARE = 0.5
-# Rows of logits of which the divergence is taken at once.
+# Rows of logits whose divergence is computed at once.
 ROWS = 128
 
 
 def divergence(wanted: Tensor, found: Tensor) -> Tensor:
-    """Return the mean over rows of KL(p ‖ q), p and q the softmaxes of logits (rows, words).
+    """Return the mean over rows of KL(p ‖ q) in nats, where p and q are the softmaxes of logits (rows, words).
 
-    What a backward pass needs is computed again there, a few rows at a time: it would be several times the logits.
+    The backward pass recomputes its intermediate values, ``ROWS`` rows at a time; stored, they would take several times the
+    memory of the logits.
     """
     parts = zip(wanted.split(ROWS), found.split(ROWS), strict=True)
     sums = [checkpoint(_divergence, *part, use_reentrant=False) for part in parts]
@@ -59,16 +61,16 @@ def _divergence(wanted: Tensor, found: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Predictions:
-    """What the layers from a cut on are to learn: the dense model's predictions.
+    """Lesson of healing: the layers from the cut on learn the dense model's predictions.
 
     Attributes:
-        model: the dense model, which stays as it is.
+        model: the dense model, which stays unchanged.
         family: its description.
-        edits: what shortens it.
-        documents: the text.
-        host: the layer in front of the first that goes.
-        entering: (tokens, d) what enters the host, in the order of a walk.
-        leaving: (tokens, d) what leaves the dense model's last layer.
+        edits: the edits that shorten it.
+        documents: the calibration text.
+        host: the layer before the first removed one.
+        entering: (tokens, d) states that enter the host, in the order of a walk.
+        leaving: (tokens, d) states that leave the dense model's last layer, in the same order.
     """
 
     model: Any
@@ -91,14 +93,14 @@ class Predictions:
 
     @cached_property
     def changed(self) -> dict[tuple[int, str], Tensor]:
-        """What the edits make of each parameter that they touch, by layer and name within it: float32, in torch's layout."""
+        """The edited value of each parameter that the edits change, by layer and name within it: float32, in torch's layout."""
         changed = changed_parameters(self.family, self.layers, self.edits)
-        # At the processor: those that are trained are on the device already.
+        # On the CPU: the trained parameters have their own copies on the device.
         return {(layer, name): value.float().cpu() for layer, name, value in changed}
 
     @cached_property
     def trained(self) -> list[tuple[int, Linear, str]]:
-        """The parameters that are trained: layer, linear, and name within the layer."""
+        """The trained parameters: layer, linear, and name within the layer."""
         kept = [layer for layer in range(self.host, len(self.layers)) if layer not in set(self.edits.removed_layers)]
         return [
             (layer, linear, name)
@@ -108,13 +110,13 @@ class Predictions:
         ]
 
     def learners(self) -> dict[str, Tensor]:
-        """Return float32 copies of the parameters to train, by their names in the dense model, in torch's layout."""
+        """Return float32 copies of the trained parameters on the device, by name in the dense model, in torch's layout."""
         started = {self._name(layer, name): self._start(layer, name) for layer, _, name in self.trained}
         return {name: value.to(self.texts.device, copy=True).requires_grad_() for name, value in started.items()}
 
     @contextmanager
     def begun(self) -> Iterator[None]:
-        """Let the model compute what the edits make of it, for as long as the training takes."""
+        """Apply the edits to the model's computation inside the block; the trained parameters come with each pass."""
         learnt = {(layer, name) for layer, _, name in self.trained}
         standing_in = {place: value for place, value in self.changed.items() if place not in learnt}
         folded = Edits(self.edits.title, self.edits.removed_layers, operators=self.edits.operators, parameters=standing_in)
@@ -122,7 +124,7 @@ class Predictions:
             yield
 
     def loss(self, parameters: Mapping[str, Tensor], documents: Sequence[int], step: int | None) -> Tensor:
-        """Return the mean divergence over a part of the real tokens of documents; without a step, always over the same part."""
+        """Return the mean divergence over a random part of the documents' real tokens: chosen by step, or the same for None."""
         batch = self.texts.batch(documents)
         longest = batch.input_ids.shape[1]
         chance = torch.Generator().manual_seed(-1 if step is None else step)
@@ -135,7 +137,7 @@ class Predictions:
         return divergence(wanted, found[real])
 
     def correct(self, edits: Edits, parameters: Mapping[str, Tensor]) -> None:
-        """Add what was learnt to edits."""
+        """Add the learnt changes to the edits."""
         changes = {
             (layer, name): parameters[self._name(layer, name)].detach().cpu() - self._start(layer, name)
             for layer, _, name in self.trained
@@ -148,7 +150,7 @@ class Predictions:
         return f"{self.family.layers}.{layer}.{name}"
 
     def _start(self, layer: int, name: str) -> Tensor:
-        """Return a parameter as the edits make it."""
+        """Return a parameter's value before training: the edited one."""
         changed = self.changed.get((layer, name))
         return parameter_of(self.layers[layer], name).float().cpu() if changed is None else changed
 
@@ -163,9 +165,9 @@ class Predictions:
             return self._logits(batch, places, values)
 
     def _dense(self, batch: Batch, rows: Tensor, places: Tensor) -> Tensor:
-        """Return the dense model's logits, likewise, with ``rows`` leaving its last layer."""
+        """Return the dense model's logits (documents, places, words), with ``rows`` (tokens, d) leaving its last layer."""
 
-        # Behind everything that the edits do to that layer.
+        # This hook runs after all hooks of the edits on that layer.
         def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
             padded = batch.padded(rows)
             return padded if isinstance(output, Tensor) else (padded, *output[1:])

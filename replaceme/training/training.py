@@ -1,10 +1,10 @@
-"""Train weights on documents, a few documents in a step: the loop, whatever is to be learnt.
+"""The training loop: weights trained on documents, a few documents per step, for any lesson.
 
-AdamW with a linear warm-up and a cosine decay (LLM-Streamline, arXiv 2403.19135, and its public program). Weights, moments and
-gradients are float32, whatever the model's format is; dropout is off.
+AdamW with a linear warm-up and a cosine decay (LLM-Streamline, arXiv 2403.19135, and its public code). Weights, moments and
+gradients are float32 whatever the model's dtype; dropout is off.
 
-A run that is interrupted goes on from its last checkpoint, to the same result as one that was not: the order of the documents
-is a function of the epoch's number, and a checkpoint holds the rest.
+An interrupted run resumes from its last checkpoint and ends with the same result as an uninterrupted one: the order of the
+documents depends only on the epoch's number, and the checkpoint holds everything else.
 """
 
 import math
@@ -28,29 +28,29 @@ from replaceme.observers.walk import Keep, walk
 from replaceme.training.checkpoints import load_checkpoint, save_checkpoint
 from replaceme.training.curves import CURVES, add_row, write_curves
 
-# Rows (steps that were made before, loss), by a curve's name.
+# Rows (number of steps taken before, loss), by the name of the curve.
 Curves = dict[str, list[tuple[int, float]]]
 
-# The published values: of AdamW, the largest norm of the gradient, the part of the steps that warms up, and where the step's
-# size ends, as a part of it.
+# Published values: AdamW's weight decay, the gradient norm to clip at, the fraction of the steps that warm up, and the final
+# learning rate as a fraction of the largest.
 WEIGHT_DECAY, CLIP, WARM_UP, FLOOR = 1e-3, 5.0, 0.01, 0.25
-# Of the order of documents.
+# Seed of the documents' order.
 SEED = 0
-# Every this many documents one is held out, whose loss is taken so often.
+# One document in so many is held out; their loss is evaluated about this often in a training.
 HELD_OUT_EVERY, EVALUATIONS = 20, 8
-# Between checkpoints, at least; and as many times what the last one took.
+# Time between checkpoints, at least: seconds, and a multiple of the time that the last one took.
 CHECKPOINT_SECONDS, SAVING_SHARE = 60.0, 10
 
 
 @dataclass(frozen=True)
 class Course:
-    """How long and how fast.
+    """Length and learning rate of a training.
 
     Attributes:
-        learning_rate: the largest step.
+        learning_rate: the largest learning rate.
         epochs: passes over the documents.
-        batch_size: documents of a step.
-        rate_name: the parameter that says the learning rate.
+        batch_size: documents per step.
+        rate_name: name of the parameter that sets the learning rate, for messages.
     """
 
     learning_rate: float
@@ -59,7 +59,7 @@ class Course:
     rate_name: str
 
     def rate(self, step: int, steps: int) -> float:
-        """Return the learning rate of a step (from 0) of so many."""
+        """Return the learning rate of a step (from 0) out of ``steps``."""
         warm = max(WARM_UP * steps, 1.0)
         if step + 1 < warm:
             return self.learning_rate * (step + 1) / warm
@@ -68,7 +68,7 @@ class Course:
 
 
 class Lesson(Protocol):
-    """What is to be learnt, as a function of the weights."""
+    """The task to learn: a loss as a function of the weights."""
 
     @property
     def documents(self) -> Documents:
@@ -76,23 +76,23 @@ class Lesson(Protocol):
         ...
 
     def loss(self, parameters: Mapping[str, Tensor], documents: Sequence[int], step: int | None) -> Tensor:
-        """Return the mean loss, over the real tokens of documents, with these weights.
+        """Return the mean loss over the real tokens of documents, with these weights.
 
         Args:
-            parameters: the weights that are trained, float32.
-            documents: places in a walk.
-            step: the step (from 0) that asks, where the loss is estimated from a part of the tokens, which then is the step's;
-                None asks for the same part each time.
+            parameters: the trained weights, float32.
+            documents: positions in a walk.
+            step: the current step (from 0). A lesson that estimates its loss from a part of the tokens chooses this part by the
+                step; with None, it takes the same part each time.
         """
         ...
 
     def begun(self) -> AbstractContextManager[None]:
-        """Make the model ready for as long as the training takes."""
+        """Return a context that prepares the model for the training and restores it afterwards."""
         ...
 
 
 class Texts:
-    """Documents in the order of a walk, by their places in it."""
+    """Documents by position in the order of a walk."""
 
     def __init__(self, documents: Documents, device: torch.device):
         self.device = device
@@ -101,13 +101,13 @@ class Texts:
         self.starts = (lengths.cumsum(0) - lengths).tolist()
 
     def batch(self, documents: Sequence[int]) -> Batch:
-        """Return documents side by side."""
+        """Return documents as one padded batch."""
         texts = [self.texts[index].long() for index in documents]
         ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
         return Batch(ids.to(self.device), torch.tensor([len(text) for text in texts], device=self.device), 0)
 
     def rows(self, states: Tensor, documents: Sequence[int]) -> Tensor:
-        """Return the rows of states (tokens, d), in the order of the walk, that belong to documents."""
+        """Return the rows of documents from states (tokens, d) in the order of the walk."""
         parts = [states[self.starts[index] : self.starts[index] + len(self.texts[index])] for index in documents]
         return torch.cat(parts).to(self.device)
 
@@ -124,21 +124,21 @@ def entering_and_leaving(
     purpose: str = "training",
     description: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return what enters one layer and leaves another, in scratch files.
+    """Return the states that enter one layer and those that leave another, in scratch files.
 
     Args:
         model: the dense model.
         family: its description.
         documents: the text.
-        first: the layer that something enters.
-        last: the layer that something leaves.
+        first: the layer whose input states are kept.
+        last: the layer whose output states are kept.
         batch_size: documents in a batch.
-        folder: where scratch files may lie; None is the system's temporary folder.
-        purpose: what keeps them, for the message where they don't fit.
+        folder: folder for scratch files; None is the system's temporary folder.
+        purpose: use of the files, for the message if the disk is too small.
         description: of the progress bar; None shows none.
 
     Returns:
-        Each (tokens, d), in the model's format and the order of a walk.
+        Both (tokens, d), in the model's dtype and the order of a walk.
     """
     shape = documents.token_count, int(model.config.hidden_size)
     entering, leaving = scratch([shape] * 2, model.dtype, folder, purpose)
@@ -148,7 +148,7 @@ def entering_and_leaving(
 
 
 def orders(documents: Sequence[int], epoch: int, batch_size: int) -> list[list[int]]:
-    """Return an epoch's batches of documents."""
+    """Return an epoch's batches of documents, in random order."""
     shuffled = [documents[index] for index in seeded_order(len(documents), SEED + epoch).tolist()]
     return [shuffled[start : start + batch_size] for start in range(0, len(shuffled), batch_size)]
 
@@ -159,17 +159,17 @@ def train(
     """Train weights.
 
     Args:
-        lesson: what it is to learn.
-        parameters: to begin with, float32 with gradients; they are changed.
-        course: how long and how fast.
-        folder: where checkpoints lie, and the curves while it runs.
-        key: what a checkpoint must have been made with (``replaceme.training.checkpoints``).
+        lesson: the task to learn.
+        parameters: the initial values, float32 with gradients enabled; they are changed in place.
+        course: length and learning rate.
+        folder: folder for checkpoints and, while it runs, the curves.
+        key: the key that a checkpoint must have to be resumed from (``replaceme.training.checkpoints``).
 
     Returns:
-        The parameters, and the curves.
+        The trained parameters, and the curves.
 
     Raises:
-        SolveError: the loss is no number any more.
+        SolveError: the loss is not finite.
     """
     run = _Run(lesson, parameters, course, folder, key)
     with lesson.begun():
@@ -182,7 +182,7 @@ def train(
 
 
 class _Run:
-    """A training under way."""
+    """A training in progress."""
 
     def __init__(self, lesson: Lesson, parameters: dict[str, Tensor], course: Course, folder: Path, key: str):
         self.lesson, self.parameters, self.course, self.folder, self.key = lesson, parameters, course, folder, key
@@ -193,14 +193,14 @@ class _Run:
         self.steps = self.per_epoch * course.epochs
         self.step = 0
         self.curves: Curves = {name: [] for name in CURVES}
-        self._go_on()
+        self._resume()
         folder.mkdir(parents=True, exist_ok=True)
         write_curves(folder, self.curves)
-        # When the last checkpoint was whole, and how long it took.
+        # Time when the last checkpoint was complete, and how long it took.
         self.saved, self.saving = time.monotonic(), 0.0
 
     def take(self, step: int) -> None:
-        """Make a step."""
+        """Take one step."""
         self.evaluate(step)
         epoch, place = divmod(step, self.per_epoch)
         documents = orders(self.taught, epoch, self.course.batch_size)[place]
@@ -217,12 +217,12 @@ class _Run:
             self.save()
 
     def evaluate(self, step: int) -> None:
-        """Take the loss of what is held out, at a few steps, and at the first and behind the last one."""
+        """Record the held-out loss before the first step, at a few later ones, and after the last."""
         if self.held_out and (step == self.steps or step % max(self.steps // EVALUATIONS, 1) == 0):
             self.log("held_out_loss", step, self.mean_loss(self.held_out))
 
     def mean_loss(self, documents: Sequence[int]) -> float:
-        """Return the mean loss on documents, each token of all of them alike."""
+        """Return the mean loss on documents, all tokens weighted equally."""
         total, tokens = 0.0, 0
         with torch.no_grad():
             for start in range(0, len(documents), self.course.batch_size):
@@ -232,9 +232,9 @@ class _Run:
         return total / tokens
 
     def log(self, name: str, step: int, value: float) -> None:
-        """Add to a curve."""
+        """Append a value to a curve; refuse one that is not finite."""
         if not math.isfinite(value):
-            raise SolveError(f"{self.course.rate_name}: the loss of the training is {value} at step {step}; take a lower one.")
+            raise SolveError(f"{self.course.rate_name}: the loss of the training is {value} at step {step}; use a lower one.")
         self.curves[name].append((step, value))
         add_row(self.folder, name, step, value)
 
@@ -248,7 +248,8 @@ class _Run:
         self.saved = time.monotonic()
         self.saving = self.saved - begun
 
-    def _go_on(self) -> None:
+    def _resume(self) -> None:
+        """Continue from the last checkpoint, if there is one with this key."""
         found = load_checkpoint(self.folder / "checkpoint", self.key)
         if found is None:
             return
@@ -257,15 +258,15 @@ class _Run:
         for name, parameter in self.parameters.items():
             parameter.data.copy_(tensors[f"weight.{name}"])
             self.optimizer.state[parameter] = {
-                # Its own count of steps stays at the processor.
+                # AdamW keeps its step count on the CPU.
                 part: tensors[f"{part}.{name}"].to("cpu" if part == "step" else parameter.device)
                 for part in ("step", "exp_avg", "exp_avg_sq")
             }
-        logger.info("training: goes on behind step %d of %d of an interrupted run", self.step, self.steps)
+        logger.info("training: resumes after step %d of %d of an interrupted run", self.step, self.steps)
 
 
 def figures_of(curves: Curves, parameters: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return the figures of a training, and say them; a batch's loss is noisy, so that several are taken together."""
+    """Return and log the figures of a training. The loss of one batch is noisy, so the first and last eighths are averaged."""
     losses, held_out = [loss for _, loss in curves["loss"]], [loss for _, loss in curves["held_out_loss"]]
     part = max(len(losses) // 8, 1)
     figures = {
@@ -283,6 +284,6 @@ def figures_of(curves: Curves, parameters: Mapping[str, Tensor]) -> dict[str, An
 
 
 def settings_of(course: Course) -> dict[str, Any]:
-    """Return what a training depends on beside the lesson and the parameters, for a checkpoint's key."""
+    """Return what a training depends on besides the lesson and the parameters, for a checkpoint's key."""
     constants = [WEIGHT_DECAY, CLIP, WARM_UP, FLOOR, SEED, HELD_OUT_EVERY, EVALUATIONS]
     return {**asdict(course), "constants": constants, "torch": torch.__version__, "threads": torch.get_num_threads()}

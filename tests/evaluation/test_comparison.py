@@ -27,7 +27,7 @@ def figures(ppl: float, accuracy: float, share: float = 1.0) -> dict[str, Any]:
     }
 
 
-def test_scores_of_both_models_are_set_side_by_side() -> None:
+def test_scores_of_both_models_are_compared() -> None:
     found = compare(figures(10.0, 0.8), figures(15.0, 0.6, 0.75), {}, {})
     assert found == {
         "perplexity": {"t": {"dense": 10.0, "pruned": 15.0, "ratio": 1.5}},
@@ -73,7 +73,7 @@ def test_significance_is_the_exact_mcnemar_test(pairs: list[tuple[bool, bool]]) 
     assert paired_p_value(before, after) == pytest.approx(expected, rel=1e-9)
 
 
-def test_scores_that_are_no_yes_or_no_are_compared_by_the_paired_t_test() -> None:
+def test_scores_other_than_0_and_1_are_compared_by_the_paired_t_test() -> None:
     generator = torch.Generator().manual_seed(0)
     before = torch.rand(200, generator=generator, dtype=torch.float64)
     noise = torch.randn(200, generator=generator, dtype=torch.float64)
@@ -129,7 +129,7 @@ def test_in_a_group_the_tasks_are_fixed_and_their_items_a_sample() -> None:
         assert found["p_value"] == pytest.approx(expected)
 
 
-def test_a_figure_that_one_model_lacks_is_left_out() -> None:
+def test_a_figure_missing_from_one_model_is_left_out() -> None:
     dense, pruned = figures(10.0, 0.0), figures(15.0, 0.0)
     del pruned["perplexity"]["t"]["word"]
     found = compare(dense, pruned, {}, {})
@@ -157,7 +157,7 @@ def test_a_models_scores_hold_every_task_and_size(params: Params, tiny: Model, t
     assert again.figures == scores.figures
 
 
-def test_a_file_that_changed_since_it_was_looked_at_is_not_scored(params: Params, tiny: Model) -> None:
+def test_a_file_that_changed_since_its_check_is_not_scored(params: Params, tiny: Model) -> None:
     found = task_fingerprints(params)
     path = Path(params.tasks[0].name)
     path.write_text(path.read_text(encoding="utf-8") + " more", encoding="utf-8")

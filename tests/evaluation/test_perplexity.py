@@ -50,7 +50,7 @@ def test_standard_error_is_that_of_the_windows_means() -> None:
 
 
 def test_a_figure_that_overflows_is_left_out() -> None:
-    endless = "ab" * 900  # one word of so many tokens that its perplexity is no number
+    endless = "ab" * 900  # one word of so many tokens that its perplexity overflows
     windows = cut_windows("t", [endless], made_tokenizer(), None)
     figures = perplexities(window_losses(made_model(max_position_embeddings=2048), windows, 1, "t"), windows)
     assert "word" not in figures

@@ -1,4 +1,4 @@
-"""Accuracy: our scorer against lm-eval's own, and against one plain pass for each request."""
+"""Accuracy: our scorer compared with lm-eval's own, and with one plain pass per request."""
 
 import json
 from collections.abc import Callable
@@ -131,7 +131,7 @@ def questions(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def library(tmp_path: Path, questions: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """A function that gives lm-eval's catalogue nothing but tasks of ours: YAML files over the questions."""
+    """Return a function that adds tasks to a catalogue of lm-eval with no others: YAML files over the questions."""
     folder = tmp_path / "tasks"
     folder.mkdir()
     form = {
@@ -197,7 +197,7 @@ def test_accuracies_of_choices_and_of_words_equal_lm_evals_own(family: str, tmp_
         assert float(part.mean()) == pytest.approx(found.accuracy[name]["accuracy"])
 
 
-def test_a_group_has_lm_evals_aggregate_and_a_tag_is_so_many_tasks(library: Callable[..., None]) -> None:
+def test_a_group_has_lm_evals_aggregate_and_a_tag_is_reported_by_task(library: Callable[..., None]) -> None:
     library("one", tag="both")
     library("two", tag="both", doc_to_text="{{question}}")
     library("group", group="all", task=["one", "two"], aggregate_metric_list=[{"metric": "acc_norm", "weight_by_size": True}])
@@ -217,9 +217,7 @@ def test_a_group_has_lm_evals_aggregate_and_a_tag_is_so_many_tasks(library: Call
     assert all(map(torch.equal, together.items["all"], [*limited.items["one"], *limited.items["two"]]))
 
 
-def test_in_a_group_of_unequal_tasks_each_counts_alike_where_lm_eval_says_so(
-    library: Callable[..., None], questions: Path
-) -> None:
+def test_a_group_weights_its_tasks_equally_if_lm_eval_defines_it_so(library: Callable[..., None], questions: Path) -> None:
     library("one")
     few = {
         "task": "few", "dataset_path": "json",
@@ -263,7 +261,7 @@ def order(docs):
     assert len(set(answers[0])) == 2
 
 
-def test_a_perplexity_that_is_no_number_loses_nothing_else(library: Callable[..., None], questions: Path) -> None:
+def test_a_perplexity_that_overflows_loses_no_other_score(library: Callable[..., None], questions: Path) -> None:
     library("pages", output_type="loglikelihood_rolling", doc_to_text="", doc_to_choice=None, doc_to_target="{{'ab' * 900}}",
             metric_list=[{"metric": "word_perplexity"}])  # fmt: skip
     found = run(made_model(max_position_embeddings=2048), Task("pages", limit=1), Task(str(questions)))
@@ -288,16 +286,16 @@ def test_generated_answers_and_perplexity_tasks_of_lm_eval_are_scored_too(librar
     assert found.perplexity["pages"]["word"] > found.perplexity["pages"]["byte"] > 1
 
 
-def test_what_measures_neither_accuracy_nor_perplexity_is_refused(library: Callable[..., None]) -> None:
+def test_a_task_without_accuracy_and_perplexity_is_refused(library: Callable[..., None]) -> None:
     library("likely", output_type="loglikelihood", doc_to_choice=None, doc_to_target="{{choices[0]}}",
             metric_list=[{"metric": "perplexity", "higher_is_better": False, "aggregation": "perplexity"}])  # fmt: skip
     library("correlated", metric_list=[{"metric": "mcc"}])
     for name, metric in (("likely", "perplexity"), ("correlated", "mcc")):
-        with pytest.raises(DatasetError, match=f"tasks: {name} measures {metric}, which is no accuracy"):
+        with pytest.raises(DatasetError, match=f"tasks: {name} measures {metric}, which is neither an accuracy"):
             harness.Suite().add(Task(name, limit=2), {})
 
 
-def test_a_task_that_cannot_be_loaded_is_a_sentence(library: Callable[..., None]) -> None:
+def test_a_task_that_cannot_be_loaded_is_reported_in_a_sentence(library: Callable[..., None]) -> None:
     library("broken", dataset_kwargs={"data_files": {"test": "/nowhere/at/all.jsonl"}})
     with pytest.raises(DatasetError, match="tasks: 'broken' can't be loaded"):
         run(made_model(), Task("broken"))
@@ -320,7 +318,7 @@ def test_encodings_are_made_once_and_survive_the_disk(tmp_path: Path, questions:
     assert loaded.encodings.pairs == requests.encodings.pairs
     tokenizer = made_tokenizer()
     scorer = CausalScorer(model, tokenizer, 1, "test", loaded.encodings)
-    scorer.tok_encode = None  # type: ignore[assignment,method-assign]  # nothing may be encoded again
+    scorer.tok_encode = None  # type: ignore[assignment,method-assign]  # no request may be encoded again
     suite = harness.Suite()
     suite.add(Task(str(questions)), {})
     assert harness.run(scorer, suite).accuracy == first.accuracy

@@ -1,4 +1,4 @@
-"""What ``tasks`` can name, and the items that are made from text and files."""
+"""The tasks that ``tasks`` can name, and their items from text and files."""
 
 import json
 import re
@@ -82,8 +82,8 @@ def test_the_same_text_gives_the_same_items_with_the_answer_anywhere(items: list
     assert {item["gold"] for item in items} == {0, 1, 2, 3}
 
 
-def test_last_words_end_a_sentence_and_stand_in_the_passage_before_it() -> None:
-    # The made-up vocabulary is so small that each word is a common one: rare ones are put in.
+def test_last_words_end_a_sentence_and_occur_in_the_passage_before_it() -> None:
+    # Every word of the small made-up vocabulary is common, so rare words are inserted.
     articles = []
     for seed in range(4):
         sentences = made_text(60, seed).replace("\n\n", " ").split(". ")
@@ -150,7 +150,7 @@ def test_columns_of_any_name_can_be_mapped(tmp_path: Path) -> None:
         ("t.jsonl", json.dumps(ROW), {"text": "question", "answer": "answer"}, "answer is for the columns of a file"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_said_before_any_work(
+def test_an_error_in_a_file_is_reported_before_any_work(
     tmp_path: Path, name: str, content: str, options: dict[str, Any], said: str
 ) -> None:
     path = tmp_path / name
@@ -174,7 +174,7 @@ def test_unknown_and_clashing_tasks_are_named(tmp_path: Path) -> None:
         fingerprints(str(tmp_path / "a" / "t.txt"), str(tmp_path / "b" / "t.txt"))
 
 
-def test_a_columns_option_is_refused_where_there_is_no_file() -> None:
+def test_a_columns_option_is_refused_without_a_file() -> None:
     with pytest.raises(
         ParameterError, match="tasks: question is for the columns of a file, of which wikipedia_continuation has none"
     ):
@@ -189,7 +189,7 @@ def test_the_published_tasks_are_known_and_need_the_hub(name: str, tmp_path: Pat
         fingerprints(name)
 
 
-def test_hub_tasks_are_known_by_their_datasets_commits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_tasks_are_identified_by_their_datasets_commits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "reachable", lambda: True)
     asked: list[str] = []
     monkeypatch.setattr(hub, "resolve_commit", lambda name, kind, revision: asked.append(name) or f"commit of {name}")
@@ -223,7 +223,7 @@ def test_datasets_are_read_at_the_commit_that_was_found(monkeypatch: pytest.Monk
 
 
 def cache_piqa(folder: Path, commit: str, goal: str) -> None:
-    """Put a few rows into a cache of hub datasets, as if PIQA had been read at a commit."""
+    """Put a few rows into a cache of hub datasets, as if PIQA had been loaded at a commit."""
     place = folder / "baber___piqa" / "default" / "0.0.0" / commit
     place.mkdir(parents=True)
     features = Features({"goal": Value("string"), "sol1": Value("string"), "sol2": Value("string"), "label": Value("int64")})

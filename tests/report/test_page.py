@@ -1,4 +1,4 @@
-"""The report: what must stand on the page, what must not, and pictures that show the data."""
+"""The report: what the page must and must not contain, and pictures that show the data."""
 
 import json
 import random
@@ -78,15 +78,15 @@ SPEED = {
     "prompt_tokens": 512, "new_tokens": 64, "batch_size": 1, "rounds": 5, "dtype": "bfloat16", "device": "cpu", "threads": 2,
 }  # fmt: skip
 UNMEASURED = (
-    "Times vary from run to run and are not part of the cached results: measure_speed measures them and writes this page with "
-    "them."
+    "Times vary from run to run, so they are not part of the cached results. Run measure_speed to measure them and get this "
+    "page with them."
 )
 PICTURES = ("distances", "cut_residuals", "layers", "scores", "residuals")
 Run = Callable[..., Workspace]
 
 
 class Reader(HTMLParser):
-    """What a page says, shows and loads."""
+    """The text, tables, pictures and loads of a page."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ def params() -> Params:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """Return a function that writes a run's results, with some of them replaced."""
+    """Return a function that writes a run's results, some of them replaced by its arguments."""
 
     def write(
         evaluation: Any = EVALUATION,
@@ -183,7 +183,7 @@ def run(tmp_path: Path) -> Run:
 
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draw nothing, where a test is about the text."""
+    """Draw no pictures: the test is about the text."""
     start = b"\x89PNG".ljust(16) + bytes([0, 0, 3, 192, 0, 0, 2, 88])
     monkeypatch.setattr(page_module, "_picture", lambda draw, words: Picture(start, start, words))
 
@@ -212,16 +212,16 @@ def test_the_page_loads_nothing_from_elsewhere(params: Params, run: Run) -> None
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_every_figure_of_the_evaluation_stands_in_a_table(params: Params, run: Run) -> None:
+def test_every_figure_of_the_evaluation_is_in_a_table(params: Params, run: Run) -> None:
     cells = Reader(render(params, run()).html).cells
     assert [shown for shown in SHOWN if shown not in cells] == []
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_the_first_sentence_says_what_the_run_came_to(params: Params, run: Run) -> None:
+def test_the_first_sentence_gives_the_main_results(params: Params, run: Run) -> None:
     text = Reader(render(params, run()).html).text
     assert (
-        "2 of 7 layers of smollm2-135m-instruct were removed by ReplaceMe (least squares): 94.3 % of the accuracy kept, × 7.34 "
+        "2 of 7 layers of smollm2-135m-instruct were removed by ReplaceMe (least squares): 94.3 % of the accuracy kept, 7.34 × "
         "the perplexity, 21.1 % smaller." in text
     )
 
@@ -237,7 +237,7 @@ def test_only_marks_in_use_have_a_footnote(params: Params, run: Run, p_value: fl
 
 @pytest.mark.parametrize("missing", [*combinations(EVALUATION, 1), ("perplexity", "word_perplexity", "byte_perplexity")])
 @pytest.mark.usefixtures("undrawn")
-def test_a_group_that_is_absent_leaves_its_place_out(params: Params, run: Run, missing: tuple[str, ...]) -> None:
+def test_an_absent_group_is_left_out(params: Params, run: Run, missing: tuple[str, ...]) -> None:
     page = Reader(render(params, run({key: value for key, value in EVALUATION.items() if key not in missing})).html)
     assert all(len(table) > 1 and all(any(cells[1:]) for cells in table) for table in page.tables)
     assert not re.search(r"\b(None|nan|Undefined)\b", page.text)
@@ -263,14 +263,14 @@ def test_a_run_without_tasks_says_so(params: Params, run: Run) -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_a_method_without_a_map_has_none_to_judge(params: Params, run: Run) -> None:
+def test_a_method_without_a_fit_says_so(params: Params, run: Run) -> None:
     page = render(params, run(solved={"removed_layers": 2}, residuals="alpha,relative_residual\n", title="UIDL"))
-    assert "there is no map to judge" in page.html
+    assert "there is no fit to judge" in page.html
     assert "residuals" not in page.pictures
     assert "were removed by UIDL" in page.html
 
 
-def test_parts_of_layers_are_told_where_no_layer_goes(params: Params, run: Run) -> None:
+def test_parts_of_layers_are_told_when_no_whole_layer_is_removed(params: Params, run: Run) -> None:
     parts = "2 of 4 heads in every layer"
     repaired = {"removed_heads": 14, "parameters_removed": 123456, "calibration_loss": 2.5, "corrected_linears": 0}
     work = run(solved={"removed_layers": 0}, repaired=repaired, title="LLM-Pruner", blocks=(), parts=parts)
@@ -278,10 +278,10 @@ def test_parts_of_layers_are_told_where_no_layer_goes(params: Params, run: Run) 
     page = Reader(render(params, work).html)
     assert f"smollm2-135m-instruct without {parts}" in page.text
     assert f"{parts} of smollm2-135m-instruct were removed by LLM-Pruner: " in page.text
-    assert f"No layer was removed, but {parts}." in page.text
+    assert f"No whole layer was removed, but {parts}." in page.text
     assert {"heads removed", "14", "123,456", "2.5"} <= page.cells
-    assert "Nothing stands in the place of what was removed" in page.text
-    assert "the state behind the last layer differs by 0.0024" in page.text
+    assert "Nothing was fitted in the place of the removed parts" in page.text
+    assert "the state after the last layer differs by 0.0024" in page.text
     assert not re.search(r"Framed|Shaded|cut differs|removed layers and|of its 7", page.text + " ".join(page.alternatives))
     assert len(page.alternatives) == 4
 
@@ -292,21 +292,21 @@ def test_an_iterative_solver_shows_its_curve_and_a_closed_form_none(params: Para
     assert "loss" not in render(params, work).pictures
     (work.solution / "loss.csv").write_text("iteration,loss\n0,0.5\n5,0.25\n9,0.26\n", encoding="utf-8")
     page = render(params, work)
-    assert page.pictures["loss"].words == "The solver's objective a token: from 0.5 to 0.25 in 9 iterations."
+    assert page.pictures["loss"].words == "The solver's objective per token: from 0.5 to 0.25 in 9 iterations."
     assert page.pictures["loss"].light.startswith(b"\x89PNG")
-    assert {"loss at the start", "at rest", "rescaled by"} <= Reader(page.html).cells
+    assert {"loss at the start", "converged", "rescaled by"} <= Reader(page.html).cells
 
 
 @pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("held_out", [True, False])
-def test_a_training_behind_the_cut_is_told(held_out: bool, params: Params, run: Run) -> None:
+def test_healing_is_told(held_out: bool, params: Params, run: Run) -> None:
     healed = {"trained_parameters": 12345, "training_steps": 31, "training_loss_first": 0.5, "training_loss_last": 0.25}
     healed |= {"held_out_loss_first": 0.75, "held_out_loss_last": 0.625} if held_out else {}
     page = render(params, run(healed=healed)).html
-    assert "12,345 weights from the first cut on were trained in 31 steps" in page
-    told = "on documents that only this did not see, the divergence from these went from 0.750 to 0.625"
+    assert "12,345 weights from the first cut on were trained for 31 steps" in page
+    told = "the KL divergence from them, on documents held out from it, went from 0.750 to 0.625 nats per token"
     assert (told in page) == held_out
-    assert ("on its documents, the divergence from these went from 0.500 to 0.250" in page) != held_out
+    assert ("the KL divergence from them, on its own documents, went from 0.500 to 0.250" in page) != held_out
     assert "were trained" not in render(params, run()).html
 
 
@@ -314,9 +314,9 @@ def test_a_training_behind_the_cut_is_told(held_out: bool, params: Params, run: 
 def test_each_of_several_blocks_has_its_own_fit(params: Params, run: Run) -> None:
     later = {"block1": {**SOLVED, "tokens": 2222}, "corrected_linears": 0}
     page = render(params, run(solved={**SOLVED, "tokens": 1111}, repaired=later, blocks=((1, 2), (4, 6))))
-    assert ["calibration tokens", "1,111", "2,222", "what the map was fitted to"] in Reader(page.html).tables[-2]
-    assert "block 0: the map takes" in page.html
-    assert "block 1: the map takes" in page.html
+    assert ["calibration tokens", "1,111", "2,222", "used for the fit"] in Reader(page.html).tables[-2]
+    assert "block 0: the map brings" in page.html
+    assert "block 1: the map brings" in page.html
     assert "3 of 7" in page.html
 
 
@@ -329,7 +329,7 @@ def test_a_refit_and_a_repair_are_told(params: Params, run: Run) -> None:
     repaired = {"corrected_linears": 18, "first_residual": 0.2, "last_residual": 0.229, "last_residual_before": 0.234}
     page = render(params, run(solved=refit, repaired=repaired, residuals="alpha,relative_residual\n"))
     assert "from 0.613 to 0.337; a map alone would reach 0.407." in page.html
-    assert "Then 18 linears were solved again on what the shortened model feeds them." in page.html
+    assert "Then 18 linears were solved again on the inputs that the shortened model gives them." in page.html
     assert "differs from the dense model&#39;s by 0.229" in page.html
     assert {"0.3368", "… with a map alone"} <= Reader(page.html).cells
     assert "residuals" not in page.pictures
@@ -339,16 +339,16 @@ def test_a_refit_and_a_repair_are_told(params: Params, run: Run) -> None:
 def test_a_cut_is_compared_with_all_of_its_size(params: Params, run: Run) -> None:
     text = Reader(render(params, run(blocks=((3, 5),))).html).text
     # Distances of made_distances rise with the host: hosts 0 and 1 are nearer.
-    assert "Layers 3–4 are removed, behind host layer 2" in text
-    assert text.count("(number 3 of 5, smallest first)") == 2
-    assert "(number 1 of 5, smallest first)" in Reader(render(params, run(blocks=((1, 3),))).html).text
+    assert "Layers 3–4 (after host layer 2) were removed" in text
+    assert text.count("(rank 3 of 5, smallest first)") == 2
+    assert "(rank 1 of 5, smallest first)" in Reader(render(params, run(blocks=((1, 3),))).html).text
     assert "chosen by the smallest angular distance" in text
-    assert "in nats: 3.25 behind host 2, 4.50 behind host 1; the dense model's is 2.75." in text
-    assert "with the best cut of a size, that loss rises by 0.500 without 2 layers, 1.500 without 11 layers." in text
+    assert "in nats per token: 3.25 with host 2, 4.50 with host 1; the dense model has 2.75." in text
+    assert "With the best block of each size, this loss rises by 0.500 without 2 layers, 1.500 without 11 layers." in text
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_times_stand_on_the_page_only_when_measured(params: Params, run: Run) -> None:
+def test_times_are_on_the_page_only_when_measured(params: Params, run: Run) -> None:
     without, timed = Reader(render(params, run()).html), Reader(render(params, run(), SPEED).html)
     assert UNMEASURED in without.text
     assert "Measured on" not in without.text
@@ -358,7 +358,7 @@ def test_times_stand_on_the_page_only_when_measured(params: Params, run: Run) ->
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_names_cannot_bring_html_in(run: Run) -> None:
+def test_names_cannot_inject_html(run: Run) -> None:
     params = read_params(None, {"model_path": "a/<script>x</script>&"}, methods=METHODS)
     evaluation = {
         **EVALUATION,
@@ -428,7 +428,7 @@ def test_the_same_run_gives_the_same_bytes_whatever_matplotlib_is_set_to(params:
     assert again == first
 
 
-def test_the_stage_writes_the_page_and_the_pictures_that_there_are(params: Params, run: Run) -> None:
+def test_the_stage_writes_the_page_and_the_drawn_pictures(params: Params, run: Run) -> None:
     work = run(solved={"removed_layers": 2}, residuals="alpha,relative_residual\n")
     write_report(params, work)
     assert {path.name for path in work.report.iterdir()} == {
@@ -444,7 +444,7 @@ def test_the_stage_writes_the_page_and_the_pictures_that_there_are(params: Param
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_alternative_texts_say_what_is_to_be_seen(params: Params, run: Run) -> None:
+def test_alternative_texts_describe_the_pictures(params: Params, run: Run) -> None:
     distances, cuts, layers, scores, residuals = (render(params, run()).pictures[name].words for name in PICTURES)
     assert "relative residual of a linear map from each host layer" in cuts
     assert "Framed: layers 3–4 at 0.163." in distances
@@ -495,7 +495,7 @@ def test_the_map_shows_the_pairs_above_the_diagonal_and_frames_the_blocks() -> N
     assert "2, 1 layers" in {text.get_text() for text in figure.axes[0].texts}
 
 
-def test_removed_layers_are_shaded_and_an_influence_of_nothing_is_no_obstacle() -> None:
+def test_removed_layers_are_shaded_and_a_zero_influence_is_drawn() -> None:
     layers = made_layers(LAYERS)
     layers["block_influence"][2] = 0.0
     figure = layer_figures(layers, [Block(3, 5)])
@@ -531,7 +531,7 @@ def test_the_scores_have_a_line_for_each_task(accuracy: int, perplexity: int) ->
     assert b"Software" not in png(figure)
 
 
-def test_the_ridge_path_has_a_place_for_no_ridge() -> None:
+def test_the_ridge_path_shows_alpha_zero() -> None:
     rows = [(0.0, 0.40), (10.0, 0.41), (1000.0, 0.5)]
     figure = residual_path(rows, (0.0, 0.40), 200.0)
     assert figure is not None
@@ -544,7 +544,7 @@ def test_the_ridge_path_has_a_place_for_no_ridge() -> None:
     assert png(figure)
 
 
-def test_a_path_without_a_ridge_is_no_picture() -> None:
+def test_a_path_without_a_positive_ridge_has_no_picture() -> None:
     assert residual_path([(0.0, 0.4)], (0.0, 0.4), 1.0) is None
     with_zero_eigenvalue = residual_path([(10.0, 0.4), (100.0, 0.5)], (10.0, 0.4), 0.0)
     assert with_zero_eigenvalue is not None
@@ -558,7 +558,7 @@ POINTS = st.lists(st.builds(Point, st.just("x"), st.sampled_from("ab"), SMALL, S
 
 
 @given(POINTS, st.booleans())
-def test_the_front_is_what_no_other_point_beats(points: list[Point], higher_is_better: bool) -> None:
+def test_the_front_is_the_points_that_no_other_beats(points: list[Point], higher_is_better: bool) -> None:
     def beats(a: Point, b: Point) -> bool:
         ahead = a.quality - b.quality if higher_is_better else b.quality - a.quality
         return a.removed_percent >= b.removed_percent and ahead >= 0 and (a.removed_percent > b.removed_percent or ahead > 0)

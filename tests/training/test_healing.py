@@ -49,14 +49,14 @@ RATE = "heal_learning_rate"
 
 
 def lesson_of(model: Any, documents: Documents, edits: Edits, host: int = BLOCK.host) -> Predictions:
-    """Return what the layers behind a cut are to learn."""
+    """Return the lesson for the layers from a cut on."""
     family = family_of(model.config)
     states = entering_and_leaving(model, family, documents, host, LAYERS - 1, batch_size=4)
     return Predictions(model, family, edits, documents, host, *states)
 
 
 def edits_of(model: Any, documents: Documents, blocks: tuple[Block, ...] = (BLOCK,), **options: Any) -> Edits:
-    """Return the edits as the stages solve and repair make them."""
+    """Return the edits that the stages solve and repair make."""
     edits, mender = solved(model, documents, blocks, alpha=5.0, **options)
     edits.mixtures |= mender.plan.mixtures
     edits.operators |= {host: torch.tensor(scale, dtype=torch.float64) for host, scale in mender.plan.scales.items()}
@@ -65,7 +65,7 @@ def edits_of(model: Any, documents: Documents, blocks: tuple[Block, ...] = (BLOC
 
 
 def divergence(model: Any, shortened: Any, text: Tensor, places: Tensor | slice = slice(None)) -> tuple[Tensor, int]:
-    """Return the sum over a text's places of KL(dense ‖ shortened), and how many these are."""
+    """Return the sum over a text's places of KL(dense ‖ shortened), and the number of places."""
     with torch.no_grad():
         wanted = log_softmax(model(text[None], use_cache=False).logits[0, places].float(), dim=-1)
     found = log_softmax(shortened(text[None], use_cache=False).logits[0, places].float(), dim=-1)
@@ -73,7 +73,7 @@ def divergence(model: Any, shortened: Any, text: Tensor, places: Tensor | slice 
 
 
 def by_hand(model: Any, shortened: Any, documents: Documents, course: Course) -> None:
-    """Train a cut model by a plain loop: one document after the other, no padding, all places, torch's own AdamW."""
+    """Train a cut model in a plain loop: one document at a time, no padding, all places, torch's own AdamW."""
     family, texts = family_of(model.config), documents.longest_first()
     layers = family.decoder_layers(shortened)[BLOCK.host :]
     names = [family.ends(layer, linear) for layer in layers for linear in LINEARS]
@@ -131,7 +131,7 @@ def test_healing_equals_a_plain_loop_on_the_cut_model(
     assert {layer for layer, _ in edits.corrections} == {*kept[BLOCK.host :]}
 
 
-def test_the_dense_model_stays_as_it_was(documents: Documents, tmp_path: Path) -> None:
+def test_the_dense_model_stays_unchanged(documents: Documents, tmp_path: Path) -> None:
     model = made_model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     asked = [parameter.requires_grad for parameter in model.parameters()]
@@ -143,7 +143,7 @@ def test_the_dense_model_stays_as_it_was(documents: Documents, tmp_path: Path) -
     assert not any(part._forward_pre_hooks or part._forward_hooks for part in model.modules())
 
 
-def test_a_step_compares_a_part_of_the_places_and_never_padding(documents: Documents) -> None:
+def test_a_step_compares_part_of_the_places_and_no_padding(documents: Documents) -> None:
     model = made_model()
     edits = edits_of(model, documents)
     shortened = deepcopy(model)
@@ -175,13 +175,13 @@ def test_a_step_compares_a_part_of_the_places_and_never_padding(documents: Docum
         ("gemma2", (BLOCK,), {"transform": "orthogonal"}),
         ("gemma3_text", (BLOCK,), {"method": "uidl"}),
         ("olmo2", (BLOCK,), {"transform": "orthogonal"}),
-        ("llama", (Block(4, 6),), {"transform": "refit"}),  # no layer is left behind the cut
+        ("llama", (Block(4, 6),), {"transform": "refit"}),  # no layer is left after the cut
         ("granite", (BLOCK,), {"method": "ghosted"}),
         ("phi3", (Block(1, 2, scale=1.7), Block(3, 4, scale=1.2)), {"method": "prune_and_comp"}),
         ("gpt2", (Block(2, 4, coefficients=(-1.0, 1.0, 1.0)),), {"method": "laco"}),
     ],
 )
-def test_what_was_healed_is_nearer_to_the_dense_model_and_its_export_is_proved(
+def test_a_healed_model_is_closer_to_the_dense_one_and_its_export_is_verified(
     kind: str, blocks: tuple[Block, ...], options: dict[str, Any], save_tiny: Callable[..., Model], tmp_path: Path
 ) -> None:
     source, documents = save_tiny(kind), many_documents(40)
@@ -197,7 +197,7 @@ def test_what_was_healed_is_nearer_to_the_dense_model_and_its_export_is_proved(
     lesson.correct(edits, parameters)
     save_pruned(source, edits, tmp_path / "pruned")
     verify_export(source, Model(tmp_path / "pruned", "pruned"), edits, documents)
-    # What the training saw is what the exported model does.
+    # The exported model computes the same loss as the training did.
     model, pruned = source.load(), Model(tmp_path / "pruned", "pruned").load()
     places = torch.randperm(longest := len(lesson.texts.texts[19]), generator=torch.Generator().manual_seed(-1))
     places = places[: round(healing.SHARE * longest)]
@@ -233,14 +233,14 @@ def test_the_stage_trains_exports_and_says_so(params: Params, tmp_path: Path) ->
     assert compression_figures(params.model_copy(update={"heal_epochs": 0}), work)["trained"] is False
 
 
-def test_without_epochs_the_stage_hands_on_what_it_got(params: Params, tmp_path: Path) -> None:
+def test_without_epochs_the_stage_copies_its_input(params: Params, tmp_path: Path) -> None:
     work = Workspace(tmp_path / "run")
     run(params, work, to_export=False)
     assert sha256_below(work.edits) == sha256_below(work.repaired)
     assert read_json(work.metric("heal")) == {}
 
 
-def test_an_interrupted_healing_goes_on_to_the_same_bits(
+def test_an_interrupted_healing_resumes_to_the_same_bits(
     params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
@@ -250,7 +250,7 @@ def test_an_interrupted_healing_goes_on_to_the_same_bits(
     expected, curve = sha256_below(work.edits), (work.edits / "loss.tsv").read_text()
     with counted(stop_at(3)) as steps, pytest.raises(InterruptedRunError):
         heal(params, work)
-    # What was finished before is still there.
+    # The earlier result is still there.
     assert sha256_below(work.edits) == expected
     with counted() as rest:
         heal(params, work)
@@ -267,7 +267,7 @@ def test_an_interrupted_healing_goes_on_to_the_same_bits(
     assert again[0] == 0
 
 
-def test_whatever_a_healing_depends_on_makes_another_key(
+def test_everything_that_a_healing_depends_on_changes_the_key(
     params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     params, work = params.model_copy(update={"method": "uidl", "heal_epochs": 1}), Workspace(tmp_path / "run")
@@ -308,6 +308,6 @@ def test_whatever_a_healing_depends_on_makes_another_key(
         ({"dtype": "float16"}, "dtype: float16 is too short for the gradients of heal_epochs"),
     ],
 )
-def test_what_can_not_be_healed_is_refused(options: dict[str, Any], said: str) -> None:
+def test_settings_that_can_not_be_healed_are_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ParameterError, match=said):
         read_params(None, {"heal_epochs": 2, **options}, METHODS)

@@ -18,8 +18,8 @@ from replaceme.base.progress import align
 from replaceme.methods.method import Method, drop
 from replaceme.methods.registry import METHODS
 from replaceme.models.model import Model
-from replaceme.report.comparison import comparison_of
-from replaceme.report.comparison_table import COLUMNS, markdown, shown
+from replaceme.report.experiment_comparison import comparison_of
+from replaceme.report.experiment_table import COLUMNS, markdown, shown
 from replaceme.report.methods_figure import ROWS, Row, methods_figure
 from replaceme.report.theme import DARK, png
 from replaceme.report.tradeoff import Point, quality_against_size

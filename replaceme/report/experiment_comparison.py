@@ -1,4 +1,4 @@
-"""Experiments side by side: what differs between them, what was removed and kept, and what that cost."""
+"""Comparison of experiments: the settings that differ, what was removed, the scores that were kept, and the cost."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,32 +16,32 @@ from replaceme.report.tradeoff import Point, pareto_front
 RATIO, ABSOLUTE = " perplexity", " perplexity, absolute"
 RETENTION, ERROR, REMOVED = "retention_percent", "retention_stderr", "parameters.removed_percent"
 SHORT = {"alpha": "α", "layers_to_skip": "layers"}
-# Where a run was computed says nothing about what came out.
+# Where a run was computed doesn't change its results.
 NO_SETTING = ("save_path", "save_transform_only", "device", "device_map")
-# What varies from run to run tells no experiment from another.
+# Costs vary from run to run, so they don't tell experiments apart.
 COSTS = {"seconds": "compression_seconds", "peak_memory_bytes": "peak_memory_bytes", "peak_cuda_bytes": "peak_cuda_bytes"}
 SPEEDS = {"prefill_seconds": "prefill_speedup", "decode_seconds_per_token": "decode_speedup"}
 COUNTS = ("parameters", "peak_memory_bytes", "peak_cuda_bytes")
 TRAINED = "trained"
-# In percent of the parameters: less than a layer of a small model.
+# Percentage points of the parameters: less than a layer of a small model.
 SAME_SIZE = 2.5
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Experiments side by side.
+class ExperimentComparison:
+    """Experiments with their settings and results.
 
     Attributes:
-        table: one row an experiment, all columns.
-        settings: those of its columns that are settings.
-        telling: those settings that the method's name doesn't tell.
-        quality: the column that says how good an experiment is.
-        higher_is_better: whether more of it is.
+        table: one row per experiment, with all columns.
+        settings: the columns that are settings.
+        varying: the settings that do not follow from the method's name.
+        quality: the column that experiments are ranked by.
+        higher_is_better: whether a higher quality is better.
     """
 
     table: pd.DataFrame
     settings: tuple[str, ...]
-    telling: tuple[str, ...]
+    varying: tuple[str, ...]
     quality: str
     higher_is_better: bool
 
@@ -53,9 +53,10 @@ class Comparison:
         ]
 
     def same_size(self) -> tuple[list[Row], str]:
-        """Return those experiments, of at least two methods, that are of about the same size, and the figure they compare in.
+        """Return experiments of about the same size and at least two methods, and the column to compare them by.
 
-        Of several sizes, the one with the most methods. Perplexity, where all have it, is finer than accuracy.
+        With several such sizes, the one with the most methods is taken. Perplexity is preferred, if all have it: it is finer
+        than accuracy.
         """
         groups = [rows for rows in self._by_size() if len({row["method"] for row in rows}) > 1]
         if not groups:
@@ -67,7 +68,7 @@ class Comparison:
         return [
             Row(
                 str(row["method"]), float(row["removed_percent"]), float(row[column]), bool(row[TRAINED]),
-                ", ".join(self._told(row) if counts[row["method"]] > 1 else []),
+                ", ".join(self._distinct_settings(row) if counts[row["method"]] > 1 else []),
             )
             for row in rows
         ], column  # fmt: skip
@@ -77,26 +78,26 @@ class Comparison:
         return [[row for row, _ in group] for _, group in groupby(zip(rows, sizes, strict=True), key=lambda pair: pair[1])]
 
     def _label(self, row: Mapping[str, Any]) -> str:
-        """Return an experiment's name in a picture: its method, where there are several, and what that doesn't tell."""
-        settings = self._told(row)
+        """Return an experiment's name in a picture: its method, if there are several, and the settings that tell it apart."""
+        settings = self._distinct_settings(row)
         alone = self.table["method"].nunique() == 1
         return ", ".join(([] if alone and settings else [str(row["method"])]) + settings)
 
-    def _told(self, row: Mapping[str, Any]) -> list[str]:
-        """Return the settings that tell an experiment from others of its method."""
+    def _distinct_settings(self, row: Mapping[str, Any]) -> list[str]:
+        """Return the settings that tell an experiment apart from others of its method."""
         if (self.table["method"] == row["method"]).sum() == 1:
             return []
-        return [f"{SHORT.get(name, name)} {cell(row[name])}" for name in self.telling if cell(row[name])]
+        return [f"{SHORT.get(name, name)} {cell(row[name])}" for name in self.varying if cell(row[name])]
 
 
-def comparison_of(records: Sequence[Mapping[str, Any]]) -> Comparison:
-    """Return the experiments with their settings, results, cost, and whether they are on the Pareto front.
+def comparison_of(records: Sequence[Mapping[str, Any]]) -> ExperimentComparison:
+    """Return the experiments with their settings, results and costs, and whether they are on the Pareto front.
 
     Args:
-        records: what ``dvc.api.exp_show`` returns.
+        records: the experiments as ``dvc.api.exp_show`` returns them.
 
     Raises:
-        ParameterError: nothing has been scored yet, or there is no score in common.
+        ParameterError: no experiment has scores yet, or they have no score in common.
     """
     scored = [record for record in records if isinstance(record.get(REMOVED), int | float) and record.get("rev") != "workspace"]
     if not scored:
@@ -109,7 +110,7 @@ def comparison_of(records: Sequence[Mapping[str, Any]]) -> Comparison:
     settings = _settings(scored)
     for name in ("model_path", "tasks", "eval_tokens"):
         if name in settings:
-            logger.warning("%s differs between experiments: their scores don't compare in absolute terms", name)
+            logger.warning("%s differs between experiments: their scores are not comparable in absolute terms", name)
     table = pd.DataFrame({"experiment": [str(record.get("Experiment") or record["rev"]) for record in scored]})
     table["method"] = [str(record.get("method")) for record in scored]
     table[TRAINED] = [TRAINED if _trained(record) else "" for record in scored]
@@ -117,21 +118,21 @@ def comparison_of(records: Sequence[Mapping[str, Any]]) -> Comparison:
     results, costs = _results(pd.DataFrame(scored))
     table = pd.concat([table, results, costs], axis=1)
     table["revision"] = [str(record["rev"]) for record in scored]
-    # The commit that the experiments start from is often one of them.
+    # The commit that the experiments start from often equals one of them.
     same = [name for name in table if name not in ("experiment", "revision", *costs)]
     table = table[~table[same].astype(str).duplicated(keep="last")].reset_index(drop=True)
     quality, higher_is_better = _quality(table)
-    about = tuple(settings), _telling(table, list(settings)), quality, higher_is_better
-    points = Comparison(table, *about).points()
+    about = tuple(settings), _varying(table, list(settings)), quality, higher_is_better
+    points = ExperimentComparison(table, *about).points()
     front = pareto_front(points, higher_is_better)
     table.insert(1, "best", [point in front for point in points])
     table["size"] = _sizes(table["removed_percent"])
     table = table.sort_values(["size", quality], ascending=[True, not higher_is_better], ignore_index=True, kind="stable")
-    return Comparison(table.drop(columns="size"), *about)
+    return ExperimentComparison(table.drop(columns="size"), *about)
 
 
 def _settings(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """Return the settings of which those experiments that use them have several values; None where one doesn't use it."""
+    """Return the settings that differ between the experiments that use them; None for an experiment that doesn't use one."""
     defaults = {name: field.default for name, field in FIELDS.items()}
     found = []
     for record in records:
@@ -144,7 +145,10 @@ def _settings(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def _setting(record: Mapping[str, Any], name: str) -> Any:
-    """Return a setting's value: DVC writes truth values as words, and the file before a name that a metric has too."""
+    """Return a setting's value.
+
+    DVC writes booleans as words, and puts the file before a parameter's name if a metric has the same name.
+    """
     value = record.get(name) if f"params.yaml:{name}" not in record else record[f"params.yaml:{name}"]
     if isinstance(value, list | tuple | dict):
         return str(value)
@@ -152,7 +156,7 @@ def _setting(record: Mapping[str, Any], name: str) -> Any:
 
 
 def _trained(record: Mapping[str, Any]) -> bool:
-    """Tell whether an experiment trained; of one without a record of its cost, its settings tell."""
+    """Tell whether an experiment trained: by its recorded cost or, without one, by its settings."""
     if "trained" in record and record["trained"] == record["trained"]:
         return str(record["trained"]) in ("True", "1", "1.0")
     method = METHODS.get(str(record.get("method")))
@@ -160,11 +164,11 @@ def _trained(record: Mapping[str, Any]) -> bool:
 
 
 def _results(every: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return what came out, and what it cost, under the names of the table."""
+    """Return the results and the costs, under the table's column names."""
     names = {REMOVED: "removed_percent", "parameters.pruned": "parameters", RETENTION: RETENTION, ERROR: ERROR}
     names |= {"relative_residual": "residual"}
     names |= {name: name.replace("accuracy.", "").replace(".pruned", "") for name in _of(every, "accuracy.", ".pruned")}
-    for kind in ("perplexity", "word_perplexity"):  # lm-eval's own texts have no perplexity of tokens
+    for kind in ("perplexity", "word_perplexity"):  # lm-eval's own texts have no perplexity per token
         for name in _of(every, f"{kind}.", ".ratio"):
             task = name.removeprefix(f"{kind}.").removesuffix(".ratio")
             if f"{task}{RATIO}" not in names.values():
@@ -182,7 +186,7 @@ def _of(table: pd.DataFrame, start: str, end: str) -> list[str]:
 
 
 def _quality(table: pd.DataFrame) -> tuple[str, bool]:
-    """Return the column that says how good an experiment is, and whether more is better."""
+    """Return the column that experiments are ranked by, and whether higher is better."""
     if RETENTION in table and table[RETENTION].notna().all():
         return RETENTION, True
     ratios = [name for name in table if name.endswith(RATIO) and table[name].notna().all()]
@@ -191,8 +195,8 @@ def _quality(table: pd.DataFrame) -> tuple[str, bool]:
     return ratios[0], False
 
 
-def _telling(table: pd.DataFrame, settings: Sequence[str]) -> tuple[str, ...]:
-    """Return the settings that the method's name doesn't tell, most values first; with one method, all."""
+def _varying(table: pd.DataFrame, settings: Sequence[str]) -> tuple[str, ...]:
+    """Return the settings that vary within a method, those with the most values first; with a single method, all settings."""
     if table["method"].nunique() == 1:
         return tuple(settings)
     values = {name: table[name].astype(str) for name in settings}
@@ -201,7 +205,7 @@ def _telling(table: pd.DataFrame, settings: Sequence[str]) -> tuple[str, ...]:
 
 
 def _sizes(removed: pd.Series) -> list[float]:
-    """Return for each size the smallest of those about the same."""
+    """Return for each size the smallest size of its group: sizes within ``SAME_SIZE`` of that one."""
     first: dict[float, float] = {}
     for size in sorted(set(removed)):
         start = first[max(first)] if first else size
@@ -209,17 +213,17 @@ def _sizes(removed: pd.Series) -> list[float]:
     return [first[size] for size in removed]
 
 
-# DVC writes these as Python does.
+# DVC writes these values as Python does.
 WORDS = {"True": "true", "False": "false", "None": "null"}
 
 
 def method_name(row: Mapping[str, Any]) -> str:
-    """Return an experiment's method, and that it trained."""
+    """Return an experiment's method, marked if it trained."""
     return f"{row['method']} ({TRAINED})" if row[TRAINED] else str(row["method"])
 
 
 def cell(value: Any) -> str:
-    """Return a value as params.yaml has it; nothing where there is none."""
+    """Return a value as params.yaml writes it; an empty text for a missing one."""
     if pd.isna(value):
         return ""
     if str(value) in WORDS:

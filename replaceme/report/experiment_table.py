@@ -1,4 +1,4 @@
-"""The table of experiments as people read it: the columns that decide, in 120 characters a line for a dozen methods."""
+"""The printed table of experiments: the most important columns, within 120 characters for a dozen methods."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -6,7 +6,17 @@ from typing import Any
 import pandas as pd
 
 from replaceme.base.progress import align
-from replaceme.report.comparison import ABSOLUTE, COSTS, ERROR, RATIO, RETENTION, SPEEDS, Comparison, cell, method_name
+from replaceme.report.experiment_comparison import (
+    ABSOLUTE,
+    COSTS,
+    ERROR,
+    RATIO,
+    RETENTION,
+    SPEEDS,
+    ExperimentComparison,
+    cell,
+    method_name,
+)
 from replaceme.report.tables import digits, quantity
 
 COLUMNS = 120
@@ -15,13 +25,13 @@ TITLES |= {"compression_seconds": "time", "peak_memory_bytes": "memory", "peak_c
 TITLES |= {"prefill_speedup": "prefill", "decode_speedup": "decode"}
 
 
-def shown(comparison: Comparison) -> tuple[list[list[str]], list[str]]:
-    """Return the columns that decide as rows of cells, the heading first, and a line for each setting that makes no column.
+def shown(comparison: ExperimentComparison) -> tuple[list[list[str]], list[str]]:
+    """Return the table as rows of cells, the heading first, and a note for each setting that has no column.
 
-    A star stands before what is best for its size. With several methods, a setting makes a column while the table stays within
-    ``COLUMNS``, unless it goes with its method.
+    A star marks the experiments that are the best for their size. With several methods, settings that vary within a method get
+    columns as long as the table fits ``COLUMNS`` characters.
     """
-    table, settings = comparison.table, list(comparison.telling)
+    table, settings = comparison.table, list(comparison.varying)
     rows = _rows(table, settings)
     while table["method"].nunique() > 1 and settings and len(align(rows).splitlines()[0]) > COLUMNS:
         settings.pop()
@@ -30,7 +40,7 @@ def shown(comparison: Comparison) -> tuple[list[list[str]], list[str]]:
 
 
 def markdown(rows: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
-    """Return the same as a Markdown table, with the notes behind it."""
+    """Return the same as a Markdown table, followed by the notes."""
     lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
     text = "\n".join("| " + " | ".join(cell.strip().replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
     return text + "".join(f"\n{note}\n" for note in notes)
@@ -38,7 +48,7 @@ def markdown(rows: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
 
 def _rows(table: pd.DataFrame, settings: Sequence[str]) -> list[list[str]]:
     ratios = [name for name in table if name.endswith(RATIO)]
-    # What CUDA took says more than the process around it.
+    # CUDA's memory says more than that of the whole process.
     cuda = "peak_cuda_bytes" in table and table["peak_cuda_bytes"].notna().all()
     costs = [name for name in COSTS.values() if name != "peak_memory_bytes" or not cuda]
     columns = ["experiment", "method", *settings]
@@ -53,7 +63,7 @@ def _rows(table: pd.DataFrame, settings: Sequence[str]) -> list[list[str]]:
 
 
 def _note(table: pd.DataFrame, name: str) -> str:
-    """Say which methods, or which experiments, have which value: ``repair: True in lstsq, else False``."""
+    """Say which methods, or which experiments, have which value: ``repair: true in lstsq, else false``."""
     uses = table[table[name].map(cell) != ""]
     values = uses[name].map(cell)
     most, *others = values.value_counts().index
@@ -80,7 +90,7 @@ def _shown(name: str, row: Mapping[str, Any], absolute: bool) -> str:
     if name == "method":
         return method_name(row)
     value = row[name]
-    if pd.isna(value):  # this experiment has no such score, or makes no use of the setting
+    if pd.isna(value):  # this experiment has no such score, or doesn't use the setting
         return ""
     if name == RETENTION:
         error = row.get(ERROR)
