@@ -22,11 +22,11 @@ from replaceme.corpora.draw import draw_documents
 from replaceme.corpora.find import find_dataset
 from replaceme.edits.edits import Edits
 from replaceme.methods.registry import METHODS, criterion_of
-from replaceme.methods.repair import STEPWISE, mend
 from replaceme.models.families import decoder_of
 from replaceme.models.find import find_model
 from replaceme.observers.profile import profile_model
 from replaceme.observers.statistics import take_statistics
+from replaceme.repair.mend import STEPWISE, mend
 from replaceme.selection.blocks import smallest
 from replaceme.selection.criteria import allowed_starts
 from replaceme.selection.cut_loss import SHORTLIST, cut_losses

@@ -17,10 +17,10 @@ from replaceme.base.params import read_params
 from replaceme.base.plan import Block, Plan
 from replaceme.base.progress import silence_libraries
 from replaceme.methods.registry import METHODS
-from replaceme.methods.repair import mend
 from replaceme.models.find import find_model
 from replaceme.observers.profile import profile_model
 from replaceme.observers.statistics import take_statistics
+from replaceme.repair.mend import mend
 
 SIZES = (16_384, 131_072)
 LENGTH = 1024

@@ -6,7 +6,7 @@ difference folds into the rows (γ and β are the weight and bias of these norms
 
     W' = W diag(γ_source / γ_host),    b' = b + W β_source − W' β_host.
 
-``replaceme.methods.channel_choice`` chooses the channels.
+``replaceme.repair.channel_choice`` chooses the channels.
 """
 
 from collections.abc import Iterator

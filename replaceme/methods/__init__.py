@@ -1,4 +1,4 @@
-"""The pruning methods, one file each, listed in ``registry.py``; and the repair of kept layers.
+"""The pruning methods, one file each, listed in ``registry.py``.
 
 It may import base to selection.
 """

@@ -15,8 +15,8 @@ from replaceme.base.workspace import Workspace
 from replaceme.edits.edits import Edits
 from replaceme.methods.method import Bench
 from replaceme.methods.registry import METHODS, read_by
-from replaceme.methods.repair import STEPWISE, Repair, mend
 from replaceme.models.find import calibration_model
+from replaceme.repair.mend import STEPWISE, Repair, mend
 from replaceme.training.curves import write_curves
 
 
@@ -72,7 +72,7 @@ STAGE = Stage(
     metrics=("repair",),
     code=(
         "base", "models", "observers", "edits", "solvers", "training", "selection/criteria.py", "selection/blocks.py",
-        "methods",
+        "methods", "repair",
     ),
     methods=METHODS,
 )  # fmt: skip

@@ -21,13 +21,13 @@ from replaceme.edits.fold import apply_edits
 from replaceme.edits.unfused import unfused
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import verify_export
-from replaceme.methods.channel_choice import Candidates, best_channels
 from replaceme.methods.refusals import family_refusals
 from replaceme.methods.registry import METHODS
 from replaceme.models.families import family_of, inputs_of
 from replaceme.models.model import Model
 from replaceme.observers.sums import mirror
 from replaceme.observers.walk import walk
+from replaceme.repair.channel_choice import Candidates, best_channels
 from tests.conftest import PLAIN, made_model
 from tests.helpers import many_documents, passing
 from tests.methods.helpers import BLOCK, same_weights, solved
@@ -212,7 +212,7 @@ def test_the_chosen_channels_fit_better_than_the_hosts_own_or_random_ones(kind: 
 
     left = {}
     for name, choice in (("best", best_channels), ("chance", by_chance), ("own", own)):
-        monkeypatch.setattr("replaceme.methods.repair.best_channels", choice)
+        monkeypatch.setattr("replaceme.repair.mend.best_channels", choice)
         edits, mending = solved(model, documents, (BLOCK,), transform="channels", alpha=5.0, refit_ridge=0.01)
         shortened = deepcopy(model)
         _, figures = mending()
@@ -237,7 +237,7 @@ def test_a_later_block_chooses_on_the_shortened_models_activations(kind: str, mo
         seen.append((gram.clone(), cross.clone(), deepcopy(edits)))
         return best_channels(gram, cross, *rest)
 
-    monkeypatch.setattr("replaceme.methods.repair.best_channels", keeping)
+    monkeypatch.setattr("replaceme.repair.mend.best_channels", keeping)
     edits, mending = solved(model, documents, blocks, transform="channels", alpha=5.0, repair=True)
     mending()
     gram, cross, by_then = seen[1]

@@ -11,9 +11,9 @@ from replaceme.base.params import read_params
 from replaceme.base.plan import Block, Plan
 from replaceme.edits.edits import Edits
 from replaceme.methods.registry import METHODS
-from replaceme.methods.repair import Repair, mend
 from replaceme.models.families import family_of
 from replaceme.observers.statistics import take_statistics
+from replaceme.repair.mend import Repair, mend
 
 BLOCK = Block(2, 4)
 

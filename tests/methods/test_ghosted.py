@@ -22,10 +22,10 @@ from replaceme.export.save import save_pruned
 from replaceme.export.verification import verify_export
 from replaceme.methods.method import Solved
 from replaceme.methods.registry import METHODS
-from replaceme.methods.repair import mend
 from replaceme.models.families import family_of
 from replaceme.models.model import Model
 from replaceme.observers.statistics import take_statistics
+from replaceme.repair.mend import mend
 from tests.conftest import KINDS, LAYERS, PLAIN, WIDTH, made_model
 from tests.helpers import call, many_documents, passing, shortened_logits
 

@@ -27,9 +27,9 @@ from replaceme.export.save import save_pruned
 from replaceme.export.verification import verify_export, wrong_weights
 from replaceme.methods.refusals import family_refusals
 from replaceme.methods.registry import METHODS, criterion_of
-from replaceme.methods.repair import mend
 from replaceme.models.families import Family, family_of
 from replaceme.models.model import Model
+from replaceme.repair.mend import mend
 from replaceme.selection import collapse as module
 from replaceme.selection.collapse import Way, blocks_of, check_alike, collapse, collapse_all, collapsed_blocks, merged, texts_of
 from replaceme.selection.criteria import allowed_starts

@@ -23,10 +23,10 @@ from replaceme.export.save import save_pruned
 from replaceme.export.verification import verify_export, wrong_weights
 from replaceme.methods.refusals import family_refusals
 from replaceme.methods.registry import METHODS, criterion_of
-from replaceme.methods.repair import mend
 from replaceme.models.families import Family, family_of
 from replaceme.models.model import Model
 from replaceme.models.recognition import proposed_family
+from replaceme.repair.mend import mend
 from replaceme.selection.compensation import blocks_of, check_scale, compensated, compensated_layers, scaled
 from replaceme.selection.cut_loss import cut_losses
 from tests.conftest import KINDS, LAYERS, OBSTACLES, PLAIN, UNDESCRIBED, made_model

@@ -18,10 +18,10 @@ from replaceme.base.plan import Block, Plan
 from replaceme.edits.edits import Edits
 from replaceme.edits.fold import apply_edits
 from replaceme.methods.registry import METHODS
-from replaceme.methods.repair import mend
 from replaceme.models.families import Family, family_of, parameter_of
 from replaceme.observers.features import LINEARS, Features
 from replaceme.observers.statistics import FeatureGram, take_statistics
+from replaceme.repair.mend import mend
 from replaceme.solvers.quality import gained_by_ridge
 from replaceme.solvers.ridge import solve_correction, solve_ridge
 from tests.conftest import PLAIN, WIDTH, made_model

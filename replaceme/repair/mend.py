@@ -8,7 +8,7 @@ each kept layer in order, with ``h`` = state of the shortened model (rows are to
 
 each by ridge regression from Gram sums, toward the present weights. Where the MLP is parallel to the attention, no state lies
 between them: both linears are solved together, from ``[A | G]``, toward (original layer output) − h. With transform channels,
-the channels of a host's MLP are chosen here (``replaceme.methods.channel_choice``), before the last solve for its linears. With
+the channels of a host's MLP are chosen here (``replaceme.repair.channel_choice``), before the last solve for its linears. With
 several blocks, the method fits each later one here, on the states that reach its host.
 
 All of it is one walk layer by layer. The states of both models lie in scratch files, with the inputs of the last linears of the
@@ -37,13 +37,13 @@ from replaceme.base.scratch import scratch
 from replaceme.edits.channels import assembled_parameter, channels_of
 from replaceme.edits.edits import Edits
 from replaceme.edits.unfused import product_format, unfused
-from replaceme.methods.channel_choice import TOKENS_PER_CHANNEL, Candidates, best_channels
 from replaceme.methods.registry import METHODS
 from replaceme.models.families import Family, Linear, inputs_of
 from replaceme.observers.features import LINEARS, Features
 from replaceme.observers.statistics import STATISTICS, AtCut, Place, add_correction
 from replaceme.observers.sums import Sums, token_weights
 from replaceme.observers.walk import Keep, Observer, Signal, Signals, Start, total, walk
+from replaceme.repair.channel_choice import TOKENS_PER_CHANNEL, Candidates, best_channels
 from replaceme.solvers.arguments import naming
 from replaceme.solvers.quality import gained_by_ridge, relative
 from replaceme.solvers.ridge import solve_correction

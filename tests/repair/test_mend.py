@@ -19,10 +19,10 @@ from replaceme.edits.edits import Edits
 from replaceme.edits.fold import apply_edits
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import verify_export
-from replaceme.methods import repair
 from replaceme.models.families import Family, family_of, parameter_of
 from replaceme.models.model import Model
 from replaceme.observers.features import LINEARS
+from replaceme.repair import mend as repair
 from tests.conftest import LAYERS, PLAIN, made_model
 from tests.helpers import many_documents, passing, ridge
 from tests.methods.helpers import BLOCK, same_weights, solved
