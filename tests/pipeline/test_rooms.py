@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -78,6 +80,11 @@ def test_the_readme_names_every_room() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8").split("## Where everything is")[1].split("\n## ")[0]
     assert re.findall(r"(?m)^\| `(\w+)/` \|", readme) == [room for group in ORDER for room in group if room]
     assert set(re.findall(r"`(\w+\.py)`", readme)) - {"families.py"} == FRONT_DOOR
+
+
+def test_reading_the_registry_loads_no_torch() -> None:
+    code = "import sys, replaceme.commands; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
 def test_no_test_file_imports_from_another() -> None:
