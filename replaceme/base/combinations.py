@@ -19,6 +19,10 @@ TRANSFORMS: tuple[Transform, ...] = get_args(Transform)
 NEW_WEIGHTS = ("refit", "joint", "channels")
 
 
+# The stages that ask a method for its parameters.
+Asking = Literal["select", "plan", "solve", "repair"]
+
+
 @dataclass(frozen=True)
 class Use:
     """How a method uses a parameter.
@@ -29,7 +33,7 @@ class Use:
         when: whether it has an effect, given the values of all parameters.
     """
 
-    stages: tuple[str, ...] = ()
+    stages: tuple[Asking, ...] = ()
     words: str = ""
     when: Callable[[Values], bool] = lambda values: True
 

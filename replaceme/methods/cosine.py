@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from replaceme.base.combinations import TRANSFORMS, Settings, Use, Values
+from replaceme.base.combinations import TRANSFORMS, Asking, Settings, Use, Values
 from replaceme.base.params import Params
 from replaceme.base.plan import Block
 from replaceme.base.progress import logger
@@ -35,7 +35,7 @@ START_RIDGE = 1e-6
 Sums = Mapping[str, "Tensor"]
 
 
-_STAGES = ("solve", "repair")
+_STAGES: tuple[Asking, ...] = ("solve", "repair")
 _PLANNED = Use(("plan", *_STAGES))
 _SOLVED = Use(_STAGES)
 _COSINE = Use(("plan", *_STAGES), "loss cosine", lambda values: values["loss"] == "cosine")

@@ -2,7 +2,7 @@
 
 from pydantic.fields import FieldInfo
 
-from replaceme.base.combinations import Values, effects_of, own_fields
+from replaceme.base.combinations import Asking, Values, effects_of, own_fields
 from replaceme.base.params import Params
 from replaceme.methods import (
     average,
@@ -54,7 +54,7 @@ def has_effect(key: str, values: Values) -> bool:
     return key not in EFFECTS or EFFECTS[key][1](values)
 
 
-def read_by(stage: str) -> tuple[str, ...]:
+def read_by(stage: Asking) -> tuple[str, ...]:
     """Return the methods' parameters, own and shared ones, that change the output of a stage."""
     uses = [use for method in METHODS.values() for use in {**method.settings.uses(), **method.shared}.items()]
     return tuple(dict.fromkeys(key for key, use in uses if stage in use.stages))

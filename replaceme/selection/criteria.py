@@ -212,9 +212,8 @@ def allowed_starts(params: Params, layers: int, criterion: Criterion) -> range:
     """
     first, end = bounds(params, layers)
     if params.num_A > 1 and not criterion.several:
-        raise ParameterError(
-            f"selection: {criterion.name} makes one choice; with several blocks (num_A) use residual or angular."
-        )
+        ranking = " or ".join(name for name, each in CRITERIA.items() if each.several)
+        raise ParameterError(f"selection: {criterion.name} makes one choice; with several blocks (num_A) use {ranking}.")
     if not criterion.whole_layers:
         criterion.check(params, layers)
         return range(first, end)

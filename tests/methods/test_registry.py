@@ -1,0 +1,17 @@
+"""The registry of the methods: the parameters of all of them together."""
+
+from collections import Counter
+
+from replaceme.base.params import Params
+from replaceme.methods.registry import FIELDS, METHODS
+
+
+def test_no_two_methods_have_a_parameter_of_the_same_name() -> None:
+    own = Counter(name for method in METHODS.values() for name in method.settings.model_fields)
+    assert [name for name, count in own.items() if count > 1 or name in Params.model_fields] == []
+    assert len(FIELDS) == len(Params.model_fields) + len(own)
+
+
+def test_every_own_parameter_is_read_by_a_stage() -> None:
+    uses = {name: use for method in METHODS.values() for name, use in method.settings.uses().items()}
+    assert [name for name, use in uses.items() if not use.stages] == []
