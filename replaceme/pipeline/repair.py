@@ -36,8 +36,8 @@ def repair(params: Params, work: Workspace) -> None:
             edits.save(folder)
         elif params.repair or params.transform in STEPWISE or (plan.statistics and len(plan.blocks) > 1):
             model, family = calibration_model(params, work.model_input)
-            documents, folder = Documents.load(work.documents), work.repaired.parent
-            repairs, figures = mend(params, model, family, documents, edits, plan, folder)
+            documents = Documents.load(work.documents)
+            repairs, figures = mend(params, model, family, documents, edits, plan, work.repaired.parent)
             edits.save(folder)
         write_text(folder / "repairs.csv", _table(repairs))
         if not method.trained:

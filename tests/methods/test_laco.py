@@ -321,7 +321,7 @@ def test_the_whole_command_merges_layers(
     assert "with LaCo." in card
     assert "laco_layers: 3" in card
     page = (tmp_path / "pruned.work" / "artifacts" / "report" / "index.html").read_text(encoding="utf-8")
-    assert "merging layers into the one in front of them" in page
+    assert "merging layers into the one before them" in page
     # Starting at the reached threshold gives the same model.
     repeated = ["--laco_threshold", figures["threshold"], "--save_path", tmp_path / "again"]
     call(commands.run_replaceme, "--method", "laco", *options, *repeated)
