@@ -1,4 +1,4 @@
-"""The methods by name. A new method is a module with a ``Method``, and one line here; nothing else names it."""
+"""The methods by name. A new method is a module with a ``Method``, its import and its entry here; nothing else names it."""
 
 from pydantic.fields import FieldInfo
 
