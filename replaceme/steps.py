@@ -1,4 +1,4 @@
-"""The pipeline's stages as the console scripts run them, without DVC: in order, each unless its stamp is still valid.
+"""The pipeline's stages as the console scripts run them, without DVC: in order; a stage whose stamp is still valid is skipped.
 
 A stamp covers the code that the step loads, the parameters that it uses, and the content that it read and wrote: an interrupted
 run resumes where it stopped, a new α repeats nothing before the solve, and a changed output is made again.

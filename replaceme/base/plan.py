@@ -1,7 +1,7 @@
 """The plan: the blocks of layers to remove, how each is merged into its host, and the statistics to take.
 
-The plan names no method, so that methods with the same statistics share them. It is a stage of its own, after select: the
-statistics depend on settings that don't affect the choice of blocks and its measured losses.
+The plan names no method, so that methods with the same statistics share them. It is a stage of its own, after select: some
+settings change the statistics only; the choice of blocks, which can cost passes, is then not repeated.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Convert texts and chats to token ids, without the start of text: each document gets it exactly once, later."""
+"""Convert texts and chats to token ids, without the start-of-text token, which ``draw`` adds once per document."""
 
 from __future__ import annotations
 

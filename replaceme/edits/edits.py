@@ -9,9 +9,9 @@ Two changes to linears whose output is added to the residual stream (torch layou
 
 Changes to whole layers:
 
-- a mixture replaces all linears of a layer, before the two changes above: ``W = Σ c_j W_j`` and ``b = Σ c_j b_j`` over itself
-  and removed layers (LaCo, arXiv 2402.11187). The layer keeps its norms;
-- an MLP can be made of other channels, some from removed layers, before the two changes above. It keeps its width
+- a mixture replaces all linears of a layer, applied before the two changes above: ``W = Σ c_j W_j`` and ``b = Σ c_j b_j`` over
+  itself and removed layers (LaCo, arXiv 2402.11187). The layer keeps its norms;
+- an MLP can be made of other channels, some from removed layers, applied before the two changes above. It keeps its width
   (``replaceme.edits.channels``);
 - an operator P multiplies the state after a layer, ``h P`` (LinearPatch, arXiv 2505.24680; Ghosted, arXiv 2605.15491;
   Prune&Comp, arXiv 2507.18212). A scalar folds, since norms ignore scale: everything that later layers add is divided by it.
@@ -28,7 +28,7 @@ attention's norm, an MLP's norm or the last norm) ``h`` becomes ``h Q Qᵀ``, an
 
 On disk: ``edits.json`` (title, layers, mixtures, shapes, and the keys of the tensors) and ``edits.safetensors``
 (``transform.<layer>``, d × d float64; ``correction.<layer>.<linear>.weight``, d × inputs float32, and ``….bias``, d;
-``channels.<layer>``, f × 2 int64; ``operator.<layer>``, of no, one or two dimensions, float64; ``parameter.<layer>.<name>``;
+``channels.<layer>``, f × 2 int64; ``operator.<layer>``, a scalar, vector or matrix, float64; ``parameter.<layer>.<name>``;
 ``basis.<signal>``, d × width float32; ``kept.<layer>.<linear>``, a bool for each group).
 """
 

@@ -1,12 +1,12 @@
-"""Run a model with its edits as hooks, its weights unchanged: the reference for every fold, and a look at a shortened model
-before any weight is changed.
+"""Run a model with its edits as hooks, its weights unchanged: used to check every fold, and to run a shortened model before its
+weights are changed.
 
 A hook on each edited linear computes ``y T + G Δᵀ + δ`` from its output ``y`` and its input ``G``. Where a norm or a mixture of
 experts follows the linear, T acts on what that adds to the residual stream. The product with Δ has the model's dtype, as in a
 folded model. A hook on each linear of a layer that mixes layers computes ``Σ c_j (G W_jᵀ + b_j)`` with the other layers' own
-linears. An operator is a hook on its layer. New parameters, and those made of chosen channels, replace the layer's own for the
-time. A removed attention adds 0. The features of removed groups are set to 0 before the last linear. Removed layers pass their
-input on. A narrower residual stream is a projection onto the basis at each signal.
+linears. An operator is a hook on its layer. New parameters, and those made of chosen channels, replace the layer's own while
+the hooks are in place. A removed attention adds 0. The features of removed groups are set to 0 before the last linear. Removed
+layers pass their input on. A narrower residual stream is a projection onto the basis at each signal.
 """
 
 from collections.abc import Iterator, Sequence

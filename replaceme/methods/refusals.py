@@ -1,4 +1,4 @@
-"""Settings that are not exact, or not derived, for a model family; each is refused with the reason.
+"""Settings refused for a model family, because the fold would be inexact or no formula is derived.
 
 Refusals of a single method are in its own file (``Method.refuses``).
 """

@@ -1,4 +1,6 @@
-"""repair: solve for the edits that depend on the first block's solution, on states of the shortened model."""
+"""repair: compute the edits that need the first block's solution (repair, channels, later blocks) from the shortened model's
+states.
+"""
 
 import shutil
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The kept layers, solved for again on what the shortened model computes: repair, later blocks, the choice of channels.
+"""New weights for the kept layers, fitted to the states of the shortened model: repair, later blocks, the choice of channels.
 
 It may import base to methods.
 """

@@ -1,16 +1,16 @@
 """The choice of a host's MLP channels, from its own and those of the removed layers (``replaceme.edits.channels``).
 
-The criterion is the least squares that solves for its last linear (``replaceme.solvers.refit``): a ridge regression of the gap
-of the state at the cut, toward the channels' original columns. With ``A = S + λ diag S`` and the solution's rows ``w_i``, its
-objective rises by
+The criterion is the least squares that solves for its last linear (``replaceme.solvers.refit``): a ridge regression of what the
+state at the cut lacks, with the channels' original columns as prior. With ``A = S + λ diag S`` and the solution's rows ``w_i``,
+its objective rises by
 
     ‖w_i‖² / (A⁻¹)_ii
 
 without channel i (Hassibi and Stork, Optimal Brain Surgeon, 1993). Each round drops the fifth with the smallest rises, then
 solves again, until the channels fit. (Smaller steps chose no better on the demo.)
 
-The layers compete one by one, from the last removed layer to the host, each with the best channels so far. So only two layers'
-channels are compared at once: the sums are (2 f)² numbers for any number of layers. (On the demo, all at once is no better.)
+Layers are added one at a time, from the last removed layer to the host, and each is compared with the best channels so far, so
+the sums stay at (2 f)² numbers. (Comparing all layers at once was no better on the demo.)
 """
 
 from collections.abc import Mapping

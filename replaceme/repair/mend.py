@@ -1,4 +1,4 @@
-"""The repair stage: edits whose features depend on an earlier solution, fitted on what the shortened model computes.
+"""Repair: re-solve kept layers, whose inputs have changed because earlier layers were edited.
 
 After the cut, the kept layers get other states than those they were trained on; their linears can make up for part of it. For
 each kept layer in order, with ``h`` = state of the shortened model (rows are tokens, ``w = 1/‖target‖²``):
@@ -8,12 +8,12 @@ each kept layer in order, with ``h`` = state of the shortened model (rows are to
 
 each by ridge regression from Gram sums, toward the present weights. Where the MLP is parallel to the attention, no state lies
 between them: both linears are solved together, from ``[A | G]``, toward (original layer output) − h. With transform channels,
-the channels of a host's MLP are chosen here (``replaceme.repair.channel_choice``), before the last solve for its linears. With
+the channels of a host's MLP are chosen here (``replaceme.repair.channel_choice``); then its linears are solved for again. With
 several blocks, the method fits each later one here, on the states that reach its host.
 
 All of it is one walk layer by layer. The states of both models lie in scratch files, with the inputs of the last linears of the
-current layer: its attention is not computed again after they change, nor is its MLP for the states that leave it. Only one
-layer's sums are in memory.
+current layer. With these inputs kept, neither the attention nor the MLP runs again when only their last linears change. Only
+one layer's sums are in memory.
 """
 
 import tempfile

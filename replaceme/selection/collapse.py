@@ -6,14 +6,14 @@ From the last layer to the first, a layer l absorbs the m layers after it, which
 
 and its norms stay. The merge is accepted if the cosine between the last states of the merged and the original model, all tokens
 of a text as one vector, exceeds a threshold T on average over a few texts; then l decreases by an interval I, else by one. (The
-published program also moves l before the new last layer where it has passed it. That never happens: l decreases with every
-merge.) Merged layers may have absorbed others before, so a layer is stored as integer coefficients, of sum 1, of original ones.
+published program also resets l if it lies beyond the new last layer. This cannot happen, because l decreases with every merge.)
+Merged layers may have absorbed others before, so a layer is stored as integer coefficients, of sum 1, of original ones.
 
 The last states are those after the final norm, as in the published program (transformers' ``hidden_states[-1]``): the head's
 input, where all tokens have about the same norm. Before it, a few tokens of huge norm can dominate the cosine.
 
-``layers_to_skip`` layers go: no merge absorbs more than remain to be removed, and T is lowered until so many are. The layers
-before l are always the original ones: a candidate costs the layers from l on, and a repeated one nothing.
+A merge never removes more layers than are left to remove; T is lowered until ``layers_to_skip`` are gone. Layers before l are
+unchanged, so a trial runs only the layers from l on; a repeated trial is cached.
 """
 
 from collections.abc import Callable, Iterable

@@ -5,8 +5,8 @@ A block ``[start, end)`` has the host ``start − 1``, so ``start`` is at least 
 - ``angular``: the smallest ``D(start − 1, end − 1)`` (UIDL; ReplaceMe, section 3).
 - ``residual``: the smallest relative residual of a linear map in the block's place (``replaceme.observers.residuals``).
 - ``loss``: of the few cuts with the smallest residuals (and smallest angles, where no map takes the block's place), the one
-  whose shortened model predicts held-out calibration text best (``replaceme.selection.cut_loss``). With ``tolerated_loss``, as
-  many layers go as raise that loss by no more than this.
+  whose shortened model predicts held-out calibration text best (``replaceme.selection.cut_loss``). With ``tolerated_loss``, it
+  removes as many layers as it can without raising that loss by more than this value.
 - ``mean_cosine``: the highest mean cosine, over all tokens, between the states before and after the block (LinearPatch, arXiv
   2505.24680; Ghosted, arXiv 2605.15491).
 - ``window``: the highest mean cosine between the states before the host and after the block (LLM-Streamline, arXiv
@@ -18,9 +18,9 @@ Two criteria choose single layers; adjacent ones form a block:
 - ``greedy``: one layer at a time, the one without which the loss is lowest (SLEB, arXiv 2402.09025):
   ``replaceme.selection.greedy``.
 
-A method can have its own criterion (LaCo's merges, Prune&Comp's scaled layers). Methods that remove parts of layers choose
-these themselves (``WIDTH``): no block is removed. Torch is imported only inside the functions that compute, so that reading the
-table stays fast.
+A method can have its own criterion (LaCo's merges, Prune&Comp's scaled layers). Methods that remove parts of layers have the
+criterion ``WIDTH``, which chooses no block. Torch is imported only inside the functions that compute, so that reading the table
+stays fast.
 
 Several blocks (``num_A``; ReplaceMe, section 4) are taken in the order of their values, skipping overlaps. Unless adjacent ones
 are merged, a kept layer stays between two blocks: the later block's host.

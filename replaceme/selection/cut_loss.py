@@ -1,8 +1,12 @@
 """The cost of a few cuts: the next-token loss of the shortened model, with a closed-form fit in the block's place.
 
-The fit has its own token weights and ridges, so that the choice does not depend on α or on a solver. It is a linear map as in
-the profile's residuals (``replaceme.observers.residuals``); or all weights of the host's last linear, or of both its last
-linears (``replaceme.solvers.refit``), which can rank the cuts differently; or a scalar (``replaceme.selection.compensation``).
+The fit has its own token weights and ridges, so that the choice does not depend on α or on a solver. It is one of:
+
+- a linear map, as in the profile's residuals (``replaceme.observers.residuals``);
+- all weights of the host's last linear, or of both its last linears (``replaceme.solvers.refit``), which can rank the cuts
+  differently;
+- a scalar (``replaceme.selection.compensation``).
+
 It is fitted on the documents that the profile fits on; the loss is measured on those that the profile holds out.
 """
 

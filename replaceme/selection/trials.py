@@ -1,4 +1,4 @@
-"""Trials of edits on a few texts: each computes the first edited layer and the later ones only, from stored states."""
+"""Trials of edits on a few texts: each starts from stored states and runs only the first edited layer and those after it."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager

@@ -8,8 +8,7 @@ w = 1/‖H‖²):
     joint:  the same for [A | G] toward H − h_in: the attention's output projection too, with the refit as its prior
 
 The ridge is in each feature's own units; a plain ridge would penalise features of small magnitude far more than large ones. The
-unknown is the difference from the prior, and the residuals of the current weights are among the sums, so the weights themselves
-are not needed.
+fit solves for the change from the prior. The sums already hold the current residuals, so the weights are not needed.
 """
 
 from collections.abc import Mapping

@@ -5,8 +5,9 @@
     triangular   x = the entries on and below the diagonal (rows are tokens: output j depends on the inputs i ≥ j)
     two_vectors  x = (u, v),  T = I + uvᵀ
 
-Each is a map ``build`` from x to T with its derivatives: ``pull_back`` takes a gradient in T to one in x, ``push`` a step in
-x to one in T, and ``bend`` is the part of a Hessian in x from the map's own curvature, which is 0 except for two vectors.
+Each is a map ``build`` from x to T with its derivatives: ``pull_back`` takes a gradient in T to one in x, ``push`` a step in x
+to one in T, and ``bend`` returns the Hessian's second-derivative term of ``build``, which is 0 unless the structure is two
+vectors.
 """
 
 from collections.abc import Callable

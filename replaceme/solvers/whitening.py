@@ -2,8 +2,8 @@
 
 Some dimensions of M are a thousand times as large as the others, so a step of T there moves the loss a million times as much,
 and gradient methods become slow. With the loss's metric ``S = UUᵀ`` (``MᵀM`` for a squared error), U upper triangular, the
-coordinates are the x of ``UᵀT`` instead of T's. This also suits a lower triangular T, as ``UᵀT`` is lower triangular too. For
-two vectors they are those of ``Uᵀu`` and v; for a diagonal map, U is the square root of S's diagonal.
+solver varies the free numbers of ``UᵀT`` instead of T's; for two vectors, ``Uᵀu`` and v. This also suits a lower triangular T,
+as ``UᵀT`` is lower triangular too. For a diagonal map, U is the square root of S's diagonal.
 """
 
 import torch
