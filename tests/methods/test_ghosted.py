@@ -167,10 +167,10 @@ def test_repair_follows_an_operator(kind: str, save_tiny: Callable[..., Model], 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"ghosted_weighted": "true"}, "The map takes the relative residual, each token alike, from"),
-        ({"num_A": 2, "layers_to_skip": 1, "merge_consecutive": "false"}, "block 1: the map takes the relative residual from"),
-        ({"selection": "influence"}, "ap takes the relative residual from"),
-        ({"selection": "loss"}, "The map takes the relative residual from"),
+        ({"ghosted_weighted": "true"}, "The map brings the relative residual (all tokens weighted equally) from"),
+        ({"num_A": 2, "layers_to_skip": 1, "merge_consecutive": "false"}, "block 1: the map brings the relative residual from"),
+        ({"selection": "influence"}, "ap brings the relative residual from"),
+        ({"selection": "loss"}, "The map brings the relative residual from"),
     ],
 )
 def test_the_whole_command_maps_the_state(

@@ -165,7 +165,7 @@ def test_the_whole_command_patches_the_state(tiny: Model, text_file: Path, tmp_p
     assert f"A linear map was added after layer {host}; it multiplies the whole hidden state." in card
     assert "linearpatch_form: hadamard" in card
     page = (work / "artifacts" / "report" / "index.html").read_text(encoding="utf-8")
-    assert "The map takes the relative residual from" in page
+    assert "The map brings the relative residual from" in page
     assert "largest factor" in page
 
 

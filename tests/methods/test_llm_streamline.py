@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from replaceme.base.documents import Documents
+from replaceme.base.documents import Documents, split_places
 from replaceme.base.errors import ParameterError, SolveError
 from replaceme.base.files import read_json
 from replaceme.base.params import Params, read_params
@@ -176,7 +176,7 @@ def test_the_loss_falls_on_training_and_on_held_out_texts(tmp_path: Path) -> Non
 def test_held_out_texts_are_not_trained_on(tmp_path: Path) -> None:
     texts = many_documents(40)
     lesson = lesson_of(made_model(), texts)
-    taught_ones, held_out = training.split(40)
+    taught_ones, held_out = split_places(40, training.HELD_OUT_EVERY)
     assert (sorted(taught_ones + held_out), len(held_out)) == ([*range(40)], 2)
     course = Course(1e-3, 1, 4, RATE)
     first, _ = train(lesson, lesson.learners(), course, tmp_path / "one", "")

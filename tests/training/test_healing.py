@@ -15,7 +15,7 @@ from replaceme.base.errors import ParameterError
 from replaceme.base.files import read_json, write_json
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.params import Params, read_params
-from replaceme.base.plan import Block
+from replaceme.base.plan import Block, Plan
 from replaceme.base.stage import COMPRESSION
 from replaceme.base.workspace import Workspace
 from replaceme.edits.edits import Edits
@@ -57,10 +57,11 @@ def lesson_of(model: Any, documents: Documents, edits: Edits, host: int = BLOCK.
 
 def edits_of(model: Any, documents: Documents, blocks: tuple[Block, ...] = (BLOCK,), **options: Any) -> Edits:
     """Return the edits that the stages solve and repair make."""
-    edits, mender = solved(model, documents, blocks, alpha=5.0, **options)
-    edits.mixtures |= mender.plan.mixtures
-    edits.operators |= {host: torch.tensor(scale, dtype=torch.float64) for host, scale in mender.plan.scales.items()}
-    mender.run()
+    edits, mending = solved(model, documents, blocks, alpha=5.0, **options)
+    planned = Plan(blocks, ())
+    edits.mixtures |= planned.mixtures
+    edits.operators |= {host: torch.tensor(scale, dtype=torch.float64) for host, scale in planned.scales.items()}
+    mending()
     return edits
 
 
