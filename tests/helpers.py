@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from replaceme.base.documents import Documents
 from replaceme.edits.edits import Edits
 from replaceme.edits.fold import apply_edits
+from replaceme.edits.unfused import unfused
 from replaceme.models.families import Family, Linear, family_of, parameter_of
 from replaceme.solvers.procrustes import polar
 from tests.conftest import LAYERS, WIDTH, made_model
@@ -160,6 +161,15 @@ def passing(model: Any, layer: int, documents: Documents) -> dict[str, np.ndarra
     found = {name: torch.cat(parts).double().numpy() for name, parts in kept.items() if parts}
     scaled = {name: found[name] * family.multiplier for name in ("attention", "M")}
     return found | scaled | {"middle": found["input"] + scaled["attention"]}
+
+
+@torch.no_grad()
+def hooked_and_folded(model: Any, family: Family, edits: Edits) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the logits of ``TEXT`` with the edits unfused, and after they are folded into the model, which is changed."""
+    with unfused(model, family, edits):
+        hooked = model(TEXT, use_cache=False).logits
+    apply_edits(model, family, edits)
+    return hooked, model(TEXT, use_cache=False).logits
 
 
 @torch.no_grad()

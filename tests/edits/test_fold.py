@@ -20,7 +20,7 @@ from replaceme.models.depth import broken_patterns, cut_config
 from replaceme.models.families import FAMILIES, Family, family_of, parameter_of
 from replaceme.models.model import Model
 from tests.conftest import FAMILY_CONFIGS, KINDS, LAYERS, WIDTH, made_model
-from tests.helpers import TEXT, edits_for, edits_of, made_transform, norm_in_float64, shortened_logits
+from tests.helpers import TEXT, edits_for, edits_of, hooked_and_folded, made_transform, norm_in_float64, shortened_logits
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-9)])
@@ -36,12 +36,7 @@ def test_folded_model_equals_unfused_computation_for_every_start(
             norm_in_float64(model, family)
         expected = shortened_logits(model, edits, TEXT)
         assert (model(TEXT, use_cache=False).logits - expected).norm() > 1e-2 * expected.norm()
-        with torch.no_grad(), unfused(model, family, edits):
-            hooked = model(TEXT, use_cache=False).logits
-        apply_edits(model, family, edits)
-        with torch.no_grad():
-            found = model(TEXT, use_cache=False).logits
-        for logits in (hooked, found):
+        for logits in hooked_and_folded(model, family, edits):
             assert (logits - expected).norm() / expected.norm() < tolerance, f"start {start}"
 
 

@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM
 from replaceme.base.documents import Documents
 from replaceme.base.errors import ModelError, VerificationError
 from replaceme.edits.edits import Edits
-from replaceme.edits.fold import apply_edits
 from replaceme.edits.unfused import unfused
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import cache_error, verify_export
@@ -19,7 +18,7 @@ from replaceme.models.families import family_of
 from replaceme.models.model import Model
 from replaceme.models.own_form import FILE, check_own_form, is_own_form
 from tests.conftest import KINDS, WIDTH, made_model
-from tests.helpers import norm_in_float64, shortened_logits
+from tests.helpers import hooked_and_folded, norm_in_float64, shortened_logits
 
 TEXT = torch.arange(2, 42)[None]
 FORMS = {"scalar": (), "diagonal": (WIDTH,), "dense": (WIDTH, WIDTH)}
@@ -42,11 +41,7 @@ def test_operators_and_kept_layers_compute_one_after_the_other(kind: str, form: 
         norm_in_float64(model, family)
     expected = shortened_logits(model, edits, TEXT)
     assert (model(TEXT, use_cache=False).logits - expected).norm() > 1e-2 * expected.norm()
-    with torch.no_grad(), unfused(model, family, edits):
-        hooked = model(TEXT, use_cache=False).logits
-    apply_edits(model, family, edits)
-    with torch.no_grad():
-        found = model(TEXT, use_cache=False).logits
+    hooked, found = hooked_and_folded(model, family, edits)
     assert (hooked - expected).norm() / expected.norm() < 1e-9
     # The epsilon under a norm's root matters more for a smaller state.
     if form != "scalar" or family.norm_before:

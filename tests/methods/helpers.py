@@ -2,18 +2,24 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from replaceme.base.documents import Documents
 from replaceme.base.params import read_params
 from replaceme.base.plan import Block, Plan
 from replaceme.edits.edits import Edits
+from replaceme.export.save import save_pruned
+from replaceme.export.verification import verify_export
 from replaceme.methods.registry import METHODS
 from replaceme.models.families import family_of
+from replaceme.models.model import Model
 from replaceme.observers.statistics import take_statistics
 from replaceme.repair.mend import Repair, mend
+from tests.helpers import TEXT, shortened_logits
 
 BLOCK = Block(2, 4)
 
@@ -36,3 +42,14 @@ def same_weights(a: Any, b: Any, tolerance: float = 1e-3) -> bool:
     return all(
         torch.allclose(one, other, rtol=tolerance, atol=tolerance * float(other.detach().abs().max())) for one, other in pairs
     )
+
+
+def assert_saved_computes_edits(source: Model, edits: Edits, documents: Documents, folder: Path) -> None:
+    """Save a pruned model of a form of its own, verify it, and compare it, loaded by its own code, with a plain computation."""
+    save_pruned(source, edits, folder)
+    figures = verify_export(source, Model(folder, "pruned"), edits, documents)
+    assert figures["hidden_error_mean"] < figures["tolerance"]
+    loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    expected = shortened_logits(source.load(), edits, TEXT)
+    with torch.no_grad():
+        assert (loaded(TEXT).logits - expected).norm() < 1e-3 * expected.norm()

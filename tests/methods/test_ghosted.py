@@ -27,7 +27,8 @@ from replaceme.models.model import Model
 from replaceme.observers.statistics import take_statistics
 from replaceme.repair.mend import mend
 from tests.conftest import KINDS, LAYERS, PLAIN, WIDTH, made_model
-from tests.helpers import call, many_documents, passing, shortened_logits
+from tests.helpers import call, many_documents, passing
+from tests.methods.helpers import assert_saved_computes_edits
 
 BLOCK = Block(2, 4)
 TEXT = torch.arange(2, 42)[None]
@@ -122,13 +123,7 @@ def test_every_family_is_mapped_saved_and_verified(
     edits = solved(model, documents).edits
     h, H = states(model, documents)
     assert np.allclose(edits.operators[BLOCK.host].numpy(), least_squares(h, H), rtol=1e-3, atol=1e-4)
-    save_pruned(source, edits, tmp_path)
-    figures = verify_export(source, Model(tmp_path, "pruned"), edits, documents)
-    assert figures["hidden_error_mean"] < figures["tolerance"]
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True).eval()
-    expected = shortened_logits(source.load(), edits, TEXT)
-    with torch.no_grad():
-        assert (loaded(TEXT).logits - expected).norm() < 1e-3 * expected.norm()
+    assert_saved_computes_edits(source, edits, documents, tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["llama", "falcon", "gemma2", "mixtral"])

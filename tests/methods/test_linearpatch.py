@@ -17,8 +17,6 @@ from replaceme.base.params import Params, read_params
 from replaceme.base.plan import Block
 from replaceme.base.workspace import Workspace
 from replaceme.edits.edits import Edits
-from replaceme.export.save import save_pruned
-from replaceme.export.verification import verify_export
 from replaceme.methods.method import Solved
 from replaceme.methods.registry import METHODS
 from replaceme.models.families import Family, family_of
@@ -27,7 +25,8 @@ from replaceme.observers.hadamard import hadamard
 from replaceme.observers.statistics import take_statistics
 from replaceme.pipeline.inputs import inspect_inputs
 from tests.conftest import KINDS, LAYERS, WIDTH, made_model
-from tests.helpers import call, passing, shortened_logits
+from tests.helpers import call, passing
+from tests.methods.helpers import assert_saved_computes_edits
 
 BLOCK = Block(2, 4)
 FORMS = ["hadamard", "diagonal"]
@@ -138,13 +137,7 @@ def test_every_family_is_patched_saved_and_verified(
 ) -> None:
     source = save_tiny(kind)
     edits = solved(source.load(), documents, form).edits
-    save_pruned(source, edits, tmp_path)
-    figures = verify_export(source, Model(tmp_path, "pruned"), edits, documents)
-    assert figures["hidden_error_mean"] < figures["tolerance"]
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True).eval()
-    expected = shortened_logits(source.load(), edits, TEXT)
-    with torch.no_grad():
-        assert (loaded(TEXT).logits - expected).norm() < 1e-3 * expected.norm()
+    assert_saved_computes_edits(source, edits, documents, tmp_path)
 
 
 def test_the_whole_command_patches_the_state(tiny: Model, text_file: Path, tmp_path: Path) -> None:
