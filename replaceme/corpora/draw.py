@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from replaceme.base.documents import Documents
+from replaceme.base.documents import Documents, seeded_order
 from replaceme.base.errors import DatasetError
 from replaceme.base.progress import progress
 from replaceme.corpora.corpus import Corpus
@@ -93,7 +93,7 @@ def _pieces(texts: Iterable[Iterable[list[int]]], room: int, size: int, seed: in
             rest = rest[full:].clone()
         if len(pieces) == before and len(rest):
             pieces.append(rest)
-    order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed)).tolist()
+    order = seeded_order(len(pieces), seed).tolist()
     yield from (pieces[index].tolist() for index in order[:size])
 
 

@@ -4,8 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from replaceme.base.documents import seeded_order
 from replaceme.base.errors import DatasetError
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.params import Params, nearest
@@ -44,7 +43,7 @@ class DatasetSource:
         if self.path:
             return local.open_file(self.path, params.dataset_column, params.seed)
         articles = embedded.text_articles(params.dataset, params.dataset_split)
-        order = torch.randperm(len(articles), generator=torch.Generator().manual_seed(params.seed)).tolist()
+        order = seeded_order(len(articles), params.seed).tolist()
         return Corpus([articles[index] for index in order], running=params.dataset in embedded.RUNNING)
 
 

@@ -5,8 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from replaceme.base.documents import seeded_order
 from replaceme.base.errors import DatasetError, resource_failure
 from replaceme.corpora.corpus import Corpus, Row, as_row, pick_column
 
@@ -56,8 +55,7 @@ def read_rows(path: Path, column: str | None, seed: int | None, key: str = "data
         if len(table) == 0:
             raise DatasetError(f"{key}: {path} has no rows.")
         chosen = pick_column(table.column_names, _sample(table), column, str(path))
-        generator = torch.Generator().manual_seed(seed) if seed is not None else None
-        order = range(len(table)) if generator is None else torch.randperm(len(table), generator=generator).tolist()
+        order = range(len(table)) if seed is None else seeded_order(len(table), seed).tolist()
         for index in order:
             yield as_row(table[index][chosen], chosen, str(path))
 
