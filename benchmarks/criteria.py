@@ -22,7 +22,7 @@ from replaceme.base.task import Task
 from replaceme.base.workspace import Workspace
 from replaceme.edits.edits import Edits
 from replaceme.edits.unfused import unfused
-from replaceme.evaluation.perplexity import cut_windows, perplexities, window_losses
+from replaceme.evaluation.perplexity import cut_windows, perplexities, score_windows
 from replaceme.evaluation.tasks import task_texts
 from replaceme.models.find import recorded_model
 from replaceme.observers.statistics import Gram
@@ -52,7 +52,7 @@ def main(sizes: list[int]) -> None:
             sums = gram.tensors()
             transform = solve_ridge(sums["gram"], sums["cross"], 0.0).transform
             with unfused(model, family, Edits("", [*block.layers], {block.host: transform})):
-                losses = window_losses(model, windows, params.eval_batch_size, f"host {block.host}")
+                losses = score_windows(model, windows, params.eval_batch_size, f"host {block.host}")["losses"]
             outcomes.append(perplexities(losses, windows).get("token", math.inf))
         criteria = {
             name: [profile[key][block.host][block.end - 1] for block in blocks]

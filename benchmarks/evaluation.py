@@ -19,7 +19,7 @@ from replaceme.base.compute import resolve_device, use_processor
 from replaceme.base.params import read_params
 from replaceme.base.progress import silence_libraries
 from replaceme.evaluation.harness import Suite, run
-from replaceme.evaluation.perplexity import WINDOW, Windows, cut_windows, window_losses
+from replaceme.evaluation.perplexity import WINDOW, Windows, cut_windows, score_windows
 from replaceme.evaluation.requests import Encodings
 from replaceme.evaluation.scorer import CausalScorer
 from replaceme.evaluation.tasks import task_fingerprints, task_items, task_kind, task_name, task_texts
@@ -86,7 +86,7 @@ def main(share: float) -> None:
 
 
 def _perplexity(model: Any, windows: Windows, batch_size: int) -> Callable[[], Any]:
-    return lambda: window_losses(model, windows, batch_size, "benchmark")
+    return lambda: score_windows(model, windows, batch_size, "benchmark")
 
 
 def _accuracy(model: Any, tokenizer: Any, batch_size: int, task: Any, found: Any, encodings: Encodings) -> Callable[[], Any]:

@@ -99,7 +99,6 @@ def _prune(params: Params) -> None:
 
 def _evaluate(params: Params) -> None:
     from replaceme.evaluation.comparison import scores_table
-    from replaceme.evaluation.requests import Requests
     from replaceme.evaluation.scores import score_model
     from replaceme.evaluation.tasks import task_fingerprints
     from replaceme.models.find import find_model
@@ -109,7 +108,7 @@ def _evaluate(params: Params) -> None:
         raise ParameterError("tasks: is empty; name at least one task.")
     model = find_model(params)
     target = _scores_file(params, model.name)
-    scores = score_model(params, model, model.name, fingerprints, Requests()).figures
+    scores = score_model(params, model, model.name, fingerprints).figures
     print(scores_table(scores))
     write_json(target, rounded(scores))
     logger.info("the scores are in %s", target)

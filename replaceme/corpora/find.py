@@ -44,7 +44,7 @@ class DatasetSource:
             return local.open_file(self.path, params.dataset_column, params.seed)
         articles = embedded.text_articles(params.dataset, params.dataset_split)
         order = seeded_order(len(articles), params.seed).tolist()
-        return Corpus([articles[index] for index in order], running=params.dataset in embedded.RUNNING)
+        return Corpus([articles[index] for index in order], running=embedded.TEXTS[params.dataset].running)
 
 
 def find_dataset(params: Params, commits: dict[str, str] | None = None) -> DatasetSource:

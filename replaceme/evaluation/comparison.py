@@ -47,6 +47,9 @@ def compare(dense: Figures, pruned: Figures, dense_items: Mapping[str, Tensor], 
             entry |= {"stderr_dense": sides[0]["stderr"], "stderr_pruned": sides[1]["stderr"]}
             change = pruned_items[f"losses/{task}"] - dense_items[f"losses/{task}"]
             entry["stderr_ratio"] = entry["ratio"] * mean_stderr(change, dense_items[f"counts/{task}"])
+    for task in dense["perplexity"]:
+        if f"divergences/{task}" in pruned_items:
+            comparison.setdefault("divergence", {})[task] = _divergence(pruned_items, task)
     if dense["accuracy"]:
         comparison["accuracy"] = {
             task: _accuracy(score, pruned["accuracy"][task], parts_of(dense_items, task), parts_of(pruned_items, task))
@@ -65,6 +68,18 @@ def compare(dense: Figures, pruned: Figures, dense_items: Mapping[str, Tensor], 
             a, b = dense[size], pruned[size]
             comparison[size] = {"dense": a, "pruned": b, "removed_percent": 100 * (1 - b / a)}
     return comparison
+
+
+def _divergence(items: Mapping[str, Tensor], task: str) -> Figures:
+    """Return the mean KL divergence from the dense model (nats a token), the share of positions with its most likely token."""
+    counts = items[f"counts/{task}"]
+    figures = {}
+    for name, part in (("kl", "divergences"), ("agreement", "agreements")):
+        sums = items[f"{part}/{task}"]
+        figures[name] = float(sums.sum() / counts.sum())
+        if len(sums) > 1:
+            figures[f"{name}_stderr"] = mean_stderr(sums, counts)
+    return figures
 
 
 def parts_of(items: Mapping[str, Tensor], task: str) -> list[Tensor]:

@@ -1,6 +1,7 @@
 """Perplexity on running text, in non-overlapping windows of 1024 tokens (fewer, if the model takes fewer).
 
-Each window starts with the tokenizer's start-of-text ids. With ``nll``, the mean negative log-likelihood of predicted tokens,
+Each window starts with the tokenizer's start-of-text ids. A chat is rendered by the tokenizer's chat template, or as plain text with
+the roles' names if it has none. With ``nll``, the mean negative log-likelihood of predicted tokens,
 token perplexity is ``exp(nll)``; word and byte perplexity are ``exp(nll · tokens / words)`` and ``exp(nll · tokens / bytes)``
 over the same text, so that models with different tokenizers can be compared. The standard error comes from the spread over the
 windows (ratio estimate, first order).
@@ -9,22 +10,25 @@ windows (ratio estimate, first order).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import log_softmax, nll_loss
 
 from replaceme.base.errors import DatasetError
 from replaceme.base.progress import progress
-from replaceme.corpora.tokenization import encode_in_chunks, start_of_text
+from replaceme.corpora.corpus import Row
+from replaceme.corpora.tokenization import encode, encode_in_chunks, start_of_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 WINDOW = 1024
+# The dense model's most likely tokens that are kept at each position.
+TOP = 64
 LARGEST_EXPONENT = 700.0
 
 
@@ -43,13 +47,13 @@ class Windows:
 
 
 def cut_windows(
-    task: str, texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, limit: int | None, positions: int | None = None
+    task: str, texts: Iterable[Row], tokenizer: PreTrainedTokenizerBase, limit: int | None, positions: int | None = None
 ) -> Windows:
     """Cut texts into windows: the first of each text, then the second of each, and so on.
 
     Args:
         task: name of the text in messages.
-        texts: running texts; no window spans two of them.
+        texts: running texts or chats; no window spans two of them.
         tokenizer: the model's tokenizer.
         limit: largest number of text tokens; None takes all.
         positions: largest number of tokens that the model takes, if its config says.
@@ -79,20 +83,73 @@ def cut_windows(
 
 
 @torch.inference_mode()
-def window_losses(model: Any, windows: Windows, batch_size: int, description: str) -> Tensor:
-    """Return (windows,) float64: each window's sum of negative log-likelihoods in nats, in the order of ``windows``."""
+def score_windows(
+    model: Any, windows: Windows, batch_size: int, description: str, dense: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Score a model on windows, in their order.
+
+    Args:
+        model: the model.
+        windows: what to score.
+        batch_size: windows in a batch.
+        description: of the progress bar.
+        dense: what this function returned for the dense model, if this is another one.
+
+    Returns:
+        ``losses`` (windows,) float64: each window's sum of negative log-likelihoods in nats. Without ``dense``,
+        ``likely_ids`` (predictions, ``TOP``) int32 and ``likely_logs`` float32: the most likely tokens at each position of all
+        windows, and their log-probabilities. With ``dense``, ``divergences`` and ``agreements`` (windows,) float64: each
+        window's sum over positions of the KL divergence from the dense model, in nats, and the number of positions with the
+        dense model's most likely token.
+    """
     order = sorted(range(len(windows.windows)), key=lambda index: len(windows.windows[index]), reverse=True)
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    losses = torch.zeros(len(order), dtype=torch.float64)
+    losses, divergences, agreements = torch.zeros(3, len(order), dtype=torch.float64)
+    bounds = [0, *windows.predictions().long().cumsum(0).tolist()]
+    likely: dict[int, tuple[Tensor, Tensor]] = {}
     for batch in progress(batches, description, "batches"):
         rows = [windows.windows[index] for index in batch]
         # The last token predicts nothing, so it is left out.
         ids = torch.nn.utils.rnn.pad_sequence([row[:-1] for row in rows], batch_first=True).to(model.device)
-        targets = torch.nn.utils.rnn.pad_sequence([row[1:] for row in rows], batch_first=True, padding_value=-100)
         logits = model(ids, use_cache=False).logits
-        for index, row, target in zip(batch, logits, targets.to(model.device), strict=True):
-            losses[index] = float(cross_entropy(row.float(), target, ignore_index=-100, reduction="sum"))
-    return losses
+        for index, row, scores in zip(batch, rows, logits, strict=True):
+            logs = log_softmax(scores[: len(row) - 1].float(), dim=-1)
+            losses[index] = float(nll_loss(logs, row[1:].to(logs.device), reduction="sum"))
+            if dense is None:
+                values, places = logs.topk(min(TOP, logs.shape[-1]))
+                likely[index] = places.int().cpu(), values.cpu()
+            else:
+                own = slice(bounds[index], bounds[index + 1])
+                places, values = (dense[name][own].to(logs.device) for name in ("likely_ids", "likely_logs"))
+                divergences[index] = float(divergence(values, logs.gather(1, places.long())).sum())
+                agreements[index] = int((logs.argmax(-1) == places[:, 0]).sum())
+    if dense is not None:
+        return {"losses": losses, "divergences": divergences, "agreements": agreements}
+    parts = [likely[index] for index in range(len(order))]
+    return {
+        "losses": losses,
+        "likely_ids": torch.cat([ids for ids, _ in parts]),
+        "likely_logs": torch.cat([logs for _, logs in parts]),
+    }
+
+
+def divergence(p_logs: Tensor, q_logs: Tensor) -> Tensor:
+    """Return the KL divergence of two distributions at each position, in nats, with all other tokens taken as one.
+
+    This is a lower bound of the divergence over the whole vocabulary (data processing), and zero for equal distributions.
+
+    Args:
+        p_logs: (positions, tokens) float log-probabilities of the first distribution, for its most likely tokens.
+        q_logs: those of the second distribution, for the same tokens.
+
+    Returns:
+        (positions,) float64.
+    """
+    p_logs, q_logs = p_logs.double(), q_logs.double()
+    known = (p_logs.exp() * (p_logs - q_logs)).sum(-1)
+    # The probability of all other tokens; rounding may leave less than nothing.
+    p_rest, q_rest = ((1 - logs.exp().sum(-1)).clamp_min(1e-9) for logs in (p_logs, q_logs))
+    return known + p_rest * (p_rest / q_rest).log()
 
 
 def perplexities(losses: Tensor, windows: Windows) -> dict[str, float]:
@@ -119,9 +176,13 @@ def mean_stderr(sums: Tensor, counts: Tensor) -> float:
     return math.sqrt(float(spread) * len(sums) / (len(sums) - 1)) / float(counts.sum())
 
 
-def _ids(text: str, tokenizer: PreTrainedTokenizerBase, prefix: list[int], limit: int | None) -> list[int]:
+def _ids(row: Row, tokenizer: PreTrainedTokenizerBase, prefix: list[int], limit: int | None) -> list[int]:
+    if not isinstance(row, str):
+        if tokenizer.chat_template:
+            return encode(row, tokenizer, prefix)
+        row = "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in row)
     ids: list[int] = []
-    for chunk in encode_in_chunks(text, tokenizer, prefix):
+    for chunk in encode_in_chunks(row, tokenizer, prefix):
         ids += chunk
         if limit is not None and len(ids) >= limit:
             break

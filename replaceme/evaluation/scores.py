@@ -18,7 +18,7 @@ from replaceme.base.params import Params
 from replaceme.base.progress import logger
 from replaceme.evaluation import harness
 from replaceme.evaluation.kv_cache import cache_bytes_per_token
-from replaceme.evaluation.perplexity import cut_windows, perplexities, window_losses
+from replaceme.evaluation.perplexity import cut_windows, perplexities, score_windows
 from replaceme.evaluation.requests import Requests
 from replaceme.evaluation.scorer import CausalScorer
 from replaceme.evaluation.tasks import check_unchanged, task_kind, task_name, task_texts
@@ -32,8 +32,8 @@ class Scores:
     Attributes:
         figures: ``perplexity`` (task → token, word, byte, stderr), ``accuracy`` (task → accuracy, stderr, items, metric,
             fewshots, by_size), ``parameters``, ``disk_bytes``, ``kv_cache_bytes_per_token`` and ``device``.
-        items: ``accuracy/<task>/<n>`` (items,), where n counts the single tasks of a group, and ``losses/<task>`` and
-            ``counts/<task>`` (windows,); all float64.
+        items: ``accuracy/<task>/<n>`` (items,), where n counts the single tasks of a group, and ``counts/<task>`` (windows,),
+            both float64; and what ``score_windows`` returns for each task, as ``losses/<task>`` and so on.
         requests: the token ids of all scored requests.
     """
 
@@ -54,7 +54,7 @@ class Scores:
         return cls(figures, items, Requests.load(folder))
 
 
-def score_model(params: Params, source: Model, name: str, found: dict[str, Any], requests: Requests) -> Scores:
+def score_model(params: Params, source: Model, name: str, found: dict[str, Any], dense: Scores | None = None) -> Scores:
     """Score a model on the tasks of ``params``.
 
     Args:
@@ -62,8 +62,10 @@ def score_model(params: Params, source: Model, name: str, found: dict[str, Any],
         source: the model's files.
         name: its name in progress bars and in the log.
         found: the tasks' identities (``task_fingerprints``).
-        requests: the token ids known so far; missing ones are added.
+        dense: the dense model's scores, if this is another model: it scores the same requests, and its divergence from the
+            dense model.
     """
+    requests = dense.requests if dense else Requests()
     use_processor(params.threads)
     tokenizer, positions = source.tokenizer(), getattr(source.config(), "max_position_embeddings", None)
     # Prepare every task first, so that errors in a task come before the model is loaded.
@@ -79,9 +81,10 @@ def score_model(params: Params, source: Model, name: str, found: dict[str, Any],
     perplexity: dict[str, dict[str, float]] = {}
     items: dict[str, Tensor] = {}
     for text, windows in requests.windows.items():
-        losses = window_losses(model, windows, params.eval_batch_size, f"{name}: {text}")
-        perplexity[text] = perplexities(losses, windows)
-        items |= {f"losses/{text}": losses, f"counts/{text}": windows.predictions()}
+        reference = {part: dense.items[f"{part}/{text}"] for part in ("likely_ids", "likely_logs")} if dense else None
+        scored = score_windows(model, windows, params.eval_batch_size, f"{name}: {text}", reference)
+        perplexity[text] = perplexities(scored["losses"], windows)
+        items |= {f"{part}/{text}": tensor for part, tensor in {**scored, "counts": windows.predictions()}.items()}
     scorer = CausalScorer(model, tokenizer, params.eval_batch_size, f"{name}: {', '.join(suite.reported)}", requests.encodings)
     outcome = harness.run(scorer, suite)
     items |= {f"accuracy/{task}/{n}": part for task, parts in outcome.items.items() for n, part in enumerate(parts)}

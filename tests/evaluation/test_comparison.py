@@ -11,7 +11,6 @@ from replaceme.base.errors import DatasetError
 from replaceme.base.params import Params
 from replaceme.evaluation.comparison import compare, comparison_table, paired_p_value, scores_table
 from replaceme.evaluation.perplexity import Windows
-from replaceme.evaluation.requests import Requests
 from replaceme.evaluation.scores import Scores, score_model
 from replaceme.evaluation.tasks import task_fingerprints
 from replaceme.models.model import Model
@@ -138,7 +137,7 @@ def test_a_figure_missing_from_one_model_is_left_out() -> None:
 
 
 def test_a_models_scores_hold_every_task_and_size(params: Params, tiny: Model, tmp_path: Path) -> None:
-    scores = score_model(params, tiny, "dense", task_fingerprints(params), Requests())
+    scores = score_model(params, tiny, "dense", task_fingerprints(params))
     config = tiny.config()
     assert set(scores.figures["perplexity"]) == {"text"}
     assert scores.figures["accuracy"] == {}
@@ -149,12 +148,14 @@ def test_a_models_scores_hold_every_task_and_size(params: Params, tiny: Model, t
     scores.save(tmp_path)
     loaded = Scores.load(tmp_path)
     assert loaded.figures == scores.figures
-    assert set(loaded.items) == {"losses/text", "counts/text"}
+    assert set(loaded.items) == {"losses/text", "counts/text", "likely_ids/text", "likely_logs/text"}
     assert all(torch.equal(loaded.items[name], scores.items[name]) for name in scores.items)
     windows: Windows = loaded.requests.windows["text"]
     assert all(map(torch.equal, windows.windows, scores.requests.windows["text"].windows))
-    again = score_model(params, tiny, "again", task_fingerprints(params), loaded.requests)
+    again = score_model(params, tiny, "again", task_fingerprints(params), loaded)
     assert again.figures == scores.figures
+    divergence = compare(scores.figures, again.figures, scores.items, again.items)["divergence"]["text"]
+    assert (divergence["kl"], divergence["agreement"]) == (0, 1)
 
 
 def test_a_file_that_changed_since_its_check_is_not_scored(params: Params, tiny: Model) -> None:
@@ -162,4 +163,4 @@ def test_a_file_that_changed_since_its_check_is_not_scored(params: Params, tiny:
     path = Path(params.tasks[0].name)
     path.write_text(path.read_text(encoding="utf-8") + " more", encoding="utf-8")
     with pytest.raises(DatasetError, match=r"tasks: .*text\.txt changed while it was in use; run again"):
-        score_model(params, tiny, "dense", found, Requests())
+        score_model(params, tiny, "dense", found)

@@ -5,7 +5,7 @@ import torch
 from tokenizers import processors
 
 from replaceme.base.errors import DatasetError
-from replaceme.evaluation.perplexity import WINDOW, cut_windows, perplexities, window_losses
+from replaceme.evaluation.perplexity import TOP, WINDOW, cut_windows, divergence, perplexities, score_windows
 from tests.conftest import made_model, made_text, made_tokenizer
 
 
@@ -23,7 +23,7 @@ def test_perplexity_equals_an_independent_computation(bos: bool, batch_size: int
         losses += [-likelihood[position, window[position + 1]] for position in range(len(window) - 1)]
     nll = float(torch.stack(losses).mean())
     windows = cut_windows("t", [text], tokenizer, None)
-    found = perplexities(window_losses(model, windows, batch_size, "test"), windows)
+    found = perplexities(score_windows(model, windows, batch_size, "test")["losses"], windows)
     assert found["token"] == pytest.approx(math.exp(nll), rel=1e-4)
     assert found["word"] == pytest.approx(math.exp(nll * len(ids) / len(text.split())), rel=1e-4)
     if len(ids) > room:
@@ -44,7 +44,7 @@ def test_standard_error_is_that_of_the_windows_means() -> None:
     totals = torch.tensor(losses, dtype=torch.float64)
     nll = float(totals.sum() / counts.sum())
     ratio_error = float((totals - nll * counts).std() * len(losses) ** 0.5 / counts.sum())
-    assert perplexities(window_losses(model, windows, 1, "t"), windows)["stderr"] == pytest.approx(
+    assert perplexities(score_windows(model, windows, 1, "t")["losses"], windows)["stderr"] == pytest.approx(
         math.exp(nll) * ratio_error, rel=1e-3
     )
 
@@ -52,7 +52,7 @@ def test_standard_error_is_that_of_the_windows_means() -> None:
 def test_a_figure_that_overflows_is_left_out() -> None:
     endless = "ab" * 900  # one word of so many tokens that its perplexity overflows
     windows = cut_windows("t", [endless], made_tokenizer(), None)
-    figures = perplexities(window_losses(made_model(max_position_embeddings=2048), windows, 1, "t"), windows)
+    figures = perplexities(score_windows(made_model(max_position_embeddings=2048), windows, 1, "t")["losses"], windows)
     assert "word" not in figures
     assert {"token", "byte"} <= set(figures)
 
@@ -84,4 +84,47 @@ def test_windows_are_no_longer_than_the_positions_that_a_model_has() -> None:
     model, tokenizer = made_model("gpt2", n_positions=64, max_position_embeddings=64), made_tokenizer()
     windows = cut_windows("t", [made_text(60)], tokenizer, None, model.config.max_position_embeddings)
     assert max(map(len, windows.windows)) == 64
-    assert perplexities(window_losses(model, windows, 2, "t"), windows)["token"] > 1
+    assert perplexities(score_windows(model, windows, 2, "t")["losses"], windows)["token"] > 1
+
+
+def test_divergence_and_agreement_equal_those_of_the_whole_distributions() -> None:
+    dense, other = made_model(max_position_embeddings=2048), made_model(max_position_embeddings=2048)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        other.lm_head.weight += 0.5 * torch.randn_like(other.lm_head.weight)
+    windows = cut_windows("t", [made_text(40, seed) for seed in range(3)], made_tokenizer(), None)
+    likely = score_windows(dense, windows, 2, "t")
+    found = score_windows(other, windows, 2, "t", likely)
+    for number, window in enumerate(windows.windows):
+        with torch.no_grad():
+            p, q = (model(window[None, :-1]).logits[0].double().log_softmax(-1) for model in (dense, other))
+        assert float(found["agreements"][number]) == int((p.argmax(-1) == q.argmax(-1)).sum())
+        whole = float((p.exp() * (p - q)).sum())
+        assert 0 < float(found["divergences"][number]) <= whole * (1 + 1e-5)
+        if p.shape[-1] <= TOP:
+            assert float(found["divergences"][number]) == pytest.approx(whole, rel=1e-4)
+    same = score_windows(dense, windows, 2, "t", likely)
+    assert not same["divergences"].any()
+    assert same["agreements"].tolist() == windows.predictions().tolist()
+
+
+@pytest.mark.parametrize("tokens", [64, 300])
+def test_the_divergence_of_the_likely_tokens_is_near_the_whole(tokens: int) -> None:
+    torch.manual_seed(0)
+    p, q = (3 * torch.randn(2, 20, tokens, dtype=torch.float64)).log_softmax(-1)
+    values, places = p.topk(64)
+    whole, found = (p.exp() * (p - q)).sum(-1), divergence(values, q.gather(1, places))
+    assert bool((found <= whole + 1e-9).all())
+    assert bool((found >= 0.9 * whole).all())
+
+
+def test_a_chat_is_scored_in_its_template_or_as_plain_text() -> None:
+    tokenizer = made_tokenizer()
+    tokenizer.chat_template = None
+    chat = [{"role": "user", "content": "abc"}, {"role": "assistant", "content": "bca"}]
+    plain = cut_windows("t", [chat], tokenizer, None).windows[0]
+    assert torch.equal(plain, cut_windows("t", ["User: abc\n\nAssistant: bca"], tokenizer, None).windows[0])
+    tokenizer.chat_template = "{% for turn in messages %}{{ turn['content'] }} {% endfor %}"
+    assert torch.equal(
+        cut_windows("t", [chat], tokenizer, None).windows[0], cut_windows("t", ["abc bca "], tokenizer, None).windows[0]
+    )
