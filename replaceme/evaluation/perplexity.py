@@ -1,7 +1,7 @@
 """Perplexity on running text, in non-overlapping windows of 1024 tokens (fewer, if the model takes fewer).
 
-Each window starts with the tokenizer's start-of-text ids. A chat is rendered by the tokenizer's chat template, or as plain text with
-the roles' names if it has none. With ``nll``, the mean negative log-likelihood of predicted tokens,
+Each window starts with the tokenizer's start-of-text ids. A chat is rendered by the tokenizer's chat template, or as plain text
+with the roles' names if it has none. With ``nll``, the mean negative log-likelihood of predicted tokens,
 token perplexity is ``exp(nll)``; word and byte perplexity are ``exp(nll · tokens / words)`` and ``exp(nll · tokens / bytes)``
 over the same text, so that models with different tokenizers can be compared. The standard error comes from the spread over the
 windows (ratio estimate, first order).

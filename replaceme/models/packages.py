@@ -27,7 +27,7 @@ class PackagedFile:
 
     Attributes:
         requirement: the package and its version.
-        member: the file, or its first part, inside the wheel; None is the wheel itself, which must be the same for all platforms.
+        member: the file, or its first part, inside the wheel; None is the wheel itself, if it is the same for all platforms.
         sha256: of the whole file.
         further: the other parts, in order: package and member.
     """

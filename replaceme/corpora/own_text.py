@@ -1,0 +1,138 @@
+"""Text that a model writes itself, by sampling at temperature 1: calibration for the model's own distribution, without any data.
+
+Half of the documents of a chat model are chats, in which it writes both sides: the chat template gives what stands before and
+between the turns, as in Magpie (Xu et al., 2024, arXiv 2406.08464). All others start with the tokenizer's start of text. A
+document goes on after an end of text, as in the packed text that models are trained on, so all have the same length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from replaceme.base.errors import ModelError
+from replaceme.base.progress import progress
+from replaceme.corpora.tokenization import start_of_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Documents that are written at once.
+ROWS = 64
+
+
+@dataclass(frozen=True)
+class Turns:
+    """What a chat template puts before the first turn, after a user's turn and after an assistant's turn, as token ids."""
+
+    opening: list[int]
+    after_user: list[int]
+    after_assistant: list[int]
+
+
+def write_texts(
+    model: Any, tokenizer: PreTrainedTokenizerBase, count: int, length: int, seed: int, rows: int = ROWS
+) -> list[Tensor]:
+    """Return ``count`` documents of ``length`` token ids, (length,) int64 each.
+
+    Args:
+        model: the causal model, ready for inference.
+        tokenizer: its tokenizer.
+        count: number of documents.
+        length: tokens of each, with its start of text.
+        seed: of the sampling; the same seed gives the same text on the same kind of device.
+        rows: documents that are written at once.
+
+    Raises:
+        ModelError: the tokenizer has no token that a text could start with.
+    """
+    turns = chat_turns(tokenizer)
+    chats = count // 2 if turns else 0
+    jobs = [(opening(tokenizer), None)] * (count - chats) + [(turns.opening, turns) for _ in range(chats) if turns]
+    written: list[Tensor] = []
+    batches = [
+        part[start : start + rows]
+        for part in (jobs[: count - chats], jobs[count - chats :])
+        for start in range(0, len(part), rows)
+    ]
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.inference_mode():
+        torch.manual_seed(seed)
+        for batch in progress(batches, "writing text", "batches"):
+            prompt, glue = batch[0]
+            written += _sample(model, len(batch), prompt[: length - 1], length, glue)
+    return written
+
+
+def opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the ids that a text of the model's own starts with."""
+    if prefix := start_of_text(tokenizer):
+        return prefix
+    # Where a tokenizer puts nothing before a text, training texts are separated by the end of text.
+    for token in (tokenizer.eos_token_id, tokenizer.bos_token_id):
+        if token is not None:
+            return [int(token)]
+    raise ModelError("dataset: self needs a tokenizer with a bos or eos token, to start a text with; name a text instead.")
+
+
+def chat_turns(tokenizer: PreTrainedTokenizerBase) -> Turns | None:
+    """Return what the chat template puts around the turns; None without a template, or where the turns can't be told from it."""
+    if not tokenizer.chat_template:
+        return None
+    marks = ["first question", "first answer", "second question"]
+    chat = [{"role": role, "content": mark} for role, mark in zip(("user", "assistant", "user"), marks, strict=True)]
+    try:
+        text = str(tokenizer.apply_chat_template(chat, tokenize=False))
+    except Exception:  # templates raise errors of their own kinds
+        return None
+    if any(text.count(mark) != 1 for mark in marks):
+        return None
+    parts, rest = [], text
+    for mark in marks:
+        before, rest = rest.split(mark)
+        parts.append(list(tokenizer.encode(before, add_special_tokens=False)))
+    prefix = start_of_text(tokenizer)
+    if parts[0][: len(prefix)] != prefix:
+        parts[0] = [*prefix, *parts[0]]
+    return Turns(*parts) if all(parts) else None
+
+
+def _sample(model: Any, rows: int, prompt: list[int], length: int, turns: Turns | None) -> list[Tensor]:
+    plain = GenerationConfig(
+        max_length=length, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, use_cache=True, eos_token_id=None, pad_token_id=0
+    )  # fmt: skip
+    own, model.generation_config = model.generation_config, plain
+    try:
+        ids = torch.tensor([prompt] * rows, device=model.device)
+        forced = LogitsProcessorList([_Forced(rows, turns)] if turns else [])
+        found = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=plain, logits_processor=forced)
+    finally:
+        model.generation_config = own
+    return list(found.cpu())
+
+
+class _Forced(LogitsProcessor):
+    """After the token that ends a turn, force the template's other tokens up to the next turn."""
+
+    def __init__(self, rows: int, turns: Turns):
+        self.between = (turns.after_user, turns.after_assistant)
+        self.turn = [0] * rows
+        self.queues: list[list[int]] = [[] for _ in range(rows)]
+        self.first = True
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        for row, last in enumerate(input_ids[:, -1].tolist()):
+            glue = self.between[self.turn[row]]
+            if not self.first and not self.queues[row] and last == glue[0]:
+                self.queues[row] = glue[1:]
+                self.turn[row] = 1 - self.turn[row]
+            if self.queues[row]:
+                token, *self.queues[row] = self.queues[row]
+                scores[row] = -torch.inf
+                scores[row, token] = 0
+        self.first = False
+        return scores

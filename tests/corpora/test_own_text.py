@@ -1,0 +1,68 @@
+import pytest
+import torch
+
+from replaceme.base.errors import ModelError
+from replaceme.corpora.own_text import chat_turns, opening, write_texts
+from tests.conftest import made_model, made_tokenizer
+
+
+def test_the_same_seed_writes_the_same_text_and_another_one_does_not() -> None:
+    model, tokenizer = made_model(), made_tokenizer()
+    state = torch.get_rng_state()
+    texts = [write_texts(model, tokenizer, 5, 20, seed, rows=2) for seed in (1, 1, 2)]
+    assert [len(text) for text in texts] == [5, 5, 5]
+    assert {len(document) for text in texts for document in text} == {20}
+    assert all(map(torch.equal, texts[0], texts[1]))
+    assert not all(map(torch.equal, texts[0], texts[2]))
+    assert all(document[:1].tolist() == opening(tokenizer) for document in texts[0])
+    # The caller's random numbers are left alone.
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_tokens_come_with_the_models_probabilities() -> None:
+    model, tokenizer = made_model(), made_tokenizer()
+    texts = torch.stack(write_texts(model, tokenizer, 4000, 2, 0, rows=4000))
+    with torch.no_grad():
+        expected = model(torch.tensor([opening(tokenizer)])).logits[0, -1].softmax(-1)
+    counts = torch.bincount(texts[:, 1], minlength=len(expected)) / len(texts)
+    spread = (expected * (1 - expected) / len(texts)).sqrt()
+    assert bool(((counts - expected).abs() <= 5 * spread + 1e-4).all())
+
+
+def test_half_of_a_chat_models_documents_are_chats_of_its_template() -> None:
+    model, tokenizer = made_model(), made_tokenizer()
+    turns = chat_turns(tokenizer)
+    assert turns is not None
+    texts = write_texts(model, tokenizer, 40, 150, 3)
+    plain, chats = texts[:20], [document.tolist() for document in texts[20:]]
+    assert all(document[:1].tolist() == opening(tokenizer) for document in plain)
+    ended = 0
+    for ids in chats:
+        assert ids[: len(turns.opening)] == turns.opening
+        place, glue = len(turns.opening), [turns.after_user, turns.after_assistant]
+        while True:
+            rest = ids[place:]
+            if glue[0][0] not in rest:
+                break
+            place += rest.index(glue[0][0])
+            found = ids[place : place + len(glue[0])]
+            assert found == glue[0][: len(found)]
+            ended += 1
+            place += len(glue[0])
+            glue.reverse()
+    assert ended > 2
+
+
+def test_a_template_without_separate_turns_gives_plain_texts_only() -> None:
+    tokenizer = made_tokenizer()
+    tokenizer.chat_template = None
+    assert chat_turns(tokenizer) is None
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    assert chat_turns(tokenizer) is None
+
+
+def test_a_tokenizer_without_a_start_is_refused() -> None:
+    tokenizer = made_tokenizer(bos=False)
+    tokenizer.eos_token = tokenizer.bos_token = None
+    with pytest.raises(ModelError, match="self needs a tokenizer with a bos or eos token"):
+        opening(tokenizer)
