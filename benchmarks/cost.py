@@ -19,7 +19,7 @@ from replaceme.base.params import Params, read_params
 from replaceme.base.plan import Plan
 from replaceme.base.progress import silence_libraries
 from replaceme.corpora.draw import draw_documents
-from replaceme.corpora.find import find_dataset
+from replaceme.corpora.find import find_datasets, sources_of
 from replaceme.edits.edits import Edits
 from replaceme.methods.registry import METHODS, criterion_of
 from replaceme.models.families import decoder_of
@@ -45,8 +45,10 @@ def main(size: int | None) -> None:
     use_processor(params.threads)
     source = find_model(params)
     model, family = source.load(params.dtype, resolve_device(params.device)), source.family()
+    corpora = [dataset.open(params.seed) for dataset in find_datasets(params) if dataset]
+    shares = [each.share for each in sources_of(params)]
     documents, _ = draw_documents(
-        find_dataset(params).open(), source.tokenizer(), size, params.max_length, pack=params.pack, seed=params.seed
+        corpora, shares, source.tokenizer(), size, params.max_length, pack=params.pack, seed=params.seed
     )
     profiled = profile_model(model, family, documents, params.batch_size)
     starts = allowed_starts(params, len(family.decoder_layers(model)), criterion_of(params))

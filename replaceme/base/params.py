@@ -20,6 +20,7 @@ from replaceme.base.combinations import Methods, Transform, effects_of, own_fiel
 from replaceme.base.errors import ParameterError
 from replaceme.base.progress import logger
 from replaceme.base.published_keys import PUBLISHED_KEYS, translate, without_replaced
+from replaceme.base.source import Source
 from replaceme.base.task import Task
 
 COMMAND_LINE = "command line"
@@ -46,10 +47,10 @@ class Params(BaseModel):
         False, description="Load the calibration model in 4-bit NF4; the fold still uses the original weights."
     )
 
-    dataset: str = Field(
+    dataset: str | tuple[Source, ...] = Field(
         "wikipedia-sample",
-        min_length=1,
-        description="Calibration text: a .txt, .jsonl, .csv or .parquet file, a hub id, or an embedded sample's name.",
+        description="Calibration text: a .txt, .jsonl, .csv or .parquet file, a hub id, an embedded text's name, self (text "
+        "that the model writes), or a list of these with shares of the tokens: [wikipedia-sample, {notes.jsonl: 2}, self].",
     )
     dataset_config: str | None = Field(None, description="Configuration of a hub dataset, such as sample-10BT.")
     dataset_split: str | None = Field(None, description="Split of the dataset; null is train, or an embedded sample's own.")

@@ -7,6 +7,7 @@ name. Keys that only mattered to the published program are ignored, with a log l
 from collections.abc import Mapping
 from typing import Any
 
+from replaceme.base.source import parse_dataset
 from replaceme.base.task import parse_tasks
 
 # Key → the transform that it asks for.
@@ -46,6 +47,8 @@ def translate(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], list[s
         if ours.pop(key, None) is not None:
             notes.append(f"{key} is ignored: results are cached by content, never read from a path")
 
+    if "dataset" in ours:
+        ours["dataset"] = parse_dataset(ours["dataset"], problems)
     if "tasks" in ours:
         ours["tasks"] = parse_tasks(ours["tasks"], problems)
     return ours, notes, problems

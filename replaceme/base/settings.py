@@ -12,6 +12,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from replaceme.base.params import Params
+from replaceme.base.source import Source
 from replaceme.base.task import Task
 
 # Where a console script puts its result is no setting of the run, but a params.yaml must have these keys.
@@ -28,7 +29,9 @@ def settings_yaml(params: Params, keys: Iterable[str]) -> str:
     """Return these parameters as the text of a params.yaml."""
     values: dict[str, Any] = {key: getattr(params, key) for key in keys}
     values |= {key: value for key, value in CONSOLE_ONLY.items() if key in values}
-    values |= {key: without_folder(values[key]) for key in ("model_path", "dataset") if key in values}
+    values |= {key: without_folder(values[key]) for key in ("model_path", "dataset") if isinstance(values.get(key), str)}
+    if isinstance(params.dataset, tuple) and "dataset" in values:
+        values["dataset"] = [_plain(source) for source in params.dataset]
     if "tasks" in values:
         values["tasks"] = [_plain(task) for task in params.tasks]
     yaml = YAML(typ="safe", pure=True)
@@ -39,8 +42,8 @@ def settings_yaml(params: Params, keys: Iterable[str]) -> str:
     return text.getvalue()
 
 
-def _plain(task: Task) -> Any:
-    plain = task.plain()
+def _plain(entry: Task | Source) -> Any:
+    plain = entry.plain()
     return (
         without_folder(plain) if isinstance(plain, str) else {without_folder(name): options for name, options in plain.items()}
     )

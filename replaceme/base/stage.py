@@ -16,7 +16,7 @@ from replaceme.base.params import Params, read_params
 from replaceme.base.workspace import Artifact, Workspace
 
 # The order of the stages, after ``inputs``: from the text to the profile, to the final edits, and to the saved model.
-ANALYSIS = ("calibrate", "profile")
+ANALYSIS = ("generate", "calibrate", "profile")
 FIT = (*ANALYSIS, "select", "plan", "activations", "solve", "repair", "heal")
 COMPRESSION = (*FIT, "export")
 # Judging the result is no part of the compression: it costs the same for every method.

@@ -47,6 +47,9 @@ class Workspace:
     card_input = _At("inputs/card.json")
     dataset_input = _At("inputs/dataset.json")
     tasks_input = _At("inputs/tasks.json")
+    # How much text the dense model writes itself; and what it wrote (folder).
+    own_text_input = _At("inputs/own_text.json")
+    own_text = _At("own_text")
     # Calibration documents (folder).
     documents = _At("documents")
     # Distances and per-layer figures (folder).

@@ -6,8 +6,9 @@ Padding isn't stored. Rows without tokens are skipped and counted.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,12 +37,23 @@ class Counts:
 
 
 def draw_documents(
-    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, size: int, max_length: int, *, pack: bool, seed: int
-) -> tuple[Documents, Counts]:
-    """Return ``size`` documents, or as many as the corpus has.
+    corpora: Sequence[Corpus | Documents],
+    shares: Sequence[float],
+    tokenizer: PreTrainedTokenizerBase,
+    size: int,
+    max_length: int,
+    *,
+    pack: bool,
+    seed: int,
+) -> tuple[Documents, list[Counts]]:
+    """Return ``size`` documents, or as many as the corpora have, and the counts of each corpus.
+
+    The next document always comes from the corpus that lacks most of its share of the tokens so far, so shares are met to a
+    document, unless a corpus ends early.
 
     Args:
-        corpus: the rows, in the order of use.
+        corpora: of each, the rows in the order of use; or documents that are drawn as they are.
+        shares: of the tokens, relative to each other.
         tokenizer: the model's.
         size: number of documents.
         max_length: maximum tokens per document, including its BOS.
@@ -51,9 +63,41 @@ def draw_documents(
     Raises:
         DatasetError: nothing is left after tokenization.
     """
+    counts = [Counts() for _ in corpora]
+    streams = {
+        number: iter(
+            corpus.documents
+            if isinstance(corpus, Documents)
+            else _documents_of(corpus, tokenizer, size, max_length, pack=pack, seed=seed, counts=counts[number])
+        )
+        for number, corpus in enumerate(corpora)
+    }
+    drawn = list(progress(islice(_by_shares(streams, shares, counts), size), "drawing documents", "documents", total=size))
+    if not drawn:
+        empty = sum(count.empty for count in counts)
+        raise DatasetError(f"dataset: no text is left after tokenization ({empty} rows were empty).")
+    return Documents(drawn), counts
+
+
+def _by_shares(streams: dict[int, Iterator[Tensor]], shares: Sequence[float], counts: Sequence[Counts]) -> Iterator[Tensor]:
+    """Yield the documents of all streams, always the next one of the stream that lacks most of its share of the tokens."""
+    while streams:
+        number = min(streams, key=lambda number: counts[number].tokens / shares[number])
+        document = next(streams[number], None)
+        if document is None:
+            del streams[number]
+            continue
+        counts[number].documents += 1
+        counts[number].tokens += len(document)
+        yield document
+
+
+def _documents_of(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, size: int, max_length: int, *, pack: bool, seed: int, counts: Counts
+) -> Iterator[Tensor]:
+    """Yield the documents of a corpus that aren't empty, (tokens,) int64 each; of a running text, ``size`` at most."""
     prefix = start_of_text(tokenizer)
     room = max_length - len(prefix)
-    counts = Counts()
     encoded = (encode(row, tokenizer, prefix) for row in corpus.rows)
     if corpus.running:
         texts = (text for text in corpus.rows if isinstance(text, str))
@@ -62,20 +106,12 @@ def draw_documents(
         bodies = _packed(encoded, tokenizer.encode(SEPARATOR, add_special_tokens=False), room, counts)
     else:
         bodies = encoded
-    drawn: list[Tensor] = []
-    for body in progress(bodies, "drawing documents", "documents", total=size):
+    for body in bodies:
         if not body:
             counts.empty += 1
             continue
         counts.cut += len(body) > room
-        drawn.append(torch.tensor([*prefix, *body[:room]]))
-        if len(drawn) == size:
-            break
-    if not drawn:
-        raise DatasetError(f"dataset: no text is left after tokenization ({counts.empty} rows were empty).")
-    documents = Documents(drawn)
-    counts.documents, counts.tokens = len(documents), documents.token_count
-    return documents, counts
+        yield torch.tensor([*prefix, *body[:room]])
 
 
 def _pieces(texts: Iterable[Iterable[list[int]]], room: int, size: int, seed: int) -> Iterator[list[int]]:

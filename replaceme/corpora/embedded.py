@@ -192,7 +192,7 @@ def _fiction(wheel: Path) -> Iterator[tuple[str, str]]:
 
 
 def _code(wheel: Path) -> Iterator[tuple[str, str]]:
-    """Yield path and source of each module but tests and lists of imports, in the order of a hash, so that any part is mixed."""
+    """Yield path and source of each module but tests and lists of imports, in a hash's order, so that any part is mixed."""
     with zipfile.ZipFile(wheel) as archive:
         for name in sorted(archive.namelist(), key=lambda name: hashlib.sha256(name.encode()).digest()):
             if name.endswith(".py") and "/tests/" not in name and not name.endswith("__init__.py"):

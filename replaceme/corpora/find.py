@@ -1,5 +1,7 @@
 """Find the text that ``dataset`` names, refuse an unusable one before any work, and identify its content."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ from replaceme.base.documents import seeded_order
 from replaceme.base.errors import DatasetError
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.params import Params, nearest
+from replaceme.base.source import SELF, Source
 from replaceme.corpora import embedded, local, streamed
 from replaceme.corpora.corpus import Corpus
 from replaceme.models import hub
@@ -18,12 +21,12 @@ class DatasetSource:
     """A dataset that was found.
 
     Attributes:
-        params: the parameters that select it.
+        source: its name and options.
         path: the local file, or None.
         commits: hub repository → commit; empty for local and embedded text.
     """
 
-    params: Params
+    source: Source
     path: Path | None = None
     commits: dict[str, str] = field(default_factory=dict)
 
@@ -33,61 +36,108 @@ class DatasetSource:
             return {"commits": self.commits}
         if self.path:
             return {"sha256": sha256_below(self.path)[self.path.name], "form": self.path.suffix}
-        return {"sha256": embedded.text_fingerprint(self.params.dataset)}
+        return {"sha256": embedded.text_fingerprint(self.source.name)}
 
-    def open(self) -> Corpus:
+    def open(self, seed: int) -> Corpus:
         """Return the text; documents are in the seeded order."""
-        params = self.params
+        source = self.source
         if self.commits:
-            return streamed.open_stream(params, self.commits)
+            return streamed.open_stream(source, seed, self.commits)
         if self.path:
-            return local.open_file(self.path, params.dataset_column, params.seed)
-        articles = embedded.text_articles(params.dataset, params.dataset_split)
-        order = seeded_order(len(articles), params.seed).tolist()
-        return Corpus([articles[index] for index in order], running=embedded.TEXTS[params.dataset].running)
+            return local.open_file(self.path, source.column, seed)
+        articles = embedded.text_articles(source.name, source.split)
+        order = seeded_order(len(articles), seed).tolist()
+        return Corpus([articles[index] for index in order], running=embedded.TEXTS[source.name].running)
 
 
-def find_dataset(params: Params, commits: dict[str, str] | None = None) -> DatasetSource:
-    """Return the source that ``params.dataset`` names.
+def sources_of(params: Params) -> tuple[Source, ...]:
+    """Return the sources of the calibration text: those of a list, or the only one with the options of its own parameters.
+
+    Raises:
+        DatasetError: a parameter of a single source is set beside a list.
+    """
+    if isinstance(params.dataset, str):
+        options = params.dataset_config, params.dataset_split, params.dataset_column, params.dataset_revision
+        return (Source(params.dataset, 1.0, *options),)
+    for key in ("dataset_config", "dataset_split", "dataset_column", "dataset_revision"):
+        if getattr(params, key) is not None:
+            option = key.removeprefix("dataset_")
+            raise DatasetError(f"{key}: dataset is a list; use null, and give each entry its own {option}.")
+    return params.dataset
+
+
+def find_datasets(params: Params, found: Mapping[str, Any] | None = None) -> list[DatasetSource | None]:
+    """Return what the entries of ``params.dataset`` name, in order; None for text that the model writes.
 
     Args:
         params: the parameters of the dataset.
+        found: the ``fingerprints`` of an earlier stage; their commits are read.
+
+    Raises:
+        DatasetError: there is no such file or dataset, or it can't be reached.
+    """
+    sources = sources_of(params)
+    known = (found or {}).get("sources", [found or {}]) if found else [{} for _ in sources]
+    return [
+        None if source.name == SELF else find_dataset(source, each.get("commits"))
+        for source, each in zip(sources, known, strict=True)
+    ]
+
+
+def fingerprints(params: Params) -> dict[str, Any]:
+    """Return what identifies the content of all sources, independent of paths and time."""
+    parts = [source.fingerprint() if source else {} for source in find_datasets(params)]
+    return parts[0] if isinstance(params.dataset, str) else {"sources": parts}
+
+
+def own_documents(params: Params) -> int:
+    """Return the number of documents that the dense model has to write, for its share of ``dataset_size`` documents."""
+    sources = sources_of(params)
+    whole = sum(source.share for source in sources)
+    own = sum(source.share for source in sources if source.name == SELF)
+    # Other documents can be shorter, never longer, so its share of the tokens is no larger part of the documents.
+    return min(math.ceil(params.dataset_size * own / whole) + 1, params.dataset_size) if own else 0
+
+
+def find_dataset(source: Source, commits: dict[str, str] | None = None) -> DatasetSource:
+    """Return the dataset that a source names.
+
+    Args:
+        source: its name and options.
         commits: hub repository → commit, as an earlier stage resolved them.
 
     Raises:
         DatasetError: there is no such file or dataset, or it can't be reached.
     """
-    name = params.dataset
+    name = source.name
     path = Path(name).expanduser()
     if name in embedded.TEXTS:
-        _refuse(params, "dataset_config", "dataset_revision")
-        _refuse(params, "dataset_column", but="text")
-        if params.dataset_split not in (None, *embedded.text_splits(name)):
+        _refuse(source, "config", "revision")
+        _refuse(source, "column", but="text")
+        if source.split not in (None, *embedded.text_splits(name)):
             splits = " and ".join(embedded.text_splits(name))
-            raise DatasetError(f"dataset_split: {name} has no split '{params.dataset_split}'; it has {splits}.")
-        return DatasetSource(params)
+            raise DatasetError(f"dataset_split: {name} has no split '{source.split}'; it has {splits}.")
+        return DatasetSource(source)
     if path.exists() or path.suffix in local.SUFFIXES:
         local.check_file(path)
-        _refuse(params, "dataset_config", "dataset_revision")
-        _refuse(params, "dataset_split", but="train")
+        _refuse(source, "config", "revision")
+        _refuse(source, "split", but="train")
         if path.suffix == ".txt":
-            _refuse(params, "dataset_column", but="text")
-        return DatasetSource(params, path)
+            _refuse(source, "column", but="text")
+        return DatasetSource(source, path)
     repositories = streamed.repositories(name)
     if not all(map(hub.is_repository_id, repositories)):
         raise DatasetError(f"dataset: there is no file {name}; give a {', '.join(local.SUFFIXES)} file or a hub id.")
     if len(repositories) > 1:
-        _refuse(params, "dataset_config", "dataset_revision")
+        _refuse(source, "config", "revision")
     if commits is None:
         hint = nearest(name, embedded.TEXTS)
-        commits = {
-            repository: hub.resolve_commit(repository, "dataset", params.dataset_revision, hint) for repository in repositories
-        }
-    return DatasetSource(params, commits=commits)
+        commits = {repository: hub.resolve_commit(repository, "dataset", source.revision, hint) for repository in repositories}
+    return DatasetSource(source, commits=commits)
 
 
-def _refuse(params: Params, *keys: str, but: str | None = None) -> None:
-    """Refuse keys that don't apply to this source; null and ``but``, which agrees with it, pass."""
-    for key in keys:
-        if getattr(params, key) not in (None, but):
-            raise DatasetError(f"{key}: '{getattr(params, key)}' does not apply to {params.dataset}; use null.")
+def _refuse(source: Source, *options: str, but: str | None = None) -> None:
+    """Refuse options that don't apply to this source; null and ``but``, which agrees with it, pass."""
+    for option in options:
+        if getattr(source, option) not in (None, but):
+            raise DatasetError(f"dataset_{option}: '{getattr(source, option)}' does not apply to {source.name}; use null.")

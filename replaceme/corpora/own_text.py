@@ -1,4 +1,4 @@
-"""Text that a model writes itself, by sampling at temperature 1: calibration for the model's own distribution, without any data.
+"""Text that a model writes itself, sampled at temperature 1: calibration for the model's own distribution, without any data.
 
 Half of the documents of a chat model are chats, in which it writes both sides: the chat template gives what stands before and
 between the turns, as in Magpie (Xu et al., 2024, arXiv 2406.08464). All others start with the tokenizer's start of text. A
@@ -80,7 +80,7 @@ def opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def chat_turns(tokenizer: PreTrainedTokenizerBase) -> Turns | None:
-    """Return what the chat template puts around the turns; None without a template, or where the turns can't be told from it."""
+    """Return what the chat template puts around the turns; None without a template, or where it shows no separate turns."""
     if not tokenizer.chat_template:
         return None
     marks = ["first question", "first answer", "second question"]
@@ -102,9 +102,10 @@ def chat_turns(tokenizer: PreTrainedTokenizerBase) -> Turns | None:
 
 
 def _sample(model: Any, rows: int, prompt: list[int], length: int, turns: Turns | None) -> list[Tensor]:
+    # Temperature 1 over the whole vocabulary, without an end.
     plain = GenerationConfig(
-        max_length=length, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, use_cache=True, eos_token_id=None, pad_token_id=0
-    )  # fmt: skip
+        max_length=length, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=None, pad_token_id=0
+    )
     own, model.generation_config = model.generation_config, plain
     try:
         ids = torch.tensor([prompt] * rows, device=model.device)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from replaceme.base.errors import DatasetError, resource_failure
-from replaceme.base.params import Params
+from replaceme.base.source import Source
 from replaceme.corpora.corpus import Corpus, Row, as_row, pick_column
 from replaceme.models import hub
 
@@ -24,30 +24,31 @@ def repositories(dataset: str) -> tuple[str, ...]:
     return ALIASES.get(dataset.lower(), (dataset,))
 
 
-def open_stream(params: Params, commits: dict[str, str]) -> Corpus:
+def open_stream(source: Source, seed: int, commits: dict[str, str]) -> Corpus:
     """Return the corpus of a hub dataset, or of a mix that takes rows from its parts in turn.
 
     Args:
-        params: the parameters of the dataset.
+        source: the dataset's name and options.
+        seed: of the shuffle.
         commits: hub repository → commit to read.
     """
-    streams = [_rows(name, commits[name], params) for name in repositories(params.dataset)]
+    streams = [_rows(name, commits[name], source, seed) for name in repositories(source.name)]
     return Corpus(streams[0] if len(streams) == 1 else _in_turn(streams))
 
 
-def _rows(name: str, commit: str, params: Params) -> Iterator[Row]:
+def _rows(name: str, commit: str, source: Source, seed: int) -> Iterator[Row]:
     from datasets import load_dataset
 
-    split = params.dataset_split or "train"
+    split = source.split or "train"
     if not hub.reachable():
         raise DatasetError(f"dataset: {name} is streamed, and the hub can't be reached.")
     try:
-        stream = load_dataset(name, params.dataset_config or CONFIGS.get(name), split=split, streaming=True, revision=commit)
+        stream = load_dataset(name, source.config or CONFIGS.get(name), split=split, streaming=True, revision=commit)
         first = next(iter(stream), None)
         if first is None:
             raise DatasetError(f"dataset: the split {split} of {name} has no rows.")
-        column = pick_column(first, first, params.dataset_column, name)
-        for row in stream.shuffle(seed=params.seed, buffer_size=SHUFFLE_ROWS):
+        column = pick_column(first, first, source.column, name)
+        for row in stream.shuffle(seed=seed, buffer_size=SHUFFLE_ROWS):
             yield as_row(row[column], column, name)
     except DatasetError:
         raise

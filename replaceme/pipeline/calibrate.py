@@ -1,45 +1,62 @@
 """calibrate: draw the calibration documents."""
 
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 
+from replaceme.base.documents import Documents
 from replaceme.base.files import new_folder, read_json, write_json
 from replaceme.base.params import Params
 from replaceme.base.progress import logger
+from replaceme.base.source import dataset_title
 from replaceme.base.stage import Stage
 from replaceme.base.workspace import Workspace
-from replaceme.corpora.draw import draw_documents
-from replaceme.corpora.find import find_dataset
+from replaceme.corpora.corpus import Corpus
+from replaceme.corpora.draw import Counts, draw_documents
+from replaceme.corpora.find import find_datasets, sources_of
 from replaceme.models.find import recorded_model
 
 
 def calibrate(params: Params, work: Workspace) -> None:
-    """Write the calibration documents and their counts."""
+    """Write the calibration documents and their counts, in all and by source."""
     tokenizer = recorded_model(params, work.tokenizer_input).tokenizer()
-    source = find_dataset(params, read_json(work.dataset_input).get("commits"))
-    corpus = source.open()
-    if corpus.running and params.pack:
+    sources, found = sources_of(params), find_datasets(params, read_json(work.dataset_input))
+    corpora = [source.open(params.seed) if source else Documents.load(work.own_text) for source in found]
+    if params.pack and any(isinstance(corpus, Corpus) and corpus.running for corpus in corpora):
         logger.info("pack: has no effect on a running text, whose documents are full already")
     documents, counts = draw_documents(
-        corpus, tokenizer, params.dataset_size, params.max_length, pack=params.pack, seed=params.seed
-    )
+        corpora, [source.share for source in sources], tokenizer, params.dataset_size, params.max_length,
+        pack=params.pack, seed=params.seed,
+    )  # fmt: skip
+    total = Counts(*map(sum, zip(*map(astuple, counts), strict=True)))
     with new_folder(work.documents) as folder:
         documents.save(folder)
-        write_json(folder / "documents.json", asdict(counts))
+        by_source = {source.name: asdict(count) for source, count in zip(sources, counts, strict=True)}
+        write_json(folder / "documents.json", {**asdict(total), "sources": by_source})
     logger.info(
         "calibrate: %d documents, %d tokens from %s (%d cut to %d tokens, %d empty ones skipped)",
-        counts.documents, counts.tokens, params.dataset, counts.cut, params.max_length, counts.empty,
+        total.documents, total.tokens, dataset_title(params.dataset), total.cut, params.max_length, total.empty,
     )  # fmt: skip
-    if counts.documents < params.dataset_size:
-        logger.warning("dataset_size: %s gave %d documents, not %d", params.dataset, counts.documents, params.dataset_size)
+    if total.documents < params.dataset_size:
+        logger.warning(
+            "dataset_size: %s gave %d documents, not %d", dataset_title(params.dataset), total.documents, params.dataset_size
+        )
+    whole = sum(source.share for source in sources)
+    for source, count in zip(sources, counts, strict=True):
+        # An earlier end of a text is no rounding to whole documents.
+        if total.tokens * source.share / whole - count.tokens > params.max_length:
+            logger.warning(
+                "dataset: %s has %d tokens only, %.0f %% of the text instead of %.0f %%",
+                source.name, count.tokens, 100 * count.tokens / total.tokens, 100 * source.share / whole,
+            )  # fmt: skip
 
 
 STAGE = Stage(
     name="calibrate",
     run=calibrate,
     params=(
-        "dataset_config", "dataset_split", "dataset_column", "dataset_size", "max_length", "pack", "seed", "trust_remote_code",
+        "dataset", "dataset_config", "dataset_split", "dataset_column", "dataset_size", "max_length", "pack", "seed",
+        "trust_remote_code",
     ),
-    reads=(Workspace.tokenizer_input, Workspace.dataset_input),
+    reads=(Workspace.tokenizer_input, Workspace.dataset_input, Workspace.own_text),
     writes=Workspace.documents,
     code=("base", "models", "corpora"),
 )  # fmt: skip

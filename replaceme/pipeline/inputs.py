@@ -15,9 +15,10 @@ from replaceme.base.errors import ParameterError, ReplaceMeError
 from replaceme.base.files import new_folder, write_json
 from replaceme.base.params import Params
 from replaceme.base.progress import logger
+from replaceme.base.source import dataset_title
 from replaceme.base.stage import Stage
 from replaceme.base.workspace import Workspace
-from replaceme.corpora.find import find_dataset
+from replaceme.corpora.find import fingerprints, own_documents
 from replaceme.evaluation.tasks import task_fingerprints
 from replaceme.methods.refusals import family_refusals
 from replaceme.methods.registry import METHODS, criterion_of
@@ -65,7 +66,8 @@ def inspect_inputs(params: Params, work: Workspace) -> None:
         content[work.tokenizer_input.name] = identity(model, TOKENIZER_FILES)
         content[work.card_input.name] = identity(model, CARD_FILES)
     with _collecting(problems):
-        content[work.dataset_input.name] = find_dataset(params).fingerprint()
+        content[work.dataset_input.name] = fingerprints(params)
+        content[work.own_text_input.name] = {"documents": own_documents(params)}
     with _collecting(problems):
         content[work.tasks_input.name] = task_fingerprints(params)
     if problems:
@@ -79,7 +81,7 @@ def inspect_inputs(params: Params, work: Workspace) -> None:
         "inputs: model %s (%d layers), text %s, tasks %s",
         model.name,
         layer_count(model),
-        params.dataset,
+        dataset_title(params.dataset),
         ", ".join(content[work.tasks_input.name]) or "none",
     )
 

@@ -6,13 +6,15 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from ruamel.yaml import YAML
 
 from replaceme.base.documents import Documents
-from replaceme.base.errors import DatasetError
+from replaceme.base.errors import DatasetError, ParameterError
 from replaceme.base.params import read_params
+from replaceme.base.settings import settings_yaml
 from replaceme.corpora.corpus import Corpus, as_row
 from replaceme.corpora.draw import Counts, draw_documents
-from replaceme.corpora.find import find_dataset
+from replaceme.corpora.find import find_datasets, own_documents, sources_of
 from replaceme.corpora.tokenization import encode_in_chunks, start_of_text
 from tests.conftest import made_text, made_tokenizer
 
@@ -24,8 +26,18 @@ def draw(
     path: Path, size: int = 5, max_length: int = 16, pack: bool = False, tokenizer: Any = None, **options: Any
 ) -> tuple[Documents, Counts]:
     params = read_params(None, {"dataset": str(path), **options})
-    corpus = find_dataset(params).open()
-    return draw_documents(corpus, tokenizer or made_tokenizer(), size, max_length, pack=pack, seed=params.seed)
+    corpora = [source.open(params.seed) for source in find_datasets(params) if source]
+    documents, (counts,) = draw_documents(
+        corpora, [1.0], tokenizer or made_tokenizer(), size, max_length, pack=pack, seed=params.seed
+    )
+    return documents, counts
+
+
+def draw_mixture(dataset: list[Any], size: int, max_length: int = 32) -> tuple[Documents, list[Counts]]:
+    params = read_params(None, {"dataset": dataset})
+    corpora = [source.open(params.seed) for source in find_datasets(params) if source]
+    shares = [source.share for source in sources_of(params)]
+    return draw_documents(corpora, shares, made_tokenizer(), size, max_length, pack=False, seed=params.seed)
 
 
 def rows_file(tmp_path: Path, rows: list[dict[str, Any]], suffix: str = ".jsonl") -> Path:
@@ -160,7 +172,9 @@ def test_non_utf8_text_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_corpus_with_fewer_documents_is_used_whole() -> None:
-    documents, counts = draw_documents(Corpus(["the river", "a town"]), made_tokenizer(), 10, 16, pack=False, seed=0)
+    documents, (counts,) = draw_documents(
+        [Corpus(["the river", "a town"])], [1.0], made_tokenizer(), 10, 16, pack=False, seed=0
+    )
     assert (len(documents), counts.documents) == (2, 2)
 
 
@@ -207,3 +221,73 @@ def test_a_text_without_line_breaks_is_tokenized_in_chunks_too(monkeypatch: pyte
 
 def test_missing_values_are_empty_texts() -> None:
     assert as_row(None, "text", "x") == ""
+
+
+@pytest.mark.parametrize("shares", [(1, 1), (3, 1), (0.5, 0.25)])
+def test_shares_of_the_tokens_are_met_to_a_document(tmp_path: Path, shares: tuple[float, float]) -> None:
+    long, short = tmp_path / "long.txt", tmp_path / "short.jsonl"
+    long.write_text(made_text(400), encoding="utf-8")
+    short.write_text("".join(json.dumps({"text": f"the river {n}"}) + "\n" for n in range(400)), encoding="utf-8")
+    documents, counts = draw_mixture([{str(long): shares[0]}, {str(short): shares[1]}], 60)
+    assert len(documents) == 60
+    whole, total = documents.token_count, sum(shares)
+    assert sum(count.tokens for count in counts) == whole
+    for count, share in zip(counts, shares, strict=True):
+        assert abs(count.tokens - whole * share / total) <= 32
+
+
+def test_a_source_that_ends_leaves_its_place_to_the_others(tmp_path: Path) -> None:
+    long, short = tmp_path / "long.txt", tmp_path / "short.jsonl"
+    long.write_text(made_text(100), encoding="utf-8")
+    short.write_text(json.dumps({"text": "the river"}) + "\n", encoding="utf-8")
+    documents, counts = draw_mixture([str(long), str(short)], 8)
+    assert (len(documents), counts[1].documents) == (8, 1)
+
+
+def test_one_source_in_a_list_is_the_same_as_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "t.txt"
+    path.write_text(made_text(100), encoding="utf-8")
+    alone, _ = draw(path, size=6, max_length=32)
+    listed, _ = draw_mixture([{str(path): 2}], 6)
+    assert [document.tolist() for document in listed.documents] == [document.tolist() for document in alone.documents]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "sentence"),
+    [
+        ([], r"dataset: must be a name, or a list of names with shares, not \[\]"),
+        (7, "dataset: must be a name, or a list of names with shares, not 7"),
+        (None, "dataset: must be a name, or a list of names with shares, not null"),
+        (["a", "a"], "dataset: names a twice; keep one"),
+        ([{"a": 0}], "dataset: the share of a must be a number above 0, not 0"),
+        ([{"a": float("nan")}], "dataset: the share of a must be a number above 0, not nan"),
+        ([{"a": 1, "b": 1}], r"dataset: an entry must be a name or one \{name: share\}"),
+        ([{"a": {"weight": 1}}], "dataset: a has no option 'weight'; there are share, config, split, column, revision"),
+        ([{"self": {"split": "train"}}], "dataset: split does not apply to self"),
+        ([{"a": {"column": 1}}], "dataset: column of a must be a text, not 1"),
+    ],
+)
+def test_a_wrong_list_of_sources_is_named(dataset: Any, sentence: str) -> None:
+    with pytest.raises(ParameterError, match=sentence):
+        read_params(None, {"dataset": dataset})
+
+
+def test_an_option_of_a_single_source_is_refused_beside_a_list() -> None:
+    params = read_params(None, {"dataset": ["wikipedia-sample", "lee-news"], "dataset_split": "calibration"})
+    with pytest.raises(DatasetError, match="dataset_split: dataset is a list; use null, and give each entry its own split"):
+        sources_of(params)
+
+
+def test_the_model_writes_enough_documents_for_its_share() -> None:
+    def wanted(dataset: Any, size: int = 10) -> int:
+        return own_documents(read_params(None, {"dataset": dataset, "dataset_size": size}))
+
+    assert wanted("lee-news") == 0
+    assert wanted("self") == 10
+    assert wanted(["self", {"lee-news": 3}]) == 4
+
+
+def test_settings_hold_a_list_of_sources_as_it_was_written(tmp_path: Path) -> None:
+    dataset = ["lee-news", {str(tmp_path / "private" / "notes.jsonl"): 0.5}, {"self": {"share": 2.0}}]
+    text = settings_yaml(read_params(None, {"dataset": dataset}), ["dataset"])
+    assert YAML(typ="safe").load(text) == {"dataset": ["lee-news", {"notes.jsonl": 0.5}, {"self": 2.0}]}

@@ -9,7 +9,7 @@ import pytest
 
 from replaceme.base.errors import DatasetError, ModelError
 from replaceme.base.params import Params, read_params
-from replaceme.corpora.find import find_dataset
+from replaceme.corpora.find import find_datasets
 from replaceme.models import hub
 from replaceme.models.find import find_model
 
@@ -33,7 +33,7 @@ def test_an_unreachable_model_or_dataset_is_named_with_the_offline_alternatives(
     with pytest.raises(
         DatasetError, match=r"owner/data is no local path, and the hub can't be reached; offline, use a local \.txt"
     ):
-        find_dataset(made(dataset="owner/data"))
+        find_datasets(made(dataset="owner/data"))
 
 
 @pytest.mark.usefixtures("offline")

@@ -1,0 +1,38 @@
+"""generate: the dense model writes its own calibration text, where ``dataset`` names ``self``."""
+
+from replaceme.base.files import new_folder, read_json
+from replaceme.base.params import Params
+from replaceme.base.progress import logger
+from replaceme.base.stage import Stage
+from replaceme.base.workspace import Workspace
+
+
+def generate(params: Params, work: Workspace) -> None:
+    """Write the documents that the model wrote; an empty folder if none are wanted."""
+    wanted = read_json(work.own_text_input)["documents"]
+    with new_folder(work.own_text) as folder:
+        if not wanted:
+            logger.info("generate: dataset has no text of the model's own")
+            return
+        # Loaded only if text is wanted.
+        from replaceme.base.compute import use_processor
+        from replaceme.base.documents import Documents
+        from replaceme.corpora.own_text import write_texts
+        from replaceme.models.find import calibration_model, recorded_model
+
+        use_processor(params.threads)
+        tokenizer = recorded_model(params, work.tokenizer_input).tokenizer()
+        model, _ = calibration_model(params, work.model_input)
+        documents = Documents(write_texts(model, tokenizer, wanted, params.max_length, params.seed))
+        documents.save(folder)
+        logger.info("generate: the model wrote %d documents, %d tokens", len(documents), documents.token_count)
+
+
+STAGE = Stage(
+    name="generate",
+    run=generate,
+    params=("max_length", "seed", "dtype", "device", "device_map", "threads", "use_4bit", "trust_remote_code"),
+    reads=(Workspace.model_input, Workspace.tokenizer_input, Workspace.own_text_input),
+    writes=Workspace.own_text,
+    code=("base", "models", "corpora"),
+)
