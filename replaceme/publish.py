@@ -85,10 +85,11 @@ def card_of(params: Params, work: Workspace) -> str:
     from replaceme.models.find import recorded_model
 
     source, edits, solved = recorded_model(params, work.model_input), Edits.load(work.edits), read_json(work.metric("solve"))
+    made_with = read_json(work.model_versions)
     if not params.tasks:
-        return model_card(params, source, edits, solved)
-    evaluation = read_json(work.metric("evaluation"))
-    return model_card(params, source, edits, solved, _scores(evaluation), _results(evaluation))
+        return model_card(params, source, edits, solved, made_with=made_with)
+    evaluation, made_with = read_json(work.metric("evaluation")), made_with | read_json(work.score_versions)
+    return model_card(params, source, edits, solved, _scores(evaluation), _results(evaluation), made_with=made_with)
 
 
 def _scores(evaluation: Mapping[str, Any]) -> str:

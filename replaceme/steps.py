@@ -1,7 +1,8 @@
 """The pipeline's stages as the console scripts run them, without DVC: in order; a stage whose stamp is still valid is skipped.
 
-A stamp covers the code that the step loads, the parameters that it uses, and the content that it read and wrote: an interrupted
-run resumes where it stopped, a new α repeats nothing before the solve, and a changed output is made again.
+A stamp covers the code that the step loads, the versions of the packages that it computes with, the kind of device, the
+parameters that it uses, and the content that it read and wrote: an interrupted run resumes where it stopped, a new α repeats
+nothing before the solve, and a changed output is made again.
 """
 
 import hashlib
@@ -13,10 +14,10 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
-from replaceme.base.compute import resolve_device
+from replaceme.base.compute import kind_of, resolve_device
 from replaceme.base.cost import recorded
 from replaceme.base.files import cache_folder, new_folder, read_json, write_json
-from replaceme.base.fingerprints import sha256_below
+from replaceme.base.fingerprints import PACKAGE, sha256_below, sha256_of_code
 from replaceme.base.params import Params
 from replaceme.base.progress import logger
 from replaceme.base.stage import COMPRESSION, ORDER, Stage
@@ -25,7 +26,6 @@ from replaceme.models.model import CARD
 
 # Without ``inputs``, which the caller runs.
 STAGES: Mapping[str, Stage] = {name: import_module(f"replaceme.pipeline.{name}").STAGE for name in ORDER}
-PACKAGE = Path(__file__).parent
 
 # Depends on the dense model only, so all results made from it share the output.
 SHARED = ("baseline",)
@@ -78,17 +78,12 @@ def _content(path: Path) -> dict[str, str]:
 def _key(params: Params, work: Workspace, step: Stage) -> str:
     """Return the digest of everything that the step's output depends on."""
     content = {
-        # The last digits differ between kinds of devices.
-        "device": resolve_device(params.device).split(":")[0],
-        "code": {part: _code(PACKAGE / part) for part in (f"pipeline/{step.name}.py", *step.code)},
+        # The last digits differ between kinds of devices, and of processors.
+        "device": kind_of(resolve_device(params.device)),
+        "code": {part: sha256_of_code(PACKAGE / part) for part in (f"pipeline/{step.name}.py", *step.code)},
         "params": params.model_dump(include=set(step.params)),
         "reads": {artifact.place: _content(work.path(artifact)) for artifact in step.reads},
         "figures": {name: sha256_below(work.metric(name)) for name in step.figures},
         "costs": {name: sha256_below(work.cost(name)) for name in step.costs},
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _code(path: Path) -> dict[str, str]:
-    """Return the sums of a file of the package, or of the files of a room."""
-    return {name: digest for name, digest in sha256_below(path).items() if name.endswith((".py", ".html"))}

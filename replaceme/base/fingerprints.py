@@ -14,6 +14,7 @@ from pathlib import Path
 from replaceme.base.files import cache_folder, write_json
 
 SETTLED_SECONDS = 2.0
+PACKAGE = Path(__file__).parents[1]
 
 
 def sha256_of(paths: Iterable[Path], root: Path) -> dict[str, str]:
@@ -47,3 +48,8 @@ def sha256_below(path: Path) -> dict[str, str]:
     if path.is_dir():
         return sha256_of((entry for entry in path.rglob("*") if entry.is_file()), path)
     return sha256_of([path], path.parent)
+
+
+def sha256_of_code(path: Path = PACKAGE) -> dict[str, str]:
+    """Return the sum of a file of this package, or of each code file below a folder."""
+    return {name: digest for name, digest in sha256_below(path).items() if name.endswith((".py", ".html"))}

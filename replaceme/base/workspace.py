@@ -40,13 +40,17 @@ class Workspace:
     root: Path = Path()
     save_path: Path | None = None
 
-    # Fingerprints of the dense model's weights and config; of the tokenizer, the chat template and the generation config; of
-    # the dense model's card and licence; of the calibration text; and of the evaluation text.
+    # Fingerprints of the dense model's weights, config and code; of the tokenizer, the chat template and the generation config;
+    # of the dense model's card and licence; of the calibration text; and of the evaluation text.
     model_input = _At("inputs/model.json")
     tokenizer_input = _At("inputs/tokenizer.json")
     card_input = _At("inputs/card.json")
     dataset_input = _At("inputs/dataset.json")
     tasks_input = _At("inputs/tasks.json")
+    # Versions of the packages that read text, that compute the model, and that score it (``replaceme.base.versions``).
+    text_versions = _At("inputs/text_versions.json")
+    model_versions = _At("inputs/model_versions.json")
+    score_versions = _At("inputs/score_versions.json")
     # Calibration documents (folder).
     documents = _At("documents")
     # Distances and per-layer figures (folder).

@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from replaceme.base.compute import resolve_device, use_processor
+from replaceme.base.compute import kind_of, resolve_device, use_processor
 from replaceme.base.files import read_json, write_json
 from replaceme.base.params import Params
 from replaceme.base.progress import logger
+from replaceme.base.versions import SCORES, versions
 from replaceme.evaluation import harness
 from replaceme.evaluation.kv_cache import cache_bytes_per_token
 from replaceme.evaluation.perplexity import cut_windows, perplexities, window_losses
@@ -31,7 +32,8 @@ class Scores:
 
     Attributes:
         figures: ``perplexity`` (task → token, word, byte, stderr), ``accuracy`` (task → accuracy, stderr, items, metric,
-            fewshots, by_size), ``parameters``, ``disk_bytes``, ``kv_cache_bytes_per_token`` and ``device``.
+            fewshots, by_size), ``parameters``, ``disk_bytes``, ``kv_cache_bytes_per_token``, ``device`` (cpu, cuda) and
+            ``made_with`` (the kind of the device, as ``processor``, and the version of each package).
         items: ``accuracy/<task>/<n>`` (items,), where n counts the single tasks of a group, and ``losses/<task>`` and
             ``counts/<task>`` (windows,); all float64.
         requests: the token ids of all scored requests.
@@ -91,6 +93,7 @@ def score_model(params: Params, source: Model, name: str, found: dict[str, Any],
         "parameters": parameter_count(model),
         "disk_bytes": sum(path.stat().st_size for path in source.files(WEIGHTS)),
         "device": model.device.type,
+        "made_with": {"processor": kind_of(str(model.device)), **versions(SCORES)},
     }
     if (size := cache_bytes_per_token(model)) is not None:
         figures["kv_cache_bytes_per_token"] = size

@@ -68,11 +68,10 @@ def work(bench: Bench) -> dict[str, Any]:
     )  # fmt: skip
     lesson = LayerLesson(model, family, block.host, bench.documents, inputs, targets, bare or ())
     settings = {
-        **settings_of(course),
+        **settings_of(course, next(host.parameters()).device),
         "config": model.config.to_json_string(),
         "layer": block.host,
         "form": own.llm_streamline_form,
-        "device": str(next(host.parameters()).device.type),
         "documents": [len(document) for document in bench.documents.documents],
     }
     key = key_of(settings, [*bench.documents.documents, inputs, targets, *host.parameters()])

@@ -39,7 +39,7 @@ STAGE = Stage(
     params=(
         "dataset_config", "dataset_split", "dataset_column", "dataset_size", "max_length", "pack", "seed", "trust_remote_code",
     ),
-    reads=(Workspace.tokenizer_input, Workspace.dataset_input),
+    reads=(Workspace.tokenizer_input, Workspace.dataset_input, Workspace.text_versions),
     writes=Workspace.documents,
     code=("base", "models", "corpora"),
 )  # fmt: skip

@@ -28,7 +28,8 @@ def export(params: Params, work: Workspace) -> None:
     source, edits = recorded_model(params, work.model_input), Edits.load(work.edits)
     with new_folder(work.model) as folder:
         counts = save_pruned(source, edits, folder)
-        write_text(folder / CARD, model_card(params, source, edits, read_json(work.metric("solve"))))
+        solved, made_with = read_json(work.metric("solve")), read_json(work.model_versions)
+        write_text(folder / CARD, model_card(params, source, edits, solved, made_with=made_with))
         plain = not is_own_form(folder)
         # Load it as a user would, with the code file that was just written.
         pruned = Model(folder, folder.name, trust_remote_code=source.trust_remote_code or not plain)
@@ -59,10 +60,13 @@ STAGE = Stage(
     name="export",
     run=export,
     params=SETTINGS,
-    reads=(Workspace.model_input, Workspace.tokenizer_input, Workspace.card_input, Workspace.documents, Workspace.edits),
+    reads=(
+        Workspace.model_input, Workspace.tokenizer_input, Workspace.card_input, Workspace.documents, Workspace.edits,
+        Workspace.model_versions,
+    ),
     writes=Workspace.model,
     metrics=("export",),
     figures=("solve",),
     code=("__init__.py", "base", "models", "edits", "selection/criteria.py", "selection/blocks.py", "methods", "export"),
     methods=METHODS,
-)
+)  # fmt: skip

@@ -53,12 +53,11 @@ def _heal(params: Params, work: Workspace, edits: Edits) -> tuple[dict[str, Any]
     folder = _checkpoints(work)
     course = Course(params.heal_learning_rate, params.heal_epochs, params.batch_size, "heal_learning_rate")
     settings = {
-        **settings_of(course),
+        **settings_of(course, next(model.parameters()).device),
         "share": healing.SHARE,
         "model": read_json(work.model_input),
         "edits": sha256_below(work.repaired),
         "dtype": params.dtype,
-        "device": next(model.parameters()).device.type,
     }
     entering, leaving = entering_and_leaving(
         model, family, documents, host, len(family.decoder_layers(model)) - 1,
@@ -80,7 +79,7 @@ STAGE = Stage(
     name="heal",
     run=heal,
     params=("heal_epochs", "heal_learning_rate", *PASS),
-    reads=(Workspace.model_input, Workspace.documents, Workspace.plan, Workspace.repaired),
+    reads=(Workspace.model_input, Workspace.documents, Workspace.plan, Workspace.repaired, Workspace.model_versions),
     writes=Workspace.edits,
     metrics=("heal",),
     code=("base", "models", "observers", "edits", "training"),

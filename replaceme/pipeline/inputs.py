@@ -1,8 +1,8 @@
 """inputs: check everything that a run reads from outside, and write fingerprints of it.
 
 This stage always runs, takes seconds, and writes the same bytes while nothing changed. All later stages depend on the
-fingerprints, so new content of a local file or folder is always noticed. Models that can't be pruned are refused here, before
-any work.
+fingerprints, so new content of a local file or folder is always noticed; and on the versions of the packages that they compute
+with. Models that can't be pruned are refused here, before any work.
 """
 
 import os
@@ -16,6 +16,7 @@ from replaceme.base.files import new_folder, write_json
 from replaceme.base.params import Params
 from replaceme.base.progress import logger
 from replaceme.base.stage import Stage
+from replaceme.base.versions import FOUR_BIT, MODEL, SCORES, TEXT, versions
 from replaceme.base.workspace import Workspace
 from replaceme.corpora.find import find_dataset
 from replaceme.evaluation.tasks import task_fingerprints
@@ -72,6 +73,9 @@ def inspect_inputs(params: Params, work: Workspace) -> None:
         raise problems[0] if len(problems) == 1 else ReplaceMeError("\n".join(map(str, problems)))
     if (processors := os.cpu_count() or 1) > params.threads and resolve_device(params.device) == "cpu":
         logger.info("threads: %d of this machine's %d processors are used", params.threads, processors)
+    content[work.text_versions.name] = versions(TEXT)
+    content[work.model_versions.name] = versions((*MODEL, *(FOUR_BIT if params.use_4bit else ())))
+    content[work.score_versions.name] = versions(SCORES)
     with new_folder(work.artifact("inputs")) as folder:
         for name, entry in content.items():
             write_json(folder / name, entry)

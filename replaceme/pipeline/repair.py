@@ -69,7 +69,7 @@ STAGE = Stage(
         "method", "transform", "layers_to_skip", "min_distance_layer", "max_distance_layer", "repair", "repair_ridge_attention",
         "repair_ridge_mlp", "refit_ridge", *read_by("repair"), *PASS,
     ),
-    reads=(Workspace.model_input, Workspace.documents, Workspace.plan, Workspace.solution),
+    reads=(Workspace.model_input, Workspace.documents, Workspace.plan, Workspace.solution, Workspace.model_versions),
     writes=Workspace.repaired,
     metrics=("repair",),
     code=(

@@ -43,11 +43,14 @@ STAGE = Stage(
     name="report",
     run=write_report,
     params=ALL,
-    reads=(Workspace.profile, Workspace.blocks, Workspace.solution, Workspace.edits),
+    reads=(
+        Workspace.profile, Workspace.blocks, Workspace.solution, Workspace.edits,
+        Workspace.text_versions, Workspace.model_versions, Workspace.score_versions,
+    ),
     writes=Workspace.report,
     metrics=("compression",),
     figures=("select", "solve", "repair", "heal", "export", "evaluation"),
     costs=COMPRESSION,
     code=("base", "selection/criteria.py", "selection/blocks.py", "methods", "report"),
     methods=METHODS,
-)
+)  # fmt: skip

@@ -20,6 +20,7 @@ from replaceme.base.files import read_json, write_text
 from replaceme.base.params import Params
 from replaceme.base.plan import Block, load_blocks
 from replaceme.base.settings import settings_yaml, without_folder
+from replaceme.base.versions import listed
 from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import FIELDS, criterion_of
 from replaceme.report import sentences, tables
@@ -80,6 +81,7 @@ def render(params: Params, work: Workspace, speed: Mapping[str, Any] | None = No
     distances, residuals, layers = profile["angular_distance"], profile["residual"], profile["layers"]
     repaired, edits = read_json(work.metric("repair")), read_json(work.edits / "edits.json")
     fits = _fits(solved, repaired)
+    made_with = read_json(work.text_versions) | read_json(work.model_versions) | read_json(work.score_versions)
     pictures = {
         "distances": _map(distances, "angular distance (half turns)", blocks),
         "cut_residuals": _map(residuals, "relative residual of a linear map", blocks),
@@ -111,6 +113,7 @@ def render(params: Params, work: Workspace, speed: Mapping[str, Any] | None = No
         proof=sentences.proof_sentence(read_json(work.metric("export")), blocks),
         published=tables.published_table(LABEL),
         settings=settings,
+        versions=listed(made_with),
         pictures=drawn,
     )
     return Page(html, drawn, settings)

@@ -19,10 +19,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from replaceme.base.compute import kind_of
 from replaceme.base.documents import Batch, Documents, seeded_order, split_places
 from replaceme.base.errors import SolveError
+from replaceme.base.fingerprints import sha256_of_code
 from replaceme.base.progress import logger, progress
 from replaceme.base.scratch import scratch
+from replaceme.base.versions import FOUR_BIT, MODEL, versions
 from replaceme.models.families import Family
 from replaceme.observers.walk import Keep, walk
 from replaceme.training.checkpoints import load_checkpoint, save_checkpoint
@@ -283,7 +286,17 @@ def figures_of(curves: Curves, parameters: Mapping[str, Tensor]) -> dict[str, An
     return figures
 
 
-def settings_of(course: Course) -> dict[str, Any]:
-    """Return what a training depends on besides the lesson and the parameters, for a checkpoint's key."""
+def settings_of(course: Course, device: torch.device) -> dict[str, Any]:
+    """Return what a training depends on besides the lesson and the parameters, for a checkpoint's key.
+
+    Any other code, package or kind of device than that of the first step could give steps that don't belong together.
+    """
     constants = [WEIGHT_DECAY, CLIP, WARM_UP, FLOOR, SEED, HELD_OUT_EVERY, EVALUATIONS]
-    return {**asdict(course), "constants": constants, "torch": torch.__version__, "threads": torch.get_num_threads()}
+    return {
+        **asdict(course),
+        "constants": constants,
+        "code": sha256_of_code(),
+        "versions": versions((*MODEL, *FOUR_BIT)),
+        "device": kind_of(str(device)),
+        "threads": torch.get_num_threads(),
+    }

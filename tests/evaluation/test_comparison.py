@@ -7,8 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from replaceme.base.compute import kind_of
 from replaceme.base.errors import DatasetError
 from replaceme.base.params import Params
+from replaceme.base.versions import SCORES, versions
 from replaceme.evaluation.comparison import compare, comparison_table, paired_p_value, scores_table
 from replaceme.evaluation.perplexity import Windows
 from replaceme.evaluation.requests import Requests
@@ -146,6 +148,7 @@ def test_a_models_scores_hold_every_task_and_size(params: Params, tiny: Model, t
     head = config.hidden_size // config.num_attention_heads
     assert scores.figures["kv_cache_bytes_per_token"] == 2 * config.num_hidden_layers * config.num_key_value_heads * head * 4
     assert scores.figures["disk_bytes"] == (tiny.folder / "model.safetensors").stat().st_size
+    assert scores.figures["made_with"] == {"processor": kind_of("cpu"), **versions(SCORES)}
     scores.save(tmp_path)
     loaded = Scores.load(tmp_path)
     assert loaded.figures == scores.figures

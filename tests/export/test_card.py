@@ -71,6 +71,11 @@ def test_the_metadata_and_sentences_of_a_card(card_of: Callable[..., ModelCard])
     assert "## Scores" not in card.text
 
 
+def test_the_card_names_the_versions_that_the_model_was_made_with(params: Params, tiny: Model) -> None:
+    text = model_card(params, tiny, edits_for(2, 2), {}, made_with={"torch": "1.2+cpu", "lm-eval": "2.3"})
+    assert "Made with lm-eval 2.3, torch 1.2+cpu; other versions or another processor can change the last digits." in text
+
+
 def test_licence_and_language_come_from_the_original(card_of: Callable[..., ModelCard]) -> None:
     own = "---\nlicense: other\nlicense_name: theirs\nlicense_link: LICENSE\nlanguage: [en, de]\ntags: [theirs]\n---\n# A\n"
     data = card_of(own).data.to_dict()

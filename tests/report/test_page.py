@@ -150,7 +150,14 @@ def run(tmp_path: Path) -> Run:
         parts: str = "",
     ) -> Workspace:
         work = Workspace(tmp_path)
-        for folder in (work.profile, work.solution, work.edits, work.metric("solve").parent, work.cost("solve").parent):
+        for folder in (
+            work.profile,
+            work.solution,
+            work.edits,
+            work.metric("solve").parent,
+            work.cost("solve").parent,
+            work.model_input.parent,
+        ):
             folder.mkdir(parents=True, exist_ok=True)
         contents = {
             work.profile / "profile.json": {
@@ -170,6 +177,9 @@ def run(tmp_path: Path) -> Run:
                 "dense_loss": 2.75,
                 "rises": {"layers11": 1.5, "layers2": 0.5},
             },
+            work.text_versions: {"tokenizers": "3.2", "torch": "1.2"},
+            work.model_versions: {"torch": "1.2"},
+            work.score_versions: {"lm-eval": "2.3", "torch": "1.2"},
             **{work.cost(name): {"seconds": 1.5, "peak_memory_bytes": 10**9} for name in COMPRESSION},
         }
         for path, content in contents.items():
@@ -215,6 +225,11 @@ def test_the_page_loads_nothing_from_elsewhere(params: Params, run: Run) -> None
 def test_every_figure_of_the_evaluation_is_in_a_table(params: Params, run: Run) -> None:
     cells = Reader(render(params, run()).html).cells
     assert [shown for shown in SHOWN if shown not in cells] == []
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_page_names_the_versions_that_the_run_was_made_with(params: Params, run: Run) -> None:
+    assert "Made with lm-eval 2.3, tokenizers 3.2, torch 1.2. Other versions" in Reader(render(params, run()).html).text
 
 
 @pytest.mark.usefixtures("undrawn")

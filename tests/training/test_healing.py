@@ -283,9 +283,16 @@ def test_everything_that_a_healing_depends_on_changes_the_key(
     others = [{}, {"heal_epochs": 2}, {"heal_learning_rate": 1e-3}, {"batch_size": 2}, {"dtype": "bfloat16"}, {"threads": 2}]
     for settings in others:
         heal(params.model_copy(update=settings), work)
-    with monkeypatch.context() as patch:
-        patch.setattr(healing, "SHARE", 0.25)
-        heal(params, work)
+    elsewhere: list[tuple[str, Any]] = [
+        ("replaceme.training.healing.SHARE", 0.25),
+        ("replaceme.training.training.sha256_of_code", lambda: {"training.py": "another"}),
+        ("replaceme.base.versions.version", lambda package: "99.1"),
+        ("replaceme.training.training.kind_of", lambda device: f"another {device}"),
+    ]
+    for name, other in elsewhere:
+        with monkeypatch.context() as patch:
+            patch.setattr(name, other)
+            heal(params, work)
     texts = Documents.load(work.documents)
     Documents([text.flip(0) for text in texts.documents]).save(work.documents)
     heal(params, work)
@@ -294,7 +301,7 @@ def test_everything_that_a_healing_depends_on_changes_the_key(
     work.model_input.write_text(known.replace('"sha256"', '"note": "another model", "sha256"', 1))
     heal(params, work)
     work.model_input.write_text(known)
-    assert len({*keys}) == len(keys) == len(others) + 3
+    assert len({*keys}) == len(keys) == len(others) + len(elsewhere) + 2
     heal(params, work)
     assert keys[-1] == keys[0]
 
