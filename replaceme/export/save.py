@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 
 from replaceme.edits.edits import Edits
 from replaceme.edits.fold import apply_edits
-from replaceme.models.model import COPIED_FILES, Model, parameter_count
+from replaceme.models.model import Model, parameter_count
 from replaceme.models.own_form import write_own_form
 
 SHARD_SIZE = "2GB"
@@ -31,6 +31,6 @@ def save_pruned(source: Model, edits: Edits, folder: Path) -> dict[str, int]:
     (folder / "generation_config.json").unlink(missing_ok=True)
     if form := edits.form(source.family().layers):
         write_own_form(folder, form, type(source.tokenizer()).__name__)
-    for path in source.files(COPIED_FILES):
+    for path in source.copied_files():
         shutil.copyfile(path, folder / path.name)
     return {"parameters": parameter_count(model), "parameters_dense": dense_parameters}

@@ -6,6 +6,7 @@ Later stages read that folder and need no network.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ from replaceme.base.fingerprints import sha256_of
 from replaceme.base.params import Params, nearest
 from replaceme.models import embedded, hub
 from replaceme.models.families import Family
-from replaceme.models.model import COPIED_FILES, LEFT_OUT, WEIGHT_FILES, WEIGHTS, Model
+from replaceme.models.model import COPIED_FILES, LEFT_OUT, TOKENIZER_CONFIG, VOCABULARIES, WEIGHT_FILES, WEIGHTS, Model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,11 +59,11 @@ def recorded_model(params: Params, record: Path) -> Model:
     return find_model(params, read_json(record).get("commit"))
 
 
-def identity(model: Model, patterns: tuple[str, ...] = WEIGHT_FILES) -> dict[str, object]:
-    """Return what identifies the files of a model that match ``patterns``: the commit and repository, or their sha256."""
+def identity(model: Model, files: Iterable[Path] | None = None) -> dict[str, object]:
+    """Return what identifies files of a model (None: its weights, config and code): commit and repository, or their sha256."""
     if model.commit:
         return {"commit": model.commit, "repository": model.name}
-    return {"sha256": sha256_of(model.files(patterns), model.folder)}
+    return {"sha256": sha256_of(model.files(WEIGHT_FILES) if files is None else files, model.folder)}
 
 
 def calibration_model(params: Params, record: Path) -> tuple[PreTrainedModel, Family]:
@@ -83,9 +84,29 @@ def check_folder(model: Model) -> Model:
                 f"model_path: {model.name} has pickled weights only, which can run code when loaded; convert it to safetensors."
             )
         raise ModelError(f"model_path: {model.name} has no safetensors weights.")
-    if not model.files(("tokenizer*", "spiece.model", "vocab.*")):
+    if not model.files(VOCABULARIES):
         raise ModelError(f"model_path: {model.name} has no tokenizer files.")
+    for name in ("config.json", TOKENIZER_CONFIG):
+        if elsewhere := [each for each in model.code_references(name) if "--" in each]:
+            raise ModelError(
+                f"model_path: auto_map in {name} of {model.name} names code of another repository ({elsewhere[0][:80]}), which "
+                "can change at any time; use a copy of the model with that code in its folder, or without auto_map."
+            )
+    for path in model.copied_files():
+        if not _is_within(path, model.folder):
+            raise ModelError(
+                f"model_path: {path.name} of {model.name} is a link out of the model's folder, and it would be copied into the "
+                "result; put a copy of the file there."
+            )
     return model
+
+
+def _is_within(path: Path, folder: Path) -> bool:
+    """Return whether a file really lies in a model's folder, or among the files of its repository in the hub's cache."""
+    folder = folder.resolve()
+    # A snapshot in the hub's cache consists of links: REPOSITORY/snapshots/COMMIT/FILE → REPOSITORY/blobs/SUM.
+    places = [folder, folder.parents[1] / "blobs"] if folder.parent.name == "snapshots" else [folder]
+    return any(path.resolve().is_relative_to(place) for place in places)
 
 
 def check_weights(model: Model) -> None:

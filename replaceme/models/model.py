@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +24,16 @@ if TYPE_CHECKING:
 WEIGHTS = ("*.safetensors",)
 WEIGHT_FILES = (*WEIGHTS, "*.safetensors.index.json", "config.json", "*.py")
 CARD = "README.md"
+# One of these is in every model's folder. The names are those of transformers' tokenizers, and of remote code's.
+VOCABULARIES = ("tokenizer*", "*vocab*", "*.model", "*.tiktoken", "*.bpe", "tekken.json")
+TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model", "sentencepiece*",
-    "chat_template*", "generation_config.json",
+    *VOCABULARIES, "merges*", "encoder.json", "special_tokens_map.json", "added_tokens.json", "chat_template*",
+    "generation_config.json",
 )  # fmt: skip
 CARD_FILES = (CARD, "LICENSE*", "NOTICE*")
-# Copied unchanged into the pruned model's folder, except the card: only its licence is kept.
 COPIED_FILES = (*TOKENIZER_FILES, *CARD_FILES)
+RELATIVE_IMPORT = re.compile(r"(?m)^\s*(?:from|import)\s+\.(\w+)")
 # Some repositories hold the weights a second time, in their author's own format.
 LEFT_OUT = "consolidated*"
 # Up to this size of the stored weights, comparisons run in float32.
@@ -155,6 +160,36 @@ class Model:
         return sorted(
             {path for pattern in patterns for path in self.folder.glob(pattern) if path.is_file() and not path.match(LEFT_OUT)}
         )
+
+    def tokenizer_files(self) -> list[Path]:
+        """Return the files of the tokenizer, sorted: with the code that its config names, and what that code imports."""
+        code: set[Path] = set()
+        modules = [each.split(".")[0] for each in self.code_references(TOKENIZER_CONFIG)]
+        while modules:
+            path = self.folder / f"{modules.pop()}.py"
+            if path.parent == self.folder and path.is_file() and path not in code:
+                code.add(path)
+                modules += RELATIVE_IMPORT.findall(path.read_text(encoding="utf-8", errors="replace"))
+        return sorted({*self.files(TOKENIZER_FILES), *code})
+
+    def copied_files(self) -> list[Path]:
+        """Return the files that the pruned model's folder gets unchanged, sorted; of the card, only the licence is kept."""
+        return sorted({*self.tokenizer_files(), *self.files(CARD_FILES)})
+
+    def code_references(self, name: str) -> list[str]:
+        """Return the classes that ``auto_map`` in a config file names: ``module.Class``, or ``repository--module.Class``."""
+        try:
+            found = [json.loads((self.folder / name).read_text(encoding="utf-8")).get("auto_map")]
+        except (OSError, ValueError, AttributeError, RecursionError):  # whoever loads the file says what is wrong with it
+            return []
+        references = []
+        while found:
+            each = found.pop()
+            if isinstance(each, str):
+                references.append(each)
+            elif isinstance(each, dict | list):
+                found += each.values() if isinstance(each, dict) else each
+        return references
 
 
 def layer_count(model: Model) -> int:

@@ -23,7 +23,7 @@ from replaceme.evaluation.tasks import task_fingerprints
 from replaceme.methods.refusals import family_refusals
 from replaceme.methods.registry import METHODS, criterion_of
 from replaceme.models.find import check_weights, find_model, identity
-from replaceme.models.model import CARD_FILES, TOKENIZER_FILES, WEIGHT_FILES, layer_count
+from replaceme.models.model import CARD_FILES, layer_count
 from replaceme.models.own_form import check_own_form
 from replaceme.models.recognition import check_cut
 from replaceme.selection.criteria import allowed_starts
@@ -62,9 +62,9 @@ def inspect_inputs(params: Params, work: Workspace) -> None:
             )  # fmt: skip
         check_weights(model)
         model.tokenizer()
-        content[work.model_input.name] = identity(model, WEIGHT_FILES)
-        content[work.tokenizer_input.name] = identity(model, TOKENIZER_FILES)
-        content[work.card_input.name] = identity(model, CARD_FILES)
+        content[work.model_input.name] = identity(model)
+        content[work.tokenizer_input.name] = identity(model, model.tokenizer_files())
+        content[work.card_input.name] = identity(model, model.files(CARD_FILES))
     with _collecting(problems):
         content[work.dataset_input.name] = find_dataset(params).fingerprint()
     with _collecting(problems):
