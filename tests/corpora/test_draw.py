@@ -1,6 +1,7 @@
 """Calibration documents: reading every kind of local file, tokenizing, cutting, packing, and refusing bad files."""
 
 import json
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import pytest
 from replaceme.base.documents import Documents
 from replaceme.base.errors import DatasetError
 from replaceme.base.params import read_params
+from replaceme.corpora import tokenization
 from replaceme.corpora.corpus import Corpus, as_row
 from replaceme.corpora.draw import Counts, draw_documents
 from replaceme.corpora.find import find_dataset
 from replaceme.corpora.tokenization import encode_in_chunks, start_of_text
-from tests.conftest import made_text, made_tokenizer
+from tests.conftest import CHAT_TEMPLATE, made_text, made_tokenizer
 
 BOS = 0
 CHAT = [{"from": "system", "value": "be brief"}, {"from": "human", "value": "a river"}, {"from": "gpt", "value": "runs"}]
@@ -94,6 +96,31 @@ def test_chats_go_through_the_template_with_all_turns_and_one_bos(tmp_path: Path
     documents, _ = draw(path, max_length=100)
     text = made_tokenizer().decode(documents.documents[0])
     assert text == "<s><system>be brief\n<user>a river\n<assistant>runs\n"
+
+
+def test_a_template_with_todays_date_gives_the_same_documents_on_every_day(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "replaceme")
+    tokenization._say_date.cache_clear()
+    path, tokenizer = rows_file(tmp_path, [{"conversations": CHAT}] * 2), made_tokenizer()
+    before, _ = draw(path, tokenizer=tokenizer, max_length=500)
+    assert "date" not in caplog.text
+    # As in Llama 3's template, and within a macro.
+    tokenizer.chat_template = (
+        "{%- macro day() %}{{ strftime_now('%Y') }}{% endmacro %}{%- if strftime_now is defined %}"
+        "{{ strftime_now('%d %b %Y') }} {{ day() }}\n{%- endif %}" + CHAT_TEMPLATE
+    )
+    kept = tokenizer.chat_template
+    found = []
+    for year in (2031, 2032):
+        clock = type("Clock", (datetime,), {"now": classmethod(lambda cls, zone=None, year=year: datetime(year, 1, 1))})
+        monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", clock)
+        found.append([document.tolist() for document in draw(path, tokenizer=tokenizer, max_length=500)[0].documents])
+    assert found[0] == found[1] != [document.tolist() for document in before.documents]
+    assert "26 Jul 2024 2024" in tokenizer.decode(found[0][0])
+    assert tokenizer.chat_template == kept
+    assert caplog.text.count("the chat template asks for today's date and always gets 2024-07-26") == 1
 
 
 def test_the_published_column_name_falls_back_to_the_chat_column(tmp_path: Path) -> None:
