@@ -109,6 +109,8 @@ def _changes(params: Params, source: Model, edits: Edits, solved: dict[str, Any]
     removed = edits.parts[:1].upper() + edits.parts[1:] or f"{_named(edits.removed_layers).capitalize()} (counted from 0)"
     verb = "was" if len(edits.removed_layers) == 1 and not edits.parts else "were"
     lines = [f"{removed} {verb} removed from `{source.name}`{commit} with {edits.title}."]
+    if source.about:
+        lines += [source.about]
     if edits.transforms:
         lines += [
             f"A linear map was folded into the MLP of {_named([*edits.transforms])}. It was fitted to calibration text, "

@@ -42,7 +42,7 @@ def find_model(params: Params, commit: str | None = None) -> Model:
     if params.revision is not None and (name in embedded.MODELS or folder.is_dir()):
         raise ModelError(f"revision: is for hub models, but {name} is not one; use null.")
     if name in embedded.MODELS:
-        return Model(embedded.model_folder(name), name)
+        return Model(embedded.model_folder(name), name, about=embedded.MODELS[name].about)
     if folder.is_dir():
         return check_folder(Model(folder, folder.resolve().name, trust_remote_code=params.trust_remote_code))
     if folder.exists():

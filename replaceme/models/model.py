@@ -48,6 +48,7 @@ class Model:
         folder: local folder with config, safetensors and tokenizer.
         name: its name in cards and messages: a hub id, an embedded name or the folder's own name.
         commit: the hub commit in the folder; None for local and embedded models.
+        about: what is to be said of it wherever it is named; empty for a model that is what its name says.
         trust_remote_code: whether code from the folder may run; our own form (``replaceme.models.own_form``) loads without.
     """
 
@@ -55,6 +56,7 @@ class Model:
     name: str
     commit: str | None = None
     trust_remote_code: bool = False
+    about: str = ""
 
     def classes(self) -> tuple[Any, Any]:
         """Return the classes that load the config and the model."""

@@ -51,6 +51,8 @@ STAGE = Stage(
     metrics=("compression",),
     figures=("select", "solve", "repair", "heal", "export", "evaluation"),
     costs=COMPRESSION,
-    code=("base", "selection/criteria.py", "selection/blocks.py", "methods", "report"),
+    code=(
+        "base", "models/embedded.py", "models/packages.py", "selection/criteria.py", "selection/blocks.py", "methods", "report",
+    ),
     methods=METHODS,
 )  # fmt: skip

@@ -23,6 +23,7 @@ from replaceme.base.settings import settings_yaml, without_folder
 from replaceme.base.versions import listed
 from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import FIELDS, criterion_of
+from replaceme.models.embedded import MODELS
 from replaceme.report import sentences, tables
 from replaceme.report.figures import cut_map, layer_figures, loss_curve, residual_path, score_figure
 from replaceme.report.published_table import LABEL
@@ -112,6 +113,7 @@ def render(params: Params, work: Workspace, speed: Mapping[str, Any] | None = No
         heal=sentences.heal_sentence(read_json(work.metric("heal"))),
         proof=sentences.proof_sentence(read_json(work.metric("export")), blocks),
         published=tables.published_table(LABEL),
+        about=MODELS[params.model_path].about if params.model_path in MODELS else "",
         settings=settings,
         versions=listed(made_with),
         pictures=drawn,

@@ -3,6 +3,7 @@
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from replaceme.base.params import Params, read_params
 from replaceme.edits.edits import Edits
 from replaceme.export.card import SCORING, SETTINGS, model_card
 from replaceme.methods.registry import METHODS
+from replaceme.models.embedded import MODELS
 from replaceme.models.model import Model
 from replaceme.publish import _results, _scores
 from tests.helpers import edits_for
@@ -74,6 +76,12 @@ def test_the_metadata_and_sentences_of_a_card(card_of: Callable[..., ModelCard])
 def test_the_card_names_the_versions_that_the_model_was_made_with(params: Params, tiny: Model) -> None:
     text = model_card(params, tiny, edits_for(2, 2), {}, made_with={"torch": "1.2+cpu", "lm-eval": "2.3"})
     assert "Made with lm-eval 2.3, torch 1.2+cpu; other versions or another processor can change the last digits." in text
+
+
+def test_the_card_says_what_an_embedded_model_is(params: Params, tiny: Model) -> None:
+    about = MODELS["smollm2-135m-instruct"].about
+    assert f"with test.\n{about}\n" in model_card(params, replace(tiny, about=about), edits_for(2, 2), {})
+    assert "copy" not in model_card(params, tiny, edits_for(2, 2), {})
 
 
 def test_licence_and_language_come_from_the_original(card_of: Callable[..., ModelCard]) -> None:

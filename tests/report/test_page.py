@@ -24,6 +24,7 @@ from replaceme.base.settings import settings_yaml
 from replaceme.base.stage import COMPRESSION
 from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import FIELDS, METHODS
+from replaceme.models.embedded import MODELS
 from replaceme.pipeline.report import write_report
 from replaceme.report import page as page_module
 from replaceme.report.figures import cut_map, layer_figures, residual_path, score_figure
@@ -230,6 +231,14 @@ def test_every_figure_of_the_evaluation_is_in_a_table(params: Params, run: Run) 
 @pytest.mark.usefixtures("undrawn")
 def test_the_page_names_the_versions_that_the_run_was_made_with(params: Params, run: Run) -> None:
     assert "Made with lm-eval 2.3, tokenizers 3.2, torch 1.2. Other versions" in Reader(render(params, run()).html).text
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.usefixtures("undrawn")
+def test_the_page_says_what_an_embedded_model_is(name: str, params: Params, run: Run) -> None:
+    embedded, other = (params.model_copy(update={"model_path": path}) for path in (name, f"org/{name}"))
+    assert f"{MODELS[name].original}, widened to bfloat16" in Reader(render(embedded, run()).html).text
+    assert "widened" not in Reader(render(other, run()).html).text
 
 
 @pytest.mark.usefixtures("undrawn")
