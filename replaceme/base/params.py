@@ -53,7 +53,11 @@ class Params(BaseModel):
     )
     dataset_config: str | None = Field(None, description="Configuration of a hub dataset, such as sample-10BT.")
     dataset_split: str | None = Field(None, description="Split of the dataset; null is train, or an embedded sample's own.")
-    dataset_column: str | None = Field(None, description="Column with the text or chat; null takes text, or a chat column.")
+    dataset_column: str | None = Field(
+        None,
+        description="Column with the text or chat; null takes text, or a chat column. For a chat template, today is always "
+        "26 July 2024.",
+    )
     dataset_revision: str | None = Field(None, description="Branch, tag or commit of a hub dataset.")
     dataset_size: int = Field(128, ge=1, description="Number of calibration documents.")
     max_length: int = Field(1024, ge=2, description="Largest number of tokens of a document.")

@@ -10,7 +10,7 @@ import pytest
 
 from replaceme.base.documents import Documents
 from replaceme.base.errors import DatasetError
-from replaceme.base.params import read_params
+from replaceme.base.params import Params, read_params
 from replaceme.corpora import tokenization
 from replaceme.corpora.corpus import Corpus, as_row
 from replaceme.corpora.draw import Counts, draw_documents
@@ -120,6 +120,7 @@ def test_a_template_with_todays_date_gives_the_same_documents_on_every_day(
     assert found[0] == found[1] != [document.tolist() for document in before.documents]
     assert "26 Jul 2024 2024" in tokenizer.decode(found[0][0])
     assert tokenizer.chat_template == kept
+    assert "today is always 26 July 2024" in str(Params.model_fields["dataset_column"].description)
     assert caplog.text.count("the chat template asks for today's date and always gets 2024-07-26") == 1
 
 
