@@ -131,7 +131,7 @@ def wrong_entries(dense: Model, pruned: Model, family: Family, edits: Edits) -> 
     ignored = ORIGIN
     if is_own_form(pruned.folder):
         ignored = ORIGIN | OWN_FORM
-        expected["hidden_size"] = edits.width or expected["hidden_size"]
+        expected |= {"hidden_size": edits.width} if edits.width else {}
     entries = sorted((expected.keys() | found.keys()) - ignored)
     wrong = [f"{name} in config.json" for name in entries if expected.get(name) != found.get(name)]
     files = [model.folder / "generation_config.json" for model in (dense, pruned)]
