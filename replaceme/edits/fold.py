@@ -50,11 +50,16 @@ def apply_edits(model: Any, family: Family, edits: Edits) -> None:
         reshape(model, {**form, "linears": {}})
     for name, exact in edited_parameters(model, family, layers, edits):
         _set_parameter(model, name, exact, replace=bool(edits.bases))
-    cut_config(model.config, family, edits.removed_layers)
+    edit_config(model.config, family, edits)
+
+
+def edit_config(config: Any, family: Family, edits: Edits) -> None:
+    """Change the dense model's config, in place, to the shortened model's."""
+    cut_config(config, family, edits.removed_layers)
     if edits.width:
-        narrow(model.config, edits)
+        narrow(config, edits)
     for name, value in edits.config.items():
-        setattr(model.config, name, value)
+        setattr(config, name, value)
 
 
 def _set_parameter(model: nn.Module, name: str, exact: Tensor, replace: bool) -> None:

@@ -17,9 +17,21 @@ from replaceme.base.errors import ModelError
 from replaceme.base.files import read_json
 from replaceme.base.fingerprints import sha256_of
 from replaceme.base.params import Params, nearest
+from replaceme.base.progress import logger
 from replaceme.models import embedded, hub
 from replaceme.models.families import Family
-from replaceme.models.model import COPIED_FILES, LEFT_OUT, TOKENIZER_CONFIG, VOCABULARIES, WEIGHT_FILES, WEIGHTS, Model
+from replaceme.models.model import (
+    ADAPTER,
+    COPIED_FILES,
+    FORMATS,
+    LEFT_OUT,
+    TOKENIZER_CONFIG,
+    VOCABULARIES,
+    WEIGHT_FILES,
+    WEIGHTS,
+    Model,
+    stored_dtype,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -74,10 +86,16 @@ def calibration_model(params: Params, record: Path) -> tuple[PreTrainedModel, Fa
 
 def check_folder(model: Model) -> Model:
     """Return ``model`` if its folder has config, safetensors and tokenizer. Raises ModelError with the reason otherwise."""
+    adapter = (model.folder / ADAPTER).is_file()
     if not (model.folder / "config.json").is_file():
-        if (model.folder / "adapter_config.json").is_file():
+        if adapter:
             raise ModelError(f"model_path: {model.name} holds only an adapter; merge it into its base model first.")
         raise ModelError(f"model_path: {model.name} is not a model folder: it has no config.json.")
+    if adapter:
+        raise ModelError(
+            f"model_path: {model.name} holds an adapter ({ADAPTER}) beside its model, and it would be left out; merge it into "
+            "the model, or remove its files."
+        )
     if not model.files(WEIGHTS):
         if model.files(PICKLED):
             raise ModelError(
@@ -110,7 +128,10 @@ def _is_within(path: Path, folder: Path) -> bool:
 
 
 def check_weights(model: Model) -> None:
-    """Raise ModelError if a weight file is damaged or a shard named by the index is missing; reads only headers."""
+    """Raise ModelError if a weight file is damaged, a shard named by the index is missing, or a dtype can't be kept.
+
+    Reads only headers.
+    """
     for index in model.files(("*.safetensors.index.json",)):
         try:
             shards = set(read_json(index)["weight_map"].values())
@@ -125,3 +146,11 @@ def check_weights(model: Model) -> None:
                 pass
         except (SafetensorError, OSError) as failure:
             raise ModelError(f"model_path: {path.name} of {model.name} is damaged ({failure}).") from None
+    stored, usual = model.stored(), stored_dtype(model)
+    others = {name for name, place in stored.items() if FORMATS.get(place.format, usual) != usual}
+    if others and (kept := others & {*model.names_of(model.skeleton(model.config()), stored).values()}):
+        logger.info(
+            "model_path: %d of %d weights are stored in another format than most (%s), such as %s: passes compute in that one, "
+            "and the pruned model keeps each as it is stored",
+            len(kept), len(stored), usual, min(kept),
+        )  # fmt: skip

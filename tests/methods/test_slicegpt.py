@@ -141,10 +141,10 @@ def test_verification_sees_a_change_of_any_weight(name: str, tiny: Model, tmp_pa
     edits = random_edits(22)
     save_pruned(tiny, edits, tmp_path)
     pruned = Model(tmp_path, "pruned").load()
-    assert wrong_weights(tiny.load(), pruned, tiny.family(), edits) == []
+    assert wrong_weights(tiny.load(), pruned, tiny.family(), edits)[0] == []
     with torch.no_grad():
         pruned.get_parameter(name).view(-1)[3] += 1e-3
-    assert wrong_weights(tiny.load(), pruned, tiny.family(), edits) == [name]
+    assert wrong_weights(tiny.load(), pruned, tiny.family(), edits)[0] == [name]
     edits.bases[4] = random_edits(22).bases[0]
     with pytest.raises(VerificationError, match=r"export: model.layers.\d.\S+ differs"):
         verify_export(tiny, Model(tmp_path, "pruned"), edits, documents)
