@@ -25,6 +25,8 @@ from replaceme.evaluation.tasks import Items, is_file, task_items, task_kind, ta
 # correlations) can't be averaged with these over tasks.
 ACCURACIES = ("acc_norm", "acc", "exact_match", "em", "accuracy")
 PERPLEXITIES = {"word_perplexity": "word", "byte_perplexity": "byte"}
+# lm-eval's names for the number of tokens that a task generates, and the number for a task that doesn't say.
+LENGTHS, GENERATED = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"), 256
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,24 @@ class Suite:
                 self.reported[name] = Reported((name,), _reported_metric(name, list(single.aggregation())))
         if task.limit is not None:
             self.limits |= dict.fromkeys(singles, task.limit)
+
+
+def check_room(suite: Suite, positions: int | None) -> None:
+    """Raise ParameterError if a task generates as many tokens as the model takes in all, where lm-eval would fail.
+
+    Args:
+        suite: the tasks.
+        positions: largest number of tokens that the model takes, if its config says.
+    """
+    for name, single in suite.singles.items():
+        if positions and single.OUTPUT_TYPE == "generate_until":
+            options = single.config.generation_kwargs or {}
+            wanted = next((options[key] for key in LENGTHS if options.get(key) is not None), GENERATED)
+            if wanted >= positions:
+                raise ParameterError(
+                    f"tasks: {name} generates up to {wanted} tokens, and the model takes {positions} with the question; leave "
+                    "it out."
+                )
 
 
 def _reported_metric(name: str, metrics: Sequence[str]) -> str | None:

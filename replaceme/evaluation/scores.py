@@ -75,6 +75,7 @@ def score_model(params: Params, source: Model, name: str, found: dict[str, Any],
             windows = cut_windows(task_name(task), task_texts(task), tokenizer, params.eval_tokens, positions)
             requests.windows[task_name(task)] = windows
         check_unchanged(task, found[task_name(task)])
+    harness.check_room(suite, positions)
     model = source.load(params.eval_dtype, resolve_device(params.device), device_map=params.device_map)
     perplexity: dict[str, dict[str, float]] = {}
     items: dict[str, Tensor] = {}
