@@ -33,7 +33,8 @@ class Scores:
         figures: ``perplexity`` (task → token, word, byte, stderr), ``accuracy`` (task → accuracy, stderr, items, metric,
             fewshots, by_size), ``parameters``, ``disk_bytes``, ``kv_cache_bytes_per_token`` and ``device``.
         items: ``accuracy/<task>/<n>`` (items,), where n counts the single tasks of a group, and ``losses/<task>`` and
-            ``counts/<task>`` (windows,); all float64.
+            ``counts/<task>`` (windows,); all float64. And ``articles/<task>/<n>`` (items,) int64, equal for items of one
+            article, where items share some.
         requests: the token ids of all scored requests.
     """
 
@@ -86,6 +87,12 @@ def score_model(params: Params, source: Model, name: str, found: dict[str, Any],
     scorer = CausalScorer(model, tokenizer, params.eval_batch_size, f"{name}: {', '.join(suite.reported)}", requests.encodings)
     outcome = harness.run(scorer, suite)
     items |= {f"accuracy/{task}/{n}": part for task, parts in outcome.items.items() for n, part in enumerate(parts)}
+    items |= {
+        f"articles/{task}/{n}": own
+        for task, parts in outcome.articles.items()
+        for n, own in enumerate(parts)
+        if own is not None
+    }
     figures = {
         "perplexity": perplexity | outcome.perplexity,
         "accuracy": outcome.accuracy,

@@ -13,7 +13,8 @@ Figures = Mapping[str, Any]
 
 SIGNIFICANT = 0.05
 NOTES = {
-    "*": "differs from the dense model at p < 0.05 (exact McNemar test or paired t-test over the same items)",
+    "*": "differs from the dense model at p < 0.05 (exact McNemar test or paired t-test over the same items, or over their "
+    "articles where items share one)",
     "°": "no significant difference from the dense model (p ≥ 0.05, same test)",
 }
 UNITS = {"perplexity": "token", "word_perplexity": "word", "byte_perplexity": "byte"}
@@ -127,7 +128,7 @@ def accuracy_table(evaluation: Figures) -> Table | None:
         cells = ["100.0", f"{evaluation['retention_percent']:.1f}{error}", "", "", ""]
         rows = {name: [*row, cell] for (name, row), cell in zip(rows.items(), cells, strict=True)}
     return Table(
-        "Accuracy in percent, ± one standard error (of the difference: paired over the items)",
+        "Accuracy in percent, ± one standard error (of the difference: paired over the items, or their articles)",
         head,
         [[name, *row] for name, row in rows.items() if any(row)],
         [(mark, note) for mark, note in NOTES.items() if mark in marks.values()],

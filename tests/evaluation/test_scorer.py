@@ -242,6 +242,31 @@ def test_a_group_weights_its_tasks_equally_if_lm_eval_defines_it_so(library: Cal
     assert score["stderr"] == pytest.approx(sum(float(part.var()) / len(part) for part in parts) ** 0.5 / 2)
 
 
+@pytest.mark.parametrize("column", ["article", "passage", "context"])
+def test_items_that_share_a_passage_are_known_in_files_and_in_tasks_of_lm_eval(
+    column: str, library: Callable[..., None], questions: Path
+) -> None:
+    rows = [{**row, column: f"passage {number // 4}"} for number, row in enumerate(question_rows(20))]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    library("theirs")
+    found = run(made_model(max_position_embeddings=1024), Task(str(questions)), Task("theirs"))
+    for name in ("questions", "theirs"):
+        (own,), (part,) = found.articles[name], found.items[name]
+        assert own is not None
+        assert [int((own == each).sum()) for each in own.unique()] == [4] * 5
+        assert torch.equal(own, own[::4].repeat_interleave(4))
+        assert found.accuracy[name]["stderr"] == pytest.approx(float(part.reshape(5, 4).mean(dim=1).std()) / 5**0.5)
+
+
+def test_items_without_a_shared_passage_are_independent(questions: Path) -> None:
+    for passages in ([""] * 40, [str(number) for number in range(40)], ["same"] * 39):
+        rows = question_rows()
+        for row, passage in zip(rows, passages, strict=False):
+            row["passage"] = passage
+        questions.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        assert run(made_model(max_position_embeddings=1024), Task(str(questions))).articles["questions"] == [None]
+
+
 def test_a_name_that_is_taken_is_refused(library: Callable[..., None], questions: Path) -> None:
     library("questions")
     with pytest.raises(ParameterError, match="tasks: questions is there twice"):
