@@ -68,7 +68,20 @@ def compare(dense: Figures, pruned: Figures, dense_items: Mapping[str, Tensor], 
         if size in dense and size in pruned:
             a, b = dense[size], pruned[size]
             comparison[size] = {"dense": a, "pruned": b, "removed_percent": 100 * (1 - b / a)}
+    if "calibration_text" in pruned:
+        comparison["calibration_text"] = pruned["calibration_text"]
     return comparison
+
+
+def seen_tasks(comparison: Mapping[str, Any]) -> list[str]:
+    """Return the tasks that are scored on calibration text."""
+    return [task for task, figures in comparison.get("calibration_text", {}).items() if figures["seen"]]
+
+
+def seen_note(comparison: Mapping[str, Any]) -> str:
+    """Return a sentence on the tasks that are scored on calibration text; empty if there are none."""
+    seen = seen_tasks(comparison)
+    return f"Seen: {', '.join(seen)} ({'are' if len(seen) > 1 else 'is'} scored on calibration text)." if seen else ""
 
 
 def parts_of(items: Mapping[str, Tensor], task: str) -> list[Tensor]:
@@ -213,23 +226,29 @@ def _normal_p_value(mean: float, stderr: float) -> float:
 
 
 def comparison_table(comparison: Figures) -> str:
-    """Return the comparison as a text table."""
-    return align(comparison_rows(comparison))
+    """Return the comparison as a text table, and a sentence on seen texts."""
+    return "\n".join(filter(None, [align(comparison_rows(comparison)), seen_note(comparison)]))
 
 
 def comparison_rows(comparison: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Return the comparison as rows of cells, the heading first."""
+    """Return the comparison as rows of cells, the heading first; a task that is scored on calibration text is marked."""
+    seen = seen_tasks(comparison)
+    marks = dict.fromkeys(seen, " (seen)")
     rows: list[tuple[str, ...]] = [("", "dense", "pruned", "")]
     for task, pair in comparison.get("perplexity", {}).items():
-        rows.append((f"{task} perplexity", f"{pair['dense']:.4g}", f"{pair['pruned']:.4g}", f"x {pair['ratio']:.3g}"))
+        name = f"{task} perplexity{marks.get(task, '')}"
+        rows.append((name, f"{pair['dense']:.4g}", f"{pair['pruned']:.4g}", f"x {pair['ratio']:.3g}"))
     for task in sorted(set(comparison.get("word_perplexity", {})) - set(comparison.get("perplexity", {}))):
         pair = comparison["word_perplexity"][task]
-        rows.append((f"{task} word perplexity", f"{pair['dense']:.4g}", f"{pair['pruned']:.4g}", f"x {pair['ratio']:.3g}"))
+        name = f"{task} word perplexity{marks.get(task, '')}"
+        rows.append((name, f"{pair['dense']:.4g}", f"{pair['pruned']:.4g}", f"x {pair['ratio']:.3g}"))
     for task, pair in comparison.get("accuracy", {}).items():
-        rows.append((f"{task} accuracy", *(_percent(pair, side) for side in ("dense", "pruned")), _kept(pair)))
+        name = f"{task} accuracy{marks.get(task, '')}"
+        rows.append((name, *(_percent(pair, side) for side in ("dense", "pruned")), _kept(pair)))
     if len(comparison.get("accuracy", {})) > 1:
         means = comparison["average_accuracy"]
-        rows.append(("average accuracy", *(f"{100 * means[side]:.1f} %" for side in ("dense", "pruned")), _kept(means)))
+        name = "average accuracy" + " (in part seen)" * any(task in comparison["accuracy"] for task in seen)
+        rows.append((name, *(f"{100 * means[side]:.1f} %" for side in ("dense", "pruned")), _kept(means)))
     size = comparison["parameters"]
     rows.append(
         ("parameters", f"{size['dense'] / 1e6:.1f} M", f"{size['pruned'] / 1e6:.1f} M", f"−{size['removed_percent']:.1f} %")
