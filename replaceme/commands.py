@@ -122,7 +122,8 @@ def _measure(params: Params) -> None:
     from replaceme.speed import measure_speed
 
     work = _result_of(params)
-    dense, pruned = recorded_model(params, work.model_input), Model(work.model, work.model.name)
+    dense = recorded_model(params, work.model_input)
+    pruned = Model(work.model, work.model.name, trust_remote_code=params.trust_remote_code)
     if identity(dense) != read_json(work.model_input):
         raise ParameterError(f"model_path: {params.model_path} is not what {work.model} was made from; name that model.")
     times = measure_speed(params, dense, pruned)

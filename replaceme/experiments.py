@@ -172,7 +172,8 @@ def _measured(params: Params, place: Path, name: str) -> Record:
     from replaceme.models.model import Model
     from replaceme.speed import measure_speed
 
-    return measure_speed(params, recorded_model(params, place / "dense.json"), Model(place / "model", name))
+    pruned = Model(place / "model", name, trust_remote_code=params.trust_remote_code)
+    return measure_speed(params, recorded_model(params, place / "dense.json"), pruned)
 
 
 def _opened(revision: str) -> Any:

@@ -94,23 +94,32 @@ def card_of(params: Params, work: Workspace) -> str:
 
 def _scores(evaluation: Mapping[str, Any]) -> str:
     """Return metrics/evaluation.json as Markdown."""
-    from replaceme.evaluation.comparison import comparison_rows
+    from replaceme.evaluation.comparison import comparison_rows, seen_note
 
     head, *rows = comparison_rows(evaluation)
     table = "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
     if "retention_stderr" in evaluation:
         kept = f"{evaluation['retention_percent']:.1f} ± {evaluation['retention_stderr']:.1f} %"
         table += f"\n\n{kept} of the dense model's average accuracy is kept; ± is one standard error."
+    if note := seen_note(evaluation):
+        table += f"\n\n{note}"
     return table
 
 
 def _results(evaluation: Mapping[str, Any]) -> list[EvalResult]:
-    """Return the pruned model's scores as the hub's evaluation results."""
+    """Return the pruned model's scores as the hub's evaluation results; calibration text is named as such."""
     from huggingface_hub import EvalResult
 
+    from replaceme.evaluation.comparison import seen_tasks
+
+    names = {task: f"{task} (seen in calibration)" for task in seen_tasks(evaluation)}
     return [
         EvalResult(
-            task_type="text-generation", dataset_type=task, dataset_name=task, metric_type=metric, metric_value=pair["pruned"]
+            task_type="text-generation",
+            dataset_type=task,
+            dataset_name=names.get(task, task),
+            metric_type=metric,
+            metric_value=pair["pruned"],
         )
         for metric in ("perplexity", "accuracy")
         for task, pair in evaluation.get(metric, {}).items()

@@ -2,6 +2,9 @@
 
 Each document starts with the tokenizer's start of text: exactly one BOS if it has one, even if a chat template adds its own.
 Padding isn't stored. Rows without tokens are skipped and counted.
+
+Each document has a source: its row, or the running text that it is a piece of. Few running texts (a .txt file is a single one)
+have ``PARTS`` sources each, one after the other, so that documents can be held out by whole sources.
 """
 
 from __future__ import annotations
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SEPARATOR = "\n\n"
+# At most one document in so many is held out (``replaceme.training.training``): from so many texts on, a text is one source.
+PARTS = 20
 
 
 @dataclass
@@ -57,33 +62,38 @@ def draw_documents(
     encoded = (encode(row, tokenizer, prefix) for row in corpus.rows)
     if corpus.running:
         texts = (text for text in corpus.rows if isinstance(text, str))
-        bodies: Iterable[list[int]] = _pieces((encode_in_chunks(text, tokenizer, prefix) for text in texts), room, size, seed)
+        bodies: Iterable[tuple[int, list[int]]] = _pieces(
+            (encode_in_chunks(text, tokenizer, prefix) for text in texts), room, size, seed
+        )
     elif pack:
-        bodies = _packed(encoded, tokenizer.encode(SEPARATOR, add_special_tokens=False), room, counts)
+        bodies = enumerate(_packed(encoded, tokenizer.encode(SEPARATOR, add_special_tokens=False), room, counts))
     else:
-        bodies = encoded
+        bodies = enumerate(encoded)
     drawn: list[Tensor] = []
-    for body in progress(bodies, "drawing documents", "documents", total=size):
+    sources: list[int] = []
+    for source, body in progress(bodies, "drawing documents", "documents", total=size):
         if not body:
             counts.empty += 1
             continue
         counts.cut += len(body) > room
         drawn.append(torch.tensor([*prefix, *body[:room]]))
+        sources.append(source)
         if len(drawn) == size:
             break
     if not drawn:
         raise DatasetError(f"dataset: no text is left after tokenization ({counts.empty} rows were empty).")
-    documents = Documents(drawn)
+    documents = Documents(drawn, sources)
     counts.documents, counts.tokens = len(documents), documents.token_count
     return documents, counts
 
 
-def _pieces(texts: Iterable[Iterable[list[int]]], room: int, size: int, seed: int) -> Iterator[list[int]]:
+def _pieces(texts: Iterable[Iterable[list[int]]], room: int, size: int, seed: int) -> Iterator[tuple[int, list[int]]]:
     """Cut running texts into pieces of ``room`` tokens (a shorter text is one piece) and yield ``size`` in a seeded order.
 
-    The rest of a longer text is dropped.
+    The rest of a longer text is dropped. Each piece comes with the number of its source.
     """
     pieces: list[Tensor] = []
+    counts: list[int] = []  # pieces of each text
     for chunks in progress(texts, "tokenizing", "texts"):
         before, rest = len(pieces), torch.empty(0, dtype=torch.int32)
         for chunk in chunks:
@@ -93,8 +103,11 @@ def _pieces(texts: Iterable[Iterable[list[int]]], room: int, size: int, seed: in
             rest = rest[full:].clone()
         if len(pieces) == before and len(rest):
             pieces.append(rest)
+        counts.append(len(pieces) - before)
+    parts = 1 if len(counts) >= PARTS else PARTS
+    sources = [text * parts + place * parts // count for text, count in enumerate(counts) for place in range(count)]
     order = seeded_order(len(pieces), seed).tolist()
-    yield from (pieces[index].tolist() for index in order[:size])
+    yield from ((sources[index], pieces[index].tolist()) for index in order[:size])
 
 
 def _packed(rows: Iterable[list[int]], separator: list[int], room: int, counts: Counts) -> Iterator[list[int]]:

@@ -13,6 +13,9 @@ from typing import Any
 from replaceme.base.errors import DatasetError
 from replaceme.base.task import Task
 
+# Columns that hold the text that several items can share; the first one that a row has counts.
+PASSAGES = ("article", "passage", "paragraph", "story", "context")
+
 
 def is_question_file(path: Path, task: Task) -> bool:
     """Tell whether a file holds questions, by the task's column options or else by the columns of the first row."""
@@ -32,7 +35,7 @@ def is_question_file(path: Path, task: Task) -> bool:
 
 
 def read_questions(path: Path, task: Task) -> list[dict[str, Any]]:
-    """Return the rows of a file as items ``{query, choices, gold}``.
+    """Return the rows of a file as items ``{query, choices, gold}``, with the passage that a row belongs to, if it has one.
 
     Raises:
         DatasetError: a row is wrong; the message names the line.
@@ -53,7 +56,8 @@ def read_questions(path: Path, task: Task) -> list[dict[str, Any]]:
             raise DatasetError(
                 f"tasks: {place}: '{answer}' must be the right choice's position, 0 to {len(choices) - 1}, not {gold!r}."
             )
-        items.append({"query": query, "choices": choices, "gold": gold})
+        passage = {name: row[name] for name in PASSAGES if isinstance(row.get(name), str)}
+        items.append({**passage, "query": query, "choices": choices, "gold": gold})
     return items
 
 

@@ -22,6 +22,7 @@ from replaceme.evaluation.kv_cache import cache_bytes_per_token
 from replaceme.evaluation.perplexity import cut_windows, perplexities, window_losses
 from replaceme.evaluation.requests import Requests
 from replaceme.evaluation.scorer import CausalScorer
+from replaceme.evaluation.seen import Calibration
 from replaceme.evaluation.tasks import check_unchanged, task_kind, task_name, task_texts
 from replaceme.models.model import WEIGHTS, Model, parameter_count
 
@@ -33,9 +34,11 @@ class Scores:
     Attributes:
         figures: ``perplexity`` (task → token, word, byte, stderr), ``accuracy`` (task → accuracy, stderr, items, metric,
             fewshots, by_size), ``parameters``, ``disk_bytes``, ``kv_cache_bytes_per_token``, ``device`` (cpu, cuda) and
-            ``made_with`` (the kind of the device, as ``processor``, and the version of each package).
+            ``made_with`` (the kind of the device, as ``processor``, and the version of each package). Where the calibration
+            text is known, ``calibration_text`` (task → seen, overlap: ``replaceme.evaluation.seen``).
         items: ``accuracy/<task>/<n>`` (items,), where n counts the single tasks of a group, and ``losses/<task>`` and
-            ``counts/<task>`` (windows,); all float64.
+            ``counts/<task>`` (windows,); all float64. And ``articles/<task>/<n>`` (items,) int64, equal for items of one
+            article, where items share some.
         requests: the token ids of all scored requests.
     """
 
@@ -56,7 +59,14 @@ class Scores:
         return cls(figures, items, Requests.load(folder))
 
 
-def score_model(params: Params, source: Model, name: str, found: dict[str, Any], requests: Requests) -> Scores:
+def score_model(
+    params: Params,
+    source: Model,
+    name: str,
+    found: dict[str, Any],
+    requests: Requests,
+    calibration: Calibration | None = None,
+) -> Scores:
     """Score a model on the tasks of ``params``.
 
     Args:
@@ -65,18 +75,28 @@ def score_model(params: Params, source: Model, name: str, found: dict[str, Any],
         name: its name in progress bars and in the log.
         found: the tasks' identities (``task_fingerprints``).
         requests: the token ids known so far; missing ones are added.
+        calibration: the text that the model was fitted to, to be looked for in the tasks; None if there is none.
     """
     use_processor(params.threads)
     tokenizer, positions = source.tokenizer(), getattr(source.config(), "max_position_embeddings", None)
     # Prepare every task first, so that errors in a task come before the model is loaded.
     suite = harness.Suite()
+    seen: dict[str, dict[str, float]] = {}
     for task in params.tasks:
+        text, identity, reported = task_name(task), found[task_name(task)], set(suite.reported)
         if task_kind(task) != "perplexity":
-            suite.add(task, found[task_name(task)])
-        elif task_name(task) not in requests.windows:
-            windows = cut_windows(task_name(task), task_texts(task), tokenizer, params.eval_tokens, positions)
-            requests.windows[task_name(task)] = windows
-        check_unchanged(task, found[task_name(task)])
+            suite.add(task, identity)
+        elif text not in requests.windows:
+            requests.windows[text] = cut_windows(text, task_texts(task), tokenizer, params.eval_tokens, positions)
+        if calibration and task_kind(task) == "perplexity":
+            decoded = (tokenizer.decode(ids.tolist(), skip_special_tokens=True) for ids in requests.windows[text].windows)
+            seen[text] = calibration.in_windows(text, task, identity, decoded)
+        elif calibration:
+            for each in sorted(suite.reported.keys() - reported):
+                singles = [suite.singles[single] for single in suite.reported[each].singles]
+                seen[each] = calibration.in_items(each, task, identity, singles, task.limit)
+        check_unchanged(task, identity)
+    harness.check_room(suite, positions)
     model = source.load(params.eval_dtype, resolve_device(params.device), device_map=params.device_map)
     perplexity: dict[str, dict[str, float]] = {}
     items: dict[str, Tensor] = {}
@@ -87,6 +107,12 @@ def score_model(params: Params, source: Model, name: str, found: dict[str, Any],
     scorer = CausalScorer(model, tokenizer, params.eval_batch_size, f"{name}: {', '.join(suite.reported)}", requests.encodings)
     outcome = harness.run(scorer, suite)
     items |= {f"accuracy/{task}/{n}": part for task, parts in outcome.items.items() for n, part in enumerate(parts)}
+    items |= {
+        f"articles/{task}/{n}": own
+        for task, parts in outcome.articles.items()
+        for n, own in enumerate(parts)
+        if own is not None
+    }
     figures = {
         "perplexity": perplexity | outcome.perplexity,
         "accuracy": outcome.accuracy,
@@ -97,6 +123,8 @@ def score_model(params: Params, source: Model, name: str, found: dict[str, Any],
     }
     if (size := cache_bytes_per_token(model)) is not None:
         figures["kv_cache_bytes_per_token"] = size
+    if calibration:
+        figures["calibration_text"] = seen
     shown = [f"{task} perplexity {scores['token']:.4g}" for task, scores in perplexity.items() if "token" in scores]
     shown += [f"{task} word perplexity {scores['word']:.4g}" for task, scores in outcome.perplexity.items() if "word" in scores]
     shown += [f"{task} accuracy {100 * scores['accuracy']:.1f} %" for task, scores in outcome.accuracy.items()]

@@ -20,6 +20,7 @@ FEATURES = {"refit": "mlp_features", "joint": "features", "channels": "features"
 
 def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
     """Return the edits of the host, and their fit."""
+    from replaceme.base.compute import resolve_device
     from replaceme.edits.edits import Edits
     from replaceme.solvers.arguments import naming
     from replaceme.solvers.closed_forms import STRUCTURES, closed_form, structure_words
@@ -37,8 +38,11 @@ def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
         transform, of_ridge = solution.transform, dense_figures(solution, params.alpha)
         path = ridge_path(solution, float(sums["target_squares"]), float(sums["output_squares"]))
     else:
+        # Of these structures only the orthogonal one takes long: it iterates, with a singular value decomposition each time.
+        device = resolve_device(params.device) if structure == "orthogonal" else "cpu"
+        gram, cross = sums["gram"].to(device), sums["cross"].to(device)
         with naming(alpha="alpha", norm="transform", tokens="dataset_size"):
-            transform = closed_form(sums["gram"], sums["cross"], params.alpha, structure, sums.get("norm"))
+            transform = closed_form(gram, cross, params.alpha, structure, sums.get("norm")).cpu()
         of_ridge = structured_figures(transform, sums, params.alpha, structure)
     fit = fit_quality(transform, sums, sample) | of_ridge
     logger.info(

@@ -1,8 +1,12 @@
-"""evaluate: score the pruned model and compare it with the dense one."""
+"""evaluate: score the pruned model and compare it with the dense one.
+
+Here, and not in ``baseline``, the tasks are compared with the calibration text: all calibrations share a baseline.
+"""
 
 from collections.abc import Mapping
 from typing import Any
 
+from replaceme.base.documents import Documents
 from replaceme.base.files import read_json, rounded, write_json
 from replaceme.base.params import Params
 from replaceme.base.progress import logger
@@ -10,6 +14,7 @@ from replaceme.base.stage import SCORING, Stage
 from replaceme.base.workspace import Workspace
 from replaceme.evaluation.comparison import compare, comparison_table
 from replaceme.evaluation.scores import Scores, score_model
+from replaceme.evaluation.seen import Calibration
 from replaceme.models.model import Model
 
 
@@ -17,7 +22,9 @@ def evaluate(params: Params, work: Workspace) -> None:
     """Score the pruned model, write metrics/evaluation.json and print the table."""
     pruned = Model(work.model, work.model.name, trust_remote_code=params.trust_remote_code)
     dense = Scores.load(work.baseline)
-    scores = score_model(params, pruned, "pruned model", read_json(work.tasks_input), dense.requests)
+    documents, decode = Documents.load(work.documents), pruned.tokenizer().decode
+    calibration = Calibration.of(params, read_json(work.dataset_input), documents, decode)
+    scores = score_model(params, pruned, "pruned model", read_json(work.tasks_input), dense.requests, calibration)
     _warn_of_differences(dense.figures, scores.figures)
     comparison = rounded(compare(dense.figures, scores.figures, dense.items, scores.items))
     write_json(work.metric("evaluation"), comparison)
@@ -37,8 +44,15 @@ def _warn_of_differences(dense: Mapping[str, Any], pruned: Mapping[str, Any]) ->
 STAGE = Stage(
     name="evaluate",
     run=evaluate,
-    params=SCORING,
-    reads=(Workspace.tasks_input, Workspace.model, Workspace.baseline, Workspace.score_versions),
+    params=(*SCORING, "dataset_config", "dataset_split"),
+    reads=(
+        Workspace.tasks_input,
+        Workspace.dataset_input,
+        Workspace.documents,
+        Workspace.model,
+        Workspace.baseline,
+        Workspace.score_versions,
+    ),
     metrics=("evaluation",),
     code=("base", "models", "corpora", "evaluation"),
 )

@@ -23,6 +23,8 @@ COSTS = {"seconds": "compression_seconds", "peak_memory_bytes": "peak_memory_byt
 SPEEDS = {"prefill_seconds": "prefill_speedup", "decode_seconds_per_token": "decode_speedup"}
 COUNTS = ("parameters", "peak_memory_bytes", "peak_cuda_bytes")
 TRAINED = "trained"
+# The tasks that are scored on calibration text.
+SEEN = "seen"
 # Percentage points of the parameters: less than a layer of a small model.
 SAME_SIZE = 2.5
 
@@ -117,6 +119,7 @@ def comparison_of(records: Sequence[Mapping[str, Any]]) -> ExperimentComparison:
     table[list(settings)] = settings
     results, costs = _results(pd.DataFrame(scored))
     table = pd.concat([table, results, costs], axis=1)
+    table[SEEN] = [_seen_tasks(record) for record in scored]
     table["revision"] = [str(record["rev"]) for record in scored]
     # The commit that the experiments start from often equals one of them.
     same = [name for name in table if name not in ("experiment", "revision", *costs)]
@@ -161,6 +164,15 @@ def _trained(record: Mapping[str, Any]) -> bool:
         return str(record["trained"]) in ("True", "1", "1.0")
     method = METHODS.get(str(record.get("method")))
     return (method is not None and method.trained) or _setting(record, "heal_epochs") not in (None, 0, "0")
+
+
+def _seen_tasks(record: Mapping[str, Any]) -> str:
+    """Return the tasks that an experiment scored on calibration text, by name."""
+    start, end = "calibration_text.", ".seen"
+    marks = {name.removeprefix(start).removesuffix(end): value for name, value in record.items() if name.startswith(start)}
+    return ", ".join(
+        sorted(task for task, value in marks.items() if f"{start}{task}{end}" in record and str(value) in ("1", "1.0"))
+    )
 
 
 def _results(every: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -3,7 +3,7 @@
 All accuracies are in percent, so that the run's table and the published one can be read side by side.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,11 @@ Figures = Mapping[str, Any]
 
 SIGNIFICANT = 0.05
 NOTES = {
-    "*": "differs from the dense model at p < 0.05 (exact McNemar test or paired t-test over the same items)",
+    "*": "differs from the dense model at p < 0.05 (exact McNemar test or paired t-test over the same items, or over their "
+    "articles where items share one)",
     "°": "no significant difference from the dense model (p ≥ 0.05, same test)",
 }
+SEEN = "†"
 UNITS = {"perplexity": "token", "word_perplexity": "word", "byte_perplexity": "byte"}
 SIZES = {
     "parameters": ("parameters", ""),
@@ -115,7 +117,7 @@ def accuracy_table(evaluation: Figures) -> Table | None:
         "p": [_p_value(task["p_value"]) if "p_value" in task else "" for task in tasks.values()],
         "items": [str(task.get("items", "")) for task in tasks.values()],
     }
-    head = ["", *tasks]
+    head = ["", *(_named(task, evaluation) for task in tasks)]
     if average := evaluation.get("average_accuracy"):
         head.append("average")
         change = average["pruned"] - average["dense"]
@@ -127,10 +129,10 @@ def accuracy_table(evaluation: Figures) -> Table | None:
         cells = ["100.0", f"{evaluation['retention_percent']:.1f}{error}", "", "", ""]
         rows = {name: [*row, cell] for (name, row), cell in zip(rows.items(), cells, strict=True)}
     return Table(
-        "Accuracy in percent, ± one standard error (of the difference: paired over the items)",
+        "Accuracy in percent, ± one standard error (of the difference: paired over the items, or their articles)",
         head,
         [[name, *row] for name, row in rows.items() if any(row)],
-        [(mark, note) for mark, note in NOTES.items() if mark in marks.values()],
+        [*((mark, note) for mark, note in NOTES.items() if mark in marks.values()), *_seen_notes(evaluation, tasks)],
     )
 
 
@@ -139,7 +141,7 @@ def perplexity_table(evaluation: Figures) -> Table | None:
     tasks = dict.fromkeys(task for group in UNITS for task in evaluation.get(group, {}))
     rows = [
         [
-            f"{task}, per {unit}",
+            f"{_named(task, evaluation)}, per {unit}",
             *(_with_error(figures, side) for side in ("dense", "pruned")),
             f"× {_with_error(figures, 'ratio')}",
         ]
@@ -147,7 +149,8 @@ def perplexity_table(evaluation: Figures) -> Table | None:
         for group, unit in UNITS.items()
         if (figures := evaluation.get(group, {}).get(task))
     ]
-    return Table("Perplexity, ± one standard error", ["", "dense", "pruned", "ratio"], rows) if rows else None
+    head, notes = ["", "dense", "pruned", "ratio"], _seen_notes(evaluation, tasks)
+    return Table("Perplexity, ± one standard error", head, rows, notes) if rows else None
 
 
 def size_table(evaluation: Figures) -> Table | None:
@@ -224,6 +227,29 @@ def quantity(value: float, unit: str = "") -> str:
         value /= 1000
         prefixes.pop(0)
     return f"{value:.4g} {prefixes[0]}{unit}".rstrip()
+
+
+def seen_in(evaluation: Figures, tasks: Iterable[str]) -> list[str]:
+    """Return those of some tasks that are scored on calibration text."""
+    texts = evaluation.get("calibration_text", {})
+    return [task for task in tasks if texts.get(task, {}).get("seen")]
+
+
+def _named(task: str, evaluation: Figures) -> str:
+    return f"{task} {SEEN}" if seen_in(evaluation, [task]) else task
+
+
+def _seen_notes(evaluation: Figures, tasks: Iterable[str]) -> list[tuple[str, str]]:
+    texts = evaluation.get("calibration_text", {})
+    shares = ", ".join(f"{100 * texts[task]['overlap']:.0f} % of {task}" for task in seen_in(evaluation, tasks))
+    if not shares:
+        return []
+    return [
+        (
+            SEEN,
+            f"scored on calibration text, which says nothing about other text (items with 13 of its words in a row: {shares})",
+        )
+    ]
 
 
 def _mark(task: Figures) -> str:

@@ -146,8 +146,8 @@ def _split(documents: Documents) -> tuple[Documents, Documents]:
     excerpts = excerpts_of(held_out)
     if not len(excerpts):
         raise ParameterError(
-            f"selection: loss holds out every {HELD_OUT_EVERY}th document, and none of these has two tokens, of "
-            f"{len(documents)} in the dataset; use residual, or more text."
+            f"selection: loss holds out every {HELD_OUT_EVERY}th document, by whole texts, and none of these has two tokens, "
+            f"of {len(documents)} from {len(set(documents.sources))} texts; use residual, or more text."
         )
     return fit, excerpts
 

@@ -39,7 +39,7 @@ Curves = dict[str, list[tuple[int, float]]]
 WEIGHT_DECAY, CLIP, WARM_UP, FLOOR = 1e-3, 5.0, 0.01, 0.25
 # Seed of the documents' order.
 SEED = 0
-# One document in so many is held out; their loss is evaluated about this often in a training.
+# About one document in so many is held out, by whole texts; their loss is evaluated about this often in a training.
 HELD_OUT_EVERY, EVALUATIONS = 20, 8
 # Time between checkpoints, at least: seconds, and a multiple of the time that the last one took.
 CHECKPOINT_SECONDS, SAVING_SHARE = 60.0, 10
@@ -189,8 +189,9 @@ class _Run:
 
     def __init__(self, lesson: Lesson, parameters: dict[str, Tensor], course: Course, folder: Path, key: str):
         self.lesson, self.parameters, self.course, self.folder, self.key = lesson, parameters, course, folder, key
-        self.lengths = [len(text) for text in lesson.documents.longest_first()]
-        self.taught, self.held_out = split_places(len(lesson.documents), HELD_OUT_EVERY)
+        ordered = lesson.documents.in_walk_order()
+        self.lengths = [len(text) for text in ordered.documents]
+        self.taught, self.held_out = split_places(ordered.sources, HELD_OUT_EVERY)
         self.optimizer = torch.optim.AdamW(parameters.values(), lr=course.learning_rate, weight_decay=WEIGHT_DECAY)
         self.per_epoch = -(-len(self.taught) // course.batch_size)
         self.steps = self.per_epoch * course.epochs

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from replaceme.base.documents import Documents
+from replaceme.base.documents import Documents, split_documents
 from replaceme.base.errors import DatasetError
 from replaceme.base.params import Params, read_params
 from replaceme.corpora import tokenization
@@ -89,6 +89,33 @@ def test_rows_are_packed_until_a_document_is_full(tmp_path: Path) -> None:
     assert [len(document) for document in documents.documents] == [20, 20, 20]
     assert all((document == BOS).sum() == 1 for document in documents.documents)
     assert counts.documents == 3
+
+
+def test_the_pieces_of_a_text_have_one_source(tmp_path: Path) -> None:
+    texts = [made_text(12, seed) for seed in range(25)]
+    documents, _ = draw_documents(Corpus(texts, running=True), made_tokenizer(), 60, 16, pack=False, seed=0)
+    assert len({*documents.sources}) < len(documents) == 60
+    for document, source in zip(documents.documents, documents.sources, strict=True):
+        assert made_tokenizer().decode(document[1:]).strip("\ufffd") in texts[source]
+    used, held_out = split_documents(documents)
+    assert not {*used.sources} & {*held_out.sources}
+    assert 0 < len(held_out) <= 12
+
+
+def test_a_single_running_text_is_held_out_by_whole_parts(text_file: Path) -> None:
+    documents, _ = draw(text_file, size=300)
+    text = text_file.read_text(encoding="utf-8")
+    places = [text.index(made_tokenizer().decode(document[1:])) for document in documents.documents]
+    in_order = [source for _, source in sorted(zip(places, documents.sources, strict=True))]
+    assert in_order == sorted(in_order)
+    assert len({*in_order}) == 20
+
+
+def test_rows_are_sources_of_their_own(tmp_path: Path) -> None:
+    path = rows_file(tmp_path, [{"text": f"the river {number}" if number % 3 else ""} for number in range(9)])
+    for pack in (False, True):
+        documents, _ = draw(path, size=9, pack=pack, max_length=4)
+        assert len({*documents.sources}) == len(documents) > 1
 
 
 def test_chats_go_through_the_template_with_all_turns_and_one_bos(tmp_path: Path) -> None:

@@ -117,6 +117,22 @@ def test_the_scores_are_a_table_and_the_hubs_results(card_of: Callable[..., Mode
     assert index["name"] == "dense without 2 of its 6 layers"
 
 
+def test_scores_on_calibration_text_are_marked_in_the_table_and_the_hubs_results() -> None:
+    texts = {
+        "prose": {"seen": 1, "overlap": 1.0},
+        "piqa": {"seen": 1, "overlap": 0.3},
+        "last_word": {"seen": 0, "overlap": 0.0},
+    }
+    evaluation = {**EVALUATION, "calibration_text": texts}
+    table = _scores(evaluation)
+    assert {row.split("|")[1].strip() for row in table.splitlines() if row.startswith("| ")} >= {
+        "prose perplexity (seen)", "last_word accuracy", "piqa accuracy (seen)", "average accuracy (in part seen)",
+    }  # fmt: skip
+    assert table.endswith("Seen: prose, piqa (are scored on calibration text).")
+    names = [result.dataset_name for result in _results(evaluation)]
+    assert names == ["prose (seen in calibration)", "last_word", "piqa (seen in calibration)"]
+
+
 def test_the_settings_repeat_the_run(card_of: Callable[..., ModelCard], params: Params, tmp_path: Path) -> None:
     given = {
         "dataset": "org/1e-6", "dataset_config": "no", "dataset_split": "2024-01-01", "alpha": 1e-7, "layers_to_skip": 3,

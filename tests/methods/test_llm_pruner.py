@@ -438,6 +438,13 @@ def test_families_whose_heads_cannot_be_cut_out_are_refused_with_the_reason(kind
         ("llama", {}, "min_distance_layer: of the model's 6 layers, none is between layer 4 and layer 4; set it"),
         ("llama", {"min_distance_layer": 2, "max_distance_layer": 3}, "layers_to_skip: 2 layers have more parameters than"),
         ("gptj", {"plain": True}, "plain: the family's own config can't say what would be left"),
+        ("llama", {"plain": True}, "max_length: method llm_pruner takes pieces of 64 tokens; use at least 64, not 48"),
+        (
+            "llama",
+            {"plain": True, "max_length": 130, "dataset_size": 4},
+            "dataset_size: method llm_pruner takes 10 pieces of 64 tokens, and documents of at most 130 tokens have 2 each; "
+            "use at least 5, not 4",
+        ),
     ],
 )
 def test_impossible_requests_are_refused_before_any_work(

@@ -173,11 +173,14 @@ def test_the_loss_falls_on_training_and_on_held_out_texts(tmp_path: Path) -> Non
     assert len((tmp_path / "held_out_loss.tsv").read_text().splitlines()) == len(held_out) + 1
 
 
-def test_held_out_texts_are_not_trained_on(tmp_path: Path) -> None:
-    texts = many_documents(40)
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_held_out_texts_are_not_trained_on(pieces: int, tmp_path: Path) -> None:
+    texts = Documents(many_documents(40).documents, [number // pieces for number in range(40)])
     lesson = lesson_of(made_model(), texts)
-    taught_ones, held_out = split_places(40, training.HELD_OUT_EVERY)
+    ordered = texts.in_walk_order()
+    taught_ones, held_out = split_places(ordered.sources, training.HELD_OUT_EVERY)
     assert (sorted(taught_ones + held_out), len(held_out)) == ([*range(40)], 2)
+    assert not {ordered.sources[place] for place in taught_ones} & {ordered.sources[place] for place in held_out}
     course = Course(1e-3, 1, 4, RATE)
     first, _ = train(lesson, lesson.learners(), course, tmp_path / "one", "")
     for index in held_out:

@@ -21,6 +21,7 @@ from replaceme.edits.fold import apply_edits
 from replaceme.edits.unfused import unfused
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import cache_error, verify_export, wrong_weights
+from replaceme.methods import bases
 from replaceme.methods.bases import bases_in_order, fitting_width, nearest, principal, shared_basis
 from replaceme.methods.method import Bench
 from replaceme.methods.refusals import family_refusals
@@ -39,7 +40,7 @@ from replaceme.pipeline.plan import plan
 from replaceme.pipeline.repair import repair
 from replaceme.pipeline.solve import solve
 from tests.conftest import KINDS, LAYERS, WIDTH, made_model
-from tests.helpers import passing
+from tests.helpers import elsewhere, passing
 
 SLICED = ["granite", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3"]
 SIGNALS = 2 * LAYERS + 1
@@ -153,6 +154,38 @@ def test_verification_sees_a_change_of_any_weight(name: str, tiny: Model, tmp_pa
 def bench_of(model: Any, documents: Documents, folder: Path, **options: Any) -> Bench:
     params = read_params(None, {"method": "slicegpt", "batch_size": 4, "layers_to_skip": 1, **options}, METHODS)
     return Bench(params, model, family_of(model.config), documents, Plan((), ()), Edits("SliceGPT", []), folder, folder)
+
+
+def test_bases_and_projections_are_computed_on_the_device_of_the_states(
+    documents: Documents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, width = bench_of(made_model(), documents, tmp_path), 20
+    expected = [*bases_in_order(bench, width)]
+    watched, project, places = bases._watched, bases.projected, []
+
+    def noted(rows: torch.Tensor, Q: torch.Tensor) -> torch.Tensor:
+        places.append(rows.device.type)
+        return project(rows, Q)
+
+    monkeypatch.setattr(bases, "projected", noted)
+    monkeypatch.setattr(bases, "_watched", lambda *args: watched(*args).to("meta"))
+    with elsewhere():
+        found = [*bases_in_order(bench, width)]
+        # The sums over what a layer's walk sees are there; those over what its MLP gives are on the CPU here, as the MLP is.
+        assert [Q.device.type for Q, _ in found] == ["meta", *["meta", "cpu"] * LAYERS]
+        assert all(
+            torch.equal(Q.cpu(), other) and share == same for (Q, share), (other, same) in zip(found, expected, strict=True)
+        )
+    assert places == ["meta", *["cpu"] * (2 * LAYERS - 1)]
+
+
+def test_the_edits_of_slicing_are_on_the_cpu(documents: Documents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = bench_of(made_model(), documents, tmp_path)
+    watched = bases._watched
+    monkeypatch.setattr(bases, "_watched", lambda *args: watched(*args).to("meta"))
+    with elsewhere():
+        METHODS["slicegpt"].work(bench)  # type: ignore[misc]
+    assert {(type(Q), Q.device.type) for Q in bench.edits.bases} == {(torch.Tensor, "cpu")}
 
 
 def leading(gram: np.ndarray, width: int) -> tuple[np.ndarray, float]:

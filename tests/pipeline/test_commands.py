@@ -518,6 +518,24 @@ def test_the_dense_model_is_scored_once_for_all_results_and_known_by_content(
     assert other != first
 
 
+def test_a_task_on_the_calibration_text_is_marked_from_the_log_to_the_page(
+    published: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (other := tmp_path / "other.txt").write_text(made_text(40, seed=9), encoding="utf-8")
+    call(commands.run_replaceme, "--config", published, *FAST, "--tasks", f"[{text_file}, {other}]")
+    said = capsys.readouterr()
+    assert f"tasks: text is no unseen text: its source is the calibration text ({text_file})" in said.err
+    assert "other is no unseen text" not in said.err
+    assert "text perplexity (seen)" in said.out
+    work = tmp_path / "result.work"
+    found = json.loads((work / "metrics" / "evaluation.json").read_text())["calibration_text"]
+    assert {task: figures["seen"] for task, figures in found.items()} == {"text": 1, "other": 0}
+    assert "text perplexity (seen)" in (tmp_path / "result" / "README.md").read_text(encoding="utf-8")
+    assert "scored on calibration text" in (work / "artifacts" / "report" / "index.html").read_text(encoding="utf-8")
+    # The dense model's scores know no calibration: all calibrations share them.
+    assert "calibration_text" not in json.loads((work / "artifacts" / "baseline" / "scores.json").read_text())
+
+
 def test_speed_of_a_result_is_measured_against_the_model_it_was_made_from(
     published: Path, tmp_path: Path, save_tiny: Callable[..., Model], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -297,6 +297,20 @@ def _opening(monkeypatch: pytest.MonkeyPatch, models: dict[str, str]) -> Cache:
     return cache
 
 
+def test_tasks_that_are_scored_on_calibration_text_have_a_column() -> None:
+    texts = {
+        f"calibration_text.{task}.{key}": value
+        for task in ("wiki", "last")
+        for key, value in (("seen", 0.0), ("overlap", 0.01))
+    }
+    rows, notes = table_of([record(number=1, **texts), record("uidl", 2, **texts)])
+    assert not any("seen" in row for row in rows)
+    marked = texts | {"calibration_text.wiki.seen": 1.0}
+    rows, notes = table_of([record(number=1, **texts), record("uidl", 2, **marked), record("laco", 3)])
+    assert {row["method"]: row["seen"] for row in rows} == {"lstsq": "", "uidl": "wiki", "laco": ""}
+    assert "seen: tasks that are scored on calibration text" in notes
+
+
 def test_only_new_models_are_measured_and_nothing_stays_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:

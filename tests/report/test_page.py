@@ -269,6 +269,24 @@ def test_an_absent_group_is_left_out(params: Params, run: Run, missing: tuple[st
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_scores_on_calibration_text_are_marked_wherever_they_stand(params: Params, run: Run) -> None:
+    texts = {name: {"seen": 0, "overlap": 0.02} for name in ("piqa", "my_questions", "wikipedia")}
+    assert "calibration text, which" not in Reader(render(params, run({**EVALUATION, "calibration_text": texts})).html).text
+    for name in ("my_questions", "wikipedia"):
+        texts[name] = {"seen": 1, "overlap": 0.25}
+    page = Reader(render(params, run({**EVALUATION, "calibration_text": texts})).html)
+    accuracy, perplexity = page.tables[:2]
+    assert accuracy[0][1:3] == ["piqa", "my_questions †"]
+    assert [row[0] for row in perplexity[1:]] == [f"wikipedia †, per {unit}" for unit in ("token", "word", "byte")]
+    for name in ("my_questions", "wikipedia"):
+        assert (
+            "† scored on calibration text, which says nothing about other text (items with 13 of its words in a row: "
+            f"25 % of {name})."
+        ) in page.text
+    assert "94.3 % of the accuracy kept (in part on calibration text), 7.34 × the perplexity (on calibration text)" in page.text
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_accuracy_without_uncertainty_stands_alone(params: Params, run: Run) -> None:
     bare = {
         "accuracy": {"piqa": {"dense": 0.7811, "pruned": 0.6982}},
