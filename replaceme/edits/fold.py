@@ -30,7 +30,6 @@ from replaceme.edits.edits import Change, Edits, features_of, rotation_and_gains
 from replaceme.edits.slicing import narrow, sliced_parameters
 from replaceme.models.depth import cut_config, renumber
 from replaceme.models.families import Family, Linear, linear_parameters, parameter_of
-from replaceme.models.modeling_pruned import reshape
 
 
 def apply_edits(model: Any, family: Family, edits: Edits) -> None:
@@ -46,6 +45,8 @@ def apply_edits(model: Any, family: Family, edits: Edits) -> None:
     model.set_submodule(family.layers, nn.ModuleList(kept))
     renumber(kept)
     if form := edits.form(family.layers):
+        from replaceme.models.modeling_pruned import reshape
+
         # The linears get their new shapes with their new weights, which are computed from the old ones.
         reshape(model, {**form, "linears": {}})
     for name, exact in edited_parameters(model, family, layers, edits):

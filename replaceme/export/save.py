@@ -6,8 +6,6 @@ The caller verifies the folder (``replaceme.export.verification``) before it giv
 import shutil
 from pathlib import Path
 
-from transformers import GenerationConfig
-
 from replaceme.edits.edits import Edits
 from replaceme.edits.fold import apply_edits
 from replaceme.models.model import COPIED_FILES, Model, parameter_count
@@ -22,6 +20,8 @@ def save_pruned(source: Model, edits: Edits, folder: Path) -> dict[str, int]:
     Returns:
         The numbers of parameters: of the pruned model, and of the dense one.
     """
+    from transformers import GenerationConfig
+
     model = source.load()
     dense_parameters = parameter_count(model)
     apply_edits(model, source.family(), edits)
