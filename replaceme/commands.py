@@ -6,7 +6,6 @@ result, in ``<save_path>.work`` (see ``replaceme.steps``).
 
 import argparse
 import os
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any, NoReturn
 
 from replaceme.base.entry import Parser, run
 from replaceme.base.errors import ParameterError
-from replaceme.base.files import new_folder, read_json, rounded, write_json, write_text
+from replaceme.base.files import copy_content, new_folder, read_json, rounded, write_json, write_text
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.params import Params, nearest, parse_value, read_params
 from replaceme.base.progress import align, logger
@@ -247,7 +246,7 @@ def _make_folder(folder: Path) -> None:
 def _deliver(work: Workspace, folder: Path) -> None:
     """Copy a step's output to the place of the result, and record it."""
     with new_folder(work.model) as copy:
-        shutil.copytree(folder, copy, dirs_exist_ok=True)
+        copy_content(folder, copy)
     _record(work)
 
 

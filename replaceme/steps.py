@@ -7,7 +7,6 @@ nothing before the solve, and a changed output is made again.
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from replaceme.base.compute import kind_of, resolve_device
 from replaceme.base.cost import recorded
-from replaceme.base.files import cache_folder, new_folder, read_json, write_json
+from replaceme.base.files import cache_folder, copy_content, new_folder, read_json, write_json
 from replaceme.base.fingerprints import PACKAGE, sha256_below, sha256_of_code
 from replaceme.base.params import Params
 from replaceme.base.progress import logger
@@ -63,7 +62,7 @@ def _run_once_for_all(name: str, key: str, output: Path, step: Callable[[], None
         step()
     source, target = (shared, output) if shared.is_dir() else (output, shared)
     with new_folder(target) as folder:
-        shutil.copytree(source, folder, dirs_exist_ok=True)
+        copy_content(source, folder)
 
 
 def _sums(paths: Sequence[Path]) -> list[dict[str, str]]:

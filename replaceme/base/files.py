@@ -56,6 +56,15 @@ def _settle(path: Path, aside: Path) -> None:
     remove(aside)
 
 
+def copy_content(source: Path, folder: Path) -> None:
+    """Copy the files below ``source`` into ``folder``, with new modes: DVC's outputs are links that can't be written to."""
+    for path in source.rglob("*"):
+        if not path.is_dir():
+            target = folder / path.relative_to(source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` (UTF-8) atomically: ``path`` holds either the old or the new content."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
@@ -203,7 +204,7 @@ def read_params(
             params = Params.model_validate(values)
             everything = params.model_dump()
             found = refusals(everything, methods[params.method])
-            defaults = {name: info.default for name, info in {**Params.model_fields, **own_fields(methods)}.items()}
+            defaults = {name: info.default for name, info in fields_of(methods).items()}
             for sentence in without_effect(origins, everything, defaults, effects_of(methods)):
                 logger.info(sentence)
     for problem in found:
@@ -211,6 +212,11 @@ def read_params(
     if problems or params is None:
         raise ParameterError(list(dict.fromkeys(problems)))
     return params
+
+
+def fields_of(methods: Methods) -> dict[str, FieldInfo]:
+    """Return all parameters by name, with those of the methods, in documented order."""
+    return {**Params.model_fields, **own_fields(methods)}
 
 
 def parse_value(text: str) -> Any:
@@ -304,7 +310,7 @@ def _sentence(problem: ErrorDetails) -> str:
 
 
 def _unknown_keys(values: Mapping[str, Any], methods: Methods) -> list[str]:
-    known = {**Params.model_fields, **own_fields(methods)}
+    known = fields_of(methods)
     return [
         f"{key}: is not a parameter{nearest(key, [*known, *PUBLISHED_KEYS])}; docs/parameters.md lists them."
         for key in values

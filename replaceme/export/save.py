@@ -6,8 +6,6 @@ The caller verifies the folder (``replaceme.export.verification``) before it giv
 import shutil
 from pathlib import Path
 
-from transformers import GenerationConfig
-
 from replaceme.base.files import read_json, write_json
 from replaceme.edits.edits import Edits
 from replaceme.edits.fold import apply_edits
@@ -23,6 +21,8 @@ def save_pruned(source: Model, edits: Edits, folder: Path) -> dict[str, int]:
     Returns:
         The numbers of parameters: of the pruned model, and of the dense one.
     """
+    from transformers import GenerationConfig
+
     model = source.load_stored()
     dense_parameters = parameter_count(model)
     apply_edits(model, source.family(), edits)

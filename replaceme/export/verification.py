@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
 
 from replaceme.base.documents import Documents
 from replaceme.base.errors import VerificationError
@@ -205,6 +204,8 @@ def cache_error(model: Any, prompt: Tensor) -> float:
     The difference is relative to the largest logit. Tokens are generated greedily with the cache; then one pass over prompt and
     tokens, (tokens,) int64, computes the same logits without it.
     """
+    from transformers import GenerationConfig
+
     # Not the model's own config, which may ask for beams or sampling, or stop early.
     greedy = GenerationConfig(
         max_new_tokens=GENERATED,

@@ -53,6 +53,10 @@ def proposed_family(model: Any) -> Family:
         attention_output=ends[0],
         mlp=mlp,
         mlp_output=ends[1],
+        # Not looked for; what needs them is refused.
+        attention_norm="",
+        mlp_norm="",
+        feeding={},
         per_layer=tuple(name for name, length in lengths.items() if length == count),
         detected=True,
         uncut="its heads and channels are not described",

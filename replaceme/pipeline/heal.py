@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from replaceme.base.files import PARTIAL, new_folder, read_json, remove, rounded, write_json
+from replaceme.base.files import PARTIAL, copy_content, new_folder, read_json, remove, rounded, write_json
 from replaceme.base.params import Params
 from replaceme.base.progress import logger
 from replaceme.base.stage import PASS, Stage
@@ -21,7 +20,7 @@ def heal(params: Params, work: Workspace) -> None:
     """Write the final edits and metrics/heal.json; without healing, the edits are copied."""
     figures: dict[str, Any] = {}
     with new_folder(work.edits) as folder:
-        shutil.copytree(work.repaired, folder, dirs_exist_ok=True)
+        copy_content(work.repaired, folder)
         if params.heal_epochs:
             from replaceme.edits.edits import Edits
             from replaceme.training.curves import write_curves
@@ -31,9 +30,9 @@ def heal(params: Params, work: Workspace) -> None:
             edits.save(folder)
             write_curves(folder, curves)
         else:
-            remove(_checkpoints(work))
             logger.info("heal: nothing to do")
     write_json(work.metric("heal"), rounded(figures))
+    remove(_checkpoints(work))
 
 
 def _heal(params: Params, work: Workspace, edits: Edits) -> tuple[dict[str, Any], Curves]:
@@ -66,7 +65,6 @@ def _heal(params: Params, work: Workspace, edits: Edits) -> tuple[dict[str, Any]
     lesson = healing.Predictions(model, family, edits, documents, host, entering, leaving)
     parameters, curves = train(lesson, lesson.learners(), course, folder, key_of(settings, documents.documents))
     lesson.correct(edits, parameters)
-    remove(folder)
     return figures_of(curves, parameters), curves
 
 

@@ -2,13 +2,12 @@
 states.
 """
 
-import shutil
 from collections.abc import Sequence
 from typing import Any
 
 from replaceme.base.compute import use_processor
 from replaceme.base.documents import Documents
-from replaceme.base.files import new_folder, rounded, write_json, write_text
+from replaceme.base.files import copy_content, new_folder, remove, rounded, write_json, write_text
 from replaceme.base.params import Params
 from replaceme.base.plan import Plan
 from replaceme.base.progress import logger
@@ -19,6 +18,7 @@ from replaceme.methods.method import Bench
 from replaceme.methods.registry import METHODS, read_by
 from replaceme.models.find import calibration_model
 from replaceme.repair.mend import STEPWISE, Repair, mend
+from replaceme.training.checkpoints import checkpoints_in
 from replaceme.training.curves import write_curves
 
 
@@ -30,7 +30,7 @@ def repair(params: Params, work: Workspace) -> None:
     figures: dict[str, Any] = {}
     method = METHODS[params.method]
     with new_folder(work.repaired) as folder:
-        shutil.copytree(work.solution, folder, dirs_exist_ok=True)
+        copy_content(work.solution, folder)
         if method.work:
             model, family = calibration_model(params, work.model_input)
             bench = Bench(params, model, family, Documents.load(work.documents), plan, edits, work.repaired.parent, folder)
@@ -55,6 +55,7 @@ def repair(params: Params, work: Workspace) -> None:
     elif not method.work:
         logger.info("repair: nothing to do")
     write_json(work.metric("repair"), rounded(figures))
+    remove(checkpoints_in(work.repaired.parent))
 
 
 def _table(repairs: Sequence[Repair]) -> str:

@@ -250,7 +250,7 @@ def _correct(state: State, layer: int, target: Tensor, ridges: Ridges, *, leaves
     state.attended = layer
     values: dict[Linear, float] = {linear: getattr(state.params, name) for linear, name in ridges.items()}
     sums, penalty = missing.sums.finished(), features.per_column(values)
-    with naming(ridge=ridges[min(values, key=values.__getitem__)], sums="dtype", tokens="dataset_size"):
+    with naming(ridge=ridges[min(values, key=values.__getitem__)]):
         change = solve_correction(sums["gram"], sums["cross"], penalty)
     before, whole = float(sums["gap_squares"]), float(sums["output_squares"])
     after = before + gained_by_ridge(sums["gram"], sums["cross"], change, penalty)

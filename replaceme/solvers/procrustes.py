@@ -38,11 +38,11 @@ def orthogonal_map(gram: Tensor, cross: Tensor, alpha: float, norm: Tensor | Non
     """
     gamma = torch.ones(len(gram), dtype=torch.float64, device=gram.device) if norm is None else norm.to(gram)
     if not bool((gamma != 0).all()):
-        raise ArgumentError("{norm}: an orthogonal map divides by the norm's weight, which has zeros here.")
+        raise ArgumentError("transform", "an orthogonal map divides by the norm's weight, which has zeros here.")
     S = (gram + alpha * torch.eye(len(gram), dtype=torch.float64, device=gram.device)) / gamma / gamma[:, None]
     C = cross / gamma[:, None]
     if not float(S.diagonal().sum()) > 0:
-        raise ArgumentError(f"{{alpha}}: {alpha:g} leaves the least squares singular (M is always 0); set {{alpha}} above 0.")
+        raise ArgumentError("alpha", f"{alpha:g} leaves the least squares singular (M is always 0); set it above 0.")
     Q = polar(C)
     D = ((Q * C).sum() / S.diagonal().sum()).expand(len(S))
     lowest, best, momentum, before = torch.inf, Q * D, 0, S @ Q

@@ -7,7 +7,7 @@ import pytest
 
 from replaceme.base.entry import run
 from replaceme.base.errors import ParameterError, ResourceError
-from replaceme.base.files import new_folder, read_json, rounded, write_json
+from replaceme.base.files import copy_content, new_folder, read_json, rounded, write_json
 from replaceme.base.fingerprints import sha256_below
 
 
@@ -81,6 +81,28 @@ def test_files_are_readable_by_others(tmp_path: Path) -> None:
     umask = os.umask(0)
     os.umask(umask)
     assert (tmp_path / "out" / "secretive").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_a_copy_of_read_only_links_can_be_written_to_and_leaves_them_as_they_are(tmp_path: Path) -> None:
+    kept, output, copy = (tmp_path / name for name in ("kept", "output", "copy"))
+    (output / "inner").mkdir(parents=True)
+    kept.write_text("one", encoding="utf-8")
+    kept.chmod(0o444)
+    (output / "hard").hardlink_to(kept)
+    (output / "inner" / "soft").symlink_to(kept)
+    copy.mkdir()
+    copy_content(output, copy)
+    for name in ("hard", "inner/soft"):
+        assert (copy / name).stat().st_mode & 0o200
+        (copy / name).write_text("two", encoding="utf-8")
+    assert (kept.read_text(encoding="utf-8"), kept.stat().st_mode & 0o777) == ("one", 0o444)
+
+
+def test_a_link_to_nothing_is_not_left_out_of_a_copy(tmp_path: Path) -> None:
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "weights").symlink_to(tmp_path / "gone")
+    with pytest.raises(FileNotFoundError):
+        copy_content(tmp_path / "output", tmp_path)
 
 
 def test_json_is_sorted_and_refuses_nan(tmp_path: Path) -> None:

@@ -13,13 +13,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from replaceme.base.documents import Documents
 from replaceme.base.errors import ModelError, SolveError, VerificationError
 from replaceme.edits.edits import Change, Edits
-from replaceme.edits.fold import apply_edits, folds
+from replaceme.edits.fold import apply_edits, changed_parameters, folds
 from replaceme.edits.unfused import unfused
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import cache_error, verify_export, wrong_weights
 from replaceme.models.depth import broken_patterns, cut_config
 from replaceme.models.families import FAMILIES, Family, family_of, parameter_of
 from replaceme.models.model import Model
+from replaceme.observers.features import LINEARS
 from tests.conftest import FAMILY_CONFIGS, KINDS, LAYERS, WIDTH, made_model
 from tests.helpers import TEXT, edits_for, edits_of, hooked_and_folded, made_transform, norm_in_float64, shortened_logits
 
@@ -285,3 +286,19 @@ def test_a_large_correction_of_a_quiet_feature_does_not_overflow() -> None:
         expected = model(ids).logits
         with unfused(model, Family(), large):
             assert torch.equal(model(ids).logits, expected)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_change_of_a_replaced_parameter_is_applied_to_the_replacement(kind: str) -> None:
+    model = made_model(kind)
+    family, edits = family_of(model.config), edits_of(2, 2, model)
+    layers = family.decoder_layers(model)
+    for linear in LINEARS:
+        for name in family.ends(layers[1], linear):
+            edits.parameters[1, name] = torch.randn(
+                parameter_of(layers[1], name).shape, generator=torch.Generator().manual_seed(3)
+            )
+    named = [(layer, name) for layer, name, _ in changed_parameters(family, layers, edits)]
+    assert len({*named}) == len(named)
+    hooked, folded = hooked_and_folded(model, family, edits)
+    assert torch.allclose(hooked, folded, rtol=1e-3, atol=1e-3)

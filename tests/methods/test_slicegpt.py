@@ -39,10 +39,10 @@ from replaceme.pipeline.inputs import inspect_inputs
 from replaceme.pipeline.plan import plan
 from replaceme.pipeline.repair import repair
 from replaceme.pipeline.solve import solve
-from tests.conftest import KINDS, LAYERS, WIDTH, made_model
+from tests.conftest import DESCRIBED, KINDS, LAYERS, WIDTH, made_model
 from tests.helpers import elsewhere, passing
 
-SLICED = ["granite", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3"]
+SLICED = [kind for kind, family in DESCRIBED.items() if not family.unsliced]
 SIGNALS = 2 * LAYERS + 1
 TEXT = torch.arange(2, 42)[None]
 

@@ -103,7 +103,7 @@ def test_an_orthogonal_map_is_found_where_there_is_one() -> None:
 
 def test_a_norm_with_a_weight_of_zero_has_no_orthogonal_fit() -> None:
     M, Y = made(20, 4)
-    with pytest.raises(SolveError, match="norm: an orthogonal map divides by the norm's weight, which has zeros here"):
+    with pytest.raises(SolveError, match="transform: an orthogonal map divides by the norm's weight, which has zeros here"):
         closed_form(M.T @ M, M.T @ Y, 0.0, "orthogonal", torch.tensor([1.0, 0.0, 1.0, 1.0]))
 
 
