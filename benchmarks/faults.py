@@ -9,12 +9,12 @@ without either, files are only limited in size.
 import argparse
 import contextlib
 import importlib
-import itertools
 import os
 import random
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,13 +25,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.stand import ENVIRONMENT, Project, Stand, load_libraries, make_inputs, repro
-from benchmarks.tries import Ended, Moment
+from benchmarks.stand import ENVIRONMENT, Project, Stand, copy_code, load_libraries, make_inputs, repro
+from benchmarks.tries import NEVER, Ended, Moment
 
 SECTIONS = ("kills", "dvc", "pairs", "disk", "bad")
 LEFT = re.compile(r"\.partial|scratch-|\.tmp$")
 # Bytes: of the small disk, that are left free on it when it is filled, and of the largest file where files are limited.
-DISK_BYTES, SPARE, SMALL_FILE = 64 << 20, (0, 8 << 10, 40 << 10), 512
+DISK_BYTES, SPARE, SMALL_FILE = 64 << 20, (0, 16 << 10), 512
 BALLAST = "ballast"
 
 
@@ -193,30 +193,41 @@ def from_stage(name: str, happens: Callable[[], None], action: Callable[[], Any]
     action()
 
 
-def full_disk(stand: Stand, mounted: bool) -> list[Row]:
-    """Fill the disk, or limit the size of files, when a stage starts, for each stage; free it, run again and compare."""
+def full_disk(stand: Stand, mounted: bool, chance: random.Random) -> list[Row]:
+    """Fill the disk, or limit the size of files, when a stage starts or at a file operation; free it, run again and compare."""
     from replaceme.base.stage import ORDER
 
     action, names = stand.prune(), ("inputs", *ORDER)
-    _, right = undisturbed(stand, action)
-    ways = {f"no file over {SMALL_FILE} bytes from a stage on": [partial(limit_files, SMALL_FILE)]}
-    if mounted:
-        ways["a disk that is full from a stage on"] = [partial(fill, stand.folder, spare) for spare in SPARE]
-    rows = []
-    for what, variants in ways.items():
-        rows.append(row := Row(what))
-        for way, (place, name) in itertools.product(variants, enumerate(names)):
-            stand.clear()
-            ended = stand.run(partial(from_stage, name, way, action), limit=300)
-            (stand.folder / BALLAST).unlink(missing_ok=True)
-            problem = str(ended) if ended.code and not ended.refused else ""
-            again = stand.run(action, limit=300)
-            problem = problem or (str(again) if again.code else different(right, stand.content()))
-            kept = again.said.count("unchanged since an earlier run")
+    whole, right = undisturbed(stand, action)
+
+    def ends_well(row: Row, how: str, disturbed: Callable[[], Any], moment: Moment = NEVER, finished: int = 0) -> None:
+        stand.clear()
+        ended = stand.run(disturbed, moment, limit=300)
+        (stand.folder / BALLAST).unlink(missing_ok=True)
+        again = stand.run(action, limit=300)
+        kept = again.said.count("unchanged since an earlier run")
+        problem = str(ended) if ended.code and not ended.refused else ""
+        problem = problem or (str(again) if again.code else different(right, stand.content()))
+        if not problem and kept < finished:
+            problem = f"{finished} stages had been finished, and {kept} were kept"
+        row.judge(problem, how, ended.refused)
+
+    def at_stages(row: Row, happens: partial[None]) -> None:
+        for place, name in enumerate(names):
             # The inputs are always inspected anew.
-            if not problem and kept < place - 1:
-                problem = f"{place - 1} stages had been finished, and {kept} were kept"
-            row.judge(problem, f"{name}, {way.args[-1]} bytes", ended.refused)
+            ends_well(
+                row, f"{name}, {happens.args[-1]} bytes", partial(from_stage, name, happens, action), finished=place - 1
+            )  # fmt: skip
+
+    rows = [Row(f"no file over {SMALL_FILE} bytes from a stage on")]
+    at_stages(rows[0], partial(limit_files, SMALL_FILE))
+    if mounted:
+        rows += [Row("a disk that is full from a stage on"), Row("a disk that is full from a file operation on")]
+        for spare in SPARE:
+            at_stages(rows[1], partial(fill, stand.folder, spare))
+        for _ in names:
+            moment = Moment(operation=chance.randint(1, whole.operations), happens=partial(fill, stand.folder, 0))
+            ends_well(rows[2], f"operation {moment.operation}", action, moment)
     return rows
 
 
@@ -235,6 +246,8 @@ def table(rows: Sequence[Row]) -> str:
 def main(words: argparse.Namespace) -> int:
     """Try everything that is asked for, print the table and the failures, and return the exit code."""
     os.environ.update(ENVIRONMENT)
+    # So that what is mounted is unmounted.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     rows: list[Row] = []
     chosen = words.only or SECTIONS
     # No TemporaryDirectory: a forked child would delete it when it ends.
@@ -243,7 +256,9 @@ def main(words: argparse.Namespace) -> int:
         os.environ["HF_HOME"] = str(folder / "hub")
         for part in ("inputs", "stand", "project"):
             (folder / part).mkdir()
-        stand, project = Stand(folder / "stand", folder / "inputs"), Project(folder / "project", folder / "inputs")
+        copy_code(folder / "code")
+        stand = Stand(folder / "stand", folder / "inputs")
+        project = Project(folder / "project", folder / "inputs", folder / "code")
         stand.clear()
         made = stand.run(partial(make_inputs, stand.inputs, 0))
         if made.code:
@@ -260,7 +275,7 @@ def main(words: argparse.Namespace) -> int:
             rows += pairs(stand, words.pairs, random.Random(f"{words.seed} pairs"))
         if "disk" in chosen:
             with small_disk(folder / "disk") as mounted:
-                rows += full_disk(Stand(folder / "disk", stand.inputs), mounted)
+                rows += full_disk(Stand(folder / "disk", stand.inputs), mounted, random.Random(f"{words.seed} disk"))
         if "bad" in chosen:
             rows += bad_inputs(words.bad, words.seed)
     finally:

@@ -20,6 +20,17 @@ from benchmarks.tries import NEVER, Ended, Moment, Try, run_and_exit
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = "the a river mountain of runs near old town and people walk to market where bread fish wine are sold every day"
+CODE = (
+    "stages",
+    "replaceme",
+    "experiments",
+    "dvc.yaml",
+    "params.yaml",
+    ".dvcignore",
+    ".gitignore",
+    ".dvc/config",
+    ".dvc/.gitignore",
+)
 # One thread everywhere: OpenMP's threads don't survive a fork, and two numbers of threads give two results.
 ENVIRONMENT = {
     **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
@@ -83,6 +94,17 @@ class Stand:
         return found
 
 
+def copy_code(folder: Path) -> None:
+    """Copy the pipeline, and import the library from there from now on: a run may not change when the repository does."""
+    for name in CODE:
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copyfile(ROOT / name, folder / name)
+    sys.path.insert(0, str(folder))
+
+
 def console(command: str, *words: str) -> None:
     sys.argv = [command, *words]
     getattr(importlib.import_module("replaceme.commands"), command)()
@@ -125,17 +147,14 @@ def make_inputs(folder: Path, seed: int) -> None:
 class Project(Stand):
     """A copy of this repository's pipeline, set to the tiny model; its place of results is the whole copy."""
 
+    def __init__(self, folder: Path, inputs: Path, code: Path):
+        super().__init__(folder, inputs)
+        self.code = code
+
     def clear(self) -> None:
         super().clear()
-        listed = subprocess.run(["git", "ls-files"], cwd=ROOT, text=True, stdout=subprocess.PIPE, check=True).stdout
-        for name in listed.splitlines():
-            if re.match(r"stages/|replaceme/|dvc\.yaml|params\.yaml|\.dvc|\.gitignore", name):
-                target = self.place / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(ROOT / name, target)
-        for folder in ("metrics", "experiments"):
-            (self.place / folder).mkdir()
-        (self.place / "experiments/experiments.csv").write_text("removed_percent,retention_percent\n", encoding="utf-8")
+        shutil.copytree(self.code, self.place, dirs_exist_ok=True)
+        (self.place / "metrics").mkdir()
         text = (self.place / "params.yaml").read_text(encoding="utf-8")
         settings = SETTINGS | {key: str(self.inputs / SETTINGS[key]) for key in ("model_path", "dataset")}
         for key, value in (settings | {"tasks": f"[{self.inputs / 'held-out.txt'}]"}).items():

@@ -35,6 +35,8 @@ class Moment:
     seconds: float = UNLIMITED
     # Kill only the process that does the operation, as a machine short of memory does; not all that belong to the try.
     alone: bool = False
+    # Happens instead of the kill; for an operation only.
+    happens: Callable[[], None] | None = None
 
     def __str__(self) -> str:
         if self.operation:
@@ -142,7 +144,9 @@ class _Counter:
             return
         count = struct.unpack("q", self.counter[:])[0] + 1
         self.counter[:] = struct.pack("q", count)
-        if count == self.moment.operation:
+        if count == self.moment.operation and self.moment.happens:
+            self.moment.happens()
+        elif count == self.moment.operation:
             os.write(2, f"\nkilled before file operation {count}: {event} {path}\n".encode())
             if self.moment.alone:
                 os.kill(os.getpid(), signal.SIGKILL)
