@@ -53,6 +53,8 @@ class Row:
         if problem:
             self.failures.append(f"{self.what}: {how}: {problem}")
             print(f"  {self.failures[-1]}", file=sys.stderr, flush=True)
+        elif not self.tries % 10:
+            print(f"  {self.what}: {self.tries} tries", file=sys.stderr, flush=True)
 
     def cells(self) -> str:
         return f"| {self.what} | {self.tries} | {self.right} | {self.refused} | {len(self.failures)} |"
