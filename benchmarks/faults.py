@@ -236,7 +236,11 @@ def full_disk(stand: Stand, mounted: bool, chance: random.Random) -> list[Row]:
 def bad_inputs(cases: int, seed: int) -> list[Row]:
     """Return the rows of ``benchmarks.bad_inputs``, which makes the cases and runs them."""
     found = importlib.import_module("benchmarks.bad_inputs").table(cases, seed)
-    return [Row(f"bad input: {kind}", tried, ran, refused, [*failed]) for kind, tried, refused, ran, failed in found]
+    repeat = f"python -m benchmarks.bad_inputs --cases {cases} --seed {seed}"
+    return [
+        Row(f"bad input: {kind}", tried, ran, refused, [f"bad input: {kind}: {repeat}"] * failed)
+        for kind, tried, refused, ran, failed in found
+    ]
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -284,7 +288,7 @@ def main(words: argparse.Namespace) -> int:
         shutil.rmtree(folder, ignore_errors=True)
     print(table(rows))
     failures = [failure for row in rows for failure in row.failures]
-    print("".join(f"\nseed {words.seed}; {failure}" for failure in failures))
+    print("".join(f"\nseed {words.seed}; {failure}" for failure in dict.fromkeys(failures)))
     if words.table:
         words.table.write_text(table(rows) + "\n", encoding="utf-8")
     return int(bool(failures))
