@@ -249,6 +249,13 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join([head, *(row.cells() for row in rows)])
 
 
+def put_table(file: Path, made: str) -> None:
+    """Write a table at the end of a Markdown file, in place of the table that is there."""
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    text = "\n".join(line for line in lines if not line.startswith("|")).strip()
+    file.write_text(f"{text}\n\n{made}\n".lstrip(), encoding="utf-8")
+
+
 def main(words: argparse.Namespace) -> int:
     """Try everything that is asked for, print the table and the failures, and return the exit code."""
     os.environ.update(ENVIRONMENT)
@@ -290,7 +297,7 @@ def main(words: argparse.Namespace) -> int:
     failures = [failure for row in rows for failure in row.failures]
     print("".join(f"\nseed {words.seed}; {failure}" for failure in dict.fromkeys(failures)))
     if words.table:
-        words.table.write_text(table(rows) + "\n", encoding="utf-8")
+        put_table(words.table, table(rows))
     return int(bool(failures))
 
 
@@ -299,5 +306,5 @@ if __name__ == "__main__":
     for option, default in {"kills": 100, "dvc-kills": 30, "pairs": 20, "bad": 300, "seed": 0}.items():
         parser.add_argument(f"--{option}", type=int, default=default)
     parser.add_argument("--only", choices=SECTIONS, action="append", help="one section, may be given several times")
-    parser.add_argument("--table", type=Path, help="a file for the table")
+    parser.add_argument("--table", type=Path, help="a Markdown file; its table is replaced")
     sys.exit(main(parser.parse_args()))

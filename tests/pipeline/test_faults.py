@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.faults import different
+from benchmarks.faults import different, put_table
 from benchmarks.stand import Stand
 from tests.pipeline.closure import ROOT
 
@@ -71,3 +71,11 @@ def test_flipped_missing_and_left_files_are_seen_and_times_are_not(
     right = stand.content()
     change(stand.place)
     assert different(right, stand.content()) == words
+
+
+def test_the_table_replaces_the_one_that_is_there_and_keeps_the_text(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# Title\n\nText.\n", encoding="utf-8")
+    for made in ("| a |\n| --- |\n| 1 |", "| b |\n| --- |"):
+        put_table(page, made)
+        assert page.read_text(encoding="utf-8") == f"# Title\n\nText.\n\n{made}\n"
