@@ -46,10 +46,15 @@ class VerificationError(ReplaceMeError, RuntimeError):
 
 
 def resource_failure(error: BaseException) -> ResourceError | None:
-    """Return an error for a full disk or exhausted memory, whatever exception a library raises for it; else None."""
+    """Return an error for a full disk, a too large file or exhausted memory, whatever exception a library raises; else None."""
     text = str(error)
     if (isinstance(error, OSError) and error.errno in FULL_DISK) or "No space left on device" in text:
         return ResourceError("the disk is full; free space and run again: finished stages are kept.")
+    if (isinstance(error, OSError) and error.errno == errno.EFBIG) or "File too large" in text:
+        return ResourceError(
+            "a file grew beyond what its file system or `ulimit -f` allows; choose another place or raise the limit, and run "
+            "again: finished stages are kept."
+        )
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
         return ResourceError("memory ran out; lower batch_size or max_length, or set use_4bit: true.")
     return None

@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from replaceme.base.entry import run
 from replaceme.base.errors import ParameterError, ResourceError
@@ -144,6 +145,8 @@ def test_a_settled_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     [
         (ParameterError(["a: is wrong.", "b: is wrong."]), 2, "error: a: is wrong.\nerror: b: is wrong.\n"),
         (OSError(errno.ENOSPC, "No space left on device"), 2, "error: the disk is full"),
+        (OSError(errno.EFBIG, os.strerror(errno.EFBIG)), 2, "error: a file grew beyond what its file system"),
+        (SafetensorError("I/O error: File too large (os error 27)"), 2, "error: a file grew beyond what its file system"),
         (MemoryError(), 2, "error: memory ran out; lower batch_size"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 2, "error: memory ran out; lower batch_size"),
         (PermissionError(errno.EACCES, "Permission denied", "/x/y"), 2, "error: /x/y: Permission denied."),
