@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NoReturn
 
-from replaceme.base.errors import DatasetError
+from replaceme.base.errors import DatasetError, excerpt
 from replaceme.corpora.corpus import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CHUNK_CHARACTERS = 1 << 20
+# Of processor time, for one chat. Templates take milliseconds; the library's sandbox bounds one loop, but not nested ones.
+TEMPLATE_SECONDS = 10.0
 
 
 def start_of_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -53,10 +58,41 @@ def encode(row: Row, tokenizer: PreTrainedTokenizerBase, prefix: list[int]) -> l
                 "dataset_column: holds chats, but the model's tokenizer has no chat template; choose a text column."
             )
         try:
-            text = tokenizer.apply_chat_template(row, tokenize=False)
+            with _at_most(TEMPLATE_SECONDS):
+                text = tokenizer.apply_chat_template(row, tokenize=False)
+        except _TooLongError:
+            slow = f"takes more than {TEMPLATE_SECONDS:g} s for a chat"
+            raise DatasetError(f"dataset_column: the model's chat template {slow}; choose a text column.") from None
         except Exception as refusal:  # templates raise their own errors, for example on a system turn
-            raise DatasetError(f"dataset_column: the model's chat template refuses a chat ({refusal}).") from refusal
+            reason = excerpt(refusal, 150)
+            raise DatasetError(f"dataset_column: the model's chat template refuses a chat ({reason}).") from refusal
     ids = list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
     while prefix and ids[: len(prefix)] == prefix:
         ids = ids[len(prefix) :]
     return ids
+
+
+class _TooLongError(Exception):
+    pass
+
+
+@contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    """Raise _TooLongError in the block when this process has computed for so long.
+
+    It needs the main thread of a Unix system; elsewhere there is no limit. One long operation, as a huge power, goes on.
+    """
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> NoReturn:
+        raise _TooLongError
+
+    before = signal.signal(signal.SIGPROF, stop)
+    try:
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)

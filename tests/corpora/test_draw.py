@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,23 @@ def test_chats_without_a_template_are_an_error(tmp_path: Path) -> None:
     path = rows_file(tmp_path, [{"conversations": CHAT}])
     with pytest.raises(DatasetError, match="no chat template"):
         draw(path, tokenizer=made_tokenizer(chat=False))
+
+
+NESTED_LOOPS = f"{'{% for i in range(99999) %}' * 4}{'{% endfor %}' * 4}"
+TREE = "{% macro tree(n) %}{% for i in range(9) %}{{ tree(n - 1) if n else '' }}{% endfor %}{% endmacro %}{{ tree(40) }}"
+
+
+@pytest.mark.parametrize("template", [NESTED_LOOPS, TREE], ids=["nested loops", "recursion"])
+def test_a_chat_template_that_does_not_end_is_stopped(template: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("replaceme.corpora.tokenization.TEMPLATE_SECONDS", 0.2)
+    path, before = rows_file(tmp_path, [{"conversations": CHAT}]), signal.getsignal(signal.SIGPROF)
+    tokenizer = made_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(
+        DatasetError, match=r"the model's chat template takes more than 0\.2 s for a chat; choose a text column"
+    ):
+        draw(path, tokenizer=tokenizer)
+    assert (signal.getsignal(signal.SIGPROF), signal.getitimer(signal.ITIMER_PROF)) == (before, (0.0, 0.0))
 
 
 def test_documents_get_a_bos_only_if_the_tokenizer_has_one() -> None:
