@@ -16,7 +16,7 @@ from replaceme.base.errors import excerpt, shown
 # The published table's tasks (ReplaceMe, arXiv 2505.02819, table 1); they need the hub.
 PUBLISHED = ("boolq", "hellaswag", "piqa", "mmlu")
 DEFAULT = "default"
-MAX_CHARACTERS = 1000
+MAX_CHARACTERS, MAX_NAME_BYTES = 1000, 255
 
 
 @dataclass(frozen=True)
@@ -132,4 +132,6 @@ def unusable_text(text: str) -> str | None:
         return f"a text of at most {MAX_CHARACTERS} characters"
     if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in text):
         return "a text without control characters"
+    if any(len(part.encode()) > MAX_NAME_BYTES for part in text.split("/")):
+        return f"a text of which no name of a file or folder is longer than {MAX_NAME_BYTES} bytes"
     return None

@@ -95,14 +95,14 @@ def check_weights(model: Model) -> None:
     for index in model.files(("*.safetensors.index.json",)):
         try:
             shards = set(read_json(index)["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError):
+            missing = {name for name in shards if not (model.folder / name).is_file()}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ModelError(f"model_path: {index.name} of {model.name} can't be read.") from None
-        missing = {name for name in shards if not (model.folder / name).is_file()}
         if missing:
-            raise ModelError(f"model_path: {model.name} lacks {min(missing)}, which {index.name} names.")
+            raise ModelError(f"model_path: {model.name} lacks {excerpt(min(missing))}, which {index.name} names.")
     for path in model.files(WEIGHTS):
         try:
             with safe_open(path, "pt"):
                 pass
         except (SafetensorError, OSError) as failure:
-            raise ModelError(f"model_path: {path.name} of {model.name} is damaged ({failure}).") from None
+            raise ModelError(f"model_path: {path.name} of {model.name} is damaged ({excerpt(failure, 150)}).") from None

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from replaceme.base.errors import ModelError, resource_failure
+from replaceme.base.errors import ModelError, excerpt, resource_failure
 from replaceme.models.families import FAMILIES, Family, family_of
 from replaceme.models.own_form import KIND, own_classes
 from replaceme.models.recognition import proposed_family
@@ -187,4 +187,4 @@ def _try_4bit(model: Any) -> None:
 
 
 def _reason(failure: Exception) -> str:
-    return f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}"
+    return f"{type(failure).__name__}: {excerpt(failure, 150)}"

@@ -78,6 +78,10 @@ def problems_of(tmp_path: Path, text: str) -> str:
         ('model_path: "a\\0b"', "model_path: must be a text without control characters, not 'a\\x00b'"),
         ('tasks: ["a\\nb.txt"]', "tasks: a name must be a text without control characters, not 'a\\nb.txt'"),
         (f"dataset: {'x' * 2000}", "dataset: must be a text of at most 1000 characters, not 'xxx"),
+        (
+            f"model_path: there/{'é' * 128}",
+            "model_path: must be a text of which no name of a file or folder is longer than 255",
+        ),
         ("model_path: !!binary eA==", "model_path: must be a text, not b'x'"),
         ("alpha: !!float x", "isn't valid YAML"),
         ("seed: !!timestamp x", "isn't valid YAML"),
