@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from replaceme.base.entry import Parser, run
-from replaceme.base.errors import ParameterError
-from replaceme.base.files import copy_content, new_folder, read_json, rounded, write_json, write_text
+from replaceme.base.errors import ParameterError, excerpt
+from replaceme.base.files import copy_content, local_path, new_folder, read_json, rounded, write_json, write_text
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.params import Params, nearest, parse_value, read_params
 from replaceme.base.progress import align, logger
@@ -23,6 +23,8 @@ from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import EFFECTS, FIELDS, METHODS, criterion_of
 from replaceme.selection.criteria import CRITERIA
 
+# What every file of scores has, and none of another program's; and more bytes than one has.
+SCORES, LARGEST_SCORES = {"perplexity", "accuracy", "parameters", "disk_bytes"}, 1 << 24
 ALIASES = {"model": "model_path", "layers": "layers_to_skip"}
 
 
@@ -151,16 +153,16 @@ def _result_of(params: Params) -> Workspace:
 
 def _scores_file(params: Params, name: str) -> Path:
     """Return the file for the scores. Raises ParameterError if it holds something else or isn't writable."""
-    target = Path(params.save_path or name.replace("/", "--")).expanduser().absolute()
+    target = _target(params, name.replace("/", "--"))
     if params.save_path is None or target.is_dir():
         target = target.with_name(f"{target.name}.evaluation.json")
     if target.exists():
         try:
-            scores = isinstance(read_json(target), dict)
-        except ValueError:
-            scores = False
-        if not scores:
-            raise ParameterError(f"save_path: {target} exists and holds no scores; choose another file.")
+            held = read_json(target) if target.is_file() and target.stat().st_size < LARGEST_SCORES else None
+        except (ValueError, RecursionError):
+            held = None
+        if not isinstance(held, dict) or not held.keys() >= SCORES:
+            raise ParameterError(f"save_path: {excerpt(target)} exists and holds no scores; choose another file.")
     _make_folder(target.parent)
     return target
 
@@ -211,7 +213,7 @@ def _claim(params: Params, suffix: str) -> Workspace:
     """
     work = _place_of(params, suffix)
     target = work.model
-    if target.resolve() == Path(params.model_path).expanduser().resolve():
+    if target.resolve() == local_path(params.model_path).resolve():
         raise ParameterError(f"save_path: {target} is the model that is to be pruned; choose another folder.")
     if target.exists():
         record = _result_record(work)
@@ -225,12 +227,20 @@ def _claim(params: Params, suffix: str) -> Workspace:
 
 
 def _place_of(params: Params, suffix: str) -> Workspace:
-    source = Path(params.model_path).expanduser().resolve()
+    source = local_path(params.model_path).resolve()
     name = source.name if source.is_dir() else params.model_path.replace("/", "--")
-    target = Path(params.save_path or f"{name}-{suffix}").expanduser().absolute()
-    if not target.name:
-        raise ParameterError(f"save_path: {target} can't be a result's folder; choose another one.")
+    target = _target(params, f"{name}-{suffix}")
     return Workspace(target.with_name(target.name + ".work"), target)
+
+
+def _target(params: Params, default: str) -> Path:
+    """Return the absolute path of the result. Raises ParameterError for a path that names none."""
+    target = local_path(params.save_path) if params.save_path else Path(default)
+    if params.save_path and str(target).startswith("~"):
+        raise ParameterError(f"save_path: {excerpt(target.parts[0])} is no user of this machine; give the whole path.")
+    if not target.absolute().name:
+        raise ParameterError(f"save_path: {target} can't be a result's folder; choose another one.")
+    return target.absolute()
 
 
 def _make_folder(folder: Path) -> None:
@@ -275,26 +285,32 @@ def _main(action: Callable[[Params], None], description: str, **fixed: Any) -> N
 def _parse(arguments: Sequence[str], description: str) -> tuple[Path | None, dict[str, Any]]:
     """Return the config file and the overrides of a command line."""
     parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of parameters")
+    # Every option is collected, so that one given twice is noticed, under whichever of its names.
+    parser.add_argument("--config", action="append", default=argparse.SUPPRESS, metavar="FILE", help="YAML file of parameters")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     for name in FIELDS:
         flags = [f"--{name}", *(f"--{alias}" for alias, key in ALIASES.items() if key == name)]
-        parser.add_argument(*flags, dest=name, default=argparse.SUPPRESS, metavar="VALUE", help=_help(name))
+        parser.add_argument(*flags, dest=name, action="append", default=argparse.SUPPRESS, metavar="VALUE", help=_help(name))
     for name in PUBLISHED_KEYS:
-        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        parser.add_argument(f"--{name}", action="append", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     known, unknown = parser.parse_known_args(arguments)
     problems = []
     for word in unknown:
         if word.startswith("--"):
             name = word.lstrip("-").split("=")[0]
             hint = nearest(name, [*FIELDS, *ALIASES, *PUBLISHED_KEYS])
-            problems.append(f"command line: '{word}' is not an option{hint}; see --help.")
+            problems.append(f"command line: '{excerpt(word)}' is not an option{hint}; see --help.")
     if unknown and not problems:
-        problems.append(f"command line: '{unknown[0]}' belongs to no option; see --help.")
+        problems.append(f"command line: '{excerpt(unknown[0])}' belongs to no option; see --help.")
+    given = {name: list(dict.fromkeys(values)) for name, values in vars(known).items() if name != "debug"}
+    for name, values in given.items():
+        if len(values) > 1:
+            first, second, *_ = map(excerpt, values)
+            problems.append(f"command line: {name}: is given twice, as {first} and as {second}; keep one.")
     if problems:
         raise ParameterError(problems)
-    overrides = {name: value for name, value in vars(known).items() if name not in ("config", "debug")}
-    return known.config, {name: _typed(name, value) for name, value in overrides.items()}
+    config = Path(given.pop("config")[0]) if "config" in given else None
+    return config, {name: _typed(name, value) for name, (value,) in given.items()}
 
 
 def _help(name: str) -> str:

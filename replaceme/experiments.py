@@ -7,7 +7,6 @@ config and code, so a model that was measured before isn't even taken from the c
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -15,8 +14,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from replaceme.base.entry import run
-from replaceme.base.errors import ParameterError, ReplaceMeError, ResourceError
+from replaceme.base.entry import Parser, run
+from replaceme.base.errors import ParameterError, ReplaceMeError, ResourceError, excerpt
 from replaceme.base.files import PARTIAL, new_folder, read_json, rounded, write_json
 from replaceme.base.params import Params, read_params
 from replaceme.base.progress import align, logger
@@ -35,13 +34,18 @@ MODEL, DENSE, PARAMS = PLACE.model.as_posix(), PLACE.model_input.as_posix(), "pa
 
 def compare_experiments() -> NoReturn:
     """Print and save the table and the pictures of the experiments."""
-    options = parser().parse_args()
-    sys.exit(run(lambda: _compare(options.rev, options.num, options.output, options.speed), options.debug))
+    arguments = sys.argv[1:]
+
+    def work() -> None:
+        options = parser().parse_args(arguments)
+        _compare(options.rev, options.num, options.output, options.speed)
+
+    sys.exit(run(work, debug="--debug" in arguments))
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """Return the command's parser."""
-    parser = argparse.ArgumentParser(description="Compare the experiments of this repository: table, CSV and pictures.")
+    parser = Parser(description="Compare the experiments of this repository: table, CSV and pictures.", allow_abbrev=False)
     parser.add_argument("--rev", action="append", help="commit whose experiments are compared; repeatable [HEAD]")
     parser.add_argument(
         "--num", type=int, default=1, help="number of commits, counted back from that one, whose experiments are compared [1]"
@@ -59,7 +63,9 @@ def _compare(revisions: Sequence[str] | None, number: int, output: Path, speed: 
     from replaceme.report.experiment_table import shown
 
     if output.exists() and not (output / "experiments.csv").is_file():
-        raise ParameterError(f"--output: {output} exists and holds no comparison of experiments; choose another folder.")
+        raise ParameterError(
+            f"--output: {excerpt(output, 150)} exists and holds no comparison of experiments; choose another folder."
+        )
     comparison = comparison_of(_recorded(revisions, number))
     # Save before the measurement, which takes long.
     _save(comparison, output)
@@ -80,9 +86,7 @@ def _recorded(revisions: Sequence[str] | None, number: int) -> list[dict[str, An
     try:
         records: list[dict[str, Any]] = exp_show(revs=list(revisions) if revisions else None, num=number)
     except (DvcException, SCMError) as failure:
-        raise ParameterError(
-            f"compare_experiments: {' '.join(str(failure).split())} (run it inside the repository)."
-        ) from failure
+        raise ParameterError(f"compare_experiments: {excerpt(failure, 200)} (run it inside the repository).") from failure
     return records
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from replaceme.base.entry import PARAMS_FILE, Parser, run
-from replaceme.base.errors import ParameterError
+from replaceme.base.errors import ParameterError, excerpt
 from replaceme.base.files import read_json
 from replaceme.base.params import Params, read_params
 from replaceme.base.progress import logger
@@ -70,7 +70,7 @@ def _check_scores() -> None:
         with Repo() as repo:
             changed = repo.status(["export", "evaluate"])
     except DvcException as failure:
-        raise ParameterError(f"save_path: {' '.join(str(failure).split())} (run it inside the repository).") from failure
+        raise ParameterError(f"save_path: {excerpt(failure, 200)} (run it inside the repository).") from failure
     if changed:
         stage = next(iter(changed))
         raise ParameterError(

@@ -23,6 +23,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("REPLACEME_CACHE") or platformdirs.user_cache_dir("replaceme"))
 
 
+def local_path(name: str) -> Path:
+    """Return a path with the user's home for ``~``; unlike ``Path.expanduser``, keep ``~name`` if there is no such user."""
+    return Path(os.path.expanduser(name))
+
+
 PARTIAL = ".partial"
 _UMASK = os.umask(0)
 os.umask(_UMASK)

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from replaceme.base.documents import seeded_order
-from replaceme.base.errors import DatasetError
+from replaceme.base.errors import DatasetError, excerpt
+from replaceme.base.files import local_path
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.params import Params, nearest
 from replaceme.corpora import embedded, local, streamed
@@ -58,13 +59,13 @@ def find_dataset(params: Params, commits: dict[str, str] | None = None) -> Datas
         DatasetError: there is no such file or dataset, or it can't be reached.
     """
     name = params.dataset
-    path = Path(name).expanduser()
+    path = local_path(name)
     if name in embedded.TEXTS:
         _refuse(params, "dataset_config", "dataset_revision")
         _refuse(params, "dataset_column", but="text")
         if params.dataset_split not in (None, *embedded.text_splits(name)):
             splits = " and ".join(embedded.text_splits(name))
-            raise DatasetError(f"dataset_split: {name} has no split '{params.dataset_split}'; it has {splits}.")
+            raise DatasetError(f"dataset_split: {name} has no split '{excerpt(params.dataset_split)}'; it has {splits}.")
         return DatasetSource(params)
     if path.exists() or path.suffix in local.SUFFIXES:
         local.check_file(path)
@@ -75,7 +76,7 @@ def find_dataset(params: Params, commits: dict[str, str] | None = None) -> Datas
         return DatasetSource(params, path)
     repositories = streamed.repositories(name)
     if not all(map(hub.is_repository_id, repositories)):
-        raise DatasetError(f"dataset: there is no file {name}; give a {', '.join(local.SUFFIXES)} file or a hub id.")
+        raise DatasetError(f"dataset: there is no file {excerpt(name)}; give a {', '.join(local.SUFFIXES)} file or a hub id.")
     if len(repositories) > 1:
         _refuse(params, "dataset_config", "dataset_revision")
     if commits is None:
@@ -90,4 +91,6 @@ def _refuse(params: Params, *keys: str, but: str | None = None) -> None:
     """Refuse keys that don't apply to this source; null and ``but``, which agrees with it, pass."""
     for key in keys:
         if getattr(params, key) not in (None, but):
-            raise DatasetError(f"{key}: '{getattr(params, key)}' does not apply to {params.dataset}; use null.")
+            raise DatasetError(
+                f"{key}: '{excerpt(getattr(params, key))}' does not apply to {excerpt(params.dataset)}; use null."
+            )

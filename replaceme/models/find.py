@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError, safe_open
 
 from replaceme.base.compute import resolve_device
-from replaceme.base.errors import ModelError
-from replaceme.base.files import read_json
+from replaceme.base.errors import ModelError, excerpt
+from replaceme.base.files import local_path, read_json
 from replaceme.base.fingerprints import sha256_of
 from replaceme.base.params import Params, nearest
 from replaceme.base.progress import logger
@@ -50,17 +50,19 @@ def find_model(params: Params, commit: str | None = None) -> Model:
         ModelError: there is no such model, it can't be reached, or can't be loaded safely.
     """
     name = params.model_path
-    folder = Path(name).expanduser()
+    folder = local_path(name)
     if params.revision is not None and (name in embedded.MODELS or folder.is_dir()):
-        raise ModelError(f"revision: is for hub models, but {name} is not one; use null.")
+        raise ModelError(f"revision: is for hub models, but {excerpt(name)} is not one; use null.")
     if name in embedded.MODELS:
         return Model(embedded.model_folder(name), name, about=embedded.MODELS[name].about)
     if folder.is_dir():
         return check_folder(Model(folder, folder.resolve().name, trust_remote_code=params.trust_remote_code))
     if folder.exists():
-        raise ModelError(f"model_path: {name} is a file; give the model's folder.")
+        raise ModelError(f"model_path: {excerpt(name)} is a file; give the model's folder.")
     if not hub.is_repository_id(name):
-        raise ModelError(f"model_path: there is no folder {name}; give a model folder, a hub id or an embedded model's name.")
+        raise ModelError(
+            f"model_path: there is no folder {excerpt(name)}; give a model folder, a hub id or an embedded model's name."
+        )
     commit = commit or hub.resolve_commit(name, "model", params.revision, "" if "/" in name else nearest(name, embedded.MODELS))
     snapshot = hub.snapshot(name, commit, (*WEIGHT_FILES, *COPIED_FILES), ignored=(LEFT_OUT, "*/*"))
     return check_folder(Model(snapshot, name, commit, params.trust_remote_code))
@@ -135,17 +137,17 @@ def check_weights(model: Model) -> None:
     for index in model.files(("*.safetensors.index.json",)):
         try:
             shards = set(read_json(index)["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError):
+            missing = {name for name in shards if not (model.folder / name).is_file()}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ModelError(f"model_path: {index.name} of {model.name} can't be read.") from None
-        missing = {name for name in shards if not (model.folder / name).is_file()}
         if missing:
-            raise ModelError(f"model_path: {model.name} lacks {min(missing)}, which {index.name} names.")
+            raise ModelError(f"model_path: {model.name} lacks {excerpt(min(missing))}, which {index.name} names.")
     for path in model.files(WEIGHTS):
         try:
             with safe_open(path, "pt"):
                 pass
         except (SafetensorError, OSError) as failure:
-            raise ModelError(f"model_path: {path.name} of {model.name} is damaged ({failure}).") from None
+            raise ModelError(f"model_path: {path.name} of {model.name} is damaged ({excerpt(failure, 150)}).") from None
     stored, usual = model.stored(), stored_dtype(model)
     others = {name for name, place in stored.items() if FORMATS.get(place.format, usual) != usual}
     if others and (kept := others & {*model.names_of(model.skeleton(model.config()), stored).values()}):

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from replaceme.base.errors import ModelError, ParameterError, resource_failure
+from replaceme.base.errors import ModelError, ParameterError, excerpt, resource_failure
 from replaceme.base.files import read_json
 from replaceme.models.families import FAMILIES, Family, family_of
 from replaceme.models.own_form import KIND, own_classes
@@ -392,4 +392,4 @@ def _try_4bit(model: Any) -> None:
 
 
 def _reason(failure: Exception) -> str:
-    return f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}"
+    return f"{type(failure).__name__}: {excerpt(failure, 150)}"

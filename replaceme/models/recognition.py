@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from replaceme.base.errors import ModelError
+from replaceme.base.errors import ModelError, excerpt
 from replaceme.models.depth import cut_config
 from replaceme.models.families import Family, linears_within, parameter_of
 
@@ -108,7 +108,7 @@ def check_cut(build: Callable[[Any], Any], config: Any, family: Family) -> None:
             shorter.save_pretrained(folder)
             layers = family.decoder_layers(build(type(config).from_pretrained(folder)))
     except Exception as failure:  # configs check themselves with errors of many kinds
-        reason = " ".join(str(failure).split())[:200]
+        reason = excerpt(failure, 150)
         raise _uncut(config, f"its config class refuses fewer layers ({reason})") from failure
     if len(layers) != len(whole) - 1:
         raise _uncut(config, f"with one layer less in its config it has {len(layers)} of {len(whole)}")

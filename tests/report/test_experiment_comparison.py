@@ -23,6 +23,7 @@ from replaceme.report.experiment_table import COLUMNS, markdown, shown
 from replaceme.report.methods_figure import ROWS, Row, methods_figure
 from replaceme.report.theme import DARK, png
 from replaceme.report.tradeoff import Point, quality_against_size
+from tests.helpers import call
 
 DOZEN = (
     "uidl", "shortgpt", "sleb", "laco", "llm_streamline", "slicegpt", "llm_pruner", "lstsq", "cosine", "linearpatch",
@@ -361,3 +362,25 @@ def test_the_option_is_off_unless_given() -> None:
     options: Callable[..., Any] = experiments.parser().parse_args
     assert not options([]).speed
     assert options(["--speed"]).speed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--num", "x" * 10_000], "command line: argument --num: invalid int value: 'xxx"),
+        (["--outputs", "there"], "command line: unrecognized arguments: --outputs there."),
+        (
+            ["--output", "x" * 150],
+            f"--output: {'x' * 150} exists and holds no comparison of experiments; choose another folder.",
+        ),
+    ],
+)
+def test_a_wrong_option_is_one_sentence(
+    arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("x" * 150).mkdir()
+    call(experiments.compare_experiments, *arguments, code=2)
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"error: {said}")
+    assert len(error) < 310
