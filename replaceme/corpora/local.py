@@ -1,12 +1,12 @@
 """Text in the user's own file: a .txt is one running text; each row of a .jsonl, .csv or .parquet is a document."""
 
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from replaceme.base.documents import seeded_order
 from replaceme.base.errors import DatasetError, resource_failure
+from replaceme.base.files import temporary_folder
 from replaceme.corpora.corpus import Corpus, Row, as_row, pick_column
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -44,9 +44,9 @@ def read_rows(path: Path, column: str | None, seed: int | None, key: str = "data
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 
-    with tempfile.TemporaryDirectory(prefix="replaceme-") as scratch:
+    with temporary_folder("replaceme-") as scratch:
         try:
-            table = load_dataset(BUILDERS[path.suffix], data_files=str(path), split="train", cache_dir=scratch)
+            table = load_dataset(BUILDERS[path.suffix], data_files=str(path), split="train", cache_dir=str(scratch))
         except (DatasetGenerationError, ValueError, OSError) as failure:
             if known := resource_failure(failure.__cause__ or failure):
                 raise known from failure

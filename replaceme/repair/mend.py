@@ -16,7 +16,6 @@ current layer. With these inputs kept, neither the attention nor the MLP runs ag
 one layer's sums are in memory.
 """
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,7 +28,7 @@ from torch.nn import functional
 
 from replaceme.base.compute import require_resident
 from replaceme.base.documents import Batch, Documents, few_documents
-from replaceme.base.files import PARTIAL
+from replaceme.base.files import temporary_folder
 from replaceme.base.params import Params
 from replaceme.base.plan import Block, Plan
 from replaceme.base.progress import logger, progress
@@ -270,8 +269,8 @@ def _add_change(state: State, features: Features, change: Tensor) -> None:
 
 def _fit(state: State, block: Block) -> None:
     """Fit a later block by the method, on the shortened model's states at the host and the dense model's at the end."""
-    with tempfile.TemporaryDirectory(prefix="scratch-", suffix=PARTIAL, dir=state.folder) as name:
-        place = Place(block, state.layers[block.host], state.family, state.documents, Path(name))
+    with temporary_folder("scratch-", state.folder) as folder:
+        place = Place(block, state.layers[block.host], state.family, state.documents, folder)
         observers = {statistic: STATISTICS[statistic](place) for statistic in state.plan.statistics}
         state.walk_shortened(block.host, [AtHost(each, state.dense) for each in observers.values()])
         for statistic, observer in observers.items():
