@@ -1,7 +1,10 @@
 import errno
+import hashlib
+import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -195,13 +198,68 @@ def test_changed_content_is_noticed_at_the_same_size(tmp_path: Path) -> None:
     assert sha256_below(path) != first
 
 
-def test_a_settled_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "file"
+@pytest.fixture
+def later(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A minute later: files that were just written are settled. The sums of other tests are not known."""
+    now = time.time()
+    monkeypatch.setattr("time.time", lambda: now + 60)
+    monkeypatch.setenv("REPLACEME_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def one(tmp_path: Path) -> Path:
+    path = tmp_path / "texts" / "file"
+    path.parent.mkdir()
     path.write_text("one", encoding="utf-8")
-    os.utime(path, (time.time() - 60, time.time() - 60))
-    first = sha256_below(tmp_path)
+    return path
+
+
+@pytest.mark.usefixtures("later")
+def test_a_settled_file_is_read_once(one: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = sha256_below(one.parent)
     monkeypatch.setattr("hashlib.file_digest", lambda *_: pytest.fail("read again"))
-    assert sha256_below(tmp_path) == first
+    assert sha256_below(one.parent) == first
+
+
+@pytest.mark.usefixtures("later")
+@pytest.mark.parametrize("damage", ["[]", "null", '{"files": 3}', "halved", "emptied", "a bit", "another digest", "entries"])
+def test_remembered_sums_that_are_damaged_are_ignored(one: Path, damage: str, tmp_path: Path) -> None:
+    first, memory = sha256_below(one), tmp_path / "cache" / "sha256.json"
+    content = memory.read_text(encoding="utf-8")
+    digest = first["file"]
+    assert digest in content
+    other = digest.translate(str.maketrans("0123456789", "1234567890"))
+    changed = {
+        "halved": content[: len(content) // 2], "emptied": "", "a bit": content.replace(digest[:8], other[:8]),
+        "another digest": content.replace(digest, other), "entries": json.dumps({str(one): 3}),
+    }  # fmt: skip
+    memory.write_text(changed.get(damage, damage), encoding="utf-8")
+    assert sha256_below(one) == first
+    assert digest in memory.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("seconds", [-60, 3600])
+def test_a_fresh_file_whose_time_was_set_is_not_remembered(one: Path, seconds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.utime(one, (time.time() + seconds, time.time() + seconds))
+    sha256_below(one)
+    monkeypatch.setattr("hashlib.file_digest", lambda *_: (_ for _ in ()).throw(InterruptedError))
+    with pytest.raises(InterruptedError):
+        sha256_below(one)
+
+
+@pytest.mark.usefixtures("later")
+def test_a_file_that_changes_while_it_is_read_is_not_remembered(one: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    digest = hashlib.file_digest
+
+    def changing(stream: Any, name: str) -> Any:
+        found = digest(stream, name)
+        one.write_text("two", encoding="utf-8")
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hashlib.file_digest", changing)
+        first = sha256_below(one)
+    assert sha256_below(one) != first
 
 
 @pytest.mark.parametrize(
