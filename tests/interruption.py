@@ -44,8 +44,8 @@ def stop_at(step: int) -> Callable[[int], None]:
     return stop
 
 
-def forked(action: Callable[[], object]) -> int:
-    """Run ``action`` in a copy of this process, and return its exit code; 1 if it raised."""
+def started(action: Callable[[], object]) -> int:
+    """Run ``action`` in a copy of this process, and return its number; it exits with 1 if the action raises."""
     child = os.fork()
     if not child:
         try:
@@ -54,7 +54,12 @@ def forked(action: Callable[[], object]) -> int:
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
             os._exit(1)
         os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return child
+
+
+def forked(action: Callable[[], object]) -> int:
+    """Run ``action`` in a copy of this process, and return its exit code; 1 if it raised."""
+    return os.waitstatus_to_exitcode(os.waitpid(started(action), 0)[1])
 
 
 def ended_process() -> int:

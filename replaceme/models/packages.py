@@ -14,8 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock
-
 from replaceme.base.errors import ResourceError
 from replaceme.base.files import temporary_folder
 from replaceme.base.progress import logger
@@ -46,12 +44,6 @@ class PackagedFile:
     def name(self) -> str:
         """The file's own name."""
         return Path(self.member).name.removesuffix(".part00")
-
-
-def locked(path: Path) -> FileLock:
-    """Return a lock that lets one process at a time create ``path``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(path.with_name(path.name + ".lock"))
 
 
 @contextmanager
