@@ -14,7 +14,9 @@ from replaceme.base.errors import ParameterError
 from replaceme.base.files import ASIDE, new_folder, partial_suffix, write_json, write_text
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.params import Params
+from replaceme.base.stage import Stage, run_stage
 from replaceme.base.workspace import Workspace
+from replaceme.methods.registry import METHODS
 from replaceme.models.model import Model
 from replaceme.publish import push_to_hub
 from tests.helpers import FAST, call
@@ -200,3 +202,17 @@ def test_the_pipelines_artifacts_are_no_place_of_a_console_script(
     call(commands.run_replaceme, *arguments, "--save_path", tmp_path / name, code=2)
     assert f"save_path: {tmp_path / 'artifacts'} belongs to the pipeline" in capsys.readouterr().err
     assert not (tmp_path / "artifacts").exists()
+
+
+def test_a_stage_clears_what_killed_stages_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("params.yaml").write_text("method: uidl\n", encoding="utf-8")
+    ended = partial_suffix().replace(f".{os.getpid()}-", f".{ended_process()}-")
+    left = [Path("artifacts", f"model{ended}"), Path("artifacts", "cost", f"x.json{ended}"), Path("metrics", f"x.json{ended}")]
+    living = Path("artifacts", f"model{partial_suffix().replace(f'.{os.getpid()}-', f'.{os.getppid()}-')}")
+    for path in (*left, living):
+        path.mkdir(parents=True)
+    with pytest.raises(SystemExit, match="0"):
+        run_stage(Stage(name="baseline", run=lambda params, work: None, code=(), methods=METHODS))
+    assert not any(path.exists() for path in left)
+    assert living.exists()
