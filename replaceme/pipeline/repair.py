@@ -4,11 +4,14 @@ states.
 
 import shutil
 from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
-from replaceme.base.compute import use_processor
+from replaceme.base.compute import resolve_device, use_processor
 from replaceme.base.documents import Documents
-from replaceme.base.files import new_folder, rounded, write_json, write_text
+from replaceme.base.files import PARTIAL, new_folder, read_json, remove, rounded, write_json, write_text
+from replaceme.base.fingerprints import sha256_below
 from replaceme.base.params import Params
 from replaceme.base.plan import Plan
 from replaceme.base.progress import logger
@@ -19,7 +22,11 @@ from replaceme.methods.method import Bench
 from replaceme.methods.registry import METHODS, read_by
 from replaceme.models.find import calibration_model
 from replaceme.repair.mend import STEPWISE, Repair, mend
+from replaceme.repair.resume import Checkpoints
+from replaceme.training.checkpoints import key_of
 from replaceme.training.curves import write_curves
+
+PACKAGE = Path(__file__).parents[1]
 
 
 def repair(params: Params, work: Workspace) -> None:
@@ -39,11 +46,13 @@ def repair(params: Params, work: Workspace) -> None:
         elif params.repair or params.transform in STEPWISE or (plan.statistics and len(plan.blocks) > 1):
             model, family = calibration_model(params, work.model_input)
             documents = Documents.load(work.documents)
-            repairs, figures = mend(params, model, family, documents, edits, plan, work.repaired.parent)
+            checkpoints = Checkpoints(_checkpoint(work), _key(params, work, documents))
+            repairs, figures = mend(params, model, family, documents, edits, plan, work.repaired.parent, checkpoints)
             edits.save(folder)
         write_text(folder / "repairs.csv", _table(repairs))
         if not method.trained:
             write_curves(folder, {})
+    remove(_checkpoint(work))
     figures["corrected_linears"] = sum(len(each.linears) for each in repairs)
     if repairs:
         figures |= {"first_residual": repairs[0].after, "last_residual": repairs[-1].after}
@@ -55,6 +64,25 @@ def repair(params: Params, work: Workspace) -> None:
     elif not method.work:
         logger.info("repair: nothing to do")
     write_json(work.metric("repair"), rounded(figures))
+
+
+def _checkpoint(work: Workspace) -> Path:
+    """Return the folder of the checkpoint from which an interrupted repair resumes."""
+    return work.repaired.parent / f"repairing{PARTIAL}"
+
+
+def _key(params: Params, work: Workspace, documents: Documents) -> str:
+    """Return a digest of everything that a repair depends on: settings, model, earlier edits, text, and the whole code."""
+    settings = {
+        "params": params.model_dump(include=set(STAGE.params)),
+        "model": read_json(work.model_input),
+        "plan": read_json(work.plan),
+        "edits": sha256_below(work.solution),
+        "code": {name: digest for name, digest in sha256_below(PACKAGE).items() if name.endswith(".py")},
+        "torch": version("torch"),
+        "device": resolve_device(params.device),
+    }
+    return key_of(settings, documents.documents)
 
 
 def _table(repairs: Sequence[Repair]) -> str:

@@ -43,6 +43,7 @@ from replaceme.observers.statistics import STATISTICS, AtCut, Place, add_correct
 from replaceme.observers.sums import Sums, token_weights
 from replaceme.observers.walk import Keep, Observer, Signal, Signals, Start, total, walk
 from replaceme.repair.channel_choice import TOKENS_PER_CHANNEL, Candidates, best_channels
+from replaceme.repair.resume import Checkpoints
 from replaceme.solvers.arguments import naming
 from replaceme.solvers.quality import gained_by_ridge, relative
 from replaceme.solvers.ridge import solve_correction
@@ -74,6 +75,7 @@ def mend(
     edits: Edits,
     plan: Plan,
     folder: Path | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> tuple[list[Repair], dict[str, Any]]:
     """Add the repairs and the fits of later blocks to the edits; return the repairs, and how well those blocks fit.
 
@@ -85,13 +87,17 @@ def mend(
         edits: as solved for the first block; they are added to.
         plan: the blocks, and the statistics that the method wants.
         folder: where scratch files may lie; None is the system's temporary folder.
+        checkpoints: where an interrupted repair goes on; None is without.
 
     Raises:
         ResourceError: the states do not fit on the disk.
     """
     state = _at_cut(params, model, family, documents, edits, plan, folder)
-    for layer in progress(state.kept, "repairing layers", "layers"):
+    finished = checkpoints.resume(state) if checkpoints else 0
+    for number, layer in enumerate(progress(state.kept[finished:], "repairing layers", "layers"), start=finished + 1):
         _mend_layer(state, layer)
+        if checkpoints and number < len(state.kept):
+            checkpoints.offer(state, number)
     return state.repairs, state.figures
 
 
@@ -126,6 +132,11 @@ class State:
     attended: int | None = None
     repairs: list[Repair] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
+
+    def restore(self, repairs: Sequence[Mapping[str, Any]], figures: dict[str, Any]) -> None:
+        """Take the repairs and figures of a checkpoint."""
+        self.repairs = [Repair(**{**each, "linears": tuple(each["linears"])}) for each in repairs]
+        self.figures = figures
 
     @property
     def layers(self) -> nn.ModuleList:
