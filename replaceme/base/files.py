@@ -58,16 +58,18 @@ def new_folder(path: Path) -> Iterator[Path]:
     # An earlier process may have had this one's number.
     _settle(path, aside)
     remove(partial)
-    partial.mkdir(parents=True)
+    # It has its final name already, inside of the partial: transformers copies a model's code to a place named like its folder.
+    new = partial / path.name
+    new.mkdir(parents=True)
     try:
-        yield partial
-        for file in partial.rglob("*"):
+        yield new
+        for file in new.rglob("*"):
             # Some libraries write files that only the owner can read.
             file.chmod((0o777 if file.is_dir() else 0o666) & ~_UMASK)
         # An old folder is moved aside first, so that it is never visible half deleted.
         if path.exists():
             os.replace(path, aside)
-        os.replace(partial, path)
+        os.replace(new, path)
     finally:
         remove(partial)
         _settle(path, aside)

@@ -49,6 +49,12 @@ def names_below(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
 
 
+def test_a_new_folder_has_its_name_from_the_start(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "out") as folder:
+        assert folder.name == "out"
+        assert not (tmp_path / "out").exists()
+
+
 def left_by(process: int, path: Path, kind: str = "", text: str = "half") -> Path:
     """Make the folder that a process of this machine has not finished, or has moved aside, and return it."""
     left = path.with_name(path.name + partial_suffix(kind).replace(f".{os.getpid()}-", f".{process}-"))
@@ -154,7 +160,7 @@ def test_a_failure_between_the_two_renames_keeps_the_old_folder(tmp_path: Path, 
     replace = os.replace
 
     def fail(source: Path, target: Path) -> None:
-        if str(source).endswith(f"out{partial_suffix()}"):
+        if Path(source).parent.name == f"out{partial_suffix()}":
             raise KeyboardInterrupt
         replace(source, target)
 
