@@ -5,15 +5,27 @@ result, in ``<save_path>.work`` (see ``replaceme.steps``).
 """
 
 import argparse
+import hashlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from replaceme.base.claims import claim, claim_only_what_is_there, foreign_file, in_use
 from replaceme.base.entry import Parser, run
 from replaceme.base.errors import ParameterError, excerpt
-from replaceme.base.files import copy_content, local_path, new_folder, read_json, rounded, write_json, write_text
+from replaceme.base.files import (
+    clear_partials,
+    copy_content,
+    local_path,
+    new_folder,
+    read_json,
+    rounded,
+    write_json,
+    write_text,
+)
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.params import Params, nearest, parse_value, read_params
 from replaceme.base.progress import align, logger
@@ -80,22 +92,23 @@ def _prune(params: Params) -> None:
     from replaceme.publish import card_of
     from replaceme.steps import run_steps
 
-    work = _claim(params, f"{_suffix(params)}-transform" if params.save_transform_only else _suffix(params))
-    inspect_inputs(params, work)
-    run_steps(params, work, FIT)
-    if params.save_transform_only:
-        _deliver(work, work.edits)
-        logger.info("only the transform was saved, to %s (edits.safetensors); no model was written", work.model)
-        return
-    run_steps(params, work, ["export"])
-    _record(work)
-    logger.info("the pruned model is in %s, its figures in %s", work.model, work.root / "metrics")
-    if params.tasks:
-        if "evaluate" not in run_steps(params, work, JUDGEMENT):
-            print(comparison_table(read_json(work.metric("evaluation"))))
-        logger.info("the report is %s", work.report / "index.html")
-    write_text(work.model / CARD, card_of(params, work))
-    _record(work)
+    with _claimed(params, f"{_suffix(params)}-transform" if params.save_transform_only else _suffix(params)) as work:
+        inspect_inputs(params, work)
+        run_steps(params, work, FIT)
+        if params.save_transform_only:
+            _deliver(work, work.edits)
+            logger.info("only the transform was saved, to %s (edits.safetensors); no model was written", work.model)
+            return
+        run_steps(params, work, ["export"])
+        logger.info("the pruned model is in %s, its figures in %s", work.model, work.root / "metrics")
+        if params.tasks:
+            if "evaluate" not in run_steps(params, work, JUDGEMENT):
+                print(comparison_table(read_json(work.metric("evaluation"))))
+            logger.info("the report is %s", work.report / "index.html")
+        card = card_of(params, work)
+        claim(work, {CARD: hashlib.sha256(card.encode()).hexdigest()})
+        write_text(work.model / CARD, card)
+        claim_only_what_is_there(work)
 
 
 def _evaluate(params: Params) -> None:
@@ -117,12 +130,17 @@ def _evaluate(params: Params) -> None:
 
 
 def _measure(params: Params) -> None:
+    work = _result_of(params)
+    with in_use(work) if work.save_path else nullcontext():
+        _measure_result(params, work)
+
+
+def _measure_result(params: Params, work: Workspace) -> None:
     from replaceme.models.find import identity, recorded_model
     from replaceme.models.model import Model
     from replaceme.report.page import SETTINGS_FILE, render
     from replaceme.speed import measure_speed
 
-    work = _result_of(params)
     dense = recorded_model(params, work.model_input)
     pruned = Model(work.model, work.model.name, trust_remote_code=params.trust_remote_code)
     if identity(dense) != read_json(work.model_input):
@@ -173,14 +191,14 @@ def _analyse(params: Params) -> None:
     from replaceme.selection.criteria import allowed_starts
     from replaceme.steps import run_steps
 
-    work = _claim(params, "distances")
     # Nothing is pruned here, so no transform has to fold.
     bare = {"method": "uidl", "transform": "dense", "repair": False, "heal_epochs": 0}
     single = params.model_copy(update={"layers_to_skip": 1, "num_A": 1, **bare})
-    inspect_inputs(single, work)
-    run_steps(params, work, ANALYSIS)
-    _deliver(work, work.profile)
-    content = read_json(work.profile / "profile.json")
+    with _claimed(params, "distances") as work:
+        inspect_inputs(single, work)
+        run_steps(params, work, ANALYSIS)
+        _deliver(work, work.profile)
+        content = read_json(work.profile / "profile.json")
     criteria = {"angular distance": content["angular_distance"], "residual": content["residual"]}
     rows = [("layers to skip", *(head for name in criteria for head in ("host", "removed", name)))]
     for skip in range(1, len(allowed_starts(single, layers := len(content["residual"]), criterion_of(single))) + 1):
@@ -201,29 +219,45 @@ def _suffix(params: Params) -> str:
     return f"{params.method}-{params.layers_to_skip}{tolerated}"
 
 
-def _claim(params: Params, suffix: str) -> Workspace:
-    """Return the paths of the result and of the intermediate results beside it, after a check that they may be written.
+@contextmanager
+def _claimed(params: Params, suffix: str) -> Iterator[Workspace]:
+    """Yield the paths of the result and of the intermediate results beside it, which are this process's alone in the block.
+
+    What killed runs left unfinished there is deleted. The folders that this call makes are deleted again if nothing is written.
 
     Args:
         params: ``save_path`` is the place of the result.
         suffix: appended to the model's name for the place, if ``save_path`` is None.
 
     Raises:
-        ParameterError: the place holds files that this program didn't write, or isn't writable.
+        ParameterError: another process works there, or the place holds files that this program didn't write, or isn't writable.
     """
+    from replaceme.models.model import CARD
+
     work = _place_of(params, suffix)
     target = work.model
     if target.resolve() == local_path(params.model_path).resolve():
         raise ParameterError(f"save_path: {target} is the model that is to be pruned; choose another folder.")
-    if target.exists():
-        record = _result_record(work)
-        written = read_json(record) if record.is_file() else {}
-        foreign = sorted(name for name, digest in sha256_below(target).items() if written.get(name) != digest)
-        if foreign or not target.is_dir():
-            what = f"holds {foreign[0]}, which" if target.is_dir() and foreign else "exists and"
-            raise ParameterError(f"save_path: {target} {what} this program did not write; choose another folder.")
+    for folder in target.resolve().parents:
+        if (folder / "dvc.yaml").is_file() and target.resolve().is_relative_to(folder / "artifacts"):
+            raise ParameterError(f"save_path: {folder / 'artifacts'} belongs to the pipeline; choose another folder.")
+    new = [folder for folder in (work.root, *work.root.parents) if not folder.exists()]
     _make_folder(work.root)
-    return work
+    try:
+        with in_use(work):
+            clear_partials(work.root, alone=True)
+            clear_partials(target.parent, target.name, alone=True)
+            clear_partials(target, CARD, alone=True)
+            if target.exists():
+                foreign = foreign_file(work) if target.is_dir() else None
+                if foreign or not target.is_dir():
+                    what = f"holds {foreign}, which" if foreign else "exists and"
+                    raise ParameterError(f"save_path: {target} {what} this program did not write; choose another folder.")
+            yield work
+    finally:
+        for folder in new:
+            with suppress(OSError):  # It isn't empty.
+                folder.rmdir()
 
 
 def _place_of(params: Params, suffix: str) -> Workspace:
@@ -255,18 +289,10 @@ def _make_folder(folder: Path) -> None:
 
 def _deliver(work: Workspace, folder: Path) -> None:
     """Copy a step's output to the place of the result, and record it."""
+    claim(work, sha256_below(folder))
     with new_folder(work.model) as copy:
         copy_content(folder, copy)
-    _record(work)
-
-
-def _record(work: Workspace) -> None:
-    """Record the result's files, so that a later run replaces no others."""
-    write_json(_result_record(work), sha256_below(work.model))
-
-
-def _result_record(work: Workspace) -> Path:
-    return work.root / "result.json"
+    claim_only_what_is_there(work)
 
 
 def _main(action: Callable[[Params], None], description: str, **fixed: Any) -> NoReturn:

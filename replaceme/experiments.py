@@ -11,12 +11,11 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from replaceme.base.entry import Parser, run
 from replaceme.base.errors import ParameterError, ReplaceMeError, ResourceError, excerpt
-from replaceme.base.files import PARTIAL, new_folder, read_json, rounded, write_json
+from replaceme.base.files import new_folder, read_json, rounded, temporary_folder, write_json
 from replaceme.base.params import Params, read_params
 from replaceme.base.progress import align, logger
 from replaceme.base.workspace import Workspace
@@ -156,8 +155,7 @@ def _speed(revision: str, name: str, known: Sequence[Record], beside: Path) -> t
     from replaceme.speed import setting_of
 
     files = _opened(revision)
-    with TemporaryDirectory(dir=beside.absolute().parent, prefix=f"{beside.name}-", suffix=PARTIAL) as folder:
-        place = Path(folder)
+    with temporary_folder(f"{beside.name}-", beside.absolute().parent) as place:
         sums = _of_cache(lambda: _sums(files), name)
         _of_cache(lambda: files.get(PARAMS, str(place / PARAMS)), name)
         params = read_params(place / PARAMS, methods=METHODS)

@@ -7,11 +7,14 @@ has them, and so does the card of a console script.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from replaceme.base.claims import in_use
 from replaceme.base.entry import PARAMS_FILE, Parser, run
 from replaceme.base.errors import ParameterError, excerpt
 from replaceme.base.files import read_json
@@ -46,11 +49,18 @@ def parser() -> Parser:
 
 
 def _push(options: argparse.Namespace) -> None:
+    folder = options.save_path or Workspace().model
+    place = Workspace(folder.absolute().parent / f"{folder.absolute().name}.work", folder)
+    # No run may replace the files while they are uploaded.
+    with in_use(place) if os.access(place.root, os.W_OK) else nullcontext():
+        _upload(options, folder)
+
+
+def _upload(options: argparse.Namespace, folder: Path) -> None:
     from replaceme.models import hub
     from replaceme.models.model import CARD, Model
 
     pipeline = Workspace()
-    folder = options.save_path or pipeline.model
     files: dict[str, Path | bytes] = {path.name: path for path in Model(folder, folder.name).files()}
     if not {"config.json", CARD} <= files.keys():
         raise ParameterError(f"save_path: there is no pruned model in {folder}; run `dvc repro` or run_replaceme first.")

@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from replaceme.base.compute import kind_of, resolve_device
 from replaceme.base.cost import recorded
@@ -19,6 +20,7 @@ from replaceme.base.files import cache_folder, copy_content, new_folder, read_js
 from replaceme.base.fingerprints import PACKAGE, sha256_below, sha256_of_code
 from replaceme.base.params import Params
 from replaceme.base.progress import logger
+from replaceme.base.shared import make_once
 from replaceme.base.stage import COMPRESSION, ORDER, Stage
 from replaceme.base.workspace import Workspace
 from replaceme.models.model import CARD
@@ -39,7 +41,7 @@ def run_steps(params: Params, work: Workspace, names: Sequence[str]) -> list[str
         outputs = [*([work.path(step.writes)] if step.writes else []), *map(work.metric, step.metrics)]
         if name in COMPRESSION:
             outputs.append(work.cost(name))
-        if stamp.is_file() and read_json(stamp) == [key, _sums(outputs)]:
+        if _is_stamped(stamp, [key, _sums(outputs)]):
             logger.info("%s: unchanged since an earlier run", name)
             continue
         stamp.unlink(missing_ok=True)
@@ -56,13 +58,27 @@ def run_steps(params: Params, work: Workspace, names: Sequence[str]) -> list[str
 def _run_once_for_all(name: str, key: str, output: Path, step: Callable[[], None]) -> None:
     """Copy a step's output from the user's cache; or run the step and copy its output there, for other results."""
     shared = cache_folder() / f"{name}s" / key
-    if shared.is_dir():
-        logger.info("%s: known from an earlier run", name)
-    else:
+
+    def make() -> None:
         step()
-    source, target = (shared, output) if shared.is_dir() else (output, shared)
+        _copy(output, shared)
+
+    if not make_once(shared, name, make):
+        logger.info("%s: known from an earlier run", name)
+        _copy(shared, output)
+
+
+def _copy(source: Path, target: Path) -> None:
     with new_folder(target) as folder:
         copy_content(source, folder)
+
+
+def _is_stamped(stamp: Path, content: list[Any]) -> bool:
+    """Return whether a stamp holds this content; False for a damaged one."""
+    try:
+        return stamp.is_file() and bool(read_json(stamp) == content)
+    except ValueError:
+        return False
 
 
 def _sums(paths: Sequence[Path]) -> list[dict[str, str]]:

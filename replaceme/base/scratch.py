@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from replaceme.base.errors import ResourceError
+from replaceme.base.files import temporary_folder
 
 
 def scratch(
@@ -30,11 +31,11 @@ def scratch(
     where = folder or Path(tempfile.gettempdir())
     require_space(where, sum(map(prod, shapes)) * dtype.itemsize, f"{purpose} keeps {{}} of states there")
     # A mapping outlives the deletion of its file, so nothing is left on disk however the run ends.
-    with tempfile.TemporaryDirectory(prefix="scratch-", suffix=".partial", dir=where, ignore_cleanup_errors=True) as names:
+    with temporary_folder("scratch-", where) as names:
         for number, shape in enumerate(shapes):
-            _take_space(Path(names) / str(number), prod(shape) * dtype.itemsize)
+            _take_space(names / str(number), prod(shape) * dtype.itemsize)
         return [
-            torch.from_file(str(Path(names) / str(number)), shared=True, size=prod(shape), dtype=dtype).view(*shape)
+            torch.from_file(str(names / str(number)), shared=True, size=prod(shape), dtype=dtype).view(*shape)
             for number, shape in enumerate(shapes)
         ]
 

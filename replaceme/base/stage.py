@@ -12,6 +12,7 @@ from replaceme.base.combinations import Methods
 from replaceme.base.cost import recorded
 from replaceme.base.entry import PARAMS_FILE, run
 from replaceme.base.errors import ParameterError
+from replaceme.base.files import clear_partials
 from replaceme.base.params import Params, read_params
 from replaceme.base.workspace import Artifact, Workspace
 
@@ -58,10 +59,15 @@ class Stage:
 
 
 def run_stage(stage: Stage) -> None:
-    """Run a stage on params.yaml in the current folder, and exit. A stage of the compression records its cost."""
+    """Run a stage on params.yaml in the current folder, and exit. A stage of the compression records its cost.
+
+    What killed stages left unfinished is cleared first.
+    """
     place = Workspace()
 
     def work() -> None:
+        for folder in (place.artifact(""), place.cost(stage.name).parent, place.metric(stage.name).parent):
+            clear_partials(folder)
         with recorded(place.cost(stage.name)) if stage.name in COMPRESSION else nullcontext():
             params = read_params(PARAMS_FILE, methods=stage.methods)
             check_pipeline_params(params)

@@ -17,7 +17,8 @@ import yaml
 
 from replaceme.base.files import cache_folder, new_folder, write_text
 from replaceme.base.progress import logger
-from replaceme.models.packages import PackagedFile, fetched, locked
+from replaceme.base.shared import make_once
+from replaceme.models.packages import PackagedFile, fetched
 
 
 @dataclass(frozen=True)
@@ -93,17 +94,19 @@ def model_folder(name: str) -> Path:
     """Return the safetensors folder of an embedded model, making it on first use."""
     model = MODELS[name]
     folder = cache_folder() / "models" / f"{name}-{model.file.sha256[:12]}"
-    with locked(folder):
-        if not folder.is_dir():
-            logger.info("%s has the licence %s", name, model.known.get("license_link", model.known["license"]))
-            logger.info("%s: %s", name, model.about)
-            with fetched(model.file) as gguf, new_folder(folder) as partial:
-                _convert_gguf(gguf, partial)
-        # An earlier version wrote other texts, or none.
-        for file, text in {"README.md": model.card, "NOTICE": model.notice}.items():
-            path = folder / file
-            if not path.is_file() or path.read_text(encoding="utf-8") != text:
-                write_text(path, text)
+    texts = {"README.md": model.card, "NOTICE": model.notice}
+
+    def make() -> None:
+        logger.info("%s has the licence %s", name, model.known.get("license_link", model.known["license"]))
+        logger.info("%s: %s", name, model.about)
+        with fetched(model.file) as gguf, new_folder(folder) as partial:
+            _convert_gguf(gguf, partial)
+
+    # The texts have no sums: they are compared with those of this version.
+    make_once(folder, name, make, apart=tuple(texts))
+    for file, text in texts.items():
+        if not ((path := folder / file).is_file() and path.read_bytes() == text.encode()):
+            write_text(path, text)
     return folder
 
 

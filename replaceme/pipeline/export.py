@@ -1,8 +1,10 @@
 """export: save the pruned model as a Hugging Face folder, which gets its name only after verification."""
 
+from replaceme.base.claims import claim
 from replaceme.base.compute import use_processor
 from replaceme.base.documents import Documents
 from replaceme.base.files import new_folder, read_json, rounded, write_json, write_text
+from replaceme.base.fingerprints import sha256_below
 from replaceme.base.params import Params
 from replaceme.base.progress import logger
 from replaceme.base.stage import Stage
@@ -35,6 +37,7 @@ def export(params: Params, work: Workspace) -> None:
         pruned = Model(folder, folder.name, trust_remote_code=source.trust_remote_code or not plain)
         figures = verify_export(source, pruned, edits, Documents.load(work.documents))
         broken = broken_patterns(pruned.config(), source.family())
+        claim(work, sha256_below(folder))
     if broken:
         logger.warning(
             "export: %s no longer follows the family's pattern: transformers and vLLM read it from the config, but programs "

@@ -78,3 +78,20 @@ def test_an_embedded_model_has_a_card_with_its_licence(
     found = find_model(read_params(None, {"model_path": name}))
     assert found.about.endswith(about)
     assert {path.name for path in found.copied_files()} >= {"README.md", "NOTICE"}
+
+
+def test_an_embedded_model_that_was_changed_is_converted_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("REPLACEME_CACHE", str(tmp_path))
+    monkeypatch.setattr(embedded, "fetched", lambda _: nullcontext(tmp_path))
+    monkeypatch.setattr(embedded, "_convert_gguf", lambda _, folder: (folder / "config.json").write_text("{}"))
+    folder = embedded.model_folder("smollm2-135m-instruct")
+    card = (folder / "README.md").read_bytes()
+    for name in ("config.json", "README.md"):
+        (folder / name).write_text("[]", encoding="utf-8")
+    assert embedded.model_folder("smollm2-135m-instruct") == folder
+    assert (folder / "config.json").read_text(encoding="utf-8") == "{}"
+    assert (folder / "README.md").read_bytes() == card
+    assert "smollm2-135m-instruct: " in caplog.text
+    assert "was changed; it is made anew" in caplog.text
