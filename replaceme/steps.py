@@ -17,7 +17,7 @@ from typing import Any
 from replaceme.base.compute import kind_of, resolve_device
 from replaceme.base.cost import recorded
 from replaceme.base.files import cache_folder, copy_content, new_folder, read_json, write_json
-from replaceme.base.fingerprints import PACKAGE, sha256_below, sha256_of_code
+from replaceme.base.fingerprints import sha256_below, sha256_of_code
 from replaceme.base.params import Params
 from replaceme.base.progress import logger
 from replaceme.base.shared import make_once
@@ -27,6 +27,7 @@ from replaceme.models.model import CARD
 
 # Without ``inputs``, which the caller runs.
 STAGES: Mapping[str, Stage] = {name: import_module(f"replaceme.pipeline.{name}").STAGE for name in ORDER}
+PACKAGE = Path(__file__).parent
 
 # Depends on the dense model only, so all results made from it share the output.
 SHARED = ("baseline",)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoTokenizer
 
 from replaceme.base.errors import ModelError
@@ -60,6 +61,23 @@ def test_code_and_vocabularies_of_a_tokenizer_are_copied_to_the_pruned_model(cod
     shutil.rmtree(coded)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "pruned", trust_remote_code=True)
     assert (type(tokenizer).__name__, tokenizer.place) == ("OwnTokenizer", "deep")
+
+
+def test_code_and_vocabularies_of_a_tokenizer_are_downloaded(coded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def snapshot(name: str, commit: str, patterns: tuple[str, ...], ignored: tuple[str, ...]) -> Path:
+        asked.extend(
+            filter_repo_objects(
+                [*CODE, *VOCABULARIES, "sub/tekken.json"], allow_patterns=list(patterns), ignore_patterns=list(ignored)
+            )
+        )
+        return coded
+
+    monkeypatch.setattr(hub, "resolve_commit", lambda *_: "1" * 40)
+    monkeypatch.setattr(hub, "snapshot", snapshot)
+    find_model(read_params(None, {"model_path": "owner/name"}))
+    assert asked == [*CODE, *VOCABULARIES]
 
 
 @pytest.mark.parametrize("name", [*CODE, *VOCABULARIES])

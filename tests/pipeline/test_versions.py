@@ -12,6 +12,7 @@ from replaceme.base import versions as versions_module
 from replaceme.base.files import read_json, write_text
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.params import Params
+from replaceme.base.stage import COMPRESSION
 from replaceme.base.versions import MODEL, SCORES, TEXT
 from replaceme.base.workspace import Workspace
 from replaceme.evaluation.requests import Requests
@@ -38,10 +39,11 @@ def keys(params: Params, tmp_path: Path) -> Any:
 
     def of(setting: Params = params) -> dict[str, str]:
         inspect_inputs(setting, work)
-        for step in STAGES.values():
-            for path in [*map(work.path, step.reads), *map(work.metric, step.figures), *map(work.cost, step.costs)]:
-                if not path.exists():
-                    write_text(path, "read")
+        artifacts = {work.path(artifact) for step in STAGES.values() for artifact in step.reads}
+        metrics = {work.metric(name) for step in STAGES.values() for name in step.figures}
+        for path in artifacts | metrics | {*map(work.cost, COMPRESSION)}:
+            if not path.exists():
+                write_text(path, "read")
         return {name: steps._key(setting, work, step) for name, step in STAGES.items()}
 
     return of
