@@ -17,7 +17,7 @@ from replaceme.base.errors import ParameterError
 from replaceme.base.files import new_folder, read_json, rounded, write_json, write_text
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.params import Params, nearest, parse_value, read_params
-from replaceme.base.progress import align, logger
+from replaceme.base.progress import align, logger, silence_libraries
 from replaceme.base.published_keys import PUBLISHED_KEYS
 from replaceme.base.stage import ANALYSIS, FIT, JUDGEMENT
 from replaceme.base.workspace import Workspace
@@ -267,7 +267,11 @@ def _main(action: Callable[[Params], None], description: str, **fixed: Any) -> N
         for key, value in fixed.items():
             if overrides.get(key, value) != value:
                 raise ParameterError(f"{key}: this command sets it to {value}; use run_replaceme for {overrides[key]}.")
-        action(read_params(config, {**overrides, **fixed}, METHODS))
+        params = read_params(config, {**overrides, **fixed}, METHODS)
+        import transformers.utils.logging  # noqa: F401 - its bars can be turned off once it is loaded
+
+        silence_libraries()
+        action(params)
 
     sys.exit(run(work, debug="--debug" in arguments))
 

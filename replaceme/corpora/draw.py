@@ -63,7 +63,8 @@ def draw_documents(
     else:
         bodies = encoded
     drawn: list[Tensor] = []
-    for body in progress(bodies, "drawing documents", "documents", total=size):
+    # The pieces of running texts are all there before the first is drawn, and have a bar of their own.
+    for body in bodies if corpus.running else progress(bodies, "drawing documents", "documents", total=size):
         if not body:
             counts.empty += 1
             continue
