@@ -19,7 +19,7 @@ from replaceme.base.entry import run
 from replaceme.base.errors import ParameterError, ReplaceMeError, ResourceError
 from replaceme.base.files import PARTIAL, new_folder, read_json, rounded, write_json
 from replaceme.base.params import Params, read_params
-from replaceme.base.progress import align, logger
+from replaceme.base.progress import align, logger, silence_libraries
 from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import METHODS
 
@@ -89,6 +89,7 @@ def _recorded(revisions: Sequence[str] | None, number: int) -> list[dict[str, An
 def _add_speeds(comparison: ExperimentComparison, output: Path) -> None:
     from replaceme.report.experiment_comparison import SPEEDS
 
+    silence_libraries(load=True)
     times = speeds_of(comparison.table.to_dict("records"), output / SPEED_FILE)
     for kind, column in SPEEDS.items():
         comparison.table[column] = [record[kind]["speedup"] if record else None for record in times]

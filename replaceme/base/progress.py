@@ -3,6 +3,7 @@
 On a terminal, a loop has a progress bar. In a file or a pipe, it has a whole line every 20 seconds.
 """
 
+import io
 import logging
 import os
 import sys
@@ -31,6 +32,9 @@ LINE_SECONDS = 20.0
 
 def configure_logging() -> None:
     """Log this package's messages to standard error, without the libraries' ones."""
+    # A printed table keeps its place among them where both go to one file.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)
     handler = _AboveBars() if sys.stderr.isatty() else logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger.handlers = [handler]
@@ -48,16 +52,18 @@ class _AboveBars(logging.Handler):
             self.handleError(record)
 
 
-def silence_libraries() -> None:
+def silence_libraries(load: bool = False) -> None:
     """Turn off the progress bars and warnings of the libraries, whether they are already loaded or not.
 
-    On a terminal, the hub's client keeps its bars of downloads. There, transformers must be loaded before this call: once it
-    loads, it takes over whether the hub's bars are on.
+    On a terminal, the hub's client keeps its bars of downloads, and transformers, when it is loaded, takes over that bars are
+    on. So a command that will use transformers has it loaded here first (``load``).
     """
     os.environ.update(HF_DATASETS_DISABLE_PROGRESS_BARS="1", DATASETS_VERBOSITY="error", TRANSFORMERS_VERBOSITY="error")
     if not sys.stderr.isatty():
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if load:
+        import transformers.utils.logging
     if transformers := sys.modules.get("transformers"):
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()

@@ -58,6 +58,16 @@ def test_a_loop_in_a_file_has_a_line_every_twenty_seconds_and_none_before(
     ]
 
 
+def test_printed_lines_and_messages_keep_their_order_in_one_file() -> None:
+    program = (
+        "from replaceme.base.entry import run; from replaceme.base.progress import logger\n"
+        "run(lambda: (logger.info('before'), print('a table'), logger.info('after')))"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True)
+    assert done.stdout.splitlines() == ["before", "a table", "after"]
+
+
 @pytest.mark.parametrize("total", [4, None])
 def test_items_pass_as_they_are_and_one_at_a_time(total: int | None) -> None:
     taken: list[int] = []
