@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from replaceme.base.entry import Parser, run
+from replaceme.base.entry import PARAMS_FILE, Parser, run
 from replaceme.base.errors import ParameterError
 from replaceme.base.files import new_folder, read_json, rounded, write_json, write_text
 from replaceme.base.fingerprints import sha256_below
@@ -75,6 +75,7 @@ def get_lt_with_solvers() -> NoReturn:
 def _prune(params: Params) -> None:
     from replaceme.evaluation.comparison import comparison_table
     from replaceme.models.model import CARD
+    from replaceme.pipeline.cost import write_cost
     from replaceme.pipeline.inputs import inspect_inputs
     from replaceme.publish import card_of
     from replaceme.steps import run_steps
@@ -87,6 +88,7 @@ def _prune(params: Params) -> None:
         logger.info("only the transform was saved, to %s (edits.safetensors); no model was written", work.model)
         return
     run_steps(params, work, ["export"])
+    write_cost(params, work)
     _record(work)
     logger.info("the pruned model is in %s, its figures in %s", work.model, work.root / "metrics")
     if params.tasks:
@@ -118,6 +120,7 @@ def _evaluate(params: Params) -> None:
 def _measure(params: Params) -> None:
     from replaceme.models.find import identity, recorded_model
     from replaceme.models.model import Model
+    from replaceme.pipeline.cost import compression_figures
     from replaceme.report.page import SETTINGS_FILE, render
     from replaceme.speed import measure_speed
 
@@ -135,7 +138,11 @@ def _measure(params: Params) -> None:
         write_json(folder / "speed.json", rounded(times, 4))
         # The page shows the settings that the model was made with, not those of this call.
         if (settings := work.report / SETTINGS_FILE).is_file():
-            render(read_params(settings, methods=METHODS), work, times).save(folder)
+            made_with = read_params(settings, methods=METHODS)
+            # These name local files without their folders, and the pipeline's costs are known by its own parameters.
+            own = PARAMS_FILE if work == Workspace() and PARAMS_FILE.is_file() else settings
+            cost = compression_figures(read_params(own, methods=METHODS), work)
+            render(made_with, work, times, cost).save(folder)
     logger.info("the times, and the report with them, are in %s", work.speed)
 
 
@@ -268,9 +275,7 @@ def _main(action: Callable[[Params], None], description: str, **fixed: Any) -> N
             if overrides.get(key, value) != value:
                 raise ParameterError(f"{key}: this command sets it to {value}; use run_replaceme for {overrides[key]}.")
         params = read_params(config, {**overrides, **fixed}, METHODS)
-        import transformers.utils.logging  # noqa: F401 - its bars can be turned off once it is loaded
-
-        silence_libraries()
+        silence_libraries(load=True)
         action(params)
 
     sys.exit(run(work, debug="--debug" in arguments))
