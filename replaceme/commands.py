@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from replaceme.base.claims import claim, claim_only_what_is_there, foreign_file, in_use
-from replaceme.base.entry import Parser, run
+from replaceme.base.entry import PARAMS_FILE, Parser, run
 from replaceme.base.errors import ParameterError, excerpt
 from replaceme.base.files import (
     clear_partials,
@@ -28,7 +28,7 @@ from replaceme.base.files import (
 )
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.params import Params, nearest, parse_value, read_params
-from replaceme.base.progress import align, logger
+from replaceme.base.progress import align, logger, silence_libraries
 from replaceme.base.published_keys import PUBLISHED_KEYS
 from replaceme.base.stage import ANALYSIS, FIT, JUDGEMENT
 from replaceme.base.workspace import Workspace
@@ -88,6 +88,7 @@ def get_lt_with_solvers() -> NoReturn:
 def _prune(params: Params) -> None:
     from replaceme.evaluation.comparison import comparison_table
     from replaceme.models.model import CARD
+    from replaceme.pipeline.cost import write_cost
     from replaceme.pipeline.inputs import inspect_inputs
     from replaceme.publish import card_of
     from replaceme.steps import run_steps
@@ -100,6 +101,7 @@ def _prune(params: Params) -> None:
             logger.info("only the transform was saved, to %s (edits.safetensors); no model was written", work.model)
             return
         run_steps(params, work, ["export"])
+        write_cost(params, work)
         logger.info("the pruned model is in %s, its figures in %s", work.model, work.root / "metrics")
         if params.tasks:
             if "evaluate" not in run_steps(params, work, JUDGEMENT):
@@ -138,6 +140,7 @@ def _measure(params: Params) -> None:
 def _measure_result(params: Params, work: Workspace) -> None:
     from replaceme.models.find import identity, recorded_model
     from replaceme.models.model import Model
+    from replaceme.pipeline.cost import compression_figures
     from replaceme.report.page import SETTINGS_FILE, render
     from replaceme.speed import measure_speed
 
@@ -155,7 +158,11 @@ def _measure_result(params: Params, work: Workspace) -> None:
         write_json(folder / "speed.json", rounded(times, 4))
         # The page shows the settings that the model was made with, not those of this call.
         if (settings := work.report / SETTINGS_FILE).is_file():
-            render(read_params(settings, methods=METHODS), work, times).save(folder)
+            made_with = read_params(settings, methods=METHODS)
+            # These name local files without their folders, and the pipeline's costs are known by its own parameters.
+            own = PARAMS_FILE if work == Workspace() and PARAMS_FILE.is_file() else settings
+            cost = compression_figures(read_params(own, methods=METHODS), work)
+            render(made_with, work, times, cost).save(folder)
     logger.info("the times, and the report with them, are in %s", work.speed)
 
 
@@ -303,7 +310,9 @@ def _main(action: Callable[[Params], None], description: str, **fixed: Any) -> N
         for key, value in fixed.items():
             if overrides.get(key, value) != value:
                 raise ParameterError(f"{key}: this command sets it to {value}; use run_replaceme for {overrides[key]}.")
-        action(read_params(config, {**overrides, **fixed}, METHODS))
+        params = read_params(config, {**overrides, **fixed}, METHODS)
+        silence_libraries(load=True)
+        action(params)
 
     sys.exit(run(work, debug="--debug" in arguments))
 

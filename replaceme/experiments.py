@@ -17,7 +17,7 @@ from replaceme.base.entry import Parser, run
 from replaceme.base.errors import ParameterError, ReplaceMeError, ResourceError, excerpt
 from replaceme.base.files import new_folder, read_json, rounded, temporary_folder, write_json
 from replaceme.base.params import Params, read_params
-from replaceme.base.progress import align, logger
+from replaceme.base.progress import align, logger, silence_libraries
 from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import METHODS
 
@@ -92,6 +92,7 @@ def _recorded(revisions: Sequence[str] | None, number: int) -> list[dict[str, An
 def _add_speeds(comparison: ExperimentComparison, output: Path) -> None:
     from replaceme.report.experiment_comparison import SPEEDS
 
+    silence_libraries(load=True)
     times = speeds_of(comparison.table.to_dict("records"), output / SPEED_FILE)
     for kind, column in SPEEDS.items():
         comparison.table[column] = [record[kind]["speedup"] if record else None for record in times]

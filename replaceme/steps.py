@@ -10,25 +10,52 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from replaceme.base.compute import kind_of, resolve_device
 from replaceme.base.cost import recorded
 from replaceme.base.files import cache_folder, copy_content, new_folder, read_json, write_json
-from replaceme.base.fingerprints import sha256_below, sha256_of_code
+from replaceme.base.fingerprints import PACKAGE, sha256_below, sha256_of_code
 from replaceme.base.params import Params
 from replaceme.base.progress import logger
 from replaceme.base.shared import make_once
-from replaceme.base.stage import COMPRESSION, ORDER, Stage
+from replaceme.base.stage import COMPRESSION, Stage
 from replaceme.base.workspace import Workspace
 from replaceme.models.model import CARD
+from replaceme.pipeline import (
+    activations,
+    baseline,
+    calibrate,
+    evaluate,
+    export,
+    heal,
+    plan,
+    profile,
+    repair,
+    report,
+    select,
+    solve,
+)
 
-# Without ``inputs``, which the caller runs.
-STAGES: Mapping[str, Stage] = {name: import_module(f"replaceme.pipeline.{name}").STAGE for name in ORDER}
-PACKAGE = Path(__file__).parent
-
+# In order (``replaceme.base.stage.ORDER``); without ``inputs`` and ``cost``, which the caller runs.
+STAGES: Mapping[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        calibrate.STAGE,
+        profile.STAGE,
+        select.STAGE,
+        plan.STAGE,
+        activations.STAGE,
+        solve.STAGE,
+        repair.STAGE,
+        heal.STAGE,
+        export.STAGE,
+        baseline.STAGE,
+        evaluate.STAGE,
+        report.STAGE,
+    )
+}
 # Depends on the dense model only, so all results made from it share the output.
 SHARED = ("baseline",)
 
@@ -100,6 +127,5 @@ def _key(params: Params, work: Workspace, step: Stage) -> str:
         "params": params.model_dump(include=set(step.params)),
         "reads": {artifact.place: _content(work.path(artifact)) for artifact in step.reads},
         "figures": {name: sha256_below(work.metric(name)) for name in step.figures},
-        "costs": {name: sha256_below(work.cost(name)) for name in step.costs},
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -88,5 +88,5 @@ class Workspace:
         return self.root / "metrics" / f"{name}.json"
 
     def cost(self, name: str) -> Path:
-        """Return the path of the file with a stage's cost."""
+        """Return the path of the file with the cost of a console script's step."""
         return self.artifact("cost") / f"{name}.json"

@@ -71,7 +71,8 @@ def draw_documents(
         bodies = enumerate(encoded)
     drawn: list[Tensor] = []
     sources: list[int] = []
-    for source, body in progress(bodies, "drawing documents", "documents", total=size):
+    # The pieces of running texts are all there before the first is drawn, and have a bar of their own.
+    for source, body in bodies if corpus.running else progress(bodies, "drawing documents", "documents", total=size):
         if not body:
             counts.empty += 1
             continue

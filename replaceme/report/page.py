@@ -65,7 +65,9 @@ class Page:
             (folder / f"{name}.png").write_bytes(picture.light)
 
 
-def render(params: Params, work: Workspace, speed: Mapping[str, Any] | None = None) -> Page:
+def render(
+    params: Params, work: Workspace, speed: Mapping[str, Any] | None = None, cost: Mapping[str, Any] | None = None
+) -> Page:
     """Make the report of a finished run.
 
     Args:
@@ -73,6 +75,7 @@ def render(params: Params, work: Workspace, speed: Mapping[str, Any] | None = No
         work: the folder with its results.
         speed: measured times: ``prefill_seconds`` and ``decode_seconds_per_token`` (each ``dense``, ``pruned``, ``speedup``),
             and ``prompt_tokens``, ``new_tokens``, ``batch_size``, ``rounds``, ``dtype``, ``device``, ``threads``.
+        cost: what the compression cost, as in metrics/compression.json.
 
     Raises:
         ResourceError: a result is missing, because the stage that writes it has not run.
@@ -104,6 +107,7 @@ def render(params: Params, work: Workspace, speed: Mapping[str, Any] | None = No
         perplexity=tables.perplexity_table(evaluation),
         size=tables.size_table(evaluation),
         times=tables.times_table(speed) if speed else None,
+        cost=tables.cost_table(cost) if cost else None,
         cut=sentences.cut_sentences(distances, residuals, blocks, criterion_of(params).words, read_json(work.metric("select"))),
         parts_table=tables.parts_table(repaired) if edits["parts"] else None,
         layer_reading=sentences.layer_sentences(layers, blocks),

@@ -180,6 +180,19 @@ def times_table(speed: Figures) -> Table:
     return Table(caption, ["", "dense", "pruned", "speedup"], rows)
 
 
+def cost_table(cost: Figures) -> Table:
+    """Return what the compression cost (metrics/compression.json), stage by stage."""
+    rows = [[stage, _seconds(seconds)] for stage, seconds in cost.get("stage_seconds", {}).items()]
+    if "seconds" in cost:
+        rows.append(["all stages", _seconds(cost["seconds"])])
+    for key, name in (("peak_memory_bytes", "peak memory"), ("peak_cuda_bytes", "peak GPU memory")):
+        if key in cost:
+            rows.append([name, quantity(cost[key], "B")])
+    if missing := cost.get("stages_not_measured"):
+        rows.append(["not measured here", f"{missing} stage{'s' * (missing > 1)}"])
+    return Table("Cost of the compression, of each stage in the run that made its output", ["", "cost"], rows)
+
+
 def fit_table(fits: Mapping[str, Figures]) -> Table:
     """Return the figures of metrics/solve.json with their meanings.
 

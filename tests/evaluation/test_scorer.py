@@ -298,7 +298,9 @@ def test_a_perplexity_that_overflows_loses_no_other_score(library: Callable[...,
     assert found.accuracy["questions"]["items"] == 40
 
 
-def test_generated_answers_and_perplexity_tasks_of_lm_eval_are_scored_too(library: Callable[..., None]) -> None:
+def test_generated_answers_and_perplexity_tasks_of_lm_eval_are_scored_too(
+    library: Callable[..., None], capfd: pytest.CaptureFixture[str]
+) -> None:
     library(
         "answers", output_type="generate_until", doc_to_choice=None, doc_to_target="{{choices[0]}}",
         generation_kwargs={"until": ["\n"], "max_gen_toks": 4}, metric_list=[{"metric": "exact_match"}],
@@ -313,6 +315,8 @@ def test_generated_answers_and_perplexity_tasks_of_lm_eval_are_scored_too(librar
         "accuracy": 0, "stderr": 0, "items": 5, "metric": "exact_match", "fewshots": 0, "by_size": True,
     }  # fmt: skip
     assert found.perplexity["pages"]["word"] > found.perplexity["pages"]["byte"] > 1
+    # lm-eval's own bars count requests.
+    assert "requests" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(("wanted", "said"), [(None, 256), (64, 64), (63, None)])

@@ -8,9 +8,14 @@ import pytest
 from replaceme import steps
 from replaceme.base.files import write_json, write_text
 from replaceme.base.params import Params
+from replaceme.base.stage import ORDER
 from replaceme.base.workspace import Workspace
 from replaceme.steps import STAGES
 from tests.pipeline.closure import ROOT
+
+
+def test_the_steps_are_the_stages_in_their_order() -> None:
+    assert list(STAGES) == list(ORDER)
 
 
 def test_a_changed_file_repeats_the_steps_that_load_it_and_no_others(
@@ -20,7 +25,7 @@ def test_a_changed_file_repeats_the_steps_that_load_it_and_no_others(
     shutil.copytree(ROOT / "replaceme", package, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(steps, "PACKAGE", package)
     for stage in STAGES.values():
-        for path in [*map(work.path, stage.reads), *map(work.metric, stage.figures), *map(work.cost, stage.costs)]:
+        for path in [*map(work.path, stage.reads), *map(work.metric, stage.figures)]:
             write_text(path, "read")
 
     def keys() -> dict[str, str]:

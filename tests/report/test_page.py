@@ -21,7 +21,6 @@ from numpy.ma import masked
 from replaceme.base.params import Params, read_params
 from replaceme.base.plan import Block
 from replaceme.base.settings import settings_yaml
-from replaceme.base.stage import COMPRESSION
 from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import FIELDS, METHODS
 from replaceme.models.embedded import MODELS
@@ -151,14 +150,7 @@ def run(tmp_path: Path) -> Run:
         parts: str = "",
     ) -> Workspace:
         work = Workspace(tmp_path)
-        for folder in (
-            work.profile,
-            work.solution,
-            work.edits,
-            work.metric("solve").parent,
-            work.cost("solve").parent,
-            work.model_input.parent,
-        ):
+        for folder in (work.profile, work.solution, work.edits, work.metric("solve").parent, work.model_input.parent):
             folder.mkdir(parents=True, exist_ok=True)
         contents = {
             work.profile / "profile.json": {
@@ -181,7 +173,6 @@ def run(tmp_path: Path) -> Run:
             work.text_versions: {"tokenizers": "3.2", "torch": "1.2"},
             work.model_versions: {"torch": "1.2"},
             work.score_versions: {"lm-eval": "2.3", "torch": "1.2"},
-            **{work.cost(name): {"seconds": 1.5, "peak_memory_bytes": 10**9} for name in COMPRESSION},
         }
         for path, content in contents.items():
             path.write_text(json.dumps(content), encoding="utf-8")
@@ -400,6 +391,19 @@ def test_times_are_on_the_page_only_when_measured(params: Params, run: Run) -> N
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_the_cost_is_on_the_page_where_it_is_given_and_a_part_of_it_is_no_sum(params: Params, run: Run) -> None:
+    parts: dict[str, Any] = {"stage_seconds": {"select": 78.06, "plan": 0.0176}, "trained": False}
+    without = Reader(render(params, run()).html)
+    whole = Reader(render(params, run(), SPEED, parts | {"seconds": 78.08, "peak_memory_bytes": 1474109440}).html)
+    partial = Reader(render(params, run(), SPEED, parts | {"stages_not_measured": 7}).html)
+    assert "Cost of the compression" not in without.text
+    assert {"78.1 s", "17.6 ms", "1.474 GB"} <= whole.cells
+    assert {"78.1 s", "17.6 ms", "7 stages"} <= partial.cells
+    assert "all stages" in whole.text
+    assert "all stages" not in partial.text
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_names_cannot_inject_html(run: Run) -> None:
     params = read_params(None, {"model_path": "a/<script>x</script>&"}, methods=METHODS)
     evaluation = {
@@ -482,7 +486,6 @@ def test_the_stage_writes_the_page_and_the_drawn_pictures(params: Params, run: R
         assert (work.report / f"{name}.png").read_bytes() == picture.light
         assert picture.light.startswith(b"\x89PNG")
         assert picture.light != picture.dark
-    assert json.loads(work.metric("compression").read_text())["seconds"] == 13.5
 
 
 @pytest.mark.usefixtures("undrawn")

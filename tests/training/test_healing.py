@@ -29,13 +29,13 @@ from replaceme.models.model import Model
 from replaceme.observers.features import LINEARS
 from replaceme.pipeline.activations import observe_activations
 from replaceme.pipeline.calibrate import calibrate
+from replaceme.pipeline.cost import compression_figures
 from replaceme.pipeline.export import export
 from replaceme.pipeline.heal import heal
 from replaceme.pipeline.inputs import inspect_inputs
 from replaceme.pipeline.plan import plan
 from replaceme.pipeline.profile import profile
 from replaceme.pipeline.repair import repair
-from replaceme.pipeline.report import compression_figures
 from replaceme.pipeline.select import select
 from replaceme.pipeline.solve import solve
 from replaceme.training import healing, training
