@@ -1,1 +1,1 @@
-"""Benchmarks of speed, memory and selection criteria. They run on demand, not with the tests."""
+"""Benchmarks of speed, memory, selection criteria and faults. They run on demand, not with the tests."""

@@ -5,25 +5,38 @@ result, in ``<save_path>.work`` (see ``replaceme.steps``).
 """
 
 import argparse
+import hashlib
 import os
-import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from replaceme.base.entry import Parser, run
-from replaceme.base.errors import ParameterError
-from replaceme.base.files import new_folder, read_json, rounded, write_json, write_text
+from replaceme.base.claims import claim, claim_only_what_is_there, foreign_file, in_use
+from replaceme.base.entry import PARAMS_FILE, Parser, run
+from replaceme.base.errors import ParameterError, excerpt
+from replaceme.base.files import (
+    clear_partials,
+    copy_content,
+    local_path,
+    new_folder,
+    read_json,
+    rounded,
+    write_json,
+    write_text,
+)
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.params import Params, nearest, parse_value, read_params
-from replaceme.base.progress import align, logger
+from replaceme.base.progress import align, logger, silence_libraries
 from replaceme.base.published_keys import PUBLISHED_KEYS
 from replaceme.base.stage import ANALYSIS, FIT, JUDGEMENT
 from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import EFFECTS, FIELDS, METHODS, criterion_of
 from replaceme.selection.criteria import CRITERIA
 
+# What every file of scores has, and none of another program's; and more bytes than one has.
+SCORES, LARGEST_SCORES = {"perplexity", "accuracy", "parameters", "disk_bytes"}, 1 << 24
 ALIASES = {"model": "model_path", "layers": "layers_to_skip"}
 
 
@@ -75,26 +88,29 @@ def get_lt_with_solvers() -> NoReturn:
 def _prune(params: Params) -> None:
     from replaceme.evaluation.comparison import comparison_table
     from replaceme.models.model import CARD
+    from replaceme.pipeline.cost import write_cost
     from replaceme.pipeline.inputs import inspect_inputs
     from replaceme.publish import card_of
     from replaceme.steps import run_steps
 
-    work = _claim(params, f"{_suffix(params)}-transform" if params.save_transform_only else _suffix(params))
-    inspect_inputs(params, work)
-    run_steps(params, work, FIT)
-    if params.save_transform_only:
-        _deliver(work, work.edits)
-        logger.info("only the transform was saved, to %s (edits.safetensors); no model was written", work.model)
-        return
-    run_steps(params, work, ["export"])
-    _record(work)
-    logger.info("the pruned model is in %s, its figures in %s", work.model, work.root / "metrics")
-    if params.tasks:
-        if "evaluate" not in run_steps(params, work, JUDGEMENT):
-            print(comparison_table(read_json(work.metric("evaluation"))))
-        logger.info("the report is %s", work.report / "index.html")
-    write_text(work.model / CARD, card_of(params, work))
-    _record(work)
+    with _claimed(params, f"{_suffix(params)}-transform" if params.save_transform_only else _suffix(params)) as work:
+        inspect_inputs(params, work)
+        run_steps(params, work, FIT)
+        if params.save_transform_only:
+            _deliver(work, work.edits)
+            logger.info("only the transform was saved, to %s (edits.safetensors); no model was written", work.model)
+            return
+        run_steps(params, work, ["export"])
+        write_cost(params, work)
+        logger.info("the pruned model is in %s, its figures in %s", work.model, work.root / "metrics")
+        if params.tasks:
+            if "evaluate" not in run_steps(params, work, JUDGEMENT):
+                print(comparison_table(read_json(work.metric("evaluation"))))
+            logger.info("the report is %s", work.report / "index.html")
+        card = card_of(params, work)
+        claim(work, {CARD: hashlib.sha256(card.encode()).hexdigest()})
+        write_text(work.model / CARD, card)
+        claim_only_what_is_there(work)
 
 
 def _evaluate(params: Params) -> None:
@@ -115,13 +131,20 @@ def _evaluate(params: Params) -> None:
 
 
 def _measure(params: Params) -> None:
+    work = _result_of(params)
+    with in_use(work) if work.save_path else nullcontext():
+        _measure_result(params, work)
+
+
+def _measure_result(params: Params, work: Workspace) -> None:
     from replaceme.models.find import identity, recorded_model
     from replaceme.models.model import Model
+    from replaceme.pipeline.cost import compression_figures
     from replaceme.report.page import SETTINGS_FILE, render
     from replaceme.speed import measure_speed
 
-    work = _result_of(params)
-    dense, pruned = recorded_model(params, work.model_input), Model(work.model, work.model.name)
+    dense = recorded_model(params, work.model_input)
+    pruned = Model(work.model, work.model.name, trust_remote_code=params.trust_remote_code)
     if identity(dense) != read_json(work.model_input):
         raise ParameterError(f"model_path: {params.model_path} is not what {work.model} was made from; name that model.")
     times = measure_speed(params, dense, pruned)
@@ -134,7 +157,11 @@ def _measure(params: Params) -> None:
         write_json(folder / "speed.json", rounded(times, 4))
         # The page shows the settings that the model was made with, not those of this call.
         if (settings := work.report / SETTINGS_FILE).is_file():
-            render(read_params(settings, methods=METHODS), work, times).save(folder)
+            made_with = read_params(settings, methods=METHODS)
+            # These name local files without their folders, and the pipeline's costs are known by its own parameters.
+            own = PARAMS_FILE if work == Workspace() and PARAMS_FILE.is_file() else settings
+            cost = compression_figures(read_params(own, methods=METHODS), work)
+            render(made_with, work, times, cost).save(folder)
     logger.info("the times, and the report with them, are in %s", work.speed)
 
 
@@ -150,16 +177,16 @@ def _result_of(params: Params) -> Workspace:
 
 def _scores_file(params: Params, name: str) -> Path:
     """Return the file for the scores. Raises ParameterError if it holds something else or isn't writable."""
-    target = Path(params.save_path or name.replace("/", "--")).expanduser().absolute()
+    target = _target(params, name.replace("/", "--"))
     if params.save_path is None or target.is_dir():
         target = target.with_name(f"{target.name}.evaluation.json")
     if target.exists():
         try:
-            scores = isinstance(read_json(target), dict)
-        except ValueError:
-            scores = False
-        if not scores:
-            raise ParameterError(f"save_path: {target} exists and holds no scores; choose another file.")
+            held = read_json(target) if target.is_file() and target.stat().st_size < LARGEST_SCORES else None
+        except (ValueError, RecursionError):
+            held = None
+        if not isinstance(held, dict) or not held.keys() >= SCORES:
+            raise ParameterError(f"save_path: {excerpt(target)} exists and holds no scores; choose another file.")
     _make_folder(target.parent)
     return target
 
@@ -170,14 +197,14 @@ def _analyse(params: Params) -> None:
     from replaceme.selection.criteria import allowed_starts
     from replaceme.steps import run_steps
 
-    work = _claim(params, "distances")
     # Nothing is pruned here, so no transform has to fold.
     bare = {"method": "uidl", "transform": "dense", "repair": False, "heal_epochs": 0}
     single = params.model_copy(update={"layers_to_skip": 1, "num_A": 1, **bare})
-    inspect_inputs(single, work)
-    run_steps(params, work, ANALYSIS)
-    _deliver(work, work.profile)
-    content = read_json(work.profile / "profile.json")
+    with _claimed(params, "distances") as work:
+        inspect_inputs(single, work)
+        run_steps(params, work, ANALYSIS)
+        _deliver(work, work.profile)
+        content = read_json(work.profile / "profile.json")
     criteria = {"angular distance": content["angular_distance"], "residual": content["residual"]}
     rows = [("layers to skip", *(head for name in criteria for head in ("host", "removed", name)))]
     for skip in range(1, len(allowed_starts(single, layers := len(content["residual"]), criterion_of(single))) + 1):
@@ -198,38 +225,62 @@ def _suffix(params: Params) -> str:
     return f"{params.method}-{params.layers_to_skip}{tolerated}"
 
 
-def _claim(params: Params, suffix: str) -> Workspace:
-    """Return the paths of the result and of the intermediate results beside it, after a check that they may be written.
+@contextmanager
+def _claimed(params: Params, suffix: str) -> Iterator[Workspace]:
+    """Yield the paths of the result and of the intermediate results beside it, which are this process's alone in the block.
+
+    What killed runs left unfinished there is deleted. The folders that this call makes are deleted again if nothing is written.
 
     Args:
         params: ``save_path`` is the place of the result.
         suffix: appended to the model's name for the place, if ``save_path`` is None.
 
     Raises:
-        ParameterError: the place holds files that this program didn't write, or isn't writable.
+        ParameterError: another process works there, or the place holds files that this program didn't write, or isn't writable.
     """
+    from replaceme.models.model import CARD
+
     work = _place_of(params, suffix)
     target = work.model
-    if target.resolve() == Path(params.model_path).expanduser().resolve():
+    if target.resolve() == local_path(params.model_path).resolve():
         raise ParameterError(f"save_path: {target} is the model that is to be pruned; choose another folder.")
-    if target.exists():
-        record = _result_record(work)
-        written = read_json(record) if record.is_file() else {}
-        foreign = sorted(name for name, digest in sha256_below(target).items() if written.get(name) != digest)
-        if foreign or not target.is_dir():
-            what = f"holds {foreign[0]}, which" if target.is_dir() and foreign else "exists and"
-            raise ParameterError(f"save_path: {target} {what} this program did not write; choose another folder.")
+    for folder in target.resolve().parents:
+        if (folder / "dvc.yaml").is_file() and target.resolve().is_relative_to(folder / "artifacts"):
+            raise ParameterError(f"save_path: {folder / 'artifacts'} belongs to the pipeline; choose another folder.")
+    new = [folder for folder in (work.root, *work.root.parents) if not folder.exists()]
     _make_folder(work.root)
-    return work
+    try:
+        with in_use(work):
+            clear_partials(work.root, alone=True)
+            clear_partials(target.parent, target.name, alone=True)
+            clear_partials(target, CARD, alone=True)
+            if target.exists():
+                foreign = foreign_file(work) if target.is_dir() else None
+                if foreign or not target.is_dir():
+                    what = f"holds {foreign}, which" if foreign else "exists and"
+                    raise ParameterError(f"save_path: {target} {what} this program did not write; choose another folder.")
+            yield work
+    finally:
+        for folder in new:
+            with suppress(OSError):  # It isn't empty.
+                folder.rmdir()
 
 
 def _place_of(params: Params, suffix: str) -> Workspace:
-    source = Path(params.model_path).expanduser().resolve()
+    source = local_path(params.model_path).resolve()
     name = source.name if source.is_dir() else params.model_path.replace("/", "--")
-    target = Path(params.save_path or f"{name}-{suffix}").expanduser().absolute()
-    if not target.name:
-        raise ParameterError(f"save_path: {target} can't be a result's folder; choose another one.")
+    target = _target(params, f"{name}-{suffix}")
     return Workspace(target.with_name(target.name + ".work"), target)
+
+
+def _target(params: Params, default: str) -> Path:
+    """Return the absolute path of the result. Raises ParameterError for a path that names none."""
+    target = local_path(params.save_path) if params.save_path else Path(default)
+    if params.save_path and str(target).startswith("~"):
+        raise ParameterError(f"save_path: {excerpt(target.parts[0])} is no user of this machine; give the whole path.")
+    if not target.absolute().name:
+        raise ParameterError(f"save_path: {target} can't be a result's folder; choose another one.")
+    return target.absolute()
 
 
 def _make_folder(folder: Path) -> None:
@@ -244,18 +295,10 @@ def _make_folder(folder: Path) -> None:
 
 def _deliver(work: Workspace, folder: Path) -> None:
     """Copy a step's output to the place of the result, and record it."""
+    claim(work, sha256_below(folder))
     with new_folder(work.model) as copy:
-        shutil.copytree(folder, copy, dirs_exist_ok=True)
-    _record(work)
-
-
-def _record(work: Workspace) -> None:
-    """Record the result's files, so that a later run replaces no others."""
-    write_json(_result_record(work), sha256_below(work.model))
-
-
-def _result_record(work: Workspace) -> Path:
-    return work.root / "result.json"
+        copy_content(folder, copy)
+    claim_only_what_is_there(work)
 
 
 def _main(action: Callable[[Params], None], description: str, **fixed: Any) -> NoReturn:
@@ -266,7 +309,9 @@ def _main(action: Callable[[Params], None], description: str, **fixed: Any) -> N
         for key, value in fixed.items():
             if overrides.get(key, value) != value:
                 raise ParameterError(f"{key}: this command sets it to {value}; use run_replaceme for {overrides[key]}.")
-        action(read_params(config, {**overrides, **fixed}, METHODS))
+        params = read_params(config, {**overrides, **fixed}, METHODS)
+        silence_libraries(load=True)
+        action(params)
 
     sys.exit(run(work, debug="--debug" in arguments))
 
@@ -274,26 +319,32 @@ def _main(action: Callable[[Params], None], description: str, **fixed: Any) -> N
 def _parse(arguments: Sequence[str], description: str) -> tuple[Path | None, dict[str, Any]]:
     """Return the config file and the overrides of a command line."""
     parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of parameters")
+    # Every option is collected, so that one given twice is noticed, under whichever of its names.
+    parser.add_argument("--config", action="append", default=argparse.SUPPRESS, metavar="FILE", help="YAML file of parameters")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     for name in FIELDS:
         flags = [f"--{name}", *(f"--{alias}" for alias, key in ALIASES.items() if key == name)]
-        parser.add_argument(*flags, dest=name, default=argparse.SUPPRESS, metavar="VALUE", help=_help(name))
+        parser.add_argument(*flags, dest=name, action="append", default=argparse.SUPPRESS, metavar="VALUE", help=_help(name))
     for name in PUBLISHED_KEYS:
-        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        parser.add_argument(f"--{name}", action="append", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     known, unknown = parser.parse_known_args(arguments)
     problems = []
     for word in unknown:
         if word.startswith("--"):
             name = word.lstrip("-").split("=")[0]
             hint = nearest(name, [*FIELDS, *ALIASES, *PUBLISHED_KEYS])
-            problems.append(f"command line: '{word}' is not an option{hint}; see --help.")
+            problems.append(f"command line: '{excerpt(word)}' is not an option{hint}; see --help.")
     if unknown and not problems:
-        problems.append(f"command line: '{unknown[0]}' belongs to no option; see --help.")
+        problems.append(f"command line: '{excerpt(unknown[0])}' belongs to no option; see --help.")
+    given = {name: list(dict.fromkeys(values)) for name, values in vars(known).items() if name != "debug"}
+    for name, values in given.items():
+        if len(values) > 1:
+            first, second, *_ = map(excerpt, values)
+            problems.append(f"command line: {name}: is given twice, as {first} and as {second}; keep one.")
     if problems:
         raise ParameterError(problems)
-    overrides = {name: value for name, value in vars(known).items() if name not in ("config", "debug")}
-    return known.config, {name: _typed(name, value) for name, value in overrides.items()}
+    config = Path(given.pop("config")[0]) if "config" in given else None
+    return config, {name: _typed(name, value) for name, (value,) in given.items()}
 
 
 def _help(name: str) -> str:

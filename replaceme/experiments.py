@@ -7,19 +7,17 @@ config and code, so a model that was measured before isn't even taken from the c
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from replaceme.base.entry import run
-from replaceme.base.errors import ParameterError, ReplaceMeError, ResourceError
-from replaceme.base.files import PARTIAL, new_folder, read_json, rounded, write_json
+from replaceme.base.entry import Parser, run
+from replaceme.base.errors import ParameterError, ReplaceMeError, ResourceError, excerpt
+from replaceme.base.files import new_folder, read_json, rounded, temporary_folder, write_json
 from replaceme.base.params import Params, read_params
-from replaceme.base.progress import align, logger
+from replaceme.base.progress import align, logger, silence_libraries
 from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import METHODS
 
@@ -35,13 +33,18 @@ MODEL, DENSE, PARAMS = PLACE.model.as_posix(), PLACE.model_input.as_posix(), "pa
 
 def compare_experiments() -> NoReturn:
     """Print and save the table and the pictures of the experiments."""
-    options = parser().parse_args()
-    sys.exit(run(lambda: _compare(options.rev, options.num, options.output, options.speed), options.debug))
+    arguments = sys.argv[1:]
+
+    def work() -> None:
+        options = parser().parse_args(arguments)
+        _compare(options.rev, options.num, options.output, options.speed)
+
+    sys.exit(run(work, debug="--debug" in arguments))
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """Return the command's parser."""
-    parser = argparse.ArgumentParser(description="Compare the experiments of this repository: table, CSV and pictures.")
+    parser = Parser(description="Compare the experiments of this repository: table, CSV and pictures.", allow_abbrev=False)
     parser.add_argument("--rev", action="append", help="commit whose experiments are compared; repeatable [HEAD]")
     parser.add_argument(
         "--num", type=int, default=1, help="number of commits, counted back from that one, whose experiments are compared [1]"
@@ -59,7 +62,9 @@ def _compare(revisions: Sequence[str] | None, number: int, output: Path, speed: 
     from replaceme.report.experiment_table import shown
 
     if output.exists() and not (output / "experiments.csv").is_file():
-        raise ParameterError(f"--output: {output} exists and holds no comparison of experiments; choose another folder.")
+        raise ParameterError(
+            f"--output: {excerpt(output, 150)} exists and holds no comparison of experiments; choose another folder."
+        )
     comparison = comparison_of(_recorded(revisions, number))
     # Save before the measurement, which takes long.
     _save(comparison, output)
@@ -80,15 +85,14 @@ def _recorded(revisions: Sequence[str] | None, number: int) -> list[dict[str, An
     try:
         records: list[dict[str, Any]] = exp_show(revs=list(revisions) if revisions else None, num=number)
     except (DvcException, SCMError) as failure:
-        raise ParameterError(
-            f"compare_experiments: {' '.join(str(failure).split())} (run it inside the repository)."
-        ) from failure
+        raise ParameterError(f"compare_experiments: {excerpt(failure, 200)} (run it inside the repository).") from failure
     return records
 
 
 def _add_speeds(comparison: ExperimentComparison, output: Path) -> None:
     from replaceme.report.experiment_comparison import SPEEDS
 
+    silence_libraries(load=True)
     times = speeds_of(comparison.table.to_dict("records"), output / SPEED_FILE)
     for kind, column in SPEEDS.items():
         comparison.table[column] = [record[kind]["speedup"] if record else None for record in times]
@@ -152,8 +156,7 @@ def _speed(revision: str, name: str, known: Sequence[Record], beside: Path) -> t
     from replaceme.speed import setting_of
 
     files = _opened(revision)
-    with TemporaryDirectory(dir=beside.absolute().parent, prefix=f"{beside.name}-", suffix=PARTIAL) as folder:
-        place = Path(folder)
+    with temporary_folder(f"{beside.name}-", beside.absolute().parent) as place:
         sums = _of_cache(lambda: _sums(files), name)
         _of_cache(lambda: files.get(PARAMS, str(place / PARAMS)), name)
         params = read_params(place / PARAMS, methods=METHODS)
@@ -172,7 +175,8 @@ def _measured(params: Params, place: Path, name: str) -> Record:
     from replaceme.models.model import Model
     from replaceme.speed import measure_speed
 
-    return measure_speed(params, recorded_model(params, place / "dense.json"), Model(place / "model", name))
+    pruned = Model(place / "model", name, trust_remote_code=params.trust_remote_code)
+    return measure_speed(params, recorded_model(params, place / "dense.json"), pruned)
 
 
 def _opened(revision: str) -> Any:

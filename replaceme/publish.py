@@ -7,13 +7,16 @@ has them, and so does the card of a console script.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from replaceme.base.claims import in_use
 from replaceme.base.entry import PARAMS_FILE, Parser, run
-from replaceme.base.errors import ParameterError
+from replaceme.base.errors import ParameterError, excerpt
 from replaceme.base.files import read_json
 from replaceme.base.params import Params, read_params
 from replaceme.base.progress import logger
@@ -46,11 +49,18 @@ def parser() -> Parser:
 
 
 def _push(options: argparse.Namespace) -> None:
+    folder = options.save_path or Workspace().model
+    place = Workspace(folder.absolute().parent / f"{folder.absolute().name}.work", folder)
+    # No run may replace the files while they are uploaded.
+    with in_use(place) if os.access(place.root, os.W_OK) else nullcontext():
+        _upload(options, folder)
+
+
+def _upload(options: argparse.Namespace, folder: Path) -> None:
     from replaceme.models import hub
     from replaceme.models.model import CARD, Model
 
     pipeline = Workspace()
-    folder = options.save_path or pipeline.model
     files: dict[str, Path | bytes] = {path.name: path for path in Model(folder, folder.name).files()}
     if not {"config.json", CARD} <= files.keys():
         raise ParameterError(f"save_path: there is no pruned model in {folder}; run `dvc repro` or run_replaceme first.")
@@ -70,7 +80,7 @@ def _check_scores() -> None:
         with Repo() as repo:
             changed = repo.status(["export", "evaluate"])
     except DvcException as failure:
-        raise ParameterError(f"save_path: {' '.join(str(failure).split())} (run it inside the repository).") from failure
+        raise ParameterError(f"save_path: {excerpt(failure, 200)} (run it inside the repository).") from failure
     if changed:
         stage = next(iter(changed))
         raise ParameterError(
@@ -85,31 +95,41 @@ def card_of(params: Params, work: Workspace) -> str:
     from replaceme.models.find import recorded_model
 
     source, edits, solved = recorded_model(params, work.model_input), Edits.load(work.edits), read_json(work.metric("solve"))
+    made_with = read_json(work.model_versions)
     if not params.tasks:
-        return model_card(params, source, edits, solved)
-    evaluation = read_json(work.metric("evaluation"))
-    return model_card(params, source, edits, solved, _scores(evaluation), _results(evaluation))
+        return model_card(params, source, edits, solved, made_with=made_with)
+    evaluation, made_with = read_json(work.metric("evaluation")), made_with | read_json(work.score_versions)
+    return model_card(params, source, edits, solved, _scores(evaluation), _results(evaluation), made_with=made_with)
 
 
 def _scores(evaluation: Mapping[str, Any]) -> str:
     """Return metrics/evaluation.json as Markdown."""
-    from replaceme.evaluation.comparison import comparison_rows
+    from replaceme.evaluation.comparison import comparison_rows, seen_note
 
     head, *rows = comparison_rows(evaluation)
     table = "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
     if "retention_stderr" in evaluation:
         kept = f"{evaluation['retention_percent']:.1f} ± {evaluation['retention_stderr']:.1f} %"
         table += f"\n\n{kept} of the dense model's average accuracy is kept; ± is one standard error."
+    if note := seen_note(evaluation):
+        table += f"\n\n{note}"
     return table
 
 
 def _results(evaluation: Mapping[str, Any]) -> list[EvalResult]:
-    """Return the pruned model's scores as the hub's evaluation results."""
+    """Return the pruned model's scores as the hub's evaluation results; calibration text is named as such."""
     from huggingface_hub import EvalResult
 
+    from replaceme.evaluation.comparison import seen_tasks
+
+    names = {task: f"{task} (seen in calibration)" for task in seen_tasks(evaluation)}
     return [
         EvalResult(
-            task_type="text-generation", dataset_type=task, dataset_name=task, metric_type=metric, metric_value=pair["pruned"]
+            task_type="text-generation",
+            dataset_type=task,
+            dataset_name=names.get(task, task),
+            metric_type=metric,
+            metric_value=pair["pruned"],
         )
         for metric in ("perplexity", "accuracy")
         for task, pair in evaluation.get(metric, {}).items()

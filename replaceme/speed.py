@@ -7,13 +7,14 @@ other work on the machine slows both; the medians are compared.
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from replaceme.base.compute import resolve_device, use_processor
+from replaceme.base.errors import ModelError
 from replaceme.base.fingerprints import sha256_of
 from replaceme.base.params import Params
 from replaceme.base.progress import progress
@@ -34,6 +35,9 @@ def measure_speed(params: Params, dense: Model, pruned: Model) -> dict[str, Any]
     Returns:
         ``prefill_seconds`` (of one batch of prompts) and ``decode_seconds_per_token``, each with ``dense``, ``pruned`` and
         ``speedup`` (dense / pruned); the setting; and ``weights``, the SHA-256 of the pruned model's weight files.
+
+    Raises:
+        ModelError: a prompt and the new tokens don't fit the model's positions.
     """
     use_processor(params.threads)
     device = resolve_device(params.device)
@@ -43,13 +47,18 @@ def measure_speed(params: Params, dense: Model, pruned: Model) -> dict[str, Any]
     }
     generator = torch.Generator().manual_seed(0)
     room = int(getattr(models["dense"].config, "max_position_embeddings", 0) or 1 << 30) - NEW_TOKENS
-    shape = (params.eval_batch_size, max(min(PROMPT_TOKENS, room), 2))
-    prompt = torch.randint(int(models["dense"].config.vocab_size), shape, generator=generator).to(device)
+    if room < 2:
+        raise ModelError(
+            f"model_path: {dense.name} takes {room + NEW_TOKENS} tokens, and a measurement needs {NEW_TOKENS + 2} at least; "
+            "measure a model that takes more."
+        )
+    shape = (params.eval_batch_size, min(PROMPT_TOKENS, room))
+    prompt = torch.randint(int(models["dense"].config.vocab_size), shape, generator=generator)
     times: dict[str, dict[str, list[float]]] = {kind: {name: [] for name in models} for kind in ("prefill", "decode")}
     # The first round is a warm-up and isn't counted.
     for number in progress(range(ROUNDS + 1), "dense and pruned model in turn", "rounds"):
         for name, model in models.items():
-            prefill, decode = _timed(model, prompt)
+            prefill, decode = _timed(model, prompt.to(model.device))
             if number:
                 times["prefill"][name].append(prefill)
                 times["decode"][name].append(decode)
@@ -78,7 +87,8 @@ def setting_of(params: Params) -> dict[str, Any]:
 @torch.inference_mode()
 def _timed(model: Any, prompt: Tensor) -> tuple[float, float]:
     """Return the seconds of one prefill, and per token of greedy decoding with a KV cache."""
-    prefill, cache = _clock(lambda: filled_cache(model, prompt[:, :-1]))
+    devices = gpus_of(model)
+    prefill, cache = clock(lambda: filled_cache(model, prompt[:, :-1]), devices)
     token = prompt[:, -1:]
 
     def decode() -> None:
@@ -86,19 +96,25 @@ def _timed(model: Any, prompt: Tensor) -> tuple[float, float]:
         for _ in range(NEW_TOKENS):
             token = model(token, **cache_arguments(model, cache)).logits[:, -1:].argmax(-1)
 
-    seconds, _ = _clock(decode)
+    seconds, _ = clock(decode, devices)
     return prefill, seconds / NEW_TOKENS
 
 
-def _clock(work: Callable[[], Any]) -> tuple[float, Any]:
-    began = _now()
+def gpus_of(model: Any) -> list[torch.device]:
+    """Return the GPUs that hold a model's weights: several, where ``device_map`` spreads it."""
+    return sorted({weight.device for weight in model.parameters() if weight.device.type == "cuda"}, key=str)
+
+
+def clock(work: Callable[[], Any], devices: Iterable[torch.device]) -> tuple[float, Any]:
+    """Return the seconds until ``work`` is done on these GPUs, and its result."""
+    began = _now(devices)
     result = work()
-    return _now() - began, result
+    return _now(devices) - began, result
 
 
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def _now(devices: Iterable[torch.device]) -> float:
+    for device in devices:
+        torch.cuda.synchronize(device)
     return time.perf_counter()
 
 

@@ -1,32 +1,61 @@
 """The pipeline's stages as the console scripts run them, without DVC: in order; a stage whose stamp is still valid is skipped.
 
-A stamp covers the code that the step loads, the parameters that it uses, and the content that it read and wrote: an interrupted
-run resumes where it stopped, a new α repeats nothing before the solve, and a changed output is made again.
+A stamp covers the code that the step loads, the versions of the packages that it computes with, the kind of device, the
+parameters that it uses, and the content that it read and wrote: an interrupted run resumes where it stopped, a new α repeats
+nothing before the solve, and a changed output is made again.
 """
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
-from importlib import import_module
 from pathlib import Path
+from typing import Any
 
-from replaceme.base.compute import resolve_device
+from replaceme.base.compute import kind_of, resolve_device
 from replaceme.base.cost import recorded
-from replaceme.base.files import cache_folder, new_folder, read_json, write_json
-from replaceme.base.fingerprints import sha256_below
+from replaceme.base.files import cache_folder, copy_content, new_folder, read_json, write_json
+from replaceme.base.fingerprints import PACKAGE, sha256_below, sha256_of_code
 from replaceme.base.params import Params
 from replaceme.base.progress import logger
-from replaceme.base.stage import COMPRESSION, ORDER, Stage
+from replaceme.base.shared import make_once
+from replaceme.base.stage import COMPRESSION, Stage
 from replaceme.base.workspace import Workspace
 from replaceme.models.model import CARD
+from replaceme.pipeline import (
+    activations,
+    baseline,
+    calibrate,
+    evaluate,
+    export,
+    heal,
+    plan,
+    profile,
+    repair,
+    report,
+    select,
+    solve,
+)
 
-# Without ``inputs``, which the caller runs.
-STAGES: Mapping[str, Stage] = {name: import_module(f"replaceme.pipeline.{name}").STAGE for name in ORDER}
-PACKAGE = Path(__file__).parent
-
+# In order (``replaceme.base.stage.ORDER``); without ``inputs`` and ``cost``, which the caller runs.
+STAGES: Mapping[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        calibrate.STAGE,
+        profile.STAGE,
+        select.STAGE,
+        plan.STAGE,
+        activations.STAGE,
+        solve.STAGE,
+        repair.STAGE,
+        heal.STAGE,
+        export.STAGE,
+        baseline.STAGE,
+        evaluate.STAGE,
+        report.STAGE,
+    )
+}
 # Depends on the dense model only, so all results made from it share the output.
 SHARED = ("baseline",)
 
@@ -40,7 +69,7 @@ def run_steps(params: Params, work: Workspace, names: Sequence[str]) -> list[str
         outputs = [*([work.path(step.writes)] if step.writes else []), *map(work.metric, step.metrics)]
         if name in COMPRESSION:
             outputs.append(work.cost(name))
-        if stamp.is_file() and read_json(stamp) == [key, _sums(outputs)]:
+        if _is_stamped(stamp, [key, _sums(outputs)]):
             logger.info("%s: unchanged since an earlier run", name)
             continue
         stamp.unlink(missing_ok=True)
@@ -57,13 +86,27 @@ def run_steps(params: Params, work: Workspace, names: Sequence[str]) -> list[str
 def _run_once_for_all(name: str, key: str, output: Path, step: Callable[[], None]) -> None:
     """Copy a step's output from the user's cache; or run the step and copy its output there, for other results."""
     shared = cache_folder() / f"{name}s" / key
-    if shared.is_dir():
-        logger.info("%s: known from an earlier run", name)
-    else:
+
+    def make() -> None:
         step()
-    source, target = (shared, output) if shared.is_dir() else (output, shared)
+        _copy(output, shared)
+
+    if not make_once(shared, name, make):
+        logger.info("%s: known from an earlier run", name)
+        _copy(shared, output)
+
+
+def _copy(source: Path, target: Path) -> None:
     with new_folder(target) as folder:
-        shutil.copytree(source, folder, dirs_exist_ok=True)
+        copy_content(source, folder)
+
+
+def _is_stamped(stamp: Path, content: list[Any]) -> bool:
+    """Return whether a stamp holds this content; False for a damaged one."""
+    try:
+        return stamp.is_file() and bool(read_json(stamp) == content)
+    except ValueError:
+        return False
 
 
 def _sums(paths: Sequence[Path]) -> list[dict[str, str]]:
@@ -78,17 +121,11 @@ def _content(path: Path) -> dict[str, str]:
 def _key(params: Params, work: Workspace, step: Stage) -> str:
     """Return the digest of everything that the step's output depends on."""
     content = {
-        # The last digits differ between kinds of devices.
-        "device": resolve_device(params.device).split(":")[0],
-        "code": {part: _code(PACKAGE / part) for part in (f"pipeline/{step.name}.py", *step.code)},
+        # The last digits differ between kinds of devices, and of processors.
+        "device": kind_of(resolve_device(params.device)),
+        "code": {part: sha256_of_code(PACKAGE / part) for part in (f"pipeline/{step.name}.py", *step.code)},
         "params": params.model_dump(include=set(step.params)),
         "reads": {artifact.place: _content(work.path(artifact)) for artifact in step.reads},
         "figures": {name: sha256_below(work.metric(name)) for name in step.figures},
-        "costs": {name: sha256_below(work.cost(name)) for name in step.costs},
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _code(path: Path) -> dict[str, str]:
-    """Return the sums of a file of the package, or of the files of a room."""
-    return {name: digest for name, digest in sha256_below(path).items() if name.endswith((".py", ".html"))}

@@ -1,4 +1,4 @@
-"""Write the page of scores, figures and settings, and the cost of the compression."""
+"""Write the page of scores, figures and settings."""
 
 from replaceme.base.stage import run_stage
 from replaceme.pipeline.report import STAGE

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from replaceme.base.documents import Documents
 from replaceme.base.params import Params, read_params
 from replaceme.methods.registry import METHODS
-from replaceme.models.families import Family
+from replaceme.models.families import FAMILIES, Family, family_of
 from replaceme.models.model import Model
 
 VOCABULARY = "the a river mountain of runs near old town and people walk to market where bread fish wine are sold every day"
@@ -50,13 +50,9 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox_sequential": ("gpt_neox", {"use_parallel_residual": False}),
 }
 KINDS = [*FAMILY_CONFIGS, *FORMS]
-# PLAIN: the last linears can be solved for anew, since neither a norm nor experts follow them.
-NORM_AFTER_MLP = ["gemma2", "gemma3_text", "olmo2", "olmo3"]
-EXPERTS = ["mixtral", "qwen2_moe", "qwen3_moe"]
-PLAIN = [kind for kind in KINDS if kind not in NORM_AFTER_MLP + EXPERTS]
 WIDTH, LAYERS = 32, 6
 # Families without a description that are recognised by their structure, and their options.
-UNDESCRIBED: dict[str, dict[str, Any]] = {
+_RECOGNISED: dict[str, dict[str, Any]] = {
     "cohere": {"logit_scale": 1.0, "layer_norm_eps": 1e-5},
     "cohere2": {"sliding_window": 8, "layer_types": ["full_attention", *["sliding_attention"] * (LAYERS - 1)]},
     "gemma": {"head_dim": 8},
@@ -64,6 +60,7 @@ UNDESCRIBED: dict[str, dict[str, Any]] = {
     "stablelm": {"use_parallel_residual": False},
     "starcoder2": {"use_bias": True},
 }
+UNDESCRIBED = {kind: options for kind, options in _RECOGNISED.items() if kind not in FAMILIES}
 # A family with each of the obstacles.
 OBSTACLES = {"norm": Family(norm_offset=0.0), "experts": Family(experts=("experts",)), "undescribed": Family(detected=True)}
 
@@ -114,16 +111,28 @@ def made_tokenizer(bos: bool = True, chat: bool = True) -> PreTrainedTokenizerFa
     return fast
 
 
-def made_model(family: str = "llama", dtype: torch.dtype = torch.float32, layers: int = LAYERS, **config: Any) -> Any:
-    """Return a random causal language model of a family."""
-    torch.manual_seed(0)
+def made_config(family: str = "llama", layers: int = LAYERS, **config: Any) -> Any:
+    """Return the config of a tiny model of a family."""
     family, form = FORMS.get(family, (family, {}))
     options = {
         "vocab_size": 400, "hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": layers,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.2,
         "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None, "tie_word_embeddings": True,
     }  # fmt: skip
-    made = AutoConfig.for_model(family, **{**options, **FAMILY_CONFIGS.get(family, {}), **form, **config})
+    return AutoConfig.for_model(family, **{**options, **FAMILY_CONFIGS.get(family, {}), **form, **config})
+
+
+# PLAIN: the last linears can be solved for anew, since neither a norm nor experts follow them.
+DESCRIBED = {kind: family_of(made_config(kind)) for kind in KINDS}
+NORM_AFTER_MLP = [kind for kind, family in DESCRIBED.items() if family.norm_after_mlp]
+EXPERTS = [kind for kind, family in DESCRIBED.items() if family.experts]
+PLAIN = [kind for kind in KINDS if kind not in NORM_AFTER_MLP + EXPERTS]
+
+
+def made_model(family: str = "llama", dtype: torch.dtype = torch.float32, layers: int = LAYERS, **config: Any) -> Any:
+    """Return a random causal language model of a family."""
+    torch.manual_seed(0)
+    made = made_config(family, layers, **config)
     # The faster form of experts knows no float64.
     forms = {"experts_implementation": "eager"} if "num_experts_per_tok" in made.to_dict() else {}
     model = AutoModelForCausalLM.from_config(made, **forms).to(dtype).eval()

@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from replaceme.base.documents import Documents
+from replaceme.commands import ALIASES
 from replaceme.edits.edits import Edits
 from replaceme.edits.fold import apply_edits
 from replaceme.edits.unfused import unfused
@@ -25,8 +28,12 @@ FAST = ["--dtype", "float32", "--eval_dtype", "float32", "--threads", "1", "--ma
 
 
 def call(command: Callable[[], Any], *arguments: str | Path, code: int = 0) -> None:
-    """Run a console script in this process."""
-    before, sys.argv = sys.argv, ["command", *map(str, arguments)]
+    """Run a console script in this process; of an option given twice, as in FAST and after it, the last value counts."""
+    words = [*map(str, arguments)]
+    keys = [ALIASES.get(word.removeprefix("--"), word.removeprefix("--")) for word in words]
+    overridden = {at for at, word in enumerate(words) if word.startswith("--") and keys[at] in keys[at + 2 :]}
+    words = [word for at, word in enumerate(words) if not {at, at - 1} & overridden]
+    before, sys.argv = sys.argv, ["command", *words]
     try:
         with pytest.raises(SystemExit) as ended:
             command()
@@ -269,3 +276,45 @@ def shortened_logits(model: Any, edits: Edits, text: torch.Tensor) -> torch.Tens
     for weight, data in owned:
         weight.data = data
     return logits
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor that stands on another device than the CPU, for tests on a machine without one: it reports ``meta`` and holds
+    its values on the CPU. Within ``elsewhere()``, an operation on it and on a CPU tensor fails as on a real device.
+    """
+
+    held: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, held: torch.Tensor) -> "Elsewhere":
+        made: Elsewhere = torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype, device="meta")
+        made.held = held
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _elsewhere(operation, args, kwargs or {})
+
+
+class elsewhere(TorchDispatchMode):  # noqa: N801
+    """Context in which the device ``meta`` has values: tensors made on it or moved to it are ``Elsewhere``."""
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with self:  # in inference mode, operations made of others come whole
+            parts = operation.decompose(*args, **(kwargs or {}))
+        return _elsewhere(operation, args, kwargs or {}) if parts is NotImplemented else parts
+
+
+def _elsewhere(operation: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
+    there = [each for each in tensors if isinstance(each, Elsewhere)]
+    asked = kwargs.get("device")
+    copies = operation is torch.ops.aten.copy_.default
+    strangers = [each for each in tensors if each.ndim and not isinstance(each, Elsewhere)]
+    assert copies or not there or not strangers, f"{operation} mixes devices"
+    held = tree_map(lambda each: each.held if isinstance(each, Elsewhere) else each, (args, kwargs))
+    result = operation(*held[0], **{**held[1], **({"device": "cpu"} if asked is not None else {})})
+    if copies:
+        return args[0]
+    goes = torch.device(asked).type == "meta" if asked is not None else bool(there)
+    return tree_map(lambda each: Elsewhere(each) if goes and isinstance(each, torch.Tensor) else each, result)

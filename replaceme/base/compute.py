@@ -1,9 +1,11 @@
-"""The device, the number of threads, and the memory allocator."""
+"""The device, its kind, the number of threads, and the memory allocator."""
 
 import ctypes
 import os
 import platform
+import re
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -13,6 +15,8 @@ from replaceme.base.errors import ModelError, ResourceError
 # Options of glibc's allocator (malloc.h), in bytes: M_TRIM_THRESHOLD, the free space at the heap's top that is kept; M_TOP_PAD,
 # the extra space when the heap grows; M_MMAP_THRESHOLD, the size from which a block is mapped by itself.
 HEAP = {-1: 256 << 20, -2: 32 << 20, -3: 32 << 20}
+# Linux alone has this file.
+CPU_INFO = Path("/proc/cpuinfo")
 
 
 def resolve_device(device: str) -> str:
@@ -24,6 +28,14 @@ def resolve_device(device: str) -> str:
     if ":" in device and int(device.split(":")[1]) >= torch.cuda.device_count():
         raise ResourceError(f"device: {device} is asked for, but torch sees {torch.cuda.device_count()} CUDA devices.")
     return device
+
+
+def kind_of(device: str) -> str:
+    """Return what a result's last digits depend on: the GPU's name; or the processor's, and the vectors that torch uses."""
+    if device.startswith("cuda"):
+        return str(torch.cuda.get_device_name(device))
+    named = re.search(r"(?m)^model name\s*: (.+)$", CPU_INFO.read_text(encoding="utf-8")) if CPU_INFO.is_file() else None
+    return f"{named[1] if named else platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def use_processor(threads: int) -> None:

@@ -1,10 +1,12 @@
 """Calibration documents as token ids, right-padded batches of them, and samples of them.
 
-On disk, ``documents.safetensors`` holds the concatenated ids (int32) and the length of each document (int64), without padding.
+On disk, ``documents.safetensors`` holds the concatenated ids (int32) and the length of each document (int64), without padding;
+and the source of each document (int64), if a source has several.
 In a batch, padding comes after the text, so a causal model's real tokens never attend to it.
 """
 
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -68,10 +70,16 @@ class Batch:
 
 
 class Documents:
-    """Token ids of a list of texts, each (tokens,) int64."""
+    """Token ids of a list of texts, each (tokens,) int64.
 
-    def __init__(self, documents: list[Tensor]):
+    Attributes:
+        documents: the token ids.
+        sources: a number for each document; pieces of one text have the same. Without it, each document is its own source.
+    """
+
+    def __init__(self, documents: list[Tensor], sources: Sequence[int] | None = None):
         self.documents = documents
+        self.sources = [*range(len(documents))] if sources is None else [*sources]
 
     def __len__(self) -> int:
         return len(self.documents)
@@ -83,15 +91,22 @@ class Documents:
 
     def head(self, count: int, max_length: int) -> "Documents":
         """Return the first ``count`` documents, cut to ``max_length`` tokens."""
-        return Documents([document[:max_length] for document in self.documents[:count]])
+        return Documents([document[:max_length] for document in self.documents[:count]], self.sources[:count])
 
     def shuffled(self, seed: int) -> "Documents":
         """Return the documents in a seeded order."""
-        return Documents([self.documents[index] for index in seeded_order(len(self), seed).tolist()])
+        return self._taken(seeded_order(len(self), seed).tolist())
+
+    def in_walk_order(self) -> "Documents":
+        """Return the documents in the order of a walk: longest first."""
+        return self._taken(sorted(range(len(self)), key=lambda index: len(self.documents[index]), reverse=True))
 
     def longest_first(self) -> list[Tensor]:
-        """Return the documents in the order of a walk: longest first."""
-        return sorted(self.documents, key=len, reverse=True)
+        """Return the token ids of the documents in the order of a walk."""
+        return self.in_walk_order().documents
+
+    def _taken(self, indices: Sequence[int]) -> "Documents":
+        return Documents([self.documents[index] for index in indices], [self.sources[index] for index in indices])
 
     def batch_count(self, batch_size: int) -> int:
         """Return the number of batches that ``batches`` yields."""
@@ -111,7 +126,10 @@ class Documents:
     def save(self, folder: Path) -> None:
         """Write the documents into ``folder``."""
         lengths = torch.tensor([len(document) for document in self.documents])
-        save_file({"input_ids": torch.cat(self.documents).to(torch.int32), "lengths": lengths}, folder / FILE)
+        tensors = {"input_ids": torch.cat(self.documents).to(torch.int32), "lengths": lengths}
+        if len(set(self.sources)) < len(self):
+            tensors["sources"] = torch.tensor(self.sources)
+        save_file(tensors, folder / FILE)
 
     @classmethod
     def load(cls, folder: Path) -> "Documents":
@@ -119,7 +137,8 @@ class Documents:
         if not (folder / FILE).is_file():
             raise ResourceError(f"{folder / FILE} does not exist: run the calibrate stage first (`dvc repro`).")
         stored = load_file(folder / FILE)
-        return cls(list(stored["input_ids"].long().split(stored["lengths"].tolist())))
+        documents = list(stored["input_ids"].long().split(stored["lengths"].tolist()))
+        return cls(documents, stored["sources"].tolist() if "sources" in stored else None)
 
 
 # Tokens that the loss is measured on, tokens of a document at most, and the seed of the documents' order.
@@ -157,23 +176,37 @@ def seeded_order(count: int, seed: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
-# One document of this many is held out.
+# About one document of this many is held out.
 HELD_OUT_EVERY = 5
 
 
 def split_documents(documents: Documents) -> tuple[Documents, Documents]:
-    """Return the documents to fit on, and those held out (none of fewer than ``HELD_OUT_EVERY``)."""
-    ordered = documents.longest_first()
-    fit, held_out = ([ordered[place] for place in places] for places in split_places(len(ordered), HELD_OUT_EVERY))
-    return Documents(fit), Documents(held_out)
+    """Return the documents to fit on, and those held out (``split_places``), in the order of a walk."""
+    ordered = documents.in_walk_order()
+    fit, held_out = split_places(ordered.sources, HELD_OUT_EVERY)
+    return ordered._taken(fit), ordered._taken(held_out)
 
 
-def split_places(count: int, every: int) -> tuple[list[int], list[int]]:
-    """Return the places of a walk over ``count`` documents that are used, and those that are held out."""
-    held_out = is_held_out(torch.arange(count), every)
-    return (~held_out).nonzero()[:, 0].tolist(), held_out.nonzero()[:, 0].tolist()
+def split_places(sources: Sequence[int], every: int) -> tuple[list[int], list[int]]:
+    """Return the places of a walk that are used, and those that are held out: whole sources.
 
+    A piece of a text tells much about the text's other pieces, so that these must not be fitted on if it is held out. A source
+    is held out where this leaves at most one of ``every`` documents so far held out; if each document is its own source, this
+    is the last of each ``every`` ones. If it holds for no source, the smallest one is held out.
 
-def is_held_out(places: Tensor, every: int = HELD_OUT_EVERY) -> Tensor:
-    """Return which places of a walk, (n,) int64, are held out, (n,) bool: the last of each ``every`` ones."""
-    return places % every == every - 1
+    Args:
+        sources: the source of each document, in the order of the walk.
+        every: no document is held out of fewer than these, or if all have one source.
+    """
+    sizes = Counter(sources)
+    chosen: set[int] = set()
+    passed = held = 0
+    for source, size in sizes.items():
+        passed += size
+        if (held + size) * every <= passed:
+            chosen.add(source)
+            held += size
+    if not chosen and len(sizes) > 1 and len(sources) >= every:
+        chosen.add(min(sizes, key=sizes.__getitem__))
+    places = range(len(sources))
+    return [place for place in places if sources[place] not in chosen], [place for place in places if sources[place] in chosen]

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from replaceme.base.errors import ParameterError, ReplaceMeError, ResourceError, resource_failure
+from replaceme.base.errors import SENTENCE_CHARACTERS, ParameterError, ReplaceMeError, ResourceError, excerpt, resource_failure
 from replaceme.base.progress import configure_logging, silence_libraries
 
 # OpenMP reads this once, when torch is loaded, so it is set here, on import: every entry point imports this file before torch.
@@ -27,7 +27,7 @@ class Parser(argparse.ArgumentParser):
     """A parser that reports a mistake as a ParameterError."""
 
     def error(self, message: str) -> NoReturn:
-        raise ParameterError(f"command line: {message}.")
+        raise ParameterError(f"command line: {excerpt(message, 200)}.")
 
 
 def run(action: Callable[[], None], debug: bool = False) -> int:
@@ -45,8 +45,8 @@ def run(action: Callable[[], None], debug: bool = False) -> int:
         known = explain(error)
         if debug or os.environ.get(DEBUG_VARIABLE):
             traceback.print_exc()
-        for line in str(known).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+        for line in str(known).split("\n"):
+            print(f"error: {excerpt(line, SENTENCE_CHARACTERS)}", file=sys.stderr)
         return known.exit_code if isinstance(known, ReplaceMeError) else 1
     return 0
 
@@ -59,6 +59,5 @@ def explain(error: BaseException) -> BaseException:
         return known
     if isinstance(error, OSError) and error.filename:
         return ResourceError(f"{error.filename}: {error.strerror}.")
-    return RuntimeError(
-        f"unexpected {type(error).__name__}: {error} (run with --debug, or {DEBUG_VARIABLE}=1, for the traceback)."
-    )
+    reason = f"{type(error).__name__}: {excerpt(error, 150)}"
+    return RuntimeError(f"unexpected {reason} (run with --debug, or {DEBUG_VARIABLE}=1, for the traceback).")

@@ -2,11 +2,34 @@
 
 The entry points (``replaceme.base.entry``) print the message and exit with ``exit_code``; they show a traceback only with
 ``--debug``. Each class also derives from the built-in error that it refines, so that library callers can catch either.
+
+A value that a message repeats passes through ``excerpt`` or ``shown``, so that no message is longer than its reader's patience.
 """
 
 import errno
+from reprlib import Repr
+from typing import Any
 
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
+SENTENCE_CHARACTERS = 300
+EXCERPT_CHARACTERS = 80
+_BOUNDED = Repr()
+_BOUNDED.maxlevel = 3
+_BOUNDED.maxstring = _BOUNDED.maxother = _BOUNDED.maxlong = EXCERPT_CHARACTERS
+
+
+def excerpt(text: object, most: int = EXCERPT_CHARACTERS) -> str:
+    """Return a text on one line, without control characters; of one longer than ``most`` characters its start and its end."""
+    whole = str(text)
+    # Of a text of many megabytes, only both ends are looked at.
+    ends = whole if len(whole) <= 4 * most else f"{whole[: 2 * most]} {whole[-2 * most :]}"
+    line = "".join(letter if letter.isprintable() else "�" for letter in " ".join(ends.split()))
+    return line if len(line) <= most else f"{line[: most * 2 // 3]} … {line[3 + most * 2 // 3 - most :]}"
+
+
+def shown(value: Any) -> str:
+    """Return a value as Python writes it, cut as by ``excerpt``; nested values are cut before they are written."""
+    return excerpt(_BOUNDED.repr(value))
 
 
 class ReplaceMeError(Exception):
@@ -46,10 +69,15 @@ class VerificationError(ReplaceMeError, RuntimeError):
 
 
 def resource_failure(error: BaseException) -> ResourceError | None:
-    """Return an error for a full disk or exhausted memory, whatever exception a library raises for it; else None."""
+    """Return an error for a full disk, a too large file or exhausted memory, whatever exception a library raises; else None."""
     text = str(error)
     if (isinstance(error, OSError) and error.errno in FULL_DISK) or "No space left on device" in text:
         return ResourceError("the disk is full; free space and run again: finished stages are kept.")
+    if (isinstance(error, OSError) and error.errno == errno.EFBIG) or "File too large" in text:
+        return ResourceError(
+            "a file grew beyond what its file system or `ulimit -f` allows; choose another place or raise the limit, and run "
+            "again: finished stages are kept."
+        )
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
         return ResourceError("memory ran out; lower batch_size or max_length, or set use_4bit: true.")
     return None

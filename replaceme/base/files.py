@@ -1,15 +1,20 @@
 """Atomic writes: a file is either complete or absent. JSON has the same bytes for the same content.
 
 A stage that is interrupted, or finds the disk full, must leave nothing that a later stage would take for complete. So output is
-written to a sibling with a temporary name, which is renamed at the end.
+written to a sibling with a temporary name, which is renamed at the end. That name carries the process and the machine: two
+processes never write into one partial, and what a killed one left can be told from what a living one still writes.
 """
 
+import hashlib
 import json
 import math
 import os
+import platform
+import re
 import shutil
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,27 +28,53 @@ def cache_folder() -> Path:
     return Path(os.environ.get("REPLACEME_CACHE") or platformdirs.user_cache_dir("replaceme"))
 
 
-PARTIAL = ".partial"
+def local_path(name: str) -> Path:
+    """Return a path with the user's home for ``~``; unlike ``Path.expanduser``, keep ``~name`` if there is no such user."""
+    return Path(os.path.expanduser(name))
+
+
+PARTIAL, ASIDE = ".partial", ".old"
 _UMASK = os.umask(0)
 os.umask(_UMASK)
+
+
+def _machine() -> str:
+    """Return 8 hex digits for what process numbers are unique in: the host, and on Linux the container on it."""
+    namespace = ""
+    with suppress(OSError):
+        namespace = os.readlink("/proc/self/ns/pid")
+    return hashlib.sha256(f"{platform.node()} {namespace}".encode()).hexdigest()[:8]
+
+
+_MACHINE = _machine()
+_LEFT = re.compile(rf"(?P<name>.+)\.(?P<process>\d+)-(?P<machine>[0-9a-f]{{8}})(?P<aside>{re.escape(ASIDE)})?{PARTIAL}")
+
+
+def partial_suffix(kind: str = "") -> str:
+    """Return the end of the name of what this process has not finished; ``kind`` is empty or ``ASIDE``."""
+    return f".{os.getpid()}-{_MACHINE}{kind}{PARTIAL}"
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder; it replaces ``path`` when the block succeeds and is deleted otherwise."""
-    partial, aside = path.with_name(path.name + PARTIAL), path.with_name(path.name + ".old" + PARTIAL)
+    partial, aside = (path.with_name(path.name + partial_suffix(kind)) for kind in ("", ASIDE))
+    clear_partials(path.parent, path.name)
+    # An earlier process may have had this one's number.
     _settle(path, aside)
     remove(partial)
-    partial.mkdir(parents=True)
+    # It has its final name already, inside of the partial: transformers copies a model's code to a place named like its folder.
+    new = partial / path.name
+    new.mkdir(parents=True)
     try:
-        yield partial
-        for file in partial.rglob("*"):
+        yield new
+        for file in new.rglob("*"):
             # Some libraries write files that only the owner can read.
             file.chmod((0o777 if file.is_dir() else 0o666) & ~_UMASK)
         # An old folder is moved aside first, so that it is never visible half deleted.
         if path.exists():
             os.replace(path, aside)
-        os.replace(partial, path)
+        os.replace(new, path)
     finally:
         remove(partial)
         _settle(path, aside)
@@ -56,11 +87,69 @@ def _settle(path: Path, aside: Path) -> None:
     remove(aside)
 
 
+def copy_content(source: Path, folder: Path) -> None:
+    """Copy the files below ``source`` into ``folder``, with new modes: DVC's outputs are links that can't be written to."""
+    for path in source.rglob("*"):
+        if not path.is_dir():
+            target = folder / path.relative_to(source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+
+
+def clear_partials(folder: Path, target: str | None = None, *, alone: bool = False) -> None:
+    """Delete what ended processes left unfinished, and restore the old folders that they had moved aside.
+
+    Args:
+        folder: where it lies.
+        target: the name of the file or folder that was being written; None is any.
+        alone: no other process writes in the folder (its lock is held): what other machines left, and processes whose number is
+            in use again, is cleared too, and so are all folders below.
+    """
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        left = _LEFT.fullmatch(path.name)
+        # Best effort: another process may clear it at the same time, and it may belong to another user.
+        with suppress(OSError):
+            if not left:
+                if alone and target is None and path.is_dir() and not path.is_symlink():
+                    clear_partials(path, alone=True)
+            elif target in (None, left["name"]) and (alone or _is_over(left["process"], left["machine"])):
+                if left["aside"]:
+                    _settle(path.with_name(left["name"]), path)
+                remove(path)
+
+
+def _is_over(process: str, machine: str) -> bool:
+    """Return whether a process of this machine has ended; False for one of another machine."""
+    if machine != _MACHINE:
+        return False
+    try:
+        os.kill(int(process), 0)
+    except PermissionError:
+        return False
+    except (ProcessLookupError, OverflowError):
+        return True
+    return False
+
+
+@contextmanager
+def temporary_folder(prefix: str, folder: Path | None = None) -> Iterator[Path]:
+    """Yield a new folder, which is deleted after the block; those of ended processes are deleted before.
+
+    Args:
+        prefix: of its name.
+        folder: where; None is the system's temporary folder.
+    """
+    where = folder or Path(tempfile.gettempdir())
+    clear_partials(where)
+    with tempfile.TemporaryDirectory(prefix=prefix, suffix=partial_suffix(), dir=where, ignore_cleanup_errors=True) as name:
+        yield Path(name)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` (UTF-8) atomically: ``path`` holds either the old or the new content."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Several processes may write the same file in the user's cache.
-    partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
+    clear_partials(path.parent, path.name)
+    partial = path.with_name(path.name + partial_suffix())
     try:
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, path)

@@ -10,20 +10,23 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails, PydanticCustomError
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, NodeEvent
 from ruamel.yaml.nodes import MappingNode
 
 from replaceme.base.combinations import Methods, Transform, effects_of, own_fields, refusals, without_effect
-from replaceme.base.errors import ParameterError
+from replaceme.base.errors import ParameterError, excerpt, shown
 from replaceme.base.progress import logger
 from replaceme.base.published_keys import PUBLISHED_KEYS, translate, without_replaced
 from replaceme.base.source import Source
-from replaceme.base.task import Task
+from replaceme.base.task import Task, unusable_text
 
 COMMAND_LINE = "command line"
+# A config has some 60 lines. Larger input is refused before anything is built from it: aliases of aliases grow without bound.
+MAX_BYTES, MAX_VALUES, MAX_DEPTH = 1 << 18, 10_000, 20
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 
@@ -54,7 +57,11 @@ class Params(BaseModel):
     )
     dataset_config: str | None = Field(None, description="Configuration of a hub dataset, such as sample-10BT.")
     dataset_split: str | None = Field(None, description="Split of the dataset; null is train, or an embedded sample's own.")
-    dataset_column: str | None = Field(None, description="Column with the text or chat; null takes text, or a chat column.")
+    dataset_column: str | None = Field(
+        None,
+        description="Column with the text or chat; null takes text, or a chat column. For a chat template, today is always "
+        "26 July 2024.",
+    )
     dataset_revision: str | None = Field(None, description="Branch, tag or commit of a hub dataset.")
     dataset_size: int = Field(128, ge=1, description="Number of calibration documents.")
     max_length: int = Field(1024, ge=2, description="Largest number of tokens of a document.")
@@ -161,6 +168,13 @@ class Params(BaseModel):
     )
     save_transform_only: bool = Field(False, description="Console scripts: save the transform and write no model.")
 
+    @field_validator("*")
+    @classmethod
+    def _check_text(cls, value: Any) -> Any:
+        if isinstance(value, str) and (wanted := unusable_text(value)):
+            raise PydanticCustomError("unusable_text", "{wanted}", {"wanted": wanted})
+        return value
+
 
 def read_params(
     path: Path | None = None,
@@ -182,10 +196,10 @@ def read_params(
     raw = without_replaced(raw, overrides or {})
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
-    for origin, given in ((str(path), raw), (COMMAND_LINE, overrides or {})):
+    for origin, given in ((_place(path), raw), (COMMAND_LINE, overrides or {})):
         translated, notes, refused = translate(given)
         values |= translated
-        origins |= dict.fromkeys(translated, origin)
+        origins |= {excerpt(key): origin for key in translated}
         problems += [f"{origin}: {problem}" for problem in refused]
         for note in notes:
             logger.info("%s: %s", origin, note)
@@ -200,7 +214,7 @@ def read_params(
             params = Params.model_validate(values)
             everything = params.model_dump()
             found = refusals(everything, methods[params.method])
-            defaults = {name: info.default for name, info in {**Params.model_fields, **own_fields(methods)}.items()}
+            defaults = {name: info.default for name, info in fields_of(methods).items()}
             for sentence in without_effect(origins, everything, defaults, effects_of(methods)):
                 logger.info(sentence)
     for problem in found:
@@ -210,43 +224,98 @@ def read_params(
     return params
 
 
+def fields_of(methods: Methods) -> dict[str, FieldInfo]:
+    """Return all parameters by name, with those of the methods, in documented order."""
+    return {**Params.model_fields, **own_fields(methods)}
+
+
 def parse_value(text: str) -> Any:
     """Parse one command-line value as YAML 1.2 (``1e-6`` is a number, ``no`` a string)."""
     try:
-        return YAML(typ="safe", pure=True).load(text)
-    except (YAMLError, ValueError):  # ValueError: an impossible date
+        return _loaded(YAML(typ="safe", pure=True), text)
+    except ValueError:
         return text
 
 
 def nearest(name: str, names: Iterable[str], count: int = 1) -> str:
     """Return `` (did you mean X?)`` with at most ``count`` similar names, or an empty string."""
-    close = difflib.get_close_matches(name, list(names), n=count, cutoff=0.5)
+    close = difflib.get_close_matches(name[:200], list(names), n=count, cutoff=0.5)
     return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
 
 
+def _place(path: Path | None) -> str:
+    return excerpt(path, 150)
+
+
 def _read_yaml(path: Path) -> tuple[dict[str, Any], list[str]]:
+    place = _place(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        # A pipe or a device could be read for ever.
+        if path.exists() and not path.is_file():
+            raise ParameterError(f"{place}: is no regular file; give the path of a YAML file of parameters.")
+        with path.open("rb") as stream:
+            raw = stream.read(MAX_BYTES + 1)
+        text = raw.decode()
     except FileNotFoundError:
-        raise ParameterError(f"{path}: there is no such file; give the path of a YAML file of parameters.") from None
-    except (OSError, UnicodeDecodeError) as unreadable:
-        raise ParameterError(f"{path}: can't be read as UTF-8 text ({unreadable}).") from None
+        raise ParameterError(f"{place}: there is no such file; give the path of a YAML file of parameters.") from None
+    except UnicodeDecodeError as problem:
+        raise ParameterError(f"{place}: can't be read as UTF-8 text (byte {problem.start}).") from None
+    except OSError as problem:
+        raise ParameterError(f"{place}: can't be read ({problem.strerror}).") from None
+    if len(raw) > MAX_BYTES:
+        raise ParameterError(f"{place}: is larger than {MAX_BYTES >> 10} KiB; give a YAML file of parameters.")
     yaml = YAML(typ="safe", pure=True)
     yaml.allow_duplicate_keys = True
     try:
-        problems = _duplicates(yaml, text, path)
-        content = yaml.load(text)
-    except (YAMLError, ValueError) as invalid:  # ValueError: an impossible date
-        reason = " ".join(str(invalid).split())
-        raise ParameterError(f"{path}: isn't valid YAML: {reason}.") from None
+        content = _loaded(yaml, text)
+        problems = _duplicates(yaml, text, place)
+    except ValueError as invalid:
+        raise ParameterError(f"{place}: {invalid}.") from None
     if content is None:
         content = {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise ParameterError(f"{path}: must hold one `key: value` a line, not {type(content).__name__}.")
+        raise ParameterError(f"{place}: must hold one `key: value` a line, not {type(content).__name__}.")
     return content, problems
 
 
-def _duplicates(yaml: YAML, text: str, path: Path) -> list[str]:
+def _loaded(yaml: YAML, text: str) -> Any:
+    """Return the content of a YAML text. Raises ValueError, with what is wrong, if it is invalid or too large."""
+    try:
+        if too_large := _too_large(yaml, text):
+            raise OverflowError(too_large)
+        return yaml.load(text)
+    except OverflowError as problem:
+        raise ValueError(str(problem)) from None
+    except Exception as invalid:  # besides YAMLError whatever a converter raises, for an impossible date or a wrong tag
+        raise ValueError(f"isn't valid YAML: {excerpt(invalid, 200)}") from None
+
+
+def _too_large(yaml: YAML, text: str) -> str | None:
+    """Tell what exceeds the limits, by the parser's events: an alias counts as many values as what it stands for."""
+    values, known = 0, dict[str, int]()
+    still_open: list[tuple[str | None, int]] = []
+    for event in yaml.parse(text):
+        if isinstance(event, AliasEvent):
+            if event.anchor not in known:
+                return f"has the alias *{excerpt(event.anchor)} without a complete value before it"
+            values += known[event.anchor]
+        elif isinstance(event, CollectionStartEvent):
+            still_open.append((event.anchor, values))
+            values += 1
+        elif isinstance(event, NodeEvent):
+            values += 1
+            known |= {event.anchor: 1} if event.anchor else {}
+        elif isinstance(event, CollectionEndEvent):
+            anchor, before = still_open.pop()
+            known |= {anchor: values - before} if anchor else {}
+        if len(still_open) > MAX_DEPTH:
+            return f"nests more than {MAX_DEPTH} lists and mappings in each other; write one `key: value` a line"
+        if values > MAX_VALUES:
+            return f"has more than {MAX_VALUES} values, aliases included; write one `key: value` a line"
+    return None
+
+
+def _duplicates(yaml: YAML, text: str, place: str) -> list[str]:
     """Return the keys given twice with different values, as problems; equal values are only warned of.
 
     The published cosine file has a key twice.
@@ -259,9 +328,10 @@ def _duplicates(yaml: YAML, text: str, path: Path) -> list[str]:
     for key_node, value_node in root.value:
         key, value = str(key_node.value), text[value_node.start_mark.index : value_node.end_mark.index].strip()
         if key in seen and parse_value(seen[key]) != parse_value(value):
-            problems.append(f"{path}: {key}: is given twice, as {seen[key]} and as {value}; keep one.")
+            name, first, second = map(excerpt, (key, seen[key], value))
+            problems.append(f"{place}: {name}: is given twice, as {first} and as {second}; keep one.")
         elif key in seen:
-            logger.warning("%s: %s is given twice with the same value.", path, key)
+            logger.warning("%s: %s is given twice with the same value.", place, excerpt(key))
         seen.setdefault(key, value)
     return problems
 
@@ -296,14 +366,13 @@ def _sentence(problem: ErrorDetails) -> str:
         "less_than_equal": f"at most {limits.get('le', 0):g}",
         "literal_error": str(limits.get("expected")),
     }.get(kind, problem["msg"])
-    shown = "null" if given is None else repr(given)
-    return f"{key}: must be {wanted}, not {shown}."
+    return f"{key}: must be {wanted}, not {'null' if given is None else shown(given)}."
 
 
 def _unknown_keys(values: Mapping[str, Any], methods: Methods) -> list[str]:
-    known = {**Params.model_fields, **own_fields(methods)}
+    known = fields_of(methods)
     return [
-        f"{key}: is not a parameter{nearest(key, [*known, *PUBLISHED_KEYS])}; docs/parameters.md lists them."
+        f"{excerpt(key)}: is not a parameter{nearest(key, [*known, *PUBLISHED_KEYS])}; docs/parameters.md lists them."
         for key in values
         if key not in known
     ]
@@ -314,7 +383,8 @@ def _unknown_selection(values: Mapping[str, Any], methods: Methods) -> list[str]
     selection = values.get("selection")
     if not isinstance(selection, str) or selection in known:
         return []
-    return [f"selection: '{selection}' is not a criterion{nearest(selection, known)}; use null or one of {', '.join(known)}."]
+    name, hint = excerpt(selection), nearest(selection, known)
+    return [f"selection: '{name}' is not a criterion{hint}; use null or one of {', '.join(known)}."]
 
 
 def _unknown_method(values: Mapping[str, Any], methods: Methods) -> list[str]:
@@ -322,4 +392,4 @@ def _unknown_method(values: Mapping[str, Any], methods: Methods) -> list[str]:
     if not isinstance(method, str) or method in methods:
         return []
     known = sorted(methods)
-    return [f"method: '{method}' is not a method{nearest(method, known)}; use one of {', '.join(known)}."]
+    return [f"method: '{excerpt(method)}' is not a method{nearest(method, known)}; use one of {', '.join(known)}."]

@@ -1,9 +1,14 @@
-"""Output during a run: one log line for each decision, and a progress bar for each loop over text."""
+"""Output during a run: one log line for each decision, and the progress of each loop over text.
 
+On a terminal, a loop has a progress bar. In a file or a pipe, it has a whole line every 20 seconds.
+"""
+
+import io
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -22,48 +27,67 @@ def align(rows: Sequence[Sequence[str]]) -> str:
 
 T = TypeVar("T")
 logger = logging.getLogger("replaceme")
+LINE_SECONDS = 20.0
 
 
 def configure_logging() -> None:
     """Log this package's messages to standard error, without the libraries' ones."""
-    handler = logging.StreamHandler(sys.stderr)
+    # A printed table keeps its place among them where both go to one file.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)
+    handler = _AboveBars() if sys.stderr.isatty() else logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger.handlers = [handler]
     logger.setLevel(logging.INFO)
     logger.propagate = False
 
 
-def silence_libraries() -> None:
-    """Turn off the progress bars and warnings of transformers and datasets, whether they are already loaded or not."""
+class _AboveBars(logging.Handler):
+    """Writes messages to a terminal, above the bars that are shown at that moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            tqdm.write(self.format(record), file=sys.stderr)
+        except Exception:  # as logging's own handlers do
+            self.handleError(record)
+
+
+def silence_libraries(load: bool = False) -> None:
+    """Turn off the progress bars and warnings of the libraries, whether they are already loaded or not.
+
+    On a terminal, the hub's client keeps its bars of downloads, and transformers, when it is loaded, takes over that bars are
+    on. So a command that will use transformers has it loaded here first (``load``).
+    """
     os.environ.update(HF_DATASETS_DISABLE_PROGRESS_BARS="1", DATASETS_VERBOSITY="error", TRANSFORMERS_VERBOSITY="error")
+    if not sys.stderr.isatty():
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if load:
+        import transformers.utils.logging
     if transformers := sys.modules.get("transformers"):
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
+    if datasets := sys.modules.get("datasets"):
+        datasets.utils.logging.set_verbosity_error()
+        datasets.disable_progress_bars()
 
 
 def progress(
     items: Iterable[T], description: str, unit: str, total: int | None = None, note: Callable[[], str] | None = None
 ) -> Iterator[T]:
-    """Iterate with a progress bar on a terminal, or with a line every 20 seconds if the output goes to a file.
+    """Iterate with a progress bar on a terminal, or with a log line every 20 seconds if the output goes to a file.
 
     Args:
         items: what to iterate over.
         description: what is being done.
         unit: what the items are.
         total: their number, if ``len`` doesn't give it.
-        note: returns the text after the bar's counts; called after each item.
+        note: returns the text after the counts; called after an item.
     """
-    terminal = sys.stderr.isatty()
-    bar = tqdm(
-        items,
-        desc=description,
-        unit=f" {unit}",
-        total=total,
-        leave=False if terminal else None,
-        mininterval=0.2 if terminal else 20,
-        dynamic_ncols=terminal,
-    )
+    if not sys.stderr.isatty():
+        known = len(items) if total is None and isinstance(items, Sized) else total
+        return _with_lines(items, description, unit, known, note)
+    bar = tqdm(items, desc=description, unit=f" {unit}", total=total, leave=False, mininterval=0.2, dynamic_ncols=True)
     return iter(bar) if note is None else _noted(bar, note)
 
 
@@ -71,3 +95,20 @@ def _noted(bar: "tqdm[T]", note: Callable[[], str]) -> Iterator[T]:
     for item in bar:
         yield item
         bar.set_postfix_str(note(), refresh=False)
+
+
+def _with_lines(
+    items: Iterable[T], description: str, unit: str, total: int | None, note: Callable[[], str] | None
+) -> Iterator[T]:
+    """Iterate; after an item, log how far the loop is, unless less than 20 seconds passed since its start or its last line."""
+    began = last = time.monotonic()
+    for count, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        if now - last < LINE_SECONDS:
+            continue
+        last = now
+        words = [f"{count} of {total} {unit}" if total else f"{count} {unit}", f"{tqdm.format_interval(now - began)} so far"]
+        if total and count < total:
+            words.append(f"about {tqdm.format_interval((now - began) / count * (total - count))} to go")
+        logger.info("%s: %s", description, ", ".join([*words, *([note()] if note else [])]))

@@ -7,6 +7,7 @@ name. Keys that only mattered to the published program are ignored, with a log l
 from collections.abc import Mapping
 from typing import Any
 
+from replaceme.base.errors import excerpt, shown
 from replaceme.base.source import parse_dataset
 from replaceme.base.task import parse_tasks
 
@@ -34,8 +35,8 @@ def translate(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], list[s
 
     if "dataset_subset" in ours:
         split = ours.pop("dataset_subset")
-        if ours.get("dataset_split") not in (None, split):
-            problems.append(f"dataset_subset: says '{split}' and dataset_split '{ours['dataset_split']}'; keep one.")
+        if (named := ours.get("dataset_split")) not in (None, split):
+            problems.append(f"dataset_subset: says '{excerpt(split)}' and dataset_split '{excerpt(named)}'; keep one.")
         elif split is not None:
             ours["dataset_split"] = split
             notes.append("dataset_subset is read as dataset_split, as the published program does")
@@ -67,7 +68,7 @@ def without_replaced(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> di
 def _translate_structure(ours: dict[str, Any], notes: list[str], problems: list[str]) -> None:
     given = {key: ours.pop(key) for key in STRUCTURES if key in ours}
     problems += [
-        f"{key}: must be true or false, not {value!r}."
+        f"{key}: must be true or false, not {shown(value)}."
         for key, value in given.items()
         if value is not None and not isinstance(value, bool)
     ]
@@ -78,8 +79,8 @@ def _translate_structure(ours: dict[str, Any], notes: list[str], problems: list[
         )
     elif asked:
         transform = STRUCTURES[asked[0]]
-        if ours.get("transform", transform) != transform:
-            problems.append(f"{asked[0]}: asks for transform {transform}, and transform says '{ours['transform']}'; keep one.")
+        if (named := ours.get("transform", transform)) != transform:
+            problems.append(f"{asked[0]}: asks for transform {transform}, and transform says '{excerpt(named)}'; keep one.")
         ours["transform"] = transform
         notes.append(f"{asked[0]} is read as transform: {transform}")
 

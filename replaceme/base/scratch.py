@@ -1,5 +1,6 @@
 """Tensors on disk, for states that exceed the memory: mapped to unnamed temporary files, after a check of the free space."""
 
+import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from replaceme.base.errors import ResourceError
+from replaceme.base.files import temporary_folder
 
 
 def scratch(
@@ -29,11 +31,21 @@ def scratch(
     where = folder or Path(tempfile.gettempdir())
     require_space(where, sum(map(prod, shapes)) * dtype.itemsize, f"{purpose} keeps {{}} of states there")
     # A mapping outlives the deletion of its file, so nothing is left on disk however the run ends.
-    with tempfile.TemporaryDirectory(prefix="scratch-", suffix=".partial", dir=where, ignore_cleanup_errors=True) as names:
+    with temporary_folder("scratch-", where) as names:
+        for number, shape in enumerate(shapes):
+            _take_space(names / str(number), prod(shape) * dtype.itemsize)
         return [
-            torch.from_file(str(Path(names) / str(number)), shared=True, size=prod(shape), dtype=dtype).view(*shape)
+            torch.from_file(str(names / str(number)), shared=True, size=prod(shape), dtype=dtype).view(*shape)
             for number, shape in enumerate(shapes)
         ]
+
+
+def _take_space(file: Path, size: int) -> None:
+    """Make a file whose space is taken at once; a write to a mapping that finds the disk full ends the process (SIGBUS)."""
+    with file.open("wb") as stream:
+        # Not on macOS.
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(stream.fileno(), 0, max(size, 1))
 
 
 def require_space(folder: Path, needed: int, words: str, advice: str = "") -> None:

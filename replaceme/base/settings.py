@@ -6,11 +6,11 @@ Local files and folders appear by name only, without the path to them.
 import io
 import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
 
+from replaceme.base.files import local_path
 from replaceme.base.params import Params
 from replaceme.base.source import Source
 from replaceme.base.task import Task
@@ -21,7 +21,7 @@ CONSOLE_ONLY = {"save_path": None, "save_transform_only": False}
 
 def without_folder(name: str) -> str:
     """Return the last part of a local path, and any other name unchanged."""
-    path = Path(name).expanduser()
+    path = local_path(name)
     return os.path.basename(os.path.abspath(path)) if path.is_absolute() or path.exists() else name
 
 

@@ -31,9 +31,13 @@ class Source:
     column: str | None = None
     revision: str | None = None
 
+    def options(self) -> dict[str, Any]:
+        """Return the options that are set, the share among them."""
+        return {field: value for field in OPTIONS if (value := getattr(self, field)) is not None}
+
     def plain(self) -> str | dict[str, Any]:
         """Return the source as written in params.yaml."""
-        options = {field: value for field in OPTIONS if (value := getattr(self, field)) is not None}
+        options = self.options()
         if set(options) == {"share"}:
             return self.name if self.share == 1 else {self.name: self.share}
         return {self.name: options}

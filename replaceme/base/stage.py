@@ -5,13 +5,13 @@ Each file of ``replaceme.pipeline`` declares one stage. ``tests/pipeline`` check
 
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 from replaceme.base.combinations import Methods
-from replaceme.base.cost import recorded
+from replaceme.base.cost import keep, measured
 from replaceme.base.entry import PARAMS_FILE, run
 from replaceme.base.errors import ParameterError
+from replaceme.base.files import clear_partials
 from replaceme.base.params import Params, read_params
 from replaceme.base.workspace import Artifact, Workspace
 
@@ -41,7 +41,6 @@ class Stage:
         code: the rooms, or single files of them, that it loads, below ``replaceme/``; besides its own file.
         metrics: the metrics files that it writes.
         figures: the metrics files that it reads.
-        costs: the stages whose cost it reads.
         methods: the methods that ``method`` may name; None for a stage that uses no method.
     """
 
@@ -53,19 +52,25 @@ class Stage:
     code: tuple[str, ...]
     metrics: tuple[str, ...] = ()
     figures: tuple[str, ...] = ()
-    costs: tuple[str, ...] = ()
     methods: Methods | None = None
 
 
 def run_stage(stage: Stage) -> None:
-    """Run a stage on params.yaml in the current folder, and exit. A stage of the compression records its cost."""
+    """Run a stage on params.yaml in the current folder, and exit. The cost of a stage of the compression is kept.
+
+    What killed stages left unfinished is cleared first.
+    """
     place = Workspace()
 
     def work() -> None:
-        with recorded(place.cost(stage.name)) if stage.name in COMPRESSION else nullcontext():
+        for folder in (place.artifact(""), place.metric(stage.name).parent):
+            clear_partials(folder)
+        with measured() as cost:
             params = read_params(PARAMS_FILE, methods=stage.methods)
             check_pipeline_params(params)
             stage.run(params, place)
+        if stage.name in COMPRESSION:
+            keep(stage.name, params, cost)
 
     sys.exit(run(work, debug="--debug" in sys.argv[1:]))
 

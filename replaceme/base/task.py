@@ -6,13 +6,17 @@ The published program's form, one mapping ``{piqa: {fewshots: 0}}``, and its tas
 """
 
 import difflib
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from replaceme.base.errors import excerpt, shown
+
 # The published table's tasks (ReplaceMe, arXiv 2505.02819, table 1); they need the hub.
 PUBLISHED = ("boolq", "hellaswag", "piqa", "mmlu")
 DEFAULT = "default"
+MAX_CHARACTERS, MAX_NAME_BYTES = 1000, 255
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ def parse_tasks(raw: Any, problems: list[str]) -> tuple[Task, ...]:
         raw = [{name: options} for name, options in raw.items()]
     # ``default`` stands for the published tasks, each with its options.
     if not isinstance(raw, list | tuple):
-        problems.append(f"tasks: must be a list of task names, not {raw!r}.")
+        problems.append(f"tasks: must be a list of task names, not {shown(raw)}.")
         return ()
     tasks = [_parse_one(entry, problems) for given in raw for entry in _expanded(given)]
     return tuple(task for task in tasks if task)
@@ -83,13 +87,16 @@ def _parse_one(entry: Any, problems: list[str]) -> Task | None:
     if isinstance(entry, Task):
         return entry
     if isinstance(entry, str) and entry:
-        return Task(entry)
+        entry = {entry: None}
     if not isinstance(entry, Mapping) or len(entry) != 1 or not isinstance(name := next(iter(entry)), str):
-        problems.append(f"tasks: an entry must be a name or one {{name: {{fewshots: 5}}}}, not {entry!r}.")
+        problems.append(f"tasks: an entry must be a name or one {{name: {{fewshots: 5}}}}, not {shown(entry)}.")
+        return None
+    if wanted := unusable_text(name):
+        problems.append(f"tasks: a name must be {wanted}, not {shown(name)}.")
         return None
     options = {} if entry[name] is None else entry[name]
     if not isinstance(options, Mapping):
-        problems.append(f"tasks: {name} must have options like {{fewshots: 0}}, not {options!r}.")
+        problems.append(f"tasks: {excerpt(name)} must have options like {{fewshots: 0}}, not {shown(options)}.")
         return None
     wrong = [sentence for key, value in options.items() if (sentence := _wrong_option(name, key, value))]
     problems += wrong
@@ -100,19 +107,31 @@ def _parse_one(entry: Any, problems: list[str]) -> Task | None:
 
 
 def _wrong_option(name: str, key: Any, value: Any) -> str | None:
+    name = excerpt(name)
     if key not in OPTIONS:
-        close = difflib.get_close_matches(str(key), OPTIONS, n=1, cutoff=0.5)
+        close = difflib.get_close_matches(str(key)[:200], OPTIONS, n=1, cutoff=0.5)
         hint = f" (did you mean '{close[0]}'?)" if close else ""
-        return f"tasks: {name} has no option '{key}'{hint}; there are {', '.join(OPTIONS)}."
+        return f"tasks: {name} has no option '{excerpt(key)}'{hint}; there are {', '.join(OPTIONS)}."
     if value is None:
         return None
     if key in ("fewshots", "limit"):
         least = 1 if key == "limit" else 0
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            return f"tasks: {key} of {name} must be a whole number of at least {least}, not {value!r}."
+            return f"tasks: {key} of {name} must be a whole number of at least {least}, not {shown(value)}."
         return None
     several = key == "choices" and isinstance(value, list | tuple) and len(value) > 1 and all(isinstance(x, str) for x in value)
     if not (isinstance(value, str) or several):
         lists = " or a list of such names" if key == "choices" else ""
-        return f"tasks: {key} of {name} must be the name of a column{lists}, not {value!r}."
+        return f"tasks: {key} of {name} must be the name of a column{lists}, not {shown(value)}."
+    return None
+
+
+def unusable_text(text: str) -> str | None:
+    """Return what a text (a name, a path) should be, if it is longer than any or has characters that none has; else None."""
+    if len(text) > MAX_CHARACTERS:
+        return f"a text of at most {MAX_CHARACTERS} characters"
+    if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in text):
+        return "a text without control characters"
+    if any(len(part.encode()) > MAX_NAME_BYTES for part in text.split("/")):
+        return f"a text of which no name of a file or folder is longer than {MAX_NAME_BYTES} bytes"
     return None

@@ -40,13 +40,17 @@ class Workspace:
     root: Path = Path()
     save_path: Path | None = None
 
-    # Fingerprints of the dense model's weights and config; of the tokenizer, the chat template and the generation config; of
-    # the dense model's card and licence; of the calibration text; and of the evaluation text.
+    # Fingerprints of the dense model's weights, config and code; of the tokenizer, the chat template and the generation config;
+    # of the dense model's card and licence; of the calibration text; and of the evaluation text.
     model_input = _At("inputs/model.json")
     tokenizer_input = _At("inputs/tokenizer.json")
     card_input = _At("inputs/card.json")
     dataset_input = _At("inputs/dataset.json")
     tasks_input = _At("inputs/tasks.json")
+    # Versions of the packages that read text, that compute the model, and that score it (``replaceme.base.versions``).
+    text_versions = _At("inputs/text_versions.json")
+    model_versions = _At("inputs/model_versions.json")
+    score_versions = _At("inputs/score_versions.json")
     # How much text the dense model writes itself; and what it wrote (folder).
     own_text_input = _At("inputs/own_text.json")
     own_text = _At("own_text")
@@ -87,5 +91,5 @@ class Workspace:
         return self.root / "metrics" / f"{name}.json"
 
     def cost(self, name: str) -> Path:
-        """Return the path of the file with a stage's cost."""
+        """Return the path of the file with the cost of a console script's step."""
         return self.artifact("cost") / f"{name}.json"

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from replaceme.base.errors import DatasetError
+from replaceme.base.errors import DatasetError, excerpt
 from replaceme.base.progress import logger
 
 Chat = list[dict[str, str]]
@@ -53,8 +53,8 @@ def pick_column(columns: Iterable[str], first: Mapping[str, Any], wanted: str | 
         if wanted is not None:
             logger.info("dataset_column: %s has no column '%s'; its chat column '%s' is used", name, wanted, fallback[0])
         return fallback[0]
-    problem = f"{name} has no column '{wanted}'" if wanted else f"the text column of {name} isn't obvious"
-    raise DatasetError(f"dataset_column: {problem}; its columns are {', '.join(columns) or 'none'}.")
+    problem = f"{name} has no column '{excerpt(wanted)}'" if wanted else f"the text column of {name} isn't obvious"
+    raise DatasetError(f"dataset_column: {problem}; its columns are {excerpt(', '.join(columns)) or 'none'}.")
 
 
 def is_chat(value: Any) -> bool:
@@ -79,7 +79,7 @@ def as_row(value: Any, column: str, name: str) -> Row:
     if is_chat(value):
         return [_turn(turn) for turn in value]
     raise DatasetError(
-        f"dataset_column: '{column}' of {name} holds {type(value).__name__}, neither text nor a list of chat turns."
+        f"dataset_column: '{excerpt(column)}' of {name} holds {type(value).__name__}, neither text nor a list of chat turns."
     )
 
 

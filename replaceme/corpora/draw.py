@@ -2,6 +2,9 @@
 
 Each document starts with the tokenizer's start of text: exactly one BOS if it has one, even if a chat template adds its own.
 Padding isn't stored. Rows without tokens are skipped and counted.
+
+Each document has a source: its row, or the running text that it is a piece of. Few running texts (a .txt file is a single one)
+have ``PARTS`` sources each, one after the other, so that documents can be held out by whole sources.
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SEPARATOR = "\n\n"
+# At most one document in so many is held out (``replaceme.training.training``): from so many texts on, a text is one source.
+PARTS = 20
 
 
 @dataclass
@@ -65,61 +70,72 @@ def draw_documents(
     """
     counts = [Counts() for _ in corpora]
     streams = {
-        number: iter(
-            corpus.documents
-            if isinstance(corpus, Documents)
-            else _documents_of(corpus, tokenizer, size, max_length, pack=pack, seed=seed, counts=counts[number])
-        )
+        number: enumerate(corpus.documents)
+        if isinstance(corpus, Documents)
+        else _documents_of(corpus, tokenizer, size, max_length, pack=pack, seed=seed, counts=counts[number])
         for number, corpus in enumerate(corpora)
     }
-    drawn = list(progress(islice(_by_shares(streams, shares, counts), size), "drawing documents", "documents", total=size))
-    if not drawn:
+    drawn: Iterator[tuple[tuple[int, int], Tensor]] = islice(_by_shares(streams, shares, counts), size)
+    # The pieces of running texts are all there before the first is drawn, and have a bar of their own.
+    if not any(isinstance(corpus, Corpus) and corpus.running for corpus in corpora):
+        drawn = progress(drawn, "drawing documents", "documents", total=size)
+    sources: dict[tuple[int, int], int] = {}
+    documents = [(sources.setdefault(source, len(sources)), document) for source, document in drawn]
+    if not documents:
         empty = sum(count.empty for count in counts)
         raise DatasetError(f"dataset: no text is left after tokenization ({empty} rows were empty).")
-    return Documents(drawn), counts
+    return Documents([document for _, document in documents], [source for source, _ in documents]), counts
 
 
-def _by_shares(streams: dict[int, Iterator[Tensor]], shares: Sequence[float], counts: Sequence[Counts]) -> Iterator[Tensor]:
-    """Yield the documents of all streams, always the next one of the stream that lacks most of its share of the tokens."""
+def _by_shares(
+    streams: dict[int, Iterator[tuple[int, Tensor]]], shares: Sequence[float], counts: Sequence[Counts]
+) -> Iterator[tuple[tuple[int, int], Tensor]]:
+    """Yield all streams' documents: always the next one of the stream that lacks most of its share of the tokens so far.
+
+    Each comes with its source: the stream's number and that within the stream.
+    """
     while streams:
         number = min(streams, key=lambda number: counts[number].tokens / shares[number])
-        document = next(streams[number], None)
+        source, document = next(streams[number], (0, None))
         if document is None:
             del streams[number]
             continue
         counts[number].documents += 1
         counts[number].tokens += len(document)
-        yield document
+        yield (number, source), document
 
 
 def _documents_of(
     corpus: Corpus, tokenizer: PreTrainedTokenizerBase, size: int, max_length: int, *, pack: bool, seed: int, counts: Counts
-) -> Iterator[Tensor]:
-    """Yield the documents of a corpus that aren't empty, (tokens,) int64 each; of a running text, ``size`` at most."""
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield source and token ids, (tokens,) int64, of a corpus' documents that aren't empty; ``size`` of a running text."""
     prefix = start_of_text(tokenizer)
     room = max_length - len(prefix)
     encoded = (encode(row, tokenizer, prefix) for row in corpus.rows)
     if corpus.running:
         texts = (text for text in corpus.rows if isinstance(text, str))
-        bodies: Iterable[list[int]] = _pieces((encode_in_chunks(text, tokenizer, prefix) for text in texts), room, size, seed)
+        bodies: Iterable[tuple[int, list[int]]] = _pieces(
+            (encode_in_chunks(text, tokenizer, prefix) for text in texts), room, size, seed
+        )
     elif pack:
-        bodies = _packed(encoded, tokenizer.encode(SEPARATOR, add_special_tokens=False), room, counts)
+        bodies = enumerate(_packed(encoded, tokenizer.encode(SEPARATOR, add_special_tokens=False), room, counts))
     else:
-        bodies = encoded
-    for body in bodies:
+        bodies = enumerate(encoded)
+    for source, body in bodies:
         if not body:
             counts.empty += 1
             continue
         counts.cut += len(body) > room
-        yield torch.tensor([*prefix, *body[:room]])
+        yield source, torch.tensor([*prefix, *body[:room]])
 
 
-def _pieces(texts: Iterable[Iterable[list[int]]], room: int, size: int, seed: int) -> Iterator[list[int]]:
+def _pieces(texts: Iterable[Iterable[list[int]]], room: int, size: int, seed: int) -> Iterator[tuple[int, list[int]]]:
     """Cut running texts into pieces of ``room`` tokens (a shorter text is one piece) and yield ``size`` in a seeded order.
 
-    The rest of a longer text is dropped.
+    The rest of a longer text is dropped. Each piece comes with the number of its source.
     """
     pieces: list[Tensor] = []
+    counts: list[int] = []  # pieces of each text
     for chunks in progress(texts, "tokenizing", "texts"):
         before, rest = len(pieces), torch.empty(0, dtype=torch.int32)
         for chunk in chunks:
@@ -129,8 +145,11 @@ def _pieces(texts: Iterable[Iterable[list[int]]], room: int, size: int, seed: in
             rest = rest[full:].clone()
         if len(pieces) == before and len(rest):
             pieces.append(rest)
+        counts.append(len(pieces) - before)
+    parts = 1 if len(counts) >= PARTS else PARTS
+    sources = [text * parts + place * parts // count for text, count in enumerate(counts) for place in range(count)]
     order = seeded_order(len(pieces), seed).tolist()
-    yield from (pieces[index].tolist() for index in order[:size])
+    yield from ((sources[index], pieces[index].tolist()) for index in order[:size])
 
 
 def _packed(rows: Iterable[list[int]], separator: list[int], room: int, counts: Counts) -> Iterator[list[int]]:

@@ -29,8 +29,9 @@ from pathlib import Path
 from replaceme.base.errors import DatasetError
 from replaceme.base.files import cache_folder, write_text
 from replaceme.base.progress import progress
+from replaceme.base.shared import make_once
 from replaceme.corpora.corpus import Row
-from replaceme.models.packages import PackagedFile, fetched, locked
+from replaceme.models.packages import PackagedFile, fetched
 
 GENSIM = "gensim==4.4.0"
 WIKIPEDIA = PackagedFile(
@@ -83,18 +84,20 @@ def text_articles(name: str, split: str | None) -> list[Row]:
     if wanted not in splits:
         raise DatasetError(f"dataset_split: {name} has no split '{wanted}'; it has {' and '.join(splits)}.")
     cached = cache_folder() / "texts" / f"{name}-{file.sha256[:12]}-v{TEXT_VERSION}.jsonl"
-    with locked(cached):
-        if not cached.is_file():
-            with fetched(file) as source:
-                rows = [{"text": text, "title": title} for title, text in TEXTS[name].extract(source)]
-            write_text(cached, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def make() -> None:
+        with fetched(file) as source:
+            rows = [{"text": text, "title": title} for title, text in TEXTS[name].extract(source)]
+        write_text(cached, "".join(json.dumps(row) + "\n" for row in rows))
+
+    make_once(cached, name, make)
     lines = cached.read_text(encoding="utf-8").splitlines()
     return [row["text"] for row in map(json.loads, lines) if len(splits) == 1 or _split_of(row["title"]) == wanted]
 
 
 def text_fingerprint(name: str) -> str:
     """Return what identifies an embedded text's content, without fetching it."""
-    return f"{TEXTS[name].file.sha256}-v{TEXT_VERSION}"
+    return f"{name}-{TEXTS[name].file.sha256}-v{TEXT_VERSION}"
 
 
 def _split_of(title: str) -> str:

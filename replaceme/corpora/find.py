@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from replaceme.base.documents import seeded_order
-from replaceme.base.errors import DatasetError
+from replaceme.base.errors import DatasetError, excerpt
+from replaceme.base.files import local_path
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.params import Params, nearest
 from replaceme.base.source import SELF, Source
@@ -86,8 +87,11 @@ def find_datasets(params: Params, found: Mapping[str, Any] | None = None) -> lis
 
 def fingerprints(params: Params) -> dict[str, Any]:
     """Return what identifies the content of all sources, independent of paths and time."""
-    parts = [source.fingerprint() if source else {} for source in find_datasets(params)]
-    return parts[0] if isinstance(params.dataset, str) else {"sources": parts}
+    found = find_datasets(params)
+    if isinstance(params.dataset, str):
+        return {} if found[0] is None else found[0].fingerprint()
+    parts = [dataset.fingerprint() if dataset else {SELF: True} for dataset in found]
+    return {"sources": [{**part, **source.options()} for part, source in zip(parts, params.dataset, strict=True)]}
 
 
 def own_documents(params: Params) -> int:
@@ -110,13 +114,13 @@ def find_dataset(source: Source, commits: dict[str, str] | None = None) -> Datas
         DatasetError: there is no such file or dataset, or it can't be reached.
     """
     name = source.name
-    path = Path(name).expanduser()
+    path = local_path(name)
     if name in embedded.TEXTS:
         _refuse(source, "config", "revision")
         _refuse(source, "column", but="text")
         if source.split not in (None, *embedded.text_splits(name)):
             splits = " and ".join(embedded.text_splits(name))
-            raise DatasetError(f"dataset_split: {name} has no split '{source.split}'; it has {splits}.")
+            raise DatasetError(f"dataset_split: {name} has no split '{excerpt(source.split)}'; it has {splits}.")
         return DatasetSource(source)
     if path.exists() or path.suffix in local.SUFFIXES:
         local.check_file(path)
@@ -127,7 +131,7 @@ def find_dataset(source: Source, commits: dict[str, str] | None = None) -> Datas
         return DatasetSource(source, path)
     repositories = streamed.repositories(name)
     if not all(map(hub.is_repository_id, repositories)):
-        raise DatasetError(f"dataset: there is no file {name}; give a {', '.join(local.SUFFIXES)} file or a hub id.")
+        raise DatasetError(f"dataset: there is no file {excerpt(name)}; give a {', '.join(local.SUFFIXES)} file or a hub id.")
     if len(repositories) > 1:
         _refuse(source, "config", "revision")
     if commits is None:
@@ -139,5 +143,5 @@ def find_dataset(source: Source, commits: dict[str, str] | None = None) -> Datas
 def _refuse(source: Source, *options: str, but: str | None = None) -> None:
     """Refuse options that don't apply to this source; null and ``but``, which agrees with it, pass."""
     for option in options:
-        if getattr(source, option) not in (None, but):
-            raise DatasetError(f"dataset_{option}: '{getattr(source, option)}' does not apply to {source.name}; use null.")
+        if (value := getattr(source, option)) not in (None, but):
+            raise DatasetError(f"dataset_{option}: '{excerpt(value)}' does not apply to {excerpt(source.name)}; use null.")

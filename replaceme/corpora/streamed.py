@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from replaceme.base.errors import DatasetError, resource_failure
+from replaceme.base.errors import DatasetError, excerpt, resource_failure
 from replaceme.base.source import Source
 from replaceme.corpora.corpus import Corpus, Row, as_row, pick_column
 from replaceme.models import hub
@@ -56,7 +56,7 @@ def _rows(name: str, commit: str, source: Source, seed: int) -> Iterator[Row]:
         if known := resource_failure(failure):
             raise known from failure
         # Unknown configurations, and any HTTP library's errors.
-        reason = " ".join(str(failure).split())[:300]
+        reason = excerpt(failure, 150)
         raise DatasetError(f"dataset: {name} could not be read ({type(failure).__name__}: {reason}).") from failure
 
 

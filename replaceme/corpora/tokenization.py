@@ -1,17 +1,32 @@
-"""Convert texts and chats to token ids, without the start-of-text token, which ``draw`` adds once per document."""
+"""Convert texts and chats to token ids, without the start-of-text token, which ``draw`` adds once per document.
+
+Some chat templates write today's date into the system turn (Llama 3, Granite). Here it is always ``TODAY``, so that the same
+chats give the same documents on every day.
+"""
 
 from __future__ import annotations
 
+import functools
+import signal
+import threading
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from contextlib import contextmanager
+from datetime import date, datetime, tzinfo
+from typing import TYPE_CHECKING, NoReturn, Self
+from unittest import mock
 
-from replaceme.base.errors import DatasetError
+from replaceme.base.errors import DatasetError, excerpt
+from replaceme.base.progress import logger
 from replaceme.corpora.corpus import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CHUNK_CHARACTERS = 1 << 20
+# The date that Llama 3's template itself falls back on.
+TODAY = date(2024, 7, 26)
+# Of processor time, for one chat. Templates take milliseconds; the library's sandbox bounds one loop, but not nested ones.
+TEMPLATE_SECONDS = 10.0
 
 
 def start_of_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -53,10 +68,56 @@ def encode(row: Row, tokenizer: PreTrainedTokenizerBase, prefix: list[int]) -> l
                 "dataset_column: holds chats, but the model's tokenizer has no chat template; choose a text column."
             )
         try:
-            text = tokenizer.apply_chat_template(row, tokenize=False)
+            # The templates' strftime_now asks this clock; transformers has no option for it.
+            with _at_most(TEMPLATE_SECONDS), mock.patch("transformers.utils.chat_template_utils.datetime", _Calendar):
+                text = tokenizer.apply_chat_template(row, tokenize=False)
+        except _TooLongError:
+            slow = f"takes more than {TEMPLATE_SECONDS:g} s for a chat"
+            raise DatasetError(f"dataset_column: the model's chat template {slow}; choose a text column.") from None
         except Exception as refusal:  # templates raise their own errors, for example on a system turn
-            raise DatasetError(f"dataset_column: the model's chat template refuses a chat ({refusal}).") from refusal
+            reason = excerpt(refusal, 150)
+            raise DatasetError(f"dataset_column: the model's chat template refuses a chat ({reason}).") from refusal
     ids = list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
     while prefix and ids[: len(prefix)] == prefix:
         ids = ids[len(prefix) :]
     return ids
+
+
+class _Calendar(datetime):
+    """The clock of a chat template, in which each day is ``TODAY``."""
+
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> Self:
+        _say_date()
+        return cls(TODAY.year, TODAY.month, TODAY.day, tzinfo=tz)
+
+
+@functools.cache
+def _say_date() -> None:
+    logger.info("dataset: the chat template asks for today's date and always gets %s, so documents don't change by day", TODAY)
+
+
+class _TooLongError(Exception):
+    pass
+
+
+@contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    """Raise _TooLongError in the block when this process has computed for so long.
+
+    It needs the main thread of a Unix system; elsewhere there is no limit. One long operation, as a huge power, goes on.
+    """
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> NoReturn:
+        raise _TooLongError
+
+    before = signal.signal(signal.SIGPROF, stop)
+    try:
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)

@@ -149,6 +149,12 @@ class Edits:
             return state.double() @ self.basis(2 * (layer + 1)).T.to(state.device).double() / self.stream_scale
         return self.scale(layer + 1) * state
 
+    def as_pruned(self, layer: int, state: Tensor) -> Tensor:
+        """Convert the dense model's state before a layer, (tokens, d), to the shortened model's basis and scale."""
+        if self.bases:
+            return state.double() @ self.basis(2 * layer).to(state.device).double() * self.stream_scale
+        return state / self.scale(layer)
+
     def scale(self, layer: int) -> float:
         """Return the product of the scalar operators before ``layer``: the factor of the state that enters it."""
         scalars = (float(P) for place, P in self.operators.items() if P.ndim == 0 and place < layer)

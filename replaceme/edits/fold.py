@@ -30,7 +30,6 @@ from replaceme.edits.edits import Change, Edits, features_of, rotation_and_gains
 from replaceme.edits.slicing import narrow, sliced_parameters
 from replaceme.models.depth import cut_config, renumber
 from replaceme.models.families import Family, Linear, linear_parameters, parameter_of
-from replaceme.models.modeling_pruned import reshape
 
 
 def apply_edits(model: Any, family: Family, edits: Edits) -> None:
@@ -46,15 +45,22 @@ def apply_edits(model: Any, family: Family, edits: Edits) -> None:
     model.set_submodule(family.layers, nn.ModuleList(kept))
     renumber(kept)
     if form := edits.form(family.layers):
+        from replaceme.models.modeling_pruned import reshape
+
         # The linears get their new shapes with their new weights, which are computed from the old ones.
         reshape(model, {**form, "linears": {}})
     for name, exact in edited_parameters(model, family, layers, edits):
         _set_parameter(model, name, exact, replace=bool(edits.bases))
-    cut_config(model.config, family, edits.removed_layers)
+    edit_config(model.config, family, edits)
+
+
+def edit_config(config: Any, family: Family, edits: Edits) -> None:
+    """Change the dense model's config, in place, to the shortened model's."""
+    cut_config(config, family, edits.removed_layers)
     if edits.width:
-        narrow(model.config, edits)
+        narrow(config, edits)
     for name, value in edits.config.items():
-        setattr(model.config, name, value)
+        setattr(config, name, value)
 
 
 def _set_parameter(model: nn.Module, name: str, exact: Tensor, replace: bool) -> None:
@@ -153,16 +159,18 @@ def changed_parameters(family: Family, layers: nn.ModuleList, edits: Edits) -> I
     The value is float64 in torch's layout and has the dense model's shape.
     """
     done = set()
-    for (layer, name), value in edits.parameters.items():
-        done.add((layer, name))
-        yield layer, name, value.double()
     for (layer, linear), change in edits.changes().items():
         original = partial(mixed, layers, edits.mixtures[layer]) if layer in edits.mixtures else None
         if layer in edits.channels and linear == "mlp_output":
             original = partial(_with_channels, family, layers, layer, edits.channels[layer])
+        original = partial(_replaced, edits, layer, original or partial(parameter_of, layers[layer]))
         for name, exact in folds(family, layers[layer], linear, change, original):
             done.add((layer, name))
             yield layer, name, exact
+    for (layer, name), value in edits.parameters.items():
+        if (layer, name) not in done:
+            done.add((layer, name))
+            yield layer, name, value.double()
     for layer, channels in edits.channels.items():
         for name in family.cut_parameters(layers[layer], "mlp_output"):
             if (layer, name) not in done:
@@ -172,6 +180,12 @@ def changed_parameters(family: Family, layers: nn.ModuleList, edits: Edits) -> I
         for name in linear_parameters(layers[layer]):
             if (layer, name) not in done:
                 yield layer, name, mixed(layers, mixture, name)
+
+
+def _replaced(edits: Edits, layer: int, original: Callable[[str], Tensor], name: str) -> Tensor:
+    """Return a parameter's replacement, to which a change of its linear is applied; without one, the original."""
+    value = edits.parameters.get((layer, name))
+    return original(name) if value is None else value
 
 
 def _with_channels(family: Family, layers: nn.ModuleList, layer: int, channels: Tensor, name: str) -> Tensor:

@@ -16,7 +16,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-from replaceme.base.errors import DatasetError, ParameterError
+from replaceme.base.errors import DatasetError, ParameterError, excerpt
 from replaceme.base.progress import logger
 from replaceme.base.task import Task
 from replaceme.models import hub
@@ -78,7 +78,7 @@ def load(task: Task, found: Mapping[str, Any]) -> dict[str, Any]:
         with _pinned(found.get("datasets", {})):
             loaded = _manager().load([task.name])
     except Exception as failure:  # datasets and tasks in Python raise errors of many kinds
-        reason = f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}"
+        reason = f"{type(failure).__name__}: {excerpt(failure, 150)}"
         raise DatasetError(f"tasks: '{task.name}' can't be loaded ({reason}).") from failure
     for single in loaded["tasks"].values():
         configure(single, task.fewshots)

@@ -4,6 +4,10 @@ Both models score the same items, so the comparison is paired. The standard erro
 the items; ``p_value`` is from the exact McNemar test (items of accuracy 0 or 1; McNemar 1947) or the paired t-test. In a group,
 the tasks are fixed and the items of each are a sample; tasks are weighted by size or equally, as lm-eval defines the group.
 
+Items of one article are not independent: they share its topic and its difficulty. Where items share articles, these are the
+sample: an article's items are summed first (cluster-robust standard error; Liang and Zeger 1986, for evaluations Miller, arXiv
+2411.00640), and ``p_value`` is from the paired t-test over articles.
+
 ``retention_percent`` is the published table's last column: average accuracy of the pruned model over that of the dense one
 (ReplaceMe, arXiv 2505.02819, table 1).
 """
@@ -52,7 +56,7 @@ def compare(dense: Figures, pruned: Figures, dense_items: Mapping[str, Tensor], 
             comparison.setdefault("divergence", {})[task] = _divergence(pruned_items, task)
     if dense["accuracy"]:
         comparison["accuracy"] = {
-            task: _accuracy(score, pruned["accuracy"][task], parts_of(dense_items, task), parts_of(pruned_items, task))
+            task: _accuracy(score, pruned["accuracy"][task], dense_items, pruned_items, task)
             for task, score in dense["accuracy"].items()
         }
         entries = comparison["accuracy"].values()
@@ -67,7 +71,49 @@ def compare(dense: Figures, pruned: Figures, dense_items: Mapping[str, Tensor], 
         if size in dense and size in pruned:
             a, b = dense[size], pruned[size]
             comparison[size] = {"dense": a, "pruned": b, "removed_percent": 100 * (1 - b / a)}
+    if "calibration_text" in pruned:
+        comparison["calibration_text"] = pruned["calibration_text"]
+        comparison["unseen"] = _unseen(comparison)
     return comparison
+
+
+def _unseen(comparison: Mapping[str, Any]) -> Figures:
+    """Return the scores on text of which nothing, and nothing of its domain, was calibrated on; empty if there is none.
+
+    Returns:
+        ``perplexity_ratio``, the geometric mean of the ratios of ``texts`` perplexities, with ``stderr_perplexity_ratio`` (the
+        texts are fixed, the windows of each are a sample); ``kl`` and ``agreement``, the means of these texts' figures; and
+        ``retention_percent``, the average accuracy over the dense model's, of ``tasks`` tasks.
+    """
+    known = comparison["calibration_text"]
+    unseen = {task for task, text in known.items() if not text["seen"] and not text["same_domain"]}
+    figures: Figures = {}
+    if ratios := {task: entry for task, entry in comparison.get("perplexity", {}).items() if task in unseen}:
+        mean = math.exp(sum(math.log(entry["ratio"]) for entry in ratios.values()) / len(ratios))
+        figures |= {"texts": len(ratios), "perplexity_ratio": mean}
+        if all("stderr_ratio" in entry for entry in ratios.values()):
+            variance = sum((entry["stderr_ratio"] / entry["ratio"]) ** 2 for entry in ratios.values())
+            figures["stderr_perplexity_ratio"] = mean * math.sqrt(variance) / len(ratios)
+        divergences = [comparison["divergence"][task] for task in ratios if task in comparison.get("divergence", {})]
+        for name in ("kl", "agreement") if len(divergences) == len(ratios) else ():
+            figures[name] = sum(entry[name] for entry in divergences) / len(ratios)
+    if scores := [entry for task, entry in comparison.get("accuracy", {}).items() if task in unseen]:
+        means = {side: sum(entry[side] for entry in scores) / len(scores) for side in ("dense", "pruned")}
+        figures |= {"tasks": len(scores)}
+        if means["dense"]:
+            figures["retention_percent"] = 100 * means["pruned"] / means["dense"]
+    return figures
+
+
+def seen_tasks(comparison: Mapping[str, Any]) -> list[str]:
+    """Return the tasks that are scored on calibration text."""
+    return [task for task, figures in comparison.get("calibration_text", {}).items() if figures["seen"]]
+
+
+def seen_note(comparison: Mapping[str, Any]) -> str:
+    """Return a sentence on the tasks that are scored on calibration text; empty if there are none."""
+    seen = seen_tasks(comparison)
+    return f"Seen: {', '.join(seen)} ({'are' if len(seen) > 1 else 'is'} scored on calibration text)." if seen else ""
 
 
 def _divergence(items: Mapping[str, Tensor], task: str) -> Figures:
@@ -78,7 +124,7 @@ def _divergence(items: Mapping[str, Tensor], task: str) -> Figures:
         sums = items[f"{part}/{task}"]
         figures[name] = float(sums.sum() / counts.sum())
         if len(sums) > 1:
-            figures[f"{name}_stderr"] = mean_stderr(sums, counts)
+            figures[f"stderr_{name}"] = mean_stderr(sums, counts)
     return figures
 
 
@@ -93,13 +139,47 @@ def weighted_mean(parts: Sequence[Tensor], by_size: bool) -> float:
     return sum(weight * float(part.mean()) for weight, part in zip(_weights(parts, by_size), parts, strict=True))
 
 
-def weighted_stderr(parts: Sequence[Tensor], by_size: bool) -> float:
-    """Return the standard error of ``weighted_mean``: the parts are fixed, the items of each are a sample."""
-    weights = _weights(parts, by_size)
-    variance = sum(
-        weight**2 * float(part.var()) / len(part) for weight, part in zip(weights, parts, strict=True)
-    )  # fmt: skip
-    return math.sqrt(variance)
+def articles_of(items: Mapping[str, Tensor], task: str, count: int) -> list[Tensor | None]:
+    """Return the articles of the items of each of ``count`` single tasks of ``task``; None where none is shared or known."""
+    return [items.get(f"articles/{task}/{number}") for number in range(count)]
+
+
+def weighted_stderr(parts: Sequence[Tensor], by_size: bool, articles: Sequence[Tensor | None] = ()) -> float:
+    """Return the standard error of ``weighted_mean``: the parts are fixed, the articles (or items) of each are a sample.
+
+    Args:
+        parts: (items,) each; at least two items.
+        by_size: as for ``weighted_mean``.
+        articles: of each part, (items,) int64, equal for items of one article; None or nothing for independent items.
+    """
+    return _clustered_stderr(parts, _weights(parts, by_size), articles or [None] * len(parts))
+
+
+def _clustered_stderr(parts: Sequence[Tensor], weights: Sequence[float], articles: Sequence[Tensor | None]) -> float:
+    """Return the standard error of ``Σ weight · mean(part)``, with errors summed within an article, also over parts."""
+    shares = []
+    for part, weight, own in zip(parts, weights, articles, strict=True):
+        count = article_count(part, own)
+        shares.append((part - part.mean()) * (weight / len(part) * math.sqrt(count / (count - 1))))
+    sample, place = torch.cat(_owners(parts, articles)).unique(return_inverse=True)
+    sums = torch.zeros(len(sample), dtype=torch.float64).index_add_(0, place, torch.cat(shares))
+    return math.sqrt(float(sums.square().sum()))
+
+
+def article_count(part: Tensor, articles: Tensor | None) -> int:
+    """Return the number of articles in a part; the number of its items if there is no article, or a single one."""
+    count = 0 if articles is None else len(articles.unique())
+    return count if count > 1 else len(part)
+
+
+def _owners(parts: Sequence[Tensor], articles: Sequence[Tensor | None]) -> list[Tensor]:
+    """Return each item's article; an item without one gets a negative number of its own."""
+    owners, alone = [], -1
+    for part, own in zip(parts, articles, strict=True):
+        shared = own is not None and article_count(part, own) < len(part)
+        owners.append(own if own is not None and shared else alone - torch.arange(len(part)))
+        alone -= len(part)
+    return owners
 
 
 def _weights(parts: Sequence[Tensor], by_size: bool) -> list[float]:
@@ -107,15 +187,23 @@ def _weights(parts: Sequence[Tensor], by_size: bool) -> list[float]:
     return [len(part) / total if by_size else 1 / len(parts) for part in parts]
 
 
-def _accuracy(dense: Figures, pruned: Figures, before: Sequence[Tensor], after: Sequence[Tensor]) -> Figures:
+def _accuracy(
+    dense: Figures, pruned: Figures, dense_items: Mapping[str, Tensor], pruned_items: Mapping[str, Tensor], task: str
+) -> Figures:
     entry = {"dense": dense["accuracy"], "pruned": pruned["accuracy"]}
     entry |= {f"stderr_{name}": side["stderr"] for name, side in (("dense", dense), ("pruned", pruned)) if "stderr" in side}
+    before, after = parts_of(dense_items, task), parts_of(pruned_items, task)
     changes = _changes(before, after)
     if changes:
-        by_size = dense["by_size"]
+        by_size, articles = dense["by_size"], articles_of(dense_items, task, len(changes))
         entry["items"] = sum(map(len, changes))
-        entry["stderr_diff"] = weighted_stderr(changes, by_size)
-        if by_size:
+        entry["stderr_diff"] = weighted_stderr(changes, by_size, articles)
+        count = sum(map(article_count, changes, articles))
+        if count < entry["items"]:
+            entry["articles"] = count
+            change = weighted_mean(changes, by_size)
+            entry["p_value"] = _clustered_p_value(change, entry["stderr_diff"], count - len(changes))
+        elif by_size:
             entry["p_value"] = paired_p_value(torch.cat(list(before)), torch.cat(list(after)))
         else:  # McNemar's test weights items equally; here a normal test on the mean of the tasks' means
             entry["p_value"] = _normal_p_value(weighted_mean(changes, by_size), entry["stderr_diff"])
@@ -133,13 +221,18 @@ def _retention_stderr(
     means: Mapping[str, float], dense: Figures, before: Mapping[str, Tensor], after: Mapping[str, Tensor]
 ) -> float | None:
     """Return the standard error of the ratio of the averages, from the items of both models (delta method, first order)."""
-    ratio, variance = means["pruned"] / means["dense"], 0.0
-    for task, score in dense["accuracy"].items():
+    ratio, tasks = means["pruned"] / means["dense"], dense["accuracy"]
+    parts: list[Tensor] = []
+    weights: list[float] = []
+    articles: list[Tensor | None] = []
+    for task, score in tasks.items():
         changes = _changes(parts_of(before, task), parts_of(after, task), ratio)
         if not changes:
             return None
-        variance += weighted_stderr(changes, score["by_size"]) ** 2
-    return math.sqrt(variance) / len(dense["accuracy"]) / means["dense"]
+        parts += changes
+        weights += [weight / len(tasks) for weight in _weights(changes, score["by_size"])]
+        articles += articles_of(before, task, len(changes))
+    return _clustered_stderr(parts, weights, articles) / means["dense"]
 
 
 def paired_p_value(before: Tensor, after: Tensor) -> float:
@@ -166,33 +259,59 @@ def _t_p_value(change: Tensor) -> float:
     return float(ttest_1samp(change.numpy(), 0).pvalue)
 
 
+def _clustered_p_value(mean: float, stderr: float, degrees: int) -> float:
+    from scipy.stats import t
+
+    return float(2 * t.sf(abs(mean) / stderr, degrees)) if stderr else float(not mean)
+
+
 def _normal_p_value(mean: float, stderr: float) -> float:
     return math.erfc(abs(mean) / stderr / math.sqrt(2)) if stderr else float(not mean)
 
 
 def comparison_table(comparison: Figures) -> str:
-    """Return the comparison as a text table."""
-    return align(comparison_rows(comparison))
+    """Return the comparison as a text table, and a sentence on seen texts."""
+    return "\n".join(filter(None, [align(comparison_rows(comparison)), seen_note(comparison)]))
 
 
 def comparison_rows(comparison: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Return the comparison as rows of cells, the heading first."""
-    rows: list[tuple[str, ...]] = [("", "dense", "pruned", "")]
+    """Return the comparison as rows of cells, the heading first; a task that is scored on calibration text is marked."""
+    seen = seen_tasks(comparison)
+    marks = {
+        task: " (seen)" if text["seen"] else " (domain seen)" if text.get("same_domain") else ""
+        for task, text in comparison.get("calibration_text", {}).items()
+    }
+    divergence, unseen = comparison.get("divergence", {}), comparison.get("unseen", {})
+    rows: list[tuple[str, ...]] = [("", "dense", "pruned", "", *(("KL", "same token") if divergence else ()))]
+
+    def cells(figures: Figures) -> tuple[str, ...]:
+        return (f"{figures['kl']:.3f}", f"{100 * figures['agreement']:.1f} %") if figures else ()
+
     for task, pair in comparison.get("perplexity", {}).items():
-        rows.append((f"{task} perplexity", f"{pair['dense']:.4g}", f"{pair['pruned']:.4g}", f"x {pair['ratio']:.3g}"))
+        name, ratio = f"{task} perplexity{marks.get(task, '')}", f"x {pair['ratio']:.3g}"
+        rows.append((name, f"{pair['dense']:.4g}", f"{pair['pruned']:.4g}", ratio, *cells(divergence.get(task, {}))))
+    if "perplexity_ratio" in unseen:
+        error = f" ± {unseen['stderr_perplexity_ratio']:.2g}" if "stderr_perplexity_ratio" in unseen else ""
+        ratio = f"x {unseen['perplexity_ratio']:.3g}{error}"
+        rows.append(
+            (f"{unseen['texts']} unseen domains, geometric mean", "", "", ratio, *cells(unseen if "kl" in unseen else {}))
+        )
     for task in sorted(set(comparison.get("word_perplexity", {})) - set(comparison.get("perplexity", {}))):
         pair = comparison["word_perplexity"][task]
-        rows.append((f"{task} word perplexity", f"{pair['dense']:.4g}", f"{pair['pruned']:.4g}", f"x {pair['ratio']:.3g}"))
+        name = f"{task} word perplexity{marks.get(task, '')}"
+        rows.append((name, f"{pair['dense']:.4g}", f"{pair['pruned']:.4g}", f"x {pair['ratio']:.3g}"))
     for task, pair in comparison.get("accuracy", {}).items():
-        rows.append((f"{task} accuracy", *(_percent(pair, side) for side in ("dense", "pruned")), _kept(pair)))
+        name = f"{task} accuracy{marks.get(task, '')}"
+        rows.append((name, *(_percent(pair, side) for side in ("dense", "pruned")), _kept(pair)))
     if len(comparison.get("accuracy", {})) > 1:
         means = comparison["average_accuracy"]
-        rows.append(("average accuracy", *(f"{100 * means[side]:.1f} %" for side in ("dense", "pruned")), _kept(means)))
+        name = "average accuracy" + " (in part seen)" * any(task in comparison["accuracy"] for task in seen)
+        rows.append((name, *(f"{100 * means[side]:.1f} %" for side in ("dense", "pruned")), _kept(means)))
     size = comparison["parameters"]
     rows.append(
         ("parameters", f"{size['dense'] / 1e6:.1f} M", f"{size['pruned'] / 1e6:.1f} M", f"−{size['removed_percent']:.1f} %")
     )
-    return rows
+    return [(*row, *[""] * (len(rows[0]) - len(row))) for row in rows]
 
 
 def scores_table(figures: Figures) -> str:

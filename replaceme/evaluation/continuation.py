@@ -18,7 +18,7 @@ CHOICES = 4
 
 
 def continuation_items(articles: Iterable[str]) -> list[dict[str, Any]]:
-    """Return at most ``ITEMS`` items ``{query, choices, gold}``, from all articles in turn; deterministic."""
+    """Return at most ``ITEMS`` items ``{query, choices, gold, article}``, from all articles in turn; deterministic."""
     return in_turn([_items_of(article) for article in articles], ITEMS)
 
 
@@ -41,11 +41,17 @@ def _items_of(article: str) -> list[dict[str, Any]]:
                 if len(others) >= CHOICES - 1:
                     choices = [gold, *chance.sample(others, CHOICES - 1)]
                     chance.shuffle(choices)
-                    items.append({"query": " ".join(context), "choices": choices, "gold": choices.index(gold)})
+                    item = {"query": " ".join(context), "choices": choices, "gold": choices.index(gold)}
+                    items.append(item | {"article": name_of(article)})
                 context = []
             else:
                 context.append(sentence)
     return items
+
+
+def name_of(article: str) -> str:
+    """Return a short name of an article, by its content."""
+    return hashlib.sha256(article.encode()).hexdigest()[:16]
 
 
 def sentences(paragraph: str) -> list[str]:

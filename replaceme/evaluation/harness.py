@@ -1,5 +1,10 @@
-"""Accuracy through lm-eval: its tasks, metrics and standard errors, with ``CausalScorer`` to run the model."""
+"""Accuracy through lm-eval: its tasks, metrics and standard errors, with ``CausalScorer`` to run the model.
 
+Items of one article or passage are no independent sample: the standard errors are clustered by it
+(``replaceme.evaluation.comparison``), where lm-eval's are not.
+"""
+
+import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +23,7 @@ from replaceme.base.progress import logger, progress
 from replaceme.base.task import Task
 from replaceme.evaluation import catalogue
 from replaceme.evaluation.comparison import weighted_mean, weighted_stderr
+from replaceme.evaluation.question_file import PASSAGES
 from replaceme.evaluation.scorer import CausalScorer
 from replaceme.evaluation.tasks import Items, is_file, task_items, task_kind, task_name
 
@@ -25,6 +31,8 @@ from replaceme.evaluation.tasks import Items, is_file, task_items, task_kind, ta
 # correlations) can't be averaged with these over tasks.
 ACCURACIES = ("acc_norm", "acc", "exact_match", "em", "accuracy")
 PERPLEXITIES = {"word_perplexity": "word", "byte_perplexity": "byte"}
+# lm-eval's names for the number of tokens that a task generates, and the number for a task that doesn't say.
+LENGTHS, GENERATED = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"), 256
 
 
 @dataclass(frozen=True)
@@ -87,6 +95,24 @@ class Suite:
             self.limits |= dict.fromkeys(singles, task.limit)
 
 
+def check_room(suite: Suite, positions: int | None) -> None:
+    """Raise ParameterError if a task generates as many tokens as the model takes in all, where lm-eval would fail.
+
+    Args:
+        suite: the tasks.
+        positions: largest number of tokens that the model takes, if its config says.
+    """
+    for name, single in suite.singles.items():
+        if positions and single.OUTPUT_TYPE == "generate_until":
+            options = single.config.generation_kwargs or {}
+            wanted = next((options[key] for key in LENGTHS if options.get(key) is not None), GENERATED)
+            if wanted >= positions:
+                raise ParameterError(
+                    f"tasks: {name} generates up to {wanted} tokens, and the model takes {positions} with the question; leave "
+                    "it out."
+                )
+
+
 def _reported_metric(name: str, metrics: Sequence[str]) -> str | None:
     """Return the accuracy to report among a task's metrics, or None to report its perplexity."""
     if metric := next((metric for metric in ACCURACIES if metric in metrics), None):
@@ -106,11 +132,14 @@ class Outcome:
         accuracy: task → ``{accuracy, metric, fewshots, by_size}``, and ``stderr`` and ``items`` if known.
         perplexity: task → ``{word, byte}``, for lm-eval's own perplexity tasks.
         items: task → (items,) float64 for each of its single tasks: the accuracy of each item.
+        articles: task → for each of its single tasks (items,) int64, equal for items of one article; None where each item has
+            its own, or none.
     """
 
     accuracy: dict[str, dict[str, Any]] = field(default_factory=dict)
     perplexity: dict[str, dict[str, float]] = field(default_factory=dict)
     items: dict[str, list[Tensor]] = field(default_factory=dict)
+    articles: dict[str, list[Tensor | None]] = field(default_factory=dict)
 
 
 def run(scorer: CausalScorer, suite: Suite) -> Outcome:
@@ -176,13 +205,14 @@ def _report_accuracy(
     # Some metrics are not the mean of their items; the items then give no standard error.
     if all(map(len, parts)) and abs(weighted_mean(parts, entry.by_size) - score["accuracy"]) < 1e-9:
         outcome.items[name] = parts
+        articles = outcome.articles[name] = [_articles(samples[single], kind) for single in entry.singles]
         score["items"] = sum(map(len, parts))
         if all(len(values) > 1 for values in parts):
             errors = [float(values.std() / len(values) ** 0.5) for values in parts]
-            if len(parts) > 1 and entry.by_size:
+            if len(parts) > 1 and entry.by_size and not any(own is not None for own in articles):
                 score["stderr"] = pooled_sample_stderr(errors, list(map(len, parts)))
             else:
-                score["stderr"] = weighted_stderr(parts, entry.by_size)
+                score["stderr"] = weighted_stderr(parts, entry.by_size, articles)
     outcome.accuracy[name] = score
 
 
@@ -190,6 +220,16 @@ def _items(samples: Sequence[Mapping[str, Any]], metric: str, kind: str) -> Tens
     """Return (items,) float64; empty for a metric without a value for single items."""
     values = [sample.get(metric) for sample in samples if sample["filter"] == kind]
     return torch.tensor(values if all(isinstance(value, int | float) for value in values) else [], dtype=torch.float64)
+
+
+def _articles(samples: Sequence[Mapping[str, Any]], kind: str) -> Tensor | None:
+    """Return the article of each item, (items,) int64, by its text's sha256; None if no two items are known to share one."""
+    documents = [sample["doc"] for sample in samples if sample["filter"] == kind]
+    texts = [next((doc[name] for name in PASSAGES if doc.get(name)), None) for doc in documents if isinstance(doc, Mapping)]
+    if len(texts) < len(documents) or not all(isinstance(text, str) for text in texts) or len({*texts}) == len(texts):
+        return None
+    digests = {text: hashlib.sha256(str(text).encode()).digest()[:8] for text in texts}
+    return torch.tensor([int.from_bytes(digests[text]) >> 1 for text in texts])
 
 
 def _own_task(task: Task) -> Any:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from replaceme.evaluation.continuation import in_turn, sentences
+from replaceme.evaluation.continuation import in_turn, name_of, sentences
 
 ITEMS = 450
 CONTEXT_WORDS = 50
@@ -19,12 +19,14 @@ COMMON = 0.05
 
 
 def last_word_items(articles: Iterable[str]) -> list[dict[str, Any]]:
-    """Return at most ``ITEMS`` items ``{context, word}``, from all articles in turn; deterministic."""
+    """Return at most ``ITEMS`` items ``{context, word, article}``, from all articles in turn; deterministic."""
+    articles = [*articles]
     texts = [[sentences(paragraph) for paragraph in article.split("\n\n")] for article in articles]
     everything = [sentence for text in texts for paragraph in text for sentence in paragraph]
     counts = Counter(word for sentence in everything for word in set(_words(sentence)))
     common = {word for word, count in counts.items() if count >= COMMON * len(everything)}
-    return in_turn([list(_items_of(text, common)) for text in texts], ITEMS)
+    named = zip(texts, map(name_of, articles), strict=True)
+    return in_turn([[{**item, "article": name} for item in _items_of(text, common)] for text, name in named], ITEMS)
 
 
 def _items_of(paragraphs: list[list[str]], common: set[str]) -> Iterator[dict[str, Any]]:

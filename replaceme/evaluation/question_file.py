@@ -5,13 +5,16 @@
 Every row is checked before a model is loaded; an error names its line.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from replaceme.base.errors import DatasetError
+from replaceme.base.errors import DatasetError, excerpt, shown
 from replaceme.base.task import Task
+from replaceme.corpora.local import json_lines, short
+
+# Columns that hold the text that several items can share; the first one that a row has counts.
+PASSAGES = ("article", "passage", "paragraph", "story", "context")
 
 
 def is_question_file(path: Path, task: Task) -> bool:
@@ -26,13 +29,13 @@ def is_question_file(path: Path, task: Task) -> bool:
     if "text" in row:
         return False
     raise DatasetError(
-        f"tasks: the rows of {path} have neither question, choices and answer nor text; their columns are "
-        f"{', '.join(row) or 'none'}, which options can name: {{{path.name}: {{question: …, choices: …, answer: …}}}}."
+        f"tasks: the rows of {short(path)} have neither question, choices and answer nor text; their columns are "
+        f"{excerpt(', '.join(row)) or 'none'}, which options can name: {{{path.name}: {{question: …, choices: …, answer: …}}}}."
     )
 
 
 def read_questions(path: Path, task: Task) -> list[dict[str, Any]]:
-    """Return the rows of a file as items ``{query, choices, gold}``.
+    """Return the rows of a file as items ``{query, choices, gold}``, with the passage that a row belongs to, if it has one.
 
     Raises:
         DatasetError: a row is wrong; the message names the line.
@@ -42,18 +45,18 @@ def read_questions(path: Path, task: Task) -> list[dict[str, Any]]:
     for place, row in _rows(path):
         query = _column(row, question, place)
         if not isinstance(query, str) or not query.strip():
-            raise DatasetError(f"tasks: {place}: '{question}' must be a text, not {query!r}.")
+            raise DatasetError(f"tasks: {place}: '{question}' must be a text, not {shown(query)}.")
         choices = _column(row, columns, place) if isinstance(columns, str) else [_column(row, name, place) for name in columns]
         texts = isinstance(choices, list) and all(isinstance(choice, str) and choice.strip() for choice in choices)
         if not texts or len(choices) < 2:
             named = columns if isinstance(columns, str) else ", ".join(columns)
-            raise DatasetError(f"tasks: {place}: '{named}' must give at least two texts, not {choices!r}.")
+            raise DatasetError(f"tasks: {place}: '{named}' must give at least two texts, not {shown(choices)}.")
         gold = _column(row, answer, place)
         if isinstance(gold, bool) or not isinstance(gold, int) or not 0 <= gold < len(choices):
-            raise DatasetError(
-                f"tasks: {place}: '{answer}' must be the right choice's position, 0 to {len(choices) - 1}, not {gold!r}."
-            )
-        items.append({"query": query, "choices": choices, "gold": gold})
+            wanted = f"the right choice's position, 0 to {len(choices) - 1}"
+            raise DatasetError(f"tasks: {place}: '{answer}' must be {wanted}, not {shown(gold)}.")
+        passage = {name: row[name] for name in PASSAGES if isinstance(row.get(name), str)}
+        items.append({**passage, "query": query, "choices": choices, "gold": gold})
     return items
 
 
@@ -63,41 +66,27 @@ def read_texts(path: Path, column: str) -> list[str]:
     for place, row in _rows(path):
         text = _column(row, column, place)
         if text is not None and not isinstance(text, str):
-            raise DatasetError(f"tasks: {place}: '{column}' must be a text, not {text!r}.")
+            raise DatasetError(f"tasks: {place}: '{column}' must be a text, not {shown(text)}.")
         if text and text.strip():
             texts.append(text)
     if not texts:
-        raise DatasetError(f"tasks: {path} has no text in column '{column}'.")
+        raise DatasetError(f"tasks: {short(path)} has no text in column '{column}'.")
     return texts
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield each row with its place in the file, for messages."""
     found = False
-    try:
-        with path.open(encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    found = True
-                    yield (place := f"line {number} of {path}"), _row(line, place)
-    except UnicodeDecodeError as problem:
-        raise DatasetError(f"tasks: {path} isn't UTF-8 text (byte {problem.start}).") from None
+    for found_row in json_lines(path, "tasks"):
+        found = True
+        yield found_row
     if not found:
-        raise DatasetError(f"tasks: {path} has no rows.")
-
-
-def _row(line: str, place: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-        json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair isn't text
-    except ValueError:
-        raise DatasetError(f"tasks: {place} isn't JSON text.") from None
-    if not isinstance(row, dict):
-        raise DatasetError(f"tasks: {place} must be an object with columns, not {type(row).__name__}.")
-    return row
+        raise DatasetError(f"tasks: {short(path)} has no rows.")
 
 
 def _column(row: dict[str, Any], name: str, place: str) -> Any:
     if name not in row:
-        raise DatasetError(f"tasks: {place} has no column '{name}'; its columns are {', '.join(row) or 'none'}.")
+        raise DatasetError(
+            f"tasks: {place} has no column '{excerpt(name)}'; its columns are {excerpt(', '.join(row)) or 'none'}."
+        )
     return row[name]

@@ -8,9 +8,13 @@ after the text.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
+from itertools import count
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
 from lm_eval.api.model import TemplateLM
@@ -138,9 +142,25 @@ class CausalScorer(TemplateLM):
         return HFLM(pretrained=self.model, tokenizer=self.tokenizer, batch_size=batch_size, max_length=None)
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-        scores: list[float] = self._library.loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
+        with _counted(f"{self.description}: windows", "windows", count()):
+            scores: list[float] = self._library.loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
         return scores
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        texts: list[str] = self._library.generate_until(requests, disable_tqdm=disable_tqdm)
+        with _counted(f"{self.description}: generated answers", "answers", range(len(requests))):
+            texts: list[str] = self._library.generate_until(requests, disable_tqdm=disable_tqdm)
         return texts
+
+
+@contextmanager
+def _counted(description: str, unit: str, ticks: Iterable[int]) -> Iterator[None]:
+    """Show the progress of lm-eval's own model class in our way; by itself, it begins a new bar with each batch."""
+    from lm_eval.models import huggingface
+
+    steps = progress(ticks, description, unit)
+
+    def bar(items: Any = None, **_options: Any) -> Any:
+        return SimpleNamespace(update=lambda _: next(steps, None), close=lambda: None) if items is None else items
+
+    with mock.patch.object(huggingface, "tqdm", bar):
+        yield

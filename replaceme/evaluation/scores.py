@@ -12,15 +12,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from replaceme.base.compute import resolve_device, use_processor
+from replaceme.base.compute import kind_of, resolve_device, use_processor
 from replaceme.base.files import read_json, write_json
 from replaceme.base.params import Params
 from replaceme.base.progress import logger
+from replaceme.base.versions import SCORES, versions
 from replaceme.evaluation import harness
 from replaceme.evaluation.kv_cache import cache_bytes_per_token
 from replaceme.evaluation.perplexity import cut_windows, perplexities, score_windows
 from replaceme.evaluation.requests import Requests
 from replaceme.evaluation.scorer import CausalScorer
+from replaceme.evaluation.seen import Calibration
 from replaceme.evaluation.tasks import check_unchanged, task_kind, task_name, task_texts
 from replaceme.models.model import WEIGHTS, Model, parameter_count
 
@@ -31,9 +33,12 @@ class Scores:
 
     Attributes:
         figures: ``perplexity`` (task → token, word, byte, stderr), ``accuracy`` (task → accuracy, stderr, items, metric,
-            fewshots, by_size), ``parameters``, ``disk_bytes``, ``kv_cache_bytes_per_token`` and ``device``.
+            fewshots, by_size), ``parameters``, ``disk_bytes``, ``kv_cache_bytes_per_token``, ``device`` (cpu, cuda) and
+            ``made_with`` (the kind of the device, as ``processor``, and the version of each package). Where the calibration
+            text is known, ``calibration_text`` (task → seen, overlap: ``replaceme.evaluation.seen``).
         items: ``accuracy/<task>/<n>`` (items,), where n counts the single tasks of a group, and ``counts/<task>`` (windows,),
-            both float64; and what ``score_windows`` returns for each task, as ``losses/<task>`` and so on.
+            both float64; what ``score_windows`` returns for each task, as ``losses/<task>`` and so on; and
+            ``articles/<task>/<n>`` (items,) int64, equal for items of one article, where items share some.
         requests: the token ids of all scored requests.
     """
 
@@ -54,7 +59,14 @@ class Scores:
         return cls(figures, items, Requests.load(folder))
 
 
-def score_model(params: Params, source: Model, name: str, found: dict[str, Any], dense: Scores | None = None) -> Scores:
+def score_model(
+    params: Params,
+    source: Model,
+    name: str,
+    found: dict[str, Any],
+    dense: Scores | None = None,
+    calibration: Calibration | None = None,
+) -> Scores:
     """Score a model on the tasks of ``params``.
 
     Args:
@@ -64,19 +76,29 @@ def score_model(params: Params, source: Model, name: str, found: dict[str, Any],
         found: the tasks' identities (``task_fingerprints``).
         dense: the dense model's scores, if this is another model: it scores the same requests, and its divergence from the
             dense model.
+        calibration: the text that the model was fitted to, to be looked for in the tasks; None if there is none.
     """
     requests = dense.requests if dense else Requests()
     use_processor(params.threads)
     tokenizer, positions = source.tokenizer(), getattr(source.config(), "max_position_embeddings", None)
     # Prepare every task first, so that errors in a task come before the model is loaded.
     suite = harness.Suite()
+    seen: dict[str, dict[str, float]] = {}
     for task in params.tasks:
+        text, identity, reported = task_name(task), found[task_name(task)], set(suite.reported)
         if task_kind(task) != "perplexity":
-            suite.add(task, found[task_name(task)])
-        elif task_name(task) not in requests.windows:
-            windows = cut_windows(task_name(task), task_texts(task), tokenizer, params.eval_tokens, positions)
-            requests.windows[task_name(task)] = windows
-        check_unchanged(task, found[task_name(task)])
+            suite.add(task, identity)
+        elif text not in requests.windows:
+            requests.windows[text] = cut_windows(text, task_texts(task), tokenizer, params.eval_tokens, positions)
+        if calibration and task_kind(task) == "perplexity":
+            decoded = (tokenizer.decode(ids.tolist(), skip_special_tokens=True) for ids in requests.windows[text].windows)
+            seen[text] = calibration.in_windows(text, task, identity, decoded)
+        elif calibration:
+            for each in sorted(suite.reported.keys() - reported):
+                singles = [suite.singles[single] for single in suite.reported[each].singles]
+                seen[each] = calibration.in_items(each, task, identity, singles, task.limit)
+        check_unchanged(task, identity)
+    harness.check_room(suite, positions)
     model = source.load(params.eval_dtype, resolve_device(params.device), device_map=params.device_map)
     perplexity: dict[str, dict[str, float]] = {}
     items: dict[str, Tensor] = {}
@@ -88,15 +110,24 @@ def score_model(params: Params, source: Model, name: str, found: dict[str, Any],
     scorer = CausalScorer(model, tokenizer, params.eval_batch_size, f"{name}: {', '.join(suite.reported)}", requests.encodings)
     outcome = harness.run(scorer, suite)
     items |= {f"accuracy/{task}/{n}": part for task, parts in outcome.items.items() for n, part in enumerate(parts)}
+    items |= {
+        f"articles/{task}/{n}": own
+        for task, parts in outcome.articles.items()
+        for n, own in enumerate(parts)
+        if own is not None
+    }
     figures = {
         "perplexity": perplexity | outcome.perplexity,
         "accuracy": outcome.accuracy,
         "parameters": parameter_count(model),
         "disk_bytes": sum(path.stat().st_size for path in source.files(WEIGHTS)),
         "device": model.device.type,
+        "made_with": {"processor": kind_of(str(model.device)), **versions(SCORES)},
     }
     if (size := cache_bytes_per_token(model)) is not None:
         figures["kv_cache_bytes_per_token"] = size
+    if calibration:
+        figures["calibration_text"] = seen
     shown = [f"{task} perplexity {scores['token']:.4g}" for task, scores in perplexity.items() if "token" in scores]
     shown += [f"{task} word perplexity {scores['word']:.4g}" for task, scores in outcome.perplexity.items() if "word" in scores]
     shown += [f"{task} accuracy {100 * scores['accuracy']:.1f} %" for task, scores in outcome.accuracy.items()]

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from replaceme.base.errors import DatasetError, ParameterError
+from replaceme.base.errors import DatasetError, ParameterError, excerpt
+from replaceme.base.files import local_path
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.params import Params, nearest
 from replaceme.base.task import COLUMNS, Task
@@ -74,7 +75,7 @@ def task_fingerprints(params: Params) -> dict[str, Any]:
         else:
             hint = nearest(task.name, [*EMBEDDED, *catalogue.names()], count=3)
             raise ParameterError(
-                f"tasks: '{task.name}' is no task{hint}; use {', '.join(EMBEDDED)}, a task or group of lm-eval, "
+                f"tasks: '{excerpt(task.name)}' is no task{hint}; use {', '.join(EMBEDDED)}, a task or group of lm-eval, "
                 f"or a {' or '.join(FILE_SUFFIXES)} file."
             )
         _check_options(task)
@@ -126,7 +127,7 @@ def task_items(task: Task) -> Items:
 
 
 def _path(task: Task) -> Path:
-    return Path(task.name).expanduser()
+    return local_path(task.name)
 
 
 def _check_options(task: Task) -> None:

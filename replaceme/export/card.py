@@ -3,7 +3,7 @@
 It has no local paths and no secrets. The scores are known only after the export; ``replaceme.publish`` adds them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -15,6 +15,7 @@ from replaceme.base.combinations import NEW_WEIGHTS
 from replaceme.base.params import Params
 from replaceme.base.progress import logger
 from replaceme.base.settings import settings_yaml
+from replaceme.base.versions import listed
 from replaceme.edits.edits import Edits
 from replaceme.methods.registry import EFFECTS, FIELDS, has_effect
 from replaceme.models.families import Linear
@@ -40,6 +41,8 @@ def model_card(
     solved: dict[str, Any],
     scores: str = "",
     results: Sequence[EvalResult] = (),
+    *,
+    made_with: Mapping[str, str] | None = None,
 ) -> str:
     """Return the README.md of a pruned model's folder.
 
@@ -50,6 +53,7 @@ def model_card(
         solved: the figures of metrics/solve.json.
         scores: the scores as Markdown; empty before the evaluation.
         results: the same scores for the hub's metadata.
+        made_with: the packages that the model, and its scores, were made with, and their versions.
     """
     removed, layers = edits.removed_layers, int(source.config().num_hidden_layers)
     title = f"{source.name} without {edits.parts or f'{len(removed)} of its {layers} layers'}"
@@ -65,7 +69,7 @@ def model_card(
     ]
     if scores:
         parts += ["", "## Scores", "", scores]
-    return "\n".join([*parts, "", "## How to reproduce", "", *_reproduction(params, source, bool(scores))])
+    return "\n".join([*parts, "", "## How to reproduce", "", *_reproduction(params, source, bool(scores), made_with or {})])
 
 
 def _metadata(source: Model, title: str, kind: str, results: Sequence[EvalResult]) -> str:
@@ -105,6 +109,8 @@ def _changes(params: Params, source: Model, edits: Edits, solved: dict[str, Any]
     removed = edits.parts[:1].upper() + edits.parts[1:] or f"{_named(edits.removed_layers).capitalize()} (counted from 0)"
     verb = "was" if len(edits.removed_layers) == 1 and not edits.parts else "were"
     lines = [f"{removed} {verb} removed from `{source.name}`{commit} with {edits.title}."]
+    if source.about:
+        lines += [source.about]
     if edits.transforms:
         lines += [
             f"A linear map was folded into the MLP of {_named([*edits.transforms])}. It was fitted to calibration text, "
@@ -162,7 +168,7 @@ def _changes(params: Params, source: Model, edits: Edits, solved: dict[str, Any]
     return lines
 
 
-def _reproduction(params: Params, source: Model, scored: bool) -> list[str]:
+def _reproduction(params: Params, source: Model, scored: bool, made_with: Mapping[str, str]) -> list[str]:
     """Return the settings, as a file that every console script accepts, and the commands."""
     if source.commit:
         params = params.model_copy(update={"revision": source.commit})
@@ -172,13 +178,14 @@ def _reproduction(params: Params, source: Model, scored: bool) -> list[str]:
         for key in (*SETTINGS, *(SCORING if scored else ()))
         if has_effect(key, values) and (values[key] is not None or FIELDS[key].default is not None)
     ]
+    versioned = [f"Made with {listed(made_with)}; other versions or another processor can change the last digits.", ""]
     return [
         f"With replaceme-dvc {__version__}, save these settings as `settings.yaml` (local files and folders are given by name, "
         "without their path):",
         "", "```yaml", settings_yaml(params, keys).rstrip(), "```", "",
         "```bash", "run_replaceme --config settings.yaml", "```", "",
         "Or write them into the pipeline's `params.yaml` and run `dvc repro`.",
-        "",
+        "", *(versioned if made_with else ()),
     ]  # fmt: skip
 
 

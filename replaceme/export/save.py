@@ -6,11 +6,10 @@ The caller verifies the folder (``replaceme.export.verification``) before it giv
 import shutil
 from pathlib import Path
 
-from transformers import GenerationConfig
-
+from replaceme.base.files import read_json, write_json
 from replaceme.edits.edits import Edits
 from replaceme.edits.fold import apply_edits
-from replaceme.models.model import COPIED_FILES, Model, parameter_count
+from replaceme.models.model import Model, parameter_count, stored_dtype
 from replaceme.models.own_form import write_own_form
 
 SHARD_SIZE = "2GB"
@@ -22,15 +21,21 @@ def save_pruned(source: Model, edits: Edits, folder: Path) -> dict[str, int]:
     Returns:
         The numbers of parameters: of the pruned model, and of the dense one.
     """
-    model = source.load()
+    from transformers import GenerationConfig
+
+    model = source.load_stored()
     dense_parameters = parameter_count(model)
     apply_edits(model, source.family(), edits)
     # The original's generation config is copied below: saving would refuse some that are in use.
     model.generation_config = GenerationConfig()
     model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
     (folder / "generation_config.json").unlink(missing_ok=True)
+    config, dtype = read_json(folder / "config.json"), str(stored_dtype(source)).removeprefix("torch.")
+    if config["dtype"] != dtype:
+        # transformers writes that of the first weight.
+        write_json(folder / "config.json", {**config, "dtype": dtype})
     if form := edits.form(source.family().layers):
         write_own_form(folder, form, type(source.tokenizer()).__name__)
-    for path in source.files(COPIED_FILES):
+    for path in source.copied_files():
         shutil.copyfile(path, folder / path.name)
     return {"parameters": parameter_count(model), "parameters_dense": dense_parameters}

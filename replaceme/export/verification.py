@@ -1,40 +1,52 @@
 """Verify that the exported folder computes the dense model with its edits.
 
-The folder is loaded as a user would load it. Three checks:
+The folder is loaded as a user would load it. Four checks:
 
-- weights: unedited ones equal the original's bit for bit; edited ones equal the exact values up to their last bit;
-- computation: the hidden states after each host and the logits equal those of the dense model with unfused edits
-  (``replaceme.edits.unfused``), up to the rounding of the stored weights;
+- config: it equals the original's with its layers cut, entry by entry, and the generation config is the original's;
+- weights: unedited ones equal the original's bit for bit, in the files too; edited ones equal the exact values up to their
+  last bit;
+- computation: given the states of the dense model with unfused edits (``replaceme.edits.unfused``), each layer returns what
+  that model's layer returns, up to the rounding of the layer's stored weights; so does the head. The error of the whole model,
+  which grows with its layers, is reported;
 - cache: generation with the KV cache equals generation without it.
 """
 
 import gc
-from collections.abc import Callable
-from contextlib import ExitStack
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
 
 from replaceme.base.documents import Documents
 from replaceme.base.errors import VerificationError
+from replaceme.base.progress import logger
 from replaceme.edits.edits import Edits
-from replaceme.edits.fold import edited_parameters
+from replaceme.edits.fold import edit_config, edited_parameters
 from replaceme.edits.unfused import unfused
 from replaceme.models.families import Family, parameter_of
-from replaceme.models.layers import tensor_of
-from replaceme.models.model import Model, stored_dtype, working_dtype
+from replaceme.models.model import Model, layer_count, stored_dtype, working_dtype
+from replaceme.models.own_form import is_own_form
 
 # Rows of a weight compared at once.
 ROWS = 4096
 DOCUMENTS, TOKENS, LOGITS, GENERATED = 2, 256, 32, 16
-# By stored dtype, the mean over tokens of the state's relative error at the cut that rounding explains, with room for
-# cancellation. Single tokens can be several times worse: a fit with large coefficients cancels more.
+# By stored dtype, the mean over tokens of the state's relative error after an edited layer that rounding explains, with room
+# for cancellation. Single tokens can be several times worse: a fit with large coefficients cancels more.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 2e-2}
-# The layers after the cut can amplify that error.
-LOGITS_FACTOR = 10
-CACHE_TOLERANCE = {"float64": 1e-6, "float32": 1e-2, "float16": 5e-2, "bfloat16": 2e-1}
+# Where no edit changes anything: the rounding of a float32 computation.
+EXACT = TOLERANCE[torch.float32]
+CACHE_TOLERANCE = 1e-2
+# Entries of the config that limit how far attention sees. For the proof they are made shorter than its text, in both models.
+WINDOWS = ("sliding_window", "window_size", "attention_chunk_size")
+# Entries of a config that say where it came from, and those of our own form.
+ORIGIN = {"transformers_version", "_name_or_path", "architectures", "torch_dtype"}
+OWN_FORM = {"model_type", "auto_map", "tokenizer_class", "pruned"}
+# The state that enters the first layer.
+FIRST = -1
 
 
 def verify_export(dense: Model, pruned: Model, edits: Edits, documents: Documents) -> dict[str, Any]:
@@ -53,69 +65,135 @@ def verify_export(dense: Model, pruned: Model, edits: Edits, documents: Document
         VerificationError: an error is larger than rounding to the stored dtype explains.
     """
     family, excerpts = dense.family(), documents.head(DOCUMENTS, TOKENS)
-    wrong = wrong_weights(dense.load(), pruned.load(), family, edits)
-    if wrong:
-        raise VerificationError(f"export: {wrong[0]} differs from the original with the edits applied; nothing was saved.")
+    if entries := wrong_entries(dense, pruned, family, edits):
+        raise _differs(entries[0])
+    wrong, edited = wrong_weights(dense.load_stored(), pruned.load_stored(), family, edits)
+    if wrong := wrong or wrong_tensors(dense, pruned, family, edits, edited):
+        raise _differs(wrong[0])
     # A model of our own form refers to itself, and only the garbage collector frees such a cycle.
     gc.collect()
     dtype, tolerance = working_dtype(dense), TOLERANCE[stored_dtype(pruned)]
-    hosts = _hosts(edits, int(dense.config().num_hidden_layers))
-    position = {layer: edits.position(layer) for layer in hosts}
-    whole, prompt = dense.load(dtype), excerpts.documents[0][: TOKENS // 4]
-    expected, expected_logits = _states(whole, family, hosts, excerpts, edits)
-    # Rounding can send a token to other experts. The dense model's own cache error shows how much that changes.
-    cache_limit = max(CACHE_TOLERANCE[dtype], 2 * cache_error(whole, prompt) if family.experts else 0)
+    kept = _kept(dense, edits)
+    position = {layer: edits.position(layer) for layer in kept}
+    hosts, shorter = _hosts(edits, kept), _shorter_windows(dense, excerpts)
+    whole, prompt = dense.load(dtype, config=shorter), excerpts.documents[0][: TOKENS // 4]
+    with _in_float32(whole, family, edits.mixtures):
+        expected, expected_logits = _states(whole, family, [FIRST, *kept], excerpts, edits)
+        # Rounding can send a token to other experts. The dense model's own cache error shows how much that changes.
+        own_cache_error = cache_error(whole, prompt) if family.experts else 0.0
     del whole
     gc.collect()
-    shortened = pruned.load(dtype)
-    found, found_logits = _states(shortened, family, list(position.values()), excerpts, None)
+    shortened = pruned.load(dtype, config=shorter)
+    inputs = {FIRST: edits.as_pruned(0, expected[FIRST])} | {
+        position[layer]: edits.as_pruned(layer + 1, expected[layer]) for layer in kept
+    }
+    with _in_float32(shortened, family):
+        found, found_logits = _states(shortened, family, [position[layer] for layer in hosts], excerpts, None)
+        outputs, logits = _states(shortened, family, [*inputs], excerpts, None, inputs)
+        of_cache, cache_limit = cache_error(shortened, prompt), max(CACHE_TOLERANCE, 2 * own_cache_error)
     # A folded scalar makes the state smaller, and a narrower stream has another basis: ``as_dense`` undoes both.
     errors = torch.cat([_relative_errors(expected[layer], edits.as_dense(layer, found[position[layer]])) for layer in hosts])
-    of_logits = _relative_errors(expected_logits, found_logits)
     # The median, for experts: most tokens keep theirs.
     usual = torch.median if family.experts else torch.mean
     figures = {
         "hidden_error_max": float(errors.max()),
         "hidden_error_mean": float(usual(errors)),
-        "logits_error": float(usual(of_logits)),
-        "cache_error": cache_error(shortened, prompt),
+        "logits_error": float(usual(_relative_errors(expected_logits, found_logits))),
+        "cache_error": of_cache,
         "tolerance": tolerance,
     }
-    for figure, limit, difference in (
-        ("hidden_error_mean", tolerance, "the state at the cut differs from the unfused computation"),
-        ("logits_error", LOGITS_FACTOR * tolerance, "the logits differ from the unfused computation's"),
-        ("cache_error", cache_limit, "generation with the KV cache differs from generation without"),
-    ):
+    changed = {_layer_of(name, family) for name in edited}
+    checks = [("the state that enters the layers differs", inputs[FIRST], outputs[FIRST], bool(edits.bases))]
+    for layer, at in position.items():
+        checks.append((f"the state after layer {layer} differs", inputs[at], outputs[at], at in changed))
+    checks.append(("the logits differ", expected_logits, logits, bool(edits.bases) or edits.scale(kept[-1] + 1) != 1))
+    for what, state, own, rounded in checks:
+        # What no edit changes has the same input and the same weights.
+        error, limit = float(usual(_relative_errors(state, own))), tolerance if rounded else min(EXACT, tolerance)
         # In this form NaN fails too.
-        if not figures[figure] <= limit:
-            raise VerificationError(
-                f"export: {difference} by {figures[figure]:.2g} (at most {limit:.2g} is rounding); nothing was saved."
-            )
+        if not error <= limit:
+            raise _inexact(f"{what} from the unfused computation", error, limit)
+    if not of_cache <= cache_limit:
+        raise _inexact("generation with the KV cache differs from generation without", of_cache, cache_limit)
     return figures
 
 
-def wrong_weights(dense: Any, pruned: Any, family: Family, edits: Edits) -> list[str]:
-    """Return the names of weights that differ from the original's or, where edited, from the exact value by over one step."""
+def wrong_entries(dense: Model, pruned: Model, family: Family, edits: Edits) -> list[str]:
+    """Return which entries of the config differ from the original's with its layers cut, and generation_config.json if it does.
+
+    The config's dtype must be the one that most weights are stored in, whatever the original's says.
+    """
+    config = dense.config()
+    edit_config(config, family, edits)
+    expected, found = (json.loads(each.to_json_string(use_diff=False)) for each in (config, pruned.config()))
+    expected["dtype"] = str(stored_dtype(dense)).removeprefix("torch.")
+    ignored = ORIGIN
+    if is_own_form(pruned.folder):
+        ignored = ORIGIN | OWN_FORM
+        expected |= {"hidden_size": edits.width} if edits.width else {}
+    entries = sorted((expected.keys() | found.keys()) - ignored)
+    wrong = [f"{name} in config.json" for name in entries if expected.get(name) != found.get(name)]
+    files = [model.folder / "generation_config.json" for model in (dense, pruned)]
+    before, after = (path.read_bytes() if path.is_file() else None for path in files)
+    return wrong if before == after else [*wrong, files[0].name]
+
+
+def wrong_weights(dense: Any, pruned: Any, family: Family, edits: Edits) -> tuple[list[str], set[str]]:
+    """Compare the weights of the loaded models, each in the dtype that it is stored in.
+
+    Returns:
+        The names of weights that differ from the original's or, where edited, from the exact value by over one step; and the
+        names of the edited ones.
+    """
     layers = family.decoder_layers(dense)
-    kept = [layer for layer in range(len(layers)) if layer not in set(edits.removed_layers)]
-    originals, weights, wrong = dict(dense.named_parameters()), dict(pruned.named_parameters()), []
+    originals, weights, wrong, edited = dict(dense.named_parameters()), dict(pruned.named_parameters()), [], set()
     for name, exact in edited_parameters(dense, family, layers, edits):
         weight = parameter_of(pruned, name)
-        del weights[name]
+        edited.add(name)
         if weight.shape != exact.shape:
             wrong.append(name)
             continue
         # In parts: a whole embedding in float64 can be larger than a small model.
         if not all(map(_within_one_step, weight.split(ROWS), exact.split(ROWS))):
             wrong.append(name)
-    prefix = f"{family.layers}."
+    kept = [layer for layer in range(len(layers)) if layer not in set(edits.removed_layers)]
     for name, weight in weights.items():
-        original = name
-        if name.startswith(prefix):
-            position, _, rest = name.removeprefix(prefix).partition(".")
-            original = f"{prefix}{kept[int(position)]}.{rest}"
-        if not torch.equal(weight, originals[original]):
+        if name not in edited and not _same(weight, originals[_original(name, family, kept)]):
             wrong.append(name)
+    return wrong, edited
+
+
+def wrong_tensors(dense: Model, pruned: Model, family: Family, edits: Edits, edited: set[str]) -> list[str]:
+    """Return the names of tensors in the pruned model's files that no edit changes, and that differ from the original's files.
+
+    Args:
+        dense: the original model.
+        pruned: the exported folder.
+        family: describes the model's parts.
+        edits: the edits that were applied.
+        edited: the names of the weights that they change, in the loaded model.
+    """
+    kept, originals, tensors = _kept(dense, edits), dense.stored(), pruned.stored()
+    prefix, wrong, alone = family.layers.partition(".")[0] + ".", [], 0
+    # The files of some base models name their tensors without it.
+    names = {name: name if name in edited or name.startswith(prefix) else prefix + name for name in tensors}
+    # Layers with an edited weight that transformers converts, such as experts, which are stored one by one.
+    converted = {_layer_of(name, family) for name in edited - {*names.values()}}
+    for name, own in sorted(names.items()):
+        if own in edited:
+            continue
+        original = _original(own, family, kept)
+        original = next((each for each in (original, original.removeprefix(prefix)) if each in originals), "")
+        if original and _same(tensors[name].read(name), originals[original].read(original)):
+            continue
+        if original and _layer_of(own, family) not in converted:
+            wrong.append(f"{name} in {tensors[name].file.name}")
+        alone += 1
+    if alone:
+        logger.info(
+            "export: %d of %d tensors were compared as loaded, not in the files: transformers converts them while loading",
+            alone, len(tensors),
+        )  # fmt: skip
     return wrong
 
 
@@ -126,6 +204,8 @@ def cache_error(model: Any, prompt: Tensor) -> float:
     The difference is relative to the largest logit. Tokens are generated greedily with the cache; then one pass over prompt and
     tokens, (tokens,) int64, computes the same logits without it.
     """
+    from transformers import GenerationConfig
+
     # Not the model's own config, which may ask for beams or sampling, or stop early.
     greedy = GenerationConfig(
         max_new_tokens=GENERATED,
@@ -149,35 +229,149 @@ def _within_one_step(weight: Tensor, exact: Tensor) -> bool:
     return bool(((weight.double() - exact).abs() <= step).all())
 
 
-def _hosts(edits: Edits, layers: int) -> list[int]:
+def _differs(what: str) -> VerificationError:
+    return VerificationError(f"export: {what} differs from the original with the edits applied; nothing was saved.")
+
+
+def _inexact(what: str, error: float, limit: float) -> VerificationError:
+    return VerificationError(f"export: {what} by {error:.2g} (at most {limit:.2g} is rounding); nothing was saved.")
+
+
+def _same(weight: Tensor, original: Tensor) -> bool:
+    """Return whether two tensors have the same dtype, shape and values."""
+    # ``torch.equal`` alone compares the values of different dtypes.
+    return weight.dtype == original.dtype and torch.equal(weight, original)
+
+
+def _kept(dense: Model, edits: Edits) -> list[int]:
+    return [layer for layer in range(layer_count(dense)) if layer not in set(edits.removed_layers)]
+
+
+def _layer_of(name: str, family: Family) -> int | None:
+    """Return the index of the layer that a parameter belongs to; None outside the layers."""
+    found = re.match(rf"{re.escape(family.layers)}\.(\d+)\.", name)
+    return int(found[1]) if found else None
+
+
+def _original(name: str, family: Family, kept: list[int]) -> str:
+    """Return the dense model's name of a weight of the shortened model."""
+    layer = _layer_of(name, family)
+    return name if layer is None else name.replace(f"{family.layers}.{layer}.", f"{family.layers}.{kept[layer]}.", 1)
+
+
+def _shorter_windows(dense: Model, documents: Documents) -> dict[str, int]:
+    """Return the entries of the config that limit how far attention sees, made shorter than the proof's text."""
+    config, short = dense.config(), max(map(len, documents.documents)) // 4 or 1
+    windows = {name: getattr(config, name, None) for name in WINDOWS}
+    return {name: short for name, window in windows.items() if isinstance(window, int) and window > short}
+
+
+@contextmanager
+def _in_float32(model: Any, family: Family, mixtures: Mapping[int, Mapping[int, float]] | None = None) -> Iterator[None]:
+    """Compute in float32 inside the block, although the weights stay in their own dtype: a layer's are cast while it runs.
+
+    Args:
+        model: the model.
+        family: describes its parts.
+        mixtures: layer → the layers whose weights it reads.
+    """
+    layers = family.decoder_layers(model)
+    parts = {layer: [*layer.parameters()] for layer in layers}
+    for at, mixture in (mixtures or {}).items():
+        parts[layers[at]] += [each for source in mixture if source != at for each in layers[source].parameters()]
+    inner = {module for layer in layers for module in layer.modules()}
+    parts |= {module: [*module.parameters(recurse=False)] for module in model.modules() if module not in inner}
+    with ExitStack() as stack:
+        for module, parameters in parts.items():
+            if any(each.dtype in (torch.bfloat16, torch.float16) for each in parameters):
+                cast = _Cast(parameters)
+                stack.callback(module.register_forward_pre_hook(cast.widen, prepend=True).remove)
+                stack.callback(module.register_forward_hook(cast.restore).remove)
+        yield
+
+
+class _Cast:
+    """Hooks that widen parameters before a module runs, and restore them after it."""
+
+    def __init__(self, parameters: list[nn.Parameter]):
+        self.parameters, self.own = parameters, list[Tensor]()
+
+    def widen(self, *_: Any) -> None:
+        # Their values now, since an edit may replace them.
+        self.own = [each.data for each in self.parameters]
+        for each in self.parameters:
+            each.data = each.data.float()
+
+    def restore(self, *_: Any) -> None:
+        for each, data in zip(self.parameters, self.own, strict=True):
+            each.data = data
+        self.own = []
+
+
+def _hosts(edits: Edits, kept: list[int]) -> list[int]:
     """Return the kept layer before each removed run; where no layer is removed, the last one."""
     removed = set(edits.removed_layers)
-    if not removed:
-        return [layers - 1]
-    return [layer for layer in range(layers - 1) if layer not in removed and layer + 1 in removed]
+    return [layer for layer in kept if layer + 1 in removed] if removed else kept[-1:]
 
 
 @torch.inference_mode()
 def _states(
-    model: Any, family: Family, observed: list[int], documents: Documents, edits: Edits | None
+    model: Any,
+    family: Family,
+    observed: list[int],
+    documents: Documents,
+    edits: Edits | None,
+    given: Mapping[int, Tensor] | None = None,
 ) -> tuple[dict[int, Tensor], Tensor]:
-    """Return the states after the observed layers, (tokens, d) each, and the logits at the last positions of all documents."""
-    layers = family.decoder_layers(model)
+    """Return the states after the observed layers, (tokens, d) each, and the logits at the last positions of all documents.
+
+    Args:
+        model: the model.
+        family: describes its parts.
+        observed: the layers; ``FIRST`` is the state that enters the first one.
+        documents: the text.
+        edits: edits to compute unfused.
+        given: states that take the place of the observed ones in the computation of later layers.
+    """
+    layers, lengths = family.decoder_layers(model), [*map(len, documents.documents)]
     states: dict[int, list[Tensor]] = {layer: [] for layer in observed}
     logits = []
     with ExitStack() as hooks:
         if edits:
             hooks.enter_context(unfused(model, family, edits))
         for layer in observed:
-            hooks.callback(layers[layer].register_forward_hook(_recording(states[layer])).remove)
+            pass_on = _recording(states[layer], given[layer].split(lengths) if given else None)
+            if layer == FIRST:
+                hooks.callback(layers[0].register_forward_pre_hook(_on_input(pass_on), with_kwargs=True).remove)
+            else:
+                hooks.callback(layers[layer].register_forward_hook(_on_output(pass_on)).remove)
         for document in documents.documents:
             logits.append(model(document[None], use_cache=False, logits_to_keep=LOGITS).logits[0])
     return {layer: torch.cat(parts) for layer, parts in states.items()}, torch.cat(logits)
 
 
-def _recording(states: list[Tensor]) -> Callable[..., None]:
-    def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-        states.append(tensor_of(output)[0].clone())
+def _recording(states: list[Tensor], given: Sequence[Tensor] | None) -> Callable[[Tensor], Tensor]:
+    """Return a function that appends a state (1, tokens, d) to ``states`` and returns the given one in its place."""
+
+    def record(state: Tensor) -> Tensor:
+        states.append(state[0].clone())
+        return state if given is None else given[len(states) - 1].to(state)[None]
+
+    return record
+
+
+def _on_output(pass_on: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        return pass_on(output) if isinstance(output, Tensor) else (pass_on(output[0]), *output[1:])
+
+    return hook
+
+
+def _on_input(pass_on: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+    def hook(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        if args:
+            return (pass_on(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": pass_on(kwargs["hidden_states"])}
 
     return hook
 

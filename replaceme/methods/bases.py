@@ -35,12 +35,14 @@ STEP = 8
 def principal(gram: Tensor, width: int) -> tuple[Tensor, float]:
     """Return the ``width`` leading eigenvectors of ``Σ hᵀh`` (d, d), (d, width) float32, and their share of its trace.
 
+    They are computed on the device of the sums, and stay there.
+
     Raises:
         SolveError: the sums are not finite.
     """
     if not bool(torch.isfinite(gram).all()):
         raise SolveError("dtype: the sums over the states are not finite; use float32 or bfloat16.")
-    eigenvalues, vectors = torch.linalg.eigh(gram.cpu())
+    eigenvalues, vectors = torch.linalg.eigh(gram)
     share = eigenvalues[-width:].sum() / eigenvalues.sum()
     return vectors[:, -width:].flip(1).float().contiguous(), float(share)
 
@@ -57,7 +59,7 @@ def bases_in_order(bench: Bench, width: int) -> Iterator[tuple[Tensor, float]]:
         Q, share = principal(gram, width)
         yield Q, share
         for rows in _parts(states):
-            rows.copy_(projected(rows, Q))
+            rows.copy_(projected(rows.to(Q.device), Q))
         gram = _watched(bench, index, ("input", "attention"), states, Start(index, states))
         Q, share = principal(gram, width)
         yield Q, share

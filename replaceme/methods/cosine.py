@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from replaceme.base.combinations import TRANSFORMS, Asking, Settings, Use, Values
+from replaceme.base.errors import SolveError
 from replaceme.base.params import Params
 from replaceme.base.plan import Block
 from replaceme.base.progress import logger
@@ -85,16 +86,19 @@ def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
     import torch
 
     from replaceme.edits.edits import Edits
-    from replaceme.solvers.arguments import naming
     from replaceme.solvers.minimisers import minimise
     from replaceme.solvers.quality import fit_quality, ridge_figures
 
     own = Objective.of(params)
     sums, sample = statistics("gram"), statistics("sample")
+    if own.loss == "cosine" and not bool(sums["gram"].any()):
+        raise SolveError(
+            f"method: the MLP of layer {block.host} adds nothing to any token of this text, and no map of its output has a "
+            "cosine with the target; use another method, or min_distance_layer or max_distance_layer for another block."
+        )
     problem = problem_of(params, sums, statistics)
-    with naming(alpha="alpha", tokens="dataset_size"):
-        start = problem.structure.start(_start(params, sums).to(problem.prior))
-        found = minimise(problem, start, own.solver, _budget(own))
+    start = problem.structure.start(_start(params, sums).to(problem.prior))
+    found = minimise(problem, start, own.solver, _budget(own))
     transform = problem.structure.build(found.x).cpu()
     fit = _solver_figures(found)
     if _is_fast(own):

@@ -35,14 +35,12 @@ def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
     import torch
 
     from replaceme.edits.edits import Edits
-    from replaceme.solvers.arguments import naming
     from replaceme.solvers.quality import operator_quality, ridge_figures, ridge_path
     from replaceme.solvers.ridge import solve_ridge
 
     weighted = Weighting.of(params).ghosted_weighted
     sums, sample = statistics(_stream(params)), statistics("sample")
-    with naming(alpha="alpha", tokens="dataset_size"):
-        solution = solve_ridge(sums["gram"], sums["cross"], params.alpha)
+    solution = solve_ridge(sums["gram"], sums["cross"], params.alpha)
     W = solution.transform + torch.eye(len(solution.transform), dtype=torch.float64)
     kind = "weighted" if weighted else "relative"
     fit = operator_quality(W, sums, sample, weighted=weighted)

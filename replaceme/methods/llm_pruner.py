@@ -39,8 +39,23 @@ def layers_of(params: Params, count: int) -> range:
 
 
 def check(params: Params, model: Any, family: Family) -> None:
-    """Raise ParameterError if so much can't be removed; the model's weights need not be loaded."""
+    """Raise ParameterError if so much can't be removed, or no document can hold a piece of the text for the gradients.
+
+    The model's weights need not be loaded.
+    """
+    from replaceme.methods.groups import CROPS, LENGTH
+
     _plan(params, model, family)
+    pieces = params.max_length // LENGTH
+    if not pieces:
+        raise ParameterError(
+            f"max_length: method llm_pruner takes pieces of {LENGTH} tokens; use at least {LENGTH}, not {params.max_length}."
+        )
+    if params.dataset_size * pieces < CROPS:
+        raise ParameterError(
+            f"dataset_size: method llm_pruner takes {CROPS} pieces of {LENGTH} tokens, and documents of at most "
+            f"{params.max_length} tokens have {pieces} each; use at least {-(-CROPS // pieces)}, not {params.dataset_size}."
+        )
 
 
 def work(bench: Bench) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from replaceme.base.combinations import Settings, Use, Values
-from replaceme.base.files import PARTIAL, remove
 from replaceme.methods.method import Bench, Method, drop
 from replaceme.selection.criteria import WINDOW
 
@@ -48,7 +47,7 @@ def work(bench: Bench) -> dict[str, Any]:
     """Train the host, add its weights to the edits, and return figures of the training."""
     from replaceme.base.compute import require_resident
     from replaceme.methods.layer_lesson import LayerLesson
-    from replaceme.training.checkpoints import key_of
+    from replaceme.training.checkpoints import checkpoints_in, key_of
     from replaceme.training.curves import write_curves
     from replaceme.training.training import Course, entering_and_leaving, figures_of, settings_of, train
 
@@ -58,7 +57,7 @@ def work(bench: Bench) -> dict[str, Any]:
     host = family.decoder_layers(model)[block.host]
     require_resident({block.host: host}, "which is to be trained")
     bare = (family.attention, family.attention_norm) if own.llm_streamline_form == "mlp" else None
-    folder = bench.folder / f"training{PARTIAL}"
+    folder = checkpoints_in(bench.folder)
     course = Course(
         own.llm_streamline_learning_rate, own.llm_streamline_epochs, params.batch_size, "llm_streamline_learning_rate"
     )
@@ -68,18 +67,16 @@ def work(bench: Bench) -> dict[str, Any]:
     )  # fmt: skip
     lesson = LayerLesson(model, family, block.host, bench.documents, inputs, targets, bare or ())
     settings = {
-        **settings_of(course),
+        **settings_of(course, next(host.parameters()).device),
         "config": model.config.to_json_string(),
         "layer": block.host,
         "form": own.llm_streamline_form,
-        "device": str(next(host.parameters()).device.type),
         "documents": [len(document) for document in bench.documents.documents],
     }
     key = key_of(settings, [*bench.documents.documents, inputs, targets, *host.parameters()])
     parameters, curves = train(lesson, lesson.learners(), course, folder, key)
     write_curves(bench.output, curves)
     _edit(bench, block.host, parameters, bare)
-    remove(folder)
     return figures_of(curves, parameters)
 
 

@@ -20,8 +20,8 @@ FEATURES = {"refit": "mlp_features", "joint": "features", "channels": "features"
 
 def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
     """Return the edits of the host, and their fit."""
+    from replaceme.base.compute import resolve_device
     from replaceme.edits.edits import Edits
-    from replaceme.solvers.arguments import naming
     from replaceme.solvers.closed_forms import STRUCTURES, closed_form, structure_words
     from replaceme.solvers.quality import dense_figures, fit_quality, ridge_path, structured_figures
     from replaceme.solvers.ridge import solve_ridge
@@ -32,13 +32,14 @@ def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
     sums, sample = statistics("gram"), statistics("sample")
     path: list[tuple[float, float]] = []
     if structure == "dense":
-        with naming(alpha="alpha", tokens="dataset_size"):
-            solution = solve_ridge(sums["gram"], sums["cross"], params.alpha)
+        solution = solve_ridge(sums["gram"], sums["cross"], params.alpha)
         transform, of_ridge = solution.transform, dense_figures(solution, params.alpha)
         path = ridge_path(solution, float(sums["target_squares"]), float(sums["output_squares"]))
     else:
-        with naming(alpha="alpha", norm="transform", tokens="dataset_size"):
-            transform = closed_form(sums["gram"], sums["cross"], params.alpha, structure, sums.get("norm"))
+        # Of these structures only the orthogonal one takes long: it iterates, with a singular value decomposition each time.
+        device = resolve_device(params.device) if structure == "orthogonal" else "cpu"
+        gram, cross = sums["gram"].to(device), sums["cross"].to(device)
+        transform = closed_form(gram, cross, params.alpha, structure, sums.get("norm")).cpu()
         of_ridge = structured_figures(transform, sums, params.alpha, structure)
     fit = fit_quality(transform, sums, sample) | of_ridge
     logger.info(
@@ -57,7 +58,7 @@ def _refit(params: Params, block: Block, statistics: Statistics) -> Solved:
     from replaceme.solvers.refit import refit
 
     edits = Edits(f"least squares over the host's last weights ({params.transform})", [])
-    with naming(alpha="alpha", ridge="refit_ridge", sums="dtype", tokens="dataset_size"):
+    with naming(ridge="refit_ridge"):
         fit = refit(edits, block.host, statistics(FEATURES[params.transform]), params.alpha, params.refit_ridge)
     logger.info(
         "solve: host %d, %d tokens, weighted residual %.4f (%.4f with a transform alone, %.4f with nothing)",

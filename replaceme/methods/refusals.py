@@ -24,7 +24,7 @@ def family_refusals(values: Values, kind: str, family: Family) -> list[str]:
     """
     transform, problems = values["transform"], METHODS[values["method"]].refuses(values, kind, family)
     named = any(problem.startswith(("transform:", "method:")) for problem in problems)
-    if transform == "channels" and not family.mlp_norm:
+    if transform == "channels" and not family.mlp_norm and not family.detected:
         problems.append(
             f"transform: channels folds the norm before an MLP into its linears, and those of this model of the family "
             f"'{kind}' have no biases for the norm's, or are not described so; use joint."

@@ -1,9 +1,7 @@
 """The methods by name. A new method is a module with a ``Method``, its import and its entry here; nothing else names it."""
 
-from pydantic.fields import FieldInfo
-
-from replaceme.base.combinations import Asking, Values, effects_of, own_fields
-from replaceme.base.params import Params
+from replaceme.base.combinations import Asking, Values, effects_of
+from replaceme.base.params import Params, fields_of
 from replaceme.methods import (
     average,
     cosine,
@@ -45,7 +43,7 @@ def criterion_of(params: Params) -> Criterion:
 
 
 # All parameters, with those of the methods, in documented order.
-FIELDS: dict[str, FieldInfo] = {**Params.model_fields, **own_fields(METHODS)}
+FIELDS = fields_of(METHODS)
 EFFECTS = effects_of(METHODS)
 
 

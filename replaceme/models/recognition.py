@@ -7,13 +7,13 @@ are all that the layer adds to its input; ``replaceme.observers.proof`` checks b
 """
 
 import re
-import tempfile
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
-from replaceme.base.errors import ModelError
+from replaceme.base.errors import ModelError, excerpt
+from replaceme.base.files import temporary_folder
 from replaceme.models.depth import cut_config
 from replaceme.models.families import Family, linears_within, parameter_of
 
@@ -53,6 +53,10 @@ def proposed_family(model: Any) -> Family:
         attention_output=ends[0],
         mlp=mlp,
         mlp_output=ends[1],
+        # Not looked for; what needs them is refused.
+        attention_norm="",
+        mlp_norm="",
+        feeding={},
         per_layer=tuple(name for name, length in lengths.items() if length == count),
         detected=True,
         uncut="its heads and channels are not described",
@@ -100,11 +104,11 @@ def check_cut(build: Callable[[Any], Any], config: Any, family: Family) -> None:
     shorter = type(config).from_dict(config.to_dict())
     try:
         cut_config(shorter, family, [0])
-        with tempfile.TemporaryDirectory() as folder:
+        with temporary_folder("replaceme-") as folder:
             shorter.save_pretrained(folder)
             layers = family.decoder_layers(build(type(config).from_pretrained(folder)))
     except Exception as failure:  # configs check themselves with errors of many kinds
-        reason = " ".join(str(failure).split())[:200]
+        reason = excerpt(failure, 150)
         raise _uncut(config, f"its config class refuses fewer layers ({reason})") from failure
     if len(layers) != len(whole) - 1:
         raise _uncut(config, f"with one layer less in its config it has {len(layers)} of {len(whole)}")

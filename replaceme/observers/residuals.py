@@ -8,7 +8,7 @@ and ``H = h_j``:
 
 Without the weights, a few tokens of massive norm would decide the fit. The angular distance ignores norms and cannot tell which
 differences a linear map corrects. The tokens are a seeded sample, several times as many as dimensions, in memory-mapped scratch
-files; held-out tokens come from other documents than the fit's. Statistics of all tokens for all pairs would cost more than the
+files; held-out tokens come from other texts than the fit's. Statistics of all tokens for all pairs would cost more than the
 forward pass.
 """
 
@@ -19,7 +19,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from replaceme.base.documents import HELD_OUT_EVERY, Batch, Documents, is_held_out, seeded_order
+from replaceme.base.documents import HELD_OUT_EVERY, Batch, Documents, seeded_order, split_places
 from replaceme.base.progress import progress
 from replaceme.base.scratch import scratch
 from replaceme.observers.sums import squares, token_weights
@@ -81,12 +81,14 @@ class TokenSample:
 def choose_tokens(documents: Documents, fit_tokens: int) -> tuple[Tensor, Tensor]:
     """Return sampled positions in the walk, ascending int64: (n,) for the fit and (m,) held out.
 
-    Held-out tokens come from other documents than the fit's if there are at least ``HELD_OUT_EVERY`` documents.
+    Held-out tokens come from other texts than the fit's if there are at least ``HELD_OUT_EVERY`` documents, of several texts.
     """
-    lengths = torch.tensor([len(document) for document in documents.longest_first()])
+    ordered = documents.in_walk_order()
+    lengths = torch.tensor([len(document) for document in ordered.documents])
     of_document = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-    if len(lengths) >= HELD_OUT_EVERY:
-        fit = ~is_held_out(of_document)
+    _, held_out = split_places(ordered.sources, HELD_OUT_EVERY)
+    if held_out:
+        fit = ~torch.isin(of_document, torch.tensor(held_out))
     else:
         fit = torch.arange(len(of_document)) < min((1 - HELD_OUT_SHARE) * len(of_document), len(of_document) - 1)
     order = seeded_order(len(of_document), SEED)

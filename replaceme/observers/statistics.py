@@ -206,7 +206,7 @@ class MagnitudeRatios(AtCut):
             torch.stack([document.abs().double().mean(dim=0) for document in self._turned(rows.float()).split(lengths)])
             for rows in (left, target)
         )
-        ratios = torch.where(before > 0, after / before, 1)
+        ratios = torch.where(before == 0, 1, after / before)
         self.sums.add({"ratios": ratios.sum(dim=0), "documents": torch.tensor(float(len(lengths)))})
 
     def _turned(self, rows: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from replaceme.base.errors import SolveError
+
 # Blocks of columns of a Gram matrix. More of them save more products, at most half, but make the matrices smaller.
 PARTS = 6
 
@@ -64,9 +66,15 @@ class Sums:
 
     @torch.inference_mode()
     def finished(self) -> dict[str, Tensor]:
-        """Return the sums; nothing can be added after this."""
+        """Return the sums; nothing can be added after this.
+
+        Raises:
+            SolveError: a sum is not finite.
+        """
         for name in self.squared:
             mirror(self.totals[name])
+        if not all(bool(total.isfinite().all()) for total in self.totals.values()):
+            raise SolveError("dtype: the sums over the activations are not finite; use float32 or bfloat16.")
         return self.totals
 
 

@@ -48,7 +48,7 @@ STAGE = Stage(
     name="activations",
     run=observe_activations,
     params=PASS,
-    reads=(Workspace.model_input, Workspace.documents, Workspace.plan),
+    reads=(Workspace.model_input, Workspace.documents, Workspace.plan, Workspace.model_versions),
     writes=Workspace.statistics,
     code=("base", "models", "observers"),
 )

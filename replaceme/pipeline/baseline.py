@@ -20,7 +20,7 @@ STAGE = Stage(
     name="baseline",
     run=score_baseline,
     params=SCORING,
-    reads=(Workspace.model_input, Workspace.tokenizer_input, Workspace.tasks_input),
+    reads=(Workspace.model_input, Workspace.tokenizer_input, Workspace.tasks_input, Workspace.score_versions),
     writes=Workspace.baseline,
     code=("base", "models", "corpora", "evaluation"),
 )

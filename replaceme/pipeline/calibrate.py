@@ -53,10 +53,9 @@ STAGE = Stage(
     name="calibrate",
     run=calibrate,
     params=(
-        "dataset", "dataset_config", "dataset_split", "dataset_column", "dataset_size", "max_length", "pack", "seed",
-        "trust_remote_code",
+        "dataset_config", "dataset_split", "dataset_column", "dataset_size", "max_length", "pack", "seed", "trust_remote_code",
     ),
-    reads=(Workspace.tokenizer_input, Workspace.dataset_input, Workspace.own_text),
+    reads=(Workspace.tokenizer_input, Workspace.dataset_input, Workspace.own_text, Workspace.text_versions),
     writes=Workspace.documents,
     code=("base", "models", "corpora"),
 )  # fmt: skip

@@ -1,5 +1,12 @@
-"""evaluate: score the pruned model and compare it with the dense one."""
+"""evaluate: score the pruned model and compare it with the dense one.
 
+Here, and not in ``baseline``, the tasks are compared with the calibration text: all calibrations share a baseline.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from replaceme.base.documents import Documents
 from replaceme.base.files import read_json, rounded, write_json
 from replaceme.base.params import Params
 from replaceme.base.progress import logger
@@ -7,6 +14,7 @@ from replaceme.base.stage import SCORING, Stage
 from replaceme.base.workspace import Workspace
 from replaceme.evaluation.comparison import compare, comparison_table
 from replaceme.evaluation.scores import Scores, score_model
+from replaceme.evaluation.seen import Calibration
 from replaceme.models.model import Model
 
 
@@ -14,22 +22,37 @@ def evaluate(params: Params, work: Workspace) -> None:
     """Score the pruned model, write metrics/evaluation.json and print the table."""
     pruned = Model(work.model, work.model.name, trust_remote_code=params.trust_remote_code)
     dense = Scores.load(work.baseline)
-    scores = score_model(params, pruned, "pruned model", read_json(work.tasks_input), dense)
-    if scores.figures["device"] != dense.figures["device"]:
-        logger.warning(
-            "device: the dense model was scored on %s, the pruned one on %s; that alone changes the last digits",
-            dense.figures["device"], scores.figures["device"],
-        )  # fmt: skip
+    documents, decode = Documents.load(work.documents), pruned.tokenizer().decode
+    calibration = Calibration.of(params, read_json(work.dataset_input), documents, decode)
+    scores = score_model(params, pruned, "pruned model", read_json(work.tasks_input), dense, calibration)
+    _warn_of_differences(dense.figures, scores.figures)
     comparison = rounded(compare(dense.figures, scores.figures, dense.items, scores.items))
     write_json(work.metric("evaluation"), comparison)
     print(comparison_table(comparison))
 
 
+def _warn_of_differences(dense: Mapping[str, Any], pruned: Mapping[str, Any]) -> None:
+    """Warn if the two models were scored on different devices, or with different versions of a package."""
+    before, now = ({"device": figures["device"], **figures["made_with"]} for figures in (dense, pruned))
+    if changed := sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name)):
+        logger.warning(
+            "evaluate: the dense model was scored with %s, the pruned one with %s; that alone changes the last digits",
+            *(", ".join(f"{name} {made.get(name, 'none')}" for name in changed) for made in (before, now)),
+        )  # fmt: skip
+
+
 STAGE = Stage(
     name="evaluate",
     run=evaluate,
-    params=SCORING,
-    reads=(Workspace.tasks_input, Workspace.model, Workspace.baseline),
+    params=(*SCORING, "dataset_config", "dataset_split"),
+    reads=(
+        Workspace.tasks_input,
+        Workspace.dataset_input,
+        Workspace.documents,
+        Workspace.model,
+        Workspace.baseline,
+        Workspace.score_versions,
+    ),
     metrics=("evaluation",),
     code=("base", "models", "corpora", "evaluation"),
 )

@@ -1,8 +1,10 @@
 """export: save the pruned model as a Hugging Face folder, which gets its name only after verification."""
 
+from replaceme.base.claims import claim
 from replaceme.base.compute import use_processor
 from replaceme.base.documents import Documents
 from replaceme.base.files import new_folder, read_json, rounded, write_json, write_text
+from replaceme.base.fingerprints import sha256_below
 from replaceme.base.params import Params
 from replaceme.base.progress import logger
 from replaceme.base.stage import Stage
@@ -28,12 +30,14 @@ def export(params: Params, work: Workspace) -> None:
     source, edits = recorded_model(params, work.model_input), Edits.load(work.edits)
     with new_folder(work.model) as folder:
         counts = save_pruned(source, edits, folder)
-        write_text(folder / CARD, model_card(params, source, edits, read_json(work.metric("solve"))))
+        solved, made_with = read_json(work.metric("solve")), read_json(work.model_versions)
+        write_text(folder / CARD, model_card(params, source, edits, solved, made_with=made_with))
         plain = not is_own_form(folder)
         # Load it as a user would, with the code file that was just written.
         pruned = Model(folder, folder.name, trust_remote_code=source.trust_remote_code or not plain)
         figures = verify_export(source, pruned, edits, Documents.load(work.documents))
         broken = broken_patterns(pruned.config(), source.family())
+        claim(work, sha256_below(folder))
     if broken:
         logger.warning(
             "export: %s no longer follows the family's pattern: transformers and vLLM read it from the config, but programs "
@@ -59,10 +63,13 @@ STAGE = Stage(
     name="export",
     run=export,
     params=SETTINGS,
-    reads=(Workspace.model_input, Workspace.tokenizer_input, Workspace.card_input, Workspace.documents, Workspace.edits),
+    reads=(
+        Workspace.model_input, Workspace.tokenizer_input, Workspace.card_input, Workspace.documents, Workspace.edits,
+        Workspace.model_versions,
+    ),
     writes=Workspace.model,
     metrics=("export",),
     figures=("solve",),
     code=("__init__.py", "base", "models", "edits", "selection/criteria.py", "selection/blocks.py", "methods", "export"),
     methods=METHODS,
-)
+)  # fmt: skip

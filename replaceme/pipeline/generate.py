@@ -32,7 +32,7 @@ STAGE = Stage(
     name="generate",
     run=generate,
     params=("max_length", "seed", "dtype", "device", "device_map", "threads", "use_4bit", "trust_remote_code"),
-    reads=(Workspace.model_input, Workspace.tokenizer_input, Workspace.own_text_input),
+    reads=(Workspace.model_input, Workspace.tokenizer_input, Workspace.own_text_input, Workspace.model_versions),
     writes=Workspace.own_text,
     code=("base", "models", "corpora"),
 )

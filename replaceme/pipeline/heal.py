@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from replaceme.base.files import PARTIAL, new_folder, read_json, remove, rounded, write_json
+from replaceme.base.files import PARTIAL, copy_content, new_folder, read_json, remove, rounded, write_json
 from replaceme.base.params import Params
 from replaceme.base.progress import logger
 from replaceme.base.stage import PASS, Stage
@@ -21,7 +20,7 @@ def heal(params: Params, work: Workspace) -> None:
     """Write the final edits and metrics/heal.json; without healing, the edits are copied."""
     figures: dict[str, Any] = {}
     with new_folder(work.edits) as folder:
-        shutil.copytree(work.repaired, folder, dirs_exist_ok=True)
+        copy_content(work.repaired, folder)
         if params.heal_epochs:
             from replaceme.edits.edits import Edits
             from replaceme.training.curves import write_curves
@@ -31,9 +30,9 @@ def heal(params: Params, work: Workspace) -> None:
             edits.save(folder)
             write_curves(folder, curves)
         else:
-            remove(_checkpoints(work))
             logger.info("heal: nothing to do")
     write_json(work.metric("heal"), rounded(figures))
+    remove(_checkpoints(work))
 
 
 def _heal(params: Params, work: Workspace, edits: Edits) -> tuple[dict[str, Any], Curves]:
@@ -53,12 +52,11 @@ def _heal(params: Params, work: Workspace, edits: Edits) -> tuple[dict[str, Any]
     folder = _checkpoints(work)
     course = Course(params.heal_learning_rate, params.heal_epochs, params.batch_size, "heal_learning_rate")
     settings = {
-        **settings_of(course),
+        **settings_of(course, next(model.parameters()).device),
         "share": healing.SHARE,
         "model": read_json(work.model_input),
         "edits": sha256_below(work.repaired),
         "dtype": params.dtype,
-        "device": next(model.parameters()).device.type,
     }
     entering, leaving = entering_and_leaving(
         model, family, documents, host, len(family.decoder_layers(model)) - 1,
@@ -67,7 +65,6 @@ def _heal(params: Params, work: Workspace, edits: Edits) -> tuple[dict[str, Any]
     lesson = healing.Predictions(model, family, edits, documents, host, entering, leaving)
     parameters, curves = train(lesson, lesson.learners(), course, folder, key_of(settings, documents.documents))
     lesson.correct(edits, parameters)
-    remove(folder)
     return figures_of(curves, parameters), curves
 
 
@@ -80,7 +77,7 @@ STAGE = Stage(
     name="heal",
     run=heal,
     params=("heal_epochs", "heal_learning_rate", *PASS),
-    reads=(Workspace.model_input, Workspace.documents, Workspace.plan, Workspace.repaired),
+    reads=(Workspace.model_input, Workspace.documents, Workspace.plan, Workspace.repaired, Workspace.model_versions),
     writes=Workspace.edits,
     metrics=("heal",),
     code=("base", "models", "observers", "edits", "training"),

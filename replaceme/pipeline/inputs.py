@@ -1,8 +1,8 @@
 """inputs: check everything that a run reads from outside, and write fingerprints of it.
 
 This stage always runs, takes seconds, and writes the same bytes while nothing changed. All later stages depend on the
-fingerprints, so new content of a local file or folder is always noticed. Models that can't be pruned are refused here, before
-any work.
+fingerprints, so new content of a local file or folder is always noticed; and on the versions of the packages that they compute
+with. Models that can't be pruned are refused here, before any work.
 """
 
 import os
@@ -17,13 +17,14 @@ from replaceme.base.params import Params
 from replaceme.base.progress import logger
 from replaceme.base.source import dataset_title
 from replaceme.base.stage import Stage
+from replaceme.base.versions import FOUR_BIT, MODEL, SCORES, TEXT, versions
 from replaceme.base.workspace import Workspace
 from replaceme.corpora.find import fingerprints, own_documents
 from replaceme.evaluation.tasks import task_fingerprints
 from replaceme.methods.refusals import family_refusals
 from replaceme.methods.registry import METHODS, criterion_of
 from replaceme.models.find import check_weights, find_model, identity
-from replaceme.models.model import CARD_FILES, TOKENIZER_FILES, WEIGHT_FILES, layer_count
+from replaceme.models.model import CARD_FILES, layer_count
 from replaceme.models.own_form import check_own_form
 from replaceme.models.recognition import check_cut
 from replaceme.selection.criteria import allowed_starts
@@ -62,9 +63,9 @@ def inspect_inputs(params: Params, work: Workspace) -> None:
             )  # fmt: skip
         check_weights(model)
         model.tokenizer()
-        content[work.model_input.name] = identity(model, WEIGHT_FILES)
-        content[work.tokenizer_input.name] = identity(model, TOKENIZER_FILES)
-        content[work.card_input.name] = identity(model, CARD_FILES)
+        content[work.model_input.name] = identity(model)
+        content[work.tokenizer_input.name] = identity(model, model.tokenizer_files())
+        content[work.card_input.name] = identity(model, model.files(CARD_FILES))
     with _collecting(problems):
         content[work.dataset_input.name] = fingerprints(params)
         content[work.own_text_input.name] = {"documents": own_documents(params)}
@@ -74,6 +75,9 @@ def inspect_inputs(params: Params, work: Workspace) -> None:
         raise problems[0] if len(problems) == 1 else ReplaceMeError("\n".join(map(str, problems)))
     if (processors := os.cpu_count() or 1) > params.threads and resolve_device(params.device) == "cpu":
         logger.info("threads: %d of this machine's %d processors are used", params.threads, processors)
+    content[work.text_versions.name] = versions(TEXT)
+    content[work.model_versions.name] = versions((*MODEL, *(FOUR_BIT if params.use_4bit else ())))
+    content[work.score_versions.name] = versions(SCORES)
     with new_folder(work.artifact("inputs")) as folder:
         for name, entry in content.items():
             write_json(folder / name, entry)

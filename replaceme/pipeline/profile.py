@@ -60,7 +60,7 @@ STAGE = Stage(
     name="profile",
     run=profile,
     params=PASS,
-    reads=(Workspace.model_input, Workspace.documents),
+    reads=(Workspace.model_input, Workspace.documents, Workspace.model_versions),
     writes=Workspace.profile,
     # Only some observers, so that a new statistic repeats no profile.
     code=(

@@ -2,23 +2,27 @@
 states.
 """
 
-import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from replaceme.base.compute import use_processor
+from replaceme.base.compute import kind_of, resolve_device, use_processor
 from replaceme.base.documents import Documents
-from replaceme.base.files import new_folder, rounded, write_json, write_text
+from replaceme.base.files import PARTIAL, copy_content, new_folder, read_json, remove, rounded, write_json, write_text
+from replaceme.base.fingerprints import sha256_below, sha256_of_code
 from replaceme.base.params import Params
 from replaceme.base.plan import Plan
 from replaceme.base.progress import logger
 from replaceme.base.stage import PASS, Stage
+from replaceme.base.versions import FOUR_BIT, MODEL, versions
 from replaceme.base.workspace import Workspace
 from replaceme.edits.edits import Edits
 from replaceme.methods.method import Bench
 from replaceme.methods.registry import METHODS, read_by
 from replaceme.models.find import calibration_model
 from replaceme.repair.mend import STEPWISE, Repair, mend
+from replaceme.repair.resume import Checkpoints
+from replaceme.training.checkpoints import checkpoints_in, key_of
 from replaceme.training.curves import write_curves
 
 
@@ -30,7 +34,7 @@ def repair(params: Params, work: Workspace) -> None:
     figures: dict[str, Any] = {}
     method = METHODS[params.method]
     with new_folder(work.repaired) as folder:
-        shutil.copytree(work.solution, folder, dirs_exist_ok=True)
+        copy_content(work.solution, folder)
         if method.work:
             model, family = calibration_model(params, work.model_input)
             bench = Bench(params, model, family, Documents.load(work.documents), plan, edits, work.repaired.parent, folder)
@@ -39,7 +43,8 @@ def repair(params: Params, work: Workspace) -> None:
         elif params.repair or params.transform in STEPWISE or (plan.statistics and len(plan.blocks) > 1):
             model, family = calibration_model(params, work.model_input)
             documents = Documents.load(work.documents)
-            repairs, figures = mend(params, model, family, documents, edits, plan, work.repaired.parent)
+            checkpoints = Checkpoints(_checkpoint(work), _key(params, work, documents))
+            repairs, figures = mend(params, model, family, documents, edits, plan, work.repaired.parent, checkpoints)
             edits.save(folder)
         write_text(folder / "repairs.csv", _table(repairs))
         if not method.trained:
@@ -55,6 +60,28 @@ def repair(params: Params, work: Workspace) -> None:
     elif not method.work:
         logger.info("repair: nothing to do")
     write_json(work.metric("repair"), rounded(figures))
+    # Checkpoints go only after all is written.
+    for folder in (_checkpoint(work), checkpoints_in(work.repaired.parent)):
+        remove(folder)
+
+
+def _checkpoint(work: Workspace) -> Path:
+    """Return the folder of the checkpoint from which an interrupted repair resumes."""
+    return work.repaired.parent / f"repairing{PARTIAL}"
+
+
+def _key(params: Params, work: Workspace, documents: Documents) -> str:
+    """Return a digest of everything that a repair depends on: settings, model, earlier edits, text, and the whole code."""
+    settings = {
+        "params": params.model_dump(include=set(STAGE.params)),
+        "model": read_json(work.model_input),
+        "plan": read_json(work.plan),
+        "edits": sha256_below(work.solution),
+        "code": sha256_of_code(),
+        "versions": versions((*MODEL, *FOUR_BIT)),
+        "device": kind_of(resolve_device(params.device)),
+    }
+    return key_of(settings, documents.documents)
 
 
 def _table(repairs: Sequence[Repair]) -> str:
@@ -69,7 +96,7 @@ STAGE = Stage(
         "method", "transform", "layers_to_skip", "min_distance_layer", "max_distance_layer", "repair", "repair_ridge_attention",
         "repair_ridge_mlp", "refit_ridge", *read_by("repair"), *PASS,
     ),
-    reads=(Workspace.model_input, Workspace.documents, Workspace.plan, Workspace.solution),
+    reads=(Workspace.model_input, Workspace.documents, Workspace.plan, Workspace.solution, Workspace.model_versions),
     writes=Workspace.repaired,
     metrics=("repair",),
     code=(

@@ -63,7 +63,7 @@ STAGE = Stage(
         "method", "transform", "selection", "layers_to_skip", "tolerated_loss", "min_distance_layer", "max_distance_layer",
         "num_A", "merge_consecutive", *read_by("select"), *PASS,
     ),
-    reads=(Workspace.profile, Workspace.model_input, Workspace.documents),
+    reads=(Workspace.profile, Workspace.model_input, Workspace.documents, Workspace.model_versions),
     writes=Workspace.blocks,
     metrics=("select",),
     code=("base", "models", "observers", "edits", "solvers", "selection", "methods"),

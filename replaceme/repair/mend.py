@@ -16,7 +16,6 @@ current layer. With these inputs kept, neither the attention nor the MLP runs ag
 one layer's sums are in memory.
 """
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,7 +28,7 @@ from torch.nn import functional
 
 from replaceme.base.compute import require_resident
 from replaceme.base.documents import Batch, Documents, few_documents
-from replaceme.base.files import PARTIAL
+from replaceme.base.files import temporary_folder
 from replaceme.base.params import Params
 from replaceme.base.plan import Block, Plan
 from replaceme.base.progress import logger, progress
@@ -44,6 +43,7 @@ from replaceme.observers.statistics import STATISTICS, AtCut, Place, add_correct
 from replaceme.observers.sums import Sums, token_weights
 from replaceme.observers.walk import Keep, Observer, Signal, Signals, Start, total, walk
 from replaceme.repair.channel_choice import TOKENS_PER_CHANNEL, Candidates, best_channels
+from replaceme.repair.resume import Checkpoints
 from replaceme.solvers.arguments import naming
 from replaceme.solvers.quality import gained_by_ridge, relative
 from replaceme.solvers.ridge import solve_correction
@@ -75,6 +75,7 @@ def mend(
     edits: Edits,
     plan: Plan,
     folder: Path | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> tuple[list[Repair], dict[str, Any]]:
     """Add the repairs and the fits of later blocks to the edits; return the repairs, and how well those blocks fit.
 
@@ -86,13 +87,17 @@ def mend(
         edits: as solved for the first block; they are added to.
         plan: the blocks, and the statistics that the method wants.
         folder: where scratch files may lie; None is the system's temporary folder.
+        checkpoints: where an interrupted repair goes on; None is without.
 
     Raises:
         ResourceError: the states do not fit on the disk.
     """
     state = _at_cut(params, model, family, documents, edits, plan, folder)
-    for layer in progress(state.kept, "repairing layers", "layers"):
+    finished = checkpoints.resume(state) if checkpoints else 0
+    for number, layer in enumerate(progress(state.kept[finished:], "repairing layers", "layers"), start=finished + 1):
         _mend_layer(state, layer)
+        if checkpoints and number < len(state.kept):
+            checkpoints.offer(state, number)
     return state.repairs, state.figures
 
 
@@ -127,6 +132,11 @@ class State:
     attended: int | None = None
     repairs: list[Repair] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
+
+    def restore(self, repairs: Sequence[Mapping[str, Any]], figures: dict[str, Any]) -> None:
+        """Take the repairs and figures of a checkpoint."""
+        self.repairs = [Repair(**{**each, "linears": tuple(each["linears"])}) for each in repairs]
+        self.figures = figures
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -250,7 +260,7 @@ def _correct(state: State, layer: int, target: Tensor, ridges: Ridges, *, leaves
     state.attended = layer
     values: dict[Linear, float] = {linear: getattr(state.params, name) for linear, name in ridges.items()}
     sums, penalty = missing.sums.finished(), features.per_column(values)
-    with naming(ridge=ridges[min(values, key=values.__getitem__)], sums="dtype", tokens="dataset_size"):
+    with naming(ridge=ridges[min(values, key=values.__getitem__)]):
         change = solve_correction(sums["gram"], sums["cross"], penalty)
     before, whole = float(sums["gap_squares"]), float(sums["output_squares"])
     after = before + gained_by_ridge(sums["gram"], sums["cross"], change, penalty)
@@ -270,8 +280,8 @@ def _add_change(state: State, features: Features, change: Tensor) -> None:
 
 def _fit(state: State, block: Block) -> None:
     """Fit a later block by the method, on the shortened model's states at the host and the dense model's at the end."""
-    with tempfile.TemporaryDirectory(prefix="scratch-", suffix=PARTIAL, dir=state.folder) as name:
-        place = Place(block, state.layers[block.host], state.family, state.documents, Path(name))
+    with temporary_folder("scratch-", state.folder) as folder:
+        place = Place(block, state.layers[block.host], state.family, state.documents, folder)
         observers = {statistic: STATISTICS[statistic](place) for statistic in state.plan.statistics}
         state.walk_shortened(block.host, [AtHost(each, state.dense) for each in observers.values()])
         for statistic, observer in observers.items():

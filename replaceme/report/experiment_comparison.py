@@ -15,6 +15,7 @@ from replaceme.report.tradeoff import Point, pareto_front
 
 RATIO, ABSOLUTE = " perplexity", " perplexity, absolute"
 RETENTION, ERROR, REMOVED = "retention_percent", "retention_stderr", "parameters.removed_percent"
+UNSEEN = f"unseen{RATIO}"
 SHORT = {"alpha": "α", "layers_to_skip": "layers"}
 # Where a run was computed doesn't change its results.
 NO_SETTING = ("save_path", "save_transform_only", "device", "device_map")
@@ -23,6 +24,8 @@ COSTS = {"seconds": "compression_seconds", "peak_memory_bytes": "peak_memory_byt
 SPEEDS = {"prefill_seconds": "prefill_speedup", "decode_seconds_per_token": "decode_speedup"}
 COUNTS = ("parameters", "peak_memory_bytes", "peak_cuda_bytes")
 TRAINED = "trained"
+# The tasks that are scored on calibration text.
+SEEN = "seen"
 # Percentage points of the parameters: less than a layer of a small model.
 SAME_SIZE = 2.5
 
@@ -117,6 +120,7 @@ def comparison_of(records: Sequence[Mapping[str, Any]]) -> ExperimentComparison:
     table[list(settings)] = settings
     results, costs = _results(pd.DataFrame(scored))
     table = pd.concat([table, results, costs], axis=1)
+    table[SEEN] = [_seen_tasks(record) for record in scored]
     table["revision"] = [str(record["rev"]) for record in scored]
     # The commit that the experiments start from often equals one of them.
     same = [name for name in table if name not in ("experiment", "revision", *costs)]
@@ -163,10 +167,19 @@ def _trained(record: Mapping[str, Any]) -> bool:
     return (method is not None and method.trained) or _setting(record, "heal_epochs") not in (None, 0, "0")
 
 
+def _seen_tasks(record: Mapping[str, Any]) -> str:
+    """Return the tasks that an experiment scored on calibration text, by name."""
+    start, end = "calibration_text.", ".seen"
+    marks = {name.removeprefix(start).removesuffix(end): value for name, value in record.items() if name.startswith(start)}
+    return ", ".join(
+        sorted(task for task, value in marks.items() if f"{start}{task}{end}" in record and str(value) in ("1", "1.0"))
+    )
+
+
 def _results(every: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return the results and the costs, under the table's column names."""
     names = {REMOVED: "removed_percent", "parameters.pruned": "parameters", RETENTION: RETENTION, ERROR: ERROR}
-    names |= {"relative_residual": "residual"}
+    names |= {"relative_residual": "residual", "unseen.perplexity_ratio": UNSEEN}
     names |= {name: name.replace("accuracy.", "").replace(".pruned", "") for name in _of(every, "accuracy.", ".pruned")}
     for kind in ("perplexity", "word_perplexity"):  # lm-eval's own texts have no perplexity per token
         for name in _of(every, f"{kind}.", ".ratio"):
@@ -187,6 +200,8 @@ def _of(table: pd.DataFrame, start: str, end: str) -> list[str]:
 
 def _quality(table: pd.DataFrame) -> tuple[str, bool]:
     """Return the column that experiments are ranked by, and whether higher is better."""
+    if UNSEEN in table and table[UNSEEN].notna().all():
+        return UNSEEN, False
     if RETENTION in table and table[RETENTION].notna().all():
         return RETENTION, True
     ratios = [name for name in table if name.endswith(RATIO) and table[name].notna().all()]

@@ -12,6 +12,7 @@ from replaceme.report.experiment_comparison import (
     ERROR,
     RATIO,
     RETENTION,
+    SEEN,
     SPEEDS,
     ExperimentComparison,
     cell,
@@ -36,7 +37,10 @@ def shown(comparison: ExperimentComparison) -> tuple[list[list[str]], list[str]]
     while table["method"].nunique() > 1 and settings and len(align(rows).splitlines()[0]) > COLUMNS:
         settings.pop()
         rows = _rows(table, settings)
-    return rows, [_note(table, name) for name in comparison.settings if name not in settings]
+    notes = [_note(table, name) for name in comparison.settings if name not in settings]
+    if SEEN in rows[0]:
+        notes.append(f"{SEEN}: tasks that are scored on calibration text")
+    return rows, notes
 
 
 def markdown(rows: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
@@ -53,6 +57,7 @@ def _rows(table: pd.DataFrame, settings: Sequence[str]) -> list[list[str]]:
     costs = [name for name in COSTS.values() if name != "peak_memory_bytes" or not cuda]
     columns = ["experiment", "method", *settings]
     columns += [name for name in ("removed_percent", "parameters", RETENTION, *ratios) if name in table]
+    columns += [SEEN] if (table[SEEN] != "").any() else []
     columns += [name for name in (*costs, *SPEEDS.values()) if name in table and table[name].notna().any()]
     titles = TITLES | ({ratios[0]: "perplexity"} if len(ratios) == 1 else {})
     rows = [[titles.get(name, name) for name in columns]]

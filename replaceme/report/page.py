@@ -20,8 +20,10 @@ from replaceme.base.files import read_json, write_text
 from replaceme.base.params import Params
 from replaceme.base.plan import Block, load_blocks
 from replaceme.base.settings import settings_yaml, without_folder
+from replaceme.base.versions import listed
 from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import FIELDS, criterion_of
+from replaceme.models.embedded import MODELS
 from replaceme.report import sentences, tables
 from replaceme.report.figures import cut_map, layer_figures, loss_curve, residual_path, score_figure
 from replaceme.report.published_table import LABEL
@@ -63,7 +65,9 @@ class Page:
             (folder / f"{name}.png").write_bytes(picture.light)
 
 
-def render(params: Params, work: Workspace, speed: Mapping[str, Any] | None = None) -> Page:
+def render(
+    params: Params, work: Workspace, speed: Mapping[str, Any] | None = None, cost: Mapping[str, Any] | None = None
+) -> Page:
     """Make the report of a finished run.
 
     Args:
@@ -71,6 +75,7 @@ def render(params: Params, work: Workspace, speed: Mapping[str, Any] | None = No
         work: the folder with its results.
         speed: measured times: ``prefill_seconds`` and ``decode_seconds_per_token`` (each ``dense``, ``pruned``, ``speedup``),
             and ``prompt_tokens``, ``new_tokens``, ``batch_size``, ``rounds``, ``dtype``, ``device``, ``threads``.
+        cost: what the compression cost, as in metrics/compression.json.
 
     Raises:
         ResourceError: a result is missing, because the stage that writes it has not run.
@@ -80,6 +85,7 @@ def render(params: Params, work: Workspace, speed: Mapping[str, Any] | None = No
     distances, residuals, layers = profile["angular_distance"], profile["residual"], profile["layers"]
     repaired, edits = read_json(work.metric("repair")), read_json(work.edits / "edits.json")
     fits = _fits(solved, repaired)
+    made_with = read_json(work.text_versions) | read_json(work.model_versions) | read_json(work.score_versions)
     pictures = {
         "distances": _map(distances, "angular distance (half turns)", blocks),
         "cut_residuals": _map(residuals, "relative residual of a linear map", blocks),
@@ -98,9 +104,11 @@ def render(params: Params, work: Workspace, speed: Mapping[str, Any] | None = No
         layers=len(distances),
         outcome=sentences.outcome(evaluation),
         accuracy=tables.accuracy_table(evaluation),
+        divergence=tables.divergence_table(evaluation),
         perplexity=tables.perplexity_table(evaluation),
         size=tables.size_table(evaluation),
         times=tables.times_table(speed) if speed else None,
+        cost=tables.cost_table(cost) if cost else None,
         cut=sentences.cut_sentences(distances, residuals, blocks, criterion_of(params).words, read_json(work.metric("select"))),
         parts_table=tables.parts_table(repaired) if edits["parts"] else None,
         layer_reading=sentences.layer_sentences(layers, blocks),
@@ -110,7 +118,9 @@ def render(params: Params, work: Workspace, speed: Mapping[str, Any] | None = No
         heal=sentences.heal_sentence(read_json(work.metric("heal"))),
         proof=sentences.proof_sentence(read_json(work.metric("export")), blocks),
         published=tables.published_table(LABEL),
+        about=MODELS[params.model_path].about if params.model_path in MODELS else "",
         settings=settings,
+        versions=listed(made_with),
         pictures=drawn,
     )
     return Page(html, drawn, settings)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from replaceme.base.plan import Block
-from replaceme.report.tables import Figures, number
+from replaceme.report.tables import Figures, number, seen_in
 
 Distances = Sequence[Sequence[float]]
 
@@ -16,15 +16,26 @@ def outcome(evaluation: Figures) -> list[tuple[str, str]]:
     """Return the main results as pairs of a value and the words after it."""
     parts = []
     if "retention_percent" in evaluation:
-        parts.append((f"{evaluation['retention_percent']:.1f} %", "of the accuracy kept"))
+        parts.append((f"{evaluation['retention_percent']:.1f} %", f"of the accuracy kept{_seen(evaluation, 'accuracy')}"))
     # lm-eval's own texts have no perplexity per token.
     texts = evaluation.get("word_perplexity", {}) | evaluation.get("perplexity", {})
-    if ratios := [task["ratio"] for task in texts.values()]:
+    unseen = evaluation.get("unseen", {})
+    if "perplexity_ratio" in unseen:
+        where = f"{unseen['texts']} unseen domains (geometric mean)" if unseen["texts"] > 1 else "an unseen domain"
+        parts.insert(0, (f"{unseen['perplexity_ratio']:.3g} ×", f"the perplexity on {where}"))
+    elif ratios := [task["ratio"] for task in texts.values()]:
         spread = f"{min(ratios):.3g}" + f" to {max(ratios):.3g}" * (len(ratios) > 1) + " ×"
-        parts.append((spread, "the perplexity"))
+        parts.append((spread, f"the perplexity{_seen(evaluation, 'perplexity', 'word_perplexity')}"))
     if "parameters" in evaluation:
         parts.append((f"{evaluation['parameters']['removed_percent']:.1f} %", "smaller"))
     return parts
+
+
+def _seen(evaluation: Figures, *groups: str) -> str:
+    """Return words on the tasks of these groups that are scored on calibration text; an empty text if there are none."""
+    tasks = {task for group in groups for task in evaluation.get(group, {})}
+    seen = len(seen_in(evaluation, tasks))
+    return f" ({'on' if seen == len(tasks) else 'in part on'} calibration text)" if seen else ""
 
 
 def span(block: Block) -> str:

@@ -3,7 +3,7 @@
 All accuracies are in percent, so that the run's table and the published one can be read side by side.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,11 @@ Figures = Mapping[str, Any]
 
 SIGNIFICANT = 0.05
 NOTES = {
-    "*": "differs from the dense model at p < 0.05 (exact McNemar test or paired t-test over the same items)",
+    "*": "differs from the dense model at p < 0.05 (exact McNemar test or paired t-test over the same items, or over their "
+    "articles where items share one)",
     "°": "no significant difference from the dense model (p ≥ 0.05, same test)",
 }
+SEEN = "†"
 UNITS = {"perplexity": "token", "word_perplexity": "word", "byte_perplexity": "byte"}
 SIZES = {
     "parameters": ("parameters", ""),
@@ -115,7 +117,7 @@ def accuracy_table(evaluation: Figures) -> Table | None:
         "p": [_p_value(task["p_value"]) if "p_value" in task else "" for task in tasks.values()],
         "items": [str(task.get("items", "")) for task in tasks.values()],
     }
-    head = ["", *tasks]
+    head = ["", *(_named(task, evaluation) for task in tasks)]
     if average := evaluation.get("average_accuracy"):
         head.append("average")
         change = average["pruned"] - average["dense"]
@@ -127,11 +129,47 @@ def accuracy_table(evaluation: Figures) -> Table | None:
         cells = ["100.0", f"{evaluation['retention_percent']:.1f}{error}", "", "", ""]
         rows = {name: [*row, cell] for (name, row), cell in zip(rows.items(), cells, strict=True)}
     return Table(
-        "Accuracy in percent, ± one standard error (of the difference: paired over the items)",
+        "Accuracy in percent, ± one standard error (of the difference: paired over the items, or their articles)",
         head,
         [[name, *row] for name, row in rows.items() if any(row)],
-        [(mark, note) for mark, note in NOTES.items() if mark in marks.values()],
+        [*((mark, note) for mark, note in NOTES.items() if mark in marks.values()), *_seen_notes(evaluation, tasks)],
     )
+
+
+def divergence_table(evaluation: Figures) -> Table | None:
+    """Return how far the pruned model is from the dense one on each text, and on those that were not calibrated on."""
+    texts, known = evaluation.get("divergence", {}), evaluation.get("calibration_text", {})
+    rows = [
+        [
+            task,
+            _calibrated(known[task]) if task in known else "",
+            f"× {_with_error(evaluation['perplexity'][task], 'ratio')}",
+            _with_error(figures, "kl"),
+            _percent_with_error(figures, "agreement"),
+        ]
+        for task, figures in texts.items()
+        if task in evaluation.get("perplexity", {})
+    ]
+    unseen = evaluation.get("unseen", {})
+    if {"perplexity_ratio", "kl"} <= unseen.keys():
+        ratio = f"× {_with_error(unseen, 'perplexity_ratio')}"
+        rows.append(["unseen domains", "no", ratio, _with_error(unseen, "kl"), _percent_with_error(unseen, "agreement")])
+    notes = [
+        ("KL", "divergence of the pruned model's predictions from the dense model's, in nats a token"),
+        ("same token", "share of positions with the dense model's most likely token"),
+        ("unseen domains", "geometric mean of the ratios, mean of the others, over the texts marked no"),
+    ]
+    head = ["text", "calibrated on", "perplexity ratio", "KL", "same token, %"]
+    return Table("Distance from the dense model by text, ± one standard error", head, rows, notes) if rows else None
+
+
+def _calibrated(text: Figures) -> str:
+    return "yes" if text["seen"] else "its domain" if text["same_domain"] else "no"
+
+
+def _percent_with_error(figures: Figures, key: str) -> str:
+    error = figures.get(f"stderr_{key}")
+    return f"{100 * figures[key]:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
 
 
 def perplexity_table(evaluation: Figures) -> Table | None:
@@ -139,7 +177,7 @@ def perplexity_table(evaluation: Figures) -> Table | None:
     tasks = dict.fromkeys(task for group in UNITS for task in evaluation.get(group, {}))
     rows = [
         [
-            f"{task}, per {unit}",
+            f"{_named(task, evaluation)}, per {unit}",
             *(_with_error(figures, side) for side in ("dense", "pruned")),
             f"× {_with_error(figures, 'ratio')}",
         ]
@@ -147,7 +185,8 @@ def perplexity_table(evaluation: Figures) -> Table | None:
         for group, unit in UNITS.items()
         if (figures := evaluation.get(group, {}).get(task))
     ]
-    return Table("Perplexity, ± one standard error", ["", "dense", "pruned", "ratio"], rows) if rows else None
+    head, notes = ["", "dense", "pruned", "ratio"], _seen_notes(evaluation, tasks)
+    return Table("Perplexity, ± one standard error", head, rows, notes) if rows else None
 
 
 def size_table(evaluation: Figures) -> Table | None:
@@ -175,6 +214,19 @@ def times_table(speed: Figures) -> Table:
         f"Measured on {speed['device']}{threads}: {speed['dtype']}, batch of {speed['batch_size']}, {speed['rounds']} rounds"
     )
     return Table(caption, ["", "dense", "pruned", "speedup"], rows)
+
+
+def cost_table(cost: Figures) -> Table:
+    """Return what the compression cost (metrics/compression.json), stage by stage."""
+    rows = [[stage, _seconds(seconds)] for stage, seconds in cost.get("stage_seconds", {}).items()]
+    if "seconds" in cost:
+        rows.append(["all stages", _seconds(cost["seconds"])])
+    for key, name in (("peak_memory_bytes", "peak memory"), ("peak_cuda_bytes", "peak GPU memory")):
+        if key in cost:
+            rows.append([name, quantity(cost[key], "B")])
+    if missing := cost.get("stages_not_measured"):
+        rows.append(["not measured here", f"{missing} stage{'s' * (missing > 1)}"])
+    return Table("Cost of the compression, of each stage in the run that made its output", ["", "cost"], rows)
 
 
 def fit_table(fits: Mapping[str, Figures]) -> Table:
@@ -224,6 +276,29 @@ def quantity(value: float, unit: str = "") -> str:
         value /= 1000
         prefixes.pop(0)
     return f"{value:.4g} {prefixes[0]}{unit}".rstrip()
+
+
+def seen_in(evaluation: Figures, tasks: Iterable[str]) -> list[str]:
+    """Return those of some tasks that are scored on calibration text."""
+    texts = evaluation.get("calibration_text", {})
+    return [task for task in tasks if texts.get(task, {}).get("seen")]
+
+
+def _named(task: str, evaluation: Figures) -> str:
+    return f"{task} {SEEN}" if seen_in(evaluation, [task]) else task
+
+
+def _seen_notes(evaluation: Figures, tasks: Iterable[str]) -> list[tuple[str, str]]:
+    texts = evaluation.get("calibration_text", {})
+    shares = ", ".join(f"{100 * texts[task]['overlap']:.0f} % of {task}" for task in seen_in(evaluation, tasks))
+    if not shares:
+        return []
+    return [
+        (
+            SEEN,
+            f"scored on calibration text, which says nothing about other text (items with 13 of its words in a row: {shares})",
+        )
+    ]
 
 
 def _mark(task: Figures) -> str:

@@ -33,7 +33,6 @@ from replaceme.observers.walk import walk
 from replaceme.selection.blocks import smallest
 from replaceme.selection.compensation import gains
 from replaceme.selection.trials import Trials, batches_of, next_token_loss
-from replaceme.solvers.arguments import naming
 from replaceme.solvers.refit import refit
 
 # Number of measured cuts.
@@ -146,8 +145,8 @@ def _split(documents: Documents) -> tuple[Documents, Documents]:
     excerpts = excerpts_of(held_out)
     if not len(excerpts):
         raise ParameterError(
-            f"selection: loss holds out every {HELD_OUT_EVERY}th document, and none of these has two tokens, of "
-            f"{len(documents)} in the dataset; use residual, or more text."
+            f"selection: loss holds out every {HELD_OUT_EVERY}th document, by whole texts, and none of these has two tokens, "
+            f"of {len(documents)} from {len(set(documents.sources))} texts; use residual, or more text."
         )
     return fit, excerpts
 
@@ -185,8 +184,8 @@ def _refit(
         walk(model, family, documents, [*grams.values()], batch_size=batch_size, description="fitting the best cuts")
         for number, gram in grams.items():
             sums = gram.tensors()
-            alpha = RIDGE * float(sums["added_gram"].diagonal().mean())
-            with naming(sums="dtype", tokens="dataset_size"):
+            # An MLP that adds nothing has no map to start from: this cut is measured without a fit.
+            if alpha := RIDGE * float(sums["added_gram"].diagonal().mean()):
                 refit(cuts[number], blocks[number].host, sums, alpha, REFIT_RIDGE)
 
 

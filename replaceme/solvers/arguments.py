@@ -1,27 +1,22 @@
-"""Errors about a solver's arguments; callers put in the names of the parameters that set them."""
+"""Errors about a solver's arguments; callers put in the name of the parameter that sets the argument."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from replaceme.base.errors import SolveError
-
-
-class _Names(dict[str, str]):
-    def __missing__(self, argument: str) -> str:
-        return argument
 
 
 class ArgumentError(SolveError):
     """A solver's argument leaves the problem without a solution.
 
     Attributes:
-        sentence: what is wrong and what would be right, with arguments in braces: "{ridge}: 0 is too small; raise {ridge}."
-        names: argument → its name in the message; an argument that is missing here keeps its own.
+        argument: the argument, or the parameter that sets it: the key before the colon.
+        sentence: what is wrong and what would be right, as it is printed after the colon.
     """
 
-    def __init__(self, sentence: str, names: Mapping[str, str] | None = None):
-        self.sentence, self.names = sentence, dict(names or {})
-        super().__init__(sentence.format_map(_Names(self.names)))
+    def __init__(self, argument: str, sentence: str):
+        self.argument, self.sentence = argument, sentence
+        super().__init__(f"{argument}: {sentence}")
 
 
 @contextmanager
@@ -34,4 +29,4 @@ def naming(**parameters: str) -> Iterator[None]:
     try:
         yield
     except ArgumentError as error:
-        raise ArgumentError(error.sentence, {**parameters, **error.names}) from error
+        raise ArgumentError(parameters.get(error.argument, error.argument), error.sentence) from error

@@ -74,8 +74,9 @@ def _diagonal(gram: Tensor, cross: Tensor, alpha: float) -> Tensor:
     scale = gram.diagonal() + alpha
     if float(scale.min()) <= 0:
         raise ArgumentError(
-            f"{{alpha}}: {alpha:g} leaves the least squares singular ({int((scale <= 0).sum())} of {len(gram)} dimensions of M "
-            "are always 0); set {alpha} above 0."
+            "alpha",
+            f"{alpha:g} leaves the least squares singular ({int((scale <= 0).sum())} of {len(gram)} dimensions of M are "
+            "always 0); set it above 0.",
         )
     return torch.diag(cross.diagonal() / scale)
 
@@ -102,5 +103,5 @@ def _two_vectors(ridged: Tensor, remaining: Tensor) -> Tensor:
 def _cholesky(ridged: Tensor) -> Tensor:
     factor, failed = torch.linalg.cholesky_ex(ridged)
     if failed:
-        raise ArgumentError("{alpha}: the least squares are singular to float64; raise {alpha}, or {tokens}.")
+        raise ArgumentError("alpha", "the least squares are singular to float64; raise it, or dataset_size.")
     return factor

@@ -25,8 +25,8 @@ def orthogonal_map(gram: Tensor, cross: Tensor, alpha: float, norm: Tensor | Non
     """Return ``argmin ‖Y − M T‖² + α‖T‖²`` over ``T = diag(γ)⁻¹ Q D``; a local minimum, no worse than the best ``s Q``.
 
     Args:
-        gram: ``MᵀM``, (d, d) float64.
-        cross: ``MᵀY``, (d, d) float64.
+        gram: ``MᵀM``, (d, d) float64; the fit runs on its device.
+        cross: ``MᵀY``, (d, d) float64, on the same device.
         alpha: ridge, in the units of ``gram``.
         norm: γ (d,); None if there is no norm: all ones.
 
@@ -36,13 +36,13 @@ def orthogonal_map(gram: Tensor, cross: Tensor, alpha: float, norm: Tensor | Non
     Raises:
         ArgumentError: α = 0 and M is 0, or γ has zeros.
     """
-    gamma = torch.ones(len(gram), dtype=torch.float64) if norm is None else norm.double()
+    gamma = torch.ones(len(gram), dtype=torch.float64, device=gram.device) if norm is None else norm.to(gram)
     if not bool((gamma != 0).all()):
-        raise ArgumentError("{norm}: an orthogonal map divides by the norm's weight, which has zeros here.")
-    S = (gram + alpha * torch.eye(len(gram), dtype=torch.float64)) / gamma / gamma[:, None]
+        raise ArgumentError("transform", "an orthogonal map divides by the norm's weight, which has zeros here.")
+    S = (gram + alpha * torch.eye(len(gram), dtype=torch.float64, device=gram.device)) / gamma / gamma[:, None]
     C = cross / gamma[:, None]
     if not float(S.diagonal().sum()) > 0:
-        raise ArgumentError(f"{{alpha}}: {alpha:g} leaves the least squares singular (M is always 0); set {{alpha}} above 0.")
+        raise ArgumentError("alpha", f"{alpha:g} leaves the least squares singular (M is always 0); set it above 0.")
     Q = polar(C)
     D = ((Q * C).sum() / S.diagonal().sum()).expand(len(S))
     lowest, best, momentum, before = torch.inf, Q * D, 0, S @ Q

@@ -33,7 +33,7 @@ def refit(edits: Edits, host: int, sums: Mapping[str, Tensor], alpha: float, rid
         ridge: λ of the corrections.
 
     Raises:
-        ArgumentError: the least squares are singular with ``alpha`` or with ``ridge``, or the sums are not finite.
+        ArgumentError: the least squares are singular with ``alpha`` or with ``ridge``.
     """
     features = Features.from_tensor(sums["layout"])
     solution = solve_ridge(sums["added_gram"], sums["added_cross"] + sums["added_gram"], alpha)

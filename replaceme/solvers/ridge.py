@@ -28,7 +28,7 @@ def solve_correction(gram: Tensor, cross: Tensor, ridge: Tensor) -> Tensor:
         X (k, d) float64; its row is 0 for a feature that is always zero.
 
     Raises:
-        ArgumentError: the sums are not finite, or the ridge is too small for them.
+        ArgumentError: the ridge is too small for the sums.
     """
     # With every feature scaled to a mean square of 1, the ridge is Λ itself, and the matrix is well scaled.
     diagonal = gram.diagonal()
@@ -38,11 +38,9 @@ def solve_correction(gram: Tensor, cross: Tensor, ridge: Tensor) -> Tensor:
     # A feature of zeros has a row of zeros; the ridge makes it solvable.
     scaled.diagonal().add_(ridge.to(scaled))
     factor, failed = torch.linalg.cholesky_ex(scaled)
-    if not bool(torch.isfinite(factor).all() & torch.isfinite(cross).all()):
-        raise ArgumentError("{sums}: the sums over the features are not finite; use float32 or bfloat16.")
     if failed:
         smallest = float(ridge[ridge > 0].min())
-        raise ArgumentError(f"{{ridge}}: {smallest:g} leaves the least squares singular; raise it, or {{tokens}}.")
+        raise ArgumentError("ridge", f"{smallest:g} leaves the least squares singular; raise it, or dataset_size.")
     del scaled
     return torch.cholesky_solve(cross * scale[:, None], factor).mul_(scale[:, None])
 
@@ -115,7 +113,8 @@ def require_full_rank(eigenvalues: Tensor, alpha: float) -> float:
     if max(float(eigenvalues[0]), 0.0) + alpha <= resolution:
         rank = int((eigenvalues > resolution).sum())
         raise ArgumentError(
-            f"{{alpha}}: {alpha:g} leaves the least squares singular (rank {rank} of {len(eigenvalues)}); "
-            f"raise {{tokens}}, or set {{alpha}} well above {resolution:.1g}."
+            "alpha",
+            f"{alpha:g} leaves the least squares singular (rank {rank} of {len(eigenvalues)}); "
+            f"raise dataset_size, or set alpha well above {resolution:.1g}.",
         )
     return resolution

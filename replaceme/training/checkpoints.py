@@ -16,11 +16,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from replaceme.base.errors import ResourceError
-from replaceme.base.files import new_folder, read_json, write_json
+from replaceme.base.files import PARTIAL, new_folder, read_json, write_json
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
 # Bytes of a tensor that are hashed at once.
 CHUNK = 1 << 26
+
+
+def checkpoints_in(folder: Path) -> Path:
+    """Return the folder below an output's own for a method's checkpoints; the stage deletes it once all it writes is there."""
+    return folder / f"training{PARTIAL}"
 
 
 def key_of(settings: Mapping[str, Any], tensors: Iterable[Tensor]) -> str:

@@ -26,7 +26,7 @@ from torch.func import functional_call
 from torch.nn.functional import kl_div, log_softmax
 from torch.utils.checkpoint import checkpoint
 
-from replaceme.base.documents import Batch, Documents
+from replaceme.base.documents import Batch, Documents, seeded_order
 from replaceme.edits.edits import Edits
 from replaceme.edits.fold import changed_parameters
 from replaceme.edits.unfused import unfused
@@ -127,9 +127,8 @@ class Predictions:
         """Return the mean divergence over a random part of the documents' real tokens: chosen by step, or the same for None."""
         batch = self.texts.batch(documents)
         longest = batch.input_ids.shape[1]
-        chance = torch.Generator().manual_seed(-1 if step is None else step)
-        places = torch.randperm(longest, generator=chance)[: max(round(SHARE * longest), 1)].sort().values
-        places = places.to(self.texts.device)
+        order = seeded_order(longest, -1 if step is None else step)
+        places = order[: max(round(SHARE * longest), 1)].sort().values.to(self.texts.device)
         real = batch.mask[:, places]
         with torch.no_grad():
             wanted = self._dense(batch, self.texts.rows(self.leaving, documents), places)[real]

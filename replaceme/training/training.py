@@ -19,10 +19,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from replaceme.base.compute import kind_of
 from replaceme.base.documents import Batch, Documents, seeded_order, split_places
 from replaceme.base.errors import SolveError
+from replaceme.base.fingerprints import sha256_of_code
 from replaceme.base.progress import logger, progress
 from replaceme.base.scratch import scratch
+from replaceme.base.versions import FOUR_BIT, MODEL, versions
 from replaceme.models.families import Family
 from replaceme.observers.walk import Keep, walk
 from replaceme.training.checkpoints import load_checkpoint, save_checkpoint
@@ -36,7 +39,7 @@ Curves = dict[str, list[tuple[int, float]]]
 WEIGHT_DECAY, CLIP, WARM_UP, FLOOR = 1e-3, 5.0, 0.01, 0.25
 # Seed of the documents' order.
 SEED = 0
-# One document in so many is held out; their loss is evaluated about this often in a training.
+# About one document in so many is held out, by whole texts; their loss is evaluated about this often in a training.
 HELD_OUT_EVERY, EVALUATIONS = 20, 8
 # Time between checkpoints, at least: seconds, and a multiple of the time that the last one took.
 CHECKPOINT_SECONDS, SAVING_SHARE = 60.0, 10
@@ -186,8 +189,9 @@ class _Run:
 
     def __init__(self, lesson: Lesson, parameters: dict[str, Tensor], course: Course, folder: Path, key: str):
         self.lesson, self.parameters, self.course, self.folder, self.key = lesson, parameters, course, folder, key
-        self.lengths = [len(text) for text in lesson.documents.longest_first()]
-        self.taught, self.held_out = split_places(len(lesson.documents), HELD_OUT_EVERY)
+        ordered = lesson.documents.in_walk_order()
+        self.lengths = [len(text) for text in ordered.documents]
+        self.taught, self.held_out = split_places(ordered.sources, HELD_OUT_EVERY)
         self.optimizer = torch.optim.AdamW(parameters.values(), lr=course.learning_rate, weight_decay=WEIGHT_DECAY)
         self.per_epoch = -(-len(self.taught) // course.batch_size)
         self.steps = self.per_epoch * course.epochs
@@ -283,7 +287,17 @@ def figures_of(curves: Curves, parameters: Mapping[str, Tensor]) -> dict[str, An
     return figures
 
 
-def settings_of(course: Course) -> dict[str, Any]:
-    """Return what a training depends on besides the lesson and the parameters, for a checkpoint's key."""
+def settings_of(course: Course, device: torch.device) -> dict[str, Any]:
+    """Return what a training depends on besides the lesson and the parameters, for a checkpoint's key.
+
+    Any other code, package or kind of device than that of the first step could give steps that don't belong together.
+    """
     constants = [WEIGHT_DECAY, CLIP, WARM_UP, FLOOR, SEED, HELD_OUT_EVERY, EVALUATIONS]
-    return {**asdict(course), "constants": constants, "torch": torch.__version__, "threads": torch.get_num_threads()}
+    return {
+        **asdict(course),
+        "constants": constants,
+        "code": sha256_of_code(),
+        "versions": versions((*MODEL, *FOUR_BIT)),
+        "device": kind_of(str(device)),
+        "threads": torch.get_num_threads(),
+    }

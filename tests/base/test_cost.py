@@ -2,23 +2,24 @@
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from replaceme.base import cost as cost_module
-from replaceme.base.cost import peak_memory, recorded
-from replaceme.base.errors import ResourceError
-from replaceme.base.files import read_json, write_json
+from replaceme.base.cost import kept, known, peak_memory, recorded
+from replaceme.base.files import cache_folder, read_json, write_json, write_text
 from replaceme.base.params import Params, read_params
 from replaceme.base.stage import COMPRESSION, Stage, run_stage
 from replaceme.base.workspace import Workspace
 from replaceme.methods.method import Method
 from replaceme.methods.registry import METHODS
-from replaceme.pipeline.report import compression_figures
+from replaceme.pipeline.cost import STAGE, compression_figures
 from tests.pipeline.closure import ROOT
 
 MIB = 1 << 20
@@ -57,16 +58,91 @@ def test_the_peaks_of_all_cuda_devices_are_added(tmp_path: Path, monkeypatch: py
     assert read_json(tmp_path / "cost.json")["peak_cuda_bytes"] == 300
 
 
-@pytest.mark.parametrize(("name", "left"), [("solve", ["artifacts/cost/solve.json"]), ("evaluate", [])])
-def test_a_stage_of_the_compression_leaves_its_cost_and_no_other_does(
-    name: str, left: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def made_up_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder with a stage ``solve`` that copies a file."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["stage"])
-    Path("params.yaml").write_text("method: uidl\n", encoding="utf-8")
+    monkeypatch.setenv("REPLACEME_CACHE", str(tmp_path.parent / "cache"))
+    stage = "{deps: [read.txt], params: [alpha], outs: [written], metrics: [{metrics/solve.json: {cache: false}}]}"
+    write_text(Path("dvc.yaml"), f"stages: {{solve: {stage}}}\n")
+    write_text(Path("params.yaml"), "method: uidl\n")
+    write_text(Path("read.txt"), "some text")
+
+
+def copied(name: str = "solve") -> None:
+    """Run the made-up stage as DVC does."""
+
+    def copy(params: Params, work: Workspace) -> None:
+        write_text(Path("written", "copy.txt"), Path("read.txt").read_text())
+        write_json(Path("metrics", "solve.json"), {})
+
     with pytest.raises(SystemExit, match="0"):
-        run_stage(Stage(name=name, run=lambda params, work: None, code=(), methods=METHODS))
-    assert [path.as_posix() for path in Path("artifacts").rglob("*.json")] == left
+        run_stage(Stage(name=name, run=copy, code=(), methods=METHODS))
+
+
+def cost_here(**params: Any) -> Any:
+    """Return the known cost of what the made-up stage wrote."""
+    return known(kept("solve", read_params(Path("params.yaml"), params)))
+
+
+@pytest.mark.usefixtures("made_up_pipeline")
+def test_a_stage_of_the_compression_keeps_its_cost_apart_from_its_outputs_and_no_other_does() -> None:
+    copied("evaluate")
+    assert not (cache_folder() / "costs").exists()
+    copied()
+    assert set(cost_here()) == {"seconds", "peak_memory_bytes"}
+    here = {path.as_posix() for path in Path().rglob("*") if path.is_file()}
+    assert here == {"dvc.yaml", "params.yaml", "read.txt", "written/copy.txt", "metrics/solve.json"}
+
+
+@pytest.mark.usefixtures("made_up_pipeline")
+def test_a_cost_belongs_to_parameters_and_to_what_was_read_and_written() -> None:
+    copied()
+    first = cost_here()
+    assert cost_here(seed=7) == first
+    assert cost_here(alpha=1.0) is None
+    for path in (Path("read.txt"), Path("written", "copy.txt"), Path("metrics", "solve.json")):
+        content = path.read_text()
+        write_text(path, f"{content} ")
+        assert cost_here() is None
+        write_text(path, content)
+        assert cost_here() == first
+    write_text(Path("read.txt"), "other text")
+    copied()
+    other = cost_here()
+    write_json(kept("solve", read_params(Path("params.yaml"))), other | {"seconds": 7})
+    assert cost_here()["seconds"] == 7
+    # What was computed before is there again, as DVC restores it.
+    for path in (Path("read.txt"), Path("written", "copy.txt")):
+        write_text(path, "some text")
+    assert cost_here() == first
+
+
+@pytest.mark.usefixtures("made_up_pipeline")
+@pytest.mark.parametrize("record", ["", "[1]", '{"seconds": 1}', '{"seconds": "1", "peak_memory_bytes": 1}', "null"])
+def test_a_broken_record_is_none(record: str) -> None:
+    copied()
+    write_text(kept("solve", read_params(Path("params.yaml"))), record)
+    assert cost_here() is None
+
+
+@pytest.mark.usefixtures("made_up_pipeline")
+def test_a_stage_is_done_though_its_cost_can_not_be_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("REPLACEME_CACHE", str(tmp_path / "read.txt"))
+    copied()
+    assert "cost: that of the stage solve is not kept" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("made_up_pipeline")
+def test_a_pipeline_without_records_and_outputs_says_that_nothing_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copyfile(ROOT / "dvc.yaml", "dvc.yaml")
+    with pytest.raises(SystemExit, match="0"):
+        run_stage(STAGE)
+    assert read_json(Path("metrics", "compression.json")) == {"stages_not_measured": 9, "trained": False}
+    assert "cost: not measured here" in capsys.readouterr().err
 
 
 def costs(work: Workspace) -> None:
@@ -103,11 +179,12 @@ def test_a_method_that_trains_says_so(tmp_path: Path, params: Params, monkeypatc
     assert compression_figures(params, work)["trained"] is True
 
 
-def test_a_stage_without_a_record_is_named(tmp_path: Path) -> None:
+def test_a_stage_without_a_record_leaves_the_others_and_no_sum(tmp_path: Path) -> None:
     costs(work := Workspace(tmp_path))
     work.cost("select").unlink()
-    with pytest.raises(ResourceError, match=r"select\.json does not exist"):
-        compression_figures(read_params(None, {}), work)
+    figures = compression_figures(read_params(None, {}), work)
+    assert figures.pop("stage_seconds").keys() == set(COMPRESSION) - {"select"}
+    assert figures == {"stages_not_measured": 1, "trained": False}
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")

@@ -1,9 +1,10 @@
+import os
 from pathlib import Path
 
 import pytest
 
 from replaceme.base.errors import ParameterError
-from replaceme.base.params import read_params
+from replaceme.base.params import parse_value, read_params
 from replaceme.methods.registry import FIELDS, METHODS
 from replaceme.reference import reference
 from tests.pipeline.closure import ROOT
@@ -74,6 +75,18 @@ def problems_of(tmp_path: Path, text: str) -> str:
         ("tasks: {winogrande: 5}", "tasks: winogrande must have options like {fewshots: 0}, not 5"),
         ("- alpha", "must hold one `key: value` a line"),
         ("dataset_subset: train\ndataset_split: test", "dataset_subset: says 'train' and dataset_split 'test'"),
+        ('model_path: "a\\0b"', "model_path: must be a text without control characters, not 'a\\x00b'"),
+        ('tasks: ["a\\nb.txt"]', "tasks: a name must be a text without control characters, not 'a\\nb.txt'"),
+        (f"dataset: {'x' * 2000}", "dataset: must be a text of at most 1000 characters, not 'xxx"),
+        (
+            f"model_path: there/{'é' * 128}",
+            "model_path: must be a text of which no name of a file or folder is longer than 255",
+        ),
+        ("model_path: !!binary eA==", "model_path: must be a text, not b'x'"),
+        ("alpha: !!float x", "isn't valid YAML"),
+        ("seed: !!timestamp x", "isn't valid YAML"),
+        (f"alpha: {'[' * 30}{']' * 30}", "nests more than 20 lists and mappings"),
+        ("alpha: &a [*a]", "has the alias *a without a complete value before it"),
     ],
 )
 def test_each_mistake_is_named_in_one_sentence(tmp_path: Path, text: str, said: str) -> None:
@@ -87,6 +100,60 @@ def test_each_mistake_is_named_in_one_sentence(tmp_path: Path, text: str, said: 
 def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
     message = problems_of(tmp_path, "alpha: x\nbatch_size: 0\nfoo: 1\nmethod: foo\nnum_A: 0")
     assert sorted(line.split(": ")[1] for line in message.splitlines()) == ["alpha", "batch_size", "foo", "method", "num_A"]
+
+
+def billion_laughs(levels: int) -> str:
+    lines = [f"x{level + 1}: &x{level + 1} [{', '.join([f'*x{level}'] * 10)}]" for level in range(levels)]
+    return "\n".join(["x0: &x0 [lol]", *lines])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (billion_laughs(30), "has more than 10000 values, aliases included"),
+        ("alpha: " + "[" * 100_000, "nests more than 20"),
+        ("alpha: " + "x" * 10_000_000, "is larger than 256 KiB"),
+        ("# " + "x" * 10_000_000, "is larger than 256 KiB"),
+        ("tasks: [" + "a, " * 50_000 + "]", "has more than 10000 values"),
+    ],
+    ids=["aliases of aliases", "brackets", "string", "comment", "list"],
+)
+def test_a_config_that_is_too_large_is_refused_before_anything_is_built_from_it(tmp_path: Path, text: str, said: str) -> None:
+    message = problems_of(tmp_path, text)
+    assert said in message
+    assert len(message) < 300
+
+
+def test_a_long_value_is_cut_wherever_it_stands(tmp_path: Path) -> None:
+    long = "x" * 20_000
+    for text in (
+        f"{long}: 1", f"alpha: {long}", f"alpha: [{long}, [{long}]]", f"method: {long}", f"selection: {long}", f"diag: {long}",
+        f"tasks: {{piqa: {long}}}", f"tasks: {{piqa: {{{long}: 1}}}}", f"tasks: [[{long}]]", f"tasks: [{long}]",
+        f"diag: true\ntransform: {long}", f"alpha: 1\nalpha: {long}", f"alpha: '{long}",
+        f"dataset_subset: {long}\ndataset_split: a",
+    ):  # fmt: skip
+        assert all(len(line) < 500 for line in problems_of(tmp_path, text).splitlines()), text[:20]
+
+
+def test_aliases_are_allowed(tmp_path: Path) -> None:
+    params = read_params(written(tmp_path, "tasks: [{piqa: &five {fewshots: 5}}, {boolq: *five}]"))
+    assert [task.fewshots for task in params.tasks] == [5, 5]
+
+
+def test_values_of_the_command_line_are_held_to_the_same_limits() -> None:
+    assert parse_value("[" * 50_000) == "[" * 50_000
+    assert parse_value(f"{{{billion_laughs(30)}}}".replace("\n", ", ")).startswith("{x0")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
+def test_a_config_that_is_no_regular_file_is_refused_without_waiting(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml" if kind != "device" else Path("/dev/zero")
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    with pytest.raises(ParameterError, match=f"{path}: is no regular file; give the path of a YAML file"):
+        read_params(path)
 
 
 def test_missing_config_file_is_named(tmp_path: Path) -> None:

@@ -1,6 +1,10 @@
 """Calibration documents: reading every kind of local file, tokenizing, cutting, packing, and refusing bad files."""
 
 import json
+import os
+import signal
+import socket
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +12,17 @@ import pandas as pd
 import pytest
 from ruamel.yaml import YAML
 
-from replaceme.base.documents import Documents
+from replaceme.base.documents import Documents, seeded_order, split_documents
 from replaceme.base.errors import DatasetError, ParameterError
-from replaceme.base.params import read_params
+from replaceme.base.params import Params, read_params
 from replaceme.base.settings import settings_yaml
+from replaceme.corpora import tokenization
 from replaceme.corpora.corpus import Corpus, as_row
 from replaceme.corpora.draw import Counts, draw_documents
 from replaceme.corpora.find import find_datasets, own_documents, sources_of
+from replaceme.corpora.local import read_rows
 from replaceme.corpora.tokenization import encode_in_chunks, start_of_text
-from tests.conftest import made_text, made_tokenizer
+from tests.conftest import CHAT_TEMPLATE, made_text, made_tokenizer
 
 BOS = 0
 CHAT = [{"from": "system", "value": "be brief"}, {"from": "human", "value": "a river"}, {"from": "gpt", "value": "runs"}]
@@ -101,11 +107,64 @@ def test_rows_are_packed_until_a_document_is_full(tmp_path: Path) -> None:
     assert counts.documents == 3
 
 
+def test_the_pieces_of_a_text_have_one_source(tmp_path: Path) -> None:
+    texts = [made_text(12, seed) for seed in range(25)]
+    documents, _ = draw_documents(Corpus(texts, running=True), made_tokenizer(), 60, 16, pack=False, seed=0)
+    assert len({*documents.sources}) < len(documents) == 60
+    for document, source in zip(documents.documents, documents.sources, strict=True):
+        assert made_tokenizer().decode(document[1:]).strip("\ufffd") in texts[source]
+    used, held_out = split_documents(documents)
+    assert not {*used.sources} & {*held_out.sources}
+    assert 0 < len(held_out) <= 12
+
+
+def test_a_single_running_text_is_held_out_by_whole_parts(text_file: Path) -> None:
+    documents, _ = draw(text_file, size=300)
+    text = text_file.read_text(encoding="utf-8")
+    places = [text.index(made_tokenizer().decode(document[1:])) for document in documents.documents]
+    in_order = [source for _, source in sorted(zip(places, documents.sources, strict=True))]
+    assert in_order == sorted(in_order)
+    assert len({*in_order}) == 20
+
+
+def test_rows_are_sources_of_their_own(tmp_path: Path) -> None:
+    path = rows_file(tmp_path, [{"text": f"the river {number}" if number % 3 else ""} for number in range(9)])
+    for pack in (False, True):
+        documents, _ = draw(path, size=9, pack=pack, max_length=4)
+        assert len({*documents.sources}) == len(documents) > 1
+
+
 def test_chats_go_through_the_template_with_all_turns_and_one_bos(tmp_path: Path) -> None:
     path = rows_file(tmp_path, [{"conversations": CHAT, "id": 1}])
     documents, _ = draw(path, max_length=100)
     text = made_tokenizer().decode(documents.documents[0])
     assert text == "<s><system>be brief\n<user>a river\n<assistant>runs\n"
+
+
+def test_a_template_with_todays_date_gives_the_same_documents_on_every_day(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "replaceme")
+    tokenization._say_date.cache_clear()
+    path, tokenizer = rows_file(tmp_path, [{"conversations": CHAT}] * 2), made_tokenizer()
+    before, _ = draw(path, tokenizer=tokenizer, max_length=500)
+    assert "date" not in caplog.text
+    # As in Llama 3's template, and within a macro.
+    tokenizer.chat_template = (
+        "{%- macro day() %}{{ strftime_now('%Y') }}{% endmacro %}{%- if strftime_now is defined %}"
+        "{{ strftime_now('%d %b %Y') }} {{ day() }}\n{%- endif %}" + CHAT_TEMPLATE
+    )
+    kept = tokenizer.chat_template
+    found = []
+    for year in (2031, 2032):
+        clock = type("Clock", (datetime,), {"now": classmethod(lambda cls, zone=None, year=year: datetime(year, 1, 1))})
+        monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", clock)
+        found.append([document.tolist() for document in draw(path, tokenizer=tokenizer, max_length=500)[0].documents])
+    assert found[0] == found[1] != [document.tolist() for document in before.documents]
+    assert "26 Jul 2024 2024" in tokenizer.decode(found[0][0])
+    assert tokenizer.chat_template == kept
+    assert "today is always 26 July 2024" in str(Params.model_fields["dataset_column"].description)
+    assert caplog.text.count("the chat template asks for today's date and always gets 2024-07-26") == 1
 
 
 def test_the_published_column_name_falls_back_to_the_chat_column(tmp_path: Path) -> None:
@@ -117,6 +176,23 @@ def test_chats_without_a_template_are_an_error(tmp_path: Path) -> None:
     path = rows_file(tmp_path, [{"conversations": CHAT}])
     with pytest.raises(DatasetError, match="no chat template"):
         draw(path, tokenizer=made_tokenizer(chat=False))
+
+
+NESTED_LOOPS = f"{'{% for i in range(99999) %}' * 4}{'{% endfor %}' * 4}"
+TREE = "{% macro tree(n) %}{% for i in range(9) %}{{ tree(n - 1) if n else '' }}{% endfor %}{% endmacro %}{{ tree(40) }}"
+
+
+@pytest.mark.parametrize("template", [NESTED_LOOPS, TREE], ids=["nested loops", "recursion"])
+def test_a_chat_template_that_does_not_end_is_stopped(template: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("replaceme.corpora.tokenization.TEMPLATE_SECONDS", 0.2)
+    path, before = rows_file(tmp_path, [{"conversations": CHAT}]), signal.getsignal(signal.SIGPROF)
+    tokenizer = made_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(
+        DatasetError, match=r"the model's chat template takes more than 0\.2 s for a chat; choose a text column"
+    ):
+        draw(path, tokenizer=tokenizer)
+    assert (signal.getsignal(signal.SIGPROF), signal.getitimer(signal.ITIMER_PROF)) == (before, (0.0, 0.0))
 
 
 def test_documents_get_a_bos_only_if_the_tokenizer_has_one() -> None:
@@ -142,19 +218,106 @@ def test_batches_hold_every_real_token_once(documents: Documents) -> None:
     [
         ("empty.txt", "", "empty.txt is empty"),
         ("blank.txt", " \n", "holds only white space"),
-        ("bad.jsonl", "{no json\n", "bad.jsonl can't be read as jsonl"),
+        ("bad.jsonl", "{no json\n", "bad.jsonl isn't JSON text"),
         ("columns.jsonl", '{"a": "x", "b": "y"}\n', "its columns are a, b"),
         ("wrong.jsonl", '{"text": 3}\n', "neither text nor a list of chat turns"),
         ("blank.jsonl", '{"text": ""}\n', "no text is left after tokenization (1 rows were empty)"),
         ("data.xml", "<a/>", "ends in '.xml'"),
+        ("latin.jsonl", b'{"text": "\xff"}\n', "line 1 of {path} isn't UTF-8 text (byte 10)"),
+        ("latin.csv", "text\ndéjà vu\n".encode("latin-1"), "{path} isn't UTF-8 text"),
+        (
+            "deep.jsonl",
+            '{"text": "a"}\n{"text": ' + "[" * 100_000 + "]" * 100_000 + "}",
+            "line 2 of {path} nests too many lists",
+        ),
+        ("deep.json", "[" * 100_000, "line 1 of {path} nests too many lists"),
+        ("list.jsonl", '{"text": "a"}\n["b"]\n', "line 2 of {path} must be an object with columns, not list"),
+        ("list.json", '[{"text": "a"}, 3]', "row 2 of {path} must be an object with columns, not int"),
+        ("mixed.jsonl", '{"text": "a"}\n{"text": true}\n', "'text' of line 2 of {path} holds bool, neither text nor a list"),
+        ("mixed.csv", "text\nhello\n12\n", "'text' of line 3 of {path} holds float, neither text nor a list"),
+        ("semicolons.csv", "id;text\n1;hello, you\n2;b\n", "{path} separates its columns by ';'; write it with commas"),
+        ("tabs.csv", "id\ttext\n1\thello\n", r"{path} separates its columns by '\t'; write it with commas"),
+        (
+            "fields.csv",
+            "text\na,b\nc,d\n",
+            "line 2 of {path} has 2 fields, not the header's 1; quote a text that holds a comma",
+        ),
+        ("short.csv", "id,text\n1,a\n2\n", "line 3 of {path} has 1 fields, not the header's 2"),
+        ("twins.csv", "text,text\na,b\n", "{path} has two columns of one name; its header is text, text"),
+        ("quotes.csv", 'text\n"a\n', "{path} can't be read as CSV (unexpected end of data)"),
+        ("header.csv", "text\n", "{path} has no rows"),
+        ("zip.csv", b"PK\x03\x04\x14\x00\xff\xfe" * 9, "{path} isn't UTF-8 text"),
+        (
+            "zip.parquet",
+            b"PK\x03\x04\x14\x00" * 9,
+            "{path} can't be read as Parquet (after row 0: Parquet magic bytes not found",
+        ),
     ],
 )
-def test_bad_files_are_named_with_the_reason(tmp_path: Path, name: str, content: str, said: str) -> None:
+def test_bad_files_are_named_with_the_reason(tmp_path: Path, name: str, content: str | bytes, said: str) -> None:
     path = tmp_path / name
-    path.write_text(content, encoding="utf-8")
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(DatasetError) as caught:
-        draw(path)
-    assert said in str(caught.value)
+        draw(path, size=100)
+    assert said.replace("{path}", str(path)) in str(caught.value)
+
+
+def test_a_changed_byte_of_a_parquet_file_is_refused_or_harmless(tmp_path: Path) -> None:
+    path, texts = tmp_path / "rows.parquet", [made_text(1, seed) for seed in range(20)]
+    pd.DataFrame({"text": texts}).to_parquet(path, write_page_checksum=True)
+    whole, refusals = path.read_bytes(), []
+    for position in range(0, len(whole), 23):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 0x10]) + whole[position + 1 :])
+        try:
+            assert list(read_rows(path, "text", None)) == texts
+        except DatasetError as refusal:
+            refusals.append(str(refusal))
+    assert len(refusals) > 10
+    assert all(str(path) in refusal for refusal in refusals)
+
+
+@pytest.mark.parametrize("name", ["a[1]*.csv", "a::b.jsonl", "zip::c?.parquet", "{x}.json"])
+def test_a_file_name_is_taken_literally(tmp_path: Path, name: str) -> None:
+    suffix = Path(name).suffix
+    path = rows_file(tmp_path, [{"text": "the river"}], ".jsonl" if suffix == ".json" else suffix)
+    assert len(draw(path.rename(tmp_path / name))[0]) == 1
+
+
+def test_a_csv_field_is_a_text_as_it_stands(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text('\ufeffn,body\n1,NA\n2,"two\nlines, ""quoted"""\n\n3,nan\n4,\n', encoding="utf-8")
+    assert list(read_rows(tmp_path / "rows.csv", None, None)) == ["NA", 'two\nlines, "quoted"', "nan", ""]
+
+
+def test_a_json_file_is_a_list_of_rows_or_one_a_line(tmp_path: Path) -> None:
+    for content in (
+        '[{"text": "a"}, {"text": "b", "n": 1}]',
+        '{"text": "a"}\n{"text": "b"}\n',
+        '\ufeff{"text": "a"}\n{"text": "b"}',
+    ):
+        (tmp_path / "rows.json").write_text(content, encoding="utf-8")
+        assert list(read_rows(tmp_path / "rows.json", None, None)) == ["a", "b"]
+
+
+def test_the_order_of_rows_is_the_seeded_permutation(tmp_path: Path) -> None:
+    texts = [f"text {number}" for number in range(300)]
+    for suffix in (".jsonl", ".csv", ".parquet"):
+        rows = list(read_rows(rows_file(tmp_path, [{"text": text} for text in texts], suffix), None, 7))
+        assert rows == [texts[index] for index in seeded_order(300, 7).tolist()]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "socket"])
+def test_a_file_that_is_no_regular_file_is_refused_without_waiting(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if kind == "folder":
+        Path("rows.jsonl").mkdir()
+    elif kind == "pipe":
+        os.mkfifo("rows.jsonl")
+    else:
+        socket.socket(socket.AF_UNIX).bind("rows.jsonl")
+    with pytest.raises(DatasetError, match=r"dataset: rows\.jsonl is (no regular file|a folder); give a \.txt, "):
+        draw(Path("rows.jsonl"))
 
 
 def test_missing_file_and_missing_column_are_named(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The folded model equals the unfused computation, for each family, each start and two block lengths."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from replaceme.base.documents import Documents
 from replaceme.base.errors import ModelError, SolveError, VerificationError
 from replaceme.edits.edits import Change, Edits
-from replaceme.edits.fold import apply_edits, folds
+from replaceme.edits.fold import apply_edits, changed_parameters, folds
 from replaceme.edits.unfused import unfused
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import cache_error, verify_export, wrong_weights
 from replaceme.models.depth import broken_patterns, cut_config
 from replaceme.models.families import FAMILIES, Family, family_of, parameter_of
 from replaceme.models.model import Model
+from replaceme.observers.features import LINEARS
 from tests.conftest import FAMILY_CONFIGS, KINDS, LAYERS, WIDTH, made_model
 from tests.helpers import TEXT, edits_for, edits_of, hooked_and_folded, made_transform, norm_in_float64, shortened_logits
 
@@ -230,36 +232,39 @@ def test_verification_allows_for_subnormal_weights(
     edits = edits_for(2, 2)
     save_pruned(source, edits, tmp_path)
     dense, pruned = source.load(), Model(tmp_path, "pruned").load()
-    assert wrong_weights(dense, pruned, Family(), edits) == []
+    assert wrong_weights(dense, pruned, Family(), edits)[0] == []
 
 
 def test_verification_ignores_the_models_generation_config(
     save_tiny: Callable[..., Model], tmp_path: Path, documents: Documents
 ) -> None:
-    source, edits = save_tiny(), edits_for(2, 2)
-    save_pruned(source, edits, tmp_path)
-    (tmp_path / "generation_config.json").write_text('{"num_beams": 3, "do_sample": true, "top_k": 5, "eos_token_id": [1, 5]}')
-    assert verify_export(source, Model(tmp_path, "pruned"), edits, documents)["cache_error"] < 1e-4
+    source, edits = Model(Path(shutil.copytree(save_tiny().folder, tmp_path / "source")), "llama"), edits_for(2, 2)
+    config = '{"num_beams": 3, "do_sample": true, "top_k": 5, "eos_token_id": [1, 5]}'
+    (source.folder / "generation_config.json").write_text(config)
+    save_pruned(source, edits, tmp_path / "pruned")
+    assert verify_export(source, Model(tmp_path / "pruned", "pruned"), edits, documents)["cache_error"] < 1e-4
 
 
 def test_verification_compares_with_the_unfused_computation(
     tiny: Model, tmp_path: Path, documents: Documents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("replaceme.export.verification.wrong_weights", lambda *_: [])
+    edited = {f"model.layers.1.mlp.down_proj.{name}" for name in ("weight", "bias")}
+    monkeypatch.setattr("replaceme.export.verification.wrong_weights", lambda *_: ([], edited))
     save_pruned(tiny, Edits("test", [2, 3], {1: made_transform().T.contiguous()}), tmp_path)
-    with pytest.raises(VerificationError, match="the state at the cut differs from the unfused computation by"):
+    with pytest.raises(VerificationError, match="the state after layer 1 differs from the unfused computation by"):
         verify_export(tiny, Model(tmp_path, "pruned"), edits_for(2, 2), documents)
 
 
 def test_verification_fails_a_config_that_changes_the_layers_after_the_cut(
-    save_tiny: Callable[..., Model], tmp_path: Path, documents: Documents
+    save_tiny: Callable[..., Model], tmp_path: Path, documents: Documents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, edits = save_tiny("qwen2"), edits_for(1, 2)  # layers 3 to 5 have a sliding window
     save_pruned(source, edits, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config["layer_types"] = ["full_attention"] * (LAYERS - 2)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(VerificationError, match="the logits differ"):
+    monkeypatch.setattr("replaceme.export.verification.wrong_entries", lambda *_: [])
+    with pytest.raises(VerificationError, match="the state after layer 3 differs"):
         verify_export(source, Model(tmp_path, "pruned"), edits, documents)
 
 
@@ -281,3 +286,19 @@ def test_a_large_correction_of_a_quiet_feature_does_not_overflow() -> None:
         expected = model(ids).logits
         with unfused(model, Family(), large):
             assert torch.equal(model(ids).logits, expected)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_change_of_a_replaced_parameter_is_applied_to_the_replacement(kind: str) -> None:
+    model = made_model(kind)
+    family, edits = family_of(model.config), edits_of(2, 2, model)
+    layers = family.decoder_layers(model)
+    for linear in LINEARS:
+        for name in family.ends(layers[1], linear):
+            edits.parameters[1, name] = torch.randn(
+                parameter_of(layers[1], name).shape, generator=torch.Generator().manual_seed(3)
+            )
+    named = [(layer, name) for layer, name, _ in changed_parameters(family, layers, edits)]
+    assert len({*named}) == len(named)
+    hooked, folded = hooked_and_folded(model, family, edits)
+    assert torch.allclose(hooked, folded, rtol=1e-3, atol=1e-3)

@@ -6,10 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import t, ttest_1samp
 
+from replaceme.base.compute import kind_of
 from replaceme.base.errors import DatasetError
 from replaceme.base.params import Params
-from replaceme.evaluation.comparison import compare, comparison_table, paired_p_value, scores_table
+from replaceme.base.versions import SCORES, versions
+from replaceme.evaluation.comparison import compare, comparison_table, paired_p_value, scores_table, weighted_stderr
 from replaceme.evaluation.perplexity import Windows
 from replaceme.evaluation.scores import Scores, score_model
 from replaceme.evaluation.tasks import task_fingerprints
@@ -128,6 +131,85 @@ def test_in_a_group_the_tasks_are_fixed_and_their_items_a_sample() -> None:
         assert found["p_value"] == pytest.approx(expected)
 
 
+def in_articles(articles: int, each: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return scores of two models (items,), 0 or 1, and the items' articles; an article's items are alike."""
+    generator = torch.Generator().manual_seed(seed)
+    ease = torch.rand(articles, 1, generator=generator)
+    before, after = ((torch.rand(articles, each, generator=generator) < ease * factor).double() for factor in (1.0, 0.8))
+    return before.flatten(), after.flatten(), torch.arange(articles).repeat_interleave(each) + 7
+
+
+def compared(before: torch.Tensor, after: torch.Tensor, articles: torch.Tensor | None) -> dict[str, Any]:
+    sides = [figures(10.0, float(side.mean())) for side in (before, after)]
+    owners = {} if articles is None else {"articles/c/0": articles}
+    return compare(*sides, {"accuracy/c/0": before} | owners, {"accuracy/c/0": after})
+
+
+def test_items_of_articles_of_one_size_are_compared_by_the_t_test_over_articles() -> None:
+    before, after, articles = in_articles(12, 9)
+    change = (after - before).reshape(12, 9).mean(dim=1)
+    reference = ttest_1samp(change.numpy(), 0)
+    found = compared(before, after, articles)
+    entry = found["accuracy"]["c"]
+    assert entry["p_value"] == pytest.approx(reference.pvalue)
+    assert entry["stderr_diff"] == pytest.approx(float(change.std()) / 12**0.5)
+    assert (entry["items"], entry["articles"]) == (108, 12)
+    ratio = float(after.mean() / before.mean())
+    per_article = (after - ratio * before).reshape(12, 9).mean(dim=1)
+    assert found["retention_stderr"] == pytest.approx(100 * float(per_article.std() / 12**0.5 / before.mean()))
+
+
+def test_the_standard_error_is_cluster_robust_for_articles_of_any_size() -> None:
+    generator = torch.Generator().manual_seed(5)
+    values, articles = torch.rand(40, generator=generator, dtype=torch.float64), torch.arange(40).square() % 11
+    sums = [float((values - values.mean())[articles == each].sum()) for each in articles.unique()]
+    expected = (len(sums) / (len(sums) - 1) * sum(each**2 for each in sums)) ** 0.5 / 40
+    assert weighted_stderr([values], True, [articles]) == pytest.approx(expected)
+
+
+def test_copies_of_items_within_their_articles_prove_nothing_more() -> None:
+    before, after, articles = in_articles(30, 2)
+    once = compared(before, after, articles)["accuracy"]["c"]
+    copied = compared(*(each.repeat(5) for each in (before, after, articles)))["accuracy"]["c"]
+    for key in ("p_value", "stderr_diff"):
+        assert copied[key] == pytest.approx(once[key])
+    assert copied["articles"] == once["articles"] == 30
+
+
+@pytest.mark.parametrize("articles", [torch.arange(60), torch.zeros(60, dtype=torch.int64), None])
+def test_items_of_their_own_or_of_a_single_article_are_the_sample(articles: torch.Tensor | None) -> None:
+    before, after, _ = in_articles(30, 2)
+    found = compared(before, after, articles)["accuracy"]["c"]
+    assert found["p_value"] == paired_p_value(before, after)
+    assert found["stderr_diff"] == pytest.approx(float((after - before).std() / 60**0.5))
+    assert "articles" not in found
+
+
+def test_two_tasks_over_the_same_articles_are_no_two_samples() -> None:
+    before, after, articles = in_articles(20, 3)
+    alone = compared(before, after, articles)["retention_stderr"]
+    for owners, expected in ((articles, alone), (articles + 100, alone / 2**0.5)):
+        sides = [figures(10.0, float(side.mean())) for side in (before, after)]
+        for side in sides:
+            side["accuracy"]["d"] = side["accuracy"]["c"]
+        items = [{"accuracy/c/0": side, "accuracy/d/0": side} for side in (before, after)]
+        found = compare(*sides, items[0] | {"articles/c/0": articles, "articles/d/0": owners}, items[1])
+        assert found["retention_stderr"] == pytest.approx(expected)
+
+
+def test_a_group_with_articles_is_tested_over_them() -> None:
+    parts = [in_articles(20, 3, seed) for seed in range(2)]
+    before, after, articles = zip(*parts, strict=True)
+    sides = [figures(10.0, float(torch.cat(side).mean())) for side in (before, after)]
+    items = [{f"accuracy/c/{n}": part for n, part in enumerate(side)} for side in (before, after)]
+    items[0] |= {f"articles/c/{n}": own + 100 * n for n, own in enumerate(articles)}
+    found = compare(*sides, *items)["accuracy"]["c"]
+    change = torch.stack([b - a for a, b in zip(before, after, strict=True)]).reshape(2, 20, 3).mean(dim=2)
+    stderr = float((change.var(dim=1) / 20).sum() ** 0.5) / 2
+    assert found["stderr_diff"] == pytest.approx(stderr)
+    assert found["p_value"] == pytest.approx(2 * t.sf(abs(float(change.mean())) / stderr, 38))
+
+
 def test_a_figure_missing_from_one_model_is_left_out() -> None:
     dense, pruned = figures(10.0, 0.0), figures(15.0, 0.0)
     del pruned["perplexity"]["t"]["word"]
@@ -145,6 +227,7 @@ def test_a_models_scores_hold_every_task_and_size(params: Params, tiny: Model, t
     head = config.hidden_size // config.num_attention_heads
     assert scores.figures["kv_cache_bytes_per_token"] == 2 * config.num_hidden_layers * config.num_key_value_heads * head * 4
     assert scores.figures["disk_bytes"] == (tiny.folder / "model.safetensors").stat().st_size
+    assert scores.figures["made_with"] == {"processor": kind_of("cpu"), **versions(SCORES)}
     scores.save(tmp_path)
     loaded = Scores.load(tmp_path)
     assert loaded.figures == scores.figures

@@ -14,10 +14,14 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from replaceme.base.errors import DatasetError, ParameterError
+from replaceme.base.params import Params
 from replaceme.base.task import Task
 from replaceme.evaluation import catalogue, harness
-from replaceme.evaluation.requests import Encodings
+from replaceme.evaluation.requests import Encodings, Requests
 from replaceme.evaluation.scorer import CausalScorer
+from replaceme.evaluation.scores import score_model
+from replaceme.evaluation.tasks import task_fingerprints
+from replaceme.models.model import Model
 from tests.conftest import made_model, made_text, made_tokenizer
 
 
@@ -238,6 +242,31 @@ def test_a_group_weights_its_tasks_equally_if_lm_eval_defines_it_so(library: Cal
     assert score["stderr"] == pytest.approx(sum(float(part.var()) / len(part) for part in parts) ** 0.5 / 2)
 
 
+@pytest.mark.parametrize("column", ["article", "passage", "context"])
+def test_items_that_share_a_passage_are_known_in_files_and_in_tasks_of_lm_eval(
+    column: str, library: Callable[..., None], questions: Path
+) -> None:
+    rows = [{**row, column: f"passage {number // 4}"} for number, row in enumerate(question_rows(20))]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    library("theirs")
+    found = run(made_model(max_position_embeddings=1024), Task(str(questions)), Task("theirs"))
+    for name in ("questions", "theirs"):
+        (own,), (part,) = found.articles[name], found.items[name]
+        assert own is not None
+        assert [int((own == each).sum()) for each in own.unique()] == [4] * 5
+        assert torch.equal(own, own[::4].repeat_interleave(4))
+        assert found.accuracy[name]["stderr"] == pytest.approx(float(part.reshape(5, 4).mean(dim=1).std()) / 5**0.5)
+
+
+def test_items_without_a_shared_passage_are_independent(questions: Path) -> None:
+    for passages in ([""] * 40, [str(number) for number in range(40)], ["same"] * 39):
+        rows = question_rows()
+        for row, passage in zip(rows, passages, strict=False):
+            row["passage"] = passage
+        questions.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        assert run(made_model(max_position_embeddings=1024), Task(str(questions))).articles["questions"] == [None]
+
+
 def test_a_name_that_is_taken_is_refused(library: Callable[..., None], questions: Path) -> None:
     library("questions")
     with pytest.raises(ParameterError, match="tasks: questions is there twice"):
@@ -269,7 +298,9 @@ def test_a_perplexity_that_overflows_loses_no_other_score(library: Callable[...,
     assert found.accuracy["questions"]["items"] == 40
 
 
-def test_generated_answers_and_perplexity_tasks_of_lm_eval_are_scored_too(library: Callable[..., None]) -> None:
+def test_generated_answers_and_perplexity_tasks_of_lm_eval_are_scored_too(
+    library: Callable[..., None], capfd: pytest.CaptureFixture[str]
+) -> None:
     library(
         "answers", output_type="generate_until", doc_to_choice=None, doc_to_target="{{choices[0]}}",
         generation_kwargs={"until": ["\n"], "max_gen_toks": 4}, metric_list=[{"metric": "exact_match"}],
@@ -284,6 +315,42 @@ def test_generated_answers_and_perplexity_tasks_of_lm_eval_are_scored_too(librar
         "accuracy": 0, "stderr": 0, "items": 5, "metric": "exact_match", "fewshots": 0, "by_size": True,
     }  # fmt: skip
     assert found.perplexity["pages"]["word"] > found.perplexity["pages"]["byte"] > 1
+    # lm-eval's own bars count requests.
+    assert "requests" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("wanted", "said"), [(None, 256), (64, 64), (63, None)])
+def test_answers_longer_than_the_model_are_refused_before_it_is_loaded(
+    wanted: int | None, said: int | None, library: Callable[..., None], params: Params, save_tiny: Callable[..., Model]
+) -> None:
+    generation = {"until": ["\n"]} | ({} if wanted is None else {"max_gen_toks": wanted})
+    library("answers", output_type="generate_until", doc_to_choice=None, doc_to_target="{{choices[0]}}",
+            generation_kwargs=generation, metric_list=[{"metric": "exact_match"}])  # fmt: skip
+    short = save_tiny("gpt2", max_position_embeddings=64)
+    asked = params.model_copy(update={"tasks": (Task("answers", limit=2),)})
+    if said is None:
+        assert score_model(asked, short, "dense", {"answers": {}}, Requests()).figures["accuracy"]["answers"]["items"] == 2
+    else:
+        with pytest.raises(ParameterError, match=f"tasks: answers generates up to {said} tokens, and the model takes 64 with"):
+            score_model(asked, short, "dense", {"answers": {}}, Requests())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_every_kind_of_request_fits_the_positions_that_a_model_has(
+    family: str, library: Callable[..., None], params: Params, save_tiny: Callable[..., Model], tmp_path: Path
+) -> None:
+    library("pages", output_type="loglikelihood_rolling", doc_to_text="", doc_to_choice=None,
+            doc_to_target="{{(question + ' ') * 20}}", metric_list=[{"metric": "word_perplexity"}])  # fmt: skip
+    library("choices", doc_to_text="{{(question + ' ') * 20}}", doc_to_choice="{{choices}}")
+    (text := tmp_path / "long.txt").write_text(made_text(60), encoding="utf-8")
+    asked = params.model_copy(update={"tasks": (Task("pages", limit=2), Task("choices", limit=3), Task(str(text)))})
+    short = save_tiny(family, max_position_embeddings=64)
+    requests = Requests()
+    found = score_model(asked, short, "dense", task_fingerprints(asked), requests).figures
+    assert max(map(len, requests.windows["long"].windows)) == 64
+    assert max(len(context) + len(tail) for context, tail in requests.encodings.pairs.values()) > 200
+    assert found["accuracy"]["choices"]["items"] == 3
+    assert min(found["perplexity"]["pages"]["word"], found["perplexity"]["long"]["token"]) > 1
 
 
 def test_a_task_without_accuracy_and_perplexity_is_refused(library: Callable[..., None]) -> None:
@@ -307,8 +374,6 @@ def test_more_examples_than_items_are_refused(questions: Path) -> None:
 
 
 def test_encodings_are_made_once_and_survive_the_disk(tmp_path: Path, questions: Path) -> None:
-    from replaceme.evaluation.requests import Requests
-
     model, requests = made_model(), Requests()
     suite = harness.Suite()
     suite.add(Task(str(questions)), {})

@@ -80,6 +80,7 @@ def test_continuations_are_runs_of_sentences_with_one_true_end(items: list[dict[
 def test_the_same_text_gives_the_same_items_with_the_answer_anywhere(items: list[dict[str, Any]]) -> None:
     assert items == continuation_items([made_text(120, seed) for seed in range(4)])
     assert {item["gold"] for item in items} == {0, 1, 2, 3}
+    assert len({item["article"] for item in items}) == 4
 
 
 def test_last_words_end_a_sentence_and_occur_in_the_passage_before_it() -> None:
@@ -93,7 +94,9 @@ def test_last_words_end_a_sentence_and_occur_in_the_passage_before_it() -> None:
         articles.append(". ".join(sentences))
     items = last_word_items(articles)
     assert len(items) >= 8
-    assert items == last_word_items(articles)
+    assert items == last_word_items(iter(articles))
+    homes = {item["article"]: {article for article in articles if item["context"][:60] in article} for item in items}
+    assert len(homes) == len({*map(frozenset, homes.values())}) > 1
     for item in items:
         assert any(f"{item['context']} {item['word']}." in article for article in articles)
         assert len(item["context"].split()) >= PASSAGE_WORDS

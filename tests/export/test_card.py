@@ -3,6 +3,7 @@
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from replaceme.base.params import Params, read_params
 from replaceme.edits.edits import Edits
 from replaceme.export.card import SCORING, SETTINGS, model_card
 from replaceme.methods.registry import METHODS
+from replaceme.models.embedded import MODELS
 from replaceme.models.model import Model
 from replaceme.publish import _results, _scores
 from tests.helpers import edits_for
@@ -71,6 +73,17 @@ def test_the_metadata_and_sentences_of_a_card(card_of: Callable[..., ModelCard])
     assert "## Scores" not in card.text
 
 
+def test_the_card_names_the_versions_that_the_model_was_made_with(params: Params, tiny: Model) -> None:
+    text = model_card(params, tiny, edits_for(2, 2), {}, made_with={"torch": "1.2+cpu", "lm-eval": "2.3"})
+    assert "Made with lm-eval 2.3, torch 1.2+cpu; other versions or another processor can change the last digits." in text
+
+
+def test_the_card_says_what_an_embedded_model_is(params: Params, tiny: Model) -> None:
+    about = MODELS["smollm2-135m-instruct"].about
+    assert f"with test.\n{about}\n" in model_card(params, replace(tiny, about=about), edits_for(2, 2), {})
+    assert "copy" not in model_card(params, tiny, edits_for(2, 2), {})
+
+
 def test_licence_and_language_come_from_the_original(card_of: Callable[..., ModelCard]) -> None:
     own = "---\nlicense: other\nlicense_name: theirs\nlicense_link: LICENSE\nlanguage: [en, de]\ntags: [theirs]\n---\n# A\n"
     data = card_of(own).data.to_dict()
@@ -102,6 +115,22 @@ def test_the_scores_are_a_table_and_the_hubs_results(card_of: Callable[..., Mode
     assert found == {("prose", "perplexity"): 32.9806, ("last_word", "accuracy"): 0.4, ("piqa", "accuracy"): 0.7}
     (index,) = card.data.to_dict()["model-index"]
     assert index["name"] == "dense without 2 of its 6 layers"
+
+
+def test_scores_on_calibration_text_are_marked_in_the_table_and_the_hubs_results() -> None:
+    texts = {
+        "prose": {"seen": 1, "overlap": 1.0},
+        "piqa": {"seen": 1, "overlap": 0.3},
+        "last_word": {"seen": 0, "overlap": 0.0},
+    }
+    evaluation = {**EVALUATION, "calibration_text": texts}
+    table = _scores(evaluation)
+    assert {row.split("|")[1].strip() for row in table.splitlines() if row.startswith("| ")} >= {
+        "prose perplexity (seen)", "last_word accuracy", "piqa accuracy (seen)", "average accuracy (in part seen)",
+    }  # fmt: skip
+    assert table.endswith("Seen: prose, piqa (are scored on calibration text).")
+    names = [result.dataset_name for result in _results(evaluation)]
+    assert names == ["prose (seen in calibration)", "last_word", "piqa (seen in calibration)"]
 
 
 def test_the_settings_repeat_the_run(card_of: Callable[..., ModelCard], params: Params, tmp_path: Path) -> None:

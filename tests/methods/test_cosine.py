@@ -211,3 +211,25 @@ def test_fewer_tokens_than_dimensions_are_refused_as_they_have_no_closed_form_to
     statistics = {"gram": few, "sample": STATISTICS["sample"]}
     with pytest.raises(SolveError, match="alpha: 0 leaves the least squares singular"):
         METHODS["cosine"].solve(params, BLOCK, statistics.__getitem__)
+
+
+@pytest.mark.parametrize("settings", [{}, {"accurate": True}, {"start": "identity"}, {"solver": "lbfgs"}])
+def test_an_mlp_that_adds_nothing_is_named_and_no_parameter_without_effect(settings: dict[str, object]) -> None:
+    nothing = torch.zeros_like(M)
+    params = read_params(None, {"method": "cosine", "device": "cpu", **settings}, methods=METHODS)
+    shard = {"counts": torch.tensor([80])}
+    statistics = {"gram": made_sums(nothing, Z, H), "sample": {"added": nothing, "rest": Z, "target": H}}
+    statistics |= dict.fromkeys(("tokens", "tokens_accurate"), shard)
+    statistics["tokens.0"] = {"added": nothing, "left": Z, "target": H, "goal": H - Z}
+    with pytest.raises(SolveError, match=f"^method: the MLP of layer {BLOCK.host} adds nothing to any token"):
+        METHODS["cosine"].solve(params, BLOCK, statistics.__getitem__)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_least_squares_with_a_ridge_map_an_mlp_that_adds_nothing_to_nothing(structure: str) -> None:
+    nothing = torch.zeros_like(M)
+    statistics = {"gram": made_sums(nothing, Z, H), "sample": {"added": nothing, "rest": Z, "target": H}}
+    params = read_params(None, {"alpha": 1.0, "transform": structure}, methods=METHODS)
+    found = METHODS["lstsq"].solve(params, BLOCK, statistics.__getitem__)
+    assert found.figures["relative_residual"] == pytest.approx(found.figures["relative_residual_removed"])
+    assert found.ridge_path == []

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from copy import deepcopy
+from errno import ENOSPC
 from pathlib import Path
 from typing import Any
 
@@ -173,11 +174,14 @@ def test_the_loss_falls_on_training_and_on_held_out_texts(tmp_path: Path) -> Non
     assert len((tmp_path / "held_out_loss.tsv").read_text().splitlines()) == len(held_out) + 1
 
 
-def test_held_out_texts_are_not_trained_on(tmp_path: Path) -> None:
-    texts = many_documents(40)
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_held_out_texts_are_not_trained_on(pieces: int, tmp_path: Path) -> None:
+    texts = Documents(many_documents(40).documents, [number // pieces for number in range(40)])
     lesson = lesson_of(made_model(), texts)
-    taught_ones, held_out = split_places(40, training.HELD_OUT_EVERY)
+    ordered = texts.in_walk_order()
+    taught_ones, held_out = split_places(ordered.sources, training.HELD_OUT_EVERY)
     assert (sorted(taught_ones + held_out), len(held_out)) == ([*range(40)], 2)
+    assert not {ordered.sources[place] for place in taught_ones} & {ordered.sources[place] for place in held_out}
     course = Course(1e-3, 1, 4, RATE)
     first, _ = train(lesson, lesson.learners(), course, tmp_path / "one", "")
     for index in held_out:
@@ -390,6 +394,28 @@ def test_the_stages_choose_train_and_export(options: dict[str, Any], params: Par
     loaded = Model(work.model, "pruned").load()
     assert loaded.config.num_hidden_layers == LAYERS - 2
     assert is_own_form(work.model) == ("llm_streamline_form" in options and "plain" not in options)
+
+
+def test_a_training_whose_results_can_not_be_written_is_not_repeated(
+    params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(training, "SAVING_SHARE", 0)
+    params, work = params.model_copy(update={"method": "llm_streamline"}), Workspace(tmp_path / "run")
+    for stage in (inspect_inputs, calibrate, profile, select, plan, observe_activations, solve):
+        stage(params, work)
+
+    def full(*_: Any) -> None:
+        raise OSError(ENOSPC, "no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("replaceme.pipeline.repair.write_text", full)
+        with pytest.raises(OSError, match="no space left"):
+            repair(params, work)
+    with counted() as steps:
+        repair(params, work)
+    assert steps == []
+    assert not [path for path in work.repaired.parent.iterdir() if "partial" in path.name]
 
 
 def test_a_method_that_trains_nothing_leaves_empty_curves(params: Params, tmp_path: Path) -> None:

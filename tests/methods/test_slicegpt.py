@@ -21,6 +21,7 @@ from replaceme.edits.fold import apply_edits
 from replaceme.edits.unfused import unfused
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import cache_error, verify_export, wrong_weights
+from replaceme.methods import bases
 from replaceme.methods.bases import bases_in_order, fitting_width, nearest, principal, shared_basis
 from replaceme.methods.method import Bench
 from replaceme.methods.refusals import family_refusals
@@ -38,10 +39,10 @@ from replaceme.pipeline.inputs import inspect_inputs
 from replaceme.pipeline.plan import plan
 from replaceme.pipeline.repair import repair
 from replaceme.pipeline.solve import solve
-from tests.conftest import KINDS, LAYERS, WIDTH, made_model
-from tests.helpers import passing
+from tests.conftest import DESCRIBED, KINDS, LAYERS, WIDTH, made_model
+from tests.helpers import elsewhere, passing
 
-SLICED = ["granite", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3"]
+SLICED = [kind for kind, family in DESCRIBED.items() if not family.unsliced]
 SIGNALS = 2 * LAYERS + 1
 TEXT = torch.arange(2, 42)[None]
 
@@ -141,10 +142,10 @@ def test_verification_sees_a_change_of_any_weight(name: str, tiny: Model, tmp_pa
     edits = random_edits(22)
     save_pruned(tiny, edits, tmp_path)
     pruned = Model(tmp_path, "pruned").load()
-    assert wrong_weights(tiny.load(), pruned, tiny.family(), edits) == []
+    assert wrong_weights(tiny.load(), pruned, tiny.family(), edits)[0] == []
     with torch.no_grad():
         pruned.get_parameter(name).view(-1)[3] += 1e-3
-    assert wrong_weights(tiny.load(), pruned, tiny.family(), edits) == [name]
+    assert wrong_weights(tiny.load(), pruned, tiny.family(), edits)[0] == [name]
     edits.bases[4] = random_edits(22).bases[0]
     with pytest.raises(VerificationError, match=r"export: model.layers.\d.\S+ differs"):
         verify_export(tiny, Model(tmp_path, "pruned"), edits, documents)
@@ -153,6 +154,38 @@ def test_verification_sees_a_change_of_any_weight(name: str, tiny: Model, tmp_pa
 def bench_of(model: Any, documents: Documents, folder: Path, **options: Any) -> Bench:
     params = read_params(None, {"method": "slicegpt", "batch_size": 4, "layers_to_skip": 1, **options}, METHODS)
     return Bench(params, model, family_of(model.config), documents, Plan((), ()), Edits("SliceGPT", []), folder, folder)
+
+
+def test_bases_and_projections_are_computed_on_the_device_of_the_states(
+    documents: Documents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, width = bench_of(made_model(), documents, tmp_path), 20
+    expected = [*bases_in_order(bench, width)]
+    watched, project, places = bases._watched, bases.projected, []
+
+    def noted(rows: torch.Tensor, Q: torch.Tensor) -> torch.Tensor:
+        places.append(rows.device.type)
+        return project(rows, Q)
+
+    monkeypatch.setattr(bases, "projected", noted)
+    monkeypatch.setattr(bases, "_watched", lambda *args: watched(*args).to("meta"))
+    with elsewhere():
+        found = [*bases_in_order(bench, width)]
+        # The sums over what a layer's walk sees are there; those over what its MLP gives are on the CPU here, as the MLP is.
+        assert [Q.device.type for Q, _ in found] == ["meta", *["meta", "cpu"] * LAYERS]
+        assert all(
+            torch.equal(Q.cpu(), other) and share == same for (Q, share), (other, same) in zip(found, expected, strict=True)
+        )
+    assert places == ["meta", *["cpu"] * (2 * LAYERS - 1)]
+
+
+def test_the_edits_of_slicing_are_on_the_cpu(documents: Documents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = bench_of(made_model(), documents, tmp_path)
+    watched = bases._watched
+    monkeypatch.setattr(bases, "_watched", lambda *args: watched(*args).to("meta"))
+    with elsewhere():
+        METHODS["slicegpt"].work(bench)  # type: ignore[misc]
+    assert {(type(Q), Q.device.type) for Q in bench.edits.bases} == {(torch.Tensor, "cpu")}
 
 
 def leading(gram: np.ndarray, width: int) -> tuple[np.ndarray, float]:

@@ -102,6 +102,10 @@ def test_an_undescribed_family_is_pruned_if_the_proof_passes(
     said = capsys.readouterr().err
     assert f"transform: joint is not derived for the undescribed family '{kind}'; use refit." in said
     assert "repair: is not derived" in said
+    call(commands.run_replaceme, *options, "--transform", "channels", code=2)
+    said = capsys.readouterr().err
+    assert f"transform: channels is not derived for the undescribed family '{kind}'; use refit." in said
+    assert said.count("transform: channels") == 1
     call(commands.run_replaceme, *options, "--transform", "refit")
     said = capsys.readouterr().err
     assert f"the family '{kind}' is not described; its layers (model.layers)" in said

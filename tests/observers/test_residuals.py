@@ -84,6 +84,21 @@ def test_held_out_tokens_come_from_other_documents_than_the_fits() -> None:
     assert torch.equal(choose_tokens(documents, 200)[0], fit)
 
 
+def test_held_out_tokens_come_from_other_texts_than_the_fits() -> None:
+    documents = Documents(made_documents(40).documents, [number // 4 for number in range(40)])
+    fit, held = choose_tokens(documents, 200)
+    ordered = documents.in_walk_order()
+    ends = torch.tensor([len(document) for document in ordered.documents]).cumsum(0)
+    owners = [{ordered.sources[place] for place in torch.searchsorted(ends, tokens, right=True)} for tokens in (fit, held)]
+    assert all(owners)
+    assert not owners[0] & owners[1]
+
+
+def test_pieces_of_a_single_text_are_split_by_token() -> None:
+    fit, held_out = choose_tokens(Documents(made_documents(9).documents, [0] * 9), 10_000)
+    assert fit.max() < held_out.min()
+
+
 def test_few_documents_are_split_by_token() -> None:
     fit, held_out = choose_tokens(made_documents(2), 10_000)
     assert fit.max() < held_out.min()
@@ -148,7 +163,8 @@ def test_the_loss_of_a_cut_is_that_of_the_model_without_its_layers(kind: str, mo
 
 
 def test_the_loss_needs_documents_to_hold_out() -> None:
-    for documents in (made_documents(4), Documents([torch.tensor([5])] * 6)):
+    one_text = Documents([torch.arange(9)] * 6, [0] * 6)
+    for documents in (made_documents(4), Documents([torch.tensor([5])] * 6), one_text):
         with pytest.raises(ParameterError, match="selection: loss holds out every 5th document"):
             dense_loss(made_model(), documents, 1)
         with pytest.raises(ParameterError, match="selection: loss holds out every 5th document"):

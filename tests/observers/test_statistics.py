@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from replaceme.base.documents import Batch, Documents
+from replaceme.base.errors import SolveError
 from replaceme.base.params import read_params
 from replaceme.methods.registry import METHODS
 from replaceme.models.families import Family
@@ -162,3 +163,12 @@ def test_sums_are_those_of_all_parts_in_float64(dtype: torch.dtype) -> None:
     for name, total in expected.items():
         assert found[name].dtype == torch.float64
         assert torch.allclose(found[name], total, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gram", "features", "mlp_features", "stream", "stream_weighted", "magnitudes"])
+def test_sums_that_are_not_finite_are_refused_before_they_are_stored(name: str, documents: Documents) -> None:
+    model = made_model(tie_word_embeddings=False)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[int(documents.documents[0][3])] = float("nan")
+    with pytest.raises(SolveError, match="dtype: the sums over the activations are not finite; use float32 or bfloat16"):
+        take_statistics(model, Family(), documents, BLOCK, [name], 4)

@@ -33,7 +33,21 @@ atexit.register(note)
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory, tiny: Model) -> Path:
     """A copy of the repository, set to a tiny model and a text of its own, and run once."""
-    folder = tmp_path_factory.mktemp("project") / "repository"
+    folder = made_project(tmp_path_factory.mktemp("project") / "repository", tiny)
+    noting = folder.parent / "noting"
+    noting.mkdir()
+    (noting / "sitecustomize.py").write_text(NOTING, encoding="utf-8")
+    (folder.parent / "loaded").mkdir()
+    # The cache that the tests use.
+    cache = str(tmp_path_factory.getbasetemp() / "cache")
+    shell(folder, "dvc", "repro", PYTHONPATH=str(noting), LOADED=str(folder.parent / "loaded"), REPLACEME_CACHE=cache)
+    shell(folder, "git", "add", ".")
+    shell(folder, "git", "commit", "-q", "-m", "first run")
+    return folder
+
+
+def made_project(folder: Path, tiny: Model) -> Path:
+    """Copy the repository, set it to a tiny model and a text of its own, and return the folder."""
     for name in ("stages", "replaceme", "experiments"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("dvc.yaml", ".dvcignore", ".gitignore", ".dvc/config", ".dvc/.gitignore"):
@@ -60,13 +74,6 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny: Model) -> Path:
     shell(folder, "git", "init", "-q", "-b", "main")
     shell(folder, "git", "config", "user.name", "tester")
     shell(folder, "git", "config", "user.email", "tester@example.org")
-    noting = folder.parent / "noting"
-    noting.mkdir()
-    (noting / "sitecustomize.py").write_text(NOTING, encoding="utf-8")
-    (folder.parent / "loaded").mkdir()
-    shell(folder, "dvc", "repro", PYTHONPATH=str(noting), LOADED=str(folder.parent / "loaded"))
-    shell(folder, "git", "add", ".")
-    shell(folder, "git", "commit", "-q", "-m", "first run")
     return folder
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from replaceme import commands
+from replaceme.base.errors import ParameterError
 from replaceme.base.fingerprints import sha256_below
 from replaceme.methods.registry import FIELDS, METHODS
 from replaceme.models.model import Model
@@ -233,6 +234,12 @@ def test_evaluate_model_prints_the_scores_and_writes_them(
         (["--layers", "2", "--model_path", "./nowhere"], "model_path: there is no folder ./nowhere"),
         (["--layers", "2", "--dataset", "nowhere.txt"], "dataset: there is no file nowhere.txt"),
         (["--layers", "6"], "layers_to_skip: must be less than the model's 6 layers, not 6"),
+        (["--layers", "2", "--model_path", "~nobody-here/x"], "model_path: there is no folder ~nobody-here/x"),
+        (["--layers", "2", "--dataset", "~nobody-here/x.txt"], "dataset: there is no file ~nobody-here/x.txt"),
+        (["--layers", "2", "--tasks", "~nobody-here/x.txt"], "tasks: there is no file ~nobody-here/x.txt"),
+        (["--layers", "2", "--save_path", "~nobody-here/x"], "save_path: ~nobody-here is no user of this machine"),
+        (["--layers", "2", "--dataset", "x" * 100_000], "dataset: must be a text of at most 1000 characters"),
+        ([f"--{'x' * 100_000}"], "xxx' is not an option"),
         (["--layers", "2", "--min_distance_layer", "5"], "min_distance_layer: no block of 2 layers fits"),
         (["--layers", "2", "--tasks", "helaswag"], "tasks: 'helaswag' is no task (did you mean 'hellaswag' or"),
         (["--layers", "2", "--tasks", "piqa"], "tasks: 'piqa' needs the dataset baber/piqa, the hub can't be reached"),
@@ -247,6 +254,21 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert said in errors[0]
+    assert len(errors[0]) <= 307
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", "../../etc/passwd", "--model_path", "b"], "model_path: is given twice, as ../../etc/passwd and as b"),
+        (["--alpha", "1", "--alpha", "2"], "alpha: is given twice, as 1 and as 2; keep one"),
+        (["--config", "a", "--config", "b"], "config: is given twice, as a and as b; keep one"),
+    ],
+)
+def test_an_option_with_two_values_is_refused_under_whichever_of_its_names(arguments: list[str], said: str) -> None:
+    with pytest.raises(ParameterError, match=re.escape(f"command line: {said}")):
+        commands._parse(arguments, "")
+    assert commands._parse([*arguments[:2], arguments[2], arguments[1]], "")
 
 
 def test_a_folder_that_is_no_earlier_result_is_never_replaced(
@@ -341,6 +363,13 @@ def test_scores_replace_nothing_but_scores(tiny: Model, text_file: Path, tmp_pat
     thesis.write_text("years of work", encoding="utf-8")
     call(commands.evaluate_model, *arguments, "--save_path", thesis, code=2)
     assert thesis.read_text(encoding="utf-8") == "years of work"
+    for content in ('{"name": "left-pad", "version": "1.0.0"}', "[" * 100_000, "[1]"):
+        package = tmp_path / "package.json"
+        package.write_text(content, encoding="utf-8")
+        call(commands.evaluate_model, *arguments, "--save_path", package, code=2)
+        assert package.read_text(encoding="utf-8") == content
+    os.mkfifo(tmp_path / "pipe")
+    call(commands.evaluate_model, *arguments, "--save_path", tmp_path / "pipe", code=2)
     (tmp_path / "folder").mkdir()
     for _ in range(2):
         call(commands.evaluate_model, *arguments, "--save_path", tmp_path / "folder")
@@ -516,6 +545,24 @@ def test_the_dense_model_is_scored_once_for_all_results_and_known_by_content(
     other, known = dense_score("c")
     assert not known
     assert other != first
+
+
+def test_a_task_on_the_calibration_text_is_marked_from_the_log_to_the_page(
+    published: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (other := tmp_path / "other.txt").write_text(made_text(40, seed=9), encoding="utf-8")
+    call(commands.run_replaceme, "--config", published, *FAST, "--tasks", f"[{text_file}, {other}]")
+    said = capsys.readouterr()
+    assert f"tasks: text is no unseen text: its source is the calibration text ({text_file})" in said.err
+    assert "other is no unseen text" not in said.err
+    assert "text perplexity (seen)" in said.out
+    work = tmp_path / "result.work"
+    found = json.loads((work / "metrics" / "evaluation.json").read_text())["calibration_text"]
+    assert {task: figures["seen"] for task, figures in found.items()} == {"text": 1, "other": 0}
+    assert "text perplexity (seen)" in (tmp_path / "result" / "README.md").read_text(encoding="utf-8")
+    assert "scored on calibration text" in (work / "artifacts" / "report" / "index.html").read_text(encoding="utf-8")
+    # The dense model's scores know no calibration: all calibrations share them.
+    assert "calibration_text" not in json.loads((work / "artifacts" / "baseline" / "scores.json").read_text())
 
 
 def test_speed_of_a_result_is_measured_against_the_model_it_was_made_from(

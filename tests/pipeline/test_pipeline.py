@@ -1,5 +1,6 @@
 """The DVC pipeline: what dvc.yaml declares, and one real run of it on a tiny model."""
 
+import io
 import json
 import math
 import re
@@ -15,6 +16,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from replaceme import commands
+from replaceme.base.fingerprints import sha256_below
 from replaceme.base.params import Params
 from replaceme.base.stage import COMPRESSION
 from replaceme.base.workspace import Workspace
@@ -24,10 +26,13 @@ from replaceme.publish import push_to_hub
 from replaceme.steps import STAGES
 from tests.helpers import call
 from tests.pipeline.closure import ROOT, import_closure
+from tests.pipeline.conftest import made_project
 from tests.pipeline.helpers import Hub, shell
 
 PIPELINE: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
-ORDER = ["inputs", *STAGES]
+ORDER = ["inputs", *STAGES, "cost"]
+# They take seconds, and change nothing while nothing changed.
+ALWAYS = ["inputs", "cost"]
 
 
 def test_every_stage_has_a_script_and_a_description() -> None:
@@ -88,28 +93,29 @@ def test_console_scripts_and_pipeline_agree_on_what_a_stage_depends(name: str) -
     else:
         assert set(stage.params) == set(STAGES["report"].params)
     data = {dep for dep in declared["deps"] if dep.startswith("artifacts/")}
-    costs = {work.cost(name).as_posix() for name in stage.costs}
-    assert data == {work.path(read).as_posix() for read in stage.reads} | costs
+    assert data == {work.path(read).as_posix() for read in stage.reads}
     assert {dep for dep in declared["deps"] if dep.startswith("metrics/")} == {
         work.metric(name).as_posix() for name in stage.figures
     }
     assert code_of(name) == [f"replaceme/pipeline/{name}.py", *(f"replaceme/{part}" for part in stage.code)]
     outputs = {*declared.get("outs", []), *(path for metric in declared.get("metrics", []) for path in metric)}
     written = {work.path(stage.writes).as_posix()} if stage.writes else set()
-    written |= {work.cost(name).as_posix()} if name in COMPRESSION else set()
     assert outputs == written | {work.metric(metric).as_posix() for metric in stage.metrics}
 
 
-def test_no_stage_but_the_report_reads_what_the_compression_cost() -> None:
-    readers = [name for name, stage in PIPELINE.items() if any("cost/" in dep for dep in stage.get("deps", []))]
-    assert readers == ["report"]
+def test_what_the_compression_cost_is_a_metric_and_neither_read_nor_declared_as_output_by_any_stage() -> None:
+    assert yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["metrics"] == ["metrics/compression.json"]
+    declared = [str(stage.get(kind)) for stage in PIPELINE.values() for kind in ("deps", "outs", "metrics")]
+    assert not [files for files in declared if re.search(r"compression|/cost/", files)]
+    assert PIPELINE["cost"]["deps"] == ["metrics/export.json"]
+    assert COMPRESSION[-1] == "export"
 
 
 def test_metrics_keep_the_run_cache() -> None:
     for stage in PIPELINE.values():
         for metric in stage.get("metrics", []):
             assert list(metric.values()) == [{"cache": False}]
-        assert not stage.get("always_changed") or stage is PIPELINE["inputs"]
+    assert [name for name, stage in PIPELINE.items() if stage.get("always_changed")] == ALWAYS
 
 
 def numbers_of(content: Any) -> list[float]:
@@ -122,6 +128,12 @@ def numbers_of(content: Any) -> list[float]:
 
 def ran(output: str) -> list[str]:
     return re.findall(r"Running stage '(\w+)'", output)
+
+
+def go_back(project: Path) -> str:
+    """Run the README's command that goes back to the committed settings."""
+    (command,) = re.findall(r"(?m)^git checkout .*$", (ROOT / "README.md").read_text(encoding="utf-8"))
+    return shell(project, "bash", "-euc", command)
 
 
 def test_the_run_leaves_model_metrics_and_lock(project: Path) -> None:
@@ -147,10 +159,17 @@ def test_the_run_leaves_model_metrics_and_lock(project: Path) -> None:
     assert Model(project / "artifacts" / "model", "pruned").config().num_hidden_layers == 4
 
 
-def test_a_second_run_runs_inputs_alone_and_changes_no_byte(project: Path) -> None:
+def test_a_second_run_runs_inputs_and_cost_alone_and_changes_no_byte(project: Path) -> None:
     output = shell(project, "dvc", "repro")
-    assert ran(output) == ["inputs"]
+    assert ran(output) == ALWAYS
     assert shell(project, "git", "status", "--porcelain") == ""
+    assert json.loads(shell(project, "dvc", "status", "--json")) == {name: ["always changed"] for name in ALWAYS}
+
+
+def test_a_fresh_run_elsewhere_gives_the_same_lock_byte_for_byte(project: Path, tmp_path: Path, tiny: Model) -> None:
+    folder = made_project(tmp_path / "elsewhere", tiny)
+    shell(folder, "dvc", "repro", REPLACEME_CACHE=str(tmp_path / "cache"))
+    assert (folder / "dvc.lock").read_text() == shell(project, "git", "show", "HEAD:dvc.lock")
 
 
 def test_the_console_script_gives_the_pipelines_model_to_the_last_bit(
@@ -195,21 +214,47 @@ def test_another_models_scores_are_not_put_on_the_hub(
 
 
 def test_an_experiment_with_alpha_repeats_only_what_alpha_changes(project: Path) -> None:
+    first = sha256_below(project / "artifacts")
     output = shell(project, "dvc", "exp", "run", "-S", "alpha=0.1")
-    assert ran(output) == ["inputs", "solve", "repair", "heal", "export", "evaluate", "report"]
+    assert ran(output) == ["inputs", "solve", "repair", "heal", "export", "evaluate", "report", "cost"]
     difference = shell(project, "dvc", "metrics", "diff", "HEAD")
     assert "alpha_over_smallest_eigenvalue" in difference
     assert "nan" not in difference.lower()
     assert shell(project, "dvc", "exp", "show", "--csv").count("alpha") >= 1
-    shell(project, "git", "checkout", "-q", ".")
-    shell(project, "dvc", "checkout", "-q")
+    assert ran(go_back(project)) == ALWAYS
+    assert shell(project, "git", "status", "--porcelain") == ""
+    assert sha256_below(project / "artifacts") == first
+
+
+def test_going_back_keeps_the_model_where_git_has_the_results_of_another_machine(project: Path) -> None:
+    first, lock = sha256_below(project / "artifacts"), project / "dvc.lock"
+    own = lock.read_text()
+    lock.write_text(re.sub(r"md5: \w{8}", "md5: 00000000", own))
+    shell(project, "git", "commit", "-q", "-a", "-m", "another machine's run")
+    lock.write_text(own)
+    output = shell(project, "dvc", "exp", "run", "-S", "alpha=0.1")
+    assert sha256_below(project / "artifacts") != first
+    if "'solve' is cached" in output:  # by the test before
+        assert ran(output) == ALWAYS
+    assert ran(go_back(project)) == ALWAYS
+    assert sha256_below(project / "artifacts") == first
+    assert lock.read_text() == own
+    assert shell(project, "git", "status", "--porcelain").split() == ["M", "dvc.lock"]
+    shell(project, "git", "reset", "-q", "--hard", "HEAD~1")
 
 
 def test_an_experiment_with_another_block_does_not_profile_again(project: Path) -> None:
-    output = shell(project, "dvc", "exp", "run", "-S", "layers_to_skip=1")
-    assert ran(output) == ["inputs", "select", "plan", "activations", "solve", "repair", "heal", "export", "evaluate", "report"]
-    shell(project, "git", "checkout", "-q", ".")
-    shell(project, "dvc", "checkout", "-q")
+    # As in a queue, it runs in a folder of its own.
+    output = shell(project, "dvc", "exp", "run", "--temp", "-S", "layers_to_skip=1", "--name", "one-layer")
+    assert ran(output) == [name for name in ORDER if name not in ("calibrate", "profile", "baseline")]
+    cost = [json.loads(shell(project, "git", "show", f"{name}:metrics/compression.json")) for name in ("HEAD", "one-layer")]
+    for figures in cost:
+        assert set(figures["stage_seconds"]) == set(COMPRESSION)
+    of_head, of_experiment = (figures["stage_seconds"] for figures in cost)
+    assert {name for name in COMPRESSION if of_head[name] == of_experiment[name]} >= {"calibrate", "profile"}
+    assert of_head["select"] != of_experiment["select"]
+    shown = pd.read_csv(io.StringIO(shell(project, "dvc", "exp", "show", "--csv"))).set_index("Experiment")
+    assert shown.loc["one-layer", "seconds"] == cost[1]["seconds"]
 
 
 def test_an_experiment_with_another_transform_takes_other_statistics_and_does_not_profile_again(project: Path) -> None:
@@ -275,6 +320,8 @@ def test_speed_is_measured_apart_from_the_lock(project: Path) -> None:
     assert times["weights"].keys() == {"model.safetensors"}
     page = (project / "artifacts" / "speed" / "index.html").read_text()
     assert "Measured on cpu" in page
+    seconds = json.loads((project / "metrics" / "compression.json").read_text())["seconds"]
+    assert f'<th scope="row">all stages</th><td>{seconds:.3g} s</td>' in page
     made = (project / "artifacts" / "report" / "params.yaml").read_text()
     shown = shell(project, "measure_speed", "--config", "params.yaml", "--alpha", "7", "--max_length", "99")
     assert "prefill" in shown

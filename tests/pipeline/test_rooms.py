@@ -95,6 +95,11 @@ def test_reading_the_registry_loads_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
+def test_starting_the_export_loads_no_classes_that_only_its_work_needs() -> None:
+    code = "import sys, stages.export, replaceme.pipeline.export; sys.exit('transformers.generation.utils' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
 def test_no_test_file_imports_from_another() -> None:
     found = {path: re.findall(r"(?m)^(?:from|import) (tests\S*\btest_\w+)", path.read_text("utf-8")) for path in TESTS}
     assert {path: modules for path, modules in found.items() if modules} == {}

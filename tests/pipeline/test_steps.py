@@ -6,11 +6,16 @@ from pathlib import Path
 import pytest
 
 from replaceme import steps
-from replaceme.base.files import write_text
+from replaceme.base.files import write_json, write_text
 from replaceme.base.params import Params
+from replaceme.base.stage import ORDER
 from replaceme.base.workspace import Workspace
 from replaceme.steps import STAGES
 from tests.pipeline.closure import ROOT
+
+
+def test_the_steps_are_the_stages_in_their_order() -> None:
+    assert list(STAGES) == list(ORDER)
 
 
 def test_a_changed_file_repeats_the_steps_that_load_it_and_no_others(
@@ -20,7 +25,7 @@ def test_a_changed_file_repeats_the_steps_that_load_it_and_no_others(
     shutil.copytree(ROOT / "replaceme", package, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(steps, "PACKAGE", package)
     for stage in STAGES.values():
-        for path in [*map(work.path, stage.reads), *map(work.metric, stage.figures), *map(work.cost, stage.costs)]:
+        for path in [*map(work.path, stage.reads), *map(work.metric, stage.figures)]:
             write_text(path, "read")
 
     def keys() -> dict[str, str]:
@@ -39,3 +44,34 @@ def test_a_changed_file_repeats_the_steps_that_load_it_and_no_others(
     assert repeated_by("evaluation/scores.py") == ["baseline", "evaluate"]
     assert repeated_by("observers/statistics.py") == ["select", "activations", "solve", "repair", "heal"]
     assert repeated_by("base/documents.py") == list(STAGES)
+
+
+def test_a_baseline_of_the_users_cache_that_was_changed_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REPLACEME_CACHE", str(tmp_path / "cache"))
+    made: list[Path] = []
+
+    def scores_for(result: str) -> str:
+        output = tmp_path / result
+
+        def score() -> None:
+            made.append(output)
+            write_text(output / "scores.json", "12.5")
+
+        steps._run_once_for_all("baseline", "key", output, score)
+        return (output / "scores.json").read_text(encoding="utf-8")
+
+    assert [scores_for("a"), scores_for("b")] == ["12.5", "12.5"]
+    assert made == [tmp_path / "a"]
+    (tmp_path / "cache" / "baselines" / "key" / "scores.json").write_text("12.4", encoding="utf-8")
+    assert [scores_for("c"), scores_for("d")] == ["12.5", "12.5"]
+    assert made == [tmp_path / "a", tmp_path / "c"]
+
+
+def test_a_damaged_stamp_is_none(tmp_path: Path) -> None:
+    stamp = tmp_path / "solve.json"
+    assert not steps._is_stamped(stamp, ["key", []])
+    write_json(stamp, ["key", []])
+    assert steps._is_stamped(stamp, ["key", []])
+    for content in (b"", b'["key", [', b"\xff", b'["key"]'):
+        stamp.write_bytes(content)
+        assert not steps._is_stamped(stamp, ["key", []])

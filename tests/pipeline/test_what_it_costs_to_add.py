@@ -103,9 +103,11 @@ STAGE = Addition(
     },
     lines=[
         ("replaceme/base/stage.py", 'JUDGEMENT = ("baseline", "evaluate", "report"', ', "tally"'),
+        ("replaceme/steps.py", "\n    solve,", "\n    tally,"),
+        ("replaceme/steps.py", "\n        report.STAGE,", "\n        tally.STAGE,"),
         (
             "dvc.yaml",
-            "metrics: [{metrics/compression.json: {cache: false}}]",
+            "outs: [artifacts/report]",
             """
 
   tally:

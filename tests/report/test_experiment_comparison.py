@@ -23,6 +23,7 @@ from replaceme.report.experiment_table import COLUMNS, markdown, shown
 from replaceme.report.methods_figure import ROWS, Row, methods_figure
 from replaceme.report.theme import DARK, png
 from replaceme.report.tradeoff import Point, quality_against_size
+from tests.helpers import call
 
 DOZEN = (
     "uidl", "shortgpt", "sleb", "laco", "llm_streamline", "slicegpt", "llm_pruner", "lstsq", "cosine", "linearpatch",
@@ -297,6 +298,20 @@ def _opening(monkeypatch: pytest.MonkeyPatch, models: dict[str, str]) -> Cache:
     return cache
 
 
+def test_tasks_that_are_scored_on_calibration_text_have_a_column() -> None:
+    texts = {
+        f"calibration_text.{task}.{key}": value
+        for task in ("wiki", "last")
+        for key, value in (("seen", 0.0), ("overlap", 0.01))
+    }
+    rows, notes = table_of([record(number=1, **texts), record("uidl", 2, **texts)])
+    assert not any("seen" in row for row in rows)
+    marked = texts | {"calibration_text.wiki.seen": 1.0}
+    rows, notes = table_of([record(number=1, **texts), record("uidl", 2, **marked), record("laco", 3)])
+    assert {row["method"]: row["seen"] for row in rows} == {"lstsq": "", "uidl": "wiki", "laco": ""}
+    assert "seen: tasks that are scored on calibration text" in notes
+
+
 def test_only_new_models_are_measured_and_nothing_stays_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -347,3 +362,25 @@ def test_the_option_is_off_unless_given() -> None:
     options: Callable[..., Any] = experiments.parser().parse_args
     assert not options([]).speed
     assert options(["--speed"]).speed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--num", "x" * 10_000], "command line: argument --num: invalid int value: 'xxx"),
+        (["--outputs", "there"], "command line: unrecognized arguments: --outputs there."),
+        (
+            ["--output", "x" * 150],
+            f"--output: {'x' * 150} exists and holds no comparison of experiments; choose another folder.",
+        ),
+    ],
+)
+def test_a_wrong_option_is_one_sentence(
+    arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("x" * 150).mkdir()
+    call(experiments.compare_experiments, *arguments, code=2)
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"error: {said}")
+    assert len(error) < 310

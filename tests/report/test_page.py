@@ -21,9 +21,9 @@ from numpy.ma import masked
 from replaceme.base.params import Params, read_params
 from replaceme.base.plan import Block
 from replaceme.base.settings import settings_yaml
-from replaceme.base.stage import COMPRESSION
 from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import FIELDS, METHODS
+from replaceme.models.embedded import MODELS
 from replaceme.pipeline.report import write_report
 from replaceme.report import page as page_module
 from replaceme.report.figures import cut_map, layer_figures, residual_path, score_figure
@@ -150,7 +150,7 @@ def run(tmp_path: Path) -> Run:
         parts: str = "",
     ) -> Workspace:
         work = Workspace(tmp_path)
-        for folder in (work.profile, work.solution, work.edits, work.metric("solve").parent, work.cost("solve").parent):
+        for folder in (work.profile, work.solution, work.edits, work.metric("solve").parent, work.model_input.parent):
             folder.mkdir(parents=True, exist_ok=True)
         contents = {
             work.profile / "profile.json": {
@@ -170,7 +170,9 @@ def run(tmp_path: Path) -> Run:
                 "dense_loss": 2.75,
                 "rises": {"layers11": 1.5, "layers2": 0.5},
             },
-            **{work.cost(name): {"seconds": 1.5, "peak_memory_bytes": 10**9} for name in COMPRESSION},
+            work.text_versions: {"tokenizers": "3.2", "torch": "1.2"},
+            work.model_versions: {"torch": "1.2"},
+            work.score_versions: {"lm-eval": "2.3", "torch": "1.2"},
         }
         for path, content in contents.items():
             path.write_text(json.dumps(content), encoding="utf-8")
@@ -218,6 +220,19 @@ def test_every_figure_of_the_evaluation_is_in_a_table(params: Params, run: Run) 
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_the_page_names_the_versions_that_the_run_was_made_with(params: Params, run: Run) -> None:
+    assert "Made with lm-eval 2.3, tokenizers 3.2, torch 1.2. Other versions" in Reader(render(params, run()).html).text
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.usefixtures("undrawn")
+def test_the_page_says_what_an_embedded_model_is(name: str, params: Params, run: Run) -> None:
+    embedded, other = (params.model_copy(update={"model_path": path}) for path in (name, f"org/{name}"))
+    assert f"{MODELS[name].original}, widened to bfloat16" in Reader(render(embedded, run()).html).text
+    assert "widened" not in Reader(render(other, run()).html).text
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_the_first_sentence_gives_the_main_results(params: Params, run: Run) -> None:
     text = Reader(render(params, run()).html).text
     assert (
@@ -242,6 +257,24 @@ def test_an_absent_group_is_left_out(params: Params, run: Run, missing: tuple[st
     assert all(len(table) > 1 and all(any(cells[1:]) for cells in table) for table in page.tables)
     assert not re.search(r"\b(None|nan|Undefined)\b", page.text)
     assert len(page.tables) == (4 if missing in (("accuracy",), ("perplexity", "word_perplexity", "byte_perplexity")) else 5)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_scores_on_calibration_text_are_marked_wherever_they_stand(params: Params, run: Run) -> None:
+    texts = {name: {"seen": 0, "overlap": 0.02} for name in ("piqa", "my_questions", "wikipedia")}
+    assert "calibration text, which" not in Reader(render(params, run({**EVALUATION, "calibration_text": texts})).html).text
+    for name in ("my_questions", "wikipedia"):
+        texts[name] = {"seen": 1, "overlap": 0.25}
+    page = Reader(render(params, run({**EVALUATION, "calibration_text": texts})).html)
+    accuracy, perplexity = page.tables[:2]
+    assert accuracy[0][1:3] == ["piqa", "my_questions †"]
+    assert [row[0] for row in perplexity[1:]] == [f"wikipedia †, per {unit}" for unit in ("token", "word", "byte")]
+    for name in ("my_questions", "wikipedia"):
+        assert (
+            "† scored on calibration text, which says nothing about other text (items with 13 of its words in a row: "
+            f"25 % of {name})."
+        ) in page.text
+    assert "94.3 % of the accuracy kept (in part on calibration text), 7.34 × the perplexity (on calibration text)" in page.text
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -358,6 +391,19 @@ def test_times_are_on_the_page_only_when_measured(params: Params, run: Run) -> N
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_the_cost_is_on_the_page_where_it_is_given_and_a_part_of_it_is_no_sum(params: Params, run: Run) -> None:
+    parts: dict[str, Any] = {"stage_seconds": {"select": 78.06, "plan": 0.0176}, "trained": False}
+    without = Reader(render(params, run()).html)
+    whole = Reader(render(params, run(), SPEED, parts | {"seconds": 78.08, "peak_memory_bytes": 1474109440}).html)
+    partial = Reader(render(params, run(), SPEED, parts | {"stages_not_measured": 7}).html)
+    assert "Cost of the compression" not in without.text
+    assert {"78.1 s", "17.6 ms", "1.474 GB"} <= whole.cells
+    assert {"78.1 s", "17.6 ms", "7 stages"} <= partial.cells
+    assert "all stages" in whole.text
+    assert "all stages" not in partial.text
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_names_cannot_inject_html(run: Run) -> None:
     params = read_params(None, {"model_path": "a/<script>x</script>&"}, methods=METHODS)
     evaluation = {
@@ -440,7 +486,6 @@ def test_the_stage_writes_the_page_and_the_drawn_pictures(params: Params, run: R
         assert (work.report / f"{name}.png").read_bytes() == picture.light
         assert picture.light.startswith(b"\x89PNG")
         assert picture.light != picture.dark
-    assert json.loads(work.metric("compression").read_text())["seconds"] == 13.5
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -4,17 +4,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from replaceme.base.errors import ParameterError
 from replaceme.base.files import read_json, write_json
 from replaceme.base.params import read_params
-from replaceme.base.plan import Block, load_blocks
+from replaceme.base.plan import Block, StandIn, load_blocks
 from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import METHODS, criterion_of
+from replaceme.models.families import family_of
 from replaceme.pipeline.select import select
 from replaceme.selection import cut_loss
 from replaceme.selection.blocks import several, smallest
 from replaceme.selection.criteria import allowed_starts
+from replaceme.selection.cut_loss import cut_losses
+from tests.conftest import made_model
+from tests.helpers import many_documents
 
 
 def starts(layers: int, **options: Any) -> range:
@@ -207,3 +212,17 @@ def test_blocks_that_do_not_fit_are_named() -> None:
         starts(9, layers_to_skip=4, num_A=2, merge_consecutive=False)
     with pytest.raises(ParameterError, match=r"selection: loss makes one choice; with several blocks \(num_A\)"):
         starts(12, layers_to_skip=3, num_A=2, selection="loss")
+
+
+@pytest.mark.parametrize("stand_in", ["map", "refit", "joint"])
+def test_a_cut_after_an_mlp_that_adds_nothing_is_measured_without_a_fit(stand_in: StandIn) -> None:
+    model, documents, blocks = made_model(), many_documents(), [Block(2, 4), Block(3, 5)]
+    family = family_of(model.config)
+    last = family.linear_of(family.decoder_layers(model)[blocks[0].host], "mlp_output")
+    with torch.no_grad():
+        last.weight.zero_()
+        last.bias.zero_()
+    nothing, fitted = cut_losses(model, family, documents, blocks, stand_in=stand_in, batch_size=4)
+    bare = cut_losses(model, family, documents, blocks, stand_in="nothing", batch_size=4)
+    assert nothing == pytest.approx(bare[0], rel=1e-5)
+    assert fitted != pytest.approx(bare[1], rel=1e-4)

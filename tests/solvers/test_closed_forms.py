@@ -8,6 +8,7 @@ from scipy.optimize import minimize
 from replaceme.base.errors import SolveError
 from replaceme.edits import edits
 from replaceme.solvers.closed_forms import closed_form, squared_error
+from tests.helpers import elsewhere
 from tests.solvers.helpers import made
 
 WIDTHS, SEEDS, ALPHAS = st.integers(1, 9), st.integers(0, 500), st.sampled_from([0.0, 0.1, 3.0, 200.0])
@@ -102,7 +103,7 @@ def test_an_orthogonal_map_is_found_where_there_is_one() -> None:
 
 def test_a_norm_with_a_weight_of_zero_has_no_orthogonal_fit() -> None:
     M, Y = made(20, 4)
-    with pytest.raises(SolveError, match="norm: an orthogonal map divides by the norm's weight, which has zeros here"):
+    with pytest.raises(SolveError, match="transform: an orthogonal map divides by the norm's weight, which has zeros here"):
         closed_form(M.T @ M, M.T @ Y, 0.0, "orthogonal", torch.tensor([1.0, 0.0, 1.0, 1.0]))
 
 
@@ -139,3 +140,13 @@ def test_squared_error_is_that_of_the_tokens() -> None:
     T = torch.eye(5, dtype=torch.float64) * 0.5
     sums = {"gram": M.T @ M, "cross": M.T @ Y, "target_squares": Y.square().sum()}
     assert squared_error(sums, T) == pytest.approx(float((Y - M @ T).square().sum()))
+
+
+def test_an_orthogonal_map_is_fitted_on_the_device_of_the_sums() -> None:
+    M, Y = made(60, 6)
+    gram, cross, gamma = M.T @ M, M.T @ Y, torch.linspace(0.5, 2, 6)
+    expected = closed_form(gram, cross, 0.1, "orthogonal", gamma)
+    with elsewhere():
+        found = closed_form(gram.to("meta"), cross.to("meta"), 0.1, "orthogonal", gamma)
+        assert found.device.type == "meta"
+        assert torch.equal(found.cpu(), expected)

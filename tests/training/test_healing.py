@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from copy import deepcopy
+from errno import ENOSPC
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,13 @@ from replaceme.models.model import Model
 from replaceme.observers.features import LINEARS
 from replaceme.pipeline.activations import observe_activations
 from replaceme.pipeline.calibrate import calibrate
+from replaceme.pipeline.cost import compression_figures
 from replaceme.pipeline.export import export
 from replaceme.pipeline.heal import heal
 from replaceme.pipeline.inputs import inspect_inputs
 from replaceme.pipeline.plan import plan
 from replaceme.pipeline.profile import profile
 from replaceme.pipeline.repair import repair
-from replaceme.pipeline.report import compression_figures
 from replaceme.pipeline.select import select
 from replaceme.pipeline.solve import solve
 from replaceme.training import healing, training
@@ -268,6 +269,50 @@ def test_an_interrupted_healing_resumes_to_the_same_bits(
     assert again[0] == 0
 
 
+@pytest.mark.parametrize("failing", ["training.curves.write_curves", "pipeline.heal.write_json"])
+def test_a_healing_whose_results_can_not_be_written_is_not_trained_again(
+    failing: str, params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(training, "SAVING_SHARE", 0)
+    params, work = params.model_copy(update={"method": "uidl", "heal_epochs": 1}), Workspace(tmp_path / "run")
+    run(params, work, to_export=False)
+    expected = sha256_below(work.edits)
+
+    def full(*_: Any) -> None:
+        raise OSError(ENOSPC, "no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"replaceme.{failing}", full)
+        with pytest.raises(OSError, match="no space left"):
+            heal(params, work)
+    with counted() as steps:
+        heal(params, work)
+    assert steps == []
+    assert sha256_below(work.edits) == expected
+    assert not [path for path in work.edits.parent.iterdir() if "partial" in path.name]
+
+
+def test_repair_and_heal_work_on_read_only_links(params: Params, tmp_path: Path) -> None:
+    settings = {"method": "llm_streamline", "heal_epochs": 0}
+    params, work = params.model_copy(update=settings), Workspace(tmp_path / "run")
+    run(params, work, to_export=False)
+    expected = sha256_below(work.edits)
+    # As DVC links its outputs, to a cache on the same disk or on another one.
+    for folder in (work.solution, work.repaired):
+        kept = folder.rename(tmp_path / f"{folder.name}.kept")
+        folder.mkdir()
+        for number, path in enumerate(sorted(kept.iterdir())):
+            path.chmod(0o444)
+            (folder / path.name).symlink_to(path) if number % 2 else (folder / path.name).hardlink_to(path)
+    heal(params.model_copy(update={"method": "uidl", "heal_epochs": 1}), work)
+    repair(params, work)
+    heal(params, work)
+    assert sha256_below(work.edits) == expected
+    for folder in (work.solution, work.repaired):
+        assert {path.stat().st_mode & 0o777 for path in (tmp_path / f"{folder.name}.kept").iterdir()} == {0o444}
+
+
 def test_everything_that_a_healing_depends_on_changes_the_key(
     params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -283,9 +328,16 @@ def test_everything_that_a_healing_depends_on_changes_the_key(
     others = [{}, {"heal_epochs": 2}, {"heal_learning_rate": 1e-3}, {"batch_size": 2}, {"dtype": "bfloat16"}, {"threads": 2}]
     for settings in others:
         heal(params.model_copy(update=settings), work)
-    with monkeypatch.context() as patch:
-        patch.setattr(healing, "SHARE", 0.25)
-        heal(params, work)
+    elsewhere: list[tuple[str, Any]] = [
+        ("replaceme.training.healing.SHARE", 0.25),
+        ("replaceme.training.training.sha256_of_code", lambda: {"training.py": "another"}),
+        ("replaceme.base.versions.version", lambda package: "99.1"),
+        ("replaceme.training.training.kind_of", lambda device: f"another {device}"),
+    ]
+    for name, other in elsewhere:
+        with monkeypatch.context() as patch:
+            patch.setattr(name, other)
+            heal(params, work)
     texts = Documents.load(work.documents)
     Documents([text.flip(0) for text in texts.documents]).save(work.documents)
     heal(params, work)
@@ -294,7 +346,7 @@ def test_everything_that_a_healing_depends_on_changes_the_key(
     work.model_input.write_text(known.replace('"sha256"', '"note": "another model", "sha256"', 1))
     heal(params, work)
     work.model_input.write_text(known)
-    assert len({*keys}) == len(keys) == len(others) + 3
+    assert len({*keys}) == len(keys) == len(others) + len(elsewhere) + 2
     heal(params, work)
     assert keys[-1] == keys[0]
 

@@ -1,0 +1,158 @@
+"""Whether a task is scored on the calibration text, so that its score says nothing about other text.
+
+It is where both have the same source: files of one SHA-256, one split of an embedded text, or one config and split of a hub
+dataset. And it is where a tenth of the items (of a running text: of its windows) or more hold copies: each shares a run of 13
+words with the calibration documents (as in Brown et al., arXiv 2005.14165, appendix C), in lower case and without punctuation.
+An item without a run of 13 words shares none.
+"""
+
+import functools
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from replaceme.base.documents import Documents
+from replaceme.base.params import Params
+from replaceme.base.progress import logger
+from replaceme.base.source import Source, dataset_title
+from replaceme.base.task import Task
+from replaceme.corpora import embedded, streamed
+from replaceme.corpora.find import sources_of
+from replaceme.evaluation.tasks import EMBEDDED, HELD_OUT, is_file
+
+Hashes = NDArray[np.uint64]
+WORDS, SEEN_SHARE = 13, 0.1
+# Hashes of calibration runs that are kept, of more the smallest ones: 128 MiB.
+MOST = 1 << 24
+# A character of a script without spaces is a word.
+_NO_SPACES = "\u3040-\u30ff\u3400-\u9fff"
+_WORD = re.compile(rf"[{_NO_SPACES}]|[^\W{_NO_SPACES}]+")
+_FACTOR = np.uint64(0x9E3779B97F4A7C15)
+
+
+def hashes_of_runs(text: str) -> Hashes:
+    """Return a hash of each run of ``WORDS`` words of a text, (runs,) uint64."""
+    words = _WORD.findall(text.lower())
+    codes = np.array([_code(word) for word in words], dtype=np.uint64)
+    runs = np.zeros(max(len(words) - WORDS + 1, 0), dtype=np.uint64)
+    for offset in range(WORDS):
+        runs = runs * _FACTOR + codes[offset : offset + len(runs)]
+    return runs
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _code(word: str) -> int:
+    return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest())
+
+
+def known_runs(texts: Iterable[str]) -> Hashes:
+    """Return the hashes of all runs of texts, ascending; at most ``MOST``."""
+    known = np.empty(0, dtype=np.uint64)
+    waiting: list[Hashes] = []
+    for text in texts:
+        waiting.append(hashes_of_runs(text))
+        if sum(map(len, waiting)) > MOST:
+            known, waiting = np.unique(np.concatenate([known, *waiting]))[:MOST], []
+    return np.unique(np.concatenate([known, *waiting]))[:MOST]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The calibration text.
+
+    Attributes:
+        title: its name in messages.
+        sources: its sources, each with its identity (``DatasetSource.fingerprint``).
+        runs: the hashes of its runs of words (``known_runs``).
+    """
+
+    title: str
+    sources: Sequence[tuple[Source, Mapping[str, Any]]]
+    runs: Hashes
+
+    @classmethod
+    def of(cls, params: Params, found: Mapping[str, Any], documents: Documents, decode: Callable[..., str]) -> "Calibration":
+        """Return the text of calibration documents; ``decode`` is the tokenizer's method."""
+        sources = [*zip(sources_of(params), found.get("sources", [found]), strict=True)]
+        runs = known_runs(decode(ids.tolist(), skip_special_tokens=True) for ids in documents.documents)
+        return cls(dataset_title(params.dataset), sources, runs)
+
+    def in_items(self, name: str, task: Task, found: Any, singles: Sequence[Any], limit: int | None) -> dict[str, float]:
+        """Return the figures of an accuracy, or of a text of lm-eval: its single tasks' items, the first ``limit`` of each."""
+        items = (doc for single in singles for doc in _first(single.eval_docs, limit))
+        return self._figures(name, task, self._same_source(task, found, singles), map(_texts, items))
+
+    def in_windows(self, name: str, task: Task, found: Any, windows: Iterable[str]) -> dict[str, float]:
+        """Return the figures of a perplexity, whose windows are given as text."""
+        return self._figures(name, task, self._same_source(task, found, []), ([window] for window in windows))
+
+    def _figures(self, name: str, task: Task, same: bool, items: Iterable[Iterable[str]]) -> dict[str, float]:
+        """Return what is known of a task's text; warn if it was seen.
+
+        Returns:
+            ``seen``: 1 or 0; ``same_domain``: 1 if it isn't, but other text of its domain is calibrated on, else 0; and
+            ``overlap``: the share of the items that share a run.
+        """
+        shared = [any(self._shares(text) for text in texts) for texts in items]
+        overlap = sum(shared) / max(len(shared), 1)
+        seen = same or overlap >= SEEN_SHARE
+        why = "its source is" if same else f"{100 * overlap:.0f} % of its items share {WORDS} words in a row with"
+        if seen:
+            logger.warning(
+                "tasks: %s is no unseen text: %s the calibration text (%s); take its score for no other text",
+                name, why, self.title,
+            )  # fmt: skip
+        return {"seen": int(seen), "same_domain": int(not seen and self._same_domain(task)), "overlap": overlap}
+
+    def _same_domain(self, task: Task) -> bool:
+        domains = {embedded.TEXTS[source.name].domain for source, _ in self.sources if source.name in embedded.TEXTS}
+        return task.name in EMBEDDED and embedded.TEXTS[EMBEDDED[task.name][1]].domain in domains
+
+    def _shares(self, text: str) -> bool:
+        runs = hashes_of_runs(text)
+        if not len(runs) or not len(self.runs):
+            return False
+        places = np.searchsorted(self.runs, runs).clip(max=len(self.runs) - 1)
+        return bool((self.runs[places] == runs).any())
+
+    def _same_source(self, task: Task, found: Any, singles: Sequence[Any]) -> bool:
+        if task.name in EMBEDDED:
+            return any(known.get("sha256") == found and source.split == HELD_OUT for source, known in self.sources)
+        if is_file(task):
+            return any(known.get("sha256") == found for _, known in self.sources)
+        return any(_same_split(source, known, single) for source, known in self.sources for single in singles)
+
+
+def _same_split(source: Source, known: Mapping[str, Any], single: Any) -> bool:
+    """Tell whether one of lm-eval's tasks reads the config and split of the hub dataset that the calibration reads."""
+    config = single.config
+    for repository in known.get("commits", {}):
+        split = config.test_split if single.has_test_docs() else config.validation_split
+        part = source.config or streamed.CONFIGS.get(repository)
+        if (
+            str(config.dataset_path).lower() == repository.lower()
+            and str(split).split("[")[0] == (source.split or "train").split("[")[0]
+            and (part == config.dataset_name or None in (part, config.dataset_name))
+        ):
+            return True
+    return False
+
+
+def _first(documents: Sequence[Any], limit: int | None) -> Iterator[Any]:
+    return (documents[place] for place in range(len(documents) if limit is None else min(limit, len(documents))))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield all texts in an item, whatever its form."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _texts([*value.values()])
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            yield from _texts(entry)

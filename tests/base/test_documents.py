@@ -1,0 +1,62 @@
+"""Documents: which are held out, and their form on disk."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from replaceme.base.documents import FILE, Documents, split_documents, split_places
+
+
+def made(sources: list[int]) -> Documents:
+    """Return documents of 3 tokens each, the first of which is the document's source."""
+    return Documents([torch.tensor([source, 5, 6]) for source in sources], sources)
+
+
+@pytest.mark.parametrize("every", [5, 20])
+def test_of_documents_of_their_own_the_last_of_each_few_is_held_out(every: int) -> None:
+    used, held_out = split_places(range(47), every)
+    assert held_out == [*range(every - 1, 47, every)]
+    assert sorted(used + held_out) == [*range(47)]
+    assert split_places(range(every - 1), every)[1] == []
+
+
+@given(st.lists(st.integers(0, 9), max_size=60), st.sampled_from([5, 20]))
+@settings(max_examples=200, deadline=None)
+def test_no_text_is_on_both_sides_of_a_split(sources: list[int], every: int) -> None:
+    used, held_out = split_places(sources, every)
+    assert sorted(used + held_out) == [*range(len(sources))]
+    kept, gone = ({sources[place] for place in places} for places in (used, held_out))
+    assert not kept & gone
+    sizes = Counter(sources)
+    assert bool(held_out) == (len(sources) >= every and len(sizes) > 1) or len(sources) < every
+    smallest = min(sizes.values(), default=0)
+    assert len(held_out) * every <= len(sources) or (len(gone) == 1 and len(held_out) == smallest)
+
+
+def test_the_pieces_of_a_text_stay_together_whatever_their_lengths() -> None:
+    sources = [1, 0, 2, 1, 3, 4, 0, 5, 2, 6, 7, 1]
+    documents = Documents([torch.tensor([source, *range(2, 2 + n % 4)]) for n, source in enumerate(sources)], sources)
+    fit, held_out = split_documents(documents)
+    assert [int(document[0]) for document in fit.documents] == fit.sources
+    assert [int(document[0]) for document in held_out.documents] == held_out.sources
+    assert len(held_out) >= 1
+    assert not {*fit.sources} & {*held_out.sources}
+    assert len(fit) + len(held_out) == len(sources)
+
+
+def test_sources_follow_their_documents_and_survive_the_disk(tmp_path: Path) -> None:
+    documents = made([3, 3, 1, 4, 1])
+    documents.save(tmp_path)
+    for same in (documents.shuffled(0), documents.in_walk_order(), documents.head(3, 2), Documents.load(tmp_path)):
+        assert [int(document[0]) for document in same.documents] == same.sources
+
+
+def test_documents_of_their_own_need_no_sources_on_disk(tmp_path: Path) -> None:
+    made([7, 3, 5]).save(tmp_path)
+    assert set(load_file(tmp_path / FILE)) == {"input_ids", "lengths"}
+    assert len({*Documents.load(tmp_path).sources}) == 3

@@ -1,0 +1,134 @@
+"""What a run prints: whole lines in a file, and on a terminal bars that no message is glued to."""
+
+import os
+import pty
+import re
+import subprocess
+import sys
+import termios
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from replaceme.base import progress as module
+from replaceme.base.progress import configure_logging, logger, progress
+from replaceme.models.model import Model
+from tests.pipeline.closure import ROOT
+
+
+@pytest.fixture(autouse=True)
+def _same_logging_afterwards() -> Iterator[None]:
+    before = logger.handlers, logger.level, logger.propagate
+    yield
+    logger.handlers, logger.level, logger.propagate = before
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time that loops see, in seconds."""
+    now = [1000.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_a_loop_in_a_file_has_a_line_every_twenty_seconds_and_none_before(
+    clock: list[float], capfd: pytest.CaptureFixture[str]
+) -> None:
+    configure_logging()
+    for item in progress(range(30), "short", "batches"):
+        clock[0] += 0.5
+        if item == 3:
+            logger.info("decided")
+    for _ in progress(range(6), "fitting", "hosts"):
+        clock[0] += 15
+    for item in progress(count(), "drawing", "texts", note=lambda: "loss 2"):
+        clock[0] += 7
+        if item == 6:
+            break
+    assert capfd.readouterr().err.splitlines() == [
+        "decided",
+        "fitting: 2 of 6 hosts, 00:30 so far, about 01:00 to go",
+        "fitting: 4 of 6 hosts, 01:00 so far, about 00:30 to go",
+        "fitting: 6 of 6 hosts, 01:30 so far",
+        "drawing: 3 texts, 00:21 so far, loss 2",
+        "drawing: 6 texts, 00:42 so far, loss 2",
+    ]
+
+
+def test_printed_lines_and_messages_keep_their_order_in_one_file() -> None:
+    program = (
+        "from replaceme.base.entry import run; from replaceme.base.progress import logger\n"
+        "run(lambda: (logger.info('before'), print('a table'), logger.info('after')))"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True)
+    assert done.stdout.splitlines() == ["before", "a table", "after"]
+
+
+@pytest.mark.parametrize("total", [4, None])
+def test_items_pass_as_they_are_and_one_at_a_time(total: int | None) -> None:
+    taken: list[int] = []
+    items = progress((taken.append(number) or number for number in range(4)), "test", "items", total=total)
+    assert next(items) == 0
+    assert taken == [0]
+    assert list(items) == [1, 2, 3]
+
+
+def terminal_output(program: str, *arguments: str) -> str:
+    """Run a Python program with a terminal as its standard error, and return what it wrote there."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 100))
+    with subprocess.Popen([sys.executable, "-c", program, *arguments], cwd=ROOT, stderr=theirs) as process:
+        os.close(theirs)
+        parts: list[bytes] = []
+        with suppress(OSError):  # the end of a pseudoterminal's output
+            while part := os.read(ours, 65536):
+                parts.append(part)
+    os.close(ours)
+    assert process.returncode == 0
+    return b"".join(parts).decode()
+
+
+def test_a_message_on_a_terminal_has_a_line_of_its_own_beside_the_bars() -> None:
+    output = terminal_output(
+        "from replaceme.base.progress import configure_logging, logger, progress\n"
+        "configure_logging()\n"
+        "for outer in progress(range(2), 'outer', 'hosts'):\n"
+        "    for inner in progress(range(2), 'inner', 'steps'):\n"
+        "        logger.info('decided %d %d', outer, inner)\n"
+    )
+    assert "outer" in output
+    for message in ("decided 0 0", "decided 0 1", "decided 1 0", "decided 1 1"):
+        (line,) = [line for line in output.split("\r\n") if message in line]
+        # What stood in the line before was wiped out.
+        assert re.search(rf"(^|\r|\x1b\[A){message}$", line), repr(line)
+        assert re.fullmatch(r"(.*\r +\r)?(\x1b\[A|\r)*", line.removesuffix(message), flags=re.DOTALL), repr(line)
+
+
+LIBRARIES = """
+import sys
+from replaceme import commands
+
+def use_libraries(params):
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM
+    AutoModelForCausalLM.from_pretrained(params.model_path).save_pretrained(params.save_path)
+    Dataset.from_dict({"a": [1, 2]}).map(lambda row: row).save_to_disk(params.save_path + "/table")
+
+commands._main(use_libraries, "test")
+"""
+
+
+@pytest.mark.parametrize("terminal", [False, True], ids=["file", "terminal"])
+def test_libraries_that_a_console_script_loads_late_show_no_bars(terminal: bool, tiny: Model, tmp_path: Path) -> None:
+    arguments = [LIBRARIES, "--model_path", str(tiny.folder), "--save_path", str(tmp_path / "saved")]
+    if terminal:
+        output = terminal_output(*arguments)
+    else:
+        done = subprocess.run([sys.executable, "-c", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+        output = done.stdout + done.stderr
+    assert (tmp_path / "saved" / "model.safetensors").is_file()
+    assert output == ""
