@@ -50,7 +50,8 @@ def compare(dense: Figures, pruned: Figures, dense_items: Mapping[str, Tensor], 
         if all("stderr" in side for side in sides):
             entry |= {"stderr_dense": sides[0]["stderr"], "stderr_pruned": sides[1]["stderr"]}
             change = pruned_items[f"losses/{task}"] - dense_items[f"losses/{task}"]
-            entry["stderr_ratio"] = entry["ratio"] * mean_stderr(change, dense_items[f"counts/{task}"])
+            counts, texts = dense_items[f"counts/{task}"], dense_items.get(f"texts/{task}")
+            entry["stderr_ratio"] = entry["ratio"] * mean_stderr(change, counts, texts)
     if dense["accuracy"]:
         comparison["accuracy"] = {
             task: _accuracy(score, pruned["accuracy"][task], dense_items, pruned_items, task)

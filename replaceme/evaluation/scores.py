@@ -36,7 +36,7 @@ class Scores:
             calibration text is known, ``calibration_text`` (task → seen, overlap: ``replaceme.evaluation.seen``).
         items: ``accuracy/<task>/<n>`` (items,), where n counts the single tasks of a group, and ``losses/<task>`` and
             ``counts/<task>`` (windows,); all float64. And ``articles/<task>/<n>`` (items,) int64, equal for items of one
-            article, where items share some.
+            article, and ``texts/<task>`` (windows,) int64, where items share articles and windows texts.
         requests: the token ids of all scored requests.
     """
 
@@ -102,6 +102,8 @@ def score_model(
         losses = window_losses(model, windows, params.eval_batch_size, f"{name}: {text}")
         perplexity[text] = perplexities(losses, windows)
         items |= {f"losses/{text}": losses, f"counts/{text}": windows.predictions()}
+        if (texts := windows.text_numbers()) is not None:
+            items[f"texts/{text}"] = texts
     scorer = CausalScorer(model, tokenizer, params.eval_batch_size, f"{name}: {', '.join(suite.reported)}", requests.encodings)
     outcome = harness.run(scorer, suite)
     items |= {f"accuracy/{task}/{n}": part for task, parts in outcome.items.items() for n, part in enumerate(parts)}
