@@ -50,7 +50,8 @@ def compare(dense: Figures, pruned: Figures, dense_items: Mapping[str, Tensor], 
         if all("stderr" in side for side in sides):
             entry |= {"stderr_dense": sides[0]["stderr"], "stderr_pruned": sides[1]["stderr"]}
             change = pruned_items[f"losses/{task}"] - dense_items[f"losses/{task}"]
-            entry["stderr_ratio"] = entry["ratio"] * mean_stderr(change, dense_items[f"counts/{task}"])
+            counts, texts = dense_items[f"counts/{task}"], dense_items.get(f"texts/{task}")
+            entry["stderr_ratio"] = entry["ratio"] * mean_stderr(change, counts, texts)
     for task in dense["perplexity"]:
         if f"divergences/{task}" in pruned_items:
             comparison.setdefault("divergence", {})[task] = _divergence(pruned_items, task)
@@ -118,13 +119,13 @@ def seen_note(comparison: Mapping[str, Any]) -> str:
 
 def _divergence(items: Mapping[str, Tensor], task: str) -> Figures:
     """Return the mean KL divergence from the dense model (nats a token), the share of positions with its most likely token."""
-    counts = items[f"counts/{task}"]
+    counts, texts = items[f"counts/{task}"], items.get(f"texts/{task}")
     figures = {}
     for name, part in (("kl", "divergences"), ("agreement", "agreements")):
         sums = items[f"{part}/{task}"]
         figures[name] = float(sums.sum() / counts.sum())
         if len(sums) > 1:
-            figures[f"stderr_{name}"] = mean_stderr(sums, counts)
+            figures[f"stderr_{name}"] = mean_stderr(sums, counts, texts)
     return figures
 
 

@@ -4,7 +4,7 @@ Each window starts with the tokenizer's start-of-text ids. A chat is rendered by
 with the roles' names if it has none. With ``nll``, the mean negative log-likelihood of predicted tokens,
 token perplexity is ``exp(nll)``; word and byte perplexity are ``exp(nll · tokens / words)`` and ``exp(nll · tokens / bytes)``
 over the same text, so that models with different tokenizers can be compared. The standard error comes from the spread over the
-windows (ratio estimate, first order).
+texts, or over the windows of a single text (ratio estimate, first order).
 """
 
 from __future__ import annotations
@@ -34,16 +34,24 @@ LARGEST_EXPONENT = 700.0
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows of token ids, and the tokens, words and bytes of their text (without start-of-text ids)."""
+    """Windows of token ids, and the tokens, words and bytes of their text (without start-of-text ids).
+
+    ``texts`` numbers the text of each window; it is empty if no text has several, or all are of one text.
+    """
 
     windows: list[Tensor]
     tokens: int
     words: int
     bytes: int
+    texts: tuple[int, ...] = ()
 
     def predictions(self) -> Tensor:
         """Return (windows,) float64: the number of predicted tokens of each window."""
         return torch.tensor([len(window) - 1 for window in self.windows], dtype=torch.float64)
+
+    def text_numbers(self) -> Tensor | None:
+        """Return (windows,) int64: the number of each window's text; None if the windows are the sample."""
+        return torch.tensor(self.texts) if self.texts else None
 
 
 def cut_windows(
@@ -65,6 +73,7 @@ def cut_windows(
     room = min(WINDOW, positions or WINDOW) - len(prefix)
     encoded = [_ids(text, tokenizer, prefix, limit) for text in texts]
     windows: list[Tensor] = []
+    texts_of: list[int] = []
     taken = [0] * len(encoded)  # ids taken from the beginning of each text
     left = math.inf if limit is None else limit
     for start in range(0, max(map(len, encoded), default=0), room):
@@ -72,14 +81,15 @@ def cut_windows(
             body = ids[start : start + int(min(room, left))]
             if body and len(prefix) + len(body) >= 2:  # a single token has no prediction
                 windows.append(torch.tensor([*prefix, *body]))
+                texts_of.append(number)
                 taken[number] += len(body)
                 left -= len(body)
     if not windows:
         raise DatasetError(f"tasks: {task} has no text after tokenization.")
     decoded = [tokenizer.decode(ids[:count]) for ids, count in zip(encoded, taken, strict=True)]
-    return Windows(
-        windows, sum(taken), sum(len(text.split()) for text in decoded), sum(len(text.encode()) for text in decoded)
-    )  # fmt: skip
+    words, size = sum(len(text.split()) for text in decoded), sum(len(text.encode()) for text in decoded)
+    shared = 1 < len(set(texts_of)) < len(texts_of)
+    return Windows(windows, sum(taken), words, size, tuple(texts_of) if shared else ())
 
 
 @torch.inference_mode()
@@ -166,12 +176,22 @@ def perplexities(losses: Tensor, windows: Windows) -> dict[str, float]:
     }
     figures = {unit: math.exp(exponent) for unit, exponent in exponents.items() if exponent < LARGEST_EXPONENT}
     if len(losses) > 1 and "token" in figures:
-        figures["stderr"] = figures["token"] * mean_stderr(losses, counts)
+        figures["stderr"] = figures["token"] * mean_stderr(losses, counts, windows.text_numbers())
     return figures
 
 
-def mean_stderr(sums: Tensor, counts: Tensor) -> float:
-    """Return the standard error of ``sums.sum() / counts.sum()`` over independent windows (ratio estimate, first order)."""
+def mean_stderr(sums: Tensor, counts: Tensor, texts: Tensor | None = None) -> float:
+    """Return the standard error of ``sums.sum() / counts.sum()`` (ratio estimate, first order).
+
+    Args:
+        sums: (windows,) float64.
+        counts: (windows,) float64.
+        texts: (windows,) int64, the text of each window; None takes the windows as independent.
+    """
+    if texts is not None:
+        _, place = texts.unique(return_inverse=True)
+        size = int(place.max()) + 1
+        sums, counts = (torch.zeros(size, dtype=each.dtype).index_add_(0, place, each) for each in (sums, counts))
     spread = (sums - sums.sum() / counts.sum() * counts).square().sum()
     return math.sqrt(float(spread) * len(sums) / (len(sums) - 1)) / float(counts.sum())
 

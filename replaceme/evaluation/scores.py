@@ -35,10 +35,11 @@ class Scores:
         figures: ``perplexity`` (task → token, word, byte, stderr), ``accuracy`` (task → accuracy, stderr, items, metric,
             fewshots, by_size), ``parameters``, ``disk_bytes``, ``kv_cache_bytes_per_token``, ``device`` (cpu, cuda) and
             ``made_with`` (the kind of the device, as ``processor``, and the version of each package). Where the calibration
-            text is known, ``calibration_text`` (task → seen, overlap: ``replaceme.evaluation.seen``).
+            text is known, ``calibration_text`` (task → seen, same_domain, overlap: ``replaceme.evaluation.seen``).
         items: ``accuracy/<task>/<n>`` (items,), where n counts the single tasks of a group, and ``counts/<task>`` (windows,),
-            both float64; what ``score_windows`` returns for each task, as ``losses/<task>`` and so on; and
-            ``articles/<task>/<n>`` (items,) int64, equal for items of one article, where items share some.
+            both float64; and what ``score_windows`` returns for each task, as ``losses/<task>`` and so on. And
+            ``articles/<task>/<n>`` (items,) int64, equal for items of one article, and ``texts/<task>`` (windows,) int64, where
+            items share articles and windows texts.
         requests: the token ids of all scored requests.
     """
 
@@ -107,6 +108,8 @@ def score_model(
         scored = score_windows(model, windows, params.eval_batch_size, f"{name}: {text}", reference)
         perplexity[text] = perplexities(scored["losses"], windows)
         items |= {f"{part}/{text}": tensor for part, tensor in {**scored, "counts": windows.predictions()}.items()}
+        if (texts := windows.text_numbers()) is not None:
+            items[f"texts/{text}"] = texts
     scorer = CausalScorer(model, tokenizer, params.eval_batch_size, f"{name}: {', '.join(suite.reported)}", requests.encodings)
     outcome = harness.run(scorer, suite)
     items |= {f"accuracy/{task}/{n}": part for task, parts in outcome.items.items() for n, part in enumerate(parts)}

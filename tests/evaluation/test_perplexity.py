@@ -1,4 +1,5 @@
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ from tokenizers import processors
 
 from replaceme.base.errors import DatasetError
 from replaceme.evaluation.perplexity import TOP, WINDOW, cut_windows, divergence, perplexities, score_windows
+from replaceme.evaluation.requests import Requests
 from tests.conftest import made_model, made_text, made_tokenizer
 
 
@@ -47,6 +49,28 @@ def test_standard_error_is_that_of_the_windows_means() -> None:
     assert perplexities(score_windows(model, windows, 1, "t")["losses"], windows)["stderr"] == pytest.approx(
         math.exp(nll) * ratio_error, rel=1e-3
     )
+
+
+def test_windows_of_several_texts_are_no_independent_sample(tmp_path: Path) -> None:
+    tokenizer, model = made_tokenizer(), made_model(max_position_embeddings=64)
+    windows = cut_windows("t", [made_text(count, seed=count) for count in (3, 12, 20, 30)], tokenizer, None, 64)
+    counts, losses = windows.predictions(), score_windows(model, windows, 4, "t")["losses"]
+    owners = torch.tensor(windows.texts)
+    assert owners.bincount().tolist() == [len([text for text in windows.texts if text == number]) for number in range(4)]
+    assert int(owners.bincount().max()) > 1
+    nll = float(losses.sum() / counts.sum())
+    sums = [float((losses - nll * counts)[owners == number].sum()) for number in range(4)]
+    expected = (4 / 3 * sum(each**2 for each in sums)) ** 0.5 / float(counts.sum())
+    assert perplexities(losses, windows)["stderr"] == pytest.approx(math.exp(nll) * expected)
+    (requests := Requests({"t": windows})).save(tmp_path)
+    assert [*Requests.load(tmp_path).windows["t"].texts] == [*requests.windows["t"].texts]
+
+
+def test_windows_of_one_text_or_of_their_own_are_the_sample() -> None:
+    windows = cut_windows("t", [made_text(60)], made_tokenizer(), None, 64)
+    assert len(windows.windows) > 1
+    assert windows.texts == ()
+    assert cut_windows("t", [made_text(1, seed) for seed in range(5)], made_tokenizer(), None).texts == ()
 
 
 def test_a_figure_that_overflows_is_left_out() -> None:
