@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def known(path: Path) -> Cost | None:
         cost = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    numbers = isinstance(cost, dict) and all(isinstance(figure, int | float) and figure >= 0 for figure in cost.values())
+    numbers = isinstance(cost, dict) and all(isinstance(figure, int | float) and 0 <= figure < inf for figure in cost.values())
     return cost if numbers and {"seconds", "peak_memory_bytes"} <= cost.keys() else None
 
 

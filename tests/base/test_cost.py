@@ -120,7 +120,17 @@ def test_a_cost_belongs_to_parameters_and_to_what_was_read_and_written() -> None
 
 
 @pytest.mark.usefixtures("made_up_pipeline")
-@pytest.mark.parametrize("record", ["", "[1]", '{"seconds": 1}', '{"seconds": "1", "peak_memory_bytes": 1}', "null"])
+@pytest.mark.parametrize(
+    "record",
+    [
+        '{"seconds": Infinity, "peak_memory_bytes": 1}',
+        "",
+        "[1]",
+        '{"seconds": 1}',
+        '{"seconds": "1", "peak_memory_bytes": 1}',
+        "null",
+    ],
+)
 def test_a_broken_record_is_none(record: str) -> None:
     copied()
     write_text(kept("solve", read_params(Path("params.yaml"))), record)

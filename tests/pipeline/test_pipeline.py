@@ -181,6 +181,8 @@ def test_the_console_script_gives_the_pipelines_model_to_the_last_bit(
     assert names == {path.name for path in (tmp_path / "same").iterdir()}
     for name in names - {"README.md"}:
         assert (tmp_path / "same" / name).read_bytes() == (project / "artifacts" / "model" / name).read_bytes()
+    cost = json.loads((tmp_path / "same.work" / "metrics" / "compression.json").read_text())
+    assert set(cost["stage_seconds"]) == set(COMPRESSION)
 
 
 def test_what_is_put_on_the_hub_has_its_scores_and_the_stages_output_stays_as_it_is(
