@@ -29,6 +29,7 @@ from replaceme.pipeline import (
     calibrate,
     evaluate,
     export,
+    generate,
     heal,
     plan,
     profile,
@@ -42,6 +43,7 @@ from replaceme.pipeline import (
 STAGES: Mapping[str, Stage] = {
     stage.name: stage
     for stage in (
+        generate.STAGE,
         calibrate.STAGE,
         profile.STAGE,
         select.STAGE,
