@@ -29,12 +29,12 @@ HELD_OUT = "held-out"
 # Kind and text of each embedded task.
 EMBEDDED: Mapping[str, tuple[Kind, str]] = {
     "wikipedia": ("perplexity", "wikipedia-sample"),
-    "news": ("perplexity", "bbc-news"),
-    "fiction": ("perplexity", "gutenberg-fiction"),
-    "code": ("perplexity", "python-code"),
-    "answers": ("perplexity", "finance-answers"),
-    "medicine": ("perplexity", "medical-abstracts"),
-    "speeches": ("perplexity", "convention-speeches"),
+    "bbc_news": ("perplexity", "bbc-news"),
+    "gutenberg_fiction": ("perplexity", "gutenberg-fiction"),
+    "python_code": ("perplexity", "python-code"),
+    "finance_answers": ("perplexity", "finance-answers"),
+    "medical_abstracts": ("perplexity", "medical-abstracts"),
+    "convention_speeches": ("perplexity", "convention-speeches"),
     "wikipedia_last_word": ("word", "wikipedia-sample"),
     "wikipedia_continuation": ("choice", "wikipedia-sample"),
 }
