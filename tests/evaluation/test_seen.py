@@ -11,21 +11,23 @@ import torch
 
 from replaceme.base.documents import Documents
 from replaceme.base.params import Params, read_params
+from replaceme.base.source import dataset_title
 from replaceme.base.task import Task
 from replaceme.corpora import embedded
-from replaceme.corpora.find import find_dataset
+from replaceme.corpora.find import fingerprints, sources_of
 from replaceme.evaluation import seen
 from replaceme.evaluation.comparison import compare, comparison_rows, comparison_table
-from replaceme.evaluation.requests import Requests
 from replaceme.evaluation.scores import score_model
 from replaceme.evaluation.seen import Calibration, hashes_of_runs, known_runs
-from replaceme.evaluation.tasks import task_fingerprints
+from replaceme.evaluation.tasks import EMBEDDED, task_fingerprints
 from replaceme.models.model import Model
 from tests.conftest import made_text, made_tokenizer
 
 
 def calibrated_on(*texts: str, found: dict[str, Any] | None = None, **options: Any) -> Calibration:
-    return Calibration(read_params(None, options), found or {"sha256": "another"}, known_runs(texts))
+    params, found = read_params(None, options), found or {"sha256": "another"}
+    sources = zip(sources_of(params), found.get("sources", [found]), strict=True)
+    return Calibration(dataset_title(params.dataset), [*sources], known_runs(texts))
 
 
 def windows(calibration: Calibration, texts: list[str], name: str = "text.txt", found: Any = "this") -> dict[str, float]:
@@ -60,9 +62,9 @@ def test_the_share_of_copies_is_that_of_the_items_and_a_tenth_is_seen(caplog: py
     copy = made_text(30).split("\n\n")[0]
     others = [made_text(3, seed) for seed in range(100, 139)]
     with caplog.at_level("WARNING", "replaceme"):
-        assert windows(calibration, [*others, copy]) == {"seen": 0, "overlap": 1 / 40}
+        assert windows(calibration, [*others, copy]) == {"seen": 0, "same_domain": 0, "overlap": 1 / 40}
         assert not caplog.records
-        assert windows(calibration, [*others[:9], copy]) == {"seen": 1, "overlap": 0.1}
+        assert windows(calibration, [*others[:9], copy]) == {"seen": 1, "same_domain": 0, "overlap": 0.1}
     (record,) = caplog.records
     assert record.message == (
         "tasks: text is no unseen text: 10 % of its items share 13 words in a row with the calibration text (known.txt); take "
@@ -73,15 +75,15 @@ def test_the_share_of_copies_is_that_of_the_items_and_a_tenth_is_seen(caplog: py
 def test_a_file_with_the_same_content_is_seen_without_any_run(caplog: pytest.LogCaptureFixture) -> None:
     calibration = calibrated_on("few words", found={"sha256": "this", "form": ".txt"}, dataset="known.txt")
     with caplog.at_level("WARNING", "replaceme"):
-        assert windows(calibration, ["few words"]) == {"seen": 1, "overlap": 0}
+        assert windows(calibration, ["few words"]) == {"seen": 1, "same_domain": 0, "overlap": 0}
     assert "tasks: text is no unseen text: its source is the calibration text (known.txt)" in caplog.text
-    assert windows(calibration, ["few words"], found="that") == {"seen": 0, "overlap": 0}
+    assert windows(calibration, ["few words"], found="that") == {"seen": 0, "same_domain": 0, "overlap": 0}
 
 
 @pytest.mark.parametrize(("split", "same"), [("held-out", 1), ("calibration", 0), (None, 0)])
 def test_an_embedded_task_is_seen_by_a_calibration_on_its_split(split: str | None, same: int) -> None:
     params = read_params(None, {"dataset": "wikipedia-sample", "dataset_split": split})
-    calibration = Calibration(params, find_dataset(params).fingerprint(), known_runs([]))
+    calibration = calibrated_on(found=fingerprints(params), dataset_split=split)
     identity = embedded.text_fingerprint("wikipedia-sample")
     assert windows(calibration, ["other"], "wikipedia", identity)["seen"] == same
     items = SimpleNamespace(eval_docs=[{"query": "other"}])
@@ -127,7 +129,7 @@ def test_memory_is_bounded_and_copies_are_still_found(monkeypatch: pytest.Monkey
     assert len(calibration.runs) == 40
     everything = sorted(set().union(*(hashes_of_runs(text).tolist() for text in texts)))
     assert calibration.runs.tolist() == everything[:40]
-    assert windows(calibration, ["\n\n".join(texts)]) == {"seen": 1, "overlap": 1}
+    assert windows(calibration, ["\n\n".join(texts)]) == {"seen": 1, "same_domain": 0, "overlap": 1}
 
 
 def test_a_model_knows_only_the_calibration_that_it_is_given(params: Params, tiny: Model, tmp_path: Path) -> None:
@@ -138,11 +140,14 @@ def test_a_model_knows_only_the_calibration_that_it_is_given(params: Params, tin
     params = params.model_copy(update={"tasks": (*params.tasks, Task(str(questions), limit=6))})
     found, tokenizer = task_fingerprints(params), made_tokenizer()
     documents = Documents([torch.tensor(tokenizer.encode(text))])
-    known = Calibration.of(params, find_dataset(params).fingerprint(), documents, tokenizer.decode)
-    dense = score_model(params, tiny, "dense", found, requests := Requests())
+    known = Calibration.of(params, fingerprints(params), documents, tokenizer.decode)
+    dense = score_model(params, tiny, "dense", found)
     assert "calibration_text" not in dense.figures
-    pruned = score_model(params, tiny, "pruned", found, requests, known)
-    expected = {"text": {"seen": 1, "overlap": 1.0}, "questions": {"seen": 1, "overlap": 1 / 6}}
+    pruned = score_model(params, tiny, "pruned", found, dense, known)
+    expected = {
+        "text": {"seen": 1, "same_domain": 0, "overlap": 1.0},
+        "questions": {"seen": 1, "same_domain": 0, "overlap": 1 / 6},
+    }
     assert pruned.figures["calibration_text"] == expected
     comparison = compare(dense.figures, pruned.figures, dense.items, pruned.items)
     assert comparison["calibration_text"] == expected
@@ -155,10 +160,51 @@ def test_an_average_over_a_seen_task_says_so() -> None:
     pair = {"dense": 0.5, "pruned": 0.4, "removed_percent": 1.0}
     comparison = {
         "accuracy": {"a": pair, "b": pair}, "average_accuracy": pair, "parameters": pair,
-        "calibration_text": {"a": {"seen": 0, "overlap": 0.0}, "b": {"seen": 0, "overlap": 0.01}},
+        "calibration_text": {task: {"seen": 0, "same_domain": 0, "overlap": 0.0} for task in "ab"},
     }  # fmt: skip
     assert [row[0] for row in comparison_rows(comparison)][1:4] == ["a accuracy", "b accuracy", "average accuracy"]
     assert "Seen" not in comparison_table(comparison)
     comparison["calibration_text"]["b"]["seen"] = 1
     marked = [row[0] for row in comparison_rows(comparison)][1:4]
     assert marked == ["a accuracy", "b accuracy (seen)", "average accuracy (in part seen)"]
+
+
+def test_other_text_of_a_calibrated_domain_is_not_unseen() -> None:
+    params = read_params(None, {"dataset": ["wikipedia-sample", {"lee-news": 2}, "self"]})
+    calibration = calibrated_on(dataset=params.dataset, found=fingerprints(params))
+
+    def figures(name: str) -> dict[str, float]:
+        return windows(calibration, ["other"], name, embedded.text_fingerprint(EMBEDDED[name][1]))
+
+    assert figures("wikipedia") == {"seen": 0, "same_domain": 1, "overlap": 0}
+    assert figures("bbc_news") == {"seen": 0, "same_domain": 1, "overlap": 0}
+    assert figures("python_code") == {"seen": 0, "same_domain": 0, "overlap": 0}
+
+
+def test_texts_of_one_wheel_are_told_apart() -> None:
+    names = ("bbc-news", "finance-answers", "medical-abstracts")
+    assert len({embedded.text_fingerprint(name) for name in names}) == len(names)
+
+
+def test_the_headline_is_of_unseen_domains_alone() -> None:
+    texts = {"a": (0, 0), "b": (0, 1), "c": (1, 0), "d": (0, 0)}
+    ratios = {"a": 2.0, "b": 9.0, "c": 1.1, "d": 8.0}
+    sides: list[dict[str, Any]] = [
+        {
+            "perplexity": {task: {"token": 10 * ratio**place} for task, ratio in ratios.items()},
+            "accuracy": {task: {"accuracy": accuracy, "by_size": True} for task, accuracy in accuracies.items()},
+            "parameters": 4,
+        }
+        for place, accuracies in enumerate(({"b": 0.5, "d": 0.5}, {"b": 0.1, "d": 0.4}))
+    ]
+    sides[1]["calibration_text"] = {
+        task: {"seen": seen, "same_domain": same, "overlap": 0.0} for task, (seen, same) in texts.items()
+    }
+    found = compare(*sides, {}, {})
+    assert found["unseen"] == pytest.approx({"texts": 2, "perplexity_ratio": 4.0, "tasks": 1, "retention_percent": 80.0})
+    table = comparison_table(found)
+    assert "2 unseen domains, geometric mean" in table
+    assert "b perplexity (domain seen)" in table
+    assert "c perplexity (seen)" in table
+    del sides[1]["calibration_text"]
+    assert "unseen" not in compare(*sides, {}, {})
