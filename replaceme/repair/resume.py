@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from replaceme.base.errors import FULL_DISK, ResourceError
+from replaceme.base.errors import ResourceError, resource_failure
 from replaceme.base.files import new_folder, read_json, write_json
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.progress import logger
@@ -49,8 +49,8 @@ class Checkpoints:
             return
         try:
             self._save(state, finished)
-        except OSError as failure:
-            if failure.errno not in FULL_DISK:
+        except (OSError, SafetensorError) as failure:
+            if not resource_failure(failure):
                 raise
             logger.warning("repair: the disk has no space for a checkpoint; if interrupted, it would begin anew")
         self.saved = time.monotonic()

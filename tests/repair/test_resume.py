@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from replaceme.base.files import read_json
 from replaceme.base.fingerprints import sha256_below
@@ -126,11 +127,14 @@ def test_a_checkpoint_of_another_repair_or_a_damaged_one_is_ignored(
     assert repaired == [1, 4, 5]
 
 
+@pytest.mark.parametrize(
+    "failure", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: No space left on device")]
+)
 def test_a_disk_without_space_for_a_checkpoint_stops_no_repair(
-    repaired: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    failure: Exception, repaired: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise failure
 
     monkeypatch.setattr(Edits, "save", full)
     blocks, options = SETTINGS["repair"]
