@@ -215,13 +215,16 @@ def _claim(params: Params, suffix: str) -> Workspace:
     target = work.model
     if target.resolve() == local_path(params.model_path).resolve():
         raise ParameterError(f"save_path: {target} is the model that is to be pruned; choose another folder.")
+    # A device is never read to its end.
+    if target.exists() and not target.is_dir():
+        raise ParameterError(f"save_path: {excerpt(target, 150)} exists and is no folder; choose another place.")
     if target.exists():
         record = _result_record(work)
         written = read_json(record) if record.is_file() else {}
         foreign = sorted(name for name, digest in sha256_below(target).items() if written.get(name) != digest)
-        if foreign or not target.is_dir():
-            what = f"holds {foreign[0]}, which" if target.is_dir() and foreign else "exists and"
-            raise ParameterError(f"save_path: {target} {what} this program did not write; choose another folder.")
+        if foreign:
+            what = f"{excerpt(target, 100)} holds {excerpt(foreign[0])}, which this program did not write"
+            raise ParameterError(f"save_path: {what}; choose another folder.")
     _make_folder(work.root)
     return work
 
