@@ -244,9 +244,14 @@ def _claimed(params: Params, suffix: str) -> Iterator[Workspace]:
     target = work.model
     if target.resolve() == local_path(params.model_path).resolve():
         raise ParameterError(f"save_path: {target} is the model that is to be pruned; choose another folder.")
+    # A device is never read to its end.
+    if target.exists() and not target.is_dir():
+        raise ParameterError(f"save_path: {excerpt(target, 150)} exists and is no folder; choose another place.")
     for folder in target.resolve().parents:
         if (folder / "dvc.yaml").is_file() and target.resolve().is_relative_to(folder / "artifacts"):
-            raise ParameterError(f"save_path: {folder / 'artifacts'} belongs to the pipeline; choose another folder.")
+            raise ParameterError(
+                f"save_path: {excerpt(folder / 'artifacts', 150)} belongs to the pipeline; choose another folder."
+            )
     new = [folder for folder in (work.root, *work.root.parents) if not folder.exists()]
     _make_folder(work.root)
     try:
@@ -254,11 +259,9 @@ def _claimed(params: Params, suffix: str) -> Iterator[Workspace]:
             clear_partials(work.root, alone=True)
             clear_partials(target.parent, target.name, alone=True)
             clear_partials(target, CARD, alone=True)
-            if target.exists():
-                foreign = foreign_file(work) if target.is_dir() else None
-                if foreign or not target.is_dir():
-                    what = f"holds {foreign}, which" if foreign else "exists and"
-                    raise ParameterError(f"save_path: {target} {what} this program did not write; choose another folder.")
+            if target.exists() and (foreign := foreign_file(work)):
+                what = f"{excerpt(target, 100)} holds {excerpt(foreign)}, which this program did not write"
+                raise ParameterError(f"save_path: {what}; choose another folder.")
             yield work
     finally:
         for folder in new:

@@ -286,6 +286,15 @@ def test_a_folder_that_is_no_earlier_result_is_never_replaced(
     assert "is the model that is to be pruned" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("place", ["/dev/zero", "pipe"])
+def test_a_device_or_pipe_is_no_place_for_a_result(
+    place: str, tiny: Model, text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo("pipe")
+    call(commands.run_replaceme, "--model", tiny.folder, "--dataset", text_file, "--save_path", place, code=2)
+    assert f"{place} exists and is no folder; choose another place." in capsys.readouterr().err
+
+
 def test_an_output_that_was_changed_is_made_again(
     tiny: Model, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
