@@ -75,12 +75,11 @@ def draw_documents(
         else _documents_of(corpus, tokenizer, size, max_length, pack=pack, seed=seed, counts=counts[number])
         for number, corpus in enumerate(corpora)
     }
-    drawn: Iterator[tuple[tuple[int, int], Tensor]] = islice(_by_shares(streams, shares, counts), size)
+    drawn: Iterator[tuple[int, Tensor]] = islice(_by_shares(streams, shares, counts), size)
     # The pieces of running texts are all there before the first is drawn, and have a bar of their own.
     if not any(isinstance(corpus, Corpus) and corpus.running for corpus in corpora):
         drawn = progress(drawn, "drawing documents", "documents", total=size)
-    sources: dict[tuple[int, int], int] = {}
-    documents = [(sources.setdefault(source, len(sources)), document) for source, document in drawn]
+    documents = [*drawn]
     if not documents:
         empty = sum(count.empty for count in counts)
         raise DatasetError(f"dataset: no text is left after tokenization ({empty} rows were empty).")
@@ -89,10 +88,10 @@ def draw_documents(
 
 def _by_shares(
     streams: dict[int, Iterator[tuple[int, Tensor]]], shares: Sequence[float], counts: Sequence[Counts]
-) -> Iterator[tuple[tuple[int, int], Tensor]]:
+) -> Iterator[tuple[int, Tensor]]:
     """Yield all streams' documents: always the next one of the stream that lacks most of its share of the tokens so far.
 
-    Each comes with its source: the stream's number and that within the stream.
+    Each comes with its source, whose number is another one in another stream.
     """
     while streams:
         number = min(streams, key=lambda number: counts[number].tokens / shares[number])
@@ -102,7 +101,7 @@ def _by_shares(
             continue
         counts[number].documents += 1
         counts[number].tokens += len(document)
-        yield (number, source), document
+        yield (number << 32) + source, document
 
 
 def _documents_of(

@@ -109,7 +109,7 @@ def test_rows_are_packed_until_a_document_is_full(tmp_path: Path) -> None:
 
 def test_the_pieces_of_a_text_have_one_source(tmp_path: Path) -> None:
     texts = [made_text(12, seed) for seed in range(25)]
-    documents, _ = draw_documents(Corpus(texts, running=True), made_tokenizer(), 60, 16, pack=False, seed=0)
+    documents, _ = draw_documents([Corpus(texts, running=True)], [1.0], made_tokenizer(), 60, 16, pack=False, seed=0)
     assert len({*documents.sources}) < len(documents) == 60
     for document, source in zip(documents.documents, documents.sources, strict=True):
         assert made_tokenizer().decode(document[1:]).strip("\ufffd") in texts[source]

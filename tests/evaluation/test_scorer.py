@@ -329,10 +329,10 @@ def test_answers_longer_than_the_model_are_refused_before_it_is_loaded(
     short = save_tiny("gpt2", max_position_embeddings=64)
     asked = params.model_copy(update={"tasks": (Task("answers", limit=2),)})
     if said is None:
-        assert score_model(asked, short, "dense", {"answers": {}}, Requests()).figures["accuracy"]["answers"]["items"] == 2
+        assert score_model(asked, short, "dense", {"answers": {}}).figures["accuracy"]["answers"]["items"] == 2
     else:
         with pytest.raises(ParameterError, match=f"tasks: answers generates up to {said} tokens, and the model takes 64 with"):
-            score_model(asked, short, "dense", {"answers": {}}, Requests())
+            score_model(asked, short, "dense", {"answers": {}})
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt"])
@@ -345,8 +345,8 @@ def test_every_kind_of_request_fits_the_positions_that_a_model_has(
     (text := tmp_path / "long.txt").write_text(made_text(60), encoding="utf-8")
     asked = params.model_copy(update={"tasks": (Task("pages", limit=2), Task("choices", limit=3), Task(str(text)))})
     short = save_tiny(family, max_position_embeddings=64)
-    requests = Requests()
-    found = score_model(asked, short, "dense", task_fingerprints(asked), requests).figures
+    scores = score_model(asked, short, "dense", task_fingerprints(asked))
+    found, requests = scores.figures, scores.requests
     assert max(map(len, requests.windows["long"].windows)) == 64
     assert max(len(context) + len(tail) for context, tail in requests.encodings.pairs.values()) > 200
     assert found["accuracy"]["choices"]["items"] == 3
