@@ -7,6 +7,7 @@ document goes on after an end of text, as in the packed text that models are tra
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -62,9 +63,12 @@ def write_texts(
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.inference_mode():
         torch.manual_seed(seed)
-        for batch in progress(batches, "writing text", "batches"):
+        steps = sum(length - len(batch[0][0][: length - 1]) for batch in batches)
+        bar = progress(range(steps), "writing text", "steps")
+        for batch in batches:
             prompt, glue = batch[0]
-            written += _sample(model, len(batch), prompt[: length - 1], length, glue)
+            written += _sample(model, len(batch), prompt[: length - 1], length, glue, bar)
+        next(bar, None)
     return written
 
 
@@ -101,7 +105,7 @@ def chat_turns(tokenizer: PreTrainedTokenizerBase) -> Turns | None:
     return Turns(*parts) if all(parts) else None
 
 
-def _sample(model: Any, rows: int, prompt: list[int], length: int, turns: Turns | None) -> list[Tensor]:
+def _sample(model: Any, rows: int, prompt: list[int], length: int, turns: Turns | None, bar: Iterator[int]) -> list[Tensor]:
     # Temperature 1 over the whole vocabulary, without an end.
     plain = GenerationConfig(
         max_length=length, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=None, pad_token_id=0
@@ -109,11 +113,22 @@ def _sample(model: Any, rows: int, prompt: list[int], length: int, turns: Turns 
     own, model.generation_config = model.generation_config, plain
     try:
         ids = torch.tensor([prompt] * rows, device=model.device)
-        forced = LogitsProcessorList([_Forced(rows, turns)] if turns else [])
+        forced = LogitsProcessorList([_Counted(bar), *([_Forced(rows, turns)] if turns else [])])
         found = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=plain, logits_processor=forced)
     finally:
         model.generation_config = own
     return list(found.cpu())
+
+
+class _Counted(LogitsProcessor):
+    """Move the progress bar by a step."""
+
+    def __init__(self, bar: Iterator[int]):
+        self.bar = bar
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        next(self.bar, None)
+        return scores
 
 
 class _Forced(LogitsProcessor):

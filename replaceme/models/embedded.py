@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import yaml
 
@@ -116,7 +117,9 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
 
     logger.info("converting %s to safetensors (once)", gguf.name)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).to(torch.bfloat16)
+    # transformers has no option against this bar, which would be one long line in a log file.
+    with mock.patch("transformers.modeling_gguf_pytorch_utils.tqdm", lambda tensors, **_options: tensors):
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).to(torch.bfloat16)
     # transformers refuses to save a quantized model; these weights are dequantized already.
     del model.config.quantization_config
     model.hf_quantizer = None
