@@ -21,6 +21,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 PARAMS_FILE = Path("params.yaml")
 DEBUG_VARIABLE = "REPLACEME_DEBUG"
+MOST_PROBLEMS = 20
 
 
 class Parser(argparse.ArgumentParser):
@@ -45,8 +46,11 @@ def run(action: Callable[[], None], debug: bool = False) -> int:
         known = explain(error)
         if debug or os.environ.get(DEBUG_VARIABLE):
             traceback.print_exc()
-        for line in str(known).split("\n"):
+        problems = str(known).split("\n")
+        for line in problems[:MOST_PROBLEMS]:
             print(f"error: {excerpt(line, SENTENCE_CHARACTERS)}", file=sys.stderr)
+        if len(problems) > MOST_PROBLEMS:
+            print(f"({len(problems) - MOST_PROBLEMS} more problems are not shown)", file=sys.stderr)
         return known.exit_code if isinstance(known, ReplaceMeError) else 1
     return 0
 

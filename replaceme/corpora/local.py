@@ -44,11 +44,13 @@ def check_file(path: Path, key: str = "dataset", suffixes: tuple[str, ...] | Non
 
 
 def read_text(path: Path, key: str = "dataset") -> str:
-    """Return the text of a .txt file. Raises DatasetError when it isn't UTF-8 or has only white space."""
+    """Return the text of a .txt file. Raises DatasetError when it isn't UTF-8, has a zero byte or only white space."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as problem:
         raise DatasetError(f"{key}: {short(path)} isn't UTF-8 text (byte {problem.start}).") from None
+    if "\0" in text:
+        raise DatasetError(f"{key}: {short(path)} isn't text: it has a zero byte.")
     if not text.strip():
         raise DatasetError(f"{key}: {short(path)} holds only white space.")
     return text

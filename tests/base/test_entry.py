@@ -51,6 +51,13 @@ def test_each_problem_of_a_list_has_its_line_and_an_unknown_error_only_one(capsy
     assert said.endswith("(run with --debug, or REPLACEME_DEBUG=1, for the traceback).")
 
 
+def test_of_a_long_list_of_problems_the_first_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert failing(ParameterError([f"k{number}: is not a parameter." for number in range(2000)])) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "error: k0: is not a parameter."
+    assert said[19:] == ["error: k19: is not a parameter.", "(1980 more problems are not shown)"]
+
+
 @given(st.text(), st.integers(10, 100))
 def test_an_excerpt_is_one_printable_line_with_both_ends_of_the_text(text: str, most: int) -> None:
     cut, line = excerpt(text, most), " ".join(text.split())

@@ -222,6 +222,7 @@ def test_batches_hold_every_real_token_once(documents: Documents) -> None:
         ("columns.jsonl", '{"a": "x", "b": "y"}\n', "its columns are a, b"),
         ("wrong.jsonl", '{"text": 3}\n', "neither text nor a list of chat turns"),
         ("blank.jsonl", '{"text": ""}\n', "no text is left after tokenization (1 rows were empty)"),
+        ("binary.txt", "PAR1\0\0", "{path} isn't text: it has a zero byte"),
         ("data.xml", "<a/>", "ends in '.xml'"),
         ("latin.jsonl", b'{"text": "\xff"}\n', "line 1 of {path} isn't UTF-8 text (byte 10)"),
         ("latin.csv", "text\ndéjà vu\n".encode("latin-1"), "{path} isn't UTF-8 text"),
