@@ -249,13 +249,14 @@ def test_an_experiment_with_another_block_does_not_profile_again(project: Path) 
     # As in a queue, it runs in a folder of its own.
     output = shell(project, "dvc", "exp", "run", "--temp", "-S", "layers_to_skip=1", "--name", "one-layer")
     assert ran(output) == [name for name in ORDER if name not in ("calibrate", "profile", "baseline")]
-    cost = [json.loads(shell(project, "git", "show", f"{name}:metrics/compression.json")) for name in ("HEAD", "one-layer")]
+    shown = pd.read_csv(io.StringIO(shell(project, "dvc", "exp", "show", "--csv")), dtype={"rev": str}).set_index("Experiment")
+    revisions = ("HEAD", shown.loc["one-layer", "rev"])
+    cost = [json.loads(shell(project, "git", "show", f"{revision}:metrics/compression.json")) for revision in revisions]
     for figures in cost:
         assert set(figures["stage_seconds"]) == set(COMPRESSION)
     of_head, of_experiment = (figures["stage_seconds"] for figures in cost)
     assert {name for name in COMPRESSION if of_head[name] == of_experiment[name]} >= {"calibrate", "profile"}
     assert of_head["select"] != of_experiment["select"]
-    shown = pd.read_csv(io.StringIO(shell(project, "dvc", "exp", "show", "--csv"))).set_index("Experiment")
     assert shown.loc["one-layer", "seconds"] == cost[1]["seconds"]
 
 
@@ -315,7 +316,7 @@ def test_plots_are_shown_and_compared(project: Path) -> None:
 
 
 def test_speed_is_measured_apart_from_the_lock(project: Path) -> None:
-    printed = shell(project, "measure_speed", "--config", "params.yaml")
+    printed = shell(project, "measure_speed", "--config", "params.yaml", PYTHONPATH=str(ROOT))
     assert re.search(r"prefill +[\d.]+ ms +[\d.]+ ms +x [\d.]+", printed)
     times = json.loads((project / "artifacts" / "speed" / "speed.json").read_text())
     assert times["prefill_seconds"]["speedup"] > 0
