@@ -16,6 +16,9 @@ from replaceme.corpora import embedded, local, streamed
 from replaceme.corpora.corpus import Corpus
 from replaceme.models import hub
 
+# Tokens of a document of the model's own at most: a step of writing costs the more, the longer the documents are.
+OWN_LENGTH = 512
+
 
 @dataclass(frozen=True)
 class DatasetSource:
@@ -95,12 +98,15 @@ def fingerprints(params: Params) -> dict[str, Any]:
 
 
 def own_documents(params: Params) -> int:
-    """Return the number of documents that the dense model has to write, for its share of ``dataset_size`` documents."""
+    """Return the number of documents that the dense model has to write, for its share of ``dataset_size`` documents' tokens.
+
+    Its documents have ``OWN_LENGTH`` tokens, or ``max_length`` if that is less; the others have ``max_length`` at most.
+    """
     sources = sources_of(params)
     whole = sum(source.share for source in sources)
     own = sum(source.share for source in sources if source.name == SELF)
-    # Other documents can be shorter, never longer, so its share of the tokens is no larger part of the documents.
-    return min(math.ceil(params.dataset_size * own / whole) + 1, params.dataset_size) if own else 0
+    most = params.dataset_size * params.max_length * own / whole / min(OWN_LENGTH, params.max_length)
+    return min(math.ceil(most) + 1, params.dataset_size) if own else 0
 
 
 def find_dataset(source: Source, commits: dict[str, str] | None = None) -> DatasetSource:

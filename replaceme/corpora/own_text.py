@@ -1,6 +1,6 @@
 """Text that a model writes itself, sampled at temperature 1: calibration for the model's own distribution, without any data.
 
-Half of the documents of a chat model are chats, in which it writes both sides: the chat template gives what stands before and
+Every second document of a chat model is a chat, in which it writes both sides: the chat template gives what stands before and
 between the turns, as in Magpie (Xu et al., 2024, arXiv 2406.08464). All others start with the tokenizer's start of text. A
 document goes on after an end of text, as in the packed text that models are trained on, so all have the same length.
 """
@@ -22,8 +22,8 @@ from replaceme.corpora.tokenization import start_of_text
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Documents that are written at once.
-ROWS = 64
+# Documents that are written at once: a step reads all weights, however many they are.
+ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -51,23 +51,15 @@ def write_texts(
     Raises:
         ModelError: the tokenizer has no token that a text could start with.
     """
-    turns = chat_turns(tokenizer)
-    chats = count // 2 if turns else 0
-    jobs = [(opening(tokenizer), None)] * (count - chats) + [(turns.opening, turns) for _ in range(chats) if turns]
+    plain, turns = opening(tokenizer), chat_turns(tokenizer)
+    starts = [turns.opening if turns and number % 2 else plain for number in range(count)]
     written: list[Tensor] = []
-    batches = [
-        part[start : start + rows]
-        for part in (jobs[: count - chats], jobs[count - chats :])
-        for start in range(0, len(part), rows)
-    ]
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.inference_mode():
         torch.manual_seed(seed)
-        steps = sum(length - len(batch[0][0][: length - 1]) for batch in batches)
-        bar = progress(range(steps), "writing text", "steps")
-        for batch in batches:
-            prompt, glue = batch[0]
-            written += _sample(model, len(batch), prompt[: length - 1], length, glue, bar)
+        bar = progress(range((length - 1) * -(-count // rows)), "writing text", "steps")
+        for first in range(0, count, rows):
+            written += _sample(model, starts[first : first + rows], length, turns, bar)
         next(bar, None)
     return written
 
@@ -105,50 +97,41 @@ def chat_turns(tokenizer: PreTrainedTokenizerBase) -> Turns | None:
     return Turns(*parts) if all(parts) else None
 
 
-def _sample(model: Any, rows: int, prompt: list[int], length: int, turns: Turns | None, bar: Iterator[int]) -> list[Tensor]:
+def _sample(model: Any, starts: list[list[int]], length: int, turns: Turns | None, bar: Iterator[int]) -> list[Tensor]:
     # Temperature 1 over the whole vocabulary, without an end.
     plain = GenerationConfig(
         max_length=length, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=None, pad_token_id=0
     )
     own, model.generation_config = model.generation_config, plain
     try:
-        ids = torch.tensor([prompt] * rows, device=model.device)
-        forced = LogitsProcessorList([_Counted(bar), *([_Forced(rows, turns)] if turns else [])])
+        # The first token alone, so that all rows are equally long; the others of a start are forced.
+        ids = torch.tensor([start[:1] for start in starts], device=model.device)
+        forced = LogitsProcessorList([_Forced(starts, turns, bar)])
         found = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=plain, logits_processor=forced)
     finally:
         model.generation_config = own
     return list(found.cpu())
 
 
-class _Counted(LogitsProcessor):
-    """Move the progress bar by a step."""
+class _Forced(LogitsProcessor):
+    """Force a text's start; and in a chat, after the token that ends a turn, the template's others up to the next turn."""
 
-    def __init__(self, bar: Iterator[int]):
-        self.bar = bar
+    def __init__(self, starts: list[list[int]], turns: Turns | None, bar: Iterator[int]):
+        self.queues, self.bar = [start[1:] for start in starts], bar
+        # What follows the present turn of each row, then what follows the next one; nothing in a plain text.
+        chats = [turns and start == turns.opening for start in starts]
+        self.after = [[turns.after_user, turns.after_assistant] if turns and chat else [] for chat in chats]
+        self.forced = [True] * len(starts)
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
         next(self.bar, None)
-        return scores
-
-
-class _Forced(LogitsProcessor):
-    """After the token that ends a turn, force the template's other tokens up to the next turn."""
-
-    def __init__(self, rows: int, turns: Turns):
-        self.between = (turns.after_user, turns.after_assistant)
-        self.turn = [0] * rows
-        self.queues: list[list[int]] = [[] for _ in range(rows)]
-        self.first = True
-
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
         for row, last in enumerate(input_ids[:, -1].tolist()):
-            glue = self.between[self.turn[row]]
-            if not self.first and not self.queues[row] and last == glue[0]:
-                self.queues[row] = glue[1:]
-                self.turn[row] = 1 - self.turn[row]
+            if self.after[row] and not self.forced[row] and last == self.after[row][0][0]:
+                self.queues[row] = self.after[row][0][1:]
+                self.after[row].reverse()
+            self.forced[row] = bool(self.queues[row])
             if self.queues[row]:
                 token, *self.queues[row] = self.queues[row]
                 scores[row] = -torch.inf
                 scores[row, token] = 0
-        self.first = False
         return scores

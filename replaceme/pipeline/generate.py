@@ -17,13 +17,14 @@ def generate(params: Params, work: Workspace) -> None:
         # Loaded only if text is wanted.
         from replaceme.base.compute import use_processor
         from replaceme.base.documents import Documents
+        from replaceme.corpora.find import OWN_LENGTH
         from replaceme.corpora.own_text import write_texts
         from replaceme.models.find import calibration_model, recorded_model
 
         use_processor(params.threads)
         tokenizer = recorded_model(params, work.tokenizer_input).tokenizer()
         model, _ = calibration_model(params, work.model_input)
-        documents = Documents(write_texts(model, tokenizer, wanted, params.max_length, params.seed))
+        documents = Documents(write_texts(model, tokenizer, wanted, min(params.max_length, OWN_LENGTH), params.seed))
         documents.save(folder)
         logger.info("generate: the model wrote %d documents, %d tokens", len(documents), documents.token_count)
 

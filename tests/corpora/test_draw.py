@@ -443,12 +443,14 @@ def test_an_option_of_a_single_source_is_refused_beside_a_list() -> None:
 
 
 def test_the_model_writes_enough_documents_for_its_share() -> None:
-    def wanted(dataset: Any, size: int = 10) -> int:
-        return own_documents(read_params(None, {"dataset": dataset, "dataset_size": size}))
+    def wanted(dataset: Any, length: int = 256) -> int:
+        return own_documents(read_params(None, {"dataset": dataset, "dataset_size": 10, "max_length": length}))
 
     assert wanted("lee-news") == 0
     assert wanted("self") == 10
     assert wanted(["self", {"lee-news": 3}]) == 4
+    # Its own documents are shorter than these.
+    assert wanted(["self", {"lee-news": 3}], 1024) == 6
 
 
 def test_settings_hold_a_list_of_sources_as_it_was_written(tmp_path: Path) -> None:
