@@ -6,7 +6,8 @@ each kept layer in order, with ``h`` = state of the shortened model (rows are to
     attention's output projection:  toward (original state after the attention) − h,       λ = repair_ridge_attention
     the MLP's last linear:          toward (original layer output) − (new state after it), λ = repair_ridge_mlp
 
-each by ridge regression from Gram sums, toward the present weights. Where the MLP is parallel to the attention, no state lies
+each by ridge regression from Gram sums, toward the present weights (``_correct``: the penalty is ``Features.per_column``, 0 for
+the bias; the solve is ``replaceme.solvers.ridge.solve_correction``). Where the MLP is parallel to the attention, no state lies
 between them: both linears are solved together, from ``[A | G]``, toward (original layer output) − h. With transform channels,
 the channels of a host's MLP are chosen here (``replaceme.repair.channel_choice``); then its linears are solved for again. With
 several blocks, the method fits each later one here, on the states that reach its host.

@@ -40,6 +40,7 @@ def solve_correction(gram: Tensor, cross: Tensor, ridge: Tensor) -> Tensor:
     factor, failed = torch.linalg.cholesky_ex(scaled)
     if failed:
         smallest = float(ridge[ridge > 0].min())
+        # Callers put their parameter in place of ``ridge`` (``naming``).
         raise ArgumentError("ridge", f"{smallest:g} leaves the least squares singular; raise it, or dataset_size.")
     del scaled
     return torch.cholesky_solve(cross * scale[:, None], factor).mul_(scale[:, None])
