@@ -158,7 +158,8 @@ class Project(Stand):
         text = (self.place / "params.yaml").read_text(encoding="utf-8")
         settings = SETTINGS | {key: str(self.inputs / SETTINGS[key]) for key in ("model_path", "dataset")}
         for key, value in (settings | {"tasks": f"[{self.inputs / 'held-out.txt'}]"}).items():
-            text = re.sub(rf"(?m)^{key}: .*$", f"{key}: {value}", text)
+            text, found = re.subn(rf"(?m)^{key}: .*$", f"{key}: {value}", text)
+            assert found == 1, key
         (self.place / "params.yaml").write_text(text, encoding="utf-8")
         subprocess.run(["git", "init", "-q"], cwd=self.place, check=True)
 

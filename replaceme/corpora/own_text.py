@@ -15,15 +15,16 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from replaceme.base.errors import ModelError
+from replaceme.base.errors import DatasetError, ModelError
 from replaceme.base.progress import progress
-from replaceme.corpora.tokenization import start_of_text
+from replaceme.corpora.tokenization import rendered, start_of_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Documents that are written at once: a step reads all weights, however many they are.
-ROWS = 128
+# Documents that are written at once, at most: a step reads all weights, however many they are. And the bytes that their keys
+# and values may take.
+ROWS, CACHE_BYTES = 128, 2 << 30
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Turns:
 
 
 def write_texts(
-    model: Any, tokenizer: PreTrainedTokenizerBase, count: int, length: int, seed: int, rows: int = ROWS
+    model: Any, tokenizer: PreTrainedTokenizerBase, count: int, length: int, seed: int, rows: int | None = None
 ) -> list[Tensor]:
     """Return ``count`` documents of ``length`` token ids, (length,) int64 each.
 
@@ -46,11 +47,15 @@ def write_texts(
         count: number of documents.
         length: tokens of each, with its start of text.
         seed: of the sampling; the same seed gives the same text on the same kind of device.
-        rows: documents that are written at once.
+        rows: documents that are written at once; None is ``ROWS``, or as many as ``CACHE_BYTES`` hold.
 
     Raises:
         ModelError: the tokenizer has no token that a text could start with.
     """
+    if rows is None:
+        # Grouped heads need less.
+        token = 2 * int(model.config.num_hidden_layers) * int(model.config.hidden_size) * model.dtype.itemsize
+        rows = min(ROWS, max(CACHE_BYTES // (token * length), 1))
     plain, turns = opening(tokenizer), chat_turns(tokenizer)
     starts = [turns.opening if turns and number % 2 else plain for number in range(count)]
     written: list[Tensor] = []
@@ -82,8 +87,8 @@ def chat_turns(tokenizer: PreTrainedTokenizerBase) -> Turns | None:
     marks = ["first question", "first answer", "second question"]
     chat = [{"role": role, "content": mark} for role, mark in zip(("user", "assistant", "user"), marks, strict=True)]
     try:
-        text = str(tokenizer.apply_chat_template(chat, tokenize=False))
-    except Exception:  # templates raise errors of their own kinds
+        text = rendered(chat, tokenizer)
+    except DatasetError:
         return None
     if any(text.count(mark) != 1 for mark in marks):
         return None

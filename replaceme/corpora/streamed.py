@@ -16,6 +16,8 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "fineweb_and_orca": ("HuggingFaceFW/fineweb", "Open-Orca/SlimOrca"),
 }
 CONFIGS = {"HuggingFaceFW/fineweb": "sample-10BT", "allenai/c4": "en", "Salesforce/wikitext": "wikitext-2-raw-v1"}
+# The domains of those that have one (``replaceme.corpora.embedded.Text``).
+DOMAINS = {"Salesforce/wikitext": "encyclopedia", "Open-Orca/SlimOrca": "answers"}
 SHUFFLE_ROWS = 10_000
 
 

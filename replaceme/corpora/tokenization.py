@@ -17,7 +17,7 @@ from unittest import mock
 
 from replaceme.base.errors import DatasetError, excerpt
 from replaceme.base.progress import logger
-from replaceme.corpora.corpus import Row
+from replaceme.corpora.corpus import Chat, Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,29 +54,33 @@ def encode_in_chunks(text: str, tokenizer: PreTrainedTokenizerBase, prefix: list
         start = end
 
 
+def rendered(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a chat as the text of the tokenizer's chat template, in which today is ``TODAY``.
+
+    Raises:
+        DatasetError: there is no chat template, it refuses the chat, or takes longer than ``TEMPLATE_SECONDS``.
+    """
+    if not tokenizer.chat_template:
+        raise DatasetError("dataset_column: holds chats, but the model's tokenizer has no chat template; choose a text column.")
+    try:
+        # The templates' strftime_now asks this clock; transformers has no option for it.
+        with _at_most(TEMPLATE_SECONDS), mock.patch("transformers.utils.chat_template_utils.datetime", _Calendar):
+            return str(tokenizer.apply_chat_template(chat, tokenize=False))
+    except _TooLongError:
+        slow = f"takes more than {TEMPLATE_SECONDS:g} s for a chat"
+        raise DatasetError(f"dataset_column: the model's chat template {slow}; choose a text column.") from None
+    except Exception as refusal:  # templates raise their own errors, for example on a system turn
+        reason = excerpt(refusal, 150)
+        raise DatasetError(f"dataset_column: the model's chat template refuses a chat ({reason}).") from refusal
+
+
 def encode(row: Row, tokenizer: PreTrainedTokenizerBase, prefix: list[int]) -> list[int]:
     """Return a row's token ids, without the start-of-text ids.
 
     Raises:
         DatasetError: the row is a chat and the tokenizer has no usable chat template.
     """
-    if isinstance(row, str):
-        text = row if row.strip() else ""
-    else:
-        if not tokenizer.chat_template:
-            raise DatasetError(
-                "dataset_column: holds chats, but the model's tokenizer has no chat template; choose a text column."
-            )
-        try:
-            # The templates' strftime_now asks this clock; transformers has no option for it.
-            with _at_most(TEMPLATE_SECONDS), mock.patch("transformers.utils.chat_template_utils.datetime", _Calendar):
-                text = tokenizer.apply_chat_template(row, tokenize=False)
-        except _TooLongError:
-            slow = f"takes more than {TEMPLATE_SECONDS:g} s for a chat"
-            raise DatasetError(f"dataset_column: the model's chat template {slow}; choose a text column.") from None
-        except Exception as refusal:  # templates raise their own errors, for example on a system turn
-            reason = excerpt(refusal, 150)
-            raise DatasetError(f"dataset_column: the model's chat template refuses a chat ({reason}).") from refusal
+    text = rendered(row, tokenizer) if not isinstance(row, str) else row if row.strip() else ""
     ids = list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
     while prefix and ids[: len(prefix)] == prefix:
         ids = ids[len(prefix) :]

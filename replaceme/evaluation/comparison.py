@@ -51,7 +51,8 @@ def compare(dense: Figures, pruned: Figures, dense_items: Mapping[str, Tensor], 
             entry |= {"stderr_dense": sides[0]["stderr"], "stderr_pruned": sides[1]["stderr"]}
             change = pruned_items[f"losses/{task}"] - dense_items[f"losses/{task}"]
             counts, texts = dense_items[f"counts/{task}"], dense_items.get(f"texts/{task}")
-            entry["stderr_ratio"] = entry["ratio"] * mean_stderr(change, counts, texts)
+            if (error := mean_stderr(change, counts, texts)) is not None:
+                entry["stderr_ratio"] = entry["ratio"] * error
     for task in dense["perplexity"]:
         if f"divergences/{task}" in pruned_items:
             comparison.setdefault("divergence", {})[task] = _divergence(pruned_items, task)
@@ -124,8 +125,8 @@ def _divergence(items: Mapping[str, Tensor], task: str) -> Figures:
     for name, part in (("kl", "divergences"), ("agreement", "agreements")):
         sums = items[f"{part}/{task}"]
         figures[name] = float(sums.sum() / counts.sum())
-        if len(sums) > 1:
-            figures[f"stderr_{name}"] = mean_stderr(sums, counts, texts)
+        if (error := mean_stderr(sums, counts, texts)) is not None:
+            figures[f"stderr_{name}"] = error
     return figures
 
 
@@ -288,15 +289,15 @@ def comparison_rows(comparison: Mapping[str, Any]) -> list[tuple[str, ...]]:
     def cells(figures: Figures) -> tuple[str, ...]:
         return (f"{figures['kl']:.3f}", f"{100 * figures['agreement']:.1f} %") if figures else ()
 
-    for task, pair in comparison.get("perplexity", {}).items():
-        name, ratio = f"{task} perplexity{marks.get(task, '')}", f"x {pair['ratio']:.3g}"
-        rows.append((name, f"{pair['dense']:.4g}", f"{pair['pruned']:.4g}", ratio, *cells(divergence.get(task, {}))))
     if "perplexity_ratio" in unseen:
         error = f" ± {unseen['stderr_perplexity_ratio']:.2g}" if "stderr_perplexity_ratio" in unseen else ""
         ratio = f"x {unseen['perplexity_ratio']:.3g}{error}"
         rows.append(
-            (f"{unseen['texts']} unseen domains, geometric mean", "", "", ratio, *cells(unseen if "kl" in unseen else {}))
+            (f"{unseen['texts']} unseen texts, geometric mean", "", "", ratio, *cells(unseen if "kl" in unseen else {}))
         )
+    for task, pair in comparison.get("perplexity", {}).items():
+        name, ratio = f"{task} perplexity{marks.get(task, '')}", f"x {pair['ratio']:.3g}"
+        rows.append((name, f"{pair['dense']:.4g}", f"{pair['pruned']:.4g}", ratio, *cells(divergence.get(task, {}))))
     for task in sorted(set(comparison.get("word_perplexity", {})) - set(comparison.get("perplexity", {}))):
         pair = comparison["word_perplexity"][task]
         name = f"{task} word perplexity{marks.get(task, '')}"

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 WINDOW = 1024
+# A standard error over fewer texts would be far too small most of the time.
+FEWEST_TEXTS = 5
 # The dense model's most likely tokens that are kept at each position.
 TOP = 64
 LARGEST_EXPONENT = 700.0
@@ -94,7 +96,13 @@ def cut_windows(
 
 @torch.inference_mode()
 def score_windows(
-    model: Any, windows: Windows, batch_size: int, description: str, dense: Mapping[str, Tensor] | None = None
+    model: Any,
+    windows: Windows,
+    batch_size: int,
+    description: str,
+    dense: Mapping[str, Tensor] | None = None,
+    *,
+    keep_likely: bool = False,
 ) -> dict[str, Tensor]:
     """Score a model on windows, in their order.
 
@@ -104,9 +112,10 @@ def score_windows(
         batch_size: windows in a batch.
         description: of the progress bar.
         dense: what this function returned for the dense model, if this is another one.
+        keep_likely: whether this is the dense model, from which others will differ.
 
     Returns:
-        ``losses`` (windows,) float64: each window's sum of negative log-likelihoods in nats. Without ``dense``,
+        ``losses`` (windows,) float64: each window's sum of negative log-likelihoods in nats. With ``keep_likely``,
         ``likely_ids`` (predictions, ``TOP``) int32 and ``likely_logs`` float32: the most likely tokens at each position of all
         windows, and their log-probabilities. With ``dense``, ``divergences`` and ``agreements`` (windows,) float64: each
         window's sum over positions of the KL divergence from the dense model, in nats, and the number of positions with the
@@ -125,22 +134,22 @@ def score_windows(
         for index, row, scores in zip(batch, rows, logits, strict=True):
             logs = log_softmax(scores[: len(row) - 1].float(), dim=-1)
             losses[index] = float(nll_loss(logs, row[1:].to(logs.device), reduction="sum"))
-            if dense is None:
+            if keep_likely:
                 values, places = logs.topk(min(TOP, logs.shape[-1]))
                 likely[index] = places.int().cpu(), values.cpu()
-            else:
+            if dense is not None:
                 own = slice(bounds[index], bounds[index + 1])
                 places, values = (dense[name][own].to(logs.device) for name in ("likely_ids", "likely_logs"))
                 divergences[index] = float(divergence(values, logs.gather(1, places.long())).sum())
-                agreements[index] = int((logs.argmax(-1) == places[:, 0]).sum())
+                # Predictions of few bits tie: the dense model's most likely token counts as the same if none is more likely.
+                agreements[index] = int((logs.gather(1, places[:, :1].long())[:, 0] == logs.max(-1).values).sum())
+    scores = {"losses": losses}
     if dense is not None:
-        return {"losses": losses, "divergences": divergences, "agreements": agreements}
-    parts = [likely[index] for index in range(len(order))]
-    return {
-        "losses": losses,
-        "likely_ids": torch.cat([ids for ids, _ in parts]),
-        "likely_logs": torch.cat([logs for _, logs in parts]),
-    }
+        scores |= {"divergences": divergences, "agreements": agreements}
+    if not keep_likely:
+        return scores
+    kept = [likely[index] for index in range(len(order))]
+    return scores | {"likely_ids": torch.cat([ids for ids, _ in kept]), "likely_logs": torch.cat([logs for _, logs in kept])}
 
 
 def divergence(p_logs: Tensor, q_logs: Tensor) -> Tensor:
@@ -175,13 +184,15 @@ def perplexities(losses: Tensor, windows: Windows) -> dict[str, float]:
         "byte": nll * windows.tokens / max(windows.bytes, 1),
     }
     figures = {unit: math.exp(exponent) for unit, exponent in exponents.items() if exponent < LARGEST_EXPONENT}
-    if len(losses) > 1 and "token" in figures:
-        figures["stderr"] = figures["token"] * mean_stderr(losses, counts, windows.text_numbers())
+    if "token" in figures and (error := mean_stderr(losses, counts, windows.text_numbers())) is not None:
+        figures["stderr"] = figures["token"] * error
     return figures
 
 
-def mean_stderr(sums: Tensor, counts: Tensor, texts: Tensor | None = None) -> float:
+def mean_stderr(sums: Tensor, counts: Tensor, texts: Tensor | None = None) -> float | None:
     """Return the standard error of ``sums.sum() / counts.sum()`` (ratio estimate, first order).
+
+    None for a single window, or windows of fewer than ``FEWEST_TEXTS`` texts.
 
     Args:
         sums: (windows,) float64.
@@ -191,7 +202,11 @@ def mean_stderr(sums: Tensor, counts: Tensor, texts: Tensor | None = None) -> fl
     if texts is not None:
         _, place = texts.unique(return_inverse=True)
         size = int(place.max()) + 1
+        if size < FEWEST_TEXTS:
+            return None
         sums, counts = (torch.zeros(size, dtype=each.dtype).index_add_(0, place, each) for each in (sums, counts))
+    if len(sums) < 2:
+        return None
     spread = (sums - sums.sum() / counts.sum() * counts).square().sum()
     return math.sqrt(float(spread) * len(sums) / (len(sums) - 1)) / float(counts.sum())
 

@@ -67,6 +67,8 @@ def score_model(
     found: dict[str, Any],
     dense: Scores | None = None,
     calibration: Calibration | None = None,
+    *,
+    is_dense: bool = False,
 ) -> Scores:
     """Score a model on the tasks of ``params``.
 
@@ -78,6 +80,7 @@ def score_model(
         dense: the dense model's scores, if this is another model: it scores the same requests, and its divergence from the
             dense model.
         calibration: the text that the model was fitted to, to be looked for in the tasks; None if there is none.
+        is_dense: whether pruned models will be compared with this one.
     """
     requests = dense.requests if dense else Requests()
     use_processor(params.threads)
@@ -105,7 +108,7 @@ def score_model(
     items: dict[str, Tensor] = {}
     for text, windows in requests.windows.items():
         reference = {part: dense.items[f"{part}/{text}"] for part in ("likely_ids", "likely_logs")} if dense else None
-        scored = score_windows(model, windows, params.eval_batch_size, f"{name}: {text}", reference)
+        scored = score_windows(model, windows, params.eval_batch_size, f"{name}: {text}", reference, keep_likely=is_dense)
         perplexity[text] = perplexities(scored["losses"], windows)
         items |= {f"{part}/{text}": tensor for part, tensor in {**scored, "counts": windows.predictions()}.items()}
         if (texts := windows.text_numbers()) is not None:

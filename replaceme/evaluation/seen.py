@@ -3,15 +3,17 @@
 It is where both have the same source: files of one SHA-256, one split of an embedded text, or one config and split of a hub
 dataset. And it is where a tenth of the items (of a running text: of its windows) or more hold copies: each shares a run of 13
 words with the calibration documents (as in Brown et al., arXiv 2005.14165, appendix C), in lower case and without punctuation.
-An item without a run of 13 words shares none.
+An item without a run of 13 words shares none, and what a chat template puts before and between the turns belongs to no run.
 """
+
+from __future__ import annotations
 
 import functools
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +25,11 @@ from replaceme.base.source import Source, dataset_title
 from replaceme.base.task import Task
 from replaceme.corpora import embedded, streamed
 from replaceme.corpora.find import sources_of
+from replaceme.corpora.own_text import chat_turns
 from replaceme.evaluation.tasks import EMBEDDED, HELD_OUT, is_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Hashes = NDArray[np.uint64]
 WORDS, SEEN_SHARE = 13, 0.1
@@ -43,6 +49,12 @@ def hashes_of_runs(text: str) -> Hashes:
     for offset in range(WORDS):
         runs = runs * _FACTOR + codes[offset : offset + len(runs)]
     return runs
+
+
+def without(text: str, template: Iterable[str]) -> list[str]:
+    """Return the pieces of a text between the parts of a chat template."""
+    parts = sorted(template, key=len, reverse=True)
+    return re.split("|".join(map(re.escape, parts)), text) if parts else [text]
 
 
 @functools.lru_cache(maxsize=1 << 16)
@@ -69,18 +81,26 @@ class Calibration:
         title: its name in messages.
         sources: its sources, each with its identity (``DatasetSource.fingerprint``).
         runs: the hashes of its runs of words (``known_runs``).
+        template: what the chat template puts before and between the turns.
     """
 
     title: str
     sources: Sequence[tuple[Source, Mapping[str, Any]]]
     runs: Hashes
+    template: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, params: Params, found: Mapping[str, Any], documents: Documents, decode: Callable[..., str]) -> "Calibration":
-        """Return the text of calibration documents; ``decode`` is the tokenizer's method."""
+    def of(
+        cls, params: Params, found: Mapping[str, Any], documents: Documents, tokenizer: PreTrainedTokenizerBase
+    ) -> Calibration:
+        """Return the text of calibration documents."""
         sources = [*zip(sources_of(params), found.get("sources", [found]), strict=True)]
-        runs = known_runs(decode(ids.tolist(), skip_special_tokens=True) for ids in documents.documents)
-        return cls(dataset_title(params.dataset), sources, runs)
+        turns = chat_turns(tokenizer)
+        parts = (turns.opening, turns.after_user, turns.after_assistant) if turns else ()
+        template = {tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in parts} - {""}
+        texts = (tokenizer.decode(ids.tolist(), skip_special_tokens=True) for ids in documents.documents)
+        runs = known_runs(piece for text in texts for piece in without(text, template))
+        return cls(dataset_title(params.dataset), sources, runs, frozenset(template))
 
     def in_items(self, name: str, task: Task, found: Any, singles: Sequence[Any], limit: int | None) -> dict[str, float]:
         """Return the figures of an accuracy, or of a text of lm-eval: its single tasks' items, the first ``limit`` of each."""
@@ -89,7 +109,8 @@ class Calibration:
 
     def in_windows(self, name: str, task: Task, found: Any, windows: Iterable[str]) -> dict[str, float]:
         """Return the figures of a perplexity, whose windows are given as text."""
-        return self._figures(name, task, self._same_source(task, found, []), ([window] for window in windows))
+        texts = (without(window, self.template) for window in windows)
+        return self._figures(name, task, self._same_source(task, found, []), texts)
 
     def _figures(self, name: str, task: Task, same: bool, items: Iterable[Iterable[str]]) -> dict[str, float]:
         """Return what is known of a task's text; warn if it was seen.
@@ -110,7 +131,7 @@ class Calibration:
         return {"seen": int(seen), "same_domain": int(not seen and self._same_domain(task)), "overlap": overlap}
 
     def _same_domain(self, task: Task) -> bool:
-        domains = {embedded.TEXTS[source.name].domain for source, _ in self.sources if source.name in embedded.TEXTS}
+        domains = {_domain(name) for source, _ in self.sources for name in streamed.repositories(source.name)}
         return task.name in EMBEDDED and embedded.TEXTS[EMBEDDED[task.name][1]].domain in domains
 
     def _shares(self, text: str) -> bool:
@@ -126,6 +147,11 @@ class Calibration:
         if is_file(task):
             return any(known.get("sha256") == found for _, known in self.sources)
         return any(_same_split(source, known, single) for source, known in self.sources for single in singles)
+
+
+def _domain(name: str) -> str | None:
+    """Return the domain of a source, if it is known: of an embedded text, or of a hub dataset with a name of its own here."""
+    return embedded.TEXTS[name].domain if name in embedded.TEXTS else streamed.DOMAINS.get(name)
 
 
 def _same_split(source: Source, known: Mapping[str, Any], single: Any) -> bool:

@@ -29,8 +29,8 @@ def calibrate(params: Params, work: Workspace) -> None:
     total = Counts(*map(sum, zip(*map(astuple, counts), strict=True)))
     with new_folder(work.documents) as folder:
         documents.save(folder)
-        by_source = {source.name: asdict(count) for source, count in zip(sources, counts, strict=True)}
-        write_json(folder / "documents.json", {**asdict(total), "sources": by_source})
+        # In the order of ``dataset``: names of files say nothing about their content.
+        write_json(folder / "documents.json", {**asdict(total), "sources": [*map(asdict, counts)]})
     logger.info(
         "calibrate: %d documents, %d tokens from %s (%d cut to %d tokens, %d empty ones skipped)",
         total.documents, total.tokens, dataset_title(params.dataset), total.cut, params.max_length, total.empty,

@@ -18,7 +18,7 @@ PEAKS = ("peak_memory_bytes", "peak_cuda_bytes")
 
 
 def compression_figures(params: Params, work: Workspace) -> dict[str, Any]:
-    """Return the cost of the compression, which is that of the stages from calibrate to export.
+    """Return the cost of the compression, which is that of the stages from generate to export.
 
     Returns:
         ``stage_seconds`` (by stage, for those whose cost is known here), ``trained`` (whether anything was trained), and, if
@@ -49,7 +49,7 @@ def write_cost(params: Params, work: Workspace) -> None:
         logger.info("cost: the compression took %.4g s and %.1f GB", figures["seconds"], figures["peak_memory_bytes"] / 1e9)
     else:
         missing = [name for name in COMPRESSION if name not in figures.get("stage_seconds", {})]
-        logger.info("cost: not measured here, since the outputs were made elsewhere: %s", ", ".join(missing))
+        logger.info("cost: not known on this machine: %s", ", ".join(missing))
     write_json(work.metric("compression"), figures)
 
 

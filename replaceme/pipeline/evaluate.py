@@ -22,8 +22,7 @@ def evaluate(params: Params, work: Workspace) -> None:
     """Score the pruned model, write metrics/evaluation.json and print the table."""
     pruned = Model(work.model, work.model.name, trust_remote_code=params.trust_remote_code)
     dense = Scores.load(work.baseline)
-    documents, decode = Documents.load(work.documents), pruned.tokenizer().decode
-    calibration = Calibration.of(params, read_json(work.dataset_input), documents, decode)
+    calibration = Calibration.of(params, read_json(work.dataset_input), Documents.load(work.documents), pruned.tokenizer())
     scores = score_model(params, pruned, "pruned model", read_json(work.tasks_input), dense, calibration)
     _warn_of_differences(dense.figures, scores.figures)
     comparison = rounded(compare(dense.figures, scores.figures, dense.items, scores.items))

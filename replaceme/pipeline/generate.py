@@ -1,6 +1,6 @@
 """generate: the dense model writes its own calibration text, where ``dataset`` names ``self``."""
 
-from replaceme.base.files import new_folder, read_json
+from replaceme.base.files import new_folder, read_json, write_json
 from replaceme.base.params import Params
 from replaceme.base.progress import logger
 from replaceme.base.stage import Stage
@@ -8,9 +8,11 @@ from replaceme.base.workspace import Workspace
 
 
 def generate(params: Params, work: Workspace) -> None:
-    """Write the documents that the model wrote; an empty folder if none are wanted."""
+    """Write the documents that the model wrote, and their number."""
     wanted = read_json(work.own_text_input)["documents"]
     with new_folder(work.own_text) as folder:
+        # DVC does not track empty folders.
+        write_json(folder / "count.json", {"documents": wanted})
         if not wanted:
             logger.info("generate: dataset has no text of the model's own")
             return
@@ -33,7 +35,10 @@ STAGE = Stage(
     name="generate",
     run=generate,
     params=("max_length", "seed", "dtype", "device", "device_map", "threads", "use_4bit", "trust_remote_code"),
-    reads=(Workspace.model_input, Workspace.tokenizer_input, Workspace.own_text_input, Workspace.model_versions),
+    reads=(
+        Workspace.model_input, Workspace.tokenizer_input, Workspace.own_text_input, Workspace.text_versions,
+        Workspace.model_versions,
+    ),
     writes=Workspace.own_text,
     code=("base", "models", "corpora"),
-)
+)  # fmt: skip

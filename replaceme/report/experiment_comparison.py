@@ -1,5 +1,6 @@
 """Comparison of experiments: the settings that differ, what was removed, the scores that were kept, and the cost."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -119,6 +120,8 @@ def comparison_of(records: Sequence[Mapping[str, Any]]) -> ExperimentComparison:
     table[TRAINED] = [TRAINED if _trained(record) else "" for record in scored]
     table[list(settings)] = settings
     results, costs = _results(pd.DataFrame(scored))
+    if unseen := _unseen_by_all(scored):
+        results[UNSEEN] = unseen
     table = pd.concat([table, results, costs], axis=1)
     table[SEEN] = [_seen_tasks(record) for record in scored]
     table["revision"] = [str(record["rev"]) for record in scored]
@@ -176,10 +179,43 @@ def _seen_tasks(record: Mapping[str, Any]) -> str:
     )
 
 
+def _unseen_by_all(records: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Return each experiment's geometric mean of the perplexity ratios, over the texts that none of them calibrated on.
+
+    Empty if there are none, or if an experiment lacks a text. Other texts for each experiment would not be comparable.
+    """
+    start, end = "calibration_text.", ".seen"
+    tasks = [
+        {name.removeprefix(start).removesuffix(end) for name in record if name.startswith(start) and name.endswith(end)}
+        for record in records
+    ]
+    common = [
+        task
+        for task in sorted(set[str]().union(*tasks))
+        if all(
+            _number(record, f"perplexity.{task}.ratio") is not None
+            and all(_number(record, f"{start}{task}.{mark}") == 0 for mark in ("seen", "same_domain"))
+            for record in records
+        )
+    ]
+    if not common:
+        return []
+    logs = [[math.log(_number(record, f"perplexity.{task}.ratio") or 1) for task in common] for record in records]
+    return [math.exp(sum(each) / len(common)) for each in logs]
+
+
+def _number(record: Mapping[str, Any], name: str) -> float | None:
+    try:
+        value = float(record[name])
+    except (KeyError, TypeError, ValueError):
+        return None
+    return value if math.isfinite(value) else None
+
+
 def _results(every: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return the results and the costs, under the table's column names."""
     names = {REMOVED: "removed_percent", "parameters.pruned": "parameters", RETENTION: RETENTION, ERROR: ERROR}
-    names |= {"relative_residual": "residual", "unseen.perplexity_ratio": UNSEEN}
+    names |= {"relative_residual": "residual"}
     names |= {name: name.replace("accuracy.", "").replace(".pruned", "") for name in _of(every, "accuracy.", ".pruned")}
     for kind in ("perplexity", "word_perplexity"):  # lm-eval's own texts have no perplexity per token
         for name in _of(every, f"{kind}.", ".ratio"):

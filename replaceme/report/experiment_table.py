@@ -14,6 +14,7 @@ from replaceme.report.experiment_comparison import (
     RETENTION,
     SEEN,
     SPEEDS,
+    UNSEEN,
     ExperimentComparison,
     cell,
     method_name,
@@ -51,7 +52,8 @@ def markdown(rows: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
 
 
 def _rows(table: pd.DataFrame, settings: Sequence[str]) -> list[list[str]]:
-    ratios = [name for name in table if name.endswith(RATIO)]
+    # Seven texts are too many columns: the headline stands for them, and the file has them all.
+    ratios = [UNSEEN] if UNSEEN in table else [name for name in table if name.endswith(RATIO)]
     # CUDA's memory says more than that of the whole process.
     cuda = "peak_cuda_bytes" in table and table["peak_cuda_bytes"].notna().all()
     costs = [name for name in COSTS.values() if name != "peak_memory_bytes" or not cuda]
@@ -59,7 +61,7 @@ def _rows(table: pd.DataFrame, settings: Sequence[str]) -> list[list[str]]:
     columns += [name for name in ("removed_percent", "parameters", RETENTION, *ratios) if name in table]
     columns += [SEEN] if (table[SEEN] != "").any() else []
     columns += [name for name in (*costs, *SPEEDS.values()) if name in table and table[name].notna().any()]
-    titles = TITLES | ({ratios[0]: "perplexity"} if len(ratios) == 1 else {})
+    titles = TITLES | ({ratios[0]: "perplexity"} if len(ratios) == 1 and ratios != [UNSEEN] else {})
     rows = [[titles.get(name, name) for name in columns]]
     for row in table.to_dict("records"):
         cells = [_shown(name, row, len(ratios) == 1) for name in columns]

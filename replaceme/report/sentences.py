@@ -21,7 +21,7 @@ def outcome(evaluation: Figures) -> list[tuple[str, str]]:
     texts = evaluation.get("word_perplexity", {}) | evaluation.get("perplexity", {})
     unseen = evaluation.get("unseen", {})
     if "perplexity_ratio" in unseen:
-        where = f"{unseen['texts']} unseen domains (geometric mean)" if unseen["texts"] > 1 else "an unseen domain"
+        where = f"{unseen['texts']} unseen texts (geometric mean)" if unseen["texts"] > 1 else "an unseen text"
         parts.insert(0, (f"{unseen['perplexity_ratio']:.3g} ×", f"the perplexity on {where}"))
     elif ratios := [task["ratio"] for task in texts.values()]:
         spread = f"{min(ratios):.3g}" + f" to {max(ratios):.3g}" * (len(ratios) > 1) + " ×"

@@ -152,7 +152,7 @@ def test_a_pipeline_without_records_and_outputs_says_that_nothing_was_measured(c
     with pytest.raises(SystemExit, match="0"):
         run_stage(STAGE)
     assert read_json(Path("metrics", "compression.json")) == {"stages_not_measured": len(COMPRESSION), "trained": False}
-    assert "cost: not measured here" in capsys.readouterr().err
+    assert "cost: not known on this machine" in capsys.readouterr().err
 
 
 def costs(work: Workspace) -> None:

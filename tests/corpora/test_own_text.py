@@ -1,7 +1,10 @@
+from typing import Any
+
 import pytest
 import torch
 
 from replaceme.base.errors import ModelError
+from replaceme.corpora import own_text
 from replaceme.corpora.own_text import chat_turns, opening, write_texts
 from tests.conftest import made_model, made_tokenizer
 
@@ -68,3 +71,27 @@ def test_a_tokenizer_without_a_start_is_refused() -> None:
     tokenizer.eos_token = tokenizer.bos_token = None
     with pytest.raises(ModelError, match="self needs a tokenizer with a bos or eos token"):
         opening(tokenizer)
+
+
+def test_the_template_of_its_chats_has_the_date_that_all_chats_have() -> None:
+    model, tokenizer = made_model(), made_tokenizer()
+    tokenizer.chat_template = (
+        "{{ strftime_now('%Y-%m-%d') + ' ' }}{% for turn in messages %}{{ turn['content'] + ' then ' }}{% endfor %}"
+    )
+    assert "2024-07-26" in tokenizer.decode(write_texts(model, tokenizer, 2, 40, 0)[1])
+
+
+def test_as_many_rows_are_written_at_once_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = made_model(), made_tokenizer()
+    config = model.config
+    monkeypatch.setattr(own_text, "CACHE_BYTES", 3 * 20 * 2 * config.num_hidden_layers * config.hidden_size * 4)
+    sizes: list[int] = []
+    sample = own_text._sample
+
+    def watched(model: Any, starts: list[list[int]], *rest: Any) -> list[torch.Tensor]:
+        sizes.append(len(starts))
+        return sample(model, starts, *rest)
+
+    monkeypatch.setattr(own_text, "_sample", watched)
+    assert len(write_texts(model, tokenizer, 7, 20, 0)) == 7
+    assert sizes == [3, 3, 1]

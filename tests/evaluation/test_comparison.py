@@ -109,14 +109,14 @@ def test_standard_errors_of_differences_are_those_of_the_items() -> None:
 
 def test_the_ratio_of_perplexities_is_clustered_by_text() -> None:
     generator = torch.Generator().manual_seed(1)
-    losses, counts = torch.rand(2, 8, generator=generator, dtype=torch.float64) * 100, torch.full((8,), 30.0).double()
+    losses, counts = torch.rand(2, 10, generator=generator, dtype=torch.float64) * 100, torch.full((10,), 24.0).double()
     sides = [figures(math.exp(float(total / 240)), 0.5) for total in losses.sum(1)]
     for side in sides:
         side["perplexity"]["t"]["stderr"] = 1.0
-    items = [{"losses/t": row, "counts/t": counts, "texts/t": torch.tensor([0, 1, 2, 3, 0, 1, 2, 3])} for row in losses]
-    change = (losses[1] - losses[0]).reshape(2, 4).sum(0)
+    items = [{"losses/t": row, "counts/t": counts, "texts/t": torch.arange(10) % 5} for row in losses]
+    change = (losses[1] - losses[0]).reshape(2, 5).sum(0)
     found = compare(*sides, *items)["perplexity"]["t"]
-    assert found["stderr_ratio"] == pytest.approx(found["ratio"] * float(change.std()) * 4**0.5 / 240)
+    assert found["stderr_ratio"] == pytest.approx(found["ratio"] * float(change.std()) * 5**0.5 / 240)
 
 
 def test_in_a_group_the_tasks_are_fixed_and_their_items_a_sample() -> None:
@@ -231,7 +231,7 @@ def test_a_figure_missing_from_one_model_is_left_out() -> None:
 
 
 def test_a_models_scores_hold_every_task_and_size(params: Params, tiny: Model, tmp_path: Path) -> None:
-    scores = score_model(params, tiny, "dense", task_fingerprints(params))
+    scores = score_model(params, tiny, "dense", task_fingerprints(params), is_dense=True)
     config = tiny.config()
     assert set(scores.figures["perplexity"]) == {"text"}
     assert scores.figures["accuracy"] == {}

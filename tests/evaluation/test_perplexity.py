@@ -6,7 +6,7 @@ import torch
 from tokenizers import processors
 
 from replaceme.base.errors import DatasetError
-from replaceme.evaluation.perplexity import TOP, WINDOW, cut_windows, divergence, perplexities, score_windows
+from replaceme.evaluation.perplexity import TOP, WINDOW, cut_windows, divergence, mean_stderr, perplexities, score_windows
 from replaceme.evaluation.requests import Requests
 from tests.conftest import made_model, made_text, made_tokenizer
 
@@ -53,14 +53,14 @@ def test_standard_error_is_that_of_the_windows_means() -> None:
 
 def test_windows_of_several_texts_are_no_independent_sample(tmp_path: Path) -> None:
     tokenizer, model = made_tokenizer(), made_model(max_position_embeddings=64)
-    windows = cut_windows("t", [made_text(count, seed=count) for count in (3, 12, 20, 30)], tokenizer, None, 64)
+    windows = cut_windows("t", [made_text(count, seed=count) for count in (3, 12, 20, 30, 9, 16)], tokenizer, None, 64)
     counts, losses = windows.predictions(), score_windows(model, windows, 4, "t")["losses"]
     owners = torch.tensor(windows.texts)
-    assert owners.bincount().tolist() == [len([text for text in windows.texts if text == number]) for number in range(4)]
+    assert owners.bincount().tolist() == [len([text for text in windows.texts if text == number]) for number in range(6)]
     assert int(owners.bincount().max()) > 1
     nll = float(losses.sum() / counts.sum())
-    sums = [float((losses - nll * counts)[owners == number].sum()) for number in range(4)]
-    expected = (4 / 3 * sum(each**2 for each in sums)) ** 0.5 / float(counts.sum())
+    sums = [float((losses - nll * counts)[owners == number].sum()) for number in range(6)]
+    expected = (6 / 5 * sum(each**2 for each in sums)) ** 0.5 / float(counts.sum())
     assert perplexities(losses, windows)["stderr"] == pytest.approx(math.exp(nll) * expected)
     (requests := Requests({"t": windows})).save(tmp_path)
     assert [*Requests.load(tmp_path).windows["t"].texts] == [*requests.windows["t"].texts]
@@ -117,7 +117,7 @@ def test_divergence_and_agreement_equal_those_of_the_whole_distributions() -> No
     with torch.no_grad():
         other.lm_head.weight += 0.5 * torch.randn_like(other.lm_head.weight)
     windows = cut_windows("t", [made_text(40, seed) for seed in range(3)], made_tokenizer(), None)
-    likely = score_windows(dense, windows, 2, "t")
+    likely = score_windows(dense, windows, 2, "t", keep_likely=True)
     found = score_windows(other, windows, 2, "t", likely)
     for number, window in enumerate(windows.windows):
         with torch.no_grad():
@@ -152,3 +152,19 @@ def test_a_chat_is_scored_in_its_template_or_as_plain_text() -> None:
     assert torch.equal(
         cut_windows("t", [chat], tokenizer, None).windows[0], cut_windows("t", ["abc bca "], tokenizer, None).windows[0]
     )
+
+
+def test_a_model_agrees_with_itself_everywhere_although_predictions_of_few_bits_tie() -> None:
+    model = made_model(max_position_embeddings=2048).bfloat16()
+    windows = cut_windows("t", [made_text(200)], made_tokenizer(), None)
+    likely = score_windows(model, windows, 1, "t", keep_likely=True)
+    same = score_windows(model, windows, 1, "t", likely)
+    assert not same["divergences"].any()
+    assert same["agreements"].tolist() == windows.predictions().tolist()
+
+
+def test_few_texts_have_no_standard_error() -> None:
+    sums, counts = torch.arange(12, dtype=torch.float64), torch.full((12,), 3, dtype=torch.float64)
+    assert mean_stderr(sums, counts, torch.arange(12) % 4) is None
+    assert mean_stderr(sums[:1], counts[:1]) is None
+    assert mean_stderr(sums, counts, torch.arange(12) % 6)

@@ -15,6 +15,7 @@ from replaceme.base.source import dataset_title
 from replaceme.base.task import Task
 from replaceme.corpora import embedded
 from replaceme.corpora.find import fingerprints, sources_of
+from replaceme.corpora.tokenization import rendered
 from replaceme.evaluation import seen
 from replaceme.evaluation.comparison import compare, comparison_rows, comparison_table
 from replaceme.evaluation.scores import score_model
@@ -140,8 +141,8 @@ def test_a_model_knows_only_the_calibration_that_it_is_given(params: Params, tin
     params = params.model_copy(update={"tasks": (*params.tasks, Task(str(questions), limit=6))})
     found, tokenizer = task_fingerprints(params), made_tokenizer()
     documents = Documents([torch.tensor(tokenizer.encode(text))])
-    known = Calibration.of(params, fingerprints(params), documents, tokenizer.decode)
-    dense = score_model(params, tiny, "dense", found)
+    known = Calibration.of(params, fingerprints(params), documents, tokenizer)
+    dense = score_model(params, tiny, "dense", found, is_dense=True)
     assert "calibration_text" not in dense.figures
     pruned = score_model(params, tiny, "pruned", found, dense, known)
     expected = {
@@ -203,8 +204,26 @@ def test_the_headline_is_of_unseen_domains_alone() -> None:
     found = compare(*sides, {}, {})
     assert found["unseen"] == pytest.approx({"texts": 2, "perplexity_ratio": 4.0, "tasks": 1, "retention_percent": 80.0})
     table = comparison_table(found)
-    assert "2 unseen domains, geometric mean" in table
+    assert "2 unseen texts, geometric mean" in table
     assert "b perplexity (domain seen)" in table
     assert "c perplexity (seen)" in table
     del sides[1]["calibration_text"]
     assert "unseen" not in compare(*sides, {}, {})
+
+
+def test_the_words_of_the_chat_template_are_no_copies() -> None:
+    tokenizer = made_tokenizer()
+    system = " ".join(["be", "brief", "and", "kind"] * 5)
+    turns = "{% for turn in messages %}{{ ' user says ' + turn['content'] }}{% endfor %}"
+    tokenizer.chat_template = "{{ '" + system + " ' }}" + turns
+
+    def written(content: str) -> list[int]:
+        chat = [{"role": "user", "content": content}]
+        return list(tokenizer.encode(rendered(chat, tokenizer), add_special_tokens=False))
+
+    params = read_params(None, {"dataset": "known.txt"})
+    one, other = (" ".join(made_text(4, seed).split()[:20]) for seed in (1, 2))
+    calibration = Calibration.of(params, {"sha256": "it"}, Documents([torch.tensor(written(one))]), tokenizer)
+    seen_windows = [tokenizer.decode(written(content)) for content in (one, other)]
+    assert len(hashes_of_runs(seen_windows[1])) > 10
+    assert [windows(calibration, [window])["overlap"] for window in seen_windows] == [1, 0]
