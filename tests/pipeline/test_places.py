@@ -206,7 +206,7 @@ def test_a_stage_clears_what_killed_stages_left(tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     Path("params.yaml").write_text("method: uidl\n", encoding="utf-8")
     ended = partial_suffix().replace(f".{os.getpid()}-", f".{ended_process()}-")
-    left = [Path("artifacts", f"model{ended}"), Path("artifacts", "cost", f"x.json{ended}"), Path("metrics", f"x.json{ended}")]
+    left = [Path("artifacts", f"model{ended}"), Path("metrics", f"x.json{ended}")]
     living = Path("artifacts", f"model{partial_suffix().replace(f'.{os.getpid()}-', f'.{os.getppid()}-')}")
     for path in (*left, living):
         path.mkdir(parents=True)

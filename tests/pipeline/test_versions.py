@@ -53,11 +53,11 @@ def keys(params: Params, tmp_path: Path) -> Any:
     ("package", "repeated"),
     [
         ("lm_eval", ["baseline", "evaluate", "report"]),
-        ("torch", ["calibrate", *PASSES, "baseline", "evaluate", "report"]),
-        ("transformers", ["calibrate", *PASSES, "baseline", "evaluate", "report"]),
-        ("safetensors", ["calibrate", *PASSES, "baseline", "evaluate", "report"]),
-        ("tokenizers", ["calibrate", "baseline", "evaluate", "report"]),
-        ("datasets", ["calibrate", "baseline", "evaluate", "report"]),
+        ("torch", ["generate", "calibrate", *PASSES, "baseline", "evaluate", "report"]),
+        ("transformers", ["generate", "calibrate", *PASSES, "baseline", "evaluate", "report"]),
+        ("safetensors", ["generate", "calibrate", *PASSES, "baseline", "evaluate", "report"]),
+        ("tokenizers", ["generate", "calibrate", "baseline", "evaluate", "report"]),
+        ("datasets", ["generate", "calibrate", "baseline", "evaluate", "report"]),
         ("bitsandbytes", []),
         ("matplotlib", []),
     ],
@@ -77,7 +77,7 @@ def test_the_package_of_4_bit_linears_counts_where_they_are_used(
     packed = params.model_copy(update={"use_4bit": True})
     before = keys(packed)
     install(monkeypatch, bitsandbytes="99.1")
-    assert [name for name, key in keys(packed).items() if key != before[name]] == [*PASSES, "report"]
+    assert [name for name, key in keys(packed).items() if key != before[name]] == ["generate", *PASSES, "report"]
 
 
 def test_another_processor_repeats_every_step(keys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,6 +145,11 @@ def test_scores_made_with_other_versions_are_warned_of(
     Scores({**empty, "device": "cpu", "made_with": MADE}, {}, Requests()).save(work.baseline)
     found = Scores({**empty, "device": device, "made_with": made_with}, {}, Requests())
     monkeypatch.setattr(stage, "score_model", lambda *_: found)
+    # What is compared with the tasks is no part of this test.
+    write_text(work.dataset_input, "{}")
+    monkeypatch.setattr(stage.Documents, "load", lambda _folder: None)
+    monkeypatch.setattr(stage.Calibration, "of", lambda *_: None)
+    monkeypatch.setattr(stage.Model, "tokenizer", lambda _model: None)
     stage.evaluate(params, work)
     warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(warned) == bool(said)
