@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from replaceme import commands
 from replaceme.base.errors import ParameterError
 from replaceme.base.fingerprints import sha256_below
+from replaceme.base.stage import FIT
 from replaceme.methods.registry import FIELDS, METHODS
 from replaceme.models.model import Model
 from replaceme.steps import STAGES
@@ -61,7 +62,7 @@ def test_run_replaceme_works_from_an_empty_folder_with_published_keys(
     assert generated[0]["generated_text"].startswith("the river")
     card = (result / "README.md").read_text(encoding="utf-8")
     assert "ReplaceMe (least squares)" in card
-    assert "| text perplexity |" in card
+    assert "| text perplexity (seen) |" in card
     assert str(tmp_path) not in card
     metrics = json.loads((tmp_path / "result.work" / "metrics" / "evaluation.json").read_text())
     assert metrics["perplexity"]["text"]["dense"] > 1
@@ -103,7 +104,7 @@ def test_a_second_run_repeats_nothing_and_a_new_alpha_only_what_it_changes(
     assert unchanged == list(STAGES)
     call(commands.run_replaceme, "--config", published, *FAST, "--alpha", "1e3")
     unchanged = [line.split(":")[0] for line in capsys.readouterr().err.splitlines() if "unchanged" in line]
-    assert unchanged == ["calibrate", "profile", "select", "plan", "activations", "baseline"]
+    assert unchanged == ["generate", "calibrate", "profile", "select", "plan", "activations", "baseline"]
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(
@@ -120,7 +121,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
     capsys.readouterr()
     call(commands.run_replaceme, "--config", published, *FAST)
     unchanged = [line.split(":")[0] for line in capsys.readouterr().err.splitlines() if "unchanged" in line]
-    assert unchanged == ["calibrate", "profile", "select", "plan", "activations", "solve", "repair", "heal"]
+    assert unchanged == [*FIT]
 
 
 def test_run_uidl_drops_the_block_and_changes_no_other_weight(published: Path, tiny: Model, tmp_path: Path) -> None:

@@ -131,4 +131,4 @@ def test_what_a_console_script_made_goes_with_its_scores(tiny: Model, text_file:
     call(commands.run_replaceme, *arguments, *FAST, "--save_path", tmp_path / "result")
     call(push_to_hub, "--repo_id", "me/small", "--save_path", tmp_path / "result")
     (result,) = ModelCard(api.files["README.md"].decode()).data.eval_results
-    assert (result.dataset_name, result.metric_type) == ("text", "perplexity")
+    assert (result.dataset_name, result.metric_type) == ("text (seen in calibration)", "perplexity")
