@@ -21,10 +21,17 @@ class Corpus:
     Attributes:
         rows: texts or chats.
         running: whether rows are long texts to cut into documents; else each row is a document.
+        plain: whether chats become plain text where the tokenizer has no chat template; else they are refused.
     """
 
     rows: Iterable[Row]
     running: bool = False
+    plain: bool = False
+
+
+def plain_text(row: Row) -> str:
+    """Return a row as text: a chat with the roles' names before the turns."""
+    return row if isinstance(row, str) else "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in row)
 
 
 def pick_column(columns: Iterable[str], first: Mapping[str, Any], wanted: str | None, name: str) -> str:

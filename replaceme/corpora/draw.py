@@ -20,7 +20,7 @@ from torch import Tensor
 from replaceme.base.documents import Documents, seeded_order
 from replaceme.base.errors import DatasetError
 from replaceme.base.progress import progress
-from replaceme.corpora.corpus import Corpus
+from replaceme.corpora.corpus import Corpus, plain_text
 from replaceme.corpora.tokenization import encode, encode_in_chunks, start_of_text
 
 if TYPE_CHECKING:
@@ -110,7 +110,9 @@ def _documents_of(
     """Yield source and token ids, (tokens,) int64, of a corpus' documents that aren't empty; ``size`` of a running text."""
     prefix = start_of_text(tokenizer)
     room = max_length - len(prefix)
-    encoded = (encode(row, tokenizer, prefix) for row in corpus.rows)
+    # An embedded text has no other column to choose.
+    plain = corpus.plain and not tokenizer.chat_template
+    encoded = (encode(plain_text(row) if plain else row, tokenizer, prefix) for row in corpus.rows)
     if corpus.running:
         texts = (text for text in corpus.rows if isinstance(text, str))
         bodies: Iterable[tuple[int, list[int]]] = _pieces(

@@ -51,7 +51,7 @@ class DatasetSource:
             return local.open_file(self.path, source.column, seed)
         articles = embedded.text_articles(source.name, source.split)
         order = seeded_order(len(articles), seed).tolist()
-        return Corpus([articles[index] for index in order], running=embedded.TEXTS[source.name].running)
+        return Corpus([articles[index] for index in order], running=embedded.TEXTS[source.name].running, plain=True)
 
 
 def sources_of(params: Params) -> tuple[Source, ...]:

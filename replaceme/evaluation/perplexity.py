@@ -20,7 +20,7 @@ from torch.nn.functional import log_softmax, nll_loss
 
 from replaceme.base.errors import DatasetError
 from replaceme.base.progress import progress
-from replaceme.corpora.corpus import Row
+from replaceme.corpora.corpus import Row, plain_text
 from replaceme.corpora.tokenization import encode, encode_in_chunks, start_of_text
 
 if TYPE_CHECKING:
@@ -215,7 +215,7 @@ def _ids(row: Row, tokenizer: PreTrainedTokenizerBase, prefix: list[int], limit:
     if not isinstance(row, str):
         if tokenizer.chat_template:
             return encode(row, tokenizer, prefix)
-        row = "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in row)
+        row = plain_text(row)
     ids: list[int] = []
     for chunk in encode_in_chunks(row, tokenizer, prefix):
         ids += chunk

@@ -457,3 +457,19 @@ def test_settings_hold_a_list_of_sources_as_it_was_written(tmp_path: Path) -> No
     dataset = ["lee-news", {str(tmp_path / "private" / "notes.jsonl"): 0.5}, {"self": {"share": 2.0}}]
     text = settings_yaml(read_params(None, {"dataset": dataset}), ["dataset"])
     assert YAML(typ="safe").load(text) == {"dataset": ["lee-news", {"notes.jsonl": 0.5}, {"self": 2.0}]}
+
+
+def test_an_embedded_chat_is_plain_text_for_a_model_without_a_chat_template() -> None:
+    chat = [{"role": "user", "content": "a river"}, {"role": "assistant", "content": "runs"}]
+    tokenizer = made_tokenizer()
+    tokenizer.chat_template = None
+    documents, _ = draw_documents([Corpus([chat], plain=True)], [1.0], tokenizer, 1, 64, pack=False, seed=0)
+    assert tokenizer.decode(documents.documents[0], skip_special_tokens=True).split() == [
+        "User:",
+        "a",
+        "river",
+        "Assistant:",
+        "runs",
+    ]
+    with pytest.raises(DatasetError, match="holds chats, but the model's tokenizer has no chat template"):
+        draw_documents([Corpus([chat])], [1.0], tokenizer, 1, 64, pack=False, seed=0)
