@@ -173,7 +173,7 @@ def proof_sentence(export: Figures, blocks: Sequence[Block]) -> str:
     return (
         f"The saved model was reloaded and compared with the unfused computation: the state {place} differs by "
         f"{export['hidden_error_mean']:.2g} on average and {export['hidden_error_max']:.2g} at most (relative), the logits by "
-        f"{export['logits_error']:.2g}. Each layer by itself may differ by {export['tolerance']:g} on average: that is rounding."
+        f"{export['logits_error']:.2g}. Each layer by itself may differ by {export['tolerance']:g} on average, by rounding."
     )
 
 
