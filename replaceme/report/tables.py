@@ -155,9 +155,9 @@ def divergence_table(evaluation: Figures) -> Table | None:
         ratio = f"× {_with_error(unseen, 'perplexity_ratio')}"
         rows.append(["unseen texts", "no", ratio, _with_error(unseen, "kl"), _percent_with_error(unseen, "agreement")])
     notes = [
-        ("KL", "divergence of the pruned model's predictions from the dense model's, in nats a token"),
-        ("same token", "share of positions with the dense model's most likely token"),
-        ("unseen texts", "geometric mean of the ratios, mean of the others, over the texts marked no"),
+        ("KL:", "divergence of the pruned model's predictions from the dense model's, in nats a token"),
+        ("same token:", "share of positions with the dense model's most likely token"),
+        ("unseen texts:", "geometric mean of the ratios, mean of the others, over the texts marked no"),
     ]
     head = ["text", "calibrated on", "perplexity ratio", "KL", "same token, %"]
     return Table("Distance from the dense model by text, ± one standard error", head, rows, notes) if rows else None
