@@ -242,6 +242,10 @@ def _claimed(params: Params, suffix: str) -> Iterator[Workspace]:
 
     work = _place_of(params, suffix)
     target = work.model
+    try:
+        target.resolve()
+    except (OSError, RuntimeError):
+        raise ParameterError(f"save_path: {excerpt(target, 150)} is a link that leads nowhere; choose another place.") from None
     if target.resolve() == local_path(params.model_path).resolve():
         raise ParameterError(f"save_path: {target} is the model that is to be pruned; choose another folder.")
     # A device is never read to its end.

@@ -296,6 +296,12 @@ def test_a_device_or_pipe_is_no_place_for_a_result(
     assert f"{place} exists and is no folder; choose another place." in capsys.readouterr().err
 
 
+def test_a_loop_of_links_is_no_place(tiny: Model, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place := tmp_path / "loop").symlink_to("loop")
+    call(commands.run_replaceme, "--model", tiny.folder, "--dataset", text_file, *FAST, "--save_path", place / "result", code=2)
+    assert "is a link that leads nowhere; choose another place." in capsys.readouterr().err
+
+
 def test_an_output_that_was_changed_is_made_again(
     tiny: Model, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
