@@ -243,16 +243,16 @@ def _claimed(params: Params, suffix: str) -> Iterator[Workspace]:
     work = _place_of(params, suffix)
     target = work.model
     try:
-        target.resolve()
+        place = target.resolve()
     except (OSError, RuntimeError):
         raise ParameterError(f"save_path: {excerpt(target, 150)} is a link that leads nowhere; choose another place.") from None
-    if target.resolve() == local_path(params.model_path).resolve():
+    if place == local_path(params.model_path).resolve():
         raise ParameterError(f"save_path: {target} is the model that is to be pruned; choose another folder.")
     # A device is never read to its end.
     if target.exists() and not target.is_dir():
         raise ParameterError(f"save_path: {excerpt(target, 150)} exists and is no folder; choose another place.")
-    for folder in target.resolve().parents:
-        if (folder / "dvc.yaml").is_file() and target.resolve().is_relative_to(folder / "artifacts"):
+    for folder in place.parents:
+        if (folder / "dvc.yaml").is_file() and place.is_relative_to(folder / "artifacts"):
             raise ParameterError(
                 f"save_path: {excerpt(folder / 'artifacts', 150)} belongs to the pipeline; choose another folder."
             )
