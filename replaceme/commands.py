@@ -276,8 +276,7 @@ def _claimed(params: Params, suffix: str) -> Iterator[Workspace]:
 def _place_of(params: Params, suffix: str) -> Workspace:
     source = local_path(params.model_path).resolve()
     name = source.name if source.is_dir() else params.model_path.replace("/", "--")
-    target = _target(params, f"{name}-{suffix}")
-    return Workspace(target.with_name(target.name + ".work"), target)
+    return Workspace.beside(_target(params, f"{name}-{suffix}"))
 
 
 def _target(params: Params, default: str) -> Path:

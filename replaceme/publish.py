@@ -50,7 +50,7 @@ def parser() -> Parser:
 
 def _push(options: argparse.Namespace) -> None:
     folder = options.save_path or Workspace().model
-    place = Workspace(folder.absolute().parent / f"{folder.absolute().name}.work", folder)
+    place = Workspace.beside(folder.absolute())
     # No run may replace the files while they are uploaded.
     with in_use(place) if os.access(place.root, os.W_OK) else nullcontext():
         _upload(options, folder)

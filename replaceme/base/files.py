@@ -40,11 +40,13 @@ os.umask(_UMASK)
 
 def _machine() -> str:
     """Return 8 hex digits for what process numbers are unique in: the host, and on Linux the container on it."""
-    place = platform.node()
+    place = [platform.node()]
+    with suppress(OSError):
+        place.append(os.readlink("/proc/self/ns/pid"))
     # The first namespace of all hosts has the same number.
     with suppress(OSError):
-        place += f" {os.readlink('/proc/self/ns/pid')} {Path('/etc/machine-id').read_text(encoding='ascii', errors='replace')}"
-    return hashlib.sha256(place.encode()).hexdigest()[:8]
+        place.append(Path("/etc/machine-id").read_text(encoding="ascii", errors="replace"))
+    return hashlib.sha256(" ".join(place).encode()).hexdigest()[:8]
 
 
 _MACHINE = _machine()

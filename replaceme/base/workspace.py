@@ -76,6 +76,11 @@ class Workspace:
     # Measured times, and the page with them (folder); no stage's output.
     speed = _At("speed")
 
+    @classmethod
+    def beside(cls, save_path: Path) -> Workspace:
+        """Return the paths of a console script's run, whose work folder lies beside its result."""
+        return cls(save_path.with_name(f"{save_path.name}.work"), save_path)
+
     def path(self, artifact: Artifact) -> Path:
         """Return the path of an artifact."""
         if artifact == Workspace.model and self.save_path:

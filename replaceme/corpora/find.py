@@ -81,7 +81,7 @@ def find_datasets(params: Params, found: Mapping[str, Any] | None = None) -> lis
         DatasetError: there is no such file or dataset, or it can't be reached.
     """
     sources = sources_of(params)
-    known = (found or {}).get("sources", [found or {}]) if found else [{} for _ in sources]
+    known = by_source(found) if found else [{}] * len(sources)
     return [
         None if source.name == SELF else find_dataset(source, each.get("commits"))
         for source, each in zip(sources, known, strict=True)
@@ -95,6 +95,12 @@ def fingerprints(params: Params) -> dict[str, Any]:
         return {} if found[0] is None else found[0].fingerprint()
     parts = [dataset.fingerprint() if dataset else {SELF: True} for dataset in found]
     return {"sources": [{**part, **source.options()} for part, source in zip(parts, params.dataset, strict=True)]}
+
+
+def by_source(found: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the part of ``fingerprints`` that belongs to each source, in order."""
+    parts: list[Mapping[str, Any]] = found.get("sources", [found])
+    return parts
 
 
 def own_documents(params: Params) -> int:

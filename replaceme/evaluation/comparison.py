@@ -61,11 +61,9 @@ def compare(dense: Figures, pruned: Figures, dense_items: Mapping[str, Tensor], 
             task: _accuracy(score, pruned["accuracy"][task], dense_items, pruned_items, task)
             for task, score in dense["accuracy"].items()
         }
-        entries = comparison["accuracy"].values()
-        means = {side: sum(entry[side] for entry in entries) / len(entries) for side in ("dense", "pruned")}
-        comparison["average_accuracy"] = means
-        if means["dense"]:
-            comparison["retention_percent"] = 100 * means["pruned"] / means["dense"]
+        means, retention = _averages([*comparison["accuracy"].values()])
+        comparison |= {"average_accuracy": means, **retention}
+        if retention:
             stderr = _retention_stderr(means, dense, dense_items, pruned_items)
             if stderr is not None:
                 comparison["retention_stderr"] = 100 * stderr
@@ -100,11 +98,14 @@ def _unseen(comparison: Mapping[str, Any]) -> Figures:
         for name in ("kl", "agreement") if len(divergences) == len(ratios) else ():
             figures[name] = sum(entry[name] for entry in divergences) / len(ratios)
     if scores := [entry for task, entry in comparison.get("accuracy", {}).items() if task in unseen]:
-        means = {side: sum(entry[side] for entry in scores) / len(scores) for side in ("dense", "pruned")}
-        figures |= {"tasks": len(scores)}
-        if means["dense"]:
-            figures["retention_percent"] = 100 * means["pruned"] / means["dense"]
+        figures |= {"tasks": len(scores), **_averages(scores)[1]}
     return figures
+
+
+def _averages(scores: Sequence[Figures]) -> tuple[dict[str, float], dict[str, float]]:
+    """Return each side's average accuracy, and the retention; this is empty if the dense model's average is 0."""
+    means = {side: sum(entry[side] for entry in scores) / len(scores) for side in ("dense", "pruned")}
+    return means, {"retention_percent": 100 * means["pruned"] / means["dense"]} if means["dense"] else {}
 
 
 def seen_tasks(comparison: Mapping[str, Any]) -> list[str]:

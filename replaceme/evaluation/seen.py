@@ -24,7 +24,7 @@ from replaceme.base.progress import logger
 from replaceme.base.source import Source, dataset_title
 from replaceme.base.task import Task
 from replaceme.corpora import embedded, streamed
-from replaceme.corpora.find import sources_of
+from replaceme.corpora.find import by_source, sources_of
 from replaceme.corpora.own_text import chat_turns
 from replaceme.evaluation.tasks import EMBEDDED, HELD_OUT, is_file
 
@@ -94,7 +94,7 @@ class Calibration:
         cls, params: Params, found: Mapping[str, Any], documents: Documents, tokenizer: PreTrainedTokenizerBase
     ) -> Calibration:
         """Return the text of calibration documents."""
-        sources = [*zip(sources_of(params), found.get("sources", [found]), strict=True)]
+        sources = [*zip(sources_of(params), by_source(found), strict=True)]
         turns = chat_turns(tokenizer)
         parts = (turns.opening, turns.after_user, turns.after_assistant) if turns else ()
         template = {tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in parts} - {""}

@@ -6,15 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from replaceme.base.compute import kind_of, resolve_device, use_processor
+from replaceme.base.compute import resolve_device, use_processor
 from replaceme.base.documents import Documents
 from replaceme.base.files import PARTIAL, copy_content, new_folder, read_json, remove, rounded, write_json, write_text
-from replaceme.base.fingerprints import sha256_below, sha256_of_code
+from replaceme.base.fingerprints import sha256_below
 from replaceme.base.params import Params
 from replaceme.base.plan import Plan
 from replaceme.base.progress import logger
 from replaceme.base.stage import PASS, Stage
-from replaceme.base.versions import FOUR_BIT, MODEL, versions
 from replaceme.base.workspace import Workspace
 from replaceme.edits.edits import Edits
 from replaceme.methods.method import Bench
@@ -22,7 +21,7 @@ from replaceme.methods.registry import METHODS, read_by
 from replaceme.models.find import calibration_model
 from replaceme.repair.mend import STEPWISE, Repair, mend
 from replaceme.repair.resume import Checkpoints
-from replaceme.training.checkpoints import checkpoints_in, key_of
+from replaceme.training.checkpoints import checkpoints_in, key_of, made_with
 from replaceme.training.curves import write_curves
 
 
@@ -77,9 +76,7 @@ def _key(params: Params, work: Workspace, documents: Documents) -> str:
         "model": read_json(work.model_input),
         "plan": read_json(work.plan),
         "edits": sha256_below(work.solution),
-        "code": sha256_of_code(),
-        "versions": versions((*MODEL, *FOUR_BIT)),
-        "device": kind_of(resolve_device(params.device)),
+        **made_with(resolve_device(params.device)),
     }
     return key_of(settings, documents.documents)
 

@@ -6,7 +6,6 @@ since they may exceed the memory), and a file with everything else, the key of t
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,13 +19,12 @@ from replaceme.base.files import new_folder, read_json, write_json
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.progress import logger
 from replaceme.edits.edits import Edits
+from replaceme.training.checkpoints import Pace
 
 if TYPE_CHECKING:
     from replaceme.repair.mend import State
 
 STATE, STATES = "state.json", ("dense", "shortened")
-# Time between checkpoints, at least: seconds, and a multiple of the time that the last one took.
-CHECKPOINT_SECONDS, SAVING_SHARE = 60.0, 10
 # Rows written at once.
 ROWS = 2048
 
@@ -40,21 +38,19 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, key: str):
-        self.folder, self.key = folder, key
-        self.saved, self.saving = time.monotonic(), 0.0
+        self.folder, self.key, self.pace = folder, key, Pace()
 
     def offer(self, state: State, finished: int) -> None:
         """Write a checkpoint after ``finished`` layers, if the last one is old enough. A full disk is no error."""
-        if (begun := time.monotonic()) - self.saved < max(CHECKPOINT_SECONDS, SAVING_SHARE * self.saving):
+        if not self.pace.is_due():
             return
-        try:
-            self._save(state, finished)
-        except (OSError, SafetensorError) as failure:
-            if not resource_failure(failure):
-                raise
-            logger.warning("repair: the disk has no space for a checkpoint; if interrupted, it would begin anew")
-        self.saved = time.monotonic()
-        self.saving = self.saved - begun
+        with self.pace.measured():
+            try:
+                self._save(state, finished)
+            except (OSError, SafetensorError) as failure:
+                if not resource_failure(failure):
+                    raise
+                logger.warning("repair: the disk has no space for a checkpoint; if interrupted, it would begin anew")
 
     def resume(self, state: State) -> int:
         """Continue from the last checkpoint, if there is a whole one with this key; return how many layers are finished."""

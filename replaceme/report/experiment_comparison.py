@@ -170,13 +170,16 @@ def _trained(record: Mapping[str, Any]) -> bool:
     return (method is not None and method.trained) or _setting(record, "heal_epochs") not in (None, 0, "0")
 
 
+def _marks(record: Mapping[str, Any], mark: str) -> dict[str, float | None]:
+    """Return what an experiment's ``calibration_text`` says of each task: ``seen``, ``same_domain`` or ``overlap``."""
+    start, end = "calibration_text.", f".{mark}"
+    names = [name for name in record if name.startswith(start) and name.endswith(end)]
+    return {name.removeprefix(start).removesuffix(end): _number(record, name) for name in names}
+
+
 def _seen_tasks(record: Mapping[str, Any]) -> str:
     """Return the tasks that an experiment scored on calibration text, by name."""
-    start, end = "calibration_text.", ".seen"
-    marks = {name.removeprefix(start).removesuffix(end): value for name, value in record.items() if name.startswith(start)}
-    return ", ".join(
-        sorted(task for task, value in marks.items() if f"{start}{task}{end}" in record and str(value) in ("1", "1.0"))
-    )
+    return ", ".join(sorted(task for task, seen in _marks(record, "seen").items() if seen == 1))
 
 
 def _unseen_by_all(records: Sequence[Mapping[str, Any]]) -> list[float]:
@@ -184,24 +187,13 @@ def _unseen_by_all(records: Sequence[Mapping[str, Any]]) -> list[float]:
 
     Empty if there are none, or if an experiment lacks a text. Other texts for each experiment would not be comparable.
     """
-    start, end = "calibration_text.", ".seen"
-    tasks = [
-        {name.removeprefix(start).removesuffix(end) for name in record if name.startswith(start) and name.endswith(end)}
-        for record in records
-    ]
-    common = [
-        task
-        for task in sorted(set[str]().union(*tasks))
-        if all(
-            _number(record, f"perplexity.{task}.ratio") is not None
-            and all(_number(record, f"{start}{task}.{mark}") == 0 for mark in ("seen", "same_domain"))
-            for record in records
-        )
-    ]
-    if not common:
-        return []
-    logs = [[math.log(_number(record, f"perplexity.{task}.ratio") or 1) for task in common] for record in records]
-    return [math.exp(sum(each) / len(common)) for each in logs]
+    unseen = []
+    for record in records:
+        same_domain = _marks(record, "same_domain")
+        unseen.append({task for task, seen in _marks(record, "seen").items() if seen == 0 == same_domain.get(task)})
+    ratios = [[_number(record, f"perplexity.{task}.ratio") for record in records] for task in sorted(set.intersection(*unseen))]
+    common = [values for values in ratios if None not in values]
+    return [math.exp(sum(map(math.log, own)) / len(common)) for own in zip(*common, strict=True)]
 
 
 def _number(record: Mapping[str, Any], name: str) -> float | None:

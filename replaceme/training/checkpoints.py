@@ -6,7 +6,9 @@ is ignored.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,42 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from replaceme.base.compute import kind_of
 from replaceme.base.errors import ResourceError
 from replaceme.base.files import PARTIAL, new_folder, read_json, write_json
+from replaceme.base.fingerprints import sha256_of_code
+from replaceme.base.versions import FOUR_BIT, MODEL, versions
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
 # Bytes of a tensor that are hashed at once.
 CHUNK = 1 << 26
+# Time between checkpoints, at least: seconds, and a multiple of the time that the last one took.
+CHECKPOINT_SECONDS, SAVING_SHARE = 60.0, 10
+
+
+class Pace:
+    """When a checkpoint is due: after ``CHECKPOINT_SECONDS``, and ``SAVING_SHARE`` times what the last one took, at least."""
+
+    def __init__(self) -> None:
+        # When the last checkpoint was complete, and how long it took.
+        self.saved, self.saving = time.monotonic(), 0.0
+
+    def is_due(self) -> bool:
+        """Return whether enough time has passed since the last checkpoint."""
+        return time.monotonic() - self.saved >= max(CHECKPOINT_SECONDS, SAVING_SHARE * self.saving)
+
+    @contextmanager
+    def measured(self) -> Iterator[None]:
+        """Write a checkpoint in the block."""
+        begun = time.monotonic()
+        yield
+        self.saved = time.monotonic()
+        self.saving = self.saved - begun
+
+
+def made_with(device: str) -> dict[str, Any]:
+    """Return the code, the packages and the kind of device: steps of others would not belong together."""
+    return {"code": sha256_of_code(), "versions": versions((*MODEL, *FOUR_BIT)), "device": kind_of(device)}
 
 
 def checkpoints_in(folder: Path) -> Path:

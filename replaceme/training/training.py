@@ -8,7 +8,6 @@ documents depends only on the epoch's number, and the checkpoint holds everythin
 """
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -19,16 +18,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from replaceme.base.compute import kind_of
 from replaceme.base.documents import Batch, Documents, seeded_order, split_places
 from replaceme.base.errors import SolveError
-from replaceme.base.fingerprints import sha256_of_code
 from replaceme.base.progress import logger, progress
 from replaceme.base.scratch import scratch
-from replaceme.base.versions import FOUR_BIT, MODEL, versions
 from replaceme.models.families import Family
 from replaceme.observers.walk import Keep, walk
-from replaceme.training.checkpoints import load_checkpoint, save_checkpoint
+from replaceme.training.checkpoints import Pace, load_checkpoint, made_with, save_checkpoint
 from replaceme.training.curves import CURVES, add_row, write_curves
 
 # Rows (number of steps taken before, loss), by the name of the curve.
@@ -41,8 +37,6 @@ WEIGHT_DECAY, CLIP, WARM_UP, FLOOR = 1e-3, 5.0, 0.01, 0.25
 SEED = 0
 # About one document in so many is held out, by whole texts; their loss is evaluated about this often in a training.
 HELD_OUT_EVERY, EVALUATIONS = 20, 8
-# Time between checkpoints, at least: seconds, and a multiple of the time that the last one took.
-CHECKPOINT_SECONDS, SAVING_SHARE = 60.0, 10
 
 
 @dataclass(frozen=True)
@@ -200,8 +194,7 @@ class _Run:
         self._resume()
         folder.mkdir(parents=True, exist_ok=True)
         write_curves(folder, self.curves)
-        # Time when the last checkpoint was complete, and how long it took.
-        self.saved, self.saving = time.monotonic(), 0.0
+        self.pace = Pace()
 
     def take(self, step: int) -> None:
         """Take one step."""
@@ -217,7 +210,7 @@ class _Run:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step = step + 1
-        if time.monotonic() - self.saved >= max(CHECKPOINT_SECONDS, SAVING_SHARE * self.saving):
+        if self.pace.is_due():
             self.save()
 
     def evaluate(self, step: int) -> None:
@@ -244,13 +237,11 @@ class _Run:
 
     def save(self) -> None:
         """Write a checkpoint."""
-        begun = time.monotonic()
-        tensors = {f"weight.{name}": parameter for name, parameter in self.parameters.items()}
-        for name, parameter in self.parameters.items():
-            tensors |= {f"{part}.{name}": value for part, value in self.optimizer.state[parameter].items()}
-        save_checkpoint(self.folder / "checkpoint", self.key, {"step": self.step, "curves": self.curves}, tensors)
-        self.saved = time.monotonic()
-        self.saving = self.saved - begun
+        with self.pace.measured():
+            tensors = {f"weight.{name}": parameter for name, parameter in self.parameters.items()}
+            for name, parameter in self.parameters.items():
+                tensors |= {f"{part}.{name}": value for part, value in self.optimizer.state[parameter].items()}
+            save_checkpoint(self.folder / "checkpoint", self.key, {"step": self.step, "curves": self.curves}, tensors)
 
     def _resume(self) -> None:
         """Continue from the last checkpoint, if there is one with this key."""
@@ -293,11 +284,4 @@ def settings_of(course: Course, device: torch.device) -> dict[str, Any]:
     Any other code, package or kind of device than that of the first step could give steps that don't belong together.
     """
     constants = [WEIGHT_DECAY, CLIP, WARM_UP, FLOOR, SEED, HELD_OUT_EVERY, EVALUATIONS]
-    return {
-        **asdict(course),
-        "constants": constants,
-        "code": sha256_of_code(),
-        "versions": versions((*MODEL, *FOUR_BIT)),
-        "device": kind_of(str(device)),
-        "threads": torch.get_num_threads(),
-    }
+    return {**asdict(course), "constants": constants, **made_with(str(device)), "threads": torch.get_num_threads()}

@@ -43,7 +43,7 @@ from replaceme.pipeline.profile import profile
 from replaceme.pipeline.repair import repair
 from replaceme.pipeline.select import select
 from replaceme.pipeline.solve import solve
-from replaceme.training import training
+from replaceme.training import checkpoints, training
 from replaceme.training.checkpoints import key_of, load_checkpoint, save_checkpoint
 from replaceme.training.training import Course, entering_and_leaving, orders, train
 from tests.conftest import KINDS, LAYERS, OBSTACLES, made_model
@@ -218,8 +218,8 @@ def test_a_bad_learning_rate_is_named(documents: Documents, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("after", [1, 4, 6])
 def test_an_interrupted_run_resumes_to_the_same_bits(after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(training, "SAVING_SHARE", 0)
+    monkeypatch.setattr(checkpoints, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(checkpoints, "SAVING_SHARE", 0)
     texts, course, model = many_documents(21), Course(1e-3, 2, 5, RATE), made_model()
     expected, curves = trained(model, texts, course, tmp_path / "whole")
     steps = len(curves["loss"])
@@ -228,7 +228,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(after: int, tmp_path: Path,
     def stopping(taken: int) -> None:
         if taken == after:
             # One step further than the last checkpoint.
-            monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 1e9)
+            monkeypatch.setattr(checkpoints, "CHECKPOINT_SECONDS", 1e9)
         stop_at(after + 1)(taken)
 
     with counted(stopping), pytest.raises(InterruptedRunError):
@@ -399,8 +399,8 @@ def test_the_stages_choose_train_and_export(options: dict[str, Any], params: Par
 def test_a_training_whose_results_can_not_be_written_is_not_repeated(
     params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(training, "SAVING_SHARE", 0)
+    monkeypatch.setattr(checkpoints, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(checkpoints, "SAVING_SHARE", 0)
     params, work = params.model_copy(update={"method": "llm_streamline"}), Workspace(tmp_path / "run")
     for stage in (inspect_inputs, calibrate, profile, select, plan, observe_activations, solve):
         stage(params, work)

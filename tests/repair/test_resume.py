@@ -25,8 +25,9 @@ from replaceme.pipeline.profile import profile
 from replaceme.pipeline.repair import repair
 from replaceme.pipeline.select import select
 from replaceme.pipeline.solve import solve
-from replaceme.repair import mend, resume
+from replaceme.repair import mend
 from replaceme.repair.resume import Checkpoints
+from replaceme.training import checkpoints
 from tests.conftest import made_model
 from tests.helpers import many_documents
 from tests.interruption import InterruptedRunError
@@ -51,8 +52,8 @@ def repaired(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         mend_layer(state, layer)
 
     monkeypatch.setattr(mend, "_mend_layer", noting)
-    monkeypatch.setattr(resume, "CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(resume, "SAVING_SHARE", 0)
+    monkeypatch.setattr(checkpoints, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(checkpoints, "SAVING_SHARE", 0)
     return layers
 
 

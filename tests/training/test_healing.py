@@ -38,7 +38,7 @@ from replaceme.pipeline.profile import profile
 from replaceme.pipeline.repair import repair
 from replaceme.pipeline.select import select
 from replaceme.pipeline.solve import solve
-from replaceme.training import healing, training
+from replaceme.training import checkpoints, healing
 from replaceme.training.healing import Predictions
 from replaceme.training.training import Course, entering_and_leaving, orders, train
 from tests.conftest import LAYERS, PLAIN, WIDTH, made_model
@@ -245,8 +245,8 @@ def test_without_epochs_the_stage_copies_its_input(params: Params, tmp_path: Pat
 def test_an_interrupted_healing_resumes_to_the_same_bits(
     params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(training, "SAVING_SHARE", 0)
+    monkeypatch.setattr(checkpoints, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(checkpoints, "SAVING_SHARE", 0)
     params, work = params.model_copy(update={"heal_epochs": 2, "batch_size": 4}), Workspace(tmp_path / "run")
     run(params, work, to_export=False)
     expected, curve = sha256_below(work.edits), (work.edits / "loss.tsv").read_text()
@@ -273,8 +273,8 @@ def test_an_interrupted_healing_resumes_to_the_same_bits(
 def test_a_healing_whose_results_can_not_be_written_is_not_trained_again(
     failing: str, params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(training, "SAVING_SHARE", 0)
+    monkeypatch.setattr(checkpoints, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(checkpoints, "SAVING_SHARE", 0)
     params, work = params.model_copy(update={"method": "uidl", "heal_epochs": 1}), Workspace(tmp_path / "run")
     run(params, work, to_export=False)
     expected = sha256_below(work.edits)
@@ -330,9 +330,9 @@ def test_everything_that_a_healing_depends_on_changes_the_key(
         heal(params.model_copy(update=settings), work)
     elsewhere: list[tuple[str, Any]] = [
         ("replaceme.training.healing.SHARE", 0.25),
-        ("replaceme.training.training.sha256_of_code", lambda: {"training.py": "another"}),
+        ("replaceme.training.checkpoints.sha256_of_code", lambda: {"training.py": "another"}),
         ("replaceme.base.versions.version", lambda package: "99.1"),
-        ("replaceme.training.training.kind_of", lambda device: f"another {device}"),
+        ("replaceme.training.checkpoints.kind_of", lambda device: f"another {device}"),
     ]
     for name, other in elsewhere:
         with monkeypatch.context() as patch:
