@@ -275,6 +275,9 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], list[str]]:
         content = {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise ParameterError(f"{place}: must hold one `key: value` a line, not {type(content).__name__}.")
+    # Half a surrogate pair has no UTF-8 form; pydantic fails on it without naming a key.
+    if broken := [key for key in content if key.encode("utf-8", "ignore").decode() != key]:
+        raise ParameterError(f"{place}: a key is no readable text ({excerpt(broken[0])}); docs/parameters.md lists the keys.")
     return content, problems
 
 

@@ -88,6 +88,9 @@ def calibration_model(params: Params, record: Path) -> tuple[PreTrainedModel, Fa
 
 def check_folder(model: Model) -> Model:
     """Return ``model`` if its folder has config, safetensors and tokenizer. Raises ModelError with the reason otherwise."""
+    # A pipe or a device could be read for ever.
+    if odd := [path.name for path in model.folder.iterdir() if path.exists() and not (path.is_file() or path.is_dir())]:
+        raise ModelError(f"model_path: {excerpt(min(odd))} of {model.name} is no regular file; put the file itself there.")
     adapter = (model.folder / ADAPTER).is_file()
     if not (model.folder / "config.json").is_file():
         if adapter:

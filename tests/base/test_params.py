@@ -156,6 +156,11 @@ def test_a_config_that_is_no_regular_file_is_refused_without_waiting(kind: str, 
         read_params(path)
 
 
+def test_a_key_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ParameterError, match=r"config\.yaml: a key is no readable text \(.\); docs/parameters\.md lists"):
+        read_params(written(tmp_path, '{"\\ud800": 1}'))
+
+
 def test_missing_config_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ParameterError, match=r"nowhere\.yaml: there is no such file"):
         read_params(tmp_path / "nowhere.yaml")

@@ -1,5 +1,6 @@
 """Model folders that can't be used are refused in one sentence, whatever their files hold."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -37,3 +38,10 @@ def test_a_config_that_is_none_is_named(config: str, tmp_path: Path) -> None:
 def test_a_path_is_taken_literally(name: str) -> None:
     with pytest.raises(ModelError, match="model_path: "):
         find_model(read_params(None, {"model_path": name}))
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "model.safetensors"])
+def test_a_folder_with_a_pipe_is_refused_without_waiting(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ModelError, match=rf"model_path: {name} of \S+ is no regular file; put the file itself there\."):
+        find_model(read_params(None, {"model_path": str(tmp_path)}))
