@@ -82,8 +82,12 @@ def _key(params: Params, work: Workspace, documents: Documents) -> str:
 
 
 def _table(repairs: Sequence[Repair]) -> str:
-    rows = [f"{each.layer},{' + '.join(each.linears)},{rounded(each.before)},{rounded(each.after)}" for each in repairs]
-    return "\n".join(["layer,linear,residual_before,residual_after", *rows]) + "\n"
+    rows = [
+        [each.layer, " + ".join(each.linears), *map(rounded, (each.before, each.after, each.ridge, each.scale))]
+        for each in repairs
+    ]
+    lines = ["layer,linear,residual_before,residual_after,ridge_multiple,scale", *(",".join(map(str, row)) for row in rows)]
+    return "\n".join(lines) + "\n"
 
 
 STAGE = Stage(
