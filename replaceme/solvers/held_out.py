@@ -5,8 +5,8 @@ the sums of all other folds. Times s, it changes the fold's sum of squared error
 
     s² tr(Xᵀ S_f X) − 2 s tr(Xᵀ C_f),    S_f = Σ w gᵀg and C_f = Σ w gᵀe over the fold's tokens.
 
-The sum over the folds is least at ``s = Σ tr(Xᵀ C_f) / Σ tr(Xᵀ S_f X)``, limited to [0, 1]: at 0, the weights stay. Of a few
-multiples of the ridge, the one with the least sum is taken. (A closed form of leave-one-out shrinkage: Copas, Regression,
+The sum over the folds is least at ``s = Σ tr(Xᵀ C_f) / Σ tr(Xᵀ S_f X)``, limited to [0, 1]: at 0, the weights stay. Larger
+ridges are tried as long as this sum falls. (A closed form of leave-one-out shrinkage: Copas, Regression,
 prediction and shrinkage, 1983.)
 """
 
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from replaceme.observers.walk import total
 
-# Multiples of the ridge that are compared; and the smallest ridge for which float32 is precise enough to choose.
-MULTIPLES, FLOAT32_RIDGE = (1.0, 10.0), 1e-3
+# Multiples of the ridge, tried in order until one is no better; and the smallest ridge for which float32 is precise enough.
+MULTIPLES, FLOAT32_RIDGE = (1.0, 4.0, 16.0, 64.0), 1e-3
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ def strength_of(folds: Sequence[Mapping[str, Tensor]], ridge: Tensor) -> Strengt
         else:
             share = min(max(gained / squares, 0.0), 1.0) if squares > 0 else 0.0
             change = share**2 * squares - 2 * share * gained
-            if change < least:
-                best, least = Strength(multiple, share), change
+            if change >= least:
+                return best
+            best, least = Strength(multiple, share), change
     return best
