@@ -194,20 +194,18 @@ FOLDS, SOURCE_BITS = 4, 32
 def folds_of(documents: Documents, most: int = FOLDS) -> Tensor:
     """Return the fold of each token of a walk, (tokens,) int64: at most ``most`` folds of nearly as many tokens each.
 
-    A fold is whole domains if there are several, or whole sources, or whole documents if all have one source.
+    A fold is whole sources, or whole documents if all have one source; each domain is spread over the folds.
     """
     ordered = documents.in_walk_order()
-    for units in ([source >> SOURCE_BITS for source in ordered.sources], ordered.sources, [*range(len(ordered))]):
-        sizes: Counter[int] = Counter()
-        for unit, document in zip(units, ordered.documents, strict=True):
-            sizes[unit] += len(document)
-        if len(sizes) > 1:
-            break
+    units = ordered.sources if len(set(ordered.sources)) > 1 else [*range(len(ordered))]
+    sizes: Counter[int] = Counter()
+    for unit, document in zip(units, ordered.documents, strict=True):
+        sizes[unit] += len(document)
     filled = [0] * max(min(most, len(sizes)), 1)
     fold: dict[int, int] = {}
-    for unit, size in sizes.most_common():
+    for unit in sorted(sizes, key=lambda unit: unit >> SOURCE_BITS):
         fold[unit] = filled.index(min(filled))
-        filled[fold[unit]] += size
+        filled[fold[unit]] += sizes[unit]
     lengths = torch.tensor([len(document) for document in ordered.documents])
     return torch.tensor([fold[unit] for unit in units]).repeat_interleave(lengths)
 

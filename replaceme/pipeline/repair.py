@@ -48,13 +48,22 @@ def repair(params: Params, work: Workspace) -> None:
         write_text(folder / "repairs.csv", _table(repairs))
         if not method.trained:
             write_curves(folder, {})
-    figures["corrected_linears"] = sum(len(each.linears) for each in repairs)
+    figures["corrected_linears"] = sum(len(each.linears) for each in repairs if each.scale)
     if repairs:
         figures |= {"first_residual": repairs[0].after, "last_residual": repairs[-1].after}
-        figures |= {"last_residual_before": repairs[-1].before}
+        figures |= {
+            "last_residual_before": repairs[-1].before,
+            "mean_scale": sum(each.scale for each in repairs) / len(repairs),
+        }
+        figures["corrections_left_out"] = sum(not each.scale for each in repairs)
         logger.info(
             "repair: %d linears corrected; relative residual of the state after the last one %.4f, %.4f before its correction",
             figures["corrected_linears"], repairs[-1].after, repairs[-1].before,
+        )  # fmt: skip
+        logger.info(
+            "repair: on documents that they were not fitted on, corrections help most at %.2f of their size on average; "
+            "%d of %d don't help there and are left out",
+            figures["mean_scale"], figures["corrections_left_out"], len(repairs),
         )  # fmt: skip
     elif not method.work:
         logger.info("repair: nothing to do")

@@ -8,7 +8,7 @@ each kept layer in order, with ``h`` = state of the shortened model (rows are to
 
 each by ridge regression from Gram sums, toward the present weights (``_correct``: the penalty is ``Features.per_column``, 0
 for the bias; the solve is ``replaceme.solvers.ridge.solve_correction``). How strong each correction is, down to none at all,
-is chosen by what it does on domains of the text that it was not fitted on (``replaceme.solvers.held_out``). Where the MLP is
+is chosen by what it does on documents that it was not fitted on (``replaceme.solvers.held_out``). Where the MLP is
 parallel to the attention, no state lies between them: both linears are solved together, from ``[A | G]``, toward (original
 layer output) − h. With transform channels, the channels of a host's MLP are chosen here
 (``replaceme.repair.channel_choice``); then its linears are solved for again. With several blocks, the method fits each later
@@ -48,7 +48,7 @@ from replaceme.observers.walk import Keep, Observer, Signal, Signals, Start, tot
 from replaceme.repair.channel_choice import TOKENS_PER_CHANNEL, Candidates, best_channels
 from replaceme.repair.resume import Checkpoints
 from replaceme.solvers.arguments import naming
-from replaceme.solvers.held_out import strength_of
+from replaceme.solvers.held_out import Strength, strength_of
 from replaceme.solvers.quality import gained_by_ridge, relative
 from replaceme.solvers.ridge import solve_correction
 
@@ -211,8 +211,11 @@ def _mend_layer(state: State, layer: int) -> None:
     if block and params.transform == "channels":
         _choose(state, block)
     solves, leaves = _solves(params, family, bool(block)), layer != state.kept[-1]
+    # A later solve at a host corrects what an earlier one has fitted to all documents: of those, none is held out any more.
+    strength = Strength() if block and params.transform != "channels" else None
     for number, ridges in enumerate(solves, start=1):
-        _correct(state, layer, state.dense, ridges, leaves=leaves and number == len(solves))
+        found = _correct(state, layer, state.dense, ridges, leaves=leaves and number == len(solves), strength=strength)
+        strength = found if block else None
     if leaves and not solves:
         state.walk_shortened(layer, [Keep(layer, ("output",), state.shortened)])
 
@@ -260,8 +263,13 @@ def _choose(state: State, block: Block) -> None:
     )  # fmt: skip
 
 
-def _correct(state: State, layer: int, target: Tensor, ridges: Ridges, *, leaves: bool = False) -> None:
-    """Solve for linears of a layer; if ``leaves``, move the shortened model's states to after the corrected layer."""
+def _correct(
+    state: State, layer: int, target: Tensor, ridges: Ridges, *, leaves: bool = False, strength: Strength | None = None
+) -> Strength:
+    """Solve for linears of a layer, by the given strength or the best one on held-out documents, and return the strength.
+
+    If ``leaves``, move the shortened model's states to after the corrected layer.
+    """
     features = Features.of(state.layers[layer], state.family, [*ridges])
     missing = Missing(layer, features, target, state.folds)
     observers: list[Observer] = [missing]
@@ -275,7 +283,7 @@ def _correct(state: State, layer: int, target: Tensor, ridges: Ridges, *, leaves
     values: dict[Linear, float] = {linear: getattr(state.params, name) for linear, name in ridges.items()}
     penalty = features.per_column(values)
     folds = missing.folds()
-    strength = strength_of(folds, penalty)
+    strength = strength or strength_of(folds, penalty)
     sums, penalty = added_up(folds), strength.ridge * penalty
     del folds
     with naming(ridge=ridges[min(values, key=values.__getitem__)]):
@@ -289,6 +297,7 @@ def _correct(state: State, layer: int, target: Tensor, ridges: Ridges, *, leaves
         state.edits.correct_all(layer, features.parts(change))
         if leaves:
             _add_change(state, features, change)
+    return strength
 
 
 def _add_change(state: State, features: Features, change: Tensor) -> None:

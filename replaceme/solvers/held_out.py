@@ -1,13 +1,12 @@
 """How strong a correction is: chosen by what it does on text that it was not fitted on.
 
-The sums of a least squares add up over parts of the text (folds). For each fold f and ridge Λ, the correction X is solved from
-the sums of all other folds. Times s, it changes the fold's sum of squared errors by
+The sums of a least squares add up over folds of documents. For each fold f and ridge Λ, the correction X is solved from the
+sums of all other folds. Times s, it changes the fold's sum of squared errors by
 
     s² tr(Xᵀ S_f X) − 2 s tr(Xᵀ C_f),    S_f = Σ w gᵀg and C_f = Σ w gᵀe over the fold's tokens.
 
 The sum over the folds is least at ``s = Σ tr(Xᵀ C_f) / Σ tr(Xᵀ S_f X)``, limited to [0, 1]: at 0, the weights stay. Larger
-ridges are tried as long as this sum falls. (A closed form of leave-one-out shrinkage: Copas, Regression,
-prediction and shrinkage, 1983.)
+ridges are tried as long as this sum falls. (Shrinkage by cross-validation: Copas, Regression, prediction and shrinkage, 1983.)
 """
 
 from collections.abc import Mapping, Sequence

@@ -62,7 +62,7 @@ def test_documents_of_their_own_need_no_sources_on_disk(tmp_path: Path) -> None:
     assert len({*Documents.load(tmp_path).sources}) == 3
 
 
-def lengths_by_fold(documents: Documents) -> list[set[int]]:
+def sources_by_fold(documents: Documents) -> list[set[int]]:
     """Return the sources of each fold."""
     ordered, folds = documents.in_walk_order(), folds_of(documents)
     first = [0, *torch.tensor([len(each) for each in ordered.documents]).cumsum(0).tolist()[:-1]]
@@ -72,16 +72,17 @@ def lengths_by_fold(documents: Documents) -> list[set[int]]:
     return [found[fold] for fold in sorted(found)]
 
 
-def test_folds_are_whole_domains() -> None:
-    domains = [0, 1, 2, 0, 1, 2, 0, 1]
-    documents = Documents([torch.arange(4 + place) for place in range(8)], [(each << SOURCE_BITS) + 5 for each in domains])
-    assert sorted(map(sorted, lengths_by_fold(documents))) == [[5], [(1 << SOURCE_BITS) + 5], [(2 << SOURCE_BITS) + 5]]
+def test_each_domain_is_spread_over_the_folds() -> None:
+    domains = [0, 1, 2, 3] * 8
+    documents = Documents([torch.arange(5)] * 32, [(domain << SOURCE_BITS) + place for place, domain in enumerate(domains)])
+    for sources in sources_by_fold(documents):
+        assert Counter(source >> SOURCE_BITS for source in sources) == {0: 2, 1: 2, 2: 2, 3: 2}
     assert len(folds_of(documents)) == documents.token_count
 
 
 def test_folds_of_one_domain_are_whole_sources_of_like_size() -> None:
     documents = Documents([torch.arange(5)] * 16, [place // 2 for place in range(16)])
-    assert sorted(map(len, lengths_by_fold(documents))) == [2, 2, 2, 2]
+    assert sorted(map(len, sources_by_fold(documents))) == [2, 2, 2, 2]
     assert folds_of(documents).bincount().tolist() == [20, 20, 20, 20]
 
 
