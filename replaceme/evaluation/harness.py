@@ -24,15 +24,15 @@ from replaceme.base.task import Task
 from replaceme.evaluation import catalogue
 from replaceme.evaluation.comparison import weighted_mean, weighted_stderr
 from replaceme.evaluation.question_file import PASSAGES
-from replaceme.evaluation.scorer import CausalScorer
+from replaceme.evaluation.scorer import GENERATED, CausalScorer
 from replaceme.evaluation.tasks import Items, is_file, task_items, task_kind, task_name
 
 # Length-normalised accuracy if the task has it, else another metric that is a share of correct items. Other metrics (F1, BLEU,
 # correlations) can't be averaged with these over tasks.
 ACCURACIES = ("acc_norm", "acc", "exact_match", "em", "accuracy")
 PERPLEXITIES = {"word_perplexity": "word", "byte_perplexity": "byte"}
-# lm-eval's names for the number of tokens that a task generates, and the number for a task that doesn't say.
-LENGTHS, GENERATED = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"), 256
+# lm-eval's names for the number of tokens that a task generates.
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
 @dataclass(frozen=True)
@@ -236,7 +236,8 @@ def _own_task(task: Task) -> Any:
     """Return an lm-eval task for an embedded task or the user's own file."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     items, kind = task_items(task), task_kind(task)
-    single = _task_of(task_name(task), items, WORD if kind == "word" else QUESTION if is_file(task) else CONTINUATION)
+    form = {"word": WORD, "generation": GENERATION}.get(kind, QUESTION if is_file(task) else CONTINUATION)
+    single = _task_of(task_name(task), items, form)
     catalogue.configure(single, task.fewshots)
     return single
 
@@ -257,6 +258,15 @@ CONTINUATION: Mapping[str, Any] = {
     "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
 }
 QUESTION: Mapping[str, Any] = {**CONTINUATION, "doc_to_text": "Question: {{query}}\nAnswer:"}
+# The shortest text that can hold an answer: a space, four digits and what ends them.
+GENERATION: Mapping[str, Any] = {
+    "output_type": "generate_until",
+    "doc_to_text": "query",
+    "doc_to_target": "answer",
+    "generation_kwargs": {"until": [".", "\n"], "max_gen_toks": 8},
+    "filter_list": [{"name": "none", "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]}],
+    "metric_list": [{"metric": "exact_match"}],
+}
 
 
 def _task_of(name: str, items: Items, form: Mapping[str, Any]) -> Any:
