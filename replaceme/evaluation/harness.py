@@ -129,7 +129,8 @@ class Outcome:
     """Results of a run of lm-eval.
 
     Attributes:
-        accuracy: task → ``{accuracy, metric, fewshots, by_size}``, and ``stderr`` and ``items`` if known.
+        accuracy: task → ``{accuracy, chance, metric, fewshots, by_size}``, and ``stderr`` and ``items`` if known. ``chance`` is
+            what guesses score on average: one out of an item's choices, and 0 where the answer is written.
         perplexity: task → ``{word, byte}``, for lm-eval's own perplexity tasks.
         items: task → (items,) float64 for each of its single tasks: the accuracy of each item.
         articles: task → for each of its single tasks (items,) int64, equal for items of one article; None where each item has
@@ -197,6 +198,7 @@ def _report_accuracy(
     kind = key.split(",")[1]
     score: dict[str, Any] = {
         "accuracy": float(figures[key]),
+        "chance": weighted_mean([_chances(suite.singles[name], samples[name], kind) for name in entry.singles], entry.by_size),
         "metric": str(entry.metric) if kind == "none" else key,
         "fewshots": int(suite.singles[entry.singles[0]].config.num_fewshot or 0),
         "by_size": entry.by_size,
@@ -220,6 +222,13 @@ def _items(samples: Sequence[Mapping[str, Any]], metric: str, kind: str) -> Tens
     """Return (items,) float64; empty for a metric without a value for single items."""
     values = [sample.get(metric) for sample in samples if sample["filter"] == kind]
     return torch.tensor(values if all(isinstance(value, int | float) for value in values) else [], dtype=torch.float64)
+
+
+def _chances(single: Any, samples: Sequence[Mapping[str, Any]], kind: str) -> Tensor:
+    """Return what a guess scores on each item, (items,) float64."""
+    documents = [sample["doc"] for sample in samples if sample["filter"] == kind]
+    choices = single.OUTPUT_TYPE == "multiple_choice"
+    return torch.tensor([1 / len(single.doc_to_choice(doc)) if choices else 0.0 for doc in documents], dtype=torch.float64)
 
 
 def _articles(samples: Sequence[Mapping[str, Any]], kind: str) -> Tensor | None:
