@@ -15,10 +15,11 @@ from replaceme.base.params import Params
 from replaceme.base.task import Task
 from replaceme.evaluation import harness, tasks
 from replaceme.evaluation.greedy import continuations
+from replaceme.evaluation.prompts import PROMPTS, TOKENS, side_by_side, written
 from replaceme.evaluation.requests import Encodings, Requests
 from replaceme.evaluation.retrieval import ITEMS, PAIRS, retrieval_items
 from replaceme.evaluation.scorer import CausalScorer
-from replaceme.evaluation.scores import score_model
+from replaceme.evaluation.scores import Scores, score_model
 from replaceme.evaluation.tasks import task_fingerprints
 from replaceme.models.model import Model
 from tests.conftest import made_model, made_text, made_tokenizer
@@ -157,3 +158,42 @@ def test_an_example_shows_the_answer_after_its_question() -> None:
     context = single.fewshot_context(single.eval_docs[0], num_fewshot=1)
     assert re.search(r"Answer: The code of the \w+ \w+ is \d{4}\n\n", context)
     assert context.endswith(single.eval_docs[0]["query"])
+
+
+def test_a_chat_goes_through_the_template_up_to_the_reply() -> None:
+    model, tokenizer = made_model(dtype=torch.float64), made_tokenizer()
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for turn in messages %}<{{ turn.role }}>{{ turn.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    expected = []
+    for prompt in PROMPTS:
+        ids = tokenizer.encode(f"<user>{prompt.text}\n<assistant>" if prompt.chat else prompt.text)
+        assert ids[:2] != [0, 0]
+        expected.append(tokenizer.decode(plain_greedy(model, ids, TOKENS), skip_special_tokens=True))
+    assert written(model, tokenizer, "test") == expected
+
+
+@pytest.mark.parametrize("template", [None, "{{ raise_exception('no user') }}"])
+def test_without_a_usable_chat_template_the_prompt_is_plain(template: str | None) -> None:
+    model, tokenizer = made_model(dtype=torch.float64), made_tokenizer(chat=False)
+    tokenizer.chat_template = template
+    expected = [continuations(model, tokenizer, [tokenizer.encode(prompt.text)], TOKENS)[0] for prompt in PROMPTS]
+    assert written(model, tokenizer, "test") == expected
+
+
+def test_prompts_fit_the_positions_that_a_model_has() -> None:
+    assert len(written(made_model("gpt2", max_position_embeddings=16), made_tokenizer(), "test")) == len(PROMPTS)
+
+
+def test_the_dense_models_continuations_are_kept_with_its_scores(params: Params, tiny: Model, tmp_path: Path) -> None:
+    bare = params.model_copy(update={"tasks": ()})
+    dense = score_model(bare, tiny, "dense", {}, is_dense=True)
+    dense.save(tmp_path)
+    kept = Scores.load(tmp_path)
+    assert kept.continuations == dense.continuations
+    pruned = score_model(bare, tiny, "pruned", {}, kept)
+    pairs = side_by_side(kept.continuations, pruned.continuations)
+    assert [pair["dense"] for pair in pairs] == [pair["pruned"] for pair in pairs] == dense.continuations
+    assert [pair["answer"] for pair in pairs] == ["", "", "Paris"]
+    assert score_model(bare, tiny, "alone", {}).continuations == []
