@@ -330,7 +330,7 @@ def _perplexity_rows(comparison: Mapping[str, Any], marks: Mapping[str, str]) ->
 
     if "perplexity_ratio" in unseen:
         error = f" ± {unseen['stderr_perplexity_ratio']:.2g}" if "stderr_perplexity_ratio" in unseen else ""
-        change = f"x {unseen['perplexity_ratio']:.3g}{error}"
+        change = f"x {unseen['perplexity_ratio']:#.3g}{error}"
         yield {"": f"{unseen['texts']} unseen texts, geometric mean", "change": change, **distance(unseen)}
     for kind, pairs in (("perplexity", perplexity), ("word perplexity", words)):
         for task in pairs if pairs is perplexity else sorted(words.keys() - perplexity.keys()):

@@ -206,14 +206,14 @@ def perplexity_table(evaluation: Figures) -> Table | None:
     rows = [
         [
             f"{_named(task, evaluation)}, per {unit}",
-            *(_with_error(figures, side) for side in ("dense", "pruned")),
             f"× {_with_error(figures, 'ratio')}",
+            *(_with_error(figures, side) for side in ("dense", "pruned")),
         ]
         for task in tasks
         for group, unit in UNITS.items()
         if (figures := evaluation.get(group, {}).get(task))
     ]
-    head, notes = ["", "dense", "pruned", "ratio"], _seen_notes(evaluation, tasks)
+    head, notes = ["", "ratio", "dense", "pruned"], _seen_notes(evaluation, tasks)
     return Table("Perplexity, ± one standard error", head, rows, notes) if rows else None
 
 
