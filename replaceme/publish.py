@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -66,7 +67,7 @@ def _upload(options: argparse.Namespace, folder: Path) -> None:
         raise ParameterError(f"save_path: there is no pruned model in {folder}; run `dvc repro` or run_replaceme first.")
     if folder.resolve() == pipeline.model.resolve():
         _check_scores()
-        files[CARD] = card_of(read_params(PARAMS_FILE, methods=METHODS), pipeline).encode()
+        files[CARD] = card_of(read_params(PARAMS_FILE, methods=METHODS), pipeline, options.repo_id).encode()
     url = hub.upload(options.repo_id, files, options.private)
     logger.info("the model is at %s", url)
 
@@ -88,8 +89,8 @@ def _check_scores() -> None:
         )
 
 
-def card_of(params: Params, work: Workspace) -> str:
-    """Return the card of a finished run's model, with its scores on the tasks of ``params``."""
+def card_of(params: Params, work: Workspace, place: str = ".") -> str:
+    """Return the card of a finished run's model, with its scores on the tasks of ``params``; its example loads ``place``."""
     from replaceme.edits.edits import Edits
     from replaceme.export.card import model_card
     from replaceme.models.find import recorded_model
@@ -97,9 +98,12 @@ def card_of(params: Params, work: Workspace) -> str:
     source, edits, solved = recorded_model(params, work.model_input), Edits.load(work.edits), read_json(work.metric("solve"))
     made_with = read_json(work.model_versions)
     if not params.tasks:
-        return model_card(params, source, edits, solved, made_with=made_with)
+        return model_card(params, source, edits, solved, made_with=made_with, place=place)
     evaluation, made_with = read_json(work.metric("evaluation")), made_with | read_json(work.score_versions)
-    return model_card(params, source, edits, solved, _scores(evaluation), _results(evaluation), made_with=made_with)
+    return model_card(
+        params, source, edits, solved, _scores(evaluation), _results(evaluation),
+        continuations=_continuations(read_json(work.continuations)), made_with=made_with, place=place,
+    )  # fmt: skip
 
 
 def _scores(evaluation: Mapping[str, Any]) -> str:
@@ -111,9 +115,27 @@ def _scores(evaluation: Mapping[str, Any]) -> str:
     if "retention_stderr" in evaluation:
         kept = f"{evaluation['retention_percent']:.1f} ± {evaluation['retention_stderr']:.1f} %"
         table += f"\n\n{kept} of the dense model's average accuracy is kept; ± is one standard error."
+    if "retention_above_chance_stderr" in evaluation:
+        kept = f"{evaluation['retention_above_chance_percent']:.1f} ± {evaluation['retention_above_chance_stderr']:.1f} %"
+        table += f" Of what is above chance, {kept} is."
     if note := seen_note(evaluation):
         table += f"\n\n{note}"
     return table
+
+
+def _continuations(pairs: Sequence[Mapping[str, str]]) -> str:
+    """Return both models' continuations as Markdown, in code blocks that nothing in them can end."""
+    parts = ["The most likely token each time, some 40 of them at most."]
+    for pair in pairs:
+        known = f" (known answer: {pair['answer']})" if pair["answer"] else ""
+        parts += [f"### {pair['kind'].capitalize()}{known}", _block(pair["prompt"])]
+        parts += [f"{model}:\n\n{_block(pair[model])}" for model in ("dense", "pruned")]
+    return "\n\n".join(parts)
+
+
+def _block(text: str) -> str:
+    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
+    return f"{fence}text\n{text.strip()}\n{fence}"
 
 
 def _results(evaluation: Mapping[str, Any]) -> list[EvalResult]:

@@ -71,6 +71,8 @@ class Workspace:
     model = _At("model")
     # Scores of the dense model, and the requests that were scored (folder).
     baseline = _At("baseline")
+    # How both models go on after a few prompts.
+    continuations = _At("continuations.json")
     # The page and its pictures (folder).
     report = _At("report")
     # Measured times, and the page with them (folder); no stage's output.

@@ -18,6 +18,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from replaceme.base.errors import DatasetError, ModelError
 from replaceme.base.progress import progress
 from replaceme.corpora.tokenization import rendered, start_of_text
+from replaceme.models.generation import generate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -107,15 +108,10 @@ def _sample(model: Any, starts: list[list[int]], length: int, turns: Turns | Non
     plain = GenerationConfig(
         max_length=length, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=None, pad_token_id=0
     )
-    own, model.generation_config = model.generation_config, plain
-    try:
-        # The first token alone, so that all rows are equally long; the others of a start are forced.
-        ids = torch.tensor([start[:1] for start in starts], device=model.device)
-        forced = LogitsProcessorList([_Forced(starts, turns, bar)])
-        found = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=plain, logits_processor=forced)
-    finally:
-        model.generation_config = own
-    return list(found.cpu())
+    # The first token alone, so that all rows are equally long; the others of a start are forced.
+    ids = torch.tensor([start[:1] for start in starts], device=model.device)
+    forced = LogitsProcessorList([_Forced(starts, turns, bar)])
+    return list(generate(model, ids, plain, logits_processor=forced))
 
 
 class _Forced(LogitsProcessor):

@@ -54,8 +54,13 @@ def encode_in_chunks(text: str, tokenizer: PreTrainedTokenizerBase, prefix: list
         start = end
 
 
-def rendered(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> str:
+def rendered(chat: Chat, tokenizer: PreTrainedTokenizerBase, *, reply: bool = False) -> str:
     """Return a chat as the text of the tokenizer's chat template, in which today is ``TODAY``.
+
+    Args:
+        chat: the turns.
+        tokenizer: the tokenizer.
+        reply: whether the assistant's next turn is begun.
 
     Raises:
         DatasetError: there is no chat template, it refuses the chat, or takes longer than ``TEMPLATE_SECONDS``.
@@ -65,7 +70,7 @@ def rendered(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> str:
     try:
         # The templates' strftime_now asks this clock; transformers has no option for it.
         with _at_most(TEMPLATE_SECONDS), mock.patch("transformers.utils.chat_template_utils.datetime", _Calendar):
-            return str(tokenizer.apply_chat_template(chat, tokenize=False))
+            return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=reply))
     except _TooLongError:
         slow = f"takes more than {TEMPLATE_SECONDS:g} s for a chat"
         raise DatasetError(f"dataset_column: the model's chat template {slow}; choose a text column.") from None

@@ -9,11 +9,12 @@ sample: an article's items are summed first (cluster-robust standard error; Lian
 2411.00640), and ``p_value`` is from the paired t-test over articles.
 
 ``retention_percent`` is the published table's last column: average accuracy of the pruned model over that of the dense one
-(ReplaceMe, arXiv 2505.02819, table 1).
+(ReplaceMe, arXiv 2505.02819, table 1). What guesses score counts as kept there. ``retention_above_chance_percent`` is the same
+with chance taken off both: (pruned − chance) / (dense − chance), where the dense model is above chance.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import count, takewhile
 from typing import Any
 
@@ -28,6 +29,12 @@ from replaceme.evaluation.perplexity import mean_stderr
 Figures = dict[str, Any]
 UNITS = {"token": "perplexity", "word": "word_perplexity", "byte": "byte_perplexity"}
 SIZES = ("parameters", "disk_bytes", "kv_cache_bytes_per_token")
+# The table's columns, with their headings; one without cells is left out.
+HEADS = {
+    name: "" if name == "change" else name for name in ("", "dense", "pruned", "change", "above chance", "KL", "same token")
+}
+# Standard errors by which the dense model must be above chance, or nothing can be said of what is kept of that.
+SURE = 2.0
 
 
 def compare(dense: Figures, pruned: Figures, dense_items: Mapping[str, Tensor], pruned_items: Mapping[str, Tensor]) -> Figures:
@@ -63,10 +70,11 @@ def compare(dense: Figures, pruned: Figures, dense_items: Mapping[str, Tensor], 
         }
         means, retention = _averages([*comparison["accuracy"].values()])
         comparison |= {"average_accuracy": means, **retention}
-        if retention:
-            stderr = _retention_stderr(means, dense, dense_items, pruned_items)
-            if stderr is not None:
-                comparison["retention_stderr"] = 100 * stderr
+        for name, chance in (("retention", 0.0), ("retention_above_chance", means.get("chance", 0.0))):
+            if f"{name}_percent" in retention:
+                stderr = _retention_stderr(means, chance, dense, dense_items, pruned_items)
+                if stderr is not None:
+                    comparison[f"{name}_stderr"] = 100 * stderr
     for size in SIZES:
         if size in dense and size in pruned:
             a, b = dense[size], pruned[size]
@@ -83,7 +91,8 @@ def _unseen(comparison: Mapping[str, Any]) -> Figures:
     Returns:
         ``perplexity_ratio``, the geometric mean of the ratios of ``texts`` perplexities, with ``stderr_perplexity_ratio`` (the
         texts are fixed, the windows of each are a sample); ``kl`` and ``agreement``, the means of these texts' figures; and
-        ``retention_percent``, the average accuracy over the dense model's, of ``tasks`` tasks.
+        ``retention_percent``, the average accuracy over the dense model's, of ``tasks`` tasks, and
+        ``retention_above_chance_percent``.
     """
     known = comparison["calibration_text"]
     unseen = {task for task, text in known.items() if not text["seen"] and not text["same_domain"]}
@@ -103,9 +112,26 @@ def _unseen(comparison: Mapping[str, Any]) -> Figures:
 
 
 def _averages(scores: Sequence[Figures]) -> tuple[dict[str, float], dict[str, float]]:
-    """Return each side's average accuracy, and the retention; this is empty if the dense model's average is 0."""
-    means = {side: sum(entry[side] for entry in scores) / len(scores) for side in ("dense", "pruned")}
-    return means, {"retention_percent": 100 * means["pruned"] / means["dense"]} if means["dense"] else {}
+    """Return the averages (dense, pruned and, if known, chance), and the retentions; without those that would divide by 0."""
+    sides = ("dense", "pruned", *(("chance",) if all("chance" in entry for entry in scores) else ()))
+    means = {side: sum(entry[side] for entry in scores) / len(scores) for side in sides}
+    retention = {"retention_percent": 100 * means["pruned"] / means["dense"]} if means["dense"] else {}
+    stderr = math.sqrt(sum(entry.get("stderr_dense", 0.0) ** 2 for entry in scores)) / len(scores)
+    if (kept := _above_chance(means, stderr)) is not None:
+        retention["retention_above_chance_percent"] = kept
+    return means, retention
+
+
+def _above_chance(figures: Mapping[str, float], stderr: float) -> float | None:
+    """Return (pruned − chance) / (dense − chance) in percent; None if chance is unknown, or the dense model isn't above it.
+
+    Args:
+        figures: ``dense``, ``pruned`` and ``chance``.
+        stderr: the standard error of the dense model's accuracy.
+    """
+    if "chance" not in figures or figures["dense"] - figures["chance"] <= SURE * stderr:
+        return None
+    return 100 * (figures["pruned"] - figures["chance"]) / (figures["dense"] - figures["chance"])
 
 
 def seen_tasks(comparison: Mapping[str, Any]) -> list[str]:
@@ -195,6 +221,9 @@ def _accuracy(
 ) -> Figures:
     entry = {"dense": dense["accuracy"], "pruned": pruned["accuracy"]}
     entry |= {f"stderr_{name}": side["stderr"] for name, side in (("dense", dense), ("pruned", pruned)) if "stderr" in side}
+    entry |= {"chance": dense["chance"]} if "chance" in dense else {}
+    if (kept := _above_chance(entry, entry.get("stderr_dense", 0.0))) is not None:
+        entry["above_chance_percent"] = kept
     before, after = parts_of(dense_items, task), parts_of(pruned_items, task)
     changes = _changes(before, after)
     if changes:
@@ -221,10 +250,11 @@ def _changes(before: Sequence[Tensor], after: Sequence[Tensor], ratio: float = 1
 
 
 def _retention_stderr(
-    means: Mapping[str, float], dense: Figures, before: Mapping[str, Tensor], after: Mapping[str, Tensor]
+    means: Mapping[str, float], chance: float, dense: Figures, before: Mapping[str, Tensor], after: Mapping[str, Tensor]
 ) -> float | None:
-    """Return the standard error of the ratio of the averages, from the items of both models (delta method, first order)."""
-    ratio, tasks = means["pruned"] / means["dense"], dense["accuracy"]
+    """Return the standard error of (pruned − chance) / (dense − chance), from the items of both models (delta method)."""
+    tasks, above = dense["accuracy"], means["dense"] - chance
+    ratio = (means["pruned"] - chance) / above
     parts: list[Tensor] = []
     weights: list[float] = []
     articles: list[Tensor | None] = []
@@ -235,7 +265,7 @@ def _retention_stderr(
         parts += changes
         weights += [weight / len(tasks) for weight in _weights(changes, score["by_size"])]
         articles += articles_of(before, task, len(changes))
-    return _clustered_stderr(parts, weights, articles) / means["dense"]
+    return _clustered_stderr(parts, weights, articles) / above
 
 
 def paired_p_value(before: Tensor, after: Tensor) -> float:
@@ -279,42 +309,56 @@ def comparison_table(comparison: Figures) -> str:
 
 def comparison_rows(comparison: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Return the comparison as rows of cells, the heading first; a task that is scored on calibration text is marked."""
-    seen = seen_tasks(comparison)
     marks = {
         task: " (seen)" if text["seen"] else " (domain seen)" if text.get("same_domain") else ""
         for task, text in comparison.get("calibration_text", {}).items()
     }
-    divergence, unseen = comparison.get("divergence", {}), comparison.get("unseen", {})
-    rows: list[tuple[str, ...]] = [("", "dense", "pruned", "", *(("KL", "same token") if divergence else ()))]
+    rows = [*_perplexity_rows(comparison, marks), *_accuracy_rows(comparison, marks)]
+    size = comparison["parameters"]
+    rows.append({"": "parameters", **{side: f"{size[side] / 1e6:.1f} M" for side in ("dense", "pruned")}})
+    rows[-1]["change"] = f"−{size['removed_percent']:.1f} %"
+    heads = [head for head in HEADS if any(row.get(head) for row in rows)]
+    return [tuple(HEADS[head] for head in heads), *(tuple(row.get(head, "") for head in heads) for row in rows)]
 
-    def cells(figures: Figures) -> tuple[str, ...]:
-        return (f"{figures['kl']:.3f}", f"{100 * figures['agreement']:.1f} %") if figures else ()
+
+def _perplexity_rows(comparison: Mapping[str, Any], marks: Mapping[str, str]) -> Iterator[dict[str, str]]:
+    divergence, unseen = comparison.get("divergence", {}), comparison.get("unseen", {})
+    perplexity, words = comparison.get("perplexity", {}), comparison.get("word_perplexity", {})
+
+    def distance(figures: Figures) -> dict[str, str]:
+        return {"KL": f"{figures['kl']:.3f}", "same token": f"{100 * figures['agreement']:.1f} %"} if "kl" in figures else {}
 
     if "perplexity_ratio" in unseen:
         error = f" ± {unseen['stderr_perplexity_ratio']:.2g}" if "stderr_perplexity_ratio" in unseen else ""
-        ratio = f"x {unseen['perplexity_ratio']:.3g}{error}"
-        rows.append(
-            (f"{unseen['texts']} unseen texts, geometric mean", "", "", ratio, *cells(unseen if "kl" in unseen else {}))
-        )
-    for task, pair in comparison.get("perplexity", {}).items():
-        name, ratio = f"{task} perplexity{marks.get(task, '')}", f"x {pair['ratio']:.3g}"
-        rows.append((name, f"{pair['dense']:.4g}", f"{pair['pruned']:.4g}", ratio, *cells(divergence.get(task, {}))))
-    for task in sorted(set(comparison.get("word_perplexity", {})) - set(comparison.get("perplexity", {}))):
-        pair = comparison["word_perplexity"][task]
-        name = f"{task} word perplexity{marks.get(task, '')}"
-        rows.append((name, f"{pair['dense']:.4g}", f"{pair['pruned']:.4g}", f"x {pair['ratio']:.3g}"))
-    for task, pair in comparison.get("accuracy", {}).items():
-        name = f"{task} accuracy{marks.get(task, '')}"
-        rows.append((name, *(_percent(pair, side) for side in ("dense", "pruned")), _kept(pair)))
-    if len(comparison.get("accuracy", {})) > 1:
+        change = f"x {unseen['perplexity_ratio']:#.3g}{error}"
+        yield {"": f"{unseen['texts']} unseen texts, geometric mean", "change": change, **distance(unseen)}
+    for kind, pairs in (("perplexity", perplexity), ("word perplexity", words)):
+        for task in pairs if pairs is perplexity else sorted(words.keys() - perplexity.keys()):
+            row = {
+                "": f"{task} {kind}{marks.get(task, '')}",
+                **{side: f"{pairs[task][side]:.4g}" for side in ("dense", "pruned")},
+            }
+            yield row | {"change": f"x {pairs[task]['ratio']:.3g}", **distance(divergence.get(task, {}))}
+
+
+def _accuracy_rows(comparison: Mapping[str, Any], marks: Mapping[str, str]) -> Iterator[dict[str, str]]:
+    scores = comparison.get("accuracy", {})
+    for task, pair in scores.items():
+        row = {"": f"{task} accuracy{marks.get(task, '')}", **{side: _percent(pair, side) for side in ("dense", "pruned")}}
+        yield row | {"change": _kept(pair), "above chance": above_chance(pair, pair.get("above_chance_percent"))}
+    if len(scores) > 1:
         means = comparison["average_accuracy"]
-        name = "average accuracy" + " (in part seen)" * any(task in comparison["accuracy"] for task in seen)
-        rows.append((name, *(f"{100 * means[side]:.1f} %" for side in ("dense", "pruned")), _kept(means)))
-    size = comparison["parameters"]
-    rows.append(
-        ("parameters", f"{size['dense'] / 1e6:.1f} M", f"{size['pruned'] / 1e6:.1f} M", f"−{size['removed_percent']:.1f} %")
-    )
-    return [(*row, *[""] * (len(rows[0]) - len(row))) for row in rows]
+        part = " (in part seen)" * any(task in scores for task in seen_tasks(comparison))
+        row = {"": f"average accuracy{part}", **{side: f"{100 * means[side]:.1f} %" for side in ("dense", "pruned")}}
+        kept = above_chance(means, comparison.get("retention_above_chance_percent"))
+        yield row | {"change": _kept(means), "above chance": kept}
+
+
+def above_chance(figures: Mapping[str, Any], kept: float | None) -> str:
+    """Return what is kept of the accuracy above chance in words; an empty text if chance is unknown."""
+    if "chance" not in figures:
+        return ""
+    return "dense at chance" if kept is None else f"{kept:.1f} %"
 
 
 def scores_table(figures: Figures) -> str:

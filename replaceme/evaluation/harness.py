@@ -24,15 +24,15 @@ from replaceme.base.task import Task
 from replaceme.evaluation import catalogue
 from replaceme.evaluation.comparison import weighted_mean, weighted_stderr
 from replaceme.evaluation.question_file import PASSAGES
-from replaceme.evaluation.scorer import CausalScorer
+from replaceme.evaluation.scorer import GENERATED, CausalScorer
 from replaceme.evaluation.tasks import Items, is_file, task_items, task_kind, task_name
 
 # Length-normalised accuracy if the task has it, else another metric that is a share of correct items. Other metrics (F1, BLEU,
 # correlations) can't be averaged with these over tasks.
 ACCURACIES = ("acc_norm", "acc", "exact_match", "em", "accuracy")
 PERPLEXITIES = {"word_perplexity": "word", "byte_perplexity": "byte"}
-# lm-eval's names for the number of tokens that a task generates, and the number for a task that doesn't say.
-LENGTHS, GENERATED = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"), 256
+# lm-eval's names for the number of tokens that a task generates.
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,8 @@ class Outcome:
     """Results of a run of lm-eval.
 
     Attributes:
-        accuracy: task → ``{accuracy, metric, fewshots, by_size}``, and ``stderr`` and ``items`` if known.
+        accuracy: task → ``{accuracy, chance, metric, fewshots, by_size}``, and ``stderr`` and ``items`` if known. ``chance`` is
+            what guesses score on average: one out of an item's choices, and 0 where the answer is written.
         perplexity: task → ``{word, byte}``, for lm-eval's own perplexity tasks.
         items: task → (items,) float64 for each of its single tasks: the accuracy of each item.
         articles: task → for each of its single tasks (items,) int64, equal for items of one article; None where each item has
@@ -197,6 +198,7 @@ def _report_accuracy(
     kind = key.split(",")[1]
     score: dict[str, Any] = {
         "accuracy": float(figures[key]),
+        "chance": weighted_mean([_chances(suite.singles[name], samples[name], kind) for name in entry.singles], entry.by_size),
         "metric": str(entry.metric) if kind == "none" else key,
         "fewshots": int(suite.singles[entry.singles[0]].config.num_fewshot or 0),
         "by_size": entry.by_size,
@@ -222,6 +224,13 @@ def _items(samples: Sequence[Mapping[str, Any]], metric: str, kind: str) -> Tens
     return torch.tensor(values if all(isinstance(value, int | float) for value in values) else [], dtype=torch.float64)
 
 
+def _chances(single: Any, samples: Sequence[Mapping[str, Any]], kind: str) -> Tensor:
+    """Return what a guess scores on each item, (items,) float64."""
+    documents = [sample["doc"] for sample in samples if sample["filter"] == kind]
+    choices = single.OUTPUT_TYPE == "multiple_choice"
+    return torch.tensor([1 / len(single.doc_to_choice(doc)) if choices else 0.0 for doc in documents], dtype=torch.float64)
+
+
 def _articles(samples: Sequence[Mapping[str, Any]], kind: str) -> Tensor | None:
     """Return the article of each item, (items,) int64, by its text's sha256; None if no two items are known to share one."""
     documents = [sample["doc"] for sample in samples if sample["filter"] == kind]
@@ -236,7 +245,8 @@ def _own_task(task: Task) -> Any:
     """Return an lm-eval task for an embedded task or the user's own file."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     items, kind = task_items(task), task_kind(task)
-    single = _task_of(task_name(task), items, WORD if kind == "word" else QUESTION if is_file(task) else CONTINUATION)
+    form = {"word": WORD, "generation": GENERATION}.get(kind, QUESTION if is_file(task) else CONTINUATION)
+    single = _task_of(task_name(task), items, form)
     catalogue.configure(single, task.fewshots)
     return single
 
@@ -257,6 +267,15 @@ CONTINUATION: Mapping[str, Any] = {
     "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
 }
 QUESTION: Mapping[str, Any] = {**CONTINUATION, "doc_to_text": "Question: {{query}}\nAnswer:"}
+# The shortest text that can hold an answer: a space, four digits and what ends them.
+GENERATION: Mapping[str, Any] = {
+    "output_type": "generate_until",
+    "doc_to_text": "query",
+    "doc_to_target": "answer",
+    "generation_kwargs": {"until": [".", "\n"], "max_gen_toks": 8},
+    "filter_list": [{"name": "none", "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]}],
+    "metric_list": [{"metric": "exact_match"}],
+}
 
 
 def _task_of(name: str, items: Items, form: Mapping[str, Any]) -> Any:

@@ -1,8 +1,8 @@
 """lm-eval's interface to a loaded causal model; it computes only the logits that are scored.
 
 Requests with the same context (the choices of an item) share its computation through the KV cache, and no request is scored
-twice. A batch holds contexts of one length, the longest first, so that no padding enters an attention; continuations are padded
-after the text.
+twice. Answers are written by greedy decoding (``replaceme.evaluation.greedy``). A batch holds contexts of one length, the
+longest first, so that no padding enters an attention; continuations are padded after the text.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from unittest import mock
 
 import torch
 from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from torch.nn.functional import log_softmax
 
 from replaceme.base.errors import DatasetError, ModelError
 from replaceme.base.progress import progress
+from replaceme.evaluation.greedy import continuations
 from replaceme.evaluation.kv_cache import cache_arguments, filled_cache, shares_contexts
 from replaceme.evaluation.perplexity import WINDOW
 from replaceme.evaluation.requests import Encodings
@@ -33,6 +35,8 @@ Request = tuple[tuple[str, str], list[int], list[int]]
 Ids = tuple[int, ...]
 Score = tuple[float, bool]
 ROWS_OF_CACHE = 8
+# The options of greedy decoding, and lm-eval's number of tokens for a task that doesn't say.
+GREEDY, GENERATED = {"do_sample", "temperature", "until", "max_gen_toks"}, 256
 
 
 class CausalScorer(TemplateLM):
@@ -135,7 +139,7 @@ class CausalScorer(TemplateLM):
 
     @cached_property
     def _library(self) -> Any:
-        """lm-eval's own model class, for generation and lm-eval's perplexity tasks, which gain nothing from this class."""
+        """lm-eval's own model class, for sampled answers and lm-eval's perplexity tasks, which gain nothing from this class."""
         from lm_eval.models.huggingface import HFLM
 
         batch_size = self.batch_tokens // WINDOW
@@ -147,9 +151,33 @@ class CausalScorer(TemplateLM):
         return scores
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        with _counted(f"{self.description}: generated answers", "answers", range(len(requests))):
-            texts: list[str] = self._library.generate_until(requests, disable_tqdm=disable_tqdm)
-        return texts
+        asked = [request.args for request in requests]
+        options = [normalize_gen_kwargs(given, GENERATED) for _, given in asked]
+        if any(wanted["do_sample"] or wanted.keys() - GREEDY for wanted in options):
+            with _counted(f"{self.description}: generated answers", "answers", range(len(requests))):
+                texts: list[str] = self._library.generate_until(requests, disable_tqdm=disable_tqdm)
+            return texts
+        longest = int(getattr(self.model.config, "max_position_embeddings", 0) or 1 << 30)
+        batches: dict[tuple[int, str], list[int]] = defaultdict(list)
+        contexts = []
+        for number, ((text, _), wanted) in enumerate(zip(asked, options, strict=True)):
+            ids, _ = self.encodings.pair(text, "", lambda context, _: (self.tok_encode(context), []))
+            contexts.append((ids or [self.prefix_token_id])[-max(1, longest - wanted["max_gen_toks"]) :])
+            batches[len(contexts[-1]), str(wanted)].append(number)
+        answers: dict[int, str] = {}
+        for numbers in progress(self._split(batches, options), f"{self.description}: answers", "batches"):
+            length, until = options[numbers[0]]["max_gen_toks"], options[numbers[0]]["until"]
+            written = continuations(self.model, self.tokenizer, [contexts[number] for number in numbers], length, until)
+            answers |= zip(numbers, written, strict=True)
+        return [answers[number] for number in range(len(asked))]
+
+    def _split(self, batches: Mapping[tuple[int, str], Sequence[int]], options: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+        """Split requests of one length and kind into batches of about ``batch_tokens`` tokens, the longest first."""
+        parts = []
+        for (length, _), numbers in sorted(batches.items(), reverse=True):
+            rows = max(1, self.batch_tokens // (length + options[numbers[0]]["max_gen_toks"]))
+            parts += [[*numbers[start : start + rows]] for start in range(0, len(numbers), rows)]
+        return parts
 
 
 @contextmanager

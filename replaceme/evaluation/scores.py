@@ -4,7 +4,7 @@ The dense model is scored once. Its scores are saved with the token ids of all r
 same requests, and with the score of each item, so that differences can be tested on the same items.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from replaceme.base.versions import SCORES, versions
 from replaceme.evaluation import harness
 from replaceme.evaluation.kv_cache import cache_bytes_per_token
 from replaceme.evaluation.perplexity import cut_windows, perplexities, score_windows
+from replaceme.evaluation.prompts import written
 from replaceme.evaluation.requests import Requests
 from replaceme.evaluation.scorer import CausalScorer
 from replaceme.evaluation.seen import Calibration
@@ -41,23 +42,27 @@ class Scores:
             ``articles/<task>/<n>`` (items,) int64, equal for items of one article, and ``texts/<task>`` (windows,) int64, where
             items share articles and windows texts.
         requests: the token ids of all scored requests.
+        continuations: how the model goes on after each of ``replaceme.evaluation.prompts.PROMPTS``; empty for a model that is
+            compared with none.
     """
 
     figures: dict[str, Any]
     items: dict[str, Tensor]
     requests: Requests
+    continuations: list[str] = field(default_factory=list)
 
     def save(self, folder: Path) -> None:
         """Write the scores into ``folder``."""
         write_json(folder / "scores.json", self.figures)
         save_file(self.items or {"none": torch.zeros(1)}, folder / "items.safetensors")
+        write_json(folder / "continuations.json", self.continuations)
         self.requests.save(folder)
 
     @classmethod
     def load(cls, folder: Path) -> "Scores":
         """Read what ``save`` wrote."""
         figures, items = read_json(folder / "scores.json"), load_file(folder / "items.safetensors")
-        return cls(figures, items, Requests.load(folder))
+        return cls(figures, items, Requests.load(folder), read_json(folder / "continuations.json"))
 
 
 def score_model(
@@ -138,4 +143,5 @@ def score_model(
     shown += [f"{task} word perplexity {scores['word']:.4g}" for task, scores in outcome.perplexity.items() if "word" in scores]
     shown += [f"{task} accuracy {100 * scores['accuracy']:.1f} %" for task, scores in outcome.accuracy.items()]
     logger.info("%s: %s", name, ", ".join(shown) or "no tasks")
-    return Scores(figures, items, requests)
+    texts_of = written(model, tokenizer, name) if is_dense or dense else []
+    return Scores(figures, items, requests, texts_of)

@@ -132,7 +132,8 @@ class Calibration:
 
     def _same_domain(self, task: Task) -> bool:
         domains = {_domain(name) for source, _ in self.sources for name in streamed.repositories(source.name)}
-        return task.name in EMBEDDED and embedded.TEXTS[EMBEDDED[task.name][1]].domain in domains
+        text = EMBEDDED.get(task.name, ("", None))[1]
+        return text is not None and embedded.TEXTS[text].domain in domains
 
     def _shares(self, text: str) -> bool:
         runs = hashes_of_runs(text)

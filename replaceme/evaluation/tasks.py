@@ -1,6 +1,6 @@
 """Kinds of tasks (embedded, the user's own file, lm-eval's), their checks before any work, and their items.
 
-- An embedded task is made from the held-out part of an embedded text, each of one domain.
+- An embedded task is made from the held-out part of an embedded text, each of one domain, or by seeded code.
 - A .txt file, or a .jsonl file with a column ``text``, is a perplexity task, named after the file without its suffix.
 - A .jsonl file with the columns ``question``, ``choices`` (a list) and ``answer`` (index of the right choice, from 0) is a
   multiple-choice task. The task's options can name other columns.
@@ -22,12 +22,13 @@ from replaceme.evaluation import catalogue
 from replaceme.evaluation.continuation import continuation_items
 from replaceme.evaluation.last_word import last_word_items
 from replaceme.evaluation.question_file import is_question_file, read_questions, read_texts
+from replaceme.evaluation.retrieval import VERSION, retrieval_items
 
-Kind = Literal["perplexity", "choice", "word", "lm-eval"]
+Kind = Literal["perplexity", "choice", "word", "generation", "lm-eval"]
 Items = list[dict[str, Any]]
 HELD_OUT = "held-out"
-# Kind and text of each embedded task.
-EMBEDDED: Mapping[str, tuple[Kind, str]] = {
+# Kind of each embedded task, and its text; None if its items are made by seeded code.
+EMBEDDED: Mapping[str, tuple[Kind, str | None]] = {
     "wikipedia": ("perplexity", "wikipedia-sample"),
     "bbc_news": ("perplexity", "bbc-news"),
     "gutenberg_fiction": ("perplexity", "gutenberg-fiction"),
@@ -37,6 +38,7 @@ EMBEDDED: Mapping[str, tuple[Kind, str]] = {
     "convention_speeches": ("perplexity", "convention-speeches"),
     "wikipedia_last_word": ("word", "wikipedia-sample"),
     "wikipedia_continuation": ("choice", "wikipedia-sample"),
+    "retrieval_exact": ("generation", None),
 }
 MAKERS: Mapping[str, Callable[[Iterable[str]], Items]] = {
     "wikipedia_last_word": last_word_items,
@@ -65,7 +67,8 @@ def task_fingerprints(params: Params) -> dict[str, Any]:
                     f"tasks: {single} is in '{seen[single]}' and in '{task.name}'; keep one, or rename a file."
                 )
         if task.name in EMBEDDED:
-            fingerprints[name] = embedded.text_fingerprint(EMBEDDED[task.name][1])
+            text = EMBEDDED[task.name][1]
+            fingerprints[name] = embedded.text_fingerprint(text) if text else f"{task.name}-v{VERSION}"
         elif is_file(task):
             path = _path(task)
             local.check_file(path, "tasks", FILE_SUFFIXES)
@@ -113,17 +116,23 @@ def task_name(task: Task) -> str:
 def task_texts(task: Task) -> Sequence[Row]:
     """Return the documents of a perplexity task: texts or chats."""
     if task.name in EMBEDDED:
-        return embedded.text_articles(EMBEDDED[task.name][1], HELD_OUT)
+        return _articles(task)
     path = _path(task)
     return [local.read_text(path, "tasks")] if path.suffix == ".txt" else read_texts(path, task.text or "text")
 
 
 def task_items(task: Task) -> Items:
-    """Return the items of a task of kind choice (``{query, choices, gold}``) or word (``{context, word}``)."""
+    """Return a task's items: choice ``{query, choices, gold}``, word ``{context, word}``, generation ``{query, answer}``."""
     if task.name in MAKERS:
-        articles = embedded.text_articles(EMBEDDED[task.name][1], HELD_OUT)
-        return MAKERS[task.name](text for text in articles if isinstance(text, str))
+        return MAKERS[task.name](text for text in _articles(task) if isinstance(text, str))
+    if task_kind(task) == "generation":
+        return retrieval_items()
     return read_questions(_path(task), task)
+
+
+def _articles(task: Task) -> list[Row]:
+    text = EMBEDDED[task.name][1]
+    return embedded.text_articles(text, HELD_OUT) if text else []
 
 
 def _path(task: Task) -> Path:

@@ -1,9 +1,10 @@
-"""The model card of a pruned model: the original, the changes, the scores, and how to reproduce them.
+"""The model card of a pruned model: original, changes, how to load it, limits, scores, and how to reproduce them.
 
 It has no local paths and no secrets. The scores are known only after the export; ``replaceme.publish`` adds them.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import yaml
@@ -14,7 +15,8 @@ from replaceme import __version__
 from replaceme.base.combinations import NEW_WEIGHTS
 from replaceme.base.params import Params
 from replaceme.base.progress import logger
-from replaceme.base.settings import settings_yaml
+from replaceme.base.settings import settings_yaml, without_folder
+from replaceme.base.source import Source, dataset_title
 from replaceme.base.versions import listed
 from replaceme.edits.edits import Edits
 from replaceme.methods.registry import EFFECTS, FIELDS, has_effect
@@ -42,7 +44,9 @@ def model_card(
     scores: str = "",
     results: Sequence[EvalResult] = (),
     *,
+    continuations: str = "",
     made_with: Mapping[str, str] | None = None,
+    place: str = ".",
 ) -> str:
     """Return the README.md of a pruned model's folder.
 
@@ -53,7 +57,9 @@ def model_card(
         solved: the figures of metrics/solve.json.
         scores: the scores as Markdown; empty before the evaluation.
         results: the same scores for the hub's metadata.
+        continuations: how both models go on after a few prompts, as Markdown; empty before the evaluation.
         made_with: the packages that the model, and its scores, were made with, and their versions.
+        place: what the example loads: the model's name on the hub, or the folder of the card.
     """
     removed, layers = edits.removed_layers, int(source.config().num_hidden_layers)
     title = f"{source.name} without {edits.parts or f'{len(removed)} of its {layers} layers'}"
@@ -66,9 +72,19 @@ def model_card(
         f"# {title}",
         "",
         *_changes(params, source, edits, solved),
+        "",
+        "## How to load it",
+        "",
+        *_example(place, source.trust_remote_code or bool(edits.form(""))),
+        "",
+        "## Limits",
+        "",
+        *_limits(params, source),
     ]
     if scores:
         parts += ["", "## Scores", "", scores]
+    if continuations:
+        parts += ["", "## Continuations", "", continuations]
     return "\n".join([*parts, "", "## How to reproduce", "", *_reproduction(params, source, bool(scores), made_with or {})])
 
 
@@ -166,6 +182,32 @@ def _changes(params: Params, source: Model, edits: Edits, solved: dict[str, Any]
             where = "the first cut" if len(edits.transforms | edits.operators) > 1 else "the cut"
             lines += ["", f"Relative residual of the fit at {where}: {solved[key]:.4g}."]
     return lines
+
+
+def _example(place: str, own_code: bool) -> list[str]:
+    """Return code that loads the model and generates with it."""
+    trusted = ", trust_remote_code=True" if own_code else ""
+    return [
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained("{place}"{trusted})',
+        f'tokenizer = AutoTokenizer.from_pretrained("{place}"{trusted})',
+        'prompt = tokenizer("The river", return_tensors="pt")',
+        "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=20)[0]))",
+        "```",
+    ]
+
+
+def _limits(params: Params, source: Model) -> list[str]:
+    """Return what a user should know before use, as a list; files are named without their folder."""
+    sources = params.dataset if not isinstance(params.dataset, str) else (Source(params.dataset),)
+    text = dataset_title(tuple(replace(source, name=without_folder(source.name)) for source in sources))
+    return [
+        "- Pruning harms fluency less than facts, reasoning and finding things in the context: what reads well can be wrong.",
+        f"- Calibration text: {text}. Other kinds of text and other languages can lose far more.",
+        f"- Safety, bias and refusals were not checked. What is known of `{source.name}` there may not hold for this model.",
+    ]
 
 
 def _reproduction(params: Params, source: Model, scored: bool, made_with: Mapping[str, str]) -> list[str]:

@@ -13,13 +13,14 @@ from replaceme.base.progress import logger
 from replaceme.base.stage import SCORING, Stage
 from replaceme.base.workspace import Workspace
 from replaceme.evaluation.comparison import compare, comparison_table
+from replaceme.evaluation.prompts import side_by_side
 from replaceme.evaluation.scores import Scores, score_model
 from replaceme.evaluation.seen import Calibration
 from replaceme.models.model import Model
 
 
 def evaluate(params: Params, work: Workspace) -> None:
-    """Score the pruned model, write metrics/evaluation.json and print the table."""
+    """Score the pruned model, write metrics/evaluation.json and both models' continuations, and print the table."""
     pruned = Model(work.model, work.model.name, trust_remote_code=params.trust_remote_code)
     dense = Scores.load(work.baseline)
     calibration = Calibration.of(params, read_json(work.dataset_input), Documents.load(work.documents), pruned.tokenizer())
@@ -27,6 +28,7 @@ def evaluate(params: Params, work: Workspace) -> None:
     _warn_of_differences(dense.figures, scores.figures)
     comparison = rounded(compare(dense.figures, scores.figures, dense.items, scores.items))
     write_json(work.metric("evaluation"), comparison)
+    write_json(work.continuations, side_by_side(dense.continuations, scores.continuations))
     print(comparison_table(comparison))
 
 
@@ -52,6 +54,7 @@ STAGE = Stage(
         Workspace.baseline,
         Workspace.score_versions,
     ),
+    writes=Workspace.continuations,
     metrics=("evaluation",),
     code=("base", "models", "corpora", "evaluation"),
 )

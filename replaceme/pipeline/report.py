@@ -23,7 +23,7 @@ STAGE = Stage(
     run=write_report,
     params=ALL,
     reads=(
-        Workspace.profile, Workspace.blocks, Workspace.solution, Workspace.edits,
+        Workspace.profile, Workspace.blocks, Workspace.solution, Workspace.edits, Workspace.continuations,
         Workspace.text_versions, Workspace.model_versions, Workspace.score_versions,
     ),
     writes=Workspace.report,

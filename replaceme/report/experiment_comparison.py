@@ -16,6 +16,7 @@ from replaceme.report.tradeoff import Point, pareto_front
 
 RATIO, ABSOLUTE = " perplexity", " perplexity, absolute"
 RETENTION, ERROR, REMOVED = "retention_percent", "retention_stderr", "parameters.removed_percent"
+ABOVE_CHANCE = "retention_above_chance_percent"
 UNSEEN = f"unseen{RATIO}"
 SHORT = {"alpha": "α", "layers_to_skip": "layers"}
 # Where a run was computed doesn't change its results.
@@ -207,6 +208,7 @@ def _number(record: Mapping[str, Any], name: str) -> float | None:
 def _results(every: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return the results and the costs, under the table's column names."""
     names = {REMOVED: "removed_percent", "parameters.pruned": "parameters", RETENTION: RETENTION, ERROR: ERROR}
+    names |= {ABOVE_CHANCE: ABOVE_CHANCE}
     names |= {"relative_residual": "residual"}
     names |= {name: name.replace("accuracy.", "").replace(".pruned", "") for name in _of(every, "accuracy.", ".pruned")}
     for kind in ("perplexity", "word_perplexity"):  # lm-eval's own texts have no perplexity per token

@@ -7,6 +7,7 @@ import pandas as pd
 
 from replaceme.base.progress import align
 from replaceme.report.experiment_comparison import (
+    ABOVE_CHANCE,
     ABSOLUTE,
     COSTS,
     ERROR,
@@ -22,7 +23,7 @@ from replaceme.report.experiment_comparison import (
 from replaceme.report.tables import digits, quantity
 
 COLUMNS = 120
-TITLES = {"removed_percent": "removed", "parameters": "params", RETENTION: "kept"}
+TITLES = {"removed_percent": "removed", "parameters": "params", RETENTION: "kept", ABOVE_CHANCE: "above chance"}
 TITLES |= {"compression_seconds": "time", "peak_memory_bytes": "memory", "peak_cuda_bytes": "GPU"}
 TITLES |= {"prefill_speedup": "prefill", "decode_speedup": "decode"}
 
@@ -58,7 +59,7 @@ def _rows(table: pd.DataFrame, settings: Sequence[str]) -> list[list[str]]:
     cuda = "peak_cuda_bytes" in table and table["peak_cuda_bytes"].notna().all()
     costs = [name for name in COSTS.values() if name != "peak_memory_bytes" or not cuda]
     columns = ["experiment", "method", *settings]
-    columns += [name for name in ("removed_percent", "parameters", RETENTION, *ratios) if name in table]
+    columns += [name for name in ("removed_percent", "parameters", RETENTION, ABOVE_CHANCE, *ratios) if name in table]
     columns += [SEEN] if (table[SEEN] != "").any() else []
     columns += [name for name in (*costs, *SPEEDS.values()) if name in table and table[name].notna().any()]
     titles = TITLES | ({ratios[0]: "perplexity"} if len(ratios) == 1 and ratios != [UNSEEN] else {})
@@ -86,6 +87,7 @@ def _note(table: pd.DataFrame, name: str) -> str:
 FORMATS: Mapping[str, Callable[[float], str]] = {
     "removed_percent": lambda value: f"{value:.1f} %",
     "parameters": quantity,
+    ABOVE_CHANCE: lambda value: f"{value:.1f} %",
     "compression_seconds": lambda value: _duration(value),
     "peak_memory_bytes": lambda value: _gigabytes(value),
     "peak_cuda_bytes": lambda value: _gigabytes(value),

@@ -103,6 +103,7 @@ def render(
         removed=sum(map(len, blocks)),
         layers=len(distances),
         outcome=sentences.outcome(evaluation),
+        continuations=read_json(work.continuations),
         accuracy=tables.accuracy_table(evaluation),
         divergence=tables.divergence_table(evaluation),
         perplexity=tables.perplexity_table(evaluation),

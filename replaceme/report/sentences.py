@@ -7,25 +7,28 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from replaceme.base.plan import Block
-from replaceme.report.tables import Figures, number, seen_in
+from replaceme.report.tables import Figures, digits, number, seen_in
 
 Distances = Sequence[Sequence[float]]
 
 
 def outcome(evaluation: Figures) -> list[tuple[str, str]]:
-    """Return the main results as pairs of a value and the words after it."""
+    """Return the main results as pairs of a value and the words after it; what the unseen texts say comes first."""
     parts = []
     if "retention_percent" in evaluation:
         parts.append((f"{evaluation['retention_percent']:.1f} %", f"of the accuracy kept{_seen(evaluation, 'accuracy')}"))
+    if "retention_above_chance_percent" in evaluation:
+        kept = f"{evaluation['retention_above_chance_percent']:.1f} %".replace("-", "−")
+        parts.append((kept, f"of the accuracy above chance kept{_seen(evaluation, 'accuracy')}"))
     # lm-eval's own texts have no perplexity per token.
     texts = evaluation.get("word_perplexity", {}) | evaluation.get("perplexity", {})
     unseen = evaluation.get("unseen", {})
     if "perplexity_ratio" in unseen:
         where = f"{unseen['texts']} unseen texts (geometric mean)" if unseen["texts"] > 1 else "an unseen text"
-        parts.insert(0, (f"{unseen['perplexity_ratio']:.3g} ×", f"the perplexity on {where}"))
+        parts.insert(0, (f"{digits(unseen['perplexity_ratio'], 3)} ×", f"the perplexity on {where}"))
     elif ratios := [task["ratio"] for task in texts.values()]:
-        spread = f"{min(ratios):.3g}" + f" to {max(ratios):.3g}" * (len(ratios) > 1) + " ×"
-        parts.append((spread, f"the perplexity{_seen(evaluation, 'perplexity', 'word_perplexity')}"))
+        spread = digits(min(ratios), 3) + f" to {digits(max(ratios), 3)}" * (len(ratios) > 1) + " ×"
+        parts.insert(0, (spread, f"the perplexity{_seen(evaluation, 'perplexity', 'word_perplexity')}"))
     if "parameters" in evaluation:
         parts.append((f"{evaluation['parameters']['removed_percent']:.1f} %", "smaller"))
     return parts

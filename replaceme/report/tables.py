@@ -16,7 +16,10 @@ NOTES = {
     "*": "differs from the dense model at p < 0.05 (exact McNemar test or paired t-test over the same items, or over their "
     "articles where items share one)",
     "°": "no significant difference from the dense model (p ≥ 0.05, same test)",
+    "‡": "the dense model isn't two standard errors above chance, so nothing can be said",
 }
+AT_CHANCE = "‡"
+ACCURACY_ROWS = ("dense", "pruned", "% of dense", "… above chance", "difference", "p", "chance", "items")
 SEEN = "†"
 UNITS = {"perplexity": "token", "word_perplexity": "word", "byte_perplexity": "byte"}
 SIZES = {
@@ -105,35 +108,60 @@ class Table:
 
 
 def accuracy_table(evaluation: Figures) -> Table | None:
-    """Return dense and pruned accuracy, one column per task, laid out like the published table."""
+    """Return dense and pruned accuracy and what is kept of it: the average first, then one column per task."""
     tasks = evaluation.get("accuracy")
     if not tasks:
         return None
     marks = {name: _mark(task) for name, task in tasks.items()}
-    rows = {
-        "dense": [_percent(task, "dense") for task in tasks.values()],
-        "pruned": [f"{_percent(task, 'pruned')} {marks[name]}".rstrip() for name, task in tasks.items()],
-        "difference": [_difference(task) for task in tasks.values()],
-        "p": [_p_value(task["p_value"]) if "p_value" in task else "" for task in tasks.values()],
-        "items": [str(task.get("items", "")) for task in tasks.values()],
+    columns = {
+        _named(name, evaluation): {
+            "dense": _percent(task, "dense"),
+            "pruned": f"{_percent(task, 'pruned')} {marks[name]}".rstrip(),
+            "% of dense": f"{100 * task['pruned'] / task['dense']:.1f}" if task["dense"] else "",
+            "… above chance": _above_chance(task, "above_chance"),
+            "difference": _difference(task),
+            "p": _p_value(task["p_value"]) if "p_value" in task else "",
+            "chance": f"{100 * task['chance']:.1f}" if "chance" in task else "",
+            "items": str(task.get("items", "")),
+        }
+        for name, task in tasks.items()
     }
-    head = ["", *(_named(task, evaluation) for task in tasks)]
     if average := evaluation.get("average_accuracy"):
-        head.append("average")
-        change = average["pruned"] - average["dense"]
-        cells = [f"{100 * average['dense']:.1f}", f"{100 * average['pruned']:.1f}", f"{100 * change:+.1f}", "", ""]
-        rows = {name: [*row, _minus(cell)] for (name, row), cell in zip(rows.items(), cells, strict=True)}
-    if "retention_percent" in evaluation:
-        head.append("% of dense")
-        error = f" ± {evaluation['retention_stderr']:.1f}" if "retention_stderr" in evaluation else ""
-        cells = ["100.0", f"{evaluation['retention_percent']:.1f}{error}", "", "", ""]
-        rows = {name: [*row, cell] for (name, row), cell in zip(rows.items(), cells, strict=True)}
+        columns = {"average": _average_column(evaluation, average), **columns}
+    rows = [[name, *(column.get(name, "") for column in columns.values())] for name in ACCURACY_ROWS]
+    said = {cell.split()[-1] for row in rows for cell in row[1:] if cell}
+    notes = [(mark, note) for mark, note in NOTES.items() if mark in said]
     return Table(
         "Accuracy in percent, ± one standard error (of the difference: paired over the items, or their articles)",
-        head,
-        [[name, *row] for name, row in rows.items() if any(row)],
-        [*((mark, note) for mark, note in NOTES.items() if mark in marks.values()), *_seen_notes(evaluation, tasks)],
+        ["", *columns],
+        [row for row in rows if any(row[1:])],
+        [*notes, *_seen_notes(evaluation, tasks)],
     )
+
+
+def _average_column(evaluation: Figures, average: Figures) -> dict[str, str]:
+    column = {
+        "dense": f"{100 * average['dense']:.1f}",
+        "pruned": f"{100 * average['pruned']:.1f}",
+        "… above chance": _above_chance({**average, **evaluation}, "retention_above_chance"),
+        "difference": _minus(f"{100 * (average['pruned'] - average['dense']):+.1f}"),
+        "chance": f"{100 * average['chance']:.1f}" if "chance" in average else "",
+    }
+    if "retention_percent" in evaluation:
+        column["% of dense"] = _kept(evaluation, "retention")
+    return column
+
+
+def _above_chance(figures: Figures, key: str) -> str:
+    """Return the share of the accuracy above chance that is kept; a mark where the dense model isn't above chance."""
+    if "chance" not in figures:
+        return ""
+    return _kept(figures, key) if f"{key}_percent" in figures else AT_CHANCE
+
+
+def _kept(figures: Figures, key: str) -> str:
+    error = figures.get(f"{key}_stderr")
+    return _minus(f"{figures[f'{key}_percent']:.1f}") + ("" if error is None else f" ± {error:.1f}")
 
 
 def divergence_table(evaluation: Figures) -> Table | None:
@@ -142,8 +170,8 @@ def divergence_table(evaluation: Figures) -> Table | None:
     rows = [
         [
             task,
-            _calibrated(known[task]) if task in known else "",
             f"× {_with_error(evaluation['perplexity'][task], 'ratio')}",
+            _calibrated(known[task]) if task in known else "",
             _with_error(figures, "kl"),
             _percent_with_error(figures, "agreement"),
         ]
@@ -153,13 +181,13 @@ def divergence_table(evaluation: Figures) -> Table | None:
     unseen = evaluation.get("unseen", {})
     if {"perplexity_ratio", "kl"} <= unseen.keys():
         ratio = f"× {_with_error(unseen, 'perplexity_ratio')}"
-        rows.append(["unseen texts", "no", ratio, _with_error(unseen, "kl"), _percent_with_error(unseen, "agreement")])
+        rows.insert(0, ["unseen texts", ratio, "no", _with_error(unseen, "kl"), _percent_with_error(unseen, "agreement")])
     notes = [
         ("KL:", "divergence of the pruned model's predictions from the dense model's, in nats a token"),
         ("same token:", "share of positions with the dense model's most likely token"),
         ("unseen texts:", "geometric mean of the ratios, mean of the others, over the texts marked no"),
     ]
-    head = ["text", "calibrated on", "perplexity ratio", "KL", "same token, %"]
+    head = ["text", "perplexity ratio", "calibrated on", "KL", "same token, %"]
     return Table("Distance from the dense model by text, ± one standard error", head, rows, notes) if rows else None
 
 
@@ -178,14 +206,14 @@ def perplexity_table(evaluation: Figures) -> Table | None:
     rows = [
         [
             f"{_named(task, evaluation)}, per {unit}",
-            *(_with_error(figures, side) for side in ("dense", "pruned")),
             f"× {_with_error(figures, 'ratio')}",
+            *(_with_error(figures, side) for side in ("dense", "pruned")),
         ]
         for task in tasks
         for group, unit in UNITS.items()
         if (figures := evaluation.get(group, {}).get(task))
     ]
-    head, notes = ["", "dense", "pruned", "ratio"], _seen_notes(evaluation, tasks)
+    head, notes = ["", "ratio", "dense", "pruned"], _seen_notes(evaluation, tasks)
     return Table("Perplexity, ± one standard error", head, rows, notes) if rows else None
 
 
@@ -252,8 +280,11 @@ def parts_table(figures: Figures) -> Table | None:
 
 def published_table(label: str) -> Table:
     """Return the published table, captioned with ``label``."""
-    rows = [[row.method, *(f"{100 * value:.1f}" for value in row[1:6]), f"{row.percent_of_dense:.1f}"] for row in ROWS]
-    head = ["", "BoolQ", "HellaSwag", "PIQA", "MMLU", "average", "% of dense"]
+    rows = [
+        [row.method, f"{row.percent_of_dense:.1f}", f"{100 * row.average:.1f}", *(f"{100 * value:.1f}" for value in row[1:5])]
+        for row in ROWS
+    ]
+    head = ["", "% of dense", "average", "BoolQ", "HellaSwag", "PIQA", "MMLU"]
     return Table(f"Accuracy in percent, 25 % of the layers removed; {label}", head, rows, link=SOURCE)
 
 

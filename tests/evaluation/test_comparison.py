@@ -259,3 +259,40 @@ def test_a_file_that_changed_since_its_check_is_not_scored(params: Params, tiny:
     path.write_text(path.read_text(encoding="utf-8") + " more", encoding="utf-8")
     with pytest.raises(DatasetError, match=r"tasks: .*text\.txt changed while it was in use; run again"):
         score_model(params, tiny, "dense", found)
+
+
+def sides_of(dense: float, pruned: float, chance: float, stderr: float = 0.0) -> list[dict[str, Any]]:
+    score = {"stderr": stderr, "by_size": True, "chance": chance}
+    return [{"perplexity": {}, "accuracy": {"c": {"accuracy": value, **score}}, "parameters": 4} for value in (dense, pruned)]
+
+
+@given(st.floats(0, 0.5), st.floats(0.05, 0.5), st.floats(0, 1))
+@settings(max_examples=60, deadline=None)
+def test_a_model_that_knows_a_share_of_the_answers_and_guesses_the_others_keeps_that_share(
+    chance: float, known: float, kept: float
+) -> None:
+    dense, pruned = (share + (1 - share) * chance for share in (known, known * kept))
+    found = compare(*sides_of(dense, pruned, chance), {}, {})
+    assert found["accuracy"]["c"]["above_chance_percent"] == pytest.approx(100 * kept)
+    assert found["retention_above_chance_percent"] == pytest.approx(100 * kept)
+    assert found["retention_percent"] >= 100 * kept - 1e-6
+
+
+def test_of_a_dense_model_at_chance_nothing_is_said_to_be_kept() -> None:
+    for dense, stderr, said in ((0.25, 0.0, False), (0.2, 0.0, False), (0.29, 0.02, False), (0.3, 0.02, True)):
+        found = compare(*sides_of(dense, 0.26, 0.25, stderr), {}, {})
+        assert ("above_chance_percent" in found["accuracy"]["c"]) == ("retention_above_chance_percent" in found) == said
+        assert ("dense at chance" in comparison_table(found)) == (not said)
+
+
+def test_the_error_of_what_is_kept_above_chance_is_paired() -> None:
+    generator = torch.Generator().manual_seed(2)
+    before, after = ((torch.rand(60, generator=generator) < share).double() for share in (0.8, 0.6))
+    sides = sides_of(float(before.mean()), float(after.mean()), 0.25)
+    found = compare(*sides, {"accuracy/c/0": before}, {"accuracy/c/0": after})
+    # The same from the items less chance: chance is known, so it has no error.
+    a, b = before - 0.25, after - 0.25
+    ratio = float(b.mean() / a.mean())
+    assert found["retention_above_chance_percent"] == pytest.approx(100 * ratio)
+    expected = float((b - ratio * a).std() / 60**0.5 / a.mean())
+    assert found["retention_above_chance_stderr"] == pytest.approx(100 * expected)

@@ -174,6 +174,7 @@ def test_a_file_of_questions_scores_as_lm_evals_own_task_of_that_form(
     assert found["accuracy"] == expected["acc_norm,none"]
     assert found["stderr"] == pytest.approx(expected["acc_norm_stderr,none"])
     assert (found["items"], found["metric"], found["fewshots"]) == (40, "acc_norm", fewshots)
+    assert found["chance"] == pytest.approx(sum(1 / len(row["choices"]) for row in question_rows()) / 40)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
@@ -312,7 +313,7 @@ def test_generated_answers_and_perplexity_tasks_of_lm_eval_are_scored_too(
     model = made_model(max_position_embeddings=1024)
     found = run(model, Task("answers", limit=5), Task("pages"))
     assert found.accuracy["answers"] | {"accuracy": 0, "stderr": 0} == {
-        "accuracy": 0, "stderr": 0, "items": 5, "metric": "exact_match", "fewshots": 0, "by_size": True,
+        "accuracy": 0, "chance": 0, "stderr": 0, "items": 5, "metric": "exact_match", "fewshots": 0, "by_size": True,
     }  # fmt: skip
     assert found.perplexity["pages"]["word"] > found.perplexity["pages"]["byte"] > 1
     # lm-eval's own bars count requests.

@@ -18,6 +18,7 @@ from replaceme.corpora.find import fingerprints, sources_of
 from replaceme.corpora.tokenization import rendered
 from replaceme.evaluation import seen
 from replaceme.evaluation.comparison import compare, comparison_rows, comparison_table
+from replaceme.evaluation.retrieval import retrieval_items
 from replaceme.evaluation.scores import score_model
 from replaceme.evaluation.seen import Calibration, hashes_of_runs, known_runs
 from replaceme.evaluation.tasks import EMBEDDED, task_fingerprints
@@ -175,11 +176,20 @@ def test_other_text_of_a_calibrated_domain_is_not_unseen() -> None:
     calibration = calibrated_on(dataset=params.dataset, found=fingerprints(params))
 
     def figures(name: str) -> dict[str, float]:
-        return windows(calibration, ["other"], name, embedded.text_fingerprint(EMBEDDED[name][1]))
+        return windows(calibration, ["other"], name, embedded.text_fingerprint(str(EMBEDDED[name][1])))
 
     assert figures("wikipedia") == {"seen": 0, "same_domain": 1, "overlap": 0}
     assert figures("bbc_news") == {"seen": 0, "same_domain": 1, "overlap": 0}
     assert figures("python_code") == {"seen": 0, "same_domain": 0, "overlap": 0}
+
+
+def test_items_made_by_code_are_unseen_whatever_is_calibrated_on() -> None:
+    params = read_params(None, {"dataset": ["wikipedia-sample", "python-code", "self"]})
+    calibration = calibrated_on(made_text(30), dataset=params.dataset, found=fingerprints(params))
+    items = SimpleNamespace(eval_docs=retrieval_items())
+    task = Task("retrieval_exact")
+    found = calibration.in_items(task.name, task, task_fingerprints(read_params(None, {"tasks": [task.name]})), [items], None)
+    assert found == {"seen": 0, "same_domain": 0, "overlap": 0}
 
 
 def test_texts_of_one_wheel_are_told_apart() -> None:

@@ -18,7 +18,7 @@ from replaceme.export.card import SCORING, SETTINGS, model_card
 from replaceme.methods.registry import METHODS
 from replaceme.models.embedded import MODELS
 from replaceme.models.model import Model
-from replaceme.publish import _results, _scores
+from replaceme.publish import _continuations, _results, _scores
 from tests.helpers import edits_for
 
 EVALUATION: dict[str, Any] = {
@@ -167,3 +167,36 @@ def test_refitted_linears_are_listed_by_layer(params: Params, tiny: Model) -> No
     assert "A linear map" not in text
     assert "Layer 2 (counted from 0) was removed from" in model_card(params, tiny, Edits("test", [2]), {})
     assert yaml.safe_load(text.split("---")[1])["library_name"] == "transformers"
+
+
+def test_the_example_loads_the_cards_own_folder_and_generates(card_of: Callable[..., ModelCard], tiny: Model) -> None:
+    (code,) = re.findall(r"(?ms)^```python\n(.*?)^```$", card_of().text)
+    assert 'from_pretrained(".")' in code
+    said: list[str] = []
+    exec(code.replace('"."', repr(str(tiny.folder))), {"print": said.append})
+    assert len(said) == 1
+
+
+def test_the_example_names_the_hub_and_own_code_where_they_are_needed(params: Params, tiny: Model) -> None:
+    text = model_card(params, replace(tiny, trust_remote_code=True), edits_for(2, 2), {}, place="user/small")
+    assert 'AutoModelForCausalLM.from_pretrained("user/small", trust_remote_code=True)' in text
+
+
+def test_the_limits_name_the_calibration_text_and_the_dense_model(params: Params, tiny: Model) -> None:
+    mixed = read_params(None, {"dataset": ["wikipedia-sample", {"/home/me/notes.jsonl": 3}]}, methods=METHODS)
+    text = model_card(params.model_copy(update={"dataset": mixed.dataset}), tiny, edits_for(2, 2), {})
+    assert "- Calibration text: wikipedia-sample (25 %), notes.jsonl (75 %). Other kinds of text" in text
+    assert f"What is known of `{tiny.name}` there may not hold" in text
+
+
+def test_nothing_in_a_continuation_ends_its_block() -> None:
+    hostile = "a\n```\n# heading\n````\n<b>"
+    pair = {"kind": "question", "prompt": "Which?", "answer": "Paris", "dense": hostile, "pruned": "Rome"}
+    text = _continuations([pair])
+    assert "### Question (known answer: Paris)\n\n```text\nWhich?\n```" in text
+    assert f"dense:\n\n`````text\n{hostile}\n`````\n\npruned:\n\n```text\nRome\n```" in text
+
+
+def test_what_is_kept_above_chance_stands_beside_the_published_ratio() -> None:
+    figures = {"retention_above_chance_percent": 66.67, "retention_above_chance_stderr": 4.2}
+    assert "is one standard error. Of what is above chance, 66.7 ± 4.2 % is." in _scores({**EVALUATION, **figures})

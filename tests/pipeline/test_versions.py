@@ -15,6 +15,7 @@ from replaceme.base.params import Params
 from replaceme.base.stage import COMPRESSION
 from replaceme.base.versions import MODEL, SCORES, TEXT
 from replaceme.base.workspace import Workspace
+from replaceme.evaluation.prompts import PROMPTS
 from replaceme.evaluation.requests import Requests
 from replaceme.evaluation.scores import Scores
 from replaceme.pipeline import evaluate as stage
@@ -142,8 +143,9 @@ def test_scores_made_with_other_versions_are_warned_of(
     write_text(work.tasks_input, "{}")
     work.baseline.mkdir(parents=True)
     empty: dict[str, Any] = {"perplexity": {}, "accuracy": {}, "parameters": 2}
-    Scores({**empty, "device": "cpu", "made_with": MADE}, {}, Requests()).save(work.baseline)
-    found = Scores({**empty, "device": device, "made_with": made_with}, {}, Requests())
+    texts = [""] * len(PROMPTS)
+    Scores({**empty, "device": "cpu", "made_with": MADE}, {}, Requests(), texts).save(work.baseline)
+    found = Scores({**empty, "device": device, "made_with": made_with}, {}, Requests(), texts)
     monkeypatch.setattr(stage, "score_model", lambda *_: found)
     # What is compared with the tasks is no part of this test.
     write_text(work.dataset_input, "{}")

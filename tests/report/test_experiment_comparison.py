@@ -63,6 +63,14 @@ def table_of(records: list[Record]) -> tuple[list[dict[str, str]], list[str]]:
 # --- The table ----------------------------------------------------------------------------------------------------------
 
 
+def test_what_is_kept_above_chance_and_exact_answers_are_compared_too() -> None:
+    others = {"retention_above_chance_percent": 61.25, "accuracy.retrieval_exact.pruned": 0.125}
+    comparison = comparison_of([record(number=n, alpha=float(n), **others) for n in range(2)])
+    assert list(comparison.table["retrieval_exact"]) == [0.125] * 2
+    rows, _ = shown(comparison)
+    assert [row[rows[0].index("above chance")] for row in rows[1:]] == ["61.2 %"] * 2
+
+
 def test_a_row_says_what_was_removed_and_kept_and_what_it_cost() -> None:
     (row,), notes = table_of([record()])
     assert row == {

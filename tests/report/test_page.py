@@ -38,16 +38,18 @@ EVALUATION: dict[str, Any] = {
     "accuracy": {
         "piqa": {
             "dense": 0.7811, "pruned": 0.6982, "stderr_dense": 0.0113, "stderr_pruned": 0.0124,
-            "stderr_diff": 0.0135, "p_value": 0.0021, "items": 1838,
+            "stderr_diff": 0.0135, "p_value": 0.0021, "items": 1838, "chance": 0.5, "above_chance_percent": 70.5087,
         },
         "my_questions": {
             "dense": 0.4123, "pruned": 0.4266, "stderr_dense": 0.0217, "stderr_pruned": 0.0228,
-            "stderr_diff": 0.0239, "p_value": 0.5371, "items": 507,
+            "stderr_diff": 0.0239, "p_value": 0.5371, "items": 507, "chance": 0.3777,
         },
     },
-    "average_accuracy": {"dense": 0.5967, "pruned": 0.5624},
+    "average_accuracy": {"dense": 0.5967, "pruned": 0.5624, "chance": 0.43885},
     "retention_percent": 94.2517,
     "retention_stderr": 1.8342,
+    "retention_above_chance_percent": 78.2705,
+    "retention_above_chance_stderr": 7.1,
     "perplexity": {
         "wikipedia": {
             "dense": 18.4171, "pruned": 135.1934, "ratio": 7.3406, "stderr_dense": 1.52, "stderr_pruned": 14.6,
@@ -62,9 +64,15 @@ EVALUATION: dict[str, Any] = {
 }  # fmt: skip
 SHOWN = (
     "78.1 ± 1.1", "69.8 ± 1.2 *", "−8.3 ± 1.4", "0.002", "1838", "41.2 ± 2.2", "42.7 ± 2.3 °", "+1.4 ± 2.4", "0.537", "507",
-    "59.7", "56.2", "−3.4", "94.3 ± 1.8", "18.42 ± 1.5", "135.2 ± 15", "× 7.341 ± 0.41", "56.94", "904.7", "× 15.89", "1.891",
+    "59.7", "56.2", "−3.4", "94.3 ± 1.8",
+    "78.3 ± 7.1", "89.4", "103.5", "70.5", "‡", "50.0", "37.8", "43.9",
+    "18.42 ± 1.5", "135.2 ± 15", "× 7.341 ± 0.41", "56.94", "904.7", "× 15.89", "1.891",
     "2.924", "× 1.546", "134.5 M", "106.2 M", "21.1 %", "269.1 MB", "213.4 MB", "20.7 %", "23.04 kB", "16.9 kB", "26.7 %",
 )  # fmt: skip
+CONTINUATIONS = [
+    {"kind": "prose", "prompt": "The river", "answer": "", "dense": " ran high.", "pruned": " river river"},
+    {"kind": "question", "prompt": "Which capital?", "answer": "Paris", "dense": "Paris.", "pruned": " "},
+]
 SOLVED = {
     "removed_layers": 2, "tokens": 32768, "relative_residual": 0.4085, "relative_residual_removed": 0.9727,
     "mean_cosine": 0.6724, "mean_cosine_removed": 0.8543, "condition_number": 7883.24, "smallest_eigenvalue": 2055.85,
@@ -148,6 +156,7 @@ def run(tmp_path: Path) -> Run:
         title: str = "ReplaceMe (least squares)",
         blocks: tuple[tuple[int, int], ...] = ((3, 5),),
         parts: str = "",
+        continuations: Any = CONTINUATIONS,
     ) -> Workspace:
         work = Workspace(tmp_path)
         for folder in (work.profile, work.solution, work.edits, work.metric("solve").parent, work.model_input.parent):
@@ -161,6 +170,7 @@ def run(tmp_path: Path) -> Run:
             work.blocks: [{"start": start, "end": end} for start, end in blocks],
             work.edits / "edits.json": {"title": title, "parts": parts},
             work.metric("evaluation"): evaluation,
+            work.continuations: continuations,
             work.metric("solve"): solved,
             work.metric("repair"): repaired,
             work.metric("heal"): healed,
@@ -233,12 +243,53 @@ def test_the_page_says_what_an_embedded_model_is(name: str, params: Params, run:
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_the_first_sentence_gives_the_main_results(params: Params, run: Run) -> None:
-    text = Reader(render(params, run()).html).text
-    assert (
-        "2 of 7 layers of smollm2-135m-instruct were removed by ReplaceMe (least squares): 94.3 % of the accuracy kept, 7.34 × "
-        "the perplexity, 21.1 % smaller." in text
-    )
+def test_the_main_results_stand_first_and_the_unseen_texts_before_all(params: Params, run: Run) -> None:
+    def tiles(evaluation: Any) -> list[str]:
+        html = render(params, run(evaluation)).html
+        assert html.index('class="tiles"') < html.index('class="lead"')
+        return [" ".join(re.sub(r"<[^>]+>", "", item).split()) for item in re.findall(r"<li>(.*?)</li>", html)]
+
+    others = ["94.3 % of the accuracy kept", "78.3 % of the accuracy above chance kept", "21.1 % smaller"]
+    assert tiles(EVALUATION) == ["7.34 × the perplexity", *others]
+    unseen = {"perplexity_ratio": 1.912, "stderr_perplexity_ratio": 0.023, "texts": 4}
+    assert tiles({**EVALUATION, "unseen": unseen}) == ["1.91 × the perplexity on 4 unseen texts (geometric mean)", *others]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_what_counts_is_the_first_column_of_each_table(params: Params, run: Run) -> None:
+    texts = {"wikipedia": {"seen": 0, "same_domain": 0, "overlap": 0.0}}
+    figures = {"kl": 1.5, "agreement": 0.4}
+    unseen = {"perplexity_ratio": 7.3406, "texts": 1, **figures}
+    evaluation = {**EVALUATION, "divergence": {"wikipedia": figures}, "unseen": unseen, "calibration_text": texts}
+    divergence, accuracy = Reader(render(params, run(evaluation)).html).tables[:2]
+    assert divergence[1][:2] == ["unseen texts", "× 7.341"]
+    assert accuracy[0] == ["", "average", "piqa", "my_questions"]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_of_a_task_that_the_dense_model_guesses_nothing_is_said_to_be_kept(params: Params, run: Run) -> None:
+    page = Reader(render(params, run()).html)
+    (row,) = [row for row in page.tables[0] if row[0] == "… above chance"]
+    assert row[1:] == ["78.3 ± 7.1", "70.5", "‡"]
+    assert "‡ the dense model isn't two standard errors above chance" in page.text
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_continuations_of_both_models_stand_side_by_side(params: Params, run: Run) -> None:
+    text = " ".join(Reader(render(params, run()).html).text.split())
+    assert "Prose: The river dense ran high. pruned river river Question: Which capital? (known answer: Paris)" in text
+    assert "dense Paris. pruned Nothing: it ends the text." in text
+    assert "go on" not in render(params, run(continuations=[])).html
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_continuation_is_text_whatever_it_holds(params: Params, run: Run) -> None:
+    hostile = """</p><script>alert(1)</script><img src=x onerror="a()"> {{ 7 * 7 }} &lt; \u0000 'end'"""
+    one = {"kind": hostile, "prompt": hostile, "answer": hostile, "dense": hostile, "pruned": hostile}
+    harmless, page = (Reader(render(params, run(continuations=[{**one, **new}])).html) for new in (dict.fromkeys(one, "x"), {}))
+    assert page.tags == harmless.tags
+    assert page.loads == harmless.loads
+    assert page.text.count("""</p><script>alert(1)</script><img src=x onerror="a()"> {{ 7 * 7 }} &lt;""") == 5
 
 
 @pytest.mark.parametrize(("p_value", "mark", "other"), [(0.049, "* differs", "° no"), (0.05, "° no", "* differs")])
@@ -267,14 +318,15 @@ def test_scores_on_calibration_text_are_marked_wherever_they_stand(params: Param
         texts[name] = {"seen": 1, "overlap": 0.25}
     page = Reader(render(params, run({**EVALUATION, "calibration_text": texts})).html)
     accuracy, perplexity = page.tables[:2]
-    assert accuracy[0][1:3] == ["piqa", "my_questions †"]
+    assert accuracy[0][1:4] == ["average", "piqa", "my_questions †"]
     assert [row[0] for row in perplexity[1:]] == [f"wikipedia †, per {unit}" for unit in ("token", "word", "byte")]
     for name in ("my_questions", "wikipedia"):
         assert (
             "† scored on calibration text, which says nothing about other text (items with 13 of its words in a row: "
             f"25 % of {name})."
         ) in page.text
-    assert "94.3 % of the accuracy kept (in part on calibration text), 7.34 × the perplexity (on calibration text)" in page.text
+    for tile in ("accuracy kept (in part on calibration text)", "the perplexity (on calibration text)"):
+        assert tile in page.text
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -284,7 +336,9 @@ def test_accuracy_without_uncertainty_stands_alone(params: Params, run: Run) -> 
         "perplexity": {"own": {"dense": 2.5, "pruned": 5, "ratio": 2}},
     }
     page = Reader(render(params, run(bare)).html)
-    assert page.tables[0] == [["", "piqa"], ["dense", "78.1"], ["pruned", "69.8"], ["difference", "−8.3"]]
+    assert page.tables[0] == [
+        ["", "piqa"], ["dense", "78.1"], ["pruned", "69.8"], ["% of dense", "89.4"], ["difference", "−8.3"]
+    ]  # fmt: skip
     assert {"2.5", "5", "× 2"} <= page.cells
 
 
@@ -310,7 +364,7 @@ def test_parts_of_layers_are_told_when_no_whole_layer_is_removed(params: Params,
     work.metric("select").write_text("{}", encoding="utf-8")
     page = Reader(render(params, work).html)
     assert f"smollm2-135m-instruct without {parts}" in page.text
-    assert f"{parts} of smollm2-135m-instruct were removed by LLM-Pruner: " in page.text
+    assert f"{parts} of smollm2-135m-instruct were removed by LLM-Pruner." in page.text
     assert f"No whole layer was removed, but {parts}." in page.text
     assert {"heads removed", "14", "123,456", "2.5"} <= page.cells
     assert "Nothing was fitted in the place of the removed parts" in page.text
@@ -502,7 +556,7 @@ def test_alternative_texts_describe_the_pictures(params: Params, run: Run) -> No
 def test_the_published_table_is_labelled_and_adds_up(params: Params, run: Run) -> None:
     page = Reader(render(params, run()).html)
     assert LABEL in page.text
-    assert ["ReplaceMe, least squares", "71.5", "61.3", "69.8", "45.1", "61.9", "91.9"] in page.tables[-1]
+    assert ["ReplaceMe, least squares", "91.9", "61.9", "71.5", "61.3", "69.8", "45.1"] in page.tables[-1]
     dense = sum(ROWS[0][1:5]) / 4
     for row in ROWS:
         assert sum(row[1:5]) / 4 == pytest.approx(row.average, abs=0.0006)
