@@ -159,7 +159,7 @@ def _speed(revision: str, name: str, known: Sequence[Record], beside: Path) -> t
     with temporary_folder(f"{beside.name}-", beside.absolute().parent) as place:
         sums = _of_cache(lambda: _sums(files), name)
         _of_cache(lambda: files.get(PARAMS, str(place / PARAMS)), name)
-        params = read_params(place / PARAMS, methods=METHODS)
+        params = read_params(place / PARAMS, methods=METHODS, preset="recommended")
         wanted = {"files": sums, **setting_of(params)}
         for record in known:
             if {key: record.get(key) for key in wanted} == wanted:

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from replaceme.base.claims import in_use
-from replaceme.base.entry import PARAMS_FILE, Parser, run
+from replaceme.base.entry import Parser, run
 from replaceme.base.errors import ParameterError, excerpt
 from replaceme.base.files import read_json
-from replaceme.base.params import Params, read_params
+from replaceme.base.params import Params
 from replaceme.base.progress import logger
+from replaceme.base.stage import pipeline_params
 from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import METHODS
 
@@ -66,7 +67,7 @@ def _upload(options: argparse.Namespace, folder: Path) -> None:
         raise ParameterError(f"save_path: there is no pruned model in {folder}; run `dvc repro` or run_replaceme first.")
     if folder.resolve() == pipeline.model.resolve():
         _check_scores()
-        files[CARD] = card_of(read_params(PARAMS_FILE, methods=METHODS), pipeline).encode()
+        files[CARD] = card_of(pipeline_params(METHODS), pipeline).encode()
     url = hub.upload(options.repo_id, files, options.private)
     logger.info("the model is at %s", url)
 

@@ -66,13 +66,18 @@ def run_stage(stage: Stage) -> None:
         for folder in (place.artifact(""), place.metric(stage.name).parent):
             clear_partials(folder)
         with measured() as cost:
-            params = read_params(PARAMS_FILE, methods=stage.methods)
+            params = pipeline_params(stage.methods)
             check_pipeline_params(params)
             stage.run(params, place)
         if stage.name in COMPRESSION:
             keep(stage.name, params, cost)
 
     sys.exit(run(work, debug="--debug" in sys.argv[1:]))
+
+
+def pipeline_params(methods: Methods | None) -> Params:
+    """Read params.yaml in the current folder, as ``read_params`` does; a key that it lacks has its recommended value."""
+    return read_params(PARAMS_FILE, methods=methods, preset="recommended")
 
 
 def check_pipeline_params(params: Params) -> None:
