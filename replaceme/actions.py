@@ -15,7 +15,7 @@ from replaceme.base.errors import ParameterError, excerpt
 from replaceme.base.files import new_folder, read_json, rounded, write_json, write_text
 from replaceme.base.params import Params, read_params
 from replaceme.base.progress import align, logger
-from replaceme.base.stage import ANALYSIS, FIT, JUDGEMENT, pipeline_params
+from replaceme.base.stage import ANALYSIS, COMPRESSION, FIT, JUDGEMENT, ORDER, pipeline_params
 from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import METHODS, criterion_of
 from replaceme.places import claimed, deliver, result_of, scores_file, suffix_of
@@ -38,22 +38,23 @@ def prune(params: Params, texts: Sequence[str] | None = None) -> Workspace:
     from replaceme.pipeline.cost import write_cost
     from replaceme.pipeline.inputs import inspect_inputs
     from replaceme.publish import card_of
-    from replaceme.steps import run_steps
+    from replaceme.steps import Course, run_steps
 
     with claimed(params, f"{suffix_of(params)}-transform" if params.save_transform_only else suffix_of(params)) as work:
         if texts is not None:
             write_text(Path(str(params.dataset)), "".join(json.dumps({"text": text}) + "\n" for text in texts))
         inspect_inputs(params, work)
-        run_steps(params, work, FIT)
+        course = Course(FIT if params.save_transform_only else ORDER if params.tasks else COMPRESSION)
+        run_steps(params, work, FIT, course)
         if params.save_transform_only:
             deliver(work, work.edits)
             logger.info("only the transform was saved, to %s (edits.safetensors); no model was written", work.model)
             return work
-        run_steps(params, work, ["export"])
+        run_steps(params, work, ["export"], course)
         write_cost(params, work)
         logger.info("the pruned model is in %s, its figures in %s", work.model, work.root / "metrics")
         if params.tasks:
-            if "evaluate" not in run_steps(params, work, JUDGEMENT):
+            if "evaluate" not in run_steps(params, work, JUDGEMENT, course):
                 print(comparison_table(read_json(work.metric("evaluation"))))
             logger.info("the report is %s", work.report / "index.html")
         card = card_of(params, work)

@@ -16,6 +16,7 @@ from replaceme.arguments import GROUPS, parse
 from replaceme.base.errors import ParameterError
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.presets import RECOMMENDED
+from replaceme.base.stage import ORDER
 from replaceme.cli import COMMANDS, OTHERS, main
 from replaceme.methods.registry import FIELDS, METHODS
 from replaceme.models.model import Model
@@ -144,6 +145,9 @@ def test_prune_speed_and_report_make_a_result_and_its_page(
     said = capsys.readouterr()
     assert "text perplexity" in said.out
     assert "preset recommended (the default)" in said.err
+    stages = re.findall(r"(?m)^stage (\d+) of 13: (\w+)", said.err)
+    assert stages == [(str(number), name) for number, name in enumerate(ORDER, 1)]
+    assert "\r" not in said.err
     assert json.loads(Path("r/config.json").read_text())["num_hidden_layers"] == tiny.config().num_hidden_layers - 2
     settings = Path("r/README.md").read_text(encoding="utf-8")
     assert "transform: channels" in settings

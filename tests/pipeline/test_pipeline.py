@@ -295,10 +295,7 @@ def test_the_models_of_the_experiments_are_measured_once(project: Path) -> None:
     assert (project / "artifacts" / "experiments" / "speed.json").is_file()
 
 
-@pytest.mark.parametrize("compared", [True, False], ids=["after a comparison", "before"])
-def test_plots_are_shown_and_compared(compared: bool, project: Path) -> None:
-    if not compared:
-        shutil.rmtree(project / "artifacts" / "experiments")
+def test_plots_are_shown_and_compared(project: Path) -> None:
     names = shell(project, "dvc", "exp", "list", "--name-only").split()
     for command in (("show",), ("diff", "HEAD", names[0])):
         output = shell(project, "dvc", "plots", *command, "--out", "shown")
@@ -316,21 +313,33 @@ def test_plots_are_shown_and_compared(compared: bool, project: Path) -> None:
         shutil.rmtree(project / "shown")
 
 
-def test_results_are_shared_through_a_remote(project: Path, tmp_path: Path) -> None:
+def test_results_and_experiments_are_shared_through_a_remote(project: Path, tmp_path: Path) -> None:
     shell(project, "dvc", "remote", "add", "--default", "storage", str(tmp_path / "storage"))
     shell(project, "git", "commit", "-qam", "a remote")
-    shell(project, "dvc", "push", "-q", "--run-cache")
-    shell(tmp_path, "git", "clone", "-q", str(project), "clone")
+    # An experiment is pushed to the remote of the commit that it started from.
+    shell(project, "dvc", "exp", "run", "-q", "-S", "alpha=0.1", "--name", "shared")
+    weaker = sha256_below(project / "artifacts" / "model")
+    shell(project, "git", "checkout", "-q", ".")
+    shell(project, "dvc", "checkout", "-q")
+    shell(tmp_path, "git", "init", "-q", "--bare", "origin.git")
+    shell(project, "git", "remote", "add", "origin", str(tmp_path / "origin.git"))
+    shell(project, "git", "push", "-q", "origin", "main")
+    shell(project, "dvc", "push", "-q")
+    shell(project, "dvc", "exp", "push", "-q", "origin", "shared")
+    shell(tmp_path, "git", "clone", "-q", "-b", "main", "origin.git", "clone")
     clone = tmp_path / "clone"
-    shell(clone, "dvc", "pull", "-q", "--run-cache")
-    assert sha256_below(clone / "artifacts" / "model") == sha256_below(project / "artifacts" / "model")
-    # Another setting that was run there is known here too.
-    assert ran(shell(clone, "dvc", "repro", "--pull", "--allow-missing")) == ALWAYS
-    shell(clone, "sed", "-i", "s/^alpha: .*/alpha: 0.1/", "params.yaml")
-    assert ran(shell(clone, "dvc", "repro", "--pull", "--allow-missing")) == ALWAYS
+    shell(clone, "dvc", "pull", "-q")
+    assert sha256_below(clone / "artifacts" / "model") == sha256_below(project / "artifacts" / "model") != weaker
+    assert ran(shell(clone, "dvc", "repro")) == ALWAYS
+    shell(clone, "git", "checkout", "-q", ".")
+    shell(clone, "dvc", "exp", "pull", "-q", "origin", "shared")
+    shell(clone, "dvc", "exp", "apply", "-q", "shared")
+    assert ran(shell(clone, "dvc", "repro")) == ALWAYS
+    assert sha256_below(clone / "artifacts" / "model") == weaker
     shell(project, "git", "tag", "pruned-model@v1.0.0")
     shell(tmp_path, "dvc", "artifacts", "get", "-q", str(project), "pruned-model", "--out", "model")
     assert sha256_below(tmp_path / "model") == sha256_below(project / "artifacts" / "model")
+    shell(project, "git", "remote", "remove", "origin")
     shell(project, "git", "reset", "-q", "--hard", "HEAD~1")
 
 
