@@ -336,7 +336,7 @@ def test_results_and_experiments_are_shared_through_a_remote(project: Path, tmp_
     shell(clone, "dvc", "exp", "apply", "-q", "shared")
     assert ran(shell(clone, "dvc", "repro")) == ALWAYS
     assert sha256_below(clone / "artifacts" / "model") == weaker
-    shell(project, "git", "tag", "pruned-model@v1.0.0")
+    shell(project, "git", "tag", "-a", "pruned-model@v1.0.0", "-m", "first")
     shell(tmp_path, "dvc", "artifacts", "get", "-q", str(project), "pruned-model", "--out", "model")
     assert sha256_below(tmp_path / "model") == sha256_below(project / "artifacts" / "model")
     shell(project, "git", "remote", "remove", "origin")
