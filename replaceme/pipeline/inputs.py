@@ -12,6 +12,7 @@ from typing import Any
 
 from replaceme.base.compute import resolve_device
 from replaceme.base.errors import ParameterError, ReplaceMeError
+from replaceme.base.extras import need
 from replaceme.base.files import new_folder, write_json
 from replaceme.base.params import Params
 from replaceme.base.progress import logger
@@ -40,6 +41,8 @@ def inspect_inputs(params: Params, work: Workspace) -> None:
     content: dict[str, Any] = {}
     with _collecting(problems):
         resolve_device(params.device)
+        if params.use_4bit:
+            need("bitsandbytes", "use_4bit")
     with _collecting(problems):
         model = find_model(params)
         config, family = model.config(), model.family()
