@@ -157,8 +157,8 @@ class Model:
         """
         model = self._load(dtype, device, use_4bit, device_map, config)
         # Quantized or offloaded weights don't show it.
-        if use_4bit or device_map or not all(map(_finite, model.parameters())):
-            self._check_finite(str(model.dtype).removeprefix("torch."))
+        if use_4bit or device_map or not all(map(is_finite, model.parameters())):
+            self.check_finite(str(model.dtype).removeprefix("torch."))
         return model
 
     def load_stored(self) -> PreTrainedModel:
@@ -264,19 +264,20 @@ class Model:
                 f"model_path: {lacking[0]} ({len(lacking)} in all) is missing from the weights of {self.name}, "
                 "or has another shape than its config.json says."
             )
-        return (model if "device_map" in options else model.to(device)).eval()
+        # A streamed model's layers can't be moved, and it is loaded on the processor.
+        return (model if "device_map" in options or device == "cpu" else model.to(device)).eval()
 
-    def _check_finite(self, dtype: str) -> None:
+    def check_finite(self, dtype: str) -> None:
         """Raise the error for the first weight that holds NaN or infinity, in the files or after a cast to ``dtype``."""
         large = None
         for name, place in self.stored().items():
             tensor = place.read(name)
-            if not _finite(tensor):
+            if not is_finite(tensor):
                 raise ModelError(
                     f"model_path: the weight {name} in {place.file.name} of {self.name} holds NaN or infinity; give a model "
                     "whose weights are finite."
                 )
-            if large is None and tensor.is_floating_point() and not _finite(tensor.to(getattr(torch, dtype))):
+            if large is None and tensor.is_floating_point() and not is_finite(tensor.to(getattr(torch, dtype))):
                 large = name
         if large:
             raise ParameterError(f"dtype: the weight {large} of {self.name} overflows in {dtype}; use bfloat16 or float32.")
@@ -368,7 +369,7 @@ def _words(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
     """Return whether a tensor holds neither NaN nor infinity. Its least and largest entry tell, much faster than isfinite."""
     if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
         return True

@@ -21,9 +21,10 @@ from replaceme.base.versions import FOUR_BIT, MODEL, SCORES, TEXT, versions
 from replaceme.base.workspace import Workspace
 from replaceme.corpora.find import fingerprints, own_documents
 from replaceme.evaluation.tasks import task_fingerprints
-from replaceme.methods.refusals import family_refusals
+from replaceme.methods.refusals import family_refusals, needs_whole
 from replaceme.methods.registry import METHODS, criterion_of
 from replaceme.models.find import check_weights, find_model, identity
+from replaceme.models.memory import room_of
 from replaceme.models.model import CARD_FILES, layer_count
 from replaceme.models.own_form import check_own_form
 from replaceme.models.recognition import check_cut
@@ -62,6 +63,8 @@ def inspect_inputs(params: Params, work: Workspace) -> None:
                 kind, family.layers, family.attention_output, family.mlp_output,
             )  # fmt: skip
         check_weights(model)
+        for dtype in {params.dtype, params.eval_dtype}:
+            room_of(model, params, dtype, packed=params.use_4bit, whole=needs_whole(params))
         model.tokenizer()
         content[work.model_input.name] = identity(model)
         content[work.tokenizer_input.name] = identity(model, model.tokenizer_files())
