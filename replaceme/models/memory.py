@@ -52,6 +52,10 @@ def load_within(
     """
     device = resolve_device(params.device)
     if room := room_of(source, params, dtype, packed=packed, whole=whole):
+        logger.info(
+            "memory: %s is streamed: of its weights, %s, at most %s are in memory",
+            source.name, shown_size(weight_bytes(source, dtype)), shown_size(room),
+        )  # fmt: skip
         return stream(source, dtype, device, room, folder=folder)
     return source.load(dtype, device, packed, params.device_map)
 
@@ -152,10 +156,6 @@ def stream(
     tensors = (*model.named_parameters(), *model.named_buffers())
     if left := [name for name, each in tensors if each.is_meta and not isinstance(each, Unread)]:
         raise ModelError(f"memory: {left[0]} of {source.name} is in no file, so that the model can't be streamed; use null.")
-    logger.info(
-        "memory: the weights of %s are read layer by layer: %s of %s are in memory at once",
-        source.name, shown_size(room), shown_size(outside + sum(streamed.sizes)),
-    )  # fmt: skip
     return model
 
 

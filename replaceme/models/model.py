@@ -360,9 +360,14 @@ def stored_dtype(model: Model) -> torch.dtype:
 
 
 def working_dtype(model: Model) -> str:
-    """Return the dtype for comparisons: float32, or the stored one if it is float64 or the weights exceed ``FLOAT32_BYTES``."""
-    stored, size = stored_dtype(model), sum(path.stat().st_size for path in model.files(WEIGHTS))
-    return _words(stored) if stored == torch.float64 or size > FLOAT32_BYTES else "float32"
+    """Return the dtype for comparisons of whole models: ``computed_dtype``, or the stored one from ``FLOAT32_BYTES`` on."""
+    size = sum(path.stat().st_size for path in model.files(WEIGHTS))
+    return _words(stored_dtype(model)) if size > FLOAT32_BYTES else computed_dtype(model)
+
+
+def computed_dtype(model: Model) -> str:
+    """Return the dtype that comparisons compute in: float32, or float64 for weights that are stored so."""
+    return "float64" if stored_dtype(model) == torch.float64 else "float32"
 
 
 def _words(dtype: torch.dtype) -> str:

@@ -29,6 +29,8 @@ from torch import Tensor, nn
 from replaceme.base.errors import ParameterError
 
 Values = dict[str, Tensor]
+# Bytes: of a cache line, and of the widest vectors.
+ALIGNMENT = 64
 
 
 class InFile(Protocol):
@@ -74,7 +76,7 @@ class Group:
 
     def read(self, model: Any, stored: Mapping[str, InFile], device: torch.device) -> Values:
         """Return the parameters by name. Reads nothing else, and leaves no mapping of a file."""
-        return self._made(model, [stored[own].read(own).to(device, self.dtype, copy=True) for own in self.names])
+        return self._made(model, [_copied(stored[own].read(own), device, self.dtype) for own in self.names])
 
     def empty(self, model: Any) -> Values:
         """Return the parameters by name, on the meta device."""
@@ -88,6 +90,20 @@ class Group:
             conversion.add_tensor(self.first, own, pattern, part)
         made = conversion.convert(self.first, model=model, config=model.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+
+def _copied(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return a copy of a tensor that is mapped from a file.
+
+    Where nothing is cast or moved, a resident model computes with the mapping itself. The last bits of some products depend on
+    how their operands lie in memory, so the copy lies as the mapping does.
+    """
+    if (tensor.device, tensor.dtype) != (device, dtype) or tensor.data_ptr() % tensor.itemsize:
+        return tensor.to(device, dtype, copy=True)
+    size = tensor.numel() * tensor.itemsize
+    memory = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
+    start = (tensor.data_ptr() - memory.data_ptr()) % ALIGNMENT
+    return memory[start : start + size].view(dtype).view(tensor.shape).copy_(tensor)
 
 
 @contextmanager
@@ -211,7 +227,7 @@ class Stream:
         Raises:
             ParameterError: they take more than the room.
         """
-        wanted = [index for index, layer in enumerate(self.layers) if any(layer is each for each in layers)]
+        wanted = [self.index_of(layer) for layer in layers]
         self.pinned.update(wanted)
         try:
             for index in wanted:
@@ -221,17 +237,24 @@ class Stream:
             self.pinned.subtract(wanted)
 
     @contextmanager
-    def replaced(self, name: str, value: Tensor) -> Iterator[None]:
+    def replaced(self, layer: nn.Module, name: str, value: Tensor) -> Iterator[None]:
         """Let a parameter of a layer have another value, of any shape, inside the block."""
-        (unread,) = (each[name] for each in self.unread if name in each)
-        self.kept.add(name)
-        self._set(name, nn.Parameter(value.to(self.device, unread.dtype, copy=True).contiguous(), requires_grad=False))
+        index = self.index_of(layer)
+        whole = f"{self.prefix}{index}.{name}"
+        unread = self.unread[index][whole]
+        self.kept.add(whole)
+        made = value.to(self.device, unread.dtype, copy=True).contiguous()
+        self._set(index, whole, nn.Parameter(made, requires_grad=False))
         try:
             yield
         finally:
-            self.kept.discard(name)
-            here = any(name in self.unread[index] for index in self.here)
-            self._set(name, nn.Parameter(unread.read(), requires_grad=False) if here else unread)
+            self.kept.discard(whole)
+            own = nn.Parameter(unread.read(), requires_grad=False) if index in self.here else unread
+            self._set(index, whole, own)
+
+    def index_of(self, layer: nn.Module) -> int:
+        """Return the position of one of the layers in the whole model."""
+        return next(index for index, each in enumerate(self.layers) if each is layer)
 
     def _leave(self, index: int, group: Group) -> None:
         """Make the parameters of a group ``Unread``."""
@@ -239,7 +262,7 @@ class Stream:
             unread = Unread(empty, requires_grad=False)
             unread.read = partial(self._value, group, name)
             self.unread[index][name] = unread
-            self._set(name, unread)
+            self._set(index, name, unread)
 
     def _first_brought(self, index: int) -> Callable[..., Any]:
         forward = self.layers[index].forward
@@ -268,7 +291,7 @@ class Stream:
         (_, reading), self.ahead = self.ahead, None
         for name, value in reading.result().items():
             if name not in self.kept:
-                self._set(name, nn.Parameter(value, requires_grad=False))
+                self._set(index, name, nn.Parameter(value, requires_grad=False))
         self.here.add(index)
 
     def _read_ahead(self, index: int) -> None:
@@ -300,7 +323,7 @@ class Stream:
     def _let_go(self, index: int) -> None:
         for name, unread in self.unread[index].items():
             if name not in self.kept:
-                self._set(name, unread)
+                self._set(index, name, unread)
         self.here.discard(index)
 
     def _read(self, index: int) -> Values:
@@ -318,9 +341,10 @@ class Stream:
         self.bytes_read += value.numel() * value.itemsize
         return value
 
-    def _set(self, name: str, parameter: nn.Parameter) -> None:
-        path, _, leaf = name.rpartition(".")
-        self.model.get_submodule(path)._parameters[leaf] = parameter
+    def _set(self, index: int, name: str, parameter: nn.Parameter) -> None:
+        # Within the layer, whose place in the model can have changed.
+        path, _, leaf = name.removeprefix(f"{self.prefix}{index}.").rpartition(".")
+        self.layers[index].get_submodule(path)._parameters[leaf] = parameter
 
 
 def stream_of(model: nn.Module) -> Stream | None:
@@ -347,8 +371,7 @@ def replaced(layer: nn.Module, name: str, value: Tensor) -> Iterator[None]:
     """Let a parameter of a layer have another value inside the block, in its own dtype and on its device; any shape will do."""
     parameter, stream = layer.get_parameter(name), layer.__dict__.get("stream")
     if stream is not None:
-        index = next(at for at, each in enumerate(stream.layers) if each is layer)
-        with stream.replaced(f"{stream.prefix}{index}.{name}", value):
+        with stream.replaced(layer, name, value):
             yield
         return
     own = parameter.data
