@@ -1,7 +1,8 @@
 """Save a streamed model: file by file and tensor by tensor, each as soon as it is computed. The bytes are those of safetensors.
 
 transformers decides what a file holds, from tensors on the meta device. The parameters of one layer at a time are read, edited
-and converted to the form of the files (experts are stored one by one).
+and converted to the form of the files (experts are stored one by one). Only a layer's experts can be divided between files in
+another way than for a resident model, where transformers counts the bytes of one of them.
 """
 
 from __future__ import annotations

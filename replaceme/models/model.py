@@ -171,7 +171,7 @@ class Model:
         names, held = self.names_of(model, stored), model.state_dict()
         for name, own in names.items():
             format = FORMATS.get(stored[own].format)
-            if format and held[name].dtype not in (format, torch.bool):
+            if format and not held[name].is_meta and held[name].dtype not in (format, torch.bool):
                 path, _, leaf = name.rpartition(".")
                 getattr(model.get_submodule(path), leaf).data = stored[own].read(own)
         return model
