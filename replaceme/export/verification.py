@@ -33,6 +33,7 @@ from replaceme.models.memory import stream
 from replaceme.models.model import Model, computed_dtype, layer_count, stored_dtype, working_dtype
 from replaceme.models.own_form import is_own_form
 from replaceme.models.streaming import value_of
+from replaceme.models.together import together
 
 # Rows of a weight compared at once.
 ROWS = 4096
@@ -345,7 +346,6 @@ def _states(
     """
     layers, lengths = family.decoder_layers(model), [*map(len, documents.documents)]
     states: dict[int, list[Tensor]] = {layer: [] for layer in observed}
-    logits = []
     with ExitStack() as hooks:
         if edits:
             hooks.enter_context(unfused(model, family, edits))
@@ -355,8 +355,8 @@ def _states(
                 hooks.callback(layers[0].register_forward_pre_hook(_on_input(pass_on), with_kwargs=True).remove)
             else:
                 hooks.callback(layers[layer].register_forward_hook(_on_output(pass_on)).remove)
-        for document in documents.documents:
-            logits.append(model(document[None], use_cache=False, logits_to_keep=LOGITS).logits[0])
+        passes = (partial(model, document[None], use_cache=False, logits_to_keep=LOGITS) for document in documents.documents)
+        logits = [output.logits[0] for output in together(model, passes)]
     return {layer: torch.cat(parts) for layer, parts in states.items()}, torch.cat(logits)
 
 

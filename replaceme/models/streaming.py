@@ -220,6 +220,9 @@ class Stream:
             layer.forward = forward
             layer.__dict__["stream"] = self
 
+    def turn(self, index: int) -> None:
+        """Wait until a layer may be computed, where several computations share the model (``replaceme.models.together``)."""
+
     @contextmanager
     def loaded(self, layers: Iterable[nn.Module]) -> Iterator[None]:
         """Keep the weights of some layers in memory inside the block.
@@ -269,6 +272,7 @@ class Stream:
 
         @wraps(forward)
         def computing(*arguments: Any, **options: Any) -> Any:
+            self.turn(index)
             self._bring(index)
             self._read_ahead(index)
             return forward(*arguments, **options)
