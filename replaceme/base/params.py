@@ -98,7 +98,7 @@ class Params(BaseModel):
     threads: int = Field(2, ge=1, le=1024, description="Processor threads; another number gives other last bits.")
     memory: str | None = Field(
         "auto", pattern=r"^(auto|\d+(\.\d+)? ?([KMGT]i?)?B)$",
-        description="How much memory the weights may take: a size such as 6GB or 500MiB, or auto (70 % of what is free on the "
+        description="How much memory the weights may take: a size such as 6GB or 500MiB, or auto (0.7 of what is free on the "
         "device). A larger model is streamed from its files layer by layer, to the same bits; null always loads it whole.",
     )  # fmt: skip
 
