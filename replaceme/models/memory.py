@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,6 +52,8 @@ def load_within(
         ModelError, ParameterError, ResourceError: as ``Model.load`` and ``room_of``.
     """
     device = resolve_device(params.device)
+    # A streamed model refers to itself, so that only this frees an earlier stage's.
+    gc.collect()
     if room := room_of(source, params, dtype, packed=packed, whole=whole):
         logger.info(
             "memory: %s is streamed: of its weights, %s, at most %s are in memory",

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from replaceme import commands
 from replaceme.base import compute
@@ -13,11 +14,13 @@ from replaceme.base.compute import free_memory
 from replaceme.base.errors import ParameterError
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.params import Params, read_params, size_of
+from replaceme.export import card
 from replaceme.methods.registry import METHODS
 from replaceme.models import memory
 from replaceme.models.memory import load_within, parts_of, room_of, weight_bytes
 from replaceme.models.model import Model
 from replaceme.models.streaming import stream_of
+from replaceme.steps import STAGES
 from tests.conftest import KINDS, LAYERS
 from tests.helpers import FAST, call
 
@@ -200,3 +203,10 @@ def test_a_streamed_run_gives_the_same_model_and_the_same_figures(
     assert found.pop(timed)
     assert expected.pop(timed)
     assert found == expected
+
+
+def test_no_stage_runs_again_because_of_the_memory() -> None:
+    assert [name for name, stage in STAGES.items() if "memory" in stage.params] == []
+    assert "memory" not in card.SETTINGS
+    stages = yaml.safe_load((Path(commands.__file__).parents[1] / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    assert [name for name, stage in stages.items() if "memory" in stage.get("params", [])] == []
