@@ -30,6 +30,22 @@ COMMAND_LINE = "command line"
 MAX_BYTES, MAX_VALUES, MAX_DEPTH = 1 << 18, 10_000, 20
 
 Dtype = Literal["bfloat16", "float16", "float32"]
+# A size in bytes: the powers of its units.
+UNITS = {
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KiB": 1 << 10,
+    "MiB": 1 << 20,
+    "GiB": 1 << 30,
+    "TiB": 1 << 40,
+}
+
+
+# What a parameter with a pattern must be, in words.
+PATTERNS = {"device": "auto, cpu, cuda or cuda:N", "memory": "auto, null, or a size such as 6GB or 500MiB"}
 
 
 class Params(BaseModel):
@@ -81,6 +97,11 @@ class Params(BaseModel):
         "sequential; null puts the whole model on device.",
     )
     threads: int = Field(2, ge=1, le=1024, description="Processor threads; another number gives other last bits.")
+    memory: str | None = Field(
+        "auto", pattern=r"^(auto|\d+(\.\d+)? ?([KMGT]i?)?B)$",
+        description="How much memory the weights may take: a size such as 6GB or 500MiB, or auto (0.7 of what is free on the "
+        "device). A larger model is streamed from its files layer by layer, to the same bits; null always loads it whole.",
+    )  # fmt: skip
 
     selection: str | None = Field(
         None,
@@ -372,15 +393,21 @@ def _sentence(problem: ErrorDetails) -> str:
         "float_type": "a number",
         "finite_number": "a finite number",
         "bool_type": "true or false",
-        "string_type": "a text",
+        "string_type": PATTERNS["memory"] if key == "memory" else "a text",
         "string_too_short": "a text that isn't empty",
-        "string_pattern_mismatch": "auto, cpu, cuda or cuda:N",
+        "string_pattern_mismatch": PATTERNS.get(key, ""),
         "greater_than": f"above {limits.get('gt', 0):g}",
         "greater_than_equal": f"at least {limits.get('ge', 0):g}",
         "less_than_equal": f"at most {limits.get('le', 0):g}",
         "literal_error": str(limits.get("expected")),
     }.get(kind, problem["msg"])
     return f"{key}: must be {wanted}, not {'null' if given is None else shown(given)}."
+
+
+def size_of(text: str) -> int:
+    """Return the bytes of a size such as 6GB, 500 MiB or 1.5GiB."""
+    number = text.rstrip("BKMGTi")
+    return int(float(number) * UNITS[text.removeprefix(number)])
 
 
 def _unknown_keys(values: Mapping[str, Any], methods: Methods) -> list[str]:
