@@ -1,8 +1,9 @@
 # make: the environment, then the pipeline on the embedded model.   make test: all tests.   make lint: ruff and mypy.
+# make docs: the site, in site/.   make package: the wheel, installed elsewhere.
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: all environment test lint benchmarks clean
+.PHONY: all environment test lint docs package benchmarks clean
 
 all: environment
 	@touch .venv/.started
@@ -20,11 +21,11 @@ environment: .venv/.run
 	$(PYTHON) -m venv .venv
 
 .venv/.run: .venv/bin/python requirements.txt pyproject.toml
-	python -m pip install --quiet --disable-pip-version-check --editable .
+	python -m pip install --quiet --disable-pip-version-check --editable '.[pipeline,4bit]'
 	@touch $@
 
 .venv/.dev: .venv/.run
-	python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	python -m pip install --quiet --disable-pip-version-check --editable '.[pipeline,4bit,dev]'
 	@touch $@
 
 test: .venv/.dev
@@ -35,10 +36,27 @@ lint: .venv/.dev
 	ruff format --check .
 	mypy
 
+.venv/.docs: .venv/.run
+	python -m pip install --quiet --disable-pip-version-check --editable '.[pipeline,4bit,docs]'
+	@touch $@
+
+docs: .venv/.docs
+	zensical build --strict --clean
+
+# Other packages are those of .venv: what is tried is what the wheel holds.
+package: .venv/.run
+	rm -rf build
+	python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheel .
+	python -m venv build/wheel/venv
+	build/wheel/venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps build/wheel/*.whl
+	@packages="$$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" && cd build/wheel \
+		&& export PYTHONPATH="$$packages" && venv/bin/replaceme --version && venv/bin/replaceme prune --help > help.txt \
+		&& venv/bin/python -c 'import replaceme.report.page as page; page._TEMPLATES.get_template("page.html")'
+
 benchmarks: environment
 	python -m benchmarks.cost
 	python -m benchmarks.memory
 	python -m benchmarks.evaluation
 
 clean:
-	rm -rf .venv artifacts
+	rm -rf .venv artifacts build site

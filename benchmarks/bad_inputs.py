@@ -29,6 +29,7 @@ from hypothesis import seed as seeded
 from hypothesis import strategies as st
 
 from replaceme import commands
+from replaceme.arguments import ALIASES
 from replaceme.base.errors import SENTENCE_CHARACTERS, excerpt
 from replaceme.base.progress import align
 from replaceme.base.published_keys import PUBLISHED_KEYS
@@ -39,7 +40,7 @@ from replaceme.models import hub
 from tests.conftest import made_model, made_text, made_tokenizer
 
 LIMIT_SECONDS, LIMIT_BYTES = 60.0, 12 << 30
-NAMES = (*FIELDS, *commands.ALIASES, *PUBLISHED_KEYS, "command line", "config")
+NAMES = (*FIELDS, *ALIASES, *PUBLISHED_KEYS, "command line", "config")
 SETTINGS = {
     "dtype": "float32", "eval_dtype": "float32", "threads": "1", "max_length": "48", "dataset_size": "20", "device": "cpu",
     "layers_to_skip": "1",

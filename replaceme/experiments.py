@@ -7,6 +7,7 @@ config and code, so a model that was measured before isn't even taken from the c
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from replaceme.base.entry import Parser, run
 from replaceme.base.errors import ParameterError, ReplaceMeError, ResourceError, excerpt
+from replaceme.base.extras import need
 from replaceme.base.files import new_folder, read_json, rounded, temporary_folder, write_json
 from replaceme.base.params import Params, read_params
 from replaceme.base.progress import align, logger, silence_libraries
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from replaceme.report.experiment_comparison import ExperimentComparison
 
 SPEED_FILE = "speed.json"
+# Git ignores it, so that a comparison leaves the repository clean.
+OUTPUT = Path("artifacts/experiments")
 Record = dict[str, Any]
 PLACE = Workspace()
 # Read from DVC's cache: the pruned model, the fingerprint of the dense one, and the settings.
@@ -34,22 +38,29 @@ MODEL, DENSE, PARAMS = PLACE.model.as_posix(), PLACE.model_input.as_posix(), "pa
 def compare_experiments() -> NoReturn:
     """Print and save the table and the pictures of the experiments."""
     arguments = sys.argv[1:]
-
-    def work() -> None:
-        options = parser().parse_args(arguments)
-        _compare(options.rev, options.num, options.output, options.speed)
-
-    sys.exit(run(work, debug="--debug" in arguments))
+    sys.exit(run(lambda: compare(arguments, None), debug="--debug" in arguments))
 
 
-def parser() -> Parser:
-    """Return the command's parser."""
-    parser = Parser(description="Compare the experiments of this repository: table, CSV and pictures.", allow_abbrev=False)
+def compare(arguments: Sequence[str], prog: str | None = "replaceme compare") -> None:
+    """Read the command line, and compare."""
+    options = parser(prog).parse_args(arguments)
+    _compare(options.rev, options.num, options.output, options.speed)
+
+
+def parser(prog: str | None = None) -> Parser:
+    """Return the command's parser; ``prog`` is how it is called, if not by the script's name."""
+    parser = Parser(
+        prog=prog,
+        description="Compare the experiments of this repository: table, CSV and pictures.",
+        epilog="example:\n  replaceme compare --speed",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--rev", action="append", help="commit whose experiments are compared; repeatable [HEAD]")
     parser.add_argument(
         "--num", type=int, default=1, help="number of commits, counted back from that one, whose experiments are compared [1]"
     )
-    parser.add_argument("--output", type=Path, default=Path("experiments"), help="folder for the results [experiments]")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help=f"folder for the results [{OUTPUT}]")
     parser.add_argument(
         "--speed", action="store_true", help="also measure each model against its dense one, unless it was measured before"
     )
@@ -78,6 +89,8 @@ def _compare(revisions: Sequence[str] | None, number: int, output: Path, speed: 
 
 def _recorded(revisions: Sequence[str] | None, number: int) -> list[dict[str, Any]]:
     """Return DVC's record of each experiment. Raises ParameterError outside of a repository."""
+    need("dvc", "compare_experiments")
+
     from dvc.api import exp_show
     from dvc.exceptions import DvcException
     from scmrepo.exceptions import SCMError
@@ -159,7 +172,7 @@ def _speed(revision: str, name: str, known: Sequence[Record], beside: Path) -> t
     with temporary_folder(f"{beside.name}-", beside.absolute().parent) as place:
         sums = _of_cache(lambda: _sums(files), name)
         _of_cache(lambda: files.get(PARAMS, str(place / PARAMS)), name)
-        params = read_params(place / PARAMS, methods=METHODS)
+        params = read_params(place / PARAMS, methods=METHODS, preset="recommended")
         wanted = {"files": sums, **setting_of(params)}
         for record in known:
             if {key: record.get(key) for key in wanted} == wanted:

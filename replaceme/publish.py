@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from replaceme.base.claims import in_use
-from replaceme.base.entry import PARAMS_FILE, Parser, run
+from replaceme.base.entry import Parser, run
 from replaceme.base.errors import ParameterError, excerpt
+from replaceme.base.extras import need
 from replaceme.base.files import read_json
-from replaceme.base.params import Params, read_params
+from replaceme.base.params import Params
 from replaceme.base.progress import logger
+from replaceme.base.stage import pipeline_params
 from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import METHODS
 
@@ -31,19 +33,27 @@ if TYPE_CHECKING:
 def push_to_hub() -> NoReturn:
     """Upload a pruned model to the hub."""
     arguments = sys.argv[1:]
-    sys.exit(run(lambda: _push(parser().parse_args(arguments)), debug="--debug" in arguments))
+    sys.exit(run(lambda: push(arguments, None), debug="--debug" in arguments))
 
 
-def parser() -> Parser:
-    """Return the command's parser."""
+def push(arguments: Sequence[str], prog: str | None = "replaceme push") -> None:
+    """Read the command line, and upload."""
+    _push(parser(prog).parse_args(arguments))
+
+
+def parser(prog: str | None = None) -> Parser:
+    """Return the command's parser; ``prog`` is how it is called, if not by the script's name."""
     parser = Parser(
+        prog=prog,
         description="Upload a pruned model to the hub, with its card. The token comes from the environment variable HF_TOKEN.",
+        epilog="example:\n  replaceme push --save_path smaller --repo_id you/smaller --private",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument(
         "--repo_id", required=True, metavar="USER/NAME", help="the repository; it is created if it doesn't exist"
     )
-    parser.add_argument("--save_path", type=Path, metavar="FOLDER", help="a console script's result [artifacts/model]")
+    parser.add_argument("--save_path", type=Path, metavar="FOLDER", help="the result [the pipeline's artifacts/model]")
     parser.add_argument("--private", action="store_true", help="make the repository private")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
@@ -64,16 +74,18 @@ def _upload(options: argparse.Namespace, folder: Path) -> None:
     pipeline = Workspace()
     files: dict[str, Path | bytes] = {path.name: path for path in Model(folder, folder.name).files()}
     if not {"config.json", CARD} <= files.keys():
-        raise ParameterError(f"save_path: there is no pruned model in {folder}; run `dvc repro` or run_replaceme first.")
+        raise ParameterError(f"save_path: there is no pruned model in {folder}; run `dvc repro` or `replaceme prune` first.")
     if folder.resolve() == pipeline.model.resolve():
         _check_scores()
-        files[CARD] = card_of(read_params(PARAMS_FILE, methods=METHODS), pipeline, options.repo_id).encode()
+        files[CARD] = card_of(pipeline_params(METHODS), pipeline, options.repo_id).encode()
     url = hub.upload(options.repo_id, files, options.private)
     logger.info("the model is at %s", url)
 
 
 def _check_scores() -> None:
     """Raise ParameterError unless the pipeline's model, scores and settings are up to date."""
+    need("dvc", "save_path: the pipeline's model")
+
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 

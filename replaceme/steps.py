@@ -7,8 +7,10 @@ nothing before the solve, and a changed output is made again.
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,9 +64,30 @@ STAGES: Mapping[str, Stage] = {
 SHARED = ("baseline",)
 
 
-def run_steps(params: Params, work: Workspace, names: Sequence[str]) -> list[str]:
-    """Run the steps whose stamp isn't valid, in order, and return their names."""
-    ran = []
+@dataclass(frozen=True)
+class Course:
+    """All steps of a run, in order, and when it began, so that the log says how far it is."""
+
+    names: Sequence[str]
+    began: float = field(default_factory=time.monotonic)
+
+    def place_of(self, name: str) -> str:
+        """Return a step's place in words: ``stage 3 of 13: profile, 2:05 min so far``."""
+        so_far = int(time.monotonic() - self.began)
+        place = f"stage {self.names.index(name) + 1} of {len(self.names)}: {name}"
+        return f"{place}, {so_far // 60}:{so_far % 60:02} min so far" if so_far else place
+
+
+def run_steps(params: Params, work: Workspace, names: Sequence[str], course: Course | None = None) -> list[str]:
+    """Run the steps whose stamp isn't valid, in order, and return their names.
+
+    Args:
+        params: the setting.
+        work: where they read and write.
+        names: the steps.
+        course: the whole run that they belong to; None if they are all of it.
+    """
+    ran, course = [], course or Course(names)
     for name in names:
         step, stamp = STAGES[name], work.root / "steps" / f"{name}.json"
         key = _key(params, work, step)
@@ -75,6 +98,7 @@ def run_steps(params: Params, work: Workspace, names: Sequence[str]) -> list[str
             logger.info("%s: unchanged since an earlier run", name)
             continue
         stamp.unlink(missing_ok=True)
+        logger.info(course.place_of(name))
         if name in SHARED and step.writes:
             _run_once_for_all(name, key, work.path(step.writes), partial(step.run, params, work))
         else:

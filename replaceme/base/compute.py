@@ -1,4 +1,4 @@
-"""The device, its kind, the number of threads, and the memory allocator."""
+"""The device, its kind and its free memory, the number of threads, and the memory allocator."""
 
 import ctypes
 import os
@@ -15,8 +15,10 @@ from replaceme.base.errors import ModelError, ResourceError
 # Options of glibc's allocator (malloc.h), in bytes: M_TRIM_THRESHOLD, the free space at the heap's top that is kept; M_TOP_PAD,
 # the extra space when the heap grows; M_MMAP_THRESHOLD, the size from which a block is mapped by itself.
 HEAP = {-1: 256 << 20, -2: 32 << 20, -3: 32 << 20}
-# Linux alone has this file.
-CPU_INFO = Path("/proc/cpuinfo")
+# Linux alone has these files.
+CPU_INFO, MEMORY_INFO = Path("/proc/cpuinfo"), Path("/proc/meminfo")
+# What a control group may take and takes, in bytes (version 2; a container sees its own).
+GROUP_LIMIT, GROUP_USE = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
 
 
 def resolve_device(device: str) -> str:
@@ -36,6 +38,22 @@ def kind_of(device: str) -> str:
         return str(torch.cuda.get_device_name(device))
     named = re.search(r"(?m)^model name\s*: (.+)$", CPU_INFO.read_text(encoding="utf-8")) if CPU_INFO.is_file() else None
     return f"{named[1] if named else platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def free_memory(device: str) -> int:
+    """Return the bytes that are free on a device; for the processor, those that can be taken without swapping."""
+    if device.startswith("cuda"):
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free)
+    if not MEMORY_INFO.is_file():
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    found = re.search(r"(?m)^MemAvailable:\s+(\d+) kB$", MEMORY_INFO.read_text(encoding="utf-8"))
+    free = int(found[1]) << 10 if found else 0
+    try:
+        limit, use = (path.read_text(encoding="utf-8").strip() for path in (GROUP_LIMIT, GROUP_USE))
+    except OSError:
+        return free
+    return min(free, max(int(limit) - int(use), 0)) if limit.isdigit() else free
 
 
 def use_processor(threads: int) -> None:
@@ -61,7 +79,8 @@ def require_resident(layers: Mapping[int, nn.Module], words: str) -> None:
         words: what they are used for, to follow a layer's number in the message.
     """
     for position, layer in layers.items():
-        if any(parameter.is_meta for parameter in layer.parameters()):
+        # A streamed layer's parameters can be read.
+        if any(parameter.is_meta and not hasattr(parameter, "read") for parameter in layer.parameters()):
             raise ModelError(
                 f"device_map: layer {position}, {words}, does not fit the GPUs beside the others; use null, or another machine."
             )

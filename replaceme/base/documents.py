@@ -6,7 +6,7 @@ In a batch, padding comes after the text, so a causal model's real tokens never 
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,7 +33,7 @@ class Batch:
     input_ids: Tensor
     lengths: Tensor
     first_token: int
-    scratch: dict[object, Tensor] = field(default_factory=dict)
+    scratch: MutableMapping[object, Tensor] = field(default_factory=dict)
 
     @property
     def mask(self) -> Tensor:

@@ -2,7 +2,7 @@
 
 Parameters of a single method are defined in the method's file. Error messages, ``--help`` and docs/parameters.md derive from
 these definitions. Names and defaults are those of the published ReplaceMe (arXiv 2505.02819) where it has them, so that a
-published config does what its author meant; our own better settings are in the repository's params.yaml.
+published config does what its author meant; our own better settings are the preset ``recommended`` (``base/presets.py``).
 """
 
 import difflib
@@ -19,6 +19,7 @@ from ruamel.yaml.nodes import MappingNode
 
 from replaceme.base.combinations import Methods, Transform, effects_of, own_fields, refusals, without_effect
 from replaceme.base.errors import ParameterError, excerpt, shown
+from replaceme.base.presets import RECOMMENDED, Preset, preset_of, preset_values
 from replaceme.base.progress import logger
 from replaceme.base.published_keys import PUBLISHED_KEYS, translate, without_replaced
 from replaceme.base.source import Source
@@ -29,6 +30,22 @@ COMMAND_LINE = "command line"
 MAX_BYTES, MAX_VALUES, MAX_DEPTH = 1 << 18, 10_000, 20
 
 Dtype = Literal["bfloat16", "float16", "float32"]
+# A size in bytes: the powers of its units.
+UNITS = {
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KiB": 1 << 10,
+    "MiB": 1 << 20,
+    "GiB": 1 << 30,
+    "TiB": 1 << 40,
+}
+
+
+# What a parameter with a pattern must be, in words.
+PATTERNS = {"device": "auto, cpu, cuda or cuda:N", "memory": "auto, null, or a size such as 6GB or 500MiB"}
 
 
 class Params(BaseModel):
@@ -80,6 +97,11 @@ class Params(BaseModel):
         "sequential; null puts the whole model on device.",
     )
     threads: int = Field(2, ge=1, le=1024, description="Processor threads; another number gives other last bits.")
+    memory: str | None = Field(
+        "auto", pattern=r"^(auto|\d+(\.\d+)? ?([KMGT]i?)?B)$",
+        description="How much memory the weights may take: a size such as 6GB or 500MiB, or auto (0.7 of what is free on the "
+        "device). A larger model is streamed from its files layer by layer, to the same bits; null always loads it whole.",
+    )  # fmt: skip
 
     selection: str | None = Field(
         None,
@@ -180,23 +202,32 @@ def read_params(
     path: Path | None = None,
     overrides: Mapping[str, Any] | None = None,
     methods: Methods | None = None,
+    preset: Preset | None = "published",
 ) -> Params:
     """Read and validate a YAML 1.2 file of parameters.
 
     Args:
-        path: the file; None takes the defaults.
+        path: the file; None takes the preset's values.
         overrides: values from the command line, which override the file's.
         methods: the methods that ``method`` may name. Their parameters are checked and get their defaults, and unknown keys are
             refused. None skips this, for stages that use no method: the first stage has checked everything.
+        preset: the values of parameters that neither names, unless the key ``preset`` says it: the published ones, which are
+            the defaults of ``Params``; the recommended ones; or, with None, those that suit the file (``preset_of``).
 
     Raises:
         ParameterError: lists all problems.
     """
     raw, problems = _read_yaml(path) if path else ({}, [])
-    raw = without_replaced(raw, overrides or {})
+    overrides = dict(overrides or {})
+    chosen, why = preset_of(raw, overrides, preset, _place(path) if path else "no file")
+    raw, overrides = ({key: value for key, value in given.items() if key != "preset"} for given in (raw, overrides))
+    raw = without_replaced(raw, overrides)
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
-    for origin, given in ((_place(path), raw), (COMMAND_LINE, overrides or {})):
+    base = preset_values(chosen, overrides.get("method", raw.get("method", Params.model_fields["method"].default)))
+    if methods is not None and not raw.keys() | overrides.keys() >= RECOMMENDED.keys():
+        logger.info("preset %s (%s)", chosen, why)
+    for origin, given in ((f"preset {chosen}", base), (_place(path), raw), (COMMAND_LINE, overrides)):
         translated, notes, refused = translate(given)
         values |= translated
         origins |= {excerpt(key): origin for key in translated}
@@ -215,7 +246,8 @@ def read_params(
             everything = params.model_dump()
             found = refusals(everything, methods[params.method])
             defaults = {name: info.default for name, info in fields_of(methods).items()}
-            for sentence in without_effect(origins, everything, defaults, effects_of(methods)):
+            stated = {key: origin for key, origin in origins.items() if origin != f"preset {chosen}"}
+            for sentence in without_effect(stated, everything, defaults, effects_of(methods)):
                 logger.info(sentence)
     for problem in found:
         problems.append(f"{origins.get(problem.split(':')[0], COMMAND_LINE)}: {problem}")
@@ -361,15 +393,21 @@ def _sentence(problem: ErrorDetails) -> str:
         "float_type": "a number",
         "finite_number": "a finite number",
         "bool_type": "true or false",
-        "string_type": "a text",
+        "string_type": PATTERNS["memory"] if key == "memory" else "a text",
         "string_too_short": "a text that isn't empty",
-        "string_pattern_mismatch": "auto, cpu, cuda or cuda:N",
+        "string_pattern_mismatch": PATTERNS.get(key, ""),
         "greater_than": f"above {limits.get('gt', 0):g}",
         "greater_than_equal": f"at least {limits.get('ge', 0):g}",
         "less_than_equal": f"at most {limits.get('le', 0):g}",
         "literal_error": str(limits.get("expected")),
     }.get(kind, problem["msg"])
     return f"{key}: must be {wanted}, not {'null' if given is None else shown(given)}."
+
+
+def size_of(text: str) -> int:
+    """Return the bytes of a size such as 6GB, 500 MiB or 1.5GiB."""
+    number = text.rstrip("BKMGTi")
+    return int(float(number) * UNITS[text.removeprefix(number)])
 
 
 def _unknown_keys(values: Mapping[str, Any], methods: Methods) -> list[str]:

@@ -1,11 +1,17 @@
-"""Tensors on disk, for states that exceed the memory: mapped to unnamed temporary files, after a check of the free space."""
+"""Tensors on disk, for states that exceed the memory, in unnamed temporary files, after a check of the free space.
+
+``scratch`` maps whole tensors into memory, for random access. What a ``ScratchFile`` holds is read and written as a whole, and
+takes no memory of the process.
+"""
 
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from math import prod
 from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,3 +66,93 @@ def require_space(folder: Path, needed: int, words: str, advice: str = "") -> No
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise ResourceError(f"{folder}: {words.format(f'{needed >> 20} MiB')}, and {free >> 20} MiB are free{advice}.")
+
+
+class _Place(NamedTuple):
+    start: int
+    like: Tensor  # on the meta device
+    device: torch.device
+
+
+class ScratchFile:
+    """A file for tensors that wait for their next use; a context manager. Nothing is left on disk however the run ends."""
+
+    def __init__(self, folder: Path | None = None):
+        """Choose the disk.
+
+        Args:
+            folder: on the disk to use; None is the system's temporary folder.
+        """
+        self.folder = folder or Path(tempfile.gettempdir())
+        self.end = 0
+        self.free: dict[int, list[int]] = {}
+
+    def __enter__(self) -> "ScratchFile":
+        self.file = tempfile.TemporaryFile(dir=self.folder)
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.file.close()
+
+    def mapping(self) -> MutableMapping[object, Tensor]:
+        """Return an empty mapping whose tensors lie in the file."""
+        return _OnDisk(self)
+
+    def write(self, tensor: Tensor) -> _Place:
+        """Write a tensor, and return its place.
+
+        Raises:
+            ResourceError: the disk has too little free space.
+        """
+        size = tensor.numel() * tensor.itemsize
+        if self.free.get(size):
+            start = self.free[size].pop()
+        else:
+            require_space(self.folder, size, "states between layers need {} there")
+            start, self.end = self.end, self.end + size
+        rest = memoryview(_bytes(tensor.detach().cpu().contiguous()))
+        while rest:
+            rest = rest[os.pwrite(self.file.fileno(), rest, start + size - len(rest)) :]
+        return _Place(start, torch.empty_like(tensor, device="meta", memory_format=torch.contiguous_format), tensor.device)
+
+    def read(self, place: _Place) -> Tensor:
+        """Return the tensor of a place, on the device that it came from."""
+        tensor = torch.empty_like(place.like, device="cpu")
+        rest = memoryview(_bytes(tensor))
+        end = place.start + len(rest)
+        while rest:
+            rest = rest[os.preadv(self.file.fileno(), [rest], end - len(rest)) :]
+        return tensor.to(place.device)
+
+    def forget(self, place: _Place) -> None:
+        """Let another tensor of the same size have a place."""
+        self.free.setdefault(place.like.numel() * place.like.itemsize, []).append(place.start)
+
+
+def _bytes(tensor: Tensor) -> Any:
+    return tensor.flatten().view(torch.uint8).numpy()
+
+
+class _OnDisk(MutableMapping[object, Tensor]):
+    """Tensors by key in a ``ScratchFile``; each is read anew whenever it is looked up."""
+
+    def __init__(self, file: ScratchFile):
+        self.file = file
+        self.places: dict[object, _Place] = {}
+
+    def __getitem__(self, key: object) -> Tensor:
+        return self.file.read(self.places[key])
+
+    def __setitem__(self, key: object, tensor: Tensor) -> None:
+        if key in self.places:
+            del self[key]
+        self.places[key] = self.file.write(tensor)
+
+    def __delitem__(self, key: object) -> None:
+        self.file.forget(self.places.pop(key))
+
+    def __iter__(self) -> Iterator[object]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)

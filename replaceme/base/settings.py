@@ -15,8 +15,9 @@ from replaceme.base.params import Params
 from replaceme.base.source import Source
 from replaceme.base.task import Task
 
-# Where a console script puts its result is no setting of the run, but a params.yaml must have these keys.
-CONSOLE_ONLY = {"save_path": None, "save_transform_only": False}
+# Where a console script puts its result, and how much memory it takes, are no settings of the run, but a params.yaml must have
+# these keys.
+WITHOUT_EFFECT = {"save_path": None, "save_transform_only": False, "memory": "auto"}
 
 
 def without_folder(name: str) -> str:
@@ -28,7 +29,7 @@ def without_folder(name: str) -> str:
 def settings_yaml(params: Params, keys: Iterable[str]) -> str:
     """Return these parameters as the text of a params.yaml."""
     values: dict[str, Any] = {key: getattr(params, key) for key in keys}
-    values |= {key: value for key, value in CONSOLE_ONLY.items() if key in values}
+    values |= {key: value for key, value in WITHOUT_EFFECT.items() if key in values}
     values |= {key: without_folder(values[key]) for key in ("model_path", "dataset") if isinstance(values.get(key), str)}
     if isinstance(params.dataset, tuple) and "dataset" in values:
         values["dataset"] = [_plain(source) for source in params.dataset]

@@ -13,6 +13,7 @@ from replaceme.base.entry import PARAMS_FILE, run
 from replaceme.base.errors import ParameterError
 from replaceme.base.files import clear_partials
 from replaceme.base.params import Params, read_params
+from replaceme.base.progress import logger
 from replaceme.base.workspace import Artifact, Workspace
 
 # The order of the stages, after ``inputs``: from the text to the profile, to the final edits, and to the saved model.
@@ -63,16 +64,23 @@ def run_stage(stage: Stage) -> None:
     place = Workspace()
 
     def work() -> None:
+        if stage.name in ORDER:
+            logger.info("stage %d of %d: %s", ORDER.index(stage.name) + 1, len(ORDER), stage.name)
         for folder in (place.artifact(""), place.metric(stage.name).parent):
             clear_partials(folder)
         with measured() as cost:
-            params = read_params(PARAMS_FILE, methods=stage.methods)
+            params = pipeline_params(stage.methods)
             check_pipeline_params(params)
             stage.run(params, place)
         if stage.name in COMPRESSION:
             keep(stage.name, params, cost)
 
     sys.exit(run(work, debug="--debug" in sys.argv[1:]))
+
+
+def pipeline_params(methods: Methods | None) -> Params:
+    """Read params.yaml in the current folder, as ``read_params`` does; a key that it lacks has its recommended value."""
+    return read_params(PARAMS_FILE, methods=methods, preset="recommended")
 
 
 def check_pipeline_params(params: Params) -> None:

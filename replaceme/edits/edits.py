@@ -35,8 +35,8 @@ On disk: ``edits.json`` (title, layers, mixtures, shapes, and the keys of the te
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -159,6 +159,18 @@ class Edits:
         """Return the product of the scalar operators before ``layer``: the factor of the state that enters it."""
         scalars = (float(P) for place, P in self.operators.items() if P.ndim == 0 and place < layer)
         return math.prod(scalars)
+
+    def within(self, layers: Collection[int]) -> Edits:
+        """Return the changes of some kept layers alone; the operators stay, since scalars act on all later layers."""
+        return replace(
+            self,
+            transforms={at: value for at, value in self.transforms.items() if at in layers},
+            corrections={at: value for at, value in self.corrections.items() if at[0] in layers},
+            mixtures={at: value for at, value in self.mixtures.items() if at in layers},
+            channels={at: value for at, value in self.channels.items() if at in layers},
+            parameters={at: value for at, value in self.parameters.items() if at[0] in layers},
+            kept={at: value for at, value in self.kept.items() if at[0] in layers},
+        )
 
     def form(self, layers: str) -> dict[str, Any]:
         """Return what ``replaceme.models.modeling_pruned`` changes in the family's own form; empty where that form is kept.

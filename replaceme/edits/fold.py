@@ -18,7 +18,7 @@ A removed group takes with it the columns of its features in the linear that rea
 them.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial, reduce
 from typing import Any
 
@@ -40,6 +40,17 @@ def apply_edits(model: Any, family: Family, edits: Edits) -> None:
         family: describes the model's parts.
         edits: the changes.
     """
+    layers = shorten(model, family, edits)
+    for name, exact in edited_parameters(model, family, layers, edits):
+        _set_parameter(model, name, exact, replace=bool(edits.bases))
+
+
+def shorten(model: Any, family: Family, edits: Edits) -> nn.ModuleList:
+    """Give a model the layers, the modules and the config that it has with the edits, in place; no weight changes yet.
+
+    Returns:
+        All layers that it had.
+    """
     layers = family.decoder_layers(model)
     kept = [layer for index, layer in enumerate(layers) if index not in set(edits.removed_layers)]
     model.set_submodule(family.layers, nn.ModuleList(kept))
@@ -49,9 +60,8 @@ def apply_edits(model: Any, family: Family, edits: Edits) -> None:
 
         # The linears get their new shapes with their new weights, which are computed from the old ones.
         reshape(model, {**form, "linears": {}})
-    for name, exact in edited_parameters(model, family, layers, edits):
-        _set_parameter(model, name, exact, replace=bool(edits.bases))
     edit_config(model.config, family, edits)
+    return layers
 
 
 def edit_config(config: Any, family: Family, edits: Edits) -> None:
@@ -84,7 +94,7 @@ def _set_parameter(model: nn.Module, name: str, exact: Tensor, replace: bool) ->
 
 
 def edited_parameters(
-    model: nn.Module, family: Family, layers: Iterable[nn.Module], edits: Edits
+    model: nn.Module, family: Family, layers: Iterable[nn.Module], edits: Edits, only: int | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield each parameter that the edits change: its name in the shortened model and its new value (float64, torch's layout).
 
@@ -95,22 +105,27 @@ def edited_parameters(
         family: describes the model's parts.
         layers: all layers of the dense model.
         edits: the changes.
+        only: the one kept layer whose parameters are wanted; None wants all. Without bases.
     """
     if edits.bases:
         yield from sliced_parameters(model, family, edits)
         return
-    for layer, name, exact in _edited_in_layers(family, nn.ModuleList(layers), edits):
+    layers = nn.ModuleList(layers)
+    wanted = [only] if only is not None else [at for at in range(len(layers)) if at not in set(edits.removed_layers)]
+    for layer, name, exact in _edited_in_layers(family, layers, edits.within(wanted), wanted):
         yield f"{family.layers}.{edits.position(layer)}.{name}", exact
 
 
-def _edited_in_layers(family: Family, layers: nn.ModuleList, edits: Edits) -> Iterator[tuple[int, str, Tensor]]:
-    """Yield each parameter of a layer that the edits change: the layer, the name within it and the new value."""
+def _edited_in_layers(
+    family: Family, layers: nn.ModuleList, edits: Edits, wanted: Collection[int]
+) -> Iterator[tuple[int, str, Tensor]]:
+    """Yield each parameter of the wanted layers that the edits change: the layer, the name within it and the new value."""
     cuts = {
         (layer, name): (groups, dimension)
         for (layer, linear), groups in edits.kept.items()
         for name, dimension in family.cut_parameters(layers[layer], linear).items()
     }
-    for layer, name, exact in _before_cuts(family, layers, edits):
+    for layer, name, exact in _before_cuts(family, layers, edits, wanted):
         yield layer, name, cut(exact, *cuts.pop((layer, name))) if (layer, name) in cuts else exact
     for (layer, name), (groups, dimension) in cuts.items():
         yield layer, name, cut(parameter_of(layers[layer], name).double(), groups, dimension)
@@ -129,9 +144,11 @@ def cut(parameter: Tensor, groups: Tensor, dimension: int) -> Tensor:
     )
 
 
-def _before_cuts(family: Family, layers: nn.ModuleList, edits: Edits) -> Iterator[tuple[int, str, Tensor]]:
+def _before_cuts(
+    family: Family, layers: nn.ModuleList, edits: Edits, wanted: Collection[int]
+) -> Iterator[tuple[int, str, Tensor]]:
     """Yield each parameter that the edits change, before groups are cut out: the layer, the name within it, the new value."""
-    scales = {layer: edits.scale(layer) for layer in range(len(layers)) if layer not in set(edits.removed_layers)}
+    scales = {layer: edits.scale(layer) for layer in wanted}
     done = set()
     for layer, name, exact in changed_parameters(family, layers, edits):
         done.add((layer, name))
@@ -143,7 +160,7 @@ def _before_cuts(family: Family, layers: nn.ModuleList, edits: Edits) -> Iterato
             if (layer, name) not in done:
                 yield layer, name, _divided(family, name, parameter_of(layers[layer], name).double(), scale)
     for layer, operator in edits.operators.items():
-        if operator.ndim:
+        if operator.ndim and layer in wanted:
             yield layer, "operator.weight", operator
 
 

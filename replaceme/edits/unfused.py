@@ -21,6 +21,7 @@ from replaceme.edits.channels import assembled
 from replaceme.edits.edits import Change, Edits, features_of, rotation_and_gains
 from replaceme.models.families import Family, Linear, in_torch_layout, inputs_of, is_conv1d, linears_within
 from replaceme.models.layers import passed_by, silent
+from replaceme.models.streaming import loaded, replaced
 
 
 @contextmanager
@@ -40,6 +41,7 @@ def unfused(model: nn.Module, family: Family, edits: Edits) -> Iterator[None]:
             stack.callback(last.register_forward_pre_hook(_masking(features_of(groups, inputs_of(last)))).remove)
         # Before the changes: their hooks then get the mixture's output.
         for layer, mixture in edits.mixtures.items():
+            stack.enter_context(loaded([layers[layer], *(layers[source] for source in mixture)]))
             for path, module in linears_within(layers[layer]).items():
                 others = [(layers[source].get_submodule(path), part) for source, part in mixture.items() if source != layer]
                 stack.callback(module.register_forward_hook(_mixing(mixture.get(layer, 0.0), others)).remove)
@@ -75,15 +77,11 @@ def _parts(family: Family, layer: nn.Module, linear: Linear, change: Change) -> 
 @contextmanager
 def _replaced_parameter(layer: nn.Module, name: str, value: Tensor) -> Iterator[None]:
     """Replace a parameter's value inside the block. It is given in torch's layout and may have another shape."""
-    parameter, owner = layer.get_parameter(name), layer.get_submodule(name.rpartition(".")[0])
-    own = parameter.data
-    parameter.data = in_torch_layout(layer, name, value).to(own, copy=True).contiguous()
-    try:
-        # Conv1D is the only linear whose forward uses its number of outputs.
-        with mock.patch.object(owner, "nf", parameter.shape[-1]) if is_conv1d(owner) else nullcontext():
-            yield
-    finally:
-        parameter.data = own
+    owner, made = layer.get_submodule(name.rpartition(".")[0]), in_torch_layout(layer, name, value)
+    # Conv1D is the only linear whose forward uses its number of outputs.
+    outputs = mock.patch.object(owner, "nf", made.shape[-1]) if is_conv1d(owner) else nullcontext()
+    with replaced(layer, name, made), outputs:
+        yield
 
 
 def _project(stack: ExitStack, family: Family, layers: nn.ModuleList, edits: Edits) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,7 @@ from replaceme.base.errors import DatasetError
 from replaceme.base.progress import progress
 from replaceme.corpora.corpus import Row, plain_text
 from replaceme.corpora.tokenization import encode, encode_in_chunks, start_of_text
+from replaceme.models.together import together
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -126,7 +128,8 @@ def score_windows(
     losses, divergences, agreements = torch.zeros(3, len(order), dtype=torch.float64)
     bounds = [0, *windows.predictions().long().cumsum(0).tolist()]
     likely: dict[int, tuple[Tensor, Tensor]] = {}
-    for batch in progress(batches, description, "batches"):
+
+    def score(batch: list[int]) -> None:
         rows = [windows.windows[index] for index in batch]
         # The last token predicts nothing, so it is left out.
         ids = torch.nn.utils.rnn.pad_sequence([row[:-1] for row in rows], batch_first=True).to(model.device)
@@ -143,6 +146,9 @@ def score_windows(
                 divergences[index] = float(divergence(values, logs.gather(1, places.long())).sum())
                 # Predictions of few bits tie: the dense model's most likely token counts as the same if none is more likely.
                 agreements[index] = int((logs.gather(1, places[:, :1].long())[:, 0] == logs.max(-1).values).sum())
+
+    for _ in progress(together(model, (partial(score, batch) for batch in batches)), description, "batches", len(batches)):
+        pass
     scores = {"losses": losses}
     if dense is not None:
         scores |= {"divergences": divergences, "agreements": agreements}

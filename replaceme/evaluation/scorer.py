@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import count
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from replaceme.evaluation.greedy import continuations
 from replaceme.evaluation.kv_cache import cache_arguments, filled_cache, shares_contexts
 from replaceme.evaluation.perplexity import WINDOW
 from replaceme.evaluation.requests import Encodings
+from replaceme.models.together import together
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -89,11 +90,17 @@ class CausalScorer(TemplateLM):
             keys.append((tuple(context[-max(1, longest - len(kept) + 1) :]), kept))
             wanted[keys[-1][0]][kept] = None
         results: dict[tuple[Ids, Ids], Score] = {}
-        for contexts in progress(self._batches(wanted), self.description, "batches"):
+
+        def score(contexts: list[Ids]) -> None:
             rows, pairs = zip(
                 *((row, (context, tail)) for row, context in enumerate(contexts) for tail in wanted[context]), strict=True
             )
-            results |= zip(pairs, self._score(contexts, rows, [tail for _, tail in pairs]), strict=True)
+            results.update(zip(pairs, self._score(contexts, rows, [tail for _, tail in pairs]), strict=True))
+
+        batches = self._batches(wanted)
+        tasks = (partial(score, contexts) for contexts in batches)
+        for _ in progress(together(self.model, tasks), self.description, "batches", len(batches)):
+            pass
         return [results[key] for key in keys]
 
     def _batches(self, wanted: Mapping[Ids, Iterable[Ids]]) -> list[list[Ids]]:

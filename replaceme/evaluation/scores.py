@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from replaceme.base.compute import kind_of, resolve_device, use_processor
+from replaceme.base.compute import kind_of, use_processor
 from replaceme.base.files import read_json, write_json
 from replaceme.base.params import Params
 from replaceme.base.progress import logger
@@ -25,6 +25,7 @@ from replaceme.evaluation.requests import Requests
 from replaceme.evaluation.scorer import CausalScorer
 from replaceme.evaluation.seen import Calibration
 from replaceme.evaluation.tasks import check_unchanged, task_kind, task_name, task_texts
+from replaceme.models.memory import load_within
 from replaceme.models.model import WEIGHTS, Model, parameter_count
 
 
@@ -108,7 +109,7 @@ def score_model(
                 seen[each] = calibration.in_items(each, task, identity, singles, task.limit)
         check_unchanged(task, identity)
     harness.check_room(suite, positions)
-    model = source.load(params.eval_dtype, resolve_device(params.device), device_map=params.device_map)
+    model = load_within(source, params, params.eval_dtype)
     perplexity: dict[str, dict[str, float]] = {}
     items: dict[str, Tensor] = {}
     for text, windows in requests.windows.items():

@@ -9,32 +9,45 @@ from pathlib import Path
 from replaceme.base.files import read_json, write_json
 from replaceme.edits.edits import Edits
 from replaceme.edits.fold import apply_edits
+from replaceme.export.shards import save_streamed
+from replaceme.models.memory import stream
 from replaceme.models.model import Model, parameter_count, stored_dtype
 from replaceme.models.own_form import write_own_form
 
 SHARD_SIZE = "2GB"
 
 
-def save_pruned(source: Model, edits: Edits, folder: Path) -> dict[str, int]:
+def save_pruned(source: Model, edits: Edits, folder: Path, room: int | None = None) -> dict[str, int]:
     """Write weights, config, tokenizer and generation config of the pruned model.
+
+    Args:
+        source: the dense model.
+        edits: the changes.
+        folder: where the files go.
+        room: the bytes that weights in memory may take, where the layers are read and written one at a time; None is without
+            limit. The files are the same.
 
     Returns:
         The numbers of parameters: of the pruned model, and of the dense one.
     """
     from transformers import GenerationConfig
 
-    model = source.load_stored()
+    family = source.family()
+    model = source.load_stored() if room is None else stream(source, room=room, as_stored=True)
     dense_parameters = parameter_count(model)
-    apply_edits(model, source.family(), edits)
     # The original's generation config is copied below: saving would refuse some that are in use.
     model.generation_config = GenerationConfig()
-    model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+    if room is None:
+        apply_edits(model, family, edits)
+        model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+    else:
+        save_streamed(model, family, edits, folder, SHARD_SIZE)
     (folder / "generation_config.json").unlink(missing_ok=True)
     config, dtype = read_json(folder / "config.json"), str(stored_dtype(source)).removeprefix("torch.")
     if config["dtype"] != dtype:
         # transformers writes that of the first weight.
         write_json(folder / "config.json", {**config, "dtype": dtype})
-    if form := edits.form(source.family().layers):
+    if form := edits.form(family.layers):
         write_own_form(folder, form, type(source.tokenizer()).__name__)
     for path in source.copied_files():
         shutil.copyfile(path, folder / path.name)

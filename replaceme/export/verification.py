@@ -16,6 +16,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,8 +29,11 @@ from replaceme.edits.edits import Edits
 from replaceme.edits.fold import edit_config, edited_parameters
 from replaceme.edits.unfused import unfused
 from replaceme.models.families import Family, parameter_of
-from replaceme.models.model import Model, layer_count, stored_dtype, working_dtype
+from replaceme.models.memory import stream
+from replaceme.models.model import Model, computed_dtype, layer_count, stored_dtype, working_dtype
 from replaceme.models.own_form import is_own_form
+from replaceme.models.streaming import value_of
+from replaceme.models.together import together
 
 # Rows of a weight compared at once.
 ROWS = 4096
@@ -49,7 +53,7 @@ OWN_FORM = {"model_type", "auto_map", "tokenizer_class", "pruned"}
 FIRST = -1
 
 
-def verify_export(dense: Model, pruned: Model, edits: Edits, documents: Documents) -> dict[str, Any]:
+def verify_export(dense: Model, pruned: Model, edits: Edits, documents: Documents, room: int | None = None) -> dict[str, Any]:
     """Compare the exported folder with the unfused computation on calibration text.
 
     Args:
@@ -57,6 +61,7 @@ def verify_export(dense: Model, pruned: Model, edits: Edits, documents: Document
         pruned: the exported folder.
         edits: the edits that were applied.
         documents: calibration text; the first few documents are used.
+        room: the bytes that the weights of one of the two may take in memory, where they are streamed; None is without limit.
 
     Returns:
         The figures for metrics/export.json.
@@ -67,7 +72,8 @@ def verify_export(dense: Model, pruned: Model, edits: Edits, documents: Document
     family, excerpts = dense.family(), documents.head(DOCUMENTS, TOKENS)
     if entries := wrong_entries(dense, pruned, family, edits):
         raise _differs(entries[0])
-    wrong, edited = wrong_weights(dense.load_stored(), pruned.load_stored(), family, edits)
+    stored = [each.load_stored() if room is None else stream(each, room=room, as_stored=True) for each in (dense, pruned)]
+    wrong, edited = wrong_weights(stored.pop(0), stored.pop(), family, edits)
     if wrong := wrong or wrong_tensors(dense, pruned, family, edits, edited):
         raise _differs(wrong[0])
     # A model of our own form refers to itself, and only the garbage collector frees such a cycle.
@@ -76,14 +82,19 @@ def verify_export(dense: Model, pruned: Model, edits: Edits, documents: Document
     kept = _kept(dense, edits)
     position = {layer: edits.position(layer) for layer in kept}
     hosts, shorter = _hosts(edits, kept), _shorter_windows(dense, excerpts)
-    whole, prompt = dense.load(dtype, config=shorter), excerpts.documents[0][: TOKENS // 4]
+    if room is None:
+        load = partial(Model.load, dtype=dtype, config=shorter)
+    else:
+        # No layer has to be short: one of them is in memory at a time.
+        load = partial(stream, dtype=computed_dtype(dense), room=room, config=shorter)
+    whole, prompt = load(dense), excerpts.documents[0][: TOKENS // 4]
     with _in_float32(whole, family, edits.mixtures):
         expected, expected_logits = _states(whole, family, [FIRST, *kept], excerpts, edits)
         # Rounding can send a token to other experts. The dense model's own cache error shows how much that changes.
         own_cache_error = cache_error(whole, prompt) if family.experts else 0.0
     del whole
     gc.collect()
-    shortened = pruned.load(dtype, config=shorter)
+    shortened = load(pruned)
     inputs = {FIRST: edits.as_pruned(0, expected[FIRST])} | {
         position[layer]: edits.as_pruned(layer + 1, expected[layer]) for layer in kept
     }
@@ -158,7 +169,7 @@ def wrong_weights(dense: Any, pruned: Any, family: Family, edits: Edits) -> tupl
             wrong.append(name)
     kept = [layer for layer in range(len(layers)) if layer not in set(edits.removed_layers)]
     for name, weight in weights.items():
-        if name not in edited and not _same(weight, originals[_original(name, family, kept)]):
+        if name not in edited and not _same(value_of(weight), value_of(originals[_original(name, family, kept)])):
             wrong.append(name)
     return wrong, edited
 
@@ -335,7 +346,6 @@ def _states(
     """
     layers, lengths = family.decoder_layers(model), [*map(len, documents.documents)]
     states: dict[int, list[Tensor]] = {layer: [] for layer in observed}
-    logits = []
     with ExitStack() as hooks:
         if edits:
             hooks.enter_context(unfused(model, family, edits))
@@ -345,8 +355,8 @@ def _states(
                 hooks.callback(layers[0].register_forward_pre_hook(_on_input(pass_on), with_kwargs=True).remove)
             else:
                 hooks.callback(layers[layer].register_forward_hook(_on_output(pass_on)).remove)
-        for document in documents.documents:
-            logits.append(model(document[None], use_cache=False, logits_to_keep=LOGITS).logits[0])
+        passes = (partial(model, document[None], use_cache=False, logits_to_keep=LOGITS) for document in documents.documents)
+        logits = [output.logits[0] for output in together(model, passes)]
     return {layer: torch.cat(parts) for layer, parts in states.items()}, torch.cat(logits)
 
 

@@ -23,8 +23,9 @@ from replaceme.edits.slicing import sliced_parameters
 from replaceme.edits.unfused import projected
 from replaceme.methods.method import Bench
 from replaceme.models.families import Family
+from replaceme.models.layers import Start
 from replaceme.observers.sums import squares, token_weights
-from replaceme.observers.walk import Signal, Signals, Start, ask, walk
+from replaceme.observers.walk import Signal, Signals, ask, walk
 
 # Tokens in one call of an MLP.
 ROWS = 2048

@@ -8,7 +8,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from replaceme.base.combinations import Values, heals, refits, repairs
+from replaceme.base.params import Params
 from replaceme.methods.registry import METHODS
+from replaceme.models.memory import HEALED_WHOLE
 
 if TYPE_CHECKING:
     from replaceme.models.families import Family
@@ -40,3 +42,10 @@ def family_refusals(values: Values, kind: str, family: Family) -> list[str]:
     if heals(values) and family.obstacle != "norm":
         problems.append(f"heal_epochs: is not derived for {place}; use 0.")
     return problems
+
+
+def needs_whole(params: Params) -> str | None:
+    """Return why the parameters need a model that is in memory as a whole; None if it can be streamed."""
+    if METHODS[params.method].work:
+        return f"method {params.method} works on many layers at once"
+    return HEALED_WHOLE if params.heal_epochs else None

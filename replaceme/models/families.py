@@ -14,6 +14,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from replaceme.base.errors import ModelError
+from replaceme.models.streaming import value_of
 
 Obstacle = Literal["norm", "experts", "undescribed"]
 OBSTACLES: Mapping[Obstacle, str] = {
@@ -153,8 +154,11 @@ class Family:
 
 
 def parameter_of(layer: nn.Module, name: str) -> Tensor:
-    """Return a view of a parameter in torch's layout: weights (…, d, inputs), biases (d,); ``Conv1D`` stores the transpose."""
-    return in_torch_layout(layer, name, layer.get_parameter(name).detach())
+    """Return a parameter in torch's layout: weights (…, d, inputs), biases (d,); ``Conv1D`` stores the transpose.
+
+    It is a view of the parameter, or what was read for this call where a streamed layer's weights are not in memory.
+    """
+    return in_torch_layout(layer, name, value_of(layer.get_parameter(name)))
 
 
 def in_torch_layout(layer: nn.Module, name: str, value: Tensor) -> Tensor:

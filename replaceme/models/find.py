@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 
-from replaceme.base.compute import resolve_device
 from replaceme.base.errors import ModelError, excerpt
 from replaceme.base.files import local_path, read_json
 from replaceme.base.fingerprints import sha256_of
@@ -20,6 +19,7 @@ from replaceme.base.params import Params, nearest
 from replaceme.base.progress import logger
 from replaceme.models import embedded, hub
 from replaceme.models.families import Family
+from replaceme.models.memory import load_within
 from replaceme.models.model import (
     ADAPTER,
     COPIED_FILES,
@@ -80,10 +80,17 @@ def identity(model: Model, files: Iterable[Path] | None = None) -> dict[str, obj
     return {"sha256": sha256_of(model.files(WEIGHT_FILES) if files is None else files, model.folder)}
 
 
-def calibration_model(params: Params, record: Path) -> tuple[PreTrainedModel, Family]:
-    """Load for calibration the model that the inputs stage wrote to ``record``; return it with its family's description."""
+def calibration_model(params: Params, record: Path, whole: str | None = None) -> tuple[PreTrainedModel, Family]:
+    """Load for calibration the model that the inputs stage wrote to ``record``; return it with its family's description.
+
+    Args:
+        params: the parameters.
+        record: the file; walks of a streamed model have their scratch files on the same disk.
+        whole: why it can't be streamed for this use; None if it can.
+    """
     source = recorded_model(params, record)
-    return source.load(params.dtype, resolve_device(params.device), params.use_4bit, params.device_map), source.family()
+    model = load_within(source, params, params.dtype, packed=params.use_4bit, whole=whole, folder=record.parents[1])
+    return model, source.family()
 
 
 def check_folder(model: Model) -> Model:

@@ -1,13 +1,38 @@
-"""Temporary changes to a loaded model: skip layers, silence an attention, choose which parameters get gradients."""
+"""Temporary changes to a loaded model: skip layers, begin at a later one, silence an attention, choose which parameters get
+gradients.
+"""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
 from torch import Tensor, nn
 
+from replaceme.base.documents import Batch
 from replaceme.models.families import Family
+
+
+@dataclass(frozen=True)
+class Start:
+    """A start of a walk at a later layer than the first.
+
+    Attributes:
+        layer: the layer.
+        states: its input, (tokens, d): the real tokens in the order of the walk; None takes it from the batch (``carried``).
+        attention: input of its attention's last linear, (tokens, inputs) in the same order; None computes it.
+    """
+
+    layer: int
+    states: Tensor | None
+    attention: Tensor | None = None
+
+    def entering(self, batch: Batch) -> Tensor:
+        """Return the layer's input, (documents, longest, d)."""
+        if self.states is None:
+            return batch.scratch["carried"]
+        return batch.padded(self.states[batch.tokens].to(batch.input_ids.device))
 
 
 def tensor_of(output: Any) -> Tensor:
@@ -53,3 +78,38 @@ def _pass_on(hidden_states: Tensor, *_arguments: Any, **_options: Any) -> Tensor
 
 def _pass_on_in_tuple(hidden_states: Tensor, *_arguments: Any, **_options: Any) -> tuple[Tensor, None]:
     return hidden_states, None
+
+
+@contextmanager
+def begun_at(family: Family, layers: nn.ModuleList, start: Start, current: Callable[[], Batch | None]) -> Iterator[None]:
+    """Start a model's forward passes at a later layer inside the block; the layers before it compute nothing.
+
+    Args:
+        family: its description. If ``start.attention`` is given, the family has no norm after the attention's last linear.
+        layers: the model's layers.
+        start: the layer and its input.
+        current: returns the batch that is being computed.
+    """
+    layer = layers[start.layer]
+
+    def batch() -> Batch:
+        now = current()
+        assert now is not None
+        return now
+
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        states = start.entering(batch())
+        return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
+
+    def attend(*arguments: Any, **options: Any) -> tuple[Tensor, None]:
+        assert start.attention is not None
+        state, now = arguments[0] if arguments else options["hidden_states"], batch()
+        features = now.padded(start.attention[now.tokens].to(state.device))
+        return family.linear_of(layer, "attention_output")(features), None
+
+    with ExitStack() as stack:
+        stack.enter_context(passed_by(family, layers[: start.layer]))
+        stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        if start.attention is not None:
+            stack.enter_context(mock.patch.object(layer.get_submodule(family.attention), "forward", attend))
+        yield

@@ -157,8 +157,8 @@ class Model:
         """
         model = self._load(dtype, device, use_4bit, device_map, config)
         # Quantized or offloaded weights don't show it.
-        if use_4bit or device_map or not all(map(_finite, model.parameters())):
-            self._check_finite(str(model.dtype).removeprefix("torch."))
+        if use_4bit or device_map or not all(map(is_finite, model.parameters())):
+            self.check_finite(str(model.dtype).removeprefix("torch."))
         return model
 
     def load_stored(self) -> PreTrainedModel:
@@ -171,7 +171,7 @@ class Model:
         names, held = self.names_of(model, stored), model.state_dict()
         for name, own in names.items():
             format = FORMATS.get(stored[own].format)
-            if format and held[name].dtype not in (format, torch.bool):
+            if format and not held[name].is_meta and held[name].dtype not in (format, torch.bool):
                 path, _, leaf = name.rpartition(".")
                 getattr(model.get_submodule(path), leaf).data = stored[own].read(own)
         return model
@@ -264,19 +264,20 @@ class Model:
                 f"model_path: {lacking[0]} ({len(lacking)} in all) is missing from the weights of {self.name}, "
                 "or has another shape than its config.json says."
             )
-        return (model if "device_map" in options else model.to(device)).eval()
+        # A streamed model's layers can't be moved, and it is loaded on the processor.
+        return (model if "device_map" in options or device == "cpu" else model.to(device)).eval()
 
-    def _check_finite(self, dtype: str) -> None:
+    def check_finite(self, dtype: str) -> None:
         """Raise the error for the first weight that holds NaN or infinity, in the files or after a cast to ``dtype``."""
         large = None
         for name, place in self.stored().items():
             tensor = place.read(name)
-            if not _finite(tensor):
+            if not is_finite(tensor):
                 raise ModelError(
                     f"model_path: the weight {name} in {place.file.name} of {self.name} holds NaN or infinity; give a model "
                     "whose weights are finite."
                 )
-            if large is None and tensor.is_floating_point() and not _finite(tensor.to(getattr(torch, dtype))):
+            if large is None and tensor.is_floating_point() and not is_finite(tensor.to(getattr(torch, dtype))):
                 large = name
         if large:
             raise ParameterError(f"dtype: the weight {large} of {self.name} overflows in {dtype}; use bfloat16 or float32.")
@@ -359,16 +360,21 @@ def stored_dtype(model: Model) -> torch.dtype:
 
 
 def working_dtype(model: Model) -> str:
-    """Return the dtype for comparisons: float32, or the stored one if it is float64 or the weights exceed ``FLOAT32_BYTES``."""
-    stored, size = stored_dtype(model), sum(path.stat().st_size for path in model.files(WEIGHTS))
-    return _words(stored) if stored == torch.float64 or size > FLOAT32_BYTES else "float32"
+    """Return the dtype for comparisons of whole models: ``computed_dtype``, or the stored one from ``FLOAT32_BYTES`` on."""
+    size = sum(path.stat().st_size for path in model.files(WEIGHTS))
+    return _words(stored_dtype(model)) if size > FLOAT32_BYTES else computed_dtype(model)
+
+
+def computed_dtype(model: Model) -> str:
+    """Return the dtype that comparisons compute in: float32, or float64 for weights that are stored so."""
+    return "float64" if stored_dtype(model) == torch.float64 else "float32"
 
 
 def _words(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
     """Return whether a tensor holds neither NaN nor infinity. Its least and largest entry tell, much faster than isfinite."""
     if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
         return True

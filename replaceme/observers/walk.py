@@ -4,25 +4,27 @@
 of its attention and its MLP, and the inputs of their last linears. It stops each pass at the last signal that is observed,
 computes no logits, and keeps the states of the current batch only.
 
-Documents go batch by batch through resident weights, but an observer may only rely on this: within a batch, layers come in
-ascending order, and ``batch.scratch`` keeps tensors from one layer to a later one. A walk can start at a later layer, with
-states that an earlier walk kept; this makes walks layer by layer possible.
+Documents go batch by batch through resident weights. Through a streamed model (``replaceme.models.streaming``) all batches go
+through a layer before the next one, so that each layer is read once; between the layers, states and what observers keep lie in
+a scratch file. So an observer may only rely on this: within a batch, layers come in ascending order, and ``batch.scratch``
+keeps tensors from one layer to a later one. A walk can start at a later layer, with states that an earlier walk kept.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import reduce
 from typing import Any, Literal, Protocol
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from replaceme.base.documents import Batch, Documents
 from replaceme.base.progress import progress
+from replaceme.base.scratch import ScratchFile
 from replaceme.models.families import Family, decoder_of
-from replaceme.models.layers import passed_by, tensor_of
+from replaceme.models.layers import Start, begun_at, tensor_of
+from replaceme.models.streaming import Stream, stream_of
 
 # ``…_features`` are the inputs of the last linear of the attention or the MLP.
 Signal = Literal["input", "attention_features", "attention", "mlp_features", "mlp", "output"]
@@ -39,21 +41,6 @@ class Observer(Protocol):
     def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
         """Receive the signals of one layer for one batch, each (documents, longest, width), padding included."""
         ...
-
-
-@dataclass(frozen=True)
-class Start:
-    """A start of a walk at a later layer than the first.
-
-    Attributes:
-        layer: the layer.
-        states: its input, (tokens, d): the real tokens in the order of the walk.
-        attention: input of its attention's last linear, (tokens, inputs) in the same order; None computes it.
-    """
-
-    layer: int
-    states: Tensor
-    attention: Tensor | None = None
 
 
 class _LastSignalReachedError(Exception):
@@ -81,18 +68,99 @@ def walk(
         description: text of the progress bar; None shows no bar.
         start: a later layer to start at; None is the first layer.
     """
+    if not (wanted := _wanted(observers)):
+        return
+    device, layers, stream = str(next(model.parameters()).device), family.decoder_layers(model), stream_of(model)
+    batches: Iterable[Batch] = documents.batches(batch_size, device)
+    with torch.inference_mode():
+        if stream is not None:
+            carry = _Carry(range(start.layer if start else 0, max(wanted)))
+            with _on_disk(batches, stream) as waiting:
+                _walk_by_layer(model, family, waiting, [*observers, carry], description, start)
+            return
+        if description is not None:
+            batches = progress(batches, description, "batches", total=documents.batch_count(batch_size))
+        with _Tap(layers, family, wanted, observers, start) as tap:
+            for batch in batches:
+                tap.run(model, batch)
+
+
+def _wanted(observers: Iterable[Observer]) -> dict[int, set[Signal]]:
     wanted: dict[int, set[Signal]] = {}
     for observer in observers:
         for layer, signals in observer.wants().items():
             wanted.setdefault(layer, set()).update(signals)
-    if not wanted:
-        return
-    batches: Iterable[Batch] = documents.batches(batch_size, str(next(model.parameters()).device))
-    if description is not None:
-        batches = progress(batches, description, "batches", total=documents.batch_count(batch_size))
-    with torch.inference_mode(), _Tap(family.decoder_layers(model), family, wanted, observers, start) as tap:
+    return wanted
+
+
+@contextmanager
+def _on_disk(batches: Iterable[Batch], stream: Stream) -> Iterator[list[Batch]]:
+    """Yield batches whose scratch lies in a file."""
+    with ScratchFile(stream.folder) as file:
+        yield [replace(batch, scratch=file.mapping()) for batch in batches]
+
+
+def _walk_by_layer(
+    model: nn.Module,
+    family: Family,
+    batches: Sequence[Batch],
+    observers: Sequence[Observer],
+    description: str | None,
+    start: Start | None,
+) -> None:
+    """Run all batches through a layer before the next one, up to the last wanted signal; one observer is a ``_Carry``."""
+    wanted, first = _wanted(observers), start.layer if start else 0
+    places: Iterable[int] = range(first, max(wanted) + 1)
+    for layer in places if description is None else progress(places, description, "layers"):
+        begin = start if layer == first else Start(layer, None)
+        with _Tap(family.decoder_layers(model), family, {layer: wanted[layer]}, observers, begin) as tap:
+            for batch in batches:
+                tap.run(model, batch)
+
+
+class _Carry:
+    """Observer that keeps each batch's states, padding included, from one layer to the next (``Start.states`` of None)."""
+
+    def __init__(self, layers: range):
+        self.layers = layers
+
+    def wants(self) -> Mapping[int, frozenset[Signal]]:
+        return ask(self.layers, "output")
+
+    def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
+        batch.scratch["carried"] = signals["output"]
+
+
+@contextmanager
+def passes(model: nn.Module, family: Family, batches: Iterable[Batch], start: Start | None = None) -> Iterator[Iterator[Batch]]:
+    """Yield the batches, once, for whole forward passes of the model inside the block.
+
+    A streamed model moves all of them up to its last layer first, each layer read once; each pass then computes the rest.
+
+    Args:
+        model: a causal language model, with whatever hooks.
+        family: its description.
+        batches: the batches; a pass has to run on the ``input_ids`` of the one yielded last.
+        start: a later layer to start at; None is the first layer.
+    """
+    layers, stream = family.decoder_layers(model), stream_of(model)
+    last, current = len(layers) - 1, list[Batch]()
+
+    def in_turn() -> Iterator[Batch]:
         for batch in batches:
-            tap.run(model, batch)
+            current[:] = [batch]
+            yield batch
+
+    with ExitStack() as stack:
+        if stream is not None and (start.layer if start else 0) < last:
+            batches = waiting = stack.enter_context(_on_disk(batches, stream))
+            with torch.inference_mode():
+                carry = _Carry(range(start.layer if start else 0, last))
+                _walk_by_layer(model, family, waiting, [carry], None, start)
+            start = Start(last, None)
+        if start is not None:
+            stack.enter_context(begun_at(family, layers, start, lambda: current[0]))
+        yield in_turn()
 
 
 class _Tap:
@@ -170,40 +238,6 @@ class _Tap:
             observer.observe(layer, seen, self.batch)
         if layer == self.stop:
             raise _LastSignalReachedError
-
-
-@contextmanager
-def begun_at(family: Family, layers: nn.ModuleList, start: Start, current: Callable[[], Batch | None]) -> Iterator[None]:
-    """Start a model's forward passes at a later layer inside the block; the layers before it compute nothing.
-
-    Args:
-        family: its description. If ``start.attention`` is given, the family has no norm after the attention's last linear.
-        layers: the model's layers.
-        start: the layer and its input.
-        current: returns the batch that is being computed.
-    """
-    layer = layers[start.layer]
-
-    def padded(rows: Tensor, device: torch.device | None = None) -> Tensor:
-        batch = current()
-        assert batch is not None
-        return batch.padded(rows[batch.tokens].to(device or batch.input_ids.device))
-
-    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        states = padded(start.states)
-        return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
-
-    def attend(*arguments: Any, **options: Any) -> tuple[Tensor, None]:
-        assert start.attention is not None
-        state = arguments[0] if arguments else options["hidden_states"]
-        return family.linear_of(layer, "attention_output")(padded(start.attention, state.device)), None
-
-    with ExitStack() as stack:
-        stack.enter_context(passed_by(family, layers[: start.layer]))
-        stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
-        if start.attention is not None:
-            stack.enter_context(mock.patch.object(layer.get_submodule(family.attention), "forward", attend))
-        yield
 
 
 class Keep:

@@ -3,7 +3,7 @@
 import torch
 from safetensors.torch import save_file
 
-from replaceme.base.compute import resolve_device, use_processor
+from replaceme.base.compute import use_processor
 from replaceme.base.documents import Documents
 from replaceme.base.files import new_folder
 from replaceme.base.params import Params
@@ -11,7 +11,7 @@ from replaceme.base.plan import Plan
 from replaceme.base.progress import logger
 from replaceme.base.stage import PASS, Stage
 from replaceme.base.workspace import Workspace
-from replaceme.models.find import recorded_model
+from replaceme.models.find import calibration_model
 from replaceme.observers.statistics import take_statistics
 
 # With fewer tokens per dimension, the fit overfits the sample.
@@ -28,14 +28,13 @@ def observe_activations(params: Params, work: Workspace) -> None:
             # DVC does not track empty folders.
             save_file({"none": torch.zeros(1)}, folder / "none.safetensors")
             return
-        source = recorded_model(params, work.model_input)
-        model = source.load(params.dtype, resolve_device(params.device), params.use_4bit, params.device_map)
+        model, family = calibration_model(params, work.model_input)
         # Later blocks are fitted in the repair stage, on the states of the shortened model.
         block = plan.blocks[0]
-        taken = take_statistics(model, source.family(), documents, block, plan.statistics, params.batch_size, folder)
+        taken = take_statistics(model, family, documents, block, plan.statistics, params.batch_size, folder)
         for name, tensors in taken.items():
             save_file(tensors, folder / f"{name}.safetensors")
-    width, tokens = int(source.config().hidden_size), documents.token_count
+    width, tokens = int(model.config.hidden_size), documents.token_count
     logger.info("activations: %s over %d tokens, layers 0 to %d", " and ".join(plan.statistics), tokens, block.end - 1)
     if tokens < TOKENS_PER_DIMENSION * width:
         logger.warning(

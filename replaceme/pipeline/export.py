@@ -16,7 +16,8 @@ from replaceme.export.verification import verify_export
 from replaceme.methods.registry import METHODS
 from replaceme.models.depth import broken_patterns
 from replaceme.models.find import recorded_model
-from replaceme.models.model import CARD, Model
+from replaceme.models.memory import room_of
+from replaceme.models.model import CARD, Model, computed_dtype
 from replaceme.models.own_form import FILE, is_own_form
 
 
@@ -28,14 +29,18 @@ def export(params: Params, work: Workspace) -> None:
     """
     use_processor(params.threads)
     source, edits = recorded_model(params, work.model_input), Edits.load(work.edits)
+    whole = "a narrower stream and removed parts of layers change shapes" if edits.bases or edits.kept else None
+    # The proof computes in this format, on the processor.
+    on_processor = params.model_copy(update={"device": "cpu", "device_map": None})
+    room = room_of(source, on_processor, computed_dtype(source), whole=whole)
     with new_folder(work.model) as folder:
-        counts = save_pruned(source, edits, folder)
+        counts = save_pruned(source, edits, folder, room)
         solved, made_with = read_json(work.metric("solve")), read_json(work.model_versions)
         write_text(folder / CARD, model_card(params, source, edits, solved, made_with=made_with))
         plain = not is_own_form(folder)
         # Load it as a user would, with the code file that was just written.
         pruned = Model(folder, folder.name, trust_remote_code=source.trust_remote_code or not plain)
-        figures = verify_export(source, pruned, edits, Documents.load(work.documents))
+        figures = verify_export(source, pruned, edits, Documents.load(work.documents), room)
         broken = broken_patterns(pruned.config(), source.family())
         claim(work, sha256_below(folder))
     if broken:

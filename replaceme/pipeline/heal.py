@@ -42,12 +42,13 @@ def _heal(params: Params, work: Workspace, edits: Edits) -> tuple[dict[str, Any]
     from replaceme.base.fingerprints import sha256_below
     from replaceme.base.plan import Plan
     from replaceme.models.find import calibration_model
+    from replaceme.models.memory import HEALED_WHOLE
     from replaceme.training import healing
     from replaceme.training.checkpoints import key_of
     from replaceme.training.training import Course, entering_and_leaving, figures_of, settings_of, train
 
     use_processor(params.threads)
-    model, family = calibration_model(params, work.model_input)
+    model, family = calibration_model(params, work.model_input, whole=HEALED_WHOLE)
     documents, host = Documents.load(work.documents), Plan.load(work.plan).blocks[0].host
     folder = _checkpoints(work)
     course = Course(params.heal_learning_rate, params.heal_epochs, params.batch_size, "heal_learning_rate")

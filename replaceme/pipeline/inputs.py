@@ -10,8 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
+from replaceme.base.combinations import NEW_WEIGHTS
 from replaceme.base.compute import resolve_device
 from replaceme.base.errors import ParameterError, ReplaceMeError
+from replaceme.base.extras import need
 from replaceme.base.files import new_folder, write_json
 from replaceme.base.params import Params
 from replaceme.base.progress import logger
@@ -21,12 +25,14 @@ from replaceme.base.versions import FOUR_BIT, MODEL, SCORES, TEXT, versions
 from replaceme.base.workspace import Workspace
 from replaceme.corpora.find import fingerprints, own_documents
 from replaceme.evaluation.tasks import task_fingerprints
-from replaceme.methods.refusals import family_refusals
+from replaceme.methods.refusals import family_refusals, needs_whole
 from replaceme.methods.registry import METHODS, criterion_of
 from replaceme.models.find import check_weights, find_model, identity
-from replaceme.models.model import CARD_FILES, layer_count
+from replaceme.models.memory import room_of, shown_size, weight_bytes
+from replaceme.models.model import CARD_FILES, Model, computed_dtype, layer_count, stored_dtype, working_dtype
 from replaceme.models.own_form import check_own_form
 from replaceme.models.recognition import check_cut
+from replaceme.observers.residuals import FIT_TOKENS, HELD_OUT_SHARE
 from replaceme.selection.criteria import allowed_starts
 
 
@@ -40,6 +46,8 @@ def inspect_inputs(params: Params, work: Workspace) -> None:
     content: dict[str, Any] = {}
     with _collecting(problems):
         resolve_device(params.device)
+        if params.use_4bit:
+            need("bitsandbytes", "use_4bit")
     with _collecting(problems):
         model = find_model(params)
         config, family = model.config(), model.family()
@@ -62,6 +70,7 @@ def inspect_inputs(params: Params, work: Workspace) -> None:
                 kind, family.layers, family.attention_output, family.mlp_output,
             )  # fmt: skip
         check_weights(model)
+        _log_needs(params, model)
         model.tokenizer()
         content[work.model_input.name] = identity(model)
         content[work.tokenizer_input.name] = identity(model, model.tokenizer_files())
@@ -88,6 +97,39 @@ def inspect_inputs(params: Params, work: Workspace) -> None:
         dataset_title(params.dataset),
         ", ".join(content[work.tasks_input.name]) or "none",
     )
+
+
+def _log_needs(params: Params, model: Model) -> None:
+    """Log how much memory for weights and how much disk for scratch files the run will need at most.
+
+    Raises:
+        ParameterError: ``memory`` is too little, or the settings need the whole model in memory.
+    """
+    dtypes = dict.fromkeys((params.dtype, params.eval_dtype, computed_dtype(model)))
+    rooms = [room_of(model, params, dtype, packed=params.use_4bit, whole=needs_whole(params)) for dtype in dtypes]
+    stored = str(stored_dtype(model)).removeprefix("torch.")
+    # The export compares the weights of two models, and then computes with one of them.
+    whole = max(2 * weight_bytes(model, stored), *(weight_bytes(model, dtype) for dtype in (*dtypes, working_dtype(model))[1:]))
+    room = min((each for each in rooms if each), default=whole)
+    logger.info(
+        "memory: weights take up to %s%s, and scratch files up to %s of disk",
+        shown_size(room), " (streamed where they are larger)" if any(rooms) else "",
+        shown_size(_scratch_bytes(params, model.config(), streamed=rooms[0] is not None)),
+    )  # fmt: skip
+
+
+def _scratch_bytes(params: Params, config: Any, *, streamed: bool) -> int:
+    """Return the bytes of the scratch files of a run, if every document has ``max_length`` tokens."""
+    tokens, width, layers = params.dataset_size * params.max_length, int(config.hidden_size), int(config.num_hidden_layers)
+    sampled = min(tokens, int((1 + HELD_OUT_SHARE) * FIT_TOKENS * width))
+    # Streamed, all tokens' states of all layers are kept for their cosines.
+    profile = 2 * layers * sampled * width + tokens * (layers + 2) * width * streamed
+    # Both models' states and those between, and the inputs of the last linears.
+    inputs = width + int(getattr(config, "intermediate_size", None) or 4 * width)
+    mending = tokens * (3 * width + inputs) if params.repair or params.transform in NEW_WEIGHTS else 0
+    at_cut = tokens * (3 * width + inputs) * streamed
+    itemsize: int = getattr(torch, params.dtype).itemsize
+    return max(profile, mending, at_cut) * itemsize
 
 
 @contextmanager

@@ -3,14 +3,15 @@
 from collections.abc import Mapping
 from typing import Any
 
-from replaceme.base.compute import resolve_device, use_processor
+from replaceme.base.compute import use_processor
 from replaceme.base.documents import Documents
 from replaceme.base.files import new_folder, rounded, write_json, write_text
 from replaceme.base.params import Params
 from replaceme.base.progress import logger
 from replaceme.base.stage import PASS, Stage
 from replaceme.base.workspace import Workspace
-from replaceme.models.find import recorded_model
+from replaceme.models.find import calibration_model, recorded_model
+from replaceme.models.memory import load_within
 from replaceme.models.model import working_dtype
 from replaceme.observers.profile import profile_model
 from replaceme.observers.proof import prove
@@ -19,11 +20,11 @@ from replaceme.observers.proof import prove
 def profile(params: Params, work: Workspace) -> None:
     """Profile the model and write ``profile.json``, ``distances.csv`` and ``layers.csv``."""
     use_processor(params.threads)
-    source = recorded_model(params, work.model_input)
-    family, documents = source.family(), Documents.load(work.documents)
-    if family.detected:
-        prove(source.load(working_dtype(source)), family, documents)
-    model = source.load(params.dtype, resolve_device(params.device), params.use_4bit, params.device_map)
+    source, documents = recorded_model(params, work.model_input), Documents.load(work.documents)
+    if (family := source.family()).detected:
+        on_processor = params.model_copy(update={"device": "cpu", "device_map": None})
+        prove(load_within(source, on_processor, working_dtype(source)), family, documents)
+    model, _ = calibration_model(params, work.model_input)
     work.profile.parent.mkdir(parents=True, exist_ok=True)
     content = profile_model(model, family, documents, params.batch_size, work.profile.parent)
     with new_folder(work.profile) as folder:

@@ -17,6 +17,7 @@ from replaceme.base.stage import PASS, Stage
 from replaceme.base.workspace import Workspace
 from replaceme.edits.edits import Edits
 from replaceme.methods.method import Bench
+from replaceme.methods.refusals import needs_whole
 from replaceme.methods.registry import METHODS, read_by
 from replaceme.models.find import calibration_model
 from replaceme.repair.mend import STEPWISE, Repair, mend
@@ -35,7 +36,7 @@ def repair(params: Params, work: Workspace) -> None:
     with new_folder(work.repaired) as folder:
         copy_content(work.solution, folder)
         if method.work:
-            model, family = calibration_model(params, work.model_input)
+            model, family = calibration_model(params, work.model_input, whole=needs_whole(params))
             bench = Bench(params, model, family, Documents.load(work.documents), plan, edits, work.repaired.parent, folder)
             figures = method.work(bench)
             edits.save(folder)

@@ -2,13 +2,14 @@
 
 from replaceme.base.files import new_folder
 from replaceme.base.params import Params
+from replaceme.base.settings import WITHOUT_EFFECT
 from replaceme.base.stage import Stage
 from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import FIELDS, METHODS
 from replaceme.report.page import render
 
 # Everything that a result can depend on.
-ALL = tuple(name for name in FIELDS if name not in ("save_path", "save_transform_only"))
+ALL = tuple(name for name in FIELDS if name not in WITHOUT_EFFECT)
 
 
 def write_report(params: Params, work: Workspace) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from replaceme.base.documents import Batch
 from replaceme.base.errors import SolveError
-from replaceme.models.families import Family
+from replaceme.models.families import Family, parameter_of
 from replaceme.observers.sums import add_squares, mirror, token_weights
 from replaceme.observers.walk import Signal, Signals
 
@@ -37,7 +37,8 @@ class Candidates:
 
     def __init__(self, host: int, family: Family, layer: nn.Module, target: Tensor):
         self.host, self.target, self.multiplier = host, target, family.multiplier
-        self.bias = getattr(family.linear_of(layer, "mlp_output"), "bias", None)
+        last = family.linear_of(layer, "mlp_output")
+        self.bias = None if getattr(last, "bias", None) is None else parameter_of(last, "bias")
         self.gram = self.cross = torch.empty(0)
 
     def wants(self) -> Mapping[int, frozenset[Signal]]:
@@ -46,7 +47,7 @@ class Candidates:
     def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
         state = batch.real(signals["input"]).float() + batch.real(signals["attention"]).float()
         if self.bias is not None:
-            state += self.multiplier * self.bias.detach().to(state)
+            state += self.multiplier * self.bias.to(state)
         target = self.target[batch.tokens].to(state.device).float()
         root = token_weights(target).sqrt()
         g = batch.real(signals["mlp_features"]).float() * (self.multiplier * root)

@@ -41,10 +41,11 @@ from replaceme.edits.edits import Edits
 from replaceme.edits.unfused import product_format, unfused
 from replaceme.methods.registry import METHODS
 from replaceme.models.families import Family, Linear, inputs_of
+from replaceme.models.layers import Start
 from replaceme.observers.features import LINEARS, Features
 from replaceme.observers.statistics import STATISTICS, AtCut, Place, add_correction
 from replaceme.observers.sums import Sums, token_weights
-from replaceme.observers.walk import Keep, Observer, Signal, Signals, Start, total, walk
+from replaceme.observers.walk import Keep, Observer, Signal, Signals, total, walk
 from replaceme.repair.channel_choice import TOKENS_PER_CHANNEL, Candidates, best_channels
 from replaceme.repair.resume import Checkpoints
 from replaceme.solvers.arguments import naming

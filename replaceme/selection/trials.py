@@ -13,7 +13,8 @@ from replaceme.base.documents import Batch, Documents
 from replaceme.edits.edits import Edits
 from replaceme.edits.unfused import unfused
 from replaceme.models.families import Family, decoder_of
-from replaceme.observers.walk import Keep, Start, begun_at, walk
+from replaceme.models.layers import Start
+from replaceme.observers.walk import Keep, passes, walk
 
 # Tokens whose scores are in float32 at once: few enough for the processor's cache.
 PART = 16
@@ -48,17 +49,12 @@ class Trials:
 
         The stored states that enter the layer have to include any edits before it.
         """
-        current: Batch | None = None
-
-        def batches() -> Iterator[Batch]:
-            nonlocal current
-            for batch in batches_of(self.model, self.documents, self.batch_size):
-                current = batch
-                yield batch
-
-        layers, start = self.family.decoder_layers(self.model), Start(layer, self.entering[layer])
-        with unfused(self.model, self.family, edits), begun_at(self.family, layers, start, lambda: current):
-            yield batches()
+        batches, start = batches_of(self.model, self.documents, self.batch_size), Start(layer, self.entering[layer])
+        with (
+            unfused(self.model, self.family, edits),
+            passes(self.model, self.family, batches, start) as in_turn,
+        ):
+            yield in_turn
 
 
 def batches_of(model: Any, documents: Documents, batch_size: int) -> Iterator[Batch]:

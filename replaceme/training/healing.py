@@ -31,9 +31,8 @@ from replaceme.edits.edits import Edits
 from replaceme.edits.fold import changed_parameters
 from replaceme.edits.unfused import unfused
 from replaceme.models.families import Family, Linear, in_torch_layout, parameter_of
-from replaceme.models.layers import gradients_for, passed_by
+from replaceme.models.layers import Start, begun_at, gradients_for, passed_by
 from replaceme.observers.features import LINEARS
-from replaceme.observers.walk import Start, begun_at
 from replaceme.training.training import Texts
 
 # Fraction of a step's positions whose predictions are compared. (They take most of a step's time, and the same number of

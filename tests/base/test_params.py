@@ -232,8 +232,9 @@ def test_published_solvers_are_ours_in_scipys_spelling(
 def test_a_key_without_effect_is_noted(tmp_path: Path, text: str, said: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "replaceme"):
         read_params(written(tmp_path, text), methods=METHODS)
-    assert said in caplog.text
-    assert said or not caplog.text
+    ignored = [line for line in caplog.messages if not line.startswith("preset ")]
+    assert said in "\n".join(ignored)
+    assert said or not ignored
 
 
 def test_overrides_win_over_the_file(tmp_path: Path) -> None:

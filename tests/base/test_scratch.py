@@ -1,12 +1,14 @@
 """Tensors on disk."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from replaceme.base.scratch import scratch
+from replaceme.base.errors import ResourceError
+from replaceme.base.scratch import ScratchFile, scratch
 
 
 def test_the_space_of_scratch_tensors_is_taken_before_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,3 +26,36 @@ def test_the_space_of_scratch_tensors_is_taken_before_they_are_written(tmp_path:
     assert taken[0] >= 120_000
     assert taken[1] >= 28_000
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.bool, torch.int64])
+def test_a_scratch_file_gives_back_what_it_was_given(tmp_path: Path, dtype: torch.dtype) -> None:
+    given = (torch.randn(4, 6, 5) * 3).to(dtype)
+    with ScratchFile(tmp_path) as file:
+        one, other = file.mapping(), file.mapping()
+        one["a", 1], other["a", 1], one["scalar"] = given, given[1:, ::2].transpose(0, 1), given[0, 0, 0]
+        assert torch.equal(one["a", 1], given)
+        assert torch.equal(other.pop(("a", 1)), given[1:, ::2].transpose(0, 1))
+        assert one["scalar"].shape == ()
+        assert (len(one), len(other), one["a", 1].dtype) == (2, 0, dtype)
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_scratch_file_does_not_grow_where_a_place_is_free(tmp_path: Path) -> None:
+    with ScratchFile(tmp_path) as file:
+        kept = file.mapping()
+        for number in range(10):
+            kept["state"] = torch.full((100,), float(number))
+        assert file.end == 400
+        kept["other"] = kept.pop("state")
+        assert file.end == 400
+        assert float(kept["other"].sum()) == 900
+
+
+def test_a_scratch_file_says_what_the_disk_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2 << 20))
+    with (
+        ScratchFile(tmp_path) as file,
+        pytest.raises(ResourceError, match="states between layers need 3 MiB there, and 2 MiB are"),
+    ):
+        file.write(torch.empty(3 << 20, dtype=torch.uint8))

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from replaceme.base.documents import Batch, Documents
 from replaceme.models.families import Family, family_of, linears_within, parameter_of
+from replaceme.models.layers import Start
 from replaceme.observers.features import LINEARS, SIGNAL
-from replaceme.observers.walk import Signal, Signals, Start, ask, walk
+from replaceme.observers.walk import Signal, Signals, ask, walk
 from tests.conftest import KINDS, LAYERS, PLAIN, made_model
 from tests.helpers import passing
 

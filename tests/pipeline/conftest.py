@@ -48,7 +48,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny: Model) -> Path:
 
 def made_project(folder: Path, tiny: Model) -> Path:
     """Copy the repository, set it to a tiny model and a text of its own, and return the folder."""
-    for name in ("stages", "replaceme", "experiments"):
+    for name in ("stages", "replaceme"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("dvc.yaml", ".dvcignore", ".gitignore", ".dvc/config", ".dvc/.gitignore"):
         (folder / name).parent.mkdir(exist_ok=True)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from replaceme import commands
+from replaceme.arguments import parse, script_parser
 from replaceme.base.errors import ParameterError
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.stage import FIT
@@ -268,8 +269,8 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
 )
 def test_an_option_with_two_values_is_refused_under_whichever_of_its_names(arguments: list[str], said: str) -> None:
     with pytest.raises(ParameterError, match=re.escape(f"command line: {said}")):
-        commands._parse(arguments, "")
-    assert commands._parse([*arguments[:2], arguments[2], arguments[1]], "")
+        parse(script_parser(""), arguments)
+    assert parse(script_parser(""), [*arguments[:2], arguments[2], arguments[1]])
 
 
 def test_a_folder_that_is_no_earlier_result_is_never_replaced(

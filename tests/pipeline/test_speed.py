@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from replaceme import commands, experiments, speed
+from replaceme import actions, experiments, speed
 from replaceme.base.errors import ModelError
 from replaceme.base.params import Params
 from replaceme.base.workspace import Workspace
@@ -50,11 +50,11 @@ def test_code_of_a_model_is_trusted_only_if_the_user_says_so(
     monkeypatch.setattr("replaceme.speed.measure_speed", measure)
     monkeypatch.setattr("replaceme.models.find.recorded_model", lambda _params, path: Model(path, "dense"))
     monkeypatch.setattr("replaceme.models.find.identity", lambda _: None)
-    monkeypatch.setattr(commands, "read_json", lambda _: None)
-    monkeypatch.setattr(commands, "_result_of", lambda _: Workspace(tmp_path))
+    monkeypatch.setattr(actions, "read_json", lambda _: None)
+    monkeypatch.setattr(actions, "result_of", lambda _: Workspace(tmp_path))
     own = params.model_copy(update={"trust_remote_code": trusted})
     with pytest.raises(InterruptedError):
-        commands._measure(own)
+        actions.measure(own)
     with pytest.raises(InterruptedError):
         experiments._measured(own, tmp_path, "name")
     assert [model.trust_remote_code for model in opened] == [trusted, trusted]

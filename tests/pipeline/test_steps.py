@@ -10,12 +10,20 @@ from replaceme.base.files import write_json, write_text
 from replaceme.base.params import Params
 from replaceme.base.stage import ORDER
 from replaceme.base.workspace import Workspace
-from replaceme.steps import STAGES
+from replaceme.steps import STAGES, Course
 from tests.pipeline.closure import ROOT
 
 
 def test_the_steps_are_the_stages_in_their_order() -> None:
     assert list(STAGES) == list(ORDER)
+
+
+def test_the_log_says_how_far_a_run_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    course = Course(ORDER, began=100.0)
+    times = iter([100.4, 225.0])
+    monkeypatch.setattr(steps.time, "monotonic", lambda: next(times))
+    assert course.place_of("generate") == "stage 1 of 13: generate"
+    assert course.place_of("profile") == "stage 3 of 13: profile, 2:05 min so far"
 
 
 def test_a_changed_file_repeats_the_steps_that_load_it_and_no_others(

@@ -54,7 +54,7 @@ def test_its_stages_know_its_parameter() -> None:
 def test_the_reference_and_help_list_it(capsys: pytest.CaptureFixture[str]) -> None:
     page = reference()
     assert "| `faded` | A made-up method: the host's MLP output times a number | `faded_factor` |" in page
-    assert "| `faded_factor` | 1.0 | The number that the host's MLP output is multiplied by. |" in page
+    assert "| `faded_factor` | 1.0 | 1.0 | The number that the host's MLP output is multiplied by. |" in page
     call(commands.run_replaceme, "--help")
     assert "--faded_factor VALUE" in capsys.readouterr().out
 

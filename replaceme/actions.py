@@ -1,0 +1,187 @@
+"""What the commands do, in any folder and without DVC. Torch and the like are imported when one runs, so that help is fast."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from replaceme.base.claims import claim, claim_only_what_is_there, in_use
+from replaceme.base.entry import PARAMS_FILE
+from replaceme.base.errors import ParameterError, excerpt
+from replaceme.base.files import new_folder, read_json, rounded, write_json, write_text
+from replaceme.base.params import Params, read_params
+from replaceme.base.progress import align, logger
+from replaceme.base.stage import ANALYSIS, COMPRESSION, FIT, JUDGEMENT, ORDER, pipeline_params
+from replaceme.base.workspace import Workspace
+from replaceme.methods.registry import METHODS, criterion_of
+from replaceme.places import claimed, deliver, result_of, scores_file, suffix_of
+
+if TYPE_CHECKING:
+    from replaceme.report.page import Page
+
+SPEED_FILE = "speed.json"
+
+
+def prune(params: Params, texts: Sequence[str] | None = None) -> Workspace:
+    """Prune a model, save and score it, and return the paths of the result.
+
+    Args:
+        params: where ``save_transform_only`` is set, only the edits are saved, without a model.
+        texts: calibration documents, which are written to the file that ``dataset`` names; None where it exists.
+    """
+    from replaceme.evaluation.comparison import comparison_table
+    from replaceme.models.model import CARD
+    from replaceme.pipeline.cost import write_cost
+    from replaceme.pipeline.inputs import inspect_inputs
+    from replaceme.publish import card_of
+    from replaceme.steps import Course, run_steps
+
+    with claimed(params, f"{suffix_of(params)}-transform" if params.save_transform_only else suffix_of(params)) as work:
+        if texts is not None:
+            write_text(Path(str(params.dataset)), "".join(json.dumps({"text": text}) + "\n" for text in texts))
+        inspect_inputs(params, work)
+        course = Course(FIT if params.save_transform_only else ORDER if params.tasks else COMPRESSION)
+        run_steps(params, work, FIT, course)
+        if params.save_transform_only:
+            deliver(work, work.edits)
+            logger.info("only the transform was saved, to %s (edits.safetensors); no model was written", work.model)
+            return work
+        run_steps(params, work, ["export"], course)
+        write_cost(params, work)
+        logger.info("the pruned model is in %s, its figures in %s", work.model, work.root / "metrics")
+        if params.tasks:
+            if "evaluate" not in run_steps(params, work, JUDGEMENT, course):
+                print(comparison_table(read_json(work.metric("evaluation"))))
+            logger.info("the report is %s", work.report / "index.html")
+        card = card_of(params, work)
+        claim(work, {CARD: hashlib.sha256(card.encode()).hexdigest()})
+        write_text(work.model / CARD, card)
+        claim_only_what_is_there(work)
+    return work
+
+
+def evaluate(params: Params) -> None:
+    """Score the model at ``model_path``, print the scores and write them to ``save_path``."""
+    from replaceme.evaluation.comparison import scores_table
+    from replaceme.evaluation.scores import score_model
+    from replaceme.evaluation.tasks import task_fingerprints
+    from replaceme.models.find import find_model
+
+    fingerprints = task_fingerprints(params)
+    if not fingerprints:
+        raise ParameterError("tasks: is empty; name at least one task.")
+    model = find_model(params)
+    target = scores_file(params, model.name)
+    scores = score_model(params, model, model.name, fingerprints).figures
+    print(scores_table(scores))
+    write_json(target, rounded(scores))
+    logger.info("the scores are in %s", target)
+
+
+def measure(params: Params) -> None:
+    """Time the dense model and a result in turn, and write the result's report with these times."""
+    work = result_of(params)
+    with in_use(work) if work.save_path else nullcontext():
+        _measure_result(params, work)
+
+
+def _measure_result(params: Params, work: Workspace) -> None:
+    from replaceme.models.find import identity, recorded_model
+    from replaceme.models.model import Model
+    from replaceme.speed import measure_speed
+
+    dense = recorded_model(params, work.model_input)
+    pruned = Model(work.model, work.model.name, trust_remote_code=params.trust_remote_code)
+    if identity(dense) != read_json(work.model_input):
+        raise ParameterError(f"model_path: {params.model_path} is not what {work.model} was made from; name that model.")
+    times = measure_speed(params, dense, pruned)
+    rows: list[tuple[str, ...]] = [("measured", "dense", "pruned", "faster")]
+    for name, key in (("prefill", "prefill_seconds"), ("decoding, a token", "decode_seconds_per_token")):
+        pair = times[key]
+        rows.append((name, *(f"{1000 * pair[side]:.1f} ms" for side in ("dense", "pruned")), f"x {pair['speedup']:.2f}"))
+    print(align(rows))
+    with new_folder(work.speed) as folder:
+        write_json(folder / SPEED_FILE, rounded(times, 4))
+        if page := _page(work, times):
+            page.save(folder)
+    logger.info("the times, and the report with them, are in %s", work.speed)
+
+
+def report(params: Params, folder: Path) -> None:
+    """Print a result's scores, and write its report, with its cost and the times that were measured, to a folder.
+
+    Raises:
+        ParameterError: there is no such result, it was made without scores, or the folder holds something else.
+    """
+    from replaceme.evaluation.comparison import comparison_table
+    from replaceme.report.page import SETTINGS_FILE
+
+    work = result_of(params)
+    if folder.exists() and not (folder / SETTINGS_FILE).is_file():
+        raise ParameterError(f"--output: {excerpt(folder, 150)} exists and holds no report; choose another folder.")
+    page = _page(work, _known_times(work))
+    if page is None:
+        raise ParameterError(f"save_path: {work.model} was made without scores, so it has no report; prune it with tasks.")
+    print(comparison_table(read_json(work.metric("evaluation"))))
+    with new_folder(folder) as new:
+        page.save(new)
+    logger.info("the report is %s", folder / "index.html")
+
+
+def _page(work: Workspace, times: Mapping[str, Any] | None) -> Page | None:
+    """Return the report of a result with its cost; None if it was made without one."""
+    from replaceme.pipeline.cost import compression_figures
+    from replaceme.report.page import SETTINGS_FILE, render
+
+    # The page shows the settings that the model was made with, not those of this call.
+    settings = work.report / SETTINGS_FILE
+    if not settings.is_file():
+        return None
+    made_with = read_params(settings, methods=METHODS)
+    # These name local files without their folders, and the pipeline's costs are known by its own parameters.
+    own = pipeline_params(METHODS) if work == Workspace() and PARAMS_FILE.is_file() else made_with
+    return render(made_with, work, times, compression_figures(own, work))
+
+
+def _known_times(work: Workspace) -> Mapping[str, Any] | None:
+    """Return the times that were measured of these very weights, or None."""
+    from replaceme.base.fingerprints import sha256_of
+    from replaceme.models.model import WEIGHTS, Model
+
+    file = work.speed / SPEED_FILE
+    times: Mapping[str, Any] | None = read_json(file) if file.is_file() else None
+    model = Model(work.model, work.model.name)
+    return times if times and times["weights"] == sha256_of(model.files(WEIGHTS), model.folder) else None
+
+
+def profile(params: Params) -> None:
+    """Measure all pairs of layers, and print the best block of each size."""
+    from replaceme.pipeline.inputs import inspect_inputs
+    from replaceme.selection.blocks import smallest
+    from replaceme.selection.criteria import allowed_starts
+    from replaceme.steps import run_steps
+
+    # Nothing is pruned here, so no transform has to fold.
+    bare = {"method": "uidl", "transform": "dense", "repair": False, "heal_epochs": 0}
+    single = params.model_copy(update={"layers_to_skip": 1, "num_A": 1, **bare})
+    with claimed(params, "distances") as work:
+        inspect_inputs(single, work)
+        run_steps(params, work, ANALYSIS)
+        deliver(work, work.profile)
+        content = read_json(work.profile / "profile.json")
+    criteria = {"angular distance": content["angular_distance"], "residual": content["residual"]}
+    rows = [("layers to skip", *(head for name in criteria for head in ("host", "removed", name)))]
+    for skip in range(1, len(allowed_starts(single, layers := len(content["residual"]), criterion_of(single))) + 1):
+        starts = allowed_starts(single.model_copy(update={"layers_to_skip": skip}), layers, criterion_of(single))
+        row = [str(skip)]
+        for values in criteria.values():
+            (block,) = smallest(values, starts, skip)
+            removed = f"{block.start}–{block.end - 1}" if skip > 1 else str(block.start)
+            row += [str(block.host), removed, f"{values[block.host][block.end - 1]:.4f}"]
+        rows.append(tuple(row))
+    print(align(rows))
+    logger.info("all pairs are in %s", work.model / "distances.csv")

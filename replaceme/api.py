@@ -1,0 +1,177 @@
+"""The Python API: prune a model in one call, over the same steps as the commands, and get its place and its figures.
+
+``replaceme.prune`` and ``replaceme.Pruned`` are these; importing ``replaceme`` alone loads none of it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from replaceme.actions import prune as _prune
+from replaceme.base.errors import ParameterError, shown
+from replaceme.base.files import read_json
+from replaceme.base.params import Params, nearest, read_params
+from replaceme.base.presets import PRESETS, Preset
+from replaceme.base.workspace import Workspace
+from replaceme.methods.registry import FIELDS, METHODS
+from replaceme.places import place_of, suffix_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# The method's metrics, in the order of the stages.
+STAGES_WITH_FIGURES = ("select", "solve", "repair", "heal", "export")
+TEXTS_FILE = "texts.jsonl"
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A pruned model on disk, and what is known of it.
+
+    Attributes:
+        path: the Hugging Face folder, which ``AutoModelForCausalLM.from_pretrained`` loads.
+        report: the page with scores and figures; None if nothing was scored.
+        removed_layers: the layers of the dense model that are gone, counted from 0.
+        scores: both models' scores, as in ``metrics/evaluation.json``; empty if nothing was scored.
+        figures: what each stage measured, by its name: select, solve, repair, heal and export; and under compression the
+            seconds and bytes that it took.
+        settings: every parameter's value, as in a config file.
+    """
+
+    path: Path
+    report: Path | None
+    removed_layers: tuple[int, ...]
+    scores: Mapping[str, Any]
+    figures: Mapping[str, Mapping[str, Any]]
+    settings: Mapping[str, Any]
+
+    def model(self, **options: Any) -> PreTrainedModel:
+        """Load the model, with options of ``AutoModelForCausalLM.from_pretrained`` such as ``dtype`` and ``device_map``.
+
+        A form that no class of transformers has (methods linearpatch, ghosted, slicegpt and llm_pruner without ``plain``) loads
+        with the file beside the weights, which this program wrote; so its code is run.
+        """
+        from transformers import AutoModelForCausalLM
+
+        own_form = any(self.path.glob("*.py"))
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            self.path, **{"trust_remote_code": own_form, "local_files_only": True, **options}
+        )
+        return model
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Load the tokenizer."""
+        from transformers import AutoTokenizer
+
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.path, local_files_only=True)
+        return tokenizer
+
+
+def prune(
+    model: str | os.PathLike[str] | PreTrainedModel,
+    texts: str | os.PathLike[str] | Sequence[str] | None = None,
+    layers: int = 8,
+    save_path: str | os.PathLike[str] | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    preset: Preset = "recommended",
+    **settings: Any,
+) -> Pruned:
+    """Remove layers of a causal language model, solve for what takes their place, save the result and score both models.
+
+    The steps are those of ``replaceme prune``: an interrupted call goes on where it stopped, a second one with other settings
+    repeats only what they change, and a saved model is proved against the unfused computation before it counts. What it decides
+    goes to the logger ``replaceme``.
+
+    Args:
+        model: a local folder, a hub id or an embedded model's name; or a loaded model, which is first saved to a temporary
+            folder (safetensors, as much disk as its weights take) and needs ``tokenizer``.
+        texts: calibration text: a file, a hub id or an embedded text's name; or a list of documents. None is text that the
+            model writes itself. (A mix is a setting: ``dataset=["wikipedia-sample", {"notes.jsonl": 2}, "self"]``.)
+        layers: how many layers to remove.
+        save_path: folder of the result; None is ``<model>-<method>-<layers>`` in the current folder. Intermediate results lie
+            beside it, in ``<save_path>.work``.
+        tokenizer: of a loaded model.
+        preset: the values of settings that are not given: recommended, or published (the paper's).
+        settings: any parameter by its name (docs/parameters.md), as ``transform="refit"``, ``device="cuda"``, ``tasks=[]``
+            (score nothing).
+
+    Returns:
+        The result's place and figures.
+
+    Raises:
+        ParameterError: a setting is unknown, out of range or has no place beside the others; it names all of them.
+        ModelError, DatasetError: the model can't be pruned exactly, or there is no such text.
+        ResourceError: the machine lacks disk, memory or a device, or the hub can't be reached.
+    """
+    if unknown := [key for key in settings if key not in FIELDS]:
+        raise ParameterError(
+            [f"{key}: is not a parameter{nearest(key, FIELDS)}; docs/parameters.md lists them." for key in unknown]
+        )
+    if preset not in PRESETS:
+        raise ParameterError(f"preset: must be {' or '.join(PRESETS)}, not {shown(preset)}.")
+    if taken := {"model_path", "layers_to_skip", "save_transform_only"} & settings.keys():
+        raise ParameterError(f"{min(taken)}: is set by the call itself; use model and layers.")
+    with _saved(model, tokenizer) as source:
+        given = {**settings, "model_path": str(source), "layers_to_skip": layers}
+        if save_path is not None:
+            given["save_path"] = os.fspath(save_path)
+        documents = None
+        if isinstance(texts, str | os.PathLike):
+            given["dataset"] = os.fspath(texts)
+        elif texts is not None:
+            documents = _checked(texts)
+            given["dataset"] = TEXTS_FILE
+        else:
+            given.setdefault("dataset", "self")
+        params = read_params(None, given, METHODS, preset)
+        if documents is not None:
+            work = place_of(params, suffix_of(params))
+            params = params.model_copy(update={"dataset": str(work.root / TEXTS_FILE)})
+        return _result(params, _prune(params, documents))
+
+
+def _checked(texts: Sequence[str]) -> list[str]:
+    documents = [*texts]
+    wrong = next((text for text in documents if not isinstance(text, str) or not text.strip()), None)
+    if not documents or wrong is not None:
+        given = shown(wrong if documents else documents)
+        raise ParameterError(f"texts: must be a list of texts that aren't empty, one a document, not {given}.")
+    return documents
+
+
+@contextmanager
+def _saved(model: Any, tokenizer: Any) -> Iterator[str | Path]:
+    """Yield where the dense model is; a loaded one is saved for as long as the block lasts."""
+    if isinstance(model, str | os.PathLike):
+        yield os.fspath(model)
+        return
+    if not hasattr(model, "save_pretrained"):
+        raise ParameterError(f"model: must be a path, a hub id or a model of transformers, not {shown(model)}.")
+    if tokenizer is None:
+        raise ParameterError("tokenizer: is missing; a loaded model needs it, as in prune(model, tokenizer=tokenizer).")
+    with TemporaryDirectory(prefix="replaceme-") as place:
+        name = Path(str(getattr(model.config, "_name_or_path", "") or "model")).name
+        folder = Path(place) / name
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        yield folder
+
+
+def _result(params: Params, work: Workspace) -> Pruned:
+    figures = {name: read_json(work.metric(name)) for name in (*STAGES_WITH_FIGURES, "compression")}
+    scores = read_json(work.metric("evaluation")) if params.tasks else {}
+    removed = read_json(work.edits / "edits.json")["removed_layers"]
+    report = work.report / "index.html" if params.tasks else None
+    settings = {key: _plain(getattr(params, key)) for key in FIELDS}
+    return Pruned(work.model, report, tuple(removed), scores, figures, settings)
+
+
+def _plain(value: Any) -> Any:
+    return [each.plain() for each in value] if isinstance(value, tuple) else value

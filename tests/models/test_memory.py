@@ -1,0 +1,212 @@
+"""``memory``: sizes, what auto chooses, and what is refused."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from replaceme import commands
+from replaceme.base import compute
+from replaceme.base.compute import free_memory
+from replaceme.base.errors import ParameterError
+from replaceme.base.fingerprints import sha256_below
+from replaceme.base.params import Params, read_params, size_of
+from replaceme.export import card
+from replaceme.methods.registry import METHODS
+from replaceme.models import memory
+from replaceme.models.memory import load_within, parts_of, room_of, weight_bytes
+from replaceme.models.model import Model
+from replaceme.models.streaming import stream_of
+from replaceme.steps import STAGES
+from tests.conftest import KINDS, LAYERS
+from tests.helpers import FAST, call
+
+
+def allowed(value: str | None, **options: Any) -> Params:
+    return read_params(None, {"memory": value, "device": "cpu", **options}, METHODS)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("6GB", 6 * 10**9),
+        ("500MB", 5 * 10**8),
+        ("2GiB", 2 << 30),
+        ("1.5 GB", 15 * 10**8),
+        ("7B", 7),
+        ("3KiB", 3072),
+        ("1TB", 10**12),
+    ],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert size_of(text) == size
+    assert allowed(text).memory == text
+
+
+@pytest.mark.parametrize("value", ["6", "GB", "6 gigabytes", "-1GB", "6Gb", "auto ", 6, 6.5, True])
+def test_other_values_are_refused_with_the_forms_that_there_are(value: Any) -> None:
+    with pytest.raises(ParameterError, match=r"memory: must be auto, null, or a size such as 6GB or 500MiB, not "):
+        allowed(value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_bytes_of_layers_and_of_the_rest_are_those_of_the_loaded_model(save_tiny: Callable[..., Model], kind: str) -> None:
+    source = save_tiny(kind)
+    outside, largest = parts_of(source, "bfloat16")
+    model = memory.stream(source, "bfloat16", room=1 << 40)
+    own = stream_of(model)
+    assert own is not None
+    assert largest == max(own.sizes)
+    assert outside + sum(own.sizes) == weight_bytes(source, "bfloat16")
+    assert own.room == (1 << 40) - outside
+
+
+def test_what_fits_is_loaded_whole_and_what_does_not_is_streamed(tiny: Model) -> None:
+    needed = weight_bytes(tiny, "float32")
+    for value in (None, "auto", f"{needed}B"):
+        assert stream_of(load_within(tiny, allowed(value), "float32")) is None
+    own = stream_of(load_within(tiny, allowed(f"{needed - 1}B"), "float32"))
+    assert own is not None
+    assert own.room == needed - 1 - parts_of(tiny, "float32")[0]
+    # The dtype counts.
+    assert room_of(tiny, allowed(f"{needed - 1}B"), "bfloat16") is None
+
+
+def test_auto_takes_a_share_of_what_is_free(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = weight_bytes(tiny, "float32")
+    for free, streams in ((needed / memory.SHARE + 8, False), (needed / memory.SHARE - 8, True)):
+        monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free)
+        assert (room_of(tiny, allowed("auto"), "float32") is not None) == streams
+    # What can't be streamed is loaded whole, whatever is free.
+    assert room_of(tiny, allowed("auto"), "float32", whole="it is trained") is None
+    with pytest.raises(
+        ParameterError, match=r"^memory: 9KB is less than the 0\.243 MB of llama, and it is trained; use auto or"
+    ):
+        room_of(tiny, allowed("9KB"), "float32", whole="it is trained")
+
+
+def test_free_memory_is_what_the_machine_or_its_container_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    info, limit, use = (tmp_path / name for name in ("meminfo", "max", "current"))
+    info.write_text("MemTotal:       9000 kB\nMemAvailable:   4000 kB\n", encoding="utf-8")
+    for name, path in (("MEMORY_INFO", info), ("GROUP_LIMIT", limit), ("GROUP_USE", use)):
+        monkeypatch.setattr(compute, name, path)
+    assert free_memory("cpu") == 4000 << 10
+    use.write_text("1000000\n", encoding="utf-8")
+    for text, free in (("max", 4000 << 10), ("3000000", 2_000_000), ("900000", 0)):
+        limit.write_text(f"{text}\n", encoding="utf-8")
+        assert free_memory("cpu") == free
+    info.unlink()
+    assert free_memory("cpu") > 1 << 20
+
+
+def run(source: Model, text: Path, target: Path, *options: str, code: int = 0) -> None:
+    places: list[str | Path] = ["--model_path", source.folder, "--dataset", text, "--tasks", f"[{text}]", "--save_path", target]
+    call(commands.run_replaceme, *places, "--layers_to_skip", "2", "--eval_tokens", "300", *FAST, *options, code=code)
+
+
+REFUSED = {
+    "use_4bit packs them": ["--use_4bit", "true"],
+    "device_map spreads them": ["--device_map", "auto"],
+    "heal_epochs trains many layers": ["--heal_epochs", "1"],
+    "method slicegpt works on many layers": ["--method", "slicegpt"],
+    "method llm_pruner works on many layers": [
+        "--method",
+        "llm_pruner",
+        "--min_distance_layer",
+        "1",
+        "--max_distance_layer",
+        "5",
+        "--max_length",
+        "64",
+    ],
+    "method llm_streamline works on many layers": ["--method", "llm_streamline"],
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_needs_the_whole_model_is_refused_before_any_work(
+    tiny: Model, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], reason: str
+) -> None:
+    run(tiny, text_file, tmp_path / "pruned", "--memory", "200KB", *REFUSED[reason], code=2)
+    said = capsys.readouterr().err
+    assert f"memory: 200KB is less than the 0.243 MB of llama, and {reason}" in said
+    assert "use auto or null." in said
+    assert not (tmp_path / "pruned.work").exists()
+
+
+def test_too_little_is_refused_with_what_would_do(
+    tiny: Model, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tiny, text_file, tmp_path / "pruned", "--memory", "80KB", code=2)
+    outside, largest = parts_of(tiny, "float32")
+    assert outside + largest == 83_200
+    assert (
+        "memory: 0.08 MB is too little for llama, of which 0.0832 MB have to be there at once; use at least 0.115 MB, so that"
+        in capsys.readouterr().err
+    )
+
+
+def test_the_model_is_left_as_it_was_by_its_stream(tiny: Model) -> None:
+    model = load_within(tiny, allowed("150KB"), "float32")
+    assert len(model.model.layers) == LAYERS
+    assert {str(each.dtype) for each in model.parameters()} == {str(torch.float32)}
+    assert not model.training
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("llama", ("--transform", "channels", "--repair", "true", "--selection", "loss")),
+        ("gpt2", ("--transform", "channels", "--repair", "true", "--selection", "residual", "--num_A", "2")),
+        ("gemma2", ("--transform", "orthogonal", "--selection", "greedy")),
+        (
+            "mixtral",
+            (
+                "--method",
+                "prune_and_comp",
+            ),
+        ),
+        (
+            "llama",
+            (
+                "--method",
+                "linearpatch",
+            ),
+        ),
+    ],
+)
+def test_a_streamed_run_gives_the_same_model_and_the_same_figures(
+    save_tiny: Callable[..., Model], text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    kind: str, options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    if "--num_A" in options:
+        options = (*options, "--layers_to_skip", "1")
+    source = save_tiny(kind)
+    outside, largest = parts_of(source, "float32")
+    for name, value in (("whole", "null"), ("streamed", f"{outside + 2 * largest}B")):
+        # The dense model is scored by both.
+        monkeypatch.setenv("REPLACEME_CACHE", str(tmp_path / f"cache of {name}"))
+        run(source, text_file, tmp_path / name, *options, "--memory", value, "--batch_size", "4")
+    said = capsys.readouterr().err
+    assert f"memory: {kind} is streamed: of its weights" in said
+    assert "memory: weights take up to" in said
+    assert sha256_below(tmp_path / "streamed") == sha256_below(tmp_path / "whole")
+    works = (tmp_path / "streamed.work", tmp_path / "whole.work")
+    found, expected = (
+        {place: digest for place, digest in sha256_below(work).items() if not place.startswith(("steps/", "artifacts/cost/"))}
+        for work in works
+    )
+    timed = "metrics/compression.json"
+    assert found.pop(timed)
+    assert expected.pop(timed)
+    assert found == expected
+
+
+def test_no_stage_runs_again_because_of_the_memory() -> None:
+    assert [name for name, stage in STAGES.items() if "memory" in stage.params] == []
+    assert "memory" not in card.SETTINGS
+    stages = yaml.safe_load((Path(commands.__file__).parents[1] / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    assert [name for name, stage in stages.items() if "memory" in stage.get("params", [])] == []

@@ -1,0 +1,75 @@
+"""Computations side by side with a streamed model: the same results as one by one, each layer read once for all of them."""
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from replaceme.models import together as module
+from replaceme.models.memory import stream
+from replaceme.models.model import Model
+from replaceme.models.streaming import Stream, stream_of
+from replaceme.models.together import together
+
+TEXTS = [torch.arange(2 + first, 2 + first + length)[None] for first, length in ((0, 30), (5, 12), (40, 30), (9, 21), (7, 3))]
+
+
+@pytest.fixture
+def pair(tiny: Model) -> tuple[Any, Any, Stream]:
+    """The model resident, streamed with room for two layers, and its stream."""
+    model = stream(tiny, "float32", room=1 << 40)
+    own = stream_of(model)
+    assert own is not None
+    own.room = 2 * max(own.sizes)
+    return tiny.load("float32"), model, own
+
+
+@torch.inference_mode()
+def logits(model: Any, text: Tensor) -> Tensor:
+    return model(text, use_cache=False).logits  # type: ignore[no-any-return]
+
+
+def generated(model: Any, text: Tensor) -> Tensor:
+    return model.generate(text, max_new_tokens=5, do_sample=False, output_logits=True, return_dict_in_generate=True).logits[-1]  # type: ignore[no-any-return]
+
+
+def test_passes_share_each_layer(pair: tuple[Any, Any, Stream]) -> None:
+    resident, model, own = pair
+    found, expected = ([*together(each, [partial(logits, each, text) for text in TEXTS])] for each in (model, resident))
+    assert all(map(torch.equal, found, expected))
+    assert own.bytes_read == sum(own.sizes)
+
+
+def test_generations_of_different_lengths_share_what_they_can(pair: tuple[Any, Any, Stream]) -> None:
+    resident, model, own = pair
+    tasks = [partial(generated, model, text) for text in TEXTS] + [partial(logits, model, TEXTS[0])]
+    found = [*together(model, tasks)]
+    expected = [*(generated(resident, text) for text in TEXTS), logits(resident, TEXTS[0])]
+    assert all(map(torch.equal, found, expected))
+    # Five passes each.
+    assert own.bytes_read <= 5 * sum(own.sizes)
+
+
+def test_no_more_run_side_by_side_than_states_fit_in_memory(
+    pair: tuple[Any, Any, Stream], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, model, own = pair
+    monkeypatch.setattr(module, "AT_ONCE", 2)
+    assert len([*together(model, [partial(logits, model, text) for text in TEXTS])]) == len(TEXTS)
+    assert 2 * sum(own.sizes) < own.bytes_read <= 3 * sum(own.sizes)
+
+
+def test_an_error_of_one_ends_all(pair: tuple[Any, Any, Stream]) -> None:
+    _, model, own = pair
+
+    def failing() -> Tensor:
+        logits(model, TEXTS[1])
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        [*together(model, [partial(generated, model, TEXTS[0]), failing, partial(generated, model, TEXTS[2])])]
+    # The model works as before.
+    assert torch.isfinite(logits(model, TEXTS[0])).all()
+    assert own.turn(0) is None  # type: ignore[func-returns-value]

@@ -1,0 +1,120 @@
+"""``replaceme.prune``: the commands' work for those without files."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import replaceme
+from replaceme import commands
+from replaceme.base.fingerprints import sha256_below
+from replaceme.base.stage import ANALYSIS
+from replaceme.models.model import Model
+from tests.conftest import made_text
+from tests.helpers import FAST, call
+from tests.pipeline.closure import ROOT
+
+SMALL: dict[str, Any] = {
+    "dtype": "float32", "eval_dtype": "float32", "threads": 1, "max_length": 48, "dataset_size": 20, "device": "cpu",
+    "pack": False,
+}  # fmt: skip
+TEXTS = [made_text(20, seed=seed) for seed in range(20)]
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+
+
+def test_a_folder_and_a_list_of_texts_give_a_model_and_its_figures(tiny: Model, text_file: Path, tmp_path: Path) -> None:
+    pruned = replaceme.prune(tiny.folder, TEXTS, layers=2, save_path=tmp_path / "r", tasks=[str(text_file)], **SMALL)
+    assert pruned.path == tmp_path / "r"
+    assert len(pruned.removed_layers) == 2
+    model, tokenizer = pruned.model(dtype=torch.float32), pruned.tokenizer()
+    assert model.config.num_hidden_layers == tiny.config().num_hidden_layers - 2
+    assert tokenizer("the river").input_ids
+    assert pruned.scores["perplexity"]["text"]["ratio"] > 0
+    assert pruned.figures["export"]
+    assert pruned.figures["compression"]["seconds"] > 0
+    # The recommended setting, if nobody says otherwise.
+    assert (pruned.settings["selection"], pruned.settings["transform"], pruned.settings["repair"]) == ("loss", "channels", True)
+    assert pruned.report is not None
+    assert pruned.report.is_file()
+    card = (pruned.path / "README.md").read_text(encoding="utf-8")
+    assert "texts.jsonl" in card
+    assert str(tmp_path) not in card
+
+
+def test_a_second_call_repeats_only_what_its_settings_change(
+    tiny: Model, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    given: dict[str, Any] = {**SMALL, "transform": "dense", "repair": False, "tasks": []}
+    first = replaceme.prune(tiny.folder, TEXTS, 2, tmp_path / "r", **given)
+    assert (first.scores, first.report) == ({}, None)
+    with caplog.at_level("INFO", "replaceme"):
+        replaceme.prune(tiny.folder, TEXTS, 2, tmp_path / "r", **{**given, "alpha": 10.0})
+    unchanged = [line.split(":")[0] for line in caplog.messages if "unchanged since" in line]
+    assert unchanged[:3] == [*ANALYSIS]
+    assert "activations" in unchanged
+    assert "solve" not in unchanged
+
+
+def test_it_is_the_commands_work(tiny: Model, text_file: Path, tmp_path: Path) -> None:
+    pruned = replaceme.prune(tiny.folder, text_file, 2, tmp_path / "a", preset="published", tasks=[], **SMALL)
+    arguments = ["--model", tiny.folder, "--dataset", text_file, "--layers", "2", *FAST, "--tasks", "[]", "--device", "cpu"]
+    call(commands.run_replaceme, *arguments, "--save_path", tmp_path / "b")
+    assert sha256_below(pruned.path) == sha256_below(tmp_path / "b")
+
+
+def test_a_loaded_model_is_pruned_as_its_folder_is_and_left_as_it_was(tiny: Model, tmp_path: Path) -> None:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny.folder), AutoTokenizer.from_pretrained(tiny.folder)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    given: dict[str, Any] = {**SMALL, "transform": "dense", "tasks": []}
+    loaded = replaceme.prune(model, TEXTS, 2, tmp_path / "a", tokenizer=tokenizer, **given)
+    saved = replaceme.prune(tiny.folder, TEXTS, 2, tmp_path / "b", **given)
+    weights = "model.safetensors"
+    assert (loaded.path / weights).read_bytes() == (saved.path / weights).read_bytes()
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+def test_without_texts_the_model_writes_them(tiny: Model, tmp_path: Path) -> None:
+    given = {**SMALL, "method": "uidl", "tasks": [], "dataset_size": 4}
+    pruned = replaceme.prune(tiny.folder, layers=2, save_path=tmp_path / "r", **given)
+    assert pruned.settings["dataset"] == ["self"]
+    assert len(pruned.removed_layers) == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"transfrm": "dense"}, "transfrm: is not a parameter (did you mean 'transform'?)"),
+        ({"layers": 0}, "layers_to_skip: must be at least 1, not 0"),
+        ({"layers_to_skip": 3}, "layers_to_skip: is set by the call itself; use model and layers"),
+        ({"texts": []}, "texts: must be a list of texts that aren't empty, one a document, not []"),
+        ({"texts": ["a", " "]}, "texts: must be a list of texts that aren't empty, one a document, not ' '"),
+        ({"model": 3}, "model: must be a path, a hub id or a model of transformers, not 3"),
+        ({"preset": "paper"}, "preset: must be recommended or published, not 'paper'"),
+    ],
+)
+def test_a_mistake_is_a_value_error_that_says_what_would_be_right(given: dict[str, Any], said: str, tiny: Model) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        replaceme.prune(**{"model": tiny.folder, "texts": ["a"], **given})
+    assert not list(Path().iterdir())
+
+
+def test_a_loaded_model_needs_its_tokenizer(tiny: Model) -> None:
+    with pytest.raises(ValueError, match="tokenizer: is missing"):
+        replaceme.prune(AutoModelForCausalLM.from_pretrained(tiny.folder), TEXTS)
+
+
+def test_importing_the_package_loads_nothing_of_it() -> None:
+    code = "import sys, replaceme; sys.exit(bool({'torch', 'pydantic', 'replaceme.api'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+    with pytest.raises(AttributeError, match="no attribute 'prun'"):
+        replaceme.prun  # type: ignore[attr-defined]  # noqa: B018

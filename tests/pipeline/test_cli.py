@@ -1,0 +1,206 @@
+"""The command ``replaceme``: what its help shows, what it refuses, and that it does the scripts' work."""
+
+import json
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+import replaceme
+from replaceme import cli, commands, steps
+from replaceme.arguments import GROUPS, parse
+from replaceme.base.errors import ParameterError
+from replaceme.base.fingerprints import sha256_below
+from replaceme.base.presets import RECOMMENDED
+from replaceme.base.stage import ORDER
+from replaceme.cli import COMMANDS, OTHERS, main
+from replaceme.methods.registry import FIELDS, METHODS
+from replaceme.models.model import Model
+from replaceme.pipeline import evaluate, profile
+from tests.helpers import FAST, call
+from tests.pipeline.closure import ROOT
+from tests.pipeline.helpers import Hub
+
+NAMES = [*COMMANDS, *OTHERS]
+SCREEN = 50
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+
+
+def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    call(main, *arguments)
+    return capsys.readouterr().out
+
+
+def test_every_parameter_stands_in_one_group() -> None:
+    grouped = [key for group in GROUPS for key in group.keys]
+    assert sorted([*grouped, "save_transform_only"]) == sorted(FIELDS)
+
+
+@pytest.mark.parametrize(
+    "arguments", [(), *((name,) for name in NAMES)], ids=lambda arguments: " ".join(arguments) or "replaceme"
+)
+def test_help_fits_a_screen_and_ends_with_an_example(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    lines = shown(capsys, *arguments, "--help").splitlines()
+    assert len(lines) <= SCREEN
+    assert lines[-2] == "example:"
+    assert lines[-1].startswith(f"  replaceme {' '.join(arguments)}".rstrip())
+
+
+def test_help_takes_less_than_a_second_and_loads_no_torch() -> None:
+    code = (
+        "import sys\nfrom replaceme.cli import main\nsys.argv[0] = 'replaceme'\n"
+        "try: main()\nfinally: sys.exit(int('torch' in sys.modules))"
+    )
+    for arguments in ([], *([name] for name in NAMES)):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments, "--help"], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert done.returncode == 0, done.stderr
+        assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
+
+
+def test_the_overview_lists_every_command_and_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    said = shown(capsys)
+    assert all(re.search(rf"(?m)^  {name} ", said) for name in NAMES)
+    assert shown(capsys, "--version") == f"replaceme {replaceme.__version__}\n"
+
+
+def test_the_help_lists_every_method_its_choices_and_the_recommended_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    said = " ".join(shown(capsys, "prune", "--help").split())
+    assert f": {', '.join(METHODS)} [lstsq]" in said
+    assert "--repair true|false" in said
+    assert f"documents [{RECOMMENDED['dataset_size']}]" in said
+    assert "own criterion [loss]" in said
+    assert "--seed" not in said
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_all_options_are_those_that_the_command_uses(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    said = shown(capsys, name, "--help-all")
+    aliases = {"model_path": "model", "layers_to_skip": "layers"}
+    for key in FIELDS:
+        assert (f"  --{aliases.get(key, key)} " in said) == (key in COMMANDS[name].keys), key
+
+
+def test_the_options_are_those_that_the_stages_use() -> None:
+    inputs = {"model_path", "revision", "dataset", "dataset_revision"}
+    stages = {key for stage in steps.STAGES.values() for key in stage.params}
+    assert set(COMMANDS["prune"].keys) == stages | {"save_path"}
+    scored = set(evaluate.STAGE.params) - {"dataset_config", "dataset_split"}
+    assert set(COMMANDS["evaluate"].keys) == scored | {"model_path", "revision", "save_path"}
+    analysed = {key for name in ("generate", "calibrate", "profile") for key in steps.STAGES[name].params} | inputs
+    assert set(COMMANDS["profile"].keys) == analysed | {"min_distance_layer", "max_distance_layer", "save_path"}
+    assert set(profile.STAGE.params) <= set(COMMANDS["profile"].keys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["prun"], "command line: 'prun' is not a command (did you mean 'prune'?); use one of prune, evaluate, "),
+        (["--layers", "3"], "command line: "),
+        (["prune", "--layer", "3"], "command line: '--layer' is not an option (did you mean 'layers'?); see --help."),
+        (["profile", "--tasks", "wikipedia"], "command line: tasks: replaceme profile has no use for it; see --help-all."),
+        (["prune", "--layers", "x"], "command line: layers_to_skip: must be a whole number, not 'x'."),
+        (["prune", "extra"], "command line: 'extra' belongs to no option; see --help."),
+        (["prune", "--preset", "paper"], "command line: preset: must be recommended or published, not 'paper'."),
+        (["report", "--save_path", "nowhere"], "save_path: there is no pruned model in "),
+        (["push"], "command line: the following arguments are required: --repo_id."),
+        (["speed", "--save_path", "nowhere"], "save_path: there is no pruned model in "),
+    ],
+)
+def test_a_mistake_is_one_sentence(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    call(main, *arguments, code=2)
+    errors = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("preset ")]
+    assert len(errors) == 1
+    assert errors[0].startswith(f"error: {said}")
+
+
+def test_an_option_given_twice_under_two_names_is_noticed() -> None:
+    with pytest.raises(ParameterError, match="layers_to_skip: is given twice, as 2 and as 3; keep one"):
+        parse(COMMANDS["prune"].parser("prune"), ["--layers", "2", "--layers_to_skip", "3"])
+
+
+@pytest.fixture
+def given(tiny: Model, text_file: Path) -> list[str | Path]:
+    fast = [word for at, word in enumerate(FAST) if "--eval_dtype" not in FAST[max(at - 1, 0) : at + 1]]
+    return ["--model", tiny.folder, "--dataset", text_file, *fast, "--device", "cpu", "--pack", "false"]
+
+
+def test_prune_speed_and_report_make_a_result_and_its_page(
+    given: list[str | Path], tiny: Model, text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call(main, "prune", *given, "--layers", "2", "--tasks", text_file, "--save_path", "r")
+    said = capsys.readouterr()
+    assert "text perplexity" in said.out
+    assert "preset recommended (the default)" in said.err
+    stages = re.findall(r"(?m)^stage (\d+) of 13: (\w+)", said.err)
+    assert stages == [(str(number), name) for number, name in enumerate(ORDER, 1)]
+    assert "\r" not in said.err
+    assert json.loads(Path("r/config.json").read_text())["num_hidden_layers"] == tiny.config().num_hidden_layers - 2
+    settings = Path("r/README.md").read_text(encoding="utf-8")
+    assert "transform: channels" in settings
+    call(main, "report", "--save_path", "r", "--output", "page")
+    assert "text perplexity" in capsys.readouterr().out
+    page = Path("page/index.html").read_text(encoding="utf-8")
+    assert "decoding, a token" not in page
+    call(main, "speed", "--model", tiny.folder, "--save_path", "r", "--threads", "1", "--device", "cpu")
+    call(main, "report", "--save_path", "r", "--output", "page")
+    assert Path("page/index.html").read_text(encoding="utf-8") != page
+    Path("mine").mkdir()
+    call(main, "report", "--save_path", "r", "--output", "mine", code=2)
+    assert "--output: mine exists and holds no report; choose another folder" in capsys.readouterr().err
+
+
+def test_a_published_config_gives_what_the_published_script_gives(
+    tiny: Model, text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("config.yaml").write_text(
+        f"method: lstsq\nmodel_path: {tiny.folder}\ndataset: {text_file}\nbatch_size: 8\nmax_length: 48\nlayers_to_skip: 2\n"
+        "dataset_size: 20\ndiag: false\nsave_transform_only: false\ntasks: []\n",
+        encoding="utf-8",
+    )
+    call(main, "prune", "--config", "config.yaml", "--dtype", "float32", "--threads", "1", "--save_path", "a")
+    assert "preset published (config.yaml names only keys of the published program" in capsys.readouterr().err
+    call(commands.run_replaceme, "--config", "config.yaml", "--dtype", "float32", "--threads", "1", "--save_path", "b")
+    assert sha256_below(Path("a")) == sha256_below(Path("b"))
+
+
+def test_solve_saves_the_edits_alone(given: list[str | Path]) -> None:
+    call(main, "solve", *given, "--layers", "2", "--transform", "dense", "--repair", "false", "--save_path", "map")
+    (transform,) = load_file("map/edits.safetensors").values()
+    assert transform.shape == (32, 32)
+    assert not list(Path("map").glob("model*"))
+
+
+def test_a_method_that_is_not_the_recommended_one_needs_no_more_than_its_name(given: list[str | Path]) -> None:
+    call(main, "prune", *given, "--layers", "2", "--method", "uidl", "--tasks", "[]", "--save_path", "bare")
+    assert Path("bare/config.json").is_file()
+
+
+def test_evaluate_and_profile(
+    given: list[str | Path], tiny: Model, text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ["--threads", "1", "--device", "cpu"]
+    call(main, "evaluate", "--model", tiny.folder, "--tasks", text_file, "--save_path", "scores.json", *where)
+    assert "perplexity" in json.loads(Path("scores.json").read_text())
+    call(main, "profile", *given, "--save_path", "distances")
+    assert "layers to skip" in capsys.readouterr().out
+
+
+def test_push_is_the_scripts(tiny: Model, api: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(cli.publish, "_upload", lambda options, folder: asked.append(options.repo_id))
+    call(main, "push", "--save_path", tiny.folder, "--repo_id", "you/small")
+    assert asked == ["you/small"]
