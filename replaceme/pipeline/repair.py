@@ -52,19 +52,16 @@ def repair(params: Params, work: Workspace) -> None:
     figures["corrected_linears"] = sum(len(each.linears) for each in repairs if each.scale)
     if repairs:
         figures |= {"first_residual": repairs[0].after, "last_residual": repairs[-1].after}
-        figures |= {
-            "last_residual_before": repairs[-1].before,
-            "mean_scale": sum(each.scale for each in repairs) / len(repairs),
-        }
-        figures["corrections_left_out"] = sum(not each.scale for each in repairs)
+        figures |= {"last_residual_before": repairs[-1].before}
+        figures |= {"ridge_multiple": repairs[0].ridge, "correction_scale": repairs[0].scale}
         logger.info(
             "repair: %d linears corrected; relative residual of the state after the last one %.4f, %.4f before its correction",
             figures["corrected_linears"], repairs[-1].after, repairs[-1].before,
         )  # fmt: skip
         logger.info(
-            "repair: on documents that they were not fitted on, corrections help most at %.2f of their size on average; "
-            "%d of %d don't help there and are left out",
-            figures["mean_scale"], figures["corrections_left_out"], len(repairs),
+            "repair: of the strengths that were tried, %g times the ridge and %.2f of the correction did best on held-out "
+            "documents",
+            repairs[0].ridge, repairs[0].scale,
         )  # fmt: skip
     elif not method.work:
         logger.info("repair: nothing to do")
@@ -92,12 +89,8 @@ def _key(params: Params, work: Workspace, documents: Documents) -> str:
 
 
 def _table(repairs: Sequence[Repair]) -> str:
-    rows = [
-        [each.layer, " + ".join(each.linears), *map(rounded, (each.before, each.after, each.ridge, each.scale))]
-        for each in repairs
-    ]
-    lines = ["layer,linear,residual_before,residual_after,ridge_multiple,scale", *(",".join(map(str, row)) for row in rows)]
-    return "\n".join(lines) + "\n"
+    rows = [f"{each.layer},{' + '.join(each.linears)},{rounded(each.before)},{rounded(each.after)}" for each in repairs]
+    return "\n".join(["layer,linear,residual_before,residual_after", *rows]) + "\n"
 
 
 STAGE = Stage(

@@ -7,10 +7,10 @@ each kept layer in order, with ``h`` = state of the shortened model (rows are to
     the MLP's last linear:          toward (original layer output) − (new state after it), λ = repair_ridge_mlp
 
 each by ridge regression from Gram sums, toward the present weights (``_correct``: the penalty is ``Features.per_column``, 0
-for the bias; the solve is ``replaceme.solvers.ridge.solve_correction``). How strong each correction is, down to none at all,
-is chosen by what it does on documents that it was not fitted on (``replaceme.solvers.held_out``). Where the MLP is
-parallel to the attention, no state lies between them: both linears are solved together, from ``[A | G]``, toward (original
-layer output) − h. With transform channels, the channels of a host's MLP are chosen here
+for the bias; the solve is ``replaceme.solvers.ridge.solve_correction``). How strong corrections are, down to none at all, is
+chosen at the first one, by what it does on documents that it was not fitted on (``replaceme.solvers.held_out``). Where the
+MLP is parallel to the attention, no state lies between them: both linears are solved together, from ``[A | G]``, toward
+(original layer output) − h. With transform channels, the channels of a host's MLP are chosen here
 (``replaceme.repair.channel_choice``); then its linears are solved for again. With several blocks, the method fits each later
 one here, on the states that reach its host.
 
@@ -124,7 +124,7 @@ class State:
         middle: (tokens, d) its states after the attention of the current layer, where this attention is repaired.
         shortened: (tokens, d) states of the shortened model, before the current layer.
         inputs: linear → (tokens, inputs) its inputs in the shortened model.
-        folds: (tokens,) int64, the fold of each token (``replaceme.base.documents.folds_of``).
+        strength: of all corrections, chosen at the first one; None before it.
         attended: the layer that ``inputs["attention_output"]`` belong to; None: no layer yet.
         repairs: so far, in order.
         figures: for the metrics, so far.
@@ -142,14 +142,15 @@ class State:
     middle: Tensor
     shortened: Tensor
     inputs: Mapping[Linear, Tensor]
-    folds: Tensor
     attended: int | None = None
+    strength: Strength | None = None
     repairs: list[Repair] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
 
     def restore(self, repairs: Sequence[Mapping[str, Any]], figures: dict[str, Any]) -> None:
         """Take the repairs and figures of a checkpoint."""
         self.repairs = [Repair(**{**each, "linears": tuple(each["linears"])}) for each in repairs]
+        self.strength = Strength(self.repairs[0].ridge, self.repairs[0].scale) if self.repairs else None
         self.figures = figures
 
     @property
@@ -190,8 +191,7 @@ def _at_cut(
     walk(model, family, documents, [entering], batch_size=params.batch_size, description="walking to the cut")
     shortened.copy_(dense)
     known = dict(zip(linears, inputs, strict=True))
-    folds = folds_of(documents)
-    return State(params, model, family, documents, edits, plan, folder, kept, dense, middle, shortened, known, folds)
+    return State(params, model, family, documents, edits, plan, folder, kept, dense, middle, shortened, known)
 
 
 def _mend_layer(state: State, layer: int) -> None:
@@ -212,11 +212,8 @@ def _mend_layer(state: State, layer: int) -> None:
     if block and params.transform == "channels":
         _choose(state, block)
     solves, leaves = _solves(params, family, bool(block)), layer != state.kept[-1]
-    # A later solve at a host corrects what an earlier one has fitted to all documents: of those, none is held out any more.
-    strength = Strength() if block and params.transform != "channels" else None
     for number, ridges in enumerate(solves, start=1):
-        found = _correct(state, layer, state.dense, ridges, leaves=leaves and number == len(solves), strength=strength)
-        strength = found if block else None
+        _correct(state, layer, state.dense, ridges, leaves=leaves and number == len(solves))
     if leaves and not solves:
         state.walk_shortened(layer, [Keep(layer, ("output",), state.shortened)])
 
@@ -264,15 +261,11 @@ def _choose(state: State, block: Block) -> None:
     )  # fmt: skip
 
 
-def _correct(
-    state: State, layer: int, target: Tensor, ridges: Ridges, *, leaves: bool = False, strength: Strength | None = None
-) -> Strength:
-    """Solve for linears of a layer, by the given strength or the best one on held-out documents, and return the strength.
-
-    If ``leaves``, move the shortened model's states to after the corrected layer.
-    """
+def _correct(state: State, layer: int, target: Tensor, ridges: Ridges, *, leaves: bool = False) -> None:
+    """Solve for linears of a layer; if ``leaves``, move the shortened model's states to after the corrected layer."""
     features = Features.of(state.layers[layer], state.family, [*ridges])
-    missing = Missing(layer, features, target, state.folds)
+    # Later solves correct what this one has fitted to all documents: for them, none is held out.
+    missing = Missing(layer, features, target, folds_of(state.documents) if state.strength is None else None)
     observers: list[Observer] = [missing]
     if state.attended != layer:
         observers.append(Keep(layer, ("attention_features",), state.inputs["attention_output"]))
@@ -284,7 +277,9 @@ def _correct(
     values: dict[Linear, float] = {linear: getattr(state.params, name) for linear, name in ridges.items()}
     penalty = features.per_column(values)
     folds = missing.folds()
-    strength = strength or strength_of(folds, penalty)
+    if state.strength is None:
+        state.strength = strength_of(folds, penalty)
+    strength = state.strength
     sums, penalty = added_up(folds), strength.ridge * penalty
     del folds
     with naming(ridge=ridges[min(values, key=values.__getitem__)]):
@@ -298,7 +293,6 @@ def _correct(
         state.edits.correct_all(layer, features.parts(change))
         if leaves:
             _add_change(state, features, change)
-    return strength
 
 
 def _add_change(state: State, features: Features, change: Tensor) -> None:
@@ -335,12 +329,12 @@ class Missing:
     Σ w ‖target‖², with ``e = target − state after the last linear`` and ``w = 1/‖target‖²``.
     """
 
-    def __init__(self, layer: int, features: Features, target: Tensor, fold_of_token: Tensor):
+    def __init__(self, layer: int, features: Features, target: Tensor, fold_of_token: Tensor | None):
         self.layer, self.features, self.target = layer, features, target
         self.state: tuple[Signal, ...] = ("output",) if "mlp_output" in features.widths else ("input", "attention")
         # Fewer folds where their sums would take too much memory.
         most = max(FOLD_BYTES // (8 * len(features) ** 2), 1)
-        self.fold_of_token = fold_of_token % most
+        self.fold_of_token = torch.zeros(len(target), dtype=torch.int64) if fold_of_token is None else fold_of_token % most
         self.sums = [Sums() for _ in range(int(self.fold_of_token.max()) + 1)]
 
     def wants(self) -> Mapping[int, frozenset[Signal]]:
