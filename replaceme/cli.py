@@ -73,7 +73,7 @@ COMMANDS: Mapping[str, Command] = {
         "score any model",
         "Score the model at --model, pruned or not: perplexity of texts, accuracy on tasks. --save_path is a JSON file.",
         "replaceme evaluate --model smaller --tasks wikipedia,bbc_news",
-        (*_MODEL, *_SCORES, *_WHERE, "save_path"),
+        (*_MODEL, *_SCORES, *_WHERE, "memory", "save_path"),
         actions.evaluate,
         place="JSON file for the scores [MODEL.evaluation.json]",
     ),

@@ -187,6 +187,29 @@ def split_documents(documents: Documents) -> tuple[Documents, Documents]:
     return ordered._taken(fit), ordered._taken(held_out)
 
 
+# Folds of a text for choices, at most; and the bits of a source's number below that of its domain (``replaceme.corpora.draw``).
+FOLDS, SOURCE_BITS = 4, 32
+
+
+def folds_of(documents: Documents, most: int = FOLDS) -> Tensor:
+    """Return the fold of each token of a walk, (tokens,) int64: at most ``most`` folds of nearly as many tokens each.
+
+    A fold is whole sources, or whole documents if all have one source; each domain is spread over the folds.
+    """
+    ordered = documents.in_walk_order()
+    units = ordered.sources if len(set(ordered.sources)) > 1 else [*range(len(ordered))]
+    sizes: Counter[int] = Counter()
+    for unit, document in zip(units, ordered.documents, strict=True):
+        sizes[unit] += len(document)
+    filled = [0] * max(min(most, len(sizes)), 1)
+    fold: dict[int, int] = {}
+    for unit in sorted(sizes, key=lambda unit: unit >> SOURCE_BITS):
+        fold[unit] = filled.index(min(filled))
+        filled[fold[unit]] += sizes[unit]
+    lengths = torch.tensor([len(document) for document in ordered.documents])
+    return torch.tensor([fold[unit] for unit in units]).repeat_interleave(lengths)
+
+
 def split_places(sources: Sequence[int], every: int) -> tuple[list[int], list[int]]:
     """Return the places of a walk that are used, and those that are held out: whole sources.
 

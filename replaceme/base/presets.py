@@ -25,7 +25,7 @@ RECOMMENDED: Mapping[str, Any] = {
     "repair": True,
     "tasks": [
         "wikipedia", "bbc_news", "gutenberg_fiction", "python_code", "finance_answers", "medical_abstracts",
-        "convention_speeches", "wikipedia_last_word", "wikipedia_continuation",
+        "convention_speeches", "wikipedia_last_word", "wikipedia_continuation", "retrieval_exact",
     ],
     "eval_tokens": 8192,
 }  # fmt: skip

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from replaceme.base.documents import Documents, seeded_order
+from replaceme.base.documents import SOURCE_BITS, Documents, seeded_order
 from replaceme.base.errors import DatasetError
 from replaceme.base.progress import progress
 from replaceme.corpora.corpus import Corpus, plain_text
@@ -101,7 +101,7 @@ def _by_shares(
             continue
         counts[number].documents += 1
         counts[number].tokens += len(document)
-        yield (number << 32) + source, document
+        yield (number << SOURCE_BITS) + source, document
 
 
 def _documents_of(

@@ -49,13 +49,19 @@ def repair(params: Params, work: Workspace) -> None:
         write_text(folder / "repairs.csv", _table(repairs))
         if not method.trained:
             write_curves(folder, {})
-    figures["corrected_linears"] = sum(len(each.linears) for each in repairs)
+    figures["corrected_linears"] = sum(len(each.linears) for each in repairs if each.scale)
     if repairs:
         figures |= {"first_residual": repairs[0].after, "last_residual": repairs[-1].after}
         figures |= {"last_residual_before": repairs[-1].before}
+        figures |= {"ridge_multiple": repairs[0].ridge, "correction_scale": repairs[0].scale}
         logger.info(
             "repair: %d linears corrected; relative residual of the state after the last one %.4f, %.4f before its correction",
             figures["corrected_linears"], repairs[-1].after, repairs[-1].before,
+        )  # fmt: skip
+        logger.info(
+            "repair: of the strengths that were tried, %g times the ridge and %.2f of the correction did best on held-out "
+            "documents",
+            repairs[0].ridge, repairs[0].scale,
         )  # fmt: skip
     elif not method.work:
         logger.info("repair: nothing to do")

@@ -6,11 +6,13 @@ each kept layer in order, with ``h`` = state of the shortened model (rows are to
     attention's output projection:  toward (original state after the attention) − h,       λ = repair_ridge_attention
     the MLP's last linear:          toward (original layer output) − (new state after it), λ = repair_ridge_mlp
 
-each by ridge regression from Gram sums, toward the present weights (``_correct``: the penalty is ``Features.per_column``, 0 for
-the bias; the solve is ``replaceme.solvers.ridge.solve_correction``). Where the MLP is parallel to the attention, no state lies
-between them: both linears are solved together, from ``[A | G]``, toward (original layer output) − h. With transform channels,
-the channels of a host's MLP are chosen here (``replaceme.repair.channel_choice``); then its linears are solved for again. With
-several blocks, the method fits each later one here, on the states that reach its host.
+each by ridge regression from Gram sums, toward the present weights (``_correct``: the penalty is ``Features.per_column``, 0
+for the bias; the solve is ``replaceme.solvers.ridge.solve_correction``). How strong corrections are, down to none at all, is
+chosen at the first one, by what it does on documents that it was not fitted on (``replaceme.solvers.held_out``). Where the
+MLP is parallel to the attention, no state lies between them: both linears are solved together, from ``[A | G]``, toward
+(original layer output) − h. With transform channels, the channels of a host's MLP are chosen here
+(``replaceme.repair.channel_choice``); then its linears are solved for again. With several blocks, the method fits each later
+one here, on the states that reach its host.
 
 All of it is one walk layer by layer. The states of both models lie in scratch files, with the inputs of the last linears of the
 current layer. With these inputs kept, neither the attention nor the MLP runs again when only their last linears change. Only
@@ -28,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from replaceme.base.compute import require_resident
-from replaceme.base.documents import Batch, Documents, few_documents
+from replaceme.base.documents import Batch, Documents, few_documents, folds_of
 from replaceme.base.files import temporary_folder
 from replaceme.base.params import Params
 from replaceme.base.plan import Block, Plan
@@ -47,6 +49,7 @@ from replaceme.observers.walk import Keep, Observer, Signal, Signals, total, wal
 from replaceme.repair.channel_choice import TOKENS_PER_CHANNEL, Candidates, best_channels
 from replaceme.repair.resume import Checkpoints
 from replaceme.solvers.arguments import naming
+from replaceme.solvers.held_out import Strength, strength_of
 from replaceme.solvers.quality import gained_by_ridge, relative
 from replaceme.solvers.ridge import solve_correction
 
@@ -54,6 +57,8 @@ from replaceme.solvers.ridge import solve_correction
 STEPWISE = ("joint", "channels")
 # Tokens whose states are updated at once.
 TOKENS = 2048
+# Largest sums of all folds together, in bytes.
+FOLD_BYTES = 4 << 30
 
 # The linears that are solved for at once, each with the parameter that is its ridge.
 Ridges = Mapping[Linear, str]
@@ -61,12 +66,17 @@ Ridges = Mapping[Linear, str]
 
 @dataclass(frozen=True)
 class Repair:
-    """Linears solved for together, and the relative residual before and after, ``√(Σ w‖e‖² / Σ w‖target‖²)``."""
+    """Linears solved for together, and the relative residual before and after, ``√(Σ w‖e‖² / Σ w‖target‖²)``.
+
+    ``ridge`` and ``scale`` are the strength chosen on held-out text (``replaceme.solvers.held_out``).
+    """
 
     layer: int
     linears: tuple[Linear, ...]
     before: float
     after: float
+    ridge: float = 1.0
+    scale: float = 1.0
 
 
 def mend(
@@ -114,6 +124,7 @@ class State:
         middle: (tokens, d) its states after the attention of the current layer, where this attention is repaired.
         shortened: (tokens, d) states of the shortened model, before the current layer.
         inputs: linear → (tokens, inputs) its inputs in the shortened model.
+        strength: of all corrections, chosen at the first one; None before it.
         attended: the layer that ``inputs["attention_output"]`` belong to; None: no layer yet.
         repairs: so far, in order.
         figures: for the metrics, so far.
@@ -132,12 +143,14 @@ class State:
     shortened: Tensor
     inputs: Mapping[Linear, Tensor]
     attended: int | None = None
+    strength: Strength | None = None
     repairs: list[Repair] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
 
     def restore(self, repairs: Sequence[Mapping[str, Any]], figures: dict[str, Any]) -> None:
         """Take the repairs and figures of a checkpoint."""
         self.repairs = [Repair(**{**each, "linears": tuple(each["linears"])}) for each in repairs]
+        self.strength = Strength(self.repairs[0].ridge, self.repairs[0].scale) if self.repairs else None
         self.figures = figures
 
     @property
@@ -251,7 +264,8 @@ def _choose(state: State, block: Block) -> None:
 def _correct(state: State, layer: int, target: Tensor, ridges: Ridges, *, leaves: bool = False) -> None:
     """Solve for linears of a layer; if ``leaves``, move the shortened model's states to after the corrected layer."""
     features = Features.of(state.layers[layer], state.family, [*ridges])
-    missing = Missing(layer, features, target)
+    # Later solves correct what this one has fitted to all documents: for them, none is held out.
+    missing = Missing(layer, features, target, folds_of(state.documents) if state.strength is None else None)
     observers: list[Observer] = [missing]
     if state.attended != layer:
         observers.append(Keep(layer, ("attention_features",), state.inputs["attention_output"]))
@@ -261,15 +275,24 @@ def _correct(state: State, layer: int, target: Tensor, ridges: Ridges, *, leaves
     state.walk_shortened(layer, observers)
     state.attended = layer
     values: dict[Linear, float] = {linear: getattr(state.params, name) for linear, name in ridges.items()}
-    sums, penalty = missing.sums.finished(), features.per_column(values)
+    penalty = features.per_column(values)
+    folds = missing.folds()
+    if state.strength is None:
+        state.strength = strength_of(folds, penalty)
+    strength = state.strength
+    sums, penalty = added_up(folds), strength.ridge * penalty
+    del folds
     with naming(ridge=ridges[min(values, key=values.__getitem__)]):
         change = solve_correction(sums["gram"], sums["cross"], penalty)
     before, whole = float(sums["gap_squares"]), float(sums["output_squares"])
-    after = before + gained_by_ridge(sums["gram"], sums["cross"], change, penalty)
-    state.edits.correct_all(layer, features.parts(change))
-    state.repairs.append(Repair(layer, tuple(ridges), relative(before, whole), relative(after, whole)))
-    if leaves:
-        _add_change(state, features, change)
+    after = before + gained_by_ridge(sums["gram"], sums["cross"], change, penalty, strength.scale)
+    residuals = relative(before, whole), relative(after, whole)
+    state.repairs.append(Repair(layer, tuple(ridges), *residuals, strength.ridge, strength.scale))
+    if strength.scale:
+        change *= strength.scale
+        state.edits.correct_all(layer, features.parts(change))
+        if leaves:
+            _add_change(state, features, change)
 
 
 def _add_change(state: State, features: Features, change: Tensor) -> None:
@@ -302,14 +325,17 @@ def _fit(state: State, block: Block) -> None:
 class Missing:
     """Observer of what linears of a layer lack toward a target: sums over their features, float64.
 
-    ``gram`` = Σ w gᵀg (k, k), ``cross`` = Σ w gᵀe (k, d), ``gap_squares`` = Σ w ‖e‖² and ``output_squares`` = Σ w ‖target‖²,
-    with ``e = target − state after the last linear`` and ``w = 1/‖target‖²``.
+    For each fold, ``gram`` = Σ w gᵀg (k, k), ``cross`` = Σ w gᵀe (k, d), ``gap_squares`` = Σ w ‖e‖² and ``output_squares`` =
+    Σ w ‖target‖², with ``e = target − state after the last linear`` and ``w = 1/‖target‖²``.
     """
 
-    def __init__(self, layer: int, features: Features, target: Tensor):
+    def __init__(self, layer: int, features: Features, target: Tensor, fold_of_token: Tensor | None):
         self.layer, self.features, self.target = layer, features, target
         self.state: tuple[Signal, ...] = ("output",) if "mlp_output" in features.widths else ("input", "attention")
-        self.sums = Sums()
+        # Fewer folds where their sums would take too much memory.
+        most = max(FOLD_BYTES // (8 * len(features) ** 2), 1)
+        self.fold_of_token = torch.zeros(len(target), dtype=torch.int64) if fold_of_token is None else fold_of_token % most
+        self.sums = [Sums() for _ in range(int(self.fold_of_token.max()) + 1)]
 
     def wants(self) -> Mapping[int, frozenset[Signal]]:
         return {self.layer: frozenset({*self.state, *self.features.signals})}
@@ -320,7 +346,19 @@ class Missing:
         w = token_weights(target)
         root = w.sqrt()
         g = self.features.columns(*(batch.real(signals[name]) for name in self.features.signals)).mul_(root)
-        add_correction(self.sums, g, (target - state) * root, target, w)
+        gap, own = (target - state) * root, self.fold_of_token[batch.tokens].to(state.device)
+        for fold in own.unique().tolist():
+            rows = slice(None) if bool((own == fold).all()) else own == fold
+            add_correction(self.sums[fold], g[rows], gap[rows], target[rows], w[rows])
+
+    def folds(self) -> list[dict[str, Tensor]]:
+        """Return the sums of each fold."""
+        return [sums.finished() for sums in self.sums if sums.totals]
+
+
+def added_up(folds: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the sums of all folds together."""
+    return {name: total(fold[name] for fold in folds) for name in folds[0]}
 
 
 class AtHost:

@@ -83,12 +83,14 @@ def gained(gram: Tensor, cross: Tensor, change: Tensor) -> float:
     return float((change * (gram @ change)).sum() - 2 * (change * cross).sum())
 
 
-def gained_by_ridge(gram: Tensor, cross: Tensor, change: Tensor, ridge: Tensor) -> float:
-    """Return the same for the solution of ``replaceme.solvers.ridge.solve_correction``.
+def gained_by_ridge(gram: Tensor, cross: Tensor, change: Tensor, ridge: Tensor, scale: float = 1.0) -> float:
+    """Return the same for ``scale`` times the solution of ``replaceme.solvers.ridge.solve_correction``.
 
     There ``S X = C − Λ diag S X``, which saves the product with S.
     """
-    return -float((change * (cross + (ridge.to(gram) * gram.diagonal())[:, None] * change)).sum())
+    linear = float((change * cross).sum())
+    squared = linear - float((change.square() * (ridge.to(gram) * gram.diagonal())[:, None]).sum())
+    return scale**2 * squared - 2 * scale * linear
 
 
 def relative(squares: float, output_squares: float) -> float:

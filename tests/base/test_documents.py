@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from replaceme.base.documents import FILE, Documents, split_documents, split_places
+from replaceme.base.documents import FILE, SOURCE_BITS, Documents, folds_of, split_documents, split_places
 
 
 def made(sources: list[int]) -> Documents:
@@ -60,3 +60,32 @@ def test_documents_of_their_own_need_no_sources_on_disk(tmp_path: Path) -> None:
     made([7, 3, 5]).save(tmp_path)
     assert set(load_file(tmp_path / FILE)) == {"input_ids", "lengths"}
     assert len({*Documents.load(tmp_path).sources}) == 3
+
+
+def sources_by_fold(documents: Documents) -> list[set[int]]:
+    """Return the sources of each fold."""
+    ordered, folds = documents.in_walk_order(), folds_of(documents)
+    first = [0, *torch.tensor([len(each) for each in ordered.documents]).cumsum(0).tolist()[:-1]]
+    found: dict[int, set[int]] = {}
+    for source, place in zip(ordered.sources, first, strict=True):
+        found.setdefault(int(folds[place]), set()).add(source)
+    return [found[fold] for fold in sorted(found)]
+
+
+def test_each_domain_is_spread_over_the_folds() -> None:
+    domains = [0, 1, 2, 3] * 8
+    documents = Documents([torch.arange(5)] * 32, [(domain << SOURCE_BITS) + place for place, domain in enumerate(domains)])
+    for sources in sources_by_fold(documents):
+        assert Counter(source >> SOURCE_BITS for source in sources) == {0: 2, 1: 2, 2: 2, 3: 2}
+    assert len(folds_of(documents)) == documents.token_count
+
+
+def test_folds_of_one_domain_are_whole_sources_of_like_size() -> None:
+    documents = Documents([torch.arange(5)] * 16, [place // 2 for place in range(16)])
+    assert sorted(map(len, sources_by_fold(documents))) == [2, 2, 2, 2]
+    assert folds_of(documents).bincount().tolist() == [20, 20, 20, 20]
+
+
+def test_documents_of_one_source_are_the_folds() -> None:
+    assert folds_of(Documents([torch.arange(5)] * 3, [7, 7, 7])).unique().tolist() == [0, 1, 2]
+    assert folds_of(Documents([torch.arange(5)])).tolist() == [0] * 5

@@ -96,12 +96,13 @@ def test_all_options_are_those_that_the_command_uses(name: str, capsys: pytest.C
 
 def test_the_options_are_those_that_the_stages_use() -> None:
     inputs = {"model_path", "revision", "dataset", "dataset_revision"}
+    # The bits of a result don't depend on ``memory``, so it is a parameter of no stage.
     stages = {key for stage in steps.STAGES.values() for key in stage.params}
-    assert set(COMMANDS["prune"].keys) == stages | {"save_path"}
+    assert set(COMMANDS["prune"].keys) == stages | {"memory", "save_path"}
     scored = set(evaluate.STAGE.params) - {"dataset_config", "dataset_split"}
-    assert set(COMMANDS["evaluate"].keys) == scored | {"model_path", "revision", "save_path"}
+    assert set(COMMANDS["evaluate"].keys) == scored | {"memory", "model_path", "revision", "save_path"}
     analysed = {key for name in ("generate", "calibrate", "profile") for key in steps.STAGES[name].params} | inputs
-    assert set(COMMANDS["profile"].keys) == analysed | {"min_distance_layer", "max_distance_layer", "save_path"}
+    assert set(COMMANDS["profile"].keys) == analysed | {"min_distance_layer", "max_distance_layer", "memory", "save_path"}
     assert set(profile.STAGE.params) <= set(COMMANDS["profile"].keys)
 
 

@@ -23,18 +23,26 @@ from replaceme.models.families import Family, family_of, parameter_of
 from replaceme.models.model import Model
 from replaceme.observers.features import LINEARS
 from replaceme.repair import mend as repair
+from replaceme.repair.mend import Repair
 from tests.conftest import LAYERS, PLAIN, made_model
 from tests.helpers import many_documents, passing, ridge
 from tests.methods.helpers import BLOCK, same_weights, solved
 
 
-def resolve(linears: list[Any], features: list[np.ndarray], error: np.ndarray, target: np.ndarray, sizes: list[float]) -> None:
-    """Set the weights of linears, and the last bias, by one ridge regression toward the present weights."""
+def resolve(
+    linears: list[Any], features: list[np.ndarray], error: np.ndarray, target: np.ndarray, sizes: list[float], step: Repair
+) -> None:
+    """Set the weights of linears, and the last bias, by one ridge regression toward the present weights, as strong as a step's.
+
+    ``tests.solvers.test_held_out`` is about how the strength is chosen.
+    """
     widths = [part.shape[1] for part in features]
     biased = [linear for linear in linears if getattr(linear, "bias", None) is not None][-1:]
     g = np.hstack([*features, *(np.ones((len(error), 1)) for _ in biased)])
     size = np.concatenate([np.repeat(sizes, widths), *(np.zeros(1) for _ in biased)])
+    size = step.ridge * size
     change = ridge(g, error, 1 / np.square(target).sum(1), np.zeros((g.shape[1], error.shape[1])), size, bool(biased))
+    change *= step.scale
     parts = np.split(change, np.cumsum(widths))
     with torch.no_grad():
         for linear, part in zip(linears, parts, strict=False):
@@ -50,26 +58,30 @@ def test_each_kept_layer_is_solved_again_on_states_of_the_shortened_model(kind: 
     expected = deepcopy(model)
     family = family_of(model.config)
     apply_edits(expected, family, edits)
+    repairs, figures = mending()
+    steps = iter(repairs)
     for layer in range(BLOCK.end, LAYERS):
         place = layer - len(BLOCK)
         module, goal = family.decoder_layers(expected)[place], passing(model, layer, documents)
         attention, mlp = (family.linear_of(module, linear) for linear in LINEARS)
         now = passing(expected, place, documents)
         if family.parallel:
-            resolve([attention, mlp], [now["A"], now["G"]], goal["output"] - now["output"], goal["output"], [0.3, 1.0])
+            resolve(
+                [attention, mlp], [now["A"], now["G"]], goal["output"] - now["output"], goal["output"], [0.3, 1.0], next(steps)
+            )
             continue
-        resolve([attention], [family.multiplier * now["A"]], goal["middle"] - now["middle"], goal["middle"], [0.3])
+        resolve([attention], [family.multiplier * now["A"]], goal["middle"] - now["middle"], goal["middle"], [0.3], next(steps))
         now = passing(expected, place, documents)
-        resolve([mlp], [family.multiplier * now["G"]], goal["output"] - now["output"], goal["output"], [1.0])
-    repairs, figures = mending()
+        resolve([mlp], [family.multiplier * now["G"]], goal["output"] - now["output"], goal["output"], [1.0], next(steps))
     apply_edits(model, family, edits)
     assert same_weights(model, expected)
     assert figures == {}
-    steps = [LINEARS] if family.parallel else [(linear,) for linear in LINEARS]
+    together = [LINEARS] if family.parallel else [(linear,) for linear in LINEARS]
     assert [(each.layer, each.linears) for each in repairs] == [
-        (layer, linears) for layer in range(BLOCK.end, LAYERS) for linears in steps
+        (layer, linears) for layer in range(BLOCK.end, LAYERS) for linears in together
     ]
-    assert all(each.after < each.before for each in repairs)
+    assert all(each.after < each.before or not each.scale for each in repairs)
+    assert any(each.scale for each in repairs)
     last = passing(model, LAYERS - 1 - len(BLOCK), documents)["output"]
     w = 1 / np.square(goal["output"]).sum(1)
     assert repairs[-1].after == pytest.approx(np.sqrt((np.square(goal["output"] - last).sum(1) * w).mean()), rel=1e-3)
@@ -93,8 +105,8 @@ def test_the_joint_fit_solves_the_mlp_again_on_its_new_features() -> None:
     host = expected.model.layers[BLOCK.host]
     mlp = host.mlp.down_proj
     now = passing(expected, BLOCK.host, documents)
-    resolve([mlp], [now["G"]], goal - now["output"], goal, [0.3])
     repairs, _ = mending()
+    resolve([mlp], [now["G"]], goal - now["output"], goal, [0.3], repairs[0])
     apply_edits(model, Family(), edits)
     assert same_weights(model, expected)
     assert [(each.layer, each.linears) for each in repairs] == [(BLOCK.host, ("mlp_output",))]
