@@ -118,6 +118,8 @@ def prune(
         raise ParameterError(f"preset: must be {' or '.join(PRESETS)}, not {shown(preset)}.")
     if taken := {"model_path", "layers_to_skip", "save_transform_only"} & settings.keys():
         raise ParameterError(f"{min(taken)}: is set by the call itself; use model and layers.")
+    if texts is not None and "dataset" in settings:
+        raise ParameterError("dataset: is set by texts; give one of the two.")
     with _saved(model, tokenizer) as source:
         given = {**settings, "model_path": str(source), "layers_to_skip": layers}
         if save_path is not None:
@@ -150,6 +152,8 @@ def _checked(texts: Sequence[str]) -> list[str]:
 def _saved(model: Any, tokenizer: Any) -> Iterator[str | Path]:
     """Yield where the dense model is; a loaded one is saved for as long as the block lasts."""
     if isinstance(model, str | os.PathLike):
+        if tokenizer is not None:
+            raise ParameterError("tokenizer: belongs to a loaded model; that of a path or a hub id is read with it.")
         yield os.fspath(model)
         return
     if not hasattr(model, "save_pretrained"):
@@ -157,8 +161,8 @@ def _saved(model: Any, tokenizer: Any) -> Iterator[str | Path]:
     if tokenizer is None:
         raise ParameterError("tokenizer: is missing; a loaded model needs it, as in prune(model, tokenizer=tokenizer).")
     with TemporaryDirectory(prefix="replaceme-") as place:
-        name = Path(str(getattr(model.config, "_name_or_path", "") or "model")).name
-        folder = Path(place) / name
+        name = Path(str(getattr(model.config, "_name_or_path", ""))).name
+        folder = Path(place) / (name if name not in ("", "..") else "model")
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         yield folder

@@ -193,7 +193,7 @@ def typed(name: str, value: str) -> Any:
     parsed, field = parse_value(value), FIELDS.get(name)
     if parsed is not None and field and field.annotation in (str, str | None):
         return value
-    if name == "dataset" and not isinstance(parsed, list):
+    if name == "dataset" and isinstance(parsed, str | int | float):
         return value
     if name == "tasks" and isinstance(parsed, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())

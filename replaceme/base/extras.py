@@ -4,7 +4,6 @@ from importlib.util import find_spec
 
 from replaceme.base.errors import ResourceError
 
-DISTRIBUTION = "replaceme-dvc"
 # Module → the package that it comes in, and the extra that installs it.
 EXTRAS = {"dvc": ("dvc", "pipeline"), "bitsandbytes": ("bitsandbytes", "4bit")}
 
@@ -18,4 +17,4 @@ def need(module: str, why: str) -> None:
     """
     if find_spec(module) is None:
         package, extra = EXTRAS[module]
-        raise ResourceError(f"{why}: needs the package {package}; install it: pip install '{DISTRIBUTION}[{extra}]'.")
+        raise ResourceError(f"{why}: needs the package {package}; install it: pip install '.[{extra}]' in the clone.")

@@ -121,7 +121,9 @@ class ScratchFile:
         rest = memoryview(_bytes(tensor))
         end = place.start + len(rest)
         while rest:
-            rest = rest[os.preadv(self.file.fileno(), [rest], end - len(rest)) :]
+            if not (count := os.preadv(self.file.fileno(), [rest], end - len(rest))):
+                raise OSError("a scratch file is shorter than what was written to it")
+            rest = rest[count:]
         return tensor.to(place.device)
 
     def forget(self, place: _Place) -> None:

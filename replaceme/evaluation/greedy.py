@@ -32,6 +32,9 @@ def continuations(
         until: texts that end them too; they and what follows are left out.
     """
     ends = _ends(model, tokenizer)
+    # The decoded text doesn't show special tokens.
+    special = [tokenizer.convert_tokens_to_ids(text) for text in until if text in tokenizer.all_special_tokens]
+    ends = list(dict.fromkeys([*ends, *special]))
     plain = GenerationConfig(
         max_new_tokens=tokens, do_sample=False, eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0
     )

@@ -198,11 +198,13 @@ def _report_accuracy(
     kind = key.split(",")[1]
     score: dict[str, Any] = {
         "accuracy": float(figures[key]),
-        "chance": weighted_mean([_chances(suite.singles[name], samples[name], kind) for name in entry.singles], entry.by_size),
         "metric": str(entry.metric) if kind == "none" else key,
         "fewshots": int(suite.singles[entry.singles[0]].config.num_fewshot or 0),
         "by_size": entry.by_size,
     }
+    chances = [_chances(suite.singles[name], samples[name], kind) for name in entry.singles]
+    if (known := [own for own in chances if own is not None]) and len(known) == len(chances):
+        score["chance"] = weighted_mean(known, entry.by_size)
     parts = [_items(samples[single], str(entry.metric), kind) for single in entry.singles]
     # Some metrics are not the mean of their items; the items then give no standard error.
     if all(map(len, parts)) and abs(weighted_mean(parts, entry.by_size) - score["accuracy"]) < 1e-9:
@@ -224,11 +226,19 @@ def _items(samples: Sequence[Mapping[str, Any]], metric: str, kind: str) -> Tens
     return torch.tensor(values if all(isinstance(value, int | float) for value in values) else [], dtype=torch.float64)
 
 
-def _chances(single: Any, samples: Sequence[Mapping[str, Any]], kind: str) -> Tensor:
-    """Return what a guess scores on each item, (items,) float64."""
+def _chances(single: Any, samples: Sequence[Mapping[str, Any]], kind: str) -> Tensor | None:
+    """Return what a guess scores on each item, (items,) float64; None where the task has a score of its own."""
     documents = [sample["doc"] for sample in samples if sample["filter"] == kind]
-    choices = single.OUTPUT_TYPE == "multiple_choice"
-    return torch.tensor([1 / len(single.doc_to_choice(doc)) if choices else 0.0 for doc in documents], dtype=torch.float64)
+    if single.OUTPUT_TYPE != "multiple_choice":
+        return torch.zeros(len(documents), dtype=torch.float64)
+    if single.config.process_results is not None:
+        return None
+
+    def share(document: Any) -> float:
+        right = single.doc_to_target(document)
+        return (len(right) if isinstance(right, list) else 1) / len(single.doc_to_choice(document))
+
+    return torch.tensor([share(document) for document in documents], dtype=torch.float64)
 
 
 def _articles(samples: Sequence[Mapping[str, Any]], kind: str) -> Tensor | None:

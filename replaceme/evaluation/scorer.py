@@ -21,12 +21,14 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from torch.nn.functional import log_softmax
 
+from replaceme.base.compute import free_memory
 from replaceme.base.errors import DatasetError, ModelError
 from replaceme.base.progress import progress
 from replaceme.evaluation.greedy import continuations
-from replaceme.evaluation.kv_cache import cache_arguments, filled_cache, shares_contexts
+from replaceme.evaluation.kv_cache import cache_arguments, cache_bytes_per_token, filled_cache, shares_contexts
 from replaceme.evaluation.perplexity import WINDOW
 from replaceme.evaluation.requests import Encodings
+from replaceme.models.streaming import stream_of
 from replaceme.models.together import together
 
 if TYPE_CHECKING:
@@ -99,9 +101,16 @@ class CausalScorer(TemplateLM):
 
         batches = self._batches(wanted)
         tasks = (partial(score, contexts) for contexts in batches)
-        for _ in progress(together(self.model, tasks), self.description, "batches", len(batches)):
+        for _ in progress(together(self.model, tasks, self._side_by_side()), self.description, "batches", len(batches)):
             pass
         return [results[key] for key in keys]
+
+    def _side_by_side(self) -> int:
+        """Return how many batches' caches fit into half of the free memory, for a streamed model; a resident one takes one."""
+        if stream_of(self.model) is None:
+            return 1
+        size = (cache_bytes_per_token(self.model) or 0) * ROWS_OF_CACHE * self.batch_tokens
+        return free_memory(str(self.model.device)) // (2 * size) if size else 1
 
     def _batches(self, wanted: Mapping[Ids, Iterable[Ids]]) -> list[list[Ids]]:
         """Group contexts of equal length, the longest first, into batches of at most about ``batch_tokens`` tokens."""

@@ -63,7 +63,8 @@ class Objective(Settings):
         "adam", description="The iterative solver: Adam on minibatches, or one of scipy's on all tokens."
     )
     start: Annotated[Literal["closed_form", "identity"], _SOLVED] = Field(
-        "closed_form", description="Starting point: the least-squares map, or the identity (the published preset)."
+        "closed_form",
+        description="Starting point: the least-squares map, or the identity (as published; reproduce/cosine.yaml names it).",
     )
     learning_rate: Annotated[float, _ADAM] = Field(1e-4, gt=0, allow_inf_nan=False, description="Solver adam: step size.")
     epochs: Annotated[int, _ADAM] = Field(10, ge=1, description="Solver adam: maximum number of passes over the tokens.")

@@ -72,6 +72,10 @@ def room_of(source: Model, params: Params, dtype: str, *, packed: bool = False, 
     if params.memory is None:
         return None
     needed, obstacle = weight_bytes(source, dtype), whole or _obstacle(source, params, packed)
+    if packed:
+        outside, _ = parts_of(source, dtype)
+        # NF4 of 16 bits: 4, and a scale for each 64 entries. What is outside the layers stays as it is.
+        needed = outside + (needed - outside) * 9 // 32
     room = int(SHARE * free_memory(resolve_device(params.device))) if params.memory == "auto" else size_of(params.memory)
     if needed <= room:
         return None

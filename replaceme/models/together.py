@@ -23,12 +23,14 @@ T = TypeVar("T")
 AT_ONCE = 16
 
 
-def together(model: nn.Module, tasks: Iterable[Callable[[], T]]) -> Iterator[T]:
+def together(model: nn.Module, tasks: Iterable[Callable[[], T]], most: int = AT_ONCE) -> Iterator[T]:
     """Yield what each task returns, in order; with a resident model, they run one by one.
 
     Args:
         model: the model that the tasks run.
-        tasks: they depend on nothing that another one does.
+        tasks: they depend on nothing that another one does. Hooks of layers that keep something from their input for later
+            would get another task's: there must be none.
+        most: tasks side by side, at most ``AT_ONCE``.
     """
     stream = stream_of(model)
     if stream is None:
@@ -36,7 +38,7 @@ def together(model: nn.Module, tasks: Iterable[Callable[[], T]]) -> Iterator[T]:
             yield task()
         return
     left = iter(tasks)
-    while some := [*islice(left, AT_ONCE)]:
+    while some := [*islice(left, max(1, min(most, AT_ONCE)))]:
         yield from _Shift(stream, some).results()
 
 
@@ -54,18 +56,21 @@ class _Shift(Generic[T]):
     def results(self) -> list[T]:
         """Run all tasks to their ends, and return what they return."""
         layer, count = 0, len(self.stream.layers)
-        for worker in self.workers:
-            worker.start()
         with mock.patch.object(self.stream, "turn", self._turn):
-            while left := [worker for worker in self.workers if not worker.ended]:
-                # Those that have not begun first, so that all reach the first layer before any leaves it.
-                worker = min(left, key=lambda each: -1 if each.layer is None else (each.layer - layer) % count)
-                layer = layer if worker.layer is None else worker.layer
-                worker.go.release()
-                self.paused.acquire()
-                if worker.failure is not None:
-                    self._abandon()
-                    raise worker.failure
+            try:
+                for worker in self.workers:
+                    worker.start()
+                while left := [worker for worker in self.workers if not worker.ended]:
+                    # Those that have not begun first, so that all reach the first layer before any leaves it.
+                    worker = min(left, key=lambda each: -1 if each.layer is None else (each.layer - layer) % count)
+                    layer = layer if worker.layer is None else worker.layer
+                    worker.go.release()
+                    self.paused.acquire()
+                    if worker.failure is not None:
+                        raise worker.failure
+            except BaseException:  # an interrupt, too, leaves no thread that goes on
+                self._abandon()
+                raise
         return [worker.result for worker in self.workers]
 
     def _turn(self, layer: int) -> None:
@@ -75,7 +80,7 @@ class _Shift(Generic[T]):
 
     def _abandon(self) -> None:
         for worker in self.workers:
-            if not worker.ended:
+            if worker.is_alive():
                 worker.abandoned = True
                 worker.go.release()
                 worker.join()

@@ -70,7 +70,8 @@ def inspect_inputs(params: Params, work: Workspace) -> None:
                 kind, family.layers, family.attention_output, family.mlp_output,
             )  # fmt: skip
         check_weights(model)
-        _log_needs(params, model)
+        if not problems:  # without a device, it isn't known how much is free
+            _log_needs(params, model)
         model.tokenizer()
         content[work.model_input.name] = identity(model)
         content[work.tokenizer_input.name] = identity(model, model.tokenizer_files())

@@ -58,11 +58,6 @@ def repair(params: Params, work: Workspace) -> None:
             "repair: %d linears corrected; relative residual of the state after the last one %.4f, %.4f before its correction",
             figures["corrected_linears"], repairs[-1].after, repairs[-1].before,
         )  # fmt: skip
-        logger.info(
-            "repair: of the strengths that were tried, %g times the ridge and %.2f of the correction did best on held-out "
-            "documents",
-            repairs[0].ridge, repairs[0].scale,
-        )  # fmt: skip
     elif not method.work:
         logger.info("repair: nothing to do")
     write_json(work.metric("repair"), rounded(figures))

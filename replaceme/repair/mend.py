@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from replaceme.base.compute import require_resident
-from replaceme.base.documents import Batch, Documents, few_documents, folds_of
+from replaceme.base.documents import FOLDS, Batch, Documents, few_documents, folds_of
 from replaceme.base.files import temporary_folder
 from replaceme.base.params import Params
 from replaceme.base.plan import Block, Plan
@@ -264,8 +264,11 @@ def _choose(state: State, block: Block) -> None:
 def _correct(state: State, layer: int, target: Tensor, ridges: Ridges, *, leaves: bool = False) -> None:
     """Solve for linears of a layer; if ``leaves``, move the shortened model's states to after the corrected layer."""
     features = Features.of(state.layers[layer], state.family, [*ridges])
-    # Later solves correct what this one has fitted to all documents: for them, none is held out.
-    missing = Missing(layer, features, target, folds_of(state.documents) if state.strength is None else None)
+    if state.strength is None and _is_fitted(state.edits):
+        state.strength = Strength()
+    # Fewer folds where their sums would take too much memory.
+    most = min(FOLDS, max(FOLD_BYTES // (8 * len(features) ** 2), 2))
+    missing = Missing(layer, features, target, folds_of(state.documents, most) if state.strength is None else None)
     observers: list[Observer] = [missing]
     if state.attended != layer:
         observers.append(Keep(layer, ("attention_features",), state.inputs["attention_output"]))
@@ -278,21 +281,41 @@ def _correct(state: State, layer: int, target: Tensor, ridges: Ridges, *, leaves
     penalty = features.per_column(values)
     folds = missing.folds()
     if state.strength is None:
-        state.strength = strength_of(folds, penalty)
+        state.strength = _chosen(folds, penalty)
     strength = state.strength
     sums, penalty = added_up(folds), strength.ridge * penalty
     del folds
-    with naming(ridge=ridges[min(values, key=values.__getitem__)]):
-        change = solve_correction(sums["gram"], sums["cross"], penalty)
     before, whole = float(sums["gap_squares"]), float(sums["output_squares"])
-    after = before + gained_by_ridge(sums["gram"], sums["cross"], change, penalty, strength.scale)
-    residuals = relative(before, whole), relative(after, whole)
-    state.repairs.append(Repair(layer, tuple(ridges), *residuals, strength.ridge, strength.scale))
+    after = before
     if strength.scale:
+        with naming(ridge=ridges[min(values, key=values.__getitem__)]):
+            change = solve_correction(sums["gram"], sums["cross"], penalty)
+        after += gained_by_ridge(sums["gram"], sums["cross"], change, penalty, strength.scale)
         change *= strength.scale
         state.edits.correct_all(layer, features.parts(change))
         if leaves:
             _add_change(state, features, change)
+    residuals = relative(before, whole), relative(after, whole)
+    state.repairs.append(Repair(layer, tuple(ridges), *residuals, strength.ridge, strength.scale))
+
+
+def _is_fitted(edits: Edits) -> bool:
+    """Return whether a map, or new weights of an MLP, is fitted to all documents: none is held out for what it leaves."""
+    operators = (operator.ndim for operator in edits.operators.values())
+    return bool(edits.transforms) or any(operators) or any(linear == "mlp_output" for _, linear in edits.corrections)
+
+
+def _chosen(folds: Sequence[Mapping[str, Tensor]], penalty: Tensor) -> Strength:
+    """Return the strength of all corrections, and log it."""
+    strength = strength_of(folds, penalty)
+    if len(folds) > 1:
+        logger.info(
+            "repair: of the strengths tried, %g times the ridge and %.2f of the correction did best on held-out documents",
+            strength.ridge, strength.scale,
+        )  # fmt: skip
+    else:
+        logger.info("repair: corrections have their full strength: one document leaves none held out")
+    return strength
 
 
 def _add_change(state: State, features: Features, change: Tensor) -> None:
@@ -332,9 +355,7 @@ class Missing:
     def __init__(self, layer: int, features: Features, target: Tensor, fold_of_token: Tensor | None):
         self.layer, self.features, self.target = layer, features, target
         self.state: tuple[Signal, ...] = ("output",) if "mlp_output" in features.widths else ("input", "attention")
-        # Fewer folds where their sums would take too much memory.
-        most = max(FOLD_BYTES // (8 * len(features) ** 2), 1)
-        self.fold_of_token = torch.zeros(len(target), dtype=torch.int64) if fold_of_token is None else fold_of_token % most
+        self.fold_of_token = torch.zeros(len(target), dtype=torch.int64) if fold_of_token is None else fold_of_token
         self.sums = [Sums() for _ in range(int(self.fold_of_token.max()) + 1)]
 
     def wants(self) -> Mapping[int, frozenset[Signal]]:
@@ -352,8 +373,9 @@ class Missing:
             add_correction(self.sums[fold], g[rows], gap[rows], target[rows], w[rows])
 
     def folds(self) -> list[dict[str, Tensor]]:
-        """Return the sums of each fold."""
-        return [sums.finished() for sums in self.sums if sums.totals]
+        """Return the sums of each fold, once: they are kept no longer."""
+        own, self.sums = self.sums, []
+        return [sums.finished() for sums in own if sums.totals]
 
 
 def added_up(folds: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from packaging.utils import canonicalize_name
 from replaceme import commands, experiments, publish
 from replaceme.base import extras
 from replaceme.base.errors import ResourceError
-from replaceme.base.extras import DISTRIBUTION, EXTRAS, need
+from replaceme.base.extras import EXTRAS, need
 from replaceme.models.model import Model
 from tests.helpers import FAST, call
 from tests.pipeline.closure import ROOT
@@ -42,11 +42,11 @@ def test_what_is_missing_is_named_with_its_extra(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        ResourceError, match=r"^use_4bit: needs the package bitsandbytes; install it: pip install '.*\[4bit\]'\.$"
+        ResourceError, match=r"^use_4bit: needs the package bitsandbytes; install it: pip install '\.\[4bit\]' in the clone\.$"
     ):
         need("bitsandbytes", "use_4bit")
     call(experiments.compare_experiments, code=2)
-    assert "needs the package dvc; install it: pip install 'replaceme-dvc[pipeline]'." in capsys.readouterr().err
+    assert "needs the package dvc; install it: pip install '.[pipeline]' in the clone." in capsys.readouterr().err
     given = ["--model", tiny.folder, "--dataset", text_file, "--layers", "2", *FAST, "--tasks", "[]", "--use_4bit", "true"]
     call(commands.run_replaceme, *given, "--save_path", tmp_path / "r", code=2)
     assert "error: use_4bit: needs the package bitsandbytes" in capsys.readouterr().err
@@ -55,7 +55,6 @@ def test_what_is_missing_is_named_with_its_extra(
 
 
 def test_the_extras_that_are_named_exist() -> None:
-    assert PROJECT["name"] == DISTRIBUTION
     for package, extra in EXTRAS.values():
         assert package in {requirement.name for requirement in OPTIONAL[extra]}
         assert package not in {requirement.name for requirement in CORE}
@@ -87,7 +86,7 @@ def test_every_package_that_the_library_imports_is_required() -> None:
 
 
 def test_the_metadata_of_the_installed_distribution_is_that_of_the_file() -> None:
-    installed = [Requirement(line) for line in requires(DISTRIBUTION) or []]
+    installed = [Requirement(line) for line in requires(PROJECT["name"]) or []]
     if not any(each.marker and each.marker.evaluate({"extra": "4bit"}) for each in installed):
         pytest.skip("the environment was installed from an earlier pyproject.toml")
     assert {each.name for each in installed if not each.marker} == {each.name for each in CORE}

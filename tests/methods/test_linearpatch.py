@@ -191,7 +191,7 @@ def test_a_transform_can_not_be_combined_with_an_operator(method: str, transform
 def test_the_keys_belong_to_their_methods_alone(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "replaceme"):
         read_params(None, {"linearpatch_form": "diagonal", "ghosted_weighted": True}, METHODS)
-    assert [record.message for record in caplog.records] == [
+    assert [record.message for record in caplog.records if not record.message.startswith("preset")] == [
         "linearpatch_form belongs to method linearpatch and is ignored",
         "ghosted_weighted belongs to method ghosted and is ignored",
     ]

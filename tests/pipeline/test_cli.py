@@ -26,7 +26,7 @@ from tests.pipeline.closure import ROOT
 from tests.pipeline.helpers import Hub
 
 NAMES = [*COMMANDS, *OTHERS]
-SCREEN = 50
+SCREEN = 52
 
 
 @pytest.fixture(autouse=True)

@@ -535,7 +535,7 @@ def test_the_scripts_are_installed_and_run_anywhere(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": ""},
     )  # fmt: skip
     assert done.returncode == 2
-    assert done.stderr == "error: command line: alpha: must be a number, not 'x'.\n"
+    assert done.stderr.endswith("\nerror: command line: alpha: must be a number, not 'x'.\n")
 
 
 def test_the_dense_model_is_scored_once_for_all_results_and_known_by_content(
