@@ -24,6 +24,7 @@ from tests.pipeline.helpers import shell
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"(?ms)^```(bash|python)( quick)?\n(.*?)^```$", README)
+SETTINGS = (ROOT / "docs" / "guides" / "choosing-settings.md").read_text(encoding="utf-8")
 QUICK = [(language, body) for language, quick, body in BLOCKS if quick]
 # The lab notes keep the commands of their day.
 PAGES = [page for page in sorted((ROOT / "docs").rglob("*.md")) if page.name not in ("lab-notes.md", "experiments.md")]
@@ -107,7 +108,7 @@ def test_nothing_is_left_to_fill_in() -> None:
 
 def test_the_settings_are_those_of_params_yaml() -> None:
     stated = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-    rows = re.findall(r"(?m)^\| `(\w+)` \| (.*?) \|", README.split("## Settings")[1].split("\n## ")[0])
+    rows = re.findall(r"(?m)^\| `(\w+)` \| (.*?) \|", SETTINGS)
     assert len(rows) > 10
     for key, value in rows:
         if key != "tasks":
@@ -131,13 +132,15 @@ def test_every_page_stands_in_the_sites_navigation() -> None:
     assert named == {page.relative_to(ROOT / "docs").as_posix() for page in PAGES} | {"lab-notes.md"}
 
 
-@pytest.mark.parametrize("module", re.findall(r"python -m ([\w.]+)", README))
+MODULES = sorted({name for page in PAGES for name in re.findall(r"python -m ([\w.]+)", page.read_text(encoding="utf-8"))})
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_modules_that_are_named_exist(module: str) -> None:
     assert find_spec(module)
 
 
 def test_the_settings_table_names_parameters_that_there_are() -> None:
-    table = README.split("## Settings")[1].split("\n## ")[0]
-    named = set(re.findall(r"(?m)^\| `(\w+)`", table))
+    named = set(re.findall(r"(?m)^\| `(\w+)`", SETTINGS))
     assert len(named) > 10
     assert named <= set(FIELDS)
