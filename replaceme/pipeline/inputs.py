@@ -107,7 +107,11 @@ def _log_needs(params: Params, model: Model) -> None:
         ParameterError: ``memory`` is too little, or the settings need the whole model in memory.
     """
     dtypes = dict.fromkeys((params.dtype, params.eval_dtype, computed_dtype(model)))
-    rooms = [room_of(model, params, dtype, packed=params.use_4bit, whole=needs_whole(params)) for dtype in dtypes]
+    # Only the model of the calibration passes is packed.
+    packed = [params.use_4bit and dtype == params.dtype for dtype in dtypes]
+    rooms = [
+        room_of(model, params, dtype, packed=own, whole=needs_whole(params)) for dtype, own in zip(dtypes, packed, strict=True)
+    ]
     stored = str(stored_dtype(model)).removeprefix("torch.")
     # The export compares the weights of two models, and then computes with one of them.
     whole = max(2 * weight_bytes(model, stored), *(weight_bytes(model, dtype) for dtype in (*dtypes, working_dtype(model))[1:]))
