@@ -125,7 +125,7 @@ STAGE = Addition(
 def test_a_repository_with_one_more_passes_its_tests(addition: Addition, tmp_path: Path) -> None:
     for folder in ("replaceme", "stages", "tests", "reproduce"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for file in ("dvc.yaml", "params.yaml", "pyproject.toml", "README.md", "docs/parameters.md"):
+    for file in ("dvc.yaml", "params.yaml", "pyproject.toml", "README.md", "docs/parameters.md", "docs/design.md"):
         (tmp_path / file).parent.mkdir(exist_ok=True)
         shutil.copyfile(ROOT / file, tmp_path / file)
     for path, source in addition.files.items():
