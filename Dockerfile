@@ -1,9 +1,7 @@
 # The commands and the pipeline, without a GPU: docker build -t replaceme . && docker run --rm -v "$PWD:/work" replaceme --help
-# torch is what the package index gives, on Linux the CUDA build; --build-arg TORCH_INDEX=URL names an index with another one, as
-# PyTorch's of the CPU build, which saves some gigabytes. For a GPU: docker run --gpus all.
+# torch is what pip gives, on Linux the CUDA build. For a GPU: docker run --gpus all.
 ARG BASE=python:3.11-slim
 FROM ${BASE}
-ARG TORCH_INDEX=
 # git: DVC's experiments are commits.
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends git make \
@@ -13,7 +11,7 @@ RUN python -m venv "$VIRTUAL_ENV"
 WORKDIR /src
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY replaceme ./replaceme
-RUN pip install ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} --constraint constraints.txt '.[pipeline,4bit]'
+RUN pip install --constraint constraints.txt '.[pipeline,4bit]'
 RUN useradd --create-home user
 USER user
 WORKDIR /work

@@ -4,7 +4,6 @@ Its preset is the recommended one; a config of the published program is read as 
 """
 
 import argparse
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any, NoReturn
 
 from replaceme import __version__, actions, experiments, publish
 from replaceme.arguments import GROUPS, command_parser, parse
-from replaceme.base.entry import Parser, run
+from replaceme.base.entry import Parser, plain_parser, run_command
 from replaceme.base.errors import ParameterError, excerpt
 from replaceme.base.params import Params, nearest, read_params
 from replaceme.base.progress import silence_libraries
@@ -109,14 +108,10 @@ COMMANDS: Mapping[str, Command] = {
 
 def report_parser() -> Parser:
     """Return the parser of ``replaceme report``."""
-    parser = Parser(
-        prog="replaceme report", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Print a result's scores, and write its report: a page with figures, cost and measured times.",
-        epilog="example:\n  replaceme report --save_path smaller --output report",
-    )  # fmt: skip
+    description = "Print a result's scores, and write its report: a page with figures, cost and measured times."
+    parser = plain_parser("replaceme report", description, "replaceme report --save_path smaller --output report")
     parser.add_argument("--save_path", metavar="FOLDER", help="the result [the pipeline's artifacts/model]")
     parser.add_argument("--output", metavar="FOLDER", type=Path, default=Path("report"), help="folder for the page [report]")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
@@ -135,8 +130,7 @@ OTHERS: Mapping[str, tuple[str, Callable[[Sequence[str]], None]]] = {
 
 def main() -> NoReturn:
     """Run ``replaceme``."""
-    arguments = sys.argv[1:]
-    sys.exit(run(lambda: _run(arguments), debug="--debug" in arguments))
+    run_command(_run)
 
 
 def overview() -> Parser:

@@ -1,12 +1,11 @@
 """The scripts with the published names: the work of the command ``replaceme``, with every key and the published preset."""
 
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from replaceme.actions import evaluate, measure, profile, prune
 from replaceme.arguments import parse, script_parser
-from replaceme.base.entry import run
+from replaceme.base.entry import run_command
 from replaceme.base.errors import ParameterError
 from replaceme.base.params import Params, read_params
 from replaceme.base.progress import silence_libraries
@@ -59,9 +58,7 @@ def get_lt_with_solvers() -> NoReturn:
 
 
 def _main(action: Callable[[Params], object], description: str, **fixed: Any) -> NoReturn:
-    arguments = sys.argv[1:]
-
-    def work() -> None:
+    def work(arguments: Sequence[str]) -> None:
         config, overrides = parse(script_parser(description), arguments)
         for key, value in fixed.items():
             if overrides.get(key, value) != value:
@@ -70,4 +67,4 @@ def _main(action: Callable[[Params], object], description: str, **fixed: Any) ->
         silence_libraries(load=True)
         action(params)
 
-    sys.exit(run(work, debug="--debug" in arguments))
+    run_command(work)

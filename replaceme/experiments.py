@@ -7,14 +7,13 @@ config and code, so a model that was measured before isn't even taken from the c
 
 from __future__ import annotations
 
-import argparse
 import shutil
-import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from replaceme.base.entry import Parser, run
+from replaceme.base.entry import Parser, plain_parser, run_command
 from replaceme.base.errors import ParameterError, ReplaceMeError, ResourceError, excerpt
 from replaceme.base.extras import need
 from replaceme.base.files import new_folder, read_json, rounded, temporary_folder, write_json
@@ -37,8 +36,7 @@ MODEL, DENSE, PARAMS = PLACE.model.as_posix(), PLACE.model_input.as_posix(), "pa
 
 def compare_experiments() -> NoReturn:
     """Print and save the table and the pictures of the experiments."""
-    arguments = sys.argv[1:]
-    sys.exit(run(lambda: compare(arguments, None), debug="--debug" in arguments))
+    run_command(partial(compare, prog=None))
 
 
 def compare(arguments: Sequence[str], prog: str | None = "replaceme compare") -> None:
@@ -49,13 +47,8 @@ def compare(arguments: Sequence[str], prog: str | None = "replaceme compare") ->
 
 def parser(prog: str | None = None) -> Parser:
     """Return the command's parser; ``prog`` is how it is called, if not by the script's name."""
-    parser = Parser(
-        prog=prog,
-        description="Compare the experiments of this repository: table, CSV and pictures.",
-        epilog="example:\n  replaceme compare --speed",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    description = "Compare the experiments of this repository: table, CSV and pictures."
+    parser = plain_parser(prog, description, "replaceme compare --speed")
     parser.add_argument("--rev", action="append", help="commit whose experiments are compared; repeatable [HEAD]")
     parser.add_argument(
         "--num", type=int, default=1, help="number of commits, counted back from that one, whose experiments are compared [1]"
@@ -64,7 +57,6 @@ def parser(prog: str | None = None) -> Parser:
     parser.add_argument(
         "--speed", action="store_true", help="also measure each model against its dense one, unless it was measured before"
     )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 

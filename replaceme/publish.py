@@ -9,14 +9,14 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from replaceme.base.claims import in_use
-from replaceme.base.entry import Parser, run
+from replaceme.base.entry import Parser, plain_parser, run_command
 from replaceme.base.errors import ParameterError, excerpt
 from replaceme.base.extras import need
 from replaceme.base.files import read_json
@@ -30,10 +30,16 @@ if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
 
+# What is kept, by the metrics' names.
+KEPT = {
+    "retention": "\n\n{} of the dense model's average accuracy is kept; ± is one standard error.",
+    "retention_above_chance": " Of what is above chance, {} is.",
+}
+
+
 def push_to_hub() -> NoReturn:
     """Upload a pruned model to the hub."""
-    arguments = sys.argv[1:]
-    sys.exit(run(lambda: push(arguments, None), debug="--debug" in arguments))
+    run_command(partial(push, prog=None))
 
 
 def push(arguments: Sequence[str], prog: str | None = "replaceme push") -> None:
@@ -43,19 +49,13 @@ def push(arguments: Sequence[str], prog: str | None = "replaceme push") -> None:
 
 def parser(prog: str | None = None) -> Parser:
     """Return the command's parser; ``prog`` is how it is called, if not by the script's name."""
-    parser = Parser(
-        prog=prog,
-        description="Upload a pruned model to the hub, with its card. The token comes from the environment variable HF_TOKEN.",
-        epilog="example:\n  replaceme push --save_path smaller --repo_id you/smaller --private",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    description = "Upload a pruned model to the hub, with its card. The token comes from the environment variable HF_TOKEN."
+    parser = plain_parser(prog, description, "replaceme push --save_path smaller --repo_id you/smaller --private")
     parser.add_argument(
         "--repo_id", required=True, metavar="USER/NAME", help="the repository; it is created if it doesn't exist"
     )
     parser.add_argument("--save_path", type=Path, metavar="FOLDER", help="the result [the pipeline's artifacts/model]")
     parser.add_argument("--private", action="store_true", help="make the repository private")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
@@ -124,12 +124,9 @@ def _scores(evaluation: Mapping[str, Any]) -> str:
 
     head, *rows = comparison_rows(evaluation)
     table = "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
-    if "retention_stderr" in evaluation:
-        kept = f"{evaluation['retention_percent']:.1f} ± {evaluation['retention_stderr']:.1f} %"
-        table += f"\n\n{kept} of the dense model's average accuracy is kept; ± is one standard error."
-    if "retention_above_chance_stderr" in evaluation:
-        kept = f"{evaluation['retention_above_chance_percent']:.1f} ± {evaluation['retention_above_chance_stderr']:.1f} %"
-        table += f" Of what is above chance, {kept} is."
+    for key, words in KEPT.items():
+        if f"{key}_stderr" in evaluation:
+            table += words.format(f"{evaluation[f'{key}_percent']:.1f} ± {evaluation[f'{key}_stderr']:.1f} %")
     if note := seen_note(evaluation):
         table += f"\n\n{note}"
     return table

@@ -19,7 +19,7 @@ from replaceme.base.fingerprints import sha256_of
 from replaceme.base.params import Params
 from replaceme.base.progress import progress
 from replaceme.evaluation.kv_cache import cache_arguments, filled_cache
-from replaceme.models.model import WEIGHTS, Model
+from replaceme.models.model import WEIGHTS, Model, positions_of
 
 PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 512, 64, 5
 
@@ -46,7 +46,7 @@ def measure_speed(params: Params, dense: Model, pruned: Model) -> dict[str, Any]
         for name, model in (("dense", dense), ("pruned", pruned))
     }
     generator = torch.Generator().manual_seed(0)
-    room = int(getattr(models["dense"].config, "max_position_embeddings", 0) or 1 << 30) - NEW_TOKENS
+    room = positions_of(models["dense"].config) - NEW_TOKENS
     if room < 2:
         raise ModelError(
             f"model_path: {dense.name} takes {room + NEW_TOKENS} tokens, and a measurement needs {NEW_TOKENS + 2} at least; "

@@ -7,7 +7,7 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -29,6 +29,28 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ParameterError(f"command line: {excerpt(message, 200)}.")
+
+
+def plain_parser(prog: str | None, description: str, example: str) -> Parser:
+    """Return the parser of a command without parameters; its options are still to be added.
+
+    Args:
+        prog: how it is called; None is the script's name.
+        description: what it does.
+        example: a command line, for the end of the help.
+    """
+    parser = Parser(
+        prog=prog, description=description, epilog=f"example:\n  {example}", allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def run_command(action: Callable[[Sequence[str]], None]) -> NoReturn:
+    """Run a command on the words after its name, and end the process with the exit code."""
+    arguments = sys.argv[1:]
+    sys.exit(run(lambda: action(arguments), debug="--debug" in arguments))
 
 
 def run(action: Callable[[], None], debug: bool = False) -> int:

@@ -30,20 +30,10 @@ COMMAND_LINE = "command line"
 MAX_BYTES, MAX_VALUES, MAX_DEPTH = 1 << 18, 10_000, 20
 
 Dtype = Literal["bfloat16", "float16", "float32"]
-# A size in bytes: the powers of its units.
-UNITS = {
-    "B": 1,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-    "KiB": 1 << 10,
-    "MiB": 1 << 20,
-    "GiB": 1 << 30,
-    "TiB": 1 << 40,
+# The bytes of each unit of a size.
+UNITS = {"B": 1} | {
+    f"{letter}{kind}": base**power for power, letter in enumerate("KMGT", 1) for kind, base in (("B", 1000), ("iB", 1024))
 }
-
-
 # What a parameter with a pattern must be, in words.
 PATTERNS = {"device": "auto, cpu, cuda or cuda:N", "memory": "auto, null, or a size such as 6GB or 500MiB"}
 
@@ -394,7 +384,7 @@ def _sentence(problem: ErrorDetails) -> str:
         "float_type": "a number",
         "finite_number": "a finite number",
         "bool_type": "true or false",
-        "string_type": PATTERNS["memory"] if key == "memory" else "a text",
+        "string_type": PATTERNS.get(key, "a text"),
         "string_too_short": "a text that isn't empty",
         "string_pattern_mismatch": PATTERNS.get(key, ""),
         "greater_than": f"above {limits.get('gt', 0):g}",

@@ -79,13 +79,13 @@ def rendered(chat: Chat, tokenizer: PreTrainedTokenizerBase, *, reply: bool = Fa
         raise DatasetError(f"dataset_column: the model's chat template refuses a chat ({reason}).") from refusal
 
 
-def encode(row: Row, tokenizer: PreTrainedTokenizerBase, prefix: list[int]) -> list[int]:
-    """Return a row's token ids, without the start-of-text ids.
+def encode(row: Row, tokenizer: PreTrainedTokenizerBase, prefix: list[int], *, reply: bool = False) -> list[int]:
+    """Return a row's token ids, without the start-of-text ids; after a chat, with the beginning of a ``reply`` if wanted.
 
     Raises:
         DatasetError: the row is a chat and the tokenizer has no usable chat template.
     """
-    text = rendered(row, tokenizer) if not isinstance(row, str) else row if row.strip() else ""
+    text = rendered(row, tokenizer, reply=reply) if not isinstance(row, str) else row if row.strip() else ""
     ids = list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
     while prefix and ids[: len(prefix)] == prefix:
         ids = ids[len(prefix) :]

@@ -31,8 +31,9 @@ UNITS = {"token": "perplexity", "word": "word_perplexity", "byte": "byte_perplex
 SIZES = ("parameters", "disk_bytes", "kv_cache_bytes_per_token")
 # The table's columns, with their headings; one without cells is left out.
 HEADS = {
-    name: "" if name == "change" else name for name in ("", "dense", "pruned", "change", "above chance", "KL", "same token")
-}
+    "": "", "dense": "dense", "pruned": "pruned", "change": "", "above chance": "above chance", "KL": "KL",
+    "same token": "same token",
+}  # fmt: skip
 # Standard errors by which the dense model must be above chance, or nothing can be said of what is kept of that.
 SURE = 2.0
 

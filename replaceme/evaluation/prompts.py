@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from replaceme.base.errors import DatasetError
 from replaceme.base.progress import progress
-from replaceme.corpora.tokenization import rendered, start_of_text
+from replaceme.corpora.tokenization import encode, start_of_text
 from replaceme.evaluation.greedy import continuations
+from replaceme.models.model import positions_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,7 +51,7 @@ def written(model: Any, tokenizer: PreTrainedTokenizerBase, description: str) ->
         tokenizer: its tokenizer.
         description: the model's name in the progress bar.
     """
-    longest = int(getattr(model.config, "max_position_embeddings", 0) or 1 << 30)
+    longest = positions_of(model.config)
     tokens = min(TOKENS, longest // 2)
     return [
         continuations(model, tokenizer, [_encoded(prompt, tokenizer)[tokens - longest :]], tokens)[0]
@@ -67,11 +69,8 @@ def side_by_side(dense: Sequence[str], pruned: Sequence[str]) -> list[dict[str, 
 
 def _encoded(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return a prompt's ids: through the chat template, or plain where there is none or it refuses a user's turn."""
+    prefix = start_of_text(tokenizer)
     if prompt.chat and tokenizer.chat_template:
-        try:
-            text = rendered([{"role": "user", "content": prompt.text}], tokenizer, reply=True)
-        except DatasetError:
-            return list(tokenizer.encode(prompt.text))
-        ids, prefix = list(tokenizer.encode(text, add_special_tokens=False)), start_of_text(tokenizer)
-        return ids if ids[: len(prefix)] == prefix else [*prefix, *ids]
-    return list(tokenizer.encode(prompt.text))
+        with suppress(DatasetError):
+            return [*prefix, *encode([{"role": "user", "content": prompt.text}], tokenizer, prefix, reply=True)]
+    return [*prefix, *encode(prompt.text, tokenizer, prefix)]

@@ -28,6 +28,7 @@ from replaceme.evaluation.greedy import continuations
 from replaceme.evaluation.kv_cache import cache_arguments, cache_bytes_per_token, filled_cache, shares_contexts
 from replaceme.evaluation.perplexity import WINDOW
 from replaceme.evaluation.requests import Encodings
+from replaceme.models.model import positions_of
 from replaceme.models.streaming import stream_of
 from replaceme.models.together import together
 
@@ -79,7 +80,7 @@ class CausalScorer(TemplateLM):
 
     @torch.inference_mode()
     def _loglikelihood_tokens(self, requests: Sequence[Request], **_options: Any) -> list[Score]:
-        longest = int(getattr(self.model.config, "max_position_embeddings", 0) or 1 << 30)
+        longest = positions_of(self.model.config)
         wanted: dict[Ids, dict[Ids, None]] = defaultdict(dict)  # context → its distinct continuations
         keys: list[tuple[Ids, Ids]] = []
         for (_, text), context, continuation in requests:
@@ -173,7 +174,7 @@ class CausalScorer(TemplateLM):
             with _counted(f"{self.description}: generated answers", "answers", range(len(requests))):
                 texts: list[str] = self._library.generate_until(requests, disable_tqdm=disable_tqdm)
             return texts
-        longest = int(getattr(self.model.config, "max_position_embeddings", 0) or 1 << 30)
+        longest = positions_of(self.model.config)
         batches: dict[tuple[int, str], list[int]] = defaultdict(list)
         contexts = []
         for number, ((text, _), wanted) in enumerate(zip(asked, options, strict=True)):

@@ -26,7 +26,7 @@ from replaceme.evaluation.scorer import CausalScorer
 from replaceme.evaluation.seen import Calibration
 from replaceme.evaluation.tasks import check_unchanged, task_kind, task_name, task_texts
 from replaceme.models.memory import load_within
-from replaceme.models.model import WEIGHTS, Model, parameter_count
+from replaceme.models.model import WEIGHTS, Model, parameter_count, positions_of
 
 
 @dataclass
@@ -90,7 +90,7 @@ def score_model(
     """
     requests = dense.requests if dense else Requests()
     use_processor(params.threads)
-    tokenizer, positions = source.tokenizer(), getattr(source.config(), "max_position_embeddings", None)
+    tokenizer, positions = source.tokenizer(), positions_of(source.config())
     # Prepare every task first, so that errors in a task come before the model is loaded.
     suite = harness.Suite()
     seen: dict[str, dict[str, float]] = {}

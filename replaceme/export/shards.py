@@ -21,12 +21,12 @@ from replaceme.edits.fold import edited_parameters, shorten
 from replaceme.models.families import Family, in_torch_layout
 from replaceme.models.streaming import loaded
 
-# Formats by their names in safetensors, which sorts the tensors of a file from the last of these to the first, then by name.
-FORMATS = {
+# Names of formats in safetensors, which sorts the tensors of a file from the last of these to the first, then by name.
+NAMES = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int32: "I32", torch.float32: "F32", torch.float64: "F64", torch.int64: "I64",
 }  # fmt: skip
-RANK = {dtype: rank for rank, dtype in enumerate(FORMATS)}
+RANK = {dtype: rank for rank, dtype in enumerate(NAMES)}
 
 
 def save_streamed(model: Any, family: Family, edits: Edits, folder: Path, max_shard_size: str) -> None:
@@ -89,7 +89,7 @@ def _write(file: Path, tensors: Mapping[str, Tensor], parts: _Parts, metadata: M
     for name in names:
         start, end = end, end + tensors[name].numel() * tensors[name].itemsize
         header[name] = {
-            "dtype": FORMATS[tensors[name].dtype], "shape": [*tensors[name].shape], "data_offsets": [start, end],
+            "dtype": NAMES[tensors[name].dtype], "shape": [*tensors[name].shape], "data_offsets": [start, end],
         }  # fmt: skip
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)

@@ -95,6 +95,11 @@ def room_of(source: Model, params: Params, dtype: str, *, packed: bool = False, 
     return room
 
 
+def on_processor(params: Params) -> Params:
+    """Return the parameters for what is computed on the processor, whatever the device."""
+    return params.model_copy(update={"device": "cpu", "device_map": None})
+
+
 def _obstacle(source: Model, params: Params, packed: bool) -> str | None:
     """Return why a model can't be streamed; None if it can."""
     if packed:
@@ -168,7 +173,7 @@ def stream(
 
 def weight_bytes(source: Model, dtype: str) -> int:
     """Return the bytes of a model's weights in a dtype."""
-    return sum(parts for parts in _bytes_by_layer(source, dtype).values())
+    return sum(_bytes_by_layer(source, dtype).values())
 
 
 def parts_of(source: Model, dtype: str) -> tuple[int, int]:

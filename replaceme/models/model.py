@@ -45,6 +45,7 @@ LEFT_OUT = "consolidated*"
 FLOAT32_BYTES = 8 << 30
 # The formats that weights can be computed in, by their names in safetensors.
 FORMATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+NO_LIMIT = 1 << 30
 _LAYER_COUNT = re.compile(r"(num_(hidden_|decoder_)?|n_)layers?")
 _SIZE = re.compile(r"num_(attention_|key_value_)?heads|n_head|hidden_size|n_embd|vocab_size|n_positions")
 
@@ -332,6 +333,11 @@ class Model:
             elif isinstance(each, dict | list):
                 found += each.values() if isinstance(each, dict) else each
         return references
+
+
+def positions_of(config: Any) -> int:
+    """Return the largest number of tokens that a model takes; ``NO_LIMIT`` if its config doesn't say."""
+    return int(getattr(config, "max_position_embeddings", 0) or NO_LIMIT)
 
 
 def layer_count(model: Model) -> int:

@@ -29,7 +29,7 @@ from replaceme.methods.refusals import family_refusals, needs_whole
 from replaceme.methods.registry import METHODS, criterion_of
 from replaceme.models.find import check_weights, find_model, identity
 from replaceme.models.memory import room_of, shown_size, weight_bytes
-from replaceme.models.model import CARD_FILES, Model, computed_dtype, layer_count, stored_dtype, working_dtype
+from replaceme.models.model import CARD_FILES, Model, computed_dtype, layer_count, positions_of, stored_dtype, working_dtype
 from replaceme.models.own_form import check_own_form
 from replaceme.models.recognition import check_cut
 from replaceme.observers.residuals import FIT_TOKENS, HELD_OUT_SHARE
@@ -51,8 +51,8 @@ def inspect_inputs(params: Params, work: Workspace) -> None:
     with _collecting(problems):
         model = find_model(params)
         config, family = model.config(), model.family()
-        kind, positions = config.model_type, getattr(config, "max_position_embeddings", None)
-        if positions and params.max_length > positions:
+        kind, positions = config.model_type, positions_of(config)
+        if params.max_length > positions:
             raise ParameterError(f"max_length: must be at most the model's {positions} positions, not {params.max_length}.")
         method = METHODS[params.method]
         if refused := family_refusals(params.model_dump(), kind, family):

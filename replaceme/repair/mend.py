@@ -266,9 +266,9 @@ def _correct(state: State, layer: int, target: Tensor, ridges: Ridges, *, leaves
     features = Features.of(state.layers[layer], state.family, [*ridges])
     if state.strength is None and _is_fitted(state.edits):
         state.strength = Strength()
-    # Fewer folds where their sums would take too much memory.
-    most = min(FOLDS, max(FOLD_BYTES // (8 * len(features) ** 2), 2))
-    missing = Missing(layer, features, target, folds_of(state.documents, most) if state.strength is None else None)
+    # Fewer folds where their sums would take too much memory, and one if nothing is chosen.
+    most = min(FOLDS, max(FOLD_BYTES // (8 * len(features) ** 2), 2)) if state.strength is None else 1
+    missing = Missing(layer, features, target, folds_of(state.documents, most))
     observers: list[Observer] = [missing]
     if state.attended != layer:
         observers.append(Keep(layer, ("attention_features",), state.inputs["attention_output"]))
@@ -352,10 +352,10 @@ class Missing:
     Σ w ‖target‖², with ``e = target − state after the last linear`` and ``w = 1/‖target‖²``.
     """
 
-    def __init__(self, layer: int, features: Features, target: Tensor, fold_of_token: Tensor | None):
+    def __init__(self, layer: int, features: Features, target: Tensor, fold_of_token: Tensor):
         self.layer, self.features, self.target = layer, features, target
         self.state: tuple[Signal, ...] = ("output",) if "mlp_output" in features.widths else ("input", "attention")
-        self.fold_of_token = torch.zeros(len(target), dtype=torch.int64) if fold_of_token is None else fold_of_token
+        self.fold_of_token = fold_of_token
         self.sums = [Sums() for _ in range(int(self.fold_of_token.max()) + 1)]
 
     def wants(self) -> Mapping[int, frozenset[Signal]]:

@@ -183,7 +183,7 @@ def test_the_example_names_the_hub_and_own_code_where_they_are_needed(params: Pa
 
 
 def test_the_limits_name_the_calibration_text_and_the_dense_model(params: Params, tiny: Model) -> None:
-    mixed = read_params(None, {"dataset": ["wikipedia-sample", {"/home/me/notes.jsonl": 3}]}, methods=METHODS)
+    mixed = read_params(None, {"dataset": ["wikipedia-sample", {"/data/notes.jsonl": 3}]}, methods=METHODS)
     text = model_card(params.model_copy(update={"dataset": mixed.dataset}), tiny, edits_for(2, 2), {})
     assert "- Calibration text: wikipedia-sample (25 %), notes.jsonl (75 %). Other kinds of text" in text
     assert f"What is known of `{tiny.name}` there may not hold" in text
