@@ -60,6 +60,7 @@ GROUPS = (
         {
             "method": "what takes the place of the removed layers, or parts of layers",
             "layers_to_skip": "layers to remove",
+            "remove": "a share instead, as 20% or '20% of layers'",
             "selection": "what the cut minimises; null: the method's own criterion",
             "tolerated_loss": "remove as many layers as raise the loss by no more, in nats",
         },
@@ -210,7 +211,9 @@ def _add_general(parser: Any) -> None:
 
 
 def _add(parser: Any, key: str, flags: Sequence[str], metavar: str | None, words: str) -> None:
-    parser.add_argument(*flags, dest=key, action="append", default=argparse.SUPPRESS, metavar=metavar, help=words)
+    parser.add_argument(
+        *flags, dest=key, action="append", default=argparse.SUPPRESS, metavar=metavar, help=words.replace("%", "%%")
+    )
 
 
 def _described(key: str, recommended: bool = False) -> str:
@@ -218,7 +221,7 @@ def _described(key: str, recommended: bool = False) -> str:
     names = {"method": METHODS, "selection": CRITERIA}.get(key)
     one_of = f" One of {', '.join(names)}." if names else ""
     belongs = f" ({EFFECTS[key][0]})" if key in EFFECTS else ""
-    return f"{FIELDS[key].description}{one_of}{belongs} [{_default(key, recommended)}]".replace("%", "%%")
+    return f"{FIELDS[key].description}{one_of}{belongs} [{_default(key, recommended)}]"
 
 
 def _choices(key: str) -> str:
@@ -231,7 +234,7 @@ def _metavar(key: str) -> str:
     if choices := _values(key):
         return joined if len(joined := "|".join(choices)) <= LONGEST_CHOICES else key.upper()
     kinds = {int: "N", float: "X", str: "FOLDER" if key == "save_path" else "TEXT"}
-    named = {"model_path": "MODEL", "dataset": "TEXT", "tasks": "TASKS", "device": "DEVICE"}
+    named = {"model_path": "MODEL", "dataset": "TEXT", "tasks": "TASKS", "device": "DEVICE", "remove": "SHARE"}
     annotation = FIELDS[key].annotation
     kind = next((kind for kind in (annotation, *get_args(annotation)) if kind in kinds), str)
     return named.get(key, kinds[kind])

@@ -177,6 +177,11 @@ def refusals(values: Values, method: Limits) -> list[str]:
             if tolerates and measures and selection != "loss"
             else []
         )
+        + (
+            ["remove: and tolerated_loss each say how much goes; use one, and null for the other."]
+            if tolerates and values["remove"] is not None
+            else []
+        )
         + _healing_refusals(values)
         + method.refusals(values)
     )

@@ -35,7 +35,11 @@ UNITS = {"B": 1} | {
     f"{letter}{kind}": base**power for power, letter in enumerate("KMGT", 1) for kind, base in (("B", 1000), ("iB", 1024))
 }
 # What a parameter with a pattern must be, in words.
-PATTERNS = {"device": "auto, cpu, cuda or cuda:N", "memory": "auto, null, or a size such as 6GB or 500MiB"}
+PATTERNS = {
+    "device": "auto, cpu, cuda or cuda:N",
+    "memory": "auto, null, or a size such as 6GB or 500MiB",
+    "remove": "null, or a share such as 20% or 20% of layers",
+}
 
 
 class Params(BaseModel):
@@ -101,8 +105,16 @@ class Params(BaseModel):
         "criterion.",
     )
     layers_to_skip: int = Field(
-        8, ge=1, description="Number of layers to remove; methods that remove parts of layers remove as many parameters."
-    )
+        8, ge=1,
+        description="Number of layers to remove; methods that remove parts of layers remove as many parameters. With remove, "
+        "the largest number.",
+    )  # fmt: skip
+    remove: str | None = Field(
+        None, pattern=r"^\d+(\.\d+)?%( of layers)?$",
+        description="How much to remove instead of layers_to_skip layers: a share of all parameters, as 20%, or of those in "
+        "decoder layers, as 20% of layers. With transform channels and repair it is met within 1 % of all parameters: at most "
+        "layers_to_skip layers go, and MLP channels of every kept layer for the rest. Otherwise the nearest number of layers.",
+    )  # fmt: skip
     tolerated_loss: float | None = Field(
         None, gt=0, allow_inf_nan=False,
         description="With selection loss: remove as many layers as possible, at most layers_to_skip, with a rise of the loss "

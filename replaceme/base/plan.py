@@ -54,10 +54,18 @@ class Block:
 
 @dataclass(frozen=True)
 class Plan:
-    """Blocks, first to last, and the names of the statistics (``replaceme.observers.statistics``) to take of each."""
+    """What goes, and what is measured for it.
+
+    Attributes:
+        blocks: first to last.
+        statistics: names of the statistics (``replaceme.observers.statistics``) to take of each.
+        mlp_width: the number of channels that stay in each kept layer's MLP; None keeps them all. With fewer, the states change
+            from the first layer on, and all blocks are fitted in the repair stage.
+    """
 
     blocks: tuple[Block, ...]
     statistics: tuple[str, ...]
+    mlp_width: int | None = None
 
     @property
     def removed_layers(self) -> list[int]:
@@ -76,13 +84,14 @@ class Plan:
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON."""
-        write_json(path, {"blocks": _plain(self.blocks), "statistics": list(self.statistics)})
+        width = {} if self.mlp_width is None else {"mlp_width": self.mlp_width}
+        write_json(path, {"blocks": _plain(self.blocks), "statistics": list(self.statistics), **width})
 
     @classmethod
     def load(cls, path: Path) -> "Plan":
         """Read what ``save`` wrote."""
         content = read_json(path)
-        return cls(_blocks(content["blocks"]), tuple(content["statistics"]))
+        return cls(_blocks(content["blocks"]), tuple(content["statistics"]), content.get("mlp_width"))
 
 
 def save_blocks(blocks: Sequence[Block], path: Path) -> None:

@@ -29,7 +29,7 @@ from replaceme.edits.channels import assembled_parameter
 from replaceme.edits.edits import Change, Edits, features_of, rotation_and_gains
 from replaceme.edits.slicing import narrow, sliced_parameters
 from replaceme.models.depth import cut_config, renumber
-from replaceme.models.families import Family, Linear, linear_parameters, parameter_of
+from replaceme.models.families import Family, Linear, in_torch_layout, is_conv1d, linear_parameters, parameter_of
 
 
 def apply_edits(model: Any, family: Family, edits: Edits) -> None:
@@ -88,9 +88,12 @@ def _set_parameter(model: nn.Module, name: str, exact: Tensor, replace: bool) ->
         return
     path, _, leaf = name.rpartition(".")
     owner: Any = model.get_submodule(path)
-    setattr(owner, leaf, nn.Parameter(exact.to(old), requires_grad=model.get_parameter(name).requires_grad))
+    made = in_torch_layout(model, name, exact.to(old)).contiguous()
+    setattr(owner, leaf, nn.Parameter(made, requires_grad=model.get_parameter(name).requires_grad))
     if isinstance(owner, nn.Linear):
         owner.out_features, owner.in_features = owner.weight.shape
+    elif is_conv1d(owner):
+        owner.nx, owner.nf = owner.weight.shape
 
 
 def edited_parameters(
@@ -176,6 +179,12 @@ def changed_parameters(family: Family, layers: nn.ModuleList, edits: Edits) -> I
     The value is float64 in torch's layout and has the dense model's shape.
     """
     done = set()
+    # The rows first: with a new last linear, the layer no longer says how many channels it had.
+    for layer, channels in edits.channels.items():
+        for name, dimension in family.cut_parameters(layers[layer], "mlp_output").items():
+            if dimension == 0:
+                done.add((layer, name))
+                yield layer, name, assembled_parameter(family, layers, layer, channels, name)
     for (layer, linear), change in edits.changes().items():
         original = partial(mixed, layers, edits.mixtures[layer]) if layer in edits.mixtures else None
         if layer in edits.channels and linear == "mlp_output":

@@ -28,8 +28,8 @@ from replaceme.models.own_form import FILE
 SETTINGS = (
     "method", "model_path", "revision", "trust_remote_code", "use_4bit", "dataset", "dataset_config", "dataset_split",
     "dataset_column", "dataset_revision", "dataset_size", "max_length", "pack", "seed", "batch_size", "dtype", "threads",
-    "selection", "layers_to_skip", "tolerated_loss", "min_distance_layer", "max_distance_layer", "num_A", "merge_consecutive",
-    "transform", "repair", "heal_epochs", *EFFECTS,
+    "selection", "layers_to_skip", "remove", "tolerated_loss", "min_distance_layer", "max_distance_layer", "num_A",
+    "merge_consecutive", "transform", "repair", "heal_epochs", *EFFECTS,
 )  # fmt: skip
 SCORING = ("tasks", "eval_tokens", "eval_batch_size", "eval_dtype")
 # Entries of the dense model's card that also hold for the pruned model.
@@ -62,11 +62,12 @@ def model_card(
         place: what the example loads: the model's name on the hub, or the folder of the card.
     """
     removed, layers = edits.removed_layers, int(source.config().num_hidden_layers)
-    title = f"{source.name} without {edits.parts or f'{len(removed)} of its {layers} layers'}"
-    kind = "width-pruning" if edits.parts else "depth-pruning"
+    whole = f"{len(removed)} of its {layers} layers" if removed or not edits.parts else ""
+    title = f"{source.name} without {' and '.join(filter(None, (whole, edits.parts)))}"
+    kinds = [kind for kind, wanted in (("depth-pruning", whole), ("width-pruning", edits.parts)) if wanted]
     parts = [
         "---",
-        _metadata(source, title, kind, results),
+        _metadata(source, title, kinds, results),
         "---",
         "",
         f"# {title}",
@@ -88,7 +89,7 @@ def model_card(
     return "\n".join([*parts, "", "## How to reproduce", "", *_reproduction(params, source, bool(scores), made_with or {})])
 
 
-def _metadata(source: Model, title: str, kind: str, results: Sequence[EvalResult]) -> str:
+def _metadata(source: Model, title: str, kinds: Sequence[str], results: Sequence[EvalResult]) -> str:
     """Return the card's YAML block for the hub."""
     known = _own_metadata(source)
     return ModelCardData(
@@ -97,7 +98,7 @@ def _metadata(source: Model, title: str, kind: str, results: Sequence[EvalResult
         **{key: known.get(key) for key in INHERITED},
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["pruned", kind, "replaceme"],
+        tags=["pruned", *kinds, "replaceme"],
         model_name=title if results else None,
         eval_results=list(results) or None,
     ).to_yaml()
@@ -122,9 +123,10 @@ def _own_metadata(source: Model) -> dict[str, Any]:
 def _changes(params: Params, source: Model, edits: Edits, solved: dict[str, Any]) -> list[str]:
     """Return the sentences on what was removed and what replaced it, with the fit's residual."""
     commit = f" (commit {source.commit})" if source.commit else ""
-    removed = edits.parts[:1].upper() + edits.parts[1:] or f"{_named(edits.removed_layers).capitalize()} (counted from 0)"
+    whole = f"{_named(edits.removed_layers)} (counted from 0)" if edits.removed_layers or not edits.parts else ""
+    removed = " and ".join(filter(None, (whole, edits.parts)))
     verb = "was" if len(edits.removed_layers) == 1 and not edits.parts else "were"
-    lines = [f"{removed} {verb} removed from `{source.name}`{commit} with {edits.title}."]
+    lines = [f"{removed[:1].upper()}{removed[1:]} {verb} removed from `{source.name}`{commit} with {edits.title}."]
     if source.about:
         lines += [source.about]
     if edits.transforms:
@@ -138,10 +140,10 @@ def _changes(params: Params, source: Model, edits: Edits, solved: dict[str, Any]
     ]
     for layer, channels in sorted(edits.channels.items()):
         own = int((channels[:, 0] == layer).sum())
-        lines += [
-            f"The MLP of layer {layer} now has {own:,} of its own channels and {len(channels) - own:,} channels of removed "
-            "layers. Its width is unchanged, and no parameters were added."
-        ]
+        width = "" if edits.config else " Its width is unchanged, and no parameters were added."
+        if own < len(channels):
+            others = f"{len(channels) - own:,} channels of removed layers"
+            lines += [f"The MLP of layer {layer} now has {own:,} of its own channels and {others}.{width}"]
     linears: tuple[tuple[Linear, str], ...] = (("attention_output", "attention"), ("mlp_output", "MLP"))
     for linear, word in linears:
         corrected = [layer for layer, name in edits.corrections if name == linear]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from replaceme.edits.edits import Edits
 from replaceme.edits.fold import edited_parameters, shorten
-from replaceme.models.families import Family, in_torch_layout
+from replaceme.models.families import Family, in_torch_layout, inputs_of, parameter_of
 from replaceme.models.streaming import loaded
 
 # Names of formats in safetensors, which sorts the tensors of a file from the last of these to the first, then by name.
@@ -46,7 +46,21 @@ def save_streamed(model: Any, family: Family, edits: Edits, folder: Path, max_sh
         _write(Path(file), tensors, parts, metadata)
 
     with mock.patch("transformers.modeling_utils.safe_save_file", write):
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        model.save_pretrained(folder, state_dict=_shapes(model, family, layers, edits), max_shard_size=max_shard_size)
+
+
+def _shapes(model: Any, family: Family, layers: nn.ModuleList, edits: Edits) -> dict[str, Tensor]:
+    """Return the shortened model's state, in which MLPs with fewer channels have their new shapes."""
+    state = dict(model.state_dict())
+    for at, channels in edits.channels.items():
+        count = inputs_of(family.linear_of(layers[at], "mlp_output"))
+        for name, dimension in family.cut_parameters(layers[at], "mlp_output").items():
+            shape = [*parameter_of(layers[at], name).shape]
+            shape[dimension] = shape[dimension] // count * len(channels)
+            own = f"{family.layers}.{edits.position(at)}.{name}"
+            made = torch.empty(shape, dtype=state[own].dtype, device="meta")
+            state[own] = in_torch_layout(model, own, made)
+    return state
 
 
 class _Parts:

@@ -23,8 +23,9 @@ def observe_activations(params: Params, work: Workspace) -> None:
     use_processor(params.threads)
     plan, documents = Plan.load(work.plan), Documents.load(work.documents)
     with new_folder(work.statistics) as folder:
-        if not plan.statistics:
-            logger.info("activations: the method needs no statistics")
+        if not plan.statistics or plan.mlp_width:
+            why = "they are taken in the repair stage, with narrower MLPs" if plan.mlp_width else "the method needs none"
+            logger.info("activations: no statistics: %s", why)
             # DVC does not track empty folders.
             save_file({"none": torch.zeros(1)}, folder / "none.safetensors")
             return

@@ -29,7 +29,7 @@ def export(params: Params, work: Workspace) -> None:
     """
     use_processor(params.threads)
     source, edits = recorded_model(params, work.model_input), Edits.load(work.edits)
-    whole = "a narrower stream and removed parts of layers change shapes" if edits.bases or edits.kept else None
+    whole = "a narrower stream and removed parts of layers change shapes" if edits.bases or edits.parts else None
     # The proof computes in this format, on the processor.
     room = room_of(source, on_processor(params), computed_dtype(source), whole=whole)
     with new_folder(work.model) as folder:

@@ -33,6 +33,7 @@ from replaceme.models.model import CARD_FILES, Model, computed_dtype, layer_coun
 from replaceme.models.own_form import check_own_form
 from replaceme.models.recognition import check_cut
 from replaceme.observers.residuals import FIT_TOKENS, HELD_OUT_SHARE
+from replaceme.selection.budget import within_budget
 from replaceme.selection.criteria import allowed_starts
 
 
@@ -59,6 +60,7 @@ def inspect_inputs(params: Params, work: Workspace) -> None:
             raise ParameterError(refused)
         if not method.plain(params):
             check_own_form(config, kind)
+        params = within_budget(params, model, criterion_of(params))
         allowed_starts(params, layer_count(model), criterion_of(params))
         if method.check:
             method.check(params, model.skeleton(config), family)

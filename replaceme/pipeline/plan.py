@@ -1,4 +1,4 @@
-"""plan: decide which statistics of the chosen blocks the method needs."""
+"""plan: decide which statistics of the chosen blocks the method needs, and how wide the kept layers' MLPs stay."""
 
 from replaceme.base.params import Params
 from replaceme.base.plan import Plan, load_blocks
@@ -6,21 +6,28 @@ from replaceme.base.progress import logger
 from replaceme.base.stage import Stage
 from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import METHODS, read_by
+from replaceme.models.find import recorded_model
+from replaceme.selection.budget import mlp_width
 
 
 def plan(params: Params, work: Workspace) -> None:
     """Write the plan."""
-    wanted = Plan(load_blocks(work.blocks), METHODS[params.method].statistics(params))
+    blocks = load_blocks(work.blocks)
+    removed = [layer for block in blocks for layer in block.layers]
+    width = mlp_width(params, recorded_model(params, work.model_input), removed)
+    wanted = Plan(blocks, METHODS[params.method].statistics(params), width)
     wanted.save(work.plan)
     logger.info("plan: statistics of each block: %s", ", ".join(wanted.statistics) or "none")
+    if width is not None:
+        logger.info("plan: %d layers go, and %d channels stay in each other layer's MLP", len(removed), width)
 
 
 STAGE = Stage(
     name="plan",
     run=plan,
-    params=("method", "transform", *read_by("plan")),
-    reads=(Workspace.blocks,),
+    params=("method", "transform", "repair", "remove", *read_by("plan"), "trust_remote_code"),
+    reads=(Workspace.blocks, Workspace.model_input, Workspace.model_versions),
     writes=Workspace.plan,
-    code=("base", "selection/criteria.py", "selection/blocks.py", "methods"),
+    code=("base", "models", "selection/criteria.py", "selection/blocks.py", "selection/budget.py", "methods"),
     methods=METHODS,
 )

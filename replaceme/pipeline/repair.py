@@ -18,10 +18,13 @@ from replaceme.base.workspace import Workspace
 from replaceme.edits.edits import Edits
 from replaceme.methods.method import Bench
 from replaceme.methods.refusals import needs_whole
-from replaceme.methods.registry import METHODS, read_by
-from replaceme.models.find import calibration_model
+from replaceme.methods.registry import METHODS, criterion_of, read_by
+from replaceme.models.families import inputs_of
+from replaceme.models.find import calibration_model, recorded_model
+from replaceme.models.width import mlp_entry
 from replaceme.repair.mend import STEPWISE, Repair, mend
 from replaceme.repair.resume import Checkpoints
+from replaceme.selection.budget import within_budget
 from replaceme.training.checkpoints import checkpoints_in, key_of, made_with
 from replaceme.training.curves import write_curves
 
@@ -37,6 +40,7 @@ def repair(params: Params, work: Workspace) -> None:
         copy_content(work.solution, folder)
         if method.work:
             model, family = calibration_model(params, work.model_input, whole=needs_whole(params))
+            params = within_budget(params, recorded_model(params, work.model_input), criterion_of(params))
             bench = Bench(params, model, family, Documents.load(work.documents), plan, edits, work.repaired.parent, folder)
             figures = method.work(bench)
             edits.save(folder)
@@ -45,6 +49,12 @@ def repair(params: Params, work: Workspace) -> None:
             documents = Documents.load(work.documents)
             checkpoints = Checkpoints(_checkpoint(work), _key(params, work, documents))
             repairs, figures = mend(params, model, family, documents, edits, plan, work.repaired.parent, checkpoints)
+            if plan.mlp_width:
+                edits.config = mlp_entry(recorded_model(params, work.model_input).config(), family, plan.mlp_width)
+                channels = inputs_of(family.linear_of(family.decoder_layers(model)[0], "mlp_output"))
+                gone = channels - plan.mlp_width
+                edits.parts = f"{gone:,} of {channels:,} MLP channels in every layer"
+                figures["removed_channels"] = gone * len(edits.channels)
             edits.save(folder)
         write_text(folder / "repairs.csv", _table(repairs))
         if not method.trained:
@@ -92,15 +102,15 @@ STAGE = Stage(
     name="repair",
     run=repair,
     params=(
-        "method", "transform", "layers_to_skip", "min_distance_layer", "max_distance_layer", "repair", "repair_ridge_attention",
-        "repair_ridge_mlp", "refit_ridge", *read_by("repair"), *PASS,
+        "method", "transform", "layers_to_skip", "remove", "min_distance_layer", "max_distance_layer", "repair",
+        "repair_ridge_attention", "repair_ridge_mlp", "refit_ridge", *read_by("repair"), *PASS,
     ),
     reads=(Workspace.model_input, Workspace.documents, Workspace.plan, Workspace.solution, Workspace.model_versions),
     writes=Workspace.repaired,
     metrics=("repair",),
     code=(
         "base", "models", "observers", "edits", "solvers", "training", "selection/criteria.py", "selection/blocks.py",
-        "methods", "repair",
+        "selection/budget.py", "methods", "repair",
     ),
     methods=METHODS,
 )  # fmt: skip

@@ -13,7 +13,8 @@ from replaceme.base.stage import PASS, Stage
 from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import METHODS, criterion_of, read_by
 from replaceme.models.families import Family
-from replaceme.models.find import calibration_model
+from replaceme.models.find import calibration_model, recorded_model
+from replaceme.selection.budget import within_budget
 from replaceme.selection.compensation import compensated, scalable
 from replaceme.selection.criteria import Choice, allowed_starts
 
@@ -24,6 +25,7 @@ def select(params: Params, work: Workspace) -> None:
     distances, residuals, criterion = profile["angular_distance"], profile["residual"], criterion_of(params)
     stand_in, folder = METHODS[params.method].stand_in(params), work.blocks.parent
     folder.mkdir(parents=True, exist_ok=True)
+    params = within_budget(params, recorded_model(params, work.model_input), criterion)
     choice = Choice(
         params, profile, allowed_starts(params, len(distances), criterion), stand_in,
         partial(_loaded, params, work), partial(Documents.load, work.documents), folder,
@@ -60,8 +62,8 @@ STAGE = Stage(
     name="select",
     run=select,
     params=(
-        "method", "transform", "selection", "layers_to_skip", "tolerated_loss", "min_distance_layer", "max_distance_layer",
-        "num_A", "merge_consecutive", *read_by("select"), *PASS,
+        "method", "transform", "selection", "layers_to_skip", "remove", "tolerated_loss", "min_distance_layer",
+        "max_distance_layer", "num_A", "merge_consecutive", *read_by("select"), *PASS,
     ),
     reads=(Workspace.profile, Workspace.model_input, Workspace.documents, Workspace.model_versions),
     writes=Workspace.blocks,

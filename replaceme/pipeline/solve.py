@@ -13,6 +13,8 @@ from replaceme.base.plan import Block, Plan
 from replaceme.base.progress import logger
 from replaceme.base.stage import Stage
 from replaceme.base.workspace import Workspace
+from replaceme.edits.edits import Edits
+from replaceme.methods.method import Solved
 from replaceme.methods.registry import METHODS, read_by
 
 
@@ -26,7 +28,8 @@ def solve(params: Params, work: Workspace) -> None:
 
     # Later blocks are solved in the repair stage; methods that remove parts of layers have no block.
     block = plan.blocks[0] if plan.blocks else Block(0, 0)
-    solved = METHODS[params.method].solve(params, block, statistic)
+    # With narrower MLPs, the states change from the first layer on, so all blocks are.
+    solved = Solved(Edits("", [])) if plan.mlp_width else METHODS[params.method].solve(params, block, statistic)
     solved.edits.removed_layers = plan.removed_layers
     solved.edits.mixtures |= plan.mixtures
     solved.edits.operators |= {host: torch.tensor(scale, dtype=torch.float64) for host, scale in plan.scales.items()}

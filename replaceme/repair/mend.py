@@ -14,6 +14,9 @@ MLP is parallel to the attention, no state lies between them: both linears are s
 (``replaceme.repair.channel_choice``); then its linears are solved for again. With several blocks, the method fits each later
 one here, on the states that reach its host.
 
+With a budget that makes the MLPs narrower (``Plan.mlp_width``), the walk begins at the first layer: the channels of every kept
+layer are chosen by the same rule from its own, before its MLP is repaired, and all blocks are fitted here.
+
 All of it is one walk layer by layer. The states of both models lie in scratch files, with the inputs of the last linears of the
 current layer. With these inputs kept, neither the attention nor the MLP runs again when only their last linears change. Only
 one layer's sums are in memory.
@@ -119,7 +122,7 @@ class State:
 
     Attributes:
         params, model, family, documents, edits, plan, folder: as in ``mend``.
-        kept: the kept layers from the first host to the last one that changes.
+        kept: the kept layers from the first to the last one that changes.
         dense: (tokens, d) states of the dense model, after the last layer that it has computed.
         middle: (tokens, d) its states after the attention of the current layer, where this attention is repaired.
         shortened: (tokens, d) states of the shortened model, before the current layer.
@@ -178,13 +181,17 @@ class State:
 def _at_cut(
     params: Params, model: Any, family: Family, documents: Documents, edits: Edits, plan: Plan, folder: Path | None
 ) -> State:
-    """Return the state at the first host, where both models are the same."""
-    layers, host, removed = family.decoder_layers(model), plan.blocks[0].host, set(plan.removed_layers)
+    """Return the state at the first layer that changes, where both models are the same."""
+    layers, removed = family.decoder_layers(model), set(plan.removed_layers)
+    host = 0 if plan.mlp_width else plan.blocks[0].host
     last = len(layers) - 1 if params.repair else max(block.host for block in plan.blocks)
     kept = [layer for layer in range(host, last + 1) if layer not in removed]
     # The states after the last layer are not needed, nor are the inputs that update them.
     linears = LINEARS[: min(len(kept), 2)] if params.repair or params.transform in STEPWISE else ()
-    widths = [int(model.config.hidden_size)] * 3 + [inputs_of(family.linear_of(layers[host], each)) for each in linears]
+    inputs_count = {each: inputs_of(family.linear_of(layers[host], each)) for each in linears}
+    if plan.mlp_width and "mlp_output" in inputs_count:
+        inputs_count["mlp_output"] = plan.mlp_width
+    widths = [int(model.config.hidden_size)] * 3 + [*inputs_count.values()]
     shapes = [(documents.token_count, width) for width in widths]
     dense, shortened, middle, *inputs = scratch(shapes, model.dtype, folder, "repair")
     entering = Keep(host, ("input",), dense)
@@ -196,21 +203,23 @@ def _at_cut(
 
 def _mend_layer(state: State, layer: int) -> None:
     """Fit and correct a kept layer toward the dense model's states, and move the states of both models past it."""
-    params, family, blocks = state.params, state.family, state.plan.blocks
-    block = {block.host: block for block in blocks}.get(layer)
-    first = block == blocks[0]
-    # The attention of the first host has the same input as in the dense model.
-    separate = params.repair and not first and not family.parallel
+    params, family, plan = state.params, state.family, state.plan
+    block = {block.host: block for block in plan.blocks}.get(layer)
+    solved = not plan.mlp_width and block == plan.blocks[0]
+    # The attention of the first layer that changes has the same input as in the dense model.
+    separate = params.repair and layer != state.kept[0] and not family.parallel
     targets: list[Observer] = [Keep(block.end - 1 if block else layer, ("output",), state.dense)]
     if separate:
         targets.append(Keep(layer, ("input", "attention"), state.middle))
     state.walk_dense(layer, targets)
     if separate:
         _correct(state, layer, state.middle, {"attention_output": "repair_ridge_attention"})
-    if block and not first:
+    if block and not solved:
         _fit(state, block)
     if block and params.transform == "channels":
-        _choose(state, block)
+        _choose(state, layer, range(layer, block.end), params.refit_ridge)
+    elif plan.mlp_width:
+        _choose(state, layer, range(layer, layer + 1), params.repair_ridge_mlp)
     solves, leaves = _solves(params, family, bool(block)), layer != state.kept[-1]
     for number, ridges in enumerate(solves, start=1):
         _correct(state, layer, state.dense, ridges, leaves=leaves and number == len(solves))
@@ -235,35 +244,47 @@ def _solves(params: Params, family: Family, is_host: bool) -> list[Ridges]:
     return [{"attention_output": "repair_ridge_attention", **mlp}] if family.parallel else [mlp]
 
 
-def _choose(state: State, block: Block) -> None:
-    """Give the host's MLP the best channels of its own and of the removed layers, with their original columns."""
-    host, layer, edits = block.host, state.layers[block.host], state.edits
+def _choose(state: State, host: int, window: range, ridge: float) -> None:
+    """Give a layer's MLP the best channels of its own and of removed layers after it, with their original columns.
+
+    Args:
+        state: at this layer.
+        host: the layer.
+        window: the layer, and the removed ones whose channels it may take.
+        ridge: of the least squares that compares them, relative to each channel's sum of squares.
+    """
+    layer, edits = state.layers[host], state.edits
     edits.transforms.pop(host, None)
     edits.corrections.pop((host, "mlp_output"), None)
-    window = range(host, block.end)
     require_resident({place: state.layers[place] for place in window}, "whose channels are compared")
     count = inputs_of(state.family.linear_of(layer, "mlp_output"))
+    kept = state.plan.mlp_width or count
     documents = few_documents(state.documents, TOKENS_PER_CHANNEL * 2 * count)
-    chosen = channels_of(block.end - 1, count)
-    for source in progress([*reversed(window[:-1])], "choosing channels", "layers"):
-        candidates = edits.channels[host] = torch.cat([channels_of(source, count), chosen])
+    # One layer's channels after the other's, each compared with the best so far.
+    *others, last = (channels_of(source, count) for source in window)
+    chosen, rounds = last, [*reversed(others)] or [last[:0]]
+    for more in progress(rounds, "choosing channels", "layers") if others else rounds:
+        candidates = edits.channels[host] = torch.cat([more, chosen])
         sums = Candidates(host, state.family, layer, state.dense)
         state.walk_shortened(host, [sums], documents)
         prior = assembled_parameter(state.family, state.layers, host, candidates, f"{state.family.mlp_output}.weight").T
-        chosen = candidates[best_channels(sums.gram, sums.cross, prior, state.params.refit_ridge, count)]
+        chosen = candidates[best_channels(sums.gram, sums.cross, prior, ridge, kept)]
     edits.channels[host] = chosen
     own = int((chosen[:, 0] == host).sum())
-    for name, number in (("mlp_channels", count), ("own_mlp_channels", own)):
-        state.figures[name] = state.figures.get(name, 0) + number
-    logger.info(
-        "repair: of the %d channels of layer %d's MLP, %d are its own and %d come from removed layers",
-        count, host, own, count - own,
-    )  # fmt: skip
+    if others:
+        for name, number in (("mlp_channels", kept), ("own_mlp_channels", own)):
+            state.figures[name] = state.figures.get(name, 0) + number
+        logger.info(
+            "repair: of the %d channels of layer %d's MLP, %d are its own and %d come from removed layers",
+            kept, host, own, kept - own,
+        )  # fmt: skip
 
 
 def _correct(state: State, layer: int, target: Tensor, ridges: Ridges, *, leaves: bool = False) -> None:
     """Solve for linears of a layer; if ``leaves``, move the shortened model's states to after the corrected layer."""
     features = Features.of(state.layers[layer], state.family, [*ridges])
+    if layer in state.edits.channels and "mlp_output" in features.widths:
+        features = replace(features, widths={**features.widths, "mlp_output": len(state.edits.channels[layer])})
     if state.strength is None and _is_fitted(state.edits):
         state.strength = Strength()
     # Fewer folds where their sums would take too much memory, and one if nothing is chosen.
@@ -337,6 +358,7 @@ def _fit(state: State, block: Block) -> None:
         solved = METHODS[state.params.method].solve(
             state.params, block, lambda statistic: load_file(place.folder / f"{statistic}.safetensors")
         )
+    state.edits.title = solved.edits.title
     state.edits.transforms |= solved.edits.transforms
     state.edits.operators |= solved.edits.operators
     for (layer, linear), (weight, bias) in solved.edits.corrections.items():

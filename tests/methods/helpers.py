@@ -26,11 +26,16 @@ BLOCK = Block(2, 4)
 Mending = Callable[..., tuple[list[Repair], dict[str, Any]]]
 
 
-def solved(model: Any, documents: Documents, blocks: tuple[Block, ...], **options: Any) -> tuple[Edits, Mending]:
+def solved(
+    model: Any, documents: Documents, blocks: tuple[Block, ...], mlp_width: int | None = None, **options: Any
+) -> tuple[Edits, Mending]:
     """Return the edits as solve makes them, and ``mend`` for them, to be called with a scratch folder or none."""
     params = read_params(None, {"batch_size": 4, **options})
     family, method = family_of(model.config), METHODS[params.method]
-    plan = Plan(blocks, method.statistics(params))
+    plan = Plan(blocks, method.statistics(params), mlp_width)
+    if mlp_width:
+        edits = Edits("", plan.removed_layers)
+        return edits, partial(mend, params, model, family, documents, edits, plan)
     taken = take_statistics(model, family, documents, blocks[0], plan.statistics, 4)
     edits = method.solve(params, blocks[0], taken.__getitem__).edits
     edits.removed_layers = plan.removed_layers

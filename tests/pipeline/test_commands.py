@@ -125,6 +125,24 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
     assert unchanged == [*FIT]
 
 
+def test_a_share_of_the_parameters_goes_by_layers_and_channels(tiny: Model, text_file: Path, tmp_path: Path) -> None:
+    result = tmp_path / "result"
+    call(
+        commands.run_replaceme, "--model_path", tiny.folder, "--dataset", text_file, "--tasks", text_file, "--max_length", "48",
+        "--remove", "30%", "--layers", "1", "--transform", "channels", "--repair", "true", "--save_path", result, *FAST,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(result)
+    assert model.config.num_hidden_layers == 5
+    assert model.config.intermediate_size < 48
+    figures = json.loads((tmp_path / "result.work" / "metrics" / "export.json").read_text())
+    assert figures["parameters"] == pytest.approx(0.7 * figures["parameters_dense"], abs=0.01 * figures["parameters_dense"])
+    card = (result / "README.md").read_text(encoding="utf-8")
+    assert "without 1 of its 6 layers and" in card
+    assert "MLP channels in every layer were removed" in card
+    assert "depth-pruning" in card
+    assert "width-pruning" in card
+
+
 def test_run_uidl_drops_the_block_and_changes_no_other_weight(published: Path, tiny: Model, tmp_path: Path) -> None:
     call(commands.run_uidl, "--config", published, *FAST)
     pruned, dense = load_file(tmp_path / "result" / "model.safetensors"), load_file(tiny.folder / "model.safetensors")
