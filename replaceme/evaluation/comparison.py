@@ -28,7 +28,7 @@ from replaceme.evaluation.perplexity import mean_stderr
 
 Figures = dict[str, Any]
 UNITS = {"token": "perplexity", "word": "word_perplexity", "byte": "byte_perplexity"}
-SIZES = ("parameters", "disk_bytes", "kv_cache_bytes_per_token")
+SIZES = ("parameters", "parameters_without_embeddings", "disk_bytes", "kv_cache_bytes_per_token")
 # The table's columns, with their headings; one without cells is left out.
 HEADS = {
     "": "", "dense": "dense", "pruned": "pruned", "change": "", "above chance": "above chance", "KL": "KL",
@@ -318,6 +318,9 @@ def comparison_rows(comparison: Mapping[str, Any]) -> list[tuple[str, ...]]:
     size = comparison["parameters"]
     rows.append({"": "parameters", **{side: f"{size[side] / 1e6:.1f} M" for side in ("dense", "pruned")}})
     rows[-1]["change"] = f"−{size['removed_percent']:.1f} %"
+    if inner := comparison.get("parameters_without_embeddings"):
+        own = {side: f"{inner[side] / 1e6:.1f} M" for side in ("dense", "pruned")}
+        rows.append({"": "… without embeddings", **own, "change": f"−{inner['removed_percent']:.1f} %"})
     heads = [head for head in HEADS if any(row.get(head) for row in rows)]
     return [tuple(HEADS[head] for head in heads), *(tuple(row.get(head, "") for head in heads) for row in rows)]
 

@@ -26,7 +26,7 @@ from replaceme.evaluation.scorer import CausalScorer
 from replaceme.evaluation.seen import Calibration
 from replaceme.evaluation.tasks import check_unchanged, task_kind, task_name, task_texts
 from replaceme.models.memory import load_within
-from replaceme.models.model import WEIGHTS, Model, parameter_count, positions_of
+from replaceme.models.model import WEIGHTS, Model, embedding_count, parameter_count, positions_of
 
 
 @dataclass
@@ -35,9 +35,10 @@ class Scores:
 
     Attributes:
         figures: ``perplexity`` (task → token, word, byte, stderr), ``accuracy`` (task → accuracy, stderr, items, metric,
-            fewshots, by_size), ``parameters``, ``disk_bytes``, ``kv_cache_bytes_per_token``, ``device`` (cpu, cuda) and
-            ``made_with`` (the kind of the device, as ``processor``, and the version of each package). Where the calibration
-            text is known, ``calibration_text`` (task → seen, same_domain, overlap: ``replaceme.evaluation.seen``).
+            fewshots, by_size), ``parameters``, ``parameters_without_embeddings``, ``disk_bytes``, ``kv_cache_bytes_per_token``,
+            ``device`` (cpu, cuda) and ``made_with`` (the kind of the device, as ``processor``, and the version of each
+            package). Where the calibration text is known, ``calibration_text`` (task → seen, same_domain, overlap:
+            ``replaceme.evaluation.seen``).
         items: ``accuracy/<task>/<n>`` (items,), where n counts the single tasks of a group, and ``counts/<task>`` (windows,),
             both float64; and what ``score_windows`` returns for each task, as ``losses/<task>`` and so on. And
             ``articles/<task>/<n>`` (items,) int64, equal for items of one article, and ``texts/<task>`` (windows,) int64, where
@@ -132,6 +133,7 @@ def score_model(
         "perplexity": perplexity | outcome.perplexity,
         "accuracy": outcome.accuracy,
         "parameters": parameter_count(model),
+        "parameters_without_embeddings": parameter_count(model) - embedding_count(model),
         "disk_bytes": sum(path.stat().st_size for path in source.files(WEIGHTS)),
         "device": model.device.type,
         "made_with": {"processor": kind_of(str(model.device)), **versions(SCORES)},

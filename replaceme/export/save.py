@@ -28,14 +28,13 @@ def save_pruned(source: Model, edits: Edits, folder: Path, room: int | None = No
             limit. The files are the same.
 
     Returns:
-        The numbers of parameters: of the pruned model, of the dense one, and of both models' decoder layers.
+        The numbers of parameters: of the pruned model, and of the dense one.
     """
     from transformers import GenerationConfig
 
     family = source.family()
     model = source.load_stored() if room is None else stream(source, room=room, as_stored=True)
-    layers = family.decoder_layers(model)
-    dense = {"parameters_dense": parameter_count(model), "layer_parameters_dense": parameter_count(layers)}
+    dense_parameters = parameter_count(model)
     # The original's generation config is copied below: saving would refuse some that are in use.
     model.generation_config = GenerationConfig()
     if room is None:
@@ -52,4 +51,4 @@ def save_pruned(source: Model, edits: Edits, folder: Path, room: int | None = No
         write_own_form(folder, form, type(source.tokenizer()).__name__)
     for path in source.copied_files():
         shutil.copyfile(path, folder / path.name)
-    return {"parameters": parameter_count(model), "layer_parameters": parameter_count(family.decoder_layers(model)), **dense}
+    return {"parameters": parameter_count(model), "parameters_dense": dense_parameters}

@@ -350,6 +350,13 @@ def parameter_count(model: Any) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def embedding_count(model: Any) -> int:
+    """Return the number of parameters of the embedding and of an untied head; they don't shrink with the layers."""
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    weights = {id(module.weight): module.weight.numel() for module in modules if module is not None}
+    return sum(weights.values())
+
+
 def stored_dtype(model: Model) -> torch.dtype:
     """Return the dtype that most weights are stored in, by their entries. Raises ModelError when torch can't compute in it."""
     entries: Counter[str] = Counter()

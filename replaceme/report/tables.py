@@ -24,6 +24,7 @@ SEEN = "†"
 UNITS = {"perplexity": "token", "word_perplexity": "word", "byte_perplexity": "byte"}
 SIZES = {
     "parameters": ("parameters", ""),
+    "parameters_without_embeddings": ("… without embeddings", ""),
     "disk_bytes": ("size on disk", "B"),
     "kv_cache_bytes_per_token": ("KV cache per token", "B"),
 }

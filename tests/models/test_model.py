@@ -19,8 +19,8 @@ from replaceme.edits.edits import Edits
 from replaceme.models import hub
 from replaceme.models.families import Linear
 from replaceme.models.find import find_model
-from replaceme.models.model import Model
-from tests.conftest import LAYERS
+from replaceme.models.model import Model, embedding_count, parameter_count
+from tests.conftest import LAYERS, made_model
 from tests.helpers import FAST, call
 
 TEXT = torch.arange(2, 42)[None]
@@ -205,3 +205,10 @@ def test_the_card_names_the_pruned_commit(prune: Callable[..., Path]) -> None:
     assert "base_model: owner/name" in card
     assert f"(commit {'2' * 40})" in card
     assert json.loads((result / "config.json").read_text(encoding="utf-8"))["model_type"] == "qwen3"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_are_counted_once_where_the_head_shares_them(tied: bool) -> None:
+    model = made_model(tie_word_embeddings=tied)
+    inner = sum(weight.numel() for name, weight in model.model.named_parameters() if not name.startswith("embed_tokens"))
+    assert parameter_count(model) - embedding_count(model) == inner
