@@ -134,7 +134,10 @@ def _map(values: list[list[float]], label: str, blocks: tuple[Block, ...]) -> Pi
 def _fits(solved: Mapping[str, Any], repaired: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """Return the figures of each block by its name; a single block has the empty name."""
     later = {key.replace("block", "block "): value for key, value in repaired.items() if isinstance(value, Mapping)}
-    return {"block 0": solved, **later} if later else {"": solved}
+    if later.keys() <= {"block 0"}:
+        # With narrower MLPs, the first block is fitted in repair too.
+        return {"": {**solved, **later.get("block 0", {})}}
+    return {"block 0": solved, **later}
 
 
 def _residuals(path: Path) -> list[tuple[float, float]]:

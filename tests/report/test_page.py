@@ -357,6 +357,18 @@ def test_a_method_without_a_fit_says_so(params: Params, run: Run) -> None:
     assert "were removed by UIDL" in page.html
 
 
+def test_whole_layers_and_parts_of_the_others_are_told_together(params: Params, run: Run) -> None:
+    parts = "16 of 48 MLP channels in every layer"
+    repaired = {"corrected_linears": 3, "last_residual": 0.1, "removed_channels": 96, "block0": SOLVED}
+    work = run(solved={"removed_layers": 2}, repaired=repaired, parts=parts)
+    page = Reader(render(params, work).html)
+    assert f"smollm2-135m-instruct without 2 of its 7 layers and {parts}" in page.text
+    assert f"2 of 7 layers and {parts} of smollm2-135m-instruct were removed by" in page.text
+    assert f"Beside whole layers, {parts} were removed." in page.text
+    assert "MLP channels removed" in page.cells
+    assert "Nothing was fitted" not in page.text
+
+
 def test_parts_of_layers_are_told_when_no_whole_layer_is_removed(params: Params, run: Run) -> None:
     parts = "2 of 4 heads in every layer"
     repaired = {"removed_heads": 14, "parameters_removed": 123456, "calibration_loss": 2.5, "corrected_linears": 0}
