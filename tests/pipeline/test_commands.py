@@ -125,11 +125,15 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
     assert unchanged == [*FIT]
 
 
-def test_a_share_of_the_parameters_goes_by_layers_and_channels(tiny: Model, text_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("healed", ["0", "1"])
+def test_a_share_of_the_parameters_goes_by_layers_and_channels(
+    tiny: Model, text_file: Path, tmp_path: Path, healed: str
+) -> None:
     result = tmp_path / "result"
     call(
         commands.run_replaceme, "--model_path", tiny.folder, "--dataset", text_file, "--tasks", text_file, "--max_length", "48",
-        "--remove", "30%", "--layers", "1", "--transform", "channels", "--repair", "true", "--save_path", result, *FAST,
+        "--remove", "30%", "--layers", "1", "--transform", "channels", "--repair", "true", "--heal_epochs", healed, "--save_path", result,
+        *FAST,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(result)
     assert model.config.num_hidden_layers == 5
