@@ -132,8 +132,8 @@ def test_a_share_of_the_parameters_goes_by_layers_and_channels(
     result = tmp_path / "result"
     call(
         commands.run_replaceme, "--model_path", tiny.folder, "--dataset", text_file, "--tasks", text_file, "--max_length", "48",
-        "--remove", "30%", "--layers", "1", "--transform", "channels", "--repair", "true", "--heal_epochs", healed, "--save_path", result,
-        *FAST,
+        "--remove", "30%", "--layers", "1", "--transform", "channels", "--repair", "true", "--heal_epochs", healed,
+        "--save_path", result, *FAST,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(result)
     assert model.config.num_hidden_layers == 5
