@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from replaceme.base.errors import ModelError, ResourceError
+from replaceme.base.group import group_size, local_gpu
 
 # Options of glibc's allocator (malloc.h), in bytes: M_TRIM_THRESHOLD, the free space at the heap's top that is kept; M_TOP_PAD,
 # the extra space when the heap grows; M_MMAP_THRESHOLD, the size from which a block is mapped by itself.
@@ -22,9 +23,15 @@ GROUP_LIMIT, GROUP_USE = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup
 
 
 def resolve_device(device: str) -> str:
-    """Return the device, with ``auto`` resolved. Raises ResourceError for a CUDA device that doesn't exist."""
+    """Return the device, with ``auto`` resolved, and ``cuda`` as the GPU of this process if it is one of several.
+
+    Raises:
+        ResourceError: there is no such CUDA device.
+    """
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and group_size() > 1:
+        device = f"cuda:{local_gpu()}"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ResourceError(f"device: {device} is asked for, but torch sees no CUDA device; use cpu or auto.")
     if ":" in device and int(device.split(":")[1]) >= torch.cuda.device_count():
