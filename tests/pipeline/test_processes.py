@@ -1,0 +1,129 @@
+"""Several processes in place of one: the same cut, channels and figures, and the end of all if one dies."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from replaceme.base.errors import ParameterError
+from replaceme.base.files import read_json
+from replaceme.base.params import Params, read_params
+from replaceme.base.plan import load_blocks
+from replaceme.base.presets import RECOMMENDED
+from replaceme.base.processes import in_processes
+from replaceme.base.stage import FIT, ORDER
+from replaceme.base.workspace import Workspace
+from replaceme.edits.edits import Edits
+from replaceme.methods.registry import METHODS
+from replaceme.models.model import Model
+from replaceme.pipeline.inputs import inspect_inputs
+from replaceme.steps import STAGES, run_steps
+from tests.conftest import made_text
+from tests.helpers import FAST
+from tests.ranks import in_ranks
+
+DEFAULT = {key: RECOMMENDED[key] for key in ("selection", "transform", "repair")}
+
+
+def _fitted(params: Params, work: Workspace) -> list[str]:
+    ran: list[str] = []
+    in_processes(2, lambda: STAGES, lambda: ran.extend(run_steps(params, work, FIT)))
+    return ran
+
+
+def _numbers(content: Any) -> list[float]:
+    if isinstance(content, Mapping):
+        return [number for key in sorted(content) for number in _numbers(content[key])]
+    if isinstance(content, list):
+        return [number for each in content for number in _numbers(each)]
+    return [content]
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [DEFAULT, {}, {"method": "sleb", "transform": "dense"}, {"method": "prune_and_comp"}, {"num_A": 2, "layers_to_skip": 1}],
+    ids=["default", "dense", "greedy", "scaled", "blocks"],
+)
+def test_two_processes_find_what_one_finds(setting: dict[str, Any], params: Params, tmp_path: Path) -> None:
+    params = Params.model_validate({**dict(params), **setting, "batch_size": 3})
+    one, two = Workspace(tmp_path / "one"), Workspace(tmp_path / "two")
+    for work in (one, two):
+        inspect_inputs(params, work)
+    run_steps(params, one, FIT)
+    # The second process only serves the first one.
+    assert in_ranks(2, partial(_fitted, params, two), tmp_path) == [[*FIT], []]
+    assert load_blocks(one.blocks) == load_blocks(two.blocks)
+    mine, others = (Edits.load(work.edits) for work in (one, two))
+    assert mine.channels.keys() == others.channels.keys()
+    assert all(torch.equal(mine.channels[host], others.channels[host]) for host in mine.channels)
+    for name in (*(f"metrics/{stage}.json" for stage in ("select", "solve", "repair")), "artifacts/profile/profile.json"):
+        ours, theirs = (_numbers(read_json(work.root / name)) for work in (one, two))
+        assert theirs == pytest.approx(ours, rel=1e-6, abs=1e-9), name
+    stored = [load_file(work.edits / "edits.safetensors") for work in (one, two)]
+    assert stored[0].keys() == stored[1].keys()
+    for name, tensor in stored[0].items():
+        assert float((stored[1][name].double() - tensor.double()).norm()) <= 1e-6 * float(tensor.double().norm()), name
+    # Nothing of the other process is left.
+    left = {path.relative_to(two.root) for path in two.root.rglob("*")} ^ {
+        path.relative_to(one.root) for path in one.root.rglob("*")
+    }
+    assert not left
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"device": "cuda:1"}, "device: cuda:1 is one GPU, and each process has its own; use cuda or auto, or processes: 1."),
+        ({"use_4bit": True}, "use_4bit: packs the weights for one process; use false, or processes: 1."),
+        ({"device_map": "auto"}, "device_map: spreads the model over GPUs, of which each process has one; use null,"),
+        ({"processes": 0}, "processes: must be at least 1, not 0."),
+    ],
+)
+def test_what_processes_cannot_share_is_refused(setting: dict[str, Any], said: str) -> None:
+    with pytest.raises(ParameterError, match=re.escape(said)):
+        read_params(None, {"processes": 2, **setting}, METHODS)
+
+
+def test_processes_are_a_setting_of_no_stage() -> None:
+    assert not [name for name in ORDER if "processes" in STAGES[name].params]
+
+
+def _command(model: Model, text: Path, place: Path) -> list[str]:
+    code = "from replaceme.commands import run_replaceme; run_replaceme()"
+    return [
+        sys.executable, "-c", code, "--model_path", str(model.folder), "--dataset", str(text), "--save_path", str(place), *FAST,
+        "--device", "cpu", "--layers", "2", "--tasks", "[]", "--batch_size", "1", "--dataset_size", "3000", "--processes", "2",
+    ]  # fmt: skip
+
+
+def test_a_killed_process_ends_all_with_a_sentence_and_the_next_run_goes_on(tiny: Model, tmp_path: Path) -> None:
+    text, place = tmp_path / "text.txt", tmp_path / "small"
+    text.write_text(made_text(12000), encoding="utf-8")
+    artifacts = place.with_name("small.work") / "artifacts"
+    with subprocess.Popen(_command(tiny, text, place), stderr=subprocess.PIPE, text=True) as run:
+        # The second process's folder, whose name ends with its number, is there while it shares the profile.
+        while not (found := [*artifacts.glob("rank1-*")]):
+            assert run.poll() is None
+            time.sleep(0.05)
+        number = int(found[0].name.split(".")[-2].split("-")[0])
+        os.kill(number, signal.SIGKILL)
+        _, said = run.communicate()
+    assert run.returncode == 2
+    errors = [line for line in said.splitlines() if line.startswith("error:")]
+    assert errors == [
+        "error: processes: rank 1 of 2 was ended by SIGKILL, perhaps for lack of memory; run again: finished stages are kept."
+    ]
+    assert "Traceback" not in said
+    again = subprocess.run(_command(tiny, text, place), stderr=subprocess.PIPE, text=True, check=True)
+    assert "calibrate: unchanged since an earlier run" in again.stderr
+    assert not [*artifacts.glob("rank1-*")]
