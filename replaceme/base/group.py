@@ -69,6 +69,11 @@ def group_size() -> int:
     return max(len(_GROUP.places), 1)
 
 
+def neighbours() -> int:
+    """Return how many processes, this one included, share the work of the block on this machine."""
+    return 1 if share() == WHOLE else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 @contextmanager
 def joined() -> Iterator[int]:
     """Join the group that the environment describes (``RANK``, ``WORLD_SIZE``, …), and yield this process's rank in it.

@@ -326,7 +326,9 @@ STATISTICS: dict[str, Callable[[Place], Statistic]] = {
     "tokens_accurate": lambda place: TokenDump(place, accurate=True),
 }
 # Processes share the walk of these (``replaceme.observers.walk.Additive``).
-ADDITIVE = frozenset(STATISTICS) - {"tokens", "tokens_accurate"}
+ADDITIVE = frozenset(
+    {"gram", "sample", "mlp_features", "features", "stream", "stream_weighted", "magnitudes", "magnitudes_rotated"}
+)
 
 
 def adds_up(names: Sequence[str]) -> bool:

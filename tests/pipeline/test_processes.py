@@ -23,13 +23,14 @@ from replaceme.base.presets import RECOMMENDED
 from replaceme.base.processes import in_processes
 from replaceme.base.stage import FIT, ORDER
 from replaceme.base.workspace import Workspace
+from replaceme.commands import get_distance_analysis
 from replaceme.edits.edits import Edits
 from replaceme.methods.registry import METHODS
 from replaceme.models.model import Model
 from replaceme.pipeline.inputs import inspect_inputs
 from replaceme.steps import STAGES, run_steps
 from tests.conftest import made_text
-from tests.helpers import FAST
+from tests.helpers import call
 from tests.ranks import in_ranks
 
 DEFAULT = {key: RECOMMENDED[key] for key in ("selection", "transform", "repair")}
@@ -98,19 +99,19 @@ def test_processes_are_a_setting_of_no_stage() -> None:
     assert not [name for name in ORDER if "processes" in STAGES[name].params]
 
 
-def _command(model: Model, text: Path, place: Path) -> list[str]:
-    code = "from replaceme.commands import run_replaceme; run_replaceme()"
-    return [
-        sys.executable, "-c", code, "--model_path", str(model.folder), "--dataset", str(text), "--save_path", str(place), *FAST,
-        "--device", "cpu", "--layers", "2", "--tasks", "[]", "--batch_size", "1", "--dataset_size", "3000", "--processes", "2",
+def test_a_killed_process_ends_all_with_a_sentence_and_the_next_run_goes_on(
+    tiny: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, place = tmp_path / "text.txt", tmp_path / "distances"
+    text.write_text(made_text(3000), encoding="utf-8")
+    arguments = [
+        "--model_path", str(tiny.folder), "--dataset", str(text), "--save_path", str(place), "--device", "cpu",
+        "--threads", "1", "--max_length", "48", "--dataset_size", "500", "--batch_size", "1",
     ]  # fmt: skip
-
-
-def test_a_killed_process_ends_all_with_a_sentence_and_the_next_run_goes_on(tiny: Model, tmp_path: Path) -> None:
-    text, place = tmp_path / "text.txt", tmp_path / "small"
-    text.write_text(made_text(12000), encoding="utf-8")
-    artifacts = place.with_name("small.work") / "artifacts"
-    with subprocess.Popen(_command(tiny, text, place), stderr=subprocess.PIPE, text=True) as run:
+    code = "from replaceme.commands import get_distance_analysis; get_distance_analysis()"
+    artifacts = place.with_name("distances.work") / "artifacts"
+    command = [sys.executable, "-c", code, *arguments, "--processes", "2"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as run:
         # The second process's folder, whose name ends with its number, is there while it shares the profile.
         while not (found := [*artifacts.glob("rank1-*")]):
             assert run.poll() is None
@@ -124,6 +125,6 @@ def test_a_killed_process_ends_all_with_a_sentence_and_the_next_run_goes_on(tiny
         "error: processes: rank 1 of 2 was ended by SIGKILL, perhaps for lack of memory; run again: finished stages are kept."
     ]
     assert "Traceback" not in said
-    again = subprocess.run(_command(tiny, text, place), stderr=subprocess.PIPE, text=True, check=True)
-    assert "calibrate: unchanged since an earlier run" in again.stderr
+    call(get_distance_analysis, *arguments)
+    assert "calibrate: unchanged since an earlier run" in capsys.readouterr().err
     assert not [*artifacts.glob("rank1-*")]
