@@ -101,7 +101,7 @@ def run_steps(params: Params, work: Workspace, names: Sequence[str], course: Cou
         stamp.unlink(missing_ok=True)
         logger.info(course.place_of(name))
         if name in SHARED and step.writes:
-            _run_once_for_all(name, key, work.path(step.writes), partial(step.run, params, work))
+            _run_once_for_all(name, key, work.path(step.writes), partial(run_step, step, params, work))
         else:
             with recorded(work.cost(name)) if name in COMPRESSION else nullcontext():
                 run_step(step, params, work)

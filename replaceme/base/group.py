@@ -175,6 +175,11 @@ def told(value: Any = None) -> Any:
     return json.loads(content.numpy().tobytes())
 
 
+def gathered(value: Any) -> list[Any]:
+    """Return the values of all processes that share the work, which have a JSON form, by rank."""
+    return [value] if share() == WHOLE else _gathered(value)
+
+
 def _gathered(value: Any) -> list[Any]:
     """Return every process's value, which has a JSON form, by rank."""
     content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)

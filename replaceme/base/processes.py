@@ -15,7 +15,7 @@ import signal
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Protocol
 
@@ -96,7 +96,7 @@ def _serve(steps: Mapping[str, Step]) -> None:
 
 @contextmanager
 def _elsewhere(work: Workspace, step: Step) -> Iterator[Workspace]:
-    """Yield a workspace with the files that a stage reads, in a folder that is deleted after the block."""
+    """Yield a workspace with the files that a stage reads, in a folder that is deleted after the block; nothing is printed."""
     folder = work.artifact("")
     with temporary_folder(f"rank{rank()}-", folder) as root:
         own = Workspace(root)
@@ -104,7 +104,9 @@ def _elsewhere(work: Workspace, step: Step) -> Iterator[Workspace]:
             place = own.path(artifact)
             place.parent.mkdir(parents=True, exist_ok=True)
             place.symlink_to(work.path(artifact).absolute())
-        yield own
+        # What a stage prints, the first process prints.
+        with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+            yield own
 
 
 def launch(count: int) -> None:

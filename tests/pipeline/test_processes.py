@@ -1,5 +1,6 @@
 """Several processes in place of one: the same cut, channels and figures, and the end of all if one dies."""
 
+import json
 import os
 import re
 import signal
@@ -21,7 +22,8 @@ from replaceme.base.params import Params, read_params
 from replaceme.base.plan import load_blocks
 from replaceme.base.presets import RECOMMENDED
 from replaceme.base.processes import in_processes
-from replaceme.base.stage import FIT, ORDER
+from replaceme.base.stage import COMPRESSION, FIT, JUDGEMENT, ORDER
+from replaceme.base.task import Task
 from replaceme.base.workspace import Workspace
 from replaceme.commands import get_distance_analysis
 from replaceme.edits.edits import Edits
@@ -74,11 +76,43 @@ def test_two_processes_find_what_one_finds(setting: dict[str, Any], params: Para
     assert stored[0].keys() == stored[1].keys()
     for name, tensor in stored[0].items():
         assert float((stored[1][name].double() - tensor.double()).norm()) <= 1e-6 * float(tensor.double().norm()), name
-    # Nothing of the other process is left.
+    # Nothing of the second process is left.
     left = {path.relative_to(two.root) for path in two.root.rglob("*")} ^ {
         path.relative_to(one.root) for path in one.root.rglob("*")
     }
     assert not left
+
+
+def test_two_processes_give_the_scores_of_one(
+    params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    questions = tmp_path / "questions.jsonl"
+    rows = [
+        {"question": f"the old town {n}", "choices": ["and people", "fish", "wine are sold"], "answer": n % 3} for n in range(9)
+    ]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    tasks = (*params.tasks, Task(str(questions)), Task("retrieval_exact", limit=6))
+    params = Params.model_validate({**dict(params), "tasks": tasks, "max_length": 512, "eval_tokens": 3000})
+    one, two = Workspace(tmp_path / "one"), Workspace(tmp_path / "two")
+    for work in (one, two):
+        monkeypatch.setenv("REPLACEME_CACHE", str(work.root / "cache"))
+        inspect_inputs(params, work)
+        run_steps(params, work, COMPRESSION)
+    monkeypatch.setenv("REPLACEME_CACHE", str(one.root / "cache"))
+    run_steps(params, one, JUDGEMENT[:2])
+    table = capfd.readouterr().out
+    monkeypatch.setenv("REPLACEME_CACHE", str(two.root / "cache"))
+    assert in_ranks(2, partial(_scored, params, two), tmp_path) == [[*JUDGEMENT[:2]], []]
+    assert capfd.readouterr().out == table
+    assert read_json(two.metric("evaluation")) == read_json(one.metric("evaluation"))
+    for name in ("items.safetensors", "continuations.json", "scores.json"):
+        assert (two.baseline / name).read_bytes() == (one.baseline / name).read_bytes(), name
+
+
+def _scored(params: Params, work: Workspace) -> list[str]:
+    ran: list[str] = []
+    in_processes(2, lambda: STAGES, lambda: ran.extend(run_steps(params, work, JUDGEMENT[:2])))
+    return ran
 
 
 @pytest.mark.parametrize(
