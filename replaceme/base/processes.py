@@ -78,6 +78,7 @@ def run_step(step: Step, params: Params, work: Workspace) -> None:
     from replaceme.base import group
 
     place = [str(path.absolute()) for path in (work.root, work.model)]
+    logger.info("%s: shared by %d processes", step.name, started())
     group.told({"step": step.name, "params": params.model_dump_json(), "place": place})
     with group.sharing():
         step.run(params, work)

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from replaceme.base.errors import ParameterError
-from replaceme.base.files import read_json
+from replaceme.base.files import read_json, write_json
 from replaceme.base.params import Params, read_params
 from replaceme.base.plan import load_blocks
 from replaceme.base.presets import RECOMMENDED
@@ -33,6 +33,7 @@ from replaceme.pipeline.inputs import inspect_inputs
 from replaceme.steps import STAGES, run_steps
 from tests.conftest import made_text
 from tests.helpers import call
+from tests.pipeline.closure import ROOT
 from tests.ranks import in_ranks
 
 DEFAULT = {key: RECOMMENDED[key] for key in ("selection", "transform", "repair")}
@@ -81,6 +82,27 @@ def test_two_processes_find_what_one_finds(setting: dict[str, Any], params: Para
         path.relative_to(one.root) for path in one.root.rglob("*")
     }
     assert not left
+
+
+@pytest.mark.parametrize(
+    ("launcher", "count"), [([], 2), (["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"], 1)]
+)
+def test_a_stage_starts_processes_or_takes_those_of_torchrun(
+    launcher: list[str], count: int, params: Params, tmp_path: Path
+) -> None:
+    work = Workspace(tmp_path)
+    inspect_inputs(params, work)
+    run_steps(params, work, ["generate", "calibrate"])
+    # YAML includes JSON.
+    write_json(tmp_path / "params.yaml", json.loads(params.model_dump_json(exclude={"tasks"})) | {"processes": count})
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", *launcher, "stages.profile"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("stage 3 of 13: profile\nprofile: shared by 2 processes\n") == 1
+    found = read_json(work.profile / "profile.json")
+    run_steps(params, work, ["profile"])
+    assert _numbers(found) == pytest.approx(_numbers(read_json(work.profile / "profile.json")), rel=1e-6, abs=1e-9)
 
 
 def test_two_processes_give_the_scores_of_one(
