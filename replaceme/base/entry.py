@@ -12,9 +12,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from replaceme.base.errors import SENTENCE_CHARACTERS, ParameterError, ReplaceMeError, ResourceError, excerpt, resource_failure
+from replaceme.base.errors import (
+    SENTENCE_CHARACTERS,
+    LostProcessError,
+    ParameterError,
+    ReplaceMeError,
+    ResourceError,
+    excerpt,
+    resource_failure,
+)
 from replaceme.base.progress import configure_logging, silence_libraries
-from replaceme.base.ranks import rank
+from replaceme.base.ranks import LAUNCHED, rank
 
 # OpenMP reads this once, when torch is loaded, so it is set here, on import: every entry point imports this file before torch.
 # Threads that spin at barriers lose time next to other work: for the demo on two cores, the stage activations takes 54 s either
@@ -69,9 +77,10 @@ def run(action: Callable[[], None], debug: bool = False) -> int:
         raise
     except BaseException as error:
         known = explain(error)
-        if number := rank():
-            # The first process says what all meet, and then the launcher ends this one.
+        if rank() or (LAUNCHED in os.environ and isinstance(known, LostProcessError)):
+            # The first process says what all meet, and the launcher which one it lost; then it ends this one.
             time.sleep(SAYING_SECONDS)
+        if number := rank():
             print(f"rank {number}:", end=" ", file=sys.stderr)
         if debug or os.environ.get(DEBUG_VARIABLE):
             traceback.print_exc()

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, distributed
 
-from replaceme.base.errors import ResourceError
+from replaceme.base.errors import LostProcessError, ResourceError
 
 # Numbers exchanged at once, so that a large sum needs no second copy.
 CHUNK = 1 << 23
@@ -43,10 +43,6 @@ class Share(NamedTuple):
 
 
 WHOLE = Share()
-
-
-class LostProcessError(ResourceError):
-    """Another process of the group has ended."""
 
 
 class _Group:

@@ -23,11 +23,9 @@ from replaceme.base.errors import ResourceError
 from replaceme.base.files import temporary_folder
 from replaceme.base.params import Params
 from replaceme.base.progress import logger
-from replaceme.base.ranks import rank, started
+from replaceme.base.ranks import LAUNCHED, rank, started
 from replaceme.base.workspace import Artifact, Workspace
 
-# In the environment of the processes that ``launch`` starts.
-LAUNCHED = "REPLACEME_LAUNCHED"
 # prctl(2): the signal for a process whose parent has ended.
 PR_SET_PDEATHSIG = 1
 

@@ -3,6 +3,9 @@
 import os
 from typing import Any
 
+# In the environment of the processes that ``processes: N`` starts.
+LAUNCHED = "REPLACEME_LAUNCHED"
+
 
 def started() -> int:
     """Return how many there are, this one included; 1 if it was started alone."""

@@ -1,4 +1,5 @@
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -6,8 +7,9 @@ import torch
 
 from replaceme.base import compute, entry
 from replaceme.base.compute import free_memory
-from replaceme.base.errors import ResourceError
-from replaceme.base.group import LostProcessError, joined, sharing, told
+from replaceme.base.errors import LostProcessError, ResourceError
+from replaceme.base.group import joined, sharing, told
+from replaceme.base.ranks import LAUNCHED
 from tests.ranks import in_ranks
 
 
@@ -72,3 +74,20 @@ def test_an_error_of_another_process_than_the_first_names_it(
 
     assert entry.run(fails) == 2
     assert capsys.readouterr().err == "rank 1: error: the disk is full.\n"
+
+
+@pytest.mark.parametrize(("launched", "waits"), [(True, [entry.SAYING_SECONDS]), (False, [])])
+def test_the_first_process_leaves_it_to_the_launcher_to_say_which_one_was_lost(
+    launched: bool, waits: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    if launched:
+        monkeypatch.setenv(LAUNCHED, "1")
+
+    def fails() -> None:
+        raise LostProcessError("processes: rank 1 has ended.")
+
+    assert entry.run(fails) == 2
+    assert waited == waits
+    assert capsys.readouterr().err == "error: processes: rank 1 has ended.\n"

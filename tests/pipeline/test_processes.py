@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from replaceme.api import prune
 from replaceme.base.errors import ParameterError
 from replaceme.base.files import read_json, write_json
 from replaceme.base.params import Params, read_params
@@ -149,6 +150,16 @@ def _scored(params: Params, work: Workspace) -> list[str]:
 def test_what_processes_cannot_share_is_refused(setting: dict[str, Any], said: str) -> None:
     with pytest.raises(ParameterError, match=re.escape(said)):
         read_params(None, {"processes": 2, **setting}, METHODS)
+
+
+def test_a_call_from_python_has_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "processes: a call from Python has one; use 1 here"
+    with pytest.raises(ParameterError, match=said):
+        prune("nowhere", processes=2)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ParameterError, match=said):
+        prune("nowhere")
 
 
 def test_processes_are_a_setting_of_no_stage() -> None:
