@@ -56,8 +56,15 @@ def _numbers(content: Any) -> list[float]:
 
 @pytest.mark.parametrize(
     "setting",
-    [DEFAULT, {}, {"method": "sleb", "transform": "dense"}, {"method": "prune_and_comp"}, {"num_A": 2, "layers_to_skip": 1}],
-    ids=["default", "dense", "greedy", "scaled", "blocks"],
+    [
+        DEFAULT,
+        {**DEFAULT, "memory": "150KB"},
+        {},
+        {"method": "sleb"},
+        {"method": "prune_and_comp"},
+        {"num_A": 2, "layers_to_skip": 1},
+    ],
+    ids=["default", "streamed", "dense", "greedy", "scaled", "blocks"],
 )
 def test_two_processes_find_what_one_finds(setting: dict[str, Any], params: Params, tmp_path: Path) -> None:
     params = Params.model_validate({**dict(params), **setting, "batch_size": 3})
