@@ -1,5 +1,6 @@
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,17 @@ from replaceme.base import compute, entry
 from replaceme.base.compute import free_memory
 from replaceme.base.errors import LostProcessError, ResourceError
 from replaceme.base.group import joined, sharing, told
+from replaceme.base.progress import logger
 from replaceme.base.ranks import LAUNCHED
 from tests.ranks import in_ranks
+
+
+@pytest.fixture(autouse=True)
+def _log_as_before() -> Iterator[None]:
+    """Let later tests log what this process would not, as another one than the first."""
+    before = logger.level
+    yield
+    logger.setLevel(before)
 
 
 def _lost() -> str:
