@@ -72,7 +72,7 @@ def run_stage(stage: Stage) -> None:
             clear_partials(folder)
         params = pipeline_params(stage.methods)
         check_pipeline_params(params)
-        count = params.processes if stage.shared(params, place) else 1
+        count = params.processes if params.processes > 1 and stage.shared(params, place) else 1
         in_processes(count, lambda: {stage.name: stage}, lambda: alone(params))
 
     def alone(params: Params) -> None:
