@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +14,9 @@ from replaceme.base.entry import PARAMS_FILE
 from replaceme.base.errors import ParameterError, excerpt
 from replaceme.base.files import new_folder, read_json, rounded, write_json, write_text
 from replaceme.base.params import Params, read_params
+from replaceme.base.processes import in_processes
 from replaceme.base.progress import align, logger
-from replaceme.base.stage import ANALYSIS, COMPRESSION, FIT, JUDGEMENT, ORDER, pipeline_params
+from replaceme.base.stage import ANALYSIS, COMPRESSION, FIT, JUDGEMENT, ORDER, Stage, pipeline_params
 from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import METHODS, criterion_of
 from replaceme.places import claimed, deliver, result_of, scores_file, suffix_of
@@ -24,6 +25,17 @@ if TYPE_CHECKING:
     from replaceme.report.page import Page
 
 SPEED_FILE = "speed.json"
+
+
+def together(action: Callable[[Params], object], params: Params) -> None:
+    """Do one of the following, with as many processes as it can use."""
+
+    def stages() -> Mapping[str, Stage]:
+        from replaceme.steps import STAGES
+
+        return STAGES
+
+    in_processes(params.processes if action in (prune, profile) else 1, stages, lambda: action(params))
 
 
 def prune(params: Params, texts: Sequence[str] | None = None) -> Workspace:

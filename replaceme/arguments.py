@@ -87,7 +87,7 @@ GROUPS = (
             "device": "auto, cpu, cuda or cuda:N",
             "memory": "of the weights: auto, or a size as 6GB (a larger model is streamed)",
         },
-        ("device_map", "dtype", "batch_size", "use_4bit", "threads"),
+        ("device_map", "dtype", "batch_size", "use_4bit", "threads", "processes"),
     ),
     Group("result", {"save_path": "its folder; intermediate results lie beside it, in FOLDER.work"}),
     Group(

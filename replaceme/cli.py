@@ -15,6 +15,7 @@ from replaceme.base.entry import Parser, plain_parser, run_command
 from replaceme.base.errors import ParameterError, excerpt
 from replaceme.base.params import Params, nearest, read_params
 from replaceme.base.progress import silence_libraries
+from replaceme.base.ranks import taken
 from replaceme.methods.registry import METHODS
 
 _BY_TITLE = {group.title: group.keys for group in GROUPS}
@@ -54,9 +55,9 @@ class Command:
         """Read the command line and the config, and do it."""
         parser = self.parser(name, everything="--help-all" in arguments)
         config, overrides = parse(parser, arguments, self.keys)
-        params = read_params(config, {**overrides, **self.fixed}, METHODS, preset=None)
+        params = read_params(config, {**overrides, **self.fixed, **taken()}, METHODS, preset=None)
         silence_libraries(load=True)
-        self.action(params)
+        actions.together(self.action, params)
 
 
 COMMANDS: Mapping[str, Command] = {

@@ -3,12 +3,13 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from replaceme.actions import evaluate, measure, profile, prune
+from replaceme.actions import evaluate, measure, profile, prune, together
 from replaceme.arguments import parse, script_parser
 from replaceme.base.entry import run_command
 from replaceme.base.errors import ParameterError
 from replaceme.base.params import Params, read_params
 from replaceme.base.progress import silence_libraries
+from replaceme.base.ranks import taken
 from replaceme.methods.registry import METHODS
 
 
@@ -63,8 +64,8 @@ def _main(action: Callable[[Params], object], description: str, **fixed: Any) ->
         for key, value in fixed.items():
             if overrides.get(key, value) != value:
                 raise ParameterError(f"{key}: this command sets it to {value}; use run_replaceme for {overrides[key]}.")
-        params = read_params(config, {**overrides, **fixed}, METHODS)
+        params = read_params(config, {**overrides, **fixed, **taken()}, METHODS)
         silence_libraries(load=True)
-        action(params)
+        together(action, params)
 
     run_command(work)

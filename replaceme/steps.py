@@ -20,6 +20,7 @@ from replaceme.base.cost import recorded
 from replaceme.base.files import cache_folder, copy_content, new_folder, read_json, write_json
 from replaceme.base.fingerprints import PACKAGE, sha256_below, sha256_of_code
 from replaceme.base.params import Params
+from replaceme.base.processes import run_step
 from replaceme.base.progress import logger
 from replaceme.base.shared import make_once
 from replaceme.base.stage import COMPRESSION, Stage
@@ -100,10 +101,10 @@ def run_steps(params: Params, work: Workspace, names: Sequence[str], course: Cou
         stamp.unlink(missing_ok=True)
         logger.info(course.place_of(name))
         if name in SHARED and step.writes:
-            _run_once_for_all(name, key, work.path(step.writes), partial(step.run, params, work))
+            _run_once_for_all(name, key, work.path(step.writes), partial(run_step, step, params, work))
         else:
             with recorded(work.cost(name)) if name in COMPRESSION else nullcontext():
-                step.run(params, work)
+                run_step(step, params, work)
         write_json(stamp, [key, _sums(outputs)])
         ran.append(name)
     return ran

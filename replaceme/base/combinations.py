@@ -183,6 +183,7 @@ def refusals(values: Values, method: Limits) -> list[str]:
             else []
         )
         + _healing_refusals(values)
+        + _processes_refusals(values)
         + method.refusals(values)
     )
 
@@ -195,6 +196,22 @@ def _healing_refusals(values: Values) -> list[str]:
         "use_4bit: packs the weights that heal_epochs trains; use false.": values["use_4bit"],
         "device_map: heal_epochs trains on one device; use null.": values["device_map"] is not None,
         "dtype: float16 is too short for the gradients of heal_epochs; use bfloat16 or float32.": values["dtype"] == "float16",
+    }
+    return [sentence for sentence, refused in wrong.items() if refused]
+
+
+def _processes_refusals(values: Values) -> list[str]:
+    """Return a sentence for each setting that several processes can't share."""
+    if values["processes"] == 1:
+        return []
+    wrong = {
+        "use_4bit: packs the weights for one process; use false, or processes: 1.": values["use_4bit"],
+        "device_map: spreads the model over GPUs, of which each process has one; use null, or processes: 1.": values[
+            "device_map"
+        ]
+        is not None,
+        f"device: {values['device']} is one GPU, and each process has its own; use cuda or auto, or processes: 1.": ":"
+        in values["device"],
     }
     return [sentence for sentence, refused in wrong.items() if refused]
 

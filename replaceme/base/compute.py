@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from replaceme.base.errors import ModelError, ResourceError
+from replaceme.base.group import group_size, local_gpu, neighbours
 
 # Options of glibc's allocator (malloc.h), in bytes: M_TRIM_THRESHOLD, the free space at the heap's top that is kept; M_TOP_PAD,
 # the extra space when the heap grows; M_MMAP_THRESHOLD, the size from which a block is mapped by itself.
@@ -22,9 +23,15 @@ GROUP_LIMIT, GROUP_USE = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup
 
 
 def resolve_device(device: str) -> str:
-    """Return the device, with ``auto`` resolved. Raises ResourceError for a CUDA device that doesn't exist."""
+    """Return the device, with ``auto`` resolved, and ``cuda`` as the GPU of this process if it is one of several.
+
+    Raises:
+        ResourceError: there is no such CUDA device.
+    """
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and group_size() > 1:
+        device = f"cuda:{local_gpu()}"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ResourceError(f"device: {device} is asked for, but torch sees no CUDA device; use cpu or auto.")
     if ":" in device and int(device.split(":")[1]) >= torch.cuda.device_count():
@@ -41,19 +48,19 @@ def kind_of(device: str) -> str:
 
 
 def free_memory(device: str) -> int:
-    """Return the bytes that are free on a device; for the processor, those that can be taken without swapping."""
+    """Return the bytes that are free on a device; for the processor, this process's part of those that swap nothing."""
     if device.startswith("cuda"):
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
     if not MEMORY_INFO.is_file():
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 // neighbours()
     found = re.search(r"(?m)^MemAvailable:\s+(\d+) kB$", MEMORY_INFO.read_text(encoding="utf-8"))
     free = int(found[1]) << 10 if found else 0
     try:
         limit, use = (path.read_text(encoding="utf-8").strip() for path in (GROUP_LIMIT, GROUP_USE))
     except OSError:
-        return free
-    return min(free, max(int(limit) - int(use), 0)) if limit.isdigit() else free
+        return free // neighbours()
+    return (min(free, max(int(limit) - int(use), 0)) if limit.isdigit() else free) // neighbours()
 
 
 def use_processor(threads: int) -> None:

@@ -5,10 +5,10 @@ cost in the user's cache folder, under a digest of all that dvc.yaml says it dep
 has the cost of the run that computed it, if that was here, and no setting is shown the cost of another. A console script keeps
 the cost of a step beside the step's output.
 
-The seconds run from reading the parameters to the last byte written; the start of the interpreter and the imports, some seconds
-per process, are not included. The memory is the peak resident set of the process, with libraries and pages of mapped files; the
-console scripts run all steps in one process, so there it is the peak so far. A stage that resumes after an interruption counts
-only its last part.
+The seconds run from the stage's begin to the last byte written; the start of the interpreter and of other processes, and the
+imports, some seconds per process, are not included. Of several processes, it is the cost of the first. The memory is the peak
+resident set of the process, with libraries and pages of mapped files; the console scripts run all steps in one process, so
+there it is the peak so far. A stage that resumes after an interruption counts only its last part.
 """
 
 import hashlib

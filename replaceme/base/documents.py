@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from replaceme.base.errors import ResourceError
+from replaceme.base.group import WHOLE, Share
 
 FILE = "documents.safetensors"
 
@@ -26,13 +27,15 @@ class Batch:
     Attributes:
         input_ids: (documents, longest) int64, padded at the right with 0.
         lengths: (documents,) int64, the number of real tokens of each document.
-        first_token: the number of real tokens before this batch in the walk.
+        first_token: the number of real tokens before this batch in this process's part of the walk.
+        position: the same in the whole walk, which several processes can share.
         scratch: tensors that observers keep from one layer of this batch for a later one.
     """
 
     input_ids: Tensor
     lengths: Tensor
     first_token: int
+    position: int
     scratch: MutableMapping[object, Tensor] = field(default_factory=dict)
 
     @property
@@ -48,8 +51,13 @@ class Batch:
 
     @property
     def tokens(self) -> slice:
-        """Positions of this batch's real tokens among all real tokens of the walk."""
+        """Positions of this batch's real tokens among those of this process's part of the walk."""
         return slice(self.first_token, self.first_token + self.token_count)
+
+    @property
+    def positions(self) -> slice:
+        """Positions of this batch's real tokens among all real tokens of the walk."""
+        return slice(self.position, self.position + self.token_count)
 
     def real(self, states: Tensor) -> Tensor:
         """Return the real tokens of ``states`` (documents, longest, width) as (tokens, width)."""
@@ -108,20 +116,27 @@ class Documents:
     def _taken(self, indices: Sequence[int]) -> "Documents":
         return Documents([self.documents[index] for index in indices], [self.sources[index] for index in indices])
 
-    def batch_count(self, batch_size: int) -> int:
+    def batch_count(self, batch_size: int, share: Share = WHOLE) -> int:
         """Return the number of batches that ``batches`` yields."""
-        return -(-len(self) // batch_size)
+        return sum(map(share.takes, range(-(-len(self) // batch_size))))
 
-    def batches(self, batch_size: int, device: str = "cpu") -> Iterator[Batch]:
-        """Yield all documents in batches, longest first, so that a batch has little padding."""
+    def token_count_of(self, batch_size: int, share: Share) -> int:
+        """Return the number of tokens of the batches that ``batches`` yields."""
+        lengths = [len(document) for document in self.longest_first()]
+        return sum(length for place, length in enumerate(lengths) if share.takes(place // batch_size))
+
+    def batches(self, batch_size: int, device: str = "cpu", share: Share = WHOLE) -> Iterator[Batch]:
+        """Yield all documents in batches, longest first, so that a batch has little padding; or a process's part of these."""
         ordered = self.longest_first()
-        first_token = 0
-        for start in range(0, len(ordered), batch_size):
+        first_token = position = 0
+        for number, start in enumerate(range(0, len(ordered), batch_size)):
             chosen = ordered[start : start + batch_size]
-            input_ids = torch.nn.utils.rnn.pad_sequence([document.long() for document in chosen], batch_first=True)
             lengths = torch.tensor([len(document) for document in chosen])
-            yield Batch(input_ids.to(device), lengths.to(device), first_token)
-            first_token += int(lengths.sum())
+            if share.takes(number):
+                input_ids = torch.nn.utils.rnn.pad_sequence([document.long() for document in chosen], batch_first=True)
+                yield Batch(input_ids.to(device), lengths.to(device), first_token, position)
+                first_token += int(lengths.sum())
+            position += int(lengths.sum())
 
     def save(self, folder: Path) -> None:
         """Write the documents into ``folder``."""

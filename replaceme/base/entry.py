@@ -6,13 +6,23 @@ Exit codes: 0 done, 2 something for the user to fix, 1 a bug here, 130 interrupt
 import argparse
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from replaceme.base.errors import SENTENCE_CHARACTERS, ParameterError, ReplaceMeError, ResourceError, excerpt, resource_failure
+from replaceme.base.errors import (
+    SENTENCE_CHARACTERS,
+    LostProcessError,
+    ParameterError,
+    ReplaceMeError,
+    ResourceError,
+    excerpt,
+    resource_failure,
+)
 from replaceme.base.progress import configure_logging, silence_libraries
+from replaceme.base.ranks import LAUNCHED, rank
 
 # OpenMP reads this once, when torch is loaded, so it is set here, on import: every entry point imports this file before torch.
 # Threads that spin at barriers lose time next to other work: for the demo on two cores, the stage activations takes 54 s either
@@ -22,6 +32,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 PARAMS_FILE = Path("params.yaml")
 DEBUG_VARIABLE = "REPLACEME_DEBUG"
 MOST_PROBLEMS = 20
+SAYING_SECONDS = 3.0
 
 
 class Parser(argparse.ArgumentParser):
@@ -66,6 +77,11 @@ def run(action: Callable[[], None], debug: bool = False) -> int:
         raise
     except BaseException as error:
         known = explain(error)
+        if rank() or (LAUNCHED in os.environ and isinstance(known, LostProcessError)):
+            # The first process says what all meet, and the launcher which one it lost; then it ends this one.
+            time.sleep(SAYING_SECONDS)
+        if number := rank():
+            print(f"rank {number}:", end=" ", file=sys.stderr)
         if debug or os.environ.get(DEBUG_VARIABLE):
             traceback.print_exc()
         problems = str(known).split("\n")

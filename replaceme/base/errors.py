@@ -58,6 +58,10 @@ class ResourceError(ReplaceMeError, OSError):
     """The machine lacks something: disk space, memory, a device, or the output of an earlier stage."""
 
 
+class LostProcessError(ResourceError):
+    """Another of the processes that share a run has ended."""
+
+
 class SolveError(ReplaceMeError, ArithmeticError):
     """The least-squares system has no unique solution."""
 

@@ -91,6 +91,11 @@ class Params(BaseModel):
         "sequential; null puts the whole model on device.",
     )
     threads: int = Field(2, ge=1, le=1024, description="Processor threads; another number gives other last bits.")
+    processes: int = Field(
+        1, ge=1, le=1024,
+        description="Processes that share the passes over the calibration text, each with its own threads and, on GPUs, a GPU "
+        "of its own; the result depends on their number only by the order of sums.",
+    )  # fmt: skip
     memory: str | None = Field(
         "auto", pattern=r"^(auto|\d+(\.\d+)? ?([KMGT]i?)?B)$",
         description="How much memory the weights may take: a size such as 6GB or 500MiB, or auto (0.7 of what is free on the "

@@ -13,6 +13,8 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from replaceme.base.ranks import started
+
 
 def align(rows: Sequence[Sequence[str]]) -> str:
     """Return rows as aligned columns: the first one left-aligned, the others right-aligned."""
@@ -38,7 +40,8 @@ def configure_logging() -> None:
     handler = _AboveBars() if sys.stderr.isatty() else logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger.handlers = [handler]
-    logger.setLevel(logging.INFO)
+    # Of several processes, only the first one logs, after it has joined them.
+    logger.setLevel(logging.ERROR if started() > 1 else logging.INFO)
     logger.propagate = False
 
 
@@ -84,6 +87,8 @@ def progress(
         total: their number, if ``len`` doesn't give it.
         note: returns the text after the counts; called after an item.
     """
+    if not logger.isEnabledFor(logging.INFO):
+        return iter(items)
     if not sys.stderr.isatty():
         known = len(items) if total is None and isinstance(items, Sized) else total
         return _with_lines(items, description, unit, known, note)

@@ -15,9 +15,9 @@ from replaceme.base.params import Params
 from replaceme.base.source import Source
 from replaceme.base.task import Task
 
-# Where a console script puts its result, and how much memory it takes, are no settings of the run, but a params.yaml must have
-# these keys.
-WITHOUT_EFFECT = {"save_path": None, "save_transform_only": False, "memory": "auto"}
+# Where a console script puts its result, and how much memory and how many processes it takes, are no settings of the run, but a
+# params.yaml must have these keys.
+WITHOUT_EFFECT = {"save_path": None, "save_transform_only": False, "memory": "auto", "processes": 1}
 
 
 def without_folder(name: str) -> str:

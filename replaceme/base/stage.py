@@ -13,7 +13,9 @@ from replaceme.base.entry import PARAMS_FILE, run
 from replaceme.base.errors import ParameterError
 from replaceme.base.files import clear_partials
 from replaceme.base.params import Params, read_params
+from replaceme.base.processes import in_processes, run_step
 from replaceme.base.progress import logger
+from replaceme.base.ranks import taken
 from replaceme.base.workspace import Artifact, Workspace
 
 # The order of the stages, after ``inputs``: from the text to the profile, to the final edits, and to the saved model.
@@ -43,6 +45,7 @@ class Stage:
         metrics: the metrics files that it writes.
         figures: the metrics files that it reads.
         methods: the methods that ``method`` may name; None for a stage that uses no method.
+        shared: whether several processes share its passes, given what it reads; if not, one does them.
     """
 
     name: str
@@ -54,6 +57,7 @@ class Stage:
     metrics: tuple[str, ...] = ()
     figures: tuple[str, ...] = ()
     methods: Methods | None = None
+    shared: Callable[[Params, Workspace], bool] = lambda params, work: False
 
 
 def run_stage(stage: Stage) -> None:
@@ -64,14 +68,18 @@ def run_stage(stage: Stage) -> None:
     place = Workspace()
 
     def work() -> None:
-        if stage.name in ORDER:
-            logger.info("stage %d of %d: %s", ORDER.index(stage.name) + 1, len(ORDER), stage.name)
         for folder in (place.artifact(""), place.metric(stage.name).parent):
             clear_partials(folder)
+        params = pipeline_params(stage.methods)
+        check_pipeline_params(params)
+        count = params.processes if params.processes > 1 and stage.shared(params, place) else 1
+        in_processes(count, lambda: {stage.name: stage}, lambda: alone(params))
+
+    def alone(params: Params) -> None:
+        if stage.name in ORDER:
+            logger.info("stage %d of %d: %s", ORDER.index(stage.name) + 1, len(ORDER), stage.name)
         with measured() as cost:
-            params = pipeline_params(stage.methods)
-            check_pipeline_params(params)
-            stage.run(params, place)
+            run_step(stage, params, place)
         if stage.name in COMPRESSION:
             keep(stage.name, params, cost)
 
@@ -80,7 +88,7 @@ def run_stage(stage: Stage) -> None:
 
 def pipeline_params(methods: Methods | None) -> Params:
     """Read params.yaml in the current folder, as ``read_params`` does; a key that it lacks has its recommended value."""
-    return read_params(PARAMS_FILE, methods=methods, preset="recommended")
+    return read_params(PARAMS_FILE, taken(), methods=methods, preset="recommended")
 
 
 def check_pipeline_params(params: Params) -> None:

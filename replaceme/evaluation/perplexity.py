@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax, nll_loss
 
 from replaceme.base.errors import DatasetError
+from replaceme.base.group import add_up, share
 from replaceme.base.progress import progress
 from replaceme.corpora.corpus import Row, plain_text
 from replaceme.corpora.tokenization import encode, encode_in_chunks, start_of_text
@@ -106,7 +107,7 @@ def score_windows(
     *,
     keep_likely: bool = False,
 ) -> dict[str, Tensor]:
-    """Score a model on windows, in their order.
+    """Score a model on windows, in their order; processes share the batches, and each gets all scores.
 
     Args:
         model: the model.
@@ -125,6 +126,7 @@ def score_windows(
     """
     order = sorted(range(len(windows.windows)), key=lambda index: len(windows.windows[index]), reverse=True)
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    batches = batches[share().rank :: share().size]
     losses, divergences, agreements = torch.zeros(3, len(order), dtype=torch.float64)
     bounds = [0, *windows.predictions().long().cumsum(0).tolist()]
     likely: dict[int, tuple[Tensor, Tensor]] = {}
@@ -152,10 +154,16 @@ def score_windows(
     scores = {"losses": losses}
     if dense is not None:
         scores |= {"divergences": divergences, "agreements": agreements}
-    if not keep_likely:
-        return scores
-    kept = [likely[index] for index in range(len(order))]
-    return scores | {"likely_ids": torch.cat([ids for ids, _ in kept]), "likely_logs": torch.cat([logs for _, logs in kept])}
+    if likely:
+        width = len(next(iter(likely.values()))[0][0])
+        scores["likely_ids"] = torch.zeros(bounds[-1], width, dtype=torch.int32)
+        scores["likely_logs"] = torch.zeros(bounds[-1], width)
+    for index, (places, values) in likely.items():
+        own = slice(bounds[index], bounds[index + 1])
+        scores["likely_ids"][own], scores["likely_logs"][own] = places, values
+    # What other processes have scored is zero here.
+    add_up(scores)
+    return scores
 
 
 def divergence(p_logs: Tensor, q_logs: Tensor) -> Tensor:

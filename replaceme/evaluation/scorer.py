@@ -2,7 +2,8 @@
 
 Requests with the same context (the choices of an item) share its computation through the KV cache, and no request is scored
 twice. Answers are written by greedy decoding (``replaceme.evaluation.greedy``). A batch holds contexts of one length, the
-longest first, so that no padding enters an attention; continuations are padded after the text.
+longest first, so that no padding enters an attention; continuations are padded after the text. Processes share the batches
+(``replaceme.base.group``), and each gets all scores; what lm-eval's own class computes, each of them computes whole.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch.nn.functional import log_softmax
 
 from replaceme.base.compute import free_memory
 from replaceme.base.errors import DatasetError, ModelError
+from replaceme.base.group import add_up, gathered, share
 from replaceme.base.progress import progress
 from replaceme.evaluation.greedy import continuations
 from replaceme.evaluation.kv_cache import cache_arguments, cache_bytes_per_token, filled_cache, shares_contexts
@@ -100,11 +102,16 @@ class CausalScorer(TemplateLM):
             )
             results.update(zip(pairs, self._score(contexts, rows, [tail for _, tail in pairs]), strict=True))
 
-        batches = self._batches(wanted)
+        batches = self._batches(wanted)[share().rank :: share().size]
         tasks = (partial(score, contexts) for contexts in batches)
         for _ in progress(together(self.model, tasks, self._side_by_side()), self.description, "batches", len(batches)):
             pass
-        return [results[key] for key in keys]
+        # What other processes have scored is zero here.
+        pairs = [(context, tail) for context, tails in wanted.items() for tail in tails]
+        table = torch.tensor([results.get(pair, (0.0, False)) for pair in pairs], dtype=torch.float64)
+        add_up({"": table})
+        whole = {pair: (likelihood, bool(best)) for pair, (likelihood, best) in zip(pairs, table.tolist(), strict=True)}
+        return [whole[key] for key in keys]
 
     def _side_by_side(self) -> int:
         """Return how many batches' caches fit into half of the free memory, for a streamed model; a resident one takes one."""
@@ -182,11 +189,13 @@ class CausalScorer(TemplateLM):
             contexts.append((ids or [self.prefix_token_id])[-max(1, longest - wanted["max_gen_toks"]) :])
             batches[len(contexts[-1]), str(wanted)].append(number)
         answers: dict[int, str] = {}
-        for numbers in progress(self._split(batches, options), f"{self.description}: answers", "batches"):
+        parts = self._split(batches, options)[share().rank :: share().size]
+        for numbers in progress(parts, f"{self.description}: answers", "batches"):
             length, until = options[numbers[0]]["max_gen_toks"], options[numbers[0]]["until"]
             written = continuations(self.model, self.tokenizer, [contexts[number] for number in numbers], length, until)
             answers |= zip(numbers, written, strict=True)
-        return [answers[number] for number in range(len(asked))]
+        whole = {number: text for part in gathered([*answers.items()]) for number, text in part}
+        return [whole[number] for number in range(len(asked))]
 
     def _split(self, batches: Mapping[tuple[int, str], Sequence[int]], options: Sequence[Mapping[str, Any]]) -> list[list[int]]:
         """Split requests of one length and kind into batches of about ``batch_tokens`` tokens, the longest first."""

@@ -51,6 +51,7 @@ METHOD = Method(
         "compensated",
         "the smallest block influence, one layer at a time, with the state scaled at earlier cuts",
         choose,
+        shared=True,
     ),
     words="replaces removed layers by a scalar",
     refuses=refuses,

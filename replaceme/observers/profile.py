@@ -22,6 +22,7 @@ from torch.nn.functional import normalize
 
 from replaceme.base.documents import Batch, Documents
 from replaceme.base.errors import ParameterError
+from replaceme.base.group import add_numbers, add_up, largest
 from replaceme.base.progress import logger
 from replaceme.observers.residuals import FIT_TOKENS, TokenSample, residual_map
 from replaceme.observers.walk import Observer, Signal, Signals, ask, walk
@@ -49,6 +50,10 @@ class AngularDistances:
             states = torch.stack([batch.scratch.pop((self, index)) for index in range(self.layers)], dim=1)
             self.sums += angular_distance(states).sum(dim=0)
             self.documents += len(states)
+
+    def add_up(self) -> None:
+        add_up({"": self.sums})
+        self.documents = int(add_numbers(self.documents)[0])
 
     def result(self) -> Tensor:
         """Return the (layers, layers) float64 matrix of mean distances, in half turns (0 to 1)."""
@@ -84,6 +89,11 @@ class StateCosines:
                 self.norm_sum += norms.sum(dim=1, dtype=torch.float64).cpu()
                 self.norm_max = torch.maximum(self.norm_max, norms.amax(dim=1).double().cpu())
             self.tokens += batch.token_count
+
+    def add_up(self) -> None:
+        add_up({"cosines": self.cosines, "norms": self.norm_sum})
+        largest(self.norm_max)
+        self.tokens = int(add_numbers(self.tokens)[0])
 
     def mean_cosine(self) -> Tensor:
         """Return (layers, layers) float64: mean cosine of the input of layer i and the output of layer j; 0 for j < i."""

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from replaceme.base.documents import HELD_OUT_EVERY, Batch, Documents, seeded_order, split_places
+from replaceme.base.group import add_up, merge, share
 from replaceme.base.progress import progress
 from replaceme.base.scratch import scratch
 from replaceme.observers.sums import squares, token_weights
@@ -69,13 +70,17 @@ class TokenSample:
         return ask(range(self.layers), "mlp", "output")
 
     def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
-        bounds = torch.tensor([batch.first_token, batch.first_token + batch.token_count])
+        bounds = torch.tensor([batch.position, batch.position + batch.token_count])
         added, output = batch.real(signals["mlp"]), batch.real(signals["output"])
         for tokens, offset in ((self.fit, 0), (self.held_out, len(self.fit))):
             start, end = torch.searchsorted(tokens, bounds).tolist()
-            rows, place = (tokens[start:end] - batch.first_token).to(added.device), slice(offset + start, offset + end)
+            rows, place = (tokens[start:end] - batch.position).to(added.device), slice(offset + start, offset + end)
             self.added[layer, place] = added[rows].cpu()
             self.output[layer, place] = output[rows].cpu()
+
+    def add_up(self) -> None:
+        merge(self.added)
+        merge(self.output)
 
 
 def choose_tokens(documents: Documents, fit_tokens: int) -> tuple[Tensor, Tensor]:
@@ -98,13 +103,14 @@ def choose_tokens(documents: Documents, fit_tokens: int) -> tuple[Tensor, Tensor
 
 def residual_map(sample: TokenSample, device: torch.device | str = "cpu") -> list[list[float]]:
     """Return (layers × layers): residual(host, last removed layer), relative; 0 unless the last layer comes after the host."""
-    residuals = [[0.0] * sample.layers for _ in range(sample.layers)]
+    residuals = torch.zeros(sample.layers, sample.layers, dtype=torch.float64)
     count = len(sample.fit)
     # Of every layer that can end a block: all but the first.
     weights = [token_weights(H.to(device).float()) for H in sample.output[1:]]
     # Allocated once: allocating tensors of this size costs as much as computing with them.
     Y, weighted = (torch.empty(rows, sample.width, device=device) for rows in (len(sample.output[0]), count))
-    for host in progress(range(sample.layers - 1), "fitting every cut", "hosts"):
+    hosts = [host for host in range(sample.layers - 1) if share().takes(host)]
+    for host in progress(hosts, "fitting every cut", "hosts"):
         M = sample.added[host].to(device).float()
         Z = sample.output[host].to(device).float() - M
         for last, w in enumerate(weights[host:], start=host + 1):
@@ -113,8 +119,10 @@ def residual_map(sample: TokenSample, device: torch.device | str = "cpu") -> lis
             torch.mul(M[:count], root, out=weighted)
             T = solve_small_ridge(squares(weighted), weighted.T @ goal.mul_(root))
             error = Y[count:].addmm_(M[count:], T, alpha=-1)
-            residuals[host][last] = float((error.square().sum(dim=1, keepdim=True) * w[count:]).mean().sqrt())
-    return residuals
+            residuals[host, last] = float((error.square().sum(dim=1, keepdim=True) * w[count:]).mean().sqrt())
+    add_up({"": residuals})
+    rows: list[list[float]] = residuals.tolist()
+    return rows
 
 
 def solve_small_ridge(gram: Tensor, cross: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ For a block with host ``i`` and end ``e`` (ReplaceMe, section 3; rows are real t
 - ``sample``: a few evenly spaced tokens, for figures that are not sums of squares.
 - ``tokens``, ``tokens_accurate``: every token, on disk, for losses that need more than sums.
 
-A statistic is an observer with a ``tensors`` method and one line in ``STATISTICS``.
+A statistic is an observer with a ``tensors`` method and one line in ``STATISTICS``. Processes share its walk if it has an
+``add_up`` method too; the last two have none.
 """
 
 import tempfile
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from replaceme.base.documents import Batch, Documents
+from replaceme.base.group import add_up
 from replaceme.base.plan import Block
 from replaceme.models.families import Family
 from replaceme.observers.features import LINEARS, Features
@@ -100,6 +102,9 @@ class Gram(AtCut):
             }
         )
 
+    def add_up(self) -> None:
+        self.sums.add_up()
+
     def tensors(self) -> dict[str, Tensor]:
         return {name: total.cpu() for name, total in self.sums.finished().items()} | self.norm
 
@@ -110,14 +115,28 @@ class Sample(AtCut):
     def __init__(self, block: Block, token_count: int):
         super().__init__(block)
         self.step = -(-token_count // SAMPLED_TOKENS)
+        self.count = -(-token_count // self.step)
         self.kept: dict[str, list[Tensor]] = {"added": [], "rest": [], "target": []}
+        # The places of this process's tokens in the sample.
+        self.places: list[Tensor] = []
 
     def take(self, added: Tensor, left: Tensor, target: Tensor, batch: Batch) -> None:
-        start = -batch.first_token % self.step
+        start = -batch.position % self.step
         M = added[start :: self.step].float()
         self.kept["added"].append(M.cpu())
         self.kept["rest"].append((left[start :: self.step].float() - M).cpu())
         self.kept["target"].append(target[start :: self.step].float().cpu())
+        first = (batch.position + start) // self.step
+        self.places.append(torch.arange(first, first + len(self.kept["target"][-1])))
+
+    def add_up(self) -> None:
+        whole: dict[str, Tensor] = {}
+        for name, parts in self.kept.items() if self.places else ():
+            own = torch.cat(parts)
+            whole[name] = own.new_zeros(self.count, own.shape[1])
+            whole[name][torch.cat(self.places)] = own
+        add_up(whole)
+        self.kept = {name: [rows] for name, rows in whole.items()}
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: torch.cat(parts) for name, parts in self.kept.items()}
@@ -155,6 +174,9 @@ class FeatureGram(AtCut):
         self.sums.add({"weights": w.sum(), "tokens": torch.tensor(float(len(H)))})
         return g, gap, w
 
+    def add_up(self) -> None:
+        self.sums.add_up()
+
     def tensors(self) -> dict[str, Tensor]:
         return {**of_mean_weight(self.sums.finished()), "layout": self.features.as_tensor()}
 
@@ -179,6 +201,9 @@ class StreamGram(AtCut):
         h, gap = h * w.sqrt(), (H - h) * w.sqrt()
         add_correction(self.sums, h, gap, H, w)
         self.sums.add({"weights": w.sum(), "tokens": torch.tensor(float(len(h)))})
+
+    def add_up(self) -> None:
+        self.sums.add_up()
 
     def tensors(self) -> dict[str, Tensor]:
         return of_mean_weight(self.sums.finished())
@@ -217,6 +242,9 @@ class MagnitudeRatios(AtCut):
             assert matrix is not None, "such a width is refused before any work"
             self.rotation = matrix.to(rows)
         return rows @ self.rotation
+
+    def add_up(self) -> None:
+        self.sums.add_up()
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: total.cpu() for name, total in self.sums.finished().items()}
@@ -297,6 +325,15 @@ STATISTICS: dict[str, Callable[[Place], Statistic]] = {
     "tokens": lambda place: TokenDump(place, accurate=False),
     "tokens_accurate": lambda place: TokenDump(place, accurate=True),
 }
+# Processes share the walk of these (``replaceme.observers.walk.Additive``).
+ADDITIVE = frozenset(
+    {"gram", "sample", "mlp_features", "features", "stream", "stream_weighted", "magnitudes", "magnitudes_rotated"}
+)
+
+
+def adds_up(names: Sequence[str]) -> bool:
+    """Return whether there are statistics to take, and processes can share the walk of all of them."""
+    return bool(names) and ADDITIVE.issuperset(names)
 
 
 def take_statistics(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from replaceme.base.errors import SolveError
+from replaceme.base.group import add_up
 
 # Blocks of columns of a Gram matrix. More of them save more products, at most half, but make the matrices smaller.
 PARTS = 6
@@ -50,7 +51,8 @@ class Sums:
 
     def __init__(self) -> None:
         self.totals: dict[str, Tensor] = {}
-        self.squared: set[str] = set()
+        # Their halves above the diagonal.
+        self.squares: dict[str, Tensor] = {}
 
     def add(self, parts: Mapping[str, Tensor]) -> None:
         """Add each part to the sum of its name."""
@@ -59,10 +61,14 @@ class Sums:
 
     def add_squares(self, name: str, x: Tensor) -> None:
         """Add ``xᵀx`` (k, k) of rows (tokens, k) to a sum; products are computed in the format of ``x``."""
-        if name not in self.totals:
-            self.totals[name] = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float64)
-            self.squared.add(name)
-        add_squares(self.totals[name], x)
+        if name not in self.squares:
+            self.squares[name] = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+        add_squares(self.squares[name], x)
+
+    def add_up(self) -> None:
+        """Add the sums of the processes that share a walk."""
+        for sums in (self.totals, self.squares):
+            add_up(sums)
 
     @torch.inference_mode()
     def finished(self) -> dict[str, Tensor]:
@@ -71,8 +77,7 @@ class Sums:
         Raises:
             SolveError: a sum is not finite.
         """
-        for name in self.squared:
-            mirror(self.totals[name])
+        self.totals |= {name: mirror(total) for name, total in self.squares.items()}
         if not all(bool(total.isfinite().all()) for total in self.totals.values()):
             raise SolveError("dtype: the sums over the activations are not finite; use float32 or bfloat16.")
         return self.totals

@@ -8,18 +8,22 @@ Documents go batch by batch through resident weights. Through a streamed model (
 through a layer before the next one, so that each layer is read once; between the layers, states and what observers keep lie in
 a scratch file. So an observer may only rely on this: within a batch, layers come in ascending order, and ``batch.scratch``
 keeps tensors from one layer to a later one. A walk can start at a later layer, with states that an earlier walk kept.
+
+Several processes share a walk (``replaceme.base.group``) if each of its observers is ``Additive``: each process takes its part
+of the batches, and at the end the observers add up what they have summed. Otherwise, each process takes the whole walk.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import reduce
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from replaceme.base.documents import Batch, Documents
+from replaceme.base.group import WHOLE, share
 from replaceme.base.progress import progress
 from replaceme.base.scratch import ScratchFile
 from replaceme.models.families import Family, decoder_of
@@ -40,6 +44,15 @@ class Observer(Protocol):
 
     def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
         """Receive the signals of one layer for one batch, each (documents, longest, width), padding included."""
+        ...
+
+
+@runtime_checkable
+class Additive(Observer, Protocol):
+    """An observer whose result is the same if several processes share the walk."""
+
+    def add_up(self) -> None:
+        """Complete the result after a shared walk, by what the other processes have seen (``replaceme.base.group``)."""
         ...
 
 
@@ -71,18 +84,23 @@ def walk(
     if not (wanted := _wanted(observers)):
         return
     device, layers, stream = str(next(model.parameters()).device), family.decoder_layers(model), stream_of(model)
-    batches: Iterable[Batch] = documents.batches(batch_size, device)
+    additive = [observer for observer in observers if isinstance(observer, Additive)]
+    part = share() if len(additive) == len(observers) else WHOLE
+    batches: Iterable[Batch] = documents.batches(batch_size, device, part)
     with torch.inference_mode():
         if stream is not None:
             carry = _Carry(range(start.layer if start else 0, max(wanted)))
             with _on_disk(batches, stream) as waiting:
                 _walk_by_layer(model, family, waiting, [*observers, carry], description, start)
-            return
-        if description is not None:
-            batches = progress(batches, description, "batches", total=documents.batch_count(batch_size))
-        with _Tap(layers, family, wanted, observers, start) as tap:
-            for batch in batches:
-                tap.run(model, batch)
+        else:
+            if description is not None:
+                batches = progress(batches, description, "batches", total=documents.batch_count(batch_size, part))
+            with _Tap(layers, family, wanted, observers, start) as tap:
+                for batch in batches:
+                    tap.run(model, batch)
+        if part != WHOLE:
+            for observer in additive:
+                observer.add_up()
 
 
 def _wanted(observers: Iterable[Observer]) -> dict[int, set[Signal]]:
@@ -241,7 +259,10 @@ class _Tap:
 
 
 class Keep:
-    """Observer that writes the sum of some signals of a layer into ``kept`` (tokens, d), in the order of the walk."""
+    """Observer that writes the sum of some signals of a layer into ``kept`` (tokens, d), in the order of the walk.
+
+    In a walk that processes share, each keeps the states of its own part.
+    """
 
     def __init__(self, layer: int, signals: tuple[Signal, ...], kept: Tensor):
         self.layer, self.signals, self.kept = layer, signals, kept
@@ -251,6 +272,9 @@ class Keep:
 
     def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
         self.kept[batch.tokens] = total(batch.real(signals[name]) for name in self.signals).to(self.kept)
+
+    def add_up(self) -> None:
+        pass
 
 
 def total(parts: Iterable[Tensor]) -> Tensor:

@@ -12,7 +12,7 @@ from replaceme.base.progress import logger
 from replaceme.base.stage import PASS, Stage
 from replaceme.base.workspace import Workspace
 from replaceme.models.find import calibration_model
-from replaceme.observers.statistics import take_statistics
+from replaceme.observers.statistics import adds_up, take_statistics
 
 # With fewer tokens per dimension, the fit overfits the sample.
 TOKENS_PER_DIMENSION = 8
@@ -50,5 +50,6 @@ STAGE = Stage(
     params=PASS,
     reads=(Workspace.model_input, Workspace.documents, Workspace.plan, Workspace.model_versions),
     writes=Workspace.statistics,
+    shared=lambda params, work: adds_up(Plan.load(work.plan).statistics),
     code=("base", "models", "observers"),
 )

@@ -22,5 +22,6 @@ STAGE = Stage(
     params=SCORING,
     reads=(Workspace.model_input, Workspace.tokenizer_input, Workspace.tasks_input, Workspace.score_versions),
     writes=Workspace.baseline,
+    shared=lambda params, work: bool(params.tasks),
     code=("base", "models", "corpora", "evaluation"),
 )

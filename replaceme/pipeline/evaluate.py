@@ -55,6 +55,7 @@ STAGE = Stage(
         Workspace.score_versions,
     ),
     writes=Workspace.continuations,
+    shared=lambda params, work: bool(params.tasks),
     metrics=("evaluation",),
     code=("base", "models", "corpora", "evaluation"),
 )

@@ -10,6 +10,7 @@ from replaceme.base.compute import resolve_device, use_processor
 from replaceme.base.documents import Documents
 from replaceme.base.files import PARTIAL, copy_content, new_folder, read_json, remove, rounded, write_json, write_text
 from replaceme.base.fingerprints import sha256_below
+from replaceme.base.group import WHOLE, share
 from replaceme.base.params import Params
 from replaceme.base.plan import Plan
 from replaceme.base.progress import logger
@@ -22,6 +23,7 @@ from replaceme.methods.registry import METHODS, criterion_of, read_by
 from replaceme.models.families import inputs_of
 from replaceme.models.find import calibration_model, recorded_model
 from replaceme.models.width import mlp_entry
+from replaceme.observers.statistics import adds_up
 from replaceme.repair.mend import STEPWISE, Repair, mend
 from replaceme.repair.resume import Checkpoints
 from replaceme.selection.budget import within_budget
@@ -44,10 +46,12 @@ def repair(params: Params, work: Workspace) -> None:
             bench = Bench(params, model, family, Documents.load(work.documents), plan, edits, work.repaired.parent, folder)
             figures = method.work(bench)
             edits.save(folder)
-        elif params.repair or params.transform in STEPWISE or (plan.statistics and len(plan.blocks) > 1):
+        elif _mends(params, plan):
             model, family = calibration_model(params, work.model_input)
             documents = Documents.load(work.documents)
-            checkpoints = Checkpoints(_checkpoint(work), _key(params, work, documents))
+            # Processes that share a repair have one part of the states each, and keep no checkpoints.
+            alone = share() == WHOLE
+            checkpoints = Checkpoints(_checkpoint(work), _key(params, work, documents)) if alone else None
             repairs, figures = mend(params, model, family, documents, edits, plan, work.repaired.parent, checkpoints)
             if plan.mlp_width:
                 edits.config = mlp_entry(recorded_model(params, work.model_input).config(), family, plan.mlp_width)
@@ -74,6 +78,17 @@ def repair(params: Params, work: Workspace) -> None:
     # Checkpoints go only after all is written.
     for folder in (_checkpoint(work), checkpoints_in(work.repaired.parent)):
         remove(folder)
+
+
+def _mends(params: Params, plan: Plan) -> bool:
+    """Return whether kept layers are solved for, or later blocks fitted."""
+    return params.repair or params.transform in STEPWISE or bool(plan.statistics and len(plan.blocks) > 1)
+
+
+def _is_shared(params: Params, plan: Plan) -> bool:
+    """Return whether processes can share the walks."""
+    fits = bool(plan.statistics) and (len(plan.blocks) > 1 or plan.mlp_width is not None)
+    return METHODS[params.method].work is None and _mends(params, plan) and (adds_up(plan.statistics) or not fits)
 
 
 def _checkpoint(work: Workspace) -> Path:
@@ -113,4 +128,5 @@ STAGE = Stage(
         "selection/budget.py", "methods", "repair",
     ),
     methods=METHODS,
+    shared=lambda params, work: _is_shared(params, Plan.load(work.plan)),
 )  # fmt: skip

@@ -70,4 +70,5 @@ STAGE = Stage(
     metrics=("select",),
     code=("base", "models", "observers", "edits", "solvers", "selection", "methods"),
     methods=METHODS,
+    shared=lambda params, work: criterion_of(params).shared or METHODS[params.method].stand_in(params) == "scalar",
 )  # fmt: skip

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from replaceme.base.documents import Batch
 from replaceme.base.errors import SolveError
+from replaceme.base.group import add_up
 from replaceme.models.families import Family, parameter_of
 from replaceme.observers.sums import add_squares, mirror, token_weights
 from replaceme.observers.walk import Signal, Signals
@@ -55,6 +56,11 @@ class Candidates:
             self.gram, self.cross = (g.new_zeros(g.shape[1], width) for width in (g.shape[1], target.shape[1]))
         add_squares(self.gram, g)
         self.cross.addmm_(g.T, (target - state) * root)
+
+    def add_up(self) -> None:
+        sums = {"gram": self.gram, "cross": self.cross} if len(self.gram) else {}
+        add_up(sums)
+        self.gram, self.cross = sums["gram"], sums["cross"]
 
 
 @torch.inference_mode()

@@ -22,8 +22,9 @@ current layer. With these inputs kept, neither the attention nor the MLP runs ag
 one layer's sums are in memory.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from torch.nn import functional
 from replaceme.base.compute import require_resident
 from replaceme.base.documents import FOLDS, Batch, Documents, few_documents, folds_of
 from replaceme.base.files import temporary_folder
+from replaceme.base.group import from_first, share
 from replaceme.base.params import Params
 from replaceme.base.plan import Block, Plan
 from replaceme.base.progress import logger, progress
@@ -48,7 +50,7 @@ from replaceme.models.layers import Start
 from replaceme.observers.features import LINEARS, Features
 from replaceme.observers.statistics import STATISTICS, AtCut, Place, add_correction
 from replaceme.observers.sums import Sums, token_weights
-from replaceme.observers.walk import Keep, Observer, Signal, Signals, total, walk
+from replaceme.observers.walk import Additive, Keep, Observer, Signal, Signals, total, walk
 from replaceme.repair.channel_choice import TOKENS_PER_CHANNEL, Candidates, best_channels
 from replaceme.repair.resume import Checkpoints
 from replaceme.solvers.arguments import naming
@@ -192,7 +194,7 @@ def _at_cut(
     if plan.mlp_width and "mlp_output" in inputs_count:
         inputs_count["mlp_output"] = plan.mlp_width
     widths = [int(model.config.hidden_size)] * 3 + [*inputs_count.values()]
-    shapes = [(documents.token_count, width) for width in widths]
+    shapes = [(documents.token_count_of(params.batch_size, share()), width) for width in widths]
     dense, shortened, middle, *inputs = scratch(shapes, model.dtype, folder, "repair")
     entering = Keep(host, ("input",), dense)
     walk(model, family, documents, [entering], batch_size=params.batch_size, description="walking to the cut")
@@ -268,7 +270,7 @@ def _choose(state: State, host: int, window: range, ridge: float) -> None:
         sums = Candidates(host, state.family, layer, state.dense)
         state.walk_shortened(host, [sums], documents)
         prior = assembled_parameter(state.family, state.layers, host, candidates, f"{state.family.mlp_output}.weight").T
-        chosen = candidates[best_channels(sums.gram, sums.cross, prior, ridge, kept)]
+        chosen = candidates[_told(partial(best_channels, sums.gram, sums.cross, prior, ridge, kept))]
     edits.channels[host] = chosen
     own = int((chosen[:, 0] == host).sum())
     if others:
@@ -310,7 +312,7 @@ def _correct(state: State, layer: int, target: Tensor, ridges: Ridges, *, leaves
     after = before
     if strength.scale:
         with naming(ridge=ridges[min(values, key=values.__getitem__)]):
-            change = solve_correction(sums["gram"], sums["cross"], penalty)
+            change = _told(partial(solve_correction, sums["gram"], sums["cross"], penalty))
         after += gained_by_ridge(sums["gram"], sums["cross"], change, penalty, strength.scale)
         change *= strength.scale
         state.edits.correct_all(layer, features.parts(change))
@@ -328,7 +330,7 @@ def _is_fitted(edits: Edits) -> bool:
 
 def _chosen(folds: Sequence[Mapping[str, Tensor]], penalty: Tensor) -> Strength:
     """Return the strength of all corrections, and log it."""
-    strength = strength_of(folds, penalty)
+    strength = Strength(*_told(lambda: torch.tensor(astuple(strength_of(folds, penalty)), dtype=torch.float64)).tolist())
     if len(folds) > 1:
         logger.info(
             "repair: of the strengths tried, %g times the ridge and %.2f of the correction did best on held-out documents",
@@ -337,6 +339,11 @@ def _chosen(folds: Sequence[Mapping[str, Tensor]], penalty: Tensor) -> Strength:
     else:
         logger.info("repair: corrections have their full strength: one document leaves none held out")
     return strength
+
+
+def _told(compute: Callable[[], Tensor]) -> Tensor:
+    """Return a tensor that the first of the processes computes for all."""
+    return from_first(lambda: {"": compute()})[""]
 
 
 def _add_change(state: State, features: Features, change: Tensor) -> None:
@@ -389,10 +396,14 @@ class Missing:
         w = token_weights(target)
         root = w.sqrt()
         g = self.features.columns(*(batch.real(signals[name]) for name in self.features.signals)).mul_(root)
-        gap, own = (target - state) * root, self.fold_of_token[batch.tokens].to(state.device)
+        gap, own = (target - state) * root, self.fold_of_token[batch.positions].to(state.device)
         for fold in own.unique().tolist():
             rows = slice(None) if bool((own == fold).all()) else own == fold
             add_correction(self.sums[fold], g[rows], gap[rows], target[rows], w[rows])
+
+    def add_up(self) -> None:
+        for sums in self.sums:
+            sums.add_up()
 
     def folds(self) -> list[dict[str, Tensor]]:
         """Return the sums of each fold, once: they are kept no longer."""
@@ -419,3 +430,7 @@ class AtHost:
     def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
         self.statistic.observe(layer, signals, batch)
         self.statistic.meet(self.target[batch.tokens].to(signals["output"].device), batch)
+
+    def add_up(self) -> None:
+        assert isinstance(self.statistic, Additive)
+        self.statistic.add_up()

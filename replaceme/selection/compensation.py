@@ -24,6 +24,7 @@ from torch import Tensor
 
 from replaceme.base.documents import Batch, Documents, excerpts_of
 from replaceme.base.errors import ModelError, ParameterError
+from replaceme.base.group import add_up
 from replaceme.base.plan import Block, runs
 from replaceme.base.progress import progress
 from replaceme.edits.edits import Edits
@@ -40,7 +41,7 @@ class MagnitudeSums:
 
     def __init__(self, wanted: Mapping[int, frozenset[Signal]]):
         self.wanted = wanted
-        self.sums: dict[tuple[int, Signal], Tensor] = {}
+        self.sums: dict[str, Tensor] = {}
 
     def wants(self) -> Mapping[int, frozenset[Signal]]:
         return self.wanted
@@ -48,11 +49,15 @@ class MagnitudeSums:
     def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
         for signal in self.wanted[layer]:
             sums = batch.real(signals[signal]).abs().sum(dim=0, dtype=torch.float64).cpu()
-            self.sums[layer, signal] = self.sums.get((layer, signal), 0.0) + sums
+            name = f"{signal} {layer}"
+            self.sums[name] = self.sums.get(name, 0.0) + sums
+
+    def add_up(self) -> None:
+        add_up(self.sums)
 
     def gain(self, start: int, end: int) -> float:
         """Return s of layers ``[start, end)``, the mean over channels whose input is not 0 throughout."""
-        before, after = self.sums[start, "input"], self.sums[end - 1, "output"]
+        before, after = self.sums[f"input {start}"], self.sums[f"output {end - 1}"]
         there = before > 0
         return float((after[there] / before[there]).mean())
 
@@ -72,6 +77,9 @@ class Influence:
     def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
         before, after = batch.real(signals["input"]).float(), batch.real(signals["output"]).float()
         self.sums[layer] += (1 - torch.cosine_similarity(before, after, dim=-1).double()).sum().cpu()
+
+    def add_up(self) -> None:
+        add_up({"": self.sums})
 
 
 def compensated_layers(

@@ -95,6 +95,7 @@ class Criterion:
         words: completes "chosen by …".
         choose: returns the blocks, and figures for metrics/select.json.
         several: whether it ranks blocks, so that ``num_A`` of them can be chosen.
+        shared: whether it walks through text, and processes can share the walks.
         whole_layers: whether whole layers go; if parts of layers do, no block has to fit.
         check: raises ParameterError, before any work, if it can't choose from this number of layers with these parameters.
     """
@@ -103,6 +104,7 @@ class Criterion:
     words: str
     choose: Callable[[Choice], tuple[list[Block], Figures]]
     several: bool = False
+    shared: bool = False
     whole_layers: bool = True
     check: Callable[[Params, int], None] = field(default=lambda params, layers: None)
 
@@ -183,9 +185,11 @@ CRITERIA: Mapping[str, Criterion] = {
             _ranked(lambda profile: profile["residual"]),
             several=True,
         ),
-        Criterion("loss", "the lowest next-token loss among a few preselected cuts", _loss, check=_enough_documents),
+        Criterion(
+            "loss", "the lowest next-token loss among a few preselected cuts", _loss, shared=True, check=_enough_documents
+        ),
         Criterion("influence", "the smallest block influence", _influence),
-        Criterion("greedy", "the lowest loss without the layer, one layer at a time", _greedy),
+        Criterion("greedy", "the lowest loss without the layer, one layer at a time", _greedy, shared=True),
     )
 }
 MEAN_COSINE = Criterion(

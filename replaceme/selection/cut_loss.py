@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from replaceme.base.documents import HELD_OUT_EVERY, Batch, Documents, excerpts_of, split_documents
 from replaceme.base.errors import ParameterError
+from replaceme.base.group import add_up
 from replaceme.base.params import Params
 from replaceme.base.plan import Block, StandIn
 from replaceme.base.progress import logger, progress
@@ -59,6 +60,11 @@ class WeightedGram(AtCut):
         weighted = M * root
         self.gram = self.gram + squares(weighted)
         self.cross = self.cross + weighted.T @ ((H - left.float() + M) * root)
+
+    def add_up(self) -> None:
+        sums = {name: total for name, total in vars(self).items() if name in ("gram", "cross") and isinstance(total, Tensor)}
+        add_up(sums)
+        vars(self).update(sums)
 
 
 class DerivedGram(FeatureGram):

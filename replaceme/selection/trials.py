@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from replaceme.base.documents import Batch, Documents
+from replaceme.base.group import add_numbers, share
 from replaceme.edits.edits import Edits
 from replaceme.edits.unfused import unfused
 from replaceme.models.families import Family, decoder_of
@@ -58,13 +59,16 @@ class Trials:
 
 
 def batches_of(model: Any, documents: Documents, batch_size: int) -> Iterator[Batch]:
-    """Return the batches of texts, on the model's device."""
-    return documents.batches(batch_size, str(model.device))
+    """Return this process's part of the batches of texts, on the model's device."""
+    return documents.batches(batch_size, str(model.device), share())
 
 
 @torch.inference_mode()
 def next_token_loss(model: Any, batches: Iterable[Batch]) -> float:
-    """Return the mean next-token loss (nats per token) of a model as it computes at present; one text needs two tokens."""
+    """Return the mean next-token loss (nats per token) of a model as it computes at present; one text needs two tokens.
+
+    Processes that share the batches get the same mean.
+    """
     total, count = 0.0, 0
     for batch in batches:
         logits = model(batch.input_ids, use_cache=False).logits
@@ -72,7 +76,8 @@ def next_token_loss(model: Any, batches: Iterable[Batch]) -> float:
             for scores, targets in zip(row[: length - 1].split(PART), ids[1:length].split(PART), strict=True):
                 total += float(cross_entropy(scores.float(), targets, reduction="sum"))
             count += length - 1
-    return total / count
+    total, tokens = add_numbers(total, count)
+    return total / tokens
 
 
 @torch.inference_mode()

@@ -101,7 +101,7 @@ class Texts:
         """Return documents as one padded batch."""
         texts = [self.texts[index].long() for index in documents]
         ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
-        return Batch(ids.to(self.device), torch.tensor([len(text) for text in texts], device=self.device), 0)
+        return Batch(ids.to(self.device), torch.tensor([len(text) for text in texts], device=self.device), 0, 0)
 
     def rows(self, states: Tensor, documents: Sequence[int]) -> Tensor:
         """Return the rows of documents from states (tokens, d) in the order of the walk."""

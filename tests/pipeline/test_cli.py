@@ -96,13 +96,15 @@ def test_all_options_are_those_that_the_command_uses(name: str, capsys: pytest.C
 
 def test_the_options_are_those_that_the_stages_use() -> None:
     inputs = {"model_path", "revision", "dataset", "dataset_revision"}
-    # The bits of a result don't depend on ``memory``, so it is a parameter of no stage.
+    # A result doesn't depend on ``memory``, and on ``processes`` only by the order of sums, so they are parameters of no stage.
     stages = {key for stage in steps.STAGES.values() for key in stage.params}
-    assert set(COMMANDS["prune"].keys) == stages | {"memory", "save_path"}
+    assert set(COMMANDS["prune"].keys) == stages | {"memory", "processes", "save_path"}
     scored = set(evaluate.STAGE.params) - {"dataset_config", "dataset_split"}
     assert set(COMMANDS["evaluate"].keys) == scored | {"memory", "model_path", "revision", "save_path"}
     analysed = {key for name in ("generate", "calibrate", "profile") for key in steps.STAGES[name].params} | inputs
-    assert set(COMMANDS["profile"].keys) == analysed | {"min_distance_layer", "max_distance_layer", "memory", "save_path"}
+    assert set(COMMANDS["profile"].keys) == analysed | {
+        "min_distance_layer", "max_distance_layer", "memory", "processes", "save_path",
+    }  # fmt: skip
     assert set(profile.STAGE.params) <= set(COMMANDS["profile"].keys)
 
 

@@ -1,0 +1,120 @@
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from replaceme.base.documents import Batch, Documents
+from replaceme.base.group import Share, add_numbers, add_up, from_first, joined, largest, merge, sharing
+from replaceme.base.plan import Block
+from replaceme.models.families import family_of
+from replaceme.observers.statistics import ADDITIVE, STATISTICS, Place, take_statistics
+from replaceme.observers.walk import Additive, Signal, Signals, ask, walk
+from tests.conftest import made_model
+from tests.helpers import many_documents
+from tests.ranks import in_ranks
+
+
+class Seen:
+    """Notes the positions of the tokens that it sees; not additive."""
+
+    def __init__(self) -> None:
+        self.positions: list[int] = []
+
+    def wants(self) -> Mapping[int, frozenset[Signal]]:
+        return ask([0], "output")
+
+    def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
+        self.positions += range(batch.positions.start, batch.positions.stop)
+
+
+class Shared(Seen):
+    def add_up(self) -> None:
+        pass
+
+
+def _walked(kinds: list[type[Seen]]) -> list[list[int]]:
+    model, observers = made_model(), [kind() for kind in kinds]
+    with joined(), sharing():
+        walk(model, family_of(model.config), many_documents(7), observers, batch_size=2, description=None)
+    return [observer.positions for observer in observers]
+
+
+def test_processes_see_each_token_once_if_all_observers_add_up(tmp_path: Path) -> None:
+    (first,), (second,) = in_ranks(2, partial(_walked, [Shared]), tmp_path)
+    assert sorted(first + second) == [*range(many_documents(7).token_count)]
+    assert min(len(first), len(second)) > 0
+
+
+def test_each_process_sees_all_tokens_if_an_observer_does_not_add_up(tmp_path: Path) -> None:
+    everything = [*range(many_documents(7).token_count)]
+    assert in_ranks(2, partial(_walked, [Shared, Seen]), tmp_path) == [[everything] * 2] * 2
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_the_parts_of_the_batches_are_all_batches_once(size: int, documents: Documents) -> None:
+    parts = [[*documents.batches(2, share=Share(rank, size))] for rank in range(size)]
+    whole = [*documents.batches(2)]
+    found = sorted((batch for part in parts for batch in part), key=lambda batch: batch.position)
+    assert [batch.position for batch in found] == [batch.first_token for batch in whole]
+    assert all(torch.equal(one.input_ids, other.input_ids) for one, other in zip(found, whole, strict=True))
+    for rank, part in enumerate(parts):
+        assert len(part) == documents.batch_count(2, Share(rank, size))
+        assert [batch.first_token for batch in part] == [sum(b.token_count for b in part[:n]) for n in range(len(part))]
+        assert sum(batch.token_count for batch in part) == documents.token_count_of(2, Share(rank, size))
+
+
+def _exchanged() -> list[Any]:
+    with joined() as rank, sharing():
+        # The second process has seen nothing of b; a sum of float32 is added in float64.
+        sums = {"a": torch.full((2, 3), 0.1 + rank, dtype=torch.float64).T}
+        sums |= {} if rank else {"b": torch.tensor(2.0**-20), "c": torch.zeros(2)}
+        add_up(sums)
+        peak, rows = torch.tensor([1.0, 2.0], dtype=torch.float64) * (1 - 2 * rank), torch.zeros(4, dtype=torch.bfloat16)
+        rows[rank::2] = 0.1 * (rank + 1)
+        largest(peak)
+        merge(rows)
+        told = from_first(lambda: {"x": torch.rand(3)})
+    return [
+        {name: total.tolist() for name, total in sums.items()},
+        add_numbers(1, 2),
+        peak.tolist(),
+        rows.tolist(),
+        told["x"].tolist(),
+    ]
+
+
+def test_what_processes_exchange_is_the_same_in_all(tmp_path: Path) -> None:
+    first, second = in_ranks(2, _exchanged, tmp_path)
+    assert first == second
+    sums, _, peak, rows, _ = first
+    assert sums == {"a": [[0.1 + 1.1] * 2] * 3, "b": 2.0**-20, "c": [0, 0]}
+    assert (peak, rows) == ([1, 2], torch.tensor([0.1, 0.2, 0.1, 0.2], dtype=torch.bfloat16).tolist())
+
+
+def _statistics(batch_size: int) -> list[Any]:
+    model = made_model()
+    with joined(), sharing():
+        taken = take_statistics(model, family_of(model.config), many_documents(7), Block(2, 4), sorted(ADDITIVE), batch_size)
+    return sorted([name, each, tensor.tolist()] for name, tensors in taken.items() for each, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("batch_size", [2, 7])
+def test_statistics_of_two_processes_are_those_of_one(batch_size: int, tmp_path: Path) -> None:
+    # With 7 documents in a batch, the second process has none.
+    model = made_model()
+    alone = take_statistics(model, family_of(model.config), many_documents(7), Block(2, 4), sorted(ADDITIVE), batch_size)
+    first, second = in_ranks(2, partial(_statistics, batch_size), tmp_path)
+    assert first == second
+    assert len(first) == sum(map(len, alone.values()))
+    for name, each, values in first:
+        torch.testing.assert_close(torch.tensor(values), alone[name][each].to(torch.tensor(values)), rtol=1e-6, atol=1e-12)
+
+
+def test_the_statistics_that_processes_share_are_those_that_add_up(tmp_path: Path) -> None:
+    model = made_model()
+    family = family_of(model.config)
+    place = Place(Block(2, 4), family.decoder_layers(model)[1], family, many_documents(7), tmp_path)
+    assert {name for name, made in STATISTICS.items() if isinstance(made(place), Additive)} == ADDITIVE

@@ -1,0 +1,205 @@
+"""Several processes in place of one: the same cut, channels and figures, and the end of all if one dies."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from replaceme.api import prune
+from replaceme.base.errors import ParameterError
+from replaceme.base.files import read_json, write_json
+from replaceme.base.params import Params, read_params
+from replaceme.base.plan import load_blocks
+from replaceme.base.presets import RECOMMENDED
+from replaceme.base.processes import in_processes
+from replaceme.base.stage import COMPRESSION, FIT, JUDGEMENT, ORDER
+from replaceme.base.task import Task
+from replaceme.base.workspace import Workspace
+from replaceme.commands import get_distance_analysis
+from replaceme.edits.edits import Edits
+from replaceme.methods.registry import METHODS
+from replaceme.models.model import Model
+from replaceme.pipeline.inputs import inspect_inputs
+from replaceme.steps import STAGES, run_steps
+from tests.conftest import made_text
+from tests.helpers import call
+from tests.pipeline.closure import ROOT
+from tests.ranks import in_ranks
+
+DEFAULT = {key: RECOMMENDED[key] for key in ("selection", "transform", "repair")}
+
+
+def _fitted(params: Params, work: Workspace) -> list[str]:
+    ran: list[str] = []
+    in_processes(2, lambda: STAGES, lambda: ran.extend(run_steps(params, work, FIT)))
+    return ran
+
+
+def _numbers(content: Any) -> list[float]:
+    if isinstance(content, Mapping):
+        return [number for key in sorted(content) for number in _numbers(content[key])]
+    if isinstance(content, list):
+        return [number for each in content for number in _numbers(each)]
+    return [content]
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        DEFAULT,
+        {**DEFAULT, "memory": "150KB"},
+        {},
+        {"method": "sleb"},
+        {"method": "prune_and_comp"},
+        {"num_A": 2, "layers_to_skip": 1},
+        {**DEFAULT, "remove": "30%", "layers_to_skip": 1},
+    ],
+    ids=["default", "streamed", "dense", "greedy", "scaled", "blocks", "narrower"],
+)
+def test_two_processes_find_what_one_finds(setting: dict[str, Any], params: Params, tmp_path: Path) -> None:
+    params = Params.model_validate({**dict(params), **setting, "batch_size": 3})
+    one, two = Workspace(tmp_path / "one"), Workspace(tmp_path / "two")
+    for work in (one, two):
+        inspect_inputs(params, work)
+    run_steps(params, one, FIT)
+    # The second process only serves the first one.
+    assert in_ranks(2, partial(_fitted, params, two), tmp_path) == [[*FIT], []]
+    assert load_blocks(one.blocks) == load_blocks(two.blocks)
+    mine, others = (Edits.load(work.edits) for work in (one, two))
+    assert mine.channels.keys() == others.channels.keys()
+    assert all(torch.equal(mine.channels[host], others.channels[host]) for host in mine.channels)
+    for name in (*(f"metrics/{stage}.json" for stage in ("select", "solve", "repair")), "artifacts/profile/profile.json"):
+        ours, theirs = (_numbers(read_json(work.root / name)) for work in (one, two))
+        assert theirs == pytest.approx(ours, rel=1e-6, abs=1e-9), name
+    stored = [load_file(work.edits / "edits.safetensors") for work in (one, two)]
+    assert stored[0].keys() == stored[1].keys()
+    for name, tensor in stored[0].items():
+        assert float((stored[1][name].double() - tensor.double()).norm()) <= 1e-6 * float(tensor.double().norm()), name
+    # Nothing of the second process is left.
+    left = {path.relative_to(two.root) for path in two.root.rglob("*")} ^ {
+        path.relative_to(one.root) for path in one.root.rglob("*")
+    }
+    assert not left
+
+
+@pytest.mark.parametrize(
+    ("launcher", "count"), [([], 2), (["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"], 1)]
+)
+def test_a_stage_starts_processes_or_takes_those_of_torchrun(
+    launcher: list[str], count: int, params: Params, tmp_path: Path
+) -> None:
+    work = Workspace(tmp_path)
+    inspect_inputs(params, work)
+    run_steps(params, work, ["generate", "calibrate"])
+    # YAML includes JSON.
+    write_json(tmp_path / "params.yaml", json.loads(params.model_dump_json(exclude={"tasks"})) | {"processes": count})
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", *launcher, "stages.profile"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("stage 3 of 13: profile\nprofile: shared by 2 processes\n") == 1
+    found = read_json(work.profile / "profile.json")
+    run_steps(params, work, ["profile"])
+    assert _numbers(found) == pytest.approx(_numbers(read_json(work.profile / "profile.json")), rel=1e-6, abs=1e-9)
+
+
+def test_two_processes_give_the_scores_of_one(
+    params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    questions = tmp_path / "questions.jsonl"
+    rows = [
+        {"question": f"the old town {n}", "choices": ["and people", "fish", "wine are sold"], "answer": n % 3} for n in range(9)
+    ]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    tasks = (*params.tasks, Task(str(questions)), Task("retrieval_exact", limit=6))
+    params = Params.model_validate({**dict(params), "tasks": tasks, "max_length": 512, "eval_tokens": 3000})
+    one, two = Workspace(tmp_path / "one"), Workspace(tmp_path / "two")
+    for work in (one, two):
+        monkeypatch.setenv("REPLACEME_CACHE", str(work.root / "cache"))
+        inspect_inputs(params, work)
+        run_steps(params, work, COMPRESSION)
+    monkeypatch.setenv("REPLACEME_CACHE", str(one.root / "cache"))
+    run_steps(params, one, JUDGEMENT[:2])
+    table = capfd.readouterr().out
+    monkeypatch.setenv("REPLACEME_CACHE", str(two.root / "cache"))
+    assert in_ranks(2, partial(_scored, params, two), tmp_path) == [[*JUDGEMENT[:2]], []]
+    assert capfd.readouterr().out == table
+    assert read_json(two.metric("evaluation")) == read_json(one.metric("evaluation"))
+    for name in ("items.safetensors", "continuations.json", "scores.json"):
+        assert (two.baseline / name).read_bytes() == (one.baseline / name).read_bytes(), name
+
+
+def _scored(params: Params, work: Workspace) -> list[str]:
+    ran: list[str] = []
+    in_processes(2, lambda: STAGES, lambda: ran.extend(run_steps(params, work, JUDGEMENT[:2])))
+    return ran
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"device": "cuda:1"}, "device: cuda:1 is one GPU, and each process has its own; use cuda or auto, or processes: 1."),
+        ({"use_4bit": True}, "use_4bit: packs the weights for one process; use false, or processes: 1."),
+        ({"device_map": "auto"}, "device_map: spreads the model over GPUs, of which each process has one; use null,"),
+        ({"processes": 0}, "processes: must be at least 1, not 0."),
+    ],
+)
+def test_what_processes_cannot_share_is_refused(setting: dict[str, Any], said: str) -> None:
+    with pytest.raises(ParameterError, match=re.escape(said)):
+        read_params(None, {"processes": 2, **setting}, METHODS)
+
+
+def test_a_call_from_python_has_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "processes: a call from Python has one; use 1 here"
+    with pytest.raises(ParameterError, match=said):
+        prune("nowhere", processes=2)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ParameterError, match=said):
+        prune("nowhere")
+
+
+def test_processes_are_a_setting_of_no_stage() -> None:
+    assert not [name for name in ORDER if "processes" in STAGES[name].params]
+
+
+def test_a_killed_process_ends_all_with_a_sentence_and_the_next_run_goes_on(
+    tiny: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, place = tmp_path / "text.txt", tmp_path / "distances"
+    text.write_text(made_text(3000), encoding="utf-8")
+    arguments = [
+        "--model_path", str(tiny.folder), "--dataset", str(text), "--save_path", str(place), "--device", "cpu",
+        "--threads", "1", "--max_length", "48", "--dataset_size", "500", "--batch_size", "1",
+    ]  # fmt: skip
+    code = "from replaceme.commands import get_distance_analysis; get_distance_analysis()"
+    artifacts = place.with_name("distances.work") / "artifacts"
+    command = [sys.executable, "-c", code, *arguments, "--processes", "2"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as run:
+        # The second process's folder, whose name ends with its number, is there while it shares the profile.
+        while not (found := [*artifacts.glob("rank1-*")]):
+            assert run.poll() is None
+            time.sleep(0.05)
+        number = int(found[0].name.split(".")[-2].split("-")[0])
+        os.kill(number, signal.SIGKILL)
+        _, said = run.communicate()
+    assert run.returncode == 2
+    errors = [line for line in said.splitlines() if line.startswith("error:")]
+    assert errors == [
+        "error: processes: rank 1 of 2 was ended by SIGKILL, perhaps for lack of memory; run again: finished stages are kept."
+    ]
+    assert "Traceback" not in said
+    call(get_distance_analysis, *arguments)
+    assert "calibrate: unchanged since an earlier run" in capsys.readouterr().err
+    assert not [*artifacts.glob("rank1-*")]
