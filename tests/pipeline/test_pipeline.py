@@ -198,7 +198,8 @@ def test_what_is_put_on_the_hub_has_its_scores_and_the_stages_output_stays_as_it
     assert "## Scores" not in (model / "README.md").read_text(encoding="utf-8")
     # A console script's folder has the same card, but its example loads that folder.
     call(commands.run_replaceme, "--config", "params.yaml", "--save_path", tmp_path / "same")
-    assert (tmp_path / "same" / "README.md").read_bytes() == api.files["README.md"].replace(b'"me/small"', b'"."')
+    of_script, of_report = tmp_path / "same" / "README.md", project / "artifacts" / "report" / "model_card.md"
+    assert of_script.read_bytes() == of_report.read_bytes() == api.files["README.md"].replace(b'"me/small"', b'"."')
     assert shell(project, "git", "status", "--porcelain") == ""
 
 

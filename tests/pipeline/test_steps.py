@@ -49,7 +49,7 @@ def test_a_changed_file_repeats_the_steps_that_load_it_and_no_others(
     assert repeated_by("commands.py", "steps.py", "pipeline/inputs.py") == []
     assert repeated_by("report/page.html") == ["report"]
     assert repeated_by("pipeline/solve.py") == ["solve"]
-    assert repeated_by("evaluation/scores.py") == ["baseline", "evaluate"]
+    assert repeated_by("evaluation/scores.py") == ["baseline", "evaluate", "report"]
     assert repeated_by("observers/statistics.py") == ["select", "activations", "solve", "repair", "heal"]
     assert repeated_by("base/documents.py") == list(STAGES)
 
