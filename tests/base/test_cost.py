@@ -19,7 +19,7 @@ from replaceme.base.stage import COMPRESSION, Stage, run_stage
 from replaceme.base.workspace import Workspace
 from replaceme.methods.method import Method
 from replaceme.methods.registry import METHODS
-from replaceme.pipeline.cost import STAGE, compression_figures
+from replaceme.pipeline.cost import STAGE, compression_figures, summary_of
 from tests.pipeline.closure import ROOT
 
 MIB = 1 << 20
@@ -64,7 +64,7 @@ def made_up_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["stage"])
     monkeypatch.setenv("REPLACEME_CACHE", str(tmp_path.parent / "cache"))
-    stage = "{deps: [read.txt], params: [alpha], outs: [written], metrics: [{metrics/solve.json: {cache: false}}]}"
+    stage = "{deps: [read.txt], params: [alpha], outs: [written, {metrics/solve.json: {cache: false}}]}"
     write_text(Path("dvc.yaml"), f"stages: {{solve: {stage}}}\n")
     write_text(Path("params.yaml"), "method: uidl\n")
     write_text(Path("read.txt"), "some text")
@@ -149,9 +149,12 @@ def test_a_stage_is_done_though_its_cost_can_not_be_kept(
 @pytest.mark.usefixtures("made_up_pipeline")
 def test_a_pipeline_without_records_and_outputs_says_that_nothing_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copyfile(ROOT / "dvc.yaml", "dvc.yaml")
+    write_json(Path("artifacts", "blocks.json"), [{"start": 2, "end": 4}])
+    write_json(Path("metrics", "evaluation.json"), {"parameters": {"removed_percent": 20.5}})
     with pytest.raises(SystemExit, match="0"):
         run_stage(STAGE)
     assert read_json(Path("metrics", "compression.json")) == {"stages_not_measured": len(COMPRESSION), "trained": False}
+    assert read_json(Path("metrics", "summary.json")) == {"removed_layers": 2, "size_percent": 79.5}
     assert "cost: not known on this machine" in capsys.readouterr().err
 
 
@@ -179,6 +182,24 @@ def test_the_whole_compression_is_the_sum_of_seconds_and_the_largest_peak(tmp_pa
         5000,
         7000,
     )
+
+
+def test_the_summary_has_a_dozen_figures_and_what_was_seen_apart() -> None:
+    marks = {"a": (0, 0), "b": (1, 0), "c": (0, 1), "retrieval_exact": (0, 0)}
+    evaluation = {
+        "parameters": {"removed_percent": 20.0},
+        "perplexity": {"a": {"ratio": 7.0}, "b": {"ratio": 2.0}, "c": {"ratio": 8.0}},
+        "calibration_text": {task: {"seen": seen, "same_domain": domain} for task, (seen, domain) in marks.items()},
+        "unseen": {"perplexity_ratio": 7.0, "stderr_perplexity_ratio": 0.5, "kl": 1.25, "agreement": 0.5},
+        "accuracy": {"retrieval_exact": {"pruned": 0.25}, "other": {"pruned": 0.75}},
+        "retention_percent": 90.0,
+        "retention_above_chance_percent": 80.0,
+    }
+    assert summary_of(evaluation, 8, {"seconds": 60.0, "peak_memory_bytes": 1_500_000_000}) == {
+        "removed_layers": 8, "size_percent": 80.0, "unseen_ratio": 7.0, "unseen_stderr": 0.5, "unseen_kl": 1.25,
+        "same_token": 50.0, "seen_ratio": 4.0, "retention": 90.0, "above_chance": 80.0, "exact_answers": 25.0,
+        "seconds": 60.0, "memory_gb": 1.5,
+    }  # fmt: skip
 
 
 def test_a_method_that_trains_says_so(tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,7 +115,7 @@ STAGE = Addition(
     cmd: python -m stages.tally
     deps: [artifacts/plan.json, replaceme/pipeline/tally.py, replaceme/base]
     params: [seed]
-    metrics: [{metrics/tally.json: {cache: false}}]""",
+    outs: [{metrics/tally.json: {cache: false}}]""",
         ),
     ],
 )
