@@ -24,7 +24,7 @@ from replaceme.base.settings import settings_yaml
 from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import FIELDS, METHODS
 from replaceme.models.embedded import MODELS
-from replaceme.pipeline.report import write_report
+from replaceme.pipeline import report as stage
 from replaceme.report import page as page_module
 from replaceme.report.figures import cut_map, layer_figures, residual_path, score_figure
 from replaceme.report.page import Picture, render
@@ -188,6 +188,9 @@ def run(tmp_path: Path) -> Run:
             path.write_text(json.dumps(content), encoding="utf-8")
         (work.solution / "residuals.csv").write_text(residuals, encoding="utf-8")
         (work.solution / "loss.csv").write_text("iteration,loss\n", encoding="utf-8")
+        (work.edits / "repairs.csv").write_text("layer,linear,residual_before,residual_after\n", encoding="utf-8")
+        (work.edits / "loss.tsv").write_text("step\tloss\n", encoding="utf-8")
+        (work.edits / "held_out_loss.tsv").write_text("step\theld_out_loss\n", encoding="utf-8")
         return work
 
     return write
@@ -379,9 +382,25 @@ def test_an_iterative_solver_shows_its_curve_and_a_closed_form_none(params: Para
     assert "loss" not in render(params, work).pictures
     (work.solution / "loss.csv").write_text("iteration,loss\n0,0.5\n5,0.25\n9,0.26\n", encoding="utf-8")
     page = render(params, work)
-    assert page.pictures["loss"].words == "The solver's objective per token: from 0.5 to 0.25 in 9 iterations."
+    words = "Objective per token by iteration: objective, from 0.5 at iteration 0 to 0.26 at iteration 9, lowest 0.25."
+    assert page.pictures["loss"].words == words
     assert page.pictures["loss"].light.startswith(b"\x89PNG")
     assert {"loss at the start", "converged", "rescaled by"} <= Reader(page.html).cells
+
+
+def test_repaired_linears_and_a_training_are_drawn_where_there_were_any(params: Params, run: Run) -> None:
+    work = run()
+    assert not {"repairs", "training"} & render(params, work).pictures.keys()
+    rows = "layer,linear,residual_before,residual_after\n3,mlp_output,0.5,0.25\n4,mlp_output,0.5,0.375\n"
+    (work.edits / "repairs.csv").write_text(rows, encoding="utf-8")
+    (work.edits / "loss.tsv").write_text("step\tloss\n0\t2.0\n1\t1.5\n", encoding="utf-8")
+    (work.edits / "held_out_loss.tsv").write_text("step\theld_out_loss\n0\t1.75\n", encoding="utf-8")
+    page = render(params, work)
+    repairs, training = page.pictures["repairs"], page.pictures["training"]
+    assert "after each linear, from 0.25 at layer 3 to 0.375 at layer 4" in repairs.words
+    assert "documents of the step, from 2 at step 0 to 1.5 at step 1" in training.words
+    assert "held-out documents, from 1.75 at step 0" in training.words
+    assert {repairs.words, training.words} <= set(Reader(page.html).alternatives)
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -528,16 +547,20 @@ def test_the_same_run_gives_the_same_bytes_whatever_matplotlib_is_set_to(params:
     assert again == first
 
 
-def test_the_stage_writes_the_page_and_the_drawn_pictures(params: Params, run: Run) -> None:
+def test_the_stage_writes_the_page_the_drawn_pictures_and_the_card(
+    params: Params, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     work = run(solved={"removed_layers": 2}, residuals="alpha,relative_residual\n")
-    write_report(params, work)
-    assert {path.name for path in work.report.iterdir()} == {
-        "index.html", "params.yaml", "distances.png", "cut_residuals.png", "layers.png", "scores.png",
-    }  # fmt: skip
+    monkeypatch.setattr(stage, "card_of", lambda params, work: "the card")
+    stage.write_report(params, work)
+    assert {path.name for path in work.report.iterdir()} == {"index.html", "params.yaml", "pictures", "model_card.md"}
+    assert (work.report / "model_card.md").read_text(encoding="utf-8") == "the card"
+    drawn = {path.name for path in (work.report / "pictures").iterdir()}
+    assert drawn == {"distances.png", "cut_residuals.png", "layers.png", "scores.png"}
     page = render(params, work)
     assert (work.report / "index.html").read_text(encoding="utf-8") == page.html
     for name, picture in page.pictures.items():
-        assert (work.report / f"{name}.png").read_bytes() == picture.light
+        assert (work.report / "pictures" / f"{name}.png").read_bytes() == picture.light
         assert picture.light.startswith(b"\x89PNG")
         assert picture.light != picture.dark
 
