@@ -26,13 +26,16 @@ def compression_figures(params: Params, work: Workspace) -> dict[str, Any]:
     """Return the cost of the compression, which is that of the stages from generate to export.
 
     Returns:
-        ``stage_seconds`` (by stage, for those whose cost is known here), ``trained`` (whether anything was trained), and, if
-        all are known, ``seconds`` (their sum), ``peak_memory_bytes`` and, if CUDA was used, ``peak_cuda_bytes`` (the largest of
-        any stage); otherwise ``stages_not_measured`` (how many are not known).
+        ``stage_seconds`` (by stage, for those whose cost is known here), ``machines`` (in words, on which these ran),
+        ``trained`` (whether anything was trained), and, if all are known, ``seconds`` (their sum), ``peak_memory_bytes`` and,
+        if CUDA was used, ``peak_cuda_bytes`` (the largest of any stage); otherwise ``stages_not_measured`` (how many are not
+        known).
     """
     costs = {name: cost for name in COMPRESSION if (cost := _cost(name, params, work))}
     seconds = {name: cost["seconds"] for name, cost in costs.items()}
     figures: dict[str, Any] = {"stage_seconds": seconds} if seconds else {}
+    if machines := sorted({cost["machine"] for cost in costs.values() if "machine" in cost}):
+        figures["machines"] = machines
     figures["trained"] = METHODS[params.method].trained or params.heal_epochs > 0
     if missing := len(COMPRESSION) - len(costs):
         return figures | {"stages_not_measured": missing}

@@ -75,7 +75,7 @@ def render(
         params: the run's settings.
         work: the folder with its results.
         speed: measured times: ``prefill_seconds`` and ``decode_seconds_per_token`` (each ``dense``, ``pruned``, ``speedup``),
-            and ``prompt_tokens``, ``new_tokens``, ``batch_size``, ``rounds``, ``dtype``, ``device``, ``threads``.
+            and ``prompt_tokens``, ``new_tokens``, ``batch_size``, ``rounds``, ``dtype``, ``device``, ``threads``, ``machine``.
         cost: what the compression cost, as in metrics/compression.json.
 
     Raises:

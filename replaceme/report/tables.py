@@ -241,7 +241,9 @@ def times_table(speed: Figures) -> Table:
     caption = (
         f"Measured on {speed['device']}{threads}: {speed['dtype']}, batch of {speed['batch_size']}, {speed['rounds']} rounds"
     )
-    return Table(caption, ["", "dense", "pruned", "speedup"], rows)
+    # Times that an earlier version measured name no machine.
+    notes = [("Measured on", speed["machine"])] if "machine" in speed else []
+    return Table(caption, ["", "dense", "pruned", "speedup"], rows, notes)
 
 
 def cost_table(cost: Figures) -> Table:
@@ -254,7 +256,8 @@ def cost_table(cost: Figures) -> Table:
             rows.append([name, quantity(cost[key], "B")])
     if missing := cost.get("stages_not_measured"):
         rows.append(["not measured here", f"{missing} stage{'s' * (missing > 1)}"])
-    return Table("Cost of the compression, of each stage in the run that made its output", ["", "cost"], rows)
+    notes = [("Measured on", machine) for machine in cost.get("machines", [])]
+    return Table("Cost of the compression, of each stage in the run that made its output", ["", "cost"], rows, notes)
 
 
 def fit_table(fits: Mapping[str, Figures]) -> Table:

@@ -467,12 +467,15 @@ def test_times_are_on_the_page_only_when_measured(params: Params, run: Run) -> N
 def test_the_cost_is_on_the_page_where_it_is_given_and_a_part_of_it_is_no_sum(params: Params, run: Run) -> None:
     parts: dict[str, Any] = {"stage_seconds": {"select": 78.06, "plan": 0.0176}, "trained": False}
     without = Reader(render(params, run()).html)
-    whole = Reader(render(params, run(), SPEED, parts | {"seconds": 78.08, "peak_memory_bytes": 1474109440}).html)
+    cost = parts | {"seconds": 78.08, "peak_memory_bytes": 1474109440, "machines": ["Made Up 9000, 2 cores"]}
+    whole = Reader(render(params, run(), SPEED | {"machine": "Other 7, 4 cores"}, cost).html)
     partial = Reader(render(params, run(), SPEED, parts | {"stages_not_measured": 7}).html)
     assert "Cost of the compression" not in without.text
     assert {"78.1 s", "17.6 ms", "1.474 GB"} <= whole.cells
     assert {"78.1 s", "17.6 ms", "7 stages"} <= partial.cells
     assert "all stages" in whole.text
+    assert "Measured on Made Up 9000, 2 cores." in whole.text
+    assert "Measured on Other 7, 4 cores." in whole.text
     assert "all stages" not in partial.text
 
 
