@@ -15,9 +15,10 @@ import pytest
 from replaceme.base import cost as cost_module
 from replaceme.base import machine as machine_module
 from replaceme.base.cost import kept, known, peak_memory, recorded
+from replaceme.base.estimate import load_of
 from replaceme.base.files import cache_folder, read_json, write_json, write_text
 from replaceme.base.params import Params, read_params
-from replaceme.base.stage import COMPRESSION, Stage, run_stage
+from replaceme.base.stage import COMPRESSION, JUDGEMENT, Stage, run_stage
 from replaceme.base.workspace import Workspace
 from replaceme.methods.method import Method
 from replaceme.methods.registry import METHODS
@@ -170,7 +171,10 @@ def test_a_pipeline_without_records_and_outputs_says_that_nothing_was_measured(c
     write_json(Path("metrics", "evaluation.json"), {"parameters": {"removed_percent": 20.5}})
     with pytest.raises(SystemExit, match="0"):
         run_stage(STAGE)
-    assert read_json(Path("metrics", "compression.json")) == {"stages_not_measured": len(COMPRESSION), "trained": False}
+    found = read_json(Path("metrics", "compression.json"))
+    assert found.pop("settings") == load_of(read_params(Path("params.yaml"), preset="recommended"))
+    assert found.pop("judgement_seconds").keys() <= set(JUDGEMENT)
+    assert found == {"stages_not_measured": len(COMPRESSION), "trained": False}
     assert read_json(Path("metrics", "summary.json")) == {"removed_layers": 2, "size_percent": 79.5}
     assert "cost: not known on this machine" in capsys.readouterr().err
 
