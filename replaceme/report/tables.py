@@ -183,11 +183,11 @@ def divergence_table(evaluation: Figures) -> Table | None:
         ratio = f"× {_with_error(unseen, 'perplexity_ratio')}"
         rows.insert(0, ["unseen texts", ratio, "no", _with_error(unseen, "kl"), _percent_with_error(unseen, "agreement")])
     notes = [
-        ("KL:", "divergence of the pruned model's predictions from the dense model's, in nats a token"),
+        ("KL:", "divergence of the pruned model's predictions from the dense model's, for each token"),
         ("same token:", "share of positions with the dense model's most likely token"),
         ("unseen texts:", "geometric mean of the ratios, mean of the others, over the texts marked no"),
     ]
-    head = ["text", "perplexity ratio", "calibrated on", "KL", "same token, %"]
+    head = ["text", "perplexity ratio", "calibrated on", "KL, nats", "same token, %"]
     return Table("Distance from the dense model by text, ± one standard error", head, rows, notes) if rows else None
 
 
@@ -357,7 +357,8 @@ def _difference(task: Figures) -> str:
 
 def _with_error(figures: Figures, key: str) -> str:
     error = figures.get(f"stderr_{key}")
-    return number(figures[key]) + ("" if error is None else f" ± {number(float(f'{error:.2g}'))}")
+    # Four digits, and two of the error, zeros at the end included, so that the figures of a column can be compared at a glance.
+    return digits(figures[key], 4) + ("" if error is None else f" ± {digits(error, 2)}")
 
 
 def _saved(pair: Figures) -> str:

@@ -342,7 +342,7 @@ def test_accuracy_without_uncertainty_stands_alone(params: Params, run: Run) -> 
     assert page.tables[0] == [
         ["", "piqa"], ["dense", "78.1"], ["pruned", "69.8"], ["% of dense", "89.4"], ["difference", "−8.3"]
     ]  # fmt: skip
-    assert {"2.5", "5", "× 2"} <= page.cells
+    assert {"2.500", "5.000", "× 2.000"} <= page.cells
 
 
 def test_a_run_without_tasks_says_so(params: Params, run: Run) -> None:
