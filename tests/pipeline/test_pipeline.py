@@ -223,7 +223,7 @@ def test_an_experiment_with_alpha_repeats_only_what_alpha_changes(project: Path)
     output = shell(project, "dvc", "exp", "run", "-S", "alpha=0.1")
     assert ran(output) == ["inputs", "solve", "repair", "heal", "export", "evaluate", "report", "cost"]
     difference = shell(project, "dvc", "metrics", "diff", "HEAD")
-    assert {"seen_ratio", "retention", "seconds"} <= {line.split()[1] for line in difference.splitlines()[1:]}
+    assert {"same_token", "unseen_ratio", "seconds"} <= {line.split()[1] for line in difference.splitlines()[1:]}
     assert "nan" not in difference.lower()
     assert shell(project, "dvc", "exp", "show", "--csv").count("alpha") >= 1
     assert ran(go_back(project)) == ALWAYS
