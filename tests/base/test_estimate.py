@@ -8,7 +8,7 @@ import pytest
 from replaceme.base.estimate import LOAD, load_of, note, times_here
 from replaceme.base.files import cache_folder, write_json, write_text
 from replaceme.base.params import Params, read_params
-from replaceme.base.stage import COMPRESSION, JUDGEMENT, ORDER, still_to_go
+from replaceme.base.stage import COMPRESSION, JUDGEMENT, ORDER, Stage, run_stage, still_to_go
 from replaceme.base.workspace import Workspace
 
 # Seconds by stage: 20 min for the model and 7 for its scores.
@@ -83,6 +83,22 @@ def test_a_damaged_record_is_none(content: str, params: Params, work: Workspace)
     assert times_here(params) == {}
     note("solve", params, 8.0)
     assert times_here(params) == {"solve": 8.0}
+
+
+def test_a_stage_of_the_pipeline_says_it_and_keeps_its_own_time(
+    params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["stage"])
+    write_text(Path("params.yaml"), "preset: published\nmethod: lstsq\n")
+    for name, seconds in SCORES.items():
+        note(name, params, seconds)
+    with pytest.raises(SystemExit, match="0"):
+        run_stage(Stage(name="baseline", run=lambda params, work: None, code=()))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "stage 11 of 13: baseline"
+    assert "about 7 min to go, if no stage is skipped" in lines
+    assert times_here(params)["baseline"] < SCORES["baseline"]
 
 
 def test_the_load_is_made_of_parameters() -> None:
