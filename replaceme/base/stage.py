@@ -24,6 +24,8 @@ COMPRESSION = (*FIT, "export")
 # Judging the result is no part of the compression: it costs the same for every method.
 JUDGEMENT = ("baseline", "evaluate", "report")
 ORDER = (*COMPRESSION, *JUDGEMENT)
+# Those that take long; their times help to say how long a run will take.
+SCORED = ("baseline", "evaluate")
 
 # Parameters of every pass over the calibration text, and of every evaluation.
 PASS = ("batch_size", "dtype", "device", "device_map", "threads", "use_4bit", "trust_remote_code")
@@ -77,7 +79,7 @@ def run_stage(stage: Stage) -> None:
             stage.run(params, place)
         if stage.name in ORDER:
             note(stage.name, params, cost["seconds"])
-        if stage.name in COMPRESSION:
+        if stage.name in (*COMPRESSION, *SCORED):
             keep(stage.name, params, cost)
 
     sys.exit(run(work, debug="--debug" in sys.argv[1:]))

@@ -9,12 +9,12 @@ from statistics import geometric_mean
 from typing import Any
 
 from replaceme.base.cost import Cost, kept, known
-from replaceme.base.estimate import load_of, times_here
+from replaceme.base.estimate import load_of
 from replaceme.base.files import read_json, rounded, write_json
 from replaceme.base.params import Params
 from replaceme.base.plan import load_blocks
 from replaceme.base.progress import logger
-from replaceme.base.stage import COMPRESSION, JUDGEMENT, Stage
+from replaceme.base.stage import COMPRESSION, SCORED, Stage
 from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import METHODS
 
@@ -60,7 +60,7 @@ def write_cost(params: Params, work: Workspace) -> None:
         missing = [name for name in COMPRESSION if name not in figures.get("stage_seconds", {})]
         logger.info("cost: not known on this machine: %s", ", ".join(missing))
     # With these, a first run on another machine can say how long it will take.
-    judgement = {name: seconds for name, seconds in times_here(params).items() if name in JUDGEMENT}
+    judgement = {name: cost["seconds"] for name in SCORED if (cost := _cost(name, params, work))}
     write_json(work.metric("compression"), figures | {"settings": load_of(params), "judgement_seconds": judgement})
 
 

@@ -153,6 +153,7 @@ def test_the_run_leaves_model_metrics_and_lock(project: Path) -> None:
     assert set(cost["stage_seconds"]) == set(COMPRESSION)
     assert sum(cost["stage_seconds"].values()) == pytest.approx(cost["seconds"], rel=1e-3)
     assert cost["trained"] is False
+    assert set(cost["judgement_seconds"]) == {"baseline", "evaluate"}
     assert 100e6 < cost["peak_memory_bytes"] < 5e9
     summary = json.loads((project / "metrics" / "summary.json").read_text())
     assert (summary["removed_layers"], summary["seconds"]) == (2, cost["seconds"])
