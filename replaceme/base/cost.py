@@ -74,12 +74,8 @@ def kept(stage: str, params: Params) -> Path:
         OSError: one of these files is missing.
     """
     declared = YAML(typ="safe", pure=True).load(PIPELINE_FILE)["stages"][stage]
-    written = [
-        next(iter(entry)) if isinstance(entry, dict) else entry
-        for key in ("outs", "metrics")
-        for entry in declared.get(key, [])
-    ]
-    files = {path: _content(Path(path)) for path in (*declared["deps"], *written)}
+    metrics = [path for metric in declared.get("metrics", []) for path in metric]
+    files = {path: _content(Path(path)) for path in (*declared["deps"], *declared["outs"], *metrics)}
     content = {"params": params.model_dump(include=set(declared["params"])), "files": files}
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return cache_folder() / "costs" / stage / f"{digest}.json"

@@ -1,7 +1,7 @@
 """cost: what the compression cost (metrics/compression.json), and the dozen figures that matter (metrics/summary.json).
 
 This stage always runs, and the files are none of its outputs, so that no time gets into dvc.lock. Git keeps both. The summary
-is the pipeline's metric, which DVC shows and compares.
+is a metric of the pipeline all the same, which DVC shows and compares.
 """
 
 from collections.abc import Mapping

@@ -81,7 +81,7 @@ def made_up_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["stage"])
     monkeypatch.setenv("REPLACEME_CACHE", str(tmp_path.parent / "cache"))
-    stage = "{deps: [read.txt], params: [alpha], outs: [written, {metrics/solve.json: {cache: false}}]}"
+    stage = "{deps: [read.txt], params: [alpha], outs: [written], metrics: [{metrics/solve.json: {cache: false}}]}"
     write_text(Path("dvc.yaml"), f"stages: {{solve: {stage}}}\n")
     write_text(Path("params.yaml"), "method: uidl\n")
     write_text(Path("read.txt"), "some text")

@@ -47,7 +47,7 @@ DECLARATIONS = [
             "every_stage_has_a_script_and_a_description",
             "every_file_that_a_stage_imports_lies_below_its_dependencies_and_each_of_these_is_imported",
             "console_scripts_and_pipeline_agree_on_what_a_stage_depends",
-            "figures_are_in_git_and_in_the_run_cache",
+            "metrics_keep_the_run_cache",
         )
     ),
 ]
@@ -115,7 +115,7 @@ STAGE = Addition(
     cmd: python -m stages.tally
     deps: [artifacts/plan.json, replaceme/pipeline/tally.py, replaceme/base]
     params: [seed]
-    outs: [{metrics/tally.json: {cache: false}}]""",
+    metrics: [{metrics/tally.json: {cache: false}}]""",
         ),
     ],
 )
