@@ -49,7 +49,7 @@ def prune(params: Params, texts: Sequence[str] | None = None) -> Workspace:
     from replaceme.models.model import CARD
     from replaceme.pipeline.cost import write_cost
     from replaceme.pipeline.inputs import inspect_inputs
-    from replaceme.publish import card_of
+    from replaceme.pipeline.report import card_of
     from replaceme.steps import Course, run_steps
 
     with claimed(params, f"{suffix_of(params)}-transform" if params.save_transform_only else suffix_of(params)) as work:

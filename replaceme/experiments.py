@@ -8,7 +8,7 @@ config and code, so a model that was measured before isn't even taken from the c
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -32,6 +32,9 @@ Record = dict[str, Any]
 PLACE = Workspace()
 # Read from DVC's cache: the pruned model, the fingerprint of the dense one, and the settings.
 MODEL, DENSE, PARAMS = PLACE.model.as_posix(), PLACE.model_input.as_posix(), "params.yaml"
+
+# Metrics files that a comparison needs, beside DVC's record, which has the summary.
+FIGURES = ("evaluation", "solve", "compression")
 
 
 def compare_experiments() -> NoReturn:
@@ -80,7 +83,7 @@ def _compare(revisions: Sequence[str] | None, number: int, output: Path, speed: 
 
 
 def _recorded(revisions: Sequence[str] | None, number: int) -> list[dict[str, Any]]:
-    """Return DVC's record of each experiment. Raises ParameterError outside of a repository."""
+    """Return DVC's record of each experiment, with all its figures. Raises ParameterError outside of a repository."""
     need("dvc", "compare_experiments")
 
     from dvc.api import exp_show
@@ -89,9 +92,30 @@ def _recorded(revisions: Sequence[str] | None, number: int) -> list[dict[str, An
 
     try:
         records: list[dict[str, Any]] = exp_show(revs=list(revisions) if revisions else None, num=number)
+        figures = _figures(sorted({str(record["rev"]) for record in records} - {"workspace"}))
     except (DvcException, SCMError) as failure:
         raise ParameterError(f"compare_experiments: {excerpt(failure, 200)} (run it inside the repository).") from failure
-    return records
+    return [figures.get(str(record["rev"]), {}) | record for record in records]
+
+
+def _figures(revisions: Sequence[str]) -> dict[str, Record]:
+    """Return the figures that git has of each revision, by their places in the files: ``perplexity.wikipedia.ratio``."""
+    from dvc.repo import Repo
+
+    if not revisions:
+        return {}
+    with Repo() as repo:
+        files = [str(Path(repo.root_dir, PLACE.metric(name))) for name in FIGURES]
+        found = repo.metrics.show(targets=files, revs=list(revisions), hide_workspace=False)
+    return {
+        revision: {key: value for file in entry.get("data", {}).values() for key, value in _flat(file.get("data", {}))}
+        for revision, entry in found.items()
+    }
+
+
+def _flat(figures: Mapping[str, Any], start: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in figures.items():
+        yield from _flat(value, f"{start}{name}.") if isinstance(value, Mapping) else [(f"{start}{name}", value)]
 
 
 def _add_speeds(comparison: ExperimentComparison, output: Path) -> None:

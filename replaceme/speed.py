@@ -16,6 +16,7 @@ from torch import Tensor
 from replaceme.base.compute import resolve_device, use_processor
 from replaceme.base.errors import ModelError
 from replaceme.base.fingerprints import sha256_of
+from replaceme.base.machine import machine
 from replaceme.base.params import Params
 from replaceme.base.progress import progress
 from replaceme.evaluation.kv_cache import cache_arguments, filled_cache
@@ -34,7 +35,8 @@ def measure_speed(params: Params, dense: Model, pruned: Model) -> dict[str, Any]
 
     Returns:
         ``prefill_seconds`` (of one batch of prompts) and ``decode_seconds_per_token``, each with ``dense``, ``pruned`` and
-        ``speedup`` (dense / pruned); the setting; and ``weights``, the SHA-256 of the pruned model's weight files.
+        ``speedup`` (dense / pruned); the setting; ``machine``, in words; and ``weights``, the SHA-256 of the pruned model's
+        weight files.
 
     Raises:
         ModelError: a prompt and the new tokens don't fit the model's positions.
@@ -69,6 +71,7 @@ def measure_speed(params: Params, dense: Model, pruned: Model) -> dict[str, Any]
         "new_tokens": NEW_TOKENS,
         "rounds": ROUNDS,
         **setting_of(params),
+        "machine": machine(),
         "weights": sha256_of(pruned.files(WEIGHTS), pruned.folder),
     }
 

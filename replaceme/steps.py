@@ -17,13 +17,14 @@ from typing import Any
 
 from replaceme.base.compute import kind_of, resolve_device
 from replaceme.base.cost import recorded
+from replaceme.base.estimate import note
 from replaceme.base.files import cache_folder, copy_content, new_folder, read_json, write_json
 from replaceme.base.fingerprints import PACKAGE, sha256_below, sha256_of_code
 from replaceme.base.params import Params
 from replaceme.base.processes import run_step
 from replaceme.base.progress import logger
 from replaceme.base.shared import make_once
-from replaceme.base.stage import COMPRESSION, Stage
+from replaceme.base.stage import COMPRESSION, Stage, still_to_go
 from replaceme.base.workspace import Workspace
 from replaceme.models.model import CARD
 from replaceme.pipeline import (
@@ -100,14 +101,23 @@ def run_steps(params: Params, work: Workspace, names: Sequence[str], course: Cou
             continue
         stamp.unlink(missing_ok=True)
         logger.info(course.place_of(name))
+        if words := still_to_go(name, params, work, course.names):
+            logger.info(words)
         if name in SHARED and step.writes:
-            _run_once_for_all(name, key, work.path(step.writes), partial(run_step, step, params, work))
+            _run_once_for_all(name, key, work.path(step.writes), partial(_run, step, params, work))
         else:
             with recorded(work.cost(name)) if name in COMPRESSION else nullcontext():
-                run_step(step, params, work)
+                _run(step, params, work)
         write_json(stamp, [key, _sums(outputs)])
         ran.append(name)
     return ran
+
+
+def _run(step: Stage, params: Params, work: Workspace) -> None:
+    """Run a step, and keep what it took for later estimates."""
+    began = time.monotonic()
+    run_step(step, params, work)
+    note(step.name, params, time.monotonic() - began)
 
 
 def _run_once_for_all(name: str, key: str, output: Path, step: Callable[[], None]) -> None:

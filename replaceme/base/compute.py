@@ -12,12 +12,13 @@ from torch import nn
 
 from replaceme.base.errors import ModelError, ResourceError
 from replaceme.base.group import group_size, local_gpu, neighbours
+from replaceme.base.machine import processor
 
 # Options of glibc's allocator (malloc.h), in bytes: M_TRIM_THRESHOLD, the free space at the heap's top that is kept; M_TOP_PAD,
 # the extra space when the heap grows; M_MMAP_THRESHOLD, the size from which a block is mapped by itself.
 HEAP = {-1: 256 << 20, -2: 32 << 20, -3: 32 << 20}
-# Linux alone has these files.
-CPU_INFO, MEMORY_INFO = Path("/proc/cpuinfo"), Path("/proc/meminfo")
+# Linux alone has it.
+MEMORY_INFO = Path("/proc/meminfo")
 # What a control group may take and takes, in bytes (version 2; a container sees its own).
 GROUP_LIMIT, GROUP_USE = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
 
@@ -43,8 +44,7 @@ def kind_of(device: str) -> str:
     """Return what a result's last digits depend on: the GPU's name; or the processor's, and the vectors that torch uses."""
     if device.startswith("cuda"):
         return str(torch.cuda.get_device_name(device))
-    named = re.search(r"(?m)^model name\s*: (.+)$", CPU_INFO.read_text(encoding="utf-8")) if CPU_INFO.is_file() else None
-    return f"{named[1] if named else platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{processor()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def free_memory(device: str) -> int:

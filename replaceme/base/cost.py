@@ -26,6 +26,7 @@ from ruamel.yaml import YAML
 
 from replaceme.base.files import cache_folder, rounded, write_json
 from replaceme.base.fingerprints import sha256_below
+from replaceme.base.machine import machine
 from replaceme.base.params import Params
 from replaceme.base.progress import logger
 
@@ -38,14 +39,14 @@ Cost = dict[str, Any]
 def measured() -> Iterator[Cost]:
     """Yield a dict that has the cost of the block after its end.
 
-    It has ``seconds``, ``peak_memory_bytes`` and, if CUDA was used, ``peak_cuda_bytes``: the peak of torch's allocated memory,
-    summed over all devices.
+    It has ``seconds``, ``peak_memory_bytes``, ``machine`` (in words) and, if CUDA was used, ``peak_cuda_bytes``: the peak of
+    torch's allocated memory, summed over all devices.
     """
     cost: Cost = {}
     began = time.perf_counter()
     yield cost
     figures = {"seconds": time.perf_counter() - began, "peak_memory_bytes": peak_memory(), **_peak_cuda()}
-    cost.update(rounded(figures, 4))
+    cost.update(rounded(figures, 4), machine=machine())
 
 
 @contextmanager
@@ -90,8 +91,15 @@ def known(path: Path) -> Cost | None:
         cost = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    numbers = isinstance(cost, dict) and all(isinstance(figure, int | float) and 0 <= figure < inf for figure in cost.values())
-    return cost if numbers and {"seconds", "peak_memory_bytes"} <= cost.keys() else None
+    if not isinstance(cost, dict):
+        return None
+    # What was kept by an earlier version names no machine.
+    numbers = all(isinstance(cost[key], int | float) and 0 <= cost[key] < inf for key in cost.keys() - {"machine"})
+    return (
+        cost
+        if numbers and isinstance(cost.get("machine", ""), str) and {"seconds", "peak_memory_bytes"} <= cost.keys()
+        else None
+    )
 
 
 def peak_memory() -> int:

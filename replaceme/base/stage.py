@@ -4,13 +4,14 @@ Each file of ``replaceme.pipeline`` declares one stage. ``tests/pipeline`` check
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from replaceme.base.combinations import Methods
 from replaceme.base.cost import keep, measured
 from replaceme.base.entry import PARAMS_FILE, run
 from replaceme.base.errors import ParameterError
+from replaceme.base.estimate import note, to_go
 from replaceme.base.files import clear_partials
 from replaceme.base.params import Params, read_params
 from replaceme.base.processes import in_processes, run_step
@@ -25,6 +26,8 @@ COMPRESSION = (*FIT, "export")
 # Judging the result is no part of the compression: it costs the same for every method.
 JUDGEMENT = ("baseline", "evaluate", "report")
 ORDER = (*COMPRESSION, *JUDGEMENT)
+# Those that take long; their times help to say how long a run will take.
+SCORED = ("baseline", "evaluate")
 
 # Parameters of every pass over the calibration text, and of every evaluation.
 PASS = ("batch_size", "dtype", "device", "device_map", "threads", "use_4bit", "trust_remote_code")
@@ -79,11 +82,28 @@ def run_stage(stage: Stage) -> None:
         if stage.name in ORDER:
             logger.info("stage %d of %d: %s", ORDER.index(stage.name) + 1, len(ORDER), stage.name)
         with measured() as cost:
+            if words := still_to_go(stage.name, params, place):
+                logger.info(words)
             run_step(stage, params, place)
-        if stage.name in COMPRESSION:
+        if stage.name in ORDER:
+            note(stage.name, params, cost["seconds"])
+        if stage.name in (*COMPRESSION, *SCORED):
             keep(stage.name, params, cost)
 
     sys.exit(run(work, debug="--debug" in sys.argv[1:]))
+
+
+def still_to_go(name: str, params: Params, work: Workspace, course: Sequence[str] = ORDER) -> str:
+    """Return how long a run will take from this stage on, in words; an empty text if that isn't known.
+
+    Args:
+        name: the stage that begins.
+        params: the run's.
+        work: its folder.
+        course: all stages of the run. The report takes seconds and is left out.
+    """
+    names = [each for each in course[course.index(name) :] if each != "report"] if name in course else []
+    return to_go(names, [each for each in names if each in COMPRESSION], params, work)
 
 
 def pipeline_params(methods: Methods | None) -> Params:

@@ -1,33 +1,42 @@
-"""cost: what the compression cost, in metrics/compression.json.
+"""cost: what the compression cost (metrics/compression.json), and the dozen figures that matter (metrics/summary.json).
 
-This stage always runs, and the file is none of its outputs, so that no time gets into dvc.lock. It is a metric of the pipeline
-all the same: git keeps it, and DVC shows it.
+This stage always runs, and the files are none of its outputs, so that no time gets into dvc.lock. Git keeps both. The summary
+is a metric of the pipeline all the same, which DVC shows and compares.
 """
 
+from collections.abc import Mapping
+from statistics import geometric_mean
 from typing import Any
 
 from replaceme.base.cost import Cost, kept, known
-from replaceme.base.files import rounded, write_json
+from replaceme.base.estimate import load_of
+from replaceme.base.files import read_json, rounded, write_json
 from replaceme.base.params import Params
+from replaceme.base.plan import load_blocks
 from replaceme.base.progress import logger
-from replaceme.base.stage import COMPRESSION, Stage
+from replaceme.base.stage import COMPRESSION, SCORED, Stage
 from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import METHODS
 
 PEAKS = ("peak_memory_bytes", "peak_cuda_bytes")
+# The task that needs an exact answer.
+EXACT = "retrieval_exact"
 
 
 def compression_figures(params: Params, work: Workspace) -> dict[str, Any]:
     """Return the cost of the compression, which is that of the stages from generate to export.
 
     Returns:
-        ``stage_seconds`` (by stage, for those whose cost is known here), ``trained`` (whether anything was trained), and, if
-        all are known, ``seconds`` (their sum), ``peak_memory_bytes`` and, if CUDA was used, ``peak_cuda_bytes`` (the largest of
-        any stage); otherwise ``stages_not_measured`` (how many are not known).
+        ``stage_seconds`` (by stage, for those whose cost is known here), ``machines`` (in words, on which these ran),
+        ``trained`` (whether anything was trained), and, if all are known, ``seconds`` (their sum), ``peak_memory_bytes`` and,
+        if CUDA was used, ``peak_cuda_bytes`` (the largest of any stage); otherwise ``stages_not_measured`` (how many are not
+        known).
     """
     costs = {name: cost for name in COMPRESSION if (cost := _cost(name, params, work))}
     seconds = {name: cost["seconds"] for name, cost in costs.items()}
     figures: dict[str, Any] = {"stage_seconds": seconds} if seconds else {}
+    if machines := sorted({cost["machine"] for cost in costs.values() if "machine" in cost}):
+        figures["machines"] = machines
     figures["trained"] = METHODS[params.method].trained or params.heal_epochs > 0
     if missing := len(COMPRESSION) - len(costs):
         return figures | {"stages_not_measured": missing}
@@ -50,8 +59,55 @@ def write_cost(params: Params, work: Workspace) -> None:
     else:
         missing = [name for name in COMPRESSION if name not in figures.get("stage_seconds", {})]
         logger.info("cost: not known on this machine: %s", ", ".join(missing))
-    write_json(work.metric("compression"), figures)
+    # With these, a first run on another machine can say how long it will take.
+    judgement = {name: cost["seconds"] for name in SCORED if (cost := _cost(name, params, work))}
+    write_json(work.metric("compression"), figures | {"settings": load_of(params), "judgement_seconds": judgement})
+
+
+def summary_of(evaluation: Mapping[str, Any], removed_layers: int, cost: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the figures that matter; those that a run lacks are left out.
+
+    Args:
+        evaluation: metrics/evaluation.json.
+        removed_layers: how many whole layers were removed.
+        cost: metrics/compression.json.
+
+    Returns:
+        Names and units as in docs/guides/sweeps.md.
+    """
+    unseen, ratios = evaluation.get("unseen", {}), evaluation.get("perplexity", {})
+    seen = [
+        ratios[task]["ratio"]
+        for task, known in evaluation.get("calibration_text", {}).items()
+        if task in ratios and (known["seen"] or known["same_domain"])
+    ]
+    found = {
+        "removed_layers": removed_layers,
+        "size_percent": 100 - evaluation["parameters"]["removed_percent"] if "parameters" in evaluation else None,
+        "unseen_ratio": unseen.get("perplexity_ratio"),
+        "unseen_stderr": unseen.get("stderr_perplexity_ratio"),
+        "unseen_kl": unseen.get("kl"),
+        "same_token": _times(unseen.get("agreement"), 100),
+        "seen_ratio": geometric_mean(seen) if seen else None,
+        "retention": evaluation.get("retention_percent"),
+        "above_chance": evaluation.get("retention_above_chance_percent"),
+        "exact_answers": _times(evaluation.get("accuracy", {}).get(EXACT, {}).get("pruned"), 100),
+        "seconds": cost.get("seconds"),
+        "memory_gb": _times(cost.get("peak_memory_bytes"), 1e-9),
+    }
+    return {name: rounded(value) for name, value in found.items() if value is not None}
+
+
+def _times(value: float | None, factor: float) -> float | None:
+    return None if value is None else value * factor
+
+
+def write_figures(params: Params, work: Workspace) -> None:
+    """Write metrics/compression.json and metrics/summary.json."""
+    write_cost(params, work)
+    evaluation, cost = read_json(work.metric("evaluation")), read_json(work.metric("compression"))
+    write_json(work.metric("summary"), summary_of(evaluation, sum(map(len, load_blocks(work.blocks))), cost))
 
 
 # It always runs, so its parameters and its code need no declaration.
-STAGE = Stage(name="cost", run=write_cost, code=(), methods=METHODS)
+STAGE = Stage(name="cost", run=write_figures, code=(), methods=METHODS)

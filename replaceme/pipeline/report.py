@@ -1,22 +1,99 @@
-"""report: a page with scores, figures and settings."""
+"""report: a page with scores, figures and settings, and the model's card with its scores.
 
-from replaceme.base.files import new_folder
+The card in the model's folder is written before anything is scored, and no stage's output changes afterwards. So the card with
+the scores stands beside the page; it replaces the one in a copy of the folder.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from huggingface_hub import EvalResult
+
+from replaceme.base.files import new_folder, read_json, write_text
 from replaceme.base.params import Params
 from replaceme.base.settings import WITHOUT_EFFECT
 from replaceme.base.stage import Stage
 from replaceme.base.workspace import Workspace
+from replaceme.edits.edits import Edits
+from replaceme.evaluation.comparison import comparison_rows, seen_note, seen_tasks
+from replaceme.export.card import model_card
 from replaceme.methods.registry import FIELDS, METHODS
+from replaceme.models.find import recorded_model
 from replaceme.report.page import render
 
 # Everything that a result can depend on.
 ALL = tuple(name for name in FIELDS if name not in WITHOUT_EFFECT)
+CARD_FILE = "model_card.md"
+# What is kept, by the metrics' names.
+KEPT = {
+    "retention": "\n\n{} of the dense model's average accuracy is kept; ± is one standard error.",
+    "retention_above_chance": " Of what is above chance, {} is.",
+}
 
 
 def write_report(params: Params, work: Workspace) -> None:
-    """Write the report, which has no times."""
-    page = render(params, work)
+    """Write the report, which has no times, and the card."""
+    page, card = render(params, work), card_of(params, work)
     with new_folder(work.report) as folder:
         page.save(folder)
+        write_text(folder / CARD_FILE, card)
+
+
+def card_of(params: Params, work: Workspace, place: str = ".") -> str:
+    """Return the card of a finished run's model, with its scores on the tasks of ``params``; its example loads ``place``."""
+    source, edits, solved = recorded_model(params, work.model_input), Edits.load(work.edits), read_json(work.metric("solve"))
+    made_with = read_json(work.model_versions)
+    if not params.tasks:
+        return model_card(params, source, edits, solved, made_with=made_with, place=place)
+    evaluation, made_with = read_json(work.metric("evaluation")), made_with | read_json(work.score_versions)
+    return model_card(
+        params, source, edits, solved, _scores(evaluation), _results(evaluation),
+        continuations=_continuations(read_json(work.continuations)), made_with=made_with, place=place,
+    )  # fmt: skip
+
+
+def _scores(evaluation: Mapping[str, Any]) -> str:
+    """Return metrics/evaluation.json as Markdown."""
+    head, *rows = comparison_rows(evaluation)
+    table = "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+    for key, words in KEPT.items():
+        if f"{key}_stderr" in evaluation:
+            table += words.format(f"{evaluation[f'{key}_percent']:.1f} ± {evaluation[f'{key}_stderr']:.1f} %")
+    if note := seen_note(evaluation):
+        table += f"\n\n{note}"
+    return table
+
+
+def _continuations(pairs: Sequence[Mapping[str, str]]) -> str:
+    """Return both models' continuations as Markdown, in code blocks that nothing in them can end."""
+    parts = ["The most likely token each time, some 40 of them at most."]
+    for pair in pairs:
+        known = f" (known answer: {pair['answer']})" if pair["answer"] else ""
+        parts += [f"### {pair['kind'].capitalize()}{known}", _block(pair["prompt"])]
+        parts += [f"{model}:\n\n{_block(pair[model])}" for model in ("dense", "pruned")]
+    return "\n\n".join(parts)
+
+
+def _block(text: str) -> str:
+    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
+    return f"{fence}text\n{text.strip()}\n{fence}"
+
+
+def _results(evaluation: Mapping[str, Any]) -> list[EvalResult]:
+    """Return the pruned model's scores as the hub's evaluation results; calibration text is named as such."""
+    names = {task: f"{task} (seen in calibration)" for task in seen_tasks(evaluation)}
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=task,
+            dataset_name=names.get(task, task),
+            metric_type=metric,
+            metric_value=pair["pruned"],
+        )
+        for metric in ("perplexity", "accuracy")
+        for task, pair in evaluation.get(metric, {}).items()
+    ]
 
 
 STAGE = Stage(
@@ -24,13 +101,14 @@ STAGE = Stage(
     run=write_report,
     params=ALL,
     reads=(
-        Workspace.profile, Workspace.blocks, Workspace.solution, Workspace.edits, Workspace.continuations,
-        Workspace.text_versions, Workspace.model_versions, Workspace.score_versions,
+        Workspace.model_input, Workspace.card_input, Workspace.profile, Workspace.blocks, Workspace.solution, Workspace.edits,
+        Workspace.continuations, Workspace.text_versions, Workspace.model_versions, Workspace.score_versions,
     ),
     writes=Workspace.report,
     figures=("select", "solve", "repair", "heal", "export", "evaluation"),
     code=(
-        "base", "models/embedded.py", "models/packages.py", "selection/criteria.py", "selection/blocks.py", "methods", "report",
+        "base", "models", "corpora", "edits", "selection/criteria.py", "selection/blocks.py", "methods", "export/card.py",
+        "evaluation", "report",
     ),
     methods=METHODS,
 )  # fmt: skip

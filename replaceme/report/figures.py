@@ -1,4 +1,4 @@
-"""The pictures of one run: the map of all blocks, the layers' figures, the scores, the ridge path and the loss curve.
+"""The pictures of one run: the map of all blocks, the layers' figures, the scores, the ridge path and curves.
 
 Each function returns a matplotlib ``Figure`` for a light or a dark page, or None if there is nothing to show;
 ``replaceme.report.theme.png`` turns it into bytes.
@@ -203,25 +203,31 @@ def residual_path(
     return figure
 
 
-def loss_curve(curve: Sequence[tuple[int, float]], theme: Theme = LIGHT) -> Figure | None:
-    """Draw the loss curve of an iterative solver; None without a curve.
+def curves(lines: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str, theme: Theme = LIGHT) -> Figure | None:
+    """Draw what changes in the course of a loop or of the layers; None without points.
 
     Args:
-        curve: pairs of iteration and objective per token.
+        lines: name → pairs of x, whole numbers, and y; a single line is not named in the picture.
+        x: label of the x axis.
+        y: label of the y axis, which is logarithmic if all values are positive.
         theme: the colours.
     """
-    if not curve:
+    lines = {name: pairs for name, pairs in lines.items() if pairs}
+    if not lines:
         return None
-    losses = [loss for _, loss in curve]
     with drawing(theme, WIDTH * 0.6) as figure:
         axes = figure.add_subplot()
-        marker = "o" if len(curve) < 40 else ""
-        axes.plot(*zip(*curve, strict=True), color=theme.pruned, marker=marker, ms=4, lw=1.4)
-        if min(losses) > 0:
-            log_axis(axes, "y", losses)
-        axes.set(xlabel="iteration", ylabel="objective per token")
+        for colour, marker, (name, pairs) in zip(theme.series, "o^sD", lines.items(), strict=False):
+            shape = marker if len(pairs) < 40 else ""
+            axes.plot(*zip(*pairs, strict=True), color=colour, marker=shape, ms=4, lw=1.4, label=name)
+        values = [value for pairs in lines.values() for _, value in pairs]
+        if min(values) > 0:
+            log_axis(axes, "y", values)
+        axes.set(xlabel=x, ylabel=y)
         _whole_numbers(axes)
         quiet(axes, "both")
+        if len(lines) > 1:
+            axes.legend(loc="best")
     return figure
 
 

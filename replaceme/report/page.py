@@ -7,7 +7,7 @@ them passes them in, and gets the same page with them.
 import base64
 import csv
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,13 @@ from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import FIELDS, criterion_of
 from replaceme.models.embedded import MODELS
 from replaceme.report import sentences, tables
-from replaceme.report.figures import cut_map, layer_figures, loss_curve, residual_path, score_figure
+from replaceme.report.figures import curves, cut_map, layer_figures, residual_path, score_figure
 from replaceme.report.published_table import LABEL
 from replaceme.report.theme import DARK, DPI, LIGHT, Theme, png
 
 # Pixels of a PNG file per CSS pixel of the page.
 DENSITY = DPI / 96
-SETTINGS_FILE = "params.yaml"
+SETTINGS_FILE, PICTURES = "params.yaml", "pictures"
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,12 @@ class Page:
     settings: str
 
     def save(self, folder: Path) -> None:
-        """Write ``index.html``, ``params.yaml`` and, in light colours, ``<name>.png`` of each picture into ``folder``."""
+        """Write ``index.html``, ``params.yaml`` and, in light colours, ``pictures/<name>.png`` into ``folder``."""
         write_text(folder / "index.html", self.html)
         write_text(folder / SETTINGS_FILE, self.settings)
+        (folder / PICTURES).mkdir()
         for name, picture in self.pictures.items():
-            (folder / f"{name}.png").write_bytes(picture.light)
+            (folder / PICTURES / f"{name}.png").write_bytes(picture.light)
 
 
 def render(
@@ -74,7 +75,7 @@ def render(
         params: the run's settings.
         work: the folder with its results.
         speed: measured times: ``prefill_seconds`` and ``decode_seconds_per_token`` (each ``dense``, ``pruned``, ``speedup``),
-            and ``prompt_tokens``, ``new_tokens``, ``batch_size``, ``rounds``, ``dtype``, ``device``, ``threads``.
+            and ``prompt_tokens``, ``new_tokens``, ``batch_size``, ``rounds``, ``dtype``, ``device``, ``threads``, ``machine``.
         cost: what the compression cost, as in metrics/compression.json.
 
     Raises:
@@ -91,8 +92,21 @@ def render(
         "cut_residuals": _map(residuals, "relative residual of a linear map", blocks),
         "layers": _picture(lambda theme: layer_figures(layers, blocks, theme), sentences.layer_words(layers, blocks)),
         "scores": _picture(lambda theme: score_figure(evaluation, theme), sentences.score_words(evaluation)),
-        "residuals": _residual_picture(params, _residuals(work.solution / "residuals.csv"), solved),
-        "loss": _loss_picture(_losses(work.solution / "loss.csv")),
+        "residuals": _residual_picture(params, _points(work.solution / "residuals.csv", "alpha", "relative_residual"), solved),
+        "loss": _curves(
+            {"objective": _points(work.solution / "loss.csv", "iteration", "loss")}, "iteration", "objective per token"
+        ),
+        "repairs": _curves(
+            {"after each linear": _points(work.edits / "repairs.csv", "layer", "residual_after")}, "layer", "relative residual"
+        ),
+        "training": _curves(
+            {
+                "documents of the step": _points(work.edits / "loss.tsv", "step", "loss"),
+                "held-out documents": _points(work.edits / "held_out_loss.tsv", "step", "held_out_loss"),
+            },
+            "step",
+            "training loss",
+        ),
     }
     settings = settings_yaml(params, FIELDS)
     drawn = {name: picture for name, picture in pictures.items() if picture}
@@ -140,9 +154,12 @@ def _fits(solved: Mapping[str, Any], repaired: Mapping[str, Any]) -> dict[str, M
     return {"block 0": solved, **later}
 
 
-def _residuals(path: Path) -> list[tuple[float, float]]:
+def _points(path: Path, x: str, y: str) -> list[tuple[float, float]]:
+    """Return two columns of a table (CSV or TSV)."""
     with path.open(encoding="utf-8", newline="") as lines:
-        return [(float(row["alpha"]), float(row["relative_residual"])) for row in csv.DictReader(lines)]
+        return [
+            (float(row[x]), float(row[y])) for row in csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ",")
+        ]
 
 
 def _residual_picture(params: Params, rows: list[tuple[float, float]], solved: Mapping[str, Any]) -> Picture | None:
@@ -152,13 +169,10 @@ def _residual_picture(params: Params, rows: list[tuple[float, float]], solved: M
     return _picture(lambda theme: residual_path(rows, chosen, smallest, theme), sentences.residual_words(rows, chosen))
 
 
-def _losses(path: Path) -> list[tuple[int, float]]:
-    with path.open(encoding="utf-8", newline="") as lines:
-        return [(int(row["iteration"]), float(row["loss"])) for row in csv.DictReader(lines)]
-
-
-def _loss_picture(curve: list[tuple[int, float]]) -> Picture | None:
-    return _picture(lambda theme: loss_curve(curve, theme), sentences.loss_words(curve)) if curve else None
+def _curves(lines: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str) -> Picture | None:
+    if not any(lines.values()):
+        return None
+    return _picture(lambda theme: curves(lines, x, y, theme), sentences.curve_words(lines, x, y))
 
 
 def _picture(draw: Callable[[Theme], Figure | None], words: str) -> Picture | None:

@@ -219,10 +219,15 @@ def residual_words(rows: Sequence[tuple[float, float]], chosen: tuple[float, flo
     )
 
 
-def loss_words(curve: Sequence[tuple[int, float]]) -> str:
-    """Describe the loss curve."""
-    lowest = min(loss for _, loss in curve)
-    return f"The solver's objective per token: from {number(curve[0][1])} to {number(lowest)} in {curve[-1][0]} iterations."
+def curve_words(lines: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str) -> str:
+    """Describe lines of a picture by their ends and their lowest points."""
+    parts = [
+        f"{name}, from {number(pairs[0][1])} at {x} {pairs[0][0]:g} to {number(pairs[-1][1])} at {x} {pairs[-1][0]:g}, "
+        f"lowest {number(min(value for _, value in pairs))}"
+        for name, pairs in lines.items()
+        if pairs
+    ]
+    return f"{y[:1].upper()}{y[1:]} by {x}: {'; '.join(parts)}."
 
 
 def _mean(values: Sequence[Any]) -> float:

@@ -184,11 +184,11 @@ def divergence_table(evaluation: Figures) -> Table | None:
         ratio = f"× {_with_error(unseen, 'perplexity_ratio')}"
         rows.insert(0, ["unseen texts", ratio, "no", _with_error(unseen, "kl"), _percent_with_error(unseen, "agreement")])
     notes = [
-        ("KL:", "divergence of the pruned model's predictions from the dense model's, in nats a token"),
+        ("KL:", "divergence of the pruned model's predictions from the dense model's, for each token"),
         ("same token:", "share of positions with the dense model's most likely token"),
         ("unseen texts:", "geometric mean of the ratios, mean of the others, over the texts marked no"),
     ]
-    head = ["text", "perplexity ratio", "calibrated on", "KL", "same token, %"]
+    head = ["text", "perplexity ratio", "calibrated on", "KL, nats", "same token, %"]
     return Table("Distance from the dense model by text, ± one standard error", head, rows, notes) if rows else None
 
 
@@ -242,7 +242,9 @@ def times_table(speed: Figures) -> Table:
     caption = (
         f"Measured on {speed['device']}{threads}: {speed['dtype']}, batch of {speed['batch_size']}, {speed['rounds']} rounds"
     )
-    return Table(caption, ["", "dense", "pruned", "speedup"], rows)
+    # Times that an earlier version measured name no machine.
+    notes = [("Measured on", speed["machine"])] if "machine" in speed else []
+    return Table(caption, ["", "dense", "pruned", "speedup"], rows, notes)
 
 
 def cost_table(cost: Figures) -> Table:
@@ -255,7 +257,8 @@ def cost_table(cost: Figures) -> Table:
             rows.append([name, quantity(cost[key], "B")])
     if missing := cost.get("stages_not_measured"):
         rows.append(["not measured here", f"{missing} stage{'s' * (missing > 1)}"])
-    return Table("Cost of the compression, of each stage in the run that made its output", ["", "cost"], rows)
+    notes = [("Measured on", machine) for machine in cost.get("machines", [])]
+    return Table("Cost of the compression, of each stage in the run that made its output", ["", "cost"], rows, notes)
 
 
 def fit_table(fits: Mapping[str, Figures]) -> Table:
@@ -355,7 +358,8 @@ def _difference(task: Figures) -> str:
 
 def _with_error(figures: Figures, key: str) -> str:
     error = figures.get(f"stderr_{key}")
-    return number(figures[key]) + ("" if error is None else f" ± {number(float(f'{error:.2g}'))}")
+    # Four digits, and two of the error, zeros at the end included, so that the figures of a column can be compared at a glance.
+    return digits(figures[key], 4) + ("" if error is None else f" ± {digits(error, 2)}")
 
 
 def _saved(pair: Figures) -> str:

@@ -5,6 +5,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,14 +13,16 @@ from typing import Any
 import pytest
 
 from replaceme.base import cost as cost_module
+from replaceme.base import machine as machine_module
 from replaceme.base.cost import kept, known, peak_memory, recorded
+from replaceme.base.estimate import load_of
 from replaceme.base.files import cache_folder, read_json, write_json, write_text
 from replaceme.base.params import Params, read_params
 from replaceme.base.stage import COMPRESSION, Stage, run_stage
 from replaceme.base.workspace import Workspace
 from replaceme.methods.method import Method
 from replaceme.methods.registry import METHODS
-from replaceme.pipeline.cost import STAGE, compression_figures
+from replaceme.pipeline.cost import STAGE, compression_figures, summary_of
 from tests.pipeline.closure import ROOT
 
 MIB = 1 << 20
@@ -33,7 +36,7 @@ def test_seconds_and_peak_are_those_of_the_block(tmp_path: Path) -> None:
     )
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
     cost = read_json(tmp_path / "cost.json")
-    assert set(cost) == {"seconds", "peak_memory_bytes"}
+    assert set(cost) == {"seconds", "peak_memory_bytes", "machine"}
     assert 0.05 <= cost["seconds"] < 5
     assert 100 * MIB <= cost["peak_memory_bytes"] < 200 * MIB < len(held)
 
@@ -51,11 +54,25 @@ def test_what_fails_has_no_cost(tmp_path: Path) -> None:
 
 
 def test_the_peaks_of_all_cuda_devices_are_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = SimpleNamespace(is_initialized=lambda: True, device_count=lambda: 2, max_memory_allocated=lambda n: 100 * (n + 1))
+    cuda = SimpleNamespace(
+        is_initialized=lambda: True, device_count=lambda: 2, max_memory_allocated=lambda n: 100 * (n + 1),
+        get_device_name=lambda n: f"GPU {n}",
+    )  # fmt: skip
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
     with recorded(tmp_path / "cost.json"):
         pass
-    assert read_json(tmp_path / "cost.json")["peak_cuda_bytes"] == 300
+    cost = read_json(tmp_path / "cost.json")
+    assert cost["peak_cuda_bytes"] == 300
+    assert ", GPU 0, GPU 1; torch " in cost["machine"]
+
+
+def test_a_machine_is_named_by_processor_cores_memory_and_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine_module, "CPU_INFO", tmp_path / "cpuinfo")
+    write_text(tmp_path / "cpuinfo", "processor\t: 0\nmodel name\t: Made Up 9000\nflags\t: a b\n")
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 5}, raising=False)
+    monkeypatch.setattr("os.sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2_000_000}.get)
+    found = f"torch {version('torch')}, transformers {version('transformers')}"
+    assert machine_module.machine() == f"Made Up 9000, 2 cores, 8.19 GB of memory; {found}"
 
 
 @pytest.fixture
@@ -87,11 +104,11 @@ def cost_here(**params: Any) -> Any:
 
 
 @pytest.mark.usefixtures("made_up_pipeline")
-def test_a_stage_of_the_compression_keeps_its_cost_apart_from_its_outputs_and_no_other_does() -> None:
-    copied("evaluate")
+def test_a_stage_keeps_its_cost_apart_from_its_outputs_and_the_report_has_none() -> None:
+    copied("report")
     assert not (cache_folder() / "costs").exists()
     copied()
-    assert set(cost_here()) == {"seconds", "peak_memory_bytes"}
+    assert set(cost_here()) == {"seconds", "peak_memory_bytes", "machine"}
     here = {path.as_posix() for path in Path().rglob("*") if path.is_file()}
     assert here == {"dvc.yaml", "params.yaml", "read.txt", "written/copy.txt", "metrics/solve.json"}
 
@@ -128,6 +145,7 @@ def test_a_cost_belongs_to_parameters_and_to_what_was_read_and_written() -> None
         "[1]",
         '{"seconds": 1}',
         '{"seconds": "1", "peak_memory_bytes": 1}',
+        '{"seconds": 1, "peak_memory_bytes": 1, "machine": 7}',
         "null",
     ],
 )
@@ -149,9 +167,14 @@ def test_a_stage_is_done_though_its_cost_can_not_be_kept(
 @pytest.mark.usefixtures("made_up_pipeline")
 def test_a_pipeline_without_records_and_outputs_says_that_nothing_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copyfile(ROOT / "dvc.yaml", "dvc.yaml")
+    write_json(Path("artifacts", "blocks.json"), [{"start": 2, "end": 4}])
+    write_json(Path("metrics", "evaluation.json"), {"parameters": {"removed_percent": 20.5}})
     with pytest.raises(SystemExit, match="0"):
         run_stage(STAGE)
-    assert read_json(Path("metrics", "compression.json")) == {"stages_not_measured": len(COMPRESSION), "trained": False}
+    found = read_json(Path("metrics", "compression.json"))
+    assert found.pop("settings") == load_of(read_params(Path("params.yaml"), preset="recommended"))
+    assert found == {"stages_not_measured": len(COMPRESSION), "trained": False, "judgement_seconds": {}}
+    assert read_json(Path("metrics", "summary.json")) == {"removed_layers": 2, "size_percent": 79.5}
     assert "cost: not known on this machine" in capsys.readouterr().err
 
 
@@ -179,6 +202,31 @@ def test_the_whole_compression_is_the_sum_of_seconds_and_the_largest_peak(tmp_pa
         5000,
         7000,
     )
+
+
+def test_the_summary_has_a_dozen_figures_and_what_was_seen_apart() -> None:
+    marks = {"a": (0, 0), "b": (1, 0), "c": (0, 1), "retrieval_exact": (0, 0)}
+    evaluation = {
+        "parameters": {"removed_percent": 20.0},
+        "perplexity": {"a": {"ratio": 7.0}, "b": {"ratio": 2.0}, "c": {"ratio": 8.0}},
+        "calibration_text": {task: {"seen": seen, "same_domain": domain} for task, (seen, domain) in marks.items()},
+        "unseen": {"perplexity_ratio": 7.0, "stderr_perplexity_ratio": 0.5, "kl": 1.25, "agreement": 0.5},
+        "accuracy": {"retrieval_exact": {"pruned": 0.25}, "other": {"pruned": 0.75}},
+        "retention_percent": 90.0,
+        "retention_above_chance_percent": 80.0,
+    }
+    assert summary_of(evaluation, 8, {"seconds": 60.0, "peak_memory_bytes": 1_500_000_000}) == {
+        "removed_layers": 8, "size_percent": 80.0, "unseen_ratio": 7.0, "unseen_stderr": 0.5, "unseen_kl": 1.25,
+        "same_token": 50.0, "seen_ratio": 4.0, "retention": 90.0, "above_chance": 80.0, "exact_answers": 25.0,
+        "seconds": 60.0, "memory_gb": 1.5,
+    }  # fmt: skip
+
+
+def test_each_machine_is_named_once(tmp_path: Path, params: Params) -> None:
+    costs(work := Workspace(tmp_path))
+    for name, machine in zip(COMPRESSION, ("new", "old", "new"), strict=False):
+        write_json(work.cost(name), {"seconds": 1.0, "peak_memory_bytes": 1000, "machine": machine})
+    assert compression_figures(params, work)["machines"] == ["new", "old"]
 
 
 def test_a_method_that_trains_says_so(tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from replaceme.export.card import SCORING, SETTINGS, model_card
 from replaceme.methods.registry import METHODS
 from replaceme.models.embedded import MODELS
 from replaceme.models.model import Model
-from replaceme.publish import _continuations, _results, _scores
+from replaceme.pipeline.report import _continuations, _results, _scores
 from tests.helpers import edits_for
 
 EVALUATION: dict[str, Any] = {

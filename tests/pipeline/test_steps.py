@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from replaceme import steps
+from replaceme.base.estimate import note, times_here
 from replaceme.base.files import write_json, write_text
 from replaceme.base.params import Params
-from replaceme.base.stage import ORDER
+from replaceme.base.stage import ORDER, Stage
 from replaceme.base.workspace import Workspace
 from replaceme.steps import STAGES, Course
 from tests.pipeline.closure import ROOT
@@ -24,6 +25,20 @@ def test_the_log_says_how_far_a_run_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(steps.time, "monotonic", lambda: next(times))
     assert course.place_of("generate") == "stage 1 of 13: generate"
     assert course.place_of("profile") == "stage 3 of 13: profile, 2:05 min so far"
+
+
+def test_a_script_says_how_long_it_will_still_take(
+    tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("REPLACEME_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(steps.STAGES, "solve", Stage(name="solve", run=lambda params, work: None, code=()))  # type: ignore[index]
+    note("solve", params, 120.0)
+    with caplog.at_level("INFO", "replaceme"):
+        steps.run_steps(params, Workspace(tmp_path), ["solve"], Course(["solve"]))
+    assert [record.getMessage() for record in caplog.records] == [
+        "stage 1 of 1: solve", "about 2 min to go, if no stage is skipped"
+    ]  # fmt: skip
+    assert times_here(params)["solve"] < 120.0
 
 
 def test_a_changed_file_repeats_the_steps_that_load_it_and_no_others(
@@ -49,7 +64,7 @@ def test_a_changed_file_repeats_the_steps_that_load_it_and_no_others(
     assert repeated_by("commands.py", "steps.py", "pipeline/inputs.py") == []
     assert repeated_by("report/page.html") == ["report"]
     assert repeated_by("pipeline/solve.py") == ["solve"]
-    assert repeated_by("evaluation/scores.py") == ["baseline", "evaluate"]
+    assert repeated_by("evaluation/scores.py") == ["baseline", "evaluate", "report"]
     assert repeated_by("observers/statistics.py") == ["select", "activations", "solve", "repair", "heal"]
     assert repeated_by("base/documents.py") == list(STAGES)
 

@@ -2,6 +2,8 @@
 
 import json
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
@@ -58,6 +60,29 @@ def table_of(records: list[Record]) -> tuple[list[dict[str, str]], list[str]]:
     """Return the cells by heading, and the notes."""
     (head, *rows), notes = shown(comparison_of(records))
     return [dict(zip(head, row, strict=True)) for row in rows], notes
+
+
+def test_a_record_has_the_summary_from_dvc_and_all_other_figures_from_git(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "metrics").mkdir()
+    texts = {
+        "dvc.yaml": "metrics: [metrics/summary.json]\nparams: [params.yaml]\n",
+        "params.yaml": "trained: setting\n",
+        "metrics/summary.json": '{"retention": 80.5}',
+        "metrics/evaluation.json": '{"perplexity": {"wiki": {"ratio": 1.5}}}',
+        "metrics/compression.json": '{"seconds": 12.5, "trained": true}',
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    dvc = f"{sys.executable} -m dvc init -q"
+    for command in ("git init -q -b main", dvc, "git add .", "git -c user.name=a -c user.email=b commit -qm first"):
+        subprocess.run(command.split(), check=True)
+    (tmp_path / "metrics" / "evaluation.json").write_text('{"perplexity": {"wiki": {"ratio": 9.5}}}', encoding="utf-8")
+    (found,) = (each for each in experiments._recorded(None, 1) if each["rev"] != "workspace")
+    assert (found["retention"], found["perplexity.wiki.ratio"], found["seconds"]) == (80.5, 1.5, 12.5)
+    assert found["trained"] == "setting"  # what DVC says of a name goes first
 
 
 # --- The table ----------------------------------------------------------------------------------------------------------

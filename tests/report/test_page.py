@@ -24,7 +24,7 @@ from replaceme.base.settings import settings_yaml
 from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import FIELDS, METHODS
 from replaceme.models.embedded import MODELS
-from replaceme.pipeline.report import write_report
+from replaceme.pipeline import report as stage
 from replaceme.report import page as page_module
 from replaceme.report.figures import cut_map, layer_figures, residual_path, score_figure
 from replaceme.report.page import Picture, render
@@ -188,6 +188,9 @@ def run(tmp_path: Path) -> Run:
             path.write_text(json.dumps(content), encoding="utf-8")
         (work.solution / "residuals.csv").write_text(residuals, encoding="utf-8")
         (work.solution / "loss.csv").write_text("iteration,loss\n", encoding="utf-8")
+        (work.edits / "repairs.csv").write_text("layer,linear,residual_before,residual_after\n", encoding="utf-8")
+        (work.edits / "loss.tsv").write_text("step\tloss\n", encoding="utf-8")
+        (work.edits / "held_out_loss.tsv").write_text("step\theld_out_loss\n", encoding="utf-8")
         return work
 
     return write
@@ -339,7 +342,7 @@ def test_accuracy_without_uncertainty_stands_alone(params: Params, run: Run) -> 
     assert page.tables[0] == [
         ["", "piqa"], ["dense", "78.1"], ["pruned", "69.8"], ["% of dense", "89.4"], ["difference", "−8.3"]
     ]  # fmt: skip
-    assert {"2.5", "5", "× 2"} <= page.cells
+    assert {"2.500", "5.000", "× 2.000"} <= page.cells
 
 
 def test_a_run_without_tasks_says_so(params: Params, run: Run) -> None:
@@ -391,9 +394,25 @@ def test_an_iterative_solver_shows_its_curve_and_a_closed_form_none(params: Para
     assert "loss" not in render(params, work).pictures
     (work.solution / "loss.csv").write_text("iteration,loss\n0,0.5\n5,0.25\n9,0.26\n", encoding="utf-8")
     page = render(params, work)
-    assert page.pictures["loss"].words == "The solver's objective per token: from 0.5 to 0.25 in 9 iterations."
+    words = "Objective per token by iteration: objective, from 0.5 at iteration 0 to 0.26 at iteration 9, lowest 0.25."
+    assert page.pictures["loss"].words == words
     assert page.pictures["loss"].light.startswith(b"\x89PNG")
     assert {"loss at the start", "converged", "rescaled by"} <= Reader(page.html).cells
+
+
+def test_repaired_linears_and_a_training_are_drawn_where_there_were_any(params: Params, run: Run) -> None:
+    work = run()
+    assert not {"repairs", "training"} & render(params, work).pictures.keys()
+    rows = "layer,linear,residual_before,residual_after\n3,mlp_output,0.5,0.25\n4,mlp_output,0.5,0.375\n"
+    (work.edits / "repairs.csv").write_text(rows, encoding="utf-8")
+    (work.edits / "loss.tsv").write_text("step\tloss\n0\t2.0\n1\t1.5\n", encoding="utf-8")
+    (work.edits / "held_out_loss.tsv").write_text("step\theld_out_loss\n0\t1.75\n", encoding="utf-8")
+    page = render(params, work)
+    repairs, training = page.pictures["repairs"], page.pictures["training"]
+    assert "after each linear, from 0.25 at layer 3 to 0.375 at layer 4" in repairs.words
+    assert "documents of the step, from 2 at step 0 to 1.5 at step 1" in training.words
+    assert "held-out documents, from 1.75 at step 0" in training.words
+    assert {repairs.words, training.words} <= set(Reader(page.html).alternatives)
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -460,12 +479,15 @@ def test_times_are_on_the_page_only_when_measured(params: Params, run: Run) -> N
 def test_the_cost_is_on_the_page_where_it_is_given_and_a_part_of_it_is_no_sum(params: Params, run: Run) -> None:
     parts: dict[str, Any] = {"stage_seconds": {"select": 78.06, "plan": 0.0176}, "trained": False}
     without = Reader(render(params, run()).html)
-    whole = Reader(render(params, run(), SPEED, parts | {"seconds": 78.08, "peak_memory_bytes": 1474109440}).html)
+    cost = parts | {"seconds": 78.08, "peak_memory_bytes": 1474109440, "machines": ["Made Up 9000, 2 cores"]}
+    whole = Reader(render(params, run(), SPEED | {"machine": "Other 7, 4 cores"}, cost).html)
     partial = Reader(render(params, run(), SPEED, parts | {"stages_not_measured": 7}).html)
     assert "Cost of the compression" not in without.text
     assert {"78.1 s", "17.6 ms", "1.474 GB"} <= whole.cells
     assert {"78.1 s", "17.6 ms", "7 stages"} <= partial.cells
     assert "all stages" in whole.text
+    assert "Measured on Made Up 9000, 2 cores." in whole.text
+    assert "Measured on Other 7, 4 cores." in whole.text
     assert "all stages" not in partial.text
 
 
@@ -540,16 +562,20 @@ def test_the_same_run_gives_the_same_bytes_whatever_matplotlib_is_set_to(params:
     assert again == first
 
 
-def test_the_stage_writes_the_page_and_the_drawn_pictures(params: Params, run: Run) -> None:
+def test_the_stage_writes_the_page_the_drawn_pictures_and_the_card(
+    params: Params, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     work = run(solved={"removed_layers": 2}, residuals="alpha,relative_residual\n")
-    write_report(params, work)
-    assert {path.name for path in work.report.iterdir()} == {
-        "index.html", "params.yaml", "distances.png", "cut_residuals.png", "layers.png", "scores.png",
-    }  # fmt: skip
+    monkeypatch.setattr(stage, "card_of", lambda params, work: "the card")
+    stage.write_report(params, work)
+    assert {path.name for path in work.report.iterdir()} == {"index.html", "params.yaml", "pictures", "model_card.md"}
+    assert (work.report / "model_card.md").read_text(encoding="utf-8") == "the card"
+    drawn = {path.name for path in (work.report / "pictures").iterdir()}
+    assert drawn == {"distances.png", "cut_residuals.png", "layers.png", "scores.png"}
     page = render(params, work)
     assert (work.report / "index.html").read_text(encoding="utf-8") == page.html
     for name, picture in page.pictures.items():
-        assert (work.report / f"{name}.png").read_bytes() == picture.light
+        assert (work.report / "pictures" / f"{name}.png").read_bytes() == picture.light
         assert picture.light.startswith(b"\x89PNG")
         assert picture.light != picture.dark
 
