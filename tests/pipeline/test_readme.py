@@ -33,7 +33,7 @@ PAGES = [page for page in sorted((ROOT / "docs").rglob("*.md")) if page.name not
 def commands_of(page: Path) -> list[str]:
     """Return the lines of the page's bash blocks, without comments."""
     blocks = re.findall(r"(?ms)^```bash(?: quick)?\n(.*?)^```$", page.read_text(encoding="utf-8"))
-    return [line for body in blocks for line in body.splitlines() if line and line[0] != "#"]
+    return [line for body in blocks for line in body.replace("\\\n", " ").splitlines() if line and line[0] != "#"]
 
 
 COMMANDS = commands_of(ROOT / "README.md")
@@ -67,6 +67,9 @@ def test_every_command_is_one_that_there_is(line: str) -> None:
     words = shlex.split(line, comments=True)
     if words[0] == "replaceme":
         check_replaceme(words[1:])
+    elif words[0] in ("torchrun", "srun"):
+        assert "$(which replaceme) " in line
+        check_replaceme(words[words.index("replaceme)") + 1 :])
     elif words[0] in SCRIPTS:
         config, overrides = parse(script_parser("test"), [word for word in words[1:] if word != "--help"])
         if config:
