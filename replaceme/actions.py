@@ -35,7 +35,8 @@ def together(action: Callable[[Params], object], params: Params) -> None:
 
         return STAGES
 
-    in_processes(params.processes if action in (prune, profile) else 1, stages, lambda: action(params))
+    count = params.processes if action in (prune, profile) else 1
+    in_processes(count, stages, lambda: action(params), params.device)
 
 
 def prune(params: Params, texts: Sequence[str] | None = None) -> Workspace:

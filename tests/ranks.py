@@ -20,7 +20,7 @@ def in_ranks(count: int, action: Callable[[], Any], folder: Path) -> list[Any]:
     def one(rank: int) -> None:
         os.environ.update(
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count),
-            MASTER_ADDR="localhost", MASTER_PORT=str(port),
+            MASTER_ADDR="localhost", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test",
         )  # fmt: skip
         (folder / f"{rank}.json").write_text(json.dumps(action()), encoding="utf-8")
 

@@ -174,7 +174,7 @@ def refusals(values: Values, method: Limits) -> list[str]:
         ]
         + (
             [f"tolerated_loss: needs selection: loss, which measures it, and that is {_shown(selection)}."]
-            if tolerates and measures and selection != "loss"
+            if tolerates and measures and selection != "loss" and values["remove"] is None
             else []
         )
         + (

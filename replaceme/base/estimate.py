@@ -21,8 +21,10 @@ from replaceme.base.workspace import Workspace
 
 LOAD = (
     "model_path", "revision", "dataset", "dataset_size", "max_length", "pack", "batch_size", "dtype", "device", "device_map",
-    "threads", "use_4bit", "memory", "method", "transform", "selection", "layers_to_skip", "tolerated_loss", "num_A", "repair",
-    "heal_epochs", "tasks", "eval_tokens", "eval_batch_size", "eval_dtype",
+    "threads", "processes", "use_4bit", "memory", "method", "transform", "selection", "layers_to_skip", "remove",
+    "tolerated_loss", "min_distance_layer", "max_distance_layer", "num_A", "repair", "heal_epochs", "tasks", "eval_tokens",
+    "eval_batch_size", "eval_dtype", "solver", "epochs", "max_iterations", "llm_streamline_epochs", "llm_streamline_form",
+    "laco_interval",
 )  # fmt: skip
 # Seconds: a pace from less says little, and less than this is soon over.
 LEAST = 60.0

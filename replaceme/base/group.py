@@ -71,12 +71,18 @@ def neighbours() -> int:
 
 
 @contextmanager
-def joined() -> Iterator[int]:
+def joined(device: str = "auto") -> Iterator[int]:
     """Join the group that the environment describes (``RANK``, ``WORLD_SIZE``, …), and yield this process's rank in it.
 
     The group is left after the block, unless that fails: then the others notice that this process has gone.
+
+    Args:
+        device: the parameter; with cpu, no process takes a GPU.
+
+    Raises:
+        ResourceError: there are fewer GPUs than processes.
     """
-    cuda = torch.cuda.is_available()
+    cuda = device != "cpu" and torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(local_gpu())
     distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)

@@ -43,13 +43,16 @@ class Step(Protocol):
     def shared(self) -> Callable[[Params, Workspace], bool]: ...
 
 
-def in_processes(count: int, steps: Callable[[], Mapping[str, Step]], action: Callable[[], object]) -> None:
+def in_processes(
+    count: int, steps: Callable[[], Mapping[str, Step]], action: Callable[[], object], device: str = "auto"
+) -> None:
     """Do the action, with so many processes for its shared stages.
 
     Args:
         count: the number of processes.
         steps: returns the stages that the action may run, by name.
         action: runs them by ``run_step``, in the first process.
+        device: the parameter.
     """
     if started() == 1:
         logger.setLevel(logging.INFO)
@@ -59,7 +62,7 @@ def in_processes(count: int, steps: Callable[[], Mapping[str, Step]], action: Ca
 
     if LAUNCHED in os.environ and platform.system() == "Linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    with group.joined() as own:
+    with group.joined(device) as own:
         if own:
             _serve(steps())
             return

@@ -1,4 +1,8 @@
-"""What the environment says of the processes that have been started for a run, by ``torchrun`` or ``processes: N``."""
+"""What the environment says of the processes that have been started for a run, by ``torchrun`` or ``processes: N``.
+
+Other programs set ``RANK`` and ``WORLD_SIZE`` too. A group is what torch's launcher has started, which waits until all are
+there.
+"""
 
 import os
 from typing import Any
@@ -9,7 +13,7 @@ LAUNCHED = "REPLACEME_LAUNCHED"
 
 def started() -> int:
     """Return how many there are, this one included; 1 if it was started alone."""
-    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+    return int(os.environ["WORLD_SIZE"]) if {"TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE"} <= os.environ.keys() else 1
 
 
 def rank() -> int:

@@ -76,7 +76,7 @@ def run_stage(stage: Stage) -> None:
         params = pipeline_params(stage.methods)
         check_pipeline_params(params)
         count = params.processes if params.processes > 1 and stage.shared(params, place) else 1
-        in_processes(count, lambda: {stage.name: stage}, lambda: alone(params))
+        in_processes(count, lambda: {stage.name: stage}, lambda: alone(params), params.device)
 
     def alone(params: Params) -> None:
         if stage.name in ORDER:

@@ -83,7 +83,7 @@ def work(bench: Bench) -> dict[str, Any]:
         "calibration_loss": loss,
     }
     logger.info(
-        "repair: %s go, %d parameters; %d layers have %d", bench.edits.parts, figures["parameters_removed"],
+        "repair: %s go, %d parameters; %.3g layers have %d", bench.edits.parts, figures["parameters_removed"],
         params.layers_to_skip, figures["parameters_wanted"],
     )  # fmt: skip
     return figures

@@ -49,12 +49,15 @@ def _heal(params: Params, work: Workspace, edits: Edits) -> tuple[dict[str, Any]
 
     use_processor(params.threads)
     model, family = calibration_model(params, work.model_input, whole=HEALED_WHOLE)
-    documents, host = Documents.load(work.documents), Plan.load(work.plan).blocks[0].host
+    documents, plan = Documents.load(work.documents), Plan.load(work.plan)
+    # With narrower MLPs, the states differ from the dense model's from the first layer on.
+    host = 0 if plan.mlp_width else plan.blocks[0].host
     folder = _checkpoints(work)
     course = Course(params.heal_learning_rate, params.heal_epochs, params.batch_size, "heal_learning_rate")
     settings = {
         **settings_of(course, next(model.parameters()).device),
         "share": healing.SHARE,
+        "host": host,
         "model": read_json(work.model_input),
         "edits": sha256_below(work.repaired),
         "dtype": params.dtype,

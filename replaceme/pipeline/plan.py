@@ -7,19 +7,20 @@ from replaceme.base.stage import Stage
 from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import METHODS, read_by
 from replaceme.models.find import recorded_model
-from replaceme.selection.budget import mlp_width
+from replaceme.selection.budget import log_budget, mlp_width
 
 
 def plan(params: Params, work: Workspace) -> None:
     """Write the plan."""
     blocks = load_blocks(work.blocks)
     removed = [layer for block in blocks for layer in block.layers]
-    width = mlp_width(params, recorded_model(params, work.model_input), removed)
+    model = recorded_model(params, work.model_input)
+    width = mlp_width(params, model, removed)
     wanted = Plan(blocks, METHODS[params.method].statistics(params), width)
     wanted.save(work.plan)
     logger.info("plan: statistics of each block: %s", ", ".join(wanted.statistics) or "none")
-    if width is not None:
-        logger.info("plan: %d layers go, and %d channels stay in each other layer's MLP", len(removed), width)
+    if blocks:
+        log_budget(params, model, removed, width)
 
 
 STAGE = Stage(

@@ -19,7 +19,7 @@ from replaceme.base.workspace import Workspace
 from replaceme.edits.edits import Edits
 from replaceme.methods.method import Bench
 from replaceme.methods.refusals import needs_whole
-from replaceme.methods.registry import METHODS, criterion_of, read_by
+from replaceme.methods.registry import METHODS, read_by
 from replaceme.models.families import inputs_of
 from replaceme.models.find import calibration_model, recorded_model
 from replaceme.models.width import mlp_entry
@@ -42,7 +42,8 @@ def repair(params: Params, work: Workspace) -> None:
         copy_content(work.solution, folder)
         if method.work:
             model, family = calibration_model(params, work.model_input, whole=needs_whole(params))
-            params = within_budget(params, recorded_model(params, work.model_input), criterion_of(params))
+            # Of a method that removes parts of layers, which takes no other criterion and one block.
+            params = within_budget(params, recorded_model(params, work.model_input), method.criterion)
             bench = Bench(params, model, family, Documents.load(work.documents), plan, edits, work.repaired.parent, folder)
             figures = method.work(bench)
             edits.save(folder)

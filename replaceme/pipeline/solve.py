@@ -44,6 +44,10 @@ def solve(params: Params, work: Workspace) -> None:
     elif plan.scales:
         listed = ", ".join(f"{scale:.4f} after layer {host}" for host, scale in plan.scales.items())
         logger.info("solve: %d layers are removed, and the state is scaled instead: %s", removed, listed)
+    elif plan.mlp_width:
+        logger.info(
+            "solve: %d layers are removed; what replaces them is fitted in the repair stage, with narrower MLPs", removed
+        )
     elif removed and not (METHODS[params.method].work or solved.edits.changes() or solved.edits.operators):
         logger.info("solve: %d layers are removed, and nothing replaces them", removed)
 

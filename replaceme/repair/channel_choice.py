@@ -24,6 +24,7 @@ from replaceme.base.group import add_up
 from replaceme.models.families import Family, parameter_of
 from replaceme.observers.sums import add_squares, mirror, token_weights
 from replaceme.observers.walk import Signal, Signals
+from replaceme.solvers.arguments import ArgumentError
 
 # Tokens per compared channel, and the share of channels that a round keeps.
 TOKENS_PER_CHANNEL, SHARE = 8, 0.8
@@ -75,7 +76,8 @@ def best_channels(gram: Tensor, cross: Tensor, prior: Tensor, ridge: float, coun
         count: the number of channels to keep.
 
     Raises:
-        SolveError: the sums are not finite, or the ridge is too small for them.
+        SolveError: the sums are not finite.
+        ArgumentError: the ridge is too small for them.
     """
     diagonal = mirror(gram).diagonal()
     scale = torch.where(diagonal > 0, diagonal.rsqrt(), 0)
@@ -91,7 +93,7 @@ def best_channels(gram: Tensor, cross: Tensor, prior: Tensor, ridge: float, coun
         if not bool(torch.isfinite(factor).all() & torch.isfinite(goal).all()):
             raise SolveError("dtype: the sums over the MLP's channels are not finite; use float32 or bfloat16.")
         if failed:
-            raise SolveError(f"refit_ridge: {ridge:g} leaves the choice of channels singular; raise it, or dataset_size.")
+            raise ArgumentError("ridge", f"{ridge:g} leaves the choice of channels singular; raise it, or dataset_size.")
         weights = torch.cholesky_solve(goal[kept] + ridge * prior[kept], factor)
         rise = weights.square().sum(dim=1) / torch.cholesky_inverse(factor).diagonal()
         del factor

@@ -219,9 +219,9 @@ def _mend_layer(state: State, layer: int) -> None:
     if block and not solved:
         _fit(state, block)
     if block and params.transform == "channels":
-        _choose(state, layer, range(layer, block.end), params.refit_ridge)
+        _choose(state, layer, range(layer, block.end), "refit_ridge")
     elif plan.mlp_width:
-        _choose(state, layer, range(layer, layer + 1), params.repair_ridge_mlp)
+        _choose(state, layer, range(layer, layer + 1), "repair_ridge_mlp")
     solves, leaves = _solves(params, family, bool(block)), layer != state.kept[-1]
     for number, ridges in enumerate(solves, start=1):
         _correct(state, layer, state.dense, ridges, leaves=leaves and number == len(solves))
@@ -246,14 +246,14 @@ def _solves(params: Params, family: Family, is_host: bool) -> list[Ridges]:
     return [{"attention_output": "repair_ridge_attention", **mlp}] if family.parallel else [mlp]
 
 
-def _choose(state: State, host: int, window: range, ridge: float) -> None:
+def _choose(state: State, host: int, window: range, ridge: str) -> None:
     """Give a layer's MLP the best channels of its own and of removed layers after it, with their original columns.
 
     Args:
         state: at this layer.
         host: the layer.
         window: the layer, and the removed ones whose channels it may take.
-        ridge: of the least squares that compares them, relative to each channel's sum of squares.
+        ridge: the parameter that is the ridge of the least squares that compares them.
     """
     layer, edits = state.layers[host], state.edits
     edits.transforms.pop(host, None)
@@ -270,7 +270,9 @@ def _choose(state: State, host: int, window: range, ridge: float) -> None:
         sums = Candidates(host, state.family, layer, state.dense)
         state.walk_shortened(host, [sums], documents)
         prior = assembled_parameter(state.family, state.layers, host, candidates, f"{state.family.mlp_output}.weight").T
-        chosen = candidates[_told(partial(best_channels, sums.gram, sums.cross, prior, ridge, kept))]
+        strength: float = getattr(state.params, ridge)
+        with naming(ridge=ridge):
+            chosen = candidates[_told(partial(best_channels, sums.gram, sums.cross, prior, strength, kept))]
     edits.channels[host] = chosen
     own = int((chosen[:, 0] == host).sum())
     if others:

@@ -80,7 +80,7 @@ PART_WORDS = {
     "parameters_removed": ("parameters removed", "in the whole model"),
     "parameters_wanted": (
         "… wanted",
-        "those of layers_to_skip whole layers; heads and channels come as close to it as they can",
+        "those of layers_to_skip whole layers, or of remove; heads and channels come as close to it as they can",
     ),
     "calibration_loss": (
         "calibration loss",

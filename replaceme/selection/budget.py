@@ -11,12 +11,14 @@ power of two (128 at most) that stays within the 1 %.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from replaceme.base.errors import ParameterError
 from replaceme.base.params import Params
+from replaceme.base.progress import logger
 from replaceme.selection.criteria import Criterion
 
 if TYPE_CHECKING:
@@ -86,6 +88,11 @@ def within_budget(params: Params, model: Model, criterion: Criterion) -> Params:
     sizes = Sizes.of(model)
     wanted, most = sizes.wanted(params.remove), params.layers_to_skip
     each = params.num_A * sum(sizes.layers) / len(sizes.layers)
+    if not 0 < wanted < sum(sizes.layers):
+        share = sum(sizes.layers) / sizes.total
+        raise ParameterError(
+            f"remove: must be above 0% and below the decoder layers' {share:.1%} of all parameters, not {params.remove}."
+        )
     if not criterion.whole_layers:
         return params.model_copy(update={"layers_to_skip": wanted / each})
     count = round(wanted / each)
@@ -93,12 +100,14 @@ def within_budget(params: Params, model: Model, criterion: Criterion) -> Params:
     if narrow and (count > most or abs(count * each - wanted) > TOLERANCE * sizes.total):
         count = min(int(wanted / each), most)
     if not count:
+        least = "a layer goes" if params.num_A == 1 else f"{params.num_A} layers go"
+        share = each / sizes.total
         raise ParameterError(
-            f"remove: {params.remove} is less than the {each / sizes.total:.1%} of all parameters that one layer has; use more."
+            f"remove: at least {least}, which is {share:.1%} of all parameters and more than {params.remove}; use more."
         )
     if count > most:
         raise ParameterError(
-            f"remove: {params.remove} is {count} layers, and layers_to_skip is the most that may go: {most}; raise that."
+            f"remove: {params.remove} takes blocks of {count} layers, and layers_to_skip allows {most} at most; raise that."
         )
     return params.model_copy(update={"layers_to_skip": count})
 
@@ -132,3 +141,20 @@ def mlp_width(params: Params, model: Model, removed: Collection[int]) -> int | N
         f"remove: {params.remove} would leave none of the MLPs' {sizes.width} channels beside {len(removed)} layers less; "
         "raise layers_to_skip."
     )
+
+
+def log_budget(params: Params, model: Model, removed: Collection[int], width: int | None) -> None:
+    """Say how much goes, and warn if the budget is not met within the tolerance."""
+    if params.remove is None:
+        return
+    sizes = Sizes.of(model)
+    gone = sum(sizes.layers[layer] for layer in removed)
+    if width is not None:
+        gone += (len(sizes.layers) - len(removed)) * (sizes.width - width) * sizes.channel
+    missed = abs(gone - sizes.wanted(params.remove)) > TOLERANCE * sizes.total
+    kept = "all channels" if width is None else f"{width} of {sizes.width} channels"
+    logger.log(
+        logging.WARNING if missed else logging.INFO,
+        "plan: %d layers go, and the others keep %s: %.1f %% of all parameters, %.1f %% of those in layers; remove is %s",
+        len(removed), kept, 100 * gone / sizes.total, 100 * gone / sum(sizes.layers), params.remove,
+    )  # fmt: skip

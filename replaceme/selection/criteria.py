@@ -168,7 +168,7 @@ def _enough_documents(params: Params, layers: int) -> None:
 
 
 def _parts_of_layers(choice: Choice) -> tuple[list[Block], Figures]:
-    logger.info("select: parts of layers go, as many parameters as %d layers have", choice.params.layers_to_skip)
+    logger.info("select: parts of layers go, as many parameters as %.3g layers have", choice.params.layers_to_skip)
     return [], {}
 
 

@@ -67,7 +67,7 @@ class Predictions:
         family: its description.
         edits: the edits that shorten it.
         documents: the calibration text.
-        host: the layer before the first removed one.
+        host: the first layer whose states differ: the one before the first removed layer, or with narrower MLPs the first one.
         entering: (tokens, d) states that enter the host, in the order of a walk.
         leaving: (tokens, d) states that leave the dense model's last layer, in the same order.
     """

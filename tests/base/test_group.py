@@ -11,7 +11,7 @@ from replaceme.base.compute import free_memory
 from replaceme.base.errors import LostProcessError, ResourceError
 from replaceme.base.group import joined, sharing, told
 from replaceme.base.progress import logger
-from replaceme.base.ranks import LAUNCHED
+from replaceme.base.ranks import LAUNCHED, started
 from tests.ranks import in_ranks
 
 
@@ -78,6 +78,7 @@ def test_an_error_of_another_process_than_the_first_names_it(
     monkeypatch.setattr(entry, "SAYING_SECONDS", 0.0)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
 
     def fails() -> None:
         raise ResourceError("the disk is full.")
@@ -101,3 +102,21 @@ def test_the_first_process_leaves_it_to_the_launcher_to_say_which_one_was_lost(
     assert entry.run(fails) == 2
     assert waited == waits
     assert capsys.readouterr().err == "error: processes: rank 1 has ended.\n"
+
+
+def test_other_programs_variables_make_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert started() == 1
+
+
+def test_on_the_processor_no_process_needs_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+
+    def number() -> int:
+        with joined("cpu") as rank:
+            return rank
+
+    assert in_ranks(2, number, tmp_path) == [0, 1]

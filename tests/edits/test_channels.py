@@ -196,7 +196,7 @@ def test_the_choice_takes_the_first_tokens_of_a_walk() -> None:
 
 def test_a_ridge_that_is_too_small_is_named_in_the_error() -> None:
     g = torch.ones(3, 6)
-    with pytest.raises(SolveError, match="refit_ridge: 1e-30"):
+    with pytest.raises(SolveError, match="ridge: 1e-30"):
         best_channels(g.T @ g, g.T @ torch.ones(3, 2), torch.ones(6, 2), 1e-30, 3)
 
 

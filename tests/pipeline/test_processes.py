@@ -165,6 +165,7 @@ def test_a_call_from_python_has_one_process(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(ParameterError, match=said):
         prune("nowhere", processes=2)
     monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ParameterError, match=said):
         prune("nowhere")

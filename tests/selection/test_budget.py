@@ -105,9 +105,11 @@ def test_a_width_is_a_round_number_where_that_is_near_enough() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"remove": "1%"}, "remove: 1% is less than the 13"),
+        ({"remove": "1%"}, "remove: at least a layer goes, which is 13"),
         ({"remove": "60%", "method": "uidl", "layers_to_skip": 2}, "raise that"),
-        ({"remove": "80%", "layers_to_skip": 1, **BEST}, "raise layers_to_skip"),
+        ({"remove": "80%", **BEST}, "below the decoder layers' 78.8% of all parameters, not 80%"),
+        ({"remove": "0%", **BEST}, "must be above 0%"),
+        ({"remove": "75%", "layers_to_skip": 1, **BEST}, "raise layers_to_skip"),
     ],
 )
 def test_a_budget_that_cant_be_met_is_refused(tiny: Model, options: dict[str, Any], said: str) -> None:
@@ -125,6 +127,16 @@ def test_a_share_is_a_percentage(value: str) -> None:
 def test_one_of_budget_and_tolerated_loss() -> None:
     with pytest.raises(ParameterError, match="remove: and tolerated_loss each say how much goes"):
         read_params(None, {"remove": "20%", "tolerated_loss": 0.1, "selection": "loss"}, METHODS)
+
+
+@pytest.mark.parametrize(("share", "level"), [("26%", "INFO"), ("20%", "WARNING")])
+def test_the_log_says_how_near_the_budget_is(tiny: Model, share: str, level: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "replaceme"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(budget.logger, "propagate", True)
+        budget.log_budget(settings(share, method="uidl"), tiny, [1, 2], None)
+    record = caplog.records[-1]
+    assert record.levelname == level
+    assert "2 layers go, and the others keep all channels: 26." in record.getMessage()
 
 
 def test_the_config_is_not_changed(tiny: Model, tmp_path: Path) -> None:

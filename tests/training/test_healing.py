@@ -133,6 +133,25 @@ def test_healing_equals_a_plain_loop_on_the_cut_model(
     assert {layer for layer, _ in edits.corrections} == {*kept[BLOCK.host :]}
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "phi"])
+def test_with_narrower_mlps_training_begins_at_the_first_layer(
+    kind: str, documents: Documents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(healing, "SHARE", 1.0)
+    model = made_model(kind)
+    edits = edits_of(model, documents, mlp_width=24, transform="channels", repair=True)
+    dense, shortened = deepcopy(model), deepcopy(model)
+    apply_edits(shortened, family_of(model.config), edits)
+    total, count = divergence(dense, shortened, lesson_of(model, documents, edits, 0).texts.texts[0])
+    found = []
+    for host in (0, BLOCK.host):
+        lesson = lesson_of(model, documents, edits, host)
+        with lesson.begun():
+            found.append(float(lesson.loss(lesson.learners(), [0], 0).detach()))
+    assert found[0] == pytest.approx(float(total.detach()) / count, rel=1e-4)
+    assert found[1] != pytest.approx(found[0], rel=1e-3)
+
+
 def test_the_dense_model_stays_unchanged(documents: Documents, tmp_path: Path) -> None:
     model = made_model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
