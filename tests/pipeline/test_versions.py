@@ -23,7 +23,7 @@ from replaceme.pipeline.inputs import inspect_inputs
 from replaceme.steps import STAGES
 from tests.pipeline.closure import ROOT, import_closure
 
-PASSES = ["profile", "select", "activations", "solve", "repair", "heal", "export"]
+PASSES = ["profile", "select", "plan", "activations", "solve", "repair", "heal", "export"]
 GROUPS = {Workspace.text_versions: TEXT, Workspace.model_versions: MODEL, Workspace.score_versions: SCORES}
 
 
