@@ -22,9 +22,7 @@ SCORES, LARGEST_SCORES = {"perplexity", "accuracy", "parameters", "disk_bytes"},
 def suffix_of(params: Params) -> str:
     """Return the part of a result folder's name that distinguishes results of one model."""
     tolerated = "" if params.tolerated_loss is None else f"-within-{params.tolerated_loss:g}"
-    share = (
-        "" if params.remove is None else f"-{params.remove.partition('%')[0]}-percent{'-of-layers' * ('of' in params.remove)}"
-    )
+    share = "" if params.remove is None else f"-{params.remove.replace('%', '-percent').replace(' ', '-')}"
     return f"{params.method}-{params.layers_to_skip}{tolerated}{share}"
 
 

@@ -52,15 +52,20 @@ def free_memory(device: str) -> int:
     if device.startswith("cuda"):
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
+    return _free_of_processor() // neighbours()
+
+
+def _free_of_processor() -> int:
+    """Return the bytes that can be taken without swapping."""
     if not MEMORY_INFO.is_file():
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 // neighbours()
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     found = re.search(r"(?m)^MemAvailable:\s+(\d+) kB$", MEMORY_INFO.read_text(encoding="utf-8"))
     free = int(found[1]) << 10 if found else 0
     try:
         limit, use = (path.read_text(encoding="utf-8").strip() for path in (GROUP_LIMIT, GROUP_USE))
     except OSError:
-        return free // neighbours()
-    return (min(free, max(int(limit) - int(use), 0)) if limit.isdigit() else free) // neighbours()
+        return free
+    return min(free, max(int(limit) - int(use), 0)) if limit.isdigit() else free
 
 
 def use_processor(threads: int) -> None:

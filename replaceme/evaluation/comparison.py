@@ -315,12 +315,10 @@ def comparison_rows(comparison: Mapping[str, Any]) -> list[tuple[str, ...]]:
         for task, text in comparison.get("calibration_text", {}).items()
     }
     rows = [*_perplexity_rows(comparison, marks), *_accuracy_rows(comparison, marks)]
-    size = comparison["parameters"]
-    rows.append({"": "parameters", **{side: f"{size[side] / 1e6:.1f} M" for side in ("dense", "pruned")}})
-    rows[-1]["change"] = f"−{size['removed_percent']:.1f} %"
-    if inner := comparison.get("parameters_without_embeddings"):
-        own = {side: f"{inner[side] / 1e6:.1f} M" for side in ("dense", "pruned")}
-        rows.append({"": "… without embeddings", **own, "change": f"−{inner['removed_percent']:.1f} %"})
+    for key, name in (("parameters", "parameters"), ("parameters_without_embeddings", "… without embeddings")):
+        if size := comparison.get(key):
+            own = {side: f"{size[side] / 1e6:.1f} M" for side in ("dense", "pruned")}
+            rows.append({"": name, **own, "change": f"−{size['removed_percent']:.1f} %"})
     heads = [head for head in HEADS if any(row.get(head) for row in rows)]
     return [tuple(HEADS[head] for head in heads), *(tuple(row.get(head, "") for head in heads) for row in rows)]
 

@@ -62,9 +62,8 @@ def model_card(
         place: what the example loads: the model's name on the hub, or the folder of the card.
     """
     removed, layers = edits.removed_layers, int(source.config().num_hidden_layers)
-    whole = f"{len(removed)} of its {layers} layers" if removed or not edits.parts else ""
-    title = f"{source.name} without {' and '.join(filter(None, (whole, edits.parts)))}"
-    kinds = [kind for kind, wanted in (("depth-pruning", whole), ("width-pruning", edits.parts)) if wanted]
+    title = f"{source.name} without {_gone(edits, f'{len(removed)} of its {layers} layers')}"
+    kinds = ["depth-pruning"] * bool(removed or not edits.parts) + ["width-pruning"] * bool(edits.parts)
     parts = [
         "---",
         _metadata(source, title, kinds, results),
@@ -87,6 +86,11 @@ def model_card(
     if continuations:
         parts += ["", "## Continuations", "", continuations]
     return "\n".join([*parts, "", "## How to reproduce", "", *_reproduction(params, source, bool(scores), made_with or {})])
+
+
+def _gone(edits: Edits, layers: str) -> str:
+    """Return what is gone, in words: whole layers, which are given in words, and parts of the others."""
+    return " and ".join(filter(None, (layers if edits.removed_layers or not edits.parts else "", edits.parts)))
 
 
 def _metadata(source: Model, title: str, kinds: Sequence[str], results: Sequence[EvalResult]) -> str:
@@ -123,8 +127,7 @@ def _own_metadata(source: Model) -> dict[str, Any]:
 def _changes(params: Params, source: Model, edits: Edits, solved: dict[str, Any]) -> list[str]:
     """Return the sentences on what was removed and what replaced it, with the fit's residual."""
     commit = f" (commit {source.commit})" if source.commit else ""
-    whole = f"{_named(edits.removed_layers)} (counted from 0)" if edits.removed_layers or not edits.parts else ""
-    removed = " and ".join(filter(None, (whole, edits.parts)))
+    removed = _gone(edits, f"{_named(edits.removed_layers)} (counted from 0)")
     verb = "was" if len(edits.removed_layers) == 1 and not edits.parts else "were"
     lines = [f"{removed[:1].upper()}{removed[1:]} {verb} removed from `{source.name}`{commit} with {edits.title}."]
     if source.about:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from replaceme.edits.edits import Edits
 from replaceme.edits.fold import edited_parameters, shorten
-from replaceme.models.families import Family, in_torch_layout, inputs_of, parameter_of
+from replaceme.models.families import Family, in_torch_layout, inputs_of
 from replaceme.models.streaming import loaded
 
 # Names of formats in safetensors, which sorts the tensors of a file from the last of these to the first, then by name.
@@ -55,9 +55,9 @@ def _shapes(model: Any, family: Family, layers: nn.ModuleList, edits: Edits) -> 
     for at, channels in edits.channels.items():
         count = inputs_of(family.linear_of(layers[at], "mlp_output"))
         for name, dimension in family.cut_parameters(layers[at], "mlp_output").items():
-            shape = [*parameter_of(layers[at], name).shape]
-            shape[dimension] = shape[dimension] // count * len(channels)
             own = f"{family.layers}.{edits.position(at)}.{name}"
+            shape = [*in_torch_layout(model, own, state[own]).shape]
+            shape[dimension] = shape[dimension] // count * len(channels)
             made = torch.empty(shape, dtype=state[own].dtype, device="meta")
             state[own] = in_torch_layout(model, own, made)
     return state

@@ -33,12 +33,14 @@ class Features:
     multiplier: float = 1.0
 
     @classmethod
-    def of(cls, layer: nn.Module, family: Family, linears: Sequence[Linear]) -> "Features":
-        """Return the features of some linears of a layer."""
+    def of(cls, layer: nn.Module, family: Family, linears: Sequence[Linear], mlp_width: int | None = None) -> "Features":
+        """Return the features of some linears of a layer, whose MLP has ``mlp_width`` channels (None: as many as it has)."""
         modules = {linear: family.linear_of(layer, linear) for linear in LINEARS if linear in linears}
         # Both biases add to the same states: one column of ones is enough.
         biased = [linear for linear, module in modules.items() if getattr(module, "bias", None) is not None]
         widths = {linear: inputs_of(module) for linear, module in modules.items()}
+        if mlp_width and "mlp_output" in widths:
+            widths["mlp_output"] = mlp_width
         return cls(widths, biased[-1] if biased else None, family.multiplier)
 
     @classmethod

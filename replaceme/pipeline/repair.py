@@ -42,8 +42,9 @@ def repair(params: Params, work: Workspace) -> None:
         copy_content(work.solution, folder)
         if method.work:
             model, family = calibration_model(params, work.model_input, whole=needs_whole(params))
-            # Of a method that removes parts of layers, which takes no other criterion and one block.
-            params = within_budget(params, recorded_model(params, work.model_input), method.criterion)
+            if params.remove is not None:
+                # Of a method that removes parts of layers, which takes no other criterion and one block.
+                params = within_budget(params, recorded_model(params, work.model_input), method.criterion)
             bench = Bench(params, model, family, Documents.load(work.documents), plan, edits, work.repaired.parent, folder)
             figures = method.work(bench)
             edits.save(folder)
@@ -55,7 +56,7 @@ def repair(params: Params, work: Workspace) -> None:
             checkpoints = Checkpoints(_checkpoint(work), _key(params, work, documents)) if alone else None
             repairs, figures = mend(params, model, family, documents, edits, plan, work.repaired.parent, checkpoints)
             if plan.mlp_width:
-                edits.config = mlp_entry(recorded_model(params, work.model_input).config(), family, plan.mlp_width)
+                edits.config = mlp_entry(model.config, family, plan.mlp_width)
                 channels = inputs_of(family.linear_of(family.decoder_layers(model)[0], "mlp_output"))
                 gone = channels - plan.mlp_width
                 edits.parts = f"{gone:,} of {channels:,} MLP channels in every layer"

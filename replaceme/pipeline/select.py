@@ -25,7 +25,8 @@ def select(params: Params, work: Workspace) -> None:
     distances, residuals, criterion = profile["angular_distance"], profile["residual"], criterion_of(params)
     stand_in, folder = METHODS[params.method].stand_in(params), work.blocks.parent
     folder.mkdir(parents=True, exist_ok=True)
-    params = within_budget(params, recorded_model(params, work.model_input), criterion)
+    if params.remove is not None:
+        params = within_budget(params, recorded_model(params, work.model_input), criterion)
     choice = Choice(
         params, profile, allowed_starts(params, len(distances), criterion), stand_in,
         partial(_loaded, params, work), partial(Documents.load, work.documents), folder,

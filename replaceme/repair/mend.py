@@ -190,10 +190,8 @@ def _at_cut(
     kept = [layer for layer in range(host, last + 1) if layer not in removed]
     # The states after the last layer are not needed, nor are the inputs that update them.
     linears = LINEARS[: min(len(kept), 2)] if params.repair or params.transform in STEPWISE else ()
-    inputs_count = {each: inputs_of(family.linear_of(layers[host], each)) for each in linears}
-    if plan.mlp_width and "mlp_output" in inputs_count:
-        inputs_count["mlp_output"] = plan.mlp_width
-    widths = [int(model.config.hidden_size)] * 3 + [*inputs_count.values()]
+    features = Features.of(layers[host], family, linears, plan.mlp_width)
+    widths = [int(model.config.hidden_size)] * 3 + [*features.widths.values()]
     shapes = [(documents.token_count_of(params.batch_size, share()), width) for width in widths]
     dense, shortened, middle, *inputs = scratch(shapes, model.dtype, folder, "repair")
     entering = Keep(host, ("input",), dense)
@@ -262,33 +260,36 @@ def _choose(state: State, host: int, window: range, ridge: str) -> None:
     count = inputs_of(state.family.linear_of(layer, "mlp_output"))
     kept = state.plan.mlp_width or count
     documents = few_documents(state.documents, TOKENS_PER_CHANNEL * 2 * count)
-    # One layer's channels after the other's, each compared with the best so far.
-    *others, last = (channels_of(source, count) for source in window)
-    chosen, rounds = last, [*reversed(others)] or [last[:0]]
-    for more in progress(rounds, "choosing channels", "layers") if others else rounds:
-        candidates = edits.channels[host] = torch.cat([more, chosen])
+    strength: float = getattr(state.params, ridge)
+
+    def best(candidates: Tensor) -> Tensor:
+        edits.channels[host] = candidates
         sums = Candidates(host, state.family, layer, state.dense)
         state.walk_shortened(host, [sums], documents)
         prior = assembled_parameter(state.family, state.layers, host, candidates, f"{state.family.mlp_output}.weight").T
-        strength: float = getattr(state.params, ridge)
         with naming(ridge=ridge):
-            chosen = candidates[_told(partial(best_channels, sums.gram, sums.cross, prior, strength, kept))]
+            return candidates[_told(partial(best_channels, sums.gram, sums.cross, prior, strength, kept))]
+
+    *others, chosen = (channels_of(source, count) for source in window)
+    if not others:
+        edits.channels[host] = best(chosen)
+        return
+    # One layer's channels after the other's, each compared with the best so far.
+    for more in progress([*reversed(others)], "choosing channels", "layers"):
+        chosen = best(torch.cat([more, chosen]))
     edits.channels[host] = chosen
     own = int((chosen[:, 0] == host).sum())
-    if others:
-        for name, number in (("mlp_channels", kept), ("own_mlp_channels", own)):
-            state.figures[name] = state.figures.get(name, 0) + number
-        logger.info(
-            "repair: of the %d channels of layer %d's MLP, %d are its own and %d come from removed layers",
-            kept, host, own, kept - own,
-        )  # fmt: skip
+    for name, number in (("mlp_channels", kept), ("own_mlp_channels", own)):
+        state.figures[name] = state.figures.get(name, 0) + number
+    logger.info(
+        "repair: of the %d channels of layer %d's MLP, %d are its own and %d come from removed layers",
+        kept, host, own, kept - own,
+    )  # fmt: skip
 
 
 def _correct(state: State, layer: int, target: Tensor, ridges: Ridges, *, leaves: bool = False) -> None:
     """Solve for linears of a layer; if ``leaves``, move the shortened model's states to after the corrected layer."""
-    features = Features.of(state.layers[layer], state.family, [*ridges])
-    if layer in state.edits.channels and "mlp_output" in features.widths:
-        features = replace(features, widths={**features.widths, "mlp_output": len(state.edits.channels[layer])})
+    features = Features.of(state.layers[layer], state.family, [*ridges], state.plan.mlp_width)
     if state.strength is None and _is_fitted(state.edits):
         state.strength = Strength()
     # Fewer folds where their sums would take too much memory, and one if nothing is chosen.

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 from replaceme.base.errors import ParameterError
@@ -46,6 +47,7 @@ class Sizes:
     channel: int
 
     @classmethod
+    @cache
     def of(cls, model: Model) -> Sizes:
         """Return the sizes of a model; its weights are not loaded."""
         from replaceme.models.families import inputs_of, parameter_of
