@@ -51,7 +51,14 @@ from replaceme.observers.features import LINEARS, Features
 from replaceme.observers.statistics import STATISTICS, AtCut, Place, add_correction
 from replaceme.observers.sums import Sums, token_weights
 from replaceme.observers.walk import Additive, Keep, Observer, Signal, Signals, total, walk
-from replaceme.repair.channel_choice import TOKENS_PER_CHANNEL, Candidates, best_channels
+from replaceme.repair.channel_choice import (
+    TOKENS_PER_CHANNEL,
+    Candidates,
+    Screened,
+    best_channels,
+    likely_channels,
+    most_compared,
+)
 from replaceme.repair.resume import Checkpoints
 from replaceme.solvers.arguments import naming
 from replaceme.solvers.held_out import Strength, strength_of
@@ -262,13 +269,18 @@ def _choose(state: State, host: int, window: range, ridge: str) -> None:
     documents = few_documents(state.documents, TOKENS_PER_CHANNEL * 2 * count)
     strength: float = getattr(state.params, ridge)
 
-    def best(candidates: Tensor) -> Tensor:
+    def chosen_of(candidates: Tensor, among: type[Candidates], choose: Callable[..., Tensor], number: int) -> Tensor:
         edits.channels[host] = candidates
-        sums = Candidates(host, state.family, layer, state.dense)
+        sums = among(host, state.family, layer, state.dense)
         state.walk_shortened(host, [sums], documents)
         prior = assembled_parameter(state.family, state.layers, host, candidates, f"{state.family.mlp_output}.weight").T
+        return candidates[_told(partial(choose, sums.gram, sums.cross, prior, strength, number))]
+
+    def best(candidates: Tensor) -> Tensor:
+        if len(candidates) > (most := most_compared(kept)):
+            candidates = chosen_of(candidates, Screened, likely_channels, most)
         with naming(ridge=ridge):
-            return candidates[_told(partial(best_channels, sums.gram, sums.cross, prior, strength, kept))]
+            return chosen_of(candidates, Candidates, best_channels, kept)
 
     *others, chosen = (channels_of(source, count) for source in window)
     if not others:
@@ -414,9 +426,14 @@ class Missing:
         return [sums.finished() for sums in own if sums.totals]
 
 
+@torch.inference_mode()
 def added_up(folds: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the sums of all folds together."""
-    return {name: total(fold[name] for fold in folds) for name in folds[0]}
+    """Return the sums of all folds together, in the memory of the first."""
+    first, *others = folds
+    for fold in others:
+        for name, own in first.items():
+            own += fold[name]
+    return dict(first)
 
 
 class AtHost:

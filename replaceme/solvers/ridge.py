@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from replaceme.solvers.arguments import ArgumentError
+from replaceme.solvers.cholesky import factorized, solved
 
 
 def solve_correction(gram: Tensor, cross: Tensor, ridge: Tensor) -> Tensor:
@@ -37,13 +38,12 @@ def solve_correction(gram: Tensor, cross: Tensor, ridge: Tensor) -> Tensor:
     scaled *= scale[:, None]
     # A feature of zeros has a row of zeros; the ridge makes it solvable.
     scaled.diagonal().add_(ridge.to(scaled))
-    factor, failed = torch.linalg.cholesky_ex(scaled)
+    factor, failed = factorized(scaled)
     if failed:
         smallest = float(ridge[ridge > 0].min())
         # Callers put their parameter in place of ``ridge`` (``naming``).
         raise ArgumentError("ridge", f"{smallest:g} leaves the least squares singular; raise it, or dataset_size.")
-    del scaled
-    return torch.cholesky_solve(cross * scale[:, None], factor).mul_(scale[:, None])
+    return solved(factor, cross * scale[:, None]).mul_(scale[:, None])
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from replaceme.models.families import family_of, inputs_of
 from replaceme.models.model import Model
 from replaceme.observers.sums import mirror
 from replaceme.observers.walk import walk
-from replaceme.repair.channel_choice import Candidates, best_channels
+from replaceme.repair.channel_choice import Candidates, Screened, best_channels, likely_channels, most_compared
 from tests.conftest import PLAIN, made_model
 from tests.helpers import many_documents, passing
 from tests.methods.helpers import BLOCK, same_weights, solved
@@ -156,6 +156,22 @@ def test_the_choice_does_not_depend_on_units() -> None:
     assert torch.equal(kept, best_channels(scaled.T @ scaled, scaled.T @ e, prior / units[:, None], 0.3, 10))
 
 
+def test_uncorrelated_channels_are_screened_as_they_are_chosen() -> None:
+    _, _, prior = problem(30)
+    g, _ = torch.linalg.qr(problem(30)[0])
+    g *= torch.logspace(-2, 2, 30, dtype=torch.float64)
+    g[:, 3] = 0
+    e = torch.randn(200, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    found = likely_channels(g.square().sum(0), g.T @ e, prior, 0.3, 12)
+    assert torch.equal(found, best_channels(g.T @ g, g.T @ e, prior, 0.3, 12))
+
+
+def test_a_choice_that_fits_the_memory_leaves_none_out_before() -> None:
+    assert most_compared(1536) > 2 * 1536
+    # An MLP whose channels alone are more than that still compares some with others.
+    assert most_compared(10**6) == 1_125_000
+
+
 def test_channels_that_are_always_zero_are_removed_first() -> None:
     g, e, prior = problem(10)
     g[:, [2, 7]] = 0
@@ -184,6 +200,10 @@ def test_the_sums_equal_a_plain_computation(kind: str, batch_size: int) -> None:
     e = target - here["middle"] - (0 if bias is None else family.multiplier * bias.detach().numpy())
     assert np.allclose(mirror(sums.gram.clone()).numpy(), (w * g).T @ g, rtol=1e-3, atol=1e-5)
     assert np.allclose(sums.cross.numpy(), (w * g).T @ e, rtol=1e-3, atol=1e-5)
+    alone = Screened(host, family, layer, torch.from_numpy(target))
+    walk(model, family, documents, [alone], batch_size=batch_size, description=None)
+    assert torch.equal(alone.cross, sums.cross)
+    assert np.allclose(alone.gram.numpy(), (w * g * g).sum(0), rtol=1e-3, atol=1e-5)
 
 
 def test_the_choice_takes_the_first_tokens_of_a_walk() -> None:
@@ -226,6 +246,29 @@ def test_the_chosen_channels_fit_better_than_the_hosts_own_or_random_ones(kind: 
         assert figures["own_mlp_channels"] == int((chosen[:, 0] == BLOCK.host).sum())
     assert figures["own_mlp_channels"] == figures["mlp_channels"]
     assert left["best"] < min(left["chance"], left["own"])
+
+
+def test_screened_candidates_give_a_choice_nearly_as_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, documents = made_model("llama", torch.float64), many_documents(60)
+    sizes, left = list[int](), {}
+
+    def counting(gram: Tensor, *rest: Any) -> Tensor:
+        sizes.append(len(gram))
+        return best_channels(gram, *rest)
+
+    monkeypatch.setattr("replaceme.repair.mend.best_channels", counting)
+    for limit in (10**6, 60, 1):
+        monkeypatch.setattr("replaceme.repair.channel_choice.CANDIDATE_BYTES", 4 * limit**2)
+        edits, mending = solved(model, documents, (BLOCK,), transform="channels", alpha=5.0, refit_ridge=0.01)
+        mending()
+        shortened = deepcopy(model)
+        apply_edits(shortened, family_of(model.config), edits)
+        target = passing(model, BLOCK.end - 1, documents)["output"]
+        gap = passing(shortened, BLOCK.host, documents)["output"] - target
+        left[limit] = float((np.square(gap).sum(1) / np.square(target).sum(1)).mean())
+        assert len(edits.channels[BLOCK.host].unique(dim=0)) == 48
+    assert {*sizes} == {96, 60, 54}
+    assert left[10**6] <= left[60] < 1.1 * left[10**6]
 
 
 @pytest.mark.parametrize("kind", ["llama", "granite", "smollm3", "phi"])

@@ -1,0 +1,31 @@
+"""Factors in the matrix's own memory: equal to torch's, without a copy."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from replaceme.solvers.cholesky import factorized, inverse_diagonal, solved
+
+
+def definite(size: int, dtype: torch.dtype) -> Tensor:
+    g = torch.randn(2 * size, size, dtype=dtype, generator=torch.Generator().manual_seed(size))
+    return g.T @ g
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1, 7, 130])
+def test_the_factor_lies_in_the_matrix_and_solves(size: int, dtype: torch.dtype) -> None:
+    matrix, right = definite(size, dtype), torch.ones(size, 3, dtype=dtype)
+    tolerance = 1e3 * size * torch.finfo(dtype).eps
+    expected = torch.linalg.inv(matrix.double())
+    upper = matrix.triu()  # nothing below the diagonal is read
+    factor, failed = factorized(upper)
+    assert not failed
+    assert factor.data_ptr() == upper.data_ptr()
+    assert torch.allclose(factor @ factor.T, matrix, rtol=tolerance, atol=tolerance)
+    assert torch.allclose(solved(factor, right).double(), expected @ right.double(), rtol=tolerance, atol=tolerance)
+    assert torch.allclose(inverse_diagonal(factor).double(), expected.diagonal(), rtol=tolerance, atol=tolerance)
+
+
+def test_a_matrix_that_is_not_positive_definite_has_none() -> None:
+    assert factorized(-torch.eye(3))[1]
