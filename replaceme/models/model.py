@@ -158,9 +158,24 @@ class Model:
         """
         model = self._load(dtype, device, use_4bit, device_map, config)
         # Quantized or offloaded weights don't show it.
-        if use_4bit or device_map or not all(map(is_finite, model.parameters())):
+        if use_4bit or device_map or not self._is_finite(model):
             self.check_finite(str(model.dtype).removeprefix("torch."))
         return model
+
+    def _is_finite(self, model: Any) -> bool:
+        """Return whether no weight in memory holds NaN or infinity.
+
+        Weights can be mapped from their files, and those that a walk doesn't compute with (a head) then take no memory. So that
+        this stays true, it reads the files through mappings of its own.
+        """
+        stored = self.stored()
+
+        def value(name: str, parameter: Tensor) -> Tensor:
+            place = stored.get(name)
+            same = place is not None and not parameter.is_meta and FORMATS.get(place.format) == parameter.dtype
+            return place.read(name) if place is not None and same else parameter
+
+        return all(is_finite(value(*named)) for named in model.named_parameters())
 
     def load_stored(self) -> PreTrainedModel:
         """Load each weight in the dtype that it is stored in: to change, compare or save the model, not to run it.

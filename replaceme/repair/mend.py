@@ -326,9 +326,11 @@ def _correct(state: State, layer: int, target: Tensor, ridges: Ridges, *, leaves
     before, whole = float(sums["gap_squares"]), float(sums["output_squares"])
     after = before
     if strength.scale:
+        gram, cross = sums["gram"], sums["cross"]
+        diagonal = gram.diagonal().clone()
         with naming(ridge=ridges[min(values, key=values.__getitem__)]):
-            change = _told(partial(solve_correction, sums["gram"], sums["cross"], penalty))
-        after += gained_by_ridge(sums["gram"], sums["cross"], change, penalty, strength.scale)
+            change = _told(partial(solve_correction, gram, cross, penalty, overwrite=True))
+        after += gained_by_ridge(diagonal, cross, change, penalty, strength.scale)
         change *= strength.scale
         state.edits.correct_all(layer, features.parts(change))
         if leaves:

@@ -83,13 +83,13 @@ def gained(gram: Tensor, cross: Tensor, change: Tensor) -> float:
     return float((change * (gram @ change)).sum() - 2 * (change * cross).sum())
 
 
-def gained_by_ridge(gram: Tensor, cross: Tensor, change: Tensor, ridge: Tensor, scale: float = 1.0) -> float:
+def gained_by_ridge(diagonal: Tensor, cross: Tensor, change: Tensor, ridge: Tensor, scale: float = 1.0) -> float:
     """Return the same for ``scale`` times the solution of ``replaceme.solvers.ridge.solve_correction``.
 
-    There ``S X = C − Λ diag S X``, which saves the product with S.
+    There ``S X = C − Λ diag S X``, so the diagonal of S is enough.
     """
     linear = float((change * cross).sum())
-    squared = linear - float((change.square() * (ridge.to(gram) * gram.diagonal())[:, None]).sum())
+    squared = linear - float((change.square() * (ridge.to(diagonal) * diagonal)[:, None]).sum())
     return scale**2 * squared - 2 * scale * linear
 
 

@@ -48,7 +48,7 @@ def refit(edits: Edits, host: int, sums: Mapping[str, Tensor], alpha: float, rid
         gram, penalty = sums["gram"][place, place], part.per_column(dict.fromkeys(part.widths, ridge))
         change = solve_correction(gram, cross[place], penalty)
         edits.correct_all(host, part.parts(change))
-        left += gained_by_ridge(gram, cross[place], change, penalty)
+        left += gained_by_ridge(gram.diagonal(), cross[place], change, penalty)
         if part == features:
             break
         cross = cross - sums["gram"][:, place] @ change

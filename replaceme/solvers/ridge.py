@@ -14,7 +14,7 @@ from replaceme.solvers.arguments import ArgumentError
 from replaceme.solvers.cholesky import factorized, solved
 
 
-def solve_correction(gram: Tensor, cross: Tensor, ridge: Tensor) -> Tensor:
+def solve_correction(gram: Tensor, cross: Tensor, ridge: Tensor, *, overwrite: bool = False) -> Tensor:
     """Solve ``(S + Λ diag S) X = C``: the change of a linear's weights, with a ridge in the features' own units.
 
     ``C = Σ w gᵀe`` with the residuals ``e`` of the current weights, so the ridge penalises the change: the current weights are
@@ -24,6 +24,7 @@ def solve_correction(gram: Tensor, cross: Tensor, ridge: Tensor) -> Tensor:
         gram: ``S = Σ w gᵀg`` (k, k) float64, symmetric positive semi-definite.
         cross: ``C`` (k, d) float64.
         ridge: (k,) float64, the diagonal of Λ: 0 for the column of ones, which is not penalised, above 0 for the others.
+        overwrite: use the memory of ``gram``, which then holds nothing of use.
 
     Returns:
         X (k, d) float64; its row is 0 for a feature that is always zero.
@@ -34,11 +35,12 @@ def solve_correction(gram: Tensor, cross: Tensor, ridge: Tensor) -> Tensor:
     # With every feature scaled to a mean square of 1, the ridge is Λ itself, and the matrix is well scaled.
     diagonal = gram.diagonal()
     scale = torch.where(diagonal > 0, diagonal.rsqrt(), 0)
-    scaled = gram * scale
-    scaled *= scale[:, None]
-    # A feature of zeros has a row of zeros; the ridge makes it solvable.
-    scaled.diagonal().add_(ridge.to(scaled))
-    factor, failed = factorized(scaled)
+    with torch.inference_mode():
+        scaled = gram.mul_(scale) if overwrite else gram * scale
+        scaled *= scale[:, None]
+        # A feature of zeros has a row of zeros; the ridge makes it solvable.
+        scaled.diagonal().add_(ridge.to(scaled))
+        factor, failed = factorized(scaled)
     if failed:
         smallest = float(ridge[ridge > 0].min())
         # Callers put their parameter in place of ``ridge`` (``naming``).

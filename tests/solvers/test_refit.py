@@ -150,7 +150,8 @@ def test_a_correction_is_the_minimum_of_its_objective(
     )
     less = np.square(e - g @ expected).sum() - np.square(e).sum()
     sums = torch.from_numpy(g.T @ g), torch.from_numpy(g.T @ e)
-    assert gained_by_ridge(*sums, found, ridges) == pytest.approx(less, abs=1e-8)
+    assert gained_by_ridge(sums[0].diagonal(), sums[1], found, ridges) == pytest.approx(less, abs=1e-8)
+    assert torch.equal(solve_correction(*sums, ridges, overwrite=True), found)
 
 
 def test_a_feature_that_is_always_zero_gets_nothing() -> None:

@@ -1,0 +1,137 @@
+"""The pipeline at a large model's shapes, streamed: time, peak memory and bytes from the disk, by stage.
+
+``python -m benchmarks.scale FOLDER [SHAPES [MEMORY]]`` makes a Llama of random bfloat16 weights in FOLDER, layer by layer,
+unless it is there already, and runs every stage up to the verified export in a process of its own: a quarter of the layers less
+by ``selection: residual``, ``transform: refit`` and ``repair``, on 16 documents of 256 tokens. SHAPES is llama-3.1-8b (16 GB)
+or tiny; MEMORY is the parameter ``memory``. Random weights say nothing about quality.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.stand import CODE, ENVIRONMENT, ROOT, make_inputs
+
+# hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads, vocab_size
+SHAPES = {"llama-3.1-8b": (4096, 14336, 32, 32, 8, 128256), "tiny": (32, 48, 8, 4, 2, 400)}
+STAGES = ["inputs", "generate", "calibrate", "profile", "select", "plan", "activations", "solve", "repair", "heal", "export"]
+SETTINGS = {
+    "dataset_size": "16", "max_length": "256", "selection": "residual", "transform": "refit", "repair": "true",
+    "tasks": "[]", "device": "cpu",
+}  # fmt: skip
+
+
+def make_model(folder: Path, shapes: str) -> None:
+    """Write a Llama of random weights: a safetensors file for each layer, and one for what is outside of them."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from replaceme.base.files import write_json
+
+    hidden, inner, layers, heads, groups, vocabulary = SHAPES[shapes]
+    config = LlamaConfig(
+        hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=groups, vocab_size=vocabulary, max_position_embeddings=8192, rms_norm_eps=1e-5,
+        tie_word_embeddings=False, architectures=["LlamaForCausalLM"], dtype="bfloat16", bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    parts: dict[str, dict[str, torch.Size]] = {}
+    for name, parameter in model.named_parameters():
+        found = re.match(r"model\.layers\.(\d+)\.", name)
+        parts.setdefault(f"layer-{found[1]}" if found else "outside", {})[name] = parameter.shape
+    places: dict[str, str] = {}
+    generator = torch.Generator().manual_seed(0)
+    for number, names in enumerate(parts.values(), start=1):
+        file = f"model-{number:05}-of-{len(parts):05}.safetensors"
+        values = {
+            name: torch.empty(shape, dtype=torch.bfloat16).normal_(0, hidden**-0.5, generator=generator)
+            if len(shape) > 1
+            else torch.ones(shape, dtype=torch.bfloat16)
+            for name, shape in names.items()
+        }
+        save_file(values, folder / file, {"format": "pt"})
+        places |= dict.fromkeys(names, file)
+    size = sum(shape.numel() for names in parts.values() for shape in names.values()) * 2
+    config.save_pretrained(folder)
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": places})
+
+
+def prepare(folder: Path, shapes: str) -> None:
+    """Make the model with a small tokenizer, and a text, unless they are there."""
+    ready = folder / "ready"
+    if ready.exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    make_inputs(folder, 0)
+    for weights in (folder / "model").glob("*.safetensors"):
+        weights.unlink()
+    make_model(folder / "model", shapes)
+    ready.touch()
+
+
+def copy_pipeline(folder: Path, inputs: Path, shapes: str, memory: str) -> None:
+    """Copy the pipeline to a new folder, with these settings."""
+    for name in CODE:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        elif (ROOT / name).is_file():
+            (folder / name).parent.mkdir(exist_ok=True, parents=True)
+            shutil.copyfile(ROOT / name, folder / name)
+    (folder / "metrics").mkdir()
+    text = (folder / "params.yaml").read_text(encoding="utf-8")
+    own = {"model_path": str(inputs / "model"), "dataset": str(inputs / "text.txt"), "memory": memory}
+    layers = SHAPES[shapes][2]
+    # Some kept layers have to come after the block, or there is nothing to repair.
+    own |= {"layers_to_skip": str(layers // 4), "max_distance_layer": str(layers * 3 // 4)}
+    for key, value in (SETTINGS | own).items():
+        text, found = re.subn(rf"(?m)^{key}: .*$", f"{key}: {value}", text)
+        assert found == 1, key
+    (folder / "params.yaml").write_text(text, encoding="utf-8")
+
+
+def run_stage(stage: str, folder: Path, log: Path) -> tuple[float, float, float]:
+    """Run a stage; return seconds, peak memory in GB, and the GB that it read from the disk, not from the page cache."""
+    began = time.perf_counter()
+    with log.open("a", encoding="utf-8") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", f"stages.{stage}"], cwd=folder, stdout=file, stderr=file,
+            env={**os.environ, **{key: value for key, value in ENVIRONMENT.items() if "THREADS" not in key}},
+        )  # fmt: skip
+        _, status, usage = os.wait4(process.pid, 0)
+    if code := os.waitstatus_to_exitcode(status):
+        sys.exit(f"stage {stage} ended with {code}; its log is {log}")
+    return time.perf_counter() - began, usage.ru_maxrss * 1024 / 1e9, usage.ru_inblock * 512 / 1e9
+
+
+def main(folder: Path, shapes: str = "llama-3.1-8b", memory: str = "3GB") -> None:
+    """Make the model, run the stages, and print a row for each."""
+    # In a process of its own: the peak of a process begins with that of the one that started it.
+    subprocess.run([sys.executable, "-m", "benchmarks.scale", "--prepare", str(folder), shapes], check=True)
+    inputs, work, log = folder.resolve(), folder.resolve() / "run", folder.resolve() / "log.txt"
+    shutil.rmtree(work, ignore_errors=True)
+    log.unlink(missing_ok=True)
+    copy_pipeline(work, inputs, shapes, memory)
+    weights = sum(path.stat().st_size for path in (inputs / "model").glob("*.safetensors")) / 1e9
+    print(f"{shapes}: {weights:.1f} GB of weights, memory: {memory}; the log is {log}")
+    print(f"{'stage':<12} {'seconds':>8} {'peak':>8} {'from disk':>10}  in weights' sizes")
+    total = [0.0, 0.0, 0.0]
+    for stage in STAGES:
+        seconds, peak, disk = run_stage(stage, work, log)
+        total = [total[0] + seconds, max(total[1], peak), total[2] + disk]
+        print(f"{stage:<12} {seconds:>8.0f} {peak:>5.2f} GB {disk:>7.1f} GB  {disk / weights:>5.2f}", flush=True)
+    print(f"{'all':<12} {total[0]:>8.0f} {total[1]:>5.2f} GB {total[2]:>7.1f} GB  {total[2] / weights:>5.2f}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--prepare"]:
+        prepare(Path(sys.argv[2]), sys.argv[3])
+    elif 2 <= len(sys.argv) <= 4:
+        main(Path(sys.argv[1]), *sys.argv[2:])
+    else:
+        sys.exit("usage: python -m benchmarks.scale FOLDER [llama-3.1-8b|tiny [MEMORY]]")
