@@ -28,8 +28,9 @@ environment: .venv/.run
 	python -m pip install --quiet --disable-pip-version-check --editable '.[pipeline,4bit,dev]'
 	@touch $@
 
+# One process for each core; the tests of a file stay together, and share what they make.
 test: .venv/.dev
-	pytest
+	pytest -n logical --dist loadfile
 
 lint: .venv/.dev
 	ruff check .

@@ -6,7 +6,6 @@ import importlib
 import os
 import random
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -16,7 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.tries import NEVER, Ended, Moment, Try, run_and_exit
+from benchmarks.forking import main as dvc
+from benchmarks.tries import NEVER, Ended, Moment, Try
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = "the a river mountain of runs near old town and people walk to market where bread fish wine are sold every day"
@@ -175,22 +175,7 @@ class Project(Stand):
 
 def repro() -> None:
     """Run ``dvc repro`` in this process, and each stage in a forked child of it."""
-    from dvc.cli import main
-    from dvc.stage import run
-    from dvc.stage.exceptions import StageCmdFailedError
-
-    def stage(_: Any, command: str, **options: Any) -> None:
-        pid = os.fork()
-        if not pid:
-            os.environ.update(options["env"])
-            sys.argv = [command]
-            module = command.removeprefix("python -m ")
-            run_and_exit(lambda: runpy.run_module(module, run_name="__main__", alter_sys=True))
-        if code := os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]):
-            raise StageCmdFailedError(command, code)
-
-    run._run = stage
-    sys.exit(main(["repro"]))
+    dvc(["repro"])
 
 
 def load_libraries(stand: Stand, *actions: Callable[[], Any]) -> None:

@@ -41,6 +41,14 @@ class Hub:
                 self.files[operation.path_in_repo] = content.read()
 
 
+FORKING = (sys.executable, str(Path(__file__).parents[2] / "benchmarks" / "forking.py"))
+
+
+def dvc(folder: Path, *words: str, code: int = 0, **variables: str) -> str:
+    """Run DVC in the project, its stages as children of its process (``benchmarks/forking.py``); return all that it printed."""
+    return shell(folder, *FORKING, *words, code=code, **variables)
+
+
 def shell(folder: Path, *command: str, code: int = 0, **variables: str) -> str:
     """Run a command in the project with this environment first on PATH, and return all that it printed."""
     environment = {**os.environ, **variables, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}

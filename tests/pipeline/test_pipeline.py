@@ -27,12 +27,14 @@ from replaceme.steps import STAGES
 from tests.helpers import call
 from tests.pipeline.closure import ROOT, import_closure
 from tests.pipeline.conftest import made_project
-from tests.pipeline.helpers import Hub, shell
+from tests.pipeline.helpers import Hub, dvc, shell
 
 PIPELINE: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
 ORDER = ["inputs", *STAGES, "cost"]
 # They take seconds, and change nothing while nothing changed.
 ALWAYS = ["inputs", "cost"]
+# Blocks of the README that start with ```bash quick or ```python quick: run unchanged.
+QUICK = re.findall(r"(?ms)^```(bash|python) quick\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"))
 
 
 def test_every_stage_has_a_script_and_a_description() -> None:
@@ -163,8 +165,14 @@ def test_the_run_leaves_model_metrics_and_lock(project: Path) -> None:
     assert Model(project / "artifacts" / "model", "pruned").config().num_hidden_layers == 4
 
 
+@pytest.mark.parametrize(("language", "body"), QUICK)
+def test_quick_commands_of_the_readme_run_as_they_stand(language: str, body: str, project: Path) -> None:
+    assert len(QUICK) >= 2
+    assert shell(project, *(("bash", "-euc") if language == "bash" else ("python", "-c")), body)
+
+
 def test_a_second_run_runs_inputs_and_cost_alone_and_changes_no_byte(project: Path) -> None:
-    output = shell(project, "dvc", "repro")
+    output = dvc(project, "repro")
     assert ran(output) == ALWAYS
     assert shell(project, "git", "status", "--porcelain") == ""
     assert json.loads(shell(project, "dvc", "status", "--json")) == {name: ["always changed"] for name in ALWAYS}
@@ -172,7 +180,7 @@ def test_a_second_run_runs_inputs_and_cost_alone_and_changes_no_byte(project: Pa
 
 def test_a_fresh_run_elsewhere_gives_the_same_lock_byte_for_byte(project: Path, tmp_path: Path, tiny: Model) -> None:
     folder = made_project(tmp_path / "elsewhere", tiny)
-    shell(folder, "dvc", "repro", REPLACEME_CACHE=str(tmp_path / "cache"))
+    dvc(folder, "repro", REPLACEME_CACHE=str(tmp_path / "cache"))
     assert (folder / "dvc.lock").read_text() == shell(project, "git", "show", "HEAD:dvc.lock")
 
 
@@ -222,7 +230,7 @@ def test_another_models_scores_are_not_put_on_the_hub(
 
 def test_an_experiment_with_alpha_repeats_only_what_alpha_changes(project: Path) -> None:
     first = sha256_below(project / "artifacts")
-    output = shell(project, "dvc", "exp", "run", "-S", "alpha=0.1")
+    output = dvc(project, "exp", "run", "-S", "alpha=0.1")
     assert ran(output) == ["inputs", "solve", "repair", "heal", "export", "evaluate", "report", "cost"]
     difference = shell(project, "dvc", "metrics", "diff", "HEAD", "--targets", "metrics/summary.json")
     assert {"same_token", "unseen_ratio", "seconds"} <= {line.split()[1] for line in difference.splitlines()[1:]}
@@ -239,7 +247,7 @@ def test_going_back_keeps_the_model_where_git_has_the_results_of_another_machine
     lock.write_text(re.sub(r"md5: \w{8}", "md5: 00000000", own))
     shell(project, "git", "commit", "-q", "-a", "-m", "another machine's run")
     lock.write_text(own)
-    output = shell(project, "dvc", "exp", "run", "-S", "alpha=0.1")
+    output = dvc(project, "exp", "run", "-S", "alpha=0.1")
     assert sha256_below(project / "artifacts") != first
     if "'solve' is cached" in output:  # by the test before
         assert ran(output) == ALWAYS
@@ -252,7 +260,7 @@ def test_going_back_keeps_the_model_where_git_has_the_results_of_another_machine
 
 def test_an_experiment_with_another_block_does_not_profile_again(project: Path) -> None:
     # As in a queue, it runs in a folder of its own.
-    output = shell(project, "dvc", "exp", "run", "--temp", "-S", "layers_to_skip=1", "--name", "one-layer")
+    output = dvc(project, "exp", "run", "--temp", "-S", "layers_to_skip=1", "--name", "one-layer")
     assert ran(output) == [name for name in ORDER if name not in ("generate", "calibrate", "profile", "baseline")]
     shown = pd.read_csv(io.StringIO(shell(project, "dvc", "exp", "show", "--csv")), dtype={"rev": str}).set_index("Experiment")
     revisions = ("HEAD", shown.loc["one-layer", "rev"])
@@ -267,7 +275,7 @@ def test_an_experiment_with_another_block_does_not_profile_again(project: Path) 
 
 def test_an_experiment_with_another_transform_takes_other_statistics_and_does_not_profile_again(project: Path) -> None:
     shell(project, "sed", "-i", "s/^transform: .*/transform: joint/", "params.yaml")
-    output = shell(project, "dvc", "repro", "export")
+    output = dvc(project, "repro", "export")
     assert ran(output) == ["inputs", "select", "plan", "activations", "solve", "repair", "heal", "export"]
     assert "weighted_residual_joint" in json.loads((project / "metrics" / "solve.json").read_text())
     shell(project, "git", "checkout", "-q", ".")
@@ -316,7 +324,7 @@ def test_results_and_experiments_are_shared_through_a_remote(project: Path, tmp_
     shell(project, "dvc", "remote", "add", "--default", "storage", str(tmp_path / "storage"))
     shell(project, "git", "commit", "-qam", "a remote")
     # An experiment is pushed to the remote of the commit that it started from.
-    shell(project, "dvc", "exp", "run", "-q", "-S", "alpha=0.1", "--name", "shared")
+    dvc(project, "exp", "run", "-q", "-S", "alpha=0.1", "--name", "shared")
     weaker = sha256_below(project / "artifacts" / "model")
     shell(project, "git", "checkout", "-q", ".")
     shell(project, "dvc", "checkout", "-q")
@@ -329,11 +337,11 @@ def test_results_and_experiments_are_shared_through_a_remote(project: Path, tmp_
     clone = tmp_path / "clone"
     shell(clone, "dvc", "pull", "-q")
     assert sha256_below(clone / "artifacts" / "model") == sha256_below(project / "artifacts" / "model") != weaker
-    assert ran(shell(clone, "dvc", "repro")) == ALWAYS
+    assert ran(dvc(clone, "repro")) == ALWAYS
     shell(clone, "git", "checkout", "-q", ".")
     shell(clone, "dvc", "exp", "pull", "-q", "origin", "shared")
     shell(clone, "dvc", "exp", "apply", "-q", "shared")
-    assert ran(shell(clone, "dvc", "repro")) == ALWAYS
+    assert ran(dvc(clone, "repro")) == ALWAYS
     assert sha256_below(clone / "artifacts" / "model") == weaker
     shell(project, "git", "tag", "-a", "pruned-model@v1.0.0", "-m", "first")
     shell(tmp_path, "dvc", "artifacts", "get", "-q", str(project), "pruned-model", "--out", "model")
@@ -363,19 +371,19 @@ def test_new_content_in_a_local_file_is_noticed(project: Path) -> None:
     text = project / "text.txt"
     before = text.read_text(encoding="utf-8")
     text.write_text(before.replace("river", "brook", 1), encoding="utf-8")
-    shell(project, "dvc", "repro", "inputs")
+    dvc(project, "repro", "inputs")
     status = json.loads(shell(project, "dvc", "status", "--json", "calibrate", "baseline"))
     assert {"calibrate"} == set(status) - {"inputs"}
     assert "modified" in json.dumps(status["calibrate"])
     text.write_text(before, encoding="utf-8")
-    shell(project, "dvc", "repro", "inputs")
+    dvc(project, "repro", "inputs")
 
 
 def test_a_mistake_in_params_yaml_stops_at_the_first_stage_with_a_sentence(project: Path) -> None:
     path = project / "params.yaml"
     before = path.read_text(encoding="utf-8")
     path.write_text(before.replace("alpha: 0.0", "alpha: 0.0\nalhpa: 1\nsave_path: elsewhere").replace("save_path: null", ""))
-    output = shell(project, "dvc", "repro", code=255)
+    output = dvc(project, "repro", code=255)
     path.write_text(before)
     assert "error: params.yaml: alhpa: is not a parameter (did you mean 'alpha'?)" in output
     assert ran(output) == ["inputs"]

@@ -1,7 +1,4 @@
-"""The commands of the README and the site: those marked quick are run in a copy of the project, all others are parsed.
-
-A block of the README that starts with ```` ```bash quick ```` or ```` ```python quick ```` is run unchanged.
-"""
+"""The commands of the README and the site can be parsed; those marked quick are run in ``test_pipeline.py``."""
 
 import re
 import shlex
@@ -20,12 +17,9 @@ from replaceme.cli import COMMANDS as COMMANDS_WITH_PARAMETERS
 from replaceme.cli import OTHERS, report_parser
 from replaceme.methods.registry import FIELDS, METHODS
 from tests.pipeline.closure import ROOT
-from tests.pipeline.helpers import shell
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"(?ms)^```(bash|python)( quick)?\n(.*?)^```$", README)
 SETTINGS = (ROOT / "docs" / "guides" / "choosing-settings.md").read_text(encoding="utf-8")
-QUICK = [(language, body) for language, quick, body in BLOCKS if quick]
 # The lab notes keep the commands of their day.
 PAGES = [page for page in sorted((ROOT / "docs").rglob("*.md")) if page.name not in ("lab-notes.md", "experiments.md")]
 
@@ -49,17 +43,8 @@ SCRIPTS = [
 ]
 
 
-def test_the_readme_has_commands_of_both_kinds() -> None:
-    assert len(QUICK) >= 2
+def test_the_readme_has_the_two_commands() -> None:
     assert {"make", "make test"} <= {line.split("#")[0].strip() for line in COMMANDS}
-
-
-@pytest.mark.parametrize(("language", "body"), QUICK)
-def test_quick_commands_run_as_they_stand(language: str, body: str, project: Path) -> None:
-    if language == "bash":
-        assert shell(project, "bash", "-euc", body)
-    else:
-        assert shell(project, "python", "-c", body)
 
 
 @pytest.mark.parametrize("line", ALL_COMMANDS)
