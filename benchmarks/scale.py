@@ -1,4 +1,4 @@
-"""The pipeline at a large model's shapes, streamed: time, peak memory and bytes from the disk, by stage.
+"""The pipeline at a large model's shapes, streamed: time, processor time, peak memory and bytes from the disk, by stage.
 
 ``python -m benchmarks.scale FOLDER [SHAPES [MEMORY]]`` makes a Llama of random bfloat16 weights in FOLDER, layer by layer,
 unless it is there already, and runs every stage up to the verified export in a process of its own: a quarter of the layers less
@@ -95,8 +95,8 @@ def copy_pipeline(folder: Path, inputs: Path, shapes: str, memory: str) -> None:
     (folder / "params.yaml").write_text(text, encoding="utf-8")
 
 
-def run_stage(stage: str, folder: Path, log: Path) -> tuple[float, float, float]:
-    """Run a stage; return seconds, peak memory in GB, and the GB that it read from the disk, not from the page cache."""
+def run_stage(stage: str, folder: Path, log: Path) -> tuple[float, float, float, float]:
+    """Run a stage; return seconds, those of all processors together, peak GB, and GB from the disk, not from the page cache."""
     began = time.perf_counter()
     with log.open("a", encoding="utf-8") as file:
         process = subprocess.Popen(
@@ -106,7 +106,8 @@ def run_stage(stage: str, folder: Path, log: Path) -> tuple[float, float, float]
         _, status, usage = os.wait4(process.pid, 0)
     if code := os.waitstatus_to_exitcode(status):
         sys.exit(f"stage {stage} ended with {code}; its log is {log}")
-    return time.perf_counter() - began, usage.ru_maxrss * 1024 / 1e9, usage.ru_inblock * 512 / 1e9
+    seconds, busy = time.perf_counter() - began, usage.ru_utime + usage.ru_stime
+    return seconds, busy, usage.ru_maxrss * 1024 / 1e9, usage.ru_inblock * 512 / 1e9
 
 
 def main(folder: Path, shapes: str = "llama-3.1-8b", memory: str = "3GB") -> None:
@@ -119,13 +120,19 @@ def main(folder: Path, shapes: str = "llama-3.1-8b", memory: str = "3GB") -> Non
     copy_pipeline(work, inputs, shapes, memory)
     weights = sum(path.stat().st_size for path in (inputs / "model").glob("*.safetensors")) / 1e9
     print(f"{shapes}: {weights:.1f} GB of weights, memory: {memory}; the log is {log}")
-    print(f"{'stage':<12} {'seconds':>8} {'peak':>8} {'from disk':>10}  in weights' sizes")
-    total = [0.0, 0.0, 0.0]
+    print(f"{'stage':<12} {'seconds':>8} {'processor':>10} {'peak':>8} {'from disk':>10}  in weights' sizes")
+    rows = []
     for stage in STAGES:
-        seconds, peak, disk = run_stage(stage, work, log)
-        total = [total[0] + seconds, max(total[1], peak), total[2] + disk]
-        print(f"{stage:<12} {seconds:>8.0f} {peak:>5.2f} GB {disk:>7.1f} GB  {disk / weights:>5.2f}", flush=True)
-    print(f"{'all':<12} {total[0]:>8.0f} {total[1]:>5.2f} GB {total[2]:>7.1f} GB  {total[2] / weights:>5.2f}")
+        rows.append(run_stage(stage, work, log))
+        show(stage, rows[-1], weights)
+    seconds, busy, peaks, disk = zip(*rows, strict=True)
+    show("all", (sum(seconds), sum(busy), max(peaks), sum(disk)), weights)
+
+
+def show(stage: str, row: tuple[float, float, float, float], weights: float) -> None:
+    """Print a row of the table."""
+    seconds, busy, peak, disk = row
+    print(f"{stage:<12} {seconds:>8.0f} {busy:>8.0f} s {peak:>5.2f} GB {disk:>7.1f} GB  {disk / weights:>5.2f}", flush=True)
 
 
 if __name__ == "__main__":

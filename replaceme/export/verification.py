@@ -85,8 +85,8 @@ def verify_export(dense: Model, pruned: Model, edits: Edits, documents: Document
     if room is None:
         load = partial(Model.load, dtype=dtype, config=shorter)
     else:
-        # No layer has to be short: one of them is in memory at a time.
-        load = partial(stream, dtype=computed_dtype(dense), room=room, config=shorter)
+        # Layers are read anew each time, in float32 at once; what is outside of them is widened where it computes.
+        load = partial(stream, dtype=working_dtype(dense), layers=computed_dtype(dense), room=room, config=shorter)
     whole, prompt = load(dense), excerpts.documents[0][: TOKENS // 4]
     with _in_float32(whole, family, edits.mixtures):
         expected, expected_logits = _states(whole, family, [FIRST, *kept], excerpts, edits)

@@ -63,17 +63,24 @@ def load_within(
     return source.load(dtype, device, packed, params.device_map)
 
 
-def room_of(source: Model, params: Params, dtype: str, *, packed: bool = False, whole: str | None = None) -> int | None:
-    """Return the bytes that the weights of a streamed model may take; None if it is loaded whole. ``load_within`` has the rest.
+def room_of(
+    source: Model, params: Params, dtype: str, *, packed: bool = False, whole: str | None = None, layers: str | None = None
+) -> int | None:
+    """Return the bytes that the weights of a streamed model may take; None if it is loaded whole.
+
+    Args:
+        source, params, dtype, packed, whole: as of ``load_within``.
+        layers: another dtype of its layers; None is the same.
 
     Raises:
         ParameterError: the model has to be streamed by ``memory``, and can't be, or not within so little.
     """
     if params.memory is None:
         return None
-    needed, obstacle = weight_bytes(source, dtype), whole or _obstacle(source, params, packed)
+    outside, largest = parts_of(source, dtype)[0], parts_of(source, layers or dtype)[1]
+    needed = outside + weight_bytes(source, layers or dtype) - parts_of(source, layers or dtype)[0]
+    obstacle = whole or _obstacle(source, params, packed)
     if packed:
-        outside, _ = parts_of(source, dtype)
         # NF4 of 16 bits: 4, and a scale for each 64 entries. What is outside the layers stays as it is.
         needed = outside + (needed - outside) * 9 // 32
     room = int(SHARE * free_memory(resolve_device(params.device))) if params.memory == "auto" else size_of(params.memory)
@@ -86,7 +93,6 @@ def room_of(source: Model, params: Params, dtype: str, *, packed: bool = False, 
         raise ParameterError(
             f"memory: {params.memory} is less than the {shown_size(needed)} of {source.name}, and {obstacle}; use auto or null."
         )
-    outside, largest = parts_of(source, dtype)
     if room < outside + largest:
         raise ParameterError(
             f"memory: {shown_size(room)} is too little for {source.name}, of which {shown_size(outside + largest)} have to be "
@@ -131,6 +137,7 @@ def stream(
     config: dict[str, Any] | None = None,
     folder: Path | None = None,
     as_stored: bool = False,
+    layers: str | None = None,
 ) -> PreTrainedModel:
     """Load a model whose layers stay in their files until their turn comes.
 
@@ -142,6 +149,7 @@ def stream(
         config: entries of the config to change.
         folder: where walks may put scratch files; None is the system's temporary folder.
         as_stored: give each weight the dtype that it is stored in, as ``Model.load_stored``.
+        layers: another dtype of the layers' weights; None is the same.
 
     Raises:
         ModelError: as ``Model.load``; a weight of a layer that is not finite is noticed when it is first read.
@@ -153,7 +161,9 @@ def stream(
     for group in groups if as_stored else ():
         if group.converter is None:
             group.dtype = FORMATS.get(stored[group.names[0]].format, group.dtype)
-    place, layers = torch.device(device), family.decoder_layers(model)
+    for group in groups if layers else ():
+        group.dtype = getattr(torch, str(layers))
+    place = torch.device(device)
     model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(place))
     outside = sum(each.numel() * each.itemsize for each in model.parameters() if not each.is_meta)
 
@@ -162,7 +172,15 @@ def stream(
             source.check_finite(str(model.dtype).removeprefix("torch."))
 
     streamed = Stream(
-        model, layers, groups, stored, prefix=prefix, room=room - outside, device=place, check=check, folder=folder
+        model,
+        family.decoder_layers(model),
+        groups,
+        stored,
+        prefix=prefix,
+        room=room - outside,
+        device=place,
+        check=check,
+        folder=folder,
     )
     model.__dict__["stream"] = streamed
     tensors = (*model.named_parameters(), *model.named_buffers())

@@ -108,15 +108,17 @@ def _log_needs(params: Params, model: Model) -> None:
     Raises:
         ParameterError: ``memory`` is too little, or the settings need the whole model in memory.
     """
-    dtypes = dict.fromkeys((params.dtype, params.eval_dtype, computed_dtype(model)))
+    dtypes = dict.fromkeys((params.dtype, params.eval_dtype))
     # Only the model of the calibration passes is packed.
     packed = [params.use_4bit and dtype == params.dtype for dtype in dtypes]
     rooms = [
         room_of(model, params, dtype, packed=own, whole=needs_whole(params)) for dtype, own in zip(dtypes, packed, strict=True)
     ]
+    proof = working_dtype(model), computed_dtype(model)
+    rooms.append(room_of(model, params, proof[0], layers=proof[1], whole=needs_whole(params)))
     stored = str(stored_dtype(model)).removeprefix("torch.")
     # The export compares the weights of two models, and then computes with one of them.
-    whole = max(2 * weight_bytes(model, stored), *(weight_bytes(model, dtype) for dtype in (*dtypes, working_dtype(model))[1:]))
+    whole = max(2 * weight_bytes(model, stored), *(weight_bytes(model, dtype) for dtype in (*dtypes, *proof)[1:]))
     room = min((each for each in rooms if each), default=whole)
     logger.info(
         "memory: weights take up to %s%s, and scratch files up to %s of disk",
