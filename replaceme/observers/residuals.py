@@ -113,22 +113,37 @@ def residual_map(sample: TokenSample, device: torch.device | str = "cpu") -> lis
     for host in progress(hosts, "fitting every cut", "hosts"):
         M = sample.added[host].to(device).float()
         Z = sample.output[host].to(device).float() - M
+        # With fewer tokens than dimensions, products of tokens are the smaller matrix, and the same for every last layer.
+        products = M @ M[:count].T if count < sample.width else None
         for last, w in enumerate(weights[host:], start=host + 1):
             torch.sub(sample.output[last].to(device), Z, out=Y)
             goal, root = Y[:count], w[:count].sqrt()
-            torch.mul(M[:count], root, out=weighted)
-            T = solve_small_ridge(squares(weighted), weighted.T @ goal.mul_(root))
-            error = Y[count:].addmm_(M[count:], T, alpha=-1)
+            goal *= root
+            if products is not None:
+                kernel = products[:count] * root * root.T
+                # M T = M Mᵀ √w A, with (√w M Mᵀ √w + λI) A = √w (H − Z)
+                A = solve_small_ridge(kernel, goal, sample.width)
+                error = Y[count:].addmm_(products[count:], A.mul_(root), alpha=-1)
+            else:
+                torch.mul(M[:count], root, out=weighted)
+                T = solve_small_ridge(squares(weighted), weighted.T @ goal, sample.width)
+                error = Y[count:].addmm_(M[count:], T, alpha=-1)
             residuals[host, last] = float((error.square().sum(dim=1, keepdim=True) * w[count:]).mean().sqrt())
     add_up({"": residuals})
     rows: list[list[float]] = residuals.tolist()
     return rows
 
 
-def solve_small_ridge(gram: Tensor, cross: Tensor) -> Tensor:
-    """Solve ``(gram + λI) T = cross`` (d, d) with the ridge ``RIDGE``; in the format of ``gram``."""
+def solve_small_ridge(gram: Tensor, cross: Tensor, width: int) -> Tensor:
+    """Solve ``(gram + λI) T = cross`` with the ridge ``RIDGE``, in the format of ``gram``.
+
+    Args:
+        gram: (d, d), or the products of tokens (n, n), which have the same trace.
+        cross: (d, d) or (n, d).
+        width: d.
+    """
     # The Gram matrix is 0 if the host's MLP adds nothing.
-    ridge = RIDGE * gram.diagonal().mean().clamp_min(1e-20)
+    ridge = RIDGE * (gram.diagonal().sum() / width).clamp_min(1e-20)
     gram = gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     factor, failed = torch.linalg.cholesky_ex(gram)
     if failed:  # singular to float32

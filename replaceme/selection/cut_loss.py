@@ -165,7 +165,8 @@ def _fit_maps(
     walk(model, family, documents, grams, batch_size=batch_size, description="fitting the best cuts")
     layers = family.decoder_layers(model)
     for block, edits, sums in zip(blocks, cuts, grams, strict=True):
-        transform = solve_small_ridge(torch.as_tensor(sums.gram), torch.as_tensor(sums.cross))
+        gram = torch.as_tensor(sums.gram)
+        transform = solve_small_ridge(gram, torch.as_tensor(sums.cross), len(gram))
         if family.norm_after_mlp:  # a dense map, which ranks the cuts and is never folded
             transform = family.norm_weight(layers[block.host]).to(transform)[:, None] * transform
         edits.transforms[block.host] = transform

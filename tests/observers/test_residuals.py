@@ -51,15 +51,18 @@ def states(model: torch.nn.Module, documents: Documents) -> tuple[list[np.ndarra
     return [torch.cat(part).double().numpy() for part in added], [torch.cat(part).double().numpy() for part in output]
 
 
-@pytest.mark.parametrize("batch_size", [1, 4])
-def test_the_map_equals_a_direct_computation_for_sampled_pairs(batch_size: int, tmp_path: Path) -> None:
-    model, documents = made_model(dtype=torch.float64), made_documents(12)
+@pytest.mark.parametrize(
+    ("batch_size", "count"), [(1, 12), (4, 12), (1, 1)], ids=["", "batches", "fewer tokens than dimensions"]
+)
+def test_the_map_equals_a_direct_computation_for_sampled_pairs(batch_size: int, count: int, tmp_path: Path) -> None:
+    model, documents = made_model(dtype=torch.float64), made_documents(count)
     with TokenSample(documents, LAYERS, WIDTH, torch.float64, tmp_path) as sample:
         walk(model, Family(), documents, [sample], batch_size=batch_size, description="test")
         found = residual_map(sample)
         tokens = torch.cat([sample.fit, sample.held_out]).numpy()
         fit = np.arange(len(tokens)) < len(sample.fit)
         assert list(tmp_path.iterdir()) == []
+        assert (len(sample.fit) < WIDTH) == (count == 1)
     added, output = states(model, documents)
     for host, last in [(0, 1), (0, LAYERS - 1), (2, 4), (LAYERS - 2, LAYERS - 1)]:
         M, Z, H = added[host][tokens], (output[host] - added[host])[tokens], output[last][tokens]
