@@ -26,6 +26,7 @@ def stage(_: Any, command: str, **options: Any) -> None:
     sys.stdout.flush()
     pid = os.fork()
     if not pid:
+        os.environ.clear()
         os.environ.update(options["env"])
         os.chdir(options["cwd"])
         sys.argv = [command]

@@ -4,6 +4,8 @@
 unless it is there already, and runs every stage up to the verified export in a process of its own: a quarter of the layers less
 by ``selection: residual``, ``transform: refit`` and ``repair``, on 16 documents of 256 tokens. SHAPES is llama-3.1-8b (16 GB)
 or tiny; MEMORY is the parameter ``memory``. Random weights say nothing about quality.
+
+``python -m benchmarks.scale --paper`` prints what larger runs need, by the formulas of docs/scale.md.
 """
 
 import os
@@ -18,6 +20,17 @@ from benchmarks.stand import CODE, ENVIRONMENT, ROOT, make_inputs
 
 # hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads, vocab_size
 SHAPES = {"llama-3.1-8b": (4096, 14336, 32, 32, 8, 128256), "tiny": (32, 48, 8, 4, 2, 400)}
+# For --paper: layers, d, f, parameters of the layers and of embedding and head, in 10⁹.
+MODELS = {"8B": (32, 4096, 14336, 6.98, 1.05), "70B": (80, 8192, 28672, 68.5, 2.10)}
+# 10¹² operations a second in bfloat16, float32 and float64, and GB a second from the disk. Of the vendors' figures for dense
+# products, two fifths; the laptop has four times the two cores on which the rates were measured, and half their speed each.
+MACHINES = {
+    "8B on one 24 GB GPU (RTX 4090)": ("8B", 66.0, 33.0, 0.5, 3.0, False),
+    "8B on a 32 GB laptop, eight cores": ("8B", 0.8, 0.38, 0.15, 3.0, True),
+    "70B on eight 80 GB GPUs (H100), spread": ("70B", 396.0, 27.0, 27.0, 3.0, False),
+    "70B on one 80 GB GPU (H100), streamed": ("70B", 396.0, 27.0, 27.0, 3.0, True),
+}
+TOKENS, PASSES, WALKS = 65_536, 4.5, 6
 STAGES = ["inputs", "generate", "calibrate", "profile", "select", "plan", "activations", "solve", "repair", "heal", "export"]
 SETTINGS = {
     "dataset_size": "16", "max_length": "256", "selection": "residual", "transform": "refit", "repair": "true",
@@ -96,7 +109,9 @@ def copy_pipeline(folder: Path, inputs: Path, shapes: str, memory: str) -> None:
 
 
 def run_stage(stage: str, folder: Path, log: Path) -> tuple[float, float, float, float]:
-    """Run a stage; return seconds, those of all processors together, peak GB, and GB from the disk, not from the page cache."""
+    """Run a stage; return seconds, those of all processors together, peak GB (Linux: with pages of mapped files), and GB read
+    from the disk, not from the page cache.
+    """
     began = time.perf_counter()
     with log.open("a", encoding="utf-8") as file:
         process = subprocess.Popen(
@@ -114,7 +129,8 @@ def main(folder: Path, shapes: str = "llama-3.1-8b", memory: str = "3GB") -> Non
     """Make the model, run the stages, and print a row for each."""
     # In a process of its own: the peak of a process begins with that of the one that started it.
     subprocess.run([sys.executable, "-m", "benchmarks.scale", "--prepare", str(folder), shapes], check=True)
-    inputs, work, log = folder.resolve(), folder.resolve() / "run", folder.resolve() / "log.txt"
+    inputs = folder.resolve() / shapes
+    work, log = inputs / "run", inputs / "log.txt"
     shutil.rmtree(work, ignore_errors=True)
     log.unlink(missing_ok=True)
     copy_pipeline(work, inputs, shapes, memory)
@@ -135,9 +151,31 @@ def show(stage: str, row: tuple[float, float, float, float], weights: float) -> 
     print(f"{stage:<12} {seconds:>8.0f} {busy:>8.0f} s {peak:>5.2f} GB {disk:>7.1f} GB  {disk / weights:>5.2f}", flush=True)
 
 
+def paper() -> None:
+    """Print memory, disk and time of runs with a quarter of the layers less, refit and repair, by docs/scale.md's formulas."""
+    print("| run | weights in memory | beside them | scratch on disk | time |")
+    print("| --- | --- | --- | --- | --- |")
+    for title, (model, half, single, double, disk, streamed) in MACHINES.items():
+        layers, d, f, inner, outer = MODELS[model]
+        layer = 2 * inner / layers
+        weights = 2 * outer + 2 * layer if streamed else 2 * (inner + outer)
+        sums, states = (8 * f**2 + 3 * 8 * f * d) / 1e9, 2 * TOKENS * (5 * d + f) / 1e9
+        fit, solved = min(4 * d, 3 * TOKENS / 4), layers / 2
+        operations = (
+            PASSES * 2 * inner * 1e9 * TOKENS / half
+            + (solved * TOKENS * (f**2 + d**2) + layers**2 / 2 * (3.5 * fit * d**2 + 2.3 * d**3)) / single
+            + solved * (f**3 / 3 + 2 * f**2 * d) / double
+        )
+        minutes = (operations / 1e12 + streamed * WALKS * 2 * (inner + outer) / disk) / 60
+        shown = f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+        print(f"| {title} | {weights:.3g} GB | {sums:.2g} GB | {states:.2g} GB | {shown} |")
+
+
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--prepare"]:
-        prepare(Path(sys.argv[2]), sys.argv[3])
+    if sys.argv[1:] == ["--paper"]:
+        paper()
+    elif sys.argv[1:2] == ["--prepare"]:
+        prepare(Path(sys.argv[2]) / sys.argv[3], sys.argv[3])
     elif 2 <= len(sys.argv) <= 4:
         main(Path(sys.argv[1]), *sys.argv[2:])
     else:

@@ -70,6 +70,8 @@ def prune(params: Params, texts: Sequence[str] | None = None) -> Workspace:
             if "evaluate" not in run_steps(params, work, JUDGEMENT, course):
                 print(comparison_table(read_json(work.metric("evaluation"))))
             logger.info("the report is %s", work.report / "index.html")
+        else:
+            logger.info("it was not scored: nothing is known of its quality; replaceme evaluate --model %s", work.model)
         card = card_of(params, work)
         claim(work, {CARD: hashlib.sha256(card.encode()).hexdigest()})
         write_text(work.model / CARD, card)

@@ -74,7 +74,7 @@ class Params(BaseModel):
         "26 July 2024.",
     )
     dataset_revision: str | None = Field(None, description="Branch, tag or commit of a hub dataset.")
-    dataset_size: int = Field(128, ge=1, description="Number of calibration documents.")
+    dataset_size: int = Field(128, ge=1, description="Number of calibration documents; selection loss needs 5.")
     max_length: int = Field(1024, ge=2, description="Largest number of tokens of a document.")
     pack: bool = Field(False, description="Join short rows until a document is full.")
     seed: int = Field(42, ge=0, le=2**32 - 1, description="Seed of the shuffle that picks the documents.")

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +87,7 @@ def verify_export(dense: Model, pruned: Model, edits: Edits, documents: Document
         load = partial(Model.load, dtype=dtype, config=shorter)
     else:
         # Layers are read anew each time, in float32 at once; what is outside of them is widened where it computes.
-        load = partial(stream, dtype=working_dtype(dense), layers=computed_dtype(dense), room=room, config=shorter)
+        load = partial(stream, dtype=dtype, layers=computed_dtype(dense), room=room, config=shorter)
     whole, prompt = load(dense), excerpts.documents[0][: TOKENS // 4]
     with _in_float32(whole, family, edits.mixtures):
         expected, expected_logits = _states(whole, family, [FIRST, *kept], excerpts, edits)
@@ -292,13 +293,44 @@ def _in_float32(model: Any, family: Family, mixtures: Mapping[int, Mapping[int, 
         parts[layers[at]] += [each for source in mixture if source != at for each in layers[source].parameters()]
     inner = {module for layer in layers for module in layer.modules()}
     parts |= {module: [*module.parameters(recurse=False)] for module in model.modules() if module not in inner}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     with ExitStack() as stack:
+        # A copy of all their rows would be larger than a layer.
+        if isinstance(embedding, nn.Embedding):
+            del parts[embedding]
+            stack.enter_context(mock.patch.object(embedding, "forward", partial(_embedded, embedding, embedding.forward)))
+        if isinstance(head, nn.Linear):
+            del parts[head]
+            stack.enter_context(mock.patch.object(head, "forward", partial(_multiplied, head)))
         for module, parameters in parts.items():
             if any(each.dtype in (torch.bfloat16, torch.float16) for each in parameters):
                 cast = _Cast(parameters)
                 stack.callback(module.register_forward_pre_hook(cast.widen, prepend=True).remove)
                 stack.callback(module.register_forward_hook(cast.restore).remove)
         yield
+
+
+def _embedded(module: nn.Embedding, embed: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
+    """Return the embedding of some tokens in float32 or wider; only their rows are widened."""
+    weight, padding = module.weight, module.padding_idx
+    rows, places = tokens.unique(return_inverse=True)
+    own = weight.data
+    # It only matters to gradients, and would be no row of these.
+    module.padding_idx, weight.data = None, _widened(own[rows])
+    try:
+        return embed(places)
+    finally:
+        module.padding_idx, weight.data = padding, own
+
+
+def _multiplied(module: nn.Linear, states: Tensor) -> Tensor:
+    """Return a linear's product in float32 or wider; some rows of its weight are widened at a time."""
+    product = torch.cat([states @ _widened(rows).T for rows in module.weight.split(ROWS)], dim=-1)
+    return product if module.bias is None else product + _widened(module.bias)
+
+
+def _widened(weight: Tensor) -> Tensor:
+    return weight.float() if weight.dtype in (torch.bfloat16, torch.float16) else weight
 
 
 class _Cast:

@@ -70,16 +70,18 @@ def room_of(
 
     Args:
         source, params, dtype, packed, whole: as of ``load_within``.
-        layers: another dtype of its layers; None is the same.
+        layers: another dtype of its layers if it is streamed; None is the same.
 
     Raises:
         ParameterError: the model has to be streamed by ``memory``, and can't be, or not within so little.
     """
     if params.memory is None:
         return None
-    outside, largest = parts_of(source, dtype)[0], parts_of(source, layers or dtype)[1]
-    needed = outside + weight_bytes(source, layers or dtype) - parts_of(source, layers or dtype)[0]
-    obstacle = whole or _obstacle(source, params, packed)
+    outside, obstacle = parts_of(source, dtype)[0], whole or _obstacle(source, params, packed)
+    of_layers = _bytes_by_layer(source, layers or dtype)
+    of_layers.pop("", None)
+    largest = max(of_layers.values(), default=0)
+    needed = weight_bytes(source, dtype) if obstacle else outside + sum(of_layers.values())
     if packed:
         # NF4 of 16 bits: 4, and a scale for each 64 entries. What is outside the layers stays as it is.
         needed = outside + (needed - outside) * 9 // 32
@@ -161,8 +163,9 @@ def stream(
     for group in groups if as_stored else ():
         if group.converter is None:
             group.dtype = FORMATS.get(stored[group.names[0]].format, group.dtype)
-    for group in groups if layers else ():
-        group.dtype = getattr(torch, str(layers))
+    if layers is not None:
+        for group in groups:
+            group.dtype = getattr(torch, layers)
     place = torch.device(device)
     model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(place))
     outside = sum(each.numel() * each.itemsize for each in model.parameters() if not each.is_meta)

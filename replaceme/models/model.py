@@ -172,8 +172,8 @@ class Model:
 
         def value(name: str, parameter: Tensor) -> Tensor:
             place = stored.get(name)
-            same = place is not None and not parameter.is_meta and FORMATS.get(place.format) == parameter.dtype
-            return place.read(name) if place is not None and same else parameter
+            here = parameter.device.type == "cpu" and place is not None and FORMATS.get(place.format) == parameter.dtype
+            return place.read(name) if place is not None and here else parameter
 
         return all(is_finite(value(*named)) for named in model.named_parameters())
 

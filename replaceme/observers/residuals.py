@@ -105,16 +105,17 @@ def residual_map(sample: TokenSample, device: torch.device | str = "cpu") -> lis
     """Return (layers × layers): residual(host, last removed layer), relative; 0 unless the last layer comes after the host."""
     residuals = torch.zeros(sample.layers, sample.layers, dtype=torch.float64)
     count = len(sample.fit)
+    # Then products of tokens are the smaller matrix, and the same for every last layer.
+    few = count < sample.width
     # Of every layer that can end a block: all but the first.
     weights = [token_weights(H.to(device).float()) for H in sample.output[1:]]
     # Allocated once: allocating tensors of this size costs as much as computing with them.
-    Y, weighted = (torch.empty(rows, sample.width, device=device) for rows in (len(sample.output[0]), count))
+    Y, weighted = (torch.empty(rows, sample.width, device=device) for rows in (len(sample.output[0]), 0 if few else count))
     hosts = [host for host in range(sample.layers - 1) if share().takes(host)]
     for host in progress(hosts, "fitting every cut", "hosts"):
         M = sample.added[host].to(device).float()
         Z = sample.output[host].to(device).float() - M
-        # With fewer tokens than dimensions, products of tokens are the smaller matrix, and the same for every last layer.
-        products = M @ M[:count].T if count < sample.width else None
+        products = M @ M[:count].T if few else None
         for last, w in enumerate(weights[host:], start=host + 1):
             torch.sub(sample.output[last].to(device), Z, out=Y)
             goal, root = Y[:count], w[:count].sqrt()

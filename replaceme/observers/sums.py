@@ -10,6 +10,7 @@ from torch import Tensor
 
 from replaceme.base.errors import SolveError
 from replaceme.base.group import add_up
+from replaceme.models.model import is_finite
 
 # Blocks of columns of a Gram matrix. More of them save more products, at most half, but make the matrices smaller.
 PARTS = 6
@@ -78,7 +79,7 @@ class Sums:
             SolveError: a sum is not finite.
         """
         self.totals |= {name: mirror(total) for name, total in self.squares.items()}
-        if not all(bool(total.isfinite().all()) for total in self.totals.values()):
+        if not all(map(is_finite, self.totals.values())):
             raise SolveError("dtype: the sums over the activations are not finite; use float32 or bfloat16.")
         return self.totals
 

@@ -27,6 +27,7 @@ from replaceme.base.documents import Batch
 from replaceme.base.errors import SolveError
 from replaceme.base.group import add_up
 from replaceme.models.families import Family, parameter_of
+from replaceme.models.model import is_finite
 from replaceme.observers.sums import add_squares, mirror, token_weights
 from replaceme.observers.walk import Signal, Signals
 from replaceme.solvers.arguments import ArgumentError
@@ -34,8 +35,8 @@ from replaceme.solvers.cholesky import factorized, inverse_diagonal, solved
 
 # Tokens per compared channel, and the share of channels that a round keeps.
 TOKENS_PER_CHANNEL, SHARE = 8, 0.8
-# Largest products of candidates, in bytes of float32; there are two such matrices at once. And how many more channels than are
-# kept have to be compared in any case.
+# Largest products of candidates, in bytes of float32; on the processor, two and a third such matrices exist at once. And how
+# many channels are compared in any case, as a multiple of those that are kept.
 CANDIDATE_BYTES, MARGIN = 2 << 30, 1.125
 
 
@@ -127,16 +128,19 @@ def best_channels(gram: Tensor, cross: Tensor, prior: Tensor, ridge: float, coun
     prior = torch.where(scale[:, None] > 0, prior.to(gram) / scale[:, None], 0)
     kept = torch.arange(len(gram), device=gram.device)
     while len(kept) > count:
-        matrix = scaled[kept[:, None], kept]
+        matrix = scaled.clone()
         matrix.diagonal().add_(ridge)
         factor, failed = factorized(matrix)
-        if not bool(torch.isfinite(factor).all() & torch.isfinite(goal).all()):
+        if not (is_finite(matrix) and is_finite(goal)):
             raise SolveError("dtype: the sums over the MLP's channels are not finite; use float32 or bfloat16.")
         if failed:
             raise ArgumentError("ridge", f"{ridge:g} leaves the choice of channels singular; raise it, or dataset_size.")
-        weights = solved(factor, goal[kept] + ridge * prior[kept])
+        weights = solved(factor, goal + ridge * prior)
         rise = weights.square().sum(dim=1) / inverse_diagonal(factor)
         del matrix, factor
-        left = max(count, int(SHARE * len(kept)))
-        kept = kept[rise.topk(left).indices.sort().values]
+        left = rise.topk(max(count, int(SHARE * len(kept)))).indices.sort().values
+        kept, goal, prior = kept[left], goal[left], prior[left]
+        if len(kept) > count:
+            scaled = scaled.index_select(0, left)
+            scaled = scaled.index_select(1, left)
     return kept.cpu()

@@ -278,6 +278,7 @@ def _choose(state: State, host: int, window: range, ridge: str) -> None:
 
     def best(candidates: Tensor) -> Tensor:
         if len(candidates) > (most := most_compared(kept)):
+            logger.info("repair: of %d channels, the %d likeliest are compared; more would not fit", len(candidates), most)
             candidates = chosen_of(candidates, Screened, likely_channels, most)
         with naming(ridge=ridge):
             return chosen_of(candidates, Candidates, best_channels, kept)

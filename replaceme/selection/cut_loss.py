@@ -152,8 +152,8 @@ def _split(documents: Documents) -> tuple[Documents, Documents]:
     excerpts = excerpts_of(held_out)
     if not len(excerpts):
         raise ParameterError(
-            f"selection: loss holds out every {HELD_OUT_EVERY}th document, by whole texts, and none of these has two tokens, "
-            f"of {len(documents)} from {len(set(documents.sources))} texts; use residual, or more text."
+            f"selection: loss holds out every {HELD_OUT_EVERY}th text, and none of those held out has two tokens; give more "
+            f"than {len(set(documents.sources))} texts ({len(documents)} documents), or use residual."
         )
     return fit, excerpts
 
@@ -237,7 +237,10 @@ def lowest_loss(
         finite = [pair for pair in zip(candidates, losses, strict=True) if math.isfinite(pair[1])]
         tried[count] = dict(sorted(finite, key=lambda pair: pair[1]))
         risen = lowest(count) - dense
-        logger.info("select: without %s, the loss rises by %.4f nats", f"{count} layers" if count > 1 else "1 layer", risen)
+        logger.info(
+            "select: without %s, the loss rises by %.4f nats on held-out calibration text, before any repair",
+            f"{count} layers" if count > 1 else "1 layer", risen,
+        )  # fmt: skip
         return risen
 
     if params.tolerated_loss is None:

@@ -20,7 +20,8 @@ def factorized(matrix: Tensor) -> tuple[Tensor, bool]:
 
 def solved(factor: Tensor, right: Tensor) -> Tensor:
     """Return ``(LLᵀ)⁻¹ right`` (k, d); the factor is not copied."""
-    return torch.linalg.solve_triangular(factor.mT, torch.linalg.solve_triangular(factor, right, upper=False), upper=True)
+    half = torch.linalg.solve_triangular(factor, right, upper=False)
+    return torch.linalg.solve_triangular(factor.mT, half, upper=True, out=half)
 
 
 def inverse_diagonal(factor: Tensor) -> Tensor:

@@ -168,9 +168,9 @@ def test_the_loss_of_a_cut_is_that_of_the_model_without_its_layers(kind: str, mo
 def test_the_loss_needs_documents_to_hold_out() -> None:
     one_text = Documents([torch.arange(9)] * 6, [0] * 6)
     for documents in (made_documents(4), Documents([torch.tensor([5])] * 6), one_text):
-        with pytest.raises(ParameterError, match="selection: loss holds out every 5th document"):
+        with pytest.raises(ParameterError, match="selection: loss holds out every 5th text"):
             dense_loss(made_model(), documents, 1)
-        with pytest.raises(ParameterError, match="selection: loss holds out every 5th document"):
+        with pytest.raises(ParameterError, match="selection: loss holds out every 5th text"):
             cut_losses(made_model(), Family(), documents, [Block(2, 3)], stand_in="map", batch_size=1)
 
 
