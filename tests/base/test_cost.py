@@ -104,7 +104,10 @@ def cost_here(**params: Any) -> Any:
 
 
 @pytest.mark.usefixtures("made_up_pipeline")
-def test_a_stage_keeps_its_cost_apart_from_its_outputs_and_the_report_has_none() -> None:
+def test_a_stage_keeps_its_cost_apart_from_its_outputs_and_the_report_has_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    monkeypatch.setenv("REPLACEME_CACHE", str(tmp_path_factory.mktemp("cache")))
     copied("report")
     assert not (cache_folder() / "costs").exists()
     copied()
