@@ -2,8 +2,9 @@
 
 ``python -m benchmarks.scale FOLDER [SHAPES [MEMORY]]`` makes a Llama of random bfloat16 weights in FOLDER, layer by layer,
 unless it is there already, and runs every stage up to the verified export in a process of its own: a quarter of the layers less
-by ``selection: residual``, ``transform: refit`` and ``repair``, on 16 documents of 256 tokens. SHAPES is llama-3.1-8b (16 GB)
-or tiny; MEMORY is the parameter ``memory``. Random weights say nothing about quality.
+by ``selection: residual``, ``transform: refit`` and ``repair``, on 16 documents of 256 tokens. SHAPES is llama-3.1-8b (16 GB),
+llama-3.1-8b-short (8 of its 32 layers, 5.6 GB: streamed, the memory is the same) or tiny; MEMORY is the parameter ``memory``. Random
+weights say nothing about quality.
 
 ``python -m benchmarks.scale --paper`` prints what larger runs need, by the formulas of docs/scale.md.
 """
@@ -19,7 +20,11 @@ from pathlib import Path
 from benchmarks.stand import CODE, ENVIRONMENT, ROOT, make_inputs
 
 # hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads, vocab_size
-SHAPES = {"llama-3.1-8b": (4096, 14336, 32, 32, 8, 128256), "tiny": (32, 48, 8, 4, 2, 400)}
+SHAPES = {
+    "llama-3.1-8b": (4096, 14336, 32, 32, 8, 128256),
+    "llama-3.1-8b-short": (4096, 14336, 8, 32, 8, 128256),
+    "tiny": (32, 48, 8, 4, 2, 400),
+}
 # For --paper: layers, d, f, parameters of the layers and of embedding and head, in 10⁹.
 MODELS = {"8B": (32, 4096, 14336, 6.98, 1.05), "70B": (80, 8192, 28672, 68.5, 2.10)}
 # 10¹² operations a second in bfloat16, float32 and float64, and GB a second from the disk. Of the vendors' figures for dense
@@ -179,4 +184,4 @@ if __name__ == "__main__":
     elif 2 <= len(sys.argv) <= 4:
         main(Path(sys.argv[1]), *sys.argv[2:])
     else:
-        sys.exit("usage: python -m benchmarks.scale FOLDER [llama-3.1-8b|tiny [MEMORY]]")
+        sys.exit("usage: python -m benchmarks.scale FOLDER [llama-3.1-8b|llama-3.1-8b-short|tiny [MEMORY]]")
