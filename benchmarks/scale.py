@@ -3,8 +3,8 @@
 ``python -m benchmarks.scale FOLDER [SHAPES [MEMORY]]`` makes a Llama of random bfloat16 weights in FOLDER, layer by layer,
 unless it is there already, and runs every stage up to the verified export in a process of its own: a quarter of the layers less
 by ``selection: residual``, ``transform: refit`` and ``repair``, on 16 documents of 256 tokens. SHAPES is llama-3.1-8b (16 GB),
-llama-3.1-8b-short (8 of its 32 layers, 5.6 GB: streamed, the memory is the same) or tiny; MEMORY is the parameter ``memory``. Random
-weights say nothing about quality.
+llama-3.1-8b-short (8 of its 32 layers, 5.6 GB: streamed, the memory is the same) or tiny; MEMORY is the parameter ``memory``.
+Random weights say nothing about quality.
 
 ``python -m benchmarks.scale --paper`` prints what larger runs need, by the formulas of docs/scale.md.
 """

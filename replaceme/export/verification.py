@@ -31,7 +31,7 @@ from replaceme.edits.fold import edit_config, edited_parameters
 from replaceme.edits.unfused import unfused
 from replaceme.models.families import Family, parameter_of
 from replaceme.models.memory import stream
-from replaceme.models.model import Model, computed_dtype, layer_count, stored_dtype, working_dtype
+from replaceme.models.model import Model, layer_count, proof_dtypes, stored_dtype, working_dtype
 from replaceme.models.own_form import is_own_form
 from replaceme.models.streaming import value_of
 from replaceme.models.together import together
@@ -87,7 +87,8 @@ def verify_export(dense: Model, pruned: Model, edits: Edits, documents: Document
         load = partial(Model.load, dtype=dtype, config=shorter)
     else:
         # Layers are read anew each time, in float32 at once; what is outside of them is widened where it computes.
-        load = partial(stream, dtype=dtype, layers=computed_dtype(dense), room=room, config=shorter)
+        outside, inside = proof_dtypes(dense)
+        load = partial(stream, dtype=outside, layers=inside, room=room, config=shorter)
     whole, prompt = load(dense), excerpts.documents[0][: TOKENS // 4]
     with _in_float32(whole, family, edits.mixtures):
         expected, expected_logits = _states(whole, family, [FIRST, *kept], excerpts, edits)

@@ -81,7 +81,7 @@ def room_of(
     of_layers = _bytes_by_layer(source, layers or dtype)
     of_layers.pop("", None)
     largest = max(of_layers.values(), default=0)
-    needed = weight_bytes(source, dtype) if obstacle else outside + sum(of_layers.values())
+    needed = weight_bytes(source, layers or dtype) if obstacle else outside + sum(of_layers.values())
     if packed:
         # NF4 of 16 bits: 4, and a scale for each 64 entries. What is outside the layers stays as it is.
         needed = outside + (needed - outside) * 9 // 32

@@ -398,6 +398,11 @@ def computed_dtype(model: Model) -> str:
     return "float64" if stored_dtype(model) == torch.float64 else "float32"
 
 
+def proof_dtypes(model: Model) -> tuple[str, str]:
+    """Return the dtypes in which a streamed model is compared: of what is outside the layers, as stored, and of the layers."""
+    return _words(stored_dtype(model)), computed_dtype(model)
+
+
 def _words(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 

@@ -17,7 +17,7 @@ from replaceme.methods.registry import METHODS
 from replaceme.models.depth import broken_patterns
 from replaceme.models.find import recorded_model
 from replaceme.models.memory import on_processor, room_of
-from replaceme.models.model import CARD, Model, computed_dtype, working_dtype
+from replaceme.models.model import CARD, Model, proof_dtypes
 from replaceme.models.own_form import FILE, is_own_form
 
 
@@ -30,8 +30,9 @@ def export(params: Params, work: Workspace) -> None:
     use_processor(params.threads)
     source, edits = recorded_model(params, work.model_input), Edits.load(work.edits)
     whole = "a narrower stream and removed parts of layers change shapes" if edits.bases or edits.parts else None
-    # The proof computes in this format, on the processor.
-    room = room_of(source, on_processor(params), working_dtype(source), layers=computed_dtype(source), whole=whole)
+    # The proof computes in these formats, on the processor.
+    outside, layers = proof_dtypes(source)
+    room = room_of(source, on_processor(params), outside, layers=layers, whole=whole)
     with new_folder(work.model) as folder:
         counts = save_pruned(source, edits, folder, room)
         solved, made_with = read_json(work.metric("solve")), read_json(work.model_versions)

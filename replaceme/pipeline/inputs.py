@@ -29,7 +29,7 @@ from replaceme.methods.refusals import family_refusals, needs_whole
 from replaceme.methods.registry import METHODS, criterion_of
 from replaceme.models.find import check_weights, find_model, identity
 from replaceme.models.memory import room_of, shown_size, weight_bytes
-from replaceme.models.model import CARD_FILES, Model, computed_dtype, layer_count, positions_of, stored_dtype, working_dtype
+from replaceme.models.model import CARD_FILES, Model, layer_count, positions_of, proof_dtypes, stored_dtype, working_dtype
 from replaceme.models.own_form import check_own_form
 from replaceme.models.recognition import check_cut
 from replaceme.observers.residuals import FIT_TOKENS, HELD_OUT_SHARE
@@ -114,11 +114,11 @@ def _log_needs(params: Params, model: Model) -> None:
     rooms = [
         room_of(model, params, dtype, packed=own, whole=needs_whole(params)) for dtype, own in zip(dtypes, packed, strict=True)
     ]
-    proof = working_dtype(model), computed_dtype(model)
-    rooms.append(room_of(model, params, proof[0], layers=proof[1], whole=needs_whole(params)))
+    outside, layers = proof_dtypes(model)
+    rooms.append(room_of(model, params, outside, layers=layers, whole=needs_whole(params)))
     stored = str(stored_dtype(model)).removeprefix("torch.")
     # The export compares the weights of two models, and then computes with one of them.
-    whole = max(2 * weight_bytes(model, stored), *(weight_bytes(model, dtype) for dtype in (*dtypes, *proof)[1:]))
+    whole = max(2 * weight_bytes(model, stored), *(weight_bytes(model, dtype) for dtype in (*dtypes, working_dtype(model))[1:]))
     room = min((each for each in rooms if each), default=whole)
     logger.info(
         "memory: weights take up to %s%s, and scratch files up to %s of disk",
