@@ -39,7 +39,7 @@ TOKENS, PASSES, WALKS = 65_536, 4.5, 6
 STAGES = ["inputs", "generate", "calibrate", "profile", "select", "plan", "activations", "solve", "repair", "heal", "export"]
 SETTINGS = {
     "dataset_size": "16", "max_length": "256", "selection": "residual", "transform": "refit", "repair": "true",
-    "tasks": "[]", "device": "cpu",
+    "alpha": "0.001", "tasks": "[]", "device": "cpu",
 }  # fmt: skip
 
 
