@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.stand import ENVIRONMENT, Project, Stand, copy_code, load_libraries, make_inputs, repro
+from benchmarks.stand import ENVIRONMENT, Project, Stand, import_copy, load_libraries, make_inputs, repro
 from benchmarks.tries import NEVER, Ended, Moment
 
 SECTIONS = ("kills", "dvc", "pairs", "disk", "bad")
@@ -275,7 +275,7 @@ def main(words: argparse.Namespace) -> int:
         os.environ["HF_HOME"] = str(folder / "hub")
         for part in ("inputs", "stand", "project"):
             (folder / part).mkdir()
-        copy_code(folder / "code")
+        import_copy(folder / "code")
         stand = Stand(folder / "stand", folder / "inputs")
         project = Project(folder / "project", folder / "inputs", folder / "code")
         stand.clear()

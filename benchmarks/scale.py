@@ -3,8 +3,8 @@
 ``python -m benchmarks.scale FOLDER [SHAPES [MEMORY]]`` makes a Llama of random bfloat16 weights in FOLDER, layer by layer,
 unless it is there already, and runs every stage up to the verified export in a process of its own: a quarter of the layers less
 by ``selection: residual``, ``transform: refit`` and ``repair``, on 16 documents of 256 tokens. SHAPES is llama-3.1-8b (16 GB),
-llama-3.1-8b-short (8 of its 32 layers, 5.6 GB: streamed, the memory is the same) or tiny; MEMORY is the parameter ``memory``.
-Random weights say nothing about quality.
+llama-3.1-8b-short (8 of its 32 layers, 5.6 GB: streamed, the memory is the same), llama-3.1-70b (141 GB) or tiny; MEMORY is the
+parameter ``memory``. Random weights say nothing about quality.
 
 ``python -m benchmarks.scale --paper`` prints what larger runs need, by the formulas of docs/scale.md.
 """
@@ -17,23 +17,22 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.stand import CODE, ENVIRONMENT, ROOT, make_inputs
+from benchmarks.stand import ENVIRONMENT, copy_code, make_inputs, set_params
 
 # hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads, vocab_size
 SHAPES = {
     "llama-3.1-8b": (4096, 14336, 32, 32, 8, 128256),
     "llama-3.1-8b-short": (4096, 14336, 8, 32, 8, 128256),
+    "llama-3.1-70b": (8192, 28672, 80, 64, 8, 128256),
     "tiny": (32, 48, 8, 4, 2, 400),
 }
-# For --paper: layers, d, f, parameters of the layers and of embedding and head, in 10⁹.
-MODELS = {"8B": (32, 4096, 14336, 6.98, 1.05), "70B": (80, 8192, 28672, 68.5, 2.10)}
 # 10¹² operations a second in bfloat16, float32 and float64, and GB a second from the disk. Of the vendors' figures for dense
 # products, two fifths; the laptop has four times the two cores on which the rates were measured, and half their speed each.
 MACHINES = {
-    "8B on one 24 GB GPU (RTX 4090)": ("8B", 66.0, 33.0, 0.5, 3.0, False),
-    "8B on a 32 GB laptop, eight cores": ("8B", 0.8, 0.38, 0.15, 3.0, True),
-    "70B on eight 80 GB GPUs (H100), spread": ("70B", 396.0, 27.0, 27.0, 3.0, False),
-    "70B on one 80 GB GPU (H100), streamed": ("70B", 396.0, 27.0, 27.0, 3.0, True),
+    "8B on one 24 GB GPU (RTX 4090)": ("llama-3.1-8b", 66.0, 33.0, 0.5, 3.0, False),
+    "8B on a 32 GB laptop, eight cores": ("llama-3.1-8b", 0.8, 0.38, 0.15, 3.0, True),
+    "70B on eight 80 GB GPUs (H100), spread": ("llama-3.1-70b", 396.0, 27.0, 27.0, 3.0, False),
+    "70B on one 80 GB GPU (H100), streamed": ("llama-3.1-70b", 396.0, 27.0, 27.0, 3.0, True),
 }
 TOKENS, PASSES, WALKS = 65_536, 4.5, 6
 STAGES = ["inputs", "generate", "calibrate", "profile", "select", "plan", "activations", "solve", "repair", "heal", "export"]
@@ -93,26 +92,6 @@ def prepare(folder: Path, shapes: str) -> None:
     ready.touch()
 
 
-def copy_pipeline(folder: Path, inputs: Path, shapes: str, memory: str) -> None:
-    """Copy the pipeline to a new folder, with these settings."""
-    for name in CODE:
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-        elif (ROOT / name).is_file():
-            (folder / name).parent.mkdir(exist_ok=True, parents=True)
-            shutil.copyfile(ROOT / name, folder / name)
-    (folder / "metrics").mkdir()
-    text = (folder / "params.yaml").read_text(encoding="utf-8")
-    own = {"model_path": str(inputs / "model"), "dataset": str(inputs / "text.txt"), "memory": memory}
-    layers = SHAPES[shapes][2]
-    # Some kept layers have to come after the block, or there is nothing to repair.
-    own |= {"layers_to_skip": str(layers // 4), "max_distance_layer": str(layers * 3 // 4)}
-    for key, value in (SETTINGS | own).items():
-        text, found = re.subn(rf"(?m)^{key}: .*$", f"{key}: {value}", text)
-        assert found == 1, key
-    (folder / "params.yaml").write_text(text, encoding="utf-8")
-
-
 def run_stage(stage: str, folder: Path, log: Path) -> tuple[float, float, float, float]:
     """Run a stage; return seconds, those of all processors together, peak GB (Linux: with pages of mapped files), and GB read
     from the disk, not from the page cache.
@@ -138,7 +117,13 @@ def main(folder: Path, shapes: str = "llama-3.1-8b", memory: str = "3GB") -> Non
     work, log = inputs / "run", inputs / "log.txt"
     shutil.rmtree(work, ignore_errors=True)
     log.unlink(missing_ok=True)
-    copy_pipeline(work, inputs, shapes, memory)
+    copy_code(work)
+    (work / "metrics").mkdir()
+    layers = SHAPES[shapes][2]
+    # Some kept layers have to come after the block, or there is nothing to repair.
+    cut = {"layers_to_skip": str(layers // 4), "max_distance_layer": str(layers * 3 // 4)}
+    own = {"model_path": str(inputs / "model"), "dataset": str(inputs / "text.txt"), "memory": memory}
+    set_params(work, SETTINGS | own | cut)
     weights = sum(path.stat().st_size for path in (inputs / "model").glob("*.safetensors")) / 1e9
     print(f"{shapes}: {weights:.1f} GB of weights, memory: {memory}; the log is {log}")
     print(f"{'stage':<12} {'seconds':>8} {'processor':>10} {'peak':>8} {'from disk':>10}  in weights' sizes")
@@ -161,7 +146,9 @@ def paper() -> None:
     print("| run | weights in memory | beside them | scratch on disk | time |")
     print("| --- | --- | --- | --- | --- |")
     for title, (model, half, single, double, disk, streamed) in MACHINES.items():
-        layers, d, f, inner, outer = MODELS[model]
+        d, f, layers, heads, groups, vocabulary = SHAPES[model]
+        # Parameters, in 10⁹.
+        inner, outer = layers * (2 * d * d * (1 + groups / heads) + 3 * d * f) / 1e9, 2 * vocabulary * d / 1e9
         layer = 2 * inner / layers
         weights = 2 * outer + 2 * layer if streamed else 2 * (inner + outer)
         sums, states = (8 * f**2 + 3 * 8 * f * d) / 1e9, 2 * TOKENS * (5 * d + f) / 1e9
@@ -184,4 +171,4 @@ if __name__ == "__main__":
     elif 2 <= len(sys.argv) <= 4:
         main(Path(sys.argv[1]), *sys.argv[2:])
     else:
-        sys.exit("usage: python -m benchmarks.scale FOLDER [llama-3.1-8b|llama-3.1-8b-short|tiny [MEMORY]]")
+        sys.exit(f"usage: python -m benchmarks.scale FOLDER [{'|'.join(SHAPES)} [MEMORY]]")

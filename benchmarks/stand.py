@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import importlib
+import json
 import os
 import random
 import re
@@ -10,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,6 @@ WORDS = "the a river mountain of runs near old town and people walk to market wh
 CODE = (
     "stages",
     "replaceme",
-    "experiments",
     "dvc.yaml",
     "params.yaml",
     ".dvcignore",
@@ -44,6 +44,8 @@ SETTINGS = {
 }  # fmt: skip
 # Files that hold times, process ids or sums of such files: that they are there is compared, not what they hold.
 TIMED = re.compile(r"/costs?/|/times/|steps/\w+\.json$|sha256\.json$|\.lock$|compression\.json$|claim")
+# Figures of metrics/summary.json that vary likewise.
+COSTS = ("seconds", "memory_gb")
 
 
 class Stand:
@@ -90,19 +92,42 @@ class Stand:
                 if path.is_dir() and not any(path.iterdir()):
                     found[f"{name}/"] = "empty folder"
                 elif path.is_file():
-                    found[name] = "" if TIMED.search(name) else hashlib.sha256(path.read_bytes()).hexdigest()
+                    found[name] = "" if TIMED.search(name) else hashlib.sha256(_untimed(path)).hexdigest()
         return found
 
 
-def copy_code(folder: Path) -> None:
+def _untimed(path: Path) -> bytes:
+    """Return what a file holds, without the cost among the figures of metrics/summary.json."""
+    content = path.read_bytes()
+    if path.name != "summary.json":
+        return content
+    return json.dumps({key: value for key, value in json.loads(content).items() if key not in COSTS}).encode()
+
+
+def import_copy(folder: Path) -> None:
     """Copy the pipeline, and import the library from there from now on: a run may not change when the repository does."""
+    copy_code(folder)
+    sys.path.insert(0, str(folder))
+
+
+def copy_code(folder: Path) -> None:
+    """Copy the pipeline."""
     for name in CODE:
         (folder / name).parent.mkdir(exist_ok=True, parents=True)
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copyfile(ROOT / name, folder / name)
-    sys.path.insert(0, str(folder))
+
+
+def set_params(folder: Path, settings: Mapping[str, str]) -> None:
+    """Change values in the params.yaml of a copy; each key has to be there."""
+    file = folder / "params.yaml"
+    text = file.read_text(encoding="utf-8")
+    for key, value in settings.items():
+        text, found = re.subn(rf"(?m)^{key}: .*$", f"{key}: {value}", text)
+        assert found == 1, key
+    file.write_text(text, encoding="utf-8")
 
 
 def console(command: str, *words: str) -> None:
@@ -155,12 +180,8 @@ class Project(Stand):
         super().clear()
         shutil.copytree(self.code, self.place, dirs_exist_ok=True)
         (self.place / "metrics").mkdir()
-        text = (self.place / "params.yaml").read_text(encoding="utf-8")
         settings = SETTINGS | {key: str(self.inputs / SETTINGS[key]) for key in ("model_path", "dataset")}
-        for key, value in (settings | {"tasks": f"[{self.inputs / 'held-out.txt'}]"}).items():
-            text, found = re.subn(rf"(?m)^{key}: .*$", f"{key}: {value}", text)
-            assert found == 1, key
-        (self.place / "params.yaml").write_text(text, encoding="utf-8")
+        set_params(self.place, settings | {"tasks": f"[{self.inputs / 'held-out.txt'}]"})
         subprocess.run(["git", "init", "-q"], cwd=self.place, check=True)
 
     def content(self) -> dict[str, str]:

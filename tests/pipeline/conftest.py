@@ -1,17 +1,15 @@
 """Fixtures of the pipeline's tests: one real run of it in a copy of the repository, and a hub that records what it is asked."""
 
 import json
-import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from benchmarks.stand import copy_code, set_params
 from replaceme.models import hub
 from replaceme.models.model import Model
 from tests.conftest import made_text
-from tests.pipeline.closure import ROOT
 from tests.pipeline.helpers import TOKEN, Hub, shell
 
 # A sitecustomize that records which files of the library a stage has loaded, when its process ends.
@@ -48,11 +46,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny: Model) -> Path:
 
 def made_project(folder: Path, tiny: Model) -> Path:
     """Copy the repository, set it to a tiny model and a text of its own, and return the folder."""
-    for name in ("stages", "replaceme"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("dvc.yaml", ".dvcignore", ".gitignore", ".dvc/config", ".dvc/.gitignore"):
-        (folder / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(ROOT / name, folder / name)
+    copy_code(folder)
     (folder / "text.txt").write_text(made_text(600), encoding="utf-8")
     (folder / "held-out.txt").write_text(made_text(100, seed=1), encoding="utf-8")
     rows = [
@@ -66,11 +60,7 @@ def made_project(folder: Path, tiny: Model) -> Path:
         "tasks": "[held-out.txt, {questions.jsonl: {limit: 25}}]",
         "threads": "1", "device": "cpu",
     }  # fmt: skip
-    text = (ROOT / "params.yaml").read_text(encoding="utf-8")
-    for key, value in settings.items():
-        text, count = re.subn(rf"(?m)^{key}: .*$", f"{key}: {value}", text)
-        assert count == 1
-    (folder / "params.yaml").write_text(text, encoding="utf-8")
+    set_params(folder, settings)
     shell(folder, "git", "init", "-q", "-b", "main")
     shell(folder, "git", "config", "user.name", "tester")
     shell(folder, "git", "config", "user.email", "tester@example.org")

@@ -14,7 +14,7 @@ def definite(size: int, dtype: torch.dtype) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("size", [1, 7, 130])
-def test_the_factor_lies_in_the_matrix_and_solves(size: int, dtype: torch.dtype) -> None:
+def test_the_factor_solves_and_inverts(size: int, dtype: torch.dtype) -> None:
     matrix, right = definite(size, dtype), torch.ones(size, 3, dtype=dtype)
     tolerance = 1e3 * size * torch.finfo(dtype).eps
     expected = torch.linalg.inv(matrix.double())
