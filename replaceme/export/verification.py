@@ -45,6 +45,7 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 3e-3, torc
 # Where no edit changes anything: the rounding of a float32 computation.
 EXACT = TOLERANCE[torch.float32]
 CACHE_TOLERANCE = 1e-2
+HALF = (torch.bfloat16, torch.float16)
 # Entries of the config that limit how far attention sees. For the proof they are made shorter than its text, in both models.
 WINDOWS = ("sliding_window", "window_size", "attention_chunk_size")
 # Entries of a config that say where it came from, and those of our own form.
@@ -304,7 +305,7 @@ def _in_float32(model: Any, family: Family, mixtures: Mapping[int, Mapping[int, 
             del parts[head]
             stack.enter_context(mock.patch.object(head, "forward", partial(_multiplied, head)))
         for module, parameters in parts.items():
-            if any(each.dtype in (torch.bfloat16, torch.float16) for each in parameters):
+            if any(each.dtype in HALF for each in parameters):
                 cast = _Cast(parameters)
                 stack.callback(module.register_forward_pre_hook(cast.widen, prepend=True).remove)
                 stack.callback(module.register_forward_hook(cast.restore).remove)
@@ -331,7 +332,7 @@ def _multiplied(module: nn.Linear, states: Tensor) -> Tensor:
 
 
 def _widened(weight: Tensor) -> Tensor:
-    return weight.float() if weight.dtype in (torch.bfloat16, torch.float16) else weight
+    return weight.float() if weight.dtype in HALF else weight
 
 
 class _Cast:

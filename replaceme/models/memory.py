@@ -77,11 +77,11 @@ def room_of(
     """
     if params.memory is None:
         return None
-    outside, obstacle = parts_of(source, dtype)[0], whole or _obstacle(source, params, packed)
-    of_layers = _bytes_by_layer(source, layers or dtype)
-    of_layers.pop("", None)
-    largest = max(of_layers.values(), default=0)
-    needed = weight_bytes(source, layers or dtype) if obstacle else outside + sum(of_layers.values())
+    of_layers, obstacle = _bytes_by_layer(source, layers or dtype), whole or _obstacle(source, params, packed)
+    outside = of_layers.pop("", 0)
+    if layers and not obstacle:
+        outside, _ = parts_of(source, dtype)
+    needed, largest = outside + sum(of_layers.values()), max(of_layers.values(), default=0)
     if packed:
         # NF4 of 16 bits: 4, and a scale for each 64 entries. What is outside the layers stays as it is.
         needed = outside + (needed - outside) * 9 // 32

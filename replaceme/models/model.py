@@ -165,15 +165,18 @@ class Model:
     def _is_finite(self, model: Any) -> bool:
         """Return whether no weight in memory holds NaN or infinity.
 
-        Weights can be mapped from their files, and those that a walk doesn't compute with (a head) then take no memory. So that
-        this stays true, it reads the files through mappings of its own.
+        What a streamed model has there can be mapped from its files, and takes no memory where nothing computes with it (a
+        head). So that this stays true, the files are read through other mappings.
         """
+        if not any(parameter.is_meta for parameter in model.parameters()):
+            return all(map(is_finite, model.parameters()))
         stored = self.stored()
 
         def value(name: str, parameter: Tensor) -> Tensor:
             place = stored.get(name)
-            here = parameter.device.type == "cpu" and place is not None and FORMATS.get(place.format) == parameter.dtype
-            return place.read(name) if place is not None and here else parameter
+            if place is None or parameter.device.type != "cpu" or FORMATS.get(place.format) != parameter.dtype:
+                return parameter
+            return place.read(name)
 
         return all(is_finite(value(*named)) for named in model.named_parameters())
 
