@@ -123,7 +123,7 @@ STAGE = Addition(
 
 @pytest.mark.parametrize("addition", [METHOD, CRITERION, STAGE], ids=["method", "criterion", "stage"])
 def test_a_repository_with_one_more_passes_its_tests(addition: Addition, tmp_path: Path) -> None:
-    for folder in ("replaceme", "stages", "tests", "reproduce"):
+    for folder in ("replaceme", "stages", "tests", "reproduce", "benchmarks"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for file in ("dvc.yaml", "params.yaml", "pyproject.toml", "README.md", "docs/parameters.md", "docs/design.md"):
         (tmp_path / file).parent.mkdir(exist_ok=True)
