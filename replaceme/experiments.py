@@ -148,9 +148,12 @@ def _save(comparison: ExperimentComparison, output: Path) -> None:
 
 
 def _title(column: str) -> str:
-    from replaceme.report.experiment_comparison import RATIO, RETENTION
+    from replaceme.report.experiment_comparison import RATIO, RETENTION, UNSEEN
 
-    return "accuracy kept (% of dense)" if column == RETENTION else f"perplexity of {column.removesuffix(RATIO)} (times dense)"
+    if column == RETENTION:
+        return "accuracy kept (% of dense)"
+    text = "text that none calibrated on" if column == UNSEEN else column.removesuffix(RATIO)
+    return f"perplexity of {text} (times dense)"
 
 
 def speeds_of(experiments: Sequence[Mapping[str, Any]], memory: Path) -> list[Record | None]:

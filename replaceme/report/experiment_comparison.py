@@ -21,11 +21,14 @@ UNSEEN = f"unseen{RATIO}"
 SHORT = {"alpha": "α", "layers_to_skip": "layers"}
 # Where a run was computed doesn't change its results.
 NO_SETTING = ("save_path", "save_transform_only", "device", "device_map")
+# How an experiment is scored tells methods apart neither in a column nor in a picture.
+SCORING = ("tasks", "eval_tokens", "eval_batch_size", "eval_dtype")
 # Costs vary from run to run, so they don't tell experiments apart.
 COSTS = {"seconds": "compression_seconds", "peak_memory_bytes": "peak_memory_bytes", "peak_cuda_bytes": "peak_cuda_bytes"}
 SPEEDS = {"prefill_seconds": "prefill_speedup", "decode_seconds_per_token": "decode_speedup"}
 COUNTS = ("parameters", "peak_memory_bytes", "peak_cuda_bytes")
 TRAINED = "trained"
+UNFINISHED = ("Queued", "Running", "Failed")
 # The tasks that are scored on calibration text.
 SEEN = "seen"
 # Percentage points of the parameters: less than a layer of a small model.
@@ -61,14 +64,14 @@ class ExperimentComparison:
         """Return experiments of about the same size and at least two methods, and the column to compare them by.
 
         With several such sizes, the one with the most methods is taken. Perplexity is preferred, if all have it: it is finer
-        than accuracy.
+        than accuracy. That on unseen texts comes before that of single texts.
         """
         groups = [rows for rows in self._by_size() if len({row["method"] for row in rows}) > 1]
         if not groups:
             return [], ""
         rows = max(groups, key=lambda rows: (len({row["method"] for row in rows}), rows[0]["removed_percent"]))
         ratios = [name for name in self.table if name.endswith(RATIO) and all(row[name] == row[name] for row in rows)]
-        column = ratios[0] if ratios else self.quality
+        column = self.quality if self.quality in ratios or not ratios else ratios[0]
         counts = pd.Series([row["method"] for row in rows]).value_counts()
         return [
             Row(
@@ -104,13 +107,15 @@ def comparison_of(records: Sequence[Mapping[str, Any]]) -> ExperimentComparison:
     Raises:
         ParameterError: no experiment has scores yet, or they have no score in common.
     """
-    scored = [record for record in records if isinstance(record.get(REMOVED), int | float) and record.get("rev") != "workspace"]
+    # A running experiment has the scores of the commit that it started from.
+    ended = [record for record in records if record.get("State") not in UNFINISHED and record.get("rev") != "workspace"]
+    scored = [record for record in ended if isinstance(record.get(REMOVED), int | float)]
     if not scored:
         raise ParameterError(
             "compare_experiments: no experiment has scores yet; run some, as in `dvc exp run --queue -S 'layers_to_skip=4,8'` "
             "and `dvc queue start`."
         )
-    if left := sum(record.get("State") in ("Queued", "Running", "Failed") for record in records):
+    if left := sum(record.get("State") in UNFINISHED for record in records):
         logger.info("%d experiments are queued, running or failed, and left out", left)
     settings = _settings(scored)
     for name in ("model_path", "tasks", "eval_tokens"):
@@ -241,7 +246,11 @@ def _quality(table: pd.DataFrame) -> tuple[str, bool]:
 
 
 def _varying(table: pd.DataFrame, settings: Sequence[str]) -> tuple[str, ...]:
-    """Return the settings that vary within a method, those with the most values first; with a single method, all settings."""
+    """Return the settings that vary within a method, those with the most values first; with a single method, all settings.
+
+    How the experiments were scored is left out.
+    """
+    settings = [name for name in settings if name not in SCORING]
     if table["method"].nunique() == 1:
         return tuple(settings)
     values = {name: table[name].astype(str) for name in settings}
@@ -273,4 +282,7 @@ def cell(value: Any) -> str:
         return ""
     if str(value) in WORDS:
         return WORDS[str(value)]
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:g}"
+    # DVC writes a list as Python does.
+    return str(value).replace("'", "") if str(value).startswith(("[", "{")) else str(value)

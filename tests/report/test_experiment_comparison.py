@@ -20,7 +20,7 @@ from replaceme.base.progress import align
 from replaceme.methods.method import Method, drop
 from replaceme.methods.registry import METHODS
 from replaceme.models.model import Model
-from replaceme.report.experiment_comparison import comparison_of
+from replaceme.report.experiment_comparison import UNSEEN, comparison_of
 from replaceme.report.experiment_table import COLUMNS, markdown, shown
 from replaceme.report.methods_figure import ROWS, Row, methods_figure
 from replaceme.report.theme import DARK, png
@@ -159,6 +159,30 @@ def test_the_best_of_each_size_comes_first() -> None:
     bare = [record("uidl", n, ratio=ratio, kept=None, alpha=float(n)) for n, ratio in enumerate((3.0, 2.0, 2500.0))]
     rows, _ = table_of(bare)
     assert [row["perplexity"].split(" × ")[1] for row in rows] == ["2.00", "3.00", "2,500"]
+
+
+def test_an_experiment_that_runs_is_left_out_with_the_scores_of_the_commit_it_started_from() -> None:
+    rows, _ = table_of(
+        [record(number=1), record("uidl", 2), record("laco", 3, State="Running"), record(number=4, State="Failed")]
+    )
+    assert {row["method"] for row in rows} == {"lstsq", "uidl"}
+
+
+def test_methods_are_compared_on_unseen_text_where_there_is_some() -> None:
+    unseen = {f"calibration_text.{task}.{mark}": 0.0 for task in ("news", "wiki") for mark in ("seen", "same_domain")}
+    seen = unseen | {"calibration_text.wiki.seen": 1.0}
+    lists = {
+        "dataset": "['wiki', 'self']",
+        "tasks": "['news', 'wiki']",
+        "perplexity.news.ratio": 3.0,
+        "perplexity.news.pruned": 60.0,
+    }
+    other = lists | {"dataset": "self", "tasks": "['wiki', 'news']", "perplexity.news.ratio": 2.0}
+    made = [record("lstsq", 1, **lists, **seen), record("lstsq", 2, **other, **unseen), record("uidl", 3, **lists, **unseen)]
+    rows, column = comparison_of(made).same_size()
+    assert column == UNSEEN
+    assert [row.quality for row in rows] == pytest.approx([2.0, 3.0, 3.0])
+    assert sorted(row.settings for row in rows) == ["", "dataset [wiki, self]", "dataset self"]
 
 
 def test_several_texts_have_a_column_each() -> None:
