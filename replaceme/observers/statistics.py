@@ -251,13 +251,14 @@ class MagnitudeRatios(AtCut):
 
 
 def of_mean_weight(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return weighted sums, rescaled to weights of mean 1, on the CPU, without ``weights``.
+    """Return weighted sums, rescaled to weights of mean 1, on the CPU, without ``weights``; on the CPU, in their own memory.
 
     Args:
         sums: weighted sums by name; among them ``weights`` = Σ w, and ``tokens``, the number of tokens.
     """
     tokens, weights = sums["tokens"].cpu(), sums["weights"].cpu()
-    scaled = {name: total.cpu() * (tokens / weights) for name, total in sums.items() if name not in ("tokens", "weights")}
+    with torch.inference_mode():
+        scaled = {name: total.cpu().mul_(tokens / weights) for name, total in sums.items() if name not in ("tokens", "weights")}
     return {**scaled, "tokens": tokens}
 
 

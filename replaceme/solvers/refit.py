@@ -29,6 +29,7 @@ def refit(edits: Edits, host: int, sums: Mapping[str, Tensor], alpha: float, rid
         edits: receives a transform (fitted with the same token weights) and corrections of the weights after it.
         host: the kept layer before the block.
         sums: ``replaceme.observers.statistics.FeatureGram``: of the MLP's features (refit), or of the attention's too (joint).
+            Afterwards, ``gram`` holds nothing of use: it is factorised in its own memory.
         alpha: ridge of the transform, in the units of ``Σ w MᵀM``.
         ridge: λ of the corrections.
 
@@ -46,10 +47,11 @@ def refit(edits: Edits, host: int, sums: Mapping[str, Tensor], alpha: float, rid
     alone, columns = features.only("mlp_output")
     for part, place in ((alone, columns), (features, slice(None))):
         gram, penalty = sums["gram"][place, place], part.per_column(dict.fromkeys(part.widths, ridge))
-        change = solve_correction(gram, cross[place], penalty)
+        last, diagonal = part == features, gram.diagonal().clone()
+        change = solve_correction(gram, cross[place], penalty, overwrite=last)
         edits.correct_all(host, part.parts(change))
-        left += gained_by_ridge(gram.diagonal(), cross[place], change, penalty)
-        if part == features:
+        left += gained_by_ridge(diagonal, cross[place], change, penalty)
+        if last:
             break
         cross = cross - sums["gram"][:, place] @ change
     output_squares = float(sums["output_squares"])
