@@ -127,8 +127,8 @@ def main(folder: Path, shapes: str = "llama-3.1-8b", memory: str = "3GB") -> Non
     layers = SHAPES[shapes][2]
     # Some kept layers have to come after the block, or there is nothing to repair.
     cut = {"layers_to_skip": str(layers // 4), "max_distance_layer": str(layers * 3 // 4)}
-    own = {"model_path": str(inputs / "model"), "dataset": str(inputs / "text.txt"), "memory": memory}
-    set_params(work, SETTINGS | own | cut)
+    given = {"model_path": str(inputs / "model"), "dataset": str(inputs / "text.txt"), "memory": memory}
+    set_params(work, SETTINGS | given | cut)
     weights = sum(path.stat().st_size for path in (inputs / "model").glob("*.safetensors")) / 1e9
     print(f"{shapes}: {weights:.1f} GB of weights, memory: {memory}; the log is {log}")
     print(
