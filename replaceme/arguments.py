@@ -5,14 +5,16 @@ subcommand uses, in groups: the common ones with a few words each, all of them u
 """
 
 import argparse
+import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from replaceme.base.entry import Parser
-from replaceme.base.errors import ParameterError, excerpt
+from replaceme.base.errors import ParameterError, ReplaceMeError, excerpt
 from replaceme.base.params import nearest, parse_value
 from replaceme.base.presets import PRESETS, RECOMMENDED
 from replaceme.base.published_keys import PUBLISHED_KEYS
@@ -187,6 +189,24 @@ def parse(parser: Parser, arguments: Sequence[str], keys: Iterable[str] = tuple(
         raise ParameterError(problems)
     config = Path(given.pop("config")[0]) if "config" in given else None
     return config, {name: typed(name, value) for name, (value,) in given.items()}
+
+
+@contextmanager
+def named_as_typed(arguments: Sequence[str]) -> Iterator[None]:
+    """Let an error inside the block that begins with a parameter name the alias too, if that is what was typed."""
+    words = {word.split("=")[0] for word in arguments}
+    used = {key: alias for alias, key in ALIASES.items() if f"--{alias}" in words}
+    try:
+        yield
+    except ReplaceMeError as error:
+        problems = str(error).split("\n")
+        for key, alias in used.items():
+            start = re.compile(rf"^(command line: )?{key}: ")
+            problems = [
+                start.sub(lambda found, name=f"--{alias} ({key})": f"{found[1] or ''}{name}: ", each, 1) for each in problems
+            ]
+        error.args = ("\n".join(problems),)
+        raise
 
 
 def typed(name: str, value: str) -> Any:

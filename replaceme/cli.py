@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from replaceme import __version__, actions, experiments, publish
-from replaceme.arguments import GROUPS, command_parser, parse
+from replaceme.arguments import GROUPS, command_parser, named_as_typed, parse
 from replaceme.base.entry import Parser, plain_parser, run_command
 from replaceme.base.errors import ParameterError, excerpt
 from replaceme.base.params import Params, nearest, read_params
@@ -54,10 +54,11 @@ class Command:
     def run(self, name: str, arguments: Sequence[str]) -> None:
         """Read the command line and the config, and do it."""
         parser = self.parser(name, everything="--help-all" in arguments)
-        config, overrides = parse(parser, arguments, self.keys)
-        params = read_params(config, {**overrides, **self.fixed, **taken()}, METHODS, preset=None)
-        silence_libraries(load=True)
-        actions.together(self.action, params)
+        with named_as_typed(arguments):
+            config, overrides = parse(parser, arguments, self.keys)
+            params = read_params(config, {**overrides, **self.fixed, **taken()}, METHODS, preset=None)
+            silence_libraries(load=True)
+            actions.together(self.action, params)
 
 
 COMMANDS: Mapping[str, Command] = {
