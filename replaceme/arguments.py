@@ -201,10 +201,7 @@ def named_as_typed(arguments: Sequence[str]) -> Iterator[None]:
     except ReplaceMeError as error:
         problems = str(error).split("\n")
         for key, alias in used.items():
-            start = re.compile(rf"^(command line: )?{key}: ")
-            problems = [
-                start.sub(lambda found, name=f"--{alias} ({key})": f"{found[1] or ''}{name}: ", each, 1) for each in problems
-            ]
+            problems = [re.sub(rf"^(command line: |){key}: ", rf"\1--{alias} ({key}): ", each) for each in problems]
         error.args = ("\n".join(problems),)
         raise
 
