@@ -31,14 +31,16 @@ TITLES |= {"prefill_speedup": "prefill", "decode_speedup": "decode"}
 def shown(comparison: ExperimentComparison) -> tuple[list[list[str]], list[str]]:
     """Return the table as rows of cells, the heading first, and a note for each setting that has no column.
 
-    A star marks the experiments that are the best for their size. With several methods, settings that vary within a method get
-    columns as long as the table fits ``COLUMNS`` characters.
+    A star marks the experiments that are the best for their size. With several methods, each setting that varies within a method
+    gets a column if the table then fits ``COLUMNS`` characters.
     """
     table, settings = comparison.table, list(comparison.varying)
+    if table["method"].nunique() > 1:
+        settings = []
+        for name in comparison.varying:
+            if len(align(_rows(table, [*settings, name])).splitlines()[0]) <= COLUMNS:
+                settings.append(name)
     rows = _rows(table, settings)
-    while table["method"].nunique() > 1 and settings and len(align(rows).splitlines()[0]) > COLUMNS:
-        settings.pop()
-        rows = _rows(table, settings)
     notes = [_note(table, name) for name in comparison.settings if name not in settings]
     if SEEN in rows[0]:
         notes.append(f"{SEEN}: tasks that are scored on calibration text")
@@ -59,7 +61,8 @@ def _rows(table: pd.DataFrame, settings: Sequence[str]) -> list[list[str]]:
     cuda = "peak_cuda_bytes" in table and table["peak_cuda_bytes"].notna().all()
     costs = [name for name in COSTS.values() if name != "peak_memory_bytes" or not cuda]
     columns = ["experiment", "method", *settings]
-    columns += [name for name in ("removed_percent", "parameters", RETENTION, ABOVE_CHANCE, *ratios) if name in table]
+    columns += ["removed_percent", "parameters"]
+    columns += [name for name in (RETENTION, ABOVE_CHANCE, *ratios) if name in table and table[name].notna().any()]
     columns += [SEEN] if (table[SEEN] != "").any() else []
     columns += [name for name in (*costs, *SPEEDS.values()) if name in table and table[name].notna().any()]
     titles = TITLES | ({ratios[0]: "perplexity"} if len(ratios) == 1 and ratios != [UNSEEN] else {})
