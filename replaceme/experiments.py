@@ -152,8 +152,7 @@ def _title(column: str) -> str:
 
     if column == RETENTION:
         return "accuracy kept (% of dense)"
-    text = "text that none calibrated on" if column == UNSEEN else column.removesuffix(RATIO)
-    return f"perplexity of {text} (times dense)"
+    return f"perplexity of {'unseen text' if column == UNSEEN else column.removesuffix(RATIO)} (times dense)"
 
 
 def speeds_of(experiments: Sequence[Mapping[str, Any]], memory: Path) -> list[Record | None]:

@@ -92,10 +92,12 @@ class ExperimentComparison:
         return ", ".join(([] if alone and settings else [str(row["method"])]) + settings)
 
     def _distinct_settings(self, row: Mapping[str, Any]) -> list[str]:
-        """Return the settings that tell an experiment apart from others of its method."""
+        """Return the settings that tell an experiment apart from others of its method, without what is switched off."""
         if (self.table["method"] == row["method"]).sum() == 1:
             return []
-        return [f"{SHORT.get(name, name)} {cell(row[name])}" for name in self.varying if cell(row[name])]
+        values = {name: cell(row[name]) for name in self.varying}
+        off = {name for name, value in values.items() if value in ("", "false") or (name, value) == ("heal_epochs", "0")}
+        return [f"{SHORT.get(name, name)} {value}" for name, value in values.items() if name not in off]
 
 
 def comparison_of(records: Sequence[Mapping[str, Any]]) -> ExperimentComparison:
