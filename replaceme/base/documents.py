@@ -230,20 +230,23 @@ def split_places(sources: Sequence[int], every: int) -> tuple[list[int], list[in
 
     A piece of a text tells much about the text's other pieces, so that these must not be fitted on if it is held out. A source
     is held out where this leaves at most one of ``every`` documents so far held out; if each document is its own source, this
-    is the last of each ``every`` ones. If it holds for no source, the smallest one is held out.
+    is the last of each ``every`` ones. If it holds for no source, the smallest one is held out. Several domains are divided
+    each by itself, and each begins with half of ``every`` passed: a few documents of each are enough to hold one out.
 
     Args:
         sources: the source of each document, in the order of the walk.
         every: no document is held out of fewer than these, or if all have one source.
     """
     sizes = Counter(sources)
+    domains = {source >> SOURCE_BITS for source in sizes}
+    passed, held = dict.fromkeys(domains, every // 2 if len(domains) > 1 else 0), dict.fromkeys(domains, 0)
     chosen: set[int] = set()
-    passed = held = 0
-    for source, size in sizes.items():
-        passed += size
-        if (held + size) * every <= passed:
+    for source, size in sizes.items() if len(sources) >= every else ():
+        domain = source >> SOURCE_BITS
+        passed[domain] += size
+        if (held[domain] + size) * every <= passed[domain]:
             chosen.add(source)
-            held += size
+            held[domain] += size
     if not chosen and len(sizes) > 1 and len(sources) >= every:
         chosen.add(min(sizes, key=sizes.__getitem__))
     places = range(len(sources))

@@ -31,8 +31,8 @@ TITLES |= {"prefill_speedup": "prefill", "decode_speedup": "decode"}
 def shown(comparison: ExperimentComparison) -> tuple[list[list[str]], list[str]]:
     """Return the table as rows of cells, the heading first, and a note for each setting that has no column.
 
-    A star marks the experiments that are the best for their size. With several methods, each setting that varies within a method
-    gets a column if the table then fits ``COLUMNS`` characters.
+    A star marks the experiments that are the best for their size. With several methods, a setting that varies within one gets a
+    column if the table then fits ``COLUMNS`` characters.
     """
     table, settings = comparison.table, list(comparison.varying)
     if table["method"].nunique() > 1:

@@ -38,6 +38,20 @@ def test_no_text_is_on_both_sides_of_a_split(sources: list[int], every: int) -> 
     assert len(held_out) * every <= len(sources) or (len(gone) == 1 and len(held_out) == smallest)
 
 
+@given(st.lists(st.integers(0, 3), min_size=5, max_size=60), st.sampled_from([5, 20]))
+@settings(max_examples=200, deadline=None)
+def test_every_domain_holds_out_its_own_share(domains: list[int], every: int) -> None:
+    sources = [(domain << SOURCE_BITS) + number for number, domain in enumerate(domains)]
+    _, held_out = split_places(sources, every)
+    counts, gone = Counter(domains), Counter(domains[place] for place in held_out)
+    start = every // 2 if len(counts) > 1 else 0
+    shares = {domain: (count + start) // every for domain, count in counts.items()}
+    if len(sources) >= every and any(shares.values()):
+        assert {domain: gone[domain] for domain in counts} == shares
+    else:
+        assert len(held_out) == (len(sources) >= every)
+
+
 def test_the_pieces_of_a_text_stay_together_whatever_their_lengths() -> None:
     sources = [1, 0, 2, 1, 3, 4, 0, 5, 2, 6, 7, 1]
     documents = Documents([torch.tensor([source, *range(2, 2 + n % 4)]) for n, source in enumerate(sources)], sources)
