@@ -203,6 +203,8 @@ def named_as_typed(arguments: Sequence[str]) -> Iterator[None]:
         for key, alias in used.items():
             problems = [re.sub(rf"^(command line: |){key}: ", rf"\1--{alias} ({key}): ", each) for each in problems]
         error.args = ("\n".join(problems),)
+        if isinstance(error, ParameterError):
+            error.problems = problems
         raise
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from replaceme.actions import evaluate, measure, profile, prune, together
-from replaceme.arguments import parse, script_parser
+from replaceme.arguments import named_as_typed, parse, script_parser
 from replaceme.base.entry import run_command
 from replaceme.base.errors import ParameterError
 from replaceme.base.params import Params, read_params
@@ -60,12 +60,13 @@ def get_lt_with_solvers() -> NoReturn:
 
 def _main(action: Callable[[Params], object], description: str, **fixed: Any) -> NoReturn:
     def work(arguments: Sequence[str]) -> None:
-        config, overrides = parse(script_parser(description), arguments)
-        for key, value in fixed.items():
-            if overrides.get(key, value) != value:
-                raise ParameterError(f"{key}: this command sets it to {value}; use run_replaceme for {overrides[key]}.")
-        params = read_params(config, {**overrides, **fixed, **taken()}, METHODS)
-        silence_libraries(load=True)
-        together(action, params)
+        with named_as_typed(arguments):
+            config, overrides = parse(script_parser(description), arguments)
+            for key, value in fixed.items():
+                if overrides.get(key, value) != value:
+                    raise ParameterError(f"{key}: this command sets it to {value}; use run_replaceme for {overrides[key]}.")
+            params = read_params(config, {**overrides, **fixed, **taken()}, METHODS)
+            silence_libraries(load=True)
+            together(action, params)
 
     run_command(work)

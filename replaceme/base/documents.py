@@ -161,13 +161,30 @@ EXCERPT_TOKENS, EXCERPT_LENGTH, EXCERPT_SEED = 4096, 1024, 0
 
 
 def excerpts_of(documents: Documents) -> Documents:
-    """Return ``EXCERPT_TOKENS`` tokens of documents in a seeded order, at most ``EXCERPT_LENGTH`` of each."""
-    cut = (document[:EXCERPT_LENGTH] for document in documents.shuffled(EXCERPT_SEED).documents if len(document) > 1)
+    """Return ``EXCERPT_TOKENS`` tokens of documents in a seeded order, at most ``EXCERPT_LENGTH`` of each.
+
+    The next document is always one of the domain that lacks most of its share of the tokens, so that each domain is there.
+    """
+    cut = (document[:EXCERPT_LENGTH] for document in _by_domain(documents.shuffled(EXCERPT_SEED)) if len(document) > 1)
     excerpts = first_of(cut, EXCERPT_TOKENS)
     if (surplus := sum(map(len, excerpts)) - EXCERPT_TOKENS) > 0:
         excerpts[-1] = excerpts[-1][:-surplus]
     # A single token predicts none.
     return Documents([excerpt for excerpt in excerpts if len(excerpt) > 1])
+
+
+def _by_domain(documents: Documents) -> Iterator[Tensor]:
+    """Yield the documents, always the next one of the domain that lacks most of its share of the tokens so far."""
+    waiting: dict[int, list[Tensor]] = {}
+    for source, document in zip(documents.sources, documents.documents, strict=True):
+        waiting.setdefault(source >> SOURCE_BITS, []).append(document)
+    sizes, passed = {domain: sum(map(len, own)) for domain, own in waiting.items()}, dict.fromkeys(waiting, 0)
+    for own in waiting.values():
+        own.reverse()
+    while any(waiting.values()):
+        domain = min((each for each in waiting if waiting[each]), key=lambda each: passed[each] / sizes[each])
+        passed[domain] += len(waiting[domain][-1])
+        yield waiting[domain].pop()
 
 
 def few_documents(documents: Documents, tokens: int) -> Documents:
@@ -228,20 +245,25 @@ def folds_of(documents: Documents, most: int = FOLDS) -> Tensor:
 def split_places(sources: Sequence[int], every: int) -> tuple[list[int], list[int]]:
     """Return the places of a walk that are used, and those that are held out: whole sources.
 
-    A piece of a text tells much about the text's other pieces, so that these must not be fitted on if it is held out. A source
-    is held out where this leaves at most one of ``every`` documents so far held out; if each document is its own source, this
-    is the last of each ``every`` ones. If it holds for no source, the smallest one is held out. Several domains are divided
-    each by itself, and each begins with half of ``every`` passed: a few documents of each are enough to hold one out.
+    A piece of a text tells much about the text's other pieces, so that these must not be fitted on if it is held out. At most
+    one of ``every`` documents is held out; of each domain its share, by largest remainders. Within a domain, a source is held
+    out where this leaves no more than that of the documents so far: of one domain with a source for each document, the last of
+    each ``every`` ones. If it holds for no source, the smallest one is held out.
 
     Args:
         sources: the source of each document, in the order of the walk.
         every: no document is held out of fewer than these, or if all have one source.
     """
-    sizes = Counter(sources)
-    domains = {source >> SOURCE_BITS for source in sizes}
-    passed, held = dict.fromkeys(domains, every // 2 if len(domains) > 1 else 0), dict.fromkeys(domains, 0)
+    sizes, counts = Counter(sources), Counter(source >> SOURCE_BITS for source in sources)
+    shares = {domain: count // every for domain, count in counts.items()}
+    left = len(sources) // every - sum(shares.values())
+    for domain in sorted(counts, key=lambda domain: -(counts[domain] % every))[:left]:
+        shares[domain] += 1
+    # A domain whose share was rounded up begins with so many documents passed that it reaches it.
+    passed = {domain: max(every * shares[domain] - count, 0) for domain, count in counts.items()}
+    held = dict.fromkeys(counts, 0)
     chosen: set[int] = set()
-    for source, size in sizes.items() if len(sources) >= every else ():
+    for source, size in sizes.items():
         domain = source >> SOURCE_BITS
         passed[domain] += size
         if (held[domain] + size) * every <= passed[domain]:

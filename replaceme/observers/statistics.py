@@ -251,7 +251,7 @@ class MagnitudeRatios(AtCut):
 
 
 def of_mean_weight(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return weighted sums, rescaled to weights of mean 1, on the CPU, without ``weights``; on the CPU, in their own memory.
+    """Return weighted sums, rescaled to weights of mean 1, on the CPU, without ``weights``. Sums on the CPU are overwritten.
 
     Args:
         sums: weighted sums by name; among them ``weights`` = Σ w, and ``tokens``, the number of tokens.

@@ -73,15 +73,16 @@ class Sums:
 
     @torch.inference_mode()
     def finished(self) -> dict[str, Tensor]:
-        """Return the sums; nothing can be added after this.
+        """Return the sums, once: they are kept no longer.
 
         Raises:
             SolveError: a sum is not finite.
         """
-        self.totals |= {name: mirror(total) for name, total in self.squares.items()}
-        if not all(map(is_finite, self.totals.values())):
+        totals = self.totals | {name: mirror(total) for name, total in self.squares.items()}
+        self.totals, self.squares = {}, {}
+        if not all(map(is_finite, totals.values())):
             raise SolveError("dtype: the sums over the activations are not finite; use float32 or bfloat16.")
-        return self.totals
+        return totals
 
 
 def token_weights(H: Tensor) -> Tensor:

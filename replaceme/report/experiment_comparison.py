@@ -1,7 +1,9 @@
 """Comparison of experiments: the settings that differ, what was removed, the scores that were kept, and the cost."""
 
 import math
+from ast import literal_eval
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -21,7 +23,7 @@ UNSEEN = f"unseen{RATIO}"
 SHORT = {"alpha": "α", "layers_to_skip": "layers"}
 # Where a run was computed doesn't change its results.
 NO_SETTING = ("save_path", "save_transform_only", "device", "device_map")
-# How an experiment is scored tells methods apart neither in a column nor in a picture.
+# Settings of the scoring get no column and no label.
 SCORING = ("tasks", "eval_tokens", "eval_batch_size", "eval_dtype")
 # Costs vary from run to run, so they don't tell experiments apart.
 COSTS = {"seconds": "compression_seconds", "peak_memory_bytes": "peak_memory_bytes", "peak_cuda_bytes": "peak_cuda_bytes"}
@@ -42,7 +44,7 @@ class ExperimentComparison:
     Attributes:
         table: one row per experiment, with all columns.
         settings: the columns that are settings.
-        varying: the settings that do not follow from the method's name.
+        varying: the settings that do not follow from the method's name, without those of the scoring.
         quality: the column that experiments are ranked by.
         higher_is_better: whether a higher quality is better.
     """
@@ -286,5 +288,16 @@ def cell(value: Any) -> str:
         return WORDS[str(value)]
     if isinstance(value, float):
         return f"{value:g}"
-    # DVC writes a list as Python does.
-    return str(value).replace("'", "") if str(value).startswith(("[", "{")) else str(value)
+    with suppress(ValueError, SyntaxError):
+        # DVC writes a list as Python does.
+        if isinstance(read := literal_eval(str(value)), list | tuple):
+            return _listed(read)
+    return str(value)
+
+
+def _listed(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_listed, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {_listed(own)}' for key, own in value.items())}}}"
+    return WORDS.get(str(value), str(value))

@@ -9,7 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from replaceme.base.documents import FILE, SOURCE_BITS, Documents, folds_of, split_documents, split_places
+from replaceme.base.documents import (
+    EXCERPT_LENGTH,
+    EXCERPT_SEED,
+    FILE,
+    SOURCE_BITS,
+    Documents,
+    excerpts_of,
+    folds_of,
+    split_documents,
+    split_places,
+)
 
 
 def made(sources: list[int]) -> Documents:
@@ -38,18 +48,38 @@ def test_no_text_is_on_both_sides_of_a_split(sources: list[int], every: int) -> 
     assert len(held_out) * every <= len(sources) or (len(gone) == 1 and len(held_out) == smallest)
 
 
-@given(st.lists(st.integers(0, 3), min_size=5, max_size=60), st.sampled_from([5, 20]))
+@given(st.lists(st.integers(0, 30), min_size=5, max_size=90), st.sampled_from([5, 20]))
 @settings(max_examples=200, deadline=None)
 def test_every_domain_holds_out_its_own_share(domains: list[int], every: int) -> None:
     sources = [(domain << SOURCE_BITS) + number for number, domain in enumerate(domains)]
     _, held_out = split_places(sources, every)
     counts, gone = Counter(domains), Counter(domains[place] for place in held_out)
-    start = every // 2 if len(counts) > 1 else 0
-    shares = {domain: (count + start) // every for domain, count in counts.items()}
-    if len(sources) >= every and any(shares.values()):
-        assert {domain: gone[domain] for domain in counts} == shares
-    else:
-        assert len(held_out) == (len(sources) >= every)
+    if len(sources) < every:
+        assert not held_out
+        return
+    assert len(held_out) == len(sources) // every
+    assert all(abs(gone[domain] - count / every) < 1 for domain, count in counts.items())
+
+
+def test_whole_texts_are_held_out_of_each_domain() -> None:
+    # Ten texts of two pieces and ten of one, in turn.
+    sources = [source for number in range(10) for source in (number, number, (1 << SOURCE_BITS) + number)]
+    used, held_out = split_places(sources, 5)
+    gone = {sources[place] for place in held_out}
+    assert not gone & {sources[place] for place in used}
+    assert Counter(source >> SOURCE_BITS for source in gone) == {0: 2, 1: 2}
+
+
+def test_the_text_of_a_loss_has_every_domain() -> None:
+    sources = [(domain << SOURCE_BITS) + number for domain, count in enumerate((20, 3, 3, 3)) for number in range(count)]
+    documents = Documents([torch.full((1500,), source >> SOURCE_BITS) for source in sources], sources)
+    excerpts = excerpts_of(documents)
+    assert [len(each) for each in excerpts.documents] == [EXCERPT_LENGTH] * 4
+    assert {int(each[0]) for each in excerpts.documents} == {0, 1, 2, 3}
+    alone = Documents([torch.full((900,), number) for number in range(9)], [*range(9)])
+    assert [int(each[0]) for each in excerpts_of(alone).documents] == [
+        int(each[0]) for each in alone.shuffled(EXCERPT_SEED).documents[:5]
+    ]
 
 
 def test_the_pieces_of_a_text_stay_together_whatever_their_lengths() -> None:

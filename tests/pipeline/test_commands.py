@@ -257,7 +257,7 @@ def test_evaluate_model_prints_the_scores_and_writes_them(
         (["--method", "nothing"], "method: 'nothing' is not a method"),
         (["--layers", "2", "--model_path", "./nowhere"], "model_path: there is no folder ./nowhere"),
         (["--layers", "2", "--dataset", "nowhere.txt"], "dataset: there is no file nowhere.txt"),
-        (["--layers", "6"], "layers_to_skip: must be less than the model's 6 layers, not 6"),
+        (["--layers", "6"], "--layers (layers_to_skip): must be less than the model's 6 layers, not 6"),
         (["--layers", "2", "--model_path", "~nobody-here/x"], "model_path: there is no folder ~nobody-here/x"),
         (["--layers", "2", "--dataset", "~nobody-here/x.txt"], "dataset: there is no file ~nobody-here/x.txt"),
         (["--layers", "2", "--tasks", "~nobody-here/x.txt"], "tasks: there is no file ~nobody-here/x.txt"),
@@ -528,13 +528,13 @@ def test_a_damaged_weight_file_is_named(
     for path in tiny.files():
         (folder / path.name).write_bytes(path.read_bytes()[: 1000 if path.suffix == ".safetensors" else None])
     call(commands.run_replaceme, "--model", folder, "--dataset", text_file, "--layers", "2", *FAST, code=2)
-    assert "model_path: model.safetensors of damaged is damaged" in capsys.readouterr().err
+    assert "--model (model_path): model.safetensors of damaged is damaged" in capsys.readouterr().err
 
 
 def test_mistakes_in_model_text_and_tasks_are_reported_together(capsys: pytest.CaptureFixture[str]) -> None:
     call(commands.run_replaceme, "--model", "./none", "--dataset", "none.txt", "--tasks", "none", "--device", "cuda:99", code=2)
     errors = [line.split(": ")[1] for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert errors == ["device", "model_path", "dataset", "tasks"]
+    assert errors == ["device", "--model (model_path)", "dataset", "tasks"]
 
 
 @pytest.mark.parametrize(

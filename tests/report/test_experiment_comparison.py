@@ -20,7 +20,7 @@ from replaceme.base.progress import align
 from replaceme.methods.method import Method, drop
 from replaceme.methods.registry import METHODS
 from replaceme.models.model import Model
-from replaceme.report.experiment_comparison import UNSEEN, comparison_of
+from replaceme.report.experiment_comparison import UNSEEN, cell, comparison_of
 from replaceme.report.experiment_table import COLUMNS, markdown, shown
 from replaceme.report.methods_figure import ROWS, Row, methods_figure
 from replaceme.report.theme import DARK, png
@@ -125,6 +125,21 @@ def test_settings_make_columns_where_there_is_room() -> None:
     rows, notes = table_of(plain)
     assert {row["experiment"].strip(" *"): row["transform"] for row in rows}["gyral-le12"] == "joint"
     assert notes == ["selection: loss in lstsq, else null"]
+
+
+def test_a_wide_setting_leaves_the_others_their_columns() -> None:
+    texts = str([f"text-{number:03}" for number in range(12)])
+    made = [record(number=1, dataset=texts, repair="True"), record(number=2, dataset="self", kept=None), record("uidl", 3)]
+    rows, notes = table_of([each | {"retention_percent": None} for each in made])
+    assert "dataset" not in rows[0]
+    assert {row["repair"] for row in rows if row["method"] == "lstsq"} == {"true", "false"}
+    assert any(note.startswith("dataset: ") and texts.replace("'", "") in note for note in notes)
+    assert "kept" not in rows[0]
+
+
+def test_a_cell_is_as_params_yaml_writes_it() -> None:
+    assert cell("['it is', {\"it's.txt\": {'share': 0.5, 'split': None}}]") == "[it is, {it's.txt: {share: 0.5, split: null}}]"
+    assert [cell(value) for value in ("True", True, 0.25, None, "[odd")] == ["true", "true", "0.25", "", "[odd"]
 
 
 def test_of_one_method_every_setting_that_differs_is_a_column() -> None:
