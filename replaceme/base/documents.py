@@ -156,18 +156,19 @@ class Documents:
         return cls(documents, stored["sources"].tolist() if "sources" in stored else None)
 
 
-# Tokens that the loss is measured on, tokens of a document at most, and the seed of the documents' order.
+# Tokens that many trials are measured on, tokens of a document at most, and the seed of the documents' order.
 EXCERPT_TOKENS, EXCERPT_LENGTH, EXCERPT_SEED = 4096, 1024, 0
 
 
-def excerpts_of(documents: Documents) -> Documents:
-    """Return ``EXCERPT_TOKENS`` tokens of documents in a seeded order, at most ``EXCERPT_LENGTH`` of each.
+def excerpts_of(documents: Documents, tokens: int | None = None) -> Documents:
+    """Return so many tokens of documents (None: ``EXCERPT_TOKENS``) in a seeded order, at most ``EXCERPT_LENGTH`` of each.
 
     The next document is always one of the domain that lacks most of its share of the tokens, so that each domain is there.
     """
+    tokens = EXCERPT_TOKENS if tokens is None else tokens
     cut = (document[:EXCERPT_LENGTH] for document in _by_domain(documents.shuffled(EXCERPT_SEED)) if len(document) > 1)
-    excerpts = first_of(cut, EXCERPT_TOKENS)
-    if (surplus := sum(map(len, excerpts)) - EXCERPT_TOKENS) > 0:
+    excerpts = first_of(cut, tokens)
+    if (surplus := sum(map(len, excerpts)) - tokens) > 0:
         excerpts[-1] = excerpts[-1][:-surplus]
     # A single token predicts none.
     return Documents([excerpt for excerpt in excerpts if len(excerpt) > 1])

@@ -37,8 +37,8 @@ from replaceme.selection.compensation import gains
 from replaceme.selection.trials import Trials, batches_of, next_token_loss
 from replaceme.solvers.refit import refit
 
-# Number of measured cuts.
-SHORTLIST = 6
+# Number of measured cuts, and the tokens that they are measured on, at most: on 4096, two good cuts can't be told apart.
+SHORTLIST, TOKENS = 6, 16_384
 # λ of a refit, and the bytes that the sums of the cuts fitted in one pass may take.
 REFIT_RIDGE, GRAM_BYTES = 0.3, 4 << 30
 
@@ -149,7 +149,7 @@ def cut_losses(
 def _split(documents: Documents) -> tuple[Documents, Documents]:
     """Return the documents for fitting a stand-in, and the text for measuring losses."""
     fit, held_out = split_documents(documents)
-    excerpts = excerpts_of(held_out)
+    excerpts = excerpts_of(held_out, TOKENS)
     if not len(excerpts):
         raise ParameterError(
             f"selection: loss holds out every {HELD_OUT_EVERY}th text, and none of those held out has two tokens; give more "

@@ -126,8 +126,7 @@ def test_a_scratch_disk_that_is_too_small_is_named(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
-def test_the_loss_of_a_cut_is_that_of_the_model_with_its_fold(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("replaceme.base.documents.EXCERPT_TOKENS", 10_000)
+def test_the_loss_of_a_cut_is_that_of_the_model_with_its_fold(family: str) -> None:
     model, documents, block = made_model(family), made_documents(12), Block(2, 4)
     description = family_of(model.config)
     weights = {name: weight.clone() for name, weight in model.state_dict().items()}
@@ -149,8 +148,7 @@ def test_the_loss_of_a_cut_is_that_of_the_model_with_its_fold(family: str, monke
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_loss_of_a_cut_is_that_of_the_model_without_its_layers(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("replaceme.base.documents.EXCERPT_TOKENS", 10_000)
+def test_the_loss_of_a_cut_is_that_of_the_model_without_its_layers(kind: str) -> None:
     model, documents, blocks = made_model(kind), made_documents(12), [Block(2, 4), Block(3, 4)]
     description, computed = family_of(model.config), []
     front = description.decoder_layers(model)[0].get_submodule(description.attention)
@@ -199,7 +197,6 @@ def test_a_state_of_zeros_weighs_nothing() -> None:
 def test_the_loss_of_new_weights_is_that_of_the_edits_of_the_method(
     bytes_at_once: int, transform: str, statistic: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("replaceme.base.documents.EXCERPT_TOKENS", 10_000)
     monkeypatch.setattr(cut_loss, "GRAM_BYTES", bytes_at_once)
     model, documents, blocks = made_model(dtype=torch.float64), made_documents(12), [Block(2, 4), Block(1, 3)]
     found = cut_losses(model, Family(), documents, blocks, stand_in=transform, batch_size=4)  # type: ignore[arg-type]
