@@ -110,9 +110,9 @@ def import_copy(folder: Path) -> None:
     sys.path.insert(0, str(folder))
 
 
-def copy_code(folder: Path) -> None:
-    """Copy the pipeline."""
-    for name in CODE:
+def copy_code(folder: Path, *more: str) -> None:
+    """Copy the pipeline, and more files and folders of the repository by their names."""
+    for name in (*CODE, *more):
         (folder / name).parent.mkdir(exist_ok=True, parents=True)
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))

@@ -6,7 +6,7 @@ In a batch, padding comes after the text, so a causal model's real tokens never 
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -175,17 +175,36 @@ def excerpts_of(documents: Documents, tokens: int | None = None) -> Documents:
 
 
 def _by_domain(documents: Documents) -> Iterator[Tensor]:
-    """Yield the documents, always the next one of the domain that lacks most of its share of the tokens so far."""
-    waiting: dict[int, list[Tensor]] = {}
+    """Yield the documents, the domains at their shares of the tokens from the first one on."""
+    domains: dict[int, list[tuple[int, Tensor]]] = {}
     for source, document in zip(documents.sources, documents.documents, strict=True):
-        waiting.setdefault(source >> SOURCE_BITS, []).append(document)
-    sizes, passed = {domain: sum(map(len, own)) for domain, own in waiting.items()}, dict.fromkeys(waiting, 0)
-    for own in waiting.values():
-        own.reverse()
-    while any(waiting.values()):
-        domain = min((each for each in waiting if waiting[each]), key=lambda each: passed[each] / sizes[each])
-        passed[domain] += len(waiting[domain][-1])
-        yield waiting[domain].pop()
+        domains.setdefault(source >> SOURCE_BITS, []).append((source, document))
+    sizes = {domain: sum(len(document) for _, document in own) for domain, own in domains.items()}
+    for _, _, document in in_shares({domain: iter(own) for domain, own in domains.items()}, sizes):
+        yield document
+
+
+def in_shares(
+    streams: Mapping[int, Iterator[tuple[int, Tensor]]], shares: Mapping[int, float] | Sequence[float]
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Yield the documents of all streams: always the next one of the stream that lacks most of its share of the tokens so far.
+
+    Args:
+        streams: by number, each with the source and the token ids, (tokens,), of its documents.
+        shares: of the tokens, relative to each other, by the same numbers.
+
+    Yields:
+        The stream's number, the source and the document.
+    """
+    left, passed = dict(streams), dict.fromkeys(streams, 0)
+    while left:
+        number = min(left, key=lambda number: passed[number] / shares[number])
+        source, document = next(left[number], (0, None))
+        if document is None:
+            del left[number]
+            continue
+        passed[number] += len(document)
+        yield number, source, document
 
 
 def few_documents(documents: Documents, tokens: int) -> Documents:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from replaceme.base.documents import SOURCE_BITS, Documents, seeded_order
+from replaceme.base.documents import SOURCE_BITS, Documents, in_shares, seeded_order
 from replaceme.base.errors import DatasetError
 from replaceme.base.progress import progress
 from replaceme.corpora.corpus import Corpus, plain_text
@@ -75,33 +75,21 @@ def draw_documents(
         else _documents_of(corpus, tokenizer, size, max_length, pack=pack, seed=seed, counts=counts[number])
         for number, corpus in enumerate(corpora)
     }
-    drawn: Iterator[tuple[int, Tensor]] = islice(_by_shares(streams, shares, counts), size)
+    drawn: Iterator[tuple[int, int, Tensor]] = islice(in_shares(streams, shares), size)
     # The pieces of running texts are all there before the first is drawn, and have a bar of their own.
     if not any(isinstance(corpus, Corpus) and corpus.running for corpus in corpora):
         drawn = progress(drawn, "drawing documents", "documents", total=size)
-    documents = [*drawn]
+    documents, sources = [], []
+    for number, source, document in drawn:
+        counts[number].documents += 1
+        counts[number].tokens += len(document)
+        documents.append(document)
+        # Another number in another corpus.
+        sources.append((number << SOURCE_BITS) + source)
     if not documents:
         empty = sum(count.empty for count in counts)
         raise DatasetError(f"dataset: no text is left after tokenization ({empty} rows were empty).")
-    return Documents([document for _, document in documents], [source for source, _ in documents]), counts
-
-
-def _by_shares(
-    streams: dict[int, Iterator[tuple[int, Tensor]]], shares: Sequence[float], counts: Sequence[Counts]
-) -> Iterator[tuple[int, Tensor]]:
-    """Yield all streams' documents: always the next one of the stream that lacks most of its share of the tokens so far.
-
-    Each comes with its source, whose number is another one in another stream.
-    """
-    while streams:
-        number = min(streams, key=lambda number: counts[number].tokens / shares[number])
-        source, document = next(streams[number], (0, None))
-        if document is None:
-            del streams[number]
-            continue
-        counts[number].documents += 1
-        counts[number].tokens += len(document)
-        yield (number << SOURCE_BITS) + source, document
+    return Documents(documents, sources), counts
 
 
 def _documents_of(

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from benchmarks.stand import copy_code
 from replaceme.base.documents import Batch, Documents
 from replaceme.base.params import Params
 from replaceme.base.plan import Block, Plan
@@ -33,7 +34,6 @@ from replaceme.pipeline.activations import observe_activations
 from replaceme.pipeline.inputs import inspect_inputs
 from tests.conftest import WIDTH, made_model
 from tests.helpers import TEXT, edits_of, passing, shortened_logits
-from tests.pipeline.closure import ROOT
 from tests.pipeline.helpers import shell
 
 ADDITIONS = Path(__file__).parent / "additions"
@@ -123,11 +123,9 @@ STAGE = Addition(
 
 @pytest.mark.parametrize("addition", [METHOD, CRITERION, STAGE], ids=["method", "criterion", "stage"])
 def test_a_repository_with_one_more_passes_its_tests(addition: Addition, tmp_path: Path) -> None:
-    for folder in ("replaceme", "stages", "tests", "reproduce", "benchmarks"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for file in ("dvc.yaml", "params.yaml", "pyproject.toml", "README.md", "docs/parameters.md", "docs/design.md"):
-        (tmp_path / file).parent.mkdir(exist_ok=True)
-        shutil.copyfile(ROOT / file, tmp_path / file)
+    copy_code(
+        tmp_path, "tests", "reproduce", "benchmarks", "pyproject.toml", "README.md", "docs/parameters.md", "docs/design.md"
+    )  # fmt: skip
     for path, source in addition.files.items():
         shutil.copyfile(ADDITIONS / source, tmp_path / path)
     for file, before, added in addition.lines:
