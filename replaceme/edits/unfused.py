@@ -63,13 +63,13 @@ def _parts(family: Family, layer: nn.Module, linear: Linear, change: Change) -> 
     elif not family.norm_after_mlp:
         yield family.transformed(layer), change
     else:
-        Q = None
         if change.transform is not None:
             weight = family.norm_weight(layer).to(change.transform)
             yield family.transformed(layer), Change(change.transform / torch.where(weight == 0, 1, weight)[:, None])
-            # Δ in ``W' = QᵀW + Δ`` is in coordinates rotated by Q. Here Q acts after the norm, so Δ is rotated back.
-            Q, _ = rotation_and_gains(change.transform)
         if change.weight is not None:
+            # Δ in ``W' = QᵀW + Δ`` is in coordinates rotated by Q. Here Q acts after the norm, so Δ is rotated back. (A map
+            # without Δ need not fold: the cuts are ranked by dense ones.)
+            Q = None if change.transform is None else rotation_and_gains(change.transform)[0]
             added = (part if part is None or Q is None else Q @ part.double() for part in (change.weight, change.bias))
             yield family.linear_of(layer, linear), Change(None, *added)
 
