@@ -5,6 +5,7 @@ import re
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from replaceme.cli import COMMANDS, OTHERS, main
 from replaceme.methods.registry import FIELDS, METHODS
 from replaceme.models.model import Model
 from replaceme.pipeline import evaluate, profile
+from tests.conftest import LAYERS, UNDESCRIBED
 from tests.helpers import FAST, call
 from tests.pipeline.closure import ROOT
 from tests.pipeline.helpers import Hub
@@ -191,6 +193,27 @@ def test_solve_saves_the_edits_alone(given: list[str | Path]) -> None:
 def test_a_method_that_is_not_the_recommended_one_needs_no_more_than_its_name(given: list[str | Path]) -> None:
     call(main, "prune", *given, "--layers", "2", "--method", "uidl", "--tasks", "[]", "--save_path", "bare")
     assert Path("bare/config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("you_have", "number", "kind"),
+    [
+        ("a norm after the MLP", 0, "gemma2"),
+        ("a norm after the MLP", 0, "olmo2"),
+        ("a mixture of experts", 0, "mixtral"),
+        ("Falcon, or a family", 0, "falcon"),
+        ("Falcon, or a family", 1, "stablelm"),
+    ],
+)
+def test_the_readmes_setting_for_a_family_prunes_it(
+    you_have: str, number: int, kind: str, given: list[str | Path], save_tiny: Callable[..., Model]
+) -> None:
+    (row,) = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith(f"| {you_have}")]
+    setting = re.findall(r"`(--[^`]*)`", row)[number].split()
+    config = UNDESCRIBED.get(kind, {})
+    where = ["--model", save_tiny(kind, **config).folder, *given[2:], "--layers", "2", "--tasks", "[]"]
+    call(main, "prune", *where, *setting, "--save_path", "smaller")
+    assert json.loads(Path("smaller/config.json").read_text())["num_hidden_layers"] == LAYERS - 2
 
 
 def test_evaluate_and_profile(
