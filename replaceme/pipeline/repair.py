@@ -24,8 +24,9 @@ from replaceme.models.families import inputs_of
 from replaceme.models.find import calibration_model, recorded_model
 from replaceme.models.width import mlp_entry
 from replaceme.observers.statistics import adds_up
-from replaceme.repair.mend import STEPWISE, Repair, mend
+from replaceme.repair.mend import STEPWISE, mend
 from replaceme.repair.resume import Checkpoints
+from replaceme.repair.state import Repair
 from replaceme.selection.budget import within_budget
 from replaceme.training.checkpoints import checkpoints_in, key_of, made_with
 from replaceme.training.curves import write_curves

@@ -23,14 +23,14 @@ one layer's sums are in memory.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import astuple
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from replaceme.base.compute import require_resident
@@ -43,10 +43,9 @@ from replaceme.base.progress import logger, progress
 from replaceme.base.scratch import scratch
 from replaceme.edits.channels import assembled_parameter, channels_of
 from replaceme.edits.edits import Edits
-from replaceme.edits.unfused import product_format, unfused
+from replaceme.edits.unfused import product_format
 from replaceme.methods.registry import METHODS
 from replaceme.models.families import Family, Linear, inputs_of
-from replaceme.models.layers import Start
 from replaceme.observers.features import LINEARS, Features
 from replaceme.observers.statistics import STATISTICS, AtCut, Place, add_correction
 from replaceme.observers.sums import Sums, token_weights
@@ -60,6 +59,7 @@ from replaceme.repair.channel_choice import (
     most_compared,
 )
 from replaceme.repair.resume import Checkpoints
+from replaceme.repair.state import Repair, State
 from replaceme.solvers.arguments import naming
 from replaceme.solvers.held_out import Strength, strength_of
 from replaceme.solvers.quality import gained_by_ridge, relative
@@ -74,21 +74,6 @@ FOLD_BYTES = 4 << 30
 
 # The linears that are solved for at once, each with the parameter that is its ridge.
 Ridges = Mapping[Linear, str]
-
-
-@dataclass(frozen=True)
-class Repair:
-    """Linears solved for together, and the relative residual before and after, ``√(Σ w‖e‖² / Σ w‖target‖²)``.
-
-    ``ridge`` and ``scale`` are the strength chosen on held-out text (``replaceme.solvers.held_out``).
-    """
-
-    layer: int
-    linears: tuple[Linear, ...]
-    before: float
-    after: float
-    ridge: float = 1.0
-    scale: float = 1.0
 
 
 def mend(
@@ -123,68 +108,6 @@ def mend(
         if checkpoints and number < len(state.kept):
             checkpoints.offer(state, number)
     return state.repairs, state.figures
-
-
-@dataclass
-class State:
-    """Both models at the current layer.
-
-    Attributes:
-        params, model, family, documents, edits, plan, folder: as in ``mend``.
-        kept: the kept layers from the first to the last one that changes.
-        dense: (tokens, d) states of the dense model, after the last layer that it has computed.
-        middle: (tokens, d) its states after the attention of the current layer, where this attention is repaired.
-        shortened: (tokens, d) states of the shortened model, before the current layer.
-        inputs: linear → (tokens, inputs) its inputs in the shortened model.
-        strength: of all corrections, chosen at the first one; None before it.
-        attended: the layer that ``inputs["attention_output"]`` belong to; None: no layer yet.
-        repairs: so far, in order.
-        figures: for the metrics, so far.
-    """
-
-    params: Params
-    model: Any
-    family: Family
-    documents: Documents
-    edits: Edits
-    plan: Plan
-    folder: Path | None
-    kept: Sequence[int]
-    dense: Tensor
-    middle: Tensor
-    shortened: Tensor
-    inputs: Mapping[Linear, Tensor]
-    attended: int | None = None
-    strength: Strength | None = None
-    repairs: list[Repair] = field(default_factory=list)
-    figures: dict[str, Any] = field(default_factory=dict)
-
-    def restore(self, repairs: Sequence[Mapping[str, Any]], figures: dict[str, Any]) -> None:
-        """Take the repairs and figures of a checkpoint."""
-        self.repairs = [Repair(**{**each, "linears": tuple(each["linears"])}) for each in repairs]
-        self.strength = Strength(self.repairs[0].ridge, self.repairs[0].scale) if self.repairs else None
-        self.figures = figures
-
-    @property
-    def layers(self) -> nn.ModuleList:
-        """The dense model's layers."""
-        return self.family.decoder_layers(self.model)
-
-    def walk_dense(self, layer: int, observers: Sequence[Observer]) -> None:
-        """Walk through the dense model, from a layer that its states enter."""
-        self._walk(observers, Start(layer, self.dense), self.documents)
-
-    def walk_shortened(self, layer: int, observers: Sequence[Observer], documents: Documents | None = None) -> None:
-        """Walk through the shortened model, from a layer that its states enter; its attention is computed once."""
-        known = self.inputs["attention_output"] if layer == self.attended else None
-        # The layers before it compute nothing: none of their MLPs has to be assembled.
-        channels = {place: chosen for place, chosen in self.edits.channels.items() if place >= layer}
-        with unfused(self.model, self.family, replace(self.edits, channels=channels)):
-            self._walk(observers, Start(layer, self.shortened, known), documents or self.documents)
-
-    def _walk(self, observers: Sequence[Observer], start: Start, documents: Documents) -> None:
-        batch_size = self.params.batch_size
-        walk(self.model, self.family, documents, observers, batch_size=batch_size, description=None, start=start)
 
 
 def _at_cut(

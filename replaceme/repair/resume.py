@@ -4,11 +4,8 @@ A checkpoint is a folder: the edits so far, the states of both models after the 
 since they may exceed the memory), and a file with everything else, the key of the repair, and the sums of the other files.
 """
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -19,10 +16,8 @@ from replaceme.base.files import new_folder, read_json, write_json
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.progress import logger
 from replaceme.edits.edits import Edits
+from replaceme.repair.state import State
 from replaceme.training.checkpoints import Pace
-
-if TYPE_CHECKING:
-    from replaceme.repair.mend import State
 
 STATE, STATES = "state.json", ("dense", "shortened")
 # Rows written at once.

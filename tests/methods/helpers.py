@@ -18,7 +18,8 @@ from replaceme.methods.registry import METHODS
 from replaceme.models.families import family_of
 from replaceme.models.model import Model
 from replaceme.observers.statistics import take_statistics
-from replaceme.repair.mend import Repair, mend
+from replaceme.repair.mend import mend
+from replaceme.repair.state import Repair
 from tests.helpers import TEXT, shortened_logits
 
 BLOCK = Block(2, 4)

@@ -44,7 +44,8 @@ def states(
     output: list[list[torch.Tensor]] = [[] for _ in range(LAYERS)]
     hooks = []
     for index, layer in enumerate(model.model.layers):
-        hooks.append(family.transformed(layer).register_forward_hook(lambda _m, _a, out, kept=added[index]: kept.append(out[0])))
+        end = family.transformed(layer)
+        hooks.append(end.register_forward_hook(lambda _m, _a, out, kept=added[index]: kept.append(out[0])))
         hooks.append(layer.register_forward_hook(lambda _m, _a, out, kept=output[index]: kept.append(out[0])))
     with torch.no_grad():
         for document in sorted(documents.documents, key=len, reverse=True):

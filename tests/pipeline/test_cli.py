@@ -208,7 +208,8 @@ def test_a_method_that_is_not_the_recommended_one_needs_no_more_than_its_name(gi
 def test_the_readmes_setting_for_a_family_prunes_it(
     you_have: str, number: int, kind: str, given: list[str | Path], save_tiny: Callable[..., Model]
 ) -> None:
-    (row,) = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith(f"| {you_have}")]
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    (row,) = [line for line in lines if line.startswith(f"| {you_have}")]
     setting = re.findall(r"`(--[^`]*)`", row)[number].split()
     config = UNDESCRIBED.get(kind, {})
     where = ["--model", save_tiny(kind, **config).folder, *given[2:], "--layers", "2", "--tasks", "[]"]

@@ -23,7 +23,7 @@ from replaceme.models.families import Family, family_of, parameter_of
 from replaceme.models.model import Model
 from replaceme.observers.features import LINEARS
 from replaceme.repair import mend as repair
-from replaceme.repair.mend import Repair
+from replaceme.repair.state import Repair
 from tests.conftest import LAYERS, PLAIN, made_model
 from tests.helpers import many_documents, passing, ridge
 from tests.methods.helpers import BLOCK, same_weights, solved

@@ -1,0 +1,95 @@
+"""Both models at the current layer of a repair, and what was solved for so far."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from replaceme.base.documents import Documents
+from replaceme.base.params import Params
+from replaceme.base.plan import Plan
+from replaceme.edits.edits import Edits
+from replaceme.edits.unfused import unfused
+from replaceme.models.families import Family, Linear
+from replaceme.models.layers import Start
+from replaceme.observers.walk import Observer, walk
+from replaceme.solvers.held_out import Strength
+
+
+@dataclass(frozen=True)
+class Repair:
+    """Linears solved for together, and the relative residual before and after, ``√(Σ w‖e‖² / Σ w‖target‖²)``.
+
+    ``ridge`` and ``scale`` are the strength chosen on held-out text (``replaceme.solvers.held_out``).
+    """
+
+    layer: int
+    linears: tuple[Linear, ...]
+    before: float
+    after: float
+    ridge: float = 1.0
+    scale: float = 1.0
+
+
+@dataclass
+class State:
+    """Both models at the current layer.
+
+    Attributes:
+        params, model, family, documents, edits, plan, folder: as in ``mend``.
+        kept: the kept layers from the first to the last one that changes.
+        dense: (tokens, d) states of the dense model, after the last layer that it has computed.
+        middle: (tokens, d) its states after the attention of the current layer, where this attention is repaired.
+        shortened: (tokens, d) states of the shortened model, before the current layer.
+        inputs: linear → (tokens, inputs) its inputs in the shortened model.
+        strength: of all corrections, chosen at the first one; None before it.
+        attended: the layer that ``inputs["attention_output"]`` belong to; None: no layer yet.
+        repairs: so far, in order.
+        figures: for the metrics, so far.
+    """
+
+    params: Params
+    model: Any
+    family: Family
+    documents: Documents
+    edits: Edits
+    plan: Plan
+    folder: Path | None
+    kept: Sequence[int]
+    dense: Tensor
+    middle: Tensor
+    shortened: Tensor
+    inputs: Mapping[Linear, Tensor]
+    attended: int | None = None
+    strength: Strength | None = None
+    repairs: list[Repair] = field(default_factory=list)
+    figures: dict[str, Any] = field(default_factory=dict)
+
+    def restore(self, repairs: Sequence[Mapping[str, Any]], figures: dict[str, Any]) -> None:
+        """Take the repairs and figures of a checkpoint."""
+        self.repairs = [Repair(**{**each, "linears": tuple(each["linears"])}) for each in repairs]
+        self.strength = Strength(self.repairs[0].ridge, self.repairs[0].scale) if self.repairs else None
+        self.figures = figures
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The dense model's layers."""
+        return self.family.decoder_layers(self.model)
+
+    def walk_dense(self, layer: int, observers: Sequence[Observer]) -> None:
+        """Walk through the dense model, from a layer that its states enter."""
+        self._walk(observers, Start(layer, self.dense), self.documents)
+
+    def walk_shortened(self, layer: int, observers: Sequence[Observer], documents: Documents | None = None) -> None:
+        """Walk through the shortened model, from a layer that its states enter; its attention is computed once."""
+        known = self.inputs["attention_output"] if layer == self.attended else None
+        # The layers before it compute nothing: none of their MLPs has to be assembled.
+        channels = {place: chosen for place, chosen in self.edits.channels.items() if place >= layer}
+        with unfused(self.model, self.family, replace(self.edits, channels=channels)):
+            self._walk(observers, Start(layer, self.shortened, known), documents or self.documents)
+
+    def _walk(self, observers: Sequence[Observer], start: Start, documents: Documents) -> None:
+        batch_size = self.params.batch_size
+        walk(self.model, self.family, documents, observers, batch_size=batch_size, description=None, start=start)
