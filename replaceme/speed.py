@@ -19,7 +19,7 @@ from replaceme.base.fingerprints import sha256_of
 from replaceme.base.machine import machine
 from replaceme.base.params import Params
 from replaceme.base.progress import progress
-from replaceme.evaluation.kv_cache import cache_arguments, filled_cache
+from replaceme.models.kv_cache import cache_arguments, filled_cache
 from replaceme.models.model import WEIGHTS, Model, positions_of
 
 PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 512, 64, 5

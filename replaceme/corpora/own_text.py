@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from replaceme.base.errors import DatasetError, ModelError
 from replaceme.base.progress import progress
 from replaceme.corpora.tokenization import rendered, start_of_text
-from replaceme.models.generation import generate
+from replaceme.models.kv_cache import cache_arguments, reserved_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -104,35 +103,40 @@ def chat_turns(tokenizer: PreTrainedTokenizerBase) -> Turns | None:
 
 
 def _sample(model: Any, starts: list[list[int]], length: int, turns: Turns | None, bar: Iterator[int]) -> list[Tensor]:
-    # Temperature 1 over the whole vocabulary, without an end.
-    plain = GenerationConfig(
-        max_length=length, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=None, pad_token_id=0
-    )
-    # The first token alone, so that all rows are equally long; the others of a start are forced.
-    ids = torch.tensor([start[:1] for start in starts], device=model.device)
-    forced = LogitsProcessorList([_Forced(starts, turns, bar)])
-    return list(generate(model, ids, plain, logits_processor=forced))
+    """Sample at temperature 1 over the whole vocabulary, a token of all rows a step; an end of text ends nothing."""
+    # Rows begin with one token, so that all are equally long; the others of a start are forced.
+    texts = torch.empty(len(starts), length, dtype=torch.int64)
+    texts[:, 0] = torch.tensor([start[0] for start in starts])
+    forced, cache = _Forced(starts, turns), cache_arguments(model, reserved_cache(model.config, length))
+    for place in range(1, length):
+        next(bar, None)
+        last = texts[:, place - 1]
+        scores = model(last[:, None].to(model.device), **cache).logits[:, -1]
+        drawn = torch.multinomial(scores.float().softmax(-1), 1)[:, 0]
+        texts[:, place] = torch.tensor(forced.instead_of(drawn.tolist(), last.tolist()))
+    return list(texts)
 
 
-class _Forced(LogitsProcessor):
+class _Forced:
     """Force a text's start; and in a chat, after the token that ends a turn, the template's others up to the next turn."""
 
-    def __init__(self, starts: list[list[int]], turns: Turns | None, bar: Iterator[int]):
-        self.queues, self.bar = [start[1:] for start in starts], bar
+    def __init__(self, starts: list[list[int]], turns: Turns | None):
+        self.queues = [start[1:] for start in starts]
         # What follows the present turn of each row, then what follows the next one; nothing in a plain text.
         chats = [turns and start == turns.opening for start in starts]
         self.after = [[turns.after_user, turns.after_assistant] if turns and chat else [] for chat in chats]
         self.forced = [True] * len(starts)
 
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
-        next(self.bar, None)
-        for row, last in enumerate(input_ids[:, -1].tolist()):
-            if self.after[row] and not self.forced[row] and last == self.after[row][0][0]:
+    def instead_of(self, drawn: list[int], last: list[int]) -> list[int]:
+        """Return each row's next token: the one that is forced, or the drawn one.
+
+        Args:
+            drawn: each row's token, as sampled.
+            last: the token before it.
+        """
+        for row, token in enumerate(last):
+            if self.after[row] and not self.forced[row] and token == self.after[row][0][0]:
                 self.queues[row] = self.after[row][0][1:]
                 self.after[row].reverse()
             self.forced[row] = bool(self.queues[row])
-            if self.queues[row]:
-                token, *self.queues[row] = self.queues[row]
-                scores[row] = -torch.inf
-                scores[row, token] = 0
-        return scores
+        return [queue.pop(0) if queue else token for queue, token in zip(self.queues, drawn, strict=True)]

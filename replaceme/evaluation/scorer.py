@@ -27,9 +27,9 @@ from replaceme.base.errors import DatasetError, ModelError
 from replaceme.base.group import add_up, gathered, share
 from replaceme.base.progress import progress
 from replaceme.evaluation.greedy import continuations
-from replaceme.evaluation.kv_cache import cache_arguments, cache_bytes_per_token, filled_cache, shares_contexts
 from replaceme.evaluation.perplexity import WINDOW
 from replaceme.evaluation.requests import Encodings
+from replaceme.models.kv_cache import cache_arguments, cache_bytes_per_token, filled_cache, shares_contexts
 from replaceme.models.model import positions_of
 from replaceme.models.streaming import stream_of
 from replaceme.models.together import together

@@ -18,13 +18,13 @@ from replaceme.base.params import Params
 from replaceme.base.progress import logger
 from replaceme.base.versions import SCORES, versions
 from replaceme.evaluation import harness
-from replaceme.evaluation.kv_cache import cache_bytes_per_token
 from replaceme.evaluation.perplexity import cut_windows, perplexities, score_windows
 from replaceme.evaluation.prompts import written
 from replaceme.evaluation.requests import Requests
 from replaceme.evaluation.scorer import CausalScorer
 from replaceme.evaluation.seen import Calibration
 from replaceme.evaluation.tasks import check_unchanged, task_kind, task_name, task_texts
+from replaceme.models.kv_cache import cache_bytes_per_token
 from replaceme.models.memory import load_within
 from replaceme.models.model import WEIGHTS, Model, embedding_count, parameter_count, positions_of
 

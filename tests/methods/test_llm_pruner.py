@@ -22,7 +22,6 @@ from replaceme.base.workspace import Workspace
 from replaceme.edits.edits import Edits
 from replaceme.edits.fold import apply_edits, cut
 from replaceme.edits.unfused import unfused
-from replaceme.evaluation.kv_cache import cache_bytes_per_token, filled_cache
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import cache_error, verify_export
 from replaceme.methods.groups import Width, crops_of, importance_of, least, shapes_of, width_of
@@ -31,6 +30,7 @@ from replaceme.methods.method import Bench
 from replaceme.methods.refusals import family_refusals
 from replaceme.methods.registry import METHODS
 from replaceme.models.families import FAMILIES, Family, Linear, family_of, parameter_of
+from replaceme.models.kv_cache import cache_bytes_per_token, filled_cache
 from replaceme.models.model import Model
 from replaceme.models.own_form import is_own_form
 from replaceme.pipeline.inputs import inspect_inputs

@@ -21,7 +21,6 @@ from replaceme.base.plan import Block, Plan, load_blocks
 from replaceme.base.workspace import Workspace
 from replaceme.edits.edits import Edits
 from replaceme.edits.unfused import unfused
-from replaceme.evaluation.kv_cache import cache_bytes_per_token
 from replaceme.export.card import model_card
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import cache_error, verify_export
@@ -30,6 +29,7 @@ from replaceme.methods.method import Bench
 from replaceme.methods.refusals import family_refusals
 from replaceme.methods.registry import METHODS
 from replaceme.models.families import FAMILIES, Family, family_of
+from replaceme.models.kv_cache import cache_bytes_per_token
 from replaceme.models.model import Model
 from replaceme.models.own_form import is_own_form
 from replaceme.observers.profile import profile_model
