@@ -17,7 +17,7 @@ from torch import Tensor
 from replaceme.base.errors import DatasetError, ModelError
 from replaceme.base.progress import progress
 from replaceme.corpora.tokenization import rendered, start_of_text
-from replaceme.models.kv_cache import cache_arguments, reserved_cache
+from replaceme.models.kv_cache import attending_from_one_token, cache_arguments, reserved_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,7 +60,7 @@ def write_texts(
     starts = [turns.opening if turns and number % 2 else plain for number in range(count)]
     written: list[Tensor] = []
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.inference_mode():
+    with torch.random.fork_rng(devices), torch.inference_mode(), attending_from_one_token(model):
         torch.manual_seed(seed)
         bar = progress(range((length - 1) * -(-count // rows)), "writing text", "steps")
         for first in range(0, count, rows):
@@ -112,9 +112,18 @@ def _sample(model: Any, starts: list[list[int]], length: int, turns: Turns | Non
         next(bar, None)
         last = texts[:, place - 1]
         scores = model(last[:, None].to(model.device), **cache).logits[:, -1]
-        drawn = torch.multinomial(scores.float().softmax(-1), 1)[:, 0]
-        texts[:, place] = torch.tensor(forced.instead_of(drawn.tolist(), last.tolist()))
+        texts[:, place] = torch.tensor(forced.instead_of(_drawn(scores).tolist(), last.tolist()))
     return list(texts)
+
+
+def _drawn(scores: Tensor) -> Tensor:
+    """Return a token of each row, (rows,) int64, with the probabilities softmax(scores), (rows, words).
+
+    By the inverse of the cumulative distribution: one random number a row, where ``torch.multinomial`` takes one a word.
+    """
+    ends = scores.double().softmax(-1).cumsum(-1)
+    place = torch.rand(len(scores), 1, dtype=torch.float64, device=scores.device) * ends[:, -1:]
+    return torch.searchsorted(ends, place, right=True)[:, 0].clamp(max=scores.shape[1] - 1)
 
 
 class _Forced:

@@ -4,6 +4,8 @@ Newer versions of transformers name the argument and the output ``cache``, older
 """
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -47,6 +49,24 @@ class _Reserved(DynamicLayer):
             space[..., start:end, :] = part
         self.keys, self.values = (space[..., :end, :] for space in self.space)
         return self.keys, self.values
+
+
+@contextmanager
+def attending_from_one_token(model: Any) -> Iterator[None]:
+    """Attend by plain products inside the block where that is faster: from one token at a time, with grouped heads.
+
+    There, on a processor and over some hundred tokens, torch's kernel takes four times as long.
+    """
+    config = model.config
+    if model.device.type != "cpu" or getattr(config, "num_key_value_heads", None) in (None, config.num_attention_heads):
+        yield
+        return
+    before = config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
 
 def cache_arguments(model: Any, cache: Any) -> dict[str, Any]:
