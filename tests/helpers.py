@@ -1,7 +1,7 @@
 """What tests of more than one room use: calls of the console scripts, made-up documents and edits, and plain references."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from replaceme.edits.edits import Edits
 from replaceme.edits.fold import apply_edits
 from replaceme.edits.unfused import unfused
 from replaceme.models.families import Family, Linear, family_of, parameter_of
+from replaceme.selection.trials import Losses
 from replaceme.solvers.procrustes import polar
 from tests.conftest import LAYERS, WIDTH, made_model
 
@@ -40,6 +41,11 @@ def call(command: Callable[[], Any], *arguments: str | Path, code: int = 0) -> N
     finally:
         sys.argv = before
     assert ended.value.code == code
+
+
+def means(losses: Sequence[Losses]) -> list[float]:
+    """Return the mean of each over all tokens."""
+    return [each.mean for each in losses]
 
 
 def many_documents(count: int = 30) -> Documents:

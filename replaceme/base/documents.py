@@ -93,6 +93,11 @@ class Documents:
         return len(self.documents)
 
     @property
+    def domains(self) -> list[int]:
+        """The domain of each document: the entry of ``dataset`` that it is from."""
+        return [source >> SOURCE_BITS for source in self.sources]
+
+    @property
     def token_count(self) -> int:
         """Number of tokens of all documents."""
         return sum(len(document) for document in self.documents)
@@ -166,22 +171,25 @@ def excerpts_of(documents: Documents, tokens: int | None = None) -> Documents:
     The next document is always one of the domain that lacks most of its share of the tokens, so that each domain is there.
     """
     tokens = EXCERPT_TOKENS if tokens is None else tokens
-    cut = (document[:EXCERPT_LENGTH] for document in _by_domain(documents.shuffled(EXCERPT_SEED)) if len(document) > 1)
-    excerpts = first_of(cut, tokens)
-    if (surplus := sum(map(len, excerpts)) - tokens) > 0:
-        excerpts[-1] = excerpts[-1][:-surplus]
-    # A single token predicts none.
-    return Documents([excerpt for excerpt in excerpts if len(excerpt) > 1])
+    excerpts: list[Tensor] = []
+    sources: list[int] = []
+    for source, document in _by_domain(documents.shuffled(EXCERPT_SEED)):
+        # A single token predicts none.
+        if min(len(document), tokens) > 1:
+            excerpts.append(document[: min(EXCERPT_LENGTH, tokens)])
+            sources.append(source)
+            tokens -= len(excerpts[-1])
+    return Documents(excerpts, sources)
 
 
-def _by_domain(documents: Documents) -> Iterator[Tensor]:
-    """Yield the documents, the domains at their shares of the tokens from the first one on."""
+def _by_domain(documents: Documents) -> Iterator[tuple[int, Tensor]]:
+    """Yield the documents with their sources, the domains at their shares of the tokens from the first one on."""
     domains: dict[int, list[tuple[int, Tensor]]] = {}
-    for source, document in zip(documents.sources, documents.documents, strict=True):
-        domains.setdefault(source >> SOURCE_BITS, []).append((source, document))
+    for domain, source, document in zip(documents.domains, documents.sources, documents.documents, strict=True):
+        domains.setdefault(domain, []).append((source, document))
     sizes = {domain: sum(len(document) for _, document in own) for domain, own in domains.items()}
-    for _, _, document in in_shares({domain: iter(own) for domain, own in domains.items()}, sizes):
-        yield document
+    for _, source, document in in_shares({domain: iter(own) for domain, own in domains.items()}, sizes):
+        yield source, document
 
 
 def in_shares(

@@ -34,7 +34,7 @@ from replaceme.observers.sums import squares, token_weights
 from replaceme.observers.walk import walk
 from replaceme.selection.blocks import smallest
 from replaceme.selection.compensation import gains
-from replaceme.selection.trials import Trials, batches_of, next_token_loss
+from replaceme.selection.trials import Losses, Trials, batches_of, next_token_losses
 from replaceme.solvers.refit import refit
 
 # Number of measured cuts, and the tokens that they are measured on, at most: on 4096, two good cuts can't be told apart.
@@ -99,20 +99,20 @@ def feature_gram(block: Block, features: Features, last: nn.Module) -> FeatureGr
     return DerivedGram(block, features, last) if readable else FeatureGram(block, features)
 
 
-def dense_loss(model: Any, documents: Documents, batch_size: int) -> float:
-    """Return the mean next-token loss (nats) of the dense model, on the text of ``cut_losses``.
+def dense_losses(model: Any, documents: Documents, batch_size: int) -> Losses:
+    """Return the next-token losses of the dense model, on the text of ``cut_losses``.
 
     Raises:
         ParameterError: there are too few documents to hold one out.
     """
     _, excerpts = _split(documents)
-    return next_token_loss(model, batches_of(model, excerpts, batch_size))
+    return next_token_losses(model, excerpts, batches_of(model, excerpts, batch_size))
 
 
 def cut_losses(
     model: Any, family: Family, documents: Documents, blocks: Sequence[Block], *, stand_in: StandIn, batch_size: int
-) -> list[float]:
-    """Return the mean next-token loss (nats) with each of the blocks removed.
+) -> list[Losses]:
+    """Return the next-token losses with each of the blocks removed.
 
     Args:
         model: the dense model.
@@ -142,7 +142,7 @@ def cut_losses(
     losses = []
     for block, edits in zip(progress(blocks, "measuring the best cuts", "cuts"), cuts, strict=True):
         with trials.trial(edits, block.host) as batches:
-            losses.append(next_token_loss(model, batches))
+            losses.append(next_token_losses(model, excerpts, batches))
     return losses
 
 
@@ -206,7 +206,10 @@ def lowest_loss(
     starts: range,
     stand_in: StandIn,
 ) -> tuple[list[Block], dict[str, Any]]:
-    """Return the block whose shortened model has the lowest loss, and the figures of the measured ones.
+    """Return the block whose removal raises the loss least, and the figures of the measured ones.
+
+    What counts is the typical rise over the domains of the text (``Losses.rise_over``). As a figure, it is added to the dense
+    model's mean loss.
 
     Args:
         model: the dense model.
@@ -220,10 +223,10 @@ def lowest_loss(
     Raises:
         ParameterError: the predictions overflow, or no layer can go for ``tolerated_loss``.
     """
-    dense, limit = dense_loss(model, documents, params.batch_size), params.layers_to_skip
-    if not math.isfinite(dense):
+    dense, limit = dense_losses(model, documents, params.batch_size), params.layers_to_skip
+    if not math.isfinite(dense.mean):
         raise ParameterError(f"dtype: {params.dtype} overflows in the model's predictions; use bfloat16 or float32.")
-    # Number of layers → the losses of its best few blocks, lowest first.
+    # Number of layers → the rises of its best few blocks, lowest first.
     tried: dict[int, dict[Block, float]] = {}
 
     def lowest(count: int) -> float:
@@ -234,9 +237,9 @@ def lowest_loss(
         longer, each = range(starts.start, starts.stop + limit - count), SHORTLIST // len(rankings)
         candidates = [*dict.fromkeys(chain(*(smallest(values, longer, count, each) for values in rankings)))]
         losses = cut_losses(model, family, documents, candidates, stand_in=stand_in, batch_size=params.batch_size)
-        finite = [pair for pair in zip(candidates, losses, strict=True) if math.isfinite(pair[1])]
-        tried[count] = dict(sorted(finite, key=lambda pair: pair[1]))
-        risen = lowest(count) - dense
+        rises = [(block, cut.rise_over(dense)) for block, cut in zip(candidates, losses, strict=True)]
+        tried[count] = dict(sorted((pair for pair in rises if math.isfinite(pair[1])), key=lambda pair: pair[1]))
+        risen = lowest(count)
         logger.info(
             "select: without %s, the loss rises by %.4f nats on held-out calibration text, before any repair",
             f"{count} layers" if count > 1 else "1 layer", risen,
@@ -252,17 +255,17 @@ def lowest_loss(
         raise ParameterError(f"dtype: {params.dtype} overflows in every shortened model; use bfloat16 or float32.")
     if not count:
         raise ParameterError(
-            f"tolerated_loss: the loss rises by {lowest(1) - dense:.4f} nats without one layer, and {params.tolerated_loss:g} "
+            f"tolerated_loss: the loss rises by {lowest(1):.4f} nats without one layer, and {params.tolerated_loss:g} "
             "are tolerated; take more, or null."
         )
     best, *_ = tried[count]
     figures: dict[str, Any] = {
-        "loss": tried[count][best],
-        "dense_loss": dense,
-        "losses": {f"host{block.host}": loss for block, loss in tried[count].items()},
+        "loss": dense.mean + tried[count][best],
+        "dense_loss": dense.mean,
+        "losses": {f"host{block.host}": dense.mean + rise for block, rise in tried[count].items()},
     }
     if params.tolerated_loss is not None:
-        figures["rises"] = {f"layers{each}": lowest(each) - dense for each in sorted(tried) if tried[each]}
+        figures["rises"] = {f"layers{each}": lowest(each) for each in sorted(tried) if tried[each]}
     return [best], figures
 
 

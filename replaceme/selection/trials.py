@@ -1,5 +1,6 @@
 """Trials of edits on a few texts: each starts from stored states and runs only the first edited layer and those after it."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,21 +64,90 @@ def batches_of(model: Any, documents: Documents, batch_size: int) -> Iterator[Ba
     return documents.batches(batch_size, str(model.device), share())
 
 
-@torch.inference_mode()
+@dataclass(frozen=True)
+class Losses:
+    """Next-token losses of a model, by the domain of the text.
+
+    Attributes:
+        sums: (domains,) float64, their sums in nats.
+        counts: (domains,) float64, the numbers of tokens predicted.
+    """
+
+    sums: Tensor
+    counts: Tensor
+
+    @property
+    def mean(self) -> float:
+        """Their mean over all tokens."""
+        return float(self.sums.sum() / self.counts.sum())
+
+    def rise_over(self, other: "Losses") -> float:
+        """Return the median over domains of the rise of their means over another model's, on the same text.
+
+        The domains are weighted by their tokens; between two, it is interpolated. So it is the mean of two domains, and of many
+        no single one decides, as it would in the mean over tokens.
+        """
+        rises, order = ((self.sums - other.sums) / self.counts).sort()
+        if not bool(rises.isfinite().all()):
+            return math.inf
+        shares = self.counts[order] / self.counts.sum()
+        # The middle of each domain's part of the tokens.
+        middles = (shares.cumsum(0) - shares / 2).tolist()
+        after = next((place for place, middle in enumerate(middles) if middle >= 0.5), len(middles) - 1)
+        if not after:
+            return float(rises[0])
+        before = after - 1
+        part = min((0.5 - middles[before]) / (middles[after] - middles[before]), 1.0)
+        return float(rises[before] + part * (rises[after] - rises[before]))
+
+
 def next_token_loss(model: Any, batches: Iterable[Batch]) -> float:
     """Return the mean next-token loss (nats per token) of a model as it computes at present; one text needs two tokens.
 
     Processes that share the batches get the same mean.
     """
     total, count = 0.0, 0
-    for batch in batches:
-        logits = model(batch.input_ids, use_cache=False).logits
-        for row, ids, length in zip(logits, batch.input_ids, batch.lengths.tolist(), strict=True):
-            for scores, targets in zip(row[: length - 1].split(PART), ids[1:length].split(PART), strict=True):
-                total += float(cross_entropy(scores.float(), targets, reduction="sum"))
-            count += length - 1
+    for _, loss, predicted in _losses(model, batches):
+        total, count = total + loss, count + predicted
     total, tokens = add_numbers(total, count)
     return total / tokens
+
+
+def next_token_losses(model: Any, documents: Documents, batches: Iterable[Batch]) -> Losses:
+    """Return the losses of a model as it computes at present, by domain; processes that share the batches get the same.
+
+    Args:
+        model: the model.
+        documents: the texts, each of two tokens or more.
+        batches: of them.
+    """
+    ordered = documents.in_walk_order()
+    known = sorted({*ordered.domains})
+    # The position of each text's first token in the walk.
+    domain_at: dict[int, int] = {}
+    position = 0
+    for domain, document in zip(ordered.domains, ordered.documents, strict=True):
+        domain_at[position] = known.index(domain)
+        position += len(document)
+    sums, counts = [0.0] * len(known), [0.0] * len(known)
+    for position, loss, predicted in _losses(model, batches):
+        sums[domain_at[position]] += loss
+        counts[domain_at[position]] += predicted
+    added = torch.tensor(add_numbers(*sums, *counts), dtype=torch.float64)
+    return Losses(*added.split(len(known)))
+
+
+@torch.inference_mode()
+def _losses(model: Any, batches: Iterable[Batch]) -> Iterator[tuple[int, float, int]]:
+    """Yield each text's position in the walk, the sum of its next-token losses and the number of tokens predicted."""
+    for batch in batches:
+        position, logits = batch.position, model(batch.input_ids, use_cache=False).logits
+        for row, ids, length in zip(logits, batch.input_ids, batch.lengths.tolist(), strict=True):
+            total = 0.0
+            for scores, targets in zip(row[: length - 1].split(PART), ids[1:length].split(PART), strict=True):
+                total += float(cross_entropy(scores.float(), targets, reduction="sum"))
+            yield position, total, length - 1
+            position += length
 
 
 @torch.inference_mode()

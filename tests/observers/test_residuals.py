@@ -25,8 +25,9 @@ from replaceme.observers.statistics import FeatureGram, take_statistics
 from replaceme.observers.sums import token_weights
 from replaceme.observers.walk import walk
 from replaceme.selection import cut_loss
-from replaceme.selection.cut_loss import DerivedGram, cut_losses, dense_loss, feature_gram
+from replaceme.selection.cut_loss import DerivedGram, cut_losses, dense_losses, feature_gram
 from tests.conftest import KINDS, LAYERS, PLAIN, WIDTH, made_model
+from tests.helpers import means
 
 
 def made_documents(count: int, seed: int = 0) -> Documents:
@@ -134,9 +135,9 @@ def test_the_loss_of_a_cut_is_that_of_the_model_with_its_map(family: str) -> Non
     model, documents, block = made_model(family), made_documents(12), Block(2, 4)
     description = family_of(model.config)
     weights = {name: weight.clone() for name, weight in model.state_dict().items()}
-    dense = dense_loss(model, documents, 4)
-    (fitted,) = cut_losses(model, description, documents, [block], stand_in="map", batch_size=4)
-    (bare,) = cut_losses(model, description, documents, [block], stand_in="nothing", batch_size=4)
+    dense = dense_losses(model, documents, 4).mean
+    (fitted,) = means(cut_losses(model, description, documents, [block], stand_in="map", batch_size=4))
+    (bare,) = means(cut_losses(model, description, documents, [block], stand_in="nothing", batch_size=4))
     assert all(torch.equal(weights[name], weight) for name, weight in model.state_dict().items())
     kept, held_out = split_documents(documents)
     assert dense == pytest.approx(mean_loss(model, held_out), rel=1e-5)
@@ -160,7 +161,7 @@ def test_the_loss_of_a_cut_is_that_of_the_model_without_its_layers(kind: str) ->
     description, computed = family_of(model.config), []
     front = description.decoder_layers(model)[0].get_submodule(description.attention)
     front.register_forward_hook(lambda *_: computed.append(None))
-    losses = cut_losses(model, description, documents, blocks, stand_in="nothing", batch_size=4)
+    losses = means(cut_losses(model, description, documents, blocks, stand_in="nothing", batch_size=4))
     _, held_out = split_documents(documents)
     # The layers before all cuts are computed once.
     assert len(computed) == held_out.batch_count(4)
@@ -174,7 +175,7 @@ def test_the_loss_needs_documents_to_hold_out() -> None:
     one_text = Documents([torch.arange(9)] * 6, [0] * 6)
     for documents in (made_documents(4), Documents([torch.tensor([5])] * 6), one_text):
         with pytest.raises(ParameterError, match="selection: loss holds out every 5th text"):
-            dense_loss(made_model(), documents, 1)
+            dense_losses(made_model(), documents, 1)
         with pytest.raises(ParameterError, match="selection: loss holds out every 5th text"):
             cut_losses(made_model(), Family(), documents, [Block(2, 3)], stand_in="map", batch_size=1)
 
@@ -206,7 +207,7 @@ def test_the_loss_of_new_weights_is_that_of_the_edits_of_the_method(
 ) -> None:
     monkeypatch.setattr(cut_loss, "GRAM_BYTES", bytes_at_once)
     model, documents, blocks = made_model(dtype=torch.float64), made_documents(12), [Block(2, 4), Block(1, 3)]
-    found = cut_losses(model, Family(), documents, blocks, stand_in=transform, batch_size=4)  # type: ignore[arg-type]
+    found = means(cut_losses(model, Family(), documents, blocks, stand_in=transform, batch_size=4))  # type: ignore[arg-type]
     kept, held_out = split_documents(documents)
     for loss, block in zip(found, blocks, strict=True):
         sums = take_statistics(model, Family(), kept, block, [statistic], 4)[statistic]

@@ -30,7 +30,7 @@ from replaceme.repair.mend import mend
 from replaceme.selection.compensation import blocks_of, check_scale, compensated, compensated_layers, scaled
 from replaceme.selection.cut_loss import cut_losses
 from tests.conftest import KINDS, LAYERS, OBSTACLES, PLAIN, UNDESCRIBED, made_model
-from tests.helpers import TEXT, call, loss_without, many_documents, norm_in_float64, shortened_logits
+from tests.helpers import TEXT, call, loss_without, many_documents, means, norm_in_float64, shortened_logits
 
 SCALABLE = [kind for kind in KINDS if not kind.startswith("olmo")]
 
@@ -210,7 +210,7 @@ def test_cuts_are_compared_by_the_loss_with_their_scalars() -> None:
     texts = many_documents(12)
     model, blocks = made_model(), [Block(1, 3), Block(3, 5)]
     family, (fit, held_out) = family_of(model.config), split_documents(texts)
-    losses = cut_losses(model, family, texts, blocks, stand_in="scalar", batch_size=4)
+    losses = means(cut_losses(model, family, texts, blocks, stand_in="scalar", batch_size=4))
     for block, loss in zip(blocks, losses, strict=True):
         (there,) = compensated(model, family, fit, [block], batch_size=4)
         with unfused(model, family, scaled([there])):

@@ -18,8 +18,9 @@ from replaceme.selection import cut_loss
 from replaceme.selection.blocks import several, smallest
 from replaceme.selection.criteria import allowed_starts
 from replaceme.selection.cut_loss import cut_losses
+from replaceme.selection.trials import Losses
 from tests.conftest import made_model
-from tests.helpers import many_documents
+from tests.helpers import many_documents, means
 
 
 def starts(layers: int, **options: Any) -> range:
@@ -92,9 +93,9 @@ def test_the_loss_decides_among_the_best_cuts(
     work, asked = Workspace(tmp_path), []
     write_json(work.profile / "profile.json", {"angular_distance": angles, "residual": residuals})
 
-    def measure(model: Any, family: Any, documents: Any, blocks: list[Block], *, stand_in: str, batch_size: int) -> list[float]:
+    def measure(model: Any, family: Any, documents: Any, blocks: list[Block], *, stand_in: str, batch_size: int) -> Any:
         asked.extend((block.host, stand_in) for block in blocks)
-        return [3.0, math.nan, 2.0, 4.0, math.inf, 5.0]
+        return map(of_one_domain, [3.0, math.nan, 2.0, 4.0, math.inf, 5.0])
 
     without_model(monkeypatch, measure)
     limits = {"min_distance_layer": 3, "max_distance_layer": 13, "layers_to_skip": skip}
@@ -121,11 +122,11 @@ def test_the_most_layers_within_the_tolerated_rise_go(
     work = Workspace(tmp_path)
     write_json(work.profile / "profile.json", {"angular_distance": residuals, "residual": residuals})
 
-    def measure(model: Any, family: Any, documents: Any, blocks: list[Block], **_: Any) -> list[float]:
+    def measure(model: Any, family: Any, documents: Any, blocks: list[Block], **_: Any) -> list[Losses]:
         tried.append(len(blocks[0]))
         assert [block.start for block in blocks] == list(range(3, 13))[: min(13 - len(blocks[0]) - 2, cut_loss.SHORTLIST)]
         # The last of them is the best.
-        return [1.5 + RISES[len(block)] + 0.01 * (blocks[-1].host - block.host) for block in blocks]
+        return [of_one_domain(1.5 + RISES[len(block)] + 0.01 * (blocks[-1].host - block.host)) for block in blocks]
 
     without_model(monkeypatch, measure)
     options = {"selection": "loss", "layers_to_skip": 9, "min_distance_layer": 3, "max_distance_layer": 13}
@@ -148,7 +149,7 @@ def test_a_format_that_overflows_is_named(
 ) -> None:
     work, values = Workspace(tmp_path), [[0.5] * 6 for _ in range(6)]
     write_json(work.profile / "profile.json", {"angular_distance": values, "residual": values})
-    without_model(monkeypatch, lambda *arguments, **_: [others for _ in arguments[3]], dense)
+    without_model(monkeypatch, lambda *arguments, **_: [of_one_domain(others) for _ in arguments[3]], dense)
     where = "every shortened model" if dense == 2 else "the model's predictions"
     with pytest.raises(ParameterError, match=f"dtype: bfloat16 overflows in {where}; use bfloat16 or float32"):
         select(read_params(None, {"selection": "loss", "layers_to_skip": 2, "tolerated_loss": tolerated}), work)
@@ -168,11 +169,15 @@ def test_tolerated_loss_needs_a_measured_loss(setting: dict[str, Any], said: str
         read_params(None, {**setting, "tolerated_loss": 0.3}, METHODS)
 
 
-def without_model(monkeypatch: pytest.MonkeyPatch, measure: Callable[..., list[float]], dense: float = 1.5) -> None:
+def of_one_domain(mean: float) -> Losses:
+    return Losses(torch.tensor([8 * mean], dtype=torch.float64), torch.tensor([8.0], dtype=torch.float64))
+
+
+def without_model(monkeypatch: pytest.MonkeyPatch, measure: Callable[..., Any], dense: float = 1.5) -> None:
     """Replace the measured losses by a function, without a model."""
     monkeypatch.setattr("replaceme.pipeline.select._loaded", lambda *_: (None, None))
     monkeypatch.setattr("replaceme.pipeline.select.Documents.load", lambda _: None)
-    monkeypatch.setattr(cut_loss, "dense_loss", lambda *_: dense)
+    monkeypatch.setattr(cut_loss, "dense_losses", lambda *_: of_one_domain(dense))
     monkeypatch.setattr(cut_loss, "cut_losses", measure)
 
 
@@ -222,7 +227,7 @@ def test_a_cut_after_an_mlp_that_adds_nothing_is_measured_without_a_fit(stand_in
     with torch.no_grad():
         last.weight.zero_()
         last.bias.zero_()
-    nothing, fitted = cut_losses(model, family, documents, blocks, stand_in=stand_in, batch_size=4)
-    bare = cut_losses(model, family, documents, blocks, stand_in="nothing", batch_size=4)
+    nothing, fitted = means(cut_losses(model, family, documents, blocks, stand_in=stand_in, batch_size=4))
+    bare = means(cut_losses(model, family, documents, blocks, stand_in="nothing", batch_size=4))
     assert nothing == pytest.approx(bare[0], rel=1e-5)
     assert fitted != pytest.approx(bare[1], rel=1e-4)
