@@ -27,7 +27,7 @@ from replaceme.evaluation.tasks import task_texts
 from replaceme.models.find import recorded_model
 from replaceme.observers.statistics import Gram
 from replaceme.observers.walk import walk
-from replaceme.selection.cut_loss import cut_losses
+from replaceme.selection.cut_loss import cut_losses, dense_losses
 from replaceme.solvers.ridge import solve_ridge
 
 TEST_TOKENS = 8192
@@ -59,7 +59,8 @@ def main(sizes: list[int]) -> None:
             for name, key in (("angular", "angular_distance"), ("residual", "residual"))
         }
         measured = cut_losses(model, family, documents, blocks, stand_in="map", batch_size=params.batch_size)
-        criteria["loss"] = [cut.mean for cut in measured]
+        dense, shares = dense_losses(model, documents, params.batch_size), documents.tokens_by_domain
+        criteria["loss"] = [cut.rise_over(dense, shares) for cut in measured]
         print(f"\n{size} of {layers} layers, {len(blocks)} cuts: best perplexity {min(outcomes):.1f}")
         rows = [("criterion", "rank correlation", "its choice: host", "perplexity", "place")]
         for name, values in criteria.items():

@@ -1,7 +1,7 @@
 """Calibration documents as token ids, right-padded batches of them, and samples of them.
 
 On disk, ``documents.safetensors`` holds the concatenated ids (int32) and the length of each document (int64), without padding;
-and the source of each document (int64), if a source has several.
+and the source of each document (int64), where it is not its place in the list.
 In a batch, padding comes after the text, so a causal model's real tokens never attend to it.
 """
 
@@ -98,6 +98,14 @@ class Documents:
         return [source >> SOURCE_BITS for source in self.sources]
 
     @property
+    def tokens_by_domain(self) -> dict[int, int]:
+        """The number of tokens of each domain."""
+        counts: Counter[int] = Counter()
+        for domain, document in zip(self.domains, self.documents, strict=True):
+            counts[domain] += len(document)
+        return counts
+
+    @property
     def token_count(self) -> int:
         """Number of tokens of all documents."""
         return sum(len(document) for document in self.documents)
@@ -147,7 +155,7 @@ class Documents:
         """Write the documents into ``folder``."""
         lengths = torch.tensor([len(document) for document in self.documents])
         tensors = {"input_ids": torch.cat(self.documents).to(torch.int32), "lengths": lengths}
-        if len(set(self.sources)) < len(self):
+        if self.sources != [*range(len(self))]:
             tensors["sources"] = torch.tensor(self.sources)
         save_file(tensors, folder / FILE)
 
@@ -187,8 +195,7 @@ def _by_domain(documents: Documents) -> Iterator[tuple[int, Tensor]]:
     domains: dict[int, list[tuple[int, Tensor]]] = {}
     for domain, source, document in zip(documents.domains, documents.sources, documents.documents, strict=True):
         domains.setdefault(domain, []).append((source, document))
-    sizes = {domain: sum(len(document) for _, document in own) for domain, own in domains.items()}
-    for _, source, document in in_shares({domain: iter(own) for domain, own in domains.items()}, sizes):
+    for _, source, document in in_shares({domain: iter(own) for domain, own in domains.items()}, documents.tokens_by_domain):
         yield source, document
 
 

@@ -123,8 +123,8 @@ class Params(BaseModel):
     tolerated_loss: float | None = Field(
         None, gt=0, allow_inf_nan=False,
         description="With selection loss: remove as many layers as possible, at most layers_to_skip, with a rise of the loss "
-        "of at most this (nats, the median over the kinds of text); the loss is measured with a closed-form fit in the block's "
-        "place, before any repair. null removes layers_to_skip.",
+        "of at most this (nats; the typical rise over the kinds of text, of which a single one may rise more); the loss is "
+        "measured with a closed-form fit in the block's place, before any repair. null removes layers_to_skip.",
     )  # fmt: skip
     min_distance_layer: int | None = Field(
         None, ge=1, description="First layer (from 0) that may be removed; with method llm_pruner, that loses parts (null: 4)."

@@ -17,7 +17,7 @@ from torch import Tensor
 from replaceme.base.errors import DatasetError, ModelError
 from replaceme.base.progress import progress
 from replaceme.corpora.tokenization import rendered, start_of_text
-from replaceme.models.kv_cache import attending_from_one_token, cache_arguments, reserved_cache
+from replaceme.models.kv_cache import cache_arguments, reserved_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,7 +50,8 @@ def write_texts(
         rows: documents that are written at once; None is ``ROWS``, or as many as ``CACHE_BYTES`` hold.
 
     Raises:
-        ModelError: the tokenizer has no token that a text could start with.
+        ModelError: the tokenizer has no token that a text could start with; the model has no KV cache, or its predictions
+            overflow.
     """
     if rows is None:
         # Grouped heads need less.
@@ -60,7 +61,7 @@ def write_texts(
     starts = [turns.opening if turns and number % 2 else plain for number in range(count)]
     written: list[Tensor] = []
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.inference_mode(), attending_from_one_token(model):
+    with torch.random.fork_rng(devices), torch.inference_mode():
         torch.manual_seed(seed)
         bar = progress(range((length - 1) * -(-count // rows)), "writing text", "steps")
         for first in range(0, count, rows):
@@ -107,11 +108,14 @@ def _sample(model: Any, starts: list[list[int]], length: int, turns: Turns | Non
     # Rows begin with one token, so that all are equally long; the others of a start are forced.
     texts = torch.empty(len(starts), length, dtype=torch.int64)
     texts[:, 0] = torch.tensor([start[0] for start in starts])
-    forced, cache = _Forced(starts, turns), cache_arguments(model, reserved_cache(model.config, length))
+    forced, cache = _Forced(starts, turns), reserved_cache(model.config, length)
+    arguments = cache_arguments(model, cache)
     for place in range(1, length):
         next(bar, None)
         last = texts[:, place - 1]
-        scores = model(last[:, None].to(model.device), **cache).logits[:, -1]
+        scores = model(last[:, None].to(model.device), **arguments).logits[:, -1]
+        if cache.get_seq_length() != place:
+            raise ModelError("dataset: self needs a model with a cache of keys and values, to go on from; name a text instead.")
         texts[:, place] = torch.tensor(forced.instead_of(_drawn(scores).tolist(), last.tolist()))
     return list(texts)
 
@@ -122,6 +126,8 @@ def _drawn(scores: Tensor) -> Tensor:
     By the inverse of the cumulative distribution: one random number a row, where ``torch.multinomial`` takes one a word.
     """
     ends = scores.double().softmax(-1).cumsum(-1)
+    if not bool(ends[:, -1].isfinite().all()):
+        raise ModelError("dtype: the model's predictions overflow while it writes its own text; use bfloat16 or float32.")
     place = torch.rand(len(scores), 1, dtype=torch.float64, device=scores.device) * ends[:, -1:]
     return torch.searchsorted(ends, place, right=True)[:, 0].clamp(max=scores.shape[1] - 1)
 

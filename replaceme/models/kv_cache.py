@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from replaceme.models.families import decoder_of
+from replaceme.models.families import Family, decoder_of
 
 
 def filled_cache(model: Any, ids: Tensor) -> Any:
@@ -26,11 +26,16 @@ def filled_cache(model: Any, ids: Tensor) -> Any:
 def reserved_cache(config: Any, length: int) -> Any:
     """Return an empty cache whose space for ``length`` tokens is reserved at the first one.
 
-    transformers' own copies all keys and values at each step. Its layers with a window, which keep few of them, stay.
+    transformers' own copies all keys and values at each step. Its layers with a smaller window, which keep few of them, stay.
     """
     cache = DynamicCache(config=config)
-    cache.layers = [_Reserved(length) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [_Reserved(length) if _keeps(layer, length) else layer for layer in cache.layers]
     return cache
+
+
+def _keeps(layer: Any, length: int) -> bool:
+    """Tell whether a layer of transformers' cache keeps all of so many tokens."""
+    return type(layer) is DynamicLayer or (type(layer) is DynamicSlidingWindowLayer and layer.sliding_window >= length)
 
 
 class _Reserved(DynamicLayer):
@@ -52,13 +57,14 @@ class _Reserved(DynamicLayer):
 
 
 @contextmanager
-def attending_from_one_token(model: Any) -> Iterator[None]:
-    """Attend by plain products inside the block where that is faster: from one token at a time, with grouped heads.
+def eager_where_faster(model: Any, family: Family) -> Iterator[None]:
+    """Attend by plain products inside the block where that is faster from one token at a time: on a processor, grouped heads.
 
-    There, on a processor and over some hundred tokens, torch's kernel takes four times as long.
+    Over some hundred tokens torch's kernel takes four times as long there. A family without a description is left alone.
     """
     config = model.config
-    if model.device.type != "cpu" or getattr(config, "num_key_value_heads", None) in (None, config.num_attention_heads):
+    heads = [getattr(config, name, None) for name in ("num_key_value_heads", "num_attention_heads")]
+    if model.device.type != "cpu" or family.detected or None in heads or heads[0] == heads[1]:
         yield
         return
     before = config._attn_implementation

@@ -65,12 +65,15 @@ def cut_sentences(
         if "dense_loss" in selected:
             listed += f"; the dense model has {selected['dense_loss']:.2f}"
         sentences.append(f"Next-token loss of the shortened model on held-out calibration text, in nats per token: {listed}.")
+    if rises := selected.get("typical_rises"):
+        listed = ", ".join(f"{rise:.3f} with {host.replace('host', 'host ')}" for host, rise in rises.items())
+        sentences.append(f"The choice is by the typical rise over the kinds of text: {listed}.")
     if rises := selected.get("rises"):
         numbers = sorted((int(layers.removeprefix("layers")), rise) for layers, rise in rises.items())
         listed = ", ".join(f"{rise:.3f} without {count} layer{'s' * (count > 1)}" for count, rise in numbers)
         sentences.append(
             "The number of removed layers follows from tolerated_loss, with layers_to_skip as its maximum. With the best block "
-            f"of each size, this loss rises by {listed}."
+            f"of each size, the loss rises by {listed}."
         )
     return sentences
 

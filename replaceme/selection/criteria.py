@@ -186,7 +186,7 @@ CRITERIA: Mapping[str, Criterion] = {
             several=True,
         ),
         Criterion(
-            "loss", "the lowest next-token loss among a few preselected cuts", _loss, shared=True, check=_enough_documents
+            "loss", "the smallest rise of the next-token loss among a few cuts", _loss, shared=True, check=_enough_documents
         ),
         Criterion("influence", "the smallest block influence", _influence),
         Criterion("greedy", "the lowest loss without the layer, one layer at a time", _greedy, shared=True),

@@ -208,8 +208,7 @@ def lowest_loss(
 ) -> tuple[list[Block], dict[str, Any]]:
     """Return the block whose removal raises the loss least, and the figures of the measured ones.
 
-    What counts is the typical rise over the domains of the text (``Losses.rise_over``). As a figure, it is added to the dense
-    model's mean loss.
+    What counts is the typical rise over the domains of the text (``Losses.rise_over``), each with its share of all the text.
 
     Args:
         model: the dense model.
@@ -226,19 +225,21 @@ def lowest_loss(
     dense, limit = dense_losses(model, documents, params.batch_size), params.layers_to_skip
     if not math.isfinite(dense.mean):
         raise ParameterError(f"dtype: {params.dtype} overflows in the model's predictions; use bfloat16 or float32.")
-    # Number of layers → the rises of its best few blocks, lowest first.
-    tried: dict[int, dict[Block, float]] = {}
+    shares = documents.tokens_by_domain
+    # Number of layers → rise and mean loss of its best few blocks, the lowest rise first.
+    tried: dict[int, dict[Block, tuple[float, float]]] = {}
 
     def lowest(count: int) -> float:
-        return min(tried[count].values(), default=math.inf)
+        return next(iter(tried[count].values()))[0] if tried[count] else math.inf
 
     def rise(count: int) -> float:
         """Return the rise of the loss with the best block of this many layers."""
         longer, each = range(starts.start, starts.stop + limit - count), SHORTLIST // len(rankings)
         candidates = [*dict.fromkeys(chain(*(smallest(values, longer, count, each) for values in rankings)))]
         losses = cut_losses(model, family, documents, candidates, stand_in=stand_in, batch_size=params.batch_size)
-        rises = [(block, cut.rise_over(dense)) for block, cut in zip(candidates, losses, strict=True)]
-        tried[count] = dict(sorted((pair for pair in rises if math.isfinite(pair[1])), key=lambda pair: pair[1]))
+        rises = [(cut.rise_over(dense, shares), block, cut.mean) for block, cut in zip(candidates, losses, strict=True)]
+        rises.sort(key=lambda measured: measured[0])
+        tried[count] = {block: (risen, mean) for risen, block, mean in rises if math.isfinite(risen)}
         risen = lowest(count)
         logger.info(
             "select: without %s, the loss rises by %.4f nats on held-out calibration text, before any repair",
@@ -260,9 +261,10 @@ def lowest_loss(
         )
     best, *_ = tried[count]
     figures: dict[str, Any] = {
-        "loss": dense.mean + tried[count][best],
+        "loss": tried[count][best][1],
         "dense_loss": dense.mean,
-        "losses": {f"host{block.host}": dense.mean + rise for block, rise in tried[count].items()},
+        "losses": {f"host{block.host}": mean for block, (_, mean) in tried[count].items()},
+        "typical_rises": {f"host{block.host}": risen for block, (risen, _) in tried[count].items()},
     }
     if params.tolerated_loss is not None:
         figures["rises"] = {f"layers{each}": lowest(each) for each in sorted(tried) if tried[each]}

@@ -101,9 +101,17 @@ def test_sources_follow_their_documents_and_survive_the_disk(tmp_path: Path) -> 
 
 
 def test_documents_of_their_own_need_no_sources_on_disk(tmp_path: Path) -> None:
-    made([7, 3, 5]).save(tmp_path)
+    Documents(made([7, 3, 5]).documents).save(tmp_path)
     assert set(load_file(tmp_path / FILE)) == {"input_ids", "lengths"}
-    assert len({*Documents.load(tmp_path).sources}) == 3
+    assert Documents.load(tmp_path).sources == [0, 1, 2]
+
+
+def test_domains_survive_the_disk_where_each_document_is_a_source_of_its_own(tmp_path: Path) -> None:
+    sources = [(number % 3 << SOURCE_BITS) + number // 3 for number in range(9)]
+    documents = Documents([torch.arange(2 + number) for number in range(9)], sources)
+    documents.save(tmp_path)
+    assert Documents.load(tmp_path).domains == [0, 1, 2] * 3
+    assert Documents.load(tmp_path).tokens_by_domain == documents.tokens_by_domain == {0: 15, 1: 18, 2: 21}
 
 
 def sources_by_fold(documents: Documents) -> list[set[int]]:

@@ -95,3 +95,18 @@ def test_as_many_rows_are_written_at_once_as_fit(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(own_text, "_sample", watched)
     assert len(write_texts(model, tokenizer, 7, 20, 0)) == 7
     assert sizes == [3, 3, 1]
+
+
+def test_predictions_that_overflow_are_named() -> None:
+    model = made_model()
+    model.model.norm.weight.data.fill_(torch.nan)
+    with pytest.raises(ModelError, match="dtype: the model's predictions overflow while it writes its own text"):
+        write_texts(model, made_tokenizer(), 2, 8, 0)
+
+
+def test_a_model_without_a_cache_is_refused() -> None:
+    model = made_model()
+    forward = model.forward
+    model.forward = lambda ids, **_: forward(ids, use_cache=False)
+    with pytest.raises(ModelError, match="dataset: self needs a model with a cache of keys and values"):
+        write_texts(model, made_tokenizer(), 2, 8, 0)

@@ -462,7 +462,7 @@ def test_a_cut_is_compared_with_all_of_its_size(params: Params, run: Run) -> Non
     assert "(rank 1 of 5, smallest first)" in Reader(render(params, run(blocks=((1, 3),))).html).text
     assert "chosen by the smallest angular distance" in text
     assert "in nats per token: 3.25 with host 2, 4.50 with host 1; the dense model has 2.75." in text
-    assert "With the best block of each size, this loss rises by 0.500 without 2 layers, 1.500 without 11 layers." in text
+    assert "With the best block of each size, the loss rises by 0.500 without 2 layers, 1.500 without 11 layers." in text
 
 
 @pytest.mark.usefixtures("undrawn")

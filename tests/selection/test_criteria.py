@@ -107,6 +107,7 @@ def test_the_loss_decides_among_the_best_cuts(
     figures = read_json(work.metric("select"))
     assert (figures["host"], figures["loss"], figures["dense_loss"]) == (hosts[2], 2.0, 1.5)
     assert figures["losses"] == {f"host{hosts[place]}": loss for place, loss in ((2, 2.0), (0, 3.0), (3, 4.0), (5, 5.0))}
+    assert figures["typical_rises"] == {host: loss - 1.5 for host, loss in figures["losses"].items()}
     assert load_blocks(work.blocks) == (Block(hosts[2] + 1, hosts[2] + 1 + skip),)
 
 
@@ -170,13 +171,13 @@ def test_tolerated_loss_needs_a_measured_loss(setting: dict[str, Any], said: str
 
 
 def of_one_domain(mean: float) -> Losses:
-    return Losses(torch.tensor([8 * mean], dtype=torch.float64), torch.tensor([8.0], dtype=torch.float64))
+    return Losses([0], torch.tensor([8 * mean], dtype=torch.float64), torch.tensor([8.0], dtype=torch.float64))
 
 
 def without_model(monkeypatch: pytest.MonkeyPatch, measure: Callable[..., Any], dense: float = 1.5) -> None:
     """Replace the measured losses by a function, without a model."""
     monkeypatch.setattr("replaceme.pipeline.select._loaded", lambda *_: (None, None))
-    monkeypatch.setattr("replaceme.pipeline.select.Documents.load", lambda _: None)
+    monkeypatch.setattr("replaceme.pipeline.select.Documents.load", lambda _: many_documents(2))
     monkeypatch.setattr(cut_loss, "dense_losses", lambda *_: of_one_domain(dense))
     monkeypatch.setattr(cut_loss, "cut_losses", measure)
 
