@@ -43,6 +43,7 @@ def main(sizes: list[int]) -> None:
     windows = cut_windows("test", task_texts(Task("wikipedia")), source.tokenizer(), TEST_TOKENS)
     profile = read_json(work.profile / "profile.json")
     layers = len(profile["residual"])
+    dense, shares = dense_losses(model, documents, params.batch_size), documents.tokens_by_domain
     for size in sizes:
         blocks = [Block(start, start + size) for start in range(1, layers - size + 1)]
         grams = [Gram(block) for block in blocks]
@@ -59,7 +60,6 @@ def main(sizes: list[int]) -> None:
             for name, key in (("angular", "angular_distance"), ("residual", "residual"))
         }
         measured = cut_losses(model, family, documents, blocks, stand_in="map", batch_size=params.batch_size)
-        dense, shares = dense_losses(model, documents, params.batch_size), documents.tokens_by_domain
         criteria["loss"] = [cut.rise_over(dense, shares) for cut in measured]
         print(f"\n{size} of {layers} layers, {len(blocks)} cuts: best perplexity {min(outcomes):.1f}")
         rows = [("criterion", "rank correlation", "its choice: host", "perplexity", "place")]
