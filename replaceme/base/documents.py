@@ -6,7 +6,7 @@ In a batch, padding comes after the text, so a causal model's real tokens never 
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -183,7 +183,9 @@ def excerpts_of(documents: Documents, tokens: int | None = None) -> Documents:
     sources: list[int] = []
     for source, document in _by_domain(documents.shuffled(EXCERPT_SEED)):
         # A single token predicts none.
-        if min(len(document), tokens) > 1:
+        if tokens < 2:
+            break
+        if len(document) > 1:
             excerpts.append(document[: min(EXCERPT_LENGTH, tokens)])
             sources.append(source)
             tokens -= len(excerpts[-1])
@@ -224,18 +226,13 @@ def in_shares(
 
 def few_documents(documents: Documents, tokens: int) -> Documents:
     """Return the first documents of a walk (the longest ones) that reach so many tokens together, or all."""
-    return Documents(first_of(documents.longest_first(), tokens))
-
-
-def first_of(documents: Iterable[Tensor], tokens: int) -> list[Tensor]:
-    """Return the first documents that reach so many tokens together, the last one whole; or all."""
     chosen: list[Tensor] = []
-    for document in documents:
+    for document in documents.longest_first():
         if tokens <= 0:
             break
         chosen.append(document)
         tokens -= len(document)
-    return chosen
+    return Documents(chosen)
 
 
 def seeded_order(count: int, seed: int) -> Tensor:

@@ -48,7 +48,7 @@ def select(params: Params, work: Workspace) -> None:
         logger.info(
             "select: layers %d to %d of %d are removed, host %d, by %s: angular distance %.4f, residual %.4f%s",
             block.start, block.end - 1, len(distances), block.host, criterion.name, chosen["angular_distance"],
-            chosen["residual"], f", loss {figures['loss']:.4f}" if "loss" in figures else "",
+            chosen["residual"], f", mean loss {figures['loss']:.4f}" if "loss" in figures else "",
         )  # fmt: skip
     write_json(work.metric("select"), rounded(figures))
 

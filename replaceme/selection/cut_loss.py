@@ -12,6 +12,7 @@ It is fitted on the documents that the profile fits on; the loss is measured on 
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -44,6 +45,15 @@ REFIT_RIDGE, GRAM_BYTES = 0.3, 4 << 30
 
 # The linears solved for, by stand-in.
 LINEARS_OF: Mapping[StandIn, Sequence[Linear]] = {"refit": ("mlp_output",), "joint": LINEARS}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A cut, the rise of the loss of a typical domain, and the mean loss over all tokens, in nats."""
+
+    block: Block
+    rise: float
+    loss: float
 
 
 class WeightedGram(AtCut):
@@ -226,26 +236,24 @@ def lowest_loss(
     if not math.isfinite(dense.mean):
         raise ParameterError(f"dtype: {params.dtype} overflows in the model's predictions; use bfloat16 or float32.")
     shares = documents.tokens_by_domain
-    # Number of layers → rise and mean loss of its best few blocks, the lowest rise first.
-    tried: dict[int, dict[Block, tuple[float, float]]] = {}
-
-    def lowest(count: int) -> float:
-        return next(iter(tried[count].values()))[0] if tried[count] else math.inf
+    # Number of layers → its best few blocks, the lowest rise first.
+    tried: dict[int, list[Measured]] = {}
 
     def rise(count: int) -> float:
-        """Return the rise of the loss with the best block of this many layers."""
+        """Measure the best blocks of this many layers, and return the lowest rise."""
         longer, each = range(starts.start, starts.stop + limit - count), SHORTLIST // len(rankings)
         candidates = [*dict.fromkeys(chain(*(smallest(values, longer, count, each) for values in rankings)))]
         losses = cut_losses(model, family, documents, candidates, stand_in=stand_in, batch_size=params.batch_size)
-        rises = [(cut.rise_over(dense, shares), block, cut.mean) for block, cut in zip(candidates, losses, strict=True)]
-        rises.sort(key=lambda measured: measured[0])
-        tried[count] = {block: (risen, mean) for risen, block, mean in rises if math.isfinite(risen)}
-        risen = lowest(count)
+        measured = [
+            Measured(block, cut.rise_over(dense, shares), cut.mean) for block, cut in zip(candidates, losses, strict=True)
+        ]
+        tried[count] = sorted((cut for cut in measured if math.isfinite(cut.rise)), key=lambda cut: cut.rise)
+        lowest = tried[count][0].rise if tried[count] else math.inf
         logger.info(
-            "select: without %s, the loss rises by %.4f nats on held-out calibration text, before any repair",
-            f"{count} layers" if count > 1 else "1 layer", risen,
+            "select: without %s, the loss of a typical kind of text rises by %.4f nats on held-out calibration text, before "
+            "any repair", f"{count} layers" if count > 1 else "1 layer", lowest,
         )  # fmt: skip
-        return risen
+        return lowest
 
     if params.tolerated_loss is None:
         count = limit
@@ -256,19 +264,18 @@ def lowest_loss(
         raise ParameterError(f"dtype: {params.dtype} overflows in every shortened model; use bfloat16 or float32.")
     if not count:
         raise ParameterError(
-            f"tolerated_loss: the loss rises by {lowest(1):.4f} nats without one layer, and {params.tolerated_loss:g} "
+            f"tolerated_loss: the loss rises by {tried[1][0].rise:.4f} nats without one layer, and {params.tolerated_loss:g} "
             "are tolerated; take more, or null."
         )
-    best, *_ = tried[count]
     figures: dict[str, Any] = {
-        "loss": tried[count][best][1],
+        "loss": tried[count][0].loss,
         "dense_loss": dense.mean,
-        "losses": {f"host{block.host}": mean for block, (_, mean) in tried[count].items()},
-        "typical_rises": {f"host{block.host}": risen for block, (risen, _) in tried[count].items()},
+        "losses": {f"host{cut.block.host}": cut.loss for cut in tried[count]},
+        "typical_rises": {f"host{cut.block.host}": cut.rise for cut in tried[count]},
     }
     if params.tolerated_loss is not None:
-        figures["rises"] = {f"layers{each}": lowest(each) for each in sorted(tried) if tried[each]}
-    return [best], figures
+        figures["rises"] = {f"layers{each}": tried[each][0].rise for each in sorted(tried) if tried[each]}
+    return [tried[count][0].block], figures
 
 
 def _most_within(tolerated: float, limit: int, rise: Callable[[int], float]) -> int:

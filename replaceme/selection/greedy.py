@@ -14,7 +14,7 @@ from replaceme.base.scratch import scratch
 from replaceme.edits.edits import Edits
 from replaceme.edits.unfused import unfused
 from replaceme.models.families import Family
-from replaceme.selection.trials import Trials, next_token_loss
+from replaceme.selection.trials import Trials, next_token_losses
 
 
 def greedy_layers(
@@ -51,7 +51,7 @@ def greedy_layers(
         found = {}
         for layer in left:
             with trials.trial(Edits("", [*removed, layer]), layer) as batches:
-                found[layer] = next_token_loss(model, batches)
+                found[layer] = next_token_losses(model, excerpts, batches).mean
         best = min(found, key=found.__getitem__)
         removed.append(best)
         losses.append(found[best])

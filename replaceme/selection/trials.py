@@ -104,18 +104,6 @@ class Losses:
         return float(2 * (ends.diff(prepend=ends.new_tensor([0.25])) * rises).sum())
 
 
-def next_token_loss(model: Any, batches: Iterable[Batch]) -> float:
-    """Return the mean next-token loss (nats per token) of a model as it computes at present; one text needs two tokens.
-
-    Processes that share the batches get the same mean.
-    """
-    total, count = 0.0, 0
-    for _, loss, predicted in _losses(model, batches):
-        total, count = total + loss, count + predicted
-    total, tokens = add_numbers(total, count)
-    return total / tokens
-
-
 def next_token_losses(model: Any, documents: Documents, batches: Iterable[Batch]) -> Losses:
     """Return the losses of a model as it computes at present, by domain; processes that share the batches get the same.
 
