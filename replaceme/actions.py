@@ -80,18 +80,22 @@ def prune(params: Params, texts: Sequence[str] | None = None) -> Workspace:
 
 
 def evaluate(params: Params) -> None:
-    """Score the model at ``model_path``, print the scores and write them to ``save_path``."""
+    """Score the model at ``model_path``, print the scores and write them to ``save_path``.
+
+    Tasks on the text that it was calibrated on are marked, if that is known (``replaceme.origin``).
+    """
     from replaceme.evaluation.comparison import scores_table
     from replaceme.evaluation.scores import score_model
     from replaceme.evaluation.tasks import task_fingerprints
     from replaceme.models.find import find_model
+    from replaceme.origin import calibration_of
 
     fingerprints = task_fingerprints(params)
     if not fingerprints:
         raise ParameterError("tasks: is empty; name at least one task.")
     model = find_model(params)
     target = scores_file(params, model.name)
-    scores = score_model(params, model, model.name, fingerprints).figures
+    scores = score_model(params, model, model.name, fingerprints, calibration=calibration_of(model)).figures
     print(scores_table(scores))
     write_json(target, rounded(scores))
     logger.info("the scores are in %s", target)

@@ -3,26 +3,30 @@
 import json
 import re
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
 import replaceme
-from replaceme import cli, commands, steps
+from replaceme import cli, commands, origin, steps
 from replaceme.arguments import GROUPS, parse
 from replaceme.base.errors import ParameterError
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.presets import RECOMMENDED
+from replaceme.base.source import Source
 from replaceme.base.stage import ORDER
 from replaceme.cli import COMMANDS, OTHERS, main
+from replaceme.corpora.embedded import text_fingerprint
 from replaceme.methods.registry import FIELDS, METHODS
 from replaceme.models.model import Model
 from replaceme.pipeline import evaluate, profile
-from tests.conftest import LAYERS, UNDESCRIBED
+from tests.conftest import LAYERS, UNDESCRIBED, made_text
 from tests.helpers import FAST, call
 from tests.pipeline.closure import ROOT
 from tests.pipeline.helpers import Hub
@@ -225,6 +229,81 @@ def test_evaluate_and_profile(
     assert "perplexity" in json.loads(Path("scores.json").read_text())
     call(main, "profile", *given, "--save_path", "distances")
     assert "layers to skip" in capsys.readouterr().out
+
+
+@pytest.fixture
+def unseen_file() -> Path:
+    """A text that nothing was calibrated on."""
+    Path("unseen.txt").write_text(made_text(60, seed=9), encoding="utf-8")
+    return Path("unseen.txt").resolve()
+
+
+@pytest.fixture
+def scoring(text_file: Path, unseen_file: Path) -> list[str]:
+    """Options that score the calibration text and another one."""
+    return ["--tasks", f"{text_file},{unseen_file}", "--save_path", "s.json", "--threads", "1", "--device", "cpu"]
+
+
+@pytest.fixture
+def result(given: list[str | Path]) -> Path:
+    """A pruned model that nothing was scored of."""
+    call(main, "prune", *given, "--layers", "2", "--method", "uidl", "--tasks", "[]", "--save_path", "r")
+    return Path("r")
+
+
+def seen_in_scores() -> dict[str, int]:
+    texts = json.loads(Path("s.json").read_text()).get("calibration_text", {})
+    return {task: text["seen"] for task, text in texts.items()}
+
+
+def test_evaluate_marks_the_text_that_a_result_was_calibrated_on(
+    result: Path, scoring: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("link").symlink_to(result)
+    pipeline = Path("elsewhere/artifacts")
+    shutil.copytree("r.work/artifacts", pipeline)
+    shutil.copytree(result, pipeline / "model", dirs_exist_ok=True)
+    for model in (result, Path("link"), pipeline / "model"):
+        capsys.readouterr()
+        call(main, "evaluate", "--model", model, *scoring)
+        said = capsys.readouterr().out
+        assert re.search(r"(?m)^text perplexity \(seen\) ", said)
+        assert re.search(r"(?m)^unseen perplexity  ", said)
+        assert seen_in_scores() == {"text": 1, "unseen": 0}
+
+
+def test_evaluate_says_where_the_calibration_text_is_not_known(
+    result: Path, scoring: list[str], tiny: Model, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call(main, "evaluate", "--model", tiny.folder, *scoring)
+    assert "marked" not in capsys.readouterr().err
+    record = Path("r.work/artifacts/inputs/dataset.json")
+    # The same folder's next run, with another text, was interrupted before its model was there.
+    record.write_text(json.dumps({"sha256": "0", "form": ".jsonl"}), encoding="utf-8")
+    call(main, "evaluate", "--model", result, *scoring)
+    assert "is of a later run than r, by its card, so none is marked as seen" in capsys.readouterr().err
+    for damage in (record.unlink, lambda: record.write_text("{", encoding="utf-8")):
+        damage()
+        call(main, "evaluate", "--model", result, *scoring)
+        assert "tasks: the calibration text of r is not beside it (" in capsys.readouterr().err
+        assert seen_in_scores() == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "same"),
+    [
+        ("self", {"self": True}, True),
+        ("self", {"sha256": "0", "form": ".txt"}, False),
+        ("wikipedia-sample", {"sha256": text_fingerprint("wikipedia-sample"), "share": 1.0}, True),
+        ("wikipedia-sample", {"sha256": text_fingerprint("python-code"), "share": 1.0}, False),
+        ("fineweb_and_orca", {"commits": {"HuggingFaceFW/fineweb": "0", "Open-Orca/SlimOrca": "0"}}, True),
+        ("c4", {"commits": {"HuggingFaceFW/fineweb": "0"}}, False),
+        ("notes.txt", {"sha256": "0", "form": ".txt"}, True),
+        ("notes.txt", {"self": True}, False),
+    ],
+)
+def test_a_recorded_text_is_known_by_its_source(name: str, known: dict[str, Any], same: bool) -> None:
+    assert origin._is_of(Source(name), known) == same
 
 
 def test_push_is_the_scripts(tiny: Model, api: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
