@@ -79,25 +79,37 @@ def prune(params: Params, texts: Sequence[str] | None = None) -> Workspace:
     return work
 
 
-def evaluate(params: Params) -> None:
+def evaluate(params: Params, compare_with: str | None = None) -> None:
     """Score the model at ``model_path``, print the scores and write them to ``save_path``.
 
     Tasks on the text that it was calibrated on are marked, if that is known (``replaceme.origin``).
+
+    Args:
+        params: the model and the tasks.
+        compare_with: the dense model, which is scored too; the scores are printed side by side, and the file has their
+            comparison and how both models go on after a few prompts. None scores one model.
     """
-    from replaceme.evaluation.comparison import scores_table
+    from replaceme.evaluation.comparison import compare, comparison_table, scores_table
+    from replaceme.evaluation.prompts import side_by_side
     from replaceme.evaluation.scores import score_model
     from replaceme.evaluation.tasks import task_fingerprints
     from replaceme.models.find import find_model
-    from replaceme.origin import calibration_of
+    from replaceme.origin import calibration_of, dense_of
 
     fingerprints = task_fingerprints(params)
     if not fingerprints:
         raise ParameterError("tasks: is empty; name at least one task.")
     model = find_model(params)
-    target = scores_file(params, model.name)
-    scores = score_model(params, model, model.name, fingerprints, calibration=calibration_of(model)).figures
-    print(scores_table(scores))
-    write_json(target, rounded(scores))
+    source = None if compare_with is None else dense_of(params, model, compare_with)
+    target, calibration = scores_file(params, model.name), calibration_of(model)
+    dense = score_model(params, source, "dense model", fingerprints, is_dense=True) if source else None
+    scores = score_model(params, model, "pruned model" if dense else model.name, fingerprints, dense, calibration)
+    figures = scores.figures
+    if dense:
+        compared = compare(dense.figures, figures, dense.items, scores.items)
+        figures |= {"comparison": compared, "continuations": side_by_side(dense.continuations, scores.continuations)}
+    print(comparison_table(figures["comparison"]) if dense else scores_table(figures))
+    write_json(target, rounded(figures))
     logger.info("the scores are in %s", target)
 
 

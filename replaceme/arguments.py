@@ -119,7 +119,13 @@ def script_parser(description: str) -> Parser:
 
 
 def command_parser(
-    prog: str, description: str, example: str, keys: Iterable[str], place: str | None, everything: bool
+    prog: str,
+    description: str,
+    example: str,
+    keys: Iterable[str],
+    place: str | None,
+    everything: bool,
+    own: Mapping[str, tuple[str, str]],
 ) -> Parser:
     """Return the parser of a subcommand: the parameters that it uses, in groups.
 
@@ -130,6 +136,7 @@ def command_parser(
         keys: the parameters that it uses.
         place: what ``save_path`` is here; None is the folder of a new result.
         everything: whether the help describes the rare ones too.
+        own: its options that are no parameters: name → what stands for the value, and a few words.
     """
     parser = Parser(
         prog=prog, usage=f"{prog} [--config FILE] [--key value …]", description=description, allow_abbrev=False, add_help=False,
@@ -150,6 +157,10 @@ def command_parser(
             _add(section, key, [shown], _metavar(key), words)
             for flag in hidden:
                 _add(section, key, [flag], None, argparse.SUPPRESS)
+    if own:
+        section = parser.add_argument_group("this command alone")
+        for name, (metavar, words) in own.items():
+            _add(section, name, [f"--{name}"], metavar, words)
     general = parser.add_argument_group("general")
     _add_general(general)
     general.add_argument("--help", "-h", action="help", help="the common options")
@@ -157,19 +168,22 @@ def command_parser(
     return parser
 
 
-def parse(parser: Parser, arguments: Sequence[str], keys: Iterable[str] = tuple(FIELDS)) -> tuple[Path | None, dict[str, Any]]:
+def parse(
+    parser: Parser, arguments: Sequence[str], keys: Iterable[str] = tuple(FIELDS), own: Iterable[str] = ()
+) -> tuple[Path | None, dict[str, Any]]:
     """Return the config file and the overrides of a command line.
 
     Args:
         parser: ``script_parser`` or ``command_parser``.
         arguments: the words after the command.
         keys: the parameters that the command uses.
+        own: its options that are no parameters, whose values stay text; they are among the overrides.
 
     Raises:
         ParameterError: names each word that is no option, and each option given twice with different values.
     """
     known, unknown = parser.parse_known_args(arguments)
-    names, problems = [*keys], []
+    names, problems = [*keys, *own], []
     for word in unknown:
         if word.startswith("--"):
             name = word.lstrip("-").split("=")[0]
@@ -188,7 +202,7 @@ def parse(parser: Parser, arguments: Sequence[str], keys: Iterable[str] = tuple(
     if problems:
         raise ParameterError(problems)
     config = Path(given.pop("config")[0]) if "config" in given else None
-    return config, {name: typed(name, value) for name, (value,) in given.items()}
+    return config, {name: value if name in own else typed(name, value) for name, (value,) in given.items()}
 
 
 @contextmanager

@@ -6,6 +6,7 @@ Its preset is the recommended one; a config of the published program is read as 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -37,28 +38,36 @@ class Command:
         action: what it does with them.
         fixed: parameters that it sets itself.
         place: what ``save_path`` is here; None is the folder of a new result.
+        own: options that are no parameters, which the action takes by name: name → what stands for the value, a few words.
     """
 
     words: str
     description: str
     example: str
     keys: tuple[str, ...]
-    action: Callable[[Params], object]
+    action: Callable[..., object]
     fixed: Mapping[str, Any] = field(default_factory=dict)
     place: str | None = None
+    own: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
     def parser(self, name: str, everything: bool = False) -> Parser:
         """Return its parser; ``everything`` describes the rare parameters too."""
-        return command_parser(f"replaceme {name}", self.description, self.example, self.keys, self.place, everything)
+        prog = f"replaceme {name}"
+        return command_parser(prog, self.description, self.example, self.keys, self.place, everything, self.own)
+
+    def read(self, parser: Parser, arguments: Sequence[str]) -> tuple[Params, dict[str, str]]:
+        """Return the parameters of a command line and its config, and the values of its own options."""
+        config, given = parse(parser, arguments, self.keys, self.own)
+        own = {name: given.pop(name) for name in self.own if name in given}
+        return read_params(config, {**given, **self.fixed, **taken()}, METHODS, preset=None), own
 
     def run(self, name: str, arguments: Sequence[str]) -> None:
         """Read the command line and the config, and do it."""
         parser = self.parser(name, everything="--help-all" in arguments)
         with named_as_typed(arguments):
-            config, overrides = parse(parser, arguments, self.keys)
-            params = read_params(config, {**overrides, **self.fixed, **taken()}, METHODS, preset=None)
+            params, own = self.read(parser, arguments)
             silence_libraries(load=True)
-            actions.together(self.action, params)
+            actions.together(partial(self.action, **own) if own else self.action, params)
 
 
 COMMANDS: Mapping[str, Command] = {
@@ -72,11 +81,13 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "evaluate": Command(
         "score any model",
-        "Score the model at --model, pruned or not: perplexity of texts, accuracy on tasks. --save_path is a JSON file.",
-        "replaceme evaluate --model smaller --tasks wikipedia,bbc_news",
+        "Score the model at --model, pruned or not: perplexity of texts, accuracy on tasks. --save_path is a JSON file.\n"
+        "Tasks on text that it was calibrated on are marked, where the files of the run that made it lie beside it.",
+        "replaceme evaluate --model smaller --tasks wikipedia,bbc_news --compare_with smollm2-135m-instruct",
         (*_MODEL, *_SCORES, *_WHERE, "memory", "save_path"),
         actions.evaluate,
         place="JSON file for the scores [MODEL.evaluation.json]",
+        own={"compare_with": ("MODEL", "dense model that is scored too, and stands beside it: twice the time [not set]")},
     ),
     "profile": Command(
         "measure all pairs of layers, and list the best block of each size",

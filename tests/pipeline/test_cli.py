@@ -18,6 +18,7 @@ from replaceme import cli, commands, origin, steps
 from replaceme.arguments import GROUPS, parse
 from replaceme.base.errors import ParameterError
 from replaceme.base.fingerprints import sha256_below
+from replaceme.base.params import Params, read_params
 from replaceme.base.presets import RECOMMENDED
 from replaceme.base.source import Source
 from replaceme.base.stage import ORDER
@@ -26,7 +27,7 @@ from replaceme.corpora.embedded import text_fingerprint
 from replaceme.methods.registry import FIELDS, METHODS
 from replaceme.models.model import Model
 from replaceme.pipeline import evaluate, profile
-from tests.conftest import LAYERS, UNDESCRIBED, made_text
+from tests.conftest import LAYERS, UNDESCRIBED, made_text, made_tokenizer
 from tests.helpers import FAST, call
 from tests.pipeline.closure import ROOT
 from tests.pipeline.helpers import Hub
@@ -126,6 +127,10 @@ def test_the_options_are_those_that_the_stages_use() -> None:
         (["prune", "extra"], "command line: 'extra' belongs to no option; see --help."),
         (["prune", "--preset", "paper"], "command line: preset: must be recommended or published, not 'paper'."),
         (["report", "--save_path", "nowhere"], "save_path: there is no pruned model in "),
+        (
+            ["evaluate", "--compare", "x"],
+            "command line: '--compare' is not an option (did you mean 'compare_with'?); see --help.",
+        ),
         (["push"], "command line: the following arguments are required: --repo_id."),
         (["speed", "--save_path", "nowhere"], "save_path: there is no pruned model in "),
     ],
@@ -287,6 +292,66 @@ def test_evaluate_says_where_the_calibration_text_is_not_known(
         call(main, "evaluate", "--model", result, *scoring)
         assert "tasks: the calibration text of r is not beside it (" in capsys.readouterr().err
         assert seen_in_scores() == {}
+
+
+def test_evaluate_beside_the_dense_model_says_what_the_pruning_said(
+    given: list[str | Path], tiny: Model, scoring: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    tasks = scoring[:2]
+    call(main, "prune", *given, "--layers", "2", "--method", "uidl", *tasks, "--save_path", "r")
+    table = capsys.readouterr().out
+    for _ in range(2):
+        call(main, "evaluate", "--model", "r", *scoring, "--compare_with", tiny.folder)
+        said = capsys.readouterr()
+        assert said.out == table
+        assert "is not what r was made from" not in said.err
+    scores = json.loads(Path("s.json").read_text())
+    assert scores["comparison"] == json.loads(Path("r.work/metrics/evaluation.json").read_text())
+    assert scores["continuations"] == json.loads(Path("r.work/artifacts/continuations.json").read_text())
+    assert scores["perplexity"]["text"]["token"] == scores["comparison"]["perplexity"]["text"]["pruned"]
+
+
+def test_evaluate_takes_the_commit_that_was_pruned_and_warns_of_another_model(
+    result: Path, scoring: list[str], tiny: Model, save_tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    Path("r.work/artifacts/inputs/model.json").write_text(json.dumps({"commit": "c0ffee", "repository": "org/dense"}))
+    asked: list[tuple[str, str | None]] = []
+
+    def found(params: Params, commit: str | None = None) -> Model:
+        asked.append((params.model_path, commit))
+        return Model(tiny.folder, params.model_path, commit)
+
+    monkeypatch.setattr("replaceme.models.find.find_model", found)
+    params, pruned = read_params(None, {"revision": "main"}), Model(result, "r")
+    with caplog.at_level("WARNING", "replaceme"):
+        origin.dense_of(params, pruned, "org/dense")
+        assert not caplog.records
+        origin.dense_of(params, pruned, "org/other")
+    assert asked == [("org/dense", "c0ffee"), ("org/other", None)]
+    assert caplog.messages == ["compare_with: org/other is not what r was made from, by their files' sums"]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("./nowhere", "there is no folder ./nowhere; give a model folder, a hub id or an embedded model's name."),
+        ("", "must be a folder, a hub id or an embedded model's name, not ''."),
+        ("a\tb", "must be a text without control characters, not 'a b'."),
+        ("r/../r", "is the model that is scored; name the one that it was made from."),
+        ("words", "words has another tokenizer than r; name the model that it was made from."),
+    ],
+)
+def test_a_model_that_cannot_stand_beside_another_is_refused(
+    name: str, said: str, result: Path, scoring: list[str], tiny: Model, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tiny.folder, "words")
+    tokenizer = made_tokenizer()
+    tokenizer.add_tokens(["replaceme"])
+    tokenizer.save_pretrained("words")
+    call(main, "evaluate", "--model", result, *scoring, "--compare_with", name, code=2)
+    assert f"error: compare_with: {said}" in capsys.readouterr().err.splitlines()
+    assert not Path("s.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from contextlib import chdir
 from importlib.util import find_spec
 from itertools import pairwise, product
 from pathlib import Path
@@ -83,8 +84,8 @@ def check_replaceme(words: list[str]) -> None:
     if words[0] in COMMANDS_WITH_PARAMETERS:
         command = COMMANDS_WITH_PARAMETERS[words[0]]
         given = [word for word in words[1:] if word not in ("--help", "--help-all")]
-        config, overrides = parse(command.parser(words[0]), given, command.keys)
-        read_params(ROOT / config if config else None, {**overrides, **command.fixed}, METHODS, preset=None)
+        with chdir(ROOT):
+            command.read(command.parser(words[0]), given)
     else:
         parsers = {"report": report_parser, "push": publish.parser, "compare": experiments.parser}
         assert words == ["--version"] or parsers[words[0]]().parse_args(words[1:])
