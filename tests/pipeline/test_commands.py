@@ -268,7 +268,11 @@ def test_evaluate_model_prints_the_scores_and_writes_them(
         (["--layers", "2", "--tasks", "helaswag"], "tasks: 'helaswag' is no task (did you mean 'hellaswag' or"),
         (["--layers", "2", "--tasks", "piqa"], "tasks: 'piqa' needs the dataset baber/piqa, the hub can't be reached"),
         (["--layers", "2", "--device", "cuda:99"], "device: cuda:99 is asked for, but torch sees"),
-        (["--layers", "2", "--dataset_size", "1", "--max_length", "8"], "alpha: 0 leaves the least squares singular"),
+        (["--layers", "2", "--dataset_size", "4", "--max_length", "8"], "alpha: 0 leaves the least squares singular (rank"),
+        (
+            ["--layers", "2", "--dataset_size", "3", "--max_length", "8"],
+            "as 3 documents of 8 tokens have 24, fewer than the model",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(
@@ -279,6 +283,31 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     assert len(errors) == 1
     assert said in errors[0]
     assert len(errors[0]) <= 307
+
+
+@pytest.mark.parametrize(
+    ("settings", "works"),
+    [
+        ({"method": "lstsq", "transform": "dense"}, False),
+        ({"method": "lstsq", "transform": "two_vectors"}, False),
+        ({"method": "lstsq", "transform": "channels"}, False),
+        ({"method": "ghosted"}, False),
+        ({"method": "lstsq", "transform": "channels", "alpha": 1.0}, True),
+        ({"method": "lstsq", "transform": "diagonal"}, True),
+        ({"method": "cosine"}, True),
+        ({"method": "uidl"}, True),
+    ],
+    ids=str,
+)
+def test_fewer_tokens_than_the_width_are_refused_before_any_work_where_they_leave_the_solution_open(
+    settings: dict[str, Any], works: bool, tiny: Model, text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    few = ["--layers", "2", "--dataset_size", "3", "--max_length", "8", "--tasks", "[]", *options]
+    call(commands.run_replaceme, "--model", tiny.folder, "--dataset", text_file, *FAST, *few, code=0 if works else 2)
+    said = capsys.readouterr().err
+    assert ("stage 1 " in said) == works
+    assert ("error: alpha: 0 leaves the least squares singular, as 3 documents" in said) != works
 
 
 @pytest.mark.parametrize(
