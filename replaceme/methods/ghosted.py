@@ -17,7 +17,7 @@ from replaceme.base.combinations import Settings, Use
 from replaceme.base.params import Params
 from replaceme.base.plan import Block
 from replaceme.base.progress import logger
-from replaceme.methods.method import Method, Solved, Statistics
+from replaceme.methods.method import Method, Solved, Statistics, require_tokens
 from replaceme.selection.criteria import MEAN_COSINE
 
 
@@ -64,6 +64,7 @@ METHOD = Method(
     stand_in=lambda params: "map",
     statistics=lambda params: (_stream(params), "sample"),
     solve=solve,
+    check=lambda params, model, family: require_tokens(params, model.config),
     criterion=MEAN_COSINE,
     plain=lambda params: False,
     words="maps the whole state after the host",

@@ -3,13 +3,13 @@ all weights of the host's last linears (``replaceme.solvers.refit``)."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from replaceme.base.combinations import TRANSFORMS, Use, Values
 from replaceme.base.params import Params
 from replaceme.base.plan import Block, StandIn
 from replaceme.base.progress import logger
-from replaceme.methods.method import Method, Solved, Statistics
+from replaceme.methods.method import Method, Solved, Statistics, require_tokens
 
 if TYPE_CHECKING:
     from replaceme.models.families import Family
@@ -94,11 +94,18 @@ def _refuses(values: Values, kind: str, family: Family) -> list[str]:
     return []
 
 
+def _check(params: Params, model: Any, family: Family) -> None:
+    # A diagonal or an orthogonal map is unique with few tokens too.
+    if params.transform not in ("diagonal", "orthogonal"):
+        require_tokens(params, model.config)
+
+
 METHOD = Method(
     shared={"alpha": Use(("solve", "repair"))},
     stand_in=_stand_in,
     statistics=_statistics,
     solve=solve,
+    check=_check,
     words="fits a replacement for the block",
     transforms=TRANSFORMS,
     refusals=_refusals,

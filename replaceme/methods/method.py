@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from replaceme.base.combinations import Limits, Values
+from replaceme.base.errors import ParameterError
 from replaceme.base.params import Params
 from replaceme.base.plan import Block, Plan, StandIn
 from replaceme.selection.criteria import CRITERIA, Criterion
@@ -98,6 +99,19 @@ class Method(Limits):
     trained: bool = False
     check: Callable[[Params, Any, Family], None] | None = None
     refuses: Callable[[Values, str, Family], list[str]] = lambda values, kind, family: []
+
+
+def require_tokens(params: Params, config: Any) -> None:
+    """Raise ParameterError if a map without a ridge is not unique whatever the text is, for want of tokens.
+
+    The solve would say so after all the passes. That a text has fewer tokens than the settings allow is known only by then.
+    """
+    most, width = params.dataset_size * params.max_length, int(config.hidden_size)
+    if not params.alpha and most < width:
+        raise ParameterError(
+            f"alpha: 0 leaves the least squares singular, as {params.dataset_size} documents of {params.max_length} tokens "
+            f"have {most}, fewer than the model's width of {width}; raise dataset_size or max_length, or set alpha above 0."
+        )
 
 
 def drop(title: str) -> Callable[[Params, Block, Statistics], Solved]:

@@ -36,9 +36,6 @@ from replaceme.observers.residuals import FIT_TOKENS, HELD_OUT_SHARE
 from replaceme.selection.budget import within_budget
 from replaceme.selection.criteria import allowed_starts
 
-# The statistics whose Gram matrix, of the model's width, a closed form inverts (``replaceme.solvers.ridge``).
-INVERTED = frozenset({"gram", "features", "mlp_features", "stream", "stream_weighted"})
-
 
 def inspect_inputs(params: Params, work: Workspace) -> None:
     """Check device, model, text and tasks, and write their fingerprints.
@@ -67,7 +64,6 @@ def inspect_inputs(params: Params, work: Workspace) -> None:
         allowed_starts(params, layer_count(model), criterion_of(params))
         if method.check:
             method.check(params, model.skeleton(config), family)
-        _check_tokens(params, int(config.hidden_size))
         if family.detected:
             check_cut(model.skeleton, config, family)
             logger.warning(
@@ -104,22 +100,6 @@ def inspect_inputs(params: Params, work: Workspace) -> None:
         dataset_title(params.dataset),
         ", ".join(content[work.tasks_input.name]) or "none",
     )
-
-
-def _check_tokens(params: Params, width: int) -> None:
-    """Raise ParameterError if least squares without a ridge are singular whatever the text is, for want of tokens.
-
-    The solve would say so after all the passes. That a text has fewer tokens than ``dataset_size`` and ``max_length`` allow is
-    only known by then.
-    """
-    method, most = METHODS[params.method], params.dataset_size * params.max_length
-    # An iterative solver needs no unique solution, and a diagonal or orthogonal map no inverse.
-    unique = INVERTED & {*method.statistics(params)} and "solver" not in method.settings.model_fields
-    if unique and params.transform not in ("diagonal", "orthogonal") and not params.alpha and most < width:
-        raise ParameterError(
-            f"alpha: 0 leaves the least squares singular, as {params.dataset_size} documents of {params.max_length} tokens "
-            f"have {most}, fewer than the model's width of {width}; raise dataset_size or max_length, or set alpha above 0."
-        )
 
 
 def _log_needs(params: Params, model: Model) -> None:
