@@ -27,7 +27,7 @@ from replaceme.steps import STAGES
 from tests.helpers import call
 from tests.pipeline.closure import ROOT, import_closure
 from tests.pipeline.conftest import made_project
-from tests.pipeline.helpers import Hub, dvc, shell
+from tests.pipeline.helpers import Hub, dvc, served, shell
 
 PIPELINE: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
 ORDER = ["inputs", *STAGES, "cost"]
@@ -178,7 +178,7 @@ def test_a_second_run_runs_inputs_and_cost_alone_and_changes_no_byte(project: Pa
     output = dvc(project, "repro")
     assert ran(output) == ALWAYS
     assert shell(project, "git", "status", "--porcelain") == ""
-    assert json.loads(shell(project, "dvc", "status", "--json")) == {name: ["always changed"] for name in ALWAYS}
+    assert json.loads(dvc(project, "status", "--json")) == {name: ["always changed"] for name in ALWAYS}
 
 
 def test_a_fresh_run_elsewhere_gives_the_same_lock_byte_for_byte(project: Path, tmp_path: Path, tiny: Model) -> None:
@@ -235,10 +235,10 @@ def test_an_experiment_with_alpha_repeats_only_what_alpha_changes(project: Path)
     first = sha256_below(project / "artifacts")
     output = dvc(project, "exp", "run", "-S", "alpha=0.1")
     assert ran(output) == ["inputs", "solve", "repair", "heal", "export", "evaluate", "report", "cost"]
-    difference = shell(project, "dvc", "metrics", "diff", "HEAD", "--targets", "metrics/summary.json")
+    difference = dvc(project, "metrics", "diff", "HEAD", "--targets", "metrics/summary.json")
     assert {"same_token", "unseen_ratio", "seconds"} <= {line.split()[1] for line in difference.splitlines()[1:]}
     assert "nan" not in difference.lower()
-    assert shell(project, "dvc", "exp", "show", "--csv").count("alpha") >= 1
+    assert dvc(project, "exp", "show", "--csv").count("alpha") >= 1
     assert ran(go_back(project)) == ALWAYS
     assert shell(project, "git", "status", "--porcelain") == ""
     assert sha256_below(project / "artifacts") == first
@@ -265,7 +265,7 @@ def test_an_experiment_with_another_block_does_not_profile_again(project: Path) 
     # As in a queue, it runs in a folder of its own.
     output = dvc(project, "exp", "run", "--temp", "-S", "layers_to_skip=1", "--name", "one-layer")
     assert ran(output) == [name for name in ORDER if name not in ("generate", "calibrate", "profile", "baseline")]
-    shown = pd.read_csv(io.StringIO(shell(project, "dvc", "exp", "show", "--csv")), dtype={"rev": str}).set_index("Experiment")
+    shown = pd.read_csv(io.StringIO(dvc(project, "exp", "show", "--csv")), dtype={"rev": str}).set_index("Experiment")
     revisions = ("HEAD", shown.loc["one-layer", "rev"])
     cost = [json.loads(shell(project, "git", "show", f"{revision}:metrics/compression.json")) for revision in revisions]
     for figures in cost:
@@ -282,7 +282,7 @@ def test_an_experiment_with_another_transform_takes_other_statistics_and_does_no
     assert ran(output) == ["inputs", "select", "plan", "activations", "solve", "repair", "heal", "export"]
     assert "weighted_residual_joint" in json.loads((project / "metrics" / "solve.json").read_text())
     shell(project, "git", "checkout", "-q", ".")
-    shell(project, "dvc", "checkout", "-q")
+    dvc(project, "checkout", "-q")
 
 
 def test_the_experiments_are_compared_in_a_table_and_a_picture(project: Path) -> None:
@@ -298,23 +298,23 @@ def test_the_experiments_are_compared_in_a_table_and_a_picture(project: Path) ->
 
 
 def test_the_models_of_the_experiments_are_measured_once(project: Path) -> None:
-    first = shell(project, "compare_experiments", "--speed")
+    first = served(project, "compare_experiments", "--speed")
     times = json.loads((project / "artifacts" / "experiments" / "speed.json").read_text())
     assert len(times) == first.count(", measured") == 3
     table = pd.read_csv(project / "artifacts" / "experiments" / "experiments.csv")
     assert (table[["prefill_speedup", "decode_speedup"]] > 0).all(axis=None)
-    again = shell(project, "compare_experiments", "--speed")
+    again = served(project, "compare_experiments", "--speed")
     assert (again.count(", measured"), again.count(", known")) == (0, 3)
     assert re.search(r"time +memory +prefill +decode\n", again)
     assert not list(project.glob("*.partial"))
-    assert "prefill_speedup" not in shell(project, "compare_experiments")
+    assert "prefill_speedup" not in served(project, "compare_experiments")
     assert (project / "artifacts" / "experiments" / "speed.json").is_file()
 
 
 def test_plots_are_shown_and_compared(project: Path) -> None:
-    names = shell(project, "dvc", "exp", "list", "--name-only").split()
+    names = dvc(project, "exp", "list", "--name-only").split()
     for command in (("show",), ("diff", "HEAD", names[0])):
-        output = shell(project, "dvc", "plots", *command, "--out", "shown")
+        output = dvc(project, "plots", *command, "--out", "shown")
         assert "failed" not in output.lower()
         page = (project / "shown" / "index.html").read_text()
         for name in ("distances", "cut_residuals", "layers", "scores", "repairs"):
@@ -324,30 +324,30 @@ def test_plots_are_shown_and_compared(project: Path) -> None:
 
 
 def test_results_and_experiments_are_shared_through_a_remote(project: Path, tmp_path: Path) -> None:
-    shell(project, "dvc", "remote", "add", "--default", "storage", str(tmp_path / "storage"))
+    dvc(project, "remote", "add", "--default", "storage", str(tmp_path / "storage"))
     shell(project, "git", "commit", "-qam", "a remote")
     # An experiment is pushed to the remote of the commit that it started from.
     dvc(project, "exp", "run", "-q", "-S", "alpha=0.1", "--name", "shared")
     weaker = sha256_below(project / "artifacts" / "model")
     shell(project, "git", "checkout", "-q", ".")
-    shell(project, "dvc", "checkout", "-q")
+    dvc(project, "checkout", "-q")
     shell(tmp_path, "git", "init", "-q", "--bare", "origin.git")
     shell(project, "git", "remote", "add", "origin", str(tmp_path / "origin.git"))
     shell(project, "git", "push", "-q", "origin", "main")
-    shell(project, "dvc", "push", "-q")
-    shell(project, "dvc", "exp", "push", "-q", "origin", "shared")
+    dvc(project, "push", "-q")
+    dvc(project, "exp", "push", "-q", "origin", "shared")
     shell(tmp_path, "git", "clone", "-q", "-b", "main", "origin.git", "clone")
     clone = tmp_path / "clone"
-    shell(clone, "dvc", "pull", "-q")
+    dvc(clone, "pull", "-q")
     assert sha256_below(clone / "artifacts" / "model") == sha256_below(project / "artifacts" / "model") != weaker
     assert ran(dvc(clone, "repro")) == ALWAYS
     shell(clone, "git", "checkout", "-q", ".")
-    shell(clone, "dvc", "exp", "pull", "-q", "origin", "shared")
-    shell(clone, "dvc", "exp", "apply", "-q", "shared")
+    dvc(clone, "exp", "pull", "-q", "origin", "shared")
+    dvc(clone, "exp", "apply", "-q", "shared")
     assert ran(dvc(clone, "repro")) == ALWAYS
     assert sha256_below(clone / "artifacts" / "model") == weaker
     shell(project, "git", "tag", "-a", "pruned-model@v1.0.0", "-m", "first")
-    shell(tmp_path, "dvc", "artifacts", "get", "-q", str(project), "pruned-model", "--out", "model")
+    dvc(tmp_path, "artifacts", "get", "-q", str(project), "pruned-model", "--out", "model")
     assert sha256_below(tmp_path / "model") == sha256_below(project / "artifacts" / "model")
     shell(project, "git", "remote", "remove", "origin")
     shell(project, "git", "reset", "-q", "--hard", "HEAD~1")
@@ -364,7 +364,7 @@ def test_speed_is_measured_apart_from_the_lock(project: Path) -> None:
     seconds = json.loads((project / "metrics" / "compression.json").read_text())["seconds"]
     assert f'<th scope="row">all stages</th><td>{seconds:.3g} s</td>' in page
     made = (project / "artifacts" / "report" / "params.yaml").read_text()
-    shown = shell(project, "measure_speed", "--config", "params.yaml", "--alpha", "7", "--max_length", "99")
+    shown = served(project, "measure_speed", "--config", "params.yaml", "--alpha", "7", "--max_length", "99")
     assert "prefill" in shown
     assert (project / "artifacts" / "speed" / "params.yaml").read_text() == made
     assert shell(project, "git", "status", "--porcelain") == ""
@@ -375,7 +375,7 @@ def test_new_content_in_a_local_file_is_noticed(project: Path) -> None:
     before = text.read_text(encoding="utf-8")
     text.write_text(before.replace("river", "brook", 1), encoding="utf-8")
     dvc(project, "repro", "inputs")
-    status = json.loads(shell(project, "dvc", "status", "--json", "calibrate", "baseline"))
+    status = json.loads(dvc(project, "status", "--json", "calibrate", "baseline"))
     assert {"calibrate"} == set(status) - {"inputs"}
     assert "modified" in json.dumps(status["calibrate"])
     text.write_text(before, encoding="utf-8")
