@@ -30,7 +30,7 @@ environment: .venv/.run
 
 # One process for each core; the tests of a file stay together, and share what they make.
 test: .venv/.dev
-	pytest -n logical --dist loadfile
+	pytest -n logical --dist loadfile --no-loadscope-reorder
 
 lint: .venv/.dev
 	ruff check .

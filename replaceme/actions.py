@@ -4,31 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from replaceme.base.claims import claim, claim_only_what_is_there, in_use
 from replaceme.base.entry import PARAMS_FILE
-from replaceme.base.errors import ParameterError, excerpt
+from replaceme.base.errors import ModelError, ParameterError, excerpt
 from replaceme.base.files import new_folder, read_json, rounded, write_json, write_text
 from replaceme.base.params import Params, read_params
 from replaceme.base.processes import in_processes
 from replaceme.base.progress import align, logger
 from replaceme.base.stage import ANALYSIS, COMPRESSION, FIT, JUDGEMENT, ORDER, Stage, pipeline_params
+from replaceme.base.task import unusable_text
 from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import METHODS, criterion_of
 from replaceme.places import claimed, deliver, result_of, scores_file, suffix_of
 
 if TYPE_CHECKING:
+    from replaceme.models.model import Model
     from replaceme.report.page import Page
 
 SPEED_FILE = "speed.json"
 
 
-def together(action: Callable[[Params], object], params: Params) -> None:
-    """Do one of the following, with as many processes as it can use."""
+def together(action: Callable[..., object], params: Params, **own: str) -> None:
+    """Do one of the following, with as many processes as it can use, and options of its own that are no parameters."""
 
     def stages() -> Mapping[str, Stage]:
         from replaceme.steps import STAGES
@@ -36,7 +38,7 @@ def together(action: Callable[[Params], object], params: Params) -> None:
         return STAGES
 
     count = params.processes if action in (prune, profile) else 1
-    in_processes(count, stages, lambda: action(params), params.device)
+    in_processes(count, stages, lambda: action(params, **own), params.device)
 
 
 def prune(params: Params, texts: Sequence[str] | None = None) -> Workspace:
@@ -82,8 +84,6 @@ def prune(params: Params, texts: Sequence[str] | None = None) -> Workspace:
 def evaluate(params: Params, compare_with: str | None = None) -> None:
     """Score the model at ``model_path``, print the scores and write them to ``save_path``.
 
-    Tasks on the text that it was calibrated on are marked, if that is known (``replaceme.origin``).
-
     Args:
         params: the model and the tasks.
         compare_with: the dense model, which is scored too; the scores are printed side by side, and the file has their
@@ -93,24 +93,64 @@ def evaluate(params: Params, compare_with: str | None = None) -> None:
     from replaceme.evaluation.prompts import side_by_side
     from replaceme.evaluation.scores import score_model
     from replaceme.evaluation.tasks import task_fingerprints
-    from replaceme.models.find import find_model
-    from replaceme.origin import calibration_of, dense_of
+    from replaceme.models.find import check_weights, find_model
 
     fingerprints = task_fingerprints(params)
     if not fingerprints:
         raise ParameterError("tasks: is empty; name at least one task.")
     model = find_model(params)
-    source = None if compare_with is None else dense_of(params, model, compare_with)
-    target, calibration = scores_file(params, model.name), calibration_of(model)
-    dense = score_model(params, source, "dense model", fingerprints, is_dense=True) if source else None
-    scores = score_model(params, model, "pruned model" if dense else model.name, fingerprints, dense, calibration)
-    figures = scores.figures
-    if dense:
-        compared = compare(dense.figures, figures, dense.items, scores.items)
-        figures |= {"comparison": compared, "continuations": side_by_side(dense.continuations, scores.continuations)}
-    print(comparison_table(figures["comparison"]) if dense else scores_table(figures))
+    check_weights(model)
+    target = scores_file(params, model.name)
+    if compare_with is None:
+        figures = score_model(params, model, model.name, fingerprints).figures
+        print(scores_table(figures))
+    else:
+        with _named("compare_with"):
+            source = _dense_beside(params, model, compare_with)
+            dense = score_model(params, source, "dense model", fingerprints, is_dense=True)
+        scores = score_model(params, model, "pruned model", fingerprints, dense)
+        compared = rounded(compare(dense.figures, scores.figures, dense.items, scores.items))
+        figures = scores.figures | {
+            "comparison": compared,
+            "continuations": side_by_side(dense.continuations, scores.continuations),
+        }
+        print(comparison_table(compared))
     write_json(target, rounded(figures))
     logger.info("the scores are in %s", target)
+
+
+def _dense_beside(params: Params, model: Model, name: str) -> Model:
+    """Return the dense model that a pruned one is to stand beside.
+
+    Raises:
+        ParameterError: the name can't be one, or is that of the pruned model.
+        ModelError: there is no such model, or its words have other numbers, so that the two can't be compared item by item.
+    """
+    from replaceme.models.find import check_weights, find_model
+
+    if wanted := unusable_text(name) if name.strip() else "a folder, a hub id or an embedded model's name":
+        raise ParameterError(f"compare_with: must be {wanted}, not {excerpt(name)!r}.")
+    dense = find_model(params.model_copy(update={"model_path": name, "revision": None}))
+    if dense.folder.resolve() == model.folder.resolve():
+        raise ParameterError("compare_with: is the model that is scored; name the one that it was made from.")
+    check_weights(dense)
+    if dense.tokenizer().get_vocab() != model.tokenizer().get_vocab():
+        raise ModelError(
+            f"compare_with: {excerpt(name)} has another tokenizer than {model.name}; name the model that it was made from."
+        )
+    return dense
+
+
+@contextmanager
+def _named(option: str) -> Iterator[None]:
+    """Let a model's errors inside the block begin with the option that named it, instead of ``model_path``."""
+    try:
+        yield
+    except ModelError as error:
+        text = str(error)
+        if not text.startswith("model_path: "):
+            raise
+        raise ModelError(f"{option}: {text.removeprefix('model_path: ')}") from error
 
 
 def measure(params: Params) -> None:

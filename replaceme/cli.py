@@ -6,7 +6,6 @@ Its preset is the recommended one; a config of the published program is read as 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -67,7 +66,7 @@ class Command:
         with named_as_typed(arguments):
             params, own = self.read(parser, arguments)
             silence_libraries(load=True)
-            actions.together(partial(self.action, **own) if own else self.action, params)
+            actions.together(self.action, params, **own)
 
 
 COMMANDS: Mapping[str, Command] = {
@@ -81,8 +80,7 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "evaluate": Command(
         "score any model",
-        "Score the model at --model, pruned or not: perplexity of texts, accuracy on tasks. --save_path is a JSON file.\n"
-        "Tasks on text that it was calibrated on are marked, where the files of the run that made it lie beside it.",
+        "Score the model at --model, pruned or not: perplexity of texts, accuracy on tasks. --save_path is a JSON file.",
         "replaceme evaluate --model smaller --tasks wikipedia,bbc_news --compare_with smollm2-135m-instruct",
         (*_MODEL, *_SCORES, *_WHERE, "memory", "save_path"),
         actions.evaluate,

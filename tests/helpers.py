@@ -324,3 +324,14 @@ def _elsewhere(operation: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return args[0]
     goes = torch.device(asked).type == "meta" if asked is not None else bool(there)
     return tree_map(lambda each: Elsewhere(each) if goes and isinstance(each, torch.Tensor) else each, result)
+
+
+def mean_loss(model: torch.nn.Module, documents: Documents) -> float:
+    """Return the mean next-token loss over all tokens, from the definition: nats per token."""
+    total, count = 0.0, 0
+    for document in documents.documents:
+        with torch.no_grad():
+            likelihood = model(document[None], use_cache=False).logits[0].log_softmax(-1)
+        total -= sum(float(likelihood[place, document[place + 1]]) for place in range(len(document) - 1))
+        count += len(document) - 1
+    return total / count

@@ -84,7 +84,7 @@ def kept(stage: str, params: Params) -> Path:
 
 @cache
 def _stages(pipeline: str) -> dict[str, Any]:
-    """Return the stages that dvc.yaml declares; to read it takes 0.1 s, and the cost of a run is that of a dozen stages."""
+    """Return the stages that dvc.yaml declares; read once for the costs of a run's dozen stages."""
     stages: dict[str, Any] = YAML(typ="safe", pure=True).load(pipeline)["stages"]
     return stages
 

@@ -19,12 +19,13 @@ from replaceme.base.errors import SolveError
 from replaceme.base.params import Params
 from replaceme.base.plan import Block
 from replaceme.base.progress import logger
-from replaceme.methods.method import Method, Solved, Statistics
+from replaceme.methods.method import Method, Solved, Statistics, require_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from replaceme.models.families import Family
+    from replaceme.models.model import Model
     from replaceme.solvers.minimisers import Budget, Minimum
     from replaceme.solvers.objectives import Problem
 
@@ -238,12 +239,21 @@ def refuses(values: Values, kind: str, family: Family) -> list[str]:
     return []
 
 
+def check(params: Params, model: Model, family: Family) -> None:
+    """Raise ParameterError if the least-squares map that the solver starts from is not unique, for want of tokens."""
+    own = Objective.of(params)
+    # The cosine's start has a ridge of its own.
+    if own.start == "closed_form" and own.loss != "cosine" and params.transform != "diagonal":
+        require_tokens(params, model, family)
+
+
 METHOD = Method(
     settings=Objective,
     shared={"alpha": Use(("solve", "repair"))},
     stand_in=lambda params: "map",
     statistics=statistics,
     solve=solve,
+    check=check,
     words="fits a replacement for the block",
     transforms=TRANSFORMS,
     refusals=refusals,

@@ -10,7 +10,7 @@ but each gives another P; ours are those of ``replaceme.observers.hadamard``.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
@@ -24,6 +24,7 @@ from replaceme.selection.criteria import MEAN_COSINE
 
 if TYPE_CHECKING:
     from replaceme.models.families import Family
+    from replaceme.models.model import Model
 
 
 class Form(Settings):
@@ -66,11 +67,11 @@ def _magnitudes(params: Params) -> str:
     return "magnitudes_rotated" if Form.of(params).linearpatch_form == "hadamard" else "magnitudes"
 
 
-def check(params: Params, model: Any, family: Family) -> None:
+def check(params: Params, model: Model, family: Family) -> None:
     """Raise ParameterError if no Hadamard matrix of the model's width is constructed here."""
     from replaceme.observers.hadamard import hadamard
 
-    width = int(model.config.hidden_size)
+    width = int(model.config().hidden_size)
     if Form.of(params).linearpatch_form == "hadamard" and hadamard(width) is None:
         raise ParameterError(
             f"linearpatch_form: hadamard needs a Hadamard matrix of the model's width, and of {width} none is constructed; use "

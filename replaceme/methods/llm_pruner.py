@@ -16,6 +16,7 @@ from replaceme.selection.criteria import WIDTH
 if TYPE_CHECKING:
     from replaceme.methods.groups import Width
     from replaceme.models.families import Family, Linear
+    from replaceme.models.model import Model
 
 # The first and last layers that stay whole (published: layers 4 to 30 of 32 lose parts).
 FIRST, LAST = 4, 2
@@ -38,14 +39,11 @@ def layers_of(params: Params, count: int) -> range:
     return layers
 
 
-def check(params: Params, model: Any, family: Family) -> None:
-    """Raise ParameterError if so much can't be removed, or no document can hold a piece of the text for the gradients.
-
-    The model's weights need not be loaded.
-    """
+def check(params: Params, model: Model, family: Family) -> None:
+    """Raise ParameterError if so much can't be removed, or no document can hold a piece of the text for the gradients."""
     from replaceme.methods.groups import CROPS, LENGTH
 
-    _plan(params, model, family)
+    _plan(params, model.skeleton(model.config()), family)
     pieces = params.max_length // LENGTH
     if not pieces:
         raise ParameterError(

@@ -3,7 +3,7 @@ all weights of the host's last linears (``replaceme.solvers.refit``)."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from replaceme.base.combinations import TRANSFORMS, Use, Values
 from replaceme.base.params import Params
@@ -13,6 +13,7 @@ from replaceme.methods.method import Method, Solved, Statistics, require_tokens
 
 if TYPE_CHECKING:
     from replaceme.models.families import Family
+    from replaceme.models.model import Model
 
 # The transforms that solve for weights of the host, and the statistic that each needs.
 FEATURES = {"refit": "mlp_features", "joint": "features", "channels": "features"}
@@ -94,10 +95,10 @@ def _refuses(values: Values, kind: str, family: Family) -> list[str]:
     return []
 
 
-def _check(params: Params, model: Any, family: Family) -> None:
-    # A diagonal or an orthogonal map is unique with few tokens too.
+def _check(params: Params, model: Model, family: Family) -> None:
+    # A diagonal map has one equation an entry. An orthogonal one is found with few tokens too, if not the only one.
     if params.transform not in ("diagonal", "orthogonal"):
-        require_tokens(params, model.config)
+        require_tokens(params, model, family)
 
 
 METHOD = Method(

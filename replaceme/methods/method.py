@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from replaceme.base.documents import Documents
     from replaceme.edits.edits import Edits
     from replaceme.models.families import Family
+    from replaceme.models.model import Model
 
 # Name of a statistic → its tensors.
 Statistics = Callable[[str], Mapping[str, "Tensor"]]
@@ -82,8 +83,7 @@ class Method(Limits):
             returns figures for the metrics.
         plain: with these parameters, whether the result has the family's own form.
         trained: whether it trains weights on the text; other methods see each token once or twice, and solve.
-        check: raises ParameterError, before any work, if the parameters can't be met by a model (the second argument, without
-            its weights).
+        check: raises ParameterError, before any work, if the parameters can't be met by a model, whose weights are not loaded.
         refuses: returns a sentence for each parameter that is not exact, or not derived, for a model family, given the values
             of all parameters, the family's name and its description.
     """
@@ -97,20 +97,21 @@ class Method(Limits):
     work: Callable[[Bench], dict[str, Any]] | None = None
     plain: Callable[[Params], bool] = lambda params: True
     trained: bool = False
-    check: Callable[[Params, Any, Family], None] | None = None
+    check: Callable[[Params, Model, Family], None] | None = None
     refuses: Callable[[Values, str, Family], list[str]] = lambda values, kind, family: []
 
 
-def require_tokens(params: Params, config: Any) -> None:
-    """Raise ParameterError if a map without a ridge is not unique whatever the text is, for want of tokens.
+def require_tokens(params: Params, model: Model, family: Family) -> None:
+    """Raise ParameterError if alpha is 0 and the settings allow fewer tokens than the model is wide: no map is unique then.
 
     The solve would say so after all the passes. That a text has fewer tokens than the settings allow is known only by then.
     """
-    most, width = params.dataset_size * params.max_length, int(config.hidden_size)
+    most, width = params.dataset_size * params.max_length, int(model.config().hidden_size)
     if not params.alpha and most < width:
         raise ParameterError(
-            f"alpha: 0 leaves the least squares singular, as {params.dataset_size} documents of {params.max_length} tokens "
-            f"have {most}, fewer than the model's width of {width}; raise dataset_size or max_length, or set alpha above 0."
+            "alpha: 0 leaves the least squares singular: "
+            f"dataset_size {params.dataset_size} times max_length {params.max_length} "
+            f"is less than the model's width of {width}; raise one of them, or set alpha well above 0."
         )
 
 

@@ -20,6 +20,7 @@ from replaceme.selection.criteria import WIDTH
 
 if TYPE_CHECKING:
     from replaceme.models.families import Family
+    from replaceme.models.model import Model
 
 
 def work(bench: Bench) -> dict[str, Any]:
@@ -47,11 +48,11 @@ def work(bench: Bench) -> dict[str, Any]:
     return figures
 
 
-def check(params: Params, model: Any, family: Family) -> None:
+def check(params: Params, model: Model, family: Family) -> None:
     """Raise ParameterError if no width suits these parameters."""
     from replaceme.methods.bases import fitting_width
 
-    fitting_width(model, family, params.layers_to_skip, params.plain)
+    fitting_width(model.skeleton(model.config()), family, params.layers_to_skip, params.plain)
 
 
 def refusals(values: Values) -> list[str]:

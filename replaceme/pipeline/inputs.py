@@ -63,7 +63,7 @@ def inspect_inputs(params: Params, work: Workspace) -> None:
         params = within_budget(params, model, criterion_of(params))
         allowed_starts(params, layer_count(model), criterion_of(params))
         if method.check:
-            method.check(params, model.skeleton(config), family)
+            method.check(params, model, family)
         if family.detected:
             check_cut(model.skeleton, config, family)
             logger.warning(

@@ -50,14 +50,6 @@ def test_scores_of_both_models_are_compared() -> None:
     assert "t perplexity" in scores_table(figures(10.0, 0.8))
 
 
-def test_one_models_scores_are_marked_as_a_comparison_is() -> None:
-    texts = {"t": {"seen": 1, "same_domain": 0, "overlap": 1.0}, "c": {"seen": 0, "same_domain": 1, "overlap": 0.0}}
-    said = scores_table({**figures(10.0, 0.8), "calibration_text": texts})
-    assert "t perplexity (seen)" in said
-    assert "c accuracy (domain seen)" in said
-    assert said.endswith("Seen: t (is scored on calibration text).")
-
-
 def test_retention_is_the_published_tables_last_column() -> None:
     dense, pruned = (.708, .713, .781, .492), (.715, .613, .698, .451)  # fmt: skip
 

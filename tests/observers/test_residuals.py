@@ -27,7 +27,7 @@ from replaceme.observers.walk import walk
 from replaceme.selection import cut_loss
 from replaceme.selection.cut_loss import DerivedGram, cut_losses, dense_losses, feature_gram
 from tests.conftest import KINDS, LAYERS, PLAIN, WIDTH, made_model
-from tests.helpers import means
+from tests.helpers import mean_loss, means
 
 
 def made_documents(count: int, seed: int = 0) -> Documents:
@@ -239,13 +239,3 @@ def test_where_weights_cannot_be_read_what_the_mlp_adds_is_watched() -> None:
     offloaded, packed = nn.Linear(8, 4, bias=False, device="meta"), nn.Linear(8, 4, bias=False)
     packed.weight = nn.Parameter(torch.zeros(16, 1, dtype=torch.uint8), requires_grad=False)
     assert [type(feature_gram(Block(2, 4), features, each)) for each in (offloaded, packed)] == [FeatureGram] * 2
-
-
-def mean_loss(model: torch.nn.Module, documents: Documents) -> float:
-    total, count = 0.0, 0
-    for document in documents.documents:
-        with torch.no_grad():
-            likelihood = model(document[None], use_cache=False).logits[0].log_softmax(-1)
-        total -= sum(float(likelihood[place, document[place + 1]]) for place in range(len(document) - 1))
-        count += len(document) - 1
-    return total / count

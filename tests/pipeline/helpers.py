@@ -54,8 +54,12 @@ def dvc(folder: Path, *words: str, code: int = 0, **variables: str) -> str:
 
 
 def served(folder: Path, *command: str, code: int = 0, **variables: str) -> str:
-    """Do what ``shell`` does for DVC or a console script, in a process that has the libraries already."""
+    """Do what ``shell`` does for DVC or a console script, in a process that has the libraries already.
+
+    A variable that a library reads when it is imported has the value that it had at the first call.
+    """
     server = _server()
+    assert server.poll() is None, "the server of commands has ended"
     assert server.stdin
     assert server.stdout
     with tempfile.NamedTemporaryFile("r", encoding="utf-8") as output:

@@ -271,7 +271,7 @@ def test_evaluate_model_prints_the_scores_and_writes_them(
         (["--layers", "2", "--dataset_size", "4", "--max_length", "8"], "alpha: 0 leaves the least squares singular (rank"),
         (
             ["--layers", "2", "--dataset_size", "3", "--max_length", "8"],
-            "as 3 documents of 8 tokens have 24, fewer than the model",
+            "dataset_size 3 times max_length 8 is less than the model",
         ),
     ],
 )
@@ -295,6 +295,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
         ({"method": "lstsq", "transform": "channels", "alpha": 1.0}, True),
         ({"method": "lstsq", "transform": "diagonal"}, True),
         ({"method": "cosine"}, True),
+        ({"method": "cosine", "loss": "mse"}, False),
         ({"method": "uidl"}, True),
     ],
     ids=str,
@@ -307,7 +308,7 @@ def test_fewer_tokens_than_the_width_are_refused_before_any_work_where_they_leav
     call(commands.run_replaceme, "--model", tiny.folder, "--dataset", text_file, *FAST, *few, code=0 if works else 2)
     said = capsys.readouterr().err
     assert ("stage 1 " in said) == works
-    assert ("error: alpha: 0 leaves the least squares singular, as 3 documents" in said) != works
+    assert ("error: alpha: 0 leaves the least squares singular: dataset_size 3" in said) != works
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from replaceme.base.documents import SOURCE_BITS, Documents, split_documents
 from replaceme.selection.cut_loss import dense_losses
 from replaceme.selection.trials import Losses, batches_of, next_token_losses
 from tests.conftest import made_model
-from tests.helpers import many_documents
+from tests.helpers import many_documents, mean_loss
 
 
 def losses(means: list[float]) -> Losses:
@@ -65,7 +65,7 @@ def test_each_domains_losses_are_those_of_its_own_texts() -> None:
     found = next_token_losses(model, documents, batches_of(model, documents, 4))
     for domain in range(3):
         own = Documents([text for text, number in zip(texts, numbers, strict=True) if number == domain])
-        expected = next_token_losses(model, own, batches_of(model, own, 1)).mean
+        expected = mean_loss(model, own)
         assert float(found.sums[domain] / found.counts[domain]) == pytest.approx(expected, rel=1e-5)
-    assert found.mean == pytest.approx(next_token_losses(model, documents, batches_of(model, documents, 1)).mean, rel=1e-5)
+    assert found.mean == pytest.approx(mean_loss(model, documents), rel=1e-5)
     assert dense_losses(model, documents, 4).domains == [*{*split_documents(documents)[1].domains}]
