@@ -35,6 +35,8 @@ UNFINISHED = ("Queued", "Running", "Failed")
 SEEN = "seen"
 # Percentage points of the parameters: less than a layer of a small model.
 SAME_SIZE = 2.5
+# The settings of a result's size; and how many series a picture tells apart.
+SIZES, MOST_SERIES = ("layers_to_skip", "remove", "tolerated_loss"), 9
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,19 @@ class ExperimentComparison:
     higher_is_better: bool
 
     def points(self) -> list[Point]:
-        """Return the experiments as points of size and quality."""
+        """Return the experiments as points of size and quality.
+
+        Those that differ in size alone are a series, unless there are too many of them to tell apart; then each method is one.
+        """
+        rows = self.table.to_dict("records")
+        labels, series = [self._label(row) for row in rows], [self._series(row) for row in rows]
+        if len(set(series)) > MOST_SERIES:
+            series = [method_name(row) for row in rows]
+        elif len({*zip(series, self.table["removed_percent"], strict=True)}) == len(rows) > len(set(series)):
+            labels = [self._size(row) or label for row, label in zip(rows, labels, strict=True)]
         return [
-            Point(self._label(row), method_name(row), float(row["removed_percent"]), float(row[self.quality]))
-            for row in self.table.to_dict("records")
+            Point(label, name, float(row["removed_percent"]), float(row[self.quality]))
+            for label, name, row in zip(labels, series, rows, strict=True)
         ]
 
     def same_size(self) -> tuple[list[Row], str]:
@@ -87,17 +98,27 @@ class ExperimentComparison:
         rows, sizes = self.table.to_dict("records"), _sizes(self.table["removed_percent"])
         return [[row for row, _ in group] for _, group in groupby(zip(rows, sizes, strict=True), key=lambda pair: pair[1])]
 
+    def _series(self, row: Mapping[str, Any]) -> str:
+        """Return what tells an experiment's series apart: its method, and its settings but those of the size."""
+        own = self.table[self.table["method"] == row["method"]]
+        told = [name for name in self.varying if name not in SIZES and own[name].nunique(dropna=False) > 1]
+        return ", ".join([method_name(row), *self._distinct_settings(row, told)])
+
+    def _size(self, row: Mapping[str, Any]) -> str:
+        """Return the settings of an experiment's size that differ between experiments."""
+        return ", ".join(self._distinct_settings(row, SIZES))
+
     def _label(self, row: Mapping[str, Any]) -> str:
         """Return an experiment's name in a picture: its method, if there are several, and the settings that tell it apart."""
         settings = self._distinct_settings(row)
         alone = self.table["method"].nunique() == 1
         return ", ".join(([] if alone and settings else [str(row["method"])]) + settings)
 
-    def _distinct_settings(self, row: Mapping[str, Any]) -> list[str]:
-        """Return the settings that tell an experiment apart from others of its method, without what is switched off."""
+    def _distinct_settings(self, row: Mapping[str, Any], among: Sequence[str] | None = None) -> list[str]:
+        """Return the settings (``among`` some) that tell an experiment apart from others of its method, if not switched off."""
         if (self.table["method"] == row["method"]).sum() == 1:
             return []
-        values = {name: cell(row[name]) for name in self.varying}
+        values = {name: cell(row[name]) for name in self.varying if among is None or name in among}
         off = {name for name, value in values.items() if value in ("", "false") or (name, value) == ("heal_epochs", "0")}
         return [f"{SHORT.get(name, name)} {value}" for name, value in values.items() if name not in off]
 

@@ -200,6 +200,28 @@ def test_methods_are_compared_on_unseen_text_where_there_is_some() -> None:
     assert sorted(row.settings for row in rows) == ["", "dataset [wiki, self]", "dataset self"]
 
 
+def test_experiments_that_differ_in_size_alone_are_a_series() -> None:
+    sizes = {4.0: 10.5, 8.0: 21.05}
+    ours: Record = {"transform": "joint", "repair": "True", "selection": "loss"}
+    records = [
+        record(method, kept=None, layers_to_skip=layers, **{"parameters.removed_percent": percent}, **settings)
+        for method, settings in (("lstsq", ours), ("lstsq", {}), ("uidl", {}))
+        for layers, percent in sizes.items()
+    ]
+    points = comparison_of([each | {"rev": f"{number:07x}"} for number, each in enumerate(records)]).points()
+    named = {"lstsq, selection loss, transform joint, repair true", "lstsq, selection null, transform dense", "uidl"}
+    assert {(point.series, point.label) for point in points} == {
+        (series, label) for series in named for label in ("layers 4", "layers 8")
+    }
+    figure = quality_against_size(points, higher_is_better=False)
+    colours = [line.get_color() for line in figure.axes[0].lines if len(line.get_xdata()) == 2 and line.get_alpha()]
+    assert len(set(colours)) == len(named)
+    # Of one size, the settings stand at the points, as before.
+    assert {point.label for point in comparison_of(records[:4:2]).points()} == {
+        "selection loss, transform joint, repair true", "selection null, transform dense",
+    }  # fmt: skip
+
+
 def test_several_texts_have_a_column_each() -> None:
     rows, _ = table_of([record(**{"perplexity.own.ratio": 1.2, "perplexity.own.pruned": 12.0})])
     assert (rows[0]["wiki perplexity"], rows[0]["own perplexity"]) == ("× 1.80", "× 1.20")

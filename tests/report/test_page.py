@@ -724,7 +724,7 @@ def _experiments(kind: str) -> list[Point]:
 def test_labels_cover_neither_each_other_nor_the_frame(kind: str, higher_is_better: bool) -> None:
     points = _experiments(kind)
     if not higher_is_better:
-        points = [Point(point.label, point.method, point.removed_percent, 100 / point.quality) for point in points]
+        points = [Point(point.label, point.series, point.removed_percent, 100 / point.quality) for point in points]
     figure = quality_against_size(points, "quality", higher_is_better, DARK)
     before = png(figure)
     boxes = [super(Annotation, label).get_window_extent() for label in _labels(figure)]
