@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -458,7 +459,8 @@ def test_the_published_layers_are_all_but_the_first_four_and_the_last_two() -> N
     assert layers_of(params, 32) == range(4, 30)
     assert layers_of(params.model_copy(update={"min_distance_layer": 1, "max_distance_layer": 32}), 32) == range(1, 32)
     assert layers_of(params.model_copy(update={"plain": True}), 32) == range(32)
-    check(params, made_model(layers=20), Family())
+    model = made_model(layers=20)
+    check(params, SimpleNamespace(config=lambda: model.config, skeleton=lambda config: model), Family())
 
 
 def test_plain_belongs_to_methods_with_another_form(caplog: pytest.LogCaptureFixture) -> None:
