@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from replaceme.arguments import renamed
 from replaceme.base.claims import claim, claim_only_what_is_there, in_use
 from replaceme.base.entry import PARAMS_FILE
 from replaceme.base.errors import ModelError, ParameterError, excerpt
@@ -105,7 +106,7 @@ def evaluate(params: Params, compare_with: str | None = None) -> None:
         figures = score_model(params, model, model.name, fingerprints).figures
         print(scores_table(figures))
     else:
-        with _named("compare_with"):
+        with renamed({"model_path": "compare_with"}):
             source = _dense_beside(params, model, compare_with)
             dense = score_model(params, source, "dense model", fingerprints, is_dense=True)
         scores = score_model(params, model, "pruned model", fingerprints, dense)
@@ -139,18 +140,6 @@ def _dense_beside(params: Params, model: Model, name: str) -> Model:
             f"compare_with: {excerpt(name)} has another tokenizer than {model.name}; name the model that it was made from."
         )
     return dense
-
-
-@contextmanager
-def _named(option: str) -> Iterator[None]:
-    """Let a model's errors inside the block begin with the option that named it, instead of ``model_path``."""
-    try:
-        yield
-    except ModelError as error:
-        text = str(error)
-        if not text.startswith("model_path: "):
-            raise
-        raise ModelError(f"{option}: {text.removeprefix('model_path: ')}") from error
 
 
 def measure(params: Params) -> None:

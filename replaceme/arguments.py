@@ -8,7 +8,7 @@ import argparse
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -205,17 +205,21 @@ def parse(
     return config, {name: value if name in own else typed(name, value) for name, (value,) in given.items()}
 
 
-@contextmanager
-def named_as_typed(arguments: Sequence[str]) -> Iterator[None]:
+def named_as_typed(arguments: Sequence[str]) -> AbstractContextManager[None]:
     """Let an error inside the block that begins with a parameter name the alias too, if that is what was typed."""
     words = {word.split("=")[0] for word in arguments}
-    used = {key: alias for alias, key in ALIASES.items() if f"--{alias}" in words}
+    return renamed({key: f"--{alias} ({key})" for alias, key in ALIASES.items() if f"--{alias}" in words})
+
+
+@contextmanager
+def renamed(names: Mapping[str, str]) -> Iterator[None]:
+    """Let an error inside the block that begins with one of these parameters begin with its other name."""
     try:
         yield
     except ReplaceMeError as error:
         problems = str(error).split("\n")
-        for key, alias in used.items():
-            problems = [re.sub(rf"^(command line: |){key}: ", rf"\1--{alias} ({key}): ", each) for each in problems]
+        for key, name in names.items():
+            problems = [re.sub(rf"^(command line: |){key}: ", rf"\1{name}: ", each) for each in problems]
         error.args = ("\n".join(problems),)
         if isinstance(error, ParameterError):
             error.problems = problems

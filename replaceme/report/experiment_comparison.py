@@ -67,7 +67,8 @@ class ExperimentComparison:
         if len(set(series)) > MOST_SERIES:
             series = [method_name(row) for row in rows]
         elif len({*zip(series, self.table["removed_percent"], strict=True)}) == len(rows) > len(set(series)):
-            labels = [self._size(row) or label for row, label in zip(rows, labels, strict=True)]
+            sizes = [name for name in self.varying if name in SIZES]
+            labels = [", ".join(self._distinct_settings(row, sizes)) or label for row, label in zip(rows, labels, strict=True)]
         return [
             Point(label, name, float(row["removed_percent"]), float(row[self.quality]))
             for label, name, row in zip(labels, series, rows, strict=True)
@@ -89,7 +90,7 @@ class ExperimentComparison:
         return [
             Row(
                 str(row["method"]), float(row["removed_percent"]), float(row[column]), bool(row[TRAINED]),
-                ", ".join(self._distinct_settings(row) if counts[row["method"]] > 1 else []),
+                ", ".join(self._distinct_settings(row, self.varying) if counts[row["method"]] > 1 else []),
             )
             for row in rows
         ], column  # fmt: skip
@@ -104,21 +105,17 @@ class ExperimentComparison:
         told = [name for name in self.varying if name not in SIZES and own[name].nunique(dropna=False) > 1]
         return ", ".join([method_name(row), *self._distinct_settings(row, told)])
 
-    def _size(self, row: Mapping[str, Any]) -> str:
-        """Return the settings of an experiment's size that differ between experiments."""
-        return ", ".join(self._distinct_settings(row, SIZES))
-
     def _label(self, row: Mapping[str, Any]) -> str:
         """Return an experiment's name in a picture: its method, if there are several, and the settings that tell it apart."""
-        settings = self._distinct_settings(row)
+        settings = self._distinct_settings(row, self.varying)
         alone = self.table["method"].nunique() == 1
         return ", ".join(([] if alone and settings else [str(row["method"])]) + settings)
 
-    def _distinct_settings(self, row: Mapping[str, Any], among: Sequence[str] | None = None) -> list[str]:
-        """Return the settings (``among`` some) that tell an experiment apart from others of its method, if not switched off."""
+    def _distinct_settings(self, row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+        """Return those of these settings that tell an experiment apart from others of its method, if not switched off."""
         if (self.table["method"] == row["method"]).sum() == 1:
             return []
-        values = {name: cell(row[name]) for name in self.varying if among is None or name in among}
+        values = {name: cell(row[name]) for name in names}
         off = {name for name, value in values.items() if value in ("", "false") or (name, value) == ("heal_epochs", "0")}
         return [f"{SHORT.get(name, name)} {value}" for name, value in values.items() if name not in off]
 
