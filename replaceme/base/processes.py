@@ -101,7 +101,7 @@ def _elsewhere(work: Workspace, step: Step) -> Iterator[Workspace]:
     """Yield a workspace with the files that a stage reads, in a folder that is deleted after the block; nothing is printed."""
     folder = work.artifact("")
     with temporary_folder(f"rank{rank()}-", folder) as root:
-        own = Workspace(root)
+        own = Workspace(root, shared=work)
         for artifact in step.reads:
             place = own.path(artifact)
             place.parent.mkdir(parents=True, exist_ok=True)

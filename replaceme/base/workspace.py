@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import overload
 
+from replaceme.base.files import PARTIAL
+
 
 @dataclass(frozen=True)
 class Artifact:
@@ -35,10 +37,12 @@ class Workspace:
     Attributes:
         root: folder that holds ``artifacts`` and ``metrics``.
         save_path: where the pruned model goes; None is ``artifacts/model``.
+        shared: the run's own paths, where these are those of a process that serves it (``replaceme.base.processes``).
     """
 
     root: Path = Path()
     save_path: Path | None = None
+    shared: Workspace | None = None
 
     # Fingerprints of the dense model's weights, config and code; of the tokenizer, the chat template and the generation config;
     # of the dense model's card and licence; of the calibration text; and of the evaluation text.
@@ -92,6 +96,10 @@ class Workspace:
     def artifact(self, place: str) -> Path:
         """Return the path of a place below ``artifacts``."""
         return self.root / "artifacts" / place
+
+    def unfinished(self, name: str) -> Path:
+        """Return the folder of what a stage keeps while it runs, to go on there if interrupted: one for all processes."""
+        return (self.shared or self).artifact(f"{name}{PARTIAL}")
 
     def metric(self, name: str) -> Path:
         """Return the path of a metrics file."""

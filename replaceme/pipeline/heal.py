@@ -85,4 +85,5 @@ STAGE = Stage(
     writes=Workspace.edits,
     metrics=("heal",),
     code=("base", "models", "observers", "edits", "training"),
+    shared=lambda params, work: params.heal_epochs > 0,
 )

@@ -3,14 +3,13 @@ states.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from replaceme.base.compute import resolve_device, use_processor
 from replaceme.base.documents import Documents
-from replaceme.base.files import PARTIAL, copy_content, new_folder, read_json, remove, rounded, write_json, write_text
+from replaceme.base.files import copy_content, new_folder, read_json, remove, rounded, write_json, write_text
 from replaceme.base.fingerprints import sha256_below
-from replaceme.base.group import WHOLE, share
+from replaceme.base.group import share
 from replaceme.base.params import Params
 from replaceme.base.plan import Plan
 from replaceme.base.progress import logger
@@ -52,9 +51,7 @@ def repair(params: Params, work: Workspace) -> None:
         elif _mends(params, plan):
             model, family = calibration_model(params, work.model_input)
             documents = Documents.load(work.documents)
-            # Processes that share a repair have one part of the states each, and keep no checkpoints.
-            alone = share() == WHOLE
-            checkpoints = Checkpoints(_checkpoint(work), _key(params, work, documents)) if alone else None
+            checkpoints = Checkpoints(work.unfinished("repairing"), _key(params, work, documents))
             repairs, figures = mend(params, model, family, documents, edits, plan, work.repaired.parent, checkpoints)
             if plan.mlp_width:
                 edits.config = mlp_entry(model.config, family, plan.mlp_width)
@@ -78,9 +75,10 @@ def repair(params: Params, work: Workspace) -> None:
     elif not method.work:
         logger.info("repair: nothing to do")
     write_json(work.metric("repair"), rounded(figures))
-    # Checkpoints go only after all is written.
-    for folder in (_checkpoint(work), checkpoints_in(work.repaired.parent)):
-        remove(folder)
+    # Checkpoints go only after all is written, by the process that writes it.
+    if share().rank == 0:
+        remove(work.unfinished("repairing"))
+        remove(checkpoints_in(work.repaired.parent))
 
 
 def _mends(params: Params, plan: Plan) -> bool:
@@ -92,11 +90,6 @@ def _is_shared(params: Params, plan: Plan) -> bool:
     """Return whether processes can share the walks."""
     fits = bool(plan.statistics) and (len(plan.blocks) > 1 or plan.mlp_width is not None)
     return METHODS[params.method].work is None and _mends(params, plan) and (adds_up(plan.statistics) or not fits)
-
-
-def _checkpoint(work: Workspace) -> Path:
-    """Return the folder of the checkpoint from which an interrupted repair resumes."""
-    return work.repaired.parent / f"repairing{PARTIAL}"
 
 
 def _key(params: Params, work: Workspace, documents: Documents) -> str:

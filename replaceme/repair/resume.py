@@ -1,19 +1,24 @@
 """Checkpoints of a repair: an interrupted one goes on after its last checkpoint and ends with the same result.
 
-A checkpoint is a folder: the edits so far, the states of both models after the last finished layer (raw bytes, in pieces,
-since they may exceed the memory), and a file with everything else, the key of the repair, and the sums of the other files.
+A checkpoint is a folder for each process that shares the repair: its states of both models after the last finished layer (raw
+bytes, in pieces, since they may exceed the memory), and a file with everything else, the key of the repair, and the sums of the
+other files; the edits so far are in the first one's. An older checkpoint goes when all processes have the new one.
 """
 
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from replaceme.base.errors import ResourceError, resource_failure
-from replaceme.base.files import new_folder, read_json, write_json
+from replaceme.base.files import new_folder, read_json, remove, write_json
 from replaceme.base.fingerprints import sha256_below
+from replaceme.base.group import gathered, share
 from replaceme.base.progress import logger
 from replaceme.edits.edits import Edits
 from replaceme.repair.state import State
@@ -28,8 +33,9 @@ class Checkpoints:
     """The checkpoints of one repair.
 
     Args:
-        folder: of the last checkpoint.
-        key: a digest of everything that the repair depends on; a checkpoint with another key is ignored.
+        folder: for all of them, which all processes see.
+        key: a digest of everything that the repair depends on. A checkpoint with another key, or another number of processes,
+            is ignored.
     """
 
     def __init__(self, folder: Path, key: str):
@@ -37,43 +43,67 @@ class Checkpoints:
 
     def offer(self, state: State, finished: int) -> None:
         """Write a checkpoint after ``finished`` layers, if the last one is old enough. A full disk is no error."""
-        if not self.pace.is_due():
+        if not gathered(self.pace.is_due())[0]:
             return
         with self.pace.measured():
             try:
                 self._save(state, finished)
+                saved = True
             except (OSError, SafetensorError) as failure:
                 if not resource_failure(failure):
                     raise
-                logger.warning("repair: the disk has no space for a checkpoint; if interrupted, it would begin anew")
+                saved = False
+                logger.warning("repair: the disk has no space for a checkpoint; an interrupted run goes on at an earlier one")
+            if not all(gathered(saved)):
+                remove(self._place(finished))
+            elif share().rank == 0:
+                kept = {self._place(finished, rank) for rank in range(share().size)}
+                for other in {*self.folder.iterdir()} - kept:
+                    remove(other)
+            with suppress(OSError):  # only if it is empty
+                self.folder.rmdir()
 
     def resume(self, state: State) -> int:
-        """Continue from the last checkpoint, if there is a whole one with this key; return how many layers are finished."""
-        try:
-            content = read_json(self.folder / STATE)
-            if content["key"] != self.key or content["sums"] != _sums(self.folder):
-                return 0
-            edits = Edits.load(self.folder)
-        except (ResourceError, ValueError, KeyError, TypeError, OSError, SafetensorError):
+        """Continue from the last whole checkpoint, if there is one with this key; return how many layers are finished."""
+        contents = self._whole(len(state.kept))
+        finished = max(set.intersection(*map(set, gathered([*contents]))), default=0)
+        if not finished:
             return 0
         for name in STATES:
             tensor: Tensor = getattr(state, name)
-            read = torch.from_file(str(self.folder / name), shared=False, size=tensor.numel(), dtype=tensor.dtype)
+            file = str(self._place(finished) / name)
+            read = torch.from_file(file, shared=False, size=tensor.numel(), dtype=tensor.dtype)
             tensor.copy_(read.view_as(tensor))
-        vars(state.edits).update(vars(edits))
-        state.restore(content["repairs"], content["figures"])
-        finished = int(content["finished"])
+        vars(state.edits).update(vars(Edits.load(self._place(finished, 0))))
+        state.restore(contents[finished]["repairs"], contents[finished]["figures"])
         logger.info("repair: resumed after %d of %d layers", finished, len(state.kept))
         return finished
 
+    def _place(self, finished: int, rank: int | None = None) -> Path:
+        """Return the folder of a process (None: this one) after so many layers."""
+        number, size = share()
+        return self.folder / f"{finished}-{number if rank is None else rank}-of-{size}"
+
+    def _whole(self, layers: int) -> dict[int, Mapping[str, Any]]:
+        """Return what this process's whole checkpoints with this key say, by the number of finished layers."""
+        found = {}
+        for finished in range(1, layers):
+            place = self._place(finished)
+            with suppress(ResourceError, ValueError, KeyError, TypeError, OSError):
+                content = read_json(place / STATE)
+                if content["key"] == self.key and content["sums"] == _sums(place):
+                    found[finished] = content
+        return found
+
     def _save(self, state: State, finished: int) -> None:
-        with new_folder(self.folder) as new:
+        with new_folder(self._place(finished)) as new:
             for name in STATES:
                 with (new / name).open("wb") as stream:
                     for rows in getattr(state, name).split(ROWS):
                         stream.write(rows.contiguous().flatten().view(torch.uint8).numpy().data)
-            state.edits.save(new)
-            content = {"repairs": [asdict(each) for each in state.repairs], "figures": state.figures, "finished": finished}
+            if share().rank == 0:
+                state.edits.save(new)
+            content = {"repairs": [asdict(each) for each in state.repairs], "figures": state.figures}
             write_json(new / STATE, {"key": self.key, "sums": _sums(new), **content})
 
 

@@ -27,6 +27,7 @@ from torch.nn.functional import kl_div, log_softmax
 from torch.utils.checkpoint import checkpoint
 
 from replaceme.base.documents import Batch, Documents, seeded_order
+from replaceme.base.group import share
 from replaceme.edits.edits import Edits
 from replaceme.edits.fold import changed_parameters
 from replaceme.edits.unfused import unfused
@@ -43,14 +44,14 @@ ROWS = 128
 
 
 def divergence(wanted: Tensor, found: Tensor) -> Tensor:
-    """Return the mean over rows of KL(p ‖ q) in nats, where p and q are the softmaxes of logits (rows, words).
+    """Return the sum over rows of KL(p ‖ q) in nats, where p and q are the softmaxes of logits (rows, words).
 
     The backward pass recomputes its intermediate values, ``ROWS`` rows at a time; stored, they would take several times the
     memory of the logits.
     """
     parts = zip(wanted.split(ROWS), found.split(ROWS), strict=True)
     sums = [checkpoint(_divergence, *part, use_reentrant=False) for part in parts]
-    return torch.stack(sums).sum() / len(found)
+    return torch.stack(sums).sum()
 
 
 def _divergence(wanted: Tensor, found: Tensor) -> Tensor:
@@ -123,16 +124,24 @@ class Predictions:
             yield
 
     def loss(self, parameters: Mapping[str, Tensor], documents: Sequence[int], step: int | None) -> Tensor:
-        """Return the mean divergence over a random part of the documents' real tokens: chosen by step, or the same for None."""
-        batch = self.texts.batch(documents)
-        longest = batch.input_ids.shape[1]
-        order = seeded_order(longest, -1 if step is None else step)
-        places = order[: max(round(SHARE * longest), 1)].sort().values.to(self.texts.device)
+        """Return the mean divergence over a random part of the documents' real tokens: chosen by step, or the same for None.
+
+        Of processes that share the training, each computes a part of the documents.
+        """
+        lengths = self.texts.lengths[[*documents]]
+        order = seeded_order(int(lengths.max()), -1 if step is None else step)
+        places = order[: max(round(SHARE * len(order)), 1)].sort().values
+        count = int((places < lengths[:, None]).sum())
+        own = [document for number, document in enumerate(documents) if share().takes(number)]
+        if not own:
+            return torch.stack([0 * parameter.sum() for parameter in parameters.values()]).sum()
+        batch = self.texts.batch(own)
+        places = places[places < batch.input_ids.shape[1]].to(self.texts.device)
         real = batch.mask[:, places]
         with torch.no_grad():
-            wanted = self._dense(batch, self.texts.rows(self.leaving, documents), places)[real]
-        found = self._shortened(parameters, batch, self.texts.rows(self.entering, documents), places)
-        return divergence(wanted, found[real])
+            wanted = self._dense(batch, self.texts.rows(self.leaving, own), places)[real]
+        found = self._shortened(parameters, batch, self.texts.rows(self.entering, own), places)
+        return divergence(wanted, found[real]) / count
 
     def correct(self, edits: Edits, parameters: Mapping[str, Tensor]) -> None:
         """Add the learnt changes to the edits."""

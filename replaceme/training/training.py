@@ -5,6 +5,9 @@ gradients are float32 whatever the model's dtype; dropout is off.
 
 An interrupted run resumes from its last checkpoint and ends with the same result as an uninterrupted one: the order of the
 documents depends only on the epoch's number, and the checkpoint holds everything else.
+
+Processes can share a training: each step's documents are divided, and losses and gradients added up, so that all take the same
+step. The first one writes the checkpoints.
 """
 
 import math
@@ -20,10 +23,11 @@ from torch import Tensor
 
 from replaceme.base.documents import Batch, Documents, seeded_order, split_places
 from replaceme.base.errors import SolveError
+from replaceme.base.group import add_numbers, add_up, from_first, gathered, merge, share
 from replaceme.base.progress import logger, progress
 from replaceme.base.scratch import scratch
 from replaceme.models.families import Family
-from replaceme.observers.walk import Keep, walk
+from replaceme.observers.walk import Keep, Signals, total, walk
 from replaceme.training.checkpoints import Pace, load_checkpoint, made_with, save_checkpoint
 from replaceme.training.curves import CURVES, add_row, write_curves
 
@@ -75,6 +79,8 @@ class Lesson(Protocol):
     def loss(self, parameters: Mapping[str, Tensor], documents: Sequence[int], step: int | None) -> Tensor:
         """Return the mean loss over the real tokens of documents, with these weights.
 
+        Where processes share the training, it is this process's part of it: those of all add up to the mean.
+
         Args:
             parameters: the trained weights, float32.
             documents: positions in a walk.
@@ -94,8 +100,8 @@ class Texts:
     def __init__(self, documents: Documents, device: torch.device):
         self.device = device
         self.texts = documents.longest_first()
-        lengths = torch.tensor([len(text) for text in self.texts])
-        self.starts = (lengths.cumsum(0) - lengths).tolist()
+        self.lengths = torch.tensor([len(text) for text in self.texts])
+        self.starts = (self.lengths.cumsum(0) - self.lengths).tolist()
 
     def batch(self, documents: Sequence[int]) -> Batch:
         """Return documents as one padded batch."""
@@ -139,9 +145,19 @@ def entering_and_leaving(
     """
     shape = documents.token_count, int(model.config.hidden_size)
     entering, leaving = scratch([shape] * 2, model.dtype, folder, purpose)
-    ends = [Keep(first, ("input",), entering), Keep(last, ("output",), leaving)]
+    ends = [_KeepAll(first, ("input",), entering), _KeepAll(last, ("output",), leaving)]
     walk(model, family, documents, ends, batch_size=batch_size, description=description)
     return entering, leaving
+
+
+class _KeepAll(Keep):
+    """Observer that keeps the states of all tokens in each of the processes that share a walk; ``kept`` is zero before."""
+
+    def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
+        self.kept[batch.positions] = total(batch.real(signals[name]) for name in self.signals).to(self.kept)
+
+    def add_up(self) -> None:
+        merge(self.kept)
 
 
 def orders(documents: Sequence[int], epoch: int, batch_size: int) -> list[list[int]]:
@@ -202,15 +218,16 @@ class _Run:
         epoch, place = divmod(step, self.per_epoch)
         documents = orders(self.taught, epoch, self.course.batch_size)[place]
         loss = self.lesson.loss(self.parameters, documents, step)
-        self.log("loss", step, float(loss.detach()))
+        self.log("loss", step, *add_numbers(float(loss.detach())))
         loss.backward()
+        add_up({name: parameter.grad for name, parameter in self.parameters.items() if parameter.grad is not None})
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), CLIP)
         for group in self.optimizer.param_groups:
             group["lr"] = self.course.rate(step, self.steps)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step = step + 1
-        if self.pace.is_due():
+        if share().rank == 0 and self.pace.is_due():
             self.save()
 
     def evaluate(self, step: int) -> None:
@@ -226,7 +243,7 @@ class _Run:
                 chosen = documents[start : start + self.course.batch_size]
                 count = sum(self.lengths[index] for index in chosen)
                 total, tokens = total + count * float(self.lesson.loss(self.parameters, chosen, None)), tokens + count
-        return total / tokens
+        return add_numbers(total / tokens)[0]
 
     def log(self, name: str, step: int, value: float) -> None:
         """Append a value to a curve; refuse one that is not finite."""
@@ -245,10 +262,11 @@ class _Run:
 
     def _resume(self) -> None:
         """Continue from the last checkpoint, if there is one with this key."""
-        found = load_checkpoint(self.folder / "checkpoint", self.key)
-        if found is None:
+        found = load_checkpoint(self.folder / "checkpoint", self.key) if share().rank == 0 else None
+        state = gathered(found and found[0])[0]
+        if state is None:
             return
-        state, tensors = found
+        tensors = from_first(lambda: found[1] if found else {})
         self.step, self.curves = state["step"], {name: [*map(tuple, rows)] for name, rows in state["curves"].items()}
         for name, parameter in self.parameters.items():
             parameter.data.copy_(tensors[f"weight.{name}"])

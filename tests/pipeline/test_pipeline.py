@@ -6,6 +6,8 @@ import math
 import re
 import shutil
 import sys
+import time
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -406,3 +408,18 @@ def test_a_stage_outside_of_the_environment_says_so(project: Path) -> None:
     output = shell(project, sys.executable, "-S", "-m", "stages.select", code=2)
     assert "lacks torch" in output
     assert "run `make`" in output
+
+
+def test_two_workers_of_a_queue_run_two_experiments_at_once(project: Path) -> None:
+    dvc(project, "exp", "run", "--queue", "-S", "eval_batch_size=2,3")
+    # The workers keep what their starter prints to open, so that a pipe would end with them.
+    shell(project, "bash", "-euc", "dvc queue start -j 2 > ../started.txt 2>&1")
+    assert "Started '2' new experiments task queue workers" in (project.parent / "started.txt").read_text()
+    states: list[Counter[str]] = []
+    while not states or {"Queued", "Running"} & states[-1].keys():
+        time.sleep(1)
+        states.append(Counter(re.findall(r"Queued|Running|Success|Failed", dvc(project, "queue", "status"))))
+    assert states[-1] == {"Success": 2}
+    assert max(state["Running"] for state in states) == 2
+    shown = pd.read_csv(io.StringIO(dvc(project, "exp", "show", "--csv")))
+    assert {2, 3} <= set(shown["eval_batch_size"])

@@ -8,17 +8,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from replaceme.api import prune
+from replaceme.base.documents import Documents
 from replaceme.base.errors import ParameterError
 from replaceme.base.files import read_json, write_json
+from replaceme.base.fingerprints import sha256_below
 from replaceme.base.params import Params, read_params
 from replaceme.base.plan import load_blocks
 from replaceme.base.presets import RECOMMENDED
@@ -31,9 +35,12 @@ from replaceme.edits.edits import Edits
 from replaceme.methods.registry import METHODS
 from replaceme.models.model import Model
 from replaceme.pipeline.inputs import inspect_inputs
+from replaceme.repair import mend
 from replaceme.steps import STAGES, run_steps
-from tests.conftest import made_text
+from replaceme.training import checkpoints
+from tests.conftest import WIDTH, made_text
 from tests.helpers import call
+from tests.interruption import InterruptedRunError
 from tests.pipeline.closure import ROOT
 from tests.ranks import in_ranks
 
@@ -44,6 +51,22 @@ def _fitted(params: Params, work: Workspace) -> list[str]:
     ran: list[str] = []
     in_processes(2, lambda: STAGES, lambda: ran.extend(run_steps(params, work, FIT)))
     return ran
+
+
+def _repaired(params: Params, work: Workspace, stop: int | None) -> list[int]:
+    """Run the repair in two processes; return the layers that it has begun. All stop in the middle of layer ``stop``."""
+    begun: list[int] = []
+    walk = mend.State.walk_dense
+
+    def noting(state: Any, layer: int, observers: Any) -> None:
+        begun.append(layer)
+        walk(state, layer, observers)
+        if layer == stop:
+            raise InterruptedRunError
+
+    with mock.patch.object(mend.State, "walk_dense", noting), suppress(InterruptedRunError):
+        in_processes(2, lambda: STAGES, lambda: run_steps(params, work, ["repair"]))
+    return begun
 
 
 def _numbers(content: Any) -> list[float]:
@@ -64,8 +87,9 @@ def _numbers(content: Any) -> list[float]:
         {"method": "prune_and_comp"},
         {"num_A": 2, "layers_to_skip": 1},
         {**DEFAULT, "remove": "30%", "layers_to_skip": 1},
+        {**DEFAULT, "heal_epochs": 2, "heal_learning_rate": 1e-3},
     ],
-    ids=["default", "streamed", "dense", "greedy", "scaled", "blocks", "narrower"],
+    ids=["default", "streamed", "dense", "greedy", "scaled", "blocks", "narrower", "healed"],
 )
 def test_two_processes_find_what_one_finds(setting: dict[str, Any], params: Params, tmp_path: Path) -> None:
     params = Params.model_validate({**dict(params), **setting, "batch_size": 3})
@@ -79,18 +103,46 @@ def test_two_processes_find_what_one_finds(setting: dict[str, Any], params: Para
     mine, others = (Edits.load(work.edits) for work in (one, two))
     assert mine.channels.keys() == others.channels.keys()
     assert all(torch.equal(mine.channels[host], others.channels[host]) for host in mine.channels)
-    for name in (*(f"metrics/{stage}.json" for stage in ("select", "solve", "repair")), "artifacts/profile/profile.json"):
+    figures = [f"metrics/{stage}.json" for stage in ("select", "solve", "repair", "heal")]
+    for name in (*figures, "artifacts/profile/profile.json"):
         ours, theirs = (_numbers(read_json(work.root / name)) for work in (one, two))
         assert theirs == pytest.approx(ours, rel=1e-6, abs=1e-9), name
     stored = [load_file(work.edits / "edits.safetensors") for work in (one, two)]
     assert stored[0].keys() == stored[1].keys()
     for name, tensor in stored[0].items():
-        assert float((stored[1][name].double() - tensor.double()).norm()) <= 1e-6 * float(tensor.double().norm()), name
+        # A training in float32 passes on the order of its sums from step to step.
+        most = (1e-4 if params.heal_epochs else 1e-6) * float(tensor.double().norm())
+        assert float((stored[1][name].double() - tensor.double()).norm()) <= most, name
     # Nothing of the second process is left.
     left = {path.relative_to(two.root) for path in two.root.rglob("*")} ^ {
         path.relative_to(one.root) for path in one.root.rglob("*")
     }
     assert not left
+
+
+def test_a_shared_repair_goes_on_at_its_last_checkpoint_to_the_same_bits(
+    params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(checkpoints, "SAVING_SHARE", 0)
+    params = Params.model_validate({**dict(params), **DEFAULT, "batch_size": 3})
+    whole, work = Workspace(tmp_path / "whole"), Workspace(tmp_path / "run")
+    for place in (whole, work):
+        inspect_inputs(params, place)
+        run_steps(params, place, FIT[: FIT.index("repair")])
+    layers, others = in_ranks(2, partial(_repaired, params, whole, None), tmp_path)
+    assert layers == others
+    *finished, last = layers
+    assert in_ranks(2, partial(_repaired, params, work, last), tmp_path) == [layers, layers]
+    number = len(finished)
+    assert {path.name for path in work.unfinished("repairing").iterdir()} == {f"{number}-{rank}-of-2" for rank in range(2)}
+    # Each process has its part of the states, and the first one the edits.
+    sizes = [(work.unfinished("repairing") / f"{number}-{rank}-of-2" / "dense").stat().st_size for rank in range(2)]
+    itemsize = getattr(torch, params.dtype).itemsize
+    assert sum(sizes) == Documents.load(work.documents).token_count * WIDTH * itemsize
+    assert in_ranks(2, partial(_repaired, params, work, None), tmp_path) == [[last], [last]]
+    assert sha256_below(work.repaired) == sha256_below(whole.repaired)
+    assert not work.unfinished("repairing").exists()
 
 
 @pytest.mark.parametrize(

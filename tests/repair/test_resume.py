@@ -103,7 +103,7 @@ def test_an_interrupted_repair_ends_with_the_same_bits(
         shutil.rmtree(tmp_path / "checkpoint", ignore_errors=True)
 
 
-@pytest.mark.parametrize("harm", ["another key", "a bit", "halved", "no state"])
+@pytest.mark.parametrize("harm", ["another key", "a bit", "halved", "no state", "another number of processes"])
 def test_a_checkpoint_of_another_repair_or_a_damaged_one_is_ignored(
     harm: str, repaired: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,16 +112,21 @@ def test_a_checkpoint_of_another_repair_or_a_damaged_one_is_ignored(
     blocks, options = SETTINGS["repair"]
     _, mending = solved(model, documents, blocks, **options)
     interrupt(monkeypatch, 5, lambda: mending(tmp_path, Checkpoints(folder, "key")))
-    assert sorted(path.name for path in folder.iterdir()) == [
+    # The last one, after the second layer, of the only process.
+    place = folder / "2-0-of-1"
+    assert [*folder.iterdir()] == [place]
+    assert sorted(path.name for path in place.iterdir()) == [
         "dense", "edits.json", "edits.safetensors", "shortened", "state.json",
     ]  # fmt: skip
-    content = (folder / "dense").read_bytes()
+    content = (place / "dense").read_bytes()
     if harm == "a bit":
-        (folder / "dense").write_bytes(bytes([content[0] ^ 1]) + content[1:])
+        (place / "dense").write_bytes(bytes([content[0] ^ 1]) + content[1:])
     elif harm == "halved":
-        (folder / "shortened").write_bytes(content[: len(content) // 2])
+        (place / "shortened").write_bytes(content[: len(content) // 2])
     elif harm == "no state":
-        (folder / "state.json").write_text("[]", encoding="utf-8")
+        (place / "state.json").write_text("[]", encoding="utf-8")
+    elif harm == "another number of processes":
+        place.rename(folder / "2-0-of-2")
     _, mending = solved(model, documents, blocks, **options)
     repaired.clear()
     mending(tmp_path, Checkpoints(folder, "another" if harm == "another key" else "key"))
