@@ -2,8 +2,8 @@
 
 Each walk is dealt out by batches (``Share``): every process knows all documents, so that samples, folds and held-out texts are
 the same whatever the number of processes, and computes the states of its own batches. Sums are added up at the end of a walk,
-in float64; after that every process has the same ones. What must be the same to the bit in all, the first process computes and
-tells (``from_first``).
+in float64; after that every process has the same ones. A training is dealt out by the documents of each step, and the gradients
+are added up. What must be the same to the bit in all, the first process computes and tells (``from_first``).
 
 Only inside ``sharing`` is a process one of several. Outside of it, all batches are its own and nothing is exchanged.
 """

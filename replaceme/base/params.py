@@ -93,8 +93,8 @@ class Params(BaseModel):
     threads: int = Field(2, ge=1, le=1024, description="Processor threads; another number gives other last bits.")
     processes: int = Field(
         1, ge=1, le=1024,
-        description="Processes that share the passes over the calibration text, each with its own threads and, on GPUs, a GPU "
-        "of its own; the result depends on their number only by the order of sums.",
+        description="Processes that share the passes over the calibration text and healing, each with its own threads and, on "
+        "GPUs, a GPU of its own; the result depends on their number only by the order of sums.",
     )  # fmt: skip
     memory: str | None = Field(
         "auto", pattern=r"^(auto|\d+(\.\d+)? ?([KMGT]i?)?B)$",

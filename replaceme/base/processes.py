@@ -2,7 +2,7 @@
 
 ``processes: N`` starts the same command N times by torch's elastic launcher, as ``torchrun --nproc-per-node N`` does. The first
 of them (rank 0) does the work as ever. The others serve it: they wait until it comes to a stage that is shared, run that stage
-with it, read the same files, and write into a folder that is thrown away.
+with it, read the same files, and write into a folder that is thrown away (checkpoints into the run's own).
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _elsewhere(work: Workspace, step: Step) -> Iterator[Workspace]:
     """Yield a workspace with the files that a stage reads, in a folder that is deleted after the block; nothing is printed."""
     folder = work.artifact("")
     with temporary_folder(f"rank{rank()}-", folder) as root:
-        own = Workspace(root, shared=work)
+        own = Workspace(root, served=work)
         for artifact in step.reads:
             place = own.path(artifact)
             place.parent.mkdir(parents=True, exist_ok=True)

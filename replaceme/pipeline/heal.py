@@ -73,7 +73,7 @@ def _heal(params: Params, work: Workspace, edits: Edits) -> tuple[dict[str, Any]
 
 
 def _checkpoints(work: Workspace) -> Path:
-    """Return the folder of the checkpoints, from which an interrupted training resumes."""
+    """Return the folder of the checkpoints, from which an interrupted training resumes: those of the first process count."""
     return work.edits.parent / f"healing{PARTIAL}"
 
 

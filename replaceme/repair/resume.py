@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from replaceme.base.errors import ResourceError, resource_failure
-from replaceme.base.files import new_folder, read_json, remove, write_json
+from replaceme.base.files import clear_partials, new_folder, read_json, remove, write_json
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.group import gathered, share
 from replaceme.base.progress import logger
@@ -40,6 +40,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, key: str):
         self.folder, self.key, self.pace = folder, key, Pace()
+        clear_partials(folder)
 
     def offer(self, state: State, finished: int) -> None:
         """Write a checkpoint after ``finished`` layers, if the last one is old enough. A full disk is no error."""
@@ -53,20 +54,25 @@ class Checkpoints:
                 if not resource_failure(failure):
                     raise
                 saved = False
-                logger.warning("repair: the disk has no space for a checkpoint; an interrupted run goes on at an earlier one")
             if not all(gathered(saved)):
+                logger.warning(
+                    "repair: the disk has no space for a checkpoint; an interrupted run goes on at the last one, if any"
+                )
                 remove(self._place(finished))
+                with suppress(OSError):  # unless it is empty
+                    self.folder.rmdir()
             elif share().rank == 0:
                 kept = {self._place(finished, rank) for rank in range(share().size)}
                 for other in {*self.folder.iterdir()} - kept:
                     remove(other)
-            with suppress(OSError):  # only if it is empty
-                self.folder.rmdir()
 
     def resume(self, state: State) -> int:
         """Continue from the last whole checkpoint, if there is one with this key; return how many layers are finished."""
         contents = self._whole(len(state.kept))
         finished = max(set.intersection(*map(set, gathered([*contents]))), default=0)
+        # What not all processes have is of an earlier run, and must not be completed by a later one.
+        for other in contents.keys() - {finished}:
+            remove(self._place(other))
         if not finished:
             return 0
         for name in STATES:
@@ -74,7 +80,7 @@ class Checkpoints:
             file = str(self._place(finished) / name)
             read = torch.from_file(file, shared=False, size=tensor.numel(), dtype=tensor.dtype)
             tensor.copy_(read.view_as(tensor))
-        vars(state.edits).update(vars(Edits.load(self._place(finished, 0))))
+        vars(state.edits).update(vars(Edits.load(self._place(finished, 0), copied=True)))
         state.restore(contents[finished]["repairs"], contents[finished]["figures"])
         logger.info("repair: resumed after %d of %d layers", finished, len(state.kept))
         return finished

@@ -237,13 +237,13 @@ class _Run:
 
     def mean_loss(self, documents: Sequence[int]) -> float:
         """Return the mean loss on documents, all tokens weighted equally."""
-        total, tokens = 0.0, 0
+        losses, tokens = 0.0, 0
         with torch.no_grad():
             for start in range(0, len(documents), self.course.batch_size):
                 chosen = documents[start : start + self.course.batch_size]
                 count = sum(self.lengths[index] for index in chosen)
-                total, tokens = total + count * float(self.lesson.loss(self.parameters, chosen, None)), tokens + count
-        return add_numbers(total / tokens)[0]
+                losses, tokens = losses + count * float(self.lesson.loss(self.parameters, chosen, None)), tokens + count
+        return add_numbers(losses / tokens)[0]
 
     def log(self, name: str, step: int, value: float) -> None:
         """Append a value to a curve; refuse one that is not finite."""

@@ -416,7 +416,9 @@ def test_two_workers_of_a_queue_run_two_experiments_at_once(project: Path) -> No
     shell(project, "bash", "-euc", "dvc queue start -j 2 > ../started.txt 2>&1")
     assert "Started '2' new experiments task queue workers" in (project.parent / "started.txt").read_text()
     states: list[Counter[str]] = []
+    begun = time.monotonic()
     while not states or {"Queued", "Running"} & states[-1].keys():
+        assert time.monotonic() - begun < 600, (project.parent / "started.txt").read_text()
         time.sleep(1)
         states.append(Counter(re.findall(r"Queued|Running|Success|Failed", dvc(project, "queue", "status"))))
     assert states[-1] == {"Success": 2}

@@ -40,7 +40,7 @@ from replaceme.steps import STAGES, run_steps
 from replaceme.training import checkpoints
 from tests.conftest import WIDTH, made_text
 from tests.helpers import call
-from tests.interruption import InterruptedRunError
+from tests.interruption import InterruptedRunError, counted, stop_at
 from tests.pipeline.closure import ROOT
 from tests.ranks import in_ranks
 
@@ -67,6 +67,13 @@ def _repaired(params: Params, work: Workspace, stop: int | None) -> list[int]:
     with mock.patch.object(mend.State, "walk_dense", noting), suppress(InterruptedRunError):
         in_processes(2, lambda: STAGES, lambda: run_steps(params, work, ["repair"]))
     return begun
+
+
+def _healed(params: Params, work: Workspace, stop: int | None) -> list[int]:
+    """Heal in two processes; return the steps that this one has taken. All stop after ``stop`` of them."""
+    with counted(stop_at(-1 if stop is None else stop)) as steps, suppress(InterruptedRunError):
+        in_processes(2, lambda: STAGES, lambda: run_steps(params, work, ["heal"]))
+    return steps
 
 
 def _numbers(content: Any) -> list[float]:
@@ -106,7 +113,7 @@ def test_two_processes_find_what_one_finds(setting: dict[str, Any], params: Para
     figures = [f"metrics/{stage}.json" for stage in ("select", "solve", "repair", "heal")]
     for name in (*figures, "artifacts/profile/profile.json"):
         ours, theirs = (_numbers(read_json(work.root / name)) for work in (one, two))
-        assert theirs == pytest.approx(ours, rel=1e-6, abs=1e-9), name
+        assert theirs == pytest.approx(ours, rel=1e-4 if name == "metrics/heal.json" else 1e-6, abs=1e-9), name
     stored = [load_file(work.edits / "edits.safetensors") for work in (one, two)]
     assert stored[0].keys() == stored[1].keys()
     for name, tensor in stored[0].items():
@@ -143,6 +150,39 @@ def test_a_shared_repair_goes_on_at_its_last_checkpoint_to_the_same_bits(
     assert in_ranks(2, partial(_repaired, params, work, None), tmp_path) == [[last], [last]]
     assert sha256_below(work.repaired) == sha256_below(whole.repaired)
     assert not work.unfinished("repairing").exists()
+
+
+def test_a_checkpoint_of_a_shared_repair_counts_if_all_processes_have_it(
+    params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(checkpoints, "SAVING_SHARE", 0)
+    params, work = Params.model_validate({**dict(params), **DEFAULT, "batch_size": 3}), Workspace(tmp_path / "run")
+    inspect_inputs(params, work)
+    run_steps(params, work, FIT[: FIT.index("repair")])
+    layers, _ = in_ranks(2, partial(_repaired, params, work, 5), tmp_path)
+    place = work.unfinished("repairing") / f"{len(layers) - 1}-1-of-2"
+    (place / "dense").write_bytes(b"")
+    assert in_ranks(2, partial(_repaired, params, work, layers[0]), tmp_path) == [layers[:1], layers[:1]]
+    # The other process's part is gone too.
+    assert [*work.unfinished("repairing").iterdir()] == [place]
+
+
+def test_a_shared_healing_goes_on_at_its_last_checkpoint_to_the_same_bits(
+    params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(checkpoints, "SAVING_SHARE", 0)
+    settings = {"method": "uidl", "heal_epochs": 2, "batch_size": 3}
+    params, whole, work = Params.model_validate({**dict(params), **settings}), *map(Workspace, (tmp_path / "a", tmp_path / "b"))
+    for place in (whole, work):
+        inspect_inputs(params, place)
+        run_steps(params, place, FIT[:-1])
+    steps, others = in_ranks(2, partial(_healed, params, whole, None), tmp_path)
+    assert steps == others
+    assert in_ranks(2, partial(_healed, params, work, 3), tmp_path) == [steps[:3], steps[:3]]
+    assert in_ranks(2, partial(_healed, params, work, None), tmp_path) == [steps[3:], steps[3:]]
+    assert sha256_below(work.edits) == sha256_below(whole.edits)
 
 
 @pytest.mark.parametrize(
