@@ -154,16 +154,28 @@ def merge(rows: Tensor) -> None:
 
 
 def from_first(compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Return what the first process computes, to the bit; the others don't compute."""
+    """Return what the first process computes, to the bit; the others don't compute, and it has their threads meanwhile."""
     if share() == WHOLE:
         return dict(compute())
-    found = dict(compute()) if share().rank == 0 else {}
+    with _threads_of_all():
+        found = dict(compute()) if share().rank == 0 else {}
     layouts: dict[str, Any] = told({name: _layout(tensor) for name, tensor in found.items()})
     for name, layout in layouts.items():
         found[name] = found[name].contiguous() if name in found else _made(layout)
         for part in found[name].view(-1).split(CHUNK):
             _exchange(distributed.broadcast, part, 0)
     return found
+
+
+@contextmanager
+def _threads_of_all() -> Iterator[None]:
+    """Let this process compute with the threads of all that share the work on this machine, inside the block."""
+    own = torch.get_num_threads()
+    torch.set_num_threads(own * neighbours())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(own)
 
 
 def told(value: Any = None) -> Any:

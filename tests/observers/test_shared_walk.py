@@ -76,22 +76,26 @@ def _exchanged() -> list[Any]:
         rows[rank::2] = 0.1 * (rank + 1)
         largest(peak)
         merge(rows)
-        told = from_first(lambda: {"x": torch.rand(3)})
+        told = from_first(lambda: {"x": torch.rand(3), "threads": torch.tensor(torch.get_num_threads())})
+        threads = [torch.get_num_threads(), int(told["threads"])]
     return [
         {name: total.tolist() for name, total in sums.items()},
         add_numbers(1, 2),
         peak.tolist(),
         rows.tolist(),
         told["x"].tolist(),
+        threads,
     ]
 
 
 def test_what_processes_exchange_is_the_same_in_all(tmp_path: Path) -> None:
     first, second = in_ranks(2, _exchanged, tmp_path)
     assert first == second
-    sums, _, peak, rows, _ = first
+    sums, _, peak, rows, _, threads = first
     assert sums == {"a": [[0.1 + 1.1] * 2] * 3, "b": 2.0**-20, "c": [0, 0]}
     assert (peak, rows) == ([1, 2], torch.tensor([0.1, 0.2, 0.1, 0.2], dtype=torch.bfloat16).tolist())
+    # What the first computes for all has the threads of both.
+    assert threads == [1, 2]
 
 
 def _statistics(batch_size: int) -> list[Any]:
