@@ -19,7 +19,7 @@ layer are chosen by the same rule from its own, before its MLP is repaired, and 
 
 All of it is one walk layer by layer. The states of both models lie in scratch files, with the inputs of the last linears of the
 current layer. With these inputs kept, neither the attention nor the MLP runs again when only their last linears change. Only
-one layer's sums are in memory.
+one layer's sums and corrections are in memory.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -105,6 +105,7 @@ def mend(
     finished = checkpoints.resume(state) if checkpoints else 0
     for number, layer in enumerate(progress(state.kept[finished:], "repairing layers", "layers"), start=finished + 1):
         _mend_layer(state, layer)
+        state.put_aside()
         if checkpoints and number < len(state.kept):
             checkpoints.offer(state, number)
     return state.repairs, state.figures

@@ -81,6 +81,7 @@ class Checkpoints:
             read = torch.from_file(file, shared=False, size=tensor.numel(), dtype=tensor.dtype)
             tensor.copy_(read.view_as(tensor))
         vars(state.edits).update(vars(Edits.load(self._place(finished, 0), copied=True)))
+        state.put_aside()
         state.restore(contents[finished]["repairs"], contents[finished]["figures"])
         logger.info("repair: resumed after %d of %d layers", finished, len(state.kept))
         return finished

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from replaceme.base.documents import Documents
 from replaceme.base.params import Params
 from replaceme.base.plan import Plan
+from replaceme.base.scratch import scratch
 from replaceme.edits.edits import Edits
 from replaceme.edits.unfused import unfused
 from replaceme.models.families import Family, Linear
@@ -48,6 +49,7 @@ class State:
         attended: the layer that ``inputs["attention_output"]`` belong to; None: no layer yet.
         repairs: so far, in order.
         figures: for the metrics, so far.
+        aside: the weights of the corrections that are on disk.
     """
 
     params: Params
@@ -66,6 +68,7 @@ class State:
     strength: Strength | None = None
     repairs: list[Repair] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
+    aside: dict[tuple[int, Linear], Tensor] = field(default_factory=dict)
 
     def restore(self, repairs: Sequence[Mapping[str, Any]], figures: dict[str, Any]) -> None:
         """Take the repairs and figures of a checkpoint."""
@@ -77,6 +80,14 @@ class State:
     def layers(self) -> nn.ModuleList:
         """The dense model's layers."""
         return self.family.decoder_layers(self.model)
+
+    def put_aside(self) -> None:
+        """Move the corrections so far to scratch files: no later layer computes with them, and they can exceed the memory."""
+        for place, (weight, bias) in self.edits.corrections.items():
+            if self.aside.get(place) is not weight:
+                (kept,) = scratch([weight.shape], weight.dtype, self.folder, "repair")
+                self.edits.corrections[place] = kept.copy_(weight), bias
+                self.aside[place] = kept
 
     def walk_dense(self, layer: int, observers: Sequence[Observer]) -> None:
         """Walk through the dense model, from a layer that its states enter."""

@@ -233,3 +233,12 @@ def test_the_states_of_a_later_fit_are_those_with_the_repaired_attention(monkeyp
     assert repaired.abs().max() > 0
     assert on_top.abs().max() > 0
     assert torch.allclose(edits.corrections[2, "attention_output"][0], repaired + on_top)
+
+
+def test_corrections_of_finished_layers_take_no_memory(tmp_path: Path) -> None:
+    edits, mending = solved(made_model(), many_documents(), (BLOCK,), alpha=5.0, repair=True)
+    mending(tmp_path)
+    # The name is that of a file which no folder lists.
+    assert edits.corrections
+    assert all(weight.untyped_storage().filename for weight, _ in edits.corrections.values())
+    assert not [*tmp_path.iterdir()]
