@@ -159,8 +159,9 @@ def paper() -> None:
         inner, outer = layers * (2 * d * d * (1 + groups / heads) + 3 * d * f) / 1e9, 2 * vocabulary * d / 1e9
         layer = 2 * inner / layers
         weights = 2 * outer + 2 * layer if streamed else 2 * (inner + outer)
-        sums, states = (8 * f**2 + 3 * 8 * f * d) / 1e9, 2 * TOKENS * (5 * d + f) / 1e9
         fit, solved = min(4 * d, 3 * TOKENS / 4), layers / 2
+        sums = (8 * f**2 + 3 * 8 * f * d) / 1e9
+        scratch = (2 * TOKENS * (5 * d + f) + 4 * solved * (f * d + d**2)) / 1e9
         operations = (
             PASSES * 2 * inner * 1e9 * TOKENS / half
             + (solved * TOKENS * (f**2 + d**2) + layers**2 / 2 * (3.5 * fit * d**2 + 2.3 * d**3)) / single
@@ -168,7 +169,7 @@ def paper() -> None:
         )
         minutes = (operations / 1e12 + streamed * WALKS * 2 * (inner + outer) / disk) / 60
         shown = f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
-        print(f"| {title} | {weights:.3g} GB | {sums:.2g} GB | {states:.2g} GB | {shown} |")
+        print(f"| {title} | {weights:.3g} GB | {sums:.2g} GB | {scratch:.2g} GB | {shown} |")
 
 
 if __name__ == "__main__":

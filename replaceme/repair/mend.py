@@ -101,8 +101,10 @@ def mend(
     Raises:
         ResourceError: the states do not fit on the disk.
     """
-    state = _at_cut(params, model, family, documents, edits, plan, folder)
+    state = _begun(params, model, family, documents, edits, plan, folder)
     finished = checkpoints.resume(state) if checkpoints else 0
+    if not finished:
+        _walk_to_cut(state)
     for number, layer in enumerate(progress(state.kept[finished:], "repairing layers", "layers"), start=finished + 1):
         _mend_layer(state, layer)
         state.put_aside()
@@ -111,10 +113,10 @@ def mend(
     return state.repairs, state.figures
 
 
-def _at_cut(
+def _begun(
     params: Params, model: Any, family: Family, documents: Documents, edits: Edits, plan: Plan, folder: Path | None
 ) -> State:
-    """Return the state at the first layer that changes, where both models are the same."""
+    """Return a state with room for the states of both models."""
     layers, removed = family.decoder_layers(model), set(plan.removed_layers)
     host = 0 if plan.mlp_width else plan.blocks[0].host
     last = len(layers) - 1 if params.repair else max(block.host for block in plan.blocks)
@@ -125,11 +127,18 @@ def _at_cut(
     widths = [int(model.config.hidden_size)] * 3 + [*features.widths.values()]
     shapes = [(documents.token_count_of(params.batch_size, share()), width) for width in widths]
     dense, shortened, middle, *inputs = scratch(shapes, model.dtype, folder, "repair")
-    entering = Keep(host, ("input",), dense)
-    walk(model, family, documents, [entering], batch_size=params.batch_size, description="walking to the cut")
-    shortened.copy_(dense)
     known = dict(zip(linears, inputs, strict=True))
     return State(params, model, family, documents, edits, plan, folder, kept, dense, middle, shortened, known)
+
+
+def _walk_to_cut(state: State) -> None:
+    """Compute the states that enter the first layer that changes, where both models are the same."""
+    entering = Keep(state.kept[0], ("input",), state.dense)
+    walk(
+        state.model, state.family, state.documents, [entering],
+        batch_size=state.params.batch_size, description="walking to the cut",
+    )  # fmt: skip
+    state.shortened.copy_(state.dense)
 
 
 def _mend_layer(state: State, layer: int) -> None:
