@@ -4,7 +4,10 @@
 takes no memory of the process.
 """
 
+import ctypes
+import mmap
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Iterator, MutableMapping, Sequence
@@ -44,6 +47,18 @@ def scratch(
             torch.from_file(str(names / str(number)), shared=True, size=prod(shape), dtype=dtype).view(*shape)
             for number, shape in enumerate(shapes)
         ]
+
+
+def unmap(tensor: Tensor) -> None:
+    """Free the memory of a contiguous part of a tensor of ``scratch``; what is read of it later comes from the file."""
+    # Other memory would be lost.
+    assert tensor.untyped_storage().filename
+    if platform.system() == "Linux":
+        start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.itemsize
+        # Whole pages.
+        start, end = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+        if start < end:
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
 
 def _take_space(file: Path, size: int) -> None:

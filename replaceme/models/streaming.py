@@ -255,6 +255,13 @@ class Stream:
             own = nn.Parameter(unread.read(), requires_grad=False) if index in self.here else unread
             self._set(index, whole, own)
 
+    def free(self, kept: Iterable[nn.Module] = ()) -> None:
+        """Let the weights of all layers go, but for some; they come again when their turn does."""
+        self._forget_ahead()
+        staying = {self.index_of(layer) for layer in kept} | {index for index, count in self.pinned.items() if count > 0}
+        for index in self.here - staying:
+            self._let_go(index)
+
     def index_of(self, layer: nn.Module) -> int:
         """Return the position of one of the layers in the whole model."""
         return next(index for index, each in enumerate(self.layers) if each is layer)
@@ -354,6 +361,12 @@ class Stream:
 def stream_of(model: nn.Module) -> Stream | None:
     """Return the stream of a streamed model; None for one whose weights are all in memory."""
     return model.__dict__.get("stream")
+
+
+def free(model: nn.Module, kept: Iterable[nn.Module] = ()) -> None:
+    """Let the weights of a streamed model's layers go, but for some, before a computation that needs none of them."""
+    if stream := stream_of(model):
+        stream.free(kept)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from torch import Tensor
 from replaceme.base.documents import HELD_OUT_EVERY, Batch, Documents, seeded_order, split_places
 from replaceme.base.group import add_up, merge, share
 from replaceme.base.progress import progress
-from replaceme.base.scratch import scratch
+from replaceme.base.scratch import scratch, unmap
 from replaceme.observers.sums import squares, token_weights
 from replaceme.observers.walk import Signal, Signals, ask
 
@@ -77,6 +77,8 @@ class TokenSample:
             rows, place = (tokens[start:end] - batch.position).to(added.device), slice(offset + start, offset + end)
             self.added[layer, place] = added[rows].cpu()
             self.output[layer, place] = output[rows].cpu()
+            unmap(self.added[layer, place])
+            unmap(self.output[layer, place])
 
     def add_up(self) -> None:
         merge(self.added)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from replaceme.base.documents import Documents
 from replaceme.base.params import Params
 from replaceme.base.plan import Plan
-from replaceme.base.scratch import scratch
+from replaceme.base.scratch import scratch, unmap
 from replaceme.edits.edits import Edits
 from replaceme.edits.unfused import unfused
 from replaceme.models.families import Family, Linear
@@ -87,6 +87,7 @@ class State:
             if self.aside.get(place) is not weight:
                 (kept,) = scratch([weight.shape], weight.dtype, self.folder, "repair")
                 self.edits.corrections[place] = kept.copy_(weight), bias
+                unmap(kept)
                 self.aside[place] = kept
 
     def walk_dense(self, layer: int, observers: Sequence[Observer]) -> None:

@@ -1,5 +1,7 @@
 """Tensors on disk."""
 
+import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,7 +10,7 @@ import pytest
 import torch
 
 from replaceme.base.errors import ResourceError
-from replaceme.base.scratch import ScratchFile, scratch
+from replaceme.base.scratch import ScratchFile, scratch, unmap
 
 
 def test_the_space_of_scratch_tensors_is_taken_before_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,6 +28,24 @@ def test_the_space_of_scratch_tensors_is_taken_before_they_are_written(tmp_path:
     assert taken[0] >= 120_000
     assert taken[1] >= 28_000
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, memory of files is not counted")
+def test_what_is_unmapped_takes_no_memory_and_stays_what_it_was(tmp_path: Path) -> None:
+    def mapped() -> int:
+        (found,) = re.findall(r"RssFile:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
+        return 1024 * int(found)
+
+    (rows,) = scratch([(2, 1 << 22)], torch.float32, tmp_path)
+    rows[0], rows[1] = 1.5, torch.arange(1 << 22)
+    before = mapped()
+    unmap(rows[1])
+    assert before - mapped() > 15 << 20
+    unmap(rows[0, 5:9])  # less than a page
+    assert torch.equal(rows[1], torch.arange(1 << 22).float())
+    assert bool((rows[0] == 1.5).all())
+    with pytest.raises(AssertionError):
+        unmap(torch.ones(3))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.bool, torch.int64])

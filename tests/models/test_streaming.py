@@ -15,7 +15,7 @@ from replaceme.edits.unfused import unfused
 from replaceme.models.families import family_of, parameter_of
 from replaceme.models.memory import stream
 from replaceme.models.model import Model
-from replaceme.models.streaming import Stream, Unread, loaded, replaced, stream_of
+from replaceme.models.streaming import Stream, Unread, free, loaded, replaced, stream_of
 from tests.conftest import KINDS, LAYERS, made_model
 from tests.helpers import TEXT, edits_of
 
@@ -77,6 +77,24 @@ def test_with_room_for_a_single_layer_none_is_read_ahead_and_the_result_is_the_s
     model, own = streamed(tiny, 1)
     assert torch.equal(model(TEXT).logits, tiny.load("float32")(TEXT).logits)
     assert len(own.here) == 1
+
+
+@torch.inference_mode()
+def test_layers_are_let_go_but_for_those_that_stay_or_are_in_use(tiny: Model) -> None:
+    model, own = streamed(tiny, 6)
+    expected = model(TEXT).logits
+    assert own.here == {*range(LAYERS)}
+    with loaded([own.layers[4]]):
+        free(model, [own.layers[1]])
+        assert own.here == {1, 4}
+        assert torch.equal(model(TEXT).logits, expected)
+    free(model)
+    assert own.here == set()
+    assert all(each.is_meta for layer in own.layers for each in layer.parameters())
+    # A resident model has all it needs.
+    resident = tiny.load("float32")
+    free(resident)
+    assert torch.equal(resident(TEXT).logits, expected)
 
 
 @torch.inference_mode()
