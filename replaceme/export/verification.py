@@ -76,10 +76,10 @@ def verify_export(dense: Model, pruned: Model, edits: Edits, documents: Document
         raise _differs(entries[0])
     stored = [each.load_stored() if room is None else stream(each, room=room, as_stored=True) for each in (dense, pruned)]
     wrong, edited = wrong_weights(stored.pop(0), stored.pop(), family, edits)
+    # A streamed model refers to itself, and so does one of our own form: only the garbage collector frees such a cycle.
+    gc.collect()
     if wrong := wrong or wrong_tensors(dense, pruned, family, edits, edited):
         raise _differs(wrong[0])
-    # A model of our own form refers to itself, and only the garbage collector frees such a cycle.
-    gc.collect()
     dtype, tolerance = working_dtype(dense), TOLERANCE[stored_dtype(pruned)]
     kept = _kept(dense, edits)
     position = {layer: edits.position(layer) for layer in kept}
