@@ -1,6 +1,7 @@
 """The device, its kind and its free memory, the number of threads, and the memory allocator."""
 
 import ctypes
+import gc
 import os
 import platform
 import re
@@ -81,6 +82,16 @@ def use_processor(threads: int) -> None:
         allocator = ctypes.CDLL(None)
         for option, value in HEAP.items():
             allocator.mallopt(option, value)
+
+
+def give_back() -> None:
+    """Give unused memory back to the system, before a computation that needs much of another kind.
+
+    Streamed models, and those of our own form, refer to themselves: only the garbage collector frees such a cycle.
+    """
+    gc.collect()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def require_resident(layers: Mapping[int, nn.Module], words: str) -> None:

@@ -11,7 +11,6 @@ The folder is loaded as a user would load it. Four checks:
 - cache: generation with the KV cache equals generation without it.
 """
 
-import gc
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from replaceme.base.compute import give_back
 from replaceme.base.documents import Documents
 from replaceme.base.errors import VerificationError
 from replaceme.base.progress import logger
@@ -76,8 +76,7 @@ def verify_export(dense: Model, pruned: Model, edits: Edits, documents: Document
         raise _differs(entries[0])
     stored = [each.load_stored() if room is None else stream(each, room=room, as_stored=True) for each in (dense, pruned)]
     wrong, edited = wrong_weights(stored.pop(0), stored.pop(), family, edits)
-    # A streamed model refers to itself, and so does one of our own form: only the garbage collector frees such a cycle.
-    gc.collect()
+    give_back()
     if wrong := wrong or wrong_tensors(dense, pruned, family, edits, edited):
         raise _differs(wrong[0])
     dtype, tolerance = working_dtype(dense), TOLERANCE[stored_dtype(pruned)]
@@ -96,7 +95,7 @@ def verify_export(dense: Model, pruned: Model, edits: Edits, documents: Document
         # Rounding can send a token to other experts. The dense model's own cache error shows how much that changes.
         own_cache_error = cache_error(whole, prompt) if family.experts else 0.0
     del whole
-    gc.collect()
+    give_back()
     shortened = load(pruned)
     inputs = {FIRST: edits.as_pruned(0, expected[FIRST])} | {
         position[layer]: edits.as_pruned(layer + 1, expected[layer]) for layer in kept

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from replaceme.base.compute import free_memory, resolve_device
+from replaceme.base.compute import free_memory, give_back, resolve_device
 from replaceme.base.errors import ModelError, ParameterError
 from replaceme.base.params import Params, size_of
 from replaceme.base.progress import logger
@@ -52,8 +51,8 @@ def load_within(
         ModelError, ParameterError, ResourceError: as ``Model.load`` and ``room_of``.
     """
     device = resolve_device(params.device)
-    # A streamed model refers to itself, so that only this frees an earlier stage's.
-    gc.collect()
+    # Of an earlier stage, too.
+    give_back()
     if room := room_of(source, params, dtype, packed=packed, whole=whole):
         logger.info(
             "memory: %s is streamed: of its weights, %s, at most %s are in memory",

@@ -1,9 +1,7 @@
 """export: save the pruned model as a Hugging Face folder, which gets its name only after verification."""
 
-import gc
-
 from replaceme.base.claims import claim
-from replaceme.base.compute import use_processor
+from replaceme.base.compute import give_back, use_processor
 from replaceme.base.documents import Documents
 from replaceme.base.files import new_folder, read_json, rounded, write_json, write_text
 from replaceme.base.fingerprints import sha256_below
@@ -30,8 +28,7 @@ def export(params: Params, work: Workspace) -> None:
         VerificationError: the saved model would not compute the solution; no folder is left.
     """
     use_processor(params.threads)
-    # A streamed model refers to itself, so that only this frees an earlier stage's.
-    gc.collect()
+    give_back()
     source, edits = recorded_model(params, work.model_input), Edits.load(work.edits)
     whole = "a narrower stream and removed parts of layers change shapes" if edits.bases or edits.parts else None
     # The proof computes in these formats, on the processor.
