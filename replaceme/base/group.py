@@ -157,8 +157,10 @@ def from_first(compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]
     """Return what the first process computes, to the bit; the others don't compute, and it has their threads meanwhile."""
     if share() == WHOLE:
         return dict(compute())
-    with _threads_of_all():
-        found = dict(compute()) if share().rank == 0 else {}
+    found: dict[str, Tensor] = {}
+    if share().rank == 0:
+        with _threads_of_all():
+            found = dict(compute())
     layouts: dict[str, Any] = told({name: _layout(tensor) for name, tensor in found.items()})
     for name, layout in layouts.items():
         found[name] = found[name].contiguous() if name in found else _made(layout)
@@ -171,7 +173,8 @@ def from_first(compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]
 def _threads_of_all() -> Iterator[None]:
     """Let this process compute with the threads of all that share the work on this machine, inside the block."""
     own = torch.get_num_threads()
-    torch.set_num_threads(own * neighbours())
+    # No more than there are processors, unless each process has more already.
+    torch.set_num_threads(max(own, min(own * neighbours(), os.cpu_count() or 1)))
     try:
         yield
     finally:

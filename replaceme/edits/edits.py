@@ -235,12 +235,10 @@ class Edits:
         write_json(folder / "edits.json", content)
 
     @classmethod
-    def load(cls, folder: Path, *, copied: bool = False) -> Edits:
-        """Read what ``save`` wrote. The tensors are mapped from the file, or copied if it is going to be deleted."""
+    def load(cls, folder: Path) -> Edits:
+        """Read what ``save`` wrote. The tensors are mapped from the file."""
         content = read_json(folder / "edits.json")
         tensors = load_file(folder / "edits.safetensors")
-        if copied:
-            tensors = {name: tensor.clone() for name, tensor in tensors.items()}
         return cls(**{name: kind.read(content[name], tensors) for name, kind in KINDS.items()})
 
 

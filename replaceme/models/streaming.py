@@ -257,8 +257,9 @@ class Stream:
 
     def free(self, kept: Iterable[nn.Module] = ()) -> None:
         """Let the weights of all layers go, but for some; they come again when their turn does."""
-        self._forget_ahead()
         staying = {self.index_of(layer) for layer in kept} | {index for index, count in self.pinned.items() if count > 0}
+        if self.ahead is not None and self.ahead[0] not in staying:
+            self._forget_ahead()
         for index in self.here - staying:
             self._let_go(index)
 

@@ -110,7 +110,10 @@ def residual_map(sample: TokenSample, device: torch.device | str = "cpu") -> lis
     # Then products of tokens are the smaller matrix, and the same for every last layer.
     few = count < sample.width
     # Of every layer that can end a block: all but the first.
-    weights = [token_weights(H.to(device).float()) for H in sample.output[1:]]
+    weights = []
+    for H in sample.output[1:]:
+        weights.append(token_weights(H.to(device).float()))
+        unmap(H)
     # Allocated once: allocating tensors of this size costs as much as computing with them.
     Y, weighted = (torch.empty(rows, sample.width, device=device) for rows in (len(sample.output[0]), 0 if few else count))
     hosts = [host for host in range(sample.layers - 1) if share().takes(host)]

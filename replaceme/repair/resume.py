@@ -80,7 +80,12 @@ class Checkpoints:
             file = str(self._place(finished) / name)
             read = torch.from_file(file, shared=False, size=tensor.numel(), dtype=tensor.dtype)
             tensor.copy_(read.view_as(tensor))
-        vars(state.edits).update(vars(Edits.load(self._place(finished, 0), copied=True)))
+        edits = Edits.load(self._place(finished, 0))
+        # What is mapped from the checkpoint is copied before a later one replaces it: corrections one at a time, to the disk.
+        mapped: tuple[dict[Any, Tensor], ...] = (edits.transforms, edits.operators, edits.parameters, edits.channels)
+        for tensors in mapped:
+            tensors.update({key: tensor.clone() for key, tensor in tensors.items()})
+        vars(state.edits).update(vars(edits))
         state.put_aside()
         state.restore(contents[finished]["repairs"], contents[finished]["figures"])
         logger.info("repair: resumed after %d of %d layers", finished, len(state.kept))

@@ -49,7 +49,6 @@ class State:
         attended: the layer that ``inputs["attention_output"]`` belong to; None: no layer yet.
         repairs: so far, in order.
         figures: for the metrics, so far.
-        aside: the weights of the corrections that are on disk.
     """
 
     params: Params
@@ -68,7 +67,6 @@ class State:
     strength: Strength | None = None
     repairs: list[Repair] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
-    aside: dict[tuple[int, Linear], Tensor] = field(default_factory=dict)
 
     def restore(self, repairs: Sequence[Mapping[str, Any]], figures: dict[str, Any]) -> None:
         """Take the repairs and figures of a checkpoint."""
@@ -84,11 +82,11 @@ class State:
     def put_aside(self) -> None:
         """Move the corrections so far to scratch files: no later layer computes with them, and they can exceed the memory."""
         for place, (weight, bias) in self.edits.corrections.items():
-            if self.aside.get(place) is not weight:
+            # A name is that of a scratch file.
+            if not weight.untyped_storage().filename:
                 (kept,) = scratch([weight.shape], weight.dtype, self.folder, "repair")
-                self.edits.corrections[place] = kept.copy_(weight), bias
+                self.edits.corrections[place] = kept.copy_(weight), None if bias is None else bias.clone()
                 unmap(kept)
-                self.aside[place] = kept
 
     def walk_dense(self, layer: int, observers: Sequence[Observer]) -> None:
         """Walk through the dense model, from a layer that its states enter."""
