@@ -18,8 +18,10 @@ def in_ranks(count: int, action: Callable[[], Any], folder: Path) -> list[Any]:
         port = probe.getsockname()[1]
 
     def one(rank: int) -> None:
+        # As if each had a machine of its own: none then takes the others' threads, which hang in a copy of a process that has
+        # used OpenMP.
         os.environ.update(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count),
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE="1",
             MASTER_ADDR="localhost", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test",
         )  # fmt: skip
         (folder / f"{rank}.json").write_text(json.dumps(action()), encoding="utf-8")

@@ -48,6 +48,7 @@ def test_the_sentence_of_a_lost_process_names_it(tmp_path: Path, monkeypatch: py
 def _free() -> list[int]:
     compute.MEMORY_INFO = Path(os.environ["MEMORY"])
     compute.GROUP_LIMIT = Path("nowhere")
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
     with joined():
         alone = free_memory("cpu")
         with sharing():

@@ -68,6 +68,7 @@ def test_the_parts_of_the_batches_are_all_batches_once(size: int, documents: Doc
 
 
 def _exchanged() -> list[Any]:
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
     with joined() as rank, sharing():
         # The second process has seen nothing of b; a sum of float32 is added in float64.
         sums = {"a": torch.full((2, 3), 0.1 + rank, dtype=torch.float64).T}
