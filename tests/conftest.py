@@ -76,6 +76,13 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture
+def checkpoint_at_each_chance(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint is due whenever one can be written."""
+    monkeypatch.setattr("replaceme.training.checkpoints.CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr("replaceme.training.checkpoints.SAVING_SHARE", 0)
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep the remembered sums of test files out of the user's cache."""

@@ -71,7 +71,6 @@ def verify_export(dense: Model, pruned: Model, edits: Edits, documents: Document
     Raises:
         VerificationError: an error is larger than rounding to the stored dtype explains.
     """
-    give_back()
     family, excerpts = dense.family(), documents.head(DOCUMENTS, TOKENS)
     if entries := wrong_entries(dense, pruned, family, edits):
         raise _differs(entries[0])

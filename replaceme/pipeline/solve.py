@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from replaceme.base.compute import give_back, use_processor
+from replaceme.base.compute import use_processor
 from replaceme.base.files import new_folder, rounded, write_json, write_text
 from replaceme.base.params import Params
 from replaceme.base.plan import Block, Plan
@@ -21,7 +21,6 @@ from replaceme.methods.registry import METHODS, read_by
 def solve(params: Params, work: Workspace) -> None:
     """Write the edits, their curves and metrics/solve.json."""
     use_processor(params.threads)
-    give_back()
     plan = Plan.load(work.plan)
 
     def statistic(name: str) -> dict[str, Tensor]:

@@ -46,7 +46,6 @@ from replaceme.edits.edits import Edits
 from replaceme.edits.unfused import product_format
 from replaceme.methods.registry import METHODS
 from replaceme.models.families import Family, Linear, inputs_of
-from replaceme.models.streaming import free
 from replaceme.observers.features import LINEARS, Features
 from replaceme.observers.statistics import STATISTICS, AtCut, Place, add_correction
 from replaceme.observers.sums import Sums, token_weights
@@ -145,8 +144,6 @@ def _walk_to_cut(state: State) -> None:
 def _mend_layer(state: State, layer: int) -> None:
     """Fit and correct a kept layer toward the dense model's states, and move the states of both models past it."""
     params, family, plan = state.params, state.family, state.plan
-    # No earlier layer computes again.
-    free(state.model, state.layers[layer:])
     block = {block.host: block for block in plan.blocks}.get(layer)
     solved = not plan.mlp_width and block == plan.blocks[0]
     # The attention of the first layer that changes has the same input as in the dense model.
@@ -209,7 +206,6 @@ def _choose(state: State, host: int, window: range, ridge: str) -> None:
         edits.channels[host] = candidates
         sums = among(host, state.family, layer, state.dense)
         state.walk_shortened(host, [sums], documents)
-        free(state.model, state.layers[host : host + 2])
         prior = assembled_parameter(state.family, state.layers, host, candidates, f"{state.family.mlp_output}.weight").T
         return candidates[_told(partial(choose, sums.gram, sums.cross, prior, strength, number))]
 
@@ -255,8 +251,6 @@ def _correct(state: State, layer: int, target: Tensor, ridges: Ridges, *, leaves
     state.attended = layer
     values: dict[Linear, float] = {linear: getattr(state.params, name) for linear, name in ridges.items()}
     penalty = features.per_column(values)
-    # The next layer is read ahead already.
-    free(state.model, state.layers[layer : layer + 2])
     folds = missing.folds()
     if state.strength is None:
         state.strength = _chosen(folds, penalty)
@@ -319,7 +313,6 @@ def _fit(state: State, block: Block) -> None:
         state.walk_shortened(block.host, [AtHost(each, state.dense) for each in observers.values()])
         for statistic, observer in observers.items():
             save_file(observer.tensors(), place.folder / f"{statistic}.safetensors")
-        free(state.model, state.layers[block.host : block.host + 2])
         solved = METHODS[state.params.method].solve(
             state.params, block, lambda statistic: load_file(place.folder / f"{statistic}.safetensors")
         )

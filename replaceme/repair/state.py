@@ -1,7 +1,7 @@
 """Both models at the current layer of a repair, and what was solved for so far."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from replaceme.edits.edits import Edits
 from replaceme.edits.unfused import unfused
 from replaceme.models.families import Family, Linear
 from replaceme.models.layers import Start
+from replaceme.models.streaming import free
 from replaceme.observers.walk import Observer, walk
 from replaceme.solvers.held_out import Strength
 
@@ -95,11 +96,12 @@ class State:
     def walk_shortened(self, layer: int, observers: Sequence[Observer], documents: Documents | None = None) -> None:
         """Walk through the shortened model, from a layer that its states enter; its attention is computed once."""
         known = self.inputs["attention_output"] if layer == self.attended else None
-        # The layers before it compute nothing: none of their MLPs has to be assembled.
-        channels = {place: chosen for place, chosen in self.edits.channels.items() if place >= layer}
-        with unfused(self.model, self.family, replace(self.edits, channels=channels)):
+        # No other layer computes: none of their MLPs has to be assembled, and no mixture of theirs to be there.
+        with unfused(self.model, self.family, self.edits.within([layer])):
             self._walk(observers, Start(layer, self.shortened, known), documents or self.documents)
 
     def _walk(self, observers: Sequence[Observer], start: Start, documents: Documents) -> None:
         batch_size = self.params.batch_size
         walk(self.model, self.family, documents, observers, batch_size=batch_size, description=None, start=start)
+        # No earlier layer computes again, and the next one is read ahead: solves have the memory of all others.
+        free(self.model, self.layers[start.layer : start.layer + 2])

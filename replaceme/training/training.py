@@ -218,7 +218,7 @@ class _Run:
         epoch, place = divmod(step, self.per_epoch)
         documents = orders(self.taught, epoch, self.course.batch_size)[place]
         loss = self.lesson.loss(self.parameters, documents, step)
-        self.log("loss", step, *add_numbers(float(loss.detach())))
+        self.log("loss", step, add_numbers(float(loss.detach()))[0])
         loss.backward()
         add_up({name: parameter.grad for name, parameter in self.parameters.items() if parameter.grad is not None})
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), CLIP)

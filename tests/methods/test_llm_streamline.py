@@ -217,9 +217,8 @@ def test_a_bad_learning_rate_is_named(documents: Documents, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("after", [1, 4, 6])
+@pytest.mark.usefixtures("checkpoint_at_each_chance")
 def test_an_interrupted_run_resumes_to_the_same_bits(after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoints, "CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(checkpoints, "SAVING_SHARE", 0)
     texts, course, model = many_documents(21), Course(1e-3, 2, 5, RATE), made_model()
     expected, curves = trained(model, texts, course, tmp_path / "whole")
     steps = len(curves["loss"])
@@ -396,11 +395,10 @@ def test_the_stages_choose_train_and_export(options: dict[str, Any], params: Par
     assert is_own_form(work.model) == ("llm_streamline_form" in options and "plain" not in options)
 
 
+@pytest.mark.usefixtures("checkpoint_at_each_chance")
 def test_a_training_whose_results_can_not_be_written_is_not_repeated(
     params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoints, "CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(checkpoints, "SAVING_SHARE", 0)
     params, work = params.model_copy(update={"method": "llm_streamline"}), Workspace(tmp_path / "run")
     for stage in (inspect_inputs, calibrate, profile, select, plan, observe_activations, solve):
         stage(params, work)

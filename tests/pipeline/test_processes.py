@@ -37,7 +37,6 @@ from replaceme.models.model import Model
 from replaceme.pipeline.inputs import inspect_inputs
 from replaceme.repair import mend
 from replaceme.steps import STAGES, run_steps
-from replaceme.training import checkpoints
 from tests.conftest import WIDTH, made_text
 from tests.helpers import call
 from tests.interruption import InterruptedRunError, counted, stop_at
@@ -127,11 +126,8 @@ def test_two_processes_find_what_one_finds(setting: dict[str, Any], params: Para
     assert not left
 
 
-def test_a_shared_repair_goes_on_at_its_last_checkpoint_to_the_same_bits(
-    params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(checkpoints, "CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(checkpoints, "SAVING_SHARE", 0)
+@pytest.mark.usefixtures("checkpoint_at_each_chance")
+def test_a_shared_repair_goes_on_at_its_last_checkpoint_to_the_same_bits(params: Params, tmp_path: Path) -> None:
     params = Params.model_validate({**dict(params), **DEFAULT, "batch_size": 3})
     whole, work = Workspace(tmp_path / "whole"), Workspace(tmp_path / "run")
     for place in (whole, work):
@@ -152,11 +148,8 @@ def test_a_shared_repair_goes_on_at_its_last_checkpoint_to_the_same_bits(
     assert not work.unfinished("repairing").exists()
 
 
-def test_a_checkpoint_of_a_shared_repair_counts_if_all_processes_have_it(
-    params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(checkpoints, "CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(checkpoints, "SAVING_SHARE", 0)
+@pytest.mark.usefixtures("checkpoint_at_each_chance")
+def test_a_checkpoint_of_a_shared_repair_counts_if_all_processes_have_it(params: Params, tmp_path: Path) -> None:
     params, work = Params.model_validate({**dict(params), **DEFAULT, "batch_size": 3}), Workspace(tmp_path / "run")
     inspect_inputs(params, work)
     run_steps(params, work, FIT[: FIT.index("repair")])
@@ -168,11 +161,8 @@ def test_a_checkpoint_of_a_shared_repair_counts_if_all_processes_have_it(
     assert [*work.unfinished("repairing").iterdir()] == [place]
 
 
-def test_a_shared_healing_goes_on_at_its_last_checkpoint_to_the_same_bits(
-    params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(checkpoints, "CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(checkpoints, "SAVING_SHARE", 0)
+@pytest.mark.usefixtures("checkpoint_at_each_chance")
+def test_a_shared_healing_goes_on_at_its_last_checkpoint_to_the_same_bits(params: Params, tmp_path: Path) -> None:
     settings = {"method": "uidl", "heal_epochs": 2, "batch_size": 3}
     params, whole, work = Params.model_validate({**dict(params), **settings}), *map(Workspace, (tmp_path / "a", tmp_path / "b"))
     for place in (whole, work):

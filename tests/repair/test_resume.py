@@ -28,7 +28,6 @@ from replaceme.pipeline.select import select
 from replaceme.pipeline.solve import solve
 from replaceme.repair import mend
 from replaceme.repair.resume import Checkpoints
-from replaceme.training import checkpoints
 from tests.conftest import made_model
 from tests.helpers import many_documents
 from tests.interruption import InterruptedRunError, ended_process
@@ -43,7 +42,7 @@ SETTINGS: dict[str, tuple[tuple[Block, ...], dict[str, Any]]] = {
 
 
 @pytest.fixture
-def repaired(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def repaired(monkeypatch: pytest.MonkeyPatch, checkpoint_at_each_chance: None) -> list[int]:
     """The layers that are repaired, in order; each is followed by a checkpoint."""
     layers: list[int] = []
     mend_layer = mend._mend_layer
@@ -53,8 +52,6 @@ def repaired(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         mend_layer(state, layer)
 
     monkeypatch.setattr(mend, "_mend_layer", noting)
-    monkeypatch.setattr(checkpoints, "CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(checkpoints, "SAVING_SHARE", 0)
     return layers
 
 

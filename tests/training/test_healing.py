@@ -38,7 +38,7 @@ from replaceme.pipeline.profile import profile
 from replaceme.pipeline.repair import repair
 from replaceme.pipeline.select import select
 from replaceme.pipeline.solve import solve
-from replaceme.training import checkpoints, healing
+from replaceme.training import healing
 from replaceme.training.healing import Predictions
 from replaceme.training.training import Course, entering_and_leaving, orders, train
 from tests.conftest import LAYERS, PLAIN, WIDTH, made_model
@@ -261,11 +261,8 @@ def test_without_epochs_the_stage_copies_its_input(params: Params, tmp_path: Pat
     assert read_json(work.metric("heal")) == {}
 
 
-def test_an_interrupted_healing_resumes_to_the_same_bits(
-    params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(checkpoints, "CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(checkpoints, "SAVING_SHARE", 0)
+@pytest.mark.usefixtures("checkpoint_at_each_chance")
+def test_an_interrupted_healing_resumes_to_the_same_bits(params: Params, tmp_path: Path) -> None:
     params, work = params.model_copy(update={"heal_epochs": 2, "batch_size": 4}), Workspace(tmp_path / "run")
     run(params, work, to_export=False)
     expected, curve = sha256_below(work.edits), (work.edits / "loss.tsv").read_text()
@@ -289,11 +286,10 @@ def test_an_interrupted_healing_resumes_to_the_same_bits(
 
 
 @pytest.mark.parametrize("failing", ["training.curves.write_curves", "pipeline.heal.write_json"])
+@pytest.mark.usefixtures("checkpoint_at_each_chance")
 def test_a_healing_whose_results_can_not_be_written_is_not_trained_again(
     failing: str, params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoints, "CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(checkpoints, "SAVING_SHARE", 0)
     params, work = params.model_copy(update={"method": "uidl", "heal_epochs": 1}), Workspace(tmp_path / "run")
     run(params, work, to_export=False)
     expected = sha256_below(work.edits)
