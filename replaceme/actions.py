@@ -90,9 +90,11 @@ def evaluate(params: Params, compare_with: str | None = None) -> None:
         compare_with: the dense model, which is scored too; the scores are printed side by side, and the file has their
             comparison and how both models go on after a few prompts. None scores one model.
     """
+    from replaceme.corpora.record import read_record
     from replaceme.evaluation.comparison import compare, comparison_table, scores_table
     from replaceme.evaluation.prompts import side_by_side
     from replaceme.evaluation.scores import score_model
+    from replaceme.evaluation.seen import Calibration
     from replaceme.evaluation.tasks import task_fingerprints
     from replaceme.models.find import check_weights, find_model
 
@@ -101,15 +103,18 @@ def evaluate(params: Params, compare_with: str | None = None) -> None:
         raise ParameterError("tasks: is empty; name at least one task.")
     model = find_model(params)
     check_weights(model)
-    target = scores_file(params, model.name)
+    target, sources = scores_file(params, model.name), read_record(model.folder)
+    calibration = Calibration(sources, None) if sources else None
+    if calibration:
+        logger.info("calibration text: known by the model's record; of other texts, copies of it are not looked for")
     if compare_with is None:
-        figures = score_model(params, model, model.name, fingerprints).figures
+        figures = score_model(params, model, model.name, fingerprints, calibration=calibration).figures
         print(scores_table(figures))
     else:
         with renamed({"model_path": "compare_with"}):
             source = _dense_beside(params, model, compare_with)
             dense = score_model(params, source, "dense model", fingerprints, is_dense=True)
-        scores = score_model(params, model, "pruned model", fingerprints, dense)
+        scores = score_model(params, model, "pruned model", fingerprints, dense, calibration)
         compared = rounded(compare(dense.figures, scores.figures, dense.items, scores.items))
         figures = scores.figures | {
             "comparison": compared,

@@ -310,10 +310,7 @@ def comparison_table(comparison: Figures) -> str:
 
 def comparison_rows(comparison: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Return the comparison as rows of cells, the heading first; a task that is scored on calibration text is marked."""
-    marks = {
-        task: " (seen)" if text["seen"] else " (domain seen)" if text.get("same_domain") else ""
-        for task, text in comparison.get("calibration_text", {}).items()
-    }
+    marks = _marks(comparison)
     rows = [*_perplexity_rows(comparison, marks), *_accuracy_rows(comparison, marks)]
     for key, name in (("parameters", "parameters"), ("parameters_without_embeddings", "… without embeddings")):
         if size := comparison.get(key):
@@ -321,6 +318,14 @@ def comparison_rows(comparison: Mapping[str, Any]) -> list[tuple[str, ...]]:
             rows.append({"": name, **own, "change": f"−{size['removed_percent']:.1f} %"})
     heads = [head for head in HEADS if any(row.get(head) for row in rows)]
     return [tuple(HEADS[head] for head in heads), *(tuple(row.get(head, "") for head in heads) for row in rows)]
+
+
+def _marks(figures: Mapping[str, Any]) -> dict[str, str]:
+    """Return what a table puts after each task's name, where the calibration text is known."""
+    return {
+        task: " (seen)" if text["seen"] else " (domain seen)" if text.get("same_domain") else ""
+        for task, text in figures.get("calibration_text", {}).items()
+    }
 
 
 def _perplexity_rows(comparison: Mapping[str, Any], marks: Mapping[str, str]) -> Iterator[dict[str, str]]:
@@ -366,14 +371,16 @@ def above_chance(figures: Mapping[str, Any], kept: float | None) -> str:
 def scores_table(figures: Figures) -> str:
     """Return one model's scores (``Scores.figures``) as a text table."""
     rows: list[tuple[str, ...]] = [("", *UNITS)]
+    marks = _marks(figures)
     for task, scores in figures["perplexity"].items():
-        rows.append((f"{task} perplexity", *(f"{scores[unit]:.4g}" if unit in scores else "" for unit in UNITS)))
+        cells = [f"{scores[unit]:.4g}" if unit in scores else "" for unit in UNITS]
+        rows.append((f"{task} perplexity{marks.get(task, '')}", *cells))
     if len(rows) == 1:
         rows = []
     for task, score in figures["accuracy"].items():
         stderr = f" ± {100 * score['stderr']:.1f}" if "stderr" in score else ""
         shown = f"{100 * score['accuracy']:.1f}{stderr} %"
-        rows.append((f"{task} accuracy", shown, f"{score['fewshots']}-shot", score["metric"]))
+        rows.append((f"{task} accuracy{marks.get(task, '')}", shown, f"{score['fewshots']}-shot", score["metric"]))
     return align(rows)
 
 

@@ -19,13 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from replaceme.base.documents import Documents
-from replaceme.base.params import Params
 from replaceme.base.progress import logger
 from replaceme.base.source import Source, dataset_title
 from replaceme.base.task import Task
 from replaceme.corpora import embedded, streamed
-from replaceme.corpora.find import by_source, sources_of
 from replaceme.corpora.own_text import chat_turns
+from replaceme.corpora.record import Known
 from replaceme.evaluation.tasks import EMBEDDED, HELD_OUT, is_file
 
 if TYPE_CHECKING:
@@ -78,29 +77,24 @@ class Calibration:
     """The calibration text.
 
     Attributes:
-        title: its name in messages.
-        sources: its sources, each with its identity (``DatasetSource.fingerprint``).
-        runs: the hashes of its runs of words (``known_runs``).
+        sources: its sources, each with its identity.
+        runs: the hashes of its runs of words (``known_runs``); None where the text itself isn't known.
         template: what the chat template puts before and between the turns.
     """
 
-    title: str
-    sources: Sequence[tuple[Source, Mapping[str, Any]]]
-    runs: Hashes
+    sources: Sequence[Known]
+    runs: Hashes | None
     template: frozenset[str] = frozenset()
 
     @classmethod
-    def of(
-        cls, params: Params, found: Mapping[str, Any], documents: Documents, tokenizer: PreTrainedTokenizerBase
-    ) -> Calibration:
+    def of(cls, sources: Sequence[Known], documents: Documents, tokenizer: PreTrainedTokenizerBase) -> Calibration:
         """Return the text of calibration documents."""
-        sources = [*zip(sources_of(params), by_source(found), strict=True)]
         turns = chat_turns(tokenizer)
         parts = (turns.opening, turns.after_user, turns.after_assistant) if turns else ()
         template = {tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in parts} - {""}
         texts = (tokenizer.decode(ids.tolist(), skip_special_tokens=True) for ids in documents.documents)
         runs = known_runs(piece for text in texts for piece in without(text, template))
-        return cls(dataset_title(params.dataset), sources, runs, frozenset(template))
+        return cls(sources, runs, frozenset(template))
 
     def in_items(self, name: str, task: Task, found: Any, singles: Sequence[Any], limit: int | None) -> dict[str, float]:
         """Return the figures of an accuracy, or of a text of lm-eval: its single tasks' items, the first ``limit`` of each."""
@@ -117,30 +111,23 @@ class Calibration:
 
         Returns:
             ``seen``: 1 or 0; ``same_domain``: 1 if it isn't, but other text of its domain is calibrated on, else 0; and
-            ``overlap``: the share of the items that share a run.
+            ``overlap``: the share of the items that share a run, where the calibration text itself is known.
         """
-        shared = [any(self._shares(text) for text in texts) for texts in items]
-        overlap = sum(shared) / max(len(shared), 1)
-        seen = same or overlap >= SEEN_SHARE
-        why = "its source is" if same else f"{100 * overlap:.0f} % of its items share {WORDS} words in a row with"
+        overlap = None if self.runs is None else _share(any(_share_run(text, self.runs) for text in texts) for texts in items)
+        seen = same or (overlap or 0.0) >= SEEN_SHARE
+        why = "its source is" if same else f"{100 * (overlap or 0.0):.0f} % of its items share {WORDS} words in a row with"
         if seen:
             logger.warning(
                 "tasks: %s is no unseen text: %s the calibration text (%s); take its score for no other text",
-                name, why, self.title,
+                name, why, dataset_title(tuple(source for source, _ in self.sources)),
             )  # fmt: skip
-        return {"seen": int(seen), "same_domain": int(not seen and self._same_domain(task)), "overlap": overlap}
+        figures: dict[str, float] = {"seen": int(seen), "same_domain": int(not seen and self._same_domain(task))}
+        return figures if overlap is None else {**figures, "overlap": overlap}
 
     def _same_domain(self, task: Task) -> bool:
         domains = {_domain(name) for source, _ in self.sources for name in streamed.repositories(source.name)}
         text = EMBEDDED.get(task.name, ("", None))[1]
         return text is not None and embedded.TEXTS[text].domain in domains
-
-    def _shares(self, text: str) -> bool:
-        runs = hashes_of_runs(text)
-        if not len(runs) or not len(self.runs):
-            return False
-        places = np.searchsorted(self.runs, runs).clip(max=len(self.runs) - 1)
-        return bool((self.runs[places] == runs).any())
 
     def _same_source(self, task: Task, found: Any, singles: Sequence[Any]) -> bool:
         if task.name in EMBEDDED:
@@ -148,6 +135,19 @@ class Calibration:
         if is_file(task):
             return any(known.get("sha256") == found for _, known in self.sources)
         return any(_same_split(source, known, single) for source, known in self.sources for single in singles)
+
+
+def _share_run(text: str, known: Hashes) -> bool:
+    runs = hashes_of_runs(text)
+    if not len(runs) or not len(known):
+        return False
+    places = np.searchsorted(known, runs).clip(max=len(known) - 1)
+    return bool((known[places] == runs).any())
+
+
+def _share(answers: Iterable[bool]) -> float:
+    known = [*answers]
+    return sum(known) / max(len(known), 1)
 
 
 def _domain(name: str) -> str | None:

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
 WEIGHTS = ("*.safetensors",)
 ADAPTER = "adapter_config.json"
-WEIGHT_FILES = (*WEIGHTS, "*.safetensors.index.json", "config.json", ADAPTER, "*.py")
+# The calibration text of a pruned model (``replaceme.corpora.record``).
+TEXT_RECORD = "calibration_text.json"
+WEIGHT_FILES = (*WEIGHTS, "*.safetensors.index.json", "config.json", ADAPTER, "*.py", TEXT_RECORD)
 CARD = "README.md"
 # One of these is in every model's folder. The names are those of transformers' tokenizers, and of remote code's.
 VOCABULARIES = ("tokenizer*", "*vocab*", "*.model", "*.tiktoken", "*.bpe", "tekken.json")

@@ -12,6 +12,7 @@ from replaceme.base.params import Params
 from replaceme.base.progress import logger
 from replaceme.base.stage import SCORING, Stage
 from replaceme.base.workspace import Workspace
+from replaceme.corpora.record import read_record
 from replaceme.evaluation.comparison import compare, comparison_table
 from replaceme.evaluation.prompts import side_by_side
 from replaceme.evaluation.scores import Scores, score_model
@@ -23,7 +24,7 @@ def evaluate(params: Params, work: Workspace) -> None:
     """Score the pruned model, write metrics/evaluation.json and both models' continuations, and print the table."""
     pruned = Model(work.model, work.model.name, trust_remote_code=params.trust_remote_code)
     dense = Scores.load(work.baseline)
-    calibration = Calibration.of(params, read_json(work.dataset_input), Documents.load(work.documents), pruned.tokenizer())
+    calibration = Calibration.of(read_record(work.model), Documents.load(work.documents), pruned.tokenizer())
     scores = score_model(params, pruned, "pruned model", read_json(work.tasks_input), dense, calibration)
     _warn_of_differences(dense.figures, scores.figures)
     comparison = rounded(compare(dense.figures, scores.figures, dense.items, scores.items))
@@ -45,10 +46,9 @@ def _warn_of_differences(dense: Mapping[str, Any], pruned: Mapping[str, Any]) ->
 STAGE = Stage(
     name="evaluate",
     run=evaluate,
-    params=(*SCORING, "dataset_config", "dataset_split"),
+    params=SCORING,
     reads=(
         Workspace.tasks_input,
-        Workspace.dataset_input,
         Workspace.documents,
         Workspace.model,
         Workspace.baseline,

@@ -9,6 +9,7 @@ from replaceme.base.params import Params
 from replaceme.base.progress import logger
 from replaceme.base.stage import Stage
 from replaceme.base.workspace import Workspace
+from replaceme.corpora.record import write_record
 from replaceme.edits.edits import Edits
 from replaceme.export.card import SETTINGS, model_card
 from replaceme.export.save import save_pruned
@@ -36,6 +37,7 @@ def export(params: Params, work: Workspace) -> None:
     room = room_of(source, on_processor(params), outside, layers=layers, whole=whole)
     with new_folder(work.model) as folder:
         counts = save_pruned(source, edits, folder, room)
+        write_record(params, read_json(work.dataset_input), source.folder, folder)
         solved, made_with = read_json(work.metric("solve")), read_json(work.model_versions)
         write_text(folder / CARD, model_card(params, source, edits, solved, made_with=made_with))
         plain = not is_own_form(folder)
@@ -70,12 +72,15 @@ STAGE = Stage(
     run=export,
     params=SETTINGS,
     reads=(
-        Workspace.model_input, Workspace.tokenizer_input, Workspace.card_input, Workspace.documents, Workspace.edits,
-        Workspace.model_versions,
+        Workspace.model_input, Workspace.tokenizer_input, Workspace.card_input, Workspace.dataset_input, Workspace.documents,
+        Workspace.edits, Workspace.model_versions,
     ),
     writes=Workspace.model,
     metrics=("export",),
     figures=("solve",),
-    code=("__init__.py", "base", "models", "edits", "selection/criteria.py", "selection/blocks.py", "methods", "export"),
+    code=(
+        "__init__.py", "base", "models", "corpora", "edits", "selection/criteria.py", "selection/blocks.py", "methods",
+        "export",
+    ),
     methods=METHODS,
 )  # fmt: skip

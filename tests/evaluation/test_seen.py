@@ -11,10 +11,10 @@ import torch
 
 from replaceme.base.documents import Documents
 from replaceme.base.params import Params, read_params
-from replaceme.base.source import dataset_title
 from replaceme.base.task import Task
 from replaceme.corpora import embedded
 from replaceme.corpora.find import fingerprints, sources_of
+from replaceme.corpora.record import Known
 from replaceme.corpora.tokenization import rendered
 from replaceme.evaluation import seen
 from replaceme.evaluation.comparison import compare, comparison_rows, comparison_table
@@ -26,10 +26,12 @@ from replaceme.models.model import Model
 from tests.conftest import made_text, made_tokenizer
 
 
+def known_sources(params: Params, found: dict[str, Any]) -> list[Known]:
+    return [*zip(sources_of(params), found.get("sources", [found]), strict=True)]
+
+
 def calibrated_on(*texts: str, found: dict[str, Any] | None = None, **options: Any) -> Calibration:
-    params, found = read_params(None, options), found or {"sha256": "another"}
-    sources = zip(sources_of(params), found.get("sources", [found]), strict=True)
-    return Calibration(dataset_title(params.dataset), [*sources], known_runs(texts))
+    return Calibration(known_sources(read_params(None, options), found or {"sha256": "another"}), known_runs(texts))
 
 
 def windows(calibration: Calibration, texts: list[str], name: str = "text.txt", found: Any = "this") -> dict[str, float]:
@@ -142,7 +144,7 @@ def test_a_model_knows_only_the_calibration_that_it_is_given(params: Params, tin
     params = params.model_copy(update={"tasks": (*params.tasks, Task(str(questions), limit=6))})
     found, tokenizer = task_fingerprints(params), made_tokenizer()
     documents = Documents([torch.tensor(tokenizer.encode(text))])
-    known = Calibration.of(params, fingerprints(params), documents, tokenizer)
+    known = Calibration.of(known_sources(params, fingerprints(params)), documents, tokenizer)
     dense = score_model(params, tiny, "dense", found, is_dense=True)
     assert "calibration_text" not in dense.figures
     pruned = score_model(params, tiny, "pruned", found, dense, known)
@@ -233,7 +235,7 @@ def test_the_words_of_the_chat_template_are_no_copies() -> None:
 
     params = read_params(None, {"dataset": "known.txt"})
     one, other = (" ".join(made_text(4, seed).split()[:20]) for seed in (1, 2))
-    calibration = Calibration.of(params, {"sha256": "it"}, Documents([torch.tensor(written(one))]), tokenizer)
+    calibration = Calibration.of(known_sources(params, {"sha256": "it"}), Documents([torch.tensor(written(one))]), tokenizer)
     seen_windows = [tokenizer.decode(written(content)) for content in (one, other)]
     assert len(hashes_of_runs(seen_windows[1])) > 10
     assert [windows(calibration, [window])["overlap"] for window in seen_windows] == [1, 0]

@@ -259,12 +259,13 @@ def test_evaluate_beside_the_dense_model_says_what_the_pruning_said(
     call(main, "prune", *given, "--layers", "2", "--method", "uidl", *tasks, "--save_path", "r")
     capsys.readouterr()
     call(main, "evaluate", "--model", "r", *scoring, "--compare_with", tiny.folder)
-    assert re.search(r"(?m)^text perplexity +[0-9.]+ +[0-9.]+ +x ", capsys.readouterr().out)
+    assert re.search(r"(?m)^text perplexity \(seen\) +[0-9.]+ +[0-9.]+ +x ", capsys.readouterr().out)
     scores = json.loads(Path("s.json").read_text())
     expected = json.loads(Path("r.work/metrics/evaluation.json").read_text())
-    # What the pruning knows, and a finished folder does not say.
-    del expected["calibration_text"], expected["unseen"]
+    # The folder names the text's source, and has nothing of the text itself.
+    assert [text.pop("overlap") for text in expected["calibration_text"].values()]
     assert scores["comparison"] == expected
+    assert {task: text["seen"] for task, text in expected["calibration_text"].items()} == {"text": 1, "unseen": 0}
     assert scores["continuations"] == json.loads(Path("r.work/artifacts/continuations.json").read_text())
     assert scores["perplexity"]["text"]["token"] == scores["comparison"]["perplexity"]["text"]["pruned"]
     # A file of scores may be written anew.
