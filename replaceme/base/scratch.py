@@ -38,7 +38,7 @@ def scratch(
         ResourceError: the disk has too little free space.
     """
     where = folder or Path(tempfile.gettempdir())
-    require_space(where, sum(map(prod, shapes)) * dtype.itemsize, f"{purpose} keeps {{}} of states there")
+    require_space(folder, sum(map(prod, shapes)) * dtype.itemsize, f"{purpose} keeps {{}} of states there")
     # A mapping outlives the deletion of its file, so nothing is left on disk however the run ends.
     with temporary_folder("scratch-", where) as names:
         for number, shape in enumerate(shapes):
@@ -69,18 +69,19 @@ def _take_space(file: Path, size: int) -> None:
             os.posix_fallocate(stream.fileno(), 0, max(size, 1))
 
 
-def require_space(folder: Path, needed: int, words: str, advice: str = "") -> None:
+def require_space(folder: Path | None, needed: int, words: str, advice: str = "") -> None:
     """Raise ResourceError if fewer than ``needed`` bytes are free.
 
     Args:
-        folder: on the disk to check.
+        folder: on the disk to check; None is the system's temporary folder.
         needed: bytes.
         words: what needs the space, with {} for how much.
         advice: how to need less, appended to the sentence.
     """
-    free = shutil.disk_usage(folder).free
+    where = folder or Path(tempfile.gettempdir())
+    free = shutil.disk_usage(where).free
     if needed > free:
-        raise ResourceError(f"{folder}: {words.format(f'{needed >> 20} MiB')}, and {free >> 20} MiB are free{advice}.")
+        raise ResourceError(f"{where}: {words.format(f'{needed >> 20} MiB')}, and {free >> 20} MiB are free{advice}.")
 
 
 class _Place(NamedTuple):

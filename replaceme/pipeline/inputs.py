@@ -135,10 +135,13 @@ def _scratch_bytes(params: Params, config: Any, *, streamed: bool) -> int:
     profile = 2 * layers * sampled * width + tokens * (layers + 2) * width * streamed
     # Both models' states and those between, and the inputs of the last linears.
     inputs = width + int(getattr(config, "intermediate_size", None) or 4 * width)
-    mending = tokens * (3 * width + inputs) if params.repair or params.transform in NEW_WEIGHTS else 0
+    repaired = layers if params.repair else params.num_A * (params.transform in NEW_WEIGHTS)
+    mending = tokens * (3 * width + inputs) * bool(repaired)
     at_cut = tokens * (3 * width + inputs) * streamed
     itemsize: int = getattr(torch, params.dtype).itemsize
-    return max(profile, mending, at_cut) * itemsize
+    # Of every layer that is repaired, the corrections in float32.
+    corrections = repaired * width * inputs * torch.float32.itemsize
+    return max(profile * itemsize, mending * itemsize + corrections, at_cut * itemsize)
 
 
 @contextmanager

@@ -25,6 +25,7 @@ one layer's sums and corrections are in memory.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from replaceme.base.group import from_first, share
 from replaceme.base.params import Params
 from replaceme.base.plan import Block, Plan
 from replaceme.base.progress import logger, progress
-from replaceme.base.scratch import scratch
+from replaceme.base.scratch import require_space, scratch
 from replaceme.edits.channels import assembled_parameter, channels_of
 from replaceme.edits.edits import Edits
 from replaceme.edits.unfused import product_format
@@ -126,6 +127,10 @@ def _begun(
     features = Features.of(layers[host], family, linears, plan.mlp_width)
     widths = [int(model.config.hidden_size)] * 3 + [*features.widths.values()]
     shapes = [(documents.token_count_of(params.batch_size, share()), width) for width in widths]
+    # Corrections follow the states there, one layer after the other.
+    corrections = len(kept) * widths[0] * sum(features.widths.values()) * torch.float32.itemsize
+    states = sum(map(prod, shapes)) * model.dtype.itemsize
+    require_space(folder, states + corrections, "repair keeps {} of states and corrections there")
     dense, shortened, middle, *inputs = scratch(shapes, model.dtype, folder, "repair")
     known = dict(zip(linears, inputs, strict=True))
     return State(params, model, family, documents, edits, plan, folder, kept, dense, middle, shortened, known)

@@ -190,10 +190,16 @@ def test_the_model_itself_is_unchanged_and_no_file_is_left(documents: Documents,
 def test_a_scratch_disk_that_is_too_small_is_named(
     documents: Documents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, mending = solved(made_model(), documents, (BLOCK,), alpha=5.0, repair=True)
-    monkeypatch.setattr(scratch.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(ResourceError, match="repair keeps 0 MiB of states there"):
+    model = made_model()
+    _, mending = solved(model, documents, (BLOCK,), alpha=5.0, repair=True)
+    width, inputs = model.config.hidden_size, model.config.hidden_size + model.config.intermediate_size
+    kept = [layer for layer in range(BLOCK.host, model.config.num_hidden_layers) if layer not in BLOCK.layers]
+    needed = 4 * (documents.token_count * (3 * width + inputs) + len(kept) * width * inputs)
+    monkeypatch.setattr(scratch.shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
+    with pytest.raises(ResourceError, match="repair keeps 0 MiB of states and corrections there"):
         mending(tmp_path)
+    monkeypatch.setattr(scratch.shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
+    mending(tmp_path)
 
 
 def test_a_later_joint_fit_is_added_to_the_repaired_attention() -> None:
