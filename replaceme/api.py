@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -163,11 +164,17 @@ def _saved(model: Any, tokenizer: Any) -> Iterator[str | Path]:
         raise ParameterError(f"model: must be a path, a hub id or a model of transformers, not {shown(model)}.")
     if tokenizer is None:
         raise ParameterError("tokenizer: is missing; a loaded model needs it, as in prune(model, tokenizer=tokenizer).")
+    from replaceme.models.model import TEXT_RECORD
+
     with TemporaryDirectory(prefix="replaceme-") as place:
-        name = Path(str(getattr(model.config, "_name_or_path", ""))).name
+        origin = Path(str(getattr(model.config, "_name_or_path", "")))
+        name = origin.name
         folder = Path(place) / (name if name not in ("", "..") else "model")
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        # A pruned model that is pruned again.
+        if (record := origin / TEXT_RECORD).is_file():
+            shutil.copyfile(record, folder / TEXT_RECORD)
         yield folder
 
 

@@ -37,8 +37,8 @@ class Scores:
         figures: ``perplexity`` (task → token, word, byte, stderr), ``accuracy`` (task → accuracy, stderr, items, metric,
             fewshots, by_size), ``parameters``, ``parameters_without_embeddings``, ``disk_bytes``, ``kv_cache_bytes_per_token``,
             ``device`` (cpu, cuda) and ``made_with`` (the kind of the device, as ``processor``, and the version of each
-            package). Where the calibration text is known, ``calibration_text`` (task → seen, same_domain, overlap:
-            ``replaceme.evaluation.seen``).
+            package). Where the calibration text is known, ``calibration_text`` (task → seen, same_domain, and
+            overlap, where more than its sources is known: ``replaceme.evaluation.seen``).
         items: ``accuracy/<task>/<n>`` (items,), where n counts the single tasks of a group, and ``counts/<task>`` (windows,),
             both float64; and what ``score_windows`` returns for each task, as ``losses/<task>`` and so on. And
             ``articles/<task>/<n>`` (items,) int64, equal for items of one article, and ``texts/<task>`` (windows,) int64, where

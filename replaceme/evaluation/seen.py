@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from replaceme.base.documents import Documents
 from replaceme.base.progress import logger
-from replaceme.base.source import Source, dataset_title
+from replaceme.base.source import Source
 from replaceme.base.task import Task
 from replaceme.corpora import embedded, streamed
 from replaceme.corpora.own_text import chat_turns
@@ -88,7 +88,7 @@ class Calibration:
 
     @classmethod
     def of(cls, sources: Sequence[Known], documents: Documents, tokenizer: PreTrainedTokenizerBase) -> Calibration:
-        """Return the text of calibration documents."""
+        """Return the text of calibration documents, which come from these sources."""
         turns = chat_turns(tokenizer)
         parts = (turns.opening, turns.after_user, turns.after_assistant) if turns else ()
         template = {tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in parts} - {""}
@@ -119,7 +119,7 @@ class Calibration:
         if seen:
             logger.warning(
                 "tasks: %s is no unseen text: %s the calibration text (%s); take its score for no other text",
-                name, why, dataset_title(tuple(source for source, _ in self.sources)),
+                name, why, ", ".join(source.name for source, _ in self.sources),
             )  # fmt: skip
         figures: dict[str, float] = {"seen": int(seen), "same_domain": int(not seen and self._same_domain(task))}
         return figures if overlap is None else {**figures, "overlap": overlap}

@@ -22,7 +22,7 @@ from replaceme.models.families import Family
 from replaceme.models.memory import load_within
 from replaceme.models.model import (
     ADAPTER,
-    COPIED_FILES,
+    ALL_FILES,
     FORMATS,
     LEFT_OUT,
     TOKENIZER_CONFIG,
@@ -64,7 +64,7 @@ def find_model(params: Params, commit: str | None = None) -> Model:
             f"model_path: there is no folder {excerpt(name)}; give a model folder, a hub id or an embedded model's name."
         )
     commit = commit or hub.resolve_commit(name, "model", params.revision, "" if "/" in name else nearest(name, embedded.MODELS))
-    snapshot = hub.snapshot(name, commit, (*WEIGHT_FILES, *COPIED_FILES), ignored=(LEFT_OUT, "*/*"))
+    snapshot = hub.snapshot(name, commit, ALL_FILES, ignored=(LEFT_OUT, "*/*"))
     return check_folder(Model(snapshot, name, commit, params.trust_remote_code))
 
 

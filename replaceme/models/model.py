@@ -27,9 +27,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = ("*.safetensors",)
 ADAPTER = "adapter_config.json"
-# The calibration text of a pruned model (``replaceme.corpora.record``).
-TEXT_RECORD = "calibration_text.json"
-WEIGHT_FILES = (*WEIGHTS, "*.safetensors.index.json", "config.json", ADAPTER, "*.py", TEXT_RECORD)
+WEIGHT_FILES = (*WEIGHTS, "*.safetensors.index.json", "config.json", ADAPTER, "*.py")
 CARD = "README.md"
 # One of these is in every model's folder. The names are those of transformers' tokenizers, and of remote code's.
 VOCABULARIES = ("tokenizer*", "*vocab*", "*.model", "*.tiktoken", "*.bpe", "tekken.json")
@@ -40,6 +38,9 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 CARD_FILES = (CARD, "LICENSE*", "NOTICE*")
 COPIED_FILES = (*TOKENIZER_FILES, *CARD_FILES)
+# What a pruned model was calibrated on (``replaceme.corpora.record``).
+TEXT_RECORD = "calibration_text.json"
+ALL_FILES = (*WEIGHT_FILES, *COPIED_FILES, TEXT_RECORD)
 RELATIVE_IMPORT = re.compile(r"(?m)^\s*(?:from|import)\s+\.(\w+)")
 # Some repositories hold the weights a second time, in their author's own format.
 LEFT_OUT = "consolidated*"
@@ -318,7 +319,7 @@ class Model:
                 right = f"the number of layers that its {tensors} stored tensors make up" if most == tensors else "at least 1"
                 raise ModelError(f"model_path: the config.json of {self.name} says {key}: {value}; it must be {right}.")
 
-    def files(self, patterns: Iterable[str] = (*WEIGHT_FILES, *COPIED_FILES)) -> list[Path]:
+    def files(self, patterns: Iterable[str] = ALL_FILES) -> list[Path]:
         """Return the files of the folder that match any of ``patterns``, sorted."""
         return sorted(
             {path for pattern in patterns for path in self.folder.glob(pattern) if path.is_file() and not path.match(LEFT_OUT)}

@@ -29,7 +29,16 @@ from replaceme.methods.refusals import family_refusals, needs_whole
 from replaceme.methods.registry import METHODS, criterion_of
 from replaceme.models.find import check_weights, find_model, identity
 from replaceme.models.memory import room_of, shown_size, weight_bytes
-from replaceme.models.model import CARD_FILES, Model, layer_count, positions_of, proof_dtypes, stored_dtype, working_dtype
+from replaceme.models.model import (
+    CARD_FILES,
+    TEXT_RECORD,
+    Model,
+    layer_count,
+    positions_of,
+    proof_dtypes,
+    stored_dtype,
+    working_dtype,
+)
 from replaceme.models.own_form import check_own_form
 from replaceme.models.recognition import check_cut
 from replaceme.observers.residuals import FIT_TOKENS, HELD_OUT_SHARE
@@ -77,7 +86,7 @@ def inspect_inputs(params: Params, work: Workspace) -> None:
         model.tokenizer()
         content[work.model_input.name] = identity(model)
         content[work.tokenizer_input.name] = identity(model, model.tokenizer_files())
-        content[work.card_input.name] = identity(model, model.files(CARD_FILES))
+        content[work.card_input.name] = identity(model, model.files((*CARD_FILES, TEXT_RECORD)))
     with _collecting(problems):
         content[work.dataset_input.name] = fingerprints(params)
         content[work.own_text_input.name] = {"documents": own_documents(params)}
@@ -139,8 +148,8 @@ def _scratch_bytes(params: Params, config: Any, *, streamed: bool) -> int:
     mending = tokens * (3 * width + inputs) * bool(repaired)
     at_cut = tokens * (3 * width + inputs) * streamed
     itemsize: int = getattr(torch, params.dtype).itemsize
-    # Of every layer that is repaired, the corrections in float32.
-    corrections = repaired * width * inputs * torch.float32.itemsize
+    # Of every layer that is repaired, the corrections in float32; each process has its own.
+    corrections = params.processes * repaired * width * inputs * torch.float32.itemsize
     return max(profile * itemsize, mending * itemsize + corrections, at_cut * itemsize)
 
 

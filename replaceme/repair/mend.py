@@ -25,7 +25,6 @@ one layer's sums and corrections are in memory.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple
 from functools import partial
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ from torch.nn import functional
 from replaceme.base.compute import require_resident
 from replaceme.base.documents import FOLDS, Batch, Documents, few_documents, folds_of
 from replaceme.base.files import temporary_folder
-from replaceme.base.group import from_first, share
+from replaceme.base.group import from_first, gathered, neighbours, share
 from replaceme.base.params import Params
 from replaceme.base.plan import Block, Plan
 from replaceme.base.progress import logger, progress
@@ -100,7 +99,7 @@ def mend(
         checkpoints: where an interrupted repair goes on; None is without.
 
     Raises:
-        ResourceError: the states do not fit on the disk.
+        ResourceError: the states or the corrections do not fit on the disk.
     """
     state = _begun(params, model, family, documents, edits, plan, folder)
     finished = checkpoints.resume(state) if checkpoints else 0
@@ -127,11 +126,13 @@ def _begun(
     features = Features.of(layers[host], family, linears, plan.mlp_width)
     widths = [int(model.config.hidden_size)] * 3 + [*features.widths.values()]
     shapes = [(documents.token_count_of(params.batch_size, share()), width) for width in widths]
-    # Corrections follow the states there, one layer after the other.
-    corrections = len(kept) * widths[0] * sum(features.widths.values()) * torch.float32.itemsize
-    states = sum(map(prod, shapes)) * model.dtype.itemsize
-    require_space(folder, states + corrections, "repair keeps {} of states and corrections there")
     dense, shortened, middle, *inputs = scratch(shapes, model.dtype, folder, "repair")
+    # The corrections follow there, one layer after the other; those of each process, once the states of all are there.
+    changed = len(kept) if params.repair else len(plan.blocks)
+    each = widths[0] * sum(Features.of(layers[host], family, LINEARS, plan.mlp_width).widths.values()) if linears else 0
+    gathered(None)
+    needed = neighbours() * changed * each * torch.float32.itemsize
+    require_space(folder, needed, "repair keeps {} of corrections there, beside its states")
     known = dict(zip(linears, inputs, strict=True))
     return State(params, model, family, documents, edits, plan, folder, kept, dense, middle, shortened, known)
 

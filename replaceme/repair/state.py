@@ -92,6 +92,7 @@ class State:
     def walk_dense(self, layer: int, observers: Sequence[Observer]) -> None:
         """Walk through the dense model, from a layer that its states enter."""
         self._walk(observers, Start(layer, self.dense), self.documents)
+        self._let_go(layer)
 
     def walk_shortened(self, layer: int, observers: Sequence[Observer], documents: Documents | None = None) -> None:
         """Walk through the shortened model, from a layer that its states enter; its attention is computed once."""
@@ -99,9 +100,12 @@ class State:
         # No other layer computes: none of their MLPs has to be assembled, and no mixture of theirs to be there.
         with unfused(self.model, self.family, self.edits.within([layer])):
             self._walk(observers, Start(layer, self.shortened, known), documents or self.documents)
+        self._let_go(layer)
 
     def _walk(self, observers: Sequence[Observer], start: Start, documents: Documents) -> None:
         batch_size = self.params.batch_size
         walk(self.model, self.family, documents, observers, batch_size=batch_size, description=None, start=start)
-        # No earlier layer computes again, and the next one is read ahead: solves have the memory of all others.
-        free(self.model, self.layers[start.layer : start.layer + 2])
+
+    def _let_go(self, layer: int) -> None:
+        """Let all layers go but this one and the next, which is read ahead: solves have the memory of the others."""
+        free(self.model, [self.layers[each] for each in self.kept if each >= layer][:2])

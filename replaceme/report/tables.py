@@ -324,16 +324,14 @@ def _named(task: str, evaluation: Figures) -> str:
 
 
 def _seen_notes(evaluation: Figures, tasks: Iterable[str]) -> list[tuple[str, str]]:
-    texts = evaluation.get("calibration_text", {})
-    shares = ", ".join(f"{100 * texts[task]['overlap']:.0f} % of {task}" for task in seen_in(evaluation, tasks))
-    if not shares:
+    seen = seen_in(evaluation, tasks)
+    if not seen:
         return []
-    return [
-        (
-            SEEN,
-            f"scored on calibration text, which says nothing about other text (items with 13 of its words in a row: {shares})",
-        )
-    ]
+    copies = {task: 100 * evaluation["calibration_text"][task]["overlap"] for task in seen}
+    # None are found where a source is the same, but its text that of an earlier pruning.
+    shares = ", ".join(f"{percent:.0f} % of {task}" for task, percent in copies.items() if percent)
+    found = f" (items with 13 of its words in a row: {shares})" if shares else ""
+    return [(SEEN, f"scored on calibration text, which says nothing about other text{found}")]
 
 
 def _mark(task: Figures) -> str:

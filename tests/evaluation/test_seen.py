@@ -17,7 +17,7 @@ from replaceme.corpora.find import fingerprints, sources_of
 from replaceme.corpora.record import Known
 from replaceme.corpora.tokenization import rendered
 from replaceme.evaluation import seen
-from replaceme.evaluation.comparison import compare, comparison_rows, comparison_table
+from replaceme.evaluation.comparison import compare, comparison_rows, comparison_table, scores_table
 from replaceme.evaluation.retrieval import retrieval_items
 from replaceme.evaluation.scores import score_model
 from replaceme.evaluation.seen import Calibration, hashes_of_runs, known_runs
@@ -158,6 +158,18 @@ def test_a_model_knows_only_the_calibration_that_it_is_given(params: Params, tin
     names = [row[0] for row in comparison_rows(comparison)]
     assert {"text perplexity (seen)", "questions accuracy (seen)"} <= set(names)
     assert comparison_table(comparison).endswith("\nSeen: text, questions (are scored on calibration text).")
+
+
+def test_the_table_of_one_model_has_the_marks_too() -> None:
+    scored = {"accuracy": 0.5, "fewshots": 0, "metric": "acc"}
+    figures = {
+        "perplexity": {"a": {"token": 9.0}, "b": {"token": 9.0}}, "accuracy": {"c": scored},
+        "calibration_text": {"a": {"seen": 1, "same_domain": 0}, "b": {"seen": 0, "same_domain": 1}, "c": {"seen": 1}},
+    }  # fmt: skip
+    table = scores_table(figures)
+    assert re.search(r"(?m)^a perplexity \(seen\) +9", table)
+    assert re.search(r"(?m)^b perplexity \(domain seen\) +9", table)
+    assert re.search(r"(?m)^c accuracy \(seen\) +50.0 %", table)
 
 
 def test_an_average_over_a_seen_task_says_so() -> None:

@@ -14,6 +14,7 @@ import replaceme
 from replaceme import commands
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.stage import ANALYSIS
+from replaceme.corpora.record import read_record
 from replaceme.models.model import Model
 from tests.conftest import made_text
 from tests.helpers import FAST, call
@@ -81,6 +82,15 @@ def test_a_loaded_model_is_pruned_as_its_folder_is_and_left_as_it_was(tiny: Mode
     weights = "model.safetensors"
     assert (loaded.path / weights).read_bytes() == (saved.path / weights).read_bytes()
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+def test_a_model_that_is_pruned_again_is_known_by_the_text_of_both(tiny: Model, tmp_path: Path) -> None:
+    given: dict[str, Any] = {**SMALL, "method": "uidl", "tasks": []}
+    (first := tmp_path / "first.txt").write_text("\n\n".join(TEXTS), encoding="utf-8")
+    once = replaceme.prune(tiny.folder, str(first), 1, tmp_path / "once", **given)
+    for number, (model, tokenizer) in enumerate([(once.path, None), (once.model(), once.tokenizer())]):
+        twice = replaceme.prune(model, TEXTS, 1, tmp_path / f"twice-{number}", tokenizer=tokenizer, **given)
+        assert [source.name for source, _ in read_record(twice.path)] == ["texts.jsonl", "first.txt"]
 
 
 def test_without_texts_the_model_writes_them(tiny: Model, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from replaceme import commands
 from replaceme.export.save import save_pruned
 from replaceme.models import hub
-from replaceme.models.model import Model
+from replaceme.models.model import TEXT_RECORD, Model
 from replaceme.publish import push_to_hub
 from tests.helpers import FAST, call, edits_for
 from tests.pipeline.helpers import TOKEN, Hub
@@ -23,6 +23,7 @@ def pruned(tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     folder = tmp_path / "pruned"
     save_pruned(tiny, edits_for(2, 2), folder)
     (folder / "README.md").write_text("---\nlicense: mit\n---\n# Pruned\n", encoding="utf-8")
+    (folder / TEXT_RECORD).write_text('{"sources": []}', encoding="utf-8")
     (folder / "diary.txt").write_text("mine", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     return folder

@@ -1,6 +1,7 @@
 """The repair of kept layers and the fit of later blocks, against plain computations on the shortened model itself."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from copy import deepcopy
 from itertools import product
 from pathlib import Path
@@ -20,7 +21,9 @@ from replaceme.edits.fold import apply_edits
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import verify_export
 from replaceme.models.families import Family, family_of, parameter_of
+from replaceme.models.memory import parts_of, stream
 from replaceme.models.model import Model
+from replaceme.models.streaming import stream_of
 from replaceme.observers.features import LINEARS
 from replaceme.repair import mend as repair
 from replaceme.repair.state import Repair
@@ -187,19 +190,29 @@ def test_the_model_itself_is_unchanged_and_no_file_is_left(documents: Documents,
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_streamed_repair_ends_with_the_weights_of_its_last_layer_alone(documents: Documents, tiny: Model) -> None:
+    model = stream(tiny, "float32", room=sum(parts_of(tiny, "float32")))
+    _, mending = solved(model, documents, (BLOCK,), alpha=5.0, repair=True)
+    mending()
+    own, last = stream_of(model), len(tiny.family().decoder_layers(model)) - 1
+    assert own is not None
+    assert own.here <= {last}
+
+
 def test_a_scratch_disk_that_is_too_small_is_named(
     documents: Documents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = made_model()
     _, mending = solved(model, documents, (BLOCK,), alpha=5.0, repair=True)
-    width, inputs = model.config.hidden_size, model.config.hidden_size + model.config.intermediate_size
+    inputs = model.config.hidden_size + model.config.intermediate_size
     kept = [layer for layer in range(BLOCK.host, model.config.num_hidden_layers) if layer not in BLOCK.layers]
-    needed = 4 * (documents.token_count * (3 * width + inputs) + len(kept) * width * inputs)
-    monkeypatch.setattr(scratch.shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
-    with pytest.raises(ResourceError, match="repair keeps 0 MiB of states and corrections there"):
-        mending(tmp_path)
-    monkeypatch.setattr(scratch.shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
-    mending(tmp_path)
+    needed = 4 * len(kept) * model.config.hidden_size * inputs
+    for given in ((1000,), (1 << 30, needed - 1), (1 << 30, needed)):
+        free = iter(given)
+        monkeypatch.setattr(scratch.shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=next(free, 1 << 30)))
+        wrong = "states" if len(given) == 1 else "corrections" if given[1] < needed else ""
+        with pytest.raises(ResourceError, match=f"repair keeps 0 MiB of {wrong} there") if wrong else nullcontext():
+            mending(tmp_path)
 
 
 def test_a_later_joint_fit_is_added_to_the_repaired_attention() -> None:
