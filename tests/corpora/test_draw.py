@@ -16,12 +16,15 @@ from replaceme.base.documents import Documents, seeded_order, split_documents
 from replaceme.base.errors import DatasetError, ParameterError
 from replaceme.base.params import Params, read_params
 from replaceme.base.settings import settings_yaml
+from replaceme.base.workspace import Workspace
 from replaceme.corpora import tokenization
 from replaceme.corpora.corpus import Corpus, as_row
 from replaceme.corpora.draw import Counts, draw_documents
 from replaceme.corpora.find import find_datasets, own_documents, sources_of
 from replaceme.corpora.local import read_rows
 from replaceme.corpora.tokenization import encode_in_chunks, start_of_text
+from replaceme.pipeline.calibrate import calibrate
+from replaceme.pipeline.inputs import inspect_inputs
 from tests.conftest import CHAT_TEMPLATE, made_text, made_tokenizer
 
 BOS = 0
@@ -473,3 +476,15 @@ def test_an_embedded_chat_is_plain_text_for_a_model_without_a_chat_template() ->
     ]
     with pytest.raises(DatasetError, match="holds chats, but the model's tokenizer has no chat template"):
         draw_documents([Corpus([chat])], [1.0], tokenizer, 1, 64, pack=False, seed=0)
+
+
+@pytest.mark.parametrize(("size", "few"), [(1, True), (8, False)])
+def test_fewer_tokens_than_the_model_is_wide_are_told_before_any_pass(
+    size: int, few: bool, params: Params, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    params, work = params.model_copy(update={"method": "uidl", "dataset_size": size, "max_length": 12}), Workspace(tmp_path)
+    inspect_inputs(params, work)
+    with caplog.at_level("WARNING", "replaceme"):
+        calibrate(params, work)
+    said = "12 tokens are fewer than the model's width of 32: maps by least squares need more text, or an alpha"
+    assert (said in caplog.text) == few
