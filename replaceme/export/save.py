@@ -13,7 +13,6 @@ from replaceme.export.shards import save_streamed
 from replaceme.models.memory import stream
 from replaceme.models.model import Model, parameter_count, stored_dtype
 from replaceme.models.own_form import write_own_form
-from replaceme.models.streaming import free
 
 SHARD_SIZE = "2GB"
 
@@ -43,7 +42,6 @@ def save_pruned(source: Model, edits: Edits, folder: Path, room: int | None = No
         model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
     else:
         save_streamed(model, family, edits, folder, SHARD_SIZE)
-        free(model)
     (folder / "generation_config.json").unlink(missing_ok=True)
     config, dtype = read_json(folder / "config.json"), str(stored_dtype(source)).removeprefix("torch.")
     if config["dtype"] != dtype:

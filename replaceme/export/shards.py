@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from replaceme.edits.edits import Edits
 from replaceme.edits.fold import edited_parameters, shorten
 from replaceme.models.families import Family, in_torch_layout, inputs_of
-from replaceme.models.streaming import loaded
+from replaceme.models.streaming import free, loaded
 
 # Names of formats in safetensors, which sorts the tensors of a file from the last of these to the first, then by name.
 NAMES = {
@@ -78,6 +78,8 @@ class _Parts:
         at = self.layer_of[name]
         if self.made[0] != at:
             self.made = -1, {}
+            # None is needed again.
+            free(self.model)
             with loaded([self.layers[at]]):
                 own = self._own(at)
                 for edited, exact in edited_parameters(self.model, self.family, self.layers, self.edits, at):

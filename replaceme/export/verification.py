@@ -30,7 +30,7 @@ from replaceme.edits.edits import Edits
 from replaceme.edits.fold import edit_config, edited_parameters
 from replaceme.edits.unfused import unfused
 from replaceme.models.families import Family, parameter_of
-from replaceme.models.memory import stream
+from replaceme.models.memory import parts_of, stream
 from replaceme.models.model import Model, layer_count, proof_dtypes, stored_dtype, working_dtype
 from replaceme.models.own_form import is_own_form
 from replaceme.models.streaming import value_of
@@ -88,7 +88,10 @@ def verify_export(dense: Model, pruned: Model, edits: Edits, documents: Document
     else:
         # Layers are read anew each time, in float32 at once; what is outside of them is widened where it computes.
         outside, inside = proof_dtypes(dense)
-        load = partial(stream, dtype=outside, layers=inside, room=room, config=shorter)
+        # More layers than are computed with at once, and the next one, would only take memory.
+        at_once = 2 + max(map(len, edits.mixtures.values()), default=0)
+        needed = parts_of(dense, outside)[0] + at_once * parts_of(dense, inside)[1]
+        load = partial(stream, dtype=outside, layers=inside, room=min(room, needed), config=shorter)
     whole, prompt = load(dense), excerpts.documents[0][: TOKENS // 4]
     with _in_float32(whole, family, edits.mixtures):
         expected, expected_logits = _states(whole, family, [FIRST, *kept], excerpts, edits)
