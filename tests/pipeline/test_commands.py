@@ -622,7 +622,7 @@ def test_a_task_on_the_calibration_text_is_marked_from_the_log_to_the_page(
     (other := tmp_path / "other.txt").write_text(made_text(40, seed=9), encoding="utf-8")
     call(commands.run_replaceme, "--config", published, *FAST, "--tasks", f"[{text_file}, {other}]")
     said = capsys.readouterr()
-    assert f"tasks: text is no unseen text: its source is the calibration text ({text_file})" in said.err
+    assert f"tasks: text is no unseen text: its source is the calibration text ({text_file.name})" in said.err
     assert "other is no unseen text" not in said.err
     assert "text perplexity (seen)" in said.out
     work = tmp_path / "result.work"
