@@ -19,7 +19,8 @@ from replaceme.base.params import Params, read_params
 from replaceme.base.plan import Plan
 from replaceme.base.progress import silence_libraries
 from replaceme.corpora.draw import draw_documents
-from replaceme.corpora.find import find_datasets, sources_of
+from replaceme.corpora.find import find_datasets
+from replaceme.corpora.sources import sources_of
 from replaceme.edits.edits import Edits
 from replaceme.methods.registry import METHODS, criterion_of
 from replaceme.models.families import decoder_of

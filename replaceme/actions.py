@@ -106,7 +106,7 @@ def evaluate(params: Params, compare_with: str | None = None) -> None:
     target, sources = scores_file(params, model.name), read_record(model.folder)
     calibration = Calibration(sources, None) if sources else None
     if calibration:
-        logger.info("calibration text: known by the model's record; of other texts, copies of it are not looked for")
+        logger.info("calibration text: its sources are in the model's record; copies of it in other texts are not looked for")
     if compare_with is None:
         figures = score_model(params, model, model.name, fingerprints, calibration=calibration).figures
         print(scores_table(figures))

@@ -14,6 +14,7 @@ from replaceme.base.params import Params, nearest
 from replaceme.base.source import SELF, Source
 from replaceme.corpora import embedded, local, streamed
 from replaceme.corpora.corpus import Corpus
+from replaceme.corpora.sources import by_source, sources_of
 from replaceme.models import hub
 
 # Tokens of a document of the model's own at most: a step of writing costs the more, the longer the documents are.
@@ -54,22 +55,6 @@ class DatasetSource:
         return Corpus([articles[index] for index in order], running=embedded.TEXTS[source.name].running, plain=True)
 
 
-def sources_of(params: Params) -> tuple[Source, ...]:
-    """Return the sources of the calibration text: those of a list, or the only one with the options of its own parameters.
-
-    Raises:
-        DatasetError: a parameter of a single source is set beside a list.
-    """
-    if isinstance(params.dataset, str):
-        options = params.dataset_config, params.dataset_split, params.dataset_column, params.dataset_revision
-        return (Source(params.dataset, 1.0, *options),)
-    for key in ("dataset_config", "dataset_split", "dataset_column", "dataset_revision"):
-        if getattr(params, key) is not None:
-            option = key.removeprefix("dataset_")
-            raise DatasetError(f"{key}: dataset is a list; use null, and give each entry its own {option}.")
-    return params.dataset
-
-
 def find_datasets(params: Params, found: Mapping[str, Any] | None = None) -> list[DatasetSource | None]:
     """Return what the entries of ``params.dataset`` name, in order; None for text that the model writes.
 
@@ -95,12 +80,6 @@ def fingerprints(params: Params) -> dict[str, Any]:
         return {} if found[0] is None else found[0].fingerprint()
     parts = [dataset.fingerprint() if dataset else {SELF: True} for dataset in found]
     return {"sources": [{**part, **source.options()} for part, source in zip(parts, params.dataset, strict=True)]}
-
-
-def by_source(found: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return the part of ``fingerprints`` that belongs to each source, in order."""
-    parts: list[Mapping[str, Any]] = found.get("sources", [found])
-    return parts
 
 
 def own_documents(params: Params) -> int:

@@ -14,12 +14,10 @@ from replaceme.base.params import Params
 from replaceme.base.progress import logger
 from replaceme.base.settings import without_folder
 from replaceme.base.source import OPTIONS, Source, parse_dataset
-from replaceme.corpora.find import by_source, sources_of
+from replaceme.corpora.sources import Known, known_sources
 from replaceme.models import hub
 from replaceme.models.model import TEXT_RECORD
 
-# A source, and what identifies its content (``DatasetSource.fingerprint``).
-Known = tuple[Source, Mapping[str, Any]]
 IDENTITIES = ("sha256", "commits")
 
 
@@ -32,8 +30,7 @@ def write_record(params: Params, found: Mapping[str, Any], dense: Path, folder: 
         dense: the folder of the model that it was made from, whose own record counts too.
         folder: the pruned model's.
     """
-    own = zip(sources_of(params), by_source(found), strict=True)
-    entries = [_entry(*known) for known in (*own, *read_record(dense))]
+    entries = [_entry(*known) for known in (*known_sources(params, found), *read_record(dense))]
     write_json(folder / TEXT_RECORD, {"sources": [each for place, each in enumerate(entries) if each not in entries[:place]]})
 
 

@@ -24,7 +24,7 @@ from replaceme.base.source import Source
 from replaceme.base.task import Task
 from replaceme.corpora import embedded, streamed
 from replaceme.corpora.own_text import chat_turns
-from replaceme.corpora.record import Known
+from replaceme.corpora.sources import Known
 from replaceme.evaluation.tasks import EMBEDDED, HELD_OUT, is_file
 
 if TYPE_CHECKING:
@@ -113,16 +113,19 @@ class Calibration:
             ``seen``: 1 or 0; ``same_domain``: 1 if it isn't, but other text of its domain is calibrated on, else 0; and
             ``overlap``: the share of the items that share a run, where the calibration text itself is known.
         """
-        overlap = None if self.runs is None else _share(any(_share_run(text, self.runs) for text in texts) for texts in items)
-        seen = same or (overlap or 0.0) >= SEEN_SHARE
-        why = "its source is" if same else f"{100 * (overlap or 0.0):.0f} % of its items share {WORDS} words in a row with"
+        copies: dict[str, float] = {}
+        if self.runs is not None:
+            shared = [any(_share_run(text, self.runs) for text in texts) for texts in items]
+            copies["overlap"] = sum(shared) / max(len(shared), 1)
+        overlap = copies.get("overlap", 0.0)
+        seen = same or overlap >= SEEN_SHARE
+        why = "its source is" if same else f"{100 * overlap:.0f} % of its items share {WORDS} words in a row with"
         if seen:
             logger.warning(
                 "tasks: %s is no unseen text: %s the calibration text (%s); take its score for no other text",
                 name, why, ", ".join(source.name for source, _ in self.sources),
             )  # fmt: skip
-        figures: dict[str, float] = {"seen": int(seen), "same_domain": int(not seen and self._same_domain(task))}
-        return figures if overlap is None else {**figures, "overlap": overlap}
+        return {"seen": int(seen), "same_domain": int(not seen and self._same_domain(task)), **copies}
 
     def _same_domain(self, task: Task) -> bool:
         domains = {_domain(name) for source, _ in self.sources for name in streamed.repositories(source.name)}
@@ -143,11 +146,6 @@ def _share_run(text: str, known: Hashes) -> bool:
         return False
     places = np.searchsorted(known, runs).clip(max=len(known) - 1)
     return bool((known[places] == runs).any())
-
-
-def _share(answers: Iterable[bool]) -> float:
-    known = [*answers]
-    return sum(known) / max(len(known), 1)
 
 
 def _domain(name: str) -> str | None:

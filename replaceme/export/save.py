@@ -51,4 +51,7 @@ def save_pruned(source: Model, edits: Edits, folder: Path, room: int | None = No
         write_own_form(folder, form, type(source.tokenizer()).__name__)
     for path in source.copied_files():
         shutil.copyfile(path, folder / path.name)
-    return {"parameters": parameter_count(model), "parameters_dense": dense_parameters}
+    counts = {"parameters": parameter_count(model), "parameters_dense": dense_parameters}
+    # Only the garbage collector would let the weights go, and the proof loads two models more.
+    model.to("meta")
+    return counts

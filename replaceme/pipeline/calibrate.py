@@ -11,7 +11,8 @@ from replaceme.base.stage import Stage
 from replaceme.base.workspace import Workspace
 from replaceme.corpora.corpus import Corpus
 from replaceme.corpora.draw import Counts, draw_documents
-from replaceme.corpora.find import find_datasets, sources_of
+from replaceme.corpora.find import find_datasets
+from replaceme.corpora.sources import sources_of
 from replaceme.models.find import recorded_model
 
 

@@ -37,8 +37,6 @@ def export(params: Params, work: Workspace) -> None:
     room = room_of(source, on_processor(params), outside, layers=layers, whole=whole)
     with new_folder(work.model) as folder:
         counts = save_pruned(source, edits, folder, room)
-        if room is not None:  # the model, and the files that it has mapped
-            give_back()
         write_record(params, read_json(work.dataset_input), source.folder, folder)
         solved, made_with = read_json(work.metric("solve")), read_json(work.model_versions)
         write_text(folder / CARD, model_card(params, source, edits, solved, made_with=made_with))
@@ -81,8 +79,8 @@ STAGE = Stage(
     metrics=("export",),
     figures=("solve",),
     code=(
-        "__init__.py", "base", "models", "corpora", "edits", "selection/criteria.py", "selection/blocks.py", "methods",
-        "export",
+        "__init__.py", "base", "models", "corpora/record.py", "corpora/sources.py", "edits", "selection/criteria.py",
+        "selection/blocks.py", "methods", "export",
     ),
     methods=METHODS,
 )  # fmt: skip

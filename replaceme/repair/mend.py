@@ -123,15 +123,16 @@ def _begun(
     kept = [layer for layer in range(host, last + 1) if layer not in removed]
     # The states after the last layer are not needed, nor are the inputs that update them.
     linears = LINEARS[: min(len(kept), 2)] if params.repair or params.transform in STEPWISE else ()
-    features = Features.of(layers[host], family, linears, plan.mlp_width)
-    widths = [int(model.config.hidden_size)] * 3 + [*features.widths.values()]
-    shapes = [(documents.token_count_of(params.batch_size, share()), width) for width in widths]
+    # Where any is, the inputs of both linears are counted for the corrections.
+    own_inputs = Features.of(layers[host], family, LINEARS if linears else (), plan.mlp_width).widths
+    width = int(model.config.hidden_size)
+    widths = [width] * 3 + [own_inputs[linear] for linear in linears]
+    shapes = [(documents.token_count_of(params.batch_size, share()), each) for each in widths]
     dense, shortened, middle, *inputs = scratch(shapes, model.dtype, folder, "repair")
     # The corrections follow there, one layer after the other; those of each process, once the states of all are there.
     changed = len(kept) if params.repair else len(plan.blocks)
-    each = widths[0] * sum(Features.of(layers[host], family, LINEARS, plan.mlp_width).widths.values()) if linears else 0
     gathered(None)
-    needed = neighbours() * changed * each * torch.float32.itemsize
+    needed = neighbours() * changed * width * sum(own_inputs.values()) * torch.float32.itemsize
     require_space(folder, needed, "repair keeps {} of corrections there, beside its states")
     known = dict(zip(linears, inputs, strict=True))
     return State(params, model, family, documents, edits, plan, folder, kept, dense, middle, shortened, known)

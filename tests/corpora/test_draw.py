@@ -20,8 +20,9 @@ from replaceme.base.workspace import Workspace
 from replaceme.corpora import tokenization
 from replaceme.corpora.corpus import Corpus, as_row
 from replaceme.corpora.draw import Counts, draw_documents
-from replaceme.corpora.find import find_datasets, own_documents, sources_of
+from replaceme.corpora.find import find_datasets, own_documents
 from replaceme.corpora.local import read_rows
+from replaceme.corpora.sources import sources_of
 from replaceme.corpora.tokenization import encode_in_chunks, start_of_text
 from replaceme.pipeline.calibrate import calibrate
 from replaceme.pipeline.inputs import inspect_inputs

@@ -13,8 +13,8 @@ from replaceme.base.documents import Documents
 from replaceme.base.params import Params, read_params
 from replaceme.base.task import Task
 from replaceme.corpora import embedded
-from replaceme.corpora.find import fingerprints, sources_of
-from replaceme.corpora.record import Known
+from replaceme.corpora.find import fingerprints
+from replaceme.corpora.sources import known_sources
 from replaceme.corpora.tokenization import rendered
 from replaceme.evaluation import seen
 from replaceme.evaluation.comparison import compare, comparison_rows, comparison_table, scores_table
@@ -24,10 +24,6 @@ from replaceme.evaluation.seen import Calibration, hashes_of_runs, known_runs
 from replaceme.evaluation.tasks import EMBEDDED, task_fingerprints
 from replaceme.models.model import Model
 from tests.conftest import made_text, made_tokenizer
-
-
-def known_sources(params: Params, found: dict[str, Any]) -> list[Known]:
-    return [*zip(sources_of(params), found.get("sources", [found]), strict=True)]
 
 
 def calibrated_on(*texts: str, found: dict[str, Any] | None = None, **options: Any) -> Calibration:

@@ -114,10 +114,8 @@ def test_a_stage_depends_on_the_version_of_each_listed_package_that_it_imports(n
             modules += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
             imported |= {module.split(".")[0] for module in modules}
     assert "torch" in declared
-    # models/hub.py imports datasets to resolve a data set, which these stages don't read. corpora/record.py, by which the
-    # export names the sources of the text, imports what extracts the embedded ones.
-    unused = {"datasets"} if name in PASSES else set()
-    assert imported & listed - declared <= unused | ({"mwparserfromhell"} if name == "export" else set())
+    # models/hub.py imports datasets to resolve a data set, which these stages don't read.
+    assert imported & listed - declared <= ({"datasets"} if name in PASSES else set())
 
 
 MADE = {"processor": "one kind", "torch": "1", "lm-eval": "1"}
