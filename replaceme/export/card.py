@@ -19,6 +19,7 @@ from replaceme.base.settings import settings_yaml, without_folder
 from replaceme.base.source import Source, dataset_title
 from replaceme.base.versions import listed
 from replaceme.edits.edits import Edits
+from replaceme.export.transformers4 import transformers_4_obstacle
 from replaceme.methods.registry import EFFECTS, FIELDS, has_effect
 from replaceme.models.families import Linear
 from replaceme.models.model import CARD, Model
@@ -76,6 +77,8 @@ def model_card(
         "## How to load it",
         "",
         *_example(place, source.trust_remote_code or bool(edits.form(""))),
+        "",
+        _versions_that_read(source, edits),
         "",
         "## Limits",
         "",
@@ -202,6 +205,15 @@ def _example(place: str, own_code: bool) -> list[str]:
         "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=20)[0]))",
         "```",
     ]
+
+
+def _versions_that_read(source: Model, edits: Edits) -> str:
+    """Return which versions of transformers read the model, in a sentence."""
+    if edits.form(""):
+        return f"It needs transformers 5, which `{FILE}` is written for."
+    if why := transformers_4_obstacle(source.config().to_dict()):
+        return f"It needs transformers 5: {why}, which older versions would read as another model."
+    return "Its config.json has the keys of transformers 5 and, beside them, those of transformers 4."
 
 
 def _limits(params: Params, source: Model) -> list[str]:

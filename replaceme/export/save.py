@@ -10,8 +10,9 @@ from replaceme.base.files import read_json, write_json
 from replaceme.edits.edits import Edits
 from replaceme.edits.fold import apply_edits
 from replaceme.export.shards import save_streamed
+from replaceme.export.transformers4 import TOKENIZER_CLASS, add_older_keys, rename_tokenizer_keys
 from replaceme.models.memory import stream
-from replaceme.models.model import Model, parameter_count, stored_dtype
+from replaceme.models.model import TOKENIZER_CONFIG, Model, parameter_count, stored_dtype
 from replaceme.models.own_form import write_own_form
 
 SHARD_SIZE = "2GB"
@@ -43,15 +44,22 @@ def save_pruned(source: Model, edits: Edits, folder: Path, room: int | None = No
     else:
         save_streamed(model, family, edits, folder, SHARD_SIZE)
     (folder / "generation_config.json").unlink(missing_ok=True)
-    config, dtype = read_json(folder / "config.json"), str(stored_dtype(source)).removeprefix("torch.")
-    if config["dtype"] != dtype:
-        # transformers writes that of the first weight.
-        write_json(folder / "config.json", {**config, "dtype": dtype})
+    # transformers writes the dtype of the first weight.
+    config = {**read_json(folder / "config.json"), "dtype": str(stored_dtype(source)).removeprefix("torch.")}
+    write_json(folder / "config.json", add_older_keys(config))
     if form := edits.form(family.layers):
-        write_own_form(folder, form, type(source.tokenizer()).__name__)
+        tokenizer = type(source.tokenizer()).__name__
+        write_own_form(folder, form, TOKENIZER_CLASS.get(tokenizer, tokenizer))
     for path in source.copied_files():
         shutil.copyfile(path, folder / path.name)
+    _rename_tokenizer(folder / TOKENIZER_CONFIG)
     counts = {"parameters": parameter_count(model), "parameters_dense": dense_parameters}
     # Only the garbage collector would let the weights go, and the proof loads two models more.
     model.to("meta")
     return counts
+
+
+def _rename_tokenizer(file: Path) -> None:
+    """Give a copied tokenizer_config.json the names that transformers 4 knows; a file that has them stays as it is."""
+    if file.is_file() and (config := read_json(file)) != (old := rename_tokenizer_keys(config)):
+        write_json(file, old)

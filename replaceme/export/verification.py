@@ -29,6 +29,7 @@ from replaceme.base.progress import logger
 from replaceme.edits.edits import Edits
 from replaceme.edits.fold import edit_config, edited_parameters
 from replaceme.edits.unfused import unfused
+from replaceme.export.transformers4 import add_older_keys
 from replaceme.models.families import Family, parameter_of
 from replaceme.models.memory import parts_of, stream
 from replaceme.models.model import Model, layer_count, proof_dtypes, stored_dtype, working_dtype
@@ -143,9 +144,12 @@ def wrong_entries(dense: Model, pruned: Model, family: Family, edits: Edits) -> 
     edit_config(config, family, edits)
     expected, found = (json.loads(each.to_json_string(use_diff=False)) for each in (config, pruned.config()))
     expected["dtype"] = str(stored_dtype(dense)).removeprefix("torch.")
-    ignored = ORIGIN
+    for each in (expected, found):
+        # transformers 5 reads the scaling's older name too, and keeps both.
+        (each.get("rope_parameters") or {}).pop("type", None)
+    ignored = ORIGIN | (add_older_keys(found).keys() - expected.keys())
     if is_own_form(pruned.folder):
-        ignored = ORIGIN | OWN_FORM
+        ignored |= OWN_FORM
         expected |= {"hidden_size": edits.width} if edits.width else {}
     entries = sorted((expected.keys() | found.keys()) - ignored)
     wrong = [f"{name} in config.json" for name in entries if expected.get(name) != found.get(name)]

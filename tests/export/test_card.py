@@ -19,7 +19,10 @@ from replaceme.methods.registry import METHODS
 from replaceme.models.embedded import MODELS
 from replaceme.models.model import Model
 from replaceme.pipeline.report import _continuations, _results, _scores
+from tests.conftest import WIDTH
 from tests.helpers import edits_for
+
+BASES = {"full_attention": 50_000.0, "sliding_attention": 10_000.0}
 
 EVALUATION: dict[str, Any] = {
     "perplexity": {"prose": {"dense": 18.4163, "pruned": 32.9806, "ratio": 1.79084}},
@@ -200,3 +203,14 @@ def test_nothing_in_a_continuation_ends_its_block() -> None:
 def test_what_is_kept_above_chance_stands_beside_the_published_ratio() -> None:
     figures = {"retention_above_chance_percent": 66.67, "retention_above_chance_stderr": 4.2}
     assert "is one standard error. Of what is above chance, 66.7 ± 4.2 % is." in _scores({**EVALUATION, **figures})
+
+
+def test_the_card_says_which_transformers_reads_the_model(save_tiny: Callable[..., Model], params: Params) -> None:
+    two_bases = {name: {"rope_type": "default", "rope_theta": base} for name, base in BASES.items()}
+    texts = [
+        model_card(params, save_tiny("olmo3", **rope), edits_for(2, 2), {}) for rope in ({}, {"rope_parameters": two_bases})
+    ]
+    for text, words in zip(texts, ("beside them, those of transformers 4", "It needs transformers 5: its kinds"), strict=True):
+        assert words in text
+    own_form = replace(edits_for(2, 2), operators={1: torch.ones(WIDTH, dtype=torch.float64)})
+    assert "It needs transformers 5, which `modeling_pruned.py`" in model_card(params, save_tiny(), own_form, {})
