@@ -20,7 +20,6 @@ from replaceme.base.plan import Plan
 from replaceme.base.progress import silence_libraries
 from replaceme.corpora.draw import draw_documents
 from replaceme.corpora.find import find_datasets
-from replaceme.corpora.sources import sources_of
 from replaceme.edits.edits import Edits
 from replaceme.methods.registry import METHODS, criterion_of
 from replaceme.models.families import decoder_of
@@ -47,10 +46,7 @@ def main(size: int | None) -> None:
     source = find_model(params)
     model, family = source.load(params.dtype, resolve_device(params.device)), source.family()
     corpora = [dataset.open(params.seed) for dataset in find_datasets(params) if dataset]
-    shares = [each.share for each in sources_of(params)]
-    documents, _ = draw_documents(
-        corpora, shares, source.tokenizer(), size, params.max_length, pack=params.pack, seed=params.seed
-    )
+    documents, _ = draw_documents(corpora, source.tokenizer(), params.model_copy(update={"dataset_size": size}))
     profiled = profile_model(model, family, documents, params.batch_size)
     starts = allowed_starts(params, len(family.decoder_layers(model)), criterion_of(params))
     cuts = smallest(profiled["residual"], starts, params.layers_to_skip, SHORTLIST)

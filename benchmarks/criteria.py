@@ -22,8 +22,9 @@ from replaceme.base.task import Task
 from replaceme.base.workspace import Workspace
 from replaceme.edits.edits import Edits
 from replaceme.edits.unfused import unfused
-from replaceme.evaluation.perplexity import cut_windows, perplexities, score_windows
+from replaceme.evaluation.perplexity import perplexities, score_windows
 from replaceme.evaluation.tasks import task_texts
+from replaceme.evaluation.windows import cut_windows
 from replaceme.models.find import recorded_model
 from replaceme.observers.statistics import Gram
 from replaceme.observers.walk import walk

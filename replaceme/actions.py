@@ -49,7 +49,7 @@ def prune(params: Params, texts: Sequence[str] | None = None) -> Workspace:
         params: where ``save_transform_only`` is set, only the edits are saved, without a model.
         texts: calibration documents, which are written to the file that ``dataset`` names; None where it exists.
     """
-    from replaceme.evaluation.comparison import comparison_table
+    from replaceme.evaluation.tables import comparison_table
     from replaceme.models.model import CARD
     from replaceme.pipeline.cost import write_cost
     from replaceme.pipeline.inputs import inspect_inputs
@@ -90,11 +90,12 @@ def evaluate(params: Params, compare_with: str | None = None) -> None:
         compare_with: the dense model, which is scored too; the scores are printed side by side, and the file has their
             comparison and how both models go on after a few prompts. None scores one model.
     """
-    from replaceme.corpora.record import read_record
-    from replaceme.evaluation.comparison import compare, comparison_table, scores_table
-    from replaceme.evaluation.prompts import side_by_side
+    from replaceme.corpora.sources import read_record
+    from replaceme.evaluation.comparison import compare
+    from replaceme.evaluation.contamination import CalibrationText
+    from replaceme.evaluation.continuations import side_by_side
     from replaceme.evaluation.scores import score_model
-    from replaceme.evaluation.seen import Calibration
+    from replaceme.evaluation.tables import comparison_table, scores_table
     from replaceme.evaluation.tasks import task_fingerprints
     from replaceme.models.find import check_weights, find_model
 
@@ -104,17 +105,17 @@ def evaluate(params: Params, compare_with: str | None = None) -> None:
     model = find_model(params)
     check_weights(model)
     target, sources = scores_file(params, model.name), read_record(model.folder)
-    calibration = Calibration(sources, None) if sources else None
+    calibration = CalibrationText(sources, None) if sources else None
     if calibration:
         logger.info("calibration text: its sources are in the model's record; copies of it in other texts are not looked for")
     if compare_with is None:
-        figures = score_model(params, model, model.name, fingerprints, calibration=calibration).figures
+        figures = score_model(params, model, fingerprints, calibration=calibration).figures
         print(scores_table(figures))
     else:
         with renamed({"model_path": "compare_with"}):
             source = _dense_beside(params, model, compare_with)
-            dense = score_model(params, source, "dense model", fingerprints, is_dense=True)
-        scores = score_model(params, model, "pruned model", fingerprints, dense, calibration)
+            dense = score_model(params, source, fingerprints, is_dense=True)
+        scores = score_model(params, model, fingerprints, dense, calibration)
         compared = rounded(compare(dense.figures, scores.figures, dense.items, scores.items))
         figures = scores.figures | {
             "comparison": compared,
@@ -182,7 +183,7 @@ def report(params: Params, folder: Path) -> None:
     Raises:
         ParameterError: there is no such result, it was made without scores, or the folder holds something else.
     """
-    from replaceme.evaluation.comparison import comparison_table
+    from replaceme.evaluation.tables import comparison_table
     from replaceme.report.page import SETTINGS_FILE
 
     work = result_of(params)

@@ -10,8 +10,8 @@ from replaceme.models.find import recorded_model
 
 def score_baseline(params: Params, work: Workspace) -> None:
     """Score the dense model, and write the scores."""
-    found = read_json(work.tasks_input)
-    scores = score_model(params, recorded_model(params, work.model_input), "dense model", found, is_dense=True)
+    model = recorded_model(params, work.model_input)
+    scores = score_model(params, model, read_json(work.tasks_input), is_dense=True)
     with new_folder(work.baseline) as folder:
         scores.save(folder)
 

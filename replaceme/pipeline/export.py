@@ -9,7 +9,7 @@ from replaceme.base.params import Params
 from replaceme.base.progress import logger
 from replaceme.base.stage import Stage
 from replaceme.base.workspace import Workspace
-from replaceme.corpora.record import write_record
+from replaceme.corpora.sources import write_record
 from replaceme.edits.edits import Edits
 from replaceme.export.card import SETTINGS, model_card
 from replaceme.export.save import save_pruned
@@ -79,7 +79,7 @@ STAGE = Stage(
     metrics=("export",),
     figures=("solve",),
     code=(
-        "__init__.py", "base", "models", "corpora/record.py", "corpora/sources.py", "edits", "selection/criteria.py",
+        "__init__.py", "base", "models", "corpora/sources.py", "edits", "selection/criteria.py",
         "selection/blocks.py", "methods", "export",
     ),
     methods=METHODS,

@@ -23,7 +23,8 @@ from replaceme.base.source import dataset_title
 from replaceme.base.stage import Stage
 from replaceme.base.versions import FOUR_BIT, MODEL, SCORES, TEXT, versions
 from replaceme.base.workspace import Workspace
-from replaceme.corpora.find import fingerprints, own_documents
+from replaceme.corpora.find import dataset_fingerprints
+from replaceme.corpora.own_text import own_document_count
 from replaceme.evaluation.tasks import task_fingerprints
 from replaceme.methods.refusals import family_refusals, needs_whole
 from replaceme.methods.registry import METHODS, criterion_of
@@ -88,8 +89,8 @@ def inspect_inputs(params: Params, work: Workspace) -> None:
         content[work.tokenizer_input.name] = identity(model, model.tokenizer_files())
         content[work.card_input.name] = identity(model, model.files((*CARD_FILES, TEXT_RECORD)))
     with _collecting(problems):
-        content[work.dataset_input.name] = fingerprints(params)
-        content[work.own_text_input.name] = {"documents": own_documents(params)}
+        content[work.dataset_input.name] = dataset_fingerprints(params)
+        content[work.own_text_input.name] = {"documents": own_document_count(params)}
     with _collecting(problems):
         content[work.tasks_input.name] = task_fingerprints(params)
     if problems:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from replaceme.base.errors import DatasetError, ResourceError
+from replaceme.base.errors import ResourceError
 from replaceme.base.files import cache_folder
 from replaceme.corpora import embedded
 from replaceme.corpora.embedded import text_articles
@@ -78,11 +78,6 @@ def test_a_packaged_file_with_other_content_is_refused(packaged: PackagedFile, m
     with pytest.raises(ResourceError, match=r"has sha256 [0-9a-f]{64}, not 0{64}"):
         text_articles("lee-news", None)
     assert not list((cache_folder() / "texts").glob("*.jsonl"))
-
-
-def test_an_unknown_split_is_named() -> None:
-    with pytest.raises(DatasetError, match="wikipedia-sample has no split 'test'; it has calibration and held-out"):
-        text_articles("wikipedia-sample", "test")
 
 
 def test_the_title_alone_decides_the_split() -> None:
