@@ -8,8 +8,6 @@ punctuation. What a chat template puts before and between the turns belongs to n
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,27 +30,17 @@ from replaceme.evaluation.tasks import HELD_OUT, is_file, task_name
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Hashes = NDArray[np.uint64]
+Hashes = NDArray[np.int64]
 N, MIN_OVERLAP = 13, 0.1
 # A character of a script without spaces is a word.
 _NO_SPACES = "\u3040-\u30ff\u3400-\u9fff"
 _WORD = re.compile(rf"[{_NO_SPACES}]|[^\W{_NO_SPACES}]+")
-_FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
 def hash_ngrams(text: str) -> Hashes:
-    """Return a hash of each 13-gram of a text, (ngrams,) uint64: a polynomial of its words' hashes."""
+    """Return Python's hash of each 13-gram of a text, (ngrams,) int64; another process has other ones."""
     words = _WORD.findall(text.lower())
-    codes = np.array([_hash_word(word) for word in words], dtype=np.uint64)
-    hashes = np.zeros(max(len(words) - N + 1, 0), dtype=np.uint64)
-    for offset in range(N):
-        hashes = hashes * _FACTOR + codes[offset : offset + len(hashes)]
-    return hashes
-
-
-@functools.lru_cache(maxsize=1 << 16)
-def _hash_word(word: str) -> int:
-    return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest())
+    return np.array([hash(tuple(words[start : start + N])) for start in range(len(words) - N + 1)], dtype=np.int64)
 
 
 def item_texts(document: Any) -> Iterator[str]:
@@ -89,7 +77,7 @@ class CalibrationText:
         text = cls(sources, None, frozenset(template))
         decoded = (tokenizer.decode(ids.tolist(), skip_special_tokens=True) for ids in documents.documents)
         hashes = [hash_ngrams(piece) for document in decoded for piece in text.without_template(document)]
-        return cls(sources, np.unique(np.concatenate([np.empty(0, dtype=np.uint64), *hashes])), text.template)
+        return cls(sources, np.unique(np.concatenate([np.empty(0, dtype=np.int64), *hashes])), text.template)
 
     def without_template(self, text: str) -> list[str]:
         """Return the pieces of a text between the parts of the chat template."""

@@ -27,7 +27,7 @@ from tests.conftest import made_text, made_tokenizer
 
 def calibrated_on(*texts: str, fingerprints: dict[str, Any] | None = None, **options: Any) -> CalibrationText:
     sources = identified_sources(read_params(None, options), fingerprints or {"sha256": "another"})
-    return CalibrationText(sources, np.unique(np.concatenate([np.empty(0, np.uint64), *map(hash_ngrams, texts)])))
+    return CalibrationText(sources, np.unique(np.concatenate([np.empty(0, np.int64), *map(hash_ngrams, texts)])))
 
 
 def compare(
