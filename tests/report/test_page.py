@@ -227,7 +227,7 @@ def test_the_main_results_stand_first_and_the_unseen_texts_before_all(show: Show
     assert tiles({**EVALUATION, "unseen": unseen}) == ["1.91 × the perplexity on 4 unseen texts (geometric mean)", *others]
 
 
-def test_the_distance_from_the_dense_model_is_told_for_each_text_and_first_for_the_unseen_ones(show: Show) -> None:
+def test_the_distance_from_the_dense_model_is_given_for_each_text_and_first_for_the_unseen_ones(show: Show) -> None:
     figures = {"kl": 1.5, "agreement": 0.4, "stderr_kl": 0.01}
     page = show(
         evaluation={
@@ -311,7 +311,7 @@ def test_a_method_without_a_fit_says_so(show: Show) -> None:
     assert "were removed by UIDL" in html
 
 
-def test_whole_layers_and_parts_of_the_others_are_told_together(show: Show) -> None:
+def test_whole_layers_and_parts_of_the_others_are_described_together(show: Show) -> None:
     parts = "16 of 48 MLP channels in every layer"
     repaired = {"corrected_linears": 3, "last_residual": 0.1, "removed_channels": 96, "block0": SOLVED}
     page = show(solved={"removed_layers": 2}, repaired=repaired, parts=parts)
@@ -322,7 +322,7 @@ def test_whole_layers_and_parts_of_the_others_are_told_together(show: Show) -> N
     assert "Nothing was fitted" not in page.text
 
 
-def test_parts_of_layers_are_told_when_no_whole_layer_is_removed(show: Show) -> None:
+def test_parts_of_layers_are_described_when_no_whole_layer_is_removed(show: Show) -> None:
     parts = "2 of 4 heads in every layer"
     repaired = {"removed_heads": 14, "parameters_removed": 123456, "calibration_loss": 2.5, "corrected_linears": 0}
     solved = {"removed_layers": 0}
@@ -346,7 +346,7 @@ def test_each_of_several_blocks_has_its_own_fit(show: Show) -> None:
     assert "3 of 7" in page.text
 
 
-def test_a_refit_and_a_repair_are_told(show: Show) -> None:
+def test_a_refit_and_a_repair_are_described(show: Show) -> None:
     refit = {
         "removed_layers": 2, "tokens": 32768, "weighted_residual": 0.3368, "weighted_residual_transform": 0.4066,
         "weighted_residual_removed": 0.6132, "distance_from_identity": 3.5,
@@ -359,7 +359,7 @@ def test_a_refit_and_a_repair_are_told(show: Show) -> None:
 
 
 @pytest.mark.parametrize("held_out", [True, False])
-def test_healing_is_told(held_out: bool, show: Show) -> None:
+def test_healing_is_described(held_out: bool, show: Show) -> None:
     healed = {"trained_parameters": 12345, "training_steps": 31, "training_loss_first": 0.5, "training_loss_last": 0.25}
     healed |= {"held_out_loss_first": 0.75, "held_out_loss_last": 0.625} if held_out else {}
     text = show(healed=healed).text
