@@ -34,30 +34,30 @@ def plain_text(row: Row) -> str:
     return row if isinstance(row, str) else "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in row)
 
 
-def pick_column(columns: Iterable[str], first: Mapping[str, Any], wanted: str | None, name: str) -> str:
+def pick_column(columns: Iterable[str], first: Mapping[str, Any], requested: str | None, name: str) -> str:
     """Return the column to read.
 
     Args:
         columns: the dataset's columns.
         first: its first row; a chat column is recognised by its value.
-        wanted: the parameter ``dataset_column``.
+        requested: the parameter ``dataset_column``.
         name: the dataset's name in messages.
 
     Raises:
         DatasetError: the column is missing, or none can be chosen; the message lists the columns.
     """
     columns = list(columns)
-    if wanted in columns:
-        return str(wanted)
+    if requested in columns:
+        return str(requested)
     chosen = [column for column in columns if is_chat(first.get(column))]
-    if wanted is None:
+    if requested is None:
         texts = [column for column in columns if isinstance(first.get(column), str)]
         chosen = ["text"] if "text" in columns else chosen or (texts if len(texts) == 1 else [])
     elif chosen:
-        logger.info("dataset_column: %s has no column '%s'; its chat column '%s' is used", name, wanted, chosen[0])
+        logger.info("dataset_column: %s has no column '%s'; its chat column '%s' is used", name, requested, chosen[0])
     if chosen:
         return chosen[0]
-    problem = f"{name} has no column '{excerpt(wanted)}'" if wanted else f"the text column of {name} isn't obvious"
+    problem = f"{name} has no column '{excerpt(requested)}'" if requested else f"the text column of {name} isn't obvious"
     raise DatasetError(f"dataset_column: {problem}; its columns are {excerpt(', '.join(columns)) or 'none'}.")
 
 

@@ -89,27 +89,27 @@ def _encode_corpus(
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield source and token ids, (tokens,) int64, of the corpus' documents; of a running text ``dataset_size`` pieces."""
     prefix = start_of_text(tokenizer)
-    room = params.max_length - len(prefix)
+    capacity = params.max_length - len(prefix)
     # An embedded text has no other column to choose.
     plain = corpus.plain and not tokenizer.chat_template
     encoded = (encode(plain_text(row) if plain else row, tokenizer, prefix) for row in corpus.rows)
     if corpus.running:
         texts = (encode_in_chunks(text, tokenizer, prefix) for text in corpus.rows if isinstance(text, str))
-        bodies: Iterable[tuple[int, list[int]]] = islice(_pieces(texts, room, params.seed), params.dataset_size)
+        bodies: Iterable[tuple[int, list[int]]] = islice(_pieces(texts, capacity, params.seed), params.dataset_size)
     elif params.pack:
-        bodies = enumerate(_packed(encoded, tokenizer.encode(SEPARATOR, add_special_tokens=False), room, counts))
+        bodies = enumerate(_packed(encoded, tokenizer.encode(SEPARATOR, add_special_tokens=False), capacity, counts))
     else:
         bodies = enumerate(encoded)
     for source, body in bodies:
         if not body:
             counts.empty += 1
             continue
-        counts.cut += len(body) > room
-        yield source, torch.tensor([*prefix, *body[:room]])
+        counts.cut += len(body) > capacity
+        yield source, torch.tensor([*prefix, *body[:capacity]])
 
 
-def _pieces(texts: Iterable[Iterable[list[int]]], room: int, seed: int) -> Iterator[tuple[int, list[int]]]:
-    """Cut running texts into pieces of ``room`` tokens (a shorter text is one piece) and yield them in a seeded order.
+def _pieces(texts: Iterable[Iterable[list[int]]], capacity: int, seed: int) -> Iterator[tuple[int, list[int]]]:
+    """Cut running texts into pieces of ``capacity`` tokens (a shorter text is one piece) and yield them in a seeded order.
 
     The rest of a longer text is dropped. Each piece comes with the number of its source.
     """
@@ -119,8 +119,8 @@ def _pieces(texts: Iterable[Iterable[list[int]]], room: int, seed: int) -> Itera
         before, rest = len(pieces), torch.empty(0, dtype=torch.int32)
         for chunk in chunks:
             rest = torch.cat([rest, torch.tensor(chunk, dtype=torch.int32)])
-            full = len(rest) // room * room
-            pieces += rest[:full].split(room) if full else ()
+            full = len(rest) // capacity * capacity
+            pieces += rest[:full].split(capacity) if full else ()
             rest = rest[full:].clone()
         if len(pieces) == before and len(rest):
             pieces.append(rest)
@@ -131,15 +131,15 @@ def _pieces(texts: Iterable[Iterable[list[int]]], room: int, seed: int) -> Itera
         yield sources[index], pieces[index].tolist()
 
 
-def _packed(rows: Iterable[list[int]], separator: list[int], room: int, counts: Counts) -> Iterator[list[int]]:
-    """Join rows until a document has ``room`` tokens or more; the caller drops the excess."""
+def _packed(rows: Iterable[list[int]], separator: list[int], capacity: int, counts: Counts) -> Iterator[list[int]]:
+    """Join rows until a document has ``capacity`` tokens or more; the caller drops the excess."""
     joined: list[int] = []
     for ids in rows:
         if not ids:
             counts.empty += 1
             continue
         joined += [*(separator if joined else []), *ids]
-        if len(joined) >= room:
+        if len(joined) >= capacity:
             yield joined
             joined = []
     if joined:

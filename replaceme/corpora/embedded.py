@@ -83,8 +83,8 @@ def text_articles(name: str, split: str | None) -> list[Row]:
 
     make_once(cached, name, make)
     lines = cached.read_text(encoding="utf-8").splitlines()
-    wanted = {split or text.splits[0]} if len(text.splits) > 1 else set(PARTS)
-    return [row["text"] for row in map(json.loads, lines) if _split_of(row["title"]) in wanted]
+    parts = {split or text.splits[0]} if len(text.splits) > 1 else set(PARTS)
+    return [row["text"] for row in map(json.loads, lines) if _split_of(row["title"]) in parts]
 
 
 def text_fingerprint(name: str) -> str:

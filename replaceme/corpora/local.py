@@ -81,15 +81,15 @@ def read_rows(path: Path, column: str | None, seed: int | None) -> Iterator[Row]
     chosen = pick_column(columns, first, column, short(path))
     offsets = array("q")
     with tempfile.TemporaryFile(prefix="replaceme-") as scratch:
-        for place, row in read(path, chosen):
+        for location, row in read(path, chosen):
             offsets.append(scratch.tell())
-            scratch.write(json.dumps(as_row(row.get(chosen), chosen, place)).encode() + b"\n")
+            scratch.write(json.dumps(as_row(row.get(chosen), chosen, location)).encode() + b"\n")
         for index in range(len(offsets)) if seed is None else seeded_order(len(offsets), seed).tolist():
             scratch.seek(offsets[index])
             yield json.loads(scratch.readline())
 
 
-def read_json_lines(path: Path, key: str = "dataset") -> Iterator[Record]:
+def read_json_lines(path: Path, _column: str | None = None, key: str = "dataset") -> Iterator[Record]:
     """Yield each row of a .jsonl file; empty lines are skipped. ``key`` is the parameter to name.
 
     Raises:
@@ -98,35 +98,31 @@ def read_json_lines(path: Path, key: str = "dataset") -> Iterator[Record]:
     empty = True
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            place = f"line {number} of {short(path)}"
+            location = f"line {number} of {short(path)}"
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as problem:
-                raise DatasetError(f"{key}: {place} isn't UTF-8 text (byte {problem.start}).") from None
+                raise DatasetError(f"{key}: {location} isn't UTF-8 text (byte {problem.start}).") from None
             if text.strip():
                 empty = False
-                yield place, _parse_row(text, place, key)
+                yield location, _parse_row(text, location, key)
     if empty:
         raise DatasetError(f"{key}: {short(path)} has no rows.")
 
 
-def _parse_row(text: str, place: str, key: str = "dataset") -> dict[str, Any]:
+def _parse_row(text: str, location: str, key: str = "dataset") -> dict[str, Any]:
     """Return the object that a line of JSON holds."""
     try:
         row = json.loads(text)
         json.dumps(row, ensure_ascii=False).encode()  # fails on half a surrogate pair, as of an emoji that was cut
     except (ValueError, RecursionError):
-        raise DatasetError(f"{key}: {place} isn't JSON text.") from None
+        raise DatasetError(f"{key}: {location} isn't JSON text.") from None
     if not isinstance(row, dict):
-        raise DatasetError(f"{key}: {place} must be an object with columns, not {type(row).__name__}.")
+        raise DatasetError(f"{key}: {location} must be an object with columns, not {type(row).__name__}.")
     return row
 
 
-def _read_json_lines(path: Path, column: str | None) -> Iterator[Record]:
-    return read_json_lines(path)
-
-
-def _read_json(path: Path, column: str | None) -> Iterator[Record]:
+def _read_json(path: Path, _column: str | None) -> Iterator[Record]:
     """Yield the rows of a .json file: one list of them, or one a line."""
     try:
         whole = json.loads(path.read_bytes())
@@ -134,11 +130,11 @@ def _read_json(path: Path, column: str | None) -> Iterator[Record]:
         yield from read_json_lines(path)
         return
     for number, row in enumerate(whole if isinstance(whole, list) else [whole], start=1):
-        place = f"row {number} of {short(path)}"
-        yield place, _parse_row(json.dumps(row), place)
+        location = f"row {number} of {short(path)}"
+        yield location, _parse_row(json.dumps(row), location)
 
 
-def _read_csv(path: Path, column: str | None) -> Iterator[Record]:
+def _read_csv(path: Path, _column: str | None) -> Iterator[Record]:
     """Yield the rows of a .csv file: commas, a header, and in each row as many fields. A field that is a number is one."""
     name = short(path)
     csv.field_size_limit(max(path.stat().st_size, csv.field_size_limit()))
@@ -152,11 +148,11 @@ def _read_csv(path: Path, column: str | None) -> Iterator[Record]:
             if len(set(header)) < len(header):
                 raise DatasetError(f"dataset: {name} has two columns of one name; its header is {excerpt(', '.join(header))}.")
             for fields in rows:
-                place = f"line {reader.line_num} of {name}"
+                location = f"line {reader.line_num} of {name}"
                 if len(fields) != len(header):
                     counts = f"{len(fields)} fields, not the header's {len(header)}"
-                    raise DatasetError(f"dataset: {place} has {counts}; quote a text that holds a comma.")
-                yield place, dict(zip(header, map(_number_or_text, fields), strict=True))
+                    raise DatasetError(f"dataset: {location} has {counts}; quote a text that holds a comma.")
+                yield location, dict(zip(header, map(_number_or_text, fields), strict=True))
     except UnicodeDecodeError as problem:
         raise DatasetError(f"dataset: {name} isn't UTF-8 text ({problem.reason}).") from None
     except csv.Error as problem:
@@ -191,6 +187,6 @@ def _read_parquet(path: Path, column: str | None) -> Iterator[Record]:
 
 
 READERS: Mapping[str, Callable[[Path, str | None], Iterator[Record]]] = {
-    ".jsonl": _read_json_lines, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet,
+    ".jsonl": read_json_lines, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet,
 }  # fmt: skip
 SUFFIXES = (".txt", *READERS)

@@ -74,10 +74,12 @@ def score_windows(
                 scores["likely_logs"][positions], scores["likely_ids"][positions] = logs.topk(TOP)
             if dense:
                 likely = dense["likely_ids"][positions].long().to(logs.device)
-                own = logs.gather(1, likely)
-                scores["divergences"][index] = float(kl_divergence(dense["likely_logs"][positions].to(logs.device), own).mean())
+                pruned = logs.gather(1, likely)
+                scores["divergences"][index] = float(
+                    kl_divergence(dense["likely_logs"][positions].to(logs.device), pruned).mean()
+                )
                 # Predictions of few bits tie: the dense model's most likely token counts as the same if none is more likely.
-                scores["agreements"][index] = float((own[:, 0] == logs.max(-1).values).double().mean())
+                scores["agreements"][index] = float((pruned[:, 0] == logs.max(-1).values).double().mean())
 
     for _ in progress(together(model, (partial(score, batch) for batch in batches)), description, "batches", len(batches)):
         pass

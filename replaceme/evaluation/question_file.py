@@ -26,7 +26,7 @@ def is_question_file(path: Path, task: Task) -> bool:
         return False
     if task.question or task.choices or task.answer:
         return True
-    _, row = next(read_json_lines(path, "tasks"))
+    _, row = next(read_json_lines(path, key="tasks"))
     if "question" in row and "choices" in row:
         return True
     if "text" in row:
@@ -45,20 +45,22 @@ def read_questions(path: Path, task: Task) -> Items:
     """
     question, answer, columns = task.question or "question", task.answer or "answer", task.choices or "choices"
     items = []
-    for place, row in read_json_lines(path, "tasks"):
-        query = _value(row, question, place)
+    for location, row in read_json_lines(path, key="tasks"):
+        query = _value(row, question, location)
         if not isinstance(query, str) or not query.strip():
-            raise DatasetError(f"tasks: {place}: '{question}' must be a text, not {shown(query)}.")
-        choices = _value(row, columns, place) if isinstance(columns, str) else [_value(row, name, place) for name in columns]
+            raise DatasetError(f"tasks: {location}: '{question}' must be a text, not {shown(query)}.")
+        choices = (
+            _value(row, columns, location) if isinstance(columns, str) else [_value(row, name, location) for name in columns]
+        )
         texts = isinstance(choices, list) and all(isinstance(choice, str) and choice.strip() for choice in choices)
         if not texts or len(choices) < 2:
             named = columns if isinstance(columns, str) else ", ".join(columns)
-            raise DatasetError(f"tasks: {place}: '{named}' must give at least two texts, not {shown(choices)}.")
-        gold = _value(row, answer, place)
+            raise DatasetError(f"tasks: {location}: '{named}' must give at least two texts, not {shown(choices)}.")
+        gold = _value(row, answer, location)
         if isinstance(gold, bool) or not isinstance(gold, int) or not 0 <= gold < len(choices):
             positions = f"0 to {len(choices) - 1}"
             raise DatasetError(
-                f"tasks: {place}: '{answer}' must be the right choice's position, {positions}, not {shown(gold)}."
+                f"tasks: {location}: '{answer}' must be the right choice's position, {positions}, not {shown(gold)}."
             )
         passage = {name: row[name] for name in PASSAGES if isinstance(row.get(name), str)}
         items.append({**passage, "query": query, "choices": choices, "gold": gold})
@@ -68,10 +70,10 @@ def read_questions(path: Path, task: Task) -> Items:
 def read_texts(path: Path, column: str) -> list[str]:
     """Return the texts of a column; rows without text are left out."""
     texts = []
-    for place, row in read_json_lines(path, "tasks"):
-        text = _value(row, column, place)
+    for location, row in read_json_lines(path, key="tasks"):
+        text = _value(row, column, location)
         if text is not None and not isinstance(text, str):
-            raise DatasetError(f"tasks: {place}: '{column}' must be a text, not {shown(text)}.")
+            raise DatasetError(f"tasks: {location}: '{column}' must be a text, not {shown(text)}.")
         if text and text.strip():
             texts.append(text)
     if not texts:
@@ -79,9 +81,9 @@ def read_texts(path: Path, column: str) -> list[str]:
     return texts
 
 
-def _value(row: Mapping[str, Any], column: str, place: str) -> Any:
+def _value(row: Mapping[str, Any], column: str, location: str) -> Any:
     if column not in row:
         raise DatasetError(
-            f"tasks: {place} has no column '{excerpt(column)}'; its columns are {excerpt(', '.join(row)) or 'none'}."
+            f"tasks: {location} has no column '{excerpt(column)}'; its columns are {excerpt(', '.join(row)) or 'none'}."
         )
     return row[column]

@@ -75,8 +75,8 @@ class Suite:
             tasks, groups = catalogue.load_tasks(task, fingerprint)
         else:
             tasks, groups = {task_name(task): _build_task(task)}, {}
-        if taken := self.tasks.keys() & tasks.keys():
-            raise ParameterError(f"tasks: {min(taken)} is there twice, by its own name or in a group; keep one.")
+        if twice := self.tasks.keys() & tasks.keys():
+            raise ParameterError(f"tasks: {min(twice)} is there twice, by its own name or in a group; keep one.")
         for name, single in tasks.items():
             catalogue.set_fewshots(single, task.fewshots)
             _check_length(name, single, positions)

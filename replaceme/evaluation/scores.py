@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -51,7 +50,7 @@ class Scores:
     def save(self, folder: Path) -> None:
         """Write the scores into ``folder``."""
         write_json(folder / "scores.json", self.figures)
-        save_file(self.items or {"none": torch.zeros(1)}, folder / "items.safetensors")
+        save_file(self.items, folder / "items.safetensors")
         write_json(folder / "continuations.json", self.continuations)
 
     @classmethod

@@ -88,15 +88,15 @@ def cut_windows(
         DatasetError: there is no token to predict.
     """
     prefix = start_of_text(tokenizer)
-    room = min(WINDOW, positions or WINDOW) - len(prefix)
+    capacity = min(WINDOW, positions or WINDOW) - len(prefix)
     encoded = [_encode(text, tokenizer, prefix, limit) for text in texts]
     windows: list[Tensor] = []
     numbers: list[int] = []
     scored = [0] * len(encoded)  # tokens of each text
     left = math.inf if limit is None else limit
-    for start in range(0, max(map(len, encoded), default=0), room):
+    for start in range(0, max(map(len, encoded), default=0), capacity):
         for number, ids in enumerate(encoded):
-            body = ids[start : start + int(min(room, left))]
+            body = ids[start : start + int(min(capacity, left))]
             if body and len(prefix) + len(body) >= 2:  # a single token has no prediction
                 windows.append(torch.tensor([*prefix, *body]))
                 numbers.append(number)
