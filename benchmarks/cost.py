@@ -93,13 +93,13 @@ def main(size: int | None) -> None:
         "fit of channels": lambda: fit(settings["channels"]),
         "fit of a map, repair": lambda: fit(settings["dense"].model_copy(update={"repair": True})),
         "losses of maps": lambda: cut_losses(
-            model, family, documents, cuts, stand_in="map", batch_size=params.batch_size
+            model, family, documents, cuts, surrogate="map", batch_size=params.batch_size
         ),
         "losses of refits": lambda: cut_losses(
-            model, family, documents, cuts, stand_in="refit", batch_size=params.batch_size
+            model, family, documents, cuts, surrogate="refit", batch_size=params.batch_size
         ),
         "losses of joint fits": lambda: cut_losses(
-            model, family, documents, cuts, stand_in="joint", batch_size=params.batch_size
+            model, family, documents, cuts, surrogate="joint", batch_size=params.batch_size
         ),
         "an epoch of healing": heal,
     }  # fmt: skip

@@ -59,7 +59,7 @@ def main(sizes: list[int]) -> None:
             name: [profile[key][block.host][block.end - 1] for block in blocks]
             for name, key in (("angular", "angular_distance"), ("residual", "residual"))
         }
-        measured = cut_losses(model, family, documents, blocks, stand_in="map", batch_size=params.batch_size)
+        measured = cut_losses(model, family, documents, blocks, surrogate="map", batch_size=params.batch_size)
         criteria["loss"] = [cut.rise_over(dense, shares) for cut in measured]
         print(f"\n{size} of {layers} layers, {len(blocks)} cuts: best perplexity {min(outcomes):.1f}")
         rows = [("criterion", "rank correlation", "its choice: host", "perplexity", "place")]

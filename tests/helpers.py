@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -189,21 +188,10 @@ def hooked_and_folded(model: Any, family: Family, edits: Edits) -> tuple[torch.T
 def shortened_logits(model: Any, edits: Edits, text: torch.Tensor) -> torch.Tensor:
     """Run the kept layers in order, each with the arguments that the whole model gives it, and return the logits.
 
-    A transform is applied to the layer's output: ``h − M + M T``; corrections by plain hooks on the linears. The columns of
-    removed groups are zeros.
+    A transform is applied to the layer's output: ``h − M + M T``; corrections by plain hooks on the linears.
     """
     family, whole = family_of(model.config), {}
     layers = family.decoder_layers(model)
-    corrections = dict(edits.corrections)
-    owned = []
-    for (place, name), groups in edits.kept.items():
-        weight = family.linear_of(layers[place], name).weight
-        stay = groups.repeat_interleave(weight.shape[1] // len(groups)).to(weight)
-        if (place, name) in corrections:
-            corrections[place, name] = (corrections[place, name][0] * stay, corrections[place, name][1])
-        owned.append((weight, weight.data))
-        weight.data = weight.data * stay
-    edits = replace(edits, corrections=corrections)
 
     def note(index: int) -> Any:
         def hook(_module: Any, args: Any, kwargs: Any) -> None:
@@ -240,13 +228,7 @@ def shortened_logits(model: Any, edits: Edits, text: torch.Tensor) -> torch.Tens
                 features: list[torch.Tensor] = []
                 linear = layer.get_submodule(family.mlp_output)
                 hooks.append(linear.register_forward_pre_hook(lambda _, args, kept=features: kept.append(args[0])))
-        if index in edits.without_attention:
-            attention = layer.get_submodule(edits.without_attention[index][0])
-            hooks.append(attention.register_forward_hook(lambda _m, _a, out: (torch.zeros_like(out[0]), *out[1:])))
         own = {name: parameter.detach().clone() for name, parameter in layer.named_parameters()}
-        for (place, name), value in edits.parameters.items():
-            if place == index:
-                parameter_of(layer, name).copy_(value)
         # With a norm after the MLP, a change of the rotated weight is no summand of the output.
         by_hand = family.norm_after_mlp and index in edits.transforms and (index, "mlp_output") in edits.corrections
         if by_hand:
@@ -279,8 +261,6 @@ def shortened_logits(model: Any, edits: Edits, text: torch.Tensor) -> torch.Tens
     last = layers[-1].register_forward_hook(lambda _m, _a, out: (state, *out[1:]) if isinstance(out, tuple) else state)
     logits: torch.Tensor = model(text, use_cache=False).logits
     last.remove()
-    for weight, data in owned:
-        weight.data = data
     return logits
 
 

@@ -13,7 +13,7 @@ from replaceme.base.files import read_json, write_json
 
 # What replaces a block: nothing, a factor, a linear map, new weights of the last linear of the host's MLP, or new weights of
 # that and of the output projection of the host's attention.
-StandIn = Literal["nothing", "scalar", "map", "refit", "joint"]
+Surrogate = Literal["nothing", "scalar", "map", "refit", "joint"]
 
 
 @dataclass(frozen=True)

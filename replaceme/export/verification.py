@@ -33,7 +33,7 @@ from replaceme.export.transformers4 import add_older_keys
 from replaceme.models.families import Family, parameter_of
 from replaceme.models.memory import parts_of, stream
 from replaceme.models.model import Model, layer_count, proof_dtypes, stored_dtype, working_dtype
-from replaceme.models.own_form import is_own_form
+from replaceme.models.own_form import is_own_form, own_config
 from replaceme.models.streaming import value_of
 from replaceme.models.together import together
 
@@ -120,10 +120,11 @@ def verify_export(dense: Model, pruned: Model, edits: Edits, documents: Document
         "tolerance": tolerance,
     }
     changed = {_layer_of(name, family) for name in edited}
-    checks = [("the state that enters the layers differs", inputs[FIRST], outputs[FIRST], bool(edits.bases))]
+    # None stands for what is outside of the layers.
+    checks = [("the state that enters the layers differs", inputs[FIRST], outputs[FIRST], None in changed)]
     for layer, at in position.items():
         checks.append((f"the state after layer {layer} differs", inputs[at], outputs[at], at in changed))
-    checks.append(("the logits differ", expected_logits, logits, bool(edits.bases) or edits.scale(kept[-1] + 1) != 1))
+    checks.append(("the logits differ", expected_logits, logits, None in changed or edits.scale(kept[-1] + 1) != 1))
     for what, state, own, rounded in checks:
         # What no edit changes has the same input and the same weights.
         error, limit = float(usual(_relative_errors(state, own))), tolerance if rounded else min(EXACT, tolerance)
@@ -150,7 +151,7 @@ def wrong_entries(dense: Model, pruned: Model, family: Family, edits: Edits) -> 
     ignored = ORIGIN | (add_older_keys(found).keys() - expected.keys())
     if is_own_form(pruned.folder):
         ignored |= OWN_FORM
-        expected |= {"hidden_size": edits.width} if edits.width else {}
+        expected |= own_config(edits.own_form(family.layers))
     entries = sorted((expected.keys() | found.keys()) - ignored)
     wrong = [f"{name} in config.json" for name in entries if expected.get(name) != found.get(name)]
     files = [model.folder / "generation_config.json" for model in (dense, pruned)]

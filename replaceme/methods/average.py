@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from replaceme.base.combinations import Values
+from replaceme.base.errors import ParameterError
 from replaceme.base.params import Params
 from replaceme.base.plan import Block
 from replaceme.methods.method import Method, Solved, Statistics
 
 if TYPE_CHECKING:
     from replaceme.models.families import Family
+    from replaceme.models.model import Model
 
 
 def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
@@ -24,11 +25,11 @@ def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
     return Solved(Edits("averaged layers", [], mixtures={block.host: dict.fromkeys(layers, 1 / len(layers))}))
 
 
-def refuses(values: Values, kind: str, family: Family) -> list[str]:
+def check(params: Params, model: Model, family: Family) -> None:
     """Refuse mixtures of experts: experts of different layers do not correspond."""
     if family.experts:
-        return [f"method: average is not derived for the mixture of experts of the family '{kind}'; use uidl."]
-    return []
+        kind = model.config().model_type
+        raise ParameterError(f"method: average is not derived for the mixture of experts of the family '{kind}'; use uidl.")
 
 
-METHOD = Method(solve=solve, words="averages one block with its host", several=False, refuses=refuses)
+METHOD = Method(solve=solve, words="averages one block with its host", several=False, check=check)

@@ -9,7 +9,7 @@ w = 1/‖H‖² every token counts by its relative error, so that a few of massi
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
@@ -19,6 +19,10 @@ from replaceme.base.plan import Block
 from replaceme.base.progress import logger
 from replaceme.methods.method import Method, Solved, Statistics, require_tokens
 from replaceme.selection.criteria import MEAN_COSINE
+
+if TYPE_CHECKING:
+    from replaceme.models.families import Family
+    from replaceme.models.model import Model
 
 
 class Weighting(Settings):
@@ -58,14 +62,21 @@ def _stream(params: Params) -> str:
     return "stream_weighted" if Weighting.of(params).ghosted_weighted else "stream"
 
 
+def check(params: Params, model: Model, family: Family) -> None:
+    """Refuse models that the operator can't be added to, and text with fewer tokens than the model is wide."""
+    from replaceme.models.own_form import check_own_form
+
+    check_own_form(model.config())
+    require_tokens(params, model)
+
+
 METHOD = Method(
     settings=Weighting,
     shared={"alpha": Use(("solve", "repair"))},
-    stand_in=lambda params: "map",
+    surrogate=lambda params: "map",
     statistics=lambda params: (_stream(params), "sample"),
     solve=solve,
-    check=require_tokens,
+    check=check,
     criterion=MEAN_COSINE,
-    plain=lambda params: False,
     words="maps the whole state after the host",
 )

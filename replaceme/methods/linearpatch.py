@@ -68,9 +68,11 @@ def _magnitudes(params: Params) -> str:
 
 
 def check(params: Params, model: Model, family: Family) -> None:
-    """Raise ParameterError if no Hadamard matrix of the model's width is constructed here."""
+    """Refuse models that the operator can't be added to, and widths of which no Hadamard matrix is constructed here."""
+    from replaceme.models.own_form import check_own_form
     from replaceme.observers.hadamard import hadamard
 
+    check_own_form(model.config())
     width = int(model.config().hidden_size)
     if Form.of(params).linearpatch_form == "hadamard" and hadamard(width) is None:
         raise ParameterError(
@@ -84,7 +86,6 @@ METHOD = Method(
     statistics=lambda params: (_magnitudes(params), "stream", "sample"),
     solve=solve,
     criterion=MEAN_COSINE,
-    plain=lambda params: False,
     words="maps the whole state after the host",
     check=check,
 )

@@ -6,8 +6,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from replaceme.base.combinations import TRANSFORMS, Use, Values
+from replaceme.base.errors import ParameterError
 from replaceme.base.params import Params
-from replaceme.base.plan import Block, StandIn
+from replaceme.base.plan import Block, Surrogate
 from replaceme.base.progress import logger
 from replaceme.methods.method import Method, Solved, Statistics, require_tokens
 
@@ -73,7 +74,7 @@ def _statistics(params: Params) -> tuple[str, ...]:
     return (FEATURES[params.transform],) if params.transform in FEATURES else ("gram", "sample")
 
 
-def _stand_in(params: Params) -> StandIn:
+def _surrogate(params: Params) -> Surrogate:
     # The first solution of channels is a joint one.
     return "refit" if params.transform == "refit" else "joint" if params.transform in FEATURES else "map"
 
@@ -86,29 +87,24 @@ def _refusals(values: Values) -> list[str]:
     return []
 
 
-def _refuses(values: Values, kind: str, family: Family) -> list[str]:
-    if family.norm_after_mlp and values["transform"] != "orthogonal":
-        return [
-            f"transform: {values['transform']} does not fold into the norm after the MLP of the family '{kind}'; "
-            "use orthogonal."
-        ]
-    return []
-
-
 def _check(params: Params, model: Model, family: Family) -> None:
+    if family.norm_after_mlp and params.transform != "orthogonal":
+        raise ParameterError(
+            f"transform: {params.transform} does not fold into the norm after the MLP of the family "
+            f"'{model.config().model_type}'; use orthogonal."
+        )
     # A diagonal map has one equation an entry. An orthogonal one is found with few tokens too, if not the only one.
     if params.transform not in ("diagonal", "orthogonal"):
-        require_tokens(params, model, family)
+        require_tokens(params, model)
 
 
 METHOD = Method(
     shared={"alpha": Use(("solve", "repair"))},
-    stand_in=_stand_in,
+    surrogate=_surrogate,
     statistics=_statistics,
     solve=solve,
     check=_check,
     words="fits a replacement for the block",
     transforms=TRANSFORMS,
     refusals=_refusals,
-    refuses=_refuses,
 )

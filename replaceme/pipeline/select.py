@@ -23,16 +23,16 @@ def select(params: Params, work: Workspace) -> None:
     """Write the blocks and metrics/select.json."""
     profile = read_json(work.profile / "profile.json")
     distances, residuals, criterion = profile["angular_distance"], profile["residual"], criterion_of(params)
-    stand_in, folder = METHODS[params.method].stand_in(params), work.blocks.parent
+    surrogate, folder = METHODS[params.method].surrogate(params), work.blocks.parent
     folder.mkdir(parents=True, exist_ok=True)
     if params.remove is not None:
         params = within_budget(params, recorded_model(params, work.model_input), criterion)
     choice = Choice(
-        params, profile, allowed_starts(params, len(distances), criterion), stand_in,
+        params, profile, allowed_starts(params, len(distances), criterion), surrogate,
         partial(_loaded, params, work), partial(Documents.load, work.documents), folder,
     )  # fmt: skip
     blocks, figures = criterion.choose(choice)
-    if stand_in == "scalar" and any(block.scale is None for block in blocks):
+    if surrogate == "scalar" and any(block.scale is None for block in blocks):
         model, family = scalable(*choice.model, choice.documents)
         blocks = compensated(model, family, choice.documents, blocks, batch_size=params.batch_size)
     save_blocks(blocks, work.blocks)
@@ -71,5 +71,5 @@ STAGE = Stage(
     metrics=("select",),
     code=("base", "models", "observers", "edits", "solvers", "selection", "methods"),
     methods=METHODS,
-    shared=lambda params, work: criterion_of(params).shared or METHODS[params.method].stand_in(params) == "scalar",
+    shared=lambda params, work: criterion_of(params).shared or METHODS[params.method].surrogate(params) == "scalar",
 )  # fmt: skip

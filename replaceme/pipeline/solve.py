@@ -48,7 +48,7 @@ def solve(params: Params, work: Workspace) -> None:
         logger.info(
             "solve: %d layers are removed; what replaces them is fitted in the repair stage, with narrower MLPs", removed
         )
-    elif removed and not (METHODS[params.method].work or solved.edits.changes() or solved.edits.operators):
+    elif removed and not (METHODS[params.method].fit_on_model or solved.edits.changes() or solved.edits.operators):
         logger.info("solve: %d layers are removed, and nothing replaces them", removed)
 
 

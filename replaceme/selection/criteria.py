@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any
 
 from replaceme.base.errors import ParameterError
 from replaceme.base.params import Params
-from replaceme.base.plan import Block, StandIn, runs
+from replaceme.base.plan import Block, Surrogate, runs
 from replaceme.base.progress import logger
 from replaceme.selection.blocks import bounds, check_room, several, smallest, starts_between
 
@@ -56,7 +56,7 @@ class Choice:
         params: the setting.
         profile: the content of ``profile.json``.
         starts: the allowed starts of a block.
-        stand_in: what takes the block's place.
+        surrogate: what takes the block's place.
         load: loads the dense model and its description, for criteria that run it.
         read: reads the calibration documents, for the same criteria.
         folder: where scratch files may lie.
@@ -65,7 +65,7 @@ class Choice:
     params: Params
     profile: Mapping[str, Any]
     starts: range
-    stand_in: StandIn
+    surrogate: Surrogate
     load: Callable[[], tuple[Any, Family]]
     read: Callable[[], Documents]
     folder: Path
@@ -153,9 +153,9 @@ def _loss(choice: Choice) -> tuple[list[Block], Figures]:
     (model, family), profile, params = choice.model, choice.profile, choice.params
     # For an empty cut, the residual of a map is a poor predictor, and the angle alone misses good cuts too.
     rankings = [profile["residual"]]
-    if choice.stand_in in ("nothing", "scalar"):
+    if choice.surrogate in ("nothing", "scalar"):
         rankings = [profile["angular_distance"], *rankings]
-    return lowest_loss(model, family, choice.documents, params, rankings, choice.starts, choice.stand_in)
+    return lowest_loss(model, family, choice.documents, params, rankings, choice.starts, choice.surrogate)
 
 
 def _enough_documents(params: Params, layers: int) -> None:

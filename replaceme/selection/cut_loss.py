@@ -23,7 +23,7 @@ from replaceme.base.documents import HELD_OUT_EVERY, Batch, Documents, excerpts_
 from replaceme.base.errors import ParameterError
 from replaceme.base.group import add_up
 from replaceme.base.params import Params
-from replaceme.base.plan import Block, StandIn
+from replaceme.base.plan import Block, Surrogate
 from replaceme.base.progress import logger, progress
 from replaceme.edits.edits import Edits
 from replaceme.models.families import Family, Linear, parameter_of
@@ -44,7 +44,7 @@ SHORTLIST, TOKENS = 6, 16_384
 REFIT_RIDGE, GRAM_BYTES = 0.3, 4 << 30
 
 # The linears solved for, by stand-in.
-LINEARS_OF: Mapping[StandIn, Sequence[Linear]] = {"refit": ("mlp_output",), "joint": LINEARS}
+LINEARS_OF: Mapping[Surrogate, Sequence[Linear]] = {"refit": ("mlp_output",), "joint": LINEARS}
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def dense_losses(model: Any, documents: Documents, batch_size: int) -> Losses:
 
 
 def cut_losses(
-    model: Any, family: Family, documents: Documents, blocks: Sequence[Block], *, stand_in: StandIn, batch_size: int
+    model: Any, family: Family, documents: Documents, blocks: Sequence[Block], *, surrogate: Surrogate, batch_size: int
 ) -> list[Losses]:
     """Return the next-token losses with each of the blocks removed.
 
@@ -129,7 +129,7 @@ def cut_losses(
         family: its description.
         documents: calibration text.
         blocks: the cuts.
-        stand_in: what takes the block's place.
+        surrogate: what takes the block's place.
         batch_size: documents in a batch.
 
     Raises:
@@ -137,11 +137,11 @@ def cut_losses(
     """
     fit, excerpts = _split(documents)
     cuts = [Edits("", [*block.layers]) for block in blocks]
-    if stand_in == "map":
+    if surrogate == "map":
         _fit_maps(model, family, fit, blocks, cuts, batch_size)
-    elif stand_in in LINEARS_OF:
-        _refit(model, family, fit, blocks, cuts, batch_size, LINEARS_OF[stand_in])
-    elif stand_in == "scalar":
+    elif surrogate in LINEARS_OF:
+        _refit(model, family, fit, blocks, cuts, batch_size, LINEARS_OF[surrogate])
+    elif surrogate == "scalar":
         for block, edits, gain in zip(blocks, cuts, gains(model, family, fit, blocks, batch_size=batch_size), strict=True):
             edits.operators[block.host] = torch.tensor(gain, dtype=torch.float64)
     # A cut changes nothing before it: those states are computed once.
@@ -214,7 +214,7 @@ def lowest_loss(
     params: Params,
     rankings: Sequence[list[list[float]]],
     starts: range,
-    stand_in: StandIn,
+    surrogate: Surrogate,
 ) -> tuple[list[Block], dict[str, Any]]:
     """Return the block whose removal raises the loss least, and the figures of the measured ones.
 
@@ -227,7 +227,7 @@ def lowest_loss(
         params: ``layers_to_skip`` layers go; with ``tolerated_loss``, at most these, as many as raise the loss by no more.
         rankings: values (host × last removed layer) each; the ``SHORTLIST`` blocks with the smallest values are measured.
         starts: the allowed starts of a block of ``layers_to_skip`` layers.
-        stand_in: what takes the block's place.
+        surrogate: what takes the block's place.
 
     Raises:
         ParameterError: the predictions overflow, or no layer can go for ``tolerated_loss``.
@@ -243,7 +243,7 @@ def lowest_loss(
         """Measure the best blocks of this many layers, and return the lowest rise."""
         longer, each = range(starts.start, starts.stop + limit - count), SHORTLIST // len(rankings)
         candidates = [*dict.fromkeys(chain(*(smallest(values, longer, count, each) for values in rankings)))]
-        losses = cut_losses(model, family, documents, candidates, stand_in=stand_in, batch_size=params.batch_size)
+        losses = cut_losses(model, family, documents, candidates, surrogate=surrogate, batch_size=params.batch_size)
         measured = [
             Measured(block, cut.rise_over(dense, shares), cut.mean) for block, cut in zip(candidates, losses, strict=True)
         ]

@@ -15,7 +15,7 @@ layer are read from scratch files, which one pass writes.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -30,7 +30,7 @@ from replaceme.base.documents import Batch, Documents, seeded_order
 from replaceme.base.group import share
 from replaceme.edits.edits import Edits
 from replaceme.edits.fold import changed_parameters
-from replaceme.edits.unfused import unfused
+from replaceme.edits.unfused import replaced_parameter, unfused
 from replaceme.models.families import Family, Linear, in_torch_layout, parameter_of
 from replaceme.models.layers import Start, begun_at, gradients_for, passed_by
 from replaceme.observers.features import LINEARS
@@ -118,9 +118,13 @@ class Predictions:
     def begun(self) -> Iterator[None]:
         """Apply the edits to the model's computation inside the block; the trained parameters come with each pass."""
         learnt = {(layer, name) for layer, _, name in self.trained}
-        standing_in = {place: value for place, value in self.changed.items() if place not in learnt}
-        folded = Edits(self.edits.title, self.edits.removed_layers, operators=self.edits.operators, parameters=standing_in)
-        with gradients_for(self.model), unfused(self.model, self.family, folded):
+        folded = {place: value for place, value in self.changed.items() if place not in learnt}
+        rest = Edits(self.edits.title, self.edits.removed_layers, operators=self.edits.operators)
+        with ExitStack() as stack:
+            stack.enter_context(gradients_for(self.model))
+            for (layer, name), value in folded.items():
+                stack.enter_context(replaced_parameter(self.layers[layer], name, value))
+            stack.enter_context(unfused(self.model, self.family, rest))
             yield
 
     def loss(self, parameters: Mapping[str, Tensor], documents: Sequence[int], step: int | None) -> Tensor:

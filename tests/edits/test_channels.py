@@ -21,7 +21,6 @@ from replaceme.edits.fold import apply_edits
 from replaceme.edits.unfused import unfused
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import verify_export
-from replaceme.methods.refusals import family_refusals
 from replaceme.methods.registry import METHODS
 from replaceme.models.families import family_of, inputs_of
 from replaceme.models.model import Model
@@ -30,7 +29,7 @@ from replaceme.observers.walk import walk
 from replaceme.repair.channel_choice import Candidates, Screened, best_channels, likely_channels, most_compared
 from tests.conftest import PLAIN, made_model
 from tests.helpers import many_documents, passing
-from tests.methods.helpers import BLOCK, same_weights, solved
+from tests.methods.helpers import BLOCK, model_refusals, same_weights, solved
 
 FOLDING = [kind for kind in PLAIN if not kind.startswith("falcon")]
 
@@ -349,9 +348,8 @@ def test_settings_and_families_without_channels_are_refused() -> None:
         "use_4bit: transform channels puts rows of several layers' weights together, and 4-bit ones are packed; use false."
     ]
     assert not refusals(values, METHODS["lstsq"])
-    (sentence,) = family_refusals(values, "falcon", family_of(made_model("falcon").config))
-    assert sentence.startswith("transform: channels folds the norm before an MLP into its linears")
-    (sentence,) = family_refusals(values, "opt", family_of(made_model("opt", enable_bias=False).config))
-    assert sentence.startswith("transform: channels folds the norm before an MLP into its linears")
+    for model in ("falcon", made_model("opt", enable_bias=False)):
+        (sentence,) = model_refusals(model, transform="channels")
+        assert sentence.startswith("transform: channels folds the norm before an MLP into its linears")
     (sentence,) = refusals({**values, "method": "cosine"}, METHODS["cosine"])
     assert sentence.startswith("transform: channels solves least squares")

@@ -17,6 +17,7 @@ from replaceme.edits.edits import Edits
 from replaceme.export import verification
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import verify_export
+from replaceme.methods.slicegpt import Slicing, sliced_config
 from replaceme.models.model import Model
 from tests.conftest import LAYERS, WIDTH, made_model, made_tokenizer
 from tests.helpers import TEXT, edits_for, edits_of, many_documents
@@ -189,11 +190,12 @@ def test_the_proof_reaches_beyond_a_window_that_is_longer_than_its_text(
         verify_export(source, pruned, edits, documents)
 
 
-def narrower(layers: int) -> Edits:
+def narrower(source: Model, layers: int) -> Edits:
     """Return edits that make the stream narrower, with a basis at each signal, as slicegpt does."""
     generator = torch.Generator().manual_seed(3)
     made = [torch.randn(WIDTH, WIDTH - 2, generator=generator) for _ in range(2 * layers + 1)]
-    return Edits("test", [], bases=[torch.linalg.qr(matrix)[0].contiguous() for matrix in made])
+    slicing = Slicing([torch.linalg.qr(matrix)[0].contiguous() for matrix in made])
+    return Edits("test", [], config=sliced_config(source.config(), slicing), model_edit=slicing)
 
 
 @pytest.fixture
@@ -207,11 +209,11 @@ def deep(tmp_path: Path) -> Model:
 def test_an_honest_export_of_many_layers_passes_however_large_it_is(
     deep: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_pruned(deep, narrower(30), tmp_path / "pruned")
+    save_pruned(deep, narrower(deep, 30), tmp_path / "pruned")
     large = []
     for limit in (8 << 30, 0):
         monkeypatch.setattr("replaceme.models.model.FLOAT32_BYTES", limit)
-        large.append(verify_export(deep, Model(tmp_path / "pruned", "pruned"), narrower(30), many_documents(4)))
+        large.append(verify_export(deep, Model(tmp_path / "pruned", "pruned"), narrower(deep, 30), many_documents(4)))
     # The errors of thirty layers together exceed what the rounding of one explains.
     assert large[0]["hidden_error_mean"] > large[0]["tolerance"]
     assert large[0] == large[1]

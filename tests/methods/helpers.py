@@ -1,25 +1,30 @@
-"""The edits as the stages solve and repair make them, for tests of repair, channels and healing."""
+"""The edits as the stages solve and repair make them, for tests of repair, channels and healing; and what is refused."""
 
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from replaceme.base.documents import Documents
+from replaceme.base.errors import ParameterError
 from replaceme.base.params import read_params
 from replaceme.base.plan import Block, Plan
 from replaceme.edits.edits import Edits
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import verify_export
+from replaceme.methods.refusals import check_model
 from replaceme.methods.registry import METHODS
-from replaceme.models.families import family_of
+from replaceme.models.families import Family, family_of
 from replaceme.models.model import Model
 from replaceme.observers.statistics import take_statistics
 from replaceme.repair.mend import mend
 from replaceme.repair.state import Repair
+from tests.conftest import WIDTH, made_model
 from tests.helpers import TEXT, shortened_logits
 
 BLOCK = Block(2, 4)
@@ -59,3 +64,25 @@ def assert_saved_computes_edits(source: Model, edits: Edits, documents: Document
     expected = shortened_logits(source.load(), edits, TEXT)
     with torch.no_grad():
         assert (loaded(TEXT).logits - expected).norm() < 1e-3 * expected.norm()
+
+
+def setting_refusal(**options: Any) -> str:
+    """Return the one sentence that refuses options of the command line."""
+    with pytest.raises(ParameterError) as caught:
+        read_params(None, options, METHODS)
+    (problem,) = caught.value.problems
+    assert problem.startswith("command line: ")
+    return problem.removeprefix("command line: ")
+
+
+def model_refusals(given: Any, **options: Any) -> list[str]:
+    """Return the sentences that refuse options for a model: ``given``, a tiny one of that name, or one of that description."""
+    model = made_model(given) if isinstance(given, str) else given
+    if isinstance(given, Family):
+        model = SimpleNamespace(config=SimpleNamespace(model_type="x", hidden_size=WIDTH))
+    source: Any = SimpleNamespace(config=lambda: model.config, skeleton=lambda config: model)
+    try:
+        check_model(read_params(None, options), source, given if isinstance(given, Family) else family_of(model.config))
+    except ParameterError as refusal:
+        return refusal.problems
+    return []

@@ -25,7 +25,6 @@ from replaceme.edits.unfused import unfused
 from replaceme.export.card import model_card
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import verify_export, wrong_weights
-from replaceme.methods.refusals import family_refusals
 from replaceme.methods.registry import METHODS, criterion_of
 from replaceme.models.families import Family, family_of
 from replaceme.models.model import Model
@@ -35,6 +34,7 @@ from replaceme.selection.collapse import Way, blocks_of, check_alike, collapse, 
 from replaceme.selection.criteria import allowed_starts
 from tests.conftest import EXPERTS, KINDS, LAYERS, OBSTACLES, PLAIN, made_model
 from tests.helpers import TEXT, call, many_documents
+from tests.methods.helpers import model_refusals
 
 DENSE = [kind for kind in KINDS if kind not in EXPERTS]
 # Layers 1 to 3 were merged, then 0 to 2 of the remaining ones: layer 0 absorbed the mixture and layer 4.
@@ -376,11 +376,10 @@ def test_merges_too_far_apart_are_named() -> None:
 
 
 def test_experts_are_not_merged_and_norms_are_no_obstacle() -> None:
-    values = read_params(None, {"method": "laco"}).model_dump()
-    (said,) = family_refusals(values, "mixtral", OBSTACLES["experts"])
+    (said,) = model_refusals("mixtral", method="laco")
     assert said.startswith("method: laco is not derived for the mixture of experts of the family 'mixtral'")
-    assert family_refusals(values, "gemma2", OBSTACLES["norm"]) == []
-    assert family_refusals(values, "x", OBSTACLES["undescribed"]) == []
+    assert model_refusals(OBSTACLES["norm"], method="laco") == []
+    assert model_refusals(OBSTACLES["undescribed"], method="laco") == []
 
 
 def test_the_keys_belong_to_laco_alone(caplog: pytest.LogCaptureFixture) -> None:

@@ -9,18 +9,19 @@ import pytest
 import torch
 
 from replaceme import commands
+from replaceme.base.errors import ModelError
 from replaceme.base.params import read_params
 from replaceme.base.plan import Block
 from replaceme.edits.edits import rotation_and_gains
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import verify_export
-from replaceme.methods.refusals import family_refusals
 from replaceme.methods.registry import METHODS
 from replaceme.models.families import Family, family_of
 from replaceme.models.model import Model
 from replaceme.observers.statistics import take_statistics
-from tests.conftest import EXPERTS, NORM_AFTER_MLP, OBSTACLES
+from tests.conftest import EXPERTS, NORM_AFTER_MLP, OBSTACLES, made_model
 from tests.helpers import call, many_documents, passing
+from tests.methods.helpers import model_refusals
 
 BLOCK = Block(2, 4)
 OBSTRUCTED = NORM_AFTER_MLP + EXPERTS
@@ -71,18 +72,8 @@ def test_the_whole_command_prunes_them_calibrated_in_another_format_than_the_sto
     kind: str, save_tiny: Callable[..., Model], text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = save_tiny(kind)
-    options = [
-        "--model",
-        source.folder,
-        "--dataset",
-        text_file,
-        "--dataset_size",
-        20,
-        "--max_length",
-        48,
-        "--dtype",
-        "bfloat16",
-    ]
+    options = ["--model", source.folder, "--dataset", text_file, "--dataset_size", 20, "--max_length", 48]
+    options += ["--dtype", "bfloat16"]
     options += ["--layers_to_skip", 1, "--num_A", 2, "--tasks", "[]", "--save_path", tmp_path / "pruned", "--threads", 1]
     call(commands.run_replaceme, *options, "--transform", transform_of(kind), "--selection", "residual")
     assert Model(tmp_path / "pruned", "pruned").config().num_hidden_layers == 4
@@ -99,19 +90,8 @@ def test_a_cut_that_breaks_the_pattern_of_a_family_is_reported(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     options = ["--model", save_tiny("gemma2").folder, "--dataset", text_file, "--dataset_size", 5, "--max_length", 48]
-    options += [
-        "--dtype",
-        "float32",
-        "--layers_to_skip",
-        1,
-        "--tasks",
-        "[]",
-        "--save_path",
-        tmp_path / "pruned",
-        "--threads",
-        1,
-    ]
-    limits = ["--min_distance_layer", first, "--max_distance_layer", first + 1]
+    options += ["--dtype", "float32", "--tasks", "[]", "--threads", 1, "--save_path", tmp_path / "pruned"]
+    limits = ["--layers_to_skip", 1, "--min_distance_layer", first, "--max_distance_layer", first + 1]
     call(commands.run_replaceme, *options, *limits, "--method", "uidl")
     assert ("layer_types no longer follows the family's pattern" in capsys.readouterr().err) == warned
 
@@ -144,6 +124,31 @@ def test_a_cut_that_breaks_the_pattern_of_a_family_is_reported(
 def test_settings_that_are_not_exact_or_not_derived_for_a_family_are_refused(
     obstacle: Any, options: dict[str, Any], said: list[str]
 ) -> None:
-    found = family_refusals(read_params(None, options).model_dump(), "x", OBSTACLES[obstacle] if obstacle else Family())
+    found = model_refusals(OBSTACLES[obstacle] if obstacle else Family(), **options)
     assert len(found) == len(said)
     assert all(start in sentence for start, sentence in zip(said, found, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "refused"),
+    [
+        ({"method": "ghosted"}, True),
+        ({"method": "linearpatch"}, True),
+        ({"method": "slicegpt", "layers_to_skip": 1}, True),
+        ({"method": "slicegpt", "layers_to_skip": 1, "plain": True}, False),
+        ({"method": "llm_pruner", "layers_to_skip": 1, "min_distance_layer": 1, "max_distance_layer": 5}, True),
+        ({"method": "llm_pruner", "layers_to_skip": 1, "plain": True}, False),
+        ({"method": "llm_streamline"}, False),
+        ({"method": "llm_streamline", "llm_streamline_form": "mlp"}, True),
+        ({"method": "llm_streamline", "llm_streamline_form": "mlp", "plain": True}, False),
+        ({"method": "lstsq"}, False),
+    ],
+)
+def test_a_form_of_our_own_is_not_built_on_a_models_own_code(options: dict[str, Any], refused: bool) -> None:
+    model = made_model()
+    model.config.auto_map = {"AutoConfig": "foreign.Config"}
+    if refused:
+        with pytest.raises(ModelError, match=r"method: the result of this method needs a modelling file of its own"):
+            model_refusals(model, **options)
+    else:
+        assert model_refusals(model, **options) == []
