@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from replaceme.arguments import ALIASES
 from replaceme.base.documents import Documents
+from replaceme.base.plan import Block
 from replaceme.edits.edits import Edits
 from replaceme.edits.fold import apply_edits
 from replaceme.edits.unfused import unfused
@@ -63,6 +64,12 @@ def made_transform(seed: int = 0) -> torch.Tensor:
 def edits_for(start: int, length: int) -> Edits:
     """Return edits that remove ``length`` layers and transform their host's MLP output."""
     return Edits("test", list(range(start, start + length)), {start - 1: made_transform()})
+
+
+def mixing(*blocks: Block) -> Edits:
+    """Return edits that merge blocks into the layers before them."""
+    mixtures = {block.host: block.mixture for block in blocks}
+    return Edits("test", [layer for block in blocks for layer in block.layers], mixtures=mixtures)
 
 
 def edits_of(start: int, length: int, model: Any) -> Edits:
@@ -178,8 +185,10 @@ def passing(model: Any, layer: int, documents: Documents) -> dict[str, np.ndarra
 @torch.no_grad()
 def hooked_and_folded(model: Any, family: Family, edits: Edits) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the logits of ``TEXT`` with the edits unfused, and after they are folded into the model, which is changed."""
+    before = model(TEXT, use_cache=False).logits
     with unfused(model, family, edits):
         hooked = model(TEXT, use_cache=False).logits
+    assert torch.equal(model(TEXT, use_cache=False).logits, before), "the hooks of the edits changed the model"
     apply_edits(model, family, edits)
     return hooked, model(TEXT, use_cache=False).logits
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -17,6 +16,7 @@ from replaceme.base.plan import Block, Plan
 from replaceme.edits.edits import Edits
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import verify_export
+from replaceme.methods.method import Solved
 from replaceme.methods.refusals import check_model
 from replaceme.methods.registry import METHODS
 from replaceme.models.families import Family, family_of
@@ -48,6 +48,17 @@ def solved(
     return edits, partial(mend, params, model, family, documents, edits, plan)
 
 
+def solved_alone(
+    method: str, model: Any, documents: Documents, block: Block = BLOCK, batch_size: int = 4, **options: Any
+) -> Solved:
+    """Return a method's solution of a block from its statistics, with the block removed."""
+    params, declared = read_params(None, {"method": method, **options}), METHODS[method]
+    taken = take_statistics(model, family_of(model.config), documents, block, declared.statistics(params), batch_size)
+    made = declared.solve(params, block, taken.__getitem__)
+    made.edits.removed_layers = [*block.layers]
+    return made
+
+
 def same_weights(a: Any, b: Any, tolerance: float = 1e-3) -> bool:
     pairs = zip(a.parameters(), b.parameters(), strict=True)
     return all(
@@ -64,15 +75,6 @@ def assert_saved_computes_edits(source: Model, edits: Edits, documents: Document
     expected = shortened_logits(source.load(), edits, TEXT)
     with torch.no_grad():
         assert (loaded(TEXT).logits - expected).norm() < 1e-3 * expected.norm()
-
-
-def setting_refusal(**options: Any) -> str:
-    """Return the one sentence that refuses options of the command line."""
-    with pytest.raises(ParameterError) as caught:
-        read_params(None, options, METHODS)
-    (problem,) = caught.value.problems
-    assert problem.startswith("command line: ")
-    return problem.removeprefix("command line: ")
 
 
 def model_refusals(given: Any, **options: Any) -> list[str]:

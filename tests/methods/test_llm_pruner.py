@@ -1,6 +1,5 @@
 """LLM-Pruner: groups of heads and channels, their importance, and models without some of them."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +11,8 @@ from accelerate import dispatch_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from replaceme import commands
 from replaceme.base.documents import Documents
 from replaceme.base.errors import ModelError, ParameterError, VerificationError
-from replaceme.base.files import read_json
 from replaceme.base.params import Params, read_params
 from replaceme.base.plan import Plan
 from replaceme.base.workspace import Workspace
@@ -42,15 +39,14 @@ from replaceme.models.model import Model
 from replaceme.models.own_form import is_own_form
 from replaceme.pipeline.inputs import inspect_inputs
 from tests.conftest import DESCRIBED, FAMILY_CONFIGS, KINDS, LAYERS, made_model
-from tests.helpers import TEXT, call, hooked_and_folded
-from tests.methods.helpers import model_refusals, setting_refusal
+from tests.helpers import TEXT, hooked_and_folded
+from tests.methods.helpers import model_refusals
 
 CUT = [kind for kind, family in DESCRIBED.items() if not family.uncut]
 # Families whose config can express the number of heads and channels.
 IN_CONFIG = [kind for kind in CUT if kind != "gptj"]
 LINEARS: tuple[Linear, ...] = ("attention_output", "mlp_output")
 COUNTS: dict[Linear, int] = {"attention_output": 2, "mlp_output": 48}
-FAST = ["--dtype", "float32", "--eval_dtype", "float32", "--threads", 1, "--max_length", 64, "--dataset_size", 20]
 
 
 def cutting(model: Any) -> tuple[Edits, RemovedGroups]:
@@ -341,58 +337,6 @@ def test_the_verification_fails_another_cut(change: str, tiny: Model, documents:
         verify_export(tiny, Model(tmp_path, "pruned"), edits, documents)
 
 
-@pytest.mark.parametrize("plain", [False, True])
-def test_the_whole_command_removes_parts_of_layers(
-    plain: bool, save_tiny: Callable[..., Model], text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    source, target = save_tiny(), tmp_path / "pruned"
-    options = ["--model", source.folder, "--dataset", text_file, "--tasks", f"[{text_file}]", "--eval_tokens", 200, *FAST]
-    where = ["--plain", "true"] if plain else ["--min_distance_layer", 2, "--max_distance_layer", 5]
-    call(commands.run_replaceme, "--method", "llm_pruner", "--layers_to_skip", 2, *options, *where, "--save_path", target)
-    place = "every layer" if plain else "each of layers 2–4"
-    work = Workspace(tmp_path / "pruned.work", target)
-    figures, edits = read_json(work.metric("repair")), Edits.load(work.edits)
-    words = f"2 of 4 heads and {figures['removed_channels'] // (6 if plain else 3)} of 48 MLP channels in {place}"
-    assert edits.parts == words
-    assert f"repair: {words} go, {figures['parameters_removed']} parameters" in capsys.readouterr().err
-    assert read_json(work.metric("solve"))["removed_layers"] == 0
-    assert figures["parameters_wanted"] == 2 * sum(value.numel() for value in source.load().model.layers[0].parameters())
-    assert figures["parameters_removed"] == pytest.approx(figures["parameters_wanted"], abs=6 * 98 / 2)
-    config = json.loads((target / "config.json").read_text())
-    assert ("auto_map" in config) != plain
-    assert config["num_hidden_layers"] == LAYERS
-    card = (target / "README.md").read_text(encoding="utf-8")
-    assert f"# llama without {words}" in card
-    assert f"{words} were removed from `llama` with LLM-Pruner." in card
-    assert "width-pruning" in card
-    assert ("trust_remote_code=True" in card) != plain
-    assert ("plain: true" in card) == plain
-    page = (work.report / "index.html").read_text(encoding="utf-8")
-    assert f"<h1>llama without {words}</h1>" in page
-    assert f'<p class="lead">{words} of llama were removed by LLM-Pruner.' in page
-    assert f"{figures['parameters_removed']:,}" in page
-    assert "after the last layer differs by" in page
-    evaluation = read_json(work.metric("evaluation"))
-    assert evaluation["kv_cache_bytes_per_token"]["pruned"] < evaluation["kv_cache_bytes_per_token"]["dense"]
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"transform": "joint"}, "transform: joint has no place in method llm_pruner, which removes parts of layers"),
-        ({"selection": "loss"}, "selection: loss has no place in method llm_pruner"),
-        ({"num_A": 2}, "num_A: 2 has no place in method llm_pruner"),
-        ({"repair": True}, "repair: true has no place in method llm_pruner, which removes parts of layers, not whole layers"),
-        ({"use_4bit": True}, "use_4bit: true has no place in method llm_pruner"),
-        ({"dtype": "float16"}, "dtype: float16 is too short for the gradients of method llm_pruner; use bfloat16 or float32."),
-        ({"plain": True, "min_distance_layer": 3}, "min_distance_layer: with plain, method llm_pruner takes from every layer"),
-        ({"plain": True, "max_distance_layer": 3}, "max_distance_layer: with plain, method llm_pruner takes from every layer"),
-    ],
-)
-def test_impossible_settings_are_refused_in_one_sentence(options: dict[str, Any], said: str) -> None:
-    assert setting_refusal(method="llm_pruner", **options).startswith(said)
-
-
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in CUT])
 def test_families_whose_heads_cannot_be_cut_out_are_refused_with_the_reason(kind: str) -> None:
     config = made_model(kind).config
@@ -430,11 +374,3 @@ def test_the_published_layers_are_all_but_the_first_four_and_the_last_two() -> N
     assert choose_layers(params, 32) == range(4, 30)
     assert choose_layers(params.model_copy(update={"min_distance_layer": 1, "max_distance_layer": 32}), 32) == range(1, 32)
     assert choose_layers(params.model_copy(update={"plain": True}), 32) == range(32)
-
-
-def test_plain_belongs_to_methods_with_another_form(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("INFO", "replaceme"):
-        read_params(None, {"plain": True}, methods=METHODS)
-    assert [record.message for record in caplog.records if not record.message.startswith("preset")] == [
-        "plain belongs to methods llm_streamline (with form mlp), llm_pruner and slicegpt and is ignored"
-    ]

@@ -46,7 +46,7 @@ from replaceme.training.training import Course, entering_and_leaving, orders, tr
 from tests.conftest import KINDS, LAYERS, OBSTACLES, made_model
 from tests.helpers import TEXT, hooked_and_folded, layer_outputs, many_documents, shortened_logits
 from tests.interruption import InterruptedRunError, counted, stop_at
-from tests.methods.helpers import model_refusals, setting_refusal
+from tests.methods.helpers import model_refusals
 
 TRAINED, END = 1, 4
 RATE = "llm_streamline_learning_rate"
@@ -415,24 +415,6 @@ def test_a_method_that_trains_nothing_leaves_empty_curves(params: Params, tmp_pa
     assert (work.edits / "held_out_loss.tsv").read_text() == "step\theld_out_loss\n"
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"transform": "joint"}, "transform: joint has no place in method llm_streamline, which trains one layer in the place"),
-        ({"repair": True}, "repair: true has no place in method llm_streamline"),
-        ({"selection": "greedy"}, "selection: greedy has no place in method llm_streamline"),
-        ({"selection": "influence"}, "selection: influence has no place in method llm_streamline"),
-        ({"num_A": 2}, "num_A: 2 has no place in method llm_streamline"),
-        ({"use_4bit": True}, "use_4bit: true has no place in method llm_streamline"),
-        ({"llm_streamline_form": "attention"}, "llm_streamline_form: must be 'layer' or 'mlp', not 'attention'."),
-        ({"llm_streamline_epochs": 0}, "llm_streamline_epochs: must be at least 1, not 0."),
-        ({"llm_streamline_learning_rate": 0.0}, "llm_streamline_learning_rate: must be above 0, not 0.0."),
-    ],
-)
-def test_impossible_settings_are_refused_in_one_sentence(options: dict[str, Any], said: str) -> None:
-    assert setting_refusal(method="llm_streamline", **options).startswith(said)
-
-
 def test_families_whose_layers_have_no_mlp_of_their_own_are_refused_for_the_form_mlp() -> None:
     cases: list[tuple[Family, str]] = [
         (Family(parallel=True), "the family 'x', whose attention and MLP are parallel"),
@@ -456,15 +438,7 @@ def test_the_schedule_warms_up_and_ends_at_a_quarter() -> None:
     assert course.rate(0, 1) == pytest.approx(2e-4)
 
 
-def test_the_keys_belong_to_the_method_alone(caplog: pytest.LogCaptureFixture, tmp_path: Path, tiny: Model) -> None:
-    with caplog.at_level("INFO", "replaceme"):
-        read_params(None, {"llm_streamline_epochs": 4, "llm_streamline_form": "mlp"}, METHODS)
-        params = read_params(None, {"method": "llm_streamline", "plain": True}, METHODS)
-    assert [record.message for record in caplog.records if not record.message.startswith("preset")] == [
-        "llm_streamline_epochs belongs to method llm_streamline and is ignored",
-        "llm_streamline_form belongs to method llm_streamline and is ignored",
-        "plain belongs to methods llm_streamline (with form mlp), llm_pruner and slicegpt and is ignored",
-    ]
+def test_the_card_says_that_the_attention_is_gone(params: Params, tiny: Model) -> None:
     edits = Edits("x", [2], model_edit=TrainedLayer(1, {}, ("self_attn", "input_layernorm")))
     text = model_card(params, tiny, edits, {})
     assert "The attention of layer 1 was removed." in text

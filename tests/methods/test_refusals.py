@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from replaceme import commands
-from replaceme.base.errors import ModelError
+from replaceme.base.errors import ModelError, ParameterError
 from replaceme.base.params import read_params
 from replaceme.base.plan import Block
 from replaceme.edits.edits import rotation_and_gains
@@ -152,3 +152,68 @@ def test_a_form_of_our_own_is_not_built_on_a_models_own_code(options: dict[str, 
             model_refusals(model, **options)
     else:
         assert model_refusals(model, **options) == []
+
+
+PARTS, MERGES = "which removes parts of layers, not whole layers", "which merges layers into the one before them"
+MAPS, LONE = "which maps the whole state after the host", "which trains one layer in the place of one block"
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "said"),
+    [
+        ("average", {"num_A": 2}, "num_A: 2 has no place in method average, which averages one block with its host; use 1."),
+        ("ghosted", {"transform": "diagonal"}, f"transform: diagonal has no place in method ghosted, {MAPS}; use dense."),
+        ("linearpatch", {"transform": "joint"}, f"transform: joint has no place in method linearpatch, {MAPS}; use dense."),
+        ("linearpatch", {"linearpatch_form": "rotate"}, "linearpatch_form: must be 'hadamard' or 'diagonal', not 'rotate'."),
+        ("laco", {"transform": "joint"}, f"transform: joint has no place in method laco, {MERGES}; use dense."),
+        ("laco", {"selection": "loss"}, f"selection: loss has no place in method laco, {MERGES}; use null."),
+        ("laco", {"num_A": 2}, f"num_A: 2 has no place in method laco, {MERGES}; use 1."),
+        ("laco", {"laco_layers": 1}, "laco_layers: must be at least 2, not 1."),
+        ("laco", {"laco_interval": 0}, "laco_interval: must be at least 1, not 0."),
+        ("laco", {"laco_threshold": 1.5}, "laco_threshold: must be at most 1, not 1.5."),
+        ("laco", {"laco_threshold": -2.0}, "laco_threshold: must be at least -1, not -2.0."),
+        ("uidl", {"selection": "collapse"}, "selection: 'collapse' is not a criterion; use null or one of angular, residual"),
+        ("llm_pruner", {"transform": "joint"}, f"transform: joint has no place in method llm_pruner, {PARTS}; use dense."),
+        ("llm_pruner", {"selection": "loss"}, f"selection: loss has no place in method llm_pruner, {PARTS}; use null."),
+        ("llm_pruner", {"repair": True}, f"repair: true has no place in method llm_pruner, {PARTS}; use false."),
+        ("llm_pruner", {"use_4bit": True}, f"use_4bit: true has no place in method llm_pruner, {PARTS}; use false."),
+        ("llm_pruner", {"dtype": "float16"}, "dtype: float16 is too short for the gradients of method llm_pruner; use bf"),
+        ("llm_pruner", {"plain": True, "min_distance_layer": 3}, "min_distance_layer: with plain, method llm_pruner takes f"),
+        ("llm_pruner", {"plain": True, "max_distance_layer": 3}, "max_distance_layer: with plain, method llm_pruner takes f"),
+        ("llm_streamline", {"transform": "joint"}, f"transform: joint has no place in method llm_streamline, {LONE}; use d"),
+        ("llm_streamline", {"repair": True}, f"repair: true has no place in method llm_streamline, {LONE}; use false."),
+        ("llm_streamline", {"selection": "greedy"}, f"selection: greedy has no place in method llm_streamline, {LONE}; use"),
+        ("llm_streamline", {"num_A": 2}, f"num_A: 2 has no place in method llm_streamline, {LONE}; use 1."),
+        ("llm_streamline", {"use_4bit": True}, f"use_4bit: true has no place in method llm_streamline, {LONE}; use false."),
+        ("llm_streamline", {"llm_streamline_form": "x"}, "llm_streamline_form: must be 'layer' or 'mlp', not 'x'."),
+        ("llm_streamline", {"llm_streamline_epochs": 0}, "llm_streamline_epochs: must be at least 1, not 0."),
+        ("llm_streamline", {"llm_streamline_learning_rate": 0.0}, "llm_streamline_learning_rate: must be above 0, not 0.0."),
+        ("slicegpt", {"transform": "joint"}, f"transform: joint has no place in method slicegpt, {PARTS}; use dense."),
+        ("slicegpt", {"repair": True}, f"repair: true has no place in method slicegpt, {PARTS}; use false."),
+        ("slicegpt", {"num_A": 2}, f"num_A: 2 has no place in method slicegpt, {PARTS}; use 1."),
+        ("slicegpt", {"min_distance_layer": 3}, "min_distance_layer: method slicegpt slices all layers alike; use null."),
+    ],
+)
+def test_settings_that_have_no_place_in_a_method_are_refused_in_one_sentence(
+    method: str, options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ParameterError) as caught:
+        read_params(None, {"method": method, **options}, METHODS)
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"command line: {said}")
+
+
+def test_keys_of_other_methods_are_ignored_and_named(caplog: pytest.LogCaptureFixture) -> None:
+    given = {
+        "laco_layers": 4, "laco_interval": 2, "laco_threshold": 0.6, "linearpatch_form": "diagonal", "ghosted_weighted": True,
+        "llm_streamline_epochs": 4, "llm_streamline_form": "mlp",
+    }  # fmt: skip
+    with caplog.at_level("INFO", "replaceme"):
+        read_params(None, {**given, "plain": True}, METHODS)
+        read_params(None, {"method": "llm_streamline", "plain": True}, METHODS)
+    plain = "plain belongs to methods llm_streamline (with form mlp), llm_pruner and slicegpt and is ignored"
+    said = [record.message for record in caplog.records if not record.message.startswith("preset")]
+    # The names of these keys begin with their methods'.
+    assert sorted(said) == sorted(
+        [*(f"{key} belongs to method {key.rsplit('_', 1)[0]} and is ignored" for key in given), plain, plain]
+    )

@@ -50,7 +50,7 @@ from replaceme.pipeline.repair import repair
 from replaceme.pipeline.solve import solve
 from tests.conftest import DESCRIBED, KINDS, LAYERS, WIDTH, made_model
 from tests.helpers import TEXT, elsewhere, hooked_and_folded, passing
-from tests.methods.helpers import model_refusals, setting_refusal
+from tests.methods.helpers import model_refusals
 
 SLICED = [kind for kind, family in DESCRIBED.items() if not family.unsliced]
 SIGNALS = 2 * LAYERS + 1
@@ -262,20 +262,6 @@ def test_families_are_sliced_or_refused_with_the_reason() -> None:
         "mixtral": "the router of its mixture of experts",
     }.items():  # fmt: skip
         assert said[kind][0].startswith(f"method: slicegpt is refused for the family '{kind}': {reason}")
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"transform": "joint"}, "transform: joint has no place in method slicegpt"),
-        ({"repair": True}, "repair: true has no place in method slicegpt, which removes parts of layers, not whole layers"),
-        ({"selection": "loss"}, "selection: loss has no place in method slicegpt, which removes parts of layers"),
-        ({"min_distance_layer": 3}, "min_distance_layer: method slicegpt slices all layers alike; use null."),
-        ({"num_A": 2}, "num_A: 2 has no place in method slicegpt"),
-    ],
-)
-def test_impossible_settings_are_refused_in_one_sentence(options: dict[str, Any], said: str) -> None:
-    assert setting_refusal(method="slicegpt", **options).startswith(said)
 
 
 @pytest.mark.parametrize("plain", [False, True])
