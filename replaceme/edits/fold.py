@@ -142,35 +142,33 @@ def changed_parameters(family: Family, layers: nn.ModuleList, edits: Edits) -> I
 
     The value is float64 in torch's layout.
     """
-    done = set()
-    # The rows first: with a new last linear, the layer no longer says how many channels it had.
-    for layer, channels in edits.channels.items():
-        for name, dimension in family.cut_parameters(layers[layer], "mlp_output").items():
-            if dimension == 0:
-                done.add((layer, name))
-                yield layer, name, assembled_parameter(family, layers, layer, channels, name)
-    for (layer, linear), change in edits.changes().items():
-        original = partial(mixed, layers, edits.mixtures[layer]) if layer in edits.mixtures else None
-        if layer in edits.channels and linear == "mlp_output":
-            original = partial(_with_channels, family, layers, layer, edits.channels[layer])
-        for name, exact in folds(family, layers[layer], linear, change, original):
-            done.add((layer, name))
-            yield layer, name, exact
-    for layer, channels in edits.channels.items():
-        for name in family.cut_parameters(layers[layer], "mlp_output"):
-            if (layer, name) not in done:
-                yield layer, name, assembled_parameter(family, layers, layer, channels, name)
-    for layer, mixture in edits.mixtures.items():
+    changes = edits.changes()
+    for layer in sorted({*edits.mixtures, *edits.channels, *(layer for layer, _ in changes)}):
+        own = {linear: change for (at, linear), change in changes.items() if at == layer}
+        ends = {name for linear in own for name in family.ends(layers[layer], linear)}
+        # The last linear comes last: with a new one, the layer no longer says how many channels it had.
+        for name in _rebuilt_names(family, layers, edits, layer):
+            if name not in ends:
+                yield layer, name, _original(family, layers, edits, layer, name).double()
+        for linear, change in own.items():
+            for name, exact in folds(family, layers[layer], linear, change, partial(_original, family, layers, edits, layer)):
+                yield layer, name, exact
+
+
+def _rebuilt_names(family: Family, layers: nn.ModuleList, edits: Edits, layer: int) -> list[str]:
+    """Return the names, within a layer, of the parameters that its mixture or its channels change."""
+    if layer in edits.mixtures:
+        return linear_parameters(layers[layer])
+    return [*family.cut_parameters(layers[layer], "mlp_output")] if layer in edits.channels else []
+
+
+def _original(family: Family, layers: nn.ModuleList, edits: Edits, layer: int, name: str) -> Tensor:
+    """Return a parameter before the change of its linear: mixed, made of channels (a bias belongs to none), or the layer's."""
+    if mixture := edits.mixtures.get(layer):
         assert set(mixture) - {layer} <= set(edits.removed_layers), "a kept layer is mixed into another one"
-        for name in linear_parameters(layers[layer]):
-            if (layer, name) not in done:
-                yield layer, name, mixed(layers, mixture, name)
-
-
-def _with_channels(family: Family, layers: nn.ModuleList, layer: int, channels: Tensor, name: str) -> Tensor:
-    """Return a parameter of an MLP's last linear made of the given channels; a bias belongs to no channel and stays."""
-    if name in family.cut_parameters(layers[layer], "mlp_output"):
-        return assembled_parameter(family, layers, layer, channels, name)
+        return mixed(layers, mixture, name)
+    if layer in edits.channels and name in family.cut_parameters(layers[layer], "mlp_output"):
+        return assembled_parameter(family, layers, layer, edits.channels[layer], name)
     return parameter_of(layers[layer], name)
 
 

@@ -9,9 +9,8 @@ place. Removed layers pass their input on. A ``ModelEdit`` brings hooks of its o
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -69,11 +68,17 @@ def _parts(family: Family, layer: nn.Module, linear: Linear, change: Change) -> 
 @contextmanager
 def replaced_parameter(layer: nn.Module, name: str, value: Tensor) -> Iterator[None]:
     """Replace a parameter's value inside the block. It is given in torch's layout and may have another shape."""
-    owner, made = layer.get_submodule(name.rpartition(".")[0]), in_torch_layout(layer, name, value)
-    # Conv1D is the only linear whose forward uses its number of outputs.
-    outputs = mock.patch.object(owner, "nf", made.shape[-1]) if is_conv1d(owner) else nullcontext()
-    with replaced(layer, name, made), outputs:
-        yield
+    owner: Any = layer.get_submodule(name.rpartition(".")[0])
+    made, outputs = in_torch_layout(layer, name, value), getattr(owner, "nf", None)
+    with replaced(layer, name, made):
+        # Conv1D is the only linear whose forward uses its number of outputs.
+        if is_conv1d(owner):
+            owner.nf = made.shape[-1]
+        try:
+            yield
+        finally:
+            if is_conv1d(owner):
+                owner.nf = outputs
 
 
 def operator_hook(P: Tensor) -> Any:
