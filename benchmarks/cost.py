@@ -78,8 +78,8 @@ def main(size: int | None) -> None:
 
     def heal() -> None:
         last, batch_size = len(family.decoder_layers(model)) - 1, params.batch_size
-        states = entering_and_leaving(model, family, documents, block.host, last, batch_size=batch_size)
-        lesson = Predictions(model, family, Edits("", [*block.layers]), documents, block.host, *states)
+        states = entering_and_leaving(model, family, documents, block.layer_before_cut, last, batch_size=batch_size)
+        lesson = Predictions(model, family, Edits("", [*block.layers]), documents, block.layer_before_cut, *states)
         course = Course(params.heal_learning_rate, 1, batch_size, "heal_learning_rate")
         with tempfile.TemporaryDirectory() as folder:
             train(lesson, lesson.learners(), course, Path(folder), "")

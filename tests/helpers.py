@@ -68,7 +68,7 @@ def edits_for(start: int, length: int) -> Edits:
 
 def mixing(*blocks: Block) -> Edits:
     """Return edits that merge blocks into the layers before them."""
-    mixtures = {block.host: block.mixture for block in blocks}
+    mixtures = {block.layer_before_cut: block.mixture for block in blocks}
     return Edits("test", [layer for block in blocks for layer in block.layers], mixtures=mixtures)
 
 

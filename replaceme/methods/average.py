@@ -1,4 +1,4 @@
-"""Averaged layers, the simplest merge: the host's linears become the mean of its own and the block's.
+"""Averaged layers, the simplest merge: the linears before the cut become the mean of their own and the block's.
 
 Not a published method: the baseline for methods that merge weights by a formula (LaCo, arXiv 2402.11187).
 """
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
-    """Return the mean, ``W = Σ W_j / (n + 1)`` over the host and the block's n layers."""
+    """Return the mean, ``W = Σ W_j / (n + 1)`` over the layer before the cut and the block's n layers."""
     from replaceme.edits.edits import Edits
 
-    layers = range(block.host, block.end)
-    return Solved(Edits("averaged layers", [], mixtures={block.host: dict.fromkeys(layers, 1 / len(layers))}))
+    layers = range(block.layer_before_cut, block.end)
+    return Solved(Edits("averaged layers", [], mixtures={block.layer_before_cut: dict.fromkeys(layers, 1 / len(layers))}))
 
 
 def check(params: Params, model: Model, family: Family) -> None:
@@ -32,4 +32,4 @@ def check(params: Params, model: Model, family: Family) -> None:
         raise ParameterError(f"method: average is not derived for the mixture of experts of the family '{kind}'; use uidl.")
 
 
-METHOD = Method(solve=solve, words="averages one block with its host", several=False, check=check)
+METHOD = Method(solve=solve, words="averages one block with the layer before it", several=False, check=check)

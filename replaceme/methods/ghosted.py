@@ -1,10 +1,11 @@
 """Ghosted Layers (arXiv 2605.15491): the best linear map of the whole state at the cut, in closed form.
 
-    W = I + M,   M = argmin Σ w ‖h_host M − (H − h_host)‖² + α‖M‖²
+    W = I + M,   M = argmin Σ w ‖h M − (H − h)‖² + α‖M‖²
 
-over all real tokens; the penalty pulls toward an empty cut, W = I. As published, w = 1 and α is negligible (1e-6); with
-w = 1/‖H‖² every token counts by its relative error, so that a few of massive norm don't dominate the fit. A transform
-(``replaceme.methods.lstsq``) maps only the MLP output of the host; this maps the whole state, and costs d² parameters.
+over all real tokens, with the states h before the block and H after it; the penalty pulls toward an empty cut, W = I. As
+published, w = 1 and α is negligible (1e-6); with w = 1/‖H‖² every token counts by its relative error, so that a few of massive
+norm don't dominate the fit. A transform (``replaceme.methods.lstsq``) maps only the MLP output before the cut; this maps the
+whole state, and costs d² parameters.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Weighting(Settings):
 
 
 def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
-    """Return the operator on the state after the host, and its fit."""
+    """Return the operator on the state at the cut, and its fit."""
     import torch
 
     from replaceme.edits.edits import Edits
@@ -50,12 +51,13 @@ def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
     fit = operator_quality(W, sums, sample, weighted=weighted)
     fit |= ridge_figures(solution.eigenvalues, params.alpha)
     logger.info(
-        "solve: host %d, %d tokens, %s residual %.4f (%.4f with nothing in the block's place), mean cosine %.4f",
-        block.host, fit["tokens"], kind, fit[f"{kind}_residual"], fit[f"{kind}_residual_removed"], fit["mean_cosine"],
+        "solve: cut after layer %d, %d tokens, %s residual %.4f (%.4f with nothing in the block's place), mean cosine %.4f",
+        block.layer_before_cut, fit["tokens"], kind, fit[f"{kind}_residual"], fit[f"{kind}_residual_removed"],
+        fit["mean_cosine"],
     )  # fmt: skip
     path = ridge_path(solution, float(sums["gap_squares"]), float(sums["output_squares"]))
     title = f"Ghosted Layers{' (weighted)' if weighted else ''}"
-    return Solved(Edits(title, [], operators={block.host: W}), fit, path)
+    return Solved(Edits(title, [], operators={block.layer_before_cut: W}), fit, path)
 
 
 def _stream(params: Params) -> str:
@@ -78,5 +80,5 @@ METHOD = Method(
     solve=solve,
     check=check,
     criterion=MEAN_COSINE,
-    words="maps the whole state after the host",
+    words="maps the whole state at the cut",
 )

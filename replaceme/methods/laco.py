@@ -27,7 +27,7 @@ class Merging(Settings):
     """Parameters of LaCo."""
 
     laco_layers: Annotated[int, Use(("select",))] = Field(
-        7, ge=2, description="Maximum number of layers in a merge, the host included (published as C)."
+        7, ge=2, description="Maximum number of layers in a merge, with the one that absorbs them (published as C)."
     )
     laco_interval: Annotated[int, Use(("select",))] = Field(
         1, ge=1, description="How many layers before a merge the next one is tried (published as I)."

@@ -127,21 +127,21 @@ def train_layer(context: MethodContext) -> dict[str, Any]:
 
     own, params, model, family = Training.of(context.params), context.params, context.model, context.family
     (block,) = context.plan.blocks
-    layer = family.decoder_layers(model)[block.host]
-    require_resident({block.host: layer}, "which is to be trained")
+    layer = family.decoder_layers(model)[block.layer_before_cut]
+    require_resident({block.layer_before_cut: layer}, "which is to be trained")
     without = (family.attention, family.attention_norm) if own.llm_streamline_form == "mlp" else ()
     course = Course(
         own.llm_streamline_learning_rate, own.llm_streamline_epochs, params.batch_size, "llm_streamline_learning_rate"
     )
     inputs, targets = entering_and_leaving(
-        model, family, context.documents, block.host, block.end - 1,
+        model, family, context.documents, block.layer_before_cut, block.end - 1,
         batch_size=params.batch_size, folder=context.folder, description="walking to the cut",
     )  # fmt: skip
-    distillation = LayerDistillation(model, family, block.host, context.documents, inputs, targets, without)
+    distillation = LayerDistillation(model, family, block.layer_before_cut, context.documents, inputs, targets, without)
     settings = {
         **settings_of(course, next(layer.parameters()).device),
         "config": model.config.to_json_string(),
-        "layer": block.host,
+        "layer": block.layer_before_cut,
         "form": own.llm_streamline_form,
         "documents": [len(document) for document in context.documents.documents],
     }
@@ -149,7 +149,7 @@ def train_layer(context: MethodContext) -> dict[str, Any]:
     trained, curves = train(distillation, distillation.learners(), course, checkpoints_in(context.folder), key)
     write_curves(context.output, curves)
     context.edits.title = TITLES[own.llm_streamline_form]
-    context.edits.model_edit = trained_edit(family, layer, block.host, trained, without, plain=params.plain)
+    context.edits.model_edit = trained_edit(family, layer, block.layer_before_cut, trained, without, plain=params.plain)
     return figures_of(curves, trained)
 
 

@@ -38,16 +38,16 @@ def select(params: Params, work: Workspace) -> None:
     save_blocks(blocks, work.blocks)
     for number, block in enumerate(blocks):
         chosen = {
-            "host": block.host,
+            "host": block.layer_before_cut,
             "start": block.start,
             "end": block.end,
-            "angular_distance": distances[block.host][block.end - 1],
-            "residual": residuals[block.host][block.end - 1],
+            "angular_distance": distances[block.layer_before_cut][block.end - 1],
+            "residual": residuals[block.layer_before_cut][block.end - 1],
         } | ({} if block.scale is None else {"scale": block.scale})
         figures |= {f"block{number}": chosen} if number else chosen
         logger.info(
-            "select: layers %d to %d of %d are removed, host %d, by %s: angular distance %.4f, residual %.4f%s",
-            block.start, block.end - 1, len(distances), block.host, criterion.name, chosen["angular_distance"],
+            "select: layers %d to %d of %d are removed, after layer %d, by %s: angular distance %.4f, residual %.4f%s",
+            block.start, block.end - 1, len(distances), block.layer_before_cut, criterion.name, chosen["angular_distance"],
             chosen["residual"], f", mean loss {figures['loss']:.4f}" if "loss" in figures else "",
         )  # fmt: skip
     write_json(work.metric("select"), rounded(figures))

@@ -1,6 +1,6 @@
 """The criteria for choosing blocks of layers, by name.
 
-A block ``[start, end)`` has the host ``start − 1``, so ``start`` is at least 1. Cheapest first:
+A block ``[start, end)`` comes after the layer ``start − 1``, so ``start`` is at least 1. Cheapest first:
 
 - ``angular``: the smallest ``D(start − 1, end − 1)`` (UIDL; ReplaceMe, section 3).
 - ``residual``: the smallest relative residual of a linear map in the block's place (``replaceme.observers.residuals``).
@@ -9,8 +9,8 @@ A block ``[start, end)`` has the host ``start − 1``, so ``start`` is at least 
   removes as many layers as it can without raising that loss by more than this value.
 - ``mean_cosine``: the highest mean cosine, over all tokens, between the states before and after the block (LinearPatch, arXiv
   2505.24680; Ghosted, arXiv 2605.15491).
-- ``window``: the highest mean cosine between the states before the host and after the block (LLM-Streamline, arXiv
-  2403.19135, which replaces the host too).
+- ``window``: the highest mean cosine between the states before that layer and after the block (LLM-Streamline, arXiv
+  2403.19135, which replaces that layer too).
 
 Two criteria choose single layers; adjacent ones form a block:
 
@@ -23,7 +23,7 @@ criterion ``WIDTH``, which chooses no block. Torch is imported only inside the f
 stays fast.
 
 Several blocks (``num_A``; ReplaceMe, section 4) are taken in the order of their values, skipping overlaps. Unless adjacent ones
-are merged, a kept layer stays between two blocks: the later block's host.
+are merged, a kept layer stays between two blocks: the one before the later block.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class Criterion:
 
 
 def _ranked(values: Callable[[Mapping[str, Any]], Pairs]) -> Callable[[Choice], tuple[list[Block], Figures]]:
-    """Return a ``choose`` that takes the blocks with the smallest values (host × last removed layer) of a profile."""
+    """Return a ``choose`` that takes the blocks with the smallest values (layer before the cut × last removed one)."""
     return lambda choice: (several(values(choice.profile), choice.starts, choice.params), {})
 
 
@@ -121,9 +121,12 @@ def _negative(rows: Pairs) -> Pairs:
 def _window(choice: Choice) -> tuple[list[Block], Figures]:
     cosines = choice.profile["mean_cosine"]
     (block,) = smallest(_negative(cosines), choice.starts, choice.params.layers_to_skip)
-    cosine = cosines[block.host][block.end - 1]
+    cosine = cosines[block.layer_before_cut][block.end - 1]
     logger.info(
-        "select: the states before layer %d and after layer %d have a mean cosine of %.4f", block.host, block.end - 1, cosine
+        "select: the states before layer %d and after layer %d have a mean cosine of %.4f",
+        block.layer_before_cut,
+        block.end - 1,
+        cosine,
     )
     return [block], {"mean_cosine": cosine}
 
@@ -195,7 +198,7 @@ CRITERIA: Mapping[str, Criterion] = {
 MEAN_COSINE = Criterion(
     "mean_cosine",
     "the highest mean cosine between the states before and after the block",
-    # A row of the profile is for the state before a layer; the choice reads rows by host, one layer earlier.
+    # A row of the profile is for the state before a layer; the choice reads rows by the layer before the cut, one earlier.
     _ranked(lambda profile: _negative(profile["mean_cosine"][1:])),
     several=True,
 )

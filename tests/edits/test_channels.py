@@ -200,7 +200,7 @@ def residual(model: Any, edits: Edits, documents: Documents) -> float:
     shortened = deepcopy(model)
     apply_edits(shortened, family_of(model.config), edits)
     target = passing(model, BLOCK.end - 1, documents)["output"]
-    gap = passing(shortened, BLOCK.host, documents)["output"] - target
+    gap = passing(shortened, BLOCK.layer_before_cut, documents)["output"] - target
     return float((np.square(gap).sum(1) / np.square(target).sum(1)).mean())
 
 
@@ -220,10 +220,10 @@ def test_the_chosen_channels_fit_better_than_the_layers_own_or_random_ones(kind:
         edits, mending = solved(model, documents, (BLOCK,), transform="channels", alpha=5.0, refit_ridge=0.01)
         _, figures = mending()
         left[name] = residual(model, edits, documents)
-        chosen = edits.channels[BLOCK.host]
-        assert {*chosen[:, 0].tolist()} <= {BLOCK.host, *BLOCK.layers}
+        chosen = edits.channels[BLOCK.layer_before_cut]
+        assert {*chosen[:, 0].tolist()} <= {BLOCK.layer_before_cut, *BLOCK.layers}
         assert len(chosen.unique(dim=0)) == len(chosen) == figures["mlp_channels"]
-        assert figures["own_mlp_channels"] == int((chosen[:, 0] == BLOCK.host).sum())
+        assert figures["own_mlp_channels"] == int((chosen[:, 0] == BLOCK.layer_before_cut).sum())
     assert figures["own_mlp_channels"] == figures["mlp_channels"]
     assert left["best"] < min(left["chance"], left["own"])
 
@@ -242,7 +242,7 @@ def test_screened_candidates_give_a_choice_nearly_as_good(monkeypatch: pytest.Mo
         edits, mending = solved(model, documents, (BLOCK,), transform="channels", alpha=5.0, refit_ridge=0.01)
         mending()
         left[limit] = residual(model, edits, documents)
-        assert len(edits.channels[BLOCK.host].unique(dim=0)) == 48
+        assert len(edits.channels[BLOCK.layer_before_cut].unique(dim=0)) == 48
     assert {*sizes} == {96, 60, 54}
     assert left[10**6] <= left[60] < 1.1 * left[10**6]
 
@@ -260,7 +260,7 @@ def test_a_later_block_chooses_on_the_shortened_models_activations(kind: str, mo
     edits, mending = solved(model, documents, blocks, transform="channels", alpha=5.0, repair=True)
     mending()
     gram, cross, by_then = seen[1]
-    family, host = family_of(model.config), blocks[1].host
+    family, host = family_of(model.config), blocks[1].layer_before_cut
     few = Documents(few_documents(documents, 8 * 2 * 48).longest_first())
     target = passing(model, blocks[1].end - 1, few)["output"]
     with unfused(model, family, by_then):
@@ -300,7 +300,7 @@ def test_channels_and_repair_are_exported_exactly(
     source, documents = save_tiny(kind), many_documents(12)
     edits, mending = solved(source.load(), documents, blocks, alpha=1.0, transform="channels", **options)
     mending()
-    assert set(edits.channels) == {block.host for block in blocks}
+    assert set(edits.channels) == {block.layer_before_cut for block in blocks}
     save_pruned(source, edits, tmp_path)
     figures = verify_export(source, Model(tmp_path, "pruned"), edits, documents)
     assert figures["hidden_error_mean"] < figures["tolerance"]

@@ -29,7 +29,7 @@ solved = partial(solved_alone, "ghosted")
 
 
 def states(model: Any, documents: Documents, block: Block = BLOCK) -> tuple[np.ndarray, np.ndarray]:
-    return passing(model, block.host, documents)["output"], passing(model, block.end - 1, documents)["output"]
+    return passing(model, block.layer_before_cut, documents)["output"], passing(model, block.end - 1, documents)["output"]
 
 
 def least_squares(h: np.ndarray, H: np.ndarray, weighted: bool = False, alpha: float = 0.0) -> np.ndarray:
@@ -110,7 +110,7 @@ def test_every_family_is_mapped_saved_and_verified(
     model = source.load()
     edits = solved(model, documents).edits
     h, H = states(model, documents)
-    assert np.allclose(edits.operators[BLOCK.host].numpy(), least_squares(h, H), rtol=1e-3, atol=1e-4)
+    assert np.allclose(edits.operators[BLOCK.layer_before_cut].numpy(), least_squares(h, H), rtol=1e-3, atol=1e-4)
     assert_saved_computes_edits(source, edits, documents, tmp_path)
 
 
@@ -126,7 +126,7 @@ def test_each_later_block_is_fitted_on_states_of_the_shortened_model(kind: str) 
     _, figures = mend(params, model, family, documents, edits, plan)
     _, H = states(model, documents, blocks[1])
     with unfused(model, family, first.edits):
-        h = passing(model, blocks[1].host, documents)["output"]
+        h = passing(model, blocks[1].layer_before_cut, documents)["output"]
     assert torch.equal(edits.operators[0], first.edits.operators[0])
     W = least_squares(h, H)
     assert np.allclose(edits.operators[2].numpy(), W, rtol=1e-5, atol=1e-5)

@@ -42,13 +42,13 @@ def test_the_operator_is_the_papers_formula_on_the_activations(form: str, batch_
     made = solved(model, documents, batch_size=batch_size, linearpatch_form=form)
     R, ratios = rotation_of(form), []
     for document in documents.documents:
-        h, H = (passing(model, layer, Documents([document]))["output"] @ R for layer in (BLOCK.host, BLOCK.end - 1))
+        h, H = (passing(model, layer, Documents([document]))["output"] @ R for layer in (BLOCK.layer_before_cut, BLOCK.end - 1))
         ratios.append(np.abs(H).mean(axis=0) / np.abs(h).mean(axis=0))
     expected = R @ np.diag(np.mean(ratios, axis=0)) @ R.T
     (operator,) = made.edits.operators.values()
     assert operator.ndim == (2 if form == "hadamard" else 1)
     assert np.allclose(dense_of(operator), expected, rtol=1e-5, atol=1e-6)
-    h, H = (passing(model, layer, documents)["output"] for layer in (BLOCK.host, BLOCK.end - 1))
+    h, H = (passing(model, layer, documents)["output"] for layer in (BLOCK.layer_before_cut, BLOCK.end - 1))
     state = h @ expected
     cosine = (state * H).sum(1) / np.linalg.norm(state, axis=1) / np.linalg.norm(H, axis=1)
     figures = {
@@ -67,7 +67,7 @@ def test_the_operator_is_the_papers_formula_on_the_activations(form: str, batch_
 def test_the_patched_state_has_the_magnitudes_of_the_state_after_the_block(form: str) -> None:
     model, text = made_model(), Documents([TEXT[0]])
     (operator,) = solved(model, text, linearpatch_form=form).edits.operators.values()
-    h, H = (passing(model, layer, text)["output"] for layer in (BLOCK.host, BLOCK.end - 1))
+    h, H = (passing(model, layer, text)["output"] for layer in (BLOCK.layer_before_cut, BLOCK.end - 1))
     R = rotation_of(form)
     patched, target = (np.abs(states @ R).mean(axis=0) for states in (h @ dense_of(operator), H))
     assert np.allclose(patched, target, rtol=1e-4)

@@ -369,7 +369,7 @@ def test_the_stages_choose_train_and_export(options: dict[str, Any], params: Par
     if not options:
         cosines = read_json(work.profile / "profile.json")["mean_cosine"]
         best = max(range(LAYERS - 2), key=lambda first: cosines[first][first + 2])
-        assert (block.host, block.end - 1) == (best, best + 2)
+        assert (block.layer_before_cut, block.end - 1) == (best, best + 2)
         assert read_json(work.metric("select"))["mean_cosine"] == pytest.approx(cosines[best][best + 2], rel=1e-5)
     figures = read_json(work.metric("repair"))
     assert figures["training_loss_last"] < figures["training_loss_first"]
@@ -378,7 +378,7 @@ def test_the_stages_choose_train_and_export(options: dict[str, Any], params: Par
     assert not [path for path in work.edits.parent.iterdir() if "partial" in path.name]
     card = (work.model / "README.md").read_text(encoding="utf-8")
     assert "with LLM-Streamline (a trained" in card
-    assert f"The weights of layer {block.host} were trained on calibration text" in card
+    assert f"The weights of layer {block.layer_before_cut} were trained on calibration text" in card
     assert ("its attention output projection is 0" in card) == bool(options.get("plain"))
     assert "llm_streamline_epochs: 3" in card
     loaded = Model(work.model, "pruned").load()

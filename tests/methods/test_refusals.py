@@ -38,10 +38,10 @@ def test_the_export_computes_the_solution(kind: str, save_tiny: Callable[..., Mo
     family = family_of(model.config)
     taken = take_statistics(model, family, documents, BLOCK, METHODS["lstsq"].statistics(params), 4)
     solved = METHODS["lstsq"].solve(params, BLOCK, taken.__getitem__)
-    host, H = passing(model, BLOCK.host, documents), passing(model, BLOCK.end - 1, documents)["output"]
-    T = solved.edits.transforms[BLOCK.host].numpy()
+    host, H = passing(model, BLOCK.layer_before_cut, documents), passing(model, BLOCK.end - 1, documents)["output"]
+    T = solved.edits.transforms[BLOCK.layer_before_cut].numpy()
     if family.norm_after_mlp:
-        T = T / family.norm_weight(family.decoder_layers(model)[BLOCK.host]).numpy()[:, None]
+        T = T / family.norm_weight(family.decoder_layers(model)[BLOCK.layer_before_cut]).numpy()[:, None]
     left = np.linalg.norm(H - host["output"] + host["M"] - host["M"] @ T) / np.linalg.norm(H)
     assert solved.figures["relative_residual"] == pytest.approx(left, rel=1e-3)
     assert left < solved.figures["relative_residual_removed"]
@@ -50,7 +50,7 @@ def test_the_export_computes_the_solution(kind: str, save_tiny: Callable[..., Mo
     figures = verify_export(source, Model(tmp_path, "pruned"), solved.edits, documents)
     assert figures["hidden_error_mean"] < figures["tolerance"]
     # The shortened model's state at the cut is the one that the least squares predicts.
-    now = passing(Model(tmp_path, "pruned").load(), BLOCK.host, documents)["output"]
+    now = passing(Model(tmp_path, "pruned").load(), BLOCK.layer_before_cut, documents)["output"]
     assert np.linalg.norm(H - now) / np.linalg.norm(H) == pytest.approx(left, rel=1e-3)
 
 
@@ -58,13 +58,13 @@ def test_the_fit_uses_the_norm_of_the_host(save_tiny: Callable[..., Model]) -> N
     for kind in ("gemma2", "olmo2"):
         model = save_tiny(kind).load()
         family = family_of(model.config)
-        host = family.decoder_layers(model)[BLOCK.host]
+        host = family.decoder_layers(model)[BLOCK.layer_before_cut]
         params = read_params(None, {"transform": "orthogonal"})
         taken = take_statistics(model, family, many_documents(), BLOCK, ["gram", "sample"], 4)
         norm = taken["gram"]["norm"]
         assert torch.equal(norm, host.post_feedforward_layernorm.weight.double() + (1 if kind == "gemma2" else 0))
         solved = METHODS["lstsq"].solve(params, BLOCK, taken.__getitem__)
-        rotation_and_gains(solved.edits.transforms[BLOCK.host])
+        rotation_and_gains(solved.edits.transforms[BLOCK.layer_before_cut])
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "olmo2", "qwen2_moe"])
@@ -155,13 +155,17 @@ def test_a_form_of_our_own_is_not_built_on_a_models_own_code(options: dict[str, 
 
 
 PARTS, MERGES = "which removes parts of layers, not whole layers", "which merges layers into the one before them"
-MAPS, LONE = "which maps the whole state after the host", "which trains one layer in the place of one block"
+MAPS, LONE = "which maps the whole state at the cut", "which trains one layer in the place of one block"
 
 
 @pytest.mark.parametrize(
     ("method", "options", "said"),
     [
-        ("average", {"num_A": 2}, "num_A: 2 has no place in method average, which averages one block with its host; use 1."),
+        (
+            "average",
+            {"num_A": 2},
+            "num_A: 2 has no place in method average, which averages one block with the layer before it; use 1.",
+        ),
         ("ghosted", {"transform": "diagonal"}, f"transform: diagonal has no place in method ghosted, {MAPS}; use dense."),
         ("linearpatch", {"transform": "joint"}, f"transform: joint has no place in method linearpatch, {MAPS}; use dense."),
         ("linearpatch", {"linearpatch_form": "rotate"}, "linearpatch_form: must be 'hadamard' or 'diagonal', not 'rotate'."),

@@ -224,7 +224,7 @@ def test_the_loss_of_new_weights_is_that_of_the_edits_of_the_method(
 def test_what_the_mlp_adds_is_known_from_its_features(kind: str, linears: tuple[Linear, ...]) -> None:
     model, documents, block = made_model(kind, torch.float64), made_documents(8), Block(2, 4)
     family = family_of(model.config)
-    host = family.decoder_layers(model)[block.host]
+    host = family.decoder_layers(model)[block.layer_before_cut]
     features, last = Features.of(host, family, linears), family.linear_of(host, "mlp_output")
     found, expected = feature_gram(block, features, last), FeatureGram(block, features)
     assert isinstance(found, DerivedGram)

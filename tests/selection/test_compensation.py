@@ -294,11 +294,11 @@ def test_the_whole_command_scales_what_is_left(
     said, work = capsys.readouterr().err, tmp_path / "pruned.work"
     blocks = load_blocks(work / "artifacts" / "blocks.json")
     edits = Edits.load(work / "artifacts" / "edits")
-    assert {host: float(P) for host, P in edits.operators.items()} == {block.host: block.scale for block in blocks}
+    assert {host: float(P) for host, P in edits.operators.items()} == {block.layer_before_cut: block.scale for block in blocks}
     figures = read_json(work / "metrics" / "select.json")
     assert figures["scale"] == pytest.approx(blocks[0].scale, rel=1e-5)
     for block in blocks:
-        assert f"{block.scale:.4f} after layer {block.host}" in said
+        assert f"{block.scale:.4f} after layer {block.layer_before_cut}" in said
     if not options:
         assert len(figures["order"]) == 3
         product = torch.tensor([each["scale"] for each in figures["order"].values()]).prod()
@@ -309,7 +309,7 @@ def test_the_whole_command_scales_what_is_left(
     assert torch.allclose(logits_of(loaded), shortened_logits(dense, edits, TEXT), rtol=1e-3, atol=1e-3)
     card = (tmp_path / "pruned" / "README.md").read_text(encoding="utf-8")
     assert "with Prune&Comp." in card
-    assert f"by {1 / float(blocks[0].scale or 0):.4g} after layer {blocks[0].host}" in card
+    assert f"by {1 / float(blocks[0].scale or 0):.4g} after layer {blocks[0].layer_before_cut}" in card
     page = (work / "artifacts" / "report" / "index.html").read_text(encoding="utf-8")
     assert options or "the smallest block influence, one layer at a time" in page
 

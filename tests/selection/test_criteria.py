@@ -35,7 +35,7 @@ def distances(layers: int, best: tuple[int, int]) -> list[list[float]]:
 def test_the_block_with_the_smallest_distance_is_removed() -> None:
     # Host 4 and last removed layer 7: layers 5, 6 and 7 go.
     assert smallest(distances(12, (4, 7)), starts(12, layers_to_skip=3), 3) == [Block(5, 8)]
-    assert Block(5, 8).host == 4
+    assert Block(5, 8).layer_before_cut == 4
 
 
 def test_the_last_layers_can_be_removed_and_the_first_one_never() -> None:
@@ -94,7 +94,7 @@ def test_the_loss_decides_among_the_best_cuts(
     write_json(work.profile / "profile.json", {"angular_distance": angles, "residual": residuals})
 
     def measure(model: Any, family: Any, documents: Any, blocks: list[Block], *, surrogate: str, batch_size: int) -> Any:
-        asked.extend((block.host, surrogate) for block in blocks)
+        asked.extend((block.layer_before_cut, surrogate) for block in blocks)
         return map(of_one_domain, [3.0, math.nan, 2.0, 4.0, math.inf, 5.0])
 
     without_model(monkeypatch, measure)
@@ -127,7 +127,10 @@ def test_the_most_layers_within_the_tolerated_rise_go(
         tried.append(len(blocks[0]))
         assert [block.start for block in blocks] == list(range(3, 13))[: min(13 - len(blocks[0]) - 2, cut_loss.SHORTLIST)]
         # The last of them is the best.
-        return [of_one_domain(1.5 + RISES[len(block)] + 0.01 * (blocks[-1].host - block.host)) for block in blocks]
+        return [
+            of_one_domain(1.5 + RISES[len(block)] + 0.01 * (blocks[-1].layer_before_cut - block.layer_before_cut))
+            for block in blocks
+        ]
 
     without_model(monkeypatch, measure)
     options = {"selection": "loss", "layers_to_skip": 9, "min_distance_layer": 3, "max_distance_layer": 13}
@@ -224,7 +227,7 @@ def test_blocks_that_do_not_fit_are_named() -> None:
 def test_a_cut_after_an_mlp_that_adds_nothing_is_measured_without_a_fit(surrogate: Surrogate) -> None:
     model, documents, blocks = made_model(), many_documents(), [Block(2, 4), Block(3, 5)]
     family = family_of(model.config)
-    last = family.linear_of(family.decoder_layers(model)[blocks[0].host], "mlp_output")
+    last = family.linear_of(family.decoder_layers(model)[blocks[0].layer_before_cut], "mlp_output")
     with torch.no_grad():
         last.weight.zero_()
         last.bias.zero_()
