@@ -108,6 +108,7 @@ STAGE = Stage(
     figures=("select", "solve", "repair", "heal", "export", "evaluation"),
     code=(
         "base", "models", "corpora", "edits", "selection/criteria.py", "selection/blocks.py", "methods", "export/card.py",
+        "export/transformers4.py",
         "evaluation", "report",
     ),
     methods=METHODS,
