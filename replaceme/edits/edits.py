@@ -94,7 +94,7 @@ class Edits:
         channels: kept layer → its MLP's channels, (f, 2) int64: for each an original layer (itself or a removed one) and the
             index there.
         operators: kept layer → P of the state after it: a scalar (), a diagonal (d,) or any map (d, d), float64.
-        model_edit: what the method alone does; then no field from ``transforms`` on is used.
+        model_edit: what the method alone does; then there are no transforms, corrections, mixtures, channels and operators.
     """
 
     title: str

@@ -179,7 +179,7 @@ def mixed(layers: nn.ModuleList, mixture: Mapping[int, float], name: str) -> Ten
 
 
 def folds(
-    family: Family, layer: nn.Module, linear: Linear, change: Change, original: Callable[[str], Tensor] | None = None
+    family: Family, layer: nn.Module, linear: Linear, change: Change, original: Callable[[str], Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield each parameter of a folded change: its name within the layer and its new value (float64, torch's layout).
 
@@ -188,7 +188,7 @@ def folds(
         layer: the layer.
         linear: the changed linear.
         change: the change.
-        original: returns the linear's parameters before the change, by name; None takes the layer's own.
+        original: returns the linear's parameters before the change, by name within the layer.
 
     Raises:
         SolveError: a norm follows the linear, and the transform does not fold into it.
@@ -200,7 +200,7 @@ def folds(
         yield f"{family.mlp}.weight", gains - family.norm_offset
     for name in family.ends(layer, linear):
         addition = change.bias if name.endswith(".bias") else change.weight
-        yield name, folded(original(name) if original else parameter_of(layer, name), transform, addition)
+        yield name, folded(original(name), transform, addition)
 
 
 def folded(original: Tensor, transform: Tensor | None, addition: Tensor | None) -> Tensor:

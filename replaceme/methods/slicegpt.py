@@ -86,11 +86,9 @@ class Slicing(ModelEdit):
         layers = family.decoder_layers(model)
         with ExitStack() as stack:
             for index, layer in enumerate(layers):
-                entering = _ProjectedInput(self.basis(2 * index))
-                stack.callback(layer.register_forward_pre_hook(entering.hook, with_kwargs=True).remove)
-                # Changes the attention's output so that its sum with the layer's input is the projected state.
-                between = _projection_after(entering, self.basis(2 * index + 1), family.multiplier)
-                stack.callback(layer.get_submodule(family.attention).register_forward_hook(between).remove)
+                hooks = _Projection(self.basis(2 * index), self.basis(2 * index + 1), family.multiplier)
+                stack.callback(layer.register_forward_pre_hook(hooks.on_input, with_kwargs=True).remove)
+                stack.callback(layer.get_submodule(family.attention).register_forward_hook(hooks.on_attention).remove)
             last = self.basis(2 * len(layers)).double()
             stack.callback(layers[-1].register_forward_hook(operator_hook(last @ last.T)).remove)
             yield
@@ -166,30 +164,27 @@ def _product(weight: nn.Parameter, right: Tensor) -> Tensor:
     return torch.cat([rows.double() @ right for rows in weight.detach().split(ROWS)])
 
 
-class _ProjectedInput:
-    """Hook that projects a layer's input and keeps it."""
+class _Projection:
+    """Hooks that project a layer's input by Q, and the sum of that and its attention's output by ``next_Q``."""
 
-    def __init__(self, Q: Tensor):
-        self.Q = Q
+    def __init__(self, Q: Tensor, next_Q: Tensor, multiplier: float):
+        self.Q, self.next_Q, self.multiplier = Q, next_Q, multiplier
 
-    def hook(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def on_input(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         entering = args[0] if args else kwargs["hidden_states"]
         self.state = project(entering, self.Q).to(entering.dtype)
         return ((self.state, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": self.state})
 
+    def on_attention(self, _module: nn.Module, _args: Any, output: Any) -> Any:
+        import torch
 
-def _projection_after(entering: _ProjectedInput, Q: Tensor, multiplier: float) -> Any:
-    """Return a hook on an attention after which the sum of the layer's input and the attention's output is projected."""
-    import torch
-
-    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
-        added = output if isinstance(output, torch.Tensor) else output[0]
+        whole = isinstance(output, torch.Tensor)
+        added = output if whole else output[0]
         dtype = torch.promote_types(added.dtype, torch.float32)
-        state = entering.state.to(dtype)
-        changed = ((project(state + multiplier * added.to(dtype), Q) - state) / multiplier).to(added.dtype)
-        return changed if isinstance(output, torch.Tensor) else (changed, *output[1:])
-
-    return hook
+        state = self.state.to(dtype)
+        projected = project(state + self.multiplier * added.to(dtype), self.next_Q)
+        changed = ((projected - state) / self.multiplier).to(added.dtype)
+        return changed if whole else (changed, *output[1:])
 
 
 def project(state: Tensor, Q: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The folded model equals the unfused computation, for each family, each start and two block lengths."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from replaceme.edits.unfused import unfused
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import cache_error
 from replaceme.models.depth import broken_patterns, cut_config
-from replaceme.models.families import FAMILIES, Family, family_of
+from replaceme.models.families import FAMILIES, Family, family_of, parameter_of
 from replaceme.models.model import Model
 from tests.conftest import FAMILY_CONFIGS, KINDS, LAYERS, WIDTH, made_model
 from tests.helpers import TEXT, edits_for, edits_of, hooked_and_folded, made_transform, norm_in_float64, shortened_logits
@@ -104,7 +105,8 @@ def test_corrections_of_one_linear_add_up() -> None:
 
 def test_identity_transform_changes_no_bit() -> None:
     layer = made_model(dtype=torch.bfloat16).model.layers[0]
-    exact = dict(folds(Family(), layer, "mlp_output", Change(torch.eye(WIDTH, dtype=torch.float64))))
+    identity = Change(torch.eye(WIDTH, dtype=torch.float64))
+    exact = dict(folds(Family(), layer, "mlp_output", identity, partial(parameter_of, layer)))
     assert torch.equal(exact["mlp.down_proj.weight"].bfloat16(), layer.mlp.down_proj.weight)
 
 

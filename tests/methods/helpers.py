@@ -1,5 +1,6 @@
 """The edits as the stages solve and repair make them, for tests of repair, channels and healing; and what is refused."""
 
+import importlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,8 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from replaceme.base.documents import Documents
 from replaceme.base.errors import ParameterError
-from replaceme.base.params import read_params
+from replaceme.base.params import Params, read_params
 from replaceme.base.plan import Block, Plan
+from replaceme.base.workspace import Workspace
 from replaceme.edits.edits import Edits
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import verify_export
@@ -75,6 +77,12 @@ def assert_saved_computes_edits(source: Model, edits: Edits, documents: Document
     expected = shortened_logits(source.load(), edits, TEXT)
     with torch.no_grad():
         assert (loaded(TEXT).logits - expected).norm() < 1e-3 * expected.norm()
+
+
+def run_stages(params: Params, work: Workspace, *names: str) -> None:
+    """Run stages by name, in this process."""
+    for name in names:
+        importlib.import_module(f"replaceme.pipeline.{name}").STAGE.run(params, work)
 
 
 def model_refusals(given: Any, **options: Any) -> list[str]:

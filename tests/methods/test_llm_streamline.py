@@ -30,26 +30,17 @@ from replaceme.models.kv_cache import cache_bytes_per_token
 from replaceme.models.model import Model
 from replaceme.models.own_form import is_own_form
 from replaceme.observers.profile import profile_model
-from replaceme.pipeline.activations import observe_activations
-from replaceme.pipeline.calibrate import calibrate
-from replaceme.pipeline.export import export
-from replaceme.pipeline.heal import heal
-from replaceme.pipeline.inputs import inspect_inputs
-from replaceme.pipeline.plan import plan
-from replaceme.pipeline.profile import profile
-from replaceme.pipeline.repair import repair
-from replaceme.pipeline.select import select
-from replaceme.pipeline.solve import solve
 from replaceme.training import checkpoints, training
 from replaceme.training.checkpoints import key_of, load_checkpoint, save_checkpoint
 from replaceme.training.training import Course, entering_and_leaving, orders, train
 from tests.conftest import KINDS, LAYERS, OBSTACLES, made_model
 from tests.helpers import TEXT, hooked_and_folded, layer_outputs, many_documents, shortened_logits
 from tests.interruption import InterruptedRunError, counted, stop_at
-from tests.methods.helpers import model_refusals
+from tests.methods.helpers import model_refusals, run_stages
 
 TRAINED, END = 1, 4
 RATE = "llm_streamline_learning_rate"
+SOLVED = ("inputs", "calibrate", "profile", "select", "plan", "activations", "solve")
 # Families whose layers can be left without their attention.
 APART = [kind for kind in KINDS if not model_refusals(kind, method="llm_streamline", llm_streamline_form="mlp")]
 
@@ -353,18 +344,13 @@ def test_a_trained_mlp_leaves_attention_out_or_plainly_silent(
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def run_stages(params: Params, work: Workspace) -> None:
-    for stage in (inspect_inputs, calibrate, profile, select, plan, observe_activations, solve, repair, heal, export):
-        stage(params, work)
-
-
 @pytest.mark.parametrize(
     "options", [{}, {"llm_streamline_form": "mlp"}, {"llm_streamline_form": "mlp", "plain": True}, {"selection": "loss"}]
 )
 def test_the_stages_choose_train_and_export(options: dict[str, Any], params: Params, tiny: Model, tmp_path: Path) -> None:
     settings = {"method": "llm_streamline", "batch_size": 4, "llm_streamline_epochs": 3, "llm_streamline_learning_rate": 3e-3}
     params, work = params.model_copy(update={**settings, **options}), Workspace(tmp_path / "run")
-    run_stages(params, work)
+    run_stages(params, work, *SOLVED, "repair", "heal", "export")
     (block,) = load_blocks(work.blocks)
     if not options:
         cosines = read_json(work.profile / "profile.json")["mean_cosine"]
@@ -391,8 +377,7 @@ def test_a_training_whose_results_can_not_be_written_is_not_repeated(
     params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     params, work = params.model_copy(update={"method": "llm_streamline"}), Workspace(tmp_path / "run")
-    for stage in (inspect_inputs, calibrate, profile, select, plan, observe_activations, solve):
-        stage(params, work)
+    run_stages(params, work, *SOLVED)
 
     def full(*_: Any) -> None:
         raise OSError(ENOSPC, "no space left")
@@ -400,17 +385,16 @@ def test_a_training_whose_results_can_not_be_written_is_not_repeated(
     with monkeypatch.context() as patch:
         patch.setattr("replaceme.pipeline.repair.write_text", full)
         with pytest.raises(OSError, match="no space left"):
-            repair(params, work)
+            run_stages(params, work, "repair")
     with counted() as steps:
-        repair(params, work)
+        run_stages(params, work, "repair")
     assert steps == []
     assert not [path for path in work.repaired.parent.iterdir() if "partial" in path.name]
 
 
 def test_a_method_that_trains_nothing_leaves_empty_curves(params: Params, tmp_path: Path) -> None:
     work = Workspace(tmp_path / "run")
-    for stage in (inspect_inputs, calibrate, profile, select, plan, observe_activations, solve, repair, heal):
-        stage(params.model_copy(update={"method": "uidl"}), work)
+    run_stages(params.model_copy(update={"method": "uidl"}), work, *SOLVED, "repair", "heal")
     assert (work.edits / "loss.tsv").read_text() == "step\tloss\n"
     assert (work.edits / "held_out_loss.tsv").read_text() == "step\theld_out_loss\n"
 

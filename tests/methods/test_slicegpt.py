@@ -38,19 +38,9 @@ from replaceme.methods.slicegpt import (
 from replaceme.models.families import family_of
 from replaceme.models.model import Model, parameter_count
 from replaceme.models.own_form import is_own_form
-from replaceme.pipeline.activations import observe_activations
-from replaceme.pipeline.baseline import score_baseline
-from replaceme.pipeline.calibrate import calibrate
-from replaceme.pipeline.evaluate import evaluate
-from replaceme.pipeline.export import export
-from replaceme.pipeline.heal import heal
-from replaceme.pipeline.inputs import inspect_inputs
-from replaceme.pipeline.plan import plan
-from replaceme.pipeline.repair import repair
-from replaceme.pipeline.solve import solve
 from tests.conftest import DESCRIBED, KINDS, LAYERS, WIDTH, made_model
 from tests.helpers import TEXT, elsewhere, hooked_and_folded, passing
-from tests.methods.helpers import model_refusals
+from tests.methods.helpers import model_refusals, run_stages
 
 SLICED = [kind for kind, family in DESCRIBED.items() if not family.unsliced]
 SIGNALS = 2 * LAYERS + 1
@@ -267,11 +257,9 @@ def test_families_are_sliced_or_refused_with_the_reason() -> None:
 @pytest.mark.parametrize("plain", [False, True])
 def test_the_stages_slice_save_and_score(plain: bool, params: Params, tmp_path: Path) -> None:
     params, work = params.model_copy(update={"method": "slicegpt", "plain": plain}), Workspace(tmp_path)
-    inspect_inputs(params, work)
-    calibrate(params, work)
+    run_stages(params, work, "inputs", "calibrate")
     save_blocks([], work.blocks)
-    for stage in (plan, observe_activations, solve, repair, heal, export, score_baseline, evaluate):
-        stage(params, work)
+    run_stages(params, work, "plan", "activations", "solve", "repair", "heal", "export", "baseline", "evaluate")
     figures, pruned = read_json(work.metric("repair")), Model(work.model, "pruned").load()
     slicing = Edits.load(work.edits).model_edit
     assert isinstance(slicing, Slicing)
