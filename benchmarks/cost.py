@@ -74,8 +74,8 @@ def main(size: int | None) -> None:
 
     def heal() -> None:
         last, batch_size = len(family.decoder_layers(model)) - 1, params.batch_size
-        states = entering_and_leaving(model, family, documents, block.host, last, batch_size=batch_size)
-        lesson = Predictions(model, family, Edits("", [*block.layers]), documents, block.host, *states)
+        states = entering_and_leaving(model, family, documents, block.layer_before_cut, last, batch_size=batch_size)
+        lesson = Predictions(model, family, Edits("", [*block.layers]), documents, block.layer_before_cut, *states)
         course = Course(params.heal_learning_rate, 1, batch_size, "heal_learning_rate")
         with tempfile.TemporaryDirectory() as folder:
             train(lesson, lesson.learners(), course, Path(folder), "")
@@ -89,13 +89,13 @@ def main(size: int | None) -> None:
         "fit of channels": lambda: fit(settings["channels"]),
         "fit of a map, repair": lambda: fit(settings["dense"].model_copy(update={"repair": True})),
         "losses of maps": lambda: cut_losses(
-            model, family, documents, cuts, stand_in="map", batch_size=params.batch_size
+            model, family, documents, cuts, surrogate="map", batch_size=params.batch_size
         ),
         "losses of refits": lambda: cut_losses(
-            model, family, documents, cuts, stand_in="refit", batch_size=params.batch_size
+            model, family, documents, cuts, surrogate="refit", batch_size=params.batch_size
         ),
         "losses of joint fits": lambda: cut_losses(
-            model, family, documents, cuts, stand_in="joint", batch_size=params.batch_size
+            model, family, documents, cuts, surrogate="joint", batch_size=params.batch_size
         ),
         "an epoch of healing": heal,
     }  # fmt: skip

@@ -247,7 +247,7 @@ def profile(params: Params) -> None:
         for values in criteria.values():
             (block,) = smallest(values, starts, skip)
             removed = f"{block.start}–{block.end - 1}" if skip > 1 else str(block.start)
-            row += [str(block.host), removed, f"{values[block.host][block.end - 1]:.4f}"]
+            row += [str(block.layer_before_cut), removed, f"{values[block.layer_before_cut][block.end - 1]:.4f}"]
         rows.append(tuple(row))
     print(align(rows))
     logger.info("all pairs are in %s", work.model / "distances.csv")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from replaceme.base.combinations import TRANSFORMS, Asking, Settings, Use, Values
-from replaceme.base.errors import SolveError
+from replaceme.base.errors import ParameterError, SolveError
 from replaceme.base.params import Params
 from replaceme.base.plan import Block
 from replaceme.base.progress import logger
@@ -229,33 +229,27 @@ def refusals(values: Values) -> list[str]:
     return problems
 
 
-def refuses(values: Values, kind: str, family: Family) -> list[str]:
-    """Refuse a family whose MLP ends in a norm, through which only an orthogonal map folds."""
-    if family.norm_after_mlp:
-        return [
-            f"method: cosine makes maps that do not fold into the norm after the MLP of the family '{kind}'; use lstsq with "
-            "transform: orthogonal."
-        ]
-    return []
-
-
 def check(params: Params, model: Model, family: Family) -> None:
-    """Raise ParameterError if the least-squares map that the solver starts from is not unique, for want of tokens."""
+    """Refuse a norm after the MLP, and text too short for a unique least-squares map, which the solver starts from."""
+    if family.norm_after_mlp:
+        raise ParameterError(
+            f"method: cosine makes maps that do not fold into the norm after the MLP of the family "
+            f"'{model.config().model_type}'; use lstsq with transform: orthogonal."
+        )
     own = Objective.of(params)
     # The cosine's start has a ridge of its own.
     if own.start == "closed_form" and own.loss != "cosine" and params.transform != "diagonal":
-        require_tokens(params, model, family)
+        require_tokens(params, model)
 
 
 METHOD = Method(
     settings=Objective,
     shared={"alpha": Use(("solve", "repair"))},
-    stand_in=lambda params: "map",
+    surrogate=lambda params: "map",
     statistics=statistics,
     solve=solve,
     check=check,
     words="fits a replacement for the block",
     transforms=TRANSFORMS,
     refusals=refusals,
-    refuses=refuses,
 )

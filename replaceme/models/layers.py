@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 from torch import Tensor, nn
 
@@ -59,8 +58,23 @@ def silent(attention: nn.Module) -> Iterator[None]:
     """Let an attention compute nothing and return zeros inside the block."""
     from replaceme.models.modeling_pruned import NoAttention
 
-    with mock.patch.object(attention, "forward", NoAttention(None).forward):
+    with replaced_forward(attention, NoAttention(None).forward):
         yield
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let a module compute something else inside the block; its hooks run as ever."""
+    # A module can have a forward of its own already: a streamed layer does.
+    own = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
 
 
 @contextmanager
@@ -68,7 +82,7 @@ def passed_by(family: Family, layers: Iterable[nn.Module]) -> Iterator[None]:
     """Skip layers inside the block: each returns its input and computes nothing."""
     with ExitStack() as stack:
         for layer in layers:
-            stack.enter_context(mock.patch.object(layer, "forward", _pass_on_in_tuple if family.returns_tuple else _pass_on))
+            stack.enter_context(replaced_forward(layer, _pass_on_in_tuple if family.returns_tuple else _pass_on))
         yield
 
 
@@ -111,5 +125,5 @@ def begun_at(family: Family, layers: nn.ModuleList, start: Start, current: Calla
         stack.enter_context(passed_by(family, layers[: start.layer]))
         stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
         if start.attention is not None:
-            stack.enter_context(mock.patch.object(layer.get_submodule(family.attention), "forward", attend))
+            stack.enter_context(replaced_forward(layer.get_submodule(family.attention), attend))
         yield

@@ -132,8 +132,8 @@ def profile_model(
         scratch: folder for scratch files; None is the system's temporary folder.
 
     Returns:
-        ``angular_distance`` and ``residual`` (layers × layers: host, last removed layer), ``mean_cosine`` (layers × layers:
-        input of the first, output of the second) and ``layers`` (figure → list).
+        ``angular_distance`` and ``residual`` (layers × layers: layer before the cut, last removed layer), ``mean_cosine``
+        (layers × layers: input of the first, output of the second) and ``layers`` (figure → list).
 
     Raises:
         ParameterError: the text has a single token, or states overflow.

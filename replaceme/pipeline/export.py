@@ -31,7 +31,7 @@ def export(params: Params, work: Workspace) -> None:
     use_processor(params.threads)
     give_back()
     source, edits = recorded_model(params, work.model_input), Edits.load(work.edits)
-    whole = "a narrower stream and removed parts of layers change shapes" if edits.bases or edits.parts else None
+    whole = "the method's edit changes the shapes of weights" if edits.model_edit and edits.model_edit.reshapes else None
     # The proof computes in these formats, on the processor.
     outside, layers = proof_dtypes(source)
     room = room_of(source, on_processor(params), outside, layers=layers, whole=whole)

@@ -51,22 +51,22 @@ def _heal(params: Params, work: Workspace, edits: Edits) -> tuple[dict[str, Any]
     model, family = calibration_model(params, work.model_input, whole=HEALED_WHOLE)
     documents, plan = Documents.load(work.documents), Plan.load(work.plan)
     # With narrower MLPs, the states differ from the dense model's from the first layer on.
-    host = 0 if plan.mlp_width else plan.blocks[0].host
+    first = 0 if plan.mlp_width else plan.blocks[0].layer_before_cut
     folder = _checkpoints(work)
     course = Course(params.heal_learning_rate, params.heal_epochs, params.batch_size, "heal_learning_rate")
     settings = {
         **settings_of(course, next(model.parameters()).device),
         "share": healing.SHARE,
-        "host": host,
+        "first": first,
         "model": read_json(work.model_input),
         "edits": sha256_below(work.repaired),
         "dtype": params.dtype,
     }
     entering, leaving = entering_and_leaving(
-        model, family, documents, host, len(family.decoder_layers(model)) - 1,
+        model, family, documents, first, len(family.decoder_layers(model)) - 1,
         batch_size=params.batch_size, folder=work.edits.parent, purpose="healing", description="walking to the predictions",
     )  # fmt: skip
-    lesson = healing.Predictions(model, family, edits, documents, host, entering, leaving)
+    lesson = healing.Predictions(model, family, edits, documents, first, entering, leaving)
     parameters, curves = train(lesson, lesson.learners(), course, folder, key_of(settings, documents.documents))
     lesson.correct(edits, parameters)
     return figures_of(curves, parameters), curves

@@ -41,9 +41,9 @@ def profile(params: Params, work: Workspace) -> None:
 def _pairs_table(content: Mapping[str, Any]) -> str:
     distances, residuals = content["angular_distance"], content["residual"]
     rows = [
-        f"{host},{last + 1},{last - host},{rounded(distances[host][last])},{rounded(residuals[host][last])}"
-        for host in range(len(distances))
-        for last in range(host + 1, len(distances))
+        f"{layer},{last + 1},{last - layer},{rounded(distances[layer][last])},{rounded(residuals[layer][last])}"
+        for layer in range(len(distances))
+        for last in range(layer + 1, len(distances))
     ]
     return "\n".join(["host,end,layers_to_skip,angular_distance,residual", *rows]) + "\n"
 

@@ -16,7 +16,7 @@ from replaceme.base.progress import logger
 from replaceme.base.stage import PASS, Stage
 from replaceme.base.workspace import Workspace
 from replaceme.edits.edits import Edits
-from replaceme.methods.method import Bench
+from replaceme.methods.method import MethodContext
 from replaceme.methods.refusals import needs_whole
 from replaceme.methods.registry import METHODS, read_by
 from replaceme.models.families import inputs_of
@@ -40,13 +40,14 @@ def repair(params: Params, work: Workspace) -> None:
     method = METHODS[params.method]
     with new_folder(work.repaired) as folder:
         copy_content(work.solution, folder)
-        if method.work:
+        if method.fit_on_model:
             model, family = calibration_model(params, work.model_input, whole=needs_whole(params))
             if params.remove is not None:
                 # Of a method that removes parts of layers, which takes no other criterion and one block.
                 params = within_budget(params, recorded_model(params, work.model_input), method.criterion)
-            bench = Bench(params, model, family, Documents.load(work.documents), plan, edits, work.repaired.parent, folder)
-            figures = method.work(bench)
+            documents = Documents.load(work.documents)
+            context = MethodContext(params, model, family, documents, plan, edits, work.repaired.parent, folder)
+            figures = method.fit_on_model(context)
             edits.save(folder)
         elif _mends(params, plan):
             model, family = calibration_model(params, work.model_input)
@@ -72,7 +73,7 @@ def repair(params: Params, work: Workspace) -> None:
             "repair: %d linears corrected; relative residual of the state after the last one %.4f, %.4f before its correction",
             figures["corrected_linears"], repairs[-1].after, repairs[-1].before,
         )  # fmt: skip
-    elif not method.work:
+    elif not method.fit_on_model:
         logger.info("repair: nothing to do")
     write_json(work.metric("repair"), rounded(figures))
     # Checkpoints go only after all is written, by the process that writes it.
@@ -89,7 +90,7 @@ def _mends(params: Params, plan: Plan) -> bool:
 def _is_shared(params: Params, plan: Plan) -> bool:
     """Return whether processes can share the walks."""
     fits = bool(plan.statistics) and (len(plan.blocks) > 1 or plan.mlp_width is not None)
-    return METHODS[params.method].work is None and _mends(params, plan) and (adds_up(plan.statistics) or not fits)
+    return METHODS[params.method].fit_on_model is None and _mends(params, plan) and (adds_up(plan.statistics) or not fits)
 
 
 def _key(params: Params, work: Workspace, documents: Documents) -> str:

@@ -1,4 +1,4 @@
-"""The choice of a host's MLP channels, from its own and those of the removed layers (``replaceme.edits.channels``).
+"""The choice of channels for the MLP before a cut, of its own and those of removed layers (``replaceme.edits.channels``).
 
 The criterion is the least squares that solves for its last linear (``replaceme.solvers.refit``): a ridge regression of what the
 state at the cut lacks, with the channels' original columns as prior. With ``A = S + λ diag S`` and the solution's rows ``w_i``,
@@ -9,8 +9,8 @@ its objective rises by
 without channel i (Hassibi and Stork, Optimal Brain Surgeon, 1993). Each round drops the fifth with the smallest rises, then
 solves again, until the channels fit. (Smaller steps chose no better on the demo.)
 
-Layers are added one at a time, from the last removed layer to the host, and each is compared with the best channels so far, so
-the sums stay at (2 f)² numbers. (Comparing all layers at once was no better on the demo.) Where these would exceed
+Layers are added one at a time, from the last removed layer to the one before the cut, and each is compared with the best
+channels so far, so the sums stay at (2 f)² numbers. (All layers at once were no better on the demo.) Where these would exceed
 ``CANDIDATE_BYTES``, the channels with the smallest rises are left out before, by the same rule without the products of
 different channels: ``w_i = (c_i + λ S_ii prior_i) / ((1 + λ) S_ii)`` and ``1 / (A⁻¹)_ii = (1 + λ) S_ii``. (On the demo, 1.5 f
 channels chosen so hold 84 % of the exact choices, and 1.75 f hold 94 %. A sketch of f / 2 tokens, with the products, came to
@@ -41,20 +41,20 @@ CANDIDATE_BYTES, MARGIN = 2 << 30, 1.125
 
 
 class Candidates:
-    """Observer of the least squares from candidate channels, in the host's MLP, to a target: sums over tokens, float32.
+    """Observer of the least squares from candidate channels, in a layer's MLP, to a target: sums over tokens, float32.
 
     ``gram`` = Σ w gᵀg (k, k; half of it: ``replaceme.observers.sums``) and ``cross`` = Σ w gᵀ(target − state without the
     MLP) (k, d), ``w = 1/‖target‖²``.
     """
 
-    def __init__(self, host: int, family: Family, layer: nn.Module, target: Tensor):
-        self.host, self.target, self.multiplier = host, target, family.multiplier
-        last = family.linear_of(layer, "mlp_output")
+    def __init__(self, layer: int, family: Family, module: nn.Module, target: Tensor):
+        self.layer, self.target, self.multiplier = layer, target, family.multiplier
+        last = family.linear_of(module, "mlp_output")
         self.bias = None if getattr(last, "bias", None) is None else parameter_of(last, "bias")
         self.gram = self.cross = torch.empty(0)
 
     def wants(self) -> Mapping[int, frozenset[Signal]]:
-        return {self.host: frozenset(("input", "attention", "mlp_features"))}
+        return {self.layer: frozenset(("input", "attention", "mlp_features"))}
 
     def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
         state = batch.real(signals["input"]).float() + batch.real(signals["attention"]).float()

@@ -82,7 +82,7 @@ class Checkpoints:
             tensor.copy_(read.view_as(tensor))
         edits = Edits.load(self._place(finished, 0))
         # What is mapped from the checkpoint is copied before a later one replaces it: corrections one at a time, to the disk.
-        mapped: tuple[dict[Any, Tensor], ...] = (edits.transforms, edits.operators, edits.parameters, edits.channels)
+        mapped: tuple[dict[Any, Tensor], ...] = (edits.transforms, edits.operators, edits.channels)
         for tensors in mapped:
             tensors.update({key: tensor.clone() for key, tensor in tensors.items()})
         vars(state.edits).update(vars(edits))

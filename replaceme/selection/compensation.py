@@ -109,7 +109,7 @@ def compensated_layers(
         influence = (changes.sums / excerpts.token_count).tolist()
         _finite(sum(influence))
         best = min((layer for layer in allowed if layer not in scales), key=influence.__getitem__)
-        # The output of a layer that hosts a block is already multiplied by that block's scalar.
+        # The output of a layer before a block is already multiplied by that block's scalar.
         applied = float(edits.operators.get(best, 1.0))
         scales[best], influences[best] = _finite(magnitudes.gain(best, best + 1) / applied), influence[best]
     return scales, influences
@@ -156,12 +156,12 @@ def gains(model: Any, family: Family, documents: Documents, blocks: Sequence[Blo
 
 
 def scaled(blocks: Iterable[Block]) -> Edits:
-    """Return the edits that remove blocks and multiply their hosts' outputs by their scalars."""
+    """Return the edits that remove blocks and multiply the states before them by their scalars."""
     edits = Edits("", [])
     for block in blocks:
         edits.removed_layers += block.layers
         if block.scale is not None:
-            edits.operators[block.host] = torch.tensor(block.scale, dtype=torch.float64)
+            edits.operators[block.layer_before_cut] = torch.tensor(block.scale, dtype=torch.float64)
     return edits
 
 
