@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from replaceme.models.families import Family
     from replaceme.models.model import Model
-    from replaceme.solvers.minimisers import Budget, Minimum
     from replaceme.solvers.objectives import Problem
 
 LOSSES = {"cosine": "cosine", "mse": "squared error", "elastic_net": "elastic net"}
@@ -88,7 +87,7 @@ def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
     import torch
 
     from replaceme.edits.edits import Edits
-    from replaceme.solvers.minimisers import minimise
+    from replaceme.solvers.minimisers import minimise_by_adam, minimise_by_scipy
     from replaceme.solvers.quality import fit_quality, ridge_figures
 
     own = Objective.of(params)
@@ -99,10 +98,14 @@ def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
             "cosine with the target; use another method, or min_distance_layer or max_distance_layer for another block."
         )
     problem = problem_of(params, sums, statistics)
-    start = problem.structure.start(_start(params, sums).to(problem.prior))
-    found = minimise(problem, start, own.solver, _budget(own))
-    transform = problem.structure.build(found.x).cpu()
-    fit = _solver_figures(found)
+    start = _start(params, sums).to(problem.prior)
+    if own.solver == "adam":
+        found = minimise_by_adam(problem, start, own.learning_rate, own.epochs, own.tokens_per_step)
+    else:
+        found = minimise_by_scipy(problem, start, own.solver, own.max_iterations)
+    transform = found.transform.cpu()
+    fit = {"loss_start": found.curve[0], "loss_end": found.lowest, "iterations": max(found.curve)}
+    fit["converged"] = int(found.converged)
     if _is_fast(own):
         fit["rescaled_by"] = least_squares_scale(transform, sums)
         transform = transform * fit["rescaled_by"]
@@ -115,7 +118,7 @@ def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
 
 
 def problem_of(params: Params, sums: Sums, statistic: Statistics) -> Problem:
-    """Return the objective of one block.
+    """Return the objective of one block, on the device of the setting.
 
     Args:
         params: loss, its form, the transform's structure and the penalty.
@@ -128,22 +131,23 @@ def problem_of(params: Params, sums: Sums, statistic: Statistics) -> Problem:
     from replaceme.observers.shards import StoredShards
     from replaceme.solvers.closed_forms import STRUCTURES
     from replaceme.solvers.objectives import CosineLoss, Problem, SquaredError
-    from replaceme.solvers.structures import parametrisation
+    from replaceme.solvers.structures import parametrise
 
     own = Objective.of(params)
-    device, width = resolve_device(params.device), len(sums["gram"])
+    device, width = torch.device(resolve_device(params.device)), len(sums["gram"])
+    ridge, lasso = params.alpha, 0.0
+    if own.loss == "elastic_net":
+        ridge, lasso = params.alpha * (1 - own.l1_ratio) / 2, params.alpha * own.l1_ratio
     to_identity = _is_fast(own) or params.transform == "two_vectors"
     prior = torch.eye(width, dtype=torch.float64, device=device) * float(to_identity)
-    structure = parametrisation(STRUCTURES[params.transform], width, device)
-    if own.loss == "cosine":
-        shards = StoredShards(statistic(_tokens(own))["counts"], statistic)
-        # Minibatches are noisier than float32; a line search is not.
-        dtype = torch.float32 if own.solver == "adam" else torch.float64
-        return Problem(CosineLoss(shards, device, dtype), structure, prior, params.alpha)
-    if own.loss == "mse":
-        return Problem(SquaredError(sums, device), structure, prior, params.alpha)
-    ridge, lasso = params.alpha * (1 - own.l1_ratio) / 2, params.alpha * own.l1_ratio
-    return Problem(SquaredError(sums, device), structure, prior, ridge, lasso)
+    structure = parametrise(STRUCTURES[params.transform], width, device, split=lasso > 0)
+    if own.loss != "cosine":
+        loss = SquaredError({name: total.to(device) for name, total in sums.items()})
+        return Problem(loss, structure, prior, ridge, lasso)
+    shards = StoredShards(statistic(_tokens(own))["counts"], statistic)
+    # Minibatches are noisier than float32; a line search is not.
+    dtype = torch.float32 if own.solver == "adam" else torch.float64
+    return Problem(CosineLoss(shards, device, dtype), structure, prior, ridge)
 
 
 def least_squares_scale(transform: Tensor, sums: Sums) -> float:
@@ -164,12 +168,6 @@ def _start(params: Params, sums: Sums) -> Tensor:
     return closed_form(sums["gram"], sums["cross"], alpha, STRUCTURES[params.transform])
 
 
-def _budget(own: Objective) -> Budget:
-    from replaceme.solvers.minimisers import Budget
-
-    return Budget(own.learning_rate, own.epochs, own.tokens_per_step, own.max_iterations)
-
-
 def _is_fast(own: Objective) -> bool:
     return own.loss == "cosine" and not own.accurate
 
@@ -184,15 +182,6 @@ def _words(params: Params) -> str:
     own = Objective.of(params)
     form = ", accurate" if own.loss == "cosine" and own.accurate else ""
     return f"{LOSSES[own.loss]}{form}{structure_words(params.transform)}, {own.solver}"
-
-
-def _solver_figures(found: Minimum) -> dict[str, Any]:
-    return {
-        "loss_start": found.curve[0],
-        "loss_end": found.lowest,
-        "iterations": max(found.curve),
-        "converged": int(found.converged),
-    }
 
 
 def _report(own: Objective, host: int, fit: Mapping[str, Any]) -> None:

@@ -64,10 +64,10 @@ def upper_cholesky(matrix: Tensor) -> Tensor:
     return _cholesky(matrix.flip(0, 1)).flip(0, 1)
 
 
-def squared_error(sums: Mapping[str, Tensor], transform: Tensor) -> float:
-    """Return ``‖Y − M T‖²`` from ``gram``, ``cross`` and ``target_squares`` (``ΣY²``), at least 0 in spite of rounding."""
+def squared_error(sums: Mapping[str, Tensor], transform: Tensor) -> Tensor:
+    """Return ``‖Y − M T‖²`` () from ``gram``, ``cross`` and ``target_squares`` (``ΣY²``); rounding can take it below 0."""
     explained = 2 * (transform * sums["cross"]).sum() - (transform * (sums["gram"] @ transform)).sum()
-    return max(float(sums["target_squares"] - explained), 0.0)
+    return sums["target_squares"] - explained
 
 
 def _diagonal(gram: Tensor, cross: Tensor, alpha: float) -> Tensor:

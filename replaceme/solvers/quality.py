@@ -26,7 +26,7 @@ def fit_quality(transform: Tensor, sums: Mapping[str, Tensor], sample: Mapping[s
     output_squares = float(sums["output_squares"])
     return {
         "tokens": int(sums["tokens"]),
-        "relative_residual": (squared_error(sums, transform) / output_squares) ** 0.5,
+        "relative_residual": relative(float(squared_error(sums, transform)), output_squares),
         "relative_residual_removed": (float(sums["gap_squares"]) / output_squares) ** 0.5,
         "mean_cosine": _mean_cosine(sample["added"].double() @ transform + sample["rest"], sample["target"]),
         "mean_cosine_removed": _mean_cosine(sample["added"] + sample["rest"], sample["target"]),
