@@ -88,7 +88,7 @@ def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
 
     from replaceme.edits.edits import Edits
     from replaceme.solvers.minimisers import minimise_by_adam, minimise_by_scipy
-    from replaceme.solvers.quality import fit_quality, ridge_figures
+    from replaceme.solvers.quality import describe_ridge, measure_fit
 
     own = Objective.of(params)
     sums, sample = statistics("gram"), statistics("sample")
@@ -109,9 +109,9 @@ def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
     if _is_fast(own):
         fit["rescaled_by"] = least_squares_scale(transform, sums)
         transform = transform * fit["rescaled_by"]
-    fit |= fit_quality(transform, sums, sample)
+    fit |= measure_fit(transform, sums, sample)
     if own.loss == "mse":
-        fit |= ridge_figures(torch.linalg.eigvalsh(sums["gram"]), params.alpha)
+        fit |= describe_ridge(torch.linalg.eigvalsh(sums["gram"]), params.alpha)
     _report(own, block.host, fit)
     edits = Edits(f"ReplaceMe ({_words(params)})", [], {block.host: transform})
     return Solved(edits, fit, loss_curve=list(found.curve.items()))
@@ -158,14 +158,14 @@ def least_squares_scale(transform: Tensor, sums: Sums) -> float:
 def _start(params: Params, sums: Sums) -> Tensor:
     import torch
 
-    from replaceme.solvers.closed_forms import STRUCTURES, closed_form
+    from replaceme.solvers.closed_forms import STRUCTURES, solve_closed_form
 
     own = Objective.of(params)
     if own.start == "identity":
         return torch.eye(len(sums["gram"]), dtype=torch.float64)
     # The cosine's α has the units of that loss: as a ridge on MᵀM it would be negligible, or ruin the start.
     alpha = START_RIDGE * float(sums["gram"].diagonal().mean()) if own.loss == "cosine" else params.alpha
-    return closed_form(sums["gram"], sums["cross"], alpha, STRUCTURES[params.transform])
+    return solve_closed_form(sums["gram"], sums["cross"], alpha, STRUCTURES[params.transform])
 
 
 def _is_fast(own: Objective) -> bool:
@@ -177,11 +177,11 @@ def _tokens(own: Objective) -> str:
 
 
 def _words(params: Params) -> str:
-    from replaceme.solvers.closed_forms import structure_words
+    from replaceme.solvers.closed_forms import title_suffix
 
     own = Objective.of(params)
     form = ", accurate" if own.loss == "cosine" and own.accurate else ""
-    return f"{LOSSES[own.loss]}{form}{structure_words(params.transform)}, {own.solver}"
+    return f"{LOSSES[own.loss]}{form}{title_suffix(params.transform)}, {own.solver}"
 
 
 def _report(own: Objective, host: int, fit: Mapping[str, Any]) -> None:

@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from replaceme.solvers.arguments import ArgumentError
-from replaceme.solvers.procrustes import orthogonal_map
+from replaceme.solvers.procrustes import fit_orthogonal_map
 from replaceme.solvers.ridge import require_full_rank, solve_ridge
 
 Structure = Literal["dense", "diagonal", "two_vectors", "triangular", "orthogonal"]
 STRUCTURES: Mapping[str, Structure] = {name: name for name in get_args(Structure)}
 
 
-def closed_form(gram: Tensor, cross: Tensor, alpha: float, structure: Structure, norm: Tensor | None = None) -> Tensor:
+def solve_closed_form(gram: Tensor, cross: Tensor, alpha: float, structure: Structure, norm: Tensor | None = None) -> Tensor:
     """Return ``argmin ‖Y − M T‖² + α‖T − P‖²`` over the transforms of a structure; P = I for two vectors, else 0.
 
     Args:
@@ -48,13 +48,13 @@ def closed_form(gram: Tensor, cross: Tensor, alpha: float, structure: Structure,
     if structure == "diagonal":
         return _diagonal(gram, cross, alpha)
     if structure == "orthogonal":
-        return orthogonal_map(gram, cross, alpha, norm)
+        return fit_orthogonal_map(gram, cross, alpha, norm)
     require_full_rank(torch.linalg.eigvalsh(gram), alpha)
     ridged = gram + alpha * torch.eye(len(gram), dtype=torch.float64)
     return _triangular(ridged, cross) if structure == "triangular" else _two_vectors(ridged, cross - gram)
 
 
-def structure_words(structure: str) -> str:
+def title_suffix(structure: str) -> str:
     """Return a structure's words after the method's name in a title; none for a dense map."""
     return "" if structure == "dense" else f", {structure.replace('_', ' ')}"
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from replaceme.solvers.arguments import ArgumentError
-from replaceme.solvers.cholesky import factorized, solved
+from replaceme.solvers.cholesky import factorize, solve_factorized
 
 
 def solve_correction(gram: Tensor, cross: Tensor, ridge: Tensor, *, overwrite: bool = False) -> Tensor:
@@ -40,12 +40,12 @@ def solve_correction(gram: Tensor, cross: Tensor, ridge: Tensor, *, overwrite: b
         scaled *= scale[:, None]
         # A feature of zeros has a row of zeros; the ridge makes it solvable.
         scaled.diagonal().add_(ridge.to(scaled))
-        factor, failed = factorized(scaled)
+        factor, failed = factorize(scaled)
     if failed:
         smallest = float(ridge[ridge > 0].min())
         # Callers put their parameter in place of ``ridge`` (``naming``).
         raise ArgumentError("ridge", f"{smallest:g} leaves the least squares singular; raise it, or dataset_size.")
-    return solved(factor, cross * scale[:, None]).mul_(scale[:, None])
+    return solve_factorized(factor, cross * scale[:, None]).mul_(scale[:, None])
 
 
 @dataclass(frozen=True)

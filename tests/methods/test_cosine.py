@@ -15,7 +15,7 @@ from replaceme.base.plan import Block
 from replaceme.methods.cosine import Objective, least_squares_scale, problem_of
 from replaceme.methods.method import Solved
 from replaceme.methods.registry import METHODS
-from replaceme.solvers.closed_forms import closed_form, squared_error
+from replaceme.solvers.closed_forms import solve_closed_form, squared_error
 from tests.solvers.helpers import STRUCTURES, WIDTH, made_sums, made_tokens
 
 BLOCK = Block(2, 4)
@@ -62,7 +62,7 @@ def has_structure(T: np.ndarray, structure: str) -> bool:
 @pytest.mark.parametrize(("structure", "solver"), list(product(STRUCTURES, SOLVERS)))
 def test_squared_error_reaches_the_closed_form_from_the_identity(structure: str, solver: str) -> None:
     result = solved(loss="mse", transform=structure, solver=solver)
-    best = closed_form(SUMS["gram"], SUMS["cross"], 0.5, structure)
+    best = solve_closed_form(SUMS["gram"], SUMS["cross"], 0.5, structure)
     prior = torch.eye(WIDTH) if structure == "two_vectors" else torch.zeros(WIDTH, WIDTH)
     expected = (float(squared_error(SUMS, best)) + 0.5 * float((best - prior).square().sum())) / len(M)
     assert result.figures["loss_end"] == pytest.approx(expected, rel=1e-4)
@@ -158,7 +158,7 @@ def test_a_solver_starts_at_the_closed_form_which_is_a_minimum_already() -> None
         figures = solved(loss="mse", solver=solver, start="closed_form").figures
         assert figures["loss_end"] == pytest.approx(figures["loss_start"], rel=1e-9)
         assert figures["converged"] == 1
-    expected = closed_form(SUMS["gram"], SUMS["cross"], 0.5, "dense")
+    expected = solve_closed_form(SUMS["gram"], SUMS["cross"], 0.5, "dense")
     assert torch.allclose(transform_of(solved(loss="mse", solver="cg", start="closed_form")), expected, atol=1e-9)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from replaceme.base.errors import SolveError
-from replaceme.solvers.closed_forms import closed_form, squared_error
+from replaceme.solvers.closed_forms import solve_closed_form, squared_error
 from replaceme.solvers.minimisers import minimise_by_adam, minimise_by_scipy
 from replaceme.solvers.objectives import CosineLoss, Problem, SquaredError
 from replaceme.solvers.structures import parametrise
@@ -24,7 +24,7 @@ def test_dimensions_a_hundred_thousand_times_apart_are_fitted_in_a_few_iteration
     sums, prior = made_sums(M, Z, H), EYE * float(structure == "two_vectors")
     problem = Problem(SquaredError(sums), parametrise(structure, WIDTH, CPU), prior, 1e-6)
     found = minimise_by_scipy(problem, EYE, solver, 60)
-    best = closed_form(sums["gram"], sums["cross"], 1e-6, structure)
+    best = solve_closed_form(sums["gram"], sums["cross"], 1e-6, structure)
     expected = float(squared_error(sums, best) + 1e-6 * (best - prior).square().sum()) / len(M)
     assert found.lowest == pytest.approx(expected, rel=1e-4)
     assert found.converged
