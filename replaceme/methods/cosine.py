@@ -97,7 +97,7 @@ def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
             f"method: the MLP of layer {block.host} adds nothing to any token of this text, and no map of its output has a "
             "cosine with the target; use another method, or min_distance_layer or max_distance_layer for another block."
         )
-    problem = problem_of(params, sums, statistics)
+    problem = build_problem(params, sums, statistics)
     start = _start(params, sums).to(problem.prior)
     if own.solver == "adam":
         found = minimise_by_adam(problem, start, own.learning_rate, own.epochs, own.tokens_per_step)
@@ -117,7 +117,7 @@ def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
     return Solved(edits, fit, loss_curve=list(found.curve.items()))
 
 
-def problem_of(params: Params, sums: Sums, statistic: Statistics) -> Problem:
+def build_problem(params: Params, sums: Sums, statistic: Statistics) -> Problem:
     """Return the objective of one block, on the device of the setting.
 
     Args:
@@ -129,7 +129,6 @@ def problem_of(params: Params, sums: Sums, statistic: Statistics) -> Problem:
 
     from replaceme.base.compute import resolve_device
     from replaceme.observers.shards import StoredShards
-    from replaceme.solvers.closed_forms import STRUCTURES
     from replaceme.solvers.objectives import CosineLoss, Problem, SquaredError
     from replaceme.solvers.structures import parametrise
 
@@ -140,7 +139,7 @@ def problem_of(params: Params, sums: Sums, statistic: Statistics) -> Problem:
         ridge, lasso = params.alpha * (1 - own.l1_ratio) / 2, params.alpha * own.l1_ratio
     to_identity = _is_fast(own) or params.transform == "two_vectors"
     prior = torch.eye(width, dtype=torch.float64, device=device) * float(to_identity)
-    structure = parametrise(STRUCTURES[params.transform], width, device, split=lasso > 0)
+    structure = parametrise(params.transform, width, device, split=lasso > 0)
     if own.loss != "cosine":
         loss = SquaredError({name: total.to(device) for name, total in sums.items()})
         return Problem(loss, structure, prior, ridge, lasso)
@@ -158,14 +157,14 @@ def least_squares_scale(transform: Tensor, sums: Sums) -> float:
 def _start(params: Params, sums: Sums) -> Tensor:
     import torch
 
-    from replaceme.solvers.closed_forms import STRUCTURES, solve_closed_form
+    from replaceme.solvers.closed_forms import solve_closed_form
 
     own = Objective.of(params)
     if own.start == "identity":
         return torch.eye(len(sums["gram"]), dtype=torch.float64)
     # The cosine's α has the units of that loss: as a ridge on MᵀM it would be negligible, or ruin the start.
     alpha = START_RIDGE * float(sums["gram"].diagonal().mean()) if own.loss == "cosine" else params.alpha
-    return solve_closed_form(sums["gram"], sums["cross"], alpha, STRUCTURES[params.transform])
+    return solve_closed_form(sums["gram"], sums["cross"], alpha, params.transform)
 
 
 def _is_fast(own: Objective) -> bool:

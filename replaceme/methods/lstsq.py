@@ -23,13 +23,13 @@ def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
     """Return the edits of the host, and their fit."""
     from replaceme.base.compute import resolve_device
     from replaceme.edits.edits import Edits
-    from replaceme.solvers.closed_forms import STRUCTURES, solve_closed_form, title_suffix
+    from replaceme.solvers.closed_forms import solve_closed_form, title_suffix
     from replaceme.solvers.quality import describe_dense_ridge, describe_structured_ridge, measure_fit, ridge_path
     from replaceme.solvers.ridge import solve_ridge
 
     if params.transform in FEATURES:
         return _refit(params, block, statistics)
-    structure = STRUCTURES[params.transform]
+    structure = params.transform
     sums, sample = statistics("gram"), statistics("sample")
     path: list[tuple[float, float]] = []
     if structure == "dense":

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from replaceme.solvers.arguments import ArgumentError
-from replaceme.solvers.closed_forms import Structure, solve_closed_form, squared_error
+from replaceme.solvers.closed_forms import solve_closed_form, squared_error
 from replaceme.solvers.ridge import RidgeSolution
 
 # Ridges for which a residual is computed at once.
@@ -55,7 +55,7 @@ def measure_operator_fit(
         weighted: whether ``sums`` is ``stream_weighted``; the residuals are then relative per token, and named weighted.
     """
     gap, whole = float(sums["gap_squares"]), float(sums["output_squares"])
-    change = sse_change(sums["gram"], sums["cross"], P - torch.eye(len(P), dtype=P.dtype))
+    change = sse_change(sums["gram"], sums["cross"], P - torch.eye(len(P)).to(P))
     kind = "weighted" if weighted else "relative"
     h = (sample["added"] + sample["rest"]).double()
     return {
@@ -70,7 +70,7 @@ def measure_operator_fit(
 
 def distance_from_identity(transform: Tensor) -> float:
     """Return ``‖T − I‖ / √d`` of a map (d, d)."""
-    return float((transform - torch.eye(len(transform), dtype=transform.dtype)).norm()) / len(transform) ** 0.5
+    return float((transform - torch.eye(len(transform)).to(transform)).norm()) / len(transform) ** 0.5
 
 
 def ridge_path(solution: RidgeSolution, target_squares: float, output_squares: float) -> list[tuple[float, float]]:
@@ -136,9 +136,7 @@ def describe_dense_ridge(solution: RidgeSolution, alpha: float) -> dict[str, Any
     return figures
 
 
-def describe_structured_ridge(
-    transform: Tensor, sums: Mapping[str, Tensor], alpha: float, structure: Structure
-) -> dict[str, Any]:
+def describe_structured_ridge(transform: Tensor, sums: Mapping[str, Tensor], alpha: float, structure: str) -> dict[str, Any]:
     """Return the same for a map of another structure."""
     figures: dict[str, Any] = describe_ridge(torch.linalg.eigvalsh(sums["gram"]), alpha)
     if structure == "orthogonal":  # a second fit would cost as much as the first

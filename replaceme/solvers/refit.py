@@ -44,7 +44,7 @@ def refit(edits: Edits, layer: int, sums: Mapping[str, Tensor], alpha: float, ri
     """
     solution = solve_ridge(sums["added_gram"], sums["added_cross"] + sums["added_gram"], alpha)
     transform = edits.transforms[layer] = solution.transform
-    step = transform - torch.eye(len(transform), dtype=transform.dtype)
+    step = transform - torch.eye(len(transform)).to(transform)
     sse_removed = float(sums["gap_squares"])
     sse_transform = sse_removed + sse_change(sums["added_gram"], sums["added_cross"], step)
     sse, cross = sse_transform, sums["cross"] - sums["feature_added"] @ step

@@ -95,7 +95,7 @@ def solve_ridge(gram: Tensor, cross: Tensor, alpha: float) -> RidgeSolution:
     eigenvalues = eigenvalues.clamp_min(0)
     smallest = float(eigenvalues[0])
     resolution = require_full_rank(eigenvalues, alpha)
-    factor, failed = torch.linalg.cholesky_ex(gram + alpha * torch.eye(len(gram), dtype=torch.float64))
+    factor, failed = torch.linalg.cholesky_ex(gram + alpha * torch.eye(len(gram), dtype=torch.float64, device=gram.device))
     projected = vectors.T @ cross
     transform = vectors @ (projected / (eigenvalues + alpha)[:, None]) if failed else torch.cholesky_solve(cross, factor)
     projections = projected.square().sum(dim=1)

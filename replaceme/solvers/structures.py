@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from replaceme.solvers.closed_forms import Structure, upper_cholesky
+from replaceme.solvers.closed_forms import upper_cholesky
 
 # Added to the metric's diagonal, relative to its mean: limits the scaling of directions that no token has.
 FLOOR = 1e-9
@@ -93,7 +93,7 @@ class TwoVectors:
 Parametrisation = Entries | TwoVectors
 
 
-def parametrise(structure: Structure, width: int, device: torch.device, *, split: bool = False) -> Parametrisation:
+def parametrise(structure: str, width: int, device: torch.device, *, split: bool = False) -> Parametrisation:
     """Return the parametrisation of a structure, for T (width, width); ``split`` for an L1 penalty on its entries."""
     if structure == "two_vectors":
         return TwoVectors()

@@ -12,7 +12,7 @@ from torch import Tensor
 from replaceme.base.errors import ParameterError, SolveError
 from replaceme.base.params import read_params
 from replaceme.base.plan import Block
-from replaceme.methods.cosine import Objective, least_squares_scale, problem_of
+from replaceme.methods.cosine import Objective, build_problem, least_squares_scale
 from replaceme.methods.method import Solved
 from replaceme.methods.registry import METHODS
 from replaceme.solvers.closed_forms import solve_closed_form, squared_error
@@ -22,7 +22,7 @@ BLOCK = Block(2, 4)
 M, Z, H = made_tokens(80)
 SUMS = made_sums(M, Z, H)
 # Settings with which Adam converges on so few tokens.
-PACE = {"learning_rate": 0.01, "epochs": 400, "tokens_per_step": 8, "max_iterations": 500}
+PACE = {"learning_rate": 0.015, "epochs": 120, "tokens_per_step": 8, "max_iterations": 500}
 SOLVERS = ["adam", "lbfgs", "cg", "trust_region"]
 
 
@@ -171,7 +171,7 @@ def test_the_curve_goes_from_the_start_to_the_end_and_the_best_is_kept() -> None
     params = read_params(
         None, {"method": "cosine", "accurate": True, "alpha": 0.5, "device": "cpu", "solver": "lbfgs"}, methods=METHODS
     )
-    problem = problem_of(params, SUMS, made_statistics(M, accurate=True).__getitem__)
+    problem = build_problem(params, SUMS, made_statistics(M, accurate=True).__getitem__)
     assert problem.value(transform_of(result).reshape(-1)) == pytest.approx(min(losses), rel=1e-5)
 
 

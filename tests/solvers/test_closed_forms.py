@@ -130,11 +130,12 @@ def test_squared_error_is_that_of_the_tokens() -> None:
     assert squared_error(sums, T) == pytest.approx(float((Y - M @ T).square().sum()))
 
 
-def test_an_orthogonal_map_is_fitted_on_the_device_of_the_sums() -> None:
+@pytest.mark.parametrize("structure", ["dense", "diagonal", "two_vectors", "triangular", "orthogonal"])
+def test_a_map_is_fitted_on_the_device_of_the_sums(structure: str) -> None:
     M, Y = made(60, 6)
     gram, cross, gamma = M.T @ M, M.T @ Y, torch.linspace(0.5, 2, 6)
-    expected = solve_closed_form(gram, cross, 0.1, "orthogonal", gamma)
+    expected = solve_closed_form(gram, cross, 0.1, structure, gamma)
     with elsewhere():
-        found = solve_closed_form(gram.to("meta"), cross.to("meta"), 0.1, "orthogonal", gamma)
+        found = solve_closed_form(gram.to("meta"), cross.to("meta"), 0.1, structure, gamma)
         assert found.device.type == "meta"
         assert torch.equal(found.cpu(), expected)
