@@ -20,7 +20,7 @@ from replaceme.edits.fold import apply_edits
 from replaceme.edits.unfused import unfused
 from replaceme.models.families import Family, Linear, family_of, parameter_of
 from replaceme.selection.trials import Losses
-from replaceme.solvers.procrustes import polar
+from replaceme.solvers.procrustes import polar_factor
 from tests.conftest import LAYERS, WIDTH, made_model
 
 TEXT = torch.arange(2, 42)[None]
@@ -82,7 +82,7 @@ def edits_of(start: int, length: int, model: Any) -> Edits:
     edits, generator = edits_for(start, length), torch.Generator().manual_seed(1)
     layers = family.decoder_layers(model)
     if family.norm_after_mlp:
-        rotation = polar(made_transform())
+        rotation = polar_factor(made_transform())
         gains = torch.linspace(-0.5, 2, WIDTH, dtype=torch.float64)
         edits.transforms[start - 1] = rotation * gains
     if family.experts:

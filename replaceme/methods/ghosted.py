@@ -40,7 +40,7 @@ def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
     import torch
 
     from replaceme.edits.edits import Edits
-    from replaceme.solvers.quality import operator_quality, ridge_figures, ridge_path
+    from replaceme.solvers.quality import describe_ridge, measure_operator_fit, ridge_path
     from replaceme.solvers.ridge import solve_ridge
 
     weighted = Weighting.of(params).ghosted_weighted
@@ -48,8 +48,8 @@ def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
     solution = solve_ridge(sums["gram"], sums["cross"], params.alpha)
     W = solution.transform + torch.eye(len(solution.transform), dtype=torch.float64)
     kind = "weighted" if weighted else "relative"
-    fit = operator_quality(W, sums, sample, weighted=weighted)
-    fit |= ridge_figures(solution.eigenvalues, params.alpha)
+    fit = measure_operator_fit(W, sums, sample, weighted=weighted)
+    fit |= describe_ridge(solution.eigenvalues, params.alpha)
     logger.info(
         "solve: cut after layer %d, %d tokens, %s residual %.4f (%.4f with nothing in the block's place), mean cosine %.4f",
         block.layer_before_cut, fit["tokens"], kind, fit[f"{kind}_residual"], fit[f"{kind}_residual_removed"],

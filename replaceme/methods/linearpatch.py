@@ -41,7 +41,7 @@ def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
     """Return the operator on the state at the cut, and its fit."""
     from replaceme.edits.edits import Edits
     from replaceme.observers.hadamard import hadamard
-    from replaceme.solvers.quality import operator_quality
+    from replaceme.solvers.quality import measure_operator_fit
 
     form = Form.of(params).linearpatch_form
     magnitudes = statistics(_magnitudes(params))
@@ -52,7 +52,7 @@ def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
         P = dense = (rotation * factors) @ rotation.T
     else:
         P, dense = factors, factors.diag()
-    fit = operator_quality(dense, statistics("stream"), statistics("sample"))
+    fit = measure_operator_fit(dense, statistics("stream"), statistics("sample"))
     fit |= {"smallest_factor": float(factors.min()), "largest_factor": float(factors.max())}
     logger.info(
         "solve: cut after layer %d, %d tokens, channels scaled by %.3g to %.3g, relative residual %.4f (%.4f with nothing in "

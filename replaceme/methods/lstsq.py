@@ -24,31 +24,31 @@ def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
     """Return the edits of the layer before the cut, and their fit."""
     from replaceme.base.compute import resolve_device
     from replaceme.edits.edits import Edits
-    from replaceme.solvers.closed_forms import STRUCTURES, closed_form, structure_words
-    from replaceme.solvers.quality import dense_figures, fit_quality, ridge_path, structured_figures
+    from replaceme.solvers.closed_forms import solve_closed_form, title_suffix
+    from replaceme.solvers.quality import describe_dense_ridge, describe_structured_ridge, measure_fit, ridge_path
     from replaceme.solvers.ridge import solve_ridge
 
     if params.transform in FEATURES:
         return _refit(params, block, statistics)
-    structure = STRUCTURES[params.transform]
+    structure = params.transform
     sums, sample = statistics("gram"), statistics("sample")
     path: list[tuple[float, float]] = []
     if structure == "dense":
         solution = solve_ridge(sums["gram"], sums["cross"], params.alpha)
-        transform, of_ridge = solution.transform, dense_figures(solution, params.alpha)
+        transform, of_ridge = solution.transform, describe_dense_ridge(solution, params.alpha)
         path = ridge_path(solution, float(sums["target_squares"]), float(sums["output_squares"]))
     else:
         # Of these structures only the orthogonal one takes long: it iterates, with a singular value decomposition each time.
         device = resolve_device(params.device) if structure == "orthogonal" else "cpu"
         gram, cross = sums["gram"].to(device), sums["cross"].to(device)
-        transform = closed_form(gram, cross, params.alpha, structure, sums.get("norm")).cpu()
-        of_ridge = structured_figures(transform, sums, params.alpha, structure)
-    fit = fit_quality(transform, sums, sample) | of_ridge
+        transform = solve_closed_form(gram, cross, params.alpha, structure, sums.get("norm")).cpu()
+        of_ridge = describe_structured_ridge(transform, sums, params.alpha, structure)
+    fit = measure_fit(transform, sums, sample) | of_ridge
     logger.info(
         "solve: cut after layer %d, %d tokens, relative residual %.4f (%.4f with nothing in the block's place), cosine %.4f",
         block.layer_before_cut, fit["tokens"], fit["relative_residual"], fit["relative_residual_removed"], fit["mean_cosine"],
     )  # fmt: skip
-    title = f"ReplaceMe (least squares{structure_words(structure)})"
+    title = f"ReplaceMe (least squares{title_suffix(structure)})"
     if "norm" in sums:  # edits hold the map of the norm's output before its weight
         transform = sums["norm"][:, None] * transform
     return Solved(Edits(title, [], {block.layer_before_cut: transform}), fit, path)

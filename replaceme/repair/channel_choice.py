@@ -31,7 +31,7 @@ from replaceme.models.model import is_finite
 from replaceme.observers.sums import add_squares, mirror, token_weights
 from replaceme.observers.walk import Signal, Signals
 from replaceme.solvers.arguments import ArgumentError
-from replaceme.solvers.cholesky import factorized, inverse_diagonal, solved
+from replaceme.solvers.cholesky import factorize, inverse_diagonal, solve_factorized
 
 # Tokens per compared channel, and the share of channels that a round keeps.
 TOKENS_PER_CHANNEL, SHARE = 8, 0.8
@@ -88,7 +88,7 @@ class Screened(Candidates):
         self.gram = self.gram.add_(squares) if len(self.gram) else squares
 
 
-def most_compared(count: int) -> int:
+def max_candidates(count: int) -> int:
     """Return how many candidates are compared at once, at most, where ``count`` are kept."""
     return max(math.isqrt(CANDIDATE_BYTES // torch.float32.itemsize), math.ceil(MARGIN * count))
 
@@ -130,12 +130,12 @@ def best_channels(gram: Tensor, cross: Tensor, prior: Tensor, ridge: float, coun
     while len(kept) > count:
         matrix = scaled.clone()
         matrix.diagonal().add_(ridge)
-        factor, failed = factorized(matrix)
+        factor, failed = factorize(matrix)
         if not (is_finite(matrix) and is_finite(goal)):
             raise SolveError("dtype: the sums over the MLP's channels are not finite; use float32 or bfloat16.")
         if failed:
             raise ArgumentError("ridge", f"{ridge:g} leaves the choice of channels singular; raise it, or dataset_size.")
-        weights = solved(factor, goal + ridge * prior)
+        weights = solve_factorized(factor, goal + ridge * prior)
         rise = weights.square().sum(dim=1) / inverse_diagonal(factor)
         del matrix, factor
         left = rise.topk(max(count, int(SHARE * len(kept)))).indices.sort().values

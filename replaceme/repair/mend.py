@@ -56,13 +56,13 @@ from replaceme.repair.channel_choice import (
     Screened,
     best_channels,
     likely_channels,
-    most_compared,
+    max_candidates,
 )
 from replaceme.repair.resume import Checkpoints
 from replaceme.repair.state import Repair, State
 from replaceme.solvers.arguments import naming
-from replaceme.solvers.held_out import Strength, strength_of
-from replaceme.solvers.quality import gained_by_ridge, relative
+from replaceme.solvers.held_out import Shrinkage, choose_shrinkage
+from replaceme.solvers.quality import relative_residual, sse_change_of_correction
 from replaceme.solvers.ridge import solve_correction
 
 # The transforms after which the layer before the cut is solved for again, on its features after the first solution.
@@ -217,7 +217,7 @@ def _choose(state: State, layer: int, window: range, ridge: str) -> None:
         return candidates[_told(partial(choose, sums.gram, sums.cross, prior, strength, number))]
 
     def best(candidates: Tensor) -> Tensor:
-        if len(candidates) > (most := most_compared(kept)):
+        if len(candidates) > (most := max_candidates(kept)):
             logger.info("repair: of %d channels, the %d likeliest are compared; more would not fit", len(candidates), most)
             candidates = chosen_of(candidates, Screened, likely_channels, most)
         with naming(ridge=ridge):
@@ -243,12 +243,12 @@ def _choose(state: State, layer: int, window: range, ridge: str) -> None:
 def _correct(state: State, layer: int, target: Tensor, ridges: Ridges, *, leaves: bool = False) -> None:
     """Solve for linears of a layer; if ``leaves``, move the shortened model's states to after the corrected layer."""
     features = Features.of(state.layers[layer], state.family, [*ridges], state.plan.mlp_width)
-    if state.strength is None and _is_fitted(state.edits):
-        state.strength = Strength()
+    if state.shrinkage is None and _is_fitted(state.edits):
+        state.shrinkage = Shrinkage()
     # Fewer folds where their sums would take too much memory, and one if nothing is chosen.
-    most = min(FOLDS, max(FOLD_BYTES // (8 * len(features) ** 2), 2)) if state.strength is None else 1
-    missing = Missing(layer, features, target, folds_of(state.documents, most))
-    observers: list[Observer] = [missing]
+    most = min(FOLDS, max(FOLD_BYTES // (8 * len(features) ** 2), 2)) if state.shrinkage is None else 1
+    residual_sums = ResidualSums(layer, features, target, folds_of(state.documents, most))
+    observers: list[Observer] = [residual_sums]
     if state.attended != layer:
         observers.append(Keep(layer, ("attention_features",), state.inputs["attention_output"]))
     if leaves:
@@ -258,26 +258,26 @@ def _correct(state: State, layer: int, target: Tensor, ridges: Ridges, *, leaves
     state.attended = layer
     values: dict[Linear, float] = {linear: getattr(state.params, name) for linear, name in ridges.items()}
     penalty = features.per_column(values)
-    folds = missing.folds()
-    if state.strength is None:
-        state.strength = _chosen(folds, penalty)
-    strength = state.strength
-    sums, penalty = added_up(folds), strength.ridge * penalty
+    folds = residual_sums.folds()
+    if state.shrinkage is None:
+        state.shrinkage = _agree_on_shrinkage(folds, penalty)
+    shrinkage = state.shrinkage
+    sums, penalty = added_up(folds), shrinkage.ridge_multiple * penalty
     del folds
     before, whole = float(sums["gap_squares"]), float(sums["output_squares"])
     after = before
-    if strength.scale:
+    if shrinkage.scale:
         gram, cross = sums["gram"], sums["cross"]
         diagonal = gram.diagonal().clone()
         with naming(ridge=ridges[min(values, key=values.__getitem__)]):
             change = _told(partial(solve_correction, gram, cross, penalty, overwrite=True))
-        after += gained_by_ridge(diagonal, cross, change, penalty, strength.scale)
-        change *= strength.scale
+        after += sse_change_of_correction(diagonal, cross, change, penalty, shrinkage.scale)
+        change *= shrinkage.scale
         state.edits.correct_all(layer, features.parts(change))
         if leaves:
             _add_change(state, features, change)
-    residuals = relative(before, whole), relative(after, whole)
-    state.repairs.append(Repair(layer, tuple(ridges), *residuals, strength.ridge, strength.scale))
+    residuals = relative_residual(before, whole), relative_residual(after, whole)
+    state.repairs.append(Repair(layer, tuple(ridges), *residuals, shrinkage.ridge_multiple, shrinkage.scale))
 
 
 def _is_fitted(edits: Edits) -> bool:
@@ -286,17 +286,17 @@ def _is_fitted(edits: Edits) -> bool:
     return bool(edits.transforms) or any(operators) or any(linear == "mlp_output" for _, linear in edits.corrections)
 
 
-def _chosen(folds: Sequence[Mapping[str, Tensor]], penalty: Tensor) -> Strength:
-    """Return the strength of all corrections, and log it."""
-    strength = Strength(*_told(lambda: torch.tensor(astuple(strength_of(folds, penalty)), dtype=torch.float64)).tolist())
+def _agree_on_shrinkage(folds: Sequence[Mapping[str, Tensor]], penalty: Tensor) -> Shrinkage:
+    """Return how strong all corrections are, the same on every rank, and log it."""
+    shrinkage = Shrinkage(*_told(lambda: torch.tensor(astuple(choose_shrinkage(folds, penalty)), dtype=torch.float64)).tolist())
     if len(folds) > 1:
         logger.info(
             "repair: of the strengths tried, %g times the ridge and %.2f of the correction did best on held-out documents",
-            strength.ridge, strength.scale,
+            shrinkage.ridge_multiple, shrinkage.scale,
         )  # fmt: skip
     else:
         logger.info("repair: corrections have their full strength: one document leaves none held out")
-    return strength
+    return shrinkage
 
 
 def _told(compute: Callable[[], Tensor]) -> Tensor:
@@ -332,7 +332,7 @@ def _fit(state: State, block: Block) -> None:
     state.figures[f"block{state.plan.blocks.index(block)}"] = solved.figures
 
 
-class Missing:
+class ResidualSums:
     """Observer of what linears of a layer lack toward a target: sums over their features, float64.
 
     For each fold, ``gram`` = Σ w gᵀg (k, k), ``cross`` = Σ w gᵀe (k, d), ``gap_squares`` = Σ w ‖e‖² and ``output_squares`` =

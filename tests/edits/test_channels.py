@@ -26,7 +26,7 @@ from replaceme.models.families import family_of, inputs_of
 from replaceme.models.model import Model
 from replaceme.observers.sums import mirror
 from replaceme.observers.walk import walk
-from replaceme.repair.channel_choice import Candidates, Screened, best_channels, likely_channels, most_compared
+from replaceme.repair.channel_choice import Candidates, Screened, best_channels, likely_channels, max_candidates
 from tests.conftest import PLAIN, made_model
 from tests.helpers import many_documents, passing
 from tests.methods.helpers import BLOCK, model_refusals, same_weights, solved
@@ -142,9 +142,9 @@ def test_uncorrelated_channels_are_screened_as_they_are_chosen() -> None:
 
 
 def test_a_choice_that_fits_the_memory_leaves_none_out_before() -> None:
-    assert most_compared(1536) > 2 * 1536
+    assert max_candidates(1536) > 2 * 1536
     # An MLP whose channels alone are more than that still compares some with others.
-    assert most_compared(10**6) == 1_125_000
+    assert max_candidates(10**6) == 1_125_000
 
 
 def test_channels_that_are_always_zero_are_removed_first() -> None:
