@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax, nll_loss
 
 from replaceme.base.errors import DatasetError
-from replaceme.base.group import add_up, share
+from replaceme.base.group import all_reduce_sum, shard
 from replaceme.base.progress import progress
 from replaceme.corpora.corpus import Row, plain_text
 from replaceme.corpora.tokenization import encode, encode_in_chunks, start_of_text
@@ -126,7 +126,7 @@ def score_windows(
     """
     order = sorted(range(len(windows.windows)), key=lambda index: len(windows.windows[index]), reverse=True)
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    batches = batches[share().rank :: share().size]
+    batches = batches[shard().rank :: shard().size]
     losses, divergences, agreements = torch.zeros(3, len(order), dtype=torch.float64)
     bounds = [0, *windows.predictions().long().cumsum(0).tolist()]
     likely: dict[int, tuple[Tensor, Tensor]] = {}
@@ -162,7 +162,7 @@ def score_windows(
         own = slice(bounds[index], bounds[index + 1])
         scores["likely_ids"][own], scores["likely_logs"][own] = places, values
     # What other processes have scored is zero here.
-    add_up(scores)
+    all_reduce_sum(scores)
     return scores
 
 

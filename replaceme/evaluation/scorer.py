@@ -24,7 +24,7 @@ from torch.nn.functional import log_softmax
 
 from replaceme.base.compute import free_memory
 from replaceme.base.errors import DatasetError, ModelError
-from replaceme.base.group import add_up, gathered, share
+from replaceme.base.group import all_gather, all_reduce_sum, shard
 from replaceme.base.progress import progress
 from replaceme.evaluation.greedy import continuations
 from replaceme.evaluation.perplexity import WINDOW
@@ -102,14 +102,14 @@ class CausalScorer(TemplateLM):
             )
             results.update(zip(pairs, self._score(contexts, rows, [tail for _, tail in pairs]), strict=True))
 
-        batches = self._batches(wanted)[share().rank :: share().size]
+        batches = self._batches(wanted)[shard().rank :: shard().size]
         tasks = (partial(score, contexts) for contexts in batches)
         for _ in progress(together(self.model, tasks, self._side_by_side()), self.description, "batches", len(batches)):
             pass
         # What other processes have scored is zero here.
         pairs = [(context, tail) for context, tails in wanted.items() for tail in tails]
         table = torch.tensor([results.get(pair, (0.0, False)) for pair in pairs], dtype=torch.float64)
-        add_up({"": table})
+        all_reduce_sum({"scores": table})
         whole = {pair: (likelihood, bool(best)) for pair, (likelihood, best) in zip(pairs, table.tolist(), strict=True)}
         return [whole[key] for key in keys]
 
@@ -189,12 +189,12 @@ class CausalScorer(TemplateLM):
             contexts.append((ids or [self.prefix_token_id])[-max(1, longest - wanted["max_gen_toks"]) :])
             batches[len(contexts[-1]), str(wanted)].append(number)
         answers: dict[int, str] = {}
-        parts = self._split(batches, options)[share().rank :: share().size]
+        parts = self._split(batches, options)[shard().rank :: shard().size]
         for numbers in progress(parts, f"{self.description}: answers", "batches"):
             length, until = options[numbers[0]]["max_gen_toks"], options[numbers[0]]["until"]
             written = continuations(self.model, self.tokenizer, [contexts[number] for number in numbers], length, until)
             answers |= zip(numbers, written, strict=True)
-        whole = {number: text for part in gathered([*answers.items()]) for number, text in part}
+        whole = {number: text for part in all_gather([*answers.items()]) for number, text in part}
         return [whole[number] for number in range(len(asked))]
 
     def _split(self, batches: Mapping[tuple[int, str], Sequence[int]], options: Sequence[Mapping[str, Any]]) -> list[list[int]]:

@@ -10,6 +10,7 @@ from replaceme.base.documents import Documents
 from replaceme.base.files import read_json, rounded, write_json
 from replaceme.base.params import Params
 from replaceme.base.progress import logger
+from replaceme.base.ranks import rank
 from replaceme.base.stage import SCORING, Stage
 from replaceme.base.workspace import Workspace
 from replaceme.corpora.record import read_record
@@ -26,6 +27,8 @@ def evaluate(params: Params, work: Workspace) -> None:
     dense = Scores.load(work.baseline)
     calibration = Calibration.of(read_record(work.model), Documents.load(work.documents), pruned.tokenizer())
     scores = score_model(params, pruned, "pruned model", read_json(work.tasks_input), dense, calibration)
+    if rank():
+        return
     _warn_of_differences(dense.figures, scores.figures)
     comparison = rounded(compare(dense.figures, scores.figures, dense.items, scores.items))
     write_json(work.metric("evaluation"), comparison)

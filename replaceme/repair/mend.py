@@ -36,7 +36,7 @@ from torch.nn import functional
 from replaceme.base.compute import require_resident
 from replaceme.base.documents import FOLDS, Batch, Documents, few_documents, folds_of
 from replaceme.base.files import temporary_folder
-from replaceme.base.group import from_first, gathered, neighbours, share
+from replaceme.base.group import all_gather, compute_on_rank0, local_world_size, shard
 from replaceme.base.params import Params
 from replaceme.base.plan import Block, Plan
 from replaceme.base.progress import logger, progress
@@ -127,12 +127,12 @@ def _begun(
     own_inputs = Features.of(layers[host], family, LINEARS if linears else (), plan.mlp_width).widths
     width = int(model.config.hidden_size)
     widths = [width] * 3 + [own_inputs[linear] for linear in linears]
-    shapes = [(documents.token_count_of(params.batch_size, share()), each) for each in widths]
+    shapes = [(documents.token_count_of(params.batch_size, shard()), each) for each in widths]
     dense, shortened, middle, *inputs = scratch(shapes, model.dtype, folder, "repair")
     # The corrections follow there, one layer after the other; those of each process, once the states of all are there.
     changed = len(kept) if params.repair else len(plan.blocks)
-    gathered(None)
-    needed = neighbours() * changed * width * sum(own_inputs.values()) * torch.float32.itemsize
+    all_gather(None)
+    needed = local_world_size() * changed * width * sum(own_inputs.values()) * torch.float32.itemsize
     require_space(folder, needed, "repair keeps {} of corrections there, beside its states")
     known = dict(zip(linears, inputs, strict=True))
     return State(params, model, family, documents, edits, plan, folder, kept, dense, middle, shortened, known)
@@ -214,7 +214,7 @@ def _choose(state: State, host: int, window: range, ridge: str) -> None:
         sums = among(host, state.family, layer, state.dense)
         state.walk_shortened(host, [sums], documents)
         prior = assembled_parameter(state.family, state.layers, host, candidates, f"{state.family.mlp_output}.weight").T
-        return candidates[_told(partial(choose, sums.gram, sums.cross, prior, strength, number))]
+        return candidates[compute_on_rank0(partial(choose, sums.gram, sums.cross, prior, strength, number))]
 
     def best(candidates: Tensor) -> Tensor:
         if len(candidates) > (most := most_compared(kept)):
@@ -270,7 +270,7 @@ def _correct(state: State, layer: int, target: Tensor, ridges: Ridges, *, leaves
         gram, cross = sums["gram"], sums["cross"]
         diagonal = gram.diagonal().clone()
         with naming(ridge=ridges[min(values, key=values.__getitem__)]):
-            change = _told(partial(solve_correction, gram, cross, penalty, overwrite=True))
+            change = compute_on_rank0(partial(solve_correction, gram, cross, penalty, overwrite=True))
         after += gained_by_ridge(diagonal, cross, change, penalty, strength.scale)
         change *= strength.scale
         state.edits.correct_all(layer, features.parts(change))
@@ -288,7 +288,9 @@ def _is_fitted(edits: Edits) -> bool:
 
 def _chosen(folds: Sequence[Mapping[str, Tensor]], penalty: Tensor) -> Strength:
     """Return the strength of all corrections, and log it."""
-    strength = Strength(*_told(lambda: torch.tensor(astuple(strength_of(folds, penalty)), dtype=torch.float64)).tolist())
+    strength = Strength(
+        *compute_on_rank0(lambda: torch.tensor(astuple(strength_of(folds, penalty)), dtype=torch.float64)).tolist()
+    )
     if len(folds) > 1:
         logger.info(
             "repair: of the strengths tried, %g times the ridge and %.2f of the correction did best on held-out documents",
@@ -297,11 +299,6 @@ def _chosen(folds: Sequence[Mapping[str, Tensor]], penalty: Tensor) -> Strength:
     else:
         logger.info("repair: corrections have their full strength: one document leaves none held out")
     return strength
-
-
-def _told(compute: Callable[[], Tensor]) -> Tensor:
-    """Return a tensor that the first of the processes computes for all."""
-    return from_first(lambda: {"": compute()})[""]
 
 
 def _add_change(state: State, features: Features, change: Tensor) -> None:
