@@ -24,7 +24,7 @@ from replaceme.base.group import all_reduce_sum, shard
 from replaceme.base.progress import progress
 from replaceme.corpora.corpus import Row, plain_text
 from replaceme.corpora.tokenization import encode, encode_in_chunks, start_of_text
-from replaceme.models.together import together
+from replaceme.models.interleaving import interleave_forwards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -149,7 +149,8 @@ def score_windows(
                 # Predictions of few bits tie: the dense model's most likely token counts as the same if none is more likely.
                 agreements[index] = int((logs.gather(1, places[:, :1].long())[:, 0] == logs.max(-1).values).sum())
 
-    for _ in progress(together(model, (partial(score, batch) for batch in batches)), description, "batches", len(batches)):
+    passes = interleave_forwards(model, (partial(score, batch) for batch in batches))
+    for _ in progress(passes, description, "batches", len(batches)):
         pass
     scores = {"losses": losses}
     if dense is not None:

@@ -29,10 +29,10 @@ from replaceme.base.progress import progress
 from replaceme.evaluation.greedy import continuations
 from replaceme.evaluation.perplexity import WINDOW
 from replaceme.evaluation.requests import Encodings
+from replaceme.models.interleaving import interleave_forwards
 from replaceme.models.kv_cache import cache_arguments, cache_bytes_per_token, filled_cache, shares_contexts
 from replaceme.models.model import positions_of
 from replaceme.models.streaming import stream_of
-from replaceme.models.together import together
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -103,8 +103,8 @@ class CausalScorer(TemplateLM):
             results.update(zip(pairs, self._score(contexts, rows, [tail for _, tail in pairs]), strict=True))
 
         batches = self._batches(wanted)[shard().rank :: shard().size]
-        tasks = (partial(score, contexts) for contexts in batches)
-        for _ in progress(together(self.model, tasks, self._side_by_side()), self.description, "batches", len(batches)):
+        passes = interleave_forwards(self.model, (partial(score, contexts) for contexts in batches), self._side_by_side())
+        for _ in progress(passes, self.description, "batches", len(batches)):
             pass
         # What other processes have scored is zero here.
         pairs = [(context, tail) for context, tails in wanted.items() for tail in tails]
