@@ -2,7 +2,8 @@
 
 ``processes: N`` starts the same command N times by torch's elastic launcher, as ``torchrun --nproc-per-node N`` does. The first
 process (rank 0) runs the program. Where it comes to a stage that can be shared, it broadcasts the stage's function and its
-arguments, and all processes call it (``replaceme.base.group.sharded``). The first one alone writes the outputs.
+arguments, and all processes call it (``replaceme.base.group.sharded``). Such a function returns before it writes in all of them
+but the first (``replaceme.base.ranks.rank``).
 """
 
 from __future__ import annotations

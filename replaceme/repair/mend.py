@@ -40,6 +40,7 @@ from replaceme.base.group import all_gather, compute_on_rank0, local_world_size,
 from replaceme.base.params import Params
 from replaceme.base.plan import Block, Plan
 from replaceme.base.progress import logger, progress
+from replaceme.base.ranks import rank
 from replaceme.base.scratch import require_space, scratch
 from replaceme.edits.channels import assembled_parameter, channels_of
 from replaceme.edits.edits import Edits
@@ -311,7 +312,7 @@ def _add_change(state: State, features: Features, change: Tensor) -> None:
 
 def _fit(state: State, block: Block) -> None:
     """Fit a later block by the method, on the shortened model's states at the host and the dense model's at the end."""
-    with temporary_folder("scratch-", state.folder) as folder:
+    with temporary_folder(f"scratch-{rank()}-", state.folder) as folder:
         place = Place(block, state.layers[block.host], state.family, state.documents, folder)
         observers = {statistic: STATISTICS[statistic](place) for statistic in state.plan.statistics}
         state.walk_shortened(block.host, [AtHost(each, state.dense) for each in observers.values()])

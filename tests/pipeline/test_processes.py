@@ -26,7 +26,7 @@ from replaceme.base.params import Params, read_params
 from replaceme.base.plan import load_blocks
 from replaceme.base.presets import RECOMMENDED
 from replaceme.base.processes import in_processes
-from replaceme.base.stage import COMPRESSION, FIT, JUDGEMENT, ORDER
+from replaceme.base.stage import COMPRESSION, FIT, JUDGEMENT
 from replaceme.base.task import Task
 from replaceme.base.workspace import Workspace
 from replaceme.edits.edits import Edits
@@ -34,7 +34,7 @@ from replaceme.methods.registry import METHODS
 from replaceme.models.model import Model
 from replaceme.pipeline.inputs import inspect_inputs
 from replaceme.repair import mend
-from replaceme.steps import STAGES, run_steps
+from replaceme.steps import run_steps
 from tests.conftest import WIDTH, made_text
 from tests.interruption import InterruptedRunError, counted, stop_at
 from tests.pipeline.closure import ROOT
@@ -243,10 +243,6 @@ def test_a_call_from_python_has_one_process(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ParameterError, match=said):
         prune("nowhere")
-
-
-def test_processes_are_a_setting_of_no_stage() -> None:
-    assert not [name for name in ORDER if "processes" in STAGES[name].params]
 
 
 def test_a_killed_process_ends_all_with_a_sentence_and_the_next_run_goes_on(tiny: Model, tmp_path: Path) -> None:
