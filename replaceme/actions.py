@@ -17,7 +17,7 @@ from replaceme.base.files import new_folder, read_json, rounded, write_json, wri
 from replaceme.base.params import Params, read_params
 from replaceme.base.processes import in_processes
 from replaceme.base.progress import align, logger
-from replaceme.base.stage import ANALYSIS, COMPRESSION, FIT, JUDGEMENT, ORDER, Stage, pipeline_params
+from replaceme.base.stage import ANALYSIS, COMPRESSION, FIT, JUDGEMENT, ORDER, pipeline_params
 from replaceme.base.task import unusable_text
 from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import METHODS, criterion_of
@@ -32,14 +32,8 @@ SPEED_FILE = "speed.json"
 
 def together(action: Callable[..., object], params: Params, **own: str) -> None:
     """Do one of the following, with as many processes as it can use, and options of its own that are no parameters."""
-
-    def stages() -> Mapping[str, Stage]:
-        from replaceme.steps import STAGES
-
-        return STAGES
-
     count = params.processes if action in (prune, profile) else 1
-    in_processes(count, stages, lambda: action(params, **own), params.device)
+    in_processes(count, lambda: action(params, **own), params.device)
 
 
 def prune(params: Params, texts: Sequence[str] | None = None) -> Workspace:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax, nll_loss
 
-from replaceme.base.group import add_up, share
+from replaceme.base.group import all_reduce_sum, shard
 from replaceme.base.progress import progress
 from replaceme.evaluation.windows import Windows
-from replaceme.models.together import together
+from replaceme.models.interleaving import interleave_forwards
 
 # The dense model's most likely tokens that are kept at each position.
 TOP = 64
@@ -53,7 +53,7 @@ def score_windows(
     """
     order = sorted(range(len(windows.ids)), key=lambda index: len(windows.ids[index]), reverse=True)
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    batches = batches[share().rank :: share().size]
+    batches = batches[shard().rank :: shard().size]
     bounds = [0, *windows.counts.long().cumsum(0).tolist()]
     # What other processes score stays zero here.
     names = ("losses", "divergences", "agreements") if dense else ("losses",)
@@ -81,9 +81,10 @@ def score_windows(
                 # Predictions of few bits tie: the dense model's most likely token counts as the same if none is more likely.
                 scores["agreements"][index] = float((pruned[:, 0] == logs.max(-1).values).double().mean())
 
-    for _ in progress(together(model, (partial(score, batch) for batch in batches)), description, "batches", len(batches)):
+    passes = interleave_forwards(model, (partial(score, batch) for batch in batches))
+    for _ in progress(passes, description, "batches", len(batches)):
         pass
-    add_up(scores)
+    all_reduce_sum(scores)
     return scores
 
 

@@ -20,14 +20,14 @@ from torch.nn.functional import log_softmax
 
 from replaceme.base.compute import free_memory
 from replaceme.base.errors import DatasetError, ModelError
-from replaceme.base.group import add_up, gathered, share
+from replaceme.base.group import all_gather, all_reduce_sum, shard
 from replaceme.base.progress import progress
 from replaceme.evaluation.continuations import write_continuations
 from replaceme.evaluation.windows import WINDOW
+from replaceme.models.interleaving import interleave_forwards
 from replaceme.models.kv_cache import cache_arguments, cache_bytes_per_token, filled_cache, shares_contexts
 from replaceme.models.model import positions_of
 from replaceme.models.streaming import stream_of
-from replaceme.models.together import together
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -103,15 +103,15 @@ class CausalScorer(TemplateLM):
             likelihoods = self._score_batch(contexts, [row for row, _, _ in pairs], [tail for _, _, tail in pairs])
             return dict(zip([pair[1:] for pair in pairs], likelihoods, strict=True))
 
-        batches = self._batches(tails)[share().rank :: share().size]
-        passes = together(self.model, (partial(score, contexts) for contexts in batches), self._batches_in_memory())
+        batches = self._batches(tails)[shard().rank :: shard().size]
+        passes = interleave_forwards(self.model, (partial(score, contexts) for contexts in batches), self._batches_in_memory())
         scores: dict[tuple[Ids, Ids], Score] = {}
         for part in progress(passes, self.description, "batches", len(batches)):
             scores |= part
         # What other processes have scored is zero here.
         pairs = [(context, tail) for context in tails for tail in tails[context]]
         table = torch.tensor([scores.get(pair, (0.0, False)) for pair in pairs], dtype=torch.float64)
-        add_up({"": table})
+        all_reduce_sum({"scores": table})
         scores = {pair: (likelihood, bool(best)) for pair, (likelihood, best) in zip(pairs, table.tolist(), strict=True)}
         return [scores[key] for key in keys]
 
@@ -175,11 +175,11 @@ class CausalScorer(TemplateLM):
             batches[len(questions[-1]), str(options[-1])].append(number)
         answers: dict[int, str] = {}
         parts = [part for key in sorted(batches, reverse=True) for part in self._split(key[0], batches[key], options)]
-        for numbers in progress(parts[share().rank :: share().size], f"{self.description}: answers", "batches"):
+        for numbers in progress(parts[shard().rank :: shard().size], f"{self.description}: answers", "batches"):
             prompts = [questions[number] for number in numbers]
             written = write_continuations(self.model, self.tokenizer, prompts, **_decoding(options[numbers[0]]))
             answers |= zip(numbers, written, strict=True)
-        whole = {number: text for part in gathered([*answers.items()]) for number, text in part}
+        whole = {number: text for part in all_gather([*answers.items()]) for number, text in part}
         return [whole[number] for number in range(len(requests))]
 
     def _split(self, length: int, numbers: Sequence[int], options: Sequence[Mapping[str, Any]]) -> list[list[int]]:

@@ -35,7 +35,6 @@ from replaceme.models.memory import parts_of, stream
 from replaceme.models.model import Model, layer_count, proof_dtypes, stored_dtype, working_dtype
 from replaceme.models.own_form import is_own_form, own_config
 from replaceme.models.streaming import value_of
-from replaceme.models.together import together
 
 # Rows of a weight compared at once.
 ROWS = 4096
@@ -412,8 +411,8 @@ def _states(
                 hooks.callback(layers[0].register_forward_pre_hook(_on_input(pass_on), with_kwargs=True).remove)
             else:
                 hooks.callback(layers[layer].register_forward_hook(_on_output(pass_on)).remove)
-        passes = (partial(model, document[None], use_cache=False, logits_to_keep=LOGITS) for document in documents.documents)
-        logits = [output.logits[0] for output in together(model, passes)]
+        passes = (model(document[None], use_cache=False, logits_to_keep=LOGITS) for document in documents.documents)
+        logits = [output.logits[0] for output in passes]
     return {layer: torch.cat(parts) for layer, parts in states.items()}, torch.cat(logits)
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from replaceme.base.documents import HELD_OUT_EVERY, Batch, Documents, seeded_order, split_places
-from replaceme.base.group import add_up, merge, share
+from replaceme.base.group import all_reduce_sum, merge_rows, shard
 from replaceme.base.progress import progress
 from replaceme.base.scratch import scratch, unmap
 from replaceme.observers.sums import squares, token_weights
@@ -81,8 +81,8 @@ class TokenSample:
             unmap(self.output[layer, place])
 
     def add_up(self) -> None:
-        merge(self.added)
-        merge(self.output)
+        merge_rows(self.added)
+        merge_rows(self.output)
 
 
 def choose_tokens(documents: Documents, fit_tokens: int) -> tuple[Tensor, Tensor]:
@@ -116,7 +116,7 @@ def residual_map(sample: TokenSample, device: torch.device | str = "cpu") -> lis
         unmap(H)
     # Allocated once: allocating tensors of this size costs as much as computing with them.
     Y, weighted = (torch.empty(rows, sample.width, device=device) for rows in (len(sample.output[0]), 0 if few else count))
-    own = [layer for layer in range(sample.layers - 1) if share().takes(layer)]
+    own = [layer for layer in range(sample.layers - 1) if shard().owns(layer)]
     for layer in progress(own, "fitting every cut", "layers"):
         M = sample.added[layer].to(device).float()
         Z = sample.output[layer].to(device).float() - M
@@ -135,7 +135,7 @@ def residual_map(sample: TokenSample, device: torch.device | str = "cpu") -> lis
                 T = solve_small_ridge(squares(weighted), weighted.T @ goal, sample.width)
                 error = Y[count:].addmm_(M[count:], T, alpha=-1)
             residuals[layer, last] = float((error.square().sum(dim=1, keepdim=True) * w[count:]).mean().sqrt())
-    add_up({"": residuals})
+    all_reduce_sum({"residuals": residuals})
     rows: list[list[float]] = residuals.tolist()
     return rows
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from replaceme.base.documents import Batch, Documents
-from replaceme.base.group import add_up
+from replaceme.base.group import all_reduce_sum
 from replaceme.base.plan import Block
 from replaceme.models.families import Family
 from replaceme.observers.features import LINEARS, Features
@@ -135,7 +135,7 @@ class Sample(AtCut):
             own = torch.cat(parts)
             whole[name] = own.new_zeros(self.count, own.shape[1])
             whole[name][torch.cat(self.places)] = own
-        add_up(whole)
+        all_reduce_sum(whole)
         self.kept = {name: [rows] for name, rows in whole.items()}
 
     def tensors(self) -> dict[str, Tensor]:

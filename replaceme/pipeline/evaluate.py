@@ -10,6 +10,7 @@ from replaceme.base.documents import Documents
 from replaceme.base.files import read_json, rounded, write_json
 from replaceme.base.params import Params
 from replaceme.base.progress import logger
+from replaceme.base.ranks import rank
 from replaceme.base.stage import SCORING, Stage
 from replaceme.base.workspace import Workspace
 from replaceme.corpora.sources import read_record
@@ -27,6 +28,8 @@ def evaluate(params: Params, work: Workspace) -> None:
     dense = Scores.load(work.baseline)
     calibration = CalibrationText.of_documents(read_record(work.model), Documents.load(work.documents), pruned.tokenizer())
     scores = score_model(params, pruned, read_json(work.tasks_input), dense, calibration)
+    if rank():
+        return
     _warn_of_differences(dense.figures, scores.figures)
     comparison = rounded(compare(dense.figures, scores.figures, dense.items, scores.items))
     write_json(work.metric("evaluation"), comparison)

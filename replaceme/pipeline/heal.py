@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from replaceme.base.files import PARTIAL, copy_content, new_folder, read_json, remove, rounded, write_json
 from replaceme.base.params import Params
 from replaceme.base.progress import logger
+from replaceme.base.ranks import rank
 from replaceme.base.stage import PASS, Stage
 from replaceme.base.workspace import Workspace
 
@@ -19,18 +20,21 @@ if TYPE_CHECKING:
 def heal(params: Params, work: Workspace) -> None:
     """Write the final edits and metrics/heal.json; without healing, the edits are copied."""
     figures: dict[str, Any] = {}
+    if params.heal_epochs:
+        from replaceme.edits.edits import Edits
+        from replaceme.training.curves import write_curves
+
+        edits = Edits.load(work.repaired)
+        figures, curves = _heal(params, work, edits)
+    else:
+        logger.info("heal: nothing to do")
+    if rank():
+        return
     with new_folder(work.edits) as folder:
         copy_content(work.repaired, folder)
         if params.heal_epochs:
-            from replaceme.edits.edits import Edits
-            from replaceme.training.curves import write_curves
-
-            edits = Edits.load(work.repaired)
-            figures, curves = _heal(params, work, edits)
             edits.save(folder)
             write_curves(folder, curves)
-        else:
-            logger.info("heal: nothing to do")
     write_json(work.metric("heal"), rounded(figures))
     remove(_checkpoints(work))
 
@@ -73,7 +77,7 @@ def _heal(params: Params, work: Workspace, edits: Edits) -> tuple[dict[str, Any]
 
 
 def _checkpoints(work: Workspace) -> Path:
-    """Return the folder of the checkpoints, from which an interrupted training resumes: those of the first process count."""
+    """Return the folder of the checkpoints, from which an interrupted training resumes."""
     return work.edits.parent / f"healing{PARTIAL}"
 
 

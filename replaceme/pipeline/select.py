@@ -9,6 +9,7 @@ from replaceme.base.files import read_json, rounded, write_json
 from replaceme.base.params import Params
 from replaceme.base.plan import save_blocks
 from replaceme.base.progress import logger
+from replaceme.base.ranks import rank
 from replaceme.base.stage import PASS, Stage
 from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import METHODS, criterion_of, read_by
@@ -35,6 +36,8 @@ def select(params: Params, work: Workspace) -> None:
     if surrogate == "scalar" and any(block.scale is None for block in blocks):
         model, family = scalable(*choice.model, choice.documents)
         blocks = compensated(model, family, choice.documents, blocks, batch_size=params.batch_size)
+    if rank():
+        return
     save_blocks(blocks, work.blocks)
     for number, block in enumerate(blocks):
         chosen = {

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from replaceme.base.documents import Batch
 from replaceme.base.errors import SolveError
-from replaceme.base.group import add_up
+from replaceme.base.group import all_reduce_sum
 from replaceme.models.families import Family, parameter_of
 from replaceme.models.model import is_finite
 from replaceme.observers.sums import add_squares, mirror, token_weights
@@ -76,7 +76,7 @@ class Candidates:
 
     def add_up(self) -> None:
         sums = {"gram": self.gram, "cross": self.cross} if len(self.gram) else {}
-        add_up(sums)
+        all_reduce_sum(sums)
         self.gram, self.cross = sums["gram"], sums["cross"]
 
 

@@ -36,10 +36,11 @@ from torch.nn import functional
 from replaceme.base.compute import require_resident
 from replaceme.base.documents import FOLDS, Batch, Documents, few_documents, folds_of
 from replaceme.base.files import temporary_folder
-from replaceme.base.group import from_first, gathered, neighbours, share
+from replaceme.base.group import all_gather, compute_on_rank0, local_world_size, shard
 from replaceme.base.params import Params
 from replaceme.base.plan import Block, Plan
 from replaceme.base.progress import logger, progress
+from replaceme.base.ranks import rank
 from replaceme.base.scratch import require_space, scratch
 from replaceme.edits.channels import assembled_parameter, channels_of
 from replaceme.edits.edits import Edits
@@ -127,12 +128,12 @@ def _begun(
     own_inputs = Features.of(layers[first], family, LINEARS if linears else (), plan.mlp_width).widths
     width = int(model.config.hidden_size)
     widths = [width] * 3 + [own_inputs[linear] for linear in linears]
-    shapes = [(documents.token_count_of(params.batch_size, share()), each) for each in widths]
+    shapes = [(documents.token_count_of(params.batch_size, shard()), each) for each in widths]
     dense, shortened, middle, *inputs = scratch(shapes, model.dtype, folder, "repair")
     # The corrections follow there, one layer after the other; those of each process, once the states of all are there.
     changed = len(kept) if params.repair else len(plan.blocks)
-    gathered(None)
-    needed = neighbours() * changed * width * sum(own_inputs.values()) * torch.float32.itemsize
+    all_gather(None)
+    needed = local_world_size() * changed * width * sum(own_inputs.values()) * torch.float32.itemsize
     require_space(folder, needed, "repair keeps {} of corrections there, beside its states")
     known = dict(zip(linears, inputs, strict=True))
     return State(params, model, family, documents, edits, plan, folder, kept, dense, middle, shortened, known)
@@ -214,7 +215,7 @@ def _choose(state: State, layer: int, window: range, ridge: str) -> None:
         sums = among(layer, state.family, module, state.dense)
         state.walk_shortened(layer, [sums], documents)
         prior = assembled_parameter(state.family, state.layers, layer, candidates, f"{state.family.mlp_output}.weight").T
-        return candidates[_told(partial(choose, sums.gram, sums.cross, prior, strength, number))]
+        return candidates[compute_on_rank0(partial(choose, sums.gram, sums.cross, prior, strength, number))]
 
     def best(candidates: Tensor) -> Tensor:
         if len(candidates) > (most := max_candidates(kept)):
@@ -270,7 +271,7 @@ def _correct(state: State, layer: int, target: Tensor, ridges: Ridges, *, leaves
         gram, cross = sums["gram"], sums["cross"]
         diagonal = gram.diagonal().clone()
         with naming(ridge=ridges[min(values, key=values.__getitem__)]):
-            change = _told(partial(solve_correction, gram, cross, penalty, overwrite=True))
+            change = compute_on_rank0(partial(solve_correction, gram, cross, penalty, overwrite=True))
         after += sse_change_of_correction(diagonal, cross, change, penalty, shrinkage.scale)
         change *= shrinkage.scale
         state.edits.correct_all(layer, features.parts(change))
@@ -288,7 +289,9 @@ def _is_fitted(edits: Edits) -> bool:
 
 def _agree_on_shrinkage(folds: Sequence[Mapping[str, Tensor]], penalty: Tensor) -> Shrinkage:
     """Return how strong all corrections are, the same on every rank, and log it."""
-    shrinkage = Shrinkage(*_told(lambda: torch.tensor(astuple(choose_shrinkage(folds, penalty)), dtype=torch.float64)).tolist())
+    shrinkage = Shrinkage(
+        *compute_on_rank0(lambda: torch.tensor(astuple(choose_shrinkage(folds, penalty)), dtype=torch.float64)).tolist()
+    )
     if len(folds) > 1:
         logger.info(
             "repair: of the strengths tried, %g times the ridge and %.2f of the correction did best on held-out documents",
@@ -297,11 +300,6 @@ def _agree_on_shrinkage(folds: Sequence[Mapping[str, Tensor]], penalty: Tensor) 
     else:
         logger.info("repair: corrections have their full strength: one document leaves none held out")
     return shrinkage
-
-
-def _told(compute: Callable[[], Tensor]) -> Tensor:
-    """Return a tensor that the first of the processes computes for all."""
-    return from_first(lambda: {"": compute()})[""]
 
 
 def _add_change(state: State, features: Features, change: Tensor) -> None:
@@ -314,7 +312,7 @@ def _add_change(state: State, features: Features, change: Tensor) -> None:
 
 def _fit(state: State, block: Block) -> None:
     """Fit a later block by the method, on the shortened model's states at the cut and the dense model's at the end."""
-    with temporary_folder("scratch-", state.folder) as folder:
+    with temporary_folder(f"scratch-{rank()}-", state.folder) as folder:
         place = Place(block, state.layers[block.layer_before_cut], state.family, state.documents, folder)
         observers = {statistic: STATISTICS[statistic](place) for statistic in state.plan.statistics}
         state.walk_shortened(block.layer_before_cut, [PairedStatistic(each, state.dense) for each in observers.values()])

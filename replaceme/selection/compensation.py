@@ -24,7 +24,7 @@ from torch import Tensor
 
 from replaceme.base.documents import Batch, Documents, excerpts_of
 from replaceme.base.errors import ModelError, ParameterError
-from replaceme.base.group import add_up
+from replaceme.base.group import all_reduce_sum
 from replaceme.base.plan import Block, runs
 from replaceme.base.progress import progress
 from replaceme.edits.edits import Edits
@@ -53,7 +53,7 @@ class MagnitudeSums:
             self.sums[name] = self.sums.get(name, 0.0) + sums
 
     def add_up(self) -> None:
-        add_up(self.sums)
+        all_reduce_sum(self.sums)
 
     def gain(self, start: int, end: int) -> float:
         """Return s of layers ``[start, end)``, the mean over channels whose input is not 0 throughout."""
@@ -79,7 +79,7 @@ class Influence:
         self.sums[layer] += (1 - torch.cosine_similarity(before, after, dim=-1).double()).sum().cpu()
 
     def add_up(self) -> None:
-        add_up({"": self.sums})
+        all_reduce_sum({"influence": self.sums})
 
 
 def compensated_layers(

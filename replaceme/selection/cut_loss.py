@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from replaceme.base.documents import HELD_OUT_EVERY, Batch, Documents, excerpts_of, split_documents
 from replaceme.base.errors import ParameterError
-from replaceme.base.group import add_up
+from replaceme.base.group import all_reduce_sum
 from replaceme.base.params import Params
 from replaceme.base.plan import Block, Surrogate
 from replaceme.base.progress import logger, progress
@@ -73,7 +73,7 @@ class WeightedGram(AtCut):
 
     def add_up(self) -> None:
         sums = {name: total for name, total in vars(self).items() if name in ("gram", "cross") and isinstance(total, Tensor)}
-        add_up(sums)
+        all_reduce_sum(sums)
         vars(self).update(sums)
 
 

@@ -27,7 +27,7 @@ from torch.nn.functional import kl_div, log_softmax
 from torch.utils.checkpoint import checkpoint
 
 from replaceme.base.documents import Batch, Documents, seeded_order
-from replaceme.base.group import share
+from replaceme.base.group import shard
 from replaceme.edits.edits import Edits
 from replaceme.edits.fold import changed_parameters
 from replaceme.edits.unfused import replaced_parameter, unfused
@@ -136,7 +136,7 @@ class Predictions:
         order = seeded_order(int(lengths.max()), -1 if step is None else step)
         places = order[: max(round(SHARE * len(order)), 1)].sort().values
         count = int((places < lengths[:, None]).sum())
-        own = [document for number, document in enumerate(documents) if share().takes(number)]
+        own = [document for number, document in enumerate(documents) if shard().owns(number)]
         if not own:
             return torch.stack([0 * parameter.sum() for parameter in parameters.values()]).sum()
         batch = self.texts.batch(own)
