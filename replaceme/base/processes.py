@@ -21,7 +21,7 @@ from typing import Protocol
 
 from replaceme.base.errors import ResourceError
 from replaceme.base.files import temporary_folder
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
 from replaceme.base.ranks import LAUNCHED, rank, started
 from replaceme.base.workspace import Artifact, Workspace

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from replaceme.base.errors import DatasetError
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.source import Source
 
 # A source, and what identifies its content (``DatasetSource.fingerprint``).

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from replaceme.base.combinations import Use, Values
 from replaceme.base.errors import ParameterError
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
 from replaceme.methods.method import Bench, Method, drop
 from replaceme.selection.criteria import WIDTH

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from replaceme.base.combinations import Values, heals, refits, repairs
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.methods.registry import METHODS
 from replaceme.models.memory import HEALED_WHOLE
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from replaceme.base.combinations import Use, Values
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
 from replaceme.methods.method import Bench, Method, drop
 from replaceme.selection.criteria import WIDTH

@@ -17,7 +17,7 @@ from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from replaceme.base.files import read_json, write_text
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.plan import Block, load_blocks
 from replaceme.base.settings import settings_yaml, without_folder
 from replaceme.base.versions import listed

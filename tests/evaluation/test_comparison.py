@@ -10,7 +10,7 @@ from scipy.stats import t, ttest_1samp
 
 from replaceme.base.compute import kind_of
 from replaceme.base.errors import DatasetError
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.versions import SCORES, versions
 from replaceme.evaluation.comparison import compare, comparison_table, paired_p_value, scores_table, weighted_stderr
 from replaceme.evaluation.perplexity import Windows

@@ -11,7 +11,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.task import Task
 from replaceme.evaluation import harness, tasks
 from replaceme.evaluation.greedy import continuations

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from replaceme.base.documents import Documents
-from replaceme.base.params import read_params
+from replaceme.base.parameters import read_params
 from replaceme.base.plan import Block, Plan
 from replaceme.edits.edits import Edits
 from replaceme.export.save import save_pruned

@@ -14,7 +14,7 @@ from replaceme import commands
 from replaceme.base.documents import Documents
 from replaceme.base.errors import SolveError
 from replaceme.base.files import read_json
-from replaceme.base.params import read_params
+from replaceme.base.parameters import read_params
 from replaceme.base.plan import Block, Plan
 from replaceme.edits.edits import Edits
 from replaceme.edits.unfused import unfused

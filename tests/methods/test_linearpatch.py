@@ -13,7 +13,7 @@ from replaceme import commands
 from replaceme.base.documents import Documents
 from replaceme.base.errors import ParameterError, ReplaceMeError
 from replaceme.base.files import read_json
-from replaceme.base.params import Params, read_params
+from replaceme.base.parameters import Params, read_params
 from replaceme.base.plan import Block
 from replaceme.base.workspace import Workspace
 from replaceme.edits.edits import Edits

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from replaceme import commands
-from replaceme.base.params import read_params
+from replaceme.base.parameters import read_params
 from replaceme.base.plan import Block
 from replaceme.edits.edits import rotation_and_gains
 from replaceme.export.save import save_pruned

@@ -15,7 +15,7 @@ from matplotlib.text import Annotation
 
 from replaceme import experiments
 from replaceme.base.errors import ParameterError
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.progress import align
 from replaceme.methods.method import Method, drop
 from replaceme.methods.registry import METHODS

@@ -18,7 +18,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.text import Annotation
 from numpy.ma import masked
 
-from replaceme.base.params import Params, read_params
+from replaceme.base.parameters import Params, read_params
 from replaceme.base.plan import Block
 from replaceme.base.settings import settings_yaml
 from replaceme.base.workspace import Workspace
