@@ -32,7 +32,7 @@ from replaceme import commands
 from replaceme.arguments import ALIASES
 from replaceme.base.errors import SENTENCE_CHARACTERS, excerpt
 from replaceme.base.progress import align
-from replaceme.base.published_keys import PUBLISHED_KEYS
+from replaceme.base.published import PUBLISHED_KEYS
 from replaceme.evaluation import catalogue
 from replaceme.methods.registry import FIELDS
 from replaceme.models import embedded as embedded_models

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from replaceme.base.compute import resolve_device, use_processor
-from replaceme.base.params import Params, read_params
+from replaceme.base.parameters import Params, read_params
 from replaceme.base.plan import Plan
 from replaceme.base.progress import silence_libraries
 from replaceme.corpora.draw import draw_documents

@@ -15,7 +15,7 @@ from scipy.stats import spearmanr
 from replaceme.base.compute import resolve_device, use_processor
 from replaceme.base.documents import Documents
 from replaceme.base.files import read_json
-from replaceme.base.params import read_params
+from replaceme.base.parameters import read_params
 from replaceme.base.plan import Block
 from replaceme.base.progress import align, silence_libraries
 from replaceme.base.task import Task

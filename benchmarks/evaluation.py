@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from replaceme.base.compute import resolve_device, use_processor
-from replaceme.base.params import read_params
+from replaceme.base.parameters import read_params
 from replaceme.base.progress import silence_libraries
 from replaceme.evaluation.accuracy import score_suite
 from replaceme.evaluation.perplexity import score_windows

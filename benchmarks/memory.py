@@ -13,7 +13,7 @@ import torch
 
 from replaceme.base.compute import use_processor
 from replaceme.base.documents import Documents
-from replaceme.base.params import read_params
+from replaceme.base.parameters import read_params
 from replaceme.base.plan import Block, Plan
 from replaceme.base.progress import silence_libraries
 from replaceme.methods.registry import METHODS

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from replaceme.base.compute import use_processor
-from replaceme.base.params import read_params
+from replaceme.base.parameters import read_params
 from replaceme.solvers.ridge import solve_correction, solve_ridge
 
 

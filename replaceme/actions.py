@@ -14,7 +14,7 @@ from replaceme.base.claims import claim, claim_only_what_is_there, in_use
 from replaceme.base.entry import PARAMS_FILE
 from replaceme.base.errors import ModelError, ParameterError, excerpt
 from replaceme.base.files import new_folder, read_json, rounded, write_json, write_text
-from replaceme.base.params import Params, read_params
+from replaceme.base.parameters import Params, read_params
 from replaceme.base.processes import in_processes
 from replaceme.base.progress import align, logger
 from replaceme.base.stage import ANALYSIS, COMPRESSION, FIT, JUDGEMENT, ORDER, pipeline_params

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from replaceme.actions import prune as _prune
 from replaceme.base.errors import ParameterError, shown
 from replaceme.base.files import read_json
-from replaceme.base.params import Params, nearest, read_params
+from replaceme.base.parameters import Params, nearest, read_params
 from replaceme.base.presets import PRESETS, Preset
 from replaceme.base.ranks import world_size
 from replaceme.base.workspace import Workspace

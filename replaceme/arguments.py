@@ -15,9 +15,9 @@ from typing import Any, Literal, get_args, get_origin
 
 from replaceme.base.entry import Parser
 from replaceme.base.errors import ParameterError, ReplaceMeError, excerpt
-from replaceme.base.params import nearest, parse_value
+from replaceme.base.parameters import nearest, parse_value
 from replaceme.base.presets import PRESETS, RECOMMENDED
-from replaceme.base.published_keys import PUBLISHED_KEYS
+from replaceme.base.published import PUBLISHED_KEYS
 from replaceme.methods.registry import EFFECTS, FIELDS, METHODS
 from replaceme.selection.criteria import CRITERIA
 

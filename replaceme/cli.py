@@ -13,7 +13,7 @@ from replaceme import __version__, actions, experiments, publish
 from replaceme.arguments import GROUPS, command_parser, named_as_typed, parse
 from replaceme.base.entry import Parser, plain_parser, run_command
 from replaceme.base.errors import ParameterError, excerpt
-from replaceme.base.params import Params, nearest, read_params
+from replaceme.base.parameters import Params, nearest, read_params
 from replaceme.base.progress import silence_libraries
 from replaceme.base.ranks import launched_processes
 from replaceme.methods.registry import METHODS

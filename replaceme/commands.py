@@ -7,7 +7,7 @@ from replaceme.actions import evaluate, measure, profile, prune, together
 from replaceme.arguments import named_as_typed, parse, script_parser
 from replaceme.base.entry import run_command
 from replaceme.base.errors import ParameterError
-from replaceme.base.params import Params, read_params
+from replaceme.base.parameters import Params, read_params
 from replaceme.base.progress import silence_libraries
 from replaceme.base.ranks import launched_processes
 from replaceme.methods.registry import METHODS

@@ -19,7 +19,7 @@ from replaceme.base.entry import Parser, plain_parser, run_command
 from replaceme.base.errors import ParameterError, ReplaceMeError, ResourceError, excerpt
 from replaceme.base.extras import need
 from replaceme.base.files import new_folder, read_json, rounded, temporary_folder, write_json
-from replaceme.base.params import read_params
+from replaceme.base.parameters import read_params
 from replaceme.base.progress import align, logger, silence_libraries
 from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import METHODS

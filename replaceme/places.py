@@ -12,7 +12,7 @@ from replaceme.base.claims import claim, claim_only_what_is_there, foreign_file,
 from replaceme.base.errors import ParameterError, excerpt
 from replaceme.base.files import clear_partials, copy_content, local_path, new_folder, read_json
 from replaceme.base.fingerprints import sha256_below
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.workspace import Workspace
 
 # What every file of scores has, and none of another program's; and more bytes than one has.

@@ -17,7 +17,7 @@ from replaceme.base.compute import resolve_device, use_processor
 from replaceme.base.errors import ModelError
 from replaceme.base.fingerprints import sha256_of
 from replaceme.base.machine import machine
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.progress import progress
 from replaceme.models.kv_cache import cache_arguments, filled_cache
 from replaceme.models.model import WEIGHTS, Model, positions_of

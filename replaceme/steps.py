@@ -20,7 +20,7 @@ from replaceme.base.cost import recorded
 from replaceme.base.estimate import note
 from replaceme.base.files import cache_folder, copy_content, new_folder, read_json, write_json
 from replaceme.base.fingerprints import PACKAGE, sha256_below, sha256_of_code
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.processes import run_step
 from replaceme.base.progress import logger
 from replaceme.base.shared import make_once

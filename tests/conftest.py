@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from replaceme.base.documents import Documents
-from replaceme.base.params import Params, read_params
+from replaceme.base.parameters import Params, read_params
 from replaceme.methods.registry import METHODS
 from replaceme.models.families import FAMILIES, Family, family_of
 from replaceme.models.model import Model

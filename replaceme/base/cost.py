@@ -28,7 +28,7 @@ from ruamel.yaml import YAML
 from replaceme.base.files import cache_folder, rounded, write_json
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.machine import machine
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
 
 STATUS = Path("/proc/self/status")

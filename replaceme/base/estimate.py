@@ -16,7 +16,7 @@ from typing import Any
 
 from replaceme.base.files import cache_folder, rounded, write_json
 from replaceme.base.machine import processor
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.workspace import Workspace
 
 LOAD = (

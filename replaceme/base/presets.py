@@ -1,6 +1,6 @@
 """The two presets: what a run takes for the parameters that nobody names.
 
-``published`` is what the published program does, for the parameters that it has: the defaults in ``replaceme.base.params``.
+``published`` is what the published program does, for the parameters that it has: the defaults in ``replaceme.base.parameters``.
 ``recommended`` is what we found to keep more of the model. Its values stand here alone; the pipeline's params.yaml states them,
 and a test holds the two equal.
 """
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from replaceme.base.errors import ParameterError, excerpt, shown
-from replaceme.base.published_keys import PUBLISHED_KEYS
+from replaceme.base.published import PUBLISHED_KEYS
 
 Preset = Literal["recommended", "published"]
 PRESETS: tuple[Preset, ...] = get_args(Preset)

@@ -23,7 +23,7 @@ from replaceme.base.progress import logger
 from replaceme.base.ranks import rank, world_size
 
 if TYPE_CHECKING:
-    from replaceme.base.params import Params
+    from replaceme.base.parameters import Params
     from replaceme.base.stage import Stage
     from replaceme.base.workspace import Workspace
 

@@ -11,7 +11,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from replaceme.base.files import local_path
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.source import Source
 from replaceme.base.task import Task
 

@@ -13,7 +13,7 @@ from replaceme.base.entry import PARAMS_FILE, run
 from replaceme.base.errors import ParameterError
 from replaceme.base.estimate import note, to_go
 from replaceme.base.files import clear_partials
-from replaceme.base.params import Params, read_params
+from replaceme.base.parameters import Params, read_params
 from replaceme.base.processes import in_processes, run_step
 from replaceme.base.progress import logger
 from replaceme.base.ranks import launched_processes

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from replaceme.base.documents import SOURCE_BITS, Documents, in_shares, seeded_order
 from replaceme.base.errors import DatasetError
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.progress import progress
 from replaceme.corpora.corpus import Corpus, plain_text
 from replaceme.corpora.sources import sources_of

@@ -9,7 +9,7 @@ from replaceme.base.documents import seeded_order
 from replaceme.base.errors import DatasetError, excerpt
 from replaceme.base.files import local_path
 from replaceme.base.fingerprints import sha256_below
-from replaceme.base.params import Params, nearest
+from replaceme.base.parameters import Params, nearest
 from replaceme.base.source import SELF, Source
 from replaceme.corpora import embedded, local, streamed
 from replaceme.corpora.corpus import Corpus

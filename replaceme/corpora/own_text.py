@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from replaceme.base.errors import DatasetError, ModelError
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.progress import progress
 from replaceme.base.source import SELF
 from replaceme.corpora.sources import sources_of

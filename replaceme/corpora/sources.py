@@ -10,7 +10,7 @@ from typing import Any
 
 from replaceme.base.errors import DatasetError, excerpt
 from replaceme.base.files import read_json, write_json
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
 from replaceme.base.settings import without_folder
 from replaceme.base.source import OPTIONS, Source

@@ -14,7 +14,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from torch import Tensor
 
 from replaceme.base.errors import DatasetError, ParameterError
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.task import Task
 from replaceme.evaluation import catalogue
 from replaceme.evaluation.scorer import DEFAULT_MAX_TOKENS

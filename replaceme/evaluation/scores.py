@@ -15,7 +15,7 @@ from torch import Tensor
 
 from replaceme.base.compute import kind_of, use_processor
 from replaceme.base.files import read_json, write_json
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
 from replaceme.base.versions import SCORES, versions
 from replaceme.evaluation.accuracy import score_suite

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from replaceme.base.errors import DatasetError, ParameterError, excerpt
 from replaceme.base.files import local_path
 from replaceme.base.fingerprints import sha256_below
-from replaceme.base.params import Params, nearest
+from replaceme.base.parameters import Params, nearest
 from replaceme.base.task import COLUMNS, Task
 from replaceme.corpora import embedded, local
 from replaceme.corpora.corpus import Row

@@ -13,7 +13,7 @@ from huggingface_hub.repocard import metadata_load
 
 from replaceme import __version__
 from replaceme.base.combinations import NEW_WEIGHTS
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
 from replaceme.base.settings import settings_yaml, without_folder
 from replaceme.base.source import Source, dataset_title

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from replaceme.base.errors import ParameterError
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.plan import Block
 from replaceme.methods.method import Method, Solved, Statistics
 

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from replaceme.base.combinations import TRANSFORMS, Asking, Settings, Use, Values
 from replaceme.base.errors import ParameterError, SolveError
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.plan import Block
 from replaceme.base.progress import logger
 from replaceme.methods.method import Method, Solved, Statistics, require_tokens

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from replaceme.base.combinations import Settings, Use
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.plan import Block
 from replaceme.base.progress import logger
 from replaceme.methods.method import Method, Solved, Statistics, require_tokens

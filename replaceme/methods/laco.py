@@ -11,7 +11,7 @@ from pydantic import Field
 
 from replaceme.base.combinations import Settings, Use
 from replaceme.base.errors import ParameterError
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.plan import Block
 from replaceme.base.progress import logger
 from replaceme.methods.method import Method, drop

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from replaceme.base.documents import Batch, Documents
-    from replaceme.base.params import Params
+    from replaceme.base.parameters import Params
     from replaceme.models.families import Family
     from replaceme.models.model import Model
     from replaceme.training.training import Texts

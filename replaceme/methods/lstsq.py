@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from replaceme.base.combinations import TRANSFORMS, Use, Values
 from replaceme.base.errors import ParameterError
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.plan import Block, Surrogate
 from replaceme.base.progress import logger
 from replaceme.methods.method import Method, Solved, Statistics, require_tokens

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from replaceme.base.combinations import Limits
 from replaceme.base.errors import ParameterError
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.plan import Block, Plan, Surrogate
 from replaceme.selection.criteria import CRITERIA, Criterion
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from replaceme.base.combinations import heals, refits, repairs
 from replaceme.base.errors import ParameterError
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.methods.registry import METHODS
 from replaceme.models.memory import HEALED_WHOLE
 

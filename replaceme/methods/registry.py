@@ -1,7 +1,7 @@
 """The methods by name. A new method is a module with a ``Method``, its import and its entry here; nothing else names it."""
 
 from replaceme.base.combinations import Asking, Values, effects_of
-from replaceme.base.params import Params, fields_of
+from replaceme.base.parameters import Params, fields_of
 from replaceme.methods import (
     average,
     cosine,

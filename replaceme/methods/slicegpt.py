@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from replaceme.base.combinations import Use, Values
 from replaceme.base.errors import ParameterError, SolveError
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.progress import logger, progress
 from replaceme.edits.model_edit import ModelEdit
 from replaceme.methods.method import Method, MethodContext, drop

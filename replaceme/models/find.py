@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from replaceme.base.errors import ModelError, excerpt
 from replaceme.base.files import local_path, read_json
 from replaceme.base.fingerprints import sha256_of
-from replaceme.base.params import Params, nearest
+from replaceme.base.parameters import Params, nearest
 from replaceme.base.progress import logger
 from replaceme.models import embedded, hub
 from replaceme.models.families import Family

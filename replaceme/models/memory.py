@@ -12,7 +12,7 @@ from torch import Tensor
 
 from replaceme.base.compute import free_memory, give_back, resolve_device
 from replaceme.base.errors import ModelError, ParameterError
-from replaceme.base.params import Params, size_of
+from replaceme.base.parameters import Params, size_of
 from replaceme.base.progress import logger
 from replaceme.models.families import FAMILIES, Family
 from replaceme.models.model import FORMATS, Model, is_finite

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from replaceme.base.compute import use_processor
 from replaceme.base.documents import Documents
 from replaceme.base.files import new_folder
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.plan import Plan
 from replaceme.base.progress import logger
 from replaceme.base.ranks import rank

@@ -1,7 +1,7 @@
 """baseline: score the dense model, once for all experiments."""
 
 from replaceme.base.files import new_folder, read_json
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.ranks import rank
 from replaceme.base.stage import SCORING, Stage
 from replaceme.base.workspace import Workspace

@@ -11,7 +11,7 @@ from typing import Any
 from replaceme.base.cost import Cost, kept, known
 from replaceme.base.estimate import load_of
 from replaceme.base.files import read_json, rounded, write_json
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.plan import load_blocks
 from replaceme.base.progress import logger
 from replaceme.base.stage import COMPRESSION, SCORED, Stage

@@ -8,7 +8,7 @@ from typing import Any
 
 from replaceme.base.documents import Documents
 from replaceme.base.files import read_json, rounded, write_json
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
 from replaceme.base.ranks import rank
 from replaceme.base.stage import SCORING, Stage

@@ -5,7 +5,7 @@ from replaceme.base.compute import give_back, use_processor
 from replaceme.base.documents import Documents
 from replaceme.base.files import new_folder, read_json, rounded, write_json, write_text
 from replaceme.base.fingerprints import sha256_below
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
 from replaceme.base.stage import Stage
 from replaceme.base.workspace import Workspace

@@ -1,7 +1,7 @@
 """generate: the dense model writes its own calibration text, where ``dataset`` names ``self``."""
 
 from replaceme.base.files import new_folder, read_json, write_json
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
 from replaceme.base.stage import Stage
 from replaceme.base.workspace import Workspace

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from replaceme.base.files import PARTIAL, copy_content, new_folder, read_json, remove, rounded, write_json
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
 from replaceme.base.ranks import rank
 from replaceme.base.stage import PASS, Stage

@@ -17,7 +17,7 @@ from replaceme.base.compute import resolve_device
 from replaceme.base.errors import ParameterError, ReplaceMeError
 from replaceme.base.extras import need
 from replaceme.base.files import new_folder, write_json
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
 from replaceme.base.source import dataset_title
 from replaceme.base.stage import Stage

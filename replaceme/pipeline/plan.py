@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.plan import Block, Plan, load_blocks
 from replaceme.base.progress import logger
 from replaceme.base.stage import Stage

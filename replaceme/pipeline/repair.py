@@ -9,7 +9,7 @@ from replaceme.base.compute import resolve_device, use_processor
 from replaceme.base.documents import Documents
 from replaceme.base.files import copy_content, new_folder, read_json, remove, rounded, write_json, write_text
 from replaceme.base.fingerprints import sha256_below
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.plan import Plan
 from replaceme.base.progress import logger
 from replaceme.base.ranks import rank

@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 from replaceme.base.files import new_folder, read_json, write_text
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.settings import WITHOUT_EFFECT
 from replaceme.base.stage import Stage
 from replaceme.base.workspace import Workspace

@@ -6,7 +6,7 @@ from typing import Any
 from replaceme.base.compute import use_processor
 from replaceme.base.documents import Documents
 from replaceme.base.files import read_json, rounded, write_json
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.plan import save_blocks
 from replaceme.base.progress import logger
 from replaceme.base.ranks import rank

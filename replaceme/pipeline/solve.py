@@ -8,7 +8,7 @@ from torch import Tensor
 
 from replaceme.base.compute import use_processor
 from replaceme.base.files import new_folder, rounded, write_json, write_text
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.plan import Block, Plan
 from replaceme.base.progress import logger
 from replaceme.base.stage import Stage

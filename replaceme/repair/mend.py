@@ -37,7 +37,7 @@ from replaceme.base.compute import require_resident
 from replaceme.base.documents import FOLDS, Batch, Documents, few_documents, folds_of
 from replaceme.base.files import temporary_folder
 from replaceme.base.group import all_gather, compute_on_rank0, local_world_size, shard
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.plan import Block, Plan
 from replaceme.base.progress import logger, progress
 from replaceme.base.ranks import rank

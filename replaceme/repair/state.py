@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from replaceme.base.documents import Documents
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.plan import Plan
 from replaceme.base.scratch import scratch, unmap
 from replaceme.edits.edits import Edits

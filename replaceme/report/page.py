@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from replaceme.base.files import read_json, write_text
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.plan import load_blocks
 from replaceme.base.settings import settings_yaml, without_folder
 from replaceme.base.versions import listed

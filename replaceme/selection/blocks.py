@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from replaceme.base.errors import ParameterError
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.plan import Block, runs
 
 

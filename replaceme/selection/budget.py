@@ -18,7 +18,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from replaceme.base.errors import ParameterError
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
 from replaceme.selection.criteria import Criterion
 

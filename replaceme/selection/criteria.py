@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from replaceme.base.errors import ParameterError
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.plan import Block, Surrogate, runs
 from replaceme.base.progress import logger
 from replaceme.selection.blocks import bounds, check_room, several, smallest, starts_between

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from replaceme.base.documents import HELD_OUT_EVERY, Batch, Documents, excerpts_of, split_documents
 from replaceme.base.errors import ParameterError
 from replaceme.base.group import all_reduce_sum
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.plan import Block, Surrogate
 from replaceme.base.progress import logger, progress
 from replaceme.edits.edits import Edits

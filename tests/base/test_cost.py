@@ -17,7 +17,7 @@ from replaceme.base import machine as machine_module
 from replaceme.base.cost import kept, known, peak_memory, recorded
 from replaceme.base.estimate import load_of
 from replaceme.base.files import cache_folder, read_json, write_json, write_text
-from replaceme.base.params import Params, read_params
+from replaceme.base.parameters import Params, read_params
 from replaceme.base.stage import COMPRESSION, Stage, run_stage
 from replaceme.base.workspace import Workspace
 from replaceme.methods.method import Method

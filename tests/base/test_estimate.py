@@ -7,7 +7,7 @@ import pytest
 
 from replaceme.base.estimate import LOAD, load_of, note, times_here
 from replaceme.base.files import cache_folder, write_json, write_text
-from replaceme.base.params import Params, read_params
+from replaceme.base.parameters import Params, read_params
 from replaceme.base.stage import COMPRESSION, JUDGEMENT, ORDER, Stage, run_stage, still_to_go
 from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import FIELDS

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from replaceme.base.errors import ParameterError
-from replaceme.base.params import parse_value, read_params
+from replaceme.base.parameters import parse_value, read_params
 from replaceme.methods.registry import FIELDS, METHODS
 from replaceme.reference import reference
 from tests.pipeline.closure import ROOT

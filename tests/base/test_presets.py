@@ -7,7 +7,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from replaceme.base.errors import ParameterError
-from replaceme.base.params import Params, read_params
+from replaceme.base.parameters import Params, read_params
 from replaceme.base.presets import OF_THE_METHOD, PROGRAM_KEYS, RECOMMENDED, Preset
 from replaceme.methods.registry import FIELDS, METHODS
 from tests.pipeline.closure import ROOT

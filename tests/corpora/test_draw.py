@@ -10,7 +10,7 @@ from ruamel.yaml import YAML
 
 from replaceme.base.documents import Documents, split_documents
 from replaceme.base.errors import DatasetError, ParameterError
-from replaceme.base.params import Params, read_params
+from replaceme.base.parameters import Params, read_params
 from replaceme.base.settings import settings_yaml
 from replaceme.base.workspace import Workspace
 from replaceme.corpora import tokenization

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from replaceme.base.params import read_params
+from replaceme.base.parameters import read_params
 from replaceme.base.source import Source
 from replaceme.corpora.find import dataset_fingerprints
 from replaceme.corpora.sources import read_record, write_record

@@ -6,7 +6,7 @@ import datasets
 import pytest
 
 from replaceme.base.errors import DatasetError
-from replaceme.base.params import Params, read_params
+from replaceme.base.parameters import Params, read_params
 from replaceme.base.source import Source
 from replaceme.corpora.find import DatasetSource, find_dataset, find_datasets
 from replaceme.models import hub

@@ -13,7 +13,7 @@ from torch import Tensor
 from replaceme.base.combinations import refusals
 from replaceme.base.documents import Documents, few_documents
 from replaceme.base.errors import ModelError, SolveError
-from replaceme.base.params import read_params
+from replaceme.base.parameters import read_params
 from replaceme.base.plan import Block
 from replaceme.edits.channels import assembled, channels_of
 from replaceme.edits.edits import Edits

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from replaceme.base.compute import kind_of
 from replaceme.base.errors import DatasetError
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.versions import SCORES, versions
 from replaceme.evaluation.comparison import compare
 from replaceme.evaluation.scores import Scores, score_model

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from replaceme.base.documents import Documents
-from replaceme.base.params import Params, read_params
+from replaceme.base.parameters import Params, read_params
 from replaceme.base.task import Task
 from replaceme.corpora import embedded
 from replaceme.corpora.find import dataset_fingerprints

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.task import Task
 from replaceme.evaluation import requests
 from replaceme.evaluation.continuations import MAX_TOKENS, PROMPTS, continue_prompts, side_by_side, write_continuations

@@ -11,7 +11,7 @@ from datasets.arrow_writer import ArrowWriter
 from datasets.splits import SplitDict, SplitInfo
 
 from replaceme.base.errors import DatasetError, ParameterError, ReplaceMeError
-from replaceme.base.params import read_params
+from replaceme.base.parameters import read_params
 from replaceme.base.task import PUBLISHED, Task
 from replaceme.evaluation.accuracy import score_suite
 from replaceme.evaluation.requests import Suite

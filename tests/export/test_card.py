@@ -12,7 +12,7 @@ import torch
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from replaceme.base.params import Params, read_params
+from replaceme.base.parameters import Params, read_params
 from replaceme.edits.edits import Edits
 from replaceme.export.card import SCORING, SETTINGS, model_card
 from replaceme.methods.registry import METHODS

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from replaceme.base.errors import ReplaceMeError
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.plan import Block
 from replaceme.base.workspace import Workspace
 from replaceme.export.save import save_pruned

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from replaceme.base.errors import ParameterError, SolveError
-from replaceme.base.params import read_params
+from replaceme.base.parameters import read_params
 from replaceme.base.plan import Block
 from replaceme.methods.cosine import Objective, build_problem, least_squares_scale
 from replaceme.methods.method import Solved

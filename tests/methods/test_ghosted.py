@@ -12,7 +12,7 @@ import torch
 
 from replaceme.base.documents import Documents
 from replaceme.base.errors import SolveError
-from replaceme.base.params import read_params
+from replaceme.base.parameters import read_params
 from replaceme.base.plan import Block, Plan
 from replaceme.edits.unfused import unfused
 from replaceme.export.save import save_pruned

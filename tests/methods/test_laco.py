@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from replaceme.base.documents import Documents
 from replaceme.base.errors import ModelError, ParameterError
-from replaceme.base.params import read_params
+from replaceme.base.parameters import read_params
 from replaceme.base.plan import Block, Plan, load_blocks, save_blocks
 from replaceme.edits.edits import Edits
 from replaceme.edits.fold import apply_edits

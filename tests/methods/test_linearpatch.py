@@ -10,7 +10,7 @@ import torch
 
 from replaceme.base.documents import Documents
 from replaceme.base.errors import ReplaceMeError
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.workspace import Workspace
 from replaceme.models.families import Family
 from replaceme.models.model import Model

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from replaceme.base.documents import Documents
 from replaceme.base.errors import ModelError, ParameterError, VerificationError
-from replaceme.base.params import Params, read_params
+from replaceme.base.parameters import Params, read_params
 from replaceme.base.plan import Plan
 from replaceme.base.workspace import Workspace
 from replaceme.edits.edits import Edits

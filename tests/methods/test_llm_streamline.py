@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from replaceme.base.documents import Documents, split_places
 from replaceme.base.errors import SolveError
 from replaceme.base.files import read_json
-from replaceme.base.params import Params, read_params
+from replaceme.base.parameters import Params, read_params
 from replaceme.base.plan import Block, Plan, load_blocks
 from replaceme.base.workspace import Workspace
 from replaceme.edits.edits import Edits

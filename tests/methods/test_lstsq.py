@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from replaceme.base.params import read_params
+from replaceme.base.parameters import read_params
 from replaceme.base.plan import Block
 from replaceme.methods.registry import METHODS
 from replaceme.solvers import closed_forms

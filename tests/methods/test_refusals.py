@@ -10,7 +10,7 @@ import torch
 
 from replaceme import commands
 from replaceme.base.errors import ModelError, ParameterError
-from replaceme.base.params import read_params
+from replaceme.base.parameters import read_params
 from replaceme.base.plan import Block
 from replaceme.edits.edits import rotation_and_gains
 from replaceme.export.save import save_pruned

@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.methods.registry import FIELDS, METHODS
 
 

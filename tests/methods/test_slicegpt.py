@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from replaceme.base.documents import Documents
 from replaceme.base.errors import ModelError, ParameterError, SolveError, VerificationError
 from replaceme.base.files import read_json
-from replaceme.base.params import Params, read_params
+from replaceme.base.parameters import Params, read_params
 from replaceme.base.plan import Plan, save_blocks
 from replaceme.base.workspace import Workspace
 from replaceme.edits.edits import Edits

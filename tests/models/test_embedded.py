@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub.repocard import metadata_load
 
 from replaceme.base.errors import ResourceError
-from replaceme.base.params import read_params
+from replaceme.base.parameters import read_params
 from replaceme.models import embedded, packages
 from replaceme.models.find import find_model
 

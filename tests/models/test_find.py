@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from replaceme.base.errors import ModelError
-from replaceme.base.params import read_params
+from replaceme.base.parameters import read_params
 from replaceme.models.find import check_weights, find_model
 from replaceme.models.model import Model
 

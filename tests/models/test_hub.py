@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from replaceme.base.errors import DatasetError, ModelError
-from replaceme.base.params import Params, read_params
+from replaceme.base.parameters import Params, read_params
 from replaceme.corpora.find import find_datasets
 from replaceme.models import hub
 from replaceme.models.find import find_model

@@ -13,7 +13,7 @@ from replaceme.base import compute
 from replaceme.base.compute import free_memory
 from replaceme.base.errors import ParameterError
 from replaceme.base.fingerprints import sha256_below
-from replaceme.base.params import Params, read_params, size_of
+from replaceme.base.parameters import Params, read_params, size_of
 from replaceme.export import card
 from replaceme.methods.registry import METHODS
 from replaceme.models import memory

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from replaceme import commands
 from replaceme.base.errors import ModelError
-from replaceme.base.params import read_params
+from replaceme.base.parameters import read_params
 from replaceme.edits.edits import Edits
 from replaceme.models import hub
 from replaceme.models.families import Linear

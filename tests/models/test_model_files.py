@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from replaceme.base.errors import ModelError
 from replaceme.base.files import read_json
-from replaceme.base.params import Params, read_params
+from replaceme.base.parameters import Params, read_params
 from replaceme.base.workspace import Workspace
 from replaceme.edits.edits import Edits
 from replaceme.export.save import save_pruned

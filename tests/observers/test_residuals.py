@@ -12,7 +12,7 @@ from torch import nn
 from replaceme.base import scratch
 from replaceme.base.documents import EXCERPT_LENGTH, EXCERPT_TOKENS, Documents, excerpts_of, split_documents
 from replaceme.base.errors import ParameterError, ResourceError
-from replaceme.base.params import read_params
+from replaceme.base.parameters import read_params
 from replaceme.base.plan import Block
 from replaceme.edits.edits import Edits
 from replaceme.edits.fold import apply_edits

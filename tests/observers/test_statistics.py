@@ -6,7 +6,7 @@ import torch
 
 from replaceme.base.documents import Batch, Documents
 from replaceme.base.errors import SolveError
-from replaceme.base.params import read_params
+from replaceme.base.parameters import read_params
 from replaceme.methods.registry import METHODS
 from replaceme.models.families import Family
 from replaceme.observers.statistics import Sample, take_statistics

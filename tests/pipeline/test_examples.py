@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from replaceme.base.params import read_params
+from replaceme.base.parameters import read_params
 from replaceme.methods.registry import METHODS
 from replaceme.models.model import Model
 from tests.pipeline.closure import ROOT

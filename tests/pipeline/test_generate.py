@@ -4,7 +4,7 @@ from pathlib import Path
 
 from replaceme.base.documents import Documents
 from replaceme.base.files import read_json
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.source import Source
 from replaceme.base.workspace import Workspace
 from replaceme.pipeline.calibrate import calibrate

@@ -19,7 +19,7 @@ from huggingface_hub import ModelCard
 
 from replaceme import commands
 from replaceme.base.fingerprints import sha256_below
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.stage import COMPRESSION
 from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import FIELDS, METHODS

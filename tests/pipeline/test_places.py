@@ -14,7 +14,7 @@ from replaceme.base.claims import claim, claim_only_what_is_there, foreign_file,
 from replaceme.base.errors import ParameterError
 from replaceme.base.files import ASIDE, new_folder, partial_suffix, write_json, write_text
 from replaceme.base.fingerprints import sha256_below
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.stage import Stage, run_stage
 from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import METHODS

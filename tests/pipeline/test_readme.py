@@ -13,7 +13,7 @@ from dvc.cli import parse_args
 
 from replaceme import experiments, publish
 from replaceme.arguments import parse, script_parser, typed
-from replaceme.base.params import read_params
+from replaceme.base.parameters import read_params
 from replaceme.cli import COMMANDS as COMMANDS_WITH_PARAMETERS
 from replaceme.cli import OTHERS, report_parser
 from replaceme.methods.registry import FIELDS, METHODS

@@ -10,7 +10,7 @@ import torch
 
 from replaceme import actions, speed
 from replaceme.base.errors import ModelError
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.workspace import Workspace
 from replaceme.models.model import Model
 

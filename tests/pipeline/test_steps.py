@@ -8,7 +8,7 @@ import pytest
 from replaceme import steps
 from replaceme.base.estimate import note, times_here
 from replaceme.base.files import write_json, write_text
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.stage import ORDER, Stage
 from replaceme.base.workspace import Workspace
 from replaceme.steps import STAGES, Course

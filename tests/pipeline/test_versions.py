@@ -11,7 +11,7 @@ from replaceme import steps
 from replaceme.base import versions as versions_module
 from replaceme.base.files import read_json, write_text
 from replaceme.base.fingerprints import sha256_below
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.stage import COMPRESSION
 from replaceme.base.versions import MODEL, SCORES, TEXT
 from replaceme.base.workspace import Workspace

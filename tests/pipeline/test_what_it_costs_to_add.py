@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 from benchmarks.stand import copy_code
 from replaceme.base.documents import Batch, Documents
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.plan import Block, Plan
 from replaceme.base.workspace import Workspace
 from replaceme.edits.fold import apply_edits

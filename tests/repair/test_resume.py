@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from replaceme.base.files import partial_suffix, read_json
 from replaceme.base.fingerprints import sha256_below
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.plan import Block
 from replaceme.base.workspace import Workspace
 from replaceme.edits.edits import Edits

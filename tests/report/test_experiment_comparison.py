@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from replaceme import experiments
 from replaceme.base.errors import ParameterError
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.progress import align
 from replaceme.models.model import Model
 from replaceme.report.experiment_figures import draw_methods, draw_quality

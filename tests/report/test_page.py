@@ -11,7 +11,7 @@ from typing import Any
 import matplotlib
 import pytest
 
-from replaceme.base.params import Params, read_params
+from replaceme.base.parameters import Params, read_params
 from replaceme.base.settings import settings_yaml
 from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import FIELDS, METHODS

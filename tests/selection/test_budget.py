@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from replaceme.base.errors import ParameterError
-from replaceme.base.params import Params, read_params
+from replaceme.base.parameters import Params, read_params
 from replaceme.methods.registry import METHODS, criterion_of
 from replaceme.models.model import Model, parameter_count
 from replaceme.selection import budget

@@ -13,7 +13,7 @@ from replaceme import commands
 from replaceme.base.documents import Documents, split_documents
 from replaceme.base.errors import ModelError, ParameterError
 from replaceme.base.files import read_json
-from replaceme.base.params import Params, read_params
+from replaceme.base.parameters import Params, read_params
 from replaceme.base.plan import Block, Plan, load_blocks, save_blocks
 from replaceme.edits.edits import Edits
 from replaceme.edits.fold import apply_edits

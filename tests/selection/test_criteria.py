@@ -8,7 +8,7 @@ import torch
 
 from replaceme.base.errors import ParameterError
 from replaceme.base.files import read_json, write_json
-from replaceme.base.params import read_params
+from replaceme.base.parameters import read_params
 from replaceme.base.plan import Block, Surrogate, load_blocks
 from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import METHODS, criterion_of

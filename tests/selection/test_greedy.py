@@ -9,7 +9,7 @@ import torch
 
 from replaceme.base.documents import Documents, excerpts_of
 from replaceme.base.files import read_json, write_json
-from replaceme.base.params import read_params
+from replaceme.base.parameters import read_params
 from replaceme.base.plan import Block, load_blocks, runs
 from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import METHODS, criterion_of

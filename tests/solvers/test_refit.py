@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from replaceme.base.documents import Documents
 from replaceme.base.errors import SolveError
-from replaceme.base.params import read_params
+from replaceme.base.parameters import read_params
 from replaceme.base.plan import Block, Plan
 from replaceme.edits.edits import Edits
 from replaceme.edits.fold import apply_edits

@@ -15,7 +15,7 @@ from replaceme.base.documents import Documents
 from replaceme.base.errors import ParameterError
 from replaceme.base.files import read_json, write_json
 from replaceme.base.fingerprints import sha256_below
-from replaceme.base.params import Params, read_params
+from replaceme.base.parameters import Params, read_params
 from replaceme.base.plan import Block, Plan
 from replaceme.base.stage import COMPRESSION
 from replaceme.base.workspace import Workspace

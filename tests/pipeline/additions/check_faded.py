@@ -8,7 +8,7 @@ import torch
 from replaceme import commands
 from replaceme.base.errors import ParameterError
 from replaceme.base.files import read_json
-from replaceme.base.params import read_params
+from replaceme.base.parameters import read_params
 from replaceme.export.card import SETTINGS
 from replaceme.methods.registry import METHODS, has_effect, read_by
 from replaceme.models.model import Model

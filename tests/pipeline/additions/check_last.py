@@ -7,7 +7,7 @@ import pytest
 from replaceme import commands
 from replaceme.base.errors import ParameterError
 from replaceme.base.files import read_json
-from replaceme.base.params import read_params
+from replaceme.base.parameters import read_params
 from replaceme.methods.registry import METHODS, criterion_of
 from replaceme.models.model import Model
 from replaceme.reference import reference

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from replaceme.base.files import read_json
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.plan import Block, Plan
 from replaceme.base.workspace import Workspace
 from replaceme.steps import run_steps

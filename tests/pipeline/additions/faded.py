@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from replaceme.base.combinations import Settings, Use, Values
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.plan import Block
 from replaceme.methods.method import Method, Solved, Statistics
 

@@ -1,7 +1,7 @@
 """tally: a made-up stage that counts the planned blocks."""
 
 from replaceme.base.files import write_json
-from replaceme.base.params import Params
+from replaceme.base.parameters import Params
 from replaceme.base.plan import Plan
 from replaceme.base.stage import Stage
 from replaceme.base.workspace import Workspace

@@ -21,7 +21,7 @@ from replaceme.base.combinations import Methods, Transform, effects_of, own_fiel
 from replaceme.base.errors import ParameterError, excerpt, shown
 from replaceme.base.presets import RECOMMENDED, Preset, preset_of, preset_values
 from replaceme.base.progress import logger
-from replaceme.base.published_keys import PUBLISHED_KEYS, translate, without_replaced
+from replaceme.base.published import PUBLISHED_KEYS, translate, without_replaced
 from replaceme.base.source import Source
 from replaceme.base.task import Task, unusable_text
 
