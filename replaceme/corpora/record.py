@@ -5,15 +5,15 @@ of the text. A model that was pruned twice has the sources of both.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from replaceme.base.entries import Source
 from replaceme.base.errors import excerpt
-from replaceme.base.files import read_json, write_json
+from replaceme.base.files import read_json, without_folder, write_json
 from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
-from replaceme.base.settings import without_folder
-from replaceme.base.source import OPTIONS, Source, parse_dataset
 from replaceme.corpora.sources import Known, known_sources
 from replaceme.models import hub
 from replaceme.models.model import TEXT_RECORD
@@ -53,12 +53,12 @@ def _entry(source: Source, known: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _parsed(entries: Iterable[Mapping[str, Any]]) -> Iterator[Known]:
-    problems: list[str] = []
+    names = [field.name for field in fields(Source)]
     for entry in entries:
-        options = {key: entry[key] for key in OPTIONS if key in entry}
+        source = Source(**{key: entry[key] for key in names if key in entry})
         known = {key: entry[key] for key in IDENTITIES if key in entry}
-        parsed = parse_dataset([{entry["name"]: options}], problems)
         repositories = known.get("commits", {})
-        if problems or not isinstance(known.get("sha256", ""), str) or not all(map(hub.is_repository_id, repositories)):
+        readable = source.name.isprintable() and isinstance(known.get("sha256", ""), str)
+        if not readable or not all(map(hub.is_repository_id, repositories)):
             raise ValueError
-        yield parsed[0], known
+        yield source, known

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+from replaceme.base.entries import Source
 from replaceme.base.errors import DatasetError
 from replaceme.base.parameters import Params
-from replaceme.base.source import Source
 
 # A source, and what identifies its content (``DatasetSource.fingerprint``).
 Known = tuple[Source, Mapping[str, Any]]

@@ -18,9 +18,9 @@ from lm_eval.api.metrics import pooled_sample_stderr
 from lm_eval.evaluator import evaluate
 from torch import Tensor
 
+from replaceme.base.entries import Task
 from replaceme.base.errors import DatasetError, ParameterError
 from replaceme.base.progress import logger, progress
-from replaceme.base.task import Task
 from replaceme.evaluation import catalogue
 from replaceme.evaluation.comparison import weighted_mean, weighted_stderr
 from replaceme.evaluation.question_file import PASSAGES

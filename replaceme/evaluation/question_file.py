@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from replaceme.base.entries import Task
 from replaceme.base.errors import DatasetError, excerpt, shown
-from replaceme.base.task import Task
 from replaceme.corpora.local import json_lines, short
 
 # Columns that hold the text that several items can share; the first one that a row has counts.

@@ -24,9 +24,9 @@ def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
     return Solved(Edits("averaged layers", [], mixtures={block.host: dict.fromkeys(layers, 1 / len(layers))}))
 
 
-def refuses(values: Values, kind: str, family: Family) -> list[str]:
+def refuses(values: Values, kind: str, family: Family | None) -> list[str]:
     """Refuse mixtures of experts: experts of different layers do not correspond."""
-    if family.experts:
+    if family and family.experts:
         return [f"method: average is not derived for the mixture of experts of the family '{kind}'; use uidl."]
     return []
 

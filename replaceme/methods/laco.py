@@ -25,17 +25,13 @@ if TYPE_CHECKING:
 class Merging(Settings):
     """Parameters of LaCo."""
 
-    laco_layers: Annotated[int, Use(("select",))] = Field(
-        7, ge=2, description="Maximum number of layers in a merge, the host included (published as C)."
-    )
-    laco_interval: Annotated[int, Use(("select",))] = Field(
-        1, ge=1, description="How many layers before a merge the next one is tried (published as I)."
-    )
-    laco_threshold: Annotated[float, Use(("select",))] = Field(
-        0.45, ge=-1, le=1,
-        description="Minimum cosine between the merged and the original model's last states (published as T); "
-        "lowered in steps of 0.01 until layers_to_skip layers are removed, so that 1 finds the highest possible one.",
-    )  # fmt: skip
+    laco_layers: Annotated[int, Use(("select",))] = Field(7, ge=2)
+    """Maximum number of layers in a merge, the host included (published as C)."""
+    laco_interval: Annotated[int, Use(("select",))] = Field(1, ge=1)
+    """How many layers before a merge the next one is tried (published as I)."""
+    laco_threshold: Annotated[float, Use(("select",))] = Field(0.45, ge=-1, le=1)
+    """Minimum cosine between the merged and the original model's last states (published as T); lowered in steps of 0.01 until
+    layers_to_skip layers are removed, so that 1 finds the highest possible one."""
 
 
 def way_of(params: Params, layers: int) -> Way:
@@ -79,9 +75,9 @@ def choose(choice: Choice) -> tuple[list[Block], dict[str, Any]]:
     }
 
 
-def refuses(values: Values, kind: str, family: Family) -> list[str]:
+def refuses(values: Values, kind: str, family: Family | None) -> list[str]:
     """Refuse mixtures of experts: experts of adjacent layers do not correspond."""
-    if family.experts:
+    if family and family.experts:
         return [
             f"method: laco is not derived for the mixture of experts of the family '{kind}', where no expert is the next "
             "layer's; use another method."

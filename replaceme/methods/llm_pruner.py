@@ -145,8 +145,11 @@ def _words(width: Width, removed: Mapping[Linear, int], heads: int) -> str:
     return " and ".join(parts)
 
 
-def refusals(values: Values) -> list[str]:
-    """Return a sentence for each setting that would be ignored, or that makes gradients overflow."""
+def refuses(values: Values, kind: str, family: Family | None) -> list[str]:
+    """Refuse what would be ignored or makes gradients overflow, and families whose parts can't be cut out by shapes alone."""
+    if family:
+        problem = f"method: llm_pruner is refused for the family '{kind}': {family.uncut}; use another method."
+        return [problem] if family.uncut else []
     problems = []
     if values["dtype"] == "float16":
         problems.append("dtype: float16 is too short for the gradients of method llm_pruner; use bfloat16 or float32.")
@@ -155,13 +158,6 @@ def refusals(values: Values) -> list[str]:
         for key in ("min_distance_layer", "max_distance_layer")
         if values["plain"] and values[key] is not None
     ]
-
-
-def refuses(values: Values, kind: str, family: Family) -> list[str]:
-    """Refuse a family whose heads and channels can't be cut out by shapes alone."""
-    if family.uncut:
-        return [f"method: llm_pruner is refused for the family '{kind}': {family.uncut}; use another method."]
-    return []
 
 
 METHOD = Method(
@@ -175,7 +171,6 @@ METHOD = Method(
     several=False,
     repairs=False,
     packed=False,
-    refusals=refusals,
     refuses=refuses,
     check=check,
 )

@@ -30,17 +30,12 @@ TITLES = {"layer": "LLM-Streamline (a trained layer)", "mlp": "LLM-Streamline (a
 class Training(Settings):
     """Parameters of the trained layer."""
 
-    llm_streamline_form: Annotated[Literal["layer", "mlp"], Use(("repair",))] = Field(
-        "layer",
-        description="What is trained in the block's place: the whole layer before it, or only the MLP of that "
-        "layer, without an attention.",
-    )
-    llm_streamline_learning_rate: Annotated[float, Use(("repair",))] = Field(
-        2e-4, gt=0, allow_inf_nan=False, description="AdamW's peak learning rate."
-    )
-    llm_streamline_epochs: Annotated[int, Use(("repair",))] = Field(
-        1, ge=1, description="Passes over the documents, batch_size documents per step."
-    )
+    llm_streamline_form: Annotated[Literal["layer", "mlp"], Use(("repair",))] = "layer"
+    """What is trained in the block's place: the whole layer before it, or only the MLP of that layer, without an attention."""
+    llm_streamline_learning_rate: Annotated[float, Use(("repair",))] = Field(2e-4, gt=0)
+    """AdamW's peak learning rate."""
+    llm_streamline_epochs: Annotated[int, Use(("repair",))] = Field(1, ge=1)
+    """Passes over the documents, batch_size documents per step."""
 
 
 def work(bench: Bench) -> dict[str, Any]:
@@ -97,13 +92,9 @@ def _edit(bench: Bench, host: int, parameters: dict[str, Tensor], bare: tuple[st
         edits.without_attention[host] = bare
 
 
-def _without_attention(values: Values) -> bool:
-    return bool(values["llm_streamline_form"] == "mlp")
-
-
-def refuses(values: Values, kind: str, family: Family) -> list[str]:
+def refuses(values: Values, kind: str, family: Family | None) -> list[str]:
     """Refuse a bare MLP where it is not derived: attention and MLP in parallel, or a norm after the MLP."""
-    if not _without_attention(values):
+    if family is None or values["llm_streamline_form"] != "mlp":
         return []
     problems = []
     if family.parallel:
@@ -117,7 +108,7 @@ def refuses(values: Values, kind: str, family: Family) -> list[str]:
 
 METHOD = Method(
     settings=Training,
-    shared={"plain": Use(("repair",), "form mlp", _without_attention)},
+    shared={"plain": Use(("repair",), "llm_streamline_form", ("mlp",))},
     # A fitted map predicts the loss with a trained layer better than an empty cut does.
     stand_in=lambda params: "map",
     solve=drop("LLM-Streamline"),

@@ -78,16 +78,12 @@ def _stand_in(params: Params) -> StandIn:
     return "refit" if params.transform == "refit" else "joint" if params.transform in FEATURES else "map"
 
 
-def _refusals(values: Values) -> list[str]:
+def _refuses(values: Values, kind: str, family: Family | None) -> list[str]:
     if values["transform"] == "channels" and values["use_4bit"]:
         return [
             "use_4bit: transform channels puts rows of several layers' weights together, and 4-bit ones are packed; use false."
         ]
-    return []
-
-
-def _refuses(values: Values, kind: str, family: Family) -> list[str]:
-    if family.norm_after_mlp and values["transform"] != "orthogonal":
+    if family and family.norm_after_mlp and values["transform"] != "orthogonal":
         return [
             f"transform: {values['transform']} does not fold into the norm after the MLP of the family '{kind}'; "
             "use orthogonal."
@@ -109,6 +105,5 @@ METHOD = Method(
     check=_check,
     words="fits a replacement for the block",
     transforms=TRANSFORMS,
-    refusals=_refusals,
     refuses=_refuses,
 )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from replaceme.base.combinations import Limits, Values
+from replaceme.base.combinations import Limits
 from replaceme.base.errors import ParameterError
 from replaceme.base.parameters import Params
 from replaceme.base.plan import Block, Plan, StandIn
@@ -84,8 +84,6 @@ class Method(Limits):
         plain: with these parameters, whether the result has the family's own form.
         trained: whether it trains weights on the text; other methods see each token once or twice, and solve.
         check: raises ParameterError, before any work, if the parameters can't be met by a model, whose weights are not loaded.
-        refuses: returns a sentence for each parameter that is not exact, or not derived, for a model family, given the values
-            of all parameters, the family's name and its description.
     """
 
     selections: tuple[str, ...] = tuple(CRITERIA)
@@ -98,7 +96,6 @@ class Method(Limits):
     plain: Callable[[Params], bool] = lambda params: True
     trained: bool = False
     check: Callable[[Params, Model, Family], None] | None = None
-    refuses: Callable[[Values, str, Family], list[str]] = lambda values, kind, family: []
 
 
 def require_tokens(params: Params, model: Model, family: Family) -> None:

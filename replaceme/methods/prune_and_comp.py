@@ -34,9 +34,9 @@ def choose(choice: Choice) -> tuple[list[Block], dict[str, Any]]:
     }
 
 
-def refuses(values: Values, kind: str, family: Family) -> list[str]:
+def refuses(values: Values, kind: str, family: Family | None) -> list[str]:
     """Refuse families that read the residual stream other than through norms: no scalar folds there."""
-    if not family.norm_before:
+    if family and not family.norm_before:
         return [
             f"method: prune_and_comp scales the residual stream, and not all that reads it in the family '{kind}' does so "
             "through a norm: no scalar folds; use shortgpt."

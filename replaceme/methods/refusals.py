@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from replaceme.base.combinations import Values, heals, refits, repairs
+from replaceme.base.combinations import NEW_WEIGHTS, Values
 from replaceme.base.parameters import Params
 from replaceme.methods.registry import METHODS
 from replaceme.models.memory import HEALED_WHOLE
@@ -34,12 +34,12 @@ def family_refusals(values: Values, kind: str, family: Family) -> list[str]:
     if family.obstacle is None:
         return problems
     place = family.obstacle_words(kind)
-    if not named and refits(values) and (family.obstacle == "experts" or transform in ("joint", "channels")):
+    if not named and transform in NEW_WEIGHTS and (family.obstacle == "experts" or transform in ("joint", "channels")):
         use = "refit" if family.obstacle == "undescribed" else "dense"
         problems.append(f"transform: {transform} is not derived for {place}; use {use}.")
-    if repairs(values):
+    if values["repair"]:
         problems.append(f"repair: is not derived for {place}; use false.")
-    if heals(values) and family.obstacle != "norm":
+    if values["heal_epochs"] and family.obstacle != "norm":
         problems.append(f"heal_epochs: is not derived for {place}; use 0.")
     return problems
 

@@ -55,20 +55,16 @@ def check(params: Params, model: Model, family: Family) -> None:
     fitting_width(model.skeleton(model.config()), family, params.layers_to_skip, params.plain)
 
 
-def refusals(values: Values) -> list[str]:
-    """Return a sentence for each layer limit that would be ignored."""
+def refuses(values: Values, kind: str, family: Family | None) -> list[str]:
+    """Refuse layer limits, which would be ignored, and families whose residual stream can't be narrowed exactly."""
+    if family:
+        problem = f"method: slicegpt is refused for the family '{kind}': {family.unsliced}; use another method."
+        return [problem] if family.unsliced else []
     return [
         f"{key}: method slicegpt slices all layers alike; use null."
         for key in ("min_distance_layer", "max_distance_layer")
         if values[key] is not None
     ]
-
-
-def refuses(values: Values, kind: str, family: Family) -> list[str]:
-    """Refuse families whose residual stream can't be narrowed exactly."""
-    if family.unsliced:
-        return [f"method: slicegpt is refused for the family '{kind}': {family.unsliced}; use another method."]
-    return []
 
 
 METHOD = Method(
@@ -81,7 +77,6 @@ METHOD = Method(
     selections=(),
     several=False,
     repairs=False,
-    refusals=refusals,
     refuses=refuses,
     check=check,
 )

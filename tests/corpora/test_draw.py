@@ -12,10 +12,10 @@ import pandas as pd
 import pytest
 from ruamel.yaml import YAML
 
+from replaceme.base.config import settings_yaml
 from replaceme.base.documents import Documents, seeded_order, split_documents
-from replaceme.base.errors import DatasetError, ParameterError
+from replaceme.base.errors import DatasetError
 from replaceme.base.parameters import Params, read_params
-from replaceme.base.settings import settings_yaml
 from replaceme.base.workspace import Workspace
 from replaceme.corpora import tokenization
 from replaceme.corpora.corpus import Corpus, as_row
@@ -420,26 +420,6 @@ def test_one_source_in_a_list_is_the_same_as_its_name(tmp_path: Path) -> None:
     assert [document.tolist() for document in listed.documents] == [document.tolist() for document in alone.documents]
 
 
-@pytest.mark.parametrize(
-    ("dataset", "sentence"),
-    [
-        ([], r"dataset: must be a name, or a list of names with shares, not \[\]"),
-        (7, "dataset: must be a name, or a list of names with shares, not 7"),
-        (None, "dataset: must be a name, or a list of names with shares, not null"),
-        (["a", "a"], "dataset: names a twice; keep one"),
-        ([{"a": 0}], "dataset: the share of a must be a number above 0, not 0"),
-        ([{"a": float("nan")}], "dataset: the share of a must be a number above 0, not nan"),
-        ([{"a": 1, "b": 1}], r"dataset: an entry must be a name or one \{name: share\}"),
-        ([{"a": {"weight": 1}}], "dataset: a has no option 'weight'; there are share, config, split, column, revision"),
-        ([{"self": {"split": "train"}}], "dataset: split does not apply to self"),
-        ([{"a": {"column": 1}}], "dataset: column of a must be a text, not 1"),
-    ],
-)
-def test_a_wrong_list_of_sources_is_named(dataset: Any, sentence: str) -> None:
-    with pytest.raises(ParameterError, match=sentence):
-        read_params(None, {"dataset": dataset})
-
-
 def test_an_option_of_a_single_source_is_refused_beside_a_list() -> None:
     params = read_params(None, {"dataset": ["wikipedia-sample", "lee-news"], "dataset_split": "calibration"})
     with pytest.raises(DatasetError, match="dataset_split: dataset is a list; use null, and give each entry its own split"):
@@ -460,7 +440,7 @@ def test_the_model_writes_enough_documents_for_its_share() -> None:
 def test_settings_hold_a_list_of_sources_as_it_was_written(tmp_path: Path) -> None:
     dataset = ["lee-news", {str(tmp_path / "private" / "notes.jsonl"): 0.5}, {"self": {"share": 2.0}}]
     text = settings_yaml(read_params(None, {"dataset": dataset}), ["dataset"])
-    assert YAML(typ="safe").load(text) == {"dataset": ["lee-news", {"notes.jsonl": 0.5}, {"self": 2.0}]}
+    assert YAML(typ="safe").load(text) == {"dataset": ["lee-news", {"notes.jsonl": {"share": 0.5}}, {"self": {"share": 2.0}}]}
 
 
 def test_an_embedded_chat_is_plain_text_for_a_model_without_a_chat_template() -> None:

@@ -11,8 +11,8 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
+from replaceme.base.entries import Task
 from replaceme.base.parameters import Params
-from replaceme.base.task import Task
 from replaceme.evaluation import harness, tasks
 from replaceme.evaluation.greedy import continuations
 from replaceme.evaluation.prompts import PROMPTS, TOKENS, side_by_side, written

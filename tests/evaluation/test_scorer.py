@@ -13,9 +13,9 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from replaceme.base.entries import Task
 from replaceme.base.errors import DatasetError, ParameterError
 from replaceme.base.parameters import Params
-from replaceme.base.task import Task
 from replaceme.evaluation import catalogue, harness
 from replaceme.evaluation.requests import Encodings, Requests
 from replaceme.evaluation.scorer import CausalScorer

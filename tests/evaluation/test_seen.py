@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from replaceme.base.documents import Documents
+from replaceme.base.entries import Task
 from replaceme.base.parameters import Params, read_params
-from replaceme.base.task import Task
 from replaceme.corpora import embedded
 from replaceme.corpora.find import fingerprints
 from replaceme.corpora.sources import known_sources

@@ -11,9 +11,10 @@ from datasets import DatasetInfo, Features, Value
 from datasets.arrow_writer import ArrowWriter
 from datasets.splits import SplitDict, SplitInfo
 
+from replaceme.base.entries import Task
 from replaceme.base.errors import DatasetError, ParameterError, ReplaceMeError
 from replaceme.base.parameters import read_params
-from replaceme.base.task import PUBLISHED, Task
+from replaceme.base.published import PUBLISHED_TASKS as PUBLISHED
 from replaceme.evaluation import catalogue, harness
 from replaceme.evaluation.continuation import CHOICE_WORDS, CONTEXT_WORDS, continuation_items
 from replaceme.evaluation.last_word import CONTEXT_WORDS as PASSAGE_WORDS

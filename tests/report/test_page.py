@@ -18,9 +18,9 @@ from matplotlib.patches import Rectangle
 from matplotlib.text import Annotation
 from numpy.ma import masked
 
+from replaceme.base.config import settings_yaml
 from replaceme.base.parameters import Params, read_params
 from replaceme.base.plan import Block
-from replaceme.base.settings import settings_yaml
 from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import FIELDS, METHODS
 from replaceme.models.embedded import MODELS
