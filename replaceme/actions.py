@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from replaceme.base.claims import claim, claim_only_what_is_there, in_use
 from replaceme.base.entry import PARAMS_FILE
-from replaceme.base.errors import ModelError, ParameterError, excerpt, renamed
+from replaceme.base.errors import ModelError, ParameterError, excerpt, renaming
 from replaceme.base.files import new_folder, read_json, rounded, write_json, write_text
 from replaceme.base.parameters import Params, read_params
 from replaceme.base.processes import in_processes
@@ -109,7 +109,7 @@ def evaluate(params: Params, compare_with: str | None = None) -> None:
         figures = score_model(params, model, model.name, fingerprints, calibration=calibration).figures
         print(scores_table(figures))
     else:
-        with renamed({"model_path": "compare_with"}):
+        with renaming({"model_path": "compare_with"}):
             source = _dense_beside(params, model, compare_with)
             dense = score_model(params, source, "dense model", fingerprints, is_dense=True)
         scores = score_model(params, model, "pruned model", fingerprints, dense, calibration)

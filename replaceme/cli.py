@@ -22,7 +22,7 @@ _ALL = tuple(key for keys in GROUPS.values() for key in keys if key != "save_tra
 COMMANDS: Mapping[str, Command] = {
     "prune": Command(
         action=actions.prune,
-        words="shorten a model, save it and score it beside the dense one",
+        summary="shorten a model, save it and score it beside the dense one",
         description="Shorten a language model: choose the layers to remove, solve for what takes their place, save a Hugging "
         "Face folder, prove it, and score both models. An interrupted run goes on where it stopped.",
         example="replaceme prune --model Qwen/Qwen3-8B --dataset fineweb --layers 4 --device cuda --save_path smaller",
@@ -30,40 +30,40 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "evaluate": Command(
         action=actions.evaluate,
-        words="score any model",
+        summary="score any model",
         description="Score the model at --model, pruned or not: perplexity of texts, accuracy on tasks.",
         example="replaceme evaluate --model smaller --tasks wikipedia,bbc_news --compare_with smollm2-135m-instruct",
         keys=(*_MODEL, *_SCORES, *_WHERE, "memory", "save_path"),
-        place="JSON file for the scores [MODEL.evaluation.json]",
-        own={"compare_with": ("MODEL", "dense model that is scored too, and stands beside it: twice the time [not set]")},
+        save_path="JSON file for the scores [MODEL.evaluation.json]",
+        options={"compare_with": ("MODEL", "dense model that is scored too, and stands beside it: twice the time [not set]")},
     ),
     "profile": Command(
         action=actions.profile,
-        words="measure all pairs of layers, and list the best block of each size",
+        summary="measure all pairs of layers, and list the best block of each size",
         description="Measure the angular distance and the residual of a linear map between all pairs of layers, and list the "
         "best block of each size.",
         example="replaceme profile --model smollm2-135m-instruct --dataset notes.txt --dataset_size 16",
         keys=(*_MODEL, *_TEXT, "min_distance_layer", "max_distance_layer", *_COMPUTING, "save_path"),
-        place="folder for the distances of all pairs [MODEL-distances]",
+        save_path="folder for the distances of all pairs [MODEL-distances]",
     ),
     "solve": Command(
         action=actions.prune,
-        words="solve for what takes the layers' place, and save that alone",
+        summary="solve for what takes the layers' place, and save that alone",
         description="Choose the layers to remove, solve for what takes their place, and save these edits (safetensors), "
         "without a model.",
         example="replaceme solve --method cosine --solver lbfgs --layers 4 --save_path map",
         keys=tuple(key for key in _ALL if key not in _SCORES),
         fixed={"save_transform_only": True},
-        place="folder for the edits [MODEL-METHOD-LAYERS-transform]",
+        save_path="folder for the edits [MODEL-METHOD-LAYERS-transform]",
     ),
     "speed": Command(
         action=actions.measure,
-        words="time a pruned model against its dense one",
+        summary="time a pruned model against its dense one",
         description="Time prefill and decoding of the dense model (--model) and of the pruned one (--save_path, or the "
         "pipeline's artifacts/model) in turn, and write the report with these times.",
         example="replaceme speed --model smollm2-135m-instruct --save_path smaller",
         keys=(*_MODEL, "save_path", "eval_batch_size", "eval_dtype", *_WHERE),
-        place="the pruned model [the pipeline's artifacts/model]",
+        save_path="the pruned model [the pipeline's artifacts/model]",
     ),
 }
 
@@ -97,7 +97,7 @@ def main() -> NoReturn:
 
 def overview() -> Parser:
     """Return the parser of ``replaceme`` without a command."""
-    words = {name: command.words for name, command in COMMANDS.items()} | {name: words for name, (words, _) in OTHERS.items()}
+    words = {name: command.summary for name, command in COMMANDS.items()} | {name: words for name, (words, _) in OTHERS.items()}
     parser = Parser(
         prog="replaceme", usage="replaceme COMMAND [--key value …]", add_help=False, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -15,10 +15,10 @@ from textwrap import fill
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from replaceme import actions
-from replaceme.base.combinations import belonging, written
+from replaceme.base.combinations import describe_users, format_value
 from replaceme.base.config import parse_value
 from replaceme.base.entry import Parser, run_command
-from replaceme.base.errors import ParameterError, renamed
+from replaceme.base.errors import ParameterError, renaming
 from replaceme.base.parameters import Params, nearest, read_params
 from replaceme.base.progress import silence_libraries
 from replaceme.base.published import PRESETS, PUBLISHED_KEYS, RECOMMENDED, Preset
@@ -61,37 +61,36 @@ class Command:
 
     Attributes:
         action: what it does with the parameters.
-        description: what it does, in words.
-        words: one line of these, for the list of subcommands.
+        description: the same in words, and in a line for the list of subcommands (``summary``).
         example: a command line.
         keys: the parameters that it uses.
         fixed: parameters that it sets itself.
         preset: the values of what nobody names; None are those that suit the config.
-        place: what ``save_path`` is here; None is the folder of a new result.
-        own: options that are no parameters, which the action takes by name: name → what stands for the value, a few words.
+        save_path: what that parameter is here; empty where it is the folder of a new result.
+        options: those that are no parameters, which the action takes by name: name → what stands for the value, a few words.
     """
 
     action: Callable[..., object]
     description: str
-    words: str = ""
+    summary: str = ""
     example: str = ""
     keys: tuple[str, ...] = tuple(FIELDS)
     fixed: Mapping[str, Any] = field(default_factory=dict)
     preset: Preset | None = None
-    place: str | None = None
-    own: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    save_path: str = ""
+    options: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
     def run(self, arguments: Sequence[str], prog: str | None = None) -> None:
-        """Read the command line and the config, and do it."""
-        parser = self.parser(prog, everything=prog is None or "--help-all" in arguments)
-        typed_names = {word.split("=")[0] for word in arguments}
-        with renamed({key: f"--{alias} ({key})" for alias, key in ALIASES.items() if f"--{alias}" in typed_names}):
-            params, own = self.read(parser, arguments)
+        """Read the command line and the config, and do it; ``prog`` is how a subcommand is called."""
+        parser = self.make_parser(prog, full=prog is None or "--help-all" in arguments)
+        words = {word.split("=")[0] for word in arguments}
+        with renaming({key: f"--{alias} ({key})" for alias, key in ALIASES.items() if f"--{alias}" in words}):
+            params, options = self.read_arguments(parser, arguments)
             silence_libraries(load=True)
-            actions.together(self.action, params, **own)
+            actions.together(self.action, params, **options)
 
-    def parser(self, prog: str | None = None, everything: bool = True) -> Parser:
-        """Return its parser; ``everything`` describes the rare parameters too."""
+    def make_parser(self, prog: str | None = None, full: bool = True) -> Parser:
+        """Return the parser, whose help has all parameters with their sentences if it is ``full``."""
         width = min(112, shutil.get_terminal_size((112, 24)).columns)
         parser = Parser(
             prog=prog, usage="%(prog)s [--config FILE] [--key value …]", description=fill(self.description, width),
@@ -99,52 +98,51 @@ class Command:
             formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=30, width=width),
         )  # fmt: skip
         for title, keys in GROUPS.items():
-            section = parser.add_argument_group(title)
+            group = parser.add_argument_group(title)
             for key in (key for key in keys if key in self.keys):
                 names = [*(alias for alias, name in ALIASES.items() if name == key), key]
-                shown = names if everything else names[:1]
-                _add(section, key, shown, _metavar(key), self._help(key, everything))
-                _add(section, key, names[len(shown) :])
-        section = parser.add_argument_group("this command alone")
-        for name, (metavar, words) in self.own.items():
-            _add(section, name, [name], metavar, words)
-        section = parser.add_argument_group("general")
-        _add(section, "config", ["config"], "FILE", "YAML file of parameters; what is given here overrides it")
-        _add(section, "preset", ["preset"], "|".join(PRESETS), "values of what is not named: our best, or the paper's")
+                _add_option(group, key, names if full else names[:1], _metavar(key), self._describe(key, full))
+                _add_option(group, key, [] if full else names[1:])
+        group = parser.add_argument_group("this command alone")
+        for name, (metavar, words) in self.options.items():
+            _add_option(group, name, [name], metavar, words)
+        group = parser.add_argument_group("general")
+        _add_option(group, "config", ["config"], "FILE", "YAML file of parameters; what is given here overrides it")
+        _add_option(group, "preset", ["preset"], "|".join(PRESETS), "values of what is not named: our best, or the paper's")
         for name in PUBLISHED_KEYS:
-            _add(section, name, [name])
-        section.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        section.add_argument("--help", "-h", action="help", help="the common options" if prog else "show this")
+            _add_option(group, name, [name])
+        group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        group.add_argument("--help", "-h", action="help", help="the common options" if prog else "show this")
         if prog:
-            section.add_argument("--help-all", action="help", help="all options, with the whole description of each")
+            group.add_argument("--help-all", action="help", help="all options, with the whole description of each")
         return parser
 
-    def read(self, parser: Parser, arguments: Sequence[str]) -> tuple[Params, dict[str, str]]:
-        """Return the parameters of a command line and its config, and the values of its own options.
+    def read_arguments(self, parser: Parser, arguments: Sequence[str]) -> tuple[Params, dict[str, str]]:
+        """Return the parameters of a command line and its config, and the values of the other options.
 
         Raises:
             ParameterError: names each word that is no option, and each option given twice with different values.
         """
         known, unknown = parser.parse_known_args(arguments)
         del known.debug
-        problems = self._unknown(unknown, parser.prog)
+        problems = self._refuse_words(unknown, parser.prog)
         given: dict[str, Any] = {}
         for name, (value, *others) in vars(known).items():
             if other := next((other for other in others if other != value), None):
                 problems.append(f"command line: {name}: is given twice, as {value} and as {other}; keep one.")
-            given[name] = value if name in self.own else typed(name, value)
+            given[name] = value if name in (*self.options, "config", "preset") else parse_option(name, value)
         for key, value in self.fixed.items():
             if given.get(key, value) != value:
                 problems.append(f"{key}: this command sets it to {value}; use run_replaceme for {given[key]}.")
         if problems:
             raise ParameterError(problems)
-        own = {name: given.pop(name) for name in self.own if name in given}
         config = Path(given.pop("config")) if "config" in given else None
-        return read_params(config, {**given, **self.fixed, **taken()}, METHODS, self.preset), own
+        options = {name: given.pop(name) for name in self.options if name in given}
+        return read_params(config, {**given, **self.fixed, **taken()}, METHODS, self.preset), options
 
-    def _unknown(self, words: Sequence[str], prog: str) -> list[str]:
+    def _refuse_words(self, words: Sequence[str], prog: str) -> list[str]:
         """Return a sentence for each word that is no option."""
-        names = [*self.keys, *self.own, *(alias for alias, key in ALIASES.items() if key in self.keys), *PUBLISHED_KEYS]
+        names = [*self.keys, *self.options, *(alias for alias, key in ALIASES.items() if key in self.keys), *PUBLISHED_KEYS]
         problems = []
         for word in (word for word in words if word.startswith("--")):
             name = word.removeprefix("--").split("=")[0]
@@ -154,47 +152,36 @@ class Command:
                 problems.append(f"command line: '{word}' is not an option{nearest(name, names)}; see --help.")
         return problems or [f"command line: '{word}' belongs to no option; see --help." for word in words[:1]]
 
-    def _help(self, key: str, everything: bool) -> str:
-        """Return a parameter's few words or whole sentence, with the values that it can have and its default."""
+    def _describe(self, key: str, full: bool) -> str:
+        """Return a parameter's sentence, or its few words, with the values that it can have and its default."""
         info, choices = FIELDS[key], ", ".join(_choices(key))
-        if key == "save_path" and self.place:
-            return self.place
-        if not everything and not info.title:
+        if key == "save_path" and self.save_path:
+            return self.save_path
+        if not full and not info.title:
             return argparse.SUPPRESS
-        words = str(info.description if everything else info.title)
+        words = str(info.description if full else info.title)
         if choices and _metavar(key) == key.upper():
-            words += f" One of {choices}." if everything else f": {choices}"
-        if everything and key in USERS:
-            words += f" ({belonging(USERS[key])})"
-        return f"{words} [{self._default(key)}]"
-
-    def _default(self, key: str) -> str:
-        value = FIELDS[key].default if self.preset == "published" else RECOMMENDED.get(key, FIELDS[key].default)
-        if key == "save_path":
-            return "MODEL-METHOD-LAYERS"
-        if isinstance(value, tuple | list):
-            names = [str(getattr(each, "name", each)) for each in value]
-            return ", ".join(names if len(names) <= 4 else [*names[:2], f"and {len(names) - 2} more"])
-        return "not set" if value is None else f"{value:g}" if isinstance(value, float) else written(value)
+            words += f" One of {choices}." if full else f": {choices}"
+        if full and key in USERS:
+            words += f" ({describe_users(USERS[key])})"
+        default = info.default if self.preset == "published" else RECOMMENDED.get(key, info.default)
+        return f"{words} [{'MODEL-METHOD-LAYERS' if key == 'save_path' else _describe_value(default)}]"
 
 
-def _add(section: Any, key: str, names: Sequence[str], metavar: str | None = None, words: str = argparse.SUPPRESS) -> None:
-    """Add an option for a key; without words, one that the help leaves out."""
+def _add_option(group: Any, key: str, names: Sequence[str], metavar: str | None = None, words: str = argparse.SUPPRESS) -> None:
+    """Add an option of these names for a key, if there are any; without words, one that the help leaves out."""
     # All its values are collected, so that one given twice is noticed, under whichever of its names.
     given = {"action": "append", "default": argparse.SUPPRESS, "metavar": metavar, "help": words.replace("%", "%%")}
     if names:
-        section.add_argument(*(f"--{name}" for name in names), dest=key, **given)
+        group.add_argument(*(f"--{name}" for name in names), dest=key, **given)
 
 
-def typed(key: str, text: str) -> Any:
+def parse_option(key: str, text: str) -> Any:
     """Return the value of ``--key text``, as it would stand in a config file."""
     value = parse_value(text)
-    types = _types(key)
-    if (
-        (str in types and value is not None)
-        or (key == "dataset" and not isinstance(value, list | dict))
-        or key in ("config", "preset")
-    ):
+    if value is not None and str in _types(key):
+        return text
+    if key == "dataset" and not isinstance(value, list | dict):
         return text
     if key == "tasks" and isinstance(value, str):
         return [part.strip() for part in text.split(",") if part.strip()]
@@ -202,7 +189,7 @@ def typed(key: str, text: str) -> Any:
 
 
 def _types(key: str) -> tuple[Any, ...]:
-    """Return the types that a value can have; of a published key, or a choice of constants, none that are plain."""
+    """Return the type of a parameter, and its members; (None,) for a key that only the published program has."""
     annotation = FIELDS[key].annotation if key in FIELDS else None
     return (annotation, *get_args(annotation))
 
@@ -217,9 +204,18 @@ def _choices(key: str) -> tuple[str, ...]:
 
 
 def _metavar(key: str) -> str:
+    """Return what stands for a value in the help: its choices, unless they are many, or its kind."""
     if choices := _choices(key):
         return joined if len(joined := "|".join(choices)) <= LONGEST_CHOICES else key.upper()
     return METAVARS.get(key) or ("N" if int in _types(key) else "X" if float in _types(key) else "TEXT")
+
+
+def _describe_value(value: Any) -> str:
+    """Return a default in the help."""
+    if isinstance(value, tuple | list):
+        names = [str(getattr(each, "name", each)) for each in value]
+        return ", ".join(names if len(names) <= 4 else [*names[:2], f"and {len(names) - 2} more"])
+    return "not set" if value is None else f"{value:g}" if isinstance(value, float) else format_value(value)
 
 
 def _run(action: Callable[..., object], description: str, **fixed: Any) -> NoReturn:

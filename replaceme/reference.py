@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterable
 
-from replaceme.base.combinations import written
+from replaceme.base.combinations import format_value
 from replaceme.base.parameters import Params
 from replaceme.base.published import OF_THE_METHOD, PUBLISHED_KEYS, RECOMMENDED, RECOMMENDED_METHOD
 from replaceme.methods.registry import FIELDS, METHODS
@@ -67,7 +67,7 @@ def _coded(names: Iterable[str]) -> str:
 def _default(value: object) -> str:
     if isinstance(value, tuple | list):
         return ", ".join(str(getattr(entry, "name", entry)) for entry in value)
-    return written(value)
+    return format_value(value)
 
 
 def _opener(name: str) -> str:

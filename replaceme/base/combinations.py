@@ -18,7 +18,7 @@ TRANSFORMS: tuple[Transform, ...] = get_args(Transform)
 NEW_WEIGHTS = ("refit", "joint", "channels")
 
 # The stages that ask a method for its parameters.
-Asking = Literal["select", "plan", "solve", "repair"]
+MethodStage = Literal["select", "plan", "solve", "repair"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Use:
         values: of that parameter; none are given for any that is set, as ``repair`` is by true and ``heal_epochs`` above 0.
     """
 
-    stages: tuple[Asking, ...] = ()
+    stages: tuple[MethodStage, ...] = ()
     setting: str = ""
     values: tuple[str, ...] = ()
 
@@ -120,7 +120,7 @@ def has_effect(users: Users, given: Values) -> bool:
     return use is not None and use.has_effect(given)
 
 
-def belonging(users: Users) -> str:
+def describe_users(users: Users) -> str:
     """Return the settings that a parameter with these users belongs to, as ``solver adam of method cosine``."""
     if len(users) == 1:
         ((name, use),) = users.items()
@@ -155,7 +155,7 @@ def refusals(values: Values, method: Limits) -> list[str]:
     beside = [
         (
             tolerates and measures and selection != "loss" and not removes,
-            f"tolerated_loss: needs selection: loss, which measures it, and that is {written(selection)}.",
+            f"tolerated_loss: needs selection: loss, which measures it, and that is {format_value(selection)}.",
         ),
         (tolerates and removes, "remove: and tolerated_loss each say how much goes; use one, and null for the other."),
         (heals and packed, "use_4bit: packs the weights that heal_epochs trains; use false."),
@@ -176,7 +176,7 @@ def refusals(values: Values, method: Limits) -> list[str]:
     ]
     return [
         *(
-            f"{key}: {written(values[key])} has no place in method {name}, which {method.words}; use {right}."
+            f"{key}: {format_value(values[key])} has no place in method {name}, which {method.words}; use {right}."
             for key, (refused, right) in unsuited.items()
             if refused
         ),
@@ -185,6 +185,6 @@ def refusals(values: Values, method: Limits) -> list[str]:
     ]
 
 
-def written(value: Any) -> str:
+def format_value(value: Any) -> str:
     """Return a value as YAML writes it: null, true, 0.5."""
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -65,7 +65,7 @@ def parse_value(text: str) -> Any:
 def settings_yaml(params: BaseModel, keys: Iterable[str]) -> str:
     """Return these parameters as the text of a params.yaml for publication: it names local files without their folder."""
     values = {key: WITHOUT_EFFECT.get(key, getattr(params, key)) for key in keys}
-    values |= {key: _published(values[key]) for key in ("model_path", "dataset", "tasks") if key in values}
+    values |= {key: _hide_folders(values[key]) for key in ("model_path", "dataset", "tasks") if key in values}
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
@@ -74,9 +74,9 @@ def settings_yaml(params: BaseModel, keys: Iterable[str]) -> str:
     return text.getvalue()
 
 
-def _published(value: Any) -> Any:
+def _hide_folders(value: Any) -> Any:
     if isinstance(value, tuple):
-        return [_published(entry.plain()) for entry in value]
+        return [_hide_folders(entry.plain()) for entry in value]
     return (
         {without_folder(name): options for name, options in value.items()} if isinstance(value, dict) else without_folder(value)
     )

@@ -84,7 +84,7 @@ def dataset_title(dataset: str | tuple[Source, ...]) -> str:
     return ", ".join(f"{source.name} ({100 * source.share / whole:.0f} %)" for source in dataset)
 
 
-def _fields_of(entry: Any, number: str | None = None) -> Any:
+def _split_entry(entry: Any, number: str | None = None) -> Any:
     """Return the fields that ``name``, ``{name: options}`` or ``{name: number}`` stands for; those of an entry unchanged.
 
     Args:
@@ -109,11 +109,11 @@ def _fields_of(entry: Any, number: str | None = None) -> Any:
     )
 
 
-def _listed(value: Any) -> Any:
+def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _checked(dataset: str | tuple[Source, ...]) -> str | tuple[Source, ...]:
+def _check_sources(dataset: str | tuple[Source, ...]) -> str | tuple[Source, ...]:
     """Raise PydanticCustomError for a source that is named twice, and for options that text of the model can't have."""
     if isinstance(dataset, str):
         return (Source(SELF),) if dataset == SELF else dataset
@@ -130,11 +130,11 @@ def _checked(dataset: str | tuple[Source, ...]) -> str | tuple[Source, ...]:
 
 
 # The types of the two parameters: they take what the file writes.
-Sources = tuple[Annotated[Source, BeforeValidator(lambda entry: _fields_of(entry, number="share"))], ...]
+Sources = tuple[Annotated[Source, BeforeValidator(lambda entry: _split_entry(entry, number="share"))], ...]
 Dataset = Annotated[
     Annotated[Text, Tag("name")] | Annotated[Sources, Tag("list")],
     Discriminator(lambda value: "name" if isinstance(value, str) else "list"),
-    BeforeValidator(_listed),
-    AfterValidator(_checked),
+    BeforeValidator(_as_tuple),
+    AfterValidator(_check_sources),
 ]
-Tasks = Annotated[tuple[Annotated[Task, BeforeValidator(_fields_of)], ...], BeforeValidator(_listed)]
+Tasks = Annotated[tuple[Annotated[Task, BeforeValidator(_split_entry)], ...], BeforeValidator(_as_tuple)]

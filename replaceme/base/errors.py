@@ -76,7 +76,7 @@ class VerificationError(ReplaceMeError, RuntimeError):
 
 
 @contextmanager
-def renamed(names: Mapping[str, str]) -> Iterator[None]:
+def renaming(names: Mapping[str, str]) -> Iterator[None]:
     """Let an error inside the block that begins with one of these parameters begin with its other name."""
     try:
         yield

@@ -16,12 +16,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from replaceme.base.combinations import Methods, Transform, belonging, has_effect, refusals, users_of
+from replaceme.base.combinations import Methods, Transform, describe_users, has_effect, refusals, users_of
 from replaceme.base.config import read_config
 from replaceme.base.entries import Dataset, Source, Task, Tasks
 from replaceme.base.errors import ParameterError, shown
 from replaceme.base.progress import logger
-from replaceme.base.published import PUBLISHED_KEYS, RECOMMENDED, Preset, preset_of, preset_values, translate, without_replaced
+from replaceme.base.published import PUBLISHED_KEYS, RECOMMENDED, Preset, choose_preset, drop_replaced, preset_values, translate
 
 COMMAND_LINE = "command line"
 
@@ -211,33 +211,33 @@ def read_params(
         methods: the methods that ``method`` may name. Their parameters are checked and get their defaults, and unknown keys are
             refused. None skips this, for stages that use no method: the first stage has checked everything.
         preset: the values of parameters that neither names, unless the key ``preset`` says it: the published ones, which are
-            the defaults of ``Params``; the recommended ones; or, with None, those that suit the file (``preset_of``).
+            the defaults of ``Params``; the recommended ones; or, with None, those that suit the file (``choose_preset``).
 
     Raises:
         ParameterError: lists all problems, each with its origin: the file, or the command line.
     """
     file, problems = read_config(path) if path else ({}, [])
     given = dict(overrides or {})
-    place = str(path or "no file")
-    chosen, why = preset_of(file, given, preset, place)
+    file_name = str(path or "no file")
+    chosen, why = choose_preset(file, given, preset, file_name)
     base = preset_values(chosen, given.get("method", file.get("method", Params.model_fields["method"].default)))
     if methods is not None and not file.keys() | given.keys() >= RECOMMENDED.keys():
         logger.info("preset %s (%s)", chosen, why)
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
-    for origin, layer in ((f"preset {chosen}", base), (place, without_replaced(file, given)), (COMMAND_LINE, given)):
+    for origin, layer in ((f"preset {chosen}", base), (file_name, drop_replaced(file, given)), (COMMAND_LINE, given)):
         translated, notes, refused = translate({key: value for key, value in layer.items() if key != "preset"})
         values |= translated
         origins |= dict.fromkeys(translated, origin)
         problems += [f"{origin}: {problem}" for problem in refused]
         for note in notes:
             logger.info("%s: %s", origin, note)
-    params, found = _validated(values, methods)
+    params, found = _validate(values, methods)
     problems += [f"{origins.get(problem.split(':')[0], COMMAND_LINE)}: {problem}" for problem in found]
     if problems or params is None:
         raise ParameterError(list(dict.fromkeys(problems)))
     if methods is not None:
-        _log_ineffective([key for key, origin in origins.items() if origin in (place, COMMAND_LINE)], params, methods)
+        _log_ineffective([key for key, origin in origins.items() if origin in (file_name, COMMAND_LINE)], params, methods)
     return params
 
 
@@ -258,10 +258,10 @@ def _log_ineffective(keys: Iterable[str], params: Params, methods: Methods) -> N
     values, defaults, users = params.model_dump(), fields_of(methods), users_of(methods)
     for key in keys:
         if key in users and values[key] != defaults[key].default and not has_effect(users[key], values):
-            logger.info("%s belongs to %s and is ignored", key, belonging(users[key]))
+            logger.info("%s belongs to %s and is ignored", key, describe_users(users[key]))
 
 
-def _validated(values: dict[str, Any], methods: Methods | None) -> tuple[Params | None, list[str]]:
+def _validate(values: dict[str, Any], methods: Methods | None) -> tuple[Params | None, list[str]]:
     """Return the parameters, or None, and a sentence for each problem, which begins with the parameter's name."""
     problems: list[str] = []
     models: list[type[BaseModel]] = [*(method.settings for method in (methods or {}).values()), Params]
@@ -269,7 +269,7 @@ def _validated(values: dict[str, Any], methods: Methods | None) -> tuple[Params 
         try:
             values = values | dict(model.model_validate(values))
         except ValidationError as invalid:
-            problems += [_sentence(problem, values) for problem in invalid.errors()]
+            problems += [_describe_error(problem, values) for problem in invalid.errors()]
     if methods is not None:
         known = fields_of(methods)
         problems += [
@@ -286,15 +286,15 @@ def _validated(values: dict[str, Any], methods: Methods | None) -> tuple[Params 
     return (None if problems else Params.model_validate(values)), problems
 
 
-def _sentence(problem: ErrorDetails, values: Mapping[str, Any]) -> str:
+def _describe_error(problem: ErrorDetails, values: Mapping[str, Any]) -> str:
     """Return a pydantic error as one sentence: the key, what is wrong, what would be right."""
-    (key, *place), kind = problem["loc"], problem["type"]
+    (key, *inner), kind = problem["loc"], problem["type"]
     if kind == "sentence":
         return f"{key}: {problem['msg']}"
     subject, name = f"{key}:", str(key)
-    numbers = [part for part in place if isinstance(part, int)]
+    numbers = [part for part in inner if isinstance(part, int)]
     if numbers:  # of an entry in a list, or of an option of one
-        entry, option = values[name][numbers[0]], place[place.index(numbers[0]) + 1 :]
+        entry, option = values[name][numbers[0]], inner[inner.index(numbers[0]) + 1 :]
         title = entry if isinstance(entry, str) else next(iter(entry), "") if isinstance(entry, Mapping) else entry
         subject, name = (f"{key}: {option[0]} of {title}", str(option[0])) if option else (f"{key}: an entry", "entry")
         if kind == "unexpected_keyword_argument":

@@ -84,11 +84,11 @@ def translate(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], list[s
         elif ours["solver"] != solver.lower():
             notes.append(f"solver {solver} is read as {ours['solver']}")
     if "tasks" in ours:
-        ours["tasks"] = _task_list(ours["tasks"])
+        ours["tasks"] = _list_tasks(ours["tasks"])
     return ours, notes, problems
 
 
-def without_replaced(file: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def drop_replaced(file: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Return a file's keys without those that the command line overrides under another name."""
     replaced = STRUCTURES.keys() & given.keys()
     if "transform" in given or any(given[key] is True for key in replaced):
@@ -115,7 +115,7 @@ def _translate_structure(ours: dict[str, Any], notes: list[str], problems: list[
         notes.append(f"{asked[0]} is read as transform: {transform}")
 
 
-def _task_list(tasks: Any) -> Any:
+def _list_tasks(tasks: Any) -> Any:
     """Return a value of ``tasks`` as a list: the published form is one mapping, ``{piqa: {fewshots: 0}, default: null}``."""
     if tasks is None:
         return []
@@ -136,7 +136,9 @@ def _task_list(tasks: Any) -> Any:
     return listed
 
 
-def preset_of(file: Mapping[str, Any], given: Mapping[str, Any], default: Preset | None, place: str) -> tuple[Preset, str]:
+def choose_preset(
+    file: Mapping[str, Any], given: Mapping[str, Any], default: Preset | None, file_name: str
+) -> tuple[Preset, str]:
     """Return the preset of a run, and a clause that says why.
 
     Args:
@@ -144,26 +146,26 @@ def preset_of(file: Mapping[str, Any], given: Mapping[str, Any], default: Preset
         given: the command line's values.
         default: where neither names one; None is published for a config of the published program, which is one that names a
             method and only keys which that program has, and recommended otherwise.
-        place: the file, for the clause.
+        file_name: for the clause.
 
     Raises:
         ParameterError: there is no such preset, or it would set nothing, as the file states every parameter that it sets.
     """
-    for origin, values in (("command line", given), (place, file)):
-        if "preset" not in values:
-            continue
-        named = values["preset"]
-        if named not in PRESETS:
-            raise ParameterError(f"{origin}: preset: must be recommended or published, not {shown(named)}.")
-        if file.keys() >= RECOMMENDED.keys():
-            raise ParameterError(
-                f"{origin}: preset: {named} would set nothing, as {place} states all of {', '.join(RECOMMENDED)}; change these."
-            )
-        return named, f"{origin} says so"
+    for origin, values in (("command line", given), (file_name, file)):
+        if "preset" in values:
+            named = values["preset"]
+            if named not in PRESETS:
+                raise ParameterError(f"{origin}: preset: must be recommended or published, not {shown(named)}.")
+            if file.keys() >= RECOMMENDED.keys():
+                stated = ", ".join(RECOMMENDED)
+                raise ParameterError(
+                    f"{origin}: preset: {named} would set nothing, as {file_name} states all of {stated}; change these."
+                )
+            return named, f"{origin} says so"
     if default:
         return default, "the default here"
     if "method" in file and file.keys() <= PROGRAM_KEYS:
-        return "published", f"{place} names only keys of the published program; preset: recommended keeps more"
+        return "published", f"{file_name} names only keys of the published program; preset: recommended keeps more"
     return "recommended", "the default"
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from replaceme.base.combinations import TRANSFORMS, Asking, Settings, Use, Values
+from replaceme.base.combinations import TRANSFORMS, MethodStage, Settings, Use, Values
 from replaceme.base.errors import SolveError
 from replaceme.base.parameters import Params
 from replaceme.base.plan import Block
@@ -37,7 +37,7 @@ START_RIDGE = 1e-6
 Sums = Mapping[str, "Tensor"]
 
 
-_STAGES: tuple[Asking, ...] = ("solve", "repair")
+_STAGES: tuple[MethodStage, ...] = ("solve", "repair")
 _PLANNED = Use(("plan", *_STAGES))
 _SOLVED = Use(_STAGES)
 _COSINE = Use(("plan", *_STAGES), "loss", ("cosine",))
@@ -205,10 +205,8 @@ def _report(own: Objective, host: int, fit: Mapping[str, Any]) -> None:
 def refuses(values: Values, kind: str, family: Family | None) -> list[str]:
     """Refuse objectives, structures and solvers that can't be combined, and an MLP that ends in a norm: no such map folds."""
     if family:
-        problem = (
-            f"method: cosine makes maps that do not fold into the norm after the MLP of the family '{kind}'; use lstsq with "
-        )
-        return [f"{problem}transform: orthogonal."] if family.norm_after_mlp else []
+        problem = f"method: cosine makes maps that do not fold into the norm after the MLP of the family '{kind}'"
+        return [f"{problem}; use lstsq with transform: orthogonal."] if family.norm_after_mlp else []
     transform, loss, solver = (values[key] for key in ("transform", "loss", "solver"))
     problems = []
     if transform == "orthogonal":

@@ -1,7 +1,7 @@
 """The methods by name. A new method is a module with a ``Method``, its import and its entry here; nothing else names it."""
 
 from replaceme.base import combinations
-from replaceme.base.combinations import Asking, Values, users_of
+from replaceme.base.combinations import MethodStage, Values, users_of
 from replaceme.base.parameters import Params, fields_of
 from replaceme.methods import (
     average,
@@ -54,7 +54,7 @@ def has_effect(key: str, values: Values) -> bool:
     return key not in USERS or combinations.has_effect(USERS[key], values)
 
 
-def read_by(stage: Asking) -> tuple[str, ...]:
+def read_by(stage: MethodStage) -> tuple[str, ...]:
     """Return the methods' parameters, own and shared ones, that change the output of a stage."""
     uses = [use for method in METHODS.values() for use in method.uses.items()]
     return tuple(dict.fromkeys(key for key, use in uses if stage in use.stages))

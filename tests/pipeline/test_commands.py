@@ -322,7 +322,7 @@ def test_fewer_tokens_than_the_width_are_refused_before_any_work_where_they_leav
 def test_an_option_with_two_values_is_refused_under_whichever_of_its_names(arguments: list[str], said: str) -> None:
     command = Command(action=print, description="")
     with pytest.raises(ParameterError, match=re.escape(f"command line: {said}")):
-        command.read(command.parser(), arguments)
+        command.read_arguments(command.make_parser(), arguments)
 
 
 def test_a_folder_that_is_no_earlier_result_is_never_replaced(

