@@ -14,11 +14,11 @@ from scipy.stats import spearmanr
 
 from replaceme.base.compute import resolve_device, use_processor
 from replaceme.base.documents import Documents
+from replaceme.base.entries import Task
 from replaceme.base.files import read_json
 from replaceme.base.parameters import read_params
 from replaceme.base.plan import Block
 from replaceme.base.progress import align, silence_libraries
-from replaceme.base.task import Task
 from replaceme.base.workspace import Workspace
 from replaceme.edits.edits import Edits
 from replaceme.edits.unfused import unfused

@@ -9,16 +9,14 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from replaceme.arguments import renamed
 from replaceme.base.claims import claim, claim_only_what_is_there, in_use
 from replaceme.base.entry import PARAMS_FILE
-from replaceme.base.errors import ModelError, ParameterError, excerpt
+from replaceme.base.errors import ModelError, ParameterError, excerpt, renaming
 from replaceme.base.files import new_folder, read_json, rounded, write_json, write_text
 from replaceme.base.parameters import Params, read_params
 from replaceme.base.processes import in_processes
 from replaceme.base.progress import align, logger
 from replaceme.base.stage import ANALYSIS, COMPRESSION, FIT, JUDGEMENT, ORDER, pipeline_params
-from replaceme.base.task import unusable_text
 from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import METHODS, criterion_of
 from replaceme.places import claimed, deliver, result_of, scores_file, suffix_of
@@ -106,7 +104,7 @@ def evaluate(params: Params, compare_with: str | None = None) -> None:
         figures = score_model(params, model, fingerprints, calibration=calibration).figures
         print(scores_table(figures))
     else:
-        with renamed({"model_path": "compare_with"}):
+        with renaming({"model_path": "compare_with"}):
             source = _dense_beside(params, model, compare_with)
             dense = score_model(params, source, fingerprints, is_dense=True)
         scores = score_model(params, model, fingerprints, dense, calibration)
@@ -129,8 +127,8 @@ def _dense_beside(params: Params, model: Model, name: str) -> Model:
     """
     from replaceme.models.find import check_weights, find_model
 
-    if wanted := unusable_text(name) if name.strip() else "a folder, a hub id or an embedded model's name":
-        raise ParameterError(f"compare_with: must be {wanted}, not {excerpt(name)!r}.")
+    if not name.strip():
+        raise ParameterError(f"compare_with: must be a folder, a hub id or an embedded model's name, not {excerpt(name)!r}.")
     dense = find_model(params.model_copy(update={"model_path": name, "revision": None}))
     if dense.folder.resolve() == model.folder.resolve():
         raise ParameterError("compare_with: is the model that is scored; name the one that it was made from.")

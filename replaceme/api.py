@@ -18,7 +18,7 @@ from replaceme.actions import prune as _prune
 from replaceme.base.errors import ParameterError, shown
 from replaceme.base.files import read_json
 from replaceme.base.parameters import Params, nearest, read_params
-from replaceme.base.presets import PRESETS, Preset
+from replaceme.base.published import PRESETS, Preset
 from replaceme.base.ranks import world_size
 from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import FIELDS, METHODS

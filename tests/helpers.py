@@ -12,9 +12,9 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from replaceme.arguments import ALIASES
 from replaceme.base.documents import Documents
 from replaceme.base.plan import Block
+from replaceme.commands import ALIASES
 from replaceme.edits.edits import Edits
 from replaceme.edits.fold import apply_edits
 from replaceme.edits.unfused import unfused

@@ -1,7 +1,7 @@
-"""Which parameters go together: impossible combinations are refused by name, and parameters without effect are reported.
+"""Which parameters go together: which combinations are refused, and which parameters have no effect beside others.
 
-The parameters of a single method and its refusals stand in the method's own file (``replaceme.methods``), as a subclass of
-``Settings`` and its ``Limits``, which these functions take.
+What only one method's parameters say stands in that method's file (``replaceme.methods``): a subclass of ``Settings``, and the
+fields that ``Limits`` has. The functions here take these.
 """
 
 from collections.abc import Callable, Mapping
@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict
-from pydantic.fields import FieldInfo
 
 Values = Mapping[str, Any]
 
@@ -18,43 +17,45 @@ TRANSFORMS: tuple[Transform, ...] = get_args(Transform)
 # Transforms that solve for new weights instead of a map.
 NEW_WEIGHTS = ("refit", "joint", "channels")
 
-
 # The stages that ask a method for its parameters.
-Asking = Literal["select", "plan", "solve", "repair"]
+MethodStage = Literal["select", "plan", "solve", "repair"]
 
 
 @dataclass(frozen=True)
 class Use:
-    """How a method uses a parameter.
+    """Where a parameter matters.
 
     Attributes:
-        stages: the stages whose output the parameter changes.
-        words: the setting of the method that it belongs to ("solver adam"); empty if it always has an effect.
-        when: whether it has an effect, given the values of all parameters.
+        stages: the stages whose output it changes.
+        setting: another parameter, beside whose ``values`` this one has an effect; empty if it always has one.
+        values: of that parameter; none are given for any that is set, as ``repair`` is by true and ``heal_epochs`` above 0.
     """
 
-    stages: tuple[Asking, ...] = ()
-    words: str = ""
-    when: Callable[[Values], bool] = lambda values: True
+    stages: tuple[MethodStage, ...] = ()
+    setting: str = ""
+    values: tuple[str, ...] = ()
+
+    @property
+    def words(self) -> str:
+        """The setting that it belongs to, as ``solver adam``; empty if it always has an effect."""
+        return f"{self.setting} {' or '.join(self.values)}".strip()
+
+    def has_effect(self, given: Values) -> bool:
+        """Return whether it has an effect, with these values of all parameters."""
+        if not self.setting:
+            return True
+        return given[self.setting] in self.values if self.values else bool(given[self.setting])
 
 
 class Settings(BaseModel):
-    """The parameters of one method. Each field is ``Annotated`` with its ``Use``; names are unique over all methods."""
+    """The parameters of one method: each ``Annotated`` with its ``Use``, with a sentence below it and a name of its own."""
 
-    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
     @classmethod
     def of(cls, params: BaseModel) -> Self:
         """Return this method's own parameters, taken from all."""
         return cls.model_validate(params.model_extra or {})
-
-    @classmethod
-    def uses(cls) -> dict[str, Use]:
-        """Return each parameter's use."""
-        return {
-            name: next((each for each in info.metadata if isinstance(each, Use)), Use())
-            for name, info in cls.model_fields.items()
-        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +71,8 @@ class Limits:
         several: whether it can remove several blocks (``num_A``).
         repairs: whether the kept layers after the cut can be repaired and healed.
         packed: whether the calibration model may have 4-bit weights.
-        refusals: takes the values of all parameters and returns a sentence for each one refused for another reason.
+        refuses: returns a sentence for each setting that it refuses for another reason, given the values of all parameters.
+            ``Method.check`` says what it needs of a model.
     """
 
     settings: type[Settings] = Settings
@@ -81,140 +83,107 @@ class Limits:
     several: bool = True
     repairs: bool = True
     packed: bool = True
-    refusals: Callable[[Values], list[str]] = lambda values: []
+    refuses: Callable[[Values], list[str]] = lambda values: []
+
+    @property
+    def uses(self) -> dict[str, Use]:
+        """The parameters that belong to this method, shared ones and its own, with their use."""
+        own = self.settings.model_fields.items()
+        return {**self.shared, **{key: use for key, info in own for use in info.metadata if isinstance(use, Use)}}
 
 
 Methods = Mapping[str, Limits]
-
-
-def refits(values: Values) -> bool:
-    """Return whether the transform solves for new weights instead of a map."""
-    return values["transform"] in NEW_WEIGHTS
-
-
-def repairs(values: Values) -> bool:
-    """Return whether the kept layers after the cut are repaired."""
-    return bool(values["repair"])
-
-
-def heals(values: Values) -> bool:
-    """Return whether the result is healed (trained)."""
-    return bool(values["heal_epochs"])
-
-
-# The setting that a parameter belongs to, and whether the parameter has an effect.
-Effect = tuple[str, Callable[[Values], bool]]
-# Parameters that belong to no method and have an effect only in some settings.
-EFFECTS: Mapping[str, Effect] = {
-    "refit_ridge": ("transform refit, joint or channels", refits),
-    "repair_ridge_attention": ("repair", repairs),
-    "repair_ridge_mlp": ("repair", repairs),
-    "heal_learning_rate": ("heal_epochs above 0", heals),
+# Parameters of all methods that have an effect only beside another one.
+USES: Mapping[str, Use] = {
+    "refit_ridge": Use(setting="transform", values=NEW_WEIGHTS),
+    "repair_ridge_attention": Use(setting="repair"),
+    "repair_ridge_mlp": Use(setting="repair"),
+    "heal_learning_rate": Use(setting="heal_epochs"),
 }
+# The methods that a parameter belongs to, by name, with their use of it; under "" that of all methods.
+Users = Mapping[str, Use]
 
 
-def effects_of(methods: Methods) -> dict[str, Effect]:
-    """Return the effects of the methods' parameters, and ``EFFECTS``."""
+def users_of(methods: Methods) -> dict[str, Users]:
+    """Return the users of each parameter that has an effect only in some settings."""
     users: dict[str, dict[str, Use]] = {}
     for name, method in methods.items():
-        for key, use in {**method.shared, **method.settings.uses()}.items():
+        for key, use in method.uses.items():
             users.setdefault(key, {})[name] = use
-    return {key: _effect(uses) for key, uses in users.items()} | dict(EFFECTS)
+    return {**users, **{key: {"": use} for key, use in USES.items()}}
 
 
-def _effect(uses: Mapping[str, Use]) -> Effect:
-    def when(values: Values) -> bool:
-        use = uses.get(values["method"])
-        return use is not None and use.when(values)
-
-    if len(uses) == 1:
-        ((name, use),) = uses.items()
-        return (f"{use.words} of method {name}" if use.words else f"method {name}"), when
-    *others, last = (f"{name} (with {use.words})" if use.words else name for name, use in uses.items())
-    return f"methods {', '.join(others)} and {last}", when
+def has_effect(users: Users, given: Values) -> bool:
+    """Return whether a parameter with these users has an effect, with these values of all parameters."""
+    use = users.get("") or users.get(given["method"])
+    return use is not None and use.has_effect(given)
 
 
-def without_effect(given: Values, values: Values, defaults: Values, effects: Mapping[str, Effect]) -> list[str]:
-    """Return a sentence for each given parameter that differs from its default and has no effect."""
-    return [
-        f"{key} belongs to {words} and is ignored"
-        for key, (words, when) in ((key, effects[key]) for key in given if key in effects)
-        if values[key] != defaults[key] and not when(values)
-    ]
-
-
-def own_fields(methods: Methods) -> dict[str, FieldInfo]:
-    """Return the methods' own parameters, by name."""
-    return {name: info for method in methods.values() for name, info in method.settings.model_fields.items()}
+def describe_users(users: Users) -> str:
+    """Return the settings that a parameter with these users belongs to, as ``solver adam of method cosine``."""
+    if len(users) == 1:
+        ((name, use),) = users.items()
+        return " of ".join(filter(None, (use.words, name and f"method {name}")))
+    return f"methods {' and '.join(f'{name} (with {use.words})' if use.words else name for name, use in users.items())}"
 
 
 def refusals(values: Values, method: Limits) -> list[str]:
-    """Return a sentence for each setting that the method refuses.
+    """Return a sentence for each setting that has no place beside the others.
 
     Args:
         values: all parameters' values.
         method: the limits of the method that ``values`` names.
     """
-    selection, several = values["selection"], values["num_A"] > 1
+    name, transform, selection, device = values["method"], values["transform"], values["selection"], values["device"]
+    packed, spread = values["use_4bit"], values["device_map"] is not None
     tolerates, measures = values["tolerated_loss"] is not None, "loss" in method.selections
-    wrong = {
-        "transform": (values["transform"] not in method.transforms, "dense"),
-        "selection": (selection is not None and selection not in method.selections, " or ".join(["null", *method.selections])),
+    removes = values["remove"] is not None
+    heals, shared = values["heal_epochs"] > 0, values["processes"] > 1
+    criteria = ["null", *method.selections]
+    # Parameter → whether the method refuses its value, and what would be right.
+    unsuited = {
+        "transform": (transform not in method.transforms, "dense"),
+        "selection": (selection is not None and selection not in method.selections, " or ".join(criteria)),
         "tolerated_loss": (tolerates and not measures, "null"),
-        "num_A": (several and not method.several, "1"),
+        "num_A": (values["num_A"] > 1 and not method.several, "1"),
         "repair": (values["repair"] and not method.repairs, "false"),
-        "heal_epochs": (heals(values) and not method.repairs, "0"),
-        "use_4bit": (values["use_4bit"] and not method.packed, "false"),
+        "heal_epochs": (heals and not method.repairs, "0"),
+        "use_4bit": (packed and not method.packed, "false"),
     }
-    return (
-        [
-            f"{key}: {_shown(values[key])} has no place in method {values['method']}, which {method.words}; use {right}."
-            for key, (refused, right) in wrong.items()
+    # What has no place beside another parameter.
+    beside = [
+        (
+            tolerates and measures and selection != "loss" and not removes,
+            f"tolerated_loss: needs selection: loss, which measures it, and that is {format_value(selection)}.",
+        ),
+        (tolerates and removes, "remove: and tolerated_loss each say how much goes; use one, and null for the other."),
+        (heals and packed, "use_4bit: packs the weights that heal_epochs trains; use false."),
+        (heals and spread, "device_map: heal_epochs trains on one device; use null."),
+        (
+            heals and values["dtype"] == "float16",
+            "dtype: float16 is too short for the gradients of heal_epochs; use bfloat16 or float32.",
+        ),
+        (shared and packed, "use_4bit: packs the weights for one process; use false, or processes: 1."),
+        (
+            shared and spread,
+            "device_map: spreads the model over GPUs, of which each process has one; use null, or processes: 1.",
+        ),
+        (
+            shared and ":" in device,
+            f"device: {device} is one GPU, and each process has its own; use cuda or auto, or processes: 1.",
+        ),
+    ]
+    return [
+        *(
+            f"{key}: {format_value(values[key])} has no place in method {name}, which {method.words}; use {right}."
+            for key, (refused, right) in unsuited.items()
             if refused
-        ]
-        + (
-            [f"tolerated_loss: needs selection: loss, which measures it, and that is {_shown(selection)}."]
-            if tolerates and measures and selection != "loss" and values["remove"] is None
-            else []
-        )
-        + (
-            ["remove: and tolerated_loss each say how much goes; use one, and null for the other."]
-            if tolerates and values["remove"] is not None
-            else []
-        )
-        + _healing_refusals(values)
-        + _processes_refusals(values)
-        + method.refusals(values)
-    )
+        ),
+        *(sentence for refused, sentence in beside if refused),
+        *method.refuses(values),
+    ]
 
 
-def _healing_refusals(values: Values) -> list[str]:
-    """Return a sentence for each setting that makes healing impossible."""
-    if not heals(values):
-        return []
-    wrong = {
-        "use_4bit: packs the weights that heal_epochs trains; use false.": values["use_4bit"],
-        "device_map: heal_epochs trains on one device; use null.": values["device_map"] is not None,
-        "dtype: float16 is too short for the gradients of heal_epochs; use bfloat16 or float32.": values["dtype"] == "float16",
-    }
-    return [sentence for sentence, refused in wrong.items() if refused]
-
-
-def _processes_refusals(values: Values) -> list[str]:
-    """Return a sentence for each setting that several processes can't share."""
-    if values["processes"] == 1:
-        return []
-    wrong = {
-        "use_4bit: packs the weights for one process; use false, or processes: 1.": values["use_4bit"],
-        "device_map: spreads the model over GPUs, of which each process has one; use null, or processes: 1.": values[
-            "device_map"
-        ]
-        is not None,
-        f"device: {values['device']} is one GPU, and each process has its own; use cuda or auto, or processes: 1.": ":"
-        in values["device"],
-    }
-    return [sentence for sentence, refused in wrong.items() if refused]
-
-
-def _shown(value: Any) -> str:
+def format_value(value: Any) -> str:
+    """Return a value as YAML writes it: null, true, 0.5."""
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -7,6 +7,9 @@ A value that a message repeats passes through ``excerpt`` or ``shown``, so that 
 """
 
 import errno
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from reprlib import Repr
 from typing import Any
 
@@ -70,6 +73,21 @@ class VerificationError(ReplaceMeError, RuntimeError):
     """The exported model doesn't compute the solution: a bug here, not a mistake of the user."""
 
     exit_code = 1
+
+
+@contextmanager
+def renaming(names: Mapping[str, str]) -> Iterator[None]:
+    """Let an error inside the block that begins with one of these parameters begin with its other name."""
+    try:
+        yield
+    except ReplaceMeError as error:
+        text = str(error)
+        for key, name in names.items():
+            text = re.sub(rf"(?m)^(command line: )?{key}: ", rf"\1{name}: ", text)
+        error.args = (text,)
+        if isinstance(error, ParameterError):
+            error.problems = text.split("\n")
+        raise
 
 
 def resource_failure(error: BaseException) -> ResourceError | None:

@@ -33,6 +33,12 @@ def local_path(name: str) -> Path:
     return Path(os.path.expanduser(name))
 
 
+def without_folder(name: str) -> str:
+    """Return the last part of a local path, which tells nothing of this machine, and any other name unchanged."""
+    path = local_path(name)
+    return os.path.basename(os.path.abspath(path)) if path.is_absolute() or path.exists() else name
+
+
 PARTIAL, ASIDE = ".partial", ".old"
 _UMASK = os.umask(0)
 os.umask(_UMASK)

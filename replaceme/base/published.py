@@ -1,22 +1,57 @@
-"""Translate the published program's keys and spellings into ours, so that its config files run unchanged.
+"""The published program's names for our parameters, so that its config files run unchanged, and the two presets.
 
 Keys whose value asks for nothing (``diag: false``) are dropped. A value that asks for something not offered here is refused by
 name. Keys that only mattered to the published program are ignored, with a log line.
+
+A preset says what a run takes for the parameters that nobody names. ``published`` is what the published program does: the
+defaults in ``replaceme.base.parameters``. ``recommended`` is what we found to keep more of the model. Its values stand here
+alone; the pipeline's params.yaml states them, and a test holds the two equal.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
-from replaceme.base.errors import excerpt, shown
-from replaceme.base.source import parse_dataset
-from replaceme.base.task import parse_tasks
+from replaceme.base.errors import ParameterError, shown
 
 # Key → the transform that it asks for.
 STRUCTURES = {"diag": "diagonal", "two_vectors": "two_vectors", "thri": "triangular"}
 # scipy's spellings, in lower case.
 SOLVERS = {"l-bfgs": "lbfgs", "l-bfgs-b": "lbfgs", "trust-ncg": "trust_region"}
-REFUSED_SOLVERS = ("newton-cg",)
-PUBLISHED_KEYS = ("dataset_subset", "distances_path", "activations_save_path", *STRUCTURES)
+# Paths of results, which are known by their content here.
+PATHS = ("distances_path", "activations_save_path")
+# The keys that only the published program has.
+PUBLISHED_KEYS = ("dataset_subset", *PATHS, *STRUCTURES)
+# All keys that its configs can have.
+PROGRAM_KEYS = frozenset(
+    (
+        "method", "model_path", "dataset", "dataset_column", "dataset_size", "batch_size", "max_length", "use_4bit",
+        "layers_to_skip", "min_distance_layer", "merge_consecutive", "alpha", "num_A", "save_path", "save_transform_only",
+        "solver", "loss", "accurate", "tasks", "token", *PUBLISHED_KEYS,
+    )
+)  # fmt: skip
+# What its task ``default`` stands for: its table's tasks (ReplaceMe, arXiv 2505.02819, table 1); they need the hub.
+PUBLISHED_TASKS = ("boolq", "hellaswag", "piqa", "mmlu")
+
+Preset = Literal["recommended", "published"]
+PRESETS: tuple[Preset, ...] = get_args(Preset)
+# As in a config file, where they differ from the published values.
+RECOMMENDED: Mapping[str, Any] = {
+    "dataset": ["wikipedia-sample", "finance-answers", "python-code", "self"],
+    "dataset_size": 80,
+    "pack": True,
+    "batch_size": 2,
+    "selection": "loss",
+    "transform": "channels",
+    "repair": True,
+    "tasks": [
+        "wikipedia", "bbc_news", "gutenberg_fiction", "python_code", "finance_answers", "medical_abstracts",
+        "convention_speeches", "wikipedia_last_word", "wikipedia_continuation", "retrieval_exact",
+    ],
+    "eval_tokens": 8192,
+}  # fmt: skip
+# The recommended cut and what takes its place belong to the recommended method. Any other one stays what was published of it.
+RECOMMENDED_METHOD = "lstsq"
+OF_THE_METHOD = ("selection", "transform", "repair")
 
 
 def translate(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], list[str]]:
@@ -25,76 +60,118 @@ def translate(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], list[s
     Args:
         raw: keys and values from a config file or the command line.
     """
-    ours = dict(raw)
-    notes: list[str] = []
-    problems: list[str] = []
-
+    ours, notes, problems = dict(raw), list[str](), list[str]()
     if "token" in ours:
         ours.pop("token")
         problems.append("token: secrets don't belong in parameters; set the environment variable HF_TOKEN.")
-
-    if "dataset_subset" in ours:
-        split = ours.pop("dataset_subset")
+    if (split := ours.pop("dataset_subset", None)) is not None:
         if (named := ours.get("dataset_split")) not in (None, split):
-            problems.append(f"dataset_subset: says '{excerpt(split)}' and dataset_split '{excerpt(named)}'; keep one.")
-        elif split is not None:
-            ours["dataset_split"] = split
-            notes.append("dataset_subset is read as dataset_split, as the published program does")
-
-    _translate_structure(ours, notes, problems)
-    _translate_solver(ours, notes, problems)
-
-    for key in ("distances_path", "activations_save_path"):
+            problems.append(f"dataset_subset: says {shown(split)} and dataset_split {shown(named)}; keep one.")
+        ours["dataset_split"] = split
+        notes.append("dataset_subset is read as dataset_split, as the published program does")
+    for key in PATHS:
         if ours.pop(key, None) is not None:
             notes.append(f"{key} is ignored: results are cached by content, never read from a path")
-
-    if "dataset" in ours:
-        ours["dataset"] = parse_dataset(ours["dataset"], problems)
+    _translate_structure(ours, notes, problems)
+    for key in ("solver", "loss"):
+        if ours.get(key, "") is None:  # null in the published files means not set
+            ours.pop(key)
+    if isinstance(solver := ours.get("solver"), str):
+        ours["solver"] = SOLVERS.get(solver.lower(), solver.lower())
+        if ours["solver"] == "newton-cg":
+            ours.pop("solver")
+            problems.append(f"solver: {solver} is not offered; trust_region uses the same second derivatives, cg none.")
+        elif ours["solver"] != solver.lower():
+            notes.append(f"solver {solver} is read as {ours['solver']}")
     if "tasks" in ours:
-        ours["tasks"] = parse_tasks(ours["tasks"], problems)
+        ours["tasks"] = _list_tasks(ours["tasks"])
     return ours, notes, problems
 
 
-def without_replaced(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+def drop_replaced(file: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Return a file's keys without those that the command line overrides under another name."""
-    replaced = {key for key in STRUCTURES if key in overrides}
-    if "transform" in overrides or any(overrides[key] is True for key in replaced):
-        replaced |= {"transform", *STRUCTURES}
-    if {"dataset_split", "dataset_subset"} & overrides.keys():
-        replaced |= {"dataset_split", "dataset_subset"}
-    return {key: value for key, value in raw.items() if key not in replaced}
+    replaced = STRUCTURES.keys() & given.keys()
+    if "transform" in given or any(given[key] is True for key in replaced):
+        replaced = {"transform", *STRUCTURES}
+    if {"dataset_split", "dataset_subset"} & given.keys():
+        replaced = {*replaced, "dataset_split", "dataset_subset"}
+    return {key: value for key, value in file.items() if key not in replaced}
 
 
 def _translate_structure(ours: dict[str, Any], notes: list[str], problems: list[str]) -> None:
-    given = {key: ours.pop(key) for key in STRUCTURES if key in ours}
+    """Replace the keys of a map's structure by ``transform``."""
+    given = {key: value for key in STRUCTURES if (value := ours.pop(key, None)) is not None}
     problems += [
-        f"{key}: must be true or false, not {shown(value)}."
-        for key, value in given.items()
-        if value is not None and not isinstance(value, bool)
+        f"{key}: must be true or false, not {shown(value)}." for key, value in given.items() if not isinstance(value, bool)
     ]
     asked = [key for key, value in given.items() if value is True]
     if len(asked) > 1:
-        problems.append(
-            f"{asked[0]}: is true and so is {' and '.join(asked[1:])}, but a transform has one structure; keep one."
-        )
+        problems.append(f"{asked[0]}: is true and so is {asked[1]}, but a transform has one structure; keep one.")
     elif asked:
         transform = STRUCTURES[asked[0]]
         if (named := ours.get("transform", transform)) != transform:
-            problems.append(f"{asked[0]}: asks for transform {transform}, and transform says '{excerpt(named)}'; keep one.")
+            problems.append(f"{asked[0]}: asks for transform {transform}, and transform says {shown(named)}; keep one.")
         ours["transform"] = transform
         notes.append(f"{asked[0]} is read as transform: {transform}")
 
 
-def _translate_solver(ours: dict[str, Any], notes: list[str], problems: list[str]) -> None:
-    for key in ("solver", "loss"):
-        if ours.get(key, "") is None:  # null in the published files means not set
-            ours.pop(key)
-    solver = ours.get("solver")
-    if not isinstance(solver, str):
-        return
-    ours["solver"] = SOLVERS.get(solver.lower(), solver.lower())
-    if ours["solver"] in REFUSED_SOLVERS:
-        ours.pop("solver")
-        problems.append(f"solver: {solver} is not offered; trust_region uses the same second derivatives, cg none.")
-    elif ours["solver"] != solver.lower():
-        notes.append(f"solver {solver} is read as {ours['solver']}")
+def _list_tasks(tasks: Any) -> Any:
+    """Return a value of ``tasks`` as a list: the published form is one mapping, ``{piqa: {fewshots: 0}, default: null}``."""
+    if tasks is None:
+        return []
+    if isinstance(tasks, str):
+        tasks = [tasks]
+    if isinstance(tasks, Mapping):
+        tasks = [{name: options} for name, options in tasks.items()]
+    if not isinstance(tasks, list | tuple):
+        return tasks
+    listed: list[Any] = []
+    for entry in tasks:
+        if entry == "default":
+            listed += PUBLISHED_TASKS
+        elif isinstance(entry, Mapping) and [*entry] == ["default"]:
+            listed += [{name: entry["default"]} for name in PUBLISHED_TASKS]
+        else:
+            listed.append(entry)
+    return listed
+
+
+def choose_preset(
+    file: Mapping[str, Any], given: Mapping[str, Any], default: Preset | None, file_name: str
+) -> tuple[Preset, str]:
+    """Return the preset of a run, and a clause that says why.
+
+    Args:
+        file: the config file's content; empty without one.
+        given: the command line's values.
+        default: where neither names one; None is published for a config of the published program, which is one that names a
+            method and only keys which that program has, and recommended otherwise.
+        file_name: for the clause.
+
+    Raises:
+        ParameterError: there is no such preset, or it would set nothing, as the file states every parameter that it sets.
+    """
+    for origin, values in (("command line", given), (file_name, file)):
+        if "preset" in values:
+            named = values["preset"]
+            if named not in PRESETS:
+                raise ParameterError(f"{origin}: preset: must be recommended or published, not {shown(named)}.")
+            if file.keys() >= RECOMMENDED.keys():
+                stated = ", ".join(RECOMMENDED)
+                raise ParameterError(
+                    f"{origin}: preset: {named} would set nothing, as {file_name} states all of {stated}; change these."
+                )
+            return named, f"{origin} says so"
+    if default:
+        return default, "the default here"
+    if "method" in file and file.keys() <= PROGRAM_KEYS:
+        return "published", f"{file_name} names only keys of the published program; preset: recommended keeps more"
+    return "recommended", "the default"
+
+
+def preset_values(preset: Preset, method: object) -> dict[str, Any]:
+    """Return what a preset sets with a method, as in a config file."""
+    if preset == "published":
+        return {}
+    own = method == RECOMMENDED_METHOD
+    return {key: value for key, value in RECOMMENDED.items() if own or key not in OF_THE_METHOD}

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from replaceme.base.documents import seeded_order
+from replaceme.base.entries import SELF, Source
 from replaceme.base.errors import DatasetError, excerpt
 from replaceme.base.files import local_path
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.parameters import Params, nearest
-from replaceme.base.source import SELF, Source
 from replaceme.corpora import embedded, local, streamed
 from replaceme.corpora.corpus import Corpus
 from replaceme.corpora.sources import sources_of, split_fingerprints

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from replaceme.base.entries import SELF
 from replaceme.base.errors import DatasetError, ModelError
 from replaceme.base.parameters import Params
 from replaceme.base.progress import progress
-from replaceme.base.source import SELF
 from replaceme.corpora.sources import sources_of
 from replaceme.corpora.tokenization import render_chat, start_of_text
 from replaceme.models.kv_cache import cache_arguments, reserved_cache

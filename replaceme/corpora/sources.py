@@ -5,15 +5,15 @@ model that was pruned twice has the sources of both. Nothing here reads a text.
 """
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from replaceme.base.entries import Source
 from replaceme.base.errors import DatasetError, excerpt
-from replaceme.base.files import read_json, write_json
+from replaceme.base.files import read_json, without_folder, write_json
 from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
-from replaceme.base.settings import without_folder
-from replaceme.base.source import OPTIONS, Source
 from replaceme.models.model import TEXT_RECORD
 
 # A source, and what identifies its content: ``sha256`` or ``commits`` (``DatasetSource.fingerprint``).
@@ -72,10 +72,11 @@ def read_record(folder: Path) -> list[IdentifiedSource]:
     path = folder / TEXT_RECORD
     if not path.is_file():
         return []
+    options = [field.name for field in fields(Source)][1:]
     try:
         return [
             (
-                Source(str(entry["name"]), **{key: entry[key] for key in OPTIONS if key in entry}),
+                Source(str(entry["name"]), **{key: entry[key] for key in options if key in entry}),
                 {key: entry[key] for key in IDENTITIES if key in entry},
             )
             for entry in read_json(path)["sources"]

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
+from replaceme.base.entries import Source
 from replaceme.base.errors import DatasetError, excerpt, resource_failure
-from replaceme.base.source import Source
 from replaceme.corpora.corpus import Corpus, Row, as_row, pick_column
 from replaceme.models import hub
 

@@ -16,9 +16,9 @@ from unittest import mock
 import numpy as np
 import torch
 
+from replaceme.base.entries import Task
 from replaceme.base.errors import DatasetError, ParameterError, excerpt
 from replaceme.base.progress import logger
-from replaceme.base.task import Task
 from replaceme.models import hub
 
 # These dataset names are loaders of files, not repositories.

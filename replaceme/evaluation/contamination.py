@@ -17,9 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from replaceme.base.documents import Documents
+from replaceme.base.entries import Source, Task
 from replaceme.base.progress import logger
-from replaceme.base.source import Source
-from replaceme.base.task import Task
 from replaceme.corpora import embedded, streamed
 from replaceme.corpora.own_text import chat_turns
 from replaceme.corpora.sources import IdentifiedSource

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from replaceme.base.entries import Task
 from replaceme.base.errors import DatasetError, excerpt, shown
-from replaceme.base.task import Task
 from replaceme.corpora.local import read_json_lines, short
 from replaceme.evaluation.embedded_tasks import CHOICE, Items
 

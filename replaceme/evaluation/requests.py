@@ -13,9 +13,9 @@ from typing import Any
 from lm_eval.models.utils import normalize_gen_kwargs
 from torch import Tensor
 
+from replaceme.base.entries import Task
 from replaceme.base.errors import DatasetError, ParameterError
 from replaceme.base.parameters import Params
-from replaceme.base.task import Task
 from replaceme.evaluation import catalogue
 from replaceme.evaluation.scorer import DEFAULT_MAX_TOKENS
 from replaceme.evaluation.tasks import check_unchanged, task_form, task_items, task_kind, task_name, task_texts

@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from replaceme.base.entries import COLUMNS, Task
 from replaceme.base.errors import DatasetError, ParameterError, excerpt
 from replaceme.base.files import local_path
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.parameters import Params, nearest
-from replaceme.base.task import COLUMNS, Task
 from replaceme.corpora import embedded, local
 from replaceme.corpora.corpus import Row
 from replaceme.evaluation import catalogue

@@ -13,14 +13,15 @@ from huggingface_hub.repocard import metadata_load
 
 from replaceme import __version__
 from replaceme.base.combinations import NEW_WEIGHTS
+from replaceme.base.config import settings_yaml
+from replaceme.base.entries import Source, dataset_title
+from replaceme.base.files import without_folder
 from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
-from replaceme.base.settings import settings_yaml, without_folder
-from replaceme.base.source import Source, dataset_title
 from replaceme.base.versions import listed
 from replaceme.edits.edits import Edits
 from replaceme.export.transformers4 import transformers_4_obstacle
-from replaceme.methods.registry import EFFECTS, FIELDS, has_effect
+from replaceme.methods.registry import FIELDS, USERS, has_effect
 from replaceme.models.families import Linear
 from replaceme.models.model import CARD, Model
 from replaceme.models.own_form import FILE
@@ -30,7 +31,7 @@ SETTINGS = (
     "method", "model_path", "revision", "trust_remote_code", "use_4bit", "dataset", "dataset_config", "dataset_split",
     "dataset_column", "dataset_revision", "dataset_size", "max_length", "pack", "seed", "batch_size", "dtype", "threads",
     "selection", "layers_to_skip", "remove", "tolerated_loss", "min_distance_layer", "max_distance_layer", "num_A",
-    "merge_consecutive", "transform", "repair", "heal_epochs", *EFFECTS,
+    "merge_consecutive", "transform", "repair", "heal_epochs", *USERS,
 )  # fmt: skip
 SCORING = ("tasks", "eval_tokens", "eval_batch_size", "eval_dtype")
 # Entries of the dense model's card that also hold for the pruned model.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from replaceme.base.combinations import TRANSFORMS, Asking, Settings, Use, Values
+from replaceme.base.combinations import TRANSFORMS, MethodStage, Settings, Use, Values
 from replaceme.base.errors import ParameterError, SolveError
 from replaceme.base.parameters import Params
 from replaceme.base.plan import Block
@@ -36,42 +36,36 @@ START_RIDGE = 1e-6
 Sums = Mapping[str, "Tensor"]
 
 
-_STAGES: tuple[Asking, ...] = ("solve", "repair")
+_STAGES: tuple[MethodStage, ...] = ("solve", "repair")
 _PLANNED = Use(("plan", *_STAGES))
 _SOLVED = Use(_STAGES)
-_COSINE = Use(("plan", *_STAGES), "loss cosine", lambda values: values["loss"] == "cosine")
-_ELASTIC_NET = Use(_STAGES, "loss elastic_net", lambda values: values["loss"] == "elastic_net")
-_ADAM = Use(_STAGES, "solver adam", lambda values: values["solver"] == "adam")
-_OTHERS = Use(_STAGES, "solvers lbfgs, cg and trust_region", lambda values: values["solver"] != "adam")
+_COSINE = Use(("plan", *_STAGES), "loss", ("cosine",))
+_ELASTIC_NET = Use(_STAGES, "loss", ("elastic_net",))
+_ADAM = Use(_STAGES, "solver", ("adam",))
+_OTHERS = Use(_STAGES, "solver", ("lbfgs", "cg", "trust_region"))
 
 
 class Objective(Settings):
     """Parameters of the objective and of its solver."""
 
-    loss: Annotated[Literal["cosine", "mse", "elastic_net"], _PLANNED] = Field(
-        "cosine",
-        description="The objective: 1 − cosine, the squared error, or the squared error with an L1 penalty on the map.",
-    )
-    accurate: Annotated[bool, _COSINE] = Field(
-        False,
-        description="Loss cosine compares M T + Z with H; false compares M T with H − Z, which takes two thirds of the disk.",
-    )
-    l1_ratio: Annotated[float, _ELASTIC_NET] = Field(
-        0.5, ge=0, le=1, description="Loss elastic_net: the L1 penalty's share of alpha; the rest is half a ridge."
-    )
-    solver: Annotated[Literal["adam", "lbfgs", "cg", "trust_region"], _SOLVED] = Field(
-        "adam", description="The iterative solver: Adam on minibatches, or one of scipy's on all tokens."
-    )
-    start: Annotated[Literal["closed_form", "identity"], _SOLVED] = Field(
-        "closed_form",
-        description="Starting point: the least-squares map, or the identity (as published; reproduce/cosine.yaml names it).",
-    )
-    learning_rate: Annotated[float, _ADAM] = Field(1e-4, gt=0, allow_inf_nan=False, description="Solver adam: step size.")
-    epochs: Annotated[int, _ADAM] = Field(10, ge=1, description="Solver adam: maximum number of passes over the tokens.")
-    tokens_per_step: Annotated[int, _ADAM] = Field(1024, ge=1, description="Solver adam: tokens per minibatch.")
-    max_iterations: Annotated[int, _OTHERS] = Field(
-        500, ge=1, description="Solvers lbfgs, cg and trust_region: maximum number of iterations."
-    )
+    loss: Annotated[Literal["cosine", "mse", "elastic_net"], _PLANNED] = "cosine"
+    """The objective: 1 − cosine, the squared error, or the squared error with an L1 penalty on the map."""
+    accurate: Annotated[bool, _COSINE] = False
+    """Loss cosine compares M T + Z with H; false compares M T with H − Z, which takes two thirds of the disk."""
+    l1_ratio: Annotated[float, _ELASTIC_NET] = Field(0.5, ge=0, le=1)
+    """Loss elastic_net: the L1 penalty's share of alpha; the rest is half a ridge."""
+    solver: Annotated[Literal["adam", "lbfgs", "cg", "trust_region"], _SOLVED] = "adam"
+    """The iterative solver: Adam on minibatches, or one of scipy's on all tokens."""
+    start: Annotated[Literal["closed_form", "identity"], _SOLVED] = "closed_form"
+    """Starting point: the least-squares map, or the identity (as published; reproduce/cosine.yaml names it)."""
+    learning_rate: Annotated[float, _ADAM] = Field(1e-4, gt=0)
+    """Solver adam: step size."""
+    epochs: Annotated[int, _ADAM] = Field(10, ge=1)
+    """Solver adam: maximum number of passes over the tokens."""
+    tokens_per_step: Annotated[int, _ADAM] = Field(1024, ge=1)
+    """Solver adam: tokens per minibatch."""
+    max_iterations: Annotated[int, _OTHERS] = Field(500, ge=1)
+    """Solvers lbfgs, cg and trust_region: maximum number of iterations."""
 
 
 def statistics(params: Params) -> tuple[str, ...]:
@@ -196,16 +190,16 @@ def _report(own: Objective, host: int, fit: Mapping[str, Any]) -> None:
         logger.warning("%s: %s did not converge within %d; raise it%s", key, own.solver, getattr(own, key), advice)
 
 
-def refusals(values: Values) -> list[str]:
-    """Return a sentence for each objective, structure and solver that can't be combined."""
+def refuses(values: Values) -> list[str]:
+    """Refuse objectives, structures and solvers that can't be combined."""
     transform, loss, solver = (values[key] for key in ("transform", "loss", "solver"))
     problems = []
     if transform == "orthogonal":
         problems.append("transform: orthogonal is fitted by least squares alone; use method lstsq.")
     if transform in ("refit", "joint", "channels"):
         problems.append(
-            f"transform: {transform} solves least squares for the host's own weights and has no other objective; use method "
-            "lstsq, or transform dense, diagonal, two_vectors or triangular."
+            f"transform: {transform} solves least squares for the last weights before the cut and has no other objective; use "
+            "method lstsq, or transform dense, diagonal, two_vectors or triangular."
         )
     if loss == "elastic_net" and solver in ("cg", "trust_region"):
         problems.append(f"solver: {solver} needs a smooth objective, and loss elastic_net has a kink at 0; use lbfgs or adam.")
@@ -239,5 +233,5 @@ METHOD = Method(
     check=check,
     words="fits a replacement for the block",
     transforms=TRANSFORMS,
-    refusals=refusals,
+    refuses=refuses,
 )

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-from pydantic import Field
-
 from replaceme.base.combinations import Settings, Use
 from replaceme.base.parameters import Params
 from replaceme.base.plan import Block
@@ -29,10 +27,8 @@ if TYPE_CHECKING:
 class Weighting(Settings):
     """Parameters of Ghosted Layers."""
 
-    ghosted_weighted: Annotated[bool, Use(("plan", "solve", "repair"))] = Field(
-        False,
-        description="Weight every token by 1/‖H‖², so that relative errors count; false is the published form.",
-    )
+    ghosted_weighted: Annotated[bool, Use(("plan", "solve", "repair"))] = False
+    """Weight every token by 1/‖H‖², so that relative errors count; false is the published form."""
 
 
 def solve(params: Params, block: Block, statistics: Statistics) -> Solved:

@@ -26,17 +26,13 @@ if TYPE_CHECKING:
 class Merging(Settings):
     """Parameters of LaCo."""
 
-    laco_layers: Annotated[int, Use(("select",))] = Field(
-        7, ge=2, description="Maximum number of layers in a merge, with the one that absorbs them (published as C)."
-    )
-    laco_interval: Annotated[int, Use(("select",))] = Field(
-        1, ge=1, description="How many layers before a merge the next one is tried (published as I)."
-    )
-    laco_threshold: Annotated[float, Use(("select",))] = Field(
-        0.45, ge=-1, le=1,
-        description="Minimum cosine between the merged and the original model's last states (published as T); "
-        "lowered in steps of 0.01 until layers_to_skip layers are removed, so that 1 finds the highest possible one.",
-    )  # fmt: skip
+    laco_layers: Annotated[int, Use(("select",))] = Field(7, ge=2)
+    """Maximum number of layers in a merge, with the one that absorbs them (published as C)."""
+    laco_interval: Annotated[int, Use(("select",))] = Field(1, ge=1)
+    """How many layers before a merge the next one is tried (published as I)."""
+    laco_threshold: Annotated[float, Use(("select",))] = Field(0.45, ge=-1, le=1)
+    """Minimum cosine between the merged and the original model's last states (published as T); lowered in steps of 0.01 until
+    layers_to_skip layers are removed, so that 1 finds the highest possible one."""
 
 
 def way_of(params: Params, layers: int) -> Way:

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field
-
 from replaceme.base.combinations import Settings, Use
 from replaceme.base.errors import ParameterError
 from replaceme.base.parameters import Params
@@ -30,11 +28,9 @@ if TYPE_CHECKING:
 class Form(Settings):
     """Parameters of LinearPatch."""
 
-    linearpatch_form: Annotated[Literal["hadamard", "diagonal"], Use(("plan", "solve", "repair"))] = Field(
-        "hadamard",
-        description="Scale channels in coordinates rotated by a Hadamard matrix (published as rotate; d × d parameters), "
-        "or in the model's own (diagonal, published as diag; d parameters).",
-    )
+    linearpatch_form: Annotated[Literal["hadamard", "diagonal"], Use(("plan", "solve", "repair"))] = "hadamard"
+    """Scale channels in coordinates rotated by a Hadamard matrix (published as rotate; d × d parameters), or in the model's own
+    (diagonal, published as diag; d parameters)."""
 
 
 def solve(params: Params, block: Block, statistics: Statistics) -> Solved:

@@ -427,7 +427,7 @@ def check(params: Params, model: Model, family: Family) -> None:
         )
 
 
-def refusals(values: Values) -> list[str]:
+def refuses(values: Values) -> list[str]:
     """Return a sentence for each setting that would be ignored, or that makes gradients overflow."""
     problems = []
     if values["dtype"] == "float16":
@@ -449,6 +449,6 @@ METHOD = Method(
     several=False,
     repairs=False,
     packed=False,
-    refusals=refusals,
+    refuses=refuses,
     check=check,
 )

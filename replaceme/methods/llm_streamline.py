@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field
 
-from replaceme.base.combinations import Settings, Use, Values
+from replaceme.base.combinations import Settings, Use
 from replaceme.base.errors import ParameterError
 from replaceme.edits.model_edit import ModelEdit
 from replaceme.methods.method import Method, MethodContext, drop
@@ -43,17 +43,12 @@ TITLES = {"layer": "LLM-Streamline (a trained layer)", "mlp": "LLM-Streamline (a
 class Training(Settings):
     """Parameters of the trained layer."""
 
-    llm_streamline_form: Annotated[Literal["layer", "mlp"], Use(("repair",))] = Field(
-        "layer",
-        description="What is trained in the block's place: the whole layer before it, or only the MLP of that "
-        "layer, without an attention.",
-    )
-    llm_streamline_learning_rate: Annotated[float, Use(("repair",))] = Field(
-        2e-4, gt=0, allow_inf_nan=False, description="AdamW's peak learning rate."
-    )
-    llm_streamline_epochs: Annotated[int, Use(("repair",))] = Field(
-        1, ge=1, description="Passes over the documents, batch_size documents per step."
-    )
+    llm_streamline_form: Annotated[Literal["layer", "mlp"], Use(("repair",))] = "layer"
+    """What is trained in the block's place: the whole layer before it, or only the MLP of that layer, without an attention."""
+    llm_streamline_learning_rate: Annotated[float, Use(("repair",))] = Field(2e-4, gt=0)
+    """AdamW's peak learning rate."""
+    llm_streamline_epochs: Annotated[int, Use(("repair",))] = Field(1, ge=1)
+    """Passes over the documents, batch_size documents per step."""
 
 
 @dataclass(frozen=True)
@@ -285,10 +280,6 @@ class _LayerReachedError(Exception):
     """Ends a forward pass before the layer."""
 
 
-def _leaves_attention_out(values: Values) -> bool:
-    return bool(values["llm_streamline_form"] == "mlp")
-
-
 def check(params: Params, model: Model, family: Family) -> None:
     """Refuse a bare MLP where it is not derived: attention and MLP in parallel, or a norm after the MLP."""
     from replaceme.models.own_form import check_own_form
@@ -310,7 +301,7 @@ def check(params: Params, model: Model, family: Family) -> None:
 
 METHOD = Method(
     settings=Training,
-    shared={"plain": Use(("repair",), "form mlp", _leaves_attention_out)},
+    shared={"plain": Use(("repair",), "llm_streamline_form", ("mlp",))},
     # A fitted map predicts the loss with a trained layer better than an empty cut does.
     surrogate=lambda params: "map",
     solve=drop("LLM-Streamline"),

@@ -79,7 +79,7 @@ def _surrogate(params: Params) -> Surrogate:
     return "refit" if params.transform == "refit" else "joint" if params.transform in FEATURES else "map"
 
 
-def _refusals(values: Values) -> list[str]:
+def _refuses(values: Values) -> list[str]:
     if values["transform"] == "channels" and values["use_4bit"]:
         return [
             "use_4bit: transform channels puts rows of several layers' weights together, and 4-bit ones are packed; use false."
@@ -106,5 +106,5 @@ METHOD = Method(
     check=_check,
     words="fits a replacement for the block",
     transforms=TRANSFORMS,
-    refusals=_refusals,
+    refuses=_refuses,
 )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from replaceme.base.combinations import heals, refits, repairs
+from replaceme.base.combinations import NEW_WEIGHTS
 from replaceme.base.errors import ParameterError
 from replaceme.base.parameters import Params
 from replaceme.methods.registry import METHODS
@@ -25,7 +25,7 @@ def check_model(params: Params, model: Model, family: Family) -> None:
         METHODS[params.method].check(params, model, family)
     except ParameterError as refusal:
         problems += refusal.problems
-    values, transform = params.model_dump(), params.transform
+    transform = params.transform
     named = any(problem.startswith(("transform:", "method:")) for problem in problems)
     kind = model.config().model_type
     if transform == "channels" and not family.mlp_norm and not family.detected:
@@ -35,12 +35,12 @@ def check_model(params: Params, model: Model, family: Family) -> None:
         )
     if family.obstacle is not None:
         place = family.obstacle_words(kind)
-        if not named and refits(values) and (family.obstacle == "experts" or transform in ("joint", "channels")):
+        if not named and transform in NEW_WEIGHTS and (family.obstacle == "experts" or transform in ("joint", "channels")):
             use = "refit" if family.obstacle == "undescribed" else "dense"
             problems.append(f"transform: {transform} is not derived for {place}; use {use}.")
-        if repairs(values):
+        if params.repair:
             problems.append(f"repair: is not derived for {place}; use false.")
-        if heals(values) and family.obstacle != "norm":
+        if params.heal_epochs and family.obstacle != "norm":
             problems.append(f"heal_epochs: is not derived for {place}; use 0.")
     if problems:
         raise ParameterError(problems)

@@ -1,6 +1,7 @@
 """The methods by name. A new method is a module with a ``Method``, its import and its entry here; nothing else names it."""
 
-from replaceme.base.combinations import Asking, Values, effects_of
+from replaceme.base import combinations
+from replaceme.base.combinations import MethodStage, Values, users_of
 from replaceme.base.parameters import Params, fields_of
 from replaceme.methods import (
     average,
@@ -44,15 +45,16 @@ def criterion_of(params: Params) -> Criterion:
 
 # All parameters, with those of the methods, in documented order.
 FIELDS = fields_of(METHODS)
-EFFECTS = effects_of(METHODS)
+# Those that have an effect only in some settings, with the methods that use them.
+USERS = users_of(METHODS)
 
 
 def has_effect(key: str, values: Values) -> bool:
     """Return whether a parameter changes the result, with all parameters' values."""
-    return key not in EFFECTS or EFFECTS[key][1](values)
+    return key not in USERS or combinations.has_effect(USERS[key], values)
 
 
-def read_by(stage: Asking) -> tuple[str, ...]:
+def read_by(stage: MethodStage) -> tuple[str, ...]:
     """Return the methods' parameters, own and shared ones, that change the output of a stage."""
-    uses = [use for method in METHODS.values() for use in {**method.settings.uses(), **method.shared}.items()]
+    uses = [use for method in METHODS.values() for use in method.uses.items()]
     return tuple(dict.fromkeys(key for key, use in uses if stage in use.stages))

@@ -424,8 +424,8 @@ def check(params: Params, model: Model, family: Family) -> None:
     fitting_width(model.skeleton(config), family, params.layers_to_skip, params.plain)
 
 
-def refusals(values: Values) -> list[str]:
-    """Return a sentence for each layer limit that would be ignored."""
+def refuses(values: Values) -> list[str]:
+    """Refuse layer limits, which would be ignored."""
     return [
         f"{key}: method slicegpt slices all layers alike; use null."
         for key in ("min_distance_layer", "max_distance_layer")
@@ -442,6 +442,6 @@ METHOD = Method(
     selections=(),
     several=False,
     repairs=False,
-    refusals=refusals,
+    refuses=refuses,
     check=check,
 )

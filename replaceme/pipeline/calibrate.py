@@ -3,10 +3,10 @@
 from dataclasses import asdict, astuple
 
 from replaceme.base.documents import Documents
+from replaceme.base.entries import dataset_title
 from replaceme.base.files import new_folder, read_json, write_json
 from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
-from replaceme.base.source import dataset_title
 from replaceme.base.stage import Stage
 from replaceme.base.workspace import Workspace
 from replaceme.corpora.corpus import Corpus

@@ -14,12 +14,12 @@ import torch
 
 from replaceme.base.combinations import NEW_WEIGHTS
 from replaceme.base.compute import resolve_device
+from replaceme.base.entries import dataset_title
 from replaceme.base.errors import ParameterError, ReplaceMeError
 from replaceme.base.extras import need
 from replaceme.base.files import new_folder, write_json
 from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
-from replaceme.base.source import dataset_title
 from replaceme.base.stage import Stage
 from replaceme.base.versions import FOUR_BIT, MODEL, SCORES, TEXT, versions
 from replaceme.base.workspace import Workspace

@@ -10,9 +10,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
+from replaceme.base.config import WITHOUT_EFFECT
 from replaceme.base.files import new_folder, read_json, write_text
 from replaceme.base.parameters import Params
-from replaceme.base.settings import WITHOUT_EFFECT
 from replaceme.base.stage import Stage
 from replaceme.base.workspace import Workspace
 from replaceme.edits.edits import Edits

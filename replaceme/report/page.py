@@ -13,10 +13,10 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from replaceme.base.files import read_json, write_text
+from replaceme.base.config import settings_yaml
+from replaceme.base.files import read_json, without_folder, write_text
 from replaceme.base.parameters import Params
 from replaceme.base.plan import load_blocks
-from replaceme.base.settings import settings_yaml, without_folder
 from replaceme.base.versions import listed
 from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import FIELDS, criterion_of

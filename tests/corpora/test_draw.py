@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+from replaceme.base.config import settings_yaml
 from replaceme.base.documents import Documents, split_documents
 from replaceme.base.errors import DatasetError, ParameterError
 from replaceme.base.parameters import Params, read_params
-from replaceme.base.settings import settings_yaml
 from replaceme.base.workspace import Workspace
 from replaceme.corpora import tokenization
 from replaceme.corpora.corpus import Corpus, Row
@@ -245,7 +245,7 @@ def test_the_model_writes_enough_documents_for_its_share(dataset: Any, length: i
 def test_settings_hold_a_list_of_sources_as_it_was_written(tmp_path: Path) -> None:
     dataset = ["lee-news", {str(tmp_path / "private" / "notes.jsonl"): 0.5}, {"self": {"share": 2.0}}]
     text = settings_yaml(read_params(None, {"dataset": dataset}), ["dataset"])
-    assert YAML(typ="safe").load(text) == {"dataset": ["lee-news", {"notes.jsonl": 0.5}, {"self": 2.0}]}
+    assert YAML(typ="safe").load(text) == {"dataset": ["lee-news", {"notes.jsonl": {"share": 0.5}}, {"self": {"share": 2.0}}]}
 
 
 @pytest.mark.parametrize(("size", "few"), [(1, True), (8, False)])

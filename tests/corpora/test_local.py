@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 
 from replaceme.base.documents import seeded_order
+from replaceme.base.entries import Source
 from replaceme.base.errors import DatasetError
-from replaceme.base.source import Source
 from replaceme.corpora.corpus import Row
 from replaceme.corpora.find import find_dataset
 from replaceme.corpora.local import read_rows

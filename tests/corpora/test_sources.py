@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from replaceme.base.entries import Source
 from replaceme.base.parameters import read_params
-from replaceme.base.source import Source
 from replaceme.corpora.find import dataset_fingerprints
 from replaceme.corpora.sources import read_record, write_record
 from replaceme.models.model import TEXT_RECORD

@@ -5,9 +5,9 @@ from typing import Any
 import datasets
 import pytest
 
+from replaceme.base.entries import Source
 from replaceme.base.errors import DatasetError
 from replaceme.base.parameters import Params, read_params
-from replaceme.base.source import Source
 from replaceme.corpora.find import DatasetSource, find_dataset, find_datasets
 from replaceme.models import hub
 

@@ -12,9 +12,9 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from replaceme.base.entries import Task
 from replaceme.base.errors import DatasetError, ParameterError
 from replaceme.base.parameters import Params
-from replaceme.base.task import Task
 from replaceme.evaluation import catalogue, requests
 from replaceme.evaluation.accuracy import SuiteScores, score_suite
 from replaceme.evaluation.requests import Suite

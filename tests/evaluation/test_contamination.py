@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from replaceme.base.documents import Documents
+from replaceme.base.entries import Task
 from replaceme.base.parameters import Params, read_params
-from replaceme.base.task import Task
 from replaceme.corpora import embedded
 from replaceme.corpora.find import dataset_fingerprints
 from replaceme.corpora.sources import identified_sources

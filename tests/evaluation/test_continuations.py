@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from replaceme.base.entries import Task
 from replaceme.base.parameters import Params
-from replaceme.base.task import Task
 from replaceme.evaluation import requests
 from replaceme.evaluation.continuations import MAX_TOKENS, PROMPTS, continue_prompts, side_by_side, write_continuations
 from replaceme.evaluation.scores import Scores, score_model

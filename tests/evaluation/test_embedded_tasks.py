@@ -3,7 +3,7 @@
 import random
 import re
 
-from replaceme.base.task import Task
+from replaceme.base.entries import Task
 from replaceme.evaluation.embedded_tasks import (
     CHOICE_WORDS,
     MIN_CONTEXT_WORDS,

@@ -10,9 +10,10 @@ from datasets import DatasetInfo, Features, Value
 from datasets.arrow_writer import ArrowWriter
 from datasets.splits import SplitDict, SplitInfo
 
+from replaceme.base.entries import Task
 from replaceme.base.errors import DatasetError, ParameterError, ReplaceMeError
 from replaceme.base.parameters import read_params
-from replaceme.base.task import PUBLISHED, Task
+from replaceme.base.published import PUBLISHED_TASKS as PUBLISHED
 from replaceme.evaluation.accuracy import score_suite
 from replaceme.evaluation.requests import Suite
 from replaceme.evaluation.scorer import CausalScorer

@@ -112,8 +112,8 @@ def test_adam_finds_the_elastic_nets_minimum_too(structure: str) -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"transform": "refit"}, "transform: refit solves least squares for the host's own weights"),
-        ({"transform": "joint"}, "transform: joint solves least squares for the host's own weights"),
+        ({"transform": "refit"}, "transform: refit solves least squares for the last weights before the cut"),
+        ({"transform": "joint"}, "transform: joint solves least squares for the last weights before the cut"),
         ({"loss": "elastic_net", "solver": "cg"}, "solver: cg needs a smooth objective"),
         ({"loss": "elastic_net", "solver": "trust_region"}, "solver: trust_region needs a smooth objective"),
         ({"loss": "elastic_net", "transform": "two_vectors"}, "transform: two_vectors has no entries of its own"),

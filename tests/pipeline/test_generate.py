@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from replaceme.base.documents import Documents
+from replaceme.base.entries import Source
 from replaceme.base.files import read_json
 from replaceme.base.parameters import Params
-from replaceme.base.source import Source
 from replaceme.base.workspace import Workspace
 from replaceme.pipeline.calibrate import calibrate
 from replaceme.pipeline.generate import generate

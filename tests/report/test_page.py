@@ -11,8 +11,8 @@ from typing import Any
 import matplotlib
 import pytest
 
+from replaceme.base.config import settings_yaml
 from replaceme.base.parameters import Params, read_params
-from replaceme.base.settings import settings_yaml
 from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import FIELDS, METHODS
 from replaceme.models.embedded import MODELS

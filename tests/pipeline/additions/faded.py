@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
@@ -11,13 +11,15 @@ from replaceme.base.parameters import Params
 from replaceme.base.plan import Block
 from replaceme.methods.method import Method, Solved, Statistics
 
+if TYPE_CHECKING:
+    pass
+
 
 class Fading(Settings):
     """Parameters of the made-up method."""
 
-    faded_factor: Annotated[float, Use(("solve", "repair"))] = Field(
-        1.0, gt=0, allow_inf_nan=False, description="The number that the MLP output before the cut is multiplied by."
-    )
+    faded_factor: Annotated[float, Use(("solve", "repair"))] = Field(1.0, gt=0)
+    """The number that the MLP output before the cut is multiplied by."""
 
 
 def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
@@ -31,7 +33,7 @@ def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
     return Solved(Edits("a made-up method", [], {block.layer_before_cut: T}), {"tokens": int(sums["tokens"])})
 
 
-def refusals(values: Values) -> list[str]:
+def refuses(values: Values) -> list[str]:
     """Refuse the factor 1, which changes nothing."""
     if values["faded_factor"] == 1:
         return ["faded_factor: 1 changes nothing; use another number, or method uidl."]
@@ -43,5 +45,5 @@ METHOD = Method(
     statistics=lambda params: ("gram",),
     solve=solve,
     words="multiplies one output by a number",
-    refusals=refusals,
+    refuses=refuses,
 )
