@@ -28,8 +28,8 @@ from pathlib import Path
 
 from replaceme.base.errors import DatasetError
 from replaceme.base.files import cache_folder, write_text
+from replaceme.base.locks import build_once
 from replaceme.base.progress import progress
-from replaceme.base.shared import make_once
 from replaceme.corpora.corpus import Row
 from replaceme.models.packages import PackagedFile, fetched
 
@@ -90,7 +90,7 @@ def text_articles(name: str, split: str | None) -> list[Row]:
             rows = [{"text": text, "title": title} for title, text in TEXTS[name].extract(source)]
         write_text(cached, "".join(json.dumps(row) + "\n" for row in rows))
 
-    make_once(cached, name, make)
+    build_once(cached, name, make)
     lines = cached.read_text(encoding="utf-8").splitlines()
     return [row["text"] for row in map(json.loads, lines) if len(splits) == 1 or _split_of(row["title"]) == wanted]
 

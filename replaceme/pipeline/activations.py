@@ -54,5 +54,4 @@ STAGE = Stage(
     reads=(Workspace.model_input, Workspace.documents, Workspace.plan, Workspace.model_versions),
     writes=Workspace.statistics,
     shared=lambda params, work: adds_up(Plan.load(work.plan).statistics),
-    code=("base", "models", "observers"),
 )

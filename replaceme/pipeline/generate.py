@@ -42,5 +42,4 @@ STAGE = Stage(
         Workspace.model_versions,
     ),
     writes=Workspace.own_text,
-    code=("base", "models", "corpora"),
 )  # fmt: skip

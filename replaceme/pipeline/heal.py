@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from replaceme.base.files import PARTIAL, copy_content, new_folder, read_json, remove, rounded, write_json
+from replaceme.base.files import PARTIAL, copy_tree, new_folder, read_json, remove, rounded, write_json
 from replaceme.base.params import Params
 from replaceme.base.progress import logger
 from replaceme.base.stage import PASS, Stage
@@ -20,7 +20,7 @@ def heal(params: Params, work: Workspace) -> None:
     """Write the final edits and metrics/heal.json; without healing, the edits are copied."""
     figures: dict[str, Any] = {}
     with new_folder(work.edits) as folder:
-        copy_content(work.repaired, folder)
+        copy_tree(work.repaired, folder)
         if params.heal_epochs:
             from replaceme.edits.edits import Edits
             from replaceme.training.curves import write_curves
@@ -84,6 +84,5 @@ STAGE = Stage(
     reads=(Workspace.model_input, Workspace.documents, Workspace.plan, Workspace.repaired, Workspace.model_versions),
     writes=Workspace.edits,
     metrics=("heal",),
-    code=("base", "models", "observers", "edits", "training"),
     shared=lambda params, work: params.heal_epochs > 0,
 )

@@ -7,7 +7,7 @@ from typing import Any
 
 from replaceme.base.compute import resolve_device, use_processor
 from replaceme.base.documents import Documents
-from replaceme.base.files import copy_content, new_folder, read_json, remove, rounded, write_json, write_text
+from replaceme.base.files import copy_tree, new_folder, read_json, remove, rounded, write_json, write_text
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.group import share
 from replaceme.base.params import Params
@@ -39,7 +39,7 @@ def repair(params: Params, work: Workspace) -> None:
     figures: dict[str, Any] = {}
     method = METHODS[params.method]
     with new_folder(work.repaired) as folder:
-        copy_content(work.solution, folder)
+        copy_tree(work.solution, folder)
         if method.work:
             model, family = calibration_model(params, work.model_input, whole=needs_whole(params))
             if params.remove is not None:
@@ -119,10 +119,6 @@ STAGE = Stage(
     reads=(Workspace.model_input, Workspace.documents, Workspace.plan, Workspace.solution, Workspace.model_versions),
     writes=Workspace.repaired,
     metrics=("repair",),
-    code=(
-        "base", "models", "observers", "edits", "solvers", "training", "selection/criteria.py", "selection/blocks.py",
-        "selection/budget.py", "methods", "repair",
-    ),
     methods=METHODS,
     shared=lambda params, work: _is_shared(params, Plan.load(work.plan)),
 )  # fmt: skip

@@ -106,9 +106,5 @@ STAGE = Stage(
     ),
     writes=Workspace.report,
     figures=("select", "solve", "repair", "heal", "export", "evaluation"),
-    code=(
-        "base", "models", "corpora", "edits", "selection/criteria.py", "selection/blocks.py", "methods", "export/card.py",
-        "evaluation", "report",
-    ),
     methods=METHODS,
 )  # fmt: skip
