@@ -392,7 +392,7 @@ def _work(case: Case, folder: Path, said: int) -> None:
         for name, content in case.files.items():
             _place(Path(name), content)
         if case.checks_only:
-            mock.patch("replaceme.steps.run_steps", side_effect=SystemExit(0)).start()
+            mock.patch("replaceme.pipeline.runner.stage_key", side_effect=SystemExit(0)).start()
             mock.patch("replaceme.evaluation.scores.score_model", side_effect=SystemExit(0)).start()
         words = [word for key, value in case.options.items() for word in (f"--{key}", value)]
         sys.argv = [case.command.__name__, *words, *case.words]

@@ -144,7 +144,7 @@ def pairs(stand: Stand, count: int, chance: random.Random) -> list[Row]:
         ended = [each.wait() for each in running]
         how = f"pair {number + 1}, the second one started {delay:.3f} s after the first"
         refusals = [
-            each.refused and str(running[1 - place].pid) in each.sentences[0] for place, each in enumerate(ended)
+            each.refused and "is in use by another process" in each.sentences[0] for each in ended
         ]  # fmt: skip
         wrong = [str(each) for each, refusal in zip(ended, refusals, strict=True) if each.code and not refusal]
         problem = " || ".join(wrong) or ("both were refused" if all(refusals) else "")
@@ -186,18 +186,14 @@ def limit_files(size: int) -> None:
 
 def from_stage(name: str, happens: Callable[[], None], action: Callable[[], Any]) -> None:
     """Run ``action``; ``happens`` is called when the stage ``name`` starts."""
-    from replaceme import steps
-    from replaceme.pipeline import inputs
+    from replaceme.pipeline import runner
 
     def after(run: Callable[..., None], *arguments: Any) -> None:
         happens()
         run(*arguments)
 
-    if name == "inputs":
-        inputs.inspect_inputs = partial(after, inputs.inspect_inputs)
-    else:
-        stage = steps.STAGES[name]
-        steps.STAGES = {**steps.STAGES, name: replace(stage, run=partial(after, stage.run))}
+    stage = runner.STAGES[name]
+    runner.STAGES = {**runner.STAGES, name: replace(stage, run=partial(after, stage.run))}
     action()
 
 

@@ -43,7 +43,7 @@ SETTINGS = {
     "eval_dtype": "float32", "eval_tokens": "2000", "threads": "1", "device": "cpu",
 }  # fmt: skip
 # Files that hold times, process ids or sums of such files: that they are there is compared, not what they hold.
-TIMED = re.compile(r"/costs?/|/times/|steps/\w+\.json$|sha256\.json$|\.lock$|compression\.json$|claim")
+TIMED = re.compile(r"/costs/|work/stages/|sha256\.json$|\.lock|compression\.json$|claims\.json$")
 # Figures of metrics/summary.json that vary likewise.
 COSTS = ("seconds", "memory_gb", "gpu_memory_gb")
 

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from replaceme.base.claims import claim, claim_only_what_is_there, in_use
 from replaceme.base.entry import PARAMS_FILE
 from replaceme.base.errors import ModelError, ParameterError, excerpt, renaming
 from replaceme.base.files import new_folder, read_json, rounded, write_json, write_text
 from replaceme.base.parameters import Params, read_params
 from replaceme.base.processes import in_processes
 from replaceme.base.progress import align, logger
-from replaceme.base.stage import ANALYSIS, COMPRESSION, FIT, JUDGEMENT, ORDER, pipeline_params
+from replaceme.base.stage import ANALYSIS, COMPRESSION, FIT, ORDER, pipeline_params
 from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import METHODS, criterion_of
-from replaceme.places import claimed, deliver, result_of, scores_file, suffix_of
+from replaceme.pipeline.results import (
+    exclusive_result,
+    existing_result,
+    publish_file,
+    publish_folder,
+    result_lock,
+    result_name,
+    scores_file,
+)
 
 if TYPE_CHECKING:
     from replaceme.models.model import Model
@@ -44,33 +50,27 @@ def prune(params: Params, texts: Sequence[str] | None = None) -> Workspace:
     from replaceme.evaluation.tables import comparison_table
     from replaceme.models.model import CARD
     from replaceme.pipeline.cost import write_cost
-    from replaceme.pipeline.inputs import inspect_inputs
-    from replaceme.pipeline.report import card_of
-    from replaceme.steps import Course, run_steps
+    from replaceme.pipeline.report import CARD_FILE
+    from replaceme.pipeline.runner import run_stages
 
-    with claimed(params, f"{suffix_of(params)}-transform" if params.save_transform_only else suffix_of(params)) as work:
+    stages = FIT if params.save_transform_only else ORDER if params.tasks else COMPRESSION
+    with exclusive_result(params, result_name(params)) as work:
         if texts is not None:
             write_text(Path(str(params.dataset)), "".join(json.dumps({"text": text}) + "\n" for text in texts))
-        inspect_inputs(params, work)
-        course = Course(FIT if params.save_transform_only else ORDER if params.tasks else COMPRESSION)
-        run_steps(params, work, FIT, course)
+        ran = run_stages(params, work, ("inputs", *stages))
         if params.save_transform_only:
-            deliver(work, work.edits)
+            publish_folder(work, work.edits)
             logger.info("only the transform was saved, to %s (edits.safetensors); no model was written", work.model)
             return work
-        run_steps(params, work, ["export"], course)
         write_cost(params, work)
         logger.info("the pruned model is in %s, its figures in %s", work.model, work.root / "metrics")
-        if params.tasks:
-            if "evaluate" not in run_steps(params, work, JUDGEMENT, course):
-                print(comparison_table(read_json(work.metric("evaluation"))))
-            logger.info("the report is %s", work.report / "index.html")
-        else:
+        if not params.tasks:
             logger.info("it was not scored: nothing is known of its quality; replaceme evaluate --model %s", work.model)
-        card = card_of(params, work)
-        claim(work, {CARD: hashlib.sha256(card.encode()).hexdigest()})
-        write_text(work.model / CARD, card)
-        claim_only_what_is_there(work)
+            return work
+        publish_file(work, work.report / CARD_FILE, CARD)
+        if "evaluate" not in ran:
+            print(comparison_table(read_json(work.metric("evaluation"))))
+        logger.info("the report is %s", work.report / "index.html")
     return work
 
 
@@ -105,7 +105,7 @@ def evaluate(params: Params, compare_with: str | None = None) -> None:
         print(scores_table(figures))
     else:
         with renaming({"model_path": "compare_with"}):
-            source = _dense_beside(params, model, compare_with)
+            source = _dense_model(params, model, compare_with)
             dense = score_model(params, source, fingerprints, is_dense=True)
         scores = score_model(params, model, fingerprints, dense, calibration)
         compared = rounded(compare(dense.figures, scores.figures, dense.items, scores.items))
@@ -118,7 +118,7 @@ def evaluate(params: Params, compare_with: str | None = None) -> None:
     logger.info("the scores are in %s", target)
 
 
-def _dense_beside(params: Params, model: Model, name: str) -> Model:
+def _dense_model(params: Params, model: Model, name: str) -> Model:
     """Return the dense model that a pruned one is to stand beside.
 
     Raises:
@@ -142,8 +142,8 @@ def _dense_beside(params: Params, model: Model, name: str) -> Model:
 
 def measure(params: Params) -> None:
     """Time the dense model and a result in turn, and write the result's report with these times."""
-    work = result_of(params)
-    with in_use(work) if work.save_path else nullcontext():
+    work = existing_result(params)
+    with result_lock(work) if work.save_path else nullcontext():
         _measure_result(params, work)
 
 
@@ -178,7 +178,7 @@ def report(params: Params, folder: Path) -> None:
     from replaceme.evaluation.tables import comparison_table
     from replaceme.report.page import SETTINGS_FILE
 
-    work = result_of(params)
+    work = existing_result(params)
     if folder.exists() and not (folder / SETTINGS_FILE).is_file():
         raise ParameterError(f"--output: {excerpt(folder, 150)} exists and holds no report; choose another folder.")
     page = _page(work, _known_times(work))
@@ -218,18 +218,16 @@ def _known_times(work: Workspace) -> Mapping[str, Any] | None:
 
 def profile(params: Params) -> None:
     """Measure all pairs of layers, and print the best block of each size."""
-    from replaceme.pipeline.inputs import inspect_inputs
+    from replaceme.pipeline.runner import run_stages
     from replaceme.selection.blocks import smallest
     from replaceme.selection.criteria import allowed_starts
-    from replaceme.steps import run_steps
 
     # Nothing is pruned here, so no transform has to fold.
     bare = {"method": "uidl", "transform": "dense", "repair": False, "heal_epochs": 0}
     single = params.model_copy(update={"layers_to_skip": 1, "num_A": 1, **bare})
-    with claimed(params, "distances") as work:
-        inspect_inputs(single, work)
-        run_steps(params, work, ANALYSIS)
-        deliver(work, work.profile)
+    with exclusive_result(params, "distances") as work:
+        run_stages(single, work, ("inputs", *ANALYSIS))
+        publish_folder(work, work.profile)
         content = read_json(work.profile / "profile.json")
     criteria = {"angular distance": content["angular_distance"], "residual": content["residual"]}
     rows = [("layers to skip", *(head for name in criteria for head in ("host", "removed", name)))]

@@ -22,7 +22,7 @@ from replaceme.base.published import PRESETS, Preset
 from replaceme.base.ranks import world_size
 from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import FIELDS, METHODS
-from replaceme.places import place_of, suffix_of
+from replaceme.pipeline.results import result_name, result_paths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -138,7 +138,7 @@ def prune(
         if max(params.processes, world_size()) > 1:
             raise ParameterError("processes: a call from Python has one; use 1 here, or the command `replaceme prune`.")
         if documents is not None:
-            work = place_of(params, suffix_of(params))
+            work = result_paths(params, result_name(params))
             params = params.model_copy(update={"dataset": str(work.root / TEXTS_FILE)})
         return _result(params, _prune(params, documents))
 

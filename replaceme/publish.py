@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from replaceme.base.claims import in_use
 from replaceme.base.entry import Parser, plain_parser, run_command
 from replaceme.base.errors import ParameterError, excerpt
 from replaceme.base.extras import need
@@ -22,6 +21,7 @@ from replaceme.base.progress import logger
 from replaceme.base.stage import pipeline_params
 from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import METHODS
+from replaceme.pipeline.results import result_lock
 
 
 def push_to_hub() -> NoReturn:
@@ -50,7 +50,7 @@ def _push(options: argparse.Namespace) -> None:
     folder = options.save_path or Workspace().model
     place = Workspace.beside(folder.absolute())
     # No run may replace the files while they are uploaded.
-    with in_use(place) if os.access(place.root, os.W_OK) else nullcontext():
+    with result_lock(place) if os.access(place.root, os.W_OK) else nullcontext():
         _upload(options, folder)
 
 

@@ -1,5 +1,6 @@
 """Tiny random models and texts, made in code: no test needs a network, a GPU or a downloaded weight."""
 
+import gc
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -68,6 +69,12 @@ OBSTACLES = {"norm": Family(norm_offset=0.0), "experts": Family(experts=("expert
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the pipeline's files first: they take longest, and one that begins last would keep the other cores waiting."""
     items.sort(key=lambda item: "pipeline" not in item.path.parts)
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector, which stages call, the million objects of the libraries that are loaded by now."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

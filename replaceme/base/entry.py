@@ -64,7 +64,7 @@ def run_command(action: Callable[[Sequence[str]], None]) -> NoReturn:
     sys.exit(run(lambda: action(arguments), debug="--debug" in arguments))
 
 
-def run(action: Callable[[], None], debug: bool = False) -> int:
+def run(action: Callable[[], object], debug: bool = False) -> int:
     """Run ``action``, print an error as one sentence, and return the exit code."""
     configure_logging()
     try:
@@ -74,27 +74,24 @@ def run(action: Callable[[], None], debug: bool = False) -> int:
         if world_size() == 1:  # the launcher says it for its processes
             print("interrupted; finished stages are kept, and the next run resumes there", file=sys.stderr)
         return 130
-    except SystemExit:
-        raise
-    except BaseException as error:
-        known = explain(error)
+    except Exception as error:
+        known = _explained(error)
         if rank() or isinstance(known, LostProcessError):
             # The first process says what all meet, and the launcher which one it lost; then it ends this one.
             time.sleep(SAYING_SECONDS)
-        if number := rank():
-            print(f"rank {number}:", end=" ", file=sys.stderr)
         if debug or os.environ.get(DEBUG_VARIABLE):
             traceback.print_exc()
+        start = f"rank {rank()}: " if rank() else ""
         problems = str(known).split("\n")
         for line in problems[:MOST_PROBLEMS]:
-            print(f"error: {excerpt(line, SENTENCE_CHARACTERS)}", file=sys.stderr)
+            print(f"{start}error: {excerpt(line, SENTENCE_CHARACTERS)}", file=sys.stderr)
         if len(problems) > MOST_PROBLEMS:
             print(f"({len(problems) - MOST_PROBLEMS} more problems are not shown)", file=sys.stderr)
         return known.exit_code if isinstance(known, ReplaceMeError) else 1
     return 0
 
 
-def explain(error: BaseException) -> BaseException:
+def _explained(error: Exception) -> Exception:
     """Return the error to show: ours as it is, resource errors as a sentence, others with a hint how to get the traceback."""
     if isinstance(error, ReplaceMeError):
         return error

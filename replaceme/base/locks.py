@@ -1,50 +1,71 @@
-"""Locks between processes: one run works in a folder, and one process makes what all share.
+"""Locks between processes: one run works in a folder, and one process builds what all of them use.
 
-The system frees a lock when its process ends, however it ends. A text beside the lock says who holds it.
+The system frees a lock when its process ends, however it ends.
 """
 
-import os
-import platform
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from replaceme.base.files import write_text
+from filelock import FileLock, Timeout
+
+from replaceme.base.files import clear_partials, read_json, write_json
+from replaceme.base.fingerprints import sha256_below
+from replaceme.base.progress import logger
 
 
 @contextmanager
-def held(path: Path, busy: Callable[[str], None]) -> Iterator[None]:
-    """Hold the lock of a file or folder during the block; its folder must exist.
+def locked(path: Path, busy: Callable[[], None]) -> Iterator[None]:
+    """Hold a lock during the block.
 
     Args:
-        path: the lock file, which is there only while the lock is held, as is its text (``path.txt``).
-        busy: called if another process holds the lock, with that process's command, number, host and begin. If it returns, the
-            call waits until the lock is free.
+        path: the lock file, which stays; its folder must exist.
+        busy: called if another process holds the lock. If it returns, the call waits until the lock is free.
     """
-    from filelock import FileLock, Timeout
-
-    lock, text = FileLock(path), path.with_name(f"{path.name}.txt")
+    lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        busy(_read(text))
+        busy()
         lock.acquire()
     try:
-        begun = time.strftime("%Y-%m-%d %H:%M")
-        with suppress(OSError):  # a full disk: the lock holds without its text
-            write_text(text, f"{Path(sys.argv[0]).name}, process {os.getpid()} on {platform.node()}, since {begun}")
         yield
     finally:
-        text.unlink(missing_ok=True)
-        # Processes that wait notice that the file is gone, and open a new one.
-        path.unlink(missing_ok=True)
         lock.release()
 
 
-def _read(text: Path) -> str:
+def build_once(path: Path, what: str, build: Callable[[], None], unchecked: Collection[str] = ()) -> bool:
+    """Build a file or folder that all runs use, unless it is there and unchanged. Other processes wait for the one that builds.
+
+    Its sums lie beside it, in ``NAME.sums.json``, which is written last.
+
+    Args:
+        path: the file or folder.
+        what: its name in messages.
+        build: writes it.
+        unchecked: files in the folder that may change.
+
+    Returns:
+        Whether this call has built it.
+    """
+    sums = path.with_name(f"{path.name}.sums.json")
+    if _is_unchanged(path, sums, unchecked):
+        return False
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path.with_name(f"{path.name}.lock"), lambda: logger.info("%s: waiting for another process", what)):
+        if _is_unchanged(path, sums, unchecked):
+            return False
+        if path.exists():
+            logger.warning("%s: %s is incomplete or was changed; it is made anew", what, path)
+        clear_partials((each for each in path.parent.iterdir() if each.name.startswith(f"{path.name}.")), own=True)
+        build()
+        write_json(sums, sha256_below(path))
+    return True
+
+
+def _is_unchanged(path: Path, sums: Path, unchecked: Collection[str]) -> bool:
     try:
-        return text.read_text(encoding="utf-8")
-    except OSError:
-        return "another process"
+        changed = read_json(sums).items() ^ sha256_below(path).items()
+    except (OSError, ValueError, AttributeError):  # one of the two is missing, or damaged
+        return False
+    return {name for name, _ in changed} <= {*unchecked}

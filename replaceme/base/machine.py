@@ -4,6 +4,7 @@ import os
 import platform
 import re
 import sys
+from functools import cache
 from pathlib import Path
 
 from replaceme.base.ranks import world_size
@@ -15,6 +16,7 @@ CPU_INFO = Path("/proc/cpuinfo")
 PACKAGES = ("torch", "transformers")
 
 
+@cache
 def processor() -> str:
     """Return the processor's name; its architecture where the system doesn't name it."""
     named = re.search(r"(?m)^model name\s*: (.+)$", CPU_INFO.read_text(encoding="utf-8")) if CPU_INFO.is_file() else None

@@ -1,17 +1,17 @@
-"""A stage of the pipeline: its function and the dependencies of its output. DVC and the console scripts run the same stages.
+"""A stage of the pipeline: its function and what its output depends on; and its run by DVC.
 
-Each file of ``replaceme.pipeline`` declares one stage. ``tests/pipeline`` checks them against dvc.yaml and the imports.
+Each file of ``replaceme.pipeline`` declares one stage. ``tests/pipeline`` checks them against dvc.yaml.
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NoReturn
 
 from replaceme.base.combinations import Methods
-from replaceme.base.cost import keep, measured
+from replaceme.base.cost import cost_measurement, keep_cost
 from replaceme.base.entry import PARAMS_FILE, run
 from replaceme.base.errors import ParameterError
-from replaceme.base.estimate import note, to_go
 from replaceme.base.files import clear_partials
 from replaceme.base.parameters import Params, read_params
 from replaceme.base.processes import in_processes, run_step
@@ -26,8 +26,6 @@ COMPRESSION = (*FIT, "export")
 # Judging the result is no part of the compression: it costs the same for every method.
 JUDGEMENT = ("baseline", "evaluate", "report")
 ORDER = (*COMPRESSION, *JUDGEMENT)
-# Those that take long; their times help to say how long a run will take.
-SCORED = ("baseline", "evaluate")
 
 # Parameters of every pass over the calibration text, and of every evaluation.
 PASS = ("batch_size", "dtype", "device", "device_map", "threads", "use_4bit", "trust_remote_code")
@@ -44,11 +42,11 @@ class Stage:
         params: the parameters that its output depends on.
         reads: the artifacts that it reads.
         writes: the artifact that it writes; None if it writes only metrics.
-        code: the rooms, or single files of them, that it loads, below ``replaceme/``; besides its own file.
         metrics: the metrics files that it writes.
         figures: the metrics files that it reads.
         methods: the methods that ``method`` may name; None for a stage that uses no method.
         shared: whether several processes share its passes, given what it reads; if not, one does them.
+        always: whether it runs even if nothing that it depends on changed.
     """
 
     name: str
@@ -56,54 +54,34 @@ class Stage:
     params: tuple[str, ...] = ()
     reads: tuple[Artifact, ...] = ()
     writes: Artifact | None = None
-    code: tuple[str, ...]
     metrics: tuple[str, ...] = ()
     figures: tuple[str, ...] = ()
     methods: Methods | None = None
     shared: Callable[[Params, Workspace], bool] = lambda params, work: False
+    always: bool = False
 
 
-def run_stage(stage: Stage) -> None:
-    """Run a stage on params.yaml in the current folder, and exit. The cost of a stage of the compression is kept.
+def run_stage(stage: Stage) -> NoReturn:
+    """Run a stage on params.yaml in the current folder, as DVC does, and exit."""
+    work = Workspace()
 
-    What killed stages left unfinished is cleared first.
-    """
-    place = Workspace()
-
-    def work() -> None:
-        for folder in (place.artifact(""), place.metric(stage.name).parent):
-            clear_partials(folder)
+    def start() -> None:
         params = pipeline_params(stage.methods)
         check_pipeline_params(params)
-        count = params.processes if params.processes > 1 and stage.shared(params, place) else 1
-        in_processes(count, lambda: alone(params), params.device)
+        count = params.processes if params.processes > 1 and stage.shared(params, work) else 1
+        in_processes(count, lambda: measure(params), params.device)
 
-    def alone(params: Params) -> None:
+    def measure(params: Params) -> None:
+        for folder in (work.artifact(""), work.metric("").parent):
+            clear_partials(folder.rglob("*"), own=True)
         if stage.name in ORDER:
             logger.info("stage %d of %d: %s", ORDER.index(stage.name) + 1, len(ORDER), stage.name)
-        with measured() as cost:
-            if words := still_to_go(stage.name, params, place):
-                logger.info(words)
-            run_step(stage, params, place)
-        if stage.name in ORDER:
-            note(stage.name, params, cost["seconds"])
-        if stage.name in (*COMPRESSION, *SCORED):
-            keep(stage.name, params, cost)
+        with cost_measurement() as cost:
+            run_step(stage, params, work)
+        if stage.name in COMPRESSION:
+            keep_cost(stage.name, params, cost)
 
-    sys.exit(run(work, debug="--debug" in sys.argv[1:]))
-
-
-def still_to_go(name: str, params: Params, work: Workspace, course: Sequence[str] = ORDER) -> str:
-    """Return how long a run will take from this stage on, in words; an empty text if that isn't known.
-
-    Args:
-        name: the stage that begins.
-        params: the run's.
-        work: its folder.
-        course: all stages of the run. The report takes seconds and is left out.
-    """
-    names = [each for each in course[course.index(name) :] if each != "report"] if name in course else []
-    return to_go(names, [each for each in names if each in COMPRESSION], params, work)
+    sys.exit(run(start, debug="--debug" in sys.argv[1:]))
 
 
 def pipeline_params(methods: Methods | None) -> Params:

@@ -6,6 +6,7 @@ everything.
 """
 
 from collections.abc import Iterable, Mapping
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 # Reading text and tokenizing it; passes, solvers and the saved model; scoring.
@@ -26,6 +27,7 @@ def listed(found: Mapping[str, str]) -> str:
     return ", ".join(f"{package} {found[package]}" for package in sorted(found))
 
 
+@cache
 def _version(package: str) -> str:
     try:
         return version(package)

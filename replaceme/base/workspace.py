@@ -1,12 +1,16 @@
-"""Paths of a run: the same names below any root, for the pipeline and for the console scripts."""
+"""Paths of a run: the same names below any root, with and without DVC; and which files at the place of a result are ours."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import overload
 
-from replaceme.base.files import PARTIAL
+from replaceme.base.errors import ResourceError
+from replaceme.base.files import PARTIAL, read_json, write_json
+from replaceme.base.fingerprints import sha256_below
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,10 @@ class Workspace:
     root: Path = Path()
     save_path: Path | None = None
 
-    # Fingerprints of the dense model's weights, config and code; of the tokenizer, the chat template and the generation config;
-    # of the dense model's card and licence; of the calibration text; and of the evaluation text.
+    # What is read from outside (folder). Fingerprints of the dense model's weights, config and code; of the tokenizer, the chat
+    # template and the generation config; of the dense model's card and licence; of the calibration text; and of the evaluation
+    # text.
+    inputs = _At("inputs")
     model_input = _At("inputs/model.json")
     tokenizer_input = _At("inputs/tokenizer.json")
     card_input = _At("inputs/card.json")
@@ -82,7 +88,7 @@ class Workspace:
 
     @classmethod
     def beside(cls, save_path: Path) -> Workspace:
-        """Return the paths of a console script's run, whose work folder lies beside its result."""
+        """Return the paths of a run without DVC, whose work folder lies beside its result."""
         return cls(save_path.with_name(f"{save_path.name}.work"), save_path)
 
     def path(self, artifact: Artifact) -> Path:
@@ -103,6 +109,31 @@ class Workspace:
         """Return the path of a metrics file."""
         return self.root / "metrics" / f"{name}.json"
 
-    def cost(self, name: str) -> Path:
-        """Return the path of the file with the cost of a console script's step."""
-        return self.artifact("cost") / f"{name}.json"
+    def record(self, stage: str) -> Path:
+        """Return the path of what a run without DVC records of a finished stage."""
+        return self.root / "stages" / f"{stage}.json"
+
+    def claim(self, sums: Iterable[str]) -> None:
+        """Record the sums (sha256) of files that are about to get their place in ``save_path``: they are this program's.
+
+        They are recorded before, so that a run that is killed meanwhile knows its own files. The pipeline's place is DVC's.
+        """
+        if self.save_path:
+            write_json(self._claims, sorted({*self._claimed(), *sums}))
+
+    def foreign_file(self) -> str | None:
+        """Return a file below ``save_path`` that this program did not write, or that was changed since; None without one."""
+        claimed = self._claimed()
+        links = (path.relative_to(self.model).as_posix() for path in self.model.rglob("*") if path.is_symlink())
+        changed = (name for name, digest in sha256_below(self.model).items() if digest not in claimed)
+        return next(chain(links, changed), None)
+
+    @property
+    def _claims(self) -> Path:
+        return self.root / "claims.json"
+
+    def _claimed(self) -> set[str]:
+        try:
+            return {*read_json(self._claims)}
+        except (ResourceError, ValueError):  # there is none, or a crash of the machine has damaged it
+            return set()

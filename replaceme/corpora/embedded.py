@@ -27,8 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from replaceme.base.files import cache_folder, write_text
+from replaceme.base.locks import build_once
 from replaceme.base.progress import progress
-from replaceme.base.shared import make_once
 from replaceme.corpora.corpus import Row
 from replaceme.models.packages import PackagedFile, fetched
 
@@ -81,7 +81,7 @@ def text_articles(name: str, split: str | None) -> list[Row]:
             rows = [{"text": row, "title": title} for title, row in text.extract(source)]
         write_text(cached, "".join(json.dumps(row) + "\n" for row in rows))
 
-    make_once(cached, name, make)
+    build_once(cached, name, make)
     lines = cached.read_text(encoding="utf-8").splitlines()
     parts = {split or text.splits[0]} if len(text.splits) > 1 else set(PARTS)
     return [row["text"] for row in map(json.loads, lines) if _split_of(row["title"]) in parts]

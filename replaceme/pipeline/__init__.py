@@ -1,4 +1,4 @@
-"""The stages, one file each: a stage reads artifacts, computes with the other rooms, and writes artifacts.
+"""The stages, one file each, and their run without DVC (``runner``, ``results``).
 
-It may import every other room.
+A stage reads artifacts, computes with the other rooms, and writes artifacts. It may import every other room.
 """

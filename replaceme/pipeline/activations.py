@@ -65,5 +65,4 @@ STAGE = Stage(
     reads=(Workspace.model_input, Workspace.documents, Workspace.plan, Workspace.model_versions),
     writes=Workspace.statistics,
     shared=lambda params, work: _is_shared(Plan.load(work.plan)),
-    code=("base", "models", "observers"),
 )

@@ -26,5 +26,4 @@ STAGE = Stage(
     reads=(Workspace.model_input, Workspace.tokenizer_input, Workspace.tasks_input, Workspace.score_versions),
     writes=Workspace.baseline,
     shared=lambda params, work: bool(params.tasks),
-    code=("base", "models", "corpora", "evaluation"),
 )

@@ -61,5 +61,4 @@ STAGE = Stage(
     ),
     reads=(Workspace.tokenizer_input, Workspace.dataset_input, Workspace.own_text, Workspace.text_versions),
     writes=Workspace.documents,
-    code=("base", "models", "corpora"),
 )  # fmt: skip

@@ -8,13 +8,12 @@ from collections.abc import Mapping
 from statistics import geometric_mean
 from typing import Any
 
-from replaceme.base.cost import Cost, kept, known
-from replaceme.base.estimate import load_of
+from replaceme.base.cost import Cost, kept_cost
 from replaceme.base.files import read_json, rounded, write_json
 from replaceme.base.parameters import Params
 from replaceme.base.plan import load_blocks
 from replaceme.base.progress import logger
-from replaceme.base.stage import COMPRESSION, SCORED, Stage
+from replaceme.base.stage import COMPRESSION, Stage
 from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import METHODS
 
@@ -32,23 +31,22 @@ def compression_figures(params: Params, work: Workspace) -> dict[str, Any]:
         if CUDA was used, ``peak_cuda_bytes`` (the largest of any stage); otherwise ``stages_not_measured`` (how many are not
         known).
     """
-    costs = {name: cost for name in COMPRESSION if (cost := _cost(name, params, work))}
+    costs = {name: cost for name in COMPRESSION if (cost := _cost_of(name, params, work))}
     seconds = {name: cost["seconds"] for name, cost in costs.items()}
-    figures: dict[str, Any] = {"stage_seconds": seconds} if seconds else {}
-    if machines := sorted({cost["machine"] for cost in costs.values() if "machine" in cost}):
-        figures["machines"] = machines
-    figures["trained"] = METHODS[params.method].trained or params.heal_epochs > 0
+    figures: dict[str, Any] = {"trained": METHODS[params.method].trained or params.heal_epochs > 0}
+    if costs:
+        figures |= {"stage_seconds": seconds, "machines": sorted({cost["machine"] for cost in costs.values()})}
     if missing := len(COMPRESSION) - len(costs):
         return figures | {"stages_not_measured": missing}
-    peaks = {key: found for key in PEAKS if (found := max(cost.get(key, 0) for cost in costs.values()))}
+    peaks = {key: peak for key in PEAKS if (peak := max(cost.get(key, 0) for cost in costs.values()))}
     return figures | {"seconds": rounded(sum(seconds.values()), 4), **peaks}
 
 
-def _cost(name: str, params: Params, work: Workspace) -> Cost | None:
-    try:
-        return known(kept(name, params) if work == Workspace() else work.cost(name))
-    except OSError:  # an output that DVC has not fetched
-        return None
+def _cost_of(name: str, params: Params, work: Workspace) -> Cost | None:
+    if work == Workspace():
+        return kept_cost(name, params)
+    record: dict[str, Cost] = read_json(work.record(name)) if work.record(name).is_file() else {}
+    return record.get("cost")
 
 
 def write_cost(params: Params, work: Workspace) -> None:
@@ -59,9 +57,7 @@ def write_cost(params: Params, work: Workspace) -> None:
     else:
         missing = [name for name in COMPRESSION if name not in figures.get("stage_seconds", {})]
         logger.info("cost: not known on this machine: %s", ", ".join(missing))
-    # With these, a first run on another machine can say how long it will take.
-    judgement = {name: cost["seconds"] for name in SCORED if (cost := _cost(name, params, work))}
-    write_json(work.metric("compression"), figures | {"settings": load_of(params), "judgement_seconds": judgement})
+    write_json(work.metric("compression"), figures)
 
 
 def summary_of(evaluation: Mapping[str, Any], removed_layers: int, cost: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,5 +106,4 @@ def write_figures(params: Params, work: Workspace) -> None:
     write_json(work.metric("summary"), summary_of(evaluation, sum(map(len, load_blocks(work.blocks))), cost))
 
 
-# It always runs, so its parameters and its code need no declaration.
-STAGE = Stage(name="cost", run=write_figures, code=(), methods=METHODS)
+STAGE = Stage(name="cost", run=write_figures, reads=(Workspace.blocks,), figures=("evaluation",), methods=METHODS, always=True)

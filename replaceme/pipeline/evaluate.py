@@ -61,5 +61,4 @@ STAGE = Stage(
     writes=Workspace.continuations,
     shared=lambda params, work: bool(params.tasks),
     metrics=("evaluation",),
-    code=("base", "models", "corpora", "evaluation"),
 )

@@ -1,6 +1,5 @@
 """export: save the pruned model as a Hugging Face folder, which gets its name only after verification."""
 
-from replaceme.base.claims import claim
 from replaceme.base.compute import give_back, use_processor
 from replaceme.base.documents import Documents
 from replaceme.base.files import new_folder, read_json, rounded, write_json, write_text
@@ -45,7 +44,7 @@ def export(params: Params, work: Workspace) -> None:
         pruned = Model(folder, folder.name, trust_remote_code=source.trust_remote_code or not plain)
         figures = verify_export(source, pruned, edits, Documents.load(work.documents), room)
         broken = broken_patterns(pruned.config(), source.family())
-        claim(work, sha256_below(folder))
+        work.claim(sha256_below(folder).values())
     if broken:
         logger.warning(
             "export: %s no longer follows the family's pattern: transformers and vLLM read it from the config, but programs "
@@ -78,9 +77,5 @@ STAGE = Stage(
     writes=Workspace.model,
     metrics=("export",),
     figures=("solve",),
-    code=(
-        "__init__.py", "base", "models", "corpora/sources.py", "edits", "selection/criteria.py",
-        "selection/blocks.py", "methods", "export",
-    ),
     methods=METHODS,
 )  # fmt: skip

@@ -41,5 +41,4 @@ STAGE = Stage(
         Workspace.model_versions,
     ),
     writes=Workspace.own_text,
-    code=("base", "models", "corpora"),
 )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from replaceme.base.files import PARTIAL, copy_content, new_folder, read_json, remove, rounded, write_json
+from replaceme.base.files import PARTIAL, copy_tree, new_folder, read_json, remove, rounded, write_json
 from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
 from replaceme.base.ranks import rank
@@ -31,7 +31,7 @@ def heal(params: Params, work: Workspace) -> None:
     if rank():
         return
     with new_folder(work.edits) as folder:
-        copy_content(work.repaired, folder)
+        copy_tree(work.repaired, folder)
         if params.heal_epochs:
             edits.save(folder)
             write_curves(folder, curves)
@@ -88,6 +88,5 @@ STAGE = Stage(
     reads=(Workspace.model_input, Workspace.documents, Workspace.plan, Workspace.repaired, Workspace.model_versions),
     writes=Workspace.edits,
     metrics=("heal",),
-    code=("base", "models", "observers", "edits", "training"),
     shared=lambda params, work: params.heal_epochs > 0,
 )

@@ -53,30 +53,20 @@ def inspect_inputs(params: Params, work: Workspace) -> None:
         ReplaceMeError: something is missing, unreachable or can't be pruned; the message lists all problems.
     """
     problems: list[ReplaceMeError] = []
-    content: dict[str, Any] = {}
+    content: dict[str, Any] = {
+        work.text_versions.name: versions(TEXT),
+        work.model_versions.name: versions((*MODEL, *(FOUR_BIT if params.use_4bit else ()))),
+        work.score_versions.name: versions(SCORES),
+    }
     with _collecting(problems):
         resolve_device(params.device)
         if params.use_4bit:
             need("bitsandbytes", "use_4bit")
     with _collecting(problems):
         model = find_model(params)
-        config, family = model.config(), model.family()
-        kind, positions = config.model_type, positions_of(config)
-        if params.max_length > positions:
-            raise ParameterError(f"max_length: must be at most the model's {positions} positions, not {params.max_length}.")
-        params = within_budget(params, model, criterion_of(params))
-        allowed_starts(params, layer_count(model), criterion_of(params))
-        check_model(params, model, family)
-        if family.detected:
-            check_cut(model.skeleton, config, family)
-            logger.warning(
-                "model_path: the family '%s' is not described; its layers (%s), attention (%s) and MLP (%s) were recognised by "
-                "their structure; profile and export will verify this on text",
-                kind, family.layers, family.attention_output, family.mlp_output,
-            )  # fmt: skip
-        check_weights(model)
+        checked = _check_model(params, model)
         if not problems:  # without a device, it isn't known how much is free
-            _log_needs(params, model)
+            _log_needs(checked, model)
         model.tokenizer()
         content[work.model_input.name] = identity(model)
         content[work.tokenizer_input.name] = identity(model, model.tokenizer_files())
@@ -90,19 +80,33 @@ def inspect_inputs(params: Params, work: Workspace) -> None:
         raise problems[0] if len(problems) == 1 else ReplaceMeError("\n".join(map(str, problems)))
     if (processors := os.cpu_count() or 1) > params.threads and resolve_device(params.device) == "cpu":
         logger.info("threads: %d of this machine's %d processors are used", params.threads, processors)
-    content[work.text_versions.name] = versions(TEXT)
-    content[work.model_versions.name] = versions((*MODEL, *(FOUR_BIT if params.use_4bit else ())))
-    content[work.score_versions.name] = versions(SCORES)
-    with new_folder(work.artifact("inputs")) as folder:
+    with new_folder(work.inputs) as folder:
         for name, entry in content.items():
             write_json(folder / name, entry)
+    tasks = ", ".join(content[work.tasks_input.name]) or "none"
     logger.info(
-        "inputs: model %s (%d layers), text %s, tasks %s",
-        model.name,
-        layer_count(model),
-        dataset_title(params.dataset),
-        ", ".join(content[work.tasks_input.name]) or "none",
+        "inputs: model %s (%d layers), text %s, tasks %s", model.name, layer_count(model), dataset_title(params.dataset), tasks
     )
+
+
+def _check_model(params: Params, model: Model) -> Params:
+    """Raise ReplaceMeError for a model that these settings can't prune; return them with the layers that a budget removes."""
+    config, family = model.config(), model.family()
+    kind, positions = config.model_type, positions_of(config)
+    if params.max_length > positions:
+        raise ParameterError(f"max_length: must be at most the model's {positions} positions, not {params.max_length}.")
+    params = within_budget(params, model, criterion_of(params))
+    allowed_starts(params, layer_count(model), criterion_of(params))
+    check_model(params, model, family)
+    if family.detected:
+        check_cut(model.skeleton, config, family)
+        logger.warning(
+            "model_path: the family '%s' is not described; its layers (%s), attention (%s) and MLP (%s) were recognised by "
+            "their structure; profile and export will verify this on text",
+            kind, family.layers, family.attention_output, family.mlp_output,
+        )  # fmt: skip
+    check_weights(model)
+    return params
 
 
 def _log_needs(params: Params, model: Model) -> None:
@@ -155,5 +159,4 @@ def _collecting(problems: list[ReplaceMeError]) -> Iterator[None]:
         problems.append(problem)
 
 
-# It always runs, so its parameters and its code need no declaration.
-STAGE = Stage(name="inputs", run=inspect_inputs, code=(), methods=METHODS)
+STAGE = Stage(name="inputs", run=inspect_inputs, writes=Workspace.inputs, methods=METHODS, always=True)

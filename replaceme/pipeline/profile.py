@@ -66,9 +66,4 @@ STAGE = Stage(
     reads=(Workspace.model_input, Workspace.documents, Workspace.model_versions),
     writes=Workspace.profile,
     shared=lambda params, work: True,
-    # Only some observers, so that a new statistic repeats no profile.
-    code=(
-        "base", "models", "observers/walk.py", "observers/sums.py", "observers/profile.py",
-        "observers/residuals.py", "observers/proof.py",
-    ),
 )  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any
 
 from replaceme.base.compute import resolve_device, use_processor
 from replaceme.base.documents import Documents
-from replaceme.base.files import copy_content, new_folder, read_json, remove, rounded, write_json, write_text
+from replaceme.base.files import copy_tree, new_folder, read_json, remove, rounded, write_json, write_text
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.parameters import Params
 from replaceme.base.plan import Plan
@@ -53,7 +53,7 @@ def repair(params: Params, work: Workspace) -> None:
     if rank():
         return
     with new_folder(work.repaired) as folder:
-        copy_content(work.solution, folder)
+        copy_tree(work.solution, folder)
         if method.fit_on_model:
             model, family = calibration_model(params, work.model_input, whole=needs_whole(params))
             if params.remove is not None:
@@ -122,10 +122,6 @@ STAGE = Stage(
     reads=(Workspace.model_input, Workspace.documents, Workspace.plan, Workspace.solution, Workspace.model_versions),
     writes=Workspace.repaired,
     metrics=("repair",),
-    code=(
-        "base", "models", "observers", "edits", "solvers", "training", "selection/criteria.py", "selection/blocks.py",
-        "selection/budget.py", "methods", "repair",
-    ),
     methods=METHODS,
     shared=lambda params, work: _is_shared(params, Plan.load(work.plan)),
 )  # fmt: skip

@@ -106,10 +106,5 @@ STAGE = Stage(
     ),
     writes=Workspace.report,
     figures=("select", "solve", "repair", "heal", "export", "evaluation"),
-    code=(
-        "base", "models", "edits", "selection/criteria.py", "selection/blocks.py", "methods", "export/card.py",
-        "export/transformers4.py",
-        "evaluation", "report",
-    ),
     methods=METHODS,
 )  # fmt: skip

@@ -72,7 +72,6 @@ STAGE = Stage(
     reads=(Workspace.profile, Workspace.model_input, Workspace.documents, Workspace.model_versions),
     writes=Workspace.blocks,
     metrics=("select",),
-    code=("base", "models", "observers", "edits", "solvers", "selection", "methods"),
     methods=METHODS,
     shared=lambda params, work: criterion_of(params).shared or METHODS[params.method].surrogate(params) == "scalar",
 )  # fmt: skip

@@ -70,6 +70,5 @@ STAGE = Stage(
     reads=(Workspace.plan, Workspace.statistics, Workspace.model_versions),
     writes=Workspace.solution,
     metrics=("solve",),
-    code=("base", "models", "observers", "edits", "solvers", "selection/criteria.py", "selection/blocks.py", "methods"),
     methods=METHODS,
 )

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from replaceme.base.errors import ResourceError, resource_failure
-from replaceme.base.files import clear_partials, new_folder, read_json, remove, write_json
+from replaceme.base.files import new_folder, read_json, remove, write_json
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.group import all_gather, shard
 from replaceme.base.progress import logger
@@ -40,7 +40,6 @@ class Checkpoints:
 
     def __init__(self, folder: Path, key: str):
         self.folder, self.key, self.pace = folder, key, Pace()
-        clear_partials(folder)
 
     def offer(self, state: State, finished: int) -> None:
         """Write a checkpoint after ``finished`` layers, if the last one is old enough. A full disk is no error."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from replaceme.base.compute import kind_of
 from replaceme.base.errors import ResourceError
 from replaceme.base.files import PARTIAL, new_folder, read_json, write_json
-from replaceme.base.fingerprints import sha256_of_code
+from replaceme.base.fingerprints import code_digest
 from replaceme.base.versions import FOUR_BIT, MODEL, versions
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
@@ -52,7 +52,7 @@ class Pace:
 
 def made_with(device: str) -> dict[str, Any]:
     """Return the code, the packages and the kind of device: steps of others would not belong together."""
-    return {"code": sha256_of_code(), "versions": versions((*MODEL, *FOUR_BIT)), "device": kind_of(device)}
+    return {"code": code_digest(), "versions": versions((*MODEL, *FOUR_BIT)), "device": kind_of(device)}
 
 
 def checkpoints_in(folder: Path) -> Path:

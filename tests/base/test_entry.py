@@ -1,5 +1,6 @@
 """Messages and exit codes; and settings that must precede the import of torch, whose fake prints the environment it finds."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
 from replaceme.base.entry import run
 from replaceme.base.errors import SENTENCE_CHARACTERS, ModelError, ParameterError, excerpt, shown
@@ -27,35 +29,53 @@ def test_threads_wait_without_spinning_unless_the_user_says_so(command: list[str
     assert (done.returncode, done.stdout) == (7, chosen or "PASSIVE"), done.stderr
 
 
-def failing(error: Exception) -> int:
+def failing(error: BaseException, debug: bool = False) -> int:
     def fail() -> None:
         raise error
 
-    return run(fail)
+    return run(fail, debug)
 
 
-def test_a_message_is_cut_in_its_middle_and_keeps_what_would_be_right(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (ParameterError(["alpha: is\x0bwrong.", "seed: too."]), 2, "error: alpha: is wrong.\nerror: seed: too.\n"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "error: the disk is full"),
+        (OSError(errno.EFBIG, os.strerror(errno.EFBIG)), 2, "error: a file grew beyond what its file system"),
+        (SafetensorError("I/O error: File too large (os error 27)"), 2, "error: a file grew beyond what its file system"),
+        (MemoryError(), 2, "error: memory ran out; lower batch_size"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 2, "error: memory ran out; lower batch_size"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x/y"), 2, "error: /x/y: Permission denied."),
+        (KeyboardInterrupt(), 130, "interrupted; finished stages are kept"),
+        (KeyError("a\n" * 10_000), 1, "error: unexpected KeyError: "),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_errors_end_in_a_sentence_and_an_exit_code(
+    error: BaseException, code: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert failing(error) == code
+    message = capsys.readouterr().err
+    assert message.startswith(said)
+    assert "Traceback" not in message
+    assert message.count("\n") == said.count("error: ") or code == 130
+
+
+def test_debug_shows_the_traceback_and_keeps_the_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
+    assert failing(ParameterError("a: is wrong."), debug=True) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_long_message_is_cut_in_its_middle_and_of_many_the_first_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert failing(ModelError(f"model_path: there is no folder {'x' * 10_000}; give a folder.")) == 2
     said = capsys.readouterr().err.removeprefix("error: ").removesuffix("\n")
     assert len(said) == SENTENCE_CHARACTERS
     assert said.startswith("model_path: there is no folder xxx")
     assert said.endswith("xxx; give a folder.")
-
-
-def test_each_problem_of_a_list_has_its_line_and_an_unknown_error_only_one(capsys: pytest.CaptureFixture[str]) -> None:
-    assert failing(ParameterError(["alpha: is\x0bwrong.", "seed: too."])) == 2
-    assert capsys.readouterr().err == "error: alpha: is wrong.\nerror: seed: too.\n"
-    assert failing(KeyError("a\n" * 10_000)) == 1
-    (said,) = capsys.readouterr().err.splitlines()
-    assert said.startswith("error: unexpected KeyError: ")
-    assert said.endswith("(run with --debug, or REPLACEME_DEBUG=1, for the traceback).")
-
-
-def test_of_a_long_list_of_problems_the_first_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert failing(ParameterError([f"k{number}: is not a parameter." for number in range(2000)])) == 2
-    said = capsys.readouterr().err.splitlines()
-    assert said[0] == "error: k0: is not a parameter."
-    assert said[19:] == ["error: k19: is not a parameter.", "(1980 more problems are not shown)"]
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "error: k0: is not a parameter."
+    assert lines[19:] == ["error: k19: is not a parameter.", "(1980 more problems are not shown)"]
 
 
 @given(st.text(), st.integers(10, 100))

@@ -2,12 +2,10 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
 
 from replaceme.base.compute import kind_of
-from replaceme.base.fingerprints import sha256_of_code
 from replaceme.base.versions import listed, versions
 
 
@@ -29,16 +27,3 @@ def test_no_package_is_imported_for_its_version() -> None:
 def test_the_kind_of_a_processor_has_its_vectors() -> None:
     assert kind_of("cpu").endswith(torch.backends.cpu.get_cpu_capability())
     assert kind_of("cpu") == kind_of("cpu") != torch.backends.cpu.get_cpu_capability()
-
-
-def test_a_changed_code_file_changes_the_sums_of_the_code_and_no_other_file_does(tmp_path: Path) -> None:
-    (tmp_path / "room").mkdir()
-    for name in ("room/a.py", "page.html", "notes.txt"):
-        (tmp_path / name).write_text("before", encoding="utf-8")
-    before = sha256_of_code(tmp_path)
-    assert before.keys() == {"room/a.py", "page.html"}
-    (tmp_path / "notes.txt").write_text("after", encoding="utf-8")
-    assert sha256_of_code(tmp_path) == before
-    (tmp_path / "room" / "a.py").write_text("after", encoding="utf-8")
-    assert sha256_of_code(tmp_path) != before
-    assert "training/training.py" in sha256_of_code()

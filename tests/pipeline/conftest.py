@@ -1,15 +1,23 @@
-"""Fixtures of the pipeline's tests: one real run of it in a copy of the repository, and a hub that records what it is asked."""
+"""Fixtures of the pipeline's tests: a real run by DVC in a copy of the repository, one without DVC, and a hub that records
+what it is asked.
+"""
 
+import io
 import json
+import shutil
 from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from benchmarks.stand import copy_code, set_params
+from replaceme import commands
 from replaceme.models import hub
 from replaceme.models.model import Model
 from tests.conftest import made_text
+from tests.helpers import FAST, call
 from tests.pipeline.helpers import TOKEN, Hub, shell
 
 # A sitecustomize that records which files of the library a stage has loaded, when its process ends.
@@ -65,6 +73,66 @@ def made_project(folder: Path, tiny: Model) -> Path:
     shell(folder, "git", "config", "user.name", "tester")
     shell(folder, "git", "config", "user.email", "tester@example.org")
     return folder
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished run without DVC, with published keys only, scored on its calibration text and on another text.
+
+    Attributes:
+        folder: holds ``config.yaml``, the texts, and the run's result in ``result``. Only copies are changed.
+        printed: what the run printed.
+        said: what it said on standard error.
+    """
+
+    folder: Path
+    printed: str
+    said: str
+
+    @property
+    def result(self) -> Path:
+        return self.folder / "result"
+
+    @property
+    def work(self) -> Path:
+        return self.folder / "result.work"
+
+    def copy(self, folder: Path) -> "Finished":
+        """Copy the result and its work folder; a run there goes on with them."""
+        for source in (self.result, self.work):
+            shutil.copytree(source, folder / source.name)
+        return Finished(folder, self.printed, self.said)
+
+    def arguments(self) -> list[str | Path]:
+        """Return the arguments of the run, in this folder."""
+        return ["--save_path", self.result, *FAST]
+
+
+@pytest.fixture(scope="session")
+def config(tmp_path_factory: pytest.TempPathFactory, tiny: Model) -> Path:
+    """A config of published keys, beside its texts."""
+    folder = tmp_path_factory.mktemp("published")
+    for name, seed in (("text.txt", 0), ("other.txt", 9)):
+        (folder / name).write_text(made_text(600 if not seed else 40, seed), encoding="utf-8")
+    (folder / "config.yaml").write_text(
+        f"method: lstsq\nmodel_path: {tiny.folder}\ndataset: {folder / 'text.txt'}\ndataset_column: text\nbatch_size: 8\n"
+        "max_length: 48\nuse_4bit: false\nlayers_to_skip: 2\nmin_distance_layer: 2\nmerge_consecutive: true\nalpha: 0.1\n"
+        f"num_A: 1\nsave_path: {folder / 'result'}\nsave_transform_only: false\n"
+        f"tasks: {{{folder / 'text.txt'}: {{fewshots: 0}}, {folder / 'other.txt'}: {{fewshots: 0}}}}\n",
+        encoding="utf-8",
+    )
+    return folder / "config.yaml"
+
+
+@pytest.fixture(scope="session")
+def finished(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """A finished run, started from an empty folder."""
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+        patch.setenv("REPLACEME_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        patch.chdir(tmp_path_factory.mktemp("empty"))
+        call(commands.run_replaceme, "--config", config, *FAST)
+        assert not list(Path().iterdir())
+    return Finished(config.parent, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture

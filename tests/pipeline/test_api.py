@@ -33,8 +33,11 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.chdir(tmp_path / "empty")
 
 
-def test_a_folder_and_a_list_of_texts_give_a_model_and_its_figures(tiny: Model, text_file: Path, tmp_path: Path) -> None:
-    pruned = replaceme.prune(tiny.folder, TEXTS, layers=2, save_path=tmp_path / "r", tasks=[str(text_file)], **SMALL)
+def test_a_list_of_texts_gives_a_model_and_its_figures_and_a_second_call_repeats_what_changed(
+    tiny: Model, text_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    given: dict[str, Any] = {**SMALL, "tasks": [str(text_file)]}
+    pruned = replaceme.prune(tiny.folder, TEXTS, layers=2, save_path=tmp_path / "r", **given)
     assert pruned.path == tmp_path / "r"
     assert len(pruned.removed_layers) == 2
     model, tokenizer = pruned.model(dtype=torch.float32), pruned.tokenizer()
@@ -50,38 +53,31 @@ def test_a_folder_and_a_list_of_texts_give_a_model_and_its_figures(tiny: Model, 
     card = (pruned.path / "README.md").read_text(encoding="utf-8")
     assert "texts.jsonl" in card
     assert str(tmp_path) not in card
-
-
-def test_a_second_call_repeats_only_what_its_settings_change(
-    tiny: Model, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    given: dict[str, Any] = {**SMALL, "transform": "dense", "repair": False, "tasks": []}
-    first = replaceme.prune(tiny.folder, TEXTS, 2, tmp_path / "r", **given)
-    assert (first.scores, first.report) == ({}, None)
     with caplog.at_level("INFO", "replaceme"):
-        replaceme.prune(tiny.folder, TEXTS, 2, tmp_path / "r", **{**given, "alpha": 10.0})
+        again = replaceme.prune(tiny.folder, TEXTS, 2, tmp_path / "r", **{**given, "alpha": 10.0, "tasks": []})
+    assert (again.scores, again.report) == ({}, None)
     unchanged = [line.split(":")[0] for line in caplog.messages if "unchanged since" in line]
-    assert unchanged[:3] == [*ANALYSIS]
-    assert "activations" in unchanged
-    assert "solve" not in unchanged
+    assert unchanged == [*ANALYSIS, "select", "plan", "activations"]
 
 
-def test_it_is_the_commands_work(tiny: Model, text_file: Path, tmp_path: Path) -> None:
-    pruned = replaceme.prune(tiny.folder, text_file, 2, tmp_path / "a", preset="published", tasks=[], **SMALL)
+@pytest.mark.parametrize("kind", ["a folder", "a loaded model"])
+def test_it_is_the_commands_work_and_leaves_a_loaded_model_as_it_was(
+    kind: str, tiny: Model, text_file: Path, tmp_path: Path
+) -> None:
     arguments = ["--model", tiny.folder, "--dataset", text_file, "--layers", "2", *FAST, "--tasks", "[]", "--device", "cpu"]
-    call(commands.run_replaceme, *arguments, "--save_path", tmp_path / "b")
-    assert sha256_below(pruned.path) == sha256_below(tmp_path / "b")
-
-
-def test_a_loaded_model_is_pruned_as_its_folder_is_and_left_as_it_was(tiny: Model, tmp_path: Path) -> None:
+    call(commands.run_replaceme, *arguments, "--save_path", tmp_path / "a")
+    given: dict[str, Any] = {**SMALL, "texts": text_file, "layers": 2, "save_path": tmp_path / "b", "preset": "published"}
+    if kind == "a folder":
+        replaceme.prune(tiny.folder, **given, tasks=[])
+        assert sha256_below(tmp_path / "b") == sha256_below(tmp_path / "a")
+        return
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny.folder), AutoTokenizer.from_pretrained(tiny.folder)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    given: dict[str, Any] = {**SMALL, "transform": "dense", "tasks": []}
-    loaded = replaceme.prune(model, TEXTS, 2, tmp_path / "a", tokenizer=tokenizer, **given)
-    saved = replaceme.prune(tiny.folder, TEXTS, 2, tmp_path / "b", **given)
-    weights = "model.safetensors"
-    assert (loaded.path / weights).read_bytes() == (saved.path / weights).read_bytes()
+    with pytest.raises(ValueError, match="tokenizer: is missing"):
+        replaceme.prune(model, **given)
+    replaceme.prune(model, **given, tokenizer=tokenizer, tasks=[])
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    assert sha256_below(tmp_path / "b" / "model.safetensors") == sha256_below(tmp_path / "a" / "model.safetensors")
 
 
 def test_a_model_that_is_pruned_again_is_known_by_the_text_of_both(tiny: Model, tmp_path: Path) -> None:
@@ -91,6 +87,8 @@ def test_a_model_that_is_pruned_again_is_known_by_the_text_of_both(tiny: Model, 
     for number, (model, tokenizer) in enumerate([(once.path, None), (once.model(), once.tokenizer())]):
         twice = replaceme.prune(model, TEXTS, 1, tmp_path / f"twice-{number}", tokenizer=tokenizer, **given)
         assert [source.name for source, _ in read_record(twice.path)] == ["texts.jsonl", "first.txt"]
+    with pytest.raises(ValueError, match="is the model that is to be pruned"):
+        replaceme.prune(once.path, TEXTS, 1, once.path, **given)
 
 
 def test_without_texts_the_model_writes_them(tiny: Model, tmp_path: Path) -> None:
@@ -116,11 +114,6 @@ def test_a_mistake_is_a_value_error_that_says_what_would_be_right(given: dict[st
     with pytest.raises(ValueError, match=re.escape(said)):
         replaceme.prune(**{"model": tiny.folder, "texts": ["a"], **given})
     assert not list(Path().iterdir())
-
-
-def test_a_loaded_model_needs_its_tokenizer(tiny: Model) -> None:
-    with pytest.raises(ValueError, match="tokenizer: is missing"):
-        replaceme.prune(AutoModelForCausalLM.from_pretrained(tiny.folder), TEXTS)
 
 
 def test_importing_the_package_loads_nothing_of_it() -> None:

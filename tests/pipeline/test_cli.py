@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file
 
 import replaceme
-from replaceme import cli, commands, steps
+from replaceme import cli, commands
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.published import RECOMMENDED
 from replaceme.base.stage import ORDER
@@ -22,6 +22,7 @@ from replaceme.commands import GROUPS
 from replaceme.methods.registry import FIELDS, METHODS
 from replaceme.models.model import Model
 from replaceme.pipeline import evaluate, profile
+from replaceme.pipeline.runner import STAGES
 from tests.conftest import LAYERS, UNDESCRIBED, made_text, made_tokenizer
 from tests.helpers import FAST, call
 from tests.pipeline.closure import ROOT
@@ -97,11 +98,11 @@ def test_all_options_are_those_that_the_command_uses(name: str, capsys: pytest.C
 def test_the_options_are_those_that_the_stages_use() -> None:
     inputs = {"model_path", "revision", "dataset", "dataset_revision"}
     # A result doesn't depend on ``memory``, and on ``processes`` only by the order of sums, so they are parameters of no stage.
-    stages = {key for stage in steps.STAGES.values() for key in stage.params}
+    stages = {key for stage in STAGES.values() for key in stage.params}
     assert set(COMMANDS["prune"].keys) == stages | {"memory", "processes", "save_path"}
     scored = set(evaluate.STAGE.params) - {"dataset_config", "dataset_split"}
     assert set(COMMANDS["evaluate"].keys) == scored | {"memory", "model_path", "revision", "save_path"}
-    analysed = {key for name in ("generate", "calibrate", "profile") for key in steps.STAGES[name].params} | inputs
+    analysed = {key for name in ("generate", "calibrate", "profile") for key in STAGES[name].params} | inputs
     assert set(COMMANDS["profile"].keys) == analysed | {
         "min_distance_layer", "max_distance_layer", "memory", "processes", "save_path",
     }  # fmt: skip

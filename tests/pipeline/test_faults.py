@@ -57,7 +57,7 @@ def test_a_try_that_ends_first_is_reported_with_its_code_and_its_operations(tmp_
         (lambda place: (place / "pruned/model.safetensors").unlink(), "missing: place/pruned/model.safetensors"),
         (lambda place: (place / "pruned.7.partial").touch(), "left behind: place/pruned.7.partial"),
         (lambda place: (place / "empty").mkdir(), "left behind: place/empty/"),
-        (lambda place: (place / "pruned.work/cost/solve.json").write_text("2 s"), ""),
+        (lambda place: (place / "pruned.work/stages/solve.json").write_text("2 s"), ""),
     ],
 )
 def test_flipped_missing_and_left_files_are_seen_and_times_are_not(
@@ -65,7 +65,7 @@ def test_flipped_missing_and_left_files_are_seen_and_times_are_not(
 ) -> None:
     stand = Stand(tmp_path, tmp_path)
     stand.clear()
-    for name in ("pruned/config.json", "pruned/model.safetensors", "pruned.work/cost/solve.json"):
+    for name in ("pruned/config.json", "pruned/model.safetensors", "pruned.work/stages/solve.json"):
         (stand.place / name).parent.mkdir(parents=True, exist_ok=True)
         (stand.place / name).write_bytes(b"\0")
     right = stand.content()

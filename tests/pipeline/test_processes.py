@@ -33,8 +33,8 @@ from replaceme.edits.edits import Edits
 from replaceme.methods.registry import METHODS
 from replaceme.models.model import Model
 from replaceme.pipeline.inputs import inspect_inputs
+from replaceme.pipeline.runner import run_stages
 from replaceme.repair import mend
-from replaceme.steps import run_steps
 from tests.conftest import WIDTH, made_text
 from tests.interruption import InterruptedRunError, counted, stop_at
 from tests.pipeline.closure import ROOT
@@ -45,7 +45,7 @@ DEFAULT = {key: RECOMMENDED[key] for key in ("selection", "transform", "repair")
 
 def _fitted(params: Params, work: Workspace) -> list[str]:
     ran: list[str] = []
-    in_processes(2, lambda: ran.extend(run_steps(params, work, FIT)))
+    in_processes(2, lambda: ran.extend(run_stages(params, work, FIT)))
     return ran
 
 
@@ -61,14 +61,14 @@ def _repaired(params: Params, work: Workspace, stop: int | None) -> list[int]:
             raise InterruptedRunError
 
     with mock.patch.object(mend.State, "walk_dense", noting), suppress(InterruptedRunError):
-        in_processes(2, lambda: run_steps(params, work, ["repair"]))
+        in_processes(2, lambda: run_stages(params, work, ["repair"]))
     return begun
 
 
 def _healed(params: Params, work: Workspace, stop: int | None) -> list[int]:
     """Heal in two processes; return the steps that this one has taken. All stop after ``stop`` of them."""
     with counted(stop_at(-1 if stop is None else stop)) as steps, suppress(InterruptedRunError):
-        in_processes(2, lambda: run_steps(params, work, ["heal"]))
+        in_processes(2, lambda: run_stages(params, work, ["heal"]))
     return steps
 
 
@@ -97,7 +97,7 @@ def test_two_processes_find_what_one_finds(setting: dict[str, Any], params: Para
     one, two = Workspace(tmp_path / "one"), Workspace(tmp_path / "two")
     for work in (one, two):
         inspect_inputs(params, work)
-    run_steps(params, one, FIT)
+    run_stages(params, one, FIT)
     # The second process only serves the first one.
     assert in_ranks(2, partial(_fitted, params, two), tmp_path) == [[*FIT], []]
     assert load_blocks(one.blocks) == load_blocks(two.blocks)
@@ -128,7 +128,7 @@ def test_a_shared_repair_goes_on_at_its_last_checkpoint_to_the_same_bits(params:
     whole, work = Workspace(tmp_path / "whole"), Workspace(tmp_path / "run")
     for place in (whole, work):
         inspect_inputs(params, place)
-        run_steps(params, place, FIT[: FIT.index("repair")])
+        run_stages(params, place, FIT[: FIT.index("repair")])
     layers, others = in_ranks(2, partial(_repaired, params, whole, None), tmp_path)
     assert layers == others
     *finished, last = layers
@@ -148,7 +148,7 @@ def test_a_shared_repair_goes_on_at_its_last_checkpoint_to_the_same_bits(params:
 def test_a_checkpoint_of_a_shared_repair_counts_if_all_processes_have_it(params: Params, tmp_path: Path) -> None:
     params, work = Params.model_validate({**dict(params), **DEFAULT, "batch_size": 3}), Workspace(tmp_path / "run")
     inspect_inputs(params, work)
-    run_steps(params, work, FIT[: FIT.index("repair")])
+    run_stages(params, work, FIT[: FIT.index("repair")])
     layers, _ = in_ranks(2, partial(_repaired, params, work, 5), tmp_path)
     place = work.unfinished("repairing") / f"{len(layers) - 1}-1-of-2"
     (place / "dense").write_bytes(b"")
@@ -163,7 +163,7 @@ def test_a_shared_healing_goes_on_at_its_last_checkpoint_to_the_same_bits(params
     params, whole, work = Params.model_validate({**dict(params), **settings}), *map(Workspace, (tmp_path / "a", tmp_path / "b"))
     for place in (whole, work):
         inspect_inputs(params, place)
-        run_steps(params, place, FIT[:-1])
+        run_stages(params, place, FIT[:-1])
     steps, others = in_ranks(2, partial(_healed, params, whole, None), tmp_path)
     assert steps == others
     assert in_ranks(2, partial(_healed, params, work, 3), tmp_path) == [steps[:3], steps[:3]]
@@ -174,7 +174,7 @@ def test_a_shared_healing_goes_on_at_its_last_checkpoint_to_the_same_bits(params
 def test_a_stage_starts_processes(params: Params, tmp_path: Path) -> None:
     work = Workspace(tmp_path)
     inspect_inputs(params, work)
-    run_steps(params, work, ["generate", "calibrate"])
+    run_stages(params, work, ["generate", "calibrate"])
     # YAML includes JSON.
     write_json(tmp_path / "params.yaml", json.loads(params.model_dump_json(exclude={"tasks"})) | {"processes": 2})
     command = [sys.executable, "-m", "stages.profile"]
@@ -184,7 +184,7 @@ def test_a_stage_starts_processes(params: Params, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("stage 3 of 13: profile\nprofile: shared by 2 processes\n") == 1
     found = read_json(work.profile / "profile.json")
-    run_steps(params, work, ["profile"])
+    run_stages(params, work, ["profile"])
     assert _numbers(found) == pytest.approx(_numbers(read_json(work.profile / "profile.json")), rel=1e-6, abs=1e-9)
 
 
@@ -202,9 +202,9 @@ def test_two_processes_give_the_scores_of_one(
     for work in (one, two):
         monkeypatch.setenv("REPLACEME_CACHE", str(work.root / "cache"))
         inspect_inputs(params, work)
-        run_steps(params, work, COMPRESSION)
+        run_stages(params, work, COMPRESSION)
     monkeypatch.setenv("REPLACEME_CACHE", str(one.root / "cache"))
-    run_steps(params, one, JUDGEMENT[:2])
+    run_stages(params, one, JUDGEMENT[:2])
     table = capfd.readouterr().out
     monkeypatch.setenv("REPLACEME_CACHE", str(two.root / "cache"))
     assert in_ranks(2, partial(_scored, params, two), tmp_path) == [[*JUDGEMENT[:2]], []]
@@ -216,7 +216,7 @@ def test_two_processes_give_the_scores_of_one(
 
 def _scored(params: Params, work: Workspace) -> list[str]:
     ran: list[str] = []
-    in_processes(2, lambda: ran.extend(run_steps(params, work, JUDGEMENT[:2])))
+    in_processes(2, lambda: ran.extend(run_stages(params, work, JUDGEMENT[:2])))
     return ran
 
 

@@ -8,12 +8,12 @@ import pytest
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 
-from replaceme import commands
 from replaceme.export.save import save_pruned
 from replaceme.models import hub
 from replaceme.models.model import TEXT_RECORD, Model
 from replaceme.publish import push_to_hub
-from tests.helpers import FAST, call, edits_for
+from tests.helpers import call, edits_for
+from tests.pipeline.conftest import Finished
 from tests.pipeline.helpers import TOKEN, Hub
 
 
@@ -34,9 +34,7 @@ def test_the_models_files_and_nothing_else_are_put_there_in_one_commit(
 ) -> None:
     call(push_to_hub, "--repo_id", "me/small", "--save_path", pruned)
     assert api.made == [("me/small", None)]
-    assert api.files.keys() == {path.name for path in pruned.iterdir()} - {"diary.txt"}
-    for name, content in api.files.items():
-        assert content == (pruned / name).read_bytes()
+    assert api.files == {path.name: path.read_bytes() for path in pruned.iterdir() if path.name != "diary.txt"}
     assert "https://hub.example/me/small" in capsys.readouterr().err
 
 
@@ -127,9 +125,8 @@ def test_a_hub_that_refuses_is_one_sentence(
     assert said in capsys.readouterr().err
 
 
-def test_what_a_console_script_made_goes_with_its_scores(tiny: Model, text_file: Path, tmp_path: Path, api: Hub) -> None:
-    arguments = ["--model", tiny.folder, "--dataset", text_file, "--layers", "2", "--tasks", text_file, "--eval_tokens", "600"]
-    call(commands.run_replaceme, *arguments, *FAST, "--save_path", tmp_path / "result")
-    call(push_to_hub, "--repo_id", "me/small", "--save_path", tmp_path / "result")
-    (result,) = ModelCard(api.files["README.md"].decode()).data.eval_results
-    assert (result.dataset_name, result.metric_type) == ("text (seen in calibration)", "perplexity")
+def test_what_a_command_made_goes_with_its_scores(finished: Finished, api: Hub) -> None:
+    call(push_to_hub, "--repo_id", "me/small", "--save_path", finished.result)
+    scores = ModelCard(api.files["README.md"].decode()).data.eval_results
+    assert {each.dataset_name for each in scores} == {"text (seen in calibration)", "other"}
+    assert {each.metric_type for each in scores} == {"perplexity"}

@@ -18,8 +18,7 @@ ORDER = [
 ]  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 FRONT_DOOR = {
-    "actions.py", "api.py", "cli.py", "commands.py", "experiments.py", "places.py", "publish.py",
-    "reference.py", "speed.py", "steps.py",
+    "actions.py", "api.py", "cli.py", "commands.py", "experiments.py", "publish.py", "reference.py", "speed.py",
 }  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))

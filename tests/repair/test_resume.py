@@ -1,7 +1,6 @@
 """An interrupted repair goes on after its last checkpoint, and ends with the same bits."""
 
 import errno
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from replaceme.base.files import partial_suffix, read_json
+from replaceme.base.files import read_json
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.parameters import Params
 from replaceme.base.plan import Block
@@ -30,7 +29,7 @@ from replaceme.repair import mend
 from replaceme.repair.resume import Checkpoints
 from tests.conftest import made_model
 from tests.helpers import many_documents
-from tests.interruption import InterruptedRunError, ended_process
+from tests.interruption import InterruptedRunError
 from tests.methods.helpers import BLOCK, solved
 
 SETTINGS: dict[str, tuple[tuple[Block, ...], dict[str, Any]]] = {
@@ -166,10 +165,3 @@ def test_the_stage_goes_on_and_removes_the_checkpoint(
     assert sha256_below(work.repaired) == wanted
     assert read_json(work.metric("repair")) == figures
     assert not [path for path in work.repaired.parent.iterdir() if "partial" in path.name]
-
-
-def test_what_an_ended_process_left_of_a_checkpoint_is_cleared(tmp_path: Path) -> None:
-    left = tmp_path / f"1-0-of-1{partial_suffix().replace(str(os.getpid()), str(ended_process()), 1)}"
-    left.mkdir()
-    Checkpoints(tmp_path, "key")
-    assert not left.exists()

@@ -345,7 +345,7 @@ def test_everything_that_a_healing_depends_on_changes_the_key(
         heal(params.model_copy(update=settings), work)
     elsewhere: list[tuple[str, Any]] = [
         ("replaceme.training.healing.SHARE", 0.25),
-        ("replaceme.training.checkpoints.sha256_of_code", lambda: {"training.py": "another"}),
+        ("replaceme.training.checkpoints.code_digest", lambda: "another"),
         ("replaceme.base.versions.version", lambda package: "99.1"),
         ("replaceme.training.checkpoints.kind_of", lambda device: f"another {device}"),
     ]

@@ -12,8 +12,8 @@ from replaceme.base.parameters import read_params
 from replaceme.export.card import SETTINGS
 from replaceme.methods.registry import METHODS, has_effect, read_by
 from replaceme.models.model import Model
+from replaceme.pipeline.runner import STAGES
 from replaceme.reference import reference
-from replaceme.steps import STAGES
 from tests.helpers import FAST, call
 
 

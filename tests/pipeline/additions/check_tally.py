@@ -10,7 +10,7 @@ from replaceme.base.files import read_json
 from replaceme.base.parameters import Params
 from replaceme.base.plan import Block, Plan
 from replaceme.base.workspace import Workspace
-from replaceme.steps import run_steps
+from replaceme.pipeline.runner import run_stages
 from tests.pipeline.closure import ROOT
 from tests.pipeline.helpers import shell
 
@@ -18,11 +18,11 @@ from tests.pipeline.helpers import shell
 def test_it_runs_once_and_again_when_its_parameter_changes(params: Params, tmp_path: Path) -> None:
     work = Workspace(tmp_path)
     Plan((Block(2, 4),), ()).save(work.plan)
-    assert run_steps(params, work, ["tally"]) == ["tally"]
+    assert run_stages(params, work, ["tally"]) == ["tally"]
     assert read_json(work.metric("tally")) == {"blocks": 1, "seed": 42}
-    assert run_steps(params, work, ["tally"]) == []
-    assert run_steps(params.model_copy(update={"alpha": 1.0}), work, ["tally"]) == []
-    assert run_steps(params.model_copy(update={"seed": 1}), work, ["tally"]) == ["tally"]
+    assert run_stages(params, work, ["tally"]) == []
+    assert run_stages(params.model_copy(update={"alpha": 1.0}), work, ["tally"]) == []
+    assert run_stages(params.model_copy(update={"seed": 1}), work, ["tally"]) == ["tally"]
 
 
 def test_its_script_does_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

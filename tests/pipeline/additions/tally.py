@@ -12,4 +12,4 @@ def tally(params: Params, work: Workspace) -> None:
     write_json(work.metric("tally"), {"blocks": len(Plan.load(work.plan).blocks), "seed": params.seed})
 
 
-STAGE = Stage(name="tally", run=tally, params=("seed",), reads=(Workspace.plan,), metrics=("tally",), code=("base",))
+STAGE = Stage(name="tally", run=tally, params=("seed",), reads=(Workspace.plan,), metrics=("tally",))

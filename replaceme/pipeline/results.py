@@ -1,0 +1,145 @@
+"""Where a result goes without DVC, and whose it is: one process works there, and it replaces only what this program wrote.
+
+Intermediate results lie beside the result, in ``<save_path>.work``, with the record of the files that this program put into the
+result (``Workspace.claim``). A folder with any other file, or with a file that was changed, is refused.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+from replaceme.base.errors import ParameterError, excerpt
+from replaceme.base.files import clear_partials, copy_tree, local_path, new_folder, read_json
+from replaceme.base.fingerprints import sha256_below
+from replaceme.base.locks import locked
+from replaceme.base.parameters import Params
+from replaceme.base.workspace import Workspace
+
+# What every file of scores has, and none of another program's.
+SCORES = {"perplexity", "accuracy", "parameters", "disk_bytes"}
+
+
+def result_name(params: Params) -> str:
+    """Return the part of a result folder's name that distinguishes results of one model."""
+    tolerated = "" if params.tolerated_loss is None else f"-within-{params.tolerated_loss:g}"
+    share = "" if params.remove is None else f"-{params.remove.replace('%', '-percent').replace(' ', '-')}"
+    only_edits = "-transform" if params.save_transform_only else ""
+    return f"{params.method}-{params.layers_to_skip}{tolerated}{share}{only_edits}"
+
+
+def result_paths(params: Params, name: str) -> Workspace:
+    """Return the paths of a result, which is ``<model>-<name>`` in the current folder if ``save_path`` is None."""
+    source = local_path(params.model_path).resolve()
+    model = source.name if source.is_dir() else params.model_path.replace("/", "--")
+    return Workspace.beside(_target(params, f"{model}-{name}"))
+
+
+@contextmanager
+def exclusive_result(params: Params, name: str) -> Iterator[Workspace]:
+    """Yield the paths of a result, which are this process's alone in the block.
+
+    Args:
+        params: ``save_path`` is the place of the result.
+        name: as ``result_paths``.
+
+    Raises:
+        ParameterError: another process works there, or the place holds files that this program didn't write, or isn't writable.
+    """
+    work = result_paths(params, name)
+    _check_place(work, params)
+    _make_folder(work.root)
+    with result_lock(work):
+        beside = [path for path in work.model.parent.iterdir() if path.name.startswith(f"{work.model.name}.")]
+        clear_partials([*work.root.rglob("*"), *beside], own=True)
+        yield work
+
+
+def result_lock(work: Workspace) -> AbstractContextManager[None]:
+    """Return the lock of a result, which has a work folder. Raises ParameterError if another process holds it."""
+
+    def stop() -> None:
+        raise ParameterError(f"save_path: {work.model} is in use by another process; wait for it, or choose another folder.")
+
+    return locked(work.root / "in-use.lock", stop)
+
+
+def _check_place(work: Workspace, params: Params) -> None:
+    """Raise ParameterError for a place that is no folder, the dense model's, the pipeline's, or holds files of others."""
+    target, place = work.model, work.model.resolve()
+    if target.exists() and not target.is_dir():
+        raise ParameterError(f"save_path: {excerpt(target, 150)} exists and is no folder; choose another place.")
+    if place == local_path(params.model_path).resolve():
+        raise ParameterError(f"save_path: {target} is the model that is to be pruned; choose another folder.")
+    for folder in place.parents:
+        if (folder / "dvc.yaml").is_file() and place.is_relative_to(folder / "artifacts"):
+            artifacts = excerpt(folder / "artifacts", 150)
+            raise ParameterError(f"save_path: {artifacts} belongs to the pipeline; choose another folder.")
+    if target.exists() and (foreign := work.foreign_file()):
+        what = f"{excerpt(target, 100)} holds {excerpt(foreign)}, which this program did not write"
+        raise ParameterError(f"save_path: {what}; choose another folder.")
+
+
+def publish_folder(work: Workspace, folder: Path) -> None:
+    """Copy a stage's output to the place of the result."""
+    work.claim(sha256_below(folder).values())
+    with new_folder(work.model) as copy:
+        copy_tree(folder, copy)
+
+
+def publish_file(work: Workspace, file: Path, name: str) -> None:
+    """Copy a stage's file into the result."""
+    work.claim(sha256_below(file).values())
+    # Not beside its place: a copy that is killed must not leave half a file in the result.
+    copy = work.root / name
+    shutil.copyfile(file, copy)
+    os.replace(copy, work.model / name)
+
+
+def existing_result(params: Params) -> Workspace:
+    """Return the paths of an existing result, the pipeline's or that of a run without DVC."""
+    if params.save_path in (None, "artifacts/model") and (work := Workspace()).model.is_dir():
+        return work
+    work = result_paths(params, result_name(params))
+    if not work.model.is_dir() or not work.model_input.is_file():
+        raise ParameterError(
+            f"save_path: there is no pruned model in {work.model}; run `dvc repro` or `replaceme prune` first."
+        )
+    return work
+
+
+def scores_file(params: Params, name: str) -> Path:
+    """Return the file for the scores. Raises ParameterError if it holds something else or isn't writable."""
+    target = _target(params, name.replace("/", "--"))
+    if params.save_path is None or target.is_dir():
+        target = target.with_name(f"{target.name}.evaluation.json")
+    if target.exists():
+        try:
+            content = read_json(target) if target.is_file() else None
+        except ValueError:
+            content = None
+        if not isinstance(content, dict) or not content.keys() >= SCORES:
+            raise ParameterError(f"save_path: {excerpt(target)} exists and holds no scores; choose another file.")
+    _make_folder(target.parent)
+    return target
+
+
+def _target(params: Params, default: str) -> Path:
+    """Return the absolute path of the result. Raises ParameterError for a path that names none."""
+    target = local_path(params.save_path) if params.save_path else Path(default)
+    if params.save_path and str(target).startswith("~"):
+        raise ParameterError(f"save_path: {excerpt(target.parts[0])} is no user of this machine; give the whole path.")
+    if not target.absolute().name:
+        raise ParameterError(f"save_path: {target} can't be a result's folder; choose another one.")
+    return target.absolute()
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        raise ParameterError(f"save_path: nothing can be written in {folder}; choose another place.")

@@ -1,0 +1,112 @@
+"""The stages without DVC: in order, in one work folder; a stage that finished with the same key is skipped.
+
+The key is a digest of all that a stage's output depends on: its parameters, the content of what it reads (the versions of the
+packages among it), the library's code and the kind of device. A stage's record, ``stages/NAME.json`` in the work folder, has
+the key, the sums of what was written, and the cost. It is written last. So a run that was killed goes on with the stage in
+which that happened, a new α repeats nothing before the solve, and an output that was changed is made again.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+
+from replaceme.base.compute import kind_of, resolve_device
+from replaceme.base.cost import cost_measurement
+from replaceme.base.errors import ResourceError
+from replaceme.base.files import cache_folder, copy_tree, new_folder, read_json, write_json
+from replaceme.base.fingerprints import code_digest, sha256_below
+from replaceme.base.locks import build_once
+from replaceme.base.parameters import Params
+from replaceme.base.processes import run_step
+from replaceme.base.progress import logger
+from replaceme.base.stage import ORDER, Stage
+from replaceme.base.workspace import Workspace
+from replaceme.models.model import CARD
+
+# Each file of this folder has the stage of its name.
+STAGES: Mapping[str, Stage] = {name: import_module(f"replaceme.pipeline.{name}").STAGE for name in ("inputs", *ORDER)}
+
+
+def run_stages(params: Params, work: Workspace, names: Sequence[str]) -> list[str]:
+    """Run the stages that have not finished with the same key, in order, and return their names.
+
+    Args:
+        params: the settings.
+        work: where they read and write.
+        names: the stages; ``inputs``, which always runs, is not counted.
+    """
+    ran, began = [], time.monotonic()
+    counted = [name for name in names if not STAGES[name].always]
+    for stage in map(STAGES.__getitem__, names):
+        if stage.always:
+            run_step(stage, params, work)
+            continue
+        key, record = stage_key(stage, params, work), work.record(stage.name)
+        if _is_finished(stage, key, work):
+            logger.info("%s: unchanged since an earlier run", stage.name)
+            continue
+        record.unlink(missing_ok=True)
+        minutes, seconds = divmod(int(time.monotonic() - began), 60)
+        so_far = f", {minutes}:{seconds:02} min so far" if minutes or seconds else ""
+        logger.info("stage %d of %d: %s%s", counted.index(stage.name) + 1, len(counted), stage.name, so_far)
+        with cost_measurement() as cost:
+            _run_stage(stage, key, params, work)
+        write_json(record, {"key": key, "written": _written(stage, work), "cost": cost})
+        ran.append(stage.name)
+    return ran
+
+
+def stage_key(stage: Stage, params: Params, work: Workspace) -> str:
+    """Return the digest (sha256, hex) of all that a stage's output depends on."""
+    content = {
+        # The last digits differ between kinds of devices, and of processors.
+        "device": kind_of(resolve_device(params.device)),
+        "code": code_digest(),
+        "params": params.model_dump(include=set(stage.params)),
+        "reads": {artifact.place: _sums(work.path(artifact)) for artifact in stage.reads},
+        "figures": {name: _sums(work.metric(name)) for name in stage.figures},
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _run_stage(stage: Stage, key: str, params: Params, work: Workspace) -> None:
+    """Run a stage. The scores of the dense model, which all its results share, are copied from the user's cache once known."""
+    if stage.name != "baseline":
+        run_step(stage, params, work)
+        return
+    shared = cache_folder() / "baselines" / key
+
+    def build() -> None:
+        run_step(stage, params, work)
+        _copy(work.baseline, shared)
+
+    if not build_once(shared, stage.name, build):
+        logger.info("%s: known from an earlier run", stage.name)
+        _copy(shared, work.baseline)
+
+
+def _copy(source: Path, target: Path) -> None:
+    with new_folder(target) as folder:
+        copy_tree(source, folder)
+
+
+def _is_finished(stage: Stage, key: str, work: Workspace) -> bool:
+    try:
+        record = read_json(work.record(stage.name))
+        return bool(record["key"] == key and record["written"] == _written(stage, work))
+    except (ResourceError, ValueError, KeyError):  # there is none, or a crash of the machine has damaged it
+        return False
+
+
+def _written(stage: Stage, work: Workspace) -> list[dict[str, str]]:
+    """Return the sums of what a stage has written; empty ones of what is missing."""
+    paths = [*([work.path(stage.writes)] if stage.writes else []), *map(work.metric, stage.metrics)]
+    return [_sums(path) if path.exists() else {} for path in paths]
+
+
+def _sums(path: Path) -> dict[str, str]:
+    """Return the sums of what a stage reads or writes; none of a model's card, to which the scores are added later."""
+    return {name: "" if name == CARD else digest for name, digest in sha256_below(path).items()}
