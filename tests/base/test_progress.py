@@ -118,7 +118,7 @@ def use_libraries(params):
     AutoModelForCausalLM.from_pretrained(params.model_path).save_pretrained(params.save_path)
     Dataset.from_dict({"a": [1, 2]}).map(lambda row: row).save_to_disk(params.save_path + "/table")
 
-commands._main(use_libraries, "test")
+commands._run(use_libraries, "test")
 """
 
 
