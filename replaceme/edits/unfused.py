@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from replaceme.edits.channels import assembled
 from replaceme.edits.edits import Change, Edits, features_of, rotation_and_gains
 from replaceme.models.families import Family, Linear, in_torch_layout, inputs_of, is_conv1d, linears_within
-from replaceme.models.layers import passed_by, silent
-from replaceme.models.streaming import loaded, replaced
+from replaceme.models.layers import silence_attention, skip_layers
+from replaceme.models.streaming import layers_in_memory, replacing_parameter
 
 
 @contextmanager
@@ -35,13 +35,13 @@ def unfused(model: nn.Module, family: Family, edits: Edits) -> Iterator[None]:
             for name, value in assembled(family, layers, layer, channels):
                 stack.enter_context(_replaced_parameter(layers[layer], name, value))
         for layer, (attention, _) in edits.without_attention.items():
-            stack.enter_context(silent(layers[layer].get_submodule(attention)))
+            stack.enter_context(silence_attention(layers[layer].get_submodule(attention)))
         for (layer, linear), groups in edits.kept.items():
             last = family.linear_of(layers[layer], linear)
             stack.callback(last.register_forward_pre_hook(_masking(features_of(groups, inputs_of(last)))).remove)
         # Before the changes: their hooks then get the mixture's output.
         for layer, mixture in edits.mixtures.items():
-            stack.enter_context(loaded([layers[layer], *(layers[source] for source in mixture)]))
+            stack.enter_context(layers_in_memory([layers[layer], *(layers[source] for source in mixture)]))
             for path, module in linears_within(layers[layer]).items():
                 others = [(layers[source].get_submodule(path), part) for source, part in mixture.items() if source != layer]
                 stack.callback(module.register_forward_hook(_mixing(mixture.get(layer, 0.0), others)).remove)
@@ -52,7 +52,7 @@ def unfused(model: nn.Module, family: Family, edits: Edits) -> Iterator[None]:
             stack.callback(layers[layer].register_forward_hook(operator_hook(P)).remove)
         if edits.bases:
             _project(stack, family, layers, edits)
-        stack.enter_context(passed_by(family, (layers[index] for index in edits.removed_layers)))
+        stack.enter_context(skip_layers(family, (layers[index] for index in edits.removed_layers)))
         yield
 
 
@@ -80,7 +80,7 @@ def _replaced_parameter(layer: nn.Module, name: str, value: Tensor) -> Iterator[
     owner, made = layer.get_submodule(name.rpartition(".")[0]), in_torch_layout(layer, name, value)
     # Conv1D is the only linear whose forward uses its number of outputs.
     outputs = mock.patch.object(owner, "nf", made.shape[-1]) if is_conv1d(owner) else nullcontext()
-    with replaced(layer, name, made), outputs:
+    with replacing_parameter(layer, name, made), outputs:
         yield
 
 

@@ -25,7 +25,7 @@ from replaceme.evaluation.scorer import CausalScorer
 from replaceme.evaluation.seen import Calibration
 from replaceme.evaluation.tasks import check_unchanged, task_kind, task_name, task_texts
 from replaceme.models.kv_cache import cache_bytes_per_token
-from replaceme.models.memory import load_within
+from replaceme.models.memory import load_within_budget
 from replaceme.models.model import WEIGHTS, Model, embedding_count, parameter_count, positions_of
 
 
@@ -110,7 +110,7 @@ def score_model(
                 seen[each] = calibration.in_items(each, task, identity, singles, task.limit)
         check_unchanged(task, identity)
     harness.check_room(suite, positions)
-    model = load_within(source, params, params.eval_dtype)
+    model = load_within_budget(source, params, params.eval_dtype)
     perplexity: dict[str, dict[str, float]] = {}
     items: dict[str, Tensor] = {}
     for text, windows in requests.windows.items():

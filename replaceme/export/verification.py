@@ -17,12 +17,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
-from replaceme.base.compute import give_back
 from replaceme.base.documents import Documents
 from replaceme.base.errors import VerificationError
 from replaceme.base.progress import logger
@@ -31,7 +29,8 @@ from replaceme.edits.fold import edit_config, edited_parameters
 from replaceme.edits.unfused import unfused
 from replaceme.export.transformers4 import add_older_keys
 from replaceme.models.families import Family, parameter_of
-from replaceme.models.memory import parts_of, stream
+from replaceme.models.layers import replace_forward
+from replaceme.models.memory import load_streamed, parts_of
 from replaceme.models.model import Model, layer_count, proof_dtypes, stored_dtype, working_dtype
 from replaceme.models.own_form import is_own_form
 from replaceme.models.streaming import value_of
@@ -75,9 +74,10 @@ def verify_export(dense: Model, pruned: Model, edits: Edits, documents: Document
     family, excerpts = dense.family(), documents.head(DOCUMENTS, TOKENS)
     if entries := wrong_entries(dense, pruned, family, edits):
         raise _differs(entries[0])
-    stored = [each.load_stored() if room is None else stream(each, room=room, as_stored=True) for each in (dense, pruned)]
+    stored = [
+        each.load_stored() if room is None else load_streamed(each, budget=room, as_stored=True) for each in (dense, pruned)
+    ]
     wrong, edited = wrong_weights(stored.pop(0), stored.pop(), family, edits)
-    give_back()
     if wrong := wrong or wrong_tensors(dense, pruned, family, edits, edited):
         raise _differs(wrong[0])
     dtype, tolerance = working_dtype(dense), TOLERANCE[stored_dtype(pruned)]
@@ -89,17 +89,16 @@ def verify_export(dense: Model, pruned: Model, edits: Edits, documents: Document
     else:
         # Layers are read anew each time, in float32 at once; what is outside of them is widened where it computes.
         outside, inside = proof_dtypes(dense)
-        # More layers than are computed with at once, and the next one, would only take memory.
-        at_once = 2 + max(map(len, edits.mixtures.values()), default=0)
+        # More layers than are computed with at once would only take memory.
+        at_once = 1 + max((len({layer, *mixture}) for layer, mixture in edits.mixtures.items()), default=0)
         needed = parts_of(dense, outside)[0] + at_once * parts_of(dense, inside)[1]
-        load = partial(stream, dtype=outside, layers=inside, room=min(room, needed), config=shorter)
+        load = partial(load_streamed, dtype=outside, layers=inside, budget=min(room, needed), config=shorter)
     whole, prompt = load(dense), excerpts.documents[0][: TOKENS // 4]
     with _in_float32(whole, family, edits.mixtures):
         expected, expected_logits = _states(whole, family, [FIRST, *kept], excerpts, edits)
         # Rounding can send a token to other experts. The dense model's own cache error shows how much that changes.
         own_cache_error = cache_error(whole, prompt) if family.experts else 0.0
     del whole
-    give_back()
     shortened = load(pruned)
     inputs = {FIRST: edits.as_pruned(0, expected[FIRST])} | {
         position[layer]: edits.as_pruned(layer + 1, expected[layer]) for layer in kept
@@ -306,10 +305,10 @@ def _in_float32(model: Any, family: Family, mixtures: Mapping[int, Mapping[int, 
         # A copy of all their rows would be larger than a layer.
         if isinstance(embedding, nn.Embedding):
             del parts[embedding]
-            stack.enter_context(mock.patch.object(embedding, "forward", partial(_embedded, embedding, embedding.forward)))
+            stack.enter_context(replace_forward(embedding, partial(_embedded, embedding, embedding.forward)))
         if isinstance(head, nn.Linear):
             del parts[head]
-            stack.enter_context(mock.patch.object(head, "forward", partial(_multiplied, head)))
+            stack.enter_context(replace_forward(head, partial(_multiplied, head)))
         for module, parameters in parts.items():
             if any(each.dtype in HALF for each in parameters):
                 cast = _Cast(parameters)

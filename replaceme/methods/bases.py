@@ -23,7 +23,7 @@ from replaceme.edits.slicing import sliced_parameters
 from replaceme.edits.unfused import projected
 from replaceme.methods.method import Bench
 from replaceme.models.families import Family
-from replaceme.models.layers import Start
+from replaceme.models.layers import EntryState
 from replaceme.observers.sums import squares, token_weights
 from replaceme.observers.walk import Signal, Signals, ask, walk
 
@@ -61,7 +61,7 @@ def bases_in_order(bench: Bench, width: int) -> Iterator[tuple[Tensor, float]]:
         yield Q, share
         for rows in _parts(states):
             rows.copy_(projected(rows.to(Q.device), Q))
-        gram = _watched(bench, index, ("input", "attention"), states, Start(index, states))
+        gram = _watched(bench, index, ("input", "attention"), states, EntryState(index, states))
         Q, share = principal(gram, width)
         yield Q, share
         gram = _through_mlp(layer, family, states, Q)
@@ -78,7 +78,7 @@ def shared_basis(bench: Bench, width: int) -> Iterator[tuple[Tensor, float]]:
     yield principal(pool.gram, width)
 
 
-def _watched(bench: Bench, layer: int, signals: tuple[Signal, ...], states: Tensor, start: Start | None) -> Tensor:
+def _watched(bench: Bench, layer: int, signals: tuple[Signal, ...], states: Tensor, start: EntryState | None) -> Tensor:
     """Overwrite all tokens' states with the sum of a layer's signals, and return its ``Σ hᵀh`` (d, d) float64."""
     watch = Watch(layer, signals, states)
     walk(

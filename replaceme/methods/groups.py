@@ -23,7 +23,7 @@ from replaceme.base.documents import Documents, seeded_order
 from replaceme.base.errors import ParameterError
 from replaceme.edits.edits import Edits, features_of
 from replaceme.models.families import Family, Linear, inputs_of, parameter_of
-from replaceme.models.layers import gradients_for
+from replaceme.models.layers import enable_gradients
 
 # Texts of the backward pass and tokens of each (section 4.1), and the seed of their choice.
 CROPS, LENGTH, SEED = 10, 64, 0
@@ -158,7 +158,7 @@ def importance_of(
         for name, dimension in family.cut_parameters(layers[layer], linear).items()
     ]
     with ExitStack() as stack:
-        stack.enter_context(gradients_for(model, (weight for weight, _, _ in cuts)))
+        stack.enter_context(enable_gradients(model, (weight for weight, _, _ in cuts)))
         for weight, total, dimension in cuts:
             stack.callback(weight.register_post_accumulate_grad_hook(adding(total, dimension)).remove)
         stack.enter_context(torch.enable_grad())

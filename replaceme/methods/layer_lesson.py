@@ -17,7 +17,7 @@ from torch.utils import _pytree as trees
 
 from replaceme.base.documents import Batch, Documents
 from replaceme.models.families import Family, decoder_of
-from replaceme.models.layers import passed_by, silent, tensor_of
+from replaceme.models.layers import silence_attention, skip_layers, tensor_of
 from replaceme.training.training import Texts
 
 
@@ -69,7 +69,7 @@ class LayerLesson:
 
     def begun(self) -> AbstractContextManager[None]:
         """Silence the attention inside the block, if this lesson leaves it out."""
-        return silent(self.module.get_submodule(self.without[0])) if self.without else nullcontext()
+        return silence_attention(self.module.get_submodule(self.without[0])) if self.without else nullcontext()
 
     def loss(self, parameters: Mapping[str, Tensor], documents: Sequence[int], step: int | None = None) -> Tensor:
         """Return the mean squared error, over the real tokens of documents, with the given parameters."""
@@ -109,7 +109,7 @@ def arguments(lesson: LayerLesson, batch: Batch) -> tuple[tuple[Any, ...], dict[
     layers = lesson.family.decoder_layers(lesson.model)
     handle = lesson.module.register_forward_pre_hook(hook, with_kwargs=True)
     try:
-        with passed_by(lesson.family, layers[: lesson.layer]):
+        with skip_layers(lesson.family, layers[: lesson.layer]):
             first = next(lesson.model.parameters()).device
             decoder_of(lesson.model)(input_ids=batch.input_ids.to(first), use_cache=False)
     except _ReachedError:

@@ -19,7 +19,7 @@ from replaceme.base.params import Params, nearest
 from replaceme.base.progress import logger
 from replaceme.models import embedded, hub
 from replaceme.models.families import Family
-from replaceme.models.memory import load_within
+from replaceme.models.memory import load_within_budget
 from replaceme.models.model import (
     ADAPTER,
     ALL_FILES,
@@ -89,7 +89,7 @@ def calibration_model(params: Params, record: Path, whole: str | None = None) ->
         whole: why it can't be streamed for this use; None if it can.
     """
     source = recorded_model(params, record)
-    model = load_within(source, params, params.dtype, packed=params.use_4bit, whole=whole, folder=record.parents[1])
+    model = load_within_budget(source, params, params.dtype, packed=params.use_4bit, whole=whole, folder=record.parents[1])
     return model, source.family()
 
 

@@ -16,7 +16,7 @@ from unittest import mock
 import torch
 from torch import nn
 
-from replaceme.models.streaming import Stream, stream_of
+from replaceme.models.streaming import LayerStream, stream_of
 
 T = TypeVar("T")
 # Computations side by side: their states are in memory.
@@ -49,7 +49,7 @@ class _AbandonedError(Exception):
 class _Shift(Generic[T]):
     """Some tasks that take turns."""
 
-    def __init__(self, stream: Stream, tasks: Sequence[Callable[[], T]]):
+    def __init__(self, stream: LayerStream, tasks: Sequence[Callable[[], T]]):
         self.stream, self.paused = stream, Semaphore(0)
         self.workers = [_Worker(task, self.paused) for task in tasks]
 

@@ -1,7 +1,7 @@
 """export: save the pruned model as a Hugging Face folder, which gets its name only after verification."""
 
 from replaceme.base.claims import claim
-from replaceme.base.compute import give_back, use_processor
+from replaceme.base.compute import use_processor
 from replaceme.base.documents import Documents
 from replaceme.base.files import new_folder, read_json, rounded, write_json, write_text
 from replaceme.base.fingerprints import sha256_below
@@ -17,7 +17,7 @@ from replaceme.export.verification import verify_export
 from replaceme.methods.registry import METHODS
 from replaceme.models.depth import broken_patterns
 from replaceme.models.find import recorded_model
-from replaceme.models.memory import on_processor, room_of
+from replaceme.models.memory import on_processor, weight_budget
 from replaceme.models.model import CARD, Model, proof_dtypes
 from replaceme.models.own_form import FILE, is_own_form
 
@@ -29,12 +29,11 @@ def export(params: Params, work: Workspace) -> None:
         VerificationError: the saved model would not compute the solution; no folder is left.
     """
     use_processor(params.threads)
-    give_back()
     source, edits = recorded_model(params, work.model_input), Edits.load(work.edits)
     whole = "a narrower stream and removed parts of layers change shapes" if edits.bases or edits.parts else None
     # The proof computes in these formats, on the processor.
     outside, layers = proof_dtypes(source)
-    room = room_of(source, on_processor(params), outside, layers=layers, whole=whole)
+    room = weight_budget(source, on_processor(params), outside, layers=layers, whole=whole)
     with new_folder(work.model) as folder:
         counts = save_pruned(source, edits, folder, room)
         write_record(params, read_json(work.dataset_input), source.folder, folder)

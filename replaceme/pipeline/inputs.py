@@ -28,7 +28,7 @@ from replaceme.evaluation.tasks import task_fingerprints
 from replaceme.methods.refusals import family_refusals, needs_whole
 from replaceme.methods.registry import METHODS, criterion_of
 from replaceme.models.find import check_weights, find_model, identity
-from replaceme.models.memory import room_of, shown_size, weight_bytes
+from replaceme.models.memory import shown_size, weight_budget, weight_bytes
 from replaceme.models.model import (
     CARD_FILES,
     TEXT_RECORD,
@@ -121,10 +121,11 @@ def _log_needs(params: Params, model: Model) -> None:
     # Only the model of the calibration passes is packed.
     packed = [params.use_4bit and dtype == params.dtype for dtype in dtypes]
     rooms = [
-        room_of(model, params, dtype, packed=own, whole=needs_whole(params)) for dtype, own in zip(dtypes, packed, strict=True)
+        weight_budget(model, params, dtype, packed=own, whole=needs_whole(params))
+        for dtype, own in zip(dtypes, packed, strict=True)
     ]
     outside, layers = proof_dtypes(model)
-    rooms.append(room_of(model, params, outside, layers=layers, whole=needs_whole(params)))
+    rooms.append(weight_budget(model, params, outside, layers=layers, whole=needs_whole(params)))
     stored = str(stored_dtype(model)).removeprefix("torch.")
     # The export compares the weights of two models, and then computes with one of them.
     whole = max(2 * weight_bytes(model, stored), *(weight_bytes(model, dtype) for dtype in (*dtypes, working_dtype(model))[1:]))

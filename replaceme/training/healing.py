@@ -32,7 +32,7 @@ from replaceme.edits.edits import Edits
 from replaceme.edits.fold import changed_parameters
 from replaceme.edits.unfused import unfused
 from replaceme.models.families import Family, Linear, in_torch_layout, parameter_of
-from replaceme.models.layers import Start, begun_at, gradients_for, passed_by
+from replaceme.models.layers import EntryState, enable_gradients, skip_layers, start_at_layer
 from replaceme.observers.features import LINEARS
 from replaceme.training.training import Texts
 
@@ -120,7 +120,7 @@ class Predictions:
         learnt = {(layer, name) for layer, _, name in self.trained}
         standing_in = {place: value for place, value in self.changed.items() if place not in learnt}
         folded = Edits(self.edits.title, self.edits.removed_layers, operators=self.edits.operators, parameters=standing_in)
-        with gradients_for(self.model), unfused(self.model, self.family, folded):
+        with enable_gradients(self.model), unfused(self.model, self.family, folded):
             yield
 
     def loss(self, parameters: Mapping[str, Tensor], documents: Sequence[int], step: int | None) -> Tensor:
@@ -168,7 +168,7 @@ class Predictions:
             for layer, _, name in self.trained
         }
         values = {name: value.to(self.model.dtype) for name, value in values.items()}
-        with begun_at(self.family, self.layers, Start(self.host, rows), lambda: batch):
+        with start_at_layer(self.family, self.layers, EntryState(self.host, rows), lambda: batch):
             return self._logits(batch, places, values)
 
     def _dense(self, batch: Batch, rows: Tensor, places: Tensor) -> Tensor:
@@ -179,7 +179,7 @@ class Predictions:
             padded = batch.padded(rows)
             return padded if isinstance(output, Tensor) else (padded, *output[1:])
 
-        with passed_by(self.family, self.layers):
+        with skip_layers(self.family, self.layers):
             handle = self.layers[-1].register_forward_hook(hook)
             try:
                 return self._logits(batch, places, {})

@@ -8,21 +8,21 @@ import torch
 from torch import Tensor
 
 from replaceme.models import together as module
-from replaceme.models.memory import stream
+from replaceme.models.memory import load_streamed
 from replaceme.models.model import Model
-from replaceme.models.streaming import Stream, stream_of
+from replaceme.models.streaming import LayerStream, stream_of
 from replaceme.models.together import together
 
 TEXTS = [torch.arange(2 + first, 2 + first + length)[None] for first, length in ((0, 30), (5, 12), (40, 30), (9, 21), (7, 3))]
 
 
 @pytest.fixture
-def pair(tiny: Model) -> tuple[Any, Any, Stream]:
+def pair(tiny: Model) -> tuple[Any, Any, LayerStream]:
     """The model resident, streamed with room for two layers, and its stream."""
-    model = stream(tiny, "float32", room=1 << 40)
+    model = load_streamed(tiny, "float32", budget=1 << 40)
     own = stream_of(model)
     assert own is not None
-    own.room = 2 * max(own.sizes)
+    own.budget = 2 * max(own.sizes)
     return tiny.load("float32"), model, own
 
 
@@ -35,14 +35,14 @@ def generated(model: Any, text: Tensor) -> Tensor:
     return model.generate(text, max_new_tokens=5, do_sample=False, output_logits=True, return_dict_in_generate=True).logits[-1]  # type: ignore[no-any-return]
 
 
-def test_passes_share_each_layer(pair: tuple[Any, Any, Stream]) -> None:
+def test_passes_share_each_layer(pair: tuple[Any, Any, LayerStream]) -> None:
     resident, model, own = pair
     found, expected = ([*together(each, [partial(logits, each, text) for text in TEXTS])] for each in (model, resident))
     assert all(map(torch.equal, found, expected))
     assert own.bytes_read == sum(own.sizes)
 
 
-def test_generations_of_different_lengths_share_what_they_can(pair: tuple[Any, Any, Stream]) -> None:
+def test_generations_of_different_lengths_share_what_they_can(pair: tuple[Any, Any, LayerStream]) -> None:
     resident, model, own = pair
     tasks = [partial(generated, model, text) for text in TEXTS] + [partial(logits, model, TEXTS[0])]
     found = [*together(model, tasks)]
@@ -53,7 +53,7 @@ def test_generations_of_different_lengths_share_what_they_can(pair: tuple[Any, A
 
 
 def test_no_more_run_side_by_side_than_states_fit_in_memory(
-    pair: tuple[Any, Any, Stream], monkeypatch: pytest.MonkeyPatch
+    pair: tuple[Any, Any, LayerStream], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, model, own = pair
     monkeypatch.setattr(module, "AT_ONCE", 2)
@@ -61,7 +61,7 @@ def test_no_more_run_side_by_side_than_states_fit_in_memory(
     assert 2 * sum(own.sizes) < own.bytes_read <= 3 * sum(own.sizes)
 
 
-def test_an_error_of_one_ends_all(pair: tuple[Any, Any, Stream]) -> None:
+def test_an_error_of_one_ends_all(pair: tuple[Any, Any, LayerStream]) -> None:
     _, model, own = pair
 
     def failing() -> Tensor:

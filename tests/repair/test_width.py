@@ -15,7 +15,7 @@ from replaceme.edits.fold import apply_edits
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import verify_export
 from replaceme.models.families import family_of, inputs_of, parameter_of
-from replaceme.models.memory import parts_of, stream
+from replaceme.models.memory import load_streamed, parts_of
 from replaceme.models.model import Model
 from replaceme.models.width import mlp_entry
 from replaceme.observers.features import LINEARS
@@ -88,7 +88,7 @@ def test_fewer_layers_and_narrower_mlps_are_saved_exactly(
 ) -> None:
     source = save_tiny(kind)
     family, width = source.family(), 40
-    whole, streamed = source.load(), stream(source, "float32", room=sum(parts_of(source, "float32")))
+    whole, streamed = source.load(), load_streamed(source, "float32", budget=sum(parts_of(source, "float32")))
     found = []
     for model in (whole, streamed):
         edits, mending = solved(model, documents, (BLOCK,), width, **BEST)

@@ -49,8 +49,6 @@ def test_several_files_are_written_as_transformers_divides_the_weights(
     whole, streamed = saved(save_tiny(kind), edits_of(2, 2, made_model(kind)), tmp_path)
     assert len([name for name in streamed if name.endswith(".safetensors")]) > 1
     if kind in EXPERTS:
-        # Of the experts of a layer, transformers counts the bytes of one, so that its files get larger than they should.
-        assert len(streamed) > len(whole)
         assert max(path.stat().st_size for path in (tmp_path / "streamed").glob("*.safetensors")) < 70_000
     else:
         assert streamed == whole
