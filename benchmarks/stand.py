@@ -45,7 +45,7 @@ SETTINGS = {
 # Files that hold times, process ids or sums of such files: that they are there is compared, not what they hold.
 TIMED = re.compile(r"/costs?/|/times/|steps/\w+\.json$|sha256\.json$|\.lock$|compression\.json$|claim")
 # Figures of metrics/summary.json that vary likewise.
-COSTS = ("seconds", "memory_gb")
+COSTS = ("seconds", "memory_gb", "gpu_memory_gb")
 
 
 class Stand:

@@ -39,7 +39,7 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 CARD_FILES = (CARD, "LICENSE*", "NOTICE*")
 COPIED_FILES = (*TOKENIZER_FILES, *CARD_FILES)
-# What a pruned model was calibrated on (``replaceme.corpora.record``).
+# What a pruned model was calibrated on (``replaceme.corpora.sources``).
 TEXT_RECORD = "calibration_text.json"
 ALL_FILES = (*WEIGHT_FILES, *COPIED_FILES, TEXT_RECORD)
 RELATIVE_IMPORT = re.compile(r"(?m)^\s*(?:from|import)\s+\.(\w+)")

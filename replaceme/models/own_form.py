@@ -26,12 +26,12 @@ AUTO_MAP = {"AutoConfig": f"{Path(FILE).stem}.PrunedConfig", AUTO: f"{Path(FILE)
 _CLASSES = re.compile(r'^(CONFIG|MODEL) = "(\w+)"$', re.MULTILINE)
 
 
-def check_own_form(config: Any, kind: str) -> None:
+def check_own_form(config: Any) -> None:
     """Raise ModelError when the model's class is not from transformers: our form subclasses one of those."""
     if getattr(config, "auto_map", None):
         raise ModelError(
-            f"method: the result of this method needs a modelling file of its own, and '{kind}' has one already; use a method "
-            "whose result keeps the family's form, such as lstsq."
+            f"method: the result of this method needs a modelling file of its own, and '{config.model_type}' has one already; "
+            "use a method whose result keeps the family's form, such as lstsq."
         )
 
 
@@ -49,10 +49,14 @@ def write_own_form(folder: Path, pruned: dict[str, Any], tokenizer: str) -> None
     (model,) = config["architectures"]
     base = getattr(transformers, model).config_class.__name__
     own = {"model_type": KIND + config["model_type"], "architectures": [AUTO_MAP[AUTO].split(".")[1]], "auto_map": AUTO_MAP}
-    # The family's own config class may refuse this width, so it was saved with the dense one.
-    width = {"hidden_size": pruned["width"]} if "width" in pruned else {}
-    write_json(folder / "config.json", {**config, **own, **width, "tokenizer_class": tokenizer, "pruned": pruned})
+    own |= {**own_config(pruned), "tokenizer_class": tokenizer, "pruned": pruned}
+    write_json(folder / "config.json", {**config, **own})
     write_text(folder / FILE, _rendered({"CONFIG": base, "MODEL": model}))
+
+
+def own_config(pruned: dict[str, Any]) -> dict[str, Any]:
+    """Return the entries that a config gets only in our form: the family's own class may refuse this width."""
+    return {"hidden_size": pruned["width"]} if "width" in pruned else {}
 
 
 def is_own_form(folder: Path) -> bool:

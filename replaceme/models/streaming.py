@@ -126,7 +126,7 @@ class LayerStream:
             layer.__dict__["stream"] = self
 
     def turn(self, index: int) -> None:
-        """Wait until a layer may be computed, where several computations share the model (``replaceme.models.together``)."""
+        """Wait until a layer may be computed, where computations share the model (``replaceme.models.interleaving``)."""
 
     def load(self, index: int) -> None:
         """Have the weights of a layer in memory.

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from replaceme.base.documents import Batch, Documents
-from replaceme.base.group import WHOLE, share
+from replaceme.base.group import WHOLE, shard
 from replaceme.base.progress import progress
 from replaceme.base.scratch import ScratchFile
 from replaceme.models.families import Family, decoder_of
@@ -85,7 +85,7 @@ def walk(
         return
     device, layers, stream = str(next(model.parameters()).device), family.decoder_layers(model), stream_of(model)
     additive = [observer for observer in observers if isinstance(observer, Additive)]
-    part = share() if len(additive) == len(observers) else WHOLE
+    part = shard() if len(additive) == len(observers) else WHOLE
     batches: Iterable[Batch] = documents.batches(batch_size, device, part)
     with torch.inference_mode():
         if stream is not None:

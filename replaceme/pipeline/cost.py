@@ -94,6 +94,7 @@ def summary_of(evaluation: Mapping[str, Any], removed_layers: int, cost: Mapping
         "exact_answers": _times(evaluation.get("accuracy", {}).get(EXACT, {}).get("pruned"), 100),
         "seconds": cost.get("seconds"),
         "memory_gb": _times(cost.get("peak_memory_bytes"), 1e-9),
+        "gpu_memory_gb": _times(cost.get("peak_cuda_bytes"), 1e-9),
     }
     return {name: rounded(value) for name, value in found.items() if value is not None}
 

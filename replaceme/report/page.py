@@ -5,48 +5,26 @@ them passes them in, and gets the same page with them.
 """
 
 import base64
-import csv
-import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
-from matplotlib.figure import Figure
 
 from replaceme.base.files import read_json, write_text
 from replaceme.base.params import Params
-from replaceme.base.plan import Block, load_blocks
+from replaceme.base.plan import load_blocks
 from replaceme.base.settings import settings_yaml, without_folder
 from replaceme.base.versions import listed
 from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import FIELDS, criterion_of
 from replaceme.models.embedded import MODELS
 from replaceme.report import sentences, tables
-from replaceme.report.figures import curves, cut_map, layer_figures, residual_path, score_figure
-from replaceme.report.published_table import LABEL
-from replaceme.report.theme import DARK, DPI, LIGHT, Theme, png
+from replaceme.report.pictures import Picture, draw_pictures
 
-# Pixels of a PNG file per CSS pixel of the page.
-DENSITY = DPI / 96
 SETTINGS_FILE, PICTURES = "params.yaml", "pictures"
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture for light and dark pages (PNG), and its alternative text."""
-
-    light: bytes
-    dark: bytes
-    words: str
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Width and height in CSS pixels."""
-        width, height = struct.unpack(">II", self.light[16:24])
-        return round(width / DENSITY), round(height / DENSITY)
 
 
 @dataclass(frozen=True)
@@ -82,102 +60,52 @@ def render(
         ResourceError: a result is missing, because the stage that writes it has not run.
     """
     profile, blocks = read_json(work.profile / "profile.json"), load_blocks(work.blocks)
-    evaluation, solved = read_json(work.metric("evaluation")), read_json(work.metric("solve"))
-    distances, residuals, layers = profile["angular_distance"], profile["residual"], profile["layers"]
-    repaired, edits = read_json(work.metric("repair")), read_json(work.edits / "edits.json")
-    fits = _fits(solved, repaired)
+    evaluation, solved, repaired = (read_json(work.metric(name)) for name in ("evaluation", "solve", "repair"))
+    selected, edits = read_json(work.metric("select")), read_json(work.edits / "edits.json")
+    fits = _collect_fits(solved, repaired)
     made_with = read_json(work.text_versions) | read_json(work.model_versions) | read_json(work.score_versions)
-    pictures = {
-        "distances": _map(distances, "angular distance (half turns)", blocks),
-        "cut_residuals": _map(residuals, "relative residual of a linear map", blocks),
-        "layers": _picture(lambda theme: layer_figures(layers, blocks, theme), sentences.layer_words(layers, blocks)),
-        "scores": _picture(lambda theme: score_figure(evaluation, theme), sentences.score_words(evaluation)),
-        "residuals": _residual_picture(params, _points(work.solution / "residuals.csv", "alpha", "relative_residual"), solved),
-        "loss": _curves(
-            {"objective": _points(work.solution / "loss.csv", "iteration", "loss")}, "iteration", "objective per token"
-        ),
-        "repairs": _curves(
-            {"after each linear": _points(work.edits / "repairs.csv", "layer", "residual_after")}, "layer", "relative residual"
-        ),
-        "training": _curves(
-            {
-                "documents of the step": _points(work.edits / "loss.tsv", "step", "loss"),
-                "held-out documents": _points(work.edits / "held_out_loss.tsv", "step", "held_out_loss"),
-            },
-            "step",
-            "training loss",
-        ),
-    }
+    pictures = draw_pictures(work, profile, blocks, evaluation, solved, params.alpha)
     settings = settings_yaml(params, FIELDS)
-    drawn = {name: picture for name, picture in pictures.items() if picture}
     html = _TEMPLATES.get_template("page.html").render(
         model=without_folder(params.model_path),
         method=edits["title"],
         parts=edits["parts"],
         removed=sum(map(len, blocks)),
-        layers=len(distances),
-        outcome=sentences.outcome(evaluation),
+        layers=len(profile["residual"]),
+        outcome=sentences.list_outcomes(evaluation),
         continuations=read_json(work.continuations),
-        accuracy=tables.accuracy_table(evaluation),
-        divergence=tables.divergence_table(evaluation),
-        perplexity=tables.perplexity_table(evaluation),
-        size=tables.size_table(evaluation),
-        times=tables.times_table(speed) if speed else None,
-        cost=tables.cost_table(cost) if cost else None,
-        cut=sentences.cut_sentences(distances, residuals, blocks, criterion_of(params).words, read_json(work.metric("select"))),
-        parts_table=tables.parts_table(repaired) if edits["parts"] else None,
-        layer_reading=sentences.layer_sentences(layers, blocks),
-        fit=sentences.fit_sentences(fits),
-        fit_table=tables.fit_table(fits),
-        repair=sentences.repair_sentence(repaired),
-        heal=sentences.heal_sentence(read_json(work.metric("heal"))),
-        proof=sentences.proof_sentence(read_json(work.metric("export")), blocks),
-        published=tables.published_table(LABEL),
+        accuracy=tables.tabulate_accuracy(evaluation),
+        divergence=tables.tabulate_divergence(evaluation),
+        perplexity=tables.tabulate_perplexity(evaluation),
+        size=tables.tabulate_sizes(evaluation),
+        times=tables.tabulate_times(speed) if speed else None,
+        cost=tables.tabulate_cost(cost) if cost else None,
+        cut=sentences.describe_cut(
+            profile["angular_distance"], profile["residual"], blocks, criterion_of(params).words, selected
+        ),
+        parts_table=tables.tabulate_parts(repaired) if edits["parts"] else None,
+        layer_reading=sentences.describe_layers(profile["layers"], blocks),
+        fit=sentences.describe_fits(fits),
+        fit_table=tables.tabulate_fits(fits),
+        repair=sentences.describe_repair(repaired),
+        heal=sentences.describe_healing(read_json(work.metric("heal"))),
+        proof=sentences.describe_proof(read_json(work.metric("export")), blocks),
+        published=tables.tabulate_published(),
         about=MODELS[params.model_path].about if params.model_path in MODELS else "",
         settings=settings,
         versions=listed(made_with),
-        pictures=drawn,
+        pictures=pictures,
     )
-    return Page(html, drawn, settings)
+    return Page(html, pictures, settings)
 
 
-def _map(values: list[list[float]], label: str, blocks: tuple[Block, ...]) -> Picture | None:
-    return _picture(lambda theme: cut_map(values, label, blocks, theme), sentences.map_words(label, values, blocks))
-
-
-def _fits(solved: Mapping[str, Any], repaired: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+def _collect_fits(solved: Mapping[str, Any], repaired: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """Return the figures of each block by its name; a single block has the empty name."""
     later = {key.replace("block", "block "): value for key, value in repaired.items() if isinstance(value, Mapping)}
     if later.keys() <= {"block 0"}:
         # With narrower MLPs, the first block is fitted in repair too.
         return {"": {**solved, **later.get("block 0", {})}}
     return {"block 0": solved, **later}
-
-
-def _points(path: Path, x: str, y: str) -> list[tuple[float, float]]:
-    """Return two columns of a table (CSV or TSV)."""
-    with path.open(encoding="utf-8", newline="") as lines:
-        return [
-            (float(row[x]), float(row[y])) for row in csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ",")
-        ]
-
-
-def _residual_picture(params: Params, rows: list[tuple[float, float]], solved: Mapping[str, Any]) -> Picture | None:
-    if not rows or "relative_residual" not in solved:
-        return None
-    chosen, smallest = (params.alpha, solved["relative_residual"]), solved["smallest_eigenvalue"]
-    return _picture(lambda theme: residual_path(rows, chosen, smallest, theme), sentences.residual_words(rows, chosen))
-
-
-def _curves(lines: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str) -> Picture | None:
-    if not any(lines.values()):
-        return None
-    return _picture(lambda theme: curves(lines, x, y, theme), sentences.curve_words(lines, x, y))
-
-
-def _picture(draw: Callable[[Theme], Figure | None], words: str) -> Picture | None:
-    light, dark = draw(LIGHT), draw(DARK)
-    return Picture(png(light), png(dark), words) if light and dark else None
 
 
 def _embedded(image: bytes) -> str:

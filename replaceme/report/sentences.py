@@ -1,76 +1,78 @@
-"""Sentences of the report, generated from the run's own figures.
-
-The functions ``*_words`` return the pictures' alternative texts, for readers who can't see them.
-"""
+"""Sentences of the page, generated from the run's own figures."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from replaceme.base.plan import Block
-from replaceme.report.tables import Figures, digits, number, seen_in
+from replaceme.report.formatting import Figures, format_digits, format_number, format_percent
+from replaceme.report.tables import find_seen_tasks
 
-Distances = Sequence[Sequence[float]]
+# layers × layers, by the layer before a block and the block's last layer.
+BlockFigures = Sequence[Sequence[float]]
 
 
-def outcome(evaluation: Figures) -> list[tuple[str, str]]:
+def list_outcomes(evaluation: Figures) -> list[tuple[str, str]]:
     """Return the main results as pairs of a value and the words after it; what the unseen texts say comes first."""
     parts = []
-    if "retention_percent" in evaluation:
-        parts.append((f"{evaluation['retention_percent']:.1f} %", f"of the accuracy kept{_seen(evaluation, 'accuracy')}"))
-    if "retention_above_chance_percent" in evaluation:
-        kept = f"{evaluation['retention_above_chance_percent']:.1f} %".replace("-", "−")
-        parts.append((kept, f"of the accuracy above chance kept{_seen(evaluation, 'accuracy')}"))
     # lm-eval's own texts have no perplexity per token.
-    texts = evaluation.get("word_perplexity", {}) | evaluation.get("perplexity", {})
+    ratios = [task["ratio"] for task in (evaluation.get("word_perplexity", {}) | evaluation.get("perplexity", {})).values()]
     unseen = evaluation.get("unseen", {})
     if "perplexity_ratio" in unseen:
         where = f"{unseen['texts']} unseen texts (geometric mean)" if unseen["texts"] > 1 else "an unseen text"
-        parts.insert(0, (f"{digits(unseen['perplexity_ratio'], 3)} ×", f"the perplexity on {where}"))
-    elif ratios := [task["ratio"] for task in texts.values()]:
-        spread = digits(min(ratios), 3) + f" to {digits(max(ratios), 3)}" * (len(ratios) > 1) + " ×"
-        parts.insert(0, (spread, f"the perplexity{_seen(evaluation, 'perplexity', 'word_perplexity')}"))
+        parts.append((f"{format_digits(unseen['perplexity_ratio'], 3)} ×", f"the perplexity on {where}"))
+    elif ratios:
+        spread = format_digits(min(ratios), 3) + f" to {format_digits(max(ratios), 3)}" * (len(ratios) > 1) + " ×"
+        parts.append((spread, f"the perplexity{_describe_seen(evaluation, 'perplexity', 'word_perplexity')}"))
+    for key, words in (("retention", "accuracy"), ("retention_above_chance", "accuracy above chance")):
+        if f"{key}_percent" in evaluation:
+            kept = format_percent(evaluation[f"{key}_percent"], scale=1)
+            parts.append((f"{kept} %", f"of the {words} kept{_describe_seen(evaluation, 'accuracy')}"))
     if "parameters" in evaluation:
         parts.append((f"{evaluation['parameters']['removed_percent']:.1f} %", "smaller"))
     return parts
 
 
-def _seen(evaluation: Figures, *groups: str) -> str:
-    """Return words on the tasks of these groups that are scored on calibration text; an empty text if there are none."""
-    tasks = {task for group in groups for task in evaluation.get(group, {})}
-    seen = len(seen_in(evaluation, tasks))
+def _describe_seen(evaluation: Figures, *kinds: str) -> str:
+    """Say that tasks of these kinds are scored on calibration text; an empty text if none is."""
+    tasks = {task for kind in kinds for task in evaluation.get(kind, {})}
+    seen = len(find_seen_tasks(evaluation, tasks))
     return f" ({'on' if seen == len(tasks) else 'in part on'} calibration text)" if seen else ""
 
 
-def span(block: Block) -> str:
+def name_layers(block: Block) -> str:
     """Name a block's layers: ``layers 11–18``."""
     return f"layers {block.start}–{block.end - 1}" if len(block) > 1 else f"layer {block.start}"
 
 
-def cut_sentences(
-    distances: Distances, residuals: Distances, blocks: Sequence[Block], words: str, selected: Figures
+def describe_cut(
+    distances: BlockFigures, residuals: BlockFigures, blocks: Sequence[Block], words: str, selected: Figures
 ) -> list[str]:
     """Say how each block was chosen, and how it ranks among all blocks of its size.
 
     Args:
-        distances: layers × layers, angular distances in half turns.
-        residuals: layers × layers, relative residuals of a linear map in the block's place.
+        distances: angular distances in half turns.
+        residuals: relative residuals of a linear map in the block's place.
         blocks: the removed blocks; none where parts of layers were removed.
         words: the criterion, after "chosen by".
         selected: the figures of metrics/select.json.
     """
-    sentences = [_cut_sentence(distances, residuals, block, words) for block in blocks]
+    sentences = [
+        f"{name_layers(block).capitalize()} (after layer {block.start - 1}) {'were' if len(block) > 1 else 'was'} removed, "
+        f"chosen by {words}. The angular distance between the states before and after the block, in half turns, is "
+        f"{_format_rank(distances, block)}; the relative residual of a linear map in its place is "
+        f"{_format_rank(residuals, block)}."
+        for block in blocks
+    ]
     if losses := selected.get("losses"):
-        measured = sorted(losses.items(), key=lambda pair: pair[1])
-        listed = ", ".join(f"{loss:.2f} with {host.replace('host', 'host ')}" for host, loss in measured)
+        listed = ", ".join(_format_cut(key, f"{loss:.2f}") for key, loss in sorted(losses.items(), key=lambda pair: pair[1]))
         if "dense_loss" in selected:
             listed += f"; the dense model has {selected['dense_loss']:.2f}"
         sentences.append(f"Next-token loss of the shortened model on held-out calibration text, in nats per token: {listed}.")
     if rises := selected.get("typical_rises"):
-        listed = ", ".join(f"{rise:.3f} with {host.replace('host', 'host ')}" for host, rise in rises.items())
+        listed = ", ".join(_format_cut(key, f"{rise:.3f}") for key, rise in rises.items())
         sentences.append(f"The choice is by the typical rise over the kinds of text: {listed}.")
     if rises := selected.get("rises"):
-        numbers = sorted((int(layers.removeprefix("layers")), rise) for layers, rise in rises.items())
-        listed = ", ".join(f"{rise:.3f} without {count} layer{'s' * (count > 1)}" for count, rise in numbers)
+        counts = sorted((int(key.removeprefix("layers")), rise) for key, rise in rises.items())
+        listed = ", ".join(f"{rise:.3f} without {count} layer{'s' * (count > 1)}" for count, rise in counts)
         sentences.append(
             "The number of removed layers follows from tolerated_loss, with layers_to_skip as its maximum. With the best block "
             f"of each size, the loss rises by {listed}."
@@ -78,49 +80,79 @@ def cut_sentences(
     return sentences
 
 
-def _cut_sentence(distances: Distances, residuals: Distances, block: Block, words: str) -> str:
-    return (
-        f"{span(block).capitalize()} (after host layer {block.host}) {'were' if len(block) > 1 else 'was'} removed, chosen by "
-        f"{words}. The angular distance between the outputs of the host and of the block, in half turns, is "
-        f"{_ranked(distances, block)}; the relative residual of a linear map in its place is {_ranked(residuals, block)}."
-    )
+def _format_cut(key: str, value: str) -> str:
+    """Name a block of metrics/select.json, whose key is ``host11`` for a cut after layer 11."""
+    return f"{value} with the cut after layer {key.removeprefix('host')}"
 
 
-def _ranked(values: Distances, block: Block) -> str:
-    """Write a block's value, and its rank among all blocks of its size."""
-    size, own = len(block), values[block.host][block.end - 1]
-    same = [values[host][host + size] for host in range(len(values) - size)]
+def _format_rank(values: BlockFigures, block: Block) -> str:
+    """Write a block's figure, and its rank among all blocks of its size."""
+    own, size = values[block.start - 1][block.end - 1], len(block)
+    same = [values[before][before + size] for before in range(len(values) - size)]
     return f"{own:.3f} (rank {1 + sum(value < own for value in same)} of {len(same)}, smallest first)"
 
 
-def layer_sentences(layers: Mapping[str, Sequence[float]], blocks: Sequence[Block]) -> list[str]:
+def describe_layers(layers: Mapping[str, Sequence[float]], blocks: Sequence[Block]) -> list[str]:
     """Compare the removed layers with the others, and say where the large norms arise."""
     influence, norms = layers["block_influence"], layers["max_norm"]
-    removed = {layer for block in blocks for layer in range(block.start, block.end)}
-    gone, kept = ([value for layer, value in enumerate(influence) if (layer in removed) == side] for side in (True, False))
-    loudest = max(range(len(norms)), key=norms.__getitem__)
-    apart = f"{_mean(gone):.3f} in the removed layers and {_mean(kept):.3f} in the others" if gone else f"{_mean(kept):.3f}"
+    removed = {layer for block in blocks for layer in block.layers}
+    means = {}
+    for name, is_removed in (("removed", True), ("other", False)):
+        values = [value for layer, value in enumerate(influence) if (layer in removed) == is_removed]
+        means[name] = f"{sum(values) / max(len(values), 1):.3f}"
+    words = f"{means['removed']} in the removed layers and {means['other']} in the others" if blocks else means["other"]
+    largest = max(range(len(norms)), key=norms.__getitem__)
     return [
-        f"The mean block influence is {apart}.",
-        f"The largest token norm, {number(norms[loudest])}, occurs after layer {loudest}, where the mean is "
-        f"{number(layers['mean_norm'][loudest])}.",
+        f"The mean block influence is {words}.",
+        f"The largest token norm, {format_number(norms[largest])}, occurs after layer {largest}, where the mean is "
+        f"{format_number(layers['mean_norm'][largest])}.",
         *(
-            f"Across {span(block)} the largest norm changes from {number(norms[block.host])} to {number(norms[block.end - 1])}."
+            f"Across {name_layers(block)} the largest norm changes from {format_number(norms[block.start - 1])} to "
+            f"{format_number(norms[block.end - 1])}."
             for block in blocks
         ),
     ]
 
 
-def fit_sentences(fits: Mapping[str, Figures]) -> list[str]:
-    """Compare each fit with an empty place; no sentence for a method without a fit."""
+def describe_fits(fits: Mapping[str, Figures]) -> list[str]:
+    """Compare each fit with an empty place; no sentence for a method without a fit.
+
+    Args:
+        fits: name of the block → its figures of metrics/solve.json; a single block has the empty name.
+    """
     return [
-        _refit_sentence(name, fit) if "weighted_residual_transform" in fit else _fit_sentence(name, fit)
+        f"{name}: {sentence[0].lower()}{sentence[1:]}" if name else sentence
         for name, fit in fits.items()
-        if "weighted_residual_removed" in fit or "relative_residual" in fit
+        if (sentence := _describe_fit(fit))
     ]
 
 
-def repair_sentence(repaired: Figures) -> str:
+def _describe_fit(fit: Figures) -> str:
+    if "weighted_residual_transform" in fit:
+        residual = fit.get("weighted_residual", fit.get("weighted_residual_joint", 0.0))
+        sentence = (
+            "The new weights of the layer before the cut bring the relative residual (all tokens weighted equally) from "
+            f"{fit['weighted_residual_removed']:.3f} to {residual:.3f}; "
+            f"a map alone would reach {fit['weighted_residual_transform']:.3f}."
+        )
+        if "weighted_residual_joint" in fit:
+            sentence += " (If the new attention changes the MLP's inputs, the MLP is then solved again for these: see below.)"
+        return sentence
+    kind, weighting = ("relative", "") if "relative_residual" in fit else ("weighted", " (all tokens weighted equally)")
+    if f"{kind}_residual_removed" not in fit:
+        return ""
+    residual, residual_without = fit[f"{kind}_residual"], fit[f"{kind}_residual_removed"]
+    cosine, cosine_without = fit["mean_cosine"], fit["mean_cosine_removed"]
+    sentence = (
+        f"The map brings the relative residual{weighting} from {residual_without:.3f} to {residual:.3f} and the mean cosine "
+        f"from {cosine_without:.3f} to {cosine:.3f}."
+    )
+    if residual < residual_without and cosine < cosine_without:
+        sentence += " The residual improves while the cosine gets worse, so a few tokens of very large norm dominate the fit."
+    return sentence
+
+
+def describe_repair(repaired: Figures) -> str:
     """Say what the repair achieved; an empty text without a repair."""
     if not repaired.get("corrected_linears"):
         return ""
@@ -135,45 +167,20 @@ def repair_sentence(repaired: Figures) -> str:
     )
 
 
-def heal_sentence(healed: Figures) -> str:
+def describe_healing(healed: Figures) -> str:
     """Say what healing achieved; an empty text without healing."""
     if not healed:
         return ""
-    held_out = "held_out_loss_first" in healed
-    of, where = ("held_out_loss", "documents held out from it") if held_out else ("training_loss", "its own documents")
+    is_held_out = "held_out_loss_first" in healed
+    loss, where = ("held_out_loss", "documents held out from it") if is_held_out else ("training_loss", "its own documents")
     return (
         f"Then {healed['trained_parameters']:,} weights from the first cut on were trained for {healed['training_steps']:,} "
         f"steps toward the original model's predictions. During this training, the KL divergence from them, on {where}, "
-        f"went from {healed[f'{of}_first']:.3f} to {healed[f'{of}_last']:.3f} nats per token."
+        f"went from {healed[f'{loss}_first']:.3f} to {healed[f'{loss}_last']:.3f} nats per token."
     )
 
 
-def _refit_sentence(name: str, fit: Figures) -> str:
-    left = fit.get("weighted_residual", fit.get("weighted_residual_joint", 0.0))
-    bare, of_map = fit["weighted_residual_removed"], fit["weighted_residual_transform"]
-    sentence = (
-        f"{f'{name}: t' if name else 'T'}he host's new weights bring the relative residual (all tokens weighted equally) from "
-        f"{bare:.3f} to {left:.3f}; a map alone would reach {of_map:.3f}."
-    )
-    if "weighted_residual_joint" in fit:
-        sentence += " (If the new attention changes the MLP's inputs, the MLP is then solved again for these: see below.)"
-    return sentence
-
-
-def _fit_sentence(name: str, fit: Figures) -> str:
-    kind, weighting = ("relative", "") if "relative_residual" in fit else ("weighted", " (all tokens weighted equally)")
-    residual, bare = fit[f"{kind}_residual"], fit[f"{kind}_residual_removed"]
-    cosine, bare_cosine = fit["mean_cosine"], fit["mean_cosine_removed"]
-    sentence = (
-        f"{f'{name}: t' if name else 'T'}he map brings the relative residual{weighting} from {bare:.3f} to {residual:.3f} and "
-        f"the mean cosine from {bare_cosine:.3f} to {cosine:.3f}."
-    )
-    if residual < bare and cosine < bare_cosine:
-        sentence += " The residual improves while the cosine gets worse, so a few tokens of very large norm dominate the fit."
-    return sentence
-
-
-def proof_sentence(export: Figures, blocks: Sequence[Block]) -> str:
+def describe_proof(export: Figures, blocks: Sequence[Block]) -> str:
     """Say how far the saved model is from the unfused computation: at the cut or, if no layer was removed, at the end."""
     place = "at the cut" if blocks else "after the last layer"
     return (
@@ -181,57 +188,3 @@ def proof_sentence(export: Figures, blocks: Sequence[Block]) -> str:
         f"{export['hidden_error_mean']:.2g} on average and {export['hidden_error_max']:.2g} at most (relative), the logits by "
         f"{export['logits_error']:.2g}. Each layer by itself may differ by {export['tolerance']:g} on average, by rounding."
     )
-
-
-def map_words(what: str, values: Sequence[Sequence[float]], blocks: Sequence[Block]) -> str:
-    """Describe the heat map of a figure over all blocks."""
-    pairs = [value for host, row in enumerate(values) for value in row[host + 1 :]]
-    marked = "; ".join(f"{span(block)} at {values[block.host][block.end - 1]:.3f}" for block in blocks)
-    return (
-        f"Heat map of the {what} from each host layer to each last removed layer, "
-        f"{min(pairs):.3f} to {max(pairs):.3f}.{f' Framed: {marked}.' if blocks else ''}"
-    )
-
-
-def layer_words(layers: Mapping[str, Sequence[float]], blocks: Sequence[Block]) -> str:
-    """Describe the charts of the layers."""
-    shaded = ", ".join(map(span, blocks))
-    ranges = {key: f"{number(min(values))} to {number(max(values))}" for key, values in layers.items()}
-    return (
-        f"Two charts by layer on logarithmic axes: block influence, {ranges['block_influence']}; mean token norm, "
-        f"{ranges['mean_norm']}, and largest token norm, {ranges['max_norm']}.{f' Shaded: {shaded}.' if blocks else ''}"
-    )
-
-
-def score_words(evaluation: Figures) -> str:
-    """Describe the chart of the scores."""
-    parts = [
-        f"{kind} of {task}: dense {number(factor * pair['dense'])}, pruned {number(factor * pair['pruned'])}"
-        for kind, factor in (("accuracy", 100), ("perplexity", 1))
-        for task, pair in evaluation.get(kind, {}).items()
-    ]
-    return f"Scores of both models, with error bars of one standard error. {'; '.join(parts).capitalize()}."
-
-
-def residual_words(rows: Sequence[tuple[float, float]], chosen: tuple[float, float]) -> str:
-    """Describe the ridge path."""
-    (first, low), (last, high) = min(rows), max(rows)
-    return (
-        f"Relative residual against α: from {low:.3f} at α = {first:g} to {high:.3f} at α = {last:g}; "
-        f"this run, at α = {chosen[0]:g}, has {chosen[1]:.3f}."
-    )
-
-
-def curve_words(lines: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str) -> str:
-    """Describe lines of a picture by their ends and their lowest points."""
-    parts = [
-        f"{name}, from {number(pairs[0][1])} at {x} {pairs[0][0]:g} to {number(pairs[-1][1])} at {x} {pairs[-1][0]:g}, "
-        f"lowest {number(min(value for _, value in pairs))}"
-        for name, pairs in lines.items()
-        if pairs
-    ]
-    return f"{y[:1].upper()}{y[1:]} by {x}: {'; '.join(parts)}."
-
-
-def _mean(values: Sequence[Any]) -> float:
-    return sum(values) / len(values)

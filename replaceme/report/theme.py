@@ -82,7 +82,7 @@ def drawing(theme: Theme, height: float) -> Iterator[Figure]:
         yield figure
 
 
-def png(figure: Figure) -> bytes:
+def to_png(figure: Figure) -> bytes:
     """Return a figure as PNG: the same bytes for the same data."""
     file = io.BytesIO()
     with style.context({}, after_reset=True):
@@ -91,7 +91,7 @@ def png(figure: Figure) -> bytes:
     return file.getvalue()
 
 
-def log_axis(axes: Axes, direction: Literal["x", "y"], values: Sequence[float]) -> None:
+def set_log_scale(axes: Axes, direction: Literal["x", "y"], values: Sequence[float]) -> None:
     """Make an axis logarithmic, with readable ticks whether it spans many decades or part of one.
 
     Args:
@@ -115,7 +115,7 @@ def log_axis(axes: Axes, direction: Literal["x", "y"], values: Sequence[float]) 
     axis.set_minor_formatter(NullFormatter())
 
 
-def quiet(axes: Axes, grid: Literal["x", "y", "both"] = "y") -> None:
+def set_grid(axes: Axes, grid: Literal["x", "y", "both"] = "y") -> None:
     """Give axes a faint grid along ``grid`` and no tick marks."""
     axes.grid(True, axis=grid)
     axes.tick_params(which="both", length=0)

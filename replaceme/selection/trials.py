@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from replaceme.base.documents import Batch, Documents
-from replaceme.base.group import add_numbers, share
+from replaceme.base.group import all_gather, shard
 from replaceme.edits.edits import Edits
 from replaceme.edits.unfused import unfused
 from replaceme.models.families import Family, decoder_of
@@ -61,7 +61,7 @@ class Trials:
 
 def batches_of(model: Any, documents: Documents, batch_size: int) -> Iterator[Batch]:
     """Return this process's part of the batches of texts, on the model's device."""
-    return documents.batches(batch_size, str(model.device), share())
+    return documents.batches(batch_size, str(model.device), shard())
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,7 @@ def next_token_losses(model: Any, documents: Documents, batches: Iterable[Batch]
     for position, loss, predicted in _losses(model, batches):
         sums[domain_at[position]] += loss
         counts[domain_at[position]] += predicted
-    added = torch.tensor(add_numbers(*sums, *counts), dtype=torch.float64)
-    return Losses(known, *added.split(len(known)))
+    return Losses(known, *torch.tensor(all_gather([sums, counts]), dtype=torch.float64).sum(0))
 
 
 @torch.inference_mode()

@@ -290,7 +290,7 @@ def test_an_experiment_with_another_transform_takes_other_statistics_and_does_no
 def test_the_experiments_are_compared_in_a_table_and_a_picture(project: Path) -> None:
     printed = shell(project, "compare_experiments")
     table = pd.read_csv(project / "artifacts" / "experiments" / "experiments.csv")
-    assert {"experiment", "best", "method", "alpha", "layers_to_skip", "removed_percent", "retention_percent"} <= set(table)
+    assert {"experiment", "best", "method", "parameters.removed_percent", "retention_percent"} <= set(table)
     assert sorted(zip(table["alpha"], table["layers_to_skip"], strict=True)) == [(0.0, 1), (0.0, 2), (0.1, 2)]
     assert table["best"].any()
     assert (project / "artifacts" / "experiments" / "quality.png").read_bytes().startswith(b"\x89PNG")

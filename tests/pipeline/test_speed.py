@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from replaceme import actions, experiments, speed
+from replaceme import actions, speed
 from replaceme.base.errors import ModelError
 from replaceme.base.params import Params
 from replaceme.base.workspace import Workspace
@@ -55,6 +55,4 @@ def test_code_of_a_model_is_trusted_only_if_the_user_says_so(
     own = params.model_copy(update={"trust_remote_code": trusted})
     with pytest.raises(InterruptedError):
         actions.measure(own)
-    with pytest.raises(InterruptedError):
-        experiments._measured(own, tmp_path, "name")
-    assert [model.trust_remote_code for model in opened] == [trusted, trusted]
+    assert [model.trust_remote_code for model in opened] == [trusted]
