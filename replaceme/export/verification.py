@@ -144,10 +144,14 @@ def _loading(dense: Model, edits: Edits, excerpts: Documents, room: int | None) 
         return partial(Model.load, dtype=working_dtype(dense), config=shorter)
     # Layers are read anew each time, in float32 at once; what is outside of them is widened where it computes.
     outside, inside = proof_dtypes(dense)
-    # More layers than are computed with at once would only take memory.
-    at_once = 1 + max((len({layer, *mixture}) for layer, mixture in edits.mixtures.items()), default=0)
-    needed = parts_of(dense, outside)[0] + at_once * parts_of(dense, inside)[1]
-    return partial(load_streamed, dtype=outside, layers=inside, budget=min(room, needed), config=shorter)
+    mixed = {*edits.mixtures}.union(*edits.mixtures.values())
+
+    def load(source: Model) -> Any:
+        # More layers than are computed with at once would only take memory. The pruned model's can be larger: of our own form.
+        needed = parts_of(source, outside)[0] + (1 + len(mixed)) * parts_of(source, inside)[1]
+        return load_streamed(source, outside, layers=inside, budget=min(room, needed), config=shorter)
+
+    return load
 
 
 def wrong_entries(dense: Model, pruned: Model, family: Family, edits: Edits) -> list[str]:
