@@ -26,14 +26,14 @@ from replaceme.models.streaming import evict_layers, layers_in_memory
 SHARD_SIZE = "2GB"
 
 
-def save_pruned(source: Model, edits: Edits, folder: Path, room: int | None = None) -> dict[str, int]:
+def save_pruned(source: Model, edits: Edits, folder: Path, budget: int | None = None) -> dict[str, int]:
     """Write weights, config, tokenizer and generation config of the pruned model.
 
     Args:
         source: the dense model.
         edits: the changes.
         folder: where the files go.
-        room: the bytes that weights in memory may take, where the layers are read and written one at a time; None is without
+        budget: the bytes that weights in memory may take, where the layers are read and written one at a time; None is without
             limit. The files are the same.
 
     Returns:
@@ -42,11 +42,11 @@ def save_pruned(source: Model, edits: Edits, folder: Path, room: int | None = No
     from transformers import GenerationConfig
 
     family = source.family()
-    model = source.load_stored() if room is None else load_streamed(source, budget=room, as_stored=True)
+    model = source.load_stored() if budget is None else load_streamed(source, None, budget)
     dense_parameters = parameter_count(model)
     # The original's generation config is copied below: saving would refuse some that are in use.
     model.generation_config = GenerationConfig()
-    if room is None:
+    if budget is None:
         apply_edits(model, family, edits)
         model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
     else:

@@ -39,7 +39,7 @@ class LazyParameter(nn.Parameter):
     read: Callable[[], Tensor]
 
 
-def value_of(parameter: Tensor) -> Tensor:
+def read_value(parameter: Tensor) -> Tensor:
     """Return a parameter's value without a gradient; that of a ``LazyParameter`` is loaded."""
     return parameter.read() if isinstance(parameter, LazyParameter) else parameter.detach()
 
@@ -118,14 +118,14 @@ class LayerStream:
         self.lazy = [self._make_lazy(index) for index in range(len(layers))]
         self.sizes = [sum(each.numel() * each.itemsize for each in lazy.values()) for lazy in self.lazy]
         self.loaded, self.checked, self.pinned = set[int](), set[int](), Counter[int]()
-        # Layer and name → a value in the place of the stored one.
+        # Layer and name → the value that stands for the stored one.
         self.replacements: dict[tuple[int, str], nn.Parameter] = {}
         self.bytes_read = 0
         for index, layer in enumerate(layers):
-            layer.forward = self._loading_first(index, layer.forward)
+            layer.forward = self._load_before(index, layer.forward)
             layer.__dict__["stream"] = self
 
-    def turn(self, index: int) -> None:
+    def wait_turn(self, index: int) -> None:
         """Wait until a layer may be computed, where computations share the model (``replaceme.models.interleaving``)."""
 
     def load(self, index: int) -> None:
@@ -153,7 +153,7 @@ class LayerStream:
         self.loaded.discard(index)
 
     @contextmanager
-    def in_use(self, indices: Sequence[int]) -> Iterator[None]:
+    def pinning(self, indices: Sequence[int]) -> Iterator[None]:
         """Have the weights of some layers in memory inside the block; see ``layers_in_memory``."""
         self.pinned.update(indices)
         try:
@@ -194,20 +194,20 @@ class LayerStream:
         lazy = {}
         for name, parameter in self.layers[index].named_parameters():
             lazy[name] = LazyParameter(parameter, requires_grad=False)
-            lazy[name].read = partial(self._value, index, name)
+            lazy[name].read = partial(self._read_value, index, name)
         for name, parameter in lazy.items():
             _set_parameter(self.layers[index], name, parameter)
         return lazy
 
-    def _value(self, index: int, name: str) -> Tensor:
+    def _read_value(self, index: int, name: str) -> Tensor:
         self.load(index)
         return self.layers[index].get_parameter(name).detach()
 
-    def _loading_first(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def _load_before(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(forward)
         def load_and_compute(*arguments: Any, **options: Any) -> Any:
-            self.turn(index)
-            with self.in_use([index]):
+            self.wait_turn(index)
+            with self.pinning([index]):
                 return forward(*arguments, **options)
 
         return load_and_compute
@@ -253,7 +253,7 @@ def layers_in_memory(layers: Iterable[nn.Module]) -> Iterator[None]:
     """
     wanted = [*layers]
     stream = next(iter(map(stream_of, wanted)), None)
-    with stream.in_use([*map(stream.index_of, wanted)]) if stream else nullcontext():
+    with stream.pinning([*map(stream.index_of, wanted)]) if stream else nullcontext():
         yield
 
 

@@ -128,8 +128,8 @@ def _walk_by_layer(
 ) -> None:
     """Run all batches through a layer before the next one, up to the last wanted signal; one observer is a ``_Carry``."""
     wanted, first = _wanted(observers), start.layer if start else 0
-    places: Iterable[int] = range(first, max(wanted) + 1)
-    for layer in places if description is None else progress(places, description, "layers"):
+    numbers: Iterable[int] = range(first, max(wanted) + 1)
+    for layer in numbers if description is None else progress(numbers, description, "layers"):
         begin = start if layer == first else EntryState(layer, None)
         with _Tap(family.decoder_layers(model), family, {layer: wanted[layer]}, observers, begin) as tap:
             for batch in batches:

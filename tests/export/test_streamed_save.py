@@ -14,7 +14,7 @@ from replaceme.edits.edits import Edits
 from replaceme.export import save as export
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import verify_export
-from replaceme.models.memory import parts_of
+from replaceme.models.memory import measure_parts
 from replaceme.models.model import Model
 from tests.conftest import EXPERTS, KINDS, WIDTH, made_model
 from tests.helpers import edits_of
@@ -22,7 +22,7 @@ from tests.helpers import edits_of
 
 def room(source: Model, dtype: str = "float32") -> int:
     """Return room for what lies outside the layers, and for one layer."""
-    return sum(parts_of(source, dtype))
+    return sum(measure_parts(source, dtype))
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -16,7 +16,7 @@ from replaceme.base.params import Params, read_params, size_of
 from replaceme.export import card
 from replaceme.methods.registry import METHODS
 from replaceme.models import memory
-from replaceme.models.memory import load_within_budget, parts_of, weight_budget, weight_bytes
+from replaceme.models.memory import load_within_budget, measure_parts, weight_budget, weight_bytes
 from replaceme.models.model import Model
 from replaceme.models.streaming import stream_of
 from replaceme.steps import STAGES
@@ -43,7 +43,7 @@ def test_other_values_are_refused_with_the_forms_that_there_are(value: Any) -> N
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_bytes_of_layers_and_of_the_rest_are_those_of_the_loaded_model(save_tiny: Callable[..., Model], kind: str) -> None:
     source = save_tiny(kind)
-    outside, largest = parts_of(source, "bfloat16")
+    outside, largest = measure_parts(source, "bfloat16")
     model = memory.load_streamed(source, "bfloat16", budget=1 << 40)
     own = stream_of(model)
     assert own is not None
@@ -58,7 +58,7 @@ def test_what_fits_is_loaded_whole_and_what_does_not_is_streamed(tiny: Model) ->
         assert stream_of(load_within_budget(tiny, allowed(value), "float32")) is None
     own = stream_of(load_within_budget(tiny, allowed(f"{needed - 1}B"), "float32"))
     assert own is not None
-    assert own.budget == needed - 1 - parts_of(tiny, "float32")[0]
+    assert own.budget == needed - 1 - measure_parts(tiny, "float32")[0]
     # The dtype counts.
     assert weight_budget(tiny, allowed(f"{needed - 1}B"), "bfloat16") is None
 
@@ -69,11 +69,11 @@ def test_auto_takes_a_share_of_what_is_free(tiny: Model, monkeypatch: pytest.Mon
         monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free)
         assert (weight_budget(tiny, allowed("auto"), "float32") is not None) == streams
     # What can't be streamed is loaded whole, whatever is free.
-    assert weight_budget(tiny, allowed("auto"), "float32", whole="it is trained") is None
+    assert weight_budget(tiny, allowed("auto"), "float32", obstacle="it is trained") is None
     with pytest.raises(
         ParameterError, match=r"^memory: 9KB is less than the 0\.243 MB of llama, and it is trained; use auto or"
     ):
-        weight_budget(tiny, allowed("9KB"), "float32", whole="it is trained")
+        weight_budget(tiny, allowed("9KB"), "float32", obstacle="it is trained")
 
 
 def test_free_memory_is_what_the_machine_or_its_container_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +124,7 @@ def test_too_little_is_refused_with_what_would_do(
     tiny: Model, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(tiny, text_file, tmp_path / "pruned", "--memory", "80KB", code=2)
-    outside, largest = parts_of(tiny, "float32")
+    outside, largest = measure_parts(tiny, "float32")
     assert outside + largest == 83_200
     assert (
         "memory: 0.08 MB is too little for llama, of which 0.0832 MB have to be there at once; allow more, such as 0.115 MB."
@@ -147,7 +147,7 @@ def test_a_streamed_run_gives_the_same_model_and_the_same_figures(
     kind: str, options: str, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     source = save_tiny(kind)
-    outside, largest = parts_of(source, "float32")
+    outside, largest = measure_parts(source, "float32")
     for name, value in (("whole", "null"), ("streamed", f"{outside + 2 * largest}B")):
         # The dense model is scored by both.
         monkeypatch.setenv("REPLACEME_CACHE", str(tmp_path / f"cache of {name}"))

@@ -29,9 +29,9 @@ from tests.helpers import TEXT, edits_of
 TWO_ROWS = torch.arange(2, 66).view(2, 32)
 
 
-def streamed(source: Model, layers: float = 2, dtype: str = "float32", **options: Any) -> tuple[Any, LayerStream]:
+def streamed(source: Model, layers: float = 2, dtype: str | None = "float32") -> tuple[Any, LayerStream]:
     """Return a streamed model, with room for so many of its largest layers, and its stream."""
-    model = load_streamed(source, dtype, budget=1 << 40, **options)
+    model = load_streamed(source, dtype, budget=1 << 40)
     own = stream_of(model)
     assert own is not None
     own.budget = int(layers * max(own.sizes))
@@ -162,7 +162,7 @@ def test_weights_keep_the_dtype_that_each_is_stored_in(save_tiny: Callable[..., 
 
     source = altered(save_tiny(dtype=torch.bfloat16), widen, tmp_path)
     expected = dict(source.load_stored().named_parameters())
-    model, own = streamed(source, as_stored=True)
+    model, own = streamed(source, dtype=None)
     with layers_in_memory(own.layers[:1]):
         found = dict(model.named_parameters())
         assert {name: each.dtype for name, each in found.items()} == {name: each.dtype for name, each in expected.items()}
