@@ -64,7 +64,6 @@ def test_several_files_are_written_as_transformers_divides_the_weights(
         {"mixtures": {1: {1: -1.0, 2: 1.0, 3: 1.0}}},
         {"operators": {1: torch.tensor(1.5, dtype=torch.float64)}},
         {"operators": {1: torch.linspace(0.5, 2, WIDTH, dtype=torch.float64)}},
-        {"parameters": {(4, "mlp.up_proj.weight"): torch.ones(48, WIDTH)}},
     ],
 )
 @pytest.mark.parametrize("tied", [True, False])
