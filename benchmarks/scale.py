@@ -158,7 +158,7 @@ def paper() -> None:
         # Parameters, in 10⁹.
         inner, outer = layers * (2 * d * d * (1 + groups / heads) + 3 * d * f) / 1e9, 2 * vocabulary * d / 1e9
         layer = 2 * inner / layers
-        weights = 2 * outer + 2 * layer if streamed else 2 * (inner + outer)
+        weights = 2 * outer + layer if streamed else 2 * (inner + outer)
         fit, solved = min(4 * d, 3 * TOKENS / 4), layers / 2
         sums = (8 * f**2 + 3 * 8 * f * d) / 1e9
         scratch = (2 * TOKENS * (5 * d + f) + 4 * solved * (f * d + d**2)) / 1e9

@@ -85,14 +85,9 @@ def use_processor(threads: int) -> None:
             allocator.mallopt(option, value)
 
 
-def give_back() -> None:
-    """Give unused memory back to the system, before a computation that needs much of another kind.
-
-    Streamed models, and those of our own form, refer to themselves: only the garbage collector frees such a cycle.
-    """
+def release_memory() -> None:
+    """Free what only refers to itself: streamed models do, so that nothing but the garbage collector lets their weights go."""
     gc.collect()
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def require_resident(layers: Mapping[int, nn.Module], words: str) -> None:

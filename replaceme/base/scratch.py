@@ -10,11 +10,11 @@ import os
 import platform
 import shutil
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterator, MutableMapping, Sequence
 from math import prod
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,11 +43,19 @@ def scratch(
     # A mapping outlives the deletion of its file, so nothing is left on disk however the run ends.
     with temporary_folder(f"scratch-{rank()}-", where) as names:
         for number, shape in enumerate(shapes):
-            _take_space(names / str(number), prod(shape) * dtype.itemsize)
+            _allocate_file(names / str(number), prod(shape) * dtype.itemsize)
         return [
             torch.from_file(str(names / str(number)), shared=True, size=prod(shape), dtype=dtype).view(*shape)
             for number, shape in enumerate(shapes)
         ]
+
+
+def copy_to_scratch(tensor: Tensor, folder: Path | None, purpose: str) -> Tensor:
+    """Return a copy of a tensor on disk, which takes no memory until it is read; see ``scratch``."""
+    (copy,) = scratch([tensor.shape], tensor.dtype, folder, purpose)
+    copy.copy_(tensor)
+    unmap(copy)
+    return copy
 
 
 def unmap(tensor: Tensor) -> None:
@@ -62,7 +70,7 @@ def unmap(tensor: Tensor) -> None:
             ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
 
-def _take_space(file: Path, size: int) -> None:
+def _allocate_file(file: Path, size: int) -> None:
     """Make a file whose space is taken at once; a write to a mapping that finds the disk full ends the process (SIGBUS)."""
     with file.open("wb") as stream:
         # Not on macOS.
@@ -85,14 +93,12 @@ def require_space(folder: Path | None, needed: int, words: str, advice: str = ""
         raise ResourceError(f"{where}: {words.format(f'{needed >> 20} MiB')}, and {free >> 20} MiB are free{advice}.")
 
 
-class _Place(NamedTuple):
-    start: int
-    like: Tensor  # on the meta device
-    device: torch.device
-
-
 class ScratchFile:
-    """A file for tensors that wait for their next use; a context manager. Nothing is left on disk however the run ends."""
+    """A file for tensors that wait for their next use; a context manager. Nothing is left on disk however the run ends.
+
+    Attributes:
+        end: its size in bytes.
+    """
 
     def __init__(self, folder: Path | None = None):
         """Choose the disk.
@@ -102,76 +108,64 @@ class ScratchFile:
         """
         self.folder = folder or Path(tempfile.gettempdir())
         self.end = 0
-        self.free: dict[int, list[int]] = {}
+        # Bytes → where parts of the file begin that hold nothing any more.
+        self.unused: dict[int, list[int]] = defaultdict(list)
 
     def __enter__(self) -> "ScratchFile":
         self.file = tempfile.TemporaryFile(dir=self.folder)
         return self
 
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.file.close()
 
     def mapping(self) -> MutableMapping[object, Tensor]:
-        """Return an empty mapping whose tensors lie in the file."""
-        return _OnDisk(self)
-
-    def write(self, tensor: Tensor) -> _Place:
-        """Write a tensor, and return its place.
+        """Return an empty mapping whose tensors lie in the file; each is read anew whenever it is looked up.
 
         Raises:
-            ResourceError: the disk has too little free space.
+            ResourceError: when a tensor is put into it, and the disk has too little free space.
         """
-        size = tensor.numel() * tensor.itemsize
-        if self.free.get(size):
-            start = self.free[size].pop()
-        else:
-            require_space(self.folder, size, "states between layers need {} there")
-            start, self.end = self.end, self.end + size
-        rest = memoryview(_bytes(tensor.detach().cpu().contiguous()))
-        while rest:
-            rest = rest[os.pwrite(self.file.fileno(), rest, start + size - len(rest)) :]
-        return _Place(start, torch.empty_like(tensor, device="meta", memory_format=torch.contiguous_format), tensor.device)
-
-    def read(self, place: _Place) -> Tensor:
-        """Return the tensor of a place, on the device that it came from."""
-        tensor = torch.empty_like(place.like, device="cpu")
-        rest = memoryview(_bytes(tensor))
-        end = place.start + len(rest)
-        while rest:
-            if not (count := os.preadv(self.file.fileno(), [rest], end - len(rest))):
-                raise OSError("a scratch file is shorter than what was written to it")
-            rest = rest[count:]
-        return tensor.to(place.device)
-
-    def forget(self, place: _Place) -> None:
-        """Let another tensor of the same size have a place."""
-        self.free.setdefault(place.like.numel() * place.like.itemsize, []).append(place.start)
+        return _TensorsOnDisk(self)
 
 
-def _bytes(tensor: Tensor) -> Any:
-    return tensor.flatten().view(torch.uint8).numpy()
-
-
-class _OnDisk(MutableMapping[object, Tensor]):
-    """Tensors by key in a ``ScratchFile``; each is read anew whenever it is looked up."""
+class _TensorsOnDisk(MutableMapping[object, Tensor]):
+    """Tensors by key in a ``ScratchFile``."""
 
     def __init__(self, file: ScratchFile):
         self.file = file
-        self.places: dict[object, _Place] = {}
+        # Key → where its part of the file begins, the tensor on the meta device, and its own device.
+        self.parts: dict[object, tuple[int, Tensor, torch.device]] = {}
 
     def __getitem__(self, key: object) -> Tensor:
-        return self.file.read(self.places[key])
+        start, like, device = self.parts[key]
+        tensor = torch.empty_like(like, device="cpu")
+        self.file.file.seek(start)
+        self.file.file.readinto(_bytes_of(tensor))
+        return tensor.to(device)
 
     def __setitem__(self, key: object, tensor: Tensor) -> None:
-        if key in self.places:
+        if key in self.parts:
             del self[key]
-        self.places[key] = self.file.write(tensor)
+        content = _bytes_of(tensor.detach().cpu().contiguous())
+        if unused := self.file.unused[len(content)]:
+            start = unused.pop()
+        else:
+            require_space(self.file.folder, len(content), "states between layers need {} there")
+            start, self.file.end = self.file.end, self.file.end + len(content)
+        self.file.file.seek(start)
+        self.file.file.write(content)
+        like = torch.empty_like(tensor, device="meta", memory_format=torch.contiguous_format)
+        self.parts[key] = start, like, tensor.device
 
     def __delitem__(self, key: object) -> None:
-        self.file.forget(self.places.pop(key))
+        start, like, _ = self.parts.pop(key)
+        self.file.unused[like.numel() * like.itemsize].append(start)
 
     def __iter__(self) -> Iterator[object]:
-        return iter(self.places)
+        return iter(self.parts)
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.parts)
+
+
+def _bytes_of(tensor: Tensor) -> Any:
+    return tensor.flatten().view(torch.uint8).numpy()

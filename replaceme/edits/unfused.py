@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from replaceme.edits.channels import assembled
 from replaceme.edits.edits import Change, Edits, rotation_and_gains
 from replaceme.models.families import Family, Linear, in_torch_layout, is_conv1d, linears_within
-from replaceme.models.layers import passed_by
-from replaceme.models.streaming import loaded, replaced
+from replaceme.models.layers import skip_layers
+from replaceme.models.streaming import layers_in_memory, replacing_parameter
 
 
 @contextmanager
@@ -32,7 +32,7 @@ def unfused(model: nn.Module, family: Family, edits: Edits) -> Iterator[None]:
                 stack.enter_context(replaced_parameter(layers[layer], name, value))
         # Before the changes: their hooks then get the mixture's output.
         for layer, mixture in edits.mixtures.items():
-            stack.enter_context(loaded([layers[layer], *(layers[source] for source in mixture)]))
+            stack.enter_context(layers_in_memory([layers[layer], *(layers[source] for source in mixture)]))
             for path, module in linears_within(layers[layer]).items():
                 others = [(layers[source].get_submodule(path), part) for source, part in mixture.items() if source != layer]
                 stack.callback(module.register_forward_hook(_mixing(mixture.get(layer, 0.0), others)).remove)
@@ -43,7 +43,7 @@ def unfused(model: nn.Module, family: Family, edits: Edits) -> Iterator[None]:
             stack.callback(layers[layer].register_forward_hook(operator_hook(P)).remove)
         if edits.model_edit:
             stack.enter_context(edits.model_edit.unfused(model, family))
-        stack.enter_context(passed_by(family, (layers[index] for index in edits.removed_layers)))
+        stack.enter_context(skip_layers(family, (layers[index] for index in edits.removed_layers)))
         yield
 
 
@@ -70,7 +70,7 @@ def replaced_parameter(layer: nn.Module, name: str, value: Tensor) -> Iterator[N
     """Replace a parameter's value inside the block. It is given in torch's layout and may have another shape."""
     owner: Any = layer.get_submodule(name.rpartition(".")[0])
     made, outputs = in_torch_layout(layer, name, value), getattr(owner, "nf", None)
-    with replaced(layer, name, made):
+    with replacing_parameter(layer, name, made):
         # Conv1D is the only linear whose forward uses its number of outputs.
         if is_conv1d(owner):
             owner.nf = made.shape[-1]

@@ -25,7 +25,7 @@ from replaceme.evaluation.perplexity import perplexities, score_windows
 from replaceme.evaluation.requests import prepare_requests
 from replaceme.evaluation.scorer import CausalScorer
 from replaceme.models.kv_cache import cache_bytes_per_token
-from replaceme.models.memory import load_within
+from replaceme.models.memory import load_within_budget
 from replaceme.models.model import WEIGHTS, Model, embedding_count, parameter_count
 
 
@@ -83,7 +83,7 @@ def score_model(
     use_processor(params.threads)
     tokenizer, requests = source.tokenizer(), prepare_requests(params, source, fingerprints, dense.items if dense else None)
     contamination = calibration and find_contamination(calibration, requests, fingerprints, tokenizer)
-    model = load_within(source, params, params.eval_dtype)
+    model = load_within_budget(source, params, params.eval_dtype)
     perplexity: dict[str, dict[str, float]] = {}
     items: dict[str, Tensor] = {}
     for text, windows in requests.windows.items():

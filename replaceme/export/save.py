@@ -1,31 +1,39 @@
 """Apply the edits to the original weights and save the result as a Hugging Face folder.
 
+A streamed model is edited layer by layer. transformers saves it from tensors that are mapped: what no edit changes from the
+model's files, the rest from scratch files.
+
 The caller verifies the folder (``replaceme.export.verification``) before it gives it its final name.
 """
 
 import shutil
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from replaceme.base.files import read_json, write_json
+from replaceme.base.scratch import copy_to_scratch
 from replaceme.edits.edits import Edits
-from replaceme.edits.fold import apply_edits
-from replaceme.export.shards import save_streamed
+from replaceme.edits.fold import apply_edits, edited_parameters, shorten
 from replaceme.export.transformers4 import TOKENIZER_CLASS, add_older_keys, rename_tokenizer_keys
-from replaceme.models.memory import stream
+from replaceme.models.families import Family, in_torch_layout
+from replaceme.models.memory import load_streamed
 from replaceme.models.model import TOKENIZER_CONFIG, Model, parameter_count, stored_dtype
 from replaceme.models.own_form import write_own_form
+from replaceme.models.streaming import evict_layers, layers_in_memory
 
 SHARD_SIZE = "2GB"
 
 
-def save_pruned(source: Model, edits: Edits, folder: Path, room: int | None = None) -> dict[str, int]:
+def save_pruned(source: Model, edits: Edits, folder: Path, budget: int | None = None) -> dict[str, int]:
     """Write weights, config, tokenizer and generation config of the pruned model.
 
     Args:
         source: the dense model.
         edits: the changes.
         folder: where the files go.
-        room: the bytes that weights in memory may take, where the layers are read and written one at a time; None is without
+        budget: the bytes that weights in memory may take, where the layers are read and written one at a time; None is without
             limit. The files are the same.
 
     Returns:
@@ -34,15 +42,16 @@ def save_pruned(source: Model, edits: Edits, folder: Path, room: int | None = No
     from transformers import GenerationConfig
 
     family = source.family()
-    model = source.load_stored() if room is None else stream(source, room=room, as_stored=True)
+    model = source.load_stored() if budget is None else load_streamed(source, None, budget)
     dense_parameters = parameter_count(model)
     # The original's generation config is copied below: saving would refuse some that are in use.
     model.generation_config = GenerationConfig()
-    if room is None:
+    if budget is None:
         apply_edits(model, family, edits)
         model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
     else:
-        save_streamed(model, family, edits, folder, SHARD_SIZE)
+        tensors = edited_tensors(model, family, edits, folder)
+        model.save_pretrained(folder, state_dict=tensors, max_shard_size=SHARD_SIZE, save_original_format=False)
     (folder / "generation_config.json").unlink(missing_ok=True)
     # transformers writes the dtype of the first weight.
     config = {**read_json(folder / "config.json"), "dtype": str(stored_dtype(source)).removeprefix("torch.")}
@@ -57,6 +66,38 @@ def save_pruned(source: Model, edits: Edits, folder: Path, room: int | None = No
     # Only the garbage collector would let the weights go, and the proof loads two models more.
     model.to("meta")
     return counts
+
+
+def edited_tensors(model: Any, family: Family, edits: Edits, folder: Path) -> dict[str, Tensor]:
+    """Apply edits to a streamed model, in place, and return the tensors to save: name in the files → value.
+
+    One layer at a time is in memory. In the order of the result, transformers divides a resident model between files. Only
+    experts, of which it counts one, can be divided otherwise.
+
+    Args:
+        model: the dense model, each weight in the dtype that it is stored in.
+        family: its description.
+        edits: the changes, without bases and removed groups.
+        folder: for scratch files, whose space is freed when the tensors are gone.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    folder.mkdir(parents=True, exist_ok=True)
+    layers = shorten(model, family, edits)
+    # Of the layers, these are empty.
+    tensors = dict(revert_weight_conversion(model, dict(model.state_dict())))
+    for at in (at for at in range(len(layers)) if at not in set(edits.removed_layers)):
+        edited = {
+            name: in_torch_layout(model, name, exact).to(model.get_parameter(name).dtype)
+            for name, exact in edited_parameters(model, family, layers, edits, at)
+        }
+        with layers_in_memory([layers[at]]):
+            own = dict(layers[at].state_dict(prefix=f"{family.layers}.{edits.position(at)}."))
+            mapped = {id(value) for value in own.values()}
+            for name, value in revert_weight_conversion(model, own | edited).items():
+                tensors[name] = value if id(value) in mapped else copy_to_scratch(value, folder, "export")
+    evict_layers(model)
+    return tensors
 
 
 def _rename_tokenizer(file: Path) -> None:

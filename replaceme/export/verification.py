@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from replaceme.base.compute import give_back
 from replaceme.base.documents import Documents
 from replaceme.base.errors import VerificationError
 from replaceme.base.progress import logger
@@ -30,11 +29,11 @@ from replaceme.edits.fold import edit_config, edited_parameters
 from replaceme.edits.unfused import unfused
 from replaceme.export.transformers4 import add_older_keys
 from replaceme.models.families import Family, parameter_of
-from replaceme.models.layers import replaced_forward
-from replaceme.models.memory import parts_of, stream
+from replaceme.models.layers import replace_forward
+from replaceme.models.memory import load_streamed, load_without_layers, measure_parts, stream_layers
 from replaceme.models.model import Model, layer_count, proof_dtypes, stored_dtype, working_dtype
 from replaceme.models.own_form import is_own_form, own_config
-from replaceme.models.streaming import value_of
+from replaceme.models.streaming import read_value
 
 # Rows of a weight compared at once.
 ROWS = 4096
@@ -55,7 +54,7 @@ OWN_FORM = {"model_type", "auto_map", "tokenizer_class", "pruned"}
 FIRST = -1
 
 
-def verify_export(dense: Model, pruned: Model, edits: Edits, documents: Documents, room: int | None = None) -> dict[str, Any]:
+def verify_export(dense: Model, pruned: Model, edits: Edits, documents: Documents, budget: int | None = None) -> dict[str, Any]:
     """Compare the exported folder with the unfused computation on calibration text.
 
     Args:
@@ -63,7 +62,7 @@ def verify_export(dense: Model, pruned: Model, edits: Edits, documents: Document
         pruned: the exported folder.
         edits: the edits that were applied.
         documents: calibration text; the first few documents are used.
-        room: the bytes that the weights of one of the two may take in memory, where they are streamed; None is without limit.
+        budget: the bytes that the weights of one of the two may take in memory, where they are streamed; None is without limit.
 
     Returns:
         The figures for metrics/export.json.
@@ -74,25 +73,24 @@ def verify_export(dense: Model, pruned: Model, edits: Edits, documents: Document
     family = dense.family()
     if entries := wrong_entries(dense, pruned, family, edits):
         raise _differs(entries[0])
-    stored = [each.load_stored() if room is None else stream(each, room=room, as_stored=True) for each in (dense, pruned)]
+    stored = [each.load_stored() if budget is None else load_streamed(each, None, budget) for each in (dense, pruned)]
     wrong, edited = wrong_weights(stored.pop(0), stored.pop(), family, edits)
-    give_back()
     if wrong := wrong or wrong_tensors(dense, pruned, family, edits, edited):
         raise _differs(wrong[0])
-    return _verify_computation(dense, pruned, edits, edited, documents.head(DOCUMENTS, TOKENS), room)
+    return _verify_computation(dense, pruned, edits, edited, documents.head(DOCUMENTS, TOKENS), budget)
 
 
 def _verify_computation(
-    dense: Model, pruned: Model, edits: Edits, edited: set[str], excerpts: Documents, room: int | None
+    dense: Model, pruned: Model, edits: Edits, edited: set[str], excerpts: Documents, budget: int | None
 ) -> dict[str, Any]:
     """Compare the states after each layer, the logits and the cached generation; return the figures.
 
     Args:
-        dense, pruned, edits, room: as of ``verify_export``.
+        dense, pruned, edits, budget: as of ``verify_export``.
         edited: the names of the weights that the edits change.
         excerpts: the text.
     """
-    family, load = dense.family(), _loading(dense, edits, excerpts, room)
+    family, load = dense.family(), _loading(dense, edits, excerpts, budget)
     kept = _kept(dense, edits)
     position = {layer: edits.position(layer) for layer in kept}
     cuts = _layers_before_cuts(edits, kept)
@@ -102,7 +100,6 @@ def _verify_computation(
         # Rounding can send a token to other experts. The dense model's own cache error shows how much that changes.
         own_cache_error = cache_error(whole, prompt) if family.experts else 0.0
     del whole
-    give_back()
     shortened = load(pruned)
     inputs = {FIRST: edits.as_pruned(0, expected[FIRST])} | {
         position[layer]: edits.as_pruned(layer + 1, expected[layer]) for layer in kept
@@ -138,17 +135,22 @@ def _verify_computation(
     }
 
 
-def _loading(dense: Model, edits: Edits, excerpts: Documents, room: int | None) -> Callable[[Model], Any]:
-    """Return a function that loads either model for the computation: whole, or streamed within ``room``."""
+def _loading(dense: Model, edits: Edits, excerpts: Documents, budget: int | None) -> Callable[[Model], Any]:
+    """Return a function that loads either model for the computation: whole, or streamed within ``budget``."""
     shorter = _shorter_windows(dense, excerpts)
-    if room is None:
+    if budget is None:
         return partial(Model.load, dtype=working_dtype(dense), config=shorter)
     # Layers are read anew each time, in float32 at once; what is outside of them is widened where it computes.
     outside, inside = proof_dtypes(dense)
-    # More layers than are computed with at once, and the next one, would only take memory.
-    at_once = 2 + max(map(len, edits.mixtures.values()), default=0)
-    needed = parts_of(dense, outside)[0] + at_once * parts_of(dense, inside)[1]
-    return partial(stream, dtype=outside, layers=inside, room=min(room, needed), config=shorter)
+    mixed = {*edits.mixtures}.union(*edits.mixtures.values())
+
+    def load(source: Model) -> Any:
+        # More layers than are computed with at once would only take memory. The pruned model's can be larger: of our own form.
+        needed = measure_parts(source, outside)[0] + (1 + len(mixed)) * measure_parts(source, inside)[1]
+        model = load_without_layers(source, outside, layer_dtype=inside, config=shorter)
+        return stream_layers(source, model, min(budget, needed))
+
+    return load
 
 
 def wrong_entries(dense: Model, pruned: Model, family: Family, edits: Edits) -> list[str]:
@@ -194,7 +196,7 @@ def wrong_weights(dense: Any, pruned: Any, family: Family, edits: Edits) -> tupl
             wrong.append(name)
     kept = [layer for layer in range(len(layers)) if layer not in set(edits.removed_layers)]
     for name, weight in weights.items():
-        if name not in edited and not _same(value_of(weight), value_of(originals[_original(name, family, kept)])):
+        if name not in edited and not _same(read_value(weight), read_value(originals[_original(name, family, kept)])):
             wrong.append(name)
     return wrong, edited
 
@@ -322,10 +324,10 @@ def _in_float32(model: Any, family: Family, mixtures: Mapping[int, Mapping[int, 
         # A copy of all their rows would be larger than a layer.
         if isinstance(embedding, nn.Embedding):
             del parts[embedding]
-            stack.enter_context(replaced_forward(embedding, partial(_embedded, embedding, embedding.forward)))
+            stack.enter_context(replace_forward(embedding, partial(_embedded, embedding, embedding.forward)))
         if isinstance(head, nn.Linear):
             del parts[head]
-            stack.enter_context(replaced_forward(head, partial(_multiplied, head)))
+            stack.enter_context(replace_forward(head, partial(_multiplied, head)))
         for module, parameters in parts.items():
             if any(each.dtype in HALF for each in parameters):
                 cast = _Cast(parameters)

@@ -325,7 +325,7 @@ def measure_importance(
     import torch
 
     from replaceme.base.compute import require_resident
-    from replaceme.models.layers import gradients_for
+    from replaceme.models.layers import enable_gradients
 
     modules = family.decoder_layers(model)
     require_resident({layer: modules[layer] for layer in layers}, "whose gradients are wanted")
@@ -348,7 +348,7 @@ def measure_importance(
         for name, dimension in family.cut_parameters(modules[layer], linear).items()
     ]
     with ExitStack() as stack:
-        stack.enter_context(gradients_for(model, (weight for weight, _, _ in cuts)))
+        stack.enter_context(enable_gradients(model, (weight for weight, _, _ in cuts)))
         for weight, total, dimension in cuts:
             stack.callback(weight.register_post_accumulate_grad_hook(adding(total, dimension)).remove)
         stack.enter_context(torch.enable_grad())

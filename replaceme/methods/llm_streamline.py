@@ -70,14 +70,14 @@ class TrainedLayer(ModelEdit):
     def unfused(self, model: nn.Module, family: Family) -> Iterator[None]:
         """Replace the layer's parameters, and let a removed attention add 0."""
         from replaceme.edits.unfused import replaced_parameter
-        from replaceme.models.layers import silent
+        from replaceme.models.layers import silence_attention
 
         layer = family.decoder_layers(model)[self.layer]
         with ExitStack() as stack:
             for name, value in self.parameters.items():
                 stack.enter_context(replaced_parameter(layer, name, value))
             if self.without:
-                stack.enter_context(silent(layer.get_submodule(self.without[0])))
+                stack.enter_context(silence_attention(layer.get_submodule(self.without[0])))
             yield
 
     def edited_parameters(self, model: nn.Module, family: Family, layers: nn.ModuleList) -> Iterator[tuple[int, str, Tensor]]:
@@ -214,11 +214,11 @@ class LayerDistillation:
     @contextmanager
     def begun(self) -> Iterator[None]:
         """Silence the attention inside the block, if it is left out."""
-        from replaceme.models.layers import silent
+        from replaceme.models.layers import silence_attention
 
         with ExitStack() as stack:
             if self.without:
-                stack.enter_context(silent(self.module.get_submodule(self.without[0])))
+                stack.enter_context(silence_attention(self.module.get_submodule(self.without[0])))
             yield
 
     def loss(self, parameters: Mapping[str, Tensor], documents: Sequence[int], step: int | None = None) -> Tensor:
@@ -244,7 +244,7 @@ class LayerDistillation:
         import torch
 
         from replaceme.models.families import decoder_of
-        from replaceme.models.layers import passed_by
+        from replaceme.models.layers import skip_layers
 
         given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
@@ -255,7 +255,7 @@ class LayerDistillation:
         layers = self.family.decoder_layers(self.model)
         handle = self.module.register_forward_pre_hook(hook, with_kwargs=True)
         try:
-            with torch.no_grad(), passed_by(self.family, layers[: self.layer]):
+            with torch.no_grad(), skip_layers(self.family, layers[: self.layer]):
                 first = next(self.model.parameters()).device
                 decoder_of(self.model)(input_ids=batch.input_ids.to(first), use_cache=False)
         except _LayerReachedError:

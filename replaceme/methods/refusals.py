@@ -11,7 +11,7 @@ from replaceme.base.combinations import NEW_WEIGHTS
 from replaceme.base.errors import ParameterError
 from replaceme.base.parameters import Params
 from replaceme.methods.registry import METHODS
-from replaceme.models.memory import HEALED_WHOLE
+from replaceme.models.memory import HEALING_OBSTACLE
 
 if TYPE_CHECKING:
     from replaceme.models.families import Family
@@ -46,8 +46,8 @@ def check_model(params: Params, model: Model, family: Family) -> None:
         raise ParameterError(problems)
 
 
-def needs_whole(params: Params) -> str | None:
+def streaming_obstacle(params: Params) -> str | None:
     """Return why the parameters need a model that is in memory as a whole; None if it can be streamed."""
     if METHODS[params.method].fit_on_model:
         return f"method {params.method} works on many layers at once"
-    return HEALED_WHOLE if params.heal_epochs else None
+    return HEALING_OBSTACLE if params.heal_epochs else None

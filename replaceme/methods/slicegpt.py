@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from replaceme.base.documents import Batch
     from replaceme.models.families import Family
-    from replaceme.models.layers import Start
+    from replaceme.models.layers import EntryState
     from replaceme.models.model import Model
     from replaceme.observers.walk import Signal, Signals
 
@@ -231,7 +231,7 @@ def find_bases(context: MethodContext, width: int) -> list[tuple[Tensor, float]]
 
     from replaceme.base.compute import require_resident
     from replaceme.base.scratch import scratch
-    from replaceme.models.layers import Start
+    from replaceme.models.layers import EntryState
 
     model, family = context.model, context.family
     layers, d = family.decoder_layers(model), int(model.config.hidden_size)
@@ -245,7 +245,7 @@ def find_bases(context: MethodContext, width: int) -> list[tuple[Tensor, float]]
             for rows in states.split(TOKENS):
                 Q = bases[-1][0]
                 rows.copy_(project(rows.to(Q.device), Q))
-            gram = _walk_layer(context, index, ("input", "attention"), states, Start(index, states))
+            gram = _walk_layer(context, index, ("input", "attention"), states, EntryState(index, states))
             bases.append(principal(gram, width))
             gram = _pass_mlp(layer, family, states, bases[-1][0])
         bases.append(principal(gram, width))
@@ -281,7 +281,9 @@ def principal(gram: Tensor, width: int) -> tuple[Tensor, float]:
     return vectors[:, -width:].flip(1).float().contiguous(), float(share)
 
 
-def _walk_layer(context: MethodContext, layer: int, signals: tuple[Signal, ...], states: Tensor, start: Start | None) -> Tensor:
+def _walk_layer(
+    context: MethodContext, layer: int, signals: tuple[Signal, ...], states: Tensor, start: EntryState | None
+) -> Tensor:
     """Overwrite all tokens' states with the sum of a layer's signals, and return its ``Σ hᵀh`` (d, d) float64."""
     from replaceme.observers.walk import walk
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from replaceme.base.errors import ModelError
-from replaceme.models.streaming import value_of
+from replaceme.models.streaming import read_value
 
 Obstacle = Literal["norm", "experts", "undescribed"]
 OBSTACLES: Mapping[Obstacle, str] = {
@@ -158,7 +158,7 @@ def parameter_of(layer: nn.Module, name: str) -> Tensor:
 
     It is a view of the parameter, or what was read for this call where a streamed layer's weights are not in memory.
     """
-    return in_torch_layout(layer, name, value_of(layer.get_parameter(name)))
+    return in_torch_layout(layer, name, read_value(layer.get_parameter(name)))
 
 
 def in_torch_layout(layer: nn.Module, name: str, value: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from replaceme.base.parameters import Params, nearest
 from replaceme.base.progress import logger
 from replaceme.models import embedded, hub
 from replaceme.models.families import Family
-from replaceme.models.memory import load_within
+from replaceme.models.memory import load_within_budget
 from replaceme.models.model import (
     ADAPTER,
     ALL_FILES,
@@ -80,16 +80,18 @@ def identity(model: Model, files: Iterable[Path] | None = None) -> dict[str, obj
     return {"sha256": sha256_of(model.files(WEIGHT_FILES) if files is None else files, model.folder)}
 
 
-def calibration_model(params: Params, record: Path, whole: str | None = None) -> tuple[PreTrainedModel, Family]:
+def calibration_model(params: Params, record: Path, obstacle: str | None = None) -> tuple[PreTrainedModel, Family]:
     """Load for calibration the model that the inputs stage wrote to ``record``; return it with its family's description.
 
     Args:
         params: the parameters.
         record: the file; walks of a streamed model have their scratch files on the same disk.
-        whole: why it can't be streamed for this use; None if it can.
+        obstacle: why it can't be streamed for this use; None if it can.
     """
     source = recorded_model(params, record)
-    model = load_within(source, params, params.dtype, packed=params.use_4bit, whole=whole, folder=record.parents[1])
+    model = load_within_budget(
+        source, params, params.dtype, packed=params.use_4bit, obstacle=obstacle, folder=record.parents[1]
+    )
     return model, source.family()
 
 

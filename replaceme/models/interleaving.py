@@ -18,7 +18,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from replaceme.models.streaming import Stream, stream_of
+from replaceme.models.streaming import LayerStream, stream_of
 
 T = TypeVar("T")
 # Computations at a time: their states are in memory.
@@ -44,9 +44,9 @@ def interleave_forwards(model: nn.Module, tasks: Iterable[Callable[[], T]], most
         yield from _interleave(stream, some)
 
 
-def _interleave(stream: Stream, tasks: Sequence[Callable[[], T]]) -> list[T]:
-    turns, turn, threads = _Turns(len(tasks), len(stream.layers)), stream.turn, torch.get_num_threads()
-    stream.turn = turns.wait  # type: ignore[method-assign]
+def _interleave(stream: LayerStream, tasks: Sequence[Callable[[], T]]) -> list[T]:
+    turns, turn, threads = _Turns(len(tasks), len(stream.layers)), stream.wait_turn, torch.get_num_threads()
+    stream.wait_turn = turns.wait  # type: ignore[method-assign]
     try:
         with ThreadPoolExecutor(len(tasks), initializer=torch.set_num_threads, initargs=(threads,)) as pool:
             futures = [pool.submit(turns.run, task) for task in tasks]
@@ -56,7 +56,7 @@ def _interleave(stream: Stream, tasks: Sequence[Callable[[], T]]) -> list[T]:
                 turns.stop(failure)
                 raise
     finally:
-        stream.turn = turn  # type: ignore[method-assign]
+        stream.wait_turn = turn  # type: ignore[method-assign]
 
 
 class _Turns:

@@ -1,4 +1,4 @@
-"""Temporary changes to a loaded model: skip layers, begin at a later one, silence an attention, choose which parameters get
+"""Temporary changes to a loaded model: skip layers, start at a later one, silence an attention, choose which parameters get
 gradients.
 """
 
@@ -14,8 +14,8 @@ from replaceme.models.families import Family
 
 
 @dataclass(frozen=True)
-class Start:
-    """A start of a walk at a later layer than the first.
+class EntryState:
+    """The state with which a walk enters a later layer than the first.
 
     Attributes:
         layer: the layer.
@@ -27,7 +27,7 @@ class Start:
     states: Tensor | None
     attention: Tensor | None = None
 
-    def entering(self, batch: Batch) -> Tensor:
+    def of_batch(self, batch: Batch) -> Tensor:
         """Return the layer's input, (documents, longest, d)."""
         if self.states is None:
             return batch.scratch["carried"]
@@ -40,71 +40,68 @@ def tensor_of(output: Any) -> Tensor:
 
 
 @contextmanager
-def gradients_for(model: nn.Module, parameters: Iterable[nn.Parameter] = ()) -> Iterator[None]:
+def enable_gradients(model: nn.Module, parameters: Iterable[nn.Parameter] = ()) -> Iterator[None]:
     """Enable gradients for exactly these parameters of a model inside the block, and restore the flags after it."""
-    found = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
         model.requires_grad_(False)
         for parameter in parameters:
             parameter.requires_grad_(True)
         yield
     finally:
-        for parameter, was in found.items():
-            parameter.requires_grad_(was)
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
 
 
 @contextmanager
-def silent(attention: nn.Module) -> Iterator[None]:
-    """Let an attention compute nothing and return zeros inside the block."""
-    from replaceme.models.modeling_pruned import NoAttention
-
-    with replaced_forward(attention, NoAttention(None).forward):
-        yield
-
-
-@contextmanager
-def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let a module compute something else inside the block; its hooks run as ever."""
-    # A module can have a forward of its own already: a streamed layer does.
+def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let a module compute something else inside the block."""
+    # A streamed layer, or one that accelerate placed, has a ``forward`` of its own already.
     own = module.__dict__.get("forward")
     module.forward = forward
     try:
         yield
     finally:
-        if own is None:
-            del module.forward
-        else:
+        del module.forward
+        if own is not None:
             module.forward = own
 
 
 @contextmanager
-def passed_by(family: Family, layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Skip layers inside the block: each returns its input and computes nothing."""
-    with ExitStack() as stack:
-        for layer in layers:
-            stack.enter_context(replaced_forward(layer, _pass_on_in_tuple if family.returns_tuple else _pass_on))
+def silence_attention(attention: nn.Module) -> Iterator[None]:
+    """Let an attention compute nothing and return zeros inside the block."""
+    from replaceme.models.modeling_pruned import NoAttention
+
+    with replace_forward(attention, NoAttention(None).forward):
         yield
 
 
-def _pass_on(hidden_states: Tensor, *_arguments: Any, **_options: Any) -> Tensor:
-    return hidden_states
+@contextmanager
+def skip_layers(family: Family, layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Skip layers inside the block: each returns its input and computes nothing."""
 
+    def pass_on(hidden_states: Tensor, *_arguments: Any, **_options: Any) -> Any:
+        return (hidden_states, None) if family.returns_tuple else hidden_states
 
-def _pass_on_in_tuple(hidden_states: Tensor, *_arguments: Any, **_options: Any) -> tuple[Tensor, None]:
-    return hidden_states, None
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(replace_forward(layer, pass_on))
+        yield
 
 
 @contextmanager
-def begun_at(family: Family, layers: nn.ModuleList, start: Start, current: Callable[[], Batch | None]) -> Iterator[None]:
+def start_at_layer(
+    family: Family, layers: nn.ModuleList, entry: EntryState, current: Callable[[], Batch | None]
+) -> Iterator[None]:
     """Start a model's forward passes at a later layer inside the block; the layers before it compute nothing.
 
     Args:
-        family: its description. If ``start.attention`` is given, the family has no norm after the attention's last linear.
+        family: its description. If ``entry.attention`` is given, the family has no norm after the attention's last linear.
         layers: the model's layers.
-        start: the layer and its input.
+        entry: the layer and its input.
         current: returns the batch that is being computed.
     """
-    layer = layers[start.layer]
+    layer = layers[entry.layer]
 
     def batch() -> Batch:
         now = current()
@@ -112,18 +109,18 @@ def begun_at(family: Family, layers: nn.ModuleList, start: Start, current: Calla
         return now
 
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        states = start.entering(batch())
+        states = entry.of_batch(batch())
         return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
 
     def attend(*arguments: Any, **options: Any) -> tuple[Tensor, None]:
-        assert start.attention is not None
+        assert entry.attention is not None
         state, now = arguments[0] if arguments else options["hidden_states"], batch()
-        features = now.padded(start.attention[now.tokens].to(state.device))
+        features = now.padded(entry.attention[now.tokens].to(state.device))
         return family.linear_of(layer, "attention_output")(features), None
 
     with ExitStack() as stack:
-        stack.enter_context(passed_by(family, layers[: start.layer]))
+        stack.enter_context(skip_layers(family, layers[: entry.layer]))
         stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
-        if start.attention is not None:
-            stack.enter_context(replaced_forward(layer.get_submodule(family.attention), attend))
+        if entry.attention is not None:
+            stack.enter_context(replace_forward(layer.get_submodule(family.attention), attend))
         yield

@@ -3,38 +3,38 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from replaceme.base.compute import free_memory, give_back, resolve_device
+from replaceme.base.compute import free_memory, release_memory, resolve_device
 from replaceme.base.errors import ModelError, ParameterError
 from replaceme.base.parameters import Params, size_of
 from replaceme.base.progress import logger
 from replaceme.models.families import FAMILIES, Family
-from replaceme.models.model import FORMATS, Model, is_finite
+from replaceme.models.model import Model, Stored, is_finite
 from replaceme.models.own_form import KIND
-from replaceme.models.streaming import Stream, Unread, layers_left_out
+from replaceme.models.streaming import LayerLoader, LayerStream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Why the model is loaded whole to be healed.
-HEALED_WHOLE = "heal_epochs trains many layers together"
+# Why the model can't be streamed to be healed.
+HEALING_OBSTACLE = "heal_epochs trains many layers together"
 # Of the free memory, what ``memory: auto`` gives to weights; the rest is for states and sums.
-SHARE = 0.7
+AUTO_FRACTION = 0.7
 
 
-def load_within(
+def load_within_budget(
     source: Model,
     params: Params,
     dtype: str,
     *,
     packed: bool = False,
-    whole: str | None = None,
+    obstacle: str | None = None,
     folder: Path | None = None,
 ) -> PreTrainedModel:
     """Load a model as ``memory`` allows: whole, or streamed layer by layer from its files. The results are the same bits.
@@ -44,70 +44,78 @@ def load_within(
         params: ``memory``, ``device`` and ``device_map`` say how it is loaded.
         dtype: a torch dtype's name.
         packed: quantize its linears to NF4.
-        whole: why it can't be streamed for this use; None if it can.
+        obstacle: why it can't be streamed for this use; None if it can.
         folder: where walks of a streamed model may put scratch files; None is the system's temporary folder.
 
     Raises:
-        ModelError, ParameterError, ResourceError: as ``Model.load`` and ``room_of``.
+        ModelError, ParameterError, ResourceError: as ``Model.load`` and ``weight_budget``.
     """
     device = resolve_device(params.device)
-    # Of an earlier stage, too.
-    give_back()
-    if room := room_of(source, params, dtype, packed=packed, whole=whole):
+    if budget := weight_budget(source, params, dtype, packed=packed, obstacle=obstacle):
         logger.info(
             "memory: %s is streamed: of its weights, %s, at most %s are in memory",
-            source.name, shown_size(weight_bytes(source, dtype)), shown_size(room),
+            source.name, format_size(weight_bytes(source, dtype)), format_size(budget),
         )  # fmt: skip
-        return stream(source, dtype, device, room, folder=folder)
+        return load_streamed(source, dtype, budget, device=device, folder=folder)
     return source.load(dtype, device, packed, params.device_map)
 
 
-def room_of(
-    source: Model, params: Params, dtype: str, *, packed: bool = False, whole: str | None = None, layers: str | None = None
+def weight_budget(
+    source: Model,
+    params: Params,
+    dtype: str,
+    *,
+    packed: bool = False,
+    obstacle: str | None = None,
+    layer_dtype: str | None = None,
 ) -> int | None:
     """Return the bytes that the weights of a streamed model may take; None if it is loaded whole.
 
     Args:
-        source, params, dtype, packed, whole: as of ``load_within``.
-        layers: another dtype of its layers if it is streamed; None is the same.
+        source, params, dtype, packed, obstacle: as of ``load_within_budget``.
+        layer_dtype: another dtype of its layers if it is streamed; None is the same.
 
     Raises:
         ParameterError: the model has to be streamed by ``memory``, and can't be, or not within so little.
     """
     if params.memory is None:
         return None
-    of_layers, obstacle = _bytes_by_layer(source, layers or dtype), whole or _obstacle(source, params, packed)
-    outside = of_layers.pop("", 0)
-    if layers and not obstacle:
-        outside, _ = parts_of(source, dtype)
-    needed, largest = outside + sum(of_layers.values()), max(of_layers.values(), default=0)
+    obstacle = obstacle or _find_obstacle(source, params, packed)
+    layer_dtype = layer_dtype or dtype
+    # Loaded whole, all of it has the dtype of the layers.
+    outside, of_layers = _measure_layers(source, layer_dtype if obstacle else dtype, layer_dtype)
+    largest, needed = max(of_layers, default=0), outside + sum(of_layers)
     if packed:
         # NF4 of 16 bits: 4, and a scale for each 64 entries. What is outside the layers stays as it is.
-        needed = outside + (needed - outside) * 9 // 32
-    room = int(SHARE * free_memory(resolve_device(params.device))) if params.memory == "auto" else size_of(params.memory)
-    if needed <= room:
+        needed = outside + sum(of_layers) * 9 // 32
+    auto = params.memory == "auto"
+    budget = int(AUTO_FRACTION * free_memory(resolve_device(params.device))) if auto else size_of(str(params.memory))
+    if needed <= budget:
         return None
-    if obstacle and params.memory == "auto":
-        logger.warning("memory: the weights of %s take %s, and are loaded whole: %s", source.name, shown_size(needed), obstacle)
+    if obstacle and auto:
+        logger.warning(
+            "memory: the weights of %s take %s, and are loaded whole: %s", source.name, format_size(needed), obstacle
+        )
         return None
     if obstacle:
+        size = format_size(needed)
         raise ParameterError(
-            f"memory: {params.memory} is less than the {shown_size(needed)} of {source.name}, and {obstacle}; use auto or null."
+            f"memory: {params.memory} is less than the {size} of {source.name}, and {obstacle}; use auto or null."
         )
-    if room < outside + largest:
+    if budget < outside + largest:
         raise ParameterError(
-            f"memory: {shown_size(room)} is too little for {source.name}, of which {shown_size(outside + largest)} have to be "
-            f"there at once; use at least {shown_size(outside + 2 * largest)}, so that a layer is read while another computes."
+            f"memory: {format_size(budget)} is too little for {source.name}, of which {format_size(outside + largest)} have to "
+            f"be there at once; allow more, such as {format_size(outside + 2 * largest)}."
         )
-    return room
+    return budget
 
 
-def on_processor(params: Params) -> Params:
+def choose_processor(params: Params) -> Params:
     """Return the parameters for what is computed on the processor, whatever the device."""
     return params.model_copy(update={"device": "cpu", "device_map": None})
 
 
-def _obstacle(source: Model, params: Params, packed: bool) -> str | None:
+def _find_obstacle(source: Model, params: Params, packed: bool) -> str | None:
     """Return why a model can't be streamed; None if it can."""
     if packed:
         return "use_4bit packs them while they are loaded"
@@ -116,106 +124,117 @@ def _obstacle(source: Model, params: Params, packed: bool) -> str | None:
     if source.trust_remote_code and source.code_references("config.json"):
         return "the model's own code can read them at any time"
     try:
-        streamed_family(source)
+        _find_family(source)
     except ModelError:
-        return "the place of its layers is not known"
+        return "it is not known which of its modules are the layers"
     return None
 
 
-def streamed_family(source: Model) -> Family:
+def load_streamed(
+    source: Model, dtype: str | None, budget: int, *, device: str = "cpu", folder: Path | None = None
+) -> PreTrainedModel:
+    """Load a model whose layers stay in their files until their turn comes.
+
+    Args:
+        source: the model's files.
+        dtype: as of ``load_without_layers``.
+        budget, device, folder: as of ``stream_layers``.
+
+    Raises:
+        ModelError: as ``Model.load``; a weight of a layer that is not finite is noticed when it is first read.
+    """
+    return stream_layers(source, load_without_layers(source, dtype), budget, device, folder)
+
+
+def load_without_layers(
+    source: Model, dtype: str | None, *, layer_dtype: str | None = None, config: dict[str, Any] | None = None
+) -> PreTrainedModel:
+    """Load a model whose layers have no weights: their parameters are on the meta device.
+
+    Args:
+        source: the model's files.
+        dtype: a torch dtype's name, or auto, as for ``Model.load``; None gives each weight the dtype that it is stored in.
+        layer_dtype: another dtype of the layers' parameters; None is the same.
+        config: entries of the config to change.
+    """
+    # Another streamed model may have been needed before.
+    release_memory()
+    left_out = {name for tensors in _split_tensors(source)[1].values() for name in tensors}
+    if dtype is None:
+        return source.load_stored(left_out)
+    model = source.load(dtype, config=config, left_out=left_out)
+    if layer_dtype is not None:
+        for parameter in _find_family(source).decoder_layers(model).parameters():
+            parameter.data = parameter.to(getattr(torch, layer_dtype))
+    return model
+
+
+def stream_layers(
+    source: Model, model: PreTrainedModel, budget: int, device: str = "cpu", folder: Path | None = None
+) -> PreTrainedModel:
+    """Let the layers of a model get their weights from its files when their turn comes.
+
+    Args:
+        source: the model's files.
+        model: the result of ``load_without_layers``, which is changed.
+        budget: the bytes that weights in memory may take.
+        device: where it computes.
+        folder: where walks may put scratch files; None is the system's temporary folder.
+    """
+    family, target = _find_family(source), torch.device(device)
+    model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(target))
+    outside = sum(each.numel() * each.itemsize for each in model.parameters() if not each.is_meta)
+
+    def check(values: Iterable[Tensor]) -> None:
+        if not all(map(is_finite, values)):
+            source.check_finite(str(model.dtype).removeprefix("torch."))
+
+    loader = LayerLoader(model, family.layers, _split_tensors(source)[1], target)
+    layers = family.decoder_layers(model)
+    model.__dict__["stream"] = LayerStream(layers, loader, budget - outside, check=check, folder=folder)
+    return model
+
+
+def weight_bytes(source: Model, dtype: str) -> int:
+    """Return the bytes of a model's weights in a dtype."""
+    outside, layers = _measure_layers(source, dtype, dtype)
+    return outside + sum(layers)
+
+
+def measure_parts(source: Model, dtype: str) -> tuple[int, int]:
+    """Return the bytes of the weights outside a model's layers, and of its largest layer, in a dtype."""
+    outside, layers = _measure_layers(source, dtype, dtype)
+    return outside, max(layers, default=0)
+
+
+def _find_family(source: Model) -> Family:
     """Return the description of a model that is to be streamed, which may be of our own form. Raises ModelError for others."""
     config = source.config()
     kind = str(config.model_type).removeprefix(KIND)
     return FAMILIES[kind](config) if kind in FAMILIES else source.family()
 
 
-def stream(
-    source: Model,
-    dtype: str = "auto",
-    device: str = "cpu",
-    room: int = 0,
-    *,
-    config: dict[str, Any] | None = None,
-    folder: Path | None = None,
-    as_stored: bool = False,
-    layers: str | None = None,
-) -> PreTrainedModel:
-    """Load a model whose layers stay in their files until their turn comes.
-
-    Args:
-        source: the model's files.
-        dtype: a torch dtype's name, or auto, as for ``Model.load``.
-        device: where it computes.
-        room: the bytes that weights in memory may take.
-        config: entries of the config to change.
-        folder: where walks may put scratch files; None is the system's temporary folder.
-        as_stored: give each weight the dtype that it is stored in, as ``Model.load_stored``.
-        layers: another dtype of the layers' weights; None is the same.
-
-    Raises:
-        ModelError: as ``Model.load``; a weight of a layer that is not finite is noticed when it is first read.
-    """
-    family, stored = streamed_family(source), source.stored()
-    prefix = f"{family.layers}."
-    with layers_left_out(prefix) as groups:
-        model = source.load_stored() if as_stored else source.load(dtype, config=config)
-    for group in groups if as_stored else ():
-        if group.converter is None:
-            group.dtype = FORMATS.get(stored[group.names[0]].format, group.dtype)
-    if layers is not None:
-        for group in groups:
-            group.dtype = getattr(torch, layers)
-    place = torch.device(device)
-    model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(place))
-    outside = sum(each.numel() * each.itemsize for each in model.parameters() if not each.is_meta)
-
-    def check(values: Mapping[str, Tensor]) -> None:
-        if not all(map(is_finite, values.values())):
-            source.check_finite(str(model.dtype).removeprefix("torch."))
-
-    streamed = Stream(
-        model,
-        family.decoder_layers(model),
-        groups,
-        stored,
-        prefix=prefix,
-        room=room - outside,
-        device=place,
-        check=check,
-        folder=folder,
-    )
-    model.__dict__["stream"] = streamed
-    tensors = (*model.named_parameters(), *model.named_buffers())
-    if left := [name for name, each in tensors if each.is_meta and not isinstance(each, Unread)]:
-        raise ModelError(f"memory: {left[0]} of {source.name} is in no file, so that the model can't be streamed; use null.")
-    return model
+def _measure_layers(source: Model, outside: str, inside: str) -> tuple[int, list[int]]:
+    """Return the bytes of the weights outside a model's layers in one dtype, and of each layer in another."""
+    rest, layers = _split_tensors(source)
+    sizes = [sum(tensor.entries for tensor in tensors.values()) for tensors in (rest, *layers.values())]
+    return sizes[0] * getattr(torch, outside).itemsize, [size * getattr(torch, inside).itemsize for size in sizes[1:]]
 
 
-def weight_bytes(source: Model, dtype: str) -> int:
-    """Return the bytes of a model's weights in a dtype."""
-    return sum(_bytes_by_layer(source, dtype).values())
-
-
-def parts_of(source: Model, dtype: str) -> tuple[int, int]:
-    """Return the bytes of the weights outside a model's layers, and of its largest layer, in a dtype."""
-    parts = _bytes_by_layer(source, dtype)
-    return parts.pop("", 0), max(parts.values(), default=0)
-
-
-def _bytes_by_layer(source: Model, dtype: str) -> dict[str, int]:
-    """Return the bytes of each layer's weights by its number, and under the empty name those of all others."""
+def _split_tensors(source: Model) -> tuple[dict[str, Stored], dict[int, dict[str, Stored]]]:
+    """Return the tensors in a model's files by name: those outside of its layers, and those of each layer."""
     try:
-        leaf = re.escape(streamed_family(source).layers.rpartition(".")[2])
+        leaf = re.escape(_find_family(source).layers.rpartition(".")[2])
     except ModelError:
         leaf = "layers"
-    parts: dict[str, int] = {}
-    for name, place in source.stored().items():
+    outside: dict[str, Stored] = {}
+    layers: dict[int, dict[str, Stored]] = {}
+    for name, tensor in source.stored().items():
         found = re.search(rf"(?:^|\.){leaf}\.(\d+)\.", name)
-        layer = found[1] if found else ""
-        parts[layer] = parts.get(layer, 0) + place.entries * getattr(torch, dtype).itemsize
-    return parts
+        (layers.setdefault(int(found[1]), {}) if found else outside)[name] = tensor
+    return outside, layers
 
 
-def shown_size(count: float) -> str:
+def format_size(count: float) -> str:
     """Return a number of bytes in words."""
     return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"

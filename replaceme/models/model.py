@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from replaceme.base.errors import ModelError, ParameterError, excerpt, resource_failure
 from replaceme.base.files import read_json
@@ -32,9 +32,10 @@ CARD = "README.md"
 # One of these is in every model's folder. The names are those of transformers' tokenizers, and of remote code's.
 VOCABULARIES = ("tokenizer*", "*vocab*", "*.model", "*.tiktoken", "*.bpe", "tekken.json")
 TOKENIZER_CONFIG = "tokenizer_config.json"
+GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_FILES = (
     *VOCABULARIES, "merges*", "encoder.json", "special_tokens_map.json", "added_tokens.json", "chat_template*",
-    "generation_config.json",
+    GENERATION_CONFIG,
 )  # fmt: skip
 CARD_FILES = (CARD, "LICENSE*", "NOTICE*")
 COPIED_FILES = (*TOKENIZER_FILES, *CARD_FILES)
@@ -55,16 +56,34 @@ _SIZE = re.compile(r"num_(attention_|key_value_)?heads|n_head|hidden_size|n_embd
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a weight file: the file, the dtype by its name in safetensors, and the number of entries."""
+    """A tensor in a weight file: the file, the dtype by its name in safetensors, and the shape."""
 
     file: Path
     format: str
-    entries: int
+    shape: tuple[int, ...]
+
+    @property
+    def entries(self) -> int:
+        """The number of entries."""
+        return math.prod(self.shape)
 
     def read(self, name: str) -> Tensor:
-        """Return the tensor, whose name in the file is ``name``."""
+        """Return the tensor, whose name in the file is ``name``. It is mapped: what is used of it is read then."""
         with safe_open(self.file, "pt") as weights:
             return weights.get_tensor(name)
+
+
+class _Placeholder:
+    """A tensor that stays in its file while transformers loads a model: the parameter stays on the meta device."""
+
+    def __init__(self, shape: Sequence[int]):
+        self.shape = shape
+
+    def __getitem__(self, _: Any) -> _Placeholder:
+        return self
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(self.shape, dtype=dtype, device="meta")
 
 
 @dataclass(frozen=True)
@@ -123,8 +142,11 @@ class Model:
     def skeleton(self, config: Any) -> Any:
         """Build the model on the meta device, without memory for its weights. Raises ModelError when it can't be built."""
         try:
+            kind = self.classes()[1]
             with torch.device("meta"):
-                return AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code)
+                if kind is not AutoModelForCausalLM:
+                    return kind(config)
+                return kind.from_config(config, trust_remote_code=self.trust_remote_code)
         except Exception as failure:  # models raise errors of many kinds
             raise ModelError(
                 f"model_path: '{config.model_type}' is no causal language model that can be built here ({_reason(failure)})."
@@ -144,6 +166,7 @@ class Model:
         use_4bit: bool = False,
         device_map: str | None = None,
         config: dict[str, Any] | None = None,
+        left_out: Collection[str] = (),
     ) -> PreTrainedModel:
         """Load the weights, ready for inference.
 
@@ -153,49 +176,37 @@ class Model:
             use_4bit: quantize linears to NF4 while loading (bitsandbytes); never for weights that are exported.
             device_map: how accelerate places the weights, which must not be moved afterwards; None puts all on ``device``.
             config: entries of the config to change.
+            left_out: names of tensors in the files that stay there; their parameters are on the meta device.
 
         Raises:
             ModelError: the files can't be read, lack a weight, hold one that is not finite, or 4-bit linears don't work here.
             ParameterError: a weight is too large for ``dtype``.
             ResourceError: memory ran out or the disk is full.
         """
-        model = self._load(dtype, device, use_4bit, device_map, config)
+        model = self._load(dtype, device, use_4bit, device_map, config, left_out)
         # Quantized or offloaded weights don't show it.
-        if use_4bit or device_map or not self._is_finite(model):
+        if use_4bit or device_map or not all(map(is_finite, model.parameters())):
             self.check_finite(str(model.dtype).removeprefix("torch."))
         return model
 
-    def _is_finite(self, model: Any) -> bool:
-        """Return whether no weight in memory holds NaN or infinity.
-
-        What a streamed model has there can be mapped from its files, and takes no memory where nothing computes with it (a
-        head). So that this stays true, the files are read through other mappings.
-        """
-        if not any(parameter.is_meta for parameter in model.parameters()):
-            return all(map(is_finite, model.parameters()))
-        stored = self.stored()
-
-        def value(name: str, parameter: Tensor) -> Tensor:
-            place = stored.get(name)
-            if place is None or parameter.device.type != "cpu" or FORMATS.get(place.format) != parameter.dtype:
-                return parameter
-            return place.read(name)
-
-        return all(is_finite(value(*named)) for named in model.named_parameters())
-
-    def load_stored(self) -> PreTrainedModel:
+    def load_stored(self, left_out: Collection[str] = ()) -> PreTrainedModel:
         """Load each weight in the dtype that it is stored in: to change, compare or save the model, not to run it.
+
+        Args:
+            left_out: as of ``load``.
 
         Raises:
             ModelError: as ``load``, or transformers converts a weight that is stored in another dtype than most.
         """
-        model, stored = self._load("auto"), self.stored()
+        model, stored = self._load("auto", left_out=left_out), self.stored()
         names, held = self.names_of(model, stored), model.state_dict()
         for name, own in names.items():
             format = FORMATS.get(stored[own].format)
-            if format and not held[name].is_meta and held[name].dtype not in (format, torch.bool):
+            if format and held[name].dtype not in (format, torch.bool):
                 path, _, leaf = name.rpartition(".")
-                getattr(model.get_submodule(path), leaf).data = stored[own].read(own)
+                getattr(model.get_submodule(path), leaf).data = (
+                    torch.empty(stored[own].shape, dtype=format, device="meta") if own in left_out else stored[own].read(own)
+                )
         return model
 
     def names_of(self, model: Any, stored: dict[str, Stored]) -> dict[str, str]:
@@ -233,7 +244,7 @@ class Model:
             with safe_open(path, "pt") as weights:
                 for name in weights.keys():  # noqa: SIM118
                     entry = weights.get_slice(name)
-                    found[name] = Stored(path, entry.get_dtype(), math.prod(entry.get_shape()))
+                    found[name] = Stored(path, entry.get_dtype(), tuple(entry.get_shape()))
         return found
 
     def _loaded_files(self) -> list[Path]:
@@ -250,8 +261,9 @@ class Model:
         use_4bit: bool = False,
         device_map: str | None = None,
         config: dict[str, Any] | None = None,
+        left_out: Collection[str] = (),
     ) -> PreTrainedModel:
-        options: dict[str, Any] = dict(config or {})
+        options: dict[str, Any] = self._options_for_part(config or {}, left_out) if left_out else dict(config or {})
         if use_4bit or device_map:
             options["device_map"] = device_map or {"": device}
         if use_4bit:
@@ -266,9 +278,12 @@ class Model:
         try:
             # Not transformers' own auto: it takes the config's word, and would round weights that are stored wider.
             options["dtype"] = stored_dtype(self) if dtype == "auto" else getattr(torch, dtype)
-            model, report = self.classes()[1].from_pretrained(
-                self.folder, trust_remote_code=self.trust_remote_code, use_safetensors=True, output_loading_info=True, **options
+            kind, folder = (type(self.skeleton(options["config"])), None) if left_out else (self.classes()[1], self.folder)
+            model, report = kind.from_pretrained(
+                folder, trust_remote_code=self.trust_remote_code, use_safetensors=True, output_loading_info=True, **options
             )
+            if left_out and (self.folder / GENERATION_CONFIG).is_file():
+                model.generation_config = GenerationConfig.from_pretrained(self.folder)
             if use_4bit:
                 _try_4bit(model)
         except ModelError:
@@ -288,6 +303,16 @@ class Model:
             )
         # A streamed model's layers can't be moved, and it is loaded on the processor.
         return (model if "device_map" in options or device == "cpu" else model.to(device)).eval()
+
+    def _options_for_part(self, entries: Mapping[str, Any], left_out: Collection[str]) -> dict[str, Any]:
+        """Return transformers' options to load a model from tensors instead of a folder, some of which stay in their files."""
+        config = self.config()
+        for name, value in entries.items():
+            setattr(config, name, value)
+        tensors = {
+            name: _Placeholder(place.shape) if name in left_out else place.read(name) for name, place in self.stored().items()
+        }
+        return {"config": config, "state_dict": tensors}
 
     def check_finite(self, dtype: str) -> None:
         """Raise the error for the first weight that holds NaN or infinity, in the files or after a cast to ``dtype``."""

@@ -1,397 +1,270 @@
-"""Stream a model whose layers don't fit in memory: each layer's weights are read from their files when its turn comes.
+"""Stream a model whose layers don't fit in memory: a layer's weights are loaded from their files when its turn comes.
 
-transformers builds the model on the meta device and loads what is outside the decoder layers as ever: embeddings, the last
-norm, the head, buffers. The layers' parameters stay ``Unread``. A layer's ``forward`` first brings its weights from the
-safetensors, and a thread reads the next layer's while it computes. As many layers as fit into the room stay; of these, the one
-whose turn is farthest away is let go, if layers follow each other in a circle. Every path through the model works; a layer that
-is passed by reads nothing. Walks over text go layer by layer besides, so that they read each layer once
-(``replaceme.observers.walk``).
+What is outside the decoder layers (embeddings, the last norm, the head) stays in memory. The layers' parameters are
+``LazyParameter`` on the meta device. A layer's ``forward`` first loads them. When they and those of other layers exceed the
+budget, the layer is evicted whose turn is farthest away, if layers follow each other in a circle. Every path through the model
+works; a layer that is skipped loads nothing. Walks over text go layer by layer besides (``replaceme.observers.walk``).
 
-Weights are cast and converted as transformers does it (experts that are stored one by one), so that results are the same bits.
+transformers loads a layer as it loads a whole model: renamed, merged (experts that are stored one by one) and cast. So results
+are the same bits. On the processor, in the dtype of the files, weights are mapped: they take the system's page cache, and no
+memory of the process.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass, field
 from functools import partial, wraps
 from pathlib import Path
-from typing import Any, Protocol
-from unittest import mock
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from replaceme.base.errors import ParameterError
+from replaceme.base.errors import ModelError, ParameterError, excerpt
 
-Values = dict[str, Tensor]
-# Bytes: of a cache line, and of the widest vectors.
-ALIGNMENT = 64
-
-
-class InFile(Protocol):
-    """A tensor in a file."""
-
-    def read(self, name: str) -> Tensor:
-        """Return it, given its name in the file."""
-        ...
+if TYPE_CHECKING:
+    from replaceme.models.model import Stored
 
 
-class Unread(nn.Parameter):
-    """A parameter of a streamed layer while its weights are not in memory: on the meta device, with shape and dtype.
+class LazyParameter(nn.Parameter):
+    """A parameter of a layer whose weights are not in memory: on the meta device, with shape and dtype.
 
     Attributes:
-        read: reads its value from the file, (…) in its dtype on the model's device, and keeps nothing in memory.
+        read: loads the layer and returns the value, (…) in this dtype on the model's device.
     """
 
     read: Callable[[], Tensor]
 
 
-def value_of(parameter: Tensor) -> Tensor:
-    """Return a parameter's value without a gradient; that of an ``Unread`` one is read from its file."""
-    return parameter.read() if isinstance(parameter, Unread) else parameter.detach()
+def read_value(parameter: Tensor) -> Tensor:
+    """Return a parameter's value without a gradient; that of a ``LazyParameter`` is loaded."""
+    return parameter.read() if isinstance(parameter, LazyParameter) else parameter.detach()
 
 
-@dataclass
-class Group:
-    """Tensors in files that make up parameters: one and one, or several by a conversion of transformers.
+class LayerLoader:
+    """Has transformers load the tensors of one layer from the model's files, into a copy of the model without weights."""
 
-    Attributes:
-        first: the first of the parameters.
-        converter: the conversion; None takes the tensor as it is.
-        names, patterns, shapes: of the tensors in order: name in the files, what the conversion knows it by, and shape.
-        dtype: of the parameters.
-    """
+    def __init__(self, model: Any, path: str, stored: Mapping[int, Mapping[str, Stored]], device: torch.device):
+        """Copy the model.
 
-    first: str
-    converter: Any
-    names: list[str] = field(default_factory=list)
-    patterns: list[str] = field(default_factory=list)
-    shapes: list[Sequence[int]] = field(default_factory=list)
-    dtype: torch.dtype = torch.float32
+        Args:
+            model: the model, with the parameters of its layers on the meta device, in the dtypes that are wanted.
+            path: of its list of layers.
+            stored: layer → name in the files → tensor.
+            device: where the tensors are to be.
+        """
+        empty: dict[int, Any] = {id(each): nn.Parameter(each.to("meta"), requires_grad=False) for each in model.parameters()}
+        self.copy = deepcopy(model, empty | {id(each): each.to("meta") for each in model.buffers()})
+        self.layers = self.copy.get_submodule(path)
+        self.rules = model._weight_conversions
+        self.stored, self.device = stored, device
 
-    def read(self, model: Any, stored: Mapping[str, InFile], device: torch.device) -> Values:
-        """Return the parameters by name. Reads nothing else, and leaves no mapping of a file."""
-        return self._made(model, [_copied(stored[own].read(own), device, self.dtype) for own in self.names])
+    @torch.inference_mode(False)  # What is made within inference mode can't be used outside of it.
+    def read(self, index: int) -> dict[str, Tensor]:
+        """Return a layer's parameters and stored buffers by name within the layer.
 
-    def empty(self, model: Any) -> Values:
-        """Return the parameters by name, on the meta device."""
-        return self._made(model, [torch.empty(shape, dtype=self.dtype, device="meta") for shape in self.shapes])
+        Raises:
+            ModelError: transformers can't convert them.
+        """
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
 
-    def _made(self, model: Any, parts: Sequence[Tensor]) -> Values:
-        if self.converter is None:
-            return {self.first: parts[0]}
-        conversion = deepcopy(self.converter)
-        for own, pattern, part in zip(self.names, self.patterns, parts, strict=True):
-            conversion.add_tensor(self.first, own, pattern, part)
-        made = conversion.convert(self.first, model=model, config=model.config)
-        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
-
-
-def _copied(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return a copy of a tensor that is mapped from a file.
-
-    Where nothing is cast or moved, a resident model computes with the mapping itself. The last bits of some products depend on
-    how their operands lie in memory, so the copy lies as the mapping does.
-    """
-    if (tensor.device, tensor.dtype) != (device, dtype) or tensor.data_ptr() % tensor.itemsize:
-        return tensor.to(device, dtype, copy=True)
-    size = tensor.numel() * tensor.itemsize
-    memory = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
-    start = (tensor.data_ptr() - memory.data_ptr()) % ALIGNMENT
-    return memory[start : start + size].view(dtype).view(tensor.shape).copy_(tensor)
+        tensors = {name: tensor.read(name) for name, tensor in self.stored[index].items()}
+        # Each takes the dtype of its parameter in the copy.
+        config = LoadStateDictConfig(device_map={"": self.device}, weight_mapping=self.rules)
+        report, _ = convert_and_load_state_dict_in_model(self.copy, tensors, config)
+        for name, failure in report.conversion_errors.items():
+            raise ModelError(f"memory: {name} could not be read ({excerpt(failure, 150)}).")
+        values = dict(self.layers[index].state_dict())
+        self.layers[index].to("meta")
+        return values
 
 
-@contextmanager
-def layers_left_out(prefix: str) -> Iterator[list[Group]]:
-    """Let transformers load a model inside the block without the parameters of its layers, which stay on the meta device.
-
-    Args:
-        prefix: what their names begin with.
-
-    Yields:
-        Their places in the files, filled while the model is loaded.
-    """
-    from transformers import core_model_loading, modeling_utils
-
-    groups: list[Group] = []
-    load = modeling_utils.convert_and_load_state_dict_in_model
-
-    def loading(model: Any, state_dict: dict[str, Any], load_config: Any, *rest: Any, **options: Any) -> Any:
-        rules = load_config.weight_mapping or []
-        converters = [rule for rule in rules if isinstance(rule, core_model_loading.WeightConverter)]
-        renamings = [rule for rule in rules if isinstance(rule, core_model_loading.WeightRenaming)]
-        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-        held, parameters = model.state_dict(), dict(model.named_parameters())
-        found: dict[str, Group] = {}
-        for own in sorted(state_dict, key=core_model_loading.dot_natural_key):
-            name, pattern = core_model_loading.rename_source_key(own, renamings, converters, model.base_model_prefix, held)
-            if name not in held and own in held:
-                name, pattern = own, None
-            if name.startswith(prefix) and name in parameters:
-                group = found.setdefault(name, Group(name, by_pattern[pattern] if pattern else None))
-                group.names.append(own)
-                group.patterns.append(pattern or own)
-                group.shapes.append(state_dict[own].get_shape())
-                state_dict[own] = _Left(group.shapes[-1])
-        result = load(model, state_dict, load_config, *rest, **options)
-        for group in found.values():
-            group.dtype = model.get_parameter(group.first).dtype
-        groups.extend(found.values())
-        return result
-
-    with mock.patch.object(modeling_utils, "convert_and_load_state_dict_in_model", loading):
-        yield groups
-
-
-class _Left:
-    """A tensor in a file, for transformers' loading: it becomes an empty one on the meta device."""
-
-    def __init__(self, shape: Sequence[int]):
-        self.shape = shape
-
-    def __getitem__(self, _: Any) -> _Left:
-        return self
-
-    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.empty(self.shape, dtype=dtype, device="meta")
-
-
-class Stream:
+class LayerStream:
     """The layers of a streamed model.
 
     Attributes:
-        layers: the layers, whose ``forward`` reads their weights.
-        folder: where walks may put scratch files; None is the system's temporary folder.
+        layers: the layers, whose ``forward`` loads their weights.
         sizes: the bytes of each layer's weights.
+        budget: the bytes that weights of layers may take.
+        folder: where walks may put scratch files; None is the system's temporary folder.
+        loaded: the layers whose weights are in memory.
         bytes_read: the bytes of weights that were read so far.
     """
 
     def __init__(
         self,
-        model: Any,
         layers: nn.ModuleList,
-        groups: Iterable[Group],
-        stored: Mapping[str, InFile],
+        loader: LayerLoader,
+        budget: int,
         *,
-        prefix: str,
-        room: int,
-        device: torch.device,
-        check: Callable[[Values], None] = lambda values: None,
+        check: Callable[[Iterable[Tensor]], None] = lambda values: None,
         folder: Path | None = None,
     ):
         """Take over the layers.
 
         Args:
-            model: the model, whose layers' parameters are on the meta device.
-            layers: its layers.
-            groups: the places of their parameters.
-            stored: the tensors in the files.
-            prefix: what the names of the layers' parameters begin with: this, a number, and a dot.
-            room: the bytes that weights of layers may take.
-            device: where they are computed with.
-            check: is called with the values that are read for the first time; it raises an error for unusable ones.
+            layers: the model's layers, whose parameters are on the meta device.
+            loader: loads one of them.
+            budget: the bytes that weights of layers may take.
+            check: is called with a layer's values when they are read for the first time; it raises an error for unusable ones.
             folder: for the scratch files of walks.
         """
-        self.model, self.layers, self.stored, self.prefix, self.room = model, layers, stored, prefix, room
-        self.device, self.check, self.folder = device, check, folder
+        self.layers, self.loader, self.budget, self.check, self.folder = layers, loader, budget, check, folder
+        self._load_buffers()
+        self.lazy = [self._make_lazy(index) for index in range(len(layers))]
+        self.sizes = [sum(each.numel() * each.itemsize for each in lazy.values()) for lazy in self.lazy]
+        self.loaded, self.checked, self.pinned = set[int](), set[int](), Counter[int]()
+        # Layer and name → the value that stands for the stored one.
+        self.replacements: dict[tuple[int, str], nn.Parameter] = {}
         self.bytes_read = 0
-        self.groups: list[list[Group]] = [[] for _ in layers]
-        for group in groups:
-            self.groups[int(group.first.removeprefix(prefix).split(".")[0])].append(group)
-        self.unread: list[dict[str, Unread]] = [{} for _ in layers]
-        for index in range(len(layers)):
-            for group in self.groups[index]:
-                self._leave(index, group)
-        self.sizes = [sum(each.numel() * each.itemsize for each in unread.values()) for unread in self.unread]
-        self.here: set[int] = set()
-        self.checked: set[int] = set()
-        self.pinned: Counter[int] = Counter()
-        # Names of parameters that have another value at present, which stays.
-        self.kept: set[str] = set()
-        self.ahead: tuple[int, Future[Values]] | None = None
-        self.pool = ThreadPoolExecutor(1, "weights")
-        self.computing = [self._first_brought(index) for index in range(len(layers))]
-        for layer, forward in zip(layers, self.computing, strict=True):
-            layer.forward = forward
+        for index, layer in enumerate(layers):
+            layer.forward = self._load_before(index, layer.forward)
             layer.__dict__["stream"] = self
 
-    def turn(self, index: int) -> None:
+    def wait_turn(self, index: int) -> None:
         """Wait until a layer may be computed, where computations share the model (``replaceme.models.interleaving``)."""
 
-    @contextmanager
-    def loaded(self, layers: Iterable[nn.Module]) -> Iterator[None]:
-        """Keep the weights of some layers in memory inside the block.
+    def load(self, index: int) -> None:
+        """Have the weights of a layer in memory.
 
         Raises:
-            ParameterError: they take more than the room.
+            ParameterError: they don't fit beside those of the layers that are in use.
         """
-        wanted = [self.index_of(layer) for layer in layers]
-        self.pinned.update(wanted)
-        try:
-            for index in wanted:
-                self._bring(index)
-            yield
-        finally:
-            self.pinned.subtract(wanted)
+        if index in self.loaded:
+            return
+        self._make_room(index)
+        values = self.loader.read(index)
+        self.bytes_read += self.sizes[index]
+        if index not in self.checked:
+            self.check(values.values())
+            self.checked.add(index)
+        for name in self.lazy[index]:
+            self._set(index, name, nn.Parameter(values[name], requires_grad=False))
+        self.loaded.add(index)
+
+    def evict(self, index: int) -> None:
+        """Let the weights of a layer go; they are loaded again when its turn comes."""
+        for name, lazy in self.lazy[index].items():
+            self._set(index, name, lazy)
+        self.loaded.discard(index)
 
     @contextmanager
-    def replaced(self, layer: nn.Module, name: str, value: Tensor) -> Iterator[None]:
-        """Let a parameter of a layer have another value, of any shape, inside the block."""
-        index = self.index_of(layer)
-        whole = f"{self.prefix}{index}.{name}"
-        unread = self.unread[index][whole]
-        self.kept.add(whole)
-        made = value.to(self.device, unread.dtype, copy=True).contiguous()
-        self._set(index, whole, nn.Parameter(made, requires_grad=False))
+    def pinning(self, indices: Sequence[int]) -> Iterator[None]:
+        """Have the weights of some layers in memory inside the block; see ``layers_in_memory``."""
+        self.pinned.update(indices)
+        try:
+            for index in indices:
+                self.load(index)
+            yield
+        finally:
+            self.pinned.subtract(indices)
+
+    @contextmanager
+    def replacing(self, index: int, name: str, value: Tensor) -> Iterator[None]:
+        """Let a parameter of a layer have another value inside the block; see ``replacing_parameter``."""
+        made = value.to(self.loader.device, self.lazy[index][name].dtype, copy=True).contiguous()
+        self.replacements[index, name] = nn.Parameter(made, requires_grad=False)
+        self._set(index, name, self.lazy[index][name])
         try:
             yield
         finally:
-            self.kept.discard(whole)
-            own = nn.Parameter(unread.read(), requires_grad=False) if index in self.here else unread
-            self._set(index, whole, own)
-
-    def free(self, kept: Iterable[nn.Module] = ()) -> None:
-        """Let the weights of all layers go, but for some; they come again when their turn does."""
-        staying = {self.index_of(layer) for layer in kept} | {index for index, count in self.pinned.items() if count > 0}
-        if self.ahead is not None and self.ahead[0] not in staying:
-            self._forget_ahead()
-        for index in self.here - staying:
-            self._let_go(index)
+            del self.replacements[index, name]
+            # Its own value is in its file.
+            self.evict(index)
 
     def index_of(self, layer: nn.Module) -> int:
         """Return the position of one of the layers in the whole model."""
         return next(index for index, each in enumerate(self.layers) if each is layer)
 
-    def _leave(self, index: int, group: Group) -> None:
-        """Make the parameters of a group ``Unread``."""
-        for name, empty in group.empty(self.model).items():
-            unread = Unread(empty, requires_grad=False)
-            unread.read = partial(self._value, group, name)
-            self.unread[index][name] = unread
-            self._set(index, name, unread)
+    def _load_buffers(self) -> None:
+        """Load the buffers that are stored, few and small, to stay in memory."""
+        for index, layer in enumerate(self.layers):
+            if any(buffer.is_meta for buffer in layer.buffers()):
+                values = self.loader.read(index)
+                for name, buffer in [*layer.named_buffers()]:
+                    if buffer.is_meta:
+                        path, _, leaf = name.rpartition(".")
+                        layer.get_submodule(path)._buffers[leaf] = values[name]
 
-    def _first_brought(self, index: int) -> Callable[..., Any]:
-        forward = self.layers[index].forward
+    def _make_lazy(self, index: int) -> dict[str, LazyParameter]:
+        lazy = {}
+        for name, parameter in self.layers[index].named_parameters():
+            lazy[name] = LazyParameter(parameter, requires_grad=False)
+            lazy[name].read = partial(self._read_value, index, name)
+        for name, parameter in lazy.items():
+            _set_parameter(self.layers[index], name, parameter)
+        return lazy
 
+    def _read_value(self, index: int, name: str) -> Tensor:
+        self.load(index)
+        return self.layers[index].get_parameter(name).detach()
+
+    def _load_before(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(forward)
-        def computing(*arguments: Any, **options: Any) -> Any:
-            self.turn(index)
-            self._bring(index)
-            self._read_ahead(index)
-            return forward(*arguments, **options)
+        def load_and_compute(*arguments: Any, **options: Any) -> Any:
+            self.wait_turn(index)
+            with self.pinning([index]):
+                return forward(*arguments, **options)
 
-        return computing
+        return load_and_compute
 
-    def _bring(self, index: int) -> None:
-        """Have the weights of a layer in memory."""
-        if index in self.here:
-            return
-        if self.ahead is None or self.ahead[0] != index:
-            self._forget_ahead()
-            if not self._make_room(index, index):
+    def _make_room(self, index: int) -> None:
+        """Evict layers until another one fits."""
+        while sum(self.sizes[each] for each in self.loaded) + self.sizes[index] > self.budget:
+            others = self.loaded - {*+self.pinned}
+            if not others:
                 raise ParameterError(
-                    f"memory: {sum(count > 0 for count in self.pinned.values())} layers and more are needed at once here, and "
-                    f"{self.room / 1e9:.3g} GB are left for layers; allow more, or null."
+                    f"memory: {len(+self.pinned)} layers and more are needed at once here, and {self.budget / 1e9:.3g} GB are "
+                    "left for layers; allow more, or null."
                 )
-            # In the thread too: what is read within inference mode can't be used outside of it.
-            self.ahead = index, self.pool.submit(self._read, index)
-        (_, reading), self.ahead = self.ahead, None
-        for name, value in reading.result().items():
-            if name not in self.kept:
-                self._set(index, name, nn.Parameter(value, requires_grad=False))
-        self.here.add(index)
-
-    def _read_ahead(self, index: int) -> None:
-        """Begin to read the next layer that computes, if there is room for it beside this one."""
-        following = (
-            next_ for next_ in range(index + 1, len(self.layers)) if self.layers[next_].forward is self.computing[next_]
-        )
-        wanted = next(following, None)
-        if wanted is None or wanted in self.here or self.ahead is not None:
-            return
-        if self._make_room(wanted, index):
-            self.ahead = wanted, self.pool.submit(self._read, wanted)
-
-    def _forget_ahead(self) -> None:
-        if self.ahead is not None and not self.ahead[1].cancel():
-            # Its memory is free only when it is done.
-            wait([self.ahead[1]])
-        self.ahead = None
-
-    def _make_room(self, index: int, computing: int) -> bool:
-        """Let layers go until another one fits; return whether it does."""
-        while sum(self.sizes[each] for each in self.here) + self.sizes[index] > self.room:
-            free = [each for each in self.here if each != computing and not self.pinned[each]]
-            if not free:
-                return False
-            self._let_go(max(free, key=lambda each: (each - computing) % len(self.layers)))
-        return True
-
-    def _let_go(self, index: int) -> None:
-        for name, unread in self.unread[index].items():
-            if name not in self.kept:
-                self._set(index, name, unread)
-        self.here.discard(index)
-
-    def _read(self, index: int) -> Values:
-        values: Values = {}
-        for group in self.groups[index]:
-            values |= group.read(self.model, self.stored, self.device)
-        self.bytes_read += self.sizes[index]
-        if index not in self.checked:
-            self.check(values)
-            self.checked.add(index)
-        return values
-
-    def _value(self, group: Group, name: str) -> Tensor:
-        value = self.pool.submit(group.read, self.model, self.stored, self.device).result()[name]
-        self.bytes_read += value.numel() * value.itemsize
-        return value
+            self.evict(max(others, key=lambda each: (each - index) % len(self.layers)))
 
     def _set(self, index: int, name: str, parameter: nn.Parameter) -> None:
-        # Within the layer, whose place in the model can have changed.
-        path, _, leaf = name.removeprefix(f"{self.prefix}{index}.").rpartition(".")
-        self.layers[index].get_submodule(path)._parameters[leaf] = parameter
+        _set_parameter(self.layers[index], name, self.replacements.get((index, name), parameter))
 
 
-def stream_of(model: nn.Module) -> Stream | None:
-    """Return the stream of a streamed model; None for one whose weights are all in memory."""
+def _set_parameter(layer: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    path, _, leaf = name.rpartition(".")
+    layer.get_submodule(path)._parameters[leaf] = parameter
+
+
+def stream_of(model: nn.Module) -> LayerStream | None:
+    """Return the stream of a streamed model, or of one of its layers; None where the weights are all in memory."""
     return model.__dict__.get("stream")
 
 
-def free(model: nn.Module, kept: Iterable[nn.Module] = ()) -> None:
+def evict_layers(model: nn.Module, kept: Iterable[nn.Module] = ()) -> None:
     """Let the weights of a streamed model's layers go, but for some, before a computation that needs none of them."""
     if stream := stream_of(model):
-        stream.free(kept)
+        for index in stream.loaded - {*map(stream.index_of, kept), *+stream.pinned}:
+            stream.evict(index)
 
 
 @contextmanager
-def loaded(layers: Iterable[nn.Module]) -> Iterator[None]:
+def layers_in_memory(layers: Iterable[nn.Module]) -> Iterator[None]:
     """Have the weights of some layers in memory inside the block; those of a resident model always are.
 
     Raises:
         ParameterError: they take more than ``memory`` allows.
     """
     wanted = [*layers]
-    with ExitStack() as stack:
-        for stream in {stream for layer in wanted if (stream := layer.__dict__.get("stream"))}:
-            stack.enter_context(stream.loaded(wanted))
+    stream = next(iter(map(stream_of, wanted)), None)
+    with stream.pinning([*map(stream.index_of, wanted)]) if stream else nullcontext():
         yield
 
 
 @contextmanager
-def replaced(layer: nn.Module, name: str, value: Tensor) -> Iterator[None]:
+def replacing_parameter(layer: nn.Module, name: str, value: Tensor) -> Iterator[None]:
     """Let a parameter of a layer have another value inside the block, in its own dtype and on its device; any shape will do."""
-    parameter, stream = layer.get_parameter(name), layer.__dict__.get("stream")
-    if stream is not None:
-        with stream.replaced(layer, name, value):
+    if stream := stream_of(layer):
+        with stream.replacing(stream.index_of(layer), name, value):
             yield
         return
+    parameter = layer.get_parameter(name)
     own = parameter.data
     parameter.data = value.to(own, copy=True).contiguous()
     try:

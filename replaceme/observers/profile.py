@@ -24,7 +24,7 @@ from replaceme.base.documents import Batch, Documents
 from replaceme.base.errors import ParameterError
 from replaceme.base.group import all_gather, all_reduce_sum
 from replaceme.base.progress import logger
-from replaceme.models.streaming import free
+from replaceme.models.streaming import evict_layers
 from replaceme.observers.residuals import FIT_TOKENS, TokenSample, residual_map
 from replaceme.observers.walk import Observer, Signal, Signals, ask, walk
 
@@ -151,7 +151,7 @@ def profile_model(
             )
         observers: list[Observer] = [distances, cosines, sample]
         walk(model, family, documents, observers, batch_size=batch_size, description="profiling layers")
-        free(model)
+        evict_layers(model)
         residuals = residual_map(sample, model.device)
     figures = cosines.figures()
     for layer, norm in enumerate(figures["max_norm"]):

@@ -15,7 +15,7 @@ from replaceme.base.ranks import rank
 from replaceme.base.stage import PASS, Stage
 from replaceme.base.workspace import Workspace
 from replaceme.models.find import calibration_model
-from replaceme.models.streaming import free
+from replaceme.models.streaming import evict_layers
 from replaceme.observers.statistics import adds_up, take_statistics
 
 # With fewer tokens per dimension, the fit overfits the sample.
@@ -39,7 +39,7 @@ def observe_activations(params: Params, work: Workspace) -> None:
         block = plan.blocks[0]
         taken = take_statistics(model, family, documents, block, plan.statistics, params.batch_size, folder)
         # In a process that goes on with the next stage, only the garbage collector would.
-        free(model)
+        evict_layers(model)
         if rank():
             return
         for name, tensors in taken.items():

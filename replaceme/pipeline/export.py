@@ -1,6 +1,6 @@
 """export: save the pruned model as a Hugging Face folder, which gets its name only after verification."""
 
-from replaceme.base.compute import give_back, use_processor
+from replaceme.base.compute import use_processor
 from replaceme.base.documents import Documents
 from replaceme.base.files import new_folder, read_json, rounded, write_json, write_text
 from replaceme.base.fingerprints import sha256_below
@@ -16,7 +16,7 @@ from replaceme.export.verification import verify_export
 from replaceme.methods.registry import METHODS
 from replaceme.models.depth import broken_patterns
 from replaceme.models.find import recorded_model
-from replaceme.models.memory import on_processor, room_of
+from replaceme.models.memory import choose_processor, weight_budget
 from replaceme.models.model import CARD, Model, proof_dtypes
 from replaceme.models.own_form import FILE, is_own_form
 
@@ -28,21 +28,20 @@ def export(params: Params, work: Workspace) -> None:
         VerificationError: the saved model would not compute the solution; no folder is left.
     """
     use_processor(params.threads)
-    give_back()
     source, edits = recorded_model(params, work.model_input), Edits.load(work.edits)
-    whole = "the method's edit changes the shapes of weights" if edits.model_edit and edits.model_edit.reshapes else None
+    obstacle = "the method's edit changes the shapes of weights" if edits.model_edit and edits.model_edit.reshapes else None
     # The proof computes in these formats, on the processor.
     outside, layers = proof_dtypes(source)
-    room = room_of(source, on_processor(params), outside, layers=layers, whole=whole)
+    budget = weight_budget(source, choose_processor(params), outside, layer_dtype=layers, obstacle=obstacle)
     with new_folder(work.model) as folder:
-        counts = save_pruned(source, edits, folder, room)
+        counts = save_pruned(source, edits, folder, budget)
         write_record(params, read_json(work.dataset_input), source.folder, folder)
         solved, made_with = read_json(work.metric("solve")), read_json(work.model_versions)
         write_text(folder / CARD, model_card(params, source, edits, solved, made_with=made_with))
         plain = not is_own_form(folder)
         # Load it as a user would, with the code file that was just written.
         pruned = Model(folder, folder.name, trust_remote_code=source.trust_remote_code or not plain)
-        figures = verify_export(source, pruned, edits, Documents.load(work.documents), room)
+        figures = verify_export(source, pruned, edits, Documents.load(work.documents), budget)
         broken = broken_patterns(pruned.config(), source.family())
         work.claim(sha256_below(folder).values())
     if broken:

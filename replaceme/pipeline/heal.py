@@ -46,13 +46,13 @@ def _heal(params: Params, work: Workspace, edits: Edits) -> tuple[dict[str, Any]
     from replaceme.base.fingerprints import sha256_below
     from replaceme.base.plan import Plan
     from replaceme.models.find import calibration_model
-    from replaceme.models.memory import HEALED_WHOLE
+    from replaceme.models.memory import HEALING_OBSTACLE
     from replaceme.training import healing
     from replaceme.training.checkpoints import key_of
     from replaceme.training.training import Course, entering_and_leaving, figures_of, settings_of, train
 
     use_processor(params.threads)
-    model, family = calibration_model(params, work.model_input, whole=HEALED_WHOLE)
+    model, family = calibration_model(params, work.model_input, obstacle=HEALING_OBSTACLE)
     documents, plan = Documents.load(work.documents), Plan.load(work.plan)
     # With narrower MLPs, the states differ from the dense model's from the first layer on.
     first = 0 if plan.mlp_width else plan.blocks[0].layer_before_cut

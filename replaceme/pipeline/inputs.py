@@ -26,10 +26,10 @@ from replaceme.base.workspace import Workspace
 from replaceme.corpora.find import dataset_fingerprints
 from replaceme.corpora.own_text import own_document_count
 from replaceme.evaluation.tasks import task_fingerprints
-from replaceme.methods.refusals import check_model, needs_whole
+from replaceme.methods.refusals import check_model, streaming_obstacle
 from replaceme.methods.registry import METHODS, criterion_of
 from replaceme.models.find import check_weights, find_model, identity
-from replaceme.models.memory import room_of, shown_size, weight_bytes
+from replaceme.models.memory import format_size, weight_budget, weight_bytes
 from replaceme.models.model import (
     CARD_FILES,
     TEXT_RECORD,
@@ -118,19 +118,20 @@ def _log_needs(params: Params, model: Model) -> None:
     dtypes = dict.fromkeys((params.dtype, params.eval_dtype))
     # Only the model of the calibration passes is packed.
     packed = [params.use_4bit and dtype == params.dtype for dtype in dtypes]
-    rooms = [
-        room_of(model, params, dtype, packed=own, whole=needs_whole(params)) for dtype, own in zip(dtypes, packed, strict=True)
+    budgets = [
+        weight_budget(model, params, dtype, packed=own, obstacle=streaming_obstacle(params))
+        for dtype, own in zip(dtypes, packed, strict=True)
     ]
     outside, layers = proof_dtypes(model)
-    rooms.append(room_of(model, params, outside, layers=layers, whole=needs_whole(params)))
+    budgets.append(weight_budget(model, params, outside, layer_dtype=layers, obstacle=streaming_obstacle(params)))
     stored = str(stored_dtype(model)).removeprefix("torch.")
     # The export compares the weights of two models, and then computes with one of them.
     whole = max(2 * weight_bytes(model, stored), *(weight_bytes(model, dtype) for dtype in (*dtypes, working_dtype(model))[1:]))
-    room = min((each for each in rooms if each), default=whole)
+    most = min((each for each in budgets if each), default=whole)
     logger.info(
         "memory: weights take up to %s%s, and scratch files up to %s of disk",
-        shown_size(room), " (streamed where they are larger)" if any(rooms) else "",
-        shown_size(_scratch_bytes(params, model.config(), streamed=rooms[0] is not None)),
+        format_size(most), " (streamed where they are larger)" if any(budgets) else "",
+        format_size(_scratch_bytes(params, model.config(), streamed=budgets[0] is not None)),
     )  # fmt: skip
 
 

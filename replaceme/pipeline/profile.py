@@ -12,7 +12,7 @@ from replaceme.base.ranks import rank
 from replaceme.base.stage import PASS, Stage
 from replaceme.base.workspace import Workspace
 from replaceme.models.find import calibration_model, recorded_model
-from replaceme.models.memory import load_within, on_processor
+from replaceme.models.memory import choose_processor, load_within_budget
 from replaceme.models.model import working_dtype
 from replaceme.observers.profile import profile_model
 from replaceme.observers.proof import prove
@@ -23,7 +23,7 @@ def profile(params: Params, work: Workspace) -> None:
     use_processor(params.threads)
     source, documents = recorded_model(params, work.model_input), Documents.load(work.documents)
     if (family := source.family()).detected:
-        prove(load_within(source, on_processor(params), working_dtype(source)), family, documents)
+        prove(load_within_budget(source, choose_processor(params), working_dtype(source)), family, documents)
     model, _ = calibration_model(params, work.model_input)
     work.profile.parent.mkdir(parents=True, exist_ok=True)
     content = profile_model(model, family, documents, params.batch_size, work.profile.parent)

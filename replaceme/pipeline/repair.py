@@ -17,7 +17,7 @@ from replaceme.base.stage import PASS, Stage
 from replaceme.base.workspace import Workspace
 from replaceme.edits.edits import Edits
 from replaceme.methods.method import MethodContext
-from replaceme.methods.refusals import needs_whole
+from replaceme.methods.refusals import streaming_obstacle
 from replaceme.methods.registry import METHODS, read_by
 from replaceme.models.families import inputs_of
 from replaceme.models.find import calibration_model, recorded_model
@@ -55,7 +55,7 @@ def repair(params: Params, work: Workspace) -> None:
     with new_folder(work.repaired) as folder:
         copy_tree(work.solution, folder)
         if method.fit_on_model:
-            model, family = calibration_model(params, work.model_input, whole=needs_whole(params))
+            model, family = calibration_model(params, work.model_input, obstacle=streaming_obstacle(params))
             if params.remove is not None:
                 # Of a method that removes parts of layers, which takes no other criterion and one block.
                 params = within_budget(params, recorded_model(params, work.model_input), method.criterion)

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from replaceme.base.documents import Documents
 from replaceme.base.parameters import Params
 from replaceme.base.plan import Plan
-from replaceme.base.scratch import scratch, unmap
+from replaceme.base.scratch import copy_to_scratch
 from replaceme.edits.edits import Edits
 from replaceme.edits.unfused import unfused
 from replaceme.models.families import Family, Linear
-from replaceme.models.layers import Start
-from replaceme.models.streaming import free
+from replaceme.models.layers import EntryState
+from replaceme.models.streaming import evict_layers
 from replaceme.observers.walk import Observer, walk
 from replaceme.solvers.held_out import Shrinkage
 
@@ -85,27 +85,26 @@ class State:
         for place, (weight, bias) in self.edits.corrections.items():
             # A name is that of a scratch file.
             if not weight.untyped_storage().filename:
-                (kept,) = scratch([weight.shape], weight.dtype, self.folder, "repair")
-                self.edits.corrections[place] = kept.copy_(weight), None if bias is None else bias.clone()
-                unmap(kept)
+                kept = copy_to_scratch(weight, self.folder, "repair")
+                self.edits.corrections[place] = kept, None if bias is None else bias.clone()
 
     def walk_dense(self, layer: int, observers: Sequence[Observer]) -> None:
         """Walk through the dense model, from a layer that its states enter."""
-        self._walk(observers, Start(layer, self.dense), self.documents)
-        self._let_go(layer)
+        self._walk(observers, EntryState(layer, self.dense), self.documents)
+        self._evict_others(layer)
 
     def walk_shortened(self, layer: int, observers: Sequence[Observer], documents: Documents | None = None) -> None:
         """Walk through the shortened model, from a layer that its states enter; its attention is computed once."""
         known = self.inputs["attention_output"] if layer == self.attended else None
         # No other layer computes: none of their MLPs has to be assembled, and no mixture of theirs to be there.
         with unfused(self.model, self.family, self.edits.within([layer])):
-            self._walk(observers, Start(layer, self.shortened, known), documents or self.documents)
-        self._let_go(layer)
+            self._walk(observers, EntryState(layer, self.shortened, known), documents or self.documents)
+        self._evict_others(layer)
 
-    def _walk(self, observers: Sequence[Observer], start: Start, documents: Documents) -> None:
+    def _walk(self, observers: Sequence[Observer], start: EntryState, documents: Documents) -> None:
         batch_size = self.params.batch_size
         walk(self.model, self.family, documents, observers, batch_size=batch_size, description=None, start=start)
 
-    def _let_go(self, layer: int) -> None:
-        """Let all layers go but this one and the next, which is read ahead: solves have the memory of the others."""
-        free(self.model, [self.layers[each] for each in self.kept if each >= layer][:2])
+    def _evict_others(self, layer: int) -> None:
+        """Let the weights of all layers go but of this one: solves have the memory of the others."""
+        evict_layers(self.model, [self.layers[layer]])

@@ -61,8 +61,9 @@ def draw_pictures(
         "repairs": _draw(draw_curves, repairs, "layer", "relative residual"),
         "training": _draw(draw_curves, training, "step", "training loss"),
     }
-    if "relative_residual" in solved:
-        path = _read_points(work.solution / "residuals.csv", "alpha", "relative_residual")
+    # Only ridges have a path.
+    path = _read_points(work.solution / "residuals.csv", "alpha", "relative_residual")
+    if path and "relative_residual" in solved:
         chosen = alpha, solved["relative_residual"]
         pictures["residuals"] = _draw(draw_ridge_path, path, chosen, solved["smallest_eigenvalue"])
     return {name: picture for name, picture in pictures.items() if picture}

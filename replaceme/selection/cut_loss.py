@@ -27,7 +27,7 @@ from replaceme.base.plan import Block, Surrogate
 from replaceme.base.progress import logger, progress
 from replaceme.edits.edits import Edits
 from replaceme.models.families import Family, Linear, parameter_of
-from replaceme.models.streaming import Unread
+from replaceme.models.streaming import LazyParameter
 from replaceme.observers.features import LINEARS, Features
 from replaceme.observers.residuals import RIDGE, solve_small_ridge
 from replaceme.observers.statistics import AtCut, FeatureGram
@@ -105,7 +105,7 @@ class DerivedGram(FeatureGram):
 def feature_gram(block: Block, features: Features, last: nn.Module) -> FeatureGram:
     """Return the observer of a cut's sums; if packed or offloaded weights can't be read, it observes M itself."""
     weight = last.get_parameter("weight")
-    readable = weight.is_floating_point() and (not weight.is_meta or isinstance(weight, Unread))
+    readable = weight.is_floating_point() and (not weight.is_meta or isinstance(weight, LazyParameter))
     return DerivedGram(block, features, last) if readable else FeatureGram(block, features)
 
 

@@ -15,7 +15,7 @@ from replaceme.base.group import all_gather, shard
 from replaceme.edits.edits import Edits
 from replaceme.edits.unfused import unfused
 from replaceme.models.families import Family, decoder_of
-from replaceme.models.layers import Start
+from replaceme.models.layers import EntryState
 from replaceme.observers.walk import Keep, passes, walk
 
 # Tokens whose scores are in float32 at once: few enough for the processor's cache.
@@ -51,7 +51,7 @@ class Trials:
 
         The stored states that enter the layer have to include any edits before it.
         """
-        batches, start = batches_of(self.model, self.documents, self.batch_size), Start(layer, self.entering[layer])
+        batches, start = batches_of(self.model, self.documents, self.batch_size), EntryState(layer, self.entering[layer])
         with (
             unfused(self.model, self.family, edits),
             passes(self.model, self.family, batches, start) as in_turn,

@@ -32,7 +32,7 @@ from replaceme.edits.edits import Edits
 from replaceme.edits.fold import changed_parameters
 from replaceme.edits.unfused import replaced_parameter, unfused
 from replaceme.models.families import Family, Linear, in_torch_layout, parameter_of
-from replaceme.models.layers import Start, begun_at, gradients_for, passed_by
+from replaceme.models.layers import EntryState, enable_gradients, skip_layers, start_at_layer
 from replaceme.observers.features import LINEARS
 from replaceme.training.training import Texts
 
@@ -121,7 +121,7 @@ class Predictions:
         folded = {place: value for place, value in self.changed.items() if place not in learnt}
         rest = Edits(self.edits.title, self.edits.removed_layers, operators=self.edits.operators)
         with ExitStack() as stack:
-            stack.enter_context(gradients_for(self.model))
+            stack.enter_context(enable_gradients(self.model))
             for (layer, name), value in folded.items():
                 stack.enter_context(replaced_parameter(self.layers[layer], name, value))
             stack.enter_context(unfused(self.model, self.family, rest))
@@ -172,7 +172,7 @@ class Predictions:
             for layer, _, name in self.trained
         }
         values = {name: value.to(self.model.dtype) for name, value in values.items()}
-        with begun_at(self.family, self.layers, Start(self.first, rows), lambda: batch):
+        with start_at_layer(self.family, self.layers, EntryState(self.first, rows), lambda: batch):
             return self._logits(batch, places, values)
 
     def _dense(self, batch: Batch, rows: Tensor, places: Tensor) -> Tensor:
@@ -183,7 +183,7 @@ class Predictions:
             padded = batch.padded(rows)
             return padded if isinstance(output, Tensor) else (padded, *output[1:])
 
-        with passed_by(self.family, self.layers):
+        with skip_layers(self.family, self.layers):
             handle = self.layers[-1].register_forward_hook(hook)
             try:
                 return self._logits(batch, places, {})

@@ -78,4 +78,4 @@ def test_a_scratch_file_says_what_the_disk_lacks(tmp_path: Path, monkeypatch: py
         ScratchFile(tmp_path) as file,
         pytest.raises(ResourceError, match="states between layers need 3 MiB there, and 2 MiB are"),
     ):
-        file.write(torch.empty(3 << 20, dtype=torch.uint8))
+        file.mapping()["state"] = torch.empty(3 << 20, dtype=torch.uint8)

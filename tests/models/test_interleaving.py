@@ -9,20 +9,20 @@ from torch import Tensor
 
 from replaceme.models import interleaving
 from replaceme.models.interleaving import interleave_forwards
-from replaceme.models.memory import stream
+from replaceme.models.memory import load_streamed
 from replaceme.models.model import Model
-from replaceme.models.streaming import Stream, stream_of
+from replaceme.models.streaming import LayerStream, stream_of
 
 TEXTS = [torch.arange(2 + first, 2 + first + length)[None] for first, length in ((0, 30), (5, 12), (40, 30), (9, 21), (7, 3))]
 
 
 @pytest.fixture
-def pair(tiny: Model) -> tuple[Any, Any, Stream]:
+def pair(tiny: Model) -> tuple[Any, Any, LayerStream]:
     """The model resident, streamed with room for two layers, and its stream."""
-    model = stream(tiny, "float32", room=1 << 40)
+    model = load_streamed(tiny, "float32", budget=1 << 40)
     own = stream_of(model)
     assert own is not None
-    own.room = 2 * max(own.sizes)
+    own.budget = 2 * max(own.sizes)
     return tiny.load("float32"), model, own
 
 
@@ -35,7 +35,7 @@ def generated(model: Any, text: Tensor) -> Tensor:
     return model.generate(text, max_new_tokens=5, do_sample=False, output_logits=True, return_dict_in_generate=True).logits[-1]  # type: ignore[no-any-return]
 
 
-def test_passes_share_each_layer(pair: tuple[Any, Any, Stream]) -> None:
+def test_passes_share_each_layer(pair: tuple[Any, Any, LayerStream]) -> None:
     resident, model, own = pair
     found, expected = (
         [*interleave_forwards(each, [partial(logits, each, text) for text in TEXTS])] for each in (model, resident)
@@ -44,7 +44,7 @@ def test_passes_share_each_layer(pair: tuple[Any, Any, Stream]) -> None:
     assert own.bytes_read == sum(own.sizes)
 
 
-def test_generations_of_different_lengths_share_what_they_can(pair: tuple[Any, Any, Stream]) -> None:
+def test_generations_of_different_lengths_share_what_they_can(pair: tuple[Any, Any, LayerStream]) -> None:
     resident, model, own = pair
     tasks = [partial(generated, model, text) for text in TEXTS] + [partial(logits, model, TEXTS[0])]
     found = [*interleave_forwards(model, tasks)]
@@ -55,7 +55,7 @@ def test_generations_of_different_lengths_share_what_they_can(pair: tuple[Any, A
 
 
 def test_no_more_run_side_by_side_than_states_fit_in_memory(
-    pair: tuple[Any, Any, Stream], monkeypatch: pytest.MonkeyPatch
+    pair: tuple[Any, Any, LayerStream], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, model, own = pair
     monkeypatch.setattr(interleaving, "MAX_CONCURRENT", 2)
@@ -63,7 +63,7 @@ def test_no_more_run_side_by_side_than_states_fit_in_memory(
     assert 2 * sum(own.sizes) < own.bytes_read <= 3 * sum(own.sizes)
 
 
-def test_an_error_of_one_ends_all(pair: tuple[Any, Any, Stream]) -> None:
+def test_an_error_of_one_ends_all(pair: tuple[Any, Any, LayerStream]) -> None:
     _, model, own = pair
 
     def failing() -> Tensor:
@@ -74,4 +74,4 @@ def test_an_error_of_one_ends_all(pair: tuple[Any, Any, Stream]) -> None:
         [*interleave_forwards(model, [partial(generated, model, TEXTS[0]), failing, partial(generated, model, TEXTS[2])])]
     # The model works as before.
     assert torch.isfinite(logits(model, TEXTS[0])).all()
-    assert own.turn(0) is None  # type: ignore[func-returns-value]
+    assert own.wait_turn(0) is None  # type: ignore[func-returns-value]

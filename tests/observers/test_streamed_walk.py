@@ -11,10 +11,10 @@ from torch import Tensor
 from replaceme.base.documents import Batch, Documents
 from replaceme.base.plan import Block
 from replaceme.models.families import Family, family_of
-from replaceme.models.layers import Start
-from replaceme.models.memory import stream
+from replaceme.models.layers import EntryState
+from replaceme.models.memory import load_streamed
 from replaceme.models.model import Model
-from replaceme.models.streaming import Stream, stream_of
+from replaceme.models.streaming import LayerStream, stream_of
 from replaceme.observers.profile import profile_model
 from replaceme.observers.statistics import STATISTICS, take_statistics
 from replaceme.observers.walk import Keep, Signal, Signals, ask, passes, walk
@@ -43,12 +43,12 @@ class Recorder:
         batch.scratch[self, layer] = signals["output"]
 
 
-def pair(source: Model, dtype: str = "bfloat16") -> tuple[Any, Any, Stream]:
+def pair(source: Model, dtype: str = "bfloat16") -> tuple[Any, Any, LayerStream]:
     """Return a model resident and streamed, with room for two layers, and its stream."""
-    model = stream(source, dtype, room=1 << 40)
+    model = load_streamed(source, dtype, budget=1 << 40)
     own = stream_of(model)
     assert own is not None
-    own.room = 2 * max(own.sizes)
+    own.budget = 2 * max(own.sizes)
     return source.load(dtype), model, own
 
 
@@ -89,7 +89,7 @@ def test_profile_and_statistics_are_the_same_bits(
     assert equal(found, expected)
 
 
-def test_a_walk_from_a_later_layer_reads_that_layer_and_those_after_it(tiny: Model, documents: Documents) -> None:
+def test_a_walk_from_a_later_layer_reads_only_the_layers_that_it_computes(tiny: Model, documents: Documents) -> None:
     resident, streamed, own = pair(tiny, "float32")
     family, tokens = family_of(made_config()), documents.token_count
     entering = torch.randn(tokens, WIDTH, generator=torch.Generator().manual_seed(0))
@@ -97,13 +97,10 @@ def test_a_walk_from_a_later_layer_reads_that_layer_and_those_after_it(tiny: Mod
     for model in (resident, streamed):
         states = torch.empty(2, tokens, WIDTH)
         observers = [Keep(3, ("attention",), states[0]), Keep(4, ("output",), states[1])]
-        walk(model, family, documents, observers, batch_size=2, description=None, start=Start(3, entering))
+        walk(model, family, documents, observers, batch_size=2, description=None, start=EntryState(3, entering))
         kept.append(states)
     assert torch.equal(*kept)
-    # The one after it is read ahead.
-    assert own.ahead is not None
-    own.ahead[1].result()
-    assert own.bytes_read == 3 * own.sizes[0]
+    assert own.bytes_read == 2 * own.sizes[0]
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3_moe"])
@@ -116,7 +113,7 @@ def test_whole_passes_give_the_same_logits_and_read_each_layer_once(
     family, logits = family_of(made_config(kind)), []
     entering = torch.randn(documents.token_count, WIDTH, generator=torch.Generator().manual_seed(0)).bfloat16()
     for model in (resident, streamed):
-        with passes(model, family, documents.batches(2), None if first is None else Start(first, entering)) as batches:
+        with passes(model, family, documents.batches(2), None if first is None else EntryState(first, entering)) as batches:
             logits.append([model(batch.input_ids, use_cache=False).logits for batch in batches])
     assert all(map(torch.equal, *logits))
     assert own.bytes_read == sum(own.sizes[first or 0 :])

@@ -15,7 +15,7 @@ from replaceme.edits.fold import apply_edits
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import verify_export
 from replaceme.models.families import family_of, inputs_of, parameter_of
-from replaceme.models.memory import parts_of, stream
+from replaceme.models.memory import load_streamed, measure_parts
 from replaceme.models.model import Model
 from replaceme.models.width import mlp_entry
 from replaceme.observers.features import LINEARS
@@ -88,7 +88,7 @@ def test_fewer_layers_and_narrower_mlps_are_saved_exactly(
 ) -> None:
     source = save_tiny(kind)
     family, width = source.family(), 40
-    whole, streamed = source.load(), stream(source, "float32", room=sum(parts_of(source, "float32")))
+    whole, streamed = source.load(), load_streamed(source, "float32", budget=sum(measure_parts(source, "float32")))
     found = []
     for model in (whole, streamed):
         edits, mending = solved(model, documents, (BLOCK,), width, **BEST)
@@ -107,9 +107,9 @@ def test_fewer_layers_and_narrower_mlps_are_saved_exactly(
     assert figures["hidden_error_mean"] < figures["tolerance"]
     layers = family.decoder_layers(pruned.load())
     assert {inputs_of(family.linear_of(layer, "mlp_output")) for layer in layers} == {width}
-    save_pruned(source, edits, tmp_path / "streamed", sum(parts_of(source, "float32")))
+    save_pruned(source, edits, tmp_path / "streamed", sum(measure_parts(source, "float32")))
     assert sha256_below(tmp_path / "streamed") == sha256_below(tmp_path / "pruned")
-    verify_export(source, Model(tmp_path / "streamed", "streamed"), edits, documents, sum(parts_of(source, "float32")))
+    verify_export(source, Model(tmp_path / "streamed", "streamed"), edits, documents, sum(measure_parts(source, "float32")))
 
 
 def _equal(one: Edits, other: Edits) -> bool:

@@ -14,7 +14,7 @@ from replaceme.edits.edits import Edits
 from replaceme.export import save as export
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import verify_export
-from replaceme.models.memory import parts_of
+from replaceme.models.memory import measure_parts
 from replaceme.models.model import Model
 from tests.conftest import EXPERTS, KINDS, WIDTH, made_model
 from tests.helpers import edits_of
@@ -22,7 +22,7 @@ from tests.helpers import edits_of
 
 def room(source: Model, dtype: str = "float32") -> int:
     """Return room for what lies outside the layers, and for one layer."""
-    return sum(parts_of(source, dtype))
+    return sum(measure_parts(source, dtype))
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -49,8 +49,6 @@ def test_several_files_are_written_as_transformers_divides_the_weights(
     whole, streamed = saved(save_tiny(kind), edits_of(2, 2, made_model(kind)), tmp_path)
     assert len([name for name in streamed if name.endswith(".safetensors")]) > 1
     if kind in EXPERTS:
-        # Of the experts of a layer, transformers counts the bytes of one, so that its files get larger than they should.
-        assert len(streamed) > len(whole)
         assert max(path.stat().st_size for path in (tmp_path / "streamed").glob("*.safetensors")) < 70_000
     else:
         assert streamed == whole
@@ -66,7 +64,6 @@ def test_several_files_are_written_as_transformers_divides_the_weights(
         {"mixtures": {1: {1: -1.0, 2: 1.0, 3: 1.0}}},
         {"operators": {1: torch.tensor(1.5, dtype=torch.float64)}},
         {"operators": {1: torch.linspace(0.5, 2, WIDTH, dtype=torch.float64)}},
-        {"parameters": {(4, "mlp.up_proj.weight"): torch.ones(48, WIDTH)}},
     ],
 )
 @pytest.mark.parametrize("tied", [True, False])
