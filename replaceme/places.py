@@ -39,7 +39,7 @@ def claimed(params: Params, suffix: str) -> Iterator[Workspace]:
     Raises:
         ParameterError: another process works there, or the place holds files that this program didn't write, or isn't writable.
     """
-    from replaceme.models.model import CARD
+    from replaceme.models.model_files import CARD
 
     work = place_of(params, suffix)
     target = work.model

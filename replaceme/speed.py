@@ -20,7 +20,8 @@ from replaceme.base.machine import machine
 from replaceme.base.params import Params
 from replaceme.base.progress import progress
 from replaceme.models.kv_cache import cache_arguments, filled_cache
-from replaceme.models.model import WEIGHTS, Model, positions_of
+from replaceme.models.model import Model, positions_of
+from replaceme.models.model_files import WEIGHTS
 
 PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 512, 64, 5
 

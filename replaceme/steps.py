@@ -26,7 +26,7 @@ from replaceme.base.progress import logger
 from replaceme.base.shared import make_once
 from replaceme.base.stage import COMPRESSION, Stage, still_to_go
 from replaceme.base.workspace import Workspace
-from replaceme.models.model import CARD
+from replaceme.models.model_files import CARD
 from replaceme.pipeline import (
     activations,
     baseline,

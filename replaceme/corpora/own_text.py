@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from replaceme.base.errors import DatasetError, ModelError
 from replaceme.base.progress import progress
 from replaceme.corpora.tokenization import rendered, start_of_text
-from replaceme.models.kv_cache import cache_arguments, reserved_cache
+from replaceme.models.kv_cache import cache_arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -108,7 +109,7 @@ def _sample(model: Any, starts: list[list[int]], length: int, turns: Turns | Non
     # Rows begin with one token, so that all are equally long; the others of a start are forced.
     texts = torch.empty(len(starts), length, dtype=torch.int64)
     texts[:, 0] = torch.tensor([start[0] for start in starts])
-    forced, cache = _Forced(starts, turns), reserved_cache(model.config, length)
+    forced, cache = _Forced(starts, turns), DynamicCache(config=model.config)
     arguments = cache_arguments(model, cache)
     for place in range(1, length):
         next(bar, None)

@@ -16,7 +16,7 @@ from replaceme.base.settings import without_folder
 from replaceme.base.source import OPTIONS, Source, parse_dataset
 from replaceme.corpora.sources import Known, known_sources
 from replaceme.models import hub
-from replaceme.models.model import TEXT_RECORD
+from replaceme.models.model_files import TEXT_RECORD
 
 IDENTITIES = ("sha256", "commits")
 

@@ -26,7 +26,8 @@ from replaceme.evaluation.seen import Calibration
 from replaceme.evaluation.tasks import check_unchanged, task_kind, task_name, task_texts
 from replaceme.models.kv_cache import cache_bytes_per_token
 from replaceme.models.memory import load_within
-from replaceme.models.model import WEIGHTS, Model, embedding_count, parameter_count, positions_of
+from replaceme.models.model import Model, embedding_count, parameter_count, positions_of
+from replaceme.models.model_files import WEIGHTS
 
 
 @dataclass

@@ -22,7 +22,8 @@ from replaceme.edits.edits import Edits
 from replaceme.export.transformers4 import transformers_4_obstacle
 from replaceme.methods.registry import EFFECTS, FIELDS, has_effect
 from replaceme.models.families import Linear
-from replaceme.models.model import CARD, Model
+from replaceme.models.model import Model
+from replaceme.models.model_files import CARD
 from replaceme.models.own_form import FILE
 
 # The settings that determine the model, and those that determine its scores; the others say where it was computed.

@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import yaml
 
@@ -125,7 +124,8 @@ def model_folder(name: str) -> Path:
     # The texts have no sums: they are compared with those of this version.
     make_once(folder, name, make, apart=tuple(texts))
     for file, text in texts.items():
-        if not ((path := folder / file).is_file() and path.read_bytes() == text.encode()):
+        path = folder / file
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
             write_text(path, text)
     return folder
 
@@ -136,9 +136,7 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
 
     logger.info("converting %s to safetensors (once)", gguf.name)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # transformers has no option against this bar, which would be one long line in a log file.
-    with mock.patch("transformers.modeling_gguf_pytorch_utils.tqdm", lambda tensors, **_options: tensors):
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
     # transformers refuses to save a quantized model; these weights are dequantized already.
     del model.config.quantization_config
     model.hf_quantizer = None

@@ -1,4 +1,4 @@
-"""A model's key-value cache: fill it, reserve it, continue from it, and measure its size.
+"""A model's key-value cache: fill it, continue from it, and measure its size.
 
 Newer versions of transformers name the argument and the output ``cache``, older ones ``past_key_values``.
 """
@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from replaceme.models.families import Family, decoder_of
 
@@ -21,39 +19,6 @@ def filled_cache(model: Any, ids: Tensor) -> Any:
     output = decoder_of(model)(input_ids=ids, use_cache=True)
     cache = getattr(output, "cache", None)
     return cache if cache is not None else getattr(output, "past_key_values", None)
-
-
-def reserved_cache(config: Any, length: int) -> Any:
-    """Return an empty cache whose space for ``length`` tokens is reserved at the first one.
-
-    transformers' own copies all keys and values at each step. Its layers with a smaller window, which keep few of them, stay.
-    """
-    cache = DynamicCache(config=config)
-    cache.layers = [_Reserved(length) if _keeps(layer, length) else layer for layer in cache.layers]
-    return cache
-
-
-def _keeps(layer: Any, length: int) -> bool:
-    """Tell whether a layer of transformers' cache keeps all of so many tokens."""
-    return type(layer) is DynamicLayer or (type(layer) is DynamicSlidingWindowLayer and layer.sliding_window >= length)
-
-
-class _Reserved(DynamicLayer):
-    def __init__(self, length: int) -> None:
-        super().__init__()
-        self.length = length
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_options: Any) -> tuple[Tensor, Tensor]:
-        start = self.get_seq_length()
-        if not start:
-            self.lazy_initialization(key_states, value_states)
-            new = key_states, value_states
-            self.space = [part.new_empty(*part.shape[:-2], self.length, part.shape[-1]) for part in new]
-        end = start + key_states.shape[-2]
-        for space, part in zip(self.space, (key_states, value_states), strict=True):
-            space[..., start:end, :] = part
-        self.keys, self.values = (space[..., :end, :] for space in self.space)
-        return self.keys, self.values
 
 
 @contextmanager

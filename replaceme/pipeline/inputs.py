@@ -27,18 +27,11 @@ from replaceme.corpora.find import fingerprints, own_documents
 from replaceme.evaluation.tasks import task_fingerprints
 from replaceme.methods.refusals import family_refusals, needs_whole
 from replaceme.methods.registry import METHODS, criterion_of
-from replaceme.models.find import check_weights, find_model, identity
+from replaceme.models.checks import check_weights
+from replaceme.models.find import find_model, identity
 from replaceme.models.memory import room_of, shown_size, weight_bytes
-from replaceme.models.model import (
-    CARD_FILES,
-    TEXT_RECORD,
-    Model,
-    layer_count,
-    positions_of,
-    proof_dtypes,
-    stored_dtype,
-    working_dtype,
-)
+from replaceme.models.model import Model, layer_count, positions_of, proof_dtypes, stored_dtype, working_dtype
+from replaceme.models.model_files import CARD_FILES, TEXT_RECORD
 from replaceme.models.own_form import check_own_form
 from replaceme.models.recognition import check_cut
 from replaceme.observers.residuals import FIT_TOKENS, HELD_OUT_SHARE

@@ -9,7 +9,7 @@ from replaceme.base.params import read_params
 from replaceme.base.source import Source
 from replaceme.corpora.find import fingerprints
 from replaceme.corpora.record import read_record, write_record
-from replaceme.models.model import TEXT_RECORD
+from replaceme.models.model_files import TEXT_RECORD
 
 
 def recorded(dataset: Any, dense: Path, folder: Path, **options: Any) -> None:

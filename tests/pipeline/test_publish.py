@@ -11,7 +11,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from replaceme import commands
 from replaceme.export.save import save_pruned
 from replaceme.models import hub
-from replaceme.models.model import TEXT_RECORD, Model
+from replaceme.models.model import Model
+from replaceme.models.model_files import TEXT_RECORD
 from replaceme.publish import push_to_hub
 from tests.helpers import FAST, call, edits_for
 from tests.pipeline.helpers import TOKEN, Hub

@@ -1,0 +1,70 @@
+"""The files of a model's folder: which hold weights, tokenizer, card and licence, and which code they name.
+
+The name patterns say what is downloaded, fingerprinted and copied to the pruned model. Subfolders never count.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+WEIGHTS = ("*.safetensors",)
+ADAPTER = "adapter_config.json"
+WEIGHT_FILES = (*WEIGHTS, "*.safetensors.index.json", "config.json", ADAPTER, "*.py")
+CARD = "README.md"
+# One of these is in every model's folder. The names are those of transformers' tokenizers, and of remote code's.
+VOCABULARIES = ("tokenizer*", "*vocab*", "*.model", "*.tiktoken", "*.bpe", "tekken.json")
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER_FILES = (
+    *VOCABULARIES, "merges*", "encoder.json", "special_tokens_map.json", "added_tokens.json", "chat_template*",
+    "generation_config.json",
+)  # fmt: skip
+CARD_FILES = (CARD, "LICENSE*", "NOTICE*")
+# What a pruned model was calibrated on (``replaceme.corpora.record``).
+TEXT_RECORD = "calibration_text.json"
+ALL_FILES = (*WEIGHT_FILES, *TOKENIZER_FILES, *CARD_FILES, TEXT_RECORD)
+# Some repositories hold the weights a second time, in their author's own format.
+LEFT_OUT = "consolidated*"
+_RELATIVE_IMPORT = re.compile(r"(?m)^\s*(?:from|import)\s+\.(\w+)")
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A local folder with config, safetensors and tokenizer."""
+
+    folder: Path
+
+    def files(self, patterns: Iterable[str] = ALL_FILES) -> list[Path]:
+        """Return the files of the folder that match any of ``patterns``, sorted."""
+        return sorted(
+            {path for pattern in patterns for path in self.folder.glob(pattern) if path.is_file() and not path.match(LEFT_OUT)}
+        )
+
+    def tokenizer_files(self) -> list[Path]:
+        """Return the files of the tokenizer, sorted: with the code that its config names, and what that code imports."""
+        code: set[Path] = set()
+        modules = [reference.split(".")[0] for reference in self.code_references(TOKENIZER_CONFIG)]
+        while modules:
+            path = self.folder / f"{modules.pop()}.py"
+            if path.is_file() and path not in code:
+                code.add(path)
+                modules += _RELATIVE_IMPORT.findall(path.read_text(encoding="utf-8", errors="replace"))
+        return sorted({*self.files(TOKENIZER_FILES), *code})
+
+    def copied_files(self) -> list[Path]:
+        """Return the files that the pruned model's folder gets unchanged, sorted; of the card, only the licence is kept."""
+        return sorted({*self.tokenizer_files(), *self.files(CARD_FILES)})
+
+    def code_references(self, name: str) -> list[str]:
+        """Return the classes that ``auto_map`` in a config file names: ``module.Class``, or ``repository--module.Class``.
+
+        A tokenizer has a pair of them, slow and fast, either of which can be null.
+        """
+        try:
+            auto_map = json.loads((self.folder / name).read_text(encoding="utf-8")).get("auto_map") or {}
+        except (OSError, ValueError, AttributeError):  # whoever loads the file says what is wrong with it
+            return []
+        entries = auto_map.values() if isinstance(auto_map, dict) else [auto_map]
+        references = [each for entry in entries for each in (entry if isinstance(entry, list) else [entry])]
+        return [reference for reference in references if isinstance(reference, str)]
