@@ -299,7 +299,7 @@ def run_cases(cases: int, seed: int, kinds: tuple[str, ...] = tuple(KINDS)) -> l
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory(prefix="bad-inputs-") as root, _without_the_world(Path(root)):
         place = made_place(Path(root))
-        catalogue.names()  # read once here, not by each process
+        catalogue.task_index()  # read once here, not by each process
         for position, kind in enumerate(kinds):
             outcomes += _run_kind(kind, place, cases // len(kinds) + (position < cases % len(kinds)), seed)
     return outcomes

@@ -20,7 +20,6 @@ from replaceme.base.plan import Plan
 from replaceme.base.progress import silence_libraries
 from replaceme.corpora.draw import draw_documents
 from replaceme.corpora.find import find_datasets
-from replaceme.corpora.sources import sources_of
 from replaceme.edits.edits import Edits
 from replaceme.methods.registry import METHODS, criterion_of
 from replaceme.models.families import decoder_of
@@ -47,10 +46,7 @@ def main(size: int | None) -> None:
     source = find_model(params)
     model, family = source.load(params.dtype, resolve_device(params.device)), source.family()
     corpora = [dataset.open(params.seed) for dataset in find_datasets(params) if dataset]
-    shares = [each.share for each in sources_of(params)]
-    documents, _ = draw_documents(
-        corpora, shares, source.tokenizer(), size, params.max_length, pack=params.pack, seed=params.seed
-    )
+    documents, _ = draw_documents(corpora, source.tokenizer(), params.model_copy(update={"dataset_size": size}))
     profiled = profile_model(model, family, documents, params.batch_size)
     starts = allowed_starts(params, len(family.decoder_layers(model)), criterion_of(params))
     cuts = smallest(profiled["residual"], starts, params.layers_to_skip, SHORTLIST)
@@ -78,8 +74,8 @@ def main(size: int | None) -> None:
 
     def heal() -> None:
         last, batch_size = len(family.decoder_layers(model)) - 1, params.batch_size
-        states = entering_and_leaving(model, family, documents, block.host, last, batch_size=batch_size)
-        lesson = Predictions(model, family, Edits("", [*block.layers]), documents, block.host, *states)
+        states = entering_and_leaving(model, family, documents, block.layer_before_cut, last, batch_size=batch_size)
+        lesson = Predictions(model, family, Edits("", [*block.layers]), documents, block.layer_before_cut, *states)
         course = Course(params.heal_learning_rate, 1, batch_size, "heal_learning_rate")
         with tempfile.TemporaryDirectory() as folder:
             train(lesson, lesson.learners(), course, Path(folder), "")
@@ -93,13 +89,13 @@ def main(size: int | None) -> None:
         "fit of channels": lambda: fit(settings["channels"]),
         "fit of a map, repair": lambda: fit(settings["dense"].model_copy(update={"repair": True})),
         "losses of maps": lambda: cut_losses(
-            model, family, documents, cuts, stand_in="map", batch_size=params.batch_size
+            model, family, documents, cuts, surrogate="map", batch_size=params.batch_size
         ),
         "losses of refits": lambda: cut_losses(
-            model, family, documents, cuts, stand_in="refit", batch_size=params.batch_size
+            model, family, documents, cuts, surrogate="refit", batch_size=params.batch_size
         ),
         "losses of joint fits": lambda: cut_losses(
-            model, family, documents, cuts, stand_in="joint", batch_size=params.batch_size
+            model, family, documents, cuts, surrogate="joint", batch_size=params.batch_size
         ),
         "an epoch of healing": heal,
     }  # fmt: skip

@@ -22,8 +22,9 @@ from replaceme.base.task import Task
 from replaceme.base.workspace import Workspace
 from replaceme.edits.edits import Edits
 from replaceme.edits.unfused import unfused
-from replaceme.evaluation.perplexity import cut_windows, perplexities, score_windows
+from replaceme.evaluation.perplexity import perplexities, score_windows
 from replaceme.evaluation.tasks import task_texts
+from replaceme.evaluation.windows import cut_windows
 from replaceme.models.find import recorded_model
 from replaceme.observers.statistics import Gram
 from replaceme.observers.walk import walk
@@ -52,14 +53,14 @@ def main(sizes: list[int]) -> None:
         for block, gram in zip(blocks, grams, strict=True):
             sums = gram.tensors()
             transform = solve_ridge(sums["gram"], sums["cross"], 0.0).transform
-            with unfused(model, family, Edits("", [*block.layers], {block.host: transform})):
-                losses = score_windows(model, windows, params.eval_batch_size, f"host {block.host}")["losses"]
+            with unfused(model, family, Edits("", [*block.layers], {block.layer_before_cut: transform})):
+                losses = score_windows(model, windows, params.eval_batch_size, f"host {block.layer_before_cut}")["losses"]
             outcomes.append(perplexities(losses, windows).get("token", math.inf))
         criteria = {
-            name: [profile[key][block.host][block.end - 1] for block in blocks]
+            name: [profile[key][block.layer_before_cut][block.end - 1] for block in blocks]
             for name, key in (("angular", "angular_distance"), ("residual", "residual"))
         }
-        measured = cut_losses(model, family, documents, blocks, stand_in="map", batch_size=params.batch_size)
+        measured = cut_losses(model, family, documents, blocks, surrogate="map", batch_size=params.batch_size)
         criteria["loss"] = [cut.rise_over(dense, shares) for cut in measured]
         print(f"\n{size} of {layers} layers, {len(blocks)} cuts: best perplexity {min(outcomes):.1f}")
         rows = [("criterion", "rank correlation", "its choice: host", "perplexity", "place")]
@@ -67,10 +68,18 @@ def main(sizes: list[int]) -> None:
             chosen = values.index(min(values))
             place = 1 + sum(outcome < outcomes[chosen] for outcome in outcomes)
             rank = float(spearmanr(values, outcomes).statistic)
-            rows.append((name, f"{rank:.2f}", str(blocks[chosen].host), f"{outcomes[chosen]:.1f}", f"{place} of {len(blocks)}"))
+            rows.append(
+                (
+                    name,
+                    f"{rank:.2f}",
+                    str(blocks[chosen].layer_before_cut),
+                    f"{outcomes[chosen]:.1f}",
+                    f"{place} of {len(blocks)}",
+                )
+            )
         print(align(rows), flush=True)
         order = sorted(range(len(blocks)), key=outcomes.__getitem__)[:8]
-        print("best cuts: " + ", ".join(f"host {blocks[n].host} {outcomes[n]:.1f}" for n in order), flush=True)
+        print("best cuts: " + ", ".join(f"host {blocks[n].layer_before_cut} {outcomes[n]:.1f}" for n in order), flush=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ pass packs them into windows of 1024 tokens and computes no logits. The two pass
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,12 @@ import torch
 from replaceme.base.compute import resolve_device, use_processor
 from replaceme.base.params import read_params
 from replaceme.base.progress import silence_libraries
-from replaceme.evaluation.harness import Suite, run
-from replaceme.evaluation.perplexity import WINDOW, Windows, cut_windows, score_windows
-from replaceme.evaluation.requests import Encodings
-from replaceme.evaluation.scorer import CausalScorer
+from replaceme.evaluation.accuracy import score_suite
+from replaceme.evaluation.perplexity import score_windows
+from replaceme.evaluation.requests import Suite
+from replaceme.evaluation.scorer import CausalScorer, Request
 from replaceme.evaluation.tasks import task_fingerprints, task_items, task_kind, task_name, task_texts
+from replaceme.evaluation.windows import WINDOW, Windows, cut_windows
 from replaceme.models.families import decoder_of
 from replaceme.models.find import find_model
 
@@ -37,7 +38,7 @@ def main(share: float) -> None:
     use_processor(params.threads)
     source = find_model(params)
     model, tokenizer = source.load(params.eval_dtype, resolve_device(params.device)), source.tokenizer()
-    found = task_fingerprints(params)
+    fingerprints = task_fingerprints(params)
 
     def bare(windows: list[torch.Tensor]) -> None:
         base = decoder_of(model)
@@ -51,14 +52,14 @@ def main(share: float) -> None:
         if task_kind(task) == "perplexity":
             limit = int((params.eval_tokens or 1 << 16) * share)
             windows = cut_windows(name, task_texts(task), tokenizer, limit)
-            ids = [int(token) for window in windows.windows for token in window[:-1]]
+            ids = [int(token) for window in windows.ids for token in window[:-1]]
             steps[name] = (_perplexity(model, windows, params.eval_batch_size), ids)
         else:
             limit = max(int(len(task_items(task)) * share), 1) if task_kind(task) != "lm-eval" else 100
-            encodings = Encodings()
-            step = _accuracy(model, tokenizer, params.eval_batch_size, replace(task, limit=limit), found[name], encodings)
+            scorer = RecordingScorer(model, tokenizer, params.eval_batch_size, "benchmark")
+            step = _accuracy(scorer, replace(task, limit=limit), fingerprints[name])
             step()
-            steps[name] = (step, _computed(encodings))
+            steps[name] = (step, _computed(scorer.pairs))
     print(f"{params.eval_dtype}, batch {params.eval_batch_size}, {params.threads} threads, median of {ROUNDS}")
     total = {"bare": 0.0, "evaluation": 0.0}
     for name, (step, ids) in steps.items():
@@ -89,20 +90,36 @@ def _perplexity(model: Any, windows: Windows, batch_size: int) -> Callable[[], A
     return lambda: score_windows(model, windows, batch_size, "benchmark")
 
 
-def _accuracy(model: Any, tokenizer: Any, batch_size: int, task: Any, found: Any, encodings: Encodings) -> Callable[[], Any]:
+class RecordingScorer(CausalScorer):
+    """A scorer that keeps the token ids of its requests: context and continuation."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.pairs: list[tuple[list[int], list[int]]] = []
+
+    def _loglikelihood_tokens(self, requests: Sequence[Request], **options: Any) -> list[tuple[float, bool]]:
+        self.pairs += [(context, continuation) for _, context, continuation in requests]
+        return super()._loglikelihood_tokens(requests, **options)
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+        self.pairs += [(self.tok_encode(request.args[0]), []) for request in requests]
+        return super().generate_until(requests, disable_tqdm)
+
+
+def _accuracy(scorer: CausalScorer, task: Any, fingerprint: Any) -> Callable[[], Any]:
     def step() -> None:
         suite = Suite()
-        suite.add(task, found)
-        run(CausalScorer(model, tokenizer, batch_size, "benchmark", encodings), suite)
+        suite.add(task, fingerprint)
+        score_suite(scorer, suite)
 
     return step
 
 
-def _computed(encodings: Encodings) -> list[int]:
+def _computed(pairs: Sequence[tuple[list[int], list[int]]]) -> list[int]:
     """Return the ids that scoring must compute: each context once, and each continuation without its last token."""
-    contexts: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
-    for context, continuation in encodings.pairs.values():
-        contexts.setdefault(tuple(context), []).append(tuple(continuation))
+    contexts: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
+    for context, continuation in pairs:
+        contexts.setdefault(tuple(context), set()).add(tuple(continuation))
     return [
         token for context, tails in contexts.items() for part in (context, *(tail[:-1] for tail in tails)) for token in part
     ]  # fmt: skip

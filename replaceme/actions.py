@@ -17,7 +17,7 @@ from replaceme.base.files import new_folder, read_json, rounded, write_json, wri
 from replaceme.base.params import Params, read_params
 from replaceme.base.processes import in_processes
 from replaceme.base.progress import align, logger
-from replaceme.base.stage import ANALYSIS, COMPRESSION, FIT, JUDGEMENT, ORDER, Stage, pipeline_params
+from replaceme.base.stage import ANALYSIS, COMPRESSION, FIT, JUDGEMENT, ORDER, pipeline_params
 from replaceme.base.task import unusable_text
 from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import METHODS, criterion_of
@@ -32,14 +32,8 @@ SPEED_FILE = "speed.json"
 
 def together(action: Callable[..., object], params: Params, **own: str) -> None:
     """Do one of the following, with as many processes as it can use, and options of its own that are no parameters."""
-
-    def stages() -> Mapping[str, Stage]:
-        from replaceme.steps import STAGES
-
-        return STAGES
-
     count = params.processes if action in (prune, profile) else 1
-    in_processes(count, stages, lambda: action(params, **own), params.device)
+    in_processes(count, lambda: action(params, **own), params.device)
 
 
 def prune(params: Params, texts: Sequence[str] | None = None) -> Workspace:
@@ -49,7 +43,7 @@ def prune(params: Params, texts: Sequence[str] | None = None) -> Workspace:
         params: where ``save_transform_only`` is set, only the edits are saved, without a model.
         texts: calibration documents, which are written to the file that ``dataset`` names; None where it exists.
     """
-    from replaceme.evaluation.comparison import comparison_table
+    from replaceme.evaluation.tables import comparison_table
     from replaceme.models.model_files import CARD
     from replaceme.pipeline.cost import write_cost
     from replaceme.pipeline.inputs import inspect_inputs
@@ -90,11 +84,12 @@ def evaluate(params: Params, compare_with: str | None = None) -> None:
         compare_with: the dense model, which is scored too; the scores are printed side by side, and the file has their
             comparison and how both models go on after a few prompts. None scores one model.
     """
-    from replaceme.corpora.record import read_record
-    from replaceme.evaluation.comparison import compare, comparison_table, scores_table
-    from replaceme.evaluation.prompts import side_by_side
+    from replaceme.corpora.sources import read_record
+    from replaceme.evaluation.comparison import compare
+    from replaceme.evaluation.contamination import CalibrationText
+    from replaceme.evaluation.continuations import side_by_side
     from replaceme.evaluation.scores import score_model
-    from replaceme.evaluation.seen import Calibration
+    from replaceme.evaluation.tables import comparison_table, scores_table
     from replaceme.evaluation.tasks import task_fingerprints
     from replaceme.models.checks import check_weights
     from replaceme.models.find import find_model
@@ -105,17 +100,17 @@ def evaluate(params: Params, compare_with: str | None = None) -> None:
     model = find_model(params)
     check_weights(model)
     target, sources = scores_file(params, model.name), read_record(model.folder)
-    calibration = Calibration(sources, None) if sources else None
+    calibration = CalibrationText(sources, None) if sources else None
     if calibration:
         logger.info("calibration text: its sources are in the model's record; copies of it in other texts are not looked for")
     if compare_with is None:
-        figures = score_model(params, model, model.name, fingerprints, calibration=calibration).figures
+        figures = score_model(params, model, fingerprints, calibration=calibration).figures
         print(scores_table(figures))
     else:
         with renamed({"model_path": "compare_with"}):
             source = _dense_beside(params, model, compare_with)
-            dense = score_model(params, source, "dense model", fingerprints, is_dense=True)
-        scores = score_model(params, model, "pruned model", fingerprints, dense, calibration)
+            dense = score_model(params, source, fingerprints, is_dense=True)
+        scores = score_model(params, model, fingerprints, dense, calibration)
         compared = rounded(compare(dense.figures, scores.figures, dense.items, scores.items))
         figures = scores.figures | {
             "comparison": compared,
@@ -184,7 +179,7 @@ def report(params: Params, folder: Path) -> None:
     Raises:
         ParameterError: there is no such result, it was made without scores, or the folder holds something else.
     """
-    from replaceme.evaluation.comparison import comparison_table
+    from replaceme.evaluation.tables import comparison_table
     from replaceme.report.page import SETTINGS_FILE
 
     work = result_of(params)
@@ -249,7 +244,7 @@ def profile(params: Params) -> None:
         for values in criteria.values():
             (block,) = smallest(values, starts, skip)
             removed = f"{block.start}–{block.end - 1}" if skip > 1 else str(block.start)
-            row += [str(block.host), removed, f"{values[block.host][block.end - 1]:.4f}"]
+            row += [str(block.layer_before_cut), removed, f"{values[block.layer_before_cut][block.end - 1]:.4f}"]
         rows.append(tuple(row))
     print(align(rows))
     logger.info("all pairs are in %s", work.model / "distances.csv")

@@ -19,7 +19,7 @@ from replaceme.base.errors import ParameterError, shown
 from replaceme.base.files import read_json
 from replaceme.base.params import Params, nearest, read_params
 from replaceme.base.presets import PRESETS, Preset
-from replaceme.base.ranks import started
+from replaceme.base.ranks import world_size
 from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import FIELDS, METHODS
 from replaceme.places import place_of, suffix_of
@@ -135,7 +135,7 @@ def prune(
         else:
             given.setdefault("dataset", "self")
         params = read_params(None, given, METHODS, preset)
-        if max(params.processes, started()) > 1:
+        if max(params.processes, world_size()) > 1:
             raise ParameterError("processes: a call from Python has one; use 1 here, or the command `replaceme prune`.")
         if documents is not None:
             work = place_of(params, suffix_of(params))

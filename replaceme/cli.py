@@ -15,7 +15,7 @@ from replaceme.base.entry import Parser, plain_parser, run_command
 from replaceme.base.errors import ParameterError, excerpt
 from replaceme.base.params import Params, nearest, read_params
 from replaceme.base.progress import silence_libraries
-from replaceme.base.ranks import taken
+from replaceme.base.ranks import launched_processes
 from replaceme.methods.registry import METHODS
 
 _BY_TITLE = {group.title: group.keys for group in GROUPS}
@@ -58,7 +58,7 @@ class Command:
         """Return the parameters of a command line and its config, and the values of its own options."""
         config, given = parse(parser, arguments, self.keys, self.own)
         own = {name: given.pop(name) for name in self.own if name in given}
-        return read_params(config, {**given, **self.fixed, **taken()}, METHODS, preset=None), own
+        return read_params(config, {**given, **self.fixed, **launched_processes()}, METHODS, preset=None), own
 
     def run(self, name: str, arguments: Sequence[str]) -> None:
         """Read the command line and the config, and do it."""

@@ -9,7 +9,7 @@ from replaceme.base.entry import run_command
 from replaceme.base.errors import ParameterError
 from replaceme.base.params import Params, read_params
 from replaceme.base.progress import silence_libraries
-from replaceme.base.ranks import taken
+from replaceme.base.ranks import launched_processes
 from replaceme.methods.registry import METHODS
 
 
@@ -65,7 +65,7 @@ def _main(action: Callable[[Params], object], description: str, **fixed: Any) ->
             for key, value in fixed.items():
                 if overrides.get(key, value) != value:
                     raise ParameterError(f"{key}: this command sets it to {value}; use run_replaceme for {overrides[key]}.")
-            params = read_params(config, {**overrides, **fixed, **taken()}, METHODS)
+            params = read_params(config, {**overrides, **fixed, **launched_processes()}, METHODS)
             silence_libraries(load=True)
             together(action, params)
 

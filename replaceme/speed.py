@@ -19,7 +19,7 @@ from replaceme.base.fingerprints import sha256_of
 from replaceme.base.machine import machine
 from replaceme.base.params import Params
 from replaceme.base.progress import progress
-from replaceme.models.kv_cache import cache_arguments, filled_cache
+from replaceme.models.kv_cache import cache_arguments, fill_cache
 from replaceme.models.model import Model, positions_of
 from replaceme.models.model_files import WEIGHTS
 
@@ -92,7 +92,7 @@ def setting_of(params: Params) -> dict[str, Any]:
 def _timed(model: Any, prompt: Tensor) -> tuple[float, float]:
     """Return the seconds of one prefill, and per token of greedy decoding with a KV cache."""
     devices = gpus_of(model)
-    prefill, cache = clock(lambda: filled_cache(model, prompt[:, :-1]), devices)
+    prefill, cache = clock(lambda: fill_cache(model, prompt[:, :-1]), devices)
     token = prompt[:, -1:]
 
     def decode() -> None:

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from replaceme.arguments import ALIASES
 from replaceme.base.documents import Documents
+from replaceme.base.plan import Block
 from replaceme.edits.edits import Edits
 from replaceme.edits.fold import apply_edits
 from replaceme.edits.unfused import unfused
 from replaceme.models.families import Family, Linear, family_of, parameter_of
 from replaceme.selection.trials import Losses
-from replaceme.solvers.procrustes import polar
+from replaceme.solvers.procrustes import polar_factor
 from tests.conftest import LAYERS, WIDTH, made_model
 
 TEXT = torch.arange(2, 42)[None]
@@ -66,6 +66,12 @@ def edits_for(start: int, length: int) -> Edits:
     return Edits("test", list(range(start, start + length)), {start - 1: made_transform()})
 
 
+def mixing(*blocks: Block) -> Edits:
+    """Return edits that merge blocks into the layers before them."""
+    mixtures = {block.layer_before_cut: block.mixture for block in blocks}
+    return Edits("test", [layer for block in blocks for layer in block.layers], mixtures=mixtures)
+
+
 def edits_of(start: int, length: int, model: Any) -> Edits:
     """Return edits with everything that folds in the model's family.
 
@@ -76,7 +82,7 @@ def edits_of(start: int, length: int, model: Any) -> Edits:
     edits, generator = edits_for(start, length), torch.Generator().manual_seed(1)
     layers = family.decoder_layers(model)
     if family.norm_after_mlp:
-        rotation = polar(made_transform())
+        rotation = polar_factor(made_transform())
         gains = torch.linspace(-0.5, 2, WIDTH, dtype=torch.float64)
         edits.transforms[start - 1] = rotation * gains
     if family.experts:
@@ -179,8 +185,10 @@ def passing(model: Any, layer: int, documents: Documents) -> dict[str, np.ndarra
 @torch.no_grad()
 def hooked_and_folded(model: Any, family: Family, edits: Edits) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the logits of ``TEXT`` with the edits unfused, and after they are folded into the model, which is changed."""
+    before = model(TEXT, use_cache=False).logits
     with unfused(model, family, edits):
         hooked = model(TEXT, use_cache=False).logits
+    assert torch.equal(model(TEXT, use_cache=False).logits, before), "the hooks of the edits changed the model"
     apply_edits(model, family, edits)
     return hooked, model(TEXT, use_cache=False).logits
 
@@ -189,21 +197,10 @@ def hooked_and_folded(model: Any, family: Family, edits: Edits) -> tuple[torch.T
 def shortened_logits(model: Any, edits: Edits, text: torch.Tensor) -> torch.Tensor:
     """Run the kept layers in order, each with the arguments that the whole model gives it, and return the logits.
 
-    A transform is applied to the layer's output: ``h − M + M T``; corrections by plain hooks on the linears. The columns of
-    removed groups are zeros.
+    A transform is applied to the layer's output: ``h − M + M T``; corrections by plain hooks on the linears.
     """
     family, whole = family_of(model.config), {}
     layers = family.decoder_layers(model)
-    corrections = dict(edits.corrections)
-    owned = []
-    for (place, name), groups in edits.kept.items():
-        weight = family.linear_of(layers[place], name).weight
-        stay = groups.repeat_interleave(weight.shape[1] // len(groups)).to(weight)
-        if (place, name) in corrections:
-            corrections[place, name] = (corrections[place, name][0] * stay, corrections[place, name][1])
-        owned.append((weight, weight.data))
-        weight.data = weight.data * stay
-    edits = replace(edits, corrections=corrections)
 
     def note(index: int) -> Any:
         def hook(_module: Any, args: Any, kwargs: Any) -> None:
@@ -240,13 +237,7 @@ def shortened_logits(model: Any, edits: Edits, text: torch.Tensor) -> torch.Tens
                 features: list[torch.Tensor] = []
                 linear = layer.get_submodule(family.mlp_output)
                 hooks.append(linear.register_forward_pre_hook(lambda _, args, kept=features: kept.append(args[0])))
-        if index in edits.without_attention:
-            attention = layer.get_submodule(edits.without_attention[index][0])
-            hooks.append(attention.register_forward_hook(lambda _m, _a, out: (torch.zeros_like(out[0]), *out[1:])))
         own = {name: parameter.detach().clone() for name, parameter in layer.named_parameters()}
-        for (place, name), value in edits.parameters.items():
-            if place == index:
-                parameter_of(layer, name).copy_(value)
         # With a norm after the MLP, a change of the rotated weight is no summand of the output.
         by_hand = family.norm_after_mlp and index in edits.transforms and (index, "mlp_output") in edits.corrections
         if by_hand:
@@ -279,8 +270,6 @@ def shortened_logits(model: Any, edits: Edits, text: torch.Tensor) -> torch.Tens
     last = layers[-1].register_forward_hook(lambda _m, _a, out: (state, *out[1:]) if isinstance(out, tuple) else state)
     logits: torch.Tensor = model(text, use_cache=False).logits
     last.remove()
-    for weight, data in owned:
-        weight.data = data
     return logits
 
 

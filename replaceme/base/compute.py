@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from replaceme.base.errors import ModelError, ResourceError
-from replaceme.base.group import group_size, local_gpu, neighbours
+from replaceme.base.group import local_gpu, local_world_size
 from replaceme.base.machine import processor
+from replaceme.base.ranks import world_size
 
 # Options of glibc's allocator (malloc.h), in bytes: M_TRIM_THRESHOLD, the free space at the heap's top that is kept; M_TOP_PAD,
 # the extra space when the heap grows; M_MMAP_THRESHOLD, the size from which a block is mapped by itself.
@@ -32,7 +33,7 @@ def resolve_device(device: str) -> str:
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and group_size() > 1:
+    if device == "cuda" and world_size() > 1:
         device = f"cuda:{local_gpu()}"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ResourceError(f"device: {device} is asked for, but torch sees no CUDA device; use cpu or auto.")
@@ -53,7 +54,7 @@ def free_memory(device: str) -> int:
     if device.startswith("cuda"):
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
-    return _free_of_processor() // neighbours()
+    return _free_of_processor() // local_world_size()
 
 
 def _free_of_processor() -> int:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from replaceme.base.errors import ResourceError
-from replaceme.base.group import WHOLE, Share
+from replaceme.base.group import WHOLE, Shard
 
 FILE = "documents.safetensors"
 
@@ -129,23 +129,23 @@ class Documents:
     def _taken(self, indices: Sequence[int]) -> "Documents":
         return Documents([self.documents[index] for index in indices], [self.sources[index] for index in indices])
 
-    def batch_count(self, batch_size: int, share: Share = WHOLE) -> int:
+    def batch_count(self, batch_size: int, shard: Shard = WHOLE) -> int:
         """Return the number of batches that ``batches`` yields."""
-        return sum(map(share.takes, range(-(-len(self) // batch_size))))
+        return sum(map(shard.owns, range(-(-len(self) // batch_size))))
 
-    def token_count_of(self, batch_size: int, share: Share) -> int:
+    def token_count_of(self, batch_size: int, shard: Shard) -> int:
         """Return the number of tokens of the batches that ``batches`` yields."""
         lengths = [len(document) for document in self.longest_first()]
-        return sum(length for place, length in enumerate(lengths) if share.takes(place // batch_size))
+        return sum(length for place, length in enumerate(lengths) if shard.owns(place // batch_size))
 
-    def batches(self, batch_size: int, device: str = "cpu", share: Share = WHOLE) -> Iterator[Batch]:
+    def batches(self, batch_size: int, device: str = "cpu", shard: Shard = WHOLE) -> Iterator[Batch]:
         """Yield all documents in batches, longest first, so that a batch has little padding; or a process's part of these."""
         ordered = self.longest_first()
         first_token = position = 0
         for number, start in enumerate(range(0, len(ordered), batch_size)):
             chosen = ordered[start : start + batch_size]
             lengths = torch.tensor([len(document) for document in chosen])
-            if share.takes(number):
+            if shard.owns(number):
                 input_ids = torch.nn.utils.rnn.pad_sequence([document.long() for document in chosen], batch_first=True)
                 yield Batch(input_ids.to(device), lengths.to(device), first_token, position)
                 first_token += int(lengths.sum())

@@ -22,7 +22,7 @@ from replaceme.base.errors import (
     resource_failure,
 )
 from replaceme.base.progress import configure_logging, silence_libraries
-from replaceme.base.ranks import LAUNCHED, rank
+from replaceme.base.ranks import rank, world_size
 
 # OpenMP reads this once, when torch is loaded, so it is set here, on import: every entry point imports this file before torch.
 # Threads that spin at barriers lose time next to other work: for the demo on two cores, the stage activations takes 54 s either
@@ -71,13 +71,14 @@ def run(action: Callable[[], None], debug: bool = False) -> int:
         silence_libraries()
         action()
     except KeyboardInterrupt:
-        print("interrupted; finished stages are kept, and the next run resumes there", file=sys.stderr)
+        if world_size() == 1:  # the launcher says it for its processes
+            print("interrupted; finished stages are kept, and the next run resumes there", file=sys.stderr)
         return 130
     except SystemExit:
         raise
     except BaseException as error:
         known = explain(error)
-        if rank() or (LAUNCHED in os.environ and isinstance(known, LostProcessError)):
+        if rank() or isinstance(known, LostProcessError):
             # The first process says what all meet, and the launcher which one it lost; then it ends this one.
             time.sleep(SAYING_SECONDS)
         if number := rank():

@@ -6,7 +6,7 @@ import re
 import sys
 from pathlib import Path
 
-from replaceme.base.ranks import started
+from replaceme.base.ranks import world_size
 from replaceme.base.versions import listed, versions
 
 # Linux alone has it.
@@ -26,7 +26,7 @@ def machine() -> str:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     parts = [processor(), f"{cores} core{'s' * (cores > 1)}", f"{memory / 1e9:.3g} GB of memory", *_gpus()]
-    parts += [f"the first of {started()} processes"] if started() > 1 else []
+    parts += [f"the first of {world_size()} processes"] if world_size() > 1 else []
     return f"{', '.join(parts)}; {listed(versions(PACKAGES))}"
 
 

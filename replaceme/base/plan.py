@@ -1,4 +1,4 @@
-"""The plan: the blocks of layers to remove, how each is merged into its host, and the statistics to take.
+"""The plan: the blocks of layers to remove, how each is merged into the layer before it, and the statistics to take.
 
 The plan names no method, so that methods with the same statistics share them. It is a stage of its own, after select: some
 settings change the statistics only; the choice of blocks, which can cost passes, is then not repeated.
@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 from replaceme.base.files import read_json, write_json
 
-# What replaces a block: nothing, a factor, a linear map, new weights of the last linear of the host's MLP, or new weights of
-# that and of the output projection of the host's attention.
-StandIn = Literal["nothing", "scalar", "map", "refit", "joint"]
+# What replaces a block: nothing, a factor, a linear map, or new weights of the layer before it: of the last linear of its MLP,
+# or of that and of the output projection of its attention.
+Surrogate = Literal["nothing", "scalar", "map", "refit", "joint"]
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class Block:
     Attributes:
         start: the first removed layer.
         end: the layer after the last removed one.
-        coefficients: if the layers are merged into the host, the coefficients of the linear combination that replaces the
-            host's linears: first the host's, then the removed layers', in order; else empty.
-        scale: the factor that multiplies the state after the host; None without one.
+        coefficients: if the layers are merged into the one before them, the coefficients of the linear combination that
+            replaces its linears: first its own, then the removed layers', in order; else empty.
+        scale: the factor that multiplies the state at the cut; None without one.
     """
 
     start: int
@@ -34,9 +34,12 @@ class Block:
     scale: float | None = None
 
     @property
-    def host(self) -> int:
+    def layer_before_cut(self) -> int:
         """The kept layer before the block; the transform is folded into its MLP."""
         return self.start - 1
+
+    # The same by its older name.
+    host = layer_before_cut
 
     @property
     def layers(self) -> range:
@@ -45,8 +48,8 @@ class Block:
 
     @property
     def mixture(self) -> dict[int, float]:
-        """Layer → its coefficient in the combination that replaces the host's linears; empty without a merge."""
-        return dict(zip(range(self.host, self.end), self.coefficients, strict=True)) if self.coefficients else {}
+        """Layer → its coefficient in the combination that replaces the linears before the cut; empty without a merge."""
+        return dict(zip(range(self.layer_before_cut, self.end), self.coefficients, strict=True)) if self.coefficients else {}
 
     def __len__(self) -> int:
         return self.end - self.start
@@ -74,13 +77,13 @@ class Plan:
 
     @property
     def mixtures(self) -> dict[int, dict[int, float]]:
-        """Host → its ``Block.mixture``, for the hosts that layers are merged into."""
-        return {block.host: block.mixture for block in self.blocks if block.coefficients}
+        """Layer before a cut → its ``Block.mixture``, for those that layers are merged into."""
+        return {block.layer_before_cut: block.mixture for block in self.blocks if block.coefficients}
 
     @property
     def scales(self) -> dict[int, float]:
-        """Host → the factor of the state after it, for the hosts that have one."""
-        return {block.host: block.scale for block in self.blocks if block.scale is not None}
+        """Layer before a cut → the factor of the state after it, for those that have one."""
+        return {block.layer_before_cut: block.scale for block in self.blocks if block.scale is not None}
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON."""

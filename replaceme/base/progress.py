@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-from replaceme.base.ranks import started
+from replaceme.base.ranks import world_size
 
 
 def align(rows: Sequence[Sequence[str]]) -> str:
@@ -41,7 +41,7 @@ def configure_logging() -> None:
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger.handlers = [handler]
     # Of several processes, only the first one logs, after it has joined them.
-    logger.setLevel(logging.ERROR if started() > 1 else logging.INFO)
+    logger.setLevel(logging.ERROR if world_size() > 1 else logging.INFO)
     logger.propagate = False
 
 

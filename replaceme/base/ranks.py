@@ -1,26 +1,22 @@
-"""What the environment says of the processes that have been started for a run, by ``torchrun`` or ``processes: N``.
+"""Which of a run's processes this one is, as torch's launcher says in the environment (``torchrun``, or ``processes: N``).
 
-Other programs set ``RANK`` and ``WORLD_SIZE`` too. A group is what torch's launcher has started, which waits until all are
+Other programs set ``RANK`` and ``WORLD_SIZE`` too; ``TORCHELASTIC_RUN_ID`` is of torch's launcher, which waits until all are
 there.
 """
 
 import os
-from typing import Any
-
-# In the environment of the processes that ``processes: N`` starts.
-LAUNCHED = "REPLACEME_LAUNCHED"
 
 
-def started() -> int:
-    """Return how many there are, this one included; 1 if it was started alone."""
+def world_size() -> int:
+    """Return how many processes have been started for the run, this one included; 1 if it was started alone."""
     return int(os.environ["WORLD_SIZE"]) if {"TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE"} <= os.environ.keys() else 1
 
 
 def rank() -> int:
-    """Return this process's number, from 0; 0 if it was started alone."""
-    return int(os.environ["RANK"]) if started() > 1 else 0
+    """Return this process's number, from 0; 0 if it was started alone. The first process alone writes, logs and prints."""
+    return int(os.environ["RANK"]) if world_size() > 1 else 0
 
 
-def taken() -> dict[str, Any]:
-    """Return the parameter ``processes`` if they have been started, to override what a file says."""
-    return {"processes": started()} if started() > 1 else {}
+def launched_processes() -> dict[str, int]:
+    """Return the parameter ``processes`` if torch's launcher has started some, to override what a file says."""
+    return {"processes": world_size()} if world_size() > 1 else {}

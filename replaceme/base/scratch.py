@@ -21,6 +21,7 @@ from torch import Tensor
 
 from replaceme.base.errors import ResourceError
 from replaceme.base.files import temporary_folder
+from replaceme.base.ranks import rank
 
 
 def scratch(
@@ -40,7 +41,7 @@ def scratch(
     where = folder or Path(tempfile.gettempdir())
     require_space(folder, sum(map(prod, shapes)) * dtype.itemsize, f"{purpose} keeps {{}} of states there")
     # A mapping outlives the deletion of its file, so nothing is left on disk however the run ends.
-    with temporary_folder("scratch-", where) as names:
+    with temporary_folder(f"scratch-{rank()}-", where) as names:
         for number, shape in enumerate(shapes):
             _take_space(names / str(number), prod(shape) * dtype.itemsize)
         return [

@@ -16,7 +16,7 @@ from replaceme.base.files import clear_partials
 from replaceme.base.params import Params, read_params
 from replaceme.base.processes import in_processes, run_step
 from replaceme.base.progress import logger
-from replaceme.base.ranks import taken
+from replaceme.base.ranks import launched_processes
 from replaceme.base.workspace import Artifact, Workspace
 
 # The order of the stages, after ``inputs``: from the text to the profile, to the final edits, and to the saved model.
@@ -76,7 +76,7 @@ def run_stage(stage: Stage) -> None:
         params = pipeline_params(stage.methods)
         check_pipeline_params(params)
         count = params.processes if params.processes > 1 and stage.shared(params, place) else 1
-        in_processes(count, lambda: {stage.name: stage}, lambda: alone(params), params.device)
+        in_processes(count, lambda: alone(params), params.device)
 
     def alone(params: Params) -> None:
         if stage.name in ORDER:
@@ -108,7 +108,7 @@ def still_to_go(name: str, params: Params, work: Workspace, course: Sequence[str
 
 def pipeline_params(methods: Methods | None) -> Params:
     """Read params.yaml in the current folder, as ``read_params`` does; a key that it lacks has its recommended value."""
-    return read_params(PARAMS_FILE, taken(), methods=methods, preset="recommended")
+    return read_params(PARAMS_FILE, launched_processes(), methods=methods, preset="recommended")
 
 
 def check_pipeline_params(params: Params) -> None:

@@ -37,12 +37,10 @@ class Workspace:
     Attributes:
         root: folder that holds ``artifacts`` and ``metrics``.
         save_path: where the pruned model goes; None is ``artifacts/model``.
-        served: the run's own paths, where these are those of a process that serves it (``replaceme.base.processes``).
     """
 
     root: Path = Path()
     save_path: Path | None = None
-    served: Workspace | None = None
 
     # Fingerprints of the dense model's weights, config and code; of the tokenizer, the chat template and the generation config;
     # of the dense model's card and licence; of the calibration text; and of the evaluation text.
@@ -98,8 +96,8 @@ class Workspace:
         return self.root / "artifacts" / place
 
     def unfinished(self, name: str) -> Path:
-        """Return the folder of what a stage keeps while it runs, to go on there if interrupted; all processes see it."""
-        return (self.served or self).artifact(f"{name}{PARTIAL}")
+        """Return the folder of what a stage keeps while it runs, to go on there if interrupted."""
+        return self.artifact(f"{name}{PARTIAL}")
 
     def metric(self, name: str) -> Path:
         """Return the path of a metrics file."""

@@ -11,7 +11,7 @@ Chat = list[dict[str, str]]
 Row = str | Chat
 
 # ShareGPT's names for the roles of a conversation (SlimOrca uses them) → ours.
-ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+ROLES = {"human": "user", "gpt": "assistant"}
 
 
 @dataclass(frozen=True)
@@ -34,33 +34,30 @@ def plain_text(row: Row) -> str:
     return row if isinstance(row, str) else "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in row)
 
 
-def pick_column(columns: Iterable[str], first: Mapping[str, Any], wanted: str | None, name: str) -> str:
+def pick_column(columns: Iterable[str], first: Mapping[str, Any], requested: str | None, name: str) -> str:
     """Return the column to read.
 
     Args:
         columns: the dataset's columns.
         first: its first row; a chat column is recognised by its value.
-        wanted: the parameter ``dataset_column``.
+        requested: the parameter ``dataset_column``.
         name: the dataset's name in messages.
 
     Raises:
         DatasetError: the column is missing, or none can be chosen; the message lists the columns.
     """
     columns = list(columns)
-    if wanted in columns:
-        return str(wanted)
-    chats = [column for column in columns if is_chat(first.get(column))]
-    texts = [column for column in columns if isinstance(first.get(column), str)]
-    fallback = (
-        (["text"] if "text" in columns and wanted is None else [])
-        or chats
-        or (texts if wanted is None and len(texts) == 1 else [])
-    )
-    if fallback:
-        if wanted is not None:
-            logger.info("dataset_column: %s has no column '%s'; its chat column '%s' is used", name, wanted, fallback[0])
-        return fallback[0]
-    problem = f"{name} has no column '{excerpt(wanted)}'" if wanted else f"the text column of {name} isn't obvious"
+    if requested in columns:
+        return str(requested)
+    chosen = [column for column in columns if is_chat(first.get(column))]
+    if requested is None:
+        texts = [column for column in columns if isinstance(first.get(column), str)]
+        chosen = ["text"] if "text" in columns else chosen or (texts if len(texts) == 1 else [])
+    elif chosen:
+        logger.info("dataset_column: %s has no column '%s'; its chat column '%s' is used", name, requested, chosen[0])
+    if chosen:
+        return chosen[0]
+    problem = f"{name} has no column '{excerpt(requested)}'" if requested else f"the text column of {name} isn't obvious"
     raise DatasetError(f"dataset_column: {problem}; its columns are {excerpt(', '.join(columns)) or 'none'}.")
 
 
@@ -77,12 +74,10 @@ def is_chat(value: Any) -> bool:
 
 def as_row(value: Any, column: str, name: str) -> Row:
     """Return a value of the column as text, or as chat with all its turns; a missing value is an empty text."""
-    if value is None:
+    if value is None or value == []:
         return ""
     if isinstance(value, str):
         return value
-    if isinstance(value, list) and not value:
-        return ""
     if is_chat(value):
         return [_turn(turn) for turn in value]
     raise DatasetError(

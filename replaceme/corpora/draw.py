@@ -19,8 +19,10 @@ from torch import Tensor
 
 from replaceme.base.documents import SOURCE_BITS, Documents, in_shares, seeded_order
 from replaceme.base.errors import DatasetError
+from replaceme.base.params import Params
 from replaceme.base.progress import progress
 from replaceme.corpora.corpus import Corpus, plain_text
+from replaceme.corpora.sources import sources_of
 from replaceme.corpora.tokenization import encode, encode_in_chunks, start_of_text
 
 if TYPE_CHECKING:
@@ -42,28 +44,17 @@ class Counts:
 
 
 def draw_documents(
-    corpora: Sequence[Corpus | Documents],
-    shares: Sequence[float],
-    tokenizer: PreTrainedTokenizerBase,
-    size: int,
-    max_length: int,
-    *,
-    pack: bool,
-    seed: int,
+    corpora: Sequence[Corpus | Documents], tokenizer: PreTrainedTokenizerBase, params: Params
 ) -> tuple[Documents, list[Counts]]:
-    """Return ``size`` documents, or as many as the corpora have, and the counts of each corpus.
+    """Return ``dataset_size`` documents, or as many as the corpora have, and the counts of each corpus.
 
     The next document always comes from the corpus that lacks most of its share of the tokens so far, so shares are met to a
     document, unless a corpus ends early.
 
     Args:
-        corpora: of each, the rows in the order of use; or documents that are drawn as they are.
-        shares: of the tokens, relative to each other.
+        corpora: of each source, the rows in the order of use; or documents that are drawn as they are.
         tokenizer: the model's.
-        size: number of documents.
-        max_length: maximum tokens per document, including its BOS.
-        pack: join short rows until a document is full.
-        seed: for the choice among the pieces of a running text.
+        params: the sources with their shares, ``dataset_size``, ``max_length``, ``pack`` and ``seed``.
 
     Raises:
         DatasetError: nothing is left after tokenization.
@@ -72,13 +63,14 @@ def draw_documents(
     streams = {
         number: enumerate(corpus.documents)
         if isinstance(corpus, Documents)
-        else _documents_of(corpus, tokenizer, size, max_length, pack=pack, seed=seed, counts=counts[number])
+        else _encode_corpus(corpus, tokenizer, params, counts[number])
         for number, corpus in enumerate(corpora)
     }
-    drawn: Iterator[tuple[int, int, Tensor]] = islice(in_shares(streams, shares), size)
+    shares = [source.share for source in sources_of(params)]
+    drawn: Iterator[tuple[int, int, Tensor]] = islice(in_shares(streams, shares), params.dataset_size)
     # The pieces of running texts are all there before the first is drawn, and have a bar of their own.
     if not any(isinstance(corpus, Corpus) and corpus.running for corpus in corpora):
-        drawn = progress(drawn, "drawing documents", "documents", total=size)
+        drawn = progress(drawn, "drawing documents", "documents", total=params.dataset_size)
     documents, sources = [], []
     for number, source, document in drawn:
         counts[number].documents += 1
@@ -92,34 +84,32 @@ def draw_documents(
     return Documents(documents, sources), counts
 
 
-def _documents_of(
-    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, size: int, max_length: int, *, pack: bool, seed: int, counts: Counts
+def _encode_corpus(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, params: Params, counts: Counts
 ) -> Iterator[tuple[int, Tensor]]:
-    """Yield source and token ids, (tokens,) int64, of a corpus' documents that aren't empty; ``size`` of a running text."""
+    """Yield source and token ids, (tokens,) int64, of the corpus' documents; of a running text ``dataset_size`` pieces."""
     prefix = start_of_text(tokenizer)
-    room = max_length - len(prefix)
+    capacity = params.max_length - len(prefix)
     # An embedded text has no other column to choose.
     plain = corpus.plain and not tokenizer.chat_template
     encoded = (encode(plain_text(row) if plain else row, tokenizer, prefix) for row in corpus.rows)
     if corpus.running:
-        texts = (text for text in corpus.rows if isinstance(text, str))
-        bodies: Iterable[tuple[int, list[int]]] = _pieces(
-            (encode_in_chunks(text, tokenizer, prefix) for text in texts), room, size, seed
-        )
-    elif pack:
-        bodies = enumerate(_packed(encoded, tokenizer.encode(SEPARATOR, add_special_tokens=False), room, counts))
+        texts = (encode_in_chunks(text, tokenizer, prefix) for text in corpus.rows if isinstance(text, str))
+        bodies: Iterable[tuple[int, list[int]]] = islice(_pieces(texts, capacity, params.seed), params.dataset_size)
+    elif params.pack:
+        bodies = enumerate(_packed(encoded, tokenizer.encode(SEPARATOR, add_special_tokens=False), capacity, counts))
     else:
         bodies = enumerate(encoded)
     for source, body in bodies:
         if not body:
             counts.empty += 1
             continue
-        counts.cut += len(body) > room
-        yield source, torch.tensor([*prefix, *body[:room]])
+        counts.cut += len(body) > capacity
+        yield source, torch.tensor([*prefix, *body[:capacity]])
 
 
-def _pieces(texts: Iterable[Iterable[list[int]]], room: int, size: int, seed: int) -> Iterator[tuple[int, list[int]]]:
-    """Cut running texts into pieces of ``room`` tokens (a shorter text is one piece) and yield ``size`` in a seeded order.
+def _pieces(texts: Iterable[Iterable[list[int]]], capacity: int, seed: int) -> Iterator[tuple[int, list[int]]]:
+    """Cut running texts into pieces of ``capacity`` tokens (a shorter text is one piece) and yield them in a seeded order.
 
     The rest of a longer text is dropped. Each piece comes with the number of its source.
     """
@@ -129,27 +119,27 @@ def _pieces(texts: Iterable[Iterable[list[int]]], room: int, size: int, seed: in
         before, rest = len(pieces), torch.empty(0, dtype=torch.int32)
         for chunk in chunks:
             rest = torch.cat([rest, torch.tensor(chunk, dtype=torch.int32)])
-            full = len(rest) // room * room
-            pieces += rest[:full].split(room) if full else ()
+            full = len(rest) // capacity * capacity
+            pieces += rest[:full].split(capacity) if full else ()
             rest = rest[full:].clone()
         if len(pieces) == before and len(rest):
             pieces.append(rest)
         counts.append(len(pieces) - before)
     parts = 1 if len(counts) >= PARTS else PARTS
-    sources = [text * parts + place * parts // count for text, count in enumerate(counts) for place in range(count)]
-    order = seeded_order(len(pieces), seed).tolist()
-    yield from ((sources[index], pieces[index].tolist()) for index in order[:size])
+    sources = [text * parts + piece * parts // count for text, count in enumerate(counts) for piece in range(count)]
+    for index in seeded_order(len(pieces), seed).tolist():
+        yield sources[index], pieces[index].tolist()
 
 
-def _packed(rows: Iterable[list[int]], separator: list[int], room: int, counts: Counts) -> Iterator[list[int]]:
-    """Join rows until a document has ``room`` tokens or more; the caller drops the excess."""
+def _packed(rows: Iterable[list[int]], separator: list[int], capacity: int, counts: Counts) -> Iterator[list[int]]:
+    """Join rows until a document has ``capacity`` tokens or more; the caller drops the excess."""
     joined: list[int] = []
     for ids in rows:
         if not ids:
             counts.empty += 1
             continue
         joined += [*(separator if joined else []), *ids]
-        if len(joined) >= room:
+        if len(joined) >= capacity:
             yield joined
             joined = []
     if joined:

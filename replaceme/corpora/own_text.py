@@ -7,25 +7,30 @@ document goes on after an end of text, as in the packed text that models are tra
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from replaceme.base.errors import DatasetError, ModelError
+from replaceme.base.params import Params
 from replaceme.base.progress import progress
-from replaceme.corpora.tokenization import rendered, start_of_text
-from replaceme.models.kv_cache import cache_arguments
+from replaceme.base.source import SELF
+from replaceme.corpora.sources import sources_of
+from replaceme.corpora.tokenization import render_chat, start_of_text
+from replaceme.models.kv_cache import cache_arguments, reserved_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# Tokens of a document at most: a step of writing costs the more, the longer the documents are.
+MAX_TOKENS = 512
 # Documents that are written at once, at most: a step reads all weights, however many they are. And the bytes that their keys
 # and values may take.
-ROWS, CACHE_BYTES = 128, 2 << 30
+MAX_ROWS, CACHE_BYTES = 128, 2 << 30
 
 
 @dataclass(frozen=True)
@@ -37,9 +42,19 @@ class Turns:
     after_assistant: list[int]
 
 
-def write_texts(
-    model: Any, tokenizer: PreTrainedTokenizerBase, count: int, length: int, seed: int, rows: int | None = None
-) -> list[Tensor]:
+def own_document_count(params: Params) -> int:
+    """Return the number of documents that the dense model has to write, for its share of ``dataset_size`` documents' tokens.
+
+    Its documents have ``MAX_TOKENS`` tokens, or ``max_length`` if that is less; the others have ``max_length`` at most.
+    """
+    sources = sources_of(params)
+    whole = sum(source.share for source in sources)
+    own = sum(source.share for source in sources if source.name == SELF)
+    most = params.dataset_size * params.max_length * own / whole / min(MAX_TOKENS, params.max_length)
+    return min(math.ceil(most) + 1, params.dataset_size) if own else 0
+
+
+def write_texts(model: Any, tokenizer: PreTrainedTokenizerBase, count: int, length: int, seed: int) -> list[Tensor]:
     """Return ``count`` documents of ``length`` token ids, (length,) int64 each.
 
     Args:
@@ -48,31 +63,29 @@ def write_texts(
         count: number of documents.
         length: tokens of each, with its start of text.
         seed: of the sampling; the same seed gives the same text on the same kind of device.
-        rows: documents that are written at once; None is ``ROWS``, or as many as ``CACHE_BYTES`` hold.
 
     Raises:
         ModelError: the tokenizer has no token that a text could start with; the model has no KV cache, or its predictions
             overflow.
     """
-    if rows is None:
-        # Grouped heads need less.
-        token = 2 * int(model.config.num_hidden_layers) * int(model.config.hidden_size) * model.dtype.itemsize
-        rows = min(ROWS, max(CACHE_BYTES // (token * length), 1))
-    plain, turns = opening(tokenizer), chat_turns(tokenizer)
+    # Grouped heads need less.
+    token_bytes = 2 * int(model.config.num_hidden_layers) * int(model.config.hidden_size) * model.dtype.itemsize
+    rows = min(MAX_ROWS, max(CACHE_BYTES // (token_bytes * length), 1))
+    plain, turns = plain_opening(tokenizer), chat_turns(tokenizer)
     starts = [turns.opening if turns and number % 2 else plain for number in range(count)]
-    written: list[Tensor] = []
+    documents: list[Tensor] = []
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.inference_mode():
         torch.manual_seed(seed)
-        bar = progress(range((length - 1) * -(-count // rows)), "writing text", "steps")
+        steps = progress(range((length - 1) * -(-count // rows)), "writing text", "steps")
         for first in range(0, count, rows):
-            written += _sample(model, starts[first : first + rows], length, turns, bar)
-        next(bar, None)
-    return written
+            documents += _write_batch(model, starts[first : first + rows], length, turns, steps)
+        next(steps, None)
+    return documents
 
 
-def opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids that a text of the model's own starts with."""
+def plain_opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the ids that a text of the model's own starts with, unless it is a chat."""
     if prefix := start_of_text(tokenizer):
         return prefix
     # Where a tokenizer puts nothing before a text, training texts are separated by the end of text.
@@ -89,7 +102,7 @@ def chat_turns(tokenizer: PreTrainedTokenizerBase) -> Turns | None:
     marks = ["first question", "first answer", "second question"]
     chat = [{"role": role, "content": mark} for role, mark in zip(("user", "assistant", "user"), marks, strict=True)]
     try:
-        text = rendered(chat, tokenizer)
+        text = render_chat(chat, tokenizer)
     except DatasetError:
         return None
     if any(text.count(mark) != 1 for mark in marks):
@@ -104,36 +117,36 @@ def chat_turns(tokenizer: PreTrainedTokenizerBase) -> Turns | None:
     return Turns(*parts) if all(parts) else None
 
 
-def _sample(model: Any, starts: list[list[int]], length: int, turns: Turns | None, bar: Iterator[int]) -> list[Tensor]:
+def _write_batch(model: Any, starts: list[list[int]], length: int, turns: Turns | None, steps: Iterator[int]) -> list[Tensor]:
     """Sample at temperature 1 over the whole vocabulary, a token of all rows a step; an end of text ends nothing."""
     # Rows begin with one token, so that all are equally long; the others of a start are forced.
     texts = torch.empty(len(starts), length, dtype=torch.int64)
     texts[:, 0] = torch.tensor([start[0] for start in starts])
-    forced, cache = _Forced(starts, turns), DynamicCache(config=model.config)
+    forced, cache = _ForcedTokens(starts, turns), reserved_cache(model.config, length)
     arguments = cache_arguments(model, cache)
-    for place in range(1, length):
-        next(bar, None)
-        last = texts[:, place - 1]
-        scores = model(last[:, None].to(model.device), **arguments).logits[:, -1]
-        if cache.get_seq_length() != place:
+    for position in range(1, length):
+        next(steps, None)
+        last = texts[:, position - 1]
+        logits = model(last[:, None].to(model.device), **arguments).logits[:, -1]
+        if cache.get_seq_length() != position:
             raise ModelError("dataset: self needs a model with a cache of keys and values, to go on from; name a text instead.")
-        texts[:, place] = torch.tensor(forced.instead_of(_drawn(scores).tolist(), last.tolist()))
+        texts[:, position] = torch.tensor(forced.replace(_sample(logits).tolist(), last.tolist()))
     return list(texts)
 
 
-def _drawn(scores: Tensor) -> Tensor:
-    """Return a token of each row, (rows,) int64, with the probabilities softmax(scores), (rows, words).
+def _sample(logits: Tensor) -> Tensor:
+    """Return a token of each row, (rows,) int64, with the probabilities softmax(logits), (rows, words).
 
     By the inverse of the cumulative distribution: one random number a row, where ``torch.multinomial`` takes one a word.
     """
-    ends = scores.double().softmax(-1).cumsum(-1)
-    if not bool(ends[:, -1].isfinite().all()):
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    if not bool(cumulative[:, -1].isfinite().all()):
         raise ModelError("dtype: the model's predictions overflow while it writes its own text; use bfloat16 or float32.")
-    place = torch.rand(len(scores), 1, dtype=torch.float64, device=scores.device) * ends[:, -1:]
-    return torch.searchsorted(ends, place, right=True)[:, 0].clamp(max=scores.shape[1] - 1)
+    drawn = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, drawn, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
 
 
-class _Forced:
+class _ForcedTokens:
     """Force a text's start; and in a chat, after the token that ends a turn, the template's others up to the next turn."""
 
     def __init__(self, starts: list[list[int]], turns: Turns | None):
@@ -141,18 +154,18 @@ class _Forced:
         # What follows the present turn of each row, then what follows the next one; nothing in a plain text.
         chats = [turns and start == turns.opening for start in starts]
         self.after = [[turns.after_user, turns.after_assistant] if turns and chat else [] for chat in chats]
-        self.forced = [True] * len(starts)
+        self.was_forced = [True] * len(starts)
 
-    def instead_of(self, drawn: list[int], last: list[int]) -> list[int]:
-        """Return each row's next token: the one that is forced, or the drawn one.
+    def replace(self, sampled: list[int], last: list[int]) -> list[int]:
+        """Return each row's next token: the one that is forced, or the sampled one.
 
         Args:
-            drawn: each row's token, as sampled.
+            sampled: each row's token, as sampled.
             last: the token before it.
         """
         for row, token in enumerate(last):
-            if self.after[row] and not self.forced[row] and token == self.after[row][0][0]:
+            if self.after[row] and not self.was_forced[row] and token == self.after[row][0][0]:
                 self.queues[row] = self.after[row][0][1:]
                 self.after[row].reverse()
-            self.forced[row] = bool(self.queues[row])
-        return [queue.pop(0) if queue else token for queue, token in zip(self.queues, drawn, strict=True)]
+            self.was_forced[row] = bool(self.queues[row])
+        return [queue.pop(0) if queue else token for queue, token in zip(self.queues, sampled, strict=True)]

@@ -1,10 +1,11 @@
 """An MLP made of channels of several layers.
 
 A channel ``g_i(x)`` is one input of an MLP's last linear; the linears before it compute it with the channel's rows. A removed
-layer's channel computes nearly the same from the host's state as from its own. The norms before the two MLPs differ, and the
-difference folds into the rows (γ and β are the weight and bias of these norms, in the source and the host):
+layer's channel computes nearly the same from the state before the cut as from its own. The norms before the two MLPs differ,
+and the difference folds into the rows (γ and β are the weight and bias of the norm in the source, γ' and β' in the layer that
+gets the channel):
 
-    W' = W diag(γ_source / γ_host),    b' = b + W β_source − W' β_host.
+    W' = W diag(γ / γ'),    b' = b + W β − W' β'.
 
 ``replaceme.repair.channel_choice`` chooses the channels.
 """
@@ -23,13 +24,13 @@ def channels_of(layer: int, count: int) -> Tensor:
     return torch.stack([torch.full((count,), layer), torch.arange(count)], dim=1)
 
 
-def assembled(family: Family, layers: nn.ModuleList, host: int, channels: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yield the parameters of the host's MLP, made of the chosen channels.
+def assembled(family: Family, layers: nn.ModuleList, layer: int, channels: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters of a layer's MLP, made of the chosen channels.
 
     Args:
         family: describes the model's parts.
         layers: the dense model's layers.
-        host: the layer that gets the channels.
+        layer: the layer that gets the channels.
         channels: (channels, 2) int64: the layer of each channel and its index there. Their number is the MLP's new width.
 
     Yields:
@@ -39,16 +40,16 @@ def assembled(family: Family, layers: nn.ModuleList, host: int, channels: Tensor
     Raises:
         ModelError: the norm before the MLP has a bias, and a linear after it has none.
     """
-    names = family.cut_parameters(layers[host], "mlp_output")
+    names = family.cut_parameters(layers[layer], "mlp_output")
     assert 0 in names.values(), "the linears before the MLP's last one are not described"
     for name in names:
-        yield name, assembled_parameter(family, layers, host, channels, name)
+        yield name, assembled_parameter(family, layers, layer, channels, name)
 
 
-def assembled_parameter(family: Family, layers: nn.ModuleList, host: int, channels: Tensor, name: str) -> Tensor:
+def assembled_parameter(family: Family, layers: nn.ModuleList, layer: int, channels: Tensor, name: str) -> Tensor:
     """Return one of the parameters that ``assembled`` yields, by its name within the layer."""
-    dimension = family.cut_parameters(layers[host], "mlp_output")[name]
-    count, own = inputs_of(family.linear_of(layers[host], "mlp_output")), parameter_of(layers[host], name)
+    dimension = family.cut_parameters(layers[layer], "mlp_output")[name]
+    count, own = inputs_of(family.linear_of(layers[layer], "mlp_output")), parameter_of(layers[layer], name)
     # A linear can have several rows for each channel (gate and up in one): as many parts, one after the other.
     parts = own.shape[dimension] // count
     shape = [*own.shape]
@@ -58,8 +59,8 @@ def assembled_parameter(family: Family, layers: nn.ModuleList, host: int, channe
         places = (channels[:, 0] == source).nonzero()[:, 0]
         rows, targets = _in_every_part(channels[places, 1], parts, count), _in_every_part(places, parts, len(channels))
         value = _rows(layers[source], name, dimension, rows)
-        if dimension == 0 and source != host:
-            value = _for_host_norm(family, layers[source], layers[host], name, rows, value)
+        if dimension == 0 and source != layer:
+            value = _for_norm_of(family, layers[source], layers[layer], name, rows, value)
         made.index_copy_(dimension, targets.to(own.device), value.to(own.device))
     return made
 
@@ -74,12 +75,12 @@ def _rows(layer: nn.Module, name: str, dimension: int, rows: Tensor) -> Tensor:
     return value.index_select(dimension, rows.to(value.device)).double()
 
 
-def _for_host_norm(family: Family, source: nn.Module, host: nn.Module, name: str, rows: Tensor, value: Tensor) -> Tensor:
-    """Return rows of the source's weight or bias, converted from the source's norm to the host's (float64)."""
-    norms = [layer.get_submodule(family.mlp_norm) for layer in (source, host)]
-    weight, host_weight = (parameter_of(norm, "weight").to(value) for norm in norms)
-    # A feature that the host's norm sets to 0 can't be recovered. The fit comes later and sees this.
-    ratio = torch.where(host_weight == 0, 0, weight / host_weight)
+def _for_norm_of(family: Family, source: nn.Module, layer: nn.Module, name: str, rows: Tensor, value: Tensor) -> Tensor:
+    """Return rows of the source's weight or bias, converted from the source's norm to the layer's (float64)."""
+    norms = [each.get_submodule(family.mlp_norm) for each in (source, layer)]
+    weight, own_weight = (parameter_of(norm, "weight").to(value) for norm in norms)
+    # A feature that the layer's norm sets to 0 can't be recovered. The fit comes later and sees this.
+    ratio = torch.where(own_weight == 0, 0, weight / own_weight)
     path, _, kind = name.rpartition(".")
     shifted = getattr(norms[0], "bias", None) is not None
     if shifted and getattr(source.get_submodule(path), "bias", None) is None:
@@ -88,6 +89,6 @@ def _for_host_norm(family: Family, source: nn.Module, host: nn.Module, name: str
         return value * ratio
     if not shifted:
         return value
-    bias, host_bias = (parameter_of(norm, "bias").to(value) for norm in norms)
+    bias, own_bias = (parameter_of(norm, "bias").to(value) for norm in norms)
     # The source's own weight, before its conversion.
-    return value + _rows(source, f"{path}.weight", 0, rows).to(value) @ (bias - ratio * host_bias)
+    return value + _rows(source, f"{path}.weight", 0, rows).to(value) @ (bias - ratio * own_bias)

@@ -10,15 +10,10 @@ A mixture of layers (``W = Σ c_j W_j``) takes the place of the layer's own W, i
 A scalar s on the state after a layer folds into the later layers: the state is kept s times smaller, everything that they add
 is divided by s, and their norms and the last one ignore the scale, up to the epsilon under the root.
 
-A narrower residual stream changes every weight that reads it or adds to it (``replaceme.edits.slicing``).
-
 An MLP of other channels gets their rows and columns (``replaceme.edits.channels``); a change is folded into the result.
-
-A removed group takes with it the columns of its features in the linear that reads them, and the rows in those that compute
-them.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial, reduce
 from typing import Any
 
@@ -26,9 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from replaceme.edits.channels import assembled_parameter
-from replaceme.edits.edits import Change, Edits, features_of, rotation_and_gains
-from replaceme.edits.slicing import narrow, sliced_parameters
-from replaceme.models.depth import cut_config, renumber
+from replaceme.edits.edits import Change, Edits, rotation_and_gains
+from replaceme.models.depth import cut_config, renumber_layers
 from replaceme.models.families import Family, Linear, in_torch_layout, is_conv1d, linear_parameters, parameter_of
 
 
@@ -42,7 +36,7 @@ def apply_edits(model: Any, family: Family, edits: Edits) -> None:
     """
     layers = shorten(model, family, edits)
     for name, exact in edited_parameters(model, family, layers, edits):
-        _set_parameter(model, name, exact, replace=bool(edits.bases))
+        _set_parameter(model, name, exact)
 
 
 def shorten(model: Any, family: Family, edits: Edits) -> nn.ModuleList:
@@ -54,8 +48,8 @@ def shorten(model: Any, family: Family, edits: Edits) -> nn.ModuleList:
     layers = family.decoder_layers(model)
     kept = [layer for index, layer in enumerate(layers) if index not in set(edits.removed_layers)]
     model.set_submodule(family.layers, nn.ModuleList(kept))
-    renumber(kept)
-    if form := edits.form(family.layers):
+    renumber_layers(kept)
+    if form := edits.own_form(family.layers):
         from replaceme.models.modeling_pruned import reshape
 
         # The linears get their new shapes with their new weights, which are computed from the old ones.
@@ -67,29 +61,23 @@ def shorten(model: Any, family: Family, edits: Edits) -> nn.ModuleList:
 def edit_config(config: Any, family: Family, edits: Edits) -> None:
     """Change the dense model's config, in place, to the shortened model's."""
     cut_config(config, family, edits.removed_layers)
-    if edits.width:
-        narrow(config, edits)
     for name, value in edits.config.items():
         setattr(config, name, value)
 
 
-def _set_parameter(model: nn.Module, name: str, exact: Tensor, replace: bool) -> None:
-    """Write a parameter's new values, or replace the parameter where its shape changes.
+def _set_parameter(model: nn.Module, name: str, exact: Tensor) -> None:
+    """Replace a parameter by one with the given values, in its dtype and of any shape; a module that shared it keeps the old.
 
     Args:
         model: the model.
         name: the parameter's name.
-        exact: the new values; the parameter keeps its dtype.
-        replace: replace the parameter in any case, so that a module that shares it keeps the old values.
+        exact: the new values, in torch's layout.
     """
-    old = parameter_of(model, name)
-    if old.shape == exact.shape and not replace:
-        old.copy_(exact)
-        return
     path, _, leaf = name.rpartition(".")
     owner: Any = model.get_submodule(path)
+    old = model.get_parameter(name)
     made = in_torch_layout(model, name, exact.to(old)).contiguous()
-    setattr(owner, leaf, nn.Parameter(made, requires_grad=model.get_parameter(name).requires_grad))
+    setattr(owner, leaf, nn.Parameter(made, requires_grad=old.requires_grad))
     if isinstance(owner, nn.Linear):
         owner.out_features, owner.in_features = owner.weight.shape
     elif is_conv1d(owner):
@@ -97,7 +85,7 @@ def _set_parameter(model: nn.Module, name: str, exact: Tensor, replace: bool) ->
 
 
 def edited_parameters(
-    model: nn.Module, family: Family, layers: Iterable[nn.Module], edits: Edits, only: int | None = None
+    model: nn.Module, family: Family, layers: nn.ModuleList, edits: Edits, only: int | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield each parameter that the edits change: its name in the shortened model and its new value (float64, torch's layout).
 
@@ -108,58 +96,34 @@ def edited_parameters(
         family: describes the model's parts.
         layers: all layers of the dense model.
         edits: the changes.
-        only: the one kept layer whose parameters are wanted; None wants all. Without bases.
+        only: the one kept layer whose parameters are wanted; None wants all.
     """
-    if edits.bases:
-        yield from sliced_parameters(model, family, edits)
-        return
-    layers = nn.ModuleList(layers)
     wanted = [only] if only is not None else [at for at in range(len(layers)) if at not in set(edits.removed_layers)]
-    for layer, name, exact in _edited_in_layers(family, layers, edits.within(wanted), wanted):
-        yield f"{family.layers}.{edits.position(layer)}.{name}", exact
+    edited: Iterator[tuple[int | None, str, Tensor]]
+    if edits.model_edit:
+        edited = edits.model_edit.edited_parameters(model, family, layers)
+    else:
+        edited = _edited_in_layers(family, layers, edits.within(wanted), wanted)
+    for layer, name, exact in edited:
+        if layer is None:
+            yield name, exact
+        elif layer in wanted:
+            yield f"{family.layers}.{edits.position(layer)}.{name}", exact
 
 
 def _edited_in_layers(
     family: Family, layers: nn.ModuleList, edits: Edits, wanted: Collection[int]
 ) -> Iterator[tuple[int, str, Tensor]]:
     """Yield each parameter of the wanted layers that the edits change: the layer, the name within it and the new value."""
-    cuts = {
-        (layer, name): (groups, dimension)
-        for (layer, linear), groups in edits.kept.items()
-        for name, dimension in family.cut_parameters(layers[layer], linear).items()
-    }
-    for layer, name, exact in _before_cuts(family, layers, edits, wanted):
-        yield layer, name, cut(exact, *cuts.pop((layer, name))) if (layer, name) in cuts else exact
-    for (layer, name), (groups, dimension) in cuts.items():
-        yield layer, name, cut(parameter_of(layers[layer], name).double(), groups, dimension)
-
-
-def cut(parameter: Tensor, groups: Tensor, dimension: int) -> Tensor:
-    """Return a parameter without the features of removed groups.
-
-    Args:
-        parameter: a weight (outputs, inputs) or a bias (outputs,).
-        groups: which groups stay, (groups,) bool.
-        dimension: the dimension that the groups divide into equal parts, in order.
-    """
-    return parameter.index_select(
-        dimension, features_of(groups, parameter.shape[dimension]).nonzero()[:, 0].to(parameter.device)
-    )
-
-
-def _before_cuts(
-    family: Family, layers: nn.ModuleList, edits: Edits, wanted: Collection[int]
-) -> Iterator[tuple[int, str, Tensor]]:
-    """Yield each parameter that the edits change, before groups are cut out: the layer, the name within it, the new value."""
     scales = {layer: edits.scale(layer) for layer in wanted}
     done = set()
     for layer, name, exact in changed_parameters(family, layers, edits):
         done.add((layer, name))
-        if scales[layer] != 1 and name in family.adding(layers[layer]):
+        if scales[layer] != 1 and name in family.scaling_parameters(layers[layer]):
             exact = _divided(family, name, exact, scales[layer])
         yield layer, name, exact
     for layer, scale in scales.items():
-        for name in family.adding(layers[layer]) if scale != 1 else ():
+        for name in family.scaling_parameters(layers[layer]) if scale != 1 else ():
             if (layer, name) not in done:
                 yield layer, name, _divided(family, name, parameter_of(layers[layer], name).double(), scale)
     for layer, operator in edits.operators.items():
@@ -174,50 +138,37 @@ def _divided(family: Family, name: str, exact: Tensor, scale: float) -> Tensor:
 
 
 def changed_parameters(family: Family, layers: nn.ModuleList, edits: Edits) -> Iterator[tuple[int, str, Tensor]]:
-    """Yield each parameter that the edits change, operators and cuts left out: the layer, the name within it, the new value.
+    """Yield each parameter that the edits change, operators left out: the layer, the name within it, the new value.
 
-    The value is float64 in torch's layout and has the dense model's shape.
+    The value is float64 in torch's layout.
     """
-    done = set()
-    # The rows first: with a new last linear, the layer no longer says how many channels it had.
-    for layer, channels in edits.channels.items():
-        for name, dimension in family.cut_parameters(layers[layer], "mlp_output").items():
-            if dimension == 0:
-                done.add((layer, name))
-                yield layer, name, assembled_parameter(family, layers, layer, channels, name)
-    for (layer, linear), change in edits.changes().items():
-        original = partial(mixed, layers, edits.mixtures[layer]) if layer in edits.mixtures else None
-        if layer in edits.channels and linear == "mlp_output":
-            original = partial(_with_channels, family, layers, layer, edits.channels[layer])
-        original = partial(_replaced, edits, layer, original or partial(parameter_of, layers[layer]))
-        for name, exact in folds(family, layers[layer], linear, change, original):
-            done.add((layer, name))
-            yield layer, name, exact
-    for (layer, name), value in edits.parameters.items():
-        if (layer, name) not in done:
-            done.add((layer, name))
-            yield layer, name, value.double()
-    for layer, channels in edits.channels.items():
-        for name in family.cut_parameters(layers[layer], "mlp_output"):
-            if (layer, name) not in done:
-                yield layer, name, assembled_parameter(family, layers, layer, channels, name)
-    for layer, mixture in edits.mixtures.items():
+    changes = edits.changes()
+    for layer in sorted({*edits.mixtures, *edits.channels, *(layer for layer, _ in changes)}):
+        own = {linear: change for (at, linear), change in changes.items() if at == layer}
+        ends = {name for linear in own for name in family.output_parameters(layers[layer], linear)}
+        # The last linear comes last: with a new one, the layer no longer says how many channels it had.
+        for name in _rebuilt_names(family, layers, edits, layer):
+            if name not in ends:
+                yield layer, name, _original(family, layers, edits, layer, name).double()
+        for linear, change in own.items():
+            for name, exact in folds(family, layers[layer], linear, change, partial(_original, family, layers, edits, layer)):
+                yield layer, name, exact
+
+
+def _rebuilt_names(family: Family, layers: nn.ModuleList, edits: Edits, layer: int) -> list[str]:
+    """Return the names, within a layer, of the parameters that its mixture or its channels change."""
+    if layer in edits.mixtures:
+        return linear_parameters(layers[layer])
+    return [*family.cut_parameters(layers[layer], "mlp_output")] if layer in edits.channels else []
+
+
+def _original(family: Family, layers: nn.ModuleList, edits: Edits, layer: int, name: str) -> Tensor:
+    """Return a parameter before the change of its linear: mixed, made of channels (a bias belongs to none), or the layer's."""
+    if mixture := edits.mixtures.get(layer):
         assert set(mixture) - {layer} <= set(edits.removed_layers), "a kept layer is mixed into another one"
-        for name in linear_parameters(layers[layer]):
-            if (layer, name) not in done:
-                yield layer, name, mixed(layers, mixture, name)
-
-
-def _replaced(edits: Edits, layer: int, original: Callable[[str], Tensor], name: str) -> Tensor:
-    """Return a parameter's replacement, to which a change of its linear is applied; without one, the original."""
-    value = edits.parameters.get((layer, name))
-    return original(name) if value is None else value
-
-
-def _with_channels(family: Family, layers: nn.ModuleList, layer: int, channels: Tensor, name: str) -> Tensor:
-    """Return a parameter of an MLP's last linear made of the given channels; a bias belongs to no channel and stays."""
-    if name in family.cut_parameters(layers[layer], "mlp_output"):
-        return assembled_parameter(family, layers, layer, channels, name)
+        return mixed(layers, mixture, name)
+    if layer in edits.channels and name in family.cut_parameters(layers[layer], "mlp_output"):
+        return assembled_parameter(family, layers, layer, edits.channels[layer], name)
     return parameter_of(layers[layer], name)
 
 
@@ -228,7 +179,7 @@ def mixed(layers: nn.ModuleList, mixture: Mapping[int, float], name: str) -> Ten
 
 
 def folds(
-    family: Family, layer: nn.Module, linear: Linear, change: Change, original: Callable[[str], Tensor] | None = None
+    family: Family, layer: nn.Module, linear: Linear, change: Change, original: Callable[[str], Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield each parameter of a folded change: its name within the layer and its new value (float64, torch's layout).
 
@@ -237,7 +188,7 @@ def folds(
         layer: the layer.
         linear: the changed linear.
         change: the change.
-        original: returns the linear's parameters before the change, by name; None takes the layer's own.
+        original: returns the linear's parameters before the change, by name within the layer.
 
     Raises:
         SolveError: a norm follows the linear, and the transform does not fold into it.
@@ -247,9 +198,9 @@ def folds(
         transform, gains = rotation_and_gains(transform)
         assert family.norm_offset is not None
         yield f"{family.mlp}.weight", gains - family.norm_offset
-    for name in family.ends(layer, linear):
+    for name in family.output_parameters(layer, linear):
         addition = change.bias if name.endswith(".bias") else change.weight
-        yield name, folded(original(name) if original else parameter_of(layer, name), transform, addition)
+        yield name, folded(original(name), transform, addition)
 
 
 def folded(original: Tensor, transform: Tensor | None, addition: Tensor | None) -> Tensor:

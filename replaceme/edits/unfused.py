@@ -4,23 +4,21 @@ weights are changed.
 A hook on each edited linear computes ``y T + G Δᵀ + δ`` from its output ``y`` and its input ``G``. Where a norm or a mixture of
 experts follows the linear, T acts on what that adds to the residual stream. The product with Δ has the model's dtype, as in a
 folded model. A hook on each linear of a layer that mixes layers computes ``Σ c_j (G W_jᵀ + b_j)`` with the other layers' own
-linears. An operator is a hook on its layer. New parameters, and those made of chosen channels, replace the layer's own while
-the hooks are in place. A removed attention adds 0. The features of removed groups are set to 0 before the last linear. Removed
-layers pass their input on. A narrower residual stream is a projection onto the basis at each signal.
+linears. An operator is a hook on its layer. Parameters made of chosen channels replace the layer's own while the hooks are in
+place. Removed layers pass their input on. A ``ModelEdit`` brings hooks of its own.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from replaceme.edits.channels import assembled
-from replaceme.edits.edits import Change, Edits, features_of, rotation_and_gains
-from replaceme.models.families import Family, Linear, in_torch_layout, inputs_of, is_conv1d, linears_within
-from replaceme.models.layers import passed_by, silent
+from replaceme.edits.edits import Change, Edits, rotation_and_gains
+from replaceme.models.families import Family, Linear, in_torch_layout, is_conv1d, linears_within
+from replaceme.models.layers import skip_layers
 from replaceme.models.streaming import loaded, replaced
 
 
@@ -29,16 +27,9 @@ def unfused(model: nn.Module, family: Family, edits: Edits) -> Iterator[None]:
     """Run a model with the edits inside the block; afterwards it is as before."""
     layers = family.decoder_layers(model)
     with ExitStack() as stack:
-        for (layer, name), value in edits.parameters.items():
-            stack.enter_context(_replaced_parameter(layers[layer], name, value))
         for layer, channels in edits.channels.items():
             for name, value in assembled(family, layers, layer, channels):
-                stack.enter_context(_replaced_parameter(layers[layer], name, value))
-        for layer, (attention, _) in edits.without_attention.items():
-            stack.enter_context(silent(layers[layer].get_submodule(attention)))
-        for (layer, linear), groups in edits.kept.items():
-            last = family.linear_of(layers[layer], linear)
-            stack.callback(last.register_forward_pre_hook(_masking(features_of(groups, inputs_of(last)))).remove)
+                stack.enter_context(replaced_parameter(layers[layer], name, value))
         # Before the changes: their hooks then get the mixture's output.
         for layer, mixture in edits.mixtures.items():
             stack.enter_context(loaded([layers[layer], *(layers[source] for source in mixture)]))
@@ -50,9 +41,9 @@ def unfused(model: nn.Module, family: Family, edits: Edits) -> Iterator[None]:
                 stack.callback(module.register_forward_hook(_changing(part)).remove)
         for layer, P in edits.operators.items():
             stack.callback(layers[layer].register_forward_hook(operator_hook(P)).remove)
-        if edits.bases:
-            _project(stack, family, layers, edits)
-        stack.enter_context(passed_by(family, (layers[index] for index in edits.removed_layers)))
+        if edits.model_edit:
+            stack.enter_context(edits.model_edit.unfused(model, family))
+        stack.enter_context(skip_layers(family, (layers[index] for index in edits.removed_layers)))
         yield
 
 
@@ -75,55 +66,19 @@ def _parts(family: Family, layer: nn.Module, linear: Linear, change: Change) -> 
 
 
 @contextmanager
-def _replaced_parameter(layer: nn.Module, name: str, value: Tensor) -> Iterator[None]:
+def replaced_parameter(layer: nn.Module, name: str, value: Tensor) -> Iterator[None]:
     """Replace a parameter's value inside the block. It is given in torch's layout and may have another shape."""
-    owner, made = layer.get_submodule(name.rpartition(".")[0]), in_torch_layout(layer, name, value)
-    # Conv1D is the only linear whose forward uses its number of outputs.
-    outputs = mock.patch.object(owner, "nf", made.shape[-1]) if is_conv1d(owner) else nullcontext()
-    with replaced(layer, name, made), outputs:
-        yield
-
-
-def _project(stack: ExitStack, family: Family, layers: nn.ModuleList, edits: Edits) -> None:
-    """Replace ``h`` by ``h Q Qᵀ`` at each signal: before each layer, before its MLP's norm, and after the last layer."""
-    for index, layer in enumerate(layers):
-        entering = _ProjectedInput(edits.basis(2 * index))
-        stack.callback(layer.register_forward_pre_hook(entering.hook, with_kwargs=True).remove)
-        # Changes the attention's output so that its sum with the layer's input is the projected state.
-        between = _between(entering, edits.basis(2 * index + 1), family.multiplier)
-        stack.callback(layer.get_submodule(family.attention).register_forward_hook(between).remove)
-    last = edits.basis(2 * len(layers)).double()
-    stack.callback(layers[-1].register_forward_hook(operator_hook(last @ last.T)).remove)
-
-
-class _ProjectedInput:
-    """Hook that projects a layer's input and keeps it."""
-
-    def __init__(self, Q: Tensor):
-        self.Q = Q
-
-    def hook(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        entering = args[0] if args else kwargs["hidden_states"]
-        self.state = projected(entering, self.Q).to(entering.dtype)
-        return ((self.state, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": self.state})
-
-
-def _between(entering: _ProjectedInput, Q: Tensor, multiplier: float) -> Any:
-    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
-        added = output if isinstance(output, Tensor) else output[0]
-        dtype = torch.promote_types(added.dtype, torch.float32)
-        state = entering.state.to(dtype)
-        changed = ((projected(state + multiplier * added.to(dtype), Q) - state) / multiplier).to(added.dtype)
-        return changed if isinstance(output, Tensor) else (changed, *output[1:])
-
-    return hook
-
-
-def projected(state: Tensor, Q: Tensor) -> Tensor:
-    """Return ``h Q Qᵀ`` (…, d), in float32 or the state's wider dtype."""
-    dtype = torch.promote_types(state.dtype, torch.float32)
-    Q = Q.to(state.device, dtype)
-    return state.to(dtype) @ Q @ Q.T
+    owner: Any = layer.get_submodule(name.rpartition(".")[0])
+    made, outputs = in_torch_layout(layer, name, value), getattr(owner, "nf", None)
+    with replaced(layer, name, made):
+        # Conv1D is the only linear whose forward uses its number of outputs.
+        if is_conv1d(owner):
+            owner.nf = made.shape[-1]
+        try:
+            yield
+        finally:
+            if is_conv1d(owner):
+                owner.nf = outputs
 
 
 def operator_hook(P: Tensor) -> Any:
@@ -136,14 +91,6 @@ def operator_hook(P: Tensor) -> Any:
         operator = P.to(state.device, dtype)
         changed = (state.to(dtype) @ operator if P.ndim == 2 else state.to(dtype) * operator).to(state.dtype)
         return changed if whole else (changed, *output[1:])
-
-    return hook
-
-
-def _masking(kept: Tensor) -> Any:
-    def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        # Not a product: infinity times 0 is NaN.
-        return args[0].masked_fill(~kept.to(args[0].device), 0), *args[1:]
 
     return hook
 

@@ -23,31 +23,39 @@ from replaceme.models import hub
 
 # These dataset names are loaders of files, not repositories.
 FILE_BUILDERS = {"json", "csv", "parquet", "text", "arrow"}
+# lm-eval's own seeds.
+PYTHON_SEED, NUMPY_SEED, TORCH_SEED, FEWSHOT_SEED = 0, 1234, 1234, 1234
 
 
-def names() -> list[str]:
-    """Return the names of all tasks, groups and tags."""
-    return list(_index())
+@functools.cache
+def task_manager() -> Any:
+    """Return lm-eval's index of tasks, read once."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    from lm_eval.tasks import TaskManager
+
+    logger.info("tasks: reading the list of lm-eval's tasks")
+    return TaskManager()
 
 
-def has(name: str) -> bool:
-    """Tell whether lm-eval knows a name."""
-    return name in _index()
+def task_index() -> Mapping[str, Any]:
+    """Return the entry of each task, group and tag by its name."""
+    index: Mapping[str, Any] = task_manager().task_index
+    return index
 
 
-def members(name: str) -> list[str]:
-    """Return the single tasks of a task, group or tag, by name."""
-    return [single for single, _ in _single_tasks(name)]
+def single_tasks(name: str) -> list[str]:
+    """Return the names of the single tasks of a task, group or tag."""
+    return [single for single, _ in _configs(name)]
 
 
-def identity(name: str) -> dict[str, Any]:
+def fingerprint(name: str) -> dict[str, Any]:
     """Return what identifies the items of a task, group or tag: lm-eval's version, and the commit of each dataset.
 
     Raises:
         DatasetError: a dataset can neither be reached nor found in the cache.
         ParameterError: the task needs more than text, or runs code that the model writes.
     """
-    for single, config in _single_tasks(name):
+    for single, config in _configs(name):
         if config.get("unsafe_code"):
             raise ParameterError(f"tasks: {single} runs code that the model writes; it is not run here, leave it out.")
         if config.get("doc_to_image") or config.get("doc_to_audio"):
@@ -58,34 +66,33 @@ def identity(name: str) -> dict[str, Any]:
     return {"lm_eval": version("lm_eval"), "datasets": commits}
 
 
-def load(task: Task, found: Mapping[str, Any]) -> dict[str, Any]:
-    """Return lm-eval's objects for a task: ``tasks`` and ``groups``, both by name.
+def load_tasks(task: Task, fingerprint: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return lm-eval's single tasks and groups of a task, by name.
 
     Args:
         task: its name and options.
-        found: its ``identity``; the datasets are read at these commits.
+        fingerprint: what identifies its items; the datasets are read at these commits.
 
     Raises:
         DatasetError: a dataset can't be read.
         ParameterError: the task can't be run here.
     """
-    if not hub.reachable() and (commits := _commits(task.name)) != found.get("datasets", {}):
+    commits = fingerprint.get("datasets", {})
+    if not hub.reachable() and (cached := _commits(task.name)) != commits:
         raise DatasetError(
-            f"tasks: the cache holds another version of {min(commits)} than '{task.name}' was found with; run again."
+            f"tasks: the cache holds another version of {min(cached)} than '{task.name}' was checked with; run again."
         )
-    seed()
+    seed_generators()
     try:
-        with _pinned(found.get("datasets", {})):
-            loaded = _manager().load([task.name])
+        with _datasets_at(commits):
+            loaded = task_manager().load([task.name])
     except Exception as failure:  # datasets and tasks in Python raise errors of many kinds
         reason = f"{type(failure).__name__}: {excerpt(failure, 150)}"
         raise DatasetError(f"tasks: '{task.name}' can't be loaded ({reason}).") from failure
-    for single in loaded["tasks"].values():
-        configure(single, task.fewshots)
-    return {"tasks": loaded["tasks"], "groups": loaded.get("groups", {})}
+    return loaded["tasks"], loaded.get("groups", {})
 
 
-def configure(single: Any, fewshots: int | None) -> None:
+def set_fewshots(single: Any, fewshots: int | None) -> None:
     """Set the number of few-shot examples of one of lm-eval's tasks, and lm-eval's own seed for them.
 
     Args:
@@ -97,7 +104,7 @@ def configure(single: Any, fewshots: int | None) -> None:
     """
     if fewshots is not None or single.config.num_fewshot is None:
         single.set_config(key="num_fewshot", value=fewshots or 0)
-    single.set_fewshot_seed(seed=1234)
+    single.set_fewshot_seed(seed=FEWSHOT_SEED)
     examples = getattr(getattr(single, "sampler", None), "df", None)
     if fewshots and examples is not None:
         # An item can't be its own example.
@@ -108,78 +115,58 @@ def configure(single: Any, fewshots: int | None) -> None:
             )
 
 
-def seed() -> None:
+def seed_generators() -> None:
     """Seed the global generators, as lm-eval's own program does: some tasks shuffle their choices."""
-    random.seed(0)
-    np.random.seed(1234)
-    torch.manual_seed(1234)
-
-
-@functools.cache
-def _manager() -> Any:
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    from lm_eval.tasks import TaskManager
-
-    logger.info("tasks: reading the list of lm-eval's tasks")
-    return TaskManager()
-
-
-def _index() -> Mapping[str, Any]:
-    index: Mapping[str, Any] = _manager().task_index
-    return index
+    random.seed(PYTHON_SEED)
+    np.random.seed(NUMPY_SEED)
+    torch.manual_seed(TORCH_SEED)
 
 
 def _commits(name: str) -> dict[str, str]:
     """Return dataset → commit for all single tasks of a name; offline, every configuration in use must be cached."""
+    parts = dict.fromkeys((config.get("dataset_path"), config.get("dataset_name")) for _, config in _configs(name))
     commits: dict[str, str] = {}
-    asked = set()
-    for _, config in _single_tasks(name):
-        path, part = config.get("dataset_path"), config.get("dataset_name")
+    for path, part in parts:
         # A task in Python names its dataset in its code.
-        if not isinstance(path, str) or path in FILE_BUILDERS:
-            continue
-        if (path, part) in asked or (path in commits and hub.reachable()):
-            continue
-        asked.add((path, part))
-        commits[path] = hub.dataset_commit(path, part, f"tasks: '{name}'")
+        if isinstance(path, str) and path not in FILE_BUILDERS and not (path in commits and hub.reachable()):
+            commits[path] = hub.dataset_commit(path, part, f"tasks: '{name}'")
     return commits
 
 
-def _single_tasks(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield name and configuration of each single task of a task, group or tag, without loading its dataset."""
-    entry = _index()[name]
-    if entry.kind.name == "TAG":
-        for tagged in sorted(entry.tags):
-            yield from _single_tasks(tagged)
-    elif entry.kind.name == "GROUP":
-        yield from _members(name, entry.cfg)
+def _configs(member: str | Mapping[str, Any], group: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield name and configuration of each single task of a task, group or tag, without loading its dataset.
+
+    Args:
+        member: its name, or its definition within a group.
+        group: the name of that group.
+    """
+    name = member if isinstance(member, str) else member.get("group", member.get("task"))
+    if name in task_index():
+        entry = task_index()[name]
+        kind, config, tagged = entry.kind.name, entry.cfg, sorted(entry.tags)
+    elif isinstance(member, Mapping):
+        # It is defined in the group alone; this is lm-eval's name for it.
+        name, kind, config, tagged = f"{group}::{name}", "GROUP" if "group" in member else "TASK", member, []
     else:
-        yield name, entry.cfg
-
-
-def _members(group_name: str, group: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    listed = group.get("task")
-    for member in listed if isinstance(listed, list) else []:
-        name = member if isinstance(member, str) else member.get("group", member.get("task"))
-        if name in _index():
-            yield from _single_tasks(name)
-        elif isinstance(member, dict) and "group" in member:
-            yield from _members(f"{group_name}::{member['group']}", member)
-        elif isinstance(member, dict):
-            yield f"{group_name}::{member.get('task')}", member  # defined only in the group; this is lm-eval's name for it
+        return
+    if kind in ("GROUP", "TAG"):
+        for part in tagged if kind == "TAG" else config.get("task", []):
+            yield from _configs(part, name)
+    else:
+        yield name, config
 
 
 @contextmanager
-def _pinned(commits: Mapping[str, str]) -> Iterator[None]:
+def _datasets_at(commits: Mapping[str, str]) -> Iterator[None]:
     """Load datasets at the given commits inside the block, not at the newest; lm-eval has no option for this."""
     import datasets
 
-    read = datasets.load_dataset
+    load = datasets.load_dataset
 
-    def read_pinned(path: str, *arguments: Any, **options: Any) -> Any:
+    def load_at_commit(path: str, *arguments: Any, **options: Any) -> Any:
         if hub.reachable() and path in commits:
             options.setdefault("revision", commits[path])
-        return read(path, *arguments, **options)
+        return load(path, *arguments, **options)
 
-    with mock.patch.object(datasets, "load_dataset", read_pinned):
+    with mock.patch.object(datasets, "load_dataset", load_at_commit):
         yield

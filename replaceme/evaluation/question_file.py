@@ -5,25 +5,28 @@
 Every row is checked before a model is loaded; an error names its line.
 """
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from replaceme.base.errors import DatasetError, excerpt, shown
 from replaceme.base.task import Task
-from replaceme.corpora.local import json_lines, short
+from replaceme.corpora.local import read_json_lines, short
+from replaceme.evaluation.embedded_tasks import CHOICE, Items
 
+# lm-eval's configuration of the questions, with the prompt of its task piqa.
+QUESTION: Mapping[str, Any] = {**CHOICE, "doc_to_text": "Question: {{query}}\nAnswer:"}
 # Columns that hold the text that several items can share; the first one that a row has counts.
 PASSAGES = ("article", "passage", "paragraph", "story", "context")
 
 
 def is_question_file(path: Path, task: Task) -> bool:
-    """Tell whether a file holds questions, by the task's column options or else by the columns of the first row."""
+    """Return whether a file holds questions, by the task's column options or else by the columns of the first row."""
     if path.suffix != ".jsonl" or task.text:
         return False
     if task.question or task.choices or task.answer:
         return True
-    _, row = next(_rows(path))
+    _, row = next(read_json_lines(path, key="tasks"))
     if "question" in row and "choices" in row:
         return True
     if "text" in row:
@@ -34,7 +37,7 @@ def is_question_file(path: Path, task: Task) -> bool:
     )
 
 
-def read_questions(path: Path, task: Task) -> list[dict[str, Any]]:
+def read_questions(path: Path, task: Task) -> Items:
     """Return the rows of a file as items ``{query, choices, gold}``, with the passage that a row belongs to, if it has one.
 
     Raises:
@@ -42,19 +45,23 @@ def read_questions(path: Path, task: Task) -> list[dict[str, Any]]:
     """
     question, answer, columns = task.question or "question", task.answer or "answer", task.choices or "choices"
     items = []
-    for place, row in _rows(path):
-        query = _column(row, question, place)
+    for location, row in read_json_lines(path, key="tasks"):
+        query = _value(row, question, location)
         if not isinstance(query, str) or not query.strip():
-            raise DatasetError(f"tasks: {place}: '{question}' must be a text, not {shown(query)}.")
-        choices = _column(row, columns, place) if isinstance(columns, str) else [_column(row, name, place) for name in columns]
+            raise DatasetError(f"tasks: {location}: '{question}' must be a text, not {shown(query)}.")
+        choices = (
+            _value(row, columns, location) if isinstance(columns, str) else [_value(row, name, location) for name in columns]
+        )
         texts = isinstance(choices, list) and all(isinstance(choice, str) and choice.strip() for choice in choices)
         if not texts or len(choices) < 2:
             named = columns if isinstance(columns, str) else ", ".join(columns)
-            raise DatasetError(f"tasks: {place}: '{named}' must give at least two texts, not {shown(choices)}.")
-        gold = _column(row, answer, place)
+            raise DatasetError(f"tasks: {location}: '{named}' must give at least two texts, not {shown(choices)}.")
+        gold = _value(row, answer, location)
         if isinstance(gold, bool) or not isinstance(gold, int) or not 0 <= gold < len(choices):
-            wanted = f"the right choice's position, 0 to {len(choices) - 1}"
-            raise DatasetError(f"tasks: {place}: '{answer}' must be {wanted}, not {shown(gold)}.")
+            positions = f"0 to {len(choices) - 1}"
+            raise DatasetError(
+                f"tasks: {location}: '{answer}' must be the right choice's position, {positions}, not {shown(gold)}."
+            )
         passage = {name: row[name] for name in PASSAGES if isinstance(row.get(name), str)}
         items.append({**passage, "query": query, "choices": choices, "gold": gold})
     return items
@@ -63,10 +70,10 @@ def read_questions(path: Path, task: Task) -> list[dict[str, Any]]:
 def read_texts(path: Path, column: str) -> list[str]:
     """Return the texts of a column; rows without text are left out."""
     texts = []
-    for place, row in _rows(path):
-        text = _column(row, column, place)
+    for location, row in read_json_lines(path, key="tasks"):
+        text = _value(row, column, location)
         if text is not None and not isinstance(text, str):
-            raise DatasetError(f"tasks: {place}: '{column}' must be a text, not {shown(text)}.")
+            raise DatasetError(f"tasks: {location}: '{column}' must be a text, not {shown(text)}.")
         if text and text.strip():
             texts.append(text)
     if not texts:
@@ -74,19 +81,9 @@ def read_texts(path: Path, column: str) -> list[str]:
     return texts
 
 
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each row with its place in the file, for messages."""
-    found = False
-    for found_row in json_lines(path, "tasks"):
-        found = True
-        yield found_row
-    if not found:
-        raise DatasetError(f"tasks: {short(path)} has no rows.")
-
-
-def _column(row: dict[str, Any], name: str, place: str) -> Any:
-    if name not in row:
+def _value(row: Mapping[str, Any], column: str, location: str) -> Any:
+    if column not in row:
         raise DatasetError(
-            f"tasks: {place} has no column '{excerpt(name)}'; its columns are {excerpt(', '.join(row)) or 'none'}."
+            f"tasks: {location} has no column '{excerpt(column)}'; its columns are {excerpt(', '.join(row)) or 'none'}."
         )
-    return row[name]
+    return row[column]

@@ -1,38 +1,33 @@
 """lm-eval's interface to a loaded causal model; it computes only the logits that are scored.
 
 Requests with the same context (the choices of an item) share its computation through the KV cache, and no request is scored
-twice. Answers are written by greedy decoding (``replaceme.evaluation.greedy``). A batch holds contexts of one length, the
-longest first, so that no padding enters an attention; continuations are padded after the text. Processes share the batches
-(``replaceme.base.group``), and each gets all scores; what lm-eval's own class computes, each of them computes whole.
+twice. A batch holds contexts of one length, the longest first, so that no padding enters an attention; continuations are padded
+after the text. Processes share the batches (``replaceme.base.group``), and each gets all scores.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import cached_property, partial
-from itertools import count
-from types import SimpleNamespace
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch.nn.functional import log_softmax
 
 from replaceme.base.compute import free_memory
 from replaceme.base.errors import DatasetError, ModelError
-from replaceme.base.group import add_up, gathered, share
+from replaceme.base.group import all_gather, all_reduce_sum, shard
 from replaceme.base.progress import progress
-from replaceme.evaluation.greedy import continuations
-from replaceme.evaluation.perplexity import WINDOW
-from replaceme.evaluation.requests import Encodings
-from replaceme.models.kv_cache import cache_arguments, cache_bytes_per_token, filled_cache, shares_contexts
+from replaceme.evaluation.continuations import write_continuations
+from replaceme.evaluation.windows import WINDOW
+from replaceme.models.interleaving import interleave_forwards
+from replaceme.models.kv_cache import cache_arguments, cache_bytes_per_token, fill_cache, shares_contexts
 from replaceme.models.model import positions_of
 from replaceme.models.streaming import stream_of
-from replaceme.models.together import together
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,21 +35,20 @@ if TYPE_CHECKING:
 Request = tuple[tuple[str, str], list[int], list[int]]
 Ids = tuple[int, ...]
 Score = tuple[float, bool]
-ROWS_OF_CACHE = 8
-# The options of greedy decoding, and lm-eval's number of tokens for a task that doesn't say.
-GREEDY, GENERATED = {"do_sample", "temperature", "until", "max_gen_toks"}, 256
+# Tokens that a batch's caches may hold, for each token that it may compute: a cached one takes less memory.
+CACHED_PER_COMPUTED = 8
+# lm-eval's number of tokens for a task that doesn't say how many it generates.
+DEFAULT_MAX_TOKENS = 256
 
 
 class CausalScorer(TemplateLM):
     """Scores the requests of lm-eval's tasks with one model."""
 
-    def __init__(
-        self, model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int, description: str, encodings: Encodings
-    ) -> None:
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int, description: str) -> None:
         super().__init__()
         self.model, self.tokenizer, self.description = model, tokenizer, description
-        self.batch_tokens, self.encodings = batch_size * WINDOW, encodings
-        self.shares = shares_contexts(model)
+        self.positions, self.batch_tokens = positions_of(model.config), batch_size * WINDOW
+        self.shares_contexts = shares_contexts(model)
 
     @property
     def eot_token_id(self) -> int:
@@ -72,18 +66,27 @@ class CausalScorer(TemplateLM):
         ids: list[int] = self.tokenizer.encode(string, add_special_tokens=add_special_tokens is not False, verbose=False)
         return ids
 
-    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        return self.encodings.pair(context, continuation, super()._encode_pair)
-
     def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> list[Score]:
         # The library's progress bar is over tokenization; ours is over the passes, which take the time.
         scores: list[Score] = super().loglikelihood(requests, disable_tqdm=True)
         return scores
 
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+        """Return the log-likelihood of each text, by lm-eval's windows: as long as the model takes, without overlap."""
+        windows, numbers = [], []
+        for number, request in enumerate(requests):
+            ids = self.tok_encode(request.args[0])
+            for window in get_rolling_token_windows(ids, self.prefix_token_id, self.positions, context_len=1):
+                windows.append((("", ""), *make_disjoint_window(window)))
+                numbers.append(number)
+        totals = [0.0] * len(requests)
+        for number, (likelihood, _) in zip(numbers, self._loglikelihood_tokens(windows), strict=True):
+            totals[number] += likelihood
+        return totals
+
     @torch.inference_mode()
     def _loglikelihood_tokens(self, requests: Sequence[Request], **_options: Any) -> list[Score]:
-        longest = positions_of(self.model.config)
-        wanted: dict[Ids, dict[Ids, None]] = defaultdict(dict)  # context → its distinct continuations
+        tails: dict[Ids, dict[Ids, None]] = defaultdict(dict)  # context → its distinct continuations
         keys: list[tuple[Ids, Ids]] = []
         for (_, text), context, continuation in requests:
             if not continuation:
@@ -91,130 +94,104 @@ class CausalScorer(TemplateLM):
                     f"tasks: the answer {text!r} of an item has no tokens, so it has no likelihood; give it a text."
                 )
             # The last token of the continuation is not fed to the model, so one more token fits.
-            kept = tuple(continuation[-longest:])
-            keys.append((tuple(context[-max(1, longest - len(kept) + 1) :]), kept))
-            wanted[keys[-1][0]][kept] = None
-        results: dict[tuple[Ids, Ids], Score] = {}
+            tail = tuple(continuation[-self.positions :])
+            keys.append((tuple(context[-max(1, self.positions - len(tail) + 1) :]), tail))
+            tails[keys[-1][0]][tail] = None
 
-        def score(contexts: list[Ids]) -> None:
-            rows, pairs = zip(
-                *((row, (context, tail)) for row, context in enumerate(contexts) for tail in wanted[context]), strict=True
-            )
-            results.update(zip(pairs, self._score(contexts, rows, [tail for _, tail in pairs]), strict=True))
+        def score(contexts: list[Ids]) -> dict[tuple[Ids, Ids], Score]:
+            pairs = [(row, context, tail) for row, context in enumerate(contexts) for tail in tails[context]]
+            likelihoods = self._score_batch(contexts, [row for row, _, _ in pairs], [tail for _, _, tail in pairs])
+            return dict(zip([pair[1:] for pair in pairs], likelihoods, strict=True))
 
-        batches = self._batches(wanted)[share().rank :: share().size]
-        tasks = (partial(score, contexts) for contexts in batches)
-        for _ in progress(together(self.model, tasks, self._side_by_side()), self.description, "batches", len(batches)):
-            pass
+        batches = self._batches(tails)[shard().rank :: shard().size]
+        passes = interleave_forwards(self.model, (partial(score, contexts) for contexts in batches), self._batches_in_memory())
+        scores: dict[tuple[Ids, Ids], Score] = {}
+        for part in progress(passes, self.description, "batches", len(batches)):
+            scores |= part
         # What other processes have scored is zero here.
-        pairs = [(context, tail) for context, tails in wanted.items() for tail in tails]
-        table = torch.tensor([results.get(pair, (0.0, False)) for pair in pairs], dtype=torch.float64)
-        add_up({"": table})
-        whole = {pair: (likelihood, bool(best)) for pair, (likelihood, best) in zip(pairs, table.tolist(), strict=True)}
-        return [whole[key] for key in keys]
+        pairs = [(context, tail) for context in tails for tail in tails[context]]
+        table = torch.tensor([scores.get(pair, (0.0, False)) for pair in pairs], dtype=torch.float64)
+        all_reduce_sum({"scores": table})
+        scores = {pair: (likelihood, bool(best)) for pair, (likelihood, best) in zip(pairs, table.tolist(), strict=True)}
+        return [scores[key] for key in keys]
 
-    def _side_by_side(self) -> int:
+    def _batches_in_memory(self) -> int:
         """Return how many batches' caches fit into half of the free memory, for a streamed model; a resident one takes one."""
         if stream_of(self.model) is None:
             return 1
-        size = (cache_bytes_per_token(self.model) or 0) * ROWS_OF_CACHE * self.batch_tokens
+        size = (cache_bytes_per_token(self.model) or 0) * CACHED_PER_COMPUTED * self.batch_tokens
         return free_memory(str(self.model.device)) // (2 * size) if size else 1
 
-    def _batches(self, wanted: Mapping[Ids, Iterable[Ids]]) -> list[list[Ids]]:
+    def _batches(self, tails: Mapping[Ids, Iterable[Ids]]) -> list[list[Ids]]:
         """Group contexts of equal length, the longest first, into batches of at most about ``batch_tokens`` tokens."""
         batches: list[list[Ids]] = []
-        filled = rows = 0
+        computed = rows = 0
         # Contexts with similar numbers and lengths of continuations come together, to need little padding.
-        order = sorted(wanted, key=lambda context: (len(context), len(list(wanted[context])), max(map(len, wanted[context]))))
+        order = sorted(tails, key=lambda context: (len(context), len([*tails[context]]), max(map(len, tails[context]))))
         for context in reversed(order):
-            tails = list(map(len, wanted[context]))
-            cost = len(context) + sum(tails)
-            # Each choice has its own copy of the context's cache; a cached token takes less memory than a computed one.
-            kept = (rows + len(tails)) * (len(context) + max(tails)) / ROWS_OF_CACHE
-            if not batches or len(batches[-1][0]) != len(context) or max(filled + cost, kept) > self.batch_tokens:
+            lengths = [*map(len, tails[context])]
+            cost = len(context) + sum(lengths)
+            # Each choice has its own copy of the context's cache.
+            cached = (rows + len(lengths)) * (len(context) + max(lengths)) / CACHED_PER_COMPUTED
+            if not batches or len(batches[-1][0]) != len(context) or max(computed + cost, cached) > self.batch_tokens:
                 batches.append([])
-                filled = rows = 0
+                computed = rows = 0
             batches[-1].append(context)
-            filled += cost
-            rows += len(tails)
+            computed += cost
+            rows += len(lengths)
         return batches
 
-    def _score(self, contexts: Sequence[Ids], rows: Sequence[int], continuations: Sequence[Ids]) -> list[Score]:
+    def _score_batch(self, contexts: Sequence[Ids], rows: Sequence[int], continuations: Sequence[Ids]) -> list[Score]:
         """Score continuations, each after the context at its row; all contexts have the same length."""
         device, cache = self.model.device, None
         # The last token of the context predicts the first of the continuation. Padding comes after the text.
         tails = [torch.tensor([contexts[row][-1], *tail[:-1]]) for row, tail in zip(rows, continuations, strict=True)]
         ids = torch.nn.utils.rnn.pad_sequence(tails, batch_first=True).to(device)
-        scored = ids.shape[1]
+        positions = ids.shape[1]
         prefixes = torch.tensor([context[:-1] for context in contexts], device=device, dtype=torch.long)
-        if prefixes.shape[1] and (len(rows) == len(contexts) or not self.shares):
+        if prefixes.shape[1] and (len(rows) == len(contexts) or not self.shares_contexts):
             ids = torch.cat([prefixes[list(rows)], ids], dim=1)  # nothing to share: one pass
         elif prefixes.shape[1]:
-            cache = filled_cache(self.model, prefixes)
+            cache = fill_cache(self.model, prefixes)
             cache.batch_select_indices(torch.tensor(rows))  # on the CPU: each layer may be on another device
-        logits = self.model(ids, logits_to_keep=scored, **cache_arguments(self.model, cache)).logits
+        logits = self.model(ids, logits_to_keep=positions, **cache_arguments(self.model, cache)).logits
         scores = []
         for row, tail in zip(logits, continuations, strict=True):
-            predictions = log_softmax(row[: len(tail)].float(), dim=-1)
+            logs = log_softmax(row[: len(tail)].float(), dim=-1)
             target = torch.tensor(tail, device=device)
-            likelihood = predictions.gather(1, target[:, None]).sum()
-            scores.append((float(likelihood), bool((predictions.argmax(-1) == target).all())))
-        return scores
-
-    @cached_property
-    def _library(self) -> Any:
-        """lm-eval's own model class, for sampled answers and lm-eval's perplexity tasks, which gain nothing from this class."""
-        from lm_eval.models.huggingface import HFLM
-
-        batch_size = self.batch_tokens // WINDOW
-        return HFLM(pretrained=self.model, tokenizer=self.tokenizer, batch_size=batch_size, max_length=None)
-
-    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-        with _counted(f"{self.description}: windows", "windows", count()):
-            scores: list[float] = self._library.loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
+            likelihood = logs.gather(1, target[:, None]).sum()
+            scores.append((float(likelihood), bool((logs.argmax(-1) == target).all())))
         return scores
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        asked = [request.args for request in requests]
-        options = [normalize_gen_kwargs(given, GENERATED) for _, given in asked]
-        if any(wanted["do_sample"] or wanted.keys() - GREEDY for wanted in options):
-            with _counted(f"{self.description}: generated answers", "answers", range(len(requests))):
-                texts: list[str] = self._library.generate_until(requests, disable_tqdm=disable_tqdm)
-            return texts
-        longest = positions_of(self.model.config)
+        """Return the text that the model writes after each question; a question that is too long loses its beginning."""
         batches: dict[tuple[int, str], list[int]] = defaultdict(list)
-        contexts = []
-        for number, ((text, _), wanted) in enumerate(zip(asked, options, strict=True)):
-            ids, _ = self.encodings.pair(text, "", lambda context, _: (self.tok_encode(context), []))
-            contexts.append((ids or [self.prefix_token_id])[-max(1, longest - wanted["max_gen_toks"]) :])
-            batches[len(contexts[-1]), str(wanted)].append(number)
+        questions, options = [], []
+        for number, request in enumerate(requests):
+            text, given = request.args
+            options.append(normalize_gen_kwargs(given, DEFAULT_MAX_TOKENS))
+            ids = self.tok_encode(text) or [self.prefix_token_id]
+            questions.append(ids[-max(1, self.positions - options[-1]["max_gen_toks"]) :])
+            batches[len(questions[-1]), str(options[-1])].append(number)
         answers: dict[int, str] = {}
-        parts = self._split(batches, options)[share().rank :: share().size]
-        for numbers in progress(parts, f"{self.description}: answers", "batches"):
-            length, until = options[numbers[0]]["max_gen_toks"], options[numbers[0]]["until"]
-            written = continuations(self.model, self.tokenizer, [contexts[number] for number in numbers], length, until)
+        parts = [part for key in sorted(batches, reverse=True) for part in self._split(key[0], batches[key], options)]
+        for numbers in progress(parts[shard().rank :: shard().size], f"{self.description}: answers", "batches"):
+            prompts = [questions[number] for number in numbers]
+            written = write_continuations(self.model, self.tokenizer, prompts, **_decoding(options[numbers[0]]))
             answers |= zip(numbers, written, strict=True)
-        whole = {number: text for part in gathered([*answers.items()]) for number, text in part}
-        return [whole[number] for number in range(len(asked))]
+        whole = {number: text for part in all_gather([*answers.items()]) for number, text in part}
+        return [whole[number] for number in range(len(requests))]
 
-    def _split(self, batches: Mapping[tuple[int, str], Sequence[int]], options: Sequence[Mapping[str, Any]]) -> list[list[int]]:
-        """Split requests of one length and kind into batches of about ``batch_tokens`` tokens, the longest first."""
-        parts = []
-        for (length, _), numbers in sorted(batches.items(), reverse=True):
-            rows = max(1, self.batch_tokens // (length + options[numbers[0]]["max_gen_toks"]))
-            parts += [[*numbers[start : start + rows]] for start in range(0, len(numbers), rows)]
-        return parts
+    def _split(self, length: int, numbers: Sequence[int], options: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+        """Split questions of one length and kind into batches of about ``batch_tokens`` tokens."""
+        rows = max(1, self.batch_tokens // (length + options[numbers[0]]["max_gen_toks"]))
+        return [[*numbers[start : start + rows]] for start in range(0, len(numbers), rows)]
 
 
-@contextmanager
-def _counted(description: str, unit: str, ticks: Iterable[int]) -> Iterator[None]:
-    """Show the progress of lm-eval's own model class in our way; by itself, it begins a new bar with each batch."""
-    from lm_eval.models import huggingface
-
-    steps = progress(ticks, description, unit)
-
-    def bar(items: Any = None, **_options: Any) -> Any:
-        return SimpleNamespace(update=lambda _: next(steps, None), close=lambda: None) if items is None else items
-
-    with mock.patch.object(huggingface, "tqdm", bar):
-        yield
+def _decoding(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return lm-eval's options of a generation as ``write_continuations`` takes them."""
+    sampling = {key: value for key, value in options.items() if key not in ("until", "max_gen_toks")}
+    if not sampling["do_sample"] or sampling.get("temperature") == 0:
+        del sampling["do_sample"]
+        sampling.pop("temperature", None)
+    return {"max_tokens": options["max_gen_toks"], "until": options["until"], **sampling}

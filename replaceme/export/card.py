@@ -77,7 +77,7 @@ def model_card(
         "",
         "## How to load it",
         "",
-        *_example(place, source.trust_remote_code or bool(edits.form(""))),
+        *_example(place, source.trust_remote_code or edits.has_own_form),
         "",
         _versions_that_read(source, edits),
         "",
@@ -134,8 +134,8 @@ def _changes(params: Params, source: Model, edits: Edits, solved: dict[str, Any]
     removed = _gone(edits, f"{_named(edits.removed_layers)} (counted from 0)")
     verb = "was" if len(edits.removed_layers) == 1 and not edits.parts else "were"
     lines = [f"{removed[:1].upper()}{removed[1:]} {verb} removed from `{source.name}`{commit} with {edits.title}."]
-    if source.about:
-        lines += [source.about]
+    if source.disclosure:
+        lines += [source.disclosure]
     if edits.transforms:
         lines += [
             f"A linear map was folded into the MLP of {_named([*edits.transforms])}. It was fitted to calibration text, "
@@ -163,14 +163,8 @@ def _changes(params: Params, source: Model, edits: Edits, solved: dict[str, Any]
             f"The attention and MLP output projections of {healed} were trained on calibration text to match the "
             f"original model's predictions{start}."
         ]
-    if trained := sorted({layer for layer, _ in edits.parameters}):
-        active = all(bool(value.any()) for value in edits.parameters.values())
-        lines += [
-            f"The weights of {_named(trained)} were trained on calibration text"
-            f"{'' if active else '; its attention output projection is 0, so that it adds nothing'}."
-        ]
-    if edits.without_attention:
-        lines += [f"The attention of {_named([*edits.without_attention])} was removed."]
+    if edits.model_edit:
+        lines += edits.model_edit.sentences()
     if scalars := {layer: float(P) for layer, P in sorted(edits.operators.items()) if not P.ndim}:
         listed = ", ".join(f"by {1 / scale:.4g} after layer {layer}" for layer, scale in scalars.items())
         lines += [
@@ -180,7 +174,7 @@ def _changes(params: Params, source: Model, edits: Edits, solved: dict[str, Any]
         ]
     if mapped := [layer for layer, P in edits.operators.items() if P.ndim]:
         lines += [f"A linear map was added after {_named(mapped)}; it multiplies the whole hidden state."]
-    if edits.form(""):
+    if edits.has_own_form:
         lines += [
             "",
             "No class of transformers describes this architecture. Load the model with `trust_remote_code=True`: it uses the "
@@ -210,7 +204,7 @@ def _example(place: str, own_code: bool) -> list[str]:
 
 def _versions_that_read(source: Model, edits: Edits) -> str:
     """Return which versions of transformers read the model, in a sentence."""
-    if edits.form(""):
+    if edits.has_own_form:
         return f"It needs transformers 5, which `{FILE}` is written for."
     if why := transformers_4_obstacle(source.config().to_dict()):
         return f"It needs transformers 5: {why}, which older versions would read as another model."

@@ -48,7 +48,7 @@ def save_pruned(source: Model, edits: Edits, folder: Path, room: int | None = No
     # transformers writes the dtype of the first weight.
     config = {**read_json(folder / "config.json"), "dtype": str(stored_dtype(source)).removeprefix("torch.")}
     write_json(folder / "config.json", add_older_keys(config))
-    if form := edits.form(family.layers):
+    if form := edits.own_form(family.layers):
         tokenizer = type(source.tokenizer()).__name__
         write_own_form(folder, form, TOKENIZER_CLASS.get(tokenizer, tokenizer))
     for path in source.copied_files():

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -31,11 +30,11 @@ from replaceme.edits.fold import edit_config, edited_parameters
 from replaceme.edits.unfused import unfused
 from replaceme.export.transformers4 import add_older_keys
 from replaceme.models.families import Family, parameter_of
+from replaceme.models.layers import replaced_forward
 from replaceme.models.memory import parts_of, stream
 from replaceme.models.model import Model, layer_count, proof_dtypes, stored_dtype, working_dtype
-from replaceme.models.own_form import is_own_form
+from replaceme.models.own_form import is_own_form, own_config
 from replaceme.models.streaming import value_of
-from replaceme.models.together import together
 
 # Rows of a weight compared at once.
 ROWS = 4096
@@ -72,7 +71,7 @@ def verify_export(dense: Model, pruned: Model, edits: Edits, documents: Document
     Raises:
         VerificationError: an error is larger than rounding to the stored dtype explains.
     """
-    family, excerpts = dense.family(), documents.head(DOCUMENTS, TOKENS)
+    family = dense.family()
     if entries := wrong_entries(dense, pruned, family, edits):
         raise _differs(entries[0])
     stored = [each.load_stored() if room is None else stream(each, room=room, as_stored=True) for each in (dense, pruned)]
@@ -80,19 +79,23 @@ def verify_export(dense: Model, pruned: Model, edits: Edits, documents: Document
     give_back()
     if wrong := wrong or wrong_tensors(dense, pruned, family, edits, edited):
         raise _differs(wrong[0])
-    dtype, tolerance = working_dtype(dense), TOLERANCE[stored_dtype(pruned)]
+    return _verify_computation(dense, pruned, edits, edited, documents.head(DOCUMENTS, TOKENS), room)
+
+
+def _verify_computation(
+    dense: Model, pruned: Model, edits: Edits, edited: set[str], excerpts: Documents, room: int | None
+) -> dict[str, Any]:
+    """Compare the states after each layer, the logits and the cached generation; return the figures.
+
+    Args:
+        dense, pruned, edits, room: as of ``verify_export``.
+        edited: the names of the weights that the edits change.
+        excerpts: the text.
+    """
+    family, load = dense.family(), _loading(dense, edits, excerpts, room)
     kept = _kept(dense, edits)
     position = {layer: edits.position(layer) for layer in kept}
-    hosts, shorter = _hosts(edits, kept), _shorter_windows(dense, excerpts)
-    if room is None:
-        load = partial(Model.load, dtype=dtype, config=shorter)
-    else:
-        # Layers are read anew each time, in float32 at once; what is outside of them is widened where it computes.
-        outside, inside = proof_dtypes(dense)
-        # More layers than are computed with at once, and the next one, would only take memory.
-        at_once = 2 + max(map(len, edits.mixtures.values()), default=0)
-        needed = parts_of(dense, outside)[0] + at_once * parts_of(dense, inside)[1]
-        load = partial(stream, dtype=outside, layers=inside, room=min(room, needed), config=shorter)
+    cuts = _layers_before_cuts(edits, kept)
     whole, prompt = load(dense), excerpts.documents[0][: TOKENS // 4]
     with _in_float32(whole, family, edits.mixtures):
         expected, expected_logits = _states(whole, family, [FIRST, *kept], excerpts, edits)
@@ -105,25 +108,19 @@ def verify_export(dense: Model, pruned: Model, edits: Edits, documents: Document
         position[layer]: edits.as_pruned(layer + 1, expected[layer]) for layer in kept
     }
     with _in_float32(shortened, family):
-        found, found_logits = _states(shortened, family, [position[layer] for layer in hosts], excerpts, None)
+        found, found_logits = _states(shortened, family, [position[layer] for layer in cuts], excerpts, None)
         outputs, logits = _states(shortened, family, [*inputs], excerpts, None, inputs)
         of_cache, cache_limit = cache_error(shortened, prompt), max(CACHE_TOLERANCE, 2 * own_cache_error)
     # A folded scalar makes the state smaller, and a narrower stream has another basis: ``as_dense`` undoes both.
-    errors = torch.cat([_relative_errors(expected[layer], edits.as_dense(layer, found[position[layer]])) for layer in hosts])
+    errors = torch.cat([_relative_errors(expected[layer], edits.as_dense(layer, found[position[layer]])) for layer in cuts])
     # The median, for experts: most tokens keep theirs.
-    usual = torch.median if family.experts else torch.mean
-    figures = {
-        "hidden_error_max": float(errors.max()),
-        "hidden_error_mean": float(usual(errors)),
-        "logits_error": float(usual(_relative_errors(expected_logits, found_logits))),
-        "cache_error": of_cache,
-        "tolerance": tolerance,
-    }
+    usual, tolerance = torch.median if family.experts else torch.mean, TOLERANCE[stored_dtype(pruned)]
+    # None stands for what is outside of the layers.
     changed = {_layer_of(name, family) for name in edited}
-    checks = [("the state that enters the layers differs", inputs[FIRST], outputs[FIRST], bool(edits.bases))]
+    checks = [("the state that enters the layers differs", inputs[FIRST], outputs[FIRST], None in changed)]
     for layer, at in position.items():
         checks.append((f"the state after layer {layer} differs", inputs[at], outputs[at], at in changed))
-    checks.append(("the logits differ", expected_logits, logits, bool(edits.bases) or edits.scale(kept[-1] + 1) != 1))
+    checks.append(("the logits differ", expected_logits, logits, None in changed or edits.scale(kept[-1] + 1) != 1))
     for what, state, own, rounded in checks:
         # What no edit changes has the same input and the same weights.
         error, limit = float(usual(_relative_errors(state, own))), tolerance if rounded else min(EXACT, tolerance)
@@ -132,7 +129,26 @@ def verify_export(dense: Model, pruned: Model, edits: Edits, documents: Document
             raise _inexact(f"{what} from the unfused computation", error, limit)
     if not of_cache <= cache_limit:
         raise _inexact("generation with the KV cache differs from generation without", of_cache, cache_limit)
-    return figures
+    return {
+        "hidden_error_max": float(errors.max()),
+        "hidden_error_mean": float(usual(errors)),
+        "logits_error": float(usual(_relative_errors(expected_logits, found_logits))),
+        "cache_error": of_cache,
+        "tolerance": tolerance,
+    }
+
+
+def _loading(dense: Model, edits: Edits, excerpts: Documents, room: int | None) -> Callable[[Model], Any]:
+    """Return a function that loads either model for the computation: whole, or streamed within ``room``."""
+    shorter = _shorter_windows(dense, excerpts)
+    if room is None:
+        return partial(Model.load, dtype=working_dtype(dense), config=shorter)
+    # Layers are read anew each time, in float32 at once; what is outside of them is widened where it computes.
+    outside, inside = proof_dtypes(dense)
+    # More layers than are computed with at once, and the next one, would only take memory.
+    at_once = 2 + max(map(len, edits.mixtures.values()), default=0)
+    needed = parts_of(dense, outside)[0] + at_once * parts_of(dense, inside)[1]
+    return partial(stream, dtype=outside, layers=inside, room=min(room, needed), config=shorter)
 
 
 def wrong_entries(dense: Model, pruned: Model, family: Family, edits: Edits) -> list[str]:
@@ -150,7 +166,7 @@ def wrong_entries(dense: Model, pruned: Model, family: Family, edits: Edits) -> 
     ignored = ORIGIN | (add_older_keys(found).keys() - expected.keys())
     if is_own_form(pruned.folder):
         ignored |= OWN_FORM
-        expected |= {"hidden_size": edits.width} if edits.width else {}
+        expected |= own_config(edits.own_form(family.layers))
     entries = sorted((expected.keys() | found.keys()) - ignored)
     wrong = [f"{name} in config.json" for name in entries if expected.get(name) != found.get(name)]
     files = [model.folder / "generation_config.json" for model in (dense, pruned)]
@@ -306,10 +322,10 @@ def _in_float32(model: Any, family: Family, mixtures: Mapping[int, Mapping[int, 
         # A copy of all their rows would be larger than a layer.
         if isinstance(embedding, nn.Embedding):
             del parts[embedding]
-            stack.enter_context(mock.patch.object(embedding, "forward", partial(_embedded, embedding, embedding.forward)))
+            stack.enter_context(replaced_forward(embedding, partial(_embedded, embedding, embedding.forward)))
         if isinstance(head, nn.Linear):
             del parts[head]
-            stack.enter_context(mock.patch.object(head, "forward", partial(_multiplied, head)))
+            stack.enter_context(replaced_forward(head, partial(_multiplied, head)))
         for module, parameters in parts.items():
             if any(each.dtype in HALF for each in parameters):
                 cast = _Cast(parameters)
@@ -359,7 +375,7 @@ class _Cast:
         self.own = []
 
 
-def _hosts(edits: Edits, kept: list[int]) -> list[int]:
+def _layers_before_cuts(edits: Edits, kept: list[int]) -> list[int]:
     """Return the kept layer before each removed run; where no layer is removed, the last one."""
     removed = set(edits.removed_layers)
     return [layer for layer in kept if layer + 1 in removed] if removed else kept[-1:]
@@ -395,8 +411,8 @@ def _states(
                 hooks.callback(layers[0].register_forward_pre_hook(_on_input(pass_on), with_kwargs=True).remove)
             else:
                 hooks.callback(layers[layer].register_forward_hook(_on_output(pass_on)).remove)
-        passes = (partial(model, document[None], use_cache=False, logits_to_keep=LOGITS) for document in documents.documents)
-        logits = [output.logits[0] for output in together(model, passes)]
+        passes = (model(document[None], use_cache=False, logits_to_keep=LOGITS) for document in documents.documents)
+        logits = [output.logits[0] for output in passes]
     return {layer: torch.cat(parts) for layer, parts in states.items()}, torch.cat(logits)
 
 

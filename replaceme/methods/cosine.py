@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from replaceme.base.combinations import TRANSFORMS, Asking, Settings, Use, Values
-from replaceme.base.errors import SolveError
+from replaceme.base.errors import ParameterError, SolveError
 from replaceme.base.params import Params
 from replaceme.base.plan import Block
 from replaceme.base.progress import logger
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from replaceme.models.families import Family
     from replaceme.models.model import Model
-    from replaceme.solvers.minimisers import Budget, Minimum
     from replaceme.solvers.objectives import Problem
 
 LOSSES = {"cosine": "cosine", "mse": "squared error", "elastic_net": "elastic net"}
@@ -88,8 +87,8 @@ def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
     import torch
 
     from replaceme.edits.edits import Edits
-    from replaceme.solvers.minimisers import minimise
-    from replaceme.solvers.quality import fit_quality, ridge_figures
+    from replaceme.solvers.minimisers import minimise_by_adam, minimise_by_scipy
+    from replaceme.solvers.quality import describe_ridge, measure_fit
 
     own = Objective.of(params)
     sums, sample = statistics("gram"), statistics("sample")
@@ -98,24 +97,28 @@ def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
             f"method: the MLP of layer {block.host} adds nothing to any token of this text, and no map of its output has a "
             "cosine with the target; use another method, or min_distance_layer or max_distance_layer for another block."
         )
-    problem = problem_of(params, sums, statistics)
-    start = problem.structure.start(_start(params, sums).to(problem.prior))
-    found = minimise(problem, start, own.solver, _budget(own))
-    transform = problem.structure.build(found.x).cpu()
-    fit = _solver_figures(found)
+    problem = build_problem(params, sums, statistics)
+    start = _start(params, sums).to(problem.prior)
+    if own.solver == "adam":
+        found = minimise_by_adam(problem, start, own.learning_rate, own.epochs, own.tokens_per_step)
+    else:
+        found = minimise_by_scipy(problem, start, own.solver, own.max_iterations)
+    transform = found.transform.cpu()
+    fit = {"loss_start": found.curve[0], "loss_end": found.lowest, "iterations": max(found.curve)}
+    fit["converged"] = int(found.converged)
     if _is_fast(own):
         fit["rescaled_by"] = least_squares_scale(transform, sums)
         transform = transform * fit["rescaled_by"]
-    fit |= fit_quality(transform, sums, sample)
+    fit |= measure_fit(transform, sums, sample)
     if own.loss == "mse":
-        fit |= ridge_figures(torch.linalg.eigvalsh(sums["gram"]), params.alpha)
+        fit |= describe_ridge(torch.linalg.eigvalsh(sums["gram"]), params.alpha)
     _report(own, block.host, fit)
     edits = Edits(f"ReplaceMe ({_words(params)})", [], {block.host: transform})
     return Solved(edits, fit, loss_curve=list(found.curve.items()))
 
 
-def problem_of(params: Params, sums: Sums, statistic: Statistics) -> Problem:
-    """Return the objective of one block.
+def build_problem(params: Params, sums: Sums, statistic: Statistics) -> Problem:
+    """Return the objective of one block, on the device of the setting.
 
     Args:
         params: loss, its form, the transform's structure and the penalty.
@@ -126,24 +129,24 @@ def problem_of(params: Params, sums: Sums, statistic: Statistics) -> Problem:
 
     from replaceme.base.compute import resolve_device
     from replaceme.observers.shards import StoredShards
-    from replaceme.solvers.closed_forms import STRUCTURES
     from replaceme.solvers.objectives import CosineLoss, Problem, SquaredError
-    from replaceme.solvers.structures import parametrisation
+    from replaceme.solvers.structures import parametrise
 
     own = Objective.of(params)
-    device, width = resolve_device(params.device), len(sums["gram"])
+    device, width = torch.device(resolve_device(params.device)), len(sums["gram"])
+    ridge, lasso = params.alpha, 0.0
+    if own.loss == "elastic_net":
+        ridge, lasso = params.alpha * (1 - own.l1_ratio) / 2, params.alpha * own.l1_ratio
     to_identity = _is_fast(own) or params.transform == "two_vectors"
     prior = torch.eye(width, dtype=torch.float64, device=device) * float(to_identity)
-    structure = parametrisation(STRUCTURES[params.transform], width, device)
-    if own.loss == "cosine":
-        shards = StoredShards(statistic(_tokens(own))["counts"], statistic)
-        # Minibatches are noisier than float32; a line search is not.
-        dtype = torch.float32 if own.solver == "adam" else torch.float64
-        return Problem(CosineLoss(shards, device, dtype), structure, prior, params.alpha)
-    if own.loss == "mse":
-        return Problem(SquaredError(sums, device), structure, prior, params.alpha)
-    ridge, lasso = params.alpha * (1 - own.l1_ratio) / 2, params.alpha * own.l1_ratio
-    return Problem(SquaredError(sums, device), structure, prior, ridge, lasso)
+    structure = parametrise(params.transform, width, device, split=lasso > 0)
+    if own.loss != "cosine":
+        loss = SquaredError({name: total.to(device) for name, total in sums.items()})
+        return Problem(loss, structure, prior, ridge, lasso)
+    shards = StoredShards(statistic(_tokens(own))["counts"], statistic)
+    # Minibatches are noisier than float32; a line search is not.
+    dtype = torch.float32 if own.solver == "adam" else torch.float64
+    return Problem(CosineLoss(shards, device, dtype), structure, prior, ridge)
 
 
 def least_squares_scale(transform: Tensor, sums: Sums) -> float:
@@ -154,20 +157,14 @@ def least_squares_scale(transform: Tensor, sums: Sums) -> float:
 def _start(params: Params, sums: Sums) -> Tensor:
     import torch
 
-    from replaceme.solvers.closed_forms import STRUCTURES, closed_form
+    from replaceme.solvers.closed_forms import solve_closed_form
 
     own = Objective.of(params)
     if own.start == "identity":
         return torch.eye(len(sums["gram"]), dtype=torch.float64)
     # The cosine's α has the units of that loss: as a ridge on MᵀM it would be negligible, or ruin the start.
     alpha = START_RIDGE * float(sums["gram"].diagonal().mean()) if own.loss == "cosine" else params.alpha
-    return closed_form(sums["gram"], sums["cross"], alpha, STRUCTURES[params.transform])
-
-
-def _budget(own: Objective) -> Budget:
-    from replaceme.solvers.minimisers import Budget
-
-    return Budget(own.learning_rate, own.epochs, own.tokens_per_step, own.max_iterations)
+    return solve_closed_form(sums["gram"], sums["cross"], alpha, params.transform)
 
 
 def _is_fast(own: Objective) -> bool:
@@ -179,20 +176,11 @@ def _tokens(own: Objective) -> str:
 
 
 def _words(params: Params) -> str:
-    from replaceme.solvers.closed_forms import structure_words
+    from replaceme.solvers.closed_forms import title_suffix
 
     own = Objective.of(params)
     form = ", accurate" if own.loss == "cosine" and own.accurate else ""
-    return f"{LOSSES[own.loss]}{form}{structure_words(params.transform)}, {own.solver}"
-
-
-def _solver_figures(found: Minimum) -> dict[str, Any]:
-    return {
-        "loss_start": found.curve[0],
-        "loss_end": found.lowest,
-        "iterations": max(found.curve),
-        "converged": int(found.converged),
-    }
+    return f"{LOSSES[own.loss]}{form}{title_suffix(params.transform)}, {own.solver}"
 
 
 def _report(own: Objective, host: int, fit: Mapping[str, Any]) -> None:
@@ -229,33 +217,27 @@ def refusals(values: Values) -> list[str]:
     return problems
 
 
-def refuses(values: Values, kind: str, family: Family) -> list[str]:
-    """Refuse a family whose MLP ends in a norm, through which only an orthogonal map folds."""
-    if family.norm_after_mlp:
-        return [
-            f"method: cosine makes maps that do not fold into the norm after the MLP of the family '{kind}'; use lstsq with "
-            "transform: orthogonal."
-        ]
-    return []
-
-
 def check(params: Params, model: Model, family: Family) -> None:
-    """Raise ParameterError if the least-squares map that the solver starts from is not unique, for want of tokens."""
+    """Refuse a norm after the MLP, and text too short for a unique least-squares map, which the solver starts from."""
+    if family.norm_after_mlp:
+        raise ParameterError(
+            f"method: cosine makes maps that do not fold into the norm after the MLP of the family "
+            f"'{model.config().model_type}'; use lstsq with transform: orthogonal."
+        )
     own = Objective.of(params)
     # The cosine's start has a ridge of its own.
     if own.start == "closed_form" and own.loss != "cosine" and params.transform != "diagonal":
-        require_tokens(params, model, family)
+        require_tokens(params, model)
 
 
 METHOD = Method(
     settings=Objective,
     shared={"alpha": Use(("solve", "repair"))},
-    stand_in=lambda params: "map",
+    surrogate=lambda params: "map",
     statistics=statistics,
     solve=solve,
     check=check,
     words="fits a replacement for the block",
     transforms=TRANSFORMS,
     refusals=refusals,
-    refuses=refuses,
 )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from replaceme.base.combinations import Settings, Use, Values
+from replaceme.base.combinations import Settings, Use
 from replaceme.base.errors import ParameterError
 from replaceme.base.params import Params
 from replaceme.base.plan import Block
@@ -19,6 +19,7 @@ from replaceme.selection.criteria import Choice, Criterion
 
 if TYPE_CHECKING:
     from replaceme.models.families import Family
+    from replaceme.models.model import Model
     from replaceme.selection.collapse import Way
 
 
@@ -26,7 +27,7 @@ class Merging(Settings):
     """Parameters of LaCo."""
 
     laco_layers: Annotated[int, Use(("select",))] = Field(
-        7, ge=2, description="Maximum number of layers in a merge, the host included (published as C)."
+        7, ge=2, description="Maximum number of layers in a merge, with the one that absorbs them (published as C)."
     )
     laco_interval: Annotated[int, Use(("select",))] = Field(
         1, ge=1, description="How many layers before a merge the next one is tried (published as I)."
@@ -79,14 +80,13 @@ def choose(choice: Choice) -> tuple[list[Block], dict[str, Any]]:
     }
 
 
-def refuses(values: Values, kind: str, family: Family) -> list[str]:
+def check(params: Params, model: Model, family: Family) -> None:
     """Refuse mixtures of experts: experts of adjacent layers do not correspond."""
     if family.experts:
-        return [
-            f"method: laco is not derived for the mixture of experts of the family '{kind}', where no expert is the next "
-            "layer's; use another method."
-        ]
-    return []
+        raise ParameterError(
+            f"method: laco is not derived for the mixture of experts of the family '{model.config().model_type}', where no "
+            "expert is the next layer's; use another method."
+        )
 
 
 METHOD = Method(
@@ -101,5 +101,5 @@ METHOD = Method(
     words="merges layers into the one before them",
     selections=(),
     several=False,
-    refuses=refuses,
+    check=check,
 )

@@ -1,11 +1,11 @@
 """LinearPatch (arXiv 2505.24680), without its distillation: scale each channel of the state at the cut to its magnitude after
 the block, in rotated coordinates, where no single channel is massive.
 
-    P = R diag(s) Rᵀ,   s_k = mean over documents of (mean over tokens of |(H R)_k| / mean over tokens of |(h_host R)_k|)
+    P = R diag(s) Rᵀ,   s_k = mean over documents of (mean over tokens of |(H R)_k| / mean over tokens of |(h R)_k|)
 
-with a Hadamard matrix R (the published ``rotate``), or R = I (its ``diag``), which costs d parameters instead of d². All real
-tokens count, also those of massive norm: the rotation spreads them over the channels. Any Hadamard matrix of the width works,
-but each gives another P; ours are those of ``replaceme.observers.hadamard``.
+for the states h before the block and H after it, with a Hadamard matrix R (the published ``rotate``), or R = I (its ``diag``),
+which costs d parameters instead of d². All real tokens count, also those of massive norm: the rotation spreads them over the
+channels. Any Hadamard matrix of the width works, but each gives another P; ours are those of ``replaceme.observers.hadamard``.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class Form(Settings):
 
 
 def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
-    """Return the operator on the state after the host, and its fit."""
+    """Return the operator on the state at the cut, and its fit."""
     from replaceme.edits.edits import Edits
     from replaceme.observers.hadamard import hadamard
-    from replaceme.solvers.quality import operator_quality
+    from replaceme.solvers.quality import measure_operator_fit
 
     form = Form.of(params).linearpatch_form
     magnitudes = statistics(_magnitudes(params))
@@ -52,15 +52,15 @@ def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
         P = dense = (rotation * factors) @ rotation.T
     else:
         P, dense = factors, factors.diag()
-    fit = operator_quality(dense, statistics("stream"), statistics("sample"))
+    fit = measure_operator_fit(dense, statistics("stream"), statistics("sample"))
     fit |= {"smallest_factor": float(factors.min()), "largest_factor": float(factors.max())}
     logger.info(
-        "solve: host %d, %d tokens, channels scaled by %.3g to %.3g, relative residual %.4f (%.4f with nothing in the block's "
-        "place), mean cosine %.4f",
-        block.host, fit["tokens"], fit["smallest_factor"], fit["largest_factor"], fit["relative_residual"],
+        "solve: cut after layer %d, %d tokens, channels scaled by %.3g to %.3g, relative residual %.4f (%.4f with nothing in "
+        "the block's place), mean cosine %.4f",
+        block.layer_before_cut, fit["tokens"], fit["smallest_factor"], fit["largest_factor"], fit["relative_residual"],
         fit["relative_residual_removed"], fit["mean_cosine"],
     )  # fmt: skip
-    return Solved(Edits(f"LinearPatch ({form})", [], operators={block.host: P}), fit)
+    return Solved(Edits(f"LinearPatch ({form})", [], operators={block.layer_before_cut: P}), fit)
 
 
 def _magnitudes(params: Params) -> str:
@@ -68,9 +68,11 @@ def _magnitudes(params: Params) -> str:
 
 
 def check(params: Params, model: Model, family: Family) -> None:
-    """Raise ParameterError if no Hadamard matrix of the model's width is constructed here."""
+    """Refuse models that the operator can't be added to, and widths of which no Hadamard matrix is constructed here."""
+    from replaceme.models.own_form import check_own_form
     from replaceme.observers.hadamard import hadamard
 
+    check_own_form(model.config())
     width = int(model.config().hidden_size)
     if Form.of(params).linearpatch_form == "hadamard" and hadamard(width) is None:
         raise ParameterError(
@@ -84,7 +86,6 @@ METHOD = Method(
     statistics=lambda params: (_magnitudes(params), "stream", "sample"),
     solve=solve,
     criterion=MEAN_COSINE,
-    plain=lambda params: False,
-    words="maps the whole state after the host",
+    words="maps the whole state at the cut",
     check=check,
 )

@@ -1,9 +1,10 @@
 """LLM-Streamline (arXiv 2403.19135): train one lightweight layer in the place of a window of layers.
 
 The window ``[b, b + n]`` is the one whose entering state h_{b−1} and leaving state h_{b+n} have the highest mean cosine ("layer
-pruning"). Its first layer stays and is trained to map h_{b−1} to h_{b+n} ("layer replacement", by the mean squared error); the
-n layers after it go. So the block is ``[b + 1, b + n]``, its host is the trained layer, and b may be 0, where the embedding
-enters.
+pruning"). Its first layer stays and is trained to map h_{b−1} to h_{b+n} ("layer replacement"); the n layers after it go. So
+the removed block is ``[b + 1, b + n]``, and the trained layer the one before the cut; b may be 0, where the embedding enters.
+The loss is the mean of ``(layer(x) − y)²`` over the real tokens of a few documents and the d entries of each. Documents are
+whole, so that the attention sees the same context as in the model. No other layer computes or needs a gradient.
 
 The replacement is the whole decoder layer, or only its MLP and the norm before it (``llm_streamline_form``). No class of
 transformers has layers without an attention; with ``plain``, the attention stays and adds nothing.
@@ -11,18 +12,30 @@ transformers has layers without an attention; with ``plain``, the attention stay
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field
 
 from replaceme.base.combinations import Settings, Use, Values
-from replaceme.methods.method import Bench, Method, drop
+from replaceme.base.errors import ParameterError
+from replaceme.edits.model_edit import ModelEdit
+from replaceme.methods.method import Method, MethodContext, drop
 from replaceme.selection.criteria import WINDOW
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from collections.abc import Callable
 
+    from torch import Tensor, nn
+
+    from replaceme.base.documents import Batch, Documents
+    from replaceme.base.params import Params
     from replaceme.models.families import Family
+    from replaceme.models.model import Model
+    from replaceme.training.training import Texts
 
 TITLES = {"layer": "LLM-Streamline (a trained layer)", "mlp": "LLM-Streamline (a trained MLP)"}
 
@@ -43,92 +56,271 @@ class Training(Settings):
     )
 
 
-def work(bench: Bench) -> dict[str, Any]:
-    """Train the host, add its weights to the edits, and return figures of the training."""
+@dataclass(frozen=True)
+class TrainedLayer(ModelEdit):
+    """One layer with trained weights, and perhaps without its attention: ``h + MLP(norm(h))``.
+
+    Attributes:
+        layer: the layer; the removed ones come after it.
+        parameters: name within the layer → the parameter's new value, in torch's layout.
+        without: paths within the layer of the removed attention and of the removed norm before it; empty where they stay.
+    """
+
+    kind = "trained_layer"
+    layer: int
+    parameters: dict[str, Tensor]
+    without: tuple[str, ...] = ()
+
+    @contextmanager
+    def unfused(self, model: nn.Module, family: Family) -> Iterator[None]:
+        """Replace the layer's parameters, and let a removed attention add 0."""
+        from replaceme.edits.unfused import replaced_parameter
+        from replaceme.models.layers import silence_attention
+
+        layer = family.decoder_layers(model)[self.layer]
+        with ExitStack() as stack:
+            for name, value in self.parameters.items():
+                stack.enter_context(replaced_parameter(layer, name, value))
+            if self.without:
+                stack.enter_context(silence_attention(layer.get_submodule(self.without[0])))
+            yield
+
+    def edited_parameters(self, model: nn.Module, family: Family, layers: nn.ModuleList) -> Iterator[tuple[int, str, Tensor]]:
+        """Yield the trained parameters (``ModelEdit``)."""
+        return ((self.layer, name, value.double()) for name, value in self.parameters.items())
+
+    def own_form(self, layers: str, position: Callable[[int], int]) -> dict[str, Any]:
+        """Return the removed parts of the layer."""
+        return {"without_attention": {str(position(self.layer)): [*self.without]}} if self.without else {}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return ``parameter.<layer>.<name>``."""
+        return {f"parameter.{self.layer}.{name}": value for name, value in self.parameters.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the layer and its removed parts."""
+        return {"layer": self.layer, "without": [*self.without]}
+
+    @classmethod
+    def from_stored(cls, content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        """Read what ``to_json`` and ``tensors`` returned."""
+        prefix = f"parameter.{content['layer']}."
+        parameters = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        return cls(content["layer"], parameters, tuple(content["without"]))
+
+    def sentences(self) -> list[str]:
+        """Return what was trained, and what became of the attention."""
+        lines = [f"The attention of layer {self.layer} was removed."] if self.without else []
+        if self.parameters:
+            active = all(bool(value.any()) for value in self.parameters.values())
+            rest = "" if active else "; its attention output projection is 0, so that it adds nothing"
+            lines = [f"The weights of layer {self.layer} were trained on calibration text{rest}.", *lines]
+        return lines
+
+
+def train_layer(context: MethodContext) -> dict[str, Any]:
+    """Train the layer before the cut, add its weights to the edits, and return figures of the training."""
     from replaceme.base.compute import require_resident
-    from replaceme.methods.layer_lesson import LayerLesson
     from replaceme.training.checkpoints import checkpoints_in, key_of
     from replaceme.training.curves import write_curves
     from replaceme.training.training import Course, entering_and_leaving, figures_of, settings_of, train
 
-    own = Training.of(bench.params)
-    params, model, family = bench.params, bench.model, bench.family
-    (block,) = bench.plan.blocks
-    host = family.decoder_layers(model)[block.host]
-    require_resident({block.host: host}, "which is to be trained")
-    bare = (family.attention, family.attention_norm) if own.llm_streamline_form == "mlp" else None
-    folder = checkpoints_in(bench.folder)
+    own, params, model, family = Training.of(context.params), context.params, context.model, context.family
+    (block,) = context.plan.blocks
+    layer = family.decoder_layers(model)[block.layer_before_cut]
+    require_resident({block.layer_before_cut: layer}, "which is to be trained")
+    without = (family.attention, family.attention_norm) if own.llm_streamline_form == "mlp" else ()
     course = Course(
         own.llm_streamline_learning_rate, own.llm_streamline_epochs, params.batch_size, "llm_streamline_learning_rate"
     )
     inputs, targets = entering_and_leaving(
-        model, family, bench.documents, block.host, block.end - 1,
-        batch_size=params.batch_size, folder=bench.folder, description="walking to the cut",
+        model, family, context.documents, block.layer_before_cut, block.end - 1,
+        batch_size=params.batch_size, folder=context.folder, description="walking to the cut",
     )  # fmt: skip
-    lesson = LayerLesson(model, family, block.host, bench.documents, inputs, targets, bare or ())
+    distillation = LayerDistillation(model, family, block.layer_before_cut, context.documents, inputs, targets, without)
     settings = {
-        **settings_of(course, next(host.parameters()).device),
+        **settings_of(course, next(layer.parameters()).device),
         "config": model.config.to_json_string(),
-        "layer": block.host,
+        "layer": block.layer_before_cut,
         "form": own.llm_streamline_form,
-        "documents": [len(document) for document in bench.documents.documents],
+        "documents": [len(document) for document in context.documents.documents],
     }
-    key = key_of(settings, [*bench.documents.documents, inputs, targets, *host.parameters()])
-    parameters, curves = train(lesson, lesson.learners(), course, folder, key)
-    write_curves(bench.output, curves)
-    _edit(bench, block.host, parameters, bare)
-    return figures_of(curves, parameters)
+    key = key_of(settings, [*context.documents.documents, inputs, targets, *layer.parameters()])
+    trained, curves = train(distillation, distillation.learners(), course, checkpoints_in(context.folder), key)
+    write_curves(context.output, curves)
+    context.edits.title = TITLES[own.llm_streamline_form]
+    context.edits.model_edit = trained_edit(family, layer, block.layer_before_cut, trained, without, plain=params.plain)
+    return figures_of(curves, trained)
 
 
-def _edit(bench: Bench, host: int, parameters: dict[str, Tensor], bare: tuple[str, str] | None) -> None:
-    """Add the trained weights, and a removed attention, to the edits."""
+def trained_edit(
+    family: Family, layer: nn.Module, index: int, trained: Mapping[str, Tensor], without: tuple[str, ...], *, plain: bool
+) -> TrainedLayer:
+    """Return the edit of a trained layer; with ``plain``, an attention to be left out stays and adds 0."""
     import torch
 
     from replaceme.models.families import in_torch_layout, parameter_of
 
-    edits, layer = bench.edits, bench.family.decoder_layers(bench.model)[host]
-    edits.title = TITLES[Training.of(bench.params).llm_streamline_form]
-    for name, value in parameters.items():
-        edits.parameters[host, name] = in_torch_layout(layer, name, value.detach().cpu())
-    if bare and bench.params.plain:
-        for name in bench.family.ends(layer, "attention_output"):
-            edits.parameters[host, name] = torch.zeros_like(parameter_of(layer, name), dtype=torch.float32, device="cpu")
-    elif bare:
-        edits.without_attention[host] = bare
+    parameters = {name: in_torch_layout(layer, name, value.detach().cpu()) for name, value in trained.items()}
+    if without and plain:
+        for name in family.output_parameters(layer, "attention_output"):
+            parameters[name] = torch.zeros_like(parameter_of(layer, name), dtype=torch.float32, device="cpu")
+    return TrainedLayer(index, parameters, () if plain else without)
 
 
-def _without_attention(values: Values) -> bool:
+@dataclass(frozen=True)
+class LayerDistillation:
+    """The training data and the loss of a layer: stored states in, stored states out.
+
+    Attributes:
+        model: the dense model.
+        family: its description.
+        layer: the layer's position.
+        documents: the text.
+        inputs: (tokens, d) states that enter the layer, in the order of a walk.
+        targets: (tokens, d) states that should leave it.
+        without: paths in the layer of an attention that is left out, and of the norm before it; empty keeps both.
+    """
+
+    model: Any
+    family: Family
+    layer: int
+    documents: Documents
+    inputs: Tensor
+    targets: Tensor
+    without: tuple[str, ...] = ()
+
+    @property
+    def module(self) -> nn.Module:
+        """The layer; its weights stay unchanged."""
+        return self.family.decoder_layers(self.model)[self.layer]
+
+    @cached_property
+    def texts(self) -> Texts:
+        """The text, as batches."""
+        from replaceme.training.training import Texts
+
+        return Texts(self.documents, next(self.module.parameters()).device)
+
+    @cached_property
+    def fixed(self) -> dict[str, Tensor]:
+        """The layer's buffers and untrained weights, in float32."""
+        kept = {name: value.detach() for name, value in self.module.named_parameters() if self._is_left_out(name)}
+        return {name: self._to_device(value) for name, value in {**kept, **dict(self.module.named_buffers())}.items()}
+
+    def learners(self) -> dict[str, Tensor]:
+        """Return float32 copies of the layer's parameters to train, by name."""
+        return {
+            name: parameter.detach().float().clone().requires_grad_()
+            for name, parameter in self.module.named_parameters()
+            if not self._is_left_out(name)
+        }
+
+    @contextmanager
+    def begun(self) -> Iterator[None]:
+        """Silence the attention inside the block, if it is left out."""
+        from replaceme.models.layers import silence_attention
+
+        with ExitStack() as stack:
+            if self.without:
+                stack.enter_context(silence_attention(self.module.get_submodule(self.without[0])))
+            yield
+
+    def loss(self, parameters: Mapping[str, Tensor], documents: Sequence[int], step: int | None = None) -> Tensor:
+        """Return the mean squared error, over the real tokens of documents, with the given parameters."""
+        batch = self.texts.batch(documents)
+        outputs = batch.real(self.states(parameters, batch, self.texts.rows(self.inputs, documents).float()))
+        return (outputs - self.texts.rows(self.targets, documents).float()).square().mean()
+
+    def states(self, parameters: Mapping[str, Tensor], batch: Batch, rows: Tensor) -> Tensor:
+        """Return the layer's output (documents, longest, d) for the input ``rows`` (tokens, d)."""
+        from torch.func import functional_call
+        from torch.utils import _pytree as trees
+
+        from replaceme.models.layers import tensor_of
+
+        args, kwargs = trees.tree_map(self._to_device, self._call_arguments(batch))
+        entering = batch.padded(rows)
+        args, kwargs = ((entering, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": entering})
+        return tensor_of(functional_call(self.module, {**parameters, **self.fixed}, args, kwargs))
+
+    def _call_arguments(self, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments of the model's call of the layer on a batch; the layers before it compute nothing."""
+        import torch
+
+        from replaceme.models.families import decoder_of
+        from replaceme.models.layers import skip_layers
+
+        given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given.append((args, kwargs))
+            raise _LayerReachedError
+
+        layers = self.family.decoder_layers(self.model)
+        handle = self.module.register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            with torch.no_grad(), skip_layers(self.family, layers[: self.layer]):
+                first = next(self.model.parameters()).device
+                decoder_of(self.model)(input_ids=batch.input_ids.to(first), use_cache=False)
+        except _LayerReachedError:
+            pass
+        finally:
+            handle.remove()
+        return given[0]
+
+    def _is_left_out(self, name: str) -> bool:
+        return name.startswith(tuple(f"{path}." for path in self.without))
+
+    def _to_device(self, value: Any) -> Any:
+        """Return a value; a tensor on the training's device, its floats in float32."""
+        import torch
+
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.to(self.texts.device, torch.float32 if value.is_floating_point() else value.dtype)
+
+
+class _LayerReachedError(Exception):
+    """Ends a forward pass before the layer."""
+
+
+def _leaves_attention_out(values: Values) -> bool:
     return bool(values["llm_streamline_form"] == "mlp")
 
 
-def refuses(values: Values, kind: str, family: Family) -> list[str]:
+def check(params: Params, model: Model, family: Family) -> None:
     """Refuse a bare MLP where it is not derived: attention and MLP in parallel, or a norm after the MLP."""
-    if not _without_attention(values):
-        return []
-    problems = []
+    from replaceme.models.own_form import check_own_form
+
+    if Training.of(params).llm_streamline_form != "mlp":
+        return
+    kind, problems = model.config().model_type, []
     if family.parallel:
         problems.append(
             f"llm_streamline_form: mlp is not derived for the family '{kind}', whose attention and MLP are parallel; use layer."
         )
     if family.obstacle and family.obstacle != "experts":
         problems.append(f"llm_streamline_form: mlp is not derived for {family.obstacle_words(kind)}; use layer.")
-    return problems
+    if problems:
+        raise ParameterError(problems)
+    if not params.plain:
+        check_own_form(model.config())
 
 
 METHOD = Method(
     settings=Training,
-    shared={"plain": Use(("repair",), "form mlp", _without_attention)},
+    shared={"plain": Use(("repair",), "form mlp", _leaves_attention_out)},
     # A fitted map predicts the loss with a trained layer better than an empty cut does.
-    stand_in=lambda params: "map",
+    surrogate=lambda params: "map",
     solve=drop("LLM-Streamline"),
     criterion=WINDOW,
-    work=work,
-    plain=lambda params: Training.of(params).llm_streamline_form == "layer" or params.plain,
+    fit_on_model=train_layer,
     trained=True,
     words="trains one layer in the place of one block",
     selections=("angular", "residual", "loss"),
     several=False,
     repairs=False,
     packed=False,
-    refuses=refuses,
+    check=check,
 )

@@ -1,13 +1,14 @@
 """ReplaceMe with least squares (arXiv 2505.02819, section 3), in closed form: one ridge regression per block, for a map or for
-all weights of the host's last linears (``replaceme.solvers.refit``)."""
+all weights of the last linears before the cut (``replaceme.solvers.refit``)."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from replaceme.base.combinations import TRANSFORMS, Use, Values
+from replaceme.base.errors import ParameterError
 from replaceme.base.params import Params
-from replaceme.base.plan import Block, StandIn
+from replaceme.base.plan import Block, Surrogate
 from replaceme.base.progress import logger
 from replaceme.methods.method import Method, Solved, Statistics, require_tokens
 
@@ -15,42 +16,42 @@ if TYPE_CHECKING:
     from replaceme.models.families import Family
     from replaceme.models.model import Model
 
-# The transforms that solve for weights of the host, and the statistic that each needs.
+# The transforms that solve for weights of the layer before the cut, and the statistic that each needs.
 FEATURES = {"refit": "mlp_features", "joint": "features", "channels": "features"}
 
 
 def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
-    """Return the edits of the host, and their fit."""
+    """Return the edits of the layer before the cut, and their fit."""
     from replaceme.base.compute import resolve_device
     from replaceme.edits.edits import Edits
-    from replaceme.solvers.closed_forms import STRUCTURES, closed_form, structure_words
-    from replaceme.solvers.quality import dense_figures, fit_quality, ridge_path, structured_figures
+    from replaceme.solvers.closed_forms import solve_closed_form, title_suffix
+    from replaceme.solvers.quality import describe_dense_ridge, describe_structured_ridge, measure_fit, ridge_path
     from replaceme.solvers.ridge import solve_ridge
 
     if params.transform in FEATURES:
         return _refit(params, block, statistics)
-    structure = STRUCTURES[params.transform]
+    structure = params.transform
     sums, sample = statistics("gram"), statistics("sample")
     path: list[tuple[float, float]] = []
     if structure == "dense":
         solution = solve_ridge(sums["gram"], sums["cross"], params.alpha)
-        transform, of_ridge = solution.transform, dense_figures(solution, params.alpha)
+        transform, of_ridge = solution.transform, describe_dense_ridge(solution, params.alpha)
         path = ridge_path(solution, float(sums["target_squares"]), float(sums["output_squares"]))
     else:
         # Of these structures only the orthogonal one takes long: it iterates, with a singular value decomposition each time.
         device = resolve_device(params.device) if structure == "orthogonal" else "cpu"
         gram, cross = sums["gram"].to(device), sums["cross"].to(device)
-        transform = closed_form(gram, cross, params.alpha, structure, sums.get("norm")).cpu()
-        of_ridge = structured_figures(transform, sums, params.alpha, structure)
-    fit = fit_quality(transform, sums, sample) | of_ridge
+        transform = solve_closed_form(gram, cross, params.alpha, structure, sums.get("norm")).cpu()
+        of_ridge = describe_structured_ridge(transform, sums, params.alpha, structure)
+    fit = measure_fit(transform, sums, sample) | of_ridge
     logger.info(
-        "solve: host %d, %d tokens, relative residual %.4f (%.4f with nothing in the block's place), mean cosine %.4f",
-        block.host, fit["tokens"], fit["relative_residual"], fit["relative_residual_removed"], fit["mean_cosine"],
+        "solve: cut after layer %d, %d tokens, relative residual %.4f (%.4f with nothing in the block's place), cosine %.4f",
+        block.layer_before_cut, fit["tokens"], fit["relative_residual"], fit["relative_residual_removed"], fit["mean_cosine"],
     )  # fmt: skip
-    title = f"ReplaceMe (least squares{structure_words(structure)})"
+    title = f"ReplaceMe (least squares{title_suffix(structure)})"
     if "norm" in sums:  # edits hold the map of the norm's output before its weight
         transform = sums["norm"][:, None] * transform
-    return Solved(Edits(title, [], {block.host: transform}), fit, path)
+    return Solved(Edits(title, [], {block.layer_before_cut: transform}), fit, path)
 
 
 def _refit(params: Params, block: Block, statistics: Statistics) -> Solved:
@@ -58,12 +59,12 @@ def _refit(params: Params, block: Block, statistics: Statistics) -> Solved:
     from replaceme.solvers.arguments import naming
     from replaceme.solvers.refit import refit
 
-    edits = Edits(f"least squares over the host's last weights ({params.transform})", [])
+    edits = Edits(f"least squares over the last weights before the cut ({params.transform})", [])
     with naming(ridge="refit_ridge"):
-        fit = refit(edits, block.host, statistics(FEATURES[params.transform]), params.alpha, params.refit_ridge)
+        fit = refit(edits, block.layer_before_cut, statistics(FEATURES[params.transform]), params.alpha, params.refit_ridge)
     logger.info(
-        "solve: host %d, %d tokens, weighted residual %.4f (%.4f with a transform alone, %.4f with nothing)",
-        block.host, fit["tokens"], fit.get("weighted_residual", fit.get("weighted_residual_joint")),
+        "solve: cut after layer %d, %d tokens, weighted residual %.4f (%.4f with a transform alone, %.4f with nothing)",
+        block.layer_before_cut, fit["tokens"], fit.get("weighted_residual", fit.get("weighted_residual_joint")),
         fit["weighted_residual_transform"], fit["weighted_residual_removed"],
     )  # fmt: skip
     return Solved(edits, fit)
@@ -73,7 +74,7 @@ def _statistics(params: Params) -> tuple[str, ...]:
     return (FEATURES[params.transform],) if params.transform in FEATURES else ("gram", "sample")
 
 
-def _stand_in(params: Params) -> StandIn:
+def _surrogate(params: Params) -> Surrogate:
     # The first solution of channels is a joint one.
     return "refit" if params.transform == "refit" else "joint" if params.transform in FEATURES else "map"
 
@@ -86,29 +87,24 @@ def _refusals(values: Values) -> list[str]:
     return []
 
 
-def _refuses(values: Values, kind: str, family: Family) -> list[str]:
-    if family.norm_after_mlp and values["transform"] != "orthogonal":
-        return [
-            f"transform: {values['transform']} does not fold into the norm after the MLP of the family '{kind}'; "
-            "use orthogonal."
-        ]
-    return []
-
-
 def _check(params: Params, model: Model, family: Family) -> None:
+    if family.norm_after_mlp and params.transform != "orthogonal":
+        raise ParameterError(
+            f"transform: {params.transform} does not fold into the norm after the MLP of the family "
+            f"'{model.config().model_type}'; use orthogonal."
+        )
     # A diagonal map has one equation an entry. An orthogonal one is found with few tokens too, if not the only one.
     if params.transform not in ("diagonal", "orthogonal"):
-        require_tokens(params, model, family)
+        require_tokens(params, model)
 
 
 METHOD = Method(
     shared={"alpha": Use(("solve", "repair"))},
-    stand_in=_stand_in,
+    surrogate=_surrogate,
     statistics=_statistics,
     solve=solve,
     check=_check,
     words="fits a replacement for the block",
     transforms=TRANSFORMS,
     refusals=_refusals,
-    refuses=_refuses,
 )

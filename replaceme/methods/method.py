@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from replaceme.base.combinations import Limits, Values
+from replaceme.base.combinations import Limits
 from replaceme.base.errors import ParameterError
 from replaceme.base.params import Params
-from replaceme.base.plan import Block, Plan, StandIn
+from replaceme.base.plan import Block, Plan, Surrogate
 from replaceme.selection.criteria import CRITERIA, Criterion
 
 if TYPE_CHECKING:
@@ -43,8 +43,8 @@ class Solved:
 
 
 @dataclass(frozen=True)
-class Bench:
-    """The inputs of a method's ``work`` on the model itself.
+class MethodContext:
+    """The inputs of a method's ``fit_on_model``.
 
     Attributes:
         params: the setting.
@@ -74,34 +74,30 @@ class Method(Limits):
     A method's file imports torch only inside the functions that compute, so that reading the declaration stays fast.
 
     Attributes:
-        solve: makes edits and their figures from the parameters, a block and its statistics.
-        stand_in: with these parameters, what takes the block's place while cuts are compared by their loss.
+        solve: makes edits and their figures from the parameters, a removed block and its statistics.
+        surrogate: with these parameters, what takes the block's place while cuts are compared by their loss.
         statistics: with these parameters, names of the statistics (``replaceme.observers.statistics``) that it needs of each
             block.
         criterion: the published criterion of what is removed.
-        work: runs on the model after solve, in the repair stage, for edits that statistics can't give: it adds to the edits and
-            returns figures for the metrics.
-        plain: with these parameters, whether the result has the family's own form.
+        fit_on_model: runs on the model after solve, in the repair stage, for edits that statistics can't give: it adds a
+            ``ModelEdit`` to the edits and returns figures for the metrics.
         trained: whether it trains weights on the text; other methods see each token once or twice, and solve.
-        check: raises ParameterError, before any work, if the parameters can't be met by a model, whose weights are not loaded.
-        refuses: returns a sentence for each parameter that is not exact, or not derived, for a model family, given the values
-            of all parameters, the family's name and its description.
+        check: raises ParameterError, before any work, if a model can't meet the parameters: they are not exact or not derived
+            for its family, or ask for more than it has. Its weights are not loaded.
     """
 
     selections: tuple[str, ...] = tuple(CRITERIA)
 
     solve: Callable[[Params, Block, Statistics], Solved]
-    stand_in: Callable[[Params], StandIn] = lambda params: "nothing"
+    surrogate: Callable[[Params], Surrogate] = lambda params: "nothing"
     statistics: Callable[[Params], tuple[str, ...]] = lambda params: ()
     criterion: Criterion = CRITERIA["angular"]
-    work: Callable[[Bench], dict[str, Any]] | None = None
-    plain: Callable[[Params], bool] = lambda params: True
+    fit_on_model: Callable[[MethodContext], dict[str, Any]] | None = None
     trained: bool = False
-    check: Callable[[Params, Model, Family], None] | None = None
-    refuses: Callable[[Values, str, Family], list[str]] = lambda values, kind, family: []
+    check: Callable[[Params, Model, Family], None] = lambda params, model, family: None
 
 
-def require_tokens(params: Params, model: Model, family: Family) -> None:
+def require_tokens(params: Params, model: Model) -> None:
     """Raise ParameterError if alpha is 0 and the settings allow fewer tokens than the model is wide: no map is unique then.
 
     The solve would say so after all the passes. That a text has fewer tokens than the settings allow is known only by then.

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from replaceme.base.combinations import Values
+from replaceme.base.errors import ParameterError
+from replaceme.base.params import Params
 from replaceme.base.plan import Block
 from replaceme.base.progress import logger
 from replaceme.methods.method import Method, drop
@@ -16,6 +17,7 @@ from replaceme.selection.criteria import Choice, Criterion
 
 if TYPE_CHECKING:
     from replaceme.models.families import Family
+    from replaceme.models.model import Model
 
 
 def choose(choice: Choice) -> tuple[list[Block], dict[str, Any]]:
@@ -34,18 +36,17 @@ def choose(choice: Choice) -> tuple[list[Block], dict[str, Any]]:
     }
 
 
-def refuses(values: Values, kind: str, family: Family) -> list[str]:
+def check(params: Params, model: Model, family: Family) -> None:
     """Refuse families that read the residual stream other than through norms: no scalar folds there."""
     if not family.norm_before:
-        return [
-            f"method: prune_and_comp scales the residual stream, and not all that reads it in the family '{kind}' does so "
-            "through a norm: no scalar folds; use shortgpt."
-        ]
-    return []
+        raise ParameterError(
+            f"method: prune_and_comp scales the residual stream, and not all that reads it in the family "
+            f"'{model.config().model_type}' does so through a norm: no scalar folds; use shortgpt."
+        )
 
 
 METHOD = Method(
-    stand_in=lambda params: "scalar",
+    surrogate=lambda params: "scalar",
     solve=drop("Prune&Comp"),
     criterion=Criterion(
         "compensated",
@@ -54,5 +55,5 @@ METHOD = Method(
         shared=True,
     ),
     words="replaces removed layers by a scalar",
-    refuses=refuses,
+    check=check,
 )

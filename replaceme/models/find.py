@@ -40,7 +40,7 @@ def find_model(params: Params, commit: str | None = None) -> Model:
     if params.revision is not None and (name in embedded.MODELS or folder.is_dir()):
         raise ModelError(f"revision: is for hub models, but {excerpt(name)} is not one; use null.")
     if name in embedded.MODELS:
-        return Model(embedded.model_folder(name), name, about=embedded.MODELS[name].about)
+        return Model(embedded.model_folder(name), name, disclosure=embedded.MODELS[name].disclosure)
     if folder.is_dir():
         model = Model(folder, folder.resolve().name, trust_remote_code=params.trust_remote_code)
     elif folder.exists():

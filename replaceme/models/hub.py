@@ -5,7 +5,9 @@ The hub's client retries for half a minute without a network, so a short probe c
 
 import functools
 import os
+import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_session, snapshot_download
@@ -156,11 +158,17 @@ def upload(name: str, files: Mapping[str, Path | bytes], private: bool) -> str:
 @functools.cache
 def reachable() -> bool:
     """Return whether the hub answers within ``PROBE_SECONDS``; a process asks once. In the client's offline mode it doesn't."""
-    try:
-        get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS)
-    except Exception:  # as above
-        return False
-    return True
+    answers: list[object] = []
+
+    def probe() -> None:
+        with suppress(Exception):  # as above
+            answers.append(get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS))
+
+    # The client's timeout doesn't bound the name look-up, which can hang: hence the thread.
+    thread = threading.Thread(target=probe, daemon=True)
+    thread.start()
+    thread.join(PROBE_SECONDS)
+    return bool(answers)
 
 
 def _cached_commit(name: str, revision: str | None) -> str | None:

@@ -1,4 +1,4 @@
-"""Temporary changes to a loaded model: skip layers, begin at a later one, silence an attention, choose which parameters get
+"""Temporary changes to a loaded model: skip layers, start at a later one, silence an attention, choose which parameters get
 gradients.
 """
 
@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 from torch import Tensor, nn
 
@@ -15,8 +14,8 @@ from replaceme.models.families import Family
 
 
 @dataclass(frozen=True)
-class Start:
-    """A start of a walk at a later layer than the first.
+class EntryState:
+    """The input of the layer that a forward pass starts at, instead of the first one.
 
     Attributes:
         layer: the layer.
@@ -28,7 +27,7 @@ class Start:
     states: Tensor | None
     attention: Tensor | None = None
 
-    def entering(self, batch: Batch) -> Tensor:
+    def layer_input(self, batch: Batch) -> Tensor:
         """Return the layer's input, (documents, longest, d)."""
         if self.states is None:
             return batch.scratch["carried"]
@@ -41,34 +40,49 @@ def tensor_of(output: Any) -> Tensor:
 
 
 @contextmanager
-def gradients_for(model: nn.Module, parameters: Iterable[nn.Parameter] = ()) -> Iterator[None]:
+def enable_gradients(model: nn.Module, parameters: Iterable[nn.Parameter] = ()) -> Iterator[None]:
     """Enable gradients for exactly these parameters of a model inside the block, and restore the flags after it."""
-    found = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
         model.requires_grad_(False)
         for parameter in parameters:
             parameter.requires_grad_(True)
         yield
     finally:
-        for parameter, was in found.items():
-            parameter.requires_grad_(was)
+        for parameter, required_grad in flags.items():
+            parameter.requires_grad_(required_grad)
 
 
 @contextmanager
-def silent(attention: nn.Module) -> Iterator[None]:
+def silence_attention(attention: nn.Module) -> Iterator[None]:
     """Let an attention compute nothing and return zeros inside the block."""
     from replaceme.models.modeling_pruned import NoAttention
 
-    with mock.patch.object(attention, "forward", NoAttention(None).forward):
+    with replaced_forward(attention, NoAttention(None).forward):
         yield
 
 
 @contextmanager
-def passed_by(family: Family, layers: Iterable[nn.Module]) -> Iterator[None]:
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let a module compute something else inside the block; its hooks run as ever."""
+    # A module can have a forward of its own already: a streamed layer does.
+    own = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+@contextmanager
+def skip_layers(family: Family, layers: Iterable[nn.Module]) -> Iterator[None]:
     """Skip layers inside the block: each returns its input and computes nothing."""
     with ExitStack() as stack:
         for layer in layers:
-            stack.enter_context(mock.patch.object(layer, "forward", _pass_on_in_tuple if family.returns_tuple else _pass_on))
+            stack.enter_context(replaced_forward(layer, _pass_on_in_tuple if family.returns_tuple else _pass_on))
         yield
 
 
@@ -81,7 +95,9 @@ def _pass_on_in_tuple(hidden_states: Tensor, *_arguments: Any, **_options: Any) 
 
 
 @contextmanager
-def begun_at(family: Family, layers: nn.ModuleList, start: Start, current: Callable[[], Batch | None]) -> Iterator[None]:
+def start_at_layer(
+    family: Family, layers: nn.ModuleList, start: EntryState, current: Callable[[], Batch | None]
+) -> Iterator[None]:
     """Start a model's forward passes at a later layer inside the block; the layers before it compute nothing.
 
     Args:
@@ -98,7 +114,7 @@ def begun_at(family: Family, layers: nn.ModuleList, start: Start, current: Calla
         return now
 
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        states = start.entering(batch())
+        states = start.layer_input(batch())
         return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
 
     def attend(*arguments: Any, **options: Any) -> tuple[Tensor, None]:
@@ -108,8 +124,8 @@ def begun_at(family: Family, layers: nn.ModuleList, start: Start, current: Calla
         return family.linear_of(layer, "attention_output")(features), None
 
     with ExitStack() as stack:
-        stack.enter_context(passed_by(family, layers[: start.layer]))
+        stack.enter_context(skip_layers(family, layers[: start.layer]))
         stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
         if start.attention is not None:
-            stack.enter_context(mock.patch.object(layer.get_submodule(family.attention), "forward", attend))
+            stack.enter_context(replaced_forward(layer.get_submodule(family.attention), attend))
         yield

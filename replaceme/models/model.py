@@ -23,7 +23,7 @@ from replaceme.base.files import read_json
 from replaceme.models.families import FAMILIES, Family, family_of
 from replaceme.models.model_files import WEIGHTS, ModelFiles
 from replaceme.models.own_form import KIND, own_classes
-from replaceme.models.recognition import proposed_family
+from replaceme.models.recognition import recognise_family
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -57,14 +57,14 @@ class Model(ModelFiles):
         folder: local folder with config, safetensors and tokenizer.
         name: its name in cards and messages: a hub id, an embedded name or the folder's own name.
         commit: the hub commit in the folder; None for local and embedded models.
-        about: what is to be said of it wherever it is named; empty for a model that is what its name says.
+        disclosure: what is to be said of it wherever it is named; empty for a model that is what its name says.
         trust_remote_code: whether code from the folder may run; our own form (``replaceme.models.own_form``) loads without.
     """
 
     name: str
     commit: str | None = None
     trust_remote_code: bool = False
-    about: str = ""
+    disclosure: str = ""
 
     def classes(self) -> tuple[Any, Any]:
         """Return the classes that load the config and the model."""
@@ -98,7 +98,7 @@ class Model(ModelFiles):
             raise ModelError(
                 f"model_path: {self.name} is an encoder-decoder ('{config.model_type}'), not a causal language model."
             )
-        return proposed_family(self.skeleton(config))
+        return recognise_family(self.skeleton(config))
 
     def skeleton(self, config: Any) -> Any:
         """Build the model on the meta device, without memory for its weights. Raises ModelError when it can't be built."""
@@ -156,10 +156,10 @@ class Model(ModelFiles):
         stored = self.stored()
 
         def value(name: str, parameter: Tensor) -> Tensor:
-            place = stored.get(name)
-            if place is None or parameter.device.type != "cpu" or FORMATS.get(place.format) != parameter.dtype:
+            tensor = stored.get(name)
+            if tensor is None or parameter.device.type != "cpu" or FORMATS.get(tensor.format) != parameter.dtype:
                 return parameter
-            return place.read(name)
+            return tensor.read(name)
 
         return all(is_finite(value(*named)) for named in model.named_parameters())
 

@@ -26,12 +26,12 @@ AUTO_MAP = {"AutoConfig": f"{Path(FILE).stem}.PrunedConfig", AUTO: f"{Path(FILE)
 _CLASSES = re.compile(r'^(CONFIG|MODEL) = "(\w+)"$', re.MULTILINE)
 
 
-def check_own_form(config: Any, kind: str) -> None:
+def check_own_form(config: Any) -> None:
     """Raise ModelError when the model's class is not from transformers: our form subclasses one of those."""
     if getattr(config, "auto_map", None):
         raise ModelError(
-            f"method: the result of this method needs a modelling file of its own, and '{kind}' has one already; use a method "
-            "whose result keeps the family's form, such as lstsq."
+            f"method: the result of this method needs a modelling file of its own, and '{config.model_type}' has one already; "
+            "use a method whose result keeps the family's form, such as lstsq."
         )
 
 
@@ -49,35 +49,39 @@ def write_own_form(folder: Path, pruned: dict[str, Any], tokenizer: str) -> None
     (model,) = config["architectures"]
     base = getattr(transformers, model).config_class.__name__
     own = {"model_type": KIND + config["model_type"], "architectures": [AUTO_MAP[AUTO].split(".")[1]], "auto_map": AUTO_MAP}
-    # The family's own config class may refuse this width, so it was saved with the dense one.
-    width = {"hidden_size": pruned["width"]} if "width" in pruned else {}
-    write_json(folder / "config.json", {**config, **own, **width, "tokenizer_class": tokenizer, "pruned": pruned})
-    write_text(folder / FILE, _rendered({"CONFIG": base, "MODEL": model}))
+    own |= {**own_config(pruned), "tokenizer_class": tokenizer, "pruned": pruned}
+    write_json(folder / "config.json", {**config, **own})
+    write_text(folder / FILE, _render({"CONFIG": base, "MODEL": model}))
+
+
+def own_config(pruned: dict[str, Any]) -> dict[str, Any]:
+    """Return the entries that a config gets only in our form: the family's own class may refuse this width."""
+    return {"hidden_size": pruned["width"]} if "width" in pruned else {}
 
 
 def is_own_form(folder: Path) -> bool:
     """Return whether a folder's model is of our form, with exactly the code that this program writes."""
-    return _names(folder) is not None
+    return _read_class_names(folder) is not None
 
 
 def own_classes(folder: Path) -> tuple[Any, Any] | None:
     """Return config and model class for a folder of our form, built from this program's own text; None for other folders."""
-    names = _names(folder)
+    names = _read_class_names(folder)
     return None if names is None else _build_classes(names["CONFIG"], names["MODEL"])
 
 
-def _names(folder: Path) -> dict[str, str] | None:
+def _read_class_names(folder: Path) -> dict[str, str] | None:
     """Return the family's classes that a folder's code names; None if it differs from what this program writes."""
     try:
         config, text = read_json(folder / "config.json"), (folder / FILE).read_text(encoding="utf-8")
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         return None
     named = isinstance(config, dict) and str(config.get("model_type")).startswith(KIND) and config.get("auto_map") == AUTO_MAP
     names = dict(_CLASSES.findall(text))
-    return names if named and text == _rendered(names) else None
+    return names if named and text == _render(names) else None
 
 
-class _Rendered(InspectLoader):
+class _TextLoader(InspectLoader):
     """Import a text as a module."""
 
     def __init__(self, text: str):
@@ -89,7 +93,7 @@ class _Rendered(InspectLoader):
 
 @cache
 def _build_classes(config: str, model: str) -> tuple[Any, Any]:
-    loader = _Rendered(_rendered({"CONFIG": config, "MODEL": model}))
+    loader = _TextLoader(_render({"CONFIG": config, "MODEL": model}))
     spec = spec_from_loader(f"replaceme.models.{MODELING.stem}_{model}", loader)
     assert spec is not None
     module = module_from_spec(spec)
@@ -99,6 +103,6 @@ def _build_classes(config: str, model: str) -> tuple[Any, Any]:
     return module.PrunedConfig, module.PrunedForCausalLM
 
 
-def _rendered(classes: dict[str, str]) -> str:
+def _render(classes: dict[str, str]) -> str:
     text = MODELING.read_text(encoding="utf-8")
     return _CLASSES.sub(lambda line: f'{line[1]} = "{classes.get(line[1], line[2])}"', text)

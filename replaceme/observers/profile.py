@@ -22,7 +22,7 @@ from torch.nn.functional import normalize
 
 from replaceme.base.documents import Batch, Documents
 from replaceme.base.errors import ParameterError
-from replaceme.base.group import add_numbers, add_up, largest
+from replaceme.base.group import all_gather, all_reduce_sum
 from replaceme.base.progress import logger
 from replaceme.models.streaming import free
 from replaceme.observers.residuals import FIT_TOKENS, TokenSample, residual_map
@@ -53,8 +53,8 @@ class AngularDistances:
             self.documents += len(states)
 
     def add_up(self) -> None:
-        add_up({"": self.sums})
-        self.documents = int(add_numbers(self.documents)[0])
+        all_reduce_sum({"distances": self.sums})
+        self.documents = sum(all_gather(self.documents))
 
     def result(self) -> Tensor:
         """Return the (layers, layers) float64 matrix of mean distances, in half turns (0 to 1)."""
@@ -92,9 +92,9 @@ class StateCosines:
             self.tokens += batch.token_count
 
     def add_up(self) -> None:
-        add_up({"cosines": self.cosines, "norms": self.norm_sum})
-        largest(self.norm_max)
-        self.tokens = int(add_numbers(self.tokens)[0])
+        all_reduce_sum({"cosines": self.cosines, "norms": self.norm_sum})
+        self.norm_max = torch.stack(all_gather(self.norm_max)).amax(0)
+        self.tokens = sum(all_gather(self.tokens))
 
     def mean_cosine(self) -> Tensor:
         """Return (layers, layers) float64: mean cosine of the input of layer i and the output of layer j; 0 for j < i."""
@@ -132,8 +132,8 @@ def profile_model(
         scratch: folder for scratch files; None is the system's temporary folder.
 
     Returns:
-        ``angular_distance`` and ``residual`` (layers × layers: host, last removed layer), ``mean_cosine`` (layers × layers:
-        input of the first, output of the second) and ``layers`` (figure → list).
+        ``angular_distance`` and ``residual`` (layers × layers: layer before the cut, last removed layer), ``mean_cosine``
+        (layers × layers: input of the first, output of the second) and ``layers`` (figure → list).
 
     Raises:
         ParameterError: the text has a single token, or states overflow.

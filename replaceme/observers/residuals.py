@@ -1,7 +1,7 @@
 """The residual of a linear map in the place of a block of layers, for every possible cut.
 
-For host ``i`` and last removed layer ``j``, with rows of sampled tokens, ``M`` the output of the host's MLP, ``Z = h_i − M``
-and ``H = h_j``:
+For the layer ``i`` before a cut and its last removed layer ``j``, with rows of sampled tokens, ``M`` the output of i's MLP,
+``Z = h_i − M`` and ``H = h_j``:
 
     T = argmin Σ w ‖H − Z − M T‖² + λ‖T‖²,   w = 1/‖H‖²
     residual(i, j) = √ mean over held-out tokens of ‖H − Z − M T‖²/‖H‖²
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from replaceme.base.documents import HELD_OUT_EVERY, Batch, Documents, seeded_order, split_places
-from replaceme.base.group import add_up, merge, share
+from replaceme.base.group import all_reduce_sum, merge_rows, shard
 from replaceme.base.progress import progress
 from replaceme.base.scratch import scratch, unmap
 from replaceme.observers.sums import squares, token_weights
@@ -81,8 +81,8 @@ class TokenSample:
             unmap(self.output[layer, place])
 
     def add_up(self) -> None:
-        merge(self.added)
-        merge(self.output)
+        merge_rows(self.added)
+        merge_rows(self.output)
 
 
 def choose_tokens(documents: Documents, fit_tokens: int) -> tuple[Tensor, Tensor]:
@@ -104,7 +104,7 @@ def choose_tokens(documents: Documents, fit_tokens: int) -> tuple[Tensor, Tensor
 
 
 def residual_map(sample: TokenSample, device: torch.device | str = "cpu") -> list[list[float]]:
-    """Return (layers × layers): residual(host, last removed layer), relative; 0 unless the last layer comes after the host."""
+    """Return (layers × layers): residual(layer before the cut, last removed layer), relative; 0 unless the second is later."""
     residuals = torch.zeros(sample.layers, sample.layers, dtype=torch.float64)
     count = len(sample.fit)
     # Then products of tokens are the smaller matrix, and the same for every last layer.
@@ -116,12 +116,12 @@ def residual_map(sample: TokenSample, device: torch.device | str = "cpu") -> lis
         unmap(H)
     # Allocated once: allocating tensors of this size costs as much as computing with them.
     Y, weighted = (torch.empty(rows, sample.width, device=device) for rows in (len(sample.output[0]), 0 if few else count))
-    hosts = [host for host in range(sample.layers - 1) if share().takes(host)]
-    for host in progress(hosts, "fitting every cut", "hosts"):
-        M = sample.added[host].to(device).float()
-        Z = sample.output[host].to(device).float() - M
+    own = [layer for layer in range(sample.layers - 1) if shard().owns(layer)]
+    for layer in progress(own, "fitting every cut", "layers"):
+        M = sample.added[layer].to(device).float()
+        Z = sample.output[layer].to(device).float() - M
         products = M @ M[:count].T if few else None
-        for last, w in enumerate(weights[host:], start=host + 1):
+        for last, w in enumerate(weights[layer:], start=layer + 1):
             torch.sub(sample.output[last].to(device), Z, out=Y)
             goal, root = Y[:count], w[:count].sqrt()
             goal *= root
@@ -134,8 +134,8 @@ def residual_map(sample: TokenSample, device: torch.device | str = "cpu") -> lis
                 torch.mul(M[:count], root, out=weighted)
                 T = solve_small_ridge(squares(weighted), weighted.T @ goal, sample.width)
                 error = Y[count:].addmm_(M[count:], T, alpha=-1)
-            residuals[host, last] = float((error.square().sum(dim=1, keepdim=True) * w[count:]).mean().sqrt())
-    add_up({"": residuals})
+            residuals[layer, last] = float((error.square().sum(dim=1, keepdim=True) * w[count:]).mean().sqrt())
+    all_reduce_sum({"residuals": residuals})
     rows: list[list[float]] = residuals.tolist()
     return rows
 
@@ -148,7 +148,7 @@ def solve_small_ridge(gram: Tensor, cross: Tensor, width: int) -> Tensor:
         cross: (d, d) or (n, d).
         width: d.
     """
-    # The Gram matrix is 0 if the host's MLP adds nothing.
+    # The Gram matrix is 0 if the MLP before the cut adds nothing.
     ridge = RIDGE * (gram.diagonal().sum() / width).clamp_min(1e-20)
     gram = gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     factor, failed = torch.linalg.cholesky_ex(gram)

@@ -1,13 +1,13 @@
 """Activation statistics of a block, in one walk that stops at the last layer needed.
 
-For a block with host ``i`` and end ``e`` (ReplaceMe, section 3; rows are real tokens):
+For a block with the layer ``i`` before it and end ``e`` (ReplaceMe, section 3; rows are real tokens):
 
-    M = output of the host's MLP,  Z = h_i − M = the rest of the host's output,
+    M = output of the MLP of layer i,  Z = h_i − M = the rest of the layer's output,
     H = h_{e−1} = target for the state at the cut,  Y = H − Z.
 
 - ``gram``: ``MᵀM``, ``MᵀY`` and three sums of squares, which determine the least squares for T. Their size is d × d whatever
   the number of tokens, and they are additive over disjoint documents.
-- ``mlp_features``, ``features``: the same for the inputs of the host's last linears, with token weights.
+- ``mlp_features``, ``features``: the same for the inputs of the layer's last linears, with token weights.
 - ``stream``, ``stream_weighted``: the same for the whole state h_i.
 - ``magnitudes``, ``magnitudes_rotated``: growth of each channel's magnitude across the block.
 - ``sample``: a few evenly spaced tokens, for figures that are not sums of squares.
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from replaceme.base.documents import Batch, Documents
-from replaceme.base.group import add_up
+from replaceme.base.group import all_reduce_sum
 from replaceme.base.plan import Block
 from replaceme.models.families import Family
 from replaceme.observers.features import LINEARS, Features
@@ -48,38 +48,38 @@ class Statistic(Observer, Protocol):
 
 
 class AtCut:
-    """Base of the statistics: pairs a host's signals with the state at the block's end, batch by batch.
+    """Base of the statistics: pairs the signals of the layer before the cut with the state at the block's end, batch by batch.
 
     Attributes:
-        at_host: the signals of the host.
+        at_layer: its signals.
         take: receives these signals, H and the batch; real tokens only, each (tokens, width).
     """
 
-    at_host: tuple[Signal, ...] = ("mlp", "output")
+    at_layer: tuple[Signal, ...] = ("mlp", "output")
     take: Callable[..., None]
 
     def __init__(self, block: Block):
         self.block = block
 
     def wants(self) -> Mapping[int, frozenset[Signal]]:
-        return {self.block.host: frozenset(self.at_host), self.block.end - 1: frozenset({"output"})}
+        return {self.block.layer_before_cut: frozenset(self.at_layer), self.block.end - 1: frozenset({"output"})}
 
     def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
-        if layer == self.block.host:
-            for signal in self.at_host:
+        if layer == self.block.layer_before_cut:
+            for signal in self.at_layer:
                 batch.scratch[self, signal] = batch.real(signals[signal])
         else:
             self.meet(batch.real(signals["output"]), batch)
 
     def meet(self, target: Tensor, batch: Batch) -> None:
-        """Hand the host's signals, kept in the batch's scratch, and H (tokens, d) to ``take``."""
-        self.take(*(batch.scratch.pop((self, signal)) for signal in self.at_host), target, batch)
+        """Hand the layer's signals, kept in the batch's scratch, and H (tokens, d) to ``take``."""
+        self.take(*(batch.scratch.pop((self, signal)) for signal in self.at_layer), target, batch)
 
 
 class Gram(AtCut):
     """``MᵀM`` and ``MᵀY`` (d, d), and the scalars ``ΣY²``, ``ΣH²``, ``Σ(H − h_host)²`` and the number of tokens; float64.
 
-    ``norm`` is the weight (d,) of the norm after the host's MLP, if there is one.
+    ``norm`` is the weight (d,) of the norm after the MLP before the cut, if there is one.
     """
 
     def __init__(self, block: Block, norm: Tensor | None = None):
@@ -135,7 +135,7 @@ class Sample(AtCut):
             own = torch.cat(parts)
             whole[name] = own.new_zeros(self.count, own.shape[1])
             whole[name][torch.cat(self.places)] = own
-        add_up(whole)
+        all_reduce_sum(whole)
         self.kept = {name: [rows] for name, rows in whole.items()}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -143,7 +143,7 @@ class Sample(AtCut):
 
 
 class FeatureGram(AtCut):
-    """Weighted sums over the features ``g`` of the host's linears, ``w = 1/‖H‖²`` scaled to a mean of 1; float64.
+    """Weighted sums over the features ``g`` of the last linears before the cut, ``w = 1/‖H‖²`` scaled to a mean of 1; float64.
 
     ``gram`` = Σ w gᵀg (k, k) · ``cross`` = Σ w gᵀ(H − h_host) (k, d) · ``feature_added`` = Σ w gᵀM (k, d) · ``added_gram`` =
     Σ w MᵀM and ``added_cross`` = Σ w Mᵀ(H − h_host) (d, d) · the scalars ``gap_squares`` = Σ w ‖H − h_host‖²,
@@ -154,7 +154,7 @@ class FeatureGram(AtCut):
     def __init__(self, block: Block, features: Features):
         super().__init__(block)
         self.features = features
-        self.at_host = ("mlp", "output", *features.signals)
+        self.at_layer = ("mlp", "output", *features.signals)
         self.sums = Sums()
 
     def take(self, *signals: Any) -> None:
@@ -182,13 +182,13 @@ class FeatureGram(AtCut):
 
 
 class StreamGram(AtCut):
-    """Sums over the host's output ``h``, with ``w = 1`` or ``1/‖H‖²`` scaled to a mean of 1; float64.
+    """Sums over the state ``h`` before the cut, with ``w = 1`` or ``1/‖H‖²`` scaled to a mean of 1; float64.
 
     ``gram`` = Σ w hᵀh and ``cross`` = Σ w hᵀ(H − h) (d, d) · the scalars ``gap_squares`` = Σ w ‖H − h‖², ``output_squares`` =
     Σ w ‖H‖² and ``tokens``.
     """
 
-    at_host = ("output",)
+    at_layer = ("output",)
 
     def __init__(self, block: Block, weighted: bool):
         super().__init__(block)
@@ -218,7 +218,7 @@ class MagnitudeRatios(AtCut):
     Hadamard matrix. The ratio is 1 for a channel that is zero throughout a document.
     """
 
-    at_host = ("output",)
+    at_layer = ("output",)
 
     def __init__(self, block: Block, rotated: bool):
         super().__init__(block)
@@ -301,24 +301,24 @@ class Place:
 
     Attributes:
         block: the removed layers.
-        host: the kept layer before them.
+        layer: the kept layer before them.
         family: its description.
         documents: the documents of the walk.
         folder: for results too large for memory, beside the other statistics.
     """
 
     block: Block
-    host: nn.Module
+    layer: nn.Module
     family: Family
     documents: Documents
     folder: Path
 
 
 STATISTICS: dict[str, Callable[[Place], Statistic]] = {
-    "gram": lambda place: Gram(place.block, place.family.norm_weight(place.host) if place.family.norm_after_mlp else None),
+    "gram": lambda place: Gram(place.block, place.family.norm_weight(place.layer) if place.family.norm_after_mlp else None),
     "sample": lambda place: Sample(place.block, place.documents.token_count),
-    "mlp_features": lambda place: FeatureGram(place.block, Features.of(place.host, place.family, ["mlp_output"])),
-    "features": lambda place: FeatureGram(place.block, Features.of(place.host, place.family, LINEARS)),
+    "mlp_features": lambda place: FeatureGram(place.block, Features.of(place.layer, place.family, ["mlp_output"])),
+    "features": lambda place: FeatureGram(place.block, Features.of(place.layer, place.family, LINEARS)),
     "stream": lambda place: StreamGram(place.block, weighted=False),
     "stream_weighted": lambda place: StreamGram(place.block, weighted=True),
     "magnitudes": lambda place: MagnitudeRatios(place.block, rotated=False),
@@ -362,7 +362,7 @@ def take_statistics(
     """
     layers = family.decoder_layers(model)
     folder = folder or Path(tempfile.gettempdir())
-    place = Place(block, layers[block.host], family, documents, folder)
+    place = Place(block, layers[block.layer_before_cut], family, documents, folder)
     observers = {name: STATISTICS[name](place) for name in names}
     walk(model, family, documents, list(observers.values()), batch_size=batch_size, description="observing activations")
     return {name: observer.tensors() for name, observer in observers.items()}

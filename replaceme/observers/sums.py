@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from replaceme.base.errors import SolveError
-from replaceme.base.group import add_up
+from replaceme.base.group import all_reduce_sum
 from replaceme.models.model import is_finite
 
 # Blocks of columns of a Gram matrix. More of them save more products, at most half, but make the matrices smaller.
@@ -69,7 +69,7 @@ class Sums:
     def add_up(self) -> None:
         """Add the sums of the processes that share a walk."""
         for sums in (self.totals, self.squares):
-            add_up(sums)
+            all_reduce_sum(sums)
 
     @torch.inference_mode()
     def finished(self) -> dict[str, Tensor]:

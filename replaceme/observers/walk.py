@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from replaceme.base.documents import Batch, Documents
-from replaceme.base.group import WHOLE, share
+from replaceme.base.group import WHOLE, shard
 from replaceme.base.progress import progress
 from replaceme.base.scratch import ScratchFile
 from replaceme.models.families import Family, decoder_of
-from replaceme.models.layers import Start, begun_at, tensor_of
+from replaceme.models.layers import EntryState, start_at_layer, tensor_of
 from replaceme.models.streaming import Stream, stream_of
 
 # ``…_features`` are the inputs of the last linear of the attention or the MLP.
@@ -68,7 +68,7 @@ def walk(
     *,
     batch_size: int,
     description: str | None,
-    start: Start | None = None,
+    start: EntryState | None = None,
 ) -> None:
     """Run the documents through the model once, up to the last signal that an observer wants.
 
@@ -85,7 +85,7 @@ def walk(
         return
     device, layers, stream = str(next(model.parameters()).device), family.decoder_layers(model), stream_of(model)
     additive = [observer for observer in observers if isinstance(observer, Additive)]
-    part = share() if len(additive) == len(observers) else WHOLE
+    part = shard() if len(additive) == len(observers) else WHOLE
     batches: Iterable[Batch] = documents.batches(batch_size, device, part)
     with torch.inference_mode():
         if stream is not None:
@@ -124,20 +124,20 @@ def _walk_by_layer(
     batches: Sequence[Batch],
     observers: Sequence[Observer],
     description: str | None,
-    start: Start | None,
+    start: EntryState | None,
 ) -> None:
     """Run all batches through a layer before the next one, up to the last wanted signal; one observer is a ``_Carry``."""
     wanted, first = _wanted(observers), start.layer if start else 0
     places: Iterable[int] = range(first, max(wanted) + 1)
     for layer in places if description is None else progress(places, description, "layers"):
-        begin = start if layer == first else Start(layer, None)
+        begin = start if layer == first else EntryState(layer, None)
         with _Tap(family.decoder_layers(model), family, {layer: wanted[layer]}, observers, begin) as tap:
             for batch in batches:
                 tap.run(model, batch)
 
 
 class _Carry:
-    """Observer that keeps each batch's states, padding included, from one layer to the next (``Start.states`` of None)."""
+    """Observer that keeps each batch's states, padding included, from one layer to the next (``EntryState.states`` of None)."""
 
     def __init__(self, layers: range):
         self.layers = layers
@@ -150,7 +150,9 @@ class _Carry:
 
 
 @contextmanager
-def passes(model: nn.Module, family: Family, batches: Iterable[Batch], start: Start | None = None) -> Iterator[Iterator[Batch]]:
+def passes(
+    model: nn.Module, family: Family, batches: Iterable[Batch], start: EntryState | None = None
+) -> Iterator[Iterator[Batch]]:
     """Yield the batches, once, for whole forward passes of the model inside the block.
 
     A streamed model moves all of them up to its last layer first, each layer read once; each pass then computes the rest.
@@ -175,9 +177,9 @@ def passes(model: nn.Module, family: Family, batches: Iterable[Batch], start: St
             with torch.inference_mode():
                 carry = _Carry(range(start.layer if start else 0, last))
                 _walk_by_layer(model, family, waiting, [carry], None, start)
-            start = Start(last, None)
+            start = EntryState(last, None)
         if start is not None:
-            stack.enter_context(begun_at(family, layers, start, lambda: current[0]))
+            stack.enter_context(start_at_layer(family, layers, start, lambda: current[0]))
         yield in_turn()
 
 
@@ -190,7 +192,7 @@ class _Tap:
         family: Family,
         wanted: Mapping[int, set[Signal]],
         observers: Sequence[Observer],
-        start: Start | None,
+        start: EntryState | None,
     ):
         self.layers, self.family, self.wanted, self.start = layers, family, wanted, start
         self.listeners = {layer: [each for each in observers if layer in each.wants()] for layer in wanted}
@@ -211,7 +213,7 @@ class _Tap:
     def __enter__(self) -> "_Tap":
         with ExitStack() as stack:
             if self.start is not None:
-                stack.enter_context(begun_at(self.family, self.layers, self.start, lambda: self.batch))
+                stack.enter_context(start_at_layer(self.family, self.layers, self.start, lambda: self.batch))
             for layer, signals in self.wanted.items():
                 for signal in signals:
                     stack.callback(self._hook(layer, signal).remove)

@@ -1,5 +1,7 @@
 """activations: take the planned statistics of the first block, in one pass."""
 
+from contextlib import nullcontext
+
 import torch
 from safetensors.torch import save_file
 
@@ -9,6 +11,7 @@ from replaceme.base.files import new_folder
 from replaceme.base.params import Params
 from replaceme.base.plan import Plan
 from replaceme.base.progress import logger
+from replaceme.base.ranks import rank
 from replaceme.base.stage import PASS, Stage
 from replaceme.base.workspace import Workspace
 from replaceme.models.find import calibration_model
@@ -23,7 +26,8 @@ def observe_activations(params: Params, work: Workspace) -> None:
     """Take the planned statistics and write one safetensors file for each."""
     use_processor(params.threads)
     plan, documents = Plan.load(work.plan), Documents.load(work.documents)
-    with new_folder(work.statistics) as folder:
+    # Only the first process writes. What others share are sums, which need no folder.
+    with new_folder(work.statistics) if rank() == 0 else nullcontext(work.statistics) as folder:
         if not plan.statistics or plan.mlp_width:
             why = "they are taken in the repair stage, with narrower MLPs" if plan.mlp_width else "the method needs none"
             logger.info("activations: no statistics: %s", why)
@@ -36,6 +40,8 @@ def observe_activations(params: Params, work: Workspace) -> None:
         taken = take_statistics(model, family, documents, block, plan.statistics, params.batch_size, folder)
         # In a process that goes on with the next stage, only the garbage collector would.
         free(model)
+        if rank():
+            return
         for name, tensors in taken.items():
             save_file(tensors, folder / f"{name}.safetensors")
     width, tokens = int(model.config.hidden_size), documents.token_count
@@ -47,12 +53,17 @@ def observe_activations(params: Params, work: Workspace) -> None:
         )  # fmt: skip
 
 
+def _is_shared(plan: Plan) -> bool:
+    """Return whether processes can share the walk."""
+    return plan.mlp_width is None and adds_up(plan.statistics)
+
+
 STAGE = Stage(
     name="activations",
     run=observe_activations,
     params=PASS,
     reads=(Workspace.model_input, Workspace.documents, Workspace.plan, Workspace.model_versions),
     writes=Workspace.statistics,
-    shared=lambda params, work: adds_up(Plan.load(work.plan).statistics),
+    shared=lambda params, work: _is_shared(Plan.load(work.plan)),
     code=("base", "models", "observers"),
 )

@@ -2,6 +2,7 @@
 
 from replaceme.base.files import new_folder, read_json
 from replaceme.base.params import Params
+from replaceme.base.ranks import rank
 from replaceme.base.stage import SCORING, Stage
 from replaceme.base.workspace import Workspace
 from replaceme.evaluation.scores import score_model
@@ -10,8 +11,10 @@ from replaceme.models.find import recorded_model
 
 def score_baseline(params: Params, work: Workspace) -> None:
     """Score the dense model, and write the scores."""
-    found = read_json(work.tasks_input)
-    scores = score_model(params, recorded_model(params, work.model_input), "dense model", found, is_dense=True)
+    model = recorded_model(params, work.model_input)
+    scores = score_model(params, model, read_json(work.tasks_input), is_dense=True)
+    if rank():
+        return
     with new_folder(work.baseline) as folder:
         scores.save(folder)
 

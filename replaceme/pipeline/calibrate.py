@@ -24,10 +24,7 @@ def calibrate(params: Params, work: Workspace) -> None:
     corpora = [source.open(params.seed) if source else Documents.load(work.own_text) for source in found]
     if params.pack and any(isinstance(corpus, Corpus) and corpus.running for corpus in corpora):
         logger.info("pack: has no effect on a running text, whose documents are full already")
-    documents, counts = draw_documents(
-        corpora, [source.share for source in sources], tokenizer, params.dataset_size, params.max_length,
-        pack=params.pack, seed=params.seed,
-    )  # fmt: skip
+    documents, counts = draw_documents(corpora, tokenizer, params)
     total = Counts(*map(sum, zip(*map(astuple, counts), strict=True)))
     with new_folder(work.documents) as folder:
         documents.save(folder)

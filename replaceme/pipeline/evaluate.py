@@ -10,13 +10,15 @@ from replaceme.base.documents import Documents
 from replaceme.base.files import read_json, rounded, write_json
 from replaceme.base.params import Params
 from replaceme.base.progress import logger
+from replaceme.base.ranks import rank
 from replaceme.base.stage import SCORING, Stage
 from replaceme.base.workspace import Workspace
-from replaceme.corpora.record import read_record
-from replaceme.evaluation.comparison import compare, comparison_table
-from replaceme.evaluation.prompts import side_by_side
+from replaceme.corpora.sources import read_record
+from replaceme.evaluation.comparison import compare
+from replaceme.evaluation.contamination import CalibrationText
+from replaceme.evaluation.continuations import side_by_side
 from replaceme.evaluation.scores import Scores, score_model
-from replaceme.evaluation.seen import Calibration
+from replaceme.evaluation.tables import comparison_table
 from replaceme.models.model import Model
 
 
@@ -24,8 +26,10 @@ def evaluate(params: Params, work: Workspace) -> None:
     """Score the pruned model, write metrics/evaluation.json and both models' continuations, and print the table."""
     pruned = Model(work.model, work.model.name, trust_remote_code=params.trust_remote_code)
     dense = Scores.load(work.baseline)
-    calibration = Calibration.of(read_record(work.model), Documents.load(work.documents), pruned.tokenizer())
-    scores = score_model(params, pruned, "pruned model", read_json(work.tasks_input), dense, calibration)
+    calibration = CalibrationText.of_documents(read_record(work.model), Documents.load(work.documents), pruned.tokenizer())
+    scores = score_model(params, pruned, read_json(work.tasks_input), dense, calibration)
+    if rank():
+        return
     _warn_of_differences(dense.figures, scores.figures)
     comparison = rounded(compare(dense.figures, scores.figures, dense.items, scores.items))
     write_json(work.metric("evaluation"), comparison)

@@ -9,7 +9,7 @@ from replaceme.base.params import Params
 from replaceme.base.progress import logger
 from replaceme.base.stage import Stage
 from replaceme.base.workspace import Workspace
-from replaceme.corpora.record import write_record
+from replaceme.corpora.sources import write_record
 from replaceme.edits.edits import Edits
 from replaceme.export.card import SETTINGS, model_card
 from replaceme.export.save import save_pruned
@@ -32,7 +32,7 @@ def export(params: Params, work: Workspace) -> None:
     use_processor(params.threads)
     give_back()
     source, edits = recorded_model(params, work.model_input), Edits.load(work.edits)
-    whole = "a narrower stream and removed parts of layers change shapes" if edits.bases or edits.parts else None
+    whole = "the method's edit changes the shapes of weights" if edits.model_edit and edits.model_edit.reshapes else None
     # The proof computes in these formats, on the processor.
     outside, layers = proof_dtypes(source)
     room = room_of(source, on_processor(params), outside, layers=layers, whole=whole)
@@ -80,7 +80,7 @@ STAGE = Stage(
     metrics=("export",),
     figures=("solve",),
     code=(
-        "__init__.py", "base", "models", "corpora/record.py", "corpora/sources.py", "edits", "selection/criteria.py",
+        "__init__.py", "base", "models", "corpora/sources.py", "edits", "selection/criteria.py",
         "selection/blocks.py", "methods", "export",
     ),
     methods=METHODS,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from replaceme.base.files import PARTIAL, copy_content, new_folder, read_json, remove, rounded, write_json
 from replaceme.base.params import Params
 from replaceme.base.progress import logger
+from replaceme.base.ranks import rank
 from replaceme.base.stage import PASS, Stage
 from replaceme.base.workspace import Workspace
 
@@ -19,18 +20,21 @@ if TYPE_CHECKING:
 def heal(params: Params, work: Workspace) -> None:
     """Write the final edits and metrics/heal.json; without healing, the edits are copied."""
     figures: dict[str, Any] = {}
+    if params.heal_epochs:
+        from replaceme.edits.edits import Edits
+        from replaceme.training.curves import write_curves
+
+        edits = Edits.load(work.repaired)
+        figures, curves = _heal(params, work, edits)
+    else:
+        logger.info("heal: nothing to do")
+    if rank():
+        return
     with new_folder(work.edits) as folder:
         copy_content(work.repaired, folder)
         if params.heal_epochs:
-            from replaceme.edits.edits import Edits
-            from replaceme.training.curves import write_curves
-
-            edits = Edits.load(work.repaired)
-            figures, curves = _heal(params, work, edits)
             edits.save(folder)
             write_curves(folder, curves)
-        else:
-            logger.info("heal: nothing to do")
     write_json(work.metric("heal"), rounded(figures))
     remove(_checkpoints(work))
 
@@ -51,29 +55,29 @@ def _heal(params: Params, work: Workspace, edits: Edits) -> tuple[dict[str, Any]
     model, family = calibration_model(params, work.model_input, whole=HEALED_WHOLE)
     documents, plan = Documents.load(work.documents), Plan.load(work.plan)
     # With narrower MLPs, the states differ from the dense model's from the first layer on.
-    host = 0 if plan.mlp_width else plan.blocks[0].host
+    first = 0 if plan.mlp_width else plan.blocks[0].layer_before_cut
     folder = _checkpoints(work)
     course = Course(params.heal_learning_rate, params.heal_epochs, params.batch_size, "heal_learning_rate")
     settings = {
         **settings_of(course, next(model.parameters()).device),
         "share": healing.SHARE,
-        "host": host,
+        "first": first,
         "model": read_json(work.model_input),
         "edits": sha256_below(work.repaired),
         "dtype": params.dtype,
     }
     entering, leaving = entering_and_leaving(
-        model, family, documents, host, len(family.decoder_layers(model)) - 1,
+        model, family, documents, first, len(family.decoder_layers(model)) - 1,
         batch_size=params.batch_size, folder=work.edits.parent, purpose="healing", description="walking to the predictions",
     )  # fmt: skip
-    lesson = healing.Predictions(model, family, edits, documents, host, entering, leaving)
+    lesson = healing.Predictions(model, family, edits, documents, first, entering, leaving)
     parameters, curves = train(lesson, lesson.learners(), course, folder, key_of(settings, documents.documents))
     lesson.correct(edits, parameters)
     return figures_of(curves, parameters), curves
 
 
 def _checkpoints(work: Workspace) -> Path:
-    """Return the folder of the checkpoints, from which an interrupted training resumes: those of the first process count."""
+    """Return the folder of the checkpoints, from which an interrupted training resumes."""
     return work.edits.parent / f"healing{PARTIAL}"
 
 

@@ -23,16 +23,16 @@ from replaceme.base.source import dataset_title
 from replaceme.base.stage import Stage
 from replaceme.base.versions import FOUR_BIT, MODEL, SCORES, TEXT, versions
 from replaceme.base.workspace import Workspace
-from replaceme.corpora.find import fingerprints, own_documents
+from replaceme.corpora.find import dataset_fingerprints
+from replaceme.corpora.own_text import own_document_count
 from replaceme.evaluation.tasks import task_fingerprints
-from replaceme.methods.refusals import family_refusals, needs_whole
+from replaceme.methods.refusals import check_model, needs_whole
 from replaceme.methods.registry import METHODS, criterion_of
 from replaceme.models.checks import check_weights
 from replaceme.models.find import find_model, identity
 from replaceme.models.memory import room_of, shown_size, weight_bytes
 from replaceme.models.model import Model, layer_count, positions_of, proof_dtypes, stored_dtype, working_dtype
 from replaceme.models.model_files import CARD_FILES, TEXT_RECORD
-from replaceme.models.own_form import check_own_form
 from replaceme.models.recognition import check_cut
 from replaceme.observers.residuals import FIT_TOKENS, HELD_OUT_SHARE
 from replaceme.selection.budget import within_budget
@@ -57,15 +57,9 @@ def inspect_inputs(params: Params, work: Workspace) -> None:
         kind, positions = config.model_type, positions_of(config)
         if params.max_length > positions:
             raise ParameterError(f"max_length: must be at most the model's {positions} positions, not {params.max_length}.")
-        method = METHODS[params.method]
-        if refused := family_refusals(params.model_dump(), kind, family):
-            raise ParameterError(refused)
-        if not method.plain(params):
-            check_own_form(config, kind)
         params = within_budget(params, model, criterion_of(params))
         allowed_starts(params, layer_count(model), criterion_of(params))
-        if method.check:
-            method.check(params, model, family)
+        check_model(params, model, family)
         if family.detected:
             check_cut(model.skeleton, config, family)
             logger.warning(
@@ -81,8 +75,8 @@ def inspect_inputs(params: Params, work: Workspace) -> None:
         content[work.tokenizer_input.name] = identity(model, model.tokenizer_files())
         content[work.card_input.name] = identity(model, model.files((*CARD_FILES, TEXT_RECORD)))
     with _collecting(problems):
-        content[work.dataset_input.name] = fingerprints(params)
-        content[work.own_text_input.name] = {"documents": own_documents(params)}
+        content[work.dataset_input.name] = dataset_fingerprints(params)
+        content[work.own_text_input.name] = {"documents": own_document_count(params)}
     with _collecting(problems):
         content[work.tasks_input.name] = task_fingerprints(params)
     if problems:

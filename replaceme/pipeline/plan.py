@@ -37,6 +37,14 @@ STAGE = Stage(
     params=("method", "transform", "repair", "remove", *read_by("plan"), "trust_remote_code"),
     reads=(Workspace.blocks, Workspace.model_input, Workspace.model_versions),
     writes=Workspace.plan,
-    code=("base", "models", "selection/criteria.py", "selection/blocks.py", "selection/budget.py", "methods"),
+    code=(
+        "base",
+        "models",
+        "edits/model_edit.py",
+        "selection/criteria.py",
+        "selection/blocks.py",
+        "selection/budget.py",
+        "methods",
+    ),
     methods=METHODS,
 )

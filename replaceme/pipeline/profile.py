@@ -8,6 +8,7 @@ from replaceme.base.documents import Documents
 from replaceme.base.files import new_folder, rounded, write_json, write_text
 from replaceme.base.params import Params
 from replaceme.base.progress import logger
+from replaceme.base.ranks import rank
 from replaceme.base.stage import PASS, Stage
 from replaceme.base.workspace import Workspace
 from replaceme.models.find import calibration_model, recorded_model
@@ -26,6 +27,8 @@ def profile(params: Params, work: Workspace) -> None:
     model, _ = calibration_model(params, work.model_input)
     work.profile.parent.mkdir(parents=True, exist_ok=True)
     content = profile_model(model, family, documents, params.batch_size, work.profile.parent)
+    if rank():
+        return
     with new_folder(work.profile) as folder:
         write_json(folder / "profile.json", content)
         write_text(folder / "distances.csv", _pairs_table(content))
@@ -41,9 +44,9 @@ def profile(params: Params, work: Workspace) -> None:
 def _pairs_table(content: Mapping[str, Any]) -> str:
     distances, residuals = content["angular_distance"], content["residual"]
     rows = [
-        f"{host},{last + 1},{last - host},{rounded(distances[host][last])},{rounded(residuals[host][last])}"
-        for host in range(len(distances))
-        for last in range(host + 1, len(distances))
+        f"{layer},{last + 1},{last - layer},{rounded(distances[layer][last])},{rounded(residuals[layer][last])}"
+        for layer in range(len(distances))
+        for last in range(layer + 1, len(distances))
     ]
     return "\n".join(["host,end,layers_to_skip,angular_distance,residual", *rows]) + "\n"
 

@@ -9,19 +9,19 @@ from replaceme.base.compute import resolve_device, use_processor
 from replaceme.base.documents import Documents
 from replaceme.base.files import copy_content, new_folder, read_json, remove, rounded, write_json, write_text
 from replaceme.base.fingerprints import sha256_below
-from replaceme.base.group import share
 from replaceme.base.params import Params
 from replaceme.base.plan import Plan
 from replaceme.base.progress import logger
+from replaceme.base.ranks import rank
 from replaceme.base.stage import PASS, Stage
 from replaceme.base.workspace import Workspace
 from replaceme.edits.edits import Edits
-from replaceme.methods.method import Bench
+from replaceme.methods.method import MethodContext
 from replaceme.methods.refusals import needs_whole
 from replaceme.methods.registry import METHODS, read_by
 from replaceme.models.families import inputs_of
 from replaceme.models.find import calibration_model, recorded_model
-from replaceme.models.width import mlp_entry
+from replaceme.models.width import mlp_width_entry
 from replaceme.observers.statistics import adds_up
 from replaceme.repair.mend import STEPWISE, mend
 from replaceme.repair.resume import Checkpoints
@@ -38,27 +38,31 @@ def repair(params: Params, work: Workspace) -> None:
     repairs: list[Repair] = []
     figures: dict[str, Any] = {}
     method = METHODS[params.method]
+    mends = method.fit_on_model is None and _mends(params, plan)
+    if mends:
+        model, family = calibration_model(params, work.model_input)
+        documents = Documents.load(work.documents)
+        checkpoints = Checkpoints(work.unfinished("repairing"), _key(params, work, documents))
+        repairs, figures = mend(params, model, family, documents, edits, plan, work.repaired.parent, checkpoints)
+        if plan.mlp_width:
+            edits.config = mlp_width_entry(model.config, family, plan.mlp_width)
+            channels = inputs_of(family.linear_of(family.decoder_layers(model)[0], "mlp_output"))
+            gone = channels - plan.mlp_width
+            edits.parts = f"{gone:,} of {channels:,} MLP channels in every layer"
+            figures["removed_channels"] = gone * len(edits.channels)
+    if rank():
+        return
     with new_folder(work.repaired) as folder:
         copy_content(work.solution, folder)
-        if method.work:
+        if method.fit_on_model:
             model, family = calibration_model(params, work.model_input, whole=needs_whole(params))
             if params.remove is not None:
                 # Of a method that removes parts of layers, which takes no other criterion and one block.
                 params = within_budget(params, recorded_model(params, work.model_input), method.criterion)
-            bench = Bench(params, model, family, Documents.load(work.documents), plan, edits, work.repaired.parent, folder)
-            figures = method.work(bench)
-            edits.save(folder)
-        elif _mends(params, plan):
-            model, family = calibration_model(params, work.model_input)
             documents = Documents.load(work.documents)
-            checkpoints = Checkpoints(work.unfinished("repairing"), _key(params, work, documents))
-            repairs, figures = mend(params, model, family, documents, edits, plan, work.repaired.parent, checkpoints)
-            if plan.mlp_width:
-                edits.config = mlp_entry(model.config, family, plan.mlp_width)
-                channels = inputs_of(family.linear_of(family.decoder_layers(model)[0], "mlp_output"))
-                gone = channels - plan.mlp_width
-                edits.parts = f"{gone:,} of {channels:,} MLP channels in every layer"
-                figures["removed_channels"] = gone * len(edits.channels)
+            context = MethodContext(params, model, family, documents, plan, edits, work.repaired.parent, folder)
+            figures = method.fit_on_model(context)
+        if method.fit_on_model or mends:
             edits.save(folder)
         write_text(folder / "repairs.csv", _table(repairs))
         if not method.trained:
@@ -72,13 +76,12 @@ def repair(params: Params, work: Workspace) -> None:
             "repair: %d linears corrected; relative residual of the state after the last one %.4f, %.4f before its correction",
             figures["corrected_linears"], repairs[-1].after, repairs[-1].before,
         )  # fmt: skip
-    elif not method.work:
+    elif not method.fit_on_model:
         logger.info("repair: nothing to do")
     write_json(work.metric("repair"), rounded(figures))
-    # Checkpoints go only after all is written, by the process that writes it.
-    if share().rank == 0:
-        remove(work.unfinished("repairing"))
-        remove(checkpoints_in(work.repaired.parent))
+    # Checkpoints go only after all is written.
+    remove(work.unfinished("repairing"))
+    remove(checkpoints_in(work.repaired.parent))
 
 
 def _mends(params: Params, plan: Plan) -> bool:
@@ -89,7 +92,7 @@ def _mends(params: Params, plan: Plan) -> bool:
 def _is_shared(params: Params, plan: Plan) -> bool:
     """Return whether processes can share the walks."""
     fits = bool(plan.statistics) and (len(plan.blocks) > 1 or plan.mlp_width is not None)
-    return METHODS[params.method].work is None and _mends(params, plan) and (adds_up(plan.statistics) or not fits)
+    return METHODS[params.method].fit_on_model is None and _mends(params, plan) and (adds_up(plan.statistics) or not fits)
 
 
 def _key(params: Params, work: Workspace, documents: Documents) -> str:

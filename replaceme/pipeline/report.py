@@ -16,7 +16,7 @@ from replaceme.base.settings import WITHOUT_EFFECT
 from replaceme.base.stage import Stage
 from replaceme.base.workspace import Workspace
 from replaceme.edits.edits import Edits
-from replaceme.evaluation.comparison import comparison_rows, seen_note, seen_tasks
+from replaceme.evaluation.tables import comparison_rows, seen_note, seen_tasks
 from replaceme.export.card import model_card
 from replaceme.methods.registry import FIELDS, METHODS
 from replaceme.models.find import recorded_model
@@ -107,7 +107,7 @@ STAGE = Stage(
     writes=Workspace.report,
     figures=("select", "solve", "repair", "heal", "export", "evaluation"),
     code=(
-        "base", "models", "corpora", "edits", "selection/criteria.py", "selection/blocks.py", "methods", "export/card.py",
+        "base", "models", "edits", "selection/criteria.py", "selection/blocks.py", "methods", "export/card.py",
         "export/transformers4.py",
         "evaluation", "report",
     ),

@@ -9,6 +9,7 @@ from replaceme.base.files import read_json, rounded, write_json
 from replaceme.base.params import Params
 from replaceme.base.plan import save_blocks
 from replaceme.base.progress import logger
+from replaceme.base.ranks import rank
 from replaceme.base.stage import PASS, Stage
 from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import METHODS, criterion_of, read_by
@@ -23,31 +24,33 @@ def select(params: Params, work: Workspace) -> None:
     """Write the blocks and metrics/select.json."""
     profile = read_json(work.profile / "profile.json")
     distances, residuals, criterion = profile["angular_distance"], profile["residual"], criterion_of(params)
-    stand_in, folder = METHODS[params.method].stand_in(params), work.blocks.parent
+    surrogate, folder = METHODS[params.method].surrogate(params), work.blocks.parent
     folder.mkdir(parents=True, exist_ok=True)
     if params.remove is not None:
         params = within_budget(params, recorded_model(params, work.model_input), criterion)
     choice = Choice(
-        params, profile, allowed_starts(params, len(distances), criterion), stand_in,
+        params, profile, allowed_starts(params, len(distances), criterion), surrogate,
         partial(_loaded, params, work), partial(Documents.load, work.documents), folder,
     )  # fmt: skip
     blocks, figures = criterion.choose(choice)
-    if stand_in == "scalar" and any(block.scale is None for block in blocks):
+    if surrogate == "scalar" and any(block.scale is None for block in blocks):
         model, family = scalable(*choice.model, choice.documents)
         blocks = compensated(model, family, choice.documents, blocks, batch_size=params.batch_size)
+    if rank():
+        return
     save_blocks(blocks, work.blocks)
     for number, block in enumerate(blocks):
         chosen = {
-            "host": block.host,
+            "host": block.layer_before_cut,
             "start": block.start,
             "end": block.end,
-            "angular_distance": distances[block.host][block.end - 1],
-            "residual": residuals[block.host][block.end - 1],
+            "angular_distance": distances[block.layer_before_cut][block.end - 1],
+            "residual": residuals[block.layer_before_cut][block.end - 1],
         } | ({} if block.scale is None else {"scale": block.scale})
         figures |= {f"block{number}": chosen} if number else chosen
         logger.info(
-            "select: layers %d to %d of %d are removed, host %d, by %s: angular distance %.4f, residual %.4f%s",
-            block.start, block.end - 1, len(distances), block.host, criterion.name, chosen["angular_distance"],
+            "select: layers %d to %d of %d are removed, after layer %d, by %s: angular distance %.4f, residual %.4f%s",
+            block.start, block.end - 1, len(distances), block.layer_before_cut, criterion.name, chosen["angular_distance"],
             chosen["residual"], f", mean loss {figures['loss']:.4f}" if "loss" in figures else "",
         )  # fmt: skip
     write_json(work.metric("select"), rounded(figures))
@@ -71,5 +74,5 @@ STAGE = Stage(
     metrics=("select",),
     code=("base", "models", "observers", "edits", "solvers", "selection", "methods"),
     methods=METHODS,
-    shared=lambda params, work: criterion_of(params).shared or METHODS[params.method].stand_in(params) == "scalar",
+    shared=lambda params, work: criterion_of(params).shared or METHODS[params.method].surrogate(params) == "scalar",
 )  # fmt: skip

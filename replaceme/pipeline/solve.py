@@ -32,7 +32,7 @@ def solve(params: Params, work: Workspace) -> None:
     solved = Solved(Edits("", [])) if plan.mlp_width else METHODS[params.method].solve(params, block, statistic)
     solved.edits.removed_layers = plan.removed_layers
     solved.edits.mixtures |= plan.mixtures
-    solved.edits.operators |= {host: torch.tensor(scale, dtype=torch.float64) for host, scale in plan.scales.items()}
+    solved.edits.operators |= {layer: torch.tensor(scale, dtype=torch.float64) for layer, scale in plan.scales.items()}
     removed = len(plan.removed_layers)
     with new_folder(work.solution) as folder:
         solved.edits.save(folder)
@@ -42,13 +42,13 @@ def solve(params: Params, work: Workspace) -> None:
     if mixtures := solved.edits.mixtures:
         logger.info("solve: %d layers are removed, merged into %d kept ones", removed, len(mixtures))
     elif plan.scales:
-        listed = ", ".join(f"{scale:.4f} after layer {host}" for host, scale in plan.scales.items())
+        listed = ", ".join(f"{scale:.4f} after layer {layer}" for layer, scale in plan.scales.items())
         logger.info("solve: %d layers are removed, and the state is scaled instead: %s", removed, listed)
     elif plan.mlp_width:
         logger.info(
             "solve: %d layers are removed; what replaces them is fitted in the repair stage, with narrower MLPs", removed
         )
-    elif removed and not (METHODS[params.method].work or solved.edits.changes() or solved.edits.operators):
+    elif removed and not (METHODS[params.method].fit_on_model or solved.edits.changes() or solved.edits.operators):
         logger.info("solve: %d layers are removed, and nothing replaces them", removed)
 
 

@@ -1,4 +1,4 @@
-"""The choice of a host's MLP channels, from its own and those of the removed layers (``replaceme.edits.channels``).
+"""The choice of channels for the MLP before a cut, of its own and those of removed layers (``replaceme.edits.channels``).
 
 The criterion is the least squares that solves for its last linear (``replaceme.solvers.refit``): a ridge regression of what the
 state at the cut lacks, with the channels' original columns as prior. With ``A = S + λ diag S`` and the solution's rows ``w_i``,
@@ -9,8 +9,8 @@ its objective rises by
 without channel i (Hassibi and Stork, Optimal Brain Surgeon, 1993). Each round drops the fifth with the smallest rises, then
 solves again, until the channels fit. (Smaller steps chose no better on the demo.)
 
-Layers are added one at a time, from the last removed layer to the host, and each is compared with the best channels so far, so
-the sums stay at (2 f)² numbers. (Comparing all layers at once was no better on the demo.) Where these would exceed
+Layers are added one at a time, from the last removed layer to the one before the cut, and each is compared with the best
+channels so far, so the sums stay at (2 f)² numbers. (All layers at once were no better on the demo.) Where these would exceed
 ``CANDIDATE_BYTES``, the channels with the smallest rises are left out before, by the same rule without the products of
 different channels: ``w_i = (c_i + λ S_ii prior_i) / ((1 + λ) S_ii)`` and ``1 / (A⁻¹)_ii = (1 + λ) S_ii``. (On the demo, 1.5 f
 channels chosen so hold 84 % of the exact choices, and 1.75 f hold 94 %. A sketch of f / 2 tokens, with the products, came to
@@ -25,13 +25,13 @@ from torch import Tensor, nn
 
 from replaceme.base.documents import Batch
 from replaceme.base.errors import SolveError
-from replaceme.base.group import add_up
+from replaceme.base.group import all_reduce_sum
 from replaceme.models.families import Family, parameter_of
 from replaceme.models.model import is_finite
 from replaceme.observers.sums import add_squares, mirror, token_weights
 from replaceme.observers.walk import Signal, Signals
 from replaceme.solvers.arguments import ArgumentError
-from replaceme.solvers.cholesky import factorized, inverse_diagonal, solved
+from replaceme.solvers.cholesky import factorize, inverse_diagonal, solve_factorized
 
 # Tokens per compared channel, and the share of channels that a round keeps.
 TOKENS_PER_CHANNEL, SHARE = 8, 0.8
@@ -41,20 +41,20 @@ CANDIDATE_BYTES, MARGIN = 2 << 30, 1.125
 
 
 class Candidates:
-    """Observer of the least squares from candidate channels, in the host's MLP, to a target: sums over tokens, float32.
+    """Observer of the least squares from candidate channels, in a layer's MLP, to a target: sums over tokens, float32.
 
     ``gram`` = Σ w gᵀg (k, k; half of it: ``replaceme.observers.sums``) and ``cross`` = Σ w gᵀ(target − state without the
     MLP) (k, d), ``w = 1/‖target‖²``.
     """
 
-    def __init__(self, host: int, family: Family, layer: nn.Module, target: Tensor):
-        self.host, self.target, self.multiplier = host, target, family.multiplier
-        last = family.linear_of(layer, "mlp_output")
+    def __init__(self, layer: int, family: Family, module: nn.Module, target: Tensor):
+        self.layer, self.target, self.multiplier = layer, target, family.multiplier
+        last = family.linear_of(module, "mlp_output")
         self.bias = None if getattr(last, "bias", None) is None else parameter_of(last, "bias")
         self.gram = self.cross = torch.empty(0)
 
     def wants(self) -> Mapping[int, frozenset[Signal]]:
-        return {self.host: frozenset(("input", "attention", "mlp_features"))}
+        return {self.layer: frozenset(("input", "attention", "mlp_features"))}
 
     def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
         state = batch.real(signals["input"]).float() + batch.real(signals["attention"]).float()
@@ -76,7 +76,7 @@ class Candidates:
 
     def add_up(self) -> None:
         sums = {"gram": self.gram, "cross": self.cross} if len(self.gram) else {}
-        add_up(sums)
+        all_reduce_sum(sums)
         self.gram, self.cross = sums["gram"], sums["cross"]
 
 
@@ -88,7 +88,7 @@ class Screened(Candidates):
         self.gram = self.gram.add_(squares) if len(self.gram) else squares
 
 
-def most_compared(count: int) -> int:
+def max_candidates(count: int) -> int:
     """Return how many candidates are compared at once, at most, where ``count`` are kept."""
     return max(math.isqrt(CANDIDATE_BYTES // torch.float32.itemsize), math.ceil(MARGIN * count))
 
@@ -130,12 +130,12 @@ def best_channels(gram: Tensor, cross: Tensor, prior: Tensor, ridge: float, coun
     while len(kept) > count:
         matrix = scaled.clone()
         matrix.diagonal().add_(ridge)
-        factor, failed = factorized(matrix)
+        factor, failed = factorize(matrix)
         if not (is_finite(matrix) and is_finite(goal)):
             raise SolveError("dtype: the sums over the MLP's channels are not finite; use float32 or bfloat16.")
         if failed:
             raise ArgumentError("ridge", f"{ridge:g} leaves the choice of channels singular; raise it, or dataset_size.")
-        weights = solved(factor, goal + ridge * prior)
+        weights = solve_factorized(factor, goal + ridge * prior)
         rise = weights.square().sum(dim=1) / inverse_diagonal(factor)
         del matrix, factor
         left = rise.topk(max(count, int(SHARE * len(kept)))).indices.sort().values

@@ -10,9 +10,9 @@ each by ridge regression from Gram sums, toward the present weights (``_correct`
 for the bias; the solve is ``replaceme.solvers.ridge.solve_correction``). How strong corrections are, down to none at all, is
 chosen at the first one, by what it does on documents that it was not fitted on (``replaceme.solvers.held_out``). Where the
 MLP is parallel to the attention, no state lies between them: both linears are solved together, from ``[A | G]``, toward
-(original layer output) − h. With transform channels, the channels of a host's MLP are chosen here
+(original layer output) − h. With transform channels, the channels of the MLP before a cut are chosen here
 (``replaceme.repair.channel_choice``); then its linears are solved for again. With several blocks, the method fits each later
-one here, on the states that reach its host.
+one here, on the states that reach the layer before it.
 
 With a budget that makes the MLPs narrower (``Plan.mlp_width``), the walk begins at the first layer: the channels of every kept
 layer are chosen by the same rule from its own, before its MLP is repaired, and all blocks are fitted here.
@@ -36,10 +36,11 @@ from torch.nn import functional
 from replaceme.base.compute import require_resident
 from replaceme.base.documents import FOLDS, Batch, Documents, few_documents, folds_of
 from replaceme.base.files import temporary_folder
-from replaceme.base.group import from_first, gathered, neighbours, share
+from replaceme.base.group import all_gather, compute_on_rank0, local_world_size, shard
 from replaceme.base.params import Params
 from replaceme.base.plan import Block, Plan
 from replaceme.base.progress import logger, progress
+from replaceme.base.ranks import rank
 from replaceme.base.scratch import require_space, scratch
 from replaceme.edits.channels import assembled_parameter, channels_of
 from replaceme.edits.edits import Edits
@@ -56,16 +57,16 @@ from replaceme.repair.channel_choice import (
     Screened,
     best_channels,
     likely_channels,
-    most_compared,
+    max_candidates,
 )
 from replaceme.repair.resume import Checkpoints
 from replaceme.repair.state import Repair, State
 from replaceme.solvers.arguments import naming
-from replaceme.solvers.held_out import Strength, strength_of
-from replaceme.solvers.quality import gained_by_ridge, relative
+from replaceme.solvers.held_out import Shrinkage, choose_shrinkage
+from replaceme.solvers.quality import relative_residual, sse_change_of_correction
 from replaceme.solvers.ridge import solve_correction
 
-# The transforms whose host is solved for again, on its features after the first solution.
+# The transforms after which the layer before the cut is solved for again, on its features after the first solution.
 STEPWISE = ("joint", "channels")
 # Tokens whose states are updated at once.
 TOKENS = 2048
@@ -118,21 +119,21 @@ def _begun(
 ) -> State:
     """Return a state with room for the states of both models."""
     layers, removed = family.decoder_layers(model), set(plan.removed_layers)
-    host = 0 if plan.mlp_width else plan.blocks[0].host
-    last = len(layers) - 1 if params.repair else max(block.host for block in plan.blocks)
-    kept = [layer for layer in range(host, last + 1) if layer not in removed]
+    first = 0 if plan.mlp_width else plan.blocks[0].layer_before_cut
+    last = len(layers) - 1 if params.repair else max(block.layer_before_cut for block in plan.blocks)
+    kept = [layer for layer in range(first, last + 1) if layer not in removed]
     # The states after the last layer are not needed, nor are the inputs that update them.
     linears = LINEARS[: min(len(kept), 2)] if params.repair or params.transform in STEPWISE else ()
     # Where any is, the inputs of both linears are counted for the corrections.
-    own_inputs = Features.of(layers[host], family, LINEARS if linears else (), plan.mlp_width).widths
+    own_inputs = Features.of(layers[first], family, LINEARS if linears else (), plan.mlp_width).widths
     width = int(model.config.hidden_size)
     widths = [width] * 3 + [own_inputs[linear] for linear in linears]
-    shapes = [(documents.token_count_of(params.batch_size, share()), each) for each in widths]
+    shapes = [(documents.token_count_of(params.batch_size, shard()), each) for each in widths]
     dense, shortened, middle, *inputs = scratch(shapes, model.dtype, folder, "repair")
     # The corrections follow there, one layer after the other; those of each process, once the states of all are there.
     changed = len(kept) if params.repair else len(plan.blocks)
-    gathered(None)
-    needed = neighbours() * changed * width * sum(own_inputs.values()) * torch.float32.itemsize
+    all_gather(None)
+    needed = local_world_size() * changed * width * sum(own_inputs.values()) * torch.float32.itemsize
     require_space(folder, needed, "repair keeps {} of corrections there, beside its states")
     known = dict(zip(linears, inputs, strict=True))
     return State(params, model, family, documents, edits, plan, folder, kept, dense, middle, shortened, known)
@@ -151,7 +152,7 @@ def _walk_to_cut(state: State) -> None:
 def _mend_layer(state: State, layer: int) -> None:
     """Fit and correct a kept layer toward the dense model's states, and move the states of both models past it."""
     params, family, plan = state.params, state.family, state.plan
-    block = {block.host: block for block in plan.blocks}.get(layer)
+    block = {block.layer_before_cut: block for block in plan.blocks}.get(layer)
     solved = not plan.mlp_width and block == plan.blocks[0]
     # The attention of the first layer that changes has the same input as in the dense model.
     separate = params.repair and layer != state.kept[0] and not family.parallel
@@ -174,10 +175,10 @@ def _mend_layer(state: State, layer: int) -> None:
         state.walk_shortened(layer, [Keep(layer, ("output",), state.shortened)])
 
 
-def _solves(params: Params, family: Family, is_host: bool) -> list[Ridges]:
+def _solves(params: Params, family: Family, is_before_cut: bool) -> list[Ridges]:
     """Return the solves toward the state after a layer, in order."""
     mlp: Ridges
-    if is_host:
+    if is_before_cut:
         mlp = {"mlp_output": "refit_ridge"}
         both: Ridges = {"attention_output": "refit_ridge", **mlp}
         # A new output projection changes the features of an MLP after it. Where that is parallel, the joint solution stands,
@@ -191,33 +192,33 @@ def _solves(params: Params, family: Family, is_host: bool) -> list[Ridges]:
     return [{"attention_output": "repair_ridge_attention", **mlp}] if family.parallel else [mlp]
 
 
-def _choose(state: State, host: int, window: range, ridge: str) -> None:
+def _choose(state: State, layer: int, window: range, ridge: str) -> None:
     """Give a layer's MLP the best channels of its own and of removed layers after it, with their original columns.
 
     Args:
         state: at this layer.
-        host: the layer.
+        layer: the layer.
         window: the layer, and the removed ones whose channels it may take.
         ridge: the parameter that is the ridge of the least squares that compares them.
     """
-    layer, edits = state.layers[host], state.edits
-    edits.transforms.pop(host, None)
-    edits.corrections.pop((host, "mlp_output"), None)
+    module, edits = state.layers[layer], state.edits
+    edits.transforms.pop(layer, None)
+    edits.corrections.pop((layer, "mlp_output"), None)
     require_resident({place: state.layers[place] for place in window}, "whose channels are compared")
-    count = inputs_of(state.family.linear_of(layer, "mlp_output"))
+    count = inputs_of(state.family.linear_of(module, "mlp_output"))
     kept = state.plan.mlp_width or count
     documents = few_documents(state.documents, TOKENS_PER_CHANNEL * 2 * count)
     strength: float = getattr(state.params, ridge)
 
     def chosen_of(candidates: Tensor, among: type[Candidates], choose: Callable[..., Tensor], number: int) -> Tensor:
-        edits.channels[host] = candidates
-        sums = among(host, state.family, layer, state.dense)
-        state.walk_shortened(host, [sums], documents)
-        prior = assembled_parameter(state.family, state.layers, host, candidates, f"{state.family.mlp_output}.weight").T
-        return candidates[_told(partial(choose, sums.gram, sums.cross, prior, strength, number))]
+        edits.channels[layer] = candidates
+        sums = among(layer, state.family, module, state.dense)
+        state.walk_shortened(layer, [sums], documents)
+        prior = assembled_parameter(state.family, state.layers, layer, candidates, f"{state.family.mlp_output}.weight").T
+        return candidates[compute_on_rank0(partial(choose, sums.gram, sums.cross, prior, strength, number))]
 
     def best(candidates: Tensor) -> Tensor:
-        if len(candidates) > (most := most_compared(kept)):
+        if len(candidates) > (most := max_candidates(kept)):
             logger.info("repair: of %d channels, the %d likeliest are compared; more would not fit", len(candidates), most)
             candidates = chosen_of(candidates, Screened, likely_channels, most)
         with naming(ridge=ridge):
@@ -225,30 +226,30 @@ def _choose(state: State, host: int, window: range, ridge: str) -> None:
 
     *others, chosen = (channels_of(source, count) for source in window)
     if not others:
-        edits.channels[host] = best(chosen)
+        edits.channels[layer] = best(chosen)
         return
     # One layer's channels after the other's, each compared with the best so far.
     for more in progress([*reversed(others)], "choosing channels", "layers"):
         chosen = best(torch.cat([more, chosen]))
-    edits.channels[host] = chosen
-    own = int((chosen[:, 0] == host).sum())
+    edits.channels[layer] = chosen
+    own = int((chosen[:, 0] == layer).sum())
     for name, number in (("mlp_channels", kept), ("own_mlp_channels", own)):
         state.figures[name] = state.figures.get(name, 0) + number
     logger.info(
         "repair: of the %d channels of layer %d's MLP, %d are its own and %d come from removed layers",
-        kept, host, own, kept - own,
+        kept, layer, own, kept - own,
     )  # fmt: skip
 
 
 def _correct(state: State, layer: int, target: Tensor, ridges: Ridges, *, leaves: bool = False) -> None:
     """Solve for linears of a layer; if ``leaves``, move the shortened model's states to after the corrected layer."""
     features = Features.of(state.layers[layer], state.family, [*ridges], state.plan.mlp_width)
-    if state.strength is None and _is_fitted(state.edits):
-        state.strength = Strength()
+    if state.shrinkage is None and _is_fitted(state.edits):
+        state.shrinkage = Shrinkage()
     # Fewer folds where their sums would take too much memory, and one if nothing is chosen.
-    most = min(FOLDS, max(FOLD_BYTES // (8 * len(features) ** 2), 2)) if state.strength is None else 1
-    missing = Missing(layer, features, target, folds_of(state.documents, most))
-    observers: list[Observer] = [missing]
+    most = min(FOLDS, max(FOLD_BYTES // (8 * len(features) ** 2), 2)) if state.shrinkage is None else 1
+    residual_sums = ResidualSums(layer, features, target, folds_of(state.documents, most))
+    observers: list[Observer] = [residual_sums]
     if state.attended != layer:
         observers.append(Keep(layer, ("attention_features",), state.inputs["attention_output"]))
     if leaves:
@@ -258,26 +259,26 @@ def _correct(state: State, layer: int, target: Tensor, ridges: Ridges, *, leaves
     state.attended = layer
     values: dict[Linear, float] = {linear: getattr(state.params, name) for linear, name in ridges.items()}
     penalty = features.per_column(values)
-    folds = missing.folds()
-    if state.strength is None:
-        state.strength = _chosen(folds, penalty)
-    strength = state.strength
-    sums, penalty = added_up(folds), strength.ridge * penalty
+    folds = residual_sums.folds()
+    if state.shrinkage is None:
+        state.shrinkage = _agree_on_shrinkage(folds, penalty)
+    shrinkage = state.shrinkage
+    sums, penalty = added_up(folds), shrinkage.ridge_multiple * penalty
     del folds
     before, whole = float(sums["gap_squares"]), float(sums["output_squares"])
     after = before
-    if strength.scale:
+    if shrinkage.scale:
         gram, cross = sums["gram"], sums["cross"]
         diagonal = gram.diagonal().clone()
         with naming(ridge=ridges[min(values, key=values.__getitem__)]):
-            change = _told(partial(solve_correction, gram, cross, penalty, overwrite=True))
-        after += gained_by_ridge(diagonal, cross, change, penalty, strength.scale)
-        change *= strength.scale
+            change = compute_on_rank0(partial(solve_correction, gram, cross, penalty, overwrite=True))
+        after += sse_change_of_correction(diagonal, cross, change, penalty, shrinkage.scale)
+        change *= shrinkage.scale
         state.edits.correct_all(layer, features.parts(change))
         if leaves:
             _add_change(state, features, change)
-    residuals = relative(before, whole), relative(after, whole)
-    state.repairs.append(Repair(layer, tuple(ridges), *residuals, strength.ridge, strength.scale))
+    residuals = relative_residual(before, whole), relative_residual(after, whole)
+    state.repairs.append(Repair(layer, tuple(ridges), *residuals, shrinkage.ridge_multiple, shrinkage.scale))
 
 
 def _is_fitted(edits: Edits) -> bool:
@@ -286,22 +287,19 @@ def _is_fitted(edits: Edits) -> bool:
     return bool(edits.transforms) or any(operators) or any(linear == "mlp_output" for _, linear in edits.corrections)
 
 
-def _chosen(folds: Sequence[Mapping[str, Tensor]], penalty: Tensor) -> Strength:
-    """Return the strength of all corrections, and log it."""
-    strength = Strength(*_told(lambda: torch.tensor(astuple(strength_of(folds, penalty)), dtype=torch.float64)).tolist())
+def _agree_on_shrinkage(folds: Sequence[Mapping[str, Tensor]], penalty: Tensor) -> Shrinkage:
+    """Return how strong all corrections are, the same on every rank, and log it."""
+    shrinkage = Shrinkage(
+        *compute_on_rank0(lambda: torch.tensor(astuple(choose_shrinkage(folds, penalty)), dtype=torch.float64)).tolist()
+    )
     if len(folds) > 1:
         logger.info(
             "repair: of the strengths tried, %g times the ridge and %.2f of the correction did best on held-out documents",
-            strength.ridge, strength.scale,
+            shrinkage.ridge_multiple, shrinkage.scale,
         )  # fmt: skip
     else:
         logger.info("repair: corrections have their full strength: one document leaves none held out")
-    return strength
-
-
-def _told(compute: Callable[[], Tensor]) -> Tensor:
-    """Return a tensor that the first of the processes computes for all."""
-    return from_first(lambda: {"": compute()})[""]
+    return shrinkage
 
 
 def _add_change(state: State, features: Features, change: Tensor) -> None:
@@ -313,11 +311,11 @@ def _add_change(state: State, features: Features, change: Tensor) -> None:
 
 
 def _fit(state: State, block: Block) -> None:
-    """Fit a later block by the method, on the shortened model's states at the host and the dense model's at the end."""
-    with temporary_folder("scratch-", state.folder) as folder:
-        place = Place(block, state.layers[block.host], state.family, state.documents, folder)
+    """Fit a later block by the method, on the shortened model's states at the cut and the dense model's at the end."""
+    with temporary_folder(f"scratch-{rank()}-", state.folder) as folder:
+        place = Place(block, state.layers[block.layer_before_cut], state.family, state.documents, folder)
         observers = {statistic: STATISTICS[statistic](place) for statistic in state.plan.statistics}
-        state.walk_shortened(block.host, [AtHost(each, state.dense) for each in observers.values()])
+        state.walk_shortened(block.layer_before_cut, [PairedStatistic(each, state.dense) for each in observers.values()])
         for statistic, observer in observers.items():
             save_file(observer.tensors(), place.folder / f"{statistic}.safetensors")
         solved = METHODS[state.params.method].solve(
@@ -332,7 +330,7 @@ def _fit(state: State, block: Block) -> None:
     state.figures[f"block{state.plan.blocks.index(block)}"] = solved.figures
 
 
-class Missing:
+class ResidualSums:
     """Observer of what linears of a layer lack toward a target: sums over their features, float64.
 
     For each fold, ``gram`` = Σ w gᵀg (k, k), ``cross`` = Σ w gᵀe (k, d), ``gap_squares`` = Σ w ‖e‖² and ``output_squares`` =
@@ -379,16 +377,16 @@ def added_up(folds: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return dict(first)
 
 
-class AtHost:
-    """Observer that gives a statistic of a cut the host's signals of one model and the target states of another."""
+class PairedStatistic:
+    """Observer that gives a statistic of a cut the signals of one model before it and the target states of another."""
 
     def __init__(self, statistic: Any, target: Tensor):
         assert isinstance(statistic, AtCut)
         self.statistic, self.target = statistic, target
 
     def wants(self) -> Mapping[int, frozenset[Signal]]:
-        host = self.statistic.block.host
-        return {host: self.statistic.wants()[host]}
+        layer = self.statistic.block.layer_before_cut
+        return {layer: self.statistic.wants()[layer]}
 
     def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
         self.statistic.observe(layer, signals, batch)

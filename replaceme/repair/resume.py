@@ -18,7 +18,7 @@ from torch import Tensor
 from replaceme.base.errors import ResourceError, resource_failure
 from replaceme.base.files import clear_partials, new_folder, read_json, remove, write_json
 from replaceme.base.fingerprints import sha256_below
-from replaceme.base.group import gathered, share
+from replaceme.base.group import all_gather, shard
 from replaceme.base.progress import logger
 from replaceme.edits.edits import Edits
 from replaceme.repair.state import State
@@ -44,7 +44,7 @@ class Checkpoints:
 
     def offer(self, state: State, finished: int) -> None:
         """Write a checkpoint after ``finished`` layers, if the last one is old enough. A full disk is no error."""
-        if not gathered(self.pace.is_due())[0]:
+        if not all_gather(self.pace.is_due())[0]:
             return
         with self.pace.measured():
             try:
@@ -54,22 +54,22 @@ class Checkpoints:
                 if not resource_failure(failure):
                     raise
                 saved = False
-            if not all(gathered(saved)):
+            if not all(all_gather(saved)):
                 logger.warning(
                     "repair: the disk has no space for a checkpoint; an interrupted run goes on at the last one, if any"
                 )
                 remove(self._place(finished))
                 with suppress(OSError):  # unless it is empty
                     self.folder.rmdir()
-            elif share().rank == 0:
-                kept = {self._place(finished, rank) for rank in range(share().size)}
+            elif shard().rank == 0:
+                kept = {self._place(finished, rank) for rank in range(shard().size)}
                 for other in {*self.folder.iterdir()} - kept:
                     remove(other)
 
     def resume(self, state: State) -> int:
         """Continue from the last whole checkpoint, if there is one with this key; return how many layers are finished."""
         contents = self._whole(len(state.kept))
-        finished = max(set.intersection(*map(set, gathered([*contents]))), default=0)
+        finished = max(set.intersection(*map(set, all_gather([*contents]))), default=0)
         # What not all processes have is of an earlier run, and must not be completed by a later one.
         for other in contents.keys() - {finished}:
             remove(self._place(other))
@@ -82,7 +82,7 @@ class Checkpoints:
             tensor.copy_(read.view_as(tensor))
         edits = Edits.load(self._place(finished, 0))
         # What is mapped from the checkpoint is copied before a later one replaces it: corrections one at a time, to the disk.
-        mapped: tuple[dict[Any, Tensor], ...] = (edits.transforms, edits.operators, edits.parameters, edits.channels)
+        mapped: tuple[dict[Any, Tensor], ...] = (edits.transforms, edits.operators, edits.channels)
         for tensors in mapped:
             tensors.update({key: tensor.clone() for key, tensor in tensors.items()})
         vars(state.edits).update(vars(edits))
@@ -93,7 +93,7 @@ class Checkpoints:
 
     def _place(self, finished: int, rank: int | None = None) -> Path:
         """Return the folder of a process (None: this one) after so many layers."""
-        number, size = share()
+        number, size = shard()
         return self.folder / f"{finished}-{number if rank is None else rank}-of-{size}"
 
     def _whole(self, layers: int) -> dict[int, Mapping[str, Any]]:
@@ -113,7 +113,7 @@ class Checkpoints:
                 with (new / name).open("wb") as stream:
                     for rows in getattr(state, name).split(ROWS):
                         stream.write(rows.contiguous().flatten().view(torch.uint8).numpy().data)
-            if share().rank == 0:
+            if shard().rank == 0:
                 state.edits.save(new)
             content = {"repairs": [asdict(each) for each in state.repairs], "figures": state.figures}
             write_json(new / STATE, {"key": self.key, "sums": _sums(new), **content})

@@ -14,10 +14,10 @@ from replaceme.base.scratch import scratch, unmap
 from replaceme.edits.edits import Edits
 from replaceme.edits.unfused import unfused
 from replaceme.models.families import Family, Linear
-from replaceme.models.layers import Start
+from replaceme.models.layers import EntryState
 from replaceme.models.streaming import free
 from replaceme.observers.walk import Observer, walk
-from replaceme.solvers.held_out import Strength
+from replaceme.solvers.held_out import Shrinkage
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class State:
         middle: (tokens, d) its states after the attention of the current layer, where this attention is repaired.
         shortened: (tokens, d) states of the shortened model, before the current layer.
         inputs: linear → (tokens, inputs) its inputs in the shortened model.
-        strength: of all corrections, chosen at the first one; None before it.
+        shrinkage: of all corrections, chosen at the first one; None before it.
         attended: the layer that ``inputs["attention_output"]`` belong to; None: no layer yet.
         repairs: so far, in order.
         figures: for the metrics, so far.
@@ -65,14 +65,14 @@ class State:
     shortened: Tensor
     inputs: Mapping[Linear, Tensor]
     attended: int | None = None
-    strength: Strength | None = None
+    shrinkage: Shrinkage | None = None
     repairs: list[Repair] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
 
     def restore(self, repairs: Sequence[Mapping[str, Any]], figures: dict[str, Any]) -> None:
         """Take the repairs and figures of a checkpoint."""
         self.repairs = [Repair(**{**each, "linears": tuple(each["linears"])}) for each in repairs]
-        self.strength = Strength(self.repairs[0].ridge, self.repairs[0].scale) if self.repairs else None
+        self.shrinkage = Shrinkage(self.repairs[0].ridge, self.repairs[0].scale) if self.repairs else None
         self.figures = figures
 
     @property
@@ -91,7 +91,7 @@ class State:
 
     def walk_dense(self, layer: int, observers: Sequence[Observer]) -> None:
         """Walk through the dense model, from a layer that its states enter."""
-        self._walk(observers, Start(layer, self.dense), self.documents)
+        self._walk(observers, EntryState(layer, self.dense), self.documents)
         self._let_go(layer)
 
     def walk_shortened(self, layer: int, observers: Sequence[Observer], documents: Documents | None = None) -> None:
@@ -99,10 +99,10 @@ class State:
         known = self.inputs["attention_output"] if layer == self.attended else None
         # No other layer computes: none of their MLPs has to be assembled, and no mixture of theirs to be there.
         with unfused(self.model, self.family, self.edits.within([layer])):
-            self._walk(observers, Start(layer, self.shortened, known), documents or self.documents)
+            self._walk(observers, EntryState(layer, self.shortened, known), documents or self.documents)
         self._let_go(layer)
 
-    def _walk(self, observers: Sequence[Observer], start: Start, documents: Documents) -> None:
+    def _walk(self, observers: Sequence[Observer], start: EntryState, documents: Documents) -> None:
         batch_size = self.params.batch_size
         walk(self.model, self.family, documents, observers, batch_size=batch_size, description=None, start=start)
 

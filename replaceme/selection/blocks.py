@@ -8,7 +8,7 @@ from replaceme.base.plan import Block, runs
 
 
 def smallest(values: list[list[float]], starts: range, skip: int, count: int = 1) -> list[Block]:
-    """Return the ``count`` blocks with the smallest values (host × last removed layer), in order; of equals, the earliest."""
+    """Return the ``count`` blocks with the smallest values, in order; of equals, the earliest."""
     ordered = sorted(starts, key=lambda start: values[start - 1][start - 1 + skip])
     return [Block(start, start + skip) for start in ordered[:count]]
 

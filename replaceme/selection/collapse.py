@@ -68,12 +68,12 @@ def merged(layers: Layers, place: int, count: int) -> Layers:
 
 
 def blocks_of(layers: Layers) -> list[Block]:
-    """Return the removed blocks, with their hosts' coefficients."""
-    blocks, host = [], 0
+    """Return the removed blocks, with the coefficients of the layers before them."""
+    blocks, layer = [], 0
     for parts in layers:
         if len(parts) > 1:
-            blocks.append(Block(host + 1, host + len(parts), parts))
-        host += len(parts)
+            blocks.append(Block(layer + 1, layer + len(parts), parts))
+        layer += len(parts)
     return blocks
 
 
@@ -149,7 +149,7 @@ def collapsed_blocks(
     batch_size: int,
     folder: Path | None = None,
 ) -> tuple[list[Block], dict[int, float], float]:
-    """Return the removed blocks with their hosts' coefficients, the similarity after each merge, and the threshold.
+    """Return the removed blocks with their coefficients, the similarity after each merge, and the threshold.
 
     Args:
         model: the dense model.
@@ -175,7 +175,7 @@ def collapsed_blocks(
     def similarity(candidate: Layers, place: int) -> float:
         blocks = blocks_of(candidate)
         edits = Edits("", list(chain(*(block.layers for block in blocks))))
-        edits.mixtures = {block.host: block.mixture for block in blocks}
+        edits.mixtures = {block.layer_before_cut: block.mixture for block in blocks}
         with trials.trial(edits, place) as batches:
             states = last_states(model, batches)
         return fmean(

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from replaceme.base.documents import Batch, Documents, excerpts_of
 from replaceme.base.errors import ModelError, ParameterError
-from replaceme.base.group import add_up
+from replaceme.base.group import all_reduce_sum
 from replaceme.base.plan import Block, runs
 from replaceme.base.progress import progress
 from replaceme.edits.edits import Edits
@@ -53,7 +53,7 @@ class MagnitudeSums:
             self.sums[name] = self.sums.get(name, 0.0) + sums
 
     def add_up(self) -> None:
-        add_up(self.sums)
+        all_reduce_sum(self.sums)
 
     def gain(self, start: int, end: int) -> float:
         """Return s of layers ``[start, end)``, the mean over channels whose input is not 0 throughout."""
@@ -79,7 +79,7 @@ class Influence:
         self.sums[layer] += (1 - torch.cosine_similarity(before, after, dim=-1).double()).sum().cpu()
 
     def add_up(self) -> None:
-        add_up({"": self.sums})
+        all_reduce_sum({"influence": self.sums})
 
 
 def compensated_layers(
@@ -109,7 +109,7 @@ def compensated_layers(
         influence = (changes.sums / excerpts.token_count).tolist()
         _finite(sum(influence))
         best = min((layer for layer in allowed if layer not in scales), key=influence.__getitem__)
-        # The output of a layer that hosts a block is already multiplied by that block's scalar.
+        # The output of a layer before a block is already multiplied by that block's scalar.
         applied = float(edits.operators.get(best, 1.0))
         scales[best], influences[best] = _finite(magnitudes.gain(best, best + 1) / applied), influence[best]
     return scales, influences
@@ -156,12 +156,12 @@ def gains(model: Any, family: Family, documents: Documents, blocks: Sequence[Blo
 
 
 def scaled(blocks: Iterable[Block]) -> Edits:
-    """Return the edits that remove blocks and multiply their hosts' outputs by their scalars."""
+    """Return the edits that remove blocks and multiply the states before them by their scalars."""
     edits = Edits("", [])
     for block in blocks:
         edits.removed_layers += block.layers
         if block.scale is not None:
-            edits.operators[block.host] = torch.tensor(block.scale, dtype=torch.float64)
+            edits.operators[block.layer_before_cut] = torch.tensor(block.scale, dtype=torch.float64)
     return edits
 
 

@@ -1,6 +1,6 @@
 """The criteria for choosing blocks of layers, by name.
 
-A block ``[start, end)`` has the host ``start − 1``, so ``start`` is at least 1. Cheapest first:
+A block ``[start, end)`` comes after the layer ``start − 1``, so ``start`` is at least 1. Cheapest first:
 
 - ``angular``: the smallest ``D(start − 1, end − 1)`` (UIDL; ReplaceMe, section 3).
 - ``residual``: the smallest relative residual of a linear map in the block's place (``replaceme.observers.residuals``).
@@ -9,8 +9,8 @@ A block ``[start, end)`` has the host ``start − 1``, so ``start`` is at least 
   removes as many layers as it can without raising that loss by more than this value.
 - ``mean_cosine``: the highest mean cosine, over all tokens, between the states before and after the block (LinearPatch, arXiv
   2505.24680; Ghosted, arXiv 2605.15491).
-- ``window``: the highest mean cosine between the states before the host and after the block (LLM-Streamline, arXiv
-  2403.19135, which replaces the host too).
+- ``window``: the highest mean cosine between the states before that layer and after the block (LLM-Streamline, arXiv
+  2403.19135, which replaces that layer too).
 
 Two criteria choose single layers; adjacent ones form a block:
 
@@ -23,7 +23,7 @@ criterion ``WIDTH``, which chooses no block. Torch is imported only inside the f
 stays fast.
 
 Several blocks (``num_A``; ReplaceMe, section 4) are taken in the order of their values, skipping overlaps. Unless adjacent ones
-are merged, a kept layer stays between two blocks: the later block's host.
+are merged, a kept layer stays between two blocks: the one before the later block.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any
 
 from replaceme.base.errors import ParameterError
 from replaceme.base.params import Params
-from replaceme.base.plan import Block, StandIn, runs
+from replaceme.base.plan import Block, Surrogate, runs
 from replaceme.base.progress import logger
 from replaceme.selection.blocks import bounds, check_room, several, smallest, starts_between
 
@@ -56,7 +56,7 @@ class Choice:
         params: the setting.
         profile: the content of ``profile.json``.
         starts: the allowed starts of a block.
-        stand_in: what takes the block's place.
+        surrogate: what takes the block's place.
         load: loads the dense model and its description, for criteria that run it.
         read: reads the calibration documents, for the same criteria.
         folder: where scratch files may lie.
@@ -65,7 +65,7 @@ class Choice:
     params: Params
     profile: Mapping[str, Any]
     starts: range
-    stand_in: StandIn
+    surrogate: Surrogate
     load: Callable[[], tuple[Any, Family]]
     read: Callable[[], Documents]
     folder: Path
@@ -110,7 +110,7 @@ class Criterion:
 
 
 def _ranked(values: Callable[[Mapping[str, Any]], Pairs]) -> Callable[[Choice], tuple[list[Block], Figures]]:
-    """Return a ``choose`` that takes the blocks with the smallest values (host × last removed layer) of a profile."""
+    """Return a ``choose`` that takes the blocks with the smallest values (layer before the cut × last removed one)."""
     return lambda choice: (several(values(choice.profile), choice.starts, choice.params), {})
 
 
@@ -121,9 +121,12 @@ def _negative(rows: Pairs) -> Pairs:
 def _window(choice: Choice) -> tuple[list[Block], Figures]:
     cosines = choice.profile["mean_cosine"]
     (block,) = smallest(_negative(cosines), choice.starts, choice.params.layers_to_skip)
-    cosine = cosines[block.host][block.end - 1]
+    cosine = cosines[block.layer_before_cut][block.end - 1]
     logger.info(
-        "select: the states before layer %d and after layer %d have a mean cosine of %.4f", block.host, block.end - 1, cosine
+        "select: the states before layer %d and after layer %d have a mean cosine of %.4f",
+        block.layer_before_cut,
+        block.end - 1,
+        cosine,
     )
     return [block], {"mean_cosine": cosine}
 
@@ -153,9 +156,9 @@ def _loss(choice: Choice) -> tuple[list[Block], Figures]:
     (model, family), profile, params = choice.model, choice.profile, choice.params
     # For an empty cut, the residual of a map is a poor predictor, and the angle alone misses good cuts too.
     rankings = [profile["residual"]]
-    if choice.stand_in in ("nothing", "scalar"):
+    if choice.surrogate in ("nothing", "scalar"):
         rankings = [profile["angular_distance"], *rankings]
-    return lowest_loss(model, family, choice.documents, params, rankings, choice.starts, choice.stand_in)
+    return lowest_loss(model, family, choice.documents, params, rankings, choice.starts, choice.surrogate)
 
 
 def _enough_documents(params: Params, layers: int) -> None:
@@ -195,7 +198,7 @@ CRITERIA: Mapping[str, Criterion] = {
 MEAN_COSINE = Criterion(
     "mean_cosine",
     "the highest mean cosine between the states before and after the block",
-    # A row of the profile is for the state before a layer; the choice reads rows by host, one layer earlier.
+    # A row of the profile is for the state before a layer; the choice reads rows by the layer before the cut, one earlier.
     _ranked(lambda profile: _negative(profile["mean_cosine"][1:])),
     several=True,
 )

@@ -3,8 +3,8 @@
 The fit has its own token weights and ridges, so that the choice does not depend on α or on a solver. It is one of:
 
 - a linear map, as in the profile's residuals (``replaceme.observers.residuals``);
-- all weights of the host's last linear, or of both its last linears (``replaceme.solvers.refit``), which can rank the cuts
-  differently;
+- all weights of the last linear before the cut, or of both last linears of that layer (``replaceme.solvers.refit``), which can
+  rank the cuts differently;
 - a scalar (``replaceme.selection.compensation``).
 
 It is fitted on the documents that the profile fits on; the loss is measured on those that the profile holds out.
@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from replaceme.base.documents import HELD_OUT_EVERY, Batch, Documents, excerpts_of, split_documents
 from replaceme.base.errors import ParameterError
-from replaceme.base.group import add_up
+from replaceme.base.group import all_reduce_sum
 from replaceme.base.params import Params
-from replaceme.base.plan import Block, StandIn
+from replaceme.base.plan import Block, Surrogate
 from replaceme.base.progress import logger, progress
 from replaceme.edits.edits import Edits
 from replaceme.models.families import Family, Linear, parameter_of
@@ -44,7 +44,7 @@ SHORTLIST, TOKENS = 6, 16_384
 REFIT_RIDGE, GRAM_BYTES = 0.3, 4 << 30
 
 # The linears solved for, by stand-in.
-LINEARS_OF: Mapping[StandIn, Sequence[Linear]] = {"refit": ("mlp_output",), "joint": LINEARS}
+LINEARS_OF: Mapping[Surrogate, Sequence[Linear]] = {"refit": ("mlp_output",), "joint": LINEARS}
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class WeightedGram(AtCut):
 
     def add_up(self) -> None:
         sums = {name: total for name, total in vars(self).items() if name in ("gram", "cross") and isinstance(total, Tensor)}
-        add_up(sums)
+        all_reduce_sum(sums)
         vars(self).update(sums)
 
 
@@ -82,7 +82,7 @@ class DerivedGram(FeatureGram):
 
     def __init__(self, block: Block, features: Features, last: nn.Module):
         super().__init__(block, features)
-        self.at_host = ("output", *features.signals)
+        self.at_layer = ("output", *features.signals)
         rows = [parameter_of(last, "weight").double().cpu().T]
         if features.biased == "mlp_output":
             rows.append(parameter_of(last, "bias").double().cpu()[None])
@@ -120,7 +120,7 @@ def dense_losses(model: Any, documents: Documents, batch_size: int) -> Losses:
 
 
 def cut_losses(
-    model: Any, family: Family, documents: Documents, blocks: Sequence[Block], *, stand_in: StandIn, batch_size: int
+    model: Any, family: Family, documents: Documents, blocks: Sequence[Block], *, surrogate: Surrogate, batch_size: int
 ) -> list[Losses]:
     """Return the next-token losses with each of the blocks removed.
 
@@ -129,7 +129,7 @@ def cut_losses(
         family: its description.
         documents: calibration text.
         blocks: the cuts.
-        stand_in: what takes the block's place.
+        surrogate: what takes the block's place.
         batch_size: documents in a batch.
 
     Raises:
@@ -137,21 +137,21 @@ def cut_losses(
     """
     fit, excerpts = _split(documents)
     cuts = [Edits("", [*block.layers]) for block in blocks]
-    if stand_in == "map":
+    if surrogate == "map":
         _fit_maps(model, family, fit, blocks, cuts, batch_size)
-    elif stand_in in LINEARS_OF:
-        _refit(model, family, fit, blocks, cuts, batch_size, LINEARS_OF[stand_in])
-    elif stand_in == "scalar":
+    elif surrogate in LINEARS_OF:
+        _refit(model, family, fit, blocks, cuts, batch_size, LINEARS_OF[surrogate])
+    elif surrogate == "scalar":
         for block, edits, gain in zip(blocks, cuts, gains(model, family, fit, blocks, batch_size=batch_size), strict=True):
-            edits.operators[block.host] = torch.tensor(gain, dtype=torch.float64)
+            edits.operators[block.layer_before_cut] = torch.tensor(gain, dtype=torch.float64)
     # A cut changes nothing before it: those states are computed once.
     shape = excerpts.token_count, int(model.config.hidden_size)
-    entering = {block.host: torch.empty(shape, dtype=model.dtype) for block in blocks}
+    entering = {block.layer_before_cut: torch.empty(shape, dtype=model.dtype) for block in blocks}
     trials = Trials(model, family, excerpts, entering, batch_size)
     trials.keep(entering)
     losses = []
     for block, edits in zip(progress(blocks, "measuring the best cuts", "cuts"), cuts, strict=True):
-        with trials.trial(edits, block.host) as batches:
+        with trials.trial(edits, block.layer_before_cut) as batches:
             losses.append(next_token_losses(model, excerpts, batches))
     return losses
 
@@ -178,8 +178,8 @@ def _fit_maps(
         gram = torch.as_tensor(sums.gram)
         transform = solve_small_ridge(gram, torch.as_tensor(sums.cross), len(gram))
         if family.norm_after_mlp:  # a dense map, which ranks the cuts and is never folded
-            transform = family.norm_weight(layers[block.host]).to(transform)[:, None] * transform
-        edits.transforms[block.host] = transform
+            transform = family.norm_weight(layers[block.layer_before_cut]).to(transform)[:, None] * transform
+        edits.transforms[block.layer_before_cut] = transform
 
 
 def _refit(
@@ -192,8 +192,8 @@ def _refit(
     linears: Sequence[Linear],
 ) -> None:
     layers = family.decoder_layers(model)
-    features = [Features.of(layers[block.host], family, linears) for block in blocks]
-    lasts = [family.linear_of(layers[block.host], "mlp_output") for block in blocks]
+    features = [Features.of(layers[block.layer_before_cut], family, linears) for block in blocks]
+    lasts = [family.linear_of(layers[block.layer_before_cut], "mlp_output") for block in blocks]
     width, inputs = int(model.config.hidden_size), len(features[0])
     at_once = max(GRAM_BYTES // (8 * (inputs**2 + 2 * inputs * width + 2 * width**2)), 1)
     for first in range(0, len(blocks), at_once):
@@ -204,7 +204,7 @@ def _refit(
             sums = gram.tensors()
             # An MLP that adds nothing has no map to start from: this cut is measured without a fit.
             if alpha := RIDGE * float(sums["added_gram"].diagonal().mean()):
-                refit(cuts[number], blocks[number].host, sums, alpha, REFIT_RIDGE)
+                refit(cuts[number], blocks[number].layer_before_cut, sums, alpha, REFIT_RIDGE)
 
 
 def lowest_loss(
@@ -214,7 +214,7 @@ def lowest_loss(
     params: Params,
     rankings: Sequence[list[list[float]]],
     starts: range,
-    stand_in: StandIn,
+    surrogate: Surrogate,
 ) -> tuple[list[Block], dict[str, Any]]:
     """Return the block whose removal raises the loss least, and the figures of the measured ones.
 
@@ -225,9 +225,9 @@ def lowest_loss(
         family: its description.
         documents: calibration text.
         params: ``layers_to_skip`` layers go; with ``tolerated_loss``, at most these, as many as raise the loss by no more.
-        rankings: values (host × last removed layer) each; the ``SHORTLIST`` blocks with the smallest values are measured.
+        rankings: values (layer before the cut × last removed layer) each; the ``SHORTLIST`` smallest are measured.
         starts: the allowed starts of a block of ``layers_to_skip`` layers.
-        stand_in: what takes the block's place.
+        surrogate: what takes the block's place.
 
     Raises:
         ParameterError: the predictions overflow, or no layer can go for ``tolerated_loss``.
@@ -243,7 +243,7 @@ def lowest_loss(
         """Measure the best blocks of this many layers, and return the lowest rise."""
         longer, each = range(starts.start, starts.stop + limit - count), SHORTLIST // len(rankings)
         candidates = [*dict.fromkeys(chain(*(smallest(values, longer, count, each) for values in rankings)))]
-        losses = cut_losses(model, family, documents, candidates, stand_in=stand_in, batch_size=params.batch_size)
+        losses = cut_losses(model, family, documents, candidates, surrogate=surrogate, batch_size=params.batch_size)
         measured = [
             Measured(block, cut.rise_over(dense, shares), cut.mean) for block, cut in zip(candidates, losses, strict=True)
         ]
@@ -270,8 +270,8 @@ def lowest_loss(
     figures: dict[str, Any] = {
         "loss": tried[count][0].loss,
         "dense_loss": dense.mean,
-        "losses": {f"host{cut.block.host}": cut.loss for cut in tried[count]},
-        "typical_rises": {f"host{cut.block.host}": cut.rise for cut in tried[count]},
+        "losses": {f"host{cut.block.layer_before_cut}": cut.loss for cut in tried[count]},
+        "typical_rises": {f"host{cut.block.layer_before_cut}": cut.rise for cut in tried[count]},
     }
     if params.tolerated_loss is not None:
         figures["rises"] = {f"layers{each}": tried[each][0].rise for each in sorted(tried) if tried[each]}

@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from replaceme.base.documents import Batch, Documents
-from replaceme.base.group import add_numbers, share
+from replaceme.base.group import all_gather, shard
 from replaceme.edits.edits import Edits
 from replaceme.edits.unfused import unfused
 from replaceme.models.families import Family, decoder_of
-from replaceme.models.layers import Start
+from replaceme.models.layers import EntryState
 from replaceme.observers.walk import Keep, passes, walk
 
 # Tokens whose scores are in float32 at once: few enough for the processor's cache.
@@ -51,7 +51,7 @@ class Trials:
 
         The stored states that enter the layer have to include any edits before it.
         """
-        batches, start = batches_of(self.model, self.documents, self.batch_size), Start(layer, self.entering[layer])
+        batches, start = batches_of(self.model, self.documents, self.batch_size), EntryState(layer, self.entering[layer])
         with (
             unfused(self.model, self.family, edits),
             passes(self.model, self.family, batches, start) as in_turn,
@@ -61,7 +61,7 @@ class Trials:
 
 def batches_of(model: Any, documents: Documents, batch_size: int) -> Iterator[Batch]:
     """Return this process's part of the batches of texts, on the model's device."""
-    return documents.batches(batch_size, str(model.device), share())
+    return documents.batches(batch_size, str(model.device), shard())
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,7 @@ def next_token_losses(model: Any, documents: Documents, batches: Iterable[Batch]
     for position, loss, predicted in _losses(model, batches):
         sums[domain_at[position]] += loss
         counts[domain_at[position]] += predicted
-    added = torch.tensor(add_numbers(*sums, *counts), dtype=torch.float64)
-    return Losses(known, *added.split(len(known)))
+    return Losses(known, *torch.tensor(all_gather([sums, counts]), dtype=torch.float64).sum(0))
 
 
 @torch.inference_mode()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 
-def factorized(matrix: Tensor) -> tuple[Tensor, bool]:
+def factorize(matrix: Tensor) -> tuple[Tensor, bool]:
     """Return L (k, k), lower, with ``LLᵀ = matrix``, and whether there is none.
 
     Args:
@@ -18,7 +18,7 @@ def factorized(matrix: Tensor) -> tuple[Tensor, bool]:
     return factor, bool(info)
 
 
-def solved(factor: Tensor, right: Tensor) -> Tensor:
+def solve_factorized(factor: Tensor, right: Tensor) -> Tensor:
     """Return ``(LLᵀ)⁻¹ right`` (k, d); the factor is not copied."""
     half = torch.linalg.solve_triangular(factor, right, upper=False)
     return torch.linalg.solve_triangular(factor.mT, half, upper=True, out=half)

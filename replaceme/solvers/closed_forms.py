@@ -12,28 +12,24 @@ With ``S = MᵀM + αI`` and ``C = MᵀY`` (rows are tokens, ``Y ≈ M T``):
 """
 
 from collections.abc import Mapping
-from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from replaceme.solvers.arguments import ArgumentError
-from replaceme.solvers.procrustes import orthogonal_map
+from replaceme.solvers.procrustes import fit_orthogonal_map
 from replaceme.solvers.ridge import require_full_rank, solve_ridge
 
-Structure = Literal["dense", "diagonal", "two_vectors", "triangular", "orthogonal"]
-STRUCTURES: Mapping[str, Structure] = {name: name for name in get_args(Structure)}
 
-
-def closed_form(gram: Tensor, cross: Tensor, alpha: float, structure: Structure, norm: Tensor | None = None) -> Tensor:
+def solve_closed_form(gram: Tensor, cross: Tensor, alpha: float, structure: str, norm: Tensor | None = None) -> Tensor:
     """Return ``argmin ‖Y − M T‖² + α‖T − P‖²`` over the transforms of a structure; P = I for two vectors, else 0.
 
     Args:
         gram: ``MᵀM``, (d, d), symmetric positive semi-definite.
         cross: ``MᵀY``, (d, d).
         alpha: ridge, in the units of ``gram``.
-        structure: the form of T.
+        structure: one of those above.
         norm: weight (d,) of the norm whose output M is, for an orthogonal map; None if there is no norm.
 
     Returns:
@@ -48,13 +44,13 @@ def closed_form(gram: Tensor, cross: Tensor, alpha: float, structure: Structure,
     if structure == "diagonal":
         return _diagonal(gram, cross, alpha)
     if structure == "orthogonal":
-        return orthogonal_map(gram, cross, alpha, norm)
+        return fit_orthogonal_map(gram, cross, alpha, norm)
     require_full_rank(torch.linalg.eigvalsh(gram), alpha)
-    ridged = gram + alpha * torch.eye(len(gram), dtype=torch.float64)
+    ridged = gram + alpha * torch.eye(len(gram), dtype=torch.float64, device=gram.device)
     return _triangular(ridged, cross) if structure == "triangular" else _two_vectors(ridged, cross - gram)
 
 
-def structure_words(structure: str) -> str:
+def title_suffix(structure: str) -> str:
     """Return a structure's words after the method's name in a title; none for a dense map."""
     return "" if structure == "dense" else f", {structure.replace('_', ' ')}"
 
@@ -64,10 +60,10 @@ def upper_cholesky(matrix: Tensor) -> Tensor:
     return _cholesky(matrix.flip(0, 1)).flip(0, 1)
 
 
-def squared_error(sums: Mapping[str, Tensor], transform: Tensor) -> float:
-    """Return ``‖Y − M T‖²`` from ``gram``, ``cross`` and ``target_squares`` (``ΣY²``), at least 0 in spite of rounding."""
+def squared_error(sums: Mapping[str, Tensor], transform: Tensor) -> Tensor:
+    """Return ``‖Y − M T‖²`` () from ``gram``, ``cross`` and ``target_squares`` (``ΣY²``); rounding can take it below 0."""
     explained = 2 * (transform * sums["cross"]).sum() - (transform * (sums["gram"] @ transform)).sum()
-    return max(float(sums["target_squares"] - explained), 0.0)
+    return sums["target_squares"] - explained
 
 
 def _diagonal(gram: Tensor, cross: Tensor, alpha: float) -> Tensor:
@@ -94,10 +90,10 @@ def _two_vectors(ridged: Tensor, remaining: Tensor) -> Tensor:
     whitened = torch.linalg.solve_triangular(lower, remaining, upper=False)
     # v is an eigenvector of the Gram matrix of ``whitened``; squaring loses no accuracy in the leading one.
     last = len(lower) - 1
-    _, vectors = eigh((whitened.T @ whitened).numpy(), subset_by_index=[last, last])
-    v = torch.from_numpy(np.ascontiguousarray(vectors))
+    _, vectors = eigh((whitened.T @ whitened).cpu().numpy(), subset_by_index=[last, last])
+    v = torch.from_numpy(np.ascontiguousarray(vectors)).to(lower.device)
     u = torch.linalg.solve_triangular(lower.T, whitened @ v, upper=True)
-    return torch.eye(len(lower), dtype=torch.float64) + u @ v.T
+    return torch.eye(len(lower), dtype=torch.float64, device=lower.device) + u @ v.T
 
 
 def _cholesky(ridged: Tensor) -> Tensor:

@@ -1,12 +1,12 @@
-"""How strong a correction is: chosen by what it does on text that it was not fitted on.
+"""Shrinkage of a correction, chosen by cross-validation over folds of documents.
 
-The sums of a least squares add up over folds of documents. For each fold f and ridge Λ, the correction X is solved from the
-sums of all other folds. Times s, it changes the fold's sum of squared errors by
+The sums of a least squares add up over folds. For each fold f and ridge Λ, the correction X is solved from the sums of all
+other folds. Times s, it changes the fold's sum of squared errors by
 
     s² tr(Xᵀ S_f X) − 2 s tr(Xᵀ C_f),    S_f = Σ w gᵀg and C_f = Σ w gᵀe over the fold's tokens.
 
 The sum over the folds is least at ``s = Σ tr(Xᵀ C_f) / Σ tr(Xᵀ S_f X)``, limited to [0, 1]: at 0, the weights stay. Larger
-ridges are tried as long as this sum falls. (Shrinkage by cross-validation: Copas, Regression, prediction and shrinkage, 1983.)
+ridges are tried as long as this sum falls. (Copas, Regression, prediction and shrinkage, 1983.)
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from replaceme.observers.walk import total
-from replaceme.solvers.cholesky import factorized, solved
+from replaceme.solvers.cholesky import factorize, solve_factorized
 
 # Multiples of the ridge, tried in order until one is no better; and the smallest ridge for which float32 is precise enough.
 MULTIPLES, FLOAT32_RIDGE = (1.0, 4.0, 16.0, 64.0), 1e-3
@@ -25,56 +25,72 @@ ROWS = 2048
 
 
 @dataclass(frozen=True)
-class Strength:
+class Shrinkage:
     """How a correction is solved and applied.
 
     Attributes:
-        ridge: multiple of the ridge.
+        ridge_multiple: factor of the ridge.
         scale: s, from 0 to 1.
     """
 
-    ridge: float = 1.0
+    ridge_multiple: float = 1.0
     scale: float = 1.0
 
 
-def strength_of(folds: Sequence[Mapping[str, Tensor]], ridge: Tensor) -> Strength:
-    """Return the strength that serves text of other folds best; the full one if there is no other fold.
+def choose_shrinkage(folds: Sequence[Mapping[str, Tensor]], ridge: Tensor) -> Shrinkage:
+    """Return the shrinkage that serves text of other folds best; none if there is no other fold.
 
     Args:
         folds: of each, ``gram`` S_f (k, k) and ``cross`` C_f (k, d), float64.
         ridge: (k,) float64, the diagonal of Λ, relative to each feature's sum of squares.
     """
     if len(folds) < 2:
-        return Strength()
-    penalties = ridge[ridge > 0]
-    dtype = torch.float32 if float(penalties.min()) >= FLOAT32_RIDGE else torch.float64
+        return Shrinkage()
+    dtype = torch.float32 if float(ridge[ridge > 0].min()) >= FLOAT32_RIDGE else torch.float64
     diagonal = total(fold["gram"].diagonal() for fold in folds)
     scale = torch.where(diagonal > 0, diagonal.rsqrt(), 0)
+    grams, ridge = [fold["gram"] for fold in folds], ridge.to(diagonal.device, dtype)
     crosses = [(fold["cross"] * scale[:, None]).to(dtype) for fold in folds]
-    ridge = ridge.to(diagonal.device, dtype)
-    rest = torch.empty_like(folds[0]["gram"], dtype=dtype)
-    best, least = Strength(), float("inf")
+    best, least = Shrinkage(), float("inf")
     for multiple in MULTIPLES:
-        gained = squares = 0.0
-        for fold, own_cross in zip(folds, crosses, strict=True):
-            for rows, part in _scaled([other["gram"] for other in folds if other is not fold], scale):
-                rest[rows] = part
-            own = rest.diagonal().clone()
-            # A feature that is zero in all other folds gets no weight.
-            rest.diagonal().add_(torch.where(own > 0, multiple * ridge * own, 1))
-            factor, failed = factorized(rest)
-            if failed:
-                break
-            X = solved(factor, total(other for other in crosses if other is not own_cross))
-            gained += float((X * own_cross).sum())
-            squares += sum(float((X[rows] * (part.to(dtype) @ X)).sum()) for rows, part in _scaled([fold["gram"]], scale))
-        else:
-            share = min(max(gained / squares, 0.0), 1.0) if squares > 0 else 0.0
-            change = share**2 * squares - 2 * share * gained
-            if change >= least:
-                return best
-            best, least = Strength(multiple, share), change
+        sums = _held_out_sums(grams, crosses, scale, multiple * ridge)
+        if sums is None:
+            continue
+        linear, squared = sums
+        s = min(max(linear / squared, 0.0), 1.0) if squared > 0 else 0.0
+        change = s**2 * squared - 2 * s * linear
+        if change >= least:
+            break
+        best, least = Shrinkage(multiple, s), change
     return best
+
+
+def _held_out_sums(
+    grams: Sequence[Tensor], crosses: Sequence[Tensor], scale: Tensor, ridge: Tensor
+) -> tuple[float, float] | None:
+    """Return ``Σ tr(Xᵀ C_f)`` and ``Σ tr(Xᵀ S_f X)`` over the folds; None if the ridge leaves a solve singular.
+
+    Args:
+        grams: S_f (k, k) of each fold, float64.
+        crosses: C_f (k, d) of each, in units of ``scale`` and in the format of the solves.
+        scale: (k,) float64, the units.
+        ridge: (k,) the diagonal of Λ, in the format of the solves.
+    """
+    linear = squared = 0.0
+    rest = torch.empty_like(grams[0], dtype=ridge.dtype)
+    for fold, (gram, cross) in enumerate(zip(grams, crosses, strict=True)):
+        for rows, part in _scaled([*grams[:fold], *grams[fold + 1 :]], scale):
+            rest[rows] = part
+        diagonal = rest.diagonal().clone()
+        # A feature that is zero in all other folds gets no weight.
+        rest.diagonal().add_(torch.where(diagonal > 0, ridge * diagonal, 1))
+        factor, failed = factorize(rest)
+        if failed:
+            return None
+        X = solve_factorized(factor, total([*crosses[:fold], *crosses[fold + 1 :]]))
+        linear += float((X * cross).sum())
+        squared += sum(float((X[rows] * (part.to(X.dtype) @ X)).sum()) for rows, part in _scaled([gram], scale))
+    return linear, squared
 
 
 def _scaled(grams: Sequence[Tensor], scale: Tensor) -> Iterator[tuple[slice, Tensor]]:

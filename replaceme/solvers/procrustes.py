@@ -21,7 +21,7 @@ from replaceme.solvers.arguments import ArgumentError
 GAIN, ITERATIONS = 2e-5, 200
 
 
-def orthogonal_map(gram: Tensor, cross: Tensor, alpha: float, norm: Tensor | None = None) -> Tensor:
+def fit_orthogonal_map(gram: Tensor, cross: Tensor, alpha: float, norm: Tensor | None = None) -> Tensor:
     """Return ``argmin ‖Y − M T‖² + α‖T‖²`` over ``T = diag(γ)⁻¹ Q D``; a local minimum, no worse than the best ``s Q``.
 
     Args:
@@ -43,7 +43,7 @@ def orthogonal_map(gram: Tensor, cross: Tensor, alpha: float, norm: Tensor | Non
     C = cross / gamma[:, None]
     if not float(S.diagonal().sum()) > 0:
         raise ArgumentError("alpha", f"{alpha:g} leaves the least squares singular (M is always 0); set it above 0.")
-    Q = polar(C)
+    Q = polar_factor(C)
     D = ((Q * C).sum() / S.diagonal().sum()).expand(len(S))
     lowest, best, momentum, before = torch.inf, Q * D, 0, S @ Q
     for _ in range(ITERATIONS):
@@ -58,11 +58,11 @@ def orthogonal_map(gram: Tensor, cross: Tensor, alpha: float, norm: Tensor | Non
         else:
             momentum = 0
         ahead = momentum / (momentum + 3) * (turned - before)
-        Q, before = polar(C * D + (turned + ahead) * (D.square().max() - D.square())), turned
+        Q, before = polar_factor(C * D + (turned + ahead) * (D.square().max() - D.square())), turned
     return best / gamma[:, None]
 
 
-def polar(matrix: Tensor) -> Tensor:
+def polar_factor(matrix: Tensor) -> Tensor:
     """Return the orthogonal matrix nearest to ``matrix`` (d, d)."""
     left, _, right = torch.linalg.svd(matrix)
     return left @ right

@@ -1,4 +1,12 @@
-"""Quality of a fit at the cut: the figures of metrics/solve.json that methods share."""
+"""Quality of a fit at the cut: the figures of metrics/solve.json that methods share.
+
+Residuals e (rows are tokens) come from sums alone. With features g, ``S = gᵀg`` and ``C = gᵀe``, a change X of the map changes
+the sum of their squares by
+
+    ‖e − g X‖² − ‖e‖² = tr(Xᵀ S X) − 2 tr(Xᵀ C),    negative if it fits better
+
+and the relative residual is ``√(‖e‖² / ‖H‖²)``, H the state at the cut. Cosines need single tokens: they are those of a sample.
+"""
 
 import math
 from collections.abc import Mapping
@@ -9,13 +17,14 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from replaceme.solvers.arguments import ArgumentError
-from replaceme.solvers.closed_forms import Structure, closed_form, squared_error
+from replaceme.solvers.closed_forms import solve_closed_form, squared_error
 from replaceme.solvers.ridge import RidgeSolution
 
-RIDGES = 33
+# Ridges for which a residual is computed at once.
+PATH_POINTS = 33
 
 
-def fit_quality(transform: Tensor, sums: Mapping[str, Tensor], sample: Mapping[str, Tensor]) -> dict[str, Any]:
+def measure_fit(transform: Tensor, sums: Mapping[str, Tensor], sample: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return tokens, relative residuals, mean cosines and the distance from the identity.
 
     Args:
@@ -26,19 +35,18 @@ def fit_quality(transform: Tensor, sums: Mapping[str, Tensor], sample: Mapping[s
     output_squares = float(sums["output_squares"])
     return {
         "tokens": int(sums["tokens"]),
-        "relative_residual": (squared_error(sums, transform) / output_squares) ** 0.5,
-        "relative_residual_removed": (float(sums["gap_squares"]) / output_squares) ** 0.5,
+        "relative_residual": relative_residual(float(squared_error(sums, transform)), output_squares),
+        "relative_residual_removed": relative_residual(float(sums["gap_squares"]), output_squares),
         "mean_cosine": _mean_cosine(sample["added"].double() @ transform + sample["rest"], sample["target"]),
         "mean_cosine_removed": _mean_cosine(sample["added"] + sample["rest"], sample["target"]),
-        "distance_from_identity": float((transform - torch.eye(len(transform), dtype=torch.float64)).norm())
-        / len(transform) ** 0.5,
+        "distance_from_identity": distance_from_identity(transform),
     }
 
 
-def operator_quality(
+def measure_operator_fit(
     P: Tensor, sums: Mapping[str, Tensor], sample: Mapping[str, Tensor], *, weighted: bool = False
 ) -> dict[str, Any]:
-    """Return the same for an operator on the host's output h: how far ``h P`` is from H.
+    """Return the same for an operator on the state h before the cut: how far ``h P`` is from H.
 
     Args:
         P: (d, d) float64.
@@ -46,18 +54,23 @@ def operator_quality(
         sample: the statistic ``sample``.
         weighted: whether ``sums`` is ``stream_weighted``; the residuals are then relative per token, and named weighted.
     """
-    step = P - torch.eye(len(P), dtype=P.dtype)
     gap, whole = float(sums["gap_squares"]), float(sums["output_squares"])
+    change = sse_change(sums["gram"], sums["cross"], P - torch.eye(len(P)).to(P))
     kind = "weighted" if weighted else "relative"
     h = (sample["added"] + sample["rest"]).double()
     return {
         "tokens": int(sums["tokens"]),
-        f"{kind}_residual": relative(gap + gained(sums["gram"], sums["cross"], step), whole),
-        f"{kind}_residual_removed": relative(gap, whole),
+        f"{kind}_residual": relative_residual(gap + change, whole),
+        f"{kind}_residual_removed": relative_residual(gap, whole),
         "mean_cosine": _mean_cosine(h @ P, sample["target"]),
         "mean_cosine_removed": _mean_cosine(h, sample["target"]),
-        "distance_from_identity": float(step.norm()) / len(P) ** 0.5,
+        "distance_from_identity": distance_from_identity(P),
     }
+
+
+def distance_from_identity(transform: Tensor) -> float:
+    """Return ``‖T − I‖ / √d`` of a map (d, d)."""
+    return float((transform - torch.eye(len(transform)).to(transform)).norm()) / len(transform) ** 0.5
 
 
 def ridge_path(solution: RidgeSolution, target_squares: float, output_squares: float) -> list[tuple[float, float]]:
@@ -74,16 +87,16 @@ def ridge_path(solution: RidgeSolution, target_squares: float, output_squares: f
     if not largest:  # M is always 0, with every ridge
         return []
     lowest = max(solution.smallest_eigenvalue / 100, largest * 1e-12)
-    alphas = torch.logspace(math.log10(lowest), math.log10(largest), RIDGES, dtype=torch.float64).tolist()
+    alphas = torch.logspace(math.log10(lowest), math.log10(largest), PATH_POINTS, dtype=torch.float64).tolist()
     return [(alpha, (solution.squared_residual(alpha, target_squares) / output_squares) ** 0.5) for alpha in alphas]
 
 
-def gained(gram: Tensor, cross: Tensor, change: Tensor) -> float:
-    """Return the difference that a change X makes in the sum of squares, ``‖e − g X‖² − ‖e‖²``, from S = gᵀg and C = gᵀe."""
+def sse_change(gram: Tensor, cross: Tensor, change: Tensor) -> float:
+    """Return the change ``tr(Xᵀ S X) − 2 tr(Xᵀ C)`` of a sum of squared errors; negative is good."""
     return float((change * (gram @ change)).sum() - 2 * (change * cross).sum())
 
 
-def gained_by_ridge(diagonal: Tensor, cross: Tensor, change: Tensor, ridge: Tensor, scale: float = 1.0) -> float:
+def sse_change_of_correction(diagonal: Tensor, cross: Tensor, change: Tensor, ridge: Tensor, scale: float = 1.0) -> float:
     """Return the same for ``scale`` times the solution of ``replaceme.solvers.ridge.solve_correction``.
 
     There ``S X = C − Λ diag S X``, so the diagonal of S is enough.
@@ -93,13 +106,13 @@ def gained_by_ridge(diagonal: Tensor, cross: Tensor, change: Tensor, ridge: Tens
     return scale**2 * squared - 2 * scale * linear
 
 
-def relative(squares: float, output_squares: float) -> float:
-    """Return the relative residual ``√(squares / output_squares)``."""
+def relative_residual(squares: float, output_squares: float) -> float:
+    """Return ``√(squares / output_squares)``."""
     # Rounding can take a perfect fit below zero.
     return (max(squares, 0.0) / output_squares) ** 0.5
 
 
-def ridge_figures(eigenvalues: Tensor, alpha: float) -> dict[str, float]:
+def describe_ridge(eigenvalues: Tensor, alpha: float) -> dict[str, float]:
     """Return figures that compare α with ``MᵀM``, without those that would be infinite.
 
     Args:
@@ -115,21 +128,21 @@ def ridge_figures(eigenvalues: Tensor, alpha: float) -> dict[str, float]:
     return figures
 
 
-def dense_figures(solution: RidgeSolution, alpha: float) -> dict[str, Any]:
+def describe_dense_ridge(solution: RidgeSolution, alpha: float) -> dict[str, Any]:
     """Return figures that compare α with ``MᵀM``, and a dense map's distance from that of α = 0, if that is unique."""
-    figures: dict[str, Any] = ridge_figures(solution.eigenvalues, alpha)
+    figures: dict[str, Any] = describe_ridge(solution.eigenvalues, alpha)
     if solution.full_rank:
         figures["distance_from_alpha_zero"] = solution.change_from(alpha, 0.0)
     return figures
 
 
-def structured_figures(transform: Tensor, sums: Mapping[str, Tensor], alpha: float, structure: Structure) -> dict[str, Any]:
+def describe_structured_ridge(transform: Tensor, sums: Mapping[str, Tensor], alpha: float, structure: str) -> dict[str, Any]:
     """Return the same for a map of another structure."""
-    figures: dict[str, Any] = ridge_figures(torch.linalg.eigvalsh(sums["gram"]), alpha)
+    figures: dict[str, Any] = describe_ridge(torch.linalg.eigvalsh(sums["gram"]), alpha)
     if structure == "orthogonal":  # a second fit would cost as much as the first
         return figures
     try:
-        plain = closed_form(sums["gram"], sums["cross"], 0.0, structure) if alpha else transform
+        plain = solve_closed_form(sums["gram"], sums["cross"], 0.0, structure) if alpha else transform
     except ArgumentError:  # no unique solution without the ridge
         return figures
     return figures | {"distance_from_alpha_zero": float((transform - plain).norm() / plain.norm())}

@@ -1,4 +1,4 @@
-"""Least squares for new weights of the host's last linears, toward the state at the cut.
+"""Least squares for new weights of the last linears in the layer before the cut, toward the state at the cut.
 
 ReplaceMe's transform of ``M = G Wᵀ`` only mixes the d outputs of the MLP; its last linear has f × d weights. Least squares over
 all these weights, with a ridge toward ReplaceMe's fold, includes that fold and adds no parameters (rows are tokens, weighted by
@@ -18,16 +18,22 @@ from torch import Tensor
 
 from replaceme.edits.edits import Edits
 from replaceme.observers.features import Features
-from replaceme.solvers.quality import gained, gained_by_ridge, relative, ridge_figures
+from replaceme.solvers.quality import (
+    describe_ridge,
+    distance_from_identity,
+    relative_residual,
+    sse_change,
+    sse_change_of_correction,
+)
 from replaceme.solvers.ridge import solve_correction, solve_ridge
 
 
-def refit(edits: Edits, host: int, sums: Mapping[str, Tensor], alpha: float, ridge: float) -> dict[str, float]:
-    """Solve for the host's linears, add the solution to the edits, and return how well it fits.
+def refit(edits: Edits, layer: int, sums: Mapping[str, Tensor], alpha: float, ridge: float) -> dict[str, float]:
+    """Solve for the layer's linears, add the solution to the edits, and return how well it fits.
 
     Args:
         edits: receives a transform (fitted with the same token weights) and corrections of the weights after it.
-        host: the kept layer before the block.
+        layer: the kept layer before the removed block.
         sums: ``replaceme.observers.statistics.FeatureGram``: of the MLP's features (refit), or of the attention's too (joint).
             Afterwards, ``gram`` holds nothing of use: it is factorised in its own memory.
         alpha: ridge of the transform, in the units of ``Σ w MᵀM``.
@@ -36,32 +42,31 @@ def refit(edits: Edits, host: int, sums: Mapping[str, Tensor], alpha: float, rid
     Raises:
         ArgumentError: the least squares are singular with ``alpha`` or with ``ridge``.
     """
-    features = Features.from_tensor(sums["layout"])
     solution = solve_ridge(sums["added_gram"], sums["added_cross"] + sums["added_gram"], alpha)
-    transform = edits.transforms[host] = solution.transform
-    step = transform - torch.eye(len(transform), dtype=transform.dtype)
-    squares = float(sums["gap_squares"])
-    of_transform = squares + gained(sums["added_gram"], sums["added_cross"], step)
-    cross = sums["cross"] - sums["feature_added"] @ step
-    left = of_transform
-    alone, columns = features.only("mlp_output")
-    for part, place in ((alone, columns), (features, slice(None))):
-        gram, penalty = sums["gram"][place, place], part.per_column(dict.fromkeys(part.widths, ridge))
-        last, diagonal = part == features, gram.diagonal().clone()
-        change = solve_correction(gram, cross[place], penalty, overwrite=last)
-        edits.correct_all(host, part.parts(change))
-        left += gained_by_ridge(diagonal, cross[place], change, penalty)
-        if last:
+    transform = edits.transforms[layer] = solution.transform
+    step = transform - torch.eye(len(transform)).to(transform)
+    sse_removed = float(sums["gap_squares"])
+    sse_transform = sse_removed + sse_change(sums["added_gram"], sums["added_cross"], step)
+    sse, cross = sse_transform, sums["cross"] - sums["feature_added"] @ step
+    both = Features.from_tensor(sums["layout"])
+    mlp, mlp_columns = both.only("mlp_output")
+    for features, columns in ((mlp, mlp_columns), (both, slice(None))):
+        gram, penalty = sums["gram"][columns, columns], features.per_column(dict.fromkeys(features.widths, ridge))
+        is_last, diagonal = features == both, gram.diagonal().clone()
+        change = solve_correction(gram, cross[columns], penalty, overwrite=is_last)
+        edits.correct_all(layer, features.parts(change))
+        sse += sse_change_of_correction(diagonal, cross[columns], change, penalty)
+        if is_last:
             break
-        cross = cross - sums["gram"][:, place] @ change
+        cross = cross - sums["gram"][:, columns] @ change
     output_squares = float(sums["output_squares"])
     # A new attention output changes the input of an MLP after it, so a joint residual is that of the least squares only.
-    name = "weighted_residual" if alone == features else "weighted_residual_joint"
+    name = "weighted_residual" if mlp == both else "weighted_residual_joint"
     return {
         "tokens": int(sums["tokens"]),
-        "weighted_residual_removed": relative(squares, output_squares),
-        "weighted_residual_transform": relative(of_transform, output_squares),
-        name: relative(left, output_squares),
-        "distance_from_identity": float(step.norm() / len(step) ** 0.5),
-        **ridge_figures(solution.eigenvalues, alpha),
+        "weighted_residual_removed": relative_residual(sse_removed, output_squares),
+        "weighted_residual_transform": relative_residual(sse_transform, output_squares),
+        name: relative_residual(sse, output_squares),
+        "distance_from_identity": distance_from_identity(transform),
+        **describe_ridge(solution.eigenvalues, alpha),
     }

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from replaceme.solvers.arguments import ArgumentError
-from replaceme.solvers.cholesky import factorized, solved
+from replaceme.solvers.cholesky import factorize, solve_factorized
 
 
 def solve_correction(gram: Tensor, cross: Tensor, ridge: Tensor, *, overwrite: bool = False) -> Tensor:
@@ -40,12 +40,12 @@ def solve_correction(gram: Tensor, cross: Tensor, ridge: Tensor, *, overwrite: b
         scaled *= scale[:, None]
         # A feature of zeros has a row of zeros; the ridge makes it solvable.
         scaled.diagonal().add_(ridge.to(scaled))
-        factor, failed = factorized(scaled)
+        factor, failed = factorize(scaled)
     if failed:
         smallest = float(ridge[ridge > 0].min())
         # Callers put their parameter in place of ``ridge`` (``naming``).
         raise ArgumentError("ridge", f"{smallest:g} leaves the least squares singular; raise it, or dataset_size.")
-    return solved(factor, cross * scale[:, None]).mul_(scale[:, None])
+    return solve_factorized(factor, cross * scale[:, None]).mul_(scale[:, None])
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def solve_ridge(gram: Tensor, cross: Tensor, alpha: float) -> RidgeSolution:
     eigenvalues = eigenvalues.clamp_min(0)
     smallest = float(eigenvalues[0])
     resolution = require_full_rank(eigenvalues, alpha)
-    factor, failed = torch.linalg.cholesky_ex(gram + alpha * torch.eye(len(gram), dtype=torch.float64))
+    factor, failed = torch.linalg.cholesky_ex(gram + alpha * torch.eye(len(gram), dtype=torch.float64, device=gram.device))
     projected = vectors.T @ cross
     transform = vectors @ (projected / (eigenvalues + alpha)[:, None]) if failed else torch.cholesky_solve(cross, factor)
     projections = projected.square().sum(dim=1)

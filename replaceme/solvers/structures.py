@@ -1,128 +1,116 @@
-"""Parametrisations of structured transforms: T as a function of a vector x of free numbers, for solvers over vectors.
+"""Structured transforms as functions of a vector x, which the solvers vary and autograd differentiates:
 
     dense        x = all entries of T
     diagonal     x = the diagonal
     triangular   x = the entries on and below the diagonal (rows are tokens: output j depends on the inputs i ≥ j)
     two_vectors  x = (u, v),  T = I + uvᵀ
 
-Each is a map ``build`` from x to T with its derivatives: ``pull_back`` takes a gradient in T to one in x, ``push`` a step in x
-to one in T, and ``bend`` returns the Hessian's second-derivative term of ``build``, which is 0 unless the structure is two
-vectors.
+With an L1 penalty, x = (T⁺, T⁻), both at least 0, where ‖T‖₁ = Σ x is smooth and exact zeros lie at the bound.
+
+Whitened, x holds the same numbers of ``R T`` instead of T's (``R u`` of two vectors), with ``RᵀR`` the metric of the loss: some
+dimensions of M are a thousand times as large as the others, so T's rows are a million times as steep. A lower triangular R
+keeps a triangular T triangular; where rows must not mix, R is diagonal.
 """
 
-from collections.abc import Callable
-from typing import Protocol
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from replaceme.solvers.closed_forms import Structure
+from replaceme.solvers.closed_forms import upper_cholesky
+
+# Added to the metric's diagonal, relative to its mean: limits the scaling of directions that no token has.
+FLOOR = 1e-9
 
 
-class Parametrisation(Protocol):
-    """A structure of T (d, d); all tensors are of T's dtype and device.
+@dataclass(frozen=True)
+class Entries:
+    """The entries of T (d, d) that may differ from 0, in row-major order.
 
     Attributes:
-        bends: whether the map from x to T is curved, so ``bend`` is not 0.
-        mixes: whether T keeps its structure under multiplication by a lower triangular matrix from the left.
+        free: (d, d) bool, the mask of these entries.
+        root: R, (d, d) lower triangular; None: the identity.
     """
 
-    bends: bool
-    mixes: bool
+    free: Tensor
+    root: Tensor | None = None
 
-    def start(self, transform: Tensor) -> Tensor:
-        """Return x (n,) of a transform that has the structure."""
-        ...
+    def vector(self, transform: Tensor) -> Tensor:
+        """Return x (n,) of a transform (d, d) that has the structure."""
+        return _multiply(self.root, transform)[self.free]
 
-    def build(self, x: Tensor) -> Tensor:
+    def transform(self, x: Tensor) -> Tensor:
         """Return T (d, d)."""
-        ...
+        return _solve(self.root, torch.zeros_like(self.free, dtype=x.dtype).masked_scatter(self.free, x))
 
-    def pull_back(self, x: Tensor, gradient: Tensor) -> Tensor:
-        """Return the gradient in x (n,) of a function of T whose gradient in T is ``gradient`` (d, d)."""
-        ...
-
-    def push(self, x: Tensor, step: Tensor) -> Tensor:
-        """Return the change of T (d, d), to first order, for a change of x (n,)."""
-        ...
-
-    def bend(self, step: Tensor, gradient: Tensor) -> Tensor:
-        """Return (n,): ``∂²T/∂x² · step``, contracted with a gradient in T (d, d)."""
-        ...
-
-    def rows(self, x: Tensor, operator: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return x (n,) after a linear operator acts on T from the left, or on u of two vectors."""
-        ...
+    def whitened(self, metric: Tensor) -> "Entries":
+        """Return the same structure in coordinates where the metric (d, d), of any scale, is about the identity."""
+        return replace(self, root=_root(metric, diagonal=int(self.free.sum()) == len(self.free)))
 
 
-class Entries:
-    """The entries of T that may differ from 0, in row-major order."""
+class SplitEntries(Entries):
+    """The positive parts of these entries, then the negative ones."""
 
-    bends = False
+    def vector(self, transform: Tensor) -> Tensor:
+        x = super().vector(transform)
+        return torch.cat([x.clamp_min(0), (-x).clamp_min(0)])
 
-    def __init__(self, free: Tensor):
-        """Take the mask (d, d) bool of these entries: all, those on and below the diagonal, or the diagonal."""
-        self.free = free
-        self.mixes = int(free.sum()) > len(free)
+    def transform(self, x: Tensor) -> Tensor:
+        positive, negative = x.chunk(2)
+        return super().transform(positive - negative)
 
-    def start(self, transform: Tensor) -> Tensor:
-        return transform[self.free]
+    def l1_norm(self, x: Tensor) -> Tensor:
+        """Return ``Σ T⁺ + T⁻`` (), which is ‖T‖₁ if one of each two is 0, as at any minimum."""
+        positive, negative = x.chunk(2)
+        return super().transform(positive + negative).sum()
 
-    def build(self, x: Tensor) -> Tensor:
-        transform = torch.zeros(self.free.shape, dtype=x.dtype, device=x.device)
-        transform[self.free] = x
-        return transform
-
-    def pull_back(self, x: Tensor, gradient: Tensor) -> Tensor:
-        return gradient[self.free]
-
-    def push(self, x: Tensor, step: Tensor) -> Tensor:
-        return self.build(step)
-
-    def bend(self, step: Tensor, gradient: Tensor) -> Tensor:
-        return torch.zeros_like(step)
-
-    def rows(self, x: Tensor, operator: Callable[[Tensor], Tensor]) -> Tensor:
-        return operator(self.build(x))[self.free]
+    def whitened(self, metric: Tensor) -> "SplitEntries":
+        return replace(self, root=_root(metric, diagonal=True))
 
 
+@dataclass(frozen=True)
 class TwoVectors:
-    """``T = I + uvᵀ``."""
+    """``T = I + uvᵀ``; root as in ``Entries``."""
 
-    bends = True
-    mixes = True
+    root: Tensor | None = None
 
-    def start(self, transform: Tensor) -> Tensor:
+    def vector(self, transform: Tensor) -> Tensor:
         """Return (u, v) of equal norm; for the identity u = 0 and v of norm 1, since (0, 0) is a saddle point."""
-        width = len(transform)
-        left, size, right = torch.linalg.svd(transform - torch.eye(width, dtype=transform.dtype, device=transform.device))
+        left, size, right = torch.linalg.svd(transform - torch.eye(len(transform)).to(transform))
+        u, v = left[:, :1] * size[0].sqrt(), right[0] * size[0].sqrt()
         if not size[0] > 0:
-            return torch.cat([torch.zeros_like(size), torch.full_like(size, width**-0.5)])
-        return torch.cat([left[:, 0], right[0]]) * size[0].sqrt()
+            v = torch.full_like(size, len(size) ** -0.5)
+        return torch.cat([_multiply(self.root, u)[:, 0], v])
 
-    def build(self, x: Tensor) -> Tensor:
+    def transform(self, x: Tensor) -> Tensor:
         u, v = x.chunk(2)
-        return torch.eye(len(u), dtype=x.dtype, device=x.device) + torch.outer(u, v)
+        return torch.eye(len(u)).to(x) + _solve(self.root, u[:, None]) * v
 
-    def pull_back(self, x: Tensor, gradient: Tensor) -> Tensor:
-        u, v = x.chunk(2)
-        return torch.cat([gradient @ v, gradient.T @ u])
-
-    def push(self, x: Tensor, step: Tensor) -> Tensor:
-        (u, v), (du, dv) = x.chunk(2), step.chunk(2)
-        return torch.outer(du, v) + torch.outer(u, dv)
-
-    def bend(self, step: Tensor, gradient: Tensor) -> Tensor:
-        return self.pull_back(step, gradient)
-
-    def rows(self, x: Tensor, operator: Callable[[Tensor], Tensor]) -> Tensor:
-        u, v = x.chunk(2)
-        return torch.cat([operator(u[:, None])[:, 0], v])
+    def whitened(self, metric: Tensor) -> "TwoVectors":
+        return TwoVectors(_root(metric, diagonal=False))
 
 
-def parametrisation(structure: Structure, width: int, device: torch.device | str = "cpu") -> Parametrisation:
-    """Return the parametrisation of a structure, by name, for T (width, width)."""
+Parametrisation = Entries | TwoVectors
+
+
+def parametrise(structure: str, width: int, device: torch.device, *, split: bool = False) -> Parametrisation:
+    """Return the parametrisation of a structure, for T (width, width); ``split`` for an L1 penalty on its entries."""
     if structure == "two_vectors":
         return TwoVectors()
     every = torch.ones(width, width, dtype=torch.bool, device=device)
-    return Entries({"dense": every, "triangular": every.tril(), "diagonal": every.tril().triu()}[structure])
+    free = {"dense": every, "triangular": every.tril(), "diagonal": every.tril().triu()}[structure]
+    return SplitEntries(free) if split else Entries(free)
+
+
+def _root(metric: Tensor, *, diagonal: bool) -> Tensor:
+    scaled = metric / metric.diagonal().mean().clamp_min(torch.finfo(metric.dtype).tiny)
+    scaled.diagonal().add_(FLOOR)
+    return scaled.diagonal().sqrt().diag() if diagonal else upper_cholesky(scaled).T
+
+
+def _multiply(root: Tensor | None, rows: Tensor) -> Tensor:
+    return rows if root is None else root @ rows
+
+
+def _solve(root: Tensor | None, rows: Tensor) -> Tensor:
+    return rows if root is None else torch.linalg.solve_triangular(root, rows, upper=False)

@@ -10,12 +10,12 @@ over the real tokens of the calibration text (distillation: Hinton et al., arXiv
 next tokens: Gromov et al., arXiv 2403.17887). This is training, and every record of the result says so. It adds no parameter:
 like a repair, it changes existing weights.
 
-The layers before the first cut's host don't run: the states that enter the host and those that leave the dense model's last
+The layers before the first one that changes don't run: the states that enter it and those that leave the dense model's last
 layer are read from scratch files, which one pass writes.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -27,12 +27,12 @@ from torch.nn.functional import kl_div, log_softmax
 from torch.utils.checkpoint import checkpoint
 
 from replaceme.base.documents import Batch, Documents, seeded_order
-from replaceme.base.group import share
+from replaceme.base.group import shard
 from replaceme.edits.edits import Edits
 from replaceme.edits.fold import changed_parameters
-from replaceme.edits.unfused import unfused
+from replaceme.edits.unfused import replaced_parameter, unfused
 from replaceme.models.families import Family, Linear, in_torch_layout, parameter_of
-from replaceme.models.layers import Start, begun_at, gradients_for, passed_by
+from replaceme.models.layers import EntryState, enable_gradients, skip_layers, start_at_layer
 from replaceme.observers.features import LINEARS
 from replaceme.training.training import Texts
 
@@ -68,8 +68,8 @@ class Predictions:
         family: its description.
         edits: the edits that shorten it.
         documents: the calibration text.
-        host: the first layer whose states differ: the one before the first removed layer, or with narrower MLPs the first one.
-        entering: (tokens, d) states that enter the host, in the order of a walk.
+        first: the first layer whose states differ: the one before the first removed layer, or with narrower MLPs the first one.
+        entering: (tokens, d) states that enter that layer, in the order of a walk.
         leaving: (tokens, d) states that leave the dense model's last layer, in the same order.
     """
 
@@ -77,7 +77,7 @@ class Predictions:
     family: Family
     edits: Edits
     documents: Documents
-    host: int
+    first: int
     entering: Tensor
     leaving: Tensor
 
@@ -101,12 +101,12 @@ class Predictions:
     @cached_property
     def trained(self) -> list[tuple[int, Linear, str]]:
         """The trained parameters: layer, linear, and name within the layer."""
-        kept = [layer for layer in range(self.host, len(self.layers)) if layer not in set(self.edits.removed_layers)]
+        kept = [layer for layer in range(self.first, len(self.layers)) if layer not in set(self.edits.removed_layers)]
         return [
             (layer, linear, name)
             for layer in kept
             for linear in LINEARS
-            for name in self.family.ends(self.layers[layer], linear)
+            for name in self.family.output_parameters(self.layers[layer], linear)
         ]
 
     def learners(self) -> dict[str, Tensor]:
@@ -118,9 +118,13 @@ class Predictions:
     def begun(self) -> Iterator[None]:
         """Apply the edits to the model's computation inside the block; the trained parameters come with each pass."""
         learnt = {(layer, name) for layer, _, name in self.trained}
-        standing_in = {place: value for place, value in self.changed.items() if place not in learnt}
-        folded = Edits(self.edits.title, self.edits.removed_layers, operators=self.edits.operators, parameters=standing_in)
-        with gradients_for(self.model), unfused(self.model, self.family, folded):
+        folded = {place: value for place, value in self.changed.items() if place not in learnt}
+        rest = Edits(self.edits.title, self.edits.removed_layers, operators=self.edits.operators)
+        with ExitStack() as stack:
+            stack.enter_context(enable_gradients(self.model))
+            for (layer, name), value in folded.items():
+                stack.enter_context(replaced_parameter(self.layers[layer], name, value))
+            stack.enter_context(unfused(self.model, self.family, rest))
             yield
 
     def loss(self, parameters: Mapping[str, Tensor], documents: Sequence[int], step: int | None) -> Tensor:
@@ -132,7 +136,7 @@ class Predictions:
         order = seeded_order(int(lengths.max()), -1 if step is None else step)
         places = order[: max(round(SHARE * len(order)), 1)].sort().values
         count = int((places < lengths[:, None]).sum())
-        own = [document for number, document in enumerate(documents) if share().takes(number)]
+        own = [document for number, document in enumerate(documents) if shard().owns(number)]
         if not own:
             return torch.stack([0 * parameter.sum() for parameter in parameters.values()]).sum()
         batch = self.texts.batch(own)
@@ -162,13 +166,13 @@ class Predictions:
         return parameter_of(self.layers[layer], name).float().cpu() if changed is None else changed
 
     def _shortened(self, parameters: Mapping[str, Tensor], batch: Batch, rows: Tensor, places: Tensor) -> Tensor:
-        """Return the shortened model's logits (documents, places, words), with ``rows`` (tokens, d) entering the host."""
+        """Return the shortened model's logits (documents, places, words), with ``rows`` (tokens, d) entering the first one."""
         values = {
             self._name(layer, name): in_torch_layout(self.layers[layer], name, parameters[self._name(layer, name)])
             for layer, _, name in self.trained
         }
         values = {name: value.to(self.model.dtype) for name, value in values.items()}
-        with begun_at(self.family, self.layers, Start(self.host, rows), lambda: batch):
+        with start_at_layer(self.family, self.layers, EntryState(self.first, rows), lambda: batch):
             return self._logits(batch, places, values)
 
     def _dense(self, batch: Batch, rows: Tensor, places: Tensor) -> Tensor:
@@ -179,7 +183,7 @@ class Predictions:
             padded = batch.padded(rows)
             return padded if isinstance(output, Tensor) else (padded, *output[1:])
 
-        with passed_by(self.family, self.layers):
+        with skip_layers(self.family, self.layers):
             handle = self.layers[-1].register_forward_hook(hook)
             try:
                 return self._logits(batch, places, {})

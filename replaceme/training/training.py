@@ -7,7 +7,7 @@ An interrupted run resumes from its last checkpoint and ends with the same resul
 documents depends only on the epoch's number, and the checkpoint holds everything else.
 
 Processes can share a training: each step's documents are divided, and losses and gradients added up, so that all take the same
-step. The first one writes the checkpoints.
+step. The first one writes the checkpoints, and all read them.
 """
 
 import math
@@ -23,8 +23,9 @@ from torch import Tensor
 
 from replaceme.base.documents import Batch, Documents, seeded_order, split_places
 from replaceme.base.errors import SolveError
-from replaceme.base.group import add_numbers, add_up, from_first, gathered, merge, share
+from replaceme.base.group import all_gather, all_reduce_sum, merge_rows
 from replaceme.base.progress import logger, progress
+from replaceme.base.ranks import rank
 from replaceme.base.scratch import scratch
 from replaceme.models.families import Family
 from replaceme.observers.walk import Keep, Signals, total, walk
@@ -157,7 +158,7 @@ class _KeepAll(Keep):
         self.kept[batch.positions] = total(batch.real(signals[name]) for name in self.signals).to(self.kept)
 
     def add_up(self) -> None:
-        merge(self.kept)
+        merge_rows(self.kept)
 
 
 def orders(documents: Sequence[int], epoch: int, batch_size: int) -> list[list[int]]:
@@ -208,8 +209,9 @@ class _Run:
         self.step = 0
         self.curves: Curves = {name: [] for name in CURVES}
         self._resume()
-        folder.mkdir(parents=True, exist_ok=True)
-        write_curves(folder, self.curves)
+        if rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_curves(folder, self.curves)
         self.pace = Pace()
 
     def take(self, step: int) -> None:
@@ -218,16 +220,16 @@ class _Run:
         epoch, place = divmod(step, self.per_epoch)
         documents = orders(self.taught, epoch, self.course.batch_size)[place]
         loss = self.lesson.loss(self.parameters, documents, step)
-        self.log("loss", step, add_numbers(float(loss.detach()))[0])
+        self.log("loss", step, sum(all_gather(float(loss.detach()))))
         loss.backward()
-        add_up({name: parameter.grad for name, parameter in self.parameters.items() if parameter.grad is not None})
+        all_reduce_sum({name: parameter.grad for name, parameter in self.parameters.items() if parameter.grad is not None})
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), CLIP)
         for group in self.optimizer.param_groups:
             group["lr"] = self.course.rate(step, self.steps)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step = step + 1
-        if share().rank == 0 and self.pace.is_due():
+        if rank() == 0 and self.pace.is_due():
             self.save()
 
     def evaluate(self, step: int) -> None:
@@ -243,14 +245,15 @@ class _Run:
                 chosen = documents[start : start + self.course.batch_size]
                 count = sum(self.lengths[index] for index in chosen)
                 losses, tokens = losses + count * float(self.lesson.loss(self.parameters, chosen, None)), tokens + count
-        return add_numbers(losses / tokens)[0]
+        return sum(all_gather(losses / tokens))
 
     def log(self, name: str, step: int, value: float) -> None:
         """Append a value to a curve; refuse one that is not finite."""
         if not math.isfinite(value):
             raise SolveError(f"{self.course.rate_name}: the loss of the training is {value} at step {step}; use a lower one.")
         self.curves[name].append((step, value))
-        add_row(self.folder, name, step, value)
+        if rank() == 0:
+            add_row(self.folder, name, step, value)
 
     def save(self) -> None:
         """Write a checkpoint."""
@@ -261,12 +264,12 @@ class _Run:
             save_checkpoint(self.folder / "checkpoint", self.key, {"step": self.step, "curves": self.curves}, tensors)
 
     def _resume(self) -> None:
-        """Continue from the last checkpoint, if there is one with this key."""
-        found = load_checkpoint(self.folder / "checkpoint", self.key) if share().rank == 0 else None
-        state = gathered(found and found[0])[0]
-        if state is None:
+        """Continue from the last checkpoint, if all processes find one with this key."""
+        found = load_checkpoint(self.folder / "checkpoint", self.key)
+        steps = all_gather(found and found[0]["step"])
+        if found is None or len({*steps}) > 1:
             return
-        tensors = from_first(lambda: found[1] if found else {})
+        state, tensors = found
         self.step, self.curves = state["step"], {name: [*map(tuple, rows)] for name, rows in state["curves"].items()}
         for name, parameter in self.parameters.items():
             parameter.data.copy_(tensors[f"weight.{name}"])

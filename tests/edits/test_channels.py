@@ -21,24 +21,17 @@ from replaceme.edits.fold import apply_edits
 from replaceme.edits.unfused import unfused
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import verify_export
-from replaceme.methods.refusals import family_refusals
 from replaceme.methods.registry import METHODS
 from replaceme.models.families import family_of, inputs_of
 from replaceme.models.model import Model
 from replaceme.observers.sums import mirror
 from replaceme.observers.walk import walk
-from replaceme.repair.channel_choice import Candidates, Screened, best_channels, likely_channels, most_compared
+from replaceme.repair.channel_choice import Candidates, Screened, best_channels, likely_channels, max_candidates
 from tests.conftest import PLAIN, made_model
 from tests.helpers import many_documents, passing
-from tests.methods.helpers import BLOCK, same_weights, solved
+from tests.methods.helpers import BLOCK, model_refusals, same_weights, solved
 
 FOLDING = [kind for kind in PLAIN if not kind.startswith("falcon")]
-
-
-def mixed_channels(count: int, layers: list[int], seed: int = 0) -> Tensor:
-    """Return as many channels as one layer has, drawn from several layers in random order."""
-    every = torch.cat([channels_of(layer, count) for layer in layers])
-    return every[torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))[:count]]
 
 
 @pytest.mark.parametrize("kind", FOLDING)
@@ -76,25 +69,7 @@ def test_a_wider_mlp_computes_each_channel_as_alone(kind: str) -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
 
 
-@pytest.mark.parametrize("kind", FOLDING)
-def test_chosen_channels_and_a_correction_are_exported_exactly(
-    kind: str, save_tiny: Callable[..., Model], tmp_path: Path
-) -> None:
-    source, documents = save_tiny(kind), many_documents(4)
-    family, layers = source.family(), source.family().decoder_layers(source.load())
-    count = inputs_of(family.linear_of(layers[1], "mlp_output"))
-    edits = Edits("", [2, 3], channels={1: mixed_channels(count, [1, 2, 3])})
-    edits.correct(1, "mlp_output", 0.1 * torch.randn(32, count, generator=torch.Generator().manual_seed(2)))
-    (tmp_path / "edits").mkdir()
-    edits.save(tmp_path / "edits")
-    again = Edits.load(tmp_path / "edits")
-    assert torch.equal(again.channels[1], edits.channels[1])
-    save_pruned(source, again, tmp_path)
-    figures = verify_export(source, Model(tmp_path, "pruned"), edits, documents)
-    assert figures["hidden_error_mean"] < figures["tolerance"]
-
-
-def test_the_hosts_own_channels_change_nothing() -> None:
+def test_a_layers_own_channels_change_nothing() -> None:
     model = made_model(dtype=torch.float64)
     same = deepcopy(model)
     family = family_of(model.config)
@@ -167,9 +142,9 @@ def test_uncorrelated_channels_are_screened_as_they_are_chosen() -> None:
 
 
 def test_a_choice_that_fits_the_memory_leaves_none_out_before() -> None:
-    assert most_compared(1536) > 2 * 1536
+    assert max_candidates(1536) > 2 * 1536
     # An MLP whose channels alone are more than that still compares some with others.
-    assert most_compared(10**6) == 1_125_000
+    assert max_candidates(10**6) == 1_125_000
 
 
 def test_channels_that_are_always_zero_are_removed_first() -> None:
@@ -220,30 +195,35 @@ def test_a_ridge_that_is_too_small_is_named_in_the_error() -> None:
         best_channels(g.T @ g, g.T @ torch.ones(3, 2), torch.ones(6, 2), 1e-30, 3)
 
 
+def residual(model: Any, edits: Edits, documents: Documents) -> float:
+    """Return the mean squared relative error of the shortened model's state at the cut."""
+    shortened = deepcopy(model)
+    apply_edits(shortened, family_of(model.config), edits)
+    target = passing(model, BLOCK.end - 1, documents)["output"]
+    gap = passing(shortened, BLOCK.layer_before_cut, documents)["output"] - target
+    return float((np.square(gap).sum(1) / np.square(target).sum(1)).mean())
+
+
 @pytest.mark.parametrize("kind", FOLDING)
-def test_the_chosen_channels_fit_better_than_the_hosts_own_or_random_ones(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_chosen_channels_fit_better_than_the_layers_own_or_random_ones(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, documents = made_model(kind, torch.float64), many_documents(60)
 
     def by_chance(gram: Tensor, *rest: Any) -> Tensor:
         return torch.randperm(len(gram), generator=torch.Generator().manual_seed(0))[: rest[-1]].sort().values
 
     def own(gram: Tensor, *rest: Any) -> Tensor:
-        return torch.arange(rest[-1])  # in the last round the host's own channels come first
+        return torch.arange(rest[-1])  # in the last round the layer's own channels come first
 
     left = {}
     for name, choice in (("best", best_channels), ("chance", by_chance), ("own", own)):
         monkeypatch.setattr("replaceme.repair.mend.best_channels", choice)
         edits, mending = solved(model, documents, (BLOCK,), transform="channels", alpha=5.0, refit_ridge=0.01)
-        shortened = deepcopy(model)
         _, figures = mending()
-        apply_edits(shortened, family_of(model.config), edits)
-        target = passing(model, BLOCK.end - 1, documents)["output"]
-        gap = passing(shortened, BLOCK.host, documents)["output"] - target
-        left[name] = float((np.square(gap).sum(1) / np.square(target).sum(1)).mean())
-        chosen = edits.channels[BLOCK.host]
-        assert {*chosen[:, 0].tolist()} <= {BLOCK.host, *BLOCK.layers}
+        left[name] = residual(model, edits, documents)
+        chosen = edits.channels[BLOCK.layer_before_cut]
+        assert {*chosen[:, 0].tolist()} <= {BLOCK.layer_before_cut, *BLOCK.layers}
         assert len(chosen.unique(dim=0)) == len(chosen) == figures["mlp_channels"]
-        assert figures["own_mlp_channels"] == int((chosen[:, 0] == BLOCK.host).sum())
+        assert figures["own_mlp_channels"] == int((chosen[:, 0] == BLOCK.layer_before_cut).sum())
     assert figures["own_mlp_channels"] == figures["mlp_channels"]
     assert left["best"] < min(left["chance"], left["own"])
 
@@ -261,12 +241,8 @@ def test_screened_candidates_give_a_choice_nearly_as_good(monkeypatch: pytest.Mo
         monkeypatch.setattr("replaceme.repair.channel_choice.CANDIDATE_BYTES", 4 * limit**2)
         edits, mending = solved(model, documents, (BLOCK,), transform="channels", alpha=5.0, refit_ridge=0.01)
         mending()
-        shortened = deepcopy(model)
-        apply_edits(shortened, family_of(model.config), edits)
-        target = passing(model, BLOCK.end - 1, documents)["output"]
-        gap = passing(shortened, BLOCK.host, documents)["output"] - target
-        left[limit] = float((np.square(gap).sum(1) / np.square(target).sum(1)).mean())
-        assert len(edits.channels[BLOCK.host].unique(dim=0)) == 48
+        left[limit] = residual(model, edits, documents)
+        assert len(edits.channels[BLOCK.layer_before_cut].unique(dim=0)) == 48
     assert {*sizes} == {96, 60, 54}
     assert left[10**6] <= left[60] < 1.1 * left[10**6]
 
@@ -284,7 +260,7 @@ def test_a_later_block_chooses_on_the_shortened_models_activations(kind: str, mo
     edits, mending = solved(model, documents, blocks, transform="channels", alpha=5.0, repair=True)
     mending()
     gram, cross, by_then = seen[1]
-    family, host = family_of(model.config), blocks[1].host
+    family, host = family_of(model.config), blocks[1].layer_before_cut
     few = Documents(few_documents(documents, 8 * 2 * 48).longest_first())
     target = passing(model, blocks[1].end - 1, few)["output"]
     with unfused(model, family, by_then):
@@ -324,23 +300,10 @@ def test_channels_and_repair_are_exported_exactly(
     source, documents = save_tiny(kind), many_documents(12)
     edits, mending = solved(source.load(), documents, blocks, alpha=1.0, transform="channels", **options)
     mending()
-    assert set(edits.channels) == {block.host for block in blocks}
+    assert set(edits.channels) == {block.layer_before_cut for block in blocks}
     save_pruned(source, edits, tmp_path)
     figures = verify_export(source, Model(tmp_path, "pruned"), edits, documents)
     assert figures["hidden_error_mean"] < figures["tolerance"]
-
-
-def test_the_size_of_a_batch_changes_no_channel() -> None:
-    chosen = []
-    for batch_size in (1, 5):
-        edits, mending = solved(
-            made_model(), many_documents(), (BLOCK,), transform="channels", alpha=5.0, batch_size=batch_size
-        )  # fmt: skip
-        mending()
-        chosen.append(edits.channels[BLOCK.host])
-    # Rounding may decide a close choice differently.
-    shared = len({*map(tuple, chosen[0].tolist())} & {*map(tuple, chosen[1].tolist())})
-    assert shared >= len(chosen[0]) - 1
 
 
 def test_settings_and_families_without_channels_are_refused() -> None:
@@ -349,9 +312,8 @@ def test_settings_and_families_without_channels_are_refused() -> None:
         "use_4bit: transform channels puts rows of several layers' weights together, and 4-bit ones are packed; use false."
     ]
     assert not refusals(values, METHODS["lstsq"])
-    (sentence,) = family_refusals(values, "falcon", family_of(made_model("falcon").config))
-    assert sentence.startswith("transform: channels folds the norm before an MLP into its linears")
-    (sentence,) = family_refusals(values, "opt", family_of(made_model("opt", enable_bias=False).config))
-    assert sentence.startswith("transform: channels folds the norm before an MLP into its linears")
+    for model in ("falcon", made_model("opt", enable_bias=False)):
+        (sentence,) = model_refusals(model, transform="channels")
+        assert sentence.startswith("transform: channels folds the norm before an MLP into its linears")
     (sentence,) = refusals({**values, "method": "cosine"}, METHODS["cosine"])
     assert sentence.startswith("transform: channels solves least squares")

@@ -1,7 +1,6 @@
 """The tasks that ``tasks`` can name, and their items from text and files."""
 
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,12 @@ from datasets.splits import SplitDict, SplitInfo
 from replaceme.base.errors import DatasetError, ParameterError, ReplaceMeError
 from replaceme.base.params import read_params
 from replaceme.base.task import PUBLISHED, Task
-from replaceme.evaluation import catalogue, harness
-from replaceme.evaluation.continuation import CHOICE_WORDS, CONTEXT_WORDS, continuation_items
-from replaceme.evaluation.last_word import CONTEXT_WORDS as PASSAGE_WORDS
-from replaceme.evaluation.last_word import last_word_items
-from replaceme.evaluation.requests import Encodings
+from replaceme.evaluation.accuracy import score_suite
+from replaceme.evaluation.requests import Suite
 from replaceme.evaluation.scorer import CausalScorer
 from replaceme.evaluation.tasks import task_fingerprints, task_items, task_kind, task_name, task_texts
 from replaceme.models import hub
-from tests.conftest import made_model, made_text, made_tokenizer
+from tests.conftest import made_model, made_tokenizer
 
 ROW = {"question": "Which?", "choices": ["one", "two"], "answer": 1}
 
@@ -55,68 +51,12 @@ def test_every_form_of_the_list_is_understood(given: Any, tasks: tuple[Task, ...
     assert read_params(None, {"tasks": [task.plain() for task in tasks]}).tasks == tasks
 
 
-@pytest.fixture
-def items() -> list[dict[str, Any]]:
-    return continuation_items([made_text(120, seed) for seed in range(4)])
-
-
-def test_continuations_are_runs_of_sentences_with_one_true_end(items: list[dict[str, Any]]) -> None:
-    articles = [made_text(120, seed) for seed in range(4)]
-    assert len(items) > 20
-    for item in items:
-        assert len(item["query"].split()) >= CONTEXT_WORDS
-        assert [len(choice.split()) for choice in item["choices"]] == [CHOICE_WORDS] * 4
-        assert len(set(item["choices"])) == 4
-        true = f"{item['query']} {item['choices'][item['gold']]}"
-        assert any(true in article for article in articles)
-        assert all(
-            f"{item['query']} {choice}" not in article
-            for choice in item["choices"]
-            if choice not in true
-            for article in articles
-        )
-
-
-def test_the_same_text_gives_the_same_items_with_the_answer_anywhere(items: list[dict[str, Any]]) -> None:
-    assert items == continuation_items([made_text(120, seed) for seed in range(4)])
-    assert {item["gold"] for item in items} == {0, 1, 2, 3}
-    assert len({item["article"] for item in items}) == 4
-
-
-def test_last_words_end_a_sentence_and_occur_in_the_passage_before_it() -> None:
-    # Every word of the small made-up vocabulary is common, so rare words are inserted.
-    articles = []
-    for seed in range(4):
-        sentences = made_text(60, seed).replace("\n\n", " ").split(". ")
-        for place in range(8, 60, 10):
-            sentences[place - 3] += f" near the zebra{'abcdef'[place // 10]}"
-            sentences[place] += f" saw the zebra{'abcdef'[place // 10]}"
-        articles.append(". ".join(sentences))
-    items = last_word_items(articles)
-    assert len(items) >= 8
-    assert items == last_word_items(iter(articles))
-    homes = {item["article"]: {article for article in articles if item["context"][:60] in article} for item in items}
-    assert len(homes) == len({*map(frozenset, homes.values())}) > 1
-    for item in items:
-        assert any(f"{item['context']} {item['word']}." in article for article in articles)
-        assert len(item["context"].split()) >= PASSAGE_WORDS
-        earlier = item["context"].rsplit(". ", 1)[0]
-        assert re.search(rf"\b{item['word']}\b", earlier, re.IGNORECASE)
-        assert item["word"].startswith("zebra")
-
-
-def test_embedded_tasks_have_enough_items_for_a_standard_error_below_two_and_a_half_points() -> None:
-    for name in ("wikipedia_last_word", "wikipedia_continuation"):
-        count = len(task_items(Task(name)))
-        assert 100 * 0.5 / count**0.5 < 2.5
-
-
 def test_files_are_tasks_under_their_own_name(tmp_path: Path) -> None:
     text = Task(write_rows(tmp_path / "my.notes.jsonl", {"text": "one"}, {"text": ""}, {"text": "two"}))
     assert (task_name(text), task_kind(text), task_texts(text)) == ("my_notes", "perplexity", ["one", "two"])
     questions = Task(write_rows(tmp_path / "q.jsonl", ROW))
     assert (task_kind(questions), task_items(questions)) == (
-        "choice",
+        "items",
         [{"query": "Which?", "choices": ["one", "two"], "gold": 1}],
     )
     assert set(fingerprints(text.name, questions.name)) == {"my_notes", "q"}
@@ -220,7 +160,7 @@ def test_datasets_are_read_at_the_commit_that_was_found(monkeypatch: pytest.Monk
 
     monkeypatch.setattr("datasets.load_dataset", read)
     with pytest.raises(DatasetError, match=r"tasks: 'piqa' can't be loaded \(ConnectionError: no network in tests\)"):
-        catalogue.load(Task("piqa"), {"datasets": {"baber/piqa": "abc"}})
+        Suite().add(Task("piqa"), {"datasets": {"baber/piqa": "abc"}})
     assert asked[0]["path"] == "baber/piqa"
     assert asked[0]["revision"] == "abc"
 
@@ -247,13 +187,13 @@ def test_a_cached_hub_task_is_scored_offline_at_its_commit_alone(tmp_path: Path,
     monkeypatch.setattr(hub, "reachable", lambda: False)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
     cache_piqa(tmp_path, "a" * 40, "Cross the water.")
-    found = fingerprints({"piqa": {"limit": 4}})
-    assert found["piqa"]["datasets"] == {"baber/piqa": "a" * 40}
-    model, suite = made_model(), harness.Suite()
-    suite.add(Task("piqa", limit=4), found["piqa"])
-    outcome = harness.run(CausalScorer(model, made_tokenizer(), 1, "test", Encodings()), suite)
-    assert (outcome.accuracy["piqa"]["items"], outcome.accuracy["piqa"]["metric"]) == (4, "acc_norm")
+    known = fingerprints({"piqa": {"limit": 4}})
+    assert known["piqa"]["datasets"] == {"baber/piqa": "a" * 40}
+    suite = Suite()
+    suite.add(Task("piqa", limit=4), known["piqa"])
+    accuracy = score_suite(CausalScorer(made_model(), made_tokenizer(), 1, "test"), suite).accuracy["piqa"]
+    assert (accuracy["items"], accuracy["metric"]) == (4, "acc_norm")
     shutil.rmtree(tmp_path / "baber___piqa")
     cache_piqa(tmp_path, "b" * 40, "Cross another water.")
-    with pytest.raises(DatasetError, match="tasks: the cache holds another version of baber/piqa than 'piqa' was found with"):
-        harness.Suite().add(Task("piqa"), found["piqa"])
+    with pytest.raises(DatasetError, match="the cache holds another version of baber/piqa than 'piqa' was checked with"):
+        Suite().add(Task("piqa"), known["piqa"])

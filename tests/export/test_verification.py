@@ -13,23 +13,30 @@ from safetensors.torch import load_file, save_file
 
 from replaceme.base.documents import Documents
 from replaceme.base.errors import VerificationError
+from replaceme.base.plan import Block
 from replaceme.edits.edits import Edits
+from replaceme.edits.fold import apply_edits
 from replaceme.export import verification
 from replaceme.export.save import save_pruned
-from replaceme.export.verification import verify_export
+from replaceme.export.verification import cache_error, verify_export, wrong_weights
+from replaceme.methods.slicegpt import Slicing, sliced_config
+from replaceme.models.families import Family
 from replaceme.models.model import Model
 from tests.conftest import LAYERS, WIDTH, made_model, made_tokenizer
-from tests.helpers import TEXT, edits_for, edits_of, many_documents
+from tests.helpers import TEXT, edits_for, edits_of, made_transform, many_documents, mixing
 
 WEIGHTS = "model.safetensors"
-EDITED = "model.layers.1.mlp.down_proj"
+EDITED = {f"model.layers.1.mlp.down_proj.{name}" for name in ("weight", "bias")}
+Export = Callable[..., tuple[Model, Model, Edits]]
 
 
 @pytest.fixture
-def export(save_tiny: Callable[..., Model], tmp_path: Path) -> Callable[..., tuple[Model, Model, Edits]]:
+def export(save_tiny: Callable[..., Model], tmp_path: Path) -> Export:
     """Return a function that saves a pruned model: the copy of a tiny dense one, the pruned one, and the edits."""
 
-    def run(change: Callable[[Path], Any] | None = None, edits: Edits | None = None, **options: Any) -> tuple[Model, ...]:
+    def run(
+        change: Callable[[Path], Any] | None = None, edits: Edits | None = None, **options: Any
+    ) -> tuple[Model, Model, Edits]:
         source = Model(Path(shutil.copytree(save_tiny(**options).folder, tmp_path / "dense")), "dense")
         if change:
             change(source.folder)
@@ -53,8 +60,56 @@ def configure(folder: Path, name: str = "config.json", **entries: Any) -> None:
     (folder / name).write_text(json.dumps({**content, **entries}), encoding="utf-8")
 
 
-def test_an_export_keeps_the_bits_of_weights_that_are_stored_wider_than_the_config_says(
-    export: Callable[..., Any], documents: Documents
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_correct_export_passes(export: Export, documents: Documents, dtype: torch.dtype) -> None:
+    figures = verify_export(*export(dtype=dtype), documents)
+    assert 0 < figures["hidden_error_mean"] < figures["tolerance"]
+
+
+TRANSFORM = {1: made_transform()}
+MIXTURE = mixing(Block(1, 5, (-1, -1, 1, 1, 1)))
+
+
+@pytest.mark.parametrize(
+    ("saved", "meant", "said"),
+    [
+        (Edits("", [2, 3], {1: made_transform(1)}), edits_for(2, 2), "layers.1.mlp.down_proj.weight differs"),
+        (Edits("", [2, 3], {}), edits_for(2, 2), "layers.1.mlp.down_proj.weight differs"),
+        (Edits("", [2, 4], TRANSFORM), edits_for(2, 2), "differs from the original with the edits"),
+        (
+            Edits("", [2, 3], TRANSFORM, {(4, "attention_output"): (torch.ones(WIDTH, WIDTH), None)}),
+            edits_for(2, 2),
+            "layers.2.self_attn.o_proj.weight differs",
+        ),
+        (mixing(Block(1, 5, (0, -1, 0, 1, 1))), MIXTURE, "layers.0.self_attn.q_proj.weight differs"),
+        (Edits("", [1, 2, 3, 4]), MIXTURE, "layers.0.self_attn.q_proj.weight differs"),
+        (mixing(Block(2, 6, (-3, 1, 1, 1, 1))), MIXTURE, "differs from the original with the edits applied"),
+        (
+            Edits("", [4], operators={3: 1.01 * made_transform()}),
+            Edits("", [4], operators={3: made_transform()}),
+            "layers.3.operator.weight differs",
+        ),
+    ],
+    ids=[
+        "another transform", "none", "another layer", "one correction more", "another mixture", "no mixture", "another block",
+        "another operator",
+    ],
+)  # fmt: skip
+def test_an_export_of_other_edits_fails(export: Export, documents: Documents, saved: Edits, meant: Edits, said: str) -> None:
+    source, pruned, _ = export(edits=saved)
+    with pytest.raises(VerificationError, match=said):
+        verify_export(source, pruned, meant, documents)
+
+
+def test_a_norm_of_another_layer_is_found(export: Export) -> None:
+    source, pruned, edits = export(edits=MIXTURE)
+    name, dense = "model.layers.{}.input_layernorm.weight", load_file(source.folder / WEIGHTS)
+    rewrite(pruned.folder, lambda tensors: tensors.update({name.format(0): dense[name.format(4)]}))
+    assert wrong_weights(source.load(), pruned.load(), Family(), edits)[0] == [name.format(0)]
+
+
+def test_the_bits_of_weights_that_are_stored_wider_than_the_config_says_are_kept_or_the_export_fails(
+    export: Export, documents: Documents
 ) -> None:
     source, pruned, edits = export(lambda folder: configure(folder, dtype="bfloat16"))
     dense, saved = load_file(source.folder / WEIGHTS), load_file(pruned.folder / WEIGHTS)
@@ -62,26 +117,9 @@ def test_an_export_keeps_the_bits_of_weights_that_are_stored_wider_than_the_conf
     assert {weight.dtype for weight in saved.values()} == {torch.float32}
     assert pruned.config().dtype == torch.float32
     verify_export(source, pruned, edits, documents)
-
-
-def test_an_export_that_rounds_what_no_edit_changes_fails(export: Callable[..., Any], documents: Documents) -> None:
-    source, pruned, edits = export(lambda folder: configure(folder, dtype="bfloat16"))
-
-    def cast(tensors: dict[str, torch.Tensor]) -> None:
-        tensors.update({name: tensor.bfloat16() for name, tensor in tensors.items()})
-
-    rewrite(pruned.folder, cast)
+    rewrite(pruned.folder, lambda tensors: tensors.update({name: tensor.bfloat16() for name, tensor in tensors.items()}))
     with pytest.raises(VerificationError, match="differs from the original with the edits applied"):
         verify_export(source, pruned, edits, documents)
-
-
-def spoiled(name: str) -> Callable[[dict[str, torch.Tensor]], None]:
-    """Return a function that changes the last bit of one weight."""
-
-    def change(tensors: dict[str, torch.Tensor]) -> None:
-        tensors[name].view(torch.int16).view(-1)[0] ^= 1
-
-    return change
 
 
 @pytest.mark.parametrize(
@@ -93,31 +131,39 @@ def spoiled(name: str) -> Callable[[dict[str, torch.Tensor]], None]:
     ],
 )
 def test_one_changed_bit_in_the_file_is_found(
-    family: str, name: str, export: Callable[..., Any], documents: Documents, monkeypatch: pytest.MonkeyPatch
+    family: str, name: str, export: Export, documents: Documents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, pruned, edits = export(family=family, dtype=torch.bfloat16)
     compared = verification.wrong_weights(source.load_stored(), pruned.load_stored(), source.family(), edits)
     # As if both sides had been loaded by the same wrong rule.
     monkeypatch.setattr(verification, "wrong_weights", lambda *_: compared)
     verify_export(source, pruned, edits, documents)
-    rewrite(pruned.folder, spoiled(name))
+
+    def flip(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name].view(torch.int16).view(-1)[0] ^= 1
+
+    rewrite(pruned.folder, flip)
     with pytest.raises(VerificationError, match=f"{name} in {WEIGHTS} differs from the original with the edits applied"):
         verify_export(source, pruned, edits, documents)
 
 
-def test_a_base_models_names_are_compared(
-    export: Callable[..., Any], documents: Documents, caplog: pytest.LogCaptureFixture
+def test_a_base_models_names_are_compared_and_what_transformers_converts_is_counted_in_one_line(
+    save_tiny: Callable[..., Model], tmp_path: Path, documents: Documents, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def strip(tensors: dict[str, torch.Tensor]) -> None:
-        for name in [*tensors]:
-            tensors[name.removeprefix("transformer.")] = tensors.pop(name)
+    for family in ("gpt2", "mixtral"):
+        source = Model(Path(shutil.copytree(save_tiny(family).folder, tmp_path / family / "dense")), "dense")
+        rewrite(
+            source.folder,
+            lambda tensors: [tensors.update({name.removeprefix("transformer."): tensors.pop(name)}) for name in [*tensors]],
+        )
+        save_pruned(source, edits := edits_of(2, 2, source.load()), tmp_path / family / "pruned")
+        with caplog.at_level(logging.INFO, "replaceme"):
+            verify_export(source, Model(tmp_path / family / "pruned", "pruned"), edits, documents)
+    (line,) = [line for line in caplog.messages if "as loaded" in line]
+    assert line.startswith("export: 4 of ")  # the last linears of the experts before the cut
 
-    with caplog.at_level(logging.INFO, "replaceme"):
-        verify_export(*export(lambda folder: rewrite(folder, strip), family="gpt2"), documents)
-    assert "as loaded" not in caplog.text
 
-
-def test_mixed_dtypes_are_exported_as_they_are_stored(export: Callable[..., Any], documents: Documents) -> None:
+def test_mixed_dtypes_are_exported_as_they_are_stored(export: Export, documents: Documents) -> None:
     def widen(tensors: dict[str, torch.Tensor]) -> None:
         for name in [each for each in tensors if "norm" in each or "embed" in each]:
             tensors[name] = tensors[name].float() * (1 + 2**-20)
@@ -133,14 +179,9 @@ def test_mixed_dtypes_are_exported_as_they_are_stored(export: Callable[..., Any]
         verify_export(source, pruned, edits, documents)
 
 
-def test_weights_that_transformers_converts_are_counted_in_one_line(
-    export: Callable[..., Any], documents: Documents, caplog: pytest.LogCaptureFixture
-) -> None:
-    source, pruned, edits = export(family="mixtral")
-    with caplog.at_level(logging.INFO, "replaceme"):
-        verify_export(source, pruned, edits, documents)
-    (line,) = [line for line in caplog.messages if "as loaded" in line]
-    assert line.startswith("export: 4 of ")  # the last linears of the host's experts
+def test_subnormal_weights_round_in_absolute_steps(export: Export) -> None:
+    source, pruned, edits = export(dtype=torch.float16, initializer_range=1e-4)
+    assert wrong_weights(source.load(), pruned.load(), Family(), edits)[0] == []
 
 
 @pytest.mark.parametrize(
@@ -153,47 +194,54 @@ def test_weights_that_transformers_converts_are_counted_in_one_line(
         ("config.json", "dtype", "bfloat16"),
         ("config.json", "pad_token_id", 3),
         ("generation_config.json", "eos_token_id", [1, 5]),
+        ("generation_config.json", "", None),
     ],
 )
-def test_an_edited_entry_of_a_config_is_found(
-    name: str, entry: str, value: Any, export: Callable[..., Any], documents: Documents
-) -> None:
+def test_an_edited_entry_of_a_config_is_found(name: str, entry: str, value: Any, export: Export, documents: Documents) -> None:
     def generation(folder: Path) -> None:
-        (folder / "generation_config.json").write_text('{"eos_token_id": [1], "top_k": 5}', encoding="utf-8")
+        # The model's own config asks for beams and sampling: the proof's generation is greedy.
+        text = '{"num_beams": 3, "do_sample": true, "top_k": 5, "eos_token_id": [1]}'
+        (folder / "generation_config.json").write_text(text, encoding="utf-8")
 
     source, pruned, edits = export(generation, family="qwen2")
-    verify_export(source, pruned, edits, documents)
-    configure(pruned.folder, name, **{entry: value})
+    assert verify_export(source, pruned, edits, documents)["cache_error"] < 1e-4
+    if entry:
+        configure(pruned.folder, name, **{entry: value})
+    else:
+        (pruned.folder / name).unlink()
     said = f"{entry} in {name}" if name == "config.json" else name
     with pytest.raises(VerificationError, match=f"export: {said} differs from the original with the edits applied"):
         verify_export(source, pruned, edits, documents)
 
 
-def test_a_missing_generation_config_is_found(export: Callable[..., Any], documents: Documents) -> None:
-    source, pruned, edits = export()
-    (pruned.folder / "generation_config.json").unlink()
-    with pytest.raises(VerificationError, match=r"generation_config.json differs"):
-        verify_export(source, pruned, edits, documents)
-
-
-def test_the_proof_reaches_beyond_a_window_that_is_longer_than_its_text(
-    export: Callable[..., Any], documents: Documents, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("window", [8, 400])
+def test_the_proof_sees_layers_with_another_window_however_long_it_is(
+    window: int, export: Export, documents: Documents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    window = {"sliding_window": 400}
-    source, pruned, edits = export(lambda folder: configure(folder, **window), family="qwen2")
+    # Layers 3 to 5 have a sliding window.
+    source, pruned, edits = export(lambda folder: configure(folder, sliding_window=window), edits_for(1, 2), family="qwen2")
     verify_export(source, pruned, edits, documents)
-    assert pruned.config().sliding_window == window["sliding_window"]
+    assert pruned.config().sliding_window == window
     configure(pruned.folder, layer_types=["full_attention"] * (LAYERS - 2))
     monkeypatch.setattr(verification, "wrong_entries", lambda *_: [])
-    with pytest.raises(VerificationError, match=r"the state after layer \d differs from the unfused computation"):
+    with pytest.raises(VerificationError, match="the state after layer 3 differs from the unfused computation"):
         verify_export(source, pruned, edits, documents)
 
 
-def narrower(layers: int) -> Edits:
-    """Return edits that make the stream narrower, with a basis at each signal, as slicegpt does."""
-    generator = torch.Generator().manual_seed(3)
-    made = [torch.randn(WIDTH, WIDTH - 2, generator=generator) for _ in range(2 * layers + 1)]
-    return Edits("test", [], bases=[torch.linalg.qr(matrix)[0].contiguous() for matrix in made])
+def test_the_computation_is_compared_with_the_unfused_one(
+    export: Export, documents: Documents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verification, "wrong_weights", lambda *_: ([], EDITED))
+    source, pruned, _ = export(edits=Edits("test", [2, 3], {1: made_transform().T.contiguous()}))
+    with pytest.raises(VerificationError, match="the state after layer 1 differs from the unfused computation by"):
+        verify_export(source, pruned, edits_for(2, 2), documents)
+
+
+def test_a_wrong_index_of_the_cache_is_an_error(tiny: Model) -> None:
+    model = tiny.load()
+    apply_edits(model, Family(), edits_for(2, 2))
+    model.model.layers[2].self_attn.layer_idx = 1
+    assert cache_error(model, TEXT[0]) > 1e-2
 
 
 @pytest.fixture
@@ -207,11 +255,15 @@ def deep(tmp_path: Path) -> Model:
 def test_an_honest_export_of_many_layers_passes_however_large_it_is(
     deep: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_pruned(deep, narrower(30), tmp_path / "pruned")
+    generator = torch.Generator().manual_seed(3)
+    made = [torch.randn(WIDTH, WIDTH - 2, generator=generator) for _ in range(2 * 30 + 1)]
+    slicing = Slicing([torch.linalg.qr(matrix)[0].contiguous() for matrix in made])
+    narrower = Edits("test", [], config=sliced_config(deep.config(), slicing), model_edit=slicing)
+    save_pruned(deep, narrower, tmp_path / "pruned")
     large = []
     for limit in (8 << 30, 0):
         monkeypatch.setattr("replaceme.models.model.FLOAT32_BYTES", limit)
-        large.append(verify_export(deep, Model(tmp_path / "pruned", "pruned"), narrower(30), many_documents(4)))
+        large.append(verify_export(deep, Model(tmp_path / "pruned", "pruned"), narrower, many_documents(4)))
     # The errors of thirty layers together exceed what the rounding of one explains.
     assert large[0]["hidden_error_mean"] > large[0]["tolerance"]
     assert large[0] == large[1]
@@ -227,7 +279,7 @@ def test_a_small_error_in_one_weight_of_many_layers_fails(
     save_pruned(deep, edits, tmp_path / "pruned")
     rewrite(tmp_path / "pruned", lambda tensors: tensors.update({place: tensors[place] * 1.01}))
     # As if the comparison of weights had not noticed.
-    monkeypatch.setattr(verification, "wrong_weights", lambda *_: ([], {f"{EDITED}.weight", f"{EDITED}.bias"}))
+    monkeypatch.setattr(verification, "wrong_weights", lambda *_: ([], EDITED))
     monkeypatch.setattr(verification, "wrong_tensors", lambda *_: [])
     said = "the state after layer 22 differs" if "layers" in place else "the logits differ"
     with pytest.raises(VerificationError, match=f"export: {said} from the unfused computation by"):
@@ -249,11 +301,10 @@ def test_a_cast_on_the_fly_computes_what_the_model_in_float32_does(
     assert {weight.dtype for weight in model.parameters()} == {getattr(torch, dtype)}
 
 
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 0), (torch.bfloat16, 8 << 30), (torch.float16, 8 << 30)])
 def test_a_mixture_of_layers_is_verified_however_large_the_model(
-    save_tiny: Callable[..., Model], tmp_path: Path, documents: Documents, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, limit: int, export: Export, documents: Documents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("replaceme.models.model.FLOAT32_BYTES", 0)
-    source, edits = save_tiny(dtype=torch.bfloat16), Edits("test", [2, 3], mixtures={1: {1: 0.6, 2: 0.3, 3: 0.1}})
-    save_pruned(source, edits, tmp_path)
-    figures = verify_export(source, Model(tmp_path, "pruned"), edits, documents)
+    monkeypatch.setattr("replaceme.models.model.FLOAT32_BYTES", limit)
+    figures = verify_export(*export(edits=MIXTURE, dtype=dtype), documents)
     assert 0 < figures["hidden_error_mean"] < figures["tolerance"]

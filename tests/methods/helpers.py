@@ -1,25 +1,32 @@
-"""The edits as the stages solve and repair make them, for tests of repair, channels and healing."""
+"""The edits as the stages solve and repair make them, for tests of repair, channels and healing; and what is refused."""
 
+import importlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
 from replaceme.base.documents import Documents
-from replaceme.base.params import read_params
+from replaceme.base.errors import ParameterError
+from replaceme.base.params import Params, read_params
 from replaceme.base.plan import Block, Plan
+from replaceme.base.workspace import Workspace
 from replaceme.edits.edits import Edits
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import verify_export
+from replaceme.methods.method import Solved
+from replaceme.methods.refusals import check_model
 from replaceme.methods.registry import METHODS
-from replaceme.models.families import family_of
+from replaceme.models.families import Family, family_of
 from replaceme.models.model import Model
 from replaceme.observers.statistics import take_statistics
 from replaceme.repair.mend import mend
 from replaceme.repair.state import Repair
+from tests.conftest import WIDTH, made_model
 from tests.helpers import TEXT, shortened_logits
 
 BLOCK = Block(2, 4)
@@ -43,6 +50,17 @@ def solved(
     return edits, partial(mend, params, model, family, documents, edits, plan)
 
 
+def solved_alone(
+    method: str, model: Any, documents: Documents, block: Block = BLOCK, batch_size: int = 4, **options: Any
+) -> Solved:
+    """Return a method's solution of a block from its statistics, with the block removed."""
+    params, declared = read_params(None, {"method": method, **options}), METHODS[method]
+    taken = take_statistics(model, family_of(model.config), documents, block, declared.statistics(params), batch_size)
+    made = declared.solve(params, block, taken.__getitem__)
+    made.edits.removed_layers = [*block.layers]
+    return made
+
+
 def same_weights(a: Any, b: Any, tolerance: float = 1e-3) -> bool:
     pairs = zip(a.parameters(), b.parameters(), strict=True)
     return all(
@@ -59,3 +77,22 @@ def assert_saved_computes_edits(source: Model, edits: Edits, documents: Document
     expected = shortened_logits(source.load(), edits, TEXT)
     with torch.no_grad():
         assert (loaded(TEXT).logits - expected).norm() < 1e-3 * expected.norm()
+
+
+def run_stages(params: Params, work: Workspace, *names: str) -> None:
+    """Run stages by name, in this process."""
+    for name in names:
+        importlib.import_module(f"replaceme.pipeline.{name}").STAGE.run(params, work)
+
+
+def model_refusals(given: Any, **options: Any) -> list[str]:
+    """Return the sentences that refuse options for a model: ``given``, a tiny one of that name, or one of that description."""
+    model = made_model(given) if isinstance(given, str) else given
+    if isinstance(given, Family):
+        model = SimpleNamespace(config=SimpleNamespace(model_type="x", hidden_size=WIDTH))
+    source: Any = SimpleNamespace(config=lambda: model.config, skeleton=lambda config: model)
+    try:
+        check_model(read_params(None, options), source, given if isinstance(given, Family) else family_of(model.config))
+    except ParameterError as refusal:
+        return refusal.problems
+    return []

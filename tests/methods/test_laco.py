@@ -8,25 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from replaceme import commands
 from replaceme.base.documents import Documents
-from replaceme.base.errors import ModelError, ParameterError, VerificationError
-from replaceme.base.files import read_json
-from replaceme.base.params import Params, read_params
+from replaceme.base.errors import ModelError, ParameterError
+from replaceme.base.params import read_params
 from replaceme.base.plan import Block, Plan, load_blocks, save_blocks
 from replaceme.edits.edits import Edits
 from replaceme.edits.fold import apply_edits
-from replaceme.edits.unfused import unfused
-from replaceme.export.card import model_card
 from replaceme.export.save import save_pruned
-from replaceme.export.verification import verify_export, wrong_weights
-from replaceme.methods.refusals import family_refusals
-from replaceme.methods.registry import METHODS, criterion_of
+from replaceme.export.verification import verify_export
+from replaceme.methods.registry import criterion_of
 from replaceme.models.families import Family, family_of
 from replaceme.models.model import Model
 from replaceme.repair.mend import mend
@@ -34,17 +28,12 @@ from replaceme.selection import collapse as module
 from replaceme.selection.collapse import Way, blocks_of, check_alike, collapse, collapse_all, collapsed_blocks, merged, texts_of
 from replaceme.selection.criteria import allowed_starts
 from tests.conftest import EXPERTS, KINDS, LAYERS, OBSTACLES, PLAIN, made_model
-from tests.helpers import TEXT, call, many_documents
+from tests.helpers import TEXT, hooked_and_folded, many_documents, mixing
+from tests.methods.helpers import model_refusals
 
 DENSE = [kind for kind in KINDS if kind not in EXPERTS]
 # Layers 1 to 3 were merged, then 0 to 2 of the remaining ones: layer 0 absorbed the mixture and layer 4.
 TWICE = (Block(1, 5, (-1, -1, 1, 1, 1)),)
-
-
-def mixing(*blocks: Block) -> Edits:
-    edits = Edits("test", [layer for block in blocks for layer in block.layers])
-    edits.mixtures = {block.host: block.mixture for block in blocks}
-    return edits
 
 
 @torch.no_grad()
@@ -114,13 +103,8 @@ def test_a_folded_mixture_equals_the_formula_and_the_unfused_computation(kind: s
     original = made_model(kind, torch.float64)
     # Two merges, one of which absorbs the other.
     expected = logits_of(merge(merge(original, 1, 3, LAYERS - 1), 0, 3, LAYERS - 3))
-    family, edits = family_of(original.config), mixing(*TWICE)
     assert (logits_of(original) - expected).norm() > 1e-2 * expected.norm()
-    with unfused(original, family, edits):
-        hooked = logits_of(original)
-    apply_edits(original, family, edits)
-    found = logits_of(original)
-    for logits in (hooked, found):
+    for logits in hooked_and_folded(original, family_of(original.config), mixing(*TWICE)):
         assert (logits - expected).norm() / expected.norm() < 1e-9
     assert not any(part._forward_hooks for part in original.modules())
 
@@ -131,48 +115,12 @@ def test_an_exported_mixture_gives_the_same_logits_and_is_verified(
 ) -> None:
     source, edits = save_tiny(kind), mixing(Block(1, 3, (-1, 1, 1)), Block(4, 5, (0, 1)))
     expected = logits_of(merge(merge(source.load(), 0, 3, LAYERS - 1), 1, 2, LAYERS - 3))
-    (tmp_path / "edits").mkdir()
-    edits.save(tmp_path / "edits")
-    read = Edits.load(tmp_path / "edits")
-    assert (read.removed_layers, read.mixtures) == ([1, 2, 4], {0: {0: -1, 1: 1, 2: 1}, 3: {3: 0, 4: 1}})
-    save_pruned(source, read, tmp_path / "pruned")
+    assert (edits.removed_layers, edits.mixtures) == ([1, 2, 4], {0: {0: -1, 1: 1, 2: 1}, 3: {3: 0, 4: 1}})
+    save_pruned(source, edits, tmp_path / "pruned")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").eval()
     assert torch.allclose(logits_of(loaded), expected, rtol=1e-4, atol=1e-4)
     figures = verify_export(source, Model(tmp_path / "pruned", "pruned"), edits, documents)
     assert 0 <= figures["hidden_error_mean"] < figures["tolerance"]
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_an_export_in_16_bits_is_verified_too(
-    dtype: torch.dtype, save_tiny: Callable[..., Model], documents: Documents, tmp_path: Path
-) -> None:
-    source = save_tiny(dtype=dtype)
-    save_pruned(source, mixing(*TWICE), tmp_path)
-    verify_export(source, Model(tmp_path, "pruned"), mixing(*TWICE), documents)
-
-
-@pytest.mark.parametrize(
-    ("tampered", "said"),
-    [
-        (mixing(Block(1, 5, (0, -1, 0, 1, 1))), "layers.0.self_attn.q_proj.weight differs"),
-        (Edits("test", [1, 2, 3, 4]), "layers.0.self_attn.q_proj.weight differs"),
-        (mixing(Block(2, 6, (-3, 1, 1, 1, 1))), "differs from the original with the edits applied"),
-    ],
-)
-def test_a_wrong_mixture_is_refused(tampered: Edits, said: str, tiny: Model, documents: Documents, tmp_path: Path) -> None:
-    save_pruned(tiny, tampered, tmp_path)
-    with pytest.raises(VerificationError, match=said):
-        verify_export(tiny, Model(tmp_path, "pruned"), mixing(*TWICE), documents)
-
-
-def test_a_mixed_norm_is_refused(tiny: Model, tmp_path: Path) -> None:
-    edits = mixing(*TWICE)
-    save_pruned(tiny, edits, tmp_path)
-    weights, dense = load_file(tmp_path / "model.safetensors"), load_file(tiny.folder / "model.safetensors")
-    name = "model.layers.{}.input_layernorm.weight"
-    weights[name.format(0)] = dense[name.format(4)].clone()
-    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    assert wrong_weights(tiny.load(), Model(tmp_path, "pruned").load(), Family(), edits)[0] == [name.format(0)]
 
 
 def test_a_kept_layer_is_mixed_into_no_other() -> None:
@@ -298,75 +246,6 @@ def test_repair_follows_a_mixture(kind: str, save_tiny: Callable[..., Model], tm
     assert figures["hidden_error_mean"] < figures["tolerance"]
 
 
-def test_the_whole_command_merges_layers(
-    save_tiny: Callable[..., Model], text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    source = save_tiny()
-    options = ["--model", source.folder, "--dataset", text_file, "--dataset_size", 20, "--max_length", 48, "--dtype", "float32"]
-    options += ["--layers_to_skip", 3, "--laco_layers", 3, "--tasks", f"[{text_file}]", "--eval_tokens", 200, "--threads", 1]
-    call(commands.run_replaceme, "--method", "laco", *options, "--save_path", tmp_path / "pruned")
-    said = capsys.readouterr().err
-    metrics = tmp_path / "pruned.work" / "metrics"
-    figures = read_json(metrics / "select.json")
-    assert f"select: similarity after each merge, above the threshold {figures['threshold']:g}" in said
-    assert f"laco_threshold 0.45 leaves too many layers, and was lowered to {figures['threshold']:g}" in said
-    assert min(figures["merges"].values()) > figures["threshold"]
-    assert figures["similarity"] in figures["merges"].values()
-    assert read_json(metrics / "solve.json")["removed_layers"] == 3
-    loaded = Model(tmp_path / "pruned", "pruned").load()
-    assert loaded.config.num_hidden_layers == LAYERS - 3
-    edits = Edits.load(tmp_path / "pruned.work" / "artifacts" / "edits")
-    assert wrong_weights(source.load(), loaded, Family(), edits)[0] == []
-    card = (tmp_path / "pruned" / "README.md").read_text(encoding="utf-8")
-    assert "with LaCo." in card
-    assert "laco_layers: 3" in card
-    page = (tmp_path / "pruned.work" / "artifacts" / "report" / "index.html").read_text(encoding="utf-8")
-    assert "merging layers into the one before them" in page
-    # Starting at the reached threshold gives the same model.
-    repeated = ["--laco_threshold", figures["threshold"], "--save_path", tmp_path / "again"]
-    call(commands.run_replaceme, "--method", "laco", *options, *repeated)
-    assert "was lowered" not in capsys.readouterr().err
-    model = "model.safetensors"
-    assert (tmp_path / "again" / model).read_bytes() == (tmp_path / "pruned" / model).read_bytes()
-
-
-def test_the_card_lists_the_merges(params: Params, tiny: Model) -> None:
-    text = model_card(params, tiny, mixing(*TWICE), {})
-    assert "The weights of the linear modules of layers 0–4 were merged into those of layer 0, without training." in text
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (
-            {"transform": "joint"},
-            "transform: joint has no place in method laco, which merges layers into the one before them; use dense.",
-        ),
-        (
-            {"selection": "loss"},
-            "selection: loss has no place in method laco, which merges layers into the one before them; use null.",
-        ),
-        (
-            {"num_A": 2},
-            "num_A: 2 has no place in method laco, which merges layers into the one before them; use 1.",
-        ),
-        ({"laco_layers": 1}, "laco_layers: must be at least 2, not 1."),
-        ({"laco_interval": 0}, "laco_interval: must be at least 1, not 0."),
-        ({"laco_threshold": 1.5}, "laco_threshold: must be at most 1, not 1.5."),
-        ({"laco_threshold": -2.0}, "laco_threshold: must be at least -1, not -2.0."),
-        (
-            {"method": "uidl", "selection": "collapse"},
-            "selection: 'collapse' is not a criterion; use null or one of angular, residual, loss, influence, greedy",
-        ),
-    ],
-)
-def test_impossible_settings_are_refused_in_one_sentence(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(ParameterError) as caught:
-        read_params(None, {"method": "laco", **options}, METHODS)
-    (problem,) = caught.value.problems
-    assert problem.startswith(f"command line: {said}")
-
-
 def test_merges_too_far_apart_are_named() -> None:
     params = read_params(None, {"method": "laco", "laco_interval": 5, "laco_layers": 2, "layers_to_skip": 4})
     said = "laco_interval: merges 5 layers apart remove 3 of the 4 layers between layer 1 and layer 12 at most; lower it"
@@ -376,17 +255,7 @@ def test_merges_too_far_apart_are_named() -> None:
 
 
 def test_experts_are_not_merged_and_norms_are_no_obstacle() -> None:
-    values = read_params(None, {"method": "laco"}).model_dump()
-    (said,) = family_refusals(values, "mixtral", OBSTACLES["experts"])
+    (said,) = model_refusals("mixtral", method="laco")
     assert said.startswith("method: laco is not derived for the mixture of experts of the family 'mixtral'")
-    assert family_refusals(values, "gemma2", OBSTACLES["norm"]) == []
-    assert family_refusals(values, "x", OBSTACLES["undescribed"]) == []
-
-
-def test_the_keys_belong_to_laco_alone(caplog: pytest.LogCaptureFixture) -> None:
-    assert criterion_of(read_params(None, {"method": "laco"}, METHODS)).name == "collapse"
-    with caplog.at_level("INFO", "replaceme"):
-        read_params(None, {"laco_layers": 4, "laco_interval": 2, "laco_threshold": 0.6}, METHODS)
-    assert [record.message for record in caplog.records if not record.message.startswith("preset")] == [
-        f"laco_{name} belongs to method laco and is ignored" for name in ("layers", "interval", "threshold")
-    ]
+    assert model_refusals(OBSTACLES["norm"], method="laco") == []
+    assert model_refusals(OBSTACLES["undescribed"], method="laco") == []

@@ -1,10 +1,8 @@
 """LLM-Pruner: groups of heads and channels, their importance, and models without some of them."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,51 +11,64 @@ from accelerate import dispatch_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from replaceme import commands
 from replaceme.base.documents import Documents
 from replaceme.base.errors import ModelError, ParameterError, VerificationError
-from replaceme.base.files import read_json
 from replaceme.base.params import Params, read_params
 from replaceme.base.plan import Plan
 from replaceme.base.workspace import Workspace
 from replaceme.edits.edits import Edits
-from replaceme.edits.fold import apply_edits, cut
-from replaceme.edits.unfused import unfused
+from replaceme.edits.fold import apply_edits
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import cache_error, verify_export
-from replaceme.methods.groups import Width, crops_of, importance_of, least, shapes_of, width_of
-from replaceme.methods.llm_pruner import check, layers_of
-from replaceme.methods.method import Bench
-from replaceme.methods.refusals import family_refusals
+from replaceme.methods.llm_pruner import (
+    RemovableGroups,
+    RemovedGroups,
+    choose_layers,
+    cut,
+    cut_shapes,
+    draw_crops,
+    keep_most_important,
+    measure_importance,
+    remove_groups,
+)
+from replaceme.methods.method import MethodContext
 from replaceme.methods.registry import METHODS
-from replaceme.models.families import FAMILIES, Family, Linear, family_of, parameter_of
-from replaceme.models.kv_cache import cache_bytes_per_token, filled_cache
+from replaceme.models.families import Family, Linear, family_of, parameter_of
+from replaceme.models.kv_cache import cache_bytes_per_token, fill_cache
 from replaceme.models.model import Model
 from replaceme.models.own_form import is_own_form
 from replaceme.pipeline.inputs import inspect_inputs
-from tests.conftest import DESCRIBED, FAMILY_CONFIGS, KINDS, LAYERS, WIDTH, made_model
-from tests.helpers import call, shortened_logits
+from tests.conftest import DESCRIBED, FAMILY_CONFIGS, KINDS, LAYERS, made_model
+from tests.helpers import TEXT, hooked_and_folded
+from tests.methods.helpers import model_refusals
 
-TEXT = torch.arange(2, 42)[None]
-CUT = [kind for kind, family in DESCRIBED.items() if not family.uncut]
+CUT = [kind for kind, family in DESCRIBED.items() if not family.head_pruning_obstacle]
 # Families whose config can express the number of heads and channels.
 IN_CONFIG = [kind for kind in CUT if kind != "gptj"]
 LINEARS: tuple[Linear, ...] = ("attention_output", "mlp_output")
-FAST = ["--dtype", "float32", "--eval_dtype", "float32", "--threads", 1, "--max_length", 64, "--dataset_size", 20]
+COUNTS: dict[Linear, int] = {"attention_output": 2, "mlp_output": 48}
 
 
-def cutting(model: Any, removed: list[int] | None = None) -> Edits:
+def cutting(model: Any) -> tuple[Edits, RemovedGroups]:
     """Return edits that remove different numbers of groups from each of three layers."""
     family, generator = family_of(model.config), torch.Generator().manual_seed(0)
-    layers = family.decoder_layers(model)
-    edits = Edits("test", removed or [])
+    kept: dict[tuple[int, Linear], torch.Tensor] = {}
     for layer in (1, 3, 5):
-        kept = torch.rand(48, generator=generator) < 0.2 + 0.1 * layer
-        edits.kept[layer, "mlp_output"] = kept
+        kept[layer, "mlp_output"] = torch.rand(48, generator=generator) < 0.2 + 0.1 * layer
         if layer != 3:
-            edits.kept[layer, "attention_output"] = torch.tensor([layer == 1, layer == 5])
-    edits.shapes = shapes_of(family, layers, edits)
-    return edits
+            kept[layer, "attention_output"] = torch.tensor([layer == 1, layer == 5])
+    removed = RemovedGroups(kept, cut_shapes(family, family.decoder_layers(model), kept))
+    return Edits("test", [], model_edit=removed), removed
+
+
+@torch.no_grad()
+def zeroed_logits(model: Any, removed: RemovedGroups) -> torch.Tensor:
+    """Return the logits of a model whose last linears have zeros in the columns of removed groups; the model is changed."""
+    family = family_of(model.config)
+    for (layer, linear), groups in removed.kept.items():
+        weight = parameter_of(family.linear_of(family.decoder_layers(model)[layer], linear), "weight")
+        weight *= groups.repeat_interleave(weight.shape[1] // len(groups)).to(weight)
+    return logits_of(model)
 
 
 def logits_of(model: Any) -> torch.Tensor:
@@ -71,17 +82,14 @@ def pieces(count: int = 12, length: int = 64) -> Documents:
     return Documents([torch.randint(2, 400, (length,), generator=generator) for _ in range(count)])
 
 
-def test_every_family_is_cut_or_refused_with_a_reason() -> None:
-    assert set(FAMILY_CONFIGS) == set(FAMILIES)
-
-
 @pytest.mark.parametrize("kind", CUT)
 def test_groups_hold_each_weight_of_their_linears_once_and_nothing_else(kind: str) -> None:
     model = made_model(kind)
-    family, width = family_of(model.config), width_of(model, family_of(model.config), range(1, 3))
+    family = family_of(model.config)
+    removable = RemovableGroups.of(model, family, range(1, 3))
     layer = family.decoder_layers(model)[1]
     entries = 0
-    for linear, count in width.groups.items():
+    for linear, count in removable.counts.items():
         named = family.cut_parameters(layer, linear)
         for name, dimension in named.items():
             shape = parameter_of(layer, name).shape
@@ -89,11 +97,11 @@ def test_groups_hold_each_weight_of_their_linears_once_and_nothing_else(kind: st
             parts = [cut(numbers, torch.arange(count) == group, dimension) for group in range(count)]
             assert sorted(torch.cat([part.flatten() for part in parts]).tolist()) == [*range(shape.numel())]
             entries += shape.numel()
-        assert width.sizes[linear] * count == sum(parameter_of(layer, name).numel() for name in named)
+        assert removable.sizes[linear] * count == sum(parameter_of(layer, name).numel() for name in named)
     # In no group: norms, and biases that are added to the residual stream in any case.
     biases = [f"{path}.bias" for path in (family.attention_output, family.mlp_output)]
     rest = [name for name, _ in layer.named_parameters() if "norm" in name or "ln_" in name or name in biases]
-    assert width.layer_size == entries + sum(layer.get_parameter(name).numel() for name in rest)
+    assert removable.layer_size == entries + sum(layer.get_parameter(name).numel() for name in rest)
 
 
 def test_a_group_of_the_attention_is_a_key_value_head_with_its_queries() -> None:
@@ -107,58 +115,30 @@ def test_a_group_of_the_attention_is_a_key_value_head_with_its_queries() -> None
 
 
 @pytest.mark.parametrize("kind", CUT)
-def test_a_cut_model_equals_the_unfused_computation_and_the_replay(kind: str) -> None:
+def test_a_cut_model_equals_the_unfused_computation_and_one_with_zeros(kind: str) -> None:
     model = made_model(kind, torch.float64)
-    family, edits = family_of(model.config), cutting(model)
-    before, replayed = logits_of(model), shortened_logits(model, edits, TEXT)
-    with unfused(model, family, edits):
-        hooked = logits_of(model)
-    assert torch.equal(logits_of(model), before)
-    apply_edits(model, family, edits)
-    found = logits_of(model)
-    assert (found - before).norm() > 1e-2 * before.norm()
-    for logits in (hooked, replayed):
-        assert (found - logits).norm() < 1e-9 * logits.norm()
-    for (layer, path), shape in edits.shapes.items():
+    family, (edits, removed) = family_of(model.config), cutting(model)
+    before, expected = logits_of(model), zeroed_logits(made_model(kind, torch.float64), removed)
+    assert (expected - before).norm() > 1e-2 * before.norm()
+    for logits in hooked_and_folded(model, family, edits):
+        assert (logits - expected).norm() < 1e-9 * expected.norm()
+    for (layer, path), shape in removed.shapes.items():
         linear = family.decoder_layers(model)[layer].get_submodule(path)
         assert (linear.out_features, linear.in_features) == linear.weight.shape == shape
-
-
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "phi"])
-def test_a_cut_goes_with_removed_layers_transforms_and_corrections(kind: str) -> None:
-    model = made_model(kind, torch.float64)
-    family, edits = family_of(model.config), cutting(model, [2, 4])
-    generator = torch.Generator().manual_seed(1)
-    edits.transforms[1] = torch.eye(WIDTH, dtype=torch.float64) + 0.1 * torch.randn(WIDTH, WIDTH, generator=generator).double()
-    edits.correct(5, "attention_output", 0.1 * torch.randn(WIDTH, WIDTH, generator=generator))
-    edits.correct(1, "mlp_output", 0.1 * torch.randn(WIDTH, 48, generator=generator))
-    replayed = shortened_logits(model, edits, TEXT)
-    with unfused(model, family, edits):
-        hooked = logits_of(model)
-    apply_edits(model, family, edits)
-    for logits in (hooked, replayed):
-        assert (logits_of(model) - logits).norm() < 1e-9 * logits.norm()
-    assert cache_error(model, TEXT[0]) < 1e-6
-
-
-@pytest.mark.parametrize("kind", CUT)
-def test_with_every_group_kept_nothing_changes(kind: str) -> None:
-    model = made_model(kind)
-    family, before = family_of(model.config), {name: value.clone() for name, value in made_model(kind).state_dict().items()}
-    width = width_of(model, family, range(LAYERS))
-    edits = Edits("test", [])
-    edits.kept = {(layer, linear): torch.ones(width.groups[linear]) > 0 for layer in range(LAYERS) for linear in LINEARS}
-    apply_edits(model, family, edits)
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    # With every group kept, nothing changes.
+    same, counts = made_model(kind, torch.float64), RemovableGroups.of(made_model(kind), family, range(LAYERS)).counts
+    every = {(layer, linear): torch.ones(counts[linear]) > 0 for layer in range(LAYERS) for linear in LINEARS}
+    apply_edits(same, family, Edits("test", [], model_edit=RemovedGroups(every)))
+    assert torch.equal(logits_of(same), before)
 
 
 @pytest.mark.parametrize("kind", CUT)
 def test_importance_is_the_plain_sum_over_a_groups_weights_and_the_model_is_unchanged(kind: str) -> None:
     model = made_model(kind, torch.float64)
-    crops = crops_of(pieces())
-    family, width = family_of(model.config), width_of(model, family_of(model.config), range(2, 5))
+    crops, family = draw_crops(pieces()), family_of(model.config)
+    counts = RemovableGroups.of(model, family, range(2, 5)).counts
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    found, loss = importance_of(model, family, width.layers, width.groups, crops)
+    found, loss = measure_importance(model, family, range(2, 5), counts, crops)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(weight.requires_grad and weight.grad is None for weight in model.parameters())
     assert not any(weight._post_accumulate_grad_hooks for weight in model.parameters())
@@ -169,11 +149,11 @@ def test_importance_is_the_plain_sum_over_a_groups_weights_and_the_model_is_unch
     assert found.keys() == {(layer, linear) for layer in (2, 3, 4) for linear in LINEARS}
     for (layer, linear), values in found.items():
         part = family.decoder_layers(model)[layer]
-        count = width.groups[linear]
+        count = counts[linear]
         by_hand = torch.zeros(count, dtype=torch.float64)
         last = family.linear_of(part, linear)
         for group in range(count):
-            for path in family.feeding[linear]:
+            for path in family.feeding_linears[linear]:
                 for weight in part.get_submodule(path).parameters():
                     rows = len(weight) // count
                     mine = slice(group * rows, (group + 1) * rows)
@@ -188,9 +168,9 @@ def test_importance_is_the_plain_sum_over_a_groups_weights_and_the_model_is_unch
 
 def test_the_least_important_groups_go() -> None:
     importance = torch.tensor([3.0, 1.0, 2.0, 1.0, 5.0])
-    assert least(importance, 2).tolist() == [True, False, True, False, True]
-    assert least(importance, 1).tolist() == [True, False, True, True, True]
-    assert least(importance, 0).all()
+    assert keep_most_important(importance, 2).tolist() == [True, False, True, False, True]
+    assert keep_most_important(importance, 1).tolist() == [True, False, True, True, True]
+    assert keep_most_important(importance, 0).all()
 
 
 def test_offloaded_weights_are_refused(tmp_path: Path) -> None:
@@ -198,10 +178,8 @@ def test_offloaded_weights_are_refused(tmp_path: Path) -> None:
     places = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
     places |= {f"model.layers.{layer}": "disk" if layer == 3 else "cpu" for layer in range(LAYERS)}
     model = dispatch_model(made_model(), places, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
-    family = family_of(model.config)
-    width = width_of(model, family, range(2, 5))
     with pytest.raises(ModelError, match=r"device_map: layer 3, whose gradients are wanted, does not fit the GPUs"):
-        importance_of(model, family, width.layers, width.groups, crops_of(pieces()))
+        measure_importance(model, Family(), range(2, 5), COUNTS, draw_crops(pieces()))
 
 
 def test_an_overflow_is_named(tiny: Model) -> None:
@@ -209,107 +187,105 @@ def test_an_overflow_is_named(tiny: Model) -> None:
     with torch.no_grad():
         model.model.layers[3].mlp.up_proj.weight[0] = float("inf")
     with pytest.raises(ParameterError, match="dtype: the model's gradients overflow; use float32"):
-        importance_of(model, Family(), [2], {"attention_output": 2, "mlp_output": 48}, crops_of(pieces()))
+        measure_importance(model, Family(), [2], COUNTS, draw_crops(pieces()))
 
 
 def test_crops_are_ten_pieces_of_the_documents_and_too_few_are_named() -> None:
     documents = pieces(6, 150)
-    crops = crops_of(documents)
+    crops = draw_crops(documents)
     assert crops.shape == (10, 64)
     whole = [piece.tolist() for document in documents.documents for piece in (document[:64], document[64:128])]
     assert all(whole.count(crop) == 1 for crop in crops.tolist())
     assert len({tuple(crop) for crop in crops.tolist()}) == 10
     with pytest.raises(ParameterError, match="dataset_size: the calibration text has 9 pieces of 64 tokens, and"):
-        crops_of(pieces(9))
+        draw_crops(pieces(9))
 
 
 # Llama-2-7B, and the embedded model.
-LLAMA2 = Width(
+LLAMA2 = RemovableGroups(
     range(4, 30),
     {"attention_output": 32, "mlp_output": 11008},
     {"attention_output": 4 * 128 * 4096, "mlp_output": 3 * 4096},
     202383360,
 )
-SMOLLM2 = Width(
+SMOLLM2 = RemovableGroups(
     range(4, 28), {"attention_output": 3, "mlp_output": 1536}, {"attention_output": 294912, "mlp_output": 1728}, 3540096
 )
 
 
-@pytest.mark.parametrize("width", [LLAMA2, SMOLLM2, replace(SMOLLM2, layers=range(30))])
+@pytest.mark.parametrize("groups", [LLAMA2, SMOLLM2, replace(SMOLLM2, layers=range(30))])
 @pytest.mark.parametrize("skip", [1, 2, 4, 8, 12, 20])
-def test_as_many_parameters_go_as_the_whole_layers_have(width: Width, skip: int) -> None:
-    removed = width.choose(skip)
-    each, sizes, groups = len(width.layers), width.sizes, width.groups
-    wanted = skip * width.layer_size
-    assert abs(width.parameters(removed) - wanted) <= each * sizes["mlp_output"] / 2
-    assert all(0 <= removed[linear] < groups[linear] for linear in LINEARS)
+def test_as_many_parameters_go_as_the_whole_layers_have(groups: RemovableGroups, skip: int) -> None:
+    removed = groups.choose_counts(skip)
+    each, sizes, counts = len(groups.layers), groups.sizes, groups.counts
+    wanted = skip * groups.layer_size
+    assert abs(groups.parameters(removed) - wanted) <= each * sizes["mlp_output"] / 2
+    assert all(0 <= removed[linear] < counts[linear] for linear in LINEARS)
     # At least one head, if a head from each layer does not exceed the target.
     enough = wanted + each * sizes["mlp_output"] / 2 >= each * sizes["attention_output"]
     assert bool(removed["attention_output"]) == enough
-    share = wanted / (each * sum(sizes[linear] * groups[linear] for linear in LINEARS))
-    if enough and groups["attention_output"] * share < groups["attention_output"] - 1:
-        assert abs(removed["attention_output"] - share * groups["attention_output"]) <= max(0.5, 1 - share * 3)
+    share = wanted / (each * sum(sizes[linear] * counts[linear] for linear in LINEARS))
+    if enough and counts["attention_output"] * share < counts["attention_output"] - 1:
+        assert abs(removed["attention_output"] - share * counts["attention_output"]) <= max(0.5, 1 - share * 3)
 
 
 def test_a_quarter_of_the_parameters_is_a_quarter_of_heads_and_channels() -> None:
     # The published share: 26 layers lose a quarter, the parameters of 6.5 layers.
-    removed = replace(LLAMA2, layer_size=LLAMA2.layer_size * 13 // 2).choose(1)
+    removed = replace(LLAMA2, layer_size=LLAMA2.layer_size * 13 // 2).choose_counts(1)
     assert removed["attention_output"] == 8
     assert removed["mlp_output"] == pytest.approx(11008 / 4, abs=1)
 
 
 def test_too_many_layers_are_refused_with_the_possible_number() -> None:
-    assert SMOLLM2.most == 21
-    assert SMOLLM2.choose(21)["attention_output"] == 2
+    assert SMOLLM2.max_layers == 21
+    assert SMOLLM2.choose_counts(21)["attention_output"] == 2
     said = "layers_to_skip: 24 layers have more parameters than the heads and channels of layers 4–27 can lose; use 21 at most"
     with pytest.raises(ParameterError, match=said):
-        SMOLLM2.choose(24)
+        SMOLLM2.choose_counts(24)
 
 
 def test_only_numbers_that_fit_are_taken_the_nearest_first() -> None:
-    width = Width(range(4), {"attention_output": 5, "mlp_output": 400}, {"attention_output": 100, "mlp_output": 2}, 1400)
-    assert width.choose(2)["attention_output"] == 3
-    removed = width.choose(2, lambda kept: kept["attention_output"] != 2)
-    assert removed["attention_output"] == 2
-    assert width.parameters(removed) == 2800
-    assert width.choose(2, lambda kept: kept["attention_output"] == 5) == {"attention_output": 0, "mlp_output": 350}
-    with pytest.raises(ParameterError, match="plain: the family's own config can't say"):
-        width.choose(2, lambda kept: False)
-
-
-def edits_of(source: Model, documents: Documents, tmp_path: Path, **settings: Any) -> tuple[Edits, dict[str, Any]]:
-    """Return the result of the method's work on a model."""
-    params = read_params(None, {"method": "llm_pruner", "layers_to_skip": 2, **settings}, METHODS)
-    model, edits = source.load(), Edits("LLM-Pruner", [])
-    return edits, METHODS["llm_pruner"].work(
-        Bench(params, model, source.family(), documents, Plan((), ()), edits, tmp_path, tmp_path)
+    groups = RemovableGroups(
+        range(4), {"attention_output": 5, "mlp_output": 400}, {"attention_output": 100, "mlp_output": 2}, 1400
     )
+    assert groups.choose_counts(2)["attention_output"] == 3
+    removed = groups.choose_counts(2, lambda kept: kept["attention_output"] != 2)
+    assert removed["attention_output"] == 2
+    assert groups.parameters(removed) == 2800
+    assert groups.choose_counts(2, lambda kept: kept["attention_output"] == 5) == {"attention_output": 0, "mlp_output": 350}
+    with pytest.raises(ParameterError, match="plain: the family's own config can't say"):
+        groups.choose_counts(2, lambda kept: False)
+
+
+def pruned_by(source: Model, folder: Path, **settings: Any) -> tuple[Edits, RemovedGroups, dict[str, Any]]:
+    """Return the edits of the method, as they are saved and read again, and its figures."""
+    params = read_params(None, {"method": "llm_pruner", "layers_to_skip": 2, **settings}, METHODS)
+    edits = Edits("LLM-Pruner", [])
+    context = MethodContext(params, source.load(), source.family(), pieces(), Plan((), ()), edits, folder, folder)
+    figures = remove_groups(context)
+    edits.save(folder)
+    read = Edits.load(folder)
+    assert isinstance(read.model_edit, RemovedGroups)
+    return read, read.model_edit, figures
 
 
 @pytest.mark.parametrize("kind", CUT)
 def test_a_model_that_lost_parts_of_some_layers_is_verified_and_loads(
     kind: str, save_tiny: Callable[..., Model], tmp_path: Path
 ) -> None:
-    source, documents = save_tiny(kind), pieces()
-    edits, figures = edits_of(source, documents, tmp_path, min_distance_layer=1, max_distance_layer=5)
-    (tmp_path / "edits").mkdir()
-    edits.save(tmp_path / "edits")
-    read = Edits.load(tmp_path / "edits")
-    assert read.kept.keys() == edits.kept.keys()
-    assert all(torch.equal(read.kept[place], groups) for place, groups in edits.kept.items())
-    assert (read.shapes, read.config, read.parts) == (edits.shapes, {}, edits.parts)
-    assert {layer for layer, _ in read.kept} == {1, 2, 3, 4}
-    counts = save_pruned(source, read, tmp_path / "pruned")
+    source = save_tiny(kind)
+    edits, removed, figures = pruned_by(source, tmp_path, min_distance_layer=1, max_distance_layer=5)
+    assert {layer for layer, _ in removed.kept} == {1, 2, 3, 4}
+    assert not edits.config
+    counts = save_pruned(source, edits, tmp_path / "pruned")
     assert counts["parameters_dense"] - counts["parameters"] == figures["parameters_removed"]
     assert is_own_form(tmp_path / "pruned")
-    pruned = Model(tmp_path / "pruned", "pruned")
-    verified = verify_export(source, pruned, read, documents)
-    assert verified["logits_error"] < 1e-3
+    assert verify_export(source, Model(tmp_path / "pruned", "pruned"), edits, pieces())["logits_error"] < 1e-3
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", trust_remote_code=True).eval()
-    assert torch.allclose(logits_of(loaded), shortened_logits(source.load(), read, TEXT), rtol=1e-3, atol=1e-3)
+    assert torch.allclose(logits_of(loaded), zeroed_logits(source.load(), removed), rtol=1e-3, atol=1e-3)
     assert cache_error(loaded, TEXT[0]) < 1e-4
     # One of two key/value heads is gone in four of six layers; the cache shrinks accordingly.
-    heads = [layer.keys.shape[1] for layer in filled_cache(loaded, TEXT).layers]
+    heads = [layer.keys.shape[1] for layer in fill_cache(loaded, TEXT).layers]
     assert heads == ([4, 2, 2, 2, 2, 4] if kind == "gptj" else [2, 1, 1, 1, 1, 2])
     before, after = cache_bytes_per_token(source.load()), cache_bytes_per_token(loaded)
     assert before is not None
@@ -318,20 +294,20 @@ def test_a_model_that_lost_parts_of_some_layers_is_verified_and_loads(
 
 @pytest.mark.parametrize("kind", IN_CONFIG)
 def test_a_plain_model_has_the_familys_own_form(kind: str, save_tiny: Callable[..., Model], tmp_path: Path) -> None:
-    source, documents = save_tiny(kind), pieces()
-    edits, figures = edits_of(source, documents, tmp_path, plain=True)
-    assert {layer for layer, _ in edits.kept} == {*range(LAYERS)}
+    source = save_tiny(kind)
+    edits, removed, figures = pruned_by(source, tmp_path, plain=True)
+    assert {layer for layer, _ in removed.kept} == {*range(LAYERS)}
     counts = save_pruned(source, edits, tmp_path / "pruned")
     assert counts["parameters_dense"] - counts["parameters"] == figures["parameters_removed"]
     assert not is_own_form(tmp_path / "pruned")
-    verify_export(source, Model(tmp_path / "pruned", "pruned"), edits, documents)
+    verify_export(source, Model(tmp_path / "pruned", "pruned"), edits, pieces())
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").eval()
     assert type(loaded) is type(source.load())
     config = loaded.config
     assert (config.num_attention_heads, config.num_key_value_heads) == (2, 1)
     assert config.intermediate_size == 48 - figures["removed_channels"] // LAYERS
     assert config.head_dim == FAMILY_CONFIGS[kind].get("head_dim", 8)
-    assert torch.allclose(logits_of(loaded), shortened_logits(source.load(), edits, TEXT), rtol=1e-3, atol=1e-3)
+    assert torch.allclose(logits_of(loaded), zeroed_logits(source.load(), removed), rtol=1e-3, atol=1e-3)
     assert cache_error(loaded, TEXT[0]) < 1e-4
     # It is an ordinary model, and can be pruned again.
     assert Model(tmp_path / "pruned", "pruned").family() == replace(source.family())
@@ -340,10 +316,10 @@ def test_a_plain_model_has_the_familys_own_form(kind: str, save_tiny: Callable[.
 def test_a_plain_model_keeps_a_number_of_heads_that_its_config_accepts(save_tiny: Callable[..., Model], tmp_path: Path) -> None:
     # Three of five heads do not divide 40.
     source = save_tiny("llama", hidden_size=40, num_attention_heads=5, num_key_value_heads=5)
-    free, _ = edits_of(source, pieces(), tmp_path, min_distance_layer=1, max_distance_layer=6)
+    _, free, _ = pruned_by(source, tmp_path, min_distance_layer=1, max_distance_layer=6)
     assert int(free.kept[1, "attention_output"].sum()) == 3
     for skip, heads in ((2, 4), (3, 2)):
-        edits, _ = edits_of(source, pieces(), tmp_path, plain=True, layers_to_skip=skip)
+        edits, _, _ = pruned_by(source, tmp_path, plain=True, layers_to_skip=skip)
         assert edits.config["num_attention_heads"] == edits.config["num_key_value_heads"] == heads
         save_pruned(source, edits, tmp_path / f"{skip}")
         verify_export(source, Model(tmp_path / f"{skip}", "pruned"), edits, pieces())
@@ -351,83 +327,22 @@ def test_a_plain_model_keeps_a_number_of_heads_that_its_config_accepts(save_tiny
 
 @pytest.mark.parametrize("change", ["other groups", "other numbers"])
 def test_the_verification_fails_another_cut(change: str, tiny: Model, documents: Documents, tmp_path: Path) -> None:
-    edits = cutting(tiny.load())
+    edits, removed = cutting(tiny.load())
     save_pruned(tiny, edits, tmp_path)
     verify_export(tiny, Model(tmp_path, "pruned"), edits, documents)
-    meant = replace(edits, kept=dict(edits.kept))
-    kept = meant.kept[3, "mlp_output"]
+    kept = removed.kept[3, "mlp_output"]
     one_more = torch.arange(48) == int((~kept).nonzero()[0])
-    meant.kept[3, "mlp_output"] = kept.roll(1) if change == "other groups" else kept | one_more
+    removed.kept[3, "mlp_output"] = kept.roll(1) if change == "other groups" else kept | one_more
     with pytest.raises(VerificationError, match=r"model\.layers\.3\.mlp\.\w+\.(weight|bias) differs"):
-        verify_export(tiny, Model(tmp_path, "pruned"), meant, documents)
-
-
-@pytest.mark.parametrize("plain", [False, True])
-def test_the_whole_command_removes_parts_of_layers(
-    plain: bool, save_tiny: Callable[..., Model], text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    source, target = save_tiny(), tmp_path / "pruned"
-    options = ["--model", source.folder, "--dataset", text_file, "--tasks", f"[{text_file}]", "--eval_tokens", 200, *FAST]
-    where = ["--plain", "true"] if plain else ["--min_distance_layer", 2, "--max_distance_layer", 5]
-    call(commands.run_replaceme, "--method", "llm_pruner", "--layers_to_skip", 2, *options, *where, "--save_path", target)
-    place = "every layer" if plain else "each of layers 2–4"
-    work = Workspace(tmp_path / "pruned.work", target)
-    figures, edits = read_json(work.metric("repair")), Edits.load(work.edits)
-    words = f"2 of 4 heads and {figures['removed_channels'] // (6 if plain else 3)} of 48 MLP channels in {place}"
-    assert edits.parts == words
-    assert f"repair: {words} go, {figures['parameters_removed']} parameters" in capsys.readouterr().err
-    assert read_json(work.metric("solve"))["removed_layers"] == 0
-    assert figures["parameters_wanted"] == 2 * sum(value.numel() for value in source.load().model.layers[0].parameters())
-    assert figures["parameters_removed"] == pytest.approx(figures["parameters_wanted"], abs=6 * 98 / 2)
-    config = json.loads((target / "config.json").read_text())
-    assert ("auto_map" in config) != plain
-    assert config["num_hidden_layers"] == LAYERS
-    card = (target / "README.md").read_text(encoding="utf-8")
-    assert f"# llama without {words}" in card
-    assert f"{words} were removed from `llama` with LLM-Pruner." in card
-    assert "width-pruning" in card
-    assert ("trust_remote_code=True" in card) != plain
-    assert ("plain: true" in card) == plain
-    page = (work.report / "index.html").read_text(encoding="utf-8")
-    assert f"<h1>llama without {words}</h1>" in page
-    assert f'<p class="lead">{words} of llama were removed by LLM-Pruner.' in page
-    assert f"{figures['parameters_removed']:,}" in page
-    assert "after the last layer differs by" in page
-    evaluation = read_json(work.metric("evaluation"))
-    assert evaluation["kv_cache_bytes_per_token"]["pruned"] < evaluation["kv_cache_bytes_per_token"]["dense"]
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (
-            {"transform": "joint"},
-            "transform: joint has no place in method llm_pruner, which removes parts of layers",
-        ),
-        ({"selection": "loss"}, "selection: loss has no place in method llm_pruner"),
-        ({"num_A": 2}, "num_A: 2 has no place in method llm_pruner"),
-        (
-            {"repair": True},
-            "repair: true has no place in method llm_pruner, which removes parts of layers, not whole layers; use f",
-        ),
-        ({"use_4bit": True}, "use_4bit: true has no place in method llm_pruner"),
-        ({"dtype": "float16"}, "dtype: float16 is too short for the gradients of method llm_pruner; use bfloat16 or float32."),
-        ({"plain": True, "min_distance_layer": 3}, "min_distance_layer: with plain, method llm_pruner takes from every layer"),
-        ({"plain": True, "max_distance_layer": 3}, "max_distance_layer: with plain, method llm_pruner takes from every layer"),
-    ],
-)
-def test_impossible_settings_are_refused_in_one_sentence(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(ParameterError) as caught:
-        read_params(None, {"method": "llm_pruner", **options}, METHODS)
-    (problem,) = caught.value.problems
-    assert problem.startswith(f"command line: {said}")
+        verify_export(tiny, Model(tmp_path, "pruned"), edits, documents)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in CUT])
 def test_families_whose_heads_cannot_be_cut_out_are_refused_with_the_reason(kind: str) -> None:
-    family = family_of(made_model(kind).config)
-    (said,) = family_refusals(read_params(None, {"method": "llm_pruner"}, methods=METHODS).model_dump(), kind, family)
-    assert said == f"method: llm_pruner is refused for the family '{kind}': {family.uncut}; use another method."
+    config = made_model(kind).config
+    (said,) = model_refusals(kind, method="llm_pruner")
+    obstacle = family_of(config).head_pruning_obstacle
+    assert said == f"method: llm_pruner is refused for the family '{config.model_type}': {obstacle}; use another method."
 
 
 @pytest.mark.parametrize(
@@ -456,16 +371,6 @@ def test_impossible_requests_are_refused_before_any_work(
 
 def test_the_published_layers_are_all_but_the_first_four_and_the_last_two() -> None:
     params = read_params(None, {"method": "llm_pruner"}, methods=METHODS)
-    assert layers_of(params, 32) == range(4, 30)
-    assert layers_of(params.model_copy(update={"min_distance_layer": 1, "max_distance_layer": 32}), 32) == range(1, 32)
-    assert layers_of(params.model_copy(update={"plain": True}), 32) == range(32)
-    model = made_model(layers=20)
-    check(params, SimpleNamespace(config=lambda: model.config, skeleton=lambda config: model), Family())
-
-
-def test_plain_belongs_to_methods_with_another_form(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("INFO", "replaceme"):
-        read_params(None, {"plain": True}, methods=METHODS)
-    assert [record.message for record in caplog.records if not record.message.startswith("preset")] == [
-        "plain belongs to methods llm_streamline (with form mlp), llm_pruner and slicegpt and is ignored"
-    ]
+    assert choose_layers(params, 32) == range(4, 30)
+    assert choose_layers(params.model_copy(update={"min_distance_layer": 1, "max_distance_layer": 32}), 32) == range(1, 32)
+    assert choose_layers(params.model_copy(update={"plain": True}), 32) == range(32)

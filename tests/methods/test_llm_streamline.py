@@ -1,6 +1,5 @@
 """LLM-Streamline: the choice of the window, and the training of one layer, against loops of plain torch."""
 
-import json
 from collections.abc import Callable
 from copy import deepcopy
 from errno import ENOSPC
@@ -14,82 +13,74 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from replaceme.base.documents import Documents, split_places
-from replaceme.base.errors import ParameterError, SolveError
+from replaceme.base.errors import SolveError
 from replaceme.base.files import read_json
 from replaceme.base.params import Params, read_params
 from replaceme.base.plan import Block, Plan, load_blocks
 from replaceme.base.workspace import Workspace
 from replaceme.edits.edits import Edits
-from replaceme.edits.unfused import unfused
 from replaceme.export.card import model_card
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import cache_error, verify_export
-from replaceme.methods.layer_lesson import LayerLesson
-from replaceme.methods.method import Bench
-from replaceme.methods.refusals import family_refusals
+from replaceme.methods.llm_streamline import LayerDistillation, TrainedLayer, train_layer
+from replaceme.methods.method import MethodContext
 from replaceme.methods.registry import METHODS
-from replaceme.models.families import FAMILIES, Family, family_of
+from replaceme.models.families import FAMILIES, Family, family_of, parameter_of
 from replaceme.models.kv_cache import cache_bytes_per_token
 from replaceme.models.model import Model
 from replaceme.models.own_form import is_own_form
 from replaceme.observers.profile import profile_model
-from replaceme.pipeline.activations import observe_activations
-from replaceme.pipeline.calibrate import calibrate
-from replaceme.pipeline.export import export
-from replaceme.pipeline.heal import heal
-from replaceme.pipeline.inputs import inspect_inputs
-from replaceme.pipeline.plan import plan
-from replaceme.pipeline.profile import profile
-from replaceme.pipeline.repair import repair
-from replaceme.pipeline.select import select
-from replaceme.pipeline.solve import solve
 from replaceme.training import checkpoints, training
 from replaceme.training.checkpoints import key_of, load_checkpoint, save_checkpoint
 from replaceme.training.training import Course, entering_and_leaving, orders, train
 from tests.conftest import KINDS, LAYERS, OBSTACLES, made_model
-from tests.helpers import layer_outputs, many_documents, shortened_logits
+from tests.helpers import TEXT, hooked_and_folded, layer_outputs, many_documents, shortened_logits
 from tests.interruption import InterruptedRunError, counted, stop_at
+from tests.methods.helpers import model_refusals, run_stages
 
-TEXT = torch.arange(2, 42)[None]
-HOST, END = 1, 4
+TRAINED, END = 1, 4
 RATE = "llm_streamline_learning_rate"
-METHOD = METHODS["llm_streamline"]
+SOLVED = ("inputs", "calibrate", "profile", "select", "plan", "activations", "solve")
 # Families whose layers can be left without their attention.
-MLP_ALONE = read_params(None, {"method": "llm_streamline", "llm_streamline_form": "mlp"}, METHODS).model_dump()
-APART = [kind for kind in KINDS if not family_refusals(MLP_ALONE, kind, family_of(made_model(kind).config))]
+APART = [kind for kind in KINDS if not model_refusals(kind, method="llm_streamline", llm_streamline_form="mlp")]
 
 
-def lesson_of(model: Any, documents: Documents, without: tuple[str, ...] = (), host: int = HOST, end: int = END) -> LayerLesson:
-    """Return a host's lesson: from the states that enter it to those that leave the last layer of the block."""
+def distillation_of(model: Any, documents: Documents) -> LayerDistillation:
+    """Return what a layer learns: from the states that enter it to those that leave the last layer of the block."""
     family = family_of(model.config)
-    states = entering_and_leaving(model, family, documents, host, end - 1, batch_size=4)
-    return LayerLesson(model, family, host, documents, *states, without)
+    states = entering_and_leaving(model, family, documents, TRAINED, END - 1, batch_size=4)
+    return LayerDistillation(model, family, TRAINED, documents, *states)
 
 
 def trained(model: Any, documents: Documents, course: Course, folder: Path, key: str = "key") -> Any:
-    lesson = lesson_of(model, documents)
-    return train(lesson, lesson.learners(), course, folder, key)
+    distillation = distillation_of(model, documents)
+    return train(distillation, distillation.learners(), course, folder, key)
 
 
-def bench_of(source: Model, documents: Documents, folder: Path, **options: Any) -> Bench:
+def trained_by(source: Model, documents: Documents, folder: Path, **options: Any) -> tuple[Edits, TrainedLayer]:
+    """Return the edits of the method, as they are saved and read again."""
     settings = {"method": "llm_streamline", "dtype": "float32", "batch_size": 4, "device": "cpu", "threads": 1, **options}
-    edits = Edits("", [*range(HOST + 1, END)])
-    output = folder / "edits"
+    edits, output, plan = Edits("", [*range(TRAINED + 1, END)]), folder / "edits", Plan((Block(TRAINED + 1, END),), ())
     output.mkdir(exist_ok=True)
     params = read_params(None, settings, METHODS)
-    return Bench(
-        params, source.load(), source.family(), documents, Plan((Block(HOST + 1, END),), ()), edits, folder, output
-    )  # fmt: skip
+    train_layer(MethodContext(params, source.load(), source.family(), documents, plan, edits, folder, output))
+    edits.save(output)
+    edits = Edits.load(output)
+    assert isinstance(edits.model_edit, TrainedLayer)
+    return edits, edits.model_edit
 
 
-def taught(
-    kind: str, save_tiny: Callable[..., Model], documents: Documents, folder: Path, **options: Any
-) -> tuple[Model, Edits]:
-    source = save_tiny(kind)
-    bench = bench_of(source, documents, folder, **options)
-    assert METHOD.work
-    METHOD.work(bench)
-    return source, bench.edits
+@torch.no_grad()
+def expected_logits(source: Model, edits: Edits) -> Tensor:
+    """Return the logits of the shortened model with the trained weights put into its layer, whose attention may be gone."""
+    model, edit = source.load(), edits.model_edit
+    assert isinstance(edit, TrainedLayer)
+    layer = source.family().decoder_layers(model)[edit.layer]
+    for name, value in edit.parameters.items():
+        parameter_of(layer, name).copy_(value)
+    if edit.without:
+        layer.get_submodule(edit.without[0]).register_forward_hook(lambda _m, _a, out: (torch.zeros_like(out[0]), *out[1:]))
+    return shortened_logits(model, Edits("", edits.removed_layers), TEXT)
 
 
 def layer_called(model: Any, layer: int, ids: Tensor) -> tuple[Any, Any, Tensor]:
@@ -106,9 +97,9 @@ def layer_called(model: Any, layer: int, ids: Tensor) -> tuple[Any, Any, Tensor]
 
 
 def by_hand(model: Any, documents: Documents, course: Course) -> Any:
-    """Train a copy of the host by a plain loop: one document after the other, no padding, torch's own AdamW."""
+    """Train a copy of the layer by a plain loop: one document after the other, no padding, torch's own AdamW."""
     texts = documents.longest_first()
-    layer = deepcopy(family_of(model.config).decoder_layers(model)[HOST]).float()
+    layer = deepcopy(family_of(model.config).decoder_layers(model)[TRAINED]).float()
     optimizer = torch.optim.AdamW(layer.parameters(), lr=course.learning_rate, weight_decay=1e-3)
     steps = course.epochs * -(-len(texts) // course.batch_size)
     step = 0
@@ -116,7 +107,7 @@ def by_hand(model: Any, documents: Documents, course: Course) -> Any:
         for batch in orders(range(len(texts)), epoch, course.batch_size):
             error, count = torch.zeros(()), 0
             for index in batch:
-                args, kwargs, _ = layer_called(model, HOST, texts[index])
+                args, kwargs, _ = layer_called(model, TRAINED, texts[index])
                 target = layer_called(model, END - 1, texts[index])[2]
                 output = layer(*args, **kwargs)
                 output = output if isinstance(output, Tensor) else output[0]
@@ -149,7 +140,7 @@ def test_training_equals_a_plain_loop_of_torch(kind: str, documents: Documents, 
     before = {name: value.clone() for name, value in model.state_dict().items()}
     parameters, curves = trained(model, documents, course, tmp_path)
     expected = dict(by_hand(model, documents, course).named_parameters())
-    layer = family_of(model.config).decoder_layers(model)[HOST]
+    layer = family_of(model.config).decoder_layers(model)[TRAINED]
     moved = sum(float((expected[name] - value).norm()) for name, value in layer.named_parameters())
     assert moved > 1e-2
     assert parameters.keys() == expected.keys()
@@ -177,16 +168,17 @@ def test_the_loss_falls_on_training_and_on_held_out_texts(tmp_path: Path) -> Non
 @pytest.mark.parametrize("pieces", [1, 2])
 def test_held_out_texts_are_not_trained_on(pieces: int, tmp_path: Path) -> None:
     texts = Documents(many_documents(40).documents, [number // pieces for number in range(40)])
-    lesson = lesson_of(made_model(), texts)
+    distillation = distillation_of(made_model(), texts)
     ordered = texts.in_walk_order()
-    taught_ones, held_out = split_places(ordered.sources, training.HELD_OUT_EVERY)
-    assert (sorted(taught_ones + held_out), len(held_out)) == ([*range(40)], 2)
-    assert not {ordered.sources[place] for place in taught_ones} & {ordered.sources[place] for place in held_out}
+    taught, held_out = split_places(ordered.sources, training.HELD_OUT_EVERY)
+    assert (sorted(taught + held_out), len(held_out)) == ([*range(40)], 2)
+    assert not {ordered.sources[place] for place in taught} & {ordered.sources[place] for place in held_out}
     course = Course(1e-3, 1, 4, RATE)
-    first, _ = train(lesson, lesson.learners(), course, tmp_path / "one", "")
+    first, _ = train(distillation, distillation.learners(), course, tmp_path / "one", "")
     for index in held_out:
-        lesson.targets[lesson.texts.starts[index] : lesson.texts.starts[index] + len(lesson.texts.texts[index])] += 1
-    second, _ = train(lesson, lesson.learners(), course, tmp_path / "two", "")
+        start = distillation.texts.starts[index]
+        distillation.targets[start : start + len(distillation.texts.texts[index])] += 1
+    second, _ = train(distillation, distillation.learners(), course, tmp_path / "two", "")
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -200,13 +192,13 @@ def test_bfloat16_states_are_trained_in_float32(documents: Documents, tmp_path: 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "falcon"])
 def test_the_trained_layer_sees_no_later_token(kind: str, documents: Documents, tmp_path: Path) -> None:
     model = made_model(kind)
-    lesson = lesson_of(model, documents)
-    parameters, _ = train(lesson, lesson.learners(), Course(1e-2, 2, 4, RATE), tmp_path, "")
-    batch, rows = lesson.texts.batch([0]), lesson.texts.rows(lesson.inputs, [0])
+    distillation = distillation_of(model, documents)
+    parameters, _ = train(distillation, distillation.learners(), Course(1e-2, 2, 4, RATE), tmp_path, "")
+    batch, rows = distillation.texts.batch([0]), distillation.texts.rows(distillation.inputs, [0])
     changed = rows.clone()
     changed[20:] += 1
     with torch.no_grad():
-        one, other = (lesson.states(parameters, batch, each)[0] for each in (rows, changed))
+        one, other = (distillation.states(parameters, batch, each)[0] for each in (rows, changed))
     assert torch.equal(one[:20], other[:20])
     assert not torch.equal(one[20:], other[20:])
 
@@ -261,7 +253,7 @@ def test_every_setting_of_a_training_makes_another_key(
 ) -> None:
     keys: list[str] = []
 
-    def noting(lesson: LayerLesson, parameters: Any, course: Course, folder: Path, key: str) -> Any:
+    def noting(distillation: LayerDistillation, parameters: Any, course: Course, folder: Path, key: str) -> Any:
         keys.append(key)
         return parameters, {"loss": [(0, 1.0)], "held_out_loss": []}
 
@@ -276,9 +268,9 @@ def test_every_setting_of_a_training_makes_another_key(
         ("llama", others, {}),
         ("mistral", documents, {}),
     ):
-        taught(source, save_tiny, texts, tmp_path, **options)
+        trained_by(save_tiny(source), texts, tmp_path, **options)
     assert len({*keys}) == len(keys)
-    taught("llama", save_tiny, documents, tmp_path)
+    trained_by(save_tiny("llama"), documents, tmp_path)
     assert keys[-1] == keys[0]
 
 
@@ -286,48 +278,40 @@ def test_every_setting_of_a_training_makes_another_key(
 def test_a_trained_layer_is_exported_as_a_plain_model_and_verified(
     kind: str, save_tiny: Callable[..., Model], documents: Documents, tmp_path: Path
 ) -> None:
-    source, edits = taught(kind, save_tiny, documents, tmp_path, llm_streamline_learning_rate=1e-2)
+    source = save_tiny(kind)
+    edits, _ = trained_by(source, documents, tmp_path, llm_streamline_learning_rate=1e-2)
     assert edits.title == "LLM-Streamline (a trained layer)"
-    edits.save(tmp_path / "edits")
-    edits = Edits.load(tmp_path / "edits")
     save_pruned(source, edits, tmp_path / "pruned")
     assert not is_own_form(tmp_path / "pruned")
     verify_export(source, Model(tmp_path / "pruned", "pruned"), edits, documents)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").eval()
-    assert loaded.config.num_hidden_layers == LAYERS - (END - HOST - 1)
-    with torch.no_grad():
-        found = loaded(TEXT, use_cache=False).logits
-    assert torch.allclose(found, shortened_logits(source.load(), edits, TEXT), rtol=1e-3, atol=1e-3)
+    expected = expected_logits(source, edits)
+    for logits in (loaded(TEXT).logits, *hooked_and_folded(source.load(), source.family(), edits)):
+        assert torch.allclose(logits, expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("host", [0, HOST])
+@pytest.mark.parametrize("at", [0, TRAINED])
 @pytest.mark.parametrize("kind", APART)
 def test_a_layer_without_attention_is_its_mlp_and_loads_with_its_file(
-    kind: str, host: int, save_tiny: Callable[..., Model], documents: Documents, tmp_path: Path
+    kind: str, at: int, save_tiny: Callable[..., Model], documents: Documents, tmp_path: Path
 ) -> None:
     source = save_tiny(kind)
-    family = source.family()
-    edits = Edits("test", [2, 3], without_attention={host: (family.attention, family.attention_norm)})
-    edits.save(tmp_path)
-    edits = Edits.load(tmp_path)
+    family, dense = source.family(), source.load()
+    without = (family.attention, family.attention_norm)
+    edits = Edits("test", [2, 3], model_edit=TrainedLayer(at, {}, without))
     counts = save_pruned(source, edits, tmp_path / "pruned")
     assert is_own_form(tmp_path / "pruned")
-    dense = source.load()
-    layer = family.decoder_layers(dense)[host]
-    gone = {name for path in edits.without_attention[host] for name, _ in layer.get_submodule(path).named_parameters(path)}
-    removed = sum(parameter.numel() for at in (2, 3) for parameter in family.decoder_layers(dense)[at].parameters())
+    layer = family.decoder_layers(dense)[at]
+    gone = {name for path in without for name, _ in layer.get_submodule(path).named_parameters(path)}
+    removed = sum(parameter.numel() for each in (2, 3) for parameter in family.decoder_layers(dense)[each].parameters())
     removed += sum(layer.get_parameter(name).numel() for name in gone)
     assert counts["parameters"] == counts["parameters_dense"] - removed
     weights = load_file(tmp_path / "pruned" / "model.safetensors")
     assert gone
-    assert not [name for name in weights if any(name.endswith(f"{family.layers}.{host}.{part}") for part in gone)]
-    expected = shortened_logits(source.load(), edits, TEXT)
-    with torch.no_grad(), unfused(dense, family, edits):
-        hooked = dense(TEXT, use_cache=False).logits
+    assert not [name for name in weights if any(name.endswith(f"{family.layers}.{at}.{part}") for part in gone)]
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", trust_remote_code=True).eval()
-    with torch.no_grad():
-        found = loaded(TEXT).logits
-    for logits in (hooked, found):
+    expected = expected_logits(source, edits)
+    for logits in (loaded(TEXT).logits, *hooked_and_folded(source.load(), family, edits)):
         assert torch.allclose(logits, expected, rtol=1e-3, atol=1e-3)
     verify_export(source, Model(tmp_path / "pruned", "pruned"), edits, documents)
     assert cache_error(loaded, TEXT[0]) < 1e-4
@@ -338,33 +322,26 @@ def test_a_layer_without_attention_is_its_mlp_and_loads_with_its_file(
 def test_a_trained_mlp_leaves_attention_out_or_plainly_silent(
     plain: bool, save_tiny: Callable[..., Model], documents: Documents, tmp_path: Path
 ) -> None:
+    source = save_tiny("llama")
     settings = {"llm_streamline_form": "mlp", "llm_streamline_learning_rate": 1e-2, "plain": plain}
-    source, edits = taught("llama", save_tiny, documents, tmp_path, **settings)
-    assert METHOD.plain(read_params(None, {"method": "llm_streamline", **settings}, METHODS)) is plain
-    names = {name for _, name in edits.parameters}
+    edits, edit = trained_by(source, documents, tmp_path, **settings)
     zeroed = {"self_attn.o_proj.weight", "self_attn.o_proj.bias"}
-    assert {name for name in names if "self_attn" in name} == (zeroed if plain else set())
-    assert "input_layernorm.weight" not in names
-    assert {"mlp.gate_proj.weight", "mlp.down_proj.bias", "post_attention_layernorm.weight"} <= names
+    assert {name for name in edit.parameters if "self_attn" in name} == (zeroed if plain else set())
+    assert "input_layernorm.weight" not in edit.parameters
+    assert {"mlp.gate_proj.weight", "mlp.down_proj.bias", "post_attention_layernorm.weight"} <= edit.parameters.keys()
     save_pruned(source, edits, tmp_path / "pruned")
     assert is_own_form(tmp_path / "pruned") is not plain
     verify_export(source, Model(tmp_path / "pruned", "pruned"), edits, documents)
     # Both are h + MLP(norm(h)), by hand.
     model = source.load()
-    layer = model.model.layers[HOST]
+    layer = model.model.layers[TRAINED]
     with torch.no_grad():
-        for (_, name), value in edits.parameters.items():
+        for name, value in edit.parameters.items():
             layer.get_parameter(name).copy_(value)
     layer.forward = lambda hidden_states, **_: hidden_states + layer.mlp(layer.post_attention_layernorm(hidden_states))
     pruned = Model(tmp_path / "pruned", "pruned").load()
-    expected = layer_called(model, HOST, TEXT[0])[2]
-    found = layer_called(pruned, HOST, TEXT[0])[2]
+    expected, found = (layer_called(each, TRAINED, TEXT[0])[2] for each in (model, pruned))
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
-
-
-def run_stages(params: Params, work: Workspace) -> None:
-    for stage in (inspect_inputs, calibrate, profile, select, plan, observe_activations, solve, repair, heal, export):
-        stage(params, work)
 
 
 @pytest.mark.parametrize(
@@ -373,12 +350,12 @@ def run_stages(params: Params, work: Workspace) -> None:
 def test_the_stages_choose_train_and_export(options: dict[str, Any], params: Params, tiny: Model, tmp_path: Path) -> None:
     settings = {"method": "llm_streamline", "batch_size": 4, "llm_streamline_epochs": 3, "llm_streamline_learning_rate": 3e-3}
     params, work = params.model_copy(update={**settings, **options}), Workspace(tmp_path / "run")
-    run_stages(params, work)
+    run_stages(params, work, *SOLVED, "repair", "heal", "export")
     (block,) = load_blocks(work.blocks)
     if not options:
         cosines = read_json(work.profile / "profile.json")["mean_cosine"]
         best = max(range(LAYERS - 2), key=lambda first: cosines[first][first + 2])
-        assert (block.host, block.end - 1) == (best, best + 2)
+        assert (block.layer_before_cut, block.end - 1) == (best, best + 2)
         assert read_json(work.metric("select"))["mean_cosine"] == pytest.approx(cosines[best][best + 2], rel=1e-5)
     figures = read_json(work.metric("repair"))
     assert figures["training_loss_last"] < figures["training_loss_first"]
@@ -387,7 +364,7 @@ def test_the_stages_choose_train_and_export(options: dict[str, Any], params: Par
     assert not [path for path in work.edits.parent.iterdir() if "partial" in path.name]
     card = (work.model / "README.md").read_text(encoding="utf-8")
     assert "with LLM-Streamline (a trained" in card
-    assert f"The weights of layer {block.host} were trained on calibration text" in card
+    assert f"The weights of layer {block.layer_before_cut} were trained on calibration text" in card
     assert ("its attention output projection is 0" in card) == bool(options.get("plain"))
     assert "llm_streamline_epochs: 3" in card
     loaded = Model(work.model, "pruned").load()
@@ -400,8 +377,7 @@ def test_a_training_whose_results_can_not_be_written_is_not_repeated(
     params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     params, work = params.model_copy(update={"method": "llm_streamline"}), Workspace(tmp_path / "run")
-    for stage in (inspect_inputs, calibrate, profile, select, plan, observe_activations, solve):
-        stage(params, work)
+    run_stages(params, work, *SOLVED)
 
     def full(*_: Any) -> None:
         raise OSError(ENOSPC, "no space left")
@@ -409,64 +385,31 @@ def test_a_training_whose_results_can_not_be_written_is_not_repeated(
     with monkeypatch.context() as patch:
         patch.setattr("replaceme.pipeline.repair.write_text", full)
         with pytest.raises(OSError, match="no space left"):
-            repair(params, work)
+            run_stages(params, work, "repair")
     with counted() as steps:
-        repair(params, work)
+        run_stages(params, work, "repair")
     assert steps == []
     assert not [path for path in work.repaired.parent.iterdir() if "partial" in path.name]
 
 
 def test_a_method_that_trains_nothing_leaves_empty_curves(params: Params, tmp_path: Path) -> None:
     work = Workspace(tmp_path / "run")
-    for stage in (inspect_inputs, calibrate, profile, select, plan, observe_activations, solve, repair, heal):
-        stage(params.model_copy(update={"method": "uidl"}), work)
+    run_stages(params.model_copy(update={"method": "uidl"}), work, *SOLVED, "repair", "heal")
     assert (work.edits / "loss.tsv").read_text() == "step\tloss\n"
     assert (work.edits / "held_out_loss.tsv").read_text() == "step\theld_out_loss\n"
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"transform": "joint"}, "transform: joint has no place in method llm_streamline, which trains one layer in the place"),
-        ({"repair": True}, "repair: true has no place in method llm_streamline"),
-        ({"selection": "greedy"}, "selection: greedy has no place in method llm_streamline"),
-        ({"selection": "influence"}, "selection: influence has no place in method llm_streamline"),
-        ({"num_A": 2}, "num_A: 2 has no place in method llm_streamline"),
-        ({"use_4bit": True}, "use_4bit: true has no place in method llm_streamline"),
-        ({"llm_streamline_form": "attention"}, "llm_streamline_form: must be 'layer' or 'mlp', not 'attention'."),
-        ({"llm_streamline_epochs": 0}, "llm_streamline_epochs: must be at least 1, not 0."),
-        ({"llm_streamline_learning_rate": 0.0}, "llm_streamline_learning_rate: must be above 0, not 0.0."),
-    ],
-)
-def test_impossible_settings_are_refused_in_one_sentence(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(ParameterError) as caught:
-        read_params(None, {"method": "llm_streamline", **options}, METHODS)
-    (problem,) = caught.value.problems
-    assert problem.startswith(f"command line: {said}")
-
-
 def test_families_whose_layers_have_no_mlp_of_their_own_are_refused_for_the_form_mlp() -> None:
-    layer, mlp = ({"method": "llm_streamline", "llm_streamline_form": form} for form in ("layer", "mlp"))
-    values = [read_params(None, given, METHODS).model_dump() for given in (layer, mlp)]
     cases: list[tuple[Family, str]] = [
-        (
-            Family(parallel=True),
-            "mlp is not derived for the family 'x', whose attention and MLP are parallel",
-        ),
-        (
-            OBSTACLES["norm"],
-            "mlp is not derived for the norm after the MLP of the family 'x'; use layer.",
-        ),
-        (
-            OBSTACLES["undescribed"],
-            "mlp is not derived for the undescribed family 'x'; use layer.",
-        ),
+        (Family(parallel=True), "the family 'x', whose attention and MLP are parallel"),
+        (OBSTACLES["norm"], "the norm after the MLP of the family 'x'; use layer."),
+        (OBSTACLES["undescribed"], "the undescribed family 'x'; use layer."),
     ]
     for family, said in cases:
-        assert family_refusals(values[0], "x", family) == []
-        (problem,) = family_refusals(values[1], "x", family)
-        assert problem.startswith(f"llm_streamline_form: {said}")
-    assert family_refusals(values[1], "x", OBSTACLES["experts"]) == []
+        assert model_refusals(family, method="llm_streamline") == []
+        (problem,) = model_refusals(family, method="llm_streamline", llm_streamline_form="mlp")
+        assert problem.startswith(f"llm_streamline_form: mlp is not derived for {said}")
+    assert model_refusals(OBSTACLES["experts"], method="llm_streamline", llm_streamline_form="mlp") == []
 
 
 def test_the_schedule_warms_up_and_ends_at_a_quarter() -> None:
@@ -479,16 +422,8 @@ def test_the_schedule_warms_up_and_ends_at_a_quarter() -> None:
     assert course.rate(0, 1) == pytest.approx(2e-4)
 
 
-def test_the_keys_belong_to_the_method_alone(caplog: pytest.LogCaptureFixture, tmp_path: Path, tiny: Model) -> None:
-    with caplog.at_level("INFO", "replaceme"):
-        read_params(None, {"llm_streamline_epochs": 4, "llm_streamline_form": "mlp"}, METHODS)
-        params = read_params(None, {"method": "llm_streamline", "plain": True}, METHODS)
-    assert [record.message for record in caplog.records if not record.message.startswith("preset")] == [
-        "llm_streamline_epochs belongs to method llm_streamline and is ignored",
-        "llm_streamline_form belongs to method llm_streamline and is ignored",
-        "plain belongs to methods llm_streamline (with form mlp), llm_pruner and slicegpt and is ignored",
-    ]
-    text = model_card(params, tiny, Edits("x", [2], without_attention={1: ("self_attn", "input_layernorm")}), {})
+def test_the_card_says_that_the_attention_is_gone(params: Params, tiny: Model) -> None:
+    edits = Edits("x", [2], model_edit=TrainedLayer(1, {}, ("self_attn", "input_layernorm")))
+    text = model_card(params, tiny, edits, {})
     assert "The attention of layer 1 was removed." in text
     assert "trust_remote_code=True" in text
-    assert json.loads(json.dumps(Edits("x", [2]).form("layers"))) == {}

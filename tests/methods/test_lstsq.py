@@ -9,7 +9,7 @@ from replaceme.base.params import read_params
 from replaceme.base.plan import Block
 from replaceme.methods.registry import METHODS
 from replaceme.solvers import closed_forms
-from replaceme.solvers.closed_forms import STRUCTURES, closed_form
+from replaceme.solvers.closed_forms import solve_closed_form
 from tests.helpers import elsewhere
 from tests.solvers.helpers import made_sums, made_tokens
 
@@ -23,9 +23,9 @@ def test_least_squares_fits_an_orthogonal_map_on_the_device_of_the_model(
 
     def watched(gram: torch.Tensor, *rest: Any) -> torch.Tensor:
         used.append(gram.device.type)
-        return closed_form(gram, *rest)
+        return solve_closed_form(gram, *rest)
 
-    monkeypatch.setattr(closed_forms, "closed_form", watched)
+    monkeypatch.setattr(closed_forms, "solve_closed_form", watched)
     M, Z, H = made_tokens(60)
     statistics = {"gram": made_sums(M, Z, H), "sample": {"added": M, "rest": Z, "target": H}}
     params = read_params(None, {"transform": transform, "alpha": 0.1})
@@ -33,4 +33,4 @@ def test_least_squares_fits_an_orthogonal_map_on_the_device_of_the_model(
         (found,) = METHODS["lstsq"].solve(params, Block(1, 2), statistics.__getitem__).edits.transforms.values()
     assert used == [device]
     sums = statistics["gram"]
-    assert torch.equal(found, closed_form(sums["gram"], sums["cross"], 0.1, STRUCTURES[transform]))
+    assert torch.equal(found, solve_closed_form(sums["gram"], sums["cross"], 0.1, transform))

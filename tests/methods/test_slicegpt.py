@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from replaceme.base.documents import Documents
@@ -21,36 +22,35 @@ from replaceme.edits.fold import apply_edits
 from replaceme.edits.unfused import unfused
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import cache_error, verify_export, wrong_weights
-from replaceme.methods import bases
-from replaceme.methods.bases import bases_in_order, fitting_width, nearest, principal, shared_basis
-from replaceme.methods.method import Bench
-from replaceme.methods.refusals import family_refusals
-from replaceme.methods.registry import METHODS, criterion_of
+from replaceme.methods import slicegpt
+from replaceme.methods.method import MethodContext
+from replaceme.methods.registry import METHODS
+from replaceme.methods.slicegpt import (
+    Slicing,
+    find_bases,
+    find_nearest,
+    find_shared_basis,
+    fitting_width,
+    principal,
+    slice_stream,
+    sliced_config,
+)
 from replaceme.models.families import family_of
 from replaceme.models.model import Model, parameter_count
 from replaceme.models.own_form import is_own_form
-from replaceme.pipeline.activations import observe_activations
-from replaceme.pipeline.baseline import score_baseline
-from replaceme.pipeline.calibrate import calibrate
-from replaceme.pipeline.evaluate import evaluate
-from replaceme.pipeline.export import export
-from replaceme.pipeline.heal import heal
-from replaceme.pipeline.inputs import inspect_inputs
-from replaceme.pipeline.plan import plan
-from replaceme.pipeline.repair import repair
-from replaceme.pipeline.solve import solve
 from tests.conftest import DESCRIBED, KINDS, LAYERS, WIDTH, made_model
-from tests.helpers import elsewhere, passing
+from tests.helpers import TEXT, elsewhere, hooked_and_folded, passing
+from tests.methods.helpers import model_refusals, run_stages
 
-SLICED = [kind for kind, family in DESCRIBED.items() if not family.unsliced]
+SLICED = [kind for kind, family in DESCRIBED.items() if not family.slicing_obstacle]
 SIGNALS = 2 * LAYERS + 1
-TEXT = torch.arange(2, 42)[None]
 
 
-def random_edits(width: int, one_basis: bool = False) -> Edits:
+def random_edits(config: Any, width: int, one_basis: bool = False) -> Edits:
     generator = torch.Generator().manual_seed(0)
     made = [torch.randn(WIDTH, width, dtype=torch.float64, generator=generator) for _ in range(1 if one_basis else SIGNALS)]
-    return Edits("test", [], bases=[torch.linalg.qr(matrix)[0] for matrix in made])
+    slicing = Slicing([torch.linalg.qr(matrix)[0] for matrix in made])
+    return Edits("test", [], config=sliced_config(config, slicing), model_edit=slicing)
 
 
 def in_float64(model: Any) -> Any:
@@ -63,16 +63,16 @@ def in_float64(model: Any) -> Any:
 
 
 @torch.no_grad()
-def projected_logits(model: Any, edits: Edits, text: torch.Tensor) -> torch.Tensor:
+def projected_logits(model: Any, bases: list[Tensor]) -> Tensor:
     """Run each layer's own parts in order, with the stream projected by d × d matrices before every norm."""
-    P = [Q.double() @ Q.double().T for Q in edits.bases] * (SIGNALS if len(edits.bases) == 1 else 1)
+    P = [Q.double() @ Q.double().T for Q in bases] * (SIGNALS if len(bases) == 1 else 1)
     calls: list[Any] = []
     layers = model.model.layers
     hooks = [
         layer.register_forward_pre_hook(lambda _m, args, kwargs: calls.append((args[0], kwargs)), with_kwargs=True)
         for layer in layers
     ]
-    model(text, use_cache=False)
+    model(TEXT, use_cache=False)
     for hook in hooks:
         hook.remove()
     state, factor = calls[0][0], getattr(model.config, "residual_multiplier", 1)
@@ -81,21 +81,12 @@ def projected_logits(model: Any, edits: Edits, text: torch.Tensor) -> torch.Tens
         state = state + factor * layer.self_attn(hidden_states=layer.input_layernorm(state), **calls[index][1])[0]
         state = state @ P[2 * index + 1].to(state)
         state = state + factor * layer.mlp(layer.post_attention_layernorm(state))
-    logits: torch.Tensor = model.lm_head(model.model.norm(state @ P[-1].to(state)))
+    logits: Tensor = model.lm_head(model.model.norm(state @ P[-1].to(state)))
     return logits / getattr(model.config, "logits_scaling", 1)
 
 
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+def relative(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).detach().norm() / expected.detach().norm())
-
-
-@pytest.mark.parametrize("one_basis", [False, True])
-@pytest.mark.parametrize("kind", SLICED)
-def test_a_full_basis_leaves_the_logits(kind: str, one_basis: bool) -> None:
-    model = in_float64(made_model(kind, torch.float64))
-    expected = model(TEXT, use_cache=False).logits
-    apply_edits(model, family_of(model.config), random_edits(WIDTH, one_basis))
-    assert relative(model(TEXT, use_cache=False).logits, expected) < 1e-9
 
 
 @pytest.mark.parametrize("one_basis", [False, True])
@@ -103,14 +94,15 @@ def test_a_full_basis_leaves_the_logits(kind: str, one_basis: bool) -> None:
 @pytest.mark.parametrize("kind", SLICED)
 def test_a_sliced_model_computes_what_the_projected_one_does(kind: str, tied: bool, one_basis: bool) -> None:
     model = in_float64(made_model(kind, torch.float64, tie_word_embeddings=tied, rms_norm_eps=0.1))
-    family, edits = family_of(model.config), random_edits(24, one_basis)
-    dense, expected = model(TEXT, use_cache=False).logits, projected_logits(model, edits, TEXT)
+    family, edits = family_of(model.config), random_edits(model.config, 24, one_basis)
+    dense, expected = model(TEXT, use_cache=False).logits, projected_logits(model, edits.model_edit.bases)  # type: ignore[union-attr]
     assert relative(dense, expected) > 0.1
-    with torch.no_grad(), unfused(model, family, edits):
-        assert relative(model(TEXT, use_cache=False).logits, expected) < 1e-9
-    assert torch.equal(model(TEXT, use_cache=False).logits, dense)
-    apply_edits(model, family, edits)
-    assert relative(model(TEXT, use_cache=False).logits, expected) < 1e-9
+    for logits in hooked_and_folded(model, family, edits):
+        assert relative(logits, expected) < 1e-9
+    # A basis of the whole width changes nothing.
+    whole = in_float64(made_model(kind, torch.float64, tie_word_embeddings=tied, rms_norm_eps=0.1))
+    apply_edits(whole, family, random_edits(whole.config, WIDTH, one_basis))
+    assert relative(whole(TEXT, use_cache=False).logits, dense) < 1e-9
 
 
 @pytest.mark.parametrize("one_basis", [False, True])
@@ -118,14 +110,15 @@ def test_a_sliced_model_computes_what_the_projected_one_does(kind: str, tied: bo
 def test_a_saved_sliced_model_passes_its_verification_and_loads_alone(
     kind: str, one_basis: bool, save_tiny: Callable[..., Model], tmp_path: Path, documents: Documents
 ) -> None:
-    source, edits = save_tiny(kind), random_edits(24 if one_basis else 22, one_basis)
+    source = save_tiny(kind)
+    edits = random_edits(source.config(), 24 if one_basis else 22, one_basis)
     counts = save_pruned(source, edits, tmp_path)
     figures = verify_export(source, Model(tmp_path, "pruned"), edits, documents)
     assert figures["hidden_error_mean"] < 1e-4
     assert is_own_form(tmp_path) != one_basis
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=not one_basis).eval()
-    assert loaded.config.hidden_size == edits.width
-    assert relative(loaded(TEXT).logits, projected_logits(source.load(), edits, TEXT)) < 1e-4
+    assert loaded.config.hidden_size == (24 if one_basis else 22)
+    assert relative(loaded(TEXT).logits, projected_logits(source.load(), edits.model_edit.bases)) < 1e-4  # type: ignore[union-attr]
     assert cache_error(loaded, TEXT[0]) < 1e-4
     assert counts["parameters"] == parameter_count(loaded)
 
@@ -134,58 +127,27 @@ def test_a_saved_sliced_model_passes_its_verification_and_loads_alone(
     "name",
     [
         "lm_head.weight", "model.embed_tokens.weight", "model.norm.weight", "model.layers.2.attention_shortcut.weight",
-        "model.layers.0.mlp_shortcut.weight", "model.layers.3.self_attn.v_proj.weight", "model.layers.3.self_attn.v_proj.bias",
-        "model.layers.1.mlp.down_proj.bias", "model.layers.5.post_attention_layernorm.weight",
+        "model.layers.3.self_attn.v_proj.weight", "model.layers.1.mlp.down_proj.bias",
+        "model.layers.5.post_attention_layernorm.weight",
     ],
 )  # fmt: skip
 def test_verification_sees_a_change_of_any_weight(name: str, tiny: Model, tmp_path: Path, documents: Documents) -> None:
-    edits = random_edits(22)
+    edits = random_edits(tiny.config(), 22)
     save_pruned(tiny, edits, tmp_path)
     pruned = Model(tmp_path, "pruned").load()
     assert wrong_weights(tiny.load(), pruned, tiny.family(), edits)[0] == []
     with torch.no_grad():
         pruned.get_parameter(name).view(-1)[3] += 1e-3
     assert wrong_weights(tiny.load(), pruned, tiny.family(), edits)[0] == [name]
-    edits.bases[4] = random_edits(22).bases[0]
+    edits.model_edit.bases[4] = edits.model_edit.bases[0]  # type: ignore[union-attr]
     with pytest.raises(VerificationError, match=r"export: model.layers.\d.\S+ differs"):
         verify_export(tiny, Model(tmp_path, "pruned"), edits, documents)
 
 
-def bench_of(model: Any, documents: Documents, folder: Path, **options: Any) -> Bench:
+def context_of(model: Any, documents: Documents, folder: Path, **options: Any) -> MethodContext:
     params = read_params(None, {"method": "slicegpt", "batch_size": 4, "layers_to_skip": 1, **options}, METHODS)
-    return Bench(params, model, family_of(model.config), documents, Plan((), ()), Edits("SliceGPT", []), folder, folder)
-
-
-def test_bases_and_projections_are_computed_on_the_device_of_the_states(
-    documents: Documents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bench, width = bench_of(made_model(), documents, tmp_path), 20
-    expected = [*bases_in_order(bench, width)]
-    watched, project, places = bases._watched, bases.projected, []
-
-    def noted(rows: torch.Tensor, Q: torch.Tensor) -> torch.Tensor:
-        places.append(rows.device.type)
-        return project(rows, Q)
-
-    monkeypatch.setattr(bases, "projected", noted)
-    monkeypatch.setattr(bases, "_watched", lambda *args: watched(*args).to("meta"))
-    with elsewhere():
-        found = [*bases_in_order(bench, width)]
-        # The sums over what a layer's walk sees are there; those over what its MLP gives are on the CPU here, as the MLP is.
-        assert [Q.device.type for Q, _ in found] == ["meta", *["meta", "cpu"] * LAYERS]
-        assert all(
-            torch.equal(Q.cpu(), other) and share == same for (Q, share), (other, same) in zip(found, expected, strict=True)
-        )
-    assert places == ["meta", *["cpu"] * (2 * LAYERS - 1)]
-
-
-def test_the_edits_of_slicing_are_on_the_cpu(documents: Documents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = bench_of(made_model(), documents, tmp_path)
-    watched = bases._watched
-    monkeypatch.setattr(bases, "_watched", lambda *args: watched(*args).to("meta"))
-    with elsewhere():
-        METHODS["slicegpt"].work(bench)  # type: ignore[misc]
-    assert {(type(Q), Q.device.type) for Q in bench.edits.bases} == {(torch.Tensor, "cpu")}
+    edits = Edits("SliceGPT", [])
+    return MethodContext(params, model, family_of(model.config), documents, Plan((), ()), edits, folder, folder)
 
 
 def leading(gram: np.ndarray, width: int) -> tuple[np.ndarray, float]:
@@ -198,13 +160,13 @@ def leading(gram: np.ndarray, width: int) -> tuple[np.ndarray, float]:
 @pytest.mark.parametrize("kind", ["llama", "granite"])
 def test_each_basis_is_computed_from_the_sliced_signals_before_it(kind: str, documents: Documents, tmp_path: Path) -> None:
     model, width = made_model(kind), 20
-    found = [Q.double().numpy() for Q, _ in bases_in_order(bench_of(model, documents, tmp_path), width)]
+    found = [Q.double().numpy() for Q, _ in find_bases(context_of(model, documents, tmp_path), width)]
     assert len(found) == SIGNALS
     known: list[np.ndarray] = []
     for signal in range(SIGNALS):
         # The whole model runs with the bases so far, and none after them.
         bases = [torch.from_numpy(Q) for Q in known] + [torch.eye(WIDTH, dtype=torch.float64)] * (SIGNALS - signal)
-        with unfused(model, family_of(model.config), Edits("", [], bases=bases)):
+        with unfused(model, family_of(model.config), Edits("", [], model_edit=Slicing(bases))):
             seen = passing(model, min(signal // 2, LAYERS - 1), documents)
         h = seen["output"] if signal == SIGNALS - 1 else projected_middle(seen, known) if signal % 2 else seen["input"]
         projector, _ = leading(h.T @ h, width)
@@ -217,16 +179,9 @@ def projected_middle(seen: dict[str, np.ndarray], known: list[np.ndarray]) -> np
     return seen["input"] @ known[-1] @ known[-1].T + seen["attention"]
 
 
-def test_an_offloaded_layer_is_refused(documents: Documents, tmp_path: Path) -> None:
-    model = made_model()
-    model.model.layers[3].to("meta")
-    with pytest.raises(ModelError, match=r"device_map: layer 3, whose MLP is computed by itself, does not fit the GPUs"):
-        next(bases_in_order(bench_of(model, documents, tmp_path), 16))
-
-
 def test_the_shared_basis_is_of_all_signals_together_as_the_norms_see_them(documents: Documents, tmp_path: Path) -> None:
     model = made_model()
-    ((Q, share),) = shared_basis(bench_of(model, documents, tmp_path, plain=True), 16)
+    ((Q, share),) = find_shared_basis(context_of(model, documents, tmp_path, plain=True), 16)
     seen = [passing(model, layer, documents) for layer in range(LAYERS)]
     signals = [state for each in seen for state in (each["input"], each["middle"])] + [seen[-1]["output"]]
     units = [h / np.linalg.norm(h, axis=1, keepdims=True) for h in signals]
@@ -237,7 +192,25 @@ def test_the_shared_basis_is_of_all_signals_together_as_the_norms_see_them(docum
     assert share == pytest.approx(values[-16:].sum() / values.sum(), rel=1e-5)
 
 
-def test_sums_that_are_not_finite_are_refused() -> None:
+def test_a_basis_is_computed_on_the_device_of_the_sums_and_the_edits_are_on_the_cpu(
+    documents: Documents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context, gram = context_of(made_model(), documents, tmp_path), torch.diag(torch.arange(WIDTH).double())
+    expected, _ = principal(gram, 16)
+    with elsewhere():
+        Q, share = principal(gram.to("meta"), 16)
+        assert Q.device.type == "meta"
+        monkeypatch.setattr(slicegpt, "find_bases", lambda *_: [(Q, share)] * SIGNALS)
+        slice_stream(context)
+        assert {basis.device.type for basis in context.edits.model_edit.bases} == {"cpu"}  # type: ignore[union-attr]
+        assert torch.equal(context.edits.model_edit.bases[0], expected)  # type: ignore[union-attr]
+
+
+def test_an_offloaded_layer_and_sums_that_are_not_finite_are_refused(documents: Documents, tmp_path: Path) -> None:
+    model = made_model()
+    model.model.layers[3].to("meta")
+    with pytest.raises(ModelError, match=r"device_map: layer 3, whose MLP is computed by itself, does not fit the GPUs"):
+        find_bases(context_of(model, documents, tmp_path), 16)
     with pytest.raises(SolveError, match=r"dtype: the sums over the states are not finite"):
         principal(torch.full((3, 3), torch.nan, dtype=torch.float64), 2)
 
@@ -247,7 +220,7 @@ def test_sums_that_are_not_finite_are_refused() -> None:
 def test_the_model_of_the_chosen_width_is_nearest_to_the_budget(one_basis: bool, tied: bool) -> None:
     def built(width: int) -> int:
         model = made_model("qwen3", tie_word_embeddings=tied)
-        apply_edits(model, family_of(model.config), random_edits(width, one_basis))
+        apply_edits(model, family_of(model.config), random_edits(model.config, width, one_basis))
         return parameter_count(model)
 
     model = made_model("qwen3", tie_word_embeddings=tied)
@@ -261,7 +234,7 @@ def test_the_model_of_the_chosen_width_is_nearest_to_the_budget(one_basis: bool,
 
 def test_the_nearest_is_below_or_above_and_never_out_of_range() -> None:
     widths = range(8, 64, 8)
-    assert [nearest(widths, target, lambda width: width) for target in (0, 8, 11, 13, 57, 99)] == [8, 8, 8, 16, 56, 56]
+    assert [find_nearest(widths, target, lambda width: width) for target in (0, 8, 11, 13, 57, 99)] == [8, 8, 8, 16, 56, 56]
 
 
 def test_a_model_without_a_narrower_plain_form_is_refused() -> None:
@@ -272,67 +245,27 @@ def test_a_model_without_a_narrower_plain_form_is_refused() -> None:
 
 
 def test_families_are_sliced_or_refused_with_the_reason() -> None:
-    values = read_params(None, {"method": "slicegpt"}, METHODS).model_dump()
-    said = {}
-    for kind in KINDS:
-        family = family_of(made_model(kind).config)
-        said[kind] = family_refusals(values, kind, family)
+    said = {kind: model_refusals(kind, method="slicegpt", layers_to_skip=1) for kind in KINDS}
     assert [kind for kind in KINDS if not said[kind]] == SLICED
     for kind, reason in {
         "gpt2": "its norms subtract a mean", "falcon": "its attention and MLP are parallel", "olmo2": "the norm after its MLP",
         "mixtral": "the router of its mixture of experts",
     }.items():  # fmt: skip
-        (problem,) = said[kind]
-        assert problem.startswith(f"method: slicegpt is refused for the family '{kind}': {reason}")
-    assert family_refusals({**values, "method": "uidl"}, "gpt2", family_of(made_model("gpt2").config)) == []
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"transform": "joint"}, "transform: joint has no place in method slicegpt"),
-        (
-            {"repair": True},
-            "repair: true has no place in method slicegpt, which removes parts of layers, not whole layers",
-        ),
-        (
-            {"selection": "loss"},
-            "selection: loss has no place in method slicegpt, which removes parts of layers",
-        ),
-        ({"min_distance_layer": 3}, "min_distance_layer: method slicegpt slices all layers alike; use null."),
-        ({"num_A": 2}, "num_A: 2 has no place in method slicegpt"),
-    ],
-)
-def test_impossible_settings_are_refused_in_one_sentence(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(ParameterError) as caught:
-        read_params(None, {"method": "slicegpt", **options}, METHODS)
-    (problem,) = caught.value.problems
-    assert problem.startswith(f"command line: {said}")
-
-
-def test_the_result_has_the_familys_form_where_that_is_wanted(caplog: pytest.LogCaptureFixture) -> None:
-    params = read_params(None, {"method": "slicegpt"}, METHODS)
-    assert criterion_of(params).name == "width"
-    assert not METHODS["slicegpt"].plain(params)
-    assert METHODS["slicegpt"].plain(params.model_copy(update={"plain": True}))
-    with caplog.at_level("INFO", "replaceme"):
-        read_params(None, {"plain": True}, METHODS)
-    assert "plain belongs to" in caplog.text
+        assert said[kind][0].startswith(f"method: slicegpt is refused for the family '{kind}': {reason}")
 
 
 @pytest.mark.parametrize("plain", [False, True])
 def test_the_stages_slice_save_and_score(plain: bool, params: Params, tmp_path: Path) -> None:
     params, work = params.model_copy(update={"method": "slicegpt", "plain": plain}), Workspace(tmp_path)
-    inspect_inputs(params, work)
-    calibrate(params, work)
+    run_stages(params, work, "inputs", "calibrate")
     save_blocks([], work.blocks)
-    for stage in (plan, observe_activations, solve, repair, heal, export, score_baseline, evaluate):
-        stage(params, work)
+    run_stages(params, work, "plan", "activations", "solve", "repair", "heal", "export", "baseline", "evaluate")
     figures, pruned = read_json(work.metric("repair")), Model(work.model, "pruned").load()
-    edits = Edits.load(work.edits)
-    assert len(edits.bases) == (1 if plain else SIGNALS)
-    assert {Q.dtype for Q in edits.bases} == {torch.float32}
-    assert figures["width"] == pruned.config.hidden_size == edits.width
+    slicing = Edits.load(work.edits).model_edit
+    assert isinstance(slicing, Slicing)
+    assert len(slicing.bases) == (1 if plain else SIGNALS)
+    assert {Q.dtype for Q in slicing.bases} == {torch.float32}
+    assert figures["width"] == pruned.config.hidden_size == slicing.width
     assert figures["slicing"] == pytest.approx(1 - figures["width"] / WIDTH)
     assert figures["parameters"] == read_json(work.metric("export"))["parameters"] == parameter_count(pruned)
     assert figures["parameters_removed"] == read_json(work.metric("export"))["parameters_dense"] - figures["parameters"]

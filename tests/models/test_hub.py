@@ -86,13 +86,26 @@ def test_what_the_hub_refuses_is_one_sentence(status: int, code: str, said: str,
     assert str(caught.value).startswith(f"model_path: {said}")
 
 
-def test_a_silent_hub_is_given_up_after_a_while(connect: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("hangs", ["answer", "name look-up"])
+def test_a_silent_hub_is_given_up_after_a_while(
+    hangs: str, connect: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(hub, "PROBE_SECONDS", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         connect(silent.getsockname()[1])
+        if hangs == "name look-up":
+            monkeypatch.setattr(socket, "getaddrinfo", lambda *_args, **_options: time.sleep(8))
         began = time.monotonic()
         assert not hub.reachable()
         assert time.monotonic() - began < 5
+
+
+def test_in_offline_mode_the_hub_is_not_asked(serve: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    serve(200)
+    assert hub.reachable()
+    hub.reachable.cache_clear()
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    assert not hub.reachable()
 
 
 @pytest.mark.usefixtures("offline")

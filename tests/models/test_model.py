@@ -50,7 +50,6 @@ def test_edits_from_4_bit_calibration_are_applied_to_the_original_weights(wide: 
     edits = [Edits.load(result.with_name(f"{result.name}.work") / "artifacts" / "edits") for result in (plain, packed)]
     maps = [next(iter(each.transforms.values())) for each in edits]
     assert not torch.equal(*maps)
-    torch.testing.assert_close(*maps, rtol=0.5, atol=0.5)
 
 
 def test_a_model_is_loaded_in_4_bits(wide: Model) -> None:

@@ -136,8 +136,8 @@ def test_the_loss_of_a_cut_is_that_of_the_model_with_its_fold(family: str) -> No
     description = family_of(model.config)
     weights = {name: weight.clone() for name, weight in model.state_dict().items()}
     dense = dense_losses(model, documents, 4).mean
-    (fitted,) = means(cut_losses(model, description, documents, [block], stand_in="map", batch_size=4))
-    (bare,) = means(cut_losses(model, description, documents, [block], stand_in="nothing", batch_size=4))
+    (fitted,) = means(cut_losses(model, description, documents, [block], surrogate="map", batch_size=4))
+    (bare,) = means(cut_losses(model, description, documents, [block], surrogate="nothing", batch_size=4))
     assert all(torch.equal(weights[name], weight) for name, weight in model.state_dict().items())
     kept, held_out = split_documents(documents)
     assert dense == pytest.approx(mean_loss(model, held_out), rel=1e-5)
@@ -161,7 +161,7 @@ def test_the_loss_of_a_cut_is_that_of_the_model_without_its_layers(kind: str) ->
     description, computed = family_of(model.config), []
     front = description.decoder_layers(model)[0].get_submodule(description.attention)
     front.register_forward_hook(lambda *_: computed.append(None))
-    losses = means(cut_losses(model, description, documents, blocks, stand_in="nothing", batch_size=4))
+    losses = means(cut_losses(model, description, documents, blocks, surrogate="nothing", batch_size=4))
     _, held_out = split_documents(documents)
     # The layers before all cuts are computed once.
     assert len(computed) == held_out.batch_count(4)
@@ -177,7 +177,7 @@ def test_the_loss_needs_documents_to_hold_out() -> None:
         with pytest.raises(ParameterError, match="selection: loss holds out every 5th text"):
             dense_losses(made_model(), documents, 1)
         with pytest.raises(ParameterError, match="selection: loss holds out every 5th text"):
-            cut_losses(made_model(), Family(), documents, [Block(2, 3)], stand_in="map", batch_size=1)
+            cut_losses(made_model(), Family(), documents, [Block(2, 3)], surrogate="map", batch_size=1)
 
 
 def test_many_documents_are_not_cut_short_for_the_loss() -> None:
@@ -207,7 +207,7 @@ def test_the_loss_of_new_weights_is_that_of_the_edits_of_the_method(
 ) -> None:
     monkeypatch.setattr(cut_loss, "GRAM_BYTES", bytes_at_once)
     model, documents, blocks = made_model(dtype=torch.float64), made_documents(12), [Block(2, 4), Block(1, 3)]
-    found = means(cut_losses(model, Family(), documents, blocks, stand_in=transform, batch_size=4))  # type: ignore[arg-type]
+    found = means(cut_losses(model, Family(), documents, blocks, surrogate=transform, batch_size=4))  # type: ignore[arg-type]
     kept, held_out = split_documents(documents)
     for loss, block in zip(found, blocks, strict=True):
         sums = take_statistics(model, Family(), kept, block, [statistic], 4)[statistic]
@@ -224,7 +224,7 @@ def test_the_loss_of_new_weights_is_that_of_the_edits_of_the_method(
 def test_what_the_mlp_adds_is_known_from_its_features(kind: str, linears: tuple[Linear, ...]) -> None:
     model, documents, block = made_model(kind, torch.float64), made_documents(8), Block(2, 4)
     family = family_of(model.config)
-    host = family.decoder_layers(model)[block.host]
+    host = family.decoder_layers(model)[block.layer_before_cut]
     features, last = Features.of(host, family, linears), family.linear_of(host, "mlp_output")
     found, expected = feature_gram(block, features, last), FeatureGram(block, features)
     assert isinstance(found, DerivedGram)

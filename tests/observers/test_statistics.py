@@ -103,7 +103,7 @@ def test_figures_of_the_fit_equal_those_of_the_activations(documents: Documents)
     params = read_params(None, {"alpha": 3.0})
     solved = METHODS["lstsq"].solve(params, BLOCK, taken.__getitem__)
     edits, figures = solved.edits, solved.figures
-    T = edits.transforms[BLOCK.host].numpy()
+    T = edits.transforms[BLOCK.layer_before_cut].numpy()
     M, Z, H = at_cut(model, documents)
     cosine = ((M @ T + Z) * H).sum(1) / (np.linalg.norm(M @ T + Z, axis=1) * np.linalg.norm(H, axis=1))
     eigenvalues = np.linalg.eigvalsh(M.T @ M)
@@ -137,7 +137,7 @@ def test_a_structured_transform_has_the_same_figures_and_a_title_that_names_it(d
     )
     assert solved.figures.keys() == dense.figures.keys()
     assert solved.edits.title == f"ReplaceMe (least squares, {transform.replace('_', ' ')})"
-    T = solved.edits.transforms[BLOCK.host].numpy()
+    T = solved.edits.transforms[BLOCK.layer_before_cut].numpy()
     M, Z, H = at_cut(model, documents)
     assert solved.figures["relative_residual"] == pytest.approx(np.linalg.norm(H - Z - M @ T) / np.linalg.norm(H))
     assert solved.figures["condition_number"] == pytest.approx(dense.figures["condition_number"])

@@ -11,7 +11,7 @@ from torch import Tensor
 from replaceme.base.documents import Batch, Documents
 from replaceme.base.plan import Block
 from replaceme.models.families import Family, family_of
-from replaceme.models.layers import Start
+from replaceme.models.layers import EntryState
 from replaceme.models.memory import stream
 from replaceme.models.model import Model
 from replaceme.models.streaming import Stream, stream_of
@@ -97,7 +97,7 @@ def test_a_walk_from_a_later_layer_reads_that_layer_and_those_after_it(tiny: Mod
     for model in (resident, streamed):
         states = torch.empty(2, tokens, WIDTH)
         observers = [Keep(3, ("attention",), states[0]), Keep(4, ("output",), states[1])]
-        walk(model, family, documents, observers, batch_size=2, description=None, start=Start(3, entering))
+        walk(model, family, documents, observers, batch_size=2, description=None, start=EntryState(3, entering))
         kept.append(states)
     assert torch.equal(*kept)
     # The one after it is read ahead.
@@ -116,7 +116,7 @@ def test_whole_passes_give_the_same_logits_and_read_each_layer_once(
     family, logits = family_of(made_config(kind)), []
     entering = torch.randn(documents.token_count, WIDTH, generator=torch.Generator().manual_seed(0)).bfloat16()
     for model in (resident, streamed):
-        with passes(model, family, documents.batches(2), None if first is None else Start(first, entering)) as batches:
+        with passes(model, family, documents.batches(2), None if first is None else EntryState(first, entering)) as batches:
             logits.append([model(batch.input_ids, use_cache=False).logits for batch in batches])
     assert all(map(torch.equal, *logits))
     assert own.bytes_read == sum(own.sizes[first or 0 :])

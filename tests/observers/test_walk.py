@@ -9,7 +9,7 @@ from torch import Tensor
 
 from replaceme.base.documents import Batch, Documents
 from replaceme.models.families import Family, family_of, linears_within, parameter_of
-from replaceme.models.layers import Start
+from replaceme.models.layers import EntryState
 from replaceme.observers.features import LINEARS, SIGNAL
 from replaceme.observers.walk import Signal, Signals, ask, walk
 from tests.conftest import KINDS, LAYERS, PLAIN, made_model
@@ -85,7 +85,7 @@ def test_a_walk_from_a_later_layer_continues_an_earlier_walk(kind: str, document
     family = family_of(model.config)
     walk(model, family, documents, [whole], batch_size=4, description="test")
     rest, calls = Keep(ask([LAYERS - 1], "output")), count_calls(family.decoder_layers(model)[0].get_submodule(family.mlp))
-    start = Start(3, whole.all(2, "output"))
+    start = EntryState(3, whole.all(2, "output"))
     walk(model, family, documents, [rest], batch_size=4, description=None, start=start)
     assert torch.allclose(rest.all(LAYERS - 1, "output"), whole.all(LAYERS - 1, "output"), rtol=1e-5, atol=1e-5)
     assert not calls
@@ -102,7 +102,7 @@ def test_an_attention_whose_features_are_known_computes_its_last_linear_alone(ki
     last = family.linear_of(part, "attention_output")
     first = next(each for each in linears_within(part.get_submodule(family.attention)).values() if each is not last)
     calls = count_calls(first)
-    start = Start(layer, whole.all(layer, "input"), whole.all(layer, "attention_features"))
+    start = EntryState(layer, whole.all(layer, "input"), whole.all(layer, "attention_features"))
     walk(model, family, documents, [again], batch_size=4, description=None, start=start)
     assert not calls
     for signal in signals[2:]:

@@ -13,7 +13,7 @@ PACKAGES = ("replaceme", "stages")
 ASKED = {
     "select": {"choose", "way_of"},
     "inputs": {"check", "check_merges"},
-    "repair": {"work", "_edit", "_plan", "_describes"},
+    "repair": {"train_layer", "texts"},
 }
 METHODS, CRITERIA = ROOT / "replaceme" / "methods", ROOT / "replaceme" / "selection" / "criteria.py"
 

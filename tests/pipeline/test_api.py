@@ -14,7 +14,7 @@ import replaceme
 from replaceme import commands
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.stage import ANALYSIS
-from replaceme.corpora.record import read_record
+from replaceme.corpora.sources import read_record
 from replaceme.models.model import Model
 from tests.conftest import made_text
 from tests.helpers import FAST, call

@@ -694,5 +694,6 @@ def test_the_cosine_fits_a_later_block_too_and_the_transform_alone_is_saved(publ
         "--merge_consecutive", "false", "--min_distance_layer", "1", "--epochs", "2", "--method", "cosine",
     )  # fmt: skip
     edits = json.loads((tmp_path / "result" / "edits.json").read_text(encoding="utf-8"))
-    assert len(edits["transforms"]) == len(edits["removed_layers"]) == 2
+    transforms = load_file(tmp_path / "result" / "edits.safetensors")
+    assert len(transforms) == len(edits["removed_layers"]) == 2
     assert not list((tmp_path / "result.work").rglob("scratch-*"))

@@ -15,8 +15,7 @@ from replaceme.base.params import Params
 from replaceme.base.stage import COMPRESSION
 from replaceme.base.versions import MODEL, SCORES, TEXT
 from replaceme.base.workspace import Workspace
-from replaceme.evaluation.prompts import PROMPTS
-from replaceme.evaluation.requests import Requests
+from replaceme.evaluation.continuations import PROMPTS
 from replaceme.evaluation.scores import Scores
 from replaceme.pipeline import evaluate as stage
 from replaceme.pipeline.inputs import inspect_inputs
@@ -144,13 +143,13 @@ def test_scores_made_with_other_versions_are_warned_of(
     work.baseline.mkdir(parents=True)
     empty: dict[str, Any] = {"perplexity": {}, "accuracy": {}, "parameters": 2}
     texts = [""] * len(PROMPTS)
-    Scores({**empty, "device": "cpu", "made_with": MADE}, {}, Requests(), texts).save(work.baseline)
-    found = Scores({**empty, "device": device, "made_with": made_with}, {}, Requests(), texts)
+    Scores({**empty, "device": "cpu", "made_with": MADE}, {}, texts).save(work.baseline)
+    found = Scores({**empty, "device": device, "made_with": made_with}, {}, texts)
     monkeypatch.setattr(stage, "score_model", lambda *_: found)
     # What is compared with the tasks is no part of this test.
     write_text(work.dataset_input, "{}")
     monkeypatch.setattr(stage.Documents, "load", lambda _folder: None)
-    monkeypatch.setattr(stage.Calibration, "of", lambda *_: None)
+    monkeypatch.setattr(stage.CalibrationText, "of_documents", lambda *_: None)
     monkeypatch.setattr(stage.Model, "tokenizer", lambda _model: None)
     stage.evaluate(params, work)
     warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]

@@ -176,7 +176,7 @@ def test_a_family_is_one_entry(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, 
 class Largest(AtCut):
     """The largest value of each channel of the state at the cut."""
 
-    at_host = ("output",)
+    at_layer = ("output",)
 
     def __init__(self, block: Block):
         super().__init__(block)
@@ -201,5 +201,5 @@ def test_a_statistic_is_one_observer_and_one_entry(
     observe_activations(params, work)
     assert {path.stem for path in work.statistics.iterdir()} == {"gram", "largest"}
     found = load_file(work.statistics / "largest.safetensors")["largest"]
-    states = passing(Model(Path(params.model_path), "tiny").load(), block.host, documents)["output"]
+    states = passing(Model(Path(params.model_path), "tiny").load(), block.layer_before_cut, documents)["output"]
     assert np.allclose(found.numpy(), states.max(axis=0), rtol=1e-4, atol=1e-5)

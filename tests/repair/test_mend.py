@@ -105,14 +105,14 @@ def test_the_joint_fit_solves_the_mlp_again_on_its_new_features() -> None:
     expected = deepcopy(model)
     apply_edits(expected, Family(), edits)
     goal = passing(model, BLOCK.end - 1, documents)["output"]
-    host = expected.model.layers[BLOCK.host]
+    host = expected.model.layers[BLOCK.layer_before_cut]
     mlp = host.mlp.down_proj
-    now = passing(expected, BLOCK.host, documents)
+    now = passing(expected, BLOCK.layer_before_cut, documents)
     repairs, _ = mending()
     resolve([mlp], [now["G"]], goal - now["output"], goal, [0.3], repairs[0])
     apply_edits(model, Family(), edits)
     assert same_weights(model, expected)
-    assert [(each.layer, each.linears) for each in repairs] == [(BLOCK.host, ("mlp_output",))]
+    assert [(each.layer, each.linears) for each in repairs] == [(BLOCK.layer_before_cut, ("mlp_output",))]
 
 
 @pytest.mark.parametrize("host_only", [True, False])
@@ -124,7 +124,7 @@ def test_a_later_block_is_fitted_on_states_of_the_shortened_model(kind: str, hos
     edits, mending = solved(model, documents, blocks, alpha=5.0)
     expected = deepcopy(model)
     apply_edits(expected, family_of(model.config), Edits("", [1], dict(edits.transforms)))
-    host, H = blocks[1].host, passing(model, blocks[1].end - 1, documents)["output"]
+    host, H = blocks[1].layer_before_cut, passing(model, blocks[1].end - 1, documents)["output"]
     now = passing(expected, host - 1, documents)
     M, Z = now["M"], now["output"] - now["M"]
     T = np.linalg.solve(M.T @ M + 5 * np.eye(M.shape[1]), M.T @ (H - Z))
@@ -205,7 +205,7 @@ def test_a_scratch_disk_that_is_too_small_is_named(
     model = made_model()
     _, mending = solved(model, documents, (BLOCK,), alpha=5.0, repair=True)
     inputs = model.config.hidden_size + model.config.intermediate_size
-    kept = [layer for layer in range(BLOCK.host, model.config.num_hidden_layers) if layer not in BLOCK.layers]
+    kept = [layer for layer in range(BLOCK.layer_before_cut, model.config.num_hidden_layers) if layer not in BLOCK.layers]
     needed = 4 * len(kept) * model.config.hidden_size * inputs
     for given in ((1000,), (1 << 30, needed - 1), (1 << 30, needed)):
         free = iter(given)

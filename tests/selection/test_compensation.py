@@ -21,16 +21,16 @@ from replaceme.edits.unfused import unfused
 from replaceme.export.card import model_card
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import verify_export, wrong_weights
-from replaceme.methods.refusals import family_refusals
 from replaceme.methods.registry import METHODS, criterion_of
 from replaceme.models.families import Family, family_of
 from replaceme.models.model import Model
-from replaceme.models.recognition import proposed_family
+from replaceme.models.recognition import recognise_family
 from replaceme.repair.mend import mend
 from replaceme.selection.compensation import blocks_of, check_scale, compensated, compensated_layers, scaled
 from replaceme.selection.cut_loss import cut_losses
 from tests.conftest import KINDS, LAYERS, OBSTACLES, PLAIN, UNDESCRIBED, made_model
 from tests.helpers import TEXT, call, loss_without, many_documents, means, norm_in_float64, shortened_logits
+from tests.methods.helpers import model_refusals
 
 SCALABLE = [kind for kind in KINDS if not kind.startswith("olmo")]
 
@@ -210,7 +210,7 @@ def test_cuts_are_compared_by_the_loss_with_their_scalars() -> None:
     texts = many_documents(12)
     model, blocks = made_model(), [Block(1, 3), Block(3, 5)]
     family, (fit, held_out) = family_of(model.config), split_documents(texts)
-    losses = means(cut_losses(model, family, texts, blocks, stand_in="scalar", batch_size=4))
+    losses = means(cut_losses(model, family, texts, blocks, surrogate="scalar", batch_size=4))
     for block, loss in zip(blocks, losses, strict=True):
         (there,) = compensated(model, family, fit, [block], batch_size=4)
         with unfused(model, family, scaled([there])):
@@ -233,14 +233,14 @@ def test_states_that_overflow_are_named(documents: Documents) -> None:
 def test_a_scalar_is_known_to_fold_in_undescribed_families(kind: str, documents: Documents) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         model = made_model(kind, dtype, **UNDESCRIBED[kind])
-        check_scale(model, proposed_family(model), documents)
+        check_scale(model, recognise_family(model), documents)
         assert not any(part._forward_hooks for part in model.modules())
 
 
 @pytest.mark.parametrize("part", ["input_layernorm", "post_attention_layernorm", "norm"])
 def test_a_part_that_sees_the_scale_of_the_stream_is_refused(part: str, documents: Documents) -> None:
     model = made_model()
-    family = proposed_family(model)
+    family = recognise_family(model)
     if part == "norm":
         model.model.norm = nn.Identity()
     else:
@@ -294,11 +294,11 @@ def test_the_whole_command_scales_what_is_left(
     said, work = capsys.readouterr().err, tmp_path / "pruned.work"
     blocks = load_blocks(work / "artifacts" / "blocks.json")
     edits = Edits.load(work / "artifacts" / "edits")
-    assert {host: float(P) for host, P in edits.operators.items()} == {block.host: block.scale for block in blocks}
+    assert {host: float(P) for host, P in edits.operators.items()} == {block.layer_before_cut: block.scale for block in blocks}
     figures = read_json(work / "metrics" / "select.json")
     assert figures["scale"] == pytest.approx(blocks[0].scale, rel=1e-5)
     for block in blocks:
-        assert f"{block.scale:.4f} after layer {block.host}" in said
+        assert f"{block.scale:.4f} after layer {block.layer_before_cut}" in said
     if not options:
         assert len(figures["order"]) == 3
         product = torch.tensor([each["scale"] for each in figures["order"].values()]).prod()
@@ -309,7 +309,7 @@ def test_the_whole_command_scales_what_is_left(
     assert torch.allclose(logits_of(loaded), shortened_logits(dense, edits, TEXT), rtol=1e-3, atol=1e-3)
     card = (tmp_path / "pruned" / "README.md").read_text(encoding="utf-8")
     assert "with Prune&Comp." in card
-    assert f"by {1 / float(blocks[0].scale or 0):.4g} after layer {blocks[0].host}" in card
+    assert f"by {1 / float(blocks[0].scale or 0):.4g} after layer {blocks[0].layer_before_cut}" in card
     page = (work / "artifacts" / "report" / "index.html").read_text(encoding="utf-8")
     assert options or "the smallest block influence, one layer at a time" in page
 
@@ -339,16 +339,13 @@ def test_impossible_settings_are_refused_in_one_sentence(options: dict[str, Any]
 
 
 def test_families_that_see_the_scale_of_the_stream_are_refused_before_any_work() -> None:
-    values = read_params(None, {"method": "prune_and_comp"}).model_dump()
     for kind in KINDS:
-        family = family_of(made_model(kind).config)
-        refused = family_refusals(values, kind, family)
+        refused = model_refusals(kind, method="prune_and_comp")
         assert bool(refused) == kind.startswith("olmo"), kind
         assert not refused or refused[0].startswith("method: prune_and_comp scales the residual stream, and not all that reads")
-    assert family_refusals(values, "x", OBSTACLES["undescribed"]) == []
+    assert model_refusals(OBSTACLES["undescribed"], method="prune_and_comp") == []
     assert not family_of(made_model("opt", _remove_final_layer_norm=True).config).norm_before
-    olmo2 = Family(norm_offset=0.0, norm_before=False)
-    assert family_refusals(read_params(None, {"method": "uidl"}).model_dump(), "olmo2", olmo2) == []
+    assert model_refusals(Family(norm_offset=0.0, norm_before=False), method="uidl") == []
 
 
 def test_the_method_has_a_criterion_of_its_own_unless_selection_says_otherwise() -> None:

@@ -9,7 +9,7 @@ import torch
 from replaceme.base.errors import ParameterError
 from replaceme.base.files import read_json, write_json
 from replaceme.base.params import read_params
-from replaceme.base.plan import Block, StandIn, load_blocks
+from replaceme.base.plan import Block, Surrogate, load_blocks
 from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import METHODS, criterion_of
 from replaceme.models.families import family_of
@@ -35,7 +35,7 @@ def distances(layers: int, best: tuple[int, int]) -> list[list[float]]:
 def test_the_block_with_the_smallest_distance_is_removed() -> None:
     # Host 4 and last removed layer 7: layers 5, 6 and 7 go.
     assert smallest(distances(12, (4, 7)), starts(12, layers_to_skip=3), 3) == [Block(5, 8)]
-    assert Block(5, 8).host == 4
+    assert Block(5, 8).layer_before_cut == 4
 
 
 def test_the_last_layers_can_be_removed_and_the_first_one_never() -> None:
@@ -75,7 +75,7 @@ def test_impossible_limits_are_named(options: dict[str, int], said: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("method", "transform", "stand_in"),
+    ("method", "transform", "surrogate"),
     [
         ("lstsq", "dense", "map"),
         ("cosine", "diagonal", "map"),
@@ -85,7 +85,7 @@ def test_impossible_limits_are_named(options: dict[str, int], said: str) -> None
     ],
 )
 def test_the_loss_decides_among_the_best_cuts(
-    method: str, transform: str, stand_in: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, transform: str, surrogate: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layers, skip = 14, 3
     residuals = [[0.5 + 0.01 * host for _ in range(layers)] for host in range(layers)]
@@ -93,8 +93,8 @@ def test_the_loss_decides_among_the_best_cuts(
     work, asked = Workspace(tmp_path), []
     write_json(work.profile / "profile.json", {"angular_distance": angles, "residual": residuals})
 
-    def measure(model: Any, family: Any, documents: Any, blocks: list[Block], *, stand_in: str, batch_size: int) -> Any:
-        asked.extend((block.host, stand_in) for block in blocks)
+    def measure(model: Any, family: Any, documents: Any, blocks: list[Block], *, surrogate: str, batch_size: int) -> Any:
+        asked.extend((block.layer_before_cut, surrogate) for block in blocks)
         return map(of_one_domain, [3.0, math.nan, 2.0, 4.0, math.inf, 5.0])
 
     without_model(monkeypatch, measure)
@@ -102,8 +102,8 @@ def test_the_loss_decides_among_the_best_cuts(
     params = read_params(None, {"method": method, "transform": transform, "selection": "loss", **limits})
     select(params, work)
     # Hosts 2 to 9 are allowed; a map's residual is smallest for the first, the angle for the last.
-    hosts = [2, 3, 4, 5, 6, 7] if stand_in != "nothing" else [9, 8, 7, 2, 3, 4]
-    assert asked == [(host, stand_in) for host in hosts]
+    hosts = [2, 3, 4, 5, 6, 7] if surrogate != "nothing" else [9, 8, 7, 2, 3, 4]
+    assert asked == [(host, surrogate) for host in hosts]
     figures = read_json(work.metric("select"))
     assert (figures["host"], figures["loss"], figures["dense_loss"]) == (hosts[2], 2.0, 1.5)
     assert figures["losses"] == {f"host{hosts[place]}": loss for place, loss in ((2, 2.0), (0, 3.0), (3, 4.0), (5, 5.0))}
@@ -127,7 +127,10 @@ def test_the_most_layers_within_the_tolerated_rise_go(
         tried.append(len(blocks[0]))
         assert [block.start for block in blocks] == list(range(3, 13))[: min(13 - len(blocks[0]) - 2, cut_loss.SHORTLIST)]
         # The last of them is the best.
-        return [of_one_domain(1.5 + RISES[len(block)] + 0.01 * (blocks[-1].host - block.host)) for block in blocks]
+        return [
+            of_one_domain(1.5 + RISES[len(block)] + 0.01 * (blocks[-1].layer_before_cut - block.layer_before_cut))
+            for block in blocks
+        ]
 
     without_model(monkeypatch, measure)
     options = {"selection": "loss", "layers_to_skip": 9, "min_distance_layer": 3, "max_distance_layer": 13}
@@ -220,15 +223,15 @@ def test_blocks_that_do_not_fit_are_named() -> None:
         starts(12, layers_to_skip=3, num_A=2, selection="loss")
 
 
-@pytest.mark.parametrize("stand_in", ["map", "refit", "joint"])
-def test_a_cut_after_an_mlp_that_adds_nothing_is_measured_without_a_fit(stand_in: StandIn) -> None:
+@pytest.mark.parametrize("surrogate", ["map", "refit", "joint"])
+def test_a_cut_after_an_mlp_that_adds_nothing_is_measured_without_a_fit(surrogate: Surrogate) -> None:
     model, documents, blocks = made_model(), many_documents(), [Block(2, 4), Block(3, 5)]
     family = family_of(model.config)
-    last = family.linear_of(family.decoder_layers(model)[blocks[0].host], "mlp_output")
+    last = family.linear_of(family.decoder_layers(model)[blocks[0].layer_before_cut], "mlp_output")
     with torch.no_grad():
         last.weight.zero_()
         last.bias.zero_()
-    nothing, fitted = means(cut_losses(model, family, documents, blocks, stand_in=stand_in, batch_size=4))
-    bare = means(cut_losses(model, family, documents, blocks, stand_in="nothing", batch_size=4))
+    nothing, fitted = means(cut_losses(model, family, documents, blocks, surrogate=surrogate, batch_size=4))
+    bare = means(cut_losses(model, family, documents, blocks, surrogate="nothing", batch_size=4))
     assert nothing == pytest.approx(bare[0], rel=1e-5)
     assert fitted != pytest.approx(bare[1], rel=1e-4)

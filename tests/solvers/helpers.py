@@ -41,7 +41,7 @@ def made_sums(M: Tensor, Z: Tensor, H: Tensor) -> dict[str, Tensor]:
     }  # fmt: skip
 
 
-def some_x(structure: str) -> Tensor:
+def made_x(structure: str) -> Tensor:
     size = {"dense": WIDTH**2, "diagonal": WIDTH, "two_vectors": 2 * WIDTH, "triangular": WIDTH * (WIDTH + 1) // 2}[structure]
     return torch.randn(size, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 

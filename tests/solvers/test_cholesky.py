@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from replaceme.solvers.cholesky import factorized, inverse_diagonal, solved
+from replaceme.solvers.cholesky import factorize, inverse_diagonal, solve_factorized
 
 
 def definite(size: int, dtype: torch.dtype) -> Tensor:
@@ -19,12 +19,12 @@ def test_the_factor_solves_and_inverts(size: int, dtype: torch.dtype) -> None:
     tolerance = 1e3 * size * torch.finfo(dtype).eps
     expected = torch.linalg.inv(matrix.double())
     upper = matrix.triu()  # nothing below the diagonal is read
-    factor, failed = factorized(upper)
+    factor, failed = factorize(upper)
     assert not failed
     assert torch.allclose(factor @ factor.T, matrix, rtol=tolerance, atol=tolerance)
-    assert torch.allclose(solved(factor, right).double(), expected @ right.double(), rtol=tolerance, atol=tolerance)
+    assert torch.allclose(solve_factorized(factor, right).double(), expected @ right.double(), rtol=tolerance, atol=tolerance)
     assert torch.allclose(inverse_diagonal(factor).double(), expected.diagonal(), rtol=tolerance, atol=tolerance)
 
 
 def test_a_matrix_that_is_not_positive_definite_has_none() -> None:
-    assert factorized(-torch.eye(3))[1]
+    assert factorize(-torch.eye(3))[1]

@@ -1,4 +1,4 @@
-"""The strength of a correction, against plain least squares on tokens of the other folds."""
+"""The shrinkage of a correction, against plain least squares on tokens of the other folds."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from replaceme.solvers.held_out import MULTIPLES, Strength, strength_of
+from replaceme.solvers.held_out import MULTIPLES, Shrinkage, choose_shrinkage
 from tests.helpers import ridge
 
 Fold = tuple[np.ndarray, np.ndarray]
@@ -42,9 +42,9 @@ def held_out_error(parts: list[Fold], size: np.ndarray, scale: float) -> float:
 @given(st.integers(0, 10**6), st.sampled_from([0.1, 1.0, 10.0, 100.0]), st.sampled_from([1e-6, 0.3]))
 def test_the_held_out_error_is_least_and_never_rises(seed: int, noise: float, size: float) -> None:
     parts, sizes = folds(seed, noise), np.full(5, size)
-    chosen = strength_of(sums(parts), torch.from_numpy(sizes))
-    least = held_out_error(parts, chosen.ridge * sizes, chosen.scale)
-    place = MULTIPLES.index(chosen.ridge)
+    chosen = choose_shrinkage(sums(parts), torch.from_numpy(sizes))
+    least = held_out_error(parts, chosen.ridge_multiple * sizes, chosen.scale)
+    place = MULTIPLES.index(chosen.ridge_multiple)
     # Scale 0 is among them: no correction at all.
     others = [
         held_out_error(parts, multiple * sizes, scale) for multiple in MULTIPLES[: place + 2] for scale in np.linspace(0, 1, 11)
@@ -57,19 +57,19 @@ def test_a_correction_that_only_fits_noise_is_left_out() -> None:
     # What one fold teaches is wrong in the other.
     g = chance.normal(size=(20, 5))
     error = chance.normal(size=(20, 4))
-    assert strength_of(sums([(g, error), (g, -error)]), torch.full((5,), 0.3, dtype=torch.float64)).scale == 0
+    assert choose_shrinkage(sums([(g, error), (g, -error)]), torch.full((5,), 0.3, dtype=torch.float64)).scale == 0
 
 
 def test_a_map_that_all_folds_share_is_kept_whole() -> None:
-    assert strength_of(sums(folds(1, 0.0)), torch.full((5,), 0.3, dtype=torch.float64)) == Strength(1.0, 1.0)
+    assert choose_shrinkage(sums(folds(1, 0.0)), torch.full((5,), 0.3, dtype=torch.float64)) == Shrinkage(1.0, 1.0)
 
 
 def test_one_fold_teaches_nothing_about_others() -> None:
-    assert strength_of(sums(folds(1, 1.0))[:1], torch.full((5,), 0.3)) == Strength()
+    assert choose_shrinkage(sums(folds(1, 1.0))[:1], torch.full((5,), 0.3)) == Shrinkage()
 
 
 def test_a_feature_that_is_always_zero_changes_nothing() -> None:
     parts = folds(2, 1.0)
     padded = [(np.hstack([g, np.zeros((len(g), 1))]), e) for g, e in parts]
-    plain, wider = (strength_of(sums(each), torch.full((width,), 0.3)) for each, width in ((parts, 5), (padded, 6)))
-    assert (plain.ridge, plain.scale) == (wider.ridge, pytest.approx(wider.scale, rel=1e-5))
+    plain, wider = (choose_shrinkage(sums(each), torch.full((width,), 0.3)) for each, width in ((parts, 5), (padded, 6)))
+    assert (plain.ridge_multiple, plain.scale) == (wider.ridge_multiple, pytest.approx(wider.scale, rel=1e-5))

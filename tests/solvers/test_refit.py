@@ -22,7 +22,7 @@ from replaceme.models.families import Family, family_of, parameter_of
 from replaceme.observers.features import LINEARS, Features
 from replaceme.observers.statistics import FeatureGram, take_statistics
 from replaceme.repair.mend import mend
-from replaceme.solvers.quality import gained_by_ridge
+from replaceme.solvers.quality import sse_change_of_correction
 from replaceme.solvers.ridge import solve_correction, solve_ridge
 from tests.conftest import PLAIN, WIDTH, made_model
 from tests.helpers import many_documents, passing, ridge
@@ -150,7 +150,7 @@ def test_a_correction_is_the_minimum_of_its_objective(
     )
     less = np.square(e - g @ expected).sum() - np.square(e).sum()
     sums = torch.from_numpy(g.T @ g), torch.from_numpy(g.T @ e)
-    assert gained_by_ridge(sums[0].diagonal(), sums[1], found, ridges) == pytest.approx(less, abs=1e-8)
+    assert sse_change_of_correction(sums[0].diagonal(), sums[1], found, ridges) == pytest.approx(less, abs=1e-8)
     assert torch.equal(solve_correction(*sums, ridges, overwrite=True), found)
 
 

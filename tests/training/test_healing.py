@@ -49,7 +49,7 @@ from tests.methods.helpers import BLOCK, solved
 RATE = "heal_learning_rate"
 
 
-def lesson_of(model: Any, documents: Documents, edits: Edits, host: int = BLOCK.host) -> Predictions:
+def lesson_of(model: Any, documents: Documents, edits: Edits, host: int = BLOCK.layer_before_cut) -> Predictions:
     """Return the lesson for the layers from a cut on."""
     family = family_of(model.config)
     states = entering_and_leaving(model, family, documents, host, LAYERS - 1, batch_size=4)
@@ -77,8 +77,8 @@ def divergence(model: Any, shortened: Any, text: Tensor, places: Tensor | slice 
 def by_hand(model: Any, shortened: Any, documents: Documents, course: Course) -> None:
     """Train a cut model in a plain loop: one document at a time, no padding, all places, torch's own AdamW."""
     family, texts = family_of(model.config), documents.longest_first()
-    layers = family.decoder_layers(shortened)[BLOCK.host :]
-    names = [family.ends(layer, linear) for layer in layers for linear in LINEARS]
+    layers = family.decoder_layers(shortened)[BLOCK.layer_before_cut :]
+    names = [family.output_parameters(layer, linear) for layer in layers for linear in LINEARS]
     learners = [
         layer.get_parameter(name)
         for layer, found in zip([layer for layer in layers for _ in LINEARS], names, strict=True)
@@ -130,7 +130,7 @@ def test_healing_equals_a_plain_loop_on_the_cut_model(
     assert apart < 2e-2 * moved
     assert len(curves["loss"]) == 6
     kept = [layer for layer in range(LAYERS) if layer not in BLOCK.layers]
-    assert {layer for layer, _ in edits.corrections} == {*kept[BLOCK.host :]}
+    assert {layer for layer, _ in edits.corrections} == {*kept[BLOCK.layer_before_cut :]}
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "phi"])
@@ -144,7 +144,7 @@ def test_with_narrower_mlps_training_begins_at_the_first_layer(
     apply_edits(shortened, family_of(model.config), edits)
     total, count = divergence(dense, shortened, lesson_of(model, documents, edits, 0).texts.texts[0])
     found = []
-    for host in (0, BLOCK.host):
+    for host in (0, BLOCK.layer_before_cut):
         lesson = lesson_of(model, documents, edits, host)
         with lesson.begun():
             found.append(float(lesson.loss(lesson.learners(), [0], 0).detach()))
@@ -207,7 +207,7 @@ def test_a_healed_model_is_closer_to_the_dense_one_and_its_export_is_verified(
 ) -> None:
     source, documents = save_tiny(kind), many_documents(40)
     edits = edits_of(source.load(), documents, blocks, **options)
-    lesson = lesson_of(source.load(), documents, edits, blocks[0].host)
+    lesson = lesson_of(source.load(), documents, edits, blocks[0].layer_before_cut)
     learners, losses = lesson.learners(), []
     for _ in range(2):
         with lesson.begun(), torch.no_grad():

@@ -53,8 +53,8 @@ def test_its_stages_know_its_parameter() -> None:
 
 def test_the_reference_and_help_list_it(capsys: pytest.CaptureFixture[str]) -> None:
     page = reference()
-    assert "| `faded` | A made-up method: the host's MLP output times a number | `faded_factor` |" in page
-    assert "| `faded_factor` | 1.0 | 1.0 | The number that the host's MLP output is multiplied by. |" in page
+    assert "| `faded` | A made-up method: the MLP output before the cut times a number | `faded_factor` |" in page
+    assert "| `faded_factor` | 1.0 | 1.0 | The number that the MLP output before the cut is multiplied by. |" in page
     call(commands.run_replaceme, "--help")
     assert "--faded_factor VALUE" in capsys.readouterr().out
 
@@ -65,9 +65,9 @@ def test_it_prunes_a_model_and_exports_it(
     monkeypatch.chdir(tmp_path)
     setting = ["--method", "faded", "--faded_factor", "0.5", "--layers", "2", "--tasks", "[]"]
     call(commands.run_replaceme, "--model", tiny.folder, "--dataset", text_file, *setting, *FAST, "--save_path", "faded")
-    host = read_json(Path("faded.work/metrics/select.json"))["host"]
+    layer = read_json(Path("faded.work/metrics/select.json"))["host"]
     before, after = (
-        model.load().model.layers[host].mlp.down_proj.weight for model in (tiny, Model(tmp_path / "faded", "faded"))
+        model.load().model.layers[layer].mlp.down_proj.weight for model in (tiny, Model(tmp_path / "faded", "faded"))
     )
     assert torch.allclose(after, 0.5 * before)
     card = Path("faded/README.md").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A made-up method: the host's MLP output times a number."""
+"""A made-up method: the MLP output before the cut times a number."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Fading(Settings):
     """Parameters of the made-up method."""
 
     faded_factor: Annotated[float, Use(("solve", "repair"))] = Field(
-        1.0, gt=0, allow_inf_nan=False, description="The number that the host's MLP output is multiplied by."
+        1.0, gt=0, allow_inf_nan=False, description="The number that the MLP output before the cut is multiplied by."
     )
 
 
@@ -28,7 +28,7 @@ def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
 
     sums = statistics("gram")
     T = Fading.of(params).faded_factor * torch.eye(len(sums["gram"]), dtype=torch.float64)
-    return Solved(Edits("a made-up method", [], {block.host: T}), {"tokens": int(sums["tokens"])})
+    return Solved(Edits("a made-up method", [], {block.layer_before_cut: T}), {"tokens": int(sums["tokens"])})
 
 
 def refusals(values: Values) -> list[str]:

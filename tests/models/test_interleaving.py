@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from replaceme.models import together as module
+from replaceme.models import interleaving
+from replaceme.models.interleaving import interleave_forwards
 from replaceme.models.memory import stream
 from replaceme.models.model import Model
 from replaceme.models.streaming import Stream, stream_of
-from replaceme.models.together import together
 
 TEXTS = [torch.arange(2 + first, 2 + first + length)[None] for first, length in ((0, 30), (5, 12), (40, 30), (9, 21), (7, 3))]
 
@@ -37,7 +37,9 @@ def generated(model: Any, text: Tensor) -> Tensor:
 
 def test_passes_share_each_layer(pair: tuple[Any, Any, Stream]) -> None:
     resident, model, own = pair
-    found, expected = ([*together(each, [partial(logits, each, text) for text in TEXTS])] for each in (model, resident))
+    found, expected = (
+        [*interleave_forwards(each, [partial(logits, each, text) for text in TEXTS])] for each in (model, resident)
+    )
     assert all(map(torch.equal, found, expected))
     assert own.bytes_read == sum(own.sizes)
 
@@ -45,7 +47,7 @@ def test_passes_share_each_layer(pair: tuple[Any, Any, Stream]) -> None:
 def test_generations_of_different_lengths_share_what_they_can(pair: tuple[Any, Any, Stream]) -> None:
     resident, model, own = pair
     tasks = [partial(generated, model, text) for text in TEXTS] + [partial(logits, model, TEXTS[0])]
-    found = [*together(model, tasks)]
+    found = [*interleave_forwards(model, tasks)]
     expected = [*(generated(resident, text) for text in TEXTS), logits(resident, TEXTS[0])]
     assert all(map(torch.equal, found, expected))
     # Five passes each.
@@ -56,8 +58,8 @@ def test_no_more_run_side_by_side_than_states_fit_in_memory(
     pair: tuple[Any, Any, Stream], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, model, own = pair
-    monkeypatch.setattr(module, "AT_ONCE", 2)
-    assert len([*together(model, [partial(logits, model, text) for text in TEXTS])]) == len(TEXTS)
+    monkeypatch.setattr(interleaving, "MAX_CONCURRENT", 2)
+    assert len([*interleave_forwards(model, [partial(logits, model, text) for text in TEXTS])]) == len(TEXTS)
     assert 2 * sum(own.sizes) < own.bytes_read <= 3 * sum(own.sizes)
 
 
@@ -69,7 +71,7 @@ def test_an_error_of_one_ends_all(pair: tuple[Any, Any, Stream]) -> None:
         raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):
-        [*together(model, [partial(generated, model, TEXTS[0]), failing, partial(generated, model, TEXTS[2])])]
+        [*interleave_forwards(model, [partial(generated, model, TEXTS[0]), failing, partial(generated, model, TEXTS[2])])]
     # The model works as before.
     assert torch.isfinite(logits(model, TEXTS[0])).all()
     assert own.turn(0) is None  # type: ignore[func-returns-value]

@@ -1,0 +1,118 @@
+"""Scores as text tables: one model's, or both models' side by side; what was calibrated on is marked.
+
+``python -m replaceme.evaluation.tables`` prints the last run's table again, if no stage had to run.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from replaceme.base.files import read_json
+from replaceme.base.progress import align
+from replaceme.base.workspace import Workspace
+from replaceme.evaluation.comparison import UNITS, Figures
+
+SIDES = ("dense", "pruned")
+# The columns of a comparison, with their headings; one without cells is left out.
+HEADS = {
+    "": "", "dense": "dense", "pruned": "pruned", "change": "", "above chance": "above chance", "KL": "KL",
+    "same token": "same token",
+}  # fmt: skip
+
+
+def comparison_table(comparison: Figures) -> str:
+    """Return the comparison as a text table, and a sentence on contaminated tasks."""
+    return "\n".join(filter(None, [align(comparison_rows(comparison)), seen_note(comparison)]))
+
+
+def scores_table(figures: Figures) -> str:
+    """Return one model's scores (``Scores.figures``) as a text table."""
+    marks = _marks(figures)
+    rows: list[tuple[str, ...]] = [("", *UNITS)] if figures["perplexity"] else []
+    for task, scores in figures["perplexity"].items():
+        rows.append((f"{task} perplexity{marks.get(task, '')}", *(f"{scores[u]:.4g}" if u in scores else "" for u in UNITS)))
+    for task, score in figures["accuracy"].items():
+        cells = _percent(score["accuracy"], score.get("stderr")), f"{score['fewshots']}-shot", score["metric"]
+        rows.append((f"{task} accuracy{marks.get(task, '')}", *cells))
+    return align(rows)
+
+
+def seen_tasks(comparison: Mapping[str, Any]) -> list[str]:
+    """Return the tasks that are scored on calibration text."""
+    return [task for task, figures in comparison.get("calibration_text", {}).items() if figures["seen"]]
+
+
+def seen_note(comparison: Mapping[str, Any]) -> str:
+    """Return a sentence on the tasks that are scored on calibration text; empty if there are none."""
+    seen = seen_tasks(comparison)
+    return f"Seen: {', '.join(seen)} ({'are' if len(seen) > 1 else 'is'} scored on calibration text)." if seen else ""
+
+
+def comparison_rows(comparison: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Return the comparison as rows of cells, the heading first; a task that is scored on calibration text is marked."""
+    rows = [*_perplexity_rows(comparison), *_accuracy_rows(comparison)]
+    for key, name in (("parameters", "parameters"), ("parameters_without_embeddings", "… without embeddings")):
+        if size := comparison.get(key):
+            millions = {side: f"{size[side] / 1e6:.1f} M" for side in SIDES}
+            rows.append({"": name, **millions, "change": f"−{size['removed_percent']:.1f} %"})
+    heads = [head for head in HEADS if any(row.get(head) for row in rows)]
+    return [tuple(HEADS[head] for head in heads), *(tuple(row.get(head, "") for head in heads) for row in rows)]
+
+
+def _marks(figures: Mapping[str, Any]) -> dict[str, str]:
+    """Return what a table puts after each task's name, where the calibration text is known."""
+    return {
+        task: " (seen)" if text["seen"] else " (domain seen)" if text.get("same_domain") else ""
+        for task, text in figures.get("calibration_text", {}).items()
+    }
+
+
+def _perplexity_rows(comparison: Mapping[str, Any]) -> Iterator[dict[str, str]]:
+    marks, unseen = _marks(comparison), comparison.get("unseen", {})
+    perplexity, words = comparison.get("perplexity", {}), comparison.get("word_perplexity", {})
+    if "perplexity_ratio" in unseen:
+        stderr = f" ± {unseen['stderr_perplexity_ratio']:.2g}" if "stderr_perplexity_ratio" in unseen else ""
+        change = f"x {unseen['perplexity_ratio']:#.3g}{stderr}"
+        yield {"": f"{unseen['texts']} unseen texts, geometric mean", "change": change, **_divergence_cells(unseen)}
+    # lm-eval's own texts have no perplexity per token.
+    rest = {task: words[task] for task in sorted(words.keys() - perplexity.keys())}
+    for kind, pairs in (("perplexity", perplexity), ("word perplexity", rest)):
+        for task, pair in pairs.items():
+            cells = {side: f"{pair[side]:.4g}" for side in SIDES} | {"change": f"x {pair['ratio']:.3g}"}
+            divergence = comparison.get("divergence", {}).get(task, {})
+            yield {"": f"{task} {kind}{marks.get(task, '')}", **cells, **_divergence_cells(divergence)}
+
+
+def _divergence_cells(figures: Mapping[str, float]) -> dict[str, str]:
+    return {"KL": f"{figures['kl']:.3f}", "same token": f"{100 * figures['agreement']:.1f} %"} if "kl" in figures else {}
+
+
+def _accuracy_rows(comparison: Mapping[str, Any]) -> Iterator[dict[str, str]]:
+    marks, scores = _marks(comparison), comparison.get("accuracy", {})
+    for task, pair in scores.items():
+        cells = {side: _percent(pair[side], pair.get(f"stderr_{side}")) for side in SIDES}
+        kept = _above_chance(pair, pair.get("above_chance_percent"))
+        yield {"": f"{task} accuracy{marks.get(task, '')}", **cells, "change": _kept(pair), "above chance": kept}
+    if len(scores) > 1:
+        means = comparison["average_accuracy"]
+        part = " (in part seen)" * any(task in scores for task in seen_tasks(comparison))
+        kept = _above_chance(means, comparison.get("retention_above_chance_percent"))
+        cells = {side: _percent(means[side]) for side in SIDES}
+        yield {"": f"average accuracy{part}", **cells, "change": _kept(means), "above chance": kept}
+
+
+def _above_chance(figures: Mapping[str, Any], kept: float | None) -> str:
+    if "chance" not in figures:
+        return ""
+    return "dense at chance" if kept is None else f"{kept:.1f} %"
+
+
+def _percent(accuracy: float, stderr: float | None = None) -> str:
+    return f"{100 * accuracy:.1f} %" if stderr is None else f"{100 * accuracy:.1f} ± {100 * stderr:.1f} %"
+
+
+def _kept(pair: Mapping[str, float]) -> str:
+    return f"{100 * pair['pruned'] / pair['dense']:.1f} % kept" if pair["dense"] else ""
+
+
+if __name__ == "__main__":
+    print(comparison_table(read_json(Workspace().metric("evaluation"))))
