@@ -72,7 +72,7 @@ class Text:
 
 
 def text_articles(name: str, split: str | None) -> list[Row]:
-    """Return the documents of one split of an embedded text (None: the default), downloaded_file on first use."""
+    """Return the documents of one split of an embedded text (None: the default), fetched on first use."""
     text = TEXTS[name]
     cached = cache_folder() / "texts" / f"{name}-{text.file.sha256[:12]}-v{TEXT_VERSION}.jsonl"
 

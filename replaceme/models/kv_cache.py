@@ -87,7 +87,7 @@ def cache_arguments(model: Any, cache: Any) -> dict[str, Any]:
 
 
 def shares_contexts(model: Any) -> bool:
-    """Tell whether rows of a model's cache can be repeated, so that the choices of an item share their context."""
+    """Return whether rows of a model's cache can be repeated, so that the choices of an item share their context."""
     return hasattr(_example_cache(model, 1), "batch_select_indices")
 
 

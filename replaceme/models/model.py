@@ -36,7 +36,7 @@ NO_LIMIT = 1 << 30
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """A tensor in a weight file: the file, the dtype by its name in safetensors, and the number of entries."""
 
     file: Path
@@ -178,7 +178,7 @@ class Model(ModelFiles):
                 getattr(model.get_submodule(path), leaf).data = stored[own].read(own)
         return model
 
-    def match_names(self, model: Any, stored: dict[str, Stored]) -> dict[str, str]:
+    def match_names(self, model: Any, stored: dict[str, StoredTensor]) -> dict[str, str]:
         """Return which tensors transformers loads without a conversion: name in the model → name in the files.
 
         Args:
@@ -207,14 +207,14 @@ class Model(ModelFiles):
                 )
         return names
 
-    def stored(self) -> dict[str, Stored]:
+    def stored(self) -> dict[str, StoredTensor]:
         """Return the tensors in the files that transformers loads, by name. Reads only headers."""
         tensors = {}
         for path in self._loaded_files():
             with safe_open(path, "pt") as weights:
                 for name in weights.keys():  # noqa: SIM118
                     entry = weights.get_slice(name)
-                    tensors[name] = Stored(path, entry.get_dtype(), math.prod(entry.get_shape()))
+                    tensors[name] = StoredTensor(path, entry.get_dtype(), math.prod(entry.get_shape()))
         return tensors
 
     def _loaded_files(self) -> list[Path]:

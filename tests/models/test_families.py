@@ -25,11 +25,11 @@ def letters(name: str) -> str:
     return re.sub(r"\W|_", "", name).lower()
 
 
-@pytest.mark.parametrize("place", SAID)
-def test_the_page_lists_the_families_of_each_kind(place: str) -> None:
-    (listed,) = re.findall(place, PAGE)
+@pytest.mark.parametrize("pattern", SAID)
+def test_the_page_lists_the_families_of_each_kind(pattern: str) -> None:
+    (listed,) = re.findall(pattern, PAGE)
     names = [letters(name) for name in re.split(r",(?: and with a parallel MLP)?\s", listed)]
-    assert sorted(names) == sorted(map(letters, SAID[place]))
+    assert sorted(names) == sorted(map(letters, SAID[pattern]))
 
 
 def test_a_recognised_family_claims_no_part_that_was_not_looked_for() -> None:

@@ -29,10 +29,10 @@ def test_the_named_revision_is_loaded(
 ) -> None:
     put_into_hub_cache(save_tiny("llama").folder, "main", "1" * 40)
     put_into_hub_cache(save_tiny("qwen3").folder, "v2", "2" * 40)
-    found = find(model_path="owner/name", revision=revision)
-    assert (found.name, found.commit) == ("owner/name", ("2" if revision else "1") * 40)
+    model = find(model_path="owner/name", revision=revision)
+    assert (model.name, model.commit) == ("owner/name", ("2" if revision else "1") * 40)
     with torch.inference_mode():
-        assert torch.equal(found.load()(TEXT).logits, save_tiny(kind).load()(TEXT).logits)
+        assert torch.equal(model.load()(TEXT).logits, save_tiny(kind).load()(TEXT).logits)
 
 
 def test_a_missing_revision_is_refused(tiny: Model, put_into_hub_cache: Callable[..., Path]) -> None:

@@ -18,10 +18,10 @@ from replaceme.models.model import Model
 from replaceme.pipeline.inputs import inspect_inputs
 
 CODE = {
-    "tokenization_own.py": "from transformers import PreTrainedTokenizerFast\nfrom .parts import PLACE\n\n\n"
-    "class OwnTokenizer(PreTrainedTokenizerFast):\n    place = PLACE\n",
-    "parts.py": "from .deeper import PLACE\n",
-    "deeper.py": "PLACE = 'deep'\n",
+    "tokenization_own.py": "from transformers import PreTrainedTokenizerFast\nfrom .parts import DEPTH\n\n\n"
+    "class OwnTokenizer(PreTrainedTokenizerFast):\n    depth = DEPTH\n",
+    "parts.py": "from .deeper import DEPTH\n",
+    "deeper.py": "DEPTH = 'deep'\n",
 }
 VOCABULARIES = ("tekken.json", "own.tiktoken", "spm.model", "own_vocab_v2.txt", "vocab.bpe", "merges.v2.txt")
 
@@ -47,7 +47,7 @@ def test_code_and_vocabularies_of_a_tokenizer_are_copied_to_the_pruned_model(fol
     assert not (tmp_path / "pruned" / "unrelated.py").exists()
     shutil.rmtree(folder)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "pruned", trust_remote_code=True)
-    assert (type(tokenizer).__name__, tokenizer.place) == ("OwnTokenizer", "deep")
+    assert (type(tokenizer).__name__, tokenizer.depth) == ("OwnTokenizer", "deep")
 
 
 def test_another_content_of_a_tokenizers_file_is_noticed(folder: Path, params: Params, tmp_path: Path) -> None:

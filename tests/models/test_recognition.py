@@ -28,9 +28,9 @@ def test_recognition_of_a_described_family_gives_its_description(kind: str) -> N
         ):
             recognise_family(model)
         return
-    found = recognise_family(model)
+    recognised = recognise_family(model)
     for part in ("layers", "attention", "attention_output", "mlp", "mlp_output"):
-        assert getattr(found, part) == getattr(described, part)
+        assert getattr(recognised, part) == getattr(described, part)
 
 
 @pytest.mark.parametrize("kind", ["olmo2", "gemma2", "granite", "falcon"])
