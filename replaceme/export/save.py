@@ -11,8 +11,9 @@ from replaceme.edits.edits import Edits
 from replaceme.edits.fold import apply_edits
 from replaceme.export.shards import save_streamed
 from replaceme.export.transformers4 import TOKENIZER_CLASS, add_older_keys, rename_tokenizer_keys
+from replaceme.models.dtypes import stored_dtype
 from replaceme.models.memory import stream
-from replaceme.models.model import Model, parameter_count, stored_dtype
+from replaceme.models.model import Model, parameter_count
 from replaceme.models.model_files import TOKENIZER_CONFIG
 from replaceme.models.own_form import write_own_form
 

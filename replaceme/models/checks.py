@@ -5,7 +5,8 @@ from safetensors import SafetensorError, safe_open
 from replaceme.base.errors import ModelError, excerpt
 from replaceme.base.files import read_json
 from replaceme.base.progress import logger
-from replaceme.models.model import FORMATS, Model, stored_dtype
+from replaceme.models.dtypes import FORMATS, stored_dtype
+from replaceme.models.model import Model
 from replaceme.models.model_files import ADAPTER, TOKENIZER_CONFIG, VOCABULARIES, WEIGHTS
 
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")

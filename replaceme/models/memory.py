@@ -14,8 +14,9 @@ from replaceme.base.compute import free_memory, give_back, resolve_device
 from replaceme.base.errors import ModelError, ParameterError
 from replaceme.base.params import Params, size_of
 from replaceme.base.progress import logger
+from replaceme.models.dtypes import FORMATS, is_finite
 from replaceme.models.families import FAMILIES, Family
-from replaceme.models.model import FORMATS, Model, is_finite
+from replaceme.models.model import Model
 from replaceme.models.own_form import KIND
 from replaceme.models.streaming import Stream, Unread, layers_left_out
 

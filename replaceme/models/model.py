@@ -6,47 +6,25 @@ refused here: fill a missing weight with random numbers, round a weight that is 
 
 from __future__ import annotations
 
-import math
 import re
-from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from replaceme.base.errors import ModelError, ParameterError, excerpt, resource_failure
-from replaceme.base.files import read_json
+from replaceme.models.dtypes import FORMATS, dtype_name, is_finite, stored_dtype
 from replaceme.models.families import FAMILIES, Family, family_of
-from replaceme.models.model_files import WEIGHTS, ModelFiles
+from replaceme.models.model_files import ModelFiles, StoredTensor
 from replaceme.models.own_form import KIND, own_classes
 from replaceme.models.recognition import recognise_family
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Up to this size of the stored weights, comparisons run in float32.
-FLOAT32_BYTES = 8 << 30
-# The formats that weights can be computed in, by their names in safetensors.
-FORMATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NO_LIMIT = 1 << 30
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor in a weight file: the file, the dtype by its name in safetensors, and the number of entries."""
-
-    file: Path
-    format: str
-    entries: int
-
-    def read(self, name: str) -> Tensor:
-        """Return the tensor, whose name in the file is ``name``."""
-        with safe_open(self.file, "pt") as weights:
-            return weights.get_tensor(name)
 
 
 @dataclass(frozen=True)
@@ -202,27 +180,10 @@ class Model(ModelFiles):
             dtype = FORMATS.get(stored[in_files].format, usual)
             if dtype != usual and not unused.search(in_files):
                 raise ModelError(
-                    f"model_path: {in_files} of {self.name} is stored in {_dtype_name(dtype)}, most weights in "
-                    f"{_dtype_name(usual)}, and transformers converts it while loading; store all weights in one of the two."
+                    f"model_path: {in_files} of {self.name} is stored in {dtype_name(dtype)}, most weights in "
+                    f"{dtype_name(usual)}, and transformers converts it while loading; store all weights in one of the two."
                 )
         return names
-
-    def stored(self) -> dict[str, StoredTensor]:
-        """Return the tensors in the files that transformers loads, by name. Reads only headers."""
-        tensors = {}
-        for path in self._loaded_files():
-            with safe_open(path, "pt") as weights:
-                for name in weights.keys():  # noqa: SIM118
-                    entry = weights.get_slice(name)
-                    tensors[name] = StoredTensor(path, entry.get_dtype(), math.prod(entry.get_shape()))
-        return tensors
-
-    def _loaded_files(self) -> list[Path]:
-        if (whole := self.folder / "model.safetensors").is_file():
-            return [whole]
-        for index in self.files(("model.safetensors.index.json",)):
-            return sorted({self.folder / name for name in read_json(index)["weight_map"].values()})
-        return self.files(WEIGHTS)
 
     def _load(
         self,
@@ -307,48 +268,6 @@ def embedding_count(model: Any) -> int:
     modules = (model.get_input_embeddings(), model.get_output_embeddings())
     weights = {id(module.weight): module.weight.numel() for module in modules if module is not None}
     return sum(weights.values())
-
-
-def stored_dtype(model: Model) -> torch.dtype:
-    """Return the dtype that most weights are stored in, by their entries. Raises ModelError when torch can't compute in it."""
-    entries: Counter[str] = Counter()
-    for stored in model.stored().values():
-        # Old files also hold byte masks.
-        if "F" in stored.format:
-            entries[stored.format] += stored.entries
-    ((usual, _),) = entries.most_common(1) or [("none", 0)]
-    if usual not in FORMATS:
-        raise ModelError(
-            f"model_path: most weights of {model.name} are stored in {usual}; give one in bfloat16, float16 or float32."
-        )
-    return FORMATS[usual]
-
-
-def working_dtype(model: Model) -> str:
-    """Return the dtype for comparisons of whole models: ``computed_dtype``, or the stored one from ``FLOAT32_BYTES`` on."""
-    size = sum(path.stat().st_size for path in model.files(WEIGHTS))
-    return _dtype_name(stored_dtype(model)) if size > FLOAT32_BYTES else computed_dtype(model)
-
-
-def computed_dtype(model: Model) -> str:
-    """Return the dtype that comparisons compute in: float32, or float64 for weights that are stored so."""
-    return "float64" if stored_dtype(model) == torch.float64 else "float32"
-
-
-def proof_dtypes(model: Model) -> tuple[str, str]:
-    """Return the dtypes in which a streamed model is compared: of what is outside the layers, as stored, and of the layers."""
-    return _dtype_name(stored_dtype(model)), computed_dtype(model)
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Return whether a tensor holds neither NaN nor infinity. Its least and largest entry tell, much faster than isfinite."""
-    if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
-        return True
-    return all(map(math.isfinite, torch.stack(tensor.aminmax()).tolist()))
 
 
 def _nf4_config() -> Any:

@@ -4,10 +4,16 @@ The name patterns say what is downloaded, fingerprinted and copied to the pruned
 """
 
 import json
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+from safetensors import safe_open
+from torch import Tensor
+
+from replaceme.base.files import read_json
 
 WEIGHTS = ("*.safetensors",)
 ADAPTER = "adapter_config.json"
@@ -27,6 +33,20 @@ ALL_FILES = (*WEIGHT_FILES, *TOKENIZER_FILES, *CARD_FILES, TEXT_RECORD)
 # Some repositories hold the weights a second time, in their author's own format.
 LEFT_OUT = "consolidated*"
 _RELATIVE_IMPORT = re.compile(r"(?m)^\s*(?:from|import)\s+\.(\w+)")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a weight file: the file, the dtype by its name in safetensors, and the number of entries."""
+
+    file: Path
+    format: str
+    entries: int
+
+    def read(self, name: str) -> Tensor:
+        """Return the tensor, whose name in the file is ``name``."""
+        with safe_open(self.file, "pt") as weights:
+            return weights.get_tensor(name)
 
 
 @dataclass(frozen=True)
@@ -68,3 +88,20 @@ class ModelFiles:
         entries = auto_map.values() if isinstance(auto_map, dict) else [auto_map]
         references = [each for entry in entries for each in (entry if isinstance(entry, list) else [entry])]
         return [reference for reference in references if isinstance(reference, str)]
+
+    def stored(self) -> dict[str, StoredTensor]:
+        """Return the tensors in the files that transformers loads, by name. Reads only headers."""
+        tensors = {}
+        for path in self._loaded_files():
+            with safe_open(path, "pt") as weights:
+                for name in weights.keys():  # noqa: SIM118
+                    entry = weights.get_slice(name)
+                    tensors[name] = StoredTensor(path, entry.get_dtype(), math.prod(entry.get_shape()))
+        return tensors
+
+    def _loaded_files(self) -> list[Path]:
+        if (whole := self.folder / "model.safetensors").is_file():
+            return [whole]
+        for index in self.files(("model.safetensors.index.json",)):
+            return sorted({self.folder / name for name in read_json(index)["weight_map"].values()})
+        return self.files(WEIGHTS)

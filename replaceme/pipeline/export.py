@@ -16,9 +16,10 @@ from replaceme.export.save import save_pruned
 from replaceme.export.verification import verify_export
 from replaceme.methods.registry import METHODS
 from replaceme.models.depth import broken_patterns
+from replaceme.models.dtypes import proof_dtypes
 from replaceme.models.find import recorded_model
 from replaceme.models.memory import on_processor, room_of
-from replaceme.models.model import Model, proof_dtypes
+from replaceme.models.model import Model
 from replaceme.models.model_files import CARD
 from replaceme.models.own_form import FILE, is_own_form
 

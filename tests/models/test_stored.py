@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from replaceme.base.errors import ModelError, ParameterError
 from replaceme.models.checks import check_folder, check_weights
-from replaceme.models.model import Model, stored_dtype
+from replaceme.models.dtypes import stored_dtype
+from replaceme.models.model import Model
 
 WEIGHTS = "model.safetensors"
 
