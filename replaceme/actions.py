@@ -48,7 +48,7 @@ def prune(params: Params, texts: Sequence[str] | None = None) -> Workspace:
         texts: calibration documents, which are written to the file that ``dataset`` names; None where it exists.
     """
     from replaceme.evaluation.tables import comparison_table
-    from replaceme.models.model import CARD
+    from replaceme.models.model_files import CARD
     from replaceme.pipeline.cost import write_cost
     from replaceme.pipeline.report import CARD_FILE
     from replaceme.pipeline.runner import run_stages
@@ -89,7 +89,8 @@ def evaluate(params: Params, compare_with: str | None = None) -> None:
     from replaceme.evaluation.scores import score_model
     from replaceme.evaluation.tables import comparison_table, scores_table
     from replaceme.evaluation.tasks import task_fingerprints
-    from replaceme.models.find import check_weights, find_model
+    from replaceme.models.checks import check_weights
+    from replaceme.models.find import find_model
 
     fingerprints = task_fingerprints(params)
     if not fingerprints:
@@ -125,7 +126,8 @@ def _dense_model(params: Params, model: Model, name: str) -> Model:
         ParameterError: the name can't be one, or is that of the pruned model.
         ModelError: there is no such model, or its words have other numbers, so that the two can't be compared item by item.
     """
-    from replaceme.models.find import check_weights, find_model
+    from replaceme.models.checks import check_weights
+    from replaceme.models.find import find_model
 
     if not name.strip():
         raise ParameterError(f"compare_with: must be a folder, a hub id or an embedded model's name, not {excerpt(name)!r}.")
@@ -208,7 +210,8 @@ def _page(work: Workspace, times: Mapping[str, Any] | None) -> Page | None:
 def _known_times(work: Workspace) -> Mapping[str, Any] | None:
     """Return the times that were measured of these very weights, or None."""
     from replaceme.base.fingerprints import sha256_of
-    from replaceme.models.model import WEIGHTS, Model
+    from replaceme.models.model import Model
+    from replaceme.models.model_files import WEIGHTS
 
     file = work.speed / SPEED_FILE
     times: Mapping[str, Any] | None = read_json(file) if file.is_file() else None

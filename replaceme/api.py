@@ -164,7 +164,7 @@ def _saved(model: Any, tokenizer: Any) -> Iterator[str | Path]:
         raise ParameterError(f"model: must be a path, a hub id or a model of transformers, not {shown(model)}.")
     if tokenizer is None:
         raise ParameterError("tokenizer: is missing; a loaded model needs it, as in prune(model, tokenizer=tokenizer).")
-    from replaceme.models.model import TEXT_RECORD
+    from replaceme.models.model_files import TEXT_RECORD
 
     with TemporaryDirectory(prefix="replaceme-") as place:
         origin = Path(str(getattr(model.config, "_name_or_path", "")))

@@ -56,7 +56,8 @@ def _push(options: argparse.Namespace) -> None:
 
 def _upload(options: argparse.Namespace, folder: Path) -> None:
     from replaceme.models import hub
-    from replaceme.models.model import CARD, Model
+    from replaceme.models.model import Model
+    from replaceme.models.model_files import CARD
     from replaceme.pipeline.report import card_of
 
     pipeline = Workspace()

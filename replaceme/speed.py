@@ -19,8 +19,9 @@ from replaceme.base.fingerprints import sha256_of
 from replaceme.base.machine import machine
 from replaceme.base.parameters import Params
 from replaceme.base.progress import progress
-from replaceme.models.kv_cache import cache_arguments, filled_cache
-from replaceme.models.model import WEIGHTS, Model, positions_of
+from replaceme.models.kv_cache import cache_arguments, fill_cache
+from replaceme.models.model import Model, positions_of
+from replaceme.models.model_files import WEIGHTS
 
 PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 512, 64, 5
 
@@ -91,7 +92,7 @@ def setting_of(params: Params) -> dict[str, Any]:
 def _timed(model: Any, prompt: Tensor) -> tuple[float, float]:
     """Return the seconds of one prefill, and per token of greedy decoding with a KV cache."""
     devices = gpus_of(model)
-    prefill, cache = clock(lambda: filled_cache(model, prompt[:, :-1]), devices)
+    prefill, cache = clock(lambda: fill_cache(model, prompt[:, :-1]), devices)
     token = prompt[:, -1:]
 
     def decode() -> None:

@@ -30,7 +30,7 @@ from replaceme.base.files import cache_folder, write_text
 from replaceme.base.locks import build_once
 from replaceme.base.progress import progress
 from replaceme.corpora.corpus import Row
-from replaceme.models.packages import PackagedFile, fetched
+from replaceme.models.packages import PackagedFile, downloaded_file
 
 GENSIM = "gensim==4.4.0"
 WIKIPEDIA = PackagedFile(
@@ -77,7 +77,7 @@ def text_articles(name: str, split: str | None) -> list[Row]:
     cached = cache_folder() / "texts" / f"{name}-{text.file.sha256[:12]}-v{TEXT_VERSION}.jsonl"
 
     def make() -> None:
-        with fetched(text.file) as source:
+        with downloaded_file(text.file) as source:
             rows = [{"text": row, "title": title} for title, row in text.extract(source)]
         write_text(cached, "".join(json.dumps(row) + "\n" for row in rows))
 

@@ -14,7 +14,7 @@ from replaceme.base.errors import DatasetError, excerpt
 from replaceme.base.files import read_json, without_folder, write_json
 from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
-from replaceme.models.model import TEXT_RECORD
+from replaceme.models.model_files import TEXT_RECORD
 
 # A source, and what identifies its content: ``sha256`` or ``commits`` (``DatasetSource.fingerprint``).
 IdentifiedSource = tuple[Source, Mapping[str, Any]]

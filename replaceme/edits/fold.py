@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from replaceme.edits.channels import assembled_parameter
 from replaceme.edits.edits import Change, Edits, rotation_and_gains
-from replaceme.models.depth import cut_config, renumber
+from replaceme.models.depth import cut_config, renumber_layers
 from replaceme.models.families import Family, Linear, in_torch_layout, is_conv1d, linear_parameters, parameter_of
 
 
@@ -48,7 +48,7 @@ def shorten(model: Any, family: Family, edits: Edits) -> nn.ModuleList:
     layers = family.decoder_layers(model)
     kept = [layer for index, layer in enumerate(layers) if index not in set(edits.removed_layers)]
     model.set_submodule(family.layers, nn.ModuleList(kept))
-    renumber(kept)
+    renumber_layers(kept)
     if form := edits.own_form(family.layers):
         from replaceme.models.modeling_pruned import reshape
 
@@ -119,11 +119,11 @@ def _edited_in_layers(
     done = set()
     for layer, name, exact in changed_parameters(family, layers, edits):
         done.add((layer, name))
-        if scales[layer] != 1 and name in family.adding(layers[layer]):
+        if scales[layer] != 1 and name in family.scaling_parameters(layers[layer]):
             exact = _divided(family, name, exact, scales[layer])
         yield layer, name, exact
     for layer, scale in scales.items():
-        for name in family.adding(layers[layer]) if scale != 1 else ():
+        for name in family.scaling_parameters(layers[layer]) if scale != 1 else ():
             if (layer, name) not in done:
                 yield layer, name, _divided(family, name, parameter_of(layers[layer], name).double(), scale)
     for layer, operator in edits.operators.items():
@@ -145,7 +145,7 @@ def changed_parameters(family: Family, layers: nn.ModuleList, edits: Edits) -> I
     changes = edits.changes()
     for layer in sorted({*edits.mixtures, *edits.channels, *(layer for layer, _ in changes)}):
         own = {linear: change for (at, linear), change in changes.items() if at == layer}
-        ends = {name for linear in own for name in family.ends(layers[layer], linear)}
+        ends = {name for linear in own for name in family.output_parameters(layers[layer], linear)}
         # The last linear comes last: with a new one, the layer no longer says how many channels it had.
         for name in _rebuilt_names(family, layers, edits, layer):
             if name not in ends:
@@ -198,7 +198,7 @@ def folds(
         transform, gains = rotation_and_gains(transform)
         assert family.norm_offset is not None
         yield f"{family.mlp}.weight", gains - family.norm_offset
-    for name in family.ends(layer, linear):
+    for name in family.output_parameters(layer, linear):
         addition = change.bias if name.endswith(".bias") else change.weight
         yield name, folded(original(name), transform, addition)
 

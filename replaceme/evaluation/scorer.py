@@ -25,7 +25,7 @@ from replaceme.base.progress import progress
 from replaceme.evaluation.continuations import write_continuations
 from replaceme.evaluation.windows import WINDOW
 from replaceme.models.interleaving import interleave_forwards
-from replaceme.models.kv_cache import cache_arguments, cache_bytes_per_token, filled_cache, shares_contexts
+from replaceme.models.kv_cache import cache_arguments, cache_bytes_per_token, fill_cache, shares_contexts
 from replaceme.models.model import positions_of
 from replaceme.models.streaming import stream_of
 
@@ -152,7 +152,7 @@ class CausalScorer(TemplateLM):
         if prefixes.shape[1] and (len(rows) == len(contexts) or not self.shares_contexts):
             ids = torch.cat([prefixes[list(rows)], ids], dim=1)  # nothing to share: one pass
         elif prefixes.shape[1]:
-            cache = filled_cache(self.model, prefixes)
+            cache = fill_cache(self.model, prefixes)
             cache.batch_select_indices(torch.tensor(rows))  # on the CPU: each layer may be on another device
         logits = self.model(ids, logits_to_keep=positions, **cache_arguments(self.model, cache)).logits
         scores = []

@@ -26,7 +26,8 @@ from replaceme.evaluation.requests import prepare_requests
 from replaceme.evaluation.scorer import CausalScorer
 from replaceme.models.kv_cache import cache_bytes_per_token
 from replaceme.models.memory import load_within_budget
-from replaceme.models.model import WEIGHTS, Model, embedding_count, parameter_count
+from replaceme.models.model import Model, embedding_count, parameter_count
+from replaceme.models.model_files import WEIGHTS
 
 
 @dataclass

@@ -23,7 +23,8 @@ from replaceme.edits.edits import Edits
 from replaceme.export.transformers4 import transformers_4_obstacle
 from replaceme.methods.registry import FIELDS, USERS, has_effect
 from replaceme.models.families import Linear
-from replaceme.models.model import CARD, Model
+from replaceme.models.model import Model
+from replaceme.models.model_files import CARD
 from replaceme.models.own_form import FILE
 
 # The settings that determine the model, and those that determine its scores; the others say where it was computed.
@@ -134,8 +135,8 @@ def _changes(params: Params, source: Model, edits: Edits, solved: dict[str, Any]
     removed = _gone(edits, f"{_named(edits.removed_layers)} (counted from 0)")
     verb = "was" if len(edits.removed_layers) == 1 and not edits.parts else "were"
     lines = [f"{removed[:1].upper()}{removed[1:]} {verb} removed from `{source.name}`{commit} with {edits.title}."]
-    if source.about:
-        lines += [source.about]
+    if source.disclosure:
+        lines += [source.disclosure]
     if edits.transforms:
         lines += [
             f"A linear map was folded into the MLP of {_named([*edits.transforms])}. It was fitted to calibration text, "

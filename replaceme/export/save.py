@@ -17,9 +17,11 @@ from replaceme.base.scratch import copy_to_scratch
 from replaceme.edits.edits import Edits
 from replaceme.edits.fold import apply_edits, edited_parameters, shorten
 from replaceme.export.transformers4 import TOKENIZER_CLASS, add_older_keys, rename_tokenizer_keys
+from replaceme.models.dtypes import stored_dtype
 from replaceme.models.families import Family, in_torch_layout
 from replaceme.models.memory import load_streamed
-from replaceme.models.model import TOKENIZER_CONFIG, Model, parameter_count, stored_dtype
+from replaceme.models.model import Model, parameter_count
+from replaceme.models.model_files import TOKENIZER_CONFIG
 from replaceme.models.own_form import write_own_form
 from replaceme.models.streaming import evict_layers, layers_in_memory
 

@@ -28,10 +28,11 @@ from replaceme.edits.edits import Edits
 from replaceme.edits.fold import edit_config, edited_parameters
 from replaceme.edits.unfused import unfused
 from replaceme.export.transformers4 import add_older_keys
+from replaceme.models.dtypes import proof_dtypes, stored_dtype, working_dtype
 from replaceme.models.families import Family, parameter_of
 from replaceme.models.layers import replace_forward
 from replaceme.models.memory import load_streamed, load_without_layers, measure_parts, stream_layers
-from replaceme.models.model import Model, layer_count, proof_dtypes, stored_dtype, working_dtype
+from replaceme.models.model import Model, layer_count
 from replaceme.models.own_form import is_own_form, own_config
 from replaceme.models.streaming import read_value
 

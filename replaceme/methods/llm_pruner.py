@@ -408,9 +408,9 @@ def check(params: Params, model: Model, family: Family) -> None:
     from replaceme.models.own_form import check_own_form
 
     config = model.config()
-    if family.uncut:
+    if obstacle := family.head_pruning_obstacle:
         raise ParameterError(
-            f"method: llm_pruner is refused for the family '{config.model_type}': {family.uncut}; use another method."
+            f"method: llm_pruner is refused for the family '{config.model_type}': {obstacle}; use another method."
         )
     if not params.plain:
         check_own_form(config)

@@ -158,7 +158,7 @@ def trained_edit(
 
     parameters = {name: in_torch_layout(layer, name, value.detach().cpu()) for name, value in trained.items()}
     if without and plain:
-        for name in family.ends(layer, "attention_output"):
+        for name in family.output_parameters(layer, "attention_output"):
             parameters[name] = torch.zeros_like(parameter_of(layer, name), dtype=torch.float32, device="cpu")
     return TrainedLayer(index, parameters, () if plain else without)
 

@@ -417,9 +417,9 @@ def check(params: Params, model: Model, family: Family) -> None:
     from replaceme.models.own_form import check_own_form
 
     config = model.config()
-    if family.unsliced:
+    if family.slicing_obstacle:
         raise ParameterError(
-            f"method: slicegpt is refused for the family '{config.model_type}': {family.unsliced}; use another method."
+            f"method: slicegpt is refused for the family '{config.model_type}': {family.slicing_obstacle}; use another method."
         )
     if not params.plain:
         check_own_form(config)

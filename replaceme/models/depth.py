@@ -8,7 +8,7 @@ from torch import nn
 from replaceme.models.families import Family
 
 
-def renumber(layers: Sequence[nn.Module]) -> None:
+def renumber_layers(layers: Sequence[nn.Module]) -> None:
     """Set ``layer_idx`` of all modules to their layer's new position: the KV cache is addressed by it."""
     for position, layer in enumerate(layers):
         for module in layer.modules():

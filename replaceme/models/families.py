@@ -45,8 +45,8 @@ class Family:
         mlp_output: the last linear of the MLP.
         mlp_norm: the norm before the MLP; empty if unknown, or if the linears after it can't absorb its weight and bias.
         experts: the last parameters of the experts, if the MLP is a mixture of them; a layer may lack some.
-        feeding: the linears whose outputs feed the last one, for attention and MLP, as far as they are known.
-        uncut: why heads and channels can't be removed by changing shapes alone; empty if they can.
+        feeding_linears: the linears whose outputs feed the last one, for attention and MLP, as far as they are known.
+        head_pruning_obstacle: why heads and channels can't be removed by changing shapes alone; empty if they can.
         norm_before: whether attention, MLP and head read the residual stream through norms, so that its scale doesn't matter.
         rms_norms: the RMS norms before attention and MLP; empty unless these two are sequential, read the residual stream
             through these norms only, and ``replaceme.models.modeling_pruned`` can compute the layer.
@@ -70,8 +70,8 @@ class Family:
     mlp_output: str = "mlp.down_proj"
     mlp_norm: str = "post_attention_layernorm"
     experts: tuple[str, ...] = ()
-    feeding: Mapping[Linear, tuple[str, ...]] = field(default_factory=lambda: PROJECTIONS)
-    uncut: str = ""
+    feeding_linears: Mapping[Linear, tuple[str, ...]] = field(default_factory=lambda: PROJECTIONS)
+    head_pruning_obstacle: str = ""
     norm_before: bool = True
     rms_norms: tuple[str, ...] = ()
     norm_offset: float | None = None
@@ -101,7 +101,7 @@ class Family:
         return f"{OBSTACLES[self.obstacle]} '{kind}'"
 
     @property
-    def unsliced(self) -> str | None:
+    def slicing_obstacle(self) -> str | None:
         """Why the residual stream can't be made narrower; None if it can."""
         if self.detected:
             return "the readers of its residual stream are not described"
@@ -126,7 +126,7 @@ class Family:
     def cut_parameters(self, layer: nn.Module, linear: Linear) -> dict[str, int]:
         """Return the parameters to cut for groups of inputs of a last linear: name within the layer → dimension to cut."""
         last = self.mlp_output if linear == "mlp_output" else self.attention_output
-        names = [f"{path}.{name}" for path in self.feeding[linear] for name in ("weight", "bias")]
+        names = [f"{path}.{name}" for path in self.feeding_linears[linear] for name in ("weight", "bias")]
         present = dict(layer.named_parameters())
         return {**{name: 0 for name in names if name in present}, f"{last}.weight": 1}
 
@@ -134,18 +134,18 @@ class Family:
         """Return the module whose output is multiplied by a transform of the MLP's contribution."""
         return layer.get_submodule(self.mlp if self.experts or self.norm_after_mlp else self.mlp_output)
 
-    def ends(self, layer: nn.Module, linear: Linear) -> list[str]:
+    def output_parameters(self, layer: nn.Module, linear: Linear) -> list[str]:
         """Return the names, within the layer, of the last weights and biases of attention or MLP (of every expert)."""
         path = self.mlp_output if linear == "mlp_output" else self.attention_output
         names = self.experts if linear == "mlp_output" and self.experts else (f"{path}.weight", f"{path}.bias")
         present = dict(layer.named_parameters())
         return [name for name in names if name in present]
 
-    def adding(self, layer: nn.Module) -> list[str]:
+    def scaling_parameters(self, layer: nn.Module) -> list[str]:
         """Return the names, within the layer, of the parameters that scale what it adds to the residual stream."""
         if self.norm_after_mlp:
             return [f"{self.attention}.weight", f"{self.mlp}.weight"]
-        return [*self.ends(layer, "attention_output"), *self.ends(layer, "mlp_output")]
+        return [*self.output_parameters(layer, "attention_output"), *self.output_parameters(layer, "mlp_output")]
 
     def norm_weight(self, layer: nn.Module) -> Tensor:
         """Return γ (d,) float64 of the norm after the layer's MLP."""
@@ -214,14 +214,15 @@ def _falcon(config: Any) -> Family:
         layers="transformer.h", attention="self_attention", attention_output="self_attention.dense",
         # As published, its linears have no biases that could absorb those of its norms.
         mlp_output="mlp.dense_4h_to_h", mlp_norm="", parallel=bool(config.new_decoder_architecture or config.parallel_attn),
-        adds_in_place=True, returns_tuple=True, uncut=_FUSED,
+        adds_in_place=True, returns_tuple=True, head_pruning_obstacle=_FUSED,
     )  # fmt: skip
 
 
 def _gpt_neox(config: Any) -> Family:
     return Family(
         layers="gpt_neox.layers", attention="attention", attention_output="attention.dense", mlp_output="mlp.dense_4h_to_h",
-        parallel=bool(config.use_parallel_residual), feeding={"mlp_output": ("mlp.dense_h_to_4h",)}, uncut=_FUSED,
+        parallel=bool(config.use_parallel_residual), feeding_linears={"mlp_output": ("mlp.dense_h_to_4h",)},
+        head_pruning_obstacle=_FUSED,
     )  # fmt: skip
 
 
@@ -230,7 +231,7 @@ def _gpt2(config: Any) -> Family:
         raise _refusal("gpt2", "a cut would change the scale of its attention (scale_attn_by_inverse_layer_idx)")
     return Family(
         layers="transformer.h", attention="attn", attention_output="attn.c_proj", attention_norm="ln_1",
-        mlp_output="mlp.c_proj", mlp_norm="ln_2", feeding={"mlp_output": ("mlp.c_fc",)}, uncut=_FUSED,
+        mlp_output="mlp.c_proj", mlp_norm="ln_2", feeding_linears={"mlp_output": ("mlp.c_fc",)}, head_pruning_obstacle=_FUSED,
     )  # fmt: skip
 
 
@@ -240,8 +241,8 @@ def _opt(config: Any) -> Family:
     affine = config.enable_bias and config.layer_norm_elementwise_affine
     return Family(
         layers="model.decoder.layers", attention_output="self_attn.out_proj", attention_norm="self_attn_layer_norm", mlp="fc2",
-        mlp_output="fc2", mlp_norm="final_layer_norm" if affine else "", feeding={"mlp_output": ("fc1",)}, uncut=_COUNTED,
-        norm_before=not config._remove_final_layer_norm,
+        mlp_output="fc2", mlp_norm="final_layer_norm" if affine else "", feeding_linears={"mlp_output": ("fc1",)},
+        head_pruning_obstacle=_COUNTED, norm_before=not config._remove_final_layer_norm,
     )  # fmt: skip
 
 
@@ -269,7 +270,7 @@ _ROUTED = "a router, which belongs to no channel, weighs its experts"
 _NORM_AFTER: dict[str, Any] = {"attention": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"}
 _QWEN_MOE = _described(
     experts=("mlp.experts.down_proj", "mlp.shared_expert.down_proj.weight", "mlp.down_proj.weight"),
-    uncut=_ROUTED,
+    head_pruning_obstacle=_ROUTED,
     layer_bounds=("max_window_layers",),
     layer_indices=("mlp_only_layers",),
     make_explicit=_sparse_layers,
@@ -288,7 +289,7 @@ FAMILIES: Mapping[str, Callable[[Any], Family]] = {
         mlp_output="mlp.fc_out",
         mlp_norm="ln_1",
         parallel=True,
-        feeding={
+        feeding_linears={
             "attention_output": ("attn.q_proj", "attn.k_proj", "attn.v_proj"),
             "mlp_output": ("mlp.fc_in",),
         },
@@ -296,18 +297,20 @@ FAMILIES: Mapping[str, Callable[[Any], Family]] = {
     "granite": _granite,
     "llama": _described(rms_norms=_RMS_NORMS),
     "mistral": _described(rms_norms=_RMS_NORMS),
-    "mixtral": _described(experts=("mlp.experts.down_proj",), uncut=_ROUTED),
-    "olmo2": _described(**_NORM_AFTER, norm_offset=0.0, norm_before=False, uncut=_SPANNING),
-    "olmo3": _described(**_NORM_AFTER, norm_offset=0.0, norm_before=False, uncut=_SPANNING),
+    "mixtral": _described(experts=("mlp.experts.down_proj",), head_pruning_obstacle=_ROUTED),
+    "olmo2": _described(**_NORM_AFTER, norm_offset=0.0, norm_before=False, head_pruning_obstacle=_SPANNING),
+    "olmo3": _described(**_NORM_AFTER, norm_offset=0.0, norm_before=False, head_pruning_obstacle=_SPANNING),
     "opt": _opt,
     "phi": _described(
         attention_output="self_attn.dense",
         mlp_output="mlp.fc2",
         mlp_norm="input_layernorm",
         parallel=True,
-        feeding={**PROJECTIONS, "mlp_output": ("mlp.fc1",)},
+        feeding_linears={**PROJECTIONS, "mlp_output": ("mlp.fc1",)},
     ),
-    "phi3": _described(rms_norms=_RMS_NORMS, feeding={"mlp_output": ("mlp.gate_up_proj",)}, uncut=_FUSED),
+    "phi3": _described(
+        rms_norms=_RMS_NORMS, feeding_linears={"mlp_output": ("mlp.gate_up_proj",)}, head_pruning_obstacle=_FUSED
+    ),
     "qwen2": _described(rms_norms=_RMS_NORMS, layer_bounds=("max_window_layers",)),
     "qwen2_moe": _QWEN_MOE,
     "qwen3": _described(rms_norms=_RMS_NORMS, layer_bounds=("max_window_layers",)),

@@ -20,7 +20,7 @@ def generate(model: Any, ids: Tensor, config: GenerationConfig, **options: Any) 
     """
     own, model.generation_config = model.generation_config, config
     try:
-        found: Tensor = model.generate(ids, attention_mask=ids.new_ones(ids.shape), generation_config=config, **options)
+        texts: Tensor = model.generate(ids, attention_mask=ids.new_ones(ids.shape), generation_config=config, **options)
     finally:
         model.generation_config = own
-    return found.cpu()
+    return texts.cpu()

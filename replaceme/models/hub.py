@@ -5,15 +5,12 @@ The hub's client retries for half a minute without a network, so a short probe c
 
 import functools
 import os
-import re
-import socket
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from urllib.parse import urlparse
-from urllib.request import getproxies, proxy_bypass
 
-from huggingface_hub import CommitOperationAdd, HfApi, constants, snapshot_download
+from huggingface_hub import CommitOperationAdd, HfApi, constants, get_session, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -24,7 +21,15 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from replaceme.base.errors import DatasetError, ModelError, ParameterError, ReplaceMeError, ResourceError, resource_failure
+from replaceme.base.errors import (
+    DatasetError,
+    ModelError,
+    ParameterError,
+    ReplaceMeError,
+    ResourceError,
+    excerpt,
+    resource_failure,
+)
 from replaceme.base.progress import logger
 
 PROBE_SECONDS = 5.0
@@ -37,7 +42,11 @@ OFFLINE_HELP = {
 
 def is_repository_id(name: str) -> bool:
     """Return whether ``name`` could be a hub repository: owner/name, or an old name without an owner."""
-    return re.fullmatch(r"([A-Za-z0-9][\w.\-]*/)?[A-Za-z0-9][\w.\-]*", name) is not None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def resolve_commit(name: str, kind: str, revision: str | None, hint: str = "") -> str:
@@ -62,18 +71,8 @@ def resolve_commit(name: str, kind: str, revision: str | None, hint: str = "") -
         raise _error(kind, f"{name} is no local path{hint}, and the hub can't be reached; {OFFLINE_HELP[kind]}.")
     try:
         return str(HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=10).sha)
-    except GatedRepoError:
-        raise _error(
-            kind, f"{name} is gated: accept its licence on the hub and set the environment variable HF_TOKEN."
-        ) from None
-    except RevisionNotFoundError:
-        raise _error(kind, f"{name} has no revision '{revision}'.") from None
-    except RepositoryNotFoundError:
-        raise _error(
-            kind, f"there is no local path and no public hub repository {name}{hint} (private ones need HF_TOKEN)."
-        ) from None
-    except Exception as failure:  # any HTTP library's errors, and names that the hub's client refuses
-        raise _error(kind, f"{name} could not be looked up on the hub ({type(failure).__name__}).") from failure
+    except Exception as failure:  # of the hub's client, and of the HTTP library below it
+        raise _hub_failure(failure, kind, name, revision, hint) from failure
 
 
 def snapshot(name: str, commit: str, patterns: tuple[str, ...], ignored: tuple[str, ...]) -> Path:
@@ -84,9 +83,7 @@ def snapshot(name: str, commit: str, patterns: tuple[str, ...], ignored: tuple[s
     except LocalEntryNotFoundError:
         raise _error("model", f"{name} at {commit[:12]} isn't cached, and the hub can't be reached.") from None
     except Exception as failure:  # as above
-        if known := resource_failure(failure):
-            raise known from failure
-        raise _error("model", f"{name} could not be downloaded ({type(failure).__name__}: {failure}).") from failure
+        raise _hub_failure(failure, "model", name, commit) from failure
 
 
 def dataset_commit(name: str, config: str | None, what: str) -> str:
@@ -132,12 +129,7 @@ def upload(name: str, files: Mapping[str, Path | bytes], private: bool) -> str:
         ParameterError: not a repository name, no token, no right to write there, or it is public and ``private`` is set.
         ResourceError: the hub can't be reached, or fails.
     """
-    try:
-        validate_repo_id(name)
-        named = "/" in name
-    except HFValidationError:
-        named = False
-    if not named:
+    if "/" not in name or not is_repository_id(name):
         raise ParameterError(f"repo_id: '{name}' can't be a repository; give user/name, of letters, digits, '-', '_' and '.'.")
     token = os.environ.get("HF_TOKEN", "").strip()
     if not token:
@@ -165,24 +157,14 @@ def upload(name: str, files: Mapping[str, Path | bytes], private: bool) -> str:
 
 @functools.cache
 def reachable() -> bool:
-    """Return whether the hub, or the proxy before it, answers within ``PROBE_SECONDS``; probed once per process."""
-    if constants.HF_HUB_OFFLINE:
-        return False
-    endpoint = urlparse(constants.ENDPOINT)
-    proxy = None if proxy_bypass(endpoint.hostname or "") else getproxies().get(endpoint.scheme)
-    # A proxy is often named without a scheme.
-    address = urlparse(proxy if "://" in proxy else f"http://{proxy}") if proxy else endpoint
-    port = address.port or (443 if address.scheme == "https" else 80)
-    answers: list[bool] = []
+    """Return whether the hub answers within ``PROBE_SECONDS``; a process asks once. In the client's offline mode it doesn't."""
+    answers: list[object] = []
 
     def probe() -> None:
-        try:
-            with socket.create_connection((address.hostname or "", port), timeout=PROBE_SECONDS):
-                answers.append(True)
-        except OSError:
-            pass
+        with suppress(Exception):  # as above
+            answers.append(get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS))
 
-    # The socket's timeout doesn't bound the name look-up, which can hang: hence the thread.
+    # The client's timeout doesn't bound the name look-up, which can hang: hence the thread.
     thread = threading.Thread(target=probe, daemon=True)
     thread.start()
     thread.join(PROBE_SECONDS)
@@ -190,13 +172,23 @@ def reachable() -> bool:
 
 
 def _cached_commit(name: str, revision: str | None) -> str | None:
-    folder = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
-    reference = folder / "refs" / (revision or "main")
-    if reference.is_file():
-        return reference.read_text(encoding="utf-8").strip()
-    if revision and (folder / "snapshots" / revision).is_dir():
-        return revision
-    return None
+    try:
+        return Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns="config.json")).name
+    except LocalEntryNotFoundError:
+        return None
+
+
+def _hub_failure(failure: Exception, kind: str, name: str, revision: str | None, hint: str = "") -> ReplaceMeError:
+    """Return the error that says in one sentence why a repository can't be had."""
+    if known := resource_failure(failure):
+        return known
+    if isinstance(failure, GatedRepoError):
+        return _error(kind, f"{name} is gated: accept its licence on the hub and set the environment variable HF_TOKEN.")
+    if isinstance(failure, RevisionNotFoundError):
+        return _error(kind, f"{name} has no revision '{revision}'.")
+    if isinstance(failure, RepositoryNotFoundError):
+        return _error(kind, f"there is no local path and no public hub repository {name}{hint} (private ones need HF_TOKEN).")
+    return _error(kind, f"{name} could not be read from the hub ({type(failure).__name__}: {excerpt(failure, 150)}).")
 
 
 def _error(kind: str, text: str) -> ReplaceMeError:

@@ -14,8 +14,10 @@ from replaceme.base.compute import free_memory, release_memory, resolve_device
 from replaceme.base.errors import ModelError, ParameterError
 from replaceme.base.parameters import Params, size_of
 from replaceme.base.progress import logger
+from replaceme.models.dtypes import is_finite
 from replaceme.models.families import FAMILIES, Family
-from replaceme.models.model import Model, Stored, is_finite
+from replaceme.models.model import Model
+from replaceme.models.model_files import StoredTensor
 from replaceme.models.own_form import KIND
 from replaceme.models.streaming import LayerLoader, LayerStream
 
@@ -221,14 +223,14 @@ def _measure_layers(source: Model, outside: str, inside: str) -> tuple[int, list
     return sizes[0] * getattr(torch, outside).itemsize, [size * getattr(torch, inside).itemsize for size in sizes[1:]]
 
 
-def _split_tensors(source: Model) -> tuple[dict[str, Stored], dict[int, dict[str, Stored]]]:
+def _split_tensors(source: Model) -> tuple[dict[str, StoredTensor], dict[int, dict[str, StoredTensor]]]:
     """Return the tensors in a model's files by name: those outside of its layers, and those of each layer."""
     try:
         leaf = re.escape(_find_family(source).layers.rpartition(".")[2])
     except ModelError:
         leaf = "layers"
-    outside: dict[str, Stored] = {}
-    layers: dict[int, dict[str, Stored]] = {}
+    outside: dict[str, StoredTensor] = {}
+    layers: dict[int, dict[str, StoredTensor]] = {}
     for name, tensor in source.stored().items():
         found = re.search(rf"(?:^|\.){leaf}\.(\d+)\.", name)
         (layers.setdefault(int(found[1]), {}) if found else outside)[name] = tensor

@@ -1,76 +1,31 @@
-"""A model folder: its files, and loading its config, tokenizer, weights and the description of its family."""
+"""Load a model from its folder: config, tokenizer, weights, and the description of its family.
+
+transformers loads the weights, in the dtype that most of them are stored in or in another. What it would do in silence is
+refused here: fill a missing weight with random numbers, round a weight that is stored wider, compute with NaN.
+"""
 
 from __future__ import annotations
 
-import json
-import math
 import re
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from replaceme.base.errors import ModelError, ParameterError, excerpt, resource_failure
-from replaceme.base.files import read_json
+from replaceme.models.dtypes import FORMATS, dtype_name, is_finite, stored_dtype
 from replaceme.models.families import FAMILIES, Family, family_of
+from replaceme.models.model_files import GENERATION_CONFIG, ModelFiles, StoredTensor
 from replaceme.models.own_form import KIND, own_classes
-from replaceme.models.recognition import proposed_family
+from replaceme.models.recognition import recognise_family
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-WEIGHTS = ("*.safetensors",)
-ADAPTER = "adapter_config.json"
-WEIGHT_FILES = (*WEIGHTS, "*.safetensors.index.json", "config.json", ADAPTER, "*.py")
-CARD = "README.md"
-# One of these is in every model's folder. The names are those of transformers' tokenizers, and of remote code's.
-VOCABULARIES = ("tokenizer*", "*vocab*", "*.model", "*.tiktoken", "*.bpe", "tekken.json")
-TOKENIZER_CONFIG = "tokenizer_config.json"
-GENERATION_CONFIG = "generation_config.json"
-TOKENIZER_FILES = (
-    *VOCABULARIES, "merges*", "encoder.json", "special_tokens_map.json", "added_tokens.json", "chat_template*",
-    GENERATION_CONFIG,
-)  # fmt: skip
-CARD_FILES = (CARD, "LICENSE*", "NOTICE*")
-COPIED_FILES = (*TOKENIZER_FILES, *CARD_FILES)
-# What a pruned model was calibrated on (``replaceme.corpora.sources``).
-TEXT_RECORD = "calibration_text.json"
-ALL_FILES = (*WEIGHT_FILES, *COPIED_FILES, TEXT_RECORD)
-RELATIVE_IMPORT = re.compile(r"(?m)^\s*(?:from|import)\s+\.(\w+)")
-# Some repositories hold the weights a second time, in their author's own format.
-LEFT_OUT = "consolidated*"
-# Up to this size of the stored weights, comparisons run in float32.
-FLOAT32_BYTES = 8 << 30
-# The formats that weights can be computed in, by their names in safetensors.
-FORMATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NO_LIMIT = 1 << 30
-_LAYER_COUNT = re.compile(r"(num_(hidden_|decoder_)?|n_)layers?")
-_SIZE = re.compile(r"num_(attention_|key_value_)?heads|n_head|hidden_size|n_embd|vocab_size|n_positions")
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor in a weight file: the file, the dtype by its name in safetensors, and the shape."""
-
-    file: Path
-    format: str
-    shape: tuple[int, ...]
-
-    @property
-    def entries(self) -> int:
-        """The number of entries."""
-        return math.prod(self.shape)
-
-    def read(self, name: str) -> Tensor:
-        """Return the tensor, whose name in the file is ``name``. It is mapped: what is used of it is read then."""
-        with safe_open(self.file, "pt") as weights:
-            return weights.get_tensor(name)
 
 
 class _Placeholder:
@@ -87,22 +42,21 @@ class _Placeholder:
 
 
 @dataclass(frozen=True)
-class Model:
-    """A model's files.
+class Model(ModelFiles):
+    """A model in a folder: loads its config, its tokenizer, its weights and the description of its family.
 
     Attributes:
         folder: local folder with config, safetensors and tokenizer.
         name: its name in cards and messages: a hub id, an embedded name or the folder's own name.
         commit: the hub commit in the folder; None for local and embedded models.
-        about: what is to be said of it wherever it is named; empty for a model that is what its name says.
+        disclosure: what is to be said of it wherever it is named; empty for a model that is what its name says.
         trust_remote_code: whether code from the folder may run; our own form (``replaceme.models.own_form``) loads without.
     """
 
-    folder: Path
     name: str
     commit: str | None = None
     trust_remote_code: bool = False
-    about: str = ""
+    disclosure: str = ""
 
     def classes(self) -> tuple[Any, Any]:
         """Return the classes that load the config and the model."""
@@ -110,8 +64,7 @@ class Model:
         return own or (AutoConfig, AutoModelForCausalLM)
 
     def config(self) -> Any:
-        """Return the model's configuration. Raises ModelError when it can't be read, or its sizes can't be true."""
-        self._check_sizes()
+        """Return the model's configuration. Raises ModelError when it can't be read."""
         try:
             return self.classes()[0].from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
         except Exception as failure:  # configs raise errors of many kinds
@@ -137,7 +90,7 @@ class Model:
             raise ModelError(
                 f"model_path: {self.name} is an encoder-decoder ('{config.model_type}'), not a causal language model."
             )
-        return proposed_family(self.skeleton(config))
+        return recognise_family(self.skeleton(config))
 
     def skeleton(self, config: Any) -> Any:
         """Build the model on the meta device, without memory for its weights. Raises ModelError when it can't be built."""
@@ -199,7 +152,7 @@ class Model:
             ModelError: as ``load``, or transformers converts a weight that is stored in another dtype than most.
         """
         model, stored = self._load("auto", left_out=left_out), self.stored()
-        names, held = self.names_of(model, stored), model.state_dict()
+        names, held = self.match_names(model, stored), model.state_dict()
         for name, own in names.items():
             format = FORMATS.get(stored[own].format)
             if format and held[name].dtype not in (format, torch.bool):
@@ -209,7 +162,7 @@ class Model:
                 )
         return model
 
-    def names_of(self, model: Any, stored: dict[str, Stored]) -> dict[str, str]:
+    def match_names(self, model: Any, stored: dict[str, StoredTensor]) -> dict[str, str]:
         """Return which tensors transformers loads without a conversion: name in the model → name in the files.
 
         Args:
@@ -219,40 +172,24 @@ class Model:
         Raises:
             ModelError: transformers converts a weight that is stored in another dtype than most, and would round or widen it.
         """
-        held, prefix, names = model.state_dict().keys(), f"{model.base_model_prefix}.", {}
-        for own in stored:
-            for name in (own, prefix + own, own.removeprefix(prefix)):
-                if name in held:
-                    names[name] = own
-                    break
+        in_model, prefix, names = model.state_dict().keys(), f"{model.base_model_prefix}.", {}
+        for in_files in stored:
+            candidates = (in_files, prefix + in_files, in_files.removeprefix(prefix))
+            if name := next((name for name in candidates if name in in_model), None):
+                names[name] = in_files
         if {name for name, _ in model.named_parameters()} <= names.keys():
             return names
         # Older files hold tensors that no model loads any more.
-        left, usual = re.compile("|".join([*(model._keys_to_ignore_on_load_unexpected or ()), "inv_freq"])), stored_dtype(self)
-        for own in sorted(stored.keys() - names.values()):
-            if not left.search(own) and FORMATS.get(stored[own].format, usual) != usual:
+        unused = re.compile("|".join([*(model._keys_to_ignore_on_load_unexpected or ()), "inv_freq"]))
+        usual = stored_dtype(self)
+        for in_files in sorted(stored.keys() - names.values()):
+            dtype = FORMATS.get(stored[in_files].format, usual)
+            if dtype != usual and not unused.search(in_files):
                 raise ModelError(
-                    f"model_path: {own} of {self.name} is stored in {_words(FORMATS[stored[own].format])}, most weights in "
-                    f"{_words(usual)}, and transformers converts it while loading; store all weights in one of the two."
+                    f"model_path: {in_files} of {self.name} is stored in {dtype_name(dtype)}, most weights in "
+                    f"{dtype_name(usual)}, and transformers converts it while loading; store all weights in one of the two."
                 )
         return names
-
-    def stored(self) -> dict[str, Stored]:
-        """Return the tensors in the files that transformers loads, by name. Reads only headers."""
-        found = {}
-        for path in self._loaded_files():
-            with safe_open(path, "pt") as weights:
-                for name in weights.keys():  # noqa: SIM118
-                    entry = weights.get_slice(name)
-                    found[name] = Stored(path, entry.get_dtype(), tuple(entry.get_shape()))
-        return found
-
-    def _loaded_files(self) -> list[Path]:
-        if (whole := self.folder / "model.safetensors").is_file():
-            return [whole]
-        for index in self.files(("model.safetensors.index.json",)):
-            return sorted({self.folder / name for name in read_json(index)["weight_map"].values()})
-        return self.files(WEIGHTS)
 
     def _load(
         self,
@@ -267,14 +204,7 @@ class Model:
         if use_4bit or device_map:
             options["device_map"] = device_map or {"": device}
         if use_4bit:
-            from transformers import BitsAndBytesConfig
-
-            options["quantization_config"] = BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=torch.bfloat16,
-            )
+            options["quantization_config"] = _nf4_config()
         try:
             # Not transformers' own auto: it takes the config's word, and would round weights that are stored wider.
             options["dtype"] = stored_dtype(self) if dtype == "auto" else getattr(torch, dtype)
@@ -288,19 +218,12 @@ class Model:
                 _try_4bit(model)
         except ModelError:
             raise
-        except Exception as failure:
-            if known := resource_failure(failure):
-                raise known from failure
+        except Exception as failure:  # transformers, accelerate and bitsandbytes raise errors of many kinds
             key = "use_4bit" if use_4bit else "device_map" if device_map else "model_path"
             advice = "; use false" if use_4bit else "; use null" if device_map else ""
-            raise ModelError(f"{key}: {self.name} could not be loaded ({_reason(failure)}){advice}.") from failure
-        # transformers fills weights that a checkpoint lacks with random numbers.
-        lacking = sorted(report["missing_keys"]) + sorted(str(entry[0]) for entry in report["mismatched_keys"])
-        if lacking:
-            raise ModelError(
-                f"model_path: {lacking[0]} ({len(lacking)} in all) is missing from the weights of {self.name}, "
-                "or has another shape than its config.json says."
-            )
+            error = ModelError(f"{key}: {self.name} could not be loaded ({_reason(failure)}){advice}.")
+            raise resource_failure(failure) or error from failure
+        self._check_complete(report)
         # A streamed model's layers can't be moved, and it is loaded on the processor.
         return (model if "device_map" in options or device == "cpu" else model.to(device)).eval()
 
@@ -310,75 +233,40 @@ class Model:
         for name, value in entries.items():
             setattr(config, name, value)
         tensors = {
-            name: _Placeholder(place.shape) if name in left_out else place.read(name) for name, place in self.stored().items()
+            name: _Placeholder(tensor.shape) if name in left_out else tensor.read(name)
+            for name, tensor in self.stored().items()
         }
         return {"config": config, "state_dict": tensors}
 
+    def _check_complete(self, report: dict[str, Any]) -> None:
+        """Raise ModelError for a weight that the files lack: transformers has filled it with random numbers.
+
+        Args:
+            report: transformers' loading report.
+        """
+        missing = sorted(report["missing_keys"]) + sorted(str(entry[0]) for entry in report["mismatched_keys"])
+        if missing:
+            raise ModelError(
+                f"model_path: {missing[0]} ({len(missing)} in all) is missing from the weights of {self.name}, "
+                "or has another shape than its config.json says."
+            )
+
     def check_finite(self, dtype: str) -> None:
         """Raise the error for the first weight that holds NaN or infinity, in the files or after a cast to ``dtype``."""
-        large = None
-        for name, place in self.stored().items():
-            tensor = place.read(name)
+        overflowing = None
+        for name, stored in self.stored().items():
+            tensor = stored.read(name)
             if not is_finite(tensor):
                 raise ModelError(
-                    f"model_path: the weight {name} in {place.file.name} of {self.name} holds NaN or infinity; give a model "
+                    f"model_path: the weight {name} in {stored.file.name} of {self.name} holds NaN or infinity; give a model "
                     "whose weights are finite."
                 )
-            if large is None and tensor.is_floating_point() and not is_finite(tensor.to(getattr(torch, dtype))):
-                large = name
-        if large:
-            raise ParameterError(f"dtype: the weight {large} of {self.name} overflows in {dtype}; use bfloat16 or float32.")
-
-    def _check_sizes(self) -> None:
-        """Raise ModelError unless the config's number of layers is from 1 to that of stored tensors, and sizes are positive.
-
-        It is checked before transformers reads the config, which makes lists of that many layers.
-        """
-        try:
-            config, tensors = read_json(self.folder / "config.json"), len(self.stored())
-        except Exception:  # the config and the weights have sentences of their own
-            return
-        for key, value in _numbers(config):
-            most = tensors if _LAYER_COUNT.fullmatch(key) else math.inf if _SIZE.fullmatch(key) else None
-            if most and not 1 <= value <= most:
-                right = f"the number of layers that its {tensors} stored tensors make up" if most == tensors else "at least 1"
-                raise ModelError(f"model_path: the config.json of {self.name} says {key}: {value}; it must be {right}.")
-
-    def files(self, patterns: Iterable[str] = ALL_FILES) -> list[Path]:
-        """Return the files of the folder that match any of ``patterns``, sorted."""
-        return sorted(
-            {path for pattern in patterns for path in self.folder.glob(pattern) if path.is_file() and not path.match(LEFT_OUT)}
-        )
-
-    def tokenizer_files(self) -> list[Path]:
-        """Return the files of the tokenizer, sorted: with the code that its config names, and what that code imports."""
-        code: set[Path] = set()
-        modules = [each.split(".")[0] for each in self.code_references(TOKENIZER_CONFIG)]
-        while modules:
-            path = self.folder / f"{modules.pop()}.py"
-            if path.parent == self.folder and path.is_file() and path not in code:
-                code.add(path)
-                modules += RELATIVE_IMPORT.findall(path.read_text(encoding="utf-8", errors="replace"))
-        return sorted({*self.files(TOKENIZER_FILES), *code})
-
-    def copied_files(self) -> list[Path]:
-        """Return the files that the pruned model's folder gets unchanged, sorted; of the card, only the licence is kept."""
-        return sorted({*self.tokenizer_files(), *self.files(CARD_FILES)})
-
-    def code_references(self, name: str) -> list[str]:
-        """Return the classes that ``auto_map`` in a config file names: ``module.Class``, or ``repository--module.Class``."""
-        try:
-            found = [json.loads((self.folder / name).read_text(encoding="utf-8")).get("auto_map")]
-        except (OSError, ValueError, AttributeError, RecursionError):  # whoever loads the file says what is wrong with it
-            return []
-        references = []
-        while found:
-            each = found.pop()
-            if isinstance(each, str):
-                references.append(each)
-            elif isinstance(each, dict | list):
-                found += each.values() if isinstance(each, dict) else each
-        return references
+            if overflowing is None and tensor.is_floating_point() and not is_finite(tensor.to(getattr(torch, dtype))):
+                overflowing = name
+        if overflowing:
+            raise ParameterError(
+                f"dtype: the weight {overflowing} of {self.name} overflows in {dtype}; use bfloat16 or float32."
+            )
 
 
 def positions_of(config: Any) -> int:
@@ -403,55 +291,15 @@ def embedding_count(model: Any) -> int:
     return sum(weights.values())
 
 
-def stored_dtype(model: Model) -> torch.dtype:
-    """Return the dtype that most weights are stored in, by their entries. Raises ModelError when torch can't compute in it."""
-    entries: Counter[str] = Counter()
-    for place in model.stored().values():
-        # Old files also hold byte masks.
-        if "F" in place.format:
-            entries[place.format] += place.entries
-    ((usual, _),) = entries.most_common(1) or [("none", 0)]
-    if usual not in FORMATS:
-        raise ModelError(
-            f"model_path: most weights of {model.name} are stored in {usual}; give one in bfloat16, float16 or float32."
-        )
-    return FORMATS[usual]
+def _nf4_config() -> Any:
+    from transformers import BitsAndBytesConfig
 
-
-def working_dtype(model: Model) -> str:
-    """Return the dtype for comparisons of whole models: ``computed_dtype``, or the stored one from ``FLOAT32_BYTES`` on."""
-    size = sum(path.stat().st_size for path in model.files(WEIGHTS))
-    return _words(stored_dtype(model)) if size > FLOAT32_BYTES else computed_dtype(model)
-
-
-def computed_dtype(model: Model) -> str:
-    """Return the dtype that comparisons compute in: float32, or float64 for weights that are stored so."""
-    return "float64" if stored_dtype(model) == torch.float64 else "float32"
-
-
-def proof_dtypes(model: Model) -> tuple[str, str]:
-    """Return the dtypes in which a streamed model is compared: of what is outside the layers, as stored, and of the layers."""
-    return _words(stored_dtype(model)), computed_dtype(model)
-
-
-def _words(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Return whether a tensor holds neither NaN nor infinity. Its least and largest entry tell, much faster than isfinite."""
-    if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
-        return True
-    return all(map(math.isfinite, torch.stack(tensor.aminmax()).tolist()))
-
-
-def _numbers(config: Any) -> Iterator[tuple[str, int]]:
-    """Yield the whole numbers in a config, and in configs within it, by name."""
-    for key, value in config.items() if isinstance(config, dict) else ():
-        if isinstance(value, dict):
-            yield from _numbers(value)
-        elif isinstance(value, int):
-            yield key, value
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
 
 
 def _try_4bit(model: Any) -> None:

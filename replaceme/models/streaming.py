@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from replaceme.base.errors import ModelError, ParameterError, excerpt
 
 if TYPE_CHECKING:
-    from replaceme.models.model import Stored
+    from replaceme.models.model_files import StoredTensor
 
 
 class LazyParameter(nn.Parameter):
@@ -47,7 +47,7 @@ def read_value(parameter: Tensor) -> Tensor:
 class LayerLoader:
     """Has transformers load the tensors of one layer from the model's files, into a copy of the model without weights."""
 
-    def __init__(self, model: Any, path: str, stored: Mapping[int, Mapping[str, Stored]], device: torch.device):
+    def __init__(self, model: Any, path: str, stored: Mapping[int, Mapping[str, StoredTensor]], device: torch.device):
         """Copy the model.
 
         Args:

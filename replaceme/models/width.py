@@ -10,7 +10,7 @@ from replaceme.models.families import Family, inputs_of
 NAMES = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
 
 
-def mlp_entry(config: Any, family: Family, width: int) -> dict[str, int]:
+def mlp_width_entry(config: Any, family: Family, width: int) -> dict[str, int]:
     """Return the entry of the config that makes every MLP so wide; empty if the family's class can't be told by one entry.
 
     Args:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from replaceme.base.documents import Batch, Documents
 from replaceme.base.progress import logger
 from replaceme.models.families import Family
-from replaceme.models.recognition import unrecognised
+from replaceme.models.recognition import recognition_error
 from replaceme.observers.walk import Signal, Signals, ask, walk
 
 # Size of the check: documents, and tokens of each.
@@ -31,7 +31,7 @@ def prove(model: Any, family: Family, documents: Documents) -> None:
     finally:
         hook.remove()
     if not isinstance(returned[0], Tensor):
-        raise unrecognised(kind, "its layers return more than their states")
+        raise recognition_error(kind, "its layers return more than their states")
     logger.info("%s: in each of the %d layers, the parts that were recognised are all that it adds", kind, len(proofs))
 
 
@@ -51,6 +51,6 @@ class _Proof:
         eps = torch.finfo(signals["output"].dtype).eps
         rounding = eps * sum(part.norm(dim=-1) for part in (before, attention, mlp, after))
         if not bool(((after - before - attention - mlp).norm(dim=-1) <= rounding).all()):
-            raise unrecognised(self.kind, f"layer {layer} adds something else than what its attention and its MLP return")
+            raise recognition_error(self.kind, f"layer {layer} adds something else than what its attention and its MLP return")
         if not bool(((mlp - linear).norm(dim=-1) <= 4 * eps * mlp.norm(dim=-1)).all()):
-            raise unrecognised(self.kind, f"the MLP of layer {layer} returns something else than its last linear")
+            raise recognition_error(self.kind, f"the MLP of layer {layer} returns something else than its last linear")

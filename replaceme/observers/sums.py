@@ -10,7 +10,7 @@ from torch import Tensor
 
 from replaceme.base.errors import SolveError
 from replaceme.base.group import all_reduce_sum
-from replaceme.models.model import is_finite
+from replaceme.models.dtypes import is_finite
 
 # Blocks of columns of a Gram matrix. More of them save more products, at most half, but make the matrices smaller.
 PARTS = 6

@@ -15,9 +15,11 @@ from replaceme.export.save import save_pruned
 from replaceme.export.verification import verify_export
 from replaceme.methods.registry import METHODS
 from replaceme.models.depth import broken_patterns
+from replaceme.models.dtypes import proof_dtypes
 from replaceme.models.find import recorded_model
 from replaceme.models.memory import choose_processor, weight_budget
-from replaceme.models.model import CARD, Model, proof_dtypes
+from replaceme.models.model import Model
+from replaceme.models.model_files import CARD
 from replaceme.models.own_form import FILE, is_own_form
 
 

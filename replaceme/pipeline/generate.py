@@ -21,12 +21,12 @@ def generate(params: Params, work: Workspace) -> None:
         from replaceme.base.documents import Documents
         from replaceme.corpora.own_text import MAX_TOKENS, write_texts
         from replaceme.models.find import calibration_model, recorded_model
-        from replaceme.models.kv_cache import eager_where_faster
+        from replaceme.models.kv_cache import eager_attention_where_faster
 
         use_processor(params.threads)
         tokenizer = recorded_model(params, work.tokenizer_input).tokenizer()
         model, family = calibration_model(params, work.model_input)
-        with eager_where_faster(model, family):
+        with eager_attention_where_faster(model, family):
             documents = Documents(write_texts(model, tokenizer, wanted, min(params.max_length, MAX_TOKENS), params.seed))
         documents.save(folder)
         logger.info("generate: the model wrote %d documents, %d tokens", len(documents), documents.token_count)

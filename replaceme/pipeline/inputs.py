@@ -28,18 +28,12 @@ from replaceme.corpora.own_text import own_document_count
 from replaceme.evaluation.tasks import task_fingerprints
 from replaceme.methods.refusals import check_model, streaming_obstacle
 from replaceme.methods.registry import METHODS, criterion_of
-from replaceme.models.find import check_weights, find_model, identity
+from replaceme.models.checks import check_weights
+from replaceme.models.dtypes import proof_dtypes, stored_dtype, working_dtype
+from replaceme.models.find import find_model, identity
 from replaceme.models.memory import format_size, weight_budget, weight_bytes
-from replaceme.models.model import (
-    CARD_FILES,
-    TEXT_RECORD,
-    Model,
-    layer_count,
-    positions_of,
-    proof_dtypes,
-    stored_dtype,
-    working_dtype,
-)
+from replaceme.models.model import Model, layer_count, positions_of
+from replaceme.models.model_files import CARD_FILES, TEXT_RECORD
 from replaceme.models.recognition import check_cut
 from replaceme.observers.residuals import FIT_TOKENS, HELD_OUT_SHARE
 from replaceme.selection.budget import within_budget

@@ -11,9 +11,9 @@ from replaceme.base.progress import logger
 from replaceme.base.ranks import rank
 from replaceme.base.stage import PASS, Stage
 from replaceme.base.workspace import Workspace
+from replaceme.models.dtypes import working_dtype
 from replaceme.models.find import calibration_model, recorded_model
 from replaceme.models.memory import choose_processor, load_within_budget
-from replaceme.models.model import working_dtype
 from replaceme.observers.profile import profile_model
 from replaceme.observers.proof import prove
 

@@ -21,7 +21,7 @@ from replaceme.methods.refusals import streaming_obstacle
 from replaceme.methods.registry import METHODS, read_by
 from replaceme.models.families import inputs_of
 from replaceme.models.find import calibration_model, recorded_model
-from replaceme.models.width import mlp_entry
+from replaceme.models.width import mlp_width_entry
 from replaceme.observers.statistics import adds_up
 from replaceme.repair.mend import STEPWISE, mend
 from replaceme.repair.resume import Checkpoints
@@ -45,7 +45,7 @@ def repair(params: Params, work: Workspace) -> None:
         checkpoints = Checkpoints(work.unfinished("repairing"), _key(params, work, documents))
         repairs, figures = mend(params, model, family, documents, edits, plan, work.repaired.parent, checkpoints)
         if plan.mlp_width:
-            edits.config = mlp_entry(model.config, family, plan.mlp_width)
+            edits.config = mlp_width_entry(model.config, family, plan.mlp_width)
             channels = inputs_of(family.linear_of(family.decoder_layers(model)[0], "mlp_output"))
             gone = channels - plan.mlp_width
             edits.parts = f"{gone:,} of {channels:,} MLP channels in every layer"

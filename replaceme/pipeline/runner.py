@@ -24,7 +24,7 @@ from replaceme.base.processes import run_step
 from replaceme.base.progress import logger
 from replaceme.base.stage import ORDER, Stage
 from replaceme.base.workspace import Workspace
-from replaceme.models.model import CARD
+from replaceme.models.model_files import CARD
 
 # Each file of this folder has the stage of its name.
 STAGES: Mapping[str, Stage] = {name: import_module(f"replaceme.pipeline.{name}").STAGE for name in ("inputs", *ORDER)}

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from replaceme.base.documents import Batch
 from replaceme.base.errors import SolveError
 from replaceme.base.group import all_reduce_sum
+from replaceme.models.dtypes import is_finite
 from replaceme.models.families import Family, parameter_of
-from replaceme.models.model import is_finite
 from replaceme.observers.sums import add_squares, mirror, token_weights
 from replaceme.observers.walk import Signal, Signals
 from replaceme.solvers.arguments import ArgumentError

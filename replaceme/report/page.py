@@ -91,7 +91,7 @@ def render(
         heal=sentences.describe_healing(read_json(work.metric("heal"))),
         proof=sentences.describe_proof(read_json(work.metric("export")), blocks),
         published=tables.tabulate_published(),
-        about=MODELS[params.model_path].about if params.model_path in MODELS else "",
+        about=MODELS[params.model_path].disclosure if params.model_path in MODELS else "",
         settings=settings,
         versions=listed(made_with),
         pictures=pictures,

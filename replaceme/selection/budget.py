@@ -52,7 +52,7 @@ class Sizes:
         """Return the sizes of a model; its weights are not loaded."""
         from replaceme.models.families import inputs_of, parameter_of
         from replaceme.models.model import parameter_count
-        from replaceme.models.width import mlp_entry
+        from replaceme.models.width import mlp_width_entry
 
         family, skeleton = model.family(), model.skeleton(model.config())
         layers = family.decoder_layers(skeleton)
@@ -61,7 +61,7 @@ class Sizes:
         # Channels can go where the linears that compute them are described.
         known = 0 in cut.values() and not family.experts
         widths = {inputs_of(family.linear_of(layer, "mlp_output")) for layer in layers} if known else set()
-        if len(widths) != 1 or not mlp_entry(model.config(), family, max(widths) // 2):
+        if len(widths) != 1 or not mlp_width_entry(model.config(), family, max(widths) // 2):
             return cls(total, of_layers, 0, 0)
         channel = sum(parameter_of(layers[0], name).numel() for name in cut) // max(widths)
         return cls(total, of_layers, max(widths), channel)

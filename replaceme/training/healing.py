@@ -106,7 +106,7 @@ class Predictions:
             (layer, linear, name)
             for layer in kept
             for linear in LINEARS
-            for name in self.family.ends(self.layers[layer], linear)
+            for name in self.family.output_parameters(self.layers[layer], linear)
         ]
 
     def learners(self) -> dict[str, Tensor]:

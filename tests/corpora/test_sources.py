@@ -9,7 +9,7 @@ from replaceme.base.entries import Source
 from replaceme.base.parameters import read_params
 from replaceme.corpora.find import dataset_fingerprints
 from replaceme.corpora.sources import read_record, write_record
-from replaceme.models.model import TEXT_RECORD
+from replaceme.models.model_files import TEXT_RECORD
 
 
 def recorded(dataset: Any, dense: Path, folder: Path, **options: Any) -> None:

@@ -82,8 +82,8 @@ def test_the_card_names_the_versions_that_the_model_was_made_with(params: Params
 
 
 def test_the_card_says_what_an_embedded_model_is(params: Params, tiny: Model) -> None:
-    about = MODELS["smollm2-135m-instruct"].about
-    assert f"with test.\n{about}\n" in model_card(params, replace(tiny, about=about), edits_for(2, 2), {})
+    disclosure = MODELS["smollm2-135m-instruct"].disclosure
+    assert f"with test.\n{disclosure}\n" in model_card(params, replace(tiny, disclosure=disclosure), edits_for(2, 2), {})
     assert "copy" not in model_card(params, tiny, edits_for(2, 2), {})
 
 

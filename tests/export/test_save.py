@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from replaceme.export import save as export
 from replaceme.export.save import save_pruned
-from replaceme.models.find import check_weights
+from replaceme.models.checks import check_weights
 from replaceme.models.model import Model
 from tests.conftest import LAYERS
 from tests.helpers import edits_for

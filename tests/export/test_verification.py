@@ -262,7 +262,7 @@ def test_an_honest_export_of_many_layers_passes_however_large_it_is(
     save_pruned(deep, narrower, tmp_path / "pruned")
     large = []
     for limit in (8 << 30, 0):
-        monkeypatch.setattr("replaceme.models.model.FLOAT32_BYTES", limit)
+        monkeypatch.setattr("replaceme.models.dtypes.FLOAT32_BYTES", limit)
         large.append(verify_export(deep, Model(tmp_path / "pruned", "pruned"), narrower, many_documents(4)))
     # The errors of thirty layers together exceed what the rounding of one explains.
     assert large[0]["hidden_error_mean"] > large[0]["tolerance"]
@@ -274,7 +274,7 @@ def test_an_honest_export_of_many_layers_passes_however_large_it_is(
 def test_a_small_error_in_one_weight_of_many_layers_fails(
     place: str, limit: int, deep: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("replaceme.models.model.FLOAT32_BYTES", limit)
+    monkeypatch.setattr("replaceme.models.dtypes.FLOAT32_BYTES", limit)
     edits = edits_for(2, 2)
     save_pruned(deep, edits, tmp_path / "pruned")
     rewrite(tmp_path / "pruned", lambda tensors: tensors.update({place: tensors[place] * 1.01}))
@@ -305,6 +305,6 @@ def test_a_cast_on_the_fly_computes_what_the_model_in_float32_does(
 def test_a_mixture_of_layers_is_verified_however_large_the_model(
     dtype: torch.dtype, limit: int, export: Export, documents: Documents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("replaceme.models.model.FLOAT32_BYTES", limit)
+    monkeypatch.setattr("replaceme.models.dtypes.FLOAT32_BYTES", limit)
     figures = verify_export(*export(edits=MIXTURE, dtype=dtype), documents)
     assert 0 < figures["hidden_error_mean"] < figures["tolerance"]

@@ -34,7 +34,7 @@ from replaceme.methods.llm_pruner import (
 from replaceme.methods.method import MethodContext
 from replaceme.methods.registry import METHODS
 from replaceme.models.families import Family, Linear, family_of, parameter_of
-from replaceme.models.kv_cache import cache_bytes_per_token, filled_cache
+from replaceme.models.kv_cache import cache_bytes_per_token, fill_cache
 from replaceme.models.model import Model
 from replaceme.models.own_form import is_own_form
 from replaceme.pipeline.inputs import inspect_inputs
@@ -42,7 +42,7 @@ from tests.conftest import DESCRIBED, FAMILY_CONFIGS, KINDS, LAYERS, made_model
 from tests.helpers import TEXT, hooked_and_folded
 from tests.methods.helpers import model_refusals
 
-CUT = [kind for kind, family in DESCRIBED.items() if not family.uncut]
+CUT = [kind for kind, family in DESCRIBED.items() if not family.head_pruning_obstacle]
 # Families whose config can express the number of heads and channels.
 IN_CONFIG = [kind for kind in CUT if kind != "gptj"]
 LINEARS: tuple[Linear, ...] = ("attention_output", "mlp_output")
@@ -153,7 +153,7 @@ def test_importance_is_the_plain_sum_over_a_groups_weights_and_the_model_is_unch
         by_hand = torch.zeros(count, dtype=torch.float64)
         last = family.linear_of(part, linear)
         for group in range(count):
-            for path in family.feeding[linear]:
+            for path in family.feeding_linears[linear]:
                 for weight in part.get_submodule(path).parameters():
                     rows = len(weight) // count
                     mine = slice(group * rows, (group + 1) * rows)
@@ -285,7 +285,7 @@ def test_a_model_that_lost_parts_of_some_layers_is_verified_and_loads(
     assert torch.allclose(logits_of(loaded), zeroed_logits(source.load(), removed), rtol=1e-3, atol=1e-3)
     assert cache_error(loaded, TEXT[0]) < 1e-4
     # One of two key/value heads is gone in four of six layers; the cache shrinks accordingly.
-    heads = [layer.keys.shape[1] for layer in filled_cache(loaded, TEXT).layers]
+    heads = [layer.keys.shape[1] for layer in fill_cache(loaded, TEXT).layers]
     assert heads == ([4, 2, 2, 2, 2, 4] if kind == "gptj" else [2, 1, 1, 1, 1, 2])
     before, after = cache_bytes_per_token(source.load()), cache_bytes_per_token(loaded)
     assert before is not None
@@ -341,8 +341,8 @@ def test_the_verification_fails_another_cut(change: str, tiny: Model, documents:
 def test_families_whose_heads_cannot_be_cut_out_are_refused_with_the_reason(kind: str) -> None:
     config = made_model(kind).config
     (said,) = model_refusals(kind, method="llm_pruner")
-    uncut = family_of(config).uncut
-    assert said == f"method: llm_pruner is refused for the family '{config.model_type}': {uncut}; use another method."
+    obstacle = family_of(config).head_pruning_obstacle
+    assert said == f"method: llm_pruner is refused for the family '{config.model_type}': {obstacle}; use another method."
 
 
 @pytest.mark.parametrize(

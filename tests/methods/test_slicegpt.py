@@ -42,7 +42,7 @@ from tests.conftest import DESCRIBED, KINDS, LAYERS, WIDTH, made_model
 from tests.helpers import TEXT, elsewhere, hooked_and_folded, passing
 from tests.methods.helpers import model_refusals, run_stages
 
-SLICED = [kind for kind, family in DESCRIBED.items() if not family.unsliced]
+SLICED = [kind for kind, family in DESCRIBED.items() if not family.slicing_obstacle]
 SIGNALS = 2 * LAYERS + 1
 
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from replaceme.models.recognition import proposed_family
+from replaceme.models.recognition import recognise_family
 from tests.conftest import DESCRIBED, FAMILY_CONFIGS, made_model
 from tests.pipeline.closure import ROOT
 
@@ -16,8 +16,8 @@ SAID = {
     r"\| experts, .*\| (.*) \|": [kind for kind, each in FAMILIES.items() if each.experts],
     r"\| a norm with .*\| (.*) \|": [kind for kind, each in FAMILIES.items() if each.norm_after_mlp],
     r"with a parallel MLP ([^|]*) \|": [kind for kind, each in FAMILIES.items() if each.parallel],
-    r"spans several heads: ([^.]*)\.": [kind for kind, each in FAMILIES.items() if not each.uncut],
-    r"is an RMS norm: ([^.]*)\.": [kind for kind, each in FAMILIES.items() if not each.unsliced],
+    r"spans several heads: ([^.]*)\.": [kind for kind, each in FAMILIES.items() if not each.head_pruning_obstacle],
+    r"is an RMS norm: ([^.]*)\.": [kind for kind, each in FAMILIES.items() if not each.slicing_obstacle],
 }
 
 
@@ -25,13 +25,13 @@ def letters(name: str) -> str:
     return re.sub(r"\W|_", "", name).lower()
 
 
-@pytest.mark.parametrize("place", SAID)
-def test_the_page_lists_the_families_of_each_kind(place: str) -> None:
-    (listed,) = re.findall(place, PAGE)
+@pytest.mark.parametrize("pattern", SAID)
+def test_the_page_lists_the_families_of_each_kind(pattern: str) -> None:
+    (listed,) = re.findall(pattern, PAGE)
     names = [letters(name) for name in re.split(r",(?: and with a parallel MLP)?\s", listed)]
-    assert sorted(names) == sorted(map(letters, SAID[place]))
+    assert sorted(names) == sorted(map(letters, SAID[pattern]))
 
 
 def test_a_recognised_family_claims_no_part_that_was_not_looked_for() -> None:
-    family = proposed_family(made_model("stablelm", use_parallel_residual=False))
-    assert (family.attention_norm, family.mlp_norm, family.feeding, family.rms_norms) == ("", "", {}, ())
+    family = recognise_family(made_model("stablelm", use_parallel_residual=False))
+    assert (family.attention_norm, family.mlp_norm, family.feeding_linears, family.rms_norms) == ("", "", {}, ())

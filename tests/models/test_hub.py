@@ -1,14 +1,18 @@
-"""The hub without a network: requests, commits from the cache, and error messages."""
+"""The hub: what it answers, what its cache gives without a network, and one sentence for each failure."""
 
+import json
 import socket
+import threading
 import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from replaceme.base.errors import DatasetError, ModelError
-from replaceme.base.parameters import Params, read_params
+from replaceme.base.parameters import read_params
 from replaceme.corpora.find import find_datasets
 from replaceme.models import hub
 from replaceme.models.find import find_model
@@ -20,92 +24,110 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
 
 
-def made(**options: Any) -> Params:
-    return read_params(None, options)
+@pytest.fixture
+def connect(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
+    """Return a function that has the hub at a port of this machine."""
+
+    def to(port: int) -> None:
+        monkeypatch.setattr(hub.constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+        monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+        hub.reachable.cache_clear()
+
+    yield to
+    hub.reachable.cache_clear()
+
+
+@pytest.fixture
+def serve(connect: Callable[[int], None]) -> Iterator[Callable[..., None]]:
+    """Return a function that starts a hub with one answer to everything."""
+    servers = []
+
+    def start(status: int, code: str = "", **content: Any) -> None:
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.send_response(status)
+                self.send_header("X-Error-Code", code)
+                self.end_headers()
+                self.wfile.write(json.dumps(content).encode())
+
+            do_HEAD = do_GET
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        servers.append(ThreadingHTTPServer(("127.0.0.1", 0), Handler))
+        threading.Thread(target=servers[0].serve_forever, daemon=True).start()
+        connect(servers[0].server_port)
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_revision_is_resolved_to_its_commit(serve: Callable[..., None]) -> None:
+    serve(200, id="owner/name", sha="c" * 40)
+    assert hub.resolve_commit("owner/name", "model", "v2") == "c" * 40
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "said"),
+    [
+        (403, "GatedRepo", "owner/name is gated: accept its licence on the hub and set the environment variable HF_TOKEN."),
+        (404, "RevisionNotFound", "owner/name has no revision 'v2'."),
+        (401, "RepoNotFound", "there is no local path and no public hub repository owner/name (private ones need HF_TOKEN)."),
+        (400, "", "owner/name could not be read from the hub (BadRequestError: "),
+    ],
+)
+def test_what_the_hub_refuses_is_one_sentence(status: int, code: str, said: str, serve: Callable[..., None]) -> None:
+    serve(status, code)
+    with pytest.raises(ModelError) as caught:
+        find_model(read_params(None, {"model_path": "owner/name", "revision": "v2"}))
+    assert str(caught.value).startswith(f"model_path: {said}")
+
+
+@pytest.mark.parametrize("hangs", ["answer", "name look-up"])
+def test_a_silent_hub_is_given_up_after_a_while(
+    hangs: str, connect: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "PROBE_SECONDS", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        connect(silent.getsockname()[1])
+        if hangs == "name look-up":
+            monkeypatch.setattr(socket, "getaddrinfo", lambda *_args, **_options: time.sleep(8))
+        began = time.monotonic()
+        assert not hub.reachable()
+        assert time.monotonic() - began < 5
+
+
+def test_in_offline_mode_the_hub_is_not_asked(serve: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    serve(200)
+    assert hub.reachable()
+    hub.reachable.cache_clear()
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    assert not hub.reachable()
 
 
 @pytest.mark.usefixtures("offline")
 def test_an_unreachable_model_or_dataset_is_named_with_the_offline_alternatives() -> None:
-    with pytest.raises(
-        ModelError, match=r"owner/model is no local path, and the hub can't be reached; offline, use a local folder"
-    ):
-        find_model(made(model_path="owner/model"))
-    with pytest.raises(
-        DatasetError, match=r"owner/data is no local path, and the hub can't be reached; offline, use a local \.txt"
-    ):
-        find_datasets(made(dataset="owner/data"))
+    said = r"owner/name is no local path, and the hub can't be reached; offline, use a local "
+    with pytest.raises(ModelError, match=rf"model_path: {said}folder"):
+        find_model(read_params(None, {"model_path": "owner/name"}))
+    with pytest.raises(DatasetError, match=rf"dataset: {said}\.txt"):
+        find_datasets(read_params(None, {"dataset": "owner/name"}))
 
 
 @pytest.mark.usefixtures("offline")
 def test_a_misspelt_embedded_name_is_recognised() -> None:
     with pytest.raises(ModelError, match="did you mean 'smollm2-135m-instruct'"):
-        find_model(made(model_path="smollm2-135m"))
+        find_model(read_params(None, {"model_path": "smollm2-135m"}))
 
 
-@pytest.mark.usefixtures("offline")
-def test_offline_the_cached_commit_is_used_for_a_model_but_not_for_a_dataset(tmp_path: Path) -> None:
-    for kind in ("model", "dataset"):
-        references = tmp_path / f"{kind}s--owner--name" / "refs"
-        references.mkdir(parents=True)
-        (references / "main").write_text("d" * 40, encoding="utf-8")
+def test_offline_the_cached_commit_is_used_for_a_model_but_not_for_a_dataset(
+    put_into_hub_cache: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "model").mkdir()
+    put_into_hub_cache(tmp_path / "model", commit="d" * 40)
     assert hub.resolve_commit("owner/name", "model", None) == "d" * 40
     with pytest.raises(DatasetError, match="the hub can't be reached"):
         hub.resolve_commit("owner/name", "dataset", None)
-
-
-@pytest.mark.parametrize("name", ["owner/name", "foo--bar"])
-def test_a_broken_connection_is_reported_in_one_sentence(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    class NoConnectionError(Exception):
-        """An HTTP library's error, not an OSError."""
-
-    def refuse(*_args: Any, **_options: Any) -> None:
-        raise NoConnectionError
-
-    monkeypatch.setattr(hub, "reachable", lambda: True)
-    monkeypatch.setattr(hub.HfApi, "repo_info", refuse)
-    with pytest.raises(ModelError, match=f"{name} could not be looked up on the hub"):
-        find_model(made(model_path=name))
-
-
-def test_the_probe_of_a_silent_hub_ends_within_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "PROBE_SECONDS", 0.3)
-    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub.socket, "create_connection", lambda *_args, **_options: (time.sleep(2), socket.socket())[1])
-    hub.reachable.cache_clear()
-    began = time.monotonic()
-    assert not hub.reachable()
-    assert time.monotonic() - began < 1.5
-    hub.reachable.cache_clear()
-
-
-@pytest.mark.parametrize(
-    ("proxy", "excepted", "asked"),
-    [
-        ("proxy.example:3128", "", ("proxy.example", 3128)),
-        ("http://proxy.example:3128", "", ("proxy.example", 3128)),
-        ("proxy.example:3128", "hub.example", ("hub.example", 443)),
-        (None, "", ("hub.example", 443)),
-    ],
-)
-def test_the_probe_connects_to_the_proxy_if_there_is_one(
-    proxy: str | None, excepted: str, asked: tuple[str, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    addresses: list[tuple[str, int]] = []
-
-    def connect(address: tuple[str, int], timeout: float) -> socket.socket:
-        addresses.append(address)
-        return socket.socket()
-
-    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
-    if proxy:
-        monkeypatch.setenv("https_proxy", proxy)
-    monkeypatch.setenv("no_proxy", excepted)
-    monkeypatch.setattr(hub.constants, "ENDPOINT", "https://hub.example")
-    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub.socket, "create_connection", connect)
-    hub.reachable.cache_clear()
-    assert hub.reachable()
-    hub.reachable.cache_clear()
-    assert addresses == [asked]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from replaceme.models.families import Family, family_of
-from replaceme.models.kv_cache import cache_arguments, eager_where_faster, reserved_cache
+from replaceme.models.kv_cache import cache_arguments, eager_attention_where_faster, reserved_cache
 from tests.conftest import KINDS, made_model
 
 
@@ -13,22 +13,22 @@ def test_a_reserved_cache_gives_what_the_whole_text_gives(kind: str, config: dic
     model, ids = made_model(kind, **config), torch.randint(2, 400, (3, 20), generator=torch.Generator().manual_seed(5))
     cache = cache_arguments(model, reserved_cache(model.config, 20))
     with torch.no_grad():
-        with eager_where_faster(model, family_of(model.config)):
+        with eager_attention_where_faster(model, family_of(model.config)):
             steps = [model(part, **cache).logits for part in (ids[:, :4], *ids[:, 4:].split(1, dim=1))]
         whole = model(ids, use_cache=False).logits
     torch.testing.assert_close(torch.cat(steps, dim=1), whole, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("kind", "config"), [("llama", {}), ("mistral", {"sliding_window": 8})])
-def test_keys_and_values_stay_where_they_are(kind: str, config: dict[str, int]) -> None:
+def test_keys_and_values_are_never_copied(kind: str, config: dict[str, int]) -> None:
     model, ids = made_model(kind, **config), torch.randint(2, 400, (3, 8))
     cache = reserved_cache(model.config, 8)
-    places = set()
+    addresses = set()
     with torch.no_grad():
         for part in ids.split(2, dim=1):
             model(part, **cache_arguments(model, cache))
-            places |= {(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in cache.layers}
-    assert len(places) == len(cache.layers)
+            addresses |= {(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in cache.layers}
+    assert len(addresses) == len(cache.layers)
     assert {layer.keys.shape[-2] for layer in cache.layers} == {8}
 
 
@@ -44,13 +44,13 @@ def test_grouped_heads_attend_by_plain_products_inside_the_block_alone(
     kind: str, config: dict[str, int], family: Family, inside: str
 ) -> None:
     model = made_model(kind, **config)
-    found = []
+    inside_block = []
 
     def interrupted() -> None:
-        with eager_where_faster(model, family):
-            found.append(model.config._attn_implementation)
+        with eager_attention_where_faster(model, family):
+            inside_block.append(model.config._attn_implementation)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    assert (*found, model.config._attn_implementation) == (inside, "sdpa")
+    assert (*inside_block, model.config._attn_implementation) == (inside, "sdpa")

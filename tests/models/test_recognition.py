@@ -12,7 +12,7 @@ from replaceme.base.documents import Documents
 from replaceme.base.errors import ModelError
 from replaceme.models.families import FAMILIES, family_of
 from replaceme.models.model import Model
-from replaceme.models.recognition import check_cut, proposed_family
+from replaceme.models.recognition import check_cut, recognise_family
 from replaceme.observers.proof import prove
 from tests.conftest import LAYERS, PLAIN, UNDESCRIBED, WIDTH, made_model
 from tests.helpers import call
@@ -26,11 +26,11 @@ def test_recognition_of_a_described_family_gives_its_description(kind: str) -> N
         with pytest.raises(
             ModelError, match="the family 'opt' is not described, and was not recognised: its layers have no MLP"
         ):
-            proposed_family(model)
+            recognise_family(model)
         return
-    found = proposed_family(model)
+    recognised = recognise_family(model)
     for part in ("layers", "attention", "attention_output", "mlp", "mlp_output"):
-        assert getattr(found, part) == getattr(described, part)
+        assert getattr(recognised, part) == getattr(described, part)
 
 
 @pytest.mark.parametrize("kind", ["olmo2", "gemma2", "granite", "falcon"])
@@ -38,18 +38,18 @@ def test_a_layer_that_adds_more_than_its_parts_return_is_refused(kind: str, docu
     # A norm after the MLP, a factor, an in-place sum: the module structure doesn't show these.
     model = made_model(kind)
     with pytest.raises(ModelError, match="adds something else than what its attention and its MLP return"):
-        prove(model, proposed_family(model), documents)
+        prove(model, recognise_family(model), documents)
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
 def test_experts_are_not_recognised(kind: str) -> None:
     with pytest.raises(ModelError, match="weights of three dimensions, as a mixture of experts does"):
-        proposed_family(made_model(kind))
+        recognise_family(made_model(kind))
 
 
 def test_an_mlp_that_does_not_end_with_its_last_linear_is_refused(documents: Documents) -> None:
     model = made_model()
-    family, mlp = proposed_family(model), model.model.layers[3].mlp
+    family, mlp = recognise_family(model), model.model.layers[3].mlp
     whole = mlp.forward
     mlp.forward = lambda states: 0.9 * whole(states)
     with pytest.raises(ModelError, match="the MLP of layer 3 returns something else than its last linear"):
@@ -61,13 +61,13 @@ def test_a_token_of_huge_norm_hides_no_difference(documents: Documents) -> None:
     with torch.no_grad():
         model.model.embed_tokens.weight[documents.documents[0][0]] *= 1000
     with pytest.raises(ModelError, match="adds something else"):
-        prove(model, proposed_family(model), documents)
+        prove(model, recognise_family(model), documents)
 
 
 def test_layers_that_return_more_than_their_states_are_refused(documents: Documents) -> None:
     model = made_model("falcon_sequential")
     with pytest.raises(ModelError, match="its layers return more than their states"):
-        prove(model, proposed_family(model), documents)
+        prove(model, recognise_family(model), documents)
 
 
 def test_a_list_of_experts_is_refused() -> None:
@@ -75,7 +75,7 @@ def test_a_list_of_experts_is_refused() -> None:
     for layer in model.model.layers:
         layer.mlp.experts = nn.ModuleList([nn.Linear(WIDTH, WIDTH) for _ in range(3)])
     with pytest.raises(ModelError, match="its MLP is a list of them"):
-        proposed_family(model)
+        recognise_family(model)
 
 
 def test_a_family_whose_layers_depend_on_their_position_is_refused_before_any_work(save_tiny: Callable[..., Model]) -> None:
@@ -87,7 +87,7 @@ def test_a_family_whose_layers_depend_on_their_position_is_refused_before_any_wo
 def test_layers_of_different_kinds_are_not_recognised() -> None:
     model = made_model("lfm2", layer_types=["full_attention", "conv"] * (LAYERS // 2))
     with pytest.raises(ModelError, match="its layers are not all alike"):
-        proposed_family(model)
+        recognise_family(model)
 
 
 @pytest.mark.parametrize("kind", UNDESCRIBED)

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from replaceme.base.errors import ModelError, ParameterError
-from replaceme.models.find import check_folder, check_weights
-from replaceme.models.model import Model, stored_dtype
+from replaceme.models.checks import check_folder, check_weights
+from replaceme.models.dtypes import stored_dtype
+from replaceme.models.model import Model
 
 WEIGHTS = "model.safetensors"
 
@@ -136,24 +137,6 @@ def test_a_weight_that_overflows_in_the_asked_dtype_is_named(altered: Callable[.
     source.load()
     with pytest.raises(ParameterError, match=r"dtype: the weight model.norm.weight of altered overflows in float16; use bf"):
         source.load("float16")
-
-
-@pytest.mark.parametrize("value", [0, -1, 10**9, 10**30])
-@pytest.mark.parametrize(
-    ("family", "key"), [("llama", "num_hidden_layers"), ("qwen2", "num_hidden_layers"), ("gpt2", "n_layer")]
-)
-def test_a_number_of_layers_that_the_weights_cannot_have_is_refused(
-    family: str, key: str, value: int, altered: Callable[..., Model]
-) -> None:
-    with pytest.raises(ModelError, match=rf"the config.json of altered says {key}: {value}; it must be the number of layers"):
-        altered({key: value}, family=family).family()
-
-
-@pytest.mark.parametrize(("family", "key"), [("gpt2", "n_head"), ("gptj", "n_positions"), ("llama", "num_attention_heads")])
-@pytest.mark.parametrize("value", [0, -1])
-def test_a_size_below_one_is_refused(family: str, key: str, value: int, altered: Callable[..., Model]) -> None:
-    with pytest.raises(ModelError, match=rf"the config.json of altered says {key}: {value}; it must be at least 1\."):
-        altered({key: value}, family=family).config()
 
 
 def test_an_adapter_beside_the_model_is_refused(altered: Callable[..., Model]) -> None:

@@ -10,7 +10,8 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from replaceme.export.save import save_pruned
 from replaceme.models import hub
-from replaceme.models.model import TEXT_RECORD, Model
+from replaceme.models.model import Model
+from replaceme.models.model_files import TEXT_RECORD
 from replaceme.publish import push_to_hub
 from tests.helpers import call, edits_for
 from tests.pipeline.conftest import Finished

@@ -17,7 +17,7 @@ from replaceme.export.verification import verify_export
 from replaceme.models.families import family_of, inputs_of, parameter_of
 from replaceme.models.memory import load_streamed, measure_parts
 from replaceme.models.model import Model
-from replaceme.models.width import mlp_entry
+from replaceme.models.width import mlp_width_entry
 from replaceme.observers.features import LINEARS
 from replaceme.repair.channel_choice import best_channels
 from tests.conftest import DESCRIBED, LAYERS, PLAIN, made_model
@@ -99,7 +99,7 @@ def test_fewer_layers_and_narrower_mlps_are_saved_exactly(
         assert figures["mlp_channels"] == width
         assert {each.layer for each in repairs} == {0, 1, 4, 5}
     assert _equal(*found)
-    edits.config = mlp_entry(source.config(), family, width)
+    edits.config = mlp_width_entry(source.config(), family, width)
     edits.parts = "narrower MLPs"
     save_pruned(source, edits, tmp_path / "pruned")
     pruned = Model(tmp_path / "pruned", "pruned")

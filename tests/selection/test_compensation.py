@@ -24,7 +24,7 @@ from replaceme.export.verification import verify_export, wrong_weights
 from replaceme.methods.registry import METHODS, criterion_of
 from replaceme.models.families import Family, family_of
 from replaceme.models.model import Model
-from replaceme.models.recognition import proposed_family
+from replaceme.models.recognition import recognise_family
 from replaceme.repair.mend import mend
 from replaceme.selection.compensation import blocks_of, check_scale, compensated, compensated_layers, scaled
 from replaceme.selection.cut_loss import cut_losses
@@ -233,14 +233,14 @@ def test_states_that_overflow_are_named(documents: Documents) -> None:
 def test_a_scalar_is_known_to_fold_in_undescribed_families(kind: str, documents: Documents) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         model = made_model(kind, dtype, **UNDESCRIBED[kind])
-        check_scale(model, proposed_family(model), documents)
+        check_scale(model, recognise_family(model), documents)
         assert not any(part._forward_hooks for part in model.modules())
 
 
 @pytest.mark.parametrize("part", ["input_layernorm", "post_attention_layernorm", "norm"])
 def test_a_part_that_sees_the_scale_of_the_stream_is_refused(part: str, documents: Documents) -> None:
     model = made_model()
-    family = proposed_family(model)
+    family = recognise_family(model)
     if part == "norm":
         model.model.norm = nn.Identity()
     else:

@@ -78,7 +78,7 @@ def by_hand(model: Any, shortened: Any, documents: Documents, course: Course) ->
     """Train a cut model in a plain loop: one document at a time, no padding, all places, torch's own AdamW."""
     family, texts = family_of(model.config), documents.longest_first()
     layers = family.decoder_layers(shortened)[BLOCK.layer_before_cut :]
-    names = [family.ends(layer, linear) for layer in layers for linear in LINEARS]
+    names = [family.output_parameters(layer, linear) for layer in layers for linear in LINEARS]
     learners = [
         layer.get_parameter(name)
         for layer, found in zip([layer for layer in layers for _ in LINEARS], names, strict=True)
