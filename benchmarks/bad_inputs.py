@@ -28,11 +28,11 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as seeded
 from hypothesis import strategies as st
 
-from replaceme import commands
 from replaceme.base.errors import SENTENCE_CHARACTERS, excerpt
 from replaceme.base.progress import align
 from replaceme.base.published import PUBLISHED_KEYS
-from replaceme.commands import ALIASES
+from replaceme.cli import commands
+from replaceme.cli.commands import ALIASES
 from replaceme.evaluation import catalogue
 from replaceme.methods.registry import FIELDS
 from replaceme.models import embedded as embedded_models
@@ -341,7 +341,7 @@ def _without_the_world(root: Path) -> Iterator[None]:
         stack.enter_context(mock.patch.object(hub, "reachable", return_value=False))
         stack.enter_context(mock.patch.object(embedded_models, "model_folder", return_value=root / "tiny"))
         articles = [made_text(4, number) for number in range(40)]
-        stack.enter_context(mock.patch("replaceme.corpora.embedded.text_articles", return_value=articles))
+        stack.enter_context(mock.patch("replaceme.calibration.embedded.text_articles", return_value=articles))
         yield
 
 

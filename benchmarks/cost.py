@@ -14,22 +14,22 @@ from pathlib import Path
 
 import torch
 
-from replaceme.base.compute import resolve_device, use_processor
 from replaceme.base.parameters import Params, read_params
 from replaceme.base.plan import Plan
 from replaceme.base.progress import silence_libraries
-from replaceme.corpora.draw import draw_documents
-from replaceme.corpora.find import find_datasets
+from replaceme.calibration.draw import draw_documents
+from replaceme.calibration.find import find_datasets
 from replaceme.edits.edits import Edits
 from replaceme.methods.registry import METHODS, criterion_of
+from replaceme.models.devices import resolve_device, use_processor
 from replaceme.models.families import decoder_of
 from replaceme.models.find import find_model
-from replaceme.observers.profile import profile_model
-from replaceme.observers.statistics import take_statistics
 from replaceme.repair.mend import STEPWISE, mend
 from replaceme.selection.blocks import smallest
 from replaceme.selection.criteria import allowed_starts
 from replaceme.selection.cut_loss import SHORTLIST, cut_losses
+from replaceme.statistics.cut_statistics import take_statistics
+from replaceme.statistics.profile import profile_model
 from replaceme.training.healing import Predictions
 from replaceme.training.training import Course, entering_and_leaving, train
 

@@ -12,24 +12,24 @@ from pathlib import Path
 import torch
 from scipy.stats import spearmanr
 
-from replaceme.base.compute import resolve_device, use_processor
 from replaceme.base.documents import Documents
 from replaceme.base.entries import Task
 from replaceme.base.files import read_json
 from replaceme.base.parameters import read_params
 from replaceme.base.plan import Block
 from replaceme.base.progress import align, silence_libraries
-from replaceme.base.workspace import Workspace
 from replaceme.edits.edits import Edits
 from replaceme.edits.unfused import unfused
 from replaceme.evaluation.perplexity import perplexities, score_windows
 from replaceme.evaluation.tasks import task_texts
 from replaceme.evaluation.windows import cut_windows
+from replaceme.models.devices import resolve_device, use_processor
 from replaceme.models.find import recorded_model
-from replaceme.observers.statistics import Gram
-from replaceme.observers.walk import walk
+from replaceme.running.workspace import Workspace
 from replaceme.selection.cut_loss import cut_losses, dense_losses
 from replaceme.solvers.ridge import solve_ridge
+from replaceme.statistics.cut_statistics import Gram
+from replaceme.statistics.walk import walk
 
 TEST_TOKENS = 8192
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from replaceme.base.compute import resolve_device, use_processor
 from replaceme.base.parameters import read_params
 from replaceme.base.progress import silence_libraries
 from replaceme.evaluation.accuracy import score_suite
@@ -24,6 +23,7 @@ from replaceme.evaluation.requests import Suite
 from replaceme.evaluation.scorer import CausalScorer, Request
 from replaceme.evaluation.tasks import task_fingerprints, task_items, task_kind, task_name, task_texts
 from replaceme.evaluation.windows import WINDOW, Windows, cut_windows
+from replaceme.models.devices import resolve_device, use_processor
 from replaceme.models.families import decoder_of
 from replaceme.models.find import find_model
 

@@ -199,7 +199,7 @@ def from_stage(name: str, happens: Callable[[], None], action: Callable[[], Any]
 
 def full_disk(stand: Stand, mounted: bool, chance: random.Random) -> list[Row]:
     """Fill the disk, or limit the size of files, when a stage starts or at a file operation; free it, run again and compare."""
-    from replaceme.base.stage import ORDER
+    from replaceme.running.stage import ORDER
 
     action, names = stand.prune(), ("inputs", *ORDER)
     whole, right = undisturbed(stand, action)

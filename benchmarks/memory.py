@@ -11,16 +11,16 @@ from pathlib import Path
 
 import torch
 
-from replaceme.base.compute import use_processor
 from replaceme.base.documents import Documents
 from replaceme.base.parameters import read_params
 from replaceme.base.plan import Block, Plan
 from replaceme.base.progress import silence_libraries
 from replaceme.methods.registry import METHODS
+from replaceme.models.devices import use_processor
 from replaceme.models.find import find_model
-from replaceme.observers.profile import profile_model
-from replaceme.observers.statistics import take_statistics
 from replaceme.repair.mend import mend
+from replaceme.statistics.cut_statistics import take_statistics
+from replaceme.statistics.profile import profile_model
 
 SIZES = (16_384, 131_072)
 LENGTH = 1024

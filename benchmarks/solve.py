@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from replaceme.base.compute import use_processor
 from replaceme.base.parameters import read_params
+from replaceme.models.devices import use_processor
 from replaceme.solvers.ridge import solve_correction, solve_ridge
 
 

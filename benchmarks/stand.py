@@ -132,7 +132,7 @@ def set_params(folder: Path, settings: Mapping[str, str]) -> None:
 
 def console(command: str, *words: str) -> None:
     sys.argv = [command, *words]
-    getattr(importlib.import_module("replaceme.commands"), command)()
+    getattr(importlib.import_module("replaceme.cli.commands"), command)()
 
 
 def make_inputs(folder: Path, seed: int) -> None:

@@ -14,15 +14,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from replaceme.actions import prune as _prune
 from replaceme.base.errors import ParameterError, shown
 from replaceme.base.files import read_json
 from replaceme.base.parameters import Params, nearest, read_params
 from replaceme.base.published import PRESETS, Preset
 from replaceme.base.ranks import world_size
-from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import FIELDS, METHODS
+from replaceme.pipeline.actions import prune as _prune
 from replaceme.pipeline.results import result_name, result_paths
+from replaceme.running.workspace import Workspace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -6,6 +6,7 @@ module.) A stage that is started outside of the project's environment fails with
 
 import importlib.util
 import sys
+from importlib import import_module
 
 _NEEDED = ("torch", "transformers", "pydantic", "ruamel")
 _missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
@@ -16,3 +17,5 @@ if _missing:
         file=sys.stderr,
     )
     sys.exit(2)
+# It says how threads wait, which torch reads once, when it is loaded.
+import_module("replaceme.running.entry")

@@ -1,7 +1,7 @@
 """Take the planned statistics."""
 
-from replaceme.base.stage import run_stage
 from replaceme.pipeline.activations import STAGE
+from replaceme.running.stage import run_stage
 
 if __name__ == "__main__":
     run_stage(STAGE)

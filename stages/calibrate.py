@@ -1,7 +1,7 @@
 """Draw calibration documents."""
 
-from replaceme.base.stage import run_stage
 from replaceme.pipeline.calibrate import STAGE
+from replaceme.running.stage import run_stage
 
 if __name__ == "__main__":
     run_stage(STAGE)

@@ -1,7 +1,7 @@
 """Check model, text and tasks, and write their fingerprints."""
 
-from replaceme.base.stage import run_stage
 from replaceme.pipeline.inputs import STAGE
+from replaceme.running.stage import run_stage
 
 if __name__ == "__main__":
     run_stage(STAGE)

@@ -1,7 +1,7 @@
 """Measure the distances between all pairs of layers, and the influence and norms of each layer."""
 
-from replaceme.base.stage import run_stage
 from replaceme.pipeline.profile import STAGE
+from replaceme.running.stage import run_stage
 
 if __name__ == "__main__":
     run_stage(STAGE)

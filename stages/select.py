@@ -1,7 +1,7 @@
 """Choose the layers to remove."""
 
-from replaceme.base.stage import run_stage
 from replaceme.pipeline.select import STAGE
+from replaceme.running.stage import run_stage
 
 if __name__ == "__main__":
     run_stage(STAGE)

@@ -1,7 +1,7 @@
 """Compute the edits from the statistics."""
 
-from replaceme.base.stage import run_stage
 from replaceme.pipeline.solve import STAGE
+from replaceme.running.stage import run_stage
 
 if __name__ == "__main__":
     run_stage(STAGE)

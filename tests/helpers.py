@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from replaceme.base.documents import Documents
 from replaceme.base.plan import Block
-from replaceme.commands import ALIASES
+from replaceme.cli.commands import ALIASES
 from replaceme.edits.edits import Edits
 from replaceme.edits.fold import apply_edits
 from replaceme.edits.unfused import unfused

@@ -251,7 +251,7 @@ def split_documents(documents: Documents) -> tuple[Documents, Documents]:
     return ordered._taken(fit), ordered._taken(held_out)
 
 
-# Folds of a text for choices, at most; and the bits of a source's number below that of its domain (``replaceme.corpora.draw``).
+# Folds of a text for choices, at most; and the bits of a source's number below its domain's (``replaceme.calibration.draw``).
 FOLDS, SOURCE_BITS = 4, 32
 
 

@@ -1,6 +1,6 @@
 """Errors that a user can cause. A message has one sentence per problem: the key or file, what is wrong, what would be right.
 
-The entry points (``replaceme.base.entry``) print the message and exit with ``exit_code``; they show a traceback only with
+The entry points (``replaceme.running.entry``) print the message and exit with ``exit_code``; they show a traceback only with
 ``--debug``. Each class also derives from the built-in error that it refines, so that library callers can catch either.
 
 A value that a message repeats passes through ``excerpt`` or ``shown``, so that no message is longer than its reader's patience.

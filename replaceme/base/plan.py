@@ -61,7 +61,7 @@ class Plan:
 
     Attributes:
         blocks: first to last.
-        statistics: names of the statistics (``replaceme.observers.statistics``) to take of each.
+        statistics: names of the statistics (``replaceme.statistics.cut_statistics``) to take of each.
         mlp_width: the number of channels that stay in each kept layer's MLP; None keeps them all. With fewer, the states change
             from the first layer on, and all blocks are fitted in the repair stage.
     """

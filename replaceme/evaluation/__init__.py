@@ -1,4 +1,4 @@
 """Evaluation: the scores of a model, and their comparison with another's.
 
-It may import base, models and corpora.
+It may import base, running, models and calibration.
 """

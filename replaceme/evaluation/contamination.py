@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from replaceme.base.documents import Documents
 from replaceme.base.entries import Source, Task
 from replaceme.base.progress import logger
-from replaceme.corpora import embedded, streamed
-from replaceme.corpora.own_text import chat_turns
-from replaceme.corpora.sources import IdentifiedSource
+from replaceme.calibration import embedded, streamed
+from replaceme.calibration.own_text import chat_turns
+from replaceme.calibration.sources import IdentifiedSource
 from replaceme.evaluation.embedded_tasks import EMBEDDED
 from replaceme.evaluation.requests import Requests
 from replaceme.evaluation.tasks import HELD_OUT, is_file, task_name

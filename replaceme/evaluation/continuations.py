@@ -17,7 +17,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from replaceme.base.errors import DatasetError
 from replaceme.base.progress import progress
-from replaceme.corpora.tokenization import encode, start_of_text
+from replaceme.calibration.tokenization import encode, start_of_text
 from replaceme.models.generation import generate
 from replaceme.models.model import positions_of
 

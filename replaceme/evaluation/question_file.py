@@ -11,7 +11,7 @@ from typing import Any
 
 from replaceme.base.entries import Task
 from replaceme.base.errors import DatasetError, excerpt, shown
-from replaceme.corpora.local import read_json_lines, short
+from replaceme.calibration.local import read_json_lines, short
 from replaceme.evaluation.embedded_tasks import CHOICE, Items
 
 # lm-eval's configuration of the questions, with the prompt of its task piqa.

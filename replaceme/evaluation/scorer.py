@@ -18,12 +18,12 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch.nn.functional import log_softmax
 
-from replaceme.base.compute import free_memory
 from replaceme.base.errors import DatasetError, ModelError
 from replaceme.base.group import all_gather, all_reduce_sum, shard
 from replaceme.base.progress import progress
 from replaceme.evaluation.continuations import write_continuations
 from replaceme.evaluation.windows import WINDOW
+from replaceme.models.devices import free_memory
 from replaceme.models.interleaving import interleave_forwards
 from replaceme.models.kv_cache import cache_arguments, cache_bytes_per_token, fill_cache, shares_contexts
 from replaceme.models.model import positions_of

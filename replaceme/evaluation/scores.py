@@ -13,21 +13,21 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from replaceme.base.compute import kind_of, use_processor
 from replaceme.base.files import read_json, write_json
 from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
-from replaceme.base.versions import SCORES, versions
 from replaceme.evaluation.accuracy import score_suite
 from replaceme.evaluation.contamination import CalibrationText, find_contamination
 from replaceme.evaluation.continuations import continue_prompts
 from replaceme.evaluation.perplexity import perplexities, score_windows
 from replaceme.evaluation.requests import prepare_requests
 from replaceme.evaluation.scorer import CausalScorer
+from replaceme.models.devices import kind_of, use_processor
 from replaceme.models.kv_cache import cache_bytes_per_token
 from replaceme.models.memory import load_within_budget
 from replaceme.models.model import Model, embedding_count, parameter_count
 from replaceme.models.model_files import WEIGHTS
+from replaceme.running.versions import SCORES, versions
 
 
 @dataclass

@@ -8,8 +8,8 @@ from typing import Any
 
 from replaceme.base.files import read_json
 from replaceme.base.progress import align
-from replaceme.base.workspace import Workspace
 from replaceme.evaluation.comparison import UNITS, Figures
+from replaceme.running.workspace import Workspace
 
 SIDES = ("dense", "pruned")
 # The columns of a comparison, with their headings; one without cells is left out.

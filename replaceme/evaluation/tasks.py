@@ -16,8 +16,8 @@ from replaceme.base.errors import DatasetError, ParameterError, excerpt
 from replaceme.base.files import local_path
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.parameters import Params, nearest
-from replaceme.corpora import embedded, local
-from replaceme.corpora.corpus import Row
+from replaceme.calibration import embedded, local
+from replaceme.calibration.corpus import Row
 from replaceme.evaluation import catalogue
 from replaceme.evaluation.embedded_tasks import EMBEDDED, RETRIEVAL_VERSION, Items
 from replaceme.evaluation.question_file import QUESTION, is_question_file, read_questions, read_texts

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from replaceme.base.errors import DatasetError
-from replaceme.corpora.corpus import Row, plain_text
-from replaceme.corpora.tokenization import encode, encode_in_chunks, start_of_text
+from replaceme.calibration.corpus import Row, plain_text
+from replaceme.calibration.tokenization import encode, encode_in_chunks, start_of_text
 from replaceme.evaluation.standard_errors import Sample
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 """The model card of a pruned model: original, changes, how to load it, limits, scores, and how to reproduce them.
 
-It has no local paths and no secrets. The scores are known only after the export; ``replaceme.publish`` adds them.
+It has no local paths and no secrets. The scores are known only after the export; ``replaceme.cli.publish`` adds them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,6 @@ from replaceme.base.entries import Source, dataset_title
 from replaceme.base.files import without_folder
 from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
-from replaceme.base.versions import listed
 from replaceme.edits.edits import Edits
 from replaceme.export.transformers4 import transformers_4_obstacle
 from replaceme.methods.registry import FIELDS, USERS, has_effect
@@ -26,6 +25,7 @@ from replaceme.models.families import Linear
 from replaceme.models.model import Model
 from replaceme.models.model_files import CARD
 from replaceme.models.own_form import FILE
+from replaceme.running.versions import listed
 
 # The settings that determine the model, and those that determine its scores; the others say where it was computed.
 SETTINGS = (

@@ -121,10 +121,10 @@ def build_problem(params: Params, sums: Sums, statistic: Statistics) -> Problem:
     """
     import torch
 
-    from replaceme.base.compute import resolve_device
-    from replaceme.observers.shards import StoredShards
+    from replaceme.models.devices import resolve_device
     from replaceme.solvers.objectives import CosineLoss, Problem, SquaredError
     from replaceme.solvers.structures import parametrise
+    from replaceme.statistics.shards import StoredShards
 
     own = Objective.of(params)
     device, width = torch.device(resolve_device(params.device)), len(sums["gram"])

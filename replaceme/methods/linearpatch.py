@@ -5,7 +5,7 @@ the block, in rotated coordinates, where no single channel is massive.
 
 for the states h before the block and H after it, with a Hadamard matrix R (the published ``rotate``), or R = I (its ``diag``),
 which costs d parameters instead of d². All real tokens count, also those of massive norm: the rotation spreads them over the
-channels. Any Hadamard matrix of the width works, but each gives another P; ours are those of ``replaceme.observers.hadamard``.
+channels. Any Hadamard matrix of the width works, but each gives another P; ours are those of ``replaceme.statistics.hadamard``.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Form(Settings):
 def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
     """Return the operator on the state at the cut, and its fit."""
     from replaceme.edits.edits import Edits
-    from replaceme.observers.hadamard import hadamard
     from replaceme.solvers.quality import measure_operator_fit
+    from replaceme.statistics.hadamard import hadamard
 
     form = Form.of(params).linearpatch_form
     magnitudes = statistics(_magnitudes(params))
@@ -66,7 +66,7 @@ def _magnitudes(params: Params) -> str:
 def check(params: Params, model: Model, family: Family) -> None:
     """Refuse models that the operator can't be added to, and widths of which no Hadamard matrix is constructed here."""
     from replaceme.models.own_form import check_own_form
-    from replaceme.observers.hadamard import hadamard
+    from replaceme.statistics.hadamard import hadamard
 
     check_own_form(model.config())
     width = int(model.config().hidden_size)

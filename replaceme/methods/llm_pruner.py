@@ -324,7 +324,7 @@ def measure_importance(
     """
     import torch
 
-    from replaceme.base.compute import require_resident
+    from replaceme.models.devices import require_resident
     from replaceme.models.layers import enable_gradients
 
     modules = family.decoder_layers(model)

@@ -115,7 +115,7 @@ class TrainedLayer(ModelEdit):
 
 def train_layer(context: MethodContext) -> dict[str, Any]:
     """Train the layer before the cut, add its weights to the edits, and return figures of the training."""
-    from replaceme.base.compute import require_resident
+    from replaceme.models.devices import require_resident
     from replaceme.training.checkpoints import checkpoints_in, key_of
     from replaceme.training.curves import write_curves
     from replaceme.training.training import Course, entering_and_leaving, figures_of, settings_of, train

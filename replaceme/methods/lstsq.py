@@ -22,8 +22,8 @@ FEATURES = {"refit": "mlp_features", "joint": "features", "channels": "features"
 
 def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
     """Return the edits of the layer before the cut, and their fit."""
-    from replaceme.base.compute import resolve_device
     from replaceme.edits.edits import Edits
+    from replaceme.models.devices import resolve_device
     from replaceme.solvers.closed_forms import solve_closed_form, title_suffix
     from replaceme.solvers.quality import describe_dense_ridge, describe_structured_ridge, measure_fit, ridge_path
     from replaceme.solvers.ridge import solve_ridge

@@ -76,8 +76,8 @@ class Method(Limits):
     Attributes:
         solve: makes edits and their figures from the parameters, a removed block and its statistics.
         surrogate: with these parameters, what takes the block's place while cuts are compared by their loss.
-        statistics: with these parameters, names of the statistics (``replaceme.observers.statistics``) that it needs of each
-            block.
+        statistics: with these parameters, names of the statistics that it needs of each block
+            (``replaceme.statistics.cut_statistics``).
         criterion: the published criterion of what is removed.
         fit_on_model: runs on the model after solve, in the repair stage, for edits that statistics can't give: it adds a
             ``ModelEdit`` to the edits and returns figures for the metrics.

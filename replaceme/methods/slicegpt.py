@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from replaceme.models.families import Family
     from replaceme.models.layers import EntryState
     from replaceme.models.model import Model
-    from replaceme.observers.walk import Signal, Signals
+    from replaceme.statistics.walk import Signal, Signals
 
 # Tokens in one call of an MLP, and rows of a weight multiplied at once.
 TOKENS, ROWS = 2048, 4096
@@ -229,8 +229,8 @@ def find_bases(context: MethodContext, width: int) -> list[tuple[Tensor, float]]
     """
     import torch
 
-    from replaceme.base.compute import require_resident
     from replaceme.base.scratch import scratch
+    from replaceme.models.devices import require_resident
     from replaceme.models.layers import EntryState
 
     model, family = context.model, context.family
@@ -254,7 +254,7 @@ def find_bases(context: MethodContext, width: int) -> list[tuple[Tensor, float]]
 
 def find_shared_basis(context: MethodContext, width: int) -> list[tuple[Tensor, float]]:
     """Return one Q for all signals of the dense model, and its share of their common trace."""
-    from replaceme.observers.walk import walk
+    from replaceme.statistics.walk import walk
 
     pool = _PooledStates(len(context.family.decoder_layers(context.model)), int(context.model.config.hidden_size))
     walk(
@@ -285,7 +285,7 @@ def _walk_layer(
     context: MethodContext, layer: int, signals: tuple[Signal, ...], states: Tensor, start: EntryState | None
 ) -> Tensor:
     """Overwrite all tokens' states with the sum of a layer's signals, and return its ``Σ hᵀh`` (d, d) float64."""
-    from replaceme.observers.walk import walk
+    from replaceme.statistics.walk import walk
 
     kept = _KeptStates(layer, signals, states)
     walk(
@@ -299,7 +299,7 @@ def _pass_mlp(layer: Any, family: Family, states: Tensor, Q: Tensor) -> Tensor:
     """Project all tokens' states, update them by a layer's MLP, in place, and return ``Σ hᵀh`` (d, d) float64."""
     import torch
 
-    from replaceme.observers.sums import squares
+    from replaceme.statistics.sums import squares
 
     norm, mlp = layer.get_submodule(family.rms_norms[1]), layer.get_submodule(family.mlp)
     device = next(mlp.parameters()).device
@@ -323,7 +323,7 @@ class _KeptStates:
         return {self.layer: frozenset(self.signals)}
 
     def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
-        from replaceme.observers.sums import squares
+        from replaceme.statistics.sums import squares
 
         state = _sum_of(signals, self.signals, batch)
         self.gram = self.gram.to(state.device).add_(squares(state))
@@ -341,7 +341,7 @@ class _PooledStates:
         return {**dict.fromkeys(range(self.layers), of_each), self.layers - 1: of_each | {"output"}}
 
     def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
-        from replaceme.observers.sums import squares, token_weights
+        from replaceme.statistics.sums import squares, token_weights
 
         states = [_sum_of(signals, names, batch) for names in (("input",), ("input", "attention"))]
         if "output" in signals:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from replaceme.base.compute import free_memory, release_memory, resolve_device
 from replaceme.base.errors import ModelError, ParameterError
 from replaceme.base.parameters import Params, size_of
 from replaceme.base.progress import logger
+from replaceme.models.devices import free_memory, release_memory, resolve_device
 from replaceme.models.dtypes import is_finite
 from replaceme.models.families import FAMILIES, Family
 from replaceme.models.model import Model

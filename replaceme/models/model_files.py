@@ -28,7 +28,7 @@ TOKENIZER_FILES = (
     GENERATION_CONFIG,
 )  # fmt: skip
 CARD_FILES = (CARD, "LICENSE*", "NOTICE*")
-# What a pruned model was calibrated on (``replaceme.corpora.sources``).
+# What a pruned model was calibrated on (``replaceme.calibration.sources``).
 TEXT_RECORD = "calibration_text.json"
 ALL_FILES = (*WEIGHT_FILES, *TOKENIZER_FILES, *CARD_FILES, TEXT_RECORD)
 # Some repositories hold the weights a second time, in their author's own format.

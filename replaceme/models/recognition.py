@@ -2,7 +2,7 @@
 
 The structure gives the list of decoder layers and, in a layer, an attention and an MLP that end in linears of the hidden width.
 The fold of a map is exact if, in every layer, the MLP returns the output of its last linear, and attention and MLP together
-are all that the layer adds to its input; ``replaceme.observers.proof`` checks both on real text. Other effects of a cut
+are all that the layer adds to its input; ``replaceme.statistics.proof`` checks both on real text. Other effects of a cut
 (attention patterns, a scale by layer index) are left to the export's verification.
 """
 

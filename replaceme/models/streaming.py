@@ -3,7 +3,7 @@
 What is outside the decoder layers (embeddings, the last norm, the head) stays in memory. The layers' parameters are
 ``LazyParameter`` on the meta device. A layer's ``forward`` first loads them. When they and those of other layers exceed the
 budget, the layer is evicted whose turn is farthest away, if layers follow each other in a circle. Every path through the model
-works; a layer that is skipped loads nothing. Walks over text go layer by layer besides (``replaceme.observers.walk``).
+works; a layer that is skipped loads nothing. Walks over text go layer by layer besides (``replaceme.statistics.walk``).
 
 transformers loads a layer as it loads a whole model: renamed, merged (experts that are stored one by one) and cast. So results
 are the same bits. On the processor, in the dtype of the files, weights are mapped: they take the system's page cache, and no

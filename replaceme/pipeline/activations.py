@@ -5,18 +5,18 @@ from contextlib import nullcontext
 import torch
 from safetensors.torch import save_file
 
-from replaceme.base.compute import use_processor
 from replaceme.base.documents import Documents
 from replaceme.base.files import new_folder
 from replaceme.base.parameters import Params
 from replaceme.base.plan import Plan
 from replaceme.base.progress import logger
 from replaceme.base.ranks import rank
-from replaceme.base.stage import PASS, Stage
-from replaceme.base.workspace import Workspace
+from replaceme.models.devices import use_processor
 from replaceme.models.find import calibration_model
 from replaceme.models.streaming import evict_layers
-from replaceme.observers.statistics import adds_up, take_statistics
+from replaceme.running.stage import PASS, Stage
+from replaceme.running.workspace import Workspace
+from replaceme.statistics.cut_statistics import adds_up, take_statistics
 
 # With fewer tokens per dimension, the fit overfits the sample.
 TOKENS_PER_DIMENSION = 8

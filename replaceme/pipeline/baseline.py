@@ -3,10 +3,10 @@
 from replaceme.base.files import new_folder, read_json
 from replaceme.base.parameters import Params
 from replaceme.base.ranks import rank
-from replaceme.base.stage import SCORING, Stage
-from replaceme.base.workspace import Workspace
 from replaceme.evaluation.scores import score_model
 from replaceme.models.find import recorded_model
+from replaceme.running.stage import SCORING, Stage
+from replaceme.running.workspace import Workspace
 
 
 def score_baseline(params: Params, work: Workspace) -> None:

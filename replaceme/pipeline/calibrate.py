@@ -7,13 +7,13 @@ from replaceme.base.entries import dataset_title
 from replaceme.base.files import new_folder, read_json, write_json
 from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
-from replaceme.base.stage import Stage
-from replaceme.base.workspace import Workspace
-from replaceme.corpora.corpus import Corpus
-from replaceme.corpora.draw import Counts, draw_documents
-from replaceme.corpora.find import find_datasets
-from replaceme.corpora.sources import sources_of
+from replaceme.calibration.corpus import Corpus
+from replaceme.calibration.draw import Counts, draw_documents
+from replaceme.calibration.find import find_datasets
+from replaceme.calibration.sources import sources_of
 from replaceme.models.find import recorded_model
+from replaceme.running.stage import Stage
+from replaceme.running.workspace import Workspace
 
 
 def calibrate(params: Params, work: Workspace) -> None:

@@ -8,14 +8,14 @@ from collections.abc import Mapping
 from statistics import geometric_mean
 from typing import Any
 
-from replaceme.base.cost import Cost, kept_cost
 from replaceme.base.files import read_json, rounded, write_json
 from replaceme.base.parameters import Params
 from replaceme.base.plan import load_blocks
 from replaceme.base.progress import logger
-from replaceme.base.stage import COMPRESSION, Stage
-from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import METHODS
+from replaceme.running.cost import Cost, kept_cost
+from replaceme.running.stage import COMPRESSION, Stage
+from replaceme.running.workspace import Workspace
 
 PEAKS = ("peak_memory_bytes", "peak_cuda_bytes")
 # The task that needs an exact answer.

@@ -11,15 +11,15 @@ from replaceme.base.files import read_json, rounded, write_json
 from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
 from replaceme.base.ranks import rank
-from replaceme.base.stage import SCORING, Stage
-from replaceme.base.workspace import Workspace
-from replaceme.corpora.sources import read_record
+from replaceme.calibration.sources import read_record
 from replaceme.evaluation.comparison import compare
 from replaceme.evaluation.contamination import CalibrationText
 from replaceme.evaluation.continuations import side_by_side
 from replaceme.evaluation.scores import Scores, score_model
 from replaceme.evaluation.tables import comparison_table
 from replaceme.models.model import Model
+from replaceme.running.stage import SCORING, Stage
+from replaceme.running.workspace import Workspace
 
 
 def evaluate(params: Params, work: Workspace) -> None:

@@ -1,26 +1,26 @@
 """export: save the pruned model as a Hugging Face folder, which gets its name only after verification."""
 
-from replaceme.base.compute import use_processor
 from replaceme.base.documents import Documents
 from replaceme.base.files import new_folder, read_json, rounded, write_json, write_text
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
-from replaceme.base.stage import Stage
-from replaceme.base.workspace import Workspace
-from replaceme.corpora.sources import write_record
+from replaceme.calibration.sources import write_record
 from replaceme.edits.edits import Edits
 from replaceme.export.card import SETTINGS, model_card
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import verify_export
 from replaceme.methods.registry import METHODS
 from replaceme.models.depth import broken_patterns
+from replaceme.models.devices import use_processor
 from replaceme.models.dtypes import proof_dtypes
 from replaceme.models.find import recorded_model
 from replaceme.models.memory import choose_processor, weight_budget
 from replaceme.models.model import Model
 from replaceme.models.model_files import CARD
 from replaceme.models.own_form import FILE, is_own_form
+from replaceme.running.stage import Stage
+from replaceme.running.workspace import Workspace
 
 
 def export(params: Params, work: Workspace) -> None:

@@ -3,8 +3,8 @@
 from replaceme.base.files import new_folder, read_json, write_json
 from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
-from replaceme.base.stage import Stage
-from replaceme.base.workspace import Workspace
+from replaceme.running.stage import Stage
+from replaceme.running.workspace import Workspace
 
 
 def generate(params: Params, work: Workspace) -> None:
@@ -17,9 +17,9 @@ def generate(params: Params, work: Workspace) -> None:
             logger.info("generate: dataset has no text of the model's own")
             return
         # Loaded only if text is wanted.
-        from replaceme.base.compute import use_processor
         from replaceme.base.documents import Documents
-        from replaceme.corpora.own_text import MAX_TOKENS, write_texts
+        from replaceme.calibration.own_text import MAX_TOKENS, write_texts
+        from replaceme.models.devices import use_processor
         from replaceme.models.find import calibration_model, recorded_model
         from replaceme.models.kv_cache import eager_attention_where_faster
 

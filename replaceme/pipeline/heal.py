@@ -9,8 +9,8 @@ from replaceme.base.files import PARTIAL, copy_tree, new_folder, read_json, remo
 from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
 from replaceme.base.ranks import rank
-from replaceme.base.stage import PASS, Stage
-from replaceme.base.workspace import Workspace
+from replaceme.running.stage import PASS, Stage
+from replaceme.running.workspace import Workspace
 
 if TYPE_CHECKING:
     from replaceme.edits.edits import Edits
@@ -41,10 +41,10 @@ def heal(params: Params, work: Workspace) -> None:
 
 def _heal(params: Params, work: Workspace, edits: Edits) -> tuple[dict[str, Any], Curves]:
     """Train, add the changes to the edits, and return the training's figures and curves."""
-    from replaceme.base.compute import use_processor
     from replaceme.base.documents import Documents
     from replaceme.base.fingerprints import sha256_below
     from replaceme.base.plan import Plan
+    from replaceme.models.devices import use_processor
     from replaceme.models.find import calibration_model
     from replaceme.models.memory import HEALING_OBSTACLE
     from replaceme.training import healing

@@ -13,31 +13,31 @@ from typing import Any
 import torch
 
 from replaceme.base.combinations import NEW_WEIGHTS
-from replaceme.base.compute import resolve_device
 from replaceme.base.entries import dataset_title
 from replaceme.base.errors import ParameterError, ReplaceMeError
-from replaceme.base.extras import need
 from replaceme.base.files import new_folder, write_json
 from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
-from replaceme.base.stage import Stage
-from replaceme.base.versions import FOUR_BIT, MODEL, SCORES, TEXT, versions
-from replaceme.base.workspace import Workspace
-from replaceme.corpora.find import dataset_fingerprints
-from replaceme.corpora.own_text import own_document_count
+from replaceme.calibration.find import dataset_fingerprints
+from replaceme.calibration.own_text import own_document_count
 from replaceme.evaluation.tasks import task_fingerprints
 from replaceme.methods.refusals import check_model, streaming_obstacle
 from replaceme.methods.registry import METHODS, criterion_of
 from replaceme.models.checks import check_weights
+from replaceme.models.devices import resolve_device
 from replaceme.models.dtypes import proof_dtypes, stored_dtype, working_dtype
 from replaceme.models.find import find_model, identity
 from replaceme.models.memory import format_size, weight_budget, weight_bytes
 from replaceme.models.model import Model, layer_count, positions_of
 from replaceme.models.model_files import CARD_FILES, TEXT_RECORD
 from replaceme.models.recognition import check_cut
-from replaceme.observers.residuals import FIT_TOKENS, HELD_OUT_SHARE
+from replaceme.running.extras import need
+from replaceme.running.stage import Stage
+from replaceme.running.versions import FOUR_BIT, MODEL, SCORES, TEXT, versions
+from replaceme.running.workspace import Workspace
 from replaceme.selection.budget import within_budget
 from replaceme.selection.criteria import allowed_starts
+from replaceme.statistics.residuals import FIT_TOKENS, HELD_OUT_SHARE
 
 
 def inspect_inputs(params: Params, work: Workspace) -> None:

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from replaceme.base.parameters import Params
 from replaceme.base.plan import Block, Plan, load_blocks
 from replaceme.base.progress import logger
-from replaceme.base.stage import Stage
-from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import METHODS, read_by
+from replaceme.running.stage import Stage
+from replaceme.running.workspace import Workspace
 
 
 def plan(params: Params, work: Workspace) -> None:

@@ -3,19 +3,19 @@
 from collections.abc import Mapping
 from typing import Any
 
-from replaceme.base.compute import use_processor
 from replaceme.base.documents import Documents
 from replaceme.base.files import new_folder, rounded, write_json, write_text
 from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
 from replaceme.base.ranks import rank
-from replaceme.base.stage import PASS, Stage
-from replaceme.base.workspace import Workspace
+from replaceme.models.devices import use_processor
 from replaceme.models.dtypes import working_dtype
 from replaceme.models.find import calibration_model, recorded_model
 from replaceme.models.memory import choose_processor, load_within_budget
-from replaceme.observers.profile import profile_model
-from replaceme.observers.proof import prove
+from replaceme.running.stage import PASS, Stage
+from replaceme.running.workspace import Workspace
+from replaceme.statistics.profile import profile_model
+from replaceme.statistics.proof import prove
 
 
 def profile(params: Params, work: Workspace) -> None:

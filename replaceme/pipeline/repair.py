@@ -5,7 +5,6 @@ states.
 from collections.abc import Sequence
 from typing import Any
 
-from replaceme.base.compute import resolve_device, use_processor
 from replaceme.base.documents import Documents
 from replaceme.base.files import copy_tree, new_folder, read_json, remove, rounded, write_json, write_text
 from replaceme.base.fingerprints import sha256_below
@@ -13,20 +12,21 @@ from replaceme.base.parameters import Params
 from replaceme.base.plan import Plan
 from replaceme.base.progress import logger
 from replaceme.base.ranks import rank
-from replaceme.base.stage import PASS, Stage
-from replaceme.base.workspace import Workspace
 from replaceme.edits.edits import Edits
 from replaceme.methods.method import MethodContext
 from replaceme.methods.refusals import streaming_obstacle
 from replaceme.methods.registry import METHODS, read_by
+from replaceme.models.devices import resolve_device, use_processor
 from replaceme.models.families import inputs_of
 from replaceme.models.find import calibration_model, recorded_model
 from replaceme.models.width import mlp_width_entry
-from replaceme.observers.statistics import adds_up
 from replaceme.repair.mend import STEPWISE, mend
 from replaceme.repair.resume import Checkpoints
 from replaceme.repair.state import Repair
+from replaceme.running.stage import PASS, Stage
+from replaceme.running.workspace import Workspace
 from replaceme.selection.budget import within_budget
+from replaceme.statistics.cut_statistics import adds_up
 from replaceme.training.checkpoints import checkpoints_in, key_of, made_with
 from replaceme.training.curves import write_curves
 

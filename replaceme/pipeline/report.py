@@ -13,14 +13,14 @@ from huggingface_hub import EvalResult
 from replaceme.base.config import WITHOUT_EFFECT
 from replaceme.base.files import new_folder, read_json, write_text
 from replaceme.base.parameters import Params
-from replaceme.base.stage import Stage
-from replaceme.base.workspace import Workspace
 from replaceme.edits.edits import Edits
 from replaceme.evaluation.tables import comparison_rows, seen_note, seen_tasks
 from replaceme.export.card import model_card
 from replaceme.methods.registry import FIELDS, METHODS
 from replaceme.models.find import recorded_model
 from replaceme.report.page import render
+from replaceme.running.stage import Stage
+from replaceme.running.workspace import Workspace
 
 # Everything that a result can depend on.
 ALL = tuple(name for name in FIELDS if name not in WITHOUT_EFFECT)

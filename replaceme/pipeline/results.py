@@ -15,7 +15,7 @@ from replaceme.base.files import clear_partials, copy_tree, local_path, new_fold
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.locks import locked
 from replaceme.base.parameters import Params
-from replaceme.base.workspace import Workspace
+from replaceme.running.workspace import Workspace
 
 # What every file of scores has, and none of another program's.
 SCORES = {"perplexity", "accuracy", "parameters", "disk_bytes"}

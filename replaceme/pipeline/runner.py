@@ -13,18 +13,18 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 
-from replaceme.base.compute import kind_of, resolve_device
-from replaceme.base.cost import cost_measurement
 from replaceme.base.errors import ResourceError
 from replaceme.base.files import cache_folder, copy_tree, new_folder, read_json, write_json
 from replaceme.base.fingerprints import code_digest, sha256_below
 from replaceme.base.locks import build_once
 from replaceme.base.parameters import Params
-from replaceme.base.processes import run_step
 from replaceme.base.progress import logger
-from replaceme.base.stage import ORDER, Stage
-from replaceme.base.workspace import Workspace
+from replaceme.models.devices import kind_of, resolve_device
 from replaceme.models.model_files import CARD
+from replaceme.running.cost import cost_measurement
+from replaceme.running.processes import run_step
+from replaceme.running.stage import ORDER, Stage
+from replaceme.running.workspace import Workspace
 
 # Each file of this folder has the stage of its name.
 STAGES: Mapping[str, Stage] = {name: import_module(f"replaceme.pipeline.{name}").STAGE for name in ("inputs", *ORDER)}

@@ -3,18 +3,18 @@
 from functools import partial
 from typing import Any
 
-from replaceme.base.compute import use_processor
 from replaceme.base.documents import Documents
 from replaceme.base.files import read_json, rounded, write_json
 from replaceme.base.parameters import Params
 from replaceme.base.plan import save_blocks
 from replaceme.base.progress import logger
 from replaceme.base.ranks import rank
-from replaceme.base.stage import PASS, Stage
-from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import METHODS, criterion_of, read_by
+from replaceme.models.devices import use_processor
 from replaceme.models.families import Family
 from replaceme.models.find import calibration_model, recorded_model
+from replaceme.running.stage import PASS, Stage
+from replaceme.running.workspace import Workspace
 from replaceme.selection.budget import within_budget
 from replaceme.selection.compensation import compensated, scalable
 from replaceme.selection.criteria import Choice, allowed_starts

@@ -6,16 +6,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from replaceme.base.compute import use_processor
 from replaceme.base.files import new_folder, rounded, write_json, write_text
 from replaceme.base.parameters import Params
 from replaceme.base.plan import Block, Plan
 from replaceme.base.progress import logger
-from replaceme.base.stage import Stage
-from replaceme.base.workspace import Workspace
 from replaceme.edits.edits import Edits
 from replaceme.methods.method import Solved
 from replaceme.methods.registry import METHODS, read_by
+from replaceme.models.devices import use_processor
+from replaceme.running.stage import Stage
+from replaceme.running.workspace import Workspace
 
 
 def solve(params: Params, work: Workspace) -> None:

@@ -28,10 +28,10 @@ from replaceme.base.errors import SolveError
 from replaceme.base.group import all_reduce_sum
 from replaceme.models.dtypes import is_finite
 from replaceme.models.families import Family, parameter_of
-from replaceme.observers.sums import add_squares, mirror, token_weights
-from replaceme.observers.walk import Signal, Signals
 from replaceme.solvers.arguments import ArgumentError
 from replaceme.solvers.cholesky import factorize, inverse_diagonal, solve_factorized
+from replaceme.statistics.sums import add_squares, mirror, token_weights
+from replaceme.statistics.walk import Signal, Signals
 
 # Tokens per compared channel, and the share of channels that a round keeps.
 TOKENS_PER_CHANNEL, SHARE = 8, 0.8
@@ -43,7 +43,7 @@ CANDIDATE_BYTES, MARGIN = 2 << 30, 1.125
 class Candidates:
     """Observer of the least squares from candidate channels, in a layer's MLP, to a target: sums over tokens, float32.
 
-    ``gram`` = Σ w gᵀg (k, k; half of it: ``replaceme.observers.sums``) and ``cross`` = Σ w gᵀ(target − state without the
+    ``gram`` = Σ w gᵀg (k, k; half of it: ``replaceme.statistics.sums``) and ``cross`` = Σ w gᵀ(target − state without the
     MLP) (k, d), ``w = 1/‖target‖²``.
     """
 

@@ -33,7 +33,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
-from replaceme.base.compute import require_resident
 from replaceme.base.documents import FOLDS, Batch, Documents, few_documents, folds_of
 from replaceme.base.files import temporary_folder
 from replaceme.base.group import all_gather, compute_on_rank0, local_world_size, shard
@@ -46,11 +45,8 @@ from replaceme.edits.channels import assembled_parameter, channels_of
 from replaceme.edits.edits import Edits
 from replaceme.edits.unfused import product_format
 from replaceme.methods.registry import METHODS
+from replaceme.models.devices import require_resident
 from replaceme.models.families import Family, Linear, inputs_of
-from replaceme.observers.features import LINEARS, Features
-from replaceme.observers.statistics import STATISTICS, AtCut, Place, add_correction
-from replaceme.observers.sums import Sums, token_weights
-from replaceme.observers.walk import Additive, Keep, Observer, Signal, Signals, total, walk
 from replaceme.repair.channel_choice import (
     TOKENS_PER_CHANNEL,
     Candidates,
@@ -65,6 +61,10 @@ from replaceme.solvers.arguments import naming
 from replaceme.solvers.held_out import Shrinkage, choose_shrinkage
 from replaceme.solvers.quality import relative_residual, sse_change_of_correction
 from replaceme.solvers.ridge import solve_correction
+from replaceme.statistics.cut_statistics import STATISTICS, AtCut, Place, add_correction
+from replaceme.statistics.features import LINEARS, Features
+from replaceme.statistics.sums import Sums, token_weights
+from replaceme.statistics.walk import Additive, Keep, Observer, Signal, Signals, total, walk
 
 # The transforms after which the layer before the cut is solved for again, on its features after the first solution.
 STEPWISE = ("joint", "channels")

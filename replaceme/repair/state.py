@@ -16,8 +16,8 @@ from replaceme.edits.unfused import unfused
 from replaceme.models.families import Family, Linear
 from replaceme.models.layers import EntryState
 from replaceme.models.streaming import evict_layers
-from replaceme.observers.walk import Observer, walk
 from replaceme.solvers.held_out import Shrinkage
+from replaceme.statistics.walk import Observer, walk
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ from replaceme.base.config import settings_yaml
 from replaceme.base.files import read_json, without_folder, write_text
 from replaceme.base.parameters import Params
 from replaceme.base.plan import load_blocks
-from replaceme.base.versions import listed
-from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import FIELDS, criterion_of
 from replaceme.models.embedded import MODELS
 from replaceme.report import sentences, tables
 from replaceme.report.pictures import Picture, draw_pictures
+from replaceme.running.versions import listed
+from replaceme.running.workspace import Workspace
 
 SETTINGS_FILE, PICTURES = "params.yaml", "pictures"
 

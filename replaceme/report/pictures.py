@@ -10,10 +10,10 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from replaceme.base.plan import Block
-from replaceme.base.workspace import Workspace
 from replaceme.report.figures import draw_block_map, draw_curves, draw_layers, draw_ridge_path, draw_scores
 from replaceme.report.formatting import Figures
 from replaceme.report.theme import DARK, DPI, LIGHT, to_png
+from replaceme.running.workspace import Workspace
 
 # Pixels of a PNG file per CSS pixel of the page.
 DENSITY = DPI / 96

@@ -6,7 +6,7 @@ of the layers that follow. One scalar compensates for this, the mean gain of the
     s = mean over channels k of  Σ_tokens |h_{end−1}|_k / Σ_tokens |h_{start−1}|_k
 
 The authors' program averages the ratios of single texts of 2048 tokens; here texts differ in length, so the sums run over all
-of them. Layers are removed one by one, each time the one of lowest block influence (``replaceme.observers.profile``) in the
+of them. Layers are removed one by one, each time the one of lowest block influence (``replaceme.statistics.profile``) in the
 model as shortened and scaled so far. One pass over a few thousand tokens gives all influences and gains.
 
 The published program folds s into the embedding and all weights before the cut that add to the stream. Here the outputs of the
@@ -30,7 +30,7 @@ from replaceme.base.progress import progress
 from replaceme.edits.edits import Edits
 from replaceme.edits.unfused import operator_hook, unfused
 from replaceme.models.families import Family
-from replaceme.observers.walk import Signal, Signals, ask, walk
+from replaceme.statistics.walk import Signal, Signals, ask, walk
 
 # Of ``check_scale``: documents, tokens of each, a factor that rounds nothing, and the largest relative change of the logits.
 DOCUMENTS, LENGTH, FACTOR, TOLERANCE = 2, 128, 4.0, 0.05

@@ -3,7 +3,7 @@
 A block ``[start, end)`` comes after the layer ``start − 1``, so ``start`` is at least 1. Cheapest first:
 
 - ``angular``: the smallest ``D(start − 1, end − 1)`` (UIDL; ReplaceMe, section 3).
-- ``residual``: the smallest relative residual of a linear map in the block's place (``replaceme.observers.residuals``).
+- ``residual``: the smallest relative residual of a linear map in the block's place (``replaceme.statistics.residuals``).
 - ``loss``: of the few cuts with the smallest residuals (and smallest angles, where no map takes the block's place), the one
   whose shortened model predicts held-out calibration text best (``replaceme.selection.cut_loss``). With ``tolerated_loss``, it
   removes as many layers as it can without raising that loss by more than this value.
@@ -14,7 +14,7 @@ A block ``[start, end)`` comes after the layer ``start − 1``, so ``start`` is 
 
 Two criteria choose single layers; adjacent ones form a block:
 
-- ``influence``: the layers that change their input least (ShortGPT, arXiv 2403.03853): ``replaceme.observers.profile``.
+- ``influence``: the layers that change their input least (ShortGPT, arXiv 2403.03853): ``replaceme.statistics.profile``.
 - ``greedy``: one layer at a time, the one without which the loss is lowest (SLEB, arXiv 2402.09025):
   ``replaceme.selection.greedy``.
 

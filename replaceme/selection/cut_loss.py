@@ -2,7 +2,7 @@
 
 The fit has its own token weights and ridges, so that the choice does not depend on α or on a solver. It is one of:
 
-- a linear map, as in the profile's residuals (``replaceme.observers.residuals``);
+- a linear map, as in the profile's residuals (``replaceme.statistics.residuals``);
 - all weights of the last linear before the cut, or of both last linears of that layer (``replaceme.solvers.refit``), which can
   rank the cuts differently;
 - a scalar (``replaceme.selection.compensation``).
@@ -28,15 +28,15 @@ from replaceme.base.progress import logger, progress
 from replaceme.edits.edits import Edits
 from replaceme.models.families import Family, Linear, parameter_of
 from replaceme.models.streaming import LazyParameter
-from replaceme.observers.features import LINEARS, Features
-from replaceme.observers.residuals import RIDGE, solve_small_ridge
-from replaceme.observers.statistics import AtCut, FeatureGram
-from replaceme.observers.sums import squares, token_weights
-from replaceme.observers.walk import walk
 from replaceme.selection.blocks import smallest
 from replaceme.selection.compensation import gains
 from replaceme.selection.trials import Losses, Trials, batches_of, next_token_losses
 from replaceme.solvers.refit import refit
+from replaceme.statistics.cut_statistics import AtCut, FeatureGram
+from replaceme.statistics.features import LINEARS, Features
+from replaceme.statistics.residuals import RIDGE, solve_small_ridge
+from replaceme.statistics.sums import squares, token_weights
+from replaceme.statistics.walk import walk
 
 # Number of measured cuts, and the tokens that they are measured on, at most: on 4096, two good cuts can't be told apart.
 SHORTLIST, TOKENS = 6, 16_384

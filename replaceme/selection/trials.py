@@ -16,7 +16,7 @@ from replaceme.edits.edits import Edits
 from replaceme.edits.unfused import unfused
 from replaceme.models.families import Family, decoder_of
 from replaceme.models.layers import EntryState
-from replaceme.observers.walk import Keep, passes, walk
+from replaceme.statistics.walk import Keep, passes, walk
 
 # Tokens whose scores are in float32 at once: few enough for the processor's cache.
 PART = 16

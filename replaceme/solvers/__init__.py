@@ -1,4 +1,4 @@
 """Solvers: transforms and weights from sums and tokens.
 
-It may import base, models, edits and observers.
+It may import base, running, models, edits and statistics.
 """

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from replaceme.observers.walk import total
 from replaceme.solvers.cholesky import factorize, solve_factorized
+from replaceme.statistics.walk import total
 
 # Multiples of the ridge, tried in order until one is no better; and the smallest ridge for which float32 is precise enough.
 MULTIPLES, FLOAT32_RIDGE = (1.0, 4.0, 16.0, 64.0), 1e-3

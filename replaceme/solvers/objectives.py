@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.autograd.functional import vhp
 
-from replaceme.observers.shards import Shards, Tokens
 from replaceme.solvers.closed_forms import squared_error
 from replaceme.solvers.structures import Parametrisation, SplitEntries
+from replaceme.statistics.shards import Shards, Tokens
 
 # Tokens of a shard that are computed at once.
 ROWS = 4096

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from replaceme.edits.edits import Edits
-from replaceme.observers.features import Features
 from replaceme.solvers.quality import (
     describe_ridge,
     distance_from_identity,
@@ -26,6 +25,7 @@ from replaceme.solvers.quality import (
     sse_change_of_correction,
 )
 from replaceme.solvers.ridge import solve_correction, solve_ridge
+from replaceme.statistics.features import Features
 
 
 def refit(edits: Edits, layer: int, sums: Mapping[str, Tensor], alpha: float, ridge: float) -> dict[str, float]:
@@ -34,8 +34,8 @@ def refit(edits: Edits, layer: int, sums: Mapping[str, Tensor], alpha: float, ri
     Args:
         edits: receives a transform (fitted with the same token weights) and corrections of the weights after it.
         layer: the kept layer before the removed block.
-        sums: ``replaceme.observers.statistics.FeatureGram``: of the MLP's features (refit), or of the attention's too (joint).
-            Afterwards, ``gram`` holds nothing of use: it is factorised in its own memory.
+        sums: ``replaceme.statistics.cut_statistics.FeatureGram``: of the MLP's features (refit), or of the attention's too
+            (joint). Afterwards, ``gram`` holds nothing of use: it is factorised in its own memory.
         alpha: ridge of the transform, in the units of ``Σ w MᵀM``.
         ridge: λ of the corrections.
 

@@ -1,4 +1,4 @@
 """Training of weights on documents.
 
-It may import base, models, edits and observers.
+It may import base, running, models, edits and statistics.
 """

@@ -17,11 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from replaceme.base.compute import kind_of
 from replaceme.base.errors import ResourceError
 from replaceme.base.files import PARTIAL, new_folder, read_json, write_json
 from replaceme.base.fingerprints import code_digest
-from replaceme.base.versions import FOUR_BIT, MODEL, versions
+from replaceme.models.devices import kind_of
+from replaceme.running.versions import FOUR_BIT, MODEL, versions
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
 # Bytes of a tensor that are hashed at once.

@@ -33,7 +33,7 @@ from replaceme.edits.fold import changed_parameters
 from replaceme.edits.unfused import replaced_parameter, unfused
 from replaceme.models.families import Family, Linear, in_torch_layout, parameter_of
 from replaceme.models.layers import EntryState, enable_gradients, skip_layers, start_at_layer
-from replaceme.observers.features import LINEARS
+from replaceme.statistics.features import LINEARS
 from replaceme.training.training import Texts
 
 # Fraction of a step's positions whose predictions are compared. (They take most of a step's time, and the same number of

@@ -28,7 +28,7 @@ from replaceme.base.progress import logger, progress
 from replaceme.base.ranks import rank
 from replaceme.base.scratch import scratch
 from replaceme.models.families import Family
-from replaceme.observers.walk import Keep, Signals, total, walk
+from replaceme.statistics.walk import Keep, Signals, total, walk
 from replaceme.training.checkpoints import Pace, load_checkpoint, made_with, save_checkpoint
 from replaceme.training.curves import CURVES, add_row, write_curves
 

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from replaceme.base import compute, entry
-from replaceme.base.compute import free_memory
 from replaceme.base.errors import LostProcessError, ResourceError
 from replaceme.base.group import all_gather, process_group, sharded
 from replaceme.base.progress import logger
 from replaceme.base.ranks import rank, world_size
+from replaceme.models import devices
+from replaceme.models.devices import free_memory
+from replaceme.running import entry
 from tests.ranks import in_ranks
 
 
@@ -41,8 +42,8 @@ def test_a_process_notices_that_another_one_has_ended(tmp_path: Path) -> None:
 
 
 def _free() -> list[int]:
-    compute.MEMORY_INFO = Path(os.environ["MEMORY"])
-    compute.GROUP_LIMIT = Path("nowhere")
+    devices.MEMORY_INFO = Path(os.environ["MEMORY"])
+    devices.GROUP_LIMIT = Path("nowhere")
     os.environ["LOCAL_WORLD_SIZE"] = "2"
     with process_group():
         alone = free_memory("cpu")
@@ -59,12 +60,12 @@ def test_processes_that_share_work_share_the_free_memory(tmp_path: Path, monkeyp
 def test_each_process_has_the_gpu_of_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert (compute.resolve_device("auto"), compute.resolve_device("cuda")) == ("cuda", "cuda")
+    assert (devices.resolve_device("auto"), devices.resolve_device("cuda")) == ("cuda", "cuda")
     _launched(monkeypatch, 1)
-    assert [compute.resolve_device(device) for device in ("auto", "cuda", "cpu")] == ["cuda:1", "cuda:1", "cpu"]
+    assert [devices.resolve_device(device) for device in ("auto", "cuda", "cpu")] == ["cuda:1", "cuda:1", "cpu"]
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ResourceError, match="processes: each needs a GPU of its own, and torch sees 2; start at most 2"):
-        compute.resolve_device("cuda")
+        devices.resolve_device("cuda")
 
 
 def test_on_the_processor_no_process_needs_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from ruamel.yaml import YAML
 from replaceme.base.entries import Task
 from replaceme.base.errors import ParameterError
 from replaceme.base.parameters import Params, read_params
+from replaceme.cli.reference import reference
 from replaceme.methods.registry import FIELDS, METHODS
-from replaceme.reference import reference
 from tests.pipeline.closure import ROOT
 
 

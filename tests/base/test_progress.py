@@ -60,7 +60,7 @@ def test_a_loop_in_a_file_has_a_line_every_twenty_seconds_and_none_before(
 
 def test_printed_lines_and_messages_keep_their_order_in_one_file() -> None:
     program = (
-        "from replaceme.base.entry import run; from replaceme.base.progress import logger\n"
+        "from replaceme.running.entry import run; from replaceme.base.progress import logger\n"
         "run(lambda: (logger.info('before'), print('a table'), logger.info('after')))"
     )
     command = [sys.executable, "-c", program]
@@ -110,7 +110,7 @@ def test_a_message_on_a_terminal_has_a_line_of_its_own_beside_the_bars() -> None
 
 LIBRARIES = """
 import sys
-from replaceme import commands
+from replaceme.cli import commands
 
 def use_libraries(params):
     from datasets import Dataset

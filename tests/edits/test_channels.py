@@ -24,9 +24,9 @@ from replaceme.export.verification import verify_export
 from replaceme.methods.registry import METHODS
 from replaceme.models.families import family_of, inputs_of
 from replaceme.models.model import Model
-from replaceme.observers.sums import mirror
-from replaceme.observers.walk import walk
 from replaceme.repair.channel_choice import Candidates, Screened, best_channels, likely_channels, max_candidates
+from replaceme.statistics.sums import mirror
+from replaceme.statistics.walk import walk
 from tests.conftest import PLAIN, made_model
 from tests.helpers import many_documents, passing
 from tests.methods.helpers import BLOCK, model_refusals, same_weights, solved

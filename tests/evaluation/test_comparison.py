@@ -13,16 +13,16 @@ from hypothesis import strategies as st
 from scipy.stats import t
 from torch import Tensor
 
-from replaceme.base.compute import kind_of
 from replaceme.base.errors import DatasetError
 from replaceme.base.parameters import Params
-from replaceme.base.versions import SCORES, versions
 from replaceme.evaluation.comparison import compare
 from replaceme.evaluation.scores import Scores, score_model
 from replaceme.evaluation.standard_errors import Sample, paired_p_value
 from replaceme.evaluation.tables import comparison_rows, comparison_table, scores_table
 from replaceme.evaluation.tasks import task_fingerprints
+from replaceme.models.devices import kind_of
 from replaceme.models.model import Model
+from replaceme.running.versions import SCORES, versions
 
 SIZES = {"parameters": 200, "disk_bytes": 400, "kv_cache_bytes_per_token": 40}
 

@@ -13,10 +13,10 @@ import torch
 from replaceme.base.documents import Documents
 from replaceme.base.entries import Task
 from replaceme.base.parameters import Params, read_params
-from replaceme.corpora import embedded
-from replaceme.corpora.find import dataset_fingerprints
-from replaceme.corpora.sources import identified_sources
-from replaceme.corpora.tokenization import render_chat
+from replaceme.calibration import embedded
+from replaceme.calibration.find import dataset_fingerprints
+from replaceme.calibration.sources import identified_sources
+from replaceme.calibration.tokenization import render_chat
 from replaceme.evaluation.contamination import CalibrationText, hash_ngrams, item_texts
 from replaceme.evaluation.embedded_tasks import EMBEDDED
 from replaceme.evaluation.scores import score_model

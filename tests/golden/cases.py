@@ -14,9 +14,9 @@ import transformers
 from safetensors.torch import load_file
 
 import replaceme
-from replaceme.base.compute import kind_of
 from replaceme.base.errors import ReplaceMeError
 from replaceme.methods.registry import METHODS
+from replaceme.models.devices import kind_of
 from tests.conftest import EXPERTS, KINDS, NORM_AFTER_MLP, UNDESCRIBED, made_model, made_text, made_tokenizer
 
 SMALL: Mapping[str, Any] = {

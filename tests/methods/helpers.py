@@ -14,7 +14,6 @@ from replaceme.base.documents import Documents
 from replaceme.base.errors import ParameterError
 from replaceme.base.parameters import Params, read_params
 from replaceme.base.plan import Block, Plan
-from replaceme.base.workspace import Workspace
 from replaceme.edits.edits import Edits
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import verify_export
@@ -23,9 +22,10 @@ from replaceme.methods.refusals import check_model
 from replaceme.methods.registry import METHODS
 from replaceme.models.families import Family, family_of
 from replaceme.models.model import Model
-from replaceme.observers.statistics import take_statistics
 from replaceme.repair.mend import mend
 from replaceme.repair.state import Repair
+from replaceme.running.workspace import Workspace
+from replaceme.statistics.cut_statistics import take_statistics
 from tests.conftest import WIDTH, made_model
 from tests.helpers import TEXT, shortened_logits
 

@@ -9,11 +9,11 @@ import pytest
 from replaceme.base.errors import ReplaceMeError
 from replaceme.base.parameters import Params
 from replaceme.base.plan import Block
-from replaceme.base.workspace import Workspace
 from replaceme.export.save import save_pruned
 from replaceme.methods.registry import METHODS
 from replaceme.models.model import Model
 from replaceme.pipeline.inputs import inspect_inputs
+from replaceme.running.workspace import Workspace
 
 
 def test_the_hosts_linears_are_the_mean_and_its_norms_stay(tiny: Model, params: Params, tmp_path: Path) -> None:

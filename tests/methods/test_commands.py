@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from replaceme import commands
 from replaceme.base.files import read_json
-from replaceme.base.workspace import Workspace
+from replaceme.cli import commands
 from replaceme.edits.edits import Edits
 from replaceme.models.model import Model
 from replaceme.models.own_form import is_own_form
+from replaceme.running.workspace import Workspace
 from tests.conftest import LAYERS
 from tests.helpers import FAST, call
 

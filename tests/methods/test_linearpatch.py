@@ -11,12 +11,12 @@ import torch
 from replaceme.base.documents import Documents
 from replaceme.base.errors import ReplaceMeError
 from replaceme.base.parameters import Params
-from replaceme.base.workspace import Workspace
 from replaceme.models.families import Family
 from replaceme.models.model import Model
-from replaceme.observers.hadamard import hadamard
-from replaceme.observers.statistics import take_statistics
 from replaceme.pipeline.inputs import inspect_inputs
+from replaceme.running.workspace import Workspace
+from replaceme.statistics.cut_statistics import take_statistics
+from replaceme.statistics.hadamard import hadamard
 from tests.conftest import WIDTH, made_model
 from tests.helpers import TEXT, passing
 from tests.methods.helpers import BLOCK, assert_saved_computes_edits, solved_alone

@@ -15,7 +15,6 @@ from replaceme.base.documents import Documents
 from replaceme.base.errors import ModelError, ParameterError, VerificationError
 from replaceme.base.parameters import Params, read_params
 from replaceme.base.plan import Plan
-from replaceme.base.workspace import Workspace
 from replaceme.edits.edits import Edits
 from replaceme.edits.fold import apply_edits
 from replaceme.export.save import save_pruned
@@ -38,6 +37,7 @@ from replaceme.models.kv_cache import cache_bytes_per_token, fill_cache
 from replaceme.models.model import Model
 from replaceme.models.own_form import is_own_form
 from replaceme.pipeline.inputs import inspect_inputs
+from replaceme.running.workspace import Workspace
 from tests.conftest import DESCRIBED, FAMILY_CONFIGS, KINDS, LAYERS, made_model
 from tests.helpers import TEXT, hooked_and_folded
 from tests.methods.helpers import model_refusals

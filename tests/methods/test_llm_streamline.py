@@ -17,7 +17,6 @@ from replaceme.base.errors import SolveError
 from replaceme.base.files import read_json
 from replaceme.base.parameters import Params, read_params
 from replaceme.base.plan import Block, Plan, load_blocks
-from replaceme.base.workspace import Workspace
 from replaceme.edits.edits import Edits
 from replaceme.export.card import model_card
 from replaceme.export.save import save_pruned
@@ -29,7 +28,8 @@ from replaceme.models.families import FAMILIES, Family, family_of, parameter_of
 from replaceme.models.kv_cache import cache_bytes_per_token
 from replaceme.models.model import Model
 from replaceme.models.own_form import is_own_form
-from replaceme.observers.profile import profile_model
+from replaceme.running.workspace import Workspace
+from replaceme.statistics.profile import profile_model
 from replaceme.training import checkpoints, training
 from replaceme.training.checkpoints import key_of, load_checkpoint, save_checkpoint
 from replaceme.training.training import Course, entering_and_leaving, orders, train

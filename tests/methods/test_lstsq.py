@@ -18,7 +18,7 @@ from tests.solvers.helpers import made_sums, made_tokens
 def test_least_squares_fits_an_orthogonal_map_on_the_device_of_the_model(
     transform: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("replaceme.base.compute.resolve_device", lambda _: "meta")
+    monkeypatch.setattr("replaceme.models.devices.resolve_device", lambda _: "meta")
     used: list[str] = []
 
     def watched(gram: torch.Tensor, *rest: Any) -> torch.Tensor:

@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from replaceme import commands
 from replaceme.base.errors import ModelError, ParameterError
 from replaceme.base.parameters import read_params
 from replaceme.base.plan import Block
+from replaceme.cli import commands
 from replaceme.edits.edits import rotation_and_gains
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import verify_export
 from replaceme.methods.registry import METHODS
 from replaceme.models.families import Family, family_of
 from replaceme.models.model import Model
-from replaceme.observers.statistics import take_statistics
+from replaceme.statistics.cut_statistics import take_statistics
 from tests.conftest import EXPERTS, NORM_AFTER_MLP, OBSTACLES, made_model
 from tests.helpers import call, many_documents, passing
 from tests.methods.helpers import model_refusals

@@ -16,7 +16,6 @@ from replaceme.base.errors import ModelError, ParameterError, SolveError, Verifi
 from replaceme.base.files import read_json
 from replaceme.base.parameters import Params, read_params
 from replaceme.base.plan import Plan, save_blocks
-from replaceme.base.workspace import Workspace
 from replaceme.edits.edits import Edits
 from replaceme.edits.fold import apply_edits
 from replaceme.edits.unfused import unfused
@@ -38,6 +37,7 @@ from replaceme.methods.slicegpt import (
 from replaceme.models.families import family_of
 from replaceme.models.model import Model, parameter_count
 from replaceme.models.own_form import is_own_form
+from replaceme.running.workspace import Workspace
 from tests.conftest import DESCRIBED, KINDS, LAYERS, WIDTH, made_model
 from tests.helpers import TEXT, elsewhere, hooked_and_folded, passing
 from tests.methods.helpers import model_refusals, run_stages

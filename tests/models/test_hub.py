@@ -13,7 +13,7 @@ import pytest
 
 from replaceme.base.errors import DatasetError, ModelError
 from replaceme.base.parameters import read_params
-from replaceme.corpora.find import find_datasets
+from replaceme.calibration.find import find_datasets
 from replaceme.models import hub
 from replaceme.models.find import find_model
 

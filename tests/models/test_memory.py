@@ -7,15 +7,14 @@ from typing import Any
 import pytest
 import yaml
 
-from replaceme import commands
-from replaceme.base import compute
-from replaceme.base.compute import free_memory
 from replaceme.base.errors import ParameterError
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.parameters import Params, read_params, size_of
+from replaceme.cli import commands
 from replaceme.export import card
 from replaceme.methods.registry import METHODS
-from replaceme.models import memory
+from replaceme.models import devices, memory
+from replaceme.models.devices import free_memory
 from replaceme.models.memory import load_within_budget, measure_parts, weight_budget, weight_bytes
 from replaceme.models.model import Model
 from replaceme.models.streaming import stream_of
@@ -80,7 +79,7 @@ def test_free_memory_is_what_the_machine_or_its_container_has(tmp_path: Path, mo
     info, limit, use = (tmp_path / name for name in ("meminfo", "max", "current"))
     info.write_text("MemTotal:       9000 kB\nMemAvailable:   4000 kB\n", encoding="utf-8")
     for name, path in (("MEMORY_INFO", info), ("GROUP_LIMIT", limit), ("GROUP_USE", use)):
-        monkeypatch.setattr(compute, name, path)
+        monkeypatch.setattr(devices, name, path)
     assert free_memory("cpu") == 4000 << 10
     use.write_text("1000000\n", encoding="utf-8")
     for text, free in (("max", 4000 << 10), ("3000000", 2_000_000), ("900000", 0)):

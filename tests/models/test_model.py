@@ -11,8 +11,8 @@ from accelerate import dispatch_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from replaceme import commands
 from replaceme.base.errors import ModelError
+from replaceme.cli import commands
 from replaceme.edits.edits import Edits
 from replaceme.models.model import Model, embedding_count, parameter_count
 from tests.conftest import made_model

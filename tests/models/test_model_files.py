@@ -10,12 +10,12 @@ from transformers import AutoTokenizer
 
 from replaceme.base.files import read_json
 from replaceme.base.parameters import Params, read_params
-from replaceme.base.workspace import Workspace
 from replaceme.edits.edits import Edits
 from replaceme.export.save import save_pruned
 from replaceme.models.find import find_model
 from replaceme.models.model import Model
 from replaceme.pipeline.inputs import inspect_inputs
+from replaceme.running.workspace import Workspace
 
 CODE = {
     "tokenization_own.py": "from transformers import PreTrainedTokenizerFast\nfrom .parts import DEPTH\n\n\n"

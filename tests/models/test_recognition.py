@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from replaceme import commands
 from replaceme.base.documents import Documents
 from replaceme.base.errors import ModelError
+from replaceme.cli import commands
 from replaceme.models.families import FAMILIES, family_of
 from replaceme.models.model import Model
 from replaceme.models.recognition import check_cut, recognise_family
-from replaceme.observers.proof import prove
+from replaceme.statistics.proof import prove
 from tests.conftest import LAYERS, PLAIN, UNDESCRIBED, WIDTH, made_model
 from tests.helpers import call
 

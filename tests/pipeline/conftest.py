@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.stand import copy_code, set_params
-from replaceme import commands
+from replaceme.cli import commands
 from replaceme.models import hub
 from replaceme.models.model import Model
 from tests.conftest import made_text

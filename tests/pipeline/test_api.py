@@ -11,11 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import replaceme
-from replaceme import commands
 from replaceme.base.fingerprints import sha256_below
-from replaceme.base.stage import ANALYSIS
-from replaceme.corpora.sources import read_record
+from replaceme.calibration.sources import read_record
+from replaceme.cli import commands
 from replaceme.models.model import Model
+from replaceme.running.stage import ANALYSIS
 from tests.conftest import made_text
 from tests.helpers import FAST, call
 from tests.pipeline.closure import ROOT

@@ -13,16 +13,17 @@ import pytest
 from safetensors.torch import load_file
 
 import replaceme
-from replaceme import cli, commands
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.published import RECOMMENDED
-from replaceme.base.stage import ORDER
-from replaceme.cli import COMMANDS, OTHERS, main
-from replaceme.commands import GROUPS
+from replaceme.cli import commands
+from replaceme.cli import main as cli
+from replaceme.cli.commands import GROUPS
+from replaceme.cli.main import COMMANDS, OTHERS, main
 from replaceme.methods.registry import FIELDS, METHODS
 from replaceme.models.model import Model
 from replaceme.pipeline import evaluate, profile
 from replaceme.pipeline.runner import STAGES
+from replaceme.running.stage import ORDER
 from tests.conftest import LAYERS, UNDESCRIBED, made_text, made_tokenizer
 from tests.helpers import FAST, call
 from tests.pipeline.closure import ROOT
@@ -60,7 +61,7 @@ def test_help_fits_a_screen_and_ends_with_an_example(arguments: tuple[str, ...],
 
 def test_help_takes_less_than_a_second_and_loads_no_torch() -> None:
     code = (
-        "import sys\nfrom replaceme.cli import main\nsys.argv[0] = 'replaceme'\n"
+        "import sys\nfrom replaceme.cli.main import main\nsys.argv[0] = 'replaceme'\n"
         "try: main()\nfinally: sys.exit(int('torch' in sys.modules))"
     )
     for arguments in ([], *([name] for name in NAMES)):

@@ -14,15 +14,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from replaceme import commands
 from replaceme.base.errors import ParameterError
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.parameters import Params, read_params
-from replaceme.base.workspace import Workspace
-from replaceme.commands import Command
+from replaceme.cli import commands
+from replaceme.cli.commands import Command
 from replaceme.methods.registry import FIELDS, METHODS
 from replaceme.models.model import Model
 from replaceme.pipeline.inputs import inspect_inputs
+from replaceme.running.workspace import Workspace
 from tests.helpers import FAST, call
 from tests.pipeline.conftest import Finished
 

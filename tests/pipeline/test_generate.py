@@ -6,10 +6,10 @@ from replaceme.base.documents import Documents
 from replaceme.base.entries import Source
 from replaceme.base.files import read_json
 from replaceme.base.parameters import Params
-from replaceme.base.workspace import Workspace
 from replaceme.pipeline.calibrate import calibrate
 from replaceme.pipeline.generate import generate
 from replaceme.pipeline.inputs import inspect_inputs
+from replaceme.running.workspace import Workspace
 
 
 def prepared(params: Params, work: Workspace) -> Documents:

@@ -17,16 +17,16 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from replaceme import commands
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.parameters import Params
-from replaceme.base.stage import COMPRESSION, ORDER
-from replaceme.base.workspace import Workspace
+from replaceme.cli import commands
+from replaceme.cli.publish import push_to_hub
 from replaceme.methods.registry import FIELDS, METHODS
 from replaceme.models.model import Model
 from replaceme.pipeline.cost import STAGE as COST
 from replaceme.pipeline.runner import STAGES
-from replaceme.publish import push_to_hub
+from replaceme.running.stage import COMPRESSION, ORDER
+from replaceme.running.workspace import Workspace
 from tests.helpers import call
 from tests.pipeline.closure import ROOT, import_closure
 from tests.pipeline.conftest import made_project

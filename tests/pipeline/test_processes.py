@@ -25,16 +25,16 @@ from replaceme.base.files import read_json, write_json
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.parameters import Params, read_params
 from replaceme.base.plan import load_blocks
-from replaceme.base.processes import in_processes
 from replaceme.base.published import RECOMMENDED
-from replaceme.base.stage import COMPRESSION, FIT, JUDGEMENT
-from replaceme.base.workspace import Workspace
 from replaceme.edits.edits import Edits
 from replaceme.methods.registry import METHODS
 from replaceme.models.model import Model
 from replaceme.pipeline.inputs import inspect_inputs
 from replaceme.pipeline.runner import run_stages
 from replaceme.repair import mend
+from replaceme.running.processes import in_processes
+from replaceme.running.stage import COMPRESSION, FIT, JUDGEMENT
+from replaceme.running.workspace import Workspace
 from tests.conftest import WIDTH, made_text
 from tests.interruption import InterruptedRunError, counted, stop_at
 from tests.pipeline.closure import ROOT
@@ -249,7 +249,7 @@ def test_a_killed_process_ends_all_with_a_sentence_and_the_next_run_goes_on(tiny
     text, place = tmp_path / "text.txt", tmp_path / "distances"
     text.write_text(made_text(3000), encoding="utf-8")
     script = tmp_path / "distances.py"
-    script.write_text("from replaceme.commands import get_distance_analysis\nget_distance_analysis()\n", encoding="utf-8")
+    script.write_text("from replaceme.cli.commands import get_distance_analysis\nget_distance_analysis()\n", encoding="utf-8")
     arguments = [
         str(script), "--model_path", str(tiny.folder), "--dataset", str(text), "--save_path", str(place), "--device", "cpu",
         "--threads", "1", "--max_length", "48", "--dataset_size", "500", "--batch_size", "1",

@@ -8,11 +8,11 @@ import pytest
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 
+from replaceme.cli.publish import push_to_hub
 from replaceme.export.save import save_pruned
 from replaceme.models import hub
 from replaceme.models.model import Model
 from replaceme.models.model_files import TEXT_RECORD
-from replaceme.publish import push_to_hub
 from tests.helpers import call, edits_for
 from tests.pipeline.conftest import Finished
 from tests.pipeline.helpers import TOKEN, Hub

@@ -11,11 +11,11 @@ import pytest
 import yaml
 from dvc.cli import parse_args
 
-from replaceme import experiments, publish
 from replaceme.base.parameters import read_params
-from replaceme.cli import COMMANDS as COMMANDS_WITH_PARAMETERS
-from replaceme.cli import OTHERS, report_parser
-from replaceme.commands import Command, parse_option
+from replaceme.cli import experiments, publish
+from replaceme.cli.commands import Command, parse_option
+from replaceme.cli.main import COMMANDS as COMMANDS_WITH_PARAMETERS
+from replaceme.cli.main import OTHERS, report_parser
 from replaceme.methods.registry import FIELDS, METHODS
 from tests.pipeline.closure import ROOT
 

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from replaceme import commands
 from replaceme.base.errors import ParameterError
 from replaceme.base.files import new_folder, write_json, write_text
 from replaceme.base.parameters import Params
-from replaceme.base.stage import Stage, run_stage
-from replaceme.base.workspace import Workspace
+from replaceme.cli import commands
+from replaceme.cli.publish import push_to_hub
 from replaceme.methods.registry import METHODS
 from replaceme.models.model import Model
 from replaceme.pipeline.results import exclusive_result, publish_file, publish_folder, result_lock, result_name, result_paths
-from replaceme.publish import push_to_hub
+from replaceme.running.stage import Stage, run_stage
+from replaceme.running.workspace import Workspace
 from tests.helpers import FAST, call
 from tests.interruption import died_at, ended_process, started
 

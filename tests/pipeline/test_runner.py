@@ -11,17 +11,17 @@ from typing import Any
 
 import pytest
 
-from replaceme import commands
-from replaceme.base import versions as versions_module
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.parameters import Params
-from replaceme.base.stage import FIT, ORDER
-from replaceme.base.workspace import Workspace
+from replaceme.cli import commands
 from replaceme.models.model import Model
 from replaceme.pipeline import export, runner
 from replaceme.pipeline.inputs import inspect_inputs
 from replaceme.pipeline.report import CARD_FILE
 from replaceme.pipeline.runner import STAGES, run_stages, stage_key
+from replaceme.running import versions as versions_module
+from replaceme.running.stage import FIT, ORDER
+from replaceme.running.workspace import Workspace
 from tests.conftest import made_text
 from tests.helpers import FAST, call
 from tests.interruption import KILLED, forked

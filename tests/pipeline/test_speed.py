@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from replaceme import actions, speed
 from replaceme.base.errors import ModelError
 from replaceme.base.parameters import Params
-from replaceme.base.workspace import Workspace
 from replaceme.models.model import Model
+from replaceme.pipeline import actions, speed
+from replaceme.running.workspace import Workspace
 
 
 def test_the_clock_waits_for_every_gpu_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,7 +47,7 @@ def test_code_of_a_model_is_trusted_only_if_the_user_says_so(
         opened.append(pruned)
         raise InterruptedError
 
-    monkeypatch.setattr("replaceme.speed.measure_speed", measure)
+    monkeypatch.setattr("replaceme.pipeline.speed.measure_speed", measure)
     monkeypatch.setattr("replaceme.models.find.recorded_model", lambda _params, path: Model(path, "dense"))
     monkeypatch.setattr("replaceme.models.find.identity", lambda _: None)
     monkeypatch.setattr(actions, "read_json", lambda _: None)

@@ -7,18 +7,18 @@ from typing import Any
 
 import pytest
 
-from replaceme.base import versions as versions_module
 from replaceme.base.files import read_json, write_text
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.parameters import Params
-from replaceme.base.stage import ORDER
-from replaceme.base.versions import MODEL, SCORES, TEXT
-from replaceme.base.workspace import Workspace
 from replaceme.evaluation.continuations import PROMPTS
 from replaceme.evaluation.scores import Scores
 from replaceme.pipeline import evaluate as stage
 from replaceme.pipeline.inputs import inspect_inputs
 from replaceme.pipeline.runner import STAGES
+from replaceme.running import versions as versions_module
+from replaceme.running.stage import ORDER
+from replaceme.running.versions import MODEL, SCORES, TEXT
+from replaceme.running.workspace import Workspace
 from tests.pipeline.closure import ROOT, import_closure
 
 GROUPS = {Workspace.text_versions: TEXT, Workspace.model_versions: MODEL, Workspace.score_versions: SCORES}

@@ -23,15 +23,15 @@ from benchmarks.stand import copy_code
 from replaceme.base.documents import Batch, Documents
 from replaceme.base.parameters import Params
 from replaceme.base.plan import Block, Plan
-from replaceme.base.workspace import Workspace
 from replaceme.edits.fold import apply_edits
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import verify_export
 from replaceme.models.families import FAMILIES, Family, family_of
 from replaceme.models.model import Model
-from replaceme.observers.statistics import STATISTICS, AtCut
 from replaceme.pipeline.activations import observe_activations
 from replaceme.pipeline.inputs import inspect_inputs
+from replaceme.running.workspace import Workspace
+from replaceme.statistics.cut_statistics import STATISTICS, AtCut
 from tests.conftest import WIDTH, made_model
 from tests.helpers import TEXT, edits_of, passing, shortened_logits
 from tests.pipeline.helpers import shell
@@ -102,7 +102,7 @@ STAGE = Addition(
         "tests/pipeline/test_tally.py": "check_tally.py",
     },
     lines=[
-        ("replaceme/base/stage.py", 'JUDGEMENT = ("baseline", "evaluate", "report"', ', "tally"'),
+        ("replaceme/running/stage.py", 'JUDGEMENT = ("baseline", "evaluate", "report"', ', "tally"'),
         (
             "dvc.yaml",
             "outs: [artifacts/report]",
@@ -133,7 +133,7 @@ def test_a_repository_with_one_more_passes_its_tests(addition: Addition, tmp_pat
             params_of = rf"(?s)(\n  {stage}:\n(?:(?!\n\n).)*?params:\s+\[)"
             replaced(tmp_path / "dvc.yaml", params_of, lambda found, key=key: f"{found[1]}{key}, ")
     if addition.reference:
-        page = shell(tmp_path, sys.executable, "-m", "replaceme.reference")
+        page = shell(tmp_path, sys.executable, "-m", "replaceme.cli.reference")
         (tmp_path / "docs" / "parameters.md").write_text(page, encoding="utf-8")
     own = [path for path in addition.files if path.startswith("tests/")]
     pytest_of = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'tmp'}"]

@@ -24,9 +24,9 @@ from replaceme.models.families import Family, family_of, parameter_of
 from replaceme.models.memory import load_streamed, measure_parts
 from replaceme.models.model import Model
 from replaceme.models.streaming import stream_of
-from replaceme.observers.features import LINEARS
 from replaceme.repair import mend as repair
 from replaceme.repair.state import Repair
+from replaceme.statistics.features import LINEARS
 from tests.conftest import LAYERS, PLAIN, made_model
 from tests.helpers import many_documents, passing, ridge
 from tests.methods.helpers import BLOCK, same_weights, solved

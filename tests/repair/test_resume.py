@@ -14,7 +14,6 @@ from replaceme.base.files import read_json
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.parameters import Params
 from replaceme.base.plan import Block
-from replaceme.base.workspace import Workspace
 from replaceme.edits.edits import Edits
 from replaceme.models.model import Model
 from replaceme.pipeline.activations import observe_activations
@@ -27,6 +26,7 @@ from replaceme.pipeline.select import select
 from replaceme.pipeline.solve import solve
 from replaceme.repair import mend
 from replaceme.repair.resume import Checkpoints
+from replaceme.running.workspace import Workspace
 from tests.conftest import made_model
 from tests.helpers import many_documents
 from tests.interruption import InterruptedRunError

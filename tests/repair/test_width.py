@@ -18,8 +18,8 @@ from replaceme.models.families import family_of, inputs_of, parameter_of
 from replaceme.models.memory import load_streamed, measure_parts
 from replaceme.models.model import Model
 from replaceme.models.width import mlp_width_entry
-from replaceme.observers.features import LINEARS
 from replaceme.repair.channel_choice import best_channels
+from replaceme.statistics.features import LINEARS
 from tests.conftest import DESCRIBED, LAYERS, PLAIN, made_model
 from tests.helpers import many_documents, passing, ridge
 from tests.methods.helpers import BLOCK, solved

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
-from replaceme import experiments
 from replaceme.base.errors import ParameterError
 from replaceme.base.parameters import Params
 from replaceme.base.progress import align
+from replaceme.cli import experiments
 from replaceme.models.model import Model
 from replaceme.report.experiment_figures import draw_methods, draw_quality
 from replaceme.report.experiment_table import (
@@ -381,7 +381,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Model]:
         return {"prefill_seconds": times, "decode_seconds_per_token": times, "weights": {}}
 
     monkeypatch.setattr("dvc.api.DVCFileSystem", Files)
-    monkeypatch.setattr("replaceme.speed.measure_speed", measure)
+    monkeypatch.setattr("replaceme.pipeline.speed.measure_speed", measure)
     monkeypatch.setattr("replaceme.models.find.recorded_model", lambda params, path: Model(path, "dense"))
     return models
 
@@ -393,7 +393,7 @@ def test_only_new_models_are_measured_and_nothing_stays_behind(
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr("replaceme.experiments.logger.propagate", True)
+    monkeypatch.setattr("replaceme.cli.experiments.logger.propagate", True)
     own = [made("uidl", 1, device="cpu"), made("sleb", 2, device="cpu", trust_remote_code=True), made("laco", 9, device="cpu")]
     monkeypatch.setattr(experiments, "read_experiments", lambda revisions, number: own)
     output = tmp_path / "experiments"

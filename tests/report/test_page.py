@@ -13,7 +13,6 @@ import pytest
 
 from replaceme.base.config import settings_yaml
 from replaceme.base.parameters import Params, read_params
-from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import FIELDS, METHODS
 from replaceme.models.embedded import MODELS
 from replaceme.pipeline import report as stage
@@ -21,6 +20,7 @@ from replaceme.report import page as page_module
 from replaceme.report.formatting import format_duration, format_quantity
 from replaceme.report.page import Page, render
 from replaceme.report.tables import PUBLISHED
+from replaceme.running.workspace import Workspace
 from tests.report.helpers import LAYERS, made_distances, made_layers
 
 EVALUATION: dict[str, Any] = {

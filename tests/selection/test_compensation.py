@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from replaceme import commands
 from replaceme.base.documents import Documents, split_documents
 from replaceme.base.errors import ModelError, ParameterError
 from replaceme.base.files import read_json
 from replaceme.base.parameters import Params, read_params
 from replaceme.base.plan import Block, Plan, load_blocks, save_blocks
+from replaceme.cli import commands
 from replaceme.edits.edits import Edits
 from replaceme.edits.fold import apply_edits
 from replaceme.edits.unfused import unfused

@@ -10,10 +10,10 @@ from replaceme.base.errors import ParameterError
 from replaceme.base.files import read_json, write_json
 from replaceme.base.parameters import read_params
 from replaceme.base.plan import Block, Surrogate, load_blocks
-from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import METHODS, criterion_of
 from replaceme.models.families import family_of
 from replaceme.pipeline.select import select
+from replaceme.running.workspace import Workspace
 from replaceme.selection import cut_loss
 from replaceme.selection.blocks import several, smallest
 from replaceme.selection.criteria import allowed_starts

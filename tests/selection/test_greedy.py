@@ -11,12 +11,12 @@ from replaceme.base.documents import Documents, excerpts_of
 from replaceme.base.files import read_json, write_json
 from replaceme.base.parameters import read_params
 from replaceme.base.plan import Block, load_blocks, runs
-from replaceme.base.workspace import Workspace
 from replaceme.methods.registry import METHODS, criterion_of
 from replaceme.models.families import family_of
-from replaceme.observers.profile import profile_model
 from replaceme.pipeline.select import select
+from replaceme.running.workspace import Workspace
 from replaceme.selection.greedy import greedy_layers
+from replaceme.statistics.profile import profile_model
 from tests.conftest import LAYERS, made_model
 from tests.helpers import loss_without
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from replaceme.observers.shards import Tokens
+from replaceme.statistics.shards import Tokens
 
 WIDTH = 5
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from replaceme.observers.shards import Tokens
 from replaceme.solvers.objectives import CosineLoss, Problem, SquaredError
 from replaceme.solvers.structures import parametrise
+from replaceme.statistics.shards import Tokens
 from tests.solvers.helpers import STRUCTURES, WIDTH, Held, made_sums, made_tokens, made_x
 
 CPU, EYE = torch.device("cpu"), torch.eye(WIDTH, dtype=torch.float64)

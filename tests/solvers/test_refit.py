@@ -19,11 +19,11 @@ from replaceme.edits.edits import Edits
 from replaceme.edits.fold import apply_edits
 from replaceme.methods.registry import METHODS
 from replaceme.models.families import Family, family_of, parameter_of
-from replaceme.observers.features import LINEARS, Features
-from replaceme.observers.statistics import FeatureGram, take_statistics
 from replaceme.repair.mend import mend
 from replaceme.solvers.quality import sse_change_of_correction
 from replaceme.solvers.ridge import solve_correction, solve_ridge
+from replaceme.statistics.cut_statistics import FeatureGram, take_statistics
+from replaceme.statistics.features import LINEARS, Features
 from tests.conftest import PLAIN, WIDTH, made_model
 from tests.helpers import many_documents, passing, ridge
 

@@ -17,8 +17,6 @@ from replaceme.base.files import read_json, write_json
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.parameters import Params, read_params
 from replaceme.base.plan import Block, Plan
-from replaceme.base.stage import COMPRESSION
-from replaceme.base.workspace import Workspace
 from replaceme.edits.edits import Edits
 from replaceme.edits.fold import apply_edits
 from replaceme.export.save import save_pruned
@@ -26,7 +24,6 @@ from replaceme.export.verification import verify_export
 from replaceme.methods.registry import METHODS
 from replaceme.models.families import family_of
 from replaceme.models.model import Model
-from replaceme.observers.features import LINEARS
 from replaceme.pipeline.activations import observe_activations
 from replaceme.pipeline.calibrate import calibrate
 from replaceme.pipeline.cost import compression_figures
@@ -38,6 +35,9 @@ from replaceme.pipeline.profile import profile
 from replaceme.pipeline.repair import repair
 from replaceme.pipeline.select import select
 from replaceme.pipeline.solve import solve
+from replaceme.running.stage import COMPRESSION
+from replaceme.running.workspace import Workspace
+from replaceme.statistics.features import LINEARS
 from replaceme.training import healing
 from replaceme.training.healing import Predictions
 from replaceme.training.training import Course, entering_and_leaving, orders, train
@@ -346,7 +346,7 @@ def test_everything_that_a_healing_depends_on_changes_the_key(
     elsewhere: list[tuple[str, Any]] = [
         ("replaceme.training.healing.SHARE", 0.25),
         ("replaceme.training.checkpoints.code_digest", lambda: "another"),
-        ("replaceme.base.versions.version", lambda package: "99.1"),
+        ("replaceme.running.versions.version", lambda package: "99.1"),
         ("replaceme.training.checkpoints.kind_of", lambda device: f"another {device}"),
     ]
     for name, other in elsewhere:

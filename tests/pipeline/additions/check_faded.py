@@ -5,15 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from replaceme import commands
 from replaceme.base.errors import ParameterError
 from replaceme.base.files import read_json
 from replaceme.base.parameters import read_params
+from replaceme.cli import commands
+from replaceme.cli.reference import reference
 from replaceme.export.card import SETTINGS
 from replaceme.methods.registry import METHODS, has_effect, read_by
 from replaceme.models.model import Model
 from replaceme.pipeline.runner import STAGES
-from replaceme.reference import reference
 from tests.helpers import FAST, call
 
 

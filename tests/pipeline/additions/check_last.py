@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from replaceme import commands
 from replaceme.base.errors import ParameterError
 from replaceme.base.files import read_json
 from replaceme.base.parameters import read_params
+from replaceme.cli import commands
+from replaceme.cli.reference import reference
 from replaceme.methods.registry import METHODS, criterion_of
 from replaceme.models.model import Model
-from replaceme.reference import reference
 from tests.helpers import FAST, call
 
 

@@ -9,8 +9,8 @@ import pytest
 from replaceme.base.files import read_json
 from replaceme.base.parameters import Params
 from replaceme.base.plan import Block, Plan
-from replaceme.base.workspace import Workspace
 from replaceme.pipeline.runner import run_stages
+from replaceme.running.workspace import Workspace
 from tests.pipeline.closure import ROOT
 from tests.pipeline.helpers import shell
 

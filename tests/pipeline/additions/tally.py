@@ -3,8 +3,8 @@
 from replaceme.base.files import write_json
 from replaceme.base.parameters import Params
 from replaceme.base.plan import Plan
-from replaceme.base.stage import Stage
-from replaceme.base.workspace import Workspace
+from replaceme.running.stage import Stage
+from replaceme.running.workspace import Workspace
 
 
 def tally(params: Params, work: Workspace) -> None:

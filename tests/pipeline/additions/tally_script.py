@@ -2,7 +2,7 @@
 
 from replaceme.pipeline.tally import STAGE
 
-from replaceme.base.stage import run_stage
+from replaceme.running.stage import run_stage
 
 if __name__ == "__main__":
     run_stage(STAGE)

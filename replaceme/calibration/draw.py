@@ -1,0 +1,146 @@
+"""Draw calibration documents: a seeded choice of texts, as at most ``max_length`` token ids each.
+
+Each document starts with the tokenizer's start of text: exactly one BOS if it has one, even if a chat template adds its own.
+Padding isn't stored. Rows without tokens are skipped and counted.
+
+Each document has a source: its row, or the running text that it is a piece of. Few running texts (a .txt file is a single one)
+have ``PARTS`` sources each, one after the other, so that documents can be held out by whole sources.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from replaceme.base.documents import SOURCE_BITS, Documents, in_shares, seeded_order
+from replaceme.base.errors import DatasetError
+from replaceme.base.parameters import Params
+from replaceme.base.progress import progress
+from replaceme.calibration.corpus import Corpus, plain_text
+from replaceme.calibration.sources import sources_of
+from replaceme.calibration.tokenization import encode, encode_in_chunks, start_of_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SEPARATOR = "\n\n"
+# At most one document in so many is held out (``replaceme.training.training``): from so many texts on, a text is one source.
+PARTS = 20
+
+
+@dataclass
+class Counts:
+    """Numbers of documents drawn and their tokens, of empty rows, and of documents cut to ``max_length``."""
+
+    documents: int = 0
+    tokens: int = 0
+    empty: int = 0
+    cut: int = 0
+
+
+def draw_documents(
+    corpora: Sequence[Corpus | Documents], tokenizer: PreTrainedTokenizerBase, params: Params
+) -> tuple[Documents, list[Counts]]:
+    """Return ``dataset_size`` documents, or as many as the corpora have, and the counts of each corpus.
+
+    The next document always comes from the corpus that lacks most of its share of the tokens so far, so shares are met to a
+    document, unless a corpus ends early.
+
+    Args:
+        corpora: of each source, the rows in the order of use; or documents that are drawn as they are.
+        tokenizer: the model's.
+        params: the sources with their shares, ``dataset_size``, ``max_length``, ``pack`` and ``seed``.
+
+    Raises:
+        DatasetError: nothing is left after tokenization.
+    """
+    counts = [Counts() for _ in corpora]
+    streams = {
+        number: enumerate(corpus.documents)
+        if isinstance(corpus, Documents)
+        else _encode_corpus(corpus, tokenizer, params, counts[number])
+        for number, corpus in enumerate(corpora)
+    }
+    shares = [source.share for source in sources_of(params)]
+    drawn: Iterator[tuple[int, int, Tensor]] = islice(in_shares(streams, shares), params.dataset_size)
+    # The pieces of running texts are all there before the first is drawn, and have a bar of their own.
+    if not any(isinstance(corpus, Corpus) and corpus.running for corpus in corpora):
+        drawn = progress(drawn, "drawing documents", "documents", total=params.dataset_size)
+    documents, sources = [], []
+    for number, source, document in drawn:
+        counts[number].documents += 1
+        counts[number].tokens += len(document)
+        documents.append(document)
+        # Another number in another corpus.
+        sources.append((number << SOURCE_BITS) + source)
+    if not documents:
+        empty = sum(count.empty for count in counts)
+        raise DatasetError(f"dataset: no text is left after tokenization ({empty} rows were empty).")
+    return Documents(documents, sources), counts
+
+
+def _encode_corpus(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, params: Params, counts: Counts
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield source and token ids, (tokens,) int64, of the corpus' documents; of a running text ``dataset_size`` pieces."""
+    prefix = start_of_text(tokenizer)
+    capacity = params.max_length - len(prefix)
+    # An embedded text has no other column to choose.
+    plain = corpus.plain and not tokenizer.chat_template
+    encoded = (encode(plain_text(row) if plain else row, tokenizer, prefix) for row in corpus.rows)
+    if corpus.running:
+        texts = (encode_in_chunks(text, tokenizer, prefix) for text in corpus.rows if isinstance(text, str))
+        bodies: Iterable[tuple[int, list[int]]] = islice(_pieces(texts, capacity, params.seed), params.dataset_size)
+    elif params.pack:
+        bodies = enumerate(_packed(encoded, tokenizer.encode(SEPARATOR, add_special_tokens=False), capacity, counts))
+    else:
+        bodies = enumerate(encoded)
+    for source, body in bodies:
+        if not body:
+            counts.empty += 1
+            continue
+        counts.cut += len(body) > capacity
+        yield source, torch.tensor([*prefix, *body[:capacity]])
+
+
+def _pieces(texts: Iterable[Iterable[list[int]]], capacity: int, seed: int) -> Iterator[tuple[int, list[int]]]:
+    """Cut running texts into pieces of ``capacity`` tokens (a shorter text is one piece) and yield them in a seeded order.
+
+    The rest of a longer text is dropped. Each piece comes with the number of its source.
+    """
+    pieces: list[Tensor] = []
+    counts: list[int] = []  # pieces of each text
+    for chunks in progress(texts, "tokenizing", "texts"):
+        before, rest = len(pieces), torch.empty(0, dtype=torch.int32)
+        for chunk in chunks:
+            rest = torch.cat([rest, torch.tensor(chunk, dtype=torch.int32)])
+            full = len(rest) // capacity * capacity
+            pieces += rest[:full].split(capacity) if full else ()
+            rest = rest[full:].clone()
+        if len(pieces) == before and len(rest):
+            pieces.append(rest)
+        counts.append(len(pieces) - before)
+    parts = 1 if len(counts) >= PARTS else PARTS
+    sources = [text * parts + piece * parts // count for text, count in enumerate(counts) for piece in range(count)]
+    for index in seeded_order(len(pieces), seed).tolist():
+        yield sources[index], pieces[index].tolist()
+
+
+def _packed(rows: Iterable[list[int]], separator: list[int], capacity: int, counts: Counts) -> Iterator[list[int]]:
+    """Join rows until a document has ``capacity`` tokens or more; the caller drops the excess."""
+    joined: list[int] = []
+    for ids in rows:
+        if not ids:
+            counts.empty += 1
+            continue
+        joined += [*(separator if joined else []), *ids]
+        if len(joined) >= capacity:
+            yield joined
+            joined = []
+    if joined:
+        yield joined

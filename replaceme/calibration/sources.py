@@ -1,0 +1,86 @@
+"""The sources that ``dataset`` names, with what identifies their content, and their record in a pruned model's folder.
+
+The record lets an evaluation say which texts are unseen. It names the sources, without folders; it has nothing of the text. A
+model that was pruned twice has the sources of both. Nothing here reads a text.
+"""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from replaceme.base.entries import Source
+from replaceme.base.errors import DatasetError, excerpt
+from replaceme.base.files import read_json, without_folder, write_json
+from replaceme.base.parameters import Params
+from replaceme.base.progress import logger
+from replaceme.models.model_files import TEXT_RECORD
+
+# A source, and what identifies its content: ``sha256`` or ``commits`` (``DatasetSource.fingerprint``).
+IdentifiedSource = tuple[Source, Mapping[str, Any]]
+IDENTITIES = ("sha256", "commits")
+
+
+def sources_of(params: Params) -> tuple[Source, ...]:
+    """Return the sources of the calibration text: those of a list, or the only one with the options of its own parameters.
+
+    Raises:
+        DatasetError: a parameter of a single source is set, and ``dataset`` is a list.
+    """
+    keys = ("dataset_config", "dataset_split", "dataset_column", "dataset_revision")
+    if isinstance(params.dataset, str):
+        return (Source(params.dataset, 1.0, *(getattr(params, key) for key in keys)),)
+    for key in keys:
+        if getattr(params, key) is not None:
+            option = key.removeprefix("dataset_")
+            raise DatasetError(f"{key}: dataset is a list; use null, and give each entry its own {option}.")
+    return params.dataset
+
+
+def split_fingerprints(fingerprints: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the part of ``replaceme.calibration.find.fingerprints`` that belongs to each source, in order."""
+    parts: list[Mapping[str, Any]] = fingerprints.get("sources", [fingerprints])
+    return parts
+
+
+def identified_sources(params: Params, fingerprints: Mapping[str, Any]) -> list[IdentifiedSource]:
+    """Return the sources, each with its part of the fingerprints."""
+    return [*zip(sources_of(params), split_fingerprints(fingerprints), strict=True)]
+
+
+def write_record(params: Params, fingerprints: Mapping[str, Any], dense: Path, folder: Path) -> None:
+    """Write the record of a pruned model.
+
+    Args:
+        params: the parameters of the dataset.
+        fingerprints: what identifies its content (``replaceme.calibration.find.fingerprints``).
+        dense: the folder of the model that it was made from, whose own record counts too.
+        folder: the pruned model's.
+    """
+    entries: list[dict[str, Any]] = []
+    for source, known in (*identified_sources(params, fingerprints), *read_record(dense)):
+        # A source's share of the tokens says nothing together with an earlier text's.
+        options = {key: value for key, value in source.options().items() if key != "share"}
+        entry = {"name": without_folder(source.name), **options, **{key: known[key] for key in IDENTITIES if key in known}}
+        if entry not in entries:
+            entries.append(entry)
+    write_json(folder / TEXT_RECORD, {"sources": entries})
+
+
+def read_record(folder: Path) -> list[IdentifiedSource]:
+    """Return the sources that a model's folder names; none where it has no record, or none that can be read."""
+    path = folder / TEXT_RECORD
+    if not path.is_file():
+        return []
+    options = [field.name for field in fields(Source)][1:]
+    try:
+        return [
+            (
+                Source(str(entry["name"]), **{key: entry[key] for key in options if key in entry}),
+                {key: entry[key] for key in IDENTITIES if key in entry},
+            )
+            for entry in read_json(path)["sources"]
+        ]
+    except (OSError, ValueError, TypeError, KeyError):
+        logger.warning("%s: is no record of calibration text, so that no score is marked as seen", excerpt(path, 150))
+        return []

@@ -1,4 +1,0 @@
-"""Text: find it, tokenize it, draw calibration documents.
-
-It may import base and models.
-"""

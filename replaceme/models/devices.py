@@ -1,0 +1,105 @@
+"""The device, its kind and its free memory, the number of threads, and the memory allocator."""
+
+import ctypes
+import gc
+import os
+import platform
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from replaceme.base.errors import ModelError, ResourceError
+from replaceme.base.group import local_gpu, local_world_size
+from replaceme.base.ranks import world_size
+from replaceme.running.machine import processor
+
+# Options of glibc's allocator (malloc.h), in bytes: M_TRIM_THRESHOLD, the free space at the heap's top that is kept; M_TOP_PAD,
+# the extra space when the heap grows; M_MMAP_THRESHOLD, the size from which a block is mapped by itself.
+HEAP = {-1: 256 << 20, -2: 32 << 20, -3: 32 << 20}
+# Linux alone has it.
+MEMORY_INFO = Path("/proc/meminfo")
+# What a control group may take and takes, in bytes (version 2; a container sees its own).
+GROUP_LIMIT, GROUP_USE = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+
+
+def resolve_device(device: str) -> str:
+    """Return the device, with ``auto`` resolved, and ``cuda`` as the GPU of this process if it is one of several.
+
+    Raises:
+        ResourceError: there is no such CUDA device.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and world_size() > 1:
+        device = f"cuda:{local_gpu()}"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ResourceError(f"device: {device} is asked for, but torch sees no CUDA device; use cpu or auto.")
+    if ":" in device and int(device.split(":")[1]) >= torch.cuda.device_count():
+        raise ResourceError(f"device: {device} is asked for, but torch sees {torch.cuda.device_count()} CUDA devices.")
+    return device
+
+
+def kind_of(device: str) -> str:
+    """Return what a result's last digits depend on: the GPU's name; or the processor's, and the vectors that torch uses."""
+    if device.startswith("cuda"):
+        return str(torch.cuda.get_device_name(device))
+    return f"{processor()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def free_memory(device: str) -> int:
+    """Return the bytes that are free on a device; for the processor, this process's part of those that swap nothing."""
+    if device.startswith("cuda"):
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free)
+    return _free_of_processor() // local_world_size()
+
+
+def _free_of_processor() -> int:
+    """Return the bytes that can be taken without swapping."""
+    if not MEMORY_INFO.is_file():
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    found = re.search(r"(?m)^MemAvailable:\s+(\d+) kB$", MEMORY_INFO.read_text(encoding="utf-8"))
+    free = int(found[1]) << 10 if found else 0
+    try:
+        limit, use = (path.read_text(encoding="utf-8").strip() for path in (GROUP_LIMIT, GROUP_USE))
+    except OSError:
+        return free
+    return min(free, max(int(limit) - int(use), 0)) if limit.isdigit() else free
+
+
+def use_processor(threads: int) -> None:
+    """Set the number of threads and tune the allocator.
+
+    Another number of threads sums in another order and gives other last bits. By default glibc returns large freed blocks to
+    the system at once; reusing that memory costs a page fault for each page, a million in a profile of the demo. So freed
+    memory is kept, unless the user set a ``MALLOC_…`` variable.
+    """
+    torch.set_num_threads(threads)
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    if platform.libc_ver()[0] == "glibc" and not any(name.startswith("MALLOC_") for name in os.environ):
+        allocator = ctypes.CDLL(None)
+        for option, value in HEAP.items():
+            allocator.mallopt(option, value)
+
+
+def release_memory() -> None:
+    """Free what only refers to itself: streamed models do, so that nothing but the garbage collector lets their weights go."""
+    gc.collect()
+
+
+def require_resident(layers: Mapping[int, nn.Module], words: str) -> None:
+    """Raise ModelError if ``device_map`` offloaded weights of these layers: they are loaded only during a whole forward pass.
+
+    Args:
+        layers: position → layer; layers that are used on their own.
+        words: what they are used for, to follow a layer's number in the message.
+    """
+    for position, layer in layers.items():
+        # A streamed layer's parameters can be read.
+        if any(parameter.is_meta and not hasattr(parameter, "read") for parameter in layer.parameters()):
+            raise ModelError(
+                f"device_map: layer {position}, {words}, does not fit the GPUs beside the others; use null, or another machine."
+            )

@@ -1,0 +1,246 @@
+"""What the commands do, in any folder and without DVC. Torch and the like are imported when one runs, so that help is fast."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from replaceme.base.errors import ModelError, ParameterError, excerpt, renaming
+from replaceme.base.files import new_folder, read_json, rounded, write_json, write_text
+from replaceme.base.parameters import Params, read_params
+from replaceme.base.progress import align, logger
+from replaceme.methods.registry import METHODS, criterion_of
+from replaceme.pipeline.results import (
+    exclusive_result,
+    existing_result,
+    publish_file,
+    publish_folder,
+    result_lock,
+    result_name,
+    scores_file,
+)
+from replaceme.running.entry import PARAMS_FILE
+from replaceme.running.processes import in_processes
+from replaceme.running.stage import ANALYSIS, COMPRESSION, FIT, ORDER, pipeline_params
+from replaceme.running.workspace import Workspace
+
+if TYPE_CHECKING:
+    from replaceme.models.model import Model
+    from replaceme.report.page import Page
+
+SPEED_FILE = "speed.json"
+
+
+def together(action: Callable[..., object], params: Params, **own: str) -> None:
+    """Do one of the following, with as many processes as it can use, and options of its own that are no parameters."""
+    count = params.processes if action in (prune, profile) else 1
+    in_processes(count, lambda: action(params, **own), params.device)
+
+
+def prune(params: Params, texts: Sequence[str] | None = None) -> Workspace:
+    """Prune a model, save and score it, and return the paths of the result.
+
+    Args:
+        params: where ``save_transform_only`` is set, only the edits are saved, without a model.
+        texts: calibration documents, which are written to the file that ``dataset`` names; None where it exists.
+    """
+    from replaceme.evaluation.tables import comparison_table
+    from replaceme.models.model_files import CARD
+    from replaceme.pipeline.cost import write_cost
+    from replaceme.pipeline.report import CARD_FILE
+    from replaceme.pipeline.runner import run_stages
+
+    stages = FIT if params.save_transform_only else ORDER if params.tasks else COMPRESSION
+    with exclusive_result(params, result_name(params)) as work:
+        if texts is not None:
+            write_text(Path(str(params.dataset)), "".join(json.dumps({"text": text}) + "\n" for text in texts))
+        ran = run_stages(params, work, ("inputs", *stages))
+        if params.save_transform_only:
+            publish_folder(work, work.edits)
+            logger.info("only the transform was saved, to %s (edits.safetensors); no model was written", work.model)
+            return work
+        write_cost(params, work)
+        logger.info("the pruned model is in %s, its figures in %s", work.model, work.root / "metrics")
+        if not params.tasks:
+            logger.info("it was not scored: nothing is known of its quality; replaceme evaluate --model %s", work.model)
+            return work
+        publish_file(work, work.report / CARD_FILE, CARD)
+        if "evaluate" not in ran:
+            print(comparison_table(read_json(work.metric("evaluation"))))
+        logger.info("the report is %s", work.report / "index.html")
+    return work
+
+
+def evaluate(params: Params, compare_with: str | None = None) -> None:
+    """Score the model at ``model_path``, print the scores and write them to ``save_path``.
+
+    Args:
+        params: the model and the tasks.
+        compare_with: the dense model, which is scored too; the scores are printed side by side, and the file has their
+            comparison and how both models go on after a few prompts. None scores one model.
+    """
+    from replaceme.calibration.sources import read_record
+    from replaceme.evaluation.comparison import compare
+    from replaceme.evaluation.contamination import CalibrationText
+    from replaceme.evaluation.continuations import side_by_side
+    from replaceme.evaluation.scores import score_model
+    from replaceme.evaluation.tables import comparison_table, scores_table
+    from replaceme.evaluation.tasks import task_fingerprints
+    from replaceme.models.checks import check_weights
+    from replaceme.models.find import find_model
+
+    fingerprints = task_fingerprints(params)
+    if not fingerprints:
+        raise ParameterError("tasks: is empty; name at least one task.")
+    model = find_model(params)
+    check_weights(model)
+    target, sources = scores_file(params, model.name), read_record(model.folder)
+    calibration = CalibrationText(sources, None) if sources else None
+    if calibration:
+        logger.info("calibration text: its sources are in the model's record; copies of it in other texts are not looked for")
+    if compare_with is None:
+        figures = score_model(params, model, fingerprints, calibration=calibration).figures
+        print(scores_table(figures))
+    else:
+        with renaming({"model_path": "compare_with"}):
+            source = _dense_model(params, model, compare_with)
+            dense = score_model(params, source, fingerprints, is_dense=True)
+        scores = score_model(params, model, fingerprints, dense, calibration)
+        compared = rounded(compare(dense.figures, scores.figures, dense.items, scores.items))
+        figures = scores.figures | {
+            "comparison": compared,
+            "continuations": side_by_side(dense.continuations, scores.continuations),
+        }
+        print(comparison_table(compared))
+    write_json(target, rounded(figures))
+    logger.info("the scores are in %s", target)
+
+
+def _dense_model(params: Params, model: Model, name: str) -> Model:
+    """Return the dense model that a pruned one is to stand beside.
+
+    Raises:
+        ParameterError: the name can't be one, or is that of the pruned model.
+        ModelError: there is no such model, or its words have other numbers, so that the two can't be compared item by item.
+    """
+    from replaceme.models.checks import check_weights
+    from replaceme.models.find import find_model
+
+    if not name.strip():
+        raise ParameterError(f"compare_with: must be a folder, a hub id or an embedded model's name, not {excerpt(name)!r}.")
+    dense = find_model(params.model_copy(update={"model_path": name, "revision": None}))
+    if dense.folder.resolve() == model.folder.resolve():
+        raise ParameterError("compare_with: is the model that is scored; name the one that it was made from.")
+    check_weights(dense)
+    if dense.tokenizer().get_vocab() != model.tokenizer().get_vocab():
+        raise ModelError(
+            f"compare_with: {excerpt(name)} has another tokenizer than {model.name}; name the model that it was made from."
+        )
+    return dense
+
+
+def measure(params: Params) -> None:
+    """Time the dense model and a result in turn, and write the result's report with these times."""
+    work = existing_result(params)
+    with result_lock(work) if work.save_path else nullcontext():
+        _measure_result(params, work)
+
+
+def _measure_result(params: Params, work: Workspace) -> None:
+    from replaceme.models.find import identity, recorded_model
+    from replaceme.models.model import Model
+    from replaceme.pipeline.speed import measure_speed
+
+    dense = recorded_model(params, work.model_input)
+    pruned = Model(work.model, work.model.name, trust_remote_code=params.trust_remote_code)
+    if identity(dense) != read_json(work.model_input):
+        raise ParameterError(f"model_path: {params.model_path} is not what {work.model} was made from; name that model.")
+    times = measure_speed(params, dense, pruned)
+    rows: list[tuple[str, ...]] = [("measured", "dense", "pruned", "faster")]
+    for name, key in (("prefill", "prefill_seconds"), ("decoding, a token", "decode_seconds_per_token")):
+        pair = times[key]
+        rows.append((name, *(f"{1000 * pair[side]:.1f} ms" for side in ("dense", "pruned")), f"x {pair['speedup']:.2f}"))
+    print(align(rows))
+    with new_folder(work.speed) as folder:
+        write_json(folder / SPEED_FILE, rounded(times, 4))
+        if page := _page(work, times):
+            page.save(folder)
+    logger.info("the times, and the report with them, are in %s", work.speed)
+
+
+def report(params: Params, folder: Path) -> None:
+    """Print a result's scores, and write its report, with its cost and the times that were measured, to a folder.
+
+    Raises:
+        ParameterError: there is no such result, it was made without scores, or the folder holds something else.
+    """
+    from replaceme.evaluation.tables import comparison_table
+    from replaceme.report.page import SETTINGS_FILE
+
+    work = existing_result(params)
+    if folder.exists() and not (folder / SETTINGS_FILE).is_file():
+        raise ParameterError(f"--output: {excerpt(folder, 150)} exists and holds no report; choose another folder.")
+    page = _page(work, _known_times(work))
+    if page is None:
+        raise ParameterError(f"save_path: {work.model} was made without scores, so it has no report; prune it with tasks.")
+    print(comparison_table(read_json(work.metric("evaluation"))))
+    with new_folder(folder) as new:
+        page.save(new)
+    logger.info("the report is %s", folder / "index.html")
+
+
+def _page(work: Workspace, times: Mapping[str, Any] | None) -> Page | None:
+    """Return the report of a result with its cost; None if it was made without one."""
+    from replaceme.pipeline.cost import compression_figures
+    from replaceme.report.page import SETTINGS_FILE, render
+
+    # The page shows the settings that the model was made with, not those of this call.
+    settings = work.report / SETTINGS_FILE
+    if not settings.is_file():
+        return None
+    made_with = read_params(settings, methods=METHODS)
+    # These name local files without their folders, and the pipeline's costs are known by its own parameters.
+    own = pipeline_params(METHODS) if work == Workspace() and PARAMS_FILE.is_file() else made_with
+    return render(made_with, work, times, compression_figures(own, work))
+
+
+def _known_times(work: Workspace) -> Mapping[str, Any] | None:
+    """Return the times that were measured of these very weights, or None."""
+    from replaceme.base.fingerprints import sha256_of
+    from replaceme.models.model import Model
+    from replaceme.models.model_files import WEIGHTS
+
+    file = work.speed / SPEED_FILE
+    times: Mapping[str, Any] | None = read_json(file) if file.is_file() else None
+    model = Model(work.model, work.model.name)
+    return times if times and times["weights"] == sha256_of(model.files(WEIGHTS), model.folder) else None
+
+
+def profile(params: Params) -> None:
+    """Measure all pairs of layers, and print the best block of each size."""
+    from replaceme.pipeline.runner import run_stages
+    from replaceme.selection.blocks import smallest
+    from replaceme.selection.criteria import allowed_starts
+
+    # Nothing is pruned here, so no transform has to fold.
+    bare = {"method": "uidl", "transform": "dense", "repair": False, "heal_epochs": 0}
+    single = params.model_copy(update={"layers_to_skip": 1, "num_A": 1, **bare})
+    with exclusive_result(params, "distances") as work:
+        run_stages(single, work, ("inputs", *ANALYSIS))
+        publish_folder(work, work.profile)
+        content = read_json(work.profile / "profile.json")
+    criteria = {"angular distance": content["angular_distance"], "residual": content["residual"]}
+    rows = [("layers to skip", *(head for name in criteria for head in ("host", "removed", name)))]
+    for skip in range(1, len(allowed_starts(single, layers := len(content["residual"]), criterion_of(single))) + 1):
+        starts = allowed_starts(single.model_copy(update={"layers_to_skip": skip}), layers, criterion_of(single))
+        row = [str(skip)]
+        for values in criteria.values():
+            (block,) = smallest(values, starts, skip)
+            removed = f"{block.start}–{block.end - 1}" if skip > 1 else str(block.start)
+            row += [str(block.layer_before_cut), removed, f"{values[block.layer_before_cut][block.end - 1]:.4f}"]
+        rows.append(tuple(row))
+    print(align(rows))
+    logger.info("all pairs are in %s", work.model / "distances.csv")

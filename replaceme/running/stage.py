@@ -1,0 +1,100 @@
+"""A stage of the pipeline: its function and what its output depends on; and its run by DVC.
+
+Each file of ``replaceme.pipeline`` declares one stage. ``tests/pipeline`` checks them against dvc.yaml.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NoReturn
+
+from replaceme.base.combinations import Methods
+from replaceme.base.errors import ParameterError
+from replaceme.base.files import clear_partials
+from replaceme.base.parameters import Params, read_params
+from replaceme.base.progress import logger
+from replaceme.base.ranks import launched_processes
+from replaceme.running.cost import cost_measurement, keep_cost
+from replaceme.running.entry import PARAMS_FILE, run
+from replaceme.running.processes import in_processes, run_step
+from replaceme.running.workspace import Artifact, Workspace
+
+# The order of the stages, after ``inputs``: from the text to the profile, to the final edits, and to the saved model.
+ANALYSIS = ("generate", "calibrate", "profile")
+FIT = (*ANALYSIS, "select", "plan", "activations", "solve", "repair", "heal")
+COMPRESSION = (*FIT, "export")
+# Judging the result is no part of the compression: it costs the same for every method.
+JUDGEMENT = ("baseline", "evaluate", "report")
+ORDER = (*COMPRESSION, *JUDGEMENT)
+
+# Parameters of every pass over the calibration text, and of every evaluation.
+PASS = ("batch_size", "dtype", "device", "device_map", "threads", "use_4bit", "trust_remote_code")
+SCORING = ("tasks", "eval_tokens", "eval_batch_size", "eval_dtype", "device", "device_map", "threads", "trust_remote_code")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage.
+
+    Attributes:
+        name: as in dvc.yaml.
+        run: the function that reads artifacts, computes and writes artifacts.
+        params: the parameters that its output depends on.
+        reads: the artifacts that it reads.
+        writes: the artifact that it writes; None if it writes only metrics.
+        metrics: the metrics files that it writes.
+        figures: the metrics files that it reads.
+        methods: the methods that ``method`` may name; None for a stage that uses no method.
+        shared: whether several processes share its passes, given what it reads; if not, one does them.
+        always: whether it runs even if nothing that it depends on changed.
+    """
+
+    name: str
+    run: Callable[[Params, Workspace], None]
+    params: tuple[str, ...] = ()
+    reads: tuple[Artifact, ...] = ()
+    writes: Artifact | None = None
+    metrics: tuple[str, ...] = ()
+    figures: tuple[str, ...] = ()
+    methods: Methods | None = None
+    shared: Callable[[Params, Workspace], bool] = lambda params, work: False
+    always: bool = False
+
+
+def run_stage(stage: Stage) -> NoReturn:
+    """Run a stage on params.yaml in the current folder, as DVC does, and exit."""
+    work = Workspace()
+
+    def start() -> None:
+        params = pipeline_params(stage.methods)
+        check_pipeline_params(params)
+        count = params.processes if params.processes > 1 and stage.shared(params, work) else 1
+        in_processes(count, lambda: measure(params), params.device)
+
+    def measure(params: Params) -> None:
+        for folder in (work.artifact(""), work.metric("").parent):
+            clear_partials(folder.rglob("*"), own=True)
+        if stage.name in ORDER:
+            logger.info("stage %d of %d: %s", ORDER.index(stage.name) + 1, len(ORDER), stage.name)
+        with cost_measurement() as cost:
+            run_step(stage, params, work)
+        if stage.name in COMPRESSION:
+            keep_cost(stage.name, params, cost)
+
+    sys.exit(run(start, debug="--debug" in sys.argv[1:]))
+
+
+def pipeline_params(methods: Methods | None) -> Params:
+    """Read params.yaml in the current folder, as ``read_params`` does; a key that it lacks has its recommended value."""
+    return read_params(PARAMS_FILE, launched_processes(), methods=methods, preset="recommended")
+
+
+def check_pipeline_params(params: Params) -> None:
+    """Refuse settings of the console scripts: in the pipeline, the place of the result is fixed."""
+    problems = []
+    if params.save_path not in (None, "artifacts/model"):
+        problems.append(f"save_path: the pipeline writes to artifacts/model, not to '{params.save_path}'; use null here.")
+    if params.save_transform_only:
+        problems.append("save_transform_only: only the console scripts can stop at the transform; use false here.")
+    if problems:
+        raise ParameterError([f"{PARAMS_FILE}: {problem}" for problem in problems])

@@ -1,0 +1,368 @@
+"""Activation statistics of a block, in one walk that stops at the last layer needed.
+
+For a block with the layer ``i`` before it and end ``e`` (ReplaceMe, section 3; rows are real tokens):
+
+    M = output of the MLP of layer i,  Z = h_i − M = the rest of the layer's output,
+    H = h_{e−1} = target for the state at the cut,  Y = H − Z.
+
+- ``gram``: ``MᵀM``, ``MᵀY`` and three sums of squares, which determine the least squares for T. Their size is d × d whatever
+  the number of tokens, and they are additive over disjoint documents.
+- ``mlp_features``, ``features``: the same for the inputs of the layer's last linears, with token weights.
+- ``stream``, ``stream_weighted``: the same for the whole state h_i.
+- ``magnitudes``, ``magnitudes_rotated``: growth of each channel's magnitude across the block.
+- ``sample``: a few evenly spaced tokens, for figures that are not sums of squares.
+- ``tokens``, ``tokens_accurate``: every token, on disk, for losses that need more than sums.
+
+A statistic is an observer with a ``tensors`` method and one line in ``STATISTICS``. Processes share its walk if it has an
+``add_up`` method too; the last two have none.
+"""
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from replaceme.base.documents import Batch, Documents
+from replaceme.base.group import all_reduce_sum
+from replaceme.base.plan import Block
+from replaceme.models.families import Family
+from replaceme.statistics.features import LINEARS, Features
+from replaceme.statistics.hadamard import hadamard
+from replaceme.statistics.shards import ShardWriter
+from replaceme.statistics.sums import Sums, token_weights
+from replaceme.statistics.walk import Observer, Signal, Signals, walk
+
+SAMPLED_TOKENS = 2048
+
+
+class Statistic(Observer, Protocol):
+    """An observer whose result is a few tensors."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the result, on the CPU."""
+        ...
+
+
+class AtCut:
+    """Base of the statistics: pairs the signals of the layer before the cut with the state at the block's end, batch by batch.
+
+    Attributes:
+        at_layer: its signals.
+        take: receives these signals, H and the batch; real tokens only, each (tokens, width).
+    """
+
+    at_layer: tuple[Signal, ...] = ("mlp", "output")
+    take: Callable[..., None]
+
+    def __init__(self, block: Block):
+        self.block = block
+
+    def wants(self) -> Mapping[int, frozenset[Signal]]:
+        return {self.block.layer_before_cut: frozenset(self.at_layer), self.block.end - 1: frozenset({"output"})}
+
+    def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
+        if layer == self.block.layer_before_cut:
+            for signal in self.at_layer:
+                batch.scratch[self, signal] = batch.real(signals[signal])
+        else:
+            self.meet(batch.real(signals["output"]), batch)
+
+    def meet(self, target: Tensor, batch: Batch) -> None:
+        """Hand the layer's signals, kept in the batch's scratch, and H (tokens, d) to ``take``."""
+        self.take(*(batch.scratch.pop((self, signal)) for signal in self.at_layer), target, batch)
+
+
+class Gram(AtCut):
+    """``MᵀM`` and ``MᵀY`` (d, d), and the scalars ``ΣY²``, ``ΣH²``, ``Σ(H − h_host)²`` and the number of tokens; float64.
+
+    ``norm`` is the weight (d,) of the norm after the MLP before the cut, if there is one.
+    """
+
+    def __init__(self, block: Block, norm: Tensor | None = None):
+        super().__init__(block)
+        self.sums = Sums()
+        self.norm = {} if norm is None else {"norm": norm.cpu()}
+
+    def take(self, added: Tensor, left: Tensor, target: Tensor, batch: Batch) -> None:
+        M, H = added.double(), target.double()
+        gap = H - left.double()
+        Y = gap + M
+        self.sums.add_squares("gram", M)
+        self.sums.add(
+            {
+                "cross": M.T @ Y,
+                "target_squares": Y.square().sum(),
+                "output_squares": H.square().sum(),
+                "gap_squares": gap.square().sum(),
+                "tokens": torch.tensor(float(len(M)), dtype=torch.float64),
+            }
+        )
+
+    def add_up(self) -> None:
+        self.sums.add_up()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: total.cpu() for name, total in self.sums.finished().items()} | self.norm
+
+
+class Sample(AtCut):
+    """M, Z and H of at most ``SAMPLED_TOKENS`` tokens, evenly spaced over the walk; each (n, d) float32."""
+
+    def __init__(self, block: Block, token_count: int):
+        super().__init__(block)
+        self.step = -(-token_count // SAMPLED_TOKENS)
+        self.count = -(-token_count // self.step)
+        self.kept: dict[str, list[Tensor]] = {"added": [], "rest": [], "target": []}
+        # The places of this process's tokens in the sample.
+        self.places: list[Tensor] = []
+
+    def take(self, added: Tensor, left: Tensor, target: Tensor, batch: Batch) -> None:
+        start = -batch.position % self.step
+        M = added[start :: self.step].float()
+        self.kept["added"].append(M.cpu())
+        self.kept["rest"].append((left[start :: self.step].float() - M).cpu())
+        self.kept["target"].append(target[start :: self.step].float().cpu())
+        first = (batch.position + start) // self.step
+        self.places.append(torch.arange(first, first + len(self.kept["target"][-1])))
+
+    def add_up(self) -> None:
+        whole: dict[str, Tensor] = {}
+        for name, parts in self.kept.items() if self.places else ():
+            own = torch.cat(parts)
+            whole[name] = own.new_zeros(self.count, own.shape[1])
+            whole[name][torch.cat(self.places)] = own
+        all_reduce_sum(whole)
+        self.kept = {name: [rows] for name, rows in whole.items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: torch.cat(parts) for name, parts in self.kept.items()}
+
+
+class FeatureGram(AtCut):
+    """Weighted sums over the features ``g`` of the last linears before the cut, ``w = 1/‖H‖²`` scaled to a mean of 1; float64.
+
+    ``gram`` = Σ w gᵀg (k, k) · ``cross`` = Σ w gᵀ(H − h_host) (k, d) · ``feature_added`` = Σ w gᵀM (k, d) · ``added_gram`` =
+    Σ w MᵀM and ``added_cross`` = Σ w Mᵀ(H − h_host) (d, d) · the scalars ``gap_squares`` = Σ w ‖H − h_host‖²,
+    ``output_squares`` = Σ w ‖H‖² and ``tokens`` · ``layout`` (``replaceme.statistics.features``). Products of M
+    only are float64, since alpha, the ridge of their least squares, can be 0; products of features are float32.
+    """
+
+    def __init__(self, block: Block, features: Features):
+        super().__init__(block)
+        self.features = features
+        self.at_layer = ("mlp", "output", *features.signals)
+        self.sums = Sums()
+
+    def take(self, *signals: Any) -> None:
+        added, left, *inputs, target, _batch = signals
+        g, gap, w = self.take_features(left, inputs, target)
+        M = added.float() * w.sqrt()
+        exact = M.double()
+        self.sums.add_squares("added_gram", exact)
+        self.sums.add({"feature_added": g.T @ M, "added_cross": exact.T @ gap.double()})
+
+    def take_features(self, left: Tensor, inputs: Sequence[Tensor], target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Add to the sums without M; return √w g (tokens, k), √w (H − h_host) (tokens, d) and w (tokens, 1), float32."""
+        H = target.float()
+        w = token_weights(H)
+        g, gap = self.features.columns(*inputs).mul_(w.sqrt()), (H - left.float()).mul_(w.sqrt())
+        add_correction(self.sums, g, gap, H, w)
+        self.sums.add({"weights": w.sum(), "tokens": torch.tensor(float(len(H)))})
+        return g, gap, w
+
+    def add_up(self) -> None:
+        self.sums.add_up()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {**of_mean_weight(self.sums.finished()), "layout": self.features.as_tensor()}
+
+
+class StreamGram(AtCut):
+    """Sums over the state ``h`` before the cut, with ``w = 1`` or ``1/‖H‖²`` scaled to a mean of 1; float64.
+
+    ``gram`` = Σ w hᵀh and ``cross`` = Σ w hᵀ(H − h) (d, d) · the scalars ``gap_squares`` = Σ w ‖H − h‖², ``output_squares`` =
+    Σ w ‖H‖² and ``tokens``.
+    """
+
+    at_layer = ("output",)
+
+    def __init__(self, block: Block, weighted: bool):
+        super().__init__(block)
+        self.weighted = weighted
+        self.sums = Sums()
+
+    def take(self, left: Tensor, target: Tensor, batch: Batch) -> None:
+        h, H = left.double(), target.double()
+        w = token_weights(H) if self.weighted else torch.ones_like(H[:, :1])
+        h, gap = h * w.sqrt(), (H - h) * w.sqrt()
+        add_correction(self.sums, h, gap, H, w)
+        self.sums.add({"weights": w.sum(), "tokens": torch.tensor(float(len(h)))})
+
+    def add_up(self) -> None:
+        self.sums.add_up()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return of_mean_weight(self.sums.finished())
+
+
+class MagnitudeRatios(AtCut):
+    """Growth of each channel k of the state across the block, summed over documents:
+
+        mean over the document's tokens of |H_k| / mean over the document's tokens of |h_k|
+
+    ``ratios`` (d,) is the sum and ``documents`` their number, float64. If ``rotated``, both states are first multiplied by a
+    Hadamard matrix. The ratio is 1 for a channel that is zero throughout a document.
+    """
+
+    at_layer = ("output",)
+
+    def __init__(self, block: Block, rotated: bool):
+        super().__init__(block)
+        self.rotated, self.rotation = rotated, torch.empty(0)
+        self.sums = Sums()
+
+    def take(self, left: Tensor, target: Tensor, batch: Batch) -> None:
+        lengths = batch.lengths.tolist()
+        before, after = (
+            torch.stack([document.abs().double().mean(dim=0) for document in self._turned(rows.float()).split(lengths)])
+            for rows in (left, target)
+        )
+        ratios = torch.where(before == 0, 1, after / before)
+        self.sums.add({"ratios": ratios.sum(dim=0), "documents": torch.tensor(float(len(lengths)))})
+
+    def _turned(self, rows: Tensor) -> Tensor:
+        if not self.rotated:
+            return rows
+        if not len(self.rotation):
+            matrix = hadamard(rows.shape[1])
+            assert matrix is not None, "such a width is refused before any work"
+            self.rotation = matrix.to(rows)
+        return rows @ self.rotation
+
+    def add_up(self) -> None:
+        self.sums.add_up()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: total.cpu() for name, total in self.sums.finished().items()}
+
+
+def of_mean_weight(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return weighted sums, rescaled to weights of mean 1, on the CPU, without ``weights``. Sums on the CPU are overwritten.
+
+    Args:
+        sums: weighted sums by name; among them ``weights`` = Σ w, and ``tokens``, the number of tokens.
+    """
+    tokens, weights = sums["tokens"].cpu(), sums["weights"].cpu()
+    with torch.inference_mode():
+        scaled = {name: total.cpu().mul_(tokens / weights) for name, total in sums.items() if name not in ("tokens", "weights")}
+    return {**scaled, "tokens": tokens}
+
+
+def add_correction(sums: Sums, g: Tensor, gap: Tensor, target: Tensor, w: Tensor) -> None:
+    """Add the sums of some tokens that ``replaceme.solvers.ridge.solve_correction`` needs, and their squared errors.
+
+    Args:
+        sums: added to: ``gram`` (k, k), ``cross`` (k, d), ``gap_squares`` and ``output_squares``.
+        g: (tokens, k) features, times √w.
+        gap: (tokens, d) target minus state, times √w.
+        target: (tokens, d).
+        w: (tokens, 1) token weights.
+    """
+    sums.add_squares("gram", g)
+    sums.add({"cross": g.T @ gap, "gap_squares": gap.square().sum(), "output_squares": (w * target.square()).sum()})
+
+
+class TokenDump(AtCut):
+    """M and Y of every token, or M, h_host and H in the accurate form, in shards; ``counts``: number of tokens of each."""
+
+    def __init__(self, place: "Place", accurate: bool):
+        super().__init__(place.block)
+        self.accurate = accurate
+        names = ("added", "left", "target") if accurate else ("added", "goal")
+        self.shards = ShardWriter(place.folder, names, place.documents.token_count)
+
+    def take(self, added: Tensor, left: Tensor, target: Tensor, batch: Batch) -> None:
+        if self.accurate:
+            self.shards.add(added, left, target)
+        else:
+            self.shards.add(added, target.float() - left.float() + added.float())
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"counts": self.shards.finish()}
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a statistic is made from.
+
+    Attributes:
+        block: the removed layers.
+        layer: the kept layer before them.
+        family: its description.
+        documents: the documents of the walk.
+        folder: for results too large for memory, beside the other statistics.
+    """
+
+    block: Block
+    layer: nn.Module
+    family: Family
+    documents: Documents
+    folder: Path
+
+
+STATISTICS: dict[str, Callable[[Place], Statistic]] = {
+    "gram": lambda place: Gram(place.block, place.family.norm_weight(place.layer) if place.family.norm_after_mlp else None),
+    "sample": lambda place: Sample(place.block, place.documents.token_count),
+    "mlp_features": lambda place: FeatureGram(place.block, Features.of(place.layer, place.family, ["mlp_output"])),
+    "features": lambda place: FeatureGram(place.block, Features.of(place.layer, place.family, LINEARS)),
+    "stream": lambda place: StreamGram(place.block, weighted=False),
+    "stream_weighted": lambda place: StreamGram(place.block, weighted=True),
+    "magnitudes": lambda place: MagnitudeRatios(place.block, rotated=False),
+    "magnitudes_rotated": lambda place: MagnitudeRatios(place.block, rotated=True),
+    "tokens": lambda place: TokenDump(place, accurate=False),
+    "tokens_accurate": lambda place: TokenDump(place, accurate=True),
+}
+# Processes share the walk of these (``replaceme.statistics.walk.Additive``).
+ADDITIVE = frozenset(
+    {"gram", "sample", "mlp_features", "features", "stream", "stream_weighted", "magnitudes", "magnitudes_rotated"}
+)
+
+
+def adds_up(names: Sequence[str]) -> bool:
+    """Return whether there are statistics to take, and processes can share the walk of all of them."""
+    return bool(names) and ADDITIVE.issuperset(names)
+
+
+def take_statistics(
+    model: Any,
+    family: Family,
+    documents: Documents,
+    block: Block,
+    names: Sequence[str],
+    batch_size: int,
+    folder: Path | None = None,
+) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors of each statistic of a block, by name, from one walk.
+
+    Args:
+        model: the model.
+        family: its description.
+        documents: calibration text.
+        block: the removed layers.
+        names: of the statistics.
+        batch_size: documents per batch.
+        folder: for results too large for memory; None is the system's temporary folder.
+
+    Raises:
+        ResourceError: the disk is too small for these results.
+    """
+    layers = family.decoder_layers(model)
+    folder = folder or Path(tempfile.gettempdir())
+    place = Place(block, layers[block.layer_before_cut], family, documents, folder)
+    observers = {name: STATISTICS[name](place) for name in names}
+    walk(model, family, documents, list(observers.values()), batch_size=batch_size, description="observing activations")
+    return {name: observer.tensors() for name, observer in observers.items()}

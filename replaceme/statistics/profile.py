@@ -1,0 +1,165 @@
+"""The profile of a model: distances between all pairs of layers, and each layer's influence on its input.
+
+The profile depends on no pruning setting, so a sweep computes it once.
+
+- ``D(i, j)`` = mean over documents of ``arccos(cos(h_i, h_j)) / π`` at the last real token, for all pairs of layer
+  outputs (UIDL, arXiv 2403.17887, section 3.2; ReplaceMe, section 3).
+- Block influence ``BI_l`` = mean over tokens of ``1 − cos(h_{l−1}, h_l)`` (ShortGPT, arXiv 2403.03853, section 3.2).
+- Mean over tokens of ``cos(h_{i−1}, h_j)``, of layer i's input and layer j's output (LLM-Streamline, arXiv 2403.19135,
+  section 2).
+- For all pairs, the relative residual of a linear map in the block's place (``replaceme.statistics.residuals``).
+- Mean and largest token norm of each layer's output, which show massive activations.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from replaceme.base.documents import Batch, Documents
+from replaceme.base.errors import ParameterError
+from replaceme.base.group import all_gather, all_reduce_sum
+from replaceme.base.progress import logger
+from replaceme.models.streaming import evict_layers
+from replaceme.statistics.residuals import FIT_TOKENS, TokenSample, residual_map
+from replaceme.statistics.walk import Observer, Signal, Signals, ask, walk
+
+# Tokens compared at once, in all layers: few enough for the processor's cache.
+TOKENS = 64
+# Smallest norm to divide by, for states of zeros.
+TINY = torch.finfo(torch.float32).tiny
+
+
+class AngularDistances:
+    """Observer of the angular distances between all pairs of layer outputs, at each document's last real token."""
+
+    def __init__(self, layers: int):
+        self.layers = layers
+        self.documents = 0
+        self.sums = torch.zeros(layers, layers, dtype=torch.float64)
+
+    def wants(self) -> Mapping[int, frozenset[Signal]]:
+        return ask(range(self.layers), "output")
+
+    def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
+        batch.scratch[self, layer] = batch.last(signals["output"]).double().cpu()
+        if layer == self.layers - 1:
+            states = torch.stack([batch.scratch.pop((self, index)) for index in range(self.layers)], dim=1)
+            self.sums += angular_distance(states).sum(dim=0)
+            self.documents += len(states)
+
+    def add_up(self) -> None:
+        all_reduce_sum({"distances": self.sums})
+        self.documents = sum(all_gather(self.documents))
+
+    def result(self) -> Tensor:
+        """Return the (layers, layers) float64 matrix of mean distances, in half turns (0 to 1)."""
+        return self.sums / self.documents
+
+
+class StateCosines:
+    """Observer of the mean cosines of all pairs of states, and of the states' norms, over real tokens."""
+
+    def __init__(self, layers: int):
+        self.layers = layers
+        self.tokens = 0
+        # Of the input of the first layer and the output of every layer.
+        self.cosines = torch.zeros(layers + 1, layers + 1, dtype=torch.float64)
+        self.norm_sum = torch.zeros(layers + 1, dtype=torch.float64)
+        self.norm_max = torch.zeros(layers + 1, dtype=torch.float64)
+
+    def wants(self) -> Mapping[int, frozenset[Signal]]:
+        return {0: frozenset({"input", "output"}), **ask(range(1, self.layers), "output")}
+
+    def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
+        if layer == 0:
+            batch.scratch[self, 0] = batch.real(signals["input"])
+        batch.scratch[self, layer + 1] = batch.real(signals["output"])
+        if layer == self.layers - 1:
+            states = [batch.scratch.pop((self, index)) for index in range(self.layers + 1)]
+            for start in range(0, batch.token_count, TOKENS):
+                # The states can be on several devices.
+                parts = torch.stack([state[start : start + TOKENS].to(states[0].device) for state in states]).float()
+                norms = torch.linalg.vector_norm(parts, dim=-1)
+                unit = parts.div_(norms.clamp_min(TINY)[..., None]).flatten(1)
+                self.cosines += (unit @ unit.T).double().cpu()
+                self.norm_sum += norms.sum(dim=1, dtype=torch.float64).cpu()
+                self.norm_max = torch.maximum(self.norm_max, norms.amax(dim=1).double().cpu())
+            self.tokens += batch.token_count
+
+    def add_up(self) -> None:
+        all_reduce_sum({"cosines": self.cosines, "norms": self.norm_sum})
+        self.norm_max = torch.stack(all_gather(self.norm_max)).amax(0)
+        self.tokens = sum(all_gather(self.tokens))
+
+    def mean_cosine(self) -> Tensor:
+        """Return (layers, layers) float64: mean cosine of the input of layer i and the output of layer j; 0 for j < i."""
+        return (self.cosines / self.tokens)[:-1, 1:].triu()
+
+    def figures(self) -> dict[str, list[float]]:
+        """Return block influence, and mean and largest norm of the output: figure → one number per layer."""
+        return {
+            "block_influence": (1 - self.mean_cosine().diagonal()).tolist(),
+            "mean_norm": (self.norm_sum / self.tokens)[1:].tolist(),
+            "max_norm": self.norm_max[1:].tolist(),
+        }
+
+
+def angular_distance(states: Tensor) -> Tensor:
+    """Return (n, k, k) distances in half turns between all pairs of k states, for states (n, k, d)."""
+    unit = normalize(states, dim=-1)
+    cosine = (unit @ unit.transpose(1, 2)).clamp(-1, 1)
+    distance = torch.arccos(cosine) / torch.pi
+    # A state has distance 0 from itself; arccos would turn rounding near 1 into 1e-8.
+    distance.diagonal(dim1=1, dim2=2).zero_()
+    return distance
+
+
+def profile_model(
+    model: Any, family: Any, documents: Documents, batch_size: int, scratch: Path | None = None
+) -> dict[str, Any]:
+    """Return the profile of a loaded model.
+
+    Args:
+        model: the model.
+        family: its description.
+        documents: calibration text.
+        batch_size: documents per batch.
+        scratch: folder for scratch files; None is the system's temporary folder.
+
+    Returns:
+        ``angular_distance`` and ``residual`` (layers × layers: layer before the cut, last removed layer), ``mean_cosine``
+        (layers × layers: input of the first, output of the second) and ``layers`` (figure → list).
+
+    Raises:
+        ParameterError: the text has a single token, or states overflow.
+        ResourceError: the disk is too small for the scratch files.
+    """
+    layers = len(family.decoder_layers(model))
+    distances, cosines = AngularDistances(layers), StateCosines(layers)
+    width = int(model.config.hidden_size)
+    if documents.token_count < 2:
+        raise ParameterError("dataset_size: the dataset gave a single token, which leaves none to hold out; take more text.")
+    with TokenSample(documents, layers, width, model.dtype, scratch) as sample:
+        if len(sample.fit) < FIT_TOKENS * width:
+            logger.warning(
+                "profile: %d tokens are few for residuals of %d dimensions; raise dataset_size", len(sample.fit), width
+            )
+        observers: list[Observer] = [distances, cosines, sample]
+        walk(model, family, documents, observers, batch_size=batch_size, description="profiling layers")
+        evict_layers(model)
+        residuals = residual_map(sample, model.device)
+    figures = cosines.figures()
+    for layer, norm in enumerate(figures["max_norm"]):
+        if not math.isfinite(norm):
+            raise ParameterError(f"dtype: {model.dtype} overflows at layer {layer}; use bfloat16 or float32.")
+    return {
+        "angular_distance": distances.result().tolist(),
+        "mean_cosine": cosines.mean_cosine().tolist(),
+        "residual": residuals,
+        "layers": figures,
+    }

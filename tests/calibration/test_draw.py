@@ -1,0 +1,260 @@
+"""Calibration documents: tokenizing, cutting, packing, and mixing sources."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from replaceme.base.config import settings_yaml
+from replaceme.base.documents import Documents, split_documents
+from replaceme.base.errors import DatasetError, ParameterError
+from replaceme.base.parameters import Params, read_params
+from replaceme.calibration import tokenization
+from replaceme.calibration.corpus import Corpus, Row
+from replaceme.calibration.draw import Counts, draw_documents
+from replaceme.calibration.find import find_datasets
+from replaceme.calibration.own_text import own_document_count
+from replaceme.calibration.sources import sources_of
+from replaceme.calibration.tokenization import encode_in_chunks, render_chat, start_of_text
+from replaceme.pipeline.calibrate import calibrate
+from replaceme.pipeline.inputs import inspect_inputs
+from replaceme.running.workspace import Workspace
+from tests.conftest import CHAT_TEMPLATE, made_text, made_tokenizer
+
+BOS = 0
+CHAT = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "a river"}]
+
+
+def settings(size: int, max_length: int = 16, pack: bool = False, **options: Any) -> Params:
+    return read_params(None, {"dataset_size": size, "max_length": max_length, "pack": pack, **options})
+
+
+def draw(dataset: Any, size: int, **options: Any) -> tuple[Documents, list[Counts]]:
+    params = settings(size, dataset=dataset, **options)
+    corpora = [source.open(params.seed) for source in find_datasets(params) if source]
+    return draw_documents(corpora, made_tokenizer(), params)
+
+
+def draw_rows(rows: list[Row], size: int = 100, tokenizer: Any = None, **options: Any) -> tuple[Documents, Counts]:
+    documents, (counts,) = draw_documents([Corpus(rows)], tokenizer or made_tokenizer(), settings(size, **options))
+    return documents, counts
+
+
+def ids(documents: Documents) -> list[list[int]]:
+    return [document.tolist() for document in documents.documents]
+
+
+def test_a_text_file_is_cut_into_full_documents_with_one_bos_each(text_file: Path) -> None:
+    documents, (counts,) = draw(str(text_file), 6)
+    assert [len(document) for document in documents.documents] == [16] * 6
+    assert all(document[0] == BOS and (document[1:] != BOS).all() for document in documents.documents)
+    assert counts == Counts(documents=6, tokens=96)
+
+
+def test_the_pieces_of_a_text_file_are_its_tokens_without_overlap(text_file: Path) -> None:
+    tokens = made_tokenizer().encode(text_file.read_text(encoding="utf-8"), add_special_tokens=False)
+    pieces = {tuple(tokens[start : start + 15]) for start in range(0, len(tokens) - 14, 15)}
+    documents, _ = draw(str(text_file), 10_000)
+    assert {tuple(document[1:]) for document in ids(documents)} == pieces
+
+
+def test_the_seed_decides_which_documents_are_drawn(text_file: Path) -> None:
+    first, again, other = (ids(draw(str(text_file), 5, seed=seed)[0]) for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_long_rows_are_cut_and_empty_ones_skipped_and_both_counted() -> None:
+    documents, counts = draw_rows([made_text(5), "", "  ", "\n", "the river"], max_length=9)
+    assert (len(documents.documents[0]), counts.cut) == (9, 1)
+    assert (len(documents), counts.documents, counts.empty) == (2, 2, 3)
+    with pytest.raises(DatasetError, match=r"no text is left after tokenization \(1 rows were empty\)"):
+        draw_rows([""])
+
+
+def test_rows_are_packed_until_a_document_is_full() -> None:
+    documents, counts = draw_rows(["the river runs"] * 40, 3, max_length=20, pack=True)
+    assert [len(document) for document in documents.documents] == [20, 20, 20]
+    assert all((document == BOS).sum() == 1 for document in documents.documents)
+    assert counts.documents == 3
+    single, _ = draw_rows(["the river"] * 3, 1, max_length=100, pack=True)
+    assert made_tokenizer().decode(single.documents[0]) == "<s>" + "\n\n".join(["the river"] * 3)
+
+
+def test_the_pieces_of_a_text_have_one_source() -> None:
+    texts = [made_text(12, seed) for seed in range(25)]
+    documents, _ = draw_documents([Corpus(texts, running=True)], made_tokenizer(), settings(60))
+    assert len({*documents.sources}) < len(documents) == 60
+    for document, source in zip(documents.documents, documents.sources, strict=True):
+        assert made_tokenizer().decode(document[1:]).strip("\ufffd") in texts[source]
+    used, held_out = split_documents(documents)
+    assert not {*used.sources} & {*held_out.sources}
+    assert 0 < len(held_out) <= 12
+
+
+def test_a_single_running_text_is_held_out_by_whole_parts(text_file: Path) -> None:
+    documents, _ = draw(str(text_file), 300)
+    text = text_file.read_text(encoding="utf-8")
+    starts = [text.index(made_tokenizer().decode(document[1:])) for document in documents.documents]
+    in_order = [source for _, source in sorted(zip(starts, documents.sources, strict=True))]
+    assert in_order == sorted(in_order)
+    assert len({*in_order}) == 20
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_rows_are_sources_of_their_own(pack: bool) -> None:
+    documents, _ = draw_rows([f"the river {number}" if number % 3 else "" for number in range(9)], max_length=4, pack=pack)
+    assert len({*documents.sources}) == len(documents) > 1
+
+
+def test_chats_go_through_the_template_with_all_turns_and_one_bos() -> None:
+    documents, _ = draw_rows([CHAT], max_length=100)
+    assert made_tokenizer().decode(documents.documents[0]) == "<s><system>be brief\n<user>a river\n"
+
+
+def test_a_template_with_todays_date_gives_the_same_text_on_every_day(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "replaceme")
+    tokenization._log_today.cache_clear()
+    tokenizer = made_tokenizer()
+    render_chat(CHAT, tokenizer)
+    assert "date" not in caplog.text
+    # As in Llama 3's template, and within a macro.
+    tokenizer.chat_template = (
+        "{%- macro day() %}{{ strftime_now('%Y') }}{% endmacro %}{%- if strftime_now is defined %}"
+        "{{ strftime_now('%d %b %Y') }} {{ day() }}\n{%- endif %}" + CHAT_TEMPLATE
+    )
+    assert {render_chat(CHAT, tokenizer).split("\n")[0] for _ in range(2)} == {"26 Jul 2024 2024<s><system>be brief"}
+    assert "today is always 26 July 2024" in str(Params.model_fields["dataset_column"].description)
+    assert caplog.text.count("the chat template asks for today's date and always gets 2024-07-26") == 1
+
+
+def test_a_chat_without_a_template_is_an_error_unless_it_is_embedded() -> None:
+    tokenizer = made_tokenizer(chat=False)
+    with pytest.raises(DatasetError, match="holds chats, but the model's tokenizer has no chat template"):
+        draw_rows([CHAT], tokenizer=tokenizer)
+    documents, _ = draw_documents([Corpus([CHAT], plain=True)], tokenizer, settings(1, 64))
+    text = tokenizer.decode(documents.documents[0], skip_special_tokens=True)
+    assert text == "System: be brief\n\nUser: a river"
+
+
+def test_documents_get_a_bos_only_if_the_tokenizer_has_one() -> None:
+    assert start_of_text(made_tokenizer(bos=False)) == []
+    assert start_of_text(made_tokenizer()) == [BOS]
+
+
+def test_documents_are_the_same_after_saving(tmp_path: Path, documents: Documents) -> None:
+    documents.save(tmp_path)
+    assert ids(Documents.load(tmp_path)) == ids(documents)
+
+
+def test_batches_hold_every_real_token_once(documents: Documents) -> None:
+    batches = list(documents.batches(4))
+    assert sum(batch.token_count for batch in batches) == documents.token_count
+    assert [batch.first_token for batch in batches] == [0, 140, 200]
+    restored = [row[:length].tolist() for batch in batches for row, length in zip(batch.input_ids, batch.lengths, strict=True)]
+    assert sorted(restored) == sorted(ids(documents))
+
+
+def test_tokenizing_in_chunks_gives_the_same_documents(text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, _ = draw(str(text_file), 10_000)
+    monkeypatch.setattr(tokenization, "CHUNK_CHARACTERS", 1000)
+    chunked, _ = draw(str(text_file), 10_000)
+    assert ids(chunked) == ids(whole)
+    monkeypatch.setattr(tokenization, "CHUNK_CHARACTERS", 50)
+    for text in (" ".join(["river"] * 100), "river" * 100):
+        chunks = list(encode_in_chunks(text, made_tokenizer(), [BOS]))
+        assert len(chunks) >= 9
+        assert made_tokenizer().decode([token for chunk in chunks for token in chunk]) == text
+
+
+@pytest.fixture
+def two_files(tmp_path: Path) -> Callable[[int], tuple[str, str]]:
+    """Return a function that writes a long running text, and so many short rows."""
+
+    def write(rows: int) -> tuple[str, str]:
+        (long := tmp_path / "long.txt").write_text(made_text(400), encoding="utf-8")
+        lines = "".join(json.dumps({"text": f"the river {number}"}) + "\n" for number in range(rows))
+        (short := tmp_path / "short.jsonl").write_text(lines, encoding="utf-8")
+        return str(long), str(short)
+
+    return write
+
+
+@pytest.mark.parametrize("shares", [(1, 1), (3, 1), (0.5, 0.25)])
+def test_shares_of_the_tokens_are_met_to_a_document(
+    shares: tuple[float, float], two_files: Callable[[int], tuple[str, str]]
+) -> None:
+    long, short = two_files(400)
+    documents, counts = draw([{long: shares[0]}, {short: shares[1]}], 60, max_length=32)
+    assert len(documents) == 60
+    assert sum(count.tokens for count in counts) == documents.token_count
+    for count, share in zip(counts, shares, strict=True):
+        assert abs(count.tokens - documents.token_count * share / sum(shares)) <= 32
+
+
+def test_a_source_that_ends_leaves_its_part_to_the_others(two_files: Callable[[int], tuple[str, str]]) -> None:
+    long, short = two_files(1)
+    documents, counts = draw([long, short], 8)
+    assert (len(documents), counts[1].documents) == (8, 1)
+    assert ids(draw([{long: 2}], 6)[0]) == ids(draw(long, 6)[0])
+
+
+@pytest.mark.parametrize(
+    ("dataset", "sentence"),
+    [
+        ([], r"dataset: must be a name, or a list of names with shares, not \[\]"),
+        (7, "dataset: must be a name, or a list of names with shares, not 7"),
+        (None, "dataset: must be a name, or a list of names with shares, not null"),
+        (["a", "a"], "dataset: names a twice; keep one"),
+        ([{"a": 0}], "dataset: the share of a must be a number above 0, not 0"),
+        ([{"a": float("nan")}], "dataset: the share of a must be a number above 0, not nan"),
+        ([{"a": 1, "b": 1}], r"dataset: an entry must be a name or one \{name: share\}"),
+        ([{"a": {"weight": 1}}], "dataset: a has no option 'weight'; there are share, config, split, column, revision"),
+        ([{"self": {"split": "train"}}], "dataset: split does not apply to self"),
+        ([{"a": {"column": 1}}], "dataset: column of a must be a text, not 1"),
+    ],
+)
+def test_a_wrong_list_of_sources_is_named(dataset: Any, sentence: str) -> None:
+    with pytest.raises(ParameterError, match=sentence):
+        read_params(None, {"dataset": dataset})
+
+
+def test_an_option_that_does_not_apply_is_refused() -> None:
+    params = read_params(None, {"dataset": ["wikipedia-sample", "lee-news"], "dataset_split": "calibration"})
+    with pytest.raises(DatasetError, match="dataset_split: dataset is a list; use null, and give each entry its own split"):
+        sources_of(params)
+    for key, value, said in (
+        ("split", "test", "wikipedia-sample has no split 'test'; it has calibration and held-out"),
+        ("config", "en", "'en' does not apply to wikipedia-sample; use null"),
+    ):
+        with pytest.raises(DatasetError, match=f"dataset_{key}: {said}"):
+            find_datasets(read_params(None, {"dataset": "wikipedia-sample", f"dataset_{key}": value}))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "length", "count"),
+    [("lee-news", 256, 0), ("self", 256, 10), (["self", {"lee-news": 3}], 256, 4), (["self", {"lee-news": 3}], 1024, 6)],
+)
+def test_the_model_writes_enough_documents_for_its_share(dataset: Any, length: int, count: int) -> None:
+    # Its own documents have at most 512 tokens.
+    assert own_document_count(settings(10, length, dataset=dataset)) == count
+
+
+def test_settings_hold_a_list_of_sources_as_it_was_written(tmp_path: Path) -> None:
+    dataset = ["lee-news", {str(tmp_path / "private" / "notes.jsonl"): 0.5}, {"self": {"share": 2.0}}]
+    text = settings_yaml(read_params(None, {"dataset": dataset}), ["dataset"])
+    assert YAML(typ="safe").load(text) == {"dataset": ["lee-news", {"notes.jsonl": {"share": 0.5}}, {"self": {"share": 2.0}}]}
+
+
+@pytest.mark.parametrize(("size", "few"), [(1, True), (8, False)])
+def test_fewer_tokens_than_the_model_is_wide_are_told_before_any_pass(
+    size: int, few: bool, params: Params, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    params, work = params.model_copy(update={"method": "uidl", "dataset_size": size, "max_length": 12}), Workspace(tmp_path)
+    inspect_inputs(params, work)
+    with caplog.at_level("WARNING", "replaceme"):
+        calibrate(params, work)
+    said = "12 tokens are fewer than the model's width of 32: maps by least squares need more text, or an alpha"
+    assert (said in caplog.text) == few

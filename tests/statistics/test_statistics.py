@@ -1,0 +1,174 @@
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+import torch
+
+from replaceme.base.documents import Batch, Documents
+from replaceme.base.errors import SolveError
+from replaceme.base.parameters import read_params
+from replaceme.methods.registry import METHODS
+from replaceme.models.families import Family
+from replaceme.solvers.ridge import solve_ridge
+from replaceme.statistics.cut_statistics import Sample, take_statistics
+from replaceme.statistics.sums import Sums, squares
+from replaceme.statistics.walk import Signal, Signals, ask, walk
+from tests.conftest import WIDTH, made_model
+from tests.statistics.helpers import BLOCK, at_cut
+
+NAMES = ("gram", "sample")
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_transform_from_the_statistics_equals_numpy_lstsq_on_the_activations(documents: Documents, batch_size: int) -> None:
+    model = made_model(dtype=torch.float64)
+    sums = take_statistics(model, Family(), documents, BLOCK, NAMES, batch_size)["gram"]
+    M, Z, H = at_cut(model, documents)
+    expected = np.linalg.lstsq(M, H - Z, rcond=None)[0]
+    assert np.allclose(solve_ridge(sums["gram"], sums["cross"], 0.0).transform.numpy(), expected, rtol=1e-8, atol=1e-8)
+
+
+def test_sums_equal_those_of_the_concatenated_activations(documents: Documents) -> None:
+    model = made_model(dtype=torch.float64)
+    sums = take_statistics(model, Family(), documents, BLOCK, NAMES, 4)["gram"]
+    M, Z, H = at_cut(model, documents)
+    expected = {
+        "gram": M.T @ M, "cross": M.T @ (H - Z), "target_squares": ((H - Z) ** 2).sum(), "output_squares": (H**2).sum(),
+        "gap_squares": ((H - Z - M) ** 2).sum(), "tokens": len(M),
+    }  # fmt: skip
+    assert all(np.allclose(sums[name].numpy(), value, rtol=1e-10) for name, value in expected.items())
+    assert all(total.dtype == torch.float64 for total in sums.values())
+
+
+def test_statistics_of_disjoint_documents_add_up(documents: Documents) -> None:
+    model = made_model(dtype=torch.float64)
+    parts = [Documents(documents.documents[:4]), Documents(documents.documents[4:])]
+    whole, first, second = (take_statistics(model, Family(), each, BLOCK, NAMES, 4)["gram"] for each in (documents, *parts))
+    assert all(torch.allclose(whole[name], first[name] + second[name], rtol=1e-10) for name in whole)
+
+
+def test_the_sample_holds_evenly_spaced_real_tokens(documents: Documents, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("replaceme.statistics.cut_statistics.SAMPLED_TOKENS", 50)
+    model = made_model(dtype=torch.float64)
+    sample = take_statistics(model, Family(), documents, BLOCK, NAMES, 4)["sample"]
+    longest_first = Documents(sorted(documents.documents, key=len, reverse=True))
+    M, Z, H = at_cut(model, longest_first)
+    step = -(-documents.token_count // 50)
+    for name, values in (("added", M), ("rest", Z), ("target", H)):
+        assert np.allclose(sample[name].numpy(), values[::step], atol=1e-5)
+
+
+def test_the_sample_is_bounded_whatever_the_number_of_tokens() -> None:
+    assert -(-1_000_000 // Sample(BLOCK, 1_000_000).step) <= 2048
+
+
+def test_the_pass_stops_at_the_last_layer_needed_and_computes_no_logits(documents: Documents) -> None:
+    model = made_model()
+    called: list[str] = []
+    for index, layer in enumerate(model.model.layers):
+        layer.register_forward_hook(lambda *_, index=index: called.append(f"layer {index}"))
+    model.lm_head.register_forward_hook(lambda *_: called.append("logits"))
+    take_statistics(model, Family(), documents, BLOCK, NAMES, 4)
+    assert set(called) == {f"layer {index}" for index in range(BLOCK.end - 1)} | {f"layer {BLOCK.end - 1}"}
+
+
+def test_observers_leave_nothing_in_a_batchs_scratch_and_no_hook_on_the_model(documents: Documents) -> None:
+    model = made_model()
+    batches: list[Batch] = []
+
+    class Watch:
+        def wants(self) -> Mapping[int, frozenset[Signal]]:
+            return ask([BLOCK.end], "output")
+
+        def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
+            batches.append(batch)
+
+    from replaceme.statistics.cut_statistics import Gram
+
+    walk(model, Family(), documents, [Gram(BLOCK), Watch()], batch_size=4, description="test")
+    assert batches
+    assert all(not batch.scratch for batch in batches)
+    assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
+
+
+def test_width_of_the_statistics_is_the_models() -> None:
+    model = made_model()
+    sums = take_statistics(model, Family(), Documents([torch.arange(2, 60)]), BLOCK, NAMES, 1)["gram"]
+    assert sums["gram"].shape == sums["cross"].shape == (WIDTH, WIDTH)
+
+
+def test_figures_of_the_fit_equal_those_of_the_activations(documents: Documents) -> None:
+    model = made_model(dtype=torch.float64)
+    taken = take_statistics(model, Family(), documents, BLOCK, NAMES, 4)
+    params = read_params(None, {"alpha": 3.0})
+    solved = METHODS["lstsq"].solve(params, BLOCK, taken.__getitem__)
+    edits, figures = solved.edits, solved.figures
+    T = edits.transforms[BLOCK.layer_before_cut].numpy()
+    M, Z, H = at_cut(model, documents)
+    cosine = ((M @ T + Z) * H).sum(1) / (np.linalg.norm(M @ T + Z, axis=1) * np.linalg.norm(H, axis=1))
+    eigenvalues = np.linalg.eigvalsh(M.T @ M)
+    plain = np.linalg.lstsq(M, H - Z, rcond=None)[0]
+    expected = {
+        "tokens": len(M),
+        "relative_residual": np.linalg.norm(H - Z - M @ T) / np.linalg.norm(H),
+        "relative_residual_removed": np.linalg.norm(H - Z - M) / np.linalg.norm(H),
+        "mean_cosine": cosine.mean(),
+        "mean_cosine_removed": (((M + Z) * H).sum(1) / (np.linalg.norm(M + Z, axis=1) * np.linalg.norm(H, axis=1))).mean(),
+        "condition_number": (eigenvalues[-1] + 3) / (eigenvalues[0] + 3),
+        "smallest_eigenvalue": eigenvalues[0],
+        "alpha_over_smallest_eigenvalue": 3 / eigenvalues[0],
+        "distance_from_identity": np.linalg.norm(T - np.eye(WIDTH)) / WIDTH**0.5,
+        "distance_from_alpha_zero": np.linalg.norm(T - plain) / np.linalg.norm(plain),
+    }
+    path = dict(solved.ridge_path)
+    alpha = sorted(path)[20]
+    other = METHODS["lstsq"].solve(read_params(None, {"alpha": alpha}), BLOCK, taken.__getitem__)
+    assert path[alpha] == pytest.approx(other.figures["relative_residual"], rel=1e-8)
+    assert figures == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("transform", ["diagonal", "triangular", "two_vectors"])
+def test_a_structured_transform_has_the_same_figures_and_a_title_that_names_it(documents: Documents, transform: str) -> None:
+    model = made_model(dtype=torch.float64)
+    taken = take_statistics(model, Family(), documents, BLOCK, NAMES, 4)
+    params = read_params(None, {"alpha": 3.0, "transform": transform})
+    dense, solved = (
+        METHODS["lstsq"].solve(each, BLOCK, taken.__getitem__) for each in (read_params(None, {"alpha": 3.0}), params)
+    )
+    assert solved.figures.keys() == dense.figures.keys()
+    assert solved.edits.title == f"ReplaceMe (least squares, {transform.replace('_', ' ')})"
+    T = solved.edits.transforms[BLOCK.layer_before_cut].numpy()
+    M, Z, H = at_cut(model, documents)
+    assert solved.figures["relative_residual"] == pytest.approx(np.linalg.norm(H - Z - M @ T) / np.linalg.norm(H))
+    assert solved.figures["condition_number"] == pytest.approx(dense.figures["condition_number"])
+
+
+@pytest.mark.parametrize("width", [1, 5, 6, 7, 13, 64])
+def test_squares_are_the_gram_matrix(width: int) -> None:
+    x = torch.randn(20, width, dtype=torch.float64, generator=torch.Generator().manual_seed(width))
+    product = squares(x)
+    assert torch.allclose(product, x.T @ x, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sums_are_those_of_all_parts_in_float64(dtype: torch.dtype) -> None:
+    rows, sums = torch.randn(60, 13, dtype=dtype, generator=torch.Generator().manual_seed(0)), Sums()
+    for part in rows.split(20):
+        sums.add_squares("gram", part)
+        sums.add({"column": part.sum(dim=0), "squares": part.square().sum()})
+    found = sums.finished()
+    exact = rows.double()
+    expected = {"gram": exact.T @ exact, "column": exact.sum(dim=0), "squares": exact.square().sum()}
+    assert found.keys() == expected.keys()
+    for name, total in expected.items():
+        assert found[name].dtype == torch.float64
+        assert torch.allclose(found[name], total, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gram", "features", "mlp_features", "stream", "stream_weighted", "magnitudes"])
+def test_sums_that_are_not_finite_are_refused_before_they_are_stored(name: str, documents: Documents) -> None:
+    model = made_model(tie_word_embeddings=False)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[int(documents.documents[0][3])] = float("nan")
+    with pytest.raises(SolveError, match="dtype: the sums over the activations are not finite; use float32 or bfloat16"):
+        take_statistics(model, Family(), documents, BLOCK, [name], 4)
