@@ -24,14 +24,14 @@ from replaceme.methods.registry import METHODS, criterion_of
 from replaceme.models.devices import resolve_device, use_processor
 from replaceme.models.families import decoder_of
 from replaceme.models.find import find_model
-from replaceme.repair.mend import STEPWISE, mend
+from replaceme.repair.repair import STEPWISE, repair_layers
 from replaceme.selection.blocks import smallest
 from replaceme.selection.criteria import allowed_starts
 from replaceme.selection.cut_loss import SHORTLIST, cut_losses
 from replaceme.statistics.cut_statistics import take_statistics
 from replaceme.statistics.profile import profile_model
-from replaceme.training.healing import Predictions
-from replaceme.training.training import Course, entering_and_leaving, train
+from replaceme.training.healing import LogitDistillation
+from replaceme.training.training import LearningRateSchedule, record_entry_and_exit, train
 
 ROUNDS = 3
 LIMITS = {"profile, activations and solve of a map": 2.2, "choice by loss": 1.5, "repair": 2.5}
@@ -65,7 +65,7 @@ def main(size: int | None) -> None:
         if setting.repair or setting.transform in STEPWISE:
             solved.edits.removed_layers = [*block.layers]
             plan = Plan((block,), method.statistics(setting))
-            mend(setting, model, family, documents, solved.edits, plan)
+            repair_layers(setting, model, family, documents, solved.edits, plan)
 
     settings = {
         transform: params.model_copy(update={"method": "lstsq", "transform": transform, "repair": False})
@@ -74,11 +74,11 @@ def main(size: int | None) -> None:
 
     def heal() -> None:
         last, batch_size = len(family.decoder_layers(model)) - 1, params.batch_size
-        states = entering_and_leaving(model, family, documents, block.layer_before_cut, last, batch_size=batch_size)
-        lesson = Predictions(model, family, Edits("", [*block.layers]), documents, block.layer_before_cut, *states)
-        course = Course(params.heal_learning_rate, 1, batch_size, "heal_learning_rate")
+        states = record_entry_and_exit(model, family, documents, block.layer_before_cut, last, batch_size=batch_size)
+        task = LogitDistillation(model, family, Edits("", [*block.layers]), documents, block.layer_before_cut, *states)
+        schedule = LearningRateSchedule(params.heal_learning_rate, 1, batch_size, "heal_learning_rate")
         with tempfile.TemporaryDirectory() as folder:
-            train(lesson, lesson.learners(), course, Path(folder), "")
+            train(task, task.trainable_parameters(), schedule, Path(folder), "")
 
     steps: dict[str, Callable[[], object]] = {
         "bare forward pass": bare,

@@ -18,7 +18,7 @@ from replaceme.base.progress import silence_libraries
 from replaceme.methods.registry import METHODS
 from replaceme.models.devices import use_processor
 from replaceme.models.find import find_model
-from replaceme.repair.mend import mend
+from replaceme.repair.repair import repair_layers
 from replaceme.statistics.cut_statistics import take_statistics
 from replaceme.statistics.profile import profile_model
 
@@ -44,7 +44,7 @@ def measure(tokens: int) -> None:
     taken = take_statistics(model, family, documents, block, names, params.batch_size)
     edits = method.solve(params, block, taken.__getitem__).edits
     edits.removed_layers = [*block.layers]
-    mend(params, model, family, documents, edits, Plan((block,), names))
+    repair_layers(params, model, family, documents, edits, Plan((block,), names))
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 

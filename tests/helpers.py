@@ -19,7 +19,7 @@ from replaceme.edits.edits import Edits
 from replaceme.edits.fold import apply_edits
 from replaceme.edits.unfused import unfused
 from replaceme.models.families import Family, Linear, family_of, parameter_of
-from replaceme.selection.trials import Losses
+from replaceme.selection.candidate_evaluation import Losses
 from replaceme.solvers.procrustes import polar_factor
 from tests.conftest import LAYERS, WIDTH, made_model
 

@@ -15,12 +15,12 @@ from replaceme.base.parameters import Params
 from replaceme.base.plan import Block
 from replaceme.base.progress import logger
 from replaceme.methods.method import Method, drop
-from replaceme.selection.criteria import Choice, Criterion
+from replaceme.selection.criteria import Criterion, SelectionContext
 
 if TYPE_CHECKING:
     from replaceme.models.families import Family
     from replaceme.models.model import Model
-    from replaceme.selection.collapse import Way
+    from replaceme.selection.collapse import MergeSchedule
 
 
 class Merging(Settings):
@@ -35,34 +35,34 @@ class Merging(Settings):
     layers_to_skip layers are removed, so that 1 finds the highest possible one."""
 
 
-def way_of(params: Params, layers: int) -> Way:
+def merge_schedule(params: Params, layers: int) -> MergeSchedule:
     """Return where merges are tried in a model with this number of layers."""
-    from replaceme.selection.collapse import Way
+    from replaceme.selection.collapse import MergeSchedule
 
     own, first, end = Merging.of(params), (params.min_distance_layer or 1) - 1, params.max_distance_layer or layers
-    return Way(first, end, own.laco_layers, own.laco_interval, params.layers_to_skip)
+    return MergeSchedule(first, end, own.laco_layers, own.laco_interval, params.layers_to_skip)
 
 
 def check_merges(params: Params, layers: int) -> None:
     """Raise ParameterError when too few layers go even if every merge is accepted."""
     from replaceme.selection.collapse import most
 
-    way = way_of(params, layers)
-    if (go := most(layers, way)) < params.layers_to_skip:
+    schedule = merge_schedule(params, layers)
+    if (go := most(layers, schedule)) < params.layers_to_skip:
         raise ParameterError(
-            f"laco_interval: merges {way.interval} layers apart remove {go} of the {params.layers_to_skip} layers between "
-            f"layer {way.first + 1} and layer {way.end} at most; lower it, or remove fewer layers."
+            f"laco_interval: merges {schedule.interval} layers apart remove {go} of the {params.layers_to_skip} layers between "
+            f"layer {schedule.first + 1} and layer {schedule.end} at most; lower it, or remove fewer layers."
         )
 
 
-def choose(choice: Choice) -> tuple[list[Block], dict[str, Any]]:
+def choose(choice: SelectionContext) -> tuple[list[Block], dict[str, Any]]:
     """Return the merged blocks, and figures for metrics/select.json."""
     from replaceme.selection.collapse import collapsed_blocks
 
     (model, family), params = choice.model, choice.params
     wanted = Merging.of(params).laco_threshold
     blocks, alike, threshold = collapsed_blocks(
-        model, family, choice.documents, way_of(params, len(choice.profile["residual"])), wanted,
+        model, family, choice.documents, merge_schedule(params, len(choice.profile["residual"])), wanted,
         batch_size=params.batch_size, folder=choice.folder,
     )  # fmt: skip
     if threshold < wanted:

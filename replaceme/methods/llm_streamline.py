@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from replaceme.base.parameters import Params
     from replaceme.models.families import Family
     from replaceme.models.model import Model
-    from replaceme.training.training import Texts
+    from replaceme.training.training import DocumentBatches
 
 TITLES = {"layer": "LLM-Streamline (a trained layer)", "mlp": "LLM-Streamline (a trained MLP)"}
 
@@ -118,30 +118,30 @@ def train_layer(context: MethodContext) -> dict[str, Any]:
     from replaceme.models.devices import require_resident
     from replaceme.training.checkpoints import checkpoints_in, key_of
     from replaceme.training.curves import write_curves
-    from replaceme.training.training import Course, entering_and_leaving, figures_of, settings_of, train
+    from replaceme.training.training import LearningRateSchedule, figures_of, record_entry_and_exit, settings_of, train
 
     own, params, model, family = Training.of(context.params), context.params, context.model, context.family
     (block,) = context.plan.blocks
     layer = family.decoder_layers(model)[block.layer_before_cut]
     require_resident({block.layer_before_cut: layer}, "which is to be trained")
     without = (family.attention, family.attention_norm) if own.llm_streamline_form == "mlp" else ()
-    course = Course(
+    schedule = LearningRateSchedule(
         own.llm_streamline_learning_rate, own.llm_streamline_epochs, params.batch_size, "llm_streamline_learning_rate"
     )
-    inputs, targets = entering_and_leaving(
+    inputs, targets = record_entry_and_exit(
         model, family, context.documents, block.layer_before_cut, block.end - 1,
         batch_size=params.batch_size, folder=context.folder, description="walking to the cut",
     )  # fmt: skip
     distillation = LayerDistillation(model, family, block.layer_before_cut, context.documents, inputs, targets, without)
     settings = {
-        **settings_of(course, next(layer.parameters()).device),
+        **settings_of(schedule, next(layer.parameters()).device),
         "config": model.config.to_json_string(),
         "layer": block.layer_before_cut,
         "form": own.llm_streamline_form,
         "documents": [len(document) for document in context.documents.documents],
     }
     key = key_of(settings, [*context.documents.documents, inputs, targets, *layer.parameters()])
-    trained, curves = train(distillation, distillation.learners(), course, checkpoints_in(context.folder), key)
+    trained, curves = train(distillation, distillation.trainable_parameters(), schedule, checkpoints_in(context.folder), key)
     write_curves(context.output, curves)
     context.edits.title = TITLES[own.llm_streamline_form]
     context.edits.model_edit = trained_edit(family, layer, block.layer_before_cut, trained, without, plain=params.plain)
@@ -191,11 +191,11 @@ class LayerDistillation:
         return self.family.decoder_layers(self.model)[self.layer]
 
     @cached_property
-    def texts(self) -> Texts:
+    def batches(self) -> DocumentBatches:
         """The text, as batches."""
-        from replaceme.training.training import Texts
+        from replaceme.training.training import DocumentBatches
 
-        return Texts(self.documents, next(self.module.parameters()).device)
+        return DocumentBatches(self.documents, next(self.module.parameters()).device)
 
     @cached_property
     def fixed(self) -> dict[str, Tensor]:
@@ -203,7 +203,7 @@ class LayerDistillation:
         kept = {name: value.detach() for name, value in self.module.named_parameters() if self._is_left_out(name)}
         return {name: self._to_device(value) for name, value in {**kept, **dict(self.module.named_buffers())}.items()}
 
-    def learners(self) -> dict[str, Tensor]:
+    def trainable_parameters(self) -> dict[str, Tensor]:
         """Return float32 copies of the layer's parameters to train, by name."""
         return {
             name: parameter.detach().float().clone().requires_grad_()
@@ -212,7 +212,7 @@ class LayerDistillation:
         }
 
     @contextmanager
-    def begun(self) -> Iterator[None]:
+    def training_context(self) -> Iterator[None]:
         """Silence the attention inside the block, if it is left out."""
         from replaceme.models.layers import silence_attention
 
@@ -223,9 +223,9 @@ class LayerDistillation:
 
     def loss(self, parameters: Mapping[str, Tensor], documents: Sequence[int], step: int | None = None) -> Tensor:
         """Return the mean squared error, over the real tokens of documents, with the given parameters."""
-        batch = self.texts.batch(documents)
-        outputs = batch.real(self.states(parameters, batch, self.texts.rows(self.inputs, documents).float()))
-        return (outputs - self.texts.rows(self.targets, documents).float()).square().mean()
+        batch = self.batches.batch(documents)
+        outputs = batch.real(self.states(parameters, batch, self.batches.rows(self.inputs, documents).float()))
+        return (outputs - self.batches.rows(self.targets, documents).float()).square().mean()
 
     def states(self, parameters: Mapping[str, Tensor], batch: Batch, rows: Tensor) -> Tensor:
         """Return the layer's output (documents, longest, d) for the input ``rows`` (tokens, d)."""
@@ -273,7 +273,7 @@ class LayerDistillation:
 
         if not isinstance(value, torch.Tensor):
             return value
-        return value.to(self.texts.device, torch.float32 if value.is_floating_point() else value.dtype)
+        return value.to(self.batches.device, torch.float32 if value.is_floating_point() else value.dtype)
 
 
 class _LayerReachedError(Exception):

@@ -13,14 +13,14 @@ from replaceme.base.parameters import Params
 from replaceme.base.plan import Block
 from replaceme.base.progress import logger
 from replaceme.methods.method import Method, drop
-from replaceme.selection.criteria import Choice, Criterion
+from replaceme.selection.criteria import Criterion, SelectionContext
 
 if TYPE_CHECKING:
     from replaceme.models.families import Family
     from replaceme.models.model import Model
 
 
-def choose(choice: Choice) -> tuple[list[Block], dict[str, Any]]:
+def choose(choice: SelectionContext) -> tuple[list[Block], dict[str, Any]]:
     """Return the blocks with their scalars, and figures for metrics/select.json."""
     from replaceme.selection.compensation import blocks_of, compensated_layers, scalable
 

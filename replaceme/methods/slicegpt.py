@@ -287,12 +287,12 @@ def _walk_layer(
     """Overwrite all tokens' states with the sum of a layer's signals, and return its ``Σ hᵀh`` (d, d) float64."""
     from replaceme.statistics.walk import walk
 
-    kept = _KeptStates(layer, signals, states)
+    recorded = _RecordedStates(layer, signals, states)
     walk(
-        context.model, context.family, context.documents, [kept],
+        context.model, context.family, context.documents, [recorded],
         batch_size=context.params.batch_size, description=None, start=start,
     )  # fmt: skip
-    return kept.gram
+    return recorded.gram
 
 
 def _pass_mlp(layer: Any, family: Family, states: Tensor, Q: Tensor) -> Tensor:
@@ -313,21 +313,21 @@ def _pass_mlp(layer: Any, family: Family, states: Tensor, Q: Tensor) -> Tensor:
     return gram
 
 
-class _KeptStates:
+class _RecordedStates:
     """Observer that stores the sum h of some signals of a layer, (tokens, d), and ``gram`` = Σ hᵀh."""
 
-    def __init__(self, layer: int, signals: tuple[Signal, ...], kept: Tensor):
-        self.layer, self.signals, self.kept, self.gram = layer, signals, kept, _zeros(kept.shape[1])
+    def __init__(self, layer: int, summands: tuple[Signal, ...], states: Tensor):
+        self.layer, self.summands, self.states, self.gram = layer, summands, states, _zeros(states.shape[1])
 
-    def wants(self) -> Mapping[int, frozenset[Signal]]:
-        return {self.layer: frozenset(self.signals)}
+    def signals(self) -> Mapping[int, frozenset[Signal]]:
+        return {self.layer: frozenset(self.summands)}
 
     def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
         from replaceme.statistics.sums import squares
 
-        state = _sum_of(signals, self.signals, batch)
+        state = _sum_of(signals, self.summands, batch)
         self.gram = self.gram.to(state.device).add_(squares(state))
-        self.kept[batch.tokens] = state.to(self.kept)
+        self.states[batch.tokens] = state.to(self.states)
 
 
 class _PooledStates:
@@ -336,7 +336,7 @@ class _PooledStates:
     def __init__(self, layers: int, d: int):
         self.layers, self.gram = layers, _zeros(d)
 
-    def wants(self) -> Mapping[int, frozenset[Signal]]:
+    def signals(self) -> Mapping[int, frozenset[Signal]]:
         of_each: frozenset[Signal] = frozenset({"input", "attention"})
         return {**dict.fromkeys(range(self.layers), of_each), self.layers - 1: of_each | {"output"}}
 

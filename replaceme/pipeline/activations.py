@@ -16,7 +16,7 @@ from replaceme.models.find import calibration_model
 from replaceme.models.streaming import evict_layers
 from replaceme.running.stage import PASS, Stage
 from replaceme.running.workspace import Workspace
-from replaceme.statistics.cut_statistics import adds_up, take_statistics
+from replaceme.statistics.cut_statistics import are_reducible, take_statistics
 
 # With fewer tokens per dimension, the fit overfits the sample.
 TOKENS_PER_DIMENSION = 8
@@ -55,7 +55,7 @@ def observe_activations(params: Params, work: Workspace) -> None:
 
 def _is_shared(plan: Plan) -> bool:
     """Return whether processes can share the walk."""
-    return plan.mlp_width is None and adds_up(plan.statistics)
+    return plan.mlp_width is None and are_reducible(plan.statistics)
 
 
 STAGE = Stage(

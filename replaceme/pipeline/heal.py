@@ -49,7 +49,7 @@ def _heal(params: Params, work: Workspace, edits: Edits) -> tuple[dict[str, Any]
     from replaceme.models.memory import HEALING_OBSTACLE
     from replaceme.training import healing
     from replaceme.training.checkpoints import key_of
-    from replaceme.training.training import Course, entering_and_leaving, figures_of, settings_of, train
+    from replaceme.training.training import LearningRateSchedule, figures_of, record_entry_and_exit, settings_of, train
 
     use_processor(params.threads)
     model, family = calibration_model(params, work.model_input, obstacle=HEALING_OBSTACLE)
@@ -57,22 +57,22 @@ def _heal(params: Params, work: Workspace, edits: Edits) -> tuple[dict[str, Any]
     # With narrower MLPs, the states differ from the dense model's from the first layer on.
     first = 0 if plan.mlp_width else plan.blocks[0].layer_before_cut
     folder = _checkpoints(work)
-    course = Course(params.heal_learning_rate, params.heal_epochs, params.batch_size, "heal_learning_rate")
+    schedule = LearningRateSchedule(params.heal_learning_rate, params.heal_epochs, params.batch_size, "heal_learning_rate")
     settings = {
-        **settings_of(course, next(model.parameters()).device),
+        **settings_of(schedule, next(model.parameters()).device),
         "share": healing.SHARE,
         "first": first,
         "model": read_json(work.model_input),
         "edits": sha256_below(work.repaired),
         "dtype": params.dtype,
     }
-    entering, leaving = entering_and_leaving(
+    entering, leaving = record_entry_and_exit(
         model, family, documents, first, len(family.decoder_layers(model)) - 1,
         batch_size=params.batch_size, folder=work.edits.parent, purpose="healing", description="walking to the predictions",
     )  # fmt: skip
-    lesson = healing.Predictions(model, family, edits, documents, first, entering, leaving)
-    parameters, curves = train(lesson, lesson.learners(), course, folder, key_of(settings, documents.documents))
-    lesson.correct(edits, parameters)
+    task = healing.LogitDistillation(model, family, edits, documents, first, entering, leaving)
+    parameters, curves = train(task, task.trainable_parameters(), schedule, folder, key_of(settings, documents.documents))
+    task.correct(edits, parameters)
     return figures_of(curves, parameters), curves
 
 

@@ -20,13 +20,13 @@ from replaceme.models.devices import resolve_device, use_processor
 from replaceme.models.families import inputs_of
 from replaceme.models.find import calibration_model, recorded_model
 from replaceme.models.width import mlp_width_entry
-from replaceme.repair.mend import STEPWISE, mend
+from replaceme.repair.repair import STEPWISE, repair_layers
 from replaceme.repair.resume import Checkpoints
 from replaceme.repair.state import Repair
 from replaceme.running.stage import PASS, Stage
 from replaceme.running.workspace import Workspace
 from replaceme.selection.budget import within_budget
-from replaceme.statistics.cut_statistics import adds_up
+from replaceme.statistics.cut_statistics import are_reducible
 from replaceme.training.checkpoints import checkpoints_in, key_of, made_with
 from replaceme.training.curves import write_curves
 
@@ -43,7 +43,7 @@ def repair(params: Params, work: Workspace) -> None:
         model, family = calibration_model(params, work.model_input)
         documents = Documents.load(work.documents)
         checkpoints = Checkpoints(work.unfinished("repairing"), _key(params, work, documents))
-        repairs, figures = mend(params, model, family, documents, edits, plan, work.repaired.parent, checkpoints)
+        repairs, figures = repair_layers(params, model, family, documents, edits, plan, work.repaired.parent, checkpoints)
         if plan.mlp_width:
             edits.config = mlp_width_entry(model.config, family, plan.mlp_width)
             channels = inputs_of(family.linear_of(family.decoder_layers(model)[0], "mlp_output"))
@@ -92,7 +92,7 @@ def _mends(params: Params, plan: Plan) -> bool:
 def _is_shared(params: Params, plan: Plan) -> bool:
     """Return whether processes can share the walks."""
     fits = bool(plan.statistics) and (len(plan.blocks) > 1 or plan.mlp_width is not None)
-    return METHODS[params.method].fit_on_model is None and _mends(params, plan) and (adds_up(plan.statistics) or not fits)
+    return METHODS[params.method].fit_on_model is None and _mends(params, plan) and (are_reducible(plan.statistics) or not fits)
 
 
 def _key(params: Params, work: Workspace, documents: Documents) -> str:

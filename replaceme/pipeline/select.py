@@ -17,7 +17,7 @@ from replaceme.running.stage import PASS, Stage
 from replaceme.running.workspace import Workspace
 from replaceme.selection.budget import within_budget
 from replaceme.selection.compensation import compensated, scalable
-from replaceme.selection.criteria import Choice, allowed_starts
+from replaceme.selection.criteria import SelectionContext, allowed_starts
 
 
 def select(params: Params, work: Workspace) -> None:
@@ -28,7 +28,7 @@ def select(params: Params, work: Workspace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if params.remove is not None:
         params = within_budget(params, recorded_model(params, work.model_input), criterion)
-    choice = Choice(
+    choice = SelectionContext(
         params, profile, allowed_starts(params, len(distances), criterion), surrogate,
         partial(_loaded, params, work), partial(Documents.load, work.documents), folder,
     )  # fmt: skip

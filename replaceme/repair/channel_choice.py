@@ -53,7 +53,7 @@ class Candidates:
         self.bias = None if getattr(last, "bias", None) is None else parameter_of(last, "bias")
         self.gram = self.cross = torch.empty(0)
 
-    def wants(self) -> Mapping[int, frozenset[Signal]]:
+    def signals(self) -> Mapping[int, frozenset[Signal]]:
         return {self.layer: frozenset(("input", "attention", "mlp_features"))}
 
     def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
@@ -74,7 +74,7 @@ class Candidates:
             self.gram = g.new_zeros(g.shape[1], g.shape[1])
         add_squares(self.gram, g)
 
-    def add_up(self) -> None:
+    def all_reduce(self) -> None:
         sums = {"gram": self.gram, "cross": self.cross} if len(self.gram) else {}
         all_reduce_sum(sums)
         self.gram, self.cross = sums["gram"], sums["cross"]

@@ -21,7 +21,7 @@ from replaceme.base.fingerprints import sha256_below
 from replaceme.base.group import all_gather, shard
 from replaceme.base.progress import logger
 from replaceme.edits.edits import Edits
-from replaceme.repair.state import State
+from replaceme.repair.state import RepairState
 from replaceme.training.checkpoints import Pace
 
 STATE, STATES = "state.json", ("dense", "shortened")
@@ -41,7 +41,7 @@ class Checkpoints:
     def __init__(self, folder: Path, key: str):
         self.folder, self.key, self.pace = folder, key, Pace()
 
-    def offer(self, state: State, finished: int) -> None:
+    def offer(self, state: RepairState, finished: int) -> None:
         """Write a checkpoint after ``finished`` layers, if the last one is old enough. A full disk is no error."""
         if not all_gather(self.pace.is_due())[0]:
             return
@@ -65,7 +65,7 @@ class Checkpoints:
                 for other in {*self.folder.iterdir()} - kept:
                     remove(other)
 
-    def resume(self, state: State) -> int:
+    def resume(self, state: RepairState) -> int:
         """Continue from the last whole checkpoint, if there is one with this key; return how many layers are finished."""
         contents = self._whole(len(state.kept))
         finished = max(set.intersection(*map(set, all_gather([*contents]))), default=0)
@@ -106,7 +106,7 @@ class Checkpoints:
                     found[finished] = content
         return found
 
-    def _save(self, state: State, finished: int) -> None:
+    def _save(self, state: RepairState, finished: int) -> None:
         with new_folder(self._place(finished)) as new:
             for name in STATES:
                 with (new / name).open("wb") as stream:

@@ -36,11 +36,11 @@ class Repair:
 
 
 @dataclass
-class State:
+class RepairState:
     """Both models at the current layer.
 
     Attributes:
-        params, model, family, documents, edits, plan, folder: as in ``mend``.
+        params, model, family, documents, edits, plan, folder: as in ``repair_layers``.
         kept: the kept layers from the first to the last one that changes.
         dense: (tokens, d) states of the dense model, after the last layer that it has computed.
         middle: (tokens, d) its states after the attention of the current layer, where this attention is repaired.

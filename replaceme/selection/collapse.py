@@ -33,7 +33,7 @@ from replaceme.base.progress import progress
 from replaceme.base.scratch import scratch
 from replaceme.edits.edits import Edits
 from replaceme.models.families import Family, linear_parameters, parameter_of
-from replaceme.selection.trials import Trials, batches_of, last_states
+from replaceme.selection.candidate_evaluation import CandidateEvaluation, batches_of, last_states
 
 # The texts and the tokens of each (the paper takes a few sentences), the seed that picks them, and the step of the threshold.
 TEXTS, LENGTH, SEED, STEP = 10, 64, 0, 0.01
@@ -43,7 +43,7 @@ Layers = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
-class Way:
+class MergeSchedule:
     """The positions where merges are tried.
 
     Attributes:
@@ -78,44 +78,44 @@ def blocks_of(layers: Layers) -> list[Block]:
 
 
 def collapse(
-    total: int, way: Way, threshold: float, similarity: Callable[[Layers, int], float]
+    total: int, schedule: MergeSchedule, threshold: float, similarity: Callable[[Layers, int], float]
 ) -> tuple[Layers, dict[int, float]]:
     """Merge layers with one threshold.
 
     Args:
         total: the number of layers.
-        way: where merges are tried.
+        schedule: where merges are tried.
         threshold: T.
         similarity: returns the cosine of the last states, given the layers and the place of the last merge.
 
     Returns:
-        The layers, fewer by ``way.count`` at most, and the similarity after each merge, by its place, in order.
+        The layers, fewer by ``schedule.count`` at most, and the similarity after each merge, by its place, in order.
     """
     layers: Layers = ((1,),) * total
-    end, left, found = way.end, way.count, {}
+    end, left, found = schedule.end, schedule.count, {}
     # The largest merge absorbs all layers to remove.
-    place = end - min(way.size, left + 1)
-    while left and place >= way.first:
-        count = min(way.size - 1, end - 1 - place, left)
+    place = end - min(schedule.size, left + 1)
+    while left and place >= schedule.first:
+        count = min(schedule.size - 1, end - 1 - place, left)
         candidate = merged(layers, place, count)
         alike = similarity(candidate, place)
         if alike > threshold:
             layers, found[place] = candidate, alike
-            end, left, place = end - count, left - count, place - way.interval
+            end, left, place = end - count, left - count, place - schedule.interval
         else:
             place -= 1
     return layers, found
 
 
-def most(total: int, way: Way) -> int:
+def most(total: int, schedule: MergeSchedule) -> int:
     """Return how many layers go if every merge is accepted."""
-    return total - len(collapse(total, way, 0.0, lambda *_: 1.0)[0])
+    return total - len(collapse(total, schedule, 0.0, lambda *_: 1.0)[0])
 
 
 def collapse_all(
-    total: int, way: Way, threshold: float, similarity: Callable[[Layers, int], float]
+    total: int, schedule: MergeSchedule, threshold: float, similarity: Callable[[Layers, int], float]
 ) -> tuple[Layers, dict[int, float], float]:
-    """Merge layers until ``way.count`` are gone, with the highest threshold of T, T − 0.01, … that allows it.
+    """Merge layers until ``schedule.count`` are gone, with the highest threshold of T, T − 0.01, … that allows it.
 
     Returns:
         As ``collapse``, and the threshold.
@@ -133,8 +133,8 @@ def collapse_all(
     # Down to a threshold below any cosine, where every merge is accepted.
     thresholds = (round(threshold - STEP * number, 6) for number in range(round((threshold + 1) / STEP) + 2))
     for lowered in progress(thresholds, "merging layers", "thresholds"):
-        layers, found = collapse(total, way, lowered, measured)
-        if total - len(layers) == way.count:
+        layers, found = collapse(total, schedule, lowered, measured)
+        if total - len(layers) == schedule.count:
             return layers, found, lowered
     raise ParameterError("dtype: the merged models overflow; use bfloat16 or float32.")
 
@@ -143,7 +143,7 @@ def collapsed_blocks(
     model: Any,
     family: Family,
     documents: Documents,
-    way: Way,
+    schedule: MergeSchedule,
     threshold: float,
     *,
     batch_size: int,
@@ -155,7 +155,7 @@ def collapsed_blocks(
         model: the dense model.
         family: its description.
         documents: calibration text.
-        way: where merges are tried.
+        schedule: where merges are tried.
         threshold: the initial T.
         batch_size: documents in a batch.
         folder: where scratch files may lie; None is the system's temporary folder.
@@ -165,12 +165,12 @@ def collapsed_blocks(
         ParameterError: the merged models overflow.
     """
     layers, texts = family.decoder_layers(model), texts_of(documents)
-    check_alike(layers, range(way.first, way.end))
+    check_alike(layers, range(schedule.first, schedule.end))
     original = last_states(model, batches_of(model, texts, batch_size))
     shape = len(layers), texts.token_count, int(model.config.hidden_size)
     (entering,) = scratch([shape], model.dtype, folder, "the choice of layers")
-    trials = Trials(model, family, texts, entering, batch_size)
-    trials.keep(range(way.first, way.end - 1))
+    trials = CandidateEvaluation(model, family, texts, entering, batch_size)
+    trials.keep(range(schedule.first, schedule.end - 1))
 
     def similarity(candidate: Layers, place: int) -> float:
         blocks = blocks_of(candidate)
@@ -183,7 +183,7 @@ def collapsed_blocks(
             for state, before in zip(states, original, strict=True)
         )
 
-    left, found, reached = collapse_all(len(layers), way, threshold, similarity)
+    left, found, reached = collapse_all(len(layers), schedule, threshold, similarity)
     return blocks_of(left), found, reached
 
 

@@ -30,7 +30,7 @@ from replaceme.base.progress import progress
 from replaceme.edits.edits import Edits
 from replaceme.edits.unfused import operator_hook, unfused
 from replaceme.models.families import Family
-from replaceme.statistics.walk import Signal, Signals, ask, walk
+from replaceme.statistics.walk import Signal, Signals, signals_for, walk
 
 # Of ``check_scale``: documents, tokens of each, a factor that rounds nothing, and the largest relative change of the logits.
 DOCUMENTS, LENGTH, FACTOR, TOLERANCE = 2, 128, 4.0, 0.05
@@ -43,7 +43,7 @@ class MagnitudeSums:
         self.wanted = wanted
         self.sums: dict[str, Tensor] = {}
 
-    def wants(self) -> Mapping[int, frozenset[Signal]]:
+    def signals(self) -> Mapping[int, frozenset[Signal]]:
         return self.wanted
 
     def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
@@ -52,7 +52,7 @@ class MagnitudeSums:
             name = f"{signal} {layer}"
             self.sums[name] = self.sums.get(name, 0.0) + sums
 
-    def add_up(self) -> None:
+    def all_reduce(self) -> None:
         all_reduce_sum(self.sums)
 
     def gain(self, start: int, end: int) -> float:
@@ -71,14 +71,14 @@ class Influence:
     def __init__(self, layers: int):
         self.sums = torch.zeros(layers, dtype=torch.float64)
 
-    def wants(self) -> Mapping[int, frozenset[Signal]]:
-        return ask(range(len(self.sums)), "input", "output")
+    def signals(self) -> Mapping[int, frozenset[Signal]]:
+        return signals_for(range(len(self.sums)), "input", "output")
 
     def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
         before, after = batch.real(signals["input"]).float(), batch.real(signals["output"]).float()
         self.sums[layer] += (1 - torch.cosine_similarity(before, after, dim=-1).double()).sum().cpu()
 
-    def add_up(self) -> None:
+    def all_reduce(self) -> None:
         all_reduce_sum({"influence": self.sums})
 
 
@@ -103,7 +103,7 @@ def compensated_layers(
     influences: dict[int, float] = {}
     for _ in progress(range(count), "choosing layers", "layers"):
         edits = scaled(blocks_of(scales))
-        changes, magnitudes = Influence(total), MagnitudeSums(ask(range(total), "input", "output"))
+        changes, magnitudes = Influence(total), MagnitudeSums(signals_for(range(total), "input", "output"))
         with unfused(model, family, edits):
             walk(model, family, excerpts, [changes, magnitudes], batch_size=batch_size, description=None)
         influence = (changes.sums / excerpts.token_count).tolist()

@@ -49,7 +49,7 @@ Pairs = list[list[float]]
 
 
 @dataclass(frozen=True)
-class Choice:
+class SelectionContext:
     """The inputs of a criterion.
 
     Attributes:
@@ -102,14 +102,14 @@ class Criterion:
 
     name: str
     words: str
-    choose: Callable[[Choice], tuple[list[Block], Figures]]
+    choose: Callable[[SelectionContext], tuple[list[Block], Figures]]
     several: bool = False
     shared: bool = False
     whole_layers: bool = True
     check: Callable[[Params, int], None] = field(default=lambda params, layers: None)
 
 
-def _ranked(values: Callable[[Mapping[str, Any]], Pairs]) -> Callable[[Choice], tuple[list[Block], Figures]]:
+def _ranked(values: Callable[[Mapping[str, Any]], Pairs]) -> Callable[[SelectionContext], tuple[list[Block], Figures]]:
     """Return a ``choose`` that takes the blocks with the smallest values (layer before the cut × last removed one)."""
     return lambda choice: (several(values(choice.profile), choice.starts, choice.params), {})
 
@@ -118,7 +118,7 @@ def _negative(rows: Pairs) -> Pairs:
     return [[-value for value in row] for row in rows]
 
 
-def _window(choice: Choice) -> tuple[list[Block], Figures]:
+def _window(choice: SelectionContext) -> tuple[list[Block], Figures]:
     cosines = choice.profile["mean_cosine"]
     (block,) = smallest(_negative(cosines), choice.starts, choice.params.layers_to_skip)
     cosine = cosines[block.layer_before_cut][block.end - 1]
@@ -131,13 +131,13 @@ def _window(choice: Choice) -> tuple[list[Block], Figures]:
     return [block], {"mean_cosine": cosine}
 
 
-def _influence(choice: Choice) -> tuple[list[Block], Figures]:
+def _influence(choice: SelectionContext) -> tuple[list[Block], Figures]:
     influence = choice.profile["layers"]["block_influence"]
     layers = sorted(choice.layers, key=influence.__getitem__)[: choice.params.layers_to_skip]
     return runs(layers), {"influence": sum(influence[layer] for layer in layers)}
 
 
-def _greedy(choice: Choice) -> tuple[list[Block], Figures]:
+def _greedy(choice: SelectionContext) -> tuple[list[Block], Figures]:
     from replaceme.selection.greedy import greedy_layers
 
     (model, family), params = choice.model, choice.params
@@ -150,7 +150,7 @@ def _greedy(choice: Choice) -> tuple[list[Block], Figures]:
     return runs(layers), {"loss": losses[-1], "order": order}
 
 
-def _loss(choice: Choice) -> tuple[list[Block], Figures]:
+def _loss(choice: SelectionContext) -> tuple[list[Block], Figures]:
     from replaceme.selection.cut_loss import lowest_loss
 
     (model, family), profile, params = choice.model, choice.profile, choice.params
@@ -170,7 +170,7 @@ def _enough_documents(params: Params, layers: int) -> None:
         )
 
 
-def _parts_of_layers(choice: Choice) -> tuple[list[Block], Figures]:
+def _parts_of_layers(choice: SelectionContext) -> tuple[list[Block], Figures]:
     logger.info("select: parts of layers go, as many parameters as %.3g layers have", choice.params.layers_to_skip)
     return [], {}
 

@@ -29,10 +29,10 @@ from replaceme.edits.edits import Edits
 from replaceme.models.families import Family, Linear, parameter_of
 from replaceme.models.streaming import LazyParameter
 from replaceme.selection.blocks import smallest
+from replaceme.selection.candidate_evaluation import CandidateEvaluation, Losses, batches_of, next_token_losses
 from replaceme.selection.compensation import gains
-from replaceme.selection.trials import Losses, Trials, batches_of, next_token_losses
 from replaceme.solvers.refit import refit
-from replaceme.statistics.cut_statistics import AtCut, FeatureGram
+from replaceme.statistics.cut_statistics import CutStatistic, FeatureGram
 from replaceme.statistics.features import LINEARS, Features
 from replaceme.statistics.residuals import RIDGE, solve_small_ridge
 from replaceme.statistics.sums import squares, token_weights
@@ -56,7 +56,7 @@ class Measured:
     loss: float
 
 
-class WeightedGram(AtCut):
+class WeightedGram(CutStatistic):
     """``Σ w mᵀm`` and ``Σ w mᵀy`` (d, d) with ``w = 1/‖H‖²``; float32, as in the profile."""
 
     def __init__(self, block: Block):
@@ -71,7 +71,7 @@ class WeightedGram(AtCut):
         self.gram = self.gram + squares(weighted)
         self.cross = self.cross + weighted.T @ ((H - left.float() + M) * root)
 
-    def add_up(self) -> None:
+    def all_reduce(self) -> None:
         sums = {name: total for name, total in vars(self).items() if name in ("gram", "cross") and isinstance(total, Tensor)}
         all_reduce_sum(sums)
         vars(self).update(sums)
@@ -82,7 +82,7 @@ class DerivedGram(FeatureGram):
 
     def __init__(self, block: Block, features: Features, last: nn.Module):
         super().__init__(block, features)
-        self.at_layer = ("output", *features.signals)
+        self.signals_before_cut = ("output", *features.signals)
         rows = [parameter_of(last, "weight").double().cpu().T]
         if features.biased == "mlp_output":
             rows.append(parameter_of(last, "bias").double().cpu()[None])
@@ -147,7 +147,7 @@ def cut_losses(
     # A cut changes nothing before it: those states are computed once.
     shape = excerpts.token_count, int(model.config.hidden_size)
     entering = {block.layer_before_cut: torch.empty(shape, dtype=model.dtype) for block in blocks}
-    trials = Trials(model, family, excerpts, entering, batch_size)
+    trials = CandidateEvaluation(model, family, excerpts, entering, batch_size)
     trials.keep(entering)
     losses = []
     for block, edits in zip(progress(blocks, "measuring the best cuts", "cuts"), cuts, strict=True):

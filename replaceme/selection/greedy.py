@@ -14,7 +14,7 @@ from replaceme.base.scratch import scratch
 from replaceme.edits.edits import Edits
 from replaceme.edits.unfused import unfused
 from replaceme.models.families import Family
-from replaceme.selection.trials import Trials, next_token_losses
+from replaceme.selection.candidate_evaluation import CandidateEvaluation, next_token_losses
 
 
 def greedy_layers(
@@ -43,7 +43,7 @@ def greedy_layers(
     losses: list[float] = []
     shape = len(layers), excerpts.token_count, int(model.config.hidden_size)
     (entering,) = scratch([shape], model.dtype, folder, "the choice of layers")
-    trials = Trials(model, family, excerpts, entering, batch_size)
+    trials = CandidateEvaluation(model, family, excerpts, entering, batch_size)
     for _ in progress(range(count), "choosing layers", "layers"):
         left = [layer for layer in allowed if layer not in removed]
         with unfused(model, family, Edits("", removed)):

@@ -14,7 +14,7 @@ For a block with the layer ``i`` before it and end ``e`` (ReplaceMe, section 3; 
 - ``tokens``, ``tokens_accurate``: every token, on disk, for losses that need more than sums.
 
 A statistic is an observer with a ``tensors`` method and one line in ``STATISTICS``. Processes share its walk if it has an
-``add_up`` method too; the last two have none.
+``all_reduce`` method too; the last two have none.
 """
 
 import tempfile
@@ -47,36 +47,36 @@ class Statistic(Observer, Protocol):
         ...
 
 
-class AtCut:
+class CutStatistic:
     """Base of the statistics: pairs the signals of the layer before the cut with the state at the block's end, batch by batch.
 
     Attributes:
-        at_layer: its signals.
+        signals_before_cut: its signals.
         take: receives these signals, H and the batch; real tokens only, each (tokens, width).
     """
 
-    at_layer: tuple[Signal, ...] = ("mlp", "output")
+    signals_before_cut: tuple[Signal, ...] = ("mlp", "output")
     take: Callable[..., None]
 
     def __init__(self, block: Block):
         self.block = block
 
-    def wants(self) -> Mapping[int, frozenset[Signal]]:
-        return {self.block.layer_before_cut: frozenset(self.at_layer), self.block.end - 1: frozenset({"output"})}
+    def signals(self) -> Mapping[int, frozenset[Signal]]:
+        return {self.block.layer_before_cut: frozenset(self.signals_before_cut), self.block.end - 1: frozenset({"output"})}
 
     def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
         if layer == self.block.layer_before_cut:
-            for signal in self.at_layer:
+            for signal in self.signals_before_cut:
                 batch.scratch[self, signal] = batch.real(signals[signal])
         else:
-            self.meet(batch.real(signals["output"]), batch)
+            self.add_targets(batch.real(signals["output"]), batch)
 
-    def meet(self, target: Tensor, batch: Batch) -> None:
+    def add_targets(self, target: Tensor, batch: Batch) -> None:
         """Hand the layer's signals, kept in the batch's scratch, and H (tokens, d) to ``take``."""
-        self.take(*(batch.scratch.pop((self, signal)) for signal in self.at_layer), target, batch)
+        self.take(*(batch.scratch.pop((self, signal)) for signal in self.signals_before_cut), target, batch)
 
 
-class Gram(AtCut):
+class Gram(CutStatistic):
     """``MᵀM`` and ``MᵀY`` (d, d), and the scalars ``ΣY²``, ``ΣH²``, ``Σ(H − h_host)²`` and the number of tokens; float64.
 
     ``norm`` is the weight (d,) of the norm after the MLP before the cut, if there is one.
@@ -102,14 +102,14 @@ class Gram(AtCut):
             }
         )
 
-    def add_up(self) -> None:
-        self.sums.add_up()
+    def all_reduce(self) -> None:
+        self.sums.all_reduce()
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: total.cpu() for name, total in self.sums.finished().items()} | self.norm
 
 
-class Sample(AtCut):
+class Sample(CutStatistic):
     """M, Z and H of at most ``SAMPLED_TOKENS`` tokens, evenly spaced over the walk; each (n, d) float32."""
 
     def __init__(self, block: Block, token_count: int):
@@ -129,7 +129,7 @@ class Sample(AtCut):
         first = (batch.position + start) // self.step
         self.places.append(torch.arange(first, first + len(self.kept["target"][-1])))
 
-    def add_up(self) -> None:
+    def all_reduce(self) -> None:
         whole: dict[str, Tensor] = {}
         for name, parts in self.kept.items() if self.places else ():
             own = torch.cat(parts)
@@ -142,7 +142,7 @@ class Sample(AtCut):
         return {name: torch.cat(parts) for name, parts in self.kept.items()}
 
 
-class FeatureGram(AtCut):
+class FeatureGram(CutStatistic):
     """Weighted sums over the features ``g`` of the last linears before the cut, ``w = 1/‖H‖²`` scaled to a mean of 1; float64.
 
     ``gram`` = Σ w gᵀg (k, k) · ``cross`` = Σ w gᵀ(H − h_host) (k, d) · ``feature_added`` = Σ w gᵀM (k, d) · ``added_gram`` =
@@ -154,7 +154,7 @@ class FeatureGram(AtCut):
     def __init__(self, block: Block, features: Features):
         super().__init__(block)
         self.features = features
-        self.at_layer = ("mlp", "output", *features.signals)
+        self.signals_before_cut = ("mlp", "output", *features.signals)
         self.sums = Sums()
 
     def take(self, *signals: Any) -> None:
@@ -174,21 +174,21 @@ class FeatureGram(AtCut):
         self.sums.add({"weights": w.sum(), "tokens": torch.tensor(float(len(H)))})
         return g, gap, w
 
-    def add_up(self) -> None:
-        self.sums.add_up()
+    def all_reduce(self) -> None:
+        self.sums.all_reduce()
 
     def tensors(self) -> dict[str, Tensor]:
         return {**of_mean_weight(self.sums.finished()), "layout": self.features.as_tensor()}
 
 
-class StreamGram(AtCut):
+class StreamGram(CutStatistic):
     """Sums over the state ``h`` before the cut, with ``w = 1`` or ``1/‖H‖²`` scaled to a mean of 1; float64.
 
     ``gram`` = Σ w hᵀh and ``cross`` = Σ w hᵀ(H − h) (d, d) · the scalars ``gap_squares`` = Σ w ‖H − h‖², ``output_squares`` =
     Σ w ‖H‖² and ``tokens``.
     """
 
-    at_layer = ("output",)
+    signals_before_cut = ("output",)
 
     def __init__(self, block: Block, weighted: bool):
         super().__init__(block)
@@ -202,14 +202,14 @@ class StreamGram(AtCut):
         add_correction(self.sums, h, gap, H, w)
         self.sums.add({"weights": w.sum(), "tokens": torch.tensor(float(len(h)))})
 
-    def add_up(self) -> None:
-        self.sums.add_up()
+    def all_reduce(self) -> None:
+        self.sums.all_reduce()
 
     def tensors(self) -> dict[str, Tensor]:
         return of_mean_weight(self.sums.finished())
 
 
-class MagnitudeRatios(AtCut):
+class MagnitudeRatios(CutStatistic):
     """Growth of each channel k of the state across the block, summed over documents:
 
         mean over the document's tokens of |H_k| / mean over the document's tokens of |h_k|
@@ -218,7 +218,7 @@ class MagnitudeRatios(AtCut):
     Hadamard matrix. The ratio is 1 for a channel that is zero throughout a document.
     """
 
-    at_layer = ("output",)
+    signals_before_cut = ("output",)
 
     def __init__(self, block: Block, rotated: bool):
         super().__init__(block)
@@ -243,8 +243,8 @@ class MagnitudeRatios(AtCut):
             self.rotation = matrix.to(rows)
         return rows @ self.rotation
 
-    def add_up(self) -> None:
-        self.sums.add_up()
+    def all_reduce(self) -> None:
+        self.sums.all_reduce()
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: total.cpu() for name, total in self.sums.finished().items()}
@@ -276,7 +276,7 @@ def add_correction(sums: Sums, g: Tensor, gap: Tensor, target: Tensor, w: Tensor
     sums.add({"cross": g.T @ gap, "gap_squares": gap.square().sum(), "output_squares": (w * target.square()).sum()})
 
 
-class TokenDump(AtCut):
+class TokenDump(CutStatistic):
     """M and Y of every token, or M, h_host and H in the accurate form, in shards; ``counts``: number of tokens of each."""
 
     def __init__(self, place: "Place", accurate: bool):
@@ -326,15 +326,15 @@ STATISTICS: dict[str, Callable[[Place], Statistic]] = {
     "tokens": lambda place: TokenDump(place, accurate=False),
     "tokens_accurate": lambda place: TokenDump(place, accurate=True),
 }
-# Processes share the walk of these (``replaceme.statistics.walk.Additive``).
-ADDITIVE = frozenset(
+# Processes share the walk of these (``replaceme.statistics.walk.Reducible``).
+REDUCIBLE = frozenset(
     {"gram", "sample", "mlp_features", "features", "stream", "stream_weighted", "magnitudes", "magnitudes_rotated"}
 )
 
 
-def adds_up(names: Sequence[str]) -> bool:
+def are_reducible(names: Sequence[str]) -> bool:
     """Return whether there are statistics to take, and processes can share the walk of all of them."""
-    return bool(names) and ADDITIVE.issuperset(names)
+    return bool(names) and REDUCIBLE.issuperset(names)
 
 
 def take_statistics(

@@ -26,7 +26,7 @@ from replaceme.base.group import all_gather, all_reduce_sum
 from replaceme.base.progress import logger
 from replaceme.models.streaming import evict_layers
 from replaceme.statistics.residuals import FIT_TOKENS, TokenSample, residual_map
-from replaceme.statistics.walk import Observer, Signal, Signals, ask, walk
+from replaceme.statistics.walk import Observer, Signal, Signals, signals_for, walk
 
 # Tokens compared at once, in all layers: few enough for the processor's cache.
 TOKENS = 64
@@ -42,8 +42,8 @@ class AngularDistances:
         self.documents = 0
         self.sums = torch.zeros(layers, layers, dtype=torch.float64)
 
-    def wants(self) -> Mapping[int, frozenset[Signal]]:
-        return ask(range(self.layers), "output")
+    def signals(self) -> Mapping[int, frozenset[Signal]]:
+        return signals_for(range(self.layers), "output")
 
     def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
         batch.scratch[self, layer] = batch.last(signals["output"]).double().cpu()
@@ -52,7 +52,7 @@ class AngularDistances:
             self.sums += angular_distance(states).sum(dim=0)
             self.documents += len(states)
 
-    def add_up(self) -> None:
+    def all_reduce(self) -> None:
         all_reduce_sum({"distances": self.sums})
         self.documents = sum(all_gather(self.documents))
 
@@ -72,8 +72,8 @@ class StateCosines:
         self.norm_sum = torch.zeros(layers + 1, dtype=torch.float64)
         self.norm_max = torch.zeros(layers + 1, dtype=torch.float64)
 
-    def wants(self) -> Mapping[int, frozenset[Signal]]:
-        return {0: frozenset({"input", "output"}), **ask(range(1, self.layers), "output")}
+    def signals(self) -> Mapping[int, frozenset[Signal]]:
+        return {0: frozenset({"input", "output"}), **signals_for(range(1, self.layers), "output")}
 
     def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
         if layer == 0:
@@ -91,7 +91,7 @@ class StateCosines:
                 self.norm_max = torch.maximum(self.norm_max, norms.amax(dim=1).double().cpu())
             self.tokens += batch.token_count
 
-    def add_up(self) -> None:
+    def all_reduce(self) -> None:
         all_reduce_sum({"cosines": self.cosines, "norms": self.norm_sum})
         self.norm_max = torch.stack(all_gather(self.norm_max)).amax(0)
         self.tokens = sum(all_gather(self.tokens))

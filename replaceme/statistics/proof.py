@@ -10,7 +10,7 @@ from replaceme.base.documents import Batch, Documents
 from replaceme.base.progress import logger
 from replaceme.models.families import Family
 from replaceme.models.recognition import recognition_error
-from replaceme.statistics.walk import Signal, Signals, ask, walk
+from replaceme.statistics.walk import Signal, Signals, signals_for, walk
 
 # Size of the check: documents, and tokens of each.
 DOCUMENTS, TOKENS = 2, 128
@@ -41,8 +41,8 @@ class _Proof:
     def __init__(self, layer: nn.Module, index: int, family: Family, kind: str):
         self.linear, self.index, self.kind = family.linear_of(layer, "mlp_output"), index, kind
 
-    def wants(self) -> Mapping[int, frozenset[Signal]]:
-        return ask([self.index], "input", "attention", "mlp_features", "mlp", "output")
+    def signals(self) -> Mapping[int, frozenset[Signal]]:
+        return signals_for([self.index], "input", "attention", "mlp_features", "mlp", "output")
 
     def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
         before, attention, mlp, after = (batch.real(signals[name]).double() for name in ("input", "attention", "mlp", "output"))

@@ -24,7 +24,7 @@ from replaceme.base.group import all_reduce_sum, merge_rows, shard
 from replaceme.base.progress import progress
 from replaceme.base.scratch import scratch, unmap
 from replaceme.statistics.sums import squares, token_weights
-from replaceme.statistics.walk import Signal, Signals, ask
+from replaceme.statistics.walk import Signal, Signals, signals_for
 
 # Tokens of the fit per dimension of the hidden state, and held-out tokens per token of the fit.
 FIT_TOKENS, HELD_OUT_SHARE = 4, 0.25
@@ -66,8 +66,8 @@ class TokenSample:
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         del self.added, self.output
 
-    def wants(self) -> Mapping[int, frozenset[Signal]]:
-        return ask(range(self.layers), "mlp", "output")
+    def signals(self) -> Mapping[int, frozenset[Signal]]:
+        return signals_for(range(self.layers), "mlp", "output")
 
     def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
         bounds = torch.tensor([batch.position, batch.position + batch.token_count])
@@ -80,7 +80,7 @@ class TokenSample:
             unmap(self.added[layer, place])
             unmap(self.output[layer, place])
 
-    def add_up(self) -> None:
+    def all_reduce(self) -> None:
         merge_rows(self.added)
         merge_rows(self.output)
 

@@ -66,7 +66,7 @@ class Sums:
             self.squares[name] = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float64)
         add_squares(self.squares[name], x)
 
-    def add_up(self) -> None:
+    def all_reduce(self) -> None:
         """Add the sums of the processes that share a walk."""
         for sums in (self.totals, self.squares):
             all_reduce_sum(sums)

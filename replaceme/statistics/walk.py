@@ -9,7 +9,7 @@ through a layer before the next one, so that each layer is read once; between th
 a scratch file. So an observer may only rely on this: within a batch, layers come in ascending order, and ``batch.scratch``
 keeps tensors from one layer to a later one. A walk can start at a later layer, with states that an earlier walk kept.
 
-Several processes share a walk (``replaceme.base.group``) if each of its observers is ``Additive``: each process takes its part
+Several processes share a walk (``replaceme.base.group``) if each of its observers is ``Reducible``: each process takes its part
 of the batches, and at the end the observers add up what they have summed. Otherwise, each process takes the whole walk.
 """
 
@@ -38,7 +38,7 @@ Signals = Mapping[Signal, Tensor]
 class Observer(Protocol):
     """Reads states during a walk."""
 
-    def wants(self) -> Mapping[int, frozenset[Signal]]:
+    def signals(self) -> Mapping[int, frozenset[Signal]]:
         """Return the signals it reads: layer → signals."""
         ...
 
@@ -48,10 +48,10 @@ class Observer(Protocol):
 
 
 @runtime_checkable
-class Additive(Observer, Protocol):
+class Reducible(Observer, Protocol):
     """An observer whose result is the same if several processes share the walk."""
 
-    def add_up(self) -> None:
+    def all_reduce(self) -> None:
         """Complete the result after a shared walk, by what the other processes have seen (``replaceme.base.group``)."""
         ...
 
@@ -70,7 +70,7 @@ def walk(
     description: str | None,
     start: EntryState | None = None,
 ) -> None:
-    """Run the documents through the model once, up to the last signal that an observer wants.
+    """Run the documents through the model once, up to the last signal that an observer reads.
 
     Args:
         model: a causal language model, on its own device.
@@ -81,34 +81,34 @@ def walk(
         description: text of the progress bar; None shows no bar.
         start: a later layer to start at; None is the first layer.
     """
-    if not (wanted := _wanted(observers)):
+    if not (signals_by_layer := _signals_by_layer(observers)):
         return
     device, layers, stream = str(next(model.parameters()).device), family.decoder_layers(model), stream_of(model)
-    additive = [observer for observer in observers if isinstance(observer, Additive)]
-    part = shard() if len(additive) == len(observers) else WHOLE
+    reducible = [observer for observer in observers if isinstance(observer, Reducible)]
+    part = shard() if len(reducible) == len(observers) else WHOLE
     batches: Iterable[Batch] = documents.batches(batch_size, device, part)
     with torch.inference_mode():
         if stream is not None:
-            carry = _Carry(range(start.layer if start else 0, max(wanted)))
+            carry = _Carry(range(start.layer if start else 0, max(signals_by_layer)))
             with _on_disk(batches, stream) as waiting:
                 _walk_by_layer(model, family, waiting, [*observers, carry], description, start)
         else:
             if description is not None:
                 batches = progress(batches, description, "batches", total=documents.batch_count(batch_size, part))
-            with _Tap(layers, family, wanted, observers, start) as tap:
+            with _Tap(layers, family, signals_by_layer, observers, start) as tap:
                 for batch in batches:
                     tap.run(model, batch)
         if part != WHOLE:
-            for observer in additive:
-                observer.add_up()
+            for observer in reducible:
+                observer.all_reduce()
 
 
-def _wanted(observers: Iterable[Observer]) -> dict[int, set[Signal]]:
-    wanted: dict[int, set[Signal]] = {}
+def _signals_by_layer(observers: Iterable[Observer]) -> dict[int, set[Signal]]:
+    union: dict[int, set[Signal]] = {}
     for observer in observers:
-        for layer, signals in observer.wants().items():
-            wanted.setdefault(layer, set()).update(signals)
-    return wanted
+        for layer, signals in observer.signals().items():
+            union.setdefault(layer, set()).update(signals)
+    return union
 
 
 @contextmanager
@@ -126,12 +126,12 @@ def _walk_by_layer(
     description: str | None,
     start: EntryState | None,
 ) -> None:
-    """Run all batches through a layer before the next one, up to the last wanted signal; one observer is a ``_Carry``."""
-    wanted, first = _wanted(observers), start.layer if start else 0
-    numbers: Iterable[int] = range(first, max(wanted) + 1)
+    """Run all batches through a layer before the next one, up to the last observed signal; one observer is a ``_Carry``."""
+    signals_by_layer, first = _signals_by_layer(observers), start.layer if start else 0
+    numbers: Iterable[int] = range(first, max(signals_by_layer) + 1)
     for layer in numbers if description is None else progress(numbers, description, "layers"):
         begin = start if layer == first else EntryState(layer, None)
-        with _Tap(family.decoder_layers(model), family, {layer: wanted[layer]}, observers, begin) as tap:
+        with _Tap(family.decoder_layers(model), family, {layer: signals_by_layer[layer]}, observers, begin) as tap:
             for batch in batches:
                 tap.run(model, batch)
 
@@ -142,8 +142,8 @@ class _Carry:
     def __init__(self, layers: range):
         self.layers = layers
 
-    def wants(self) -> Mapping[int, frozenset[Signal]]:
-        return ask(self.layers, "output")
+    def signals(self) -> Mapping[int, frozenset[Signal]]:
+        return signals_for(self.layers, "output")
 
     def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
         batch.scratch["carried"] = signals["output"]
@@ -184,19 +184,19 @@ def passes(
 
 
 class _Tap:
-    """Hooks on the wanted layers; hands a layer's signals to its observers as soon as all wanted ones are there."""
+    """Hooks on the observed layers; hands a layer's signals to its observers as soon as all of them are there."""
 
     def __init__(
         self,
         layers: nn.ModuleList,
         family: Family,
-        wanted: Mapping[int, set[Signal]],
+        signals_by_layer: Mapping[int, set[Signal]],
         observers: Sequence[Observer],
         start: EntryState | None,
     ):
-        self.layers, self.family, self.wanted, self.start = layers, family, wanted, start
-        self.listeners = {layer: [each for each in observers if layer in each.wants()] for layer in wanted}
-        self.stop = max(wanted)
+        self.layers, self.family, self.signals, self.start = layers, family, signals_by_layer, start
+        self.listeners = {layer: [each for each in observers if layer in each.signals()] for layer in signals_by_layer}
+        self.stop = max(signals_by_layer)
         self.batch: Batch | None = None
         self.seen: dict[Signal, Tensor] = {}
 
@@ -214,7 +214,7 @@ class _Tap:
         with ExitStack() as stack:
             if self.start is not None:
                 stack.enter_context(start_at_layer(self.family, self.layers, self.start, lambda: self.batch))
-            for layer, signals in self.wanted.items():
+            for layer, signals in self.signals.items():
                 for signal in signals:
                     stack.callback(self._hook(layer, signal).remove)
             self.hooks = stack.pop_all()
@@ -251,7 +251,7 @@ class _Tap:
         # Some layers and most experts take all tokens in one row. The layers of a large model may be on several devices:
         # observers get all states on one.
         self.seen[signal] = states.reshape(*self.batch.input_ids.shape, -1).to(self.batch.input_ids.device)
-        if len(self.seen) < len(self.wanted[layer]):
+        if len(self.seen) < len(self.signals[layer]):
             return
         seen, self.seen = self.seen, {}
         for observer in self.listeners[layer]:
@@ -260,30 +260,30 @@ class _Tap:
             raise _LastSignalReachedError
 
 
-class Keep:
-    """Observer that writes the sum of some signals of a layer into ``kept`` (tokens, d), in the order of the walk.
+class RecordStates:
+    """Observer that writes the sum of some signals of a layer into ``states`` (tokens, d), in the order of the walk.
 
-    In a walk that processes share, each keeps the states of its own part.
+    In a walk that processes share, each records the states of its own part.
     """
 
-    def __init__(self, layer: int, signals: tuple[Signal, ...], kept: Tensor):
-        self.layer, self.signals, self.kept = layer, signals, kept
+    def __init__(self, layer: int, summands: tuple[Signal, ...], states: Tensor):
+        self.layer, self.summands, self.states = layer, summands, states
 
-    def wants(self) -> Mapping[int, frozenset[Signal]]:
-        return {self.layer: frozenset(self.signals)}
+    def signals(self) -> Mapping[int, frozenset[Signal]]:
+        return {self.layer: frozenset(self.summands)}
 
     def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
-        self.kept[batch.tokens] = total(batch.real(signals[name]) for name in self.signals).to(self.kept)
+        self.states[batch.tokens] = sum_states(batch.real(signals[name]) for name in self.summands).to(self.states)
 
-    def add_up(self) -> None:
+    def all_reduce(self) -> None:
         pass
 
 
-def total(parts: Iterable[Tensor]) -> Tensor:
+def sum_states(parts: Iterable[Tensor]) -> Tensor:
     """Return the sum of states of one shape."""
     return reduce(torch.add, parts)
 
 
-def ask(layers: Iterable[int], *signals: Signal) -> dict[int, frozenset[Signal]]:
-    """Return what ``wants`` returns for the same signals of several layers."""
+def signals_for(layers: Iterable[int], *signals: Signal) -> dict[int, frozenset[Signal]]:
+    """Return what ``signals`` returns for the same signals of several layers."""
     return {layer: frozenset(signals) for layer in layers}

@@ -34,7 +34,7 @@ from replaceme.edits.unfused import replaced_parameter, unfused
 from replaceme.models.families import Family, Linear, in_torch_layout, parameter_of
 from replaceme.models.layers import EntryState, enable_gradients, skip_layers, start_at_layer
 from replaceme.statistics.features import LINEARS
-from replaceme.training.training import Texts
+from replaceme.training.training import DocumentBatches
 
 # Fraction of a step's positions whose predictions are compared. (They take most of a step's time, and the same number of
 # positions spread over twice as many steps teaches more.)
@@ -43,25 +43,25 @@ SHARE = 0.5
 ROWS = 128
 
 
-def divergence(wanted: Tensor, found: Tensor) -> Tensor:
+def kl_divergence(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
     """Return the sum over rows of KL(p ‖ q) in nats, where p and q are the softmaxes of logits (rows, words).
 
     The backward pass recomputes its intermediate values, ``ROWS`` rows at a time; stored, they would take several times the
     memory of the logits.
     """
-    parts = zip(wanted.split(ROWS), found.split(ROWS), strict=True)
-    sums = [checkpoint(_divergence, *part, use_reentrant=False) for part in parts]
+    parts = zip(teacher_logits.split(ROWS), student_logits.split(ROWS), strict=True)
+    sums = [checkpoint(_kl_divergence_of_rows, *part, use_reentrant=False) for part in parts]
     return torch.stack(sums).sum()
 
 
-def _divergence(wanted: Tensor, found: Tensor) -> Tensor:
-    p, q = log_softmax(wanted.float(), dim=-1), log_softmax(found.float(), dim=-1)
-    return kl_div(q, p, reduction="sum", log_target=True)
+def _kl_divergence_of_rows(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
+    teacher, student = (log_softmax(logits.float(), dim=-1) for logits in (teacher_logits, student_logits))
+    return kl_div(student, teacher, reduction="sum", log_target=True)
 
 
 @dataclass(frozen=True)
-class Predictions:
-    """Lesson of healing: the layers from the cut on learn the dense model's predictions.
+class LogitDistillation:
+    """Training task of healing: the layers from the cut on learn the dense model's predictions.
 
     Attributes:
         model: the dense model, which stays unchanged.
@@ -82,9 +82,9 @@ class Predictions:
     leaving: Tensor
 
     @cached_property
-    def texts(self) -> Texts:
+    def batches(self) -> DocumentBatches:
         """The text, as batches."""
-        return Texts(self.documents, next(self.model.parameters()).device)
+        return DocumentBatches(self.documents, next(self.model.parameters()).device)
 
     @cached_property
     def layers(self) -> nn.ModuleList:
@@ -109,16 +109,16 @@ class Predictions:
             for name in self.family.output_parameters(self.layers[layer], linear)
         ]
 
-    def learners(self) -> dict[str, Tensor]:
+    def trainable_parameters(self) -> dict[str, Tensor]:
         """Return float32 copies of the trained parameters on the device, by name in the dense model, in torch's layout."""
         started = {self._name(layer, name): self._start(layer, name) for layer, _, name in self.trained}
-        return {name: value.to(self.texts.device, copy=True).requires_grad_() for name, value in started.items()}
+        return {name: value.to(self.batches.device, copy=True).requires_grad_() for name, value in started.items()}
 
     @contextmanager
-    def begun(self) -> Iterator[None]:
+    def training_context(self) -> Iterator[None]:
         """Apply the edits to the model's computation inside the block; the trained parameters come with each pass."""
-        learnt = {(layer, name) for layer, _, name in self.trained}
-        folded = {place: value for place, value in self.changed.items() if place not in learnt}
+        trained = {(layer, name) for layer, _, name in self.trained}
+        folded = {key: value for key, value in self.changed.items() if key not in trained}
         rest = Edits(self.edits.title, self.edits.removed_layers, operators=self.edits.operators)
         with ExitStack() as stack:
             stack.enter_context(enable_gradients(self.model))
@@ -132,20 +132,20 @@ class Predictions:
 
         Of processes that share the training, each computes a part of the documents.
         """
-        lengths = self.texts.lengths[[*documents]]
+        lengths = self.batches.lengths[[*documents]]
         order = seeded_order(int(lengths.max()), -1 if step is None else step)
-        places = order[: max(round(SHARE * len(order)), 1)].sort().values
-        count = int((places < lengths[:, None]).sum())
+        positions = order[: max(round(SHARE * len(order)), 1)].sort().values
+        count = int((positions < lengths[:, None]).sum())
         own = [document for number, document in enumerate(documents) if shard().owns(number)]
         if not own:
             return torch.stack([0 * parameter.sum() for parameter in parameters.values()]).sum()
-        batch = self.texts.batch(own)
-        places = places[places < batch.input_ids.shape[1]].to(self.texts.device)
-        real = batch.mask[:, places]
+        batch = self.batches.batch(own)
+        positions = positions[positions < batch.input_ids.shape[1]].to(self.batches.device)
+        real = batch.mask[:, positions]
         with torch.no_grad():
-            wanted = self._dense(batch, self.texts.rows(self.leaving, own), places)[real]
-        found = self._shortened(parameters, batch, self.texts.rows(self.entering, own), places)
-        return divergence(wanted, found[real]) / count
+            teacher_logits = self._dense(batch, self.batches.rows(self.leaving, own), positions)[real]
+        student_logits = self._shortened(parameters, batch, self.batches.rows(self.entering, own), positions)
+        return kl_divergence(teacher_logits, student_logits[real]) / count
 
     def correct(self, edits: Edits, parameters: Mapping[str, Tensor]) -> None:
         """Add the learnt changes to the edits."""
@@ -165,18 +165,18 @@ class Predictions:
         changed = self.changed.get((layer, name))
         return parameter_of(self.layers[layer], name).float().cpu() if changed is None else changed
 
-    def _shortened(self, parameters: Mapping[str, Tensor], batch: Batch, rows: Tensor, places: Tensor) -> Tensor:
-        """Return the shortened model's logits (documents, places, words), with ``rows`` (tokens, d) entering the first one."""
+    def _shortened(self, parameters: Mapping[str, Tensor], batch: Batch, rows: Tensor, positions: Tensor) -> Tensor:
+        """Return the shortened model's logits (documents, positions, words) for ``rows`` (tokens, d) that enter ``first``."""
         values = {
             self._name(layer, name): in_torch_layout(self.layers[layer], name, parameters[self._name(layer, name)])
             for layer, _, name in self.trained
         }
         values = {name: value.to(self.model.dtype) for name, value in values.items()}
         with start_at_layer(self.family, self.layers, EntryState(self.first, rows), lambda: batch):
-            return self._logits(batch, places, values)
+            return self._logits(batch, positions, values)
 
-    def _dense(self, batch: Batch, rows: Tensor, places: Tensor) -> Tensor:
-        """Return the dense model's logits (documents, places, words), with ``rows`` (tokens, d) leaving its last layer."""
+    def _dense(self, batch: Batch, rows: Tensor, positions: Tensor) -> Tensor:
+        """Return the dense model's logits (documents, positions, words), with ``rows`` (tokens, d) leaving its last layer."""
 
         # This hook runs after all hooks of the edits on that layer.
         def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
@@ -186,11 +186,11 @@ class Predictions:
         with skip_layers(self.family, self.layers):
             handle = self.layers[-1].register_forward_hook(hook)
             try:
-                return self._logits(batch, places, {})
+                return self._logits(batch, positions, {})
             finally:
                 handle.remove()
 
-    def _logits(self, batch: Batch, places: Tensor, values: Mapping[str, Tensor]) -> Tensor:
-        inputs = {"input_ids": batch.input_ids, "use_cache": False, "logits_to_keep": places}
+    def _logits(self, batch: Batch, positions: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+        inputs = {"input_ids": batch.input_ids, "use_cache": False, "logits_to_keep": positions}
         logits: Tensor = functional_call(self.model, dict(values), (), inputs).logits
         return logits

@@ -1,4 +1,4 @@
-"""The training loop: weights trained on documents, a few documents per step, for any lesson.
+"""The training loop: weights trained on documents, a few documents per step, for any task.
 
 AdamW with a linear warm-up and a cosine decay (LLM-Streamline, arXiv 2403.19135, and its public code). Weights, moments and
 gradients are float32 whatever the model's dtype; dropout is off.
@@ -28,7 +28,7 @@ from replaceme.base.progress import logger, progress
 from replaceme.base.ranks import rank
 from replaceme.base.scratch import scratch
 from replaceme.models.families import Family
-from replaceme.statistics.walk import Keep, Signals, total, walk
+from replaceme.statistics.walk import RecordStates, Signals, sum_states, walk
 from replaceme.training.checkpoints import Pace, load_checkpoint, made_with, save_checkpoint
 from replaceme.training.curves import CURVES, add_row, write_curves
 
@@ -45,7 +45,7 @@ HELD_OUT_EVERY, EVALUATIONS = 20, 8
 
 
 @dataclass(frozen=True)
-class Course:
+class LearningRateSchedule:
     """Length and learning rate of a training.
 
     Attributes:
@@ -69,7 +69,7 @@ class Course:
         return self.learning_rate * (FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * min(done, 1.0))) / 2)
 
 
-class Lesson(Protocol):
+class TrainingTask(Protocol):
     """The task to learn: a loss as a function of the weights."""
 
     @property
@@ -85,17 +85,17 @@ class Lesson(Protocol):
         Args:
             parameters: the trained weights, float32.
             documents: positions in a walk.
-            step: the current step (from 0). A lesson that estimates its loss from a part of the tokens chooses this part by the
+            step: the current step (from 0). A task that estimates its loss from a part of the tokens chooses this part by the
                 step; with None, it takes the same part each time.
         """
         ...
 
-    def begun(self) -> AbstractContextManager[None]:
+    def training_context(self) -> AbstractContextManager[None]:
         """Return a context that prepares the model for the training and restores it afterwards."""
         ...
 
 
-class Texts:
+class DocumentBatches:
     """Documents by position in the order of a walk."""
 
     def __init__(self, documents: Documents, device: torch.device):
@@ -116,7 +116,7 @@ class Texts:
         return torch.cat(parts).to(self.device)
 
 
-def entering_and_leaving(
+def record_entry_and_exit(
     model: Any,
     family: Family,
     documents: Documents,
@@ -146,19 +146,19 @@ def entering_and_leaving(
     """
     shape = documents.token_count, int(model.config.hidden_size)
     entering, leaving = scratch([shape] * 2, model.dtype, folder, purpose)
-    ends = [_KeepAll(first, ("input",), entering), _KeepAll(last, ("output",), leaving)]
+    ends = [_RecordAllStates(first, ("input",), entering), _RecordAllStates(last, ("output",), leaving)]
     walk(model, family, documents, ends, batch_size=batch_size, description=description)
     return entering, leaving
 
 
-class _KeepAll(Keep):
-    """Observer that keeps the states of all tokens in each of the processes that share a walk; ``kept`` is zero before."""
+class _RecordAllStates(RecordStates):
+    """Observer that gives all processes that share a walk the states of all tokens; ``states`` is zero before."""
 
     def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
-        self.kept[batch.positions] = total(batch.real(signals[name]) for name in self.signals).to(self.kept)
+        self.states[batch.positions] = sum_states(batch.real(signals[name]) for name in self.summands).to(self.states)
 
-    def add_up(self) -> None:
-        merge_rows(self.kept)
+    def all_reduce(self) -> None:
+        merge_rows(self.states)
 
 
 def orders(documents: Sequence[int], epoch: int, batch_size: int) -> list[list[int]]:
@@ -168,14 +168,14 @@ def orders(documents: Sequence[int], epoch: int, batch_size: int) -> list[list[i
 
 
 def train(
-    lesson: Lesson, parameters: dict[str, Tensor], course: Course, folder: Path, key: str
+    task: TrainingTask, parameters: dict[str, Tensor], schedule: LearningRateSchedule, folder: Path, key: str
 ) -> tuple[dict[str, Tensor], Curves]:
     """Train weights.
 
     Args:
-        lesson: the task to learn.
+        task: the task to learn.
         parameters: the initial values, float32 with gradients enabled; they are changed in place.
-        course: length and learning rate.
+        schedule: length and learning rate.
         folder: folder for checkpoints and, while it runs, the curves.
         key: the key that a checkpoint must have to be resumed from (``replaceme.training.checkpoints``).
 
@@ -185,8 +185,8 @@ def train(
     Raises:
         SolveError: the loss is not finite.
     """
-    run = _Run(lesson, parameters, course, folder, key)
-    with lesson.begun():
+    run = _Run(task, parameters, schedule, folder, key)
+    with task.training_context():
         for step in progress(
             range(run.step, run.steps), "training", "steps", note=lambda: f"loss {run.curves['loss'][-1][1]:.4g}"
         ):
@@ -198,14 +198,16 @@ def train(
 class _Run:
     """A training in progress."""
 
-    def __init__(self, lesson: Lesson, parameters: dict[str, Tensor], course: Course, folder: Path, key: str):
-        self.lesson, self.parameters, self.course, self.folder, self.key = lesson, parameters, course, folder, key
-        ordered = lesson.documents.in_walk_order()
+    def __init__(
+        self, task: TrainingTask, parameters: dict[str, Tensor], schedule: LearningRateSchedule, folder: Path, key: str
+    ):
+        self.task, self.parameters, self.schedule, self.folder, self.key = task, parameters, schedule, folder, key
+        ordered = task.documents.in_walk_order()
         self.lengths = [len(text) for text in ordered.documents]
-        self.taught, self.held_out = split_places(ordered.sources, HELD_OUT_EVERY)
-        self.optimizer = torch.optim.AdamW(parameters.values(), lr=course.learning_rate, weight_decay=WEIGHT_DECAY)
-        self.per_epoch = -(-len(self.taught) // course.batch_size)
-        self.steps = self.per_epoch * course.epochs
+        self.train_indices, self.held_out = split_places(ordered.sources, HELD_OUT_EVERY)
+        self.optimizer = torch.optim.AdamW(parameters.values(), lr=schedule.learning_rate, weight_decay=WEIGHT_DECAY)
+        self.per_epoch = -(-len(self.train_indices) // schedule.batch_size)
+        self.steps = self.per_epoch * schedule.epochs
         self.step = 0
         self.curves: Curves = {name: [] for name in CURVES}
         self._resume()
@@ -218,14 +220,14 @@ class _Run:
         """Take one step."""
         self.evaluate(step)
         epoch, place = divmod(step, self.per_epoch)
-        documents = orders(self.taught, epoch, self.course.batch_size)[place]
-        loss = self.lesson.loss(self.parameters, documents, step)
+        documents = orders(self.train_indices, epoch, self.schedule.batch_size)[place]
+        loss = self.task.loss(self.parameters, documents, step)
         self.log("loss", step, sum(all_gather(float(loss.detach()))))
         loss.backward()
         all_reduce_sum({name: parameter.grad for name, parameter in self.parameters.items() if parameter.grad is not None})
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), CLIP)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.course.rate(step, self.steps)
+            group["lr"] = self.schedule.rate(step, self.steps)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step = step + 1
@@ -241,16 +243,16 @@ class _Run:
         """Return the mean loss on documents, all tokens weighted equally."""
         losses, tokens = 0.0, 0
         with torch.no_grad():
-            for start in range(0, len(documents), self.course.batch_size):
-                chosen = documents[start : start + self.course.batch_size]
+            for start in range(0, len(documents), self.schedule.batch_size):
+                chosen = documents[start : start + self.schedule.batch_size]
                 count = sum(self.lengths[index] for index in chosen)
-                losses, tokens = losses + count * float(self.lesson.loss(self.parameters, chosen, None)), tokens + count
+                losses, tokens = losses + count * float(self.task.loss(self.parameters, chosen, None)), tokens + count
         return sum(all_gather(losses / tokens))
 
     def log(self, name: str, step: int, value: float) -> None:
         """Append a value to a curve; refuse one that is not finite."""
         if not math.isfinite(value):
-            raise SolveError(f"{self.course.rate_name}: the loss of the training is {value} at step {step}; use a lower one.")
+            raise SolveError(f"{self.schedule.rate_name}: the loss of the training is {value} at step {step}; use a lower one.")
         self.curves[name].append((step, value))
         if rank() == 0:
             add_row(self.folder, name, step, value)
@@ -299,10 +301,10 @@ def figures_of(curves: Curves, parameters: Mapping[str, Tensor]) -> dict[str, An
     return figures
 
 
-def settings_of(course: Course, device: torch.device) -> dict[str, Any]:
-    """Return what a training depends on besides the lesson and the parameters, for a checkpoint's key.
+def settings_of(schedule: LearningRateSchedule, device: torch.device) -> dict[str, Any]:
+    """Return what a training depends on besides the task and the parameters, for a checkpoint's key.
 
     Any other code, package or kind of device than that of the first step could give steps that don't belong together.
     """
     constants = [WEIGHT_DECAY, CLIP, WARM_UP, FLOOR, SEED, HELD_OUT_EVERY, EVALUATIONS]
-    return {**asdict(course), "constants": constants, **made_with(str(device)), "threads": torch.get_num_threads()}
+    return {**asdict(schedule), "constants": constants, **made_with(str(device)), "threads": torch.get_num_threads()}

@@ -216,7 +216,7 @@ def test_the_chosen_channels_fit_better_than_the_layers_own_or_random_ones(kind:
 
     left = {}
     for name, choice in (("best", best_channels), ("chance", by_chance), ("own", own)):
-        monkeypatch.setattr("replaceme.repair.mend.best_channels", choice)
+        monkeypatch.setattr("replaceme.repair.repair.best_channels", choice)
         edits, mending = solved(model, documents, (BLOCK,), transform="channels", alpha=5.0, refit_ridge=0.01)
         _, figures = mending()
         left[name] = residual(model, edits, documents)
@@ -236,7 +236,7 @@ def test_screened_candidates_give_a_choice_nearly_as_good(monkeypatch: pytest.Mo
         sizes.append(len(gram))
         return best_channels(gram, *rest)
 
-    monkeypatch.setattr("replaceme.repair.mend.best_channels", counting)
+    monkeypatch.setattr("replaceme.repair.repair.best_channels", counting)
     for limit in (10**6, 60, 1):
         monkeypatch.setattr("replaceme.repair.channel_choice.CANDIDATE_BYTES", 4 * limit**2)
         edits, mending = solved(model, documents, (BLOCK,), transform="channels", alpha=5.0, refit_ridge=0.01)
@@ -256,7 +256,7 @@ def test_a_later_block_chooses_on_the_shortened_models_activations(kind: str, mo
         seen.append((gram.clone(), cross.clone(), deepcopy(edits)))
         return best_channels(gram, cross, *rest)
 
-    monkeypatch.setattr("replaceme.repair.mend.best_channels", keeping)
+    monkeypatch.setattr("replaceme.repair.repair.best_channels", keeping)
     edits, mending = solved(model, documents, blocks, transform="channels", alpha=5.0, repair=True)
     mending()
     gram, cross, by_then = seen[1]

@@ -22,7 +22,7 @@ from replaceme.methods.refusals import check_model
 from replaceme.methods.registry import METHODS
 from replaceme.models.families import Family, family_of
 from replaceme.models.model import Model
-from replaceme.repair.mend import mend
+from replaceme.repair.repair import repair_layers
 from replaceme.repair.state import Repair
 from replaceme.running.workspace import Workspace
 from replaceme.statistics.cut_statistics import take_statistics
@@ -37,17 +37,17 @@ Mending = Callable[..., tuple[list[Repair], dict[str, Any]]]
 def solved(
     model: Any, documents: Documents, blocks: tuple[Block, ...], mlp_width: int | None = None, **options: Any
 ) -> tuple[Edits, Mending]:
-    """Return the edits as solve makes them, and ``mend`` for them, to be called with a scratch folder or none."""
+    """Return the edits as solve makes them, and ``repair_layers`` for them, to be called with a scratch folder or none."""
     params = read_params(None, {"batch_size": 4, **options})
     family, method = family_of(model.config), METHODS[params.method]
     plan = Plan(blocks, method.statistics(params), mlp_width)
     if mlp_width:
         edits = Edits("", plan.removed_layers)
-        return edits, partial(mend, params, model, family, documents, edits, plan)
+        return edits, partial(repair_layers, params, model, family, documents, edits, plan)
     taken = take_statistics(model, family, documents, blocks[0], plan.statistics, 4)
     edits = method.solve(params, blocks[0], taken.__getitem__).edits
     edits.removed_layers = plan.removed_layers
-    return edits, partial(mend, params, model, family, documents, edits, plan)
+    return edits, partial(repair_layers, params, model, family, documents, edits, plan)
 
 
 def solved_alone(

@@ -23,9 +23,18 @@ from replaceme.export.verification import verify_export
 from replaceme.methods.registry import criterion_of
 from replaceme.models.families import Family, family_of
 from replaceme.models.model import Model
-from replaceme.repair.mend import mend
+from replaceme.repair.repair import repair_layers
 from replaceme.selection import collapse as module
-from replaceme.selection.collapse import Way, blocks_of, check_alike, collapse, collapse_all, collapsed_blocks, merged, texts_of
+from replaceme.selection.collapse import (
+    MergeSchedule,
+    blocks_of,
+    check_alike,
+    collapse,
+    collapse_all,
+    collapsed_blocks,
+    merged,
+    texts_of,
+)
 from replaceme.selection.criteria import allowed_starts
 from tests.conftest import EXPERTS, KINDS, LAYERS, OBSTACLES, PLAIN, made_model
 from tests.helpers import TEXT, hooked_and_folded, many_documents, mixing
@@ -61,13 +70,13 @@ def likeness(model: Any, original: Any, texts: Documents) -> float:
     return sum(cosines) / len(cosines)
 
 
-def slowly(model: Any, texts: Documents, way: Way, threshold: float) -> tuple[Any, list[int], dict[int, float]]:
+def slowly(model: Any, texts: Documents, schedule: MergeSchedule, threshold: float) -> tuple[Any, list[int], dict[int, float]]:
     """Collapse a model by building every candidate. Return it, its original layers, and the scores of the merges."""
     merged_model, kept, scores = model, list(range(model.config.num_hidden_layers)), {}
-    last, left = way.end - 1, way.count
-    place = way.end - min(way.size, way.count + 1)
-    while place >= way.first and left:
-        size = min(way.size, left + 1)
+    last, left = schedule.end - 1, schedule.count
+    place = schedule.end - min(schedule.size, schedule.count + 1)
+    while place >= schedule.first and left:
+        size = min(schedule.size, left + 1)
         candidate = merge(merged_model, place, size, last)
         score = likeness(candidate, model, texts)
         if score > threshold:
@@ -75,7 +84,7 @@ def slowly(model: Any, texts: Documents, way: Way, threshold: float) -> tuple[An
             merged_model, scores[place] = candidate, score
             del kept[place + 1 : place + 1 + gone]
             last, left = last - gone, left - gone
-            place -= way.interval
+            place -= schedule.interval
         else:
             place -= 1
     return merged_model, kept, scores
@@ -131,28 +140,28 @@ def test_a_kept_layer_is_mixed_into_no_other() -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "falcon", "opt", "gemma2", "smollm3"])
 @pytest.mark.parametrize(
-    ("way", "threshold"),
+    ("schedule", "threshold"),
     [
-        (Way(0, LAYERS, 3, 1, 3), 0.3),
-        (Way(0, LAYERS, 3, 2, 4), -1.0),  # all merges are accepted
-        (Way(1, LAYERS - 1, 2, 1, 3), 0.0),
-        (Way(0, LAYERS, 7, 1, 2), 0.5),  # a merge larger than the number of layers to remove
+        (MergeSchedule(0, LAYERS, 3, 1, 3), 0.3),
+        (MergeSchedule(0, LAYERS, 3, 2, 4), -1.0),  # all merges are accepted
+        (MergeSchedule(1, LAYERS - 1, 2, 1, 3), 0.0),
+        (MergeSchedule(0, LAYERS, 7, 1, 2), 0.5),  # a merge larger than the number of layers to remove
     ],
 )
 def test_the_choice_equals_that_of_models_built_by_the_formula(
-    kind: str, way: Way, threshold: float, documents: Documents, tmp_path: Path
+    kind: str, schedule: MergeSchedule, threshold: float, documents: Documents, tmp_path: Path
 ) -> None:
     model = made_model(kind, torch.float64, initializer_range=0.08)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     blocks, scores, reached = collapsed_blocks(
-        model, family_of(model.config), documents, way, threshold, batch_size=4, folder=tmp_path
+        model, family_of(model.config), documents, schedule, threshold, batch_size=4, folder=tmp_path
     )
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
     assert not list(tmp_path.iterdir())
-    expected, kept, found = slowly(model, texts_of(documents), way, reached)
+    expected, kept, found = slowly(model, texts_of(documents), schedule, reached)
     gone = [layer for block in blocks for layer in block.layers]
     assert kept == [layer for layer in range(LAYERS) if layer not in gone]
-    assert len(gone) == way.count
+    assert len(gone) == schedule.count
     assert [*scores] == [*found]
     assert [*scores.values()] == pytest.approx([*found.values()], rel=1e-5)
     apply_edits(model, family_of(model.config), mixing(*blocks))
@@ -160,7 +169,7 @@ def test_the_choice_equals_that_of_models_built_by_the_formula(
     assert (logits_of(model) - logits).norm() < 1e-6 * logits.norm()
     # A threshold one step higher leaves too many layers.
     if reached < threshold:
-        assert len(slowly(model_again(kind), texts_of(documents), way, reached + module.STEP)[1]) > LAYERS - way.count
+        assert len(slowly(model_again(kind), texts_of(documents), schedule, reached + module.STEP)[1]) > LAYERS - schedule.count
 
 
 def model_again(kind: str) -> Any:
@@ -168,7 +177,7 @@ def model_again(kind: str) -> Any:
 
 
 def test_with_a_threshold_above_one_nothing_is_merged() -> None:
-    layers, found = collapse(LAYERS, Way(0, LAYERS, 3, 1, 3), 1.01, lambda *_: 1.0)
+    layers, found = collapse(LAYERS, MergeSchedule(0, LAYERS, 3, 1, 3), 1.01, lambda *_: 1.0)
     assert layers == ((1,),) * LAYERS
     assert found == {}
 
@@ -180,20 +189,20 @@ def test_the_threshold_is_lowered_until_the_budget_is_reached_and_no_candidate_i
         asked.append(layers)
         return {4: 0.2, 3: 0.35, 2: 0.1, 1: 0.3, 0: 0.9}[place]
 
-    layers, found, reached = collapse_all(6, Way(1, 6, 2, 1, 2), 0.45, similarity)
+    layers, found, reached = collapse_all(6, MergeSchedule(1, 6, 2, 1, 2), 0.45, similarity)
     # 0.35 exceeds 0.34 and 0.3 exceeds 0.29: layer 3 absorbs layer 4, and layer 1 layer 2.
     assert (reached, found) == (0.29, {3: 0.35, 1: 0.3})
     assert blocks_of(layers) == [Block(2, 3, (0, 1)), Block(4, 5, (0, 1))]
     assert len(asked) == len(set(asked))
-    assert collapse(6, Way(1, 6, 2, 1, 2), reached, similarity)[0] == layers
+    assert collapse(6, MergeSchedule(1, 6, 2, 1, 2), reached, similarity)[0] == layers
 
 
 @pytest.mark.parametrize("size", [2, 3, 5, 9])
 @pytest.mark.parametrize(("interval", "count"), [(1, 1), (1, 2), (1, 4), (1, 8), (2, 1), (2, 3), (2, 4)])
 def test_exactly_count_layers_go_within_the_range(size: int, interval: int, count: int) -> None:
     generator = torch.Generator().manual_seed(size + 10 * interval)
-    way = Way(2, 11, size, interval, count)
-    layers, _, _ = collapse_all(12, way, 0.9, lambda *_: float(torch.rand(1, generator=generator)))
+    schedule = MergeSchedule(2, 11, size, interval, count)
+    layers, _, _ = collapse_all(12, schedule, 0.9, lambda *_: float(torch.rand(1, generator=generator)))
     gone = [layer for block in blocks_of(layers) for layer in block.layers]
     assert len(gone) == count
     assert set(gone) <= set(range(3, 11))
@@ -201,7 +210,7 @@ def test_exactly_count_layers_go_within_the_range(size: int, interval: int, coun
 
 def test_states_that_overflow_are_named() -> None:
     with pytest.raises(ParameterError, match="dtype: the merged models overflow; use bfloat16 or float32"):
-        collapse_all(6, Way(0, 6, 3, 1, 2), 0.45, lambda *_: float("nan"))
+        collapse_all(6, MergeSchedule(0, 6, 3, 1, 2), 0.45, lambda *_: float("nan"))
 
 
 def test_the_texts_are_a_few_whatever_the_documents() -> None:
@@ -237,7 +246,7 @@ def test_repair_follows_a_mixture(kind: str, save_tiny: Callable[..., Model], tm
     plan = Plan((Block(1, 2, (0, 1)), Block(3, 5, (-1, 1, 1))), ())
     params = read_params(None, {"method": "laco", "repair": True, "batch_size": 4})
     model, edits = source.load(), mixing(*plan.blocks)
-    repairs, _ = mend(params, model, source.family(), texts, edits, plan)
+    repairs, _ = repair_layers(params, model, source.family(), texts, edits, plan)
     # Layer 2 is kept and mixed; its correction is for the mixture.
     assert {each.layer for each in repairs} == ({5} if source.family().parallel else {2, 5})
     assert all(each.after < each.before for each in repairs)

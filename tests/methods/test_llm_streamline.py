@@ -32,7 +32,7 @@ from replaceme.running.workspace import Workspace
 from replaceme.statistics.profile import profile_model
 from replaceme.training import checkpoints, training
 from replaceme.training.checkpoints import key_of, load_checkpoint, save_checkpoint
-from replaceme.training.training import Course, entering_and_leaving, orders, train
+from replaceme.training.training import LearningRateSchedule, orders, record_entry_and_exit, train
 from tests.conftest import KINDS, LAYERS, OBSTACLES, made_model
 from tests.helpers import TEXT, hooked_and_folded, layer_outputs, many_documents, shortened_logits
 from tests.interruption import InterruptedRunError, counted, stop_at
@@ -48,13 +48,13 @@ APART = [kind for kind in KINDS if not model_refusals(kind, method="llm_streamli
 def distillation_of(model: Any, documents: Documents) -> LayerDistillation:
     """Return what a layer learns: from the states that enter it to those that leave the last layer of the block."""
     family = family_of(model.config)
-    states = entering_and_leaving(model, family, documents, TRAINED, END - 1, batch_size=4)
+    states = record_entry_and_exit(model, family, documents, TRAINED, END - 1, batch_size=4)
     return LayerDistillation(model, family, TRAINED, documents, *states)
 
 
-def trained(model: Any, documents: Documents, course: Course, folder: Path, key: str = "key") -> Any:
+def trained(model: Any, documents: Documents, schedule: LearningRateSchedule, folder: Path, key: str = "key") -> Any:
     distillation = distillation_of(model, documents)
-    return train(distillation, distillation.learners(), course, folder, key)
+    return train(distillation, distillation.trainable_parameters(), schedule, folder, key)
 
 
 def trained_by(source: Model, documents: Documents, folder: Path, **options: Any) -> tuple[Edits, TrainedLayer]:
@@ -96,15 +96,15 @@ def layer_called(model: Any, layer: int, ids: Tensor) -> tuple[Any, Any, Tensor]
     return args, kwargs, output if isinstance(output, Tensor) else output[0]
 
 
-def by_hand(model: Any, documents: Documents, course: Course) -> Any:
+def by_hand(model: Any, documents: Documents, schedule: LearningRateSchedule) -> Any:
     """Train a copy of the layer by a plain loop: one document after the other, no padding, torch's own AdamW."""
     texts = documents.longest_first()
     layer = deepcopy(family_of(model.config).decoder_layers(model)[TRAINED]).float()
-    optimizer = torch.optim.AdamW(layer.parameters(), lr=course.learning_rate, weight_decay=1e-3)
-    steps = course.epochs * -(-len(texts) // course.batch_size)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=schedule.learning_rate, weight_decay=1e-3)
+    steps = schedule.epochs * -(-len(texts) // schedule.batch_size)
     step = 0
-    for epoch in range(course.epochs):
-        for batch in orders(range(len(texts)), epoch, course.batch_size):
+    for epoch in range(schedule.epochs):
+        for batch in orders(range(len(texts)), epoch, schedule.batch_size):
             error, count = torch.zeros(()), 0
             for index in batch:
                 args, kwargs, _ = layer_called(model, TRAINED, texts[index])
@@ -115,7 +115,7 @@ def by_hand(model: Any, documents: Documents, course: Course) -> Any:
             optimizer.zero_grad()
             (error / count).backward()
             torch.nn.utils.clip_grad_norm_(layer.parameters(), 5.0)
-            optimizer.param_groups[0]["lr"] = course.rate(step, steps)
+            optimizer.param_groups[0]["lr"] = schedule.rate(step, steps)
             optimizer.step()
             step += 1
     return layer
@@ -136,10 +136,10 @@ def test_mean_cosines_equal_a_plain_reference_and_padding_changes_nothing(docume
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_equals_a_plain_loop_of_torch(kind: str, documents: Documents, tmp_path: Path) -> None:
-    model, course = made_model(kind), Course(1e-3, 2, 4, RATE)
+    model, schedule = made_model(kind), LearningRateSchedule(1e-3, 2, 4, RATE)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    parameters, curves = trained(model, documents, course, tmp_path)
-    expected = dict(by_hand(model, documents, course).named_parameters())
+    parameters, curves = trained(model, documents, schedule, tmp_path)
+    expected = dict(by_hand(model, documents, schedule).named_parameters())
     layer = family_of(model.config).decoder_layers(model)[TRAINED]
     moved = sum(float((expected[name] - value).norm()) for name, value in layer.named_parameters())
     assert moved > 1e-2
@@ -155,7 +155,7 @@ def test_training_equals_a_plain_loop_of_torch(kind: str, documents: Documents, 
 
 def test_the_loss_falls_on_training_and_on_held_out_texts(tmp_path: Path) -> None:
     texts = many_documents(40)
-    _, curves = trained(made_model(), texts, Course(3e-3, 12, 4, RATE), tmp_path)
+    _, curves = trained(made_model(), texts, LearningRateSchedule(3e-3, 12, 4, RATE), tmp_path)
     losses, held_out = [loss for _, loss in curves["loss"]], curves["held_out_loss"]
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
     assert held_out[0][0] == 0
@@ -173,17 +173,17 @@ def test_held_out_texts_are_not_trained_on(pieces: int, tmp_path: Path) -> None:
     taught, held_out = split_places(ordered.sources, training.HELD_OUT_EVERY)
     assert (sorted(taught + held_out), len(held_out)) == ([*range(40)], 2)
     assert not {ordered.sources[place] for place in taught} & {ordered.sources[place] for place in held_out}
-    course = Course(1e-3, 1, 4, RATE)
-    first, _ = train(distillation, distillation.learners(), course, tmp_path / "one", "")
+    schedule = LearningRateSchedule(1e-3, 1, 4, RATE)
+    first, _ = train(distillation, distillation.trainable_parameters(), schedule, tmp_path / "one", "")
     for index in held_out:
-        start = distillation.texts.starts[index]
-        distillation.targets[start : start + len(distillation.texts.texts[index])] += 1
-    second, _ = train(distillation, distillation.learners(), course, tmp_path / "two", "")
+        start = distillation.batches.starts[index]
+        distillation.targets[start : start + len(distillation.batches.texts[index])] += 1
+    second, _ = train(distillation, distillation.trainable_parameters(), schedule, tmp_path / "two", "")
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_bfloat16_states_are_trained_in_float32(documents: Documents, tmp_path: Path) -> None:
-    parameters, _ = trained(made_model(dtype=torch.bfloat16), documents, Course(1e-4, 1, 4, RATE), tmp_path)
+    parameters, _ = trained(made_model(dtype=torch.bfloat16), documents, LearningRateSchedule(1e-4, 1, 4, RATE), tmp_path)
     assert {value.dtype for value in parameters.values()} == {torch.float32}
     # Steps this small are lost in bfloat16.
     assert any(not torch.equal(value, value.bfloat16().float()) for value in parameters.values())
@@ -193,8 +193,10 @@ def test_bfloat16_states_are_trained_in_float32(documents: Documents, tmp_path: 
 def test_the_trained_layer_sees_no_later_token(kind: str, documents: Documents, tmp_path: Path) -> None:
     model = made_model(kind)
     distillation = distillation_of(model, documents)
-    parameters, _ = train(distillation, distillation.learners(), Course(1e-2, 2, 4, RATE), tmp_path, "")
-    batch, rows = distillation.texts.batch([0]), distillation.texts.rows(distillation.inputs, [0])
+    parameters, _ = train(
+        distillation, distillation.trainable_parameters(), LearningRateSchedule(1e-2, 2, 4, RATE), tmp_path, ""
+    )
+    batch, rows = distillation.batches.batch([0]), distillation.batches.rows(distillation.inputs, [0])
     changed = rows.clone()
     changed[20:] += 1
     with torch.no_grad():
@@ -205,14 +207,14 @@ def test_the_trained_layer_sees_no_later_token(kind: str, documents: Documents, 
 
 def test_a_bad_learning_rate_is_named(documents: Documents, tmp_path: Path) -> None:
     with pytest.raises(SolveError, match=r"llm_streamline_learning_rate: the loss of the training is (nan|inf) at step"):
-        trained(made_model(), documents, Course(1e30, 3, 4, RATE), tmp_path)
+        trained(made_model(), documents, LearningRateSchedule(1e30, 3, 4, RATE), tmp_path)
 
 
 @pytest.mark.parametrize("after", [1, 4, 6])
 @pytest.mark.usefixtures("checkpoint_at_each_chance")
 def test_an_interrupted_run_resumes_to_the_same_bits(after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    texts, course, model = many_documents(21), Course(1e-3, 2, 5, RATE), made_model()
-    expected, curves = trained(model, texts, course, tmp_path / "whole")
+    texts, schedule, model = many_documents(21), LearningRateSchedule(1e-3, 2, 5, RATE), made_model()
+    expected, curves = trained(model, texts, schedule, tmp_path / "whole")
     steps = len(curves["loss"])
     assert steps == 8
 
@@ -223,9 +225,9 @@ def test_an_interrupted_run_resumes_to_the_same_bits(after: int, tmp_path: Path,
         stop_at(after + 1)(taken)
 
     with counted(stopping), pytest.raises(InterruptedRunError):
-        trained(model, texts, course, tmp_path / "stopped")
+        trained(model, texts, schedule, tmp_path / "stopped")
     with counted() as again:
-        found, rest = trained(model, texts, course, tmp_path / "stopped")
+        found, rest = trained(model, texts, schedule, tmp_path / "stopped")
     assert again == [*range(after, steps)]
     assert rest == curves
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -253,7 +255,7 @@ def test_every_setting_of_a_training_makes_another_key(
 ) -> None:
     keys: list[str] = []
 
-    def noting(distillation: LayerDistillation, parameters: Any, course: Course, folder: Path, key: str) -> Any:
+    def noting(distillation: LayerDistillation, parameters: Any, schedule: LearningRateSchedule, folder: Path, key: str) -> Any:
         keys.append(key)
         return parameters, {"loss": [(0, 1.0)], "held_out_loss": []}
 
@@ -413,13 +415,13 @@ def test_families_whose_layers_have_no_mlp_of_their_own_are_refused_for_the_form
 
 
 def test_the_schedule_warms_up_and_ends_at_a_quarter() -> None:
-    course = Course(2e-4, 1, 1, RATE)
-    rates = [course.rate(step, 1000) for step in range(1000)]
+    schedule = LearningRateSchedule(2e-4, 1, 1, RATE)
+    rates = [schedule.rate(step, 1000) for step in range(1000)]
     assert rates[0] == pytest.approx(2e-5)
     assert rates[9] == max(rates) == pytest.approx(2e-4)
     assert rates[-1] == pytest.approx(5e-5)
     assert rates[9:] == sorted(rates[9:], reverse=True)
-    assert course.rate(0, 1) == pytest.approx(2e-4)
+    assert schedule.rate(0, 1) == pytest.approx(2e-4)
 
 
 def test_the_card_says_that_the_attention_is_gone(params: Params, tiny: Model) -> None:

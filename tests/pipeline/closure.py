@@ -11,9 +11,9 @@ PACKAGES = ("replaceme", "stages")
 
 # Functions of methods and criteria that only some stages call; what these import is loaded there alone. All others solve.
 ASKED = {
-    "select": {"choose", "way_of"},
+    "select": {"choose", "merge_schedule"},
     "inputs": {"check", "check_merges"},
-    "repair": {"train_layer", "texts"},
+    "repair": {"train_layer", "batches"},
 }
 METHODS, CRITERIA = ROOT / "replaceme" / "methods", ROOT / "replaceme" / "selection" / "criteria.py"
 

@@ -31,7 +31,7 @@ from replaceme.methods.registry import METHODS
 from replaceme.models.model import Model
 from replaceme.pipeline.inputs import inspect_inputs
 from replaceme.pipeline.runner import run_stages
-from replaceme.repair import mend
+from replaceme.repair import repair
 from replaceme.running.processes import in_processes
 from replaceme.running.stage import COMPRESSION, FIT, JUDGEMENT
 from replaceme.running.workspace import Workspace
@@ -52,7 +52,7 @@ def _fitted(params: Params, work: Workspace) -> list[str]:
 def _repaired(params: Params, work: Workspace, stop: int | None) -> list[int]:
     """Run the repair in two processes; return the layers that it has begun. All stop in the middle of layer ``stop``."""
     begun: list[int] = []
-    walk = mend.State.walk_dense
+    walk = repair.RepairState.walk_dense
 
     def noting(state: Any, layer: int, observers: Any) -> None:
         begun.append(layer)
@@ -60,7 +60,7 @@ def _repaired(params: Params, work: Workspace, stop: int | None) -> list[int]:
         if layer == stop:
             raise InterruptedRunError
 
-    with mock.patch.object(mend.State, "walk_dense", noting), suppress(InterruptedRunError):
+    with mock.patch.object(repair.RepairState, "walk_dense", noting), suppress(InterruptedRunError):
         in_processes(2, lambda: run_stages(params, work, ["repair"]))
     return begun
 

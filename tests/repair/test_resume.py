@@ -24,7 +24,7 @@ from replaceme.pipeline.profile import profile
 from replaceme.pipeline.repair import repair
 from replaceme.pipeline.select import select
 from replaceme.pipeline.solve import solve
-from replaceme.repair import mend
+from replaceme.repair import repair as repair_module
 from replaceme.repair.resume import Checkpoints
 from replaceme.running.workspace import Workspace
 from tests.conftest import made_model
@@ -44,13 +44,13 @@ SETTINGS: dict[str, tuple[tuple[Block, ...], dict[str, Any]]] = {
 def repaired(monkeypatch: pytest.MonkeyPatch, checkpoint_at_each_chance: None) -> list[int]:
     """The layers that are repaired, in order; each is followed by a checkpoint."""
     layers: list[int] = []
-    mend_layer = mend._mend_layer
+    repair_layer = repair_module.repair_layer
 
     def noting(state: Any, layer: int) -> None:
         layers.append(layer)
-        mend_layer(state, layer)
+        repair_layer(state, layer)
 
-    monkeypatch.setattr(mend, "_mend_layer", noting)
+    monkeypatch.setattr(repair_module, "repair_layer", noting)
     return layers
 
 
@@ -62,7 +62,7 @@ def bits(edits: Edits, folder: Path) -> dict[str, str]:
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, layer: int, work: Callable[[], object]) -> None:
     """Run ``work`` and interrupt it in the middle of a layer, when the states of one model have moved on already."""
-    walk = mend.State.walk_dense
+    walk = repair_module.RepairState.walk_dense
 
     def stop(state: Any, at: int, observers: Any) -> None:
         walk(state, at, observers)
@@ -70,7 +70,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, layer: int, work: Callable[[], ob
             raise InterruptedRunError
 
     with monkeypatch.context() as patch:
-        patch.setattr(mend.State, "walk_dense", stop)
+        patch.setattr(repair_module.RepairState, "walk_dense", stop)
         with pytest.raises(InterruptedRunError):
             work()
 
@@ -82,7 +82,7 @@ def test_an_interrupted_repair_ends_with_the_same_bits(
     model, documents = made_model("llama", dtype), many_documents()
     blocks, options = SETTINGS[name]
 
-    def begun() -> tuple[Edits, Callable[[], Any]]:
+    def started() -> tuple[Edits, Callable[[], Any]]:
         edits, mending = solved(model, documents, blocks, **options)
         return edits, lambda: mending(tmp_path, Checkpoints(tmp_path / "checkpoint", "key"))
 
@@ -90,9 +90,9 @@ def test_an_interrupted_repair_ends_with_the_same_bits(
     expected = mending(tmp_path)
     wanted, layers = bits(whole, tmp_path / "edits"), [*repaired]
     for number, layer in enumerate(layers):
-        _, work = begun()
+        _, work = started()
         interrupt(monkeypatch, layer, work)
-        edits, work = begun()
+        edits, work = started()
         repaired.clear()
         assert work() == expected
         assert bits(edits, tmp_path / "edits") == wanted

@@ -25,7 +25,7 @@ from replaceme.methods.registry import METHODS, criterion_of
 from replaceme.models.families import Family, family_of
 from replaceme.models.model import Model
 from replaceme.models.recognition import recognise_family
-from replaceme.repair.mend import mend
+from replaceme.repair.repair import repair_layers
 from replaceme.selection.compensation import blocks_of, check_scale, compensated, compensated_layers, scaled
 from replaceme.selection.cut_loss import cut_losses
 from tests.conftest import KINDS, LAYERS, OBSTACLES, PLAIN, UNDESCRIBED, made_model
@@ -268,7 +268,7 @@ def test_repair_follows_scalars(kind: str, save_tiny: Callable[..., Model], tmp_
     model = source.load()
     plan = Plan(tuple(compensated(model, source.family(), texts, [Block(1, 2), Block(3, 5)], batch_size=4)), ())
     edits = scaled(plan.blocks)
-    repairs, _ = mend(params, model, source.family(), texts, edits, plan)
+    repairs, _ = repair_layers(params, model, source.family(), texts, edits, plan)
     assert repairs
     assert all(each.after < each.before for each in repairs)
     save_pruned(source, edits, tmp_path)

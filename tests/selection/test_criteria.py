@@ -16,9 +16,9 @@ from replaceme.pipeline.select import select
 from replaceme.running.workspace import Workspace
 from replaceme.selection import cut_loss
 from replaceme.selection.blocks import several, smallest
+from replaceme.selection.candidate_evaluation import Losses
 from replaceme.selection.criteria import allowed_starts
 from replaceme.selection.cut_loss import cut_losses
-from replaceme.selection.trials import Losses
 from tests.conftest import made_model
 from tests.helpers import many_documents, means
 

@@ -19,7 +19,7 @@ from replaceme.edits.edits import Edits
 from replaceme.edits.fold import apply_edits
 from replaceme.methods.registry import METHODS
 from replaceme.models.families import Family, family_of, parameter_of
-from replaceme.repair.mend import mend
+from replaceme.repair.repair import repair_layers
 from replaceme.solvers.quality import sse_change_of_correction
 from replaceme.solvers.ridge import solve_correction, solve_ridge
 from replaceme.statistics.cut_statistics import FeatureGram, take_statistics
@@ -206,7 +206,7 @@ def test_a_repair_names_the_smaller_of_its_ridges(linear: str, tmp_path: Path) -
     assert family.parallel
     edits, plan = Edits("test", [*BLOCK.layers]), Plan((BLOCK,), ())
     with pytest.raises(SolveError, match=f"^repair_ridge_{linear}: 1e-18 leaves the least squares singular; raise it, or data"):
-        mend(params, model, family, few, edits, plan, tmp_path)
+        repair_layers(params, model, family, few, edits, plan, tmp_path)
 
 
 def test_the_map_is_solved_from_exact_sums() -> None:

@@ -11,8 +11,8 @@ from replaceme.base.documents import Batch, Documents
 from replaceme.base.group import Shard, all_gather, all_reduce_sum, compute_on_rank0, merge_rows, process_group, shard, sharded
 from replaceme.base.plan import Block
 from replaceme.models.families import family_of
-from replaceme.statistics.cut_statistics import ADDITIVE, STATISTICS, Place, take_statistics
-from replaceme.statistics.walk import Additive, Signal, Signals, ask, walk
+from replaceme.statistics.cut_statistics import REDUCIBLE, STATISTICS, Place, take_statistics
+from replaceme.statistics.walk import Reducible, Signal, Signals, signals_for, walk
 from tests.conftest import made_model
 from tests.helpers import many_documents
 from tests.ranks import in_ranks
@@ -24,15 +24,15 @@ class Seen:
     def __init__(self) -> None:
         self.positions: list[int] = []
 
-    def wants(self) -> Mapping[int, frozenset[Signal]]:
-        return ask([0], "output")
+    def signals(self) -> Mapping[int, frozenset[Signal]]:
+        return signals_for([0], "output")
 
     def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
         self.positions += range(batch.positions.start, batch.positions.stop)
 
 
 class Shared(Seen):
-    def add_up(self) -> None:
+    def all_reduce(self) -> None:
         pass
 
 
@@ -94,7 +94,7 @@ def test_what_processes_exchange_is_the_same_in_all(tmp_path: Path) -> None:
 def _statistics(batch_size: int) -> list[Any]:
     model = made_model()
     with process_group(), sharded():
-        taken = take_statistics(model, family_of(model.config), many_documents(7), Block(2, 4), sorted(ADDITIVE), batch_size)
+        taken = take_statistics(model, family_of(model.config), many_documents(7), Block(2, 4), sorted(REDUCIBLE), batch_size)
     return sorted([name, each, tensor.tolist()] for name, tensors in taken.items() for each, tensor in tensors.items())
 
 
@@ -102,7 +102,7 @@ def _statistics(batch_size: int) -> list[Any]:
 def test_statistics_of_two_processes_are_those_of_one(batch_size: int, tmp_path: Path) -> None:
     # With 7 documents in a batch, the second process has none.
     model = made_model()
-    alone = take_statistics(model, family_of(model.config), many_documents(7), Block(2, 4), sorted(ADDITIVE), batch_size)
+    alone = take_statistics(model, family_of(model.config), many_documents(7), Block(2, 4), sorted(REDUCIBLE), batch_size)
     first, second = in_ranks(2, partial(_statistics, batch_size), tmp_path)
     assert first == second
     assert len(first) == sum(map(len, alone.values()))
@@ -114,4 +114,4 @@ def test_the_statistics_that_processes_share_are_those_that_add_up(tmp_path: Pat
     model = made_model()
     family = family_of(model.config)
     place = Place(Block(2, 4), family.decoder_layers(model)[1], family, many_documents(7), tmp_path)
-    assert {name for name, made in STATISTICS.items() if isinstance(made(place), Additive)} == ADDITIVE
+    assert {name for name, made in STATISTICS.items() if isinstance(made(place), Reducible)} == REDUCIBLE

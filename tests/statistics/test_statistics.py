@@ -12,7 +12,7 @@ from replaceme.models.families import Family
 from replaceme.solvers.ridge import solve_ridge
 from replaceme.statistics.cut_statistics import Sample, take_statistics
 from replaceme.statistics.sums import Sums, squares
-from replaceme.statistics.walk import Signal, Signals, ask, walk
+from replaceme.statistics.walk import Signal, Signals, signals_for, walk
 from tests.conftest import WIDTH, made_model
 from tests.statistics.helpers import BLOCK, at_cut
 
@@ -77,8 +77,8 @@ def test_observers_leave_nothing_in_a_batchs_scratch_and_no_hook_on_the_model(do
     batches: list[Batch] = []
 
     class Watch:
-        def wants(self) -> Mapping[int, frozenset[Signal]]:
-            return ask([BLOCK.end], "output")
+        def signals(self) -> Mapping[int, frozenset[Signal]]:
+            return signals_for([BLOCK.end], "output")
 
         def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
             batches.append(batch)

@@ -17,7 +17,7 @@ from replaceme.models.model import Model
 from replaceme.models.streaming import LayerStream, stream_of
 from replaceme.statistics.cut_statistics import STATISTICS, take_statistics
 from replaceme.statistics.profile import profile_model
-from replaceme.statistics.walk import Keep, Signal, Signals, ask, passes, walk
+from replaceme.statistics.walk import RecordStates, Signal, Signals, passes, signals_for, walk
 from tests.conftest import EXPERTS, KINDS, LAYERS, NORM_AFTER_MLP, WIDTH, made_config
 
 
@@ -26,16 +26,16 @@ class Recorder:
 
     def __init__(self, family: Family):
         features: tuple[Signal, ...] = () if family.experts else ("attention_features", "mlp_features")
-        self.signals: tuple[Signal, ...] = ("input", "attention", "mlp", "output", *features)
+        self.names: tuple[Signal, ...] = ("input", "attention", "mlp", "output", *features)
         self.seen: dict[tuple[int, str], list[Tensor]] = {}
         self.order: list[tuple[int, int]] = []
 
-    def wants(self) -> Mapping[int, frozenset[Signal]]:
-        return ask(range(LAYERS), *self.signals)
+    def signals(self) -> Mapping[int, frozenset[Signal]]:
+        return signals_for(range(LAYERS), *self.names)
 
     def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
         self.order.append((layer, batch.first_token))
-        for name in self.signals:
+        for name in self.names:
             self.seen.setdefault((layer, name), []).append(signals[name].clone())
         # Kept for the next layer.
         if layer:
@@ -96,7 +96,7 @@ def test_a_walk_from_a_later_layer_reads_only_the_layers_that_it_computes(tiny: 
     kept = []
     for model in (resident, streamed):
         states = torch.empty(2, tokens, WIDTH)
-        observers = [Keep(3, ("attention",), states[0]), Keep(4, ("output",), states[1])]
+        observers = [RecordStates(3, ("attention",), states[0]), RecordStates(4, ("output",), states[1])]
         walk(model, family, documents, observers, batch_size=2, description=None, start=EntryState(3, entering))
         kept.append(states)
     assert torch.equal(*kept)

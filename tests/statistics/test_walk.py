@@ -11,25 +11,25 @@ from replaceme.base.documents import Batch, Documents
 from replaceme.models.families import Family, family_of, linears_within, parameter_of
 from replaceme.models.layers import EntryState
 from replaceme.statistics.features import LINEARS, SIGNAL
-from replaceme.statistics.walk import Signal, Signals, ask, walk
+from replaceme.statistics.walk import Signal, Signals, signals_for, walk
 from tests.conftest import KINDS, LAYERS, PLAIN, made_model
 from tests.helpers import passing
 
 SIGNALS: tuple[Signal, ...] = ("input", "attention_features", "attention", "mlp_features", "mlp", "output")
 
 
-class Keep:
+class Record:
     """Observer that keeps the real tokens of its signals."""
 
     def __init__(self, wanted: Mapping[int, frozenset[Signal]]):
-        self.wanted = wanted
+        self.names = wanted
         self.kept: dict[tuple[int, Signal], list[Tensor]] = {}
 
-    def wants(self) -> Mapping[int, frozenset[Signal]]:
-        return self.wanted
+    def signals(self) -> Mapping[int, frozenset[Signal]]:
+        return self.names
 
     def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
-        for signal in self.wanted[layer]:
+        for signal in self.names[layer]:
             self.kept.setdefault((layer, signal), []).append(batch.real(signals[signal]).clone())
 
     def all(self, layer: int, signal: Signal) -> Tensor:
@@ -45,7 +45,7 @@ def count_calls(module: Any) -> list[int]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_signals_equal_those_of_plain_hooks(kind: str, documents: Documents) -> None:
     model, family = made_model(kind), family_of(made_model(kind).config)
-    keep = Keep(ask([2, 4], *(name for name in SIGNALS if name != "mlp_features" or not family.experts)))
+    keep = Record(signals_for([2, 4], *(name for name in SIGNALS if name != "mlp_features" or not family.experts)))
     walk(model, family, documents, [keep], batch_size=4, description="test")
     for layer in (2, 4):
         part = family.decoder_layers(model)[layer]
@@ -75,16 +75,19 @@ def test_a_walk_ends_at_the_last_signal_that_is_wanted(signal: Signal, computed:
     model = made_model()
     output, later = count_calls(model.model.layers[3].self_attn.o_proj), count_calls(model.model.layers[4])
     head, last = count_calls(model.lm_head), count_calls(model.model.layers[3].mlp.down_proj)
-    walk(model, Family(), documents, [Keep(ask([3], signal))], batch_size=len(documents), description="test")
+    walk(model, Family(), documents, [Record(signals_for([3], signal))], batch_size=len(documents), description="test")
     assert (len(output), len(last), len(later), len(head)) == (computed, signal == "output", 0, 0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_walk_from_a_later_layer_continues_an_earlier_walk(kind: str, documents: Documents) -> None:
-    model, whole = made_model(kind), Keep(ask([2, LAYERS - 1], "output"))
+    model, whole = made_model(kind), Record(signals_for([2, LAYERS - 1], "output"))
     family = family_of(model.config)
     walk(model, family, documents, [whole], batch_size=4, description="test")
-    rest, calls = Keep(ask([LAYERS - 1], "output")), count_calls(family.decoder_layers(model)[0].get_submodule(family.mlp))
+    rest, calls = (
+        Record(signals_for([LAYERS - 1], "output")),
+        count_calls(family.decoder_layers(model)[0].get_submodule(family.mlp)),
+    )
     start = EntryState(3, whole.all(2, "output"))
     walk(model, family, documents, [rest], batch_size=4, description=None, start=start)
     assert torch.allclose(rest.all(LAYERS - 1, "output"), whole.all(LAYERS - 1, "output"), rtol=1e-5, atol=1e-5)
@@ -96,7 +99,7 @@ def test_an_attention_whose_features_are_known_computes_its_last_linear_alone(ki
     model, layer = made_model(kind), 3
     family = family_of(model.config)
     signals: tuple[Signal, ...] = ("input", "attention_features", "attention", "mlp_features", "output")
-    whole, again = Keep(ask([layer], *signals)), Keep(ask([layer], *signals[2:]))
+    whole, again = Record(signals_for([layer], *signals)), Record(signals_for([layer], *signals[2:]))
     walk(model, family, documents, [whole], batch_size=4, description=None)
     part = family.decoder_layers(model)[layer]
     last = family.linear_of(part, "attention_output")

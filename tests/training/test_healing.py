@@ -39,8 +39,8 @@ from replaceme.running.stage import COMPRESSION
 from replaceme.running.workspace import Workspace
 from replaceme.statistics.features import LINEARS
 from replaceme.training import healing
-from replaceme.training.healing import Predictions
-from replaceme.training.training import Course, entering_and_leaving, orders, train
+from replaceme.training.healing import LogitDistillation
+from replaceme.training.training import LearningRateSchedule, orders, record_entry_and_exit, train
 from tests.conftest import LAYERS, PLAIN, WIDTH, made_model
 from tests.helpers import many_documents
 from tests.interruption import InterruptedRunError, counted, stop_at
@@ -49,11 +49,11 @@ from tests.methods.helpers import BLOCK, solved
 RATE = "heal_learning_rate"
 
 
-def lesson_of(model: Any, documents: Documents, edits: Edits, host: int = BLOCK.layer_before_cut) -> Predictions:
-    """Return the lesson for the layers from a cut on."""
+def lesson_of(model: Any, documents: Documents, edits: Edits, host: int = BLOCK.layer_before_cut) -> LogitDistillation:
+    """Return the task for the layers from a cut on."""
     family = family_of(model.config)
-    states = entering_and_leaving(model, family, documents, host, LAYERS - 1, batch_size=4)
-    return Predictions(model, family, edits, documents, host, *states)
+    states = record_entry_and_exit(model, family, documents, host, LAYERS - 1, batch_size=4)
+    return LogitDistillation(model, family, edits, documents, host, *states)
 
 
 def edits_of(model: Any, documents: Documents, blocks: tuple[Block, ...] = (BLOCK,), **options: Any) -> Edits:
@@ -74,28 +74,28 @@ def divergence(model: Any, shortened: Any, text: Tensor, places: Tensor | slice 
     return (wanted.exp() * (wanted - found)).sum(), len(found)
 
 
-def by_hand(model: Any, shortened: Any, documents: Documents, course: Course) -> None:
+def by_hand(model: Any, shortened: Any, documents: Documents, schedule: LearningRateSchedule) -> None:
     """Train a cut model in a plain loop: one document at a time, no padding, all places, torch's own AdamW."""
     family, texts = family_of(model.config), documents.longest_first()
     layers = family.decoder_layers(shortened)[BLOCK.layer_before_cut :]
     names = [family.output_parameters(layer, linear) for layer in layers for linear in LINEARS]
-    learners = [
+    trainable_parameters = [
         layer.get_parameter(name)
         for layer, found in zip([layer for layer in layers for _ in LINEARS], names, strict=True)
         for name in found
     ]
     shortened.requires_grad_(False)
-    for learner in learners:
+    for learner in trainable_parameters:
         learner.requires_grad_(True)
-    optimizer = torch.optim.AdamW(learners, lr=course.learning_rate, weight_decay=1e-3)
-    step, steps = 0, course.epochs * -(-len(texts) // course.batch_size)
-    for epoch in range(course.epochs):
-        for batch in orders(range(len(texts)), epoch, course.batch_size):
+    optimizer = torch.optim.AdamW(trainable_parameters, lr=schedule.learning_rate, weight_decay=1e-3)
+    step, steps = 0, schedule.epochs * -(-len(texts) // schedule.batch_size)
+    for epoch in range(schedule.epochs):
+        for batch in orders(range(len(texts)), epoch, schedule.batch_size):
             sums = [divergence(model, shortened, texts[index]) for index in batch]
             optimizer.zero_grad()
             (torch.stack([total for total, _ in sums]).sum() / sum(count for _, count in sums)).backward()
-            torch.nn.utils.clip_grad_norm_(learners, 5.0)
-            optimizer.param_groups[0]["lr"] = course.rate(step, steps)
+            torch.nn.utils.clip_grad_norm_(trainable_parameters, 5.0)
+            optimizer.param_groups[0]["lr"] = schedule.rate(step, steps)
             optimizer.step()
             step += 1
 
@@ -105,21 +105,21 @@ def test_healing_equals_a_plain_loop_on_the_cut_model(
     kind: str, documents: Documents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(healing, "SHARE", 1.0)
-    model, course = made_model(kind), Course(1e-3, 2, 4, RATE)
+    model, schedule = made_model(kind), LearningRateSchedule(1e-3, 2, 4, RATE)
     edits = edits_of(model, documents, repair=True)
     dense, expected = deepcopy(model), deepcopy(model)
     apply_edits(expected, family_of(model.config), edits)
     bare = deepcopy(expected)
-    lesson = lesson_of(model, documents, edits)
-    learners = lesson.learners()
-    with lesson.begun():
+    task = lesson_of(model, documents, edits)
+    trainable_parameters = task.trainable_parameters()
+    with task.training_context():
         for chosen in ([0], [0, len(documents) - 1]):
-            sums = [divergence(dense, expected, lesson.texts.texts[index]) for index in chosen]
+            sums = [divergence(dense, expected, task.batches.texts[index]) for index in chosen]
             whole = sum(float(total.detach()) for total, _ in sums) / sum(count for _, count in sums)
-            assert float(lesson.loss(learners, chosen, 0).detach()) == pytest.approx(whole, rel=1e-4)
-    parameters, curves = train(lesson, learners, course, tmp_path, "")
-    lesson.correct(edits, parameters)
-    by_hand(dense, expected, documents, course)
+            assert float(task.loss(trainable_parameters, chosen, 0).detach()) == pytest.approx(whole, rel=1e-4)
+    parameters, curves = train(task, trainable_parameters, schedule, tmp_path, "")
+    task.correct(edits, parameters)
+    by_hand(dense, expected, documents, schedule)
     apply_edits(model, family_of(model.config), edits)
     found = dict(model.named_parameters())
     moved = apart = 0.0
@@ -145,9 +145,9 @@ def test_with_narrower_mlps_training_begins_at_the_first_layer(
     total, count = divergence(dense, shortened, lesson_of(model, documents, edits, 0).texts.texts[0])
     found = []
     for host in (0, BLOCK.layer_before_cut):
-        lesson = lesson_of(model, documents, edits, host)
-        with lesson.begun():
-            found.append(float(lesson.loss(lesson.learners(), [0], 0).detach()))
+        task = lesson_of(model, documents, edits, host)
+        with task.training_context():
+            found.append(float(task.loss(task.trainable_parameters(), [0], 0).detach()))
     assert found[0] == pytest.approx(float(total.detach()) / count, rel=1e-4)
     assert found[1] != pytest.approx(found[0], rel=1e-3)
 
@@ -156,8 +156,8 @@ def test_the_dense_model_stays_unchanged(documents: Documents, tmp_path: Path) -
     model = made_model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     asked = [parameter.requires_grad for parameter in model.parameters()]
-    lesson = lesson_of(model, documents, edits_of(model, documents, transform="channels", refit_ridge=0.1))
-    train(lesson, lesson.learners(), Course(1e-3, 1, 4, RATE), tmp_path, "")
+    task = lesson_of(model, documents, edits_of(model, documents, transform="channels", refit_ridge=0.1))
+    train(task, task.trainable_parameters(), LearningRateSchedule(1e-3, 1, 4, RATE), tmp_path, "")
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert [parameter.requires_grad for parameter in model.parameters()] == asked
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -169,17 +169,17 @@ def test_a_step_compares_part_of_the_places_and_no_padding(documents: Documents)
     edits = edits_of(model, documents)
     shortened = deepcopy(model)
     apply_edits(shortened, family_of(model.config), edits)
-    lesson = lesson_of(model, documents, edits)
-    learners, chosen = lesson.learners(), [0, len(documents) - 1]
-    longest, shortest = (lesson.texts.texts[index] for index in chosen)
+    task = lesson_of(model, documents, edits)
+    trainable_parameters, chosen = task.trainable_parameters(), [0, len(documents) - 1]
+    longest, shortest = (task.batches.texts[index] for index in chosen)
     assert len(shortest) < len(longest)
     found = []
     for step in (3, 4, None):
         chance = torch.Generator().manual_seed(-1 if step is None else step)
         places = torch.randperm(len(longest), generator=chance)[: round(healing.SHARE * len(longest))]
         sums = [divergence(model, shortened, text, places[places < len(text)]) for text in (longest, shortest)]
-        with lesson.begun(), torch.no_grad():
-            found.append(float(lesson.loss(learners, chosen, step)))
+        with task.training_context(), torch.no_grad():
+            found.append(float(task.loss(trainable_parameters, chosen, step)))
         whole = sum(float(total.detach()) for total, _ in sums) / sum(count for _, count in sums)
         assert found[-1] == pytest.approx(whole, rel=1e-4)
     assert len({*found}) == 3
@@ -207,24 +207,24 @@ def test_a_healed_model_is_closer_to_the_dense_one_and_its_export_is_verified(
 ) -> None:
     source, documents = save_tiny(kind), many_documents(40)
     edits = edits_of(source.load(), documents, blocks, **options)
-    lesson = lesson_of(source.load(), documents, edits, blocks[0].layer_before_cut)
-    learners, losses = lesson.learners(), []
+    task = lesson_of(source.load(), documents, edits, blocks[0].layer_before_cut)
+    trainable_parameters, losses = task.trainable_parameters(), []
     for _ in range(2):
-        with lesson.begun(), torch.no_grad():
-            losses.append(float(lesson.loss(learners, range(20), None)))
+        with task.training_context(), torch.no_grad():
+            losses.append(float(task.loss(trainable_parameters, range(20), None)))
         if len(losses) < 2:
-            parameters, _ = train(lesson, learners, Course(5e-4, 4, 4, RATE), tmp_path, "")
+            parameters, _ = train(task, trainable_parameters, LearningRateSchedule(5e-4, 4, 4, RATE), tmp_path, "")
     assert losses[1] < 0.99 * losses[0]
-    lesson.correct(edits, parameters)
+    task.correct(edits, parameters)
     save_pruned(source, edits, tmp_path / "pruned")
     verify_export(source, Model(tmp_path / "pruned", "pruned"), edits, documents)
     # The exported model computes the same loss as the training did.
     model, pruned = source.load(), Model(tmp_path / "pruned", "pruned").load()
-    places = torch.randperm(longest := len(lesson.texts.texts[19]), generator=torch.Generator().manual_seed(-1))
+    places = torch.randperm(longest := len(task.batches.texts[19]), generator=torch.Generator().manual_seed(-1))
     places = places[: round(healing.SHARE * longest)]
-    total, count = divergence(model, pruned, lesson.texts.texts[19], places)
-    with lesson.begun(), torch.no_grad():
-        assert float(lesson.loss(parameters, [19], None)) == pytest.approx(float(total.detach()) / count, rel=1e-3, abs=1e-4)
+    total, count = divergence(model, pruned, task.batches.texts[19], places)
+    with task.training_context(), torch.no_grad():
+        assert float(task.loss(parameters, [19], None)) == pytest.approx(float(total.detach()) / count, rel=1e-3, abs=1e-4)
 
 
 def run(params: Params, work: Workspace, to_export: bool = True) -> None:
@@ -335,7 +335,7 @@ def test_everything_that_a_healing_depends_on_changes_the_key(
     run(params, work, to_export=False)
     keys: list[str] = []
 
-    def noting(lesson: Any, parameters: Any, course: Course, folder: Path, key: str) -> Any:
+    def noting(task: Any, parameters: Any, schedule: LearningRateSchedule, folder: Path, key: str) -> Any:
         keys.append(key)
         return parameters, {"loss": [(0, 1.0)], "held_out_loss": []}
 

@@ -7,8 +7,8 @@ import torch
 from scipy.stats import trim_mean
 
 from replaceme.base.documents import SOURCE_BITS, Documents, split_documents
+from replaceme.selection.candidate_evaluation import Losses, batches_of, next_token_losses
 from replaceme.selection.cut_loss import dense_losses
-from replaceme.selection.trials import Losses, batches_of, next_token_losses
 from tests.conftest import made_model
 from tests.helpers import many_documents, mean_loss
 

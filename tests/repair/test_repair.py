@@ -24,7 +24,7 @@ from replaceme.models.families import Family, family_of, parameter_of
 from replaceme.models.memory import load_streamed, measure_parts
 from replaceme.models.model import Model
 from replaceme.models.streaming import stream_of
-from replaceme.repair import mend as repair
+from replaceme.repair import repair
 from replaceme.repair.state import Repair
 from replaceme.statistics.features import LINEARS
 from tests.conftest import LAYERS, PLAIN, made_model

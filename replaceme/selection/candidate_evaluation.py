@@ -1,4 +1,7 @@
-"""Trials of edits on a few texts: each starts from stored states and runs only the first edited layer and those after it."""
+"""Evaluate candidate edits on a few texts.
+
+Each evaluation starts from stored states and computes only the layers from the first edited one on.
+"""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,14 +19,14 @@ from replaceme.edits.edits import Edits
 from replaceme.edits.unfused import unfused
 from replaceme.models.families import Family, decoder_of
 from replaceme.models.layers import EntryState
-from replaceme.statistics.walk import Keep, passes, walk
+from replaceme.statistics.walk import RecordStates, passes, walk
 
 # Tokens whose scores are in float32 at once: few enough for the processor's cache.
 PART = 16
 
 
 @dataclass(frozen=True)
-class Trials:
+class CandidateEvaluation:
     """A model, the texts of its trials, and the states at which these begin.
 
     Attributes:
@@ -42,7 +45,7 @@ class Trials:
 
     def keep(self, layers: Iterable[int]) -> None:
         """Store the states that enter these layers, as the model computes at present."""
-        kept = [Keep(layer, ("input",), self.entering[layer]) for layer in layers]
+        kept = [RecordStates(layer, ("input",), self.entering[layer]) for layer in layers]
         walk(self.model, self.family, self.documents, kept, batch_size=self.batch_size, description=None)
 
     @contextmanager

@@ -56,15 +56,15 @@ from replaceme.repair.channel_choice import (
     max_candidates,
 )
 from replaceme.repair.resume import Checkpoints
-from replaceme.repair.state import Repair, State
+from replaceme.repair.state import Repair, RepairState
 from replaceme.solvers.arguments import naming
 from replaceme.solvers.held_out import Shrinkage, choose_shrinkage
 from replaceme.solvers.quality import relative_residual, sse_change_of_correction
 from replaceme.solvers.ridge import solve_correction
-from replaceme.statistics.cut_statistics import STATISTICS, AtCut, Place, add_correction
+from replaceme.statistics.cut_statistics import STATISTICS, CutStatistic, Place, add_correction
 from replaceme.statistics.features import LINEARS, Features
 from replaceme.statistics.sums import Sums, token_weights
-from replaceme.statistics.walk import Additive, Keep, Observer, Signal, Signals, total, walk
+from replaceme.statistics.walk import Observer, RecordStates, Reducible, Signal, Signals, sum_states, walk
 
 # The transforms after which the layer before the cut is solved for again, on its features after the first solution.
 STEPWISE = ("joint", "channels")
@@ -77,7 +77,7 @@ FOLD_BYTES = 4 << 30
 Ridges = Mapping[Linear, str]
 
 
-def mend(
+def repair_layers(
     params: Params,
     model: Any,
     family: Family,
@@ -107,7 +107,7 @@ def mend(
     if not finished:
         _walk_to_cut(state)
     for number, layer in enumerate(progress(state.kept[finished:], "repairing layers", "layers"), start=finished + 1):
-        _mend_layer(state, layer)
+        repair_layer(state, layer)
         state.put_aside()
         if checkpoints and number < len(state.kept):
             checkpoints.offer(state, number)
@@ -116,7 +116,7 @@ def mend(
 
 def _begun(
     params: Params, model: Any, family: Family, documents: Documents, edits: Edits, plan: Plan, folder: Path | None
-) -> State:
+) -> RepairState:
     """Return a state with room for the states of both models."""
     layers, removed = family.decoder_layers(model), set(plan.removed_layers)
     first = 0 if plan.mlp_width else plan.blocks[0].layer_before_cut
@@ -136,12 +136,12 @@ def _begun(
     needed = local_world_size() * changed * width * sum(own_inputs.values()) * torch.float32.itemsize
     require_space(folder, needed, "repair keeps {} of corrections there, beside its states")
     known = dict(zip(linears, inputs, strict=True))
-    return State(params, model, family, documents, edits, plan, folder, kept, dense, middle, shortened, known)
+    return RepairState(params, model, family, documents, edits, plan, folder, kept, dense, middle, shortened, known)
 
 
-def _walk_to_cut(state: State) -> None:
+def _walk_to_cut(state: RepairState) -> None:
     """Compute the states that enter the first layer that changes, where both models are the same."""
-    entering = Keep(state.kept[0], ("input",), state.dense)
+    entering = RecordStates(state.kept[0], ("input",), state.dense)
     walk(
         state.model, state.family, state.documents, [entering],
         batch_size=state.params.batch_size, description="walking to the cut",
@@ -149,16 +149,16 @@ def _walk_to_cut(state: State) -> None:
     state.shortened.copy_(state.dense)
 
 
-def _mend_layer(state: State, layer: int) -> None:
+def repair_layer(state: RepairState, layer: int) -> None:
     """Fit and correct a kept layer toward the dense model's states, and move the states of both models past it."""
     params, family, plan = state.params, state.family, state.plan
     block = {block.layer_before_cut: block for block in plan.blocks}.get(layer)
     solved = not plan.mlp_width and block == plan.blocks[0]
     # The attention of the first layer that changes has the same input as in the dense model.
     separate = params.repair and layer != state.kept[0] and not family.parallel
-    targets: list[Observer] = [Keep(block.end - 1 if block else layer, ("output",), state.dense)]
+    targets: list[Observer] = [RecordStates(block.end - 1 if block else layer, ("output",), state.dense)]
     if separate:
-        targets.append(Keep(layer, ("input", "attention"), state.middle))
+        targets.append(RecordStates(layer, ("input", "attention"), state.middle))
     state.walk_dense(layer, targets)
     if separate:
         _correct(state, layer, state.middle, {"attention_output": "repair_ridge_attention"})
@@ -172,7 +172,7 @@ def _mend_layer(state: State, layer: int) -> None:
     for number, ridges in enumerate(solves, start=1):
         _correct(state, layer, state.dense, ridges, leaves=leaves and number == len(solves))
     if leaves and not solves:
-        state.walk_shortened(layer, [Keep(layer, ("output",), state.shortened)])
+        state.walk_shortened(layer, [RecordStates(layer, ("output",), state.shortened)])
 
 
 def _solves(params: Params, family: Family, is_before_cut: bool) -> list[Ridges]:
@@ -192,7 +192,7 @@ def _solves(params: Params, family: Family, is_before_cut: bool) -> list[Ridges]
     return [{"attention_output": "repair_ridge_attention", **mlp}] if family.parallel else [mlp]
 
 
-def _choose(state: State, layer: int, window: range, ridge: str) -> None:
+def _choose(state: RepairState, layer: int, window: range, ridge: str) -> None:
     """Give a layer's MLP the best channels of its own and of removed layers after it, with their original columns.
 
     Args:
@@ -241,7 +241,7 @@ def _choose(state: State, layer: int, window: range, ridge: str) -> None:
     )  # fmt: skip
 
 
-def _correct(state: State, layer: int, target: Tensor, ridges: Ridges, *, leaves: bool = False) -> None:
+def _correct(state: RepairState, layer: int, target: Tensor, ridges: Ridges, *, leaves: bool = False) -> None:
     """Solve for linears of a layer; if ``leaves``, move the shortened model's states to after the corrected layer."""
     features = Features.of(state.layers[layer], state.family, [*ridges], state.plan.mlp_width)
     if state.shrinkage is None and _is_fitted(state.edits):
@@ -251,10 +251,10 @@ def _correct(state: State, layer: int, target: Tensor, ridges: Ridges, *, leaves
     residual_sums = ResidualSums(layer, features, target, folds_of(state.documents, most))
     observers: list[Observer] = [residual_sums]
     if state.attended != layer:
-        observers.append(Keep(layer, ("attention_features",), state.inputs["attention_output"]))
+        observers.append(RecordStates(layer, ("attention_features",), state.inputs["attention_output"]))
     if leaves:
-        observers.append(Keep(layer, ("mlp_features",), state.inputs["mlp_output"]))
-        observers.append(Keep(layer, ("output",), state.shortened))
+        observers.append(RecordStates(layer, ("mlp_features",), state.inputs["mlp_output"]))
+        observers.append(RecordStates(layer, ("output",), state.shortened))
     state.walk_shortened(layer, observers)
     state.attended = layer
     values: dict[Linear, float] = {linear: getattr(state.params, name) for linear, name in ridges.items()}
@@ -302,7 +302,7 @@ def _agree_on_shrinkage(folds: Sequence[Mapping[str, Tensor]], penalty: Tensor) 
     return shrinkage
 
 
-def _add_change(state: State, features: Features, change: Tensor) -> None:
+def _add_change(state: RepairState, features: Features, change: Tensor) -> None:
     """Add to the shortened model's states, which left the layer before its change, the change's products with the inputs."""
     dtype = product_format(state.shortened.dtype)
     for linear, weight, bias in features.parts((features.multiplier * change).to(dtype)):
@@ -310,7 +310,7 @@ def _add_change(state: State, features: Features, change: Tensor) -> None:
             rows += functional.linear(inputs.to(weight), weight, bias).to(rows)
 
 
-def _fit(state: State, block: Block) -> None:
+def _fit(state: RepairState, block: Block) -> None:
     """Fit a later block by the method, on the shortened model's states at the cut and the dense model's at the end."""
     with temporary_folder(f"scratch-{rank()}-", state.folder) as folder:
         place = Place(block, state.layers[block.layer_before_cut], state.family, state.documents, folder)
@@ -343,11 +343,11 @@ class ResidualSums:
         self.fold_of_token = fold_of_token
         self.sums = [Sums() for _ in range(int(self.fold_of_token.max()) + 1)]
 
-    def wants(self) -> Mapping[int, frozenset[Signal]]:
+    def signals(self) -> Mapping[int, frozenset[Signal]]:
         return {self.layer: frozenset({*self.state, *self.features.signals})}
 
     def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
-        state = total(batch.real(signals[name]).float() for name in self.state)
+        state = sum_states(batch.real(signals[name]).float() for name in self.state)
         target = self.target[batch.tokens].to(state.device).float()
         w = token_weights(target)
         root = w.sqrt()
@@ -357,9 +357,9 @@ class ResidualSums:
             rows = slice(None) if bool((own == fold).all()) else own == fold
             add_correction(self.sums[fold], g[rows], gap[rows], target[rows], w[rows])
 
-    def add_up(self) -> None:
+    def all_reduce(self) -> None:
         for sums in self.sums:
-            sums.add_up()
+            sums.all_reduce()
 
     def folds(self) -> list[dict[str, Tensor]]:
         """Return the sums of each fold, once: they are kept no longer."""
@@ -381,17 +381,17 @@ class PairedStatistic:
     """Observer that gives a statistic of a cut the signals of one model before it and the target states of another."""
 
     def __init__(self, statistic: Any, target: Tensor):
-        assert isinstance(statistic, AtCut)
+        assert isinstance(statistic, CutStatistic)
         self.statistic, self.target = statistic, target
 
-    def wants(self) -> Mapping[int, frozenset[Signal]]:
+    def signals(self) -> Mapping[int, frozenset[Signal]]:
         layer = self.statistic.block.layer_before_cut
-        return {layer: self.statistic.wants()[layer]}
+        return {layer: self.statistic.signals()[layer]}
 
     def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
         self.statistic.observe(layer, signals, batch)
-        self.statistic.meet(self.target[batch.tokens].to(signals["output"].device), batch)
+        self.statistic.add_targets(self.target[batch.tokens].to(signals["output"].device), batch)
 
-    def add_up(self) -> None:
-        assert isinstance(self.statistic, Additive)
-        self.statistic.add_up()
+    def all_reduce(self) -> None:
+        assert isinstance(self.statistic, Reducible)
+        self.statistic.all_reduce()
