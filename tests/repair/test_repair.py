@@ -241,7 +241,7 @@ def test_the_states_of_a_later_fit_are_those_with_the_repaired_attention(monkeyp
     edits, mending = solved(model, many_documents(), blocks, alpha=5.0, transform="joint", repair=True)
     fit = repair._fit
 
-    def watch(state: repair.State, block: Block) -> None:
+    def watch(state: repair.RepairState, block: Block) -> None:
         before = edits.corrections[2, "attention_output"][0].clone()
         fit(state, block)
         seen.append((before, edits.corrections[2, "attention_output"][0] - before))
