@@ -21,6 +21,7 @@ from replaceme.calibration.draw import draw_documents
 from replaceme.calibration.find import find_datasets
 from replaceme.edits.edits import Edits
 from replaceme.methods.registry import METHODS, criterion_of
+from replaceme.models.context import ModelContext
 from replaceme.models.devices import resolve_device, use_processor
 from replaceme.models.families import decoder_of
 from replaceme.models.find import find_model
@@ -47,7 +48,7 @@ def main(size: int | None) -> None:
     model, family = source.load(params.dtype, resolve_device(params.device)), source.family()
     corpora = [dataset.open(params.seed) for dataset in find_datasets(params) if dataset]
     documents, _ = draw_documents(corpora, source.tokenizer(), params.model_copy(update={"dataset_size": size}))
-    profiled = profile_model(model, family, documents, params.batch_size)
+    profiled = profile_model(ModelContext(model, family, documents, params.batch_size))
     starts = allowed_starts(params, len(family.decoder_layers(model)), criterion_of(params))
     cuts = smallest(profiled["residual"], starts, params.layers_to_skip, SHORTLIST)
     block = cuts[0]
@@ -60,12 +61,12 @@ def main(size: int | None) -> None:
 
     def fit(setting: Params) -> None:
         method = METHODS[setting.method]
-        taken = take_statistics(model, family, documents, block, method.statistics(setting), params.batch_size)
+        taken = take_statistics(ModelContext(model, family, documents, params.batch_size), block, method.statistics(setting))
         solved = method.solve(setting, block, taken.__getitem__)
         if setting.repair or setting.transform in STEPWISE:
             solved.edits.removed_layers = [*block.layers]
             plan = Plan((block,), method.statistics(setting))
-            repair_layers(setting, model, family, documents, solved.edits, plan)
+            repair_layers(setting, ModelContext(model, family, documents, setting.batch_size), solved.edits, plan)
 
     settings = {
         transform: params.model_copy(update={"method": "lstsq", "transform": transform, "repair": False})
@@ -74,29 +75,25 @@ def main(size: int | None) -> None:
 
     def heal() -> None:
         last, batch_size = len(family.decoder_layers(model)) - 1, params.batch_size
-        states = record_entry_and_exit(model, family, documents, block.layer_before_cut, last, batch_size=batch_size)
-        task = LogitDistillation(model, family, Edits("", [*block.layers]), documents, block.layer_before_cut, *states)
+        states = record_entry_and_exit(ModelContext(model, family, documents, batch_size), block.layer_before_cut, last)
+        task = LogitDistillation(
+            ModelContext(model, family, documents, 4), Edits("", [*block.layers]), block.layer_before_cut, *states
+        )
         schedule = LearningRateSchedule(params.heal_learning_rate, 1, batch_size, "heal_learning_rate")
         with tempfile.TemporaryDirectory() as folder:
             train(task, task.trainable_parameters(), schedule, Path(folder), "")
 
     steps: dict[str, Callable[[], object]] = {
         "bare forward pass": bare,
-        "profile": lambda: profile_model(model, family, documents, params.batch_size),
+        "profile": lambda: profile_model(ModelContext(model, family, documents, params.batch_size)),
         "fit of a map": lambda: fit(settings["dense"]),
         "fit of a refit": lambda: fit(settings["refit"]),
         "fit of a joint": lambda: fit(settings["joint"]),
         "fit of channels": lambda: fit(settings["channels"]),
         "fit of a map, repair": lambda: fit(settings["dense"].model_copy(update={"repair": True})),
-        "losses of maps": lambda: cut_losses(
-            model, family, documents, cuts, surrogate="map", batch_size=params.batch_size
-        ),
-        "losses of refits": lambda: cut_losses(
-            model, family, documents, cuts, surrogate="refit", batch_size=params.batch_size
-        ),
-        "losses of joint fits": lambda: cut_losses(
-            model, family, documents, cuts, surrogate="joint", batch_size=params.batch_size
-        ),
+        "losses of maps": lambda: cut_losses(ModelContext(model, family, documents, params.batch_size), cuts, "map"),
+        "losses of refits": lambda: cut_losses(ModelContext(model, family, documents, params.batch_size), cuts, "refit"),
+        "losses of joint fits": lambda: cut_losses(ModelContext(model, family, documents, params.batch_size), cuts, "joint"),
         "an epoch of healing": heal,
     }  # fmt: skip
     times: dict[str, list[float]] = {name: [] for name in steps}

@@ -23,6 +23,7 @@ from replaceme.edits.unfused import unfused
 from replaceme.evaluation.perplexity import perplexities, score_windows
 from replaceme.evaluation.tasks import task_texts
 from replaceme.evaluation.windows import cut_windows
+from replaceme.models.context import ModelContext
 from replaceme.models.devices import resolve_device, use_processor
 from replaceme.models.find import recorded_model
 from replaceme.running.workspace import Workspace
@@ -44,11 +45,11 @@ def main(sizes: list[int]) -> None:
     windows = cut_windows("test", task_texts(Task("wikipedia")), source.tokenizer(), TEST_TOKENS)
     profile = read_json(work.profile / "profile.json")
     layers = len(profile["residual"])
-    dense, shares = dense_losses(model, documents, params.batch_size), documents.tokens_by_domain
+    dense, shares = dense_losses(ModelContext(model, family, documents, params.batch_size)), documents.tokens_by_domain
     for size in sizes:
         blocks = [Block(start, start + size) for start in range(1, layers - size + 1)]
         grams = [Gram(block) for block in blocks]
-        walk(model, family, documents, grams, batch_size=params.batch_size, description="observing activations")
+        walk(ModelContext(model, family, documents, params.batch_size), grams, description="observing activations")
         outcomes = []
         for block, gram in zip(blocks, grams, strict=True):
             sums = gram.tensors()
@@ -60,7 +61,7 @@ def main(sizes: list[int]) -> None:
             name: [profile[key][block.layer_before_cut][block.end - 1] for block in blocks]
             for name, key in (("angular", "angular_distance"), ("residual", "residual"))
         }
-        measured = cut_losses(model, family, documents, blocks, surrogate="map", batch_size=params.batch_size)
+        measured = cut_losses(ModelContext(model, family, documents, params.batch_size), blocks, "map")
         criteria["loss"] = [cut.rise_over(dense, shares) for cut in measured]
         print(f"\n{size} of {layers} layers, {len(blocks)} cuts: best perplexity {min(outcomes):.1f}")
         rows = [("criterion", "rank correlation", "its choice: host", "perplexity", "place")]

@@ -16,6 +16,7 @@ from replaceme.base.parameters import read_params
 from replaceme.base.plan import Block, Plan
 from replaceme.base.progress import silence_libraries
 from replaceme.methods.registry import METHODS
+from replaceme.models.context import ModelContext
 from replaceme.models.devices import use_processor
 from replaceme.models.find import find_model
 from replaceme.repair.repair import repair_layers
@@ -36,15 +37,15 @@ def measure(tokens: int) -> None:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(0, int(source.config().vocab_size), (tokens // LENGTH, LENGTH), generator=generator)
     documents = Documents(list(rows))
-    profile_model(model, family, documents, params.batch_size)
+    profile_model(ModelContext(model, family, documents, params.batch_size))
     layers = len(family.decoder_layers(model))
     middle = layers // 2
     block, method = Block(middle, min(middle + 8, layers)), METHODS[params.method]
     names = method.statistics(params)
-    taken = take_statistics(model, family, documents, block, names, params.batch_size)
+    taken = take_statistics(ModelContext(model, family, documents, params.batch_size), block, names)
     edits = method.solve(params, block, taken.__getitem__).edits
     edits.removed_layers = [*block.layers]
-    repair_layers(params, model, family, documents, edits, Plan((block,), names))
+    repair_layers(params, ModelContext(model, family, documents, params.batch_size), edits, Plan((block,), names))
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 

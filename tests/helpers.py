@@ -18,6 +18,7 @@ from replaceme.cli.commands import ALIASES
 from replaceme.edits.edits import Edits
 from replaceme.edits.fold import apply_edits
 from replaceme.edits.unfused import unfused
+from replaceme.models.context import ModelContext
 from replaceme.models.families import Family, Linear, family_of, parameter_of
 from replaceme.selection.candidate_evaluation import Losses
 from replaceme.solvers.procrustes import polar_factor
@@ -26,6 +27,11 @@ from tests.conftest import LAYERS, WIDTH, made_model
 TEXT = torch.arange(2, 42)[None]
 
 FAST = ["--dtype", "float32", "--eval_dtype", "float32", "--threads", "1", "--max_length", "48", "--dataset_size", "20"]
+
+
+def context_of(model: Any, documents: Documents, batch_size: int = 4, folder: Path | None = None) -> ModelContext:
+    """Return the context of a model of a described family."""
+    return ModelContext(model, family_of(model.config), documents, batch_size, folder)
 
 
 def call(command: Callable[[], Any], *arguments: str | Path, code: int = 0) -> None:

@@ -45,34 +45,33 @@ def merge_schedule(params: Params, layers: int) -> MergeSchedule:
 
 def check_merges(params: Params, layers: int) -> None:
     """Raise ParameterError when too few layers go even if every merge is accepted."""
-    from replaceme.selection.collapse import most
+    from replaceme.selection.collapse import max_removed
 
     schedule = merge_schedule(params, layers)
-    if (go := most(layers, schedule)) < params.layers_to_skip:
+    if (go := max_removed(layers, schedule)) < params.layers_to_skip:
         raise ParameterError(
             f"laco_interval: merges {schedule.interval} layers apart remove {go} of the {params.layers_to_skip} layers between "
             f"layer {schedule.first + 1} and layer {schedule.end} at most; lower it, or remove fewer layers."
         )
 
 
-def choose(choice: SelectionContext) -> tuple[list[Block], dict[str, Any]]:
+def choose(context: SelectionContext) -> tuple[list[Block], dict[str, Any]]:
     """Return the merged blocks, and figures for metrics/select.json."""
     from replaceme.selection.collapse import collapsed_blocks
 
-    (model, family), params = choice.model, choice.params
-    wanted = Merging.of(params).laco_threshold
-    blocks, alike, threshold = collapsed_blocks(
-        model, family, choice.documents, merge_schedule(params, len(choice.profile["residual"])), wanted,
-        batch_size=params.batch_size, folder=choice.folder,
-    )  # fmt: skip
-    if threshold < wanted:
-        logger.info("select: laco_threshold %g leaves too many layers, and was lowered to %g", wanted, threshold)
-    listed = ", ".join(f"{value:.4f} with layer {place}" for place, value in alike.items())
+    initial, schedule = (
+        Merging.of(context.params).laco_threshold,
+        merge_schedule(context.params, len(context.profile["residual"])),
+    )
+    blocks, similarities, threshold = collapsed_blocks(context.model_context, schedule, initial)
+    if threshold < initial:
+        logger.info("select: laco_threshold %g leaves too many layers, and was lowered to %g", initial, threshold)
+    listed = ", ".join(f"{value:.4f} with layer {layer}" for layer, value in similarities.items())
     logger.info("select: similarity after each merge, above the threshold %g: %s", threshold, listed)
     return blocks, {
         "threshold": threshold,
-        "similarity": [*alike.values()][-1],
-        "merges": {f"layer{place}": value for place, value in alike.items()},
+        "similarity": [*similarities.values()][-1],
+        "merges": {f"layer{layer}": value for layer, value in similarities.items()},
     }
 
 

@@ -377,7 +377,7 @@ def remove_groups(context: MethodContext) -> dict[str, Any]:
     kept = {at: keep_most_important(values, removed[at[1]]) for at, values in importance.items() if removed[at[1]]}
     if params.plain:
         edits.config = cut_config_entries(model.config, groups.without(removed))
-    edits.model_edit = RemovedGroups(kept, {} if params.plain else cut_shapes(family, family.decoder_layers(model), kept))
+    edits.model_edit = RemovedGroups(kept, {} if params.plain else cut_shapes(family, context.layers, kept))
     heads = model.config.num_attention_heads // groups.counts["attention_output"]
     place = "every layer" if params.plain else f"each of layers {groups.layers[0]}–{groups.layers[-1]}"
     edits.parts = f"{_in_words(groups, removed, heads)} in {place}"

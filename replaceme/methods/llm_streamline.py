@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from replaceme.base.documents import Batch, Documents
     from replaceme.base.parameters import Params
+    from replaceme.models.context import ModelContext
     from replaceme.models.families import Family
     from replaceme.models.model import Model
     from replaceme.training.training import DocumentBatches
@@ -120,23 +121,21 @@ def train_layer(context: MethodContext) -> dict[str, Any]:
     from replaceme.training.curves import write_curves
     from replaceme.training.training import LearningRateSchedule, figures_of, record_entry_and_exit, settings_of, train
 
-    own, params, model, family = Training.of(context.params), context.params, context.model, context.family
+    own, params, family = Training.of(context.params), context.params, context.family
     (block,) = context.plan.blocks
-    layer = family.decoder_layers(model)[block.layer_before_cut]
-    require_resident({block.layer_before_cut: layer}, "which is to be trained")
+    index = block.layer_before_cut
+    layer = context.layers[index]
+    require_resident({index: layer}, "which is to be trained")
     without = (family.attention, family.attention_norm) if own.llm_streamline_form == "mlp" else ()
     schedule = LearningRateSchedule(
         own.llm_streamline_learning_rate, own.llm_streamline_epochs, params.batch_size, "llm_streamline_learning_rate"
     )
-    inputs, targets = record_entry_and_exit(
-        model, family, context.documents, block.layer_before_cut, block.end - 1,
-        batch_size=params.batch_size, folder=context.folder, description="walking to the cut",
-    )  # fmt: skip
-    distillation = LayerDistillation(model, family, block.layer_before_cut, context.documents, inputs, targets, without)
+    inputs, targets = record_entry_and_exit(context, index, block.end - 1, description="walking to the cut")
+    distillation = LayerDistillation(context, index, inputs, targets, without)
     settings = {
         **settings_of(schedule, next(layer.parameters()).device),
-        "config": model.config.to_json_string(),
-        "layer": block.layer_before_cut,
+        "config": context.model.config.to_json_string(),
+        "layer": index,
         "form": own.llm_streamline_form,
         "documents": [len(document) for document in context.documents.documents],
     }
@@ -144,7 +143,7 @@ def train_layer(context: MethodContext) -> dict[str, Any]:
     trained, curves = train(distillation, distillation.trainable_parameters(), schedule, checkpoints_in(context.folder), key)
     write_curves(context.output, curves)
     context.edits.title = TITLES[own.llm_streamline_form]
-    context.edits.model_edit = trained_edit(family, layer, block.layer_before_cut, trained, without, plain=params.plain)
+    context.edits.model_edit = trained_edit(family, layer, index, trained, without, plain=params.plain)
     return figures_of(curves, trained)
 
 
@@ -168,27 +167,28 @@ class LayerDistillation:
     """The training data and the loss of a layer: stored states in, stored states out.
 
     Attributes:
-        model: the dense model.
-        family: its description.
+        context: the dense model and its calibration text.
         layer: the layer's position.
-        documents: the text.
         inputs: (tokens, d) states that enter the layer, in the order of a walk.
         targets: (tokens, d) states that should leave it.
         without: paths in the layer of an attention that is left out, and of the norm before it; empty keeps both.
     """
 
-    model: Any
-    family: Family
+    context: ModelContext
     layer: int
-    documents: Documents
     inputs: Tensor
     targets: Tensor
     without: tuple[str, ...] = ()
 
     @property
+    def documents(self) -> Documents:
+        """The calibration text."""
+        return self.context.documents
+
+    @property
     def module(self) -> nn.Module:
         """The layer; its weights stay unchanged."""
-        return self.family.decoder_layers(self.model)[self.layer]
+        return self.context.layers[self.layer]
 
     @cached_property
     def batches(self) -> DocumentBatches:
@@ -252,12 +252,12 @@ class LayerDistillation:
             given.append((args, kwargs))
             raise _LayerReachedError
 
-        layers = self.family.decoder_layers(self.model)
+        model, family, layers = self.context.model, self.context.family, self.context.layers
         handle = self.module.register_forward_pre_hook(hook, with_kwargs=True)
         try:
-            with torch.no_grad(), skip_layers(self.family, layers[: self.layer]):
-                first = next(self.model.parameters()).device
-                decoder_of(self.model)(input_ids=batch.input_ids.to(first), use_cache=False)
+            with torch.no_grad(), skip_layers(family, layers[: self.layer]):
+                first = next(model.parameters()).device
+                decoder_of(model)(input_ids=batch.input_ids.to(first), use_cache=False)
         except _LayerReachedError:
             pass
         finally:

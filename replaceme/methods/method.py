@@ -11,12 +11,12 @@ from replaceme.base.combinations import Limits
 from replaceme.base.errors import ParameterError
 from replaceme.base.parameters import Params
 from replaceme.base.plan import Block, Plan, Surrogate
+from replaceme.models.context import ModelContext
 from replaceme.selection.criteria import CRITERIA, Criterion
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from replaceme.base.documents import Documents
     from replaceme.edits.edits import Edits
     from replaceme.models.families import Family
     from replaceme.models.model import Model
@@ -42,28 +42,22 @@ class Solved:
     loss_curve: list[tuple[int, float]] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class MethodContext:
-    """The inputs of a method's ``fit_on_model``.
+@dataclass(frozen=True, kw_only=True)
+class MethodContext(ModelContext):
+    """The inputs of a method's ``fit_on_model``: the dense model, which is left unchanged, its calibration text, and these.
 
     Attributes:
+        folder: for scratch files, and for checkpoints that an interrupted run resumes from.
         params: the setting.
-        model: the dense model, loaded for calibration; it is left unchanged.
-        family: where its parts are.
-        documents: calibration text.
         plan: the removed blocks.
         edits: as solved so far; they are added to.
-        folder: for scratch files, and for checkpoints that an interrupted run resumes from.
         output: the folder of the edits, for files to be kept with them.
     """
 
+    folder: Path
     params: Params
-    model: Any
-    family: Family
-    documents: Documents
     plan: Plan
     edits: Edits
-    folder: Path
     output: Path
 
 

@@ -20,14 +20,12 @@ if TYPE_CHECKING:
     from replaceme.models.model import Model
 
 
-def choose(choice: SelectionContext) -> tuple[list[Block], dict[str, Any]]:
+def choose(context: SelectionContext) -> tuple[list[Block], dict[str, Any]]:
     """Return the blocks with their scalars, and figures for metrics/select.json."""
-    from replaceme.selection.compensation import blocks_of, compensated_layers, scalable
+    from replaceme.selection.compensation import blocks_of, compensated_layers, require_scalable
 
-    (model, family), params = scalable(*choice.model, choice.documents), choice.params
-    scales, influences = compensated_layers(
-        model, family, choice.documents, choice.layers, params.layers_to_skip, batch_size=params.batch_size
-    )
+    require_scalable(context.model_context)
+    scales, influences = compensated_layers(context.model_context, context.layers, context.params.layers_to_skip)
     listed = ", ".join(f"{layer} (influence {influences[layer]:.4f}, scale {scale:.4f})" for layer, scale in scales.items())
     logger.info("select: layers in order of removal: %s", listed)
     return blocks_of(scales), {

@@ -198,14 +198,13 @@ def project(state: Tensor, Q: Tensor) -> Tensor:
 
 def slice_stream(context: MethodContext) -> dict[str, Any]:
     """Add the slicing to the edits, and return its figures."""
-    params, edits, config = context.params, context.edits, context.model.config
-    d = int(config.hidden_size)
+    params, edits, config, d = context.params, context.edits, context.model.config, context.width
     width, parameters, dense = fitting_width(context.model, context.family, params.layers_to_skip, params.plain)
-    found = (find_shared_basis if params.plain else find_bases)(context, width)
-    edits.model_edit = slicing = Slicing([Q.cpu() for Q, _ in found])
+    bases = (find_shared_basis if params.plain else find_bases)(context, width)
+    edits.model_edit = slicing = Slicing([Q.cpu() for Q, _ in bases])
     edits.config = sliced_config(config, slicing)
     edits.parts = f"{d - width} of the {d} dimensions of its residual stream"
-    kept = [share for _, share in found]
+    kept = [share for _, share in bases]
     figures = {
         "width": width,
         "slicing": 1 - width / d,
@@ -233,10 +232,9 @@ def find_bases(context: MethodContext, width: int) -> list[tuple[Tensor, float]]
     from replaceme.models.devices import require_resident
     from replaceme.models.layers import EntryState
 
-    model, family = context.model, context.family
-    layers, d = family.decoder_layers(model), int(model.config.hidden_size)
+    family, layers = context.family, context.layers
     require_resident(dict(enumerate(layers)), "whose MLP is computed by itself")
-    (states,) = scratch([(context.documents.token_count, d)], model.dtype, context.folder, "slicing")
+    (states,) = scratch([(context.documents.token_count, context.width)], context.model.dtype, context.folder, "slicing")
     bases: list[tuple[Tensor, float]] = []
     with torch.inference_mode():
         gram = _walk_layer(context, 0, ("input",), states, None)
@@ -256,11 +254,8 @@ def find_shared_basis(context: MethodContext, width: int) -> list[tuple[Tensor, 
     """Return one Q for all signals of the dense model, and its share of their common trace."""
     from replaceme.statistics.walk import walk
 
-    pool = _PooledStates(len(context.family.decoder_layers(context.model)), int(context.model.config.hidden_size))
-    walk(
-        context.model, context.family, context.documents, [pool],
-        batch_size=context.params.batch_size, description="watching all states",
-    )  # fmt: skip
+    pool = _PooledStates(len(context.layers), context.width)
+    walk(context, [pool], description="watching all states")
     return [principal(pool.gram, width)]
 
 
@@ -288,10 +283,7 @@ def _walk_layer(
     from replaceme.statistics.walk import walk
 
     recorded = _RecordedStates(layer, signals, states)
-    walk(
-        context.model, context.family, context.documents, [recorded],
-        batch_size=context.params.batch_size, description=None, start=start,
-    )  # fmt: skip
+    walk(context, [recorded], description=None, start=start)
     return recorded.gram
 
 

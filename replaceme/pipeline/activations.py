@@ -11,6 +11,7 @@ from replaceme.base.parameters import Params
 from replaceme.base.plan import Plan
 from replaceme.base.progress import logger
 from replaceme.base.ranks import rank
+from replaceme.models.context import ModelContext
 from replaceme.models.devices import use_processor
 from replaceme.models.find import calibration_model
 from replaceme.models.streaming import evict_layers
@@ -37,7 +38,7 @@ def observe_activations(params: Params, work: Workspace) -> None:
         model, family = calibration_model(params, work.model_input)
         # Later blocks are fitted in the repair stage, on the states of the shortened model.
         block = plan.blocks[0]
-        taken = take_statistics(model, family, documents, block, plan.statistics, params.batch_size, folder)
+        taken = take_statistics(ModelContext(model, family, documents, params.batch_size, folder), block, plan.statistics)
         # In a process that goes on with the next stage, only the garbage collector would.
         evict_layers(model)
         if rank():

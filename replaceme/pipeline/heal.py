@@ -44,6 +44,7 @@ def _heal(params: Params, work: Workspace, edits: Edits) -> tuple[dict[str, Any]
     from replaceme.base.documents import Documents
     from replaceme.base.fingerprints import sha256_below
     from replaceme.base.plan import Plan
+    from replaceme.models.context import ModelContext
     from replaceme.models.devices import use_processor
     from replaceme.models.find import calibration_model
     from replaceme.models.memory import HEALING_OBSTACLE
@@ -66,11 +67,11 @@ def _heal(params: Params, work: Workspace, edits: Edits) -> tuple[dict[str, Any]
         "edits": sha256_below(work.repaired),
         "dtype": params.dtype,
     }
+    context = ModelContext(model, family, documents, params.batch_size, work.edits.parent)
     entering, leaving = record_entry_and_exit(
-        model, family, documents, first, len(family.decoder_layers(model)) - 1,
-        batch_size=params.batch_size, folder=work.edits.parent, purpose="healing", description="walking to the predictions",
-    )  # fmt: skip
-    task = healing.LogitDistillation(model, family, edits, documents, first, entering, leaving)
+        context, first, len(context.layers) - 1, purpose="healing", description="walking to the predictions"
+    )
+    task = healing.LogitDistillation(context, edits, first, entering, leaving)
     parameters, curves = train(task, task.trainable_parameters(), schedule, folder, key_of(settings, documents.documents))
     task.correct(edits, parameters)
     return figures_of(curves, parameters), curves

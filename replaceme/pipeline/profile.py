@@ -8,6 +8,7 @@ from replaceme.base.files import new_folder, rounded, write_json, write_text
 from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
 from replaceme.base.ranks import rank
+from replaceme.models.context import ModelContext
 from replaceme.models.devices import use_processor
 from replaceme.models.dtypes import working_dtype
 from replaceme.models.find import calibration_model, recorded_model
@@ -26,7 +27,7 @@ def profile(params: Params, work: Workspace) -> None:
         prove(load_within_budget(source, choose_processor(params), working_dtype(source)), family, documents)
     model, _ = calibration_model(params, work.model_input)
     work.profile.parent.mkdir(parents=True, exist_ok=True)
-    content = profile_model(model, family, documents, params.batch_size, work.profile.parent)
+    content = profile_model(ModelContext(model, family, documents, params.batch_size, work.profile.parent))
     if rank():
         return
     with new_folder(work.profile) as folder:

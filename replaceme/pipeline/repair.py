@@ -16,6 +16,7 @@ from replaceme.edits.edits import Edits
 from replaceme.methods.method import MethodContext
 from replaceme.methods.refusals import streaming_obstacle
 from replaceme.methods.registry import METHODS, read_by
+from replaceme.models.context import ModelContext
 from replaceme.models.devices import resolve_device, use_processor
 from replaceme.models.families import inputs_of
 from replaceme.models.find import calibration_model, recorded_model
@@ -38,18 +39,18 @@ def repair(params: Params, work: Workspace) -> None:
     repairs: list[Repair] = []
     figures: dict[str, Any] = {}
     method = METHODS[params.method]
-    mends = method.fit_on_model is None and _mends(params, plan)
-    if mends:
+    repairs_layers = method.fit_on_model is None and _changes_layers(params, plan)
+    if repairs_layers:
         model, family = calibration_model(params, work.model_input)
-        documents = Documents.load(work.documents)
-        checkpoints = Checkpoints(work.unfinished("repairing"), _key(params, work, documents))
-        repairs, figures = repair_layers(params, model, family, documents, edits, plan, work.repaired.parent, checkpoints)
+        context = ModelContext(model, family, Documents.load(work.documents), params.batch_size, work.repaired.parent)
+        checkpoints = Checkpoints(work.unfinished("repairing"), _key(params, work, context.documents))
+        repairs, figures = repair_layers(params, context, edits, plan, checkpoints)
         if plan.mlp_width:
             edits.config = mlp_width_entry(model.config, family, plan.mlp_width)
-            channels = inputs_of(family.linear_of(family.decoder_layers(model)[0], "mlp_output"))
-            gone = channels - plan.mlp_width
-            edits.parts = f"{gone:,} of {channels:,} MLP channels in every layer"
-            figures["removed_channels"] = gone * len(edits.channels)
+            channels = inputs_of(family.linear_of(context.layers[0], "mlp_output"))
+            removed = channels - plan.mlp_width
+            edits.parts = f"{removed:,} of {channels:,} MLP channels in every layer"
+            figures["removed_channels"] = removed * len(edits.channels)
     if rank():
         return
     with new_folder(work.repaired) as folder:
@@ -60,9 +61,9 @@ def repair(params: Params, work: Workspace) -> None:
                 # Of a method that removes parts of layers, which takes no other criterion and one block.
                 params = within_budget(params, recorded_model(params, work.model_input), method.criterion)
             documents = Documents.load(work.documents)
-            context = MethodContext(params, model, family, documents, plan, edits, work.repaired.parent, folder)
-            figures = method.fit_on_model(context)
-        if method.fit_on_model or mends:
+            context = ModelContext(model, family, documents, params.batch_size, work.repaired.parent)
+            figures = method.fit_on_model(MethodContext(**vars(context), params=params, plan=plan, edits=edits, output=folder))
+        if method.fit_on_model or repairs_layers:
             edits.save(folder)
         write_text(folder / "repairs.csv", _table(repairs))
         if not method.trained:
@@ -84,7 +85,7 @@ def repair(params: Params, work: Workspace) -> None:
     remove(checkpoints_in(work.repaired.parent))
 
 
-def _mends(params: Params, plan: Plan) -> bool:
+def _changes_layers(params: Params, plan: Plan) -> bool:
     """Return whether kept layers are solved for, or later blocks fitted."""
     return params.repair or params.transform in STEPWISE or bool(plan.statistics and len(plan.blocks) > 1)
 
@@ -92,7 +93,11 @@ def _mends(params: Params, plan: Plan) -> bool:
 def _is_shared(params: Params, plan: Plan) -> bool:
     """Return whether processes can share the walks."""
     fits = bool(plan.statistics) and (len(plan.blocks) > 1 or plan.mlp_width is not None)
-    return METHODS[params.method].fit_on_model is None and _mends(params, plan) and (are_reducible(plan.statistics) or not fits)
+    return (
+        METHODS[params.method].fit_on_model is None
+        and _changes_layers(params, plan)
+        and (are_reducible(plan.statistics) or not fits)
+    )
 
 
 def _key(params: Params, work: Workspace, documents: Documents) -> str:

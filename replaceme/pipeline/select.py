@@ -1,7 +1,6 @@
 """select: choose the layers to remove."""
 
 from functools import partial
-from typing import Any
 
 from replaceme.base.documents import Documents
 from replaceme.base.files import read_json, rounded, write_json
@@ -10,13 +9,13 @@ from replaceme.base.plan import save_blocks
 from replaceme.base.progress import logger
 from replaceme.base.ranks import rank
 from replaceme.methods.registry import METHODS, criterion_of, read_by
+from replaceme.models.context import ModelContext
 from replaceme.models.devices import use_processor
-from replaceme.models.families import Family
 from replaceme.models.find import calibration_model, recorded_model
 from replaceme.running.stage import PASS, Stage
 from replaceme.running.workspace import Workspace
 from replaceme.selection.budget import within_budget
-from replaceme.selection.compensation import compensated, scalable
+from replaceme.selection.compensation import require_scalable, scale_blocks
 from replaceme.selection.criteria import SelectionContext, allowed_starts
 
 
@@ -24,18 +23,16 @@ def select(params: Params, work: Workspace) -> None:
     """Write the blocks and metrics/select.json."""
     profile = read_json(work.profile / "profile.json")
     distances, residuals, criterion = profile["angular_distance"], profile["residual"], criterion_of(params)
-    surrogate, folder = METHODS[params.method].surrogate(params), work.blocks.parent
-    folder.mkdir(parents=True, exist_ok=True)
+    surrogate = METHODS[params.method].surrogate(params)
+    work.blocks.parent.mkdir(parents=True, exist_ok=True)
     if params.remove is not None:
         params = within_budget(params, recorded_model(params, work.model_input), criterion)
-    choice = SelectionContext(
-        params, profile, allowed_starts(params, len(distances), criterion), surrogate,
-        partial(_loaded, params, work), partial(Documents.load, work.documents), folder,
-    )  # fmt: skip
-    blocks, figures = criterion.choose(choice)
+    starts = allowed_starts(params, len(distances), criterion)
+    context = SelectionContext(params, profile, starts, surrogate, partial(_load_context, params, work))
+    blocks, figures = criterion.choose(context)
     if surrogate == "scalar" and any(block.scale is None for block in blocks):
-        model, family = scalable(*choice.model, choice.documents)
-        blocks = compensated(model, family, choice.documents, blocks, batch_size=params.batch_size)
+        require_scalable(context.model_context)
+        blocks = scale_blocks(context.model_context, blocks)
     if rank():
         return
     save_blocks(blocks, work.blocks)
@@ -56,10 +53,11 @@ def select(params: Params, work: Workspace) -> None:
     write_json(work.metric("select"), rounded(figures))
 
 
-def _loaded(params: Params, work: Workspace) -> tuple[Any, Family]:
-    """Return the dense model and its description."""
+def _load_context(params: Params, work: Workspace) -> ModelContext:
+    """Return the dense model and its calibration text."""
     use_processor(params.threads)
-    return calibration_model(params, work.model_input)
+    model, family = calibration_model(params, work.model_input)
+    return ModelContext(model, family, Documents.load(work.documents), params.batch_size, work.blocks.parent)
 
 
 STAGE = Stage(

@@ -23,9 +23,8 @@ one layer's sums and corrections are in memory.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
-from replaceme.base.documents import FOLDS, Batch, Documents, few_documents, folds_of
+from replaceme.base.documents import FOLDS, Batch, few_documents, folds_of
 from replaceme.base.files import temporary_folder
 from replaceme.base.group import all_gather, compute_on_rank0, local_world_size, shard
 from replaceme.base.parameters import Params
@@ -45,6 +44,7 @@ from replaceme.edits.channels import assembled_parameter, channels_of
 from replaceme.edits.edits import Edits
 from replaceme.edits.unfused import product_format
 from replaceme.methods.registry import METHODS
+from replaceme.models.context import ModelContext
 from replaceme.models.devices import require_resident
 from replaceme.models.families import Family, Linear, inputs_of
 from replaceme.repair.channel_choice import (
@@ -61,10 +61,10 @@ from replaceme.solvers.arguments import naming
 from replaceme.solvers.held_out import Shrinkage, choose_shrinkage
 from replaceme.solvers.quality import relative_residual, sse_change_of_correction
 from replaceme.solvers.ridge import solve_correction
-from replaceme.statistics.cut_statistics import STATISTICS, CutStatistic, Place, add_correction
+from replaceme.statistics.cut_statistics import STATISTICS, CutStatistic, add_correction
 from replaceme.statistics.features import LINEARS, Features
 from replaceme.statistics.sums import Sums, token_weights
-from replaceme.statistics.walk import Observer, RecordStates, Reducible, Signal, Signals, sum_states, walk
+from replaceme.statistics.walk import Observer, RecordStates, Reducible, Signal, Signals, sum_tensors, walk
 
 # The transforms after which the layer before the cut is solved for again, on its features after the first solution.
 STEPWISE = ("joint", "channels")
@@ -78,74 +78,59 @@ Ridges = Mapping[Linear, str]
 
 
 def repair_layers(
-    params: Params,
-    model: Any,
-    family: Family,
-    documents: Documents,
-    edits: Edits,
-    plan: Plan,
-    folder: Path | None = None,
-    checkpoints: Checkpoints | None = None,
+    params: Params, context: ModelContext, edits: Edits, plan: Plan, checkpoints: Checkpoints | None = None
 ) -> tuple[list[Repair], dict[str, Any]]:
     """Add the repairs and the fits of later blocks to the edits; return the repairs, and how well those blocks fit.
 
     Args:
         params: the setting.
-        model: the dense model.
-        family: its description.
-        documents: calibration text.
+        context: the dense model and its calibration text.
         edits: as solved for the first block; they are added to.
-        plan: the blocks, and the statistics that the method wants.
-        folder: where scratch files may lie; None is the system's temporary folder.
-        checkpoints: where an interrupted repair goes on; None is without.
+        plan: the blocks, and the statistics that the method needs.
+        checkpoints: of an interrupted repair, which goes on at the last one; None writes none.
 
     Raises:
         ResourceError: the states or the corrections do not fit on the disk.
     """
-    state = _begun(params, model, family, documents, edits, plan, folder)
+    state = _initial_state(params, context, edits, plan)
     finished = checkpoints.resume(state) if checkpoints else 0
     if not finished:
         _walk_to_cut(state)
     for number, layer in enumerate(progress(state.kept[finished:], "repairing layers", "layers"), start=finished + 1):
         repair_layer(state, layer)
-        state.put_aside()
+        state.offload_corrections()
         if checkpoints and number < len(state.kept):
-            checkpoints.offer(state, number)
+            checkpoints.save_if_due(state, number)
     return state.repairs, state.figures
 
 
-def _begun(
-    params: Params, model: Any, family: Family, documents: Documents, edits: Edits, plan: Plan, folder: Path | None
-) -> RepairState:
+def _initial_state(params: Params, context: ModelContext, edits: Edits, plan: Plan) -> RepairState:
     """Return a state with room for the states of both models."""
-    layers, removed = family.decoder_layers(model), set(plan.removed_layers)
+    layers, removed = context.layers, set(plan.removed_layers)
     first = 0 if plan.mlp_width else plan.blocks[0].layer_before_cut
     last = len(layers) - 1 if params.repair else max(block.layer_before_cut for block in plan.blocks)
     kept = [layer for layer in range(first, last + 1) if layer not in removed]
     # The states after the last layer are not needed, nor are the inputs that update them.
     linears = LINEARS[: min(len(kept), 2)] if params.repair or params.transform in STEPWISE else ()
     # Where any is, the inputs of both linears are counted for the corrections.
-    own_inputs = Features.of(layers[first], family, LINEARS if linears else (), plan.mlp_width).widths
-    width = int(model.config.hidden_size)
+    own_inputs = Features.of(layers[first], context.family, LINEARS if linears else (), plan.mlp_width).widths
+    width, folder = context.width, context.folder
     widths = [width] * 3 + [own_inputs[linear] for linear in linears]
-    shapes = [(documents.token_count_of(params.batch_size, shard()), each) for each in widths]
-    dense, shortened, middle, *inputs = scratch(shapes, model.dtype, folder, "repair")
+    shapes = [(context.documents.token_count_of(context.batch_size, shard()), each) for each in widths]
+    dense, shortened, middle, *inputs = scratch(shapes, context.model.dtype, folder, "repair")
     # The corrections follow there, one layer after the other; those of each process, once the states of all are there.
     changed = len(kept) if params.repair else len(plan.blocks)
     all_gather(None)
     needed = local_world_size() * changed * width * sum(own_inputs.values()) * torch.float32.itemsize
     require_space(folder, needed, "repair keeps {} of corrections there, beside its states")
     known = dict(zip(linears, inputs, strict=True))
-    return RepairState(params, model, family, documents, edits, plan, folder, kept, dense, middle, shortened, known)
+    return RepairState(params, context, edits, plan, kept, dense, middle, shortened, known)
 
 
 def _walk_to_cut(state: RepairState) -> None:
     """Compute the states that enter the first layer that changes, where both models are the same."""
     entering = RecordStates(state.kept[0], ("input",), state.dense)
-    walk(
-        state.model, state.family, state.documents, [entering],
-        batch_size=state.params.batch_size, description="walking to the cut",
-    )  # fmt: skip
+    walk(state.context, [entering], description="walking to the cut")
     state.shortened.copy_(state.dense)
 
 
@@ -204,10 +189,10 @@ def _choose(state: RepairState, layer: int, window: range, ridge: str) -> None:
     module, edits = state.layers[layer], state.edits
     edits.transforms.pop(layer, None)
     edits.corrections.pop((layer, "mlp_output"), None)
-    require_resident({place: state.layers[place] for place in window}, "whose channels are compared")
+    require_resident({source: state.layers[source] for source in window}, "whose channels are compared")
     count = inputs_of(state.family.linear_of(module, "mlp_output"))
     kept = state.plan.mlp_width or count
-    documents = few_documents(state.documents, TOKENS_PER_CHANNEL * 2 * count)
+    documents = few_documents(state.context.documents, TOKENS_PER_CHANNEL * 2 * count)
     strength: float = getattr(state.params, ridge)
 
     def chosen_of(candidates: Tensor, among: type[Candidates], choose: Callable[..., Tensor], number: int) -> Tensor:
@@ -248,7 +233,7 @@ def _correct(state: RepairState, layer: int, target: Tensor, ridges: Ridges, *, 
         state.shrinkage = Shrinkage()
     # Fewer folds where their sums would take too much memory, and one if nothing is chosen.
     most = min(FOLDS, max(FOLD_BYTES // (8 * len(features) ** 2), 2)) if state.shrinkage is None else 1
-    residual_sums = ResidualSums(layer, features, target, folds_of(state.documents, most))
+    residual_sums = ResidualSums(layer, features, target, folds_of(state.context.documents, most))
     observers: list[Observer] = [residual_sums]
     if state.attended != layer:
         observers.append(RecordStates(layer, ("attention_features",), state.inputs["attention_output"]))
@@ -312,14 +297,14 @@ def _add_change(state: RepairState, features: Features, change: Tensor) -> None:
 
 def _fit(state: RepairState, block: Block) -> None:
     """Fit a later block by the method, on the shortened model's states at the cut and the dense model's at the end."""
-    with temporary_folder(f"scratch-{rank()}-", state.folder) as folder:
-        place = Place(block, state.layers[block.layer_before_cut], state.family, state.documents, folder)
-        observers = {statistic: STATISTICS[statistic](place) for statistic in state.plan.statistics}
+    with temporary_folder(f"scratch-{rank()}-", state.context.folder) as folder:
+        context = replace(state.context, folder=folder)
+        observers = {statistic: STATISTICS[statistic](block, context) for statistic in state.plan.statistics}
         state.walk_shortened(block.layer_before_cut, [PairedStatistic(each, state.dense) for each in observers.values()])
         for statistic, observer in observers.items():
-            save_file(observer.tensors(), place.folder / f"{statistic}.safetensors")
+            save_file(observer.tensors(), folder / f"{statistic}.safetensors")
         solved = METHODS[state.params.method].solve(
-            state.params, block, lambda statistic: load_file(place.folder / f"{statistic}.safetensors")
+            state.params, block, lambda statistic: load_file(folder / f"{statistic}.safetensors")
         )
     state.edits.title = solved.edits.title
     state.edits.transforms |= solved.edits.transforms
@@ -347,7 +332,7 @@ class ResidualSums:
         return {self.layer: frozenset({*self.state, *self.features.signals})}
 
     def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
-        state = sum_states(batch.real(signals[name]).float() for name in self.state)
+        state = sum_tensors(batch.real(signals[name]).float() for name in self.state)
         target = self.target[batch.tokens].to(state.device).float()
         w = token_weights(target)
         root = w.sqrt()

@@ -41,7 +41,7 @@ class Checkpoints:
     def __init__(self, folder: Path, key: str):
         self.folder, self.key, self.pace = folder, key, Pace()
 
-    def offer(self, state: RepairState, finished: int) -> None:
+    def save_if_due(self, state: RepairState, finished: int) -> None:
         """Write a checkpoint after ``finished`` layers, if the last one is old enough. A full disk is no error."""
         if not all_gather(self.pace.is_due())[0]:
             return
@@ -57,11 +57,11 @@ class Checkpoints:
                 logger.warning(
                     "repair: the disk has no space for a checkpoint; an interrupted run goes on at the last one, if any"
                 )
-                remove(self._place(finished))
+                remove(self._folder_after(finished))
                 with suppress(OSError):  # unless it is empty
                     self.folder.rmdir()
             elif shard().rank == 0:
-                kept = {self._place(finished, rank) for rank in range(shard().size)}
+                kept = {self._folder_after(finished, rank) for rank in range(shard().size)}
                 for other in {*self.folder.iterdir()} - kept:
                     remove(other)
 
@@ -71,43 +71,43 @@ class Checkpoints:
         finished = max(set.intersection(*map(set, all_gather([*contents]))), default=0)
         # What not all processes have is of an earlier run, and must not be completed by a later one.
         for other in contents.keys() - {finished}:
-            remove(self._place(other))
+            remove(self._folder_after(other))
         if not finished:
             return 0
         for name in STATES:
             tensor: Tensor = getattr(state, name)
-            file = str(self._place(finished) / name)
+            file = str(self._folder_after(finished) / name)
             read = torch.from_file(file, shared=False, size=tensor.numel(), dtype=tensor.dtype)
             tensor.copy_(read.view_as(tensor))
-        edits = Edits.load(self._place(finished, 0))
+        edits = Edits.load(self._folder_after(finished, 0))
         # What is mapped from the checkpoint is copied before a later one replaces it: corrections one at a time, to the disk.
         mapped: tuple[dict[Any, Tensor], ...] = (edits.transforms, edits.operators, edits.channels)
         for tensors in mapped:
             tensors.update({key: tensor.clone() for key, tensor in tensors.items()})
         vars(state.edits).update(vars(edits))
-        state.put_aside()
+        state.offload_corrections()
         state.restore(contents[finished]["repairs"], contents[finished]["figures"])
         logger.info("repair: resumed after %d of %d layers", finished, len(state.kept))
         return finished
 
-    def _place(self, finished: int, rank: int | None = None) -> Path:
+    def _folder_after(self, finished: int, rank: int | None = None) -> Path:
         """Return the folder of a process (None: this one) after so many layers."""
         number, size = shard()
         return self.folder / f"{finished}-{number if rank is None else rank}-of-{size}"
 
     def _whole(self, layers: int) -> dict[int, Mapping[str, Any]]:
         """Return what this process's whole checkpoints with this key say, by the number of finished layers."""
-        found = {}
+        whole = {}
         for finished in range(1, layers):
-            place = self._place(finished)
+            folder = self._folder_after(finished)
             with suppress(ResourceError, ValueError, KeyError, TypeError, OSError):
-                content = read_json(place / STATE)
-                if content["key"] == self.key and content["sums"] == _sums(place):
-                    found[finished] = content
-        return found
+                content = read_json(folder / STATE)
+                if content["key"] == self.key and content["sums"] == _sums(folder):
+                    whole[finished] = content
+        return whole
 
     def _save(self, state: RepairState, finished: int) -> None:
-        with new_folder(self._place(finished)) as new:
+        with new_folder(self._folder_after(finished)) as new:
             for name in STATES:
                 with (new / name).open("wb") as stream:
                     for rows in getattr(state, name).split(ROWS):

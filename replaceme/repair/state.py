@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from replaceme.base.plan import Plan
 from replaceme.base.scratch import copy_to_scratch
 from replaceme.edits.edits import Edits
 from replaceme.edits.unfused import unfused
+from replaceme.models.context import ModelContext
 from replaceme.models.families import Family, Linear
 from replaceme.models.layers import EntryState
 from replaceme.models.streaming import evict_layers
@@ -40,7 +40,7 @@ class RepairState:
     """Both models at the current layer.
 
     Attributes:
-        params, model, family, documents, edits, plan, folder: as in ``repair_layers``.
+        params, context, edits, plan: as in ``repair_layers``.
         kept: the kept layers from the first to the last one that changes.
         dense: (tokens, d) states of the dense model, after the last layer that it has computed.
         middle: (tokens, d) its states after the attention of the current layer, where this attention is repaired.
@@ -53,12 +53,9 @@ class RepairState:
     """
 
     params: Params
-    model: Any
-    family: Family
-    documents: Documents
+    context: ModelContext
     edits: Edits
     plan: Plan
-    folder: Path | None
     kept: Sequence[int]
     dense: Tensor
     middle: Tensor
@@ -78,33 +75,35 @@ class RepairState:
     @property
     def layers(self) -> nn.ModuleList:
         """The dense model's layers."""
-        return self.family.decoder_layers(self.model)
+        return self.context.layers
 
-    def put_aside(self) -> None:
+    @property
+    def family(self) -> Family:
+        """The dense model's description."""
+        return self.context.family
+
+    def offload_corrections(self) -> None:
         """Move the corrections so far to scratch files: no later layer computes with them, and they can exceed the memory."""
-        for place, (weight, bias) in self.edits.corrections.items():
+        for linear, (weight, bias) in self.edits.corrections.items():
             # A name is that of a scratch file.
             if not weight.untyped_storage().filename:
-                kept = copy_to_scratch(weight, self.folder, "repair")
-                self.edits.corrections[place] = kept, None if bias is None else bias.clone()
+                stored = copy_to_scratch(weight, self.context.folder, "repair")
+                self.edits.corrections[linear] = stored, None if bias is None else bias.clone()
 
     def walk_dense(self, layer: int, observers: Sequence[Observer]) -> None:
         """Walk through the dense model, from a layer that its states enter."""
-        self._walk(observers, EntryState(layer, self.dense), self.documents)
+        walk(self.context, observers, description=None, start=EntryState(layer, self.dense))
         self._evict_others(layer)
 
     def walk_shortened(self, layer: int, observers: Sequence[Observer], documents: Documents | None = None) -> None:
         """Walk through the shortened model, from a layer that its states enter; its attention is computed once."""
         known = self.inputs["attention_output"] if layer == self.attended else None
         # No other layer computes: none of their MLPs has to be assembled, and no mixture of theirs to be there.
-        with unfused(self.model, self.family, self.edits.within([layer])):
-            self._walk(observers, EntryState(layer, self.shortened, known), documents or self.documents)
+        context = self.context.with_documents(documents) if documents else self.context
+        with unfused(context.model, context.family, self.edits.within([layer])):
+            walk(context, observers, description=None, start=EntryState(layer, self.shortened, known))
         self._evict_others(layer)
-
-    def _walk(self, observers: Sequence[Observer], start: EntryState, documents: Documents) -> None:
-        batch_size = self.params.batch_size
-        walk(self.model, self.family, documents, observers, batch_size=batch_size, description=None, start=start)
 
     def _evict_others(self, layer: int) -> None:
         """Let the weights of all layers go but of this one: solves have the memory of the others."""
-        evict_layers(self.model, [self.layers[layer]])
+        evict_layers(self.context.model, [self.layers[layer]])

@@ -17,7 +17,8 @@ from replaceme.base.documents import Batch, Documents
 from replaceme.base.group import all_gather, shard
 from replaceme.edits.edits import Edits
 from replaceme.edits.unfused import unfused
-from replaceme.models.families import Family, decoder_of
+from replaceme.models.context import ModelContext
+from replaceme.models.families import decoder_of
 from replaceme.models.layers import EntryState
 from replaceme.statistics.walk import RecordStates, passes, walk
 
@@ -27,38 +28,29 @@ PART = 16
 
 @dataclass(frozen=True)
 class CandidateEvaluation:
-    """A model, the texts of its trials, and the states at which these begin.
+    """A model, the texts that candidates are evaluated on, and the states at which the evaluations begin.
 
     Attributes:
-        model: the dense model.
-        family: its description.
-        documents: the texts.
+        context: the dense model and the texts.
         entering: layer → (tokens, d) states that enter it; or the same in one tensor (layers, tokens, d).
-        batch_size: documents in a batch.
     """
 
-    model: Any
-    family: Family
-    documents: Documents
+    context: ModelContext
     entering: Mapping[int, Tensor] | Tensor
-    batch_size: int
 
-    def keep(self, layers: Iterable[int]) -> None:
+    def record_states(self, layers: Iterable[int]) -> None:
         """Store the states that enter these layers, as the model computes at present."""
-        kept = [RecordStates(layer, ("input",), self.entering[layer]) for layer in layers]
-        walk(self.model, self.family, self.documents, kept, batch_size=self.batch_size, description=None)
+        walk(self.context, [RecordStates(layer, ("input",), self.entering[layer]) for layer in layers], description=None)
 
     @contextmanager
-    def trial(self, edits: Edits, layer: int) -> Iterator[Iterator[Batch]]:
+    def candidate(self, edits: Edits, layer: int) -> Iterator[Iterator[Batch]]:
         """Compute with the edits inside the block, from ``layer`` on, and yield the batches, once.
 
         The stored states that enter the layer have to include any edits before it.
         """
-        batches, start = batches_of(self.model, self.documents, self.batch_size), EntryState(layer, self.entering[layer])
-        with (
-            unfused(self.model, self.family, edits),
-            passes(self.model, self.family, batches, start) as in_turn,
-        ):
+        model, family, start = self.context.model, self.context.family, EntryState(layer, self.entering[layer])
+        batches = batches_of(model, self.context.documents, self.context.batch_size)
+        with unfused(model, family, edits), passes(model, family, batches, start) as in_turn:
             yield in_turn
 
 

@@ -12,16 +12,14 @@ Merged layers may have absorbed others before, so a layer is stored as integer c
 The last states are those after the final norm, as in the published program (transformers' ``hidden_states[-1]``): the head's
 input, where all tokens have about the same norm. Before it, a few tokens of huge norm can dominate the cosine.
 
-A merge never removes more layers than are left to remove; T is lowered until ``layers_to_skip`` are gone. Layers before l are
-unchanged, so a trial runs only the layers from l on; a repeated trial is cached.
+A merge never removes more layers than are left to remove; T is lowered until ``layers_to_skip`` are removed. Layers before l
+are unchanged, so a candidate runs only the layers from l on; the similarity of a repeated candidate is cached.
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import torch
 from torch import nn
@@ -32,7 +30,8 @@ from replaceme.base.plan import Block
 from replaceme.base.progress import progress
 from replaceme.base.scratch import scratch
 from replaceme.edits.edits import Edits
-from replaceme.models.families import Family, linear_parameters, parameter_of
+from replaceme.models.context import ModelContext
+from replaceme.models.families import linear_parameters, parameter_of
 from replaceme.selection.candidate_evaluation import CandidateEvaluation, batches_of, last_states
 
 # The texts and the tokens of each (the paper takes a few sentences), the seed that picks them, and the step of the threshold.
@@ -61,10 +60,10 @@ class MergeSchedule:
     count: int
 
 
-def merged(layers: Layers, place: int, count: int) -> Layers:
-    """Return the layers after the one at ``place`` has absorbed the next ``count``."""
-    own, others = layers[place], layers[place + 1 : place + 1 + count]
-    return (*layers[:place], (*((1 - count) * part for part in own), *chain(*others)), *layers[place + 1 + count :])
+def merge_layers(layers: Layers, position: int, count: int) -> Layers:
+    """Return the layers after the one at ``position`` has absorbed the next ``count``."""
+    own, others = layers[position], layers[position + 1 : position + 1 + count]
+    return (*layers[:position], (*((1 - count) * part for part in own), *chain(*others)), *layers[position + 1 + count :])
 
 
 def blocks_of(layers: Layers) -> list[Block]:
@@ -86,28 +85,28 @@ def collapse(
         total: the number of layers.
         schedule: where merges are tried.
         threshold: T.
-        similarity: returns the cosine of the last states, given the layers and the place of the last merge.
+        similarity: returns the cosine of the last states, given the layers and the position of the last merge.
 
     Returns:
-        The layers, fewer by ``schedule.count`` at most, and the similarity after each merge, by its place, in order.
+        The layers, fewer by ``schedule.count`` at most, and the similarity after each merge, by its position, in order.
     """
     layers: Layers = ((1,),) * total
-    end, left, found = schedule.end, schedule.count, {}
+    end, to_remove, similarities = schedule.end, schedule.count, {}
     # The largest merge absorbs all layers to remove.
-    place = end - min(schedule.size, left + 1)
-    while left and place >= schedule.first:
-        count = min(schedule.size - 1, end - 1 - place, left)
-        candidate = merged(layers, place, count)
-        alike = similarity(candidate, place)
-        if alike > threshold:
-            layers, found[place] = candidate, alike
-            end, left, place = end - count, left - count, place - schedule.interval
+    position = end - min(schedule.size, to_remove + 1)
+    while to_remove and position >= schedule.first:
+        count = min(schedule.size - 1, end - 1 - position, to_remove)
+        candidate = merge_layers(layers, position, count)
+        value = similarity(candidate, position)
+        if value > threshold:
+            layers, similarities[position] = candidate, value
+            end, to_remove, position = end - count, to_remove - count, position - schedule.interval
         else:
-            place -= 1
-    return layers, found
+            position -= 1
+    return layers, similarities
 
 
-def most(total: int, schedule: MergeSchedule) -> int:
+def max_removed(total: int, schedule: MergeSchedule) -> int:
     """Return how many layers go if every merge is accepted."""
     return total - len(collapse(total, schedule, 0.0, lambda *_: 1.0)[0])
 
@@ -115,7 +114,7 @@ def most(total: int, schedule: MergeSchedule) -> int:
 def collapse_all(
     total: int, schedule: MergeSchedule, threshold: float, similarity: Callable[[Layers, int], float]
 ) -> tuple[Layers, dict[int, float], float]:
-    """Merge layers until ``schedule.count`` are gone, with the highest threshold of T, T − 0.01, … that allows it.
+    """Merge layers until ``schedule.count`` are removed, with the highest threshold of T, T − 0.01, … that allows it.
 
     Returns:
         As ``collapse``, and the threshold.
@@ -125,83 +124,73 @@ def collapse_all(
     """
     known: dict[Layers, float] = {}
 
-    def measured(layers: Layers, place: int) -> float:
+    def cached_similarity(layers: Layers, position: int) -> float:
         if layers not in known:
-            known[layers] = similarity(layers, place)
+            known[layers] = similarity(layers, position)
         return known[layers]
 
     # Down to a threshold below any cosine, where every merge is accepted.
     thresholds = (round(threshold - STEP * number, 6) for number in range(round((threshold + 1) / STEP) + 2))
     for lowered in progress(thresholds, "merging layers", "thresholds"):
-        layers, found = collapse(total, schedule, lowered, measured)
+        layers, similarities = collapse(total, schedule, lowered, cached_similarity)
         if total - len(layers) == schedule.count:
-            return layers, found, lowered
+            return layers, similarities, lowered
     raise ParameterError("dtype: the merged models overflow; use bfloat16 or float32.")
 
 
 def collapsed_blocks(
-    model: Any,
-    family: Family,
-    documents: Documents,
-    schedule: MergeSchedule,
-    threshold: float,
-    *,
-    batch_size: int,
-    folder: Path | None = None,
+    context: ModelContext, schedule: MergeSchedule, threshold: float
 ) -> tuple[list[Block], dict[int, float], float]:
     """Return the removed blocks with their coefficients, the similarity after each merge, and the threshold.
 
     Args:
-        model: the dense model.
-        family: its description.
-        documents: calibration text.
+        context: the dense model and its calibration text.
         schedule: where merges are tried.
         threshold: the initial T.
-        batch_size: documents in a batch.
-        folder: where scratch files may lie; None is the system's temporary folder.
 
     Raises:
         ModelError: the layers' linears differ in their shapes.
         ParameterError: the merged models overflow.
     """
-    layers, texts = family.decoder_layers(model), texts_of(documents)
-    check_alike(layers, range(schedule.first, schedule.end))
-    original = last_states(model, batches_of(model, texts, batch_size))
-    shape = len(layers), texts.token_count, int(model.config.hidden_size)
-    (entering,) = scratch([shape], model.dtype, folder, "the choice of layers")
-    trials = CandidateEvaluation(model, family, texts, entering, batch_size)
-    trials.keep(range(schedule.first, schedule.end - 1))
+    context = context.with_documents(draw_texts(context.documents))
+    model, texts, layers = context.model, context.documents, context.layers
+    check_same_shapes(layers, range(schedule.first, schedule.end))
+    original = last_states(model, batches_of(model, texts, context.batch_size))
+    shape = len(layers), texts.token_count, context.width
+    (entering,) = scratch([shape], model.dtype, context.folder, "the choice of layers")
+    evaluation = CandidateEvaluation(context, entering)
+    evaluation.record_states(range(schedule.first, schedule.end - 1))
 
-    def similarity(candidate: Layers, place: int) -> float:
+    def similarity(candidate: Layers, position: int) -> float:
         blocks = blocks_of(candidate)
         edits = Edits("", list(chain(*(block.layers for block in blocks))))
         edits.mixtures = {block.layer_before_cut: block.mixture for block in blocks}
-        with trials.trial(edits, place) as batches:
+        with evaluation.candidate(edits, position) as batches:
             states = last_states(model, batches)
         return fmean(
             float(torch.cosine_similarity(state.double(), before.double(), dim=0))
             for state, before in zip(states, original, strict=True)
         )
 
-    left, found, reached = collapse_all(len(layers), schedule, threshold, similarity)
-    return blocks_of(left), found, reached
+    remaining, similarities, reached = collapse_all(len(layers), schedule, threshold, similarity)
+    return blocks_of(remaining), similarities, reached
 
 
-def texts_of(documents: Documents) -> Documents:
+def draw_texts(documents: Documents) -> Documents:
     """Return ``TEXTS`` documents at most, in a seeded order, cut to ``LENGTH`` tokens."""
     return documents.shuffled(SEED).head(TEXTS, LENGTH)
 
 
-def check_alike(layers: nn.ModuleList, places: Iterable[int]) -> None:
+def check_same_shapes(layers: nn.ModuleList, positions: Iterable[int]) -> None:
     """Raise ModelError if the linears of these layers differ in names or shapes."""
     shapes = {
-        place: {name: tuple(parameter_of(layers[place], name).shape) for name in linear_parameters(layers[place])}
-        for place in places
+        position: {name: tuple(parameter_of(layers[position], name).shape) for name in linear_parameters(layers[position])}
+        for position in positions
     }
     first, *others = shapes
-    for place in others:
-        if shapes[place] != shapes[first]:
+    for position in others:
+        if shapes[position] != shapes[first]:
             raise ModelError(
-                f"model_path: the linears of layers {first} and {place} differ in their shapes, so that they can't be merged; "
-                "use another method."
+                f"model_path: the linears of layers {first} and {position} differ in their shapes, so that they can't be "
+                "merged; use another method."
             )

@@ -29,6 +29,7 @@ from replaceme.base.plan import Block, runs
 from replaceme.base.progress import progress
 from replaceme.edits.edits import Edits
 from replaceme.edits.unfused import operator_hook, unfused
+from replaceme.models.context import ModelContext
 from replaceme.models.families import Family
 from replaceme.statistics.walk import Signal, Signals, signals_for, walk
 
@@ -39,15 +40,15 @@ DOCUMENTS, LENGTH, FACTOR, TOLERANCE = 2, 128, 4.0, 0.05
 class MagnitudeSums:
     """Observer of ``Σ |h|`` over tokens for each channel of layers' inputs and outputs: (d,) float64."""
 
-    def __init__(self, wanted: Mapping[int, frozenset[Signal]]):
-        self.wanted = wanted
+    def __init__(self, by_layer: Mapping[int, frozenset[Signal]]):
+        self.by_layer = by_layer
         self.sums: dict[str, Tensor] = {}
 
     def signals(self) -> Mapping[int, frozenset[Signal]]:
-        return self.wanted
+        return self.by_layer
 
     def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
-        for signal in self.wanted[layer]:
+        for signal in self.by_layer[layer]:
             sums = batch.real(signals[signal]).abs().sum(dim=0, dtype=torch.float64).cpu()
             name = f"{signal} {layer}"
             self.sums[name] = self.sums.get(name, 0.0) + sums
@@ -82,31 +83,26 @@ class Influence:
         all_reduce_sum({"influence": self.sums})
 
 
-def compensated_layers(
-    model: Any, family: Family, documents: Documents, allowed: Sequence[int], count: int, *, batch_size: int
-) -> tuple[dict[int, float], dict[int, float]]:
+def compensated_layers(context: ModelContext, allowed: Sequence[int], count: int) -> tuple[dict[int, float], dict[int, float]]:
     """Choose the layers to remove; return their scalars, in order of removal, and their influences at removal.
 
     Args:
-        model: the dense model.
-        family: its description.
-        documents: calibration text.
+        context: the dense model and its calibration text.
         allowed: the layers that may be removed.
         count: number of layers to remove.
-        batch_size: documents per batch.
 
     Raises:
         ParameterError: states overflow.
     """
-    excerpts, total = excerpts_of(documents), len(family.decoder_layers(model))
+    context, total = context.with_documents(excerpts_of(context.documents)), len(context.layers)
     scales: dict[int, float] = {}
     influences: dict[int, float] = {}
     for _ in progress(range(count), "choosing layers", "layers"):
-        edits = scaled(blocks_of(scales))
+        edits = scaling_edits(blocks_of(scales))
         changes, magnitudes = Influence(total), MagnitudeSums(signals_for(range(total), "input", "output"))
-        with unfused(model, family, edits):
-            walk(model, family, excerpts, [changes, magnitudes], batch_size=batch_size, description=None)
-        influence = (changes.sums / excerpts.token_count).tolist()
+        with unfused(context.model, context.family, edits):
+            walk(context, [changes, magnitudes], description=None)
+        influence = (changes.sums / context.documents.token_count).tolist()
         _finite(sum(influence))
         best = min((layer for layer in allowed if layer not in scales), key=influence.__getitem__)
         # The output of a layer before a block is already multiplied by that block's scalar.
@@ -120,42 +116,39 @@ def blocks_of(scales: Mapping[int, float]) -> list[Block]:
     return [replace(block, scale=math.prod(scales[layer] for layer in block.layers)) for block in runs([*scales])]
 
 
-def compensated(model: Any, family: Family, documents: Documents, blocks: Sequence[Block], *, batch_size: int) -> list[Block]:
+def scale_blocks(context: ModelContext, blocks: Sequence[Block]) -> list[Block]:
     """Return chosen blocks with their scalars, each measured on the model without the blocks before it, scaled there.
 
     Args:
-        model: the dense model.
-        family: its description.
-        documents: calibration text.
+        context: the dense model and its calibration text.
         blocks: the removed blocks, first to last.
-        batch_size: documents per batch.
 
     Raises:
         ParameterError: states overflow.
     """
     done: list[Block] = []
     for block in blocks:
-        with unfused(model, family, scaled(done)):
-            (gain,) = gains(model, family, documents, [block], batch_size=batch_size)
+        with unfused(context.model, context.family, scaling_edits(done)):
+            (gain,) = measure_gains(context, [block])
         done.append(replace(block, scale=gain))
     return done
 
 
-def gains(model: Any, family: Family, documents: Documents, blocks: Sequence[Block], *, batch_size: int) -> list[float]:
+def measure_gains(context: ModelContext, blocks: Sequence[Block]) -> list[float]:
     """Return s of each block in the model as given, hooks included, from one pass over a few thousand tokens.
 
     Raises:
         ParameterError: states overflow.
     """
-    wanted: dict[int, frozenset[Signal]] = {}
+    signals: dict[int, frozenset[Signal]] = {}
     for layer, signal in _ends(blocks):
-        wanted[layer] = wanted.get(layer, frozenset()) | {signal}
-    magnitudes = MagnitudeSums(wanted)
-    walk(model, family, excerpts_of(documents), [magnitudes], batch_size=batch_size, description=None)
+        signals[layer] = signals.get(layer, frozenset()) | {signal}
+    magnitudes = MagnitudeSums(signals)
+    walk(context.with_documents(excerpts_of(context.documents)), [magnitudes], description=None)
     return [_finite(magnitudes.gain(block.start, block.end)) for block in blocks]
 
 
-def scaled(blocks: Iterable[Block]) -> Edits:
+def scaling_edits(blocks: Iterable[Block]) -> Edits:
     """Return the edits that remove blocks and multiply the states before them by their scalars."""
     edits = Edits("", [])
     for block in blocks:
@@ -165,15 +158,14 @@ def scaled(blocks: Iterable[Block]) -> Edits:
     return edits
 
 
-def scalable(model: Any, family: Family, documents: Documents) -> tuple[Any, Family]:
-    """Return a dense model and its description; check on text that a scalar folds if the family is a detected one.
+def require_scalable(context: ModelContext) -> None:
+    """Check on text that a scalar folds into a dense model, if its family is a detected one.
 
     Raises:
         ModelError: a scalar does not fold.
     """
-    if family.detected:
-        check_scale(model, family, documents)
-    return model, family
+    if context.family.detected:
+        check_scale(context.model, context.family, context.documents)
 
 
 @torch.inference_mode()
@@ -193,9 +185,9 @@ def check_scale(model: Any, family: Family, documents: Documents) -> None:
         with ExitStack() as stack:
             for part in [layers[0], *parts]:
                 stack.callback(part.register_forward_hook(enlarged).remove)
-            found = model(text, use_cache=False).logits.double()
+            logits = model(text, use_cache=False).logits.double()
         # The comparison is false for NaN.
-        if not float((found - expected).norm() / expected.norm()) <= TOLERANCE:
+        if not float((logits - expected).norm() / expected.norm()) <= TOLERANCE:
             raise ModelError(
                 f"model_path: the layers of the family '{model.config.model_type}' depend on the scale of the residual stream, "
                 "so no scalar folds; use method shortgpt."

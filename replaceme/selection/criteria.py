@@ -31,7 +31,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from replaceme.base.errors import ParameterError
@@ -41,8 +40,7 @@ from replaceme.base.progress import logger
 from replaceme.selection.blocks import bounds, check_room, several, smallest, starts_between
 
 if TYPE_CHECKING:
-    from replaceme.base.documents import Documents
-    from replaceme.models.families import Family
+    from replaceme.models.context import ModelContext
 
 Figures = dict[str, Any]
 Pairs = list[list[float]]
@@ -57,18 +55,14 @@ class SelectionContext:
         profile: the content of ``profile.json``.
         starts: the allowed starts of a block.
         surrogate: what takes the block's place.
-        load: loads the dense model and its description, for criteria that run it.
-        read: reads the calibration documents, for the same criteria.
-        folder: where scratch files may lie.
+        load: loads the dense model and reads its calibration text, for criteria that run it.
     """
 
     params: Params
     profile: Mapping[str, Any]
     starts: range
     surrogate: Surrogate
-    load: Callable[[], tuple[Any, Family]]
-    read: Callable[[], Documents]
-    folder: Path
+    load: Callable[[], ModelContext]
 
     @property
     def layers(self) -> range:
@@ -76,14 +70,9 @@ class SelectionContext:
         return range(self.starts.start, self.starts.stop + self.params.layers_to_skip - 1)
 
     @cached_property
-    def model(self) -> tuple[Any, Family]:
-        """The dense model and its description."""
+    def model_context(self) -> ModelContext:
+        """The dense model and its calibration text."""
         return self.load()
-
-    @cached_property
-    def documents(self) -> Documents:
-        """The calibration text."""
-        return self.read()
 
 
 @dataclass(frozen=True)
@@ -111,16 +100,16 @@ class Criterion:
 
 def _ranked(values: Callable[[Mapping[str, Any]], Pairs]) -> Callable[[SelectionContext], tuple[list[Block], Figures]]:
     """Return a ``choose`` that takes the blocks with the smallest values (layer before the cut × last removed one)."""
-    return lambda choice: (several(values(choice.profile), choice.starts, choice.params), {})
+    return lambda context: (several(values(context.profile), context.starts, context.params), {})
 
 
 def _negative(rows: Pairs) -> Pairs:
     return [[-value for value in row] for row in rows]
 
 
-def _window(choice: SelectionContext) -> tuple[list[Block], Figures]:
-    cosines = choice.profile["mean_cosine"]
-    (block,) = smallest(_negative(cosines), choice.starts, choice.params.layers_to_skip)
+def _window(context: SelectionContext) -> tuple[list[Block], Figures]:
+    cosines = context.profile["mean_cosine"]
+    (block,) = smallest(_negative(cosines), context.starts, context.params.layers_to_skip)
     cosine = cosines[block.layer_before_cut][block.end - 1]
     logger.info(
         "select: the states before layer %d and after layer %d have a mean cosine of %.4f",
@@ -131,34 +120,29 @@ def _window(choice: SelectionContext) -> tuple[list[Block], Figures]:
     return [block], {"mean_cosine": cosine}
 
 
-def _influence(choice: SelectionContext) -> tuple[list[Block], Figures]:
-    influence = choice.profile["layers"]["block_influence"]
-    layers = sorted(choice.layers, key=influence.__getitem__)[: choice.params.layers_to_skip]
+def _influence(context: SelectionContext) -> tuple[list[Block], Figures]:
+    influence = context.profile["layers"]["block_influence"]
+    layers = sorted(context.layers, key=influence.__getitem__)[: context.params.layers_to_skip]
     return runs(layers), {"influence": sum(influence[layer] for layer in layers)}
 
 
-def _greedy(choice: SelectionContext) -> tuple[list[Block], Figures]:
+def _greedy(context: SelectionContext) -> tuple[list[Block], Figures]:
     from replaceme.selection.greedy import greedy_layers
 
-    (model, family), params = choice.model, choice.params
-    layers, losses = greedy_layers(
-        model, family, choice.documents, choice.layers, params.layers_to_skip,
-        batch_size=params.batch_size, folder=choice.folder,
-    )  # fmt: skip
+    layers, losses = greedy_layers(context.model_context, context.layers, context.params.layers_to_skip)
     logger.info("select: layers in order of removal: %s", ", ".join(map(str, layers)))
     order = {f"layer{layer}": loss for layer, loss in zip(layers, losses, strict=True)}
     return runs(layers), {"loss": losses[-1], "order": order}
 
 
-def _loss(choice: SelectionContext) -> tuple[list[Block], Figures]:
+def _loss(context: SelectionContext) -> tuple[list[Block], Figures]:
     from replaceme.selection.cut_loss import lowest_loss
 
-    (model, family), profile, params = choice.model, choice.profile, choice.params
     # For an empty cut, the residual of a map is a poor predictor, and the angle alone misses good cuts too.
-    rankings = [profile["residual"]]
-    if choice.surrogate in ("nothing", "scalar"):
-        rankings = [profile["angular_distance"], *rankings]
-    return lowest_loss(model, family, choice.documents, params, rankings, choice.starts, choice.surrogate)
+    rankings = [context.profile["residual"]]
+    if context.surrogate in ("nothing", "scalar"):
+        rankings = [context.profile["angular_distance"], *rankings]
+    return lowest_loss(context.model_context, context.params, rankings, context.starts, context.surrogate)
 
 
 def _enough_documents(params: Params, layers: int) -> None:
@@ -170,8 +154,8 @@ def _enough_documents(params: Params, layers: int) -> None:
         )
 
 
-def _parts_of_layers(choice: SelectionContext) -> tuple[list[Block], Figures]:
-    logger.info("select: parts of layers go, as many parameters as %.3g layers have", choice.params.layers_to_skip)
+def _parts_of_layers(context: SelectionContext) -> tuple[list[Block], Figures]:
+    logger.info("select: parts of layers go, as many parameters as %.3g layers have", context.params.layers_to_skip)
     return [], {}
 
 
@@ -212,7 +196,7 @@ def allowed_starts(params: Params, layers: int, criterion: Criterion) -> range:
     Args:
         params: the limits.
         layers: the model's number of layers.
-        criterion: the criterion of the choice.
+        criterion: the criterion of the context.
 
     Raises:
         ParameterError: there are none, or the criterion can't choose.

@@ -26,11 +26,12 @@ from replaceme.base.parameters import Params
 from replaceme.base.plan import Block, Surrogate
 from replaceme.base.progress import logger, progress
 from replaceme.edits.edits import Edits
-from replaceme.models.families import Family, Linear, parameter_of
+from replaceme.models.context import ModelContext
+from replaceme.models.families import Linear, parameter_of
 from replaceme.models.streaming import LazyParameter
 from replaceme.selection.blocks import smallest
 from replaceme.selection.candidate_evaluation import CandidateEvaluation, Losses, batches_of, next_token_losses
-from replaceme.selection.compensation import gains
+from replaceme.selection.compensation import measure_gains
 from replaceme.solvers.refit import refit
 from replaceme.statistics.cut_statistics import CutStatistic, FeatureGram
 from replaceme.statistics.features import LINEARS, Features
@@ -43,7 +44,7 @@ SHORTLIST, TOKENS = 6, 16_384
 # λ of a refit, and the bytes that the sums of the cuts fitted in one pass may take.
 REFIT_RIDGE, GRAM_BYTES = 0.3, 4 << 30
 
-# The linears solved for, by stand-in.
+# The linears solved for, by surrogate.
 LINEARS_OF: Mapping[Surrogate, Sequence[Linear]] = {"refit": ("mlp_output",), "joint": LINEARS}
 
 
@@ -64,12 +65,12 @@ class WeightedGram(CutStatistic):
         self.gram: Tensor | float = 0.0
         self.cross: Tensor | float = 0.0
 
-    def take(self, added: Tensor, left: Tensor, target: Tensor, batch: Batch) -> None:
-        M, H = added.float(), target.float()
+    def take(self, mlp_output: Tensor, output_before_cut: Tensor, target: Tensor, batch: Batch) -> None:
+        M, H = mlp_output.float(), target.float()
         root = token_weights(H).sqrt()
         weighted = M * root
         self.gram = self.gram + squares(weighted)
-        self.cross = self.cross + weighted.T @ ((H - left.float() + M) * root)
+        self.cross = self.cross + weighted.T @ ((H - output_before_cut.float() + M) * root)
 
     def all_reduce(self) -> None:
         sums = {name: total for name, total in vars(self).items() if name in ("gram", "cross") and isinstance(total, Tensor)}
@@ -92,14 +93,14 @@ class DerivedGram(FeatureGram):
         self.map[columns] = torch.cat(rows)
 
     def take(self, *signals: Any) -> None:
-        left, *inputs, target, _batch = signals
-        self.take_features(left, inputs, target)
+        output_before_cut, *inputs, target, _batch = signals
+        self.take_features(output_before_cut, inputs, target)
 
     def tensors(self) -> dict[str, Tensor]:
         sums = super().tensors()
         feature_added = sums["gram"] @ self.map
-        added = {"added_gram": self.map.T @ feature_added, "added_cross": self.map.T @ sums["cross"]}
-        return {**sums, "feature_added": feature_added, **added}
+        of_mlp_output = {"added_gram": self.map.T @ feature_added, "added_cross": self.map.T @ sums["cross"]}
+        return {**sums, "feature_added": feature_added, **of_mlp_output}
 
 
 def feature_gram(block: Block, features: Features, last: nn.Module) -> FeatureGram:
@@ -109,55 +110,50 @@ def feature_gram(block: Block, features: Features, last: nn.Module) -> FeatureGr
     return DerivedGram(block, features, last) if readable else FeatureGram(block, features)
 
 
-def dense_losses(model: Any, documents: Documents, batch_size: int) -> Losses:
+def dense_losses(context: ModelContext) -> Losses:
     """Return the next-token losses of the dense model, on the text of ``cut_losses``.
 
     Raises:
         ParameterError: there are too few documents to hold one out.
     """
-    _, excerpts = _split(documents)
-    return next_token_losses(model, excerpts, batches_of(model, excerpts, batch_size))
+    _, excerpts = _split(context.documents)
+    return next_token_losses(context.model, excerpts, batches_of(context.model, excerpts, context.batch_size))
 
 
-def cut_losses(
-    model: Any, family: Family, documents: Documents, blocks: Sequence[Block], *, surrogate: Surrogate, batch_size: int
-) -> list[Losses]:
+def cut_losses(context: ModelContext, blocks: Sequence[Block], surrogate: Surrogate) -> list[Losses]:
     """Return the next-token losses with each of the blocks removed.
 
     Args:
-        model: the dense model.
-        family: its description.
-        documents: calibration text.
+        context: the dense model and its calibration text.
         blocks: the cuts.
         surrogate: what takes the block's place.
-        batch_size: documents in a batch.
 
     Raises:
         ParameterError: there are too few documents to hold one out.
     """
-    fit, excerpts = _split(documents)
+    fit, excerpts = map(context.with_documents, _split(context.documents))
     cuts = [Edits("", [*block.layers]) for block in blocks]
     if surrogate == "map":
-        _fit_maps(model, family, fit, blocks, cuts, batch_size)
+        _fit_maps(fit, blocks, cuts)
     elif surrogate in LINEARS_OF:
-        _refit(model, family, fit, blocks, cuts, batch_size, LINEARS_OF[surrogate])
+        _refit(fit, blocks, cuts, LINEARS_OF[surrogate])
     elif surrogate == "scalar":
-        for block, edits, gain in zip(blocks, cuts, gains(model, family, fit, blocks, batch_size=batch_size), strict=True):
+        for block, edits, gain in zip(blocks, cuts, measure_gains(fit, blocks), strict=True):
             edits.operators[block.layer_before_cut] = torch.tensor(gain, dtype=torch.float64)
     # A cut changes nothing before it: those states are computed once.
-    shape = excerpts.token_count, int(model.config.hidden_size)
-    entering = {block.layer_before_cut: torch.empty(shape, dtype=model.dtype) for block in blocks}
-    trials = CandidateEvaluation(model, family, excerpts, entering, batch_size)
-    trials.keep(entering)
+    shape = excerpts.documents.token_count, context.width
+    entering = {block.layer_before_cut: torch.empty(shape, dtype=context.model.dtype) for block in blocks}
+    evaluation = CandidateEvaluation(excerpts, entering)
+    evaluation.record_states(entering)
     losses = []
     for block, edits in zip(progress(blocks, "measuring the best cuts", "cuts"), cuts, strict=True):
-        with trials.trial(edits, block.layer_before_cut) as batches:
-            losses.append(next_token_losses(model, excerpts, batches))
+        with evaluation.candidate(edits, block.layer_before_cut) as batches:
+            losses.append(next_token_losses(context.model, excerpts.documents, batches))
     return losses
 
 
 def _split(documents: Documents) -> tuple[Documents, Documents]:
-    """Return the documents for fitting a stand-in, and the text for measuring losses."""
+    """Return the documents for fitting a surrogate, and the text for measuring losses."""
     fit, held_out = split_documents(documents)
     excerpts = excerpts_of(held_out, TOKENS)
     if not len(excerpts):
@@ -168,38 +164,27 @@ def _split(documents: Documents) -> tuple[Documents, Documents]:
     return fit, excerpts
 
 
-def _fit_maps(
-    model: Any, family: Family, documents: Documents, blocks: Sequence[Block], cuts: Sequence[Edits], batch_size: int
-) -> None:
-    grams = [WeightedGram(block) for block in blocks]
-    walk(model, family, documents, grams, batch_size=batch_size, description="fitting the best cuts")
-    layers = family.decoder_layers(model)
+def _fit_maps(context: ModelContext, blocks: Sequence[Block], cuts: Sequence[Edits]) -> None:
+    family, grams = context.family, [WeightedGram(block) for block in blocks]
+    walk(context, grams, description="fitting the best cuts")
     for block, edits, sums in zip(blocks, cuts, grams, strict=True):
         gram = torch.as_tensor(sums.gram)
         transform = solve_small_ridge(gram, torch.as_tensor(sums.cross), len(gram))
         if family.norm_after_mlp:  # a dense map, which ranks the cuts and is never folded
-            transform = family.norm_weight(layers[block.layer_before_cut]).to(transform)[:, None] * transform
+            transform = family.norm_weight(context.layers[block.layer_before_cut]).to(transform)[:, None] * transform
         edits.transforms[block.layer_before_cut] = transform
 
 
-def _refit(
-    model: Any,
-    family: Family,
-    documents: Documents,
-    blocks: Sequence[Block],
-    cuts: Sequence[Edits],
-    batch_size: int,
-    linears: Sequence[Linear],
-) -> None:
-    layers = family.decoder_layers(model)
+def _refit(context: ModelContext, blocks: Sequence[Block], cuts: Sequence[Edits], linears: Sequence[Linear]) -> None:
+    layers, family, width = context.layers, context.family, context.width
     features = [Features.of(layers[block.layer_before_cut], family, linears) for block in blocks]
-    lasts = [family.linear_of(layers[block.layer_before_cut], "mlp_output") for block in blocks]
-    width, inputs = int(model.config.hidden_size), len(features[0])
+    last_linears = [family.linear_of(layers[block.layer_before_cut], "mlp_output") for block in blocks]
+    inputs = len(features[0])
     at_once = max(GRAM_BYTES // (8 * (inputs**2 + 2 * inputs * width + 2 * width**2)), 1)
     for first in range(0, len(blocks), at_once):
         part = range(first, min(first + at_once, len(blocks)))
-        grams = {number: feature_gram(blocks[number], features[number], lasts[number]) for number in part}
-        walk(model, family, documents, [*grams.values()], batch_size=batch_size, description="fitting the best cuts")
+        grams = {number: feature_gram(blocks[number], features[number], last_linears[number]) for number in part}
+        walk(context, [*grams.values()], description="fitting the best cuts")
         for number, gram in grams.items():
             sums = gram.tensors()
             # An MLP that adds nothing has no map to start from: this cut is measured without a fit.
@@ -207,23 +192,52 @@ def _refit(
                 refit(cuts[number], blocks[number].layer_before_cut, sums, alpha, REFIT_RIDGE)
 
 
+class _CutSearch:
+    """Measures the best blocks of one number of layers after the other.
+
+    Attributes:
+        tried: number of layers → its best few blocks, the lowest rise first.
+    """
+
+    def __init__(self, context: ModelContext, dense: Losses, surrogate: Surrogate):
+        self.context, self.dense, self.surrogate = context, dense, surrogate
+        self.tried: dict[int, list[Measured]] = {}
+
+    def rise(self, count: int, candidates: Sequence[Block]) -> float:
+        """Measure blocks of ``count`` layers, and return the lowest rise of the loss; infinity if all overflow."""
+        losses = cut_losses(self.context, candidates, self.surrogate)
+        shares = self.context.documents.tokens_by_domain
+        measured = [
+            Measured(block, cut.rise_over(self.dense, shares), cut.mean) for block, cut in zip(candidates, losses, strict=True)
+        ]
+        self.tried[count] = sorted((cut for cut in measured if math.isfinite(cut.rise)), key=lambda cut: cut.rise)
+        lowest = self.tried[count][0].rise if self.tried[count] else math.inf
+        logger.info(
+            "select: without %s, the loss of a typical kind of text rises by %.4f nats on held-out calibration text, before "
+            "any repair", f"{count} layers" if count > 1 else "1 layer", lowest,
+        )  # fmt: skip
+        return lowest
+
+    def figures(self, count: int) -> dict[str, Any]:
+        """Return the figures of the measured blocks of ``count`` layers."""
+        cuts = self.tried[count]
+        return {
+            "loss": cuts[0].loss,
+            "dense_loss": self.dense.mean,
+            "losses": {f"host{cut.block.layer_before_cut}": cut.loss for cut in cuts},
+            "typical_rises": {f"host{cut.block.layer_before_cut}": cut.rise for cut in cuts},
+        }
+
+
 def lowest_loss(
-    model: Any,
-    family: Family,
-    documents: Documents,
-    params: Params,
-    rankings: Sequence[list[list[float]]],
-    starts: range,
-    surrogate: Surrogate,
+    context: ModelContext, params: Params, rankings: Sequence[list[list[float]]], starts: range, surrogate: Surrogate
 ) -> tuple[list[Block], dict[str, Any]]:
     """Return the block whose removal raises the loss least, and the figures of the measured ones.
 
     What counts is the typical rise over the domains of the text (``Losses.rise_over``), each with its share of all the text.
 
     Args:
-        model: the dense model.
-        family: its description.
-        documents: calibration text.
+        context: the dense model and its calibration text.
         params: ``layers_to_skip`` layers go; with ``tolerated_loss``, at most these, as many as raise the loss by no more.
         rankings: values (layer before the cut × last removed layer) each; the ``SHORTLIST`` smallest are measured.
         starts: the allowed starts of a block of ``layers_to_skip`` layers.
@@ -232,34 +246,22 @@ def lowest_loss(
     Raises:
         ParameterError: the predictions overflow, or no layer can go for ``tolerated_loss``.
     """
-    dense, limit = dense_losses(model, documents, params.batch_size), params.layers_to_skip
+    dense, limit = dense_losses(context), params.layers_to_skip
     if not math.isfinite(dense.mean):
         raise ParameterError(f"dtype: {params.dtype} overflows in the model's predictions; use bfloat16 or float32.")
-    shares = documents.tokens_by_domain
-    # Number of layers → its best few blocks, the lowest rise first.
-    tried: dict[int, list[Measured]] = {}
+    search = _CutSearch(context, dense, surrogate)
 
     def rise(count: int) -> float:
         """Measure the best blocks of this many layers, and return the lowest rise."""
         longer, each = range(starts.start, starts.stop + limit - count), SHORTLIST // len(rankings)
-        candidates = [*dict.fromkeys(chain(*(smallest(values, longer, count, each) for values in rankings)))]
-        losses = cut_losses(model, family, documents, candidates, surrogate=surrogate, batch_size=params.batch_size)
-        measured = [
-            Measured(block, cut.rise_over(dense, shares), cut.mean) for block, cut in zip(candidates, losses, strict=True)
-        ]
-        tried[count] = sorted((cut for cut in measured if math.isfinite(cut.rise)), key=lambda cut: cut.rise)
-        lowest = tried[count][0].rise if tried[count] else math.inf
-        logger.info(
-            "select: without %s, the loss of a typical kind of text rises by %.4f nats on held-out calibration text, before "
-            "any repair", f"{count} layers" if count > 1 else "1 layer", lowest,
-        )  # fmt: skip
-        return lowest
+        return search.rise(count, [*dict.fromkeys(chain(*(smallest(values, longer, count, each) for values in rankings)))])
 
     if params.tolerated_loss is None:
         count = limit
         rise(count)
     else:
         count = _most_within(params.tolerated_loss, limit, rise)
+    tried = search.tried
     if not tried[max(count, 1)]:
         raise ParameterError(f"dtype: {params.dtype} overflows in every shortened model; use bfloat16 or float32.")
     if not count:
@@ -267,12 +269,7 @@ def lowest_loss(
             f"tolerated_loss: the loss rises by {tried[1][0].rise:.4f} nats without one layer, and {params.tolerated_loss:g} "
             "are tolerated; take more, or null."
         )
-    figures: dict[str, Any] = {
-        "loss": tried[count][0].loss,
-        "dense_loss": dense.mean,
-        "losses": {f"host{cut.block.layer_before_cut}": cut.loss for cut in tried[count]},
-        "typical_rises": {f"host{cut.block.layer_before_cut}": cut.rise for cut in tried[count]},
-    }
+    figures = search.figures(count)
     if params.tolerated_loss is not None:
         figures["rises"] = {f"layers{each}": tried[each][0].rise for each in sorted(tried) if tried[each]}
     return [tried[count][0].block], figures

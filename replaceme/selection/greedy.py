@@ -5,54 +5,39 @@ The states that enter each layer are computed once per round: a candidate costs 
 """
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
-from replaceme.base.documents import Documents, excerpts_of
+from replaceme.base.documents import excerpts_of
 from replaceme.base.progress import progress
 from replaceme.base.scratch import scratch
 from replaceme.edits.edits import Edits
 from replaceme.edits.unfused import unfused
-from replaceme.models.families import Family
+from replaceme.models.context import ModelContext
 from replaceme.selection.candidate_evaluation import CandidateEvaluation, next_token_losses
 
 
-def greedy_layers(
-    model: Any,
-    family: Family,
-    documents: Documents,
-    allowed: Sequence[int],
-    count: int,
-    *,
-    batch_size: int,
-    folder: Path | None = None,
-) -> tuple[list[int], list[float]]:
+def greedy_layers(context: ModelContext, allowed: Sequence[int], count: int) -> tuple[list[int], list[float]]:
     """Return the removed layers in order of removal, and the loss (nats per token) after each.
 
     Args:
-        model: the dense model.
-        family: its description.
-        documents: calibration text.
+        context: the dense model and its calibration text.
         allowed: the layers that may go.
         count: the number of layers to remove.
-        batch_size: documents in a batch.
-        folder: where scratch files may lie; None is the system's temporary folder.
     """
-    layers, excerpts = family.decoder_layers(model), excerpts_of(documents)
+    context = context.with_documents(excerpts_of(context.documents))
     removed: list[int] = []
     losses: list[float] = []
-    shape = len(layers), excerpts.token_count, int(model.config.hidden_size)
-    (entering,) = scratch([shape], model.dtype, folder, "the choice of layers")
-    trials = CandidateEvaluation(model, family, excerpts, entering, batch_size)
+    shape = len(context.layers), context.documents.token_count, context.width
+    (entering,) = scratch([shape], context.model.dtype, context.folder, "the choice of layers")
+    evaluation = CandidateEvaluation(context, entering)
     for _ in progress(range(count), "choosing layers", "layers"):
-        left = [layer for layer in allowed if layer not in removed]
-        with unfused(model, family, Edits("", removed)):
-            trials.keep(left)
-        found = {}
-        for layer in left:
-            with trials.trial(Edits("", [*removed, layer]), layer) as batches:
-                found[layer] = next_token_losses(model, excerpts, batches).mean
-        best = min(found, key=found.__getitem__)
+        candidates = [layer for layer in allowed if layer not in removed]
+        with unfused(context.model, context.family, Edits("", removed)):
+            evaluation.record_states(candidates)
+        loss_without = {}
+        for layer in candidates:
+            with evaluation.candidate(Edits("", [*removed, layer]), layer) as batches:
+                loss_without[layer] = next_token_losses(context.model, context.documents, batches).mean
+        best = min(loss_without, key=loss_without.__getitem__)
         removed.append(best)
-        losses.append(found[best])
+        losses.append(loss_without[best])
     return removed, losses

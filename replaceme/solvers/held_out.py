@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from replaceme.solvers.cholesky import factorize, solve_factorized
-from replaceme.statistics.walk import sum_states
+from replaceme.statistics.walk import sum_tensors
 
 # Multiples of the ridge, tried in order until one is no better; and the smallest ridge for which float32 is precise enough.
 MULTIPLES, FLOAT32_RIDGE = (1.0, 4.0, 16.0, 64.0), 1e-3
@@ -47,7 +47,7 @@ def choose_shrinkage(folds: Sequence[Mapping[str, Tensor]], ridge: Tensor) -> Sh
     if len(folds) < 2:
         return Shrinkage()
     dtype = torch.float32 if float(ridge[ridge > 0].min()) >= FLOAT32_RIDGE else torch.float64
-    diagonal = sum_states(fold["gram"].diagonal() for fold in folds)
+    diagonal = sum_tensors(fold["gram"].diagonal() for fold in folds)
     scale = torch.where(diagonal > 0, diagonal.rsqrt(), 0)
     grams, ridge = [fold["gram"] for fold in folds], ridge.to(diagonal.device, dtype)
     crosses = [(fold["cross"] * scale[:, None]).to(dtype) for fold in folds]
@@ -87,7 +87,7 @@ def _held_out_sums(
         factor, failed = factorize(rest)
         if failed:
             return None
-        X = solve_factorized(factor, sum_states([*crosses[:fold], *crosses[fold + 1 :]]))
+        X = solve_factorized(factor, sum_tensors([*crosses[:fold], *crosses[fold + 1 :]]))
         linear += float((X * cross).sum())
         squared += sum(float((X[rows] * (part.to(X.dtype) @ X)).sum()) for rows, part in _scaled([gram], scale))
     return linear, squared
@@ -97,4 +97,4 @@ def _scaled(grams: Sequence[Tensor], scale: Tensor) -> Iterator[tuple[slice, Ten
     """Yield some rows at a time of the sum of Gram matrices, in units of ``scale``: a copy would be as large as they are."""
     for start in range(0, len(scale), ROWS):
         rows = slice(start, start + ROWS)
-        yield rows, sum_states(gram[rows] for gram in grams) * scale * scale[rows, None]
+        yield rows, sum_tensors(gram[rows] for gram in grams) * scale * scale[rows, None]

@@ -19,17 +19,17 @@ A statistic is an observer with a ``tensors`` method and one line in ``STATISTIC
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from replaceme.base.documents import Batch, Documents
+from replaceme.base.documents import Batch
 from replaceme.base.group import all_reduce_sum
 from replaceme.base.plan import Block
-from replaceme.models.families import Family
+from replaceme.models.context import ModelContext
+from replaceme.models.families import Linear
 from replaceme.statistics.features import LINEARS, Features
 from replaceme.statistics.hadamard import hadamard
 from replaceme.statistics.shards import ShardWriter
@@ -77,7 +77,7 @@ class CutStatistic:
 
 
 class Gram(CutStatistic):
-    """``MᵀM`` and ``MᵀY`` (d, d), and the scalars ``ΣY²``, ``ΣH²``, ``Σ(H − h_host)²`` and the number of tokens; float64.
+    """``MᵀM`` and ``MᵀY`` (d, d), and the scalars ``ΣY²``, ``ΣH²``, ``Σ(H − h_i)²`` and the number of tokens; float64.
 
     ``norm`` is the weight (d,) of the norm after the MLP before the cut, if there is one.
     """
@@ -87,9 +87,9 @@ class Gram(CutStatistic):
         self.sums = Sums()
         self.norm = {} if norm is None else {"norm": norm.cpu()}
 
-    def take(self, added: Tensor, left: Tensor, target: Tensor, batch: Batch) -> None:
-        M, H = added.double(), target.double()
-        gap = H - left.double()
+    def take(self, mlp_output: Tensor, output_before_cut: Tensor, target: Tensor, batch: Batch) -> None:
+        M, H = mlp_output.double(), target.double()
+        gap = H - output_before_cut.double()
         Y = gap + M
         self.sums.add_squares("gram", M)
         self.sums.add(
@@ -117,24 +117,24 @@ class Sample(CutStatistic):
         self.step = -(-token_count // SAMPLED_TOKENS)
         self.count = -(-token_count // self.step)
         self.kept: dict[str, list[Tensor]] = {"added": [], "rest": [], "target": []}
-        # The places of this process's tokens in the sample.
-        self.places: list[Tensor] = []
+        # The positions of this process's tokens in the sample.
+        self.positions: list[Tensor] = []
 
-    def take(self, added: Tensor, left: Tensor, target: Tensor, batch: Batch) -> None:
+    def take(self, mlp_output: Tensor, output_before_cut: Tensor, target: Tensor, batch: Batch) -> None:
         start = -batch.position % self.step
-        M = added[start :: self.step].float()
+        M = mlp_output[start :: self.step].float()
         self.kept["added"].append(M.cpu())
-        self.kept["rest"].append((left[start :: self.step].float() - M).cpu())
+        self.kept["rest"].append((output_before_cut[start :: self.step].float() - M).cpu())
         self.kept["target"].append(target[start :: self.step].float().cpu())
         first = (batch.position + start) // self.step
-        self.places.append(torch.arange(first, first + len(self.kept["target"][-1])))
+        self.positions.append(torch.arange(first, first + len(self.kept["target"][-1])))
 
     def all_reduce(self) -> None:
         whole: dict[str, Tensor] = {}
-        for name, parts in self.kept.items() if self.places else ():
+        for name, parts in self.kept.items() if self.positions else ():
             own = torch.cat(parts)
             whole[name] = own.new_zeros(self.count, own.shape[1])
-            whole[name][torch.cat(self.places)] = own
+            whole[name][torch.cat(self.positions)] = own
         all_reduce_sum(whole)
         self.kept = {name: [rows] for name, rows in whole.items()}
 
@@ -145,8 +145,8 @@ class Sample(CutStatistic):
 class FeatureGram(CutStatistic):
     """Weighted sums over the features ``g`` of the last linears before the cut, ``w = 1/‖H‖²`` scaled to a mean of 1; float64.
 
-    ``gram`` = Σ w gᵀg (k, k) · ``cross`` = Σ w gᵀ(H − h_host) (k, d) · ``feature_added`` = Σ w gᵀM (k, d) · ``added_gram`` =
-    Σ w MᵀM and ``added_cross`` = Σ w Mᵀ(H − h_host) (d, d) · the scalars ``gap_squares`` = Σ w ‖H − h_host‖²,
+    ``gram`` = Σ w gᵀg (k, k) · ``cross`` = Σ w gᵀ(H − h_i) (k, d) · ``feature_added`` = Σ w gᵀM (k, d) · ``added_gram`` =
+    Σ w MᵀM and ``added_cross`` = Σ w Mᵀ(H − h_i) (d, d) · the scalars ``gap_squares`` = Σ w ‖H − h_i‖²,
     ``output_squares`` = Σ w ‖H‖² and ``tokens`` · ``layout`` (``replaceme.statistics.features``). Products of M
     only are float64, since alpha, the ridge of their least squares, can be 0; products of features are float32.
     """
@@ -158,18 +158,20 @@ class FeatureGram(CutStatistic):
         self.sums = Sums()
 
     def take(self, *signals: Any) -> None:
-        added, left, *inputs, target, _batch = signals
-        g, gap, w = self.take_features(left, inputs, target)
-        M = added.float() * w.sqrt()
+        mlp_output, output_before_cut, *inputs, target, _batch = signals
+        g, gap, w = self.take_features(output_before_cut, inputs, target)
+        M = mlp_output.float() * w.sqrt()
         exact = M.double()
         self.sums.add_squares("added_gram", exact)
         self.sums.add({"feature_added": g.T @ M, "added_cross": exact.T @ gap.double()})
 
-    def take_features(self, left: Tensor, inputs: Sequence[Tensor], target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Add to the sums without M; return √w g (tokens, k), √w (H − h_host) (tokens, d) and w (tokens, 1), float32."""
+    def take_features(
+        self, output_before_cut: Tensor, inputs: Sequence[Tensor], target: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Add to the sums without M; return √w g (tokens, k), √w (H − h_i) (tokens, d) and w (tokens, 1), float32."""
         H = target.float()
         w = token_weights(H)
-        g, gap = self.features.columns(*inputs).mul_(w.sqrt()), (H - left.float()).mul_(w.sqrt())
+        g, gap = self.features.columns(*inputs).mul_(w.sqrt()), (H - output_before_cut.float()).mul_(w.sqrt())
         add_correction(self.sums, g, gap, H, w)
         self.sums.add({"weights": w.sum(), "tokens": torch.tensor(float(len(H)))})
         return g, gap, w
@@ -195,8 +197,8 @@ class StreamGram(CutStatistic):
         self.weighted = weighted
         self.sums = Sums()
 
-    def take(self, left: Tensor, target: Tensor, batch: Batch) -> None:
-        h, H = left.double(), target.double()
+    def take(self, output_before_cut: Tensor, target: Tensor, batch: Batch) -> None:
+        h, H = output_before_cut.double(), target.double()
         w = token_weights(H) if self.weighted else torch.ones_like(H[:, :1])
         h, gap = h * w.sqrt(), (H - h) * w.sqrt()
         add_correction(self.sums, h, gap, H, w)
@@ -225,11 +227,11 @@ class MagnitudeRatios(CutStatistic):
         self.rotated, self.rotation = rotated, torch.empty(0)
         self.sums = Sums()
 
-    def take(self, left: Tensor, target: Tensor, batch: Batch) -> None:
+    def take(self, output_before_cut: Tensor, target: Tensor, batch: Batch) -> None:
         lengths = batch.lengths.tolist()
         before, after = (
             torch.stack([document.abs().double().mean(dim=0) for document in self._turned(rows.float()).split(lengths)])
-            for rows in (left, target)
+            for rows in (output_before_cut, target)
         )
         ratios = torch.where(before == 0, 1, after / before)
         self.sums.add({"ratios": ratios.sum(dim=0), "documents": torch.tensor(float(len(lengths)))})
@@ -277,54 +279,46 @@ def add_correction(sums: Sums, g: Tensor, gap: Tensor, target: Tensor, w: Tensor
 
 
 class TokenDump(CutStatistic):
-    """M and Y of every token, or M, h_host and H in the accurate form, in shards; ``counts``: number of tokens of each."""
+    """M and Y of every token, or M, h_i and H in the accurate form, in shards; ``counts``: number of tokens of each."""
 
-    def __init__(self, place: "Place", accurate: bool):
-        super().__init__(place.block)
+    def __init__(self, block: Block, context: ModelContext, accurate: bool):
+        super().__init__(block)
         self.accurate = accurate
         names = ("added", "left", "target") if accurate else ("added", "goal")
-        self.shards = ShardWriter(place.folder, names, place.documents.token_count)
+        folder = context.folder or Path(tempfile.gettempdir())
+        self.shards = ShardWriter(folder, names, context.documents.token_count)
 
-    def take(self, added: Tensor, left: Tensor, target: Tensor, batch: Batch) -> None:
+    def take(self, mlp_output: Tensor, output_before_cut: Tensor, target: Tensor, batch: Batch) -> None:
         if self.accurate:
-            self.shards.add(added, left, target)
+            self.shards.add(mlp_output, output_before_cut, target)
         else:
-            self.shards.add(added, target.float() - left.float() + added.float())
+            self.shards.add(mlp_output, target.float() - output_before_cut.float() + mlp_output.float())
 
     def tensors(self) -> dict[str, Tensor]:
         return {"counts": self.shards.finish()}
 
 
-@dataclass(frozen=True)
-class Place:
-    """What a statistic is made from.
-
-    Attributes:
-        block: the removed layers.
-        layer: the kept layer before them.
-        family: its description.
-        documents: the documents of the walk.
-        folder: for results too large for memory, beside the other statistics.
-    """
-
-    block: Block
-    layer: nn.Module
-    family: Family
-    documents: Documents
-    folder: Path
+def _norm_weight(block: Block, context: ModelContext) -> Tensor | None:
+    """Return the weight (d,) of the norm after the MLP before the cut; None if the family has no such norm."""
+    layer = context.layers[block.layer_before_cut]
+    return context.family.norm_weight(layer) if context.family.norm_after_mlp else None
 
 
-STATISTICS: dict[str, Callable[[Place], Statistic]] = {
-    "gram": lambda place: Gram(place.block, place.family.norm_weight(place.layer) if place.family.norm_after_mlp else None),
-    "sample": lambda place: Sample(place.block, place.documents.token_count),
-    "mlp_features": lambda place: FeatureGram(place.block, Features.of(place.layer, place.family, ["mlp_output"])),
-    "features": lambda place: FeatureGram(place.block, Features.of(place.layer, place.family, LINEARS)),
-    "stream": lambda place: StreamGram(place.block, weighted=False),
-    "stream_weighted": lambda place: StreamGram(place.block, weighted=True),
-    "magnitudes": lambda place: MagnitudeRatios(place.block, rotated=False),
-    "magnitudes_rotated": lambda place: MagnitudeRatios(place.block, rotated=True),
-    "tokens": lambda place: TokenDump(place, accurate=False),
-    "tokens_accurate": lambda place: TokenDump(place, accurate=True),
+def _layer_features(block: Block, context: ModelContext, linears: Sequence[Linear]) -> Features:
+    return Features.of(context.layers[block.layer_before_cut], context.family, linears)
+
+
+STATISTICS: dict[str, Callable[[Block, ModelContext], Statistic]] = {
+    "gram": lambda block, context: Gram(block, _norm_weight(block, context)),
+    "sample": lambda block, context: Sample(block, context.documents.token_count),
+    "mlp_features": lambda block, context: FeatureGram(block, _layer_features(block, context, ["mlp_output"])),
+    "features": lambda block, context: FeatureGram(block, _layer_features(block, context, LINEARS)),
+    "stream": lambda block, context: StreamGram(block, weighted=False),
+    "stream_weighted": lambda block, context: StreamGram(block, weighted=True),
+    "magnitudes": lambda block, context: MagnitudeRatios(block, rotated=False),
+    "magnitudes_rotated": lambda block, context: MagnitudeRatios(block, rotated=True),
+    "tokens": lambda block, context: TokenDump(block, context, accurate=False),
+    "tokens_accurate": lambda block, context: TokenDump(block, context, accurate=True),
 }
 # Processes share the walk of these (``replaceme.statistics.walk.Reducible``).
 REDUCIBLE = frozenset(
@@ -337,32 +331,17 @@ def are_reducible(names: Sequence[str]) -> bool:
     return bool(names) and REDUCIBLE.issuperset(names)
 
 
-def take_statistics(
-    model: Any,
-    family: Family,
-    documents: Documents,
-    block: Block,
-    names: Sequence[str],
-    batch_size: int,
-    folder: Path | None = None,
-) -> dict[str, dict[str, Tensor]]:
+def take_statistics(context: ModelContext, block: Block, names: Sequence[str]) -> dict[str, dict[str, Tensor]]:
     """Return the tensors of each statistic of a block, by name, from one walk.
 
     Args:
-        model: the model.
-        family: its description.
-        documents: calibration text.
+        context: the model and its calibration text; results too large for memory go to its folder.
         block: the removed layers.
         names: of the statistics.
-        batch_size: documents per batch.
-        folder: for results too large for memory; None is the system's temporary folder.
 
     Raises:
         ResourceError: the disk is too small for these results.
     """
-    layers = family.decoder_layers(model)
-    folder = folder or Path(tempfile.gettempdir())
-    place = Place(block, layers[block.layer_before_cut], family, documents, folder)
-    observers = {name: STATISTICS[name](place) for name in names}
-    walk(model, family, documents, list(observers.values()), batch_size=batch_size, description="observing activations")
+    observers = {name: STATISTICS[name](block, context) for name in names}
+    walk(context, [*observers.values()], description="observing activations")
     return {name: observer.tensors() for name, observer in observers.items()}

@@ -13,17 +13,17 @@ The profile depends on no pruning setting, so a sweep computes it once.
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from replaceme.base.documents import Batch, Documents
+from replaceme.base.documents import Batch
 from replaceme.base.errors import ParameterError
 from replaceme.base.group import all_gather, all_reduce_sum
 from replaceme.base.progress import logger
+from replaceme.models.context import ModelContext
 from replaceme.models.streaming import evict_layers
 from replaceme.statistics.residuals import FIT_TOKENS, TokenSample, residual_map
 from replaceme.statistics.walk import Observer, Signal, Signals, signals_for, walk
@@ -119,17 +119,8 @@ def angular_distance(states: Tensor) -> Tensor:
     return distance
 
 
-def profile_model(
-    model: Any, family: Any, documents: Documents, batch_size: int, scratch: Path | None = None
-) -> dict[str, Any]:
-    """Return the profile of a loaded model.
-
-    Args:
-        model: the model.
-        family: its description.
-        documents: calibration text.
-        batch_size: documents per batch.
-        scratch: folder for scratch files; None is the system's temporary folder.
+def profile_model(context: ModelContext) -> dict[str, Any]:
+    """Return the profile of a loaded model on its calibration text.
 
     Returns:
         ``angular_distance`` and ``residual`` (layers × layers: layer before the cut, last removed layer), ``mean_cosine``
@@ -139,18 +130,17 @@ def profile_model(
         ParameterError: the text has a single token, or states overflow.
         ResourceError: the disk is too small for the scratch files.
     """
-    layers = len(family.decoder_layers(model))
+    model, documents, layers, width = context.model, context.documents, len(context.layers), context.width
     distances, cosines = AngularDistances(layers), StateCosines(layers)
-    width = int(model.config.hidden_size)
     if documents.token_count < 2:
         raise ParameterError("dataset_size: the dataset gave a single token, which leaves none to hold out; take more text.")
-    with TokenSample(documents, layers, width, model.dtype, scratch) as sample:
+    with TokenSample(documents, layers, width, model.dtype, context.folder) as sample:
         if len(sample.fit) < FIT_TOKENS * width:
             logger.warning(
                 "profile: %d tokens are few for residuals of %d dimensions; raise dataset_size", len(sample.fit), width
             )
         observers: list[Observer] = [distances, cosines, sample]
-        walk(model, family, documents, observers, batch_size=batch_size, description="profiling layers")
+        walk(context, observers, description="profiling layers")
         evict_layers(model)
         residuals = residual_map(sample, model.device)
     figures = cosines.figures()

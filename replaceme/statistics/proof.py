@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from replaceme.base.documents import Batch, Documents
 from replaceme.base.progress import logger
+from replaceme.models.context import ModelContext
 from replaceme.models.families import Family
 from replaceme.models.recognition import recognition_error
 from replaceme.statistics.walk import Signal, Signals, signals_for, walk
@@ -27,7 +28,7 @@ def prove(model: Any, family: Family, documents: Documents) -> None:
     returned: list[Any] = []
     hook = family.decoder_layers(model)[0].register_forward_hook(lambda _module, _args, output: returned.append(output))
     try:
-        walk(model, family, documents.head(DOCUMENTS, TOKENS), proofs, batch_size=DOCUMENTS, description=None)
+        walk(ModelContext(model, family, documents.head(DOCUMENTS, TOKENS), DOCUMENTS), proofs, description=None)
     finally:
         hook.remove()
     if not isinstance(returned[0], Tensor):

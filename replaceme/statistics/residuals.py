@@ -37,12 +37,12 @@ class TokenSample:
     """Observer that keeps M and h of sampled tokens, at every layer, in scratch files; a context manager.
 
     Attributes:
-        added: (layers, tokens, d) the output of each layer's MLP; first the tokens of the fit, then the held-out ones.
+        mlp_output: (layers, tokens, d) the output of each layer's MLP; first the tokens of the fit, then the held-out ones.
         output: (layers, tokens, d) each layer's output, in the same order.
         fit, held_out: (n,) ascending: the tokens' positions in the walk.
     """
 
-    added: Tensor
+    mlp_output: Tensor
     output: Tensor
 
     def __init__(self, documents: Documents, layers: int, width: int, dtype: torch.dtype, folder: Path | None = None):
@@ -60,28 +60,28 @@ class TokenSample:
 
     def __enter__(self) -> "TokenSample":
         shape = (self.layers, len(self.fit) + len(self.held_out), self.width)
-        self.added, self.output = scratch([shape] * 2, self.dtype, self.folder, "profiling")
+        self.mlp_output, self.output = scratch([shape] * 2, self.dtype, self.folder, "profiling")
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        del self.added, self.output
+        del self.mlp_output, self.output
 
     def signals(self) -> Mapping[int, frozenset[Signal]]:
         return signals_for(range(self.layers), "mlp", "output")
 
     def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
         bounds = torch.tensor([batch.position, batch.position + batch.token_count])
-        added, output = batch.real(signals["mlp"]), batch.real(signals["output"])
+        mlp_output, output = batch.real(signals["mlp"]), batch.real(signals["output"])
         for tokens, offset in ((self.fit, 0), (self.held_out, len(self.fit))):
             start, end = torch.searchsorted(tokens, bounds).tolist()
-            rows, place = (tokens[start:end] - batch.position).to(added.device), slice(offset + start, offset + end)
-            self.added[layer, place] = added[rows].cpu()
-            self.output[layer, place] = output[rows].cpu()
-            unmap(self.added[layer, place])
-            unmap(self.output[layer, place])
+            rows, stored = (tokens[start:end] - batch.position).to(mlp_output.device), slice(offset + start, offset + end)
+            self.mlp_output[layer, stored] = mlp_output[rows].cpu()
+            self.output[layer, stored] = output[rows].cpu()
+            unmap(self.mlp_output[layer, stored])
+            unmap(self.output[layer, stored])
 
     def all_reduce(self) -> None:
-        merge_rows(self.added)
+        merge_rows(self.mlp_output)
         merge_rows(self.output)
 
 
@@ -118,7 +118,7 @@ def residual_map(sample: TokenSample, device: torch.device | str = "cpu") -> lis
     Y, weighted = (torch.empty(rows, sample.width, device=device) for rows in (len(sample.output[0]), 0 if few else count))
     own = [layer for layer in range(sample.layers - 1) if shard().owns(layer)]
     for layer in progress(own, "fitting every cut", "layers"):
-        M = sample.added[layer].to(device).float()
+        M = sample.mlp_output[layer].to(device).float()
         Z = sample.output[layer].to(device).float() - M
         products = M @ M[:count].T if few else None
         for last, w in enumerate(weights[layer:], start=layer + 1):

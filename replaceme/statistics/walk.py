@@ -22,10 +22,11 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from replaceme.base.documents import Batch, Documents
+from replaceme.base.documents import Batch
 from replaceme.base.group import WHOLE, shard
 from replaceme.base.progress import progress
 from replaceme.base.scratch import ScratchFile
+from replaceme.models.context import ModelContext
 from replaceme.models.families import Family, decoder_of
 from replaceme.models.layers import EntryState, start_at_layer, tensor_of
 from replaceme.models.streaming import LayerStream, stream_of
@@ -61,32 +62,22 @@ class _LastSignalReachedError(Exception):
 
 
 def walk(
-    model: nn.Module,
-    family: Family,
-    documents: Documents,
-    observers: Sequence[Observer],
-    *,
-    batch_size: int,
-    description: str | None,
-    start: EntryState | None = None,
+    context: ModelContext, observers: Sequence[Observer], *, description: str | None, start: EntryState | None = None
 ) -> None:
     """Run the documents through the model once, up to the last signal that an observer reads.
 
     Args:
-        model: a causal language model, on its own device.
-        family: its description.
-        documents: the documents.
+        context: the model, the documents and the batch size.
         observers: what reads the signals.
-        batch_size: documents per batch.
         description: text of the progress bar; None shows no bar.
         start: a later layer to start at; None is the first layer.
     """
     if not (signals_by_layer := _signals_by_layer(observers)):
         return
-    device, layers, stream = str(next(model.parameters()).device), family.decoder_layers(model), stream_of(model)
+    model, family, stream = context.model, context.family, stream_of(context.model)
     reducible = [observer for observer in observers if isinstance(observer, Reducible)]
     part = shard() if len(reducible) == len(observers) else WHOLE
-    batches: Iterable[Batch] = documents.batches(batch_size, device, part)
+    batches: Iterable[Batch] = context.documents.batches(context.batch_size, str(next(model.parameters()).device), part)
     with torch.inference_mode():
         if stream is not None:
             carry = _Carry(range(start.layer if start else 0, max(signals_by_layer)))
@@ -94,8 +85,10 @@ def walk(
                 _walk_by_layer(model, family, waiting, [*observers, carry], description, start)
         else:
             if description is not None:
-                batches = progress(batches, description, "batches", total=documents.batch_count(batch_size, part))
-            with _Tap(layers, family, signals_by_layer, observers, start) as tap:
+                batches = progress(
+                    batches, description, "batches", total=context.documents.batch_count(context.batch_size, part)
+                )
+            with _Tap(context.layers, family, signals_by_layer, observers, start) as tap:
                 for batch in batches:
                     tap.run(model, batch)
         if part != WHOLE:
@@ -273,13 +266,13 @@ class RecordStates:
         return {self.layer: frozenset(self.summands)}
 
     def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
-        self.states[batch.tokens] = sum_states(batch.real(signals[name]) for name in self.summands).to(self.states)
+        self.states[batch.tokens] = sum_tensors(batch.real(signals[name]) for name in self.summands).to(self.states)
 
     def all_reduce(self) -> None:
         pass
 
 
-def sum_states(parts: Iterable[Tensor]) -> Tensor:
+def sum_tensors(parts: Iterable[Tensor]) -> Tensor:
     """Return the sum of states of one shape."""
     return reduce(torch.add, parts)
 

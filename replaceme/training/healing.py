@@ -31,6 +31,7 @@ from replaceme.base.group import shard
 from replaceme.edits.edits import Edits
 from replaceme.edits.fold import changed_parameters
 from replaceme.edits.unfused import replaced_parameter, unfused
+from replaceme.models.context import ModelContext
 from replaceme.models.families import Family, Linear, in_torch_layout, parameter_of
 from replaceme.models.layers import EntryState, enable_gradients, skip_layers, start_at_layer
 from replaceme.statistics.features import LINEARS
@@ -64,22 +65,33 @@ class LogitDistillation:
     """Training task of healing: the layers from the cut on learn the dense model's predictions.
 
     Attributes:
-        model: the dense model, which stays unchanged.
-        family: its description.
+        context: the dense model, which stays unchanged, and its calibration text.
         edits: the edits that shorten it.
-        documents: the calibration text.
         first: the first layer whose states differ: the one before the first removed layer, or with narrower MLPs the first one.
         entering: (tokens, d) states that enter that layer, in the order of a walk.
         leaving: (tokens, d) states that leave the dense model's last layer, in the same order.
     """
 
-    model: Any
-    family: Family
+    context: ModelContext
     edits: Edits
-    documents: Documents
     first: int
     entering: Tensor
     leaving: Tensor
+
+    @property
+    def model(self) -> Any:
+        """The dense model."""
+        return self.context.model
+
+    @property
+    def family(self) -> Family:
+        """Its description."""
+        return self.context.family
+
+    @property
+    def documents(self) -> Documents:
+        """The calibration text."""
+        return self.context.documents
 
     @cached_property
     def batches(self) -> DocumentBatches:
@@ -89,7 +101,7 @@ class LogitDistillation:
     @cached_property
     def layers(self) -> nn.ModuleList:
         """The dense model's layers."""
-        return self.family.decoder_layers(self.model)
+        return self.context.layers
 
     @cached_property
     def changed(self) -> dict[tuple[int, str], Tensor]:

@@ -27,8 +27,8 @@ from replaceme.base.group import all_gather, all_reduce_sum, merge_rows
 from replaceme.base.progress import logger, progress
 from replaceme.base.ranks import rank
 from replaceme.base.scratch import scratch
-from replaceme.models.families import Family
-from replaceme.statistics.walk import RecordStates, Signals, sum_states, walk
+from replaceme.models.context import ModelContext
+from replaceme.statistics.walk import RecordStates, Signals, sum_tensors, walk
 from replaceme.training.checkpoints import Pace, load_checkpoint, made_with, save_checkpoint
 from replaceme.training.curves import CURVES, add_row, write_curves
 
@@ -70,7 +70,7 @@ class LearningRateSchedule:
 
 
 class TrainingTask(Protocol):
-    """The task to learn: a loss as a function of the weights."""
+    """What is learnt: a loss as a function of the weights."""
 
     @property
     def documents(self) -> Documents:
@@ -117,37 +117,24 @@ class DocumentBatches:
 
 
 def record_entry_and_exit(
-    model: Any,
-    family: Family,
-    documents: Documents,
-    first: int,
-    last: int,
-    *,
-    batch_size: int,
-    folder: Path | None = None,
-    purpose: str = "training",
-    description: str | None = None,
+    context: ModelContext, first: int, last: int, *, purpose: str = "training", description: str | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return the states that enter one layer and those that leave another, in scratch files.
 
     Args:
-        model: the dense model.
-        family: its description.
-        documents: the text.
-        first: the layer whose input states are kept.
-        last: the layer whose output states are kept.
-        batch_size: documents in a batch.
-        folder: folder for scratch files; None is the system's temporary folder.
+        context: the dense model and its calibration text.
+        first: the layer whose input states are recorded.
+        last: the layer whose output states are recorded.
         purpose: use of the files, for the message if the disk is too small.
         description: of the progress bar; None shows none.
 
     Returns:
         Both (tokens, d), in the model's dtype and the order of a walk.
     """
-    shape = documents.token_count, int(model.config.hidden_size)
-    entering, leaving = scratch([shape] * 2, model.dtype, folder, purpose)
+    shape = context.documents.token_count, context.width
+    entering, leaving = scratch([shape] * 2, context.model.dtype, context.folder, purpose)
     ends = [_RecordAllStates(first, ("input",), entering), _RecordAllStates(last, ("output",), leaving)]
-    walk(model, family, documents, ends, batch_size=batch_size, description=description)
+    walk(context, ends, description=description)
     return entering, leaving
 
 
@@ -155,7 +142,7 @@ class _RecordAllStates(RecordStates):
     """Observer that gives all processes that share a walk the states of all tokens; ``states`` is zero before."""
 
     def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
-        self.states[batch.positions] = sum_states(batch.real(signals[name]) for name in self.summands).to(self.states)
+        self.states[batch.positions] = sum_tensors(batch.real(signals[name]) for name in self.summands).to(self.states)
 
     def all_reduce(self) -> None:
         merge_rows(self.states)

@@ -22,6 +22,7 @@ from replaceme.edits.unfused import unfused
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import verify_export
 from replaceme.methods.registry import METHODS
+from replaceme.models.context import ModelContext
 from replaceme.models.families import family_of, inputs_of
 from replaceme.models.model import Model
 from replaceme.repair.channel_choice import Candidates, Screened, best_channels, likely_channels, max_candidates
@@ -168,7 +169,7 @@ def test_the_sums_equal_a_plain_computation(kind: str, batch_size: int) -> None:
     ordered = Documents(documents.longest_first())
     here, target = passing(model, host, ordered), passing(model, host + 2, ordered)["output"]
     sums = Candidates(host, family, layer, torch.from_numpy(target))
-    walk(model, family, documents, [sums], batch_size=batch_size, description=None)
+    walk(ModelContext(model, family, documents, batch_size), [sums], description=None)
     w = 1 / np.square(target).sum(1, keepdims=True)
     g = family.multiplier * here["G"]
     bias = getattr(family.linear_of(layer, "mlp_output"), "bias", None)
@@ -176,7 +177,7 @@ def test_the_sums_equal_a_plain_computation(kind: str, batch_size: int) -> None:
     assert np.allclose(mirror(sums.gram.clone()).numpy(), (w * g).T @ g, rtol=1e-3, atol=1e-5)
     assert np.allclose(sums.cross.numpy(), (w * g).T @ e, rtol=1e-3, atol=1e-5)
     alone = Screened(host, family, layer, torch.from_numpy(target))
-    walk(model, family, documents, [alone], batch_size=batch_size, description=None)
+    walk(ModelContext(model, family, documents, batch_size), [alone], description=None)
     assert torch.equal(alone.cross, sums.cross)
     assert np.allclose(alone.gram.numpy(), (w * g * g).sum(0), rtol=1e-3, atol=1e-5)
 
@@ -217,8 +218,8 @@ def test_the_chosen_channels_fit_better_than_the_layers_own_or_random_ones(kind:
     left = {}
     for name, choice in (("best", best_channels), ("chance", by_chance), ("own", own)):
         monkeypatch.setattr("replaceme.repair.repair.best_channels", choice)
-        edits, mending = solved(model, documents, (BLOCK,), transform="channels", alpha=5.0, refit_ridge=0.01)
-        _, figures = mending()
+        edits, run_repair = solved(model, documents, (BLOCK,), transform="channels", alpha=5.0, refit_ridge=0.01)
+        _, figures = run_repair()
         left[name] = residual(model, edits, documents)
         chosen = edits.channels[BLOCK.layer_before_cut]
         assert {*chosen[:, 0].tolist()} <= {BLOCK.layer_before_cut, *BLOCK.layers}
@@ -239,8 +240,8 @@ def test_screened_candidates_give_a_choice_nearly_as_good(monkeypatch: pytest.Mo
     monkeypatch.setattr("replaceme.repair.repair.best_channels", counting)
     for limit in (10**6, 60, 1):
         monkeypatch.setattr("replaceme.repair.channel_choice.CANDIDATE_BYTES", 4 * limit**2)
-        edits, mending = solved(model, documents, (BLOCK,), transform="channels", alpha=5.0, refit_ridge=0.01)
-        mending()
+        edits, run_repair = solved(model, documents, (BLOCK,), transform="channels", alpha=5.0, refit_ridge=0.01)
+        run_repair()
         left[limit] = residual(model, edits, documents)
         assert len(edits.channels[BLOCK.layer_before_cut].unique(dim=0)) == 48
     assert {*sizes} == {96, 60, 54}
@@ -257,8 +258,8 @@ def test_a_later_block_chooses_on_the_shortened_models_activations(kind: str, mo
         return best_channels(gram, cross, *rest)
 
     monkeypatch.setattr("replaceme.repair.repair.best_channels", keeping)
-    edits, mending = solved(model, documents, blocks, transform="channels", alpha=5.0, repair=True)
-    mending()
+    edits, run_repair = solved(model, documents, blocks, transform="channels", alpha=5.0, repair=True)
+    run_repair()
     gram, cross, by_then = seen[1]
     family, host = family_of(model.config), blocks[1].layer_before_cut
     few = Documents(few_documents(documents, 8 * 2 * 48).longest_first())
@@ -275,8 +276,8 @@ def test_a_later_block_chooses_on_the_shortened_models_activations(kind: str, mo
 
 def test_an_infinite_ridge_leaves_the_chosen_channels_their_own_columns() -> None:
     model, documents = made_model(dtype=torch.float64, mlp_bias=False, attention_bias=False), many_documents()
-    edits, mending = solved(model, documents, (BLOCK,), transform="channels", alpha=5.0, refit_ridge=1e14)
-    mending()
+    edits, run_repair = solved(model, documents, (BLOCK,), transform="channels", alpha=5.0, refit_ridge=1e14)
+    run_repair()
     expected = deepcopy(model)
     family = family_of(model.config)
     apply_edits(expected, family, Edits("", edits.removed_layers, channels=edits.channels))
@@ -298,8 +299,8 @@ def test_channels_and_repair_are_exported_exactly(
     kind: str, blocks: tuple[Block, ...], options: dict[str, Any], save_tiny: Callable[..., Model], tmp_path: Path
 ) -> None:
     source, documents = save_tiny(kind), many_documents(12)
-    edits, mending = solved(source.load(), documents, blocks, alpha=1.0, transform="channels", **options)
-    mending()
+    edits, run_repair = solved(source.load(), documents, blocks, alpha=1.0, transform="channels", **options)
+    run_repair()
     assert set(edits.channels) == {block.layer_before_cut for block in blocks}
     save_pruned(source, edits, tmp_path)
     figures = verify_export(source, Model(tmp_path, "pruned"), edits, documents)

@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,27 +27,31 @@ from replaceme.repair.state import Repair
 from replaceme.running.workspace import Workspace
 from replaceme.statistics.cut_statistics import take_statistics
 from tests.conftest import WIDTH, made_model
-from tests.helpers import TEXT, shortened_logits
+from tests.helpers import TEXT, context_of, shortened_logits
 
 BLOCK = Block(2, 4)
 
-Mending = Callable[..., tuple[list[Repair], dict[str, Any]]]
+RunRepair = Callable[..., tuple[list[Repair], dict[str, Any]]]
 
 
 def solved(
     model: Any, documents: Documents, blocks: tuple[Block, ...], mlp_width: int | None = None, **options: Any
-) -> tuple[Edits, Mending]:
-    """Return the edits as solve makes them, and ``repair_layers`` for them, to be called with a scratch folder or none."""
+) -> tuple[Edits, RunRepair]:
+    """Return the edits as solve makes them, and their repair, to be called with a scratch folder and checkpoints, or none."""
     params = read_params(None, {"batch_size": 4, **options})
-    family, method = family_of(model.config), METHODS[params.method]
+    context, method = context_of(model, documents), METHODS[params.method]
     plan = Plan(blocks, method.statistics(params), mlp_width)
-    if mlp_width:
-        edits = Edits("", plan.removed_layers)
-        return edits, partial(repair_layers, params, model, family, documents, edits, plan)
-    taken = take_statistics(model, family, documents, blocks[0], plan.statistics, 4)
-    edits = method.solve(params, blocks[0], taken.__getitem__).edits
+    edits = Edits("", [])
+    if not mlp_width:
+        taken = take_statistics(context, blocks[0], plan.statistics)
+        edits = method.solve(params, blocks[0], taken.__getitem__).edits
     edits.removed_layers = plan.removed_layers
-    return edits, partial(repair_layers, params, model, family, documents, edits, plan)
+
+    def run_repair(folder: Path | None = None, checkpoints: Any = None) -> tuple[list[Repair], dict[str, Any]]:
+        own = replace(context, folder=folder, batch_size=params.batch_size)
+        return repair_layers(params, own, edits, plan, checkpoints)
+
+    return edits, run_repair
 
 
 def solved_alone(
@@ -55,7 +59,7 @@ def solved_alone(
 ) -> Solved:
     """Return a method's solution of a block from its statistics, with the block removed."""
     params, declared = read_params(None, {"method": method, **options}), METHODS[method]
-    taken = take_statistics(model, family_of(model.config), documents, block, declared.statistics(params), batch_size)
+    taken = take_statistics(context_of(model, documents, batch_size), block, declared.statistics(params))
     made = declared.solve(params, block, taken.__getitem__)
     made.edits.removed_layers = [*block.layers]
     return made

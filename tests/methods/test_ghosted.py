@@ -18,6 +18,7 @@ from replaceme.edits.unfused import unfused
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import verify_export
 from replaceme.methods.registry import METHODS
+from replaceme.models.context import ModelContext
 from replaceme.models.families import family_of
 from replaceme.models.model import Model
 from replaceme.repair.repair import repair_layers
@@ -123,7 +124,7 @@ def test_each_later_block_is_fitted_on_states_of_the_shortened_model(kind: str) 
     edits.removed_layers = [1, 3, 4]
     params = read_params(None, {"method": "ghosted", "batch_size": 4})
     plan = Plan(blocks, METHODS["ghosted"].statistics(params))
-    _, figures = repair_layers(params, model, family, documents, edits, plan)
+    _, figures = repair_layers(params, ModelContext(model, family, documents, params.batch_size), edits, plan)
     _, H = states(model, documents, blocks[1])
     with unfused(model, family, first.edits):
         h = passing(model, blocks[1].layer_before_cut, documents)["output"]
@@ -139,7 +140,7 @@ def test_repair_follows_an_operator(kind: str, save_tiny: Callable[..., Model], 
     model, params = source.load(), read_params(None, {"method": "ghosted", "repair": True, "batch_size": 4})
     edits = solved(model, texts).edits
     plan = Plan((BLOCK,), METHODS["ghosted"].statistics(params))
-    repairs, _ = repair_layers(params, model, source.family(), texts, edits, plan)
+    repairs, _ = repair_layers(params, ModelContext(model, source.family(), texts, params.batch_size), edits, plan)
     assert {each.layer for each in repairs} == set(range(BLOCK.end, LAYERS))
     assert all(each.after < each.before for each in repairs)
     save_pruned(source, edits, tmp_path)

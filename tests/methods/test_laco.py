@@ -21,6 +21,7 @@ from replaceme.edits.fold import apply_edits
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import verify_export
 from replaceme.methods.registry import criterion_of
+from replaceme.models.context import ModelContext
 from replaceme.models.families import Family, family_of
 from replaceme.models.model import Model
 from replaceme.repair.repair import repair_layers
@@ -28,16 +29,16 @@ from replaceme.selection import collapse as module
 from replaceme.selection.collapse import (
     MergeSchedule,
     blocks_of,
-    check_alike,
+    check_same_shapes,
     collapse,
     collapse_all,
     collapsed_blocks,
-    merged,
-    texts_of,
+    draw_texts,
+    merge_layers,
 )
 from replaceme.selection.criteria import allowed_starts
 from tests.conftest import EXPERTS, KINDS, LAYERS, OBSTACLES, PLAIN, made_model
-from tests.helpers import TEXT, hooked_and_folded, many_documents, mixing
+from tests.helpers import TEXT, context_of, hooked_and_folded, many_documents, mixing
 from tests.methods.helpers import model_refusals
 
 DENSE = [kind for kind in KINDS if kind not in EXPERTS]
@@ -98,13 +99,13 @@ def logits_of(model: Any) -> torch.Tensor:
 
 def test_a_layer_that_absorbs_others_is_the_papers_sum() -> None:
     layers = ((1,),) * 6
-    once = merged(layers, 1, 2)
+    once = merge_layers(layers, 1, 2)
     assert once == ((1,), (-1, 1, 1), (1,), (1,))
     assert blocks_of(once) == [Block(2, 4, (-1, 1, 1))]
     # θ_0 + (θ_1 − θ_0) + (θ_4 − θ_0), with layer 1 as merged before.
-    assert blocks_of(merged(once, 0, 2)) == [*TWICE]
-    assert blocks_of(merged(layers, 2, 1)) == [Block(3, 4, (0, 1))]
-    assert all(sum(parts) == 1 for parts in merged(merged(once, 2, 1), 0, 2))
+    assert blocks_of(merge_layers(once, 0, 2)) == [*TWICE]
+    assert blocks_of(merge_layers(layers, 2, 1)) == [Block(3, 4, (0, 1))]
+    assert all(sum(parts) == 1 for parts in merge_layers(merge_layers(once, 2, 1), 0, 2))
 
 
 @pytest.mark.parametrize("kind", DENSE)
@@ -153,12 +154,10 @@ def test_the_choice_equals_that_of_models_built_by_the_formula(
 ) -> None:
     model = made_model(kind, torch.float64, initializer_range=0.08)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    blocks, scores, reached = collapsed_blocks(
-        model, family_of(model.config), documents, schedule, threshold, batch_size=4, folder=tmp_path
-    )
+    blocks, scores, reached = collapsed_blocks(context_of(model, documents, 4, tmp_path), schedule, threshold)
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
     assert not list(tmp_path.iterdir())
-    expected, kept, found = slowly(model, texts_of(documents), schedule, reached)
+    expected, kept, found = slowly(model, draw_texts(documents), schedule, reached)
     gone = [layer for block in blocks for layer in block.layers]
     assert kept == [layer for layer in range(LAYERS) if layer not in gone]
     assert len(gone) == schedule.count
@@ -169,7 +168,9 @@ def test_the_choice_equals_that_of_models_built_by_the_formula(
     assert (logits_of(model) - logits).norm() < 1e-6 * logits.norm()
     # A threshold one step higher leaves too many layers.
     if reached < threshold:
-        assert len(slowly(model_again(kind), texts_of(documents), schedule, reached + module.STEP)[1]) > LAYERS - schedule.count
+        assert (
+            len(slowly(model_again(kind), draw_texts(documents), schedule, reached + module.STEP)[1]) > LAYERS - schedule.count
+        )
 
 
 def model_again(kind: str) -> Any:
@@ -214,19 +215,19 @@ def test_states_that_overflow_are_named() -> None:
 
 
 def test_the_texts_are_a_few_whatever_the_documents() -> None:
-    texts = texts_of(Documents([torch.arange(length) for length in range(1, 200)]))
+    texts = draw_texts(Documents([torch.arange(length) for length in range(1, 200)]))
     assert len(texts) == module.TEXTS
     assert max(map(len, texts.documents)) == module.LENGTH
-    assert len(texts_of(Documents([torch.arange(1)]))) == 1
+    assert len(draw_texts(Documents([torch.arange(1)]))) == 1
 
 
 def test_layers_of_other_shapes_are_not_merged() -> None:
     layers = made_model().model.layers
-    check_alike(layers, range(LAYERS))
+    check_same_shapes(layers, range(LAYERS))
     layers[3].mlp.up_proj = nn.Linear(32, 40)
-    check_alike(layers, range(3))
+    check_same_shapes(layers, range(3))
     with pytest.raises(ModelError, match="model_path: the linears of layers 0 and 3 differ in their shapes"):
-        check_alike(layers, range(LAYERS))
+        check_same_shapes(layers, range(LAYERS))
 
 
 def test_blocks_and_plan_store_coefficients_and_name_no_method(tmp_path: Path) -> None:
@@ -246,7 +247,7 @@ def test_repair_follows_a_mixture(kind: str, save_tiny: Callable[..., Model], tm
     plan = Plan((Block(1, 2, (0, 1)), Block(3, 5, (-1, 1, 1))), ())
     params = read_params(None, {"method": "laco", "repair": True, "batch_size": 4})
     model, edits = source.load(), mixing(*plan.blocks)
-    repairs, _ = repair_layers(params, model, source.family(), texts, edits, plan)
+    repairs, _ = repair_layers(params, ModelContext(model, source.family(), texts, params.batch_size), edits, plan)
     # Layer 2 is kept and mixed; its correction is for the mixture.
     assert {each.layer for each in repairs} == ({5} if source.family().parallel else {2, 5})
     assert all(each.after < each.before for each in repairs)

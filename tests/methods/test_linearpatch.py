@@ -11,14 +11,13 @@ import torch
 from replaceme.base.documents import Documents
 from replaceme.base.errors import ReplaceMeError
 from replaceme.base.parameters import Params
-from replaceme.models.families import Family
 from replaceme.models.model import Model
 from replaceme.pipeline.inputs import inspect_inputs
 from replaceme.running.workspace import Workspace
 from replaceme.statistics.cut_statistics import take_statistics
 from replaceme.statistics.hadamard import hadamard
 from tests.conftest import WIDTH, made_model
-from tests.helpers import TEXT, passing
+from tests.helpers import TEXT, context_of, passing
 from tests.methods.helpers import BLOCK, assert_saved_computes_edits, solved_alone
 
 solved = partial(solved_alone, "linearpatch")
@@ -92,7 +91,7 @@ def test_sums_of_disjoint_documents_add_up_and_padding_does_not_count(documents:
     parts = [Documents(documents.documents[:4]), Documents(documents.documents[4:])]
     for name in ("magnitudes", "magnitudes_rotated"):
         whole, first, second = (
-            take_statistics(model, Family(), each, BLOCK, [name], size)[name]
+            take_statistics(context_of(model, each, size), BLOCK, [name])[name]
             for each, size in ((documents, 9), (parts[0], 1), (parts[1], 5))
         )
         assert all(torch.allclose(whole[key], first[key] + second[key], rtol=1e-5) for key in ("ratios", "documents"))

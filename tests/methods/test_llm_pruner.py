@@ -261,7 +261,17 @@ def pruned_by(source: Model, folder: Path, **settings: Any) -> tuple[Edits, Remo
     """Return the edits of the method, as they are saved and read again, and its figures."""
     params = read_params(None, {"method": "llm_pruner", "layers_to_skip": 2, **settings}, METHODS)
     edits = Edits("LLM-Pruner", [])
-    context = MethodContext(params, source.load(), source.family(), pieces(), Plan((), ()), edits, folder, folder)
+    context = MethodContext(
+        source.load(),
+        source.family(),
+        pieces(),
+        params.batch_size,
+        folder=folder,
+        params=params,
+        plan=Plan((), ()),
+        edits=edits,
+        output=folder,
+    )
     figures = remove_groups(context)
     edits.save(folder)
     read = Edits.load(folder)

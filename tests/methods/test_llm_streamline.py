@@ -24,6 +24,7 @@ from replaceme.export.verification import cache_error, verify_export
 from replaceme.methods.llm_streamline import LayerDistillation, TrainedLayer, train_layer
 from replaceme.methods.method import MethodContext
 from replaceme.methods.registry import METHODS
+from replaceme.models.context import ModelContext
 from replaceme.models.families import FAMILIES, Family, family_of, parameter_of
 from replaceme.models.kv_cache import cache_bytes_per_token
 from replaceme.models.model import Model
@@ -34,7 +35,7 @@ from replaceme.training import checkpoints, training
 from replaceme.training.checkpoints import key_of, load_checkpoint, save_checkpoint
 from replaceme.training.training import LearningRateSchedule, orders, record_entry_and_exit, train
 from tests.conftest import KINDS, LAYERS, OBSTACLES, made_model
-from tests.helpers import TEXT, hooked_and_folded, layer_outputs, many_documents, shortened_logits
+from tests.helpers import TEXT, context_of, hooked_and_folded, layer_outputs, many_documents, shortened_logits
 from tests.interruption import InterruptedRunError, counted, stop_at
 from tests.methods.helpers import model_refusals, run_stages
 
@@ -48,8 +49,8 @@ APART = [kind for kind in KINDS if not model_refusals(kind, method="llm_streamli
 def distillation_of(model: Any, documents: Documents) -> LayerDistillation:
     """Return what a layer learns: from the states that enter it to those that leave the last layer of the block."""
     family = family_of(model.config)
-    states = record_entry_and_exit(model, family, documents, TRAINED, END - 1, batch_size=4)
-    return LayerDistillation(model, family, TRAINED, documents, *states)
+    states = record_entry_and_exit(ModelContext(model, family, documents, 4), TRAINED, END - 1)
+    return LayerDistillation(ModelContext(model, family, documents, 4), TRAINED, *states)
 
 
 def trained(model: Any, documents: Documents, schedule: LearningRateSchedule, folder: Path, key: str = "key") -> Any:
@@ -63,7 +64,19 @@ def trained_by(source: Model, documents: Documents, folder: Path, **options: Any
     edits, output, plan = Edits("", [*range(TRAINED + 1, END)]), folder / "edits", Plan((Block(TRAINED + 1, END),), ())
     output.mkdir(exist_ok=True)
     params = read_params(None, settings, METHODS)
-    train_layer(MethodContext(params, source.load(), source.family(), documents, plan, edits, folder, output))
+    train_layer(
+        MethodContext(
+            source.load(),
+            source.family(),
+            documents,
+            params.batch_size,
+            folder,
+            params=params,
+            plan=plan,
+            edits=edits,
+            output=output,
+        )
+    )
     edits.save(output)
     edits = Edits.load(output)
     assert isinstance(edits.model_edit, TrainedLayer)
@@ -123,7 +136,7 @@ def by_hand(model: Any, documents: Documents, schedule: LearningRateSchedule) ->
 
 def test_mean_cosines_equal_a_plain_reference_and_padding_changes_nothing(documents: Documents) -> None:
     model = made_model()
-    found = profile_model(model, Family(), documents, batch_size=4)["mean_cosine"]
+    found = profile_model(context_of(model, documents))["mean_cosine"]
     states = [
         torch.cat(parts).double() for parts in zip(*(layer_outputs(model, each) for each in documents.documents), strict=True)
     ]

@@ -16,6 +16,7 @@ from replaceme.edits.edits import rotation_and_gains
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import verify_export
 from replaceme.methods.registry import METHODS
+from replaceme.models.context import ModelContext
 from replaceme.models.families import Family, family_of
 from replaceme.models.model import Model
 from replaceme.statistics.cut_statistics import take_statistics
@@ -36,7 +37,7 @@ def test_the_export_computes_the_solution(kind: str, save_tiny: Callable[..., Mo
     source, documents = save_tiny(kind), many_documents()
     model, params = source.load(), read_params(None, {"transform": transform_of(kind), "alpha": 1.0})
     family = family_of(model.config)
-    taken = take_statistics(model, family, documents, BLOCK, METHODS["lstsq"].statistics(params), 4)
+    taken = take_statistics(ModelContext(model, family, documents, 4), BLOCK, METHODS["lstsq"].statistics(params))
     solved = METHODS["lstsq"].solve(params, BLOCK, taken.__getitem__)
     host, H = passing(model, BLOCK.layer_before_cut, documents), passing(model, BLOCK.end - 1, documents)["output"]
     T = solved.edits.transforms[BLOCK.layer_before_cut].numpy()
@@ -60,7 +61,7 @@ def test_the_fit_uses_the_norm_of_the_host(save_tiny: Callable[..., Model]) -> N
         family = family_of(model.config)
         host = family.decoder_layers(model)[BLOCK.layer_before_cut]
         params = read_params(None, {"transform": "orthogonal"})
-        taken = take_statistics(model, family, many_documents(), BLOCK, ["gram", "sample"], 4)
+        taken = take_statistics(ModelContext(model, family, many_documents(), 4), BLOCK, ["gram", "sample"])
         norm = taken["gram"]["norm"]
         assert torch.equal(norm, host.post_feedforward_layernorm.weight.double() + (1 if kind == "gemma2" else 0))
         solved = METHODS["lstsq"].solve(params, BLOCK, taken.__getitem__)

@@ -144,10 +144,20 @@ def test_verification_sees_a_change_of_any_weight(name: str, tiny: Model, tmp_pa
         verify_export(tiny, Model(tmp_path, "pruned"), edits, documents)
 
 
-def context_of(model: Any, documents: Documents, folder: Path, **options: Any) -> MethodContext:
+def method_context(model: Any, documents: Documents, folder: Path, **options: Any) -> MethodContext:
     params = read_params(None, {"method": "slicegpt", "batch_size": 4, "layers_to_skip": 1, **options}, METHODS)
     edits = Edits("SliceGPT", [])
-    return MethodContext(params, model, family_of(model.config), documents, Plan((), ()), edits, folder, folder)
+    return MethodContext(
+        model,
+        family_of(model.config),
+        documents,
+        params.batch_size,
+        folder=folder,
+        params=params,
+        plan=Plan((), ()),
+        edits=edits,
+        output=folder,
+    )
 
 
 def leading(gram: np.ndarray, width: int) -> tuple[np.ndarray, float]:
@@ -160,7 +170,7 @@ def leading(gram: np.ndarray, width: int) -> tuple[np.ndarray, float]:
 @pytest.mark.parametrize("kind", ["llama", "granite"])
 def test_each_basis_is_computed_from_the_sliced_signals_before_it(kind: str, documents: Documents, tmp_path: Path) -> None:
     model, width = made_model(kind), 20
-    found = [Q.double().numpy() for Q, _ in find_bases(context_of(model, documents, tmp_path), width)]
+    found = [Q.double().numpy() for Q, _ in find_bases(method_context(model, documents, tmp_path), width)]
     assert len(found) == SIGNALS
     known: list[np.ndarray] = []
     for signal in range(SIGNALS):
@@ -181,7 +191,7 @@ def projected_middle(seen: dict[str, np.ndarray], known: list[np.ndarray]) -> np
 
 def test_the_shared_basis_is_of_all_signals_together_as_the_norms_see_them(documents: Documents, tmp_path: Path) -> None:
     model = made_model()
-    ((Q, share),) = find_shared_basis(context_of(model, documents, tmp_path, plain=True), 16)
+    ((Q, share),) = find_shared_basis(method_context(model, documents, tmp_path, plain=True), 16)
     seen = [passing(model, layer, documents) for layer in range(LAYERS)]
     signals = [state for each in seen for state in (each["input"], each["middle"])] + [seen[-1]["output"]]
     units = [h / np.linalg.norm(h, axis=1, keepdims=True) for h in signals]
@@ -195,7 +205,7 @@ def test_the_shared_basis_is_of_all_signals_together_as_the_norms_see_them(docum
 def test_a_basis_is_computed_on_the_device_of_the_sums_and_the_edits_are_on_the_cpu(
     documents: Documents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    context, gram = context_of(made_model(), documents, tmp_path), torch.diag(torch.arange(WIDTH).double())
+    context, gram = method_context(made_model(), documents, tmp_path), torch.diag(torch.arange(WIDTH).double())
     expected, _ = principal(gram, 16)
     with elsewhere():
         Q, share = principal(gram.to("meta"), 16)
@@ -210,7 +220,7 @@ def test_an_offloaded_layer_and_sums_that_are_not_finite_are_refused(documents: 
     model = made_model()
     model.model.layers[3].to("meta")
     with pytest.raises(ModelError, match=r"device_map: layer 3, whose MLP is computed by itself, does not fit the GPUs"):
-        find_bases(context_of(model, documents, tmp_path), 16)
+        find_bases(method_context(model, documents, tmp_path), 16)
     with pytest.raises(SolveError, match=r"dtype: the sums over the states are not finite"):
         principal(torch.full((3, 3), torch.nan, dtype=torch.float64), 2)
 

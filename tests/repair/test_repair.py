@@ -57,11 +57,11 @@ def resolve(
 @pytest.mark.parametrize(("kind", "method"), [*product(PLAIN, ["lstsq"]), ("llama", "uidl"), ("phi", "uidl")])
 def test_each_kept_layer_is_solved_again_on_states_of_the_shortened_model(kind: str, method: str) -> None:
     model, documents = made_model(kind, torch.float64), many_documents()
-    edits, mending = solved(model, documents, (BLOCK,), method=method, alpha=5.0, repair=True)
+    edits, run_repair = solved(model, documents, (BLOCK,), method=method, alpha=5.0, repair=True)
     expected = deepcopy(model)
     family = family_of(model.config)
     apply_edits(expected, family, edits)
-    repairs, figures = mending()
+    repairs, figures = run_repair()
     steps = iter(repairs)
     for layer in range(BLOCK.end, LAYERS):
         place = layer - len(BLOCK)
@@ -93,22 +93,22 @@ def test_each_kept_layer_is_solved_again_on_states_of_the_shortened_model(kind: 
 def test_with_an_infinite_ridge_nothing_is_repaired() -> None:
     model = made_model(mlp_bias=False, attention_bias=False)
     endless = {"repair_ridge_attention": 1e14, "repair_ridge_mlp": 1e14}
-    edits, mending = solved(model, many_documents(), (BLOCK,), repair=True, alpha=5.0, **endless)
-    mending()
+    edits, run_repair = solved(model, many_documents(), (BLOCK,), repair=True, alpha=5.0, **endless)
+    run_repair()
     assert len(edits.corrections) == 2 * (LAYERS - BLOCK.end)
     assert all(weight.abs().max() < 1e-9 for weight, _ in edits.corrections.values())
 
 
 def test_the_joint_fit_solves_the_mlp_again_on_its_new_features() -> None:
     model, documents = made_model(dtype=torch.float64), many_documents()
-    edits, mending = solved(model, documents, (BLOCK,), transform="joint", alpha=5.0)
+    edits, run_repair = solved(model, documents, (BLOCK,), transform="joint", alpha=5.0)
     expected = deepcopy(model)
     apply_edits(expected, Family(), edits)
     goal = passing(model, BLOCK.end - 1, documents)["output"]
     host = expected.model.layers[BLOCK.layer_before_cut]
     mlp = host.mlp.down_proj
     now = passing(expected, BLOCK.layer_before_cut, documents)
-    repairs, _ = mending()
+    repairs, _ = run_repair()
     resolve([mlp], [now["G"]], goal - now["output"], goal, [0.3], repairs[0])
     apply_edits(model, Family(), edits)
     assert same_weights(model, expected)
@@ -121,14 +121,14 @@ def test_a_later_block_is_fitted_on_states_of_the_shortened_model(kind: str, hos
     # The second block's host is the only layer between the two, or one of two.
     blocks = (Block(1, 2), Block(3, 5)) if host_only else (Block(1, 2), Block(4, 5))
     model, documents = made_model(kind, torch.float64), many_documents()
-    edits, mending = solved(model, documents, blocks, alpha=5.0)
+    edits, run_repair = solved(model, documents, blocks, alpha=5.0)
     expected = deepcopy(model)
     apply_edits(expected, family_of(model.config), Edits("", [1], dict(edits.transforms)))
     host, H = blocks[1].layer_before_cut, passing(model, blocks[1].end - 1, documents)["output"]
     now = passing(expected, host - 1, documents)
     M, Z = now["M"], now["output"] - now["M"]
     T = np.linalg.solve(M.T @ M + 5 * np.eye(M.shape[1]), M.T @ (H - Z))
-    repairs, figures = mending()
+    repairs, figures = run_repair()
     assert not repairs
     assert figures["block1"]["relative_residual"] == pytest.approx(np.linalg.norm(H - Z - M @ T) / np.linalg.norm(H), rel=1e-6)
     assert np.allclose(edits.transforms[host].numpy(), T, rtol=1e-6, atol=1e-6)
@@ -151,8 +151,8 @@ def test_all_repairs_are_exported_exactly(
     kind: str, blocks: tuple[Block, ...], options: dict[str, Any], save_tiny: Callable[..., Model], tmp_path: Path
 ) -> None:
     source, documents = save_tiny(kind), many_documents(12)
-    edits, mending = solved(source.load(), documents, blocks, alpha=1.0, **options)
-    mending()
+    edits, run_repair = solved(source.load(), documents, blocks, alpha=1.0, **options)
+    run_repair()
     save_pruned(source, edits, tmp_path)
     figures = verify_export(source, Model(tmp_path, "pruned"), edits, documents)
     assert figures["hidden_error_mean"] < figures["tolerance"]
@@ -162,8 +162,8 @@ def test_the_size_of_a_batch_changes_nothing(documents: Documents) -> None:
     found = []
     for size in (1, 4):
         model = made_model(dtype=torch.float64)
-        edits, mending = solved(model, documents, (BLOCK,), alpha=5.0, repair=True, batch_size=size)
-        mending()
+        edits, run_repair = solved(model, documents, (BLOCK,), alpha=5.0, repair=True, batch_size=size)
+        run_repair()
         apply_edits(model, Family(), edits)
         found.append(model)
     assert same_weights(*found)
@@ -172,19 +172,19 @@ def test_the_size_of_a_batch_changes_nothing(documents: Documents) -> None:
 @pytest.mark.parametrize("linear", ["self_attn.q_proj", "mlp.up_proj"])
 def test_each_models_attention_and_mlp_are_computed_once_a_layer(linear: str, documents: Documents) -> None:
     model, calls = made_model(), []
-    _, mending = solved(model, documents, (BLOCK,), alpha=5.0, repair=True)
+    _, run_repair = solved(model, documents, (BLOCK,), alpha=5.0, repair=True)
     layers = model.model.layers[BLOCK.end :]
     for layer in layers:
         layer.get_submodule(linear).register_forward_hook(lambda *_: calls.append(None))
-    mending()
+    run_repair()
     assert len(calls) == 2 * len(layers) * documents.batch_count(4)
 
 
 def test_the_model_itself_is_unchanged_and_no_file_is_left(documents: Documents, tmp_path: Path) -> None:
     model = made_model()
     before = deepcopy(model.state_dict())
-    _, mending = solved(model, documents, (BLOCK,), alpha=5.0, repair=True)
-    mending(tmp_path)
+    _, run_repair = solved(model, documents, (BLOCK,), alpha=5.0, repair=True)
+    run_repair(tmp_path)
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert list(tmp_path.iterdir()) == []
@@ -192,8 +192,8 @@ def test_the_model_itself_is_unchanged_and_no_file_is_left(documents: Documents,
 
 def test_a_streamed_repair_ends_with_the_weights_of_its_last_layer_alone(documents: Documents, tiny: Model) -> None:
     model = load_streamed(tiny, "float32", budget=sum(measure_parts(tiny, "float32")))
-    _, mending = solved(model, documents, (BLOCK,), alpha=5.0, repair=True)
-    mending()
+    _, run_repair = solved(model, documents, (BLOCK,), alpha=5.0, repair=True)
+    run_repair()
     own, last = stream_of(model), len(tiny.family().decoder_layers(model)) - 1
     assert own is not None
     assert own.loaded <= {last}
@@ -203,7 +203,7 @@ def test_a_scratch_disk_that_is_too_small_is_named(
     documents: Documents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = made_model()
-    _, mending = solved(model, documents, (BLOCK,), alpha=5.0, repair=True)
+    _, run_repair = solved(model, documents, (BLOCK,), alpha=5.0, repair=True)
     inputs = model.config.hidden_size + model.config.intermediate_size
     kept = [layer for layer in range(BLOCK.layer_before_cut, model.config.num_hidden_layers) if layer not in BLOCK.layers]
     needed = 4 * len(kept) * model.config.hidden_size * inputs
@@ -212,15 +212,15 @@ def test_a_scratch_disk_that_is_too_small_is_named(
         monkeypatch.setattr(scratch.shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=next(free, 1 << 30)))
         wrong = "states" if len(given) == 1 else "corrections" if given[1] < needed else ""
         with pytest.raises(ResourceError, match=f"repair keeps 0 MiB of {wrong} there") if wrong else nullcontext():
-            mending(tmp_path)
+            run_repair(tmp_path)
 
 
 def test_a_later_joint_fit_is_added_to_the_repaired_attention() -> None:
     blocks = (Block(1, 2), Block(3, 5))
     model, documents = made_model(dtype=torch.float64), many_documents()
-    edits, mending = solved(model, documents, blocks, alpha=5.0, transform="joint", repair=True)
+    edits, run_repair = solved(model, documents, blocks, alpha=5.0, transform="joint", repair=True)
     dense = deepcopy(model)
-    repairs, figures = mending()
+    repairs, figures = run_repair()
     apply_edits(model, Family(), edits)
     # Layer 2 is the second block's host; its position is now 1, and its output is that of its last repair.
     now, H = passing(model, 1, documents)["output"], passing(dense, 4, documents)["output"]
@@ -238,7 +238,7 @@ def test_a_later_joint_fit_is_added_to_the_repaired_attention() -> None:
 def test_the_states_of_a_later_fit_are_those_with_the_repaired_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     blocks, seen = (Block(1, 2), Block(3, 5)), []
     model = made_model(dtype=torch.float64)
-    edits, mending = solved(model, many_documents(), blocks, alpha=5.0, transform="joint", repair=True)
+    edits, run_repair = solved(model, many_documents(), blocks, alpha=5.0, transform="joint", repair=True)
     fit = repair._fit
 
     def watch(state: repair.RepairState, block: Block) -> None:
@@ -247,7 +247,7 @@ def test_the_states_of_a_later_fit_are_those_with_the_repaired_attention(monkeyp
         seen.append((before, edits.corrections[2, "attention_output"][0] - before))
 
     monkeypatch.setattr(repair, "_fit", watch)
-    mending()
+    run_repair()
     ((repaired, on_top),) = seen
     assert repaired.abs().max() > 0
     assert on_top.abs().max() > 0
@@ -255,8 +255,8 @@ def test_the_states_of_a_later_fit_are_those_with_the_repaired_attention(monkeyp
 
 
 def test_corrections_of_finished_layers_take_no_memory(tmp_path: Path) -> None:
-    edits, mending = solved(made_model(), many_documents(), (BLOCK,), alpha=5.0, repair=True)
-    mending(tmp_path)
+    edits, run_repair = solved(made_model(), many_documents(), (BLOCK,), alpha=5.0, repair=True)
+    run_repair(tmp_path)
     # The name is that of a file which no folder lists.
     assert edits.corrections
     assert all(weight.untyped_storage().filename for weight, _ in edits.corrections.values())

@@ -83,11 +83,11 @@ def test_an_interrupted_repair_ends_with_the_same_bits(
     blocks, options = SETTINGS[name]
 
     def started() -> tuple[Edits, Callable[[], Any]]:
-        edits, mending = solved(model, documents, blocks, **options)
-        return edits, lambda: mending(tmp_path, Checkpoints(tmp_path / "checkpoint", "key"))
+        edits, run_repair = solved(model, documents, blocks, **options)
+        return edits, lambda: run_repair(tmp_path, Checkpoints(tmp_path / "checkpoint", "key"))
 
-    whole, mending = solved(model, documents, blocks, **options)
-    expected = mending(tmp_path)
+    whole, run_repair = solved(model, documents, blocks, **options)
+    expected = run_repair(tmp_path)
     wanted, layers = bits(whole, tmp_path / "edits"), [*repaired]
     for number, layer in enumerate(layers):
         _, work = started()
@@ -107,8 +107,8 @@ def test_a_checkpoint_of_another_repair_or_a_damaged_one_is_ignored(
     model, documents = made_model("llama"), many_documents()
     folder = tmp_path / "checkpoint"
     blocks, options = SETTINGS["repair"]
-    _, mending = solved(model, documents, blocks, **options)
-    interrupt(monkeypatch, 5, lambda: mending(tmp_path, Checkpoints(folder, "key")))
+    _, run_repair = solved(model, documents, blocks, **options)
+    interrupt(monkeypatch, 5, lambda: run_repair(tmp_path, Checkpoints(folder, "key")))
     # The last one, after the second layer, of the only process.
     place = folder / "2-0-of-1"
     assert [*folder.iterdir()] == [place]
@@ -124,9 +124,9 @@ def test_a_checkpoint_of_another_repair_or_a_damaged_one_is_ignored(
         (place / "state.json").write_text("[]", encoding="utf-8")
     elif harm == "another number of processes":
         place.rename(folder / "2-0-of-2")
-    _, mending = solved(model, documents, blocks, **options)
+    _, run_repair = solved(model, documents, blocks, **options)
     repaired.clear()
-    mending(tmp_path, Checkpoints(folder, "another" if harm == "another key" else "key"))
+    run_repair(tmp_path, Checkpoints(folder, "another" if harm == "another key" else "key"))
     assert repaired == [1, 4, 5]
 
 
@@ -141,8 +141,8 @@ def test_a_disk_without_space_for_a_checkpoint_stops_no_repair(
 
     monkeypatch.setattr(Edits, "save", full)
     blocks, options = SETTINGS["repair"]
-    _, mending = solved(made_model("llama"), many_documents(), blocks, **options)
-    mending(tmp_path, Checkpoints(tmp_path / "checkpoint", "key"))
+    _, run_repair = solved(made_model("llama"), many_documents(), blocks, **options)
+    run_repair(tmp_path, Checkpoints(tmp_path / "checkpoint", "key"))
     assert "repair: the disk has no space for a checkpoint" in caplog.text
     assert list(tmp_path.iterdir()) == []
 

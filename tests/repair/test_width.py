@@ -33,8 +33,8 @@ def test_the_channels_of_every_layer_are_chosen_and_its_linears_solved_again(kin
     family = family_of(model.config)
     assert not family.parallel
     width = 2 * inputs_of(family.linear_of(family.decoder_layers(model)[0], "mlp_output")) // 3
-    edits, mending = solved(model, documents, (), width, method="uidl", repair=True)
-    repairs, _ = mending()
+    edits, run_repair = solved(model, documents, (), width, method="uidl", repair=True)
+    repairs, _ = run_repair()
     steps, expected = iter(repairs), deepcopy(model)
     for layer in range(LAYERS):
         module, goal = family.decoder_layers(expected)[layer], passing(model, layer, documents)
@@ -91,8 +91,8 @@ def test_fewer_layers_and_narrower_mlps_are_saved_exactly(
     whole, streamed = source.load(), load_streamed(source, "float32", budget=sum(measure_parts(source, "float32")))
     found = []
     for model in (whole, streamed):
-        edits, mending = solved(model, documents, (BLOCK,), width, **BEST)
-        repairs, figures = mending()
+        edits, run_repair = solved(model, documents, (BLOCK,), width, **BEST)
+        repairs, figures = run_repair()
         found.append(edits)
         assert {layer for layer in edits.channels} == {0, 1, 4, 5}
         assert all(len(channels) == width for channels in edits.channels.values())

@@ -10,7 +10,7 @@ from replaceme.base.documents import SOURCE_BITS, Documents, split_documents
 from replaceme.selection.candidate_evaluation import Losses, batches_of, next_token_losses
 from replaceme.selection.cut_loss import dense_losses
 from tests.conftest import made_model
-from tests.helpers import many_documents, mean_loss
+from tests.helpers import context_of, many_documents, mean_loss
 
 
 def losses(means: list[float]) -> Losses:
@@ -68,4 +68,4 @@ def test_each_domains_losses_are_those_of_its_own_texts() -> None:
         expected = mean_loss(model, own)
         assert float(found.sums[domain] / found.counts[domain]) == pytest.approx(expected, rel=1e-5)
     assert found.mean == pytest.approx(mean_loss(model, documents), rel=1e-5)
-    assert dense_losses(model, documents, 4).domains == [*{*split_documents(documents)[1].domains}]
+    assert dense_losses(context_of(model, documents)).domains == [*{*split_documents(documents)[1].domains}]

@@ -22,14 +22,15 @@ from replaceme.export.card import model_card
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import verify_export, wrong_weights
 from replaceme.methods.registry import METHODS, criterion_of
+from replaceme.models.context import ModelContext
 from replaceme.models.families import Family, family_of
 from replaceme.models.model import Model
 from replaceme.models.recognition import recognise_family
 from replaceme.repair.repair import repair_layers
-from replaceme.selection.compensation import blocks_of, check_scale, compensated, compensated_layers, scaled
+from replaceme.selection.compensation import blocks_of, check_scale, compensated_layers, scale_blocks, scaling_edits
 from replaceme.selection.cut_loss import cut_losses
 from tests.conftest import KINDS, LAYERS, OBSTACLES, PLAIN, UNDESCRIBED, made_model
-from tests.helpers import TEXT, call, loss_without, many_documents, means, norm_in_float64, shortened_logits
+from tests.helpers import TEXT, call, context_of, loss_without, many_documents, means, norm_in_float64, shortened_logits
 from tests.methods.helpers import model_refusals
 
 SCALABLE = [kind for kind in KINDS if not kind.startswith("olmo")]
@@ -110,12 +111,12 @@ def test_layers_and_scalars_are_those_of_a_plain_loop_and_fold(kind: str, docume
     model = float64(kind)
     family, before = family_of(model.config), {name: weight.clone() for name, weight in model.state_dict().items()}
     expected = chosen(model, documents, range(1, LAYERS), 3)
-    scales, influences = compensated_layers(model, family, documents, range(1, LAYERS), 3, batch_size=4)
+    scales, influences = compensated_layers(ModelContext(model, family, documents, 4), range(1, LAYERS), 3)
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
     assert [*scales] == [*expected]
     assert [*scales.values()] == pytest.approx([*expected.values()], rel=1e-5)
     assert [*influences] == [*scales]
-    edits = scaled(blocks_of(scales))
+    edits = scaling_edits(blocks_of(scales))
     plain = shortened_logits(model, edits, TEXT)
     with unfused(model, family, edits):
         hooked = logits_of(model)
@@ -154,10 +155,10 @@ def test_the_result_equals_the_published_fold_into_the_earlier_weights(documents
                     linear.bias *= scale
         published.model.layers = nn.ModuleList([layer for n, layer in enumerate(layers) if n != best])
         expected[kept.pop(best)] = scale
-    scales, _ = compensated_layers(model, family, documents, range(1, LAYERS), 3, batch_size=4)
+    scales, _ = compensated_layers(ModelContext(model, family, documents, 4), range(1, LAYERS), 3)
     assert [*scales] == [*expected]
     assert [*scales.values()] == pytest.approx([*expected.values()], rel=1e-4)
-    apply_edits(model, family, scaled(blocks_of(scales)))
+    apply_edits(model, family, scaling_edits(blocks_of(scales)))
     wanted = logits_of(published)
     assert (logits_of(model) - wanted).norm() / wanted.norm() < 1e-4
 
@@ -168,7 +169,7 @@ def test_layers_that_only_scale_go_first_and_the_function_is_unchanged(factors: 
     for index, factor in factors.items():
         model.model.layers[index].forward = lambda hidden_states, *_args, factor=factor, **_options: factor * hidden_states
     family, dense = family_of(model.config), logits_of(model)
-    scales, influences = compensated_layers(model, family, documents, range(1, LAYERS), len(factors), batch_size=4)
+    scales, influences = compensated_layers(ModelContext(model, family, documents, 4), range(1, LAYERS), len(factors))
     assert scales == pytest.approx(factors, rel=1e-9)
     assert [*influences.values()] == pytest.approx([0.0] * len(factors), abs=1e-6)
     blocks = blocks_of(scales)
@@ -177,14 +178,14 @@ def test_layers_that_only_scale_go_first_and_the_function_is_unchanged(factors: 
     )
     dropped = deepcopy(model)
     apply_edits(dropped, family, Edits("", [*factors]))
-    apply_edits(model, family, scaled(blocks))
+    apply_edits(model, family, scaling_edits(blocks))
     assert (logits_of(model) - dense).norm() / dense.norm() < 1e-5
     assert (logits_of(dropped) - dense).norm() / dense.norm() > 1e-2
 
 
 def test_scalars_of_chosen_blocks_are_measured_one_after_the_other(documents: Documents) -> None:
     model = made_model("llama", torch.float64)
-    first, second = compensated(model, family_of(model.config), documents, [Block(1, 3), Block(4, 5)], batch_size=4)
+    first, second = scale_blocks(context_of(model, documents), [Block(1, 3), Block(4, 5)])
     before, after, _ = passed(model, documents, {})
     one = float((after[2] / before[1]).mean())
     before, after, _ = passed(model, documents, {1: one, 2: 1.0})
@@ -200,7 +201,7 @@ def test_a_channel_of_zeros_has_no_gain(documents: Documents) -> None:
         for linear in (model.model.layers[0].self_attn.o_proj, model.model.layers[0].mlp.down_proj):
             linear.weight[5] = 0
             linear.bias[5] = 0
-    (block,) = compensated(model, family_of(model.config), documents, [Block(1, 2)], batch_size=4)
+    (block,) = scale_blocks(context_of(model, documents), [Block(1, 2)])
     before, after, _ = passed(model, documents, {})
     there = torch.arange(before.shape[1]) != 5
     assert block.scale == pytest.approx(float((after[1] / before[1])[there].mean()))
@@ -210,10 +211,10 @@ def test_cuts_are_compared_by_the_loss_with_their_scalars() -> None:
     texts = many_documents(12)
     model, blocks = made_model(), [Block(1, 3), Block(3, 5)]
     family, (fit, held_out) = family_of(model.config), split_documents(texts)
-    losses = means(cut_losses(model, family, texts, blocks, surrogate="scalar", batch_size=4))
+    losses = means(cut_losses(ModelContext(model, family, texts, 4), blocks, "scalar"))
     for block, loss in zip(blocks, losses, strict=True):
-        (there,) = compensated(model, family, fit, [block], batch_size=4)
-        with unfused(model, family, scaled([there])):
+        (there,) = scale_blocks(ModelContext(model, family, fit, 4), [block])
+        with unfused(model, family, scaling_edits([there])):
             expected = loss_of(model, held_out)
         assert loss == pytest.approx(expected, rel=1e-5)
         assert loss != pytest.approx(loss_without("llama", [*block.layers], held_out), rel=1e-5)
@@ -224,9 +225,9 @@ def test_states_that_overflow_are_named(documents: Documents) -> None:
     model.model.layers[3].forward = lambda hidden_states, *_args, **_options: float("inf") * hidden_states
     said = "dtype: the states of the shortened model overflow; use bfloat16 or float32"
     with pytest.raises(ParameterError, match=said):
-        compensated(model, family_of(model.config), documents, [Block(3, 4)], batch_size=4)
+        scale_blocks(context_of(model, documents), [Block(3, 4)])
     with pytest.raises(ParameterError, match=said):
-        compensated_layers(model, family_of(model.config), documents, [1, 2], 1, batch_size=4)
+        compensated_layers(context_of(model, documents), [1, 2], 1)
 
 
 @pytest.mark.parametrize("kind", UNDESCRIBED)
@@ -266,9 +267,9 @@ def test_repair_follows_scalars(kind: str, save_tiny: Callable[..., Model], tmp_
         return
     params = read_params(None, {"method": "prune_and_comp", "repair": True, "batch_size": 4})
     model = source.load()
-    plan = Plan(tuple(compensated(model, source.family(), texts, [Block(1, 2), Block(3, 5)], batch_size=4)), ())
-    edits = scaled(plan.blocks)
-    repairs, _ = repair_layers(params, model, source.family(), texts, edits, plan)
+    plan = Plan(tuple(scale_blocks(ModelContext(model, source.family(), texts, 4), [Block(1, 2), Block(3, 5)])), ())
+    edits = scaling_edits(plan.blocks)
+    repairs, _ = repair_layers(params, ModelContext(model, source.family(), texts, params.batch_size), edits, plan)
     assert repairs
     assert all(each.after < each.before for each in repairs)
     save_pruned(source, edits, tmp_path)
@@ -327,7 +328,7 @@ def test_the_card_of_another_method_has_no_scalars(params: Params, tiny: Model) 
         ),
         (
             {"method": "uidl", "selection": "compensated"},
-            "selection: 'compensated' is not a criterion; use null or one of angular, residual, loss, influence, greedy.",
+            "selection: 'compensated' is not a criterion; use one of angular, residual, loss, influence, greedy.",
         ),
     ],
 )

@@ -11,7 +11,8 @@ from replaceme.base.files import read_json, write_json
 from replaceme.base.parameters import read_params
 from replaceme.base.plan import Block, Surrogate, load_blocks
 from replaceme.methods.registry import METHODS, criterion_of
-from replaceme.models.families import family_of
+from replaceme.models.context import ModelContext
+from replaceme.models.families import Family, family_of
 from replaceme.pipeline.select import select
 from replaceme.running.workspace import Workspace
 from replaceme.selection import cut_loss
@@ -93,7 +94,7 @@ def test_the_loss_decides_among_the_best_cuts(
     work, asked = Workspace(tmp_path), []
     write_json(work.profile / "profile.json", {"angular_distance": angles, "residual": residuals})
 
-    def measure(model: Any, family: Any, documents: Any, blocks: list[Block], *, surrogate: str, batch_size: int) -> Any:
+    def measure(context: Any, blocks: list[Block], surrogate: str) -> Any:
         asked.extend((block.layer_before_cut, surrogate) for block in blocks)
         return map(of_one_domain, [3.0, math.nan, 2.0, 4.0, math.inf, 5.0])
 
@@ -123,7 +124,7 @@ def test_the_most_layers_within_the_tolerated_rise_go(
     work = Workspace(tmp_path)
     write_json(work.profile / "profile.json", {"angular_distance": residuals, "residual": residuals})
 
-    def measure(model: Any, family: Any, documents: Any, blocks: list[Block], **_: Any) -> list[Losses]:
+    def measure(context: Any, blocks: list[Block], surrogate: str) -> list[Losses]:
         tried.append(len(blocks[0]))
         assert [block.start for block in blocks] == list(range(3, 13))[: min(13 - len(blocks[0]) - 2, cut_loss.SHORTLIST)]
         # The last of them is the best.
@@ -153,7 +154,7 @@ def test_a_format_that_overflows_is_named(
 ) -> None:
     work, values = Workspace(tmp_path), [[0.5] * 6 for _ in range(6)]
     write_json(work.profile / "profile.json", {"angular_distance": values, "residual": values})
-    without_model(monkeypatch, lambda *arguments, **_: [of_one_domain(others) for _ in arguments[3]], dense)
+    without_model(monkeypatch, lambda *arguments, **_: [of_one_domain(others) for _ in arguments[1]], dense)
     where = "every shortened model" if dense == 2 else "the model's predictions"
     with pytest.raises(ParameterError, match=f"dtype: bfloat16 overflows in {where}; use bfloat16 or float32"):
         select(read_params(None, {"selection": "loss", "layers_to_skip": 2, "tolerated_loss": tolerated}), work)
@@ -177,10 +178,12 @@ def of_one_domain(mean: float) -> Losses:
     return Losses([0], torch.tensor([8 * mean], dtype=torch.float64), torch.tensor([8.0], dtype=torch.float64))
 
 
+WITHOUT_MODEL = ModelContext(None, Family(), many_documents(2), 4)
+
+
 def without_model(monkeypatch: pytest.MonkeyPatch, measure: Callable[..., Any], dense: float = 1.5) -> None:
     """Replace the measured losses by a function, without a model."""
-    monkeypatch.setattr("replaceme.pipeline.select._loaded", lambda *_: (None, None))
-    monkeypatch.setattr("replaceme.pipeline.select.Documents.load", lambda _: many_documents(2))
+    monkeypatch.setattr("replaceme.pipeline.select._load_context", lambda *_: WITHOUT_MODEL)
     monkeypatch.setattr(cut_loss, "dense_losses", lambda *_: of_one_domain(dense))
     monkeypatch.setattr(cut_loss, "cut_losses", measure)
 
@@ -231,7 +234,7 @@ def test_a_cut_after_an_mlp_that_adds_nothing_is_measured_without_a_fit(surrogat
     with torch.no_grad():
         last.weight.zero_()
         last.bias.zero_()
-    nothing, fitted = means(cut_losses(model, family, documents, blocks, surrogate=surrogate, batch_size=4))
-    bare = means(cut_losses(model, family, documents, blocks, surrogate="nothing", batch_size=4))
+    nothing, fitted = means(cut_losses(ModelContext(model, family, documents, 4), blocks, surrogate))
+    bare = means(cut_losses(ModelContext(model, family, documents, 4), blocks, "nothing"))
     assert nothing == pytest.approx(bare[0], rel=1e-5)
     assert fitted != pytest.approx(bare[1], rel=1e-4)

@@ -12,20 +12,19 @@ from replaceme.base.files import read_json, write_json
 from replaceme.base.parameters import read_params
 from replaceme.base.plan import Block, load_blocks, runs
 from replaceme.methods.registry import METHODS, criterion_of
-from replaceme.models.families import family_of
 from replaceme.pipeline.select import select
 from replaceme.running.workspace import Workspace
 from replaceme.selection.greedy import greedy_layers
 from replaceme.statistics.profile import profile_model
 from tests.conftest import LAYERS, made_model
-from tests.helpers import loss_without
+from tests.helpers import context_of, loss_without
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "falcon", "gemma2", "opt"])
 def test_greedy_choice_is_the_exhaustive_best_of_each_round(kind: str, documents: Documents) -> None:
     model = made_model(kind)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    removed, losses = greedy_layers(model, family_of(model.config), documents, range(1, LAYERS), 3, batch_size=4)
+    removed, losses = greedy_layers(context_of(model, documents), range(1, LAYERS), 3)
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
     for number, loss in enumerate(losses):
         gone = removed[:number]
@@ -35,13 +34,13 @@ def test_greedy_choice_is_the_exhaustive_best_of_each_round(kind: str, documents
 
 
 def test_greedy_removes_only_allowed_layers(documents: Documents) -> None:
-    removed, _ = greedy_layers(made_model(), family_of(made_model().config), documents, [2, 5], 2, batch_size=4)
+    removed, _ = greedy_layers(context_of(made_model(), documents), [2, 5], 2)
     assert sorted(removed) == [2, 5]
 
 
 def test_the_loss_of_greedy_is_of_a_few_thousand_tokens(documents: Documents, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("replaceme.base.documents.EXCERPT_TOKENS", 50)
-    _, losses = greedy_layers(made_model(), family_of(made_model().config), documents, [3], 1, batch_size=4)
+    _, losses = greedy_layers(context_of(made_model(), documents), [3], 1)
     assert losses == [pytest.approx(loss_without("llama", [3], excerpts_of(documents)), rel=1e-4)]
 
 
@@ -53,7 +52,7 @@ def test_influence_of_a_layer_that_does_nothing_is_zero_and_it_goes_first(docume
             model.model.layers[layer].self_attn.o_proj.bias.zero_()
             model.model.layers[layer].mlp.down_proj.weight.zero_()
             model.model.layers[layer].mlp.down_proj.bias.zero_()
-    found = profile_model(model, family_of(model.config), documents, 4)
+    found = profile_model(context_of(model, documents))
     assert [found["layers"]["block_influence"][layer] for layer in (2, 4)] == pytest.approx([0, 0], abs=1e-6)
     work = Workspace(tmp_path)
     write_json(work.profile / "profile.json", found)

@@ -18,6 +18,7 @@ from replaceme.base.plan import Block, Plan
 from replaceme.edits.edits import Edits
 from replaceme.edits.fold import apply_edits
 from replaceme.methods.registry import METHODS
+from replaceme.models.context import ModelContext
 from replaceme.models.families import Family, family_of, parameter_of
 from replaceme.repair.repair import repair_layers
 from replaceme.solvers.quality import sse_change_of_correction
@@ -25,7 +26,7 @@ from replaceme.solvers.ridge import solve_correction, solve_ridge
 from replaceme.statistics.cut_statistics import FeatureGram, take_statistics
 from replaceme.statistics.features import LINEARS, Features
 from tests.conftest import PLAIN, WIDTH, made_model
-from tests.helpers import many_documents, passing, ridge
+from tests.helpers import context_of, many_documents, passing, ridge
 
 BLOCK = Block(2, 4)
 
@@ -38,7 +39,7 @@ def at_cut(model: Any, documents: Documents) -> dict[str, np.ndarray]:
 def solved(model: Any, documents: Documents, **options: Any) -> tuple[Edits, dict[str, Any]]:
     params = read_params(None, options)
     family = family_of(model.config)
-    taken = take_statistics(model, family, documents, BLOCK, METHODS["lstsq"].statistics(params), 4)
+    taken = take_statistics(ModelContext(model, family, documents, 4), BLOCK, METHODS["lstsq"].statistics(params))
     found = METHODS["lstsq"].solve(params, BLOCK, taken.__getitem__)
     return found.edits, found.figures
 
@@ -177,7 +178,7 @@ def test_the_layout_of_the_features_is_that_of_the_model(kind: str) -> None:
 
 def test_padding_and_the_size_of_a_batch_change_nothing(documents: Documents, tmp_path: Path) -> None:
     model = made_model(dtype=torch.float64)
-    one, four = (take_statistics(model, Family(), documents, BLOCK, ["features"], size)["features"] for size in (1, 4))
+    one, four = (take_statistics(context_of(model, documents, size), BLOCK, ["features"])["features"] for size in (1, 4))
     assert all(torch.allclose(one[name], four[name], rtol=1e-4, atol=1e-3) for name in one)
 
 
@@ -206,7 +207,7 @@ def test_a_repair_names_the_smaller_of_its_ridges(linear: str, tmp_path: Path) -
     assert family.parallel
     edits, plan = Edits("test", [*BLOCK.layers]), Plan((BLOCK,), ())
     with pytest.raises(SolveError, match=f"^repair_ridge_{linear}: 1e-18 leaves the least squares singular; raise it, or data"):
-        repair_layers(params, model, family, few, edits, plan, tmp_path)
+        repair_layers(params, ModelContext(model, family, few, params.batch_size, tmp_path), edits, plan)
 
 
 def test_the_map_is_solved_from_exact_sums() -> None:

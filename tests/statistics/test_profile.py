@@ -4,15 +4,14 @@ import pytest
 import torch
 
 from replaceme.base.documents import Documents
-from replaceme.models.families import Family
 from replaceme.statistics.profile import angular_distance, profile_model
 from tests.conftest import LAYERS, made_model
-from tests.helpers import layer_outputs
+from tests.helpers import context_of, layer_outputs
 
 
 def test_distances_equal_a_plain_reference(documents: Documents) -> None:
     model = made_model()
-    found = profile_model(model, Family(), documents, batch_size=4)["angular_distance"]
+    found = profile_model(context_of(model, documents))["angular_distance"]
     for i, j in [(0, 1), (0, LAYERS - 1), (2, 4)]:
         total = 0.0
         for document in documents.documents:
@@ -25,7 +24,7 @@ def test_distances_equal_a_plain_reference(documents: Documents) -> None:
 
 def test_influence_and_norms_equal_a_plain_reference(documents: Documents) -> None:
     model = made_model()
-    found = profile_model(model, Family(), documents, batch_size=4)["layers"]
+    found = profile_model(context_of(model, documents))["layers"]
     states = [
         torch.cat(parts).double() for parts in zip(*(layer_outputs(model, each) for each in documents.documents), strict=True)
     ]
@@ -41,8 +40,8 @@ def test_influence_and_norms_equal_a_plain_reference(documents: Documents) -> No
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_padding_and_batch_size_change_nothing(documents: Documents, batch_size: int) -> None:
     model = made_model(dtype=torch.float64)
-    expected = profile_model(model, Family(), documents, batch_size=1)
-    found = profile_model(model, Family(), documents, batch_size=batch_size)
+    expected = profile_model(context_of(model, documents, 1))
+    found = profile_model(context_of(model, documents, batch_size))
     assert torch.tensor(found["angular_distance"]) == pytest.approx(torch.tensor(expected["angular_distance"]), abs=1e-7)
     for figure, values in expected["layers"].items():
         assert found["layers"][figure] == pytest.approx(values, rel=1e-5)
@@ -53,7 +52,7 @@ def test_a_layer_that_does_nothing_has_no_influence_and_no_distance(documents: D
     with torch.no_grad():
         model.model.layers[2].self_attn.o_proj.weight.zero_()
         model.model.layers[2].mlp.down_proj.weight.zero_()
-    found = profile_model(model, Family(), documents, batch_size=4)
+    found = profile_model(context_of(model, documents))
     assert found["layers"]["block_influence"][2] == pytest.approx(0, abs=1e-6)
     assert found["angular_distance"][1][2] == pytest.approx(0, abs=1e-6)
 

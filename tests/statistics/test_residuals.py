@@ -17,6 +17,7 @@ from replaceme.base.plan import Block
 from replaceme.edits.edits import Edits
 from replaceme.edits.fold import apply_edits
 from replaceme.methods.registry import METHODS
+from replaceme.models.context import ModelContext
 from replaceme.models.families import Family, Linear, family_of
 from replaceme.selection import cut_loss
 from replaceme.selection.cut_loss import DerivedGram, cut_losses, dense_losses, feature_gram
@@ -27,7 +28,7 @@ from replaceme.statistics.residuals import RIDGE, TokenSample, choose_tokens, re
 from replaceme.statistics.sums import token_weights
 from replaceme.statistics.walk import walk
 from tests.conftest import KINDS, LAYERS, PLAIN, WIDTH, made_model
-from tests.helpers import mean_loss, means
+from tests.helpers import context_of, mean_loss, means
 
 
 def made_documents(count: int, seed: int = 0) -> Documents:
@@ -62,7 +63,7 @@ def states(
 def test_the_map_equals_a_direct_computation_for_sampled_pairs(batch_size: int, count: int, tmp_path: Path) -> None:
     model, documents = made_model(dtype=torch.float64), made_documents(count)
     with TokenSample(documents, LAYERS, WIDTH, torch.float64, tmp_path) as sample:
-        walk(model, Family(), documents, [sample], batch_size=batch_size, description="test")
+        walk(context_of(model, documents, batch_size), [sample], description="test")
         found = residual_map(sample)
         tokens = torch.cat([sample.fit, sample.held_out]).numpy()
         fit = np.arange(len(tokens)) < len(sample.fit)
@@ -118,7 +119,7 @@ def test_a_layer_that_a_map_can_stand_for_has_no_residual() -> None:
         for layer in (3, 4):
             model.model.layers[layer].self_attn.o_proj.weight.zero_()
             model.model.layers[layer].mlp.down_proj.weight.zero_()
-    found = profile_model(model, Family(), documents, 4)["residual"]
+    found = profile_model(context_of(model, documents))["residual"]
     assert found[2][4] < 0.01
     assert found[2][5] > 0.05
 
@@ -135,9 +136,9 @@ def test_the_loss_of_a_cut_is_that_of_the_model_with_its_fold(family: str) -> No
     model, documents, block = made_model(family), made_documents(12), Block(2, 4)
     description = family_of(model.config)
     weights = {name: weight.clone() for name, weight in model.state_dict().items()}
-    dense = dense_losses(model, documents, 4).mean
-    (fitted,) = means(cut_losses(model, description, documents, [block], surrogate="map", batch_size=4))
-    (bare,) = means(cut_losses(model, description, documents, [block], surrogate="nothing", batch_size=4))
+    dense = dense_losses(context_of(model, documents)).mean
+    (fitted,) = means(cut_losses(ModelContext(model, description, documents, 4), [block], "map"))
+    (bare,) = means(cut_losses(ModelContext(model, description, documents, 4), [block], "nothing"))
     assert all(torch.equal(weights[name], weight) for name, weight in model.state_dict().items())
     kept, held_out = split_documents(documents)
     assert dense == pytest.approx(mean_loss(model, held_out), rel=1e-5)
@@ -161,7 +162,7 @@ def test_the_loss_of_a_cut_is_that_of_the_model_without_its_layers(kind: str) ->
     description, computed = family_of(model.config), []
     front = description.decoder_layers(model)[0].get_submodule(description.attention)
     front.register_forward_hook(lambda *_: computed.append(None))
-    losses = means(cut_losses(model, description, documents, blocks, surrogate="nothing", batch_size=4))
+    losses = means(cut_losses(ModelContext(model, description, documents, 4), blocks, "nothing"))
     _, held_out = split_documents(documents)
     # The layers before all cuts are computed once.
     assert len(computed) == held_out.batch_count(4)
@@ -175,9 +176,9 @@ def test_the_loss_needs_documents_to_hold_out() -> None:
     one_text = Documents([torch.arange(9)] * 6, [0] * 6)
     for documents in (made_documents(4), Documents([torch.tensor([5])] * 6), one_text):
         with pytest.raises(ParameterError, match="selection: loss holds out every 5th text"):
-            dense_losses(made_model(), documents, 1)
+            dense_losses(context_of(made_model(), documents, 1))
         with pytest.raises(ParameterError, match="selection: loss holds out every 5th text"):
-            cut_losses(made_model(), Family(), documents, [Block(2, 3)], surrogate="map", batch_size=1)
+            cut_losses(context_of(made_model(), documents, 1), [Block(2, 3)], "map")
 
 
 def test_many_documents_are_not_cut_short_for_the_loss() -> None:
@@ -192,7 +193,7 @@ def test_many_documents_are_not_cut_short_for_the_loss() -> None:
 @pytest.mark.parametrize("lengths", [[2], [1, 1], [3], [1, 1, 1, 1, 1, 1]])
 def test_hardly_any_text_still_gives_numbers(lengths: list[int]) -> None:
     documents = Documents([torch.arange(5, 5 + length) for length in lengths])
-    found = profile_model(made_model(), Family(), documents, 2)["residual"]
+    found = profile_model(context_of(made_model(), documents, 2))["residual"]
     assert all(np.isfinite(row).all() for row in found)
 
 
@@ -207,10 +208,10 @@ def test_the_loss_of_new_weights_is_that_of_the_edits_of_the_method(
 ) -> None:
     monkeypatch.setattr(cut_loss, "GRAM_BYTES", bytes_at_once)
     model, documents, blocks = made_model(dtype=torch.float64), made_documents(12), [Block(2, 4), Block(1, 3)]
-    found = means(cut_losses(model, Family(), documents, blocks, surrogate=transform, batch_size=4))  # type: ignore[arg-type]
+    found = means(cut_losses(context_of(model, documents), blocks, transform))  # type: ignore[arg-type]
     kept, held_out = split_documents(documents)
     for loss, block in zip(found, blocks, strict=True):
-        sums = take_statistics(model, Family(), kept, block, [statistic], 4)[statistic]
+        sums = take_statistics(context_of(model, kept), block, [statistic])[statistic]
         params = read_params(None, {"transform": transform, "alpha": RIDGE * float(sums["added_gram"].diagonal().mean())})
         edits = METHODS["lstsq"].solve(params, block, lambda _, sums=sums: sums).edits  # type: ignore[misc]
         edits.removed_layers = [*block.layers]
@@ -228,7 +229,7 @@ def test_what_the_mlp_adds_is_known_from_its_features(kind: str, linears: tuple[
     features, last = Features.of(host, family, linears), family.linear_of(host, "mlp_output")
     found, expected = feature_gram(block, features, last), FeatureGram(block, features)
     assert isinstance(found, DerivedGram)
-    walk(model, family, documents, [found, expected], batch_size=4, description=None)
+    walk(ModelContext(model, family, documents, 4), [found, expected], description=None)
     sums = found.tensors()
     for name, total in expected.tensors().items():
         assert torch.allclose(sums[name], total, rtol=1e-5, atol=1e-6 * float(total.abs().max()))

@@ -8,10 +8,10 @@ from safetensors.torch import load_file
 
 from replaceme.base.documents import Documents
 from replaceme.base.errors import ResourceError
-from replaceme.models.families import Family
 from replaceme.statistics.cut_statistics import take_statistics
 from replaceme.statistics.shards import ShardWriter, StoredShards, Tokens
 from tests.conftest import WIDTH, made_model
+from tests.helpers import context_of
 from tests.statistics.helpers import BLOCK, at_cut
 
 TOKENS_A_SHARD = 50
@@ -32,7 +32,7 @@ def test_the_fast_form_keeps_m_and_y_of_exactly_the_real_tokens(
     documents: Documents, tmp_path: Path, batch_size: int, small_shards: None
 ) -> None:
     model = made_model(dtype=torch.float64)
-    taken = take_statistics(model, Family(), documents, BLOCK, ["tokens"], batch_size, tmp_path)
+    taken = take_statistics(context_of(model, documents, batch_size, tmp_path), BLOCK, ["tokens"])
     shards, read = read_all(tmp_path, taken["tokens"]["counts"])
     assert sum(shards.counts) == documents.token_count
     assert shards.counts[:-1] == [TOKENS_A_SHARD] * (documents.token_count // TOKENS_A_SHARD)
@@ -47,7 +47,7 @@ def test_the_fast_form_keeps_m_and_y_of_exactly_the_real_tokens(
 
 def test_the_accurate_form_keeps_all_that_passed_and_a_bf16_walk_loses_nothing(documents: Documents, tmp_path: Path) -> None:
     model = made_model(dtype=torch.bfloat16)
-    taken = take_statistics(model, Family(), documents, BLOCK, ["tokens_accurate"], 1, tmp_path)
+    taken = take_statistics(context_of(model, documents, 1, tmp_path), BLOCK, ["tokens_accurate"])
     _, [(M, Z, H)] = read_all(tmp_path, taken["tokens_accurate"]["counts"])
     expected_m, expected_z, expected_h = at_cut(model, Documents(documents.longest_first()))
     assert Z is not None
@@ -62,10 +62,10 @@ def test_tokens_that_do_not_fit_on_the_disk_are_refused_before_any_is_written(
     free = 2 * WIDTH * 2 * documents.token_count
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free - 1))
     with pytest.raises(ResourceError, match=r"loss cosine keeps 0 MiB of tokens there.*lower dataset_size or max_length"):
-        take_statistics(made_model(), Family(), documents, BLOCK, ["tokens"], 4, tmp_path)
+        take_statistics(context_of(made_model(), documents, 4, tmp_path), BLOCK, ["tokens"])
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
-    take_statistics(made_model(), Family(), documents, BLOCK, ["tokens"], 4, tmp_path)
+    take_statistics(context_of(made_model(), documents, 4, tmp_path), BLOCK, ["tokens"])
 
 
 def test_the_writer_waits_with_less_than_a_shard(tmp_path: Path, small_shards: None) -> None:

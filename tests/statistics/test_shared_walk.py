@@ -10,11 +10,10 @@ import torch
 from replaceme.base.documents import Batch, Documents
 from replaceme.base.group import Shard, all_gather, all_reduce_sum, compute_on_rank0, merge_rows, process_group, shard, sharded
 from replaceme.base.plan import Block
-from replaceme.models.families import family_of
-from replaceme.statistics.cut_statistics import REDUCIBLE, STATISTICS, Place, take_statistics
+from replaceme.statistics.cut_statistics import REDUCIBLE, STATISTICS, take_statistics
 from replaceme.statistics.walk import Reducible, Signal, Signals, signals_for, walk
 from tests.conftest import made_model
-from tests.helpers import many_documents
+from tests.helpers import context_of, many_documents
 from tests.ranks import in_ranks
 
 
@@ -40,7 +39,7 @@ def _walked() -> list[list[int]]:
     model, alone, beside = made_model(), Shared(), [Shared(), Seen()]
     with process_group(), sharded():
         for observers in ([alone], beside):
-            walk(model, family_of(model.config), many_documents(7), observers, batch_size=2, description=None)
+            walk(context_of(model, many_documents(7), 2), observers, description=None)
     return [observer.positions for observer in (alone, *beside)]
 
 
@@ -94,7 +93,7 @@ def test_what_processes_exchange_is_the_same_in_all(tmp_path: Path) -> None:
 def _statistics(batch_size: int) -> list[Any]:
     model = made_model()
     with process_group(), sharded():
-        taken = take_statistics(model, family_of(model.config), many_documents(7), Block(2, 4), sorted(REDUCIBLE), batch_size)
+        taken = take_statistics(context_of(model, many_documents(7), batch_size), Block(2, 4), sorted(REDUCIBLE))
     return sorted([name, each, tensor.tolist()] for name, tensors in taken.items() for each, tensor in tensors.items())
 
 
@@ -102,7 +101,7 @@ def _statistics(batch_size: int) -> list[Any]:
 def test_statistics_of_two_processes_are_those_of_one(batch_size: int, tmp_path: Path) -> None:
     # With 7 documents in a batch, the second process has none.
     model = made_model()
-    alone = take_statistics(model, family_of(model.config), many_documents(7), Block(2, 4), sorted(REDUCIBLE), batch_size)
+    alone = take_statistics(context_of(model, many_documents(7), batch_size), Block(2, 4), sorted(REDUCIBLE))
     first, second = in_ranks(2, partial(_statistics, batch_size), tmp_path)
     assert first == second
     assert len(first) == sum(map(len, alone.values()))
@@ -112,6 +111,5 @@ def test_statistics_of_two_processes_are_those_of_one(batch_size: int, tmp_path:
 
 def test_the_statistics_that_processes_share_are_those_that_add_up(tmp_path: Path) -> None:
     model = made_model()
-    family = family_of(model.config)
-    place = Place(Block(2, 4), family.decoder_layers(model)[1], family, many_documents(7), tmp_path)
-    assert {name for name, made in STATISTICS.items() if isinstance(made(place), Reducible)} == REDUCIBLE
+    context = context_of(model, many_documents(7), folder=tmp_path)
+    assert {name for name, made in STATISTICS.items() if isinstance(made(Block(2, 4), context), Reducible)} == REDUCIBLE

@@ -8,12 +8,12 @@ from replaceme.base.documents import Batch, Documents
 from replaceme.base.errors import SolveError
 from replaceme.base.parameters import read_params
 from replaceme.methods.registry import METHODS
-from replaceme.models.families import Family
 from replaceme.solvers.ridge import solve_ridge
 from replaceme.statistics.cut_statistics import Sample, take_statistics
 from replaceme.statistics.sums import Sums, squares
 from replaceme.statistics.walk import Signal, Signals, signals_for, walk
 from tests.conftest import WIDTH, made_model
+from tests.helpers import context_of
 from tests.statistics.helpers import BLOCK, at_cut
 
 NAMES = ("gram", "sample")
@@ -22,7 +22,7 @@ NAMES = ("gram", "sample")
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_transform_from_the_statistics_equals_numpy_lstsq_on_the_activations(documents: Documents, batch_size: int) -> None:
     model = made_model(dtype=torch.float64)
-    sums = take_statistics(model, Family(), documents, BLOCK, NAMES, batch_size)["gram"]
+    sums = take_statistics(context_of(model, documents, batch_size), BLOCK, NAMES)["gram"]
     M, Z, H = at_cut(model, documents)
     expected = np.linalg.lstsq(M, H - Z, rcond=None)[0]
     assert np.allclose(solve_ridge(sums["gram"], sums["cross"], 0.0).transform.numpy(), expected, rtol=1e-8, atol=1e-8)
@@ -30,7 +30,7 @@ def test_transform_from_the_statistics_equals_numpy_lstsq_on_the_activations(doc
 
 def test_sums_equal_those_of_the_concatenated_activations(documents: Documents) -> None:
     model = made_model(dtype=torch.float64)
-    sums = take_statistics(model, Family(), documents, BLOCK, NAMES, 4)["gram"]
+    sums = take_statistics(context_of(model, documents), BLOCK, NAMES)["gram"]
     M, Z, H = at_cut(model, documents)
     expected = {
         "gram": M.T @ M, "cross": M.T @ (H - Z), "target_squares": ((H - Z) ** 2).sum(), "output_squares": (H**2).sum(),
@@ -43,14 +43,14 @@ def test_sums_equal_those_of_the_concatenated_activations(documents: Documents) 
 def test_statistics_of_disjoint_documents_add_up(documents: Documents) -> None:
     model = made_model(dtype=torch.float64)
     parts = [Documents(documents.documents[:4]), Documents(documents.documents[4:])]
-    whole, first, second = (take_statistics(model, Family(), each, BLOCK, NAMES, 4)["gram"] for each in (documents, *parts))
+    whole, first, second = (take_statistics(context_of(model, each), BLOCK, NAMES)["gram"] for each in (documents, *parts))
     assert all(torch.allclose(whole[name], first[name] + second[name], rtol=1e-10) for name in whole)
 
 
 def test_the_sample_holds_evenly_spaced_real_tokens(documents: Documents, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("replaceme.statistics.cut_statistics.SAMPLED_TOKENS", 50)
     model = made_model(dtype=torch.float64)
-    sample = take_statistics(model, Family(), documents, BLOCK, NAMES, 4)["sample"]
+    sample = take_statistics(context_of(model, documents), BLOCK, NAMES)["sample"]
     longest_first = Documents(sorted(documents.documents, key=len, reverse=True))
     M, Z, H = at_cut(model, longest_first)
     step = -(-documents.token_count // 50)
@@ -68,7 +68,7 @@ def test_the_pass_stops_at_the_last_layer_needed_and_computes_no_logits(document
     for index, layer in enumerate(model.model.layers):
         layer.register_forward_hook(lambda *_, index=index: called.append(f"layer {index}"))
     model.lm_head.register_forward_hook(lambda *_: called.append("logits"))
-    take_statistics(model, Family(), documents, BLOCK, NAMES, 4)
+    take_statistics(context_of(model, documents), BLOCK, NAMES)
     assert set(called) == {f"layer {index}" for index in range(BLOCK.end - 1)} | {f"layer {BLOCK.end - 1}"}
 
 
@@ -85,7 +85,7 @@ def test_observers_leave_nothing_in_a_batchs_scratch_and_no_hook_on_the_model(do
 
     from replaceme.statistics.cut_statistics import Gram
 
-    walk(model, Family(), documents, [Gram(BLOCK), Watch()], batch_size=4, description="test")
+    walk(context_of(model, documents), [Gram(BLOCK), Watch()], description="test")
     assert batches
     assert all(not batch.scratch for batch in batches)
     assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
@@ -93,13 +93,13 @@ def test_observers_leave_nothing_in_a_batchs_scratch_and_no_hook_on_the_model(do
 
 def test_width_of_the_statistics_is_the_models() -> None:
     model = made_model()
-    sums = take_statistics(model, Family(), Documents([torch.arange(2, 60)]), BLOCK, NAMES, 1)["gram"]
+    sums = take_statistics(context_of(model, Documents([torch.arange(2, 60)]), 1), BLOCK, NAMES)["gram"]
     assert sums["gram"].shape == sums["cross"].shape == (WIDTH, WIDTH)
 
 
 def test_figures_of_the_fit_equal_those_of_the_activations(documents: Documents) -> None:
     model = made_model(dtype=torch.float64)
-    taken = take_statistics(model, Family(), documents, BLOCK, NAMES, 4)
+    taken = take_statistics(context_of(model, documents), BLOCK, NAMES)
     params = read_params(None, {"alpha": 3.0})
     solved = METHODS["lstsq"].solve(params, BLOCK, taken.__getitem__)
     edits, figures = solved.edits, solved.figures
@@ -130,7 +130,7 @@ def test_figures_of_the_fit_equal_those_of_the_activations(documents: Documents)
 @pytest.mark.parametrize("transform", ["diagonal", "triangular", "two_vectors"])
 def test_a_structured_transform_has_the_same_figures_and_a_title_that_names_it(documents: Documents, transform: str) -> None:
     model = made_model(dtype=torch.float64)
-    taken = take_statistics(model, Family(), documents, BLOCK, NAMES, 4)
+    taken = take_statistics(context_of(model, documents), BLOCK, NAMES)
     params = read_params(None, {"alpha": 3.0, "transform": transform})
     dense, solved = (
         METHODS["lstsq"].solve(each, BLOCK, taken.__getitem__) for each in (read_params(None, {"alpha": 3.0}), params)
@@ -171,4 +171,4 @@ def test_sums_that_are_not_finite_are_refused_before_they_are_stored(name: str, 
     with torch.no_grad():
         model.model.embed_tokens.weight[int(documents.documents[0][3])] = float("nan")
     with pytest.raises(SolveError, match="dtype: the sums over the activations are not finite; use float32 or bfloat16"):
-        take_statistics(model, Family(), documents, BLOCK, [name], 4)
+        take_statistics(context_of(model, documents), BLOCK, [name])

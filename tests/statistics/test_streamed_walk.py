@@ -10,6 +10,7 @@ from torch import Tensor
 
 from replaceme.base.documents import Batch, Documents
 from replaceme.base.plan import Block
+from replaceme.models.context import ModelContext
 from replaceme.models.families import Family, family_of
 from replaceme.models.layers import EntryState
 from replaceme.models.memory import load_streamed
@@ -68,7 +69,7 @@ def test_all_signals_are_the_same_bits_and_each_layer_is_read_once(
     family = family_of(made_config(kind))
     resident, streamed = (Recorder(family) for _ in models)
     for model, recorder in zip(models, (resident, streamed), strict=True):
-        walk(model, family, documents, [recorder], batch_size=2, description=None)
+        walk(ModelContext(model, family, documents, 2), [recorder], description=None)
     assert streamed.order == sorted(resident.order)
     for key, expected in resident.seen.items():
         assert all(map(torch.equal, streamed.seen[key], expected)), key
@@ -83,9 +84,13 @@ def test_profile_and_statistics_are_the_same_bits(
     family, block = family_of(made_config(kind)), Block(2, 4)
     names = [name for name in STATISTICS if "features" not in name or kind not in EXPERTS + NORM_AFTER_MLP]
     names = [name for name in names if "tokens" not in name]
-    assert profile_model(streamed, family, documents, 2) == profile_model(resident, family, documents, 2)
+    assert profile_model(ModelContext(streamed, family, documents, 2)) == profile_model(
+        ModelContext(resident, family, documents, 2)
+    )
     assert own.bytes_read == sum(own.sizes)
-    found, expected = (take_statistics(each, family, documents, block, names, 2, tmp_path) for each in (streamed, resident))
+    found, expected = (
+        take_statistics(ModelContext(each, family, documents, 2, tmp_path), block, names) for each in (streamed, resident)
+    )
     assert equal(found, expected)
 
 
@@ -97,7 +102,7 @@ def test_a_walk_from_a_later_layer_reads_only_the_layers_that_it_computes(tiny: 
     for model in (resident, streamed):
         states = torch.empty(2, tokens, WIDTH)
         observers = [RecordStates(3, ("attention",), states[0]), RecordStates(4, ("output",), states[1])]
-        walk(model, family, documents, observers, batch_size=2, description=None, start=EntryState(3, entering))
+        walk(ModelContext(model, family, documents, 2), observers, description=None, start=EntryState(3, entering))
         kept.append(states)
     assert torch.equal(*kept)
     assert own.bytes_read == 2 * own.sizes[0]

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from replaceme.base.documents import Batch, Documents
-from replaceme.models.families import Family, family_of, linears_within, parameter_of
+from replaceme.models.context import ModelContext
+from replaceme.models.families import family_of, linears_within, parameter_of
 from replaceme.models.layers import EntryState
 from replaceme.statistics.features import LINEARS, SIGNAL
 from replaceme.statistics.walk import Signal, Signals, signals_for, walk
 from tests.conftest import KINDS, LAYERS, PLAIN, made_model
-from tests.helpers import passing
+from tests.helpers import context_of, passing
 
 SIGNALS: tuple[Signal, ...] = ("input", "attention_features", "attention", "mlp_features", "mlp", "output")
 
@@ -46,7 +47,7 @@ def count_calls(module: Any) -> list[int]:
 def test_signals_equal_those_of_plain_hooks(kind: str, documents: Documents) -> None:
     model, family = made_model(kind), family_of(made_model(kind).config)
     keep = Record(signals_for([2, 4], *(name for name in SIGNALS if name != "mlp_features" or not family.experts)))
-    walk(model, family, documents, [keep], batch_size=4, description="test")
+    walk(ModelContext(model, family, documents, 4), [keep], description="test")
     for layer in (2, 4):
         part = family.decoder_layers(model)[layer]
         kept: Callable[[Signal], Tensor] = lambda signal, layer=layer: keep.all(layer, signal)  # type: ignore[misc]  # noqa: E731
@@ -75,7 +76,7 @@ def test_a_walk_ends_at_the_last_signal_that_is_wanted(signal: Signal, computed:
     model = made_model()
     output, later = count_calls(model.model.layers[3].self_attn.o_proj), count_calls(model.model.layers[4])
     head, last = count_calls(model.lm_head), count_calls(model.model.layers[3].mlp.down_proj)
-    walk(model, Family(), documents, [Record(signals_for([3], signal))], batch_size=len(documents), description="test")
+    walk(context_of(model, documents, len(documents)), [Record(signals_for([3], signal))], description="test")
     assert (len(output), len(last), len(later), len(head)) == (computed, signal == "output", 0, 0)
 
 
@@ -83,13 +84,13 @@ def test_a_walk_ends_at_the_last_signal_that_is_wanted(signal: Signal, computed:
 def test_a_walk_from_a_later_layer_continues_an_earlier_walk(kind: str, documents: Documents) -> None:
     model, whole = made_model(kind), Record(signals_for([2, LAYERS - 1], "output"))
     family = family_of(model.config)
-    walk(model, family, documents, [whole], batch_size=4, description="test")
+    walk(ModelContext(model, family, documents, 4), [whole], description="test")
     rest, calls = (
         Record(signals_for([LAYERS - 1], "output")),
         count_calls(family.decoder_layers(model)[0].get_submodule(family.mlp)),
     )
     start = EntryState(3, whole.all(2, "output"))
-    walk(model, family, documents, [rest], batch_size=4, description=None, start=start)
+    walk(ModelContext(model, family, documents, 4), [rest], description=None, start=start)
     assert torch.allclose(rest.all(LAYERS - 1, "output"), whole.all(LAYERS - 1, "output"), rtol=1e-5, atol=1e-5)
     assert not calls
 
@@ -100,13 +101,13 @@ def test_an_attention_whose_features_are_known_computes_its_last_linear_alone(ki
     family = family_of(model.config)
     signals: tuple[Signal, ...] = ("input", "attention_features", "attention", "mlp_features", "output")
     whole, again = Record(signals_for([layer], *signals)), Record(signals_for([layer], *signals[2:]))
-    walk(model, family, documents, [whole], batch_size=4, description=None)
+    walk(ModelContext(model, family, documents, 4), [whole], description=None)
     part = family.decoder_layers(model)[layer]
     last = family.linear_of(part, "attention_output")
     first = next(each for each in linears_within(part.get_submodule(family.attention)).values() if each is not last)
     calls = count_calls(first)
     start = EntryState(layer, whole.all(layer, "input"), whole.all(layer, "attention_features"))
-    walk(model, family, documents, [again], batch_size=4, description=None, start=start)
+    walk(ModelContext(model, family, documents, 4), [again], description=None, start=start)
     assert not calls
     for signal in signals[2:]:
         assert torch.allclose(again.all(layer, signal), whole.all(layer, signal), rtol=1e-5, atol=1e-5)

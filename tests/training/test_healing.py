@@ -22,6 +22,7 @@ from replaceme.edits.fold import apply_edits
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import verify_export
 from replaceme.methods.registry import METHODS
+from replaceme.models.context import ModelContext
 from replaceme.models.families import family_of
 from replaceme.models.model import Model
 from replaceme.pipeline.activations import observe_activations
@@ -49,20 +50,20 @@ from tests.methods.helpers import BLOCK, solved
 RATE = "heal_learning_rate"
 
 
-def lesson_of(model: Any, documents: Documents, edits: Edits, host: int = BLOCK.layer_before_cut) -> LogitDistillation:
+def task_of(model: Any, documents: Documents, edits: Edits, host: int = BLOCK.layer_before_cut) -> LogitDistillation:
     """Return the task for the layers from a cut on."""
     family = family_of(model.config)
-    states = record_entry_and_exit(model, family, documents, host, LAYERS - 1, batch_size=4)
-    return LogitDistillation(model, family, edits, documents, host, *states)
+    states = record_entry_and_exit(ModelContext(model, family, documents, 4), host, LAYERS - 1)
+    return LogitDistillation(ModelContext(model, family, documents, 4), edits, host, *states)
 
 
 def edits_of(model: Any, documents: Documents, blocks: tuple[Block, ...] = (BLOCK,), **options: Any) -> Edits:
     """Return the edits that the stages solve and repair make."""
-    edits, mending = solved(model, documents, blocks, alpha=5.0, **options)
+    edits, run_repair = solved(model, documents, blocks, alpha=5.0, **options)
     planned = Plan(blocks, ())
     edits.mixtures |= planned.mixtures
     edits.operators |= {host: torch.tensor(scale, dtype=torch.float64) for host, scale in planned.scales.items()}
-    mending()
+    run_repair()
     return edits
 
 
@@ -110,7 +111,7 @@ def test_healing_equals_a_plain_loop_on_the_cut_model(
     dense, expected = deepcopy(model), deepcopy(model)
     apply_edits(expected, family_of(model.config), edits)
     bare = deepcopy(expected)
-    task = lesson_of(model, documents, edits)
+    task = task_of(model, documents, edits)
     trainable_parameters = task.trainable_parameters()
     with task.training_context():
         for chosen in ([0], [0, len(documents) - 1]):
@@ -142,10 +143,10 @@ def test_with_narrower_mlps_training_begins_at_the_first_layer(
     edits = edits_of(model, documents, mlp_width=24, transform="channels", repair=True)
     dense, shortened = deepcopy(model), deepcopy(model)
     apply_edits(shortened, family_of(model.config), edits)
-    total, count = divergence(dense, shortened, lesson_of(model, documents, edits, 0).texts.texts[0])
+    total, count = divergence(dense, shortened, task_of(model, documents, edits, 0).batches.texts[0])
     found = []
     for host in (0, BLOCK.layer_before_cut):
-        task = lesson_of(model, documents, edits, host)
+        task = task_of(model, documents, edits, host)
         with task.training_context():
             found.append(float(task.loss(task.trainable_parameters(), [0], 0).detach()))
     assert found[0] == pytest.approx(float(total.detach()) / count, rel=1e-4)
@@ -156,7 +157,7 @@ def test_the_dense_model_stays_unchanged(documents: Documents, tmp_path: Path) -
     model = made_model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     asked = [parameter.requires_grad for parameter in model.parameters()]
-    task = lesson_of(model, documents, edits_of(model, documents, transform="channels", refit_ridge=0.1))
+    task = task_of(model, documents, edits_of(model, documents, transform="channels", refit_ridge=0.1))
     train(task, task.trainable_parameters(), LearningRateSchedule(1e-3, 1, 4, RATE), tmp_path, "")
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert [parameter.requires_grad for parameter in model.parameters()] == asked
@@ -169,7 +170,7 @@ def test_a_step_compares_part_of_the_places_and_no_padding(documents: Documents)
     edits = edits_of(model, documents)
     shortened = deepcopy(model)
     apply_edits(shortened, family_of(model.config), edits)
-    task = lesson_of(model, documents, edits)
+    task = task_of(model, documents, edits)
     trainable_parameters, chosen = task.trainable_parameters(), [0, len(documents) - 1]
     longest, shortest = (task.batches.texts[index] for index in chosen)
     assert len(shortest) < len(longest)
@@ -207,7 +208,7 @@ def test_a_healed_model_is_closer_to_the_dense_one_and_its_export_is_verified(
 ) -> None:
     source, documents = save_tiny(kind), many_documents(40)
     edits = edits_of(source.load(), documents, blocks, **options)
-    task = lesson_of(source.load(), documents, edits, blocks[0].layer_before_cut)
+    task = task_of(source.load(), documents, edits, blocks[0].layer_before_cut)
     trainable_parameters, losses = task.trainable_parameters(), []
     for _ in range(2):
         with task.training_context(), torch.no_grad():
