@@ -79,7 +79,7 @@ def test_every_file_opens_with_what_it_does() -> None:
 def test_the_design_page_names_every_room() -> None:
     page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
     assert re.findall(r"(?m)^\| `(\w+)/` \|", page) == [room for group in ORDER for room in group if room]
-    assert FRONT_DOOR <= set(re.findall(r"`(\w+\.py)`", page))
+    assert set(re.findall(r"`(\w+\.py)`", page)) >= FRONT_DOOR
 
 
 @pytest.mark.parametrize("page", sorted([*(ROOT / "docs").rglob("*.md"), *ROOT.glob("*.md")]), ids=lambda page: page.name)
