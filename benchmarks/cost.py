@@ -26,7 +26,7 @@ from replaceme.models.devices import resolve_device, use_processor
 from replaceme.models.families import decoder_of
 from replaceme.models.find import find_model
 from replaceme.repair.repair import STEPWISE, repair_layers
-from replaceme.selection.blocks import smallest
+from replaceme.selection.blocks import smallest_blocks
 from replaceme.selection.criteria import allowed_starts
 from replaceme.selection.cut_loss import SHORTLIST, cut_losses
 from replaceme.statistics.cut_statistics import take_statistics
@@ -50,7 +50,7 @@ def main(size: int | None) -> None:
     documents, _ = draw_documents(corpora, source.tokenizer(), params.model_copy(update={"dataset_size": size}))
     profiled = profile_model(ModelContext(model, family, documents, params.batch_size))
     starts = allowed_starts(params, len(family.decoder_layers(model)), criterion_of(params))
-    cuts = smallest(profiled["residual"], starts, params.layers_to_skip, SHORTLIST)
+    cuts = smallest_blocks(profiled["residual"], starts, params.layers_to_skip, SHORTLIST)
     block = cuts[0]
 
     def bare() -> None:

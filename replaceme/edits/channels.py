@@ -24,7 +24,7 @@ def channels_of(layer: int, count: int) -> Tensor:
     return torch.stack([torch.full((count,), layer), torch.arange(count)], dim=1)
 
 
-def assembled(family: Family, layers: nn.ModuleList, layer: int, channels: Tensor) -> Iterator[tuple[str, Tensor]]:
+def assemble_mlp(family: Family, layers: nn.ModuleList, layer: int, channels: Tensor) -> Iterator[tuple[str, Tensor]]:
     """Yield the parameters of a layer's MLP, made of the chosen channels.
 
     Args:
@@ -43,11 +43,11 @@ def assembled(family: Family, layers: nn.ModuleList, layer: int, channels: Tenso
     names = family.cut_parameters(layers[layer], "mlp_output")
     assert 0 in names.values(), "the linears before the MLP's last one are not described"
     for name in names:
-        yield name, assembled_parameter(family, layers, layer, channels, name)
+        yield name, assemble_parameter(family, layers, layer, channels, name)
 
 
-def assembled_parameter(family: Family, layers: nn.ModuleList, layer: int, channels: Tensor, name: str) -> Tensor:
-    """Return one of the parameters that ``assembled`` yields, by its name within the layer."""
+def assemble_parameter(family: Family, layers: nn.ModuleList, layer: int, channels: Tensor, name: str) -> Tensor:
+    """Return one of the parameters that ``assemble_mlp`` yields, by its name within the layer."""
     dimension = family.cut_parameters(layers[layer], "mlp_output")[name]
     count, own = inputs_of(family.linear_of(layers[layer], "mlp_output")), parameter_of(layers[layer], name)
     # A linear can have several rows for each channel (gate and up in one): as many parts, one after the other.
@@ -56,8 +56,8 @@ def assembled_parameter(family: Family, layers: nn.ModuleList, layer: int, chann
     shape[dimension] = parts * len(channels)
     made = torch.empty(shape, dtype=torch.float64, device=own.device)
     for source in channels[:, 0].unique().tolist():
-        places = (channels[:, 0] == source).nonzero()[:, 0]
-        rows, targets = _in_every_part(channels[places, 1], parts, count), _in_every_part(places, parts, len(channels))
+        positions = (channels[:, 0] == source).nonzero()[:, 0]
+        rows, targets = _in_every_part(channels[positions, 1], parts, count), _in_every_part(positions, parts, len(channels))
         value = _rows(layers[source], name, dimension, rows)
         if dimension == 0 and source != layer:
             value = _for_norm_of(family, layers[source], layers[layer], name, rows, value)
@@ -65,9 +65,9 @@ def assembled_parameter(family: Family, layers: nn.ModuleList, layer: int, chann
     return made
 
 
-def _in_every_part(places: Tensor, parts: int, size: int) -> Tensor:
-    """Return the indices of channels in each of the parts of a linear, (parts · places,)."""
-    return torch.cat([places + part * size for part in range(parts)])
+def _in_every_part(indices: Tensor, parts: int, size: int) -> Tensor:
+    """Return the indices of channels in each of the parts of a linear, (parts · indices,)."""
+    return torch.cat([indices + part * size for part in range(parts)])
 
 
 def _rows(layer: nn.Module, name: str, dimension: int, rows: Tensor) -> Tensor:

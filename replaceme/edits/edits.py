@@ -118,9 +118,9 @@ class Edits:
 
     def scale(self, layer: int) -> float:
         """Return the product of the scalar operators before ``layer``: the factor of the state that enters it."""
-        return math.prod(float(P) for place, P in self.operators.items() if P.ndim == 0 and place < layer)
+        return math.prod(float(P) for at, P in self.operators.items() if P.ndim == 0 and at < layer)
 
-    def within(self, layers: Collection[int]) -> Edits:
+    def select_layers(self, layers: Collection[int]) -> Edits:
         """Return the changes of some kept layers alone; the operators stay, since scalars act on all later layers."""
         return replace(
             self,

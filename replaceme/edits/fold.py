@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from replaceme.edits.channels import assembled_parameter
+from replaceme.edits.channels import assemble_parameter
 from replaceme.edits.edits import Change, Edits, rotation_and_gains
 from replaceme.models.depth import cut_config, renumber_layers
 from replaceme.models.families import Family, Linear, in_torch_layout, is_conv1d, linear_parameters, parameter_of
@@ -96,26 +96,26 @@ def edited_parameters(
         family: describes the model's parts.
         layers: all layers of the dense model.
         edits: the changes.
-        only: the one kept layer whose parameters are wanted; None wants all.
+        only: the one kept layer whose parameters are returned; None returns all.
     """
-    wanted = [only] if only is not None else [at for at in range(len(layers)) if at not in set(edits.removed_layers)]
+    selected = [only] if only is not None else [at for at in range(len(layers)) if at not in set(edits.removed_layers)]
     edited: Iterator[tuple[int | None, str, Tensor]]
     if edits.model_edit:
         edited = edits.model_edit.edited_parameters(model, family, layers)
     else:
-        edited = _edited_in_layers(family, layers, edits.within(wanted), wanted)
+        edited = _edited_in_layers(family, layers, edits.select_layers(selected), selected)
     for layer, name, exact in edited:
         if layer is None:
             yield name, exact
-        elif layer in wanted:
+        elif layer in selected:
             yield f"{family.layers}.{edits.position(layer)}.{name}", exact
 
 
 def _edited_in_layers(
-    family: Family, layers: nn.ModuleList, edits: Edits, wanted: Collection[int]
+    family: Family, layers: nn.ModuleList, edits: Edits, selected: Collection[int]
 ) -> Iterator[tuple[int, str, Tensor]]:
-    """Yield each parameter of the wanted layers that the edits change: the layer, the name within it and the new value."""
-    scales = {layer: edits.scale(layer) for layer in wanted}
+    """Yield each parameter of some layers that the edits change: the layer, the name within it and the new value."""
+    scales = {layer: edits.scale(layer) for layer in selected}
     done = set()
     for layer, name, exact in changed_parameters(family, layers, edits):
         done.add((layer, name))
@@ -127,7 +127,7 @@ def _edited_in_layers(
             if (layer, name) not in done:
                 yield layer, name, _divided(family, name, parameter_of(layers[layer], name).double(), scale)
     for layer, operator in edits.operators.items():
-        if operator.ndim and layer in wanted:
+        if operator.ndim and layer in selected:
             yield layer, "operator.weight", operator
 
 
@@ -168,7 +168,7 @@ def _original(family: Family, layers: nn.ModuleList, edits: Edits, layer: int, n
         assert set(mixture) - {layer} <= set(edits.removed_layers), "a kept layer is mixed into another one"
         return mixed(layers, mixture, name)
     if layer in edits.channels and name in family.cut_parameters(layers[layer], "mlp_output"):
-        return assembled_parameter(family, layers, layer, edits.channels[layer], name)
+        return assemble_parameter(family, layers, layer, edits.channels[layer], name)
     return parameter_of(layers[layer], name)
 
 

@@ -84,5 +84,5 @@ class ModelEdit(ABC):
         return state
 
     def sentences(self) -> list[str]:
-        """Return what the model card says about the edit, beside the removed layers and parts."""
+        """Return what the model card says about the edit, in addition to the removed layers and parts."""
         return []

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from replaceme.edits.channels import assembled
+from replaceme.edits.channels import assemble_mlp
 from replaceme.edits.edits import Change, Edits, rotation_and_gains
 from replaceme.models.families import Family, Linear, in_torch_layout, is_conv1d, linears_within
 from replaceme.models.layers import skip_layers
@@ -28,7 +28,7 @@ def unfused(model: nn.Module, family: Family, edits: Edits) -> Iterator[None]:
     layers = family.decoder_layers(model)
     with ExitStack() as stack:
         for layer, channels in edits.channels.items():
-            for name, value in assembled(family, layers, layer, channels):
+            for name, value in assemble_mlp(family, layers, layer, channels):
                 stack.enter_context(replaced_parameter(layers[layer], name, value))
         # Before the changes: their hooks then get the mixture's output.
         for layer, mixture in edits.mixtures.items():

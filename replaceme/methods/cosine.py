@@ -88,27 +88,28 @@ def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
     sums, sample = statistics("gram"), statistics("sample")
     if own.loss == "cosine" and not bool(sums["gram"].any()):
         raise SolveError(
-            f"method: the MLP of layer {block.host} adds nothing to any token of this text, and no map of its output has a "
-            "cosine with the target; use another method, or min_distance_layer or max_distance_layer for another block."
+            f"method: the MLP of layer {block.layer_before_cut} adds nothing to any token of this text, and no map of its "
+            "output has a cosine with the target; use another method, or min_distance_layer or max_distance_layer for another "
+            "block."
         )
     problem = build_problem(params, sums, statistics)
     start = _start(params, sums).to(problem.prior)
     if own.solver == "adam":
-        found = minimise_by_adam(problem, start, own.learning_rate, own.epochs, own.tokens_per_step)
+        minimum = minimise_by_adam(problem, start, own.learning_rate, own.epochs, own.tokens_per_step)
     else:
-        found = minimise_by_scipy(problem, start, own.solver, own.max_iterations)
-    transform = found.transform.cpu()
-    fit = {"loss_start": found.curve[0], "loss_end": found.lowest, "iterations": max(found.curve)}
-    fit["converged"] = int(found.converged)
+        minimum = minimise_by_scipy(problem, start, own.solver, own.max_iterations)
+    transform = minimum.transform.cpu()
+    fit = {"loss_start": minimum.curve[0], "loss_end": minimum.lowest, "iterations": max(minimum.curve)}
+    fit["converged"] = int(minimum.converged)
     if _is_fast(own):
         fit["rescaled_by"] = least_squares_scale(transform, sums)
         transform = transform * fit["rescaled_by"]
     fit |= measure_fit(transform, sums, sample)
     if own.loss == "mse":
         fit |= describe_ridge(torch.linalg.eigvalsh(sums["gram"]), params.alpha)
-    _report(own, block.host, fit)
-    edits = Edits(f"ReplaceMe ({_words(params)})", [], {block.host: transform})
-    return Solved(edits, fit, loss_curve=list(found.curve.items()))
+    _report(own, block.layer_before_cut, fit)
+    edits = Edits(f"ReplaceMe ({_words(params)})", [], {block.layer_before_cut: transform})
+    return Solved(edits, fit, loss_curve=list(minimum.curve.items()))
 
 
 def build_problem(params: Params, sums: Sums, statistic: Statistics) -> Problem:
@@ -177,11 +178,11 @@ def _words(params: Params) -> str:
     return f"{LOSSES[own.loss]}{form}{title_suffix(params.transform)}, {own.solver}"
 
 
-def _report(own: Objective, host: int, fit: Mapping[str, Any]) -> None:
+def _report(own: Objective, layer: int, fit: Mapping[str, Any]) -> None:
     logger.info(
-        "solve: host %d, %d tokens, loss %.6g to %.6g in %d iterations of %s, relative residual %.4f (%.4f with nothing in the "
-        "block's place), mean cosine %.4f",
-        host, fit["tokens"], fit["loss_start"], fit["loss_end"], fit["iterations"], own.solver, fit["relative_residual"],
+        "solve: cut after layer %d, %d tokens, loss %.6g to %.6g in %d iterations of %s, relative residual %.4f (%.4f with "
+        "nothing in the block's place), mean cosine %.4f",
+        layer, fit["tokens"], fit["loss_start"], fit["loss_end"], fit["iterations"], own.solver, fit["relative_residual"],
         fit["relative_residual_removed"], fit["mean_cosine"],
     )  # fmt: skip
     if not fit["converged"] and fit["iterations"]:

@@ -85,7 +85,7 @@ class RemovedGroups(ModelEdit):
 
     def to_json(self) -> dict[str, Any]:
         """Return the shapes, as rows."""
-        return {"shapes": [[*place, *shape] for place, shape in sorted(self.shapes.items())]}
+        return {"shapes": [[*key, *shape] for key, shape in sorted(self.shapes.items())]}
 
     @classmethod
     def from_stored(cls, content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
@@ -198,20 +198,20 @@ class RemovableGroups:
         Raises:
             ParameterError: so many parameters can't be removed.
         """
-        wanted = layers_to_skip * self.layer_size / len(self.layers)
+        target = layers_to_skip * self.layer_size / len(self.layers)
         heads, channels = self.counts["attention_output"], self.counts["mlp_output"]
-        nearest = heads * wanted * len(self.layers) / self.parameters(self.counts)
+        nearest = heads * target * len(self.layers) / self.parameters(self.counts)
         by_heads = {
-            gone: round((wanted - gone * self.sizes["attention_output"]) / self.sizes["mlp_output"]) for gone in range(heads)
+            count: round((target - count * self.sizes["attention_output"]) / self.sizes["mlp_output"]) for count in range(heads)
         }
-        possible = [gone for gone, rest in by_heads.items() if 0 <= rest < channels]
+        possible = [count for count, rest in by_heads.items() if 0 <= rest < channels]
         if not possible:
             raise ParameterError(
                 f"layers_to_skip: {layers_to_skip} layers have more parameters than the heads and channels of layers "
                 f"{self.layers[0]}–{self.layers[-1]} can lose; use {self.max_layers} at most."
             )
-        for gone in sorted(possible, key=lambda gone: (gone == 0, abs(gone - nearest))):
-            removed: dict[Linear, int] = {"attention_output": gone, "mlp_output": by_heads[gone]}
+        for count in sorted(possible, key=lambda count: (count == 0, abs(count - nearest))):
+            removed: dict[Linear, int] = {"attention_output": count, "mlp_output": by_heads[count]}
             if fits(self.without(removed)):
                 return removed
         raise ParameterError(
@@ -328,7 +328,7 @@ def measure_importance(
     from replaceme.models.layers import enable_gradients
 
     modules = family.decoder_layers(model)
-    require_resident({layer: modules[layer] for layer in layers}, "whose gradients are wanted")
+    require_resident({layer: modules[layer] for layer in layers}, "whose gradients are needed")
     importance: dict[tuple[int, Linear], Tensor] = {
         (layer, linear): torch.zeros(count, dtype=torch.float64) for layer in layers for linear, count in counts.items()
     }
@@ -379,8 +379,8 @@ def remove_groups(context: MethodContext) -> dict[str, Any]:
         edits.config = cut_config_entries(model.config, groups.without(removed))
     edits.model_edit = RemovedGroups(kept, {} if params.plain else cut_shapes(family, context.layers, kept))
     heads = model.config.num_attention_heads // groups.counts["attention_output"]
-    place = "every layer" if params.plain else f"each of layers {groups.layers[0]}–{groups.layers[-1]}"
-    edits.parts = f"{_in_words(groups, removed, heads)} in {place}"
+    which = "every layer" if params.plain else f"each of layers {groups.layers[0]}–{groups.layers[-1]}"
+    edits.parts = f"{_in_words(groups, removed, heads)} in {which}"
     figures = {
         "removed_heads": len(groups.layers) * removed["attention_output"] * heads,
         "removed_channels": len(groups.layers) * removed["mlp_output"],

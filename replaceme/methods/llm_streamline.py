@@ -117,9 +117,15 @@ class TrainedLayer(ModelEdit):
 def train_layer(context: MethodContext) -> dict[str, Any]:
     """Train the layer before the cut, add its weights to the edits, and return figures of the training."""
     from replaceme.models.devices import require_resident
-    from replaceme.training.checkpoints import checkpoints_in, key_of
+    from replaceme.training.checkpoints import checkpoint_folder, checkpoint_key
     from replaceme.training.curves import write_curves
-    from replaceme.training.training import LearningRateSchedule, figures_of, record_entry_and_exit, settings_of, train
+    from replaceme.training.training import (
+        LearningRateSchedule,
+        checkpoint_settings,
+        record_entry_and_exit,
+        summarize_training,
+        train,
+    )
 
     own, params, family = Training.of(context.params), context.params, context.family
     (block,) = context.plan.blocks
@@ -133,18 +139,18 @@ def train_layer(context: MethodContext) -> dict[str, Any]:
     inputs, targets = record_entry_and_exit(context, index, block.end - 1, description="walking to the cut")
     distillation = LayerDistillation(context, index, inputs, targets, without)
     settings = {
-        **settings_of(schedule, next(layer.parameters()).device),
+        **checkpoint_settings(schedule, next(layer.parameters()).device),
         "config": context.model.config.to_json_string(),
         "layer": index,
         "form": own.llm_streamline_form,
         "documents": [len(document) for document in context.documents.documents],
     }
-    key = key_of(settings, [*context.documents.documents, inputs, targets, *layer.parameters()])
-    trained, curves = train(distillation, distillation.trainable_parameters(), schedule, checkpoints_in(context.folder), key)
+    key = checkpoint_key(settings, [*context.documents.documents, inputs, targets, *layer.parameters()])
+    trained, curves = train(distillation, distillation.trainable_parameters(), schedule, checkpoint_folder(context.folder), key)
     write_curves(context.output, curves)
     context.edits.title = TITLES[own.llm_streamline_form]
     context.edits.model_edit = trained_edit(family, layer, index, trained, without, plain=params.plain)
-    return figures_of(curves, trained)
+    return summarize_training(curves, trained)
 
 
 def trained_edit(

@@ -30,7 +30,7 @@ class Solved:
     """The solution of one block.
 
     Attributes:
-        edits: the changes beside the removal of the block.
+        edits: the changes, without the removal of the block.
         figures: how well it fits, for the metrics.
         ridge_path: rows (α, relative residual) of the fit with other ridges.
         loss_curve: rows (iteration, objective per token) of an iterative solver.

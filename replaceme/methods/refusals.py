@@ -34,14 +34,14 @@ def check_model(params: Params, model: Model, family: Family) -> None:
             f"'{kind}' have no biases for the norm's, or are not described so; use joint."
         )
     if family.obstacle is not None:
-        place = family.obstacle_words(kind)
+        family_words = family.obstacle_words(kind)
         if not named and transform in NEW_WEIGHTS and (family.obstacle == "experts" or transform in ("joint", "channels")):
             use = "refit" if family.obstacle == "undescribed" else "dense"
-            problems.append(f"transform: {transform} is not derived for {place}; use {use}.")
+            problems.append(f"transform: {transform} is not derived for {family_words}; use {use}.")
         if params.repair:
-            problems.append(f"repair: is not derived for {place}; use false.")
+            problems.append(f"repair: is not derived for {family_words}; use false.")
         if params.heal_epochs and family.obstacle != "norm":
-            problems.append(f"heal_epochs: is not derived for {place}; use 0.")
+            problems.append(f"heal_epochs: is not derived for {family_words}; use 0.")
     if problems:
         raise ParameterError(problems)
 

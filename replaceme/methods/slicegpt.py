@@ -115,12 +115,12 @@ class Slicing(ModelEdit):
         yield None, EMBEDDING, _product(model.get_parameter(EMBEDDING), basis(0) * scale)
         ends = (family.attention, family.attention_output), (family.mlp, family.mlp_output)
         for index, layer in enumerate(layers):
-            for part, (place, end) in enumerate(ends):
+            for part, (parent, end) in enumerate(ends):
                 Q, next_Q = basis(2 * index + part), basis(2 * index + part + 1)
                 norm = f"{family.rms_norms[part]}.weight"
-                for path in linears_within(layer.get_submodule(place)):
-                    if f"{place}.{path}" != end:
-                        name = f"{place}.{path}.weight"
+                for path in linears_within(layer.get_submodule(parent)):
+                    if f"{parent}.{path}" != end:
+                        name = f"{parent}.{path}.weight"
                         yield index, name, reads(layer, name, norm, Q)
                 yield index, norm, ones
                 for kind, parameter in layer.get_submodule(end).named_parameters():

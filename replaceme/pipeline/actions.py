@@ -222,7 +222,7 @@ def _known_times(work: Workspace) -> Mapping[str, Any] | None:
 def profile(params: Params) -> None:
     """Measure all pairs of layers, and print the best block of each size."""
     from replaceme.pipeline.runner import run_stages
-    from replaceme.selection.blocks import smallest
+    from replaceme.selection.blocks import smallest_blocks
     from replaceme.selection.criteria import allowed_starts
 
     # Nothing is pruned here, so no transform has to fold.
@@ -238,7 +238,7 @@ def profile(params: Params) -> None:
         starts = allowed_starts(single.model_copy(update={"layers_to_skip": skip}), layers, criterion_of(single))
         row = [str(skip)]
         for values in criteria.values():
-            (block,) = smallest(values, starts, skip)
+            (block,) = smallest_blocks(values, starts, skip)
             removed = f"{block.start}–{block.end - 1}" if skip > 1 else str(block.start)
             row += [str(block.layer_before_cut), removed, f"{values[block.layer_before_cut][block.end - 1]:.4f}"]
         rows.append(tuple(row))

@@ -49,8 +49,14 @@ def _heal(params: Params, work: Workspace, edits: Edits) -> tuple[dict[str, Any]
     from replaceme.models.find import calibration_model
     from replaceme.models.memory import HEALING_OBSTACLE
     from replaceme.training import healing
-    from replaceme.training.checkpoints import key_of
-    from replaceme.training.training import LearningRateSchedule, figures_of, record_entry_and_exit, settings_of, train
+    from replaceme.training.checkpoints import checkpoint_key
+    from replaceme.training.training import (
+        LearningRateSchedule,
+        checkpoint_settings,
+        record_entry_and_exit,
+        summarize_training,
+        train,
+    )
 
     use_processor(params.threads)
     model, family = calibration_model(params, work.model_input, obstacle=HEALING_OBSTACLE)
@@ -60,7 +66,7 @@ def _heal(params: Params, work: Workspace, edits: Edits) -> tuple[dict[str, Any]
     folder = _checkpoints(work)
     schedule = LearningRateSchedule(params.heal_learning_rate, params.heal_epochs, params.batch_size, "heal_learning_rate")
     settings = {
-        **settings_of(schedule, next(model.parameters()).device),
+        **checkpoint_settings(schedule, next(model.parameters()).device),
         "share": healing.SHARE,
         "first": first,
         "model": read_json(work.model_input),
@@ -72,9 +78,11 @@ def _heal(params: Params, work: Workspace, edits: Edits) -> tuple[dict[str, Any]
         context, first, len(context.layers) - 1, purpose="healing", description="walking to the predictions"
     )
     task = healing.LogitDistillation(context, edits, first, entering, leaving)
-    parameters, curves = train(task, task.trainable_parameters(), schedule, folder, key_of(settings, documents.documents))
+    parameters, curves = train(
+        task, task.trainable_parameters(), schedule, folder, checkpoint_key(settings, documents.documents)
+    )
     task.correct(edits, parameters)
-    return figures_of(curves, parameters), curves
+    return summarize_training(curves, parameters), curves
 
 
 def _checkpoints(work: Workspace) -> Path:

@@ -35,7 +35,7 @@ from replaceme.running.extras import need
 from replaceme.running.stage import Stage
 from replaceme.running.versions import FOUR_BIT, MODEL, SCORES, TEXT, versions
 from replaceme.running.workspace import Workspace
-from replaceme.selection.budget import within_budget
+from replaceme.selection.budget import apply_budget
 from replaceme.selection.criteria import allowed_starts
 from replaceme.statistics.residuals import FIT_TOKENS, HELD_OUT_SHARE
 
@@ -89,7 +89,7 @@ def _check_model(params: Params, model: Model) -> Params:
     kind, positions = config.model_type, positions_of(config)
     if params.max_length > positions:
         raise ParameterError(f"max_length: must be at most the model's {positions} positions, not {params.max_length}.")
-    params = within_budget(params, model, criterion_of(params))
+    params = apply_budget(params, model, criterion_of(params))
     allowed_starts(params, layer_count(model), criterion_of(params))
     check_model(params, model, family)
     if family.detected:

@@ -26,9 +26,9 @@ from replaceme.repair.resume import Checkpoints
 from replaceme.repair.state import Repair
 from replaceme.running.stage import PASS, Stage
 from replaceme.running.workspace import Workspace
-from replaceme.selection.budget import within_budget
+from replaceme.selection.budget import apply_budget
 from replaceme.statistics.cut_statistics import are_reducible
-from replaceme.training.checkpoints import checkpoints_in, key_of, made_with
+from replaceme.training.checkpoints import checkpoint_folder, checkpoint_key, describe_environment
 from replaceme.training.curves import write_curves
 
 
@@ -59,7 +59,7 @@ def repair(params: Params, work: Workspace) -> None:
             model, family = calibration_model(params, work.model_input, obstacle=streaming_obstacle(params))
             if params.remove is not None:
                 # Of a method that removes parts of layers, which takes no other criterion and one block.
-                params = within_budget(params, recorded_model(params, work.model_input), method.criterion)
+                params = apply_budget(params, recorded_model(params, work.model_input), method.criterion)
             documents = Documents.load(work.documents)
             context = ModelContext(model, family, documents, params.batch_size, work.repaired.parent)
             figures = method.fit_on_model(MethodContext(**vars(context), params=params, plan=plan, edits=edits, output=folder))
@@ -82,7 +82,7 @@ def repair(params: Params, work: Workspace) -> None:
     write_json(work.metric("repair"), rounded(figures))
     # Checkpoints go only after all is written.
     remove(work.unfinished("repairing"))
-    remove(checkpoints_in(work.repaired.parent))
+    remove(checkpoint_folder(work.repaired.parent))
 
 
 def _changes_layers(params: Params, plan: Plan) -> bool:
@@ -107,9 +107,9 @@ def _key(params: Params, work: Workspace, documents: Documents) -> str:
         "model": read_json(work.model_input),
         "plan": read_json(work.plan),
         "edits": sha256_below(work.solution),
-        **made_with(resolve_device(params.device)),
+        **describe_environment(resolve_device(params.device)),
     }
-    return key_of(settings, documents.documents)
+    return checkpoint_key(settings, documents.documents)
 
 
 def _table(repairs: Sequence[Repair]) -> str:

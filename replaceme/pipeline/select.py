@@ -14,7 +14,7 @@ from replaceme.models.devices import use_processor
 from replaceme.models.find import calibration_model, recorded_model
 from replaceme.running.stage import PASS, Stage
 from replaceme.running.workspace import Workspace
-from replaceme.selection.budget import within_budget
+from replaceme.selection.budget import apply_budget
 from replaceme.selection.compensation import require_scalable, scale_blocks
 from replaceme.selection.criteria import SelectionContext, allowed_starts
 
@@ -26,7 +26,7 @@ def select(params: Params, work: Workspace) -> None:
     surrogate = METHODS[params.method].surrogate(params)
     work.blocks.parent.mkdir(parents=True, exist_ok=True)
     if params.remove is not None:
-        params = within_budget(params, recorded_model(params, work.model_input), criterion)
+        params = apply_budget(params, recorded_model(params, work.model_input), criterion)
     starts = allowed_starts(params, len(distances), criterion)
     context = SelectionContext(params, profile, starts, surrogate, partial(_load_context, params, work))
     blocks, figures = criterion.choose(context)

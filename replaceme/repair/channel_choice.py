@@ -80,7 +80,7 @@ class Candidates:
         self.gram, self.cross = sums["gram"], sums["cross"]
 
 
-class Screened(Candidates):
+class ScreenedCandidates(Candidates):
     """The same without the products of different channels: ``gram`` = Σ w g² (k,)."""
 
     def add_squares(self, g: Tensor) -> None:

@@ -40,7 +40,7 @@ from replaceme.base.plan import Block, Plan
 from replaceme.base.progress import logger, progress
 from replaceme.base.ranks import rank
 from replaceme.base.scratch import require_space, scratch
-from replaceme.edits.channels import assembled_parameter, channels_of
+from replaceme.edits.channels import assemble_parameter, channels_of
 from replaceme.edits.edits import Edits
 from replaceme.edits.unfused import product_format
 from replaceme.methods.registry import METHODS
@@ -50,7 +50,7 @@ from replaceme.models.families import Family, Linear, inputs_of
 from replaceme.repair.channel_choice import (
     TOKENS_PER_CHANNEL,
     Candidates,
-    Screened,
+    ScreenedCandidates,
     best_channels,
     likely_channels,
     max_candidates,
@@ -122,7 +122,7 @@ def _initial_state(params: Params, context: ModelContext, edits: Edits, plan: Pl
     changed = len(kept) if params.repair else len(plan.blocks)
     all_gather(None)
     needed = local_world_size() * changed * width * sum(own_inputs.values()) * torch.float32.itemsize
-    require_space(folder, needed, "repair keeps {} of corrections there, beside its states")
+    require_space(folder, needed, "repair keeps {} of corrections there, in addition to its states")
     known = dict(zip(linears, inputs, strict=True))
     return RepairState(params, context, edits, plan, kept, dense, middle, shortened, known)
 
@@ -199,13 +199,13 @@ def _choose(state: RepairState, layer: int, window: range, ridge: str) -> None:
         edits.channels[layer] = candidates
         sums = among(layer, state.family, module, state.dense)
         state.walk_shortened(layer, [sums], documents)
-        prior = assembled_parameter(state.family, state.layers, layer, candidates, f"{state.family.mlp_output}.weight").T
+        prior = assemble_parameter(state.family, state.layers, layer, candidates, f"{state.family.mlp_output}.weight").T
         return candidates[compute_on_rank0(partial(choose, sums.gram, sums.cross, prior, strength, number))]
 
     def best(candidates: Tensor) -> Tensor:
         if len(candidates) > (most := max_candidates(kept)):
             logger.info("repair: of %d channels, the %d likeliest are compared; more would not fit", len(candidates), most)
-            candidates = chosen_of(candidates, Screened, likely_channels, most)
+            candidates = chosen_of(candidates, ScreenedCandidates, likely_channels, most)
         with naming(ridge=ridge):
             return chosen_of(candidates, Candidates, best_channels, kept)
 
@@ -248,7 +248,7 @@ def _correct(state: RepairState, layer: int, target: Tensor, ridges: Ridges, *, 
     if state.shrinkage is None:
         state.shrinkage = _agree_on_shrinkage(folds, penalty)
     shrinkage = state.shrinkage
-    sums, penalty = added_up(folds), shrinkage.ridge_multiple * penalty
+    sums, penalty = sum_folds(folds), shrinkage.ridge_multiple * penalty
     del folds
     before, whole = float(sums["gap_squares"]), float(sums["output_squares"])
     after = before
@@ -349,11 +349,11 @@ class ResidualSums:
     def folds(self) -> list[dict[str, Tensor]]:
         """Return the sums of each fold, once: they are kept no longer."""
         own, self.sums = self.sums, []
-        return [sums.finished() for sums in own if sums.totals]
+        return [sums.take_totals() for sums in own if sums.totals]
 
 
 @torch.inference_mode()
-def added_up(folds: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def sum_folds(folds: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Return the sums of all folds together, in the memory of the first."""
     first, *others = folds
     for fold in others:

@@ -100,7 +100,7 @@ class RepairState:
         known = self.inputs["attention_output"] if layer == self.attended else None
         # No other layer computes: none of their MLPs has to be assembled, and no mixture of theirs to be there.
         context = self.context.with_documents(documents) if documents else self.context
-        with unfused(context.model, context.family, self.edits.within([layer])):
+        with unfused(context.model, context.family, self.edits.select_layers([layer])):
             walk(context, observers, description=None, start=EntryState(layer, self.shortened, known))
         self._evict_others(layer)
 

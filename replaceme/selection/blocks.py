@@ -7,13 +7,13 @@ from replaceme.base.parameters import Params
 from replaceme.base.plan import Block, runs
 
 
-def smallest(values: list[list[float]], starts: range, skip: int, count: int = 1) -> list[Block]:
+def smallest_blocks(values: list[list[float]], starts: range, skip: int, count: int = 1) -> list[Block]:
     """Return the ``count`` blocks with the smallest values, in order; of equals, the earliest."""
     ordered = sorted(starts, key=lambda start: values[start - 1][start - 1 + skip])
     return [Block(start, start + skip) for start in ordered[:count]]
 
 
-def several(values: list[list[float]], starts: range, params: Params) -> list[Block]:
+def disjoint_blocks(values: list[list[float]], starts: range, params: Params) -> list[Block]:
     """Return ``num_A`` blocks that don't overlap, taken greedily by value; adjacent ones are merged unless forbidden."""
     skip, distance = params.layers_to_skip, _distance(params)
     free, chosen = list(starts), []
@@ -44,7 +44,7 @@ def _room(starts: Sequence[int], distance: int) -> int:
     return count
 
 
-def bounds(params: Params, layers: int) -> tuple[int, int]:
+def removable_range(params: Params, layers: int) -> tuple[int, int]:
     """Return the first layer that may go, and the one after the last.
 
     Raises:
@@ -75,7 +75,7 @@ def starts_between(params: Params, first: int, end: int) -> range:
     return starts
 
 
-def check_room(params: Params, starts: range, first: int, end: int) -> None:
+def check_blocks_fit(params: Params, starts: range, first: int, end: int) -> None:
     """Raise ParameterError if ``num_A`` blocks don't fit."""
     if _room(starts, _distance(params)) < params.num_A:
         apart = "" if params.merge_consecutive else " with a kept layer between them"

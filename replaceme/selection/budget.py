@@ -1,8 +1,8 @@
 """A budget of parameters instead of a number of layers: ``remove: 20%``.
 
-    wanted = share · (all parameters, or those of the decoder layers)
-    n = ⌊wanted / layer⌋, at most layers_to_skip                                     whole layers, by depth
-    width = MLP width − (wanted − removed layers) / (kept layers · parameters of a channel)
+    budget = share · (all parameters, or those of the decoder layers)
+    n = ⌊budget / layer⌋, at most layers_to_skip                                     whole layers, by depth
+    width = MLP width − (budget − removed layers) / (kept layers · parameters of a channel)
 
 Whole layers alone if they come within 1 % of all parameters, or if MLPs can't be made narrower with these settings: then the
 nearest number of them. One width for all layers, so that the family's own config can say it, and a multiple of the largest
@@ -66,18 +66,18 @@ class Sizes:
         channel = sum(parameter_of(layers[0], name).numel() for name in cut) // max(widths)
         return cls(total, of_layers, max(widths), channel)
 
-    def wanted(self, remove: str) -> float:
+    def budget(self, remove: str) -> float:
         """Return the number of parameters that ``remove`` names."""
         share, _, of_layers = remove.partition("%")
         return float(share) / 100 * (sum(self.layers) if of_layers else self.total)
 
 
-def narrows(params: Params) -> bool:
+def can_narrow_mlps(params: Params) -> bool:
     """Return whether a budget may make the kept layers' MLPs narrower: their channels are chosen and solved for in repair."""
     return params.repair and params.transform == "channels"
 
 
-def within_budget(params: Params, model: Model, criterion: Criterion) -> Params:
+def apply_budget(params: Params, model: Model, criterion: Criterion) -> Params:
     """Return the parameters with the number of layers that ``remove`` gives; without it, as they are.
 
     Methods that remove parts of layers get a fraction, the parameters of so many layers.
@@ -88,19 +88,19 @@ def within_budget(params: Params, model: Model, criterion: Criterion) -> Params:
     if params.remove is None:
         return params
     sizes = Sizes.of(model)
-    wanted, most = sizes.wanted(params.remove), params.layers_to_skip
+    budget, most = sizes.budget(params.remove), params.layers_to_skip
     each = params.num_A * sum(sizes.layers) / len(sizes.layers)
-    if not 0 < wanted < sum(sizes.layers):
+    if not 0 < budget < sum(sizes.layers):
         share = sum(sizes.layers) / sizes.total
         raise ParameterError(
             f"remove: must be above 0% and below the decoder layers' {share:.1%} of all parameters, not {params.remove}."
         )
     if not criterion.whole_layers:
-        return params.model_copy(update={"layers_to_skip": wanted / each})
-    count = round(wanted / each)
-    narrow = narrows(params) and sizes.width > 0
-    if narrow and (count > most or abs(count * each - wanted) > TOLERANCE * sizes.total):
-        count = min(int(wanted / each), most)
+        return params.model_copy(update={"layers_to_skip": budget / each})
+    count = round(budget / each)
+    narrow = can_narrow_mlps(params) and sizes.width > 0
+    if narrow and (count > most or abs(count * each - budget) > TOLERANCE * sizes.total):
+        count = min(int(budget / each), most)
     if not count:
         least = "a layer goes" if params.num_A == 1 else f"{params.num_A} layers go"
         share = each / sizes.total
@@ -125,12 +125,12 @@ def mlp_width(params: Params, model: Model, removed: Collection[int]) -> int | N
     Raises:
         ParameterError: no channel would be left.
     """
-    if params.remove is None or not narrows(params):
+    if params.remove is None or not can_narrow_mlps(params):
         return None
     sizes = Sizes.of(model)
     if not sizes.width:
         return None
-    left = sizes.wanted(params.remove) - sum(sizes.layers[layer] for layer in removed)
+    left = sizes.budget(params.remove) - sum(sizes.layers[layer] for layer in removed)
     allowed, per_channel = TOLERANCE * sizes.total, (len(sizes.layers) - len(removed)) * sizes.channel
     if left <= allowed:
         return None
@@ -140,7 +140,7 @@ def mlp_width(params: Params, model: Model, removed: Collection[int]) -> int | N
         if 0 < width < sizes.width and abs(width - exact) * per_channel <= allowed:
             return width
     raise ParameterError(
-        f"remove: {params.remove} would leave none of the MLPs' {sizes.width} channels beside {len(removed)} layers less; "
+        f"remove: {params.remove} would leave none of the MLPs' {sizes.width} channels with {len(removed)} layers less; "
         "raise layers_to_skip."
     )
 
@@ -150,13 +150,13 @@ def log_budget(params: Params, model: Model, removed: Collection[int], width: in
     if params.remove is None:
         return
     sizes = Sizes.of(model)
-    gone = sum(sizes.layers[layer] for layer in removed)
+    removed_parameters = sum(sizes.layers[layer] for layer in removed)
     if width is not None:
-        gone += (len(sizes.layers) - len(removed)) * (sizes.width - width) * sizes.channel
-    missed = abs(gone - sizes.wanted(params.remove)) > TOLERANCE * sizes.total
+        removed_parameters += (len(sizes.layers) - len(removed)) * (sizes.width - width) * sizes.channel
+    missed = abs(removed_parameters - sizes.budget(params.remove)) > TOLERANCE * sizes.total
     kept = "all channels" if width is None else f"{width} of {sizes.width} channels"
     logger.log(
         logging.WARNING if missed else logging.INFO,
         "plan: %d layers go, and the others keep %s: %.1f %% of all parameters, %.1f %% of those in layers; remove is %s",
-        len(removed), kept, 100 * gone / sizes.total, 100 * gone / sum(sizes.layers), params.remove,
+        len(removed), kept, 100 * removed_parameters / sizes.total, 100 * removed_parameters / sum(sizes.layers), params.remove,
     )  # fmt: skip

@@ -20,7 +20,7 @@ from replaceme.edits.unfused import unfused
 from replaceme.models.context import ModelContext
 from replaceme.models.families import decoder_of
 from replaceme.models.layers import EntryState
-from replaceme.statistics.walk import RecordStates, passes, walk
+from replaceme.statistics.walk import RecordStates, forward_passes, walk
 
 # Tokens whose scores are in float32 at once: few enough for the processor's cache.
 PART = 16
@@ -50,7 +50,7 @@ class CandidateEvaluation:
         """
         model, family, start = self.context.model, self.context.family, EntryState(layer, self.entering[layer])
         batches = batches_of(model, self.context.documents, self.context.batch_size)
-        with unfused(model, family, edits), passes(model, family, batches, start) as in_turn:
+        with unfused(model, family, edits), forward_passes(model, family, batches, start) as in_turn:
             yield in_turn
 
 

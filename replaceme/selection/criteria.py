@@ -37,7 +37,7 @@ from replaceme.base.errors import ParameterError
 from replaceme.base.parameters import Params
 from replaceme.base.plan import Block, Surrogate, runs
 from replaceme.base.progress import logger
-from replaceme.selection.blocks import bounds, check_room, several, smallest, starts_between
+from replaceme.selection.blocks import check_blocks_fit, disjoint_blocks, removable_range, smallest_blocks, starts_between
 
 if TYPE_CHECKING:
     from replaceme.models.context import ModelContext
@@ -100,7 +100,7 @@ class Criterion:
 
 def _ranked(values: Callable[[Mapping[str, Any]], Pairs]) -> Callable[[SelectionContext], tuple[list[Block], Figures]]:
     """Return a ``choose`` that takes the blocks with the smallest values (layer before the cut × last removed one)."""
-    return lambda context: (several(values(context.profile), context.starts, context.params), {})
+    return lambda context: (disjoint_blocks(values(context.profile), context.starts, context.params), {})
 
 
 def _negative(rows: Pairs) -> Pairs:
@@ -109,7 +109,7 @@ def _negative(rows: Pairs) -> Pairs:
 
 def _window(context: SelectionContext) -> tuple[list[Block], Figures]:
     cosines = context.profile["mean_cosine"]
-    (block,) = smallest(_negative(cosines), context.starts, context.params.layers_to_skip)
+    (block,) = smallest_blocks(_negative(cosines), context.starts, context.params.layers_to_skip)
     cosine = cosines[block.layer_before_cut][block.end - 1]
     logger.info(
         "select: the states before layer %d and after layer %d have a mean cosine of %.4f",
@@ -201,7 +201,7 @@ def allowed_starts(params: Params, layers: int, criterion: Criterion) -> range:
     Raises:
         ParameterError: there are none, or the criterion can't choose.
     """
-    first, end = bounds(params, layers)
+    first, end = removable_range(params, layers)
     if params.num_A > 1 and not criterion.several:
         ranking = " or ".join(name for name, each in CRITERIA.items() if each.several)
         raise ParameterError(f"selection: {criterion.name} makes one choice; with several blocks (num_A) use {ranking}.")
@@ -210,5 +210,5 @@ def allowed_starts(params: Params, layers: int, criterion: Criterion) -> range:
         return range(first, end)
     starts = starts_between(params, first, end)
     criterion.check(params, layers)
-    check_room(params, starts, first, end)
+    check_blocks_fit(params, starts, first, end)
     return starts

@@ -29,7 +29,7 @@ from replaceme.edits.edits import Edits
 from replaceme.models.context import ModelContext
 from replaceme.models.families import Linear, parameter_of
 from replaceme.models.streaming import LazyParameter
-from replaceme.selection.blocks import smallest
+from replaceme.selection.blocks import smallest_blocks
 from replaceme.selection.candidate_evaluation import CandidateEvaluation, Losses, batches_of, next_token_losses
 from replaceme.selection.compensation import measure_gains
 from replaceme.solvers.refit import refit
@@ -254,7 +254,9 @@ def lowest_loss(
     def rise(count: int) -> float:
         """Measure the best blocks of this many layers, and return the lowest rise."""
         longer, each = range(starts.start, starts.stop + limit - count), SHORTLIST // len(rankings)
-        return search.rise(count, [*dict.fromkeys(chain(*(smallest(values, longer, count, each) for values in rankings)))])
+        return search.rise(
+            count, [*dict.fromkeys(chain(*(smallest_blocks(values, longer, count, each) for values in rankings)))]
+        )
 
     if params.tolerated_loss is None:
         count = limit

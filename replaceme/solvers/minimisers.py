@@ -40,7 +40,7 @@ class Minimum:
     """A solver's result.
 
     Attributes:
-        transform: (d, d) float64, the best T seen.
+        transform: (d, d) float64, the best T so far.
         curve: iteration → objective, over all tokens, with the start at 0; Adam's iterations are its steps.
         converged: whether the solver stopped because the objective no longer fell.
     """
@@ -74,8 +74,8 @@ def minimise_by_adam(problem: Problem, start: Tensor, learning_rate: float, epoc
     """
     structure = problem.structure
     x = structure.vector(start).requires_grad_()
-    found, step = Minimum(start), 0
-    found.record(step, problem.value(x), start)
+    minimum, step = Minimum(start), 0
+    minimum.record(step, problem.value(x), start)
     optimizer, generator = torch.optim.Adam([x], lr=learning_rate), torch.Generator().manual_seed(SEED)
     for _ in progress(range(epochs), "solving (adam)", "epochs"):
         for _, part in problem.parts(tokens_per_step, generator):
@@ -88,11 +88,11 @@ def minimise_by_adam(problem: Problem, start: Tensor, learning_rate: float, epoc
         value = problem.value(x)
         if not math.isfinite(value):
             raise SolveError(f"learning_rate: {learning_rate:g} makes the loss overflow; lower it.")
-        found.record(step, value, structure.transform(x))
-        found.converged = found.has_stalled(EPOCHS, EPOCHS_GAIN) and value - found.lowest <= SETTLED * abs(found.lowest)
-        if found.converged:
+        minimum.record(step, value, structure.transform(x))
+        minimum.converged = minimum.has_stalled(EPOCHS, EPOCHS_GAIN) and value - minimum.lowest <= SETTLED * abs(minimum.lowest)
+        if minimum.converged:
             break
-    return found
+    return minimum
 
 
 def minimise_by_scipy(problem: Problem, start: Tensor, solver: str, max_iterations: int) -> Minimum:
@@ -103,10 +103,10 @@ def minimise_by_scipy(problem: Problem, start: Tensor, solver: str, max_iteratio
     """
     problem = problem.whitened(start)
     structure, x = problem.structure, problem.structure.vector(start)
-    found = Minimum(start)
-    found.record(0, problem.value(x), start)
+    minimum = Minimum(start)
+    minimum.record(0, problem.value(x), start)
     # scipy's tolerances are absolute: the objective is scaled to 1 at the start, or to less if the start fits perfectly.
-    scale = max(found.lowest, 1e-9)
+    scale = max(minimum.lowest, 1e-9)
     ticks = progress(range(max_iterations), f"solving ({solver})", "iterations")
 
     def tensor(numbers: np.ndarray) -> Tensor:
@@ -122,8 +122,8 @@ def minimise_by_scipy(problem: Problem, start: Tensor, solver: str, max_iteratio
     def callback(intermediate_result: Any) -> None:
         next(ticks, None)
         value, iterate = float(intermediate_result.fun) * scale, tensor(intermediate_result.x)
-        found.record(len(found.curve), value, structure.transform(iterate))
-        if found.has_stalled(WINDOW, WINDOW_GAIN):
+        minimum.record(len(minimum.curve), value, structure.transform(iterate))
+        if minimum.has_stalled(WINDOW, WINDOW_GAIN):
             raise StopIteration
 
     result = minimize(
@@ -132,7 +132,7 @@ def minimise_by_scipy(problem: Problem, start: Tensor, solver: str, max_iteratio
         bounds=Bounds(0, np.inf) if isinstance(structure, SplitEntries) else None,
         options={**SCIPY[solver]["options"], "maxiter": max_iterations},
     )  # fmt: skip
-    iterations = len(found.curve) - 1
-    stuck = iterations < max_iterations and (not iterations or found.has_stalled(1, ROUNDING_GAIN))
-    found.converged = bool(result.success) or stuck
-    return found
+    iterations = len(minimum.curve) - 1
+    stuck = iterations < max_iterations and (not iterations or minimum.has_stalled(1, ROUNDING_GAIN))
+    minimum.converged = bool(result.success) or stuck
+    return minimum

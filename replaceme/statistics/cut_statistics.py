@@ -106,7 +106,7 @@ class Gram(CutStatistic):
         self.sums.all_reduce()
 
     def tensors(self) -> dict[str, Tensor]:
-        return {name: total.cpu() for name, total in self.sums.finished().items()} | self.norm
+        return {name: total.cpu() for name, total in self.sums.take_totals().items()} | self.norm
 
 
 class Sample(CutStatistic):
@@ -180,7 +180,7 @@ class FeatureGram(CutStatistic):
         self.sums.all_reduce()
 
     def tensors(self) -> dict[str, Tensor]:
-        return {**of_mean_weight(self.sums.finished()), "layout": self.features.as_tensor()}
+        return {**normalize_weights(self.sums.take_totals()), "layout": self.features.as_tensor()}
 
 
 class StreamGram(CutStatistic):
@@ -208,7 +208,7 @@ class StreamGram(CutStatistic):
         self.sums.all_reduce()
 
     def tensors(self) -> dict[str, Tensor]:
-        return of_mean_weight(self.sums.finished())
+        return normalize_weights(self.sums.take_totals())
 
 
 class MagnitudeRatios(CutStatistic):
@@ -249,10 +249,10 @@ class MagnitudeRatios(CutStatistic):
         self.sums.all_reduce()
 
     def tensors(self) -> dict[str, Tensor]:
-        return {name: total.cpu() for name, total in self.sums.finished().items()}
+        return {name: total.cpu() for name, total in self.sums.take_totals().items()}
 
 
-def of_mean_weight(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def normalize_weights(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return weighted sums, rescaled to weights of mean 1, on the CPU, without ``weights``. Sums on the CPU are overwritten.
 
     Args:

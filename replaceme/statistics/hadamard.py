@@ -35,8 +35,8 @@ def _paley(size: int) -> Tensor | None:
         return _bordered(size - 1, -1) + torch.eye(size, dtype=torch.int64)
     half = size // 2
     if size % 4 == 0 and half % 4 == 2 and _is_prime(half - 1):
-        beside, diagonal = torch.tensor([[1, 1], [1, -1]]), torch.tensor([[1, -1], [-1, -1]])
-        return torch.kron(_bordered(half - 1, 1), beside) + torch.kron(torch.eye(half, dtype=torch.int64), diagonal)
+        off_diagonal, diagonal = torch.tensor([[1, 1], [1, -1]]), torch.tensor([[1, -1], [-1, -1]])
+        return torch.kron(_bordered(half - 1, 1), off_diagonal) + torch.kron(torch.eye(half, dtype=torch.int64), diagonal)
     return None
 
 
@@ -48,10 +48,10 @@ def _bordered(q: int, sign: int) -> Tensor:
     squares = torch.full((q,), -1)
     squares[torch.arange(q) ** 2 % q] = 1
     squares[0] = 0
-    places = torch.arange(q)
+    indices = torch.arange(q)
     bordered = torch.ones(q + 1, q + 1, dtype=torch.int64)
     bordered[0, 0], bordered[1:, 0] = 0, sign
-    bordered[1:, 1:] = squares[(places[:, None] - places) % q]
+    bordered[1:, 1:] = squares[(indices[:, None] - indices) % q]
     return bordered
 
 

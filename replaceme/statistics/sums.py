@@ -72,7 +72,7 @@ class Sums:
             all_reduce_sum(sums)
 
     @torch.inference_mode()
-    def finished(self) -> dict[str, Tensor]:
+    def take_totals(self) -> dict[str, Tensor]:
         """Return the sums, once: they are kept no longer.
 
         Raises:

@@ -53,7 +53,7 @@ class Reducible(Observer, Protocol):
     """An observer whose result is the same if several processes share the walk."""
 
     def all_reduce(self) -> None:
-        """Complete the result after a shared walk, by what the other processes have seen (``replaceme.base.group``)."""
+        """Complete the result after a shared walk, with what the other processes have observed (``replaceme.base.group``)."""
         ...
 
 
@@ -81,7 +81,7 @@ def walk(
     with torch.inference_mode():
         if stream is not None:
             carry = _Carry(range(start.layer if start else 0, max(signals_by_layer)))
-            with _on_disk(batches, stream) as waiting:
+            with _scratch_on_disk(batches, stream) as waiting:
                 _walk_by_layer(model, family, waiting, [*observers, carry], description, start)
         else:
             if description is not None:
@@ -105,7 +105,7 @@ def _signals_by_layer(observers: Iterable[Observer]) -> dict[int, set[Signal]]:
 
 
 @contextmanager
-def _on_disk(batches: Iterable[Batch], stream: LayerStream) -> Iterator[list[Batch]]:
+def _scratch_on_disk(batches: Iterable[Batch], stream: LayerStream) -> Iterator[list[Batch]]:
     """Yield batches whose scratch lies in a file."""
     with ScratchFile(stream.folder) as file:
         yield [replace(batch, scratch=file.mapping()) for batch in batches]
@@ -143,7 +143,7 @@ class _Carry:
 
 
 @contextmanager
-def passes(
+def forward_passes(
     model: nn.Module, family: Family, batches: Iterable[Batch], start: EntryState | None = None
 ) -> Iterator[Iterator[Batch]]:
     """Yield the batches, once, for whole forward passes of the model inside the block.
@@ -166,7 +166,7 @@ def passes(
 
     with ExitStack() as stack:
         if stream is not None and (start.layer if start else 0) < last:
-            batches = waiting = stack.enter_context(_on_disk(batches, stream))
+            batches = waiting = stack.enter_context(_scratch_on_disk(batches, stream))
             with torch.inference_mode():
                 carry = _Carry(range(start.layer if start else 0, last))
                 _walk_by_layer(model, family, waiting, [carry], None, start)
@@ -191,10 +191,10 @@ class _Tap:
         self.listeners = {layer: [each for each in observers if layer in each.signals()] for layer in signals_by_layer}
         self.stop = max(signals_by_layer)
         self.batch: Batch | None = None
-        self.seen: dict[Signal, Tensor] = {}
+        self.received: dict[Signal, Tensor] = {}
 
     def run(self, model: nn.Module, batch: Batch) -> None:
-        self.batch, self.seen = batch, {}
+        self.batch, self.received = batch, {}
         try:
             # Padding comes after the text, so the real tokens of a causal model never attend to it: no mask is needed.
             decoder_of(model)(input_ids=batch.input_ids, use_cache=False)
@@ -243,12 +243,12 @@ class _Tap:
         assert self.batch is not None
         # Some layers and most experts take all tokens in one row. The layers of a large model may be on several devices:
         # observers get all states on one.
-        self.seen[signal] = states.reshape(*self.batch.input_ids.shape, -1).to(self.batch.input_ids.device)
-        if len(self.seen) < len(self.signals[layer]):
+        self.received[signal] = states.reshape(*self.batch.input_ids.shape, -1).to(self.batch.input_ids.device)
+        if len(self.received) < len(self.signals[layer]):
             return
-        seen, self.seen = self.seen, {}
+        signals, self.received = self.received, {}
         for observer in self.listeners[layer]:
-            observer.observe(layer, seen, self.batch)
+            observer.observe(layer, signals, self.batch)
         if layer == self.stop:
             raise _LastSignalReachedError
 

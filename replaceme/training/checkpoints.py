@@ -44,23 +44,23 @@ class Pace:
     @contextmanager
     def measured(self) -> Iterator[None]:
         """Write a checkpoint in the block."""
-        begun = time.monotonic()
+        start = time.monotonic()
         yield
         self.saved = time.monotonic()
-        self.saving = self.saved - begun
+        self.saving = self.saved - start
 
 
-def made_with(device: str) -> dict[str, Any]:
+def describe_environment(device: str) -> dict[str, Any]:
     """Return the code, the packages and the kind of device: steps of others would not belong together."""
     return {"code": code_digest(), "versions": versions((*MODEL, *FOUR_BIT)), "device": kind_of(device)}
 
 
-def checkpoints_in(folder: Path) -> Path:
+def checkpoint_folder(folder: Path) -> Path:
     """Return the folder below an output's own for a method's checkpoints; the stage deletes it once all it writes is there."""
     return folder / f"training{PARTIAL}"
 
 
-def key_of(settings: Mapping[str, Any], tensors: Iterable[Tensor]) -> str:
+def checkpoint_key(settings: Mapping[str, Any], tensors: Iterable[Tensor]) -> str:
     """Return a digest (sha256, hex) of settings, which must fit JSON, and of the shapes, dtypes and values of tensors."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for tensor in tensors:

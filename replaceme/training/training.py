@@ -29,7 +29,7 @@ from replaceme.base.ranks import rank
 from replaceme.base.scratch import scratch
 from replaceme.models.context import ModelContext
 from replaceme.statistics.walk import RecordStates, Signals, sum_tensors, walk
-from replaceme.training.checkpoints import Pace, load_checkpoint, made_with, save_checkpoint
+from replaceme.training.checkpoints import Pace, describe_environment, load_checkpoint, save_checkpoint
 from replaceme.training.curves import CURVES, add_row, write_curves
 
 # Rows (number of steps taken before, loss), by the name of the curve.
@@ -148,7 +148,7 @@ class _RecordAllStates(RecordStates):
         merge_rows(self.states)
 
 
-def orders(documents: Sequence[int], epoch: int, batch_size: int) -> list[list[int]]:
+def shuffled_batches(documents: Sequence[int], epoch: int, batch_size: int) -> list[list[int]]:
     """Return an epoch's batches of documents, in random order."""
     shuffled = [documents[index] for index in seeded_order(len(documents), SEED + epoch).tolist()]
     return [shuffled[start : start + batch_size] for start in range(0, len(shuffled), batch_size)]
@@ -206,8 +206,8 @@ class _Run:
     def take(self, step: int) -> None:
         """Take one step."""
         self.evaluate(step)
-        epoch, place = divmod(step, self.per_epoch)
-        documents = orders(self.train_indices, epoch, self.schedule.batch_size)[place]
+        epoch, index = divmod(step, self.per_epoch)
+        documents = shuffled_batches(self.train_indices, epoch, self.schedule.batch_size)[index]
         loss = self.task.loss(self.parameters, documents, step)
         self.log("loss", step, sum(all_gather(float(loss.detach()))))
         loss.backward()
@@ -254,11 +254,11 @@ class _Run:
 
     def _resume(self) -> None:
         """Continue from the last checkpoint, if all processes find one with this key."""
-        found = load_checkpoint(self.folder / "checkpoint", self.key)
-        steps = all_gather(found and found[0]["step"])
-        if found is None or len({*steps}) > 1:
+        checkpoint = load_checkpoint(self.folder / "checkpoint", self.key)
+        steps = all_gather(checkpoint and checkpoint[0]["step"])
+        if checkpoint is None or len({*steps}) > 1:
             return
-        state, tensors = found
+        state, tensors = checkpoint
         self.step, self.curves = state["step"], {name: [*map(tuple, rows)] for name, rows in state["curves"].items()}
         for name, parameter in self.parameters.items():
             parameter.data.copy_(tensors[f"weight.{name}"])
@@ -270,7 +270,7 @@ class _Run:
         logger.info("training: resumes after step %d of %d of an interrupted run", self.step, self.steps)
 
 
-def figures_of(curves: Curves, parameters: Mapping[str, Tensor]) -> dict[str, Any]:
+def summarize_training(curves: Curves, parameters: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return and log the figures of a training. The loss of one batch is noisy, so the first and last eighths are averaged."""
     losses, held_out = [loss for _, loss in curves["loss"]], [loss for _, loss in curves["held_out_loss"]]
     part = max(len(losses) // 8, 1)
@@ -288,10 +288,10 @@ def figures_of(curves: Curves, parameters: Mapping[str, Tensor]) -> dict[str, An
     return figures
 
 
-def settings_of(schedule: LearningRateSchedule, device: torch.device) -> dict[str, Any]:
+def checkpoint_settings(schedule: LearningRateSchedule, device: torch.device) -> dict[str, Any]:
     """Return what a training depends on besides the task and the parameters, for a checkpoint's key.
 
     Any other code, package or kind of device than that of the first step could give steps that don't belong together.
     """
     constants = [WEIGHT_DECAY, CLIP, WARM_UP, FLOOR, SEED, HELD_OUT_EVERY, EVALUATIONS]
-    return {**asdict(schedule), "constants": constants, **made_with(str(device)), "threads": torch.get_num_threads()}
+    return {**asdict(schedule), "constants": constants, **describe_environment(str(device)), "threads": torch.get_num_threads()}

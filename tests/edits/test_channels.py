@@ -15,7 +15,7 @@ from replaceme.base.documents import Documents, few_documents
 from replaceme.base.errors import ModelError, SolveError
 from replaceme.base.parameters import read_params
 from replaceme.base.plan import Block
-from replaceme.edits.channels import assembled, channels_of
+from replaceme.edits.channels import assemble_mlp, channels_of
 from replaceme.edits.edits import Edits
 from replaceme.edits.fold import apply_edits
 from replaceme.edits.unfused import unfused
@@ -25,7 +25,7 @@ from replaceme.methods.registry import METHODS
 from replaceme.models.context import ModelContext
 from replaceme.models.families import family_of, inputs_of
 from replaceme.models.model import Model
-from replaceme.repair.channel_choice import Candidates, Screened, best_channels, likely_channels, max_candidates
+from replaceme.repair.channel_choice import Candidates, ScreenedCandidates, best_channels, likely_channels, max_candidates
 from replaceme.statistics.sums import mirror
 from replaceme.statistics.walk import walk
 from tests.conftest import PLAIN, made_model
@@ -81,7 +81,7 @@ def test_a_layers_own_channels_change_nothing() -> None:
 def test_a_zero_in_the_hosts_norm_gives_no_infinity() -> None:
     model = made_model()
     model.model.layers[1].post_attention_layernorm.weight.data[3] = 0.0
-    values = dict(assembled(family_of(model.config), model.model.layers, 1, channels_of(2, 48)))
+    values = dict(assemble_mlp(family_of(model.config), model.model.layers, 1, channels_of(2, 48)))
     assert all(bool(torch.isfinite(value).all()) for value in values.values())
     assert not values["mlp.up_proj.weight"][:, 3].any()
 
@@ -91,7 +91,7 @@ def test_a_norms_bias_that_no_linear_can_absorb_is_an_error() -> None:
     for layer in model.transformer.h:
         layer.mlp.c_fc.bias = None
     with pytest.raises(ModelError, match=r"mlp\.c_fc has no bias to absorb that of ln_2"):
-        dict(assembled(family_of(model.config), model.transformer.h, 1, channels_of(2, 48)))
+        dict(assemble_mlp(family_of(model.config), model.transformer.h, 1, channels_of(2, 48)))
 
 
 def problem(features: int, outputs: int = 5, tokens: int = 200) -> tuple[Tensor, Tensor, Tensor]:
@@ -176,7 +176,7 @@ def test_the_sums_equal_a_plain_computation(kind: str, batch_size: int) -> None:
     e = target - here["middle"] - (0 if bias is None else family.multiplier * bias.detach().numpy())
     assert np.allclose(mirror(sums.gram.clone()).numpy(), (w * g).T @ g, rtol=1e-3, atol=1e-5)
     assert np.allclose(sums.cross.numpy(), (w * g).T @ e, rtol=1e-3, atol=1e-5)
-    alone = Screened(host, family, layer, torch.from_numpy(target))
+    alone = ScreenedCandidates(host, family, layer, torch.from_numpy(target))
     walk(ModelContext(model, family, documents, batch_size), [alone], description=None)
     assert torch.equal(alone.cross, sums.cross)
     assert np.allclose(alone.gram.numpy(), (w * g * g).sum(0), rtol=1e-3, atol=1e-5)

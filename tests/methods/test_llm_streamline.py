@@ -32,8 +32,8 @@ from replaceme.models.own_form import is_own_form
 from replaceme.running.workspace import Workspace
 from replaceme.statistics.profile import profile_model
 from replaceme.training import checkpoints, training
-from replaceme.training.checkpoints import key_of, load_checkpoint, save_checkpoint
-from replaceme.training.training import LearningRateSchedule, orders, record_entry_and_exit, train
+from replaceme.training.checkpoints import checkpoint_key, load_checkpoint, save_checkpoint
+from replaceme.training.training import LearningRateSchedule, record_entry_and_exit, shuffled_batches, train
 from tests.conftest import KINDS, LAYERS, OBSTACLES, made_model
 from tests.helpers import TEXT, context_of, hooked_and_folded, layer_outputs, many_documents, shortened_logits
 from tests.interruption import InterruptedRunError, counted, stop_at
@@ -117,7 +117,7 @@ def by_hand(model: Any, documents: Documents, schedule: LearningRateSchedule) ->
     steps = schedule.epochs * -(-len(texts) // schedule.batch_size)
     step = 0
     for epoch in range(schedule.epochs):
-        for batch in orders(range(len(texts)), epoch, schedule.batch_size):
+        for batch in shuffled_batches(range(len(texts)), epoch, schedule.batch_size):
             error, count = torch.zeros(()), 0
             for index in batch:
                 args, kwargs, _ = layer_called(model, TRAINED, texts[index])
@@ -256,11 +256,14 @@ def test_a_checkpoint_of_another_training_is_not_used(tmp_path: Path) -> None:
     (tmp_path / "checkpoint" / "tensors.safetensors").write_bytes(b"damaged")
     assert load_checkpoint(tmp_path / "checkpoint", "mine") is None
     keys = [
-        key_of({"a": 1}, [torch.ones(2)]), key_of({"a": 2}, [torch.ones(2)]), key_of({"a": 1}, [torch.zeros(2)]),
-        key_of({"a": 1}, [torch.ones(2).bfloat16()]), key_of({"a": 1}, [torch.ones(1, 2)]),
-    ]  # fmt: skip
+        checkpoint_key({"a": 1}, [torch.ones(2)]),
+        checkpoint_key({"a": 2}, [torch.ones(2)]),
+        checkpoint_key({"a": 1}, [torch.zeros(2)]),
+        checkpoint_key({"a": 1}, [torch.ones(2).bfloat16()]),
+        checkpoint_key({"a": 1}, [torch.ones(1, 2)]),
+    ]
     assert len({*keys}) == len(keys)
-    assert key_of({"a": 1}, [torch.ones(2)]) == keys[0]
+    assert checkpoint_key({"a": 1}, [torch.ones(2)]) == keys[0]
 
 
 def test_every_setting_of_a_training_makes_another_key(

@@ -14,7 +14,7 @@ from replaceme.base.parameters import Params, read_params
 from replaceme.methods.registry import METHODS, criterion_of
 from replaceme.models.model import Model, parameter_count
 from replaceme.selection import budget
-from replaceme.selection.budget import Sizes, mlp_width, within_budget
+from replaceme.selection.budget import Sizes, apply_budget, mlp_width
 from tests.conftest import DESCRIBED, EXPERTS, LAYERS, NORM_AFTER_MLP, PLAIN
 
 BEST = {"transform": "channels", "repair": True}
@@ -28,7 +28,7 @@ def settings(remove: str | None, **options: Any) -> Params:
 
 def test_without_a_budget_nothing_changes(tiny: Model) -> None:
     params = settings(None, **BEST)
-    assert within_budget(params, tiny, criterion_of(params)) is params
+    assert apply_budget(params, tiny, criterion_of(params)) is params
     assert mlp_width(params, tiny, [2, 3]) is None
 
 
@@ -36,7 +36,7 @@ def test_without_a_budget_nothing_changes(tiny: Model) -> None:
 @pytest.mark.parametrize("share", ["30%", "35% of layers"])
 def test_layers_and_channels_meet_a_budget_in_every_family(save_tiny: Callable[..., Model], kind: str, share: str) -> None:
     source, params = save_tiny(kind), settings(share, layers_to_skip=1, **BEST)
-    assert within_budget(params, source, criterion_of(params)).layers_to_skip == 1
+    assert apply_budget(params, source, criterion_of(params)).layers_to_skip == 1
     width = mlp_width(params, source, [2])
     assert width is not None
     dense, config = source.load(), source.config()
@@ -56,14 +56,14 @@ def test_layers_and_channels_meet_a_budget_in_every_family(save_tiny: Callable[.
 @pytest.mark.parametrize("kind", [*EXPERTS, *NORM_AFTER_MLP])
 def test_where_no_channels_are_chosen_the_nearest_number_of_layers_goes(save_tiny: Callable[..., Model], kind: str) -> None:
     source, params = save_tiny(kind), settings("40% of layers", method="uidl")
-    count = within_budget(params, source, criterion_of(params)).layers_to_skip
+    count = apply_budget(params, source, criterion_of(params)).layers_to_skip
     assert count == round(0.4 * LAYERS)
     assert mlp_width(params, source, range(count)) is None
 
 
 def test_methods_that_remove_parts_get_the_exact_share(tiny: Model) -> None:
     params = settings("25% of layers", method="slicegpt")
-    assert within_budget(params, tiny, criterion_of(params)).layers_to_skip == pytest.approx(0.25 * LAYERS)
+    assert apply_budget(params, tiny, criterion_of(params)).layers_to_skip == pytest.approx(0.25 * LAYERS)
 
 
 @given(
@@ -83,12 +83,12 @@ def test_a_budget_is_met_within_a_hundredth(other: int, layers: int, rest: int, 
         patch.setattr(budget.Sizes, "of", lambda model: sizes)
         criterion: Any = criterion_of(params)
         try:
-            count = within_budget(params, None, criterion).layers_to_skip  # type: ignore[arg-type]
+            count = apply_budget(params, None, criterion).layers_to_skip  # type: ignore[arg-type]
             kept = mlp_width(params, None, range(count)) or width  # type: ignore[arg-type]
         except ParameterError:
             return
     removed = count * layer + (layers - count) * (width - kept) * channel
-    assert abs(removed - sizes.wanted(f"{share:.2f}%")) <= 0.01 * sizes.total + 1
+    assert abs(removed - sizes.budget(f"{share:.2f}%")) <= 0.01 * sizes.total + 1
     assert count <= most
 
 
@@ -115,7 +115,7 @@ def test_a_width_is_a_round_number_where_that_is_near_enough() -> None:
 def test_a_budget_that_cant_be_met_is_refused(tiny: Model, options: dict[str, Any], said: str) -> None:
     params = read_params(None, options, METHODS)
     with pytest.raises(ParameterError, match=said):
-        mlp_width(within_budget(params, tiny, criterion_of(params)), tiny, [1])
+        mlp_width(apply_budget(params, tiny, criterion_of(params)), tiny, [1])
 
 
 @pytest.mark.parametrize("value", ["20", "20 %", "-5%", "20% of mlps", "%"])

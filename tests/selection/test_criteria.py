@@ -16,7 +16,7 @@ from replaceme.models.families import Family, family_of
 from replaceme.pipeline.select import select
 from replaceme.running.workspace import Workspace
 from replaceme.selection import cut_loss
-from replaceme.selection.blocks import several, smallest
+from replaceme.selection.blocks import disjoint_blocks, smallest_blocks
 from replaceme.selection.candidate_evaluation import Losses
 from replaceme.selection.criteria import allowed_starts
 from replaceme.selection.cut_loss import cut_losses
@@ -35,23 +35,23 @@ def distances(layers: int, best: tuple[int, int]) -> list[list[float]]:
 
 def test_the_block_with_the_smallest_distance_is_removed() -> None:
     # Host 4 and last removed layer 7: layers 5, 6 and 7 go.
-    assert smallest(distances(12, (4, 7)), starts(12, layers_to_skip=3), 3) == [Block(5, 8)]
+    assert smallest_blocks(distances(12, (4, 7)), starts(12, layers_to_skip=3), 3) == [Block(5, 8)]
     assert Block(5, 8).layer_before_cut == 4
 
 
 def test_the_last_layers_can_be_removed_and_the_first_one_never() -> None:
     assert starts(12, layers_to_skip=3) == range(1, 10)
-    assert smallest(distances(12, (8, 11)), starts(12, layers_to_skip=3), 3) == [Block(9, 12)]
+    assert smallest_blocks(distances(12, (8, 11)), starts(12, layers_to_skip=3), 3) == [Block(9, 12)]
 
 
 def test_limits_are_honoured() -> None:
     allowed = starts(12, layers_to_skip=3, min_distance_layer=6, max_distance_layer=11)
     assert allowed == range(6, 9)
-    assert smallest(distances(12, (1, 4)), allowed, 3) == [Block(6, 9)]
+    assert smallest_blocks(distances(12, (1, 4)), allowed, 3) == [Block(6, 9)]
 
 
 def test_the_earliest_of_equal_blocks_is_taken() -> None:
-    assert smallest(distances(12, (0, 0)), starts(12, layers_to_skip=3), 3) == [Block(1, 4)]
+    assert smallest_blocks(distances(12, (0, 0)), starts(12, layers_to_skip=3), 3) == [Block(1, 4)]
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,10 @@ def chosen(layers: int, values: dict[tuple[int, int], float], **options: Any) ->
     """Return start and end of each block, where pairs (host, last removed layer) have these values and all others 1."""
     params = read_params(None, options)
     table = [[values.get((host, last), 1.0) for last in range(layers)] for host in range(layers)]
-    return [(block.start, block.end) for block in several(table, allowed_starts(params, layers, criterion_of(params)), params)]
+    return [
+        (block.start, block.end)
+        for block in disjoint_blocks(table, allowed_starts(params, layers, criterion_of(params)), params)
+    ]
 
 
 def test_several_blocks_are_the_best_that_do_not_overlap() -> None:

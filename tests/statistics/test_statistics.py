@@ -156,7 +156,7 @@ def test_sums_are_those_of_all_parts_in_float64(dtype: torch.dtype) -> None:
     for part in rows.split(20):
         sums.add_squares("gram", part)
         sums.add({"column": part.sum(dim=0), "squares": part.square().sum()})
-    found = sums.finished()
+    found = sums.take_totals()
     exact = rows.double()
     expected = {"gram": exact.T @ exact, "column": exact.sum(dim=0), "squares": exact.square().sum()}
     assert found.keys() == expected.keys()

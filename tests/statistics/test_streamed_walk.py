@@ -18,7 +18,7 @@ from replaceme.models.model import Model
 from replaceme.models.streaming import LayerStream, stream_of
 from replaceme.statistics.cut_statistics import STATISTICS, take_statistics
 from replaceme.statistics.profile import profile_model
-from replaceme.statistics.walk import RecordStates, Signal, Signals, passes, signals_for, walk
+from replaceme.statistics.walk import RecordStates, Signal, Signals, forward_passes, signals_for, walk
 from tests.conftest import EXPERTS, KINDS, LAYERS, NORM_AFTER_MLP, WIDTH, made_config
 
 
@@ -118,7 +118,9 @@ def test_whole_passes_give_the_same_logits_and_read_each_layer_once(
     family, logits = family_of(made_config(kind)), []
     entering = torch.randn(documents.token_count, WIDTH, generator=torch.Generator().manual_seed(0)).bfloat16()
     for model in (resident, streamed):
-        with passes(model, family, documents.batches(2), None if first is None else EntryState(first, entering)) as batches:
+        with forward_passes(
+            model, family, documents.batches(2), None if first is None else EntryState(first, entering)
+        ) as batches:
             logits.append([model(batch.input_ids, use_cache=False).logits for batch in batches])
     assert all(map(torch.equal, *logits))
     assert own.bytes_read == sum(own.sizes[first or 0 :])

@@ -40,7 +40,7 @@ from replaceme.running.workspace import Workspace
 from replaceme.statistics.features import LINEARS
 from replaceme.training import healing
 from replaceme.training.healing import LogitDistillation
-from replaceme.training.training import LearningRateSchedule, orders, record_entry_and_exit, train
+from replaceme.training.training import LearningRateSchedule, record_entry_and_exit, shuffled_batches, train
 from tests.conftest import LAYERS, PLAIN, WIDTH, made_model
 from tests.helpers import many_documents
 from tests.interruption import InterruptedRunError, counted, stop_at
@@ -90,7 +90,7 @@ def by_hand(model: Any, shortened: Any, documents: Documents, schedule: Learning
     optimizer = torch.optim.AdamW(trainable_parameters, lr=schedule.learning_rate, weight_decay=1e-3)
     step, steps = 0, schedule.epochs * -(-len(texts) // schedule.batch_size)
     for epoch in range(schedule.epochs):
-        for batch in orders(range(len(texts)), epoch, schedule.batch_size):
+        for batch in shuffled_batches(range(len(texts)), epoch, schedule.batch_size):
             sums = [divergence(model, shortened, texts[index]) for index in batch]
             optimizer.zero_grad()
             (torch.stack([total for total, _ in sums]).sum() / sum(count for _, count in sums)).backward()
