@@ -81,7 +81,7 @@ def _heal(params: Params, work: Workspace, edits: Edits) -> tuple[dict[str, Any]
     parameters, curves = train(
         task, task.trainable_parameters(), schedule, folder, checkpoint_key(settings, documents.documents)
     )
-    task.correct(edits, parameters)
+    task.add_corrections(edits, parameters)
     return summarize_training(curves, parameters), curves
 
 

@@ -81,7 +81,7 @@ class Candidates:
 
 
 class ScreenedCandidates(Candidates):
-    """The same without the products of different channels: ``gram`` = Σ w g² (k,)."""
+    """``Candidates`` without the products of different channels: ``gram`` = Σ w g² (k,)."""
 
     def add_squares(self, g: Tensor) -> None:
         squares = g.square().sum(dim=0)

@@ -6,9 +6,9 @@ each kept layer in order, with ``h`` = state of the shortened model (rows are to
     attention's output projection:  toward (original state after the attention) − h,       λ = repair_ridge_attention
     the MLP's last linear:          toward (original layer output) − (new state after it), λ = repair_ridge_mlp
 
-each by ridge regression from Gram sums, toward the present weights (``_correct``: the penalty is ``Features.per_column``, 0
-for the bias; the solve is ``replaceme.solvers.ridge.solve_correction``). How strong corrections are, down to none at all, is
-chosen at the first one, by what it does on documents that it was not fitted on (``replaceme.solvers.held_out``). Where the
+each by ridge regression from Gram sums, toward the present weights (``_correct_linears``; the penalty is
+``Features.per_column``, 0 for the bias; the solve is ``replaceme.solvers.ridge.solve_correction``). The first correction
+chooses the strength of all, down to none, by its error on held-out documents (``replaceme.solvers.held_out``). Where the
 MLP is parallel to the attention, no state lies between them: both linears are solved together, from ``[A | G]``, toward
 (original layer output) − h. With transform channels, the channels of the MLP before a cut are chosen here
 (``replaceme.repair.channel_choice``); then its linears are solved for again. With several blocks, the method fits each later
@@ -110,21 +110,21 @@ def _initial_state(params: Params, context: ModelContext, edits: Edits, plan: Pl
     first = 0 if plan.mlp_width else plan.blocks[0].layer_before_cut
     last = len(layers) - 1 if params.repair else max(block.layer_before_cut for block in plan.blocks)
     kept = [layer for layer in range(first, last + 1) if layer not in removed]
-    # The states after the last layer are not needed, nor are the inputs that update them.
+    # Nothing needs the states after the last layer, nor the inputs that update them.
     linears = LINEARS[: min(len(kept), 2)] if params.repair or params.transform in STEPWISE else ()
-    # Where any is, the inputs of both linears are counted for the corrections.
+    # If any linear is corrected, the space for corrections counts the inputs of both.
     own_inputs = Features.of(layers[first], context.family, LINEARS if linears else (), plan.mlp_width).widths
     width, folder = context.width, context.folder
     widths = [width] * 3 + [own_inputs[linear] for linear in linears]
     shapes = [(context.documents.token_count_of(context.batch_size, shard()), each) for each in widths]
-    dense, shortened, middle, *inputs = scratch(shapes, context.model.dtype, folder, "repair")
-    # The corrections follow there, one layer after the other; those of each process, once the states of all are there.
+    dense, shortened, after_attention, *inputs = scratch(shapes, context.model.dtype, folder, "repair")
+    # Each process writes its corrections to the same disk, layer by layer. The check waits until all have their states there.
     changed = len(kept) if params.repair else len(plan.blocks)
     all_gather(None)
     needed = local_world_size() * changed * width * sum(own_inputs.values()) * torch.float32.itemsize
     require_space(folder, needed, "repair keeps {} of corrections there, in addition to its states")
     known = dict(zip(linears, inputs, strict=True))
-    return RepairState(params, context, edits, plan, kept, dense, middle, shortened, known)
+    return RepairState(params, context, edits, plan, kept, dense, after_attention, shortened, known)
 
 
 def _walk_to_cut(state: RepairState) -> None:
@@ -143,25 +143,25 @@ def repair_layer(state: RepairState, layer: int) -> None:
     separate = params.repair and layer != state.kept[0] and not family.parallel
     targets: list[Observer] = [RecordStates(block.end - 1 if block else layer, ("output",), state.dense)]
     if separate:
-        targets.append(RecordStates(layer, ("input", "attention"), state.middle))
+        targets.append(RecordStates(layer, ("input", "attention"), state.after_attention))
     state.walk_dense(layer, targets)
     if separate:
-        _correct(state, layer, state.middle, {"attention_output": "repair_ridge_attention"})
+        _correct_linears(state, layer, state.after_attention, {"attention_output": "repair_ridge_attention"})
     if block and not solved:
-        _fit(state, block)
+        _fit_later_block(state, block)
     if block and params.transform == "channels":
-        _choose(state, layer, range(layer, block.end), "refit_ridge")
+        _choose_channels(state, layer, range(layer, block.end), "refit_ridge")
     elif plan.mlp_width:
-        _choose(state, layer, range(layer, layer + 1), "repair_ridge_mlp")
-    solves, leaves = _solves(params, family, bool(block)), layer != state.kept[-1]
+        _choose_channels(state, layer, range(layer, layer + 1), "repair_ridge_mlp")
+    solves, advance = _planned_solves(params, family, bool(block)), layer != state.kept[-1]
     for number, ridges in enumerate(solves, start=1):
-        _correct(state, layer, state.dense, ridges, leaves=leaves and number == len(solves))
-    if leaves and not solves:
+        _correct_linears(state, layer, state.dense, ridges, advance=advance and number == len(solves))
+    if advance and not solves:
         state.walk_shortened(layer, [RecordStates(layer, ("output",), state.shortened)])
 
 
-def _solves(params: Params, family: Family, is_before_cut: bool) -> list[Ridges]:
-    """Return the solves toward the state after a layer, in order."""
+def _planned_solves(params: Params, family: Family, is_before_cut: bool) -> list[Ridges]:
+    """Return the solves of a layer toward the dense model's state after it, in order."""
     mlp: Ridges
     if is_before_cut:
         mlp = {"mlp_output": "refit_ridge"}
@@ -177,7 +177,7 @@ def _solves(params: Params, family: Family, is_before_cut: bool) -> list[Ridges]
     return [{"attention_output": "repair_ridge_attention", **mlp}] if family.parallel else [mlp]
 
 
-def _choose(state: RepairState, layer: int, window: range, ridge: str) -> None:
+def _choose_channels(state: RepairState, layer: int, window: range, ridge: str) -> None:
     """Give a layer's MLP the best channels of its own and of removed layers after it, with their original columns.
 
     Args:
@@ -195,19 +195,19 @@ def _choose(state: RepairState, layer: int, window: range, ridge: str) -> None:
     documents = few_documents(state.context.documents, TOKENS_PER_CHANNEL * 2 * count)
     strength: float = getattr(state.params, ridge)
 
-    def chosen_of(candidates: Tensor, among: type[Candidates], choose: Callable[..., Tensor], number: int) -> Tensor:
+    def keep(number: int, candidates: Tensor, observer: type[Candidates], criterion: Callable[..., Tensor]) -> Tensor:
         edits.channels[layer] = candidates
-        sums = among(layer, state.family, module, state.dense)
+        sums = observer(layer, state.family, module, state.dense)
         state.walk_shortened(layer, [sums], documents)
         prior = assemble_parameter(state.family, state.layers, layer, candidates, f"{state.family.mlp_output}.weight").T
-        return candidates[compute_on_rank0(partial(choose, sums.gram, sums.cross, prior, strength, number))]
+        return candidates[compute_on_rank0(partial(criterion, sums.gram, sums.cross, prior, strength, number))]
 
     def best(candidates: Tensor) -> Tensor:
         if len(candidates) > (most := max_candidates(kept)):
             logger.info("repair: of %d channels, the %d likeliest are compared; more would not fit", len(candidates), most)
-            candidates = chosen_of(candidates, ScreenedCandidates, likely_channels, most)
+            candidates = keep(most, candidates, ScreenedCandidates, likely_channels)
         with naming(ridge=ridge):
-            return chosen_of(candidates, Candidates, best_channels, kept)
+            return keep(kept, candidates, Candidates, best_channels)
 
     *others, chosen = (channels_of(source, count) for source in window)
     if not others:
@@ -226,22 +226,22 @@ def _choose(state: RepairState, layer: int, window: range, ridge: str) -> None:
     )  # fmt: skip
 
 
-def _correct(state: RepairState, layer: int, target: Tensor, ridges: Ridges, *, leaves: bool = False) -> None:
-    """Solve for linears of a layer; if ``leaves``, move the shortened model's states to after the corrected layer."""
+def _correct_linears(state: RepairState, layer: int, target: Tensor, ridges: Ridges, *, advance: bool = False) -> None:
+    """Solve for linears of a layer; if ``advance``, move the shortened model's states past the corrected layer."""
     features = Features.of(state.layers[layer], state.family, [*ridges], state.plan.mlp_width)
     if state.shrinkage is None and _is_fitted(state.edits):
         state.shrinkage = Shrinkage()
-    # Fewer folds where their sums would take too much memory, and one if nothing is chosen.
+    # One fold if the shrinkage is known; fewer folds if their sums would take too much memory.
     most = min(FOLDS, max(FOLD_BYTES // (8 * len(features) ** 2), 2)) if state.shrinkage is None else 1
     residual_sums = ResidualSums(layer, features, target, folds_of(state.context.documents, most))
     observers: list[Observer] = [residual_sums]
-    if state.attended != layer:
+    if state.attention_layer != layer:
         observers.append(RecordStates(layer, ("attention_features",), state.inputs["attention_output"]))
-    if leaves:
+    if advance:
         observers.append(RecordStates(layer, ("mlp_features",), state.inputs["mlp_output"]))
         observers.append(RecordStates(layer, ("output",), state.shortened))
     state.walk_shortened(layer, observers)
-    state.attended = layer
+    state.attention_layer = layer
     values: dict[Linear, float] = {linear: getattr(state.params, name) for linear, name in ridges.items()}
     penalty = features.per_column(values)
     folds = residual_sums.folds()
@@ -260,14 +260,14 @@ def _correct(state: RepairState, layer: int, target: Tensor, ridges: Ridges, *, 
         after += sse_change_of_correction(diagonal, cross, change, penalty, shrinkage.scale)
         change *= shrinkage.scale
         state.edits.correct_all(layer, features.parts(change))
-        if leaves:
+        if advance:
             _add_change(state, features, change)
     residuals = relative_residual(before, whole), relative_residual(after, whole)
     state.repairs.append(Repair(layer, tuple(ridges), *residuals, shrinkage.ridge_multiple, shrinkage.scale))
 
 
 def _is_fitted(edits: Edits) -> bool:
-    """Return whether a map, or new weights of an MLP, is fitted to all documents: none is held out for what it leaves."""
+    """Return whether a map, or new weights of an MLP, is fitted to all documents: no document is held out then."""
     operators = (operator.ndim for operator in edits.operators.values())
     return bool(edits.transforms) or any(operators) or any(linear == "mlp_output" for _, linear in edits.corrections)
 
@@ -288,14 +288,14 @@ def _agree_on_shrinkage(folds: Sequence[Mapping[str, Tensor]], penalty: Tensor) 
 
 
 def _add_change(state: RepairState, features: Features, change: Tensor) -> None:
-    """Add to the shortened model's states, which left the layer before its change, the change's products with the inputs."""
+    """Add what a correction changes, its products with the recorded inputs, to the states that left the uncorrected layer."""
     dtype = product_format(state.shortened.dtype)
     for linear, weight, bias in features.parts((features.multiplier * change).to(dtype)):
         for rows, inputs in zip(state.shortened.split(TOKENS), state.inputs[linear].split(TOKENS), strict=True):
             rows += functional.linear(inputs.to(weight), weight, bias).to(rows)
 
 
-def _fit(state: RepairState, block: Block) -> None:
+def _fit_later_block(state: RepairState, block: Block) -> None:
     """Fit a later block by the method, on the shortened model's states at the cut and the dense model's at the end."""
     with temporary_folder(f"scratch-{rank()}-", state.context.folder) as folder:
         context = replace(state.context, folder=folder)
@@ -310,7 +310,7 @@ def _fit(state: RepairState, block: Block) -> None:
     state.edits.transforms |= solved.edits.transforms
     state.edits.operators |= solved.edits.operators
     for (layer, linear), (weight, bias) in solved.edits.corrections.items():
-        # Its attention may be repaired already: the solution is added to that.
+        # The layer's attention may be repaired already: the solution is added to that repair.
         state.edits.correct(layer, linear, weight, bias)
     state.figures[f"block{state.plan.blocks.index(block)}"] = solved.figures
 

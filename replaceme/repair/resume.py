@@ -22,7 +22,7 @@ from replaceme.base.group import all_gather, shard
 from replaceme.base.progress import logger
 from replaceme.edits.edits import Edits
 from replaceme.repair.state import RepairState
-from replaceme.training.checkpoints import Pace
+from replaceme.training.checkpoints import CheckpointTimer
 
 STATE, STATES = "state.json", ("dense", "shortened")
 # Rows written at once.
@@ -39,13 +39,13 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, key: str):
-        self.folder, self.key, self.pace = folder, key, Pace()
+        self.folder, self.key, self.timer = folder, key, CheckpointTimer()
 
     def save_if_due(self, state: RepairState, finished: int) -> None:
         """Write a checkpoint after ``finished`` layers, if the last one is old enough. A full disk is no error."""
-        if not all_gather(self.pace.is_due())[0]:
+        if not all_gather(self.timer.is_due())[0]:
             return
-        with self.pace.measured():
+        with self.timer.saving():
             try:
                 self._save(state, finished)
                 saved = True

@@ -43,11 +43,11 @@ class RepairState:
         params, context, edits, plan: as in ``repair_layers``.
         kept: the kept layers from the first to the last one that changes.
         dense: (tokens, d) states of the dense model, after the last layer that it has computed.
-        middle: (tokens, d) its states after the attention of the current layer, where this attention is repaired.
+        after_attention: (tokens, d) its states after the attention of the current layer, if this attention is repaired.
         shortened: (tokens, d) states of the shortened model, before the current layer.
         inputs: linear → (tokens, inputs) its inputs in the shortened model.
         shrinkage: of all corrections, chosen at the first one; None before it.
-        attended: the layer that ``inputs["attention_output"]`` belong to; None: no layer yet.
+        attention_layer: the layer that ``inputs["attention_output"]`` belong to; None: no layer yet.
         repairs: so far, in order.
         figures: for the metrics, so far.
     """
@@ -58,10 +58,10 @@ class RepairState:
     plan: Plan
     kept: Sequence[int]
     dense: Tensor
-    middle: Tensor
+    after_attention: Tensor
     shortened: Tensor
     inputs: Mapping[Linear, Tensor]
-    attended: int | None = None
+    attention_layer: int | None = None
     shrinkage: Shrinkage | None = None
     repairs: list[Repair] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
@@ -83,9 +83,9 @@ class RepairState:
         return self.context.family
 
     def offload_corrections(self) -> None:
-        """Move the corrections so far to scratch files: no later layer computes with them, and they can exceed the memory."""
+        """Move the corrections so far to scratch files: no later layer reads them, and they can exceed the memory."""
         for linear, (weight, bias) in self.edits.corrections.items():
-            # A name is that of a scratch file.
+            # A storage with a file name is in a scratch file already.
             if not weight.untyped_storage().filename:
                 stored = copy_to_scratch(weight, self.context.folder, "repair")
                 self.edits.corrections[linear] = stored, None if bias is None else bias.clone()
@@ -96,14 +96,14 @@ class RepairState:
         self._evict_others(layer)
 
     def walk_shortened(self, layer: int, observers: Sequence[Observer], documents: Documents | None = None) -> None:
-        """Walk through the shortened model, from a layer that its states enter; its attention is computed once."""
-        known = self.inputs["attention_output"] if layer == self.attended else None
-        # No other layer computes: none of their MLPs has to be assembled, and no mixture of theirs to be there.
+        """Walk through the shortened model, from a layer that its states enter; the layer's attention runs only once."""
+        known = self.inputs["attention_output"] if layer == self.attention_layer else None
+        # Only this layer computes, so only its edits are needed.
         context = self.context.with_documents(documents) if documents else self.context
         with unfused(context.model, context.family, self.edits.select_layers([layer])):
             walk(context, observers, description=None, start=EntryState(layer, self.shortened, known))
         self._evict_others(layer)
 
     def _evict_others(self, layer: int) -> None:
-        """Let the weights of all layers go but of this one: solves have the memory of the others."""
+        """Evict the weights of all other layers: solves need their memory."""
         evict_layers(self.context.model, [self.layers[layer]])

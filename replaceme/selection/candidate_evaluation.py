@@ -39,7 +39,7 @@ class CandidateEvaluation:
     entering: Mapping[int, Tensor] | Tensor
 
     def record_states(self, layers: Iterable[int]) -> None:
-        """Store the states that enter these layers, as the model computes at present."""
+        """Store the states that enter these layers in the model, hooks included."""
         walk(self.context, [RecordStates(layer, ("input",), self.entering[layer]) for layer in layers], description=None)
 
     @contextmanager
@@ -100,7 +100,7 @@ class Losses:
 
 
 def next_token_losses(model: Any, documents: Documents, batches: Iterable[Batch]) -> Losses:
-    """Return the losses of a model as it computes at present, by domain; processes that share the batches get the same.
+    """Return the next-token losses of a model, hooks included, by domain; the same in all processes that share the batches.
 
     Args:
         model: the model.

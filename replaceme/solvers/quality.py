@@ -46,7 +46,7 @@ def measure_fit(transform: Tensor, sums: Mapping[str, Tensor], sample: Mapping[s
 def measure_operator_fit(
     P: Tensor, sums: Mapping[str, Tensor], sample: Mapping[str, Tensor], *, weighted: bool = False
 ) -> dict[str, Any]:
-    """Return the same for an operator on the state h before the cut: how far ``h P`` is from H.
+    """Return the figures of ``measure_fit`` for an operator P on the state h before the cut: how far ``h P`` is from H.
 
     Args:
         P: (d, d) float64.
@@ -97,7 +97,7 @@ def sse_change(gram: Tensor, cross: Tensor, change: Tensor) -> float:
 
 
 def sse_change_of_correction(diagonal: Tensor, cross: Tensor, change: Tensor, ridge: Tensor, scale: float = 1.0) -> float:
-    """Return the same for ``scale`` times the solution of ``replaceme.solvers.ridge.solve_correction``.
+    """Return ``sse_change`` for ``scale`` times the solution of ``replaceme.solvers.ridge.solve_correction``.
 
     There ``S X = C − Λ diag S X``, so the diagonal of S is enough.
     """
@@ -137,7 +137,7 @@ def describe_dense_ridge(solution: RidgeSolution, alpha: float) -> dict[str, Any
 
 
 def describe_structured_ridge(transform: Tensor, sums: Mapping[str, Tensor], alpha: float, structure: str) -> dict[str, Any]:
-    """Return the same for a map of another structure."""
+    """Return the figures of ``describe_dense_ridge`` for a map of another structure."""
     figures: dict[str, Any] = describe_ridge(torch.linalg.eigvalsh(sums["gram"]), alpha)
     if structure == "orthogonal":  # a second fit would cost as much as the first
         return figures

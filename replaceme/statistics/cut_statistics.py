@@ -13,8 +13,8 @@ For a block with the layer ``i`` before it and end ``e`` (ReplaceMe, section 3; 
 - ``sample``: a few evenly spaced tokens, for figures that are not sums of squares.
 - ``tokens``, ``tokens_accurate``: every token, on disk, for losses that need more than sums.
 
-A statistic is an observer with a ``tensors`` method and one line in ``STATISTICS``. Processes share its walk if it has an
-``all_reduce`` method too; the last two have none.
+A statistic is an observer with a ``tensors`` method and one line in ``STATISTICS``. Processes can share its walk if it also has
+an ``all_reduce`` method; the last two have none.
 """
 
 import tempfile
@@ -48,11 +48,11 @@ class Statistic(Observer, Protocol):
 
 
 class CutStatistic:
-    """Base of the statistics: pairs the signals of the layer before the cut with the state at the block's end, batch by batch.
+    """Base of the statistics: pairs the signals of the layer before the cut with the target state, batch by batch.
 
     Attributes:
-        signals_before_cut: its signals.
-        take: receives these signals, H and the batch; real tokens only, each (tokens, width).
+        signals_before_cut: the observed signals of the layer before the cut.
+        take: receives these signals, the target H and the batch; of real tokens only, (tokens, width) each.
     """
 
     signals_before_cut: tuple[Signal, ...] = ("mlp", "output")
@@ -72,7 +72,7 @@ class CutStatistic:
             self.add_targets(batch.real(signals["output"]), batch)
 
     def add_targets(self, target: Tensor, batch: Batch) -> None:
-        """Hand the layer's signals, kept in the batch's scratch, and H (tokens, d) to ``take``."""
+        """Pass the stored signals of the layer before the cut, and the target H (tokens, d), to ``take``."""
         self.take(*(batch.scratch.pop((self, signal)) for signal in self.signals_before_cut), target, batch)
 
 

@@ -4,13 +4,14 @@
 of its attention and its MLP, and the inputs of their last linears. It stops each pass at the last signal that is observed,
 computes no logits, and keeps the states of the current batch only.
 
-Documents go batch by batch through resident weights. Through a streamed model (``replaceme.models.streaming``) all batches go
-through a layer before the next one, so that each layer is read once; between the layers, states and what observers keep lie in
-a scratch file. So an observer may only rely on this: within a batch, layers come in ascending order, and ``batch.scratch``
-keeps tensors from one layer to a later one. A walk can start at a later layer, with states that an earlier walk kept.
+If all weights are in memory, the model runs one batch after the other. A streamed model (``replaceme.models.streaming``) runs
+all batches through a layer before it reads the next one, so that each layer is read once; a scratch file keeps the states and
+what observers store in ``batch.scratch``. So an observer can rely on two things only: a batch passes the layers in ascending
+order, and ``batch.scratch`` keeps tensors from one layer to a later one. A walk can start at a later layer, with states that an
+earlier walk has recorded.
 
 Several processes share a walk (``replaceme.base.group``) if each of its observers is ``Reducible``: each process takes its part
-of the batches, and at the end the observers add up what they have summed. Otherwise, each process takes the whole walk.
+of the batches, and at the end each observer sums its results over the processes. Otherwise, each process takes the whole walk.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -50,10 +51,10 @@ class Observer(Protocol):
 
 @runtime_checkable
 class Reducible(Observer, Protocol):
-    """An observer whose result is the same if several processes share the walk."""
+    """An observer whose results can be summed over processes that share a walk."""
 
     def all_reduce(self) -> None:
-        """Complete the result after a shared walk, with what the other processes have observed (``replaceme.base.group``)."""
+        """Add the results of the other processes, after a shared walk (``replaceme.base.group``)."""
         ...
 
 
@@ -80,7 +81,7 @@ def walk(
     batches: Iterable[Batch] = context.documents.batches(context.batch_size, str(next(model.parameters()).device), part)
     with torch.inference_mode():
         if stream is not None:
-            carry = _Carry(range(start.layer if start else 0, max(signals_by_layer)))
+            carry = _CarryStates(range(start.layer if start else 0, max(signals_by_layer)))
             with _scratch_on_disk(batches, stream) as waiting:
                 _walk_by_layer(model, family, waiting, [*observers, carry], description, start)
         else:
@@ -119,7 +120,7 @@ def _walk_by_layer(
     description: str | None,
     start: EntryState | None,
 ) -> None:
-    """Run all batches through a layer before the next one, up to the last observed signal; one observer is a ``_Carry``."""
+    """Run all batches through a layer before the next one, up to the last signal; one observer is a ``_CarryStates``."""
     signals_by_layer, first = _signals_by_layer(observers), start.layer if start else 0
     numbers: Iterable[int] = range(first, max(signals_by_layer) + 1)
     for layer in numbers if description is None else progress(numbers, description, "layers"):
@@ -129,8 +130,8 @@ def _walk_by_layer(
                 tap.run(model, batch)
 
 
-class _Carry:
-    """Observer that keeps each batch's states, padding included, from one layer to the next (``EntryState.states`` of None)."""
+class _CarryStates:
+    """Observer that stores each batch's states, padding included, for the next layer (``EntryState.states`` is None)."""
 
     def __init__(self, layers: range):
         self.layers = layers
@@ -168,7 +169,7 @@ def forward_passes(
         if stream is not None and (start.layer if start else 0) < last:
             batches = waiting = stack.enter_context(_scratch_on_disk(batches, stream))
             with torch.inference_mode():
-                carry = _Carry(range(start.layer if start else 0, last))
+                carry = _CarryStates(range(start.layer if start else 0, last))
                 _walk_by_layer(model, family, waiting, [carry], None, start)
             start = EntryState(last, None)
         if start is not None:

@@ -30,28 +30,28 @@ CHUNK = 1 << 26
 CHECKPOINT_SECONDS, SAVING_SHARE = 60.0, 10
 
 
-class Pace:
-    """When a checkpoint is due: after ``CHECKPOINT_SECONDS``, and ``SAVING_SHARE`` times what the last one took, at least."""
+class CheckpointTimer:
+    """Says when a checkpoint is due: ``CHECKPOINT_SECONDS``, or ``SAVING_SHARE`` times the last one's duration, after that."""
 
     def __init__(self) -> None:
         # When the last checkpoint was complete, and how long it took.
-        self.saved, self.saving = time.monotonic(), 0.0
+        self.last_saved, self.last_duration = time.monotonic(), 0.0
 
     def is_due(self) -> bool:
         """Return whether enough time has passed since the last checkpoint."""
-        return time.monotonic() - self.saved >= max(CHECKPOINT_SECONDS, SAVING_SHARE * self.saving)
+        return time.monotonic() - self.last_saved >= max(CHECKPOINT_SECONDS, SAVING_SHARE * self.last_duration)
 
     @contextmanager
-    def measured(self) -> Iterator[None]:
-        """Write a checkpoint in the block."""
+    def saving(self) -> Iterator[None]:
+        """Measure the block, which writes a checkpoint."""
         start = time.monotonic()
         yield
-        self.saved = time.monotonic()
-        self.saving = self.saved - start
+        self.last_saved = time.monotonic()
+        self.last_duration = self.last_saved - start
 
 
 def describe_environment(device: str) -> dict[str, Any]:
-    """Return the code, the packages and the kind of device: steps of others would not belong together."""
+    """Return the code, the packages and the kind of device, for a checkpoint's key: others could give other steps."""
     return {"code": code_digest(), "versions": versions((*MODEL, *FOUR_BIT)), "device": kind_of(device)}
 
 

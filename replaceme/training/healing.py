@@ -37,8 +37,8 @@ from replaceme.models.layers import EntryState, enable_gradients, skip_layers, s
 from replaceme.statistics.features import LINEARS
 from replaceme.training.training import DocumentBatches
 
-# Fraction of a step's positions whose predictions are compared. (They take most of a step's time, and the same number of
-# positions spread over twice as many steps teaches more.)
+# Fraction of a step's positions whose predictions are compared. (Predictions take most of a step's time. The same number of
+# positions spread over twice as many steps gave a lower loss.)
 SHARE = 0.5
 # Rows of logits whose divergence is computed at once.
 ROWS = 128
@@ -123,8 +123,8 @@ class LogitDistillation:
 
     def trainable_parameters(self) -> dict[str, Tensor]:
         """Return float32 copies of the trained parameters on the device, by name in the dense model, in torch's layout."""
-        started = {self._name(layer, name): self._start(layer, name) for layer, _, name in self.trained}
-        return {name: value.to(self.batches.device, copy=True).requires_grad_() for name, value in started.items()}
+        initial = {self._name(layer, name): self._initial_value(layer, name) for layer, _, name in self.trained}
+        return {name: value.to(self.batches.device, copy=True).requires_grad_() for name, value in initial.items()}
 
     @contextmanager
     def training_context(self) -> Iterator[None]:
@@ -159,10 +159,10 @@ class LogitDistillation:
         student_logits = self._shortened(parameters, batch, self.batches.rows(self.entering, own), positions)
         return kl_divergence(teacher_logits, student_logits[real]) / count
 
-    def correct(self, edits: Edits, parameters: Mapping[str, Tensor]) -> None:
+    def add_corrections(self, edits: Edits, parameters: Mapping[str, Tensor]) -> None:
         """Add the learnt changes to the edits."""
         changes = {
-            (layer, name): parameters[self._name(layer, name)].detach().cpu() - self._start(layer, name)
+            (layer, name): parameters[self._name(layer, name)].detach().cpu() - self._initial_value(layer, name)
             for layer, _, name in self.trained
         }
         for layer, linear, name in self.trained:
@@ -172,7 +172,7 @@ class LogitDistillation:
     def _name(self, layer: int, name: str) -> str:
         return f"{self.family.layers}.{layer}.{name}"
 
-    def _start(self, layer: int, name: str) -> Tensor:
+    def _initial_value(self, layer: int, name: str) -> Tensor:
         """Return a parameter's value before training: the edited one."""
         changed = self.changed.get((layer, name))
         return parameter_of(self.layers[layer], name).float().cpu() if changed is None else changed

@@ -29,7 +29,7 @@ from replaceme.base.ranks import rank
 from replaceme.base.scratch import scratch
 from replaceme.models.context import ModelContext
 from replaceme.statistics.walk import RecordStates, Signals, sum_tensors, walk
-from replaceme.training.checkpoints import Pace, describe_environment, load_checkpoint, save_checkpoint
+from replaceme.training.checkpoints import CheckpointTimer, describe_environment, load_checkpoint, save_checkpoint
 from replaceme.training.curves import CURVES, add_row, write_curves
 
 # Rows (number of steps taken before, loss), by the name of the curve.
@@ -177,7 +177,7 @@ def train(
         for step in progress(
             range(run.step, run.steps), "training", "steps", note=lambda: f"loss {run.curves['loss'][-1][1]:.4g}"
         ):
-            run.take(step)
+            run.take_step(step)
         run.evaluate(run.steps)
     return run.parameters, run.curves
 
@@ -201,15 +201,15 @@ class _Run:
         if rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             write_curves(folder, self.curves)
-        self.pace = Pace()
+        self.timer = CheckpointTimer()
 
-    def take(self, step: int) -> None:
+    def take_step(self, step: int) -> None:
         """Take one step."""
         self.evaluate(step)
         epoch, index = divmod(step, self.per_epoch)
         documents = shuffled_batches(self.train_indices, epoch, self.schedule.batch_size)[index]
         loss = self.task.loss(self.parameters, documents, step)
-        self.log("loss", step, sum(all_gather(float(loss.detach()))))
+        self.record_loss("loss", step, sum(all_gather(float(loss.detach()))))
         loss.backward()
         all_reduce_sum({name: parameter.grad for name, parameter in self.parameters.items() if parameter.grad is not None})
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), CLIP)
@@ -218,13 +218,13 @@ class _Run:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step = step + 1
-        if rank() == 0 and self.pace.is_due():
+        if rank() == 0 and self.timer.is_due():
             self.save()
 
     def evaluate(self, step: int) -> None:
         """Record the held-out loss before the first step, at a few later ones, and after the last."""
         if self.held_out and (step == self.steps or step % max(self.steps // EVALUATIONS, 1) == 0):
-            self.log("held_out_loss", step, self.mean_loss(self.held_out))
+            self.record_loss("held_out_loss", step, self.mean_loss(self.held_out))
 
     def mean_loss(self, documents: Sequence[int]) -> float:
         """Return the mean loss on documents, all tokens weighted equally."""
@@ -236,8 +236,8 @@ class _Run:
                 losses, tokens = losses + count * float(self.task.loss(self.parameters, chosen, None)), tokens + count
         return sum(all_gather(losses / tokens))
 
-    def log(self, name: str, step: int, value: float) -> None:
-        """Append a value to a curve; refuse one that is not finite."""
+    def record_loss(self, name: str, step: int, value: float) -> None:
+        """Append a loss to a curve. Raises SolveError if it is not finite."""
         if not math.isfinite(value):
             raise SolveError(f"{self.schedule.rate_name}: the loss of the training is {value} at step {step}; use a lower one.")
         self.curves[name].append((step, value))
@@ -246,7 +246,7 @@ class _Run:
 
     def save(self) -> None:
         """Write a checkpoint."""
-        with self.pace.measured():
+        with self.timer.saving():
             tensors = {f"weight.{name}": parameter for name, parameter in self.parameters.items()}
             for name, parameter in self.parameters.items():
                 tensors |= {f"{part}.{name}": value for part, value in self.optimizer.state[parameter].items()}

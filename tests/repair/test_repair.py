@@ -239,14 +239,14 @@ def test_the_states_of_a_later_fit_are_those_with_the_repaired_attention(monkeyp
     blocks, seen = (Block(1, 2), Block(3, 5)), []
     model = made_model(dtype=torch.float64)
     edits, run_repair = solved(model, many_documents(), blocks, alpha=5.0, transform="joint", repair=True)
-    fit = repair._fit
+    fit = repair._fit_later_block
 
     def watch(state: repair.RepairState, block: Block) -> None:
         before = edits.corrections[2, "attention_output"][0].clone()
         fit(state, block)
         seen.append((before, edits.corrections[2, "attention_output"][0] - before))
 
-    monkeypatch.setattr(repair, "_fit", watch)
+    monkeypatch.setattr(repair, "_fit_later_block", watch)
     run_repair()
     ((repaired, on_top),) = seen
     assert repaired.abs().max() > 0

@@ -118,7 +118,7 @@ def test_healing_equals_a_plain_loop_on_the_cut_model(
             whole = sum(float(total.detach()) for total, _ in sums) / sum(count for _, count in sums)
             assert float(task.loss(trainable_parameters, chosen, 0).detach()) == pytest.approx(whole, rel=1e-4)
     parameters, curves = train(task, trainable_parameters, schedule, tmp_path, "")
-    task.correct(edits, parameters)
+    task.add_corrections(edits, parameters)
     by_hand(dense, expected, documents, schedule)
     apply_edits(model, family_of(model.config), edits)
     found = dict(model.named_parameters())
@@ -215,7 +215,7 @@ def test_a_healed_model_is_closer_to_the_dense_one_and_its_export_is_verified(
         if len(losses) < 2:
             parameters, _ = train(task, trainable_parameters, LearningRateSchedule(5e-4, 4, 4, RATE), tmp_path, "")
     assert losses[1] < 0.99 * losses[0]
-    task.correct(edits, parameters)
+    task.add_corrections(edits, parameters)
     save_pruned(source, edits, tmp_path / "pruned")
     verify_export(source, Model(tmp_path / "pruned", "pruned"), edits, documents)
     # The exported model computes the same loss as the training did.
