@@ -178,7 +178,7 @@ def test_offloaded_weights_are_refused(tmp_path: Path) -> None:
     places = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
     places |= {f"model.layers.{layer}": "disk" if layer == 3 else "cpu" for layer in range(LAYERS)}
     model = dispatch_model(made_model(), places, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
-    with pytest.raises(ModelError, match=r"device_map: layer 3, whose gradients are wanted, does not fit the GPUs"):
+    with pytest.raises(ModelError, match=r"device_map: layer 3, whose gradients are needed, does not fit the GPUs"):
         measure_importance(model, Family(), range(2, 5), COUNTS, draw_crops(pieces()))
 
 

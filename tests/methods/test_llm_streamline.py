@@ -183,9 +183,9 @@ def test_held_out_texts_are_not_trained_on(pieces: int, tmp_path: Path) -> None:
     texts = Documents(many_documents(40).documents, [number // pieces for number in range(40)])
     distillation = distillation_of(made_model(), texts)
     ordered = texts.in_walk_order()
-    taught, held_out = split_places(ordered.sources, training.HELD_OUT_EVERY)
-    assert (sorted(taught + held_out), len(held_out)) == ([*range(40)], 2)
-    assert not {ordered.sources[place] for place in taught} & {ordered.sources[place] for place in held_out}
+    train_indices, held_out = split_places(ordered.sources, training.HELD_OUT_EVERY)
+    assert (sorted(train_indices + held_out), len(held_out)) == ([*range(40)], 2)
+    assert not {ordered.sources[place] for place in train_indices} & {ordered.sources[place] for place in held_out}
     schedule = LearningRateSchedule(1e-3, 1, 4, RATE)
     first, _ = train(distillation, distillation.trainable_parameters(), schedule, tmp_path / "one", "")
     for index in held_out:

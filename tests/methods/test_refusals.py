@@ -177,7 +177,7 @@ MAPS, LONE = "which maps the whole state at the cut", "which trains one layer in
         ("laco", {"laco_interval": 0}, "laco_interval: must be at least 1, not 0."),
         ("laco", {"laco_threshold": 1.5}, "laco_threshold: must be at most 1, not 1.5."),
         ("laco", {"laco_threshold": -2.0}, "laco_threshold: must be at least -1, not -2.0."),
-        ("uidl", {"selection": "collapse"}, "selection: 'collapse' is not a criterion; use null or one of angular, residual"),
+        ("uidl", {"selection": "collapse"}, "selection: 'collapse' is not a criterion; use one of angular, residual"),
         ("llm_pruner", {"transform": "joint"}, f"transform: joint has no place in method llm_pruner, {PARTS}; use dense."),
         ("llm_pruner", {"selection": "loss"}, f"selection: loss has no place in method llm_pruner, {PARTS}; use null."),
         ("llm_pruner", {"repair": True}, f"repair: true has no place in method llm_pruner, {PARTS}; use false."),
