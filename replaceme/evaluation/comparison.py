@@ -26,7 +26,7 @@ SIZES = ("parameters", "parameters_without_embeddings", "disk_bytes", "kv_cache_
 MIN_STDERRS = 2.0
 
 
-def compare(dense: Figures, pruned: Figures, dense_items: Items, pruned_items: Items) -> Figures:
+def compare_scores(dense: Figures, pruned: Figures, dense_items: Items, pruned_items: Items) -> Figures:
     """Return each score of both models with their ratio or difference and its uncertainty.
 
     Args:

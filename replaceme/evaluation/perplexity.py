@@ -107,7 +107,7 @@ def kl_divergence(p_logs: Tensor, q_logs: Tensor) -> Tensor:
     return divergence + p_rest * (p_rest / q_rest).log()
 
 
-def perplexities(losses: Tensor, windows: Windows) -> dict[str, float]:
+def compute_perplexities(losses: Tensor, windows: Windows) -> dict[str, float]:
     """Return ``token``, ``word`` and ``byte`` perplexity from the windows' losses, and ``stderr`` of the token perplexity.
 
     A perplexity that overflows (for a text of one endless word, say) is left out.

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 
 from replaceme.base.plan import Block
+from replaceme.evaluation.tables import find_contaminated_tasks
 from replaceme.report.formatting import Figures, format_digits, format_number, format_percent
-from replaceme.report.tables import find_seen_tasks
 
 # layers × layers, by the layer before a block and the block's last layer.
 BlockFigures = Sequence[Sequence[float]]
@@ -21,21 +21,21 @@ def list_outcomes(evaluation: Figures) -> list[tuple[str, str]]:
         parts.append((f"{format_digits(unseen['perplexity_ratio'], 3)} ×", f"the perplexity on {where}"))
     elif ratios:
         spread = format_digits(min(ratios), 3) + f" to {format_digits(max(ratios), 3)}" * (len(ratios) > 1) + " ×"
-        parts.append((spread, f"the perplexity{_describe_seen(evaluation, 'perplexity', 'word_perplexity')}"))
+        parts.append((spread, f"the perplexity{_describe_contamination(evaluation, 'perplexity', 'word_perplexity')}"))
     for key, words in (("retention", "accuracy"), ("retention_above_chance", "accuracy above chance")):
         if f"{key}_percent" in evaluation:
             kept = format_percent(evaluation[f"{key}_percent"], scale=1)
-            parts.append((f"{kept} %", f"of the {words} kept{_describe_seen(evaluation, 'accuracy')}"))
+            parts.append((f"{kept} %", f"of the {words} kept{_describe_contamination(evaluation, 'accuracy')}"))
     if "parameters" in evaluation:
         parts.append((f"{evaluation['parameters']['removed_percent']:.1f} %", "smaller"))
     return parts
 
 
-def _describe_seen(evaluation: Figures, *kinds: str) -> str:
+def _describe_contamination(evaluation: Figures, *kinds: str) -> str:
     """Say that tasks of these kinds are scored on calibration text; an empty text if none is."""
     tasks = {task for kind in kinds for task in evaluation.get(kind, {})}
-    seen = len(find_seen_tasks(evaluation, tasks))
-    return f" ({'on' if seen == len(tasks) else 'in part on'} calibration text)" if seen else ""
+    contaminated = tasks.intersection(find_contaminated_tasks(evaluation))
+    return f" ({'on' if contaminated == tasks else 'in part on'} calibration text)" if contaminated else ""
 
 
 def name_layers(block: Block) -> str:

@@ -7,6 +7,7 @@ one can be read side by side.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from replaceme.evaluation.tables import find_contaminated_tasks
 from replaceme.report.formatting import (
     Figures,
     format_duration,
@@ -17,7 +18,7 @@ from replaceme.report.formatting import (
 )
 
 SIGNIFICANT = 0.05
-SEEN = "†"
+CONTAMINATED = "†"
 AT_CHANCE = "‡"
 NOTES = {
     "*": "differs from the dense model at p < 0.05 (exact McNemar test or paired t-test over the same items, or over their "
@@ -132,7 +133,7 @@ def tabulate_accuracy(evaluation: Figures) -> Table | None:
     tasks = evaluation.get("accuracy")
     if not tasks:
         return None
-    columns = {_mark_seen(name, evaluation): _format_accuracy(task) for name, task in tasks.items()}
+    columns = {_mark_contamination(name, evaluation): _format_accuracy(task) for name, task in tasks.items()}
     if "average_accuracy" in evaluation:
         kept = {key: evaluation[key] for key in ("retention_percent", "retention_stderr") if key in evaluation}
         above = {f"above_chance_{key}": evaluation.get(f"retention_above_chance_{key}") for key in ("percent", "stderr")}
@@ -144,7 +145,7 @@ def tabulate_accuracy(evaluation: Figures) -> Table | None:
         "Accuracy in percent, ± one standard error (of the difference: paired over the items, or their articles)",
         ["", *columns],
         [row for row in rows if any(row[1:])],
-        [*((mark, note) for mark, note in NOTES.items() if mark in marks), *_note_seen_tasks(evaluation, tasks)],
+        [*((mark, note) for mark, note in NOTES.items() if mark in marks), *_note_contamination(evaluation, tasks)],
     )
 
 
@@ -175,8 +176,8 @@ def tabulate_divergence(evaluation: Figures) -> Table | None:
         rows.append(["unseen texts", f"× {format_with_error(unseen, 'perplexity_ratio')}", "no", *_format_distance(unseen)])
     for task, figures in evaluation.get("divergence", {}).items():
         if task in perplexity:
-            seen = _describe_calibration(known[task]) if task in known else ""
-            rows.append([task, f"× {format_with_error(perplexity[task], 'ratio')}", seen, *_format_distance(figures)])
+            calibrated = _describe_calibration(known[task]) if task in known else ""
+            rows.append([task, f"× {format_with_error(perplexity[task], 'ratio')}", calibrated, *_format_distance(figures)])
     notes = [
         ("KL:", "divergence of the pruned model's predictions from the dense model's, for each token"),
         ("same token:", "share of positions with the dense model's most likely token"),
@@ -199,7 +200,7 @@ def tabulate_perplexity(evaluation: Figures) -> Table | None:
     tasks = dict.fromkeys(task for kind in UNITS for task in evaluation.get(kind, {}))
     rows = [
         [
-            f"{_mark_seen(task, evaluation)}, per {unit}",
+            f"{_mark_contamination(task, evaluation)}, per {unit}",
             f"× {format_with_error(figures, 'ratio')}",
             *(format_with_error(figures, side) for side in ("dense", "pruned")),
         ]
@@ -207,7 +208,7 @@ def tabulate_perplexity(evaluation: Figures) -> Table | None:
         for kind, unit in UNITS.items()
         if (figures := evaluation.get(kind, {}).get(task))
     ]
-    head, notes = ["", "ratio", "dense", "pruned"], _note_seen_tasks(evaluation, tasks)
+    head, notes = ["", "ratio", "dense", "pruned"], _note_contamination(evaluation, tasks)
     return Table("Perplexity, ± one standard error", head, rows, notes) if rows else None
 
 
@@ -290,22 +291,16 @@ def tabulate_published() -> Table:
     return Table(caption, PUBLISHED_HEAD, rows, link=SOURCE)
 
 
-def find_seen_tasks(evaluation: Figures, tasks: Iterable[str]) -> list[str]:
-    """Return those of some tasks that are scored on calibration text."""
-    texts = evaluation.get("calibration_text", {})
-    return [task for task in tasks if texts.get(task, {}).get("seen")]
+def _mark_contamination(task: str, evaluation: Figures) -> str:
+    return f"{task} {CONTAMINATED}" if task in find_contaminated_tasks(evaluation) else task
 
 
-def _mark_seen(task: str, evaluation: Figures) -> str:
-    return f"{task} {SEEN}" if find_seen_tasks(evaluation, [task]) else task
-
-
-def _note_seen_tasks(evaluation: Figures, tasks: Iterable[str]) -> list[tuple[str, str]]:
-    seen = find_seen_tasks(evaluation, tasks)
-    if not seen:
+def _note_contamination(evaluation: Figures, tasks: Iterable[str]) -> list[tuple[str, str]]:
+    contaminated = [task for task in tasks if task in find_contaminated_tasks(evaluation)]
+    if not contaminated:
         return []
-    copies = {task: 100 * evaluation["calibration_text"][task]["overlap"] for task in seen}
-    # None are found where a source is the same, but its text that of an earlier pruning.
-    shares = ", ".join(f"{share:.0f} % of {task}" for task, share in copies.items() if share)
-    matches = f" (items with 13 of its words in a row: {shares})" if shares else ""
-    return [(SEEN, f"scored on calibration text, which says nothing about other text{matches}")]
+    # Where the source is the same, but its text that of an earlier pruning, there is no overlap.
+    overlaps = {task: 100 * evaluation["calibration_text"][task]["overlap"] for task in contaminated}
+    listed = ", ".join(f"{overlap:.0f} % of {task}" for task, overlap in overlaps.items() if overlap)
+    matches = f" (items with 13 of its words in a row: {listed})" if listed else ""
+    return [(CONTAMINATED, f"scored on calibration text, which says nothing about other text{matches}")]

@@ -33,7 +33,7 @@ def calibrated_on(*texts: str, fingerprints: dict[str, Any] | None = None, **opt
 def compare(
     calibration: CalibrationText, texts: list[str], name: str = "text.txt", fingerprint: Any = "this"
 ) -> dict[str, float]:
-    return calibration.compare(name.split(".")[0], Task(name), fingerprint, [[text] for text in texts])
+    return calibration.measure_contamination(name.split(".")[0], Task(name), fingerprint, [[text] for text in texts])
 
 
 def ngrams_by_hand(text: str) -> set[tuple[str, ...]]:
@@ -108,7 +108,7 @@ def test_a_task_of_lm_eval_is_seen_by_a_calibration_on_its_split(options: Any, t
     form = {"dataset_path": "Owner/text", "dataset_name": None, "test_split": None, "validation_split": None, **task}
     single = SimpleNamespace(config=SimpleNamespace(**form), has_test_docs=lambda: form["test_split"] is not None)
     calibration = calibrated_on("words", fingerprints={"commits": {"owner/text": "1234"}}, dataset="owner/text", **options)
-    assert calibration.compare("piqa", Task("piqa"), {}, [["b"]], [single])["seen"] == same
+    assert calibration.measure_contamination("piqa", Task("piqa"), {}, [["b"]], [single])["seen"] == same
 
 
 def test_all_texts_of_an_item_are_searched() -> None:
@@ -165,4 +165,4 @@ def test_the_words_of_the_chat_template_are_no_copies() -> None:
     windows = [tokenizer.decode(ids) for ids in (one, other)]
     assert len(hash_ngrams(windows[1])) > 10
     pieces = [calibration.without_template(window) for window in windows]
-    assert [calibration.compare("t", Task("t.txt"), "", [piece])["overlap"] for piece in pieces] == [1, 0]
+    assert [calibration.measure_contamination("t", Task("t.txt"), "", [piece])["overlap"] for piece in pieces] == [1, 0]

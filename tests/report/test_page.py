@@ -519,7 +519,7 @@ def test_the_stage_writes_the_page_the_drawn_pictures_and_the_card(
     params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     work = write_run(tmp_path, solved={"removed_layers": 2}, residuals="alpha,relative_residual\n")
-    monkeypatch.setattr(stage, "card_of", lambda params, work: "the card")
+    monkeypatch.setattr(stage, "render_run_card", lambda params, work: "the card")
     stage.write_report(params, work)
     assert {path.name for path in work.report.iterdir()} == {"index.html", "params.yaml", "pictures", "model_card.md"}
     assert (work.report / "model_card.md").read_text(encoding="utf-8") == "the card"

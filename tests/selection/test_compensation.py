@@ -18,7 +18,7 @@ from replaceme.cli import commands
 from replaceme.edits.edits import Edits
 from replaceme.edits.fold import apply_edits
 from replaceme.edits.unfused import unfused
-from replaceme.export.card import model_card
+from replaceme.export.card import render_card
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import verify_export, wrong_weights
 from replaceme.methods.registry import METHODS, criterion_of
@@ -315,7 +315,7 @@ def test_the_whole_command_scales_what_is_left(
 
 
 def test_the_card_of_another_method_has_no_scalars(params: Params, tiny: Model) -> None:
-    assert "magnitude" not in model_card(params, tiny, Edits("test", [2, 3]), {})
+    assert "magnitude" not in render_card(params, tiny, Edits("test", [2, 3]))
 
 
 @pytest.mark.parametrize(
