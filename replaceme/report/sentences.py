@@ -1,10 +1,10 @@
 """Sentences of the page, generated from the run's own figures."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from replaceme.base.plan import Block
 from replaceme.evaluation.tables import find_contaminated_tasks
-from replaceme.report.formatting import Figures, format_digits, format_number, format_percent
+from replaceme.report.formatting import Figures, format_digits, format_percent
 
 # layers × layers, by the layer before a block and the block's last layer.
 BlockFigures = Sequence[Sequence[float]]
@@ -90,66 +90,6 @@ def _format_rank(values: BlockFigures, block: Block) -> str:
     own, size = values[block.start - 1][block.end - 1], len(block)
     same = [values[before][before + size] for before in range(len(values) - size)]
     return f"{own:.3f} (rank {1 + sum(value < own for value in same)} of {len(same)}, smallest first)"
-
-
-def describe_layers(layers: Mapping[str, Sequence[float]], blocks: Sequence[Block]) -> list[str]:
-    """Compare the removed layers with the others, and say where the large norms arise."""
-    influence, norms = layers["block_influence"], layers["max_norm"]
-    removed = {layer for block in blocks for layer in block.layers}
-    means = {}
-    for name, is_removed in (("removed", True), ("other", False)):
-        values = [value for layer, value in enumerate(influence) if (layer in removed) == is_removed]
-        means[name] = f"{sum(values) / max(len(values), 1):.3f}"
-    words = f"{means['removed']} in the removed layers and {means['other']} in the others" if blocks else means["other"]
-    largest = max(range(len(norms)), key=norms.__getitem__)
-    return [
-        f"The mean block influence is {words}.",
-        f"The largest token norm, {format_number(norms[largest])}, occurs after layer {largest}, where the mean is "
-        f"{format_number(layers['mean_norm'][largest])}.",
-        *(
-            f"Across {name_layers(block)} the largest norm changes from {format_number(norms[block.start - 1])} to "
-            f"{format_number(norms[block.end - 1])}."
-            for block in blocks
-        ),
-    ]
-
-
-def describe_fits(fits: Mapping[str, Figures]) -> list[str]:
-    """Compare each fit with an empty place; no sentence for a method without a fit.
-
-    Args:
-        fits: name of the block → its figures of metrics/solve.json; a single block has the empty name.
-    """
-    return [
-        f"{name}: {sentence[0].lower()}{sentence[1:]}" if name else sentence
-        for name, fit in fits.items()
-        if (sentence := _describe_fit(fit))
-    ]
-
-
-def _describe_fit(fit: Figures) -> str:
-    if "weighted_residual_transform" in fit:
-        residual = fit.get("weighted_residual", fit.get("weighted_residual_joint", 0.0))
-        sentence = (
-            "The new weights of the layer before the cut bring the relative residual (all tokens weighted equally) from "
-            f"{fit['weighted_residual_removed']:.3f} to {residual:.3f}; "
-            f"a map alone would reach {fit['weighted_residual_transform']:.3f}."
-        )
-        if "weighted_residual_joint" in fit:
-            sentence += " (If the new attention changes the MLP's inputs, the MLP is then solved again for these: see below.)"
-        return sentence
-    kind, weighting = ("relative", "") if "relative_residual" in fit else ("weighted", " (all tokens weighted equally)")
-    if f"{kind}_residual_removed" not in fit:
-        return ""
-    residual, residual_without = fit[f"{kind}_residual"], fit[f"{kind}_residual_removed"]
-    cosine, cosine_without = fit["mean_cosine"], fit["mean_cosine_removed"]
-    sentence = (
-        f"The map brings the relative residual{weighting} from {residual_without:.3f} to {residual:.3f} and the mean cosine "
-        f"from {cosine_without:.3f} to {cosine:.3f}."
-    )
-    if residual < residual_without and cosine < cosine_without:
-        sentence += " The residual improves while the cosine gets worse, so a few tokens of very large norm dominate the fit."
-    return sentence
 
 
 def describe_repair(repaired: Figures) -> str:

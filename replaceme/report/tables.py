@@ -7,6 +7,7 @@ one can be read side by side.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from replaceme.evaluation.comparison import UNITS
 from replaceme.evaluation.tables import find_contaminated_tasks
 from replaceme.report.formatting import (
     Figures,
@@ -26,7 +27,6 @@ NOTES = {
     "°": "no significant difference from the dense model (p ≥ 0.05, same test)",
     AT_CHANCE: "the dense model isn't two standard errors above chance, so nothing can be said",
 }
-UNITS = {"perplexity": "token", "word_perplexity": "word", "byte_perplexity": "byte"}
 SIZES = {
     "parameters": ("parameters", ""),
     "parameters_without_embeddings": ("… without embeddings", ""),
@@ -54,7 +54,8 @@ FIT_WORDS = {
     "weighted_residual_removed": ("… without either", BARE),
     "mean_cosine": (
         "mean cosine",
-        "between the state with the map and the dense model's, averaged over tokens; 1 is perfect",
+        "between the state with the map and the dense model's, averaged over tokens; 1 is perfect. Where it gets worse while "
+        "the residual improves, a few tokens of very large norm dominate the fit",
     ),
     "mean_cosine_removed": ("… without a map", BARE),
     "smallest_factor": ("smallest factor", "by which a channel is scaled"),
@@ -197,7 +198,7 @@ def _describe_calibration(text: Figures) -> str:
 
 def tabulate_perplexity(evaluation: Figures) -> Table | None:
     """Return the perplexities of each task per token, word and byte."""
-    tasks = dict.fromkeys(task for kind in UNITS for task in evaluation.get(kind, {}))
+    tasks = dict.fromkeys(task for kind in UNITS.values() for task in evaluation.get(kind, {}))
     rows = [
         [
             f"{_mark_contamination(task, evaluation)}, per {unit}",
@@ -205,7 +206,7 @@ def tabulate_perplexity(evaluation: Figures) -> Table | None:
             *(format_with_error(figures, side) for side in ("dense", "pruned")),
         ]
         for task in tasks
-        for kind, unit in UNITS.items()
+        for unit, kind in UNITS.items()
         if (figures := evaluation.get(kind, {}).get(task))
     ]
     head, notes = ["", "ratio", "dense", "pruned"], _note_contamination(evaluation, tasks)
@@ -236,9 +237,7 @@ def tabulate_times(speed: Figures) -> Table:
     caption = (
         f"Measured on {speed['device']}{threads}: {speed['dtype']}, batch of {speed['batch_size']}, {speed['rounds']} rounds"
     )
-    # Times that an earlier version measured name no machine.
-    notes = [("Measured on", speed["machine"])] if "machine" in speed else []
-    return Table(caption, ["", "dense", "pruned", "speedup"], rows, notes)
+    return Table(caption, ["", "dense", "pruned", "speedup"], rows, [("Measured on", speed["machine"])])
 
 
 def tabulate_cost(cost: Figures) -> Table:
@@ -255,12 +254,14 @@ def tabulate_cost(cost: Figures) -> Table:
     return Table("Cost of the compression, of each stage in the run that made its output", ["", "cost"], rows, notes)
 
 
-def tabulate_fits(fits: Mapping[str, Figures]) -> Table:
-    """Return the figures of metrics/solve.json with their meanings.
+def tabulate_fits(fits: Mapping[str, Figures]) -> Table | None:
+    """Return the figures of metrics/solve.json with their meanings; None for a method without a fit.
 
     Args:
         fits: name of the block → its figures; usually one unnamed block.
     """
+    if not any(key.endswith("_residual_removed") for fit in fits.values() for key in fit):
+        return None
     unknown = {key: (key, "") for fit in fits.values() for key in fit if key not in FIT_WORDS}
     columns = {name or "value": fit for name, fit in fits.items()}
     return _tabulate_meanings("Figures of the fit on the calibration text", columns, FIT_WORDS | unknown)
