@@ -341,7 +341,7 @@ def _without_the_world(root: Path) -> Iterator[None]:
         stack.enter_context(mock.patch.object(hub, "reachable", return_value=False))
         stack.enter_context(mock.patch.object(embedded_models, "model_folder", return_value=root / "tiny"))
         articles = [made_text(4, number) for number in range(40)]
-        stack.enter_context(mock.patch("replaceme.calibration.embedded.text_articles", return_value=articles))
+        stack.enter_context(mock.patch("replaceme.calibration.embedded.load_articles", return_value=articles))
         yield
 
 

@@ -50,7 +50,7 @@ def describe_cut(
 
     Args:
         distances: angular distances in half turns.
-        residuals: relative residuals of a linear map in the block's place.
+        residuals: relative residuals of a linear map fitted instead of the block.
         blocks: the removed blocks; none where parts of layers were removed.
         words: the criterion, after "chosen by".
         selected: the figures of metrics/select.json.
@@ -122,9 +122,9 @@ def describe_healing(healed: Figures) -> str:
 
 def describe_proof(export: Figures, blocks: Sequence[Block]) -> str:
     """Say how far the saved model is from the unfused computation: at the cut or, if no layer was removed, at the end."""
-    place = "at the cut" if blocks else "after the last layer"
+    where = "at the cut" if blocks else "after the last layer"
     return (
-        f"The saved model was reloaded and compared with the unfused computation: the state {place} differs by "
+        f"The saved model was reloaded and compared with the unfused computation: the state {where} differs by "
         f"{export['hidden_error_mean']:.2g} on average and {export['hidden_error_max']:.2g} at most (relative), the logits by "
         f"{export['logits_error']:.2g}. Each layer by itself may differ by {export['tolerance']:g} on average, by rounding."
     )

@@ -20,7 +20,7 @@ from replaceme.base.plan import Block, Plan, load_blocks
 from replaceme.edits.edits import Edits
 from replaceme.export.card import render_card
 from replaceme.export.save import save_pruned
-from replaceme.export.verification import cache_error, verify_export
+from replaceme.export.verification import measure_cache_error, verify_export
 from replaceme.methods.llm_streamline import LayerDistillation, TrainedLayer, train_layer
 from replaceme.methods.method import MethodContext
 from replaceme.methods.registry import METHODS
@@ -314,7 +314,7 @@ def test_a_layer_without_attention_is_its_mlp_and_loads_with_its_file(
     for logits in (loaded(TEXT).logits, *hooked_and_folded(source.load(), family, edits)):
         assert torch.allclose(logits, expected, rtol=1e-3, atol=1e-3)
     verify_export(source, Model(tmp_path / "pruned", "pruned"), edits, documents)
-    assert cache_error(loaded, TEXT[0]) < 1e-4
+    assert measure_cache_error(loaded, TEXT[0]) < 1e-4
     assert cache_bytes_per_token(loaded) < cache_bytes_per_token(dense)
 
 

@@ -20,7 +20,7 @@ from replaceme.edits.fold import apply_edits
 from replaceme.edits.unfused import unfused
 from replaceme.export.card import render_card
 from replaceme.export.save import save_pruned
-from replaceme.export.verification import verify_export, wrong_weights
+from replaceme.export.verification import find_wrong_weights, verify_export
 from replaceme.methods.registry import METHODS, criterion_of
 from replaceme.models.families import Family, family_of
 from replaceme.models.model import Model
@@ -305,7 +305,7 @@ def test_the_whole_command_scales_what_is_left(
         assert product == pytest.approx(float(torch.tensor([block.scale for block in blocks]).prod()), rel=1e-4)
     dense, loaded = source.load(), Model(tmp_path / "pruned", "pruned").load()
     assert loaded.config.num_hidden_layers == LAYERS - sum(map(len, blocks))
-    assert wrong_weights(dense, loaded, source.family(), edits)[0] == []
+    assert find_wrong_weights(dense, loaded, source.family(), edits)[0] == []
     assert torch.allclose(logits_of(loaded), shortened_logits(dense, edits, TEXT), rtol=1e-3, atol=1e-3)
     card = (tmp_path / "pruned" / "README.md").read_text(encoding="utf-8")
     assert "with Prune&Comp." in card
