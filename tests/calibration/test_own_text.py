@@ -63,13 +63,6 @@ def test_a_template_without_separate_turns_gives_plain_texts_only() -> None:
     assert chat_turns(tokenizer) is None
 
 
-def test_a_tokenizer_without_a_start_is_refused() -> None:
-    tokenizer = made_tokenizer(bos=False)
-    tokenizer.eos_token = tokenizer.bos_token = None
-    with pytest.raises(ModelError, match="self needs a tokenizer with a bos or eos token"):
-        document_start(tokenizer)
-
-
 def test_the_template_of_its_chats_has_the_date_that_all_chats_have() -> None:
     model, tokenizer = made_model(), made_tokenizer()
     tokenizer.chat_template = (
@@ -87,16 +80,16 @@ def test_as_many_rows_are_written_at_once_as_fit(monkeypatch: pytest.MonkeyPatch
     assert sizes == [3] * 38 + [1] * 19
 
 
-def test_predictions_that_overflow_are_named() -> None:
-    model = made_model()
-    model.model.norm.weight.data.fill_(torch.nan)
-    with pytest.raises(ModelError, match="dtype: the model's predictions overflow while it writes its own text"):
-        write_texts(model, made_tokenizer(), 2, 8, 0)
-
-
-def test_a_model_without_a_cache_is_refused() -> None:
-    model = made_model()
+def test_a_model_that_cannot_write_is_refused() -> None:
+    tokenizer, model = made_tokenizer(bos=False), made_model()
+    tokenizer.eos_token = tokenizer.bos_token = None
+    with pytest.raises(ModelError, match="self needs a tokenizer with a bos or eos token"):
+        document_start(tokenizer)
     forward = model.forward
     model.forward = lambda ids, **_: forward(ids, use_cache=False)
     with pytest.raises(ModelError, match="dataset: self needs a model with a cache of keys and values"):
+        write_texts(model, made_tokenizer(), 2, 8, 0)
+    model.forward = forward
+    model.model.norm.weight.data.fill_(torch.nan)
+    with pytest.raises(ModelError, match="dtype: the model's predictions overflow while it writes its own text"):
         write_texts(model, made_tokenizer(), 2, 8, 0)

@@ -17,7 +17,7 @@ from replaceme.calibration import embedded
 from replaceme.calibration.find import dataset_fingerprints
 from replaceme.calibration.sources import identified_sources
 from replaceme.calibration.tokenization import render_chat
-from replaceme.evaluation.contamination import CalibrationText, hash_ngrams, item_texts
+from replaceme.evaluation.contamination import CalibrationText, hash_ngrams
 from replaceme.evaluation.embedded_tasks import EMBEDDED
 from replaceme.evaluation.scores import score_model
 from replaceme.evaluation.tasks import task_fingerprints
@@ -111,10 +111,6 @@ def test_a_task_of_lm_eval_is_seen_by_a_calibration_on_its_split(options: Any, t
     assert calibration.measure_contamination("piqa", Task("piqa"), {}, [["b"]], [single])["seen"] == same
 
 
-def test_all_texts_of_an_item_are_searched() -> None:
-    assert [*item_texts({"a": 1, "b": ["x", {"c": ("y", None)}], "d": "z"})] == ["x", "y", "z"]
-
-
 def test_a_model_knows_only_the_calibration_that_it_is_given(params: Params, tiny: Model, tmp_path: Path) -> None:
     text = Path(params.tasks[0].name).read_text(encoding="utf-8")
     rows = [{"question": made_text(4, 200 + seed), "choices": ["a b", "c d"], "answer": 0} for seed in range(8)]
@@ -142,11 +138,6 @@ def test_other_text_of_a_calibrated_domain_is_not_unseen() -> None:
         text = EMBEDDED[name].text
         figures = compare(calibration, ["other"], name, embedded.text_fingerprint(text) if text else "retrieval_exact-v1")
         assert figures == {"seen": 0, "same_domain": same, "overlap": 0}
-
-
-def test_texts_of_one_wheel_are_told_apart() -> None:
-    names = ("bbc-news", "finance-answers", "medical-abstracts")
-    assert len({embedded.text_fingerprint(name) for name in names}) == len(names)
 
 
 def test_the_words_of_the_chat_template_are_no_copies() -> None:
