@@ -101,13 +101,6 @@ def test_an_export_of_other_edits_fails(export: Export, documents: Documents, sa
         verify_export(source, pruned, meant, documents)
 
 
-def test_a_norm_of_another_layer_is_found(export: Export) -> None:
-    source, pruned, edits = export(edits=MIXTURE)
-    name, dense = "model.layers.{}.input_layernorm.weight", load_file(source.folder / WEIGHTS)
-    rewrite(pruned.folder, lambda tensors: tensors.update({name.format(0): dense[name.format(4)]}))
-    assert find_wrong_weights(source.load(), pruned.load(), Family(), edits)[0] == [name.format(0)]
-
-
 def test_the_bits_of_weights_that_are_stored_wider_than_the_config_says_are_kept_or_the_export_fails(
     export: Export, documents: Documents
 ) -> None:
