@@ -28,7 +28,7 @@ from replaceme.models.model import Model
 from replaceme.pipeline.activations import observe_activations
 from replaceme.pipeline.inputs import inspect_inputs
 from replaceme.running.workspace import Workspace
-from replaceme.statistics.cut_statistics import STATISTICS, AtCut
+from replaceme.statistics.cut_statistics import STATISTICS, CutStatistic
 from tests.conftest import WIDTH, made_model
 from tests.helpers import TEXT, edits_of, passing, shortened_logits
 
@@ -126,7 +126,7 @@ def test_a_family_is_one_entry(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, 
     assert verify_export(source, Model(tmp_path / "pruned", "pruned"), edits, documents)["logits_error"] < 1e-4
 
 
-class Largest(AtCut):
+class Largest(CutStatistic):
     """The largest value of each channel of the state at the cut."""
 
     at_layer = ("output",)
