@@ -129,14 +129,14 @@ def test_a_family_is_one_entry(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, 
 class Largest(CutStatistic):
     """The largest value of each channel of the state at the cut."""
 
-    at_layer = ("output",)
+    signals_before_cut = ("output",)
 
     def __init__(self, block: Block):
         super().__init__(block)
         self.largest = torch.full((WIDTH,), -torch.inf)
 
-    def take(self, left: Tensor, target: Tensor, batch: Batch) -> None:
-        self.largest = self.largest.maximum(left.amax(dim=0))
+    def take(self, output_before_cut: Tensor, target: Tensor, batch: Batch) -> None:
+        self.largest = self.largest.maximum(output_before_cut.amax(dim=0))
 
     def tensors(self) -> dict[str, Tensor]:
         return {"largest": self.largest}
@@ -145,7 +145,7 @@ class Largest(CutStatistic):
 def test_a_statistic_is_one_observer_and_one_entry(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, params: Params, documents: Documents
 ) -> None:
-    monkeypatch.setitem(STATISTICS, "largest", lambda place: Largest(place.block))
+    monkeypatch.setitem(STATISTICS, "largest", lambda block, context: Largest(block))
     work, block = Workspace(tmp_path), Block(2, 4)
     inspect_inputs(params, work)
     work.documents.mkdir(parents=True)
