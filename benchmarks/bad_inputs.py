@@ -1,7 +1,7 @@
 """Bad input of every kind, made up by hypothesis: each case must be refused in one sentence, in seconds, or run.
 
 ``python -m benchmarks.bad_inputs [--cases 300] [--seed 0]`` generates configs, options, text files, question files, model
-folders and places for the result, and gives each to a console script in a forked process, with a tiny random model and no hub.
+folders and paths for the result, and gives each to a console script in a forked process, with a tiny random model and no hub.
 A case passes if it ends with exit code 2 and one sentence a problem, of at most 300 characters, that names a key or the file;
 or if it runs, because the change did no harm. It prints the counts, and each failure with what repeats it.
 """
@@ -236,7 +236,7 @@ def places(place: "Place") -> st.SearchStrategy[Case]:
 
 KINDS = {
     "configs": configs, "options": options, "text files": texts, "question files": questions, "model folders": models,
-    "places for the result": places,
+    "paths for the result": places,
 }  # fmt: skip
 
 
@@ -341,7 +341,7 @@ def _without_the_world(root: Path) -> Iterator[None]:
         stack.enter_context(mock.patch.object(hub, "reachable", return_value=False))
         stack.enter_context(mock.patch.object(embedded_models, "model_folder", return_value=root / "tiny"))
         articles = [made_text(4, number) for number in range(40)]
-        stack.enter_context(mock.patch("replaceme.calibration.embedded.text_articles", return_value=articles))
+        stack.enter_context(mock.patch("replaceme.calibration.embedded.load_articles", return_value=articles))
         yield
 
 

@@ -20,7 +20,7 @@ from replaceme.base.plan import Block
 from replaceme.base.progress import align, silence_libraries
 from replaceme.edits.edits import Edits
 from replaceme.edits.unfused import unfused
-from replaceme.evaluation.perplexity import perplexities, score_windows
+from replaceme.evaluation.perplexity import compute_perplexities, score_windows
 from replaceme.evaluation.tasks import task_texts
 from replaceme.evaluation.windows import cut_windows
 from replaceme.models.context import ModelContext
@@ -56,7 +56,7 @@ def main(sizes: list[int]) -> None:
             transform = solve_ridge(sums["gram"], sums["cross"], 0.0).transform
             with unfused(model, family, Edits("", [*block.layers], {block.layer_before_cut: transform})):
                 losses = score_windows(model, windows, params.eval_batch_size, f"host {block.layer_before_cut}")["losses"]
-            outcomes.append(perplexities(losses, windows).get("token", math.inf))
+            outcomes.append(compute_perplexities(losses, windows).get("token", math.inf))
         criteria = {
             name: [profile[key][block.layer_before_cut][block.end - 1] for block in blocks]
             for name, key in (("angular", "angular_distance"), ("residual", "residual"))

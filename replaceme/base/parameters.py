@@ -147,9 +147,9 @@ class Params(BaseModel):
     nothing."""
 
     transform: Transform = Field("dense", title="a map's shape, or new weights of the layer before the cut")
-    """What replaces the block: a linear map on the host's MLP output (d × d; orthogonal folds where a norm follows the MLP);
-    refit, new weights of the last linear of the host's MLP; joint, also of its attention's output projection; or channels,
-    which is joint with the best channels of the host's MLP and of the removed ones."""
+    """What replaces the block: a linear map on the MLP output of the layer before it (d × d; orthogonal folds where a norm
+    follows the MLP); refit, new weights of the last linear of that MLP; joint, also of its attention's output projection; or
+    channels, which is joint with the best channels of that MLP and of the removed ones."""
     alpha: float = Field(0.0, ge=0, title="ridge of a map, in units of MᵀM")
     """Strength of the penalty on the map: the ridge of the least squares, in units of MᵀM (a sum over tokens, with weights of
     mean 1 for refit, joint, channels and ghosted_weighted; with method ghosted, M is the whole state); for loss cosine, in

@@ -72,7 +72,7 @@ def is_chat(value: Any) -> bool:
     )
 
 
-def as_row(value: Any, column: str, name: str) -> Row:
+def convert_value(value: Any, column: str, name: str) -> Row:
     """Return a value of the column as text, or as chat with all its turns; a missing value is an empty text."""
     if value is None or value == []:
         return ""

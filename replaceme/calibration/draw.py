@@ -133,14 +133,14 @@ def _pieces(texts: Iterable[Iterable[list[int]]], capacity: int, seed: int) -> I
 
 def _packed(rows: Iterable[list[int]], separator: list[int], capacity: int, counts: Counts) -> Iterator[list[int]]:
     """Join rows until a document has ``capacity`` tokens or more; the caller drops the excess."""
-    joined: list[int] = []
+    packed: list[int] = []
     for ids in rows:
         if not ids:
             counts.empty += 1
             continue
-        joined += [*(separator if joined else []), *ids]
-        if len(joined) >= capacity:
-            yield joined
-            joined = []
-    if joined:
-        yield joined
+        packed += [*(separator if packed else []), *ids]
+        if len(packed) >= capacity:
+            yield packed
+            packed = []
+    if packed:
+        yield packed

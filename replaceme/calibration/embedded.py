@@ -71,7 +71,7 @@ class Text:
     splits: tuple[str, ...] = PARTS
 
 
-def text_articles(name: str, split: str | None) -> list[Row]:
+def load_articles(name: str, split: str | None) -> list[Row]:
     """Return the documents of one split of an embedded text (None: the default), fetched on first use."""
     text = TEXTS[name]
     cached = cache_folder() / "texts" / f"{name}-{text.file.sha256[:12]}-v{TEXT_VERSION}.jsonl"

@@ -45,8 +45,10 @@ class DatasetSource:
         if self.commits:
             return streamed.open_stream(source, seed, self.commits)
         if self.path:
-            return local.open_file(self.path, source.column, seed)
-        articles = embedded.text_articles(source.name, source.split)
+            if self.path.suffix == ".txt":
+                return Corpus([local.read_text(self.path)], running=True)
+            return Corpus(local.read_rows(self.path, source.column, seed))
+        articles = embedded.load_articles(source.name, source.split)
         order = seeded_order(len(articles), seed).tolist()
         return Corpus([articles[index] for index in order], running=embedded.TEXTS[source.name].running, plain=True)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from replaceme.base.documents import seeded_order
 from replaceme.base.errors import DatasetError, excerpt, resource_failure
-from replaceme.calibration.corpus import Corpus, Row, as_row, pick_column
+from replaceme.calibration.corpus import Row, convert_value, pick_column
 
 # A row, after where it stands in its file, for messages.
 Record = tuple[str, dict[str, Any]]
@@ -42,13 +42,6 @@ def check_file(path: Path, key: str = "dataset", suffixes: tuple[str, ...] | Non
         raise DatasetError(f"{key}: {problem}; give a {', '.join(suffixes)} file.")
     if path.stat().st_size == 0:
         raise DatasetError(f"{key}: {name} is empty.")
-
-
-def open_file(path: Path, column: str | None, seed: int) -> Corpus:
-    """Return the corpus of a local file."""
-    if path.suffix == ".txt":
-        return Corpus([read_text(path)], running=True)
-    return Corpus(read_rows(path, column, seed))
 
 
 def read_text(path: Path, key: str = "dataset") -> str:
@@ -83,7 +76,7 @@ def read_rows(path: Path, column: str | None, seed: int | None) -> Iterator[Row]
     with tempfile.TemporaryFile(prefix="replaceme-") as scratch:
         for location, row in read(path, chosen):
             offsets.append(scratch.tell())
-            scratch.write(json.dumps(as_row(row.get(chosen), chosen, location)).encode() + b"\n")
+            scratch.write(json.dumps(convert_value(row.get(chosen), chosen, location)).encode() + b"\n")
         for index in range(len(offsets)) if seed is None else seeded_order(len(offsets), seed).tolist():
             scratch.seek(offsets[index])
             yield json.loads(scratch.readline())

@@ -71,7 +71,7 @@ def write_texts(model: Any, tokenizer: PreTrainedTokenizerBase, count: int, leng
     # Grouped heads need less.
     token_bytes = 2 * int(model.config.num_hidden_layers) * int(model.config.hidden_size) * model.dtype.itemsize
     rows = min(MAX_ROWS, max(CACHE_BYTES // (token_bytes * length), 1))
-    plain, turns = plain_opening(tokenizer), chat_turns(tokenizer)
+    plain, turns = document_start(tokenizer), chat_turns(tokenizer)
     starts = [turns.opening if turns and number % 2 else plain for number in range(count)]
     documents: list[Tensor] = []
     devices = [model.device] if model.device.type == "cuda" else []
@@ -84,7 +84,7 @@ def write_texts(model: Any, tokenizer: PreTrainedTokenizerBase, count: int, leng
     return documents
 
 
-def plain_opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def document_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the ids that a text of the model's own starts with, unless it is a chat."""
     if prefix := start_of_text(tokenizer):
         return prefix

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from replaceme.base.entries import Source
 from replaceme.base.errors import DatasetError, excerpt, resource_failure
-from replaceme.calibration.corpus import Corpus, Row, as_row, pick_column
+from replaceme.calibration.corpus import Corpus, Row, convert_value, pick_column
 from replaceme.models import hub
 
 # The published program's dataset names, and the configuration that it reads of each.
@@ -51,7 +51,7 @@ def _rows(name: str, commit: str, source: Source, seed: int) -> Iterator[Row]:
             raise DatasetError(f"dataset: the split {split} of {name} has no rows.")
         column = pick_column(first, first, source.column, name)
         for row in stream.shuffle(seed=seed, buffer_size=SHUFFLE_ROWS):
-            yield as_row(row[column], column, name)
+            yield convert_value(row[column], column, name)
     except DatasetError:
         raise
     except Exception as failure:

@@ -41,7 +41,7 @@ def encode(row: Row, tokenizer: PreTrainedTokenizerBase, prefix: list[int], *, r
         row: a text or a chat.
         tokenizer: the tokenizer.
         prefix: its start-of-text ids, which a chat template may write too.
-        reply: whether the assistant's next turn is begun after a chat.
+        reply: whether the beginning of the assistant's next turn follows a chat.
 
     Raises:
         DatasetError: the row is a chat and the tokenizer has no usable chat template.
@@ -69,7 +69,7 @@ def encode_in_chunks(text: str, tokenizer: PreTrainedTokenizerBase, prefix: list
 
 
 def render_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase, *, reply: bool = False) -> str:
-    """Return a chat as the text of the tokenizer's chat template, with the beginning of a ``reply`` if wanted.
+    """Return a chat as the text of the tokenizer's chat template, and with ``reply`` the beginning of the next turn.
 
     Raises:
         DatasetError: there is no chat template, or it refuses the chat.

@@ -58,7 +58,7 @@ def _upload(options: argparse.Namespace, folder: Path) -> None:
     from replaceme.models import hub
     from replaceme.models.model import Model
     from replaceme.models.model_files import CARD
-    from replaceme.pipeline.report import card_of
+    from replaceme.pipeline.report import render_run_card
 
     pipeline = Workspace()
     files: dict[str, Path | bytes] = {path.name: path for path in Model(folder, folder.name).files()}
@@ -66,7 +66,7 @@ def _upload(options: argparse.Namespace, folder: Path) -> None:
         raise ParameterError(f"save_path: there is no pruned model in {folder}; run `dvc repro` or `replaceme prune` first.")
     if folder.resolve() == pipeline.model.resolve():
         _check_scores()
-        files[CARD] = card_of(pipeline_params(METHODS), pipeline, options.repo_id).encode()
+        files[CARD] = render_run_card(pipeline_params(METHODS), pipeline, options.repo_id).encode()
     url = hub.upload(options.repo_id, files, options.private)
     logger.info("the model is at %s", url)
 

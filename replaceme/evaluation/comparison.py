@@ -26,7 +26,7 @@ SIZES = ("parameters", "parameters_without_embeddings", "disk_bytes", "kv_cache_
 MIN_STDERRS = 2.0
 
 
-def compare(dense: Figures, pruned: Figures, dense_items: Items, pruned_items: Items) -> Figures:
+def compare_scores(dense: Figures, pruned: Figures, dense_items: Items, pruned_items: Items) -> Figures:
     """Return each score of both models with their ratio or difference and its uncertainty.
 
     Args:
@@ -36,14 +36,15 @@ def compare(dense: Figures, pruned: Figures, dense_items: Items, pruned_items: I
         pruned_items: the pruned model's scores of the same items.
     """
     comparison: Figures = {}
+    sides = {"dense": dense, "pruned": pruned}
     for unit, key in UNITS.items():
         for task, scores in dense["perplexity"].items():
             before, after = scores.get(unit), pruned["perplexity"].get(task, {}).get(unit)
             if before is not None and after is not None:
                 comparison.setdefault(key, {})[task] = {"dense": before, "pruned": after, "ratio": after / before}
     for task, entry in comparison.get("perplexity", {}).items():
-        if all("stderr" in side["perplexity"][task] for _, side in _sides(dense, pruned)):
-            entry |= {f"stderr_{name}": side["perplexity"][task]["stderr"] for name, side in _sides(dense, pruned)}
+        if all("stderr" in side["perplexity"][task] for side in sides.values()):
+            entry |= {f"stderr_{name}": side["perplexity"][task]["stderr"] for name, side in sides.items()}
             change = pruned_items[f"losses/{task}"] - dense_items[f"losses/{task}"]
             if (stderr := Sample.load(dense_items, task).stderr(change)) is not None:
                 entry["stderr_ratio"] = entry["ratio"] * stderr
@@ -60,16 +61,12 @@ def compare(dense: Figures, pruned: Figures, dense_items: Items, pruned_items: I
         comparison |= {"average_accuracy": means, **retention, **_retention_stderrs(means, retention, pairs)}
     for size in SIZES:
         if size in dense and size in pruned:
-            sizes = {name: side[size] for name, side in _sides(dense, pruned)}
+            sizes = {name: side[size] for name, side in sides.items()}
             comparison[size] = {**sizes, "removed_percent": 100 * (1 - sizes["pruned"] / sizes["dense"])}
     if "calibration_text" in pruned:
         comparison["calibration_text"] = pruned["calibration_text"]
         comparison["unseen"] = _unseen(comparison)
     return comparison
-
-
-def _sides(dense: Figures, pruned: Figures) -> tuple[tuple[str, Figures], tuple[str, Figures]]:
-    return ("dense", dense), ("pruned", pruned)
 
 
 def _divergence(items: Items, task: str) -> Figures:
@@ -91,8 +88,9 @@ def _paired_items(task: str, dense_items: Items, pruned_items: Items) -> tuple[T
 
 
 def _compare_accuracy(dense: Figures, pruned: Figures, items: tuple[Tensor, Tensor, Sample] | None) -> Figures:
-    entry = {name: side["accuracy"] for name, side in _sides(dense, pruned)}
-    entry |= {f"stderr_{name}": side["stderr"] for name, side in _sides(dense, pruned) if "stderr" in side}
+    sides = {"dense": dense, "pruned": pruned}
+    entry = {name: side["accuracy"] for name, side in sides.items()}
+    entry |= {f"stderr_{name}": side["stderr"] for name, side in sides.items() if "stderr" in side}
     entry |= {"chance": dense["chance"]} if "chance" in dense else {}
     if (kept := _above_chance(entry, entry.get("stderr_dense", 0.0))) is not None:
         entry["above_chance_percent"] = kept

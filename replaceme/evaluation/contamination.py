@@ -83,7 +83,7 @@ class CalibrationText:
         parts = sorted(self.template, key=len, reverse=True)
         return re.split("|".join(map(re.escape, parts)), text) if parts else [text]
 
-    def compare(
+    def measure_contamination(
         self, name: str, task: Task, fingerprint: Any, items: Iterable[Iterable[str]], single_tasks: Sequence[Any] = ()
     ) -> dict[str, float]:
         """Return how far a score is on calibration text, and warn if it is.
@@ -105,14 +105,14 @@ class CalibrationText:
             common = [any(map(self._has_ngram, texts)) for texts in items]
             figures["overlap"] = sum(common) / max(len(common), 1)
         overlap = figures.get("overlap", 0.0)
-        seen = same_source or overlap >= MIN_OVERLAP
-        if seen:
+        contaminated = same_source or overlap >= MIN_OVERLAP
+        if contaminated:
             why = "its source is" if same_source else f"{100 * overlap:.0f} % of its items share {N} words in a row with"
             logger.warning(
                 "tasks: %s is no unseen text: %s the calibration text (%s); take its score for no other text",
                 name, why, ", ".join(source.name for source, _ in self.sources),
             )  # fmt: skip
-        return {"seen": int(seen), "same_domain": int(not seen and self._has_domain(task)), **figures}
+        return {"seen": int(contaminated), "same_domain": int(not contaminated and self._has_domain(task)), **figures}
 
     def _has_ngram(self, text: str) -> bool:
         if self.ngrams is None or not len(self.ngrams):
@@ -137,7 +137,7 @@ class CalibrationText:
 def find_contamination(
     calibration: CalibrationText, requests: Requests, fingerprints: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, dict[str, float]]:
-    """Return, for each score, what ``CalibrationText.compare`` returns."""
+    """Return, for each score, what ``CalibrationText.measure_contamination`` returns."""
     figures = {}
     for name, task in requests.tasks.items():
         single_tasks = []
@@ -147,7 +147,7 @@ def find_contamination(
         else:
             single_tasks = [requests.suite.tasks[single] for single in requests.suite.reported[name].tasks]
             texts = map(item_texts, requests.suite.documents(name))
-        figures[name] = calibration.compare(name, task, fingerprints[task_name(task)], texts, single_tasks)
+        figures[name] = calibration.measure_contamination(name, task, fingerprints[task_name(task)], texts, single_tasks)
     return figures
 
 

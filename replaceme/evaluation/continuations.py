@@ -67,7 +67,7 @@ def continue_prompts(model: Any, tokenizer: PreTrainedTokenizerBase, description
     ]
 
 
-def side_by_side(dense: Sequence[str], pruned: Sequence[str]) -> list[dict[str, str]]:
+def pair_continuations(dense: Sequence[str], pruned: Sequence[str]) -> list[dict[str, str]]:
     """Return ``{kind, prompt, answer, dense, pruned}`` for each prompt; ``answer`` is empty where it isn't known."""
     return [
         {"kind": prompt.kind, "prompt": prompt.text, "answer": prompt.answer, "dense": before, "pruned": after}

@@ -54,38 +54,40 @@ def score_windows(
     order = sorted(range(len(windows.ids)), key=lambda index: len(windows.ids[index]), reverse=True)
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     batches = batches[shard().rank :: shard().size]
-    bounds = [0, *windows.counts.long().cumsum(0).tolist()]
     # What other processes score stays zero here.
     names = ("losses", "divergences", "agreements") if dense else ("losses",)
     scores = {name: torch.zeros(len(order), dtype=torch.float64) for name in names}
     if keep_likely:
-        scores["likely_ids"] = torch.zeros(bounds[-1], TOP, dtype=torch.int32)
-        scores["likely_logs"] = torch.zeros(bounds[-1], TOP)
-
-    def score(batch: list[int]) -> None:
-        rows = [windows.ids[index] for index in batch]
-        # The last token predicts nothing, so it is left out.
-        ids = torch.nn.utils.rnn.pad_sequence([row[:-1] for row in rows], batch_first=True).to(model.device)
-        for index, row, logits in zip(batch, rows, model(ids, use_cache=False).logits, strict=True):
-            logs = log_softmax(logits[: len(row) - 1].float(), dim=-1)
-            scores["losses"][index] = float(nll_loss(logs, row[1:].to(logs.device), reduction="sum")) / len(logs)
-            positions = slice(bounds[index], bounds[index + 1])
-            if keep_likely:
-                scores["likely_logs"][positions], scores["likely_ids"][positions] = logs.topk(TOP)
-            if dense:
-                likely = dense["likely_ids"][positions].long().to(logs.device)
-                pruned = logs.gather(1, likely)
-                scores["divergences"][index] = float(
-                    kl_divergence(dense["likely_logs"][positions].to(logs.device), pruned).mean()
-                )
-                # Predictions of few bits tie: the dense model's most likely token counts as the same if none is more likely.
-                scores["agreements"][index] = float((pruned[:, 0] == logs.max(-1).values).double().mean())
-
-    passes = interleave_forwards(model, (partial(score, batch) for batch in batches))
+        predictions = int(windows.counts.sum())
+        scores["likely_ids"] = torch.zeros(predictions, TOP, dtype=torch.int32)
+        scores["likely_logs"] = torch.zeros(predictions, TOP)
+    passes = interleave_forwards(model, (partial(_score_batch, model, windows, batch, dense, scores) for batch in batches))
     for _ in progress(passes, description, "batches", len(batches)):
         pass
     all_reduce_sum(scores)
     return scores
+
+
+def _score_batch(
+    model: Any, windows: Windows, batch: list[int], dense: Mapping[str, Tensor] | None, scores: Mapping[str, Tensor]
+) -> None:
+    """Write the scores of the windows with these indices into ``scores`` (as of ``score_windows``)."""
+    bounds = [0, *windows.counts.long().cumsum(0).tolist()]
+    rows = [windows.ids[index] for index in batch]
+    # The last token predicts nothing, so it is left out.
+    ids = torch.nn.utils.rnn.pad_sequence([row[:-1] for row in rows], batch_first=True).to(model.device)
+    for index, row, logits in zip(batch, rows, model(ids, use_cache=False).logits, strict=True):
+        logs = log_softmax(logits[: len(row) - 1].float(), dim=-1)
+        scores["losses"][index] = float(nll_loss(logs, row[1:].to(logs.device), reduction="sum")) / len(logs)
+        positions = slice(bounds[index], bounds[index + 1])
+        if "likely_ids" in scores:
+            scores["likely_logs"][positions], scores["likely_ids"][positions] = logs.topk(TOP)
+        if dense:
+            p_logs, likely = (dense[name][positions].to(logs.device) for name in ("likely_logs", "likely_ids"))
+            q_logs = logs.gather(1, likely.long())
+            scores["divergences"][index] = float(kl_divergence(p_logs, q_logs).mean())
+            # Predictions of few bits tie: the dense model's most likely token counts as the same if none is more likely.
+            scores["agreements"][index] = float((q_logs[:, 0] == logs.max(-1).values).double().mean())
 
 
 def kl_divergence(p_logs: Tensor, q_logs: Tensor) -> Tensor:
@@ -107,7 +109,7 @@ def kl_divergence(p_logs: Tensor, q_logs: Tensor) -> Tensor:
     return divergence + p_rest * (p_rest / q_rest).log()
 
 
-def perplexities(losses: Tensor, windows: Windows) -> dict[str, float]:
+def compute_perplexities(losses: Tensor, windows: Windows) -> dict[str, float]:
     """Return ``token``, ``word`` and ``byte`` perplexity from the windows' losses, and ``stderr`` of the token perplexity.
 
     A perplexity that overflows (for a text of one endless word, say) is left out.

@@ -171,28 +171,13 @@ def _check_length(name: str, single: Any, positions: int | None) -> None:
 
 
 def _build_task(task: Task) -> Any:
-    """Return lm-eval's task of embedded items or of the user's own file."""
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    return configured_task(task_name(task), task_items(task), task_form(task))
-
-
-def configured_task(name: str, items: Sequence[Mapping[str, Any]], form: Mapping[str, Any]) -> Any:
-    """Return lm-eval's task of some items, which are its few-shot examples too.
-
-    Args:
-        name: the task's name.
-        items: the items.
-        form: lm-eval's configuration of them: prompts, targets and metrics.
-    """
+    """Return lm-eval's task of embedded items or of the user's own file; its items are its few-shot examples too."""
     from datasets import Dataset
     from lm_eval.api.task import ConfigurableTask
 
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    dataset = {"test": Dataset.from_list([*task_items(task)])}
+    splits = {"test_split": "test", "fewshot_split": "test"}
     return ConfigurableTask(
-        config={
-            "task": name,
-            "custom_dataset": lambda **_: {"test": Dataset.from_list([*items])},
-            "test_split": "test",
-            "fewshot_split": "test",
-            **form,
-        }
+        config={"task": task_name(task), "custom_dataset": lambda **_: dataset, **splits, **task_form(task)}
     )

@@ -19,7 +19,7 @@ from replaceme.base.progress import logger
 from replaceme.evaluation.accuracy import score_suite
 from replaceme.evaluation.contamination import CalibrationText, find_contamination
 from replaceme.evaluation.continuations import continue_prompts
-from replaceme.evaluation.perplexity import perplexities, score_windows
+from replaceme.evaluation.perplexity import compute_perplexities, score_windows
 from replaceme.evaluation.requests import prepare_requests
 from replaceme.evaluation.scorer import CausalScorer
 from replaceme.models.devices import kind_of, use_processor
@@ -90,7 +90,7 @@ def score_model(
     for text, windows in requests.windows.items():
         likely = {part: dense.items[f"{part}/{text}"] for part in ("likely_ids", "likely_logs")} if dense else None
         scored = score_windows(model, windows, params.eval_batch_size, f"{name}: {text}", likely, keep_likely=is_dense)
-        perplexity[text] = perplexities(scored["losses"], windows)
+        perplexity[text] = compute_perplexities(scored["losses"], windows)
         items |= {**windows.tensors(text), **{f"{part}/{text}": tensor for part, tensor in scored.items()}}
     description = f"{name}: {', '.join(requests.suite.reported)}"
     answers = score_suite(CausalScorer(model, tokenizer, params.eval_batch_size, description), requests.suite)

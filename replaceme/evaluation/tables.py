@@ -19,14 +19,14 @@ HEADS = {
 }  # fmt: skip
 
 
-def comparison_table(comparison: Figures) -> str:
+def format_score_comparison(comparison: Figures) -> str:
     """Return the comparison as a text table, and a sentence on contaminated tasks."""
-    return "\n".join(filter(None, [align(comparison_rows(comparison)), seen_note(comparison)]))
+    return "\n".join(filter(None, [align(tabulate_score_comparison(comparison)), describe_contamination(comparison)]))
 
 
-def scores_table(figures: Figures) -> str:
+def format_scores(figures: Figures) -> str:
     """Return one model's scores (``Scores.figures``) as a text table."""
-    marks = _marks(figures)
+    marks = _mark_contamination(figures)
     rows: list[tuple[str, ...]] = [("", *UNITS)] if figures["perplexity"] else []
     for task, scores in figures["perplexity"].items():
         rows.append((f"{task} perplexity{marks.get(task, '')}", *(f"{scores[u]:.4g}" if u in scores else "" for u in UNITS)))
@@ -36,18 +36,18 @@ def scores_table(figures: Figures) -> str:
     return align(rows)
 
 
-def seen_tasks(comparison: Mapping[str, Any]) -> list[str]:
+def find_contaminated_tasks(comparison: Mapping[str, Any]) -> list[str]:
     """Return the tasks that are scored on calibration text."""
     return [task for task, figures in comparison.get("calibration_text", {}).items() if figures["seen"]]
 
 
-def seen_note(comparison: Mapping[str, Any]) -> str:
+def describe_contamination(comparison: Mapping[str, Any]) -> str:
     """Return a sentence on the tasks that are scored on calibration text; empty if there are none."""
-    seen = seen_tasks(comparison)
-    return f"Seen: {', '.join(seen)} ({'are' if len(seen) > 1 else 'is'} scored on calibration text)." if seen else ""
+    tasks = find_contaminated_tasks(comparison)
+    return f"Seen: {', '.join(tasks)} ({'are' if len(tasks) > 1 else 'is'} scored on calibration text)." if tasks else ""
 
 
-def comparison_rows(comparison: Mapping[str, Any]) -> list[tuple[str, ...]]:
+def tabulate_score_comparison(comparison: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Return the comparison as rows of cells, the heading first; a task that is scored on calibration text is marked."""
     rows = [*_perplexity_rows(comparison), *_accuracy_rows(comparison)]
     for key, name in (("parameters", "parameters"), ("parameters_without_embeddings", "… without embeddings")):
@@ -58,7 +58,7 @@ def comparison_rows(comparison: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return [tuple(HEADS[head] for head in heads), *(tuple(row.get(head, "") for head in heads) for row in rows)]
 
 
-def _marks(figures: Mapping[str, Any]) -> dict[str, str]:
+def _mark_contamination(figures: Mapping[str, Any]) -> dict[str, str]:
     """Return what a table puts after each task's name, where the calibration text is known."""
     return {
         task: " (seen)" if text["seen"] else " (domain seen)" if text.get("same_domain") else ""
@@ -67,7 +67,7 @@ def _marks(figures: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _perplexity_rows(comparison: Mapping[str, Any]) -> Iterator[dict[str, str]]:
-    marks, unseen = _marks(comparison), comparison.get("unseen", {})
+    marks, unseen = _mark_contamination(comparison), comparison.get("unseen", {})
     perplexity, words = comparison.get("perplexity", {}), comparison.get("word_perplexity", {})
     if "perplexity_ratio" in unseen:
         stderr = f" ± {unseen['stderr_perplexity_ratio']:.2g}" if "stderr_perplexity_ratio" in unseen else ""
@@ -87,14 +87,14 @@ def _divergence_cells(figures: Mapping[str, float]) -> dict[str, str]:
 
 
 def _accuracy_rows(comparison: Mapping[str, Any]) -> Iterator[dict[str, str]]:
-    marks, scores = _marks(comparison), comparison.get("accuracy", {})
+    marks, scores = _mark_contamination(comparison), comparison.get("accuracy", {})
     for task, pair in scores.items():
         cells = {side: _percent(pair[side], pair.get(f"stderr_{side}")) for side in SIDES}
         kept = _above_chance(pair, pair.get("above_chance_percent"))
         yield {"": f"{task} accuracy{marks.get(task, '')}", **cells, "change": _kept(pair), "above chance": kept}
     if len(scores) > 1:
         means = comparison["average_accuracy"]
-        part = " (in part seen)" * any(task in scores for task in seen_tasks(comparison))
+        part = " (in part seen)" * any(task in scores for task in find_contaminated_tasks(comparison))
         kept = _above_chance(means, comparison.get("retention_above_chance_percent"))
         cells = {side: _percent(means[side]) for side in SIDES}
         yield {"": f"average accuracy{part}", **cells, "change": _kept(means), "above chance": kept}
@@ -115,4 +115,4 @@ def _kept(pair: Mapping[str, float]) -> str:
 
 
 if __name__ == "__main__":
-    print(comparison_table(read_json(Workspace().metric("evaluation"))))
+    print(format_score_comparison(read_json(Workspace().metric("evaluation"))))

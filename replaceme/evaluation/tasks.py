@@ -120,7 +120,7 @@ def task_form(task: Task) -> Mapping[str, Any]:
 
 def _articles(task: Task) -> list[Row]:
     text = EMBEDDED[task.name].text
-    return embedded.text_articles(text, HELD_OUT) if text else []
+    return embedded.load_articles(text, HELD_OUT) if text else []
 
 
 def _path(task: Task) -> Path:

@@ -4,7 +4,9 @@ It has no local paths and no secrets. The scores are known only after the export
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import yaml
@@ -39,68 +41,74 @@ SCORING = ("tasks", "eval_tokens", "eval_batch_size", "eval_dtype")
 INHERITED = ("license", "license_name", "license_link", "language")
 
 
-def model_card(
-    params: Params,
-    source: Model,
-    edits: Edits,
-    solved: dict[str, Any],
-    scores: str = "",
-    results: Sequence[EvalResult] = (),
-    *,
-    continuations: str = "",
-    made_with: Mapping[str, str] | None = None,
-    place: str = ".",
-) -> str:
+@dataclass(frozen=True)
+class RunResults:
+    """What a card says of a run besides its settings and edits.
+
+    Attributes:
+        fit: the figures of metrics/solve.json.
+        made_with: the packages that the model, and its scores, were made with → their versions.
+        scores: the scores as Markdown; empty before the evaluation.
+        entries: the same scores for the hub's metadata.
+        continuations: how both models go on after a few prompts, as Markdown; empty before the evaluation.
+    """
+
+    fit: Mapping[str, Any] = field(default_factory=dict)
+    made_with: Mapping[str, str] = field(default_factory=dict)
+    scores: str = ""
+    entries: Sequence[EvalResult] = ()
+    continuations: str = ""
+
+
+def render_card(params: Params, source: Model, edits: Edits, results: RunResults | None = None, path: str = ".") -> str:
     """Return the README.md of a pruned model's folder.
 
     Args:
         params: the settings.
         source: the dense model.
         edits: the changes.
-        solved: the figures of metrics/solve.json.
-        scores: the scores as Markdown; empty before the evaluation.
-        results: the same scores for the hub's metadata.
-        continuations: how both models go on after a few prompts, as Markdown; empty before the evaluation.
-        made_with: the packages that the model, and its scores, were made with, and their versions.
-        place: what the example loads: the model's name on the hub, or the folder of the card.
+        results: figures and scores, as far as they are known.
+        path: what the example loads: the model's name on the hub, or the folder of the card.
     """
+    results = results or RunResults()
     removed, layers = edits.removed_layers, int(source.config().num_hidden_layers)
-    title = f"{source.name} without {_gone(edits, f'{len(removed)} of its {layers} layers')}"
+    title = f"{source.name} without {_describe_removed(edits, f'{len(removed)} of its {layers} layers')}"
     kinds = ["depth-pruning"] * bool(removed or not edits.parts) + ["width-pruning"] * bool(edits.parts)
     parts = [
         "---",
-        _metadata(source, title, kinds, results),
+        _format_metadata(source, title, kinds, results.entries),
         "---",
         "",
         f"# {title}",
         "",
-        *_changes(params, source, edits, solved),
+        *_describe_changes(params, source, edits),
+        *_describe_fit(edits, results.fit),
         "",
         "## How to load it",
         "",
-        *_example(place, source.trust_remote_code or edits.has_own_form),
+        *_write_example(path, source.trust_remote_code or edits.has_own_form),
         "",
-        _versions_that_read(source, edits),
+        _describe_compatibility(source, edits),
         "",
         "## Limits",
         "",
-        *_limits(params, source),
+        *_list_limits(params, source),
     ]
-    if scores:
-        parts += ["", "## Scores", "", scores]
-    if continuations:
-        parts += ["", "## Continuations", "", continuations]
-    return "\n".join([*parts, "", "## How to reproduce", "", *_reproduction(params, source, bool(scores), made_with or {})])
+    if results.scores:
+        parts += ["", "## Scores", "", results.scores]
+    if results.continuations:
+        parts += ["", "## Continuations", "", results.continuations]
+    return "\n".join([*parts, "", "## How to reproduce", "", *_describe_reproduction(params, source, results)])
 
 
-def _gone(edits: Edits, layers: str) -> str:
-    """Return what is gone, in words: whole layers, which are given in words, and parts of the others."""
+def _describe_removed(edits: Edits, layers: str) -> str:
+    """Say what was removed: whole layers, which ``layers`` says in words, and parts of the others."""
     return " and ".join(filter(None, (layers if edits.removed_layers or not edits.parts else "", edits.parts)))
 
 
-def _metadata(source: Model, title: str, kinds: Sequence[str], results: Sequence[EvalResult]) -> str:
+def _format_metadata(source: Model, title: str, kinds: Sequence[str], entries: Sequence[EvalResult]) -> str:
     """Return the card's YAML block for the hub."""
-    known = _own_metadata(source)
+    known = _read_metadata(source)
     return ModelCardData(
         # A local copy has no name on the hub: its own card's base model stands for it.
         base_model=source.name if source.commit else known.get("base_model"),
@@ -108,42 +116,39 @@ def _metadata(source: Model, title: str, kinds: Sequence[str], results: Sequence
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["pruned", *kinds, "replaceme"],
-        model_name=title if results else None,
-        eval_results=list(results) or None,
+        model_name=title if entries else None,
+        eval_results=list(entries) or None,
     ).to_yaml()
 
 
-def _own_metadata(source: Model) -> dict[str, Any]:
+def _read_metadata(source: Model) -> dict[str, Any]:
     """Return the YAML block of the dense model's own card; empty where there is none."""
     try:
         known = metadata_load(source.folder / CARD) or {}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, yaml.YAMLError):
-        logger.warning(
-            "model_path: the YAML block of %s's %s can't be read; its licence is not copied",
-            source.name,
-            CARD,
-        )
+        logger.warning("model_path: the YAML block of %s's %s can't be read; its licence is not copied", source.name, CARD)
         return {}
     return {key: value for key, value in known.items() if value and isinstance(value, str | list)}
 
 
-def _changes(params: Params, source: Model, edits: Edits, solved: dict[str, Any]) -> list[str]:
-    """Return the sentences on what was removed and what replaced it, with the fit's residual."""
+def _describe_changes(params: Params, source: Model, edits: Edits) -> list[str]:
+    """Say what was removed and what replaced it."""
     commit = f" (commit {source.commit})" if source.commit else ""
-    removed = _gone(edits, f"{_named(edits.removed_layers)} (counted from 0)")
+    removed = _describe_removed(edits, f"{_name_layers(edits.removed_layers)} (counted from 0)")
     verb = "was" if len(edits.removed_layers) == 1 and not edits.parts else "were"
     lines = [f"{removed[:1].upper()}{removed[1:]} {verb} removed from `{source.name}`{commit} with {edits.title}."]
     if source.disclosure:
         lines += [source.disclosure]
     if edits.transforms:
         lines += [
-            f"A linear map was folded into the MLP of {_named([*edits.transforms])}. It was fitted to calibration text, "
+            f"A linear map was folded into the MLP of {_name_layers([*edits.transforms])}. It was fitted to calibration text, "
             "without training the model, and adds no parameters: the architecture is unchanged."
         ]
     lines += [
-        f"The weights of the linear modules of {_named([*mixture])} were merged into those of layer {layer}, without training."
+        f"The weights of the linear modules of {_name_layers([*mixture])} were merged into those of layer {layer}, without "
+        "training."
         for layer, mixture in sorted(edits.mixtures.items())
     ]
     for layer, channels in sorted(edits.channels.items()):
@@ -152,59 +157,68 @@ def _changes(params: Params, source: Model, edits: Edits, solved: dict[str, Any]
         if own < len(channels):
             others = f"{len(channels) - own:,} channels of removed layers"
             lines += [f"The MLP of layer {layer} now has {own:,} of its own channels and {others}.{width}"]
-    linears: tuple[tuple[Linear, str], ...] = (("attention_output", "attention"), ("mlp_output", "MLP"))
-    for linear, word in linears:
-        corrected = [layer for layer, name in edits.corrections if name == linear]
-        if corrected and not params.heal_epochs:
-            lines += [f"The {word} output projection of {_named(corrected)} was refitted in closed form, without training."]
-    if params.heal_epochs:
-        healed = _named([layer for layer, name in edits.corrections if name == "mlp_output"])
-        start = ", starting from weights refitted in closed form" if params.repair or params.transform in NEW_WEIGHTS else ""
-        lines += [
-            f"The attention and MLP output projections of {healed} were trained on calibration text to match the "
-            f"original model's predictions{start}."
-        ]
+    lines += _describe_new_weights(params, edits)
     if edits.model_edit:
         lines += edits.model_edit.sentences()
     if scalars := {layer: float(P) for layer, P in sorted(edits.operators.items()) if not P.ndim}:
-        listed = ", ".join(f"by {1 / scale:.4g} after layer {layer}" for layer, scale in scalars.items())
+        factors = ", ".join(f"by {1 / scale:.4g} after layer {layer}" for layer, scale in scalars.items())
         lines += [
             "Without the removed layers the residual stream has another magnitude than the later layers expect. To compensate, "
-            f"everything that the layers after the cut add to it was multiplied {listed}. This adds no parameters: the "
+            f"everything that the layers after the cut add to it was multiplied {factors}. This adds no parameters: the "
             "architecture is unchanged."
         ]
     if mapped := [layer for layer, P in edits.operators.items() if P.ndim]:
-        lines += [f"A linear map was added after {_named(mapped)}; it multiplies the whole hidden state."]
+        lines += [f"A linear map was added after {_name_layers(mapped)}; it multiplies the whole hidden state."]
     if edits.has_own_form:
         lines += [
             "",
             "No class of transformers describes this architecture. Load the model with `trust_remote_code=True`: it uses the "
             f"file `{FILE}` beside its weights.",
         ]
-    for key in ("relative_residual", "weighted_residual"):
-        if key in solved:
-            where = "the first cut" if len(edits.transforms | edits.operators) > 1 else "the cut"
-            lines += ["", f"Relative residual of the fit at {where}: {solved[key]:.4g}."]
     return lines
 
 
-def _example(place: str, own_code: bool) -> list[str]:
+def _describe_new_weights(params: Params, edits: Edits) -> list[str]:
+    """Say which output projections of the kept layers were refitted or trained."""
+    linears: tuple[tuple[Linear, str], ...] = (("attention_output", "attention"), ("mlp_output", "MLP"))
+    corrected = {word: [layer for layer, name in edits.corrections if name == linear] for linear, word in linears}
+    if params.heal_epochs:
+        start = ", starting from weights refitted in closed form" if params.repair or params.transform in NEW_WEIGHTS else ""
+        return [
+            f"The attention and MLP output projections of {_name_layers(corrected['MLP'])} were trained on calibration text to "
+            f"match the original model's predictions{start}."
+        ]
+    return [
+        f"The {word} output projection of {_name_layers(layers)} was refitted in closed form, without training."
+        for word, layers in corrected.items()
+        if layers
+    ]
+
+
+def _describe_fit(edits: Edits, fit: Mapping[str, Any]) -> list[str]:
+    """Say how well the map, or the new weights, reproduce the state at the cut."""
+    cut = "the first cut" if len(edits.transforms | edits.operators) > 1 else "the cut"
+    residuals = [fit[key] for key in ("relative_residual", "weighted_residual") if key in fit]
+    return [line for residual in residuals for line in ("", f"Relative residual of the fit at {cut}: {residual:.4g}.")]
+
+
+def _write_example(path: str, own_code: bool) -> list[str]:
     """Return code that loads the model and generates with it."""
     trusted = ", trust_remote_code=True" if own_code else ""
     return [
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
-        f'model = AutoModelForCausalLM.from_pretrained("{place}"{trusted})',
-        f'tokenizer = AutoTokenizer.from_pretrained("{place}"{trusted})',
+        f'model = AutoModelForCausalLM.from_pretrained("{path}"{trusted})',
+        f'tokenizer = AutoTokenizer.from_pretrained("{path}"{trusted})',
         'prompt = tokenizer("The river", return_tensors="pt")',
         "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=20)[0]))",
         "```",
     ]
 
 
-def _versions_that_read(source: Model, edits: Edits) -> str:
-    """Return which versions of transformers read the model, in a sentence."""
+def _describe_compatibility(source: Model, edits: Edits) -> str:
+    """Say which versions of transformers read the model."""
     if edits.has_own_form:
         return f"It needs transformers 5, which `{FILE}` is written for."
     if why := transformers_4_obstacle(source.config().to_dict()):
@@ -212,7 +226,7 @@ def _versions_that_read(source: Model, edits: Edits) -> str:
     return "Its config.json has the keys of transformers 5 and, beside them, those of transformers 4."
 
 
-def _limits(params: Params, source: Model) -> list[str]:
+def _list_limits(params: Params, source: Model) -> list[str]:
     """Return what a user should know before use, as a list; files are named without their folder."""
     sources = params.dataset if not isinstance(params.dataset, str) else (Source(params.dataset),)
     text = dataset_title(tuple(replace(source, name=without_folder(source.name)) for source in sources))
@@ -223,38 +237,30 @@ def _limits(params: Params, source: Model) -> list[str]:
     ]
 
 
-def _reproduction(params: Params, source: Model, scored: bool, made_with: Mapping[str, str]) -> list[str]:
+def _describe_reproduction(params: Params, source: Model, results: RunResults) -> list[str]:
     """Return the settings, as a file that every console script accepts, and the commands."""
     if source.commit:
         params = params.model_copy(update={"revision": source.commit})
     values = params.model_dump()
     keys = [
         key
-        for key in (*SETTINGS, *(SCORING if scored else ()))
+        for key in (*SETTINGS, *(SCORING if results.scores else ()))
         if has_effect(key, values) and (values[key] is not None or FIELDS[key].default is not None)
     ]
-    versioned = [f"Made with {listed(made_with)}; other versions or another processor can change the last digits.", ""]
+    made_with = f"Made with {listed(results.made_with)}; other versions or another processor can change the last digits."
     return [
         f"With replaceme-dvc {__version__}, save these settings as `settings.yaml` (local files and folders are given by name, "
         "without their path):",
         "", "```yaml", settings_yaml(params, keys).rstrip(), "```", "",
         "```bash", "run_replaceme --config settings.yaml", "```", "",
         "Or write them into the pipeline's `params.yaml` and run `dvc repro`.",
-        "", *(versioned if made_with else ()),
+        "", *([made_with, ""] if results.made_with else ()),
     ]  # fmt: skip
 
 
-def _named(layers: list[int]) -> str:
+def _name_layers(layers: Sequence[int]) -> str:
     """Name layers in words: ``layer 3`` or ``layers 3–4, 9``."""
-    return f"layer{'s' if len(layers) > 1 else ''} {_runs(layers)}"
-
-
-def _runs(layers: list[int]) -> str:
-    """Write layer indices as ranges: ``11–18`` or ``3–4, 9``."""
-    runs: list[list[int]] = []
-    for layer in sorted(layers):
-        if runs and layer == runs[-1][1] + 1:
-            runs[-1][1] = layer
-        else:
-            runs.append([layer, layer])
-    return ", ".join(str(first) if first == last else f"{first}–{last}" for first, last in runs)
+    # Layer minus position is constant in a run of consecutive layers.
+    runs = [[*map(itemgetter(1), run)] for _, run in groupby(enumerate(sorted(layers)), lambda pair: pair[1] - pair[0])]
+    ranges = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
+    return f"layer{'s' * (len(layers) > 1)} {ranges}"

@@ -52,7 +52,7 @@ def save_pruned(source: Model, edits: Edits, folder: Path, budget: int | None = 
         apply_edits(model, family, edits)
         model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
     else:
-        tensors = edited_tensors(model, family, edits, folder)
+        tensors = apply_edits_by_layer(model, family, edits, folder)
         model.save_pretrained(folder, state_dict=tensors, max_shard_size=SHARD_SIZE, save_original_format=False)
     (folder / "generation_config.json").unlink(missing_ok=True)
     # transformers writes the dtype of the first weight.
@@ -70,7 +70,7 @@ def save_pruned(source: Model, edits: Edits, folder: Path, budget: int | None = 
     return counts
 
 
-def edited_tensors(model: Any, family: Family, edits: Edits, folder: Path) -> dict[str, Tensor]:
+def apply_edits_by_layer(model: Any, family: Family, edits: Edits, folder: Path) -> dict[str, Tensor]:
     """Apply edits to a streamed model, in place, and return the tensors to save: name in the files → value.
 
     One layer at a time is in memory. In the order of the result, transformers divides a resident model between files. Only

@@ -72,12 +72,12 @@ def verify_export(dense: Model, pruned: Model, edits: Edits, documents: Document
         VerificationError: an error is larger than rounding to the stored dtype explains.
     """
     family = dense.family()
-    if entries := wrong_entries(dense, pruned, family, edits):
-        raise _differs(entries[0])
+    if entries := find_wrong_entries(dense, pruned, family, edits):
+        raise _difference_error(entries[0])
     stored = [each.load_stored() if budget is None else load_streamed(each, None, budget) for each in (dense, pruned)]
-    wrong, edited = wrong_weights(stored.pop(0), stored.pop(), family, edits)
-    if wrong := wrong or wrong_tensors(dense, pruned, family, edits, edited):
-        raise _differs(wrong[0])
+    wrong, edited = find_wrong_weights(stored.pop(0), stored.pop(), family, edits)
+    if wrong := wrong or find_wrong_tensors(dense, pruned, family, edits, edited):
+        raise _difference_error(wrong[0])
     return _verify_computation(dense, pruned, edits, edited, documents.head(DOCUMENTS, TOKENS), budget)
 
 
@@ -91,26 +91,26 @@ def _verify_computation(
         edited: the names of the weights that the edits change.
         excerpts: the text.
     """
-    family, load = dense.family(), _loading(dense, edits, excerpts, budget)
-    kept = _kept(dense, edits)
+    family, load = dense.family(), _make_loader(dense, edits, excerpts, budget)
+    kept = _kept_layers(dense, edits)
     position = {layer: edits.position(layer) for layer in kept}
     cuts = _layers_before_cuts(edits, kept)
     whole, prompt = load(dense), excerpts.documents[0][: TOKENS // 4]
-    with _in_float32(whole, family, edits.mixtures):
-        expected, expected_logits = _states(whole, family, [FIRST, *kept], excerpts, edits)
+    with _float32_computation(whole, family, edits.mixtures):
+        expected, expected_logits = _record_states(whole, family, [FIRST, *kept], excerpts, edits)
         # Rounding can send a token to other experts. The dense model's own cache error shows how much that changes.
-        own_cache_error = cache_error(whole, prompt) if family.experts else 0.0
+        own_cache_error = measure_cache_error(whole, prompt) if family.experts else 0.0
     del whole
     shortened = load(pruned)
     inputs = {FIRST: edits.as_pruned(0, expected[FIRST])} | {
         position[layer]: edits.as_pruned(layer + 1, expected[layer]) for layer in kept
     }
-    with _in_float32(shortened, family):
-        found, found_logits = _states(shortened, family, [position[layer] for layer in cuts], excerpts, None)
-        outputs, logits = _states(shortened, family, [*inputs], excerpts, None, inputs)
-        of_cache, cache_limit = cache_error(shortened, prompt), max(CACHE_TOLERANCE, 2 * own_cache_error)
+    with _float32_computation(shortened, family):
+        actual, actual_logits = _record_states(shortened, family, [position[layer] for layer in cuts], excerpts, None)
+        outputs, logits = _record_states(shortened, family, [*inputs], excerpts, None, inputs)
+        of_cache, cache_limit = measure_cache_error(shortened, prompt), max(CACHE_TOLERANCE, 2 * own_cache_error)
     # A folded scalar makes the state smaller, and a narrower stream has another basis: ``as_dense`` undoes both.
-    errors = torch.cat([_relative_errors(expected[layer], edits.as_dense(layer, found[position[layer]])) for layer in cuts])
+    errors = torch.cat([_relative_errors(expected[layer], edits.as_dense(layer, actual[position[layer]])) for layer in cuts])
     # The median, for experts: most tokens keep theirs.
     usual, tolerance = torch.median if family.experts else torch.mean, TOLERANCE[stored_dtype(pruned)]
     # None stands for what is outside of the layers.
@@ -124,19 +124,19 @@ def _verify_computation(
         error, limit = float(usual(_relative_errors(state, own))), tolerance if rounded else min(EXACT, tolerance)
         # In this form NaN fails too.
         if not error <= limit:
-            raise _inexact(f"{what} from the unfused computation", error, limit)
+            raise _precision_error(f"{what} from the unfused computation", error, limit)
     if not of_cache <= cache_limit:
-        raise _inexact("generation with the KV cache differs from generation without", of_cache, cache_limit)
+        raise _precision_error("generation with the KV cache differs from generation without", of_cache, cache_limit)
     return {
         "hidden_error_max": float(errors.max()),
         "hidden_error_mean": float(usual(errors)),
-        "logits_error": float(usual(_relative_errors(expected_logits, found_logits))),
+        "logits_error": float(usual(_relative_errors(expected_logits, actual_logits))),
         "cache_error": of_cache,
         "tolerance": tolerance,
     }
 
 
-def _loading(dense: Model, edits: Edits, excerpts: Documents, budget: int | None) -> Callable[[Model], Any]:
+def _make_loader(dense: Model, edits: Edits, excerpts: Documents, budget: int | None) -> Callable[[Model], Any]:
     """Return a function that loads either model for the computation: whole, or streamed within ``budget``."""
     shorter = _shorter_windows(dense, excerpts)
     if budget is None:
@@ -154,30 +154,30 @@ def _loading(dense: Model, edits: Edits, excerpts: Documents, budget: int | None
     return load
 
 
-def wrong_entries(dense: Model, pruned: Model, family: Family, edits: Edits) -> list[str]:
+def find_wrong_entries(dense: Model, pruned: Model, family: Family, edits: Edits) -> list[str]:
     """Return which entries of the config differ from the original's with its layers cut, and generation_config.json if it does.
 
     The config's dtype must be the one that most weights are stored in, whatever the original's says.
     """
     config = dense.config()
     edit_config(config, family, edits)
-    expected, found = (json.loads(each.to_json_string(use_diff=False)) for each in (config, pruned.config()))
+    expected, actual = (json.loads(each.to_json_string(use_diff=False)) for each in (config, pruned.config()))
     expected["dtype"] = str(stored_dtype(dense)).removeprefix("torch.")
-    for each in (expected, found):
+    for each in (expected, actual):
         # transformers 5 reads the scaling's older name too, and keeps both.
         (each.get("rope_parameters") or {}).pop("type", None)
-    ignored = ORIGIN | (add_older_keys(found).keys() - expected.keys())
+    ignored = ORIGIN | (add_older_keys(actual).keys() - expected.keys())
     if is_own_form(pruned.folder):
         ignored |= OWN_FORM
         expected |= own_config(edits.own_form(family.layers))
-    entries = sorted((expected.keys() | found.keys()) - ignored)
-    wrong = [f"{name} in config.json" for name in entries if expected.get(name) != found.get(name)]
+    entries = sorted((expected.keys() | actual.keys()) - ignored)
+    wrong = [f"{name} in config.json" for name in entries if expected.get(name) != actual.get(name)]
     files = [model.folder / "generation_config.json" for model in (dense, pruned)]
     before, after = (path.read_bytes() if path.is_file() else None for path in files)
     return wrong if before == after else [*wrong, files[0].name]
 
 
-def wrong_weights(dense: Any, pruned: Any, family: Family, edits: Edits) -> tuple[list[str], set[str]]:
+def find_wrong_weights(dense: Any, pruned: Any, family: Family, edits: Edits) -> tuple[list[str], set[str]]:
     """Compare the weights of the loaded models, each in the dtype that it is stored in.
 
     Returns:
@@ -193,16 +193,16 @@ def wrong_weights(dense: Any, pruned: Any, family: Family, edits: Edits) -> tupl
             wrong.append(name)
             continue
         # In parts: a whole embedding in float64 can be larger than a small model.
-        if not all(map(_within_one_step, weight.split(ROWS), exact.split(ROWS))):
+        if not all(map(_is_within_one_step, weight.split(ROWS), exact.split(ROWS))):
             wrong.append(name)
     kept = [layer for layer in range(len(layers)) if layer not in set(edits.removed_layers)]
     for name, weight in weights.items():
-        if name not in edited and not _same(read_value(weight), read_value(originals[_original(name, family, kept)])):
+        if name not in edited and not _is_same(read_value(weight), read_value(originals[_name_in_dense(name, family, kept)])):
             wrong.append(name)
     return wrong, edited
 
 
-def wrong_tensors(dense: Model, pruned: Model, family: Family, edits: Edits, edited: set[str]) -> list[str]:
+def find_wrong_tensors(dense: Model, pruned: Model, family: Family, edits: Edits, edited: set[str]) -> list[str]:
     """Return the names of tensors in the pruned model's files that no edit changes, and that differ from the original's files.
 
     Args:
@@ -212,7 +212,7 @@ def wrong_tensors(dense: Model, pruned: Model, family: Family, edits: Edits, edi
         edits: the edits that were applied.
         edited: the names of the weights that they change, in the loaded model.
     """
-    kept, originals, tensors = _kept(dense, edits), dense.stored(), pruned.stored()
+    kept, originals, tensors = _kept_layers(dense, edits), dense.stored(), pruned.stored()
     prefix, wrong, alone = family.layers.partition(".")[0] + ".", [], 0
     # The files of some base models name their tensors without it.
     names = {name: name if name in edited or name.startswith(prefix) else prefix + name for name in tensors}
@@ -221,9 +221,9 @@ def wrong_tensors(dense: Model, pruned: Model, family: Family, edits: Edits, edi
     for name, own in sorted(names.items()):
         if own in edited:
             continue
-        original = _original(own, family, kept)
+        original = _name_in_dense(own, family, kept)
         original = next((each for each in (original, original.removeprefix(prefix)) if each in originals), "")
-        if original and _same(tensors[name].read(name), originals[original].read(original)):
+        if original and _is_same(tensors[name].read(name), originals[original].read(original)):
             continue
         if original and _layer_of(own, family) not in converted:
             wrong.append(f"{name} in {tensors[name].file.name}")
@@ -237,7 +237,7 @@ def wrong_tensors(dense: Model, pruned: Model, family: Family, edits: Edits, edi
 
 
 @torch.inference_mode()
-def cache_error(model: Any, prompt: Tensor) -> float:
+def measure_cache_error(model: Any, prompt: Tensor) -> float:
     """Return the largest difference between the logits of generation with the KV cache and of one pass without it.
 
     The difference is relative to the largest logit. Tokens are generated greedily with the cache; then one pass over prompt and
@@ -261,38 +261,38 @@ def cache_error(model: Any, prompt: Tensor) -> float:
     return float((cached - full).abs().max() / full.abs().max())
 
 
-def _within_one_step(weight: Tensor, exact: Tensor) -> bool:
+def _is_within_one_step(weight: Tensor, exact: Tensor) -> bool:
     """Return whether a weight is within one step of its dtype from its exact value; the step is absolute for subnormals."""
     limits = torch.finfo(weight.dtype)
     step = limits.eps * exact.abs().clamp_min(limits.smallest_normal)
     return bool(((weight.double() - exact).abs() <= step).all())
 
 
-def _differs(what: str) -> VerificationError:
+def _difference_error(what: str) -> VerificationError:
     return VerificationError(f"export: {what} differs from the original with the edits applied; nothing was saved.")
 
 
-def _inexact(what: str, error: float, limit: float) -> VerificationError:
+def _precision_error(what: str, error: float, limit: float) -> VerificationError:
     return VerificationError(f"export: {what} by {error:.2g} (at most {limit:.2g} is rounding); nothing was saved.")
 
 
-def _same(weight: Tensor, original: Tensor) -> bool:
+def _is_same(weight: Tensor, original: Tensor) -> bool:
     """Return whether two tensors have the same dtype, shape and values."""
     # ``torch.equal`` alone compares the values of different dtypes.
     return weight.dtype == original.dtype and torch.equal(weight, original)
 
 
-def _kept(dense: Model, edits: Edits) -> list[int]:
+def _kept_layers(dense: Model, edits: Edits) -> list[int]:
     return [layer for layer in range(layer_count(dense)) if layer not in set(edits.removed_layers)]
 
 
 def _layer_of(name: str, family: Family) -> int | None:
     """Return the index of the layer that a parameter belongs to; None outside the layers."""
-    found = re.match(rf"{re.escape(family.layers)}\.(\d+)\.", name)
-    return int(found[1]) if found else None
+    match = re.match(rf"{re.escape(family.layers)}\.(\d+)\.", name)
+    return int(match[1]) if match else None
 
 
-def _original(name: str, family: Family, kept: list[int]) -> str:
+def _name_in_dense(name: str, family: Family, kept: list[int]) -> str:
     """Return the dense model's name of a weight of the shortened model."""
     layer = _layer_of(name, family)
     return name if layer is None else name.replace(f"{family.layers}.{layer}.", f"{family.layers}.{kept[layer]}.", 1)
@@ -306,7 +306,9 @@ def _shorter_windows(dense: Model, documents: Documents) -> dict[str, int]:
 
 
 @contextmanager
-def _in_float32(model: Any, family: Family, mixtures: Mapping[int, Mapping[int, float]] | None = None) -> Iterator[None]:
+def _float32_computation(
+    model: Any, family: Family, mixtures: Mapping[int, Mapping[int, float]] | None = None
+) -> Iterator[None]:
     """Compute in float32 inside the block, although the weights stay in their own dtype: a layer's are cast while it runs.
 
     Args:
@@ -325,10 +327,10 @@ def _in_float32(model: Any, family: Family, mixtures: Mapping[int, Mapping[int, 
         # A copy of all their rows would be larger than a layer.
         if isinstance(embedding, nn.Embedding):
             del parts[embedding]
-            stack.enter_context(replace_forward(embedding, partial(_embedded, embedding, embedding.forward)))
+            stack.enter_context(replace_forward(embedding, partial(_embed_widened, embedding, embedding.forward)))
         if isinstance(head, nn.Linear):
             del parts[head]
-            stack.enter_context(replace_forward(head, partial(_multiplied, head)))
+            stack.enter_context(replace_forward(head, partial(_multiply_widened, head)))
         for module, parameters in parts.items():
             if any(each.dtype in HALF for each in parameters):
                 cast = _Cast(parameters)
@@ -337,26 +339,26 @@ def _in_float32(model: Any, family: Family, mixtures: Mapping[int, Mapping[int, 
         yield
 
 
-def _embedded(module: nn.Embedding, embed: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
+def _embed_widened(module: nn.Embedding, embed: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
     """Return the embedding of some tokens in float32 or wider; only their rows are widened."""
     weight, padding = module.weight, module.padding_idx
-    rows, places = tokens.unique(return_inverse=True)
+    rows, positions = tokens.unique(return_inverse=True)
     own = weight.data
     # It only matters to gradients, and would be no row of these.
-    module.padding_idx, weight.data = None, _widened(own[rows])
+    module.padding_idx, weight.data = None, _widen(own[rows])
     try:
-        return embed(places)
+        return embed(positions)
     finally:
         module.padding_idx, weight.data = padding, own
 
 
-def _multiplied(module: nn.Linear, states: Tensor) -> Tensor:
+def _multiply_widened(module: nn.Linear, states: Tensor) -> Tensor:
     """Return a linear's product in float32 or wider; some rows of its weight are widened at a time."""
-    product = torch.cat([states @ _widened(rows).T for rows in module.weight.split(ROWS)], dim=-1)
-    return product if module.bias is None else product + _widened(module.bias)
+    product = torch.cat([states @ _widen(rows).T for rows in module.weight.split(ROWS)], dim=-1)
+    return product if module.bias is None else product + _widen(module.bias)
 
 
-def _widened(weight: Tensor) -> Tensor:
+def _widen(weight: Tensor) -> Tensor:
     return weight.float() if weight.dtype in HALF else weight
 
 
@@ -385,7 +387,7 @@ def _layers_before_cuts(edits: Edits, kept: list[int]) -> list[int]:
 
 
 @torch.inference_mode()
-def _states(
+def _record_states(
     model: Any,
     family: Family,
     observed: list[int],
@@ -401,7 +403,7 @@ def _states(
         observed: the layers; ``FIRST`` is the state that enters the first one.
         documents: the text.
         edits: edits to compute unfused.
-        given: states that take the place of the observed ones in the computation of later layers.
+        given: states that replace the observed ones in the computation of later layers.
     """
     layers, lengths = family.decoder_layers(model), [*map(len, documents.documents)]
     states: dict[int, list[Tensor]] = {layer: [] for layer in observed}
@@ -409,18 +411,18 @@ def _states(
         if edits:
             hooks.enter_context(unfused(model, family, edits))
         for layer in observed:
-            pass_on = _recording(states[layer], given[layer].split(lengths) if given else None)
+            replace_state = _recording(states[layer], given[layer].split(lengths) if given else None)
             if layer == FIRST:
-                hooks.callback(layers[0].register_forward_pre_hook(_on_input(pass_on), with_kwargs=True).remove)
+                hooks.callback(layers[0].register_forward_pre_hook(_on_input(replace_state), with_kwargs=True).remove)
             else:
-                hooks.callback(layers[layer].register_forward_hook(_on_output(pass_on)).remove)
+                hooks.callback(layers[layer].register_forward_hook(_on_output(replace_state)).remove)
         passes = (model(document[None], use_cache=False, logits_to_keep=LOGITS) for document in documents.documents)
         logits = [output.logits[0] for output in passes]
     return {layer: torch.cat(parts) for layer, parts in states.items()}, torch.cat(logits)
 
 
 def _recording(states: list[Tensor], given: Sequence[Tensor] | None) -> Callable[[Tensor], Tensor]:
-    """Return a function that appends a state (1, tokens, d) to ``states`` and returns the given one in its place."""
+    """Return a function that appends a state (1, tokens, d) to ``states`` and returns the given one instead."""
 
     def record(state: Tensor) -> Tensor:
         states.append(state[0].clone())
@@ -429,22 +431,22 @@ def _recording(states: list[Tensor], given: Sequence[Tensor] | None) -> Callable
     return record
 
 
-def _on_output(pass_on: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+def _on_output(replace_state: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
     def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
-        return pass_on(output) if isinstance(output, Tensor) else (pass_on(output[0]), *output[1:])
+        return replace_state(output) if isinstance(output, Tensor) else (replace_state(output[0]), *output[1:])
 
     return hook
 
 
-def _on_input(pass_on: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+def _on_input(replace_state: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
     def hook(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         if args:
-            return (pass_on(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": pass_on(kwargs["hidden_states"])}
+            return (replace_state(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": replace_state(kwargs["hidden_states"])}
 
     return hook
 
 
-def _relative_errors(expected: Tensor, found: Tensor) -> Tensor:
+def _relative_errors(expected: Tensor, actual: Tensor) -> Tensor:
     """Return the relative error of each row, float64, of (rows, entries) tensors."""
-    return (found.double() - expected.double()).norm(dim=-1) / expected.double().norm(dim=-1)
+    return (actual.double() - expected.double()).norm(dim=-1) / expected.double().norm(dim=-1)

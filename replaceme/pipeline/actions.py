@@ -47,7 +47,7 @@ def prune(params: Params, texts: Sequence[str] | None = None) -> Workspace:
         params: where ``save_transform_only`` is set, only the edits are saved, without a model.
         texts: calibration documents, which are written to the file that ``dataset`` names; None where it exists.
     """
-    from replaceme.evaluation.tables import comparison_table
+    from replaceme.evaluation.tables import format_score_comparison
     from replaceme.models.model_files import CARD
     from replaceme.pipeline.cost import write_cost
     from replaceme.pipeline.report import CARD_FILE
@@ -69,7 +69,7 @@ def prune(params: Params, texts: Sequence[str] | None = None) -> Workspace:
             return work
         publish_file(work, work.report / CARD_FILE, CARD)
         if "evaluate" not in ran:
-            print(comparison_table(read_json(work.metric("evaluation"))))
+            print(format_score_comparison(read_json(work.metric("evaluation"))))
         logger.info("the report is %s", work.report / "index.html")
     return work
 
@@ -83,11 +83,11 @@ def evaluate(params: Params, compare_with: str | None = None) -> None:
             comparison and how both models go on after a few prompts. None scores one model.
     """
     from replaceme.calibration.sources import read_record
-    from replaceme.evaluation.comparison import compare
+    from replaceme.evaluation.comparison import compare_scores
     from replaceme.evaluation.contamination import CalibrationText
-    from replaceme.evaluation.continuations import side_by_side
+    from replaceme.evaluation.continuations import pair_continuations
     from replaceme.evaluation.scores import score_model
-    from replaceme.evaluation.tables import comparison_table, scores_table
+    from replaceme.evaluation.tables import format_score_comparison, format_scores
     from replaceme.evaluation.tasks import task_fingerprints
     from replaceme.models.checks import check_weights
     from replaceme.models.find import find_model
@@ -103,18 +103,18 @@ def evaluate(params: Params, compare_with: str | None = None) -> None:
         logger.info("calibration text: its sources are in the model's record; copies of it in other texts are not looked for")
     if compare_with is None:
         figures = score_model(params, model, fingerprints, calibration=calibration).figures
-        print(scores_table(figures))
+        print(format_scores(figures))
     else:
         with renaming({"model_path": "compare_with"}):
             source = _dense_model(params, model, compare_with)
             dense = score_model(params, source, fingerprints, is_dense=True)
         scores = score_model(params, model, fingerprints, dense, calibration)
-        compared = rounded(compare(dense.figures, scores.figures, dense.items, scores.items))
+        compared = rounded(compare_scores(dense.figures, scores.figures, dense.items, scores.items))
         figures = scores.figures | {
             "comparison": compared,
-            "continuations": side_by_side(dense.continuations, scores.continuations),
+            "continuations": pair_continuations(dense.continuations, scores.continuations),
         }
-        print(comparison_table(compared))
+        print(format_score_comparison(compared))
     write_json(target, rounded(figures))
     logger.info("the scores are in %s", target)
 
@@ -177,7 +177,7 @@ def report(params: Params, folder: Path) -> None:
     Raises:
         ParameterError: there is no such result, it was made without scores, or the folder holds something else.
     """
-    from replaceme.evaluation.tables import comparison_table
+    from replaceme.evaluation.tables import format_score_comparison
     from replaceme.report.page import SETTINGS_FILE
 
     work = existing_result(params)
@@ -186,7 +186,7 @@ def report(params: Params, folder: Path) -> None:
     page = _page(work, _known_times(work))
     if page is None:
         raise ParameterError(f"save_path: {work.model} was made without scores, so it has no report; prune it with tasks.")
-    print(comparison_table(read_json(work.metric("evaluation"))))
+    print(format_score_comparison(read_json(work.metric("evaluation"))))
     with new_folder(folder) as new:
         page.save(new)
     logger.info("the report is %s", folder / "index.html")

@@ -12,11 +12,11 @@ from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
 from replaceme.base.ranks import rank
 from replaceme.calibration.sources import read_record
-from replaceme.evaluation.comparison import compare
+from replaceme.evaluation.comparison import compare_scores
 from replaceme.evaluation.contamination import CalibrationText
-from replaceme.evaluation.continuations import side_by_side
+from replaceme.evaluation.continuations import pair_continuations
 from replaceme.evaluation.scores import Scores, score_model
-from replaceme.evaluation.tables import comparison_table
+from replaceme.evaluation.tables import format_score_comparison
 from replaceme.models.model import Model
 from replaceme.running.stage import SCORING, Stage
 from replaceme.running.workspace import Workspace
@@ -31,10 +31,10 @@ def evaluate(params: Params, work: Workspace) -> None:
     if rank():
         return
     _warn_of_differences(dense.figures, scores.figures)
-    comparison = rounded(compare(dense.figures, scores.figures, dense.items, scores.items))
+    comparison = rounded(compare_scores(dense.figures, scores.figures, dense.items, scores.items))
     write_json(work.metric("evaluation"), comparison)
-    write_json(work.continuations, side_by_side(dense.continuations, scores.continuations))
-    print(comparison_table(comparison))
+    write_json(work.continuations, pair_continuations(dense.continuations, scores.continuations))
+    print(format_score_comparison(comparison))
 
 
 def _warn_of_differences(dense: Mapping[str, Any], pruned: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
 from replaceme.calibration.sources import write_record
 from replaceme.edits.edits import Edits
-from replaceme.export.card import SETTINGS, model_card
+from replaceme.export.card import SETTINGS, RunResults, render_card
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import verify_export
 from replaceme.methods.registry import METHODS
@@ -38,8 +38,8 @@ def export(params: Params, work: Workspace) -> None:
     with new_folder(work.model) as folder:
         counts = save_pruned(source, edits, folder, budget)
         write_record(params, read_json(work.dataset_input), source.folder, folder)
-        solved, made_with = read_json(work.metric("solve")), read_json(work.model_versions)
-        write_text(folder / CARD, model_card(params, source, edits, solved, made_with=made_with))
+        results = RunResults(read_json(work.metric("solve")), read_json(work.model_versions))
+        write_text(folder / CARD, render_card(params, source, edits, results))
         plain = not is_own_form(folder)
         # Load it as a user would, with the code file that was just written.
         pruned = Model(folder, folder.name, trust_remote_code=source.trust_remote_code or not plain)

@@ -6,6 +6,7 @@ the scores stands beside the page; it replaces the one in a copy of the folder.
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from huggingface_hub import EvalResult
@@ -14,8 +15,8 @@ from replaceme.base.config import WITHOUT_EFFECT
 from replaceme.base.files import new_folder, read_json, write_text
 from replaceme.base.parameters import Params
 from replaceme.edits.edits import Edits
-from replaceme.evaluation.tables import comparison_rows, seen_note, seen_tasks
-from replaceme.export.card import model_card
+from replaceme.evaluation.tables import describe_contamination, find_contaminated_tasks, tabulate_score_comparison
+from replaceme.export.card import RunResults, render_card
 from replaceme.methods.registry import FIELDS, METHODS
 from replaceme.models.find import recorded_model
 from replaceme.report.page import render
@@ -34,38 +35,40 @@ KEPT = {
 
 def write_report(params: Params, work: Workspace) -> None:
     """Write the report, which has no times, and the card."""
-    page, card = render(params, work), card_of(params, work)
+    page, card = render(params, work), render_run_card(params, work)
     with new_folder(work.report) as folder:
         page.save(folder)
         write_text(folder / CARD_FILE, card)
 
 
-def card_of(params: Params, work: Workspace, place: str = ".") -> str:
-    """Return the card of a finished run's model, with its scores on the tasks of ``params``; its example loads ``place``."""
-    source, edits, solved = recorded_model(params, work.model_input), Edits.load(work.edits), read_json(work.metric("solve"))
-    made_with = read_json(work.model_versions)
-    if not params.tasks:
-        return model_card(params, source, edits, solved, made_with=made_with, place=place)
-    evaluation, made_with = read_json(work.metric("evaluation")), made_with | read_json(work.score_versions)
-    return model_card(
-        params, source, edits, solved, _scores(evaluation), _results(evaluation),
-        continuations=_continuations(read_json(work.continuations)), made_with=made_with, place=place,
-    )  # fmt: skip
+def render_run_card(params: Params, work: Workspace, path: str = ".") -> str:
+    """Return the card of a finished run's model, with its scores on the tasks of ``params``; its example loads ``path``."""
+    results = RunResults(read_json(work.metric("solve")), read_json(work.model_versions))
+    if params.tasks:
+        evaluation = read_json(work.metric("evaluation"))
+        results = replace(
+            results,
+            made_with={**results.made_with, **read_json(work.score_versions)},
+            scores=format_score_section(evaluation),
+            entries=list_hub_results(evaluation),
+            continuations=format_continuations(read_json(work.continuations)),
+        )
+    return render_card(params, recorded_model(params, work.model_input), Edits.load(work.edits), results, path)
 
 
-def _scores(evaluation: Mapping[str, Any]) -> str:
+def format_score_section(evaluation: Mapping[str, Any]) -> str:
     """Return metrics/evaluation.json as Markdown."""
-    head, *rows = comparison_rows(evaluation)
+    head, *rows = tabulate_score_comparison(evaluation)
     table = "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
     for key, words in KEPT.items():
         if f"{key}_stderr" in evaluation:
             table += words.format(f"{evaluation[f'{key}_percent']:.1f} ± {evaluation[f'{key}_stderr']:.1f} %")
-    if note := seen_note(evaluation):
+    if note := describe_contamination(evaluation):
         table += f"\n\n{note}"
     return table
 
 
-def _continuations(pairs: Sequence[Mapping[str, str]]) -> str:
+def format_continuations(pairs: Sequence[Mapping[str, str]]) -> str:
     """Return both models' continuations as Markdown, in code blocks that nothing in them can end."""
     parts = ["The most likely token each time, some 40 of them at most."]
     for pair in pairs:
@@ -80,14 +83,14 @@ def _block(text: str) -> str:
     return f"{fence}text\n{text.strip()}\n{fence}"
 
 
-def _results(evaluation: Mapping[str, Any]) -> list[EvalResult]:
+def list_hub_results(evaluation: Mapping[str, Any]) -> list[EvalResult]:
     """Return the pruned model's scores as the hub's evaluation results; calibration text is named as such."""
-    names = {task: f"{task} (seen in calibration)" for task in seen_tasks(evaluation)}
+    contaminated = find_contaminated_tasks(evaluation)
     return [
         EvalResult(
             task_type="text-generation",
             dataset_type=task,
-            dataset_name=names.get(task, task),
+            dataset_name=f"{task} (seen in calibration)" if task in contaminated else task,
             metric_type=metric,
             metric_value=pair["pruned"],
         )

@@ -1,4 +1,4 @@
 """The report's page (tables, figures, sentences), and the comparison of experiments.
 
-It may import base to methods.
+It may import base to methods, and evaluation.
 """

@@ -73,15 +73,16 @@ def draw_quality(comparison: Comparison) -> Figure:
 
 
 def _name_sizes(axes: Axes, front: pd.DataFrame, quality: str) -> None:
-    """Write the setting of its size beside each point of the front, on the side of what removes more and keeps more."""
+    """Write the setting of its size next to each point of the front, on the side of what removes more and keeps more."""
     up = 1 if quality == RETENTION else -1
     last = -axes.get_xlim()[1]
     for _, point in front.iterrows():
         words = [f"{SHORT.get(name, name)} {point[name]}" for name in SIZES if point.get(name, "") not in ("", "null")]
         if point[REMOVED] - last > 0.06 * axes.get_xlim()[1]:  # names side by side can be read
             last, vertical = point[REMOVED], "bottom" if up > 0 else "top"
-            place = (point[REMOVED], point[quality])
-            axes.annotate(", ".join(words), place, (5, 3 * up), textcoords="offset points", va=vertical)
+            axes.annotate(
+                ", ".join(words), (point[REMOVED], point[quality]), (5, 3 * up), textcoords="offset points", va=vertical
+            )
 
 
 def draw_methods(comparison: Comparison) -> Figure | None:
@@ -96,7 +97,7 @@ def draw_methods(comparison: Comparison) -> Figure | None:
     series = [fill(name, ROW_WIDTH, break_on_hyphens=False) for name in comparison.name_series()[rows.index]]
     names = [f"{name}\n−{removed:.1f} %" for name, removed in zip(series, rows[REMOVED], strict=True)]
     heights = [0.12 + ROW_LINE * (name.count("\n") + 1) for name in names]
-    places = [sum(heights[:number]) + height / 2 for number, height in enumerate(heights)]
+    centres = [sum(heights[:number]) + height / 2 for number, height in enumerate(heights)]
     looks: dict[str, dict[str, Any]] = {
         "": {"color": LIGHT.pruned, "marker": "o", "ms": 7.5},
         "trained": {"color": LIGHT.series[1], "marker": "D", "ms": 6.5},
@@ -104,14 +105,14 @@ def draw_methods(comparison: Comparison) -> Figure | None:
     with drawing(LIGHT, sum(heights) + 0.85) as figure:
         axes = figure.add_subplot()
         axes.axvline(dense, color=LIGHT.dense, lw=1, ls=":")
-        for place, value, trained in zip(places, rows[quality], rows["trained"], strict=True):
-            axes.plot([dense, value], [place, place], color=looks[trained]["color"], lw=1.6, alpha=0.5, zorder=2)
-            axes.plot(value, place, ls="", zorder=3, clip_on=False, **looks[trained])
+        for y, value, trained in zip(centres, rows[quality], rows["trained"], strict=True):
+            axes.plot([dense, value], [y, y], color=looks[trained]["color"], lw=1.6, alpha=0.5, zorder=2)
+            axes.plot(value, y, ls="", zorder=3, clip_on=False, **looks[trained])
             text = f"{value:.1f} %" if quality == RETENTION else f"× {format_digits(value, 3)}"
             # To the right of point and line: the names are on the left.
-            axes.annotate(text, (max(value, dense), place), (8, 0), textcoords="offset points", va="center")
+            axes.annotate(text, (max(value, dense), y), (8, 0), textcoords="offset points", va="center")
         axes.set(xlabel=get_quality_title(quality), ylim=(sum(heights), 0))
-        axes.set_yticks(places, names)
+        axes.set_yticks(centres, names)
         axes.spines["left"].set_visible(False)
         if dense == 1 and rows[quality].max() > WIDE * min(1, rows[quality].min()):
             set_log_scale(axes, "x", [dense, *rows[quality]])

@@ -84,8 +84,6 @@ def render(
             profile["angular_distance"], profile["residual"], blocks, criterion_of(params).words, selected
         ),
         parts_table=tables.tabulate_parts(repaired) if edits["parts"] else None,
-        layer_reading=sentences.describe_layers(profile["layers"], blocks),
-        fit=sentences.describe_fits(fits),
         fit_table=tables.tabulate_fits(fits),
         repair=sentences.describe_repair(repaired),
         heal=sentences.describe_healing(read_json(work.metric("heal"))),

@@ -1,36 +1,30 @@
 """The page's pictures, each as PNG for light and for dark pages."""
 
-import csv
-import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from matplotlib.figure import Figure
 
 from replaceme.base.plan import Block
 from replaceme.report.figures import draw_block_map, draw_curves, draw_layers, draw_ridge_path, draw_scores
 from replaceme.report.formatting import Figures
-from replaceme.report.theme import DARK, DPI, LIGHT, to_png
+from replaceme.report.theme import DARK, LIGHT, to_png
 from replaceme.running.workspace import Workspace
 
-# Pixels of a PNG file per CSS pixel of the page.
-DENSITY = DPI / 96
+# CSS pixels of the page per inch.
+CSS_DPI = 96
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture (PNG) for light and dark pages."""
+    """A picture (PNG) for light and dark pages, with its width and height in CSS pixels."""
 
     light: bytes
     dark: bytes
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Width and height in CSS pixels."""
-        width, height = struct.unpack(">II", self.light[16:24])
-        return round(width / DENSITY), round(height / DENSITY)
+    size: tuple[int, int]
 
 
 def draw_pictures(
@@ -71,11 +65,13 @@ def draw_pictures(
 
 def _draw(draw: Callable[..., Figure | None], *arguments: Any) -> Picture | None:
     light, dark = (draw(*arguments, theme) for theme in (LIGHT, DARK))
-    return Picture(to_png(light), to_png(dark)) if light and dark else None
+    if not light or not dark:
+        return None
+    width, height = light.get_size_inches() * CSS_DPI
+    return Picture(to_png(light), to_png(dark), (round(width), round(height)))
 
 
 def _read_points(path: Path, x: str, y: str) -> list[tuple[float, float]]:
     """Return two columns of a table (CSV or TSV)."""
-    with path.open(encoding="utf-8", newline="") as lines:
-        rows = csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ",")
-        return [(float(row[x]), float(row[y])) for row in rows]
+    table = pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",")
+    return list(zip(table[x].astype(float), table[y].astype(float), strict=True))

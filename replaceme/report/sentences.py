@@ -1,10 +1,10 @@
 """Sentences of the page, generated from the run's own figures."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from replaceme.base.plan import Block
-from replaceme.report.formatting import Figures, format_digits, format_number, format_percent
-from replaceme.report.tables import find_seen_tasks
+from replaceme.evaluation.tables import find_contaminated_tasks
+from replaceme.report.formatting import Figures, format_digits, format_percent
 
 # layers × layers, by the layer before a block and the block's last layer.
 BlockFigures = Sequence[Sequence[float]]
@@ -21,21 +21,21 @@ def list_outcomes(evaluation: Figures) -> list[tuple[str, str]]:
         parts.append((f"{format_digits(unseen['perplexity_ratio'], 3)} ×", f"the perplexity on {where}"))
     elif ratios:
         spread = format_digits(min(ratios), 3) + f" to {format_digits(max(ratios), 3)}" * (len(ratios) > 1) + " ×"
-        parts.append((spread, f"the perplexity{_describe_seen(evaluation, 'perplexity', 'word_perplexity')}"))
+        parts.append((spread, f"the perplexity{_describe_contamination(evaluation, 'perplexity', 'word_perplexity')}"))
     for key, words in (("retention", "accuracy"), ("retention_above_chance", "accuracy above chance")):
         if f"{key}_percent" in evaluation:
             kept = format_percent(evaluation[f"{key}_percent"], scale=1)
-            parts.append((f"{kept} %", f"of the {words} kept{_describe_seen(evaluation, 'accuracy')}"))
+            parts.append((f"{kept} %", f"of the {words} kept{_describe_contamination(evaluation, 'accuracy')}"))
     if "parameters" in evaluation:
         parts.append((f"{evaluation['parameters']['removed_percent']:.1f} %", "smaller"))
     return parts
 
 
-def _describe_seen(evaluation: Figures, *kinds: str) -> str:
+def _describe_contamination(evaluation: Figures, *kinds: str) -> str:
     """Say that tasks of these kinds are scored on calibration text; an empty text if none is."""
     tasks = {task for kind in kinds for task in evaluation.get(kind, {})}
-    seen = len(find_seen_tasks(evaluation, tasks))
-    return f" ({'on' if seen == len(tasks) else 'in part on'} calibration text)" if seen else ""
+    contaminated = tasks.intersection(find_contaminated_tasks(evaluation))
+    return f" ({'on' if contaminated == tasks else 'in part on'} calibration text)" if contaminated else ""
 
 
 def name_layers(block: Block) -> str:
@@ -50,7 +50,7 @@ def describe_cut(
 
     Args:
         distances: angular distances in half turns.
-        residuals: relative residuals of a linear map in the block's place.
+        residuals: relative residuals of a linear map fitted instead of the block.
         blocks: the removed blocks; none where parts of layers were removed.
         words: the criterion, after "chosen by".
         selected: the figures of metrics/select.json.
@@ -92,66 +92,6 @@ def _format_rank(values: BlockFigures, block: Block) -> str:
     return f"{own:.3f} (rank {1 + sum(value < own for value in same)} of {len(same)}, smallest first)"
 
 
-def describe_layers(layers: Mapping[str, Sequence[float]], blocks: Sequence[Block]) -> list[str]:
-    """Compare the removed layers with the others, and say where the large norms arise."""
-    influence, norms = layers["block_influence"], layers["max_norm"]
-    removed = {layer for block in blocks for layer in block.layers}
-    means = {}
-    for name, is_removed in (("removed", True), ("other", False)):
-        values = [value for layer, value in enumerate(influence) if (layer in removed) == is_removed]
-        means[name] = f"{sum(values) / max(len(values), 1):.3f}"
-    words = f"{means['removed']} in the removed layers and {means['other']} in the others" if blocks else means["other"]
-    largest = max(range(len(norms)), key=norms.__getitem__)
-    return [
-        f"The mean block influence is {words}.",
-        f"The largest token norm, {format_number(norms[largest])}, occurs after layer {largest}, where the mean is "
-        f"{format_number(layers['mean_norm'][largest])}.",
-        *(
-            f"Across {name_layers(block)} the largest norm changes from {format_number(norms[block.start - 1])} to "
-            f"{format_number(norms[block.end - 1])}."
-            for block in blocks
-        ),
-    ]
-
-
-def describe_fits(fits: Mapping[str, Figures]) -> list[str]:
-    """Compare each fit with an empty place; no sentence for a method without a fit.
-
-    Args:
-        fits: name of the block → its figures of metrics/solve.json; a single block has the empty name.
-    """
-    return [
-        f"{name}: {sentence[0].lower()}{sentence[1:]}" if name else sentence
-        for name, fit in fits.items()
-        if (sentence := _describe_fit(fit))
-    ]
-
-
-def _describe_fit(fit: Figures) -> str:
-    if "weighted_residual_transform" in fit:
-        residual = fit.get("weighted_residual", fit.get("weighted_residual_joint", 0.0))
-        sentence = (
-            "The new weights of the layer before the cut bring the relative residual (all tokens weighted equally) from "
-            f"{fit['weighted_residual_removed']:.3f} to {residual:.3f}; "
-            f"a map alone would reach {fit['weighted_residual_transform']:.3f}."
-        )
-        if "weighted_residual_joint" in fit:
-            sentence += " (If the new attention changes the MLP's inputs, the MLP is then solved again for these: see below.)"
-        return sentence
-    kind, weighting = ("relative", "") if "relative_residual" in fit else ("weighted", " (all tokens weighted equally)")
-    if f"{kind}_residual_removed" not in fit:
-        return ""
-    residual, residual_without = fit[f"{kind}_residual"], fit[f"{kind}_residual_removed"]
-    cosine, cosine_without = fit["mean_cosine"], fit["mean_cosine_removed"]
-    sentence = (
-        f"The map brings the relative residual{weighting} from {residual_without:.3f} to {residual:.3f} and the mean cosine "
-        f"from {cosine_without:.3f} to {cosine:.3f}."
-    )
-    if residual < residual_without and cosine < cosine_without:
-        sentence += " The residual improves while the cosine gets worse, so a few tokens of very large norm dominate the fit."
-    return sentence
-
-
 def describe_repair(repaired: Figures) -> str:
     """Say what the repair achieved; an empty text without a repair."""
     if not repaired.get("corrected_linears"):
@@ -182,9 +122,9 @@ def describe_healing(healed: Figures) -> str:
 
 def describe_proof(export: Figures, blocks: Sequence[Block]) -> str:
     """Say how far the saved model is from the unfused computation: at the cut or, if no layer was removed, at the end."""
-    place = "at the cut" if blocks else "after the last layer"
+    where = "at the cut" if blocks else "after the last layer"
     return (
-        f"The saved model was reloaded and compared with the unfused computation: the state {place} differs by "
+        f"The saved model was reloaded and compared with the unfused computation: the state {where} differs by "
         f"{export['hidden_error_mean']:.2g} on average and {export['hidden_error_max']:.2g} at most (relative), the logits by "
         f"{export['logits_error']:.2g}. Each layer by itself may differ by {export['tolerance']:g} on average, by rounding."
     )

@@ -7,6 +7,8 @@ one can be read side by side.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from replaceme.evaluation.comparison import UNITS
+from replaceme.evaluation.tables import find_contaminated_tasks
 from replaceme.report.formatting import (
     Figures,
     format_duration,
@@ -17,7 +19,7 @@ from replaceme.report.formatting import (
 )
 
 SIGNIFICANT = 0.05
-SEEN = "†"
+CONTAMINATED = "†"
 AT_CHANCE = "‡"
 NOTES = {
     "*": "differs from the dense model at p < 0.05 (exact McNemar test or paired t-test over the same items, or over their "
@@ -25,7 +27,6 @@ NOTES = {
     "°": "no significant difference from the dense model (p ≥ 0.05, same test)",
     AT_CHANCE: "the dense model isn't two standard errors above chance, so nothing can be said",
 }
-UNITS = {"perplexity": "token", "word_perplexity": "word", "byte_perplexity": "byte"}
 SIZES = {
     "parameters": ("parameters", ""),
     "parameters_without_embeddings": ("… without embeddings", ""),
@@ -53,7 +54,8 @@ FIT_WORDS = {
     "weighted_residual_removed": ("… without either", BARE),
     "mean_cosine": (
         "mean cosine",
-        "between the state with the map and the dense model's, averaged over tokens; 1 is perfect",
+        "between the state with the map and the dense model's, averaged over tokens; 1 is perfect. Where it gets worse while "
+        "the residual improves, a few tokens of very large norm dominate the fit",
     ),
     "mean_cosine_removed": ("… without a map", BARE),
     "smallest_factor": ("smallest factor", "by which a channel is scaled"),
@@ -132,7 +134,7 @@ def tabulate_accuracy(evaluation: Figures) -> Table | None:
     tasks = evaluation.get("accuracy")
     if not tasks:
         return None
-    columns = {_mark_seen(name, evaluation): _format_accuracy(task) for name, task in tasks.items()}
+    columns = {_mark_contamination(name, evaluation): _format_accuracy(task) for name, task in tasks.items()}
     if "average_accuracy" in evaluation:
         kept = {key: evaluation[key] for key in ("retention_percent", "retention_stderr") if key in evaluation}
         above = {f"above_chance_{key}": evaluation.get(f"retention_above_chance_{key}") for key in ("percent", "stderr")}
@@ -144,7 +146,7 @@ def tabulate_accuracy(evaluation: Figures) -> Table | None:
         "Accuracy in percent, ± one standard error (of the difference: paired over the items, or their articles)",
         ["", *columns],
         [row for row in rows if any(row[1:])],
-        [*((mark, note) for mark, note in NOTES.items() if mark in marks), *_note_seen_tasks(evaluation, tasks)],
+        [*((mark, note) for mark, note in NOTES.items() if mark in marks), *_note_contamination(evaluation, tasks)],
     )
 
 
@@ -175,8 +177,8 @@ def tabulate_divergence(evaluation: Figures) -> Table | None:
         rows.append(["unseen texts", f"× {format_with_error(unseen, 'perplexity_ratio')}", "no", *_format_distance(unseen)])
     for task, figures in evaluation.get("divergence", {}).items():
         if task in perplexity:
-            seen = _describe_calibration(known[task]) if task in known else ""
-            rows.append([task, f"× {format_with_error(perplexity[task], 'ratio')}", seen, *_format_distance(figures)])
+            calibrated = _describe_calibration(known[task]) if task in known else ""
+            rows.append([task, f"× {format_with_error(perplexity[task], 'ratio')}", calibrated, *_format_distance(figures)])
     notes = [
         ("KL:", "divergence of the pruned model's predictions from the dense model's, for each token"),
         ("same token:", "share of positions with the dense model's most likely token"),
@@ -196,18 +198,18 @@ def _describe_calibration(text: Figures) -> str:
 
 def tabulate_perplexity(evaluation: Figures) -> Table | None:
     """Return the perplexities of each task per token, word and byte."""
-    tasks = dict.fromkeys(task for kind in UNITS for task in evaluation.get(kind, {}))
+    tasks = dict.fromkeys(task for kind in UNITS.values() for task in evaluation.get(kind, {}))
     rows = [
         [
-            f"{_mark_seen(task, evaluation)}, per {unit}",
+            f"{_mark_contamination(task, evaluation)}, per {unit}",
             f"× {format_with_error(figures, 'ratio')}",
             *(format_with_error(figures, side) for side in ("dense", "pruned")),
         ]
         for task in tasks
-        for kind, unit in UNITS.items()
+        for unit, kind in UNITS.items()
         if (figures := evaluation.get(kind, {}).get(task))
     ]
-    head, notes = ["", "ratio", "dense", "pruned"], _note_seen_tasks(evaluation, tasks)
+    head, notes = ["", "ratio", "dense", "pruned"], _note_contamination(evaluation, tasks)
     return Table("Perplexity, ± one standard error", head, rows, notes) if rows else None
 
 
@@ -235,9 +237,7 @@ def tabulate_times(speed: Figures) -> Table:
     caption = (
         f"Measured on {speed['device']}{threads}: {speed['dtype']}, batch of {speed['batch_size']}, {speed['rounds']} rounds"
     )
-    # Times that an earlier version measured name no machine.
-    notes = [("Measured on", speed["machine"])] if "machine" in speed else []
-    return Table(caption, ["", "dense", "pruned", "speedup"], rows, notes)
+    return Table(caption, ["", "dense", "pruned", "speedup"], rows, [("Measured on", speed["machine"])])
 
 
 def tabulate_cost(cost: Figures) -> Table:
@@ -254,12 +254,14 @@ def tabulate_cost(cost: Figures) -> Table:
     return Table("Cost of the compression, of each stage in the run that made its output", ["", "cost"], rows, notes)
 
 
-def tabulate_fits(fits: Mapping[str, Figures]) -> Table:
-    """Return the figures of metrics/solve.json with their meanings.
+def tabulate_fits(fits: Mapping[str, Figures]) -> Table | None:
+    """Return the figures of metrics/solve.json with their meanings; None for a method without a fit.
 
     Args:
         fits: name of the block → its figures; usually one unnamed block.
     """
+    if not any(key.endswith("_residual_removed") for fit in fits.values() for key in fit):
+        return None
     unknown = {key: (key, "") for fit in fits.values() for key in fit if key not in FIT_WORDS}
     columns = {name or "value": fit for name, fit in fits.items()}
     return _tabulate_meanings("Figures of the fit on the calibration text", columns, FIT_WORDS | unknown)
@@ -290,22 +292,16 @@ def tabulate_published() -> Table:
     return Table(caption, PUBLISHED_HEAD, rows, link=SOURCE)
 
 
-def find_seen_tasks(evaluation: Figures, tasks: Iterable[str]) -> list[str]:
-    """Return those of some tasks that are scored on calibration text."""
-    texts = evaluation.get("calibration_text", {})
-    return [task for task in tasks if texts.get(task, {}).get("seen")]
+def _mark_contamination(task: str, evaluation: Figures) -> str:
+    return f"{task} {CONTAMINATED}" if task in find_contaminated_tasks(evaluation) else task
 
 
-def _mark_seen(task: str, evaluation: Figures) -> str:
-    return f"{task} {SEEN}" if find_seen_tasks(evaluation, [task]) else task
-
-
-def _note_seen_tasks(evaluation: Figures, tasks: Iterable[str]) -> list[tuple[str, str]]:
-    seen = find_seen_tasks(evaluation, tasks)
-    if not seen:
+def _note_contamination(evaluation: Figures, tasks: Iterable[str]) -> list[tuple[str, str]]:
+    contaminated = [task for task in tasks if task in find_contaminated_tasks(evaluation)]
+    if not contaminated:
         return []
-    copies = {task: 100 * evaluation["calibration_text"][task]["overlap"] for task in seen}
-    # None are found where a source is the same, but its text that of an earlier pruning.
-    shares = ", ".join(f"{share:.0f} % of {task}" for task, share in copies.items() if share)
-    matches = f" (items with 13 of its words in a row: {shares})" if shares else ""
-    return [(SEEN, f"scored on calibration text, which says nothing about other text{matches}")]
+    # Where the source is the same, but its text that of an earlier pruning, there is no overlap.
+    overlaps = {task: 100 * evaluation["calibration_text"][task]["overlap"] for task in contaminated}
+    listed = ", ".join(f"{overlap:.0f} % of {task}" for task, overlap in overlaps.items() if overlap)
+    matches = f" (items with 13 of its words in a row: {listed})" if listed else ""
+    return [(CONTAMINATED, f"scored on calibration text, which says nothing about other text{matches}")]

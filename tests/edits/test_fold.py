@@ -14,7 +14,7 @@ from replaceme.edits.edits import Change, Edits
 from replaceme.edits.fold import apply_edits, folds
 from replaceme.edits.unfused import unfused
 from replaceme.export.save import save_pruned
-from replaceme.export.verification import cache_error
+from replaceme.export.verification import measure_cache_error
 from replaceme.models.depth import broken_patterns, cut_config
 from replaceme.models.families import FAMILIES, Family, family_of, parameter_of
 from replaceme.models.model import Model
@@ -55,7 +55,7 @@ def test_saved_model_is_plain_and_gives_the_same_logits_and_uses_its_cache(
         assert loaded.config.num_hidden_layers == len(layers) == LAYERS - length
         with torch.no_grad():
             assert torch.allclose(loaded(TEXT).logits, expected, rtol=1e-4, atol=1e-4)
-        assert cache_error(loaded, TEXT[0]) < 1e-4
+        assert measure_cache_error(loaded, TEXT[0]) < 1e-4
         embeddings = [each.weight.data_ptr() for each in (loaded.get_input_embeddings(), loaded.get_output_embeddings())]
         assert (embeddings[0] == embeddings[1]) == loaded.config.tie_word_embeddings
 
@@ -73,7 +73,7 @@ def test_a_pruned_model_can_be_pruned_again(kind: str, save_tiny: Callable[..., 
     assert loaded.config.num_hidden_layers == LAYERS - 3
     with torch.no_grad():
         assert torch.allclose(loaded(TEXT).logits, expected, rtol=1e-4, atol=1e-4)
-    assert cache_error(loaded, TEXT[0]) < 1e-4
+    assert measure_cache_error(loaded, TEXT[0]) < 1e-4
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -12,7 +12,7 @@ from replaceme.base.documents import Documents
 from replaceme.base.errors import ModelError
 from replaceme.edits.edits import Edits
 from replaceme.export.save import save_pruned
-from replaceme.export.verification import cache_error, verify_export
+from replaceme.export.verification import measure_cache_error, verify_export
 from replaceme.models.families import family_of
 from replaceme.models.model import Model
 from replaceme.models.own_form import FILE, check_own_form, is_own_form
@@ -62,7 +62,7 @@ def test_a_saved_model_with_operators_passes_its_verification_and_loads_alone(
     expected = shortened_logits(source.load(), edits, TEXT)
     with torch.no_grad():
         assert torch.allclose(loaded(TEXT).logits, expected, rtol=1e-3, atol=1e-3)
-    assert cache_error(loaded, TEXT[0]) < 1e-4
+    assert measure_cache_error(loaded, TEXT[0]) < 1e-4
     assert counts["parameters"] == sum(parameter.numel() for parameter in loaded.parameters())
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from replaceme.base.entries import Task
-from replaceme.base.errors import DatasetError, ParameterError
+from replaceme.base.errors import ParameterError, ReplaceMeError
 from replaceme.base.parameters import Params
 from replaceme.evaluation import catalogue, requests
 from replaceme.evaluation.accuracy import SuiteScores, score_suite
@@ -147,11 +148,10 @@ def test_a_group_weights_its_tasks_equally_if_lm_eval_defines_it_so(library: Cal
     assert accuracy["stderr"] == pytest.approx(sum(float(part.var()) / len(part) for part in parts) ** 0.5 / 2)
 
 
-@pytest.mark.parametrize("column", ["article", "passage", "context"])
 def test_items_that_share_a_passage_are_known_in_files_and_in_tasks_of_lm_eval(
-    column: str, library: Callable[..., None], questions: Path
+    library: Callable[..., None], questions: Path
 ) -> None:
-    write_rows(questions, [{**row, column: f"passage {number // 4}"} for number, row in enumerate(question_rows(20))])
+    write_rows(questions, [{**row, "passage": f"passage {number // 4}"} for number, row in enumerate(question_rows(20))])
     library("theirs")
     scores = run(made_model(max_position_embeddings=1024), Task(str(questions)), Task("theirs"))
     for name in ("questions", "theirs"):
@@ -159,22 +159,11 @@ def test_items_that_share_a_passage_are_known_in_files_and_in_tasks_of_lm_eval(
         assert len(articles.unique()) == 5
         assert articles.tolist() == articles[::4].repeat_interleave(4).tolist()
         assert scores.accuracy[name]["stderr"] == pytest.approx(float(items.reshape(5, 4).mean(dim=1).std()) / 5**0.5)
-
-
-def test_items_without_a_shared_passage_or_with_a_single_one_are_independent(questions: Path) -> None:
-    for passages in ([""] * 40, [str(number) for number in range(40)], ["same"] * 40, ["same"] * 39):
-        rows = question_rows()
-        for row, passage in zip(rows, passages, strict=False):
-            row["passage"] = passage
+    # Passages of one item each, or a single one, are no clusters.
+    for passages in ([str(number) for number in range(40)], ["same"] * 40, ["same"] * 39):
+        rows = [{**row, "passage": passage} for row, passage in zip(question_rows(), [*passages, ""], strict=False)]
         write_rows(questions, rows)
-        scores = run(made_model(max_position_embeddings=1024), Task(str(questions)))
-        assert scores.items["articles/questions"].tolist() == [-1] * 40
-
-
-def test_a_name_that_is_taken_is_refused(library: Callable[..., None], questions: Path) -> None:
-    library("questions")
-    with pytest.raises(ParameterError, match="tasks: questions is there twice"):
-        suite_of(Task("questions"), Task(str(questions)))
+        assert run(made_model(max_position_embeddings=1024), Task(str(questions))).items["articles/questions"].unique() == -1
 
 
 def test_tasks_that_shuffle_give_the_same_items_each_time(library: Callable[..., None], tmp_path: Path) -> None:
@@ -217,20 +206,6 @@ def test_generated_answers_and_perplexity_tasks_of_lm_eval_are_scored_too(librar
     assert overflowing.accuracy == scores.accuracy
 
 
-@pytest.mark.parametrize(("wanted", "said"), [(None, 256), (64, 64), (63, None)])
-def test_answers_longer_than_the_model_are_refused_before_it_is_loaded(
-    wanted: int | None, said: int | None, library: Callable[..., None]
-) -> None:
-    generation = {"until": ["\n"]} | ({} if wanted is None else {"max_gen_toks": wanted})
-    library("answers", output_type="generate_until", doc_to_choice=None, doc_to_target="{{choices[0]}}",
-            generation_kwargs=generation, metric_list=[{"metric": "exact_match"}])  # fmt: skip
-    if said is None:
-        Suite().add(Task("answers"), {}, positions=64)
-        return
-    with pytest.raises(ParameterError, match=f"tasks: answers generates up to {said} tokens, and the model takes 64 with"):
-        Suite().add(Task("answers"), {}, positions=64)
-
-
 @pytest.mark.parametrize("family", ["gpt2", "opt"])
 def test_every_kind_of_request_fits_the_positions_that_a_model_has(
     family: str, library: Callable[..., None], params: Params, save_tiny: Callable[..., Model], tmp_path: Path
@@ -245,28 +220,43 @@ def test_every_kind_of_request_fits_the_positions_that_a_model_has(
     assert min(figures["perplexity"]["pages"]["word"], figures["perplexity"]["long"]["token"]) > 1
 
 
-def test_a_task_without_accuracy_and_perplexity_is_refused(library: Callable[..., None]) -> None:
-    library("likely", output_type="loglikelihood", doc_to_choice=None, doc_to_target="{{choices[0]}}",
-            metric_list=[{"metric": "perplexity", "higher_is_better": False, "aggregation": "perplexity"}])  # fmt: skip
-    library("correlated", metric_list=[{"metric": "mcc"}])
-    for name, metric in (("likely", "perplexity"), ("correlated", "mcc")):
-        with pytest.raises(DatasetError, match=f"tasks: {name} measures {metric}, which is neither an accuracy"):
-            suite_of(Task(name, limit=2))
-
-
-def test_a_task_that_cannot_be_loaded_is_reported_in_a_sentence(library: Callable[..., None]) -> None:
-    library("broken", dataset_kwargs={"data_files": {"test": "/nowhere/at/all.jsonl"}})
-    with pytest.raises(DatasetError, match="tasks: 'broken' can't be loaded"):
-        suite_of(Task("broken"))
-
-
-def test_more_examples_than_items_are_refused(questions: Path) -> None:
-    with pytest.raises(ParameterError, match="tasks: fewshots of questions must be at most its 39 examples, not 40"):
-        suite_of(Task(str(questions), fewshots=40))
-
-
 def test_an_example_shows_the_answer_after_its_question() -> None:
     single = suite_of(Task("retrieval_exact", fewshots=1)).tasks["retrieval_exact"]
     context = single.fewshot_context(single.eval_docs[0], num_fewshot=1)
     assert re.search(r"Answer: The code of the \w+ \w+ is \d{4}\n\n", context)
     assert context.endswith(single.eval_docs[0]["query"])
+
+
+GENERATED = {
+    "output_type": "generate_until", "doc_to_choice": None, "doc_to_target": "{{choices[0]}}",
+    "metric_list": [{"metric": "exact_match"}],
+}  # fmt: skip
+LIKELY = {"output_type": "loglikelihood", "doc_to_choice": None, "doc_to_target": "{{choices[0]}}"}
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({**LIKELY, "metric_list": [{"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}]},
+         "own measures perplexity, which is neither an accuracy"),
+        ({"metric_list": [{"metric": "mcc"}]}, "own measures mcc, which is neither an accuracy"),
+        ({"dataset_kwargs": {"data_files": {"test": "/nowhere/at/all.jsonl"}}}, "'own' can't be loaded"),
+        (GENERATED, "own generates up to 256 tokens, and the model takes 64 with"),
+        ({**GENERATED, "generation_kwargs": {"until": ["."], "max_gen_toks": 64}}, "own generates up to 64 tokens"),
+        ({**GENERATED, "generation_kwargs": {"until": ["."], "max_gen_toks": 63}}, ""),
+    ],
+)  # fmt: skip
+def test_a_task_that_cannot_be_scored_is_refused_before_a_model_is_loaded(
+    config: dict[str, Any], said: str, library: Callable[..., None]
+) -> None:
+    library("own", **config)
+    with pytest.raises(ReplaceMeError, match=f"tasks: {said}") if said else nullcontext():
+        Suite().add(Task("own"), {}, positions=64)
+
+
+def test_a_name_that_is_taken_and_more_examples_than_items_are_refused(library: Callable[..., None], questions: Path) -> None:
+    library("questions")
+    with pytest.raises(ParameterError, match="tasks: questions is there twice"):
+        suite_of(Task("questions"), Task(str(questions)))
+    with pytest.raises(ParameterError, match="tasks: fewshots of questions must be at most its 39 examples, not 40"):
+        suite_of(Task(str(questions), fewshots=40))

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from replaceme.base.errors import DatasetError
 from replaceme.base.parameters import Params
-from replaceme.evaluation.comparison import compare
+from replaceme.evaluation.comparison import compare_scores
 from replaceme.evaluation.scores import Scores, score_model
 from replaceme.evaluation.standard_errors import Sample, paired_p_value
-from replaceme.evaluation.tables import comparison_rows, comparison_table, scores_table
+from replaceme.evaluation.tables import format_score_comparison, format_scores, tabulate_score_comparison
 from replaceme.evaluation.tasks import task_fingerprints
 from replaceme.models.devices import kind_of
 from replaceme.models.model import Model
@@ -40,7 +40,7 @@ def figures(accuracies: dict[str, float], perplexity: float = 10.0, kept: float 
 
 def test_scores_of_both_models_are_compared() -> None:
     dense, pruned = figures({"c": 0.8}), figures({"c": 0.6}, 15.0, 0.75)
-    comparison = compare(dense, pruned, {}, {})
+    comparison = compare_scores(dense, pruned, {}, {})
     assert comparison == {
         "perplexity": {"t": {"dense": 10.0, "pruned": 15.0, "ratio": 1.5}},
         "word_perplexity": {"t": {"dense": 20.0, "pruned": 30.0, "ratio": 1.5}},
@@ -52,14 +52,14 @@ def test_scores_of_both_models_are_compared() -> None:
         "disk_bytes": {"dense": 400, "pruned": 300, "removed_percent": 25.0},
         "kv_cache_bytes_per_token": {"dense": 40, "pruned": 30, "removed_percent": 25.0},
     }
-    assert "x 1.5" in comparison_table(comparison)
-    assert "t perplexity" in scores_table(dense)
+    assert "x 1.5" in format_score_comparison(comparison)
+    assert "t perplexity" in format_scores(dense)
 
 
 def test_retention_is_the_published_tables_last_column() -> None:
     dense, pruned = (.708, .713, .781, .492), (.715, .613, .698, .451)  # fmt: skip
     sides = [figures({str(number): value for number, value in enumerate(values)}) for values in (dense, pruned)]
-    comparison = compare(*sides, {}, {})
+    comparison = compare_scores(*sides, {}, {})
     assert round(comparison["retention_percent"], 1) == 91.9
     assert comparison["average_accuracy"]["dense"] == pytest.approx(0.674, abs=6e-4)
 
@@ -67,7 +67,7 @@ def test_retention_is_the_published_tables_last_column() -> None:
 def test_a_figure_missing_from_one_model_is_left_out() -> None:
     dense, pruned = figures({"c": 0.0}), figures({"c": 0.0})
     del pruned["perplexity"]["t"]["word"]
-    comparison = compare(dense, pruned, {}, {})
+    comparison = compare_scores(dense, pruned, {}, {})
     assert "word_perplexity" not in comparison
     assert "retention_percent" not in comparison
 
@@ -80,7 +80,7 @@ def compare_items(
     sides = [figures({"c": float(sample.weights @ scores)}, **more) for scores in (before, after)]
     for side in sides:
         side["accuracy"]["c"]["by_size"] = by_size
-    return compare(*sides, {"accuracy/c": before, **sample.tensors("c")}, {"accuracy/c": after})
+    return compare_scores(*sides, {"accuracy/c": before, **sample.tensors("c")}, {"accuracy/c": after})
 
 
 def alone(count: int) -> Tensor:
@@ -133,7 +133,7 @@ def test_a_model_that_knows_a_share_of_the_answers_and_guesses_the_others_keeps_
 ) -> None:
     dense, pruned = (share + (1 - share) * chance for share in (known, known * kept))
     sides = [figures({"c": value}, chance=chance, stderr=0.0) for value in (dense, pruned)]
-    comparison = compare(*sides, {}, {})
+    comparison = compare_scores(*sides, {}, {})
     assert comparison["accuracy"]["c"]["above_chance_percent"] == pytest.approx(100 * kept)
     assert comparison["retention_above_chance_percent"] == pytest.approx(100 * kept)
     assert comparison["retention_percent"] >= 100 * kept - 1e-6
@@ -142,10 +142,10 @@ def test_a_model_that_knows_a_share_of_the_answers_and_guesses_the_others_keeps_
 def test_of_a_dense_model_at_chance_nothing_is_said_to_be_kept() -> None:
     for dense, stderr, said in ((0.25, 0.0, False), (0.2, 0.0, False), (0.29, 0.02, False), (0.3, 0.02, True)):
         sides = [figures({"c": value}, chance=0.25, stderr=stderr) for value in (dense, 0.26)]
-        comparison = compare(*sides, {}, {})
+        comparison = compare_scores(*sides, {}, {})
         assert ("above_chance_percent" in comparison["accuracy"]["c"]) == said
         assert ("retention_above_chance_percent" in comparison) == said
-        assert ("dense at chance" in comparison_table(comparison)) == (not said)
+        assert ("dense at chance" in format_score_comparison(comparison)) == (not said)
 
 
 def test_the_error_of_what_is_kept_above_chance_is_paired() -> None:
@@ -165,13 +165,13 @@ def test_the_headline_is_of_unseen_domains_alone() -> None:
     sides = [figures({"b": 0.5, "d": 0.5}), figures({"b": 0.1, "d": 0.4})]
     for power, side in enumerate(sides):
         side["perplexity"] = {task: {"token": 10 * ratio**power} for task, ratio in ratios.items()}
-    assert "unseen" not in compare(*sides, {}, {})
+    assert "unseen" not in compare_scores(*sides, {}, {})
     sides[1]["calibration_text"] = {
         task: {"seen": seen, "same_domain": same, "overlap": 0.0} for task, (seen, same) in texts.items()
     }
-    comparison = compare(*sides, {}, {})
+    comparison = compare_scores(*sides, {}, {})
     assert comparison["unseen"] == pytest.approx({"texts": 2, "perplexity_ratio": 4.0, "tasks": 1, "retention_percent": 80.0})
-    table = comparison_table(comparison)
+    table = format_score_comparison(comparison)
     assert "2 unseen texts, geometric mean" in table
     assert "b perplexity (domain seen)" in table
     assert "c perplexity (seen)" in table
@@ -180,12 +180,12 @@ def test_the_headline_is_of_unseen_domains_alone() -> None:
 
 def test_the_tables_mark_what_is_calibrated_on() -> None:
     side = figures({"c": 0.5, "d": 0.5}) | {"calibration_text": {"t": {"seen": 0, "same_domain": 1}, "c": {"seen": 1}}}
-    assert re.search(r"(?m)^t perplexity \(domain seen\) +10", scores_table(side))
-    assert re.search(r"(?m)^c accuracy \(seen\) +50.0", scores_table(side))
+    assert re.search(r"(?m)^t perplexity \(domain seen\) +10", format_scores(side))
+    assert re.search(r"(?m)^c accuracy \(seen\) +50.0", format_scores(side))
     plain = figures({"c": 0.5, "d": 0.5})
     for pruned, average in ((plain, "average accuracy"), (plain | side, "average accuracy (in part seen)")):
-        comparison = compare(plain, pruned, {}, {})
-        assert average in [row[0] for row in comparison_rows(comparison | {"unseen": {}})]
+        comparison = compare_scores(plain, pruned, {}, {})
+        assert average in [row[0] for row in tabulate_score_comparison(comparison | {"unseen": {}})]
 
 
 def test_a_models_scores_hold_every_task_and_size(params: Params, tiny: Model, tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_a_models_scores_hold_every_task_and_size(params: Params, tiny: Model, t
     }
     again = score_model(params, tiny, task_fingerprints(params), loaded)
     assert again.figures == scores.figures
-    divergence = compare(scores.figures, again.figures, scores.items, again.items)["divergence"]["text"]
+    divergence = compare_scores(scores.figures, again.figures, scores.items, again.items)["divergence"]["text"]
     assert (divergence["kl"], divergence["agreement"]) == (0, 1)
 
 

@@ -17,7 +17,7 @@ from replaceme.calibration import embedded
 from replaceme.calibration.find import dataset_fingerprints
 from replaceme.calibration.sources import identified_sources
 from replaceme.calibration.tokenization import render_chat
-from replaceme.evaluation.contamination import CalibrationText, hash_ngrams, item_texts
+from replaceme.evaluation.contamination import CalibrationText, hash_ngrams
 from replaceme.evaluation.embedded_tasks import EMBEDDED
 from replaceme.evaluation.scores import score_model
 from replaceme.evaluation.tasks import task_fingerprints
@@ -33,7 +33,7 @@ def calibrated_on(*texts: str, fingerprints: dict[str, Any] | None = None, **opt
 def compare(
     calibration: CalibrationText, texts: list[str], name: str = "text.txt", fingerprint: Any = "this"
 ) -> dict[str, float]:
-    return calibration.compare(name.split(".")[0], Task(name), fingerprint, [[text] for text in texts])
+    return calibration.measure_contamination(name.split(".")[0], Task(name), fingerprint, [[text] for text in texts])
 
 
 def ngrams_by_hand(text: str) -> set[tuple[str, ...]]:
@@ -108,11 +108,7 @@ def test_a_task_of_lm_eval_is_seen_by_a_calibration_on_its_split(options: Any, t
     form = {"dataset_path": "Owner/text", "dataset_name": None, "test_split": None, "validation_split": None, **task}
     single = SimpleNamespace(config=SimpleNamespace(**form), has_test_docs=lambda: form["test_split"] is not None)
     calibration = calibrated_on("words", fingerprints={"commits": {"owner/text": "1234"}}, dataset="owner/text", **options)
-    assert calibration.compare("piqa", Task("piqa"), {}, [["b"]], [single])["seen"] == same
-
-
-def test_all_texts_of_an_item_are_searched() -> None:
-    assert [*item_texts({"a": 1, "b": ["x", {"c": ("y", None)}], "d": "z"})] == ["x", "y", "z"]
+    assert calibration.measure_contamination("piqa", Task("piqa"), {}, [["b"]], [single])["seen"] == same
 
 
 def test_a_model_knows_only_the_calibration_that_it_is_given(params: Params, tiny: Model, tmp_path: Path) -> None:
@@ -144,11 +140,6 @@ def test_other_text_of_a_calibrated_domain_is_not_unseen() -> None:
         assert figures == {"seen": 0, "same_domain": same, "overlap": 0}
 
 
-def test_texts_of_one_wheel_are_told_apart() -> None:
-    names = ("bbc-news", "finance-answers", "medical-abstracts")
-    assert len({embedded.text_fingerprint(name) for name in names}) == len(names)
-
-
 def test_the_words_of_the_chat_template_are_no_copies() -> None:
     tokenizer = made_tokenizer()
     system = " ".join(["be", "brief", "and", "kind"] * 5)
@@ -165,4 +156,4 @@ def test_the_words_of_the_chat_template_are_no_copies() -> None:
     windows = [tokenizer.decode(ids) for ids in (one, other)]
     assert len(hash_ngrams(windows[1])) > 10
     pieces = [calibration.without_template(window) for window in windows]
-    assert [calibration.compare("t", Task("t.txt"), "", [piece])["overlap"] for piece in pieces] == [1, 0]
+    assert [calibration.measure_contamination("t", Task("t.txt"), "", [piece])["overlap"] for piece in pieces] == [1, 0]

@@ -10,7 +10,7 @@ import torch
 from replaceme.base.entries import Task
 from replaceme.base.parameters import Params
 from replaceme.evaluation import requests
-from replaceme.evaluation.continuations import MAX_TOKENS, PROMPTS, continue_prompts, side_by_side, write_continuations
+from replaceme.evaluation.continuations import MAX_TOKENS, PROMPTS, continue_prompts, pair_continuations, write_continuations
 from replaceme.evaluation.scores import Scores, score_model
 from replaceme.evaluation.tasks import task_fingerprints
 from replaceme.models.model import Model
@@ -76,7 +76,7 @@ def test_the_dense_models_continuations_are_kept_with_its_scores(params: Params,
     score_model(bare, tiny, {}, is_dense=True).save(tmp_path)
     dense = Scores.load(tmp_path)
     pruned = score_model(bare, tiny, {}, dense)
-    pairs = side_by_side(dense.continuations, pruned.continuations)
+    pairs = pair_continuations(dense.continuations, pruned.continuations)
     assert [pair["dense"] for pair in pairs] == [pair["pruned"] for pair in pairs] == dense.continuations
     assert [pair["answer"] for pair in pairs] == ["", "", "Paris"]
     assert score_model(bare, tiny, {}).continuations == []

@@ -7,7 +7,7 @@ from tokenizers import processors
 from torch import Tensor
 
 from replaceme.base.errors import DatasetError
-from replaceme.evaluation.perplexity import TOP, kl_divergence, perplexities, score_windows
+from replaceme.evaluation.perplexity import TOP, compute_perplexities, kl_divergence, score_windows
 from replaceme.evaluation.windows import WINDOW, Windows, cut_windows
 from tests.conftest import made_model, made_text, made_tokenizer
 
@@ -29,7 +29,7 @@ def test_perplexity_equals_an_independent_computation(bos: bool, batch_size: int
     cut = [torch.tensor([*([0] if bos else []), *ids[start : start + room]]) for start in range(0, len(ids), room)]
     nll = float(torch.cat([plain_losses(model, window) for window in cut]).mean())
     windows = cut_windows("t", [text], tokenizer, None)
-    figures = perplexities(score_windows(model, windows, batch_size, "test")["losses"], windows)
+    figures = compute_perplexities(score_windows(model, windows, batch_size, "test")["losses"], windows)
     assert figures["token"] == pytest.approx(math.exp(nll), rel=1e-4)
     assert figures["word"] == pytest.approx(math.exp(nll * len(ids) / len(text.split())), rel=1e-4)
     assert figures["byte"] == pytest.approx(math.exp(nll * len(ids) / len(text.encode())), rel=1e-4)
@@ -39,7 +39,7 @@ def test_perplexity_equals_an_independent_computation(bos: bool, batch_size: int
 def test_windows_of_several_texts_are_no_independent_sample() -> None:
     tokenizer, model = made_tokenizer(), made_model(max_position_embeddings=64)
     windows = cut_windows("t", [made_text(count, seed=count) for count in (3, 12, 20, 30, 9, 16)], tokenizer, None, 64)
-    figures = perplexities(score_windows(model, windows, 4, "t")["losses"], windows)
+    figures = compute_perplexities(score_windows(model, windows, 4, "t")["losses"], windows)
     losses = [plain_losses(model, window) for window in windows.ids]
     nll, owners = float(torch.cat(losses).mean()), torch.tensor(windows.texts)
     assert int(owners.bincount().max()) > 1
@@ -61,7 +61,7 @@ def test_windows_survive_the_disk() -> None:
 def test_a_figure_that_overflows_is_left_out() -> None:
     endless = "ab" * 900  # one word of so many tokens that its perplexity overflows
     windows = cut_windows("t", [endless], made_tokenizer(), None)
-    figures = perplexities(score_windows(made_model(max_position_embeddings=2048), windows, 1, "t")["losses"], windows)
+    figures = compute_perplexities(score_windows(made_model(max_position_embeddings=2048), windows, 1, "t")["losses"], windows)
     assert "word" not in figures
     assert {"token", "byte"} <= set(figures)
 
@@ -93,7 +93,7 @@ def test_windows_are_no_longer_than_the_positions_that_a_model_has() -> None:
     model, tokenizer = made_model("gpt2", n_positions=64, max_position_embeddings=64), made_tokenizer()
     windows = cut_windows("t", [made_text(60)], tokenizer, None, model.config.max_position_embeddings)
     assert max(map(len, windows.ids)) == 64
-    assert perplexities(score_windows(model, windows, 2, "t")["losses"], windows)["token"] > 1
+    assert compute_perplexities(score_windows(model, windows, 2, "t")["losses"], windows)["token"] > 1
 
 
 def test_divergence_and_agreement_equal_those_of_the_whole_distributions() -> None:

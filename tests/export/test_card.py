@@ -14,11 +14,11 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from replaceme.base.parameters import Params, read_params
 from replaceme.edits.edits import Edits
-from replaceme.export.card import SCORING, SETTINGS, model_card
+from replaceme.export.card import SCORING, SETTINGS, RunResults, render_card
 from replaceme.methods.registry import METHODS
 from replaceme.models.embedded import MODELS
 from replaceme.models.model import Model
-from replaceme.pipeline.report import _continuations, _results, _scores
+from replaceme.pipeline.report import format_continuations, format_score_section, list_hub_results
 from tests.conftest import WIDTH
 from tests.helpers import edits_for
 
@@ -47,8 +47,10 @@ def card_of(params: Params, tiny: Model, tmp_path: Path) -> Callable[..., ModelC
             (folder / "README.md").write_text(own, encoding="utf-8")
         source = Model(folder, "org/dense" if commit else "dense", commit)
         setting = params.model_copy(update={"model_path": "org/dense" if commit else str(folder), **settings})
-        scores = (_scores(EVALUATION), _results(EVALUATION)) if scored else ()
-        return ModelCard(model_card(setting, source, edits_for(2, 2), {"relative_residual": 0.25}, *scores))
+        results = RunResults({"relative_residual": 0.25})
+        if scored:
+            results = replace(results, scores=format_score_section(EVALUATION), entries=list_hub_results(EVALUATION))
+        return ModelCard(render_card(setting, source, edits_for(2, 2), results))
 
     return make
 
@@ -76,17 +78,6 @@ def test_the_metadata_and_sentences_of_a_card(card_of: Callable[..., ModelCard])
     assert "## Scores" not in card.text
 
 
-def test_the_card_names_the_versions_that_the_model_was_made_with(params: Params, tiny: Model) -> None:
-    text = model_card(params, tiny, edits_for(2, 2), {}, made_with={"torch": "1.2+cpu", "lm-eval": "2.3"})
-    assert "Made with lm-eval 2.3, torch 1.2+cpu; other versions or another processor can change the last digits." in text
-
-
-def test_the_card_says_what_an_embedded_model_is(params: Params, tiny: Model) -> None:
-    disclosure = MODELS["smollm2-135m-instruct"].disclosure
-    assert f"with test.\n{disclosure}\n" in model_card(params, replace(tiny, disclosure=disclosure), edits_for(2, 2), {})
-    assert "copy" not in model_card(params, tiny, edits_for(2, 2), {})
-
-
 def test_licence_and_language_come_from_the_original(card_of: Callable[..., ModelCard]) -> None:
     own = "---\nlicense: other\nlicense_name: theirs\nlicense_link: LICENSE\nlanguage: [en, de]\ntags: [theirs]\n---\n# A\n"
     data = card_of(own).data.to_dict()
@@ -94,12 +85,24 @@ def test_licence_and_language_come_from_the_original(card_of: Callable[..., Mode
     assert data["language"] == ["en", "de"]
     assert "theirs" not in data["tags"]
     assert "base_model" not in data
-
-
-def test_a_local_copy_has_the_base_model_that_its_card_names(card_of: Callable[..., ModelCard]) -> None:
+    # A local copy has the base model that its card names.
     own = "---\nbase_model: org/first\n---\n"
     assert card_of(own).data.base_model == "org/first"
     assert card_of(own, commit="c" * 40).data.base_model == "org/dense"
+
+
+def test_the_card_names_versions_text_and_what_the_dense_model_is(params: Params, tiny: Model) -> None:
+    mixed = read_params(None, {"dataset": ["wikipedia-sample", {"/data/notes.jsonl": 3}]}, methods=METHODS)
+    params = params.model_copy(update={"dataset": mixed.dataset})
+    source = replace(tiny, disclosure=MODELS["smollm2-135m-instruct"].disclosure, trust_remote_code=True)
+    versions = RunResults(made_with={"torch": "1.2+cpu", "lm-eval": "2.3"})
+    text = render_card(params, source, edits_for(2, 2), versions, path="user/small")
+    assert "Made with lm-eval 2.3, torch 1.2+cpu; other versions or another processor can change the last digits." in text
+    assert f"with test.\n{source.disclosure}\n" in text
+    assert 'AutoModelForCausalLM.from_pretrained("user/small", trust_remote_code=True)' in text
+    assert "- Calibration text: wikipedia-sample (25 %), notes.jsonl (75 %). Other kinds of text" in text
+    assert f"What is known of `{tiny.name}` there may not hold" in text
+    assert "copy" not in render_card(params, tiny, edits_for(2, 2))
 
 
 @pytest.mark.parametrize(
@@ -118,6 +121,9 @@ def test_the_scores_are_a_table_and_the_hubs_results(card_of: Callable[..., Mode
     assert found == {("prose", "perplexity"): 32.9806, ("last_word", "accuracy"): 0.4, ("piqa", "accuracy"): 0.7}
     (index,) = card.data.to_dict()["model-index"]
     assert index["name"] == "dense without 2 of its 6 layers"
+    figures = {"retention_above_chance_percent": 66.67, "retention_above_chance_stderr": 4.2}
+    table = format_score_section({**EVALUATION, **figures})
+    assert "is one standard error. Of what is above chance, 66.7 ± 4.2 % is." in table
 
 
 def test_scores_on_calibration_text_are_marked_in_the_table_and_the_hubs_results() -> None:
@@ -127,12 +133,12 @@ def test_scores_on_calibration_text_are_marked_in_the_table_and_the_hubs_results
         "last_word": {"seen": 0, "overlap": 0.0},
     }
     evaluation = {**EVALUATION, "calibration_text": texts}
-    table = _scores(evaluation)
+    table = format_score_section(evaluation)
     assert {row.split("|")[1].strip() for row in table.splitlines() if row.startswith("| ")} >= {
         "prose perplexity (seen)", "last_word accuracy", "piqa accuracy (seen)", "average accuracy (in part seen)",
     }  # fmt: skip
     assert table.endswith("Seen: prose, piqa (are scored on calibration text).")
-    names = [result.dataset_name for result in _results(evaluation)]
+    names = [result.dataset_name for result in list_hub_results(evaluation)]
     assert names == ["prose (seen in calibration)", "last_word", "piqa (seen in calibration)"]
 
 
@@ -163,12 +169,12 @@ def test_refitted_linears_are_listed_by_layer(params: Params, tiny: Model) -> No
     for layer in (0, 1, 4):
         edits.correct(layer, "mlp_output", torch.zeros(32, 48))
     edits.correct(4, "attention_output", torch.zeros(32, 32))
-    text = model_card(params, tiny, edits, {})
+    text = render_card(params, tiny, edits)
     assert "Layers 2–3, 5 (counted from 0)" in text
     assert "The MLP output projection of layers 0–1, 4 was refitted in closed form" in text
     assert "The attention output projection of layer 4 was refitted in closed form" in text
     assert "A linear map" not in text
-    assert "Layer 2 (counted from 0) was removed from" in model_card(params, tiny, Edits("test", [2]), {})
+    assert "Layer 2 (counted from 0) was removed from" in render_card(params, tiny, Edits("test", [2]))
     assert yaml.safe_load(text.split("---")[1])["library_name"] == "transformers"
 
 
@@ -180,37 +186,18 @@ def test_the_example_loads_the_cards_own_folder_and_generates(card_of: Callable[
     assert len(said) == 1
 
 
-def test_the_example_names_the_hub_and_own_code_where_they_are_needed(params: Params, tiny: Model) -> None:
-    text = model_card(params, replace(tiny, trust_remote_code=True), edits_for(2, 2), {}, place="user/small")
-    assert 'AutoModelForCausalLM.from_pretrained("user/small", trust_remote_code=True)' in text
-
-
-def test_the_limits_name_the_calibration_text_and_the_dense_model(params: Params, tiny: Model) -> None:
-    mixed = read_params(None, {"dataset": ["wikipedia-sample", {"/data/notes.jsonl": 3}]}, methods=METHODS)
-    text = model_card(params.model_copy(update={"dataset": mixed.dataset}), tiny, edits_for(2, 2), {})
-    assert "- Calibration text: wikipedia-sample (25 %), notes.jsonl (75 %). Other kinds of text" in text
-    assert f"What is known of `{tiny.name}` there may not hold" in text
-
-
 def test_nothing_in_a_continuation_ends_its_block() -> None:
     hostile = "a\n```\n# heading\n````\n<b>"
     pair = {"kind": "question", "prompt": "Which?", "answer": "Paris", "dense": hostile, "pruned": "Rome"}
-    text = _continuations([pair])
+    text = format_continuations([pair])
     assert "### Question (known answer: Paris)\n\n```text\nWhich?\n```" in text
     assert f"dense:\n\n`````text\n{hostile}\n`````\n\npruned:\n\n```text\nRome\n```" in text
 
 
-def test_what_is_kept_above_chance_stands_beside_the_published_ratio() -> None:
-    figures = {"retention_above_chance_percent": 66.67, "retention_above_chance_stderr": 4.2}
-    assert "is one standard error. Of what is above chance, 66.7 ± 4.2 % is." in _scores({**EVALUATION, **figures})
-
-
 def test_the_card_says_which_transformers_reads_the_model(save_tiny: Callable[..., Model], params: Params) -> None:
     two_bases = {name: {"rope_type": "default", "rope_theta": base} for name, base in BASES.items()}
-    texts = [
-        model_card(params, save_tiny("olmo3", **rope), edits_for(2, 2), {}) for rope in ({}, {"rope_parameters": two_bases})
-    ]
+    texts = [render_card(params, save_tiny("olmo3", **rope), edits_for(2, 2)) for rope in ({}, {"rope_parameters": two_bases})]
     for text, words in zip(texts, ("beside them, those of transformers 4", "It needs transformers 5: its kinds"), strict=True):
         assert words in text
     own_form = replace(edits_for(2, 2), operators={1: torch.ones(WIDTH, dtype=torch.float64)})
-    assert "It needs transformers 5, which `modeling_pruned.py`" in model_card(params, save_tiny(), own_form, {})
+    assert "It needs transformers 5, which `modeling_pruned.py`" in render_card(params, save_tiny(), own_form)

@@ -74,32 +74,22 @@ def test_tokenizer_chat_template_generation_config_and_licence_are_copied_byte_f
     assert ours == theirs
 
 
-def test_a_large_model_is_saved_in_shards_that_load_to_the_same_weights(
+def test_a_sharded_model_is_saved_in_shards_with_the_weights_of_a_whole_one(
     tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_pruned(tiny, edits_for(2, 2), tmp_path / "whole")
-    monkeypatch.setattr(export, "SHARD_SIZE", "50KB")
-    save_pruned(tiny, edits_for(2, 2), tmp_path / "sharded")
-    index = json.loads((tmp_path / "sharded" / "model.safetensors.index.json").read_text(encoding="utf-8"))
-    shards = {path.name for path in (tmp_path / "sharded").glob("*.safetensors")}
-    assert len(shards) > 2
-    assert shards == set(index["weight_map"].values())
-    check_weights(Model(tmp_path / "sharded", "sharded"))
-    whole, sharded = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "sharded"))
-    assert whole.keys() == sharded.keys()
-    assert all(torch.equal(whole[name], sharded[name]) for name in whole)
-    assert pipeline("text-generation", model=str(tmp_path / "sharded"))("the river", max_new_tokens=2)
-
-
-def test_a_sharded_original_gives_the_same_result(tiny: Model, tmp_path: Path) -> None:
     source = copied(tiny, tmp_path / "source")
     (source.folder / "model.safetensors").unlink()
     tiny.load().save_pretrained(source.folder, max_shard_size="50KB")
-    assert len(source.files(("*.safetensors",))) > 2
-    check_weights(source)
-    for each, name in ((tiny, "whole"), (source, "from-shards")):
-        save_pruned(each, edits_for(2, 2), tmp_path / name)
-    whole, found = tensors(tmp_path / "whole"), tensors(tmp_path / "from-shards")
-    assert whole.keys() == found.keys()
-    assert all(torch.equal(whole[name], found[name]) for name in whole)
-    assert Model(tmp_path / "from-shards", "pruned").config().num_hidden_layers == LAYERS - 2
+    monkeypatch.setattr(export, "SHARD_SIZE", "50KB")
+    save_pruned(source, edits_for(2, 2), tmp_path / "sharded")
+    for folder in (source.folder, tmp_path / "sharded"):
+        index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+        shards = {path.name for path in folder.glob("*.safetensors")}
+        assert len(shards) > 2
+        assert shards == set(index["weight_map"].values())
+        check_weights(Model(folder, "sharded"))
+    whole, sharded = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "sharded"))
+    assert whole.keys() == sharded.keys()
+    assert all(torch.equal(whole[name], sharded[name]) for name in whole)
+    assert Model(tmp_path / "sharded", "pruned").config().num_hidden_layers == LAYERS - 2

@@ -18,7 +18,7 @@ from replaceme.edits.edits import Edits
 from replaceme.edits.fold import apply_edits
 from replaceme.export import verification
 from replaceme.export.save import save_pruned
-from replaceme.export.verification import cache_error, verify_export, wrong_weights
+from replaceme.export.verification import find_wrong_weights, measure_cache_error, verify_export
 from replaceme.methods.slicegpt import Slicing, sliced_config
 from replaceme.models.families import Family
 from replaceme.models.model import Model
@@ -101,13 +101,6 @@ def test_an_export_of_other_edits_fails(export: Export, documents: Documents, sa
         verify_export(source, pruned, meant, documents)
 
 
-def test_a_norm_of_another_layer_is_found(export: Export) -> None:
-    source, pruned, edits = export(edits=MIXTURE)
-    name, dense = "model.layers.{}.input_layernorm.weight", load_file(source.folder / WEIGHTS)
-    rewrite(pruned.folder, lambda tensors: tensors.update({name.format(0): dense[name.format(4)]}))
-    assert wrong_weights(source.load(), pruned.load(), Family(), edits)[0] == [name.format(0)]
-
-
 def test_the_bits_of_weights_that_are_stored_wider_than_the_config_says_are_kept_or_the_export_fails(
     export: Export, documents: Documents
 ) -> None:
@@ -134,9 +127,9 @@ def test_one_changed_bit_in_the_file_is_found(
     family: str, name: str, export: Export, documents: Documents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, pruned, edits = export(family=family, dtype=torch.bfloat16)
-    compared = verification.wrong_weights(source.load_stored(), pruned.load_stored(), source.family(), edits)
+    compared = verification.find_wrong_weights(source.load_stored(), pruned.load_stored(), source.family(), edits)
     # As if both sides had been loaded by the same wrong rule.
-    monkeypatch.setattr(verification, "wrong_weights", lambda *_: compared)
+    monkeypatch.setattr(verification, "find_wrong_weights", lambda *_: compared)
     verify_export(source, pruned, edits, documents)
 
     def flip(tensors: dict[str, torch.Tensor]) -> None:
@@ -181,7 +174,7 @@ def test_mixed_dtypes_are_exported_as_they_are_stored(export: Export, documents:
 
 def test_subnormal_weights_round_in_absolute_steps(export: Export) -> None:
     source, pruned, edits = export(dtype=torch.float16, initializer_range=1e-4)
-    assert wrong_weights(source.load(), pruned.load(), Family(), edits)[0] == []
+    assert find_wrong_weights(source.load(), pruned.load(), Family(), edits)[0] == []
 
 
 @pytest.mark.parametrize(
@@ -223,7 +216,7 @@ def test_the_proof_sees_layers_with_another_window_however_long_it_is(
     verify_export(source, pruned, edits, documents)
     assert pruned.config().sliding_window == window
     configure(pruned.folder, layer_types=["full_attention"] * (LAYERS - 2))
-    monkeypatch.setattr(verification, "wrong_entries", lambda *_: [])
+    monkeypatch.setattr(verification, "find_wrong_entries", lambda *_: [])
     with pytest.raises(VerificationError, match="the state after layer 3 differs from the unfused computation"):
         verify_export(source, pruned, edits, documents)
 
@@ -231,7 +224,7 @@ def test_the_proof_sees_layers_with_another_window_however_long_it_is(
 def test_the_computation_is_compared_with_the_unfused_one(
     export: Export, documents: Documents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verification, "wrong_weights", lambda *_: ([], EDITED))
+    monkeypatch.setattr(verification, "find_wrong_weights", lambda *_: ([], EDITED))
     source, pruned, _ = export(edits=Edits("test", [2, 3], {1: made_transform().T.contiguous()}))
     with pytest.raises(VerificationError, match="the state after layer 1 differs from the unfused computation by"):
         verify_export(source, pruned, edits_for(2, 2), documents)
@@ -241,7 +234,7 @@ def test_a_wrong_index_of_the_cache_is_an_error(tiny: Model) -> None:
     model = tiny.load()
     apply_edits(model, Family(), edits_for(2, 2))
     model.model.layers[2].self_attn.layer_idx = 1
-    assert cache_error(model, TEXT[0]) > 1e-2
+    assert measure_cache_error(model, TEXT[0]) > 1e-2
 
 
 @pytest.fixture
@@ -279,8 +272,8 @@ def test_a_small_error_in_one_weight_of_many_layers_fails(
     save_pruned(deep, edits, tmp_path / "pruned")
     rewrite(tmp_path / "pruned", lambda tensors: tensors.update({place: tensors[place] * 1.01}))
     # As if the comparison of weights had not noticed.
-    monkeypatch.setattr(verification, "wrong_weights", lambda *_: ([], EDITED))
-    monkeypatch.setattr(verification, "wrong_tensors", lambda *_: [])
+    monkeypatch.setattr(verification, "find_wrong_weights", lambda *_: ([], EDITED))
+    monkeypatch.setattr(verification, "find_wrong_tensors", lambda *_: [])
     said = "the state after layer 22 differs" if "layers" in place else "the logits differ"
     with pytest.raises(VerificationError, match=f"export: {said} from the unfused computation by"):
         verify_export(deep, Model(tmp_path / "pruned", "pruned"), edits, many_documents(4))
@@ -293,7 +286,7 @@ def test_a_cast_on_the_fly_computes_what_the_model_in_float32_does(
 ) -> None:
     source = save_tiny(kind, dtype=getattr(torch, dtype))
     family, model = source.family(), source.load()
-    with torch.inference_mode(), verification._in_float32(model, family):
+    with torch.inference_mode(), verification._float32_computation(model, family):
         found = model(TEXT, use_cache=False).logits
     assert found.dtype == torch.float32
     assert torch.equal(found, source.load("float32")(TEXT, use_cache=False).logits)

@@ -18,7 +18,7 @@ from replaceme.base.plan import Plan
 from replaceme.edits.edits import Edits
 from replaceme.edits.fold import apply_edits
 from replaceme.export.save import save_pruned
-from replaceme.export.verification import cache_error, verify_export
+from replaceme.export.verification import measure_cache_error, verify_export
 from replaceme.methods.llm_pruner import (
     RemovableGroups,
     RemovedGroups,
@@ -293,7 +293,7 @@ def test_a_model_that_lost_parts_of_some_layers_is_verified_and_loads(
     assert verify_export(source, Model(tmp_path / "pruned", "pruned"), edits, pieces())["logits_error"] < 1e-3
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", trust_remote_code=True).eval()
     assert torch.allclose(logits_of(loaded), zeroed_logits(source.load(), removed), rtol=1e-3, atol=1e-3)
-    assert cache_error(loaded, TEXT[0]) < 1e-4
+    assert measure_cache_error(loaded, TEXT[0]) < 1e-4
     # One of two key/value heads is gone in four of six layers; the cache shrinks accordingly.
     heads = [layer.keys.shape[1] for layer in fill_cache(loaded, TEXT).layers]
     assert heads == ([4, 2, 2, 2, 2, 4] if kind == "gptj" else [2, 1, 1, 1, 1, 2])
@@ -318,7 +318,7 @@ def test_a_plain_model_has_the_familys_own_form(kind: str, save_tiny: Callable[.
     assert config.intermediate_size == 48 - figures["removed_channels"] // LAYERS
     assert config.head_dim == FAMILY_CONFIGS[kind].get("head_dim", 8)
     assert torch.allclose(logits_of(loaded), zeroed_logits(source.load(), removed), rtol=1e-3, atol=1e-3)
-    assert cache_error(loaded, TEXT[0]) < 1e-4
+    assert measure_cache_error(loaded, TEXT[0]) < 1e-4
     # It is an ordinary model, and can be pruned again.
     assert Model(tmp_path / "pruned", "pruned").family() == replace(source.family())
 

@@ -18,9 +18,9 @@ from replaceme.base.files import read_json
 from replaceme.base.parameters import Params, read_params
 from replaceme.base.plan import Block, Plan, load_blocks
 from replaceme.edits.edits import Edits
-from replaceme.export.card import model_card
+from replaceme.export.card import render_card
 from replaceme.export.save import save_pruned
-from replaceme.export.verification import cache_error, verify_export
+from replaceme.export.verification import measure_cache_error, verify_export
 from replaceme.methods.llm_streamline import LayerDistillation, TrainedLayer, train_layer
 from replaceme.methods.method import MethodContext
 from replaceme.methods.registry import METHODS
@@ -332,7 +332,7 @@ def test_a_layer_without_attention_is_its_mlp_and_loads_with_its_file(
     for logits in (loaded(TEXT).logits, *hooked_and_folded(source.load(), family, edits)):
         assert torch.allclose(logits, expected, rtol=1e-3, atol=1e-3)
     verify_export(source, Model(tmp_path / "pruned", "pruned"), edits, documents)
-    assert cache_error(loaded, TEXT[0]) < 1e-4
+    assert measure_cache_error(loaded, TEXT[0]) < 1e-4
     assert cache_bytes_per_token(loaded) < cache_bytes_per_token(dense)
 
 
@@ -442,6 +442,6 @@ def test_the_schedule_warms_up_and_ends_at_a_quarter() -> None:
 
 def test_the_card_says_that_the_attention_is_gone(params: Params, tiny: Model) -> None:
     edits = Edits("x", [2], model_edit=TrainedLayer(1, {}, ("self_attn", "input_layernorm")))
-    text = model_card(params, tiny, edits, {})
+    text = render_card(params, tiny, edits)
     assert "The attention of layer 1 was removed." in text
     assert "trust_remote_code=True" in text

@@ -20,7 +20,7 @@ from replaceme.edits.edits import Edits
 from replaceme.edits.fold import apply_edits
 from replaceme.edits.unfused import unfused
 from replaceme.export.save import save_pruned
-from replaceme.export.verification import cache_error, verify_export, wrong_weights
+from replaceme.export.verification import find_wrong_weights, measure_cache_error, verify_export
 from replaceme.methods import slicegpt
 from replaceme.methods.method import MethodContext
 from replaceme.methods.registry import METHODS
@@ -119,7 +119,7 @@ def test_a_saved_sliced_model_passes_its_verification_and_loads_alone(
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=not one_basis).eval()
     assert loaded.config.hidden_size == (24 if one_basis else 22)
     assert relative(loaded(TEXT).logits, projected_logits(source.load(), edits.model_edit.bases)) < 1e-4  # type: ignore[union-attr]
-    assert cache_error(loaded, TEXT[0]) < 1e-4
+    assert measure_cache_error(loaded, TEXT[0]) < 1e-4
     assert counts["parameters"] == parameter_count(loaded)
 
 
@@ -135,10 +135,10 @@ def test_verification_sees_a_change_of_any_weight(name: str, tiny: Model, tmp_pa
     edits = random_edits(tiny.config(), 22)
     save_pruned(tiny, edits, tmp_path)
     pruned = Model(tmp_path, "pruned").load()
-    assert wrong_weights(tiny.load(), pruned, tiny.family(), edits)[0] == []
+    assert find_wrong_weights(tiny.load(), pruned, tiny.family(), edits)[0] == []
     with torch.no_grad():
         pruned.get_parameter(name).view(-1)[3] += 1e-3
-    assert wrong_weights(tiny.load(), pruned, tiny.family(), edits)[0] == [name]
+    assert find_wrong_weights(tiny.load(), pruned, tiny.family(), edits)[0] == [name]
     edits.model_edit.bases[4] = edits.model_edit.bases[0]  # type: ignore[union-attr]
     with pytest.raises(VerificationError, match=r"export: model.layers.\d.\S+ differs"):
         verify_export(tiny, Model(tmp_path, "pruned"), edits, documents)

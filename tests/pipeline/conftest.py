@@ -5,6 +5,7 @@ what it is asked.
 import io
 import json
 import shutil
+from base64 import b64decode
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from tests.conftest import made_text
 from tests.helpers import FAST, call
 from tests.pipeline.helpers import TOKEN, Hub, shell
 
+# A picture of one pixel.
+DOT = b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==")
 # A sitecustomize that records which files of the library a stage has loaded, when its process ends.
 NOTING = """
 import atexit, json, os, pathlib, sys
@@ -34,6 +37,12 @@ def note():
 
 atexit.register(note)
 """
+
+
+@pytest.fixture(autouse=True)
+def _no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make each picture a dot: drawing takes half of a small run. The fixture ``finished`` and the stages of DVC draw them."""
+    monkeypatch.setattr("replaceme.report.pictures.to_png", lambda figure: DOT)
 
 
 @pytest.fixture(scope="module")

@@ -159,10 +159,11 @@ def test_settings_make_columns_where_there_is_room_and_a_wide_one_leaves_it_to_t
     assert f"dataset: self in gyral-le02, else [{', '.join(texts)}]" in notes
 
 
-def test_a_value_is_as_params_yaml_writes_it() -> None:
+def test_values_are_as_params_yaml_writes_them_and_break_no_markdown_table() -> None:
     nested = ["it is", {"it's.txt": {"share": 0.5, "split": None}}]
     assert format_setting(nested) == "[it is, {it's.txt: {share: 0.5, split: null}}]"
     assert [format_setting(value) for value in (True, 1, 8.0, 0.25, None, "[odd")] == ["true", "1", "8", "0.25", "null", "[odd"]
+    assert format_markdown([["a|b"], ["c"]], ["d: e"]) == "| a\\|b |\n| --- |\n| c |\n\nd: e\n"
 
 
 def test_a_setting_counts_only_for_those_that_use_it() -> None:
@@ -264,10 +265,6 @@ def test_costs_are_shown_where_they_are_known_and_the_gpus_memory_where_all_used
 def test_without_a_score_in_common_nothing_is_compared() -> None:
     with pytest.raises(ParameterError, match="no score in common"):
         tabulate_experiments([made(kept=None), made(kept=None, ratio=None, figures={"perplexity": {"own": {"ratio": 2.0}}})])
-
-
-def test_a_cell_cannot_break_the_markdown_table() -> None:
-    assert format_markdown([["a|b"], ["c"]], ["d: e"]) == "| a\\|b |\n| --- |\n| c |\n\nd: e\n"
 
 
 def test_what_trains_is_marked_in_all_that_is_written(
@@ -419,7 +416,6 @@ def test_only_new_models_are_measured_and_nothing_stays_behind(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--num", "x" * 10_000], "command line: argument --num: invalid int value: 'xxx"),
         (["--outputs", "there"], "command line: unrecognized arguments: --outputs there."),
         (
             ["--output", "x" * 150],

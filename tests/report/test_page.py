@@ -18,7 +18,7 @@ from replaceme.models.embedded import MODELS
 from replaceme.pipeline import report as stage
 from replaceme.report import page as page_module
 from replaceme.report.formatting import format_duration, format_quantity
-from replaceme.report.page import Page, render
+from replaceme.report.page import render
 from replaceme.report.tables import PUBLISHED
 from replaceme.running.workspace import Workspace
 from tests.report.helpers import LAYERS, made_distances, made_layers
@@ -92,6 +92,7 @@ SPEED = {
     "prefill_seconds": {"dense": 1.23, "pruned": 0.92, "speedup": 1.337},
     "decode_seconds_per_token": {"dense": 0.0457, "pruned": 0.0346, "speedup": 1.321},
     "prompt_tokens": 512, "new_tokens": 64, "batch_size": 1, "rounds": 5, "dtype": "bfloat16", "device": "cpu", "threads": 2,
+    "machine": "Other 7, 4 cores",
 }  # fmt: skip
 
 
@@ -203,11 +204,6 @@ def show(params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
 Show = Callable[..., Reader]
 
 
-def draw(params: Params, folder: Path, **results: Any) -> Page:
-    """Return the page of a run with its pictures."""
-    return render(params, write_run(folder, **results))
-
-
 # --- Scores -------------------------------------------------------------------------------------------------------------
 
 
@@ -275,15 +271,6 @@ def test_scores_on_calibration_text_are_marked_wherever_they_stand(show: Show) -
         assert tile in page.text
 
 
-def test_scores_without_uncertainty_stand_alone(show: Show) -> None:
-    accuracy = {"piqa": {"dense": 0.7811, "pruned": 0.6982}}
-    page = show(evaluation={"accuracy": accuracy, "perplexity": {"own": {"dense": 2.5, "pruned": 5, "ratio": 2}}})
-    assert page.tables[0] == [
-        ["", "piqa"], ["dense", "78.1"], ["pruned", "69.8"], ["% of dense", "89.4"], ["difference", "−8.3"]
-    ]  # fmt: skip
-    assert page.tables[1][1] == ["own, per token", "× 2.000", "2.500", "5.000"]
-
-
 def test_continuations_of_both_models_stand_side_by_side(show: Show) -> None:
     text = show().text
     assert "Prose: The river dense ran high. pruned river river Question: Which capital? (known answer: Paris)" in text
@@ -305,13 +292,20 @@ def test_a_cut_is_compared_with_all_of_its_size(show: Show) -> None:
     assert "With the best block of each size, the loss rises by 0.500 without 2 layers, 1.500 without 11 layers." in text
 
 
-def test_a_method_without_a_fit_says_so(show: Show) -> None:
+def test_without_a_fit_the_page_says_so_and_with_several_each_has_a_column(show: Show) -> None:
     html = show(solved={"removed_layers": 2}, residuals="alpha,relative_residual\n", title="UIDL").html
     assert "there is no fit to judge" in html
     assert "were removed by UIDL" in html
+    later = {"block1": {**SOLVED, "tokens": 2222}, "corrected_linears": 18, "last_residual": 0.229}
+    page = show(solved={**SOLVED, "tokens": 1111}, repaired=later, blocks=((1, 2), (4, 6)))
+    assert page.tables[-2][0] == ["", "block 0", "block 1", "meaning"]
+    assert ["calibration tokens", "1,111", "2,222", "used for the fit"] in page.tables[-2]
+    assert "3 of 7" in page.text
+    assert "Then 18 linears were solved again on the inputs that the shortened model gives them." in page.text
+    assert "differs from the dense model's by 0.229" in page.text
 
 
-def test_whole_layers_and_parts_of_the_others_are_described_together(show: Show) -> None:
+def test_removed_parts_of_layers_are_described_with_and_without_whole_layers(show: Show) -> None:
     parts = "16 of 48 MLP channels in every layer"
     repaired = {"corrected_linears": 3, "last_residual": 0.1, "removed_channels": 96, "block0": SOLVED}
     page = show(solved={"removed_layers": 2}, repaired=repaired, parts=parts)
@@ -320,61 +314,29 @@ def test_whole_layers_and_parts_of_the_others_are_described_together(show: Show)
     assert f"Beside whole layers, {parts} were removed." in page.text
     assert "MLP channels removed" in page.cells
     assert "Nothing was fitted" not in page.text
-
-
-def test_parts_of_layers_are_described_when_no_whole_layer_is_removed(show: Show) -> None:
-    parts = "2 of 4 heads in every layer"
-    repaired = {"removed_heads": 14, "parameters_removed": 123456, "calibration_loss": 2.5, "corrected_linears": 0}
-    solved = {"removed_layers": 0}
-    page = show(solved=solved, repaired=repaired, title="LLM-Pruner", blocks=(), parts=parts, selected={})
+    parts, repaired = "2 of 4 heads in every layer", {"removed_heads": 14, "parameters_removed": 123456, "corrected_linears": 0}
+    page = show(solved={"removed_layers": 0}, repaired=repaired, title="LLM-Pruner", blocks=(), parts=parts, selected={})
     assert f"smollm2-135m-instruct without {parts}" in page.text
-    assert f"{parts} of smollm2-135m-instruct were removed by LLM-Pruner." in page.text
     assert f"No whole layer was removed, but {parts}." in page.text
-    assert {"heads removed", "14", "123,456", "2.5"} <= page.cells
-    assert "Nothing was fitted in the place of the removed parts" in page.text
+    assert {"heads removed", "14", "123,456"} <= page.cells
     assert "the state after the last layer differs by 0.0024" in page.text
     assert not re.search(r"cut differs|removed layers and|of its 7", page.text)
 
 
-def test_each_of_several_blocks_has_its_own_fit(show: Show) -> None:
-    later = {"block1": {**SOLVED, "tokens": 2222}, "corrected_linears": 0}
-    page = show(solved={**SOLVED, "tokens": 1111}, repaired=later, blocks=((1, 2), (4, 6)))
-    assert ["calibration tokens", "1,111", "2,222", "used for the fit"] in page.tables[-2]
-    assert "block 0: the map brings the relative residual from 0.973 to 0.408" in page.text
-    assert "block 1: the map brings" in page.text
-    assert "a few tokens of very large norm dominate the fit" in page.text
-    assert "3 of 7" in page.text
-
-
-def test_a_refit_and_a_repair_are_described(show: Show) -> None:
-    refit = {
-        "removed_layers": 2, "tokens": 32768, "weighted_residual": 0.3368, "weighted_residual_transform": 0.4066,
-        "weighted_residual_removed": 0.6132, "distance_from_identity": 3.5,
-    }  # fmt: skip
-    page = show(solved=refit, repaired={"corrected_linears": 18, "last_residual": 0.229})
-    assert "from 0.613 to 0.337; a map alone would reach 0.407." in page.text
-    assert "Then 18 linears were solved again on the inputs that the shortened model gives them." in page.text
-    assert "differs from the dense model's by 0.229" in page.text
-    assert {"0.3368", "… with a map alone"} <= page.cells
-
-
-@pytest.mark.parametrize("held_out", [True, False])
-def test_healing_is_described(held_out: bool, show: Show) -> None:
+def test_healing_is_described(show: Show) -> None:
     healed = {"trained_parameters": 12345, "training_steps": 31, "training_loss_first": 0.5, "training_loss_last": 0.25}
-    healed |= {"held_out_loss_first": 0.75, "held_out_loss_last": 0.625} if held_out else {}
     text = show(healed=healed).text
     assert "12,345 weights from the first cut on were trained for 31 steps" in text
-    where = (
-        "documents held out from it, went from 0.750 to 0.625" if held_out else "its own documents, went from 0.500 to 0.250"
-    )
-    assert f"the KL divergence from them, on {where} nats per token" in text
+    assert "the KL divergence from them, on its own documents, went from 0.500 to 0.250 nats per token" in text
+    healed |= {"held_out_loss_first": 0.75, "held_out_loss_last": 0.625}
+    assert "documents held out from it, went from 0.750 to 0.625" in show(healed=healed).text
     assert "were trained" not in show().text
 
 
 def test_times_and_costs_are_on_the_page_only_when_measured(show: Show) -> None:
     stages: dict[str, Any] = {"stage_seconds": {"select": 78.06, "plan": 0.0176}, "trained": False}
     cost = stages | {"seconds": 78.08, "peak_memory_bytes": 1474109440, "machines": ["Made Up 9000, 2 cores"]}
-    without, whole = show(), show(speed=SPEED | {"machine": "Other 7, 4 cores"}, cost=cost)
+    without, whole = show(), show(speed=SPEED, cost=cost)
     unmeasured = "Run measure_speed to measure them and get this page with them."
     assert unmeasured in without.text
     assert not re.search("Measured on|Cost of the compression", without.text)
@@ -478,9 +440,25 @@ def test_the_settings_repeat_the_run_and_have_every_key_of_the_pipelines_file() 
     assert {line.split(":")[0] for line in text.splitlines() if line[0].isalpha()} == set(FIELDS)
 
 
-def test_the_page_loads_nothing_from_elsewhere_and_names_each_picture(params: Params, tmp_path: Path) -> None:
-    page = draw(params, tmp_path)
+def test_the_stage_writes_the_page_its_pictures_the_settings_and_the_card(
+    params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = write_run(tmp_path)
+    monkeypatch.setattr(stage, "render_run_card", lambda params, work: "the card")
+    stage.write_report(params, work)
+    assert {path.name for path in work.report.iterdir()} == {"index.html", "params.yaml", "pictures", "model_card.md"}
+    assert (work.report / "model_card.md").read_text(encoding="utf-8") == "the card"
+    # The same run gives the same bytes, whatever matplotlib is set to.
+    with matplotlib.rc_context({"font.size": 30, "lines.linewidth": 9, "savefig.dpi": 10, "axes.grid": True}):
+        page = render(params, work)
+        assert matplotlib.rcParams["font.size"] == 30
+    assert (work.report / "index.html").read_text(encoding="utf-8") == page.html
     assert set(page.pictures) == {"distances", "cut_residuals", "layers", "scores", "residuals"}
+    for name, picture in page.pictures.items():
+        assert (work.report / "pictures" / f"{name}.png").read_bytes() == picture.light
+        assert picture.light.startswith(b"\x89PNG")
+        assert picture.light != picture.dark
+    # The page loads nothing from elsewhere, and names each picture.
     read = Reader(page.html)
     assert all(read.alternatives)
     assert len(set(read.alternatives)) == len(page.pictures)
@@ -491,12 +469,8 @@ def test_the_page_loads_nothing_from_elsewhere_and_names_each_picture(params: Pa
 
 
 def test_a_picture_is_there_only_if_it_has_something_to_show(params: Params, tmp_path: Path) -> None:
-    bare = {"evaluation": {}, "residuals": "alpha,relative_residual\n"}
-    page = draw(params, tmp_path, **bare)
-    assert set(page.pictures) == {"distances", "cut_residuals", "layers"}
-    assert "Nothing was scored." in page.html
-    assert len(Reader(page.html).tables) == 2
-    work = write_run(tmp_path, solved=SOLVED | {"loss_start": 0.5, "converged": 1}, **bare)
+    solved = SOLVED | {"loss_start": 0.5, "converged": 1}
+    work = write_run(tmp_path, solved=solved, evaluation={}, residuals="alpha,relative_residual\n")
     (work.solution / "loss.csv").write_text("iteration,loss\n0,0.5\n5,0.25\n9,0.26\n", encoding="utf-8")
     rows = "layer,linear,residual_before,residual_after\n3,mlp_output,0.5,0.25\n4,mlp_output,0.5,0.375\n"
     (work.edits / "repairs.csv").write_text(rows, encoding="utf-8")
@@ -504,29 +478,5 @@ def test_a_picture_is_there_only_if_it_has_something_to_show(params: Params, tmp
     (work.edits / "held_out_loss.tsv").write_text("step\theld_out_loss\n0\t1.75\n", encoding="utf-8")
     page = render(params, work)
     assert set(page.pictures) == {"distances", "cut_residuals", "layers", "loss", "repairs", "training"}
+    assert "Nothing was scored." in page.html
     assert {"loss at the start", "converged"} <= Reader(page.html).cells
-
-
-def test_the_same_run_gives_the_same_bytes_whatever_matplotlib_is_set_to(params: Params, tmp_path: Path) -> None:
-    first = draw(params, tmp_path)
-    with matplotlib.rc_context({"font.size": 30, "lines.linewidth": 9, "savefig.dpi": 10, "axes.grid": True}):
-        again = draw(params, tmp_path)
-        assert matplotlib.rcParams["font.size"] == 30
-    assert again == first
-
-
-def test_the_stage_writes_the_page_the_drawn_pictures_and_the_card(
-    params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    work = write_run(tmp_path, solved={"removed_layers": 2}, residuals="alpha,relative_residual\n")
-    monkeypatch.setattr(stage, "card_of", lambda params, work: "the card")
-    stage.write_report(params, work)
-    assert {path.name for path in work.report.iterdir()} == {"index.html", "params.yaml", "pictures", "model_card.md"}
-    assert (work.report / "model_card.md").read_text(encoding="utf-8") == "the card"
-    page = render(params, work)
-    assert (work.report / "index.html").read_text(encoding="utf-8") == page.html
-    assert {path.stem for path in (work.report / "pictures").iterdir()} == {"distances", "cut_residuals", "layers", "scores"}
-    for name, picture in page.pictures.items():
-        assert (work.report / "pictures" / f"{name}.png").read_bytes() == picture.light
-        assert picture.light.startswith(b"\x89PNG")
-        assert picture.light != picture.dark

@@ -18,9 +18,9 @@ from replaceme.cli import commands
 from replaceme.edits.edits import Edits
 from replaceme.edits.fold import apply_edits
 from replaceme.edits.unfused import unfused
-from replaceme.export.card import model_card
+from replaceme.export.card import render_card
 from replaceme.export.save import save_pruned
-from replaceme.export.verification import verify_export, wrong_weights
+from replaceme.export.verification import find_wrong_weights, verify_export
 from replaceme.methods.registry import METHODS, criterion_of
 from replaceme.models.context import ModelContext
 from replaceme.models.families import Family, family_of
@@ -306,7 +306,7 @@ def test_the_whole_command_scales_what_is_left(
         assert product == pytest.approx(float(torch.tensor([block.scale for block in blocks]).prod()), rel=1e-4)
     dense, loaded = source.load(), Model(tmp_path / "pruned", "pruned").load()
     assert loaded.config.num_hidden_layers == LAYERS - sum(map(len, blocks))
-    assert wrong_weights(dense, loaded, source.family(), edits)[0] == []
+    assert find_wrong_weights(dense, loaded, source.family(), edits)[0] == []
     assert torch.allclose(logits_of(loaded), shortened_logits(dense, edits, TEXT), rtol=1e-3, atol=1e-3)
     card = (tmp_path / "pruned" / "README.md").read_text(encoding="utf-8")
     assert "with Prune&Comp." in card
@@ -316,7 +316,7 @@ def test_the_whole_command_scales_what_is_left(
 
 
 def test_the_card_of_another_method_has_no_scalars(params: Params, tiny: Model) -> None:
-    assert "magnitude" not in model_card(params, tiny, Edits("test", [2, 3]), {})
+    assert "magnitude" not in render_card(params, tiny, Edits("test", [2, 3]))
 
 
 @pytest.mark.parametrize(
