@@ -38,9 +38,6 @@ class Block:
         """The kept layer before the block; the transform is folded into its MLP."""
         return self.start - 1
 
-    # The same by its older name.
-    host = layer_before_cut
-
     @property
     def layers(self) -> range:
         """The removed layers."""

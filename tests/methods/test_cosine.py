@@ -50,7 +50,7 @@ def solved(**given: object) -> Solved:
 
 
 def transform_of(result: Solved) -> Tensor:
-    return result.edits.transforms[BLOCK.host]
+    return result.edits.transforms[BLOCK.layer_before_cut]
 
 
 def has_structure(T: np.ndarray, structure: str) -> bool:
@@ -204,7 +204,7 @@ def test_fewer_tokens_than_dimensions_are_refused_as_they_have_no_closed_form_to
 def test_an_mlp_that_adds_nothing_is_named_and_no_parameter_without_effect(given: dict[str, object]) -> None:
     params = read_params(None, {"method": "cosine", "device": "cpu", **given}, methods=METHODS)
     statistics = made_statistics(torch.zeros_like(M), accurate="accurate" in given)
-    with pytest.raises(SolveError, match=f"^method: the MLP of layer {BLOCK.host} adds nothing to any token"):
+    with pytest.raises(SolveError, match=f"^method: the MLP of layer {BLOCK.layer_before_cut} adds nothing to any token"):
         METHODS["cosine"].solve(params, BLOCK, statistics.__getitem__)
 
 

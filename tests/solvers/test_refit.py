@@ -33,7 +33,7 @@ BLOCK = Block(2, 4)
 
 def at_cut(model: Any, documents: Documents) -> dict[str, np.ndarray]:
     """Return the host's signals, and H."""
-    return passing(model, BLOCK.host, documents) | {"H": passing(model, BLOCK.end - 1, documents)["output"]}
+    return passing(model, BLOCK.layer_before_cut, documents) | {"H": passing(model, BLOCK.end - 1, documents)["output"]}
 
 
 def solved(model: Any, documents: Documents, **options: Any) -> tuple[Edits, dict[str, Any]]:
@@ -49,7 +49,7 @@ def solved(model: Any, documents: Documents, **options: Any) -> tuple[Edits, dic
 def test_the_solution_equals_a_direct_ridge_regression_toward_the_fold(transform: str, biased: bool) -> None:
     model, documents = made_model(dtype=torch.float64, mlp_bias=biased, attention_bias=biased), many_documents()
     edits, figures = solved(model, documents, transform=transform, alpha=2.0, refit_ridge=0.3)
-    states, host = at_cut(model, documents), model.model.layers[BLOCK.host]
+    states, host = at_cut(model, documents), model.model.layers[BLOCK.layer_before_cut]
     A, G, M, x, h, H = (states[name] for name in ("A", "G", "M", "input", "output", "H"))
     w = 1 / np.square(H).sum(1)
     w *= len(w) / w.sum()
@@ -73,7 +73,7 @@ def test_the_solution_equals_a_direct_ridge_regression_toward_the_fold(transform
     found = figures["weighted_residual_joint" if transform == "joint" else "weighted_residual"]
     assert found == pytest.approx(np.sqrt((np.square(error).sum(1) * w).sum() / len(w) / w_unit(H)), rel=1e-4)
     apply_edits(model, Family(), edits)
-    host = model.model.layers[BLOCK.host]
+    host = model.model.layers[BLOCK.layer_before_cut]
     close = {"rtol": 1e-3, "atol": 1e-4}
     assert np.allclose(host.mlp.down_proj.weight.detach().numpy().T, expected["mlp"][: G.shape[1]], **close)
     if biased:
@@ -96,7 +96,7 @@ def test_an_infinite_ridge_leaves_the_weighted_transform_alone(transform: str) -
     M, h, H = states["M"], states["output"], states["H"]
     w = 1 / np.square(H).sum(1)
     T = np.linalg.solve((M.T * w) @ M, (M.T * w) @ (H - h + M))
-    assert np.allclose(edits.transforms[BLOCK.host].numpy(), T, rtol=1e-3, atol=1e-3)
+    assert np.allclose(edits.transforms[BLOCK.layer_before_cut].numpy(), T, rtol=1e-3, atol=1e-3)
     assert all(weight.abs().max() < 1e-9 for weight, _ in edits.corrections.values())
     found = figures.get("weighted_residual", figures.get("weighted_residual_joint"))
     assert found == pytest.approx(figures["weighted_residual_transform"], rel=1e-9)
@@ -109,7 +109,7 @@ def test_the_residual_of_a_refit_is_what_the_shortened_model_leaves(kind: str, d
     edits, figures = solved(model, documents, transform="refit", alpha=1.0)
     edits.removed_layers = [*BLOCK.layers]
     apply_edits(model, family, edits)
-    left = H - passing(model, BLOCK.host, documents)["output"]
+    left = H - passing(model, BLOCK.layer_before_cut, documents)["output"]
     assert figures["weighted_residual"] == pytest.approx(
         np.sqrt((np.square(left).sum(1) / np.square(H).sum(1)).mean()), rel=1e-3
     )
