@@ -17,7 +17,7 @@ from replaceme.base.plan import Block, Plan
 from replaceme.edits.edits import Edits
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import verify_export
-from replaceme.methods.method import Solved
+from replaceme.methods.method import MethodContext, Solved
 from replaceme.methods.refusals import check_model
 from replaceme.methods.registry import METHODS
 from replaceme.models.families import Family, family_of
@@ -27,7 +27,7 @@ from replaceme.repair.state import Repair
 from replaceme.running.workspace import Workspace
 from replaceme.statistics.cut_statistics import take_statistics
 from tests.conftest import WIDTH, made_model
-from tests.helpers import TEXT, context_of, shortened_logits
+from tests.helpers import TEXT, context_of, many_documents, shortened_logits
 
 BLOCK = Block(2, 4)
 
@@ -63,6 +63,28 @@ def solved_alone(
     made = declared.solve(params, block, taken.__getitem__)
     made.edits.removed_layers = [*block.layers]
     return made
+
+
+def method_context(
+    model: Any, documents: Documents, folder: Path, blocks: tuple[Block, ...] = (), **options: Any
+) -> MethodContext:
+    """Return the inputs of ``fit_on_model`` with these parameters, for edits that remove the blocks."""
+    plan = Plan(blocks, ())
+    params = read_params(None, {"batch_size": 4, **options}, METHODS)
+    own = {"params": params, "plan": plan, "edits": Edits("", plan.removed_layers), "output": folder}
+    return MethodContext(model, family_of(model.config), documents, params.batch_size, folder=folder, **own)
+
+
+def assert_repaired_and_exported(source: Model, edits: Edits, plan: Plan, folder: Path, method: str) -> set[int]:
+    """Repair the edits of a method, require that each repair helps and that the export is exact; return the repaired layers."""
+    params, texts = read_params(None, {"method": method, "repair": True, "batch_size": 4}), many_documents(12)
+    repairs, _ = repair_layers(params, context_of(source.load(), texts), edits, plan)
+    assert repairs
+    assert all(each.after < each.before for each in repairs)
+    save_pruned(source, edits, folder)
+    figures = verify_export(source, Model(folder, "pruned"), edits, texts)
+    assert figures["hidden_error_mean"] < figures["tolerance"]
+    return {each.layer for each in repairs}
 
 
 def same_weights(a: Any, b: Any, tolerance: float = 1e-3) -> bool:

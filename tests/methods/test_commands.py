@@ -56,12 +56,22 @@ PARTS = r"2 of 4 heads and \d+ of 48 MLP channels in "
             [f'<p class="lead">{PARTS}each of layers 2–4 of llama were removed by LLM-Pruner\\.'],
         ),
         (
+            {"method": "prune_and_comp", "layers_to_skip": 3},
+            3, False, ["with Prune&Comp\\.", "by \\d\\.\\d+ after layer \\d"],
+            ["the smallest block influence, one layer at a time"],
+        ),
+        (
+            {"method": "prune_and_comp", "selection": "angular", "num_A": 2, "layers_to_skip": 1},
+            2, False, ["with Prune&Comp\\.", "by \\d\\.\\d+ after layer \\d"], ["the smallest angular distance"],
+        ),
+        (
             {"method": "slicegpt", "layers_to_skip": 3},
             0, True, ["\\d+ of the 32 dimensions of its residual stream were removed from `llama` with SliceGPT\\."],
             ["No whole layer was removed, but \\d+ of the 32 dimensions"],
         ),
     ],
-    ids=["laco", "ghosted weighted", "ghosted blocks", "ghosted layers", "linearpatch", "pruner plain", "pruner", "slicegpt"],
+    ids=["laco", "ghosted weighted", "ghosted blocks", "ghosted layers", "linearpatch", "pruner plain", "pruner", "scaled",
+         "scaled blocks", "slicegpt"],
 )  # fmt: skip
 def test_the_whole_command_prunes_with_the_method(
     options: dict[str, Any], removed: int, own_form: bool, card: list[str], page: list[str],

@@ -21,10 +21,8 @@ from replaceme.edits.fold import apply_edits
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import verify_export
 from replaceme.methods.registry import criterion_of
-from replaceme.models.context import ModelContext
 from replaceme.models.families import Family, family_of
 from replaceme.models.model import Model
-from replaceme.repair.repair import repair_layers
 from replaceme.selection import collapse as module
 from replaceme.selection.collapse import (
     MergeSchedule,
@@ -38,8 +36,8 @@ from replaceme.selection.collapse import (
 )
 from replaceme.selection.criteria import allowed_starts
 from tests.conftest import EXPERTS, KINDS, LAYERS, OBSTACLES, PLAIN, made_model
-from tests.helpers import TEXT, context_of, hooked_and_folded, many_documents, mixing
-from tests.methods.helpers import model_refusals
+from tests.helpers import TEXT, context_of, hooked_and_folded, mixing
+from tests.methods.helpers import assert_repaired_and_exported, model_refusals
 
 DENSE = [kind for kind in KINDS if kind not in EXPERTS]
 # Layers 1 to 3 were merged, then 0 to 2 of the remaining ones: layer 0 absorbed the mixture and layer 4.
@@ -230,30 +228,23 @@ def test_layers_of_other_shapes_are_not_merged() -> None:
         check_same_shapes(layers, range(LAYERS))
 
 
-def test_blocks_and_plan_store_coefficients_and_name_no_method(tmp_path: Path) -> None:
-    blocks = (Block(1, 3, (-1, 1, 1)), Block(4, 5))
+def test_blocks_and_plan_store_coefficients_and_scales_and_name_no_method(tmp_path: Path) -> None:
+    blocks = (Block(1, 3, (-1, 1, 1)), Block(4, 5), Block(6, 8, scale=1 / 3))
     save_blocks(blocks, tmp_path / "blocks.json")
     assert load_blocks(tmp_path / "blocks.json") == blocks
     Plan(blocks, ("gram",)).save(tmp_path / "plan.json")
     plan = Plan.load(tmp_path / "plan.json")
-    assert (plan.blocks, plan.mixtures) == (blocks, {0: {0: -1, 1: 1, 2: 1}})
+    assert (plan.blocks, plan.mixtures, plan.scales) == (blocks, {0: {0: -1, 1: 1, 2: 1}}, {5: 1 / 3})
     assert "laco" not in (tmp_path / "plan.json").read_text()
     assert json.loads((tmp_path / "plan.json").read_text())["blocks"][1] == {"start": 4, "end": 5}
 
 
 @pytest.mark.parametrize("kind", PLAIN)
 def test_repair_follows_a_mixture(kind: str, save_tiny: Callable[..., Model], tmp_path: Path) -> None:
-    source, texts = save_tiny(kind), many_documents(12)
-    plan = Plan((Block(1, 2, (0, 1)), Block(3, 5, (-1, 1, 1))), ())
-    params = read_params(None, {"method": "laco", "repair": True, "batch_size": 4})
-    model, edits = source.load(), mixing(*plan.blocks)
-    repairs, _ = repair_layers(params, ModelContext(model, source.family(), texts, params.batch_size), edits, plan)
+    source, plan = save_tiny(kind), Plan((Block(1, 2, (0, 1)), Block(3, 5, (-1, 1, 1))), ())
+    repaired = assert_repaired_and_exported(source, mixing(*plan.blocks), plan, tmp_path, "laco")
     # Layer 2 is kept and mixed; its correction is for the mixture.
-    assert {each.layer for each in repairs} == ({5} if source.family().parallel else {2, 5})
-    assert all(each.after < each.before for each in repairs)
-    save_pruned(source, edits, tmp_path)
-    figures = verify_export(source, Model(tmp_path, "pruned"), edits, texts)
-    assert figures["hidden_error_mean"] < figures["tolerance"]
+    assert repaired == ({5} if source.family().parallel else {2, 5})
 
 
 def test_merges_too_far_apart_are_named() -> None:

@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM
 from replaceme.base.documents import Documents
 from replaceme.base.errors import ModelError, ParameterError, VerificationError
 from replaceme.base.parameters import Params, read_params
-from replaceme.base.plan import Plan
 from replaceme.edits.edits import Edits
 from replaceme.edits.fold import apply_edits
 from replaceme.export.save import save_pruned
@@ -30,7 +29,6 @@ from replaceme.methods.llm_pruner import (
     measure_importance,
     remove_groups,
 )
-from replaceme.methods.method import MethodContext
 from replaceme.methods.registry import METHODS
 from replaceme.models.families import Family, Linear, family_of, parameter_of
 from replaceme.models.kv_cache import cache_bytes_per_token, fill_cache
@@ -40,7 +38,7 @@ from replaceme.pipeline.inputs import inspect_inputs
 from replaceme.running.workspace import Workspace
 from tests.conftest import DESCRIBED, FAMILY_CONFIGS, KINDS, LAYERS, made_model
 from tests.helpers import TEXT, hooked_and_folded
-from tests.methods.helpers import model_refusals
+from tests.methods.helpers import method_context, model_refusals
 
 CUT = [kind for kind, family in DESCRIBED.items() if not family.head_pruning_obstacle]
 # Families whose config can express the number of heads and channels.
@@ -259,21 +257,9 @@ def test_only_numbers_that_fit_are_taken_the_nearest_first() -> None:
 
 def pruned_by(source: Model, folder: Path, **settings: Any) -> tuple[Edits, RemovedGroups, dict[str, Any]]:
     """Return the edits of the method, as they are saved and read again, and its figures."""
-    params = read_params(None, {"method": "llm_pruner", "layers_to_skip": 2, **settings}, METHODS)
-    edits = Edits("LLM-Pruner", [])
-    context = MethodContext(
-        source.load(),
-        source.family(),
-        pieces(),
-        params.batch_size,
-        folder=folder,
-        params=params,
-        plan=Plan((), ()),
-        edits=edits,
-        output=folder,
-    )
+    context = method_context(source.load(), pieces(), folder, **{"method": "llm_pruner", "layers_to_skip": 2, **settings})
     figures = remove_groups(context)
-    edits.save(folder)
+    context.edits.save(folder)
     read = Edits.load(folder)
     assert isinstance(read.model_edit, RemovedGroups)
     return read, read.model_edit, figures

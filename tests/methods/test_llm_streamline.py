@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from errno import ENOSPC
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,13 @@ from transformers import AutoModelForCausalLM
 from replaceme.base.documents import Documents, split_places
 from replaceme.base.errors import SolveError
 from replaceme.base.files import read_json
-from replaceme.base.parameters import Params, read_params
-from replaceme.base.plan import Block, Plan, load_blocks
+from replaceme.base.parameters import Params
+from replaceme.base.plan import Block, load_blocks
 from replaceme.edits.edits import Edits
 from replaceme.export.card import render_card
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import measure_cache_error, verify_export
 from replaceme.methods.llm_streamline import LayerDistillation, TrainedLayer, train_layer
-from replaceme.methods.method import MethodContext
-from replaceme.methods.registry import METHODS
 from replaceme.models.context import ModelContext
 from replaceme.models.families import FAMILIES, Family, family_of, parameter_of
 from replaceme.models.kv_cache import cache_bytes_per_token
@@ -37,7 +36,7 @@ from replaceme.training.training import LearningRateSchedule, record_entry_and_e
 from tests.conftest import KINDS, LAYERS, OBSTACLES, made_model
 from tests.helpers import TEXT, context_of, hooked_and_folded, layer_outputs, many_documents, shortened_logits
 from tests.interruption import InterruptedRunError, counted, stop_at
-from tests.methods.helpers import model_refusals, run_stages
+from tests.methods.helpers import method_context, model_refusals, run_stages
 
 TRAINED, END = 1, 4
 RATE = "llm_streamline_learning_rate"
@@ -60,24 +59,12 @@ def trained(model: Any, documents: Documents, schedule: LearningRateSchedule, fo
 
 def trained_by(source: Model, documents: Documents, folder: Path, **options: Any) -> tuple[Edits, TrainedLayer]:
     """Return the edits of the method, as they are saved and read again."""
-    settings = {"method": "llm_streamline", "dtype": "float32", "batch_size": 4, "device": "cpu", "threads": 1, **options}
-    edits, output, plan = Edits("", [*range(TRAINED + 1, END)]), folder / "edits", Plan((Block(TRAINED + 1, END),), ())
+    output = folder / "edits"
     output.mkdir(exist_ok=True)
-    params = read_params(None, settings, METHODS)
-    train_layer(
-        MethodContext(
-            source.load(),
-            source.family(),
-            documents,
-            params.batch_size,
-            folder,
-            params=params,
-            plan=plan,
-            edits=edits,
-            output=output,
-        )
-    )
-    edits.save(output)
+    options = {"method": "llm_streamline", "dtype": "float32", "device": "cpu", "threads": 1, **options}
+    context = method_context(source.load(), documents, folder, (Block(TRAINED + 1, END),), **options)
+    train_layer(replace(context, output=output))
+    context.edits.save(output)
     edits = Edits.load(output)
     assert isinstance(edits.model_edit, TrainedLayer)
     return edits, edits.model_edit
@@ -362,9 +349,7 @@ def test_a_trained_mlp_leaves_attention_out_or_plainly_silent(
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"llm_streamline_form": "mlp"}, {"llm_streamline_form": "mlp", "plain": True}, {"selection": "loss"}]
-)
+@pytest.mark.parametrize("options", [{}, {"llm_streamline_form": "mlp", "plain": True}])
 def test_the_stages_choose_train_and_export(options: dict[str, Any], params: Params, tiny: Model, tmp_path: Path) -> None:
     settings = {"method": "llm_streamline", "batch_size": 4, "llm_streamline_epochs": 3, "llm_streamline_learning_rate": 3e-3}
     params, work = params.model_copy(update={**settings, **options}), Workspace(tmp_path / "run")

@@ -193,6 +193,7 @@ MAPS, LONE = "which maps the whole state at the cut", "which trains one layer in
         ("llm_streamline", {"llm_streamline_form": "x"}, "llm_streamline_form: must be 'layer' or 'mlp', not 'x'."),
         ("llm_streamline", {"llm_streamline_epochs": 0}, "llm_streamline_epochs: must be at least 1, not 0."),
         ("llm_streamline", {"llm_streamline_learning_rate": 0.0}, "llm_streamline_learning_rate: must be above 0, not 0.0."),
+        ("prune_and_comp", {"transform": "joint"}, "transform: joint has no place in method prune_and_comp, which replaces re"),
         ("slicegpt", {"transform": "joint"}, f"transform: joint has no place in method slicegpt, {PARTS}; use dense."),
         ("slicegpt", {"repair": True}, f"repair: true has no place in method slicegpt, {PARTS}; use false."),
         ("slicegpt", {"num_A": 2}, f"num_A: 2 has no place in method slicegpt, {PARTS}; use 1."),

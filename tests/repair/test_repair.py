@@ -24,7 +24,6 @@ from replaceme.models.families import Family, family_of, parameter_of
 from replaceme.models.memory import load_streamed, measure_parts
 from replaceme.models.model import Model
 from replaceme.models.streaming import stream_of
-from replaceme.repair import repair
 from replaceme.repair.state import Repair
 from replaceme.statistics.features import LINEARS
 from tests.conftest import LAYERS, PLAIN, made_model
@@ -233,25 +232,6 @@ def test_a_later_joint_fit_is_added_to_the_repaired_attention() -> None:
     assert repaired.after < repaired.before
     assert attention.abs().max() > 0
     assert figures["block1"]["weighted_residual_joint"] < figures["block1"]["weighted_residual_transform"]
-
-
-def test_the_states_of_a_later_fit_are_those_with_the_repaired_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    blocks, seen = (Block(1, 2), Block(3, 5)), []
-    model = made_model(dtype=torch.float64)
-    edits, run_repair = solved(model, many_documents(), blocks, alpha=5.0, transform="joint", repair=True)
-    fit = repair._fit_later_block
-
-    def watch(state: repair.RepairState, block: Block) -> None:
-        before = edits.corrections[2, "attention_output"][0].clone()
-        fit(state, block)
-        seen.append((before, edits.corrections[2, "attention_output"][0] - before))
-
-    monkeypatch.setattr(repair, "_fit_later_block", watch)
-    run_repair()
-    ((repaired, on_top),) = seen
-    assert repaired.abs().max() > 0
-    assert on_top.abs().max() > 0
-    assert torch.allclose(edits.corrections[2, "attention_output"][0], repaired + on_top)
 
 
 def test_corrections_of_finished_layers_take_no_memory(tmp_path: Path) -> None:

@@ -11,27 +11,19 @@ from torch import nn
 
 from replaceme.base.documents import Documents, split_documents
 from replaceme.base.errors import ModelError, ParameterError
-from replaceme.base.files import read_json
-from replaceme.base.parameters import Params, read_params
-from replaceme.base.plan import Block, Plan, load_blocks, save_blocks
-from replaceme.cli import commands
+from replaceme.base.plan import Block, Plan
 from replaceme.edits.edits import Edits
 from replaceme.edits.fold import apply_edits
 from replaceme.edits.unfused import unfused
-from replaceme.export.card import render_card
-from replaceme.export.save import save_pruned
-from replaceme.export.verification import find_wrong_weights, verify_export
-from replaceme.methods.registry import METHODS, criterion_of
 from replaceme.models.context import ModelContext
 from replaceme.models.families import Family, family_of
 from replaceme.models.model import Model
 from replaceme.models.recognition import recognise_family
-from replaceme.repair.repair import repair_layers
 from replaceme.selection.compensation import blocks_of, check_scale, compensated_layers, scale_blocks, scaling_edits
 from replaceme.selection.cut_loss import cut_losses
 from tests.conftest import KINDS, LAYERS, OBSTACLES, PLAIN, UNDESCRIBED, made_model
-from tests.helpers import TEXT, call, context_of, loss_without, many_documents, means, norm_in_float64, shortened_logits
-from tests.methods.helpers import model_refusals
+from tests.helpers import TEXT, context_of, loss_without, many_documents, means, norm_in_float64, shortened_logits
+from tests.methods.helpers import assert_repaired_and_exported, model_refusals
 
 SCALABLE = [kind for kind in KINDS if not kind.startswith("olmo")]
 
@@ -251,92 +243,13 @@ def test_a_part_that_sees_the_scale_of_the_stream_is_refused(part: str, document
         check_scale(model, family, documents)
 
 
-def test_blocks_and_plan_keep_scalars_to_the_last_bit_and_say_nothing_without(tmp_path: Path) -> None:
-    blocks = (Block(1, 3, scale=1 / 3), Block(4, 5))
-    save_blocks(blocks, tmp_path / "blocks.json")
-    assert load_blocks(tmp_path / "blocks.json") == blocks
-    assert read_json(tmp_path / "blocks.json") == [{"start": 1, "end": 3, "scale": 1 / 3}, {"start": 4, "end": 5}]
-    Plan(blocks, ()).save(tmp_path / "plan.json")
-    assert Plan.load(tmp_path / "plan.json").scales == {0: 1 / 3}
-
-
 @pytest.mark.parametrize("kind", PLAIN)
 def test_repair_follows_scalars(kind: str, save_tiny: Callable[..., Model], tmp_path: Path) -> None:
-    source, texts = save_tiny(kind), many_documents(12)
-    if not source.family().norm_before:
-        return
-    params = read_params(None, {"method": "prune_and_comp", "repair": True, "batch_size": 4})
-    model = source.load()
-    plan = Plan(tuple(scale_blocks(ModelContext(model, source.family(), texts, 4), [Block(1, 2), Block(3, 5)])), ())
-    edits = scaling_edits(plan.blocks)
-    repairs, _ = repair_layers(params, ModelContext(model, source.family(), texts, params.batch_size), edits, plan)
-    assert repairs
-    assert all(each.after < each.before for each in repairs)
-    save_pruned(source, edits, tmp_path)
-    figures = verify_export(source, Model(tmp_path, "pruned"), edits, texts)
-    assert figures["hidden_error_mean"] < figures["tolerance"]
-
-
-@pytest.mark.parametrize("options", [{}, {"selection": "angular", "num_A": 2, "layers_to_skip": 1}, {"selection": "loss"}])
-def test_the_whole_command_scales_what_is_left(
-    options: dict[str, Any],
-    save_tiny: Callable[..., Model],
-    text_file: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    source = save_tiny()
-    values = {
-        "method": "prune_and_comp", "model": source.folder, "dataset": text_file, "dataset_size": 20, "max_length": 48,
-        "dtype": "float32", "layers_to_skip": 3, "tasks": f"[{text_file}]", "eval_tokens": 200, "threads": 1,
-        "save_path": tmp_path / "pruned", **options,
-    }  # fmt: skip
-    call(commands.run_replaceme, *(part for key, value in values.items() for part in (f"--{key}", value)))
-    said, work = capsys.readouterr().err, tmp_path / "pruned.work"
-    blocks = load_blocks(work / "artifacts" / "blocks.json")
-    edits = Edits.load(work / "artifacts" / "edits")
-    assert {host: float(P) for host, P in edits.operators.items()} == {block.layer_before_cut: block.scale for block in blocks}
-    figures = read_json(work / "metrics" / "select.json")
-    assert figures["scale"] == pytest.approx(blocks[0].scale, rel=1e-5)
-    for block in blocks:
-        assert f"{block.scale:.4f} after layer {block.layer_before_cut}" in said
-    if not options:
-        assert len(figures["order"]) == 3
-        product = torch.tensor([each["scale"] for each in figures["order"].values()]).prod()
-        assert product == pytest.approx(float(torch.tensor([block.scale for block in blocks]).prod()), rel=1e-4)
-    dense, loaded = source.load(), Model(tmp_path / "pruned", "pruned").load()
-    assert loaded.config.num_hidden_layers == LAYERS - sum(map(len, blocks))
-    assert find_wrong_weights(dense, loaded, source.family(), edits)[0] == []
-    assert torch.allclose(logits_of(loaded), shortened_logits(dense, edits, TEXT), rtol=1e-3, atol=1e-3)
-    card = (tmp_path / "pruned" / "README.md").read_text(encoding="utf-8")
-    assert "with Prune&Comp." in card
-    assert f"by {1 / float(blocks[0].scale or 0):.4g} after layer {blocks[0].layer_before_cut}" in card
-    page = (work / "artifacts" / "report" / "index.html").read_text(encoding="utf-8")
-    assert options or "the smallest block influence, one layer at a time" in page
-
-
-def test_the_card_of_another_method_has_no_scalars(params: Params, tiny: Model) -> None:
-    assert "magnitude" not in render_card(params, tiny, Edits("test", [2, 3]))
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (
-            {"transform": "joint"},
-            "transform: joint has no place in method prune_and_comp, which replaces removed layers by a scalar; use dense.",
-        ),
-        (
-            {"method": "uidl", "selection": "compensated"},
-            "selection: 'compensated' is not a criterion; use one of angular, residual, loss, influence, greedy.",
-        ),
-    ],
-)
-def test_impossible_settings_are_refused_in_one_sentence(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(ParameterError) as caught:
-        read_params(None, {"method": "prune_and_comp", **options}, METHODS)
-    (problem,) = caught.value.problems
-    assert problem.startswith(f"command line: {said}")
+    source = save_tiny(kind)
+    if source.family().norm_before:
+        context = context_of(source.load(), many_documents(12))
+        plan = Plan(tuple(scale_blocks(context, [Block(1, 2), Block(3, 5)])), ())
+        assert_repaired_and_exported(source, scaling_edits(plan.blocks), plan, tmp_path, "prune_and_comp")
 
 
 def test_families_that_see_the_scale_of_the_stream_are_refused_before_any_work() -> None:
@@ -347,8 +260,3 @@ def test_families_that_see_the_scale_of_the_stream_are_refused_before_any_work()
     assert model_refusals(OBSTACLES["undescribed"], method="prune_and_comp") == []
     assert not family_of(made_model("opt", _remove_final_layer_norm=True).config).norm_before
     assert model_refusals(Family(norm_offset=0.0, norm_before=False), method="uidl") == []
-
-
-def test_the_method_has_a_criterion_of_its_own_unless_selection_says_otherwise() -> None:
-    assert criterion_of(read_params(None, {"method": "prune_and_comp"}, METHODS)).name == "compensated"
-    assert criterion_of(read_params(None, {"method": "prune_and_comp", "selection": "angular"}, METHODS)).name == "angular"

@@ -91,12 +91,6 @@ def test_observers_leave_nothing_in_a_batchs_scratch_and_no_hook_on_the_model(do
     assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
 
 
-def test_width_of_the_statistics_is_the_models() -> None:
-    model = made_model()
-    sums = take_statistics(context_of(model, Documents([torch.arange(2, 60)]), 1), BLOCK, NAMES)["gram"]
-    assert sums["gram"].shape == sums["cross"].shape == (WIDTH, WIDTH)
-
-
 def test_figures_of_the_fit_equal_those_of_the_activations(documents: Documents) -> None:
     model = made_model(dtype=torch.float64)
     taken = take_statistics(context_of(model, documents), BLOCK, NAMES)
