@@ -23,14 +23,14 @@ class InterruptedRunError(Exception):
 def counted(before: Callable[[int], None] = lambda taken: None) -> Iterator[list[int]]:
     """Yield the steps that trainings take inside the block; ``before`` gets the number of steps taken before each."""
     steps: list[int] = []
-    take = training._Run.take
+    take = training.TrainingRun.take_step
 
     def noting(run: Any, step: int) -> None:
         before(len(steps))
         steps.append(step)
         take(run, step)
 
-    with mock.patch.object(training._Run, "take", noting):
+    with mock.patch.object(training.TrainingRun, "take_step", noting):
         yield steps
 
 

@@ -172,7 +172,7 @@ def train(
     Raises:
         SolveError: the loss is not finite.
     """
-    run = _Run(task, parameters, schedule, folder, key)
+    run = TrainingRun(task, parameters, schedule, folder, key)
     with task.training_context():
         for step in progress(
             range(run.step, run.steps), "training", "steps", note=lambda: f"loss {run.curves['loss'][-1][1]:.4g}"
@@ -182,7 +182,7 @@ def train(
     return run.parameters, run.curves
 
 
-class _Run:
+class TrainingRun:
     """A training in progress."""
 
     def __init__(
