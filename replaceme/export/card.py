@@ -1,6 +1,7 @@
 """The model card of a pruned model: original, changes, how to load it, limits, scores, and how to reproduce them.
 
-It has no local paths and no secrets. The scores are known only after the export; ``replaceme.cli.publish`` adds them.
+It has no local paths and no secrets. The scores are known only after the export; the stage report writes a card
+that has them.
 """
 
 from collections.abc import Mapping, Sequence
