@@ -25,7 +25,7 @@ from replaceme.models.families import Linear
 from replaceme.models.model import Model
 from replaceme.models.model_files import CARD
 from replaceme.models.own_form import FILE
-from replaceme.running.versions import listed
+from replaceme.running.versions import list_versions
 
 # The settings that determine the model, and those that determine its scores; the others say where it was computed.
 SETTINGS = (
@@ -233,7 +233,7 @@ def _reproduction(params: Params, source: Model, scored: bool, made_with: Mappin
         for key in (*SETTINGS, *(SCORING if scored else ()))
         if has_effect(key, values) and (values[key] is not None or FIELDS[key].default is not None)
     ]
-    versioned = [f"Made with {listed(made_with)}; other versions or another processor can change the last digits.", ""]
+    versioned = [f"Made with {list_versions(made_with)}; other versions or another processor can change the last digits.", ""]
     return [
         f"With replaceme-dvc {__version__}, save these settings as `settings.yaml` (local files and folders are given by name, "
         "without their path):",

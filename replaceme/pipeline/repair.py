@@ -47,9 +47,9 @@ def repair(params: Params, work: Workspace) -> None:
         if plan.mlp_width:
             edits.config = mlp_width_entry(model.config, family, plan.mlp_width)
             channels = inputs_of(family.linear_of(family.decoder_layers(model)[0], "mlp_output"))
-            gone = channels - plan.mlp_width
-            edits.parts = f"{gone:,} of {channels:,} MLP channels in every layer"
-            figures["removed_channels"] = gone * len(edits.channels)
+            removed = channels - plan.mlp_width
+            edits.parts = f"{removed:,} of {channels:,} MLP channels in every layer"
+            figures["removed_channels"] = removed * len(edits.channels)
     if rank():
         return
     with new_folder(work.repaired) as folder:

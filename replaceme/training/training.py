@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from replaceme.base.documents import Batch, Documents, seeded_order, split_places
+from replaceme.base.documents import Batch, Documents, seeded_order, split_indices
 from replaceme.base.errors import SolveError
 from replaceme.base.group import all_gather, all_reduce_sum, merge_rows
 from replaceme.base.progress import logger, progress
@@ -202,7 +202,7 @@ class _Run:
         self.lesson, self.parameters, self.course, self.folder, self.key = lesson, parameters, course, folder, key
         ordered = lesson.documents.in_walk_order()
         self.lengths = [len(text) for text in ordered.documents]
-        self.taught, self.held_out = split_places(ordered.sources, HELD_OUT_EVERY)
+        self.taught, self.held_out = split_indices(ordered.sources, HELD_OUT_EVERY)
         self.optimizer = torch.optim.AdamW(parameters.values(), lr=course.learning_rate, weight_decay=WEIGHT_DECAY)
         self.per_epoch = -(-len(self.taught) // course.batch_size)
         self.steps = self.per_epoch * course.epochs

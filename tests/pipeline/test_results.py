@@ -171,3 +171,15 @@ def test_a_stage_of_the_pipeline_clears_what_killed_stages_left(tmp_path: Path, 
         run_stage(Stage(name="baseline", run=lambda params, work: None, methods=METHODS))
     assert not any(path.exists() for path in left)
     assert living.exists()
+
+
+def test_the_path_of_the_pipelines_result_is_fixed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("params.yaml").write_text("save_path: elsewhere\nsave_transform_only: true\n", encoding="utf-8")
+    with pytest.raises(SystemExit, match="2"):
+        run_stage(Stage(name="baseline", run=lambda params, work: None, methods=METHODS))
+    said = capsys.readouterr().err
+    assert "params.yaml: save_path: the pipeline writes to artifacts/model, not to 'elsewhere'; use null here" in said
+    assert "save_transform_only: only the console scripts can stop at the transform" in said
