@@ -21,7 +21,7 @@ from replaceme.methods.registry import FIELDS, criterion_of
 from replaceme.models.embedded import MODELS
 from replaceme.report import sentences, tables
 from replaceme.report.pictures import Picture, draw_pictures
-from replaceme.running.versions import listed
+from replaceme.running.versions import list_versions
 from replaceme.running.workspace import Workspace
 
 SETTINGS_FILE, PICTURES = "params.yaml", "pictures"
@@ -91,7 +91,7 @@ def render(
         published=tables.tabulate_published(),
         about=MODELS[params.model_path].disclosure if params.model_path in MODELS else "",
         settings=settings,
-        versions=listed(made_with),
+        versions=list_versions(made_with),
         pictures=pictures,
     )
     return Page(html, pictures, settings)
