@@ -1,4 +1,4 @@
-"""The Python API: prune a model in one call, over the same steps as the commands, and get its place and its figures.
+"""The Python API: prune a model in one call, over the same steps as the commands, and get its path and its figures.
 
 ``replaceme.prune`` and ``replaceme.Pruned`` are these; importing ``replaceme`` alone loads none of it.
 """
@@ -39,7 +39,7 @@ class Pruned:
     Attributes:
         path: the Hugging Face folder, which ``AutoModelForCausalLM.from_pretrained`` loads.
         report: the page with scores and figures; None if nothing was scored.
-        removed_layers: the layers of the dense model that are gone, counted from 0.
+        removed_layers: the removed layers of the dense model, counted from 0.
         scores: both models' scores, as in ``metrics/evaluation.json``; empty if nothing was scored.
         figures: what each stage measured, by its name: select, solve, repair, heal and export; and under compression the
             seconds and bytes that it took.
@@ -57,7 +57,7 @@ class Pruned:
         """Load the model, with options of ``AutoModelForCausalLM.from_pretrained`` such as ``dtype`` and ``device_map``.
 
         A form that no class of transformers has (methods linearpatch, ghosted, slicegpt and llm_pruner without ``plain``) loads
-        with the file beside the weights, which this program wrote; so its code is run.
+        with the file next to the weights, which this program wrote; so its code is run.
         """
         from transformers import AutoModelForCausalLM
 
@@ -98,17 +98,17 @@ def prune(
             model writes itself. (A mix is a setting: ``dataset=["wikipedia-sample", {"notes.jsonl": 2}, "self"]``.)
         layers: how many layers to remove.
         save_path: folder of the result; None is ``<model>-<method>-<layers>`` in the current folder. Intermediate results lie
-            beside it, in ``<save_path>.work``.
+            next to it, in ``<save_path>.work``.
         tokenizer: of a loaded model.
         preset: the values of settings that are not given: recommended, or published (the paper's).
         settings: any parameter by its name (docs/parameters.md), as ``transform="refit"``, ``device="cuda"``, ``tasks=[]``
             (score nothing).
 
     Returns:
-        The result's place and figures.
+        The result's path and figures.
 
     Raises:
-        ParameterError: a setting is unknown, out of range or has no place beside the others; it names all of them.
+        ParameterError: a setting is unknown, out of range or doesn't go with the others; it names all of them.
         ModelError, DatasetError: the model can't be pruned exactly, or there is no such text.
         ResourceError: the machine lacks disk, memory or a device, or the hub can't be reached.
     """
@@ -166,10 +166,10 @@ def _saved(model: Any, tokenizer: Any) -> Iterator[str | Path]:
         raise ParameterError("tokenizer: is missing; a loaded model needs it, as in prune(model, tokenizer=tokenizer).")
     from replaceme.models.model_files import TEXT_RECORD
 
-    with TemporaryDirectory(prefix="replaceme-") as place:
+    with TemporaryDirectory(prefix="replaceme-") as temporary:
         origin = Path(str(getattr(model.config, "_name_or_path", "")))
         name = origin.name
-        folder = Path(place) / (name if name not in ("", "..") else "model")
+        folder = Path(temporary) / (name if name not in ("", "..") else "model")
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         # A pruned model that is pruned again.

@@ -1,4 +1,4 @@
-"""Which parameters go together: which combinations are refused, and which parameters have no effect beside others.
+"""Which parameters go together: which combinations are refused, and which parameters have no effect with others.
 
 What only one method's parameters say stands in that method's file (``replaceme.methods``): a subclass of ``Settings``, and the
 fields that ``Limits`` has. The functions here take these.
@@ -27,7 +27,7 @@ class Use:
 
     Attributes:
         stages: the stages whose output it changes.
-        setting: another parameter, beside whose ``values`` this one has an effect; empty if it always has one.
+        setting: another parameter, with whose ``values`` this one has an effect; empty if it always has one.
         values: of that parameter; none are given for any that is set, as ``repair`` is by true and ``heal_epochs`` above 0.
     """
 
@@ -93,7 +93,7 @@ class Limits:
 
 
 Methods = Mapping[str, Limits]
-# Parameters of all methods that have an effect only beside another one.
+# Parameters of all methods that have an effect only with another one.
 USES: Mapping[str, Use] = {
     "refit_ridge": Use(setting="transform", values=NEW_WEIGHTS),
     "repair_ridge_attention": Use(setting="repair"),
@@ -128,7 +128,7 @@ def describe_users(users: Users) -> str:
 
 
 def refusals(values: Values, method: Limits) -> list[str]:
-    """Return a sentence for each setting that has no place beside the others.
+    """Return a sentence for each setting that doesn't go with the others.
 
     Args:
         values: all parameters' values.
@@ -150,8 +150,8 @@ def refusals(values: Values, method: Limits) -> list[str]:
         "heal_epochs": (heals and not method.repairs, "0"),
         "use_4bit": (packed and not method.packed, "false"),
     }
-    # What has no place beside another parameter.
-    beside = [
+    # What doesn't go with another parameter.
+    conflicts = [
         (
             tolerates and measures and selection != "loss" and not removes,
             f"tolerated_loss: needs selection: loss, which measures it, and that is {format_value(selection)}.",
@@ -179,7 +179,7 @@ def refusals(values: Values, method: Limits) -> list[str]:
             for key, (refused, right) in unsuited.items()
             if refused
         ),
-        *(sentence for refused, sentence in beside if refused),
+        *(sentence for refused, sentence in conflicts if refused),
         *method.refuses(values),
     ]
 

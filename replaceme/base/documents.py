@@ -1,7 +1,7 @@
 """Calibration documents as token ids, right-padded batches of them, and samples of them.
 
 On disk, ``documents.safetensors`` holds the concatenated ids (int32) and the length of each document (int64), without padding;
-and the source of each document (int64), where it is not its place in the list.
+and the source of each document (int64), where it is not its position in the list.
 In a batch, padding comes after the text, so a causal model's real tokens never attend to it.
 """
 
@@ -136,7 +136,7 @@ class Documents:
     def token_count_of(self, batch_size: int, shard: Shard) -> int:
         """Return the number of tokens of the batches that ``batches`` yields."""
         lengths = [len(document) for document in self.longest_first()]
-        return sum(length for place, length in enumerate(lengths) if shard.owns(place // batch_size))
+        return sum(length for index, length in enumerate(lengths) if shard.owns(index // batch_size))
 
     def batches(self, batch_size: int, device: str = "cpu", shard: Shard = WHOLE) -> Iterator[Batch]:
         """Yield all documents in batches, longest first, so that a batch has little padding; or a process's part of these."""
@@ -245,9 +245,9 @@ HELD_OUT_EVERY = 5
 
 
 def split_documents(documents: Documents) -> tuple[Documents, Documents]:
-    """Return the documents to fit on, and those held out (``split_places``), in the order of a walk."""
+    """Return the documents to fit on, and those held out (``split_indices``), in the order of a walk."""
     ordered = documents.in_walk_order()
-    fit, held_out = split_places(ordered.sources, HELD_OUT_EVERY)
+    fit, held_out = split_indices(ordered.sources, HELD_OUT_EVERY)
     return ordered._taken(fit), ordered._taken(held_out)
 
 
@@ -274,8 +274,8 @@ def folds_of(documents: Documents, most: int = FOLDS) -> Tensor:
     return torch.tensor([fold[unit] for unit in units]).repeat_interleave(lengths)
 
 
-def split_places(sources: Sequence[int], every: int) -> tuple[list[int], list[int]]:
-    """Return the places of a walk that are used, and those that are held out: whole sources.
+def split_indices(sources: Sequence[int], every: int) -> tuple[list[int], list[int]]:
+    """Return the documents of a walk that are used, and those that are held out, by their indices: whole sources.
 
     A piece of a text tells much about the text's other pieces, so that these must not be fitted on if it is held out. At most
     one of ``every`` documents is held out; of each domain its share, by largest remainders. Within a domain, a source is held
@@ -303,5 +303,5 @@ def split_places(sources: Sequence[int], every: int) -> tuple[list[int], list[in
             held[domain] += size
     if not chosen and len(sizes) > 1 and len(sources) >= every:
         chosen.add(min(sizes, key=sizes.__getitem__))
-    places = range(len(sources))
-    return [place for place in places if sources[place] not in chosen], [place for place in places if sources[place] in chosen]
+    held_out = [index for index, source in enumerate(sources) if source in chosen]
+    return [index for index, source in enumerate(sources) if source not in chosen], held_out

@@ -89,7 +89,7 @@ def _split_entry(entry: Any, number: str | None = None) -> Any:
 
     Args:
         entry: as in params.yaml.
-        number: the option that a number beside the name sets, if one does.
+        number: the option that a number after the name sets, if one does.
 
     Raises:
         PydanticCustomError: it has none of these forms.

@@ -97,7 +97,7 @@ def resource_failure(error: BaseException) -> ResourceError | None:
         return ResourceError("the disk is full; free space and run again: finished stages are kept.")
     if (isinstance(error, OSError) and error.errno == errno.EFBIG) or "File too large" in text:
         return ResourceError(
-            "a file grew beyond what its file system or `ulimit -f` allows; choose another place or raise the limit, and run "
+            "a file grew beyond what its file system or `ulimit -f` allows; choose another folder or raise the limit, and run "
             "again: finished stages are kept."
         )
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:

@@ -1,7 +1,7 @@
 """Atomic writes: a file is either complete or absent. JSON has the same bytes for the same content.
 
 A stage that is interrupted, or finds the disk full, must leave nothing that a later stage would take for complete. So output is
-written under a temporary name beside its place, and renamed at the end. The temporary name, ``NAME.PROCESS.partial``, has the
+written under a temporary name in the same folder, and renamed at the end. The temporary name, ``NAME.PROCESS.partial``, has the
 number of the process that writes: what an ended process left is deleted by the next one.
 """
 
@@ -47,7 +47,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder; it replaces ``path`` when the block succeeds and is deleted otherwise."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder(f"{path.name}.", path.parent) as partial:
-        # It has its final name already: transformers copies a model's code to a place named like its folder.
+        # It has its final name already: transformers copies a model's code to a module named like its folder.
         new, old = partial / path.name, partial / f"{path.name}.old"
         new.mkdir()
         yield new
@@ -94,8 +94,8 @@ def clear_partials(paths: Iterable[Path], *, own: bool = False) -> None:
             begins, and has nothing there yet, clears them.
     """
     for path in [*paths]:
-        found = _UNFINISHED.fullmatch(path.name)
-        if found and (own if int(found[1]) == os.getpid() else not _is_running(int(found[1]))):
+        match = _UNFINISHED.fullmatch(path.name)
+        if match and (own if int(match[1]) == os.getpid() else not _is_running(int(match[1]))):
             with suppress(OSError):  # it belongs to another user
                 remove(path)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from replaceme.base.files import cache_folder, write_json
 
 PACKAGE = Path(__file__).parents[1]
-# A smaller file is read as fast as its sum is found.
+# A smaller file is read as fast as its sum is looked up.
 LARGE_BYTES, SETTLED_SECONDS = 1 << 20, 2.0
 
 

@@ -37,7 +37,7 @@ def locked(path: Path, busy: Callable[[], None]) -> Iterator[None]:
 def build_once(path: Path, what: str, build: Callable[[], None], unchecked: Collection[str] = ()) -> bool:
     """Build a file or folder that all runs use, unless it is there and unchanged. Other processes wait for the one that builds.
 
-    Its sums lie beside it, in ``NAME.sums.json``, which is written last.
+    Its sums lie next to it, in ``NAME.sums.json``, which is written last.
 
     Args:
         path: the file or folder.

@@ -232,8 +232,8 @@ def read_params(
         problems += [f"{origin}: {problem}" for problem in refused]
         for note in notes:
             logger.info("%s: %s", origin, note)
-    params, found = _validate(values, methods)
-    problems += [f"{origins.get(problem.split(':')[0], COMMAND_LINE)}: {problem}" for problem in found]
+    params, invalid = _validate(values, methods)
+    problems += [f"{origins.get(problem.split(':')[0], COMMAND_LINE)}: {problem}" for problem in invalid]
     if problems or params is None:
         raise ParameterError(list(dict.fromkeys(problems)))
     if methods is not None:
@@ -254,7 +254,7 @@ def nearest(name: str, names: Iterable[str], count: int = 1) -> str:
 
 
 def _log_ineffective(keys: Iterable[str], params: Params, methods: Methods) -> None:
-    """Log each of these parameters that differs from its default and has no effect beside the others."""
+    """Log each of these parameters that differs from its default and has no effect with the others."""
     values, defaults, users = params.model_dump(), fields_of(methods), users_of(methods)
     for key in keys:
         if key in users and values[key] != defaults[key].default and not has_effect(users[key], values):
@@ -300,6 +300,6 @@ def _describe_error(problem: ErrorDetails, values: Mapping[str, Any]) -> str:
         if kind == "unexpected_keyword_argument":
             known = [field.name for field in fields(Task if key == "tasks" else Source)[1:]]
             return f"{key}: {title} has no option '{name}'{nearest(name, known)}; there are {', '.join(known)}."
-    wanted = KINDS[kind].format(**problem.get("ctx", {})) if kind in KINDS else problem["msg"]
+    expected = KINDS[kind].format(**problem.get("ctx", {})) if kind in KINDS else problem["msg"]
     given = "null" if problem["input"] is None else shown(problem["input"])
-    return f"{subject} must be {WORDS.get(name, wanted)}, not {given}."
+    return f"{subject} must be {WORDS.get(name, expected)}, not {given}."

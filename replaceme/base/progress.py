@@ -34,7 +34,7 @@ LINE_SECONDS = 20.0
 
 def configure_logging() -> None:
     """Log this package's messages to standard error, without the libraries' ones."""
-    # A printed table keeps its place among them where both go to one file.
+    # A printed table keeps its order among them where both go to one file.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)
     handler = _AboveBars() if sys.stderr.isatty() else logging.StreamHandler(sys.stderr)

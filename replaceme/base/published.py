@@ -49,7 +49,7 @@ RECOMMENDED: Mapping[str, Any] = {
     ],
     "eval_tokens": 8192,
 }  # fmt: skip
-# The recommended cut and what takes its place belong to the recommended method. Any other one stays what was published of it.
+# The recommended cut and its replacement belong to the recommended method. Any other one stays what was published of it.
 RECOMMENDED_METHOD = "lstsq"
 OF_THE_METHOD = ("selection", "transform", "repair")
 

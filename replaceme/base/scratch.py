@@ -27,7 +27,7 @@ from replaceme.base.ranks import rank
 def scratch(
     shapes: Sequence[Sequence[int]], dtype: torch.dtype, folder: Path | None = None, purpose: str = "this step"
 ) -> list[Tensor]:
-    """Return tensors on disk, initially zero; their space is freed when the last reference is gone.
+    """Return tensors on disk, initially zero; their space is freed when the last reference goes.
 
     Args:
         shapes: one for each tensor.

@@ -79,13 +79,13 @@ def convert_value(value: Any, column: str, name: str) -> Row:
     if isinstance(value, str):
         return value
     if is_chat(value):
-        return [_turn(turn) for turn in value]
+        return [_convert_turn(turn) for turn in value]
     raise DatasetError(
         f"dataset_column: '{excerpt(column)}' of {name} holds {type(value).__name__}, neither text nor a list of chat turns."
     )
 
 
-def _turn(turn: Mapping[str, Any]) -> dict[str, str]:
+def _convert_turn(turn: Mapping[str, Any]) -> dict[str, str]:
     role = str(turn.get("role") or turn.get("from"))
     content = turn.get("content") if "content" in turn else turn.get("value")
     if content is not None and not isinstance(content, str):

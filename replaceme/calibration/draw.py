@@ -22,7 +22,7 @@ from replaceme.base.errors import DatasetError
 from replaceme.base.parameters import Params
 from replaceme.base.progress import progress
 from replaceme.calibration.corpus import Corpus, plain_text
-from replaceme.calibration.sources import sources_of
+from replaceme.calibration.sources import list_sources
 from replaceme.calibration.tokenization import encode, encode_in_chunks, start_of_text
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def draw_documents(
         else _encode_corpus(corpus, tokenizer, params, counts[number])
         for number, corpus in enumerate(corpora)
     }
-    shares = [source.share for source in sources_of(params)]
+    shares = [source.share for source in list_sources(params)]
     drawn: Iterator[tuple[int, int, Tensor]] = islice(in_shares(streams, shares), params.dataset_size)
     # The pieces of running texts are all there before the first is drawn, and have a bar of their own.
     if not any(isinstance(corpus, Corpus) and corpus.running for corpus in corpora):
@@ -95,9 +95,9 @@ def _encode_corpus(
     encoded = (encode(plain_text(row) if plain else row, tokenizer, prefix) for row in corpus.rows)
     if corpus.running:
         texts = (encode_in_chunks(text, tokenizer, prefix) for text in corpus.rows if isinstance(text, str))
-        bodies: Iterable[tuple[int, list[int]]] = islice(_pieces(texts, capacity, params.seed), params.dataset_size)
+        bodies: Iterable[tuple[int, list[int]]] = islice(_cut_pieces(texts, capacity, params.seed), params.dataset_size)
     elif params.pack:
-        bodies = enumerate(_packed(encoded, tokenizer.encode(SEPARATOR, add_special_tokens=False), capacity, counts))
+        bodies = enumerate(_pack_rows(encoded, tokenizer.encode(SEPARATOR, add_special_tokens=False), capacity, counts))
     else:
         bodies = enumerate(encoded)
     for source, body in bodies:
@@ -108,7 +108,7 @@ def _encode_corpus(
         yield source, torch.tensor([*prefix, *body[:capacity]])
 
 
-def _pieces(texts: Iterable[Iterable[list[int]]], capacity: int, seed: int) -> Iterator[tuple[int, list[int]]]:
+def _cut_pieces(texts: Iterable[Iterable[list[int]]], capacity: int, seed: int) -> Iterator[tuple[int, list[int]]]:
     """Cut running texts into pieces of ``capacity`` tokens (a shorter text is one piece) and yield them in a seeded order.
 
     The rest of a longer text is dropped. Each piece comes with the number of its source.
@@ -131,7 +131,7 @@ def _pieces(texts: Iterable[Iterable[list[int]]], capacity: int, seed: int) -> I
         yield sources[index], pieces[index].tolist()
 
 
-def _packed(rows: Iterable[list[int]], separator: list[int], capacity: int, counts: Counts) -> Iterator[list[int]]:
+def _pack_rows(rows: Iterable[list[int]], separator: list[int], capacity: int, counts: Counts) -> Iterator[list[int]]:
     """Join rows until a document has ``capacity`` tokens or more; the caller drops the excess."""
     packed: list[int] = []
     for ids in rows:

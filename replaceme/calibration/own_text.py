@@ -19,7 +19,7 @@ from replaceme.base.entries import SELF
 from replaceme.base.errors import DatasetError, ModelError
 from replaceme.base.parameters import Params
 from replaceme.base.progress import progress
-from replaceme.calibration.sources import sources_of
+from replaceme.calibration.sources import list_sources
 from replaceme.calibration.tokenization import render_chat, start_of_text
 from replaceme.models.kv_cache import cache_arguments, reserved_cache
 
@@ -42,12 +42,12 @@ class Turns:
     after_assistant: list[int]
 
 
-def own_document_count(params: Params) -> int:
+def count_own_documents(params: Params) -> int:
     """Return the number of documents that the dense model has to write, for its share of ``dataset_size`` documents' tokens.
 
     Its documents have ``MAX_TOKENS`` tokens, or ``max_length`` if that is less; the others have ``max_length`` at most.
     """
-    sources = sources_of(params)
+    sources = list_sources(params)
     whole = sum(source.share for source in sources)
     own = sum(source.share for source in sources if source.name == SELF)
     most = params.dataset_size * params.max_length * own / whole / min(MAX_TOKENS, params.max_length)
@@ -71,7 +71,7 @@ def write_texts(model: Any, tokenizer: PreTrainedTokenizerBase, count: int, leng
     # Grouped heads need less.
     token_bytes = 2 * int(model.config.num_hidden_layers) * int(model.config.hidden_size) * model.dtype.itemsize
     rows = min(MAX_ROWS, max(CACHE_BYTES // (token_bytes * length), 1))
-    plain, turns = document_start(tokenizer), chat_turns(tokenizer)
+    plain, turns = choose_start(tokenizer), find_chat_turns(tokenizer)
     starts = [turns.opening if turns and number % 2 else plain for number in range(count)]
     documents: list[Tensor] = []
     devices = [model.device] if model.device.type == "cuda" else []
@@ -84,7 +84,7 @@ def write_texts(model: Any, tokenizer: PreTrainedTokenizerBase, count: int, leng
     return documents
 
 
-def document_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def choose_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the ids that a text of the model's own starts with, unless it is a chat."""
     if prefix := start_of_text(tokenizer):
         return prefix
@@ -95,7 +95,7 @@ def document_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     raise ModelError("dataset: self needs a tokenizer with a bos or eos token, to start a text with; name a text instead.")
 
 
-def chat_turns(tokenizer: PreTrainedTokenizerBase) -> Turns | None:
+def find_chat_turns(tokenizer: PreTrainedTokenizerBase) -> Turns | None:
     """Return what the chat template puts around the turns; None without a template, or where it shows no separate turns."""
     if not tokenizer.chat_template:
         return None
@@ -130,11 +130,11 @@ def _write_batch(model: Any, starts: list[list[int]], length: int, turns: Turns 
         logits = model(last[:, None].to(model.device), **arguments).logits[:, -1]
         if cache.get_seq_length() != position:
             raise ModelError("dataset: self needs a model with a cache of keys and values, to go on from; name a text instead.")
-        texts[:, position] = torch.tensor(forced.replace(_sample(logits).tolist(), last.tolist()))
+        texts[:, position] = torch.tensor(forced.replace(_sample_tokens(logits).tolist(), last.tolist()))
     return list(texts)
 
 
-def _sample(logits: Tensor) -> Tensor:
+def _sample_tokens(logits: Tensor) -> Tensor:
     """Return a token of each row, (rows,) int64, with the probabilities softmax(logits), (rows, words).
 
     By the inverse of the cumulative distribution: one random number a row, where ``torch.multinomial`` takes one a word.

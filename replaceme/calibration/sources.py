@@ -21,7 +21,7 @@ IdentifiedSource = tuple[Source, Mapping[str, Any]]
 IDENTITIES = ("sha256", "commits")
 
 
-def sources_of(params: Params) -> tuple[Source, ...]:
+def list_sources(params: Params) -> tuple[Source, ...]:
     """Return the sources of the calibration text: those of a list, or the only one with the options of its own parameters.
 
     Raises:
@@ -43,9 +43,9 @@ def split_fingerprints(fingerprints: Mapping[str, Any]) -> list[Mapping[str, Any
     return parts
 
 
-def identified_sources(params: Params, fingerprints: Mapping[str, Any]) -> list[IdentifiedSource]:
+def identify_sources(params: Params, fingerprints: Mapping[str, Any]) -> list[IdentifiedSource]:
     """Return the sources, each with its part of the fingerprints."""
-    return [*zip(sources_of(params), split_fingerprints(fingerprints), strict=True)]
+    return [*zip(list_sources(params), split_fingerprints(fingerprints), strict=True)]
 
 
 def write_record(params: Params, fingerprints: Mapping[str, Any], dense: Path, folder: Path) -> None:
@@ -58,7 +58,7 @@ def write_record(params: Params, fingerprints: Mapping[str, Any], dense: Path, f
         folder: the pruned model's.
     """
     entries: list[dict[str, Any]] = []
-    for source, known in (*identified_sources(params, fingerprints), *read_record(dense)):
+    for source, known in (*identify_sources(params, fingerprints), *read_record(dense)):
         # A source's share of the tokens says nothing together with an earlier text's.
         options = {key: value for key, value in source.options().items() if key != "share"}
         entry = {"name": without_folder(source.name), **options, **{key: known[key] for key in IDENTITIES if key in known}}

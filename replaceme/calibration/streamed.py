@@ -21,7 +21,7 @@ DOMAINS = {"Salesforce/wikitext": "encyclopedia", "Open-Orca/SlimOrca": "answers
 SHUFFLE_ROWS = 10_000
 
 
-def repositories(dataset: str) -> tuple[str, ...]:
+def list_repositories(dataset: str) -> tuple[str, ...]:
     """Return the hub repositories that a ``dataset`` value names: one, or the parts of a mix."""
     return ALIASES.get(dataset.lower(), (dataset,))
 
@@ -34,11 +34,11 @@ def open_stream(source: Source, seed: int, commits: dict[str, str]) -> Corpus:
         seed: of the shuffle.
         commits: hub repository → commit to read.
     """
-    streams = [_rows(name, commits[name], source, seed) for name in repositories(source.name)]
-    return Corpus(streams[0] if len(streams) == 1 else _in_turn(streams))
+    streams = [_stream_rows(name, commits[name], source, seed) for name in list_repositories(source.name)]
+    return Corpus(streams[0] if len(streams) == 1 else _interleave(streams))
 
 
-def _rows(name: str, commit: str, source: Source, seed: int) -> Iterator[Row]:
+def _stream_rows(name: str, commit: str, source: Source, seed: int) -> Iterator[Row]:
     from datasets import load_dataset
 
     split = source.split or "train"
@@ -62,7 +62,7 @@ def _rows(name: str, commit: str, source: Source, seed: int) -> Iterator[Row]:
         raise DatasetError(f"dataset: {name} could not be read ({type(failure).__name__}: {reason}).") from failure
 
 
-def _in_turn(streams: list[Iterator[Row]]) -> Iterator[Row]:
+def _interleave(streams: list[Iterator[Row]]) -> Iterator[Row]:
     while streams:
         for stream in list(streams):
             try:

@@ -87,7 +87,7 @@ class Command:
         with renaming({key: f"--{alias} ({key})" for alias, key in ALIASES.items() if f"--{alias}" in words}):
             params, options = self.read_arguments(parser, arguments)
             silence_libraries(load=True)
-            actions.together(self.action, params, **options)
+            actions.run_distributed(self.action, params, **options)
 
     def make_parser(self, prog: str | None = None, full: bool = True) -> Parser:
         """Return the parser, whose help has all parameters with their sentences if it is ``full``."""
@@ -206,7 +206,7 @@ def _choices(key: str) -> tuple[str, ...]:
 def _metavar(key: str) -> str:
     """Return what stands for a value in the help: its choices, unless they are many, or its kind."""
     if choices := _choices(key):
-        return joined if len(joined := "|".join(choices)) <= LONGEST_CHOICES else key.upper()
+        return listed if len(listed := "|".join(choices)) <= LONGEST_CHOICES else key.upper()
     return METAVARS.get(key) or ("N" if int in _types(key) else "X" if float in _types(key) else "TEXT")
 
 

@@ -163,7 +163,7 @@ def measure_speeds(experiments: Sequence[Experiment], file: Path) -> list[Record
 
 
 def _measure(experiment: Experiment, known: Sequence[Record], folder: Path) -> Record:
-    """Return the known times of an experiment's model, or measure it in a temporary place beside ``folder``."""
+    """Return the known times of an experiment's model, or measure it in a temporary folder next to ``folder``."""
     from dvc.api import DVCFileSystem
 
     from replaceme.models.find import recorded_model
@@ -171,20 +171,20 @@ def _measure(experiment: Experiment, known: Sequence[Record], folder: Path) -> R
     from replaceme.pipeline.speed import measure_speed, setting_of
 
     params = read_params(None, dict(experiment.settings), methods=METHODS, preset="recommended")
-    wanted = {"model": experiment.model, **setting_of(params)}
+    setting = {"model": experiment.model, **setting_of(params)}
     for record in known:
-        if wanted.items() <= record.items():
+        if setting.items() <= record.items():
             return record
-    with temporary_folder(f"{folder.name}-", folder.parent) as place:
+    with temporary_folder(f"{folder.name}-", folder.parent) as copy:
         try:
             files = DVCFileSystem(rev=experiment.commit)
-            files.get(MODEL, str(place / "model"), recursive=True)
-            files.get(DENSE, str(place / "dense.json"))
+            files.get(MODEL, str(copy / "model"), recursive=True)
+            files.get(DENSE, str(copy / "dense.json"))
         except Exception as failure:  # DVC raises many kinds of errors for a file that its cache lacks
             raise ResourceError(
                 f"its model is not in DVC's cache ({type(failure).__name__}); `dvc exp apply {experiment.name}` and "
                 "`dvc repro` make it again."
             ) from failure
-        pruned = Model(place / "model", experiment.name, trust_remote_code=params.trust_remote_code)
-        times = measure_speed(params, recorded_model(params, place / "dense.json"), pruned)
-    return rounded({"experiment": experiment.name, **times, **wanted}, 4)
+        pruned = Model(copy / "model", experiment.name, trust_remote_code=params.trust_remote_code)
+        times = measure_speed(params, recorded_model(params, copy / "dense.json"), pruned)
+    return rounded({"experiment": experiment.name, **times, **setting}, 4)

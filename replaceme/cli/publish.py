@@ -48,9 +48,9 @@ def parser(prog: str | None = None) -> Parser:
 
 def _push(options: argparse.Namespace) -> None:
     folder = options.save_path or Workspace().model
-    place = Workspace.beside(folder.absolute())
+    work = Workspace.for_result(folder.absolute())
     # No run may replace the files while they are uploaded.
-    with result_lock(place) if os.access(place.root, os.W_OK) else nullcontext():
+    with result_lock(work) if os.access(work.root, os.W_OK) else nullcontext():
         _upload(options, folder)
 
 

@@ -103,8 +103,8 @@ def _add_accuracy(
         "fewshots": int(tasks[0].config.num_fewshot or 0),
         "by_size": reported.by_size,
     }
-    sample = Sample.of_tasks([_articles(rows) for rows in parts], reported.by_size)
-    chances = [_chance(task, row["doc"]) for task, rows in zip(tasks, parts, strict=True) for row in rows]
+    sample = Sample.of_tasks([_hash_articles(rows) for rows in parts], reported.by_size)
+    chances = [_get_chance(task, row["doc"]) for task, rows in zip(tasks, parts, strict=True) for row in rows]
     if None not in chances:
         accuracy["chance"] = float(sample.weights @ torch.tensor(chances, dtype=torch.float64))
     values = [row.get(str(reported.metric)) for rows in parts for row in rows]
@@ -113,11 +113,11 @@ def _add_accuracy(
         # Some metrics are not the mean of their items; the items then give no standard error.
         if abs(float(sample.weights @ items) - accuracy["accuracy"]) < 1e-9:
             scores.items |= {f"accuracy/{name}": items, **sample.tensors(name)}
-            accuracy |= {"items": len(items), **_stderr(items, sample, reported)}
+            accuracy |= {"items": len(items), **_compute_stderr(items, sample, reported)}
     scores.accuracy[name] = accuracy
 
 
-def _stderr(items: Tensor, sample: Sample, reported: ReportedScore) -> dict[str, float]:
+def _compute_stderr(items: Tensor, sample: Sample, reported: ReportedScore) -> dict[str, float]:
     """Return the standard error of an accuracy: lm-eval's for a group of independent items that it weights equally."""
     if len(reported.tasks) > 1 and reported.by_size and bool((sample.articles < 0).all()):
         parts = [items[sample.tasks == task] for task in range(len(reported.tasks))]
@@ -130,7 +130,7 @@ def _stderr(items: Tensor, sample: Sample, reported: ReportedScore) -> dict[str,
     return {} if stderr is None else {"stderr": stderr}
 
 
-def _chance(task: Any, document: Any) -> float | None:
+def _get_chance(task: Any, document: Any) -> float | None:
     """Return what a guess scores on an item; None where the task has a score of its own."""
     if task.OUTPUT_TYPE != "multiple_choice":
         return 0.0
@@ -140,7 +140,7 @@ def _chance(task: Any, document: Any) -> float | None:
     return (len(right) if isinstance(right, list) else 1) / len(task.doc_to_choice(document))
 
 
-def _articles(rows: Sequence[Mapping[str, Any]]) -> Tensor:
+def _hash_articles(rows: Sequence[Mapping[str, Any]]) -> Tensor:
     """Return the article of each item, (items,) int64, by its text's sha256; −1 if no two items, or all, share one."""
     documents = [row["doc"] for row in rows]
     texts = [next((doc[name] for name in PASSAGES if doc.get(name)), None) for doc in documents if isinstance(doc, Mapping)]

@@ -43,24 +43,24 @@ def task_index() -> Mapping[str, Any]:
     return index
 
 
-def single_tasks(name: str) -> list[str]:
+def list_single_tasks(name: str) -> list[str]:
     """Return the names of the single tasks of a task, group or tag."""
-    return [single for single, _ in _configs(name)]
+    return [single for single, _ in _iterate_configs(name)]
 
 
-def fingerprint(name: str) -> dict[str, Any]:
+def fingerprint_task(name: str) -> dict[str, Any]:
     """Return what identifies the items of a task, group or tag: lm-eval's version, and the commit of each dataset.
 
     Raises:
         DatasetError: a dataset can neither be reached nor found in the cache.
         ParameterError: the task needs more than text, or runs code that the model writes.
     """
-    for single, config in _configs(name):
+    for single, config in _iterate_configs(name):
         if config.get("unsafe_code"):
             raise ParameterError(f"tasks: {single} runs code that the model writes; it is not run here, leave it out.")
         if config.get("doc_to_image") or config.get("doc_to_audio"):
             raise ParameterError(f"tasks: {single} needs more than text; leave it out.")
-    commits = _commits(name)
+    commits = _resolve_commits(name)
     if not commits:
         logger.info("tasks: the items of '%s' are identified by lm-eval's version alone", name)
     return {"lm_eval": version("lm_eval"), "datasets": commits}
@@ -78,13 +78,13 @@ def load_tasks(task: Task, fingerprint: Mapping[str, Any]) -> tuple[dict[str, An
         ParameterError: the task can't be run here.
     """
     commits = fingerprint.get("datasets", {})
-    if not hub.reachable() and (cached := _commits(task.name)) != commits:
+    if not hub.reachable() and (cached := _resolve_commits(task.name)) != commits:
         raise DatasetError(
             f"tasks: the cache holds another version of {min(cached)} than '{task.name}' was checked with; run again."
         )
     seed_generators()
     try:
-        with _datasets_at(commits):
+        with _pinned_datasets(commits):
             loaded = task_manager().load([task.name])
     except Exception as failure:  # datasets and tasks in Python raise errors of many kinds
         reason = f"{type(failure).__name__}: {excerpt(failure, 150)}"
@@ -122,9 +122,9 @@ def seed_generators() -> None:
     torch.manual_seed(TORCH_SEED)
 
 
-def _commits(name: str) -> dict[str, str]:
+def _resolve_commits(name: str) -> dict[str, str]:
     """Return dataset → commit for all single tasks of a name; offline, every configuration in use must be cached."""
-    parts = dict.fromkeys((config.get("dataset_path"), config.get("dataset_name")) for _, config in _configs(name))
+    parts = dict.fromkeys((config.get("dataset_path"), config.get("dataset_name")) for _, config in _iterate_configs(name))
     commits: dict[str, str] = {}
     for path, part in parts:
         # A task in Python names its dataset in its code.
@@ -133,7 +133,7 @@ def _commits(name: str) -> dict[str, str]:
     return commits
 
 
-def _configs(member: str | Mapping[str, Any], group: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _iterate_configs(member: str | Mapping[str, Any], group: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield name and configuration of each single task of a task, group or tag, without loading its dataset.
 
     Args:
@@ -151,13 +151,13 @@ def _configs(member: str | Mapping[str, Any], group: str = "") -> Iterator[tuple
         return
     if kind in ("GROUP", "TAG"):
         for part in tagged if kind == "TAG" else config.get("task", []):
-            yield from _configs(part, name)
+            yield from _iterate_configs(part, name)
     else:
         yield name, config
 
 
 @contextmanager
-def _datasets_at(commits: Mapping[str, str]) -> Iterator[None]:
+def _pinned_datasets(commits: Mapping[str, str]) -> Iterator[None]:
     """Load datasets at the given commits inside the block, not at the newest; lm-eval has no option for this."""
     import datasets
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from replaceme.evaluation.standard_errors import Sample, paired_p_value, t_test
+from replaceme.evaluation.standard_errors import Sample, compute_paired_p_value, t_test
 
 Figures = dict[str, Any]
 Items = Mapping[str, Tensor]
@@ -50,26 +50,26 @@ def compare_scores(dense: Figures, pruned: Figures, dense_items: Items, pruned_i
                 entry["stderr_ratio"] = entry["ratio"] * stderr
     for task in dense["perplexity"]:
         if f"divergences/{task}" in pruned_items:
-            comparison.setdefault("divergence", {})[task] = _divergence(pruned_items, task)
+            comparison.setdefault("divergence", {})[task] = _average_divergence(pruned_items, task)
     if dense["accuracy"]:
         comparison["accuracy"] = {
-            task: _compare_accuracy(score, pruned["accuracy"][task], _paired_items(task, dense_items, pruned_items))
+            task: _compare_accuracy(score, pruned["accuracy"][task], _pair_items(task, dense_items, pruned_items))
             for task, score in dense["accuracy"].items()
         }
-        means, retention = _averages([*comparison["accuracy"].values()])
-        pairs = [_paired_items(task, dense_items, pruned_items) for task in dense["accuracy"]]
-        comparison |= {"average_accuracy": means, **retention, **_retention_stderrs(means, retention, pairs)}
+        means, retention = _average_accuracies([*comparison["accuracy"].values()])
+        pairs = [_pair_items(task, dense_items, pruned_items) for task in dense["accuracy"]]
+        comparison |= {"average_accuracy": means, **retention, **_compute_retention_stderrs(means, retention, pairs)}
     for size in SIZES:
         if size in dense and size in pruned:
             sizes = {name: side[size] for name, side in sides.items()}
             comparison[size] = {**sizes, "removed_percent": 100 * (1 - sizes["pruned"] / sizes["dense"])}
     if "calibration_text" in pruned:
         comparison["calibration_text"] = pruned["calibration_text"]
-        comparison["unseen"] = _unseen(comparison)
+        comparison["unseen"] = _summarize_unseen(comparison)
     return comparison
 
 
-def _divergence(items: Items, task: str) -> Figures:
+def _average_divergence(items: Items, task: str) -> Figures:
     """Return the mean KL divergence from the dense model (nats a token) and how often both most likely tokens agree."""
     sample, figures = Sample.load(items, task), {}
     for name, part in (("kl", "divergences"), ("agreement", "agreements")):
@@ -79,7 +79,7 @@ def _divergence(items: Items, task: str) -> Figures:
     return figures
 
 
-def _paired_items(task: str, dense_items: Items, pruned_items: Items) -> tuple[Tensor, Tensor, Sample] | None:
+def _pair_items(task: str, dense_items: Items, pruned_items: Items) -> tuple[Tensor, Tensor, Sample] | None:
     """Return both models' scores of a task's items, (items,) float64, and their sample; None if they aren't known of both."""
     before, after = (items.get(f"accuracy/{task}") for items in (dense_items, pruned_items))
     if before is None or after is None or len(before) != len(after):
@@ -92,7 +92,7 @@ def _compare_accuracy(dense: Figures, pruned: Figures, items: tuple[Tensor, Tens
     entry = {name: side["accuracy"] for name, side in sides.items()}
     entry |= {f"stderr_{name}": side["stderr"] for name, side in sides.items() if "stderr" in side}
     entry |= {"chance": dense["chance"]} if "chance" in dense else {}
-    if (kept := _above_chance(entry, entry.get("stderr_dense", 0.0))) is not None:
+    if (kept := _compute_above_chance(entry, entry.get("stderr_dense", 0.0))) is not None:
         entry["above_chance_percent"] = kept
     if items is None or (stderr := items[2].stderr(items[1] - items[0])) is None:
         return entry
@@ -103,24 +103,24 @@ def _compare_accuracy(dense: Figures, pruned: Figures, items: tuple[Tensor, Tens
         entry["articles"] = int(clusters.sum())
         entry["p_value"] = t_test(mean, stderr, int(clusters.sum()) - len(clusters))
     elif dense["by_size"]:
-        entry["p_value"] = paired_p_value(before, after)
+        entry["p_value"] = compute_paired_p_value(before, after)
     else:  # McNemar's test weights items equally; here a normal test on the mean of the tasks' means
         entry["p_value"] = t_test(mean, stderr)
     return entry
 
 
-def _averages(scores: Sequence[Figures]) -> tuple[dict[str, float], dict[str, float]]:
+def _average_accuracies(scores: Sequence[Figures]) -> tuple[dict[str, float], dict[str, float]]:
     """Return the averages (dense, pruned and, if known, chance), and the retentions; without those that would divide by 0."""
     names = ("dense", "pruned", *(("chance",) if all("chance" in entry for entry in scores) else ()))
     means = {name: sum(entry[name] for entry in scores) / len(scores) for name in names}
     retention = {"retention_percent": 100 * means["pruned"] / means["dense"]} if means["dense"] else {}
     stderr = math.sqrt(sum(entry.get("stderr_dense", 0.0) ** 2 for entry in scores)) / len(scores)
-    if (kept := _above_chance(means, stderr)) is not None:
+    if (kept := _compute_above_chance(means, stderr)) is not None:
         retention["retention_above_chance_percent"] = kept
     return means, retention
 
 
-def _above_chance(figures: Mapping[str, float], stderr: float) -> float | None:
+def _compute_above_chance(figures: Mapping[str, float], stderr: float) -> float | None:
     """Return (pruned − chance) / (dense − chance) in percent; None if chance is unknown, or the dense model isn't above it.
 
     Args:
@@ -132,7 +132,7 @@ def _above_chance(figures: Mapping[str, float], stderr: float) -> float | None:
     return 100 * (figures["pruned"] - figures["chance"]) / (figures["dense"] - figures["chance"])
 
 
-def _retention_stderrs(
+def _compute_retention_stderrs(
     means: Mapping[str, float], retention: Mapping[str, float], pairs: Sequence[tuple[Tensor, Tensor, Sample] | None]
 ) -> dict[str, float]:
     """Return the standard error of each retention, from the items of all tasks of both models (delta method)."""
@@ -149,7 +149,7 @@ def _retention_stderrs(
     return stderrs
 
 
-def _unseen(comparison: Mapping[str, Any]) -> Figures:
+def _summarize_unseen(comparison: Mapping[str, Any]) -> Figures:
     """Return the scores on text of which nothing, and nothing of its domain, was calibrated on; empty if there is none.
 
     Returns:
@@ -171,5 +171,5 @@ def _unseen(comparison: Mapping[str, Any]) -> Figures:
         for name in ("kl", "agreement") if len(divergences) == len(ratios) else ():
             figures[name] = sum(entry[name] for entry in divergences) / len(ratios)
     if scores := [entry for task, entry in comparison.get("accuracy", {}).items() if task in unseen]:
-        figures |= {"tasks": len(scores), **_averages(scores)[1]}
+        figures |= {"tasks": len(scores), **_average_accuracies(scores)[1]}
     return figures

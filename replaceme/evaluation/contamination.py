@@ -20,7 +20,7 @@ from replaceme.base.documents import Documents
 from replaceme.base.entries import Source, Task
 from replaceme.base.progress import logger
 from replaceme.calibration import embedded, streamed
-from replaceme.calibration.own_text import chat_turns
+from replaceme.calibration.own_text import find_chat_turns
 from replaceme.calibration.sources import IdentifiedSource
 from replaceme.evaluation.embedded_tasks import EMBEDDED
 from replaceme.evaluation.requests import Requests
@@ -42,13 +42,13 @@ def hash_ngrams(text: str) -> Hashes:
     return np.array([hash(tuple(words[start : start + N])) for start in range(len(words) - N + 1)], dtype=np.int64)
 
 
-def item_texts(document: Any) -> Iterator[str]:
+def iterate_texts(document: Any) -> Iterator[str]:
     """Yield all texts in an item, whatever its form."""
     if isinstance(document, str):
         yield document
     elif isinstance(document, Mapping | list | tuple):
         for part in document.values() if isinstance(document, Mapping) else document:
-            yield from item_texts(part)
+            yield from iterate_texts(part)
 
 
 @dataclass(frozen=True)
@@ -70,15 +70,15 @@ class CalibrationText:
         cls, sources: Sequence[IdentifiedSource], documents: Documents, tokenizer: PreTrainedTokenizerBase
     ) -> CalibrationText:
         """Return the text of calibration documents, which come from these sources."""
-        turns = chat_turns(tokenizer)
+        turns = find_chat_turns(tokenizer)
         parts = (turns.opening, turns.after_user, turns.after_assistant) if turns else ()
         template = {tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in parts} - {""}
         text = cls(sources, None, frozenset(template))
         decoded = (tokenizer.decode(ids.tolist(), skip_special_tokens=True) for ids in documents.documents)
-        hashes = [hash_ngrams(piece) for document in decoded for piece in text.without_template(document)]
+        hashes = [hash_ngrams(piece) for document in decoded for piece in text.split_at_template(document)]
         return cls(sources, np.unique(np.concatenate([np.empty(0, dtype=np.int64), *hashes])), text.template)
 
-    def without_template(self, text: str) -> list[str]:
+    def split_at_template(self, text: str) -> list[str]:
         """Return the pieces of a text between the parts of the chat template."""
         parts = sorted(self.template, key=len, reverse=True)
         return re.split("|".join(map(re.escape, parts)), text) if parts else [text]
@@ -123,15 +123,15 @@ class CalibrationText:
 
     def _has_domain(self, task: Task) -> bool:
         text = EMBEDDED[task.name].text if task.name in EMBEDDED else None
-        names = (name for source, _ in self.sources for name in streamed.repositories(source.name))
-        return text is not None and embedded.TEXTS[text].domain in map(_domain, names)
+        names = (name for source, _ in self.sources for name in streamed.list_repositories(source.name))
+        return text is not None and embedded.TEXTS[text].domain in map(_find_domain, names)
 
     def _has_source(self, task: Task, fingerprint: Any, single_tasks: Sequence[Any]) -> bool:
         if task.name in EMBEDDED:
             return any(known.get("sha256") == fingerprint and source.split == HELD_OUT for source, known in self.sources)
         if is_file(task):
             return any(known.get("sha256") == fingerprint for _, known in self.sources)
-        return any(_reads_split(single, source, known) for source, known in self.sources for single in single_tasks)
+        return any(_is_same_split(single, source, known) for source, known in self.sources for single in single_tasks)
 
 
 def find_contamination(
@@ -143,20 +143,20 @@ def find_contamination(
         single_tasks = []
         if name in requests.windows:
             windows = (tokenizer.decode(ids.tolist(), skip_special_tokens=True) for ids in requests.windows[name].ids)
-            texts: Iterable[Iterable[str]] = map(calibration.without_template, windows)
+            texts: Iterable[Iterable[str]] = map(calibration.split_at_template, windows)
         else:
             single_tasks = [requests.suite.tasks[single] for single in requests.suite.reported[name].tasks]
-            texts = map(item_texts, requests.suite.documents(name))
+            texts = map(iterate_texts, requests.suite.documents(name))
         figures[name] = calibration.measure_contamination(name, task, fingerprints[task_name(task)], texts, single_tasks)
     return figures
 
 
-def _domain(name: str) -> str | None:
+def _find_domain(name: str) -> str | None:
     """Return the domain of a source, if it is known: of an embedded text, or of a hub dataset with a name of its own here."""
     return embedded.TEXTS[name].domain if name in embedded.TEXTS else streamed.DOMAINS.get(name)
 
 
-def _reads_split(single: Any, source: Source, known: Mapping[str, Any]) -> bool:
+def _is_same_split(single: Any, source: Source, known: Mapping[str, Any]) -> bool:
     """Return whether one of lm-eval's tasks reads the config and split of the hub dataset that the calibration reads."""
     config = single.config
     split = config.test_split if single.has_test_docs() else config.validation_split

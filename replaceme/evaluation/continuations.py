@@ -105,7 +105,7 @@ def write_continuations(
     """
     # The decoded text doesn't show special tokens.
     special = [tokenizer.convert_tokens_to_ids(text) for text in until if text in tokenizer.all_special_tokens]
-    ends = list(dict.fromkeys([*_end_of_text(model, tokenizer), *special]))
+    ends = list(dict.fromkeys([*_find_end_tokens(model, tokenizer), *special]))
     config = GenerationConfig(
         max_new_tokens=max_tokens, eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0, **sampling
     )
@@ -115,7 +115,7 @@ def write_continuations(
     return [postprocess_generated_text(stop.decode(row), stop.until, None) for row in rows]
 
 
-def _end_of_text(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _find_end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the tokens that end a text: those that the model names, else the tokenizer's."""
     named = getattr(model.generation_config, "eos_token_id", None)
     named = tokenizer.eos_token_id if named is None else named

@@ -66,46 +66,46 @@ GENERATION: Mapping[str, Any] = {
 }
 
 
-def last_word_items(articles: Iterable[str]) -> Items:
+def make_last_word_items(articles: Iterable[str]) -> Items:
     """Return at most ``ITEMS`` items ``{context, word, article}``, from all articles in turn."""
     articles = [*articles]
     texts = [[split_sentences(paragraph) for paragraph in article.split("\n\n")] for article in articles]
     sentences = [sentence for text in texts for paragraph in text for sentence in paragraph]
-    counts = Counter(word for sentence in sentences for word in set(_words(sentence)))
+    counts = Counter(word for sentence in sentences for word in set(_find_words(sentence)))
     common = {word for word, count in counts.items() if count >= COMMON * len(sentences)}
-    return _in_turn([_last_words(article, text, common) for article, text in zip(articles, texts, strict=True)])
+    return _interleave([_iterate_last_words(article, text, common) for article, text in zip(articles, texts, strict=True)])
 
 
-def _last_words(article: str, paragraphs: Sequence[Sequence[str]], common: set[str]) -> Iterator[dict[str, Any]]:
+def _iterate_last_words(article: str, paragraphs: Sequence[Sequence[str]], common: set[str]) -> Iterator[dict[str, Any]]:
     passage: list[str] = []
     for sentence in (sentence for paragraph in paragraphs for sentence in paragraph):
         ending = re.fullmatch(r"(.* )([a-z]+)[.!?]", sentence)
-        if ending and _word_count(passage) >= MIN_CONTEXT_WORDS["last_word"]:
+        if ending and _count_words(passage) >= MIN_CONTEXT_WORDS["last_word"]:
             word = ending[2]
-            if word in _words(" ".join(passage)) and len(word) >= MIN_LETTERS and word not in common:
-                yield {"context": " ".join([*passage, ending[1].rstrip()]), "word": word, "article": article_id(article)}
+            if word in _find_words(" ".join(passage)) and len(word) >= MIN_LETTERS and word not in common:
+                yield {"context": " ".join([*passage, ending[1].rstrip()]), "word": word, "article": hash_article(article)}
                 passage = []
                 continue
         passage.append(sentence)
         # The shortest run of whole sentences before here that is long enough.
-        while _word_count(passage[1:]) >= MIN_CONTEXT_WORDS["last_word"]:
+        while _count_words(passage[1:]) >= MIN_CONTEXT_WORDS["last_word"]:
             passage.pop(0)
 
 
-def continuation_items(articles: Iterable[str]) -> Items:
+def make_continuation_items(articles: Iterable[str]) -> Items:
     """Return at most ``ITEMS`` items ``{query, choices, gold, article}``, from all articles in turn."""
-    return _in_turn(map(_continuations, articles))
+    return _interleave(map(_iterate_continuations, articles))
 
 
-def _continuations(article: str) -> Iterator[dict[str, Any]]:
+def _iterate_continuations(article: str) -> Iterator[dict[str, Any]]:
     chance = random.Random(hashlib.sha256(article.encode()).digest())
     paragraphs = [split_sentences(paragraph) for paragraph in article.split("\n\n")]
-    pool = [opening for paragraph in paragraphs for sentence in paragraph if (opening := _opening(sentence))]
+    pool = [opening for paragraph in paragraphs for sentence in paragraph if (opening := _cut_opening(sentence))]
     for paragraph in paragraphs:
         context: list[str] = []
         for sentence in paragraph:
-            right = _opening(sentence)
-            if not right or _word_count(context) < MIN_CONTEXT_WORDS["continuation"]:
+            right = _cut_opening(sentence)
+            if not right or _count_words(context) < MIN_CONTEXT_WORDS["continuation"]:
                 context.append(sentence)
                 continue
             query = " ".join(context)
@@ -114,22 +114,22 @@ def _continuations(article: str) -> Iterator[dict[str, Any]]:
             if len(others) >= CHOICES - 1:
                 choices = [right, *chance.sample(others, CHOICES - 1)]
                 chance.shuffle(choices)
-                yield {"query": query, "choices": choices, "gold": choices.index(right), "article": article_id(article)}
+                yield {"query": query, "choices": choices, "gold": choices.index(right), "article": hash_article(article)}
 
 
-def _opening(sentence: str) -> str:
+def _cut_opening(sentence: str) -> str:
     """Return the first ``CHOICE_WORDS`` words of a sentence; an empty text if it has fewer."""
     words = sentence.split()
     return " ".join(words[:CHOICE_WORDS]) if len(words) >= CHOICE_WORDS else ""
 
 
-def retrieval_items(_articles: Iterable[str] = ()) -> Items:
+def make_retrieval_items(_articles: Iterable[str] = ()) -> Items:
     """Return ``RETRIEVAL_ITEMS`` items ``{query, answer}``."""
     chance = random.Random(SEED)
-    return [_retrieval(chance, PAIRS[number % len(PAIRS)]) for number in range(RETRIEVAL_ITEMS)]
+    return [_make_retrieval_item(chance, PAIRS[number % len(PAIRS)]) for number in range(RETRIEVAL_ITEMS)]
 
 
-def _retrieval(chance: random.Random, pairs: int) -> dict[str, Any]:
+def _make_retrieval_item(chance: random.Random, pairs: int) -> dict[str, Any]:
     names = chance.sample([f"{colour} {thing}" for colour in COLOURS for thing in THINGS], pairs)
     codes = chance.sample(range(1000, 10000), pairs)
     asked = chance.randrange(pairs)
@@ -138,12 +138,12 @@ def _retrieval(chance: random.Random, pairs: int) -> dict[str, Any]:
     return {"query": f"{context}\n{question}", "answer": str(codes[asked])}
 
 
-def _in_turn(articles: Iterable[Iterable[dict[str, Any]]]) -> Items:
+def _interleave(articles: Iterable[Iterable[dict[str, Any]]]) -> Items:
     """Return the first item of each article, then the second of each, and so on, ``ITEMS`` in all."""
     return [item for row in zip_longest(*articles) for item in row if item][:ITEMS]
 
 
-def article_id(article: str) -> str:
+def hash_article(article: str) -> str:
     """Return a short name of an article, by its content."""
     return hashlib.sha256(article.encode()).hexdigest()[:16]
 
@@ -153,11 +153,11 @@ def split_sentences(paragraph: str) -> list[str]:
     return re.split(r"(?<=[.!?]) +(?=[A-Z])", paragraph)
 
 
-def _words(text: str) -> list[str]:
+def _find_words(text: str) -> list[str]:
     return re.findall(r"[a-z]+", text.lower())
 
 
-def _word_count(sentences: Iterable[str]) -> int:
+def _count_words(sentences: Iterable[str]) -> int:
     return sum(len(sentence.split()) for sentence in sentences)
 
 
@@ -184,7 +184,7 @@ EMBEDDED: Mapping[str, EmbeddedTask] = {
     "finance_answers": EmbeddedTask("finance-answers"),
     "medical_abstracts": EmbeddedTask("medical-abstracts"),
     "convention_speeches": EmbeddedTask("convention-speeches"),
-    "wikipedia_last_word": EmbeddedTask("wikipedia-sample", last_word_items, WORD),
-    "wikipedia_continuation": EmbeddedTask("wikipedia-sample", continuation_items, CHOICE),
-    "retrieval_exact": EmbeddedTask(None, retrieval_items, GENERATION),
+    "wikipedia_last_word": EmbeddedTask("wikipedia-sample", make_last_word_items, WORD),
+    "wikipedia_continuation": EmbeddedTask("wikipedia-sample", make_continuation_items, CHOICE),
+    "retrieval_exact": EmbeddedTask(None, make_retrieval_items, GENERATION),
 }

@@ -11,7 +11,7 @@ from typing import Any
 
 from replaceme.base.entries import Task
 from replaceme.base.errors import DatasetError, excerpt, shown
-from replaceme.calibration.local import read_json_lines, short
+from replaceme.calibration.local import read_json_lines, shorten_path
 from replaceme.evaluation.embedded_tasks import CHOICE, Items
 
 # lm-eval's configuration of the questions, with the prompt of its task piqa.
@@ -32,7 +32,7 @@ def is_question_file(path: Path, task: Task) -> bool:
     if "text" in row:
         return False
     raise DatasetError(
-        f"tasks: the rows of {short(path)} have neither question, choices and answer nor text; their columns are "
+        f"tasks: the rows of {shorten_path(path)} have neither question, choices and answer nor text; their columns are "
         f"{excerpt(', '.join(row)) or 'none'}, which options can name: {{{path.name}: {{question: …, choices: …, answer: …}}}}."
     )
 
@@ -46,17 +46,19 @@ def read_questions(path: Path, task: Task) -> Items:
     question, answer, columns = task.question or "question", task.answer or "answer", task.choices or "choices"
     items = []
     for location, row in read_json_lines(path, key="tasks"):
-        query = _value(row, question, location)
+        query = _get_value(row, question, location)
         if not isinstance(query, str) or not query.strip():
             raise DatasetError(f"tasks: {location}: '{question}' must be a text, not {shown(query)}.")
         choices = (
-            _value(row, columns, location) if isinstance(columns, str) else [_value(row, name, location) for name in columns]
+            _get_value(row, columns, location)
+            if isinstance(columns, str)
+            else [_get_value(row, name, location) for name in columns]
         )
         texts = isinstance(choices, list) and all(isinstance(choice, str) and choice.strip() for choice in choices)
         if not texts or len(choices) < 2:
             named = columns if isinstance(columns, str) else ", ".join(columns)
             raise DatasetError(f"tasks: {location}: '{named}' must give at least two texts, not {shown(choices)}.")
-        gold = _value(row, answer, location)
+        gold = _get_value(row, answer, location)
         if isinstance(gold, bool) or not isinstance(gold, int) or not 0 <= gold < len(choices):
             positions = f"0 to {len(choices) - 1}"
             raise DatasetError(
@@ -71,17 +73,17 @@ def read_texts(path: Path, column: str) -> list[str]:
     """Return the texts of a column; rows without text are left out."""
     texts = []
     for location, row in read_json_lines(path, key="tasks"):
-        text = _value(row, column, location)
+        text = _get_value(row, column, location)
         if text is not None and not isinstance(text, str):
             raise DatasetError(f"tasks: {location}: '{column}' must be a text, not {shown(text)}.")
         if text and text.strip():
             texts.append(text)
     if not texts:
-        raise DatasetError(f"tasks: {short(path)} has no text in column '{column}'.")
+        raise DatasetError(f"tasks: {shorten_path(path)} has no text in column '{column}'.")
     return texts
 
 
-def _value(row: Mapping[str, Any], column: str, location: str) -> Any:
+def _get_value(row: Mapping[str, Any], column: str, location: str) -> Any:
     if column not in row:
         raise DatasetError(
             f"tasks: {location} has no column '{excerpt(column)}'; its columns are {excerpt(', '.join(row)) or 'none'}."

@@ -86,11 +86,11 @@ class Suite:
             self.limits |= dict.fromkeys(tasks, task.limit)
         aggregates = groups[task.name].aggregate_metric_list if task.name in groups else None
         if aggregates:
-            metric = _reported_metric(task.name, [aggregate.metric for aggregate in aggregates])
+            metric = _choose_metric(task.name, [aggregate.metric for aggregate in aggregates])
             by_size = all(aggregate.weight_by_size for aggregate in aggregates if aggregate.metric == metric)
             reported = {task.name: ReportedScore(tuple(tasks), metric, by_size)}
         else:
-            metrics = {name: _reported_metric(name, [*single.aggregation()]) for name, single in tasks.items()}
+            metrics = {name: _choose_metric(name, [*single.aggregation()]) for name, single in tasks.items()}
             reported = {name: ReportedScore((name,), metric) for name, metric in metrics.items()}
         self.reported |= reported
         return sorted(reported)
@@ -148,7 +148,7 @@ def prepare_requests(
     return requests
 
 
-def _reported_metric(name: str, metrics: Sequence[str]) -> str | None:
+def _choose_metric(name: str, metrics: Sequence[str]) -> str | None:
     """Return the accuracy to report among a task's metrics, or None to report its perplexity."""
     if metric := next((metric for metric in ACCURACIES if metric in metrics), None):
         return metric

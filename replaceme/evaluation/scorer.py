@@ -103,8 +103,10 @@ class CausalScorer(TemplateLM):
             likelihoods = self._score_batch(contexts, [row for row, _, _ in pairs], [tail for _, _, tail in pairs])
             return dict(zip([pair[1:] for pair in pairs], likelihoods, strict=True))
 
-        batches = self._batches(tails)[shard().rank :: shard().size]
-        passes = interleave_forwards(self.model, (partial(score, contexts) for contexts in batches), self._batches_in_memory())
+        batches = self._group_contexts(tails)[shard().rank :: shard().size]
+        passes = interleave_forwards(
+            self.model, (partial(score, contexts) for contexts in batches), self._count_batches_in_memory()
+        )
         scores: dict[tuple[Ids, Ids], Score] = {}
         for part in progress(passes, self.description, "batches", len(batches)):
             scores |= part
@@ -115,14 +117,14 @@ class CausalScorer(TemplateLM):
         scores = {pair: (likelihood, bool(best)) for pair, (likelihood, best) in zip(pairs, table.tolist(), strict=True)}
         return [scores[key] for key in keys]
 
-    def _batches_in_memory(self) -> int:
+    def _count_batches_in_memory(self) -> int:
         """Return how many batches' caches fit into half of the free memory, for a streamed model; a resident one takes one."""
         if stream_of(self.model) is None:
             return 1
         size = (cache_bytes_per_token(self.model) or 0) * CACHED_PER_COMPUTED * self.batch_tokens
         return free_memory(str(self.model.device)) // (2 * size) if size else 1
 
-    def _batches(self, tails: Mapping[Ids, Iterable[Ids]]) -> list[list[Ids]]:
+    def _group_contexts(self, tails: Mapping[Ids, Iterable[Ids]]) -> list[list[Ids]]:
         """Group contexts of equal length, the longest first, into batches of at most about ``batch_tokens`` tokens."""
         batches: list[list[Ids]] = []
         computed = rows = 0
@@ -174,21 +176,21 @@ class CausalScorer(TemplateLM):
             questions.append(ids[-max(1, self.positions - options[-1]["max_gen_toks"]) :])
             batches[len(questions[-1]), str(options[-1])].append(number)
         answers: dict[int, str] = {}
-        parts = [part for key in sorted(batches, reverse=True) for part in self._split(key[0], batches[key], options)]
+        parts = [part for key in sorted(batches, reverse=True) for part in self._split_questions(key[0], batches[key], options)]
         for numbers in progress(parts[shard().rank :: shard().size], f"{self.description}: answers", "batches"):
             prompts = [questions[number] for number in numbers]
-            written = write_continuations(self.model, self.tokenizer, prompts, **_decoding(options[numbers[0]]))
+            written = write_continuations(self.model, self.tokenizer, prompts, **_convert_options(options[numbers[0]]))
             answers |= zip(numbers, written, strict=True)
         whole = {number: text for part in all_gather([*answers.items()]) for number, text in part}
         return [whole[number] for number in range(len(requests))]
 
-    def _split(self, length: int, numbers: Sequence[int], options: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+    def _split_questions(self, length: int, numbers: Sequence[int], options: Sequence[Mapping[str, Any]]) -> list[list[int]]:
         """Split questions of one length and kind into batches of about ``batch_tokens`` tokens."""
         rows = max(1, self.batch_tokens // (length + options[numbers[0]]["max_gen_toks"]))
         return [[*numbers[start : start + rows]] for start in range(0, len(numbers), rows)]
 
 
-def _decoding(options: Mapping[str, Any]) -> dict[str, Any]:
+def _convert_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return lm-eval's options of a generation as ``write_continuations`` takes them."""
     sampling = {key: value for key, value in options.items() if key not in ("until", "max_gen_toks")}
     if not sampling["do_sample"] or sampling.get("temperature") == 0:

@@ -94,14 +94,14 @@ def score_model(
         items |= {**windows.tensors(text), **{f"{part}/{text}": tensor for part, tensor in scored.items()}}
     description = f"{name}: {', '.join(requests.suite.reported)}"
     answers = score_suite(CausalScorer(model, tokenizer, params.eval_batch_size, description), requests.suite)
-    figures = {"perplexity": perplexity | answers.perplexity, "accuracy": answers.accuracy, **_size_figures(model, source)}
+    figures = {"perplexity": perplexity | answers.perplexity, "accuracy": answers.accuracy, **_measure_sizes(model, source)}
     if contamination is not None:
         figures["calibration_text"] = contamination
-    logger.info("%s: %s", name, ", ".join(_score_words(figures)) or "no tasks")
+    logger.info("%s: %s", name, ", ".join(_describe_scores(figures)) or "no tasks")
     return Scores(figures, items | answers.items, continue_prompts(model, tokenizer, name) if is_dense or dense else [])
 
 
-def _size_figures(model: Any, source: Model) -> dict[str, Any]:
+def _measure_sizes(model: Any, source: Model) -> dict[str, Any]:
     figures: dict[str, Any] = {
         "parameters": parameter_count(model),
         "parameters_without_embeddings": parameter_count(model) - embedding_count(model),
@@ -114,7 +114,7 @@ def _size_figures(model: Any, source: Model) -> dict[str, Any]:
     return figures
 
 
-def _score_words(figures: Mapping[str, Any]) -> list[str]:
+def _describe_scores(figures: Mapping[str, Any]) -> list[str]:
     words = []
     for task, scores in figures["perplexity"].items():
         if unit := next((unit for unit in ("token", "word") if unit in scores), None):

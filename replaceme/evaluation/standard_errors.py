@@ -85,7 +85,7 @@ class Sample:
         return math.sqrt(float(torch.zeros_like(errors).index_add_(0, self.clusters, errors).square().sum()))
 
 
-def paired_p_value(before: Tensor, after: Tensor) -> float:
+def compute_paired_p_value(before: Tensor, after: Tensor) -> float:
     """Return the two-sided p-value of a difference in mean: the exact McNemar test (McNemar 1947), or the paired t-test.
 
     Args:

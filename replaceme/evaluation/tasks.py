@@ -54,18 +54,18 @@ def task_fingerprints(params: Params) -> dict[str, Any]:
 
 def _single_tasks(task: Task) -> list[str]:
     from_lm_eval = task.name not in EMBEDDED and not is_file(task) and task.name in catalogue.task_index()
-    return catalogue.single_tasks(task.name) if from_lm_eval else [task_name(task)]
+    return catalogue.list_single_tasks(task.name) if from_lm_eval else [task_name(task)]
 
 
 def _fingerprint(task: Task) -> Any:
     if task.name in EMBEDDED:
         text = EMBEDDED[task.name].text
-        return embedded.text_fingerprint(text) if text else f"{task.name}-v{RETRIEVAL_VERSION}"
+        return embedded.fingerprint_text(text) if text else f"{task.name}-v{RETRIEVAL_VERSION}"
     if is_file(task):
         local.check_file(_path(task), "tasks", FILE_SUFFIXES)
-        return _sha256(task)
+        return _hash_file(task)
     if task.name in catalogue.task_index():
-        return catalogue.fingerprint(task.name)
+        return catalogue.fingerprint_task(task.name)
     hint = nearest(task.name, [*EMBEDDED, *catalogue.task_index()], count=3)
     raise ParameterError(
         f"tasks: '{excerpt(task.name)}' is no task{hint}; use {', '.join(EMBEDDED)}, a task or group of lm-eval, "
@@ -75,7 +75,7 @@ def _fingerprint(task: Task) -> Any:
 
 def check_unchanged(task: Task, fingerprint: Any) -> None:
     """Raise DatasetError if the task's file has changed since ``task_fingerprints`` read it."""
-    if is_file(task) and _sha256(task) != fingerprint:
+    if is_file(task) and _hash_file(task) != fingerprint:
         raise DatasetError(f"tasks: {_path(task)} changed while it was in use; run again.")
 
 
@@ -101,7 +101,7 @@ def task_name(task: Task) -> str:
 def task_texts(task: Task) -> Sequence[Row]:
     """Return the documents of a perplexity task: texts or chats."""
     if task.name in EMBEDDED:
-        return _articles(task)
+        return _load_articles(task)
     path = _path(task)
     return [local.read_text(path, "tasks")] if path.suffix == ".txt" else read_texts(path, task.text or "text")
 
@@ -109,7 +109,7 @@ def task_texts(task: Task) -> Sequence[Row]:
 def task_items(task: Task) -> Items:
     """Return the items of an embedded task or of a file of questions."""
     if (embedded_task := EMBEDDED.get(task.name)) and embedded_task.make_items:
-        return embedded_task.make_items(text for text in _articles(task) if isinstance(text, str))
+        return embedded_task.make_items(text for text in _load_articles(task) if isinstance(text, str))
     return read_questions(_path(task), task)
 
 
@@ -118,7 +118,7 @@ def task_form(task: Task) -> Mapping[str, Any]:
     return EMBEDDED[task.name].form or {} if task.name in EMBEDDED else QUESTION
 
 
-def _articles(task: Task) -> list[Row]:
+def _load_articles(task: Task) -> list[Row]:
     text = EMBEDDED[task.name].text
     return embedded.load_articles(text, HELD_OUT) if text else []
 
@@ -127,7 +127,7 @@ def _path(task: Task) -> Path:
     return local_path(task.name)
 
 
-def _sha256(task: Task) -> str:
+def _hash_file(task: Task) -> str:
     path = _path(task)
     return sha256_below(path)[path.name]
 

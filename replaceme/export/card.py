@@ -1,6 +1,7 @@
 """The model card of a pruned model: original, changes, how to load it, limits, scores, and how to reproduce them.
 
-It has no local paths and no secrets. The scores are known only after the export; ``replaceme.cli.publish`` adds them.
+It has no local paths and no secrets. The scores are known only after the export; the stage report writes a card
+that has them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,7 @@ from replaceme.models.families import Linear
 from replaceme.models.model import Model
 from replaceme.models.model_files import CARD
 from replaceme.models.own_form import FILE
-from replaceme.running.versions import listed
+from replaceme.running.versions import list_versions
 
 # The settings that determine the model, and those that determine its scores; the others say where it was computed.
 SETTINGS = (
@@ -247,7 +248,7 @@ def _describe_reproduction(params: Params, source: Model, results: RunResults) -
         for key in (*SETTINGS, *(SCORING if results.scores else ()))
         if has_effect(key, values) and (values[key] is not None or FIELDS[key].default is not None)
     ]
-    made_with = f"Made with {listed(results.made_with)}; other versions or another processor can change the last digits."
+    made_with = f"Made with {list_versions(results.made_with)}; other versions or another processor can change the last digits."
     return [
         f"With replaceme-dvc {__version__}, save these settings as `settings.yaml` (local files and folders are given by name, "
         "without their path):",

@@ -33,7 +33,7 @@ def transformers_4_obstacle(config: Config) -> str | None:
         config: the content of config.json as transformers 5 writes it.
     """
     rope, kind = config.get("rope_parameters") or {}, str(config.get("model_type"))
-    each = _by_attention(rope)
+    each = _group_by_attention(rope)
     unknown = sorted({str(part.get("rope_type")) for part in each.values()} - {*SCALINGS, "None"})
     if unknown:
         return f"its rotary embedding is of the type {unknown[0]}"
@@ -54,7 +54,7 @@ def add_older_keys(config: Config) -> dict[str, Any]:
     rope = config.get("rope_parameters")
     if not rope or transformers_4_obstacle(config):
         return new
-    each = _by_attention(rope)
+    each = _group_by_attention(rope)
     main = each.get(FULL) or next(iter(each.values()))
     base, share = NAMES.get(kind, USUAL_NAMES)
     old = {base: main.get("rope_theta"), share: main.get("partial_rotary_factor")}
@@ -62,7 +62,7 @@ def add_older_keys(config: Config) -> dict[str, Any]:
     if kind in LOCAL_BASE and SLIDING in each:
         new[LOCAL_BASE[kind]] = each[SLIDING]["rope_theta"]
     if _is_scaled(main):
-        new["rope_scaling"] = _scaling(main, kind)
+        new["rope_scaling"] = _convert_scaling(main, kind)
     return new
 
 
@@ -77,7 +77,7 @@ def rename_tokenizer_keys(config: Config) -> dict[str, Any]:
     return new
 
 
-def _by_attention(rope: Config) -> dict[str, Config]:
+def _group_by_attention(rope: Config) -> dict[str, Config]:
     """Return the parameters by the kind of attention; a model with one rotary embedding has one entry."""
     nested = {kind: part for kind, part in rope.items() if isinstance(part, Mapping)}
     return nested or ({"": rope} if rope else {})
@@ -87,7 +87,7 @@ def _is_scaled(part: Config) -> bool:
     return part.get("rope_type", "default") != "default"
 
 
-def _scaling(part: Config, kind: str) -> dict[str, Any]:
+def _convert_scaling(part: Config, kind: str) -> dict[str, Any]:
     if kind == "phi3":  # which checks that there are these three
         return {"type": part["rope_type"], "short_factor": part["short_factor"], "long_factor": part["long_factor"]}
     return {key: value for key, value in part.items() if key not in ("rope_theta", "partial_rotary_factor")}

@@ -92,9 +92,9 @@ def _verify_computation(
         excerpts: the text.
     """
     family, load = dense.family(), _make_loader(dense, edits, excerpts, budget)
-    kept = _kept_layers(dense, edits)
+    kept = _list_kept_layers(dense, edits)
     position = {layer: edits.position(layer) for layer in kept}
-    cuts = _layers_before_cuts(edits, kept)
+    cuts = _find_layers_before_cuts(edits, kept)
     whole, prompt = load(dense), excerpts.documents[0][: TOKENS // 4]
     with _float32_computation(whole, family, edits.mixtures):
         expected, expected_logits = _record_states(whole, family, [FIRST, *kept], excerpts, edits)
@@ -110,18 +110,20 @@ def _verify_computation(
         outputs, logits = _record_states(shortened, family, [*inputs], excerpts, None, inputs)
         of_cache, cache_limit = measure_cache_error(shortened, prompt), max(CACHE_TOLERANCE, 2 * own_cache_error)
     # A folded scalar makes the state smaller, and a narrower stream has another basis: ``as_dense`` undoes both.
-    errors = torch.cat([_relative_errors(expected[layer], edits.as_dense(layer, actual[position[layer]])) for layer in cuts])
+    errors = torch.cat(
+        [_compute_relative_errors(expected[layer], edits.as_dense(layer, actual[position[layer]])) for layer in cuts]
+    )
     # The median, for experts: most tokens keep theirs.
     usual, tolerance = torch.median if family.experts else torch.mean, TOLERANCE[stored_dtype(pruned)]
     # None stands for what is outside of the layers.
-    changed = {_layer_of(name, family) for name in edited}
+    changed = {_find_layer(name, family) for name in edited}
     checks = [("the state that enters the layers differs", inputs[FIRST], outputs[FIRST], None in changed)]
     for layer, at in position.items():
         checks.append((f"the state after layer {layer} differs", inputs[at], outputs[at], at in changed))
     checks.append(("the logits differ", expected_logits, logits, None in changed or edits.scale(kept[-1] + 1) != 1))
     for what, state, own, rounded in checks:
         # What no edit changes has the same input and the same weights.
-        error, limit = float(usual(_relative_errors(state, own))), tolerance if rounded else min(EXACT, tolerance)
+        error, limit = float(usual(_compute_relative_errors(state, own))), tolerance if rounded else min(EXACT, tolerance)
         # In this form NaN fails too.
         if not error <= limit:
             raise _precision_error(f"{what} from the unfused computation", error, limit)
@@ -130,7 +132,7 @@ def _verify_computation(
     return {
         "hidden_error_max": float(errors.max()),
         "hidden_error_mean": float(usual(errors)),
-        "logits_error": float(usual(_relative_errors(expected_logits, actual_logits))),
+        "logits_error": float(usual(_compute_relative_errors(expected_logits, actual_logits))),
         "cache_error": of_cache,
         "tolerance": tolerance,
     }
@@ -138,7 +140,7 @@ def _verify_computation(
 
 def _make_loader(dense: Model, edits: Edits, excerpts: Documents, budget: int | None) -> Callable[[Model], Any]:
     """Return a function that loads either model for the computation: whole, or streamed within ``budget``."""
-    shorter = _shorter_windows(dense, excerpts)
+    shorter = _shorten_windows(dense, excerpts)
     if budget is None:
         return partial(Model.load, dtype=working_dtype(dense), config=shorter)
     # Layers are read anew each time, in float32 at once; what is outside of them is widened where it computes.
@@ -197,7 +199,7 @@ def find_wrong_weights(dense: Any, pruned: Any, family: Family, edits: Edits) ->
             wrong.append(name)
     kept = [layer for layer in range(len(layers)) if layer not in set(edits.removed_layers)]
     for name, weight in weights.items():
-        if name not in edited and not _is_same(read_value(weight), read_value(originals[_name_in_dense(name, family, kept)])):
+        if name not in edited and not _is_same(read_value(weight), read_value(originals[_find_dense_name(name, family, kept)])):
             wrong.append(name)
     return wrong, edited
 
@@ -212,20 +214,20 @@ def find_wrong_tensors(dense: Model, pruned: Model, family: Family, edits: Edits
         edits: the edits that were applied.
         edited: the names of the weights that they change, in the loaded model.
     """
-    kept, originals, tensors = _kept_layers(dense, edits), dense.stored(), pruned.stored()
+    kept, originals, tensors = _list_kept_layers(dense, edits), dense.stored(), pruned.stored()
     prefix, wrong, alone = family.layers.partition(".")[0] + ".", [], 0
     # The files of some base models name their tensors without it.
     names = {name: name if name in edited or name.startswith(prefix) else prefix + name for name in tensors}
     # Layers with an edited weight that transformers converts, such as experts, which are stored one by one.
-    converted = {_layer_of(name, family) for name in edited - {*names.values()}}
+    converted = {_find_layer(name, family) for name in edited - {*names.values()}}
     for name, own in sorted(names.items()):
         if own in edited:
             continue
-        original = _name_in_dense(own, family, kept)
+        original = _find_dense_name(own, family, kept)
         original = next((each for each in (original, original.removeprefix(prefix)) if each in originals), "")
         if original and _is_same(tensors[name].read(name), originals[original].read(original)):
             continue
-        if original and _layer_of(own, family) not in converted:
+        if original and _find_layer(own, family) not in converted:
             wrong.append(f"{name} in {tensors[name].file.name}")
         alone += 1
     if alone:
@@ -282,23 +284,23 @@ def _is_same(weight: Tensor, original: Tensor) -> bool:
     return weight.dtype == original.dtype and torch.equal(weight, original)
 
 
-def _kept_layers(dense: Model, edits: Edits) -> list[int]:
+def _list_kept_layers(dense: Model, edits: Edits) -> list[int]:
     return [layer for layer in range(layer_count(dense)) if layer not in set(edits.removed_layers)]
 
 
-def _layer_of(name: str, family: Family) -> int | None:
+def _find_layer(name: str, family: Family) -> int | None:
     """Return the index of the layer that a parameter belongs to; None outside the layers."""
     match = re.match(rf"{re.escape(family.layers)}\.(\d+)\.", name)
     return int(match[1]) if match else None
 
 
-def _name_in_dense(name: str, family: Family, kept: list[int]) -> str:
+def _find_dense_name(name: str, family: Family, kept: list[int]) -> str:
     """Return the dense model's name of a weight of the shortened model."""
-    layer = _layer_of(name, family)
+    layer = _find_layer(name, family)
     return name if layer is None else name.replace(f"{family.layers}.{layer}.", f"{family.layers}.{kept[layer]}.", 1)
 
 
-def _shorter_windows(dense: Model, documents: Documents) -> dict[str, int]:
+def _shorten_windows(dense: Model, documents: Documents) -> dict[str, int]:
     """Return the entries of the config that limit how far attention sees, made shorter than the proof's text."""
     config, short = dense.config(), max(map(len, documents.documents)) // 4 or 1
     windows = {name: getattr(config, name, None) for name in WINDOWS}
@@ -380,7 +382,7 @@ class _Cast:
         self.own = []
 
 
-def _layers_before_cuts(edits: Edits, kept: list[int]) -> list[int]:
+def _find_layers_before_cuts(edits: Edits, kept: list[int]) -> list[int]:
     """Return the kept layer before each removed run; where no layer is removed, the last one."""
     removed = set(edits.removed_layers)
     return [layer for layer in kept if layer + 1 in removed] if removed else kept[-1:]
@@ -411,17 +413,17 @@ def _record_states(
         if edits:
             hooks.enter_context(unfused(model, family, edits))
         for layer in observed:
-            replace_state = _recording(states[layer], given[layer].split(lengths) if given else None)
+            replace_state = _make_recorder(states[layer], given[layer].split(lengths) if given else None)
             if layer == FIRST:
-                hooks.callback(layers[0].register_forward_pre_hook(_on_input(replace_state), with_kwargs=True).remove)
+                hooks.callback(layers[0].register_forward_pre_hook(_make_input_hook(replace_state), with_kwargs=True).remove)
             else:
-                hooks.callback(layers[layer].register_forward_hook(_on_output(replace_state)).remove)
+                hooks.callback(layers[layer].register_forward_hook(_make_output_hook(replace_state)).remove)
         passes = (model(document[None], use_cache=False, logits_to_keep=LOGITS) for document in documents.documents)
         logits = [output.logits[0] for output in passes]
     return {layer: torch.cat(parts) for layer, parts in states.items()}, torch.cat(logits)
 
 
-def _recording(states: list[Tensor], given: Sequence[Tensor] | None) -> Callable[[Tensor], Tensor]:
+def _make_recorder(states: list[Tensor], given: Sequence[Tensor] | None) -> Callable[[Tensor], Tensor]:
     """Return a function that appends a state (1, tokens, d) to ``states`` and returns the given one instead."""
 
     def record(state: Tensor) -> Tensor:
@@ -431,14 +433,14 @@ def _recording(states: list[Tensor], given: Sequence[Tensor] | None) -> Callable
     return record
 
 
-def _on_output(replace_state: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+def _make_output_hook(replace_state: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
     def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
         return replace_state(output) if isinstance(output, Tensor) else (replace_state(output[0]), *output[1:])
 
     return hook
 
 
-def _on_input(replace_state: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+def _make_input_hook(replace_state: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
     def hook(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         if args:
             return (replace_state(args[0]), *args[1:]), kwargs
@@ -447,6 +449,6 @@ def _on_input(replace_state: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
     return hook
 
 
-def _relative_errors(expected: Tensor, actual: Tensor) -> Tensor:
+def _compute_relative_errors(expected: Tensor, actual: Tensor) -> Tensor:
     """Return the relative error of each row, float64, of (rows, entries) tensors."""
     return (actual.double() - expected.double()).norm(dim=-1) / expected.double().norm(dim=-1)

@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 SPEED_FILE = "speed.json"
 
 
-def together(action: Callable[..., object], params: Params, **own: str) -> None:
-    """Do one of the following, with as many processes as it can use, and options of its own that are no parameters."""
+def run_distributed(action: Callable[..., object], params: Params, **options: str) -> None:
+    """Run one of the following actions in as many processes as it can use; ``options`` are those that are no parameters."""
     count = params.processes if action in (prune, profile) else 1
-    in_processes(count, lambda: action(params, **own), params.device)
+    in_processes(count, lambda: action(params, **options), params.device)
 
 
 def prune(params: Params, texts: Sequence[str] | None = None) -> Workspace:
@@ -120,7 +120,7 @@ def evaluate(params: Params, compare_with: str | None = None) -> None:
 
 
 def _dense_model(params: Params, model: Model, name: str) -> Model:
-    """Return the dense model that a pruned one is to stand beside.
+    """Return the dense model that a pruned one is compared with.
 
     Raises:
         ParameterError: the name can't be one, or is that of the pruned model.

@@ -10,7 +10,7 @@ from replaceme.base.progress import logger
 from replaceme.calibration.corpus import Corpus
 from replaceme.calibration.draw import Counts, draw_documents
 from replaceme.calibration.find import find_datasets
-from replaceme.calibration.sources import sources_of
+from replaceme.calibration.sources import list_sources
 from replaceme.models.find import recorded_model
 from replaceme.running.stage import Stage
 from replaceme.running.workspace import Workspace
@@ -20,8 +20,8 @@ def calibrate(params: Params, work: Workspace) -> None:
     """Write the calibration documents and their counts, in all and by source."""
     model = recorded_model(params, work.tokenizer_input)
     tokenizer, width = model.tokenizer(), getattr(model.config(), "hidden_size", 0)
-    sources, found = sources_of(params), find_datasets(params, read_json(work.dataset_input))
-    corpora = [source.open(params.seed) if source else Documents.load(work.own_text) for source in found]
+    sources, datasets = list_sources(params), find_datasets(params, read_json(work.dataset_input))
+    corpora = [source.open(params.seed) if source else Documents.load(work.own_text) for source in datasets]
     if params.pack and any(isinstance(corpus, Corpus) and corpus.running for corpus in corpora):
         logger.info("pack: has no effect on a running text, whose documents are full already")
     documents, counts = draw_documents(corpora, tokenizer, params)

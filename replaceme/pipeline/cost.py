@@ -77,7 +77,7 @@ def summary_of(evaluation: Mapping[str, Any], removed_layers: int, cost: Mapping
         for task, known in evaluation.get("calibration_text", {}).items()
         if task in ratios and (known["seen"] or known["same_domain"])
     ]
-    found = {
+    figures = {
         "removed_layers": removed_layers,
         "size_percent": 100 - evaluation["parameters"]["removed_percent"] if "parameters" in evaluation else None,
         "unseen_ratio": unseen.get("perplexity_ratio"),
@@ -92,7 +92,7 @@ def summary_of(evaluation: Mapping[str, Any], removed_layers: int, cost: Mapping
         "memory_gb": _times(cost.get("peak_memory_bytes"), 1e-9),
         "gpu_memory_gb": _times(cost.get("peak_cuda_bytes"), 1e-9),
     }
-    return {name: rounded(value) for name, value in found.items() if value is not None}
+    return {name: rounded(value) for name, value in figures.items() if value is not None}
 
 
 def _times(value: float | None, factor: float) -> float | None:

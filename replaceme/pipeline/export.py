@@ -45,7 +45,7 @@ def export(params: Params, work: Workspace) -> None:
         pruned = Model(folder, folder.name, trust_remote_code=source.trust_remote_code or not plain)
         figures = verify_export(source, pruned, edits, Documents.load(work.documents), budget)
         broken = broken_patterns(pruned.config(), source.family())
-        work.claim(sha256_below(folder).values())
+        work.record_own_files(sha256_below(folder).values())
     if broken:
         logger.warning(
             "export: %s no longer follows the family's pattern: transformers and vLLM read it from the config, but programs "
@@ -55,7 +55,7 @@ def export(params: Params, work: Workspace) -> None:
     if not plain:
         logger.warning(
             "export: no class of transformers has the form of the result: it loads with trust_remote_code=True, from the file "
-            "%s beside the weights",
+            "%s next to the weights",
             FILE,
         )
     write_json(work.metric("export"), rounded({**counts, **figures}))

@@ -9,14 +9,14 @@ from replaceme.running.workspace import Workspace
 
 def generate(params: Params, work: Workspace) -> None:
     """Write the documents that the model wrote, and their number."""
-    wanted = read_json(work.own_text_input)["documents"]
+    count = read_json(work.own_text_input)["documents"]
     with new_folder(work.own_text) as folder:
         # DVC does not track empty folders.
-        write_json(folder / "count.json", {"documents": wanted})
-        if not wanted:
+        write_json(folder / "count.json", {"documents": count})
+        if not count:
             logger.info("generate: dataset has no text of the model's own")
             return
-        # Loaded only if text is wanted.
+        # Loaded only if the model writes text.
         from replaceme.base.documents import Documents
         from replaceme.calibration.own_text import MAX_TOKENS, write_texts
         from replaceme.models.devices import use_processor
@@ -27,7 +27,7 @@ def generate(params: Params, work: Workspace) -> None:
         tokenizer = recorded_model(params, work.tokenizer_input).tokenizer()
         model, family = calibration_model(params, work.model_input)
         with eager_attention_where_faster(model, family):
-            documents = Documents(write_texts(model, tokenizer, wanted, min(params.max_length, MAX_TOKENS), params.seed))
+            documents = Documents(write_texts(model, tokenizer, count, min(params.max_length, MAX_TOKENS), params.seed))
         documents.save(folder)
         logger.info("generate: the model wrote %d documents, %d tokens", len(documents), documents.token_count)
 

@@ -19,7 +19,7 @@ from replaceme.base.files import new_folder, write_json
 from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
 from replaceme.calibration.find import dataset_fingerprints
-from replaceme.calibration.own_text import own_document_count
+from replaceme.calibration.own_text import count_own_documents
 from replaceme.evaluation.tasks import task_fingerprints
 from replaceme.methods.refusals import check_model, streaming_obstacle
 from replaceme.methods.registry import METHODS, criterion_of
@@ -67,7 +67,7 @@ def inspect_inputs(params: Params, work: Workspace) -> None:
         content[work.card_input.name] = identity(model, model.files((*CARD_FILES, TEXT_RECORD)))
     with _collecting(problems):
         content[work.dataset_input.name] = dataset_fingerprints(params)
-        content[work.own_text_input.name] = {"documents": own_document_count(params)}
+        content[work.own_text_input.name] = {"documents": count_own_documents(params)}
     with _collecting(problems):
         content[work.tasks_input.name] = task_fingerprints(params)
     if problems:

@@ -14,9 +14,9 @@ def plan(params: Params, work: Workspace) -> None:
     """Write the plan."""
     blocks = load_blocks(work.blocks)
     width = _width(params, work, blocks) if blocks and params.remove is not None else None
-    wanted = Plan(blocks, METHODS[params.method].statistics(params), width)
-    wanted.save(work.plan)
-    logger.info("plan: statistics of each block: %s", ", ".join(wanted.statistics) or "none")
+    statistics = METHODS[params.method].statistics(params)
+    Plan(blocks, statistics, width).save(work.plan)
+    logger.info("plan: statistics of each block: %s", ", ".join(statistics) or "none")
 
 
 def _width(params: Params, work: Workspace, blocks: Sequence[Block]) -> int | None:

@@ -1,7 +1,7 @@
 """report: a page with scores, figures and settings, and the model's card with its scores.
 
 The card in the model's folder is written before anything is scored, and no stage's output changes afterwards. So the card with
-the scores stands beside the page; it replaces the one in a copy of the folder.
+the scores stands next to the page; it replaces the one in a copy of the folder.
 """
 
 import re

@@ -1,7 +1,7 @@
 """Where a result goes without DVC, and whose it is: one process works there, and it replaces only what this program wrote.
 
-Intermediate results lie beside the result, in ``<save_path>.work``, with the record of the files that this program put into the
-result (``Workspace.claim``). A folder with any other file, or with a file that was changed, is refused.
+Intermediate results lie next to the result, in ``<save_path>.work``, with a record of the files that this program put into
+the result (``Workspace.record_own_files``). A folder with any other file, or with a file that was changed, is refused.
 """
 
 import os
@@ -33,7 +33,7 @@ def result_paths(params: Params, name: str) -> Workspace:
     """Return the paths of a result, which is ``<model>-<name>`` in the current folder if ``save_path`` is None."""
     source = local_path(params.model_path).resolve()
     model = source.name if source.is_dir() else params.model_path.replace("/", "--")
-    return Workspace.beside(_target(params, f"{model}-{name}"))
+    return Workspace.for_result(_target(params, f"{model}-{name}"))
 
 
 @contextmanager
@@ -41,18 +41,18 @@ def exclusive_result(params: Params, name: str) -> Iterator[Workspace]:
     """Yield the paths of a result, which are this process's alone in the block.
 
     Args:
-        params: ``save_path`` is the place of the result.
+        params: ``save_path`` is the folder of the result.
         name: as ``result_paths``.
 
     Raises:
-        ParameterError: another process works there, or the place holds files that this program didn't write, or isn't writable.
+        ParameterError: another process works there, or the folder isn't writable, or holds files of another program.
     """
     work = result_paths(params, name)
-    _check_place(work, params)
+    _check_target(work, params)
     _make_folder(work.root)
     with result_lock(work):
-        beside = [path for path in work.model.parent.iterdir() if path.name.startswith(f"{work.model.name}.")]
-        clear_partials([*work.root.rglob("*"), *beside], own=True)
+        partials = [path for path in work.model.parent.iterdir() if path.name.startswith(f"{work.model.name}.")]
+        clear_partials([*work.root.rglob("*"), *partials], own=True)
         yield work
 
 
@@ -65,33 +65,33 @@ def result_lock(work: Workspace) -> AbstractContextManager[None]:
     return locked(work.root / "in-use.lock", stop)
 
 
-def _check_place(work: Workspace, params: Params) -> None:
-    """Raise ParameterError for a place that is no folder, the dense model's, the pipeline's, or holds files of others."""
-    target, place = work.model, work.model.resolve()
+def _check_target(work: Workspace, params: Params) -> None:
+    """Raise ParameterError for a path that is no folder, the dense model's, the pipeline's, or holds files of others."""
+    target, resolved = work.model, work.model.resolve()
     if target.exists() and not target.is_dir():
-        raise ParameterError(f"save_path: {excerpt(target, 150)} exists and is no folder; choose another place.")
-    if place == local_path(params.model_path).resolve():
+        raise ParameterError(f"save_path: {excerpt(target, 150)} exists and is no folder; choose another one.")
+    if resolved == local_path(params.model_path).resolve():
         raise ParameterError(f"save_path: {target} is the model that is to be pruned; choose another folder.")
-    for folder in place.parents:
-        if (folder / "dvc.yaml").is_file() and place.is_relative_to(folder / "artifacts"):
+    for folder in resolved.parents:
+        if (folder / "dvc.yaml").is_file() and resolved.is_relative_to(folder / "artifacts"):
             artifacts = excerpt(folder / "artifacts", 150)
             raise ParameterError(f"save_path: {artifacts} belongs to the pipeline; choose another folder.")
-    if target.exists() and (foreign := work.foreign_file()):
+    if target.exists() and (foreign := work.find_foreign_file()):
         what = f"{excerpt(target, 100)} holds {excerpt(foreign)}, which this program did not write"
         raise ParameterError(f"save_path: {what}; choose another folder.")
 
 
 def publish_folder(work: Workspace, folder: Path) -> None:
-    """Copy a stage's output to the place of the result."""
-    work.claim(sha256_below(folder).values())
+    """Copy a stage's output to the folder of the result."""
+    work.record_own_files(sha256_below(folder).values())
     with new_folder(work.model) as copy:
         copy_tree(folder, copy)
 
 
 def publish_file(work: Workspace, file: Path, name: str) -> None:
     """Copy a stage's file into the result."""
-    work.claim(sha256_below(file).values())
-    # Not beside its place: a copy that is killed must not leave half a file in the result.
+    work.record_own_files(sha256_below(file).values())
+    # Not copied into the result directly: a copy that is killed must not leave half a file there.
     copy = work.root / name
     shutil.copyfile(file, copy)
     os.replace(copy, work.model / name)
@@ -142,4 +142,4 @@ def _make_folder(folder: Path) -> None:
     except OSError:
         writable = False
     if not writable:
-        raise ParameterError(f"save_path: nothing can be written in {folder}; choose another place.")
+        raise ParameterError(f"save_path: nothing can be written in {folder}; choose another folder.")

@@ -66,7 +66,7 @@ def stage_key(stage: Stage, params: Params, work: Workspace) -> str:
         "device": kind_of(resolve_device(params.device)),
         "code": code_digest(),
         "params": params.model_dump(include=set(stage.params)),
-        "reads": {artifact.place: _sums(work.path(artifact)) for artifact in stage.reads},
+        "reads": {artifact.name: _sums(work.path(artifact)) for artifact in stage.reads},
         "figures": {name: _sums(work.metric(name)) for name in stage.figures},
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -189,12 +189,12 @@ def format_comparison(comparison: Comparison) -> tuple[list[list[str]], list[str
     cells = _format_figures(table)
     fitting: list[str] = []
     for name in comparison.varying:
-        if len(align(_rows(head, table[[*fitting, name]], cells)).split("\n")[0]) <= TABLE_WIDTH:
+        if len(align(_join_columns(head, table[[*fitting, name]], cells)).split("\n")[0]) <= TABLE_WIDTH:
             fitting.append(name)
     notes = [_describe_setting(table, name) for name in comparison.settings if name not in fitting]
     if "seen" in cells:
         notes.append("seen: tasks that are scored on calibration text")
-    return _rows(head, table[fitting], cells), notes
+    return _join_columns(head, table[fitting], cells), notes
 
 
 def format_markdown(rows: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
@@ -204,7 +204,7 @@ def format_markdown(rows: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
     return "\n\n".join(["\n".join(lines), *notes]) + "\n"
 
 
-def _rows(*parts: pd.DataFrame) -> list[list[str]]:
+def _join_columns(*parts: pd.DataFrame) -> list[list[str]]:
     whole = pd.concat(parts, axis=1)
     return [list(whole), *whole.to_numpy().tolist()]
 

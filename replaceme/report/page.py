@@ -21,7 +21,7 @@ from replaceme.methods.registry import FIELDS, criterion_of
 from replaceme.models.embedded import MODELS
 from replaceme.report import sentences, tables
 from replaceme.report.pictures import Picture, draw_pictures
-from replaceme.running.versions import listed
+from replaceme.running.versions import list_versions
 from replaceme.running.workspace import Workspace
 
 SETTINGS_FILE, PICTURES = "params.yaml", "pictures"
@@ -91,7 +91,7 @@ def render(
         published=tables.tabulate_published(),
         about=MODELS[params.model_path].disclosure if params.model_path in MODELS else "",
         settings=settings,
-        versions=listed(made_with),
+        versions=list_versions(made_with),
         pictures=pictures,
     )
     return Page(html, pictures, settings)
@@ -106,11 +106,11 @@ def _collect_fits(solved: Mapping[str, Any], repaired: Mapping[str, Any]) -> dic
     return {"block 0": solved, **later}
 
 
-def _embedded(image: bytes) -> str:
+def _encode_image(image: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(image).decode()}"
 
 
-def _breakable(text: str) -> Markup:
+def _allow_breaks(text: str) -> Markup:
     """Allow line breaks after the underscores of a long task name."""
     return escape(text).replace("_", Markup("_<wbr>"))
 
@@ -123,4 +123,4 @@ _TEMPLATES = Environment(
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
-_TEMPLATES.filters |= {"embedded": _embedded, "breakable": _breakable}
+_TEMPLATES.filters |= {"embedded": _encode_image, "breakable": _allow_breaks}

@@ -47,23 +47,23 @@ def draw_pictures(
         "held-out documents": _read_points(work.edits / "held_out_loss.tsv", "step", "held_out_loss"),
     }
     pictures = {
-        "distances": _draw(draw_block_map, profile["angular_distance"], "angular distance (half turns)", blocks),
-        "cut_residuals": _draw(draw_block_map, profile["residual"], "relative residual of a linear map", blocks),
-        "layers": _draw(draw_layers, profile["layers"], blocks),
-        "scores": _draw(draw_scores, evaluation),
-        "loss": _draw(draw_curves, objective, "iteration", "objective per token"),
-        "repairs": _draw(draw_curves, repairs, "layer", "relative residual"),
-        "training": _draw(draw_curves, training, "step", "training loss"),
+        "distances": _draw_themes(draw_block_map, profile["angular_distance"], "angular distance (half turns)", blocks),
+        "cut_residuals": _draw_themes(draw_block_map, profile["residual"], "relative residual of a linear map", blocks),
+        "layers": _draw_themes(draw_layers, profile["layers"], blocks),
+        "scores": _draw_themes(draw_scores, evaluation),
+        "loss": _draw_themes(draw_curves, objective, "iteration", "objective per token"),
+        "repairs": _draw_themes(draw_curves, repairs, "layer", "relative residual"),
+        "training": _draw_themes(draw_curves, training, "step", "training loss"),
     }
     # Only ridges have a path.
     path = _read_points(work.solution / "residuals.csv", "alpha", "relative_residual")
     if path and "relative_residual" in solved:
         chosen = alpha, solved["relative_residual"]
-        pictures["residuals"] = _draw(draw_ridge_path, path, chosen, solved["smallest_eigenvalue"])
+        pictures["residuals"] = _draw_themes(draw_ridge_path, path, chosen, solved["smallest_eigenvalue"])
     return {name: picture for name, picture in pictures.items() if picture}
 
 
-def _draw(draw: Callable[..., Figure | None], *arguments: Any) -> Picture | None:
+def _draw_themes(draw: Callable[..., Figure | None], *arguments: Any) -> Picture | None:
     light, dark = (draw(*arguments, theme) for theme in (LIGHT, DARK))
     if not light or not dark:
         return None

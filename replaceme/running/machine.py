@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from replaceme.base.ranks import world_size
-from replaceme.running.versions import listed, versions
+from replaceme.running.versions import list_versions, versions
 
 # Linux alone has it.
 CPU_INFO = Path("/proc/cpuinfo")
@@ -29,7 +29,7 @@ def machine() -> str:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     parts = [processor(), f"{cores} core{'s' * (cores > 1)}", f"{memory / 1e9:.3g} GB of memory", *_gpus()]
     parts += [f"the first of {world_size()} processes"] if world_size() > 1 else []
-    return f"{', '.join(parts)}; {listed(versions(PACKAGES))}"
+    return f"{', '.join(parts)}; {list_versions(versions(PACKAGES))}"
 
 
 def _gpus() -> list[str]:

@@ -90,7 +90,7 @@ def pipeline_params(methods: Methods | None) -> Params:
 
 
 def check_pipeline_params(params: Params) -> None:
-    """Refuse settings of the console scripts: in the pipeline, the place of the result is fixed."""
+    """Refuse settings of the console scripts: in the pipeline, the path of the result is fixed."""
     problems = []
     if params.save_path not in (None, "artifacts/model"):
         problems.append(f"save_path: the pipeline writes to artifacts/model, not to '{params.save_path}'; use null here.")

@@ -22,9 +22,9 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
     return {package: _version(package) for package in sorted(packages)}
 
 
-def listed(found: Mapping[str, str]) -> str:
+def list_versions(packages: Mapping[str, str]) -> str:
     """Return versions in words: ``numpy 2.4.6, torch 2.13.0+cpu``."""
-    return ", ".join(f"{package} {found[package]}" for package in sorted(found))
+    return ", ".join(f"{package} {packages[package]}" for package in sorted(packages))
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Paths of a run: the same names below any root, with and without DVC; and which files at the place of a result are ours."""
+"""Paths of a run: the same names below any root, with and without DVC; and which files of a result this program wrote."""
 
 from __future__ import annotations
 
@@ -15,16 +15,20 @@ from replaceme.base.fingerprints import sha256_below
 
 @dataclass(frozen=True)
 class Artifact:
-    """What a stage writes, by its place below ``artifacts``."""
+    """What a stage writes: a file or folder.
 
-    place: str
+    Attributes:
+        name: its path below ``artifacts``.
+    """
+
+    name: str
 
 
-class _At:
+class _ArtifactPath:
     """Attribute of ``Workspace``: ``Workspace.documents`` is the artifact, ``work.documents`` its path."""
 
-    def __init__(self, place: str):
-        self.artifact = Artifact(place)
+    def __init__(self, name: str):
+        self.artifact = Artifact(name)
 
     @overload
     def __get__(self, work: None, owner: type) -> Artifact: ...
@@ -49,57 +53,57 @@ class Workspace:
     # What is read from outside (folder). Fingerprints of the dense model's weights, config and code; of the tokenizer, the chat
     # template and the generation config; of the dense model's card and licence; of the calibration text; and of the evaluation
     # text.
-    inputs = _At("inputs")
-    model_input = _At("inputs/model.json")
-    tokenizer_input = _At("inputs/tokenizer.json")
-    card_input = _At("inputs/card.json")
-    dataset_input = _At("inputs/dataset.json")
-    tasks_input = _At("inputs/tasks.json")
+    inputs = _ArtifactPath("inputs")
+    model_input = _ArtifactPath("inputs/model.json")
+    tokenizer_input = _ArtifactPath("inputs/tokenizer.json")
+    card_input = _ArtifactPath("inputs/card.json")
+    dataset_input = _ArtifactPath("inputs/dataset.json")
+    tasks_input = _ArtifactPath("inputs/tasks.json")
     # Versions of the packages that read text, that compute the model, and that score it (``replaceme.running.versions``).
-    text_versions = _At("inputs/text_versions.json")
-    model_versions = _At("inputs/model_versions.json")
-    score_versions = _At("inputs/score_versions.json")
+    text_versions = _ArtifactPath("inputs/text_versions.json")
+    model_versions = _ArtifactPath("inputs/model_versions.json")
+    score_versions = _ArtifactPath("inputs/score_versions.json")
     # How much text the dense model writes itself; and what it wrote (folder).
-    own_text_input = _At("inputs/own_text.json")
-    own_text = _At("own_text")
+    own_text_input = _ArtifactPath("inputs/own_text.json")
+    own_text = _ArtifactPath("own_text")
     # Calibration documents (folder).
-    documents = _At("documents")
+    documents = _ArtifactPath("documents")
     # Distances and per-layer figures (folder).
-    profile = _At("profile")
+    profile = _ArtifactPath("profile")
     # The blocks to remove; and with them the statistics to take.
-    blocks = _At("blocks.json")
-    plan = _At("plan.json")
+    blocks = _ArtifactPath("blocks.json")
+    plan = _ArtifactPath("plan.json")
     # Activation statistics (folder).
-    statistics = _At("statistics")
+    statistics = _ArtifactPath("statistics")
     # Edits as solved, as repaired, and as healed, which are the final ones (folders).
-    solution = _At("solution")
-    repaired = _At("repaired")
-    edits = _At("edits")
+    solution = _ArtifactPath("solution")
+    repaired = _ArtifactPath("repaired")
+    edits = _ArtifactPath("edits")
     # The pruned model (folder).
-    model = _At("model")
+    model = _ArtifactPath("model")
     # Scores of the dense model, and the requests that were scored (folder).
-    baseline = _At("baseline")
+    baseline = _ArtifactPath("baseline")
     # How both models go on after a few prompts.
-    continuations = _At("continuations.json")
+    continuations = _ArtifactPath("continuations.json")
     # The page and its pictures (folder).
-    report = _At("report")
+    report = _ArtifactPath("report")
     # Measured times, and the page with them (folder); no stage's output.
-    speed = _At("speed")
+    speed = _ArtifactPath("speed")
 
     @classmethod
-    def beside(cls, save_path: Path) -> Workspace:
-        """Return the paths of a run without DVC, whose work folder lies beside its result."""
+    def for_result(cls, save_path: Path) -> Workspace:
+        """Return the paths of a run without DVC, whose work folder lies next to its result."""
         return cls(save_path.with_name(f"{save_path.name}.work"), save_path)
 
     def path(self, artifact: Artifact) -> Path:
         """Return the path of an artifact."""
         if artifact == Workspace.model and self.save_path:
             return self.save_path
-        return self.artifact(artifact.place)
+        return self.artifact(artifact.name)
 
-    def artifact(self, place: str) -> Path:
-        """Return the path of a place below ``artifacts``."""
-        return self.root / "artifacts" / place
+    def artifact(self, name: str) -> Path:
+        """Return a path below ``artifacts``."""
+        return self.root / "artifacts" / name
 
     def unfinished(self, name: str) -> Path:
         """Return the folder of what a stage keeps while it runs, to go on there if interrupted."""
@@ -113,27 +117,28 @@ class Workspace:
         """Return the path of what a run without DVC records of a finished stage."""
         return self.root / "stages" / f"{stage}.json"
 
-    def claim(self, sums: Iterable[str]) -> None:
-        """Record the sums (sha256) of files that are about to get their place in ``save_path``: they are this program's.
+    def record_own_files(self, sums: Iterable[str]) -> None:
+        """Record the sums (sha256) of files that are about to be moved to ``save_path``: this program wrote them.
 
-        They are recorded before, so that a run that is killed meanwhile knows its own files. The pipeline's place is DVC's.
+        They are recorded before the move, so that the next run knows the files if this one is killed. In the pipeline, DVC
+        knows them.
         """
         if self.save_path:
-            write_json(self._claims, sorted({*self._claimed(), *sums}))
+            write_json(self._own_files, sorted({*self._read_own_files(), *sums}))
 
-    def foreign_file(self) -> str | None:
+    def find_foreign_file(self) -> str | None:
         """Return a file below ``save_path`` that this program did not write, or that was changed since; None without one."""
-        claimed = self._claimed()
+        own = self._read_own_files()
         links = (path.relative_to(self.model).as_posix() for path in self.model.rglob("*") if path.is_symlink())
-        changed = (name for name, digest in sha256_below(self.model).items() if digest not in claimed)
+        changed = (name for name, digest in sha256_below(self.model).items() if digest not in own)
         return next(chain(links, changed), None)
 
     @property
-    def _claims(self) -> Path:
+    def _own_files(self) -> Path:
         return self.root / "claims.json"
 
-    def _claimed(self) -> set[str]:
+    def _read_own_files(self) -> set[str]:
         try:
-            return {*read_json(self._claims)}
+            return {*read_json(self._own_files)}
         except (ResourceError, ValueError):  # there is none, or a crash of the machine has damaged it
             return set()

@@ -19,7 +19,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from replaceme.base.documents import HELD_OUT_EVERY, Batch, Documents, seeded_order, split_places
+from replaceme.base.documents import HELD_OUT_EVERY, Batch, Documents, seeded_order, split_indices
 from replaceme.base.group import all_reduce_sum, merge_rows, shard
 from replaceme.base.progress import progress
 from replaceme.base.scratch import scratch, unmap
@@ -93,7 +93,7 @@ def choose_tokens(documents: Documents, fit_tokens: int) -> tuple[Tensor, Tensor
     ordered = documents.in_walk_order()
     lengths = torch.tensor([len(document) for document in ordered.documents])
     of_document = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-    _, held_out = split_places(ordered.sources, HELD_OUT_EVERY)
+    _, held_out = split_indices(ordered.sources, HELD_OUT_EVERY)
     if held_out:
         fit = ~torch.isin(of_document, torch.tensor(held_out))
     else:

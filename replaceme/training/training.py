@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from replaceme.base.documents import Batch, Documents, seeded_order, split_places
+from replaceme.base.documents import Batch, Documents, seeded_order, split_indices
 from replaceme.base.errors import SolveError
 from replaceme.base.group import all_gather, all_reduce_sum, merge_rows
 from replaceme.base.progress import logger, progress
@@ -191,7 +191,7 @@ class TrainingRun:
         self.task, self.parameters, self.schedule, self.folder, self.key = task, parameters, schedule, folder, key
         ordered = task.documents.in_walk_order()
         self.lengths = [len(text) for text in ordered.documents]
-        self.train_indices, self.held_out = split_places(ordered.sources, HELD_OUT_EVERY)
+        self.train_indices, self.held_out = split_indices(ordered.sources, HELD_OUT_EVERY)
         self.optimizer = torch.optim.AdamW(parameters.values(), lr=schedule.learning_rate, weight_decay=WEIGHT_DECAY)
         self.per_epoch = -(-len(self.train_indices) // schedule.batch_size)
         self.steps = self.per_epoch * schedule.epochs

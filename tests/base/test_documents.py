@@ -18,7 +18,7 @@ from replaceme.base.documents import (
     excerpts_of,
     folds_of,
     split_documents,
-    split_places,
+    split_indices,
 )
 
 
@@ -29,16 +29,16 @@ def made(sources: list[int]) -> Documents:
 
 @pytest.mark.parametrize("every", [5, 20])
 def test_of_documents_of_their_own_the_last_of_each_few_is_held_out(every: int) -> None:
-    used, held_out = split_places(range(47), every)
+    used, held_out = split_indices(range(47), every)
     assert held_out == [*range(every - 1, 47, every)]
     assert sorted(used + held_out) == [*range(47)]
-    assert split_places(range(every - 1), every)[1] == []
+    assert split_indices(range(every - 1), every)[1] == []
 
 
 @given(st.lists(st.integers(0, 9), max_size=60), st.sampled_from([5, 20]))
 @settings(max_examples=200, deadline=None)
 def test_no_text_is_on_both_sides_of_a_split(sources: list[int], every: int) -> None:
-    used, held_out = split_places(sources, every)
+    used, held_out = split_indices(sources, every)
     assert sorted(used + held_out) == [*range(len(sources))]
     kept, gone = ({sources[place] for place in places} for places in (used, held_out))
     assert not kept & gone
@@ -52,7 +52,7 @@ def test_no_text_is_on_both_sides_of_a_split(sources: list[int], every: int) -> 
 @settings(max_examples=200, deadline=None)
 def test_every_domain_holds_out_its_own_share(domains: list[int], every: int) -> None:
     sources = [(domain << SOURCE_BITS) + number for number, domain in enumerate(domains)]
-    _, held_out = split_places(sources, every)
+    _, held_out = split_indices(sources, every)
     counts, gone = Counter(domains), Counter(domains[place] for place in held_out)
     if len(sources) < every:
         assert not held_out
@@ -64,7 +64,7 @@ def test_every_domain_holds_out_its_own_share(domains: list[int], every: int) ->
 def test_whole_texts_are_held_out_of_each_domain() -> None:
     # Ten texts of two pieces and ten of one, in turn.
     sources = [source for number in range(10) for source in (number, number, (1 << SOURCE_BITS) + number)]
-    used, held_out = split_places(sources, 5)
+    used, held_out = split_indices(sources, 5)
     gone = {sources[place] for place in held_out}
     assert not gone & {sources[place] for place in used}
     assert Counter(source >> SOURCE_BITS for source in gone) == {0: 2, 1: 2}

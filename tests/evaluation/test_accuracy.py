@@ -118,7 +118,7 @@ def test_a_group_has_lm_evals_aggregate_and_a_tag_is_reported_by_task(library: C
     library("two", tag="both", doc_to_text="{{question}}")
     library("group", group="all", task=["one", "two"], aggregate_metric_list=[{"metric": "acc_norm", "weight_by_size": True}])
     library("loose", group="loose", task=["one", "two"])
-    assert catalogue.single_tasks("all") == catalogue.single_tasks("both") == ["one", "two"]
+    assert catalogue.list_single_tasks("all") == catalogue.list_single_tasks("both") == ["one", "two"]
     model = made_model(max_position_embeddings=1024)
     assert set(run(model, Task("both")).accuracy) == set(run(model, Task("loose")).accuracy) == {"one", "two"}
     whole, parts = run(model, Task("all", limit=10)), run(model, Task("both", limit=10))
@@ -140,7 +140,7 @@ def test_a_group_weights_its_tasks_equally_if_lm_eval_defines_it_so(library: Cal
     }  # fmt: skip
     aggregate = [{"metric": "acc_norm", "weight_by_size": False}]
     library("group", group="all", task=["one", few], aggregate_metric_list=aggregate)
-    assert catalogue.single_tasks("all") == ["one", "all::few"]
+    assert catalogue.list_single_tasks("all") == ["one", "all::few"]
     scores = run(made_model(max_position_embeddings=1024), Task("all"))
     parts, accuracy = scores.items["accuracy/all"].split([40, 5]), scores.accuracy["all"]
     assert not accuracy["by_size"]

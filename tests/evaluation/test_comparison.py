@@ -17,7 +17,7 @@ from replaceme.base.errors import DatasetError
 from replaceme.base.parameters import Params
 from replaceme.evaluation.comparison import compare_scores
 from replaceme.evaluation.scores import Scores, score_model
-from replaceme.evaluation.standard_errors import Sample, paired_p_value
+from replaceme.evaluation.standard_errors import Sample, compute_paired_p_value
 from replaceme.evaluation.tables import format_score_comparison, format_scores, tabulate_score_comparison
 from replaceme.evaluation.tasks import task_fingerprints
 from replaceme.models.devices import kind_of
@@ -99,7 +99,7 @@ def test_differences_of_independent_items_are_tested_on_them() -> None:
     before, after, _ = scores_in_articles(30, 2)
     comparison = compare_items(before, after, [alone(60)])
     entry = comparison["accuracy"]["c"]
-    assert entry["p_value"] == paired_p_value(before, after)
+    assert entry["p_value"] == compute_paired_p_value(before, after)
     assert entry["stderr_diff"] == pytest.approx(float((after - before).std() / 60**0.5))
     assert entry["items"] == 60
     assert "articles" not in entry

@@ -15,7 +15,7 @@ from replaceme.base.entries import Task
 from replaceme.base.parameters import Params, read_params
 from replaceme.calibration import embedded
 from replaceme.calibration.find import dataset_fingerprints
-from replaceme.calibration.sources import identified_sources
+from replaceme.calibration.sources import identify_sources
 from replaceme.calibration.tokenization import render_chat
 from replaceme.evaluation.contamination import CalibrationText, hash_ngrams
 from replaceme.evaluation.embedded_tasks import EMBEDDED
@@ -26,7 +26,7 @@ from tests.conftest import made_text, made_tokenizer
 
 
 def calibrated_on(*texts: str, fingerprints: dict[str, Any] | None = None, **options: Any) -> CalibrationText:
-    sources = identified_sources(read_params(None, options), fingerprints or {"sha256": "another"})
+    sources = identify_sources(read_params(None, options), fingerprints or {"sha256": "another"})
     return CalibrationText(sources, np.unique(np.concatenate([np.empty(0, np.int64), *map(hash_ngrams, texts)])))
 
 
@@ -88,7 +88,7 @@ def test_an_embedded_task_is_seen_by_a_calibration_on_its_split(split: str | Non
     params = read_params(None, {"dataset": "wikipedia-sample", "dataset_split": split})
     calibration = calibrated_on(fingerprints=dataset_fingerprints(params), dataset_split=split)
     for name in ("wikipedia", "wikipedia_continuation"):
-        assert compare(calibration, ["other"], name, embedded.text_fingerprint("wikipedia-sample"))["seen"] == same
+        assert compare(calibration, ["other"], name, embedded.fingerprint_text("wikipedia-sample"))["seen"] == same
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_a_model_knows_only_the_calibration_that_it_is_given(params: Params, tin
     params = params.model_copy(update={"tasks": (*params.tasks, Task(str(questions), limit=6))})
     fingerprints, tokenizer = task_fingerprints(params), made_tokenizer()
     documents = Documents([torch.tensor(tokenizer.encode(text))])
-    sources = identified_sources(params, dataset_fingerprints(params))
+    sources = identify_sources(params, dataset_fingerprints(params))
     dense = score_model(params, tiny, fingerprints, is_dense=True)
     assert "calibration_text" not in dense.figures
     calibration = CalibrationText.of_documents(sources, documents, tokenizer)
@@ -136,7 +136,7 @@ def test_other_text_of_a_calibrated_domain_is_not_unseen() -> None:
     calibration = calibrated_on(dataset=params.dataset, fingerprints=dataset_fingerprints(params))
     for name, same in {"wikipedia": 1, "bbc_news": 1, "python_code": 0, "retrieval_exact": 0}.items():
         text = EMBEDDED[name].text
-        figures = compare(calibration, ["other"], name, embedded.text_fingerprint(text) if text else "retrieval_exact-v1")
+        figures = compare(calibration, ["other"], name, embedded.fingerprint_text(text) if text else "retrieval_exact-v1")
         assert figures == {"seen": 0, "same_domain": same, "overlap": 0}
 
 
@@ -155,5 +155,5 @@ def test_the_words_of_the_chat_template_are_no_copies() -> None:
     calibration = CalibrationText.of_documents([], Documents([torch.tensor(one)]), tokenizer)
     windows = [tokenizer.decode(ids) for ids in (one, other)]
     assert len(hash_ngrams(windows[1])) > 10
-    pieces = [calibration.without_template(window) for window in windows]
+    pieces = [calibration.split_at_template(window) for window in windows]
     assert [calibration.measure_contamination("t", Task("t.txt"), "", [piece])["overlap"] for piece in pieces] == [1, 0]

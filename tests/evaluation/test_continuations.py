@@ -57,6 +57,8 @@ def test_a_chat_goes_through_the_template_up_to_the_reply() -> None:
     prompts = [tokenizer.encode(f"<user>{prompt.text}\n<assistant>" if prompt.chat else prompt.text) for prompt in PROMPTS]
     expected = [tokenizer.decode(plain_greedy(model, ids, MAX_TOKENS), skip_special_tokens=True) for ids in prompts]
     assert continue_prompts(model, tokenizer, "test") == expected
+    short = made_model("gpt2", max_position_embeddings=16)
+    assert len(continue_prompts(short, tokenizer, "test")) == len(PROMPTS)
 
 
 @pytest.mark.parametrize("template", [None, "{{ raise_exception('no user') }}"])
@@ -65,10 +67,6 @@ def test_without_a_usable_chat_template_the_prompt_is_plain(template: str | None
     tokenizer.chat_template = template
     expected = [write_continuations(model, tokenizer, [tokenizer.encode(prompt.text)], MAX_TOKENS)[0] for prompt in PROMPTS]
     assert continue_prompts(model, tokenizer, "test") == expected
-
-
-def test_prompts_fit_the_positions_that_a_model_has() -> None:
-    assert len(continue_prompts(made_model("gpt2", max_position_embeddings=16), made_tokenizer(), "test")) == len(PROMPTS)
 
 
 def test_the_dense_models_continuations_are_kept_with_its_scores(params: Params, tiny: Model, tmp_path: Path) -> None:

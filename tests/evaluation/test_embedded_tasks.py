@@ -9,9 +9,9 @@ from replaceme.evaluation.embedded_tasks import (
     MIN_CONTEXT_WORDS,
     PAIRS,
     RETRIEVAL_ITEMS,
-    continuation_items,
-    last_word_items,
-    retrieval_items,
+    make_continuation_items,
+    make_last_word_items,
+    make_retrieval_items,
 )
 from replaceme.evaluation.tasks import task_items
 from tests.conftest import made_text
@@ -19,7 +19,7 @@ from tests.conftest import made_text
 
 def test_continuations_are_runs_of_sentences_with_one_true_end() -> None:
     articles = [made_text(120, seed) for seed in range(4)]
-    items = continuation_items(articles)
+    items = make_continuation_items(articles)
     assert len(items) > 20
     for item in items:
         assert len(item["query"].split()) >= MIN_CONTEXT_WORDS["continuation"]
@@ -29,7 +29,7 @@ def test_continuations_are_runs_of_sentences_with_one_true_end() -> None:
         assert any(true in article for article in articles)
         false = [f"{item['query']} {choice}" for choice in item["choices"] if choice not in true]
         assert not any(text in article for text in false for article in articles)
-    assert items == continuation_items(iter(articles))
+    assert items == make_continuation_items(iter(articles))
     assert {item["gold"] for item in items} == {0, 1, 2, 3}
     assert len({item["article"] for item in items}) == 4
 
@@ -43,9 +43,9 @@ def test_last_words_end_a_sentence_and_occur_in_the_passage_before_it() -> None:
             sentences[index - 3] += f" near the zebra{'abcdef'[index // 10]}"
             sentences[index] += f" saw the zebra{'abcdef'[index // 10]}"
         articles.append(". ".join(sentences))
-    items = last_word_items(articles)
+    items = make_last_word_items(articles)
     assert len(items) >= 8
-    assert items == last_word_items(iter(articles))
+    assert items == make_last_word_items(iter(articles))
     homes = {item["article"]: {article for article in articles if item["context"][:60] in article} for item in items}
     assert len(homes) == len({*map(frozenset, homes.values())}) > 1
     for item in items:
@@ -63,9 +63,9 @@ def test_embedded_tasks_have_enough_items_for_a_standard_error_below_two_and_a_h
 
 
 def test_each_answer_of_the_retrieval_is_the_code_of_the_name_that_is_asked_for() -> None:
-    items = retrieval_items()
+    items = make_retrieval_items()
     random.seed(5)
-    assert retrieval_items() == items
+    assert make_retrieval_items() == items
     assert len(items) == len({item["query"] for item in items}) == RETRIEVAL_ITEMS
     for number, item in enumerate(items):
         context, question, start = item["query"].split("\n")

@@ -49,51 +49,12 @@ def test_windows_of_several_texts_are_no_independent_sample() -> None:
     assert figures["stderr"] == pytest.approx(math.exp(nll) * expected, rel=1e-4)
 
 
-def test_windows_survive_the_disk() -> None:
-    windows = cut_windows("t", [made_text(30, seed) for seed in range(3)], made_tokenizer(), None, 64)
-    loaded = Windows.load(windows.tensors("t"), "t")
-    assert all(map(torch.equal, loaded.ids, windows.ids))
-    assert (loaded.texts, loaded.tokens, loaded.words, loaded.bytes) == (
-        windows.texts, windows.tokens, windows.words, windows.bytes,
-    )  # fmt: skip
-
-
 def test_a_figure_that_overflows_is_left_out() -> None:
     endless = "ab" * 900  # one word of so many tokens that its perplexity overflows
     windows = cut_windows("t", [endless], made_tokenizer(), None)
     figures = compute_perplexities(score_windows(made_model(max_position_embeddings=2048), windows, 1, "t")["losses"], windows)
     assert "word" not in figures
     assert {"token", "byte"} <= set(figures)
-
-
-def test_a_start_of_several_ids_makes_no_empty_windows() -> None:
-    tokenizer = made_tokenizer(bos=False)
-    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> </s> $A", special_tokens=[("<s>", 0), ("</s>", 1)]
-    )
-    windows = cut_windows("t", ["the river", made_text(400)], tokenizer, None)
-    assert all(len(window) > 2 for window in windows.ids)
-
-
-def test_windows_come_from_each_text_in_turn_up_to_the_limit() -> None:
-    tokenizer = made_tokenizer(bos=False)
-    texts = [made_text(300, 1), made_text(300, 2)]
-    windows = cut_windows("t", texts, tokenizer, WINDOW + 10)
-    assert [len(window) for window in windows.ids] == [WINDOW, 10]
-    assert windows.tokens == WINDOW + 10
-    assert windows.ids[1].tolist() == tokenizer.encode(texts[1])[:10]
-
-
-def test_a_text_without_tokens_is_an_error() -> None:
-    with pytest.raises(DatasetError, match="tasks: t has no text after tokenization"):
-        cut_windows("t", [" "], made_tokenizer(), None)
-
-
-def test_windows_are_no_longer_than_the_positions_that_a_model_has() -> None:
-    model, tokenizer = made_model("gpt2", n_positions=64, max_position_embeddings=64), made_tokenizer()
-    windows = cut_windows("t", [made_text(60)], tokenizer, None, model.config.max_position_embeddings)
-    assert max(map(len, windows.ids)) == 64
-    assert compute_perplexities(score_windows(model, windows, 2, "t")["losses"], windows)["token"] > 1
 
 
 def test_divergence_and_agreement_equal_those_of_the_whole_distributions() -> None:
@@ -138,3 +99,24 @@ def test_a_model_agrees_with_itself_everywhere_although_predictions_of_few_bits_
     same = score_windows(model, windows, 1, "t", score_windows(model, windows, 1, "t", keep_likely=True))
     assert not same["divergences"].any()
     assert bool((same["agreements"] == 1).all())
+
+
+def test_windows_come_from_each_text_in_turn_up_to_the_limit_and_the_models_positions() -> None:
+    tokenizer, texts = made_tokenizer(bos=False), [made_text(300, 1), made_text(300, 2)]
+    windows = cut_windows("t", texts, tokenizer, WINDOW + 10)
+    assert [len(window) for window in windows.ids] == [WINDOW, 10]
+    assert windows.tokens == WINDOW + 10
+    assert windows.ids[1].tolist() == tokenizer.encode(texts[1])[:10]
+    windows = cut_windows("t", texts, made_tokenizer(), None, 64)
+    assert max(map(len, windows.ids)) == 64
+    loaded = Windows.load(windows.tensors("t"), "t")
+    assert all(map(torch.equal, loaded.ids, windows.ids))
+    assert (loaded.texts, loaded.tokens, loaded.words, loaded.bytes) == (
+        windows.texts, windows.tokens, windows.words, windows.bytes,
+    )  # fmt: skip
+    # A start of several ids makes no windows without text.
+    start = processors.TemplateProcessing(single="<s> </s> $A", special_tokens=[("<s>", 0), ("</s>", 1)])
+    tokenizer._tokenizer.post_processor = start
+    assert all(len(window) > 2 for window in cut_windows("t", ["the river", made_text(400)], tokenizer, None).ids)
+    with pytest.raises(DatasetError, match="tasks: t has no text after tokenization"):
+        cut_windows("t", [" "], tokenizer, None)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy.stats import ttest_1samp, ttest_rel
 from torch import Tensor
 
-from replaceme.evaluation.standard_errors import Sample, paired_p_value, t_test
+from replaceme.evaluation.standard_errors import Sample, compute_paired_p_value, t_test
 from replaceme.evaluation.windows import Windows
 
 
@@ -22,12 +22,12 @@ def test_significance_is_the_exact_mcnemar_test(pairs: list[tuple[bool, bool]]) 
     better, worse = sum(not a and b for a, b in pairs), sum(a and not b for a, b in pairs)
     n, k = better + worse, min(better, worse)
     expected = min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n) if n else 1.0
-    assert paired_p_value(before, after) == pytest.approx(expected, rel=1e-9)
+    assert compute_paired_p_value(before, after) == pytest.approx(expected, rel=1e-9)
 
 
 def test_scores_other_than_0_and_1_are_compared_by_the_paired_t_test() -> None:
     before, after = torch.rand(2, 200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    assert paired_p_value(before, after) == pytest.approx(ttest_rel(before.numpy(), after.numpy()).pvalue)
+    assert compute_paired_p_value(before, after) == pytest.approx(ttest_rel(before.numpy(), after.numpy()).pvalue)
     assert t_test(0.3, 0.2) == pytest.approx(math.erfc(1.5 / 2**0.5))
     assert (t_test(0.0, 0.0), t_test(0.1, 0.0)) == (1, 0)
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from replaceme.base.documents import Documents, split_places
+from replaceme.base.documents import Documents, split_indices
 from replaceme.base.errors import SolveError
 from replaceme.base.files import read_json
 from replaceme.base.parameters import Params
@@ -170,7 +170,7 @@ def test_held_out_texts_are_not_trained_on(pieces: int, tmp_path: Path) -> None:
     texts = Documents(many_documents(40).documents, [number // pieces for number in range(40)])
     distillation = distillation_of(made_model(), texts)
     ordered = texts.in_walk_order()
-    train_indices, held_out = split_places(ordered.sources, training.HELD_OUT_EVERY)
+    train_indices, held_out = split_indices(ordered.sources, training.HELD_OUT_EVERY)
     assert (sorted(train_indices + held_out), len(held_out)) == ([*range(40)], 2)
     assert not {ordered.sources[place] for place in train_indices} & {ordered.sources[place] for place in held_out}
     schedule = LearningRateSchedule(1e-3, 1, 4, RATE)

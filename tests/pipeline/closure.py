@@ -2,7 +2,7 @@
 
 import ast
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -18,6 +18,7 @@ ASKED = {
 METHODS, CRITERIA = ROOT / "replaceme" / "methods", ROOT / "replaceme" / "selection" / "criteria.py"
 
 
+@cache
 def import_closure(script: Path) -> set[str]:
     """Return the paths, relative to the repository, of all first-party files that a stage's script loads when it runs.
 
@@ -52,22 +53,50 @@ def imported_modules(path: Path, calls: Callable[[str], bool] = lambda function:
         path: the file.
         calls: whether to count the imports within a function, or a method of a class, of this name.
     """
-    files: list[Path] = []
-    waiting: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    return [file for functions, file in _imports_by_function(path) if all(map(calls, functions))]
+
+
+@cache
+def _imports_by_function(path: Path) -> list[tuple[tuple[str, ...], Path]]:
+    """Return each first-party file that a file imports, with the names of the functions around the import."""
+    imports: list[tuple[tuple[str, ...], Path]] = []
+    waiting: list[tuple[tuple[str, ...], ast.AST]] = [((), parse(path))]
     while waiting:
-        node = waiting.pop()
+        functions, node = waiting.pop()
+        files: list[Path] = []
         if isinstance(node, ast.Import):
-            files += [file for alias in node.names for file in _file_of(alias.name)]
+            files = [file for alias in node.names for file in _file_of(alias.name)]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            for alias in node.names:
-                files += _file_of(f"{node.module}.{alias.name}") or _file_of(str(node.module))
+            files = [
+                file for alias in node.names for file in _file_of(f"{node.module}.{alias.name}") or _file_of(str(node.module))
+            ]
+        imports += [(functions, file) for file in files]
         typing_only = isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
-        if not typing_only and not (isinstance(node, ast.FunctionDef) and not calls(node.name)):
-            waiting += ast.iter_child_nodes(node)
-    return files
+        if not typing_only:
+            inner = (*functions, node.name) if isinstance(node, ast.FunctionDef) else functions
+            waiting += [(inner, child) for child in ast.iter_child_nodes(node)]
+    return imports
 
 
+@cache
+def imported_packages(path: Path) -> frozenset[str]:
+    """Return the packages that a file imports, by their first names."""
+    names: set[str] = set()
+    for node in ast.walk(parse(path)):
+        modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        modules += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+        names |= {module.split(".")[0] for module in modules}
+    return frozenset(names)
+
+
+@cache
+def parse(path: Path) -> ast.Module:
+    """Return the syntax tree of a file, which is read once."""
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
 def _file_of(module: str) -> list[Path]:
     if module.split(".")[0] not in PACKAGES:
         return []
@@ -75,5 +104,6 @@ def _file_of(module: str) -> list[Path]:
     return [file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()][:1]
 
 
+@cache
 def _packages_of(path: Path) -> list[Path]:
     return [parent / "__init__.py" for parent in path.parents if ROOT in parent.parents and (parent / "__init__.py").is_file()]

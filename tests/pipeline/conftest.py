@@ -39,6 +39,13 @@ atexit.register(note)
 """
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of a real run by DVC as slow."""
+    for item in items:
+        if "project" in getattr(item, "fixturenames", ()):
+            item.add_marker("slow")
+
+
 @pytest.fixture(autouse=True)
 def _no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make each picture a dot: drawing takes half of a small run. The fixture ``finished`` and the stages of DVC draw them."""

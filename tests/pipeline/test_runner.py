@@ -110,7 +110,7 @@ def test_a_run_killed_after_its_result_got_its_place_knows_it(
     killed_when(runner, "write_json", lambda path: path.name == "export.json")
     killed_when(shutil, "copyfile", lambda path: Path(path).name == CARD_FILE)
     assert run("--alpha", "7") == [*ORDER]
-    assert Workspace(tmp_path / "result.work", tmp_path / "result").foreign_file() is None
+    assert Workspace(tmp_path / "result.work", tmp_path / "result").find_foreign_file() is None
 
 
 def test_the_log_says_how_far_a_run_is(

@@ -32,7 +32,10 @@ def test_a_model_with_too_few_positions_is_refused(params: Params, save_tiny: Ca
             speed.measure_speed(params, short, short)
 
 
-def test_times_fit_the_positions_that_a_model_has(params: Params, save_tiny: Callable[..., Model]) -> None:
+def test_times_fit_the_positions_that_a_model_has(
+    params: Params, save_tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speed, "ROUNDS", 1)
     short = save_tiny("gpt2", max_position_embeddings=70)
     assert speed.measure_speed(params, short, short)["prompt_tokens"] == 6
 
@@ -51,7 +54,7 @@ def test_code_of_a_model_is_trusted_only_if_the_user_says_so(
     monkeypatch.setattr("replaceme.models.find.recorded_model", lambda _params, path: Model(path, "dense"))
     monkeypatch.setattr("replaceme.models.find.identity", lambda _: None)
     monkeypatch.setattr(actions, "read_json", lambda _: None)
-    monkeypatch.setattr(actions, "result_of", lambda _: Workspace(tmp_path))
+    monkeypatch.setattr(actions, "existing_result", lambda _: Workspace(tmp_path))
     own = params.model_copy(update={"trust_remote_code": trusted})
     with pytest.raises(InterruptedError):
         actions.measure(own)

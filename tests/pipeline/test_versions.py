@@ -1,6 +1,5 @@
 """Versions of packages: in the inputs, among what a stage depends on, and beside the scores."""
 
-import ast
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from replaceme.running import versions as versions_module
 from replaceme.running.stage import ORDER
 from replaceme.running.versions import MODEL, SCORES, TEXT
 from replaceme.running.workspace import Workspace
-from tests.pipeline.closure import ROOT, import_closure
+from tests.pipeline.closure import ROOT, import_closure, imported_packages
 
 GROUPS = {Workspace.text_versions: TEXT, Workspace.model_versions: MODEL, Workspace.score_versions: SCORES}
 
@@ -44,12 +43,8 @@ def test_the_inputs_have_the_same_bytes_until_a_version_changes(
 def test_a_stage_depends_on_the_version_of_each_listed_package_that_it_imports(name: str) -> None:
     listed = {"torch", "transformers", "safetensors", "datasets", "lm_eval", "numpy", "scipy", "mwparserfromhell"}
     declared = {package.replace("-", "_") for read in STAGES[name].reads for package in GROUPS.get(read, ())}
-    imported = set()
-    for file in import_closure(ROOT / "stages" / f"{name}.py"):
-        for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8"))):
-            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            modules += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
-            imported |= {module.split(".")[0] for module in modules}
+    files = import_closure(ROOT / "stages" / f"{name}.py")
+    imported = {package for file in files for package in imported_packages(ROOT / file)}
     assert "torch" in declared
     # models/hub.py imports datasets to resolve a data set, which these stages don't read.
     assert imported & listed - declared <= ({"datasets"} if name in ORDER[2:10] else set())

@@ -19,8 +19,7 @@ STAGE = ["-m", "stages.profile"]
 SCRIPT = ["-c", "import sys; from replaceme.cli.commands import run_replaceme; sys.argv = ['run_replaceme']; run_replaceme()"]
 
 
-@pytest.mark.parametrize("command", [STAGE, SCRIPT], ids=["stage", "console script"])
-@pytest.mark.parametrize("chosen", [None, "ACTIVE"])
+@pytest.mark.parametrize(("command", "chosen"), [(STAGE, None), (SCRIPT, "ACTIVE")], ids=["stage", "console script"])
 def test_threads_wait_without_spinning_unless_the_user_says_so(command: list[str], chosen: str | None, tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("import os; os.write(1, os.environ['OMP_WAIT_POLICY'].encode()); os._exit(7)")
     env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}

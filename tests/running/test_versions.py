@@ -6,13 +6,13 @@ import sys
 import torch
 
 from replaceme.models.devices import kind_of
-from replaceme.running.versions import listed, versions
+from replaceme.running.versions import list_versions, versions
 
 
 def test_versions_are_those_installed_and_a_missing_package_has_none() -> None:
     found = versions(("torch", "no-such-package"))
     assert found == {"no-such-package": "none", "torch": torch.__version__}
-    assert listed(found) == f"no-such-package none, torch {torch.__version__}"
+    assert list_versions(found) == f"no-such-package none, torch {torch.__version__}"
 
 
 def test_no_package_is_imported_for_its_version() -> None:
