@@ -112,6 +112,30 @@ def prune(
         ModelError, DatasetError: the model can't be pruned exactly, or there is no such text.
         ResourceError: the machine lacks disk, memory or a device, or the hub can't be reached.
     """
+    _check_call(texts, preset, settings)
+    with _saved_model(model, tokenizer) as source:
+        given = {**settings, "model_path": str(source), "layers_to_skip": layers}
+        if save_path is not None:
+            given["save_path"] = os.fspath(save_path)
+        documents = None
+        if isinstance(texts, str | os.PathLike):
+            given["dataset"] = os.fspath(texts)
+        elif texts is not None:
+            documents = _list_documents(texts)
+            given["dataset"] = TEXTS_FILE
+        else:
+            given.setdefault("dataset", "self")
+        params = read_params(None, given, METHODS, preset)
+        if max(params.processes, world_size()) > 1:
+            raise ParameterError("processes: a call from Python has one; use 1 here, or the command `replaceme prune`.")
+        if documents is not None:
+            work = result_paths(params, result_name(params))
+            params = params.model_copy(update={"dataset": str(work.root / TEXTS_FILE)})
+        return _read_result(params, _prune(params, documents))
+
+
+def _check_call(texts: object, preset: str, settings: Mapping[str, Any]) -> None:
+    """Raise ParameterError for settings that are unknown, or given by another argument of the call."""
     if unknown := [key for key in settings if key not in FIELDS]:
         raise ParameterError(
             [f"{key}: is not a parameter{nearest(key, FIELDS)}; docs/parameters.md lists them." for key in unknown]
@@ -122,28 +146,10 @@ def prune(
         raise ParameterError(f"{min(taken)}: is set by the call itself; use model and layers.")
     if texts is not None and "dataset" in settings:
         raise ParameterError("dataset: is set by texts; give one of the two.")
-    with _saved(model, tokenizer) as source:
-        given = {**settings, "model_path": str(source), "layers_to_skip": layers}
-        if save_path is not None:
-            given["save_path"] = os.fspath(save_path)
-        documents = None
-        if isinstance(texts, str | os.PathLike):
-            given["dataset"] = os.fspath(texts)
-        elif texts is not None:
-            documents = _checked(texts)
-            given["dataset"] = TEXTS_FILE
-        else:
-            given.setdefault("dataset", "self")
-        params = read_params(None, given, METHODS, preset)
-        if max(params.processes, world_size()) > 1:
-            raise ParameterError("processes: a call from Python has one; use 1 here, or the command `replaceme prune`.")
-        if documents is not None:
-            work = result_paths(params, result_name(params))
-            params = params.model_copy(update={"dataset": str(work.root / TEXTS_FILE)})
-        return _result(params, _prune(params, documents))
 
 
-def _checked(texts: Sequence[str]) -> list[str]:
+def _list_documents(texts: Sequence[str]) -> list[str]:
+    """Return the documents. Raises ParameterError for one that is no text, or empty."""
     documents = [*texts]
     wrong = next((text for text in documents if not isinstance(text, str) or not text.strip()), None)
     if not documents or wrong is not None:
@@ -153,7 +159,7 @@ def _checked(texts: Sequence[str]) -> list[str]:
 
 
 @contextmanager
-def _saved(model: Any, tokenizer: Any) -> Iterator[str | Path]:
+def _saved_model(model: Any, tokenizer: Any) -> Iterator[str | Path]:
     """Yield where the dense model is; a loaded one is saved for as long as the block lasts."""
     if isinstance(model, str | os.PathLike):
         if tokenizer is not None:
@@ -178,7 +184,7 @@ def _saved(model: Any, tokenizer: Any) -> Iterator[str | Path]:
         yield folder
 
 
-def _result(params: Params, work: Workspace) -> Pruned:
+def _read_result(params: Params, work: Workspace) -> Pruned:
     figures = {name: read_json(work.metric(name)) for name in (*STAGES_WITH_FIGURES, "compression")}
     scores = read_json(work.metric("evaluation")) if params.tasks else {}
     removed = read_json(work.edits / "edits.json")["removed_layers"]

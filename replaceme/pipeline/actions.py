@@ -23,7 +23,7 @@ from replaceme.pipeline.results import (
     scores_file,
 )
 from replaceme.running.entry import PARAMS_FILE
-from replaceme.running.processes import in_processes
+from replaceme.running.processes import run_in_processes
 from replaceme.running.stage import ANALYSIS, COMPRESSION, FIT, ORDER, pipeline_params
 from replaceme.running.workspace import Workspace
 
@@ -37,7 +37,7 @@ SPEED_FILE = "speed.json"
 def run_distributed(action: Callable[..., object], params: Params, **options: str) -> None:
     """Run one of the following actions in as many processes as it can use; ``options`` are those that are no parameters."""
     count = params.processes if action in (prune, profile) else 1
-    in_processes(count, lambda: action(params, **options), params.device)
+    run_in_processes(count, lambda: action(params, **options), params.device)
 
 
 def prune(params: Params, texts: Sequence[str] | None = None) -> Workspace:

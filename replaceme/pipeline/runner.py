@@ -22,7 +22,7 @@ from replaceme.base.progress import logger
 from replaceme.models.devices import kind_of, resolve_device
 from replaceme.models.model_files import CARD
 from replaceme.running.cost import cost_measurement
-from replaceme.running.processes import run_step
+from replaceme.running.processes import call_stage
 from replaceme.running.stage import ORDER, Stage
 from replaceme.running.workspace import Workspace
 
@@ -42,7 +42,7 @@ def run_stages(params: Params, work: Workspace, names: Sequence[str]) -> list[st
     counted = [name for name in names if not STAGES[name].always]
     for stage in map(STAGES.__getitem__, names):
         if stage.always:
-            run_step(stage, params, work)
+            call_stage(stage, params, work)
             continue
         key, record = stage_key(stage, params, work), work.record(stage.name)
         if _is_finished(stage, key, work):
@@ -75,12 +75,12 @@ def stage_key(stage: Stage, params: Params, work: Workspace) -> str:
 def _run_stage(stage: Stage, key: str, params: Params, work: Workspace) -> None:
     """Run a stage. The scores of the dense model, which all its results share, are copied from the user's cache once known."""
     if stage.name != "baseline":
-        run_step(stage, params, work)
+        call_stage(stage, params, work)
         return
     shared = cache_folder() / "baselines" / key
 
     def build() -> None:
-        run_step(stage, params, work)
+        call_stage(stage, params, work)
         _copy(work.baseline, shared)
 
     if not build_once(shared, stage.name, build):

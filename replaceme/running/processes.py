@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 PR_SET_PDEATHSIG = 1
 
 
-def in_processes(count: int, action: Callable[[], object], device: str = "auto") -> None:
-    """Do the action in the first of several processes; the others join it in each ``run_step`` that is shared.
+def run_in_processes(count: int, action: Callable[[], object], device: str = "auto") -> None:
+    """Do the action in the first of several processes; the others join it in each ``call_stage`` that is shared.
 
     Args:
         count: the number of processes on this machine, where torch's launcher has not started any.
@@ -54,21 +54,21 @@ def in_processes(count: int, action: Callable[[], object], device: str = "auto")
             broadcast(None)
         else:
             while call := broadcast():
-                _run_shared(*call)
+                _call_sharded(*call)
 
 
-def run_step(step: Stage, params: Params, work: Workspace) -> None:
+def call_stage(stage: Stage, params: Params, work: Workspace) -> None:
     """Run a stage, in all processes if they can share it."""
-    if world_size() == 1 or not step.shared(params, work):
-        step.run(params, work)
+    if world_size() == 1 or not stage.shared(params, work):
+        stage.run(params, work)
         return
     from replaceme.base.group import broadcast
 
-    logger.info("%s: shared by %d processes", step.name, world_size())
-    _run_shared(*broadcast((step.run, params, work)))
+    logger.info("%s: shared by %d processes", stage.name, world_size())
+    _call_sharded(*broadcast((stage.run, params, work)))
 
 
-def _run_shared(run: Callable[..., None], *arguments: Any) -> None:
+def _call_sharded(run: Callable[..., None], *arguments: Any) -> None:
     from replaceme.base.group import sharded
 
     with sharded():

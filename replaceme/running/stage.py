@@ -16,7 +16,7 @@ from replaceme.base.progress import logger
 from replaceme.base.ranks import launched_processes
 from replaceme.running.cost import cost_measurement, keep_cost
 from replaceme.running.entry import PARAMS_FILE, run
-from replaceme.running.processes import in_processes, run_step
+from replaceme.running.processes import call_stage, run_in_processes
 from replaceme.running.workspace import Artifact, Workspace
 
 # The order of the stages, after ``inputs``: from the text to the profile, to the final edits, and to the saved model.
@@ -69,7 +69,7 @@ def run_stage(stage: Stage) -> NoReturn:
         params = pipeline_params(stage.methods)
         check_pipeline_params(params)
         count = params.processes if params.processes > 1 and stage.shared(params, work) else 1
-        in_processes(count, lambda: measure(params), params.device)
+        run_in_processes(count, lambda: measure(params), params.device)
 
     def measure(params: Params) -> None:
         for folder in (work.artifact(""), work.metric("").parent):
@@ -77,7 +77,7 @@ def run_stage(stage: Stage) -> NoReturn:
         if stage.name in ORDER:
             logger.info("stage %d of %d: %s", ORDER.index(stage.name) + 1, len(ORDER), stage.name)
         with cost_measurement() as cost:
-            run_step(stage, params, work)
+            call_stage(stage, params, work)
         if stage.name in COMPRESSION:
             keep_cost(stage.name, params, cost)
 

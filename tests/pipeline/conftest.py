@@ -19,23 +19,21 @@ from replaceme.models import hub
 from replaceme.models.model import Model
 from tests.conftest import made_text
 from tests.helpers import FAST, call
-from tests.pipeline.helpers import TOKEN, Hub, shell
+from tests.pipeline.helpers import TOKEN, Hub, dvc, shell
 
 # A picture of one pixel.
 DOT = b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==")
-# A sitecustomize that records which files of the library a stage has loaded, when its process ends.
-NOTING = """
+# A hook that records which files of the library a stage has loaded, when its process ends.
+RECORD_FILES = """
 import atexit, json, os, pathlib, sys
 
-def note():
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    if spec and spec.name.startswith("stages."):
-        root = pathlib.Path.cwd()
-        files = [pathlib.Path(module.__file__) for module in list(sys.modules.values()) if getattr(module, "__file__", None)]
-        ours = [file.relative_to(root).as_posix() for file in files if root in file.parents]
-        pathlib.Path(os.environ["LOADED"], f"{spec.name}.json").write_text(json.dumps(sorted(ours)))
+def record():
+    root, name = pathlib.Path.cwd(), sys.argv[0].removeprefix("python -m ")
+    files = [pathlib.Path(module.__file__) for module in list(sys.modules.values()) if getattr(module, "__file__", None)]
+    ours = [file.relative_to(root).as_posix() for file in files if root in file.parents]
+    pathlib.Path(os.environ["LOADED"], f"{name}.json").write_text(json.dumps(sorted(ours)))
 
-atexit.register(note)
+atexit.register(record)
 """
 
 
@@ -56,13 +54,12 @@ def _no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
 def project(tmp_path_factory: pytest.TempPathFactory, tiny: Model) -> Path:
     """A copy of the repository, set to a tiny model and a text of its own, and run once."""
     folder = made_project(tmp_path_factory.mktemp("project") / "repository", tiny)
-    noting = folder.parent / "noting"
-    noting.mkdir()
-    (noting / "sitecustomize.py").write_text(NOTING, encoding="utf-8")
-    (folder.parent / "loaded").mkdir()
+    hook, loaded = folder.parent / "record_files.py", folder.parent / "loaded"
+    hook.write_text(RECORD_FILES, encoding="utf-8")
+    loaded.mkdir()
     # The cache that the tests use.
     cache = str(tmp_path_factory.getbasetemp() / "cache")
-    shell(folder, "dvc", "repro", PYTHONPATH=str(noting), LOADED=str(folder.parent / "loaded"), REPLACEME_CACHE=cache)
+    dvc(folder, "repro", STAGE_HOOK=str(hook), LOADED=str(loaded), REPLACEME_CACHE=cache)
     shell(folder, "git", "add", ".")
     shell(folder, "git", "commit", "-q", "-m", "first run")
     return folder
