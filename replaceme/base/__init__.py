@@ -1,4 +1,4 @@
-"""The base of all rooms: parameters, paths, errors, log messages, files, and the data that stages pass on.
+"""The base of all rooms: parameters, errors, log messages, files, and the data that stages pass on.
 
 It may import no other room.
 """

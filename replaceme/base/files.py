@@ -86,17 +86,22 @@ def temporary_folder(prefix: str, folder: Path | None = None) -> Iterator[Path]:
 
 
 def clear_partials(paths: Iterable[Path], *, own: bool = False) -> None:
-    """Delete those of these paths that a process has left unfinished which has ended; no other machine may write there.
+    """Delete what ended processes have left unfinished, and restore the folders that they were about to replace.
+
+    No other machine, and no other container, may write there: whether a process has ended is known on its own machine alone.
 
     Args:
-        paths: files and folders.
-        own: those with this process's number too. In a container, an earlier process often had the same one, so a run that
-            begins, and has nothing there yet, clears them.
+        paths: files and folders, finished ones among them.
+        own: whether to delete those with this process's number too, as a run that begins does. (In a container, an earlier
+            process often had the same number.)
     """
     for path in [*paths]:
         match = _UNFINISHED.fullmatch(path.name)
         if match and (own if int(match[1]) == os.getpid() else not _is_running(int(match[1]))):
             with suppress(OSError):  # it belongs to another user
+                for old in path.glob("*.old"):
+                    if not (replaced := path.with_name(old.stem)).exists():
+                        os.replace(old, replaced)
                 remove(path)
 
 

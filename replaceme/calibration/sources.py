@@ -38,7 +38,7 @@ def list_sources(params: Params) -> tuple[Source, ...]:
 
 
 def split_fingerprints(fingerprints: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return the part of ``replaceme.calibration.find.fingerprints`` that belongs to each source, in order."""
+    """Return the part of ``replaceme.calibration.find.dataset_fingerprints`` that belongs to each source, in order."""
     parts: list[Mapping[str, Any]] = fingerprints.get("sources", [fingerprints])
     return parts
 
@@ -53,7 +53,7 @@ def write_record(params: Params, fingerprints: Mapping[str, Any], dense: Path, f
 
     Args:
         params: the parameters of the dataset.
-        fingerprints: what identifies its content (``replaceme.calibration.find.fingerprints``).
+        fingerprints: what identifies its content (``replaceme.calibration.find.dataset_fingerprints``).
         dense: the folder of the model that it was made from, whose own record counts too.
         folder: the pruned model's.
     """

@@ -218,8 +218,8 @@ def _describe_value(value: Any) -> str:
     return "not set" if value is None else f"{value:g}" if isinstance(value, float) else format_value(value)
 
 
-def _run(action: Callable[..., object], description: str, **fixed: Any) -> NoReturn:
-    run_command(Command(action=action, description=description, fixed=fixed, preset="published").run)
+def _run(action: Callable[..., object], description: str, save_path: str = "", **fixed: Any) -> NoReturn:
+    run_command(Command(action=action, description=description, fixed=fixed, preset="published", save_path=save_path).run)
 
 
 def run_replaceme() -> NoReturn:
@@ -235,27 +235,41 @@ def run_uidl() -> NoReturn:
 
 def evaluate_model() -> NoReturn:
     """Score a model."""
-    _run(actions.evaluate, "Score the model at model_path; save_path is a JSON file for the scores.")
+    _run(
+        actions.evaluate,
+        "Score the model at model_path; save_path is a JSON file for the scores.",
+        "JSON file for the scores [MODEL.evaluation.json]",
+    )
 
 
 def measure_speed() -> NoReturn:
     """Measure the dense and the pruned model."""
     words = "Measure prefill and decoding of the dense model (model_path) and of the pruned one (save_path, or artifacts/model)"
-    _run(actions.measure, f"{words}, in turn, and write the report with these times.")
+    _run(
+        actions.measure,
+        f"{words}, in turn, and write the report with these times.",
+        "the pruned model [the pipeline's artifacts/model]",
+    )
 
 
 def get_distance_analysis() -> NoReturn:
     """Profile a model."""
-    _run(actions.profile, "Measure the angular distance between all pairs of layers, and list the best block of each size.")
+    _run(
+        actions.profile,
+        "Measure the angular distance between all pairs of layers, and list the best block of each size.",
+        "folder for the distances of all pairs [MODEL-distances]",
+    )
 
 
 def get_lt_with_lstsq() -> NoReturn:
     """Fit a transform."""
     words = "Fit the linear transform of the best block by least squares and save it, without a model."
-    _run(actions.prune, words, method="lstsq", save_transform_only=True)
+    _run(actions.prune, words, "folder for the edits [MODEL-METHOD-LAYERS-transform]", method="lstsq", save_transform_only=True)
 
 
 def get_lt_with_solvers() -> NoReturn:
     """Fit a transform by an iterative solver."""
     words = "Fit the linear transform of the best block by an iterative solver and save it, without a model."
-    _run(actions.prune, words, method="cosine", save_transform_only=True)
+    _run(
+        actions.prune, words, "folder for the edits [MODEL-METHOD-LAYERS-transform]", method="cosine", save_transform_only=True
+    )

@@ -79,7 +79,7 @@ def apply_edits_by_layer(model: Any, family: Family, edits: Edits, folder: Path)
     Args:
         model: the dense model, each weight in the dtype that it is stored in.
         family: its description.
-        edits: the changes, without bases and removed groups.
+        edits: the changes, without a ``ModelEdit``.
         folder: for scratch files, whose space is freed when the tensors are gone.
     """
     from transformers.core_model_loading import revert_weight_conversion

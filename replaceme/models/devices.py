@@ -61,8 +61,8 @@ def _free_of_processor() -> int:
     """Return the bytes that can be taken without swapping."""
     if not MEMORY_INFO.is_file():
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    found = re.search(r"(?m)^MemAvailable:\s+(\d+) kB$", MEMORY_INFO.read_text(encoding="utf-8"))
-    free = int(found[1]) << 10 if found else 0
+    match = re.search(r"(?m)^MemAvailable:\s+(\d+) kB$", MEMORY_INFO.read_text(encoding="utf-8"))
+    free = int(match[1]) << 10 if match else 0
     try:
         limit, use = (path.read_text(encoding="utf-8").strip() for path in (GROUP_LIMIT, GROUP_USE))
     except OSError:

@@ -91,7 +91,11 @@ def weight_budget(
         # NF4 of 16 bits: 4, and a scale for each 64 entries. What is outside the layers stays as it is.
         needed = outside + sum(of_layers) * 9 // 32
     auto = params.memory == "auto"
-    budget = int(AUTO_FRACTION * free_memory(resolve_device(params.device))) if auto else size_of(str(params.memory))
+    budget = _free_budget(params) if auto else size_of(str(params.memory))
+    if auto and needed > budget:
+        # The streamed model of an earlier stage may still be there.
+        release_memory()
+        budget = _free_budget(params)
     if needed <= budget:
         return None
     if obstacle and auto:
@@ -110,6 +114,11 @@ def weight_budget(
             f"be there at once; allow more, such as {format_size(outside + 2 * largest)}."
         )
     return budget
+
+
+def _free_budget(params: Params) -> int:
+    """Return the bytes that ``memory: auto`` gives to weights at present."""
+    return int(AUTO_FRACTION * free_memory(resolve_device(params.device)))
 
 
 def choose_processor(params: Params) -> Params:
@@ -232,8 +241,8 @@ def _split_tensors(source: Model) -> tuple[dict[str, StoredTensor], dict[int, di
     outside: dict[str, StoredTensor] = {}
     layers: dict[int, dict[str, StoredTensor]] = {}
     for name, tensor in source.stored().items():
-        found = re.search(rf"(?:^|\.){leaf}\.(\d+)\.", name)
-        (layers.setdefault(int(found[1]), {}) if found else outside)[name] = tensor
+        match = re.search(rf"(?:^|\.){leaf}\.(\d+)\.", name)
+        (layers.setdefault(int(match[1]), {}) if match else outside)[name] = tensor
     return outside, layers
 
 

@@ -175,6 +175,8 @@ class LayerStream:
             del self.replacements[index, name]
             # Its own value is in its file.
             self.evict(index)
+            if self.pinned[index]:
+                self.load(index)
 
     def index_of(self, layer: nn.Module) -> int:
         """Return the position of one of the layers in the whole model."""
@@ -251,9 +253,9 @@ def layers_in_memory(layers: Iterable[nn.Module]) -> Iterator[None]:
     Raises:
         ParameterError: they take more than ``memory`` allows.
     """
-    wanted = [*layers]
-    stream = next(iter(map(stream_of, wanted)), None)
-    with stream.pinning([*map(stream.index_of, wanted)]) if stream else nullcontext():
+    pinned = [*layers]
+    stream = next(iter(map(stream_of, pinned)), None)
+    with stream.pinning([*map(stream.index_of, pinned)]) if stream else nullcontext():
         yield
 
 

@@ -138,12 +138,12 @@ def _scratch_bytes(params: Params, config: Any, *, streamed: bool) -> int:
     # Both models' states and those between, and the inputs of the last linears.
     inputs = width + int(getattr(config, "intermediate_size", None) or 4 * width)
     repaired = layers if params.repair else params.num_A * (params.transform in NEW_WEIGHTS)
-    mending = tokens * (3 * width + inputs) * bool(repaired)
+    repair = tokens * (3 * width + inputs) * bool(repaired)
     at_cut = tokens * (3 * width + inputs) * streamed
     itemsize: int = getattr(torch, params.dtype).itemsize
     # Of every layer that is repaired, the corrections in float32; each process has its own.
     corrections = params.processes * repaired * width * inputs * torch.float32.itemsize
-    return max(profile * itemsize, mending * itemsize + corrections, at_cut * itemsize)
+    return max(profile * itemsize, repair * itemsize + corrections, at_cut * itemsize)
 
 
 @contextmanager

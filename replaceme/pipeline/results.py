@@ -19,6 +19,7 @@ from replaceme.running.workspace import Workspace
 
 # What every file of scores has, and none of another program's.
 SCORES = {"perplexity", "accuracy", "parameters", "disk_bytes"}
+LOCK = "in-use.lock"
 
 
 def result_name(params: Params) -> str:
@@ -51,9 +52,15 @@ def exclusive_result(params: Params, name: str) -> Iterator[Workspace]:
     _check_target(work, params)
     _make_folder(work.root)
     with result_lock(work):
-        partials = [path for path in work.model.parent.iterdir() if path.name.startswith(f"{work.model.name}.")]
-        clear_partials([*work.root.rglob("*"), *partials], own=True)
-        yield work
+        try:
+            partials = [path for path in work.model.parent.iterdir() if path.name.startswith(f"{work.model.name}.")]
+            clear_partials([*work.root.rglob("*"), *partials], own=True)
+            _check_ownership(work)
+            yield work
+        finally:
+            # A run that is refused leaves nothing.
+            if [path.name for path in work.root.iterdir()] == [LOCK]:
+                shutil.rmtree(work.root)
 
 
 def result_lock(work: Workspace) -> AbstractContextManager[None]:
@@ -62,11 +69,11 @@ def result_lock(work: Workspace) -> AbstractContextManager[None]:
     def stop() -> None:
         raise ParameterError(f"save_path: {work.model} is in use by another process; wait for it, or choose another folder.")
 
-    return locked(work.root / "in-use.lock", stop)
+    return locked(work.root / LOCK, stop)
 
 
 def _check_target(work: Workspace, params: Params) -> None:
-    """Raise ParameterError for a path that is no folder, the dense model's, the pipeline's, or holds files of others."""
+    """Raise ParameterError for a path that is no folder, the dense model's or the pipeline's."""
     target, resolved = work.model, work.model.resolve()
     if target.exists() and not target.is_dir():
         raise ParameterError(f"save_path: {excerpt(target, 150)} exists and is no folder; choose another one.")
@@ -76,6 +83,11 @@ def _check_target(work: Workspace, params: Params) -> None:
         if (folder / "dvc.yaml").is_file() and resolved.is_relative_to(folder / "artifacts"):
             artifacts = excerpt(folder / "artifacts", 150)
             raise ParameterError(f"save_path: {artifacts} belongs to the pipeline; choose another folder.")
+
+
+def _check_ownership(work: Workspace) -> None:
+    """Raise ParameterError for a folder with files that this program did not write."""
+    target = work.model
     if target.exists() and (foreign := work.find_foreign_file()):
         what = f"{excerpt(target, 100)} holds {excerpt(foreign)}, which this program did not write"
         raise ParameterError(f"save_path: {what}; choose another folder.")

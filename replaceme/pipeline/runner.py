@@ -26,7 +26,7 @@ from replaceme.running.processes import call_stage
 from replaceme.running.stage import ORDER, Stage
 from replaceme.running.workspace import Workspace
 
-# Each file of this folder has the stage of its name.
+# Each stage has a file of its name in this folder.
 STAGES: Mapping[str, Stage] = {name: import_module(f"replaceme.pipeline.{name}").STAGE for name in ("inputs", *ORDER)}
 
 
