@@ -124,7 +124,8 @@ def describe_users(users: Users) -> str:
     if len(users) == 1:
         ((name, use),) = users.items()
         return " of ".join(filter(None, (use.words, name and f"method {name}")))
-    return f"methods {' and '.join(f'{name} (with {use.words})' if use.words else name for name, use in users.items())}"
+    *names, last = (f"{name} (with {use.words})" if use.words else name for name, use in users.items())
+    return f"methods {', '.join(names)} and {last}"
 
 
 def refusals(values: Values, method: Limits) -> list[str]:

@@ -148,7 +148,7 @@ def test_equal_values_of_a_repeated_key_are_accepted(tmp_path: Path, caplog: pyt
         ("solver: lbfgs", "solver belongs to method cosine and is ignored"),
         ("method: cosine\nloss: mse\naccurate: true", "accurate belongs to loss cosine of method cosine and is ignored"),
         ("method: cosine\nmax_iterations: 3", "max_iterations belongs to solver lbfgs or cg or trust_region of method cosine "),
-        ("method: uidl\nalpha: 1.0", "alpha belongs to methods cosine and ghosted and lstsq and is ignored"),
+        ("method: uidl\nalpha: 1.0", "alpha belongs to methods cosine, ghosted and lstsq and is ignored"),
         ("refit_ridge: 1.0", "refit_ridge belongs to transform refit or joint or channels and is ignored"),
         ("heal_learning_rate: 1.0", "heal_learning_rate belongs to heal_epochs and is ignored"),
         ("method: cosine\nepochs: 3", ""),

@@ -217,7 +217,7 @@ def test_keys_of_other_methods_are_ignored_and_named(caplog: pytest.LogCaptureFi
     with caplog.at_level("INFO", "replaceme"):
         read_params(None, {**given, "plain": True}, METHODS)
         read_params(None, {"method": "llm_streamline", "plain": True}, METHODS)
-    plain = "plain belongs to methods llm_streamline (with form mlp), llm_pruner and slicegpt and is ignored"
+    plain = "plain belongs to methods llm_streamline (with llm_streamline_form mlp), llm_pruner and slicegpt and is ignored"
     said = [record.message for record in caplog.records if not record.message.startswith("preset")]
     # The names of these keys begin with their methods'.
     assert sorted(said) == sorted(

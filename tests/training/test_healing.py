@@ -344,7 +344,7 @@ def test_everything_that_a_healing_depends_on_changes_the_key(
     elsewhere: list[tuple[str, Any]] = [
         ("replaceme.training.healing.SHARE", 0.25),
         ("replaceme.training.checkpoints.code_digest", lambda: "another"),
-        ("replaceme.running.versions.version", lambda package: "99.1"),
+        ("replaceme.running.versions._version", lambda package: "99.1"),
         ("replaceme.training.checkpoints.kind_of", lambda device: f"another {device}"),
     ]
     for name, other in elsewhere:
