@@ -2,6 +2,7 @@
 
 import gc
 import random
+from base64 import b64decode
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from replaceme.methods.registry import METHODS
 from replaceme.models.families import FAMILIES, Family, family_of
 from replaceme.models.model import Model
 
+# A picture of one pixel.
+DOT = b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==")
 VOCABULARY = "the a river mountain of runs near old town and people walk to market where bread fish wine are sold every day"
 CHAT_TEMPLATE = "{{ bos_token }}{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}\n{% endfor %}"
 FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
@@ -214,3 +217,10 @@ def params(tiny: Model, text_file: Path) -> Params:
             "threads": 1,
         },
      methods=METHODS)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _no_drawing(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Make each picture a dot: drawing takes half of a small run. The tests of the report and the stages of DVC draw them."""
+    if request.path.parent.name != "report":
+        monkeypatch.setattr("replaceme.report.pictures.to_png", lambda figure: DOT)

@@ -5,7 +5,6 @@ what it is asked.
 import io
 import json
 import shutil
-from base64 import b64decode
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -21,8 +20,6 @@ from tests.conftest import made_text
 from tests.helpers import FAST, call
 from tests.pipeline.helpers import TOKEN, Hub, dvc, shell
 
-# A picture of one pixel.
-DOT = b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==")
 # A hook that records which files of the library a stage has loaded, when its process ends.
 RECORD_FILES = """
 import atexit, json, os, pathlib, sys
@@ -42,12 +39,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "project" in getattr(item, "fixturenames", ()):
             item.add_marker("slow")
-
-
-@pytest.fixture(autouse=True)
-def _no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make each picture a dot: drawing takes half of a small run. The fixture ``finished`` and the stages of DVC draw them."""
-    monkeypatch.setattr("replaceme.report.pictures.to_png", lambda figure: DOT)
 
 
 @pytest.fixture(scope="module")
