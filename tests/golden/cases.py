@@ -1,7 +1,7 @@
 """What the goldens cover: tiny models of every family, the settings that the README names, all methods.
 
 A case is pruned by ``replaceme.prune``; its digest is that of the edits' tensors and of the saved weights. ``LONG`` are all
-methods on all families, which takes a quarter of an hour.
+settings on a Llama, and all methods on all families, which takes a quarter of an hour.
 """
 
 import hashlib
@@ -71,11 +71,9 @@ _LLAMA: Mapping[str, dict[str, Any]] = {
     "ghosted weighted": {"method": "ghosted", "ghosted_weighted": True},
 }
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    f"{kind}: {name}": (kind, settings)
-    for kind in (*KINDS, *UNDESCRIBED)
-    for name, settings in {**_of_the_readme(kind), **(_LLAMA if kind == "llama" else {})}.items()
+    f"{kind}: {name}": (kind, settings) for kind in (*KINDS, *UNDESCRIBED) for name, settings in _of_the_readme(kind).items()
 } | {f"llama: method {name}": ("llama", {"method": name, **(PARTS if name == "llm_pruner" else {})}) for name in METHODS}
-LONG: dict[str, tuple[str, dict[str, Any]]] = {
+LONG: dict[str, tuple[str, dict[str, Any]]] = {f"llama: {name}": ("llama", settings) for name, settings in _LLAMA.items()} | {
     f"{kind}: method {name}": (kind, {"method": name, **(PARTS if name == "llm_pruner" else {})})
     for kind in (*KINDS, *UNDESCRIBED)
     for name in METHODS

@@ -137,7 +137,6 @@ def test_too_little_is_refused_with_what_would_do(
     [
         ("llama", "--transform channels --repair true --selection loss"),
         ("gpt2", "--transform channels --repair true --selection residual --num_A 2 --layers_to_skip 1"),
-        ("gemma2", "--transform orthogonal --selection greedy"),
         ("mixtral", "--method prune_and_comp"),
         ("llama", "--method linearpatch"),
     ],
