@@ -1,8 +1,8 @@
 """Results stay the same, to the bit: edits and weights of tiny models, and the demo's scores.
 
 The goldens are of one kind of machine. On another one they are made anew, which the skipped test says. To change one on
-purpose, delete it from ``goldens.json`` and run this file. ``python -m tests.golden.test_golden`` compares all settings too, and
-all methods on all families.
+purpose, delete it from ``goldens.json`` and run this file. ``python -m tests.golden.test_golden`` compares all settings too,
+and all methods on all families.
 """
 
 import hashlib
