@@ -51,6 +51,11 @@ ALIASES = {"model": "model_path", "layers": "layers_to_skip"}
 METAVARS = {
     "model_path": "MODEL", "tasks": "TASKS", "device": "DEVICE", "memory": "SIZE", "remove": "SHARE", "save_path": "FOLDER",
 }  # fmt: skip
+# What ``save_path`` is where it isn't the folder of a new result.
+SCORES_PATH = "JSON file for the scores [MODEL.evaluation.json]"
+DISTANCES_PATH = "folder for the distances of all pairs [MODEL-distances]"
+EDITS_PATH = "folder for the edits [MODEL-METHOD-LAYERS-transform]"
+MEASURED_PATH = "the pruned model [the pipeline's artifacts/model]"
 # Longer lists of choices stand in the sentence, not in the option's own line.
 LONGEST_CHOICES = 48
 
@@ -238,7 +243,7 @@ def evaluate_model() -> NoReturn:
     _run(
         actions.evaluate,
         "Score the model at model_path; save_path is a JSON file for the scores.",
-        "JSON file for the scores [MODEL.evaluation.json]",
+        SCORES_PATH,
     )
 
 
@@ -248,7 +253,7 @@ def measure_speed() -> NoReturn:
     _run(
         actions.measure,
         f"{words}, in turn, and write the report with these times.",
-        "the pruned model [the pipeline's artifacts/model]",
+        MEASURED_PATH,
     )
 
 
@@ -257,19 +262,17 @@ def get_distance_analysis() -> NoReturn:
     _run(
         actions.profile,
         "Measure the angular distance between all pairs of layers, and list the best block of each size.",
-        "folder for the distances of all pairs [MODEL-distances]",
+        DISTANCES_PATH,
     )
 
 
 def get_lt_with_lstsq() -> NoReturn:
     """Fit a transform."""
     words = "Fit the linear transform of the best block by least squares and save it, without a model."
-    _run(actions.prune, words, "folder for the edits [MODEL-METHOD-LAYERS-transform]", method="lstsq", save_transform_only=True)
+    _run(actions.prune, words, EDITS_PATH, method="lstsq", save_transform_only=True)
 
 
 def get_lt_with_solvers() -> NoReturn:
     """Fit a transform by an iterative solver."""
     words = "Fit the linear transform of the best block by an iterative solver and save it, without a model."
-    _run(
-        actions.prune, words, "folder for the edits [MODEL-METHOD-LAYERS-transform]", method="cosine", save_transform_only=True
-    )
+    _run(actions.prune, words, EDITS_PATH, method="cosine", save_transform_only=True)

@@ -20,6 +20,7 @@ from replaceme.base.files import new_folder, read_json, rounded, temporary_folde
 from replaceme.base.parameters import read_params
 from replaceme.base.progress import align, logger, silence_libraries
 from replaceme.methods.registry import METHODS
+from replaceme.pipeline.actions import SPEED_FILE
 from replaceme.running.entry import Parser, plain_parser, run_command
 from replaceme.running.extras import need
 from replaceme.running.workspace import Workspace
@@ -27,7 +28,7 @@ from replaceme.running.workspace import Workspace
 if TYPE_CHECKING:
     from replaceme.report.experiment_table import Comparison, Experiment
 
-TABLE_FILE, SPEED_FILE = "experiments.csv", "speed.json"
+TABLE_FILE = "experiments.csv"
 # Git ignores it, so that a comparison leaves the repository clean.
 OUTPUT = Path("artifacts/experiments")
 MODEL, DENSE = Workspace().model.as_posix(), Workspace().model_input.as_posix()

@@ -12,7 +12,7 @@ from replaceme import __version__
 from replaceme.base.errors import ParameterError
 from replaceme.base.parameters import nearest, read_params
 from replaceme.cli import experiments, publish
-from replaceme.cli.commands import GROUPS, Command
+from replaceme.cli.commands import DISTANCES_PATH, EDITS_PATH, GROUPS, MEASURED_PATH, SCORES_PATH, Command
 from replaceme.pipeline import actions
 from replaceme.running.entry import Parser, plain_parser, run_command
 
@@ -36,7 +36,7 @@ COMMANDS: Mapping[str, Command] = {
         description="Score the model at --model, pruned or not: perplexity of texts, accuracy on tasks.",
         example="replaceme evaluate --model smaller --tasks wikipedia,bbc_news --compare_with smollm2-135m-instruct",
         keys=(*_MODEL, *_SCORES, *_WHERE, "memory", "save_path"),
-        save_path="JSON file for the scores [MODEL.evaluation.json]",
+        save_path=SCORES_PATH,
         options={"compare_with": ("MODEL", "dense model that is scored too, and stands beside it: twice the time [not set]")},
     ),
     "profile": Command(
@@ -46,7 +46,7 @@ COMMANDS: Mapping[str, Command] = {
         "best block of each size.",
         example="replaceme profile --model smollm2-135m-instruct --dataset notes.txt --dataset_size 16",
         keys=(*_MODEL, *_TEXT, "min_distance_layer", "max_distance_layer", *_COMPUTING, "save_path"),
-        save_path="folder for the distances of all pairs [MODEL-distances]",
+        save_path=DISTANCES_PATH,
     ),
     "solve": Command(
         action=actions.prune,
@@ -56,7 +56,7 @@ COMMANDS: Mapping[str, Command] = {
         example="replaceme solve --method cosine --solver lbfgs --layers 4 --save_path map",
         keys=tuple(key for key in _ALL if key not in _SCORES),
         fixed={"save_transform_only": True},
-        save_path="folder for the edits [MODEL-METHOD-LAYERS-transform]",
+        save_path=EDITS_PATH,
     ),
     "speed": Command(
         action=actions.measure,
@@ -65,7 +65,7 @@ COMMANDS: Mapping[str, Command] = {
         "pipeline's artifacts/model) in turn, and write the report with these times.",
         example="replaceme speed --model smollm2-135m-instruct --save_path smaller",
         keys=(*_MODEL, "save_path", "eval_batch_size", "eval_dtype", *_WHERE),
-        save_path="the pruned model [the pipeline's artifacts/model]",
+        save_path=MEASURED_PATH,
     ),
 }
 

@@ -31,7 +31,12 @@ def push_to_hub() -> NoReturn:
 
 def push(arguments: Sequence[str], prog: str | None = "replaceme push") -> None:
     """Read the command line, and upload."""
-    _push(parser(prog).parse_args(arguments))
+    options = parser(prog).parse_args(arguments)
+    folder = options.save_path or Workspace().model
+    work = Workspace.for_result(folder.absolute())
+    # No run may replace the files while they are uploaded.
+    with result_lock(work) if os.access(work.root, os.W_OK) else nullcontext():
+        _upload(options, folder)
 
 
 def parser(prog: str | None = None) -> Parser:
@@ -44,14 +49,6 @@ def parser(prog: str | None = None) -> Parser:
     parser.add_argument("--save_path", type=Path, metavar="FOLDER", help="the result [the pipeline's artifacts/model]")
     parser.add_argument("--private", action="store_true", help="make the repository private")
     return parser
-
-
-def _push(options: argparse.Namespace) -> None:
-    folder = options.save_path or Workspace().model
-    work = Workspace.for_result(folder.absolute())
-    # No run may replace the files while they are uploaded.
-    with result_lock(work) if os.access(work.root, os.W_OK) else nullcontext():
-        _upload(options, folder)
 
 
 def _upload(options: argparse.Namespace, folder: Path) -> None:
