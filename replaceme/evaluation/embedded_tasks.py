@@ -27,12 +27,13 @@ from itertools import zip_longest
 from typing import Any
 
 Items = list[dict[str, Any]]
-ITEMS, MIN_CONTEXT_WORDS = 450, {"last_word": 50, "continuation": 40}
-CHOICES, CHOICE_WORDS = 4, 12
+# Items of each task, and words of a context at least: all tasks together take about as many tokens as the perplexities.
+ITEMS, MIN_CONTEXT_WORDS = 270, {"last_word": 25, "continuation": 20}
+CHOICES, CHOICE_WORDS = 4, 8
 MIN_LETTERS = 4
 # A word that occurs in this part of all sentences is common.
 COMMON = 0.05
-RETRIEVAL_ITEMS, SEED = 160, 0
+RETRIEVAL_ITEMS, SEED = 100, 0
 # Names with codes in an item, in turn: from what a small model can do to what a large one still finds hard.
 PAIRS = (2, 4, 8, 16)
 # Increase when an item of ``retrieval_exact`` changes.

@@ -1,14 +1,14 @@
 """lm-eval's interface to a loaded causal model; it computes only the logits that are scored.
 
 Requests with the same context (the choices of an item) share its computation through the KV cache, and no request is scored
-twice. A batch holds contexts of one length, the longest first, so that no padding enters an attention; continuations are padded
-after the text. Processes share the batches (``replaceme.base.group``), and each gets all scores.
+twice. Padding comes after the text, so that none enters an attention; contexts that several continuations share have one length
+in a batch. Processes share the batches (``replaceme.base.group``), and each gets all scores.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -124,18 +124,23 @@ class CausalScorer(TemplateLM):
         size = (cache_bytes_per_token(self.model) or 0) * CACHED_PER_COMPUTED * self.batch_tokens
         return free_memory(str(self.model.device)) // (2 * size) if size else 1
 
-    def _group_contexts(self, tails: Mapping[Ids, Iterable[Ids]]) -> list[list[Ids]]:
-        """Group contexts of equal length, the longest first, into batches of at most about ``batch_tokens`` tokens."""
+    def _group_contexts(self, tails: Mapping[Ids, Collection[Ids]]) -> list[list[Ids]]:
+        """Group contexts, the longest first, into batches of at most about ``batch_tokens`` tokens; shared ones by length."""
         batches: list[list[Ids]] = []
         computed = rows = 0
         # Contexts with similar numbers and lengths of continuations come together, to need little padding.
-        order = sorted(tails, key=lambda context: (len(context), len([*tails[context]]), max(map(len, tails[context]))))
+        order = sorted(
+            tails,
+            key=lambda context: (len(tails[context]) > 1, len(context), len(tails[context]), max(map(len, tails[context]))),
+        )
         for context in reversed(order):
             lengths = [*map(len, tails[context])]
             cost = len(context) + sum(lengths)
             # Each choice has its own copy of the context's cache.
             cached = (rows + len(lengths)) * (len(context) + max(lengths)) / CACHED_PER_COMPUTED
-            if not batches or len(batches[-1][0]) != len(context) or max(computed + cost, cached) > self.batch_tokens:
+            first = batches[-1][0] if batches else None
+            together = first and (len(first) == len(context) or len(tails[first]) == len(tails[context]) == 1)
+            if not together or max(computed + cost, cached) > self.batch_tokens:
                 batches.append([])
                 computed = rows = 0
             batches[-1].append(context)
@@ -144,22 +149,26 @@ class CausalScorer(TemplateLM):
         return batches
 
     def _score_batch(self, contexts: Sequence[Ids], rows: Sequence[int], continuations: Sequence[Ids]) -> list[Score]:
-        """Score continuations, each after the context at its row; all contexts have the same length."""
+        """Score continuations, each after the context at its row; if rows share a context, all have the same length."""
         device, cache = self.model.device, None
-        # The last token of the context predicts the first of the continuation. Padding comes after the text.
-        tails = [torch.tensor([contexts[row][-1], *tail[:-1]]) for row, tail in zip(rows, continuations, strict=True)]
-        ids = torch.nn.utils.rnn.pad_sequence(tails, batch_first=True).to(device)
-        positions = ids.shape[1]
-        prefixes = torch.tensor([context[:-1] for context in contexts], device=device, dtype=torch.long)
-        if prefixes.shape[1] and (len(rows) == len(contexts) or not self.shares_contexts):
-            ids = torch.cat([prefixes[list(rows)], ids], dim=1)  # nothing to share: one pass
-        elif prefixes.shape[1]:
-            cache = fill_cache(self.model, prefixes)
+        first = min(map(len, contexts)) - 1
+        if len(rows) == len(contexts) or not first or not self.shares_contexts:
+            texts = [
+                contexts[row] + tail[:-1] for row, tail in zip(rows, continuations, strict=True)
+            ]  # nothing to share: one pass
+        else:
+            cache = fill_cache(self.model, torch.tensor([context[:-1] for context in contexts], device=device))
             cache.batch_select_indices(torch.tensor(rows))  # on the CPU: each layer may be on another device
-        logits = self.model(ids, logits_to_keep=positions, **cache_arguments(self.model, cache)).logits
+            # The last token of the context predicts the first of the continuation.
+            texts = [(contexts[row][-1], *tail[:-1]) for row, tail in zip(rows, continuations, strict=True)]
+        # Padding comes after the text.
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(text) for text in texts], batch_first=True).to(device)
+        kept = ids.shape[1] - (0 if cache else first)
+        logits = self.model(ids, logits_to_keep=kept, **cache_arguments(self.model, cache)).logits
         scores = []
-        for row, tail in zip(logits, continuations, strict=True):
-            logs = log_softmax(row[: len(tail)].float(), dim=-1)
+        for row, context, tail in zip(logits, (contexts[row] for row in rows), continuations, strict=True):
+            start = len(context) - 1 - first
+            logs = log_softmax(row[start : start + len(tail)].float(), dim=-1)
             target = torch.tensor(tail, device=device)
             likelihood = logs.gather(1, target[:, None]).sum()
             scores.append((float(likelihood), bool((logs.argmax(-1) == target).all())))
