@@ -192,6 +192,19 @@ def excerpts_of(documents: Documents, tokens: int | None = None) -> Documents:
     return Documents(excerpts, sources)
 
 
+def part_of(documents: Documents, tokens: int) -> Documents:
+    """Return whole documents that reach so many tokens, each domain at its share, in a seeded order; or all as they are."""
+    if documents.token_count <= tokens:
+        return documents
+    chosen: list[tuple[int, Tensor]] = []
+    for source, document in _by_domain(documents.shuffled(EXCERPT_SEED)):
+        if tokens <= 0:
+            break
+        chosen.append((source, document))
+        tokens -= len(document)
+    return Documents([document for _, document in chosen], [source for source, _ in chosen])
+
+
 def _by_domain(documents: Documents) -> Iterator[tuple[int, Tensor]]:
     """Yield the documents with their sources, the domains at their shares of the tokens from the first one on."""
     domains: dict[int, list[tuple[int, Tensor]]] = {}

@@ -1,6 +1,7 @@
 """Output during a run: one log line for each decision, and the progress of each loop over text.
 
-On a terminal, a loop has a progress bar. In a file or a pipe, it has a whole line every 20 seconds.
+On a terminal, a loop has a progress bar. In a file or a pipe, it has whole lines: after 5 seconds, and the longer it takes, the
+fewer.
 """
 
 import io
@@ -29,7 +30,8 @@ def align(rows: Sequence[Sequence[str]]) -> str:
 
 T = TypeVar("T")
 logger = logging.getLogger("replaceme")
-LINE_SECONDS = 20.0
+# Seconds between two lines: so many, or this part of the loop's time so far.
+LINE_SECONDS, LINE_PART = 5.0, 0.1
 
 
 def configure_logging() -> None:
@@ -78,7 +80,7 @@ def silence_libraries(load: bool = False) -> None:
 def progress(
     items: Iterable[T], description: str, unit: str, total: int | None = None, note: Callable[[], str] | None = None
 ) -> Iterator[T]:
-    """Iterate with a progress bar on a terminal, or with a log line every 20 seconds if the output goes to a file.
+    """Iterate with a progress bar on a terminal, or with log lines if the output goes to a file.
 
     Args:
         items: what to iterate over.
@@ -105,15 +107,21 @@ def _noted(bar: "tqdm[T]", note: Callable[[], str]) -> Iterator[T]:
 def _with_lines(
     items: Iterable[T], description: str, unit: str, total: int | None, note: Callable[[], str] | None
 ) -> Iterator[T]:
-    """Iterate; after an item, log how far the loop is, unless less than 20 seconds passed since its start or its last line."""
+    """Iterate; after an item, log how far the loop is, unless there was a line not long ago.
+
+    What is left is known from the second item on: the first one can take much longer than the others, or much less.
+    """
     began = last = time.monotonic()
+    after_first = began
     for count, item in enumerate(items, 1):
         yield item
         now = time.monotonic()
-        if now - last < LINE_SECONDS:
+        after_first = now if count == 1 else after_first
+        if now - last < max(LINE_SECONDS, LINE_PART * (now - began)):
             continue
         last = now
         words = [f"{count} of {total} {unit}" if total else f"{count} {unit}", f"{tqdm.format_interval(now - began)} so far"]
-        if total and count < total:
-            words.append(f"about {tqdm.format_interval((now - began) / count * (total - count))} to go")
+        if total and 1 < count < total:
+            left = (now - after_first) / (count - 1) * (total - count)
+            words.append(f"about {tqdm.format_interval(left)} to go")
         logger.info("%s: %s", description, ", ".join([*words, *([note()] if note else [])]))

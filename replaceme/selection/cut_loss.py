@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from replaceme.base.documents import HELD_OUT_EVERY, Batch, Documents, excerpts_of, split_documents
+from replaceme.base.documents import HELD_OUT_EVERY, Batch, Documents, excerpts_of, part_of, split_documents
 from replaceme.base.errors import ParameterError
 from replaceme.base.group import all_reduce_sum
 from replaceme.base.parameters import Params
@@ -39,7 +39,8 @@ from replaceme.statistics.residuals import RIDGE, solve_small_ridge
 from replaceme.statistics.sums import squares, token_weights
 from replaceme.statistics.walk import walk
 
-# Number of measured cuts, and the tokens that they are measured on, at most: on 4096, two good cuts can't be told apart.
+# Number of measured cuts, and the tokens that each is fitted and measured on, at most: measured on 4096, two good cuts can't be
+# told apart.
 SHORTLIST, TOKENS = 6, 16_384
 # λ of a refit, and the bytes that the sums of the cuts fitted in one pass may take.
 REFIT_RIDGE, GRAM_BYTES = 0.3, 4 << 30
@@ -161,7 +162,7 @@ def _split(documents: Documents) -> tuple[Documents, Documents]:
             f"selection: loss holds out every {HELD_OUT_EVERY}th text, and none of those held out has two tokens; give more "
             f"than {len(set(documents.sources))} texts ({len(documents)} documents), or use residual."
         )
-    return fit, excerpts
+    return part_of(fit, TOKENS), excerpts
 
 
 def _fit_maps(context: ModelContext, blocks: Sequence[Block], cuts: Sequence[Edits]) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from replaceme.base.documents import Batch
+from replaceme.base.documents import Batch, part_of
 from replaceme.base.errors import ParameterError
 from replaceme.base.group import all_gather, all_reduce_sum
 from replaceme.base.progress import logger
@@ -28,6 +28,9 @@ from replaceme.models.streaming import evict_layers
 from replaceme.statistics.residuals import FIT_TOKENS, TokenSample, residual_map
 from replaceme.statistics.walk import Observer, Signal, Signals, signals_for, walk
 
+# Tokens of the text that are profiled: so many, or so many for each dimension of the state, of which the residuals take five.
+# More tokens rank the cuts alike (docs/lab-notes.md).
+PROFILED_TOKENS, TOKENS_PER_DIMENSION = 16_384, 8
 # Tokens compared at once, in all layers: few enough for the processor's cache.
 TOKENS = 64
 # Smallest norm to divide by, for states of zeros.
@@ -120,7 +123,7 @@ def angular_distance(states: Tensor) -> Tensor:
 
 
 def profile_model(context: ModelContext) -> dict[str, Any]:
-    """Return the profile of a loaded model on its calibration text.
+    """Return the profile of a loaded model on a part of its calibration text.
 
     Returns:
         ``angular_distance`` and ``residual`` (layers × layers: layer before the cut, last removed layer), ``mean_cosine``
@@ -130,7 +133,9 @@ def profile_model(context: ModelContext) -> dict[str, Any]:
         ParameterError: the text has a single token, or states overflow.
         ResourceError: the disk is too small for the scratch files.
     """
-    model, documents, layers, width = context.model, context.documents, len(context.layers), context.width
+    model, layers, width = context.model, len(context.layers), context.width
+    documents = part_of(context.documents, max(PROFILED_TOKENS, TOKENS_PER_DIMENSION * width))
+    context = context.with_documents(documents)
     distances, cosines = AngularDistances(layers), StateCosines(layers)
     if documents.token_count < 2:
         raise ParameterError("dataset_size: the dataset gave a single token, which leaves none to hold out; take more text.")

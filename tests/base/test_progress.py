@@ -8,7 +8,7 @@ import sys
 import termios
 from collections.abc import Iterator
 from contextlib import suppress
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 
 import pytest
@@ -34,27 +34,37 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def test_a_loop_in_a_file_has_a_line_every_twenty_seconds_and_none_before(
+def test_a_loop_in_a_file_has_lines_after_five_seconds_and_fewer_the_longer_it_takes(
     clock: list[float], capfd: pytest.CaptureFixture[str]
 ) -> None:
     configure_logging()
     for item in progress(range(30), "short", "batches"):
-        clock[0] += 0.5
+        clock[0] += 0.15
         if item == 3:
             logger.info("decided")
-    for _ in progress(range(6), "fitting", "hosts"):
-        clock[0] += 15
+    # The first item tells nothing about the others.
+    for item in progress(range(6), "fitting", "hosts"):
+        clock[0] += 15 if item else 60
+    for _ in progress(range(1000), "walking", "batches"):
+        clock[0] += 4
     for item in progress(count(), "drawing", "texts", note=lambda: "loss 2"):
         clock[0] += 7
         if item == 6:
             break
-    assert capfd.readouterr().err.splitlines() == [
+    lines = capfd.readouterr().err.splitlines()
+    walking = [int(line.split()[1]) for line in lines if line.startswith("walking")]
+    assert walking[:3] == [2, 4, 6]
+    assert all(4 * (later - number) >= 0.1 * 4 * number for number, later in pairwise(walking))
+    assert len(walking) < 60
+    assert [line for line in lines if not line.startswith("walking")] == [
         "decided",
-        "fitting: 2 of 6 hosts, 00:30 so far, about 01:00 to go",
-        "fitting: 4 of 6 hosts, 01:00 so far, about 00:30 to go",
-        "fitting: 6 of 6 hosts, 01:30 so far",
-        "drawing: 3 texts, 00:21 so far, loss 2",
-        "drawing: 6 texts, 00:42 so far, loss 2",
+        "fitting: 1 of 6 hosts, 01:00 so far",
+        "fitting: 2 of 6 hosts, 01:15 so far, about 01:00 to go",
+        "fitting: 3 of 6 hosts, 01:30 so far, about 00:45 to go",
+        "fitting: 4 of 6 hosts, 01:45 so far, about 00:30 to go",
+        "fitting: 5 of 6 hosts, 02:00 so far, about 00:15 to go",
+        "fitting: 6 of 6 hosts, 02:15 so far",
+        *(f"drawing: {texts} texts, 00:{7 * texts:02} so far, loss 2" for texts in range(1, 7)),
     ]
 
 
