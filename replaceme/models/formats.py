@@ -1,0 +1,82 @@
+"""The number format that a processor computes a model in fastest: float32 or bfloat16.
+
+Most processors have no fast products of bfloat16: without AMX, or cores whose bfloat16 products run at the full rate, float32 takes
+half the time. So a fifth of a second of products of the model's shapes decides, once a machine.
+"""
+
+import json
+import os
+import time
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from replaceme.base.files import cache_folder, write_json
+from replaceme.base.parameters import Params, size_of
+from replaceme.base.progress import logger
+from replaceme.models.devices import kind_of, resolve_device, use_processor
+from replaceme.models.memory import format_size, weight_bytes
+from replaceme.models.model import Model
+
+# How many times faster bfloat16 must be: float32 is more exact, and two measurements differ.
+CLEARLY = 1.25
+# Operations and tokens of a product that is measured, and how often it is.
+OPERATIONS, MOST_TOKENS, ROUNDS = 4e9, 2048, 4
+# The part of the machine's memory that weights in float32 may take.
+MEMORY_PART = 0.5
+
+
+def resolve_formats(params: Params, model: Model) -> Params:
+    """Return the parameters with the formats in place of auto."""
+    keys = [key for key in ("dtype", "eval_dtype") if getattr(params, key) == "auto"]
+    return params.model_copy(update=dict.fromkeys(keys, choose_format(params, model))) if keys else params
+
+
+def choose_format(params: Params, model: Model) -> str:
+    """Return the format for a model: bfloat16 on a GPU; on a processor the faster one, and bfloat16 where memory asks for it."""
+    if params.use_4bit or resolve_device(params.device) != "cpu":
+        return "bfloat16"
+    size = weight_bytes(model, "float32")
+    allowed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * MEMORY_PART
+    if params.memory not in (None, "auto"):
+        allowed = min(allowed, size_of(str(params.memory)))
+    if size > allowed:
+        return "bfloat16"
+    format = _fastest(model.config(), params.threads)
+    if format == "float32":
+        logger.info("dtype: auto is float32, the faster format of this processor; the weights take %s", format_size(size))
+    return format
+
+
+def _fastest(config: Any, threads: int) -> str:
+    """Return the faster format for products of a model's shapes; this processor's earlier answer, if there is one."""
+    width = int(config.hidden_size)
+    inputs = int(getattr(config, "intermediate_size", None) or 4 * width)
+    memory, key = cache_folder() / "formats.json", f"{kind_of('cpu')}, {threads} threads, {width} x {inputs}"
+    known: dict[str, str] = {}
+    with suppress(OSError, ValueError):
+        known = json.loads(memory.read_text(encoding="utf-8"))
+    if key not in known:
+        use_processor(threads)
+        seconds = _measure_products(width, inputs)
+        known[key] = "bfloat16" if seconds["float32"] >= CLEARLY * seconds["bfloat16"] else "float32"
+        with suppress(OSError):  # it is measured again
+            write_json(memory, known)
+    return known[key]
+
+
+@torch.inference_mode()
+def _measure_products(width: int, inputs: int) -> dict[str, float]:
+    """Return the least seconds of a product of states and a weight of an MLP, by format."""
+    tokens = max(64, min(MOST_TOKENS, int(OPERATIONS / (2 * width * inputs))))
+    factors = torch.full((tokens, width), 0.5), torch.full((inputs, width), 0.5)
+    least = dict.fromkeys(("float32", "bfloat16"), float("inf"))
+    for _ in range(ROUNDS):
+        for format in least:
+            states, weight = (factor.to(getattr(torch, format)) for factor in factors)
+            began = time.perf_counter()
+            functional.linear(states, weight)
+            least[format] = min(least[format], time.perf_counter() - began)
+    return least
