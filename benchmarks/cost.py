@@ -26,6 +26,7 @@ from replaceme.models.devices import resolve_device, use_processor
 from replaceme.models.families import decoder_of
 from replaceme.models.find import find_model
 from replaceme.repair.repair import STEPWISE, repair_layers
+from replaceme.repair.resume import Checkpoints
 from replaceme.selection.blocks import smallest_blocks
 from replaceme.selection.criteria import allowed_starts
 from replaceme.selection.cut_loss import SHORTLIST, cut_losses
@@ -66,7 +67,9 @@ def main(size: int | None) -> None:
         if setting.repair or setting.transform in STEPWISE:
             solved.edits.removed_layers = [*block.layers]
             plan = Plan((block,), method.statistics(setting))
-            repair_layers(setting, ModelContext(model, family, documents, setting.batch_size), solved.edits, plan)
+            context = ModelContext(model, family, documents, setting.batch_size)
+            with tempfile.TemporaryDirectory() as folder:
+                repair_layers(setting, context, solved.edits, plan, Checkpoints(Path(folder), ""))
 
     settings = {
         transform: params.model_copy(update={"method": "lstsq", "transform": transform, "repair": False})

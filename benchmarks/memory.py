@@ -7,6 +7,7 @@ prints the peak resident set sizes and their ratio.
 import resource
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from replaceme.models.context import ModelContext
 from replaceme.models.devices import use_processor
 from replaceme.models.find import find_model
 from replaceme.repair.repair import repair_layers
+from replaceme.repair.resume import Checkpoints
 from replaceme.statistics.cut_statistics import take_statistics
 from replaceme.statistics.profile import profile_model
 
@@ -45,7 +47,11 @@ def measure(tokens: int) -> None:
     taken = take_statistics(ModelContext(model, family, documents, params.batch_size), block, names)
     edits = method.solve(params, block, taken.__getitem__).edits
     edits.removed_layers = [*block.layers]
-    repair_layers(params, ModelContext(model, family, documents, params.batch_size), edits, Plan((block,), names))
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoints = Checkpoints(Path(folder), "")
+        repair_layers(
+            params, ModelContext(model, family, documents, params.batch_size), edits, Plan((block,), names), checkpoints
+        )
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 

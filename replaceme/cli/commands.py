@@ -55,7 +55,6 @@ METAVARS = {
 SCORES_PATH = "JSON file for the scores [MODEL.evaluation.json]"
 DISTANCES_PATH = "folder for the distances of all pairs [MODEL-distances]"
 EDITS_PATH = "folder for the edits [MODEL-METHOD-LAYERS-transform]"
-MEASURED_PATH = "the pruned model [the pipeline's artifacts/model]"
 # Longer lists of choices stand in the sentence, not in the option's own line.
 LONGEST_CHOICES = 48
 
@@ -223,56 +222,41 @@ def _describe_value(value: Any) -> str:
     return "not set" if value is None else f"{value:g}" if isinstance(value, float) else format_value(value)
 
 
-def _run(action: Callable[..., object], description: str, save_path: str = "", **fixed: Any) -> NoReturn:
+def _run_script(action: Callable[..., object], description: str, save_path: str = "", **fixed: Any) -> NoReturn:
     run_command(Command(action=action, description=description, fixed=fixed, preset="published", save_path=save_path).run)
 
 
 def run_replaceme() -> NoReturn:
     """Prune a model, save it and score it."""
-    _run(actions.prune, "Prune a language model: choose a block of layers, fit its replacement, save and score the result.")
+    _run_script(
+        actions.prune, "Prune a language model: choose a block of layers, fit its replacement, save and score the result."
+    )
 
 
 def run_uidl() -> NoReturn:
     """Prune a model by dropping the block."""
     words = "Prune a language model by UIDL: drop the block of layers with the smallest angular distance."
-    _run(actions.prune, words, method="uidl")
+    _run_script(actions.prune, words, method="uidl")
 
 
 def evaluate_model() -> NoReturn:
     """Score a model."""
-    _run(
-        actions.evaluate,
-        "Score the model at model_path; save_path is a JSON file for the scores.",
-        SCORES_PATH,
-    )
-
-
-def measure_speed() -> NoReturn:
-    """Measure the dense and the pruned model."""
-    words = "Measure prefill and decoding of the dense model (model_path) and of the pruned one (save_path, or artifacts/model)"
-    _run(
-        actions.measure,
-        f"{words}, in turn, and write the report with these times.",
-        MEASURED_PATH,
-    )
+    _run_script(actions.evaluate, "Score the model at model_path; save_path is a JSON file for the scores.", SCORES_PATH)
 
 
 def get_distance_analysis() -> NoReturn:
     """Profile a model."""
-    _run(
-        actions.profile,
-        "Measure the angular distance between all pairs of layers, and list the best block of each size.",
-        DISTANCES_PATH,
-    )
+    words = "Measure the angular distance between all pairs of layers, and list the best block of each size."
+    _run_script(actions.profile, words, DISTANCES_PATH)
 
 
 def get_lt_with_lstsq() -> NoReturn:
     """Fit a transform."""
     words = "Fit the linear transform of the best block by least squares and save it, without a model."
-    _run(actions.prune, words, EDITS_PATH, method="lstsq", save_transform_only=True)
+    _run_script(actions.prune, words, EDITS_PATH, method="lstsq", save_transform_only=True)
 
 
 def get_lt_with_solvers() -> NoReturn:
     """Fit a transform by an iterative solver."""
     words = "Fit the linear transform of the best block by an iterative solver and save it, without a model."
-    _run(actions.prune, words, EDITS_PATH, method="cosine", save_transform_only=True)
+    _run_script(actions.prune, words, EDITS_PATH, method="cosine", save_transform_only=True)

@@ -11,9 +11,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from replaceme.base.errors import ParameterError, ReplaceMeError, ResourceError, excerpt
 from replaceme.base.files import new_folder, read_json, rounded, temporary_folder, write_json
@@ -21,7 +20,7 @@ from replaceme.base.parameters import read_params
 from replaceme.base.progress import align, logger, silence_libraries
 from replaceme.methods.registry import METHODS
 from replaceme.pipeline.actions import SPEED_FILE
-from replaceme.running.entry import Parser, plain_parser, run_command
+from replaceme.running.entry import Parser, plain_parser
 from replaceme.running.extras import need
 from replaceme.running.workspace import Workspace
 
@@ -35,15 +34,10 @@ MODEL, DENSE = Workspace().model.as_posix(), Workspace().model_input.as_posix()
 Record = dict[str, Any]
 
 
-def compare_experiments() -> NoReturn:
-    """Run the script of the same name."""
-    run_command(partial(compare, prog=None))
-
-
-def parser(prog: str | None = None) -> Parser:
-    """Return the command's parser; ``prog`` is how it is called, if not by the script's name."""
+def make_parser() -> Parser:
+    """Return the command's parser."""
     description = "Compare the experiments of this repository: table, CSV and pictures."
-    parser = plain_parser(prog, description, "replaceme compare --speed")
+    parser = plain_parser("replaceme compare", description, "replaceme compare --speed")
     parser.add_argument("--rev", action="append", help="commit whose experiments are compared; repeatable [HEAD]")
     parser.add_argument(
         "--num", type=int, default=1, help="number of commits, counted back from that one, whose experiments are compared [1]"
@@ -55,11 +49,11 @@ def parser(prog: str | None = None) -> Parser:
     return parser
 
 
-def compare(arguments: Sequence[str], prog: str | None = "replaceme compare") -> None:
+def compare(arguments: Sequence[str]) -> None:
     """Print the experiments side by side, and save the table and the pictures."""
     from replaceme.report.experiment_table import SPEEDS, format_comparison, tabulate_experiments
 
-    options = parser(prog).parse_args(arguments)
+    options = make_parser().parse_args(arguments)
     output = options.output
     if output.exists() and not (output / TABLE_FILE).is_file():
         raise ParameterError(

@@ -12,7 +12,7 @@ from replaceme import __version__
 from replaceme.base.errors import ParameterError
 from replaceme.base.parameters import nearest, read_params
 from replaceme.cli import experiments, publish
-from replaceme.cli.commands import DISTANCES_PATH, EDITS_PATH, GROUPS, MEASURED_PATH, SCORES_PATH, Command
+from replaceme.cli.commands import DISTANCES_PATH, EDITS_PATH, GROUPS, SCORES_PATH, Command
 from replaceme.pipeline import actions
 from replaceme.running.entry import Parser, plain_parser, run_command
 
@@ -65,12 +65,12 @@ COMMANDS: Mapping[str, Command] = {
         "pipeline's artifacts/model) in turn, and write the report with these times.",
         example="replaceme speed --model smollm2-135m-instruct --save_path smaller",
         keys=(*_MODEL, "save_path", "eval_batch_size", "eval_dtype", *_WHERE),
-        save_path=MEASURED_PATH,
+        save_path="the pruned model [the pipeline's artifacts/model]",
     ),
 }
 
 
-def report_parser() -> Parser:
+def make_report_parser() -> Parser:
     """Return the parser of ``replaceme report``."""
     description = "Print a result's scores, and write its report: a page with figures, cost and measured times."
     parser = plain_parser("replaceme report", description, "replaceme report --save_path smaller --output report")
@@ -80,7 +80,7 @@ def report_parser() -> Parser:
 
 
 def _report(arguments: Sequence[str]) -> None:
-    options = report_parser().parse_args(arguments)
+    options = make_report_parser().parse_args(arguments)
     actions.report(read_params(None, {"save_path": options.save_path}), options.output)
 
 
@@ -97,7 +97,7 @@ def main() -> NoReturn:
     run_command(_run)
 
 
-def overview() -> Parser:
+def make_overview() -> Parser:
     """Return the parser of ``replaceme`` without a command."""
     words = {name: command.summary for name, command in COMMANDS.items()} | {name: words for name, (words, _) in OTHERS.items()}
     parser = Parser(
@@ -115,7 +115,7 @@ def overview() -> Parser:
 
 def _run(arguments: Sequence[str]) -> None:
     if not arguments:
-        overview().print_help()
+        make_overview().print_help()
         return
     name, *rest = arguments
     names = [*COMMANDS, *OTHERS]
@@ -124,7 +124,7 @@ def _run(arguments: Sequence[str]) -> None:
     elif name in OTHERS:
         OTHERS[name][1](rest)
     elif name.startswith("-"):
-        overview().parse_args(arguments)
+        make_overview().parse_args(arguments)
         raise ParameterError(f"command line: a command comes first, one of {', '.join(names)}.")
     else:
         raise ParameterError(f"command line: '{name}' is not a command{nearest(name, names)}; use one of {', '.join(names)}.")

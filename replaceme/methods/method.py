@@ -47,11 +47,12 @@ class MethodContext(ModelContext):
     """The inputs of a method's ``fit_on_model``: the dense model, which is left unchanged, its calibration text, and these.
 
     Attributes:
-        folder: for scratch files, and for checkpoints that an interrupted run resumes from.
+        folder: for scratch files.
         params: the setting.
         plan: the removed blocks.
         edits: as solved so far; they are added to.
         output: the folder of the edits, for files to be kept with them.
+        checkpoints: the folder of checkpoints, from which an interrupted run resumes.
     """
 
     folder: Path
@@ -59,6 +60,7 @@ class MethodContext(ModelContext):
     plan: Plan
     edits: Edits
     output: Path
+    checkpoints: Path
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from replaceme.base.files import PARTIAL, copy_tree, new_folder, read_json, remove, rounded, write_json
+from replaceme.base.files import copy_tree, new_folder, read_json, remove, rounded, write_json
 from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
 from replaceme.base.ranks import rank
@@ -36,7 +35,7 @@ def heal(params: Params, work: Workspace) -> None:
             edits.save(folder)
             write_curves(folder, curves)
     write_json(work.metric("heal"), rounded(figures))
-    remove(_checkpoints(work))
+    remove(work.checkpoints)
 
 
 def _heal(params: Params, work: Workspace, edits: Edits) -> tuple[dict[str, Any], Curves]:
@@ -63,7 +62,6 @@ def _heal(params: Params, work: Workspace, edits: Edits) -> tuple[dict[str, Any]
     documents, plan = Documents.load(work.documents), Plan.load(work.plan)
     # With narrower MLPs, the states differ from the dense model's from the first layer on.
     first = 0 if plan.mlp_width else plan.blocks[0].layer_before_cut
-    folder = _checkpoints(work)
     schedule = LearningRateSchedule(params.heal_learning_rate, params.heal_epochs, params.batch_size, "heal_learning_rate")
     settings = {
         **checkpoint_settings(schedule, next(model.parameters()).device),
@@ -78,16 +76,10 @@ def _heal(params: Params, work: Workspace, edits: Edits) -> tuple[dict[str, Any]
         context, first, len(context.layers) - 1, purpose="healing", description="walking to the predictions"
     )
     task = healing.LogitDistillation(context, edits, first, entering, leaving)
-    parameters, curves = train(
-        task, task.trainable_parameters(), schedule, folder, checkpoint_key(settings, documents.documents)
-    )
+    key = checkpoint_key(settings, documents.documents)
+    parameters, curves = train(task, task.trainable_parameters(), schedule, work.checkpoints, key)
     task.add_corrections(edits, parameters)
     return summarize_training(curves, parameters), curves
-
-
-def _checkpoints(work: Workspace) -> Path:
-    """Return the folder of the checkpoints, from which an interrupted training resumes."""
-    return work.edits.parent / f"healing{PARTIAL}"
 
 
 STAGE = Stage(

@@ -28,7 +28,7 @@ from replaceme.running.stage import PASS, Stage
 from replaceme.running.workspace import Workspace
 from replaceme.selection.budget import apply_budget
 from replaceme.statistics.cut_statistics import are_reducible
-from replaceme.training.checkpoints import checkpoint_folder, checkpoint_key, describe_environment
+from replaceme.training.checkpoints import checkpoint_key, describe_environment
 from replaceme.training.curves import write_curves
 
 
@@ -43,7 +43,7 @@ def repair(params: Params, work: Workspace) -> None:
     if repairs_layers:
         model, family = calibration_model(params, work.model_input)
         context = ModelContext(model, family, Documents.load(work.documents), params.batch_size, work.repaired.parent)
-        checkpoints = Checkpoints(work.unfinished("repairing"), _key(params, work, context.documents))
+        checkpoints = Checkpoints(work.checkpoints, _key(params, work, context.documents))
         repairs, figures = repair_layers(params, context, edits, plan, checkpoints)
         if plan.mlp_width:
             edits.config = mlp_width_entry(model.config, family, plan.mlp_width)
@@ -62,7 +62,10 @@ def repair(params: Params, work: Workspace) -> None:
                 params = apply_budget(params, recorded_model(params, work.model_input), method.criterion)
             documents = Documents.load(work.documents)
             context = ModelContext(model, family, documents, params.batch_size, work.repaired.parent)
-            figures = method.fit_on_model(MethodContext(**vars(context), params=params, plan=plan, edits=edits, output=folder))
+            own = MethodContext(
+                **vars(context), params=params, plan=plan, edits=edits, output=folder, checkpoints=work.checkpoints
+            )
+            figures = method.fit_on_model(own)
         if method.fit_on_model or repairs_layers:
             edits.save(folder)
         write_text(folder / "repairs.csv", _table(repairs))
@@ -81,8 +84,7 @@ def repair(params: Params, work: Workspace) -> None:
         logger.info("repair: nothing to do")
     write_json(work.metric("repair"), rounded(figures))
     # Checkpoints go only after all is written.
-    remove(work.unfinished("repairing"))
-    remove(checkpoint_folder(work.repaired.parent))
+    remove(work.checkpoints)
 
 
 def _changes_layers(params: Params, plan: Plan) -> bool:

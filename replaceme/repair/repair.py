@@ -78,7 +78,7 @@ Ridges = Mapping[Linear, str]
 
 
 def repair_layers(
-    params: Params, context: ModelContext, edits: Edits, plan: Plan, checkpoints: Checkpoints | None = None
+    params: Params, context: ModelContext, edits: Edits, plan: Plan, checkpoints: Checkpoints
 ) -> tuple[list[Repair], dict[str, Any]]:
     """Add the repairs and the fits of later blocks to the edits; return the repairs, and how well those blocks fit.
 
@@ -87,19 +87,19 @@ def repair_layers(
         context: the dense model and its calibration text.
         edits: as solved for the first block; they are added to.
         plan: the blocks, and the statistics that the method needs.
-        checkpoints: of an interrupted repair, which goes on at the last one; None writes none.
+        checkpoints: an interrupted repair goes on at the last one.
 
     Raises:
         ResourceError: the states or the corrections do not fit on the disk.
     """
     state = _initial_state(params, context, edits, plan)
-    finished = checkpoints.resume(state) if checkpoints else 0
+    finished = checkpoints.resume(state)
     if not finished:
         _walk_to_cut(state)
     for number, layer in enumerate(progress(state.kept[finished:], "repairing layers", "layers"), start=finished + 1):
         repair_layer(state, layer)
         state.offload_corrections()
-        if checkpoints and number < len(state.kept):
+        if number < len(state.kept):
             checkpoints.save_if_due(state, number)
     return state.repairs, state.figures
 

@@ -27,9 +27,10 @@ COMPRESSION = (*FIT, "export")
 JUDGEMENT = ("baseline", "evaluate", "report")
 ORDER = (*COMPRESSION, *JUDGEMENT)
 
-# Parameters of every pass over the calibration text, and of every evaluation.
+# Parameters of every pass over the calibration text; those that determine a model's scores; and those of every evaluation.
 PASS = ("batch_size", "dtype", "device", "device_map", "threads", "use_4bit", "trust_remote_code")
-SCORING = ("tasks", "eval_tokens", "eval_batch_size", "eval_dtype", "device", "device_map", "threads", "trust_remote_code")
+SCORE_SETTINGS = ("tasks", "eval_tokens", "eval_batch_size", "eval_dtype")
+SCORING = (*SCORE_SETTINGS, "device", "device_map", "threads", "trust_remote_code")
 
 
 @dataclass(frozen=True, kw_only=True)

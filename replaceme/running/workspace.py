@@ -105,9 +105,10 @@ class Workspace:
         """Return a path below ``artifacts``."""
         return self.root / "artifacts" / name
 
-    def unfinished(self, name: str) -> Path:
-        """Return the folder of what a stage keeps while it runs, to go on there if interrupted."""
-        return self.artifact(f"{name}{PARTIAL}")
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints of the stage that runs; it is deleted once all that the stage writes is there."""
+        return self.artifact(f"checkpoints{PARTIAL}")
 
     def metric(self, name: str) -> Path:
         """Return the path of a metrics file."""

@@ -23,6 +23,7 @@ from replaceme.methods.registry import METHODS
 from replaceme.models.families import Family, family_of
 from replaceme.models.model import Model
 from replaceme.repair.repair import repair_layers
+from replaceme.repair.resume import Checkpoints
 from replaceme.repair.state import Repair
 from replaceme.running.workspace import Workspace
 from replaceme.statistics.cut_statistics import take_statistics
@@ -30,6 +31,8 @@ from tests.conftest import WIDTH, made_model
 from tests.helpers import TEXT, context_of, many_documents, shortened_logits
 
 BLOCK = Block(2, 4)
+# None is due in the seconds of a test.
+NO_CHECKPOINTS = Checkpoints(Path("nowhere"), "")
 
 RunRepair = Callable[..., tuple[list[Repair], dict[str, Any]]]
 
@@ -47,7 +50,9 @@ def solved(
         edits = method.solve(params, blocks[0], taken.__getitem__).edits
     edits.removed_layers = plan.removed_layers
 
-    def run_repair(folder: Path | None = None, checkpoints: Any = None) -> tuple[list[Repair], dict[str, Any]]:
+    def run_repair(
+        folder: Path | None = None, checkpoints: Checkpoints = NO_CHECKPOINTS
+    ) -> tuple[list[Repair], dict[str, Any]]:
         own = replace(context, folder=folder, batch_size=params.batch_size)
         return repair_layers(params, own, edits, plan, checkpoints)
 
@@ -71,14 +76,14 @@ def method_context(
     """Return the inputs of ``fit_on_model`` with these parameters, for edits that remove the blocks."""
     plan = Plan(blocks, ())
     params = read_params(None, {"batch_size": 4, **options}, METHODS)
-    own = {"params": params, "plan": plan, "edits": Edits("", plan.removed_layers), "output": folder}
+    own = {"params": params, "plan": plan, "edits": Edits("", plan.removed_layers), "output": folder, "checkpoints": folder}
     return MethodContext(model, family_of(model.config), documents, params.batch_size, folder=folder, **own)
 
 
 def assert_repaired_and_exported(source: Model, edits: Edits, plan: Plan, folder: Path, method: str) -> set[int]:
     """Repair the edits of a method, require that each repair helps and that the export is exact; return the repaired layers."""
     params, texts = read_params(None, {"method": method, "repair": True, "batch_size": 4}), many_documents(12)
-    repairs, _ = repair_layers(params, context_of(source.load(), texts), edits, plan)
+    repairs, _ = repair_layers(params, context_of(source.load(), texts), edits, plan, NO_CHECKPOINTS)
     assert repairs
     assert all(each.after < each.before for each in repairs)
     save_pruned(source, edits, folder)

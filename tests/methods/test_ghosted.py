@@ -22,7 +22,7 @@ from replaceme.models.model import Model
 from replaceme.repair.repair import repair_layers
 from tests.conftest import KINDS, LAYERS, PLAIN, WIDTH, made_model
 from tests.helpers import many_documents, passing
-from tests.methods.helpers import BLOCK, assert_repaired_and_exported, assert_saved_computes_edits, solved_alone
+from tests.methods.helpers import BLOCK, NO_CHECKPOINTS, assert_repaired_and_exported, assert_saved_computes_edits, solved_alone
 
 solved = partial(solved_alone, "ghosted")
 
@@ -122,7 +122,7 @@ def test_each_later_block_is_fitted_on_states_of_the_shortened_model(kind: str) 
     edits.removed_layers = [1, 3, 4]
     params = read_params(None, {"method": "ghosted", "batch_size": 4})
     plan = Plan(blocks, METHODS["ghosted"].statistics(params))
-    _, figures = repair_layers(params, ModelContext(model, family, documents, params.batch_size), edits, plan)
+    _, figures = repair_layers(params, ModelContext(model, family, documents, params.batch_size), edits, plan, NO_CHECKPOINTS)
     _, H = states(model, documents, blocks[1])
     with unfused(model, family, first.edits):
         h = passing(model, blocks[1].layer_before_cut, documents)["output"]

@@ -19,7 +19,7 @@ from replaceme.base.files import read_json
 from replaceme.base.parameters import Params
 from replaceme.base.plan import Block, load_blocks
 from replaceme.edits.edits import Edits
-from replaceme.export.card import render_card
+from replaceme.export.card import RunResults, render_card
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import measure_cache_error, verify_export
 from replaceme.methods.llm_streamline import LayerDistillation, TrainedLayer, train_layer
@@ -427,6 +427,6 @@ def test_the_schedule_warms_up_and_ends_at_a_quarter() -> None:
 
 def test_the_card_says_that_the_attention_is_gone(params: Params, tiny: Model) -> None:
     edits = Edits("x", [2], model_edit=TrainedLayer(1, {}, ("self_attn", "input_layernorm")))
-    text = render_card(params, tiny, edits)
+    text = render_card(params, tiny, edits, RunResults())
     assert "The attention of layer 1 was removed." in text
     assert "trust_remote_code=True" in text

@@ -20,7 +20,7 @@ from huggingface_hub import ModelCard
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.parameters import Params
 from replaceme.cli import commands
-from replaceme.cli.publish import push_to_hub
+from replaceme.cli.main import main
 from replaceme.methods.registry import FIELDS, METHODS
 from replaceme.models.model import Model
 from replaceme.pipeline.cost import STAGE as COST
@@ -185,7 +185,7 @@ def test_the_console_script_gives_the_pipelines_model_to_the_last_bit_and_both_g
     script, pipeline = sha256_below(tmp_path / "same"), sha256_below(model)
     assert script.keys() == pipeline.keys()
     assert {name for name in script if script[name] != pipeline[name]} == cards
-    call(push_to_hub, "--repo_id", "me/small")
+    call(main, "push", "--repo_id", "me/small")
     assert api.files.keys() == {path.name for path in model.iterdir()}
     assert api.files["model.safetensors"] == (model / "model.safetensors").read_bytes()
     scores = {(each.dataset_name, each.metric_type) for each in ModelCard(api.files["README.md"].decode()).data.eval_results}
@@ -204,7 +204,7 @@ def test_another_models_scores_are_not_put_on_the_hub(
     settings = project / "params.yaml"
     before = settings.read_text(encoding="utf-8")
     settings.write_text(before.replace("layers_to_skip: 2", "layers_to_skip: 1"), encoding="utf-8")
-    call(push_to_hub, "--repo_id", "me/small", code=2)
+    call(main, "push", "--repo_id", "me/small", code=2)
     settings.write_text(before, encoding="utf-8")
     assert "save_path: the stage export is not up to date" in capsys.readouterr().err
     assert not api.made
@@ -264,7 +264,7 @@ def test_another_transform_changes_the_cut_and_no_pass_before_it(project: Path) 
 
 
 def test_the_experiments_are_compared_in_a_table_and_a_picture(project: Path) -> None:
-    printed = served(project, "compare_experiments")
+    printed = served(project, "replaceme", "compare")
     table = pd.read_csv(project / "artifacts" / "experiments" / "experiments.csv")
     assert {"experiment", "best", "method", "parameters.removed_percent", "retention_percent"} <= set(table)
     assert sorted(zip(table["alpha"], table["layers_to_skip"], strict=True)) == [(0.0, 1), (0.0, 2), (0.1, 2)]
@@ -276,16 +276,16 @@ def test_the_experiments_are_compared_in_a_table_and_a_picture(project: Path) ->
 
 
 def test_the_models_of_the_experiments_are_measured_once(project: Path) -> None:
-    first = served(project, "compare_experiments", "--speed")
+    first = served(project, "replaceme", "compare", "--speed")
     times = json.loads((project / "artifacts" / "experiments" / "speed.json").read_text())
     assert len(times) == first.count(", measured") == 3
     table = pd.read_csv(project / "artifacts" / "experiments" / "experiments.csv")
     assert (table[["prefill_speedup", "decode_speedup"]] > 0).all(axis=None)
-    again = served(project, "compare_experiments", "--speed")
+    again = served(project, "replaceme", "compare", "--speed")
     assert (again.count(", measured"), again.count(", known")) == (0, 3)
     assert re.search(r"time +memory +prefill +decode\n", again)
     assert not list(project.glob("*.partial"))
-    assert "prefill_speedup" not in served(project, "compare_experiments")
+    assert "prefill_speedup" not in served(project, "replaceme", "compare")
     assert (project / "artifacts" / "experiments" / "speed.json").is_file()
 
 
@@ -332,7 +332,7 @@ def test_results_and_experiments_are_shared_through_a_remote(project: Path, tmp_
 
 
 def test_speed_is_measured_apart_from_the_lock(project: Path) -> None:
-    printed = served(project, "measure_speed", "--config", "params.yaml")
+    printed = served(project, "replaceme", "speed", "--config", "params.yaml")
     assert re.search(r"prefill +[\d.]+ ms +[\d.]+ ms +x [\d.]+", printed)
     times = json.loads((project / "artifacts" / "speed" / "speed.json").read_text())
     assert times["prefill_seconds"]["speedup"] > 0
@@ -341,7 +341,7 @@ def test_speed_is_measured_apart_from_the_lock(project: Path) -> None:
     assert "Measured on cpu" in page
     assert re.search(r'<th scope="row">all stages</th><td>[\d.]+ s</td>', page)
     made = (project / "artifacts" / "report" / "params.yaml").read_text()
-    shown = served(project, "measure_speed", "--config", "params.yaml", "--alpha", "7", "--max_length", "99")
+    shown = served(project, "replaceme", "speed", "--eval_batch_size", "2")
     assert "prefill" in shown
     assert (project / "artifacts" / "speed" / "params.yaml").read_text() == made
     assert shell(project, "git", "status", "--porcelain") == ""

@@ -134,14 +134,14 @@ def test_a_shared_repair_goes_on_at_its_last_checkpoint_to_the_same_bits(params:
     *finished, last = layers
     assert in_ranks(2, partial(_repaired, params, work, last), tmp_path) == [layers, layers]
     number = len(finished)
-    assert {path.name for path in work.unfinished("repairing").iterdir()} == {f"{number}-{rank}-of-2" for rank in range(2)}
+    assert {path.name for path in work.checkpoints.iterdir()} == {f"{number}-{rank}-of-2" for rank in range(2)}
     # Each process has its part of the states, and the first one the edits.
-    sizes = [(work.unfinished("repairing") / f"{number}-{rank}-of-2" / "dense").stat().st_size for rank in range(2)]
+    sizes = [(work.checkpoints / f"{number}-{rank}-of-2" / "dense").stat().st_size for rank in range(2)]
     itemsize = getattr(torch, params.dtype).itemsize
     assert sum(sizes) == Documents.load(work.documents).token_count * WIDTH * itemsize
     assert in_ranks(2, partial(_repaired, params, work, None), tmp_path) == [[last], [last]]
     assert sha256_below(work.repaired) == sha256_below(whole.repaired)
-    assert not work.unfinished("repairing").exists()
+    assert not work.checkpoints.exists()
 
 
 @pytest.mark.usefixtures("checkpoint_at_each_chance")
@@ -150,11 +150,11 @@ def test_a_checkpoint_of_a_shared_repair_counts_if_all_processes_have_it(params:
     inspect_inputs(params, work)
     run_stages(params, work, FIT[: FIT.index("repair")])
     layers, _ = in_ranks(2, partial(_repaired, params, work, 5), tmp_path)
-    place = work.unfinished("repairing") / f"{len(layers) - 1}-1-of-2"
+    place = work.checkpoints / f"{len(layers) - 1}-1-of-2"
     (place / "dense").write_bytes(b"")
     assert in_ranks(2, partial(_repaired, params, work, layers[0]), tmp_path) == [layers[:1], layers[:1]]
     # The other process's part is gone too.
-    assert [*work.unfinished("repairing").iterdir()] == [place]
+    assert [*work.checkpoints.iterdir()] == [place]
 
 
 @pytest.mark.usefixtures("checkpoint_at_each_chance")

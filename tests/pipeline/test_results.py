@@ -10,7 +10,7 @@ from replaceme.base.errors import ParameterError
 from replaceme.base.files import new_folder, write_json, write_text
 from replaceme.base.parameters import Params
 from replaceme.cli import commands
-from replaceme.cli.publish import push_to_hub
+from replaceme.cli.main import main
 from replaceme.methods.registry import METHODS
 from replaceme.models.model import Model
 from replaceme.pipeline.results import exclusive_result, publish_file, publish_folder, result_lock, result_name, result_paths
@@ -65,15 +65,15 @@ def test_a_second_process_in_one_folder_stops(
     place.model.mkdir()
     with result_lock(place):
         before = {path: path.stat().st_mtime_ns for path in place.root.rglob("*")}
-        for command in (
-            commands.run_replaceme, commands.get_lt_with_lstsq, commands.get_distance_analysis, commands.measure_speed
-        ):  # fmt: skip
+        for command in (commands.run_replaceme, commands.get_lt_with_lstsq, commands.get_distance_analysis):
             call(command, *arguments, code=2)
             error = capsys.readouterr().err.splitlines()[-1]
             assert error == (
                 f"error: save_path: {tmp_path / 'r'} is in use by another process; wait for it, or choose another folder."
             )
-        call(push_to_hub, "--repo_id", "you/r", "--save_path", tmp_path / "r", code=2)
+        call(main, "speed", "--save_path", tmp_path / "r", code=2)
+        assert "is in use by" in capsys.readouterr().err
+        call(main, "push", "--repo_id", "you/r", "--save_path", tmp_path / "r", code=2)
         assert "is in use by" in capsys.readouterr().err
         assert {path: path.stat().st_mtime_ns for path in place.root.rglob("*")} == before
 
@@ -105,12 +105,12 @@ def test_what_ended_runs_left_is_cleared_and_checkpoints_stay(placed: Params, tm
     finish(placed, "the first")
     before = {*folder.rglob("*")}
     artifacts = folder / "r.work" / "artifacts"
-    for path in (folder / f"r.abcdefgh.{end}", artifacts / f"scratch-abcdefgh.{end}", artifacts / "healing.partial"):
+    for path in (folder / f"r.abcdefgh.{end}", artifacts / f"scratch-abcdefgh.{end}", artifacts / "checkpoints.partial"):
         path.mkdir(parents=True)
     write_text(folder / "r.work" / "stages" / f"solve.json.{end}", "half")
     with exclusive_result(placed, ""):
         pass
-    assert {*folder.rglob("*")} - before == {artifacts / "healing.partial", folder / "r.work" / "stages"}
+    assert {*folder.rglob("*")} - before == {artifacts / "checkpoints.partial", folder / "r.work" / "stages"}
 
 
 @pytest.mark.parametrize("harm", ["a file more", "a link", "a broken link", "a changed file", "no record", "a damaged record"])

@@ -17,6 +17,7 @@ from replaceme.base.errors import ParameterError
 from replaceme.base.parameters import Params
 from replaceme.base.progress import align
 from replaceme.cli import experiments
+from replaceme.cli.main import main
 from replaceme.models.model import Model
 from replaceme.report.experiment_figures import draw_methods, draw_quality
 from replaceme.report.experiment_table import (
@@ -91,7 +92,7 @@ def test_experiments_are_read_from_git_with_their_settings_and_all_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    call(experiments.compare_experiments, code=2)
+    call(main, "compare", code=2)
     assert "error: compare: DVC says: you are not inside of a DVC repository" in capsys.readouterr().err
     (tmp_path / "metrics").mkdir()
     texts = {
@@ -110,9 +111,9 @@ def test_experiments_are_read_from_git_with_their_settings_and_all_figures(
     assert found.name == "main"
     assert found.settings == {"loss": "cosine", "alpha": 1e-6, "repair": True, "tasks": ["wikipedia"]}
     assert found.figures == {"perplexity": {"wiki": {"ratio": 1.5}}, "summary": {"seconds": 12.5}}
-    call(experiments.compare_experiments, code=2)
+    call(main, "compare", code=2)
     assert "error: compare: no experiment has scores yet; run some" in capsys.readouterr().err
-    call(experiments.compare_experiments, "--rev", "nowhere", code=2)
+    call(main, "compare", "--rev", "nowhere", code=2)
     assert "unknown Git revision 'nowhere'" in capsys.readouterr().err
 
 
@@ -428,7 +429,7 @@ def test_a_wrong_option_is_one_sentence(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("x" * 150).mkdir()
-    call(experiments.compare_experiments, *arguments, code=2)
+    call(main, "compare", *arguments, code=2)
     (error,) = capsys.readouterr().err.splitlines()
     assert error.startswith(f"error: {said}")
     assert len(error) < 310

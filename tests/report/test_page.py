@@ -337,7 +337,7 @@ def test_times_and_costs_are_on_the_page_only_when_measured(show: Show) -> None:
     stages: dict[str, Any] = {"stage_seconds": {"select": 78.06, "plan": 0.0176}, "trained": False}
     cost = stages | {"seconds": 78.08, "peak_memory_bytes": 1474109440, "machines": ["Made Up 9000, 2 cores"]}
     without, whole = show(), show(speed=SPEED, cost=cost)
-    unmeasured = "Run measure_speed to measure them and get this page with them."
+    unmeasured = "Run replaceme speed to measure them and get this page with them."
     assert unmeasured in without.text
     assert not re.search("Measured on|Cost of the compression", without.text)
     assert unmeasured not in whole.text

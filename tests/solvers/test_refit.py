@@ -27,6 +27,7 @@ from replaceme.statistics.cut_statistics import FeatureGram, take_statistics
 from replaceme.statistics.features import LINEARS, Features
 from tests.conftest import PLAIN, WIDTH, made_model
 from tests.helpers import context_of, many_documents, passing, ridge
+from tests.methods.helpers import NO_CHECKPOINTS
 
 BLOCK = Block(2, 4)
 
@@ -207,7 +208,7 @@ def test_a_repair_names_the_smaller_of_its_ridges(linear: str, tmp_path: Path) -
     assert family.parallel
     edits, plan = Edits("test", [*BLOCK.layers]), Plan((BLOCK,), ())
     with pytest.raises(SolveError, match=f"^repair_ridge_{linear}: 1e-18 leaves the least squares singular; raise it, or data"):
-        repair_layers(params, ModelContext(model, family, few, params.batch_size, tmp_path), edits, plan)
+        repair_layers(params, ModelContext(model, family, few, params.batch_size, tmp_path), edits, plan, NO_CHECKPOINTS)
 
 
 def test_the_map_is_solved_from_exact_sums() -> None:
