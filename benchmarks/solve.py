@@ -18,7 +18,7 @@ from replaceme.models.devices import use_processor
 from replaceme.solvers.ridge import solve_correction, solve_ridge
 
 
-def random_gram(width: int) -> Tensor:
+def make_gram(width: int) -> Tensor:
     """Return a well-conditioned Gram matrix (width, width) float64; its diagonal is as uneven as that of real features."""
     scale = torch.logspace(-2, 2, width, dtype=torch.float64)
     rows = torch.randn(256, width, dtype=torch.float32)
@@ -29,7 +29,7 @@ def random_gram(width: int) -> Tensor:
     return gram
 
 
-def timed(name: str, solve: Callable[[], object]) -> None:
+def print_time(name: str, solve: Callable[[], object]) -> None:
     """Run ``solve``, and print its seconds and the peak resident set size so far."""
     began = time.perf_counter()
     solve()
@@ -43,12 +43,12 @@ def main(width: int, inputs: int) -> None:
     use_processor(threads)
     torch.manual_seed(0)
     print(f"d {width}, f {inputs}, float64, {threads} threads")
-    gram = random_gram(width)
-    timed("map (Cholesky, and eigenvalues for α)", lambda: solve_ridge(gram, gram, 1.0))
+    gram = make_gram(width)
+    print_time("map (Cholesky, and eigenvalues for α)", lambda: solve_ridge(gram, gram, 1.0))
     del gram
-    gram, cross = random_gram(inputs), torch.randn(inputs, width, dtype=torch.float64)
+    gram, cross = make_gram(inputs), torch.randn(inputs, width, dtype=torch.float64)
     ridge = torch.full((inputs,), 0.3, dtype=torch.float64)
-    timed("new weights of the MLP's last linear", lambda: solve_correction(gram, cross, ridge, overwrite=True))
+    print_time("new weights of the MLP's last linear", lambda: solve_correction(gram, cross, ridge, overwrite=True))
 
 
 if __name__ == "__main__":

@@ -85,27 +85,20 @@ def prune(
     preset: Preset = "recommended",
     **settings: Any,
 ) -> Pruned:
-    """Remove layers of a causal language model, solve for what takes their place, save the result and score both models.
+    """Remove layers of a causal language model, save the result and score both models, as ``replaceme prune`` does.
 
-    The steps are those of ``replaceme prune``: an interrupted call goes on where it stopped, a second one with other settings
-    repeats only what they change, and a saved model is proved against the unfused computation before it counts. What it decides
-    goes to the logger ``replaceme``.
+    An interrupted call goes on where it stopped; a second one with other settings repeats only what they change.
 
     Args:
         model: a local folder, a hub id or an embedded model's name; or a loaded model, which is first saved to a temporary
-            folder (safetensors, as much disk as its weights take) and needs ``tokenizer``.
-        texts: calibration text: a file, a hub id or an embedded text's name; or a list of documents. None is text that the
-            model writes itself. (A mix is a setting: ``dataset=["wikipedia-sample", {"notes.jsonl": 2}, "self"]``.)
+            folder and needs ``tokenizer``.
+        texts: calibration text: a file, a hub id, an embedded text's name, or a list of documents. None is text that the model
+            writes itself, unless the setting ``dataset`` says otherwise.
         layers: how many layers to remove.
-        save_path: folder of the result; None is ``<model>-<method>-<layers>`` in the current folder. Intermediate results lie
-            next to it, in ``<save_path>.work``.
+        save_path: folder of the result; None is ``<model>-<method>-<layers>`` in the current folder.
         tokenizer: of a loaded model.
         preset: the values of settings that are not given: recommended, or published (the paper's).
-        settings: any parameter by its name (docs/parameters.md), as ``transform="refit"``, ``device="cuda"``, ``tasks=[]``
-            (score nothing).
-
-    Returns:
-        The result's path and figures.
+        settings: any parameter by its name (docs/parameters.md).
 
     Raises:
         ParameterError: a setting is unknown, out of range or doesn't go with the others; it names all of them.

@@ -163,10 +163,10 @@ def _measure(experiment: Experiment, known: Sequence[Record], folder: Path) -> R
 
     from replaceme.models.find import recorded_model
     from replaceme.models.model import Model
-    from replaceme.pipeline.speed import measure_speed, setting_of
+    from replaceme.pipeline.speed import describe_setting, measure_speed
 
     params = read_params(None, dict(experiment.settings), methods=METHODS, preset="recommended")
-    setting = {"model": experiment.model, **setting_of(params)}
+    setting = {"model": experiment.model, **describe_setting(params)}
     for record in known:
         if setting.items() <= record.items():
             return record

@@ -136,7 +136,7 @@ def train_layer(context: MethodContext) -> dict[str, Any]:
     schedule = LearningRateSchedule(
         own.llm_streamline_learning_rate, own.llm_streamline_epochs, params.batch_size, "llm_streamline_learning_rate"
     )
-    inputs, targets = record_entry_and_exit(context, index, block.end - 1, description="walking to the cut")
+    inputs, targets = record_entry_and_exit(context, index, block.end - 1)
     distillation = LayerDistillation(context, index, inputs, targets, without)
     settings = {
         **checkpoint_settings(schedule, next(layer.parameters()).device),

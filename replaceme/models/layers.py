@@ -39,6 +39,11 @@ def tensor_of(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
+def with_tensor(output: Any, states: Tensor) -> Any:
+    """Return a module's output with other hidden states."""
+    return states if isinstance(output, Tensor) else (states, *output[1:])
+
+
 @contextmanager
 def enable_gradients(model: nn.Module, parameters: Iterable[nn.Parameter] = ()) -> Iterator[None]:
     """Enable gradients for exactly these parameters of a model inside the block, and restore the flags after it."""

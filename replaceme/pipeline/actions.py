@@ -106,7 +106,7 @@ def evaluate(params: Params, compare_with: str | None = None) -> None:
         print(format_scores(figures))
     else:
         with renaming({"model_path": "compare_with"}):
-            source = _dense_model(params, model, compare_with)
+            source = _find_dense_model(params, model, compare_with)
             dense = score_model(params, source, fingerprints, is_dense=True)
         scores = score_model(params, model, fingerprints, dense, calibration)
         compared = rounded(compare_scores(dense.figures, scores.figures, dense.items, scores.items))
@@ -119,7 +119,7 @@ def evaluate(params: Params, compare_with: str | None = None) -> None:
     logger.info("the scores are in %s", target)
 
 
-def _dense_model(params: Params, model: Model, name: str) -> Model:
+def _find_dense_model(params: Params, model: Model, name: str) -> Model:
     """Return the dense model that a pruned one is compared with.
 
     Raises:
@@ -166,7 +166,7 @@ def _measure_result(params: Params, work: Workspace) -> None:
     print(align(rows))
     with new_folder(work.speed) as folder:
         write_json(folder / SPEED_FILE, rounded(times, 4))
-        if page := _page(work, times):
+        if page := _render_page(work, times):
             page.save(folder)
     logger.info("the times, and the report with them, are in %s", work.speed)
 
@@ -183,7 +183,7 @@ def report(params: Params, folder: Path) -> None:
     work = existing_result(params)
     if folder.exists() and not (folder / SETTINGS_FILE).is_file():
         raise ParameterError(f"--output: {excerpt(folder, 150)} exists and holds no report; choose another folder.")
-    page = _page(work, _known_times(work))
+    page = _render_page(work, _read_times(work))
     if page is None:
         raise ParameterError(f"save_path: {work.model} was made without scores, so it has no report; prune it with tasks.")
     print(format_score_comparison(read_json(work.metric("evaluation"))))
@@ -192,7 +192,7 @@ def report(params: Params, folder: Path) -> None:
     logger.info("the report is %s", folder / "index.html")
 
 
-def _page(work: Workspace, times: Mapping[str, Any] | None) -> Page | None:
+def _render_page(work: Workspace, times: Mapping[str, Any] | None) -> Page | None:
     """Return the report of a result with its cost; None if it was made without one."""
     from replaceme.pipeline.cost import compression_figures
     from replaceme.report.page import SETTINGS_FILE, render
@@ -207,7 +207,7 @@ def _page(work: Workspace, times: Mapping[str, Any] | None) -> Page | None:
     return render(made_with, work, times, compression_figures(own, work))
 
 
-def _known_times(work: Workspace) -> Mapping[str, Any] | None:
+def _read_times(work: Workspace) -> Mapping[str, Any] | None:
     """Return the times that were measured of these very weights, or None."""
     from replaceme.base.fingerprints import sha256_of
     from replaceme.models.model import Model

@@ -54,8 +54,9 @@ def observe_activations(params: Params, work: Workspace) -> None:
         )  # fmt: skip
 
 
-def _is_shared(plan: Plan) -> bool:
+def _is_shared(params: Params, work: Workspace) -> bool:
     """Return whether processes can share the walk."""
+    plan = Plan.load(work.plan)
     return plan.mlp_width is None and are_reducible(plan.statistics)
 
 
@@ -65,5 +66,5 @@ STAGE = Stage(
     params=PASS,
     reads=(Workspace.model_input, Workspace.documents, Workspace.plan, Workspace.model_versions),
     writes=Workspace.statistics,
-    shared=lambda params, work: _is_shared(Plan.load(work.plan)),
+    shared=_is_shared,
 )

@@ -72,10 +72,8 @@ def _heal(params: Params, work: Workspace, edits: Edits) -> tuple[dict[str, Any]
         "dtype": params.dtype,
     }
     context = ModelContext(model, family, documents, params.batch_size, work.edits.parent)
-    entering, leaving = record_entry_and_exit(
-        context, first, len(context.layers) - 1, purpose="healing", description="walking to the predictions"
-    )
-    task = healing.LogitDistillation(context, edits, first, entering, leaving)
+    states = record_entry_and_exit(context, first, len(context.layers) - 1)
+    task = healing.LogitDistillation(context, edits, first, *states)
     key = checkpoint_key(settings, documents.documents)
     parameters, curves = train(task, task.trainable_parameters(), schedule, work.checkpoints, key)
     task.add_corrections(edits, parameters)

@@ -10,9 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
-from replaceme.base.combinations import NEW_WEIGHTS
 from replaceme.base.entries import dataset_title
 from replaceme.base.errors import ParameterError, ReplaceMeError
 from replaceme.base.files import new_folder, write_json
@@ -37,7 +34,6 @@ from replaceme.running.versions import FOUR_BIT, MODEL, SCORES, TEXT, versions
 from replaceme.running.workspace import Workspace
 from replaceme.selection.budget import apply_budget
 from replaceme.selection.criteria import allowed_starts
-from replaceme.statistics.residuals import FIT_TOKENS, HELD_OUT_SHARE
 
 
 def inspect_inputs(params: Params, work: Workspace) -> None:
@@ -104,7 +100,7 @@ def _check_model(params: Params, model: Model) -> Params:
 
 
 def _log_needs(params: Params, model: Model) -> None:
-    """Log how much memory for weights and how much disk for scratch files the run will need at most.
+    """Log how much memory for weights the run will need at most.
 
     Raises:
         ParameterError: ``memory`` is too little, or the settings need the whole model in memory.
@@ -122,28 +118,8 @@ def _log_needs(params: Params, model: Model) -> None:
     # The export compares the weights of two models, and then computes with one of them.
     whole = max(2 * weight_bytes(model, stored), *(weight_bytes(model, dtype) for dtype in (*dtypes, working_dtype(model))[1:]))
     most = min((each for each in budgets if each), default=whole)
-    logger.info(
-        "memory: weights take up to %s%s, and scratch files up to %s of disk",
-        format_size(most), " (streamed where they are larger)" if any(budgets) else "",
-        format_size(_scratch_bytes(params, model.config(), streamed=budgets[0] is not None)),
-    )  # fmt: skip
-
-
-def _scratch_bytes(params: Params, config: Any, *, streamed: bool) -> int:
-    """Return the bytes of the scratch files of a run, if every document has ``max_length`` tokens."""
-    tokens, width, layers = params.dataset_size * params.max_length, int(config.hidden_size), int(config.num_hidden_layers)
-    sampled = min(tokens, int((1 + HELD_OUT_SHARE) * FIT_TOKENS * width))
-    # Streamed, all tokens' states of all layers are kept for their cosines.
-    profile = 2 * layers * sampled * width + tokens * (layers + 2) * width * streamed
-    # Both models' states and those between, and the inputs of the last linears.
-    inputs = width + int(getattr(config, "intermediate_size", None) or 4 * width)
-    repaired = layers if params.repair else params.num_A * (params.transform in NEW_WEIGHTS)
-    repair = tokens * (3 * width + inputs) * bool(repaired)
-    at_cut = tokens * (3 * width + inputs) * streamed
-    itemsize: int = getattr(torch, params.dtype).itemsize
-    # Of every layer that is repaired, the corrections in float32; each process has its own.
-    corrections = params.processes * repaired * width * inputs * torch.float32.itemsize
-    return max(profile * itemsize, repair * itemsize + corrections, at_cut * itemsize)
+    streamed = " (streamed where they are larger)" if any(budgets) else ""
+    logger.info("memory: weights take up to %s%s", format_size(most), streamed)
 
 
 @contextmanager

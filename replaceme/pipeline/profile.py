@@ -32,8 +32,8 @@ def profile(params: Params, work: Workspace) -> None:
         return
     with new_folder(work.profile) as folder:
         write_json(folder / "profile.json", content)
-        write_text(folder / "distances.csv", _pairs_table(content))
-        write_text(folder / "layers.csv", _layers_table(content["layers"]))
+        write_text(folder / "distances.csv", _format_pairs(content))
+        write_text(folder / "layers.csv", _format_layers(content["layers"]))
     figures = content["layers"]
     loudest = max(range(len(figures["max_norm"])), key=figures["max_norm"].__getitem__)
     logger.info(
@@ -42,7 +42,7 @@ def profile(params: Params, work: Workspace) -> None:
     )  # fmt: skip
 
 
-def _pairs_table(content: Mapping[str, Any]) -> str:
+def _format_pairs(content: Mapping[str, Any]) -> str:
     distances, residuals = content["angular_distance"], content["residual"]
     rows = [
         f"{layer},{last + 1},{last - layer},{rounded(distances[layer][last])},{rounded(residuals[layer][last])}"
@@ -52,7 +52,7 @@ def _pairs_table(content: Mapping[str, Any]) -> str:
     return "\n".join(["host,end,layers_to_skip,angular_distance,residual", *rows]) + "\n"
 
 
-def _layers_table(figures: dict[str, list[float]]) -> str:
+def _format_layers(figures: dict[str, list[float]]) -> str:
     rows = [
         ",".join(map(str, [layer, *(rounded(figures[name][layer]) for name in sorted(figures))]))
         for layer in range(len(figures["max_norm"]))

@@ -43,7 +43,7 @@ def repair(params: Params, work: Workspace) -> None:
     if repairs_layers:
         model, family = calibration_model(params, work.model_input)
         context = ModelContext(model, family, Documents.load(work.documents), params.batch_size, work.repaired.parent)
-        checkpoints = Checkpoints(work.checkpoints, _key(params, work, context.documents))
+        checkpoints = Checkpoints(work.checkpoints, _make_key(params, work, context.documents))
         repairs, figures = repair_layers(params, context, edits, plan, checkpoints)
         if plan.mlp_width:
             edits.config = mlp_width_entry(model.config, family, plan.mlp_width)
@@ -68,7 +68,7 @@ def repair(params: Params, work: Workspace) -> None:
             figures = method.fit_on_model(own)
         if method.fit_on_model or repairs_layers:
             edits.save(folder)
-        write_text(folder / "repairs.csv", _table(repairs))
+        write_text(folder / "repairs.csv", _format_repairs(repairs))
         if not method.trained:
             write_curves(folder, {})
     figures["corrected_linears"] = sum(len(each.linears) for each in repairs if each.scale)
@@ -92,8 +92,9 @@ def _changes_layers(params: Params, plan: Plan) -> bool:
     return params.repair or params.transform in STEPWISE or bool(plan.statistics and len(plan.blocks) > 1)
 
 
-def _is_shared(params: Params, plan: Plan) -> bool:
+def _is_shared(params: Params, work: Workspace) -> bool:
     """Return whether processes can share the walks."""
+    plan = Plan.load(work.plan)
     fits = bool(plan.statistics) and (len(plan.blocks) > 1 or plan.mlp_width is not None)
     return (
         METHODS[params.method].fit_on_model is None
@@ -102,7 +103,7 @@ def _is_shared(params: Params, plan: Plan) -> bool:
     )
 
 
-def _key(params: Params, work: Workspace, documents: Documents) -> str:
+def _make_key(params: Params, work: Workspace, documents: Documents) -> str:
     """Return a digest of everything that a repair depends on: settings, model, earlier edits, text, and the whole code."""
     settings = {
         "params": params.model_dump(include=set(STAGE.params)),
@@ -114,7 +115,7 @@ def _key(params: Params, work: Workspace, documents: Documents) -> str:
     return checkpoint_key(settings, documents.documents)
 
 
-def _table(repairs: Sequence[Repair]) -> str:
+def _format_repairs(repairs: Sequence[Repair]) -> str:
     rows = [f"{each.layer},{' + '.join(each.linears)},{rounded(each.before)},{rounded(each.after)}" for each in repairs]
     return "\n".join(["layer,linear,residual_before,residual_after", *rows]) + "\n"
 
@@ -130,5 +131,5 @@ STAGE = Stage(
     writes=Workspace.repaired,
     metrics=("repair",),
     methods=METHODS,
-    shared=lambda params, work: _is_shared(params, Plan.load(work.plan)),
+    shared=_is_shared,
 )  # fmt: skip

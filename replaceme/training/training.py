@@ -116,25 +116,21 @@ class DocumentBatches:
         return torch.cat(parts).to(self.device)
 
 
-def record_entry_and_exit(
-    context: ModelContext, first: int, last: int, *, purpose: str = "training", description: str | None = None
-) -> tuple[Tensor, Tensor]:
+def record_entry_and_exit(context: ModelContext, first: int, last: int) -> tuple[Tensor, Tensor]:
     """Return the states that enter one layer and those that leave another, in scratch files.
 
     Args:
         context: the dense model and its calibration text.
         first: the layer whose input states are recorded.
         last: the layer whose output states are recorded.
-        purpose: use of the files, for the message if the disk is too small.
-        description: of the progress bar; None shows none.
 
     Returns:
         Both (tokens, d), in the model's dtype and the order of a walk.
     """
     shape = context.documents.token_count, context.width
-    entering, leaving = scratch([shape] * 2, context.model.dtype, context.folder, purpose)
+    entering, leaving = scratch([shape] * 2, context.model.dtype, context.folder, "training")
     ends = [_RecordAllStates(first, ("input",), entering), _RecordAllStates(last, ("output",), leaving)]
-    walk(context, ends, description=description)
+    walk(context, ends, description="recording the states to train on")
     return entering, leaving
 
 

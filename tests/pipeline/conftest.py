@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.stand import copy_code, set_params
+from benchmarks.sandbox import copy_code, set_params
 from replaceme.cli import commands
 from replaceme.models import hub
 from replaceme.models.model import Model

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.faults import different, put_table
-from benchmarks.stand import Stand
+from benchmarks.faults import describe_differences
+from benchmarks.sandbox import Sandbox
 from tests.pipeline.closure import ROOT
 
 # A program that makes two folders and a file, each below the folder that is its argument.
@@ -53,29 +53,24 @@ def test_a_try_that_ends_first_is_reported_with_its_code_and_its_operations(tmp_
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda place: (place / "pruned/model.safetensors").write_bytes(b"\1"), "other bits: place/pruned/model.safetensors"),
-        (lambda place: (place / "pruned/model.safetensors").unlink(), "missing: place/pruned/model.safetensors"),
-        (lambda place: (place / "pruned.7.partial").touch(), "left behind: place/pruned.7.partial"),
-        (lambda place: (place / "empty").mkdir(), "left behind: place/empty/"),
-        (lambda place: (place / "pruned.work/stages/solve.json").write_text("2 s"), ""),
+        (
+            lambda made: (made / "pruned/model.safetensors").write_bytes(b"\1"),
+            "other bits: results/pruned/model.safetensors",
+        ),
+        (lambda made: (made / "pruned/model.safetensors").unlink(), "missing: results/pruned/model.safetensors"),
+        (lambda made: (made / "pruned.7.partial").touch(), "left behind: results/pruned.7.partial"),
+        (lambda made: (made / "empty").mkdir(), "left behind: results/empty/"),
+        (lambda made: (made / "pruned.work/stages/solve.json").write_text("2 s"), ""),
     ],
 )
 def test_flipped_missing_and_left_files_are_seen_and_times_are_not(
     tmp_path: Path, change: Callable[[Path], object], words: str
 ) -> None:
-    stand = Stand(tmp_path, tmp_path)
-    stand.clear()
+    sandbox = Sandbox(tmp_path, tmp_path)
+    sandbox.clear()
     for name in ("pruned/config.json", "pruned/model.safetensors", "pruned.work/stages/solve.json"):
-        (stand.place / name).parent.mkdir(parents=True, exist_ok=True)
-        (stand.place / name).write_bytes(b"\0")
-    right = stand.content()
-    change(stand.place)
-    assert different(right, stand.content()) == words
-
-
-def test_the_table_replaces_the_one_that_is_there_and_keeps_the_text(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    page.write_text("# Title\n\nText.\n", encoding="utf-8")
-    for made in ("| a |\n| --- |\n| 1 |", "| b |\n| --- |"):
-        put_table(page, made)
-        assert page.read_text(encoding="utf-8") == f"# Title\n\nText.\n\n{made}\n"
+        (sandbox.results / name).parent.mkdir(parents=True, exist_ok=True)
+        (sandbox.results / name).write_bytes(b"\0")
+    right = sandbox.content()
+    change(sandbox.results)
+    assert describe_differences(right, sandbox.content()) == words

@@ -15,7 +15,7 @@ from replaceme.base.files import cache_folder, write_json, write_text
 from replaceme.base.parameters import Params, read_params
 from replaceme.methods.method import Method
 from replaceme.methods.registry import METHODS
-from replaceme.pipeline.cost import compression_figures, summary_of
+from replaceme.pipeline.cost import compression_figures, summarize_run
 from replaceme.running import cost as cost_module
 from replaceme.running import machine as machine_module
 from replaceme.running.cost import cost_measurement, kept_cost, peak_memory
@@ -174,12 +174,12 @@ def test_the_summary_has_a_dozen_figures_and_what_was_seen_apart() -> None:
         "retention_percent": 90.0,
         "retention_above_chance_percent": 80.0,
     }
-    assert summary_of(evaluation, 8, {"seconds": 60.0, "peak_memory_bytes": 1_500_000_000}) == {
+    assert summarize_run(evaluation, 8, {"seconds": 60.0, "peak_memory_bytes": 1_500_000_000}) == {
         "removed_layers": 8, "size_percent": 80.0, "unseen_ratio": 7.0, "unseen_stderr": 0.5, "unseen_kl": 1.25,
         "same_token": 50.0, "seen_ratio": 4.0, "retention": 90.0, "above_chance": 80.0, "exact_answers": 25.0,
         "seconds": 60.0, "memory_gb": 1.5,
     }  # fmt: skip
-    assert summary_of({"parameters": {"removed_percent": 20.5}}, 2, {}) == {"removed_layers": 2, "size_percent": 79.5}
+    assert summarize_run({"parameters": {"removed_percent": 20.5}}, 2, {}) == {"removed_layers": 2, "size_percent": 79.5}
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
