@@ -42,9 +42,11 @@ def render_reference() -> str:
     head = ("key", "recommended", "published", "meaning")
     rows = {
         key: (
-            f"`{key}`", _format_default(RECOMMENDED.get(key, info.default)), _format_default(info.default),
+            f"`{key}`",
+            _format_default(RECOMMENDED.get(key, info.default)),
+            _format_default(info.default),
             _join_lines(info.description),
-        )  # fmt: skip
+        )
         for key, info in FIELDS.items()
     }
     methods = [
