@@ -1,12 +1,10 @@
 """Bad input of every kind, made up by hypothesis: each case must be refused in one sentence, in seconds, or run.
 
-``python -m benchmarks.bad_inputs [--cases 300] [--seed 0]`` generates configs, options, text files, question files, model
-folders and paths for the result, and gives each to a console script in a forked process, with a tiny random model and no hub.
-A case passes if it ends with exit code 2 and one sentence a problem, of at most 300 characters, that names a key or the file;
-or if it runs, because the change did no harm. It prints the counts, and each failure with what repeats it.
+Configs, options, text files, question files, model folders and paths for the result are given to a console script in a forked
+process, with a tiny random model and no hub. A case passes if it ends with exit code 2 and one sentence a problem, of at most
+300 characters, that names a key or the file; or if it runs, because the change did no harm. ``benchmarks.faults`` runs them.
 """
 
-import argparse
 import json
 import os
 import resource
@@ -30,7 +28,6 @@ from hypothesis import seed as seeded
 from hypothesis import strategies as st
 
 from replaceme.base.errors import SENTENCE_CHARACTERS, excerpt
-from replaceme.base.progress import align
 from replaceme.base.published import PUBLISHED_KEYS
 from replaceme.cli import commands
 from replaceme.cli.commands import ALIASES
@@ -413,19 +410,3 @@ def describe_outcome(outcome: Outcome) -> str:
     end = "\n    ".join(outcome.said.strip().splitlines()[-3:])
     name = f"{outcome.kind} {outcome.number}: {outcome.case.command.__name__}"
     return f"{name} {options} {excerpt(outcome.case.words)} {changed}, {outcome.seconds:.1f} s\n    {end}"
-
-
-def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--cases", type=int, default=300)
-    parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
-    outcomes = run_cases(asked.cases, asked.seed)
-    rows = count_outcomes(outcomes)
-    print(align([("kind", "cases", "refused", "ran", "failed"), *(tuple(map(str, row)) for row in rows)]))
-    print(f"the slowest took {max(outcome.seconds for outcome in outcomes):.1f} s (seed {asked.seed})")
-
-
-if __name__ == "__main__":
-    main()

@@ -239,7 +239,7 @@ def try_bad_inputs(cases: int, seed: int) -> list[Row]:
     """Return the rows of ``benchmarks.bad_inputs``, which makes the cases and runs them."""
     module = importlib.import_module("benchmarks.bad_inputs")
     found = module.count_outcomes(module.run_cases(cases, seed))
-    repeat = f"python -m benchmarks.bad_inputs --cases {cases} --seed {seed}"
+    repeat = f"python -m benchmarks.faults --only bad --bad {cases} --seed {seed}"
     return [
         Row(f"bad input: {kind}", tried, ran, refused, [f"bad input: {kind}: {repeat}"] * failed)
         for kind, tried, refused, ran, failed in found

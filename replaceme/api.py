@@ -14,12 +14,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+import replaceme.running.entry  # noqa: F401 (sets how OpenMP waits, before torch is loaded)
 from replaceme.base.errors import ParameterError, shown
 from replaceme.base.files import read_json
-from replaceme.base.parameters import Params, nearest, read_params
-from replaceme.base.published import PRESETS, Preset
+from replaceme.base.parameters import Params, read_params
+from replaceme.base.published import Preset
 from replaceme.base.ranks import world_size
 from replaceme.methods.registry import FIELDS, METHODS
+from replaceme.models.model_files import TEXT_RECORD
 from replaceme.pipeline.actions import prune as _prune
 from replaceme.pipeline.results import result_name, result_paths
 from replaceme.running.workspace import Workspace
@@ -105,9 +107,9 @@ def prune(
         ModelError, DatasetError: the model can't be pruned exactly, or there is no such text.
         ResourceError: the machine lacks disk, memory or a device, or the hub can't be reached.
     """
-    _check_call(texts, preset, settings)
+    _check_call(texts, settings)
     with _saved_model(model, tokenizer) as source:
-        given = {**settings, "model_path": str(source), "layers_to_skip": layers}
+        given = {**settings, "model_path": str(source), "layers_to_skip": layers, "preset": preset}
         if save_path is not None:
             given["save_path"] = os.fspath(save_path)
         documents = None
@@ -118,7 +120,7 @@ def prune(
             given["dataset"] = TEXTS_FILE
         else:
             given.setdefault("dataset", "self")
-        params = read_params(None, given, METHODS, preset)
+        params = read_params(None, given, METHODS)
         if max(params.processes, world_size()) > 1:
             raise ParameterError("processes: a call from Python has one; use 1 here, or the command `replaceme prune`.")
         if documents is not None:
@@ -127,14 +129,8 @@ def prune(
         return _read_result(params, _prune(params, documents))
 
 
-def _check_call(texts: object, preset: str, settings: Mapping[str, Any]) -> None:
-    """Raise ParameterError for settings that are unknown, or given by another argument of the call."""
-    if unknown := [key for key in settings if key not in FIELDS]:
-        raise ParameterError(
-            [f"{key}: is not a parameter{nearest(key, FIELDS)}; docs/parameters.md lists them." for key in unknown]
-        )
-    if preset not in PRESETS:
-        raise ParameterError(f"preset: must be {' or '.join(PRESETS)}, not {shown(preset)}.")
+def _check_call(texts: object, settings: Mapping[str, Any]) -> None:
+    """Raise ParameterError for settings that are given by another argument of the call."""
     if taken := {"model_path", "layers_to_skip", "save_transform_only"} & settings.keys():
         raise ParameterError(f"{min(taken)}: is set by the call itself; use model and layers.")
     if texts is not None and "dataset" in settings:
@@ -163,8 +159,6 @@ def _saved_model(model: Any, tokenizer: Any) -> Iterator[str | Path]:
         raise ParameterError(f"model: must be a path, a hub id or a model of transformers, not {shown(model)}.")
     if tokenizer is None:
         raise ParameterError("tokenizer: is missing; a loaded model needs it, as in prune(model, tokenizer=tokenizer).")
-    from replaceme.models.model_files import TEXT_RECORD
-
     with TemporaryDirectory(prefix="replaceme-") as temporary:
         origin = Path(str(getattr(model.config, "_name_or_path", "")))
         name = origin.name

@@ -14,7 +14,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from replaceme.base.documents import Documents
 from replaceme.base.plan import Block
-from replaceme.cli.commands import ALIASES
 from replaceme.edits.edits import Edits
 from replaceme.edits.fold import apply_edits
 from replaceme.edits.unfused import unfused
@@ -35,12 +34,8 @@ def context_of(model: Any, documents: Documents, batch_size: int = 4, folder: Pa
 
 
 def call(command: Callable[[], Any], *arguments: str | Path, code: int = 0) -> None:
-    """Run a console script in this process; of an option given twice, as in FAST and after it, the last value counts."""
-    words = [*map(str, arguments)]
-    keys = [ALIASES.get(word.removeprefix("--"), word.removeprefix("--")) for word in words]
-    overridden = {at for at, word in enumerate(words) if word.startswith("--") and keys[at] in keys[at + 2 :]}
-    words = [word for at, word in enumerate(words) if not {at, at - 1} & overridden]
-    before, sys.argv = sys.argv, ["command", *words]
+    """Run a console script in this process."""
+    before, sys.argv = sys.argv, ["command", *map(str, arguments)]
     try:
         with pytest.raises(SystemExit) as ended:
             command()

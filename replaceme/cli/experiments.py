@@ -19,7 +19,7 @@ from replaceme.base.files import new_folder, read_json, rounded, temporary_folde
 from replaceme.base.parameters import read_params
 from replaceme.base.progress import align, logger, silence_libraries
 from replaceme.methods.registry import METHODS
-from replaceme.pipeline.actions import SPEED_FILE
+from replaceme.pipeline.results import SPEED_FILE
 from replaceme.running.entry import Parser, plain_parser
 from replaceme.running.extras import need
 from replaceme.running.workspace import Workspace

@@ -13,7 +13,6 @@ from replaceme.base.errors import ParameterError
 from replaceme.base.parameters import nearest, read_params
 from replaceme.cli import experiments, publish
 from replaceme.cli.commands import DISTANCES_PATH, EDITS_PATH, GROUPS, SCORES_PATH, Command
-from replaceme.pipeline import actions
 from replaceme.running.entry import Parser, plain_parser, run_command
 
 _MODEL, _TEXT, _COMPUTING, _SCORES = (GROUPS[title] for title in ("model", "calibration text", "computing", "scores"))
@@ -23,7 +22,7 @@ _ALL = tuple(key for keys in GROUPS.values() for key in keys if key != "save_tra
 
 COMMANDS: Mapping[str, Command] = {
     "prune": Command(
-        action=actions.prune,
+        action="prune",
         summary="shorten a model, save it and score it beside the dense one",
         description="Shorten a language model: choose the layers to remove, solve for what takes their place, save a Hugging "
         "Face folder, prove it, and score both models. An interrupted run goes on where it stopped.",
@@ -31,7 +30,7 @@ COMMANDS: Mapping[str, Command] = {
         keys=_ALL,
     ),
     "evaluate": Command(
-        action=actions.evaluate,
+        action="evaluate",
         summary="score any model",
         description="Score the model at --model, pruned or not: perplexity of texts, accuracy on tasks.",
         example="replaceme evaluate --model smaller --tasks wikipedia,bbc_news --compare_with smollm2-135m-instruct",
@@ -40,7 +39,7 @@ COMMANDS: Mapping[str, Command] = {
         options={"compare_with": ("MODEL", "dense model that is scored too, and stands beside it: twice the time [not set]")},
     ),
     "profile": Command(
-        action=actions.profile,
+        action="profile",
         summary="measure all pairs of layers, and list the best block of each size",
         description="Measure the angular distance and the residual of a linear map between all pairs of layers, and list the "
         "best block of each size.",
@@ -49,7 +48,7 @@ COMMANDS: Mapping[str, Command] = {
         save_path=DISTANCES_PATH,
     ),
     "solve": Command(
-        action=actions.prune,
+        action="prune",
         summary="solve for what takes the layers' place, and save that alone",
         description="Choose the layers to remove, solve for what takes their place, and save these edits (safetensors), "
         "without a model.",
@@ -59,7 +58,7 @@ COMMANDS: Mapping[str, Command] = {
         save_path=EDITS_PATH,
     ),
     "speed": Command(
-        action=actions.measure,
+        action="measure",
         summary="time a pruned model against its dense one",
         description="Time prefill and decoding of the dense model (--model) and of the pruned one (--save_path, or the "
         "pipeline's artifacts/model) in turn, and write the report with these times.",
@@ -81,7 +80,9 @@ def make_report_parser() -> Parser:
 
 def _report(arguments: Sequence[str]) -> None:
     options = make_report_parser().parse_args(arguments)
-    actions.report(read_params(None, {"save_path": options.save_path}), options.output)
+    from replaceme.pipeline.actions import report
+
+    report(read_params(None, {"save_path": options.save_path}), options.output)
 
 
 # Those that take no parameters.

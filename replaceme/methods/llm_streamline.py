@@ -118,13 +118,13 @@ def train_layer(context: MethodContext) -> dict[str, Any]:
     """Train the layer before the cut, add its weights to the edits, and return figures of the training."""
     from replaceme.models.devices import require_resident
     from replaceme.training.checkpoints import checkpoint_key
-    from replaceme.training.curves import write_curves
     from replaceme.training.training import (
         LearningRateSchedule,
         checkpoint_settings,
         record_entry_and_exit,
         summarize_training,
         train,
+        write_curves,
     )
 
     own, params, family = Training.of(context.params), context.params, context.family

@@ -1,8 +1,13 @@
 """generate: the dense model writes its own calibration text, where ``dataset`` names ``self``."""
 
+from replaceme.base.documents import Documents
 from replaceme.base.files import new_folder, read_json, write_json
 from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
+from replaceme.calibration.own_text import MAX_TOKENS, write_texts
+from replaceme.models.devices import use_processor
+from replaceme.models.find import calibration_model, recorded_model
+from replaceme.models.kv_cache import eager_attention_where_faster
 from replaceme.running.stage import Stage
 from replaceme.running.workspace import Workspace
 
@@ -16,13 +21,6 @@ def generate(params: Params, work: Workspace) -> None:
         if not count:
             logger.info("generate: dataset has no text of the model's own")
             return
-        # Loaded only if the model writes text.
-        from replaceme.base.documents import Documents
-        from replaceme.calibration.own_text import MAX_TOKENS, write_texts
-        from replaceme.models.devices import use_processor
-        from replaceme.models.find import calibration_model, recorded_model
-        from replaceme.models.kv_cache import eager_attention_where_faster
-
         use_processor(params.threads)
         tokenizer = recorded_model(params, work.tokenizer_input).tokenizer()
         model, family = calibration_model(params, work.model_input)

@@ -1,28 +1,38 @@
 """heal: train the last linears of the layers from the cut on, if heal_epochs is above 0."""
 
-from __future__ import annotations
+from typing import Any
 
-from typing import TYPE_CHECKING, Any
-
+from replaceme.base.documents import Documents
 from replaceme.base.files import copy_tree, new_folder, read_json, remove, rounded, write_json
+from replaceme.base.fingerprints import sha256_below
 from replaceme.base.parameters import Params
+from replaceme.base.plan import Plan
 from replaceme.base.progress import logger
 from replaceme.base.ranks import rank
+from replaceme.edits.edits import Edits
+from replaceme.models.context import ModelContext
+from replaceme.models.devices import use_processor
+from replaceme.models.find import calibration_model
+from replaceme.models.memory import HEALING_OBSTACLE
 from replaceme.running.stage import PASS, Stage
 from replaceme.running.workspace import Workspace
-
-if TYPE_CHECKING:
-    from replaceme.edits.edits import Edits
-    from replaceme.training.training import Curves
+from replaceme.training import healing
+from replaceme.training.checkpoints import checkpoint_key
+from replaceme.training.training import (
+    Curves,
+    LearningRateSchedule,
+    checkpoint_settings,
+    record_entry_and_exit,
+    summarize_training,
+    train,
+    write_curves,
+)
 
 
 def heal(params: Params, work: Workspace) -> None:
     """Write the final edits and metrics/heal.json; without healing, the edits are copied."""
     figures: dict[str, Any] = {}
     if params.heal_epochs:
-        from replaceme.edits.edits import Edits
-        from replaceme.training.curves import write_curves
-
         edits = Edits.load(work.repaired)
         figures, curves = _heal(params, work, edits)
     else:
@@ -40,23 +50,6 @@ def heal(params: Params, work: Workspace) -> None:
 
 def _heal(params: Params, work: Workspace, edits: Edits) -> tuple[dict[str, Any], Curves]:
     """Train, add the changes to the edits, and return the training's figures and curves."""
-    from replaceme.base.documents import Documents
-    from replaceme.base.fingerprints import sha256_below
-    from replaceme.base.plan import Plan
-    from replaceme.models.context import ModelContext
-    from replaceme.models.devices import use_processor
-    from replaceme.models.find import calibration_model
-    from replaceme.models.memory import HEALING_OBSTACLE
-    from replaceme.training import healing
-    from replaceme.training.checkpoints import checkpoint_key
-    from replaceme.training.training import (
-        LearningRateSchedule,
-        checkpoint_settings,
-        record_entry_and_exit,
-        summarize_training,
-        train,
-    )
-
     use_processor(params.threads)
     model, family = calibration_model(params, work.model_input, obstacle=HEALING_OBSTACLE)
     documents, plan = Documents.load(work.documents), Plan.load(work.plan)

@@ -29,7 +29,7 @@ from replaceme.running.workspace import Workspace
 from replaceme.selection.budget import apply_budget
 from replaceme.statistics.cut_statistics import are_reducible
 from replaceme.training.checkpoints import checkpoint_key, describe_environment
-from replaceme.training.curves import write_curves
+from replaceme.training.training import write_curves
 
 
 def repair(params: Params, work: Workspace) -> None:

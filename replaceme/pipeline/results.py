@@ -20,6 +20,8 @@ from replaceme.running.workspace import Workspace
 # What every file of scores has, and none of another program's.
 SCORES = {"perplexity", "accuracy", "parameters", "disk_bytes"}
 LOCK = "in-use.lock"
+# Measured times, in ``Workspace.speed`` and among the comparison of experiments.
+SPEED_FILE = "speed.json"
 
 
 def result_name(params: Params) -> str:

@@ -19,9 +19,6 @@ from replaceme.calibration.find import find_datasets
 from replaceme.calibration.own_text import count_own_documents
 from replaceme.calibration.sources import list_sources
 from replaceme.calibration.tokenization import encode_in_chunks, render_chat
-from replaceme.pipeline.calibrate import calibrate
-from replaceme.pipeline.inputs import inspect_inputs
-from replaceme.running.workspace import Workspace
 from tests.conftest import CHAT_TEMPLATE, made_text, made_tokenizer
 
 BOS = 0
@@ -224,15 +221,3 @@ def test_settings_hold_a_list_of_sources_as_it_was_written(tmp_path: Path) -> No
     dataset = ["lee-news", {str(tmp_path / "private" / "notes.jsonl"): 0.5}, {"self": {"share": 2.0}}]
     text = settings_yaml(read_params(None, {"dataset": dataset}), ["dataset"])
     assert YAML(typ="safe").load(text) == {"dataset": ["lee-news", {"notes.jsonl": {"share": 0.5}}, {"self": {"share": 2.0}}]}
-
-
-@pytest.mark.parametrize(("size", "few"), [(1, True), (8, False)])
-def test_fewer_tokens_than_the_model_is_wide_are_told_before_any_pass(
-    size: int, few: bool, params: Params, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    params, work = params.model_copy(update={"method": "uidl", "dataset_size": size, "max_length": 12}), Workspace(tmp_path)
-    inspect_inputs(params, work)
-    with caplog.at_level("WARNING", "replaceme"):
-        calibrate(params, work)
-    said = "12 tokens are fewer than the model's width of 32: maps by least squares need more text, or an alpha"
-    assert (said in caplog.text) == few

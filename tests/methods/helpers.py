@@ -31,9 +31,19 @@ from tests.conftest import WIDTH, made_model
 from tests.helpers import TEXT, context_of, many_documents, shortened_logits
 
 BLOCK = Block(2, 4)
-# None is due in the seconds of a test.
-NO_CHECKPOINTS = Checkpoints(Path("nowhere"), "")
 
+
+class NoCheckpoints(Checkpoints):
+    """Checkpoints that are never written."""
+
+    def resume(self, state: Any) -> int:
+        return 0
+
+    def save_if_due(self, state: Any, finished: int) -> None:
+        pass
+
+
+NO_CHECKPOINTS = NoCheckpoints(Path(), "")
 RunRepair = Callable[..., tuple[list[Repair], dict[str, Any]]]
 
 

@@ -18,7 +18,6 @@ from replaceme.base.errors import ParameterError
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.parameters import Params, read_params
 from replaceme.cli import commands
-from replaceme.cli.commands import Command
 from replaceme.cli.main import main
 from replaceme.methods.registry import FIELDS, METHODS
 from replaceme.models.model import Model
@@ -286,20 +285,6 @@ def test_fewer_tokens_than_the_width_are_refused_before_any_work_where_they_leav
     else:
         with pytest.raises(ParameterError, match="alpha: 0 leaves the least squares singular: dataset_size 3"):
             inspect_inputs(given, Workspace(tmp_path))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--model", "../../etc/passwd", "--model_path", "b"], "model_path: is given twice, as ../../etc/passwd and as b"),
-        (["--alpha", "1", "--alpha", "2"], "alpha: is given twice, as 1 and as 2; keep one"),
-        (["--config", "a", "--config", "b"], "config: is given twice, as a and as b; keep one"),
-    ],
-)
-def test_an_option_with_two_values_is_refused_under_whichever_of_its_names(arguments: list[str], said: str) -> None:
-    command = Command(action=print, description="")
-    with pytest.raises(ParameterError, match=re.escape(f"command line: {said}")):
-        command.read_arguments(command.make_parser(), arguments)
 
 
 def test_scores_replace_nothing_but_scores(tiny: Model, text_file: Path, tmp_path: Path) -> None:

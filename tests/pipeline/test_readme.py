@@ -56,7 +56,7 @@ def test_every_command_is_one_that_there_is(line: str) -> None:
         assert "$(which replaceme) " in line
         check_replaceme(words[words.index("replaceme)") + 1 :])
     elif words[0] in SCRIPTS:
-        read(Command(action=print, description="a script", preset="published"), words[1:])
+        read(Command(action="prune", description="a script", preset="published"), words[1:])
     elif words[0] == "make":
         targets = re.findall(r"(?m)^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"))
         assert set(words[1:]) <= set(targets)

@@ -50,9 +50,9 @@ def test_code_of_a_model_is_trusted_only_if_the_user_says_so(
         opened.append(pruned)
         raise InterruptedError
 
-    monkeypatch.setattr("replaceme.pipeline.speed.measure_speed", measure)
-    monkeypatch.setattr("replaceme.models.find.recorded_model", lambda _params, path: Model(path, "dense"))
-    monkeypatch.setattr("replaceme.models.find.identity", lambda _: None)
+    monkeypatch.setattr(actions, "measure_speed", measure)
+    monkeypatch.setattr(actions, "recorded_model", lambda _params, path: Model(path, "dense"))
+    monkeypatch.setattr(actions, "identity", lambda _: None)
     monkeypatch.setattr(actions, "read_json", lambda _: None)
     monkeypatch.setattr(actions, "existing_result", lambda _: Workspace(tmp_path))
     own = params.model_copy(update={"trust_remote_code": trusted})

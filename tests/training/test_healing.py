@@ -283,7 +283,7 @@ def test_an_interrupted_healing_resumes_to_the_same_bits(params: Params, tmp_pat
     assert again[0] == 0
 
 
-@pytest.mark.parametrize("failing", ["training.curves.write_curves", "pipeline.heal.write_json"])
+@pytest.mark.parametrize("failing", ["pipeline.heal.write_curves", "pipeline.heal.write_json"])
 @pytest.mark.usefixtures("checkpoint_at_each_chance")
 def test_a_healing_whose_results_can_not_be_written_is_not_trained_again(
     failing: str, params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -337,7 +337,7 @@ def test_everything_that_a_healing_depends_on_changes_the_key(
         keys.append(key)
         return parameters, {"loss": [(0, 1.0)], "held_out_loss": []}
 
-    monkeypatch.setattr("replaceme.training.training.train", noting)
+    monkeypatch.setattr("replaceme.pipeline.heal.train", noting)
     others = [{}, {"heal_epochs": 2}, {"heal_learning_rate": 1e-3}, {"batch_size": 2}, {"dtype": "bfloat16"}, {"threads": 2}]
     for settings in others:
         heal(params.model_copy(update=settings), work)
