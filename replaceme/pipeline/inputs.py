@@ -105,18 +105,15 @@ def _log_needs(params: Params, model: Model) -> None:
     Raises:
         ParameterError: ``memory`` is too little, or the settings need the whole model in memory.
     """
-    dtypes = dict.fromkeys((params.dtype, params.eval_dtype))
+    obstacle = streaming_obstacle(params)
     # Only the model of the calibration passes is packed.
-    packed = [params.use_4bit and dtype == params.dtype for dtype in dtypes]
-    budgets = [
-        weight_budget(model, params, dtype, packed=own, obstacle=streaming_obstacle(params))
-        for dtype, own in zip(dtypes, packed, strict=True)
-    ]
+    dtypes = {params.eval_dtype: False, params.dtype: params.use_4bit}
+    budgets = [weight_budget(model, params, dtype, packed=packed, obstacle=obstacle) for dtype, packed in dtypes.items()]
     outside, layers = proof_dtypes(model)
-    budgets.append(weight_budget(model, params, outside, layer_dtype=layers, obstacle=streaming_obstacle(params)))
+    budgets.append(weight_budget(model, params, outside, layer_dtype=layers, obstacle=obstacle))
     stored = str(stored_dtype(model)).removeprefix("torch.")
     # The export compares the weights of two models, and then computes with one of them.
-    whole = max(2 * weight_bytes(model, stored), *(weight_bytes(model, dtype) for dtype in (*dtypes, working_dtype(model))[1:]))
+    whole = max(2 * weight_bytes(model, stored), *(weight_bytes(model, dtype) for dtype in {*dtypes, working_dtype(model)}))
     most = min((each for each in budgets if each), default=whole)
     streamed = " (streamed where they are larger)" if any(budgets) else ""
     logger.info("memory: weights take up to %s%s", format_size(most), streamed)
