@@ -95,8 +95,8 @@ class Command:
 
             actions.run_distributed(getattr(actions, self.action), params, **options)
 
-    def make_parser(self, prog: str | None = None, full: bool = True) -> Parser:
-        """Return the parser, whose help has all parameters with their sentences if it is ``full``."""
+    def make_parser(self, prog: str | None, full: bool) -> Parser:
+        """Return the parser, whose help has all parameters with their sentences if it is ``full``; ``prog`` as of ``run``."""
         width = min(112, shutil.get_terminal_size((112, 24)).columns)
         parser = Parser(
             prog=prog, usage="%(prog)s [--config FILE] [--key value …]", description=fill(self.description, width),

@@ -82,7 +82,9 @@ def check_replaceme(words: list[str]) -> None:
 
 def read(command: Command, words: list[str]) -> None:
     with chdir(ROOT):
-        command.read_arguments(command.make_parser(), [word for word in words if word not in ("--help", "--help-all")])
+        command.read_arguments(
+            command.make_parser(None, full=True), [word for word in words if word not in ("--help", "--help-all")]
+        )
 
 
 def test_nothing_is_left_to_fill_in() -> None:
