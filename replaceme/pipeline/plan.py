@@ -6,10 +6,8 @@ from replaceme.base.parameters import Params
 from replaceme.base.plan import Block, Plan, load_blocks
 from replaceme.base.progress import logger
 from replaceme.methods.registry import METHODS, read_by
-from replaceme.models.find import recorded_model
 from replaceme.running.stage import Stage
 from replaceme.running.workspace import Workspace
-from replaceme.selection.budget import log_budget, mlp_width
 
 
 def plan(params: Params, work: Workspace) -> None:
@@ -23,6 +21,10 @@ def plan(params: Params, work: Workspace) -> None:
 
 def _choose_width(params: Params, work: Workspace, blocks: Sequence[Block]) -> int | None:
     """Return the width of the kept layers' MLPs that meets the budget, and log how near it comes."""
+    # Only a budget needs the model's libraries, which take seconds to load.
+    from replaceme.models.find import recorded_model
+    from replaceme.selection.budget import log_budget, mlp_width
+
     model, removed = recorded_model(params, work.model_input), [layer for block in blocks for layer in block.layers]
     width = mlp_width(params, model, removed)
     log_budget(params, model, removed, width)
