@@ -16,14 +16,14 @@ from huggingface_hub.repocard import metadata_load
 
 from replaceme import __version__
 from replaceme.base.combinations import NEW_WEIGHTS
-from replaceme.base.config import settings_yaml
+from replaceme.base.config import WITHOUT_EFFECT, settings_yaml
 from replaceme.base.entries import Source, dataset_title
 from replaceme.base.files import without_folder
 from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
 from replaceme.edits.edits import Edits
 from replaceme.export.transformers4 import transformers_4_obstacle
-from replaceme.methods.registry import FIELDS, USERS, has_effect
+from replaceme.methods.registry import FIELDS, has_effect
 from replaceme.models.families import Linear
 from replaceme.models.model import Model
 from replaceme.models.model_files import CARD
@@ -31,13 +31,8 @@ from replaceme.models.own_form import FILE
 from replaceme.running.stage import SCORE_SETTINGS
 from replaceme.running.versions import list_versions
 
-# The settings that determine the model.
-SETTINGS = (
-    "method", "model_path", "revision", "trust_remote_code", "use_4bit", "dataset", "dataset_config", "dataset_split",
-    "dataset_column", "dataset_revision", "dataset_size", "max_length", "pack", "seed", "batch_size", "dtype", "threads",
-    "selection", "layers_to_skip", "remove", "tolerated_loss", "min_distance_layer", "max_distance_layer", "num_A",
-    "merge_consecutive", "transform", "repair", "heal_epochs", *USERS,
-)  # fmt: skip
+# The settings that determine the model: without those of its scores, and those that say where it is computed.
+SETTINGS = tuple(key for key in FIELDS if key not in (*SCORE_SETTINGS, *WITHOUT_EFFECT, "device", "device_map"))
 # Entries of the dense model's card that also hold for the pruned model.
 INHERITED = ("license", "license_name", "license_link", "language")
 
