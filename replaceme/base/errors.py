@@ -77,7 +77,7 @@ class VerificationError(ReplaceMeError, RuntimeError):
 
 @contextmanager
 def renaming(names: Mapping[str, str]) -> Iterator[None]:
-    """Let an error inside the block that begins with one of these parameters begin with its other name."""
+    """Let an error inside the block name a parameter as its caller does: one of these keys → its other name."""
     try:
         yield
     except ReplaceMeError as error:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from replaceme.base.combinations import TRANSFORMS, Use, Values
-from replaceme.base.errors import ParameterError
+from replaceme.base.errors import ParameterError, renaming
 from replaceme.base.parameters import Params
 from replaceme.base.plan import Block, Surrogate
 from replaceme.base.progress import logger
@@ -56,11 +56,10 @@ def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
 
 def _refit(params: Params, block: Block, statistics: Statistics) -> Solved:
     from replaceme.edits.edits import Edits
-    from replaceme.solvers.arguments import naming
     from replaceme.solvers.refit import refit
 
     edits = Edits(f"least squares over the last weights before the cut ({params.transform})", [])
-    with naming(ridge="refit_ridge"):
+    with renaming({"ridge": "refit_ridge"}):
         fit = refit(edits, block.layer_before_cut, statistics(FEATURES[params.transform]), params.alpha, params.refit_ridge)
     logger.info(
         "solve: cut after layer %d, %d tokens, weighted residual %.4f (%.4f with a transform alone, %.4f with nothing)",

@@ -99,7 +99,7 @@ def minimise_by_scipy(problem: Problem, start: Tensor, solver: str, max_iteratio
     """Minimise the problem from a transform (d, d) float64 by ``lbfgs``, ``cg`` or ``trust_region``, on all tokens.
 
     Raises:
-        ArgumentError: the metric is singular to float64.
+        SolveError: the metric is singular to float64.
     """
     problem = problem.whitened(start)
     structure, x = problem.structure, problem.structure.vector(start)

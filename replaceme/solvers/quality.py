@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from replaceme.solvers.arguments import ArgumentError
+from replaceme.base.errors import SolveError
 from replaceme.solvers.closed_forms import solve_closed_form, squared_error
 from replaceme.solvers.ridge import RidgeSolution
 
@@ -143,7 +143,7 @@ def describe_structured_ridge(transform: Tensor, sums: Mapping[str, Tensor], alp
         return figures
     try:
         plain = solve_closed_form(sums["gram"], sums["cross"], 0.0, structure) if alpha else transform
-    except ArgumentError:  # no unique solution without the ridge
+    except SolveError:  # no unique solution without the ridge
         return figures
     return figures | {"distance_from_alpha_zero": float((transform - plain).norm() / plain.norm())}
 

@@ -40,7 +40,7 @@ def refit(edits: Edits, layer: int, sums: Mapping[str, Tensor], alpha: float, ri
         ridge: λ of the corrections.
 
     Raises:
-        ArgumentError: the least squares are singular with ``alpha`` or with ``ridge``.
+        SolveError: the least squares are singular with ``alpha`` or with ``ridge``.
     """
     solution = solve_ridge(sums["added_gram"], sums["added_cross"] + sums["added_gram"], alpha)
     transform = edits.transforms[layer] = solution.transform
