@@ -85,6 +85,11 @@ def temporary_folder(prefix: str, folder: Path | None = None) -> Iterator[Path]:
         yield Path(name)
 
 
+def unfinished_folder(folder: Path, name: str) -> Path:
+    """Return the folder of what a stage keeps while it runs, to go on there if interrupted; it deletes it at its end."""
+    return folder / f"{name}{PARTIAL}"
+
+
 def clear_partials(paths: Iterable[Path], *, own: bool = False) -> None:
     """Delete what ended processes have left unfinished, and restore the folders that they were about to replace.
 

@@ -22,6 +22,7 @@ from pydantic import Field
 
 from replaceme.base.combinations import Settings, Use
 from replaceme.base.errors import ParameterError
+from replaceme.base.files import unfinished_folder
 from replaceme.edits.model_edit import ModelEdit
 from replaceme.methods.method import Method, MethodContext, drop
 from replaceme.selection.criteria import WINDOW
@@ -117,7 +118,7 @@ class TrainedLayer(ModelEdit):
 def train_layer(context: MethodContext) -> dict[str, Any]:
     """Train the layer before the cut, add its weights to the edits, and return figures of the training."""
     from replaceme.models.devices import require_resident
-    from replaceme.training.checkpoints import checkpoint_folder, checkpoint_key
+    from replaceme.training.checkpoints import checkpoint_key
     from replaceme.training.curves import write_curves
     from replaceme.training.training import (
         LearningRateSchedule,
@@ -146,7 +147,8 @@ def train_layer(context: MethodContext) -> dict[str, Any]:
         "documents": [len(document) for document in context.documents.documents],
     }
     key = checkpoint_key(settings, [*context.documents.documents, inputs, targets, *layer.parameters()])
-    trained, curves = train(distillation, distillation.trainable_parameters(), schedule, checkpoint_folder(context.folder), key)
+    checkpoints = unfinished_folder(context.folder, "training")
+    trained, curves = train(distillation, distillation.trainable_parameters(), schedule, checkpoints, key)
     write_curves(context.output, curves)
     context.edits.title = TITLES[own.llm_streamline_form]
     context.edits.model_edit = trained_edit(family, layer, index, trained, without, plain=params.plain)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from replaceme.base.documents import Documents
-from replaceme.base.files import copy_tree, new_folder, read_json, remove, rounded, write_json, write_text
+from replaceme.base.files import copy_tree, new_folder, read_json, remove, rounded, unfinished_folder, write_json, write_text
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.parameters import Params
 from replaceme.base.plan import Plan
@@ -16,10 +16,9 @@ from replaceme.edits.edits import Edits
 from replaceme.methods.method import MethodContext
 from replaceme.methods.refusals import streaming_obstacle
 from replaceme.methods.registry import METHODS, read_by
-from replaceme.models.context import ModelContext
 from replaceme.models.devices import resolve_device, use_processor
 from replaceme.models.families import inputs_of
-from replaceme.models.find import calibration_model, recorded_model
+from replaceme.models.find import calibration_context, recorded_model
 from replaceme.models.width import mlp_width_entry
 from replaceme.repair.repair import STEPWISE, repair_layers
 from replaceme.repair.resume import Checkpoints
@@ -28,7 +27,7 @@ from replaceme.running.stage import PASS, Stage
 from replaceme.running.workspace import Workspace
 from replaceme.selection.budget import apply_budget
 from replaceme.statistics.cut_statistics import are_reducible
-from replaceme.training.checkpoints import checkpoint_folder, checkpoint_key, describe_environment
+from replaceme.training.checkpoints import checkpoint_key, describe_environment
 from replaceme.training.curves import write_curves
 
 
@@ -41,13 +40,12 @@ def repair(params: Params, work: Workspace) -> None:
     method = METHODS[params.method]
     repairs_layers = method.fit_on_model is None and _changes_layers(params, plan)
     if repairs_layers:
-        model, family = calibration_model(params, work.model_input)
-        context = ModelContext(model, family, Documents.load(work.documents), params.batch_size, work.repaired.parent)
-        checkpoints = Checkpoints(work.unfinished("repairing"), _key(params, work, context.documents))
+        context = calibration_context(params, work)
+        checkpoints = Checkpoints(unfinished_folder(work.repaired.parent, "repairing"), _key(params, work, context.documents))
         repairs, figures = repair_layers(params, context, edits, plan, checkpoints)
         if plan.mlp_width:
-            edits.config = mlp_width_entry(model.config, family, plan.mlp_width)
-            channels = inputs_of(family.linear_of(context.layers[0], "mlp_output"))
+            edits.config = mlp_width_entry(context.model.config, context.family, plan.mlp_width)
+            channels = inputs_of(context.family.linear_of(context.layers[0], "mlp_output"))
             removed = channels - plan.mlp_width
             edits.parts = f"{removed:,} of {channels:,} MLP channels in every layer"
             figures["removed_channels"] = removed * len(edits.channels)
@@ -56,12 +54,10 @@ def repair(params: Params, work: Workspace) -> None:
     with new_folder(work.repaired) as folder:
         copy_tree(work.solution, folder)
         if method.fit_on_model:
-            model, family = calibration_model(params, work.model_input, obstacle=streaming_obstacle(params))
+            context = calibration_context(params, work, obstacle=streaming_obstacle(params))
             if params.remove is not None:
                 # Of a method that removes parts of layers, which takes no other criterion and one block.
                 params = apply_budget(params, recorded_model(params, work.model_input), method.criterion)
-            documents = Documents.load(work.documents)
-            context = ModelContext(model, family, documents, params.batch_size, work.repaired.parent)
             figures = method.fit_on_model(MethodContext(**vars(context), params=params, plan=plan, edits=edits, output=folder))
         if method.fit_on_model or repairs_layers:
             edits.save(folder)
@@ -81,8 +77,8 @@ def repair(params: Params, work: Workspace) -> None:
         logger.info("repair: nothing to do")
     write_json(work.metric("repair"), rounded(figures))
     # Checkpoints go only after all is written.
-    remove(work.unfinished("repairing"))
-    remove(checkpoint_folder(work.repaired.parent))
+    remove(unfinished_folder(work.repaired.parent, "repairing"))
+    remove(unfinished_folder(work.repaired.parent, "training"))
 
 
 def _changes_layers(params: Params, plan: Plan) -> bool:

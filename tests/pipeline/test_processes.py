@@ -21,7 +21,7 @@ from replaceme.api import prune
 from replaceme.base.documents import Documents
 from replaceme.base.entries import Task
 from replaceme.base.errors import ParameterError
-from replaceme.base.files import read_json, write_json
+from replaceme.base.files import read_json, unfinished_folder, write_json
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.parameters import Params, read_params
 from replaceme.base.plan import load_blocks
@@ -133,15 +133,15 @@ def test_a_shared_repair_goes_on_at_its_last_checkpoint_to_the_same_bits(params:
     assert layers == others
     *finished, last = layers
     assert in_ranks(2, partial(_repaired, params, work, last), tmp_path) == [layers, layers]
-    number = len(finished)
-    assert {path.name for path in work.unfinished("repairing").iterdir()} == {f"{number}-{rank}-of-2" for rank in range(2)}
+    number, checkpoints = len(finished), unfinished_folder(work.repaired.parent, "repairing")
+    assert {path.name for path in checkpoints.iterdir()} == {f"{number}-{rank}-of-2" for rank in range(2)}
     # Each process has its part of the states, and the first one the edits.
-    sizes = [(work.unfinished("repairing") / f"{number}-{rank}-of-2" / "dense").stat().st_size for rank in range(2)]
+    sizes = [(checkpoints / f"{number}-{rank}-of-2" / "dense").stat().st_size for rank in range(2)]
     itemsize = getattr(torch, params.dtype).itemsize
     assert sum(sizes) == Documents.load(work.documents).token_count * WIDTH * itemsize
     assert in_ranks(2, partial(_repaired, params, work, None), tmp_path) == [[last], [last]]
     assert sha256_below(work.repaired) == sha256_below(whole.repaired)
-    assert not work.unfinished("repairing").exists()
+    assert not checkpoints.exists()
 
 
 @pytest.mark.usefixtures("checkpoint_at_each_chance")
@@ -150,11 +150,11 @@ def test_a_checkpoint_of_a_shared_repair_counts_if_all_processes_have_it(params:
     inspect_inputs(params, work)
     run_stages(params, work, FIT[: FIT.index("repair")])
     layers, _ = in_ranks(2, partial(_repaired, params, work, 5), tmp_path)
-    place = work.unfinished("repairing") / f"{len(layers) - 1}-1-of-2"
+    place = unfinished_folder(work.repaired.parent, "repairing") / f"{len(layers) - 1}-1-of-2"
     (place / "dense").write_bytes(b"")
     assert in_ranks(2, partial(_repaired, params, work, layers[0]), tmp_path) == [layers[:1], layers[:1]]
     # The other process's part is gone too.
-    assert [*work.unfinished("repairing").iterdir()] == [place]
+    assert [*place.parent.iterdir()] == [place]
 
 
 @pytest.mark.usefixtures("checkpoint_at_each_chance")
