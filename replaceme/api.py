@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from replaceme.base.errors import ParameterError, shown
+from replaceme.base.errors import ParameterError, quote
 from replaceme.base.files import read_json
 from replaceme.base.parameters import Params, nearest, read_params
 from replaceme.base.published import PRESETS, Preset
@@ -141,7 +141,7 @@ def _check_call(texts: object, preset: str, settings: Mapping[str, Any]) -> None
             [f"{key}: is not a parameter{nearest(key, FIELDS)}; docs/parameters.md lists them." for key in unknown]
         )
     if preset not in PRESETS:
-        raise ParameterError(f"preset: must be {' or '.join(PRESETS)}, not {shown(preset)}.")
+        raise ParameterError(f"preset: must be {' or '.join(PRESETS)}, not {quote(preset)}.")
     if taken := {"model_path", "layers_to_skip", "save_transform_only"} & settings.keys():
         raise ParameterError(f"{min(taken)}: is set by the call itself; use model and layers.")
     if texts is not None and "dataset" in settings:
@@ -153,7 +153,7 @@ def _list_documents(texts: Sequence[str]) -> list[str]:
     documents = [*texts]
     wrong = next((text for text in documents if not isinstance(text, str) or not text.strip()), None)
     if not documents or wrong is not None:
-        given = shown(wrong if documents else documents)
+        given = quote(wrong if documents else documents)
         raise ParameterError(f"texts: must be a list of texts that aren't empty, one a document, not {given}.")
     return documents
 
@@ -167,7 +167,7 @@ def _saved_model(model: Any, tokenizer: Any) -> Iterator[str | Path]:
         yield os.fspath(model)
         return
     if not hasattr(model, "save_pretrained"):
-        raise ParameterError(f"model: must be a path, a hub id or a model of transformers, not {shown(model)}.")
+        raise ParameterError(f"model: must be a path, a hub id or a model of transformers, not {quote(model)}.")
     if tokenizer is None:
         raise ParameterError("tokenizer: is missing; a loaded model needs it, as in prune(model, tokenizer=tokenizer).")
     from replaceme.models.model_files import TEXT_RECORD

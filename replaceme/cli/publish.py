@@ -19,7 +19,7 @@ from replaceme.base.progress import logger
 from replaceme.methods.registry import METHODS
 from replaceme.pipeline.results import result_lock
 from replaceme.running.entry import Parser, plain_parser, run_command
-from replaceme.running.extras import need
+from replaceme.running.extras import require_package
 from replaceme.running.stage import pipeline_params
 from replaceme.running.workspace import Workspace
 
@@ -70,7 +70,7 @@ def _upload(options: argparse.Namespace, folder: Path) -> None:
 
 def _check_scores() -> None:
     """Raise ParameterError unless the pipeline's model, scores and settings are up to date."""
-    need("dvc", "save_path: the pipeline's model")
+    require_package("dvc", "save_path: the pipeline's model")
 
     from dvc.exceptions import DvcException
     from dvc.repo import Repo

@@ -214,7 +214,7 @@ def find_wrong_tensors(dense: Model, pruned: Model, family: Family, edits: Edits
         edits: the edits that were applied.
         edited: the names of the weights that they change, in the loaded model.
     """
-    kept, originals, tensors = _list_kept_layers(dense, edits), dense.stored(), pruned.stored()
+    kept, originals, tensors = _list_kept_layers(dense, edits), dense.stored, pruned.stored
     prefix, wrong, alone = family.layers.partition(".")[0] + ".", [], 0
     # The files of some base models name their tensors without it.
     names = {name: name if name in edited or name.startswith(prefix) else prefix + name for name in tensors}

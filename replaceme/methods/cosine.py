@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from replaceme.base.combinations import TRANSFORMS, MethodStage, Settings, Use, Values
+from replaceme.base.combinations import NEW_WEIGHTS, TRANSFORMS, MethodStage, Settings, Use, Values
 from replaceme.base.errors import ParameterError, SolveError
 from replaceme.base.parameters import Params
 from replaceme.base.plan import Block
@@ -197,7 +197,7 @@ def refuses(values: Values) -> list[str]:
     problems = []
     if transform == "orthogonal":
         problems.append("transform: orthogonal is fitted by least squares alone; use method lstsq.")
-    if transform in ("refit", "joint", "channels"):
+    if transform in NEW_WEIGHTS:
         problems.append(
             f"transform: {transform} solves least squares for the last weights before the cut and has no other objective; use "
             "method lstsq, or transform dense, diagonal, two_vectors or triangular."

@@ -23,7 +23,7 @@ from replaceme.base.errors import ParameterError
 from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
 from replaceme.edits.model_edit import ModelEdit
-from replaceme.methods.method import Method, MethodContext, drop
+from replaceme.methods.method import Method, MethodContext, leave_empty
 from replaceme.selection.criteria import WIDTH
 
 if TYPE_CHECKING:
@@ -441,7 +441,7 @@ def refuses(values: Values) -> list[str]:
 
 METHOD = Method(
     shared={"plain": Use(("repair",))},
-    solve=drop("LLM-Pruner"),
+    solve=leave_empty("LLM-Pruner"),
     criterion=WIDTH,
     fit_on_model=remove_groups,
     words="removes parts of layers, not whole layers",

@@ -24,7 +24,7 @@ from replaceme.base.combinations import Settings, Use
 from replaceme.base.errors import ParameterError
 from replaceme.base.files import unfinished_folder
 from replaceme.edits.model_edit import ModelEdit
-from replaceme.methods.method import Method, MethodContext, drop
+from replaceme.methods.method import Method, MethodContext, leave_empty
 from replaceme.selection.criteria import WINDOW
 
 if TYPE_CHECKING:
@@ -312,7 +312,7 @@ METHOD = Method(
     shared={"plain": Use(("repair",), "llm_streamline_form", ("mlp",))},
     # A fitted map predicts the loss with a trained layer better than an empty cut does.
     surrogate=lambda params: "map",
-    solve=drop("LLM-Streamline"),
+    solve=leave_empty("LLM-Streamline"),
     criterion=WINDOW,
     fit_on_model=train_layer,
     trained=True,

@@ -105,7 +105,7 @@ def require_tokens(params: Params, model: Model) -> None:
         )
 
 
-def drop(title: str) -> Callable[[Params, Block, Statistics], Solved]:
+def leave_empty(title: str) -> Callable[[Params, Block, Statistics], Solved]:
     """Return the ``solve`` of a method that puts nothing in the block's place."""
 
     def solve(params: Params, block: Block, statistics: Statistics) -> Solved:

@@ -31,7 +31,7 @@ from replaceme.base.errors import ParameterError, SolveError
 from replaceme.base.parameters import Params
 from replaceme.base.progress import logger, progress
 from replaceme.edits.model_edit import ModelEdit
-from replaceme.methods.method import Method, MethodContext, drop
+from replaceme.methods.method import Method, MethodContext, leave_empty
 from replaceme.selection.criteria import WIDTH
 
 if TYPE_CHECKING:
@@ -429,7 +429,7 @@ def refuses(values: Values) -> list[str]:
 
 METHOD = Method(
     shared={"plain": Use(("repair",))},
-    solve=drop("SliceGPT"),
+    solve=leave_empty("SliceGPT"),
     criterion=WIDTH,
     fit_on_model=slice_stream,
     words="removes parts of layers, not whole layers",

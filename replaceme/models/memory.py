@@ -202,7 +202,7 @@ def stream_layers(
 
     loader = LayerLoader(model, family.layers, _split_tensors(source)[1], target)
     layers = family.decoder_layers(model)
-    model.__dict__["stream"] = LayerStream(layers, loader, budget - outside, check=check, folder=folder)
+    model.__dict__["stream"] = LayerStream(layers, loader, budget - outside, check, folder)
     return model
 
 
@@ -240,7 +240,7 @@ def _split_tensors(source: Model) -> tuple[dict[str, StoredTensor], dict[int, di
         leaf = "layers"
     outside: dict[str, StoredTensor] = {}
     layers: dict[int, dict[str, StoredTensor]] = {}
-    for name, tensor in source.stored().items():
+    for name, tensor in source.stored.items():
         match = re.search(rf"(?:^|\.){leaf}\.(\d+)\.", name)
         (layers.setdefault(int(match[1]), {}) if match else outside)[name] = tensor
     return outside, layers

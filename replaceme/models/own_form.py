@@ -14,7 +14,7 @@ from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from typing import Any
 
-from replaceme.base.errors import ModelError
+from replaceme.base.errors import ParameterError
 from replaceme.base.files import read_json, write_json, write_text
 
 # Read as text; transformers or ``_build_classes`` runs it.
@@ -27,9 +27,9 @@ _CLASSES = re.compile(r'^(CONFIG|MODEL) = "(\w+)"$', re.MULTILINE)
 
 
 def check_own_form(config: Any) -> None:
-    """Raise ModelError when the model's class is not from transformers: our form subclasses one of those."""
+    """Raise ParameterError when the model's class is not from transformers: our form subclasses one of those."""
     if getattr(config, "auto_map", None):
-        raise ModelError(
+        raise ParameterError(
             f"method: the result of this method needs a modelling file of its own, and '{config.model_type}' has one already; "
             "use a method whose result keeps the family's form, such as lstsq."
         )

@@ -100,9 +100,8 @@ class LayerStream:
         layers: nn.ModuleList,
         loader: LayerLoader,
         budget: int,
-        *,
-        check: Callable[[Iterable[Tensor]], None] = lambda values: None,
-        folder: Path | None = None,
+        check: Callable[[Iterable[Tensor]], None],
+        folder: Path | None,
     ):
         """Take over the layers.
 
@@ -111,7 +110,7 @@ class LayerStream:
             loader: loads one of them.
             budget: the bytes that weights of layers may take.
             check: is called with a layer's values when they are read for the first time; it raises an error for unusable ones.
-            folder: for the scratch files of walks.
+            folder: for the scratch files of walks; None is the system's temporary folder.
         """
         self.layers, self.loader, self.budget, self.check, self.folder = layers, loader, budget, check, folder
         self._load_buffers()
@@ -124,9 +123,6 @@ class LayerStream:
         for index, layer in enumerate(layers):
             layer.forward = self._load_before(index, layer.forward)
             layer.__dict__["stream"] = self
-
-    def wait_turn(self, index: int) -> None:
-        """Wait until a layer may be computed, where computations share the model (``replaceme.models.interleaving``)."""
 
     def load(self, index: int) -> None:
         """Have the weights of a layer in memory.
@@ -208,7 +204,6 @@ class LayerStream:
     def _load_before(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(forward)
         def load_and_compute(*arguments: Any, **options: Any) -> Any:
-            self.wait_turn(index)
             with self.pinning([index]):
                 return forward(*arguments, **options)
 

@@ -1,7 +1,7 @@
 """export: save the pruned model as a Hugging Face folder, which gets its name only after verification."""
 
 from replaceme.base.documents import Documents
-from replaceme.base.files import new_folder, read_json, rounded, write_json, write_text
+from replaceme.base.files import new_folder, read_json, round_floats, write_json, write_text
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
@@ -58,7 +58,7 @@ def export(params: Params, work: Workspace) -> None:
             "%s next to the weights",
             FILE,
         )
-    write_json(work.metric("export"), rounded({**counts, **figures}))
+    write_json(work.metric("export"), round_floats({**counts, **figures}))
     logger.info(
         "export: %s, %.1f M of %.1f M parameters; state %s equals the unfused computation to %.1e, logits to %.1e",
         work.model, counts["parameters"] / 1e6, counts["parameters_dense"] / 1e6,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from replaceme.base.files import copy_tree, new_folder, read_json, remove, rounded, unfinished_folder, write_json
+from replaceme.base.files import copy_tree, new_folder, read_json, remove, round_floats, unfinished_folder, write_json
 from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
 from replaceme.base.ranks import rank
@@ -34,7 +34,7 @@ def heal(params: Params, work: Workspace) -> None:
         if params.heal_epochs:
             edits.save(folder)
             write_curves(folder, curves)
-    write_json(work.metric("heal"), rounded(figures))
+    write_json(work.metric("heal"), round_floats(figures))
     remove(unfinished_folder(work.edits.parent, "healing"))
 
 

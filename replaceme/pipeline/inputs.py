@@ -31,7 +31,7 @@ from replaceme.models.memory import format_size, weight_budget, weight_bytes
 from replaceme.models.model import Model, layer_count, positions_of
 from replaceme.models.model_files import CARD_FILES, TEXT_RECORD
 from replaceme.models.recognition import check_cut
-from replaceme.running.extras import need
+from replaceme.running.extras import require_package
 from replaceme.running.stage import Stage
 from replaceme.running.versions import FOUR_BIT, MODEL, SCORES, TEXT, versions
 from replaceme.running.workspace import Workspace
@@ -55,7 +55,7 @@ def inspect_inputs(params: Params, work: Workspace) -> None:
     with _collecting(problems):
         resolve_device(params.device)
         if params.use_4bit:
-            need("bitsandbytes", "use_4bit")
+            require_package("bitsandbytes", "use_4bit")
     with _collecting(problems):
         model = find_model(params)
         checked = _check_model(params, model)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from replaceme.base.documents import Documents
-from replaceme.base.files import new_folder, rounded, write_json, write_text
+from replaceme.base.files import new_folder, round_floats, write_json, write_text
 from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
 from replaceme.base.ranks import rank
@@ -45,7 +45,7 @@ def profile(params: Params, work: Workspace) -> None:
 def _pairs_table(content: Mapping[str, Any]) -> str:
     distances, residuals = content["angular_distance"], content["residual"]
     rows = [
-        f"{layer},{last + 1},{last - layer},{rounded(distances[layer][last])},{rounded(residuals[layer][last])}"
+        f"{layer},{last + 1},{last - layer},{round_floats(distances[layer][last])},{round_floats(residuals[layer][last])}"
         for layer in range(len(distances))
         for last in range(layer + 1, len(distances))
     ]
@@ -54,7 +54,7 @@ def _pairs_table(content: Mapping[str, Any]) -> str:
 
 def _layers_table(figures: dict[str, list[float]]) -> str:
     rows = [
-        ",".join(map(str, [layer, *(rounded(figures[name][layer]) for name in sorted(figures))]))
+        ",".join(map(str, [layer, *(round_floats(figures[name][layer]) for name in sorted(figures))]))
         for layer in range(len(figures["max_norm"]))
     ]
     return "\n".join([",".join(["layer", *sorted(figures)]), *rows]) + "\n"

@@ -5,8 +5,18 @@ states.
 from collections.abc import Sequence
 from typing import Any
 
+from replaceme.base.combinations import STEPWISE
 from replaceme.base.documents import Documents
-from replaceme.base.files import copy_tree, new_folder, read_json, remove, rounded, unfinished_folder, write_json, write_text
+from replaceme.base.files import (
+    copy_tree,
+    new_folder,
+    read_json,
+    remove,
+    round_floats,
+    unfinished_folder,
+    write_json,
+    write_text,
+)
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.parameters import Params
 from replaceme.base.plan import Plan
@@ -20,7 +30,7 @@ from replaceme.models.devices import resolve_device, use_processor
 from replaceme.models.families import inputs_of
 from replaceme.models.find import calibration_context, recorded_model
 from replaceme.models.width import mlp_width_entry
-from replaceme.repair.repair import STEPWISE, repair_layers
+from replaceme.repair.repair import repair_layers
 from replaceme.repair.resume import Checkpoints
 from replaceme.repair.state import Repair
 from replaceme.running.stage import PASS, Stage
@@ -75,7 +85,7 @@ def repair(params: Params, work: Workspace) -> None:
         )  # fmt: skip
     elif not method.fit_on_model:
         logger.info("repair: nothing to do")
-    write_json(work.metric("repair"), rounded(figures))
+    write_json(work.metric("repair"), round_floats(figures))
     # Checkpoints go only after all is written.
     remove(unfinished_folder(work.repaired.parent, "repairing"))
     remove(unfinished_folder(work.repaired.parent, "training"))
@@ -109,7 +119,9 @@ def _key(params: Params, work: Workspace, documents: Documents) -> str:
 
 
 def _table(repairs: Sequence[Repair]) -> str:
-    rows = [f"{each.layer},{' + '.join(each.linears)},{rounded(each.before)},{rounded(each.after)}" for each in repairs]
+    rows = [
+        f"{each.layer},{' + '.join(each.linears)},{round_floats(each.before)},{round_floats(each.after)}" for each in repairs
+    ]
     return "\n".join(["layer,linear,residual_before,residual_after", *rows]) + "\n"
 
 

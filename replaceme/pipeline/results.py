@@ -13,7 +13,7 @@ from pathlib import Path
 from replaceme.base.errors import ParameterError, excerpt
 from replaceme.base.files import clear_partials, copy_tree, local_path, new_folder, read_json
 from replaceme.base.fingerprints import sha256_below
-from replaceme.base.locks import locked
+from replaceme.base.locks import holding_lock
 from replaceme.base.parameters import Params
 from replaceme.running.workspace import Workspace
 
@@ -69,7 +69,7 @@ def result_lock(work: Workspace) -> AbstractContextManager[None]:
     def stop() -> None:
         raise ParameterError(f"save_path: {work.model} is in use by another process; wait for it, or choose another folder.")
 
-    return locked(work.root / LOCK, stop)
+    return holding_lock(work.root / LOCK, stop)
 
 
 def _check_target(work: Workspace, params: Params) -> None:

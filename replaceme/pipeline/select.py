@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from replaceme.base.files import read_json, rounded, write_json
+from replaceme.base.files import read_json, round_floats, write_json
 from replaceme.base.parameters import Params
 from replaceme.base.plan import save_blocks
 from replaceme.base.progress import logger
@@ -49,7 +49,7 @@ def select(params: Params, work: Workspace) -> None:
             block.start, block.end - 1, len(distances), block.layer_before_cut, criterion.name, chosen["angular_distance"],
             chosen["residual"], f", mean loss {figures['loss']:.4f}" if "loss" in figures else "",
         )  # fmt: skip
-    write_json(work.metric("select"), rounded(figures))
+    write_json(work.metric("select"), round_floats(figures))
 
 
 def _load_context(params: Params, work: Workspace) -> ModelContext:

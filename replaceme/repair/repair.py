@@ -32,6 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
+from replaceme.base.combinations import STEPWISE
 from replaceme.base.documents import FOLDS, Batch, few_documents, folds_of
 from replaceme.base.errors import renaming
 from replaceme.base.files import temporary_folder
@@ -66,8 +67,6 @@ from replaceme.statistics.features import LINEARS, Features
 from replaceme.statistics.sums import Sums, token_weights
 from replaceme.statistics.walk import Observer, RecordStates, Reducible, Signal, Signals, sum_tensors, walk
 
-# The transforms after which the layer before the cut is solved for again, on its features after the first solution.
-STEPWISE = ("joint", "channels")
 # Tokens whose states are updated at once.
 TOKENS = 2048
 # Largest sums of all folds together, in bytes.

@@ -2,7 +2,7 @@
 
 ``processes: N`` starts the same command N times by torch's elastic launcher, as ``torchrun --nproc-per-node N`` does. The first
 process (rank 0) runs the program. Where it comes to a stage that can be shared, it broadcasts the stage's function and its
-arguments, and all processes call it (``replaceme.base.group.sharded``). Such a function returns before it writes in all of them
+arguments, and all processes call it (``replaceme.base.group.sharing``). Such a function returns before it writes in all of them
 but the first (``replaceme.base.ranks.rank``).
 """
 
@@ -58,9 +58,9 @@ def call_in_all(function: Callable[..., None], *arguments: Any) -> None:
 
 
 def _call_sharded(function: Callable[..., None], *arguments: Any) -> None:
-    from replaceme.base.group import sharded
+    from replaceme.base.group import sharing
 
-    with sharded():
+    with sharing():
         function(*arguments)
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from replaceme.base.documents import Batch, Documents, excerpts_of
 from replaceme.base.errors import ModelError, ParameterError
 from replaceme.base.group import all_reduce_sum
-from replaceme.base.plan import Block, runs
+from replaceme.base.plan import Block, group_adjacent
 from replaceme.base.progress import progress
 from replaceme.edits.edits import Edits
 from replaceme.edits.unfused import operator_hook, unfused
@@ -113,7 +113,7 @@ def compensated_layers(context: ModelContext, allowed: Sequence[int], count: int
 
 def blocks_of(scales: Mapping[int, float]) -> list[Block]:
     """Return the blocks of contiguous layers, each with the product of its layers' scalars."""
-    return [replace(block, scale=math.prod(scales[layer] for layer in block.layers)) for block in runs([*scales])]
+    return [replace(block, scale=math.prod(scales[layer] for layer in block.layers)) for block in group_adjacent([*scales])]
 
 
 def scale_blocks(context: ModelContext, blocks: Sequence[Block]) -> list[Block]:

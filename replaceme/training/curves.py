@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from replaceme.base.files import rounded
+from replaceme.base.files import round_floats
 
 # The loss of a step's batch, and that of the held-out documents.
 CURVES = ("loss", "held_out_loss")
@@ -21,4 +21,4 @@ def write_curves(folder: Path, rows: Rows) -> None:
 def add_row(folder: Path, name: str, step: int, value: float) -> None:
     """Append a row to a curve."""
     with (folder / f"{name}.tsv").open("a", encoding="utf-8") as table:
-        table.write(f"{step}\t{rounded(value, 9)}\n")
+        table.write(f"{step}\t{round_floats(value, 9)}\n")

@@ -100,7 +100,7 @@ class DocumentBatches:
 
     def __init__(self, documents: Documents, device: torch.device):
         self.device = device
-        self.texts = documents.longest_first()
+        self.texts = documents.in_walk_order().documents
         self.lengths = torch.tensor([len(text) for text in self.texts])
         self.starts = (self.lengths.cumsum(0) - self.lengths).tolist()
 
