@@ -28,7 +28,7 @@ from replaceme.edits.edits import Edits
 from replaceme.edits.fold import edit_config, edited_parameters
 from replaceme.edits.unfused import unfused
 from replaceme.export.transformers4 import add_older_keys
-from replaceme.models.dtypes import proof_dtypes, stored_dtype, working_dtype
+from replaceme.models.dtypes import dtype_name, proof_dtypes, stored_dtype, working_dtype
 from replaceme.models.families import Family, parameter_of
 from replaceme.models.layers import replace_forward
 from replaceme.models.memory import load_streamed, load_without_layers, measure_parts, stream_layers
@@ -164,7 +164,7 @@ def find_wrong_entries(dense: Model, pruned: Model, family: Family, edits: Edits
     config = dense.config()
     edit_config(config, family, edits)
     expected, actual = (json.loads(each.to_json_string(use_diff=False)) for each in (config, pruned.config()))
-    expected["dtype"] = str(stored_dtype(dense)).removeprefix("torch.")
+    expected["dtype"] = dtype_name(stored_dtype(dense))
     for each in (expected, actual):
         # transformers 5 reads the scaling's older name too, and keeps both.
         (each.get("rope_parameters") or {}).pop("type", None)

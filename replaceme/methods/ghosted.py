@@ -74,6 +74,7 @@ METHOD = Method(
     surrogate=lambda params: "map",
     statistics=lambda params: (_stream(params), "sample"),
     solve=solve,
+    operator=lambda params: True,
     check=check,
     criterion=MEAN_COSINE,
     words="maps the whole state at the cut",

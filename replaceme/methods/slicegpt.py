@@ -204,7 +204,7 @@ def slice_stream(context: MethodContext) -> dict[str, Any]:
     edits.model_edit = slicing = Slicing([Q.cpu() for Q, _ in bases])
     edits.config = sliced_config(config, slicing)
     edits.parts = f"{d - width} of the {d} dimensions of its residual stream"
-    kept = [share for _, share in bases]
+    kept = [fraction for _, fraction in bases]
     figures = {
         "width": width,
         "slicing": 1 - width / d,
@@ -221,7 +221,7 @@ def slice_stream(context: MethodContext) -> dict[str, Any]:
 
 
 def find_bases(context: MethodContext, width: int) -> list[tuple[Tensor, float]]:
-    """Return Q and its share of the trace for each signal, in order, each computed from the sliced ones before it.
+    """Return Q and the fraction of the trace that it keeps for each signal; each is computed from the sliced ones before it.
 
     The tokens' states, in a file on disk, are projected and go through one attention or one MLP at a time, so that every layer
     is computed once.
@@ -251,7 +251,7 @@ def find_bases(context: MethodContext, width: int) -> list[tuple[Tensor, float]]
 
 
 def find_shared_basis(context: MethodContext, width: int) -> list[tuple[Tensor, float]]:
-    """Return one Q for all signals of the dense model, and its share of their common trace."""
+    """Return one Q for all signals of the dense model, and the fraction of their common trace that it keeps."""
     from replaceme.statistics.walk import walk
 
     pool = _PooledStates(len(context.layers), context.width)
@@ -260,7 +260,7 @@ def find_shared_basis(context: MethodContext, width: int) -> list[tuple[Tensor, 
 
 
 def principal(gram: Tensor, width: int) -> tuple[Tensor, float]:
-    """Return the ``width`` leading eigenvectors of ``Σ hᵀh`` (d, d), (d, width) float32, and their share of its trace.
+    """Return the ``width`` leading eigenvectors of ``Σ hᵀh`` (d, d), (d, width) float32, and their part of its trace.
 
     They are computed on the device of the sums, and stay there.
 
@@ -272,8 +272,8 @@ def principal(gram: Tensor, width: int) -> tuple[Tensor, float]:
     if not bool(torch.isfinite(gram).all()):
         raise SolveError("dtype: the sums over the states are not finite; use float32 or bfloat16.")
     eigenvalues, vectors = torch.linalg.eigh(gram)
-    share = eigenvalues[-width:].sum() / eigenvalues.sum()
-    return vectors[:, -width:].flip(1).float().contiguous(), float(share)
+    fraction = eigenvalues[-width:].sum() / eigenvalues.sum()
+    return vectors[:, -width:].flip(1).float().contiguous(), float(fraction)
 
 
 def _walk_layer(

@@ -14,7 +14,7 @@ from replaceme.base.errors import ModelError, ParameterError
 from replaceme.base.parameters import Params, size_of
 from replaceme.base.progress import logger
 from replaceme.models.devices import free_memory, release_memory, resolve_device
-from replaceme.models.dtypes import is_finite
+from replaceme.models.dtypes import dtype_name, is_finite
 from replaceme.models.families import FAMILIES, Family
 from replaceme.models.model import Model
 from replaceme.models.model_files import StoredTensor
@@ -70,12 +70,14 @@ def weight_budget(
     packed: bool = False,
     obstacle: str | None = None,
     layer_dtype: str | None = None,
+    operator_width: int = 0,
 ) -> int | None:
     """Return the bytes that the weights of a streamed model may take; None if it is loaded whole.
 
     Args:
         source, params, dtype, packed, obstacle: as of ``load_within_budget``.
         layer_dtype: another dtype of its layers if it is streamed; None is the same.
+        operator_width: d, if the pruned model, which is streamed too, has a layer with a (d, d) matrix more; else 0.
 
     Raises:
         ParameterError: the model has to be streamed by ``memory``, and can't be, or not within so little.
@@ -86,7 +88,8 @@ def weight_budget(
     layer_dtype = layer_dtype or dtype
     # Loaded whole, all of it has the dtype of the layers.
     outside, of_layers = _measure_layers(source, layer_dtype if obstacle else dtype, layer_dtype)
-    largest, needed = max(of_layers, default=0), outside + sum(of_layers)
+    needed, largest = outside + sum(of_layers), max(of_layers, default=0)
+    largest += operator_width**2 * getattr(torch, layer_dtype).itemsize
     if packed:
         # NF4 of 16 bits: 4, and a scale for each 64 entries. What is outside the layers stays as it is.
         needed = outside + sum(of_layers) * 9 // 32
@@ -198,7 +201,7 @@ def stream_layers(
 
     def check(values: Iterable[Tensor]) -> None:
         if not all(map(is_finite, values)):
-            source.check_finite(str(model.dtype).removeprefix("torch."))
+            source.check_finite(dtype_name(model.dtype))
 
     loader = LayerLoader(model, family.layers, _split_tensors(source)[1], target)
     layers = family.decoder_layers(model)

@@ -25,7 +25,7 @@ from replaceme.methods.refusals import check_model, streaming_obstacle
 from replaceme.methods.registry import METHODS, criterion_of
 from replaceme.models.checks import check_weights
 from replaceme.models.devices import resolve_device
-from replaceme.models.dtypes import proof_dtypes, stored_dtype, working_dtype
+from replaceme.models.dtypes import dtype_name, proof_dtypes, stored_dtype, working_dtype
 from replaceme.models.find import find_model, identity
 from replaceme.models.memory import format_size, weight_budget, weight_bytes
 from replaceme.models.model import Model, layer_count, positions_of
@@ -116,9 +116,11 @@ def _log_needs(params: Params, model: Model) -> None:
         weight_budget(model, params, dtype, packed=own, obstacle=streaming_obstacle(params))
         for dtype, own in zip(dtypes, packed, strict=True)
     ]
-    outside, layers = proof_dtypes(model)
-    budgets.append(weight_budget(model, params, outside, layer_dtype=layers, obstacle=streaming_obstacle(params)))
-    stored = str(stored_dtype(model)).removeprefix("torch.")
+    (outside, layers), width = proof_dtypes(model), int(model.config().hidden_size)
+    matrix = width if METHODS[params.method].operator(params) else 0
+    obstacle = streaming_obstacle(params)
+    budgets.append(weight_budget(model, params, outside, layer_dtype=layers, obstacle=obstacle, operator_width=matrix))
+    stored = dtype_name(stored_dtype(model))
     # The export compares the weights of two models, and then computes with one of them.
     whole = max(2 * weight_bytes(model, stored), *(weight_bytes(model, dtype) for dtype in (*dtypes, working_dtype(model))[1:]))
     most = min((each for each in budgets if each), default=whole)

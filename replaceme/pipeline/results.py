@@ -32,7 +32,7 @@ def result_name(params: Params) -> str:
 
 def result_paths(params: Params, name: str) -> Workspace:
     """Return the paths of a result, which is ``<model>-<name>`` in the current folder if ``save_path`` is None."""
-    source = local_path(params.model_path).resolve()
+    source = Path(os.path.realpath(local_path(params.model_path)))
     model = source.name if source.is_dir() else params.model_path.replace("/", "--")
     return Workspace.for_result(_target(params, f"{model}-{name}"))
 
@@ -74,10 +74,11 @@ def result_lock(work: Workspace) -> AbstractContextManager[None]:
 
 def _check_target(work: Workspace, params: Params) -> None:
     """Raise ParameterError for a path that is no folder, the dense model's or the pipeline's."""
-    target, resolved = work.model, work.model.resolve()
-    if target.exists() and not target.is_dir():
+    # Unlike ``Path.resolve``, no error for links that form a loop.
+    target, resolved = work.model, Path(os.path.realpath(work.model))
+    if os.path.lexists(target) and not target.is_dir():
         raise ParameterError(f"save_path: {excerpt(target, 150)} exists and is no folder; choose another one.")
-    if resolved == local_path(params.model_path).resolve():
+    if resolved == Path(os.path.realpath(local_path(params.model_path))):
         raise ParameterError(f"save_path: {target} is the model that is to be pruned; choose another folder.")
     for folder in resolved.parents:
         if (folder / "dvc.yaml").is_file() and resolved.is_relative_to(folder / "artifacts"):

@@ -116,8 +116,8 @@ def minimise_by_scipy(problem: Problem, start: Tensor, solver: str, max_iteratio
         value, gradient = problem.value_and_gradient(tensor(numbers))
         return value / scale, gradient.cpu().numpy() / scale
 
-    def hessian_product(numbers: np.ndarray, step: np.ndarray) -> np.ndarray:
-        return problem.hessian_product(tensor(numbers), tensor(step)).cpu().numpy() / scale
+    def hessian_product(numbers: np.ndarray, direction: np.ndarray) -> np.ndarray:
+        return problem.hessian_product(tensor(numbers), tensor(direction)).cpu().numpy() / scale
 
     def callback(intermediate_result: Any) -> None:
         next(ticks, None)

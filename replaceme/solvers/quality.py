@@ -86,7 +86,7 @@ def ridge_path(solution: RidgeSolution, target_squares: float, output_squares: f
     largest = float(solution.eigenvalues[-1])
     if not largest:  # M is always 0, with every ridge
         return []
-    lowest = max(solution.smallest_eigenvalue / 100, largest * 1e-12)
+    lowest = max(float(solution.eigenvalues[0]) / 100, largest * 1e-12)
     alphas = torch.logspace(math.log10(lowest), math.log10(largest), PATH_POINTS, dtype=torch.float64).tolist()
     return [(alpha, (solution.squared_residual(alpha, target_squares) / output_squares) ** 0.5) for alpha in alphas]
 

@@ -54,14 +54,12 @@ class RidgeSolution:
 
     Attributes:
         transform: (d, d) float64, for row vectors: ``Y ≈ M T``.
-        smallest_eigenvalue: of ``MᵀM``, at least 0, for comparison with α.
         eigenvalues: (d,) of ``MᵀM``, ascending, at least 0.
         projections: (d,) ``‖vᵢᵀ MᵀY‖²`` of each eigenvector vᵢ; with the eigenvalues, they give the figures of any other α.
         full_rank: whether α = 0 has a unique solution, to float64.
     """
 
     transform: Tensor
-    smallest_eigenvalue: float
     eigenvalues: Tensor
     projections: Tensor
     full_rank: bool
@@ -93,13 +91,12 @@ def solve_ridge(gram: Tensor, cross: Tensor, alpha: float) -> RidgeSolution:
     gram, cross = gram.double(), cross.double()
     eigenvalues, vectors = torch.linalg.eigh(gram)
     eigenvalues = eigenvalues.clamp_min(0)
-    smallest = float(eigenvalues[0])
     resolution = require_full_rank(eigenvalues, alpha)
     factor, failed = torch.linalg.cholesky_ex(gram + alpha * torch.eye(len(gram), dtype=torch.float64, device=gram.device))
     projected = vectors.T @ cross
     transform = vectors @ (projected / (eigenvalues + alpha)[:, None]) if failed else torch.cholesky_solve(cross, factor)
     projections = projected.square().sum(dim=1)
-    return RidgeSolution(transform, smallest, eigenvalues, projections, smallest > resolution)
+    return RidgeSolution(transform, eigenvalues, projections, float(eigenvalues[0]) > resolution)
 
 
 def require_full_rank(eigenvalues: Tensor, alpha: float) -> float:
