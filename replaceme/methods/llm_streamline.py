@@ -13,7 +13,7 @@ transformers has layers without an attention; with ``plain``, the attention stay
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -219,15 +219,11 @@ class LayerDistillation:
             if not self._is_left_out(name)
         }
 
-    @contextmanager
-    def training_context(self) -> Iterator[None]:
+    def training_context(self) -> AbstractContextManager[None]:
         """Silence the attention inside the block, if it is left out."""
         from replaceme.models.layers import silence_attention
 
-        with ExitStack() as stack:
-            if self.without:
-                stack.enter_context(silence_attention(self.module.get_submodule(self.without[0])))
-            yield
+        return silence_attention(self.module.get_submodule(self.without[0])) if self.without else nullcontext()
 
     def loss(self, parameters: Mapping[str, Tensor], documents: Sequence[int], step: int | None = None) -> Tensor:
         """Return the mean squared error, over the real tokens of documents, with the given parameters."""

@@ -2,7 +2,6 @@
 
 from replaceme.base.documents import Documents
 from replaceme.base.files import new_folder, read_json, round_floats, write_json, write_text
-from replaceme.base.fingerprints import sha256_below
 from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
 from replaceme.calibration.sources import write_record
@@ -45,7 +44,7 @@ def export(params: Params, work: Workspace) -> None:
         pruned = Model(folder, folder.name, trust_remote_code=source.trust_remote_code or not plain)
         figures = verify_export(source, pruned, edits, Documents.load(work.documents), budget)
         broken = broken_patterns(pruned.config(), source.family())
-        work.record_own_files(sha256_below(folder).values())
+        work.record_own_files(folder)
     if broken:
         logger.warning(
             "export: %s no longer follows the family's pattern: transformers and vLLM read it from the config, but programs "

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from replaceme.base.errors import ParameterError, excerpt
 from replaceme.base.files import clear_partials, copy_tree, local_path, new_folder, read_json
-from replaceme.base.fingerprints import sha256_below
 from replaceme.base.locks import holding_lock
 from replaceme.base.parameters import Params
 from replaceme.running.workspace import Workspace
@@ -96,14 +95,14 @@ def _check_ownership(work: Workspace) -> None:
 
 def publish_folder(work: Workspace, folder: Path) -> None:
     """Copy a stage's output to the folder of the result."""
-    work.record_own_files(sha256_below(folder).values())
+    work.record_own_files(folder)
     with new_folder(work.model) as copy:
         copy_tree(folder, copy)
 
 
 def publish_file(work: Workspace, file: Path, name: str) -> None:
     """Copy a stage's file into the result."""
-    work.record_own_files(sha256_below(file).values())
+    work.record_own_files(file)
     # Not copied into the result directly: a copy that is killed must not leave half a file there.
     copy = work.root / name
     shutil.copyfile(file, copy)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -96,14 +95,14 @@ class Workspace:
         """Return the path of what a run without DVC records of a finished stage."""
         return self.root / "stages" / f"{stage}.json"
 
-    def record_own_files(self, sums: Iterable[str]) -> None:
-        """Record the sums (sha256) of files that are about to be moved to ``save_path``: this program wrote them.
+    def record_own_files(self, path: Path) -> None:
+        """Record the sums (sha256) of a file or folder that is about to be moved to ``save_path``: this program wrote it.
 
         They are recorded before the move, so that the next run knows the files if this one is killed. In the pipeline, DVC
         knows them.
         """
         if self.save_path:
-            write_json(self._own_files, sorted({*self._read_own_files(), *sums}))
+            write_json(self._own_files, sorted({*self._read_own_files(), *sha256_below(path).values()}))
 
     def find_foreign_file(self) -> str | None:
         """Return a file below ``save_path`` that this program did not write, or that was changed since; None without one."""

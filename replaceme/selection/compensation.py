@@ -141,8 +141,9 @@ def measure_gains(context: ModelContext, blocks: Sequence[Block]) -> list[float]
         ParameterError: states overflow.
     """
     signals: dict[int, frozenset[Signal]] = {}
-    for layer, signal in _ends(blocks):
-        signals[layer] = signals.get(layer, frozenset()) | {signal}
+    for block in blocks:
+        signals[block.start] = signals.get(block.start, frozenset()) | {"input"}
+        signals[block.end - 1] = signals.get(block.end - 1, frozenset()) | {"output"}
     magnitudes = MagnitudeSums(signals)
     walk(context.with_documents(excerpts_of(context.documents)), [magnitudes], description=None)
     return [_finite(magnitudes.gain(block.start, block.end)) for block in blocks]
@@ -192,12 +193,6 @@ def check_scale(model: Any, family: Family, documents: Documents) -> None:
                 f"model_path: the layers of the family '{model.config.model_type}' depend on the scale of the residual stream, "
                 "so no scalar folds; use method shortgpt."
             )
-
-
-def _ends(blocks: Iterable[Block]) -> Iterable[tuple[int, Signal]]:
-    for block in blocks:
-        yield block.start, "input"
-        yield block.end - 1, "output"
 
 
 def _finite(figure: float) -> float:

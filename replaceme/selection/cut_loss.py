@@ -12,7 +12,7 @@ It is fitted on the documents that the profile fits on; the loss is measured on 
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -192,23 +192,32 @@ def _refit(context: ModelContext, blocks: Sequence[Block], cuts: Sequence[Edits]
                 refit(cuts[number], blocks[number].layer_before_cut, sums, alpha, REFIT_RIDGE)
 
 
+@dataclass(frozen=True)
 class _CutSearch:
     """Measures the best blocks of one number of layers after the other.
 
     Attributes:
+        context, rankings, surrogate: as of ``lowest_loss``.
+        first, end: the first layer that may go, and the one after the last.
+        dense: the losses of the dense model.
         tried: number of layers → its best few blocks, the lowest rise first.
     """
 
-    def __init__(self, context: ModelContext, dense: Losses, surrogate: Surrogate):
-        self.context, self.dense, self.surrogate = context, dense, surrogate
-        self.tried: dict[int, list[Measured]] = {}
+    context: ModelContext
+    rankings: Sequence[list[list[float]]]
+    surrogate: Surrogate
+    first: int
+    end: int
+    dense: Losses
+    tried: dict[int, list[Measured]] = field(default_factory=dict)
 
-    def rise(self, count: int, candidates: Sequence[Block]) -> float:
-        """Measure blocks of ``count`` layers, and return the lowest rise of the loss; infinity if all overflow."""
-        losses = cut_losses(self.context, candidates, self.surrogate)
-        shares = self.context.documents.tokens_by_domain
+    def rise(self, count: int) -> float:
+        """Measure the best blocks of ``count`` layers, and return the lowest rise of the loss; infinity if all overflow."""
+        starts, each = range(self.first, self.end - count + 1), SHORTLIST // len(self.rankings)
+        blocks = [*dict.fromkeys(chain(*(smallest_blocks(values, starts, count, each) for values in self.rankings)))]
+        losses, shares = cut_losses(self.context, blocks, self.surrogate), self.context.documents.tokens_by_domain
         measured = [
-            Measured(block, cut.rise_over(self.dense, shares), cut.mean) for block, cut in zip(candidates, losses, strict=True)
+            Measured(block, cut.rise_over(self.dense, shares), cut.mean) for block, cut in zip(blocks, losses, strict=True)
         ]
         self.tried[count] = sorted((cut for cut in measured if math.isfinite(cut.rise)), key=lambda cut: cut.rise)
         lowest = self.tried[count][0].rise if self.tried[count] else math.inf
@@ -249,20 +258,12 @@ def lowest_loss(
     dense, limit = dense_losses(context), params.layers_to_skip
     if not math.isfinite(dense.mean):
         raise ParameterError(f"dtype: {params.dtype} overflows in the model's predictions; use bfloat16 or float32.")
-    search = _CutSearch(context, dense, surrogate)
-
-    def rise(count: int) -> float:
-        """Measure the best blocks of this many layers, and return the lowest rise."""
-        longer, each = range(starts.start, starts.stop + limit - count), SHORTLIST // len(rankings)
-        return search.rise(
-            count, [*dict.fromkeys(chain(*(smallest_blocks(values, longer, count, each) for values in rankings)))]
-        )
-
+    search = _CutSearch(context, rankings, surrogate, starts.start, starts.stop - 1 + limit, dense)
     if params.tolerated_loss is None:
         count = limit
-        rise(count)
+        search.rise(count)
     else:
-        count = _most_within(params.tolerated_loss, limit, rise)
+        count = _most_within(params.tolerated_loss, limit, search.rise)
     tried = search.tried
     if not tried[max(count, 1)]:
         raise ParameterError(f"dtype: {params.dtype} overflows in every shortened model; use bfloat16 or float32.")
