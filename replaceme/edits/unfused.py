@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from replaceme.edits.channels import assemble_mlp
 from replaceme.edits.edits import Change, Edits, rotation_and_gains
 from replaceme.models.families import Family, Linear, in_torch_layout, is_conv1d, linears_within
-from replaceme.models.layers import skip_layers
+from replaceme.models.layers import replace_output, skip_layers, tensor_of
 from replaceme.models.streaming import layers_in_memory, replacing_parameter
 
 
@@ -85,12 +85,11 @@ def operator_hook(P: Tensor) -> Any:
     """Return a forward hook that multiplies a module's output by P: a scalar (), a diagonal (d,) or a map (d, d)."""
 
     def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
-        whole = isinstance(output, Tensor)
-        state = output if whole else output[0]
+        state = tensor_of(output)
         dtype = torch.promote_types(state.dtype, torch.float32)
         operator = P.to(state.device, dtype)
-        changed = (state.to(dtype) @ operator if P.ndim == 2 else state.to(dtype) * operator).to(state.dtype)
-        return changed if whole else (changed, *output[1:])
+        changed = state.to(dtype) @ operator if P.ndim == 2 else state.to(dtype) * operator
+        return replace_output(output, changed.to(state.dtype))
 
     return hook
 

@@ -236,12 +236,11 @@ class LayerDistillation:
         from torch.func import functional_call
         from torch.utils import _pytree as trees
 
-        from replaceme.models.layers import tensor_of
+        from replaceme.models.layers import replace_input, tensor_of
 
         args, kwargs = trees.tree_map(self._to_device, self._call_arguments(batch))
-        entering = batch.padded(rows)
-        args, kwargs = ((entering, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": entering})
-        return tensor_of(functional_call(self.module, {**parameters, **self.fixed}, args, kwargs))
+        arguments = replace_input(args, kwargs, batch.padded(rows))
+        return tensor_of(functional_call(self.module, {**parameters, **self.fixed}, *arguments))
 
     def _call_arguments(self, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments of the model's call of the layer on a batch; the layers before it compute nothing."""

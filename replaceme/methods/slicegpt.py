@@ -171,20 +171,22 @@ class _Projection:
         self.Q, self.next_Q, self.multiplier = Q, next_Q, multiplier
 
     def on_input(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        entering = args[0] if args else kwargs["hidden_states"]
+        from replaceme.models.layers import input_of, replace_input
+
+        entering = input_of(args, kwargs)
         self.state = project(entering, self.Q).to(entering.dtype)
-        return ((self.state, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": self.state})
+        return replace_input(args, kwargs, self.state)
 
     def on_attention(self, _module: nn.Module, _args: Any, output: Any) -> Any:
         import torch
 
-        whole = isinstance(output, torch.Tensor)
-        added = output if whole else output[0]
+        from replaceme.models.layers import replace_output, tensor_of
+
+        added = tensor_of(output)
         dtype = torch.promote_types(added.dtype, torch.float32)
         state = self.state.to(dtype)
         projected = project(state + self.multiplier * added.to(dtype), self.next_Q)
-        changed = ((projected - state) / self.multiplier).to(added.dtype)
-        return changed if whole else (changed, *output[1:])
+        return replace_output(output, ((projected - state) / self.multiplier).to(added.dtype))
 
 
 def project(state: Tensor, Q: Tensor) -> Tensor:
@@ -373,6 +375,8 @@ def fitting_width(model: Any, family: Family, layers: int, one_basis: bool) -> t
     """
     import torch
 
+    from replaceme.models.model import parameter_count
+
     with torch.device("meta"):
         skeleton = type(model)(model.config)
     d, heads = int(model.config.hidden_size), int(model.config.num_attention_heads)
@@ -383,7 +387,7 @@ def fitting_width(model: Any, family: Family, layers: int, one_basis: bool) -> t
             f"plain: the width would be a multiple of {step}, for {heads} attention heads, and the model's is {d}; use false."
         )
     blocks = family.decoder_layers(skeleton)
-    total, of_layers = (sum(parameter.numel() for parameter in part.parameters()) for part in (skeleton, blocks))
+    total, of_layers = map(parameter_count, (skeleton, blocks))
     target = total - layers * of_layers / len(blocks)
     count = len(blocks) * 2 + 1
 

@@ -315,11 +315,13 @@ STATISTICS: dict[str, Callable[[Block, ModelContext], Statistic]] = {
     "tokens": lambda block, context: TokenDump(block, context, accurate=False),
     "tokens_accurate": lambda block, context: TokenDump(block, context, accurate=True),
 }
+# All but those of single tokens (``replaceme.statistics.walk.Reducible``).
+REDUCIBLE = STATISTICS.keys() - {"tokens", "tokens_accurate"}
 
 
 def are_reducible(names: Sequence[str]) -> bool:
-    """Return whether there are statistics to take, and processes can share the walk of all of them (``Reducible``)."""
-    return bool(names) and not {"tokens", "tokens_accurate"} & {*names}
+    """Return whether there are statistics to take, and processes can share the walk of all of them."""
+    return bool(names) and REDUCIBLE.issuperset(names)
 
 
 def take_statistics(context: ModelContext, block: Block, names: Sequence[str]) -> dict[str, dict[str, Tensor]]:

@@ -29,7 +29,7 @@ from replaceme.base.progress import progress
 from replaceme.base.scratch import ScratchFile
 from replaceme.models.context import ModelContext
 from replaceme.models.families import Family, decoder_of
-from replaceme.models.layers import EntryState, start_at_layer, tensor_of
+from replaceme.models.layers import EntryState, input_of, start_at_layer, tensor_of
 from replaceme.models.streaming import LayerStream, stream_of
 
 # ``…_features`` are the inputs of the last linear of the attention or the MLP.
@@ -221,7 +221,7 @@ class _Tap:
         layer, family = self.layers[index], self.family
 
         def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._take(index, signal, args[0] if args else kwargs["hidden_states"])
+            self._take(index, signal, input_of(args, kwargs))
 
         def after(_module: nn.Module, _args: Any, output: Any) -> None:
             states = tensor_of(output)
