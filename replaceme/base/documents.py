@@ -275,7 +275,7 @@ def split_indices(sources: Sequence[int], every: int) -> tuple[list[int], list[i
     """Return the documents of a walk that are used, and those that are held out, by their indices: whole sources.
 
     A piece of a text tells much about the text's other pieces, so that these must not be fitted on if it is held out. At most
-    one of ``every`` documents is held out; of each domain its share, by largest remainders. Within a domain, a source is held
+    one of ``every`` documents is held out; of each domain its quota, by largest remainders. Within a domain, a source is held
     out where this leaves no more than that of the documents so far: of one domain with a source for each document, the last of
     each ``every`` ones. If it holds for no source, the smallest one is held out.
 
@@ -284,12 +284,12 @@ def split_indices(sources: Sequence[int], every: int) -> tuple[list[int], list[i
         every: no document is held out of fewer than these, or if all have one source.
     """
     sizes, counts = Counter(sources), Counter(source >> SOURCE_BITS for source in sources)
-    shares = {domain: count // every for domain, count in counts.items()}
-    left = len(sources) // every - sum(shares.values())
+    quotas = {domain: count // every for domain, count in counts.items()}
+    left = len(sources) // every - sum(quotas.values())
     for domain in sorted(counts, key=lambda domain: -(counts[domain] % every))[:left]:
-        shares[domain] += 1
-    # A domain whose share was rounded up begins with so many documents passed that it reaches it.
-    passed = {domain: max(every * shares[domain] - count, 0) for domain, count in counts.items()}
+        quotas[domain] += 1
+    # A domain whose quota was rounded up begins with so many documents passed that it reaches it.
+    passed = {domain: max(every * quotas[domain] - count, 0) for domain, count in counts.items()}
     held = dict.fromkeys(counts, 0)
     chosen: set[int] = set()
     for source, size in sizes.items():

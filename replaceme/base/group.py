@@ -59,7 +59,7 @@ def local_gpu() -> int:
 
 
 @contextmanager
-def process_group(device: str = "auto") -> Iterator[None]:
+def process_group(device: str) -> Iterator[None]:
     """Join the processes that torch's launcher has started, for the block.
 
     Args:

@@ -227,7 +227,7 @@ def check(params: Params, model: Model, family: Family) -> None:
 
 METHOD = Method(
     settings=Objective,
-    shared={"alpha": Use(("solve", "repair"))},
+    common={"alpha": Use(("solve", "repair"))},
     surrogate=lambda params: "map",
     statistics=statistics,
     solve=solve,

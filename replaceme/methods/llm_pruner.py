@@ -435,7 +435,7 @@ def refuses(values: Values) -> list[str]:
 
 
 METHOD = Method(
-    shared={"plain": Use(("repair",))},
+    common={"plain": Use(("repair",))},
     solve=leave_empty("LLM-Pruner"),
     criterion=WIDTH,
     fit_on_model=remove_groups,

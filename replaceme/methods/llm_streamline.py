@@ -71,13 +71,12 @@ class TrainedLayer(ModelEdit):
     @contextmanager
     def unfused(self, model: nn.Module, family: Family) -> Iterator[None]:
         """Replace the layer's parameters, and let a removed attention add 0."""
-        from replaceme.edits.unfused import replaced_parameter
-        from replaceme.models.layers import silence_attention
+        from replaceme.models.layers import replacing_parameter, silence_attention
 
         layer = family.decoder_layers(model)[self.layer]
         with ExitStack() as stack:
             for name, value in self.parameters.items():
-                stack.enter_context(replaced_parameter(layer, name, value))
+                stack.enter_context(replacing_parameter(layer, name, value))
             if self.without:
                 stack.enter_context(silence_attention(layer.get_submodule(self.without[0])))
             yield
@@ -304,7 +303,7 @@ def check(params: Params, model: Model, family: Family) -> None:
 
 METHOD = Method(
     settings=Training,
-    shared={"plain": Use(("repair",), "llm_streamline_form", ("mlp",))},
+    common={"plain": Use(("repair",), "llm_streamline_form", ("mlp",))},
     # A fitted map predicts the loss with a trained layer better than an empty cut does.
     surrogate=lambda params: "map",
     solve=leave_empty("LLM-Streamline"),

@@ -98,7 +98,7 @@ def _check(params: Params, model: Model, family: Family) -> None:
 
 
 METHOD = Method(
-    shared={"alpha": Use(("solve", "repair"))},
+    common={"alpha": Use(("solve", "repair"))},
     surrogate=_surrogate,
     statistics=_statistics,
     solve=solve,

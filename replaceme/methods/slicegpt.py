@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 # Tokens in one call of an MLP, and rows of a weight multiplied at once.
 TOKENS, ROWS = 2048, 4096
 # Widths are multiples of this, for fast matrix products.
-STEP = 8
+MULTIPLE = 8
 # The same in all families that have ``rms_norms``.
 EMBEDDING, LAST_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 SHORTCUTS = ("attention_shortcut.weight", "mlp_shortcut.weight")
@@ -380,11 +380,11 @@ def fitting_width(model: Any, family: Family, layers: int, one_basis: bool) -> t
     with torch.device("meta"):
         skeleton = type(model)(model.config)
     d, heads = int(model.config.hidden_size), int(model.config.num_attention_heads)
-    step = math.lcm(STEP, heads) if one_basis else STEP
-    widths = range(step, d, step)
+    multiple = math.lcm(MULTIPLE, heads) if one_basis else MULTIPLE
+    widths = range(multiple, d, multiple)
     if not widths:
         raise ParameterError(
-            f"plain: the width would be a multiple of {step}, for {heads} attention heads, and the model's is {d}; use false."
+            f"plain: the width would be a multiple of {multiple}, for {heads} attention heads, and the model has {d}; use false."
         )
     blocks = family.decoder_layers(skeleton)
     total, of_layers = map(parameter_count, (skeleton, blocks))
@@ -432,7 +432,7 @@ def refuses(values: Values) -> list[str]:
 
 
 METHOD = Method(
-    shared={"plain": Use(("repair",))},
+    common={"plain": Use(("repair",))},
     solve=leave_empty("SliceGPT"),
     criterion=WIDTH,
     fit_on_model=slice_stream,

@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from replaceme.base.documents import Batch
-from replaceme.models.families import Family
+from replaceme.models.families import Family, in_torch_layout, is_conv1d
+from replaceme.models.streaming import stream_of
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,27 @@ def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[
         del module.forward
         if own is not None:
             module.forward = own
+
+
+@contextmanager
+def replacing_parameter(layer: nn.Module, name: str, value: Tensor) -> Iterator[None]:
+    """Let a parameter of a layer have another value inside the block, in its own dtype and on its device.
+
+    The value is given in torch's layout. It may have another shape.
+    """
+    owner: Any = layer.get_submodule(name.rpartition(".")[0])
+    parameter, made = layer.get_parameter(name), in_torch_layout(layer, name, value)
+    with ExitStack() as stack:
+        if stream := stream_of(layer):
+            stack.enter_context(stream.replacing(stream.index_of(layer), name, made))
+        else:
+            stack.callback(setattr, parameter, "data", parameter.data)
+            parameter.data = made.to(parameter, copy=True).contiguous()
+        # Conv1D is the only linear whose forward uses its number of outputs.
+        if is_conv1d(owner):
+            stack.callback(setattr, owner, "nf", owner.nf)
+            owner.nf = made.shape[-1]
+        yield
 
 
 @contextmanager

@@ -161,7 +161,7 @@ class LayerStream:
 
     @contextmanager
     def replacing(self, index: int, name: str, value: Tensor) -> Iterator[None]:
-        """Let a parameter of a layer have another value inside the block; see ``replacing_parameter``."""
+        """Let a parameter of a layer have another value inside the block (``replaceme.models.layers``)."""
         made = value.to(self.loader.device, self.lazy[index][name].dtype, copy=True).contiguous()
         self.replacements[index, name] = nn.Parameter(made, requires_grad=False)
         self._set(index, name, self.lazy[index][name])
@@ -252,19 +252,3 @@ def layers_in_memory(layers: Iterable[nn.Module]) -> Iterator[None]:
     stream = next(iter(map(stream_of, pinned)), None)
     with stream.pinning([*map(stream.index_of, pinned)]) if stream else nullcontext():
         yield
-
-
-@contextmanager
-def replacing_parameter(layer: nn.Module, name: str, value: Tensor) -> Iterator[None]:
-    """Let a parameter of a layer have another value inside the block, in its own dtype and on its device; any shape will do."""
-    if stream := stream_of(layer):
-        with stream.replacing(stream.index_of(layer), name, value):
-            yield
-        return
-    parameter = layer.get_parameter(name)
-    own = parameter.data
-    parameter.data = value.to(own, copy=True).contiguous()
-    try:
-        yield
-    finally:
-        parameter.data = own

@@ -24,7 +24,7 @@ from replaceme.base.ranks import rank, world_size
 PR_SET_PDEATHSIG = 1
 
 
-def run_in_processes(count: int, action: Callable[[], object], device: str = "auto") -> None:
+def run_in_processes(count: int, action: Callable[[], object], device: str) -> None:
     """Do the action in the first of several processes; the others join it in each ``call_in_all``.
 
     Args:

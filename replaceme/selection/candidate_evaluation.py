@@ -94,8 +94,8 @@ class Losses:
         rises, order = ((self.sums - other.sums) / self.counts).sort()
         if not bool(rises.isfinite().all()):
             return math.inf
-        shares = torch.tensor([weights[domain] for domain in self.domains], dtype=torch.float64)[order]
-        ends = (shares / shares.sum()).cumsum(0).clamp(0.25, 0.75)
+        ordered = torch.tensor([weights[domain] for domain in self.domains], dtype=torch.float64)[order]
+        ends = (ordered / ordered.sum()).cumsum(0).clamp(0.25, 0.75)
         return float(2 * (ends.diff(prepend=ends.new_tensor([0.25])) * rises).sum())
 
 

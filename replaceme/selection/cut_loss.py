@@ -215,9 +215,9 @@ class _CutSearch:
         """Measure the best blocks of ``count`` layers, and return the lowest rise of the loss; infinity if all overflow."""
         starts, each = range(self.first, self.end - count + 1), SHORTLIST // len(self.rankings)
         blocks = [*dict.fromkeys(chain(*(smallest_blocks(values, starts, count, each) for values in self.rankings)))]
-        losses, shares = cut_losses(self.context, blocks, self.surrogate), self.context.documents.tokens_by_domain
+        losses, weights = cut_losses(self.context, blocks, self.surrogate), self.context.documents.tokens_by_domain
         measured = [
-            Measured(block, cut.rise_over(self.dense, shares), cut.mean) for block, cut in zip(blocks, losses, strict=True)
+            Measured(block, cut.rise_over(self.dense, weights), cut.mean) for block, cut in zip(blocks, losses, strict=True)
         ]
         self.tried[count] = sorted((cut for cut in measured if math.isfinite(cut.rise)), key=lambda cut: cut.rise)
         lowest = self.tried[count][0].rise if self.tried[count] else math.inf

@@ -145,7 +145,7 @@ class _CarryStates:
 
 @contextmanager
 def forward_passes(
-    model: nn.Module, family: Family, batches: Iterable[Batch], start: EntryState | None = None
+    model: nn.Module, family: Family, batches: Iterable[Batch], start: EntryState | None
 ) -> Iterator[Iterator[Batch]]:
     """Yield the batches, once, for whole forward passes of the model inside the block.
 

@@ -30,10 +30,10 @@ from replaceme.base.documents import Batch, Documents, seeded_order
 from replaceme.base.group import shard
 from replaceme.edits.edits import Edits
 from replaceme.edits.fold import changed_parameters
-from replaceme.edits.unfused import replaced_parameter, unfused
+from replaceme.edits.unfused import unfused
 from replaceme.models.context import ModelContext
 from replaceme.models.families import Family, Linear, in_torch_layout, parameter_of
-from replaceme.models.layers import EntryState, enable_gradients, skip_layers, start_at_layer
+from replaceme.models.layers import EntryState, enable_gradients, replacing_parameter, skip_layers, start_at_layer
 from replaceme.statistics.features import LINEARS
 from replaceme.training.training import DocumentBatches
 
@@ -135,7 +135,7 @@ class LogitDistillation:
         with ExitStack() as stack:
             stack.enter_context(enable_gradients(self.model))
             for (layer, name), value in folded.items():
-                stack.enter_context(replaced_parameter(self.layers[layer], name, value))
+                stack.enter_context(replacing_parameter(self.layers[layer], name, value))
             stack.enter_context(unfused(self.model, self.family, rest))
             yield
 

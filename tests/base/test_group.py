@@ -26,7 +26,7 @@ def _log_as_before() -> Iterator[None]:
 
 def _lost() -> str:
     try:
-        with process_group(), sharing():
+        with process_group("auto"), sharing():
             all_gather(None)
             if rank() == 1:
                 raise InterruptedError
@@ -45,7 +45,7 @@ def _free() -> list[int]:
     devices.MEMORY_INFO = Path(os.environ["MEMORY"])
     devices.GROUP_LIMIT = Path("nowhere")
     os.environ["LOCAL_WORLD_SIZE"] = "2"
-    with process_group():
+    with process_group("auto"):
         alone = free_memory("cpu")
         with sharing():
             return [alone, free_memory("cpu")]

@@ -64,7 +64,7 @@ def test_the_map_equals_a_direct_computation_for_sampled_pairs(batch_size: int, 
     model, documents = made_model(dtype=torch.float64), made_documents(count)
     with TokenSample(documents, LAYERS, WIDTH, torch.float64, tmp_path) as sample:
         walk(context_of(model, documents, batch_size), [sample], description="test")
-        found = residual_map(sample)
+        found = residual_map(sample, "cpu")
         tokens = torch.cat([sample.fit, sample.held_out]).numpy()
         fit = np.arange(len(tokens)) < len(sample.fit)
         assert list(tmp_path.iterdir()) == []
