@@ -384,7 +384,8 @@ def fitting_width(model: Any, family: Family, layers: int, one_basis: bool) -> t
     widths = range(multiple, d, multiple)
     if not widths:
         raise ParameterError(
-            f"plain: the width would be a multiple of {multiple}, for {heads} attention heads, and the model has {d}; use false."
+            f"plain: the width would be a multiple of {multiple}, for {heads} attention heads, and the model's is {d}; "
+            "use false."
         )
     blocks = family.decoder_layers(skeleton)
     total, of_layers = map(parameter_count, (skeleton, blocks))
