@@ -75,5 +75,5 @@ def calibration_context(params: Params, work: Workspace, obstacle: str | None = 
         obstacle: why the model can't be streamed for this use; None if it can.
     """
     documents, source, folder = Documents.load(work.documents), recorded_model(params, work.model_input), work.artifact("")
-    model = load_within_budget(source, params, params.dtype, packed=params.use_4bit, obstacle=obstacle, folder=folder)
+    model = load_within_budget(source, params, params.dtype, packed=params.use_4bit, obstacle=obstacle)
     return ModelContext(model, source.family(), documents, params.batch_size, folder)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,7 +36,6 @@ def load_within_budget(
     *,
     packed: bool = False,
     obstacle: str | None = None,
-    folder: Path | None = None,
 ) -> PreTrainedModel:
     """Load a model as ``memory`` allows: whole, or streamed layer by layer from its files. The results are the same bits.
 
@@ -47,7 +45,6 @@ def load_within_budget(
         dtype: a torch dtype's name.
         packed: quantize its linears to NF4.
         obstacle: why it can't be streamed for this use; None if it can.
-        folder: where walks of a streamed model may put scratch files; None is the system's temporary folder.
 
     Raises:
         ModelError, ParameterError, ResourceError: as ``Model.load`` and ``weight_budget``.
@@ -58,7 +55,7 @@ def load_within_budget(
             "memory: %s is streamed: of its weights, %s, at most %s are in memory",
             source.name, format_size(weight_bytes(source, dtype)), format_size(budget),
         )  # fmt: skip
-        return load_streamed(source, dtype, budget, device=device, folder=folder)
+        return load_streamed(source, dtype, budget, device=device)
     return source.load(dtype, device, packed, params.device_map)
 
 
@@ -144,20 +141,18 @@ def _find_obstacle(source: Model, params: Params, packed: bool) -> str | None:
     return None
 
 
-def load_streamed(
-    source: Model, dtype: str | None, budget: int, *, device: str = "cpu", folder: Path | None = None
-) -> PreTrainedModel:
+def load_streamed(source: Model, dtype: str | None, budget: int, *, device: str = "cpu") -> PreTrainedModel:
     """Load a model whose layers stay in their files until their turn comes.
 
     Args:
         source: the model's files.
         dtype: as of ``load_without_layers``.
-        budget, device, folder: as of ``stream_layers``.
+        budget, device: as of ``stream_layers``.
 
     Raises:
         ModelError: as ``Model.load``; a weight of a layer that is not finite is noticed when it is first read.
     """
-    return stream_layers(source, load_without_layers(source, dtype), budget, device, folder)
+    return stream_layers(source, load_without_layers(source, dtype), budget, device)
 
 
 def load_without_layers(
@@ -183,9 +178,7 @@ def load_without_layers(
     return model
 
 
-def stream_layers(
-    source: Model, model: PreTrainedModel, budget: int, device: str = "cpu", folder: Path | None = None
-) -> PreTrainedModel:
+def stream_layers(source: Model, model: PreTrainedModel, budget: int, device: str = "cpu") -> PreTrainedModel:
     """Let the layers of a model get their weights from its files when their turn comes.
 
     Args:
@@ -193,7 +186,6 @@ def stream_layers(
         model: the result of ``load_without_layers``, which is changed.
         budget: the bytes that weights in memory may take.
         device: where it computes.
-        folder: where walks may put scratch files; None is the system's temporary folder.
     """
     family, target = _find_family(source), torch.device(device)
     model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(target))
@@ -205,7 +197,7 @@ def stream_layers(
 
     loader = LayerLoader(model, family.layers, _split_tensors(source)[1], target)
     layers = family.decoder_layers(model)
-    model.__dict__["stream"] = LayerStream(layers, loader, budget - outside, check, folder)
+    model.__dict__["stream"] = LayerStream(layers, loader, budget - outside, check)
     return model
 
 

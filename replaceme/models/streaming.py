@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from functools import partial, wraps
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -90,7 +89,6 @@ class LayerStream:
         layers: the layers, whose ``forward`` loads their weights.
         sizes: the bytes of each layer's weights.
         budget: the bytes that weights of layers may take.
-        folder: where walks may put scratch files; None is the system's temporary folder.
         loaded: the layers whose weights are in memory.
         bytes_read: the bytes of weights that were read so far.
     """
@@ -101,7 +99,6 @@ class LayerStream:
         loader: LayerLoader,
         budget: int,
         check: Callable[[Iterable[Tensor]], None],
-        folder: Path | None,
     ):
         """Take over the layers.
 
@@ -110,9 +107,8 @@ class LayerStream:
             loader: loads one of them.
             budget: the bytes that weights of layers may take.
             check: is called with a layer's values when they are read for the first time; it raises an error for unusable ones.
-            folder: for the scratch files of walks; None is the system's temporary folder.
         """
-        self.layers, self.loader, self.budget, self.check, self.folder = layers, loader, budget, check, folder
+        self.layers, self.loader, self.budget, self.check = layers, loader, budget, check
         self._load_buffers()
         self.lazy = [self._make_lazy(index) for index in range(len(layers))]
         self.sizes = [sum(each.numel() * each.itemsize for each in lazy.values()) for lazy in self.lazy]

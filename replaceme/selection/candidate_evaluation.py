@@ -50,7 +50,7 @@ class CandidateEvaluation:
         """
         model, family, start = self.context.model, self.context.family, EntryState(layer, self.entering[layer])
         batches = batches_of(model, self.context.documents, self.context.batch_size)
-        with unfused(model, family, edits), forward_passes(model, family, batches, start) as in_turn:
+        with unfused(model, family, edits), forward_passes(self.context, batches, start) as in_turn:
             yield in_turn
 
 
