@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from replaceme.base.documents import HELD_OUT_EVERY, Batch, Documents, excerpts_of, split_documents
+from replaceme.base.documents import HELD_OUT_EVERY, Batch, excerpts_of, split_documents
 from replaceme.base.errors import ParameterError
 from replaceme.base.group import all_reduce_sum
 from replaceme.base.parameters import Params
@@ -116,8 +116,8 @@ def dense_losses(context: ModelContext) -> Losses:
     Raises:
         ParameterError: there are too few documents to hold one out.
     """
-    _, excerpts = _split(context.documents)
-    return next_token_losses(context.model, excerpts, batches_of(context.model, excerpts, context.batch_size))
+    _, excerpts = _split(context)
+    return next_token_losses(excerpts, batches_of(excerpts))
 
 
 def cut_losses(context: ModelContext, blocks: Sequence[Block], surrogate: Surrogate) -> list[Losses]:
@@ -131,7 +131,7 @@ def cut_losses(context: ModelContext, blocks: Sequence[Block], surrogate: Surrog
     Raises:
         ParameterError: there are too few documents to hold one out.
     """
-    fit, excerpts = map(context.with_documents, _split(context.documents))
+    fit, excerpts = _split(context)
     cuts = [Edits("", [*block.layers]) for block in blocks]
     if surrogate == "map":
         _fit_maps(fit, blocks, cuts)
@@ -148,12 +148,13 @@ def cut_losses(context: ModelContext, blocks: Sequence[Block], surrogate: Surrog
     losses = []
     for block, edits in zip(progress(blocks, "measuring the best cuts", "cuts"), cuts, strict=True):
         with evaluation.candidate(edits, block.layer_before_cut) as batches:
-            losses.append(next_token_losses(context.model, excerpts.documents, batches))
+            losses.append(next_token_losses(excerpts, batches))
     return losses
 
 
-def _split(documents: Documents) -> tuple[Documents, Documents]:
-    """Return the documents for fitting a surrogate, and the text for measuring losses."""
+def _split(context: ModelContext) -> tuple[ModelContext, ModelContext]:
+    """Return the context with the documents for fitting a surrogate, and with the text for measuring losses."""
+    documents = context.documents
     fit, held_out = split_documents(documents)
     excerpts = excerpts_of(held_out, TOKENS)
     if not len(excerpts):
@@ -161,7 +162,7 @@ def _split(documents: Documents) -> tuple[Documents, Documents]:
             f"selection: loss holds out every {HELD_OUT_EVERY}th text, and none of those held out has two tokens; give more "
             f"than {len(set(documents.sources))} texts ({len(documents)} documents), or use residual."
         )
-    return fit, excerpts
+    return context.with_documents(fit), context.with_documents(excerpts)
 
 
 def _fit_maps(context: ModelContext, blocks: Sequence[Block], cuts: Sequence[Edits]) -> None:
