@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import replaceme.running.entry  # noqa: F401 (sets how OpenMP waits, before torch is loaded)
-from replaceme.base.errors import ParameterError, shown
+from replaceme.base.errors import ParameterError, quote
 from replaceme.base.files import read_json
 from replaceme.base.parameters import Params, read_params
 from replaceme.base.published import Preset
@@ -142,7 +142,7 @@ def _list_documents(texts: Sequence[str]) -> list[str]:
     documents = [*texts]
     wrong = next((text for text in documents if not isinstance(text, str) or not text.strip()), None)
     if not documents or wrong is not None:
-        given = shown(wrong if documents else documents)
+        given = quote(wrong if documents else documents)
         raise ParameterError(f"texts: must be a list of texts that aren't empty, one a document, not {given}.")
     return documents
 
@@ -156,7 +156,7 @@ def _saved_model(model: Any, tokenizer: Any) -> Iterator[str | Path]:
         yield os.fspath(model)
         return
     if not hasattr(model, "save_pretrained"):
-        raise ParameterError(f"model: must be a path, a hub id or a model of transformers, not {shown(model)}.")
+        raise ParameterError(f"model: must be a path, a hub id or a model of transformers, not {quote(model)}.")
     if tokenizer is None:
         raise ParameterError("tokenizer: is missing; a loaded model needs it, as in prune(model, tokenizer=tokenizer).")
     with TemporaryDirectory(prefix="replaceme-") as temporary:

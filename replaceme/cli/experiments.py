@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from replaceme.base.errors import ParameterError, ReplaceMeError, ResourceError, excerpt
-from replaceme.base.files import new_folder, read_json, rounded, temporary_folder, write_json
+from replaceme.base.files import new_folder, read_json, round_floats, temporary_folder, write_json
 from replaceme.base.parameters import read_params
 from replaceme.base.progress import align, logger, silence_libraries
 from replaceme.methods.registry import METHODS
 from replaceme.pipeline.results import SPEED_FILE
 from replaceme.running.entry import Parser, plain_parser
-from replaceme.running.extras import need
+from replaceme.running.extras import require_package
 from replaceme.running.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def read_experiments(revisions: Sequence[str], number: int) -> list[Experiment]:
         ResourceError: DVC isn't installed.
         ParameterError: DVC finds no repository here, or no such commit.
     """
-    need("dvc", "compare")
+    require_package("dvc", "compare")
     words = ["exp", "show", "--json", "--num", str(number), *(f"--rev={revision}" for revision in revisions)]
     done = subprocess.run([sys.executable, "-m", "dvc", *words], capture_output=True, text=True, check=False)
     if done.returncode:
@@ -121,7 +121,7 @@ def save_comparison(comparison: Comparison, output: Path) -> None:
     from replaceme.report.theme import to_png
 
     with new_folder(output) as folder:
-        comparison.table.drop(columns="size").map(rounded).convert_dtypes().to_csv(folder / TABLE_FILE, index=False)
+        comparison.table.drop(columns="size").map(round_floats).convert_dtypes().to_csv(folder / TABLE_FILE, index=False)
         (folder / "experiments.md").write_text(format_markdown(*format_comparison(comparison)), encoding="utf-8")
         (folder / "quality.png").write_bytes(to_png(draw_quality(comparison)))
         if methods := draw_methods(comparison):
@@ -182,4 +182,4 @@ def _measure(experiment: Experiment, known: Sequence[Record], folder: Path) -> R
             ) from failure
         pruned = Model(copy / "model", experiment.name, trust_remote_code=params.trust_remote_code)
         times = measure_speed(params, recorded_model(params, copy / "dense.json"), pruned)
-    return rounded({"experiment": experiment.name, **times, **setting}, 4)
+    return round_floats({"experiment": experiment.name, **times, **setting}, 4)

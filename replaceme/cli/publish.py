@@ -17,7 +17,7 @@ from replaceme.base.progress import logger
 from replaceme.methods.registry import METHODS
 from replaceme.pipeline.results import result_lock
 from replaceme.running.entry import Parser, plain_parser
-from replaceme.running.extras import need
+from replaceme.running.extras import require_package
 from replaceme.running.stage import pipeline_params
 from replaceme.running.workspace import Workspace
 
@@ -63,7 +63,7 @@ def _upload(options: argparse.Namespace, folder: Path) -> None:
 
 def _check_scores() -> None:
     """Raise ParameterError unless the pipeline's model, scores and settings are up to date."""
-    need("dvc", "save_path: the pipeline's model")
+    require_package("dvc", "save_path: the pipeline's model")
 
     from dvc.exceptions import DvcException
     from dvc.repo import Repo

@@ -28,9 +28,9 @@ from replaceme.edits.edits import Edits
 from replaceme.edits.fold import edit_config, edited_parameters
 from replaceme.edits.unfused import unfused
 from replaceme.export.transformers4 import add_older_keys
-from replaceme.models.dtypes import proof_dtypes, stored_dtype, working_dtype
+from replaceme.models.dtypes import dtype_name, proof_dtypes, stored_dtype, working_dtype
 from replaceme.models.families import Family, parameter_of
-from replaceme.models.layers import replace_forward, tensor_of, with_tensor
+from replaceme.models.layers import replace_forward, replace_output, tensor_of
 from replaceme.models.memory import load_streamed, load_without_layers, measure_parts, stream_layers
 from replaceme.models.model import Model, layer_count
 from replaceme.models.own_form import is_own_form, own_config
@@ -164,7 +164,7 @@ def find_wrong_entries(dense: Model, pruned: Model, family: Family, edits: Edits
     config = dense.config()
     edit_config(config, family, edits)
     expected, actual = (json.loads(each.to_json_string(use_diff=False)) for each in (config, pruned.config()))
-    expected["dtype"] = str(stored_dtype(dense)).removeprefix("torch.")
+    expected["dtype"] = dtype_name(stored_dtype(dense))
     for each in (expected, actual):
         # transformers 5 reads the scaling's older name too, and keeps both.
         (each.get("rope_parameters") or {}).pop("type", None)
@@ -214,7 +214,7 @@ def find_wrong_tensors(dense: Model, pruned: Model, family: Family, edits: Edits
         edits: the edits that were applied.
         edited: the names of the weights that they change, in the loaded model.
     """
-    kept, originals, tensors = _list_kept_layers(dense, edits), dense.stored(), pruned.stored()
+    kept, originals, tensors = _list_kept_layers(dense, edits), dense.stored, pruned.stored
     prefix, wrong, alone = family.layers.partition(".")[0] + ".", [], 0
     # The files of some base models name their tensors without it.
     names = {name: name if name in edited or name.startswith(prefix) else prefix + name for name in tensors}
@@ -424,7 +424,7 @@ def _record_state(states: list[Tensor], given: Sequence[Tensor] | None, state: T
 
 
 def _replace_output(record: Callable[[Tensor], Tensor], _module: nn.Module, _args: Any, output: Any) -> Any:
-    return with_tensor(output, record(tensor_of(output)))
+    return replace_output(output, record(tensor_of(output)))
 
 
 def _replace_input(record: Callable[[Tensor], Tensor], _module: nn.Module, args: Any, options: dict[str, Any]) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from replaceme.base.errors import ModelError, ParameterError, excerpt, renaming
-from replaceme.base.files import new_folder, read_json, rounded, write_json, write_text
+from replaceme.base.files import new_folder, read_json, round_floats, write_json, write_text
 from replaceme.base.fingerprints import sha256_of
 from replaceme.base.parameters import Params, read_params
 from replaceme.base.progress import align, logger
@@ -105,13 +105,13 @@ def evaluate(params: Params, compare_with: str | None = None) -> None:
             source = _find_dense_model(params, model, compare_with)
             dense = score_model(params, source, fingerprints, is_dense=True)
         scores = score_model(params, model, fingerprints, dense, calibration)
-        compared = rounded(compare_scores(dense.figures, scores.figures, dense.items, scores.items))
+        compared = round_floats(compare_scores(dense.figures, scores.figures, dense.items, scores.items))
         figures = scores.figures | {
             "comparison": compared,
             "continuations": pair_continuations(dense.continuations, scores.continuations),
         }
         print(format_score_comparison(compared))
-    write_json(target, rounded(figures))
+    write_json(target, round_floats(figures))
     logger.info("the scores are in %s", target)
 
 
@@ -154,7 +154,7 @@ def _measure_result(params: Params, work: Workspace) -> None:
         rows.append((name, *(f"{1000 * pair[side]:.1f} ms" for side in ("dense", "pruned")), f"x {pair['speedup']:.2f}"))
     print(align(rows))
     with new_folder(work.speed) as folder:
-        write_json(folder / SPEED_FILE, rounded(times, 4))
+        write_json(folder / SPEED_FILE, round_floats(times, 4))
         if page := _render_page(work, times):
             page.save(folder)
     logger.info("the times, and the report with them, are in %s", work.speed)

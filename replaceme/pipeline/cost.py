@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from statistics import geometric_mean
 from typing import Any
 
-from replaceme.base.files import read_json, rounded, write_json
+from replaceme.base.files import read_json, round_floats, write_json
 from replaceme.base.parameters import Params
 from replaceme.base.plan import load_blocks
 from replaceme.base.progress import logger
@@ -39,7 +39,7 @@ def compression_figures(params: Params, work: Workspace) -> dict[str, Any]:
     if missing := len(COMPRESSION) - len(costs):
         return figures | {"stages_not_measured": missing}
     peaks = {key: peak for key in PEAKS if (peak := max(cost.get(key, 0) for cost in costs.values()))}
-    return figures | {"seconds": rounded(sum(seconds.values()), 4), **peaks}
+    return figures | {"seconds": round_floats(sum(seconds.values()), 4), **peaks}
 
 
 def _read_cost(name: str, params: Params, work: Workspace) -> Cost | None:
@@ -92,7 +92,7 @@ def summarize_run(evaluation: Mapping[str, Any], removed_layers: int, cost: Mapp
         "memory_gb": _multiply(cost.get("peak_memory_bytes"), 1e-9),
         "gpu_memory_gb": _multiply(cost.get("peak_cuda_bytes"), 1e-9),
     }
-    return {name: rounded(value) for name, value in figures.items() if value is not None}
+    return {name: round_floats(value) for name, value in figures.items() if value is not None}
 
 
 def _multiply(value: float | None, factor: float) -> float | None:

@@ -1,8 +1,7 @@
 """export: save the pruned model as a Hugging Face folder, which gets its name only after verification."""
 
 from replaceme.base.documents import Documents
-from replaceme.base.files import new_folder, read_json, rounded, write_json, write_text
-from replaceme.base.fingerprints import sha256_below
+from replaceme.base.files import new_folder, read_json, round_floats, write_json, write_text
 from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
 from replaceme.calibration.sources import write_record
@@ -45,7 +44,7 @@ def export(params: Params, work: Workspace) -> None:
         pruned = Model(folder, folder.name, trust_remote_code=source.trust_remote_code or not plain)
         figures = verify_export(source, pruned, edits, Documents.load(work.documents), budget)
         broken = broken_patterns(pruned.config(), source.family())
-        work.record_own_files(sha256_below(folder).values())
+        work.record_own_files(folder)
     if broken:
         logger.warning(
             "export: %s no longer follows the family's pattern: transformers and vLLM read it from the config, but programs "
@@ -58,7 +57,7 @@ def export(params: Params, work: Workspace) -> None:
             "%s next to the weights",
             FILE,
         )
-    write_json(work.metric("export"), rounded({**counts, **figures}))
+    write_json(work.metric("export"), round_floats({**counts, **figures}))
     logger.info(
         "export: %s, %.1f M of %.1f M parameters; state %s equals the unfused computation to %.1e, logits to %.1e",
         work.model, counts["parameters"] / 1e6, counts["parameters_dense"] / 1e6,

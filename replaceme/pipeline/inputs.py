@@ -22,13 +22,13 @@ from replaceme.methods.refusals import check_model, streaming_obstacle
 from replaceme.methods.registry import METHODS, criterion_of
 from replaceme.models.checks import check_weights
 from replaceme.models.devices import resolve_device
-from replaceme.models.dtypes import proof_dtypes, stored_dtype, working_dtype
+from replaceme.models.dtypes import dtype_name, proof_dtypes, stored_dtype, working_dtype
 from replaceme.models.find import find_model, identity
 from replaceme.models.memory import format_size, weight_budget, weight_bytes
 from replaceme.models.model import Model, layer_count, positions_of
 from replaceme.models.model_files import CARD_FILES, TEXT_RECORD
 from replaceme.models.recognition import check_cut
-from replaceme.running.extras import need
+from replaceme.running.extras import require_package
 from replaceme.running.stage import Stage
 from replaceme.running.versions import FOUR_BIT, MODEL, SCORES, TEXT, versions
 from replaceme.running.workspace import Workspace
@@ -51,7 +51,7 @@ def inspect_inputs(params: Params, work: Workspace) -> None:
     with _collecting(problems):
         resolve_device(params.device)
         if params.use_4bit:
-            need("bitsandbytes", "use_4bit")
+            require_package("bitsandbytes", "use_4bit")
     with _collecting(problems):
         model = find_model(params)
         checked = _check_model(params, model)
@@ -109,9 +109,10 @@ def _log_needs(params: Params, model: Model) -> None:
     # Only the model of the calibration passes is packed.
     dtypes = {params.eval_dtype: False, params.dtype: params.use_4bit}
     budgets = [weight_budget(model, params, dtype, packed=packed, obstacle=obstacle) for dtype, packed in dtypes.items()]
-    outside, layers = proof_dtypes(model)
-    budgets.append(weight_budget(model, params, outside, layer_dtype=layers, obstacle=obstacle))
-    stored = str(stored_dtype(model)).removeprefix("torch.")
+    (outside, layers), width = proof_dtypes(model), int(model.config().hidden_size)
+    matrix = width if METHODS[params.method].operator(params) else 0
+    budgets.append(weight_budget(model, params, outside, layer_dtype=layers, obstacle=obstacle, operator_width=matrix))
+    stored = dtype_name(stored_dtype(model))
     # The export compares the weights of two models, and then computes with one of them.
     whole = max(2 * weight_bytes(model, stored), *(weight_bytes(model, dtype) for dtype in {*dtypes, working_dtype(model)}))
     most = min((each for each in budgets if each), default=whole)

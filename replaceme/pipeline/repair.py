@@ -5,8 +5,17 @@ states.
 from collections.abc import Sequence
 from typing import Any
 
+from replaceme.base.combinations import STEPWISE
 from replaceme.base.documents import Documents
-from replaceme.base.files import copy_tree, new_folder, read_json, remove, rounded, write_json, write_text
+from replaceme.base.files import (
+    copy_tree,
+    new_folder,
+    read_json,
+    remove,
+    round_floats,
+    write_json,
+    write_text,
+)
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.parameters import Params
 from replaceme.base.plan import Plan
@@ -16,12 +25,11 @@ from replaceme.edits.edits import Edits
 from replaceme.methods.method import MethodContext
 from replaceme.methods.refusals import streaming_obstacle
 from replaceme.methods.registry import METHODS, read_by
-from replaceme.models.context import ModelContext
 from replaceme.models.devices import resolve_device, use_processor
 from replaceme.models.families import inputs_of
-from replaceme.models.find import calibration_model, recorded_model
+from replaceme.models.find import calibration_context, recorded_model
 from replaceme.models.width import mlp_width_entry
-from replaceme.repair.repair import STEPWISE, repair_layers
+from replaceme.repair.repair import repair_layers
 from replaceme.repair.resume import Checkpoints
 from replaceme.repair.state import Repair
 from replaceme.running.stage import PASS, Stage
@@ -41,13 +49,12 @@ def repair(params: Params, work: Workspace) -> None:
     method = METHODS[params.method]
     repairs_layers = method.fit_on_model is None and _changes_layers(params, plan)
     if repairs_layers:
-        model, family = calibration_model(params, work.model_input)
-        context = ModelContext(model, family, Documents.load(work.documents), params.batch_size, work.repaired.parent)
+        context = calibration_context(params, work)
         checkpoints = Checkpoints(work.checkpoints, _make_key(params, work, context.documents))
         repairs, figures = repair_layers(params, context, edits, plan, checkpoints)
         if plan.mlp_width:
-            edits.config = mlp_width_entry(model.config, family, plan.mlp_width)
-            channels = inputs_of(family.linear_of(context.layers[0], "mlp_output"))
+            edits.config = mlp_width_entry(context.model.config, context.family, plan.mlp_width)
+            channels = inputs_of(context.family.linear_of(context.layers[0], "mlp_output"))
             removed = channels - plan.mlp_width
             edits.parts = f"{removed:,} of {channels:,} MLP channels in every layer"
             figures["removed_channels"] = removed * len(edits.channels)
@@ -56,12 +63,10 @@ def repair(params: Params, work: Workspace) -> None:
     with new_folder(work.repaired) as folder:
         copy_tree(work.solution, folder)
         if method.fit_on_model:
-            model, family = calibration_model(params, work.model_input, obstacle=streaming_obstacle(params))
+            context = calibration_context(params, work, obstacle=streaming_obstacle(params))
             if params.remove is not None:
                 # Of a method that removes parts of layers, which takes no other criterion and one block.
                 params = apply_budget(params, recorded_model(params, work.model_input), method.criterion)
-            documents = Documents.load(work.documents)
-            context = ModelContext(model, family, documents, params.batch_size, work.repaired.parent)
             own = MethodContext(
                 **vars(context), params=params, plan=plan, edits=edits, output=folder, checkpoints=work.checkpoints
             )
@@ -82,7 +87,7 @@ def repair(params: Params, work: Workspace) -> None:
         )  # fmt: skip
     elif not method.fit_on_model:
         logger.info("repair: nothing to do")
-    write_json(work.metric("repair"), rounded(figures))
+    write_json(work.metric("repair"), round_floats(figures))
     # Checkpoints go only after all is written.
     remove(work.checkpoints)
 
@@ -116,7 +121,9 @@ def _make_key(params: Params, work: Workspace, documents: Documents) -> str:
 
 
 def _format_repairs(repairs: Sequence[Repair]) -> str:
-    rows = [f"{each.layer},{' + '.join(each.linears)},{rounded(each.before)},{rounded(each.after)}" for each in repairs]
+    rows = [
+        f"{each.layer},{' + '.join(each.linears)},{round_floats(each.before)},{round_floats(each.after)}" for each in repairs
+    ]
     return "\n".join(["layer,linear,residual_before,residual_after", *rows]) + "\n"
 
 

@@ -22,8 +22,7 @@ from replaceme.base.progress import logger
 from replaceme.models.devices import kind_of, resolve_device
 from replaceme.models.model_files import CARD
 from replaceme.running.cost import cost_measurement
-from replaceme.running.processes import call_stage
-from replaceme.running.stage import ORDER, Stage
+from replaceme.running.stage import ORDER, Stage, call_stage
 from replaceme.running.workspace import Workspace
 
 # Each stage has a file of its name in this folder.
@@ -66,7 +65,7 @@ def stage_key(stage: Stage, params: Params, work: Workspace) -> str:
         "device": kind_of(resolve_device(params.device)),
         "code": code_digest(),
         "params": params.model_dump(include=set(stage.params)),
-        "reads": {artifact.name: _hash_files(work.path(artifact)) for artifact in stage.reads},
+        "reads": {artifact: _hash_files(work.artifact(artifact)) for artifact in stage.reads},
         "figures": {name: _hash_files(work.metric(name)) for name in stage.figures},
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -103,7 +102,7 @@ def _is_finished(stage: Stage, key: str, work: Workspace) -> bool:
 
 def _hash_outputs(stage: Stage, work: Workspace) -> list[dict[str, str]]:
     """Return the sums of what a stage has written; empty ones of what is missing."""
-    paths = [*([work.path(stage.writes)] if stage.writes else []), *map(work.metric, stage.metrics)]
+    paths = [*([work.artifact(stage.writes)] if stage.writes else []), *map(work.metric, stage.metrics)]
     return [_hash_files(path) if path.exists() else {} for path in paths]
 
 

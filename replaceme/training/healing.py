@@ -30,10 +30,17 @@ from replaceme.base.documents import Batch, Documents, seeded_order
 from replaceme.base.group import shard
 from replaceme.edits.edits import Edits
 from replaceme.edits.fold import changed_parameters
-from replaceme.edits.unfused import replaced_parameter, unfused
+from replaceme.edits.unfused import unfused
 from replaceme.models.context import ModelContext
 from replaceme.models.families import Linear, in_torch_layout, parameter_of
-from replaceme.models.layers import EntryState, enable_gradients, skip_layers, start_at_layer, with_tensor
+from replaceme.models.layers import (
+    EntryState,
+    enable_gradients,
+    replace_output,
+    replacing_parameter,
+    skip_layers,
+    start_at_layer,
+)
 from replaceme.statistics.features import LINEARS
 from replaceme.training.training import DocumentBatches
 
@@ -121,7 +128,7 @@ class LogitDistillation:
             stack.enter_context(enable_gradients(model))
             for (layer, name), value in self.changed.items():
                 if (layer, name) not in trained:
-                    stack.enter_context(replaced_parameter(self.context.layers[layer], name, value))
+                    stack.enter_context(replacing_parameter(self.context.layers[layer], name, value))
             stack.enter_context(unfused(model, self.context.family, rest))
             yield
 
@@ -173,7 +180,7 @@ class LogitDistillation:
 
         # This hook runs after all hooks of the edits on that layer.
         def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
-            return with_tensor(output, batch.padded(rows))
+            return replace_output(output, batch.padded(rows))
 
         with skip_layers(self.context.family, self.context.layers):
             handle = self.context.layers[-1].register_forward_hook(hook)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from replaceme.base.documents import Batch, Documents, seeded_order, split_indices
 from replaceme.base.errors import SolveError
-from replaceme.base.files import rounded
+from replaceme.base.files import round_floats
 from replaceme.base.group import all_gather, all_reduce_sum, merge_rows
 from replaceme.base.progress import logger, progress
 from replaceme.base.ranks import rank
@@ -101,7 +101,7 @@ class DocumentBatches:
 
     def __init__(self, documents: Documents, device: torch.device):
         self.device = device
-        self.texts = documents.longest_first()
+        self.texts = documents.in_walk_order().documents
         self.lengths = torch.tensor([len(text) for text in self.texts])
         self.starts = (self.lengths.cumsum(0) - self.lengths).tolist()
 
@@ -278,7 +278,7 @@ def write_curves(folder: Path, curves: Curves) -> None:
 def add_row(folder: Path, name: str, step: int, value: float) -> None:
     """Append a row to a curve."""
     with (folder / f"{name}.tsv").open("a", encoding="utf-8") as table:
-        table.write(f"{step}\t{rounded(value, 9)}\n")
+        table.write(f"{step}\t{round_floats(value, 9)}\n")
 
 
 def summarize_training(curves: Curves, parameters: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ def test_the_space_of_scratch_tensors_is_taken_before_they_are_written(tmp_path:
         return mapped(file, **options)
 
     monkeypatch.setattr(torch, "from_file", noting)
-    tensors = scratch([(300, 100), (7, 1000)], torch.float32, tmp_path)
+    tensors = scratch([(300, 100), (7, 1000)], torch.float32, tmp_path, "a test")
     assert [tensor.shape for tensor in tensors] == [(300, 100), (7, 1000)]
     assert not any(tensor.any() for tensor in tensors)
     assert taken[0] >= 120_000
@@ -36,7 +36,7 @@ def test_what_is_unmapped_takes_no_memory_and_stays_what_it_was(tmp_path: Path) 
         (found,) = re.findall(r"RssFile:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
         return 1024 * int(found)
 
-    (rows,) = scratch([(2, 1 << 22)], torch.float32, tmp_path)
+    (rows,) = scratch([(2, 1 << 22)], torch.float32, tmp_path, "a test")
     rows[0], rows[1] = 1.5, torch.arange(1 << 22)
     before = mapped()
     unmap(rows[1])

@@ -166,7 +166,7 @@ def test_the_sums_equal_a_plain_computation(kind: str, batch_size: int) -> None:
     model, documents = made_model(kind, torch.float64), many_documents(7)
     family, host = family_of(model.config), 2
     layer = family.decoder_layers(model)[host]
-    ordered = Documents(documents.longest_first())
+    ordered = documents.in_walk_order()
     here, target = passing(model, host, ordered), passing(model, host + 2, ordered)["output"]
     sums = Candidates(host, family, layer, torch.from_numpy(target))
     walk(ModelContext(model, family, documents, batch_size), [sums], description=None)
@@ -186,7 +186,9 @@ def test_the_choice_takes_the_first_tokens_of_a_walk() -> None:
     documents = many_documents(9)
     few = few_documents(documents, 100)
     assert 100 <= few.token_count < 100 + max(map(len, documents.documents))
-    assert all(torch.equal(a, b) for a, b in zip(few.longest_first(), documents.longest_first(), strict=False))
+    assert all(
+        torch.equal(a, b) for a, b in zip(few.in_walk_order().documents, documents.in_walk_order().documents, strict=False)
+    )
     assert few_documents(documents, 10**9).token_count == documents.token_count
 
 
@@ -262,7 +264,7 @@ def test_a_later_block_chooses_on_the_shortened_models_activations(kind: str, mo
     run_repair()
     gram, cross, by_then = seen[1]
     family, host = family_of(model.config), blocks[1].layer_before_cut
-    few = Documents(few_documents(documents, 8 * 2 * 48).longest_first())
+    few = Documents(few_documents(documents, 8 * 2 * 48).in_walk_order().documents)
     target = passing(model, blocks[1].end - 1, few)["output"]
     with unfused(model, family, by_then):
         now = passing(model, host, few)

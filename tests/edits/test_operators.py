@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from replaceme.base.documents import Documents
-from replaceme.base.errors import ModelError
+from replaceme.base.errors import ModelError, ParameterError
 from replaceme.edits.edits import Edits
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import measure_cache_error, verify_export
@@ -116,5 +116,5 @@ def test_our_own_form_is_not_pruned_again_and_not_built_on_foreign_code(tiny: Mo
     config = tiny.config()
     check_own_form(config)
     config.auto_map = {"AutoConfig": "foreign.Config"}
-    with pytest.raises(ModelError, match=r"method: the result of this method needs a modelling file"):
+    with pytest.raises(ParameterError, match=r"method: the result of this method needs a modelling file"):
         check_own_form(config)

@@ -98,7 +98,7 @@ def layer_called(model: Any, layer: int, ids: Tensor) -> tuple[Any, Any, Tensor]
 
 def by_hand(model: Any, documents: Documents, schedule: LearningRateSchedule) -> Any:
     """Train a copy of the layer by a plain loop: one document after the other, no padding, torch's own AdamW."""
-    texts = documents.longest_first()
+    texts = documents.in_walk_order().documents
     layer = deepcopy(family_of(model.config).decoder_layers(model)[TRAINED]).float()
     optimizer = torch.optim.AdamW(layer.parameters(), lr=schedule.learning_rate, weight_decay=1e-3)
     steps = schedule.epochs * -(-len(texts) // schedule.batch_size)

@@ -132,6 +132,17 @@ def test_too_little_is_refused_with_what_would_do(
     )
 
 
+def test_a_matrix_that_a_layer_gets_counts_from_the_start(
+    tiny: Model, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    needed = sum(measure_parts(tiny, "float32")) + 4 * tiny.config().hidden_size ** 2
+    options = ("--method", "linearpatch", "--tasks", "[]", "--memory")
+    run(tiny, text_file, tmp_path / "pruned", *options, f"{needed - 1}B", code=2)
+    assert "have to be there at once" in capsys.readouterr().err
+    assert not (tmp_path / "pruned.work").exists()
+    run(tiny, text_file, tmp_path / "pruned", *options, f"{needed}B")
+
+
 @pytest.mark.parametrize(
     ("kind", "options"),
     [

@@ -13,6 +13,7 @@ from replaceme.base.errors import ModelError, ParameterError
 from replaceme.edits.edits import Edits
 from replaceme.edits.unfused import unfused
 from replaceme.models.families import family_of, parameter_of
+from replaceme.models.layers import replacing_parameter
 from replaceme.models.memory import load_streamed
 from replaceme.models.model import Model
 from replaceme.models.streaming import (
@@ -20,7 +21,6 @@ from replaceme.models.streaming import (
     LazyParameter,
     evict_layers,
     layers_in_memory,
-    replacing_parameter,
     stream_of,
 )
 from tests.conftest import KINDS, LAYERS, made_model

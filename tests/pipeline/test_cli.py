@@ -39,7 +39,7 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.chdir(tmp_path / "empty")
 
 
-def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+def quote(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     call(main, *arguments)
     return capsys.readouterr().out
 
@@ -52,7 +52,7 @@ def test_every_parameter_stands_in_one_group() -> None:
     "arguments", [(), *((name,) for name in NAMES)], ids=lambda arguments: " ".join(arguments) or "replaceme"
 )
 def test_help_fits_a_screen_and_ends_with_an_example(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
-    lines = shown(capsys, *arguments, "--help").splitlines()
+    lines = quote(capsys, *arguments, "--help").splitlines()
     assert len(lines) <= SCREEN
     assert lines[-2] == "example:"
     assert lines[-1].startswith(f"  replaceme {' '.join(arguments)}".rstrip())
@@ -72,10 +72,10 @@ def test_help_loads_no_torch() -> None:
 def test_the_help_lists_every_command_method_and_choice_and_the_recommended_defaults(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    overview = shown(capsys)
+    overview = quote(capsys)
     assert all(re.search(rf"(?m)^  {name} ", overview) for name in NAMES)
-    assert shown(capsys, "--version") == f"replaceme {replaceme.__version__}\n"
-    said = " ".join(shown(capsys, "prune", "--help").split())
+    assert quote(capsys, "--version") == f"replaceme {replaceme.__version__}\n"
+    said = " ".join(quote(capsys, "prune", "--help").split())
     assert f": {', '.join(METHODS)} [lstsq]" in said
     assert "--repair true|false" in said
     assert f"documents [{RECOMMENDED['dataset_size']}]" in said
@@ -85,7 +85,7 @@ def test_the_help_lists_every_command_method_and_choice_and_the_recommended_defa
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_all_options_are_those_that_the_command_uses(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    said = shown(capsys, name, "--help-all")
+    said = quote(capsys, name, "--help-all")
     aliases = {"model_path": "model", "layers_to_skip": "layers"}
     for key in FIELDS:
         assert (f"  --{aliases.get(key, key)} " in said) == (key in COMMANDS[name].keys), key

@@ -88,10 +88,10 @@ def test_a_stages_declaration_is_that_of_dvc_yaml(name: str) -> None:
         assert params == sorted(set(stage.params), key=params.index)
     # The methods' own parameters are known where the methods are.
     assert stage.methods is METHODS or not {*stage.params} & (FIELDS.keys() - Params.model_fields.keys())
-    read = {*(work.path(artifact).as_posix() for artifact in stage.reads), *(work.metric(n).as_posix() for n in stage.figures)}
+    read = {path.as_posix() for path in (*map(work.artifact, stage.reads), *map(work.metric, stage.figures))}
     assert {dep for dep in declared.get("deps", []) if not dep.startswith("replaceme/")} == read
     outputs = {*declared.get("outs", []), *(path for metric in declared.get("metrics", []) for path in metric)}
-    written = {work.path(stage.writes).as_posix()} if stage.writes else set()
+    written = {work.artifact(stage.writes).as_posix()} if stage.writes else set()
     assert outputs == written | {work.metric(metric).as_posix() for metric in stage.metrics}
     assert stage.always == declared.get("always_changed", False) == (name in ALWAYS)
 

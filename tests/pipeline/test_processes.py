@@ -45,7 +45,7 @@ DEFAULT = {key: RECOMMENDED[key] for key in ("selection", "transform", "repair")
 
 def _fitted(params: Params, work: Workspace) -> list[str]:
     ran: list[str] = []
-    run_in_processes(2, lambda: ran.extend(run_stages(params, work, FIT)))
+    run_in_processes(2, lambda: ran.extend(run_stages(params, work, FIT)), "auto")
     return ran
 
 
@@ -61,14 +61,14 @@ def _repaired(params: Params, work: Workspace, stop: int | None) -> list[int]:
             raise InterruptedRunError
 
     with mock.patch.object(repair.RepairState, "walk_dense", noting), suppress(InterruptedRunError):
-        run_in_processes(2, lambda: run_stages(params, work, ["repair"]))
+        run_in_processes(2, lambda: run_stages(params, work, ["repair"]), "auto")
     return begun
 
 
 def _healed(params: Params, work: Workspace, stop: int | None) -> list[int]:
     """Heal in two processes; return the steps that this one has taken. All stop after ``stop`` of them."""
     with counted(stop_at(-1 if stop is None else stop)) as steps, suppress(InterruptedRunError):
-        run_in_processes(2, lambda: run_stages(params, work, ["heal"]))
+        run_in_processes(2, lambda: run_stages(params, work, ["heal"]), "auto")
     return steps
 
 
@@ -217,7 +217,7 @@ def test_two_processes_give_the_scores_of_one(
 
 def _scored(params: Params, work: Workspace) -> list[str]:
     ran: list[str] = []
-    run_in_processes(2, lambda: ran.extend(run_stages(params, work, JUDGEMENT[:2])))
+    run_in_processes(2, lambda: ran.extend(run_stages(params, work, JUDGEMENT[:2])), "auto")
     return ran
 
 

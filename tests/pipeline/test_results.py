@@ -142,6 +142,8 @@ def test_a_folder_that_is_no_result_is_refused_and_nothing_is_written(
     (tmp_path / "mine" / "thesis.txt").write_text("years of work", encoding="utf-8")
     assert "mine holds thesis.txt, which this program did not write" in refused("--save_path", tmp_path / "mine")
     assert "thesis.txt exists and is no folder" in refused("--save_path", tmp_path / "mine" / "thesis.txt")
+    (tmp_path / "mine" / "loop").symlink_to("loop")
+    assert "loop exists and is no folder" in refused("--save_path", tmp_path / "mine" / "loop")
     assert "is the model that is to be pruned" in refused("--save_path", tiny.folder)
     (tmp_path / "dvc.yaml").touch()
     for name in ("artifacts", "artifacts/model"):

@@ -135,7 +135,7 @@ def keys(params: Params, tmp_path: Path) -> Callable[..., dict[str, str]]:
     def keys_of(setting: Params = params) -> dict[str, str]:
         inspect_inputs(setting, work)
         for stage in STAGES.values():
-            for path in [*map(work.path, stage.reads), *map(work.metric, stage.figures)]:
+            for path in [*map(work.artifact, stage.reads), *map(work.metric, stage.figures)]:
                 if not path.exists():
                     path.parent.mkdir(parents=True, exist_ok=True)
                     path.write_text("read", encoding="utf-8")

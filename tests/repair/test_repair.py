@@ -15,6 +15,7 @@ import torch
 from replaceme.base import scratch
 from replaceme.base.documents import Documents
 from replaceme.base.errors import ResourceError
+from replaceme.base.group import WHOLE
 from replaceme.base.plan import Block
 from replaceme.edits.edits import Edits
 from replaceme.edits.fold import apply_edits
@@ -176,7 +177,7 @@ def test_each_models_attention_and_mlp_are_computed_once_a_layer(linear: str, do
     for layer in layers:
         layer.get_submodule(linear).register_forward_hook(lambda *_: calls.append(None))
     run_repair()
-    assert len(calls) == 2 * len(layers) * documents.batch_count(4)
+    assert len(calls) == 2 * len(layers) * documents.batch_count(4, WHOLE)
 
 
 def test_the_model_itself_is_unchanged_and_no_file_is_left(documents: Documents, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 
-from replaceme.base.errors import SENTENCE_CHARACTERS, ModelError, ParameterError, excerpt, shown
+from replaceme.base.errors import SENTENCE_CHARACTERS, ModelError, ParameterError, excerpt, quote
 from replaceme.running.entry import run
 from tests.pipeline.closure import ROOT
 
@@ -91,6 +91,6 @@ def test_nested_values_are_cut_before_they_are_written() -> None:
     nested: list[object] = ["x" * 100]
     for _ in range(60):
         nested = [nested] * 10
-    assert len(shown(nested)) <= 80
-    assert shown({"a": 1}) == "{'a': 1}"
-    assert shown("x" * 10**7).startswith("'xxx")
+    assert len(quote(nested)) <= 80
+    assert quote({"a": 1}) == "{'a': 1}"
+    assert quote("x" * 10**7).startswith("'xxx")

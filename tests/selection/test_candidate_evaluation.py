@@ -61,8 +61,8 @@ def test_each_domains_losses_are_those_of_its_own_texts() -> None:
     texts = many_documents(12).documents
     numbers = [place % 3 for place in range(len(texts))]
     documents = Documents(texts, [(domain << SOURCE_BITS) + place for place, domain in enumerate(numbers)])
-    model = made_model()
-    found = next_token_losses(model, documents, batches_of(model, documents, 4))
+    context = context_of(model := made_model(), documents)
+    found = next_token_losses(context, batches_of(context))
     for domain in range(3):
         own = Documents([text for text, number in zip(texts, numbers, strict=True) if number == domain])
         expected = mean_loss(model, own)

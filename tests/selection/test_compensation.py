@@ -19,7 +19,13 @@ from replaceme.models.context import ModelContext
 from replaceme.models.families import Family, family_of
 from replaceme.models.model import Model
 from replaceme.models.recognition import recognise_family
-from replaceme.selection.compensation import blocks_of, check_scale, compensated_layers, scale_blocks, scaling_edits
+from replaceme.selection.compensation import (
+    blocks_of,
+    compensated_layers,
+    require_scalable,
+    scale_blocks,
+    scaling_edits,
+)
 from replaceme.selection.cut_loss import cut_losses
 from tests.conftest import KINDS, LAYERS, OBSTACLES, PLAIN, UNDESCRIBED, made_model
 from tests.helpers import TEXT, context_of, loss_without, many_documents, means, norm_in_float64, shortened_logits
@@ -226,7 +232,7 @@ def test_states_that_overflow_are_named(documents: Documents) -> None:
 def test_a_scalar_is_known_to_fold_in_undescribed_families(kind: str, documents: Documents) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         model = made_model(kind, dtype, **UNDESCRIBED[kind])
-        check_scale(model, recognise_family(model), documents)
+        require_scalable(ModelContext(model, recognise_family(model), documents, 4))
         assert not any(part._forward_hooks for part in model.modules())
 
 
@@ -240,7 +246,7 @@ def test_a_part_that_sees_the_scale_of_the_stream_is_refused(part: str, document
         for layer in model.model.layers:
             setattr(layer, part, nn.Identity())
     with pytest.raises(ModelError, match="model_path: the layers of the family 'llama' depend on the scale of the residual"):
-        check_scale(model, family, documents)
+        require_scalable(ModelContext(model, family, documents, 4))
 
 
 @pytest.mark.parametrize("kind", PLAIN)

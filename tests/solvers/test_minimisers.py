@@ -56,7 +56,7 @@ def test_all_that_a_solver_makes_lies_on_the_device_of_the_sums(kind: str, struc
     def solved(device: torch.device) -> torch.Tensor:
         eye = EYE.to(device)
         sums = {name: total.to(device) for name, total in made_sums(M, Z, H).items()}
-        loss = CosineLoss(Held(M, Z, H), device) if kind == "cosine" else SquaredError(sums)
+        loss = CosineLoss(Held(M, Z, H), device, torch.float64) if kind == "cosine" else SquaredError(sums)
         problem = Problem(loss, parametrise(structure, WIDTH, device, split=kind == "elastic net"), eye, 0.1, lasso=0.1)
         minimum = minimise_by_adam(problem, eye, 0.1, 2, 8) if solver == "adam" else minimise_by_scipy(problem, eye, solver, 3)
         assert minimum.transform.device.type == device.type

@@ -12,6 +12,7 @@ from torch import nn
 from replaceme.base import scratch
 from replaceme.base.documents import EXCERPT_LENGTH, EXCERPT_TOKENS, Documents, excerpts_of, split_documents
 from replaceme.base.errors import ParameterError, ResourceError
+from replaceme.base.group import WHOLE
 from replaceme.base.parameters import read_params
 from replaceme.base.plan import Block
 from replaceme.edits.edits import Edits
@@ -64,7 +65,7 @@ def test_the_map_equals_a_direct_computation_for_sampled_pairs(batch_size: int, 
     model, documents = made_model(dtype=torch.float64), made_documents(count)
     with TokenSample(documents, LAYERS, WIDTH, torch.float64, tmp_path) as sample:
         walk(context_of(model, documents, batch_size), [sample], description="test")
-        found = residual_map(sample)
+        found = residual_map(sample, "cpu")
         tokens = torch.cat([sample.fit, sample.held_out]).numpy()
         fit = np.arange(len(tokens)) < len(sample.fit)
         assert list(tmp_path.iterdir()) == []
@@ -165,7 +166,7 @@ def test_the_loss_of_a_cut_is_that_of_the_model_without_its_layers(kind: str) ->
     losses = means(cut_losses(ModelContext(model, description, documents, 4), blocks, "nothing"))
     _, held_out = split_documents(documents)
     # The layers before all cuts are computed once.
-    assert len(computed) == held_out.batch_count(4)
+    assert len(computed) == held_out.batch_count(4, WHOLE)
     for found, block in zip(losses, blocks, strict=True):
         pruned = deepcopy(model)
         apply_edits(pruned, description, Edits("test", [*block.layers]))

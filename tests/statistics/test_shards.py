@@ -36,7 +36,7 @@ def test_the_fast_form_keeps_m_and_y_of_exactly_the_real_tokens(
     shards, read = read_all(tmp_path, taken["tokens"]["counts"])
     assert sum(shards.counts) == documents.token_count
     assert shards.counts[:-1] == [TOKENS_A_SHARD] * (documents.token_count // TOKENS_A_SHARD)
-    M, Z, H = at_cut(model, Documents(documents.longest_first()))
+    M, Z, H = at_cut(model, documents.in_walk_order())
     for expected, stored in ((M, [part[0] for part in read]), (H - Z, [part[2] for part in read])):
         assert np.allclose(torch.cat(stored).double().numpy(), expected, rtol=2**-8, atol=1e-3)
     assert all(part[1] is None for part in read)
@@ -49,7 +49,7 @@ def test_the_accurate_form_keeps_all_that_passed_and_a_bf16_walk_loses_nothing(d
     model = made_model(dtype=torch.bfloat16)
     taken = take_statistics(context_of(model, documents, 1, tmp_path), BLOCK, ["tokens_accurate"])
     _, [(M, Z, H)] = read_all(tmp_path, taken["tokens_accurate"]["counts"])
-    expected_m, expected_z, expected_h = at_cut(model, Documents(documents.longest_first()))
+    expected_m, expected_z, expected_h = at_cut(model, documents.in_walk_order())
     assert Z is not None
     assert np.array_equal(M.double().numpy(), expected_m)
     assert np.array_equal(H.double().numpy(), expected_h)

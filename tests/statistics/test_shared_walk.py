@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from replaceme.base.documents import Batch, Documents
-from replaceme.base.group import Shard, all_gather, all_reduce_sum, compute_on_rank0, merge_rows, process_group, shard, sharded
+from replaceme.base.group import Shard, all_gather, all_reduce_sum, compute_on_rank0, merge_rows, process_group, shard, sharing
 from replaceme.base.plan import Block
 from replaceme.statistics.cut_statistics import REDUCIBLE, STATISTICS, take_statistics
 from replaceme.statistics.walk import Reducible, Signal, Signals, signals_for, walk
@@ -37,7 +37,7 @@ class Shared(Seen):
 
 def _walked() -> list[list[int]]:
     model, alone, beside = made_model(), Shared(), [Shared(), Seen()]
-    with process_group(), sharded():
+    with process_group("auto"), sharing():
         for observers in ([alone], beside):
             walk(context_of(model, many_documents(7), 2), observers, description=None)
     return [observer.positions for observer in (alone, *beside)]
@@ -66,7 +66,7 @@ def test_the_parts_of_the_batches_are_all_batches_once(size: int, documents: Doc
 
 def _exchanged() -> list[Any]:
     os.environ["LOCAL_WORLD_SIZE"] = "2"
-    with process_group(), sharded():
+    with process_group("auto"), sharing():
         rank = shard().rank
         # The second process has seen nothing of b; a sum of float32 is added in float64.
         sums = {"a": torch.full((2, 3), 0.1 + rank, dtype=torch.float64).T}
@@ -92,7 +92,7 @@ def test_what_processes_exchange_is_the_same_in_all(tmp_path: Path) -> None:
 
 def _statistics(batch_size: int) -> list[Any]:
     model = made_model()
-    with process_group(), sharded():
+    with process_group("auto"), sharing():
         taken = take_statistics(context_of(model, many_documents(7), batch_size), Block(2, 4), sorted(REDUCIBLE))
     return sorted([name, each, tensor.tolist()] for name, tensors in taken.items() for each, tensor in tensors.items())
 

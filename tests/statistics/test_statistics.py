@@ -59,7 +59,7 @@ def test_the_sample_holds_evenly_spaced_real_tokens(documents: Documents, monkey
 
 
 def test_the_sample_is_bounded_whatever_the_number_of_tokens() -> None:
-    assert -(-1_000_000 // Sample(BLOCK, 1_000_000).step) <= 2048
+    assert -(-1_000_000 // Sample(BLOCK, 1_000_000).stride) <= 2048
 
 
 def test_the_pass_stops_at_the_last_layer_needed_and_computes_no_logits(documents: Documents) -> None:

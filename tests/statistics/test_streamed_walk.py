@@ -118,9 +118,8 @@ def test_whole_passes_give_the_same_logits_and_read_each_layer_once(
     family, logits = family_of(made_config(kind)), []
     entering = torch.randn(documents.token_count, WIDTH, generator=torch.Generator().manual_seed(0)).bfloat16()
     for model in (resident, streamed):
-        with forward_passes(
-            model, family, documents.batches(2), None if first is None else EntryState(first, entering)
-        ) as batches:
+        start = None if first is None else EntryState(first, entering)
+        with forward_passes(ModelContext(model, family, documents, 2), documents.batches(2), start) as batches:
             logits.append([model(batch.input_ids, use_cache=False).logits for batch in batches])
     assert all(map(torch.equal, *logits))
     assert own.bytes_read == sum(own.sizes[first or 0 :])

@@ -76,7 +76,7 @@ def divergence(model: Any, shortened: Any, text: Tensor, places: Tensor | slice 
 
 def by_hand(model: Any, shortened: Any, documents: Documents, schedule: LearningRateSchedule) -> None:
     """Train a cut model in a plain loop: one document at a time, no padding, all places, torch's own AdamW."""
-    family, texts = family_of(model.config), documents.longest_first()
+    family, texts = family_of(model.config), documents.in_walk_order().documents
     layers = family.decoder_layers(shortened)[BLOCK.layer_before_cut :]
     names = [family.output_parameters(layer, linear) for layer in layers for linear in LINEARS]
     trainable_parameters = [
