@@ -16,7 +16,7 @@ from replaceme.export.verification import measure_cache_error, verify_export
 from replaceme.models.families import family_of
 from replaceme.models.model import Model
 from replaceme.models.own_form import FILE, check_own_form, is_own_form
-from tests.conftest import KINDS, WIDTH, made_model
+from tests.conftest import REPRESENTATIVES, WIDTH, made_model
 from tests.helpers import hooked_and_folded, norm_in_float64, shortened_logits
 
 TEXT = torch.arange(2, 42)[None]
@@ -32,7 +32,7 @@ def edits_with(form: str) -> Edits:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", REPRESENTATIVES)
 def test_operators_and_kept_layers_compute_one_after_the_other(kind: str, form: str) -> None:
     model, edits = made_model(kind, torch.float64), edits_with(form)
     family = family_of(model.config)

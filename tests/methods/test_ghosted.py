@@ -20,7 +20,7 @@ from replaceme.models.context import ModelContext
 from replaceme.models.families import family_of
 from replaceme.models.model import Model
 from replaceme.repair.repair import repair_layers
-from tests.conftest import KINDS, LAYERS, PLAIN, WIDTH, made_model
+from tests.conftest import LAYERS, PLAIN_REPRESENTATIVES, REPRESENTATIVES, WIDTH, made_model
 from tests.helpers import many_documents, passing
 from tests.methods.helpers import BLOCK, assert_repaired_and_exported, assert_saved_computes_edits, solved_alone
 
@@ -101,7 +101,7 @@ def test_too_little_text_is_named() -> None:
     assert solved(model, text, alpha=1.0).edits.operators
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", REPRESENTATIVES)
 def test_every_family_is_mapped_saved_and_verified(
     kind: str, save_tiny: Callable[..., Model], tmp_path: Path, documents: Documents
 ) -> None:
@@ -132,7 +132,7 @@ def test_each_later_block_is_fitted_on_states_of_the_shortened_model(kind: str) 
     assert figures["block1"]["relative_residual"] == pytest.approx(np.linalg.norm(H - h @ W) / np.linalg.norm(H), rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", PLAIN)
+@pytest.mark.parametrize("kind", PLAIN_REPRESENTATIVES)
 def test_repair_follows_an_operator(kind: str, save_tiny: Callable[..., Model], tmp_path: Path) -> None:
     source = save_tiny(kind)
     edits = solved(source.load(), many_documents(12)).edits

@@ -35,11 +35,11 @@ from replaceme.selection.collapse import (
     merge_layers,
 )
 from replaceme.selection.criteria import allowed_starts
-from tests.conftest import EXPERTS, KINDS, LAYERS, OBSTACLES, PLAIN, made_model
+from tests.conftest import EXPERTS, LAYERS, OBSTACLES, PLAIN_REPRESENTATIVES, REPRESENTATIVES, made_model
 from tests.helpers import TEXT, context_of, hooked_and_folded, mixing
 from tests.methods.helpers import assert_repaired_and_exported, model_refusals
 
-DENSE = [kind for kind in KINDS if kind not in EXPERTS]
+DENSE = [kind for kind in REPRESENTATIVES if kind not in EXPERTS]
 # Layers 1 to 3 were merged, then 0 to 2 of the remaining ones: layer 0 absorbed the mixture and layer 4.
 TWICE = (Block(1, 5, (-1, -1, 1, 1, 1)),)
 
@@ -239,7 +239,7 @@ def test_blocks_and_plan_store_coefficients_and_scales_and_name_no_method(tmp_pa
     assert json.loads((tmp_path / "plan.json").read_text())["blocks"][1] == {"start": 4, "end": 5}
 
 
-@pytest.mark.parametrize("kind", PLAIN)
+@pytest.mark.parametrize("kind", PLAIN_REPRESENTATIVES)
 def test_repair_follows_a_mixture(kind: str, save_tiny: Callable[..., Model], tmp_path: Path) -> None:
     source, plan = save_tiny(kind), Plan((Block(1, 2, (0, 1)), Block(3, 5, (-1, 1, 1))), ())
     repaired = assert_repaired_and_exported(source, mixing(*plan.blocks), plan, tmp_path, "laco")

@@ -19,7 +19,7 @@ from replaceme.models.memory import load_within_budget, measure_parts, weight_bu
 from replaceme.models.model import Model
 from replaceme.models.streaming import stream_of
 from replaceme.pipeline.runner import STAGES
-from tests.conftest import KINDS
+from tests.conftest import REPRESENTATIVES
 from tests.helpers import FAST, call
 from tests.pipeline.closure import ROOT
 
@@ -40,7 +40,7 @@ def test_other_values_are_refused_with_the_forms_that_there_are(value: Any) -> N
         allowed(value)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", REPRESENTATIVES)
 def test_the_bytes_of_layers_and_of_the_rest_are_those_of_the_loaded_model(save_tiny: Callable[..., Model], kind: str) -> None:
     source = save_tiny(kind)
     outside, largest = measure_parts(source, "bfloat16")
@@ -135,10 +135,8 @@ def test_too_little_is_refused_with_what_would_do(
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
-        ("llama", "--transform channels --repair true --selection loss"),
-        ("gpt2", "--transform channels --repair true --selection residual --num_A 2 --layers_to_skip 1"),
-        ("mixtral", "--method prune_and_comp"),
-        ("llama", "--method linearpatch"),
+        ("gpt2", "--transform channels --repair true --selection loss"),
+        ("mixtral", "--method prune_and_comp --tasks []"),
     ],
 )
 def test_a_streamed_run_gives_the_same_model_and_the_same_figures(

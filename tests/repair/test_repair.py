@@ -26,7 +26,7 @@ from replaceme.models.model import Model
 from replaceme.models.streaming import stream_of
 from replaceme.repair.state import Repair
 from replaceme.statistics.features import LINEARS
-from tests.conftest import LAYERS, PLAIN, made_model
+from tests.conftest import LAYERS, PLAIN_REPRESENTATIVES, made_model
 from tests.helpers import many_documents, passing, ridge
 from tests.methods.helpers import BLOCK, same_weights, solved
 
@@ -53,7 +53,7 @@ def resolve(
             linear.bias += torch.from_numpy(change[-1])
 
 
-@pytest.mark.parametrize(("kind", "method"), [*product(PLAIN, ["lstsq"]), ("llama", "uidl"), ("phi", "uidl")])
+@pytest.mark.parametrize(("kind", "method"), [*product(PLAIN_REPRESENTATIVES, ["lstsq"]), ("llama", "uidl"), ("phi", "uidl")])
 def test_each_kept_layer_is_solved_again_on_states_of_the_shortened_model(kind: str, method: str) -> None:
     model, documents = made_model(kind, torch.float64), many_documents()
     edits, run_repair = solved(model, documents, (BLOCK,), method=method, alpha=5.0, repair=True)
@@ -115,7 +115,7 @@ def test_the_joint_fit_solves_the_mlp_again_on_its_new_features() -> None:
 
 
 @pytest.mark.parametrize("host_only", [True, False])
-@pytest.mark.parametrize("kind", PLAIN)
+@pytest.mark.parametrize("kind", PLAIN_REPRESENTATIVES)
 def test_a_later_block_is_fitted_on_states_of_the_shortened_model(kind: str, host_only: bool) -> None:
     # The second block's host is the only layer between the two, or one of two.
     blocks = (Block(1, 2), Block(3, 5)) if host_only else (Block(1, 2), Block(4, 5))
@@ -134,7 +134,7 @@ def test_a_later_block_is_fitted_on_states_of_the_shortened_model(kind: str, hos
     assert edits.removed_layers == [layer for block in blocks for layer in block.layers]
 
 
-@pytest.mark.parametrize("kind", PLAIN)
+@pytest.mark.parametrize("kind", PLAIN_REPRESENTATIVES)
 @pytest.mark.parametrize(
     ("blocks", "options"),
     [

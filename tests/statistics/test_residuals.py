@@ -27,7 +27,7 @@ from replaceme.statistics.profile import profile_model
 from replaceme.statistics.residuals import RIDGE, TokenSample, choose_tokens, residual_map
 from replaceme.statistics.sums import token_weights
 from replaceme.statistics.walk import walk
-from tests.conftest import KINDS, LAYERS, PLAIN, WIDTH, made_model
+from tests.conftest import LAYERS, PLAIN_REPRESENTATIVES, REPRESENTATIVES, WIDTH, made_model
 from tests.helpers import context_of, mean_loss, means
 
 
@@ -156,7 +156,7 @@ def test_the_loss_of_a_cut_is_that_of_the_model_with_its_fold(family: str) -> No
         assert found == pytest.approx(mean_loss(pruned, held_out), rel=1e-3)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", REPRESENTATIVES)
 def test_the_loss_of_a_cut_is_that_of_the_model_without_its_layers(kind: str) -> None:
     model, documents, blocks = made_model(kind), made_documents(12), [Block(2, 4), Block(3, 4)]
     description, computed = family_of(model.config), []
@@ -221,7 +221,7 @@ def test_the_loss_of_new_weights_is_that_of_the_edits_of_the_method(
 
 
 @pytest.mark.parametrize("linears", [("mlp_output",), LINEARS])
-@pytest.mark.parametrize("kind", PLAIN)
+@pytest.mark.parametrize("kind", PLAIN_REPRESENTATIVES)
 def test_what_the_mlp_adds_is_known_from_its_features(kind: str, linears: tuple[Linear, ...]) -> None:
     model, documents, block = made_model(kind, torch.float64), made_documents(8), Block(2, 4)
     family = family_of(model.config)

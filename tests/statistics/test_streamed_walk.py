@@ -19,7 +19,7 @@ from replaceme.models.streaming import LayerStream, stream_of
 from replaceme.statistics.cut_statistics import STATISTICS, take_statistics
 from replaceme.statistics.profile import profile_model
 from replaceme.statistics.walk import RecordStates, Signal, Signals, forward_passes, signals_for, walk
-from tests.conftest import EXPERTS, KINDS, LAYERS, NORM_AFTER_MLP, WIDTH, made_config
+from tests.conftest import EXPERTS, LAYERS, NORM_AFTER_MLP, REPRESENTATIVES, WIDTH, made_config
 
 
 class Recorder:
@@ -61,7 +61,7 @@ def equal(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", REPRESENTATIVES)
 def test_all_signals_are_the_same_bits_and_each_layer_is_read_once(
     save_tiny: Callable[..., Model], documents: Documents, kind: str
 ) -> None:

@@ -41,7 +41,7 @@ from replaceme.statistics.features import LINEARS
 from replaceme.training import healing
 from replaceme.training.healing import LogitDistillation
 from replaceme.training.training import LearningRateSchedule, record_entry_and_exit, shuffled_batches, train
-from tests.conftest import LAYERS, PLAIN, WIDTH, made_model
+from tests.conftest import LAYERS, PLAIN_REPRESENTATIVES, WIDTH, made_model
 from tests.helpers import many_documents
 from tests.interruption import InterruptedRunError, counted, stop_at
 from tests.methods.helpers import BLOCK, solved
@@ -100,7 +100,7 @@ def by_hand(model: Any, shortened: Any, documents: Documents, schedule: Learning
             step += 1
 
 
-@pytest.mark.parametrize("kind", PLAIN)
+@pytest.mark.parametrize("kind", PLAIN_REPRESENTATIVES)
 def test_healing_equals_a_plain_loop_on_the_cut_model(
     kind: str, documents: Documents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
