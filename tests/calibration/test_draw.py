@@ -10,7 +10,7 @@ from ruamel.yaml import YAML
 
 from replaceme.base.config import settings_yaml
 from replaceme.base.documents import Documents, split_documents
-from replaceme.base.errors import DatasetError, ParameterError
+from replaceme.base.errors import DatasetError
 from replaceme.base.parameters import Params, read_params
 from replaceme.calibration import tokenization
 from replaceme.calibration.corpus import Corpus, Row
@@ -177,26 +177,6 @@ def test_a_source_that_ends_leaves_its_part_to_the_others(two_files: Callable[[i
     documents, counts = draw([long, short], 8)
     assert (len(documents), counts[1].documents) == (8, 1)
     assert ids(draw([{long: 2}], 6)[0]) == ids(draw(long, 6)[0])
-
-
-@pytest.mark.parametrize(
-    ("dataset", "sentence"),
-    [
-        ([], r"dataset: must be a name, or a list of names with shares, not \[\]"),
-        (7, "dataset: must be a name, or a list of names with shares, not 7"),
-        (None, "dataset: must be a name, or a list of names with shares, not null"),
-        (["a", "a"], "dataset: names a twice; keep one"),
-        ([{"a": 0}], "dataset: share of a must be above 0, not 0"),
-        ([{"a": float("nan")}], "dataset: share of a must be .*, not nan"),
-        ([{"a": 1, "b": 1}], "dataset: an entry must be a name, or one with options"),
-        ([{"a": {"weight": 1}}], "dataset: a has no option 'weight'; there are share, config, split, column, revision"),
-        ([{"self": {"split": "train"}}], "dataset: split does not apply to self"),
-        ([{"a": {"column": 1}}], "dataset: column of a must be a text, not 1"),
-    ],
-)
-def test_a_wrong_list_of_sources_is_named(dataset: Any, sentence: str) -> None:
-    with pytest.raises(ParameterError, match=sentence):
-        read_params(None, {"dataset": dataset})
 
 
 def test_an_option_that_does_not_apply_is_refused() -> None:

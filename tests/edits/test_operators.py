@@ -66,12 +66,6 @@ def test_a_saved_model_with_operators_passes_its_verification_and_loads_alone(
     assert counts["parameters"] == sum(parameter.numel() for parameter in loaded.parameters())
 
 
-def test_the_scale_of_a_state_is_the_product_of_the_scalars_before_it() -> None:
-    scaled = edits_with("scalar")
-    first, second = (float(P) for P in scaled.operators.values())
-    assert [scaled.scale(layer) for layer in (0, 1, 3, 5)] == [1, 1, first, first * second]
-
-
 def test_a_changed_modelling_file_is_not_our_own_form(tiny: Model, tmp_path: Path) -> None:
     save_pruned(tiny, edits_with("dense"), tmp_path)
     assert is_own_form(tmp_path)

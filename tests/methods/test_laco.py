@@ -21,7 +21,7 @@ from replaceme.edits.fold import apply_edits
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import verify_export
 from replaceme.methods.registry import criterion_of
-from replaceme.models.families import Family, family_of
+from replaceme.models.families import family_of
 from replaceme.models.model import Model
 from replaceme.selection import collapse as module
 from replaceme.selection.collapse import (
@@ -131,12 +131,6 @@ def test_an_exported_mixture_gives_the_same_logits_and_is_verified(
     assert 0 <= figures["hidden_error_mean"] < figures["tolerance"]
 
 
-def test_a_kept_layer_is_mixed_into_no_other() -> None:
-    model = made_model()
-    with pytest.raises(AssertionError, match="a kept layer is mixed into another one"):
-        apply_edits(model, Family(), Edits("test", [2], mixtures={1: {1: 0, 2: 0, 3: 1}}))
-
-
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "falcon", "opt", "gemma2", "smollm3"])
 @pytest.mark.parametrize(
     ("schedule", "threshold"),
@@ -173,12 +167,6 @@ def test_the_choice_equals_that_of_models_built_by_the_formula(
 
 def model_again(kind: str) -> Any:
     return made_model(kind, torch.float64, initializer_range=0.08)
-
-
-def test_with_a_threshold_above_one_nothing_is_merged() -> None:
-    layers, found = collapse(LAYERS, MergeSchedule(0, LAYERS, 3, 1, 3), 1.01, lambda *_: 1.0)
-    assert layers == ((1,),) * LAYERS
-    assert found == {}
 
 
 def test_the_threshold_is_lowered_until_the_budget_is_reached_and_no_candidate_is_measured_twice() -> None:

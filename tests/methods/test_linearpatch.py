@@ -14,10 +14,9 @@ from replaceme.base.parameters import Params
 from replaceme.models.model import Model
 from replaceme.pipeline.inputs import inspect_inputs
 from replaceme.running.workspace import Workspace
-from replaceme.statistics.cut_statistics import take_statistics
 from replaceme.statistics.hadamard import hadamard
 from tests.conftest import WIDTH, made_model
-from tests.helpers import TEXT, context_of, passing
+from tests.helpers import TEXT, passing
 from tests.methods.helpers import BLOCK, assert_saved_computes_edits, solved_alone
 
 solved = partial(solved_alone, "linearpatch")
@@ -84,17 +83,6 @@ def test_a_channel_of_zeros_is_unchanged(documents: Documents) -> None:
     (operator,) = solved(model, documents, linearpatch_form="diagonal").edits.operators.values()
     assert operator[5] == 1
     assert bool(torch.isfinite(operator).all())
-
-
-def test_sums_of_disjoint_documents_add_up_and_padding_does_not_count(documents: Documents) -> None:
-    model = made_model(dtype=torch.float64)
-    parts = [Documents(documents.documents[:4]), Documents(documents.documents[4:])]
-    for name in ("magnitudes", "magnitudes_rotated"):
-        whole, first, second = (
-            take_statistics(context_of(model, each, size), BLOCK, [name])[name]
-            for each, size in ((documents, 9), (parts[0], 1), (parts[1], 5))
-        )
-        assert all(torch.allclose(whole[key], first[key] + second[key], rtol=1e-5) for key in ("ratios", "documents"))
 
 
 @pytest.mark.parametrize(

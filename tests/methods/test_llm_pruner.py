@@ -25,7 +25,6 @@ from replaceme.methods.llm_pruner import (
     cut,
     cut_shapes,
     draw_crops,
-    keep_most_important,
     measure_importance,
     remove_groups,
 )
@@ -165,13 +164,6 @@ def test_importance_is_the_plain_sum_over_a_groups_weights_and_the_model_is_unch
     assert {name for name, weight in model.named_parameters() if weight.grad is None} == set()
 
 
-def test_the_least_important_groups_go() -> None:
-    importance = torch.tensor([3.0, 1.0, 2.0, 1.0, 5.0])
-    assert keep_most_important(importance, 2).tolist() == [True, False, True, False, True]
-    assert keep_most_important(importance, 1).tolist() == [True, False, True, True, True]
-    assert keep_most_important(importance, 0).all()
-
-
 def test_offloaded_weights_are_refused(tmp_path: Path) -> None:
     # As device_map offloads a layer: its gradients would go to copies, and its importance would be 0.
     places = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
@@ -226,13 +218,6 @@ def test_as_many_parameters_go_as_the_whole_layers_have(groups: RemovableGroups,
     share = wanted / (each * sum(sizes[linear] * counts[linear] for linear in LINEARS))
     if enough and counts["attention_output"] * share < counts["attention_output"] - 1:
         assert abs(removed["attention_output"] - share * counts["attention_output"]) <= max(0.5, 1 - share * 3)
-
-
-def test_a_quarter_of_the_parameters_is_a_quarter_of_heads_and_channels() -> None:
-    # The published share: 26 layers lose a quarter, the parameters of 6.5 layers.
-    removed = replace(LLAMA2, layer_size=LLAMA2.layer_size * 13 // 2).choose_counts(1)
-    assert removed["attention_output"] == 8
-    assert removed["mlp_output"] == pytest.approx(11008 / 4, abs=1)
 
 
 def test_too_many_layers_are_refused_with_the_possible_number() -> None:

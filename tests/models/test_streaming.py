@@ -17,13 +17,11 @@ from replaceme.models.memory import load_streamed
 from replaceme.models.model import Model
 from replaceme.models.streaming import (
     LayerStream,
-    LazyParameter,
-    evict_layers,
     layers_in_memory,
     replacing_parameter,
     stream_of,
 )
-from tests.conftest import LAYERS, REPRESENTATIVES, made_model
+from tests.conftest import REPRESENTATIVES, made_model
 from tests.helpers import TEXT, edits_of
 
 TWO_ROWS = torch.arange(2, 66).view(2, 32)
@@ -89,23 +87,6 @@ def test_no_more_weights_are_in_memory_than_were_allowed(tiny: Model) -> None:
 
 
 @torch.inference_mode()
-def test_layers_are_evicted_but_for_those_that_stay_or_are_in_use(tiny: Model) -> None:
-    model, own = streamed(tiny, 6)
-    expected = model(TEXT).logits
-    assert own.loaded == {*range(LAYERS)}
-    with layers_in_memory([own.layers[4]]):
-        evict_layers(model, [own.layers[1]])
-        assert own.loaded == {1, 4}
-        assert torch.equal(model(TEXT).logits, expected)
-    evict_layers(model)
-    assert all(isinstance(each, LazyParameter) for layer in own.layers for each in layer.parameters())
-    # A resident model has all it needs.
-    resident = tiny.load("float32")
-    evict_layers(resident)
-    assert torch.equal(resident(TEXT).logits, expected)
-
-
-@torch.inference_mode()
 def test_what_is_skipped_is_not_read(tiny: Model) -> None:
     model, own = streamed(tiny)
     logits_with(Edits("", [1, 2, 5]), model)
@@ -168,24 +149,7 @@ def test_weights_keep_the_dtype_that_each_is_stored_in(save_tiny: Callable[..., 
         assert all(torch.equal(found[name], expected[name]) for name in expected if "layers.0." in name)
 
 
-def test_a_weight_that_is_not_finite_is_refused_when_it_is_read(tiny: Model, tmp_path: Path) -> None:
-    name = "model.layers.4.mlp.up_proj.weight"
-    model, _ = streamed(altered(tiny, lambda tensors: tensors[name].view(-1).__setitem__(0, torch.nan), tmp_path))
-    with pytest.raises(ModelError, match=rf"^model_path: the weight {name} .* holds NaN"):
-        model(TEXT)
-
-
 def test_a_missing_weight_is_refused_at_once(tiny: Model, tmp_path: Path) -> None:
     name = "model.layers.4.mlp.up_proj.weight"
     with pytest.raises(ModelError, match=rf"^model_path: {name} \(1 in all\) is missing"):
         streamed(altered(tiny, lambda tensors: tensors.pop(name), tmp_path))
-
-
-def test_the_layers_are_all_that_stays_in_the_files(tiny: Model) -> None:
-    model, own = streamed(tiny)
-    assert len(own.layers) == LAYERS
-    assert {name for name, each in model.named_parameters() if not each.is_meta} == {
-        "model.embed_tokens.weight",
-        "model.norm.weight",
-    }
-    assert model.lm_head.weight is model.model.embed_tokens.weight

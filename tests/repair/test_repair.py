@@ -89,15 +89,6 @@ def test_each_kept_layer_is_solved_again_on_states_of_the_shortened_model(kind: 
     assert repairs[-1].after == pytest.approx(np.sqrt((np.square(goal["output"] - last).sum(1) * w).mean()), rel=1e-3)
 
 
-def test_with_an_infinite_ridge_nothing_is_repaired() -> None:
-    model = made_model(mlp_bias=False, attention_bias=False)
-    endless = {"repair_ridge_attention": 1e14, "repair_ridge_mlp": 1e14}
-    edits, run_repair = solved(model, many_documents(), (BLOCK,), repair=True, alpha=5.0, **endless)
-    run_repair()
-    assert len(edits.corrections) == 2 * (LAYERS - BLOCK.end)
-    assert all(weight.abs().max() < 1e-9 for weight, _ in edits.corrections.values())
-
-
 def test_the_joint_fit_solves_the_mlp_again_on_its_new_features() -> None:
     model, documents = made_model(dtype=torch.float64), many_documents()
     edits, run_repair = solved(model, documents, (BLOCK,), transform="joint", alpha=5.0)
@@ -155,17 +146,6 @@ def test_all_repairs_are_exported_exactly(
     save_pruned(source, edits, tmp_path)
     figures = verify_export(source, Model(tmp_path, "pruned"), edits, documents)
     assert figures["hidden_error_mean"] < figures["tolerance"]
-
-
-def test_the_size_of_a_batch_changes_nothing(documents: Documents) -> None:
-    found = []
-    for size in (1, 4):
-        model = made_model(dtype=torch.float64)
-        edits, run_repair = solved(model, documents, (BLOCK,), alpha=5.0, repair=True, batch_size=size)
-        run_repair()
-        apply_edits(model, Family(), edits)
-        found.append(model)
-    assert same_weights(*found)
 
 
 @pytest.mark.parametrize("linear", ["self_attn.q_proj", "mlp.up_proj"])
@@ -232,12 +212,3 @@ def test_a_later_joint_fit_is_added_to_the_repaired_attention() -> None:
     assert repaired.after < repaired.before
     assert attention.abs().max() > 0
     assert figures["block1"]["weighted_residual_joint"] < figures["block1"]["weighted_residual_transform"]
-
-
-def test_corrections_of_finished_layers_take_no_memory(tmp_path: Path) -> None:
-    edits, run_repair = solved(made_model(), many_documents(), (BLOCK,), alpha=5.0, repair=True)
-    run_repair(tmp_path)
-    # The name is that of a file which no folder lists.
-    assert edits.corrections
-    assert all(weight.untyped_storage().filename for weight, _ in edits.corrections.values())
-    assert not [*tmp_path.iterdir()]

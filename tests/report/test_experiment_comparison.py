@@ -245,12 +245,6 @@ def test_each_text_and_what_is_kept_above_chance_has_a_column_and_the_file_has_a
     assert list(tabulate_experiments([made(figures=figures)]).table["accuracy.retrieval_exact.pruned"]) == [0.125]
 
 
-def test_times_tell_no_experiment_from_the_commit_it_started_from() -> None:
-    rows, notes = table_of(made(), made(number=1, figures={"summary": {"seconds": 99.0, "memory_gb": 5.0}}))
-    assert [row["experiment"] for row in rows] == ["* gyral-le01"]
-    assert notes == []
-
-
 def test_costs_are_shown_where_they_are_known_and_the_gpus_memory_where_all_used_it() -> None:
     old, new = (made(method, figures={"summary": {}}) for method in ("lstsq", "uidl"))
     assert not {"time", "memory"} & set(table_of(old, new)[0][0])
@@ -331,13 +325,6 @@ def test_methods_are_drawn_where_most_are_of_one_size_and_by_perplexity_where_al
     figure = draw_methods(tabulate_experiments([made("uidl"), made("lstsq", 1, ratio=None)]))
     assert figure is not None
     assert figure.axes[0].get_xlabel() == "accuracy kept (% of dense)"
-
-
-def test_a_sweep_leaves_each_methods_best_in_the_picture() -> None:
-    own = [made("lstsq", n, ratio=1.5 + n / 100, alpha=float(n)) for n in range(40)]
-    figure = draw_methods(tabulate_experiments([*own, made("uidl", 50, 5.0), made("sleb", 51, 5.0)]))
-    assert figure is not None
-    assert names_of(figure) == ["lstsq"] * 22 + ["uidl", "sleb"]
 
 
 @pytest.mark.parametrize("widest", [400.0, 1.6])

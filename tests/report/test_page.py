@@ -17,7 +17,6 @@ from replaceme.methods.registry import FIELDS, METHODS
 from replaceme.models.embedded import MODELS
 from replaceme.pipeline import report as stage
 from replaceme.report import page as page_module
-from replaceme.report.formatting import format_duration, format_quantity
 from replaceme.report.page import render
 from replaceme.report.tables import PUBLISHED
 from replaceme.running.workspace import Workspace
@@ -366,13 +365,6 @@ def test_the_published_table_is_labelled_and_adds_up(show: Show) -> None:
     for _, percent, average, *tasks in PUBLISHED:
         assert sum(tasks) / 4 == pytest.approx(average, abs=0.06)
         assert 100 * sum(tasks) / 4 / dense == pytest.approx(percent, abs=0.1)
-
-
-def test_sizes_and_times_have_the_prefix_that_suits_them() -> None:
-    assert [format_quantity(value, "B") for value in (0, 999, 23040, 2.5e6, 1.5e10, 3e15)] == [
-        "0 B", "999 B", "23.04 kB", "2.5 MB", "15 GB", "3000 TB",
-    ]  # fmt: skip
-    assert [format_duration(value) for value in (0.0176, 5.44, 557.3, 7260)] == ["17.6 ms", "5.44 s", "9.29 min", "2.02 h"]
 
 
 # --- What the page must not contain -------------------------------------------------------------------------------------

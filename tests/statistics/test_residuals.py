@@ -80,19 +80,6 @@ def test_the_map_equals_a_direct_computation_for_sampled_pairs(batch_size: int, 
         assert found[last][host] == 0
 
 
-def test_held_out_tokens_come_from_other_documents_than_the_fits() -> None:
-    documents = made_documents(11)
-    fit, held = choose_tokens(documents, 200)
-    assert (len(fit), len(held)) == (200, 50)
-    ends = torch.tensor(sorted((len(document) for document in documents.documents), reverse=True)).cumsum(0)
-    fit_owners, held_owners = (set(torch.searchsorted(ends, tokens, right=True).tolist()) for tokens in (fit, held))
-    assert not fit_owners & held_owners
-    kept, out = split_documents(documents)
-    assert len(out) == len(held_owners) == 2
-    assert len(kept) + len(out) == 11
-    assert torch.equal(choose_tokens(documents, 200)[0], fit)
-
-
 def test_held_out_tokens_come_from_other_texts_than_the_fits() -> None:
     documents = Documents(made_documents(40).documents, [number // 4 for number in range(40)])
     fit, held = choose_tokens(documents, 200)
@@ -105,11 +92,6 @@ def test_held_out_tokens_come_from_other_texts_than_the_fits() -> None:
 
 def test_pieces_of_a_single_text_are_split_by_token() -> None:
     fit, held_out = choose_tokens(Documents(made_documents(9).documents, [0] * 9), 10_000)
-    assert fit.max() < held_out.min()
-
-
-def test_few_documents_are_split_by_token() -> None:
-    fit, held_out = choose_tokens(made_documents(2), 10_000)
     assert fit.max() < held_out.min()
 
 

@@ -111,12 +111,3 @@ def test_an_attention_whose_features_are_known_computes_its_last_linear_alone(ki
     assert not calls
     for signal in signals[2:]:
         assert torch.allclose(again.all(layer, signal), whole.all(layer, signal), rtol=1e-5, atol=1e-5)
-
-
-def test_padded_undoes_real(documents: Documents) -> None:
-    for batch in documents.batches(4):
-        states = torch.randn(*batch.input_ids.shape, 5)
-        padded = batch.padded(batch.real(states))
-        assert torch.equal(batch.real(padded), batch.real(states))
-        assert not padded[~batch.mask].any()
-        assert len(batch.real(states)) == len(range(10_000)[batch.tokens])

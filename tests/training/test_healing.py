@@ -12,16 +12,14 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from replaceme.base.documents import Documents
-from replaceme.base.errors import ParameterError
 from replaceme.base.files import read_json
 from replaceme.base.fingerprints import sha256_below
-from replaceme.base.parameters import Params, read_params
+from replaceme.base.parameters import Params
 from replaceme.base.plan import Block, Plan
 from replaceme.edits.edits import Edits
 from replaceme.edits.fold import apply_edits
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import verify_export
-from replaceme.methods.registry import METHODS
 from replaceme.models.context import ModelContext
 from replaceme.models.families import family_of
 from replaceme.models.model import Model
@@ -362,18 +360,3 @@ def test_everything_that_a_healing_depends_on_changes_the_key(
     assert len({*keys}) == len(keys) == len(others) + len(elsewhere) + 2
     heal(params, work)
     assert keys[-1] == keys[0]
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"method": "slicegpt"}, "heal_epochs: 2 has no place in method slicegpt"),
-        ({"method": "llm_streamline"}, "heal_epochs: 2 has no place in method llm_streamline"),
-        ({"device_map": "auto"}, "device_map: heal_epochs trains on one device; use null."),
-        ({"use_4bit": True}, "use_4bit: packs the weights that heal_epochs trains; use false."),
-        ({"dtype": "float16"}, "dtype: float16 is too short for the gradients of heal_epochs"),
-    ],
-)
-def test_settings_that_can_not_be_healed_are_refused(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(ParameterError, match=said):
-        read_params(None, {"heal_epochs": 2, **options}, METHODS)
