@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ruamel.yaml import YAML
 
-from replaceme.base.config import settings_yaml
 from replaceme.base.documents import Documents, split_documents
 from replaceme.base.errors import DatasetError
 from replaceme.base.parameters import Params, read_params
@@ -198,12 +196,6 @@ def test_an_option_that_does_not_apply_is_refused() -> None:
 def test_the_model_writes_enough_documents_for_its_share(dataset: Any, length: int, count: int) -> None:
     # Its own documents have at most 512 tokens.
     assert count_own_documents(settings(10, length, dataset=dataset)) == count
-
-
-def test_settings_hold_a_list_of_sources_as_it_was_written(tmp_path: Path) -> None:
-    dataset = ["lee-news", {str(tmp_path / "private" / "notes.jsonl"): 0.5}, {"self": {"share": 2.0}}]
-    text = settings_yaml(read_params(None, {"dataset": dataset}), ["dataset"])
-    assert YAML(typ="safe").load(text) == {"dataset": ["lee-news", {"notes.jsonl": {"share": 0.5}}, {"self": {"share": 2.0}}]}
 
 
 @pytest.mark.parametrize(("size", "few"), [(1, True), (8, False)])

@@ -200,13 +200,6 @@ def test_states_that_overflow_are_named() -> None:
         collapse_all(6, MergeSchedule(0, 6, 3, 1, 2), 0.45, lambda *_: float("nan"))
 
 
-def test_the_texts_are_a_few_whatever_the_documents() -> None:
-    texts = draw_texts(Documents([torch.arange(length) for length in range(1, 200)]))
-    assert len(texts) == module.TEXTS
-    assert max(map(len, texts.documents)) == module.LENGTH
-    assert len(draw_texts(Documents([torch.arange(1)]))) == 1
-
-
 def test_layers_of_other_shapes_are_not_merged() -> None:
     layers = made_model().model.layers
     check_same_shapes(layers, range(LAYERS))

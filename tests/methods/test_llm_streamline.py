@@ -231,32 +231,6 @@ def test_an_interrupted_run_resumes_to_the_same_bits(after: int, tmp_path: Path,
     assert (tmp_path / "stopped" / "loss.tsv").read_text() == (tmp_path / "whole" / "loss.tsv").read_text()
 
 
-def test_every_setting_of_a_training_makes_another_key(
-    save_tiny: Callable[..., Model], documents: Documents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    keys: list[str] = []
-
-    def noting(distillation: LayerDistillation, parameters: Any, schedule: LearningRateSchedule, folder: Path, key: str) -> Any:
-        keys.append(key)
-        return parameters, {"loss": [(0, 1.0)], "held_out_loss": []}
-
-    monkeypatch.setattr("replaceme.training.training.train", noting)
-    others = Documents([document.flip(0) for document in documents.documents])
-    for source, texts, options in (
-        ("llama", documents, {}),
-        ("llama", documents, {"llm_streamline_epochs": 2}),
-        ("llama", documents, {"llm_streamline_learning_rate": 1e-3}),
-        ("llama", documents, {"llm_streamline_form": "mlp"}),
-        ("llama", documents, {"batch_size": 2}),
-        ("llama", others, {}),
-        ("mistral", documents, {}),
-    ):
-        trained_by(save_tiny(source), texts, tmp_path, **options)
-    assert len({*keys}) == len(keys)
-    trained_by(save_tiny("llama"), documents, tmp_path)
-    assert keys[-1] == keys[0]
-
-
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "falcon", "qwen2_moe"])
 def test_a_trained_layer_is_exported_as_a_plain_model_and_verified(
     kind: str, save_tiny: Callable[..., Model], documents: Documents, tmp_path: Path

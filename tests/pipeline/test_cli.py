@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
 import replaceme
 from replaceme.base.fingerprints import sha256_below
@@ -167,13 +166,6 @@ def test_a_published_config_gives_what_the_published_script_gives(
     call(main, "prune", "--config", config, *FAST, "--save_path", "again")
     assert f"preset published ({config} names only keys of the published program" in capsys.readouterr().err
     assert sha256_below(Path("again")) == sha256_below(finished.result)
-
-
-def test_solve_saves_the_edits_alone(given: list[str | Path]) -> None:
-    call(main, "solve", *given, "--layers", "2", "--transform", "dense", "--repair", "false", "--save_path", "map")
-    (transform,) = load_file("map/edits.safetensors").values()
-    assert transform.shape == (32, 32)
-    assert not list(Path("map").glob("model*"))
 
 
 @pytest.mark.parametrize(

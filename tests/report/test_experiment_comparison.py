@@ -150,15 +150,6 @@ def test_a_dozen_methods_fit_a_terminal_with_their_speed() -> None:
     assert notes == ["transform: joint in gyral-le12, else dense", "repair: true in gyral-le12, else false"]
 
 
-def test_settings_make_columns_where_there_is_room_and_a_wide_one_leaves_it_to_the_others() -> None:
-    texts = [f"text-{number:03}" for number in range(12)]
-    own = [made(number=1, dataset=texts, repair=True), made(number=2, dataset="self"), made("uidl", 3)]
-    rows, notes = table_of(*own)
-    assert "dataset" not in rows[0]
-    assert {row["repair"] for row in rows if row["method"] == "lstsq"} == {"true", "false"}
-    assert f"dataset: self in gyral-le02, else [{', '.join(texts)}]" in notes
-
-
 def test_values_are_as_params_yaml_writes_them_and_break_no_markdown_table() -> None:
     nested = ["it is", {"it's.txt": {"share": 0.5, "split": None}}]
     assert format_setting(nested) == "[it is, {it's.txt: {share: 0.5, split: null}}]"
@@ -245,17 +236,6 @@ def test_each_text_and_what_is_kept_above_chance_has_a_column_and_the_file_has_a
     assert list(tabulate_experiments([made(figures=figures)]).table["accuracy.retrieval_exact.pruned"]) == [0.125]
 
 
-def test_costs_are_shown_where_they_are_known_and_the_gpus_memory_where_all_used_it() -> None:
-    old, new = (made(method, figures={"summary": {}}) for method in ("lstsq", "uidl"))
-    assert not {"time", "memory"} & set(table_of(old, new)[0][0])
-    assert sorted(row["time"] for row in table_of(old, new, made("cosine"))[0]) == ["", "", "2.17 min"]
-    on_gpu = [made(number=n, alpha=float(n), figures={"summary": {"memory_gb": 1.9, "gpu_memory_gb": 4.2}}) for n in range(2)]
-    (row, _), _ = table_of(*on_gpu)
-    assert row["GPU"] == "4.2 GB"
-    assert "memory" not in row
-    assert {"GPU", "memory"} <= set(table_of(*on_gpu, made(number=2, alpha=2.0))[0][0])
-
-
 def test_without_a_score_in_common_nothing_is_compared() -> None:
     with pytest.raises(ParameterError, match="no score in common"):
         tabulate_experiments([made(kept=None), made(kept=None, ratio=None, figures={"perplexity": {"own": {"ratio": 2.0}}})])
@@ -301,15 +281,6 @@ def test_experiments_that_differ_in_size_alone_are_a_series() -> None:
     joined = [line for line in figure.axes[0].lines if len(line.get_path().vertices) == 2 and line.get_alpha()]
     assert len({line.get_color() for line in joined}) == 3
     assert {text.get_text() for text in figure.axes[0].texts} == {"layers 4", "layers 8"}
-
-
-def test_with_too_many_series_each_method_is_one_and_the_legend_stays_within_the_picture() -> None:
-    figure = draw_quality(tabulate_experiments([*dozen(), *(made(number=20 + n, alpha=float(n)) for n in range(9))]))
-    to_png(figure)
-    assert legend_of(figure)[2:] == sorted({*DOZEN} - {*TRAINING} | {f"{method} (trained)" for method in TRAINING})
-    box = figure.legends[0].get_window_extent()
-    assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1
-    assert figure.axes[0].get_window_extent().height > 400
 
 
 def test_methods_are_drawn_where_most_are_of_one_size_and_by_perplexity_where_all_have_it() -> None:

@@ -11,9 +11,8 @@ from typing import Any
 import matplotlib
 import pytest
 
-from replaceme.base.config import settings_yaml
 from replaceme.base.parameters import Params, read_params
-from replaceme.methods.registry import FIELDS, METHODS
+from replaceme.methods.registry import METHODS
 from replaceme.models.embedded import MODELS
 from replaceme.pipeline import report as stage
 from replaceme.report import page as page_module
@@ -238,15 +237,6 @@ def test_the_distance_from_the_dense_model_is_given_for_each_text_and_first_for_
     ]
 
 
-@pytest.mark.parametrize(("p_value", "mark", "other"), [(0.049, "* differs", "° no"), (0.05, "° no", "* differs")])
-def test_only_marks_in_use_have_a_footnote(show: Show, p_value: float, mark: str, other: str) -> None:
-    assert "‡ the dense model isn't two standard errors above chance" in show().text
-    text = show(evaluation={"accuracy": {"piqa": {**EVALUATION["accuracy"]["piqa"], "p_value": p_value}}}).text
-    assert mark in text
-    assert other not in text
-    assert "‡" not in text
-
-
 @pytest.mark.parametrize("missing", [*combinations(EVALUATION, 1), ("perplexity", "word_perplexity", "byte_perplexity")])
 def test_what_is_absent_is_left_out(show: Show, missing: tuple[str, ...]) -> None:
     page = show(evaluation={key: value for key, value in EVALUATION.items() if key not in missing})
@@ -320,16 +310,6 @@ def test_removed_parts_of_layers_are_described_with_and_without_whole_layers(sho
     assert {"heads removed", "14", "123,456"} <= page.cells
     assert "the state after the last layer differs by 0.0024" in page.text
     assert not re.search(r"cut differs|removed layers and|of its 7", page.text)
-
-
-def test_healing_is_described(show: Show) -> None:
-    healed = {"trained_parameters": 12345, "training_steps": 31, "training_loss_first": 0.5, "training_loss_last": 0.25}
-    text = show(healed=healed).text
-    assert "12,345 weights from the first cut on were trained for 31 steps" in text
-    assert "the KL divergence from them, on its own documents, went from 0.500 to 0.250 nats per token" in text
-    healed |= {"held_out_loss_first": 0.75, "held_out_loss_last": 0.625}
-    assert "documents held out from it, went from 0.750 to 0.625" in show(healed=healed).text
-    assert "were trained" not in show().text
 
 
 def test_times_and_costs_are_on_the_page_only_when_measured(show: Show) -> None:
@@ -418,18 +398,6 @@ def test_the_users_files_are_named_without_their_folders(show: Show, tmp_path: P
 
 
 # --- Settings, pictures and files ---------------------------------------------------------------------------------------
-
-
-def test_the_settings_repeat_the_run_and_have_every_key_of_the_pipelines_file() -> None:
-    given = {
-        "dataset": "org/1e-6", "dataset_config": "no", "alpha": 1e-7, "layers_to_skip": 3, "eval_tokens": None,
-        "tasks": ["wikipedia", {"winogrande": {"fewshots": 5, "limit": 200}}, {"q.jsonl": {"choices": ["a", "b"]}}],
-    }  # fmt: skip
-    params = read_params(None, given, methods=METHODS)
-    file = Path("settings.yaml")
-    file.write_text(text := settings_yaml(params, FIELDS), encoding="utf-8")
-    assert read_params(file, methods=METHODS) == params
-    assert {line.split(":")[0] for line in text.splitlines() if line[0].isalpha()} == set(FIELDS)
 
 
 def test_the_stage_writes_the_page_its_pictures_the_settings_and_the_card(

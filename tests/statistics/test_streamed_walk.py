@@ -18,7 +18,7 @@ from replaceme.models.model import Model
 from replaceme.models.streaming import LayerStream, stream_of
 from replaceme.statistics.cut_statistics import STATISTICS, take_statistics
 from replaceme.statistics.profile import profile_model
-from replaceme.statistics.walk import RecordStates, Signal, Signals, forward_passes, signals_for, walk
+from replaceme.statistics.walk import RecordStates, Signal, Signals, signals_for, walk
 from tests.conftest import EXPERTS, LAYERS, NORM_AFTER_MLP, REPRESENTATIVES, WIDTH, made_config
 
 
@@ -106,21 +106,3 @@ def test_a_walk_from_a_later_layer_reads_only_the_layers_that_it_computes(tiny: 
         kept.append(states)
     assert torch.equal(*kept)
     assert own.bytes_read == 2 * own.sizes[0]
-
-
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3_moe"])
-@pytest.mark.parametrize("first", [None, 2])
-@torch.inference_mode()
-def test_whole_passes_give_the_same_logits_and_read_each_layer_once(
-    save_tiny: Callable[..., Model], documents: Documents, kind: str, first: int | None
-) -> None:
-    resident, streamed, own = pair(save_tiny(kind))
-    family, logits = family_of(made_config(kind)), []
-    entering = torch.randn(documents.token_count, WIDTH, generator=torch.Generator().manual_seed(0)).bfloat16()
-    for model in (resident, streamed):
-        with forward_passes(
-            model, family, documents.batches(2), None if first is None else EntryState(first, entering)
-        ) as batches:
-            logits.append([model(batch.input_ids, use_cache=False).logits for batch in batches])
-    assert all(map(torch.equal, *logits))
-    assert own.bytes_read == sum(own.sizes[first or 0 :])

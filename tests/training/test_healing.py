@@ -250,13 +250,6 @@ def test_the_stage_trains_exports_and_says_so(params: Params, tmp_path: Path) ->
     assert compression_figures(params.model_copy(update={"heal_epochs": 0}), work)["trained"] is False
 
 
-def test_without_epochs_the_stage_copies_its_input(params: Params, tmp_path: Path) -> None:
-    work = Workspace(tmp_path / "run")
-    run(params, work, to_export=False)
-    assert sha256_below(work.edits) == sha256_below(work.repaired)
-    assert read_json(work.metric("heal")) == {}
-
-
 @pytest.mark.usefixtures("checkpoint_at_each_chance")
 def test_an_interrupted_healing_resumes_to_the_same_bits(params: Params, tmp_path: Path) -> None:
     params, work = params.model_copy(update={"heal_epochs": 2, "batch_size": 4}), Workspace(tmp_path / "run")
