@@ -126,16 +126,6 @@ def test_a_huge_penalty_leaves_the_prior(given: dict[str, object]) -> None:
     assert torch.allclose(transform_of(result), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_the_same_result_twice(solver: str) -> None:
-    given = {"loss": "cosine", "solver": solver, "epochs": 3, "max_iterations": 5}
-    first = solved(**given)
-    solved.cache_clear()
-    second = solved(**given)
-    assert torch.equal(transform_of(first), transform_of(second))
-    assert first.loss_curve == second.loss_curve
-
-
 def test_a_solver_starts_at_the_closed_form_which_is_a_minimum_already() -> None:
     for solver in SOLVERS:
         figures = solved(loss="mse", solver=solver, start="closed_form").figures

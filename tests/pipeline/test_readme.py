@@ -44,10 +44,6 @@ SCRIPTS = [
 ]
 
 
-def test_the_readme_has_the_two_commands() -> None:
-    assert {"make", "make test"} <= {line.split("#")[0].strip() for line in COMMANDS}
-
-
 @pytest.mark.parametrize("line", ALL_COMMANDS)
 def test_every_command_is_one_that_there_is(line: str) -> None:
     words = shlex.split(line, comments=True)

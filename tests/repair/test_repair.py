@@ -21,9 +21,7 @@ from replaceme.edits.fold import apply_edits
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import verify_export
 from replaceme.models.families import Family, family_of, parameter_of
-from replaceme.models.memory import load_streamed, measure_parts
 from replaceme.models.model import Model
-from replaceme.models.streaming import stream_of
 from replaceme.repair.state import Repair
 from replaceme.statistics.features import LINEARS
 from tests.conftest import LAYERS, PLAIN_REPRESENTATIVES, made_model
@@ -167,15 +165,6 @@ def test_the_model_itself_is_unchanged_and_no_file_is_left(documents: Documents,
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_streamed_repair_ends_with_the_weights_of_its_last_layer_alone(documents: Documents, tiny: Model) -> None:
-    model = load_streamed(tiny, "float32", budget=sum(measure_parts(tiny, "float32")))
-    _, run_repair = solved(model, documents, (BLOCK,), alpha=5.0, repair=True)
-    run_repair()
-    own, last = stream_of(model), len(tiny.family().decoder_layers(model)) - 1
-    assert own is not None
-    assert own.loaded <= {last}
 
 
 def test_a_scratch_disk_that_is_too_small_is_named(

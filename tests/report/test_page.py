@@ -260,13 +260,6 @@ def test_scores_on_calibration_text_are_marked_wherever_they_stand(show: Show) -
         assert tile in page.text
 
 
-def test_continuations_of_both_models_stand_side_by_side(show: Show) -> None:
-    text = show().text
-    assert "Prose: The river dense ran high. pruned river river Question: Which capital? (known answer: Paris)" in text
-    assert "dense Paris. pruned Nothing: it ends the text." in text
-    assert "go on" not in show(continuations=[]).html
-
-
 # --- What was done ------------------------------------------------------------------------------------------------------
 
 

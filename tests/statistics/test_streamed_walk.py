@@ -12,14 +12,13 @@ from replaceme.base.documents import Batch, Documents
 from replaceme.base.plan import Block
 from replaceme.models.context import ModelContext
 from replaceme.models.families import Family, family_of
-from replaceme.models.layers import EntryState
 from replaceme.models.memory import load_streamed
 from replaceme.models.model import Model
 from replaceme.models.streaming import LayerStream, stream_of
 from replaceme.statistics.cut_statistics import STATISTICS, take_statistics
 from replaceme.statistics.profile import profile_model
-from replaceme.statistics.walk import RecordStates, Signal, Signals, signals_for, walk
-from tests.conftest import EXPERTS, LAYERS, NORM_AFTER_MLP, REPRESENTATIVES, WIDTH, made_config
+from replaceme.statistics.walk import Signal, Signals, signals_for, walk
+from tests.conftest import EXPERTS, LAYERS, NORM_AFTER_MLP, REPRESENTATIVES, made_config
 
 
 class Recorder:
@@ -92,17 +91,3 @@ def test_profile_and_statistics_are_the_same_bits(
         take_statistics(ModelContext(each, family, documents, 2, tmp_path), block, names) for each in (streamed, resident)
     )
     assert equal(found, expected)
-
-
-def test_a_walk_from_a_later_layer_reads_only_the_layers_that_it_computes(tiny: Model, documents: Documents) -> None:
-    resident, streamed, own = pair(tiny, "float32")
-    family, tokens = family_of(made_config()), documents.token_count
-    entering = torch.randn(tokens, WIDTH, generator=torch.Generator().manual_seed(0))
-    kept = []
-    for model in (resident, streamed):
-        states = torch.empty(2, tokens, WIDTH)
-        observers = [RecordStates(3, ("attention",), states[0]), RecordStates(4, ("output",), states[1])]
-        walk(ModelContext(model, family, documents, 2), observers, description=None, start=EntryState(3, entering))
-        kept.append(states)
-    assert torch.equal(*kept)
-    assert own.bytes_read == 2 * own.sizes[0]
