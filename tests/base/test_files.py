@@ -53,6 +53,23 @@ def test_an_interrupted_folder_never_appears_and_leaves_the_old_one_as_it_was(tm
     assert (tmp_path / "out" / "whole").read_text(encoding="utf-8") == "new"
 
 
+def test_a_failure_between_the_two_renames_keeps_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "out", "old")
+    replace = os.replace
+
+    def fail(source: Path, target: Path) -> None:
+        if target == tmp_path / "out" and source.name == "out":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        with pytest.raises(KeyboardInterrupt):
+            write(tmp_path / "out", "new")
+    assert names_below(tmp_path) == ["out", "out/whole"]
+    assert (tmp_path / "out" / "whole").read_text(encoding="utf-8") == "old"
+
+
 @pytest.mark.parametrize("kind", ["folder", "file"])
 def test_a_writer_that_is_killed_at_any_operation_leaves_the_old_or_the_new_content(kind: str, tmp_path: Path) -> None:
     path, number = tmp_path / "out", 0

@@ -136,6 +136,12 @@ def test_the_file_is_yaml_1_2_and_the_command_line_wins(
     assert getattr(read_params(written(tmp_path, text), given), key) == value
 
 
+def test_equal_values_of_a_repeated_key_are_accepted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING", "replaceme"):
+        assert read_params(written(tmp_path, "layers_to_skip: 4\nalpha: 0\nlayers_to_skip: 4 # again")).layers_to_skip == 4
+    assert "layers_to_skip is given twice with the same value" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

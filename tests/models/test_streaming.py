@@ -149,6 +149,13 @@ def test_weights_keep_the_dtype_that_each_is_stored_in(save_tiny: Callable[..., 
         assert all(torch.equal(found[name], expected[name]) for name in expected if "layers.0." in name)
 
 
+def test_a_weight_that_is_not_finite_is_refused_when_it_is_read(tiny: Model, tmp_path: Path) -> None:
+    name = "model.layers.4.mlp.up_proj.weight"
+    model, _ = streamed(altered(tiny, lambda tensors: tensors[name].view(-1).__setitem__(0, torch.nan), tmp_path))
+    with pytest.raises(ModelError, match=rf"^model_path: the weight {name} .* holds NaN"):
+        model(TEXT)
+
+
 def test_a_missing_weight_is_refused_at_once(tiny: Model, tmp_path: Path) -> None:
     name = "model.layers.4.mlp.up_proj.weight"
     with pytest.raises(ModelError, match=rf"^model_path: {name} \(1 in all\) is missing"):

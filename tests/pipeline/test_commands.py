@@ -317,6 +317,11 @@ def test_memory_that_runs_out_while_loading_is_said_as_such(
     assert error.startswith("error: memory ran out; lower batch_size")
 
 
+def test_few_tokens_are_warned_of(arguments: list[str | Path], capsys: pytest.CaptureFixture[str]) -> None:
+    call(commands.get_lt_with_lstsq, *arguments, "--dataset_size", "2", "--alpha", "1")
+    assert "dataset_size: 96 tokens are few for a width of 32; the fit needs at least 256" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("files", "said"),
     [

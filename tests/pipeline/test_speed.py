@@ -1,7 +1,9 @@
 """The measurement of speed: what is waited for, what is refused, and how the models are opened."""
 
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +11,8 @@ import torch
 from replaceme.base.errors import ModelError
 from replaceme.base.parameters import Params
 from replaceme.models.model import Model
-from replaceme.pipeline import speed
+from replaceme.pipeline import actions, speed
+from replaceme.running.workspace import Workspace
 
 
 def test_the_clock_waits_for_every_gpu_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,3 +38,24 @@ def test_times_fit_the_positions_that_a_model_has(
     monkeypatch.setattr(speed, "ROUNDS", 1)
     short = save_tiny("gpt2", max_position_embeddings=70)
     assert speed.measure_speed(params, short, short)["prompt_tokens"] == 6
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_code_of_a_model_is_trusted_only_if_the_user_says_so(
+    trusted: bool, params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Model] = []
+
+    def measure(_params: Params, _dense: Model, pruned: Model) -> Any:
+        opened.append(pruned)
+        raise InterruptedError
+
+    monkeypatch.setattr("replaceme.pipeline.speed.measure_speed", measure)
+    monkeypatch.setattr("replaceme.models.find.recorded_model", lambda _params, path: Model(path, "dense"))
+    monkeypatch.setattr("replaceme.models.find.identity", lambda _: None)
+    monkeypatch.setattr(actions, "read_json", lambda _: None)
+    monkeypatch.setattr(actions, "existing_result", lambda _: Workspace(tmp_path))
+    own = params.model_copy(update={"trust_remote_code": trusted})
+    with pytest.raises(InterruptedError):
+        actions.measure(own)
+    assert [model.trust_remote_code for model in opened] == [trusted]

@@ -8,6 +8,7 @@ import pytest
 from replaceme.base.files import read_json
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.parameters import Params
+from replaceme.pipeline.evaluate import _warn_of_differences
 from replaceme.pipeline.inputs import inspect_inputs
 from replaceme.pipeline.runner import STAGES
 from replaceme.running import versions as versions_module
@@ -44,3 +45,22 @@ def test_a_stage_depends_on_the_version_of_each_listed_package_that_it_imports(n
     assert "torch" in declared
     # models/hub.py imports datasets to resolve a data set, which these stages don't read.
     assert imported & listed - declared <= ({"datasets"} if name in ORDER[2:10] else set())
+
+
+MADE = {"processor": "one kind", "torch": "1", "lm-eval": "1"}
+
+
+@pytest.mark.parametrize(
+    ("device", "made_with", "said"),
+    [
+        ("cpu", MADE, ""),
+        ("cuda", {**MADE, "processor": "other"}, "with device cpu, processor one kind, the pruned one with device cuda, "),
+        ("cpu", {**MADE, "lm-eval": "2"}, "was scored with lm-eval 1, the pruned one with lm-eval 2;"),
+    ],
+)
+def test_scores_made_with_other_versions_are_warned_of(
+    device: str, made_with: dict[str, str], said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    _warn_of_differences({"device": "cpu", "made_with": MADE}, {"device": device, "made_with": made_with})
+    assert len(caplog.records) == bool(said)
+    assert said in caplog.text
