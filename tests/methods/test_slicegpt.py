@@ -86,7 +86,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("one_basis", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("kind", ["llama", "granite", "phi3"])
+@pytest.mark.parametrize("kind", SLICED)
 def test_a_sliced_model_computes_what_the_projected_one_does(kind: str, tied: bool, one_basis: bool) -> None:
     model = in_float64(made_model(kind, torch.float64, tie_word_embeddings=tied, rms_norm_eps=0.1))
     family, edits = family_of(model.config), random_edits(model.config, 24, one_basis)

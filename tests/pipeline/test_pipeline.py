@@ -164,8 +164,13 @@ def test_the_readme_has_commands_that_are_run() -> None:
 
 
 @pytest.mark.parametrize(("language", "body"), QUICK)
-def test_quick_commands_of_the_readme_run_as_they_stand(language: str, body: str, project: Path) -> None:
-    assert shell(project, *(("bash", "-euc") if language == "bash" else ("python", "-c")), body)
+def test_quick_commands_of_the_readme_run_as_they_stand(
+    language: str, body: str, project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(project)
+    if language == "python":
+        exec(body, {})
+    assert shell(project, "bash", "-euc", body) if language == "bash" else capsys.readouterr().out
 
 
 def test_a_second_run_runs_inputs_and_cost_alone_and_changes_no_byte(project: Path) -> None:
