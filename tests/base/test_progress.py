@@ -68,15 +68,6 @@ def test_printed_lines_and_messages_keep_their_order_in_one_file() -> None:
     assert done.stdout.splitlines() == ["before", "a table", "after"]
 
 
-@pytest.mark.parametrize("total", [4, None])
-def test_items_pass_as_they_are_and_one_at_a_time(total: int | None) -> None:
-    taken: list[int] = []
-    items = progress((taken.append(number) or number for number in range(4)), "test", "items", total=total)
-    assert next(items) == 0
-    assert taken == [0]
-    assert list(items) == [1, 2, 3]
-
-
 def terminal_output(program: str, *arguments: str) -> str:
     """Run a Python program with a terminal as its standard error, and return what it wrote there."""
     ours, theirs = pty.openpty()

@@ -61,17 +61,6 @@ def test_a_scratch_file_gives_back_what_it_was_given(tmp_path: Path, dtype: torc
         assert list(tmp_path.iterdir()) == []
 
 
-def test_a_scratch_file_does_not_grow_where_a_place_is_free(tmp_path: Path) -> None:
-    with ScratchFile(tmp_path) as file:
-        kept = file.mapping()
-        for number in range(10):
-            kept["state"] = torch.full((100,), float(number))
-        assert file.end == 400
-        kept["other"] = kept.pop("state")
-        assert file.end == 400
-        assert float(kept["other"].sum()) == 900
-
-
 def test_a_scratch_file_says_what_the_disk_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2 << 20))
     with (

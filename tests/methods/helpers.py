@@ -8,7 +8,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from replaceme.base.documents import Documents
 from replaceme.base.errors import ParameterError
@@ -28,7 +27,7 @@ from replaceme.repair.state import Repair
 from replaceme.running.workspace import Workspace
 from replaceme.statistics.cut_statistics import take_statistics
 from tests.conftest import WIDTH, made_model
-from tests.helpers import TEXT, context_of, many_documents, shortened_logits
+from tests.helpers import context_of, many_documents
 
 BLOCK = Block(2, 4)
 
@@ -107,17 +106,6 @@ def same_weights(a: Any, b: Any, tolerance: float = 1e-3) -> bool:
     return all(
         torch.allclose(one, other, rtol=tolerance, atol=tolerance * float(other.detach().abs().max())) for one, other in pairs
     )
-
-
-def assert_saved_computes_edits(source: Model, edits: Edits, documents: Documents, folder: Path) -> None:
-    """Save a pruned model of a form of its own, verify it, and compare it, loaded by its own code, with a plain computation."""
-    save_pruned(source, edits, folder)
-    figures = verify_export(source, Model(folder, "pruned"), edits, documents)
-    assert figures["hidden_error_mean"] < figures["tolerance"]
-    loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
-    expected = shortened_logits(source.load(), edits, TEXT)
-    with torch.no_grad():
-        assert (loaded(TEXT).logits - expected).norm() < 1e-3 * expected.norm()
 
 
 def run_stages(params: Params, work: Workspace, *names: str) -> None:

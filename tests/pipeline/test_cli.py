@@ -9,12 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
 import replaceme
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.published import RECOMMENDED
-from replaceme.cli import main as cli
 from replaceme.cli.commands import GROUPS
 from replaceme.cli.main import COMMANDS, OTHERS, main
 from replaceme.methods.registry import FIELDS, METHODS
@@ -26,7 +24,6 @@ from tests.conftest import LAYERS, UNDESCRIBED, made_tokenizer
 from tests.helpers import FAST, call
 from tests.pipeline.closure import ROOT
 from tests.pipeline.conftest import Finished
-from tests.pipeline.helpers import Hub
 
 NAMES = [*COMMANDS, *OTHERS]
 SCREEN = 52
@@ -171,13 +168,6 @@ def test_a_published_config_gives_what_the_published_script_gives(
     assert sha256_below(Path("again")) == sha256_below(finished.result)
 
 
-def test_solve_saves_the_edits_alone(given: list[str | Path]) -> None:
-    call(main, "solve", *given, "--layers", "2", "--transform", "dense", "--repair", "false", "--save_path", "map")
-    (transform,) = load_file("map/edits.safetensors").values()
-    assert transform.shape == (32, 32)
-    assert not list(Path("map").glob("model*"))
-
-
 @pytest.mark.parametrize(
     ("you_have", "kind"),
     [
@@ -244,10 +234,3 @@ def test_a_model_that_is_not_the_pruned_ones_dense_model_is_refused(
     call(main, "evaluate", "--model", "result", *where, "--compare_with", name, code=2)
     assert f"\nerror: compare_with: {said}" in capsys.readouterr().err
     assert not Path("s.json").exists()
-
-
-def test_push_is_the_scripts(tiny: Model, api: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
-    monkeypatch.setattr(cli.publish, "_upload", lambda options, folder: asked.append(options.repo_id))
-    call(main, "push", "--save_path", tiny.folder, "--repo_id", "you/small")
-    assert asked == ["you/small"]

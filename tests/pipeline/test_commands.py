@@ -214,14 +214,6 @@ def test_get_distance_analysis_lists_the_best_block_of_each_size(
     assert len(pairs) == 1 + 6 * 5 // 2
 
 
-def test_evaluate_model_prints_the_scores_and_writes_them(
-    tiny: Model, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    call(commands.evaluate_model, "--model_path", tiny.folder, "--tasks", text_file, "--save_path", tmp_path / "s.json", *FAST)
-    assert "text perplexity" in capsys.readouterr().out
-    assert json.loads((tmp_path / "s.json").read_text())["perplexity"]["text"]["token"] > 1
-
-
 @pytest.mark.parametrize(
     ("given", "said"),
     [

@@ -2,13 +2,8 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
-from benchmarks.faults import describe_differences
-from benchmarks.sandbox import Sandbox
 from tests.pipeline.closure import ROOT
 
 # A program that makes two folders and a file, each below the folder that is its argument.
@@ -48,29 +43,3 @@ def test_a_try_is_killed_before_the_operation_that_is_asked_for(tmp_path: Path) 
 def test_a_try_that_ends_first_is_reported_with_its_code_and_its_operations(tmp_path: Path) -> None:
     assert tried(tmp_path, 4) == "3 3 False written"
     assert (tmp_path / "two/file").read_text(encoding="utf-8") == "content"
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (
-            lambda made: (made / "pruned/model.safetensors").write_bytes(b"\1"),
-            "other bits: results/pruned/model.safetensors",
-        ),
-        (lambda made: (made / "pruned/model.safetensors").unlink(), "missing: results/pruned/model.safetensors"),
-        (lambda made: (made / "pruned.7.partial").touch(), "left behind: results/pruned.7.partial"),
-        (lambda made: (made / "empty").mkdir(), "left behind: results/empty/"),
-        (lambda made: (made / "pruned.work/stages/solve.json").write_text("2 s"), ""),
-    ],
-)
-def test_flipped_missing_and_left_files_are_seen_and_times_are_not(
-    tmp_path: Path, change: Callable[[Path], object], words: str
-) -> None:
-    sandbox = Sandbox(tmp_path, tmp_path)
-    sandbox.clear()
-    for name in ("pruned/config.json", "pruned/model.safetensors", "pruned.work/stages/solve.json"):
-        (sandbox.results / name).parent.mkdir(parents=True, exist_ok=True)
-        (sandbox.results / name).write_bytes(b"\0")
-    right = sandbox.content()
-    change(sandbox.results)
-    assert describe_differences(right, sandbox.content()) == words

@@ -1,7 +1,6 @@
 """The folder of a result without DVC: one process at a time, never another's files, and a run that is killed goes on."""
 
 import os
-import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from replaceme.pipeline.results import exclusive_result, publish_file, publish_f
 from replaceme.running.stage import Stage, run_stage
 from replaceme.running.workspace import Workspace
 from tests.helpers import FAST, call
-from tests.interruption import died_at, ended_process, started
+from tests.interruption import died_at, ended_process
 
 
 @pytest.fixture
@@ -76,28 +75,6 @@ def test_a_second_process_in_one_folder_stops(
         call(main, "push", "--repo_id", "you/r", "--save_path", tmp_path / "r", code=2)
         assert "is in use by" in capsys.readouterr().err
         assert {path: path.stat().st_mtime_ns for path in place.root.rglob("*")} == before
-
-
-def test_of_many_processes_in_one_folder_one_works_at_a_time(placed: Params, tmp_path: Path) -> None:
-    busy = tmp_path / "busy"
-
-    def work() -> None:
-        for _ in range(4):
-            try:
-                with exclusive_result(placed, "") as place:
-                    busy.mkdir()  # it fails if another one is here
-                    with new_folder(place.profile) as folder:
-                        (folder / f"{os.getpid()}").touch()
-                        time.sleep(0.01)
-                    publish_folder(place, place.profile)
-                    busy.rmdir()
-            except ParameterError as refusal:
-                assert "is in use by" in str(refusal)  # noqa: PT017
-                time.sleep(0.005)
-
-    children = [started(work) for _ in range(4)]
-    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 4
-    assert len(list((tmp_path / "places" / "r").iterdir())) == 1
 
 
 def test_what_ended_runs_left_is_cleared_and_checkpoints_stay(placed: Params, tmp_path: Path) -> None:

@@ -151,15 +151,6 @@ def test_a_dozen_methods_fit_a_terminal_with_their_speed() -> None:
     assert notes == ["transform: joint in gyral-le12, else dense", "repair: true in gyral-le12, else false"]
 
 
-def test_settings_make_columns_where_there_is_room_and_a_wide_one_leaves_it_to_the_others() -> None:
-    texts = [f"text-{number:03}" for number in range(12)]
-    own = [made(number=1, dataset=texts, repair=True), made(number=2, dataset="self"), made("uidl", 3)]
-    rows, notes = table_of(*own)
-    assert "dataset" not in rows[0]
-    assert {row["repair"] for row in rows if row["method"] == "lstsq"} == {"true", "false"}
-    assert f"dataset: self in gyral-le02, else [{', '.join(texts)}]" in notes
-
-
 def test_values_are_as_params_yaml_writes_them_and_break_no_markdown_table() -> None:
     nested = ["it is", {"it's.txt": {"share": 0.5, "split": None}}]
     assert format_setting(nested) == "[it is, {it's.txt: {share: 0.5, split: null}}]"
@@ -246,23 +237,6 @@ def test_each_text_and_what_is_kept_above_chance_has_a_column_and_the_file_has_a
     assert list(tabulate_experiments([made(figures=figures)]).table["accuracy.retrieval_exact.pruned"]) == [0.125]
 
 
-def test_times_tell_no_experiment_from_the_commit_it_started_from() -> None:
-    rows, notes = table_of(made(), made(number=1, figures={"summary": {"seconds": 99.0, "memory_gb": 5.0}}))
-    assert [row["experiment"] for row in rows] == ["* gyral-le01"]
-    assert notes == []
-
-
-def test_costs_are_shown_where_they_are_known_and_the_gpus_memory_where_all_used_it() -> None:
-    old, new = (made(method, figures={"summary": {}}) for method in ("lstsq", "uidl"))
-    assert not {"time", "memory"} & set(table_of(old, new)[0][0])
-    assert sorted(row["time"] for row in table_of(old, new, made("cosine"))[0]) == ["", "", "2.17 min"]
-    on_gpu = [made(number=n, alpha=float(n), figures={"summary": {"memory_gb": 1.9, "gpu_memory_gb": 4.2}}) for n in range(2)]
-    (row, _), _ = table_of(*on_gpu)
-    assert row["GPU"] == "4.2 GB"
-    assert "memory" not in row
-    assert {"GPU", "memory"} <= set(table_of(*on_gpu, made(number=2, alpha=2.0))[0][0])
-
-
 def test_without_a_score_in_common_nothing_is_compared() -> None:
     with pytest.raises(ParameterError, match="no score in common"):
         tabulate_experiments([made(kept=None), made(kept=None, ratio=None, figures={"perplexity": {"own": {"ratio": 2.0}}})])
@@ -310,15 +284,6 @@ def test_experiments_that_differ_in_size_alone_are_a_series() -> None:
     assert {text.get_text() for text in figure.axes[0].texts} == {"layers 4", "layers 8"}
 
 
-def test_with_too_many_series_each_method_is_one_and_the_legend_stays_within_the_picture() -> None:
-    figure = draw_quality(tabulate_experiments([*dozen(), *(made(number=20 + n, alpha=float(n)) for n in range(9))]))
-    to_png(figure)
-    assert legend_of(figure)[2:] == sorted({*DOZEN} - {*TRAINING} | {f"{method} (trained)" for method in TRAINING})
-    box = figure.legends[0].get_window_extent()
-    assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1
-    assert figure.axes[0].get_window_extent().height > 400
-
-
 def test_methods_are_drawn_where_most_are_of_one_size_and_by_perplexity_where_all_have_it() -> None:
     smaller = [made("uidl", 20 + n, removed=10.5 + n / 2) for n in range(2)]
     comparison = tabulate_experiments([*dozen(), *smaller])
@@ -332,13 +297,6 @@ def test_methods_are_drawn_where_most_are_of_one_size_and_by_perplexity_where_al
     figure = draw_methods(tabulate_experiments([made("uidl"), made("lstsq", 1, ratio=None)]))
     assert figure is not None
     assert figure.axes[0].get_xlabel() == "accuracy kept (% of dense)"
-
-
-def test_a_sweep_leaves_each_methods_best_in_the_picture() -> None:
-    own = [made("lstsq", n, ratio=1.5 + n / 100, alpha=float(n)) for n in range(40)]
-    figure = draw_methods(tabulate_experiments([*own, made("uidl", 50, 5.0), made("sleb", 51, 5.0)]))
-    assert figure is not None
-    assert names_of(figure) == ["lstsq"] * 22 + ["uidl", "sleb"]
 
 
 @pytest.mark.parametrize("widest", [400.0, 1.6])

@@ -27,11 +27,11 @@ from replaceme.selection.compensation import (
     scaling_edits,
 )
 from replaceme.selection.cut_loss import cut_losses
-from tests.conftest import KINDS, LAYERS, OBSTACLES, PLAIN, UNDESCRIBED, made_model
+from tests.conftest import KINDS, LAYERS, OBSTACLES, PLAIN_REPRESENTATIVES, REPRESENTATIVES, UNDESCRIBED, made_model
 from tests.helpers import TEXT, context_of, loss_without, many_documents, means, norm_in_float64, shortened_logits
 from tests.methods.helpers import assert_repaired_and_exported, model_refusals
 
-SCALABLE = [kind for kind in KINDS if not kind.startswith("olmo")]
+SCALABLE = [kind for kind in REPRESENTATIVES if not kind.startswith("olmo")]
 
 
 @torch.no_grad()
@@ -249,7 +249,7 @@ def test_a_part_that_sees_the_scale_of_the_stream_is_refused(part: str, document
         require_scalable(ModelContext(model, family, documents, 4))
 
 
-@pytest.mark.parametrize("kind", PLAIN)
+@pytest.mark.parametrize("kind", PLAIN_REPRESENTATIVES)
 def test_repair_follows_scalars(kind: str, save_tiny: Callable[..., Model], tmp_path: Path) -> None:
     source = save_tiny(kind)
     if source.family().norm_before:

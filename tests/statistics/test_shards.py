@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from replaceme.base.documents import Documents
 from replaceme.base.errors import ResourceError
 from replaceme.statistics.cut_statistics import take_statistics
-from replaceme.statistics.shards import ShardWriter, StoredShards, Tokens
+from replaceme.statistics.shards import StoredShards, Tokens
 from tests.conftest import WIDTH, made_model
 from tests.helpers import context_of
 from tests.statistics.helpers import BLOCK, at_cut
@@ -66,11 +66,3 @@ def test_tokens_that_do_not_fit_on_the_disk_are_refused_before_any_is_written(
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
     take_statistics(context_of(made_model(), documents, 4, tmp_path), BLOCK, ["tokens"])
-
-
-def test_the_writer_waits_with_less_than_a_shard(tmp_path: Path, small_shards: None) -> None:
-    writer = ShardWriter(tmp_path, ("added", "goal"), 1000)
-    for _ in range(20):
-        writer.add(torch.randn(37, WIDTH), torch.randn(37, WIDTH))
-        assert sum(len(parts[0]) for parts in writer.waiting) < TOKENS_A_SHARD
-    assert writer.finish().sum() == 20 * 37

@@ -10,8 +10,8 @@ import torch
 from replaceme.base.documents import Batch, Documents
 from replaceme.base.group import Shard, all_gather, all_reduce_sum, compute_on_rank0, merge_rows, process_group, shard, sharing
 from replaceme.base.plan import Block
-from replaceme.statistics.cut_statistics import REDUCIBLE, STATISTICS, take_statistics
-from replaceme.statistics.walk import Reducible, Signal, Signals, signals_for, walk
+from replaceme.statistics.cut_statistics import REDUCIBLE, take_statistics
+from replaceme.statistics.walk import Signal, Signals, signals_for, walk
 from tests.conftest import made_model
 from tests.helpers import context_of, many_documents
 from tests.ranks import in_ranks
@@ -107,9 +107,3 @@ def test_statistics_of_two_processes_are_those_of_one(batch_size: int, tmp_path:
     assert len(first) == sum(map(len, alone.values()))
     for name, each, values in first:
         torch.testing.assert_close(torch.tensor(values), alone[name][each].to(torch.tensor(values)), rtol=1e-6, atol=1e-12)
-
-
-def test_the_statistics_that_processes_share_are_those_that_add_up(tmp_path: Path) -> None:
-    model = made_model()
-    context = context_of(model, many_documents(7), folder=tmp_path)
-    assert {name for name, made in STATISTICS.items() if isinstance(made(Block(2, 4), context), Reducible)} == REDUCIBLE
