@@ -13,7 +13,7 @@ from replaceme.base.errors import ModelError, ParameterError
 from replaceme.base.parameters import Params, size_of
 from replaceme.base.progress import logger
 from replaceme.models.devices import free_memory, release_memory, resolve_device
-from replaceme.models.dtypes import dtype_name, is_finite
+from replaceme.models.dtypes import dtype_name, is_finite, proof_dtypes
 from replaceme.models.families import FAMILIES, Family
 from replaceme.models.model import Model
 from replaceme.models.model_files import StoredTensor
@@ -60,36 +60,42 @@ def load_within_budget(
 
 
 def weight_budget(
-    source: Model,
-    params: Params,
-    dtype: str,
-    *,
-    packed: bool = False,
-    obstacle: str | None = None,
-    layer_dtype: str | None = None,
-    operator_width: int = 0,
+    source: Model, params: Params, dtype: str, *, packed: bool = False, obstacle: str | None = None
 ) -> int | None:
     """Return the bytes that the weights of a streamed model may take; None if it is loaded whole.
 
     Args:
         source, params, dtype, packed, obstacle: as of ``load_within_budget``.
-        layer_dtype: another dtype of its layers if it is streamed; None is the same.
-        operator_width: d, if the pruned model, which is streamed too, has a layer with a (d, d) matrix more; else 0.
 
     Raises:
         ParameterError: the model has to be streamed by ``memory``, and can't be, or not within so little.
     """
+    outside, layers = _measure_layers(source, dtype, dtype)
+    # NF4 of 16 bits: 4, and a scale for each 64 entries. What is outside the layers stays as it is.
+    whole = outside + (sum(layers) * 9 // 32 if packed else sum(layers))
+    obstacle = obstacle or _find_obstacle(source, params, packed)
+    return _choose_budget(source, params, whole, outside, max(layers, default=0), obstacle)
+
+
+def proof_budget(source: Model, params: Params, obstacle: str | None, operator_width: int = 0) -> int | None:
+    """Return what ``weight_budget`` does for the export's proof, which computes in the formats of ``proof_dtypes``.
+
+    Args:
+        source, params, obstacle: as of ``load_within_budget``.
+        operator_width: d, if the pruned model, which is streamed too, has a layer with a (d, d) matrix more; else 0.
+    """
+    outside_dtype, inside = proof_dtypes(source)
+    obstacle = obstacle or _find_obstacle(source, params, packed=False)
+    # Loaded whole, all of it has the dtype of the layers.
+    outside, layers = _measure_layers(source, inside if obstacle else outside_dtype, inside)
+    largest = max(layers, default=0) + operator_width**2 * getattr(torch, inside).itemsize
+    return _choose_budget(source, params, outside + sum(layers), outside, largest, obstacle)
+
+
+def _choose_budget(source: Model, params: Params, needed: int, outside: int, largest: int, obstacle: str | None) -> int | None:
+    """Return the bytes for a streamed model's weights, given those of the whole, outside its layers, and of the largest one."""
     if params.memory is None:
         return None
-    obstacle = obstacle or _find_obstacle(source, params, packed)
-    layer_dtype = layer_dtype or dtype
-    # Loaded whole, all of it has the dtype of the layers.
-    outside, of_layers = _measure_layers(source, layer_dtype if obstacle else dtype, layer_dtype)
-    needed, largest = outside + sum(of_layers), max(of_layers, default=0)
-    largest += operator_width**2 * getattr(torch, layer_dtype).itemsize
-    if packed:
-        # NF4 of 16 bits: 4, and a scale for each 64 entries. What is outside the layers stays as it is.
-        needed = outside + sum(of_layers) * 9 // 32
     auto = params.memory == "auto"
     budget = _free_budget(params) if auto else size_of(str(params.memory))
     if auto and needed > budget:

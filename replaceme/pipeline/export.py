@@ -12,9 +12,8 @@ from replaceme.export.verification import verify_export
 from replaceme.methods.registry import METHODS
 from replaceme.models.depth import broken_patterns
 from replaceme.models.devices import use_processor
-from replaceme.models.dtypes import proof_dtypes
 from replaceme.models.find import recorded_model
-from replaceme.models.memory import choose_processor, weight_budget
+from replaceme.models.memory import choose_processor, proof_budget
 from replaceme.models.model import Model
 from replaceme.models.model_files import CARD
 from replaceme.models.own_form import FILE, is_own_form
@@ -31,9 +30,8 @@ def export(params: Params, work: Workspace) -> None:
     use_processor(params.threads)
     source, edits = recorded_model(params, work.model_input), Edits.load(work.edits)
     obstacle = "the method's edit changes the shapes of weights" if edits.model_edit and edits.model_edit.reshapes else None
-    # The proof computes in these formats, on the processor.
-    outside, layers = proof_dtypes(source)
-    budget = weight_budget(source, choose_processor(params), outside, layer_dtype=layers, obstacle=obstacle)
+    # The proof computes on the processor.
+    budget = proof_budget(source, choose_processor(params), obstacle)
     with new_folder(work.model) as folder:
         counts = save_pruned(source, edits, folder, budget)
         write_record(params, read_json(work.dataset_input), source.folder, folder)

@@ -22,9 +22,9 @@ from replaceme.methods.refusals import check_model, streaming_obstacle
 from replaceme.methods.registry import METHODS, criterion_of
 from replaceme.models.checks import check_weights
 from replaceme.models.devices import resolve_device
-from replaceme.models.dtypes import dtype_name, proof_dtypes, stored_dtype, working_dtype
+from replaceme.models.dtypes import dtype_name, stored_dtype, working_dtype
 from replaceme.models.find import find_model, identity
-from replaceme.models.memory import format_size, weight_budget, weight_bytes
+from replaceme.models.memory import format_size, proof_budget, weight_budget, weight_bytes
 from replaceme.models.model import Model, layer_count, positions_of
 from replaceme.models.model_files import CARD_FILES, TEXT_RECORD
 from replaceme.models.recognition import check_cut
@@ -109,9 +109,8 @@ def _log_needs(params: Params, model: Model) -> None:
     # Only the model of the calibration passes is packed.
     dtypes = {params.eval_dtype: False, params.dtype: params.use_4bit}
     budgets = [weight_budget(model, params, dtype, packed=packed, obstacle=obstacle) for dtype, packed in dtypes.items()]
-    (outside, layers), width = proof_dtypes(model), int(model.config().hidden_size)
-    matrix = width if METHODS[params.method].operator(params) else 0
-    budgets.append(weight_budget(model, params, outside, layer_dtype=layers, obstacle=obstacle, operator_width=matrix))
+    matrix = int(model.config().hidden_size) if METHODS[params.method].operator(params) else 0
+    budgets.append(proof_budget(model, params, obstacle, matrix))
     stored = dtype_name(stored_dtype(model))
     # The export compares the weights of two models, and then computes with one of them.
     whole = max(2 * weight_bytes(model, stored), *(weight_bytes(model, dtype) for dtype in {*dtypes, working_dtype(model)}))
