@@ -17,9 +17,8 @@ from replaceme.models.families import family_of
 from replaceme.models.model import Model
 from replaceme.models.own_form import FILE, check_own_form, is_own_form
 from tests.conftest import REPRESENTATIVES, WIDTH, made_model
-from tests.helpers import hooked_and_folded, norm_in_float64, shortened_logits
+from tests.helpers import TEXT, hooked_and_folded, norm_in_float64, shortened_logits
 
-TEXT = torch.arange(2, 42)[None]
 FORMS = {"scalar": (), "diagonal": (WIDTH,), "dense": (WIDTH, WIDTH)}
 
 

@@ -36,7 +36,7 @@ from replaceme.selection.collapse import (
 )
 from replaceme.selection.criteria import allowed_starts
 from tests.conftest import EXPERTS, LAYERS, OBSTACLES, PLAIN_REPRESENTATIVES, REPRESENTATIVES, made_model
-from tests.helpers import TEXT, context_of, hooked_and_folded, mixing
+from tests.helpers import context_of, hooked_and_folded, logits_of, mixing
 from tests.methods.helpers import assert_repaired_and_exported, model_refusals
 
 DENSE = [kind for kind in REPRESENTATIVES if kind not in EXPERTS]
@@ -87,12 +87,6 @@ def slowly(model: Any, texts: Documents, schedule: MergeSchedule, threshold: flo
         else:
             place -= 1
     return merged_model, kept, scores
-
-
-@torch.no_grad()
-def logits_of(model: Any) -> torch.Tensor:
-    logits: torch.Tensor = model(TEXT, use_cache=False).logits
-    return logits
 
 
 def test_a_layer_that_absorbs_others_is_the_papers_sum() -> None:

@@ -36,7 +36,7 @@ from replaceme.models.own_form import is_own_form
 from replaceme.pipeline.inputs import inspect_inputs
 from replaceme.running.workspace import Workspace
 from tests.conftest import DESCRIBED, FAMILY_CONFIGS, KINDS, LAYERS, made_model
-from tests.helpers import TEXT, hooked_and_folded
+from tests.helpers import TEXT, hooked_and_folded, logits_of
 from tests.methods.helpers import method_context, model_refusals
 
 CUT = [kind for kind, family in DESCRIBED.items() if not family.head_pruning_obstacle]
@@ -68,12 +68,6 @@ def zeroed_logits(model: Any, removed: RemovedGroups) -> torch.Tensor:
         weight = parameter_of(family.linear_of(family.decoder_layers(model)[layer], linear), "weight")
         weight *= groups.repeat_interleave(weight.shape[1] // len(groups)).to(weight)
     return logits_of(model)
-
-
-def logits_of(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        logits: torch.Tensor = model(TEXT, use_cache=False).logits
-    return logits
 
 
 def pieces(count: int = 12, length: int = 64) -> Documents:

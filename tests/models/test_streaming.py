@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from replaceme.base.errors import ModelError, ParameterError
 from replaceme.edits.edits import Edits
@@ -22,7 +21,7 @@ from replaceme.models.streaming import (
     stream_of,
 )
 from tests.conftest import REPRESENTATIVES, made_model
-from tests.helpers import TEXT, edits_of
+from tests.helpers import TEXT, edits_of, rewrite_tensors
 
 TWO_ROWS = torch.arange(2, 66).view(2, 32)
 
@@ -130,9 +129,7 @@ def test_a_parameter_can_be_read_and_replaced(tiny: Model, loaded: bool) -> None
 def altered(source: Model, change: Callable[[dict[str, torch.Tensor]], Any], folder: Path) -> Model:
     """Return a copy of a model whose weights a function has changed."""
     copy = Model(Path(shutil.copytree(source.folder, folder / "altered")), "altered")
-    tensors = load_file(copy.folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, copy.folder / "model.safetensors", metadata={"format": "pt"})
+    rewrite_tensors(copy.folder, change)
     return copy
 
 

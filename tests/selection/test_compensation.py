@@ -28,7 +28,7 @@ from replaceme.selection.compensation import (
 )
 from replaceme.selection.cut_loss import cut_losses
 from tests.conftest import KINDS, LAYERS, OBSTACLES, PLAIN_REPRESENTATIVES, REPRESENTATIVES, UNDESCRIBED, made_model
-from tests.helpers import TEXT, context_of, loss_without, many_documents, means, norm_in_float64, shortened_logits
+from tests.helpers import TEXT, context_of, logits_of, loss_without, many_documents, means, norm_in_float64, shortened_logits
 from tests.methods.helpers import assert_repaired_and_exported, model_refusals
 
 SCALABLE = [kind for kind in REPRESENTATIVES if not kind.startswith("olmo")]
@@ -89,12 +89,6 @@ def float64(kind: str) -> Any:
     if family_of(model.config).norm_after_mlp:
         norm_in_float64(model, family_of(model.config))
     return model
-
-
-@torch.no_grad()
-def logits_of(model: Any) -> torch.Tensor:
-    logits: torch.Tensor = model(TEXT, use_cache=False).logits
-    return logits
 
 
 @torch.no_grad()
