@@ -101,7 +101,8 @@ def test_a_message_on_a_terminal_has_a_line_of_its_own_beside_the_bars() -> None
 
 LIBRARIES = """
 import sys
-from replaceme.cli import commands
+from replaceme.cli.commands import run_replaceme
+from replaceme.pipeline import actions
 
 def use_libraries(params):
     from datasets import Dataset
@@ -109,7 +110,8 @@ def use_libraries(params):
     AutoModelForCausalLM.from_pretrained(params.model_path).save_pretrained(params.save_path)
     Dataset.from_dict({"a": [1, 2]}).map(lambda row: row).save_to_disk(params.save_path + "/table")
 
-commands._run(use_libraries, "test")
+actions.prune = use_libraries
+run_replaceme()
 """
 
 
