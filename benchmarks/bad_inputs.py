@@ -1,12 +1,10 @@
 """Bad input of every kind, made up by hypothesis: each case must be refused in one sentence, in seconds, or run.
 
-``python -m benchmarks.bad_inputs [--cases 300] [--seed 0]`` generates configs, options, text files, question files, model
-folders and paths for the result, and gives each to a console script in a forked process, with a tiny random model and no hub.
-A case passes if it ends with exit code 2 and one sentence a problem, of at most 300 characters, that names a key or the file;
-or if it runs, because the change did no harm. It prints the counts, and each failure with what repeats it.
+Configs, options, text files, question files, model folders and paths for the result are given to a console script in a forked
+process, with a tiny random model and no hub. A case passes if it ends with exit code 2 and one sentence a problem, of at most
+300 characters, that names a key or the file; or if it runs, because the change did no harm. ``benchmarks.faults`` runs them.
 """
 
-import argparse
 import json
 import os
 import resource
@@ -19,6 +17,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -29,7 +28,6 @@ from hypothesis import seed as seeded
 from hypothesis import strategies as st
 
 from replaceme.base.errors import SENTENCE_CHARACTERS, excerpt
-from replaceme.base.progress import align
 from replaceme.base.published import PUBLISHED_KEYS
 from replaceme.cli import commands
 from replaceme.cli.commands import ALIASES
@@ -72,6 +70,16 @@ class Outcome:
     said: str
 
 
+@dataclass(frozen=True)
+class GoodInput:
+    """A good input, of which each case changes something: options, and the bytes of files by name or suffix."""
+
+    options: Mapping[str, str]
+    model: Mapping[str, bytes]
+    texts: Mapping[str, bytes]
+    questions: bytes
+
+
 # ---- What is generated ----------------------------------------------------------------------------------------------
 
 NASTY = (
@@ -86,38 +94,38 @@ VALUES = st.one_of(st.sampled_from(NASTY), TYPED, st.integers().map(str), st.flo
 RUN = st.sampled_from([commands.run_replaceme, commands.run_uidl, commands.evaluate_model, commands.get_distance_analysis])
 
 
-def damaged(content: bytes) -> st.SearchStrategy[bytes]:
+def damage(content: bytes) -> st.SearchStrategy[bytes]:
     """Bytes of a file, changed: a few other bytes, cut off, doubled, or none of them."""
-    places = st.lists(
+    changes = st.lists(
         st.tuples(st.integers(0, max(len(content) - 1, 0)), st.integers(32, 126) | st.integers(0, 255)), min_size=1, max_size=3
     )
 
-    def changed(edits: list[tuple[int, int]]) -> bytes:
+    def change(edits: list[tuple[int, int]]) -> bytes:
         made = bytearray(content)
-        for place, byte in edits:
-            made[place] = byte
+        for at, byte in edits:
+            made[at] = byte
         return bytes(made)
 
     cut = st.integers(0, len(content)).map(lambda end: content[:end])
     inside = st.tuples(st.integers(0, len(content)), st.binary(min_size=1, max_size=20)).map(
         lambda pair: content[: pair[0]] + pair[1] + content[pair[0] :]
     )
-    return st.one_of(places.map(changed), cut, inside, st.binary(max_size=200), st.sampled_from(WRONG_FILES))
+    return st.one_of(changes.map(change), cut, inside, st.binary(max_size=200), st.sampled_from(WRONG_FILES))
 
 
 WRONG_FILES = (
-    b"", b"\n", b"\xff\xfe\x00", b"PK\x03\x04" + bytes(200), b"[" * 100_000, b'{"a":' * 50_000, b"x" * 3_000_000, b"\x00" * 100,
+    b"", b"\n", b"\xff\xfe\x00", b"PK\x03\x04" + bytes(200), b"x" * 3_000_000, b"\x00" * 100,
     b"a;b\n1;2\n", b"null", b"[]", b"{}", b"3", b'"x"', b"\xef\xbb\xbf{}", b'{"text": NaN}', b'{"text": 1e999}',
-    b'{"\\ud800": 1}',     b'{"text": ' + b"9" * 5000 + b"}", b"PAR1" + bytes(50) + b"PAR1",
+    b'{"text": ' + b"9" * 5000 + b"}", b"PAR1" + bytes(50) + b"PAR1",
 )  # fmt: skip
 INSTEAD = st.sampled_from(["folder", "loop"])
 
 
-def configs(place: "Place") -> st.SearchStrategy[Case]:
-    base = "".join(f"{key}: {value}\n" for key, value in place.good.items())
+def configs(good: GoodInput) -> st.SearchStrategy[Case]:
+    base = "".join(f"{key}: {value}\n" for key, value in good.options.items())
     wrong = st.lists(st.tuples(st.one_of(KEYS, st.sampled_from(NASTY), TYPED), VALUES), min_size=1, max_size=2)
     replaced = wrong.map(
-        lambda pairs: "".join(f"{key}: {value}\n" for key, value in {**place.good, **dict(pairs)}.items()).encode(
+        lambda pairs: "".join(f"{key}: {value}\n" for key, value in {**good.options, **dict(pairs)}.items()).encode(
             "utf-8", "replace"
         )
     )
@@ -132,22 +140,22 @@ def configs(place: "Place") -> st.SearchStrategy[Case]:
             "# none",
         ]
     ).map(str.encode)
-    files = st.one_of(replaced, replaced, damaged(base.encode()), shapes, st.just("folder"))
+    files = st.one_of(replaced, replaced, damage(base.encode()), shapes, st.just("folder"))
     return st.tuples(RUN, files).map(
         lambda pair: Case(pair[0], {"config": "config.yaml"}, {"config.yaml": pair[1]}, checks_only=True)
     )
 
 
-def options(place: "Place") -> st.SearchStrategy[Case]:
+def options(good: GoodInput) -> st.SearchStrategy[Case]:
     wrong = st.dictionaries(KEYS, VALUES, min_size=1, max_size=2)
     word = st.one_of(st.sampled_from(NASTY), VALUES.map(lambda value: f"--{value}"), KEYS.map(lambda key: f"--{key}"))
     words = st.sampled_from([(), (), ()]) | st.tuples(word) | st.tuples(word, word)
     return st.tuples(RUN, wrong, words).map(
-        lambda made: Case(made[0], {**place.good, **made[1]}, words=made[2], checks_only=True)
+        lambda made: Case(made[0], {**good.options, **made[1]}, words=made[2], checks_only=True)
     )
 
 
-def texts(place: "Place") -> st.SearchStrategy[Case]:
+def texts(good: GoodInput) -> st.SearchStrategy[Case]:
     cells = st.one_of(
         st.none(), st.text(max_size=9), st.integers(), st.booleans(), st.floats(), st.lists(st.text(max_size=3), max_size=2)
     )
@@ -162,19 +170,19 @@ def texts(place: "Place") -> st.SearchStrategy[Case]:
     columns = st.one_of(st.none(), st.none(), st.sampled_from(["text", "nothing", "x" * 500]))
 
     def case(suffix: str) -> st.SearchStrategy[Case]:
-        content = st.one_of(damaged(place.texts[suffix]), contents.get(suffix, st.binary(max_size=99)), INSTEAD)
+        content = st.one_of(damage(good.texts[suffix]), contents.get(suffix, st.binary(max_size=99)), INSTEAD)
         return st.tuples(names, content, columns).map(
             lambda made: Case(
                 commands.get_lt_with_lstsq,
-                {**place.good, "dataset": f"./{made[0]}{suffix}", **({"dataset_column": made[2]} if made[2] else {})},
+                {**good.options, "dataset": f"./{made[0]}{suffix}", **({"dataset_column": made[2]} if made[2] else {})},
                 {f"{made[0]}{suffix}": made[1]},
             )
         )
 
-    return st.one_of(*map(case, place.texts))
+    return st.one_of(*map(case, good.texts))
 
 
-def questions(place: "Place") -> st.SearchStrategy[Case]:
+def questions(good: GoodInput) -> st.SearchStrategy[Case]:
     cells = st.one_of(
         st.none(), st.text(max_size=5), st.integers(-2, 3), st.lists(st.one_of(st.text(max_size=5), st.integers()), max_size=3)
     )
@@ -184,50 +192,48 @@ def questions(place: "Place") -> st.SearchStrategy[Case]:
     entries = st.sampled_from(
         ["q.jsonl", "[q.jsonl, q.jsonl]", "{q.jsonl: {question: text}}", "{q.jsonl: {limit: 1}}", "[./q.jsonl]"]
     )
-    return st.tuples(entries, st.one_of(damaged(place.questions), lines, INSTEAD)).map(
-        lambda made: Case(commands.evaluate_model, {**place.good, "tasks": made[0]}, {"q.jsonl": made[1]})
+    return st.tuples(entries, st.one_of(damage(good.questions), lines, INSTEAD)).map(
+        lambda made: Case(commands.evaluate_model, {**good.options, "tasks": made[0]}, {"q.jsonl": made[1]})
     )
 
 
-def models(place: "Place") -> st.SearchStrategy[Case]:
+def models(good: GoodInput) -> st.SearchStrategy[Case]:
     values: st.SearchStrategy[Any] = st.sampled_from(
         [0, -1, 1, 7, 10**9, 10**30, -(10**9), 0.5, float("nan"), float("inf"), "", "x", "x" * 5000, "float32", "a/b", [],
-         [1], {}, {"a": 1}, None, True, False, [[]] * 3, "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3]
+         [1], {}, {"a": 1}, None, True, False, [[]] * 3]
     )  # fmt: skip
 
-    def mutated(name: str) -> st.SearchStrategy[dict[str, bytes | str]]:
-        content = place.model[name]
-        ways = [damaged(content), INSTEAD]
+    def mutate(name: str) -> st.SearchStrategy[dict[str, bytes | str]]:
+        content = good.model[name]
+        changes = [damage(content), INSTEAD]
         if name.endswith(".json"):
             whole = json.loads(content)
             keys = st.one_of(
                 st.sampled_from(sorted(whole)), st.sampled_from(["auto_map", "quantization_config", "architectures", "dtype"])
             )
-            ways = [*ways, *[st.tuples(keys, values).map(lambda pair: json.dumps({**whole, pair[0]: pair[1]}).encode())] * 3]
-            ways.append(keys.map(lambda key: json.dumps({k: v for k, v in whole.items() if k != key}).encode()))
-        return st.one_of(*ways).map(lambda made: {name: made})
+            changes += [st.tuples(keys, values).map(lambda pair: json.dumps({**whole, pair[0]: pair[1]}).encode())] * 3
+            changes.append(keys.map(lambda key: json.dumps({k: v for k, v in whole.items() if k != key}).encode()))
+        return st.one_of(*changes).map(lambda made: {name: made})
 
-    index = st.one_of(damaged(b'{"weight_map": {"a": "b.safetensors"}}')).map(
-        lambda made: {"model.safetensors.index.json": made}
-    )
-    names = ["config.json", "config.json", *place.model]
+    index = damage(b'{"weight_map": {"a": "b.safetensors"}}').map(lambda made: {"model.safetensors.index.json": made})
+    names = ["config.json", "config.json", *good.model]
     scripts = st.sampled_from([commands.run_replaceme, commands.evaluate_model])
-    return st.tuples(scripts, st.one_of(*map(mutated, names), index)).map(
+    return st.tuples(scripts, st.one_of(*map(mutate, names), index)).map(
         lambda made: Case(
             made[0],
-            {**place.good, "model_path": "model"},
-            {f"model/{name}": content for name, content in {**place.model, **made[1]}.items()},
+            {**good.options, "model_path": "model"},
+            {f"model/{name}": content for name, content in {**good.model, **made[1]}.items()},
         )
     )
 
 
-def places(place: "Place") -> st.SearchStrategy[Case]:
+def result_paths(good: GoodInput) -> st.SearchStrategy[Case]:
     contents = st.one_of(st.binary(max_size=50), st.sampled_from(WRONG_FILES), st.just(b'{"name": "x"}'), INSTEAD)
     names = st.sampled_from(["package.json", "there/file", "there"]) | st.sampled_from(NASTY)
     return st.tuples(RUN, names, contents).map(
         lambda made: Case(
             made[0],
-            {**place.good, "save_path": made[1]},
+            {**good.options, "save_path": made[1]},
             {name: made[2] for name in [made[1]] if name in ("package.json", "there/file")} | {"there/other": b"x"},
             checks_only=made[0] is not commands.evaluate_model,
         )
@@ -236,21 +242,11 @@ def places(place: "Place") -> st.SearchStrategy[Case]:
 
 KINDS = {
     "configs": configs, "options": options, "text files": texts, "question files": questions, "model folders": models,
-    "paths for the result": places,
+    "paths for the result": result_paths,
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Place:
-    """A good input, of which each case changes something: options, and the bytes of files by name or suffix."""
-
-    good: Mapping[str, str]
-    model: Mapping[str, bytes]
-    texts: Mapping[str, bytes]
-    questions: bytes
-
-
-def made_place(folder: Path) -> Place:
+def make_good_input(folder: Path) -> GoodInput:
     """Make a tiny model and texts in ``folder``."""
     import pandas as pd
 
@@ -264,7 +260,7 @@ def made_place(folder: Path) -> Place:
     asked = [{"question": row[:40], "choices": [row[40:50], row[50:60]], "answer": 0} for row in rows[:6]]
     held_out = folder / "held-out.txt"
     held_out.write_text(made_text(20, 99), encoding="utf-8")
-    return Place(
+    return GoodInput(
         {**SETTINGS, "model_path": str(folder / "tiny"), "dataset": str(folder / "text.txt"), "tasks": str(held_out)},
         {path.name: path.read_bytes() for path in sorted((folder / "tiny").iterdir())},
         {
@@ -281,13 +277,8 @@ def made_place(folder: Path) -> Place:
 # ---- How a case is run ----------------------------------------------------------------------------------------------
 
 
-def table(cases: int, seed: int) -> list[Row]:
-    """Run ``cases`` cases and return a row a kind: kind, cases, refused in one sentence, ran, failed."""
-    return counted(run_cases(cases, seed))
-
-
-def counted(outcomes: list[Outcome]) -> list[Row]:
-    """Return the rows of ``table`` for these outcomes."""
+def count_outcomes(outcomes: list[Outcome]) -> list[Row]:
+    """Return a row a kind: kind, cases, refused in one sentence, ran, failed."""
     counts = [[outcome.verdict for outcome in outcomes if outcome.kind == kind] for kind in KINDS]
     return [
         (kind, len(verdicts), *(verdicts.count(verdict) for verdict in ("refused", "ran", "failed")))  # type: ignore[misc]
@@ -295,29 +286,22 @@ def counted(outcomes: list[Outcome]) -> list[Row]:
     ]
 
 
-def run_cases(cases: int, seed: int, kinds: tuple[str, ...] = tuple(KINDS)) -> list[Outcome]:
-    """Generate and run the cases, the same share of each kind; failures are written to stderr as they come."""
+def run_cases(cases: int, seed: int) -> list[Outcome]:
+    """Generate and run the cases, each kind in turn; failures are written to stderr as they come."""
     outcomes: list[Outcome] = []
-    with tempfile.TemporaryDirectory(prefix="bad-inputs-") as root, _without_the_world(Path(root)):
-        place = made_place(Path(root))
+    with tempfile.TemporaryDirectory(prefix="bad-inputs-") as root, _isolated_environment(Path(root)):
+        good = make_good_input(Path(root))
         catalogue.task_index()  # read once here, not by each process
-        for position, kind in enumerate(kinds):
-            outcomes += _run_kind(kind, place, cases // len(kinds) + (position < cases % len(kinds)), seed)
+        strategies = {kind: make_strategy(good) for kind, make_strategy in KINDS.items()}
+        for number, (kind, strategy) in zip(range(cases), cycle(strategies.items()), strict=False):
+            case = generate_case(strategy, f"{seed} {number}")
+            outcomes.append(outcome := Outcome(kind, number, case, *run_case(case)))
+            if outcome.verdict == "failed":
+                print(f"failed: {describe_outcome(outcome)} (seed {seed})", file=sys.stderr, flush=True)
     return outcomes
 
 
-def _run_kind(kind: str, place: Place, cases: int, seed: int) -> list[Outcome]:
-    outcomes = []
-    strategy = KINDS[kind](place)
-    for number in range(cases):
-        case = generated(strategy, f"{seed} {kind} {number}")
-        outcomes.append(outcome := Outcome(kind, number, case, *run_case(case)))
-        if outcome.verdict == "failed":
-            print(f"failed: {described(outcome)} (seed {seed})", file=sys.stderr, flush=True)
-    return outcomes
-
-
-def generated(strategy: st.SearchStrategy[Case], seed: str) -> Case:
+def generate_case(strategy: st.SearchStrategy[Case], seed: str) -> Case:
     """Return the case that hypothesis makes from a seed.
 
     It is the second example: the first is always the simplest, and the second differs from it in its first part, the number.
@@ -334,7 +318,7 @@ def generated(strategy: st.SearchStrategy[Case], seed: str) -> Case:
 
 
 @contextmanager
-def _without_the_world(root: Path) -> Iterator[None]:
+def _isolated_environment(root: Path) -> Iterator[None]:
     """No hub, a cache of its own, and the tiny model in place of the embedded one."""
     with ExitStack() as stack:
         stack.enter_context(mock.patch.dict(os.environ, {"REPLACEME_CACHE": str(root / "cache")}))
@@ -351,8 +335,8 @@ def run_case(case: Case) -> tuple[str, float, str]:
         began = time.monotonic()
         child = os.fork()
         if child == 0:
-            _work(case, Path(folder), said.fileno())
-        code = _ended(child)
+            _run_in_child(case, Path(folder), said.fileno())
+        code = _wait_for_exit(child)
         seconds = time.monotonic() - began
         said.seek(0)
         text = said.read().decode("utf-8", "replace")
@@ -365,7 +349,7 @@ def run_case(case: Case) -> tuple[str, float, str]:
     return "refused" if refused else "failed", seconds, f"exit code {code}: {text}"
 
 
-def _ended(child: int) -> int | None:
+def _wait_for_exit(child: int) -> int | None:
     """Return a child's exit code; None after the limit, when it is killed."""
     handle = os.pidfd_open(child)
     try:
@@ -378,7 +362,7 @@ def _ended(child: int) -> int | None:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def _work(case: Case, folder: Path, said: int) -> None:
+def _run_in_child(case: Case, folder: Path, said: int) -> None:
     """Run a case in this process, which ends with it."""
     code = 1
     try:
@@ -390,7 +374,7 @@ def _work(case: Case, folder: Path, said: int) -> None:
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
         os.chdir(folder)
         for name, content in case.files.items():
-            _place(Path(name), content)
+            _write_file(Path(name), content)
         if case.checks_only:
             mock.patch("replaceme.pipeline.runner.stage_key", side_effect=SystemExit(0)).start()
             mock.patch("replaceme.evaluation.scores.score_model", side_effect=SystemExit(0)).start()
@@ -406,7 +390,7 @@ def _work(case: Case, folder: Path, said: int) -> None:
         os._exit(code)
 
 
-def _place(path: Path, content: bytes | str) -> None:
+def _write_file(path: Path, content: bytes | str) -> None:
     """Write a file, or put something else in its place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(content, bytes):
@@ -417,7 +401,7 @@ def _place(path: Path, content: bytes | str) -> None:
         path.symlink_to(path.name)
 
 
-def described(outcome: Outcome) -> str:
+def describe_outcome(outcome: Outcome) -> str:
     """Return a failure in a few lines: what repeats it, and what it said."""
     changed = {
         name: excerpt(repr(content), 200) for name, content in outcome.case.files.items() if not name.startswith("model/")
@@ -426,23 +410,3 @@ def described(outcome: Outcome) -> str:
     end = "\n    ".join(outcome.said.strip().splitlines()[-3:])
     name = f"{outcome.kind} {outcome.number}: {outcome.case.command.__name__}"
     return f"{name} {options} {excerpt(outcome.case.words)} {changed}, {outcome.seconds:.1f} s\n    {end}"
-
-
-def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--cases", type=int, default=300)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
-    parser.add_argument("--each", action="store_true", help="print every case, not only the failures")
-    asked = parser.parse_args()
-    outcomes = run_cases(asked.cases, asked.seed, tuple(asked.kinds))
-    for outcome in outcomes if asked.each else []:
-        print(f"{outcome.verdict}: {described(outcome)}")
-    rows = counted(outcomes)
-    print(align([("kind", "cases", "refused", "ran", "failed"), *(tuple(map(str, row)) for row in rows)]))
-    print(f"the slowest took {max(outcome.seconds for outcome in outcomes):.1f} s (seed {asked.seed})")
-
-
-if __name__ == "__main__":
-    main()

@@ -26,6 +26,7 @@ from replaceme.models.devices import resolve_device, use_processor
 from replaceme.models.families import decoder_of
 from replaceme.models.find import find_model
 from replaceme.repair.repair import STEPWISE, repair_layers
+from replaceme.repair.resume import Checkpoints
 from replaceme.selection.blocks import smallest_blocks
 from replaceme.selection.criteria import allowed_starts
 from replaceme.selection.cut_loss import SHORTLIST, cut_losses
@@ -48,8 +49,9 @@ def main(size: int | None) -> None:
     model, family = source.load(params.dtype, resolve_device(params.device)), source.family()
     corpora = [dataset.open(params.seed) for dataset in find_datasets(params) if dataset]
     documents, _ = draw_documents(corpora, source.tokenizer(), params.model_copy(update={"dataset_size": size}))
-    profiled = profile_model(ModelContext(model, family, documents, params.batch_size))
-    starts = allowed_starts(params, len(family.decoder_layers(model)), criterion_of(params))
+    context = ModelContext(model, family, documents, params.batch_size)
+    profiled = profile_model(context)
+    starts = allowed_starts(params, len(context.layers), criterion_of(params))
     cuts = smallest_blocks(profiled["residual"], starts, params.layers_to_skip, SHORTLIST)
     block = cuts[0]
 
@@ -61,12 +63,13 @@ def main(size: int | None) -> None:
 
     def fit(setting: Params) -> None:
         method = METHODS[setting.method]
-        taken = take_statistics(ModelContext(model, family, documents, params.batch_size), block, method.statistics(setting))
+        taken = take_statistics(context, block, method.statistics(setting))
         solved = method.solve(setting, block, taken.__getitem__)
         if setting.repair or setting.transform in STEPWISE:
             solved.edits.removed_layers = [*block.layers]
             plan = Plan((block,), method.statistics(setting))
-            repair_layers(setting, ModelContext(model, family, documents, setting.batch_size), solved.edits, plan)
+            with tempfile.TemporaryDirectory() as folder:
+                repair_layers(setting, context, solved.edits, plan, Checkpoints(Path(folder), ""))
 
     settings = {
         transform: params.model_copy(update={"method": "lstsq", "transform": transform, "repair": False})
@@ -74,28 +77,25 @@ def main(size: int | None) -> None:
     }
 
     def heal() -> None:
-        last, batch_size = len(family.decoder_layers(model)) - 1, params.batch_size
-        states = record_entry_and_exit(ModelContext(model, family, documents, batch_size), block.layer_before_cut, last)
-        task = LogitDistillation(
-            ModelContext(model, family, documents, 4), Edits("", [*block.layers]), block.layer_before_cut, *states
-        )
-        schedule = LearningRateSchedule(params.heal_learning_rate, 1, batch_size, "heal_learning_rate")
+        states = record_entry_and_exit(context, block.layer_before_cut, len(context.layers) - 1)
+        task = LogitDistillation(context, Edits("", [*block.layers]), block.layer_before_cut, *states)
+        schedule = LearningRateSchedule(params.heal_learning_rate, 1, params.batch_size, "heal_learning_rate")
         with tempfile.TemporaryDirectory() as folder:
             train(task, task.trainable_parameters(), schedule, Path(folder), "")
 
     steps: dict[str, Callable[[], object]] = {
         "bare forward pass": bare,
-        "profile": lambda: profile_model(ModelContext(model, family, documents, params.batch_size)),
+        "profile": lambda: profile_model(context),
         "fit of a map": lambda: fit(settings["dense"]),
         "fit of a refit": lambda: fit(settings["refit"]),
         "fit of a joint": lambda: fit(settings["joint"]),
         "fit of channels": lambda: fit(settings["channels"]),
         "fit of a map, repair": lambda: fit(settings["dense"].model_copy(update={"repair": True})),
-        "losses of maps": lambda: cut_losses(ModelContext(model, family, documents, params.batch_size), cuts, "map"),
-        "losses of refits": lambda: cut_losses(ModelContext(model, family, documents, params.batch_size), cuts, "refit"),
-        "losses of joint fits": lambda: cut_losses(ModelContext(model, family, documents, params.batch_size), cuts, "joint"),
+        "losses of maps": lambda: cut_losses(context, cuts, "map"),
+        "losses of refits": lambda: cut_losses(context, cuts, "refit"),
+        "losses of joint fits": lambda: cut_losses(context, cuts, "joint"),
         "an epoch of healing": heal,
-    }  # fmt: skip
+    }
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(ROUNDS):
         for name, step in steps.items():

@@ -45,11 +45,12 @@ def main(sizes: list[int]) -> None:
     windows = cut_windows("test", task_texts(Task("wikipedia")), source.tokenizer(), TEST_TOKENS)
     profile = read_json(work.profile / "profile.json")
     layers = len(profile["residual"])
-    dense, shares = dense_losses(ModelContext(model, family, documents, params.batch_size)), documents.tokens_by_domain
+    context = ModelContext(model, family, documents, params.batch_size)
+    dense, shares = dense_losses(context), documents.tokens_by_domain
     for size in sizes:
         blocks = [Block(start, start + size) for start in range(1, layers - size + 1)]
         grams = [Gram(block) for block in blocks]
-        walk(ModelContext(model, family, documents, params.batch_size), grams, description="observing activations")
+        walk(context, grams, description="observing activations")
         outcomes = []
         for block, gram in zip(blocks, grams, strict=True):
             sums = gram.tensors()
@@ -61,7 +62,7 @@ def main(sizes: list[int]) -> None:
             name: [profile[key][block.layer_before_cut][block.end - 1] for block in blocks]
             for name, key in (("angular", "angular_distance"), ("residual", "residual"))
         }
-        measured = cut_losses(ModelContext(model, family, documents, params.batch_size), blocks, "map")
+        measured = cut_losses(context, blocks, "map")
         criteria["loss"] = [cut.rise_over(dense, shares) for cut in measured]
         print(f"\n{size} of {layers} layers, {len(blocks)} cuts: best perplexity {min(outcomes):.1f}")
         rows = [("criterion", "rank correlation", "its choice: host", "perplexity", "place")]
@@ -69,15 +70,8 @@ def main(sizes: list[int]) -> None:
             chosen = values.index(min(values))
             place = 1 + sum(outcome < outcomes[chosen] for outcome in outcomes)
             rank = float(spearmanr(values, outcomes).statistic)
-            rows.append(
-                (
-                    name,
-                    f"{rank:.2f}",
-                    str(blocks[chosen].layer_before_cut),
-                    f"{outcomes[chosen]:.1f}",
-                    f"{place} of {len(blocks)}",
-                )
-            )
+            host, perplexity = str(blocks[chosen].layer_before_cut), f"{outcomes[chosen]:.1f}"
+            rows.append((name, f"{rank:.2f}", host, perplexity, f"{place} of {len(blocks)}"))
         print(align(rows), flush=True)
         order = sorted(range(len(blocks)), key=outcomes.__getitem__)[:8]
         print("best cuts: " + ", ".join(f"host {blocks[n].layer_before_cut} {outcomes[n]:.1f}" for n in order), flush=True)

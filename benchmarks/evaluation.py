@@ -53,13 +53,13 @@ def main(share: float) -> None:
             limit = int((params.eval_tokens or 1 << 16) * share)
             windows = cut_windows(name, task_texts(task), tokenizer, limit)
             ids = [int(token) for window in windows.ids for token in window[:-1]]
-            steps[name] = (_perplexity(model, windows, params.eval_batch_size), ids)
+            steps[name] = (_make_perplexity_step(model, windows, params.eval_batch_size), ids)
         else:
             limit = max(int(len(task_items(task)) * share), 1) if task_kind(task) != "lm-eval" else 100
             scorer = RecordingScorer(model, tokenizer, params.eval_batch_size, "benchmark")
-            step = _accuracy(scorer, replace(task, limit=limit), fingerprints[name])
+            step = _make_accuracy_step(scorer, replace(task, limit=limit), fingerprints[name])
             step()
-            steps[name] = (step, _computed(scorer.pairs))
+            steps[name] = (step, _list_computed_tokens(scorer.pairs))
     print(f"{params.eval_dtype}, batch {params.eval_batch_size}, {params.threads} threads, median of {ROUNDS}")
     total = {"bare": 0.0, "evaluation": 0.0}
     for name, (step, ids) in steps.items():
@@ -86,7 +86,7 @@ def main(share: float) -> None:
     print(f"{'all tasks':<26} {total['bare'] / total['evaluation']:.3f} (at least {LIMIT})")
 
 
-def _perplexity(model: Any, windows: Windows, batch_size: int) -> Callable[[], Any]:
+def _make_perplexity_step(model: Any, windows: Windows, batch_size: int) -> Callable[[], Any]:
     return lambda: score_windows(model, windows, batch_size, "benchmark")
 
 
@@ -106,7 +106,7 @@ class RecordingScorer(CausalScorer):
         return super().generate_until(requests, disable_tqdm)
 
 
-def _accuracy(scorer: CausalScorer, task: Any, fingerprint: Any) -> Callable[[], Any]:
+def _make_accuracy_step(scorer: CausalScorer, task: Any, fingerprint: Any) -> Callable[[], Any]:
     def step() -> None:
         suite = Suite()
         suite.add(task, fingerprint)
@@ -115,7 +115,7 @@ def _accuracy(scorer: CausalScorer, task: Any, fingerprint: Any) -> Callable[[],
     return step
 
 
-def _computed(pairs: Sequence[tuple[list[int], list[int]]]) -> list[int]:
+def _list_computed_tokens(pairs: Sequence[tuple[list[int], list[int]]]) -> list[int]:
     """Return the ids that scoring must compute: each context once, and each continuation without its last token."""
     contexts: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
     for context, continuation in pairs:

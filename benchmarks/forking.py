@@ -23,7 +23,7 @@ LIBRARIES = (
 )  # fmt: skip
 
 
-def stage(_: Any, command: str, **options: Any) -> None:
+def run_stage_command(_: Any, command: str, **options: Any) -> None:
     """Run a stage's command, as ``dvc.stage.run._run`` does."""
     from dvc.stage.exceptions import StageCmdFailedError
 
@@ -57,11 +57,11 @@ def main(words: Sequence[str]) -> NoReturn:
     from dvc.cli import main
     from dvc.stage import run
 
-    run._run = stage
+    run._run = run_stage_command
     sys.exit(main([*words]))
 
 
-def script() -> None:
+def run_script() -> None:
     """Run the console script that sys.argv names."""
     name, *words = sys.argv
     if name == "dvc":
@@ -92,7 +92,7 @@ def serve() -> None:
             os.environ.update(request["environment"])
             os.chdir(request["folder"])
             sys.argv = request["words"]
-            run_and_exit(script)
+            run_and_exit(run_script)
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 
 

@@ -7,6 +7,7 @@ prints the peak resident set sizes and their ratio.
 import resource
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from replaceme.models.context import ModelContext
 from replaceme.models.devices import use_processor
 from replaceme.models.find import find_model
 from replaceme.repair.repair import repair_layers
+from replaceme.repair.resume import Checkpoints
 from replaceme.statistics.cut_statistics import take_statistics
 from replaceme.statistics.profile import profile_model
 
@@ -37,15 +39,18 @@ def measure(tokens: int) -> None:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(0, int(source.config().vocab_size), (tokens // LENGTH, LENGTH), generator=generator)
     documents = Documents(list(rows))
-    profile_model(ModelContext(model, family, documents, params.batch_size))
-    layers = len(family.decoder_layers(model))
+    context = ModelContext(model, family, documents, params.batch_size)
+    profile_model(context)
+    layers = len(context.layers)
     middle = layers // 2
     block, method = Block(middle, min(middle + 8, layers)), METHODS[params.method]
     names = method.statistics(params)
-    taken = take_statistics(ModelContext(model, family, documents, params.batch_size), block, names)
+    taken = take_statistics(context, block, names)
     edits = method.solve(params, block, taken.__getitem__).edits
     edits.removed_layers = [*block.layers]
-    repair_layers(params, ModelContext(model, family, documents, params.batch_size), edits, Plan((block,), names))
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoints = Checkpoints(Path(folder), "")
+        repair_layers(params, context, edits, Plan((block,), names), checkpoints)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 

@@ -5,8 +5,6 @@ unless it is there already, and runs every stage up to the verified export in a 
 by ``selection: residual``, ``transform: refit`` and ``repair``, on 16 documents of 256 tokens. SHAPES is llama-3.1-8b (16 GB),
 llama-3.1-8b-short (8 of its 32 layers, 5.6 GB: streamed, the memory is the same), llama-3.1-70b (141 GB) or tiny; MEMORY is the
 parameter ``memory``. Random weights say nothing about quality.
-
-``python -m benchmarks.scale --paper`` prints what larger runs need, by the formulas of docs/scale.md.
 """
 
 import os
@@ -17,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.stand import ENVIRONMENT, copy_code, make_inputs, set_params
+from benchmarks.sandbox import ENVIRONMENT, copy_code, make_inputs, set_params
 
 # hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads, vocab_size
 SHAPES = {
@@ -26,15 +24,6 @@ SHAPES = {
     "llama-3.1-70b": (8192, 28672, 80, 64, 8, 128256),
     "tiny": (32, 48, 8, 4, 2, 400),
 }
-# 10¹² operations a second in bfloat16, float32 and float64, and GB a second from the disk. Of the vendors' figures for dense
-# products, two fifths; the laptop has four times the two cores on which the rates were measured, and half their speed each.
-MACHINES = {
-    "8B on one 24 GB GPU (RTX 4090)": ("llama-3.1-8b", 66.0, 33.0, 0.5, 3.0, False),
-    "8B on a 32 GB laptop, eight cores": ("llama-3.1-8b", 0.8, 0.38, 0.15, 3.0, True),
-    "70B on eight 80 GB GPUs (H100), spread": ("llama-3.1-70b", 396.0, 27.0, 27.0, 3.0, False),
-    "70B on one 80 GB GPU (H100), streamed": ("llama-3.1-70b", 396.0, 27.0, 27.0, 3.0, True),
-}
-TOKENS, PASSES, WALKS = 65_536, 4.5, 6
 STAGES = ["inputs", "generate", "calibrate", "profile", "select", "plan", "activations", "solve", "repair", "heal", "export"]
 SETTINGS = {
     "dataset_size": "16", "max_length": "256", "selection": "residual", "transform": "refit", "repair": "true",
@@ -137,45 +126,20 @@ def main(folder: Path, shapes: str = "llama-3.1-8b", memory: str = "3GB") -> Non
     rows = []
     for stage in STAGES:
         rows.append(run_stage(stage, work, log))
-        show(stage, rows[-1], weights)
+        print_row(stage, rows[-1], weights)
     seconds, busy, own, peaks, disk = zip(*rows, strict=True)
-    show("all", (sum(seconds), sum(busy), max(own), max(peaks), sum(disk)), weights)
+    print_row("all", (sum(seconds), sum(busy), max(own), max(peaks), sum(disk)), weights)
 
 
-def show(stage: str, row: tuple[float, float, float, float, float], weights: float) -> None:
+def print_row(stage: str, row: tuple[float, float, float, float, float], weights: float) -> None:
     """Print a row of the table."""
     seconds, busy, own, peak, disk = row
     amounts = f"{own:>5.2f} GB {peak:>7.2f} GB {disk:>7.1f} GB"
     print(f"{stage:<12} {seconds:>8.0f} {busy:>8.0f} s {amounts}  {disk / weights:>5.2f}", flush=True)
 
 
-def paper() -> None:
-    """Print memory, disk and time of runs with a quarter of the layers less, refit and repair, by docs/scale.md's formulas."""
-    print("| run | weights in memory | beside them | scratch on disk | time |")
-    print("| --- | --- | --- | --- | --- |")
-    for title, (model, half, single, double, disk, streamed) in MACHINES.items():
-        d, f, layers, heads, groups, vocabulary = SHAPES[model]
-        # Parameters, in 10⁹.
-        inner, outer = layers * (2 * d * d * (1 + groups / heads) + 3 * d * f) / 1e9, 2 * vocabulary * d / 1e9
-        layer = 2 * inner / layers
-        weights = 2 * outer + layer if streamed else 2 * (inner + outer)
-        fit, solved = min(4 * d, 3 * TOKENS / 4), layers / 2
-        sums = (8 * f**2 + 3 * 8 * f * d) / 1e9
-        scratch = (2 * TOKENS * (5 * d + f) + 4 * solved * (f * d + d**2)) / 1e9
-        operations = (
-            PASSES * 2 * inner * 1e9 * TOKENS / half
-            + (solved * TOKENS * (f**2 + d**2) + layers**2 / 2 * (3.5 * fit * d**2 + 2.3 * d**3)) / single
-            + solved * (f**3 / 3 + 2 * f**2 * d) / double
-        )
-        minutes = (operations / 1e12 + streamed * WALKS * 2 * (inner + outer) / disk) / 60
-        shown = f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
-        print(f"| {title} | {weights:.3g} GB | {sums:.2g} GB | {scratch:.2g} GB | {shown} |")
-
-
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--paper"]:
-        paper()
-    elif sys.argv[1:2] == ["--prepare"]:
+    if sys.argv[1:2] == ["--prepare"]:
         prepare(Path(sys.argv[2]) / sys.argv[3], sys.argv[3])
     elif 2 <= len(sys.argv) <= 4:
         main(Path(sys.argv[1]), *sys.argv[2:])

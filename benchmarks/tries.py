@@ -48,7 +48,7 @@ NEVER = Moment()
 
 
 @dataclass(frozen=True)
-class Ended:
+class TryResult:
     """How a try ended: exit code (negative: the signal), output, seconds, file operations, and whether it had to be stopped."""
 
     code: int
@@ -94,7 +94,7 @@ class Try:
             run_and_exit(action)
         os.close(writing)
 
-    def wait(self) -> Ended:
+    def wait(self) -> TryResult:
         """Kill the try at its moment, or when it takes longer than the limit; return how it ended."""
         status: int | None = None
         end = min(self.moment.seconds, self.limit)
@@ -119,7 +119,7 @@ class Try:
         operations = struct.unpack("q", self.counter[:])[0]
         self.counter.close()
         hung = code == -signal.SIGKILL and end == self.limit and seconds >= end
-        return Ended(code, said.decode("utf-8", "replace"), seconds, operations, hung)
+        return TryResult(code, said.decode("utf-8", "replace"), seconds, operations, hung)
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):

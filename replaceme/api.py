@@ -14,12 +14,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from replaceme.base.errors import ParameterError, shown
+import replaceme.running.entry  # noqa: F401 (sets how OpenMP waits, before torch is loaded)
+from replaceme.base.errors import ParameterError, quote
 from replaceme.base.files import read_json
-from replaceme.base.parameters import Params, nearest, read_params
-from replaceme.base.published import PRESETS, Preset
+from replaceme.base.parameters import Params, read_params
+from replaceme.base.published import Preset
 from replaceme.base.ranks import world_size
 from replaceme.methods.registry import FIELDS, METHODS
+from replaceme.models.model_files import TEXT_RECORD
 from replaceme.pipeline.actions import prune as _prune
 from replaceme.pipeline.results import result_name, result_paths
 from replaceme.running.workspace import Workspace
@@ -85,36 +87,29 @@ def prune(
     preset: Preset = "recommended",
     **settings: Any,
 ) -> Pruned:
-    """Remove layers of a causal language model, solve for what takes their place, save the result and score both models.
+    """Remove layers of a causal language model, save the result and score both models, as ``replaceme prune`` does.
 
-    The steps are those of ``replaceme prune``: an interrupted call goes on where it stopped, a second one with other settings
-    repeats only what they change, and a saved model is proved against the unfused computation before it counts. What it decides
-    goes to the logger ``replaceme``.
+    An interrupted call goes on where it stopped; a second one with other settings repeats only what they change.
 
     Args:
         model: a local folder, a hub id or an embedded model's name; or a loaded model, which is first saved to a temporary
-            folder (safetensors, as much disk as its weights take) and needs ``tokenizer``.
-        texts: calibration text: a file, a hub id or an embedded text's name; or a list of documents. None is text that the
-            model writes itself. (A mix is a setting: ``dataset=["wikipedia-sample", {"notes.jsonl": 2}, "self"]``.)
+            folder and needs ``tokenizer``.
+        texts: calibration text: a file, a hub id, an embedded text's name, or a list of documents. None is text that the model
+            writes itself, unless the setting ``dataset`` says otherwise.
         layers: how many layers to remove.
-        save_path: folder of the result; None is ``<model>-<method>-<layers>`` in the current folder. Intermediate results lie
-            next to it, in ``<save_path>.work``.
+        save_path: folder of the result; None is ``<model>-<method>-<layers>`` in the current folder.
         tokenizer: of a loaded model.
         preset: the values of settings that are not given: recommended, or published (the paper's).
-        settings: any parameter by its name (docs/parameters.md), as ``transform="refit"``, ``device="cuda"``, ``tasks=[]``
-            (score nothing).
-
-    Returns:
-        The result's path and figures.
+        settings: any parameter by its name (docs/parameters.md).
 
     Raises:
         ParameterError: a setting is unknown, out of range or doesn't go with the others; it names all of them.
         ModelError, DatasetError: the model can't be pruned exactly, or there is no such text.
         ResourceError: the machine lacks disk, memory or a device, or the hub can't be reached.
     """
-    _check_call(texts, preset, settings)
+    _check_call(texts, settings)
     with _saved_model(model, tokenizer) as source:
-        given = {**settings, "model_path": str(source), "layers_to_skip": layers}
+        given = {**settings, "model_path": str(source), "layers_to_skip": layers, "preset": preset}
         if save_path is not None:
             given["save_path"] = os.fspath(save_path)
         documents = None
@@ -125,7 +120,7 @@ def prune(
             given["dataset"] = TEXTS_FILE
         else:
             given.setdefault("dataset", "self")
-        params = read_params(None, given, METHODS, preset)
+        params = read_params(None, given, METHODS)
         if max(params.processes, world_size()) > 1:
             raise ParameterError("processes: a call from Python has one; use 1 here, or the command `replaceme prune`.")
         if documents is not None:
@@ -134,14 +129,8 @@ def prune(
         return _read_result(params, _prune(params, documents))
 
 
-def _check_call(texts: object, preset: str, settings: Mapping[str, Any]) -> None:
-    """Raise ParameterError for settings that are unknown, or given by another argument of the call."""
-    if unknown := [key for key in settings if key not in FIELDS]:
-        raise ParameterError(
-            [f"{key}: is not a parameter{nearest(key, FIELDS)}; docs/parameters.md lists them." for key in unknown]
-        )
-    if preset not in PRESETS:
-        raise ParameterError(f"preset: must be {' or '.join(PRESETS)}, not {shown(preset)}.")
+def _check_call(texts: object, settings: Mapping[str, Any]) -> None:
+    """Raise ParameterError for settings that are given by another argument of the call."""
     if taken := {"model_path", "layers_to_skip", "save_transform_only"} & settings.keys():
         raise ParameterError(f"{min(taken)}: is set by the call itself; use model and layers.")
     if texts is not None and "dataset" in settings:
@@ -153,7 +142,7 @@ def _list_documents(texts: Sequence[str]) -> list[str]:
     documents = [*texts]
     wrong = next((text for text in documents if not isinstance(text, str) or not text.strip()), None)
     if not documents or wrong is not None:
-        given = shown(wrong if documents else documents)
+        given = quote(wrong if documents else documents)
         raise ParameterError(f"texts: must be a list of texts that aren't empty, one a document, not {given}.")
     return documents
 
@@ -167,11 +156,9 @@ def _saved_model(model: Any, tokenizer: Any) -> Iterator[str | Path]:
         yield os.fspath(model)
         return
     if not hasattr(model, "save_pretrained"):
-        raise ParameterError(f"model: must be a path, a hub id or a model of transformers, not {shown(model)}.")
+        raise ParameterError(f"model: must be a path, a hub id or a model of transformers, not {quote(model)}.")
     if tokenizer is None:
         raise ParameterError("tokenizer: is missing; a loaded model needs it, as in prune(model, tokenizer=tokenizer).")
-    from replaceme.models.model_files import TEXT_RECORD
-
     with TemporaryDirectory(prefix="replaceme-") as temporary:
         origin = Path(str(getattr(model.config, "_name_or_path", "")))
         name = origin.name

@@ -149,6 +149,10 @@ DESCRIBED = {kind: family_of(made_config(kind)) for kind in KINDS}
 NORM_AFTER_MLP = [kind for kind, family in DESCRIBED.items() if family.norm_after_mlp]
 EXPERTS = [kind for kind, family in DESCRIBED.items() if family.experts]
 PLAIN = [kind for kind in KINDS if kind not in NORM_AFTER_MLP + EXPERTS]
+# A family of each form that the code tells apart: sequential and parallel layers, norms with and without a mean, Conv1D, gate
+# and up in one linear, an MLP without a module of its own, a scaled residual stream, a norm after the MLP, experts.
+REPRESENTATIVES = ["llama", "gpt2", "phi", "phi3", "opt", "granite", "falcon", "gemma2", "olmo2", "mixtral"]
+PLAIN_REPRESENTATIVES = [kind for kind in REPRESENTATIVES if kind in PLAIN]
 
 
 def made_model(family: str = "llama", dtype: torch.dtype = torch.float32, layers: int = LAYERS, **config: Any) -> Any:
@@ -221,6 +225,6 @@ def params(tiny: Model, text_file: Path) -> Params:
 
 @pytest.fixture(autouse=True)
 def _no_drawing(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """Make each picture a dot: drawing takes half of a small run. The tests of the report and the stages of DVC draw them."""
+    """Make each picture a dot: drawing takes half of a small run. The report's tests and DVC's first run draw them."""
     if request.path.parent.name != "report":
         monkeypatch.setattr("replaceme.report.pictures.to_png", lambda figure: DOT)

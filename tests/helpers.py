@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from replaceme.base.documents import Documents
 from replaceme.base.plan import Block
-from replaceme.cli.commands import ALIASES
 from replaceme.edits.edits import Edits
 from replaceme.edits.fold import apply_edits
 from replaceme.edits.unfused import unfused
@@ -35,12 +35,8 @@ def context_of(model: Any, documents: Documents, batch_size: int = 4, folder: Pa
 
 
 def call(command: Callable[[], Any], *arguments: str | Path, code: int = 0) -> None:
-    """Run a console script in this process; of an option given twice, as in FAST and after it, the last value counts."""
-    words = [*map(str, arguments)]
-    keys = [ALIASES.get(word.removeprefix("--"), word.removeprefix("--")) for word in words]
-    overridden = {at for at, word in enumerate(words) if word.startswith("--") and keys[at] in keys[at + 2 :]}
-    words = [word for at, word in enumerate(words) if not {at, at - 1} & overridden]
-    before, sys.argv = sys.argv, ["command", *words]
+    """Run a console script in this process."""
+    before, sys.argv = sys.argv, ["command", *map(str, arguments)]
     try:
         with pytest.raises(SystemExit) as ended:
             command()
@@ -189,14 +185,34 @@ def passing(model: Any, layer: int, documents: Documents) -> dict[str, np.ndarra
 
 
 @torch.no_grad()
+def logits_of(model: Any) -> torch.Tensor:
+    """Return the logits of ``TEXT``, (1, tokens, vocabulary)."""
+    logits: torch.Tensor = model(TEXT, use_cache=False).logits
+    return logits
+
+
+def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Return all weights of a model's folder."""
+    return {name: weight for path in folder.glob("*.safetensors") for name, weight in load_file(path).items()}
+
+
+def rewrite_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    """Let a function change the tensors in a model's only file of weights."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, {"format": "pt"})
+
+
+@torch.no_grad()
 def hooked_and_folded(model: Any, family: Family, edits: Edits) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the logits of ``TEXT`` with the edits unfused, and after they are folded into the model, which is changed."""
-    before = model(TEXT, use_cache=False).logits
+    before = logits_of(model)
     with unfused(model, family, edits):
-        hooked = model(TEXT, use_cache=False).logits
-    assert torch.equal(model(TEXT, use_cache=False).logits, before), "the hooks of the edits changed the model"
+        hooked = logits_of(model)
+    assert torch.equal(logits_of(model), before), "the hooks of the edits changed the model"
     apply_edits(model, family, edits)
-    return hooked, model(TEXT, use_cache=False).logits
+    return hooked, logits_of(model)
 
 
 @torch.no_grad()

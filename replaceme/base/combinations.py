@@ -14,8 +14,10 @@ Values = Mapping[str, Any]
 
 Transform = Literal["dense", "diagonal", "two_vectors", "triangular", "orthogonal", "refit", "joint", "channels"]
 TRANSFORMS: tuple[Transform, ...] = get_args(Transform)
-# Transforms that solve for new weights instead of a map.
+# Transforms that solve for new weights instead of a map; and those of them after which the layer before the
+# cut is solved for again, on its features after the first solution.
 NEW_WEIGHTS = ("refit", "joint", "channels")
+STEPWISE = ("joint", "channels")
 
 # The stages that ask a method for its parameters.
 MethodStage = Literal["select", "plan", "solve", "repair"]
@@ -64,7 +66,7 @@ class Limits:
 
     Attributes:
         settings: its own parameters.
-        shared: parameters that it shares with other methods, and their use here.
+        common: parameters of all methods that matter to this one, and their use here.
         words: what the method does, as a clause after "which", for the sentence that refuses a setting.
         transforms: the values of ``transform`` that it accepts.
         selections: the values of ``selection`` that it accepts, besides null (its own criterion).
@@ -76,7 +78,7 @@ class Limits:
     """
 
     settings: type[Settings] = Settings
-    shared: Mapping[str, Use] = field(default_factory=dict)
+    common: Mapping[str, Use] = field(default_factory=dict)
     words: str = "puts nothing in the block's place"
     transforms: tuple[str, ...] = ("dense",)
     selections: tuple[str, ...] = ()
@@ -87,9 +89,9 @@ class Limits:
 
     @property
     def uses(self) -> dict[str, Use]:
-        """The parameters that belong to this method, shared ones and its own, with their use."""
+        """The parameters that belong to this method, common ones and its own, with their use."""
         own = self.settings.model_fields.items()
-        return {**self.shared, **{key: use for key, info in own for use in info.metadata if isinstance(use, Use)}}
+        return {**self.common, **{key: use for key, info in own for use in info.metadata if isinstance(use, Use)}}
 
 
 Methods = Mapping[str, Limits]
@@ -139,7 +141,7 @@ def refusals(values: Values, method: Limits) -> list[str]:
     packed, spread = values["use_4bit"], values["device_map"] is not None
     tolerates, measures = values["tolerated_loss"] is not None, "loss" in method.selections
     removes = values["remove"] is not None
-    heals, shared = values["heal_epochs"] > 0, values["processes"] > 1
+    heals, several = values["heal_epochs"] > 0, values["processes"] > 1
     criteria = ["null", *method.selections]
     # Parameter → whether the method refuses its value, and what would be right.
     unsuited = {
@@ -164,13 +166,13 @@ def refusals(values: Values, method: Limits) -> list[str]:
             heals and values["dtype"] == "float16",
             "dtype: float16 is too short for the gradients of heal_epochs; use bfloat16 or float32.",
         ),
-        (shared and packed, "use_4bit: packs the weights for one process; use false, or processes: 1."),
+        (several and packed, "use_4bit: packs the weights for one process; use false, or processes: 1."),
         (
-            shared and spread,
+            several and spread,
             "device_map: spreads the model over GPUs, of which each process has one; use null, or processes: 1.",
         ),
         (
-            shared and ":" in device,
+            several and ":" in device,
             f"device: {device} is one GPU, and each process has its own; use cuda or auto, or processes: 1.",
         ),
     ]

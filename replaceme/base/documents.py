@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from replaceme.base.errors import ResourceError
+from replaceme.base.files import missing_output
 from replaceme.base.group import WHOLE, Shard
 
 FILE = "documents.safetensors"
@@ -122,25 +122,21 @@ class Documents:
         """Return the documents in the order of a walk: longest first."""
         return self._taken(sorted(range(len(self)), key=lambda index: len(self.documents[index]), reverse=True))
 
-    def longest_first(self) -> list[Tensor]:
-        """Return the token ids of the documents in the order of a walk."""
-        return self.in_walk_order().documents
-
     def _taken(self, indices: Sequence[int]) -> "Documents":
         return Documents([self.documents[index] for index in indices], [self.sources[index] for index in indices])
 
-    def batch_count(self, batch_size: int, shard: Shard = WHOLE) -> int:
+    def batch_count(self, batch_size: int, shard: Shard) -> int:
         """Return the number of batches that ``batches`` yields."""
         return sum(map(shard.owns, range(-(-len(self) // batch_size))))
 
     def token_count_of(self, batch_size: int, shard: Shard) -> int:
         """Return the number of tokens of the batches that ``batches`` yields."""
-        lengths = [len(document) for document in self.longest_first()]
+        lengths = [len(document) for document in self.in_walk_order().documents]
         return sum(length for index, length in enumerate(lengths) if shard.owns(index // batch_size))
 
     def batches(self, batch_size: int, device: str = "cpu", shard: Shard = WHOLE) -> Iterator[Batch]:
         """Yield all documents in batches, longest first, so that a batch has little padding; or a process's part of these."""
-        ordered = self.longest_first()
+        ordered = self.in_walk_order().documents
         first_token = position = 0
         for number, start in enumerate(range(0, len(ordered), batch_size)):
             chosen = ordered[start : start + batch_size]
@@ -162,9 +158,10 @@ class Documents:
     @classmethod
     def load(cls, folder: Path) -> "Documents":
         """Read what ``save`` wrote."""
-        if not (folder / FILE).is_file():
-            raise ResourceError(f"{folder / FILE} does not exist: run the calibrate stage first (`dvc repro`).")
-        stored = load_file(folder / FILE)
+        try:
+            stored = load_file(folder / FILE)
+        except FileNotFoundError:
+            raise missing_output(folder / FILE) from None
         documents = list(stored["input_ids"].long().split(stored["lengths"].tolist()))
         return cls(documents, stored["sources"].tolist() if "sources" in stored else None)
 
@@ -240,7 +237,7 @@ def in_shares(
 def few_documents(documents: Documents, tokens: int) -> Documents:
     """Return the first documents of a walk (the longest ones) that reach so many tokens together, or all."""
     chosen: list[Tensor] = []
-    for document in documents.longest_first():
+    for document in documents.in_walk_order().documents:
         if tokens <= 0:
             break
         chosen.append(document)
@@ -291,7 +288,7 @@ def split_indices(sources: Sequence[int], every: int) -> tuple[list[int], list[i
     """Return the documents of a walk that are used, and those that are held out, by their indices: whole sources.
 
     A piece of a text tells much about the text's other pieces, so that these must not be fitted on if it is held out. At most
-    one of ``every`` documents is held out; of each domain its share, by largest remainders. Within a domain, a source is held
+    one of ``every`` documents is held out; of each domain its quota, by largest remainders. Within a domain, a source is held
     out where this leaves no more than that of the documents so far: of one domain with a source for each document, the last of
     each ``every`` ones. If it holds for no source, the smallest one is held out.
 
@@ -300,12 +297,12 @@ def split_indices(sources: Sequence[int], every: int) -> tuple[list[int], list[i
         every: no document is held out of fewer than these, or if all have one source.
     """
     sizes, counts = Counter(sources), Counter(source >> SOURCE_BITS for source in sources)
-    shares = {domain: count // every for domain, count in counts.items()}
-    left = len(sources) // every - sum(shares.values())
+    quotas = {domain: count // every for domain, count in counts.items()}
+    left = len(sources) // every - sum(quotas.values())
     for domain in sorted(counts, key=lambda domain: -(counts[domain] % every))[:left]:
-        shares[domain] += 1
-    # A domain whose share was rounded up begins with so many documents passed that it reaches it.
-    passed = {domain: max(every * shares[domain] - count, 0) for domain, count in counts.items()}
+        quotas[domain] += 1
+    # A domain whose quota was rounded up begins with so many documents passed that it reaches it.
+    passed = {domain: max(every * quotas[domain] - count, 0) for domain, count in counts.items()}
     held = dict.fromkeys(counts, 0)
     chosen: set[int] = set()
     for source, size in sizes.items():

@@ -3,7 +3,7 @@
 The entry points (``replaceme.running.entry``) print the message and exit with ``exit_code``; they show a traceback only with
 ``--debug``. Each class also derives from the built-in error that it refines, so that library callers can catch either.
 
-A value that a message repeats passes through ``excerpt`` or ``shown``, so that no message is longer than its reader's patience.
+A value that a message repeats passes through ``excerpt`` or ``quote``, so that no message is longer than its reader's patience.
 """
 
 import errno
@@ -30,7 +30,7 @@ def excerpt(text: object, most: int = EXCERPT_CHARACTERS) -> str:
     return line if len(line) <= most else f"{line[: most * 2 // 3]} … {line[3 + most * 2 // 3 - most :]}"
 
 
-def shown(value: Any) -> str:
+def quote(value: Any) -> str:
     """Return a value as Python writes it, cut as by ``excerpt``; nested values are cut before they are written."""
     return excerpt(_BOUNDED.repr(value))
 
@@ -77,7 +77,7 @@ class VerificationError(ReplaceMeError, RuntimeError):
 
 @contextmanager
 def renaming(names: Mapping[str, str]) -> Iterator[None]:
-    """Let an error inside the block that begins with one of these parameters begin with its other name."""
+    """Let an error inside the block name a parameter as its caller does: one of these keys → its other name."""
     try:
         yield
     except ReplaceMeError as error:

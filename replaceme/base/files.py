@@ -141,7 +141,12 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ResourceError(f"{path} does not exist: run the stage that writes it first (`dvc repro`).") from None
+        raise missing_output(path) from None
+
+
+def missing_output(path: Path) -> ResourceError:
+    """Return the error for a file that an earlier stage writes and that isn't there."""
+    return ResourceError(f"{path} does not exist: run the stage that writes it first (`dvc repro`).")
 
 
 def remove(path: Path) -> None:
@@ -152,10 +157,10 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def rounded(value: Any, digits: int = 6) -> Any:
+def round_floats(value: Any, digits: int = 6) -> Any:
     """Round every float in nested dicts to ``digits`` significant digits."""
     if isinstance(value, dict):
-        return {key: rounded(entry, digits) for key, entry in value.items()}
+        return {key: round_floats(entry, digits) for key, entry in value.items()}
     if isinstance(value, float) and value and math.isfinite(value):
         return float(f"{value:.{digits}g}")
     return value

@@ -1,10 +1,10 @@
 """The processes that share a stage's work, on ``torch.distributed``.
 
-Every process runs the same stage on the same files. Inside ``sharded``, each computes its ``Shard``: of a walk over the text
+Every process runs the same stage on the same files. Inside ``sharing``, each computes its ``Shard``: of a walk over the text
 every ``size``-th batch, of a training every ``size``-th document of each step. Sums are then reduced over all processes in
 float64. Solutions are computed by the first process and broadcast (``compute_on_rank0``), so that all have the same bits.
 
-Outside of ``sharded``, and in a run of one process, a process owns all of the work, and nothing is exchanged.
+Outside of ``sharing``, and in a run of one process, a process owns all of the work, and nothing is exchanged.
 """
 
 import os
@@ -41,7 +41,7 @@ _shard = WHOLE
 
 
 def shard() -> Shard:
-    """Return this process's part of what is being done at present; ``WHOLE`` outside of ``sharded``."""
+    """Return this process's part of what is being done at present; ``WHOLE`` outside of ``sharing``."""
     return _shard
 
 
@@ -59,7 +59,7 @@ def local_gpu() -> int:
 
 
 @contextmanager
-def process_group(device: str = "auto") -> Iterator[None]:
+def process_group(device: str) -> Iterator[None]:
     """Join the processes that torch's launcher has started, for the block.
 
     Args:
@@ -84,7 +84,7 @@ def process_group(device: str = "auto") -> Iterator[None]:
 
 
 @contextmanager
-def sharded() -> Iterator[None]:
+def sharing() -> Iterator[None]:
     """Share the work of the block with the other processes of the group, which enter it too."""
     global _shard
     _shard = Shard(distributed.get_rank(), distributed.get_world_size())

@@ -15,7 +15,7 @@ from replaceme.base.progress import logger
 
 
 @contextmanager
-def locked(path: Path, busy: Callable[[], None]) -> Iterator[None]:
+def holding_lock(path: Path, busy: Callable[[], None]) -> Iterator[None]:
     """Hold a lock during the block.
 
     Args:
@@ -52,7 +52,7 @@ def build_once(path: Path, what: str, build: Callable[[], None], unchecked: Coll
     if _is_unchanged(path, sums, unchecked):
         return False
     path.parent.mkdir(parents=True, exist_ok=True)
-    with locked(path.with_name(f"{path.name}.lock"), lambda: logger.info("%s: waiting for another process", what)):
+    with holding_lock(path.with_name(f"{path.name}.lock"), lambda: logger.info("%s: waiting for another process", what)):
         if _is_unchanged(path, sums, unchecked):
             return False
         if path.exists():

@@ -19,7 +19,7 @@ from pydantic_core import ErrorDetails
 from replaceme.base.combinations import Methods, Transform, describe_users, has_effect, refusals, users_of
 from replaceme.base.config import read_config
 from replaceme.base.entries import Dataset, Source, Task, Tasks
-from replaceme.base.errors import ParameterError, shown
+from replaceme.base.errors import ParameterError, quote
 from replaceme.base.progress import logger
 from replaceme.base.published import PUBLISHED_KEYS, RECOMMENDED, Preset, choose_preset, drop_replaced, preset_values, translate
 
@@ -301,5 +301,5 @@ def _describe_error(problem: ErrorDetails, values: Mapping[str, Any]) -> str:
             known = [field.name for field in fields(Task if key == "tasks" else Source)[1:]]
             return f"{key}: {title} has no option '{name}'{nearest(name, known)}; there are {', '.join(known)}."
     expected = KINDS[kind].format(**problem.get("ctx", {})) if kind in KINDS else problem["msg"]
-    given = "null" if problem["input"] is None else shown(problem["input"])
+    given = "null" if problem["input"] is None else quote(problem["input"])
     return f"{subject} must be {WORDS.get(name, expected)}, not {given}."

@@ -113,7 +113,7 @@ def _blocks(plain: Sequence[dict[str, Any]]) -> tuple[Block, ...]:
     return tuple(Block(each["start"], each["end"], tuple(each.get("coefficients", ())), each.get("scale")) for each in plain)
 
 
-def runs(layers: Sequence[int]) -> list[Block]:
+def group_adjacent(layers: Sequence[int]) -> list[Block]:
     """Group single layers into blocks of adjacent ones."""
     blocks: list[Block] = []
     for layer in sorted(layers):

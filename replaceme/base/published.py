@@ -11,7 +11,7 @@ alone; the pipeline's params.yaml states them, and a test holds the two equal.
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from replaceme.base.errors import ParameterError, shown
+from replaceme.base.errors import ParameterError, quote
 
 # Key → the transform that it asks for.
 STRUCTURES = {"diag": "diagonal", "two_vectors": "two_vectors", "thri": "triangular"}
@@ -66,7 +66,7 @@ def translate(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], list[s
         problems.append("token: secrets don't belong in parameters; set the environment variable HF_TOKEN.")
     if (split := ours.pop("dataset_subset", None)) is not None:
         if (named := ours.get("dataset_split")) not in (None, split):
-            problems.append(f"dataset_subset: says {shown(split)} and dataset_split {shown(named)}; keep one.")
+            problems.append(f"dataset_subset: says {quote(split)} and dataset_split {quote(named)}; keep one.")
         ours["dataset_split"] = split
         notes.append("dataset_subset is read as dataset_split, as the published program does")
     for key in PATHS:
@@ -102,7 +102,7 @@ def _translate_structure(ours: dict[str, Any], notes: list[str], problems: list[
     """Replace the keys of a map's structure by ``transform``."""
     given = {key: value for key in STRUCTURES if (value := ours.pop(key, None)) is not None}
     problems += [
-        f"{key}: must be true or false, not {shown(value)}." for key, value in given.items() if not isinstance(value, bool)
+        f"{key}: must be true or false, not {quote(value)}." for key, value in given.items() if not isinstance(value, bool)
     ]
     asked = [key for key, value in given.items() if value is True]
     if len(asked) > 1:
@@ -110,7 +110,7 @@ def _translate_structure(ours: dict[str, Any], notes: list[str], problems: list[
     elif asked:
         transform = STRUCTURES[asked[0]]
         if (named := ours.get("transform", transform)) != transform:
-            problems.append(f"{asked[0]}: asks for transform {transform}, and transform says {shown(named)}; keep one.")
+            problems.append(f"{asked[0]}: asks for transform {transform}, and transform says {quote(named)}; keep one.")
         ours["transform"] = transform
         notes.append(f"{asked[0]} is read as transform: {transform}")
 
@@ -155,7 +155,7 @@ def choose_preset(
         if "preset" in values:
             named = values["preset"]
             if named not in PRESETS:
-                raise ParameterError(f"{origin}: preset: must be recommended or published, not {shown(named)}.")
+                raise ParameterError(f"{origin}: preset: must be recommended or published, not {quote(named)}.")
             if file.keys() >= RECOMMENDED.keys():
                 stated = ", ".join(RECOMMENDED)
                 raise ParameterError(

@@ -24,9 +24,7 @@ from replaceme.base.files import temporary_folder
 from replaceme.base.ranks import rank
 
 
-def scratch(
-    shapes: Sequence[Sequence[int]], dtype: torch.dtype, folder: Path | None = None, purpose: str = "this step"
-) -> list[Tensor]:
+def scratch(shapes: Sequence[Sequence[int]], dtype: torch.dtype, folder: Path | None, purpose: str) -> list[Tensor]:
     """Return tensors on disk, initially zero; their space is freed when the last reference goes.
 
     Args:
@@ -100,7 +98,7 @@ class ScratchFile:
         end: its size in bytes.
     """
 
-    def __init__(self, folder: Path | None = None):
+    def __init__(self, folder: Path | None):
         """Choose the disk.
 
         Args:

@@ -57,8 +57,8 @@ def read_text(path: Path, key: str = "dataset") -> str:
     return text
 
 
-def read_rows(path: Path, column: str | None, seed: int | None) -> Iterator[Row]:
-    """Yield the rows of a .jsonl, .json, .csv or .parquet file, in the order of a seeded permutation (None: the file's order).
+def read_rows(path: Path, column: str | None, seed: int) -> Iterator[Row]:
+    """Yield the rows of a .jsonl, .json, .csv or .parquet file, in the order of a seeded permutation.
 
     The text column goes through a temporary file, from which the rows are read in that order; memory holds their offsets alone.
 
@@ -77,7 +77,7 @@ def read_rows(path: Path, column: str | None, seed: int | None) -> Iterator[Row]
         for location, row in read(path, chosen):
             offsets.append(scratch.tell())
             scratch.write(json.dumps(convert_value(row.get(chosen), chosen, location)).encode() + b"\n")
-        for index in range(len(offsets)) if seed is None else seeded_order(len(offsets), seed).tolist():
+        for index in seeded_order(len(offsets), seed).tolist():
             scratch.seek(offsets[index])
             yield json.loads(scratch.readline())
 

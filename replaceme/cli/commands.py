@@ -7,7 +7,7 @@ key, and have the published preset.
 
 import argparse
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,6 @@ from replaceme.base.progress import silence_libraries
 from replaceme.base.published import PRESETS, PUBLISHED_KEYS, RECOMMENDED, Preset
 from replaceme.base.ranks import launched_processes
 from replaceme.methods.registry import FIELDS, METHODS, USERS
-from replaceme.pipeline import actions
 from replaceme.running.entry import Parser, run_command
 from replaceme.selection.criteria import CRITERIA
 
@@ -55,7 +54,6 @@ METAVARS = {
 SCORES_PATH = "JSON file for the scores [MODEL.evaluation.json]"
 DISTANCES_PATH = "folder for the distances of all pairs [MODEL-distances]"
 EDITS_PATH = "folder for the edits [MODEL-METHOD-LAYERS-transform]"
-MEASURED_PATH = "the pruned model [the pipeline's artifacts/model]"
 # Longer lists of choices stand in the sentence, not in the option's own line.
 LONGEST_CHOICES = 48
 
@@ -65,7 +63,7 @@ class Command:
     """A command of parameters: a subcommand of ``replaceme``, or a script with a published name.
 
     Attributes:
-        action: what it does with the parameters.
+        action: the function of ``replaceme.pipeline.actions`` that it calls with the parameters.
         description: the same in words, and in a line for the list of subcommands (``summary``).
         example: a command line.
         keys: the parameters that it uses.
@@ -75,7 +73,7 @@ class Command:
         options: those that are no parameters, which the action takes by name: name → what stands for the value, a few words.
     """
 
-    action: Callable[..., object]
+    action: str
     description: str
     summary: str = ""
     example: str = ""
@@ -92,10 +90,13 @@ class Command:
         with renaming({key: f"--{alias} ({key})" for alias, key in ALIASES.items() if f"--{alias}" in words}):
             params, options = self.read_arguments(parser, arguments)
             silence_libraries(load=True)
-            actions.run_distributed(self.action, params, **options)
+            # Torch and the like are imported here, so that help is fast.
+            from replaceme.pipeline import actions
 
-    def make_parser(self, prog: str | None = None, full: bool = True) -> Parser:
-        """Return the parser, whose help has all parameters with their sentences if it is ``full``."""
+            actions.run_distributed(getattr(actions, self.action), params, **options)
+
+    def make_parser(self, prog: str | None, full: bool) -> Parser:
+        """Return the parser, whose help has all parameters with their sentences if it is ``full``; ``prog`` as of ``run``."""
         width = min(112, shutil.get_terminal_size((112, 24)).columns)
         parser = Parser(
             prog=prog, usage="%(prog)s [--config FILE] [--key value …]", description=fill(self.description, width),
@@ -126,15 +127,13 @@ class Command:
         """Return the parameters of a command line and its config, and the values of the other options.
 
         Raises:
-            ParameterError: names each word that is no option, and each option given twice with different values.
+            ParameterError: names each word that is no option.
         """
         known, unknown = parser.parse_known_args(arguments)
         del known.debug
         problems = self._refuse_words(unknown, parser.prog)
         given: dict[str, Any] = {}
-        for name, (value, *others) in vars(known).items():
-            if other := next((other for other in others if other != value), None):
-                problems.append(f"command line: {name}: is given twice, as {value} and as {other}; keep one.")
+        for name, value in vars(known).items():
             given[name] = value if name in (*self.options, "config", "preset") else parse_option(name, value)
         for key, value in self.fixed.items():
             if given.get(key, value) != value:
@@ -175,10 +174,9 @@ class Command:
 
 def _add_option(group: Any, key: str, names: Sequence[str], metavar: str | None = None, words: str = argparse.SUPPRESS) -> None:
     """Add an option of these names for a key, if there are any; without words, one that the help leaves out."""
-    # All its values are collected, so that one given twice is noticed, under whichever of its names.
-    given = {"action": "append", "default": argparse.SUPPRESS, "metavar": metavar, "help": words.replace("%", "%%")}
     if names:
-        group.add_argument(*(f"--{name}" for name in names), dest=key, **given)
+        options = [f"--{name}" for name in names]
+        group.add_argument(*options, dest=key, default=argparse.SUPPRESS, metavar=metavar, help=words.replace("%", "%%"))
 
 
 def parse_option(key: str, text: str) -> Any:
@@ -223,56 +221,39 @@ def _describe_value(value: Any) -> str:
     return "not set" if value is None else f"{value:g}" if isinstance(value, float) else format_value(value)
 
 
-def _run(action: Callable[..., object], description: str, save_path: str = "", **fixed: Any) -> NoReturn:
+def _run_script(action: str, description: str, save_path: str = "", **fixed: Any) -> NoReturn:
     run_command(Command(action=action, description=description, fixed=fixed, preset="published", save_path=save_path).run)
 
 
 def run_replaceme() -> NoReturn:
     """Prune a model, save it and score it."""
-    _run(actions.prune, "Prune a language model: choose a block of layers, fit its replacement, save and score the result.")
+    _run_script("prune", "Prune a language model: choose a block of layers, fit its replacement, save and score the result.")
 
 
 def run_uidl() -> NoReturn:
     """Prune a model by dropping the block."""
     words = "Prune a language model by UIDL: drop the block of layers with the smallest angular distance."
-    _run(actions.prune, words, method="uidl")
+    _run_script("prune", words, method="uidl")
 
 
 def evaluate_model() -> NoReturn:
     """Score a model."""
-    _run(
-        actions.evaluate,
-        "Score the model at model_path; save_path is a JSON file for the scores.",
-        SCORES_PATH,
-    )
-
-
-def measure_speed() -> NoReturn:
-    """Measure the dense and the pruned model."""
-    words = "Measure prefill and decoding of the dense model (model_path) and of the pruned one (save_path, or artifacts/model)"
-    _run(
-        actions.measure,
-        f"{words}, in turn, and write the report with these times.",
-        MEASURED_PATH,
-    )
+    _run_script("evaluate", "Score the model at model_path; save_path is a JSON file for the scores.", SCORES_PATH)
 
 
 def get_distance_analysis() -> NoReturn:
     """Profile a model."""
-    _run(
-        actions.profile,
-        "Measure the angular distance between all pairs of layers, and list the best block of each size.",
-        DISTANCES_PATH,
-    )
+    words = "Measure the angular distance between all pairs of layers, and list the best block of each size."
+    _run_script("profile", words, DISTANCES_PATH)
 
 
 def get_lt_with_lstsq() -> NoReturn:
     """Fit a transform."""
     words = "Fit the linear transform of the best block by least squares and save it, without a model."
-    _run(actions.prune, words, EDITS_PATH, method="lstsq", save_transform_only=True)
+    _run_script("prune", words, EDITS_PATH, method="lstsq", save_transform_only=True)
 
 
 def get_lt_with_solvers() -> NoReturn:
     """Fit a transform by an iterative solver."""
     words = "Fit the linear transform of the best block by an iterative solver and save it, without a model."
-    _run(actions.prune, words, EDITS_PATH, method="cosine", save_transform_only=True)
+    _run_script("prune", words, EDITS_PATH, method="cosine", save_transform_only=True)

@@ -11,18 +11,17 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from replaceme.base.errors import ParameterError, ReplaceMeError, ResourceError, excerpt
-from replaceme.base.files import new_folder, read_json, rounded, temporary_folder, write_json
+from replaceme.base.files import new_folder, read_json, round_floats, temporary_folder, write_json
 from replaceme.base.parameters import read_params
 from replaceme.base.progress import align, logger, silence_libraries
 from replaceme.methods.registry import METHODS
-from replaceme.pipeline.actions import SPEED_FILE
-from replaceme.running.entry import Parser, plain_parser, run_command
-from replaceme.running.extras import need
+from replaceme.pipeline.results import SPEED_FILE
+from replaceme.running.entry import Parser, plain_parser
+from replaceme.running.extras import require_package
 from replaceme.running.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -35,15 +34,10 @@ MODEL, DENSE = Workspace().model.as_posix(), Workspace().model_input.as_posix()
 Record = dict[str, Any]
 
 
-def compare_experiments() -> NoReturn:
-    """Run the script of the same name."""
-    run_command(partial(compare, prog=None))
-
-
-def parser(prog: str | None = None) -> Parser:
-    """Return the command's parser; ``prog`` is how it is called, if not by the script's name."""
+def make_parser() -> Parser:
+    """Return the command's parser."""
     description = "Compare the experiments of this repository: table, CSV and pictures."
-    parser = plain_parser(prog, description, "replaceme compare --speed")
+    parser = plain_parser("replaceme compare", description, "replaceme compare --speed")
     parser.add_argument("--rev", action="append", help="commit whose experiments are compared; repeatable [HEAD]")
     parser.add_argument(
         "--num", type=int, default=1, help="number of commits, counted back from that one, whose experiments are compared [1]"
@@ -55,11 +49,11 @@ def parser(prog: str | None = None) -> Parser:
     return parser
 
 
-def compare(arguments: Sequence[str], prog: str | None = "replaceme compare") -> None:
+def compare(arguments: Sequence[str]) -> None:
     """Print the experiments side by side, and save the table and the pictures."""
     from replaceme.report.experiment_table import SPEEDS, format_comparison, tabulate_experiments
 
-    options = parser(prog).parse_args(arguments)
+    options = make_parser().parse_args(arguments)
     output = options.output
     if output.exists() and not (output / TABLE_FILE).is_file():
         raise ParameterError(
@@ -88,7 +82,7 @@ def read_experiments(revisions: Sequence[str], number: int) -> list[Experiment]:
         ResourceError: DVC isn't installed.
         ParameterError: DVC finds no repository here, or no such commit.
     """
-    need("dvc", "compare")
+    require_package("dvc", "compare")
     words = ["exp", "show", "--json", "--num", str(number), *(f"--rev={revision}" for revision in revisions)]
     done = subprocess.run([sys.executable, "-m", "dvc", *words], capture_output=True, text=True, check=False)
     if done.returncode:
@@ -127,7 +121,7 @@ def save_comparison(comparison: Comparison, output: Path) -> None:
     from replaceme.report.theme import to_png
 
     with new_folder(output) as folder:
-        comparison.table.drop(columns="size").map(rounded).convert_dtypes().to_csv(folder / TABLE_FILE, index=False)
+        comparison.table.drop(columns="size").map(round_floats).convert_dtypes().to_csv(folder / TABLE_FILE, index=False)
         (folder / "experiments.md").write_text(format_markdown(*format_comparison(comparison)), encoding="utf-8")
         (folder / "quality.png").write_bytes(to_png(draw_quality(comparison)))
         if methods := draw_methods(comparison):
@@ -169,10 +163,10 @@ def _measure(experiment: Experiment, known: Sequence[Record], folder: Path) -> R
 
     from replaceme.models.find import recorded_model
     from replaceme.models.model import Model
-    from replaceme.pipeline.speed import measure_speed, setting_of
+    from replaceme.pipeline.speed import describe_setting, measure_speed
 
     params = read_params(None, dict(experiment.settings), methods=METHODS, preset="recommended")
-    setting = {"model": experiment.model, **setting_of(params)}
+    setting = {"model": experiment.model, **describe_setting(params)}
     for record in known:
         if setting.items() <= record.items():
             return record
@@ -188,4 +182,4 @@ def _measure(experiment: Experiment, known: Sequence[Record], folder: Path) -> R
             ) from failure
         pruned = Model(copy / "model", experiment.name, trust_remote_code=params.trust_remote_code)
         times = measure_speed(params, recorded_model(params, copy / "dense.json"), pruned)
-    return rounded({"experiment": experiment.name, **times, **setting}, 4)
+    return round_floats({"experiment": experiment.name, **times, **setting}, 4)

@@ -12,8 +12,7 @@ from replaceme import __version__
 from replaceme.base.errors import ParameterError
 from replaceme.base.parameters import nearest, read_params
 from replaceme.cli import experiments, publish
-from replaceme.cli.commands import DISTANCES_PATH, EDITS_PATH, GROUPS, MEASURED_PATH, SCORES_PATH, Command
-from replaceme.pipeline import actions
+from replaceme.cli.commands import DISTANCES_PATH, EDITS_PATH, GROUPS, SCORES_PATH, Command
 from replaceme.running.entry import Parser, plain_parser, run_command
 
 _MODEL, _TEXT, _COMPUTING, _SCORES = (GROUPS[title] for title in ("model", "calibration text", "computing", "scores"))
@@ -23,7 +22,7 @@ _ALL = tuple(key for keys in GROUPS.values() for key in keys if key != "save_tra
 
 COMMANDS: Mapping[str, Command] = {
     "prune": Command(
-        action=actions.prune,
+        action="prune",
         summary="shorten a model, save it and score it beside the dense one",
         description="Shorten a language model: choose the layers to remove, solve for what takes their place, save a Hugging "
         "Face folder, prove it, and score both models. An interrupted run goes on where it stopped.",
@@ -31,7 +30,7 @@ COMMANDS: Mapping[str, Command] = {
         keys=_ALL,
     ),
     "evaluate": Command(
-        action=actions.evaluate,
+        action="evaluate",
         summary="score any model",
         description="Score the model at --model, pruned or not: perplexity of texts, accuracy on tasks.",
         example="replaceme evaluate --model smaller --tasks wikipedia,bbc_news --compare_with smollm2-135m-instruct",
@@ -40,7 +39,7 @@ COMMANDS: Mapping[str, Command] = {
         options={"compare_with": ("MODEL", "dense model that is scored too, and stands beside it: twice the time [not set]")},
     ),
     "profile": Command(
-        action=actions.profile,
+        action="profile",
         summary="measure all pairs of layers, and list the best block of each size",
         description="Measure the angular distance and the residual of a linear map between all pairs of layers, and list the "
         "best block of each size.",
@@ -49,7 +48,7 @@ COMMANDS: Mapping[str, Command] = {
         save_path=DISTANCES_PATH,
     ),
     "solve": Command(
-        action=actions.prune,
+        action="prune",
         summary="solve for what takes the layers' place, and save that alone",
         description="Choose the layers to remove, solve for what takes their place, and save these edits (safetensors), "
         "without a model.",
@@ -59,18 +58,18 @@ COMMANDS: Mapping[str, Command] = {
         save_path=EDITS_PATH,
     ),
     "speed": Command(
-        action=actions.measure,
+        action="measure",
         summary="time a pruned model against its dense one",
         description="Time prefill and decoding of the dense model (--model) and of the pruned one (--save_path, or the "
         "pipeline's artifacts/model) in turn, and write the report with these times.",
         example="replaceme speed --model smollm2-135m-instruct --save_path smaller",
         keys=(*_MODEL, "save_path", "eval_batch_size", "eval_dtype", *_WHERE),
-        save_path=MEASURED_PATH,
+        save_path="the pruned model [the pipeline's artifacts/model]",
     ),
 }
 
 
-def report_parser() -> Parser:
+def make_report_parser() -> Parser:
     """Return the parser of ``replaceme report``."""
     description = "Print a result's scores, and write its report: a page with figures, cost and measured times."
     parser = plain_parser("replaceme report", description, "replaceme report --save_path smaller --output report")
@@ -80,8 +79,10 @@ def report_parser() -> Parser:
 
 
 def _report(arguments: Sequence[str]) -> None:
-    options = report_parser().parse_args(arguments)
-    actions.report(read_params(None, {"save_path": options.save_path}), options.output)
+    options = make_report_parser().parse_args(arguments)
+    from replaceme.pipeline.actions import report
+
+    report(read_params(None, {"save_path": options.save_path}), options.output)
 
 
 # Those that take no parameters.
@@ -97,7 +98,7 @@ def main() -> NoReturn:
     run_command(_run)
 
 
-def overview() -> Parser:
+def make_overview() -> Parser:
     """Return the parser of ``replaceme`` without a command."""
     words = {name: command.summary for name, command in COMMANDS.items()} | {name: words for name, (words, _) in OTHERS.items()}
     parser = Parser(
@@ -115,7 +116,7 @@ def overview() -> Parser:
 
 def _run(arguments: Sequence[str]) -> None:
     if not arguments:
-        overview().print_help()
+        make_overview().print_help()
         return
     name, *rest = arguments
     names = [*COMMANDS, *OTHERS]
@@ -124,7 +125,7 @@ def _run(arguments: Sequence[str]) -> None:
     elif name in OTHERS:
         OTHERS[name][1](rest)
     elif name.startswith("-"):
-        overview().parse_args(arguments)
+        make_overview().parse_args(arguments)
         raise ParameterError(f"command line: a command comes first, one of {', '.join(names)}.")
     else:
         raise ParameterError(f"command line: '{name}' is not a command{nearest(name, names)}; use one of {', '.join(names)}.")

@@ -1,7 +1,7 @@
 """Upload a pruned model to the hub, with its scores on its card. A command, not a stage.
 
 A stage's output must not change afterwards, so the card in the pipeline's ``artifacts/model`` has no scores. The uploaded card
-has them, as those of the report and of a console script have.
+has them, as those of the report and of `replaceme prune` have.
 """
 
 from __future__ import annotations
@@ -10,28 +10,21 @@ import argparse
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 from replaceme.base.errors import ParameterError, excerpt
 from replaceme.base.progress import logger
 from replaceme.methods.registry import METHODS
 from replaceme.pipeline.results import result_lock
-from replaceme.running.entry import Parser, plain_parser, run_command
-from replaceme.running.extras import need
+from replaceme.running.entry import Parser, plain_parser
+from replaceme.running.extras import require_package
 from replaceme.running.stage import pipeline_params
 from replaceme.running.workspace import Workspace
 
 
-def push_to_hub() -> NoReturn:
+def push(arguments: Sequence[str]) -> None:
     """Upload a pruned model to the hub."""
-    run_command(partial(push, prog=None))
-
-
-def push(arguments: Sequence[str], prog: str | None = "replaceme push") -> None:
-    """Read the command line, and upload."""
-    options = parser(prog).parse_args(arguments)
+    options = make_parser().parse_args(arguments)
     folder = options.save_path or Workspace().model
     work = Workspace.for_result(folder.absolute())
     # No run may replace the files while they are uploaded.
@@ -39,10 +32,10 @@ def push(arguments: Sequence[str], prog: str | None = "replaceme push") -> None:
         _upload(options, folder)
 
 
-def parser(prog: str | None = None) -> Parser:
-    """Return the command's parser; ``prog`` is how it is called, if not by the script's name."""
+def make_parser() -> Parser:
+    """Return the command's parser."""
     description = "Upload a pruned model to the hub, with its card. The token comes from the environment variable HF_TOKEN."
-    parser = plain_parser(prog, description, "replaceme push --save_path smaller --repo_id you/smaller --private")
+    parser = plain_parser("replaceme push", description, "replaceme push --save_path smaller --repo_id you/smaller --private")
     parser.add_argument(
         "--repo_id", required=True, metavar="USER/NAME", help="the repository; it is created if it doesn't exist"
     )
@@ -70,7 +63,7 @@ def _upload(options: argparse.Namespace, folder: Path) -> None:
 
 def _check_scores() -> None:
     """Raise ParameterError unless the pipeline's model, scores and settings are up to date."""
-    need("dvc", "save_path: the pipeline's model")
+    require_package("dvc", "save_path: the pipeline's model")
 
     from dvc.exceptions import DvcException
     from dvc.repo import Repo

@@ -37,48 +37,56 @@ The published program's other keys are accepted too, and mapped or reported as i
 """
 
 
-def reference() -> str:
+def render_reference() -> str:
     """Return the page: tables of the parameters, the methods with their own parameters, and the criteria."""
     head = ("key", "recommended", "published", "meaning")
     rows = {
-        key: (f"`{key}`", _default(RECOMMENDED.get(key, info.default)), _default(info.default), _line(info.description))
+        key: (
+            f"`{key}`",
+            _format_default(RECOMMENDED.get(key, info.default)),
+            _format_default(info.default),
+            _join_lines(info.description),
+        )
         for key, info in FIELDS.items()
     }
-    methods = [(f"`{name}`", _opener(name), _coded(method.settings.model_fields) or "—") for name, method in METHODS.items()]
+    methods = [
+        (f"`{name}`", _describe_method(name), _format_names(method.settings.model_fields) or "—")
+        for name, method in METHODS.items()
+    ]
     return PAGE.format(
-        of_the_method=_coded(OF_THE_METHOD),
+        of_the_method=_format_names(OF_THE_METHOD),
         recommended=RECOMMENDED_METHOD,
-        common=_table(head, *(row for key, row in rows.items() if key in Params.model_fields)),
-        methods=_table(("method", "what it is", "its own parameters"), *methods),
-        own=_table(head, *(row for key, row in rows.items() if key not in Params.model_fields)),
-        criteria=_table(("selection", "by"), *((f"`{name}`", criterion.words) for name, criterion in CRITERIA.items())),
-        published=_coded(PUBLISHED_KEYS),
+        common=_format_table(head, *(row for key, row in rows.items() if key in Params.model_fields)),
+        methods=_format_table(("method", "what it is", "its own parameters"), *methods),
+        own=_format_table(head, *(row for key, row in rows.items() if key not in Params.model_fields)),
+        criteria=_format_table(("selection", "by"), *((f"`{name}`", criterion.words) for name, criterion in CRITERIA.items())),
+        published=_format_names(PUBLISHED_KEYS),
     )
 
 
-def _table(head: tuple[str, ...], *rows: tuple[str, ...]) -> str:
+def _format_table(head: tuple[str, ...], *rows: tuple[str, ...]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows))
 
 
-def _coded(names: Iterable[str]) -> str:
+def _format_names(names: Iterable[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
 
-def _default(value: object) -> str:
+def _format_default(value: object) -> str:
     if isinstance(value, tuple | list):
         return ", ".join(str(getattr(entry, "name", entry)) for entry in value)
     return format_value(value)
 
 
-def _opener(name: str) -> str:
+def _describe_method(name: str) -> str:
     """Return the first paragraph of a method's docstring, without references to other files."""
     first = str(sys.modules[f"replaceme.methods.{name}"].__doc__).split("\n\n")[0]
-    return _line(first).split(" (``")[0].rstrip(".")
+    return _join_lines(first).split(" (``")[0].rstrip(".")
 
 
-def _line(text: object) -> str:
+def _join_lines(text: object) -> str:
     return " ".join(str(text).split())
 
 
 if __name__ == "__main__":
-    print(reference(), end="")
+    print(render_reference(), end="")

@@ -166,13 +166,13 @@ def _original(family: Family, layers: nn.ModuleList, edits: Edits, layer: int, n
     """Return a parameter before the change of its linear: mixed, made of channels (a bias belongs to none), or the layer's."""
     if mixture := edits.mixtures.get(layer):
         assert set(mixture) - {layer} <= set(edits.removed_layers), "a kept layer is mixed into another one"
-        return mixed(layers, mixture, name)
+        return mix_parameters(layers, mixture, name)
     if layer in edits.channels and name in family.cut_parameters(layers[layer], "mlp_output"):
         return assemble_parameter(family, layers, layer, edits.channels[layer], name)
     return parameter_of(layers[layer], name)
 
 
-def mixed(layers: nn.ModuleList, mixture: Mapping[int, float], name: str) -> Tensor:
+def mix_parameters(layers: nn.ModuleList, mixture: Mapping[int, float], name: str) -> Tensor:
     """Return ``Σ c_j θ_j`` (float64, torch's layout) over the layers' parameters of one name."""
     parts = (coefficient * parameter_of(layers[source], name).double() for source, coefficient in mixture.items())
     return reduce(torch.add, parts)
@@ -200,10 +200,10 @@ def folds(
         yield f"{family.mlp}.weight", gains - family.norm_offset
     for name in family.output_parameters(layer, linear):
         addition = change.bias if name.endswith(".bias") else change.weight
-        yield name, folded(original(name), transform, addition)
+        yield name, fold_parameter(original(name), transform, addition)
 
 
-def folded(original: Tensor, transform: Tensor | None, addition: Tensor | None) -> Tensor:
+def fold_parameter(original: Tensor, transform: Tensor | None, addition: Tensor | None) -> Tensor:
     """Return ``Tᵀ original + addition`` (float64) for a weight (…, d, inputs) or a bias (d,)."""
     exact = original.double()
     if transform is not None:

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from replaceme.edits.channels import assemble_mlp
 from replaceme.edits.edits import Change, Edits, rotation_and_gains
-from replaceme.models.families import Family, Linear, in_torch_layout, is_conv1d, linears_within
-from replaceme.models.layers import skip_layers
-from replaceme.models.streaming import layers_in_memory, replacing_parameter
+from replaceme.models.families import Family, Linear, linears_within
+from replaceme.models.layers import replace_output, replacing_parameter, skip_layers, tensor_of
+from replaceme.models.streaming import layers_in_memory
 
 
 @contextmanager
@@ -29,7 +29,7 @@ def unfused(model: nn.Module, family: Family, edits: Edits) -> Iterator[None]:
     with ExitStack() as stack:
         for layer, channels in edits.channels.items():
             for name, value in assemble_mlp(family, layers, layer, channels):
-                stack.enter_context(replaced_parameter(layers[layer], name, value))
+                stack.enter_context(replacing_parameter(layers[layer], name, value))
         # Before the changes: their hooks then get the mixture's output.
         for layer, mixture in edits.mixtures.items():
             stack.enter_context(layers_in_memory([layers[layer], *(layers[source] for source in mixture)]))
@@ -65,32 +65,15 @@ def _parts(family: Family, layer: nn.Module, linear: Linear, change: Change) -> 
             yield family.linear_of(layer, linear), Change(None, *added)
 
 
-@contextmanager
-def replaced_parameter(layer: nn.Module, name: str, value: Tensor) -> Iterator[None]:
-    """Replace a parameter's value inside the block. It is given in torch's layout and may have another shape."""
-    owner: Any = layer.get_submodule(name.rpartition(".")[0])
-    made, outputs = in_torch_layout(layer, name, value), getattr(owner, "nf", None)
-    with replacing_parameter(layer, name, made):
-        # Conv1D is the only linear whose forward uses its number of outputs.
-        if is_conv1d(owner):
-            owner.nf = made.shape[-1]
-        try:
-            yield
-        finally:
-            if is_conv1d(owner):
-                owner.nf = outputs
-
-
 def operator_hook(P: Tensor) -> Any:
     """Return a forward hook that multiplies a module's output by P: a scalar (), a diagonal (d,) or a map (d, d)."""
 
     def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
-        whole = isinstance(output, Tensor)
-        state = output if whole else output[0]
+        state = tensor_of(output)
         dtype = torch.promote_types(state.dtype, torch.float32)
         operator = P.to(state.device, dtype)
-        changed = (state.to(dtype) @ operator if P.ndim == 2 else state.to(dtype) * operator).to(state.dtype)
-        return changed if whole else (changed, *output[1:])
+        changed = state.to(dtype) @ operator if P.ndim == 2 else state.to(dtype) * operator
+        return replace_output(output, changed.to(state.dtype))
 
     return hook
 

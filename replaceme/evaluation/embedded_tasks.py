@@ -124,7 +124,7 @@ def _cut_opening(sentence: str) -> str:
     return " ".join(words[:CHOICE_WORDS]) if len(words) >= CHOICE_WORDS else ""
 
 
-def make_retrieval_items(_articles: Iterable[str] = ()) -> Items:
+def make_retrieval_items(_articles: Iterable[str]) -> Items:
     """Return ``RETRIEVAL_ITEMS`` items ``{query, answer}``."""
     chance = random.Random(SEED)
     return [_make_retrieval_item(chance, PAIRS[number % len(PAIRS)]) for number in range(RETRIEVAL_ITEMS)]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from replaceme.base.entries import Task
-from replaceme.base.errors import DatasetError, excerpt, shown
+from replaceme.base.errors import DatasetError, excerpt, quote
 from replaceme.calibration.local import read_json_lines, shorten_path
 from replaceme.evaluation.embedded_tasks import CHOICE, Items
 
@@ -48,7 +48,7 @@ def read_questions(path: Path, task: Task) -> Items:
     for location, row in read_json_lines(path, key="tasks"):
         query = _get_value(row, question, location)
         if not isinstance(query, str) or not query.strip():
-            raise DatasetError(f"tasks: {location}: '{question}' must be a text, not {shown(query)}.")
+            raise DatasetError(f"tasks: {location}: '{question}' must be a text, not {quote(query)}.")
         choices = (
             _get_value(row, columns, location)
             if isinstance(columns, str)
@@ -57,12 +57,12 @@ def read_questions(path: Path, task: Task) -> Items:
         texts = isinstance(choices, list) and all(isinstance(choice, str) and choice.strip() for choice in choices)
         if not texts or len(choices) < 2:
             named = columns if isinstance(columns, str) else ", ".join(columns)
-            raise DatasetError(f"tasks: {location}: '{named}' must give at least two texts, not {shown(choices)}.")
+            raise DatasetError(f"tasks: {location}: '{named}' must give at least two texts, not {quote(choices)}.")
         gold = _get_value(row, answer, location)
         if isinstance(gold, bool) or not isinstance(gold, int) or not 0 <= gold < len(choices):
             positions = f"0 to {len(choices) - 1}"
             raise DatasetError(
-                f"tasks: {location}: '{answer}' must be the right choice's position, {positions}, not {shown(gold)}."
+                f"tasks: {location}: '{answer}' must be the right choice's position, {positions}, not {quote(gold)}."
             )
         passage = {name: row[name] for name in PASSAGES if isinstance(row.get(name), str)}
         items.append({**passage, "query": query, "choices": choices, "gold": gold})
@@ -75,7 +75,7 @@ def read_texts(path: Path, column: str) -> list[str]:
     for location, row in read_json_lines(path, key="tasks"):
         text = _get_value(row, column, location)
         if text is not None and not isinstance(text, str):
-            raise DatasetError(f"tasks: {location}: '{column}' must be a text, not {shown(text)}.")
+            raise DatasetError(f"tasks: {location}: '{column}' must be a text, not {quote(text)}.")
         if text and text.strip():
             texts.append(text)
     if not texts:

@@ -12,11 +12,8 @@ from replaceme.evaluation.comparison import UNITS, Figures
 from replaceme.running.workspace import Workspace
 
 SIDES = ("dense", "pruned")
-# The columns of a comparison, with their headings; one without cells is left out.
-HEADS = {
-    "": "", "dense": "dense", "pruned": "pruned", "change": "", "above chance": "above chance", "KL": "KL",
-    "same token": "same token",
-}  # fmt: skip
+# The columns of a comparison; one without cells is left out, and that of the change has no heading.
+COLUMNS = ("", *SIDES, "change", "above chance", "KL", "same token")
 
 
 def format_score_comparison(comparison: Figures) -> str:
@@ -54,8 +51,9 @@ def tabulate_score_comparison(comparison: Mapping[str, Any]) -> list[tuple[str, 
         if size := comparison.get(key):
             millions = {side: f"{size[side] / 1e6:.1f} M" for side in SIDES}
             rows.append({"": name, **millions, "change": f"−{size['removed_percent']:.1f} %"})
-    heads = [head for head in HEADS if any(row.get(head) for row in rows)]
-    return [tuple(HEADS[head] for head in heads), *(tuple(row.get(head, "") for head in heads) for row in rows)]
+    columns = [name for name in COLUMNS if any(row.get(name) for row in rows)]
+    head = tuple("" if name == "change" else name for name in columns)
+    return [head, *(tuple(row.get(name, "") for name in columns) for row in rows)]
 
 
 def _mark_contamination(figures: Mapping[str, Any]) -> dict[str, str]:

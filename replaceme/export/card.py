@@ -16,28 +16,23 @@ from huggingface_hub.repocard import metadata_load
 
 from replaceme import __version__
 from replaceme.base.combinations import NEW_WEIGHTS
-from replaceme.base.config import settings_yaml
+from replaceme.base.config import WITHOUT_EFFECT, settings_yaml
 from replaceme.base.entries import Source, dataset_title
 from replaceme.base.files import without_folder
 from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
 from replaceme.edits.edits import Edits
 from replaceme.export.transformers4 import transformers_4_obstacle
-from replaceme.methods.registry import FIELDS, USERS, has_effect
+from replaceme.methods.registry import FIELDS, has_effect
 from replaceme.models.families import Linear
 from replaceme.models.model import Model
 from replaceme.models.model_files import CARD
 from replaceme.models.own_form import FILE
+from replaceme.running.stage import SCORE_SETTINGS
 from replaceme.running.versions import list_versions
 
-# The settings that determine the model, and those that determine its scores; the others say where it was computed.
-SETTINGS = (
-    "method", "model_path", "revision", "trust_remote_code", "use_4bit", "dataset", "dataset_config", "dataset_split",
-    "dataset_column", "dataset_revision", "dataset_size", "max_length", "pack", "seed", "batch_size", "dtype", "threads",
-    "selection", "layers_to_skip", "remove", "tolerated_loss", "min_distance_layer", "max_distance_layer", "num_A",
-    "merge_consecutive", "transform", "repair", "heal_epochs", *USERS,
-)  # fmt: skip
-SCORING = ("tasks", "eval_tokens", "eval_batch_size", "eval_dtype")
+# The settings that determine the model: without those of its scores, and those that say where it is computed.
+SETTINGS = tuple(key for key in FIELDS if key not in (*SCORE_SETTINGS, *WITHOUT_EFFECT, "device", "device_map"))
 # Entries of the dense model's card that also hold for the pruned model.
 INHERITED = ("license", "license_name", "license_link", "language")
 
@@ -61,7 +56,7 @@ class RunResults:
     continuations: str = ""
 
 
-def render_card(params: Params, source: Model, edits: Edits, results: RunResults | None = None, path: str = ".") -> str:
+def render_card(params: Params, source: Model, edits: Edits, results: RunResults, path: str = ".") -> str:
     """Return the README.md of a pruned model's folder.
 
     Args:
@@ -71,7 +66,6 @@ def render_card(params: Params, source: Model, edits: Edits, results: RunResults
         results: figures and scores, as far as they are known.
         path: what the example loads: the model's name on the hub, or the folder of the card.
     """
-    results = results or RunResults()
     removed, layers = edits.removed_layers, int(source.config().num_hidden_layers)
     title = f"{source.name} without {_describe_removed(edits, f'{len(removed)} of its {layers} layers')}"
     kinds = ["depth-pruning"] * bool(removed or not edits.parts) + ["width-pruning"] * bool(edits.parts)
@@ -245,7 +239,7 @@ def _describe_reproduction(params: Params, source: Model, results: RunResults) -
     values = params.model_dump()
     keys = [
         key
-        for key in (*SETTINGS, *(SCORING if results.scores else ()))
+        for key in (*SETTINGS, *(SCORE_SETTINGS if results.scores else ()))
         if has_effect(key, values) and (values[key] is not None or FIELDS[key].default is not None)
     ]
     made_with = f"Made with {list_versions(results.made_with)}; other versions or another processor can change the last digits."

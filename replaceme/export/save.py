@@ -17,7 +17,7 @@ from replaceme.base.scratch import copy_to_scratch
 from replaceme.edits.edits import Edits
 from replaceme.edits.fold import apply_edits, edited_parameters, shorten
 from replaceme.export.transformers4 import TOKENIZER_CLASS, add_older_keys, rename_tokenizer_keys
-from replaceme.models.dtypes import stored_dtype
+from replaceme.models.dtypes import dtype_name, stored_dtype
 from replaceme.models.families import Family, in_torch_layout
 from replaceme.models.memory import load_streamed
 from replaceme.models.model import Model, parameter_count
@@ -56,7 +56,7 @@ def save_pruned(source: Model, edits: Edits, folder: Path, budget: int | None = 
         model.save_pretrained(folder, state_dict=tensors, max_shard_size=SHARD_SIZE, save_original_format=False)
     (folder / "generation_config.json").unlink(missing_ok=True)
     # transformers writes the dtype of the first weight.
-    config = {**read_json(folder / "config.json"), "dtype": str(stored_dtype(source)).removeprefix("torch.")}
+    config = {**read_json(folder / "config.json"), "dtype": dtype_name(stored_dtype(source))}
     write_json(folder / "config.json", add_older_keys(config))
     if form := edits.own_form(family.layers):
         tokenizer = type(source.tokenizer()).__name__

@@ -28,9 +28,9 @@ from replaceme.edits.edits import Edits
 from replaceme.edits.fold import edit_config, edited_parameters
 from replaceme.edits.unfused import unfused
 from replaceme.export.transformers4 import add_older_keys
-from replaceme.models.dtypes import proof_dtypes, stored_dtype, working_dtype
+from replaceme.models.dtypes import dtype_name, proof_dtypes, stored_dtype, working_dtype
 from replaceme.models.families import Family, parameter_of
-from replaceme.models.layers import replace_forward
+from replaceme.models.layers import replace_forward, replace_output, tensor_of
 from replaceme.models.memory import load_streamed, load_without_layers, measure_parts, stream_layers
 from replaceme.models.model import Model, layer_count
 from replaceme.models.own_form import is_own_form, own_config
@@ -164,7 +164,7 @@ def find_wrong_entries(dense: Model, pruned: Model, family: Family, edits: Edits
     config = dense.config()
     edit_config(config, family, edits)
     expected, actual = (json.loads(each.to_json_string(use_diff=False)) for each in (config, pruned.config()))
-    expected["dtype"] = str(stored_dtype(dense)).removeprefix("torch.")
+    expected["dtype"] = dtype_name(stored_dtype(dense))
     for each in (expected, actual):
         # transformers 5 reads the scaling's older name too, and keeps both.
         (each.get("rope_parameters") or {}).pop("type", None)
@@ -214,7 +214,7 @@ def find_wrong_tensors(dense: Model, pruned: Model, family: Family, edits: Edits
         edits: the edits that were applied.
         edited: the names of the weights that they change, in the loaded model.
     """
-    kept, originals, tensors = _list_kept_layers(dense, edits), dense.stored(), pruned.stored()
+    kept, originals, tensors = _list_kept_layers(dense, edits), dense.stored, pruned.stored
     prefix, wrong, alone = family.layers.partition(".")[0] + ".", [], 0
     # The files of some base models name their tensors without it.
     names = {name: name if name in edited or name.startswith(prefix) else prefix + name for name in tensors}
@@ -335,9 +335,7 @@ def _float32_computation(
             stack.enter_context(replace_forward(head, partial(_multiply_widened, head)))
         for module, parameters in parts.items():
             if any(each.dtype in HALF for each in parameters):
-                cast = _Cast(parameters)
-                stack.callback(module.register_forward_pre_hook(cast.widen, prepend=True).remove)
-                stack.callback(module.register_forward_hook(cast.restore).remove)
+                stack.enter_context(replace_forward(module, partial(_run_widened, module.forward, parameters)))
         yield
 
 
@@ -364,22 +362,17 @@ def _widen(weight: Tensor) -> Tensor:
     return weight.float() if weight.dtype in HALF else weight
 
 
-class _Cast:
-    """Hooks that widen parameters before a module runs, and restore them after it."""
-
-    def __init__(self, parameters: list[nn.Parameter]):
-        self.parameters, self.own = parameters, list[Tensor]()
-
-    def widen(self, *_: Any) -> None:
-        # Their values now, since an edit may replace them.
-        self.own = [each.data for each in self.parameters]
-        for each in self.parameters:
-            each.data = each.data.float()
-
-    def restore(self, *_: Any) -> None:
-        for each, data in zip(self.parameters, self.own, strict=True):
+def _run_widened(forward: Callable[..., Any], parameters: list[nn.Parameter], *arguments: Any, **options: Any) -> Any:
+    """Return what ``forward`` computes with parameters in float32, which are restored after it."""
+    # Their values now, since an edit may replace them.
+    own = [each.data for each in parameters]
+    for each in parameters:
+        each.data = each.data.float()
+    try:
+        return forward(*arguments, **options)
+    finally:
+        for each, data in zip(parameters, own, strict=True):
             each.data = data
-        self.own = []
 
 
 def _find_layers_before_cuts(edits: Edits, kept: list[int]) -> list[int]:
@@ -413,40 +406,31 @@ def _record_states(
         if edits:
             hooks.enter_context(unfused(model, family, edits))
         for layer in observed:
-            replace_state = _make_recorder(states[layer], given[layer].split(lengths) if given else None)
+            record = partial(_record_state, states[layer], given[layer].split(lengths) if given else None)
             if layer == FIRST:
-                hooks.callback(layers[0].register_forward_pre_hook(_make_input_hook(replace_state), with_kwargs=True).remove)
+                handle = layers[0].register_forward_pre_hook(partial(_replace_input, record), with_kwargs=True)
             else:
-                hooks.callback(layers[layer].register_forward_hook(_make_output_hook(replace_state)).remove)
+                handle = layers[layer].register_forward_hook(partial(_replace_output, record))
+            hooks.callback(handle.remove)
         passes = (model(document[None], use_cache=False, logits_to_keep=LOGITS) for document in documents.documents)
         logits = [output.logits[0] for output in passes]
     return {layer: torch.cat(parts) for layer, parts in states.items()}, torch.cat(logits)
 
 
-def _make_recorder(states: list[Tensor], given: Sequence[Tensor] | None) -> Callable[[Tensor], Tensor]:
-    """Return a function that appends a state (1, tokens, d) to ``states`` and returns the given one instead."""
-
-    def record(state: Tensor) -> Tensor:
-        states.append(state[0].clone())
-        return state if given is None else given[len(states) - 1].to(state)[None]
-
-    return record
+def _record_state(states: list[Tensor], given: Sequence[Tensor] | None, state: Tensor) -> Tensor:
+    """Append a state (1, tokens, d) to ``states``, and return it or the given one instead."""
+    states.append(state[0].clone())
+    return state if given is None else given[len(states) - 1].to(state)[None]
 
 
-def _make_output_hook(replace_state: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
-    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
-        return replace_state(output) if isinstance(output, Tensor) else (replace_state(output[0]), *output[1:])
-
-    return hook
+def _replace_output(record: Callable[[Tensor], Tensor], _module: nn.Module, _args: Any, output: Any) -> Any:
+    return replace_output(output, record(tensor_of(output)))
 
 
-def _make_input_hook(replace_state: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
-    def hook(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        if args:
-            return (replace_state(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": replace_state(kwargs["hidden_states"])}
-
-    return hook
+def _replace_input(record: Callable[[Tensor], Tensor], _module: nn.Module, args: Any, options: dict[str, Any]) -> Any:
+    if args:
+        return (record(args[0]), *args[1:]), options
+    return args, {**options, "hidden_states": record(options["hidden_states"])}
 
 
 def _compute_relative_errors(expected: Tensor, actual: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from replaceme.base.combinations import TRANSFORMS, MethodStage, Settings, Use, Values
+from replaceme.base.combinations import NEW_WEIGHTS, TRANSFORMS, MethodStage, Settings, Use, Values
 from replaceme.base.errors import ParameterError, SolveError
 from replaceme.base.parameters import Params
 from replaceme.base.plan import Block
@@ -197,7 +197,7 @@ def refuses(values: Values) -> list[str]:
     problems = []
     if transform == "orthogonal":
         problems.append("transform: orthogonal is fitted by least squares alone; use method lstsq.")
-    if transform in ("refit", "joint", "channels"):
+    if transform in NEW_WEIGHTS:
         problems.append(
             f"transform: {transform} solves least squares for the last weights before the cut and has no other objective; use "
             "method lstsq, or transform dense, diagonal, two_vectors or triangular."
@@ -227,7 +227,7 @@ def check(params: Params, model: Model, family: Family) -> None:
 
 METHOD = Method(
     settings=Objective,
-    shared={"alpha": Use(("solve", "repair"))},
+    common={"alpha": Use(("solve", "repair"))},
     surrogate=lambda params: "map",
     statistics=statistics,
     solve=solve,

@@ -70,10 +70,11 @@ def check(params: Params, model: Model, family: Family) -> None:
 
 METHOD = Method(
     settings=Weighting,
-    shared={"alpha": Use(("solve", "repair"))},
+    common={"alpha": Use(("solve", "repair"))},
     surrogate=lambda params: "map",
     statistics=lambda params: (_stream(params), "sample"),
     solve=solve,
+    operator=lambda params: True,
     check=check,
     criterion=MEAN_COSINE,
     words="maps the whole state at the cut",

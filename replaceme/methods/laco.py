@@ -14,7 +14,7 @@ from replaceme.base.errors import ParameterError
 from replaceme.base.parameters import Params
 from replaceme.base.plan import Block
 from replaceme.base.progress import logger
-from replaceme.methods.method import Method, drop
+from replaceme.methods.method import Method, leave_empty
 from replaceme.selection.criteria import Criterion, SelectionContext
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def check(params: Params, model: Model, family: Family) -> None:
 
 METHOD = Method(
     settings=Merging,
-    solve=drop("LaCo"),
+    solve=leave_empty("LaCo"),
     criterion=Criterion(
         "collapse",
         "merging layers into the one before them, as long as the model's last states stay similar",

@@ -59,8 +59,12 @@ def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
     return Solved(Edits(f"LinearPatch ({form})", [], operators={block.layer_before_cut: P}), fit)
 
 
+def _is_rotated(params: Params) -> bool:
+    return Form.of(params).linearpatch_form == "hadamard"
+
+
 def _magnitudes(params: Params) -> str:
-    return "magnitudes_rotated" if Form.of(params).linearpatch_form == "hadamard" else "magnitudes"
+    return "magnitudes_rotated" if _is_rotated(params) else "magnitudes"
 
 
 def check(params: Params, model: Model, family: Family) -> None:
@@ -70,7 +74,7 @@ def check(params: Params, model: Model, family: Family) -> None:
 
     check_own_form(model.config())
     width = int(model.config().hidden_size)
-    if Form.of(params).linearpatch_form == "hadamard" and hadamard(width) is None:
+    if _is_rotated(params) and hadamard(width) is None:
         raise ParameterError(
             f"linearpatch_form: hadamard needs a Hadamard matrix of the model's width, and of {width} none is constructed; use "
             "diagonal."
@@ -81,6 +85,7 @@ METHOD = Method(
     settings=Form,
     statistics=lambda params: (_magnitudes(params), "stream", "sample"),
     solve=solve,
+    operator=_is_rotated,
     criterion=MEAN_COSINE,
     words="maps the whole state at the cut",
     check=check,

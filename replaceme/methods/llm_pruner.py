@@ -23,7 +23,7 @@ from replaceme.base.errors import ParameterError
 from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
 from replaceme.edits.model_edit import ModelEdit
-from replaceme.methods.method import Method, MethodContext, drop
+from replaceme.methods.method import Method, MethodContext, leave_empty
 from replaceme.selection.criteria import WIDTH
 
 if TYPE_CHECKING:
@@ -158,6 +158,7 @@ class RemovableGroups:
     def of(cls, model: Any, family: Family, layers: range) -> Self:
         """Return those of some layers of a model, whose weights need not be loaded."""
         from replaceme.models.families import inputs_of, parameter_of
+        from replaceme.models.model import parameter_count
 
         layer, config = family.decoder_layers(model)[layers[0]], model.config
         counts: dict[Linear, int] = {
@@ -168,7 +169,7 @@ class RemovableGroups:
             linear: sum(parameter_of(layer, name).numel() for name in family.cut_parameters(layer, linear)) // count
             for linear, count in counts.items()
         }
-        return cls(layers, counts, sizes, sum(parameter.numel() for parameter in layer.parameters()))
+        return cls(layers, counts, sizes, parameter_count(layer))
 
     def parameters(self, removed: Mapping[Linear, int]) -> int:
         """Return the number of parameters in these groups, over all the layers."""
@@ -252,17 +253,11 @@ def choose_groups(params: Params, model: Any, family: Family) -> tuple[Removable
 
 def is_describable(model: Any, family: Family, groups: RemovableGroups, kept: Mapping[Linear, int]) -> bool:
     """Return whether the family's own class, with such a config, has layers of exactly these groups."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
     from replaceme.models.families import parameter_of
+    from replaceme.models.width import build_changed
 
-    config = model.config
-    try:
-        changed = type(config).from_dict({**config.to_dict(), **cut_config_entries(config, kept)})
-        with torch.device("meta"):
-            built = AutoModelForCausalLM.from_config(changed)
-    except Exception:  # configs and models check themselves with errors of many kinds
+    built = build_changed(model.config, cut_config_entries(model.config, kept))
+    if built is None:
         return False
     dense, changed_layer = family.decoder_layers(model)[0], family.decoder_layers(built)[0]
     return all(
@@ -440,8 +435,8 @@ def refuses(values: Values) -> list[str]:
 
 
 METHOD = Method(
-    shared={"plain": Use(("repair",))},
-    solve=drop("LLM-Pruner"),
+    common={"plain": Use(("repair",))},
+    solve=leave_empty("LLM-Pruner"),
     criterion=WIDTH,
     fit_on_model=remove_groups,
     words="removes parts of layers, not whole layers",

@@ -13,7 +13,7 @@ transformers has layers without an attention; with ``plain``, the attention stay
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -23,7 +23,7 @@ from pydantic import Field
 from replaceme.base.combinations import Settings, Use
 from replaceme.base.errors import ParameterError
 from replaceme.edits.model_edit import ModelEdit
-from replaceme.methods.method import Method, MethodContext, drop
+from replaceme.methods.method import Method, MethodContext, leave_empty
 from replaceme.selection.criteria import WINDOW
 
 if TYPE_CHECKING:
@@ -70,13 +70,12 @@ class TrainedLayer(ModelEdit):
     @contextmanager
     def unfused(self, model: nn.Module, family: Family) -> Iterator[None]:
         """Replace the layer's parameters, and let a removed attention add 0."""
-        from replaceme.edits.unfused import replaced_parameter
-        from replaceme.models.layers import silence_attention
+        from replaceme.models.layers import replacing_parameter, silence_attention
 
         layer = family.decoder_layers(model)[self.layer]
         with ExitStack() as stack:
             for name, value in self.parameters.items():
-                stack.enter_context(replaced_parameter(layer, name, value))
+                stack.enter_context(replacing_parameter(layer, name, value))
             if self.without:
                 stack.enter_context(silence_attention(layer.get_submodule(self.without[0])))
             yield
@@ -117,14 +116,14 @@ class TrainedLayer(ModelEdit):
 def train_layer(context: MethodContext) -> dict[str, Any]:
     """Train the layer before the cut, add its weights to the edits, and return figures of the training."""
     from replaceme.models.devices import require_resident
-    from replaceme.training.checkpoints import checkpoint_folder, checkpoint_key
-    from replaceme.training.curves import write_curves
+    from replaceme.training.checkpoints import checkpoint_key
     from replaceme.training.training import (
         LearningRateSchedule,
         checkpoint_settings,
         record_entry_and_exit,
         summarize_training,
         train,
+        write_curves,
     )
 
     own, params, family = Training.of(context.params), context.params, context.family
@@ -136,7 +135,7 @@ def train_layer(context: MethodContext) -> dict[str, Any]:
     schedule = LearningRateSchedule(
         own.llm_streamline_learning_rate, own.llm_streamline_epochs, params.batch_size, "llm_streamline_learning_rate"
     )
-    inputs, targets = record_entry_and_exit(context, index, block.end - 1, description="walking to the cut")
+    inputs, targets = record_entry_and_exit(context, index, block.end - 1)
     distillation = LayerDistillation(context, index, inputs, targets, without)
     settings = {
         **checkpoint_settings(schedule, next(layer.parameters()).device),
@@ -146,7 +145,7 @@ def train_layer(context: MethodContext) -> dict[str, Any]:
         "documents": [len(document) for document in context.documents.documents],
     }
     key = checkpoint_key(settings, [*context.documents.documents, inputs, targets, *layer.parameters()])
-    trained, curves = train(distillation, distillation.trainable_parameters(), schedule, checkpoint_folder(context.folder), key)
+    trained, curves = train(distillation, distillation.trainable_parameters(), schedule, context.checkpoints, key)
     write_curves(context.output, curves)
     context.edits.title = TITLES[own.llm_streamline_form]
     context.edits.model_edit = trained_edit(family, layer, index, trained, without, plain=params.plain)
@@ -217,15 +216,11 @@ class LayerDistillation:
             if not self._is_left_out(name)
         }
 
-    @contextmanager
-    def training_context(self) -> Iterator[None]:
+    def training_context(self) -> AbstractContextManager[None]:
         """Silence the attention inside the block, if it is left out."""
         from replaceme.models.layers import silence_attention
 
-        with ExitStack() as stack:
-            if self.without:
-                stack.enter_context(silence_attention(self.module.get_submodule(self.without[0])))
-            yield
+        return silence_attention(self.module.get_submodule(self.without[0])) if self.without else nullcontext()
 
     def loss(self, parameters: Mapping[str, Tensor], documents: Sequence[int], step: int | None = None) -> Tensor:
         """Return the mean squared error, over the real tokens of documents, with the given parameters."""
@@ -238,12 +233,11 @@ class LayerDistillation:
         from torch.func import functional_call
         from torch.utils import _pytree as trees
 
-        from replaceme.models.layers import tensor_of
+        from replaceme.models.layers import replace_input, tensor_of
 
         args, kwargs = trees.tree_map(self._to_device, self._call_arguments(batch))
-        entering = batch.padded(rows)
-        args, kwargs = ((entering, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": entering})
-        return tensor_of(functional_call(self.module, {**parameters, **self.fixed}, args, kwargs))
+        arguments = replace_input(args, kwargs, batch.padded(rows))
+        return tensor_of(functional_call(self.module, {**parameters, **self.fixed}, *arguments))
 
     def _call_arguments(self, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments of the model's call of the layer on a batch; the layers before it compute nothing."""
@@ -307,10 +301,10 @@ def check(params: Params, model: Model, family: Family) -> None:
 
 METHOD = Method(
     settings=Training,
-    shared={"plain": Use(("repair",), "llm_streamline_form", ("mlp",))},
+    common={"plain": Use(("repair",), "llm_streamline_form", ("mlp",))},
     # A fitted map predicts the loss with a trained layer better than an empty cut does.
     surrogate=lambda params: "map",
-    solve=drop("LLM-Streamline"),
+    solve=leave_empty("LLM-Streamline"),
     criterion=WINDOW,
     fit_on_model=train_layer,
     trained=True,

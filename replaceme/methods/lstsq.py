@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from replaceme.base.combinations import TRANSFORMS, Use, Values
-from replaceme.base.errors import ParameterError
+from replaceme.base.combinations import NEW_WEIGHTS, STEPWISE, TRANSFORMS, Use, Values
+from replaceme.base.errors import ParameterError, renaming
 from replaceme.base.parameters import Params
 from replaceme.base.plan import Block, Surrogate
 from replaceme.base.progress import logger
@@ -15,9 +15,6 @@ from replaceme.methods.method import Method, Solved, Statistics, require_tokens
 if TYPE_CHECKING:
     from replaceme.models.families import Family
     from replaceme.models.model import Model
-
-# The transforms that solve for weights of the layer before the cut, and the statistic that each needs.
-FEATURES = {"refit": "mlp_features", "joint": "features", "channels": "features"}
 
 
 def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
@@ -28,7 +25,7 @@ def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
     from replaceme.solvers.quality import describe_dense_ridge, describe_structured_ridge, measure_fit, ridge_path
     from replaceme.solvers.ridge import solve_ridge
 
-    if params.transform in FEATURES:
+    if params.transform in NEW_WEIGHTS:
         return _refit(params, block, statistics)
     structure = params.transform
     sums, sample = statistics("gram"), statistics("sample")
@@ -56,12 +53,12 @@ def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
 
 def _refit(params: Params, block: Block, statistics: Statistics) -> Solved:
     from replaceme.edits.edits import Edits
-    from replaceme.solvers.arguments import naming
     from replaceme.solvers.refit import refit
 
     edits = Edits(f"least squares over the last weights before the cut ({params.transform})", [])
-    with naming(ridge="refit_ridge"):
-        fit = refit(edits, block.layer_before_cut, statistics(FEATURES[params.transform]), params.alpha, params.refit_ridge)
+    (features,) = _statistics(params)
+    with renaming({"ridge": "refit_ridge"}):
+        fit = refit(edits, block.layer_before_cut, statistics(features), params.alpha, params.refit_ridge)
     logger.info(
         "solve: cut after layer %d, %d tokens, weighted residual %.4f (%.4f with a transform alone, %.4f with nothing)",
         block.layer_before_cut, fit["tokens"], fit.get("weighted_residual", fit.get("weighted_residual_joint")),
@@ -71,12 +68,14 @@ def _refit(params: Params, block: Block, statistics: Statistics) -> Solved:
 
 
 def _statistics(params: Params) -> tuple[str, ...]:
-    return (FEATURES[params.transform],) if params.transform in FEATURES else ("gram", "sample")
+    if params.transform not in NEW_WEIGHTS:
+        return ("gram", "sample")
+    return ("features" if params.transform in STEPWISE else "mlp_features",)
 
 
 def _surrogate(params: Params) -> Surrogate:
     # The first solution of channels is a joint one.
-    return "refit" if params.transform == "refit" else "joint" if params.transform in FEATURES else "map"
+    return "joint" if params.transform in STEPWISE else "refit" if params.transform == "refit" else "map"
 
 
 def _refuses(values: Values) -> list[str]:
@@ -99,7 +98,7 @@ def _check(params: Params, model: Model, family: Family) -> None:
 
 
 METHOD = Method(
-    shared={"alpha": Use(("solve", "repair"))},
+    common={"alpha": Use(("solve", "repair"))},
     surrogate=_surrogate,
     statistics=_statistics,
     solve=solve,

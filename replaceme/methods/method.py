@@ -47,11 +47,12 @@ class MethodContext(ModelContext):
     """The inputs of a method's ``fit_on_model``: the dense model, which is left unchanged, its calibration text, and these.
 
     Attributes:
-        folder: for scratch files, and for checkpoints that an interrupted run resumes from.
+        folder: for scratch files.
         params: the setting.
         plan: the removed blocks.
         edits: as solved so far; they are added to.
         output: the folder of the edits, for files to be kept with them.
+        checkpoints: the folder of checkpoints, from which an interrupted run resumes.
     """
 
     folder: Path
@@ -59,6 +60,7 @@ class MethodContext(ModelContext):
     plan: Plan
     edits: Edits
     output: Path
+    checkpoints: Path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +77,7 @@ class Method(Limits):
         criterion: the published criterion of what is removed.
         fit_on_model: runs on the model after solve, in the repair stage, for edits that statistics can't give: it adds a
             ``ModelEdit`` to the edits and returns figures for the metrics.
+        operator: with these parameters, whether a layer of the result holds a matrix (d, d) more.
         trained: whether it trains weights on the text; other methods see each token once or twice, and solve.
         check: raises ParameterError, before any work, if a model can't meet the parameters: they are not exact or not derived
             for its family, or ask for more than it has. Its weights are not loaded.
@@ -87,6 +90,7 @@ class Method(Limits):
     statistics: Callable[[Params], tuple[str, ...]] = lambda params: ()
     criterion: Criterion = CRITERIA["angular"]
     fit_on_model: Callable[[MethodContext], dict[str, Any]] | None = None
+    operator: Callable[[Params], bool] = lambda params: False
     trained: bool = False
     check: Callable[[Params, Model, Family], None] = lambda params, model, family: None
 
@@ -105,7 +109,7 @@ def require_tokens(params: Params, model: Model) -> None:
         )
 
 
-def drop(title: str) -> Callable[[Params, Block, Statistics], Solved]:
+def leave_empty(title: str) -> Callable[[Params, Block, Statistics], Solved]:
     """Return the ``solve`` of a method that puts nothing in the block's place."""
 
     def solve(params: Params, block: Block, statistics: Statistics) -> Solved:

@@ -12,7 +12,7 @@ from replaceme.base.errors import ParameterError
 from replaceme.base.parameters import Params
 from replaceme.base.plan import Block
 from replaceme.base.progress import logger
-from replaceme.methods.method import Method, drop
+from replaceme.methods.method import Method, leave_empty
 from replaceme.selection.criteria import Criterion, SelectionContext
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def check(params: Params, model: Model, family: Family) -> None:
 
 METHOD = Method(
     surrogate=lambda params: "scalar",
-    solve=drop("Prune&Comp"),
+    solve=leave_empty("Prune&Comp"),
     criterion=Criterion(
         "compensated",
         "the smallest block influence, one layer at a time, with the state scaled at earlier cuts",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from replaceme.base.combinations import NEW_WEIGHTS
+from replaceme.base.combinations import NEW_WEIGHTS, STEPWISE
 from replaceme.base.errors import ParameterError
 from replaceme.base.parameters import Params
 from replaceme.methods.registry import METHODS
@@ -35,7 +35,7 @@ def check_model(params: Params, model: Model, family: Family) -> None:
         )
     if family.obstacle is not None:
         family_words = family.obstacle_words(kind)
-        if not named and transform in NEW_WEIGHTS and (family.obstacle == "experts" or transform in ("joint", "channels")):
+        if not named and transform in NEW_WEIGHTS and (family.obstacle == "experts" or transform in STEPWISE):
             use = "refit" if family.obstacle == "undescribed" else "dense"
             problems.append(f"transform: {transform} is not derived for {family_words}; use {use}.")
         if params.repair:

@@ -31,7 +31,7 @@ from replaceme.base.errors import ParameterError, SolveError
 from replaceme.base.parameters import Params
 from replaceme.base.progress import logger, progress
 from replaceme.edits.model_edit import ModelEdit
-from replaceme.methods.method import Method, MethodContext, drop
+from replaceme.methods.method import Method, MethodContext, leave_empty
 from replaceme.selection.criteria import WIDTH
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 # Tokens in one call of an MLP, and rows of a weight multiplied at once.
 TOKENS, ROWS = 2048, 4096
 # Widths are multiples of this, for fast matrix products.
-STEP = 8
+MULTIPLE = 8
 # The same in all families that have ``rms_norms``.
 EMBEDDING, LAST_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 SHORTCUTS = ("attention_shortcut.weight", "mlp_shortcut.weight")
@@ -171,20 +171,22 @@ class _Projection:
         self.Q, self.next_Q, self.multiplier = Q, next_Q, multiplier
 
     def on_input(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        entering = args[0] if args else kwargs["hidden_states"]
+        from replaceme.models.layers import input_of, replace_input
+
+        entering = input_of(args, kwargs)
         self.state = project(entering, self.Q).to(entering.dtype)
-        return ((self.state, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": self.state})
+        return replace_input(args, kwargs, self.state)
 
     def on_attention(self, _module: nn.Module, _args: Any, output: Any) -> Any:
         import torch
 
-        whole = isinstance(output, torch.Tensor)
-        added = output if whole else output[0]
+        from replaceme.models.layers import replace_output, tensor_of
+
+        added = tensor_of(output)
         dtype = torch.promote_types(added.dtype, torch.float32)
         state = self.state.to(dtype)
         projected = project(state + self.multiplier * added.to(dtype), self.next_Q)
-        changed = ((projected - state) / self.multiplier).to(added.dtype)
-        return changed if whole else (changed, *output[1:])
+        return replace_output(output, ((projected - state) / self.multiplier).to(added.dtype))
 
 
 def project(state: Tensor, Q: Tensor) -> Tensor:
@@ -204,7 +206,7 @@ def slice_stream(context: MethodContext) -> dict[str, Any]:
     edits.model_edit = slicing = Slicing([Q.cpu() for Q, _ in bases])
     edits.config = sliced_config(config, slicing)
     edits.parts = f"{d - width} of the {d} dimensions of its residual stream"
-    kept = [share for _, share in bases]
+    kept = [fraction for _, fraction in bases]
     figures = {
         "width": width,
         "slicing": 1 - width / d,
@@ -221,7 +223,7 @@ def slice_stream(context: MethodContext) -> dict[str, Any]:
 
 
 def find_bases(context: MethodContext, width: int) -> list[tuple[Tensor, float]]:
-    """Return Q and its share of the trace for each signal, in order, each computed from the sliced ones before it.
+    """Return Q and the fraction of the trace that it keeps for each signal; each is computed from the sliced ones before it.
 
     The tokens' states, in a file on disk, are projected and go through one attention or one MLP at a time, so that every layer
     is computed once.
@@ -251,7 +253,7 @@ def find_bases(context: MethodContext, width: int) -> list[tuple[Tensor, float]]
 
 
 def find_shared_basis(context: MethodContext, width: int) -> list[tuple[Tensor, float]]:
-    """Return one Q for all signals of the dense model, and its share of their common trace."""
+    """Return one Q for all signals of the dense model, and the fraction of their common trace that it keeps."""
     from replaceme.statistics.walk import walk
 
     pool = _PooledStates(len(context.layers), context.width)
@@ -260,7 +262,7 @@ def find_shared_basis(context: MethodContext, width: int) -> list[tuple[Tensor, 
 
 
 def principal(gram: Tensor, width: int) -> tuple[Tensor, float]:
-    """Return the ``width`` leading eigenvectors of ``Σ hᵀh`` (d, d), (d, width) float32, and their share of its trace.
+    """Return the ``width`` leading eigenvectors of ``Σ hᵀh`` (d, d), (d, width) float32, and their part of its trace.
 
     They are computed on the device of the sums, and stay there.
 
@@ -272,8 +274,8 @@ def principal(gram: Tensor, width: int) -> tuple[Tensor, float]:
     if not bool(torch.isfinite(gram).all()):
         raise SolveError("dtype: the sums over the states are not finite; use float32 or bfloat16.")
     eigenvalues, vectors = torch.linalg.eigh(gram)
-    share = eigenvalues[-width:].sum() / eigenvalues.sum()
-    return vectors[:, -width:].flip(1).float().contiguous(), float(share)
+    fraction = eigenvalues[-width:].sum() / eigenvalues.sum()
+    return vectors[:, -width:].flip(1).float().contiguous(), float(fraction)
 
 
 def _walk_layer(
@@ -373,17 +375,20 @@ def fitting_width(model: Any, family: Family, layers: int, one_basis: bool) -> t
     """
     import torch
 
+    from replaceme.models.model import parameter_count
+
     with torch.device("meta"):
         skeleton = type(model)(model.config)
     d, heads = int(model.config.hidden_size), int(model.config.num_attention_heads)
-    step = math.lcm(STEP, heads) if one_basis else STEP
-    widths = range(step, d, step)
+    multiple = math.lcm(MULTIPLE, heads) if one_basis else MULTIPLE
+    widths = range(multiple, d, multiple)
     if not widths:
         raise ParameterError(
-            f"plain: the width would be a multiple of {step}, for {heads} attention heads, and the model's is {d}; use false."
+            f"plain: the width would be a multiple of {multiple}, for {heads} attention heads, and the model's is {d}; "
+            "use false."
         )
     blocks = family.decoder_layers(skeleton)
-    total, of_layers = (sum(parameter.numel() for parameter in part.parameters()) for part in (skeleton, blocks))
+    total, of_layers = map(parameter_count, (skeleton, blocks))
     target = total - layers * of_layers / len(blocks)
     count = len(blocks) * 2 + 1
 
@@ -428,8 +433,8 @@ def refuses(values: Values) -> list[str]:
 
 
 METHOD = Method(
-    shared={"plain": Use(("repair",))},
-    solve=drop("SliceGPT"),
+    common={"plain": Use(("repair",))},
+    solve=leave_empty("SliceGPT"),
     criterion=WIDTH,
     fit_on_model=slice_stream,
     words="removes parts of layers, not whole layers",

@@ -1,5 +1,5 @@
 """UIDL (arXiv 2403.17887): drop the block and put nothing in its place."""
 
-from replaceme.methods.method import Method, drop
+from replaceme.methods.method import Method, leave_empty
 
-METHOD = Method(solve=drop("UIDL"))
+METHOD = Method(solve=leave_empty("UIDL"))

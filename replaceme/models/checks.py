@@ -60,7 +60,7 @@ def check_weights(model: Model) -> None:
 
 def _check_dtypes(model: Model) -> None:
     """Log that some weights are stored in another dtype than most. Raises ModelError if they can't keep it."""
-    stored, usual = model.stored(), stored_dtype(model)
+    stored, usual = model.stored, stored_dtype(model)
     others = {name for name, tensor in stored.items() if FORMATS.get(tensor.format, usual) != usual}
     if others and (kept := others & {*model.match_names(model.skeleton(model.config()), stored).values()}):
         logger.info(

@@ -28,7 +28,7 @@ FORMATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 def stored_dtype(model: Model) -> torch.dtype:
     """Return the dtype that most weights are stored in, by their entries. Raises ModelError when torch can't compute in it."""
     entries: Counter[str] = Counter()
-    for stored in model.stored().values():
+    for stored in model.stored.values():
         # Old files also hold byte masks.
         if "F" in stored.format:
             entries[stored.format] += stored.entries

@@ -4,25 +4,21 @@ Each model becomes a local folder: that of an embedded model, the user's own, or
 Later stages read that folder and need no network.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from replaceme.base.documents import Documents
 from replaceme.base.errors import ModelError, excerpt
 from replaceme.base.files import local_path, read_json
 from replaceme.base.fingerprints import sha256_of
 from replaceme.base.parameters import Params, nearest
 from replaceme.models import embedded, hub
 from replaceme.models.checks import check_folder
-from replaceme.models.families import Family
+from replaceme.models.context import ModelContext
 from replaceme.models.memory import load_within_budget
 from replaceme.models.model import Model
 from replaceme.models.model_files import ALL_FILES, LEFT_OUT, WEIGHT_FILES
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from replaceme.running.workspace import Workspace
 
 
 def find_model(params: Params, commit: str | None = None) -> Model:
@@ -70,16 +66,14 @@ def identity(model: Model, files: Iterable[Path] | None = None) -> dict[str, obj
     return {"sha256": sha256_of(model.files(WEIGHT_FILES) if files is None else files, model.folder)}
 
 
-def calibration_model(params: Params, record: Path, obstacle: str | None = None) -> tuple[PreTrainedModel, Family]:
-    """Load for calibration the model that the inputs stage wrote to ``record``; return it with its family's description.
+def calibration_context(params: Params, work: Workspace, obstacle: str | None = None) -> ModelContext:
+    """Load the dense model for calibration, with its text; scratch files lie beside the artifacts.
 
     Args:
         params: the parameters.
-        record: the file; walks of a streamed model have their scratch files on the same disk.
-        obstacle: why it can't be streamed for this use; None if it can.
+        work: the paths of the run.
+        obstacle: why the model can't be streamed for this use; None if it can.
     """
-    source = recorded_model(params, record)
-    model = load_within_budget(
-        source, params, params.dtype, packed=params.use_4bit, obstacle=obstacle, folder=record.parents[1]
-    )
-    return model, source.family()
+    documents, source, folder = Documents.load(work.documents), recorded_model(params, work.model_input), work.artifact("")
+    model = load_within_budget(source, params, params.dtype, packed=params.use_4bit, obstacle=obstacle)
+    return ModelContext(model, source.family(), documents, params.batch_size, folder)

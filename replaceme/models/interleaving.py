@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
 from itertools import islice
 from threading import Condition, Lock, get_ident
 from typing import TypeVar
@@ -45,18 +47,21 @@ def interleave_forwards(model: nn.Module, tasks: Iterable[Callable[[], T]], most
 
 
 def _interleave(stream: LayerStream, tasks: Sequence[Callable[[], T]]) -> list[T]:
-    turns, turn, threads = _Turns(len(tasks), len(stream.layers)), stream.wait_turn, torch.get_num_threads()
-    stream.wait_turn = turns.wait  # type: ignore[method-assign]
-    try:
-        with ThreadPoolExecutor(len(tasks), initializer=torch.set_num_threads, initargs=(threads,)) as pool:
-            futures = [pool.submit(turns.run, task) for task in tasks]
-            try:
-                return [future.result() for future in futures]
-            except BaseException as failure:  # an interrupt, too, leaves no thread that goes on
-                turns.stop(failure)
-                raise
-    finally:
-        stream.wait_turn = turn  # type: ignore[method-assign]
+    turns, threads = _Turns(len(tasks), len(stream.layers)), torch.get_num_threads()
+    with ExitStack() as stack:
+        for index, layer in enumerate(stream.layers):
+            stack.callback(layer.register_forward_pre_hook(partial(_wait, turns, index)).remove)
+        pool = stack.enter_context(ThreadPoolExecutor(len(tasks), initializer=torch.set_num_threads, initargs=(threads,)))
+        futures = [pool.submit(turns.run, task) for task in tasks]
+        try:
+            return [future.result() for future in futures]
+        except BaseException as failure:  # an interrupt, too, leaves no thread that goes on
+            turns.stop(failure)
+            raise
+
+
+def _wait(turns: _Turns, index: int, _layer: nn.Module, _arguments: object) -> None:
+    turns.wait(index)
 
 
 class _Turns:

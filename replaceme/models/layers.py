@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from replaceme.base.documents import Batch
-from replaceme.models.families import Family
+from replaceme.models.families import Family, in_torch_layout, is_conv1d
+from replaceme.models.streaming import stream_of
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,21 @@ def tensor_of(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
+def replace_output(output: Any, states: Tensor) -> Any:
+    """Return a module's output with other hidden states."""
+    return states if isinstance(output, Tensor) else (states, *output[1:])
+
+
+def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Return the hidden states in the arguments of a layer or an attention: the first one, or one by name."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def replace_input(args: tuple[Any, ...], kwargs: dict[str, Any], states: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a layer or an attention with other hidden states."""
+    return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
+
+
 @contextmanager
 def enable_gradients(model: nn.Module, parameters: Iterable[nn.Parameter] = ()) -> Iterator[None]:
     """Enable gradients for exactly these parameters of a model inside the block, and restore the flags after it."""
@@ -65,6 +81,27 @@ def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[
         del module.forward
         if own is not None:
             module.forward = own
+
+
+@contextmanager
+def replacing_parameter(layer: nn.Module, name: str, value: Tensor) -> Iterator[None]:
+    """Let a parameter of a layer have another value inside the block, in its own dtype and on its device.
+
+    The value is given in torch's layout. It may have another shape.
+    """
+    owner: Any = layer.get_submodule(name.rpartition(".")[0])
+    parameter, made = layer.get_parameter(name), in_torch_layout(layer, name, value)
+    with ExitStack() as stack:
+        if stream := stream_of(layer):
+            stack.enter_context(stream.replacing(stream.index_of(layer), name, made))
+        else:
+            stack.callback(setattr, parameter, "data", parameter.data)
+            parameter.data = made.to(parameter, copy=True).contiguous()
+        # Conv1D is the only linear whose forward uses its number of outputs.
+        if is_conv1d(owner):
+            stack.callback(setattr, owner, "nf", owner.nf)
+            owner.nf = made.shape[-1]
+        yield
 
 
 @contextmanager
@@ -109,13 +146,12 @@ def start_at_layer(
         return now
 
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        states = entry.of_batch(batch())
-        return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
+        return replace_input(args, kwargs, entry.of_batch(batch()))
 
     def attend(*arguments: Any, **options: Any) -> tuple[Tensor, None]:
         assert entry.attention is not None
-        state, now = arguments[0] if arguments else options["hidden_states"], batch()
-        features = now.padded(entry.attention[now.tokens].to(state.device))
+        now = batch()
+        features = now.padded(entry.attention[now.tokens].to(input_of(arguments, options).device))
         return family.linear_of(layer, "attention_output")(features), None
 
     with ExitStack() as stack:

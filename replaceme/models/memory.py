@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +13,7 @@ from replaceme.base.errors import ModelError, ParameterError
 from replaceme.base.parameters import Params, size_of
 from replaceme.base.progress import logger
 from replaceme.models.devices import free_memory, release_memory, resolve_device
-from replaceme.models.dtypes import is_finite
+from replaceme.models.dtypes import dtype_name, is_finite, proof_dtypes
 from replaceme.models.families import FAMILIES, Family
 from replaceme.models.model import Model
 from replaceme.models.model_files import StoredTensor
@@ -37,7 +36,6 @@ def load_within_budget(
     *,
     packed: bool = False,
     obstacle: str | None = None,
-    folder: Path | None = None,
 ) -> PreTrainedModel:
     """Load a model as ``memory`` allows: whole, or streamed layer by layer from its files. The results are the same bits.
 
@@ -47,7 +45,6 @@ def load_within_budget(
         dtype: a torch dtype's name.
         packed: quantize its linears to NF4.
         obstacle: why it can't be streamed for this use; None if it can.
-        folder: where walks of a streamed model may put scratch files; None is the system's temporary folder.
 
     Raises:
         ModelError, ParameterError, ResourceError: as ``Model.load`` and ``weight_budget``.
@@ -58,38 +55,47 @@ def load_within_budget(
             "memory: %s is streamed: of its weights, %s, at most %s are in memory",
             source.name, format_size(weight_bytes(source, dtype)), format_size(budget),
         )  # fmt: skip
-        return load_streamed(source, dtype, budget, device=device, folder=folder)
+        return load_streamed(source, dtype, budget, device=device)
     return source.load(dtype, device, packed, params.device_map)
 
 
 def weight_budget(
-    source: Model,
-    params: Params,
-    dtype: str,
-    *,
-    packed: bool = False,
-    obstacle: str | None = None,
-    layer_dtype: str | None = None,
+    source: Model, params: Params, dtype: str, *, packed: bool = False, obstacle: str | None = None
 ) -> int | None:
     """Return the bytes that the weights of a streamed model may take; None if it is loaded whole.
 
     Args:
         source, params, dtype, packed, obstacle: as of ``load_within_budget``.
-        layer_dtype: another dtype of its layers if it is streamed; None is the same.
 
     Raises:
         ParameterError: the model has to be streamed by ``memory``, and can't be, or not within so little.
     """
+    outside, layers = _measure_layers(source, dtype, dtype)
+    # NF4 of 16 bits: 4, and a scale for each 64 entries. What is outside the layers stays as it is.
+    whole = outside + (sum(layers) * 9 // 32 if packed else sum(layers))
+    obstacle = obstacle or _find_obstacle(source, params, packed)
+    return _choose_budget(source, params, whole, outside, max(layers, default=0), obstacle)
+
+
+def proof_budget(source: Model, params: Params, obstacle: str | None, operator_width: int = 0) -> int | None:
+    """Return what ``weight_budget`` does for the export's proof, which computes in the formats of ``proof_dtypes``.
+
+    Args:
+        source, params, obstacle: as of ``load_within_budget``.
+        operator_width: d, if the pruned model, which is streamed too, has a layer with a (d, d) matrix more; else 0.
+    """
+    outside_dtype, inside = proof_dtypes(source)
+    obstacle = obstacle or _find_obstacle(source, params, packed=False)
+    # Loaded whole, all of it has the dtype of the layers.
+    outside, layers = _measure_layers(source, inside if obstacle else outside_dtype, inside)
+    largest = max(layers, default=0) + operator_width**2 * getattr(torch, inside).itemsize
+    return _choose_budget(source, params, outside + sum(layers), outside, largest, obstacle)
+
+
+def _choose_budget(source: Model, params: Params, needed: int, outside: int, largest: int, obstacle: str | None) -> int | None:
+    """Return the bytes for a streamed model's weights, given those of the whole, outside its layers, and of the largest one."""
     if params.memory is None:
         return None
-    obstacle = obstacle or _find_obstacle(source, params, packed)
-    layer_dtype = layer_dtype or dtype
-    # Loaded whole, all of it has the dtype of the layers.
-    outside, of_layers = _measure_layers(source, layer_dtype if obstacle else dtype, layer_dtype)
-    largest, needed = max(of_layers, default=0), outside + sum(of_layers)
-    if packed:
-        # NF4 of 16 bits: 4, and a scale for each 64 entries. What is outside the layers stays as it is.
-        needed = outside + sum(of_layers) * 9 // 32
     auto = params.memory == "auto"
     budget = _free_budget(params) if auto else size_of(str(params.memory))
     if auto and needed > budget:
@@ -141,20 +147,18 @@ def _find_obstacle(source: Model, params: Params, packed: bool) -> str | None:
     return None
 
 
-def load_streamed(
-    source: Model, dtype: str | None, budget: int, *, device: str = "cpu", folder: Path | None = None
-) -> PreTrainedModel:
+def load_streamed(source: Model, dtype: str | None, budget: int, *, device: str = "cpu") -> PreTrainedModel:
     """Load a model whose layers stay in their files until their turn comes.
 
     Args:
         source: the model's files.
         dtype: as of ``load_without_layers``.
-        budget, device, folder: as of ``stream_layers``.
+        budget, device: as of ``stream_layers``.
 
     Raises:
         ModelError: as ``Model.load``; a weight of a layer that is not finite is noticed when it is first read.
     """
-    return stream_layers(source, load_without_layers(source, dtype), budget, device, folder)
+    return stream_layers(source, load_without_layers(source, dtype), budget, device)
 
 
 def load_without_layers(
@@ -180,9 +184,7 @@ def load_without_layers(
     return model
 
 
-def stream_layers(
-    source: Model, model: PreTrainedModel, budget: int, device: str = "cpu", folder: Path | None = None
-) -> PreTrainedModel:
+def stream_layers(source: Model, model: PreTrainedModel, budget: int, device: str = "cpu") -> PreTrainedModel:
     """Let the layers of a model get their weights from its files when their turn comes.
 
     Args:
@@ -190,7 +192,6 @@ def stream_layers(
         model: the result of ``load_without_layers``, which is changed.
         budget: the bytes that weights in memory may take.
         device: where it computes.
-        folder: where walks may put scratch files; None is the system's temporary folder.
     """
     family, target = _find_family(source), torch.device(device)
     model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(target))
@@ -198,11 +199,11 @@ def stream_layers(
 
     def check(values: Iterable[Tensor]) -> None:
         if not all(map(is_finite, values)):
-            source.check_finite(str(model.dtype).removeprefix("torch."))
+            source.check_finite(dtype_name(model.dtype))
 
     loader = LayerLoader(model, family.layers, _split_tensors(source)[1], target)
     layers = family.decoder_layers(model)
-    model.__dict__["stream"] = LayerStream(layers, loader, budget - outside, check=check, folder=folder)
+    model.__dict__["stream"] = LayerStream(layers, loader, budget - outside, check)
     return model
 
 
@@ -240,7 +241,7 @@ def _split_tensors(source: Model) -> tuple[dict[str, StoredTensor], dict[int, di
         leaf = "layers"
     outside: dict[str, StoredTensor] = {}
     layers: dict[int, dict[str, StoredTensor]] = {}
-    for name, tensor in source.stored().items():
+    for name, tensor in source.stored.items():
         match = re.search(rf"(?:^|\.){leaf}\.(\d+)\.", name)
         (layers.setdefault(int(match[1]), {}) if match else outside)[name] = tensor
     return outside, layers

@@ -139,7 +139,7 @@ class Model(ModelFiles):
         model = self._load(dtype, device, use_4bit, device_map, config, left_out)
         # Quantized or offloaded weights don't show it.
         if use_4bit or device_map or not all(map(is_finite, model.parameters())):
-            self.check_finite(str(model.dtype).removeprefix("torch."))
+            self.check_finite(dtype_name(model.dtype))
         return model
 
     def load_stored(self, left_out: Collection[str] = ()) -> PreTrainedModel:
@@ -151,7 +151,7 @@ class Model(ModelFiles):
         Raises:
             ModelError: as ``load``, or transformers converts a weight that is stored in another dtype than most.
         """
-        model, stored = self._load("auto", left_out=left_out), self.stored()
+        model, stored = self._load("auto", left_out=left_out), self.stored
         names, held = self.match_names(model, stored), model.state_dict()
         for name, own in names.items():
             format = FORMATS.get(stored[own].format)
@@ -233,8 +233,7 @@ class Model(ModelFiles):
         for name, value in entries.items():
             setattr(config, name, value)
         tensors = {
-            name: _Placeholder(tensor.shape) if name in left_out else tensor.read(name)
-            for name, tensor in self.stored().items()
+            name: _Placeholder(tensor.shape) if name in left_out else tensor.read(name) for name, tensor in self.stored.items()
         }
         return {"config": config, "state_dict": tensors}
 
@@ -254,7 +253,7 @@ class Model(ModelFiles):
     def check_finite(self, dtype: str) -> None:
         """Raise the error for the first weight that holds NaN or infinity, in the files or after a cast to ``dtype``."""
         overflowing = None
-        for name, stored in self.stored().items():
+        for name, stored in self.stored.items():
             tensor = stored.read(name)
             if not is_finite(tensor):
                 raise ModelError(

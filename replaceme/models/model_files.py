@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from safetensors import safe_open
@@ -95,8 +96,9 @@ class ModelFiles:
         references = [each for entry in entries for each in (entry if isinstance(entry, list) else [entry])]
         return [reference for reference in references if isinstance(reference, str)]
 
+    @cached_property
     def stored(self) -> dict[str, StoredTensor]:
-        """Return the tensors in the files that transformers loads, by name. Reads only headers."""
+        """The tensors in the files that transformers loads, by name. Only headers are read."""
         tensors = {}
         for path in self._loaded_files():
             with safe_open(path, "pt") as weights:

@@ -9,12 +9,11 @@ code for its tokenizer or for generation.
 import re
 import sys
 from functools import cache
-from importlib.abc import InspectLoader
-from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from replaceme.base.errors import ModelError
+from replaceme.base.errors import ParameterError
 from replaceme.base.files import read_json, write_json, write_text
 
 # Read as text; transformers or ``_build_classes`` runs it.
@@ -27,9 +26,9 @@ _CLASSES = re.compile(r'^(CONFIG|MODEL) = "(\w+)"$', re.MULTILINE)
 
 
 def check_own_form(config: Any) -> None:
-    """Raise ModelError when the model's class is not from transformers: our form subclasses one of those."""
+    """Raise ParameterError when the model's class is not from transformers: our form subclasses one of those."""
     if getattr(config, "auto_map", None):
-        raise ModelError(
+        raise ParameterError(
             f"method: the result of this method needs a modelling file of its own, and '{config.model_type}' has one already; "
             "use a method whose result keeps the family's form, such as lstsq."
         )
@@ -81,25 +80,12 @@ def _read_class_names(folder: Path) -> dict[str, str] | None:
     return names if named and text == _render(names) else None
 
 
-class _TextLoader(InspectLoader):
-    """Import a text as a module."""
-
-    def __init__(self, text: str):
-        self.text = text
-
-    def get_source(self, fullname: str) -> str:
-        return self.text
-
-
 @cache
 def _build_classes(config: str, model: str) -> tuple[Any, Any]:
-    loader = _TextLoader(_render({"CONFIG": config, "MODEL": model}))
-    spec = spec_from_loader(f"replaceme.models.{MODELING.stem}_{model}", loader)
-    assert spec is not None
-    module = module_from_spec(spec)
-    loader.exec_module(module)
+    module = ModuleType(f"replaceme.models.{MODELING.stem}_{model}")
+    exec(_render({"CONFIG": config, "MODEL": model}), vars(module))
     # transformers looks up a class's module there.
-    sys.modules[spec.name] = module
+    sys.modules[module.__name__] = module
     return module.PrunedConfig, module.PrunedForCausalLM
 
 

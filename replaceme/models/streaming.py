@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from functools import partial, wraps
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -90,7 +89,6 @@ class LayerStream:
         layers: the layers, whose ``forward`` loads their weights.
         sizes: the bytes of each layer's weights.
         budget: the bytes that weights of layers may take.
-        folder: where walks may put scratch files; None is the system's temporary folder.
         loaded: the layers whose weights are in memory.
         bytes_read: the bytes of weights that were read so far.
     """
@@ -100,9 +98,7 @@ class LayerStream:
         layers: nn.ModuleList,
         loader: LayerLoader,
         budget: int,
-        *,
-        check: Callable[[Iterable[Tensor]], None] = lambda values: None,
-        folder: Path | None = None,
+        check: Callable[[Iterable[Tensor]], None],
     ):
         """Take over the layers.
 
@@ -111,9 +107,8 @@ class LayerStream:
             loader: loads one of them.
             budget: the bytes that weights of layers may take.
             check: is called with a layer's values when they are read for the first time; it raises an error for unusable ones.
-            folder: for the scratch files of walks.
         """
-        self.layers, self.loader, self.budget, self.check, self.folder = layers, loader, budget, check, folder
+        self.layers, self.loader, self.budget, self.check = layers, loader, budget, check
         self._load_buffers()
         self.lazy = [self._make_lazy(index) for index in range(len(layers))]
         self.sizes = [sum(each.numel() * each.itemsize for each in lazy.values()) for lazy in self.lazy]
@@ -124,9 +119,6 @@ class LayerStream:
         for index, layer in enumerate(layers):
             layer.forward = self._load_before(index, layer.forward)
             layer.__dict__["stream"] = self
-
-    def wait_turn(self, index: int) -> None:
-        """Wait until a layer may be computed, where computations share the model (``replaceme.models.interleaving``)."""
 
     def load(self, index: int) -> None:
         """Have the weights of a layer in memory.
@@ -165,7 +157,7 @@ class LayerStream:
 
     @contextmanager
     def replacing(self, index: int, name: str, value: Tensor) -> Iterator[None]:
-        """Let a parameter of a layer have another value inside the block; see ``replacing_parameter``."""
+        """Let a parameter of a layer have another value inside the block (``replaceme.models.layers``)."""
         made = value.to(self.loader.device, self.lazy[index][name].dtype, copy=True).contiguous()
         self.replacements[index, name] = nn.Parameter(made, requires_grad=False)
         self._set(index, name, self.lazy[index][name])
@@ -208,7 +200,6 @@ class LayerStream:
     def _load_before(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(forward)
         def load_and_compute(*arguments: Any, **options: Any) -> Any:
-            self.wait_turn(index)
             with self.pinning([index]):
                 return forward(*arguments, **options)
 
@@ -257,19 +248,3 @@ def layers_in_memory(layers: Iterable[nn.Module]) -> Iterator[None]:
     stream = next(iter(map(stream_of, pinned)), None)
     with stream.pinning([*map(stream.index_of, pinned)]) if stream else nullcontext():
         yield
-
-
-@contextmanager
-def replacing_parameter(layer: nn.Module, name: str, value: Tensor) -> Iterator[None]:
-    """Let a parameter of a layer have another value inside the block, in its own dtype and on its device; any shape will do."""
-    if stream := stream_of(layer):
-        with stream.replacing(stream.index_of(layer), name, value):
-            yield
-        return
-    parameter = layer.get_parameter(name)
-    own = parameter.data
-    parameter.data = value.to(own, copy=True).contiguous()
-    try:
-        yield
-    finally:
-        parameter.data = own

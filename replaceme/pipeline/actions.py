@@ -1,19 +1,32 @@
-"""What the commands do, in any folder and without DVC. Torch and the like are imported when one runs, so that help is fast."""
-
-from __future__ import annotations
+"""What the commands do, in any folder and without DVC."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from replaceme.base.errors import ModelError, ParameterError, excerpt, renaming
-from replaceme.base.files import new_folder, read_json, rounded, write_json, write_text
+from replaceme.base.files import new_folder, read_json, round_floats, write_json, write_text
+from replaceme.base.fingerprints import sha256_of
 from replaceme.base.parameters import Params, read_params
 from replaceme.base.progress import align, logger
+from replaceme.calibration.sources import read_record
+from replaceme.evaluation.comparison import compare_scores
+from replaceme.evaluation.contamination import CalibrationText
+from replaceme.evaluation.continuations import pair_continuations
+from replaceme.evaluation.scores import score_model
+from replaceme.evaluation.tables import format_score_comparison, format_scores
+from replaceme.evaluation.tasks import task_fingerprints
 from replaceme.methods.registry import METHODS, criterion_of
+from replaceme.models.checks import check_weights
+from replaceme.models.find import find_model, identity, recorded_model
+from replaceme.models.model import Model
+from replaceme.models.model_files import CARD, WEIGHTS
+from replaceme.pipeline.cost import compression_figures, write_cost
+from replaceme.pipeline.report import CARD_FILE
 from replaceme.pipeline.results import (
+    SPEED_FILE,
     exclusive_result,
     existing_result,
     publish_file,
@@ -22,16 +35,15 @@ from replaceme.pipeline.results import (
     result_name,
     scores_file,
 )
+from replaceme.pipeline.runner import run_stages
+from replaceme.pipeline.speed import measure_speed
+from replaceme.report.page import SETTINGS_FILE, Page, render
 from replaceme.running.entry import PARAMS_FILE
 from replaceme.running.processes import run_in_processes
 from replaceme.running.stage import ANALYSIS, COMPRESSION, FIT, ORDER, pipeline_params
 from replaceme.running.workspace import Workspace
-
-if TYPE_CHECKING:
-    from replaceme.models.model import Model
-    from replaceme.report.page import Page
-
-SPEED_FILE = "speed.json"
+from replaceme.selection.blocks import smallest_blocks
+from replaceme.selection.criteria import allowed_starts
 
 
 def run_distributed(action: Callable[..., object], params: Params, **options: str) -> None:
@@ -47,12 +59,6 @@ def prune(params: Params, texts: Sequence[str] | None = None) -> Workspace:
         params: where ``save_transform_only`` is set, only the edits are saved, without a model.
         texts: calibration documents, which are written to the file that ``dataset`` names; None where it exists.
     """
-    from replaceme.evaluation.tables import format_score_comparison
-    from replaceme.models.model_files import CARD
-    from replaceme.pipeline.cost import write_cost
-    from replaceme.pipeline.report import CARD_FILE
-    from replaceme.pipeline.runner import run_stages
-
     stages = FIT if params.save_transform_only else ORDER if params.tasks else COMPRESSION
     with exclusive_result(params, result_name(params)) as work:
         if texts is not None:
@@ -82,16 +88,6 @@ def evaluate(params: Params, compare_with: str | None = None) -> None:
         compare_with: the dense model, which is scored too; the scores are printed side by side, and the file has their
             comparison and how both models go on after a few prompts. None scores one model.
     """
-    from replaceme.calibration.sources import read_record
-    from replaceme.evaluation.comparison import compare_scores
-    from replaceme.evaluation.contamination import CalibrationText
-    from replaceme.evaluation.continuations import pair_continuations
-    from replaceme.evaluation.scores import score_model
-    from replaceme.evaluation.tables import format_score_comparison, format_scores
-    from replaceme.evaluation.tasks import task_fingerprints
-    from replaceme.models.checks import check_weights
-    from replaceme.models.find import find_model
-
     fingerprints = task_fingerprints(params)
     if not fingerprints:
         raise ParameterError("tasks: is empty; name at least one task.")
@@ -106,29 +102,26 @@ def evaluate(params: Params, compare_with: str | None = None) -> None:
         print(format_scores(figures))
     else:
         with renaming({"model_path": "compare_with"}):
-            source = _dense_model(params, model, compare_with)
+            source = _find_dense_model(params, model, compare_with)
             dense = score_model(params, source, fingerprints, is_dense=True)
         scores = score_model(params, model, fingerprints, dense, calibration)
-        compared = rounded(compare_scores(dense.figures, scores.figures, dense.items, scores.items))
+        compared = round_floats(compare_scores(dense.figures, scores.figures, dense.items, scores.items))
         figures = scores.figures | {
             "comparison": compared,
             "continuations": pair_continuations(dense.continuations, scores.continuations),
         }
         print(format_score_comparison(compared))
-    write_json(target, rounded(figures))
+    write_json(target, round_floats(figures))
     logger.info("the scores are in %s", target)
 
 
-def _dense_model(params: Params, model: Model, name: str) -> Model:
+def _find_dense_model(params: Params, model: Model, name: str) -> Model:
     """Return the dense model that a pruned one is compared with.
 
     Raises:
         ParameterError: the name can't be one, or is that of the pruned model.
         ModelError: there is no such model, or its words have other numbers, so that the two can't be compared item by item.
     """
-    from replaceme.models.checks import check_weights
-    from replaceme.models.find import find_model
-
     if not name.strip():
         raise ParameterError(f"compare_with: must be a folder, a hub id or an embedded model's name, not {excerpt(name)!r}.")
     dense = find_model(params.model_copy(update={"model_path": name, "revision": None}))
@@ -150,10 +143,6 @@ def measure(params: Params) -> None:
 
 
 def _measure_result(params: Params, work: Workspace) -> None:
-    from replaceme.models.find import identity, recorded_model
-    from replaceme.models.model import Model
-    from replaceme.pipeline.speed import measure_speed
-
     dense = recorded_model(params, work.model_input)
     pruned = Model(work.model, work.model.name, trust_remote_code=params.trust_remote_code)
     if identity(dense) != read_json(work.model_input):
@@ -165,8 +154,8 @@ def _measure_result(params: Params, work: Workspace) -> None:
         rows.append((name, *(f"{1000 * pair[side]:.1f} ms" for side in ("dense", "pruned")), f"x {pair['speedup']:.2f}"))
     print(align(rows))
     with new_folder(work.speed) as folder:
-        write_json(folder / SPEED_FILE, rounded(times, 4))
-        if page := _page(work, times):
+        write_json(folder / SPEED_FILE, round_floats(times, 4))
+        if page := _render_page(work, times):
             page.save(folder)
     logger.info("the times, and the report with them, are in %s", work.speed)
 
@@ -177,13 +166,10 @@ def report(params: Params, folder: Path) -> None:
     Raises:
         ParameterError: there is no such result, it was made without scores, or the folder holds something else.
     """
-    from replaceme.evaluation.tables import format_score_comparison
-    from replaceme.report.page import SETTINGS_FILE
-
     work = existing_result(params)
     if folder.exists() and not (folder / SETTINGS_FILE).is_file():
         raise ParameterError(f"--output: {excerpt(folder, 150)} exists and holds no report; choose another folder.")
-    page = _page(work, _known_times(work))
+    page = _render_page(work, _read_times(work))
     if page is None:
         raise ParameterError(f"save_path: {work.model} was made without scores, so it has no report; prune it with tasks.")
     print(format_score_comparison(read_json(work.metric("evaluation"))))
@@ -192,11 +178,8 @@ def report(params: Params, folder: Path) -> None:
     logger.info("the report is %s", folder / "index.html")
 
 
-def _page(work: Workspace, times: Mapping[str, Any] | None) -> Page | None:
+def _render_page(work: Workspace, times: Mapping[str, Any] | None) -> Page | None:
     """Return the report of a result with its cost; None if it was made without one."""
-    from replaceme.pipeline.cost import compression_figures
-    from replaceme.report.page import SETTINGS_FILE, render
-
     # The page shows the settings that the model was made with, not those of this call.
     settings = work.report / SETTINGS_FILE
     if not settings.is_file():
@@ -207,12 +190,8 @@ def _page(work: Workspace, times: Mapping[str, Any] | None) -> Page | None:
     return render(made_with, work, times, compression_figures(own, work))
 
 
-def _known_times(work: Workspace) -> Mapping[str, Any] | None:
+def _read_times(work: Workspace) -> Mapping[str, Any] | None:
     """Return the times that were measured of these very weights, or None."""
-    from replaceme.base.fingerprints import sha256_of
-    from replaceme.models.model import Model
-    from replaceme.models.model_files import WEIGHTS
-
     file = work.speed / SPEED_FILE
     times: Mapping[str, Any] | None = read_json(file) if file.is_file() else None
     model = Model(work.model, work.model.name)
@@ -221,10 +200,6 @@ def _known_times(work: Workspace) -> Mapping[str, Any] | None:
 
 def profile(params: Params) -> None:
     """Measure all pairs of layers, and print the best block of each size."""
-    from replaceme.pipeline.runner import run_stages
-    from replaceme.selection.blocks import smallest_blocks
-    from replaceme.selection.criteria import allowed_starts
-
     # Nothing is pruned here, so no transform has to fold.
     bare = {"method": "uidl", "transform": "dense", "repair": False, "heal_epochs": 0}
     single = params.model_copy(update={"layers_to_skip": 1, "num_A": 1, **bare})

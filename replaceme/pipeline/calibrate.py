@@ -18,8 +18,7 @@ from replaceme.running.workspace import Workspace
 
 def calibrate(params: Params, work: Workspace) -> None:
     """Write the calibration documents and their counts, in all and by source."""
-    model = recorded_model(params, work.tokenizer_input)
-    tokenizer, width = model.tokenizer(), getattr(model.config(), "hidden_size", 0)
+    tokenizer = recorded_model(params, work.tokenizer_input).tokenizer()
     sources, datasets = list_sources(params), find_datasets(params, read_json(work.dataset_input))
     corpora = [source.open(params.seed) if source else Documents.load(work.own_text) for source in datasets]
     if params.pack and any(isinstance(corpus, Corpus) and corpus.running for corpus in corpora):
@@ -38,11 +37,6 @@ def calibrate(params: Params, work: Workspace) -> None:
         logger.warning(
             "dataset_size: %s gave %d documents, not %d", dataset_title(params.dataset), total.documents, params.dataset_size
         )
-    if total.tokens < width:
-        logger.warning(
-            "calibrate: %d tokens are fewer than the model's width of %d: maps by least squares need more text, or an alpha",
-            total.tokens, width,
-        )  # fmt: skip
     whole = sum(source.share for source in sources)
     for source, count in zip(sources, counts, strict=True):
         # An earlier end of a text is no rounding to whole documents.

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from statistics import geometric_mean
 from typing import Any
 
-from replaceme.base.files import read_json, rounded, write_json
+from replaceme.base.files import read_json, round_floats, write_json
 from replaceme.base.parameters import Params
 from replaceme.base.plan import load_blocks
 from replaceme.base.progress import logger
@@ -31,7 +31,7 @@ def compression_figures(params: Params, work: Workspace) -> dict[str, Any]:
         if CUDA was used, ``peak_cuda_bytes`` (the largest of any stage); otherwise ``stages_not_measured`` (how many are not
         known).
     """
-    costs = {name: cost for name in COMPRESSION if (cost := _cost_of(name, params, work))}
+    costs = {name: cost for name in COMPRESSION if (cost := _read_cost(name, params, work))}
     seconds = {name: cost["seconds"] for name, cost in costs.items()}
     figures: dict[str, Any] = {"trained": METHODS[params.method].trained or params.heal_epochs > 0}
     if costs:
@@ -39,10 +39,10 @@ def compression_figures(params: Params, work: Workspace) -> dict[str, Any]:
     if missing := len(COMPRESSION) - len(costs):
         return figures | {"stages_not_measured": missing}
     peaks = {key: peak for key in PEAKS if (peak := max(cost.get(key, 0) for cost in costs.values()))}
-    return figures | {"seconds": rounded(sum(seconds.values()), 4), **peaks}
+    return figures | {"seconds": round_floats(sum(seconds.values()), 4), **peaks}
 
 
-def _cost_of(name: str, params: Params, work: Workspace) -> Cost | None:
+def _read_cost(name: str, params: Params, work: Workspace) -> Cost | None:
     if work == Workspace():
         return kept_cost(name, params)
     record: dict[str, Cost] = read_json(work.record(name)) if work.record(name).is_file() else {}
@@ -60,7 +60,7 @@ def write_cost(params: Params, work: Workspace) -> None:
     write_json(work.metric("compression"), figures)
 
 
-def summary_of(evaluation: Mapping[str, Any], removed_layers: int, cost: Mapping[str, Any]) -> dict[str, Any]:
+def summarize_run(evaluation: Mapping[str, Any], removed_layers: int, cost: Mapping[str, Any]) -> dict[str, Any]:
     """Return the figures that matter; those that a run lacks are left out.
 
     Args:
@@ -83,19 +83,19 @@ def summary_of(evaluation: Mapping[str, Any], removed_layers: int, cost: Mapping
         "unseen_ratio": unseen.get("perplexity_ratio"),
         "unseen_stderr": unseen.get("stderr_perplexity_ratio"),
         "unseen_kl": unseen.get("kl"),
-        "same_token": _times(unseen.get("agreement"), 100),
+        "same_token": _multiply(unseen.get("agreement"), 100),
         "seen_ratio": geometric_mean(seen) if seen else None,
         "retention": evaluation.get("retention_percent"),
         "above_chance": evaluation.get("retention_above_chance_percent"),
-        "exact_answers": _times(evaluation.get("accuracy", {}).get(EXACT, {}).get("pruned"), 100),
+        "exact_answers": _multiply(evaluation.get("accuracy", {}).get(EXACT, {}).get("pruned"), 100),
         "seconds": cost.get("seconds"),
-        "memory_gb": _times(cost.get("peak_memory_bytes"), 1e-9),
-        "gpu_memory_gb": _times(cost.get("peak_cuda_bytes"), 1e-9),
+        "memory_gb": _multiply(cost.get("peak_memory_bytes"), 1e-9),
+        "gpu_memory_gb": _multiply(cost.get("peak_cuda_bytes"), 1e-9),
     }
-    return {name: rounded(value) for name, value in figures.items() if value is not None}
+    return {name: round_floats(value) for name, value in figures.items() if value is not None}
 
 
-def _times(value: float | None, factor: float) -> float | None:
+def _multiply(value: float | None, factor: float) -> float | None:
     return None if value is None else value * factor
 
 
@@ -103,7 +103,7 @@ def write_figures(params: Params, work: Workspace) -> None:
     """Write metrics/compression.json and metrics/summary.json."""
     write_cost(params, work)
     evaluation, cost = read_json(work.metric("evaluation")), read_json(work.metric("compression"))
-    write_json(work.metric("summary"), summary_of(evaluation, sum(map(len, load_blocks(work.blocks))), cost))
+    write_json(work.metric("summary"), summarize_run(evaluation, sum(map(len, load_blocks(work.blocks))), cost))
 
 
 STAGE = Stage(name="cost", run=write_figures, reads=(Workspace.blocks,), figures=("evaluation",), methods=METHODS, always=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from replaceme.base.documents import Documents
-from replaceme.base.files import read_json, rounded, write_json
+from replaceme.base.files import read_json, round_floats, write_json
 from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
 from replaceme.base.ranks import rank
@@ -31,7 +31,7 @@ def evaluate(params: Params, work: Workspace) -> None:
     if rank():
         return
     _warn_of_differences(dense.figures, scores.figures)
-    comparison = rounded(compare_scores(dense.figures, scores.figures, dense.items, scores.items))
+    comparison = round_floats(compare_scores(dense.figures, scores.figures, dense.items, scores.items))
     write_json(work.metric("evaluation"), comparison)
     write_json(work.continuations, pair_continuations(dense.continuations, scores.continuations))
     print(format_score_comparison(comparison))

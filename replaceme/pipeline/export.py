@@ -1,8 +1,7 @@
 """export: save the pruned model as a Hugging Face folder, which gets its name only after verification."""
 
 from replaceme.base.documents import Documents
-from replaceme.base.files import new_folder, read_json, rounded, write_json, write_text
-from replaceme.base.fingerprints import sha256_below
+from replaceme.base.files import new_folder, read_json, round_floats, write_json, write_text
 from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
 from replaceme.calibration.sources import write_record
@@ -13,9 +12,8 @@ from replaceme.export.verification import verify_export
 from replaceme.methods.registry import METHODS
 from replaceme.models.depth import broken_patterns
 from replaceme.models.devices import use_processor
-from replaceme.models.dtypes import proof_dtypes
 from replaceme.models.find import recorded_model
-from replaceme.models.memory import choose_processor, weight_budget
+from replaceme.models.memory import choose_processor, proof_budget
 from replaceme.models.model import Model
 from replaceme.models.model_files import CARD
 from replaceme.models.own_form import FILE, is_own_form
@@ -32,9 +30,8 @@ def export(params: Params, work: Workspace) -> None:
     use_processor(params.threads)
     source, edits = recorded_model(params, work.model_input), Edits.load(work.edits)
     obstacle = "the method's edit changes the shapes of weights" if edits.model_edit and edits.model_edit.reshapes else None
-    # The proof computes in these formats, on the processor.
-    outside, layers = proof_dtypes(source)
-    budget = weight_budget(source, choose_processor(params), outside, layer_dtype=layers, obstacle=obstacle)
+    # The proof computes on the processor.
+    budget = proof_budget(source, choose_processor(params), obstacle)
     with new_folder(work.model) as folder:
         counts = save_pruned(source, edits, folder, budget)
         write_record(params, read_json(work.dataset_input), source.folder, folder)
@@ -45,7 +42,7 @@ def export(params: Params, work: Workspace) -> None:
         pruned = Model(folder, folder.name, trust_remote_code=source.trust_remote_code or not plain)
         figures = verify_export(source, pruned, edits, Documents.load(work.documents), budget)
         broken = broken_patterns(pruned.config(), source.family())
-        work.record_own_files(sha256_below(folder).values())
+        work.record_own_files(folder)
     if broken:
         logger.warning(
             "export: %s no longer follows the family's pattern: transformers and vLLM read it from the config, but programs "
@@ -58,7 +55,7 @@ def export(params: Params, work: Workspace) -> None:
             "%s next to the weights",
             FILE,
         )
-    write_json(work.metric("export"), rounded({**counts, **figures}))
+    write_json(work.metric("export"), round_floats({**counts, **figures}))
     logger.info(
         "export: %s, %.1f M of %.1f M parameters; state %s equals the unfused computation to %.1e, logits to %.1e",
         work.model, counts["parameters"] / 1e6, counts["parameters_dense"] / 1e6,

@@ -1,8 +1,14 @@
 """generate: the dense model writes its own calibration text, where ``dataset`` names ``self``."""
 
+from replaceme.base.documents import Documents
 from replaceme.base.files import new_folder, read_json, write_json
 from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
+from replaceme.calibration.own_text import MAX_TOKENS, write_texts
+from replaceme.models.devices import use_processor
+from replaceme.models.find import recorded_model
+from replaceme.models.kv_cache import eager_attention_where_faster
+from replaceme.models.memory import load_within_budget
 from replaceme.running.stage import Stage
 from replaceme.running.workspace import Workspace
 
@@ -16,17 +22,11 @@ def generate(params: Params, work: Workspace) -> None:
         if not count:
             logger.info("generate: dataset has no text of the model's own")
             return
-        # Loaded only if the model writes text.
-        from replaceme.base.documents import Documents
-        from replaceme.calibration.own_text import MAX_TOKENS, write_texts
-        from replaceme.models.devices import use_processor
-        from replaceme.models.find import calibration_model, recorded_model
-        from replaceme.models.kv_cache import eager_attention_where_faster
-
         use_processor(params.threads)
         tokenizer = recorded_model(params, work.tokenizer_input).tokenizer()
-        model, family = calibration_model(params, work.model_input)
-        with eager_attention_where_faster(model, family):
+        source = recorded_model(params, work.model_input)
+        model = load_within_budget(source, params, params.dtype, packed=params.use_4bit)
+        with eager_attention_where_faster(model, source.family()):
             documents = Documents(write_texts(model, tokenizer, count, min(params.max_length, MAX_TOKENS), params.seed))
         documents.save(folder)
         logger.info("generate: the model wrote %d documents, %d tokens", len(documents), documents.token_count)

@@ -10,9 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
-from replaceme.base.combinations import NEW_WEIGHTS
 from replaceme.base.entries import dataset_title
 from replaceme.base.errors import ParameterError, ReplaceMeError
 from replaceme.base.files import new_folder, write_json
@@ -25,19 +22,18 @@ from replaceme.methods.refusals import check_model, streaming_obstacle
 from replaceme.methods.registry import METHODS, criterion_of
 from replaceme.models.checks import check_weights
 from replaceme.models.devices import resolve_device
-from replaceme.models.dtypes import proof_dtypes, stored_dtype, working_dtype
+from replaceme.models.dtypes import dtype_name, stored_dtype, working_dtype
 from replaceme.models.find import find_model, identity
-from replaceme.models.memory import format_size, weight_budget, weight_bytes
+from replaceme.models.memory import format_size, proof_budget, weight_budget, weight_bytes
 from replaceme.models.model import Model, layer_count, positions_of
 from replaceme.models.model_files import CARD_FILES, TEXT_RECORD
 from replaceme.models.recognition import check_cut
-from replaceme.running.extras import need
+from replaceme.running.extras import require_package
 from replaceme.running.stage import Stage
 from replaceme.running.versions import FOUR_BIT, MODEL, SCORES, TEXT, versions
 from replaceme.running.workspace import Workspace
 from replaceme.selection.budget import apply_budget
 from replaceme.selection.criteria import allowed_starts
-from replaceme.statistics.residuals import FIT_TOKENS, HELD_OUT_SHARE
 
 
 def inspect_inputs(params: Params, work: Workspace) -> None:
@@ -55,7 +51,7 @@ def inspect_inputs(params: Params, work: Workspace) -> None:
     with _collecting(problems):
         resolve_device(params.device)
         if params.use_4bit:
-            need("bitsandbytes", "use_4bit")
+            require_package("bitsandbytes", "use_4bit")
     with _collecting(problems):
         model = find_model(params)
         checked = _check_model(params, model)
@@ -104,46 +100,23 @@ def _check_model(params: Params, model: Model) -> Params:
 
 
 def _log_needs(params: Params, model: Model) -> None:
-    """Log how much memory for weights and how much disk for scratch files the run will need at most.
+    """Log how much memory for weights the run will need at most.
 
     Raises:
         ParameterError: ``memory`` is too little, or the settings need the whole model in memory.
     """
-    dtypes = dict.fromkeys((params.dtype, params.eval_dtype))
+    obstacle = streaming_obstacle(params)
     # Only the model of the calibration passes is packed.
-    packed = [params.use_4bit and dtype == params.dtype for dtype in dtypes]
-    budgets = [
-        weight_budget(model, params, dtype, packed=own, obstacle=streaming_obstacle(params))
-        for dtype, own in zip(dtypes, packed, strict=True)
-    ]
-    outside, layers = proof_dtypes(model)
-    budgets.append(weight_budget(model, params, outside, layer_dtype=layers, obstacle=streaming_obstacle(params)))
-    stored = str(stored_dtype(model)).removeprefix("torch.")
+    dtypes = {params.eval_dtype: False, params.dtype: params.use_4bit}
+    budgets = [weight_budget(model, params, dtype, packed=packed, obstacle=obstacle) for dtype, packed in dtypes.items()]
+    matrix = int(model.config().hidden_size) if METHODS[params.method].operator(params) else 0
+    budgets.append(proof_budget(model, params, obstacle, matrix))
+    stored = dtype_name(stored_dtype(model))
     # The export compares the weights of two models, and then computes with one of them.
-    whole = max(2 * weight_bytes(model, stored), *(weight_bytes(model, dtype) for dtype in (*dtypes, working_dtype(model))[1:]))
+    whole = max(2 * weight_bytes(model, stored), *(weight_bytes(model, dtype) for dtype in {*dtypes, working_dtype(model)}))
     most = min((each for each in budgets if each), default=whole)
-    logger.info(
-        "memory: weights take up to %s%s, and scratch files up to %s of disk",
-        format_size(most), " (streamed where they are larger)" if any(budgets) else "",
-        format_size(_scratch_bytes(params, model.config(), streamed=budgets[0] is not None)),
-    )  # fmt: skip
-
-
-def _scratch_bytes(params: Params, config: Any, *, streamed: bool) -> int:
-    """Return the bytes of the scratch files of a run, if every document has ``max_length`` tokens."""
-    tokens, width, layers = params.dataset_size * params.max_length, int(config.hidden_size), int(config.num_hidden_layers)
-    sampled = min(tokens, int((1 + HELD_OUT_SHARE) * FIT_TOKENS * width))
-    # Streamed, all tokens' states of all layers are kept for their cosines.
-    profile = 2 * layers * sampled * width + tokens * (layers + 2) * width * streamed
-    # Both models' states and those between, and the inputs of the last linears.
-    inputs = width + int(getattr(config, "intermediate_size", None) or 4 * width)
-    repaired = layers if params.repair else params.num_A * (params.transform in NEW_WEIGHTS)
-    repair = tokens * (3 * width + inputs) * bool(repaired)
-    at_cut = tokens * (3 * width + inputs) * streamed
-    itemsize: int = getattr(torch, params.dtype).itemsize
-    # Of every layer that is repaired, the corrections in float32; each process has its own.
-    corrections = params.processes * repaired * width * inputs * torch.float32.itemsize
-    return max(profile * itemsize, repair * itemsize + corrections, at_cut * itemsize)
+    streamed = " (streamed where they are larger)" if any(budgets) else ""
+    logger.info("memory: weights take up to %s%s", format_size(most), streamed)
 
 
 @contextmanager

@@ -13,13 +13,13 @@ from replaceme.running.workspace import Workspace
 def plan(params: Params, work: Workspace) -> None:
     """Write the plan."""
     blocks = load_blocks(work.blocks)
-    width = _width(params, work, blocks) if blocks and params.remove is not None else None
+    width = _choose_width(params, work, blocks) if blocks and params.remove is not None else None
     statistics = METHODS[params.method].statistics(params)
     Plan(blocks, statistics, width).save(work.plan)
     logger.info("plan: statistics of each block: %s", ", ".join(statistics) or "none")
 
 
-def _width(params: Params, work: Workspace, blocks: Sequence[Block]) -> int | None:
+def _choose_width(params: Params, work: Workspace, blocks: Sequence[Block]) -> int | None:
     """Return the width of the kept layers' MLPs that meets the budget, and log how near it comes."""
     # Only a budget needs the model's libraries, which take seconds to load.
     from replaceme.models.find import recorded_model

@@ -5,8 +5,17 @@ states.
 from collections.abc import Sequence
 from typing import Any
 
+from replaceme.base.combinations import STEPWISE
 from replaceme.base.documents import Documents
-from replaceme.base.files import copy_tree, new_folder, read_json, remove, rounded, write_json, write_text
+from replaceme.base.files import (
+    copy_tree,
+    new_folder,
+    read_json,
+    remove,
+    round_floats,
+    write_json,
+    write_text,
+)
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.parameters import Params
 from replaceme.base.plan import Plan
@@ -16,20 +25,19 @@ from replaceme.edits.edits import Edits
 from replaceme.methods.method import MethodContext
 from replaceme.methods.refusals import streaming_obstacle
 from replaceme.methods.registry import METHODS, read_by
-from replaceme.models.context import ModelContext
 from replaceme.models.devices import resolve_device, use_processor
 from replaceme.models.families import inputs_of
-from replaceme.models.find import calibration_model, recorded_model
+from replaceme.models.find import calibration_context, recorded_model
 from replaceme.models.width import mlp_width_entry
-from replaceme.repair.repair import STEPWISE, repair_layers
+from replaceme.repair.repair import repair_layers
 from replaceme.repair.resume import Checkpoints
 from replaceme.repair.state import Repair
 from replaceme.running.stage import PASS, Stage
 from replaceme.running.workspace import Workspace
 from replaceme.selection.budget import apply_budget
 from replaceme.statistics.cut_statistics import are_reducible
-from replaceme.training.checkpoints import checkpoint_folder, checkpoint_key, describe_environment
-from replaceme.training.curves import write_curves
+from replaceme.training.checkpoints import checkpoint_key, describe_environment
+from replaceme.training.training import write_curves
 
 
 def repair(params: Params, work: Workspace) -> None:
@@ -41,13 +49,12 @@ def repair(params: Params, work: Workspace) -> None:
     method = METHODS[params.method]
     repairs_layers = method.fit_on_model is None and _changes_layers(params, plan)
     if repairs_layers:
-        model, family = calibration_model(params, work.model_input)
-        context = ModelContext(model, family, Documents.load(work.documents), params.batch_size, work.repaired.parent)
-        checkpoints = Checkpoints(work.unfinished("repairing"), _key(params, work, context.documents))
+        context = calibration_context(params, work)
+        checkpoints = Checkpoints(work.checkpoints, _make_key(params, work, context.documents))
         repairs, figures = repair_layers(params, context, edits, plan, checkpoints)
         if plan.mlp_width:
-            edits.config = mlp_width_entry(model.config, family, plan.mlp_width)
-            channels = inputs_of(family.linear_of(context.layers[0], "mlp_output"))
+            edits.config = mlp_width_entry(context.model.config, context.family, plan.mlp_width)
+            channels = inputs_of(context.family.linear_of(context.layers[0], "mlp_output"))
             removed = channels - plan.mlp_width
             edits.parts = f"{removed:,} of {channels:,} MLP channels in every layer"
             figures["removed_channels"] = removed * len(edits.channels)
@@ -56,16 +63,17 @@ def repair(params: Params, work: Workspace) -> None:
     with new_folder(work.repaired) as folder:
         copy_tree(work.solution, folder)
         if method.fit_on_model:
-            model, family = calibration_model(params, work.model_input, obstacle=streaming_obstacle(params))
+            context = calibration_context(params, work, obstacle=streaming_obstacle(params))
             if params.remove is not None:
                 # Of a method that removes parts of layers, which takes no other criterion and one block.
                 params = apply_budget(params, recorded_model(params, work.model_input), method.criterion)
-            documents = Documents.load(work.documents)
-            context = ModelContext(model, family, documents, params.batch_size, work.repaired.parent)
-            figures = method.fit_on_model(MethodContext(**vars(context), params=params, plan=plan, edits=edits, output=folder))
+            own = MethodContext(
+                **vars(context), params=params, plan=plan, edits=edits, output=folder, checkpoints=work.checkpoints
+            )
+            figures = method.fit_on_model(own)
         if method.fit_on_model or repairs_layers:
             edits.save(folder)
-        write_text(folder / "repairs.csv", _table(repairs))
+        write_text(folder / "repairs.csv", _format_repairs(repairs))
         if not method.trained:
             write_curves(folder, {})
     figures["corrected_linears"] = sum(len(each.linears) for each in repairs if each.scale)
@@ -79,10 +87,9 @@ def repair(params: Params, work: Workspace) -> None:
         )  # fmt: skip
     elif not method.fit_on_model:
         logger.info("repair: nothing to do")
-    write_json(work.metric("repair"), rounded(figures))
+    write_json(work.metric("repair"), round_floats(figures))
     # Checkpoints go only after all is written.
-    remove(work.unfinished("repairing"))
-    remove(checkpoint_folder(work.repaired.parent))
+    remove(work.checkpoints)
 
 
 def _changes_layers(params: Params, plan: Plan) -> bool:
@@ -90,8 +97,9 @@ def _changes_layers(params: Params, plan: Plan) -> bool:
     return params.repair or params.transform in STEPWISE or bool(plan.statistics and len(plan.blocks) > 1)
 
 
-def _is_shared(params: Params, plan: Plan) -> bool:
+def _is_shared(params: Params, work: Workspace) -> bool:
     """Return whether processes can share the walks."""
+    plan = Plan.load(work.plan)
     fits = bool(plan.statistics) and (len(plan.blocks) > 1 or plan.mlp_width is not None)
     return (
         METHODS[params.method].fit_on_model is None
@@ -100,7 +108,7 @@ def _is_shared(params: Params, plan: Plan) -> bool:
     )
 
 
-def _key(params: Params, work: Workspace, documents: Documents) -> str:
+def _make_key(params: Params, work: Workspace, documents: Documents) -> str:
     """Return a digest of everything that a repair depends on: settings, model, earlier edits, text, and the whole code."""
     settings = {
         "params": params.model_dump(include=set(STAGE.params)),
@@ -112,8 +120,10 @@ def _key(params: Params, work: Workspace, documents: Documents) -> str:
     return checkpoint_key(settings, documents.documents)
 
 
-def _table(repairs: Sequence[Repair]) -> str:
-    rows = [f"{each.layer},{' + '.join(each.linears)},{rounded(each.before)},{rounded(each.after)}" for each in repairs]
+def _format_repairs(repairs: Sequence[Repair]) -> str:
+    rows = [
+        f"{each.layer},{' + '.join(each.linears)},{round_floats(each.before)},{round_floats(each.after)}" for each in repairs
+    ]
     return "\n".join(["layer,linear,residual_before,residual_after", *rows]) + "\n"
 
 
@@ -128,5 +138,5 @@ STAGE = Stage(
     writes=Workspace.repaired,
     metrics=("repair",),
     methods=METHODS,
-    shared=lambda params, work: _is_shared(params, Plan.load(work.plan)),
+    shared=_is_shared,
 )  # fmt: skip

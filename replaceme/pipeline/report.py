@@ -73,14 +73,14 @@ def format_continuations(pairs: Sequence[Mapping[str, str]]) -> str:
     parts = ["The most likely token each time, some 40 of them at most."]
     for pair in pairs:
         known = f" (known answer: {pair['answer']})" if pair["answer"] else ""
-        parts += [f"### {pair['kind'].capitalize()}{known}", _block(pair["prompt"])]
-        parts += [f"{model}:\n\n{_block(pair[model])}" for model in ("dense", "pruned")]
+        parts += [f"### {pair['kind'].capitalize()}{known}", _fence(pair["prompt"])]
+        parts += [f"{model}:\n\n{_fence(pair[model])}" for model in ("dense", "pruned")]
     return "\n\n".join(parts)
 
 
-def _block(text: str) -> str:
-    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
-    return f"{fence}text\n{text.strip()}\n{fence}"
+def _fence(text: str) -> str:
+    marks = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
+    return f"{marks}text\n{text.strip()}\n{marks}"
 
 
 def list_hub_results(evaluation: Mapping[str, Any]) -> list[EvalResult]:

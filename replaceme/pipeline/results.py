@@ -12,14 +12,15 @@ from pathlib import Path
 
 from replaceme.base.errors import ParameterError, excerpt
 from replaceme.base.files import clear_partials, copy_tree, local_path, new_folder, read_json
-from replaceme.base.fingerprints import sha256_below
-from replaceme.base.locks import locked
+from replaceme.base.locks import holding_lock
 from replaceme.base.parameters import Params
 from replaceme.running.workspace import Workspace
 
 # What every file of scores has, and none of another program's.
 SCORES = {"perplexity", "accuracy", "parameters", "disk_bytes"}
 LOCK = "in-use.lock"
+# Measured times, in ``Workspace.speed`` and among the comparison of experiments.
+SPEED_FILE = "speed.json"
 
 
 def result_name(params: Params) -> str:
@@ -32,7 +33,7 @@ def result_name(params: Params) -> str:
 
 def result_paths(params: Params, name: str) -> Workspace:
     """Return the paths of a result, which is ``<model>-<name>`` in the current folder if ``save_path`` is None."""
-    source = local_path(params.model_path).resolve()
+    source = Path(os.path.realpath(local_path(params.model_path)))
     model = source.name if source.is_dir() else params.model_path.replace("/", "--")
     return Workspace.for_result(_target(params, f"{model}-{name}"))
 
@@ -69,15 +70,16 @@ def result_lock(work: Workspace) -> AbstractContextManager[None]:
     def stop() -> None:
         raise ParameterError(f"save_path: {work.model} is in use by another process; wait for it, or choose another folder.")
 
-    return locked(work.root / LOCK, stop)
+    return holding_lock(work.root / LOCK, stop)
 
 
 def _check_target(work: Workspace, params: Params) -> None:
     """Raise ParameterError for a path that is no folder, the dense model's or the pipeline's."""
-    target, resolved = work.model, work.model.resolve()
-    if target.exists() and not target.is_dir():
+    # Unlike ``Path.resolve``, no error for links that form a loop.
+    target, resolved = work.model, Path(os.path.realpath(work.model))
+    if os.path.lexists(target) and not target.is_dir():
         raise ParameterError(f"save_path: {excerpt(target, 150)} exists and is no folder; choose another one.")
-    if resolved == local_path(params.model_path).resolve():
+    if resolved == Path(os.path.realpath(local_path(params.model_path))):
         raise ParameterError(f"save_path: {target} is the model that is to be pruned; choose another folder.")
     for folder in resolved.parents:
         if (folder / "dvc.yaml").is_file() and resolved.is_relative_to(folder / "artifacts"):
@@ -95,14 +97,14 @@ def _check_ownership(work: Workspace) -> None:
 
 def publish_folder(work: Workspace, folder: Path) -> None:
     """Copy a stage's output to the folder of the result."""
-    work.record_own_files(sha256_below(folder).values())
+    work.record_own_files(folder)
     with new_folder(work.model) as copy:
         copy_tree(folder, copy)
 
 
 def publish_file(work: Workspace, file: Path, name: str) -> None:
     """Copy a stage's file into the result."""
-    work.record_own_files(sha256_below(file).values())
+    work.record_own_files(file)
     # Not copied into the result directly: a copy that is killed must not leave half a file there.
     copy = work.root / name
     shutil.copyfile(file, copy)

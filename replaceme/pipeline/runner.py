@@ -22,8 +22,7 @@ from replaceme.base.progress import logger
 from replaceme.models.devices import kind_of, resolve_device
 from replaceme.models.model_files import CARD
 from replaceme.running.cost import cost_measurement
-from replaceme.running.processes import call_stage
-from replaceme.running.stage import ORDER, Stage
+from replaceme.running.stage import ORDER, Stage, call_stage
 from replaceme.running.workspace import Workspace
 
 # Each stage has a file of its name in this folder.
@@ -54,7 +53,7 @@ def run_stages(params: Params, work: Workspace, names: Sequence[str]) -> list[st
         logger.info("stage %d of %d: %s%s", counted.index(stage.name) + 1, len(counted), stage.name, so_far)
         with cost_measurement() as cost:
             _run_stage(stage, key, params, work)
-        write_json(record, {"key": key, "written": _written(stage, work), "cost": cost})
+        write_json(record, {"key": key, "written": _hash_outputs(stage, work), "cost": cost})
         ran.append(stage.name)
     return ran
 
@@ -66,8 +65,8 @@ def stage_key(stage: Stage, params: Params, work: Workspace) -> str:
         "device": kind_of(resolve_device(params.device)),
         "code": code_digest(),
         "params": params.model_dump(include=set(stage.params)),
-        "reads": {artifact.name: _sums(work.path(artifact)) for artifact in stage.reads},
-        "figures": {name: _sums(work.metric(name)) for name in stage.figures},
+        "reads": {artifact: _hash_files(work.artifact(artifact)) for artifact in stage.reads},
+        "figures": {name: _hash_files(work.metric(name)) for name in stage.figures},
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -96,17 +95,17 @@ def _copy(source: Path, target: Path) -> None:
 def _is_finished(stage: Stage, key: str, work: Workspace) -> bool:
     try:
         record = read_json(work.record(stage.name))
-        return bool(record["key"] == key and record["written"] == _written(stage, work))
+        return bool(record["key"] == key and record["written"] == _hash_outputs(stage, work))
     except (ResourceError, ValueError, KeyError):  # there is none, or a crash of the machine has damaged it
         return False
 
 
-def _written(stage: Stage, work: Workspace) -> list[dict[str, str]]:
+def _hash_outputs(stage: Stage, work: Workspace) -> list[dict[str, str]]:
     """Return the sums of what a stage has written; empty ones of what is missing."""
-    paths = [*([work.path(stage.writes)] if stage.writes else []), *map(work.metric, stage.metrics)]
-    return [_sums(path) if path.exists() else {} for path in paths]
+    paths = [*([work.artifact(stage.writes)] if stage.writes else []), *map(work.metric, stage.metrics)]
+    return [_hash_files(path) if path.exists() else {} for path in paths]
 
 
-def _sums(path: Path) -> dict[str, str]:
+def _hash_files(path: Path) -> dict[str, str]:
     """Return the sums of what a stage reads or writes; none of a model's card, to which the scores are added later."""
     return {name: "" if name == CARD else digest for name, digest in sha256_below(path).items()}

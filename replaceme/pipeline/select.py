@@ -2,8 +2,7 @@
 
 from functools import partial
 
-from replaceme.base.documents import Documents
-from replaceme.base.files import read_json, rounded, write_json
+from replaceme.base.files import read_json, round_floats, write_json
 from replaceme.base.parameters import Params
 from replaceme.base.plan import save_blocks
 from replaceme.base.progress import logger
@@ -11,7 +10,7 @@ from replaceme.base.ranks import rank
 from replaceme.methods.registry import METHODS, criterion_of, read_by
 from replaceme.models.context import ModelContext
 from replaceme.models.devices import use_processor
-from replaceme.models.find import calibration_model, recorded_model
+from replaceme.models.find import calibration_context, recorded_model
 from replaceme.running.stage import PASS, Stage
 from replaceme.running.workspace import Workspace
 from replaceme.selection.budget import apply_budget
@@ -50,14 +49,13 @@ def select(params: Params, work: Workspace) -> None:
             block.start, block.end - 1, len(distances), block.layer_before_cut, criterion.name, chosen["angular_distance"],
             chosen["residual"], f", mean loss {figures['loss']:.4f}" if "loss" in figures else "",
         )  # fmt: skip
-    write_json(work.metric("select"), rounded(figures))
+    write_json(work.metric("select"), round_floats(figures))
 
 
 def _load_context(params: Params, work: Workspace) -> ModelContext:
     """Return the dense model and its calibration text."""
     use_processor(params.threads)
-    model, family = calibration_model(params, work.model_input)
-    return ModelContext(model, family, Documents.load(work.documents), params.batch_size, work.blocks.parent)
+    return calibration_context(params, work)
 
 
 STAGE = Stage(

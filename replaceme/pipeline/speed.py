@@ -61,23 +61,23 @@ def measure_speed(params: Params, dense: Model, pruned: Model) -> dict[str, Any]
     # The first round is a warm-up and isn't counted.
     for number in progress(range(ROUNDS + 1), "dense and pruned model in turn", "rounds"):
         for name, model in models.items():
-            prefill, decode = _timed(model, prompt.to(model.device))
+            prefill, decode = _time_model(model, prompt.to(model.device))
             if number:
                 times["prefill"][name].append(prefill)
                 times["decode"][name].append(decode)
     return {
-        "prefill_seconds": _compared(times["prefill"]),
-        "decode_seconds_per_token": _compared(times["decode"]),
+        "prefill_seconds": _compare_medians(times["prefill"]),
+        "decode_seconds_per_token": _compare_medians(times["decode"]),
         "prompt_tokens": shape[1],
         "new_tokens": NEW_TOKENS,
         "rounds": ROUNDS,
-        **setting_of(params),
+        **describe_setting(params),
         "machine": machine(),
         "weights": sha256_of(pruned.files(WEIGHTS), pruned.folder),
     }
 
 
-def setting_of(params: Params) -> dict[str, Any]:
+def describe_setting(params: Params) -> dict[str, Any]:
     """Return the settings that times depend on besides the models."""
     device = resolve_device(params.device)
     return {
@@ -89,10 +89,10 @@ def setting_of(params: Params) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def _timed(model: Any, prompt: Tensor) -> tuple[float, float]:
+def _time_model(model: Any, prompt: Tensor) -> tuple[float, float]:
     """Return the seconds of one prefill, and per token of greedy decoding with a KV cache."""
-    devices = gpus_of(model)
-    prefill, cache = clock(lambda: fill_cache(model, prompt[:, :-1]), devices)
+    devices = list_gpus(model)
+    prefill, cache = measure_seconds(lambda: fill_cache(model, prompt[:, :-1]), devices)
     token = prompt[:, -1:]
 
     def decode() -> None:
@@ -100,28 +100,28 @@ def _timed(model: Any, prompt: Tensor) -> tuple[float, float]:
         for _ in range(NEW_TOKENS):
             token = model(token, **cache_arguments(model, cache)).logits[:, -1:].argmax(-1)
 
-    seconds, _ = clock(decode, devices)
+    seconds, _ = measure_seconds(decode, devices)
     return prefill, seconds / NEW_TOKENS
 
 
-def gpus_of(model: Any) -> list[torch.device]:
+def list_gpus(model: Any) -> list[torch.device]:
     """Return the GPUs that hold a model's weights: several, where ``device_map`` spreads it."""
     return sorted({weight.device for weight in model.parameters() if weight.device.type == "cuda"}, key=str)
 
 
-def clock(work: Callable[[], Any], devices: Iterable[torch.device]) -> tuple[float, Any]:
+def measure_seconds(work: Callable[[], Any], devices: Iterable[torch.device]) -> tuple[float, Any]:
     """Return the seconds until ``work`` is done on these GPUs, and its result."""
-    began = _now(devices)
+    began = _read_clock(devices)
     result = work()
-    return _now(devices) - began, result
+    return _read_clock(devices) - began, result
 
 
-def _now(devices: Iterable[torch.device]) -> float:
+def _read_clock(devices: Iterable[torch.device]) -> float:
     for device in devices:
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
-def _compared(times: dict[str, list[float]]) -> dict[str, float]:
+def _compare_medians(times: dict[str, list[float]]) -> dict[str, float]:
     dense, pruned = (statistics.median(times[name]) for name in ("dense", "pruned"))
     return {"dense": dense, "pruned": pruned, "speedup": dense / pruned}

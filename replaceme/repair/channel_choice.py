@@ -28,7 +28,6 @@ from replaceme.base.errors import SolveError
 from replaceme.base.group import all_reduce_sum
 from replaceme.models.dtypes import is_finite
 from replaceme.models.families import Family, parameter_of
-from replaceme.solvers.arguments import ArgumentError
 from replaceme.solvers.cholesky import factorize, inverse_diagonal, solve_factorized
 from replaceme.statistics.sums import add_squares, mirror, token_weights
 from replaceme.statistics.walk import Signal, Signals
@@ -118,8 +117,7 @@ def best_channels(gram: Tensor, cross: Tensor, prior: Tensor, ridge: float, coun
         count: the number of channels to keep.
 
     Raises:
-        SolveError: the sums are not finite.
-        ArgumentError: the ridge is too small for them.
+        SolveError: the sums are not finite, or the ridge is too small for them.
     """
     diagonal = mirror(gram).diagonal()
     scale = torch.where(diagonal > 0, diagonal.rsqrt(), 0)
@@ -134,7 +132,7 @@ def best_channels(gram: Tensor, cross: Tensor, prior: Tensor, ridge: float, coun
         if not (is_finite(matrix) and is_finite(goal)):
             raise SolveError("dtype: the sums over the MLP's channels are not finite; use float32 or bfloat16.")
         if failed:
-            raise ArgumentError("ridge", f"{ridge:g} leaves the choice of channels singular; raise it, or dataset_size.")
+            raise SolveError(f"ridge: {ridge:g} leaves the choice of channels singular; raise it, or dataset_size.")
         weights = solve_factorized(factor, goal + ridge * prior)
         rise = weights.square().sum(dim=1) / inverse_diagonal(factor)
         del matrix, factor

@@ -32,7 +32,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
+from replaceme.base.combinations import STEPWISE
 from replaceme.base.documents import FOLDS, Batch, few_documents, folds_of
+from replaceme.base.errors import renaming
 from replaceme.base.files import temporary_folder
 from replaceme.base.group import all_gather, compute_on_rank0, local_world_size, shard
 from replaceme.base.parameters import Params
@@ -57,7 +59,6 @@ from replaceme.repair.channel_choice import (
 )
 from replaceme.repair.resume import Checkpoints
 from replaceme.repair.state import Repair, RepairState
-from replaceme.solvers.arguments import naming
 from replaceme.solvers.held_out import Shrinkage, choose_shrinkage
 from replaceme.solvers.quality import relative_residual, sse_change_of_correction
 from replaceme.solvers.ridge import solve_correction
@@ -66,8 +67,6 @@ from replaceme.statistics.features import LINEARS, Features
 from replaceme.statistics.sums import Sums, token_weights
 from replaceme.statistics.walk import Observer, RecordStates, Reducible, Signal, Signals, sum_tensors, walk
 
-# The transforms after which the layer before the cut is solved for again, on its features after the first solution.
-STEPWISE = ("joint", "channels")
 # Tokens whose states are updated at once.
 TOKENS = 2048
 # Largest sums of all folds together, in bytes.
@@ -78,7 +77,7 @@ Ridges = Mapping[Linear, str]
 
 
 def repair_layers(
-    params: Params, context: ModelContext, edits: Edits, plan: Plan, checkpoints: Checkpoints | None = None
+    params: Params, context: ModelContext, edits: Edits, plan: Plan, checkpoints: Checkpoints
 ) -> tuple[list[Repair], dict[str, Any]]:
     """Add the repairs and the fits of later blocks to the edits; return the repairs, and how well those blocks fit.
 
@@ -87,19 +86,19 @@ def repair_layers(
         context: the dense model and its calibration text.
         edits: as solved for the first block; they are added to.
         plan: the blocks, and the statistics that the method needs.
-        checkpoints: of an interrupted repair, which goes on at the last one; None writes none.
+        checkpoints: an interrupted repair goes on at the last one.
 
     Raises:
         ResourceError: the states or the corrections do not fit on the disk.
     """
     state = _initial_state(params, context, edits, plan)
-    finished = checkpoints.resume(state) if checkpoints else 0
+    finished = checkpoints.resume(state)
     if not finished:
         _walk_to_cut(state)
     for number, layer in enumerate(progress(state.kept[finished:], "repairing layers", "layers"), start=finished + 1):
         repair_layer(state, layer)
         state.offload_corrections()
-        if checkpoints and number < len(state.kept):
+        if number < len(state.kept):
             checkpoints.save_if_due(state, number)
     return state.repairs, state.figures
 
@@ -206,7 +205,7 @@ def _choose_channels(state: RepairState, layer: int, window: range, ridge: str) 
         if len(candidates) > (most := max_candidates(kept)):
             logger.info("repair: of %d channels, the %d likeliest are compared; more would not fit", len(candidates), most)
             candidates = keep(most, candidates, ScreenedCandidates, likely_channels)
-        with naming(ridge=ridge):
+        with renaming({"ridge": ridge}):
             return keep(kept, candidates, Candidates, best_channels)
 
     *others, chosen = (channels_of(source, count) for source in window)
@@ -255,7 +254,7 @@ def _correct_linears(state: RepairState, layer: int, target: Tensor, ridges: Rid
     if shrinkage.scale:
         gram, cross = sums["gram"], sums["cross"]
         diagonal = gram.diagonal().clone()
-        with naming(ridge=ridges[min(values, key=values.__getitem__)]):
+        with renaming({"ridge": ridges[min(values, key=values.__getitem__)]}):
             change = compute_on_rank0(partial(solve_correction, gram, cross, penalty, overwrite=True))
         after += sse_change_of_correction(diagonal, cross, change, penalty, shrinkage.scale)
         change *= shrinkage.scale

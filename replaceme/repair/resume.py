@@ -67,7 +67,7 @@ class Checkpoints:
 
     def resume(self, state: RepairState) -> int:
         """Continue from the last whole checkpoint, if there is one with this key; return how many layers are finished."""
-        contents = self._whole(len(state.kept))
+        contents = self._read_whole(len(state.kept))
         finished = max(set.intersection(*map(set, all_gather([*contents]))), default=0)
         # What not all processes have is of an earlier run, and must not be completed by a later one.
         for other in contents.keys() - {finished}:
@@ -95,14 +95,14 @@ class Checkpoints:
         number, size = shard()
         return self.folder / f"{finished}-{number if rank is None else rank}-of-{size}"
 
-    def _whole(self, layers: int) -> dict[int, Mapping[str, Any]]:
+    def _read_whole(self, layers: int) -> dict[int, Mapping[str, Any]]:
         """Return what this process's whole checkpoints with this key say, by the number of finished layers."""
         whole = {}
         for finished in range(1, layers):
             folder = self._folder_after(finished)
             with suppress(ResourceError, ValueError, KeyError, TypeError, OSError):
                 content = read_json(folder / STATE)
-                if content["key"] == self.key and content["sums"] == _sums(folder):
+                if content["key"] == self.key and content["sums"] == _hash_files(folder):
                     whole[finished] = content
         return whole
 
@@ -115,8 +115,8 @@ class Checkpoints:
             if shard().rank == 0:
                 state.edits.save(new)
             content = {"repairs": [asdict(each) for each in state.repairs], "figures": state.figures}
-            write_json(new / STATE, {"key": self.key, "sums": _sums(new), **content})
+            write_json(new / STATE, {"key": self.key, "sums": _hash_files(new), **content})
 
 
-def _sums(folder: Path) -> dict[str, str]:
+def _hash_files(folder: Path) -> dict[str, str]:
     return {name: digest for name, digest in sha256_below(folder).items() if name != STATE}

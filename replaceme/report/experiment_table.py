@@ -16,6 +16,7 @@ from replaceme.base.errors import ParameterError
 from replaceme.base.progress import align, logger
 from replaceme.methods.registry import FIELDS, METHODS, has_effect
 from replaceme.report.formatting import format_digits, format_duration, format_quantity
+from replaceme.running.stage import SCORE_SETTINGS
 
 REMOVED, RETENTION = "parameters.removed_percent", "retention_percent"
 UNSEEN = "common_unseen_ratio"
@@ -23,7 +24,6 @@ COSTS = ("summary.seconds", "summary.memory_gb", "summary.gpu_memory_gb")
 SPEEDS = {"prefill_seconds": "prefill", "decode_seconds_per_token": "decode"}
 # Where and how a model is computed or scored doesn't tell models apart; a note says where the scoring differs.
 UNSHOWN = ("method", "save_path", "save_transform_only", "device", "device_map")
-SCORING = ("tasks", "eval_tokens", "eval_batch_size", "eval_dtype")
 # Settings of a result's size.
 SIZES = ("layers_to_skip", "remove", "tolerated_loss")
 SHORT = {"layers_to_skip": "layers", "alpha": "α"}
@@ -69,7 +69,7 @@ class Comparison:
     @property
     def varying(self) -> list[str]:
         """The settings that differ within a method, those with the most values first, without those of the scoring."""
-        names = [name for name in self.settings if name not in SCORING]
+        names = [name for name in self.settings if name not in SCORE_SETTINGS]
         values = self.table.groupby("method")[names].nunique().max()
         return [str(name) for name in values[values > 1].sort_values(ascending=False, kind="stable").index]
 

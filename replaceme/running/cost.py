@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from replaceme.base.files import cache_folder, rounded, write_json
+from replaceme.base.files import cache_folder, round_floats, write_json
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
@@ -44,7 +44,7 @@ def cost_measurement() -> Iterator[Cost]:
     began = time.perf_counter()
     yield cost
     figures = {"seconds": time.perf_counter() - began, "peak_memory_bytes": peak_memory(), **_peak_cuda()}
-    cost.update(rounded(figures, 4), machine=machine())
+    cost.update(round_floats(figures, 4), machine=machine())
 
 
 def keep_cost(stage: str, params: Params, cost: Cost) -> None:

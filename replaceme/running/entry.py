@@ -42,11 +42,11 @@ class Parser(argparse.ArgumentParser):
         raise ParameterError(f"command line: {excerpt(message, 200)}.")
 
 
-def plain_parser(prog: str | None, description: str, example: str) -> Parser:
+def plain_parser(prog: str, description: str, example: str) -> Parser:
     """Return the parser of a command without parameters; its options are still to be added.
 
     Args:
-        prog: how it is called; None is the script's name.
+        prog: how it is called.
         description: what it does.
         example: a command line, for the end of the help.
     """

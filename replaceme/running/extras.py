@@ -8,7 +8,7 @@ from replaceme.base.errors import ResourceError
 EXTRAS = {"dvc": ("dvc", "pipeline"), "bitsandbytes": ("bitsandbytes", "4bit")}
 
 
-def need(module: str, why: str) -> None:
+def require_package(module: str, why: str) -> None:
     """Raise ResourceError if an optional package is not installed.
 
     Args:

@@ -2,11 +2,9 @@
 
 ``processes: N`` starts the same command N times by torch's elastic launcher, as ``torchrun --nproc-per-node N`` does. The first
 process (rank 0) runs the program. Where it comes to a stage that can be shared, it broadcasts the stage's function and its
-arguments, and all processes call it (``replaceme.base.group.sharded``). Such a function returns before it writes in all of them
+arguments, and all processes call it (``replaceme.base.group.sharing``). Such a function returns before it writes in all of them
 but the first (``replaceme.base.ranks.rank``).
 """
-
-from __future__ import annotations
 
 import ctypes
 import logging
@@ -16,23 +14,18 @@ import signal
 import sys
 import uuid
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from replaceme.base.errors import ResourceError
 from replaceme.base.progress import logger
 from replaceme.base.ranks import rank, world_size
 
-if TYPE_CHECKING:
-    from replaceme.base.parameters import Params
-    from replaceme.running.stage import Stage
-    from replaceme.running.workspace import Workspace
-
 # prctl(2): the signal for a process whose parent has ended.
 PR_SET_PDEATHSIG = 1
 
 
-def run_in_processes(count: int, action: Callable[[], object], device: str = "auto") -> None:
-    """Do the action in the first of several processes; the others join it in each ``call_stage`` that is shared.
+def run_in_processes(count: int, action: Callable[[], object], device: str) -> None:
+    """Do the action in the first of several processes; the others join it in each ``call_in_all``.
 
     Args:
         count: the number of processes on this machine, where torch's launcher has not started any.
@@ -57,22 +50,18 @@ def run_in_processes(count: int, action: Callable[[], object], device: str = "au
                 _call_sharded(*call)
 
 
-def call_stage(stage: Stage, params: Params, work: Workspace) -> None:
-    """Run a stage, in all processes if they can share it."""
-    if world_size() == 1 or not stage.shared(params, work):
-        stage.run(params, work)
-        return
+def call_in_all(function: Callable[..., None], *arguments: Any) -> None:
+    """Call a function in all processes, each on its own part of the work; the arguments are pickled."""
     from replaceme.base.group import broadcast
 
-    logger.info("%s: shared by %d processes", stage.name, world_size())
-    _call_sharded(*broadcast((stage.run, params, work)))
+    _call_sharded(*broadcast((function, *arguments)))
 
 
-def _call_sharded(run: Callable[..., None], *arguments: Any) -> None:
-    from replaceme.base.group import sharded
+def _call_sharded(function: Callable[..., None], *arguments: Any) -> None:
+    from replaceme.base.group import sharing
 
-    with sharded():
-        run(*arguments)
+    with sharing():
+        function(*arguments)
 
 
 def launch(count: int) -> None:

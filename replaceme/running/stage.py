@@ -13,11 +13,11 @@ from replaceme.base.errors import ParameterError
 from replaceme.base.files import clear_partials
 from replaceme.base.parameters import Params, read_params
 from replaceme.base.progress import logger
-from replaceme.base.ranks import launched_processes
+from replaceme.base.ranks import launched_processes, world_size
 from replaceme.running.cost import cost_measurement, keep_cost
 from replaceme.running.entry import PARAMS_FILE, run
-from replaceme.running.processes import call_stage, run_in_processes
-from replaceme.running.workspace import Artifact, Workspace
+from replaceme.running.processes import call_in_all, run_in_processes
+from replaceme.running.workspace import Workspace
 
 # The order of the stages, after ``inputs``: from the text to the profile, to the final edits, and to the saved model.
 ANALYSIS = ("generate", "calibrate", "profile")
@@ -27,9 +27,10 @@ COMPRESSION = (*FIT, "export")
 JUDGEMENT = ("baseline", "evaluate", "report")
 ORDER = (*COMPRESSION, *JUDGEMENT)
 
-# Parameters of every pass over the calibration text, and of every evaluation.
+# Parameters of every pass over the calibration text; those that determine a model's scores; and those of every evaluation.
 PASS = ("batch_size", "dtype", "device", "device_map", "threads", "use_4bit", "trust_remote_code")
-SCORING = ("tasks", "eval_tokens", "eval_batch_size", "eval_dtype", "device", "device_map", "threads", "trust_remote_code")
+SCORE_SETTINGS = ("tasks", "eval_tokens", "eval_batch_size", "eval_dtype")
+SCORING = (*SCORE_SETTINGS, "device", "device_map", "threads", "trust_remote_code")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +41,8 @@ class Stage:
         name: as in dvc.yaml.
         run: the function that reads artifacts, computes and writes artifacts.
         params: the parameters that its output depends on.
-        reads: the artifacts that it reads.
-        writes: the artifact that it writes; None if it writes only metrics.
+        reads: the artifacts that it reads, by their paths below ``artifacts``, as ``Workspace.plan``.
+        writes: the artifact that it writes, in the same way; None if it writes only metrics.
         metrics: the metrics files that it writes.
         figures: the metrics files that it reads.
         methods: the methods that ``method`` may name; None for a stage that uses no method.
@@ -52,13 +53,22 @@ class Stage:
     name: str
     run: Callable[[Params, Workspace], None]
     params: tuple[str, ...] = ()
-    reads: tuple[Artifact, ...] = ()
-    writes: Artifact | None = None
+    reads: tuple[str, ...] = ()
+    writes: str | None = None
     metrics: tuple[str, ...] = ()
     figures: tuple[str, ...] = ()
     methods: Methods | None = None
     shared: Callable[[Params, Workspace], bool] = lambda params, work: False
     always: bool = False
+
+
+def call_stage(stage: Stage, params: Params, work: Workspace) -> None:
+    """Run a stage, in all processes if they can share it."""
+    if world_size() == 1 or not stage.shared(params, work):
+        stage.run(params, work)
+    else:
+        logger.info("%s: shared by %d processes", stage.name, world_size())
+        call_in_all(stage.run, params, work)
 
 
 def run_stage(stage: Stage) -> NoReturn:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -13,29 +12,18 @@ from replaceme.base.files import PARTIAL, read_json, write_json
 from replaceme.base.fingerprints import sha256_below
 
 
-@dataclass(frozen=True)
-class Artifact:
-    """What a stage writes: a file or folder.
-
-    Attributes:
-        name: its path below ``artifacts``.
-    """
-
-    name: str
-
-
-class _ArtifactPath:
-    """Attribute of ``Workspace``: ``Workspace.documents`` is the artifact, ``work.documents`` its path."""
+class _Artifact:
+    """A file or folder that a stage writes: ``Workspace.plan`` is its path below ``artifacts``, ``work.plan`` its path."""
 
     def __init__(self, name: str):
-        self.artifact = Artifact(name)
+        self.name = name
 
     @overload
-    def __get__(self, work: None, owner: type) -> Artifact: ...
+    def __get__(self, work: None, owner: type) -> str: ...
     @overload
     def __get__(self, work: Workspace, owner: type) -> Path: ...
-    def __get__(self, work: Workspace | None, owner: type) -> Artifact | Path:
-        return self.artifact if work is None else work.path(self.artifact)
+    def __get__(self, work: Workspace | None, owner: type) -> str | Path:
+        return self.name if work is None else work.artifact(self.name)
 
 
 @dataclass(frozen=True)
@@ -53,61 +41,56 @@ class Workspace:
     # What is read from outside (folder). Fingerprints of the dense model's weights, config and code; of the tokenizer, the chat
     # template and the generation config; of the dense model's card and licence; of the calibration text; and of the evaluation
     # text.
-    inputs = _ArtifactPath("inputs")
-    model_input = _ArtifactPath("inputs/model.json")
-    tokenizer_input = _ArtifactPath("inputs/tokenizer.json")
-    card_input = _ArtifactPath("inputs/card.json")
-    dataset_input = _ArtifactPath("inputs/dataset.json")
-    tasks_input = _ArtifactPath("inputs/tasks.json")
+    inputs = _Artifact("inputs")
+    model_input = _Artifact("inputs/model.json")
+    tokenizer_input = _Artifact("inputs/tokenizer.json")
+    card_input = _Artifact("inputs/card.json")
+    dataset_input = _Artifact("inputs/dataset.json")
+    tasks_input = _Artifact("inputs/tasks.json")
     # Versions of the packages that read text, that compute the model, and that score it (``replaceme.running.versions``).
-    text_versions = _ArtifactPath("inputs/text_versions.json")
-    model_versions = _ArtifactPath("inputs/model_versions.json")
-    score_versions = _ArtifactPath("inputs/score_versions.json")
+    text_versions = _Artifact("inputs/text_versions.json")
+    model_versions = _Artifact("inputs/model_versions.json")
+    score_versions = _Artifact("inputs/score_versions.json")
     # How much text the dense model writes itself; and what it wrote (folder).
-    own_text_input = _ArtifactPath("inputs/own_text.json")
-    own_text = _ArtifactPath("own_text")
+    own_text_input = _Artifact("inputs/own_text.json")
+    own_text = _Artifact("own_text")
     # Calibration documents (folder).
-    documents = _ArtifactPath("documents")
+    documents = _Artifact("documents")
     # Distances and per-layer figures (folder).
-    profile = _ArtifactPath("profile")
+    profile = _Artifact("profile")
     # The blocks to remove; and with them the statistics to take.
-    blocks = _ArtifactPath("blocks.json")
-    plan = _ArtifactPath("plan.json")
+    blocks = _Artifact("blocks.json")
+    plan = _Artifact("plan.json")
     # Activation statistics (folder).
-    statistics = _ArtifactPath("statistics")
+    statistics = _Artifact("statistics")
     # Edits as solved, as repaired, and as healed, which are the final ones (folders).
-    solution = _ArtifactPath("solution")
-    repaired = _ArtifactPath("repaired")
-    edits = _ArtifactPath("edits")
+    solution = _Artifact("solution")
+    repaired = _Artifact("repaired")
+    edits = _Artifact("edits")
     # The pruned model (folder).
-    model = _ArtifactPath("model")
+    model = _Artifact("model")
     # Scores of the dense model, and the requests that were scored (folder).
-    baseline = _ArtifactPath("baseline")
+    baseline = _Artifact("baseline")
     # How both models go on after a few prompts.
-    continuations = _ArtifactPath("continuations.json")
+    continuations = _Artifact("continuations.json")
     # The page and its pictures (folder).
-    report = _ArtifactPath("report")
+    report = _Artifact("report")
     # Measured times, and the page with them (folder); no stage's output.
-    speed = _ArtifactPath("speed")
+    speed = _Artifact("speed")
 
     @classmethod
     def for_result(cls, save_path: Path) -> Workspace:
         """Return the paths of a run without DVC, whose work folder lies next to its result."""
         return cls(save_path.with_name(f"{save_path.name}.work"), save_path)
 
-    def path(self, artifact: Artifact) -> Path:
-        """Return the path of an artifact."""
-        if artifact == Workspace.model and self.save_path:
-            return self.save_path
-        return self.artifact(artifact.name)
-
     def artifact(self, name: str) -> Path:
-        """Return a path below ``artifacts``."""
-        return self.root / "artifacts" / name
+        """Return the path of what is ``name`` below ``artifacts``."""
+        return self.save_path if name == Workspace.model and self.save_path else self.root / "artifacts" / name
 
-    def unfinished(self, name: str) -> Path:
-        """Return the folder of what a stage keeps while it runs, to go on there if interrupted."""
-        return self.artifact(f"{name}{PARTIAL}")
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints of the stage that runs; it is deleted once all that the stage writes is there."""
+        return self.artifact(f"checkpoints{PARTIAL}")
 
     def metric(self, name: str) -> Path:
         """Return the path of a metrics file."""
@@ -117,14 +100,14 @@ class Workspace:
         """Return the path of what a run without DVC records of a finished stage."""
         return self.root / "stages" / f"{stage}.json"
 
-    def record_own_files(self, sums: Iterable[str]) -> None:
-        """Record the sums (sha256) of files that are about to be moved to ``save_path``: this program wrote them.
+    def record_own_files(self, path: Path) -> None:
+        """Record the sums (sha256) of a file or folder that is about to be moved to ``save_path``: this program wrote it.
 
         They are recorded before the move, so that the next run knows the files if this one is killed. In the pipeline, DVC
         knows them.
         """
         if self.save_path:
-            write_json(self._own_files, sorted({*self._read_own_files(), *sums}))
+            write_json(self._own_files, sorted({*self._read_own_files(), *sha256_below(path).values()}))
 
     def find_foreign_file(self) -> str | None:
         """Return a file below ``save_path`` that this program did not write, or that was changed since; None without one."""

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from replaceme.base.errors import ParameterError
 from replaceme.base.parameters import Params
-from replaceme.base.plan import Block, runs
+from replaceme.base.plan import Block, group_adjacent
 
 
 def smallest_blocks(values: list[list[float]], starts: range, skip: int, count: int = 1) -> list[Block]:
@@ -23,7 +23,7 @@ def disjoint_blocks(values: list[list[float]], starts: range, params: Params) ->
         best = min(roomy, key=lambda start: values[start - 1][start - 1 + skip])
         free = _without(free, best, distance)
         chosen.append(best)
-    return runs([layer for start in chosen for layer in range(start, start + skip)])
+    return group_adjacent([layer for start in chosen for layer in range(start, start + skip)])
 
 
 def _distance(params: Params) -> int:

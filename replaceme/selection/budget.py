@@ -68,8 +68,8 @@ class Sizes:
 
     def budget(self, remove: str) -> float:
         """Return the number of parameters that ``remove`` names."""
-        share, _, of_layers = remove.partition("%")
-        return float(share) / 100 * (sum(self.layers) if of_layers else self.total)
+        percent, _, of_layers = remove.partition("%")
+        return float(percent) / 100 * (sum(self.layers) if of_layers else self.total)
 
 
 def can_narrow_mlps(params: Params) -> bool:
@@ -91,9 +91,9 @@ def apply_budget(params: Params, model: Model, criterion: Criterion) -> Params:
     budget, most = sizes.budget(params.remove), params.layers_to_skip
     each = params.num_A * sum(sizes.layers) / len(sizes.layers)
     if not 0 < budget < sum(sizes.layers):
-        share = sum(sizes.layers) / sizes.total
+        fraction = sum(sizes.layers) / sizes.total
         raise ParameterError(
-            f"remove: must be above 0% and below the decoder layers' {share:.1%} of all parameters, not {params.remove}."
+            f"remove: must be above 0% and below the decoder layers' {fraction:.1%} of all parameters, not {params.remove}."
         )
     if not criterion.whole_layers:
         return params.model_copy(update={"layers_to_skip": budget / each})
@@ -103,9 +103,9 @@ def apply_budget(params: Params, model: Model, criterion: Criterion) -> Params:
         count = min(int(budget / each), most)
     if not count:
         least = "a layer goes" if params.num_A == 1 else f"{params.num_A} layers go"
-        share = each / sizes.total
+        fraction = each / sizes.total
         raise ParameterError(
-            f"remove: at least {least}, which is {share:.1%} of all parameters and more than {params.remove}; use more."
+            f"remove: at least {least}, which is {fraction:.1%} of all parameters and more than {params.remove}; use more."
         )
     if count > most:
         raise ParameterError(

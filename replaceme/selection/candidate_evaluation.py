@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from replaceme.base.documents import Batch, Documents
+from replaceme.base.documents import Batch
 from replaceme.base.group import all_gather, shard
 from replaceme.edits.edits import Edits
 from replaceme.edits.unfused import unfused
@@ -48,15 +48,14 @@ class CandidateEvaluation:
 
         The stored states that enter the layer have to include any edits before it.
         """
-        model, family, start = self.context.model, self.context.family, EntryState(layer, self.entering[layer])
-        batches = batches_of(model, self.context.documents, self.context.batch_size)
-        with unfused(model, family, edits), forward_passes(model, family, batches, start) as in_turn:
+        context, start = self.context, EntryState(layer, self.entering[layer])
+        with unfused(context.model, context.family, edits), forward_passes(context, batches_of(context), start) as in_turn:
             yield in_turn
 
 
-def batches_of(model: Any, documents: Documents, batch_size: int) -> Iterator[Batch]:
+def batches_of(context: ModelContext) -> Iterator[Batch]:
     """Return this process's part of the batches of texts, on the model's device."""
-    return documents.batches(batch_size, str(model.device), shard())
+    return context.documents.batches(context.batch_size, str(context.model.device), shard())
 
 
 @dataclass(frozen=True)
@@ -94,20 +93,19 @@ class Losses:
         rises, order = ((self.sums - other.sums) / self.counts).sort()
         if not bool(rises.isfinite().all()):
             return math.inf
-        shares = torch.tensor([weights[domain] for domain in self.domains], dtype=torch.float64)[order]
-        ends = (shares / shares.sum()).cumsum(0).clamp(0.25, 0.75)
+        ordered = torch.tensor([weights[domain] for domain in self.domains], dtype=torch.float64)[order]
+        ends = (ordered / ordered.sum()).cumsum(0).clamp(0.25, 0.75)
         return float(2 * (ends.diff(prepend=ends.new_tensor([0.25])) * rises).sum())
 
 
-def next_token_losses(model: Any, documents: Documents, batches: Iterable[Batch]) -> Losses:
+def next_token_losses(context: ModelContext, batches: Iterable[Batch]) -> Losses:
     """Return the next-token losses of a model, hooks included, by domain; the same in all processes that share the batches.
 
     Args:
-        model: the model.
-        documents: the texts, each of two tokens or more.
+        context: the model, and the texts, each of two tokens or more.
         batches: of them.
     """
-    ordered = documents.in_walk_order()
+    ordered = context.documents.in_walk_order()
     known = sorted({*ordered.domains})
     # The position of each text's first token in the walk.
     domain_at: dict[int, int] = {}
@@ -116,7 +114,7 @@ def next_token_losses(model: Any, documents: Documents, batches: Iterable[Batch]
         domain_at[position] = known.index(domain)
         position += len(document)
     sums, counts = [0.0] * len(known), [0.0] * len(known)
-    for position, loss, predicted in _losses(model, batches):
+    for position, loss, predicted in _losses(context.model, batches):
         sums[domain_at[position]] += loss
         counts[domain_at[position]] += predicted
     return Losses(known, *torch.tensor(all_gather([sums, counts]), dtype=torch.float64).sum(0))

@@ -155,7 +155,7 @@ def collapsed_blocks(
     context = context.with_documents(draw_texts(context.documents))
     model, texts, layers = context.model, context.documents, context.layers
     check_same_shapes(layers, range(schedule.first, schedule.end))
-    original = last_states(model, batches_of(model, texts, context.batch_size))
+    original = last_states(model, batches_of(context))
     shape = len(layers), texts.token_count, context.width
     (entering,) = scratch([shape], model.dtype, context.folder, "the choice of layers")
     evaluation = CandidateEvaluation(context, entering)

@@ -17,23 +17,21 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from replaceme.base.documents import Batch, Documents, excerpts_of
+from replaceme.base.documents import Batch, excerpts_of
 from replaceme.base.errors import ModelError, ParameterError
 from replaceme.base.group import all_reduce_sum
-from replaceme.base.plan import Block, runs
+from replaceme.base.plan import Block, group_adjacent
 from replaceme.base.progress import progress
 from replaceme.edits.edits import Edits
 from replaceme.edits.unfused import operator_hook, unfused
 from replaceme.models.context import ModelContext
-from replaceme.models.families import Family
 from replaceme.statistics.walk import Signal, Signals, signals_for, walk
 
-# Of ``check_scale``: documents, tokens of each, a factor that rounds nothing, and the largest relative change of the logits.
+# Of the check that scalars fold: documents, tokens of each, a factor that rounds nothing, and the logits' largest change.
 DOCUMENTS, LENGTH, FACTOR, TOLERANCE = 2, 128, 4.0, 0.05
 
 
@@ -113,7 +111,7 @@ def compensated_layers(context: ModelContext, allowed: Sequence[int], count: int
 
 def blocks_of(scales: Mapping[int, float]) -> list[Block]:
     """Return the blocks of contiguous layers, each with the product of its layers' scalars."""
-    return [replace(block, scale=math.prod(scales[layer] for layer in block.layers)) for block in runs([*scales])]
+    return [replace(block, scale=math.prod(scales[layer] for layer in block.layers)) for block in group_adjacent([*scales])]
 
 
 def scale_blocks(context: ModelContext, blocks: Sequence[Block]) -> list[Block]:
@@ -141,8 +139,9 @@ def measure_gains(context: ModelContext, blocks: Sequence[Block]) -> list[float]
         ParameterError: states overflow.
     """
     signals: dict[int, frozenset[Signal]] = {}
-    for layer, signal in _ends(blocks):
-        signals[layer] = signals.get(layer, frozenset()) | {signal}
+    for block in blocks:
+        signals[block.start] = signals.get(block.start, frozenset()) | {"input"}
+        signals[block.end - 1] = signals.get(block.end - 1, frozenset()) | {"output"}
     magnitudes = MagnitudeSums(signals)
     walk(context.with_documents(excerpts_of(context.documents)), [magnitudes], description=None)
     return [_finite(magnitudes.gain(block.start, block.end)) for block in blocks]
@@ -158,28 +157,22 @@ def scaling_edits(blocks: Iterable[Block]) -> Edits:
     return edits
 
 
-def require_scalable(context: ModelContext) -> None:
-    """Check on text that a scalar folds into a dense model, if its family is a detected one.
-
-    Raises:
-        ModelError: a scalar does not fold.
-    """
-    if context.family.detected:
-        check_scale(context.model, context.family, context.documents)
-
-
 @torch.inference_mode()
-def check_scale(model: Any, family: Family, documents: Documents) -> None:
+def require_scalable(context: ModelContext) -> None:
     """Check on text that layers and head do not depend on the scale of the residual stream, so that a scalar folds.
 
-    The first layer's output and all later additions to the stream are multiplied by four; the logits must not change.
+    The first layer's output and all later additions to the stream are multiplied by four; the logits must not change. Of a
+    described family it is known.
 
     Raises:
         ModelError: the logits change.
     """
+    model, family = context.model, context.family
+    if not family.detected:
+        return
     layers, enlarged = family.decoder_layers(model), operator_hook(torch.tensor(FACTOR))
     parts = [layer.get_submodule(path) for layer in layers[1:] for path in (family.attention, family.mlp)]
-    for document in documents.head(DOCUMENTS, LENGTH).documents:
+    for document in context.documents.head(DOCUMENTS, LENGTH).documents:
         text = document[None].to(model.device)
         expected = model(text, use_cache=False).logits.double()
         with ExitStack() as stack:
@@ -192,12 +185,6 @@ def check_scale(model: Any, family: Family, documents: Documents) -> None:
                 f"model_path: the layers of the family '{model.config.model_type}' depend on the scale of the residual stream, "
                 "so no scalar folds; use method shortgpt."
             )
-
-
-def _ends(blocks: Iterable[Block]) -> Iterable[tuple[int, Signal]]:
-    for block in blocks:
-        yield block.start, "input"
-        yield block.end - 1, "output"
 
 
 def _finite(figure: float) -> float:

@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 
 from replaceme.base.errors import ParameterError
 from replaceme.base.parameters import Params
-from replaceme.base.plan import Block, Surrogate, runs
+from replaceme.base.plan import Block, Surrogate, group_adjacent
 from replaceme.base.progress import logger
 from replaceme.selection.blocks import check_blocks_fit, disjoint_blocks, removable_range, smallest_blocks, starts_between
 
@@ -123,7 +123,7 @@ def _window(context: SelectionContext) -> tuple[list[Block], Figures]:
 def _influence(context: SelectionContext) -> tuple[list[Block], Figures]:
     influence = context.profile["layers"]["block_influence"]
     layers = sorted(context.layers, key=influence.__getitem__)[: context.params.layers_to_skip]
-    return runs(layers), {"influence": sum(influence[layer] for layer in layers)}
+    return group_adjacent(layers), {"influence": sum(influence[layer] for layer in layers)}
 
 
 def _greedy(context: SelectionContext) -> tuple[list[Block], Figures]:
@@ -132,7 +132,7 @@ def _greedy(context: SelectionContext) -> tuple[list[Block], Figures]:
     layers, losses = greedy_layers(context.model_context, context.layers, context.params.layers_to_skip)
     logger.info("select: layers in order of removal: %s", ", ".join(map(str, layers)))
     order = {f"layer{layer}": loss for layer, loss in zip(layers, losses, strict=True)}
-    return runs(layers), {"loss": losses[-1], "order": order}
+    return group_adjacent(layers), {"loss": losses[-1], "order": order}
 
 
 def _loss(context: SelectionContext) -> tuple[list[Block], Figures]:

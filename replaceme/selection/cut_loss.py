@@ -12,14 +12,14 @@ It is fitted on the documents that the profile fits on; the loss is measured on 
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from replaceme.base.documents import HELD_OUT_EVERY, Batch, Documents, excerpts_of, part_of, split_documents
+from replaceme.base.documents import HELD_OUT_EVERY, Batch, excerpts_of, part_of, split_documents
 from replaceme.base.errors import ParameterError
 from replaceme.base.group import all_reduce_sum
 from replaceme.base.parameters import Params
@@ -117,8 +117,8 @@ def dense_losses(context: ModelContext) -> Losses:
     Raises:
         ParameterError: there are too few documents to hold one out.
     """
-    _, excerpts = _split(context.documents)
-    return next_token_losses(context.model, excerpts, batches_of(context.model, excerpts, context.batch_size))
+    _, excerpts = _split(context)
+    return next_token_losses(excerpts, batches_of(excerpts))
 
 
 def cut_losses(context: ModelContext, blocks: Sequence[Block], surrogate: Surrogate) -> list[Losses]:
@@ -132,7 +132,7 @@ def cut_losses(context: ModelContext, blocks: Sequence[Block], surrogate: Surrog
     Raises:
         ParameterError: there are too few documents to hold one out.
     """
-    fit, excerpts = map(context.with_documents, _split(context.documents))
+    fit, excerpts = _split(context)
     cuts = [Edits("", [*block.layers]) for block in blocks]
     if surrogate == "map":
         _fit_maps(fit, blocks, cuts)
@@ -149,12 +149,13 @@ def cut_losses(context: ModelContext, blocks: Sequence[Block], surrogate: Surrog
     losses = []
     for block, edits in zip(progress(blocks, "measuring the best cuts", "cuts"), cuts, strict=True):
         with evaluation.candidate(edits, block.layer_before_cut) as batches:
-            losses.append(next_token_losses(context.model, excerpts.documents, batches))
+            losses.append(next_token_losses(excerpts, batches))
     return losses
 
 
-def _split(documents: Documents) -> tuple[Documents, Documents]:
-    """Return the documents for fitting a surrogate, and the text for measuring losses."""
+def _split(context: ModelContext) -> tuple[ModelContext, ModelContext]:
+    """Return the context with the documents for fitting a surrogate, and with the text for measuring losses."""
+    documents = context.documents
     fit, held_out = split_documents(documents)
     excerpts = excerpts_of(held_out, TOKENS)
     if not len(excerpts):
@@ -162,7 +163,7 @@ def _split(documents: Documents) -> tuple[Documents, Documents]:
             f"selection: loss holds out every {HELD_OUT_EVERY}th text, and none of those held out has two tokens; give more "
             f"than {len(set(documents.sources))} texts ({len(documents)} documents), or use residual."
         )
-    return part_of(fit, TOKENS), excerpts
+    return context.with_documents(part_of(fit, TOKENS)), context.with_documents(excerpts)
 
 
 def _fit_maps(context: ModelContext, blocks: Sequence[Block], cuts: Sequence[Edits]) -> None:
@@ -193,23 +194,32 @@ def _refit(context: ModelContext, blocks: Sequence[Block], cuts: Sequence[Edits]
                 refit(cuts[number], blocks[number].layer_before_cut, sums, alpha, REFIT_RIDGE)
 
 
+@dataclass(frozen=True)
 class _CutSearch:
     """Measures the best blocks of one number of layers after the other.
 
     Attributes:
+        context, rankings, surrogate: as of ``lowest_loss``.
+        first, end: the first layer that may go, and the one after the last.
+        dense: the losses of the dense model.
         tried: number of layers → its best few blocks, the lowest rise first.
     """
 
-    def __init__(self, context: ModelContext, dense: Losses, surrogate: Surrogate):
-        self.context, self.dense, self.surrogate = context, dense, surrogate
-        self.tried: dict[int, list[Measured]] = {}
+    context: ModelContext
+    rankings: Sequence[list[list[float]]]
+    surrogate: Surrogate
+    first: int
+    end: int
+    dense: Losses
+    tried: dict[int, list[Measured]] = field(default_factory=dict)
 
-    def rise(self, count: int, candidates: Sequence[Block]) -> float:
-        """Measure blocks of ``count`` layers, and return the lowest rise of the loss; infinity if all overflow."""
-        losses = cut_losses(self.context, candidates, self.surrogate)
-        shares = self.context.documents.tokens_by_domain
+    def rise(self, count: int) -> float:
+        """Measure the best blocks of ``count`` layers, and return the lowest rise of the loss; infinity if all overflow."""
+        starts, each = range(self.first, self.end - count + 1), SHORTLIST // len(self.rankings)
+        blocks = [*dict.fromkeys(chain(*(smallest_blocks(values, starts, count, each) for values in self.rankings)))]
+        losses, weights = cut_losses(self.context, blocks, self.surrogate), self.context.documents.tokens_by_domain
         measured = [
-            Measured(block, cut.rise_over(self.dense, shares), cut.mean) for block, cut in zip(candidates, losses, strict=True)
+            Measured(block, cut.rise_over(self.dense, weights), cut.mean) for block, cut in zip(blocks, losses, strict=True)
         ]
         self.tried[count] = sorted((cut for cut in measured if math.isfinite(cut.rise)), key=lambda cut: cut.rise)
         lowest = self.tried[count][0].rise if self.tried[count] else math.inf
@@ -250,20 +260,12 @@ def lowest_loss(
     dense, limit = dense_losses(context), params.layers_to_skip
     if not math.isfinite(dense.mean):
         raise ParameterError(f"dtype: {params.dtype} overflows in the model's predictions; use bfloat16 or float32.")
-    search = _CutSearch(context, dense, surrogate)
-
-    def rise(count: int) -> float:
-        """Measure the best blocks of this many layers, and return the lowest rise."""
-        longer, each = range(starts.start, starts.stop + limit - count), SHORTLIST // len(rankings)
-        return search.rise(
-            count, [*dict.fromkeys(chain(*(smallest_blocks(values, longer, count, each) for values in rankings)))]
-        )
-
+    search = _CutSearch(context, rankings, surrogate, starts.start, starts.stop - 1 + limit, dense)
     if params.tolerated_loss is None:
         count = limit
-        rise(count)
+        search.rise(count)
     else:
-        count = _most_within(params.tolerated_loss, limit, rise)
+        count = _most_within(params.tolerated_loss, limit, search.rise)
     tried = search.tried
     if not tried[max(count, 1)]:
         raise ParameterError(f"dtype: {params.dtype} overflows in every shortened model; use bfloat16 or float32.")

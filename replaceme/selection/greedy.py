@@ -36,7 +36,7 @@ def greedy_layers(context: ModelContext, allowed: Sequence[int], count: int) -> 
         loss_without = {}
         for layer in candidates:
             with evaluation.candidate(Edits("", [*removed, layer]), layer) as batches:
-                loss_without[layer] = next_token_losses(context.model, context.documents, batches).mean
+                loss_without[layer] = next_token_losses(context, batches).mean
         best = min(loss_without, key=loss_without.__getitem__)
         removed.append(best)
         losses.append(loss_without[best])

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from replaceme.solvers.arguments import ArgumentError
+from replaceme.base.errors import SolveError
 from replaceme.solvers.procrustes import fit_orthogonal_map
 from replaceme.solvers.ridge import require_full_rank, solve_ridge
 
@@ -36,7 +36,7 @@ def solve_closed_form(gram: Tensor, cross: Tensor, alpha: float, structure: str,
         T, (d, d) float64.
 
     Raises:
-        ArgumentError: the system is singular to float64, or ``norm`` has zeros.
+        SolveError: the system is singular to float64, or ``norm`` has zeros.
     """
     gram, cross = gram.double(), cross.double()
     if structure == "dense":
@@ -56,7 +56,7 @@ def title_suffix(structure: str) -> str:
 
 
 def upper_cholesky(matrix: Tensor) -> Tensor:
-    """Return U, upper triangular, with ``UUᵀ = matrix``. Raises ArgumentError where it is singular to float64."""
+    """Return U, upper triangular, with ``UUᵀ = matrix``. Raises SolveError where it is singular to float64."""
     return _cholesky(matrix.flip(0, 1)).flip(0, 1)
 
 
@@ -69,9 +69,8 @@ def squared_error(sums: Mapping[str, Tensor], transform: Tensor) -> Tensor:
 def _diagonal(gram: Tensor, cross: Tensor, alpha: float) -> Tensor:
     scale = gram.diagonal() + alpha
     if float(scale.min()) <= 0:
-        raise ArgumentError(
-            "alpha",
-            f"{alpha:g} leaves the least squares singular ({int((scale <= 0).sum())} of {len(gram)} dimensions of M are "
+        raise SolveError(
+            f"alpha: {alpha:g} leaves the least squares singular ({int((scale <= 0).sum())} of {len(gram)} dimensions of M are "
             "always 0); set it above 0.",
         )
     return torch.diag(cross.diagonal() / scale)
@@ -99,5 +98,5 @@ def _two_vectors(ridged: Tensor, remaining: Tensor) -> Tensor:
 def _cholesky(ridged: Tensor) -> Tensor:
     factor, failed = torch.linalg.cholesky_ex(ridged)
     if failed:
-        raise ArgumentError("alpha", "the least squares are singular to float64; raise it, or dataset_size.")
+        raise SolveError("alpha: the least squares are singular to float64; raise it, or dataset_size.")
     return factor

@@ -99,7 +99,7 @@ def minimise_by_scipy(problem: Problem, start: Tensor, solver: str, max_iteratio
     """Minimise the problem from a transform (d, d) float64 by ``lbfgs``, ``cg`` or ``trust_region``, on all tokens.
 
     Raises:
-        ArgumentError: the metric is singular to float64.
+        SolveError: the metric is singular to float64.
     """
     problem = problem.whitened(start)
     structure, x = problem.structure, problem.structure.vector(start)
@@ -116,8 +116,8 @@ def minimise_by_scipy(problem: Problem, start: Tensor, solver: str, max_iteratio
         value, gradient = problem.value_and_gradient(tensor(numbers))
         return value / scale, gradient.cpu().numpy() / scale
 
-    def hessian_product(numbers: np.ndarray, step: np.ndarray) -> np.ndarray:
-        return problem.hessian_product(tensor(numbers), tensor(step)).cpu().numpy() / scale
+    def hessian_product(numbers: np.ndarray, direction: np.ndarray) -> np.ndarray:
+        return problem.hessian_product(tensor(numbers), tensor(direction)).cpu().numpy() / scale
 
     def callback(intermediate_result: Any) -> None:
         next(ticks, None)

@@ -19,7 +19,7 @@ from torch.autograd.functional import vhp
 
 from replaceme.solvers.closed_forms import squared_error
 from replaceme.solvers.structures import Parametrisation, SplitEntries
-from replaceme.statistics.shards import Shards, Tokens
+from replaceme.statistics.shards import StoredShards, Tokens
 
 # Tokens of a shard that are computed at once.
 ROWS = 4096
@@ -37,23 +37,23 @@ class SquaredError:
         self.sums, self.tokens = sums, int(sums["tokens"])
 
     def parts(self, size: int | None = None, generator: torch.Generator | None = None) -> Iterator[Part]:
-        """Yield one part, or as many as minibatches of ``size`` tokens would give, each with its share of the loss."""
+        """Yield one part, or as many as minibatches of ``size`` tokens would give, each with its part of the loss."""
         for start in range(0, self.tokens, size or self.tokens):
             count = min(size or self.tokens, self.tokens - start)
-            yield count, partial(self._share, count / self.tokens)
+            yield count, partial(self._weigh, count / self.tokens)
 
     def metric(self, transform: Tensor) -> Tensor:
         """Return the Hessian (d, d) in a column of T."""
         return 2 * self.sums["gram"]
 
-    def _share(self, share: float, transform: Tensor) -> Tensor:
-        return share * squared_error(self.sums, transform)
+    def _weigh(self, weight: float, transform: Tensor) -> Tensor:
+        return weight * squared_error(self.sums, transform)
 
 
 class CosineLoss:
     """``Σ 1 − cos(M T + Z, H)`` over a stream of tokens."""
 
-    def __init__(self, shards: Shards, device: torch.device, dtype: torch.dtype = torch.float64):
+    def __init__(self, shards: StoredShards, device: torch.device, dtype: torch.dtype):
         """Take the tokens; they are computed on ``device`` in ``dtype``, and summed in float64."""
         self.shards, self.device, self.dtype = shards, device, dtype
         self.tokens = sum(shards.counts)
@@ -122,9 +122,9 @@ class Problem:
     def parts(
         self, size: int | None = None, generator: torch.Generator | None = None
     ) -> Iterator[tuple[float, Callable[[Tensor], Tensor]]]:
-        """Yield the share of the tokens of each part of the loss, and its objective per token as a function of x.
+        """Yield the weight of each part of the loss, and its objective per token as a function of x.
 
-        The whole objective is their mean, weighted by the shares.
+        The weight is the part's fraction of the tokens; the whole objective is the weighted mean.
         """
         for count, loss in self.loss.parts(size, generator):
             yield count / self.loss.tokens, partial(self._part, count, loss)
@@ -132,7 +132,7 @@ class Problem:
     def value(self, x: Tensor) -> float:
         """Return the objective."""
         with torch.no_grad():
-            return sum(share * float(part(x)) for share, part in self.parts())
+            return sum(weight * float(part(x)) for weight, part in self.parts())
 
     def value_and_gradient(self, x: Tensor) -> tuple[float, Tensor]:
         """Return the objective and its gradient (n,)."""
@@ -149,12 +149,12 @@ class Problem:
         assert x.grad is not None
         return value + penalty.item(), x.grad
 
-    def hessian_product(self, x: Tensor, step: Tensor) -> Tensor:
-        """Return the product (n,) of the Hessian with a step (n,)."""
+    def hessian_product(self, x: Tensor, direction: Tensor) -> Tensor:
+        """Return the product (n,) of the Hessian with a direction (n,)."""
         product = torch.zeros_like(x)
-        for share, part in self.parts():
+        for weight, part in self.parts():
             # The Hessian is symmetric, and its product from the left is the faster one.
-            product += share * vhp(part, x, step)[1]
+            product += weight * vhp(part, x, direction)[1]
         return product
 
     def whitened(self, transform: Tensor) -> "Problem":

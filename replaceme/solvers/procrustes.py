@@ -15,7 +15,7 @@ the start. For any other D, ``−tr((δ − D²)QᵀSQ)`` with ``δ = max D²`` 
 import torch
 from torch import Tensor
 
-from replaceme.solvers.arguments import ArgumentError
+from replaceme.base.errors import SolveError
 
 # Stop at this gain of an iteration, relative to f, or after this many iterations.
 GAIN, ITERATIONS = 2e-5, 200
@@ -34,15 +34,15 @@ def fit_orthogonal_map(gram: Tensor, cross: Tensor, alpha: float, norm: Tensor |
         T, (d, d) float64.
 
     Raises:
-        ArgumentError: α = 0 and M is 0, or γ has zeros.
+        SolveError: α = 0 and M is 0, or γ has zeros.
     """
     gamma = torch.ones(len(gram), dtype=torch.float64, device=gram.device) if norm is None else norm.to(gram)
     if not bool((gamma != 0).all()):
-        raise ArgumentError("transform", "an orthogonal map divides by the norm's weight, which has zeros here.")
+        raise SolveError("transform: an orthogonal map divides by the norm's weight, which has zeros here.")
     S = (gram + alpha * torch.eye(len(gram), dtype=torch.float64, device=gram.device)) / gamma / gamma[:, None]
     C = cross / gamma[:, None]
     if not float(S.diagonal().sum()) > 0:
-        raise ArgumentError("alpha", f"{alpha:g} leaves the least squares singular (M is always 0); set it above 0.")
+        raise SolveError(f"alpha: {alpha:g} leaves the least squares singular (M is always 0); set it above 0.")
     Q = polar_factor(C)
     D = ((Q * C).sum() / S.diagonal().sum()).expand(len(S))
     lowest, best, momentum, before = torch.inf, Q * D, 0, S @ Q

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from replaceme.solvers.arguments import ArgumentError
+from replaceme.base.errors import SolveError
 from replaceme.solvers.closed_forms import solve_closed_form, squared_error
 from replaceme.solvers.ridge import RidgeSolution
 
@@ -86,7 +86,7 @@ def ridge_path(solution: RidgeSolution, target_squares: float, output_squares: f
     largest = float(solution.eigenvalues[-1])
     if not largest:  # M is always 0, with every ridge
         return []
-    lowest = max(solution.smallest_eigenvalue / 100, largest * 1e-12)
+    lowest = max(float(solution.eigenvalues[0]) / 100, largest * 1e-12)
     alphas = torch.logspace(math.log10(lowest), math.log10(largest), PATH_POINTS, dtype=torch.float64).tolist()
     return [(alpha, (solution.squared_residual(alpha, target_squares) / output_squares) ** 0.5) for alpha in alphas]
 
@@ -143,7 +143,7 @@ def describe_structured_ridge(transform: Tensor, sums: Mapping[str, Tensor], alp
         return figures
     try:
         plain = solve_closed_form(sums["gram"], sums["cross"], 0.0, structure) if alpha else transform
-    except ArgumentError:  # no unique solution without the ridge
+    except SolveError:  # no unique solution without the ridge
         return figures
     return figures | {"distance_from_alpha_zero": float((transform - plain).norm() / plain.norm())}
 

@@ -40,14 +40,14 @@ def refit(edits: Edits, layer: int, sums: Mapping[str, Tensor], alpha: float, ri
         ridge: λ of the corrections.
 
     Raises:
-        ArgumentError: the least squares are singular with ``alpha`` or with ``ridge``.
+        SolveError: the least squares are singular with ``alpha`` or with ``ridge``.
     """
     solution = solve_ridge(sums["added_gram"], sums["added_cross"] + sums["added_gram"], alpha)
     transform = edits.transforms[layer] = solution.transform
-    step = transform - torch.eye(len(transform)).to(transform)
+    added = transform - torch.eye(len(transform)).to(transform)
     sse_removed = float(sums["gap_squares"])
-    sse_transform = sse_removed + sse_change(sums["added_gram"], sums["added_cross"], step)
-    sse, cross = sse_transform, sums["cross"] - sums["feature_added"] @ step
+    sse_transform = sse_removed + sse_change(sums["added_gram"], sums["added_cross"], added)
+    sse, cross = sse_transform, sums["cross"] - sums["feature_added"] @ added
     both = Features.from_tensor(sums["layout"])
     mlp, mlp_columns = both.only("mlp_output")
     for features, columns in ((mlp, mlp_columns), (both, slice(None))):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from replaceme.solvers.arguments import ArgumentError
+from replaceme.base.errors import SolveError
 from replaceme.solvers.cholesky import factorize, solve_factorized
 
 
@@ -30,7 +30,7 @@ def solve_correction(gram: Tensor, cross: Tensor, ridge: Tensor, *, overwrite: b
         X (k, d) float64; its row is 0 for a feature that is always zero.
 
     Raises:
-        ArgumentError: the ridge is too small for the sums.
+        SolveError: the ridge is too small for the sums.
     """
     # With every feature scaled to a mean square of 1, the ridge is Λ itself, and the matrix is well scaled.
     diagonal = gram.diagonal()
@@ -43,8 +43,8 @@ def solve_correction(gram: Tensor, cross: Tensor, ridge: Tensor, *, overwrite: b
         factor, failed = factorize(scaled)
     if failed:
         smallest = float(ridge[ridge > 0].min())
-        # Callers put their parameter in place of ``ridge`` (``naming``).
-        raise ArgumentError("ridge", f"{smallest:g} leaves the least squares singular; raise it, or dataset_size.")
+        # Callers put their parameter in place of ``ridge`` (``renaming``).
+        raise SolveError(f"ridge: {smallest:g} leaves the least squares singular; raise it, or dataset_size.")
     return solve_factorized(factor, cross * scale[:, None]).mul_(scale[:, None])
 
 
@@ -54,14 +54,12 @@ class RidgeSolution:
 
     Attributes:
         transform: (d, d) float64, for row vectors: ``Y ≈ M T``.
-        smallest_eigenvalue: of ``MᵀM``, at least 0, for comparison with α.
         eigenvalues: (d,) of ``MᵀM``, ascending, at least 0.
         projections: (d,) ``‖vᵢᵀ MᵀY‖²`` of each eigenvector vᵢ; with the eigenvalues, they give the figures of any other α.
         full_rank: whether α = 0 has a unique solution, to float64.
     """
 
     transform: Tensor
-    smallest_eigenvalue: float
     eigenvalues: Tensor
     projections: Tensor
     full_rank: bool
@@ -88,18 +86,17 @@ def solve_ridge(gram: Tensor, cross: Tensor, alpha: float) -> RidgeSolution:
         alpha: ridge, in the units of ``gram``.
 
     Raises:
-        ArgumentError: the system is singular to float64, with this alpha.
+        SolveError: the system is singular to float64, with this alpha.
     """
     gram, cross = gram.double(), cross.double()
     eigenvalues, vectors = torch.linalg.eigh(gram)
     eigenvalues = eigenvalues.clamp_min(0)
-    smallest = float(eigenvalues[0])
     resolution = require_full_rank(eigenvalues, alpha)
     factor, failed = torch.linalg.cholesky_ex(gram + alpha * torch.eye(len(gram), dtype=torch.float64, device=gram.device))
     projected = vectors.T @ cross
     transform = vectors @ (projected / (eigenvalues + alpha)[:, None]) if failed else torch.cholesky_solve(cross, factor)
     projections = projected.square().sum(dim=1)
-    return RidgeSolution(transform, smallest, eigenvalues, projections, smallest > resolution)
+    return RidgeSolution(transform, eigenvalues, projections, float(eigenvalues[0]) > resolution)
 
 
 def require_full_rank(eigenvalues: Tensor, alpha: float) -> float:
@@ -110,14 +107,13 @@ def require_full_rank(eigenvalues: Tensor, alpha: float) -> float:
         alpha: ridge.
 
     Raises:
-        ArgumentError: ``MᵀM + αI`` is singular to float64.
+        SolveError: ``MᵀM + αI`` is singular to float64.
     """
     resolution = float(eigenvalues[-1]) * len(eigenvalues) * torch.finfo(torch.float64).eps
     if max(float(eigenvalues[0]), 0.0) + alpha <= resolution:
         rank = int((eigenvalues > resolution).sum())
-        raise ArgumentError(
-            "alpha",
-            f"{alpha:g} leaves the least squares singular (rank {rank} of {len(eigenvalues)}); "
+        raise SolveError(
+            f"alpha: {alpha:g} leaves the least squares singular (rank {rank} of {len(eigenvalues)}); "
             f"raise dataset_size, or set alpha well above {resolution:.1g}.",
         )
     return resolution

@@ -76,7 +76,21 @@ class CutStatistic:
         self.take(*(batch.scratch.pop((self, signal)) for signal in self.signals_before_cut), target, batch)
 
 
-class Gram(CutStatistic):
+class SummedStatistic(CutStatistic):
+    """Base of the statistics that are sums over tokens."""
+
+    def __init__(self, block: Block):
+        super().__init__(block)
+        self.sums = Sums()
+
+    def all_reduce(self) -> None:
+        self.sums.all_reduce()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: total.cpu() for name, total in self.sums.take_totals().items()}
+
+
+class Gram(SummedStatistic):
     """``MᵀM`` and ``MᵀY`` (d, d), and the scalars ``ΣY²``, ``ΣH²``, ``Σ(H − h_i)²`` and the number of tokens; float64.
 
     ``norm`` is the weight (d,) of the norm after the MLP before the cut, if there is one.
@@ -84,7 +98,6 @@ class Gram(CutStatistic):
 
     def __init__(self, block: Block, norm: Tensor | None = None):
         super().__init__(block)
-        self.sums = Sums()
         self.norm = {} if norm is None else {"norm": norm.cpu()}
 
     def take(self, mlp_output: Tensor, output_before_cut: Tensor, target: Tensor, batch: Batch) -> None:
@@ -102,11 +115,8 @@ class Gram(CutStatistic):
             }
         )
 
-    def all_reduce(self) -> None:
-        self.sums.all_reduce()
-
     def tensors(self) -> dict[str, Tensor]:
-        return {name: total.cpu() for name, total in self.sums.take_totals().items()} | self.norm
+        return super().tensors() | self.norm
 
 
 class Sample(CutStatistic):
@@ -114,19 +124,19 @@ class Sample(CutStatistic):
 
     def __init__(self, block: Block, token_count: int):
         super().__init__(block)
-        self.step = -(-token_count // SAMPLED_TOKENS)
-        self.count = -(-token_count // self.step)
+        self.stride = -(-token_count // SAMPLED_TOKENS)
+        self.count = -(-token_count // self.stride)
         self.kept: dict[str, list[Tensor]] = {"added": [], "rest": [], "target": []}
         # The positions of this process's tokens in the sample.
         self.positions: list[Tensor] = []
 
     def take(self, mlp_output: Tensor, output_before_cut: Tensor, target: Tensor, batch: Batch) -> None:
-        start = -batch.position % self.step
-        M = mlp_output[start :: self.step].float()
+        start = -batch.position % self.stride
+        M = mlp_output[start :: self.stride].float()
         self.kept["added"].append(M.cpu())
-        self.kept["rest"].append((output_before_cut[start :: self.step].float() - M).cpu())
-        self.kept["target"].append(target[start :: self.step].float().cpu())
-        first = (batch.position + start) // self.step
+        self.kept["rest"].append((output_before_cut[start :: self.stride].float() - M).cpu())
+        self.kept["target"].append(target[start :: self.stride].float().cpu())
+        first = (batch.position + start) // self.stride
         self.positions.append(torch.arange(first, first + len(self.kept["target"][-1])))
 
     def all_reduce(self) -> None:
@@ -142,7 +152,7 @@ class Sample(CutStatistic):
         return {name: torch.cat(parts) for name, parts in self.kept.items()}
 
 
-class FeatureGram(CutStatistic):
+class FeatureGram(SummedStatistic):
     """Weighted sums over the features ``g`` of the last linears before the cut, ``w = 1/‖H‖²`` scaled to a mean of 1; float64.
 
     ``gram`` = Σ w gᵀg (k, k) · ``cross`` = Σ w gᵀ(H − h_i) (k, d) · ``feature_added`` = Σ w gᵀM (k, d) · ``added_gram`` =
@@ -155,7 +165,6 @@ class FeatureGram(CutStatistic):
         super().__init__(block)
         self.features = features
         self.signals_before_cut = ("mlp", "output", *features.signals)
-        self.sums = Sums()
 
     def take(self, *signals: Any) -> None:
         mlp_output, output_before_cut, *inputs, target, _batch = signals
@@ -176,14 +185,11 @@ class FeatureGram(CutStatistic):
         self.sums.add({"weights": w.sum(), "tokens": torch.tensor(float(len(H)))})
         return g, gap, w
 
-    def all_reduce(self) -> None:
-        self.sums.all_reduce()
-
     def tensors(self) -> dict[str, Tensor]:
         return {**normalize_weights(self.sums.take_totals()), "layout": self.features.as_tensor()}
 
 
-class StreamGram(CutStatistic):
+class StreamGram(SummedStatistic):
     """Sums over the state ``h`` before the cut, with ``w = 1`` or ``1/‖H‖²`` scaled to a mean of 1; float64.
 
     ``gram`` = Σ w hᵀh and ``cross`` = Σ w hᵀ(H − h) (d, d) · the scalars ``gap_squares`` = Σ w ‖H − h‖², ``output_squares`` =
@@ -195,7 +201,6 @@ class StreamGram(CutStatistic):
     def __init__(self, block: Block, weighted: bool):
         super().__init__(block)
         self.weighted = weighted
-        self.sums = Sums()
 
     def take(self, output_before_cut: Tensor, target: Tensor, batch: Batch) -> None:
         h, H = output_before_cut.double(), target.double()
@@ -204,14 +209,11 @@ class StreamGram(CutStatistic):
         add_correction(self.sums, h, gap, H, w)
         self.sums.add({"weights": w.sum(), "tokens": torch.tensor(float(len(h)))})
 
-    def all_reduce(self) -> None:
-        self.sums.all_reduce()
-
     def tensors(self) -> dict[str, Tensor]:
         return normalize_weights(self.sums.take_totals())
 
 
-class MagnitudeRatios(CutStatistic):
+class MagnitudeRatios(SummedStatistic):
     """Growth of each channel k of the state across the block, summed over documents:
 
         mean over the document's tokens of |H_k| / mean over the document's tokens of |h_k|
@@ -225,7 +227,6 @@ class MagnitudeRatios(CutStatistic):
     def __init__(self, block: Block, rotated: bool):
         super().__init__(block)
         self.rotated, self.rotation = rotated, torch.empty(0)
-        self.sums = Sums()
 
     def take(self, output_before_cut: Tensor, target: Tensor, batch: Batch) -> None:
         lengths = batch.lengths.tolist()
@@ -244,12 +245,6 @@ class MagnitudeRatios(CutStatistic):
             assert matrix is not None, "such a width is refused before any work"
             self.rotation = matrix.to(rows)
         return rows @ self.rotation
-
-    def all_reduce(self) -> None:
-        self.sums.all_reduce()
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {name: total.cpu() for name, total in self.sums.take_totals().items()}
 
 
 def normalize_weights(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -320,10 +315,8 @@ STATISTICS: dict[str, Callable[[Block, ModelContext], Statistic]] = {
     "tokens": lambda block, context: TokenDump(block, context, accurate=False),
     "tokens_accurate": lambda block, context: TokenDump(block, context, accurate=True),
 }
-# Processes share the walk of these (``replaceme.statistics.walk.Reducible``).
-REDUCIBLE = frozenset(
-    {"gram", "sample", "mlp_features", "features", "stream", "stream_weighted", "magnitudes", "magnitudes_rotated"}
-)
+# All but those of single tokens (``replaceme.statistics.walk.Reducible``).
+REDUCIBLE = STATISTICS.keys() - {"tokens", "tokens_accurate"}
 
 
 def are_reducible(names: Sequence[str]) -> bool:

@@ -45,7 +45,7 @@ class TokenSample:
     mlp_output: Tensor
     output: Tensor
 
-    def __init__(self, documents: Documents, layers: int, width: int, dtype: torch.dtype, folder: Path | None = None):
+    def __init__(self, documents: Documents, layers: int, width: int, dtype: torch.dtype, folder: Path | None):
         """Choose the tokens.
 
         Args:
@@ -103,7 +103,7 @@ def choose_tokens(documents: Documents, fit_tokens: int) -> tuple[Tensor, Tensor
     return order[fit[order]][:fit_tokens].sort().values, order[~fit[order]][:held_out_tokens].sort().values
 
 
-def residual_map(sample: TokenSample, device: torch.device | str = "cpu") -> list[list[float]]:
+def residual_map(sample: TokenSample, device: torch.device | str) -> list[list[float]]:
     """Return (layers × layers): residual(layer before the cut, last removed layer), relative; 0 unless the second is later."""
     residuals = torch.zeros(sample.layers, sample.layers, dtype=torch.float64)
     count = len(sample.fit)

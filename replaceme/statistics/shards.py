@@ -8,7 +8,6 @@ h_host = Z + M and H (6 bytes), which are activations of the model, so a bf16 wa
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from safetensors.torch import save_file
@@ -22,20 +21,6 @@ STORED = torch.bfloat16
 
 # M, Z and H, (n, d) each; in the fast form None for Z, and Y for H.
 Tokens = tuple[Tensor, Tensor | None, Tensor]
-
-
-class Shards(Protocol):
-    """Tokens, read one shard at a time.
-
-    Attributes:
-        counts: the number of tokens of each shard.
-    """
-
-    counts: list[int]
-
-    def read(self, shard: int) -> Tokens:
-        """Return the tokens of one shard."""
-        ...
 
 
 class ShardWriter:
@@ -92,7 +77,11 @@ class ShardWriter:
 
 
 class StoredShards:
-    """The shards of one block, read from the statistics of an earlier stage."""
+    """The shards of one block, read one at a time from the statistics of an earlier stage.
+
+    Attributes:
+        counts: the number of tokens of each shard.
+    """
 
     def __init__(self, counts: Tensor, read: Callable[[str], Mapping[str, Tensor]]):
         """Take the number of tokens of each shard, and a function that maps a statistic into memory, by name."""

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import reduce
+from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -28,9 +29,9 @@ from replaceme.base.group import WHOLE, shard
 from replaceme.base.progress import progress
 from replaceme.base.scratch import ScratchFile
 from replaceme.models.context import ModelContext
-from replaceme.models.families import Family, decoder_of
-from replaceme.models.layers import EntryState, start_at_layer, tensor_of
-from replaceme.models.streaming import LayerStream, stream_of
+from replaceme.models.families import decoder_of
+from replaceme.models.layers import EntryState, input_of, start_at_layer, tensor_of
+from replaceme.models.streaming import stream_of
 
 # ``…_features`` are the inputs of the last linear of the attention or the MLP.
 Signal = Literal["input", "attention_features", "attention", "mlp_features", "mlp", "output"]
@@ -75,23 +76,21 @@ def walk(
     """
     if not (signals_by_layer := _signals_by_layer(observers)):
         return
-    model, family, stream = context.model, context.family, stream_of(context.model)
     reducible = [observer for observer in observers if isinstance(observer, Reducible)]
     part = shard() if len(reducible) == len(observers) else WHOLE
-    batches: Iterable[Batch] = context.documents.batches(context.batch_size, str(next(model.parameters()).device), part)
+    batches: Iterable[Batch] = context.documents.batches(context.batch_size, str(next(context.model.parameters()).device), part)
     with torch.inference_mode():
-        if stream is not None:
-            carry = _CarryStates(range(start.layer if start else 0, max(signals_by_layer)))
-            with _scratch_on_disk(batches, stream) as waiting:
-                _walk_by_layer(model, family, waiting, [*observers, carry], description, start)
+        if stream_of(context.model) is not None:
+            with _scratch_on_disk(batches, context.folder) as waiting:
+                _walk_by_layer(context, waiting, observers, max(signals_by_layer), description, start)
         else:
             if description is not None:
                 batches = progress(
                     batches, description, "batches", total=context.documents.batch_count(context.batch_size, part)
                 )
-            with _Tap(context.layers, family, signals_by_layer, observers, start) as tap:
+            with _Tap(context, signals_by_layer, observers, start) as tap:
                 for batch in batches:
-                    tap.run(model, batch)
+                    tap.run(batch)
         if part != WHOLE:
             for observer in reducible:
                 observer.all_reduce()
@@ -106,28 +105,30 @@ def _signals_by_layer(observers: Iterable[Observer]) -> dict[int, set[Signal]]:
 
 
 @contextmanager
-def _scratch_on_disk(batches: Iterable[Batch], stream: LayerStream) -> Iterator[list[Batch]]:
+def _scratch_on_disk(batches: Iterable[Batch], folder: Path | None) -> Iterator[list[Batch]]:
     """Yield batches whose scratch lies in a file."""
-    with ScratchFile(stream.folder) as file:
+    with ScratchFile(folder) as file:
         yield [replace(batch, scratch=file.mapping()) for batch in batches]
 
 
 def _walk_by_layer(
-    model: nn.Module,
-    family: Family,
+    context: ModelContext,
     batches: Sequence[Batch],
     observers: Sequence[Observer],
+    stop: int,
     description: str | None,
     start: EntryState | None,
 ) -> None:
-    """Run all batches through a layer before the next one, up to the last signal; one observer is a ``_CarryStates``."""
-    signals_by_layer, first = _signals_by_layer(observers), start.layer if start else 0
+    """Run all batches through a layer before the next one, up to the last signal; carry their states up to ``stop``."""
+    first = start.layer if start else 0
+    observers = [*observers, _CarryStates(range(first, stop))]
+    signals_by_layer = _signals_by_layer(observers)
     numbers: Iterable[int] = range(first, max(signals_by_layer) + 1)
     for layer in numbers if description is None else progress(numbers, description, "layers"):
         begin = start if layer == first else EntryState(layer, None)
-        with _Tap(family.decoder_layers(model), family, {layer: signals_by_layer[layer]}, observers, begin) as tap:
+        with _Tap(context, {layer: signals_by_layer[layer]}, observers, begin) as tap:
             for batch in batches:
-                tap.run(model, batch)
+                tap.run(batch)
 
 
 class _CarryStates:
@@ -144,21 +145,17 @@ class _CarryStates:
 
 
 @contextmanager
-def forward_passes(
-    model: nn.Module, family: Family, batches: Iterable[Batch], start: EntryState | None = None
-) -> Iterator[Iterator[Batch]]:
+def forward_passes(context: ModelContext, batches: Iterable[Batch], start: EntryState | None) -> Iterator[Iterator[Batch]]:
     """Yield the batches, once, for whole forward passes of the model inside the block.
 
     A streamed model moves all of them up to its last layer first, each layer read once; each pass then computes the rest.
 
     Args:
-        model: a causal language model, with whatever hooks.
-        family: its description.
+        context: a causal language model, with whatever hooks.
         batches: the batches; a pass has to run on the ``input_ids`` of the one yielded last.
         start: a later layer to start at; None is the first layer.
     """
-    layers, stream = family.decoder_layers(model), stream_of(model)
-    last, current = len(layers) - 1, list[Batch]()
+    last, current = len(context.layers) - 1, list[Batch]()
 
     def in_turn() -> Iterator[Batch]:
         for batch in batches:
@@ -166,14 +163,13 @@ def forward_passes(
             yield batch
 
     with ExitStack() as stack:
-        if stream is not None and (start.layer if start else 0) < last:
-            batches = waiting = stack.enter_context(_scratch_on_disk(batches, stream))
+        if stream_of(context.model) is not None and (start.layer if start else 0) < last:
+            batches = waiting = stack.enter_context(_scratch_on_disk(batches, context.folder))
             with torch.inference_mode():
-                carry = _CarryStates(range(start.layer if start else 0, last))
-                _walk_by_layer(model, family, waiting, [carry], None, start)
+                _walk_by_layer(context, waiting, [], last, None, start)
             start = EntryState(last, None)
         if start is not None:
-            stack.enter_context(start_at_layer(family, layers, start, lambda: current[0]))
+            stack.enter_context(start_at_layer(context.family, context.layers, start, lambda: current[0]))
         yield in_turn()
 
 
@@ -182,23 +178,23 @@ class _Tap:
 
     def __init__(
         self,
-        layers: nn.ModuleList,
-        family: Family,
+        context: ModelContext,
         signals_by_layer: Mapping[int, set[Signal]],
         observers: Sequence[Observer],
         start: EntryState | None,
     ):
-        self.layers, self.family, self.signals, self.start = layers, family, signals_by_layer, start
+        self.model, self.layers, self.family = context.model, context.layers, context.family
+        self.signals, self.start = signals_by_layer, start
         self.listeners = {layer: [each for each in observers if layer in each.signals()] for layer in signals_by_layer}
         self.stop = max(signals_by_layer)
         self.batch: Batch | None = None
         self.received: dict[Signal, Tensor] = {}
 
-    def run(self, model: nn.Module, batch: Batch) -> None:
+    def run(self, batch: Batch) -> None:
         self.batch, self.received = batch, {}
         try:
             # Padding comes after the text, so the real tokens of a causal model never attend to it: no mask is needed.
-            decoder_of(model)(input_ids=batch.input_ids, use_cache=False)
+            decoder_of(self.model)(input_ids=batch.input_ids, use_cache=False)
         except _LastSignalReachedError:
             pass
         finally:
@@ -221,7 +217,7 @@ class _Tap:
         layer, family = self.layers[index], self.family
 
         def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._take(index, signal, args[0] if args else kwargs["hidden_states"])
+            self._take(index, signal, input_of(args, kwargs))
 
         def after(_module: nn.Module, _args: Any, output: Any) -> None:
             states = tensor_of(output)

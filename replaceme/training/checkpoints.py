@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from replaceme.base.errors import ResourceError
-from replaceme.base.files import PARTIAL, new_folder, read_json, write_json
+from replaceme.base.files import new_folder, read_json, write_json
 from replaceme.base.fingerprints import code_digest
 from replaceme.models.devices import kind_of
 from replaceme.running.versions import FOUR_BIT, MODEL, versions
@@ -53,11 +53,6 @@ class CheckpointTimer:
 def describe_environment(device: str) -> dict[str, Any]:
     """Return the code, the packages and the kind of device, for a checkpoint's key: others could give other steps."""
     return {"code": code_digest(), "versions": versions((*MODEL, *FOUR_BIT)), "device": kind_of(device)}
-
-
-def checkpoint_folder(folder: Path) -> Path:
-    """Return the folder below an output's own for a method's checkpoints; the stage deletes it once all it writes is there."""
-    return folder / f"training{PARTIAL}"
 
 
 def checkpoint_key(settings: Mapping[str, Any], tensors: Iterable[Tensor]) -> str:

@@ -30,10 +30,17 @@ from replaceme.base.documents import Batch, Documents, seeded_order
 from replaceme.base.group import shard
 from replaceme.edits.edits import Edits
 from replaceme.edits.fold import changed_parameters
-from replaceme.edits.unfused import replaced_parameter, unfused
+from replaceme.edits.unfused import unfused
 from replaceme.models.context import ModelContext
-from replaceme.models.families import Family, Linear, in_torch_layout, parameter_of
-from replaceme.models.layers import EntryState, enable_gradients, skip_layers, start_at_layer
+from replaceme.models.families import Linear, in_torch_layout, parameter_of
+from replaceme.models.layers import (
+    EntryState,
+    enable_gradients,
+    replace_output,
+    replacing_parameter,
+    skip_layers,
+    start_at_layer,
+)
 from replaceme.statistics.features import LINEARS
 from replaceme.training.training import DocumentBatches
 
@@ -79,16 +86,6 @@ class LogitDistillation:
     leaving: Tensor
 
     @property
-    def model(self) -> Any:
-        """The dense model."""
-        return self.context.model
-
-    @property
-    def family(self) -> Family:
-        """Its description."""
-        return self.context.family
-
-    @property
     def documents(self) -> Documents:
         """The calibration text."""
         return self.context.documents
@@ -96,47 +93,43 @@ class LogitDistillation:
     @cached_property
     def batches(self) -> DocumentBatches:
         """The text, as batches."""
-        return DocumentBatches(self.documents, next(self.model.parameters()).device)
-
-    @cached_property
-    def layers(self) -> nn.ModuleList:
-        """The dense model's layers."""
-        return self.context.layers
+        return DocumentBatches(self.documents, next(self.context.model.parameters()).device)
 
     @cached_property
     def changed(self) -> dict[tuple[int, str], Tensor]:
         """The edited value of each parameter that the edits change, by layer and name within it: float32, in torch's layout."""
-        changed = changed_parameters(self.family, self.layers, self.edits)
+        changed = changed_parameters(self.context.family, self.context.layers, self.edits)
         # On the CPU: the trained parameters have their own copies on the device.
         return {(layer, name): value.float().cpu() for layer, name, value in changed}
 
     @cached_property
-    def trained(self) -> list[tuple[int, Linear, str]]:
-        """The trained parameters: layer, linear, and name within the layer."""
-        kept = [layer for layer in range(self.first, len(self.layers)) if layer not in set(self.edits.removed_layers)]
-        return [
-            (layer, linear, name)
-            for layer in kept
+    def trained(self) -> dict[str, tuple[int, Linear, str]]:
+        """The trained parameters: name in the dense model → layer, linear, and name within the layer."""
+        family, layers = self.context.family, self.context.layers
+        return {
+            f"{family.layers}.{layer}.{name}": (layer, linear, name)
+            for layer in range(self.first, len(layers))
+            if layer not in self.edits.removed_layers
             for linear in LINEARS
-            for name in self.family.output_parameters(self.layers[layer], linear)
-        ]
+            for name in family.output_parameters(layers[layer], linear)
+        }
 
     def trainable_parameters(self) -> dict[str, Tensor]:
         """Return float32 copies of the trained parameters on the device, by name in the dense model, in torch's layout."""
-        initial = {self._name(layer, name): self._initial_value(layer, name) for layer, _, name in self.trained}
+        initial = {name: self._initial_value(name) for name in self.trained}
         return {name: value.to(self.batches.device, copy=True).requires_grad_() for name, value in initial.items()}
 
     @contextmanager
     def training_context(self) -> Iterator[None]:
         """Apply the edits to the model's computation inside the block; the trained parameters come with each pass."""
-        trained = {(layer, name) for layer, _, name in self.trained}
-        folded = {key: value for key, value in self.changed.items() if key not in trained}
+        model, trained = self.context.model, {(layer, name) for layer, _, name in self.trained.values()}
         rest = Edits(self.edits.title, self.edits.removed_layers, operators=self.edits.operators)
         with ExitStack() as stack:
-            stack.enter_context(enable_gradients(self.model))
-            for (layer, name), value in folded.items():
-                stack.enter_context(replaced_parameter(self.layers[layer], name, value))
-            stack.enter_context(unfused(self.model, self.family, rest))
+            stack.enter_context(enable_gradients(model))
+            for (layer, name), value in self.changed.items():
+                if (layer, name) not in trained:
+                    stack.enter_context(replacing_parameter(self.context.layers[layer], name, value))
+            stack.enter_context(unfused(model, self.context.family, rest))
             yield
 
     def loss(self, parameters: Mapping[str, Tensor], documents: Sequence[int], step: int | None) -> Tensor:
@@ -161,30 +154,25 @@ class LogitDistillation:
 
     def add_corrections(self, edits: Edits, parameters: Mapping[str, Tensor]) -> None:
         """Add the learnt changes to the edits."""
-        changes = {
-            (layer, name): parameters[self._name(layer, name)].detach().cpu() - self._initial_value(layer, name)
-            for layer, _, name in self.trained
-        }
-        for layer, linear, name in self.trained:
+        changes = {name: parameters[name].detach().cpu() - self._initial_value(name) for name in self.trained}
+        for name, (layer, linear, _) in self.trained.items():
             if name.endswith(".weight"):
-                edits.correct(layer, linear, changes[layer, name], changes.get((layer, name.replace(".weight", ".bias"))))
+                edits.correct(layer, linear, changes[name], changes.get(name.replace(".weight", ".bias")))
 
-    def _name(self, layer: int, name: str) -> str:
-        return f"{self.family.layers}.{layer}.{name}"
-
-    def _initial_value(self, layer: int, name: str) -> Tensor:
-        """Return a parameter's value before training: the edited one."""
-        changed = self.changed.get((layer, name))
-        return parameter_of(self.layers[layer], name).float().cpu() if changed is None else changed
+    def _initial_value(self, name: str) -> Tensor:
+        """Return a trained parameter's value before training: the edited one."""
+        layer, _, own = self.trained[name]
+        changed = self.changed.get((layer, own))
+        return parameter_of(self.context.layers[layer], own).float().cpu() if changed is None else changed
 
     def _shortened(self, parameters: Mapping[str, Tensor], batch: Batch, rows: Tensor, positions: Tensor) -> Tensor:
         """Return the shortened model's logits (documents, positions, words) for ``rows`` (tokens, d) that enter ``first``."""
+        layers = self.context.layers
         values = {
-            self._name(layer, name): in_torch_layout(self.layers[layer], name, parameters[self._name(layer, name)])
-            for layer, _, name in self.trained
+            name: in_torch_layout(layers[layer], own, parameters[name]).to(self.context.model.dtype)
+            for name, (layer, _, own) in self.trained.items()
         }
-        values = {name: value.to(self.model.dtype) for name, value in values.items()}
-        with start_at_layer(self.family, self.layers, EntryState(self.first, rows), lambda: batch):
+        with start_at_layer(self.context.family, layers, EntryState(self.first, rows), lambda: batch):
             return self._logits(batch, positions, values)
 
     def _dense(self, batch: Batch, rows: Tensor, positions: Tensor) -> Tensor:
@@ -192,11 +180,10 @@ class LogitDistillation:
 
         # This hook runs after all hooks of the edits on that layer.
         def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
-            padded = batch.padded(rows)
-            return padded if isinstance(output, Tensor) else (padded, *output[1:])
+            return replace_output(output, batch.padded(rows))
 
-        with skip_layers(self.family, self.layers):
-            handle = self.layers[-1].register_forward_hook(hook)
+        with skip_layers(self.context.family, self.context.layers):
+            handle = self.context.layers[-1].register_forward_hook(hook)
             try:
                 return self._logits(batch, positions, {})
             finally:
@@ -204,5 +191,5 @@ class LogitDistillation:
 
     def _logits(self, batch: Batch, positions: Tensor, values: Mapping[str, Tensor]) -> Tensor:
         inputs = {"input_ids": batch.input_ids, "use_cache": False, "logits_to_keep": positions}
-        logits: Tensor = functional_call(self.model, dict(values), (), inputs).logits
+        logits: Tensor = functional_call(self.context.model, dict(values), (), inputs).logits
         return logits

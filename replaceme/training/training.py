@@ -23,6 +23,7 @@ from torch import Tensor
 
 from replaceme.base.documents import Batch, Documents, seeded_order, split_indices
 from replaceme.base.errors import SolveError
+from replaceme.base.files import round_floats
 from replaceme.base.group import all_gather, all_reduce_sum, merge_rows
 from replaceme.base.progress import logger, progress
 from replaceme.base.ranks import rank
@@ -30,10 +31,10 @@ from replaceme.base.scratch import scratch
 from replaceme.models.context import ModelContext
 from replaceme.statistics.walk import RecordStates, Signals, sum_tensors, walk
 from replaceme.training.checkpoints import CheckpointTimer, describe_environment, load_checkpoint, save_checkpoint
-from replaceme.training.curves import CURVES, add_row, write_curves
 
-# Rows (number of steps taken before, loss), by the name of the curve.
+# Rows (number of steps taken before, loss), by the name of the curve: of a step's batch, or of the held-out documents.
 Curves = dict[str, list[tuple[int, float]]]
+CURVES = ("loss", "held_out_loss")
 
 # Published values: AdamW's weight decay, the gradient norm to clip at, the fraction of the steps that warm up, and the final
 # learning rate as a fraction of the largest.
@@ -100,7 +101,7 @@ class DocumentBatches:
 
     def __init__(self, documents: Documents, device: torch.device):
         self.device = device
-        self.texts = documents.longest_first()
+        self.texts = documents.in_walk_order().documents
         self.lengths = torch.tensor([len(text) for text in self.texts])
         self.starts = (self.lengths.cumsum(0) - self.lengths).tolist()
 
@@ -116,25 +117,21 @@ class DocumentBatches:
         return torch.cat(parts).to(self.device)
 
 
-def record_entry_and_exit(
-    context: ModelContext, first: int, last: int, *, purpose: str = "training", description: str | None = None
-) -> tuple[Tensor, Tensor]:
+def record_entry_and_exit(context: ModelContext, first: int, last: int) -> tuple[Tensor, Tensor]:
     """Return the states that enter one layer and those that leave another, in scratch files.
 
     Args:
         context: the dense model and its calibration text.
         first: the layer whose input states are recorded.
         last: the layer whose output states are recorded.
-        purpose: use of the files, for the message if the disk is too small.
-        description: of the progress bar; None shows none.
 
     Returns:
         Both (tokens, d), in the model's dtype and the order of a walk.
     """
     shape = context.documents.token_count, context.width
-    entering, leaving = scratch([shape] * 2, context.model.dtype, context.folder, purpose)
+    entering, leaving = scratch([shape] * 2, context.model.dtype, context.folder, "training")
     ends = [_RecordAllStates(first, ("input",), entering), _RecordAllStates(last, ("output",), leaving)]
-    walk(context, ends, description=description)
+    walk(context, ends, description="recording the states to train on")
     return entering, leaving
 
 
@@ -268,6 +265,20 @@ class TrainingRun:
                 for part in ("step", "exp_avg", "exp_avg_sq")
             }
         logger.info("training: resumes after step %d of %d of an interrupted run", self.step, self.steps)
+
+
+def write_curves(folder: Path, curves: Curves) -> None:
+    """Write ``NAME.tsv`` for each curve, with the rows so far: a table in DVCLive's format, extended while a training runs."""
+    for name in CURVES:
+        (folder / f"{name}.tsv").write_text(f"step\t{name}\n", encoding="utf-8")
+        for step, value in curves.get(name, ()):
+            add_row(folder, name, step, value)
+
+
+def add_row(folder: Path, name: str, step: int, value: float) -> None:
+    """Append a row to a curve."""
+    with (folder / f"{name}.tsv").open("a", encoding="utf-8") as table:
+        table.write(f"{step}\t{round_floats(value, 9)}\n")
 
 
 def summarize_training(curves: Curves, parameters: Mapping[str, Tensor]) -> dict[str, Any]:

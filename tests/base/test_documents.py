@@ -17,7 +17,6 @@ from replaceme.base.documents import (
     Documents,
     excerpts_of,
     folds_of,
-    split_documents,
     split_indices,
 )
 
@@ -61,15 +60,6 @@ def test_every_domain_holds_out_its_own_share(domains: list[int], every: int) ->
     assert all(abs(gone[domain] - count / every) < 1 for domain, count in counts.items())
 
 
-def test_whole_texts_are_held_out_of_each_domain() -> None:
-    # Ten texts of two pieces and ten of one, in turn.
-    sources = [source for number in range(10) for source in (number, number, (1 << SOURCE_BITS) + number)]
-    used, held_out = split_indices(sources, 5)
-    gone = {sources[place] for place in held_out}
-    assert not gone & {sources[place] for place in used}
-    assert Counter(source >> SOURCE_BITS for source in gone) == {0: 2, 1: 2}
-
-
 def test_the_text_of_a_loss_has_every_domain() -> None:
     sources = [(domain << SOURCE_BITS) + number for domain, count in enumerate((20, 3, 3, 3)) for number in range(count)]
     documents = Documents([torch.full((1500,), source >> SOURCE_BITS) for source in sources], sources)
@@ -80,17 +70,6 @@ def test_the_text_of_a_loss_has_every_domain() -> None:
     assert [int(each[0]) for each in excerpts_of(alone).documents] == [
         int(each[0]) for each in alone.shuffled(EXCERPT_SEED).documents[:5]
     ]
-
-
-def test_the_pieces_of_a_text_stay_together_whatever_their_lengths() -> None:
-    sources = [1, 0, 2, 1, 3, 4, 0, 5, 2, 6, 7, 1]
-    documents = Documents([torch.tensor([source, *range(2, 2 + n % 4)]) for n, source in enumerate(sources)], sources)
-    fit, held_out = split_documents(documents)
-    assert [int(document[0]) for document in fit.documents] == fit.sources
-    assert [int(document[0]) for document in held_out.documents] == held_out.sources
-    assert len(held_out) >= 1
-    assert not {*fit.sources} & {*held_out.sources}
-    assert len(fit) + len(held_out) == len(sources)
 
 
 def test_sources_follow_their_documents_and_survive_the_disk(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from replaceme.base.files import (
     copy_tree,
     new_folder,
     read_json,
-    rounded,
+    round_floats,
     temporary_folder,
     write_json,
     write_text,
@@ -160,7 +160,9 @@ def test_json_is_sorted_refuses_nan_and_a_missing_file_is_named(tmp_path: Path) 
 
 
 def test_metrics_have_at_most_six_digits() -> None:
-    assert rounded({"a": {"b": 1.23456789, "c": 123456789, "d": 1.5e-9}}) == {"a": {"b": 1.23457, "c": 123456789, "d": 1.5e-9}}
+    assert round_floats({"a": {"b": 1.23456789, "c": 123456789, "d": 1.5e-9}}) == {
+        "a": {"b": 1.23457, "c": 123456789, "d": 1.5e-9}
+    }
 
 
 @pytest.fixture

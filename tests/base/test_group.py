@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from replaceme.base.errors import LostProcessError, ResourceError
-from replaceme.base.group import all_gather, process_group, sharded
+from replaceme.base.group import all_gather, process_group, sharing
 from replaceme.base.progress import logger
 from replaceme.base.ranks import rank, world_size
 from replaceme.models import devices
@@ -26,7 +26,7 @@ def _log_as_before() -> Iterator[None]:
 
 def _lost() -> str:
     try:
-        with process_group(), sharded():
+        with process_group("auto"), sharing():
             all_gather(None)
             if rank() == 1:
                 raise InterruptedError
@@ -45,9 +45,9 @@ def _free() -> list[int]:
     devices.MEMORY_INFO = Path(os.environ["MEMORY"])
     devices.GROUP_LIMIT = Path("nowhere")
     os.environ["LOCAL_WORLD_SIZE"] = "2"
-    with process_group():
+    with process_group("auto"):
         alone = free_memory("cpu")
-        with sharded():
+        with sharing():
             return [alone, free_memory("cpu")]
 
 

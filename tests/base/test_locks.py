@@ -12,7 +12,7 @@ import pytest
 
 from replaceme.base.errors import ParameterError
 from replaceme.base.files import new_folder
-from replaceme.base.locks import build_once, locked
+from replaceme.base.locks import build_once, holding_lock
 from tests.interruption import died_at, forked, started
 
 
@@ -29,7 +29,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 def test_a_lock_is_one_process_s_and_free_when_that_is_killed(tmp_path: Path) -> None:
     def hold(seconds: float = 600) -> None:
-        with locked(tmp_path / "lock", refuse):
+        with holding_lock(tmp_path / "lock", refuse):
             (tmp_path / "begun").touch()
             time.sleep(seconds)
 
@@ -49,7 +49,7 @@ def test_many_processes_hold_a_lock_one_after_the_other(tmp_path: Path) -> None:
 
     def add() -> None:
         for _ in range(5):
-            with locked(tmp_path / "lock", lambda: None):
+            with holding_lock(tmp_path / "lock", lambda: None):
                 number = int(count.read_text(encoding="utf-8"))
                 time.sleep(0.002)
                 count.write_text(str(number + 1), encoding="utf-8")

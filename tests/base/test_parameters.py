@@ -9,7 +9,7 @@ from ruamel.yaml import YAML
 from replaceme.base.entries import Task
 from replaceme.base.errors import ParameterError
 from replaceme.base.parameters import Params, read_params
-from replaceme.cli.reference import reference
+from replaceme.cli.reference import render_reference
 from replaceme.methods.registry import FIELDS, METHODS
 from tests.pipeline.closure import ROOT
 
@@ -177,4 +177,4 @@ def test_params_yaml_holds_every_key_and_the_reference_describes_it() -> None:
     stated = YAML(typ="safe", pure=True).load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     assert set(stated) == set(FIELDS)
     assert all(field.description and field.description.endswith(".") for field in FIELDS.values())
-    assert (ROOT / "docs" / "parameters.md").read_text(encoding="utf-8") == reference()
+    assert (ROOT / "docs" / "parameters.md").read_text(encoding="utf-8") == render_reference()

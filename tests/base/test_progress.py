@@ -78,15 +78,6 @@ def test_printed_lines_and_messages_keep_their_order_in_one_file() -> None:
     assert done.stdout.splitlines() == ["before", "a table", "after"]
 
 
-@pytest.mark.parametrize("total", [4, None])
-def test_items_pass_as_they_are_and_one_at_a_time(total: int | None) -> None:
-    taken: list[int] = []
-    items = progress((taken.append(number) or number for number in range(4)), "test", "items", total=total)
-    assert next(items) == 0
-    assert taken == [0]
-    assert list(items) == [1, 2, 3]
-
-
 def terminal_output(program: str, *arguments: str) -> str:
     """Run a Python program with a terminal as its standard error, and return what it wrote there."""
     ours, theirs = pty.openpty()
@@ -120,7 +111,8 @@ def test_a_message_on_a_terminal_has_a_line_of_its_own_beside_the_bars() -> None
 
 LIBRARIES = """
 import sys
-from replaceme.cli import commands
+from replaceme.cli.commands import run_replaceme
+from replaceme.pipeline import actions
 
 def use_libraries(params):
     from datasets import Dataset
@@ -128,7 +120,8 @@ def use_libraries(params):
     AutoModelForCausalLM.from_pretrained(params.model_path).save_pretrained(params.save_path)
     Dataset.from_dict({"a": [1, 2]}).map(lambda row: row).save_to_disk(params.save_path + "/table")
 
-commands._run(use_libraries, "test")
+actions.prune = use_libraries
+run_replaceme()
 """
 
 

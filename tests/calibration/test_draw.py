@@ -6,11 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ruamel.yaml import YAML
 
-from replaceme.base.config import settings_yaml
 from replaceme.base.documents import Documents, split_documents
-from replaceme.base.errors import DatasetError, ParameterError
+from replaceme.base.errors import DatasetError
 from replaceme.base.parameters import Params, read_params
 from replaceme.calibration import tokenization
 from replaceme.calibration.corpus import Corpus, Row
@@ -19,9 +17,6 @@ from replaceme.calibration.find import find_datasets
 from replaceme.calibration.own_text import count_own_documents
 from replaceme.calibration.sources import list_sources
 from replaceme.calibration.tokenization import encode_in_chunks, render_chat
-from replaceme.pipeline.calibrate import calibrate
-from replaceme.pipeline.inputs import inspect_inputs
-from replaceme.running.workspace import Workspace
 from tests.conftest import CHAT_TEMPLATE, made_text, made_tokenizer
 
 BOS = 0
@@ -179,26 +174,6 @@ def test_a_source_that_ends_leaves_its_part_to_the_others(two_files: Callable[[i
     assert ids(draw([{long: 2}], 6)[0]) == ids(draw(long, 6)[0])
 
 
-@pytest.mark.parametrize(
-    ("dataset", "sentence"),
-    [
-        ([], r"dataset: must be a name, or a list of names with shares, not \[\]"),
-        (7, "dataset: must be a name, or a list of names with shares, not 7"),
-        (None, "dataset: must be a name, or a list of names with shares, not null"),
-        (["a", "a"], "dataset: names a twice; keep one"),
-        ([{"a": 0}], "dataset: share of a must be above 0, not 0"),
-        ([{"a": float("nan")}], "dataset: share of a must be .*, not nan"),
-        ([{"a": 1, "b": 1}], "dataset: an entry must be a name, or one with options"),
-        ([{"a": {"weight": 1}}], "dataset: a has no option 'weight'; there are share, config, split, column, revision"),
-        ([{"self": {"split": "train"}}], "dataset: split does not apply to self"),
-        ([{"a": {"column": 1}}], "dataset: column of a must be a text, not 1"),
-    ],
-)
-def test_a_wrong_list_of_sources_is_named(dataset: Any, sentence: str) -> None:
-    with pytest.raises(ParameterError, match=sentence):
-        read_params(None, {"dataset": dataset})
-
-
 def test_an_option_that_does_not_apply_is_refused() -> None:
     params = read_params(None, {"dataset": ["wikipedia-sample", "lee-news"], "dataset_split": "calibration"})
     with pytest.raises(DatasetError, match="dataset_split: dataset is a list; use null, and give each entry its own split"):
@@ -218,21 +193,3 @@ def test_an_option_that_does_not_apply_is_refused() -> None:
 def test_the_model_writes_enough_documents_for_its_share(dataset: Any, length: int, count: int) -> None:
     # Its own documents have at most 512 tokens.
     assert count_own_documents(settings(10, length, dataset=dataset)) == count
-
-
-def test_settings_hold_a_list_of_sources_as_it_was_written(tmp_path: Path) -> None:
-    dataset = ["lee-news", {str(tmp_path / "private" / "notes.jsonl"): 0.5}, {"self": {"share": 2.0}}]
-    text = settings_yaml(read_params(None, {"dataset": dataset}), ["dataset"])
-    assert YAML(typ="safe").load(text) == {"dataset": ["lee-news", {"notes.jsonl": {"share": 0.5}}, {"self": {"share": 2.0}}]}
-
-
-@pytest.mark.parametrize(("size", "few"), [(1, True), (8, False)])
-def test_fewer_tokens_than_the_model_is_wide_are_told_before_any_pass(
-    size: int, few: bool, params: Params, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    params, work = params.model_copy(update={"method": "uidl", "dataset_size": size, "max_length": 12}), Workspace(tmp_path)
-    inspect_inputs(params, work)
-    with caplog.at_level("WARNING", "replaceme"):
-        calibrate(params, work)
-    said = "12 tokens are fewer than the model's width of 32: maps by least squares need more text, or an alpha"
-    assert (said in caplog.text) == few

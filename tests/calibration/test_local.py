@@ -35,12 +35,17 @@ def rows_file(folder: Path, rows: list[dict[str, Any]], suffix: str = ".jsonl") 
     return path
 
 
+def in_order(path: Path, wanted: str | None = None) -> list[Row]:
+    """Return the rows in the order of the file."""
+    rows = [*read_rows(path, wanted, 0)]
+    return [rows[place] for place in seeded_order(len(rows), 0).argsort().tolist()]
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
 def test_the_order_of_rows_is_the_seeded_permutation(tmp_path: Path, suffix: str) -> None:
     texts = [made_text(2, seed) for seed in range(300)]
     path = rows_file(tmp_path, [{"text": text, "n": 1} for text in texts], suffix)
     assert list(read_rows(path, None, 7)) == [texts[index] for index in seeded_order(300, 7).tolist()]
-    assert list(read_rows(path, None, None)) == texts
 
 
 @pytest.mark.parametrize("name", ["a[1]*.csv", "a::b.jsonl", "zip::c?.parquet", "{x}.json"])
@@ -52,7 +57,7 @@ def test_a_file_name_is_taken_literally(tmp_path: Path, name: str) -> None:
 
 def test_a_csv_field_is_a_text_as_it_stands(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text('\ufeffn,body\n1,NA\n2,"two\nlines, ""quoted"""\n\n3,nan\n4,\n', encoding="utf-8")
-    assert list(read_rows(tmp_path / "rows.csv", None, None)) == ["NA", 'two\nlines, "quoted"', "nan", ""]
+    assert in_order(tmp_path / "rows.csv") == ["NA", 'two\nlines, "quoted"', "nan", ""]
 
 
 @pytest.mark.parametrize(
@@ -65,7 +70,7 @@ def test_a_csv_field_is_a_text_as_it_stands(tmp_path: Path) -> None:
 )
 def test_a_json_file_is_a_list_of_rows_or_one_a_line(content: str, tmp_path: Path) -> None:
     (tmp_path / "rows.json").write_text(content, encoding="utf-8")
-    assert list(read_rows(tmp_path / "rows.json", None, None)) == ["a", "b"]
+    assert in_order(tmp_path / "rows.json") == ["a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -81,7 +86,7 @@ def test_a_json_file_is_a_list_of_rows_or_one_a_line(content: str, tmp_path: Pat
 def test_the_column_with_the_text_or_the_chats_is_found(
     rows: list[dict[str, Any]], wanted: str | None, texts: list[Row], tmp_path: Path
 ) -> None:
-    assert list(read_rows(rows_file(tmp_path, rows), wanted, None)) == texts
+    assert in_order(rows_file(tmp_path, rows), wanted) == texts
 
 
 PARTS = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]

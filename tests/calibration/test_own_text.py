@@ -71,15 +71,6 @@ def test_the_template_of_its_chats_has_the_date_that_all_chats_have() -> None:
     assert "2024-07-26" in tokenizer.decode(write_texts(model, tokenizer, 2, 40, 0)[1])
 
 
-def test_as_many_rows_are_written_at_once_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, sizes = made_model(), []
-    config, forward = model.config, model.forward
-    monkeypatch.setattr(own_text, "CACHE_BYTES", 3 * 20 * 2 * config.num_hidden_layers * config.hidden_size * 4)
-    model.forward = lambda ids, **options: (sizes.append(len(ids)), forward(ids, **options))[1]
-    assert len(write_texts(model, made_tokenizer(), 7, 20, 0)) == 7
-    assert sizes == [3] * 38 + [1] * 19
-
-
 def test_a_model_that_cannot_write_is_refused() -> None:
     tokenizer, model = made_tokenizer(bos=False), made_model()
     tokenizer.eos_token = tokenizer.bos_token = None

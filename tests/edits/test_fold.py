@@ -18,25 +18,22 @@ from replaceme.export.verification import measure_cache_error
 from replaceme.models.depth import broken_patterns, cut_config
 from replaceme.models.families import FAMILIES, Family, family_of, parameter_of
 from replaceme.models.model import Model
-from tests.conftest import FAMILY_CONFIGS, KINDS, LAYERS, WIDTH, made_model
-from tests.helpers import TEXT, edits_for, edits_of, hooked_and_folded, made_transform, norm_in_float64, shortened_logits
+from tests.conftest import FAMILY_CONFIGS, KINDS, LAYERS, REPRESENTATIVES, WIDTH, made_model
+from tests.helpers import TEXT, edits_of, hooked_and_folded, made_transform, norm_in_float64, shortened_logits
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-9)])
 @pytest.mark.parametrize("length", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)
-def test_folded_model_equals_unfused_computation_for_every_start(
-    kind: str, length: int, dtype: torch.dtype, tolerance: float
-) -> None:
+def test_folded_model_equals_unfused_computation_for_every_start(kind: str, length: int) -> None:
     for start in range(1, LAYERS - length + 1):
-        model = made_model(kind, dtype)
+        model = made_model(kind, torch.float64)
         family, edits = family_of(model.config), edits_of(start, length, model)
-        if family.norm_after_mlp and dtype == torch.float64:
+        if family.norm_after_mlp:
             norm_in_float64(model, family)
         expected = shortened_logits(model, edits, TEXT)
         assert (model(TEXT, use_cache=False).logits - expected).norm() > 1e-2 * expected.norm()
         for logits in hooked_and_folded(model, family, edits):
-            assert (logits - expected).norm() / expected.norm() < tolerance, f"start {start}"
+            assert (logits - expected).norm() / expected.norm() < 1e-9, f"start {start}"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -45,7 +42,7 @@ def test_saved_model_is_plain_and_gives_the_same_logits_and_uses_its_cache(
 ) -> None:
     source = save_tiny(kind)
     dense = source.load()
-    for start, length in ((1, 1), (2, 3), (LAYERS - 2, 2)):
+    for start, length in ((1, 1), (LAYERS - 2, 2)):
         edits, folder = edits_of(start, length, dense), tmp_path / f"{start}-{length}"
         expected = shortened_logits(dense, edits, TEXT)
         save_pruned(source, edits, folder)
@@ -60,7 +57,7 @@ def test_saved_model_is_plain_and_gives_the_same_logits_and_uses_its_cache(
         assert (embeddings[0] == embeddings[1]) == loaded.config.tie_word_embeddings
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", REPRESENTATIVES)
 def test_a_pruned_model_can_be_pruned_again(kind: str, save_tiny: Callable[..., Model], tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     source = save_tiny(kind)
@@ -90,30 +87,11 @@ def test_every_list_with_one_entry_per_layer_is_cut(kind: str) -> None:
     assert model.config.num_hidden_layers == LAYERS - len(removed)
 
 
-def test_corrections_of_one_linear_add_up() -> None:
-    edits, (weight, bias) = edits_of(2, 2, made_model()), edits_of(2, 2, made_model()).corrections[1, "mlp_output"]
-    edits.correct(1, "mlp_output", torch.ones(WIDTH, 48))
-    edits.correct(0, "attention_output", torch.ones(WIDTH, WIDTH), torch.ones(WIDTH))
-    change = edits.changes()[1, "mlp_output"]
-    assert change.weight is not None
-    assert change.bias is not None
-    assert bias is not None
-    assert torch.equal(change.weight, weight + 1)
-    assert torch.equal(change.bias, bias)
-    assert torch.equal(edits.corrections[0, "attention_output"][0], torch.ones(WIDTH, WIDTH))
-
-
 def test_identity_transform_changes_no_bit() -> None:
     layer = made_model(dtype=torch.bfloat16).model.layers[0]
     identity = Change(torch.eye(WIDTH, dtype=torch.float64))
     exact = dict(folds(Family(), layer, "mlp_output", identity, partial(parameter_of, layer)))
     assert torch.equal(exact["mlp.down_proj.weight"].bfloat16(), layer.mlp.down_proj.weight)
-
-
-def test_every_module_knows_its_new_position() -> None:
-    model = made_model()
-    apply_edits(model, Family(), edits_for(2, 2))
-    assert [layer.self_attn.layer_idx for layer in model.model.layers] == list(range(LAYERS - 2))
 
 
 def test_layer_types_and_window_bound_stay_with_their_layers() -> None:

@@ -9,17 +9,16 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from replaceme.base.documents import Documents
-from replaceme.base.errors import ModelError
+from replaceme.base.errors import ModelError, ParameterError
 from replaceme.edits.edits import Edits
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import measure_cache_error, verify_export
 from replaceme.models.families import family_of
 from replaceme.models.model import Model
 from replaceme.models.own_form import FILE, check_own_form, is_own_form
-from tests.conftest import KINDS, WIDTH, made_model
-from tests.helpers import hooked_and_folded, norm_in_float64, shortened_logits
+from tests.conftest import REPRESENTATIVES, WIDTH, made_model
+from tests.helpers import TEXT, hooked_and_folded, norm_in_float64, shortened_logits
 
-TEXT = torch.arange(2, 42)[None]
 FORMS = {"scalar": (), "diagonal": (WIDTH,), "dense": (WIDTH, WIDTH)}
 
 
@@ -32,7 +31,7 @@ def edits_with(form: str) -> Edits:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", REPRESENTATIVES)
 def test_operators_and_kept_layers_compute_one_after_the_other(kind: str, form: str) -> None:
     model, edits = made_model(kind, torch.float64), edits_with(form)
     family = family_of(model.config)
@@ -64,12 +63,6 @@ def test_a_saved_model_with_operators_passes_its_verification_and_loads_alone(
         assert torch.allclose(loaded(TEXT).logits, expected, rtol=1e-3, atol=1e-3)
     assert measure_cache_error(loaded, TEXT[0]) < 1e-4
     assert counts["parameters"] == sum(parameter.numel() for parameter in loaded.parameters())
-
-
-def test_the_scale_of_a_state_is_the_product_of_the_scalars_before_it() -> None:
-    scaled = edits_with("scalar")
-    first, second = (float(P) for P in scaled.operators.values())
-    assert [scaled.scale(layer) for layer in (0, 1, 3, 5)] == [1, 1, first, first * second]
 
 
 def test_a_changed_modelling_file_is_not_our_own_form(tiny: Model, tmp_path: Path) -> None:
@@ -116,5 +109,5 @@ def test_our_own_form_is_not_pruned_again_and_not_built_on_foreign_code(tiny: Mo
     config = tiny.config()
     check_own_form(config)
     config.auto_map = {"AutoConfig": "foreign.Config"}
-    with pytest.raises(ModelError, match=r"method: the result of this method needs a modelling file"):
+    with pytest.raises(ParameterError, match=r"method: the result of this method needs a modelling file"):
         check_own_form(config)

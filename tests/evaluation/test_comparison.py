@@ -64,14 +64,6 @@ def test_retention_is_the_published_tables_last_column() -> None:
     assert comparison["average_accuracy"]["dense"] == pytest.approx(0.674, abs=6e-4)
 
 
-def test_a_figure_missing_from_one_model_is_left_out() -> None:
-    dense, pruned = figures({"c": 0.0}), figures({"c": 0.0})
-    del pruned["perplexity"]["t"]["word"]
-    comparison = compare_scores(dense, pruned, {}, {})
-    assert "word_perplexity" not in comparison
-    assert "retention_percent" not in comparison
-
-
 def compare_items(
     before: Tensor, after: Tensor, articles: Sequence[Tensor], by_size: bool = True, **more: Any
 ) -> dict[str, Any]:

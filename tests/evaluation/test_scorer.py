@@ -8,7 +8,6 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from replaceme.base.errors import DatasetError
-from replaceme.evaluation.continuations import write_continuations
 from replaceme.evaluation.scorer import CausalScorer
 from tests.conftest import made_model, made_text, made_tokenizer
 
@@ -68,15 +67,6 @@ def test_an_answer_without_tokens_is_refused() -> None:
         scorer_of(made_model())._loglikelihood_tokens([(("", "x"), [5], [])])
 
 
-def test_logits_are_computed_once_at_scored_positions_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = made_model()
-    rows: list[torch.Size] = []
-    head = model.lm_head.forward
-    monkeypatch.setattr(model.lm_head, "forward", lambda states: (rows.append(states.shape[:2]), head(states))[1])
-    score_pairs(scorer_of(model), [(list(range(2, 40)), [5, 6]), (list(range(3, 41)), [7, 8]), (list(range(2, 40)), [5, 6])])
-    assert rows == [(2, 2)]
-
-
 def test_contexts_longer_than_the_model_are_cut_at_the_left() -> None:
     model = made_model(max_position_embeddings=16)
     long, short = list(range(2, 60)), list(range(2, 60))[-15:]
@@ -106,9 +96,3 @@ def test_answers_are_sampled_where_a_task_asks_for_it() -> None:
     )
     assert cold == greedy
     assert len(set(map(tuple, hot))) > 1
-
-
-def test_a_question_longer_than_the_model_is_cut_at_the_left() -> None:
-    model, tokenizer, text = made_model(max_position_embeddings=32), made_tokenizer(), made_text(20)
-    expected = write_continuations(model, tokenizer, [tokenizer.encode(text)[-28:]], 4)
-    assert scorer_of(model).generate_until(questions([text], max_gen_toks=4)) == expected

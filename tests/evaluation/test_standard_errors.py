@@ -65,12 +65,6 @@ def test_articles_of_one_size_are_the_items_of_a_t_test() -> None:
     assert t_test(float(scores.mean()), stderr or 0, 11) == pytest.approx(ttest_1samp(scores.mean(1).numpy(), 0).pvalue)
 
 
-def test_copies_of_items_within_their_articles_prove_nothing_more() -> None:
-    scores, articles = torch.rand(60, generator=torch.Generator().manual_seed(3)).double(), torch.arange(60) // 2
-    once, copied = (Sample.of_tasks([articles.repeat(n)], True).stderr(scores.repeat(n)) for n in (1, 5))
-    assert copied == pytest.approx(once)
-
-
 def test_two_tasks_over_the_same_articles_are_no_two_samples() -> None:
     scores, articles = torch.rand(60, generator=torch.Generator().manual_seed(4)).double(), torch.arange(60) // 3
     one, other, lone = (Sample.of_tasks([each], True) for each in (articles, articles + 100, alone(60)))

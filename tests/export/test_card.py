@@ -14,11 +14,12 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from replaceme.base.parameters import Params, read_params
 from replaceme.edits.edits import Edits
-from replaceme.export.card import SCORING, SETTINGS, RunResults, render_card
+from replaceme.export.card import SETTINGS, RunResults, render_card
 from replaceme.methods.registry import METHODS
 from replaceme.models.embedded import MODELS
 from replaceme.models.model import Model
 from replaceme.pipeline.report import format_continuations, format_score_section, list_hub_results
+from replaceme.running.stage import SCORE_SETTINGS
 from tests.conftest import WIDTH
 from tests.helpers import edits_for
 
@@ -102,7 +103,7 @@ def test_the_card_names_versions_text_and_what_the_dense_model_is(params: Params
     assert 'AutoModelForCausalLM.from_pretrained("user/small", trust_remote_code=True)' in text
     assert "- Calibration text: wikipedia-sample (25 %), notes.jsonl (75 %). Other kinds of text" in text
     assert f"What is known of `{tiny.name}` there may not hold" in text
-    assert "copy" not in render_card(params, tiny, edits_for(2, 2))
+    assert "copy" not in render_card(params, tiny, edits_for(2, 2), RunResults())
 
 
 @pytest.mark.parametrize(
@@ -151,8 +152,8 @@ def test_the_settings_repeat_the_run(card_of: Callable[..., ModelCard], params: 
     card = card_of(commit="c" * 40, scored=True, **given, tasks=tasks)
     setting = params.model_copy(update={**given, "tasks": tasks, "model_path": "org/dense", "revision": "c" * 40})
     found = settings_of(card, tmp_path)
-    assert {key: getattr(found, key) for key in (*SETTINGS, *SCORING)} == {
-        key: getattr(setting, key) for key in (*SETTINGS, *SCORING)
+    assert {key: getattr(found, key) for key in (*SETTINGS, *SCORE_SETTINGS)} == {
+        key: getattr(setting, key) for key in (*SETTINGS, *SCORE_SETTINGS)
     }
     assert "learning_rate" not in card.text
 
@@ -169,12 +170,12 @@ def test_refitted_linears_are_listed_by_layer(params: Params, tiny: Model) -> No
     for layer in (0, 1, 4):
         edits.correct(layer, "mlp_output", torch.zeros(32, 48))
     edits.correct(4, "attention_output", torch.zeros(32, 32))
-    text = render_card(params, tiny, edits)
+    text = render_card(params, tiny, edits, RunResults())
     assert "Layers 2–3, 5 (counted from 0)" in text
     assert "The MLP output projection of layers 0–1, 4 was refitted in closed form" in text
     assert "The attention output projection of layer 4 was refitted in closed form" in text
     assert "A linear map" not in text
-    assert "Layer 2 (counted from 0) was removed from" in render_card(params, tiny, Edits("test", [2]))
+    assert "Layer 2 (counted from 0) was removed from" in render_card(params, tiny, Edits("test", [2]), RunResults())
     assert yaml.safe_load(text.split("---")[1])["library_name"] == "transformers"
 
 
@@ -196,8 +197,11 @@ def test_nothing_in_a_continuation_ends_its_block() -> None:
 
 def test_the_card_says_which_transformers_reads_the_model(save_tiny: Callable[..., Model], params: Params) -> None:
     two_bases = {name: {"rope_type": "default", "rope_theta": base} for name, base in BASES.items()}
-    texts = [render_card(params, save_tiny("olmo3", **rope), edits_for(2, 2)) for rope in ({}, {"rope_parameters": two_bases})]
+    texts = [
+        render_card(params, save_tiny("olmo3", **rope), edits_for(2, 2), RunResults())
+        for rope in ({}, {"rope_parameters": two_bases})
+    ]
     for text, words in zip(texts, ("beside them, those of transformers 4", "It needs transformers 5: its kinds"), strict=True):
         assert words in text
     own_form = replace(edits_for(2, 2), operators={1: torch.ones(WIDTH, dtype=torch.float64)})
-    assert "It needs transformers 5, which `modeling_pruned.py`" in render_card(params, save_tiny(), own_form)
+    assert "It needs transformers 5, which `modeling_pruned.py`" in render_card(params, save_tiny(), own_form, RunResults())

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from replaceme.export import save as export
@@ -15,14 +14,9 @@ from replaceme.export.save import save_pruned
 from replaceme.models.checks import check_weights
 from replaceme.models.model import Model
 from tests.conftest import LAYERS
-from tests.helpers import edits_for
+from tests.helpers import edits_for, load_tensors
 
 CHAT = [{"role": "user", "content": "where is the river"}]
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Return all weights of a folder."""
-    return {name: weight for path in folder.glob("*.safetensors") for name, weight in load_file(path).items()}
 
 
 def copied(source: Model, folder: Path) -> Model:
@@ -45,8 +39,8 @@ def test_dtype_and_embeddings_are_unchanged(
 ) -> None:
     source = save_tiny(dtype=dtype, tie_word_embeddings=tied)
     save_pruned(source, edits_for(2, 2), tmp_path)
-    assert {weight.dtype for weight in tensors(tmp_path).values()} == {dtype}
-    assert ("lm_head.weight" in tensors(tmp_path)) != tied
+    assert {weight.dtype for weight in load_tensors(tmp_path).values()} == {dtype}
+    assert ("lm_head.weight" in load_tensors(tmp_path)) != tied
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert model.dtype == dtype
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied

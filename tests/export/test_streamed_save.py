@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from replaceme.base.documents import Documents
 from replaceme.base.fingerprints import sha256_below
@@ -16,17 +16,13 @@ from replaceme.export.save import save_pruned
 from replaceme.export.verification import verify_export
 from replaceme.models.memory import measure_parts
 from replaceme.models.model import Model
-from tests.conftest import EXPERTS, KINDS, WIDTH, made_model
-from tests.helpers import edits_of
+from tests.conftest import EXPERTS, WIDTH, made_model
+from tests.helpers import edits_of, load_tensors
 
 
 def room(source: Model, dtype: str = "float32") -> int:
     """Return room for what lies outside the layers, and for one layer."""
     return sum(measure_parts(source, dtype))
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: weight for path in folder.glob("*.safetensors") for name, weight in load_file(path).items()}
 
 
 def saved(source: Model, edits: Edits, folder: Path) -> tuple[dict[str, str], dict[str, str]]:
@@ -35,13 +31,13 @@ def saved(source: Model, edits: Edits, folder: Path) -> tuple[dict[str, str], di
     return sha256_below(folder / "whole"), sha256_below(folder / "streamed")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "phi3", "gemma2", "mixtral"])
 def test_the_files_are_the_same_to_the_byte(save_tiny: Callable[..., Model], kind: str, tmp_path: Path) -> None:
     whole, streamed = saved(save_tiny(kind), edits_of(2, 2, made_model(kind)), tmp_path)
     assert streamed == whole
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("kind", ["gpt2", "mixtral"])
 def test_several_files_are_written_as_transformers_divides_the_weights(
     save_tiny: Callable[..., Model], kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -52,7 +48,7 @@ def test_several_files_are_written_as_transformers_divides_the_weights(
         assert max(path.stat().st_size for path in (tmp_path / "streamed").glob("*.safetensors")) < 70_000
     else:
         assert streamed == whole
-    found, expected = (tensors(tmp_path / name) for name in ("streamed", "whole"))
+    found, expected = (load_tensors(tmp_path / name) for name in ("streamed", "whole"))
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
@@ -78,14 +74,14 @@ def test_weights_of_two_dtypes_keep_them(save_tiny: Callable[..., Model], tmp_pa
     source = save_tiny(dtype=torch.bfloat16)
     mixed = Model(tmp_path / "mixed", "mixed")
     save_pruned(source, Edits("test", []), mixed.folder)
-    parts = tensors(mixed.folder)
+    parts = load_tensors(mixed.folder)
     widened = {name: each.float() if "norm" in name else each for name, each in parts.items()}
     save_file(widened, mixed.folder / "model.safetensors")
     whole, streamed = saved(mixed, edits_of(2, 2, made_model()), tmp_path)
     assert streamed == whole
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "mixtral"])
+@pytest.mark.parametrize("kind", ["gpt2", "mixtral"])
 def test_a_streamed_proof_finds_the_same_errors(
     save_tiny: Callable[..., Model], kind: str, documents: Documents, tmp_path: Path
 ) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from replaceme.base.documents import Documents
 from replaceme.base.errors import VerificationError
@@ -23,7 +23,7 @@ from replaceme.methods.slicegpt import Slicing, sliced_config
 from replaceme.models.families import Family
 from replaceme.models.model import Model
 from tests.conftest import LAYERS, WIDTH, made_model, made_tokenizer
-from tests.helpers import TEXT, edits_for, edits_of, made_transform, many_documents, mixing
+from tests.helpers import TEXT, edits_for, edits_of, made_transform, many_documents, mixing, rewrite_tensors
 
 WEIGHTS = "model.safetensors"
 EDITED = {f"model.layers.1.mlp.down_proj.{name}" for name in ("weight", "bias")}
@@ -45,13 +45,6 @@ def export(save_tiny: Callable[..., Model], tmp_path: Path) -> Export:
         return source, Model(tmp_path / "pruned", "pruned"), edits
 
     return run
-
-
-def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
-    """Change the tensors in a folder's file."""
-    tensors = load_file(folder / WEIGHTS)
-    change(tensors)
-    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
 
 
 def configure(folder: Path, name: str = "config.json", **entries: Any) -> None:
@@ -110,7 +103,9 @@ def test_the_bits_of_weights_that_are_stored_wider_than_the_config_says_are_kept
     assert {weight.dtype for weight in saved.values()} == {torch.float32}
     assert pruned.config().dtype == torch.float32
     verify_export(source, pruned, edits, documents)
-    rewrite(pruned.folder, lambda tensors: tensors.update({name: tensor.bfloat16() for name, tensor in tensors.items()}))
+    rewrite_tensors(
+        pruned.folder, lambda tensors: tensors.update({name: tensor.bfloat16() for name, tensor in tensors.items()})
+    )
     with pytest.raises(VerificationError, match="differs from the original with the edits applied"):
         verify_export(source, pruned, edits, documents)
 
@@ -135,7 +130,7 @@ def test_one_changed_bit_in_the_file_is_found(
     def flip(tensors: dict[str, torch.Tensor]) -> None:
         tensors[name].view(torch.int16).view(-1)[0] ^= 1
 
-    rewrite(pruned.folder, flip)
+    rewrite_tensors(pruned.folder, flip)
     with pytest.raises(VerificationError, match=f"{name} in {WEIGHTS} differs from the original with the edits applied"):
         verify_export(source, pruned, edits, documents)
 
@@ -145,7 +140,7 @@ def test_a_base_models_names_are_compared_and_what_transformers_converts_is_coun
 ) -> None:
     for family in ("gpt2", "mixtral"):
         source = Model(Path(shutil.copytree(save_tiny(family).folder, tmp_path / family / "dense")), "dense")
-        rewrite(
+        rewrite_tensors(
             source.folder,
             lambda tensors: [tensors.update({name.removeprefix("transformer."): tensors.pop(name)}) for name in [*tensors]],
         )
@@ -161,13 +156,15 @@ def test_mixed_dtypes_are_exported_as_they_are_stored(export: Export, documents:
         for name in [each for each in tensors if "norm" in each or "embed" in each]:
             tensors[name] = tensors[name].float() * (1 + 2**-20)
 
-    source, pruned, edits = export(lambda folder: rewrite(folder, widen), dtype=torch.bfloat16)
+    source, pruned, edits = export(lambda folder: rewrite_tensors(folder, widen), dtype=torch.bfloat16)
     dense, saved = load_file(source.folder / WEIGHTS), load_file(pruned.folder / WEIGHTS)
     assert {name: weight.dtype for name, weight in saved.items()} == {name: dense[name].dtype for name in saved}
     assert torch.equal(saved["model.norm.weight"], dense["model.norm.weight"])
     assert pruned.config().dtype == torch.bfloat16
     verify_export(source, pruned, edits, documents)
-    rewrite(pruned.folder, lambda tensors: tensors.update({"model.norm.weight": tensors["model.norm.weight"].bfloat16()}))
+    rewrite_tensors(
+        pruned.folder, lambda tensors: tensors.update({"model.norm.weight": tensors["model.norm.weight"].bfloat16()})
+    )
     with pytest.raises(VerificationError, match=r"model\.norm\.weight differs"):
         verify_export(source, pruned, edits, documents)
 
@@ -270,7 +267,7 @@ def test_a_small_error_in_one_weight_of_many_layers_fails(
     monkeypatch.setattr("replaceme.models.dtypes.FLOAT32_BYTES", limit)
     edits = edits_for(2, 2)
     save_pruned(deep, edits, tmp_path / "pruned")
-    rewrite(tmp_path / "pruned", lambda tensors: tensors.update({place: tensors[place] * 1.01}))
+    rewrite_tensors(tmp_path / "pruned", lambda tensors: tensors.update({place: tensors[place] * 1.01}))
     # As if the comparison of weights had not noticed.
     monkeypatch.setattr(verification, "find_wrong_weights", lambda *_: ([], EDITED))
     monkeypatch.setattr(verification, "find_wrong_tensors", lambda *_: [])
@@ -280,7 +277,7 @@ def test_a_small_error_in_one_weight_of_many_layers_fails(
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "falcon", "mixtral", "olmo2", "opt", "phi"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "falcon", "mixtral", "olmo2"])
 def test_a_cast_on_the_fly_computes_what_the_model_in_float32_does(
     kind: str, dtype: str, save_tiny: Callable[..., Model]
 ) -> None:

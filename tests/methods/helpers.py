@@ -8,7 +8,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from replaceme.base.documents import Documents
 from replaceme.base.errors import ParameterError
@@ -23,14 +22,27 @@ from replaceme.methods.registry import METHODS
 from replaceme.models.families import Family, family_of
 from replaceme.models.model import Model
 from replaceme.repair.repair import repair_layers
+from replaceme.repair.resume import Checkpoints
 from replaceme.repair.state import Repair
 from replaceme.running.workspace import Workspace
 from replaceme.statistics.cut_statistics import take_statistics
 from tests.conftest import WIDTH, made_model
-from tests.helpers import TEXT, context_of, many_documents, shortened_logits
+from tests.helpers import context_of, many_documents
 
 BLOCK = Block(2, 4)
 
+
+class NoCheckpoints(Checkpoints):
+    """Checkpoints that are never written."""
+
+    def resume(self, state: Any) -> int:
+        return 0
+
+    def save_if_due(self, state: Any, finished: int) -> None:
+        pass
+
+
+NO_CHECKPOINTS = NoCheckpoints(Path(), "")
 RunRepair = Callable[..., tuple[list[Repair], dict[str, Any]]]
 
 
@@ -47,7 +59,9 @@ def solved(
         edits = method.solve(params, blocks[0], taken.__getitem__).edits
     edits.removed_layers = plan.removed_layers
 
-    def run_repair(folder: Path | None = None, checkpoints: Any = None) -> tuple[list[Repair], dict[str, Any]]:
+    def run_repair(
+        folder: Path | None = None, checkpoints: Checkpoints = NO_CHECKPOINTS
+    ) -> tuple[list[Repair], dict[str, Any]]:
         own = replace(context, folder=folder, batch_size=params.batch_size)
         return repair_layers(params, own, edits, plan, checkpoints)
 
@@ -71,14 +85,14 @@ def method_context(
     """Return the inputs of ``fit_on_model`` with these parameters, for edits that remove the blocks."""
     plan = Plan(blocks, ())
     params = read_params(None, {"batch_size": 4, **options}, METHODS)
-    own = {"params": params, "plan": plan, "edits": Edits("", plan.removed_layers), "output": folder}
+    own = {"params": params, "plan": plan, "edits": Edits("", plan.removed_layers), "output": folder, "checkpoints": folder}
     return MethodContext(model, family_of(model.config), documents, params.batch_size, folder=folder, **own)
 
 
 def assert_repaired_and_exported(source: Model, edits: Edits, plan: Plan, folder: Path, method: str) -> set[int]:
     """Repair the edits of a method, require that each repair helps and that the export is exact; return the repaired layers."""
     params, texts = read_params(None, {"method": method, "repair": True, "batch_size": 4}), many_documents(12)
-    repairs, _ = repair_layers(params, context_of(source.load(), texts), edits, plan)
+    repairs, _ = repair_layers(params, context_of(source.load(), texts), edits, plan, NO_CHECKPOINTS)
     assert repairs
     assert all(each.after < each.before for each in repairs)
     save_pruned(source, edits, folder)
@@ -92,17 +106,6 @@ def same_weights(a: Any, b: Any, tolerance: float = 1e-3) -> bool:
     return all(
         torch.allclose(one, other, rtol=tolerance, atol=tolerance * float(other.detach().abs().max())) for one, other in pairs
     )
-
-
-def assert_saved_computes_edits(source: Model, edits: Edits, documents: Documents, folder: Path) -> None:
-    """Save a pruned model of a form of its own, verify it, and compare it, loaded by its own code, with a plain computation."""
-    save_pruned(source, edits, folder)
-    figures = verify_export(source, Model(folder, "pruned"), edits, documents)
-    assert figures["hidden_error_mean"] < figures["tolerance"]
-    loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
-    expected = shortened_logits(source.load(), edits, TEXT)
-    with torch.no_grad():
-        assert (loaded(TEXT).logits - expected).norm() < 1e-3 * expected.norm()
 
 
 def run_stages(params: Params, work: Workspace, *names: str) -> None:

@@ -31,14 +31,9 @@ PARTS = r"2 of 4 heads and \d+ of 48 MLP channels in "
             ["merging layers into the one before them"],
         ),
         (
-            {**GHOSTED, "ghosted_weighted": "true"},
-            2, True, ["with Ghosted Layers"], ["residual"],
-        ),
-        (
             {**GHOSTED, "num_A": 2, "layers_to_skip": 1, "merge_consecutive": "false"},
             2, True, ["with Ghosted Layers"], ["relative residual"],
         ),
-        ({**GHOSTED, "selection": "influence"}, 2, True, ["with Ghosted Layers"], ["relative residual"]),
         (
             {"method": "linearpatch", "layers_to_skip": 2},
             2, True,
@@ -61,17 +56,12 @@ PARTS = r"2 of 4 heads and \d+ of 48 MLP channels in "
             ["the smallest block influence, one layer at a time"],
         ),
         (
-            {"method": "prune_and_comp", "selection": "angular", "num_A": 2, "layers_to_skip": 1},
-            2, False, ["with Prune&Comp\\.", "by \\d\\.\\d+ after layer \\d"], ["the smallest angular distance"],
-        ),
-        (
             {"method": "slicegpt", "layers_to_skip": 3},
             0, True, ["\\d+ of the 32 dimensions of its residual stream were removed from `llama` with SliceGPT\\."],
             ["No whole layer was removed, but \\d+ of the 32 dimensions"],
         ),
     ],
-    ids=["laco", "ghosted weighted", "ghosted blocks", "ghosted layers", "linearpatch", "pruner plain", "pruner", "scaled",
-         "scaled blocks", "slicegpt"],
+    ids=["laco", "ghosted blocks", "linearpatch", "pruner plain", "pruner", "scaled", "slicegpt"],
 )  # fmt: skip
 def test_the_whole_command_prunes_with_the_method(
     options: dict[str, Any], removed: int, own_form: bool, card: list[str], page: list[str],

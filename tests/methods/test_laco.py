@@ -21,7 +21,7 @@ from replaceme.edits.fold import apply_edits
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import verify_export
 from replaceme.methods.registry import criterion_of
-from replaceme.models.families import Family, family_of
+from replaceme.models.families import family_of
 from replaceme.models.model import Model
 from replaceme.selection import collapse as module
 from replaceme.selection.collapse import (
@@ -35,11 +35,11 @@ from replaceme.selection.collapse import (
     merge_layers,
 )
 from replaceme.selection.criteria import allowed_starts
-from tests.conftest import EXPERTS, KINDS, LAYERS, OBSTACLES, PLAIN, made_model
-from tests.helpers import TEXT, context_of, hooked_and_folded, mixing
+from tests.conftest import EXPERTS, LAYERS, OBSTACLES, PLAIN_REPRESENTATIVES, REPRESENTATIVES, made_model
+from tests.helpers import context_of, hooked_and_folded, logits_of, mixing
 from tests.methods.helpers import assert_repaired_and_exported, model_refusals
 
-DENSE = [kind for kind in KINDS if kind not in EXPERTS]
+DENSE = [kind for kind in REPRESENTATIVES if kind not in EXPERTS]
 # Layers 1 to 3 were merged, then 0 to 2 of the remaining ones: layer 0 absorbed the mixture and layer 4.
 TWICE = (Block(1, 5, (-1, -1, 1, 1, 1)),)
 
@@ -89,12 +89,6 @@ def slowly(model: Any, texts: Documents, schedule: MergeSchedule, threshold: flo
     return merged_model, kept, scores
 
 
-@torch.no_grad()
-def logits_of(model: Any) -> torch.Tensor:
-    logits: torch.Tensor = model(TEXT, use_cache=False).logits
-    return logits
-
-
 def test_a_layer_that_absorbs_others_is_the_papers_sum() -> None:
     layers = ((1,),) * 6
     once = merge_layers(layers, 1, 2)
@@ -129,12 +123,6 @@ def test_an_exported_mixture_gives_the_same_logits_and_is_verified(
     assert torch.allclose(logits_of(loaded), expected, rtol=1e-4, atol=1e-4)
     figures = verify_export(source, Model(tmp_path / "pruned", "pruned"), edits, documents)
     assert 0 <= figures["hidden_error_mean"] < figures["tolerance"]
-
-
-def test_a_kept_layer_is_mixed_into_no_other() -> None:
-    model = made_model()
-    with pytest.raises(AssertionError, match="a kept layer is mixed into another one"):
-        apply_edits(model, Family(), Edits("test", [2], mixtures={1: {1: 0, 2: 0, 3: 1}}))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "falcon", "opt", "gemma2", "smollm3"])
@@ -175,12 +163,6 @@ def model_again(kind: str) -> Any:
     return made_model(kind, torch.float64, initializer_range=0.08)
 
 
-def test_with_a_threshold_above_one_nothing_is_merged() -> None:
-    layers, found = collapse(LAYERS, MergeSchedule(0, LAYERS, 3, 1, 3), 1.01, lambda *_: 1.0)
-    assert layers == ((1,),) * LAYERS
-    assert found == {}
-
-
 def test_the_threshold_is_lowered_until_the_budget_is_reached_and_no_candidate_is_measured_twice() -> None:
     asked = []
 
@@ -212,13 +194,6 @@ def test_states_that_overflow_are_named() -> None:
         collapse_all(6, MergeSchedule(0, 6, 3, 1, 2), 0.45, lambda *_: float("nan"))
 
 
-def test_the_texts_are_a_few_whatever_the_documents() -> None:
-    texts = draw_texts(Documents([torch.arange(length) for length in range(1, 200)]))
-    assert len(texts) == module.TEXTS
-    assert max(map(len, texts.documents)) == module.LENGTH
-    assert len(draw_texts(Documents([torch.arange(1)]))) == 1
-
-
 def test_layers_of_other_shapes_are_not_merged() -> None:
     layers = made_model().model.layers
     check_same_shapes(layers, range(LAYERS))
@@ -239,7 +214,7 @@ def test_blocks_and_plan_store_coefficients_and_scales_and_name_no_method(tmp_pa
     assert json.loads((tmp_path / "plan.json").read_text())["blocks"][1] == {"start": 4, "end": 5}
 
 
-@pytest.mark.parametrize("kind", PLAIN)
+@pytest.mark.parametrize("kind", PLAIN_REPRESENTATIVES)
 def test_repair_follows_a_mixture(kind: str, save_tiny: Callable[..., Model], tmp_path: Path) -> None:
     source, plan = save_tiny(kind), Plan((Block(1, 2, (0, 1)), Block(3, 5, (-1, 1, 1))), ())
     repaired = assert_repaired_and_exported(source, mixing(*plan.blocks), plan, tmp_path, "laco")

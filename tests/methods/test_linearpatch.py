@@ -14,11 +14,10 @@ from replaceme.base.parameters import Params
 from replaceme.models.model import Model
 from replaceme.pipeline.inputs import inspect_inputs
 from replaceme.running.workspace import Workspace
-from replaceme.statistics.cut_statistics import take_statistics
 from replaceme.statistics.hadamard import hadamard
 from tests.conftest import WIDTH, made_model
-from tests.helpers import TEXT, context_of, passing
-from tests.methods.helpers import BLOCK, assert_saved_computes_edits, solved_alone
+from tests.helpers import TEXT, passing
+from tests.methods.helpers import BLOCK, solved_alone
 
 solved = partial(solved_alone, "linearpatch")
 FORMS = ["hadamard", "diagonal"]
@@ -84,28 +83,6 @@ def test_a_channel_of_zeros_is_unchanged(documents: Documents) -> None:
     (operator,) = solved(model, documents, linearpatch_form="diagonal").edits.operators.values()
     assert operator[5] == 1
     assert bool(torch.isfinite(operator).all())
-
-
-def test_sums_of_disjoint_documents_add_up_and_padding_does_not_count(documents: Documents) -> None:
-    model = made_model(dtype=torch.float64)
-    parts = [Documents(documents.documents[:4]), Documents(documents.documents[4:])]
-    for name in ("magnitudes", "magnitudes_rotated"):
-        whole, first, second = (
-            take_statistics(context_of(model, each, size), BLOCK, [name])[name]
-            for each, size in ((documents, 9), (parts[0], 1), (parts[1], 5))
-        )
-        assert all(torch.allclose(whole[key], first[key] + second[key], rtol=1e-5) for key in ("ratios", "documents"))
-
-
-@pytest.mark.parametrize(
-    ("kind", "form"), [(kind, form) for kind in ("llama", "gpt2", "falcon", "olmo2", "mixtral") for form in FORMS]
-)
-def test_every_family_is_patched_saved_and_verified(
-    kind: str, form: str, save_tiny: Callable[..., Model], tmp_path: Path, documents: Documents
-) -> None:
-    source = save_tiny(kind)
-    edits = solved(source.load(), documents, linearpatch_form=form).edits
-    assert_saved_computes_edits(source, edits, documents, tmp_path)
 
 
 def test_a_width_without_a_hadamard_matrix_is_refused_before_any_work(

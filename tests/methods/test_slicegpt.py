@@ -24,7 +24,6 @@ from replaceme.export.verification import find_wrong_weights, measure_cache_erro
 from replaceme.methods.slicegpt import (
     Slicing,
     find_bases,
-    find_nearest,
     find_shared_basis,
     fitting_width,
     principal,
@@ -102,7 +101,7 @@ def test_a_sliced_model_computes_what_the_projected_one_does(kind: str, tied: bo
 
 
 @pytest.mark.parametrize("one_basis", [False, True])
-@pytest.mark.parametrize("kind", SLICED)
+@pytest.mark.parametrize("kind", ["llama", "granite", "phi3"])
 def test_a_saved_sliced_model_passes_its_verification_and_loads_alone(
     kind: str, one_basis: bool, save_tiny: Callable[..., Model], tmp_path: Path, documents: Documents
 ) -> None:
@@ -214,11 +213,6 @@ def test_the_model_of_the_chosen_width_is_nearest_to_the_budget(one_basis: bool,
         width, parameters, total = fitting_width(model, family_of(model.config), layers, one_basis)
         assert width == min(sizes, key=lambda width: abs(sizes[width] - dense + layers * layer))
         assert (parameters, total) == (sizes[width], dense)
-
-
-def test_the_nearest_is_below_or_above_and_never_out_of_range() -> None:
-    widths = range(8, 64, 8)
-    assert [find_nearest(widths, target, lambda width: width) for target in (0, 8, 11, 13, 57, 99)] == [8, 8, 8, 16, 56, 56]
 
 
 def test_a_model_without_a_narrower_plain_form_is_refused() -> None:

@@ -60,19 +60,3 @@ def test_an_embedded_model_discloses_its_licence_and_origin(
     for text in (caplog.text, model.disclosure, *((model.folder / file).read_text() for file in ("README.md", "NOTICE"))):
         assert text.count(disclosure) == 1
     assert {path.name for path in model.copied_files()} >= {"README.md", "NOTICE"}
-
-
-@pytest.mark.usefixtures("convert")
-def test_an_embedded_model_that_was_changed_is_made_again(caplog: pytest.LogCaptureFixture) -> None:
-    folder = embedded.model_folder(SMOLLM)
-    card = (folder / "README.md").read_bytes()
-    (folder / "README.md").write_text("---\nbase_model: other\n---\n", encoding="utf-8")
-    (folder / "NOTICE").unlink()
-    assert embedded.model_folder(SMOLLM) == folder
-    assert "was changed" not in caplog.text
-    assert (folder / "README.md").read_bytes() == card
-    assert (folder / "NOTICE").is_file()
-    (folder / "config.json").write_text("[]", encoding="utf-8")
-    embedded.model_folder(SMOLLM)
-    assert (folder / "config.json").read_text(encoding="utf-8") == "{}"
-    assert "was changed; it is made anew" in caplog.text

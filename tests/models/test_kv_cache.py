@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from replaceme.models.families import Family, family_of
+from replaceme.models.families import family_of
 from replaceme.models.kv_cache import cache_arguments, eager_attention_where_faster, reserved_cache
 from tests.conftest import KINDS, made_model
 
@@ -30,27 +30,3 @@ def test_keys_and_values_are_never_copied(kind: str, config: dict[str, int]) -> 
             addresses |= {(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in cache.layers}
     assert len(addresses) == len(cache.layers)
     assert {layer.keys.shape[-2] for layer in cache.layers} == {8}
-
-
-@pytest.mark.parametrize(
-    ("kind", "config", "family", "inside"),
-    [
-        ("llama", {}, Family(), "eager"),
-        ("llama", {"num_key_value_heads": 4}, Family(), "sdpa"),
-        ("llama", {}, Family(detected=True), "sdpa"),
-    ],
-)
-def test_grouped_heads_attend_by_plain_products_inside_the_block_alone(
-    kind: str, config: dict[str, int], family: Family, inside: str
-) -> None:
-    model = made_model(kind, **config)
-    inside_block = []
-
-    def interrupted() -> None:
-        with eager_attention_where_faster(model, family):
-            inside_block.append(model.config._attn_implementation)
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert (*inside_block, model.config._attn_implementation) == (inside, "sdpa")

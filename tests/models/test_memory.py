@@ -19,7 +19,6 @@ from replaceme.models.memory import load_within_budget, measure_parts, weight_bu
 from replaceme.models.model import Model
 from replaceme.models.streaming import stream_of
 from replaceme.pipeline.runner import STAGES
-from tests.conftest import KINDS
 from tests.helpers import FAST, call
 from tests.pipeline.closure import ROOT
 
@@ -38,18 +37,6 @@ def test_sizes() -> None:
 def test_other_values_are_refused_with_the_forms_that_there_are(value: Any) -> None:
     with pytest.raises(ParameterError, match=r"memory: must be auto, null, or a size such as 6GB or 500MiB, not "):
         allowed(value)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_bytes_of_layers_and_of_the_rest_are_those_of_the_loaded_model(save_tiny: Callable[..., Model], kind: str) -> None:
-    source = save_tiny(kind)
-    outside, largest = measure_parts(source, "bfloat16")
-    model = memory.load_streamed(source, "bfloat16", budget=1 << 40)
-    own = stream_of(model)
-    assert own is not None
-    assert largest == max(own.sizes)
-    assert outside + sum(own.sizes) == weight_bytes(source, "bfloat16")
-    assert own.budget == (1 << 40) - outside
 
 
 def test_what_fits_is_loaded_whole_and_what_does_not_is_streamed(tiny: Model) -> None:
@@ -132,13 +119,22 @@ def test_too_little_is_refused_with_what_would_do(
     )
 
 
+def test_a_matrix_that_a_layer_gets_counts_from_the_start(
+    tiny: Model, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    needed = sum(measure_parts(tiny, "float32")) + 4 * tiny.config().hidden_size ** 2
+    options = ("--method", "linearpatch", "--tasks", "[]", "--memory")
+    run(tiny, text_file, tmp_path / "pruned", *options, f"{needed - 1}B", code=2)
+    assert "have to be there at once" in capsys.readouterr().err
+    assert not (tmp_path / "pruned.work").exists()
+    run(tiny, text_file, tmp_path / "pruned", *options, f"{needed}B")
+
+
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
-        ("llama", "--transform channels --repair true --selection loss"),
-        ("gpt2", "--transform channels --repair true --selection residual --num_A 2 --layers_to_skip 1"),
-        ("mixtral", "--method prune_and_comp"),
-        ("llama", "--method linearpatch"),
+        ("gpt2", "--transform channels --repair true --selection loss"),
+        ("mixtral", "--method prune_and_comp --tasks []"),
     ],
 )
 def test_a_streamed_run_gives_the_same_model_and_the_same_figures(

@@ -8,12 +8,10 @@ from typing import Any
 import pytest
 import torch
 from accelerate import dispatch_model
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from replaceme.base.errors import ModelError
 from replaceme.cli import commands
-from replaceme.edits.edits import Edits
 from replaceme.models.model import Model, embedding_count, parameter_count
 from tests.conftest import made_model
 from tests.helpers import FAST, TEXT, call
@@ -38,18 +36,6 @@ def prune(text_file: Path, tmp_path: Path) -> Callable[..., Path]:
         return tmp_path / name
 
     return run
-
-
-def test_edits_from_4_bit_calibration_are_applied_to_the_original_weights(wide: Model, prune: Callable[..., Path]) -> None:
-    plain, packed = prune(wide.folder, "plain"), prune(wide.folder, "in-4-bits", "--use_4bit", "true")
-    dense, pruned = (load_file(folder / "model.safetensors") for folder in (wide.folder, packed))
-    assert {weight.dtype for weight in pruned.values()} == {torch.float32}
-    for name in ("model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "model.norm.weight"):
-        assert torch.equal(pruned[name], dense[name]), name
-    # The calibration itself differed, though.
-    edits = [Edits.load(result.with_name(f"{result.name}.work") / "artifacts" / "edits") for result in (plain, packed)]
-    maps = [next(iter(each.transforms.values())) for each in edits]
-    assert not torch.equal(*maps)
 
 
 def test_a_model_is_loaded_in_4_bits(wide: Model) -> None:

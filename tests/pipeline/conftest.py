@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.stand import copy_code, set_params
+from benchmarks.sandbox import copy_code, set_params
 from replaceme.cli import commands
 from replaceme.models import hub
 from replaceme.models.model import Model
-from tests.conftest import made_text
+from tests.conftest import DOT, made_text
 from tests.helpers import FAST, call
 from tests.pipeline.helpers import TOKEN, Hub, dvc, shell
 
@@ -31,6 +31,12 @@ def record():
     pathlib.Path(os.environ["LOADED"], f"{name}.json").write_text(json.dumps(sorted(ours)))
 
 atexit.register(record)
+"""
+# A hook that makes each picture a dot.
+NO_DRAWING = f"""
+from matplotlib.figure import Figure
+
+Figure.savefig = lambda figure, file, **options: file.write({DOT!r})
 """
 
 
@@ -47,10 +53,13 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny: Model) -> Path:
     folder = made_project(tmp_path_factory.mktemp("project") / "repository", tiny)
     hook, loaded = folder.parent / "record_files.py", folder.parent / "loaded"
     hook.write_text(RECORD_FILES, encoding="utf-8")
+    (folder.parent / "no_drawing.py").write_text(NO_DRAWING, encoding="utf-8")
     loaded.mkdir()
     # The cache that the tests use.
     cache = str(tmp_path_factory.getbasetemp() / "cache")
     dvc(folder, "repro", STAGE_HOOK=str(hook), LOADED=str(loaded), REPLACEME_CACHE=cache)
+    # An experiment is pushed to the remote of the commit that it starts from.
+    dvc(folder, "remote", "add", "--default", "storage", str(folder.parent / "storage"))
     shell(folder, "git", "add", ".")
     shell(folder, "git", "commit", "-q", "-m", "first run")
     return folder

@@ -9,12 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
 import replaceme
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.published import RECOMMENDED
-from replaceme.cli import main as cli
 from replaceme.cli.commands import GROUPS
 from replaceme.cli.main import COMMANDS, OTHERS, main
 from replaceme.methods.registry import FIELDS, METHODS
@@ -26,7 +24,6 @@ from tests.conftest import LAYERS, UNDESCRIBED, made_tokenizer
 from tests.helpers import FAST, call
 from tests.pipeline.closure import ROOT
 from tests.pipeline.conftest import Finished
-from tests.pipeline.helpers import Hub
 
 NAMES = [*COMMANDS, *OTHERS]
 SCREEN = 52
@@ -39,7 +36,7 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.chdir(tmp_path / "empty")
 
 
-def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+def quote(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     call(main, *arguments)
     return capsys.readouterr().out
 
@@ -52,7 +49,7 @@ def test_every_parameter_stands_in_one_group() -> None:
     "arguments", [(), *((name,) for name in NAMES)], ids=lambda arguments: " ".join(arguments) or "replaceme"
 )
 def test_help_fits_a_screen_and_ends_with_an_example(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
-    lines = shown(capsys, *arguments, "--help").splitlines()
+    lines = quote(capsys, *arguments, "--help").splitlines()
     assert len(lines) <= SCREEN
     assert lines[-2] == "example:"
     assert lines[-1].startswith(f"  replaceme {' '.join(arguments)}".rstrip())
@@ -72,10 +69,10 @@ def test_help_loads_no_torch() -> None:
 def test_the_help_lists_every_command_method_and_choice_and_the_recommended_defaults(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    overview = shown(capsys)
+    overview = quote(capsys)
     assert all(re.search(rf"(?m)^  {name} ", overview) for name in NAMES)
-    assert shown(capsys, "--version") == f"replaceme {replaceme.__version__}\n"
-    said = " ".join(shown(capsys, "prune", "--help").split())
+    assert quote(capsys, "--version") == f"replaceme {replaceme.__version__}\n"
+    said = " ".join(quote(capsys, "prune", "--help").split())
     assert f": {', '.join(METHODS)} [lstsq]" in said
     assert "--repair true|false" in said
     assert f"documents [{RECOMMENDED['dataset_size']}]" in said
@@ -85,7 +82,7 @@ def test_the_help_lists_every_command_method_and_choice_and_the_recommended_defa
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_all_options_are_those_that_the_command_uses(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    said = shown(capsys, name, "--help-all")
+    said = quote(capsys, name, "--help-all")
     aliases = {"model_path": "model", "layers_to_skip": "layers"}
     for key in FIELDS:
         assert (f"  --{aliases.get(key, key)} " in said) == (key in COMMANDS[name].keys), key
@@ -171,13 +168,6 @@ def test_a_published_config_gives_what_the_published_script_gives(
     assert sha256_below(Path("again")) == sha256_below(finished.result)
 
 
-def test_solve_saves_the_edits_alone(given: list[str | Path]) -> None:
-    call(main, "solve", *given, "--layers", "2", "--transform", "dense", "--repair", "false", "--save_path", "map")
-    (transform,) = load_file("map/edits.safetensors").values()
-    assert transform.shape == (32, 32)
-    assert not list(Path("map").glob("model*"))
-
-
 @pytest.mark.parametrize(
     ("you_have", "kind"),
     [
@@ -244,10 +234,3 @@ def test_a_model_that_is_not_the_pruned_ones_dense_model_is_refused(
     call(main, "evaluate", "--model", "result", *where, "--compare_with", name, code=2)
     assert f"\nerror: compare_with: {said}" in capsys.readouterr().err
     assert not Path("s.json").exists()
-
-
-def test_push_is_the_scripts(tiny: Model, api: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
-    monkeypatch.setattr(cli.publish, "_upload", lambda options, folder: asked.append(options.repo_id))
-    call(main, "push", "--save_path", tiny.folder, "--repo_id", "you/small")
-    assert asked == ["you/small"]

@@ -18,7 +18,7 @@ from replaceme.base.errors import ParameterError
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.parameters import Params, read_params
 from replaceme.cli import commands
-from replaceme.cli.commands import Command
+from replaceme.cli.main import main
 from replaceme.methods.registry import FIELDS, METHODS
 from replaceme.models.model import Model
 from replaceme.pipeline.inputs import inspect_inputs
@@ -98,16 +98,15 @@ def test_the_settings_on_the_card_make_the_same_model(finished: Finished, tiny: 
 def test_speed_of_a_result_is_measured_against_the_model_it_was_made_from(
     finished: Finished, config: Path, tmp_path: Path, save_tiny: Callable[..., Model], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    missing = ["--config", config, *FAST, "--save_path", tmp_path / "none"]
-    call(commands.measure_speed, *missing, code=2)
+    call(main, "speed", "--config", config, "--save_path", tmp_path / "none", code=2)
     assert "save_path: there is no pruned model in" in capsys.readouterr().err
     copy = finished.copy(tmp_path)
-    call(commands.measure_speed, "--config", config, *copy.arguments())
+    call(main, "speed", "--config", config, "--save_path", copy.result)
     times = json.loads((copy.work / "artifacts" / "speed" / "speed.json").read_text())
     assert times["weights"] == sha256_below(copy.result / "model.safetensors")
     assert set(times["decode_seconds_per_token"]) == {"dense", "pruned", "speedup"}
     other = save_tiny("mistral").folder
-    call(commands.measure_speed, "--config", config, *copy.arguments(), "--model_path", other, code=2)
+    call(main, "speed", "--config", config, "--save_path", copy.result, "--model_path", other, code=2)
     assert "is not what" in capsys.readouterr().err
 
 
@@ -215,14 +214,6 @@ def test_get_distance_analysis_lists_the_best_block_of_each_size(
     assert len(pairs) == 1 + 6 * 5 // 2
 
 
-def test_evaluate_model_prints_the_scores_and_writes_them(
-    tiny: Model, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    call(commands.evaluate_model, "--model_path", tiny.folder, "--tasks", text_file, "--save_path", tmp_path / "s.json", *FAST)
-    assert "text perplexity" in capsys.readouterr().out
-    assert json.loads((tmp_path / "s.json").read_text())["perplexity"]["text"]["token"] > 1
-
-
 @pytest.mark.parametrize(
     ("given", "said"),
     [
@@ -232,8 +223,8 @@ def test_evaluate_model_prints_the_scores_and_writes_them(
         (["--alpha"], "command line: argument --alpha: expected one argument"),
         (["--config", "nowhere.yaml"], "nowhere.yaml: there is no such file"),
         (["--method", "nothing"], "method: 'nothing' is not a method"),
-        (["--model_path", "./nowhere"], "model_path: there is no folder ./nowhere"),
-        (["--model_path", "~nobody-here/x"], "model_path: there is no folder ~nobody-here/x"),
+        (["--model", "./nowhere"], "--model (model_path): there is no folder ./nowhere"),
+        (["--model", "~nobody-here/x"], "--model (model_path): there is no folder ~nobody-here/x"),
         (["--revision", "main"], "revision: is for hub models"),
         (["--dataset", "nowhere.txt"], "dataset: there is no file nowhere.txt"),
         (["--dataset_column", "body"], "dataset_column: 'body' does not apply to"),
@@ -286,20 +277,6 @@ def test_fewer_tokens_than_the_width_are_refused_before_any_work_where_they_leav
     else:
         with pytest.raises(ParameterError, match="alpha: 0 leaves the least squares singular: dataset_size 3"):
             inspect_inputs(given, Workspace(tmp_path))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--model", "../../etc/passwd", "--model_path", "b"], "model_path: is given twice, as ../../etc/passwd and as b"),
-        (["--alpha", "1", "--alpha", "2"], "alpha: is given twice, as 1 and as 2; keep one"),
-        (["--config", "a", "--config", "b"], "config: is given twice, as a and as b; keep one"),
-    ],
-)
-def test_an_option_with_two_values_is_refused_under_whichever_of_its_names(arguments: list[str], said: str) -> None:
-    command = Command(action=print, description="")
-    with pytest.raises(ParameterError, match=re.escape(f"command line: {said}")):
-        command.read_arguments(command.make_parser(), arguments)
 
 
 def test_scores_replace_nothing_but_scores(tiny: Model, text_file: Path, tmp_path: Path) -> None:

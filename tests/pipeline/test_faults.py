@@ -2,13 +2,8 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
-from benchmarks.faults import different, put_table
-from benchmarks.stand import Stand
 from tests.pipeline.closure import ROOT
 
 # A program that makes two folders and a file, each below the folder that is its argument.
@@ -48,34 +43,3 @@ def test_a_try_is_killed_before_the_operation_that_is_asked_for(tmp_path: Path) 
 def test_a_try_that_ends_first_is_reported_with_its_code_and_its_operations(tmp_path: Path) -> None:
     assert tried(tmp_path, 4) == "3 3 False written"
     assert (tmp_path / "two/file").read_text(encoding="utf-8") == "content"
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda place: (place / "pruned/model.safetensors").write_bytes(b"\1"), "other bits: place/pruned/model.safetensors"),
-        (lambda place: (place / "pruned/model.safetensors").unlink(), "missing: place/pruned/model.safetensors"),
-        (lambda place: (place / "pruned.7.partial").touch(), "left behind: place/pruned.7.partial"),
-        (lambda place: (place / "empty").mkdir(), "left behind: place/empty/"),
-        (lambda place: (place / "pruned.work/stages/solve.json").write_text("2 s"), ""),
-    ],
-)
-def test_flipped_missing_and_left_files_are_seen_and_times_are_not(
-    tmp_path: Path, change: Callable[[Path], object], words: str
-) -> None:
-    stand = Stand(tmp_path, tmp_path)
-    stand.clear()
-    for name in ("pruned/config.json", "pruned/model.safetensors", "pruned.work/stages/solve.json"):
-        (stand.place / name).parent.mkdir(parents=True, exist_ok=True)
-        (stand.place / name).write_bytes(b"\0")
-    right = stand.content()
-    change(stand.place)
-    assert different(right, stand.content()) == words
-
-
-def test_the_table_replaces_the_one_that_is_there_and_keeps_the_text(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    page.write_text("# Title\n\nText.\n", encoding="utf-8")
-    for made in ("| a |\n| --- |\n| 1 |", "| b |\n| --- |"):
-        put_table(page, made)
-        assert page.read_text(encoding="utf-8") == f"# Title\n\nText.\n\n{made}\n"

@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 
-from replaceme.cli.publish import push_to_hub
+from replaceme.cli.main import main
 from replaceme.export.save import save_pruned
 from replaceme.models import hub
 from replaceme.models.model import Model
@@ -33,7 +33,7 @@ def pruned(tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 def test_the_models_files_and_nothing_else_are_put_there_in_one_commit(
     pruned: Path, api: Hub, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    call(push_to_hub, "--repo_id", "me/small", "--save_path", pruned)
+    call(main, "push", "--repo_id", "me/small", "--save_path", pruned)
     assert api.made == [("me/small", None)]
     assert api.files == {path.name: path.read_bytes() for path in pruned.iterdir() if path.name != "diary.txt"}
     assert "https://hub.example/me/small" in capsys.readouterr().err
@@ -42,9 +42,9 @@ def test_the_models_files_and_nothing_else_are_put_there_in_one_commit(
 def test_the_token_comes_from_the_environment_and_shows_nowhere(
     pruned: Path, api: Hub, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    call(push_to_hub, "--repo_id", "me/small", "--save_path", pruned)
+    call(main, "push", "--repo_id", "me/small", "--save_path", pruned)
     api.failure = RuntimeError("broken")
-    call(push_to_hub, "--repo_id", "me/small", "--save_path", pruned, "--debug", code=2)
+    call(main, "push", "--repo_id", "me/small", "--save_path", pruned, "--debug", code=2)
     assert api.tokens == [TOKEN] * 2
     said = capsys.readouterr()
     assert TOKEN not in said.out + said.err
@@ -54,11 +54,11 @@ def test_the_token_comes_from_the_environment_and_shows_nowhere(
 
 
 def test_private_means_private(pruned: Path, api: Hub, capsys: pytest.CaptureFixture[str]) -> None:
-    call(push_to_hub, "--repo_id", "me/small", "--save_path", pruned, "--private", code=2)
+    call(main, "push", "--repo_id", "me/small", "--save_path", pruned, "--private", code=2)
     assert "private: me/small exists and is public" in capsys.readouterr().err
     assert not api.files
     api.public = False
-    call(push_to_hub, "--repo_id", "me/small", "--save_path", pruned, "--private")
+    call(main, "push", "--repo_id", "me/small", "--save_path", pruned, "--private")
     assert api.made[-1] == ("me/small", True)
     assert api.files
 
@@ -80,7 +80,7 @@ def test_private_means_private(pruned: Path, api: Hub, capsys: pytest.CaptureFix
 def test_bad_arguments_are_one_sentence(
     arguments: list[str], said: str, pruned: Path, api: Hub, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    call(push_to_hub, "--save_path", pruned, *arguments, code=2)
+    call(main, "push", "--save_path", pruned, *arguments, code=2)
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1
     assert errors[0].startswith(f"error: {said}")
@@ -90,13 +90,13 @@ def test_bad_arguments_are_one_sentence(
 def test_without_a_model_a_token_or_a_hub_nothing_is_tried(
     pruned: Path, api: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    call(push_to_hub, "--repo_id", "me/small", code=2)
+    call(main, "push", "--repo_id", "me/small", code=2)
     assert "save_path: there is no pruned model in artifacts/model" in capsys.readouterr().err
     monkeypatch.setattr(hub, "reachable", lambda: False)
-    call(push_to_hub, "--repo_id", "me/small", "--save_path", pruned, code=2)
+    call(main, "push", "--repo_id", "me/small", "--save_path", pruned, code=2)
     assert "the hub can't be reached, so nothing was uploaded to me/small" in capsys.readouterr().err
     monkeypatch.delenv("HF_TOKEN")
-    call(push_to_hub, "--repo_id", "me/small", "--save_path", pruned, code=2)
+    call(main, "push", "--repo_id", "me/small", "--save_path", pruned, code=2)
     assert "HF_TOKEN: is not set" in capsys.readouterr().err
     assert not api.made
 
@@ -104,7 +104,7 @@ def test_without_a_model_a_token_or_a_hub_nothing_is_tried(
 def test_a_pipelines_model_without_its_pipeline_is_refused(pruned: Path, api: Hub, capsys: pytest.CaptureFixture[str]) -> None:
     (pruned.parent / "artifacts").mkdir()
     pruned.rename(pruned.parent / "artifacts" / "model")
-    call(push_to_hub, "--repo_id", "me/small", code=2)
+    call(main, "push", "--repo_id", "me/small", code=2)
     assert "(run it inside the repository)" in capsys.readouterr().err
     assert not api.made
 
@@ -122,12 +122,12 @@ def test_a_hub_that_refuses_is_one_sentence(
 ) -> None:
     response: Any = SimpleNamespace(status_code=status, headers={}, request=None)
     api.failure = HfHubHTTPError("failed", response=response, server_message="out of order.")
-    call(push_to_hub, "--repo_id", "me/small", "--save_path", pruned, code=2)
+    call(main, "push", "--repo_id", "me/small", "--save_path", pruned, code=2)
     assert said in capsys.readouterr().err
 
 
 def test_what_a_command_made_goes_with_its_scores(finished: Finished, api: Hub) -> None:
-    call(push_to_hub, "--repo_id", "me/small", "--save_path", finished.result)
+    call(main, "push", "--repo_id", "me/small", "--save_path", finished.result)
     scores = ModelCard(api.files["README.md"].decode()).data.eval_results
     assert {each.dataset_name for each in scores} == {"text (seen in calibration)", "other"}
     assert {each.metric_type for each in scores} == {"perplexity"}

@@ -17,7 +17,6 @@ from replaceme.cli import commands
 from replaceme.models.model import Model
 from replaceme.pipeline import export, runner
 from replaceme.pipeline.inputs import inspect_inputs
-from replaceme.pipeline.report import CARD_FILE
 from replaceme.pipeline.runner import STAGES, run_stages, stage_key
 from replaceme.running import versions as versions_module
 from replaceme.running.stage import FIT, ORDER
@@ -44,10 +43,6 @@ def run(config: Path, finished: Finished, tmp_path: Path, capsys: pytest.Capture
         return [line.split(":")[0] for line in said.err.splitlines() if "unchanged since an earlier run" in line]
 
     return go_on
-
-
-def test_the_stages_stand_in_their_order() -> None:
-    assert list(STAGES) == ["inputs", *ORDER]
 
 
 def test_a_second_run_repeats_nothing_and_a_new_alpha_what_it_changes(run: Callable[..., list[str]], tmp_path: Path) -> None:
@@ -94,25 +89,6 @@ def test_a_run_that_is_ended_goes_on_where_it_stopped(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["result", "result.work"]
 
 
-def test_a_run_killed_after_its_result_got_its_place_knows_it(
-    run: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def killed_when(owner: Any, name: str, condition: Callable[[Path], bool]) -> None:
-        whole = getattr(owner, name)
-
-        def stop(path: Path, content: Any) -> Any:
-            return os._exit(KILLED) if condition(path) else whole(path, content)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(owner, name, stop)
-            assert forked(lambda: run("--alpha", "7")) == KILLED
-
-    killed_when(runner, "write_json", lambda path: path.name == "export.json")
-    killed_when(shutil, "copyfile", lambda path: Path(path).name == CARD_FILE)
-    assert run("--alpha", "7") == [*ORDER]
-    assert Workspace(tmp_path / "result.work", tmp_path / "result").find_foreign_file() is None
-
-
 def test_the_log_says_how_far_a_run_is(
     params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -135,7 +111,7 @@ def keys(params: Params, tmp_path: Path) -> Callable[..., dict[str, str]]:
     def keys_of(setting: Params = params) -> dict[str, str]:
         inspect_inputs(setting, work)
         for stage in STAGES.values():
-            for path in [*map(work.path, stage.reads), *map(work.metric, stage.figures)]:
+            for path in [*map(work.artifact, stage.reads), *map(work.metric, stage.figures)]:
                 if not path.exists():
                     path.parent.mkdir(parents=True, exist_ok=True)
                     path.write_text("read", encoding="utf-8")

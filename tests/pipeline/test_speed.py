@@ -19,8 +19,8 @@ def test_the_clock_waits_for_every_gpu_of_a_model(monkeypatch: pytest.MonkeyPatc
     events: list[str] = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: events.append(str(device)))
     weights = [SimpleNamespace(device=torch.device(place)) for place in ("cuda:1", "cuda:0", "cpu", "cuda:1")]
-    devices = speed.gpus_of(SimpleNamespace(parameters=lambda: weights))
-    seconds, result = speed.clock(lambda: events.append("work") or 7, devices)  # type: ignore[func-returns-value]
+    devices = speed.list_gpus(SimpleNamespace(parameters=lambda: weights))
+    seconds, result = speed.measure_seconds(lambda: events.append("work") or 7, devices)  # type: ignore[func-returns-value]
     assert events == ["cuda:0", "cuda:1", "work", "cuda:0", "cuda:1"]
     assert (result, seconds >= 0) == (7, True)
 
@@ -50,9 +50,9 @@ def test_code_of_a_model_is_trusted_only_if_the_user_says_so(
         opened.append(pruned)
         raise InterruptedError
 
-    monkeypatch.setattr("replaceme.pipeline.speed.measure_speed", measure)
-    monkeypatch.setattr("replaceme.models.find.recorded_model", lambda _params, path: Model(path, "dense"))
-    monkeypatch.setattr("replaceme.models.find.identity", lambda _: None)
+    monkeypatch.setattr(actions, "measure_speed", measure)
+    monkeypatch.setattr(actions, "recorded_model", lambda _params, path: Model(path, "dense"))
+    monkeypatch.setattr(actions, "identity", lambda _: None)
     monkeypatch.setattr(actions, "read_json", lambda _: None)
     monkeypatch.setattr(actions, "existing_result", lambda _: Workspace(tmp_path))
     own = params.model_copy(update={"trust_remote_code": trusted})

@@ -11,13 +11,11 @@ from typing import Any
 import matplotlib
 import pytest
 
-from replaceme.base.config import settings_yaml
 from replaceme.base.parameters import Params, read_params
-from replaceme.methods.registry import FIELDS, METHODS
+from replaceme.methods.registry import METHODS
 from replaceme.models.embedded import MODELS
 from replaceme.pipeline import report as stage
 from replaceme.report import page as page_module
-from replaceme.report.formatting import format_duration, format_quantity
 from replaceme.report.page import render
 from replaceme.report.tables import PUBLISHED
 from replaceme.running.workspace import Workspace
@@ -239,15 +237,6 @@ def test_the_distance_from_the_dense_model_is_given_for_each_text_and_first_for_
     ]
 
 
-@pytest.mark.parametrize(("p_value", "mark", "other"), [(0.049, "* differs", "° no"), (0.05, "° no", "* differs")])
-def test_only_marks_in_use_have_a_footnote(show: Show, p_value: float, mark: str, other: str) -> None:
-    assert "‡ the dense model isn't two standard errors above chance" in show().text
-    text = show(evaluation={"accuracy": {"piqa": {**EVALUATION["accuracy"]["piqa"], "p_value": p_value}}}).text
-    assert mark in text
-    assert other not in text
-    assert "‡" not in text
-
-
 @pytest.mark.parametrize("missing", [*combinations(EVALUATION, 1), ("perplexity", "word_perplexity", "byte_perplexity")])
 def test_what_is_absent_is_left_out(show: Show, missing: tuple[str, ...]) -> None:
     page = show(evaluation={key: value for key, value in EVALUATION.items() if key not in missing})
@@ -269,13 +258,6 @@ def test_scores_on_calibration_text_are_marked_wherever_they_stand(show: Show) -
     assert all(f"{said}{name})." in page.text for name in ("my_questions", "wikipedia"))
     for tile in ("accuracy kept (in part on calibration text)", "the perplexity (on calibration text)"):
         assert tile in page.text
-
-
-def test_continuations_of_both_models_stand_side_by_side(show: Show) -> None:
-    text = show().text
-    assert "Prose: The river dense ran high. pruned river river Question: Which capital? (known answer: Paris)" in text
-    assert "dense Paris. pruned Nothing: it ends the text." in text
-    assert "go on" not in show(continuations=[]).html
 
 
 # --- What was done ------------------------------------------------------------------------------------------------------
@@ -323,21 +305,11 @@ def test_removed_parts_of_layers_are_described_with_and_without_whole_layers(sho
     assert not re.search(r"cut differs|removed layers and|of its 7", page.text)
 
 
-def test_healing_is_described(show: Show) -> None:
-    healed = {"trained_parameters": 12345, "training_steps": 31, "training_loss_first": 0.5, "training_loss_last": 0.25}
-    text = show(healed=healed).text
-    assert "12,345 weights from the first cut on were trained for 31 steps" in text
-    assert "the KL divergence from them, on its own documents, went from 0.500 to 0.250 nats per token" in text
-    healed |= {"held_out_loss_first": 0.75, "held_out_loss_last": 0.625}
-    assert "documents held out from it, went from 0.750 to 0.625" in show(healed=healed).text
-    assert "were trained" not in show().text
-
-
 def test_times_and_costs_are_on_the_page_only_when_measured(show: Show) -> None:
     stages: dict[str, Any] = {"stage_seconds": {"select": 78.06, "plan": 0.0176}, "trained": False}
     cost = stages | {"seconds": 78.08, "peak_memory_bytes": 1474109440, "machines": ["Made Up 9000, 2 cores"]}
     without, whole = show(), show(speed=SPEED, cost=cost)
-    unmeasured = "Run measure_speed to measure them and get this page with them."
+    unmeasured = "Run replaceme speed to measure them and get this page with them."
     assert unmeasured in without.text
     assert not re.search("Measured on|Cost of the compression", without.text)
     assert unmeasured not in whole.text
@@ -366,13 +338,6 @@ def test_the_published_table_is_labelled_and_adds_up(show: Show) -> None:
     for _, percent, average, *tasks in PUBLISHED:
         assert sum(tasks) / 4 == pytest.approx(average, abs=0.06)
         assert 100 * sum(tasks) / 4 / dense == pytest.approx(percent, abs=0.1)
-
-
-def test_sizes_and_times_have_the_prefix_that_suits_them() -> None:
-    assert [format_quantity(value, "B") for value in (0, 999, 23040, 2.5e6, 1.5e10, 3e15)] == [
-        "0 B", "999 B", "23.04 kB", "2.5 MB", "15 GB", "3000 TB",
-    ]  # fmt: skip
-    assert [format_duration(value) for value in (0.0176, 5.44, 557.3, 7260)] == ["17.6 ms", "5.44 s", "9.29 min", "2.02 h"]
 
 
 # --- What the page must not contain -------------------------------------------------------------------------------------
@@ -426,18 +391,6 @@ def test_the_users_files_are_named_without_their_folders(show: Show, tmp_path: P
 
 
 # --- Settings, pictures and files ---------------------------------------------------------------------------------------
-
-
-def test_the_settings_repeat_the_run_and_have_every_key_of_the_pipelines_file() -> None:
-    given = {
-        "dataset": "org/1e-6", "dataset_config": "no", "alpha": 1e-7, "layers_to_skip": 3, "eval_tokens": None,
-        "tasks": ["wikipedia", {"winogrande": {"fewshots": 5, "limit": 200}}, {"q.jsonl": {"choices": ["a", "b"]}}],
-    }  # fmt: skip
-    params = read_params(None, given, methods=METHODS)
-    file = Path("settings.yaml")
-    file.write_text(text := settings_yaml(params, FIELDS), encoding="utf-8")
-    assert read_params(file, methods=METHODS) == params
-    assert {line.split(":")[0] for line in text.splitlines() if line[0].isalpha()} == set(FIELDS)
 
 
 def test_the_stage_writes_the_page_its_pictures_the_settings_and_the_card(

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 
-from replaceme.base.errors import SENTENCE_CHARACTERS, ModelError, ParameterError, excerpt, shown
+from replaceme.base.errors import SENTENCE_CHARACTERS, ModelError, ParameterError, excerpt
 from replaceme.running.entry import run
 from tests.pipeline.closure import ROOT
 
@@ -85,12 +85,3 @@ def test_an_excerpt_is_one_printable_line_with_both_ends_of_the_text(text: str, 
     if line.isprintable() and len(line) <= most:
         assert cut == line
     assert excerpt(text * 1000, most)[:5] == excerpt(text * 100, most)[:5]
-
-
-def test_nested_values_are_cut_before_they_are_written() -> None:
-    nested: list[object] = ["x" * 100]
-    for _ in range(60):
-        nested = [nested] * 10
-    assert len(shown(nested)) <= 80
-    assert shown({"a": 1}) == "{'a': 1}"
-    assert shown("x" * 10**7).startswith("'xxx")

@@ -11,10 +11,11 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from replaceme.base.errors import ResourceError
-from replaceme.cli import commands, experiments, publish
+from replaceme.cli import commands, publish
+from replaceme.cli.main import main
 from replaceme.models.model import Model
 from replaceme.running import extras
-from replaceme.running.extras import EXTRAS, need
+from replaceme.running.extras import EXTRAS, require_package
 from tests.helpers import FAST, call
 from tests.pipeline.closure import ROOT
 
@@ -44,8 +45,8 @@ def test_what_is_missing_is_named_with_its_extra(
     with pytest.raises(
         ResourceError, match=r"^use_4bit: needs the package bitsandbytes; install it: pip install '\.\[4bit\]' in the clone\.$"
     ):
-        need("bitsandbytes", "use_4bit")
-    call(experiments.compare_experiments, code=2)
+        require_package("bitsandbytes", "use_4bit")
+    call(main, "compare", code=2)
     assert "needs the package dvc; install it: pip install '.[pipeline]' in the clone." in capsys.readouterr().err
     given = ["--model", tiny.folder, "--dataset", text_file, "--layers", "2", *FAST, "--tasks", "[]", "--use_4bit", "true"]
     call(commands.run_replaceme, *given, "--save_path", tmp_path / "r", code=2)

@@ -5,7 +5,6 @@ import sys
 
 import torch
 
-from replaceme.models.devices import kind_of
 from replaceme.running.versions import list_versions, versions
 
 
@@ -22,8 +21,3 @@ def test_no_package_is_imported_for_its_version() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
-
-
-def test_the_kind_of_a_processor_has_its_vectors() -> None:
-    assert kind_of("cpu").endswith(torch.backends.cpu.get_cpu_capability())
-    assert kind_of("cpu") == kind_of("cpu") != torch.backends.cpu.get_cpu_capability()

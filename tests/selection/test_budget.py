@@ -1,7 +1,6 @@
 """A budget of parameters: how many layers and channels it takes, against the sizes of models that are built with them."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -124,11 +123,6 @@ def test_a_share_is_a_percentage(value: str) -> None:
         read_params(None, {"remove": value}, METHODS)
 
 
-def test_one_of_budget_and_tolerated_loss() -> None:
-    with pytest.raises(ParameterError, match="remove: and tolerated_loss each say how much goes"):
-        read_params(None, {"remove": "20%", "tolerated_loss": 0.1, "selection": "loss"}, METHODS)
-
-
 @pytest.mark.parametrize(("share", "level"), [("26%", "INFO"), ("20%", "WARNING")])
 def test_the_log_says_how_near_the_budget_is(tiny: Model, share: str, level: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "replaceme"), pytest.MonkeyPatch.context() as patch:
@@ -137,9 +131,3 @@ def test_the_log_says_how_near_the_budget_is(tiny: Model, share: str, level: str
     record = caplog.records[-1]
     assert record.levelname == level
     assert "2 layers go, and the others keep all channels: 26." in record.getMessage()
-
-
-def test_the_config_is_not_changed(tiny: Model, tmp_path: Path) -> None:
-    before = (tiny.folder / "config.json").read_bytes()
-    Sizes.of(tiny)
-    assert (tiny.folder / "config.json").read_bytes() == before

@@ -19,13 +19,19 @@ from replaceme.models.context import ModelContext
 from replaceme.models.families import Family, family_of
 from replaceme.models.model import Model
 from replaceme.models.recognition import recognise_family
-from replaceme.selection.compensation import blocks_of, check_scale, compensated_layers, scale_blocks, scaling_edits
+from replaceme.selection.compensation import (
+    blocks_of,
+    compensated_layers,
+    require_scalable,
+    scale_blocks,
+    scaling_edits,
+)
 from replaceme.selection.cut_loss import cut_losses
-from tests.conftest import KINDS, LAYERS, OBSTACLES, PLAIN, UNDESCRIBED, made_model
-from tests.helpers import TEXT, context_of, loss_without, many_documents, means, norm_in_float64, shortened_logits
+from tests.conftest import KINDS, LAYERS, OBSTACLES, PLAIN_REPRESENTATIVES, REPRESENTATIVES, UNDESCRIBED, made_model
+from tests.helpers import TEXT, context_of, logits_of, loss_without, many_documents, means, norm_in_float64, shortened_logits
 from tests.methods.helpers import assert_repaired_and_exported, model_refusals
 
-SCALABLE = [kind for kind in KINDS if not kind.startswith("olmo")]
+SCALABLE = [kind for kind in REPRESENTATIVES if not kind.startswith("olmo")]
 
 
 @torch.no_grad()
@@ -83,12 +89,6 @@ def float64(kind: str) -> Any:
     if family_of(model.config).norm_after_mlp:
         norm_in_float64(model, family_of(model.config))
     return model
-
-
-@torch.no_grad()
-def logits_of(model: Any) -> torch.Tensor:
-    logits: torch.Tensor = model(TEXT, use_cache=False).logits
-    return logits
 
 
 @torch.no_grad()
@@ -226,7 +226,7 @@ def test_states_that_overflow_are_named(documents: Documents) -> None:
 def test_a_scalar_is_known_to_fold_in_undescribed_families(kind: str, documents: Documents) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         model = made_model(kind, dtype, **UNDESCRIBED[kind])
-        check_scale(model, recognise_family(model), documents)
+        require_scalable(ModelContext(model, recognise_family(model), documents, 4))
         assert not any(part._forward_hooks for part in model.modules())
 
 
@@ -240,10 +240,10 @@ def test_a_part_that_sees_the_scale_of_the_stream_is_refused(part: str, document
         for layer in model.model.layers:
             setattr(layer, part, nn.Identity())
     with pytest.raises(ModelError, match="model_path: the layers of the family 'llama' depend on the scale of the residual"):
-        check_scale(model, family, documents)
+        require_scalable(ModelContext(model, family, documents, 4))
 
 
-@pytest.mark.parametrize("kind", PLAIN)
+@pytest.mark.parametrize("kind", PLAIN_REPRESENTATIVES)
 def test_repair_follows_scalars(kind: str, save_tiny: Callable[..., Model], tmp_path: Path) -> None:
     source = save_tiny(kind)
     if source.family().norm_before:

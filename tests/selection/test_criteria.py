@@ -10,7 +10,7 @@ from replaceme.base.errors import ParameterError
 from replaceme.base.files import read_json, write_json
 from replaceme.base.parameters import read_params
 from replaceme.base.plan import Block, Surrogate, load_blocks
-from replaceme.methods.registry import METHODS, criterion_of
+from replaceme.methods.registry import criterion_of
 from replaceme.models.context import ModelContext
 from replaceme.models.families import Family, family_of
 from replaceme.pipeline.select import select
@@ -159,19 +159,6 @@ def test_a_format_that_overflows_is_named(
     with pytest.raises(ParameterError, match=f"dtype: bfloat16 overflows in {where}; use bfloat16 or float32"):
         select(read_params(None, {"selection": "loss", "layers_to_skip": 2, "tolerated_loss": tolerated}), work)
     assert not work.blocks.exists()
-
-
-@pytest.mark.parametrize(
-    ("setting", "said"),
-    [
-        ({}, "needs selection: loss, which measures it, and that is null"),
-        ({"selection": "residual"}, "needs selection: loss, which measures it, and that is residual"),
-        ({"method": "slicegpt"}, "0.3 has no place in method slicegpt, which removes parts"),
-    ],
-)
-def test_tolerated_loss_needs_a_measured_loss(setting: dict[str, Any], said: str) -> None:
-    with pytest.raises(ParameterError, match=f"tolerated_loss: {said}"):
-        read_params(None, {**setting, "tolerated_loss": 0.3}, METHODS)
 
 
 def of_one_domain(mean: float) -> Losses:

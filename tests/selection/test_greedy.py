@@ -10,7 +10,7 @@ import torch
 from replaceme.base.documents import Documents, excerpts_of
 from replaceme.base.files import read_json, write_json
 from replaceme.base.parameters import read_params
-from replaceme.base.plan import Block, load_blocks, runs
+from replaceme.base.plan import Block, load_blocks
 from replaceme.methods.registry import METHODS, criterion_of
 from replaceme.pipeline.select import select
 from replaceme.running.workspace import Workspace
@@ -73,10 +73,6 @@ def test_influence_removes_the_layers_with_the_lowest_sum(count: int, tmp_path: 
     # The first layer has no host before it, and stays.
     best = min(combinations(range(1, 6), count), key=lambda layers: sum(influence[layer] for layer in layers))
     assert [layer for block in load_blocks(work.blocks) for layer in block.layers] == sorted(best)
-
-
-def test_single_layers_make_blocks_of_their_runs() -> None:
-    assert runs([7, 2, 3, 9, 8]) == [Block(2, 4), Block(7, 10)]
 
 
 @pytest.mark.parametrize(

@@ -64,10 +64,6 @@ def test_a_map_that_all_folds_share_is_kept_whole() -> None:
     assert choose_shrinkage(sums(folds(1, 0.0)), torch.full((5,), 0.3, dtype=torch.float64)) == Shrinkage(1.0, 1.0)
 
 
-def test_one_fold_teaches_nothing_about_others() -> None:
-    assert choose_shrinkage(sums(folds(1, 1.0))[:1], torch.full((5,), 0.3)) == Shrinkage()
-
-
 def test_a_feature_that_is_always_zero_changes_nothing() -> None:
     parts = folds(2, 1.0)
     padded = [(np.hstack([g, np.zeros((len(g), 1))]), e) for g, e in parts]

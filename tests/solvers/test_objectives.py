@@ -24,8 +24,8 @@ def loss_and_plain(kind: str) -> tuple[SquaredError | CosineLoss, Callable[[Tens
     if kind == "mse":
         return SquaredError(made_sums(M, Z, H)), lambda T: (Y - M @ T).square().sum()
     if kind == "fast":
-        return CosineLoss(Held(M, None, Y), CPU), lambda T: (1 - torch.cosine_similarity(M @ T, Y, dim=1)).sum()
-    return CosineLoss(Held(M, Z, H), CPU), lambda T: (1 - torch.cosine_similarity(M @ T + Z, H, dim=1)).sum()
+        return CosineLoss(Held(M, None, Y), CPU, torch.float64), lambda T: (1 - torch.cosine_similarity(M @ T, Y, dim=1)).sum()
+    return CosineLoss(Held(M, Z, H), CPU, torch.float64), lambda T: (1 - torch.cosine_similarity(M @ T + Z, H, dim=1)).sum()
 
 
 @pytest.mark.parametrize("kind", ["fast", "accurate", "mse"])
@@ -72,22 +72,12 @@ def test_an_epochs_minibatches_are_the_whole_objective_penalty_included(kind: st
     assert sum(share * value for share, value in parts) == pytest.approx(problem.value(x))
 
 
-def test_minibatches_are_of_the_size_asked_for_in_an_order_that_the_seed_decides() -> None:
-    loss = CosineLoss(Held(*made_tokens(64), rows=32), CPU)
-    runs = [list(loss.parts(8, torch.Generator().manual_seed(seed))) for seed in (0, 0, 1)]
-    assert [count for count, _ in runs[0]] == [8] * 8
-    values = [[float(part(EYE)) for _, part in run] for run in runs]
-    assert values[0] == values[1]
-    assert values[0] != values[2]
-    assert sum(values[0]) == pytest.approx(sum(values[2]))
-
-
 def test_tokens_of_zeros_have_no_direction_and_no_derivatives() -> None:
     M, _, H = made_tokens(20)
     M[3], H[7] = 0, 0
     kept = [row for row in range(20) if row not in (3, 7)]
     found, expected = (
-        Problem(CosineLoss(Held(M[rows], None, H[rows]), CPU), parametrise("dense", WIDTH, CPU), EYE, 0.0)
+        Problem(CosineLoss(Held(M[rows], None, H[rows]), CPU, torch.float64), parametrise("dense", WIDTH, CPU), EYE, 0.0)
         for rows in (slice(None), kept)
     )
     x, step = made_x("dense"), made_x("dense").flip(0)
@@ -107,7 +97,10 @@ def test_one_shard_is_in_memory_while_the_next_is_read() -> None:
         return M, Z, H
 
     problem = Problem(
-        CosineLoss(SimpleNamespace(counts=held.counts, read=read), CPU), parametrise("dense", WIDTH, CPU), EYE, 0.1
+        CosineLoss(SimpleNamespace(counts=held.counts, read=read), CPU, torch.float64),
+        parametrise("dense", WIDTH, CPU),
+        EYE,
+        0.1,
     )
     x = made_x("dense")
     problem.value_and_gradient(x)
@@ -120,7 +113,7 @@ def test_one_shard_is_in_memory_while_the_next_is_read() -> None:
 def test_the_cosines_metric_weighs_each_token_by_the_length_of_what_is_predicted() -> None:
     M, Z, H = made_tokens()
     weighted = M / (M @ (2 * EYE) + Z).norm(dim=1, keepdim=True)
-    assert torch.allclose(CosineLoss(Held(M, Z, H), CPU).metric(2 * EYE), weighted.T @ weighted)
+    assert torch.allclose(CosineLoss(Held(M, Z, H), CPU, torch.float64).metric(2 * EYE), weighted.T @ weighted)
 
 
 @pytest.mark.parametrize("whitened", [False, True])

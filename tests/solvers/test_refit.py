@@ -1,7 +1,6 @@
 """New weights of the host's last linears, against plain ridge regressions in numpy."""
 
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,15 @@ from replaceme.edits.edits import Edits
 from replaceme.edits.fold import apply_edits
 from replaceme.methods.registry import METHODS
 from replaceme.models.context import ModelContext
-from replaceme.models.families import Family, family_of, parameter_of
+from replaceme.models.families import Family, family_of
 from replaceme.repair.repair import repair_layers
 from replaceme.solvers.quality import sse_change_of_correction
 from replaceme.solvers.ridge import solve_correction, solve_ridge
 from replaceme.statistics.cut_statistics import FeatureGram, take_statistics
-from replaceme.statistics.features import LINEARS, Features
-from tests.conftest import PLAIN, WIDTH, made_model
-from tests.helpers import context_of, many_documents, passing, ridge
+from replaceme.statistics.features import Features
+from tests.conftest import PLAIN_REPRESENTATIVES, WIDTH, made_model
+from tests.helpers import many_documents, passing, ridge
+from tests.methods.helpers import NO_CHECKPOINTS
 
 BLOCK = Block(2, 4)
 
@@ -102,7 +102,7 @@ def test_an_infinite_ridge_leaves_the_weighted_transform_alone(transform: str) -
     assert found == pytest.approx(figures["weighted_residual_transform"], rel=1e-9)
 
 
-@pytest.mark.parametrize("kind", PLAIN)
+@pytest.mark.parametrize("kind", PLAIN_REPRESENTATIVES)
 def test_the_residual_of_a_refit_is_what_the_shortened_model_leaves(kind: str, documents: Documents) -> None:
     model = made_model(kind, torch.float64)
     family, H = family_of(model.config), passing(model, BLOCK.end - 1, documents)["output"]
@@ -115,7 +115,7 @@ def test_the_residual_of_a_refit_is_what_the_shortened_model_leaves(kind: str, d
     )
 
 
-@pytest.mark.parametrize("kind", PLAIN)
+@pytest.mark.parametrize("kind", PLAIN_REPRESENTATIVES)
 def test_more_weights_never_fit_worse(kind: str, documents: Documents) -> None:
     model = made_model(kind)
     residuals = []
@@ -161,27 +161,6 @@ def test_a_feature_that_is_always_zero_gets_nothing() -> None:
     assert found.tolist() == [[pytest.approx(1 / 1.5)], [0.0]]
 
 
-@pytest.mark.parametrize("kind", PLAIN)
-def test_the_layout_of_the_features_is_that_of_the_model(kind: str) -> None:
-    model = made_model(kind)
-    family = family_of(model.config)
-    layer = family.decoder_layers(model)[0]
-    features = Features.of(layer, family, LINEARS)
-    assert replace(Features.from_tensor(features.as_tensor()), multiplier=family.multiplier) == features
-    linears = [family.linear_of(layer, linear) for linear in LINEARS]
-    biases = [getattr(linear, "bias", None) is not None for linear in linears]
-    widths = [parameter_of(linear, "weight").shape[1] for linear in linears]
-    assert len(features) == sum(widths) + any(biases)
-    alone, place = features.only("mlp_output")
-    assert len(alone) == place.stop - place.start == widths[1] + biases[1]
-
-
-def test_padding_and_the_size_of_a_batch_change_nothing(documents: Documents, tmp_path: Path) -> None:
-    model = made_model(dtype=torch.float64)
-    one, four = (take_statistics(context_of(model, documents, size), BLOCK, ["features"])["features"] for size in (1, 4))
-    assert all(torch.allclose(one[name], four[name], rtol=1e-4, atol=1e-3) for name in one)
-
-
 def test_a_ridge_that_is_too_small_for_so_few_tokens_is_named() -> None:
     g = torch.randn(20, 60, dtype=torch.float64)
     with pytest.raises(SolveError, match=r"^ridge: 1e-18 leaves the least squares singular; raise it, or dataset_size"):
@@ -207,7 +186,7 @@ def test_a_repair_names_the_smaller_of_its_ridges(linear: str, tmp_path: Path) -
     assert family.parallel
     edits, plan = Edits("test", [*BLOCK.layers]), Plan((BLOCK,), ())
     with pytest.raises(SolveError, match=f"^repair_ridge_{linear}: 1e-18 leaves the least squares singular; raise it, or data"):
-        repair_layers(params, ModelContext(model, family, few, params.batch_size, tmp_path), edits, plan)
+        repair_layers(params, ModelContext(model, family, few, params.batch_size, tmp_path), edits, plan, NO_CHECKPOINTS)
 
 
 def test_the_map_is_solved_from_exact_sums() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from replaceme.base.documents import Documents
-from replaceme.statistics.profile import angular_distance, profile_model
+from replaceme.statistics.profile import profile_model
 from tests.conftest import LAYERS, made_model
 from tests.helpers import context_of, layer_outputs
 
@@ -55,8 +55,3 @@ def test_a_layer_that_does_nothing_has_no_influence_and_no_distance(documents: D
     found = profile_model(context_of(model, documents))
     assert found["layers"]["block_influence"][2] == pytest.approx(0, abs=1e-6)
     assert found["angular_distance"][1][2] == pytest.approx(0, abs=1e-6)
-
-
-def test_opposite_states_are_one_half_turn_apart() -> None:
-    state = torch.randn(1, 1, 8, dtype=torch.float64)
-    assert float(angular_distance(torch.cat([state, -state], dim=1))[0, 0, 1]) == pytest.approx(1.0)

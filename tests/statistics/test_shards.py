@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from replaceme.base.documents import Documents
 from replaceme.base.errors import ResourceError
 from replaceme.statistics.cut_statistics import take_statistics
-from replaceme.statistics.shards import ShardWriter, StoredShards, Tokens
+from replaceme.statistics.shards import StoredShards, Tokens
 from tests.conftest import WIDTH, made_model
 from tests.helpers import context_of
 from tests.statistics.helpers import BLOCK, at_cut
@@ -36,7 +36,7 @@ def test_the_fast_form_keeps_m_and_y_of_exactly_the_real_tokens(
     shards, read = read_all(tmp_path, taken["tokens"]["counts"])
     assert sum(shards.counts) == documents.token_count
     assert shards.counts[:-1] == [TOKENS_A_SHARD] * (documents.token_count // TOKENS_A_SHARD)
-    M, Z, H = at_cut(model, Documents(documents.longest_first()))
+    M, Z, H = at_cut(model, documents.in_walk_order())
     for expected, stored in ((M, [part[0] for part in read]), (H - Z, [part[2] for part in read])):
         assert np.allclose(torch.cat(stored).double().numpy(), expected, rtol=2**-8, atol=1e-3)
     assert all(part[1] is None for part in read)
@@ -49,7 +49,7 @@ def test_the_accurate_form_keeps_all_that_passed_and_a_bf16_walk_loses_nothing(d
     model = made_model(dtype=torch.bfloat16)
     taken = take_statistics(context_of(model, documents, 1, tmp_path), BLOCK, ["tokens_accurate"])
     _, [(M, Z, H)] = read_all(tmp_path, taken["tokens_accurate"]["counts"])
-    expected_m, expected_z, expected_h = at_cut(model, Documents(documents.longest_first()))
+    expected_m, expected_z, expected_h = at_cut(model, documents.in_walk_order())
     assert Z is not None
     assert np.array_equal(M.double().numpy(), expected_m)
     assert np.array_equal(H.double().numpy(), expected_h)
@@ -66,11 +66,3 @@ def test_tokens_that_do_not_fit_on_the_disk_are_refused_before_any_is_written(
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
     take_statistics(context_of(made_model(), documents, 4, tmp_path), BLOCK, ["tokens"])
-
-
-def test_the_writer_waits_with_less_than_a_shard(tmp_path: Path, small_shards: None) -> None:
-    writer = ShardWriter(tmp_path, ("added", "goal"), 1000)
-    for _ in range(20):
-        writer.add(torch.randn(37, WIDTH), torch.randn(37, WIDTH))
-        assert sum(len(parts[0]) for parts in writer.waiting) < TOKENS_A_SHARD
-    assert writer.finish().sum() == 20 * 37

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from replaceme.base.documents import Batch, Documents
-from replaceme.base.group import Shard, all_gather, all_reduce_sum, compute_on_rank0, merge_rows, process_group, shard, sharded
+from replaceme.base.group import Shard, all_gather, all_reduce_sum, compute_on_rank0, merge_rows, process_group, shard, sharing
 from replaceme.base.plan import Block
-from replaceme.statistics.cut_statistics import REDUCIBLE, STATISTICS, take_statistics
-from replaceme.statistics.walk import Reducible, Signal, Signals, signals_for, walk
+from replaceme.statistics.cut_statistics import REDUCIBLE, take_statistics
+from replaceme.statistics.walk import Signal, Signals, signals_for, walk
 from tests.conftest import made_model
 from tests.helpers import context_of, many_documents
 from tests.ranks import in_ranks
@@ -37,7 +37,7 @@ class Shared(Seen):
 
 def _walked() -> list[list[int]]:
     model, alone, beside = made_model(), Shared(), [Shared(), Seen()]
-    with process_group(), sharded():
+    with process_group("auto"), sharing():
         for observers in ([alone], beside):
             walk(context_of(model, many_documents(7), 2), observers, description=None)
     return [observer.positions for observer in (alone, *beside)]
@@ -66,7 +66,7 @@ def test_the_parts_of_the_batches_are_all_batches_once(size: int, documents: Doc
 
 def _exchanged() -> list[Any]:
     os.environ["LOCAL_WORLD_SIZE"] = "2"
-    with process_group(), sharded():
+    with process_group("auto"), sharing():
         rank = shard().rank
         # The second process has seen nothing of b; a sum of float32 is added in float64.
         sums = {"a": torch.full((2, 3), 0.1 + rank, dtype=torch.float64).T}
@@ -92,7 +92,7 @@ def test_what_processes_exchange_is_the_same_in_all(tmp_path: Path) -> None:
 
 def _statistics(batch_size: int) -> list[Any]:
     model = made_model()
-    with process_group(), sharded():
+    with process_group("auto"), sharing():
         taken = take_statistics(context_of(model, many_documents(7), batch_size), Block(2, 4), sorted(REDUCIBLE))
     return sorted([name, each, tensor.tolist()] for name, tensors in taken.items() for each, tensor in tensors.items())
 
@@ -107,9 +107,3 @@ def test_statistics_of_two_processes_are_those_of_one(batch_size: int, tmp_path:
     assert len(first) == sum(map(len, alone.values()))
     for name, each, values in first:
         torch.testing.assert_close(torch.tensor(values), alone[name][each].to(torch.tensor(values)), rtol=1e-6, atol=1e-12)
-
-
-def test_the_statistics_that_processes_share_are_those_that_add_up(tmp_path: Path) -> None:
-    model = made_model()
-    context = context_of(model, many_documents(7), folder=tmp_path)
-    assert {name for name, made in STATISTICS.items() if isinstance(made(Block(2, 4), context), Reducible)} == REDUCIBLE

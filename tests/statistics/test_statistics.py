@@ -1,17 +1,14 @@
-from collections.abc import Mapping
-
 import numpy as np
 import pytest
 import torch
 
-from replaceme.base.documents import Batch, Documents
+from replaceme.base.documents import Documents
 from replaceme.base.errors import SolveError
 from replaceme.base.parameters import read_params
 from replaceme.methods.registry import METHODS
 from replaceme.solvers.ridge import solve_ridge
-from replaceme.statistics.cut_statistics import Sample, take_statistics
+from replaceme.statistics.cut_statistics import take_statistics
 from replaceme.statistics.sums import Sums, squares
-from replaceme.statistics.walk import Signal, Signals, signals_for, walk
 from tests.conftest import WIDTH, made_model
 from tests.helpers import context_of
 from tests.statistics.helpers import BLOCK, at_cut
@@ -40,13 +37,6 @@ def test_sums_equal_those_of_the_concatenated_activations(documents: Documents) 
     assert all(total.dtype == torch.float64 for total in sums.values())
 
 
-def test_statistics_of_disjoint_documents_add_up(documents: Documents) -> None:
-    model = made_model(dtype=torch.float64)
-    parts = [Documents(documents.documents[:4]), Documents(documents.documents[4:])]
-    whole, first, second = (take_statistics(context_of(model, each), BLOCK, NAMES)["gram"] for each in (documents, *parts))
-    assert all(torch.allclose(whole[name], first[name] + second[name], rtol=1e-10) for name in whole)
-
-
 def test_the_sample_holds_evenly_spaced_real_tokens(documents: Documents, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("replaceme.statistics.cut_statistics.SAMPLED_TOKENS", 50)
     model = made_model(dtype=torch.float64)
@@ -56,39 +46,6 @@ def test_the_sample_holds_evenly_spaced_real_tokens(documents: Documents, monkey
     step = -(-documents.token_count // 50)
     for name, values in (("added", M), ("rest", Z), ("target", H)):
         assert np.allclose(sample[name].numpy(), values[::step], atol=1e-5)
-
-
-def test_the_sample_is_bounded_whatever_the_number_of_tokens() -> None:
-    assert -(-1_000_000 // Sample(BLOCK, 1_000_000).step) <= 2048
-
-
-def test_the_pass_stops_at_the_last_layer_needed_and_computes_no_logits(documents: Documents) -> None:
-    model = made_model()
-    called: list[str] = []
-    for index, layer in enumerate(model.model.layers):
-        layer.register_forward_hook(lambda *_, index=index: called.append(f"layer {index}"))
-    model.lm_head.register_forward_hook(lambda *_: called.append("logits"))
-    take_statistics(context_of(model, documents), BLOCK, NAMES)
-    assert set(called) == {f"layer {index}" for index in range(BLOCK.end - 1)} | {f"layer {BLOCK.end - 1}"}
-
-
-def test_observers_leave_nothing_in_a_batchs_scratch_and_no_hook_on_the_model(documents: Documents) -> None:
-    model = made_model()
-    batches: list[Batch] = []
-
-    class Watch:
-        def signals(self) -> Mapping[int, frozenset[Signal]]:
-            return signals_for([BLOCK.end], "output")
-
-        def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
-            batches.append(batch)
-
-    from replaceme.statistics.cut_statistics import Gram
-
-    walk(context_of(model, documents), [Gram(BLOCK), Watch()], description="test")
-    assert batches
-    assert all(not batch.scratch for batch in batches)
-    assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
 
 
 def test_figures_of_the_fit_equal_those_of_the_activations(documents: Documents) -> None:

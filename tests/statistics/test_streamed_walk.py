@@ -12,14 +12,13 @@ from replaceme.base.documents import Batch, Documents
 from replaceme.base.plan import Block
 from replaceme.models.context import ModelContext
 from replaceme.models.families import Family, family_of
-from replaceme.models.layers import EntryState
 from replaceme.models.memory import load_streamed
 from replaceme.models.model import Model
 from replaceme.models.streaming import LayerStream, stream_of
 from replaceme.statistics.cut_statistics import STATISTICS, take_statistics
 from replaceme.statistics.profile import profile_model
-from replaceme.statistics.walk import RecordStates, Signal, Signals, forward_passes, signals_for, walk
-from tests.conftest import EXPERTS, KINDS, LAYERS, NORM_AFTER_MLP, WIDTH, made_config
+from replaceme.statistics.walk import Signal, Signals, signals_for, walk
+from tests.conftest import EXPERTS, LAYERS, NORM_AFTER_MLP, REPRESENTATIVES, made_config
 
 
 class Recorder:
@@ -61,7 +60,7 @@ def equal(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", REPRESENTATIVES)
 def test_all_signals_are_the_same_bits_and_each_layer_is_read_once(
     save_tiny: Callable[..., Model], documents: Documents, kind: str
 ) -> None:
@@ -92,35 +91,3 @@ def test_profile_and_statistics_are_the_same_bits(
         take_statistics(ModelContext(each, family, documents, 2, tmp_path), block, names) for each in (streamed, resident)
     )
     assert equal(found, expected)
-
-
-def test_a_walk_from_a_later_layer_reads_only_the_layers_that_it_computes(tiny: Model, documents: Documents) -> None:
-    resident, streamed, own = pair(tiny, "float32")
-    family, tokens = family_of(made_config()), documents.token_count
-    entering = torch.randn(tokens, WIDTH, generator=torch.Generator().manual_seed(0))
-    kept = []
-    for model in (resident, streamed):
-        states = torch.empty(2, tokens, WIDTH)
-        observers = [RecordStates(3, ("attention",), states[0]), RecordStates(4, ("output",), states[1])]
-        walk(ModelContext(model, family, documents, 2), observers, description=None, start=EntryState(3, entering))
-        kept.append(states)
-    assert torch.equal(*kept)
-    assert own.bytes_read == 2 * own.sizes[0]
-
-
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3_moe"])
-@pytest.mark.parametrize("first", [None, 2])
-@torch.inference_mode()
-def test_whole_passes_give_the_same_logits_and_read_each_layer_once(
-    save_tiny: Callable[..., Model], documents: Documents, kind: str, first: int | None
-) -> None:
-    resident, streamed, own = pair(save_tiny(kind))
-    family, logits = family_of(made_config(kind)), []
-    entering = torch.randn(documents.token_count, WIDTH, generator=torch.Generator().manual_seed(0)).bfloat16()
-    for model in (resident, streamed):
-        with forward_passes(
-            model, family, documents.batches(2), None if first is None else EntryState(first, entering)
-        ) as batches:
-            logits.append([model(batch.input_ids, use_cache=False).logits for batch in batches])
-    assert all(map(torch.equal, *logits))
-    assert own.bytes_read == sum(own.sizes[first or 0 :])

@@ -13,7 +13,7 @@ from replaceme.models.families import family_of, linears_within, parameter_of
 from replaceme.models.layers import EntryState
 from replaceme.statistics.features import LINEARS, SIGNAL
 from replaceme.statistics.walk import Signal, Signals, signals_for, walk
-from tests.conftest import KINDS, LAYERS, PLAIN, made_model
+from tests.conftest import KINDS, LAYERS, PLAIN, PLAIN_REPRESENTATIVES, REPRESENTATIVES, made_model
 from tests.helpers import context_of, passing
 
 SIGNALS: tuple[Signal, ...] = ("input", "attention_features", "attention", "mlp_features", "mlp", "output")
@@ -80,7 +80,7 @@ def test_a_walk_ends_at_the_last_signal_that_is_wanted(signal: Signal, computed:
     assert (len(output), len(last), len(later), len(head)) == (computed, signal == "output", 0, 0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", REPRESENTATIVES)
 def test_a_walk_from_a_later_layer_continues_an_earlier_walk(kind: str, documents: Documents) -> None:
     model, whole = made_model(kind), Record(signals_for([2, LAYERS - 1], "output"))
     family = family_of(model.config)
@@ -95,7 +95,7 @@ def test_a_walk_from_a_later_layer_continues_an_earlier_walk(kind: str, document
     assert not calls
 
 
-@pytest.mark.parametrize("kind", PLAIN)
+@pytest.mark.parametrize("kind", PLAIN_REPRESENTATIVES)
 def test_an_attention_whose_features_are_known_computes_its_last_linear_alone(kind: str, documents: Documents) -> None:
     model, layer = made_model(kind), 3
     family = family_of(model.config)
@@ -111,12 +111,3 @@ def test_an_attention_whose_features_are_known_computes_its_last_linear_alone(ki
     assert not calls
     for signal in signals[2:]:
         assert torch.allclose(again.all(layer, signal), whole.all(layer, signal), rtol=1e-5, atol=1e-5)
-
-
-def test_padded_undoes_real(documents: Documents) -> None:
-    for batch in documents.batches(4):
-        states = torch.randn(*batch.input_ids.shape, 5)
-        padded = batch.padded(batch.real(states))
-        assert torch.equal(batch.real(padded), batch.real(states))
-        assert not padded[~batch.mask].any()
-        assert len(batch.real(states)) == len(range(10_000)[batch.tokens])

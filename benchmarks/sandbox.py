@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.forking import main as dvc
-from benchmarks.tries import NEVER, Ended, Moment, Try
+from benchmarks.tries import NEVER, Moment, Try, TryResult
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = "the a river mountain of runs near old town and people walk to market where bread fish wine are sold every day"
@@ -48,55 +48,57 @@ TIMED = re.compile(r"/costs/|work/stages/|sha256\.json$|\.lock|compression\.json
 COSTS = ("seconds", "memory_gb", "gpu_memory_gb")
 
 
-class Stand:
-    """A folder with a model, a text and a task, the user's cache, and the place of the results; and tries in it."""
+class Sandbox:
+    """A folder with a model, a text and a task, the user's cache, and a folder for results; and tries in it."""
 
     def __init__(self, folder: Path, inputs: Path):
         self.folder, self.inputs = folder, inputs
-        self.place, self.cache, self.temporary = folder / "place", folder / "cache", folder / "tmp"
+        self.results, self.cache, self.temporary = folder / "results", folder / "cache", folder / "tmp"
 
     def clear(self) -> None:
         """Delete all results and the cache."""
-        for part in (self.place, self.cache, self.temporary):
+        for part in (self.results, self.cache, self.temporary):
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
 
     def start(self, action: Callable[[], Any], moment: Moment = NEVER, limit: float = 600) -> Try:
-        """Start ``action`` in a child whose current folder is the place of the results."""
+        """Start ``action`` in a child whose current folder is that of the results."""
 
         def inside() -> None:
-            os.chdir(self.place)
+            os.chdir(self.results)
             os.environ["REPLACEME_CACHE"] = str(self.cache)
             tempfile.tempdir = os.environ["TMPDIR"] = str(self.temporary)
             action()
 
         return Try(inside, self.folder, moment, limit)
 
-    def run(self, action: Callable[[], Any], moment: Moment = NEVER, limit: float = 600) -> Ended:
+    def run(self, action: Callable[[], Any], moment: Moment = NEVER, limit: float = 600) -> TryResult:
         return self.start(action, moment, limit).wait()
 
     def prune(self, **changes: str) -> Callable[[], Any]:
-        """Return a call of run_replaceme with SETTINGS and ``changes``; files are those of the stand."""
+        """Return a call of run_replaceme with SETTINGS and ``changes``; files are those of the sandbox."""
         settings = {**SETTINGS, "save_path": "pruned", **changes}
         for key in ("model_path", "dataset"):
             settings[key] = str(self.inputs / settings[key])
         settings["tasks"] = str([str(self.inputs / "held-out.txt")])
-        return partial(console, "run_replaceme", *(word for key, value in settings.items() for word in (f"--{key}", value)))
+        return partial(
+            run_console_script, "run_replaceme", *(word for key, value in settings.items() for word in (f"--{key}", value))
+        )
 
     def content(self) -> dict[str, str]:
         """Return a digest of each file of results and cache, without times; a folder that is empty has an entry, too."""
         found = {}
-        for top in (self.place, self.cache, self.temporary):
+        for top in (self.results, self.cache, self.temporary):
             for path in sorted(top.rglob("*")):
                 name = path.relative_to(self.folder).as_posix()
                 if path.is_dir() and not any(path.iterdir()):
                     found[f"{name}/"] = "empty folder"
                 elif path.is_file():
-                    found[name] = "" if TIMED.search(name) else hashlib.sha256(_untimed(path)).hexdigest()
+                    found[name] = "" if TIMED.search(name) else hashlib.sha256(_read_without_costs(path)).hexdigest()
         return found
 
 
-def _untimed(path: Path) -> bytes:
+def _read_without_costs(path: Path) -> bytes:
     """Return what a file holds, without the cost among the figures of metrics/summary.json."""
     content = path.read_bytes()
     if path.name != "summary.json":
@@ -130,7 +132,7 @@ def set_params(folder: Path, settings: Mapping[str, str]) -> None:
     file.write_text(text, encoding="utf-8")
 
 
-def console(command: str, *words: str) -> None:
+def run_console_script(command: str, *words: str) -> None:
     sys.argv = [command, *words]
     getattr(importlib.import_module("replaceme.cli.commands"), command)()
 
@@ -169,8 +171,8 @@ def make_inputs(folder: Path, seed: int) -> None:
     fast.save_pretrained(folder / "model")
 
 
-class Project(Stand):
-    """A copy of this repository's pipeline, set to the tiny model; its place of results is the whole copy."""
+class PipelineSandbox(Sandbox):
+    """A copy of this repository's pipeline, set to the tiny model; its results are the whole copy."""
 
     def __init__(self, folder: Path, inputs: Path, code: Path):
         super().__init__(folder, inputs)
@@ -178,40 +180,40 @@ class Project(Stand):
 
     def clear(self) -> None:
         super().clear()
-        shutil.copytree(self.code, self.place, dirs_exist_ok=True)
-        (self.place / "metrics").mkdir()
+        shutil.copytree(self.code, self.results, dirs_exist_ok=True)
+        (self.results / "metrics").mkdir()
         settings = SETTINGS | {key: str(self.inputs / SETTINGS[key]) for key in ("model_path", "dataset")}
-        set_params(self.place, settings | {"tasks": f"[{self.inputs / 'held-out.txt'}]"})
-        subprocess.run(["git", "init", "-q"], cwd=self.place, check=True)
+        set_params(self.results, settings | {"tasks": f"[{self.inputs / 'held-out.txt'}]"})
+        subprocess.run(["git", "init", "-q"], cwd=self.results, check=True)
 
     def content(self) -> dict[str, str]:
-        """Return what ``Stand.content`` does, without DVC's own folders; of dvc.lock, what has no times in it."""
-        own = re.compile(r"place/\.(git|dvc)/|__pycache__")
+        """Return what ``Sandbox.content`` does, without DVC's own folders; of dvc.lock, what has no times in it."""
+        own = re.compile(r"results/\.(git|dvc)/|__pycache__")
         found = {name: digest for name, digest in super().content().items() if not own.match(name)}
-        lock = (self.place / "dvc.lock").read_text(encoding="utf-8")
+        lock = (self.results / "dvc.lock").read_text(encoding="utf-8")
         sums = re.findall(r"path: (\S+)\n\s+hash: md5\n\s+md5: (\S+)", lock)
-        found["place/dvc.lock"] = str(sorted({each for each in sums if not TIMED.search(f"/{each[0]}")}))
+        found["results/dvc.lock"] = str(sorted({each for each in sums if not TIMED.search(f"/{each[0]}")}))
         return found
 
 
-def repro() -> None:
+def run_dvc_repro() -> None:
     """Run ``dvc repro`` in this process, and each stage in a forked child of it."""
     dvc(["repro"])
 
 
-def load_libraries(stand: Stand, *actions: Callable[[], Any]) -> None:
+def load_libraries(sandbox: Sandbox, *actions: Callable[[], Any]) -> None:
     """Import here whatever the actions import, so that each try begins with it."""
-    names = stand.folder / "modules"
+    names = sandbox.folder / "modules"
 
-    def noting(action: Callable[[], Any]) -> None:
+    def record_modules(action: Callable[[], Any]) -> None:
         try:
             action()
         finally:
             names.write_text("\n".join(name for name in sys.modules if name != "__main__"), encoding="utf-8")
 
     for action in actions:
-        stand.clear()
-        ended = stand.run(partial(noting, action))
+        sandbox.clear()
+        ended = sandbox.run(partial(record_modules, action))
         if ended.code:
             sys.exit(f"the undisturbed run fails: {ended}")
         for name in names.read_text(encoding="utf-8").splitlines():
