@@ -25,7 +25,7 @@ from replaceme.base.published import PUBLISHED_KEYS, RECOMMENDED, Preset, choose
 
 COMMAND_LINE = "command line"
 
-Dtype = Literal["bfloat16", "float16", "float32"]
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 # What a value must be, by pydantic's kind of error; and by the name of a parameter or option that says more.
 KINDS = {
     "int_type": "a whole number",
@@ -97,7 +97,9 @@ class Params(BaseModel):
     batch_size: int = Field(8, ge=1)
     """Documents in one calibration batch."""
     dtype: Dtype = "bfloat16"
-    """Number format of the calibration passes; sums and solves are float64, single tokens on disk bf16."""
+    """Number format of the calibration passes; sums and solves are float64, single tokens on disk bf16. auto is the
+    format in which a processor computes the model's products fastest, float32 or bfloat16, measured once; bfloat16 where memory
+    asks for it, and on a GPU."""
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", title="auto, cpu, cuda or cuda:N")
     """auto, cpu, cuda or cuda:N."""
     device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = None
@@ -182,7 +184,7 @@ class Params(BaseModel):
     eval_batch_size: int = Field(1, ge=1)
     """Full windows (1024 tokens) in one evaluation batch."""
     eval_dtype: Dtype = "bfloat16"
-    """Number format of the evaluation."""
+    """Number format of the evaluation; auto as of dtype."""
 
     save_path: str | None = Field(None, title="its folder; intermediate results lie beside it, in FOLDER.work")
     """Where a console script puts its result; fixed in the pipeline (artifacts/model)."""

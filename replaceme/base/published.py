@@ -36,10 +36,13 @@ Preset = Literal["recommended", "published"]
 PRESETS: tuple[Preset, ...] = get_args(Preset)
 # As in a config file, where they differ from the published values.
 RECOMMENDED: Mapping[str, Any] = {
-    "dataset": ["wikipedia-sample", "finance-answers", "python-code", "self"],
+    "dataset": ["wikipedia-sample", "finance-answers", "python-code"],
     "dataset_size": 80,
     "pack": True,
     "batch_size": 2,
+    "dtype": "auto",
+    "eval_dtype": "auto",
+    "layers_to_skip": 4,
     "selection": "loss",
     "transform": "channels",
     "repair": True,

@@ -1,7 +1,7 @@
 """The number format that a processor computes a model in fastest: float32 or bfloat16.
 
-Most processors have no fast products of bfloat16: without AMX, or cores whose bfloat16 products run at the full rate, float32 takes
-half the time. So a fifth of a second of products of the model's shapes decides, once a machine.
+Most processors have no fast products of bfloat16: without AMX, or cores that multiply bfloat16 at the full rate, float32 takes
+half the time. So a fraction of a second of products of the model's shapes decides, once on a machine.
 """
 
 import json
@@ -17,7 +17,7 @@ from replaceme.base.files import cache_folder, write_json
 from replaceme.base.parameters import Params, size_of
 from replaceme.base.progress import logger
 from replaceme.models.devices import kind_of, resolve_device, use_processor
-from replaceme.models.memory import format_size, weight_bytes
+from replaceme.models.memory import format_size
 from replaceme.models.model import Model
 
 # How many times faster bfloat16 must be: float32 is more exact, and two measurements differ.
@@ -29,25 +29,26 @@ MEMORY_PART = 0.5
 
 
 def resolve_formats(params: Params, model: Model) -> Params:
-    """Return the parameters with the formats in place of auto."""
+    """Return the parameters with the model's format in place of auto."""
     keys = [key for key in ("dtype", "eval_dtype") if getattr(params, key) == "auto"]
     return params.model_copy(update=dict.fromkeys(keys, choose_format(params, model))) if keys else params
 
 
 def choose_format(params: Params, model: Model) -> str:
-    """Return the format for a model: bfloat16 on a GPU; on a processor the faster one, and bfloat16 where memory asks for it."""
-    if params.use_4bit or resolve_device(params.device) != "cpu":
-        return "bfloat16"
-    size = weight_bytes(model, "float32")
+    """Return the format for a model: on a processor the faster one, unless its weights take too much memory in float32."""
+    device = resolve_device(params.device)
+    if device != "cpu":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    size = sum(tensor.entries for tensor in model.stored.values()) * torch.float32.itemsize
     allowed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * MEMORY_PART
     if params.memory not in (None, "auto"):
         allowed = min(allowed, size_of(str(params.memory)))
-    if size > allowed:
+    if params.use_4bit or size > allowed:
         return "bfloat16"
-    format = _fastest(model.config(), params.threads)
-    if format == "float32":
-        logger.info("dtype: auto is float32, the faster format of this processor; the weights take %s", format_size(size))
-    return format
+    chosen = _fastest(model.config(), params.threads)
+    if chosen == "float32":
+        logger.info("dtype: auto is float32, which this processor computes faster; the weights take %s", format_size(size))
+    return chosen
 
 
 def _fastest(config: Any, threads: int) -> str:

@@ -21,6 +21,7 @@ from replaceme.evaluation.tasks import task_fingerprints
 from replaceme.methods.registry import METHODS, criterion_of
 from replaceme.models.checks import check_weights
 from replaceme.models.find import find_model, identity, recorded_model
+from replaceme.models.formats import resolve_formats
 from replaceme.models.model import Model
 from replaceme.models.model_files import CARD, WEIGHTS
 from replaceme.pipeline.cost import compression_figures, write_cost
@@ -93,6 +94,7 @@ def evaluate(params: Params, compare_with: str | None = None) -> None:
         raise ParameterError("tasks: is empty; name at least one task.")
     model = find_model(params)
     check_weights(model)
+    params = resolve_formats(params, model)
     target, sources = scores_file(params, model.name), read_record(model.folder)
     calibration = CalibrationText(sources, None) if sources else None
     if calibration:

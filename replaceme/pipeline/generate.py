@@ -1,14 +1,8 @@
 """generate: the dense model writes its own calibration text, where ``dataset`` names ``self``."""
 
-from replaceme.base.documents import Documents
 from replaceme.base.files import new_folder, read_json, write_json
 from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
-from replaceme.calibration.own_text import MAX_TOKENS, write_texts
-from replaceme.models.devices import use_processor
-from replaceme.models.find import recorded_model
-from replaceme.models.kv_cache import eager_attention_where_faster
-from replaceme.models.memory import load_within_budget
 from replaceme.running.stage import Stage
 from replaceme.running.workspace import Workspace
 
@@ -22,6 +16,14 @@ def generate(params: Params, work: Workspace) -> None:
         if not count:
             logger.info("generate: dataset has no text of the model's own")
             return
+        # Torch takes seconds to load, and most runs need no such text.
+        from replaceme.base.documents import Documents
+        from replaceme.calibration.own_text import MAX_TOKENS, write_texts
+        from replaceme.models.devices import use_processor
+        from replaceme.models.find import recorded_model
+        from replaceme.models.kv_cache import eager_attention_where_faster
+        from replaceme.models.memory import load_within_budget
+
         use_processor(params.threads)
         tokenizer = recorded_model(params, work.tokenizer_input).tokenizer()
         source = recorded_model(params, work.model_input)

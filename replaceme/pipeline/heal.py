@@ -1,6 +1,8 @@
 """heal: train the last linears of the layers from the cut on, if heal_epochs is above 0."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from replaceme.base.files import copy_tree, new_folder, read_json, remove, round_floats, write_json
 from replaceme.base.fingerprints import sha256_below
@@ -8,29 +10,22 @@ from replaceme.base.parameters import Params
 from replaceme.base.plan import Plan
 from replaceme.base.progress import logger
 from replaceme.base.ranks import rank
-from replaceme.edits.edits import Edits
-from replaceme.models.devices import use_processor
-from replaceme.models.find import calibration_context
-from replaceme.models.memory import HEALING_OBSTACLE
 from replaceme.running.stage import PASS, Stage
 from replaceme.running.workspace import Workspace
-from replaceme.training import healing
-from replaceme.training.checkpoints import checkpoint_key
-from replaceme.training.training import (
-    Curves,
-    LearningRateSchedule,
-    checkpoint_settings,
-    record_entry_and_exit,
-    summarize_training,
-    train,
-    write_curves,
-)
+
+if TYPE_CHECKING:
+    from replaceme.edits.edits import Edits
+    from replaceme.training.training import Curves
 
 
 def heal(params: Params, work: Workspace) -> None:
     """Write the final edits and metrics/heal.json; without healing, the edits are copied."""
     figures: dict[str, Any] = {}
     if params.heal_epochs:
+        # Torch takes seconds to load, and most runs train nothing.
+        from replaceme.edits.edits import Edits
+        from replaceme.training.training import write_curves
+
         edits = Edits.load(work.repaired)
         figures, curves = _heal(params, work, edits)
     else:
@@ -48,6 +43,19 @@ def heal(params: Params, work: Workspace) -> None:
 
 def _heal(params: Params, work: Workspace, edits: Edits) -> tuple[dict[str, Any], Curves]:
     """Train, add the changes to the edits, and return the training's figures and curves."""
+    from replaceme.models.devices import use_processor
+    from replaceme.models.find import calibration_context
+    from replaceme.models.memory import HEALING_OBSTACLE
+    from replaceme.training import healing
+    from replaceme.training.checkpoints import checkpoint_key
+    from replaceme.training.training import (
+        LearningRateSchedule,
+        checkpoint_settings,
+        record_entry_and_exit,
+        summarize_training,
+        train,
+    )
+
     use_processor(params.threads)
     context, plan = calibration_context(params, work, obstacle=HEALING_OBSTACLE), Plan.load(work.plan)
     # With narrower MLPs, the states differ from the dense model's from the first layer on.

@@ -24,13 +24,14 @@ from replaceme.models.checks import check_weights
 from replaceme.models.devices import resolve_device
 from replaceme.models.dtypes import dtype_name, stored_dtype, working_dtype
 from replaceme.models.find import find_model, identity
+from replaceme.models.formats import resolve_formats
 from replaceme.models.memory import format_size, proof_budget, weight_budget, weight_bytes
 from replaceme.models.model import Model, layer_count, positions_of
 from replaceme.models.model_files import CARD_FILES, TEXT_RECORD
 from replaceme.models.recognition import check_cut
 from replaceme.running.extras import require_package
 from replaceme.running.stage import Stage
-from replaceme.running.versions import FOUR_BIT, MODEL, SCORES, TEXT, versions
+from replaceme.running.versions import FORMAT, FOUR_BIT, MODEL, SCORES, TEXT, versions
 from replaceme.running.workspace import Workspace
 from replaceme.selection.budget import apply_budget
 from replaceme.selection.criteria import allowed_starts
@@ -54,6 +55,8 @@ def inspect_inputs(params: Params, work: Workspace) -> None:
             require_package("bitsandbytes", "use_4bit")
     with _collecting(problems):
         model = find_model(params)
+        params = resolve_formats(params, model)
+        content[work.model_versions.name][FORMAT], content[work.score_versions.name][FORMAT] = params.dtype, params.eval_dtype
         checked = _check_model(params, model)
         if not problems:  # without a device, it isn't known how much is free
             _log_needs(checked, model)

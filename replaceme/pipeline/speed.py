@@ -18,6 +18,7 @@ from replaceme.base.fingerprints import sha256_of
 from replaceme.base.parameters import Params
 from replaceme.base.progress import progress
 from replaceme.models.devices import resolve_device, use_processor
+from replaceme.models.formats import resolve_formats
 from replaceme.models.kv_cache import cache_arguments, fill_cache
 from replaceme.models.model import Model, positions_of
 from replaceme.models.model_files import WEIGHTS
@@ -42,6 +43,7 @@ def measure_speed(params: Params, dense: Model, pruned: Model) -> dict[str, Any]
     Raises:
         ModelError: a prompt and the new tokens don't fit the model's positions.
     """
+    params = resolve_formats(params, dense)
     use_processor(params.threads)
     device = resolve_device(params.device)
     models = {

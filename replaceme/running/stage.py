@@ -10,13 +10,14 @@ from typing import NoReturn
 
 from replaceme.base.combinations import Methods
 from replaceme.base.errors import ParameterError
-from replaceme.base.files import clear_partials
+from replaceme.base.files import clear_partials, read_json
 from replaceme.base.parameters import Params, read_params
 from replaceme.base.progress import logger
 from replaceme.base.ranks import launched_processes, world_size
 from replaceme.running.cost import cost_measurement, keep_cost
 from replaceme.running.entry import PARAMS_FILE, run
 from replaceme.running.processes import call_in_all, run_in_processes
+from replaceme.running.versions import FORMAT
 from replaceme.running.workspace import Workspace
 
 # The order of the stages, after ``inputs``: from the text to the profile, to the final edits, and to the saved model.
@@ -63,7 +64,10 @@ class Stage:
 
 
 def call_stage(stage: Stage, params: Params, work: Workspace) -> None:
-    """Run a stage, in all processes if they can share it."""
+    """Run a stage, in all processes if they can share it, with the number formats that the inputs stage chose for auto."""
+    recorded = {"dtype": work.model_versions, "eval_dtype": work.score_versions}
+    automatic = [key for key in recorded if key in stage.params and getattr(params, key) == "auto"]
+    params = params.model_copy(update={key: read_json(recorded[key])[FORMAT] for key in automatic})
     if world_size() == 1 or not stage.shared(params, work):
         stage.run(params, work)
     else:

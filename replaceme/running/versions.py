@@ -15,6 +15,8 @@ MODEL = ("numpy", "safetensors", "scipy", "torch", "transformers")
 SCORES = (*MODEL, "datasets", "lm-eval", "mwparserfromhell", "tokenizers")
 # What 4-bit linears compute with.
 FOUR_BIT = ("bitsandbytes",)
+# Beside the versions: what dtype, or eval_dtype, is here if it is auto.
+FORMAT = "number format"
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
