@@ -6,9 +6,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 .PHONY: all environment test lint docs package benchmarks clean
 
 all: environment
-	@touch .venv/.started
 	dvc repro
-	@test metrics/evaluation.json -nt .venv/.started || python -m replaceme.evaluation.tables
 	@git diff --quiet HEAD -- dvc.lock metrics || printf '%s\n' \
 		'dvc metrics diff HEAD: compares this run with the committed one, which in a fresh clone is the author'"'"'s, of another machine.' \
 		'git add dvc.lock metrics && git commit -m "baseline of this machine": from then on, experiments are compared with this run.'

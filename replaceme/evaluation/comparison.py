@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from replaceme.evaluation.standard_errors import Sample, compute_paired_p_value, t_test
+from replaceme.evaluation.tables import UNITS
 
 Figures = dict[str, Any]
 Items = Mapping[str, Tensor]
-UNITS = {"token": "perplexity", "word": "word_perplexity", "byte": "byte_perplexity"}
 SIZES = ("parameters", "parameters_without_embeddings", "disk_bytes", "kv_cache_bytes_per_token")
 # Standard errors by which the dense model must be above chance, or nothing can be said of what is kept of that.
 MIN_STDERRS = 2.0

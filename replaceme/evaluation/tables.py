@@ -1,16 +1,13 @@
-"""Scores as text tables: one model's, or both models' side by side; what was calibrated on is marked.
-
-``python -m replaceme.evaluation.tables`` prints the last run's table again, if no stage had to run.
-"""
+"""Scores as text tables: one model's, or both models' side by side; what was calibrated on is marked."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from replaceme.base.files import read_json
 from replaceme.base.progress import align
-from replaceme.evaluation.comparison import UNITS, Figures
-from replaceme.running.workspace import Workspace
 
+Figures = Mapping[str, Any]
+# The units of a perplexity, and its keys in a comparison.
+UNITS = {"token": "perplexity", "word": "word_perplexity", "byte": "byte_perplexity"}
 SIDES = ("dense", "pruned")
 # The columns of a comparison; one without cells is left out, and that of the change has no heading.
 COLUMNS = ("", *SIDES, "change", "above chance", "KL", "same token")
@@ -110,7 +107,3 @@ def _format_percent(accuracy: float, stderr: float | None = None) -> str:
 
 def _format_kept(pair: Mapping[str, float]) -> str:
     return f"{100 * pair['pruned'] / pair['dense']:.1f} % kept" if pair["dense"] else ""
-
-
-if __name__ == "__main__":
-    print(format_score_comparison(read_json(Workspace().metric("evaluation"))))

@@ -64,7 +64,7 @@ def prune(params: Params, texts: Sequence[str] | None = None) -> Workspace:
     with exclusive_result(params, result_name(params)) as work:
         if texts is not None:
             write_text(Path(str(params.dataset)), "".join(json.dumps({"text": text}) + "\n" for text in texts))
-        ran = run_stages(params, work, ("inputs", *stages))
+        run_stages(params, work, ("inputs", *stages))
         if params.save_transform_only:
             publish_folder(work, work.edits)
             logger.info("only the transform was saved, to %s (edits.safetensors); no model was written", work.model)
@@ -75,8 +75,7 @@ def prune(params: Params, texts: Sequence[str] | None = None) -> Workspace:
             logger.info("it was not scored: nothing is known of its quality; replaceme evaluate --model %s", work.model)
             return work
         publish_file(work, work.report / CARD_FILE, CARD)
-        if "evaluate" not in ran:
-            print(format_score_comparison(read_json(work.metric("evaluation"))))
+        print(format_score_comparison(read_json(work.metric("evaluation"))))
         logger.info("the report is %s", work.report / "index.html")
     return work
 

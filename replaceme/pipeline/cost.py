@@ -1,7 +1,7 @@
 """cost: what the compression cost (metrics/compression.json), and the dozen figures that matter (metrics/summary.json).
 
-This stage always runs, and the files are none of its outputs, so that no time gets into dvc.lock. Git keeps both. The summary
-is a metric of the pipeline all the same, which DVC shows and compares.
+This stage always runs, and so ends every run with the table of scores. The files are none of its outputs, so that no time gets
+into dvc.lock. Git keeps both. The summary is a metric of the pipeline all the same, which DVC shows and compares.
 """
 
 from collections.abc import Mapping
@@ -12,6 +12,7 @@ from replaceme.base.files import read_json, round_floats, write_json
 from replaceme.base.parameters import Params
 from replaceme.base.plan import load_blocks
 from replaceme.base.progress import logger
+from replaceme.evaluation.tables import format_score_comparison
 from replaceme.methods.registry import METHODS
 from replaceme.running.cost import Cost, kept_cost
 from replaceme.running.stage import COMPRESSION, Stage
@@ -100,9 +101,10 @@ def _multiply(value: float | None, factor: float) -> float | None:
 
 
 def write_figures(params: Params, work: Workspace) -> None:
-    """Write metrics/compression.json and metrics/summary.json."""
+    """Write metrics/compression.json and metrics/summary.json, and print the table of scores."""
     write_cost(params, work)
     evaluation, cost = read_json(work.metric("evaluation")), read_json(work.metric("compression"))
+    print(format_score_comparison(evaluation))
     write_json(work.metric("summary"), summarize_run(evaluation, sum(map(len, load_blocks(work.blocks))), cost))
 
 

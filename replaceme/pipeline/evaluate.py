@@ -16,14 +16,13 @@ from replaceme.evaluation.comparison import compare_scores
 from replaceme.evaluation.contamination import CalibrationText
 from replaceme.evaluation.continuations import pair_continuations
 from replaceme.evaluation.scores import Scores, score_model
-from replaceme.evaluation.tables import format_score_comparison
 from replaceme.models.model import Model
 from replaceme.running.stage import SCORING, Stage
 from replaceme.running.workspace import Workspace
 
 
 def evaluate(params: Params, work: Workspace) -> None:
-    """Score the pruned model, write metrics/evaluation.json and both models' continuations, and print the table."""
+    """Score the pruned model, write metrics/evaluation.json and both models' continuations."""
     pruned = Model(work.model, work.model.name, trust_remote_code=params.trust_remote_code)
     dense = Scores.load(work.baseline)
     calibration = CalibrationText.of_documents(read_record(work.model), Documents.load(work.documents), pruned.tokenizer())
@@ -34,7 +33,6 @@ def evaluate(params: Params, work: Workspace) -> None:
     comparison = round_floats(compare_scores(dense.figures, scores.figures, dense.items, scores.items))
     write_json(work.metric("evaluation"), comparison)
     write_json(work.continuations, pair_continuations(dense.continuations, scores.continuations))
-    print(format_score_comparison(comparison))
 
 
 def _warn_of_differences(dense: Mapping[str, Any], pruned: Mapping[str, Any]) -> None:

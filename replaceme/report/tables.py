@@ -7,8 +7,7 @@ one can be read side by side.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from replaceme.evaluation.comparison import UNITS
-from replaceme.evaluation.tables import find_contaminated_tasks
+from replaceme.evaluation.tables import UNITS, find_contaminated_tasks
 from replaceme.report.formatting import (
     Figures,
     format_duration,
