@@ -17,6 +17,7 @@ from replaceme.base.documents import (
     Documents,
     excerpts_of,
     folds_of,
+    part_of,
     split_indices,
 )
 
@@ -70,6 +71,17 @@ def test_the_text_of_a_loss_has_every_domain() -> None:
     assert [int(each[0]) for each in excerpts_of(alone).documents] == [
         int(each[0]) for each in alone.shuffled(EXCERPT_SEED).documents[:5]
     ]
+
+
+def test_a_part_of_a_text_is_whole_documents_of_every_domain_at_its_share() -> None:
+    sources = [(domain << SOURCE_BITS) + number for domain, count in enumerate((20, 10, 10)) for number in range(count)]
+    documents = Documents([torch.full((100,), source >> SOURCE_BITS) for source in sources], sources)
+    part = part_of(documents, 1950)
+    assert part.token_count == 2000
+    assert part.tokens_by_domain == {0: 1000, 1: 500, 2: 500}
+    assert all(len(document) == 100 for document in part.documents)
+    assert len(set(part.sources)) == 20
+    assert part_of(documents, 4000) is documents
 
 
 def test_sources_follow_their_documents_and_survive_the_disk(tmp_path: Path) -> None:
