@@ -265,7 +265,7 @@ def test_another_transform_changes_the_cut_and_no_pass_before_it(project: Path) 
 
 
 def test_the_experiments_are_compared_in_a_table_and_a_picture_and_their_models_are_measured_once(project: Path) -> None:
-    printed, output = served(project, "compare_experiments", "--speed"), project / "artifacts" / "experiments"
+    printed, output = served(project, "replaceme", "compare", "--speed"), project / "artifacts" / "experiments"
     table = pd.read_csv(output / "experiments.csv")
     assert {"experiment", "best", "method", "parameters.removed_percent", "retention_percent"} <= set(table)
     assert sorted(zip(table["alpha"], table["layers_to_skip"], strict=True)) == [(0.0, 1), (0.0, 2), (0.1, 2)]
@@ -275,7 +275,7 @@ def test_the_experiments_are_compared_in_a_table_and_a_picture_and_their_models_
     assert "alpha" in printed
     assert len(re.findall(r"(?m)^\|", (output / "experiments.md").read_text())) == len(table) + 2
     assert len(json.loads((output / "speed.json").read_text())) == printed.count(", measured") == 3
-    again = served(project, "compare_experiments", "--speed")
+    again = served(project, "replaceme", "compare", "--speed")
     assert (again.count(", measured"), again.count(", known")) == (0, 3)
     assert re.search(r"time +memory +prefill +decode\n", again)
     assert not list(project.glob("*.partial"))
@@ -316,7 +316,7 @@ def test_results_and_experiments_are_shared_through_a_remote(project: Path, tmp_
 
 
 def test_speed_is_measured_apart_from_the_lock(project: Path) -> None:
-    printed = served(project, "measure_speed", "--config", "params.yaml", "--alpha", "7", "--max_length", "99")
+    printed = served(project, "replaceme", "speed", "--config", "params.yaml", "--alpha", "7", "--max_length", "99")
     assert re.search(r"prefill +[\d.]+ ms +[\d.]+ ms +x [\d.]+", printed)
     speed = project / "artifacts" / "speed"
     times = json.loads((speed / "speed.json").read_text())
