@@ -37,7 +37,7 @@ PRESETS: tuple[Preset, ...] = get_args(Preset)
 # As in a config file, where they differ from the published values.
 RECOMMENDED: Mapping[str, Any] = {
     "dataset": ["wikipedia-sample", "finance-answers", "python-code"],
-    "dataset_size": 80,
+    "dataset_size": 64,
     "pack": True,
     "batch_size": 2,
     "dtype": "auto",

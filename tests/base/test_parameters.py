@@ -40,7 +40,7 @@ def written(tmp_path: Path, text: str) -> Path:
         ("pack: yes", "pack: must be true or false, not 'yes'."),
         ("device: tpu", "device: must be auto, cpu, cuda or cuda:N, not 'tpu'."),
         ("memory: 6 gigs", "memory: must be auto, null, or a size such as 6GB or 500MiB, not '6 gigs'."),
-        ("dtype: int8", "dtype: must be 'bfloat16', 'float16' or 'float32', not 'int8'."),
+        ("dtype: int8", "dtype: must be 'auto', 'bfloat16', 'float16' or 'float32', not 'int8'."),
         ("model_path: null", "model_path: must be a text, not null."),
         ("solver: sgd", "solver: must be 'adam', 'lbfgs', 'cg' or 'trust_region', not 'sgd'."),
         ("l1_ratio: 1.5", "l1_ratio: must be at most 1, not 1.5."),
