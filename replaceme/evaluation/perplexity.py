@@ -16,7 +16,7 @@ from torch.nn.functional import log_softmax, nll_loss
 
 from replaceme.base.group import all_reduce_sum, shard
 from replaceme.base.progress import progress
-from replaceme.evaluation.windows import Windows
+from replaceme.evaluation.windows import WINDOW, Windows
 from replaceme.models.interleaving import interleave_forwards
 
 # The dense model's most likely tokens that are kept at each position.
@@ -41,7 +41,7 @@ def score_windows(
     Args:
         model: the model.
         windows: what to score.
-        batch_size: windows in a batch.
+        batch_size: full windows in a batch; of shorter ones, as many as have no more tokens.
         description: of the progress bar.
         dense: ``likely_ids`` and ``likely_logs`` of the dense model, if this is another one.
         keep_likely: whether this is the dense model, from which others will differ.
@@ -54,7 +54,11 @@ def score_windows(
         likely token is the same.
     """
     order = sorted(range(len(windows.ids)), key=lambda index: len(windows.ids[index]), reverse=True)
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    batches: list[list[int]] = []
+    for index in order:
+        if not batches or (len(batches[-1]) + 1) * len(windows.ids[batches[-1][0]]) > batch_size * WINDOW:
+            batches.append([])
+        batches[-1].append(index)
     batches = batches[shard().rank :: shard().size]
     # What other processes score stays zero here.
     names = ("losses", "divergences", "agreements") if dense else ("losses",)
@@ -84,16 +88,18 @@ def _score_batch(
             end = min(start + POSITIONS, count)
             logs = log_softmax(logits[start:end].float(), dim=-1)
             targets = row[start + 1 : end + 1].to(logs.device)
-            scores["losses"][index] += float(nll_loss(logs, targets, reduction="sum")) / count
+            scores["losses"][index] += float(nll_loss(logs, targets, reduction="sum"))
             positions = slice(bounds[index] + start, bounds[index] + end)
             if "likely_ids" in scores:
                 scores["likely_logs"][positions], scores["likely_ids"][positions] = logs.topk(TOP)
             if dense:
                 p_logs, likely = (dense[name][positions].to(logs.device) for name in ("likely_logs", "likely_ids"))
                 q_logs = logs.gather(1, likely.long())
-                scores["divergences"][index] += float(kl_divergence(p_logs, q_logs).sum()) / count
+                scores["divergences"][index] += float(kl_divergence(p_logs, q_logs).sum())
                 # Predictions of few bits tie: the dense model's most likely token counts as the same if none is more likely.
-                scores["agreements"][index] += float((q_logs[:, 0] == logs.max(-1).values).sum()) / count
+                scores["agreements"][index] += float((q_logs[:, 0] == logs.max(-1).values).sum())
+        for name in scores.keys() & {"losses", "divergences", "agreements"}:
+            scores[name][index] /= count
 
 
 def kl_divergence(p_logs: Tensor, q_logs: Tensor) -> Tensor:

@@ -316,7 +316,7 @@ def test_results_and_experiments_are_shared_through_a_remote(project: Path, tmp_
 
 
 def test_speed_is_measured_apart_from_the_lock(project: Path) -> None:
-    printed = served(project, "replaceme", "speed", "--config", "params.yaml", "--alpha", "7", "--max_length", "99")
+    printed = served(project, "replaceme", "speed", "--config", "params.yaml")
     assert re.search(r"prefill +[\d.]+ ms +[\d.]+ ms +x [\d.]+", printed)
     speed = project / "artifacts" / "speed"
     times = json.loads((speed / "speed.json").read_text())
