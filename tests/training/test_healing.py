@@ -274,7 +274,7 @@ def test_an_interrupted_healing_resumes_to_the_same_bits(params: Params, tmp_pat
     assert again[0] == 0
 
 
-@pytest.mark.parametrize("failing", ["training.training.write_curves", "pipeline.heal.write_json"])
+@pytest.mark.parametrize("failing", ["pipeline.heal.copy_tree", "pipeline.heal.write_json"])
 @pytest.mark.usefixtures("checkpoint_at_each_chance")
 def test_a_healing_whose_results_can_not_be_written_is_not_trained_again(
     failing: str, params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
