@@ -14,8 +14,8 @@ Values = Mapping[str, Any]
 
 Transform = Literal["dense", "diagonal", "two_vectors", "triangular", "orthogonal", "refit", "joint", "channels"]
 TRANSFORMS: tuple[Transform, ...] = get_args(Transform)
-# Transforms that solve for new weights instead of a map; and those of them after which the layer before the
-# cut is solved for again, on its features after the first solution.
+# Transforms that solve for new weights instead of a map; and those of them after which the layer before the cut is solved for
+# again, on its features after the first solution.
 NEW_WEIGHTS = ("refit", "joint", "channels")
 STEPWISE = ("joint", "channels")
 

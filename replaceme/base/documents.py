@@ -6,7 +6,7 @@ In a batch, padding comes after the text, so a causal model's real tokens never 
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -193,13 +193,7 @@ def part_of(documents: Documents, tokens: int) -> Documents:
     """Return whole documents that reach so many tokens, each domain at its share, in a seeded order; or all as they are."""
     if documents.token_count <= tokens:
         return documents
-    chosen: list[tuple[int, Tensor]] = []
-    for source, document in _by_domain(documents.shuffled(EXCERPT_SEED)):
-        if tokens <= 0:
-            break
-        chosen.append((source, document))
-        tokens -= len(document)
-    return Documents([document for _, document in chosen], [source for source, _ in chosen])
+    return _first_of(_by_domain(documents.shuffled(EXCERPT_SEED)), tokens)
 
 
 def _by_domain(documents: Documents) -> Iterator[tuple[int, Tensor]]:
@@ -236,13 +230,19 @@ def in_shares(
 
 def few_documents(documents: Documents, tokens: int) -> Documents:
     """Return the first documents of a walk (the longest ones) that reach so many tokens together, or all."""
-    chosen: list[Tensor] = []
-    for document in documents.in_walk_order().documents:
+    ordered = documents.in_walk_order()
+    return _first_of(zip(ordered.sources, ordered.documents, strict=True), tokens)
+
+
+def _first_of(documents: Iterable[tuple[int, Tensor]], tokens: int) -> Documents:
+    """Return the first of these sources and documents that reach so many tokens together, or all."""
+    chosen: list[tuple[int, Tensor]] = []
+    for source, document in documents:
         if tokens <= 0:
             break
-        chosen.append(document)
+        chosen.append((source, document))
         tokens -= len(document)
-    return Documents(chosen)
+    return Documents([document for _, document in chosen], [source for source, _ in chosen])
 
 
 def seeded_order(count: int, seed: int) -> Tensor:

@@ -144,6 +144,15 @@ def read_json(path: Path) -> Any:
         raise missing_output(path) from None
 
 
+def read_remembered(path: Path) -> dict[str, Any]:
+    """Return what a JSON file in the user's cache folder remembers; nothing if it is missing or damaged."""
+    try:
+        known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return known
+
+
 def missing_output(path: Path) -> ResourceError:
     """Return the error for a file that an earlier stage writes and that isn't there."""
     return ResourceError(f"{path} does not exist: run the stage that writes it first (`dvc repro`).")

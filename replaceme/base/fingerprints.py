@@ -12,7 +12,7 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-from replaceme.base.files import cache_folder, write_json
+from replaceme.base.files import cache_folder, read_remembered, write_json
 
 PACKAGE = Path(__file__).parents[1]
 # A smaller file is read as fast as its sum is looked up.
@@ -57,12 +57,8 @@ def _sha256(path: Path) -> str:
 
 @cache
 def _remembered(memory: Path) -> dict[str, list[int | str]]:
-    """Return the remembered sums, which are read once a process: path → size, times, inode and sum; none of a damaged file."""
-    try:
-        known: dict[str, list[int | str]] = json.loads(memory.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return known
+    """Return the remembered sums, which are read once a process: path → size, times, inode and sum."""
+    return read_remembered(memory)
 
 
 def _state(path: Path) -> list[int | str]:

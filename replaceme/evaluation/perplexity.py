@@ -70,6 +70,8 @@ def score_windows(
     passes = interleave_forwards(model, (partial(_score_batch, model, windows, batch, dense, scores) for batch in batches))
     for _ in progress(passes, description, "batches", len(batches)):
         pass
+    for name in names:
+        scores[name] /= windows.counts
     all_reduce_sum(scores)
     return scores
 
@@ -77,7 +79,7 @@ def score_windows(
 def _score_batch(
     model: Any, windows: Windows, batch: list[int], dense: Mapping[str, Tensor] | None, scores: Mapping[str, Tensor]
 ) -> None:
-    """Write the scores of the windows with these indices into ``scores`` (as of ``score_windows``)."""
+    """Add to ``scores``, as of ``score_windows``, those of the windows with these indices; sums instead of means."""
     bounds = [0, *windows.counts.long().cumsum(0).tolist()]
     rows = [windows.ids[index] for index in batch]
     # The last token predicts nothing, so it is left out.
@@ -98,8 +100,6 @@ def _score_batch(
                 scores["divergences"][index] += float(kl_divergence(p_logs, q_logs).sum())
                 # Predictions of few bits tie: the dense model's most likely token counts as the same if none is more likely.
                 scores["agreements"][index] += float((q_logs[:, 0] == logs.max(-1).values).sum())
-        for name in scores.keys() & {"losses", "divergences", "agreements"}:
-            scores[name][index] /= count
 
 
 def kl_divergence(p_logs: Tensor, q_logs: Tensor) -> Tensor:

@@ -153,9 +153,8 @@ class CausalScorer(TemplateLM):
         device, cache = self.model.device, None
         first = min(map(len, contexts)) - 1
         if len(rows) == len(contexts) or not first or not self.shares_contexts:
-            texts = [
-                contexts[row] + tail[:-1] for row, tail in zip(rows, continuations, strict=True)
-            ]  # nothing to share: one pass
+            # Nothing to share: one pass.
+            texts = [contexts[row] + tail[:-1] for row, tail in zip(rows, continuations, strict=True)]
         else:
             cache = fill_cache(self.model, torch.tensor([context[:-1] for context in contexts], device=device))
             cache.batch_select_indices(torch.tensor(rows))  # on the CPU: each layer may be on another device

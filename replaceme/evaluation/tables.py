@@ -5,7 +5,6 @@ from typing import Any
 
 from replaceme.base.progress import align
 
-Figures = Mapping[str, Any]
 # The units of a perplexity, and its keys in a comparison.
 UNITS = {"token": "perplexity", "word": "word_perplexity", "byte": "byte_perplexity"}
 SIDES = ("dense", "pruned")
@@ -13,12 +12,12 @@ SIDES = ("dense", "pruned")
 COLUMNS = ("", *SIDES, "change", "above chance", "KL", "same token")
 
 
-def format_score_comparison(comparison: Figures) -> str:
+def format_score_comparison(comparison: Mapping[str, Any]) -> str:
     """Return the comparison as a text table, and a sentence on contaminated tasks."""
     return "\n".join(filter(None, [align(tabulate_score_comparison(comparison)), describe_contamination(comparison)]))
 
 
-def format_scores(figures: Figures) -> str:
+def format_scores(figures: Mapping[str, Any]) -> str:
     """Return one model's scores (``Scores.figures``) as a text table."""
     marks = _mark_contamination(figures)
     rows: list[tuple[str, ...]] = [("", *UNITS)] if figures["perplexity"] else []

@@ -30,7 +30,7 @@ from replaceme.edits.unfused import unfused
 from replaceme.export.transformers4 import add_older_keys
 from replaceme.models.dtypes import dtype_name, proof_dtypes, stored_dtype, working_dtype
 from replaceme.models.families import Family, parameter_of
-from replaceme.models.layers import replace_forward, replace_output, tensor_of
+from replaceme.models.layers import input_of, replace_forward, replace_input, replace_output, tensor_of
 from replaceme.models.memory import load_streamed, load_without_layers, measure_parts, stream_layers
 from replaceme.models.model import Model, layer_count
 from replaceme.models.own_form import is_own_form, own_config
@@ -428,9 +428,7 @@ def _replace_output(record: Callable[[Tensor], Tensor], _module: nn.Module, _arg
 
 
 def _replace_input(record: Callable[[Tensor], Tensor], _module: nn.Module, args: Any, options: dict[str, Any]) -> Any:
-    if args:
-        return (record(args[0]), *args[1:]), options
-    return args, {**options, "hidden_states": record(options["hidden_states"])}
+    return replace_input(args, options, record(input_of(args, options)))
 
 
 def _compute_relative_errors(expected: Tensor, actual: Tensor) -> Tensor:

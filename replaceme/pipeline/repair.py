@@ -7,15 +7,7 @@ from typing import Any
 
 from replaceme.base.combinations import STEPWISE
 from replaceme.base.documents import Documents
-from replaceme.base.files import (
-    copy_tree,
-    new_folder,
-    read_json,
-    remove,
-    round_floats,
-    write_json,
-    write_text,
-)
+from replaceme.base.files import copy_tree, new_folder, read_json, remove, round_floats, write_json, write_text
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.parameters import Params
 from replaceme.base.plan import Plan

@@ -15,7 +15,7 @@ MODEL = ("numpy", "safetensors", "scipy", "torch", "transformers")
 SCORES = (*MODEL, "datasets", "lm-eval", "mwparserfromhell", "tokenizers")
 # What 4-bit linears compute with.
 FOUR_BIT = ("bitsandbytes",)
-# Beside the versions: what dtype, or eval_dtype, is here if it is auto.
+# Beside the versions: the number format, with auto resolved.
 FORMAT = "number format"
 
 

@@ -134,8 +134,8 @@ def profile_model(context: ModelContext) -> dict[str, Any]:
         ResourceError: the disk is too small for the scratch files.
     """
     model, layers, width = context.model, len(context.layers), context.width
-    documents = part_of(context.documents, max(PROFILED_TOKENS, TOKENS_PER_DIMENSION * width))
-    context = context.with_documents(documents)
+    context = context.with_documents(part_of(context.documents, max(PROFILED_TOKENS, TOKENS_PER_DIMENSION * width)))
+    documents = context.documents
     distances, cosines = AngularDistances(layers), StateCosines(layers)
     if documents.token_count < 2:
         raise ParameterError("dataset_size: the dataset gave a single token, which leaves none to hold out; take more text.")
