@@ -57,17 +57,27 @@ def free_memory(device: str) -> int:
     return _free_of_processor() // local_world_size()
 
 
+def total_memory() -> int:
+    """Return the bytes of memory that the machine has, or that its container may take."""
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return whole if (limit := _group_limit()) is None else min(whole, limit)
+
+
 def _free_of_processor() -> int:
     """Return the bytes that can be taken without swapping."""
     if not MEMORY_INFO.is_file():
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        return total_memory() // 2
     match = re.search(r"(?m)^MemAvailable:\s+(\d+) kB$", MEMORY_INFO.read_text(encoding="utf-8"))
     free = int(match[1]) << 10 if match else 0
-    try:
-        limit, use = (path.read_text(encoding="utf-8").strip() for path in (GROUP_LIMIT, GROUP_USE))
-    except OSError:
+    if (limit := _group_limit()) is None:
         return free
-    return min(free, max(int(limit) - int(use), 0)) if limit.isdigit() else free
+    return min(free, max(limit - int(GROUP_USE.read_text(encoding="utf-8")), 0))
+
+
+def _group_limit() -> int | None:
+    """Return the bytes that this process's control group may take; None if they are not limited."""
+    limit = GROUP_LIMIT.read_text(encoding="utf-8").strip() if GROUP_LIMIT.is_file() else "max"
+    return int(limit) if limit.isdigit() else None
 
 
 def use_processor(threads: int) -> None:

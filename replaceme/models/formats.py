@@ -4,8 +4,6 @@ Most processors have no fast products of bfloat16: without AMX, or cores that mu
 half the time. So a fraction of a second of products of the model's shapes decides, once on a machine.
 """
 
-import json
-import os
 import time
 from contextlib import suppress
 from typing import Any
@@ -13,18 +11,19 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from replaceme.base.files import cache_folder, write_json
+from replaceme.base.files import cache_folder, read_remembered, write_json
 from replaceme.base.parameters import Params, size_of
 from replaceme.base.progress import logger
-from replaceme.models.devices import kind_of, resolve_device, use_processor
+from replaceme.models.devices import kind_of, resolve_device, total_memory, use_processor
 from replaceme.models.memory import format_size
 from replaceme.models.model import Model
+from replaceme.models.width import WIDTHS
 
 # How many times faster bfloat16 must be: float32 is more exact, and two measurements differ.
 CLEARLY = 1.25
 # Operations and tokens of a product that is measured, and how often it is.
 OPERATIONS, MOST_TOKENS, ROUNDS = 4e9, 2048, 4
-# The part of the machine's memory that weights in float32 may take.
+# The part of the machine's memory that the weights of all processes may take in float32.
 MEMORY_PART = 0.5
 
 
@@ -40,7 +39,7 @@ def choose_format(params: Params, model: Model) -> str:
     if device != "cpu":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     size = sum(tensor.entries for tensor in model.stored.values()) * torch.float32.itemsize
-    allowed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * MEMORY_PART
+    allowed = MEMORY_PART * total_memory() / params.processes
     if params.memory not in (None, "auto"):
         allowed = min(allowed, size_of(str(params.memory)))
     if params.use_4bit or size > allowed:
@@ -54,11 +53,9 @@ def choose_format(params: Params, model: Model) -> str:
 def _fastest(config: Any, threads: int) -> str:
     """Return the faster format for products of a model's shapes; this processor's earlier answer, if there is one."""
     width = int(config.hidden_size)
-    inputs = int(getattr(config, "intermediate_size", None) or 4 * width)
+    inputs = next((int(value) for name in WIDTHS if (value := getattr(config, name, None))), 4 * width)
     memory, key = cache_folder() / "formats.json", f"{kind_of('cpu')}, {threads} threads, {width} x {inputs}"
-    known: dict[str, str] = {}
-    with suppress(OSError, ValueError):
-        known = json.loads(memory.read_text(encoding="utf-8"))
+    known: dict[str, str] = read_remembered(memory)
     if key not in known:
         use_processor(threads)
         seconds = _measure_products(width, inputs)

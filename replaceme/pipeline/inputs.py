@@ -55,10 +55,12 @@ def inspect_inputs(params: Params, work: Workspace) -> None:
             require_package("bitsandbytes", "use_4bit")
     with _collecting(problems):
         model = find_model(params)
-        params = resolve_formats(params, model)
+        # Without a device, neither is known which format it computes fastest nor how much is free.
+        if has_device := not problems:
+            params = resolve_formats(params, model)
         content[work.model_versions.name][FORMAT], content[work.score_versions.name][FORMAT] = params.dtype, params.eval_dtype
         checked = _check_model(params, model)
-        if not problems:  # without a device, it isn't known how much is free
+        if has_device:
             _log_needs(checked, model)
         model.tokenizer()
         content[work.model_input.name] = identity(model)

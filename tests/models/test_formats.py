@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from replaceme.base.entries import Task
+from replaceme.base.errors import ReplaceMeError
 from replaceme.base.files import read_json
 from replaceme.base.parameters import Params
 from replaceme.models import formats
 from replaceme.models.formats import choose_format, resolve_formats
 from replaceme.models.model import Model
+from replaceme.pipeline.inputs import inspect_inputs
 from replaceme.pipeline.runner import run_stages
 from replaceme.running.versions import FORMAT
 from replaceme.running.workspace import Workspace
@@ -51,12 +54,24 @@ def test_bfloat16_must_be_clearly_faster_and_is_measured_once(
     assert resolve_formats(automatic, tiny) == params.model_copy(update={"dtype": chosen})
 
 
-def test_memory_asks_for_bfloat16(params: Params, tiny: Model, measure: Measure) -> None:
+def test_memory_asks_for_bfloat16(params: Params, tiny: Model, measure: Measure, monkeypatch: pytest.MonkeyPatch) -> None:
     measure(1.0, 2.0)
     size = sum(4 * tensor.entries for tensor in tiny.stored.values())
     for memory, chosen in ((f"{size}B", "float32"), (f"{size - 1}B", "bfloat16"), ("auto", "float32"), (None, "float32")):
         assert choose_format(params.model_copy(update={"memory": memory}), tiny) == chosen
     assert choose_format(params.model_copy(update={"use_4bit": True}), tiny) == "bfloat16"
+    # Each process has its own weights.
+    monkeypatch.setattr(formats, "total_memory", lambda: 2 * size)
+    for processes, chosen in ((1, "float32"), (2, "bfloat16")):
+        assert choose_format(params.model_copy(update={"processes": processes}), tiny) == chosen
+
+
+def test_a_missing_device_is_said_once(params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    params = params.model_copy(update={"device": "cuda", "dtype": "auto", "tasks": (Task("nothing.txt"),)})
+    with pytest.raises(ReplaceMeError) as caught:
+        inspect_inputs(params, Workspace(tmp_path))
+    assert [line.split(":")[0] for line in str(caught.value).splitlines()] == ["device", "tasks"]
 
 
 def test_the_measurement_takes_both_formats() -> None:

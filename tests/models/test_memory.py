@@ -73,6 +73,9 @@ def test_free_memory_is_what_the_machine_or_its_container_has(tmp_path: Path, mo
     for text, free in (("max", 4000 << 10), ("3000000", 2_000_000), ("900000", 0)):
         limit.write_text(f"{text}\n", encoding="utf-8")
         assert free_memory("cpu") == free
+    assert devices.total_memory() == 900_000
+    limit.write_text("max\n", encoding="utf-8")
+    assert devices.total_memory() > 1 << 30
     info.unlink()
     assert free_memory("cpu") > 1 << 20
 
