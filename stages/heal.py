@@ -1,4 +1,4 @@
-"""Train the last linears of the layers from the cut on, if heal_epochs is above 0."""
+"""Train the shortened model toward the dense one's predictions, if heal_tokens is above 0."""
 
 from replaceme.pipeline.heal import STAGE
 from replaceme.running.stage import run_stage

@@ -30,7 +30,7 @@ class Use:
     Attributes:
         stages: the stages whose output it changes.
         setting: another parameter, with whose ``values`` this one has an effect; empty if it always has one.
-        values: of that parameter; none are given for any that is set, as ``repair`` is by true and ``heal_epochs`` above 0.
+        values: of that parameter; none are given for any that is set, as ``repair`` is by true and ``heal_tokens`` above 0.
     """
 
     stages: tuple[MethodStage, ...] = ()
@@ -100,7 +100,11 @@ USES: Mapping[str, Use] = {
     "refit_ridge": Use(setting="transform", values=NEW_WEIGHTS),
     "repair_ridge_attention": Use(setting="repair"),
     "repair_ridge_mlp": Use(setting="repair"),
-    "heal_learning_rate": Use(setting="heal_epochs"),
+    "heal_dataset": Use(setting="heal_tokens"),
+    "heal_weights": Use(setting="heal_tokens"),
+    "heal_learning_rate": Use(setting="heal_tokens"),
+    "heal_tokens_per_step": Use(setting="heal_tokens"),
+    "heal_rank": Use(setting="heal_weights", values=("lora",)),
 }
 # The methods that a parameter belongs to, by name, with their use of it; under "" that of all methods.
 Users = Mapping[str, Use]
@@ -141,7 +145,7 @@ def refusals(values: Values, method: Limits) -> list[str]:
     packed, spread = values["use_4bit"], values["device_map"] is not None
     tolerates, measures = values["tolerated_loss"] is not None, "loss" in method.selections
     removes = values["remove"] is not None
-    heals, several = values["heal_epochs"] > 0, values["processes"] > 1
+    heals, several = values["heal_tokens"] > 0, values["processes"] > 1
     criteria = ["null", *method.selections]
     # Parameter → whether the method refuses its value, and what would be right.
     unsuited = {
@@ -150,7 +154,7 @@ def refusals(values: Values, method: Limits) -> list[str]:
         "tolerated_loss": (tolerates and not measures, "null"),
         "num_A": (values["num_A"] > 1 and not method.several, "1"),
         "repair": (values["repair"] and not method.repairs, "false"),
-        "heal_epochs": (heals and not method.repairs, "0"),
+        "heal_tokens": (heals and not method.repairs, "0"),
         "use_4bit": (packed and not method.packed, "false"),
     }
     # What doesn't go with another parameter.
@@ -160,11 +164,11 @@ def refusals(values: Values, method: Limits) -> list[str]:
             f"tolerated_loss: needs selection: loss, which measures it, and that is {format_value(selection)}.",
         ),
         (tolerates and removes, "remove: and tolerated_loss each say how much goes; use one, and null for the other."),
-        (heals and packed, "use_4bit: packs the weights that heal_epochs trains; use false."),
-        (heals and spread, "device_map: heal_epochs trains on one device; use null."),
+        (heals and packed, "use_4bit: packs the weights that heal_tokens trains; use false."),
+        (heals and spread, "device_map: heal_tokens trains on one device; use null."),
         (
             heals and values["dtype"] == "float16",
-            "dtype: float16 is too short for the gradients of heal_epochs; use bfloat16 or float32.",
+            "dtype: float16 is too short for the gradients of heal_tokens; use bfloat16 or float32.",
         ),
         (several and packed, "use_4bit: packs the weights for one process; use false, or processes: 1."),
         (

@@ -18,6 +18,8 @@ from replaceme.base.files import missing_output
 from replaceme.base.group import WHOLE, Shard
 
 FILE = "documents.safetensors"
+# The folder, within the final edits, of the text that a healing was trained on.
+TEXT = "text"
 
 
 @dataclass

@@ -4,6 +4,7 @@ dataset: [wikipedia-sample, {notes.jsonl: 2}, {c4: {share: 0.5, split: validatio
 tasks: [wikipedia, {winogrande: {fewshots: 5, limit: 200}}, my-questions.jsonl]
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Annotated, Any
@@ -109,6 +110,12 @@ def _split_entry(entry: Any, number: str | None = None) -> Any:
     )
 
 
+def _read_count(value: Any) -> Any:
+    """Return the number that 250k or 1.5M stands for; another value unchanged."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kM])", value) if isinstance(value, str) else None
+    return round(float(match[1]) * {"k": 10**3, "M": 10**6}[match[2]]) if match else value
+
+
 def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
@@ -137,4 +144,6 @@ Dataset = Annotated[
     BeforeValidator(_as_tuple),
     AfterValidator(_check_sources),
 ]
+# A number of tokens: 250000, or 250k, or 1.5M.
+TokenCount = Annotated[int, BeforeValidator(_read_count)]
 Tasks = Annotated[tuple[Annotated[Task, BeforeValidator(_split_entry)], ...], BeforeValidator(_as_tuple)]

@@ -18,7 +18,7 @@ from pydantic_core import ErrorDetails
 
 from replaceme.base.combinations import Methods, Transform, describe_users, has_effect, refusals, users_of
 from replaceme.base.config import read_config
-from replaceme.base.entries import Dataset, Source, Task, Tasks
+from replaceme.base.entries import Dataset, Source, Task, Tasks, TokenCount
 from replaceme.base.errors import ParameterError, quote
 from replaceme.base.progress import logger
 from replaceme.base.published import PUBLISHED_KEYS, RECOMMENDED, Preset, choose_preset, drop_replaced, preset_values, translate
@@ -45,6 +45,8 @@ WORDS = {
     "memory": "auto, null, or a size such as 6GB or 500MiB",
     "remove": "null, or a share such as 20% or 20% of layers",
     "dataset": "a name, or a list of names with shares",
+    "heal_dataset": "null, a name, or a list of names with shares",
+    "heal_tokens": "a number of tokens, such as 250000, 250k or 1M",
     "tasks": "a list of task names",
     "choices": "the name of a column or a list of such names",
 }
@@ -167,11 +169,21 @@ class Params(BaseModel):
     outputs, times the multiple (1 to 64) that does best on held-out documents at the first correction."""
     repair_ridge_mlp: float = Field(1.0, gt=0)
     """Ridge of the repaired MLP outputs, relative to each feature's sum of squares."""
-    heal_epochs: int = Field(0, ge=0, title="passes over the text that train them afterwards")
-    """Passes over the calibration text that train the last linears of the layers from the cut on, all together, toward the
-    original model's predictions, with batch_size documents in a step; 0 trains nothing."""
+    heal_tokens: TokenCount = Field(0, ge=0, title="tokens to train on afterwards, as 250k; 0: none")
+    """Tokens of text on which the shortened model is trained toward the original model's predictions (healing), as 250000, 250k
+    or 1M; 0 trains nothing."""
+    heal_dataset: Dataset | None = None
+    """Text of the healing, as dataset; null takes the calibration's, other documents of it."""
+    heal_weights: Literal["all", "after_cut", "outputs", "lora"] = "all"
+    """What healing trains: all weights of the kept layers and the last norm; those of the layers from the cut on; only the last
+    linears of their attention and MLP; or changes of low rank of all linears of the kept layers, which are folded in at the end
+    (less memory)."""
     heal_learning_rate: float = Field(3e-4, gt=0)
-    """AdamW's largest learning rate in healing; larger models need a smaller one."""
+    """AdamW's largest learning rate in healing; larger models need a smaller one, lora a larger one."""
+    heal_tokens_per_step: int = Field(4096, ge=1)
+    """Tokens of a step of the healing; batch_size documents at a time are computed."""
+    heal_rank: int = Field(16, ge=1)
+    """Rank of the changes that lora trains."""
 
     tasks: Tasks = Field(
         (Task("wikipedia"), Task("wikipedia_last_word"), Task("wikipedia_continuation")),

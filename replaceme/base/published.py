@@ -32,6 +32,9 @@ PROGRAM_KEYS = frozenset(
 # What its task ``default`` stands for: its table's tasks (ReplaceMe, arXiv 2505.02819, table 1); they need the hub.
 PUBLISHED_TASKS = ("boolq", "hellaswag", "piqa", "mmlu")
 
+# Tokens that a pass of healing had over the recommended text, when it was counted in passes.
+EPOCH_TOKENS = 64_000
+
 Preset = Literal["recommended", "published"]
 PRESETS: tuple[Preset, ...] = get_args(Preset)
 # As in a config file, where they differ from the published values.
@@ -50,7 +53,7 @@ RECOMMENDED: Mapping[str, Any] = {
         "wikipedia", "bbc_news", "gutenberg_fiction", "python_code", "finance_answers", "medical_abstracts",
         "convention_speeches", "wikipedia_last_word", "wikipedia_continuation", "retrieval_exact",
     ],
-    "eval_tokens": 8192,
+    "eval_tokens": 4096,
 }  # fmt: skip
 # The recommended cut and its replacement belong to the recommended method. Any other one stays what was published of it.
 RECOMMENDED_METHOD = "lstsq"
@@ -76,6 +79,10 @@ def translate(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], list[s
         if ours.pop(key, None) is not None:
             notes.append(f"{key} is ignored: results are cached by content, never read from a path")
     _translate_structure(ours, notes, problems)
+    if isinstance(epochs := ours.get("heal_epochs"), int) and not isinstance(epochs, bool):
+        del ours["heal_epochs"]
+        ours |= {"heal_tokens": epochs * EPOCH_TOKENS} | ({"heal_weights": "outputs"} if epochs else {})
+        notes.append(f"heal_epochs: {epochs} is read as heal_tokens: {ours['heal_tokens']}, of the last linears")
     for key in ("solver", "loss"):
         if ours.get(key, "") is None:  # null in the published files means not set
             ours.pop(key)

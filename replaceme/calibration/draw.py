@@ -9,7 +9,7 @@ have ``PARTS`` sources each, one after the other, so that documents can be held 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -63,7 +63,7 @@ def draw_documents(
     streams = {
         number: enumerate(corpus.documents)
         if isinstance(corpus, Documents)
-        else _encode_corpus(corpus, tokenizer, params, counts[number])
+        else _encode_corpus(corpus, tokenizer, params, counts[number], params.dataset_size)
         for number, corpus in enumerate(corpora)
     }
     shares = [source.share for source in list_sources(params)]
@@ -84,10 +84,39 @@ def draw_documents(
     return Documents(documents, sources), counts
 
 
+def draw_after(
+    corpora: Mapping[int, Corpus], taken: Mapping[int, int], tokenizer: PreTrainedTokenizerBase, params: Params, tokens: int
+) -> Documents:
+    """Return documents that reach so many tokens, or all that there are, in the order that ``draw_documents`` goes on in.
+
+    Of more tokens, the first documents are the same.
+
+    Args:
+        corpora: by the number of their source.
+        taken: number of a source → how many of its first documents are left out.
+        tokenizer: the model's.
+        params: the sources with their shares, ``max_length``, ``pack`` and ``seed``.
+        tokens: how many.
+    """
+    streams = {
+        number: islice(_encode_corpus(corpus, tokenizer, params, Counts()), taken.get(number, 0), None)
+        for number, corpus in corpora.items()
+    }
+    shares = [source.share for source in list_sources(params)]
+    documents, sources, left = [], [], tokens
+    for number, source, document in in_shares(streams, shares):
+        if left <= 0:
+            break
+        documents.append(document)
+        sources.append((number << SOURCE_BITS) + source)
+        left -= len(document)
+    return Documents(documents, sources)
+
+
 def _encode_corpus(
-    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, params: Params, counts: Counts
+    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, params: Params, counts: Counts, most: int | None = None
 ) -> Iterator[tuple[int, Tensor]]:
-    """Yield source and token ids, (tokens,) int64, of the corpus' documents; of a running text ``dataset_size`` pieces."""
+    """Yield source and token ids, (tokens,) int64, of the corpus' documents; of a running text at most so many pieces."""
     prefix = start_of_text(tokenizer)
     capacity = params.max_length - len(prefix)
     # An embedded text has no other column to choose.
@@ -95,7 +124,7 @@ def _encode_corpus(
     encoded = (encode(plain_text(row) if plain else row, tokenizer, prefix) for row in corpus.rows)
     if corpus.running:
         texts = (encode_in_chunks(text, tokenizer, prefix) for text in corpus.rows if isinstance(text, str))
-        bodies: Iterable[tuple[int, list[int]]] = islice(_cut_pieces(texts, capacity, params.seed), params.dataset_size)
+        bodies: Iterable[tuple[int, list[int]]] = islice(_cut_pieces(texts, capacity, params.seed), most)
     elif params.pack:
         bodies = enumerate(_pack_rows(encoded, tokenizer.encode(SEPARATOR, add_special_tokens=False), capacity, counts))
     else:

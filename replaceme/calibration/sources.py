@@ -4,7 +4,7 @@ The record lets an evaluation say which texts are unseen. It names the sources, 
 model that was pruned twice has the sources of both. Nothing here reads a text.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,14 @@ def list_sources(params: Params) -> tuple[Source, ...]:
     return params.dataset
 
 
+def healing_params(params: Params) -> Params:
+    """Return the parameters with the text of the healing as their dataset."""
+    if params.heal_dataset is None:
+        return params
+    options = dict.fromkeys(("dataset_config", "dataset_split", "dataset_column", "dataset_revision"))
+    return params.model_copy(update={"dataset": params.heal_dataset, **options})
+
+
 def split_fingerprints(fingerprints: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Return the part of ``replaceme.calibration.find.dataset_fingerprints`` that belongs to each source, in order."""
     parts: list[Mapping[str, Any]] = fingerprints.get("sources", [fingerprints])
@@ -48,17 +56,16 @@ def identify_sources(params: Params, fingerprints: Mapping[str, Any]) -> list[Id
     return [*zip(list_sources(params), split_fingerprints(fingerprints), strict=True)]
 
 
-def write_record(params: Params, fingerprints: Mapping[str, Any], dense: Path, folder: Path) -> None:
+def write_record(sources: Iterable[IdentifiedSource], dense: Path, folder: Path) -> None:
     """Write the record of a pruned model.
 
     Args:
-        params: the parameters of the dataset.
-        fingerprints: what identifies its content (``replaceme.calibration.find.dataset_fingerprints``).
+        sources: of the text that it was calibrated and trained on.
         dense: the folder of the model that it was made from, whose own record counts too.
         folder: the pruned model's.
     """
     entries: list[dict[str, Any]] = []
-    for source, known in (*identify_sources(params, fingerprints), *read_record(dense)):
+    for source, known in (*sources, *read_record(dense)):
         # A source's share of the tokens says nothing together with an earlier text's.
         options = {key: value for key, value in source.options().items() if key != "share"}
         entry = {"name": without_folder(source.name), **options, **{key: known[key] for key in IDENTITIES if key in known}}

@@ -19,9 +19,11 @@ Changes to whole layers:
 
 What only one method does to a model is a ``ModelEdit`` in that method's file (``replaceme.edits.model_edit``).
 
+A parameter that was trained has its new value itself, and no other change (``replaceme.training.distillation``).
+
 On disk: ``edits.json`` (what is no tensor) and ``edits.safetensors`` (``transform.<layer>``, d × d float64;
 ``correction.<layer>.<linear>.weight``, d × inputs float32, and ``….bias``, d; ``channels.<layer>``, f × 2 int64;
-``operator.<layer>``, a scalar, vector or matrix, float64; and the tensors of the ``ModelEdit``).
+``operator.<layer>``, a scalar, vector or matrix, float64; ``parameter.<layer>.<name>``; and the tensors of the ``ModelEdit``).
 """
 
 from __future__ import annotations
@@ -45,6 +47,8 @@ if TYPE_CHECKING:
 
 # Largest entry of QᵀQ − I that rounding explains.
 ORTHOGONAL = 1e-6
+# Stands for a layer where a parameter is in none.
+OUTSIDE = -1
 # Fields that are layer → tensor, and what the names of their stored tensors begin with.
 PREFIXES = {"transforms": "transform", "channels": "channels", "operators": "operator"}
 
@@ -93,6 +97,8 @@ class Edits:
         mixtures: kept layer → coefficients of the original layers whose linears it mixes, itself included.
         channels: kept layer → its MLP's channels, (f, 2) int64: for each an original layer (itself or a removed one) and the
             index there.
+        parameters: (kept layer, name within it) → the new value, in torch's layout and the dtype of the model's files; for one
+            outside of the layers, (``OUTSIDE``, its name in the model). These parameters have no other change.
         operators: kept layer → P of the state after it: a scalar (), a diagonal (d,) or any map (d, d), float64.
         model_edit: what the method alone does; then there are no transforms, corrections, mixtures, channels and operators.
     """
@@ -103,6 +109,7 @@ class Edits:
     corrections: dict[tuple[int, Linear], tuple[Tensor, Tensor | None]] = field(default_factory=dict)
     mixtures: dict[int, dict[int, float]] = field(default_factory=dict)
     channels: dict[int, Tensor] = field(default_factory=dict)
+    parameters: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     operators: dict[int, Tensor] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     parts: str = ""
@@ -128,6 +135,7 @@ class Edits:
             corrections={at: value for at, value in self.corrections.items() if at[0] in layers},
             mixtures={at: value for at, value in self.mixtures.items() if at in layers},
             channels={at: value for at, value in self.channels.items() if at in layers},
+            parameters={at: value for at, value in self.parameters.items() if at[0] in layers},
         )
 
     def own_form(self, layers: str) -> dict[str, Any]:
@@ -189,6 +197,7 @@ class Edits:
             tensors[f"correction.{layer}.{linear}.weight"] = weight
             if bias is not None:
                 tensors[f"correction.{layer}.{linear}.bias"] = bias
+        tensors |= {f"parameter.{layer}.{name}": value for (layer, name), value in self.parameters.items()}
         if self.model_edit:
             content["model_edit"] = {"kind": self.model_edit.kind, **self.model_edit.to_json()}
             tensors |= self.model_edit.tensors()
@@ -209,6 +218,8 @@ class Edits:
             if kind == "weight":
                 bias = tensors.get(f"correction.{layer}.{linear}.bias")
                 edits.corrections[layer, cast("Linear", linear)] = tensors[f"correction.{layer}.{rest}"], bias
+        for layer, name in stored_keys(tensors, "parameter"):
+            edits.parameters[layer, name] = tensors[f"parameter.{layer}.{name}"]
         if own := content.get("model_edit"):
             edits.model_edit = ModelEdit.KINDS[own["kind"]].from_stored(own, tensors)
         return edits

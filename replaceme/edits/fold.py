@@ -10,7 +10,8 @@ A mixture of layers (``W = Σ c_j W_j``) takes the place of the layer's own W, i
 A scalar s on the state after a layer folds into the later layers: the state is kept s times smaller, everything that they add
 is divided by s, and their norms and the last one ignore the scale, up to the epsilon under the root.
 
-An MLP of other channels gets their rows and columns (``replaceme.edits.channels``); a change is folded into the result.
+An MLP of other channels gets their rows and columns (``replaceme.edits.channels``); a change is folded into the result. A
+trained parameter has its value already.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from replaceme.edits.channels import assemble_parameter
-from replaceme.edits.edits import Change, Edits, rotation_and_gains
+from replaceme.edits.edits import OUTSIDE, Change, Edits, rotation_and_gains
 from replaceme.models.depth import cut_config, renumber_layers
 from replaceme.models.families import Family, Linear, in_torch_layout, is_conv1d, linear_parameters, parameter_of
 
@@ -36,7 +37,7 @@ def apply_edits(model: Any, family: Family, edits: Edits) -> None:
     """
     layers = shorten(model, family, edits)
     for name, exact in edited_parameters(model, family, layers, edits):
-        _set_parameter(model, name, exact)
+        set_parameter(model, name, exact)
 
 
 def shorten(model: Any, family: Family, edits: Edits) -> nn.ModuleList:
@@ -65,18 +66,19 @@ def edit_config(config: Any, family: Family, edits: Edits) -> None:
         setattr(config, name, value)
 
 
-def _set_parameter(model: nn.Module, name: str, exact: Tensor) -> None:
-    """Replace a parameter by one with the given values, in its dtype and of any shape; a module that shared it keeps the old.
+def set_parameter(model: nn.Module, name: str, exact: Tensor, dtype: torch.dtype | None = None) -> None:
+    """Replace a parameter by one with the given values, of any shape; a module that shared it keeps the old.
 
     Args:
         model: the model.
         name: the parameter's name.
         exact: the new values, in torch's layout.
+        dtype: of the new one; None keeps the old one's.
     """
     path, _, leaf = name.rpartition(".")
     owner: Any = model.get_submodule(path)
     old = model.get_parameter(name)
-    made = in_torch_layout(model, name, exact.to(old)).contiguous()
+    made = in_torch_layout(model, name, exact.to(old.device, dtype or old.dtype)).contiguous()
     setattr(owner, leaf, nn.Parameter(made, requires_grad=old.requires_grad))
     if isinstance(owner, nn.Linear):
         owner.out_features, owner.in_features = owner.weight.shape
@@ -98,14 +100,15 @@ def edited_parameters(
         edits: the changes.
         only: the one kept layer whose parameters are returned; None returns all.
     """
-    selected = [only] if only is not None else [at for at in range(len(layers)) if at not in set(edits.removed_layers)]
+    kept = [at for at in range(len(layers)) if at not in set(edits.removed_layers)]
+    selected = [*kept, OUTSIDE] if only is None else [only]
     edited: Iterator[tuple[int | None, str, Tensor]]
     if edits.model_edit:
         edited = edits.model_edit.edited_parameters(model, family, layers)
     else:
-        edited = _edited_in_layers(family, layers, edits.select_layers(selected), selected)
+        edited = _edited_in_layers(family, layers, edits.select_layers(selected), [at for at in selected if at != OUTSIDE])
     for layer, name, exact in edited:
-        if layer is None:
+        if layer in (None, OUTSIDE):
             yield name, exact
         elif layer in selected:
             yield f"{family.layers}.{edits.position(layer)}.{name}", exact
@@ -129,6 +132,8 @@ def _edited_in_layers(
     for layer, operator in edits.operators.items():
         if operator.ndim and layer in selected:
             yield layer, "operator.weight", operator
+    for (layer, name), value in edits.parameters.items():
+        yield layer, name, value.double()
 
 
 def _divided(family: Family, name: str, exact: Tensor, scale: float) -> Tensor:

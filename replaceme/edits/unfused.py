@@ -4,8 +4,8 @@ weights are changed.
 A hook on each edited linear computes ``y T + G Δᵀ + δ`` from its output ``y`` and its input ``G``. Where a norm or a mixture of
 experts follows the linear, T acts on what that adds to the residual stream. The product with Δ has the model's dtype, as in a
 folded model. A hook on each linear of a layer that mixes layers computes ``Σ c_j (G W_jᵀ + b_j)`` with the other layers' own
-linears. An operator is a hook on its layer. Parameters made of chosen channels replace the layer's own while the hooks are in
-place. Removed layers pass their input on. A ``ModelEdit`` brings hooks of its own.
+linears. An operator is a hook on its layer. Parameters made of chosen channels, and trained ones, replace the model's own while
+the hooks are in place. Removed layers pass their input on. A ``ModelEdit`` brings hooks of its own.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from replaceme.edits.channels import assemble_mlp
-from replaceme.edits.edits import Change, Edits, rotation_and_gains
+from replaceme.edits.edits import OUTSIDE, Change, Edits, rotation_and_gains
 from replaceme.models.families import Family, Linear, linears_within
 from replaceme.models.layers import replace_output, replacing_parameter, skip_layers, tensor_of
 from replaceme.models.streaming import layers_in_memory
@@ -39,6 +39,11 @@ def unfused(model: nn.Module, family: Family, edits: Edits) -> Iterator[None]:
         for (layer, linear), change in edits.changes().items():
             for module, part in _parts(family, layers[layer], linear, change):
                 stack.callback(module.register_forward_hook(_changing(part)).remove)
+        for (layer, name), value in edits.parameters.items():
+            # Within its module: what is in no layer is in memory, of a streamed model too.
+            path, _, leaf = name.rpartition(".")
+            owner, own = (model.get_submodule(path), leaf) if layer == OUTSIDE else (layers[layer], name)
+            stack.enter_context(replacing_parameter(owner, own, value))
         for layer, P in edits.operators.items():
             stack.callback(layers[layer].register_forward_hook(operator_hook(P)).remove)
         if edits.model_edit:

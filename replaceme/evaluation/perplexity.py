@@ -99,7 +99,7 @@ def _score_batch(
                 q_logs = logs.gather(1, likely.long())
                 scores["divergences"][index] += float(kl_divergence(p_logs, q_logs).sum())
                 # Predictions of few bits tie: the dense model's most likely token counts as the same if none is more likely.
-                scores["agreements"][index] += float((q_logs[:, 0] == logs.max(-1).values).sum())
+                scores["agreements"][index] += float((q_logs[:, 0] == logs.amax(-1)).sum())
 
 
 def kl_divergence(p_logs: Tensor, q_logs: Tensor) -> Tensor:

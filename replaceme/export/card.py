@@ -173,15 +173,24 @@ def _describe_changes(params: Params, source: Model, edits: Edits) -> list[str]:
     return lines
 
 
+# What healing trained, by ``heal_weights``.
+TRAINED = {
+    "all": "All weights of the kept layers",
+    "after_cut": "All weights of the layers from the cut on",
+    "outputs": "The attention and MLP output projections of the layers from the cut on",
+    "lora": "The linears of the kept layers, by changes of low rank,",
+}
+
+
 def _describe_new_weights(params: Params, edits: Edits) -> list[str]:
     """Say which output projections of the kept layers were refitted or trained."""
     linears: tuple[tuple[Linear, str], ...] = (("attention_output", "attention"), ("mlp_output", "MLP"))
     corrected = {word: [layer for layer, name in edits.corrections if name == linear] for linear, word in linears}
-    if params.heal_epochs:
+    if edits.parameters:
         start = ", starting from weights refitted in closed form" if params.repair or params.transform in NEW_WEIGHTS else ""
         return [
-            f"The attention and MLP output projections of {_name_layers(corrected['MLP'])} were trained on calibration text to "
-            f"match the original model's predictions{start}."
+            f"{TRAINED[params.heal_weights]} were trained on {params.heal_tokens:,} tokens of text to match the original "
+            f"model's predictions{start}."
         ]
     return [
         f"The {word} output projection of {_name_layers(layers)} was refitted in closed form, without training."

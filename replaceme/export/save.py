@@ -14,7 +14,7 @@ from torch import Tensor
 
 from replaceme.base.files import read_json, write_json
 from replaceme.base.scratch import copy_to_scratch
-from replaceme.edits.edits import Edits
+from replaceme.edits.edits import OUTSIDE, Edits
 from replaceme.edits.fold import apply_edits, edited_parameters, shorten
 from replaceme.export.transformers4 import TOKENIZER_CLASS, add_older_keys, rename_tokenizer_keys
 from replaceme.models.dtypes import dtype_name, stored_dtype
@@ -98,6 +98,8 @@ def apply_edits_by_layer(model: Any, family: Family, edits: Edits, folder: Path)
             mapped = {id(value) for value in own.values()}
             for name, value in revert_weight_conversion(model, own | edited).items():
                 tensors[name] = value if id(value) in mapped else copy_to_scratch(value, folder, "export")
+    for name, exact in edited_parameters(model, family, layers, edits, OUTSIDE):
+        tensors[name] = in_torch_layout(model, name, exact).to(model.get_parameter(name).dtype)
     evict_layers(model)
     return tensors
 

@@ -136,16 +136,18 @@ def train_layer(context: MethodContext) -> dict[str, Any]:
         own.llm_streamline_learning_rate, own.llm_streamline_epochs, params.batch_size, "llm_streamline_learning_rate"
     )
     inputs, targets = record_entry_and_exit(context, index, block.end - 1)
+    plan = schedule.plan(context.documents.in_walk_order().sources)
     distillation = LayerDistillation(context, index, inputs, targets, without)
     settings = {
-        **checkpoint_settings(schedule, next(layer.parameters()).device),
+        **checkpoint_settings(next(layer.parameters()).device),
         "config": context.model.config.to_json_string(),
         "layer": index,
         "form": own.llm_streamline_form,
         "documents": [len(document) for document in context.documents.documents],
     }
     key = checkpoint_key(settings, [*context.documents.documents, inputs, targets, *layer.parameters()])
-    trained, curves = train(distillation, distillation.trainable_parameters(), schedule, context.checkpoints, key)
+    trained = distillation.trainable_parameters()
+    curves = train(distillation, trained, plan, context.checkpoints, key)
     write_curves(context.output, curves)
     context.edits.title = TITLES[own.llm_streamline_form]
     context.edits.model_edit = trained_edit(family, layer, index, trained, without, plain=params.plain)
@@ -200,7 +202,7 @@ class LayerDistillation:
         """The text, as batches."""
         from replaceme.training.training import DocumentBatches
 
-        return DocumentBatches(self.documents, next(self.module.parameters()).device)
+        return DocumentBatches(self.documents.in_walk_order(), next(self.module.parameters()).device)
 
     @cached_property
     def fixed(self) -> dict[str, Tensor]:
@@ -222,11 +224,14 @@ class LayerDistillation:
 
         return silence_attention(self.module.get_submodule(self.without[0])) if self.without else nullcontext()
 
-    def loss(self, parameters: Mapping[str, Tensor], documents: Sequence[int], step: int | None = None) -> Tensor:
-        """Return the mean squared error, over the real tokens of documents, with the given parameters."""
+    def loss(self, parameters: Mapping[str, Tensor], documents: Sequence[int]) -> float:
+        """Return the mean squared error, over the real tokens of documents, with the given parameters; add its gradients."""
         batch = self.batches.batch(documents)
         outputs = batch.real(self.states(parameters, batch, self.batches.rows(self.inputs, documents).float()))
-        return (outputs - self.batches.rows(self.targets, documents).float()).square().mean()
+        loss = (outputs - self.batches.rows(self.targets, documents).float()).square().mean()
+        if loss.requires_grad:
+            loss.backward()
+        return float(loss.detach())
 
     def states(self, parameters: Mapping[str, Tensor], batch: Batch, rows: Tensor) -> Tensor:
         """Return the layer's output (documents, longest, d) for the input ``rows`` (tokens, d)."""

@@ -40,8 +40,6 @@ def check_model(params: Params, model: Model, family: Family) -> None:
             problems.append(f"transform: {transform} is not derived for {family_words}; use {use}.")
         if params.repair:
             problems.append(f"repair: is not derived for {family_words}; use false.")
-        if params.heal_epochs and family.obstacle != "norm":
-            problems.append(f"heal_epochs: is not derived for {family_words}; use 0.")
     if problems:
         raise ParameterError(problems)
 
@@ -50,4 +48,4 @@ def streaming_obstacle(params: Params) -> str | None:
     """Return why the parameters need a model that is in memory as a whole; None if it can be streamed."""
     if METHODS[params.method].fit_on_model:
         return f"method {params.method} works on many layers at once"
-    return HEALING_OBSTACLE if params.heal_epochs else None
+    return HEALING_OBSTACLE if params.heal_tokens else None

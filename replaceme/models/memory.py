@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Why the model can't be streamed to be healed.
-HEALING_OBSTACLE = "heal_epochs trains many layers together"
+HEALING_OBSTACLE = "heal_tokens trains many layers together"
 # Of the free memory, what ``memory: auto`` gives to weights; the rest is for states and sums.
 AUTO_FRACTION = 0.7
 

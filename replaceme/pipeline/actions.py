@@ -202,7 +202,7 @@ def _read_times(work: Workspace) -> Mapping[str, Any] | None:
 def profile(params: Params) -> None:
     """Measure all pairs of layers, and print the best block of each size."""
     # Nothing is pruned here, so no transform has to fold.
-    bare = {"method": "uidl", "transform": "dense", "repair": False, "heal_epochs": 0}
+    bare = {"method": "uidl", "transform": "dense", "repair": False, "heal_tokens": 0}
     single = params.model_copy(update={"layers_to_skip": 1, "num_A": 1, **bare})
     with exclusive_result(params, "distances") as work:
         run_stages(single, work, ("inputs", *ANALYSIS))

@@ -34,7 +34,7 @@ def compression_figures(params: Params, work: Workspace) -> dict[str, Any]:
     """
     costs = {name: cost for name in COMPRESSION if (cost := _read_cost(name, params, work))}
     seconds = {name: cost["seconds"] for name, cost in costs.items()}
-    figures: dict[str, Any] = {"trained": METHODS[params.method].trained or params.heal_epochs > 0}
+    figures: dict[str, Any] = {"trained": METHODS[params.method].trained or params.heal_tokens > 0}
     if costs:
         figures |= {"stage_seconds": seconds, "machines": sorted({cost["machine"] for cost in costs.values()})}
     if missing := len(COMPRESSION) - len(costs):

@@ -6,7 +6,7 @@ Here, and not in ``baseline``, the tasks are compared with the calibration text:
 from collections.abc import Mapping
 from typing import Any
 
-from replaceme.base.documents import Documents
+from replaceme.base.documents import TEXT, Documents
 from replaceme.base.files import read_json, round_floats, write_json
 from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
@@ -25,7 +25,10 @@ def evaluate(params: Params, work: Workspace) -> None:
     """Score the pruned model, write metrics/evaluation.json and both models' continuations."""
     pruned = Model(work.model, work.model.name, trust_remote_code=params.trust_remote_code)
     dense = Scores.load(work.baseline)
-    calibration = CalibrationText.of_documents(read_record(work.model), Documents.load(work.documents), pruned.tokenizer())
+    text = Documents.load(work.documents)
+    if (healed := work.edits / TEXT).is_dir():
+        text = Documents([*text.documents, *Documents.load(healed).documents])
+    calibration = CalibrationText.of_documents(read_record(work.model), text, pruned.tokenizer())
     scores = score_model(params, pruned, read_json(work.tasks_input), dense, calibration)
     if rank():
         return
@@ -52,6 +55,7 @@ STAGE = Stage(
     reads=(
         Workspace.tasks_input,
         Workspace.documents,
+        Workspace.edits,
         Workspace.model,
         Workspace.baseline,
         Workspace.score_versions,

@@ -4,7 +4,7 @@ from replaceme.base.documents import Documents
 from replaceme.base.files import new_folder, read_json, round_floats, write_json, write_text
 from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
-from replaceme.calibration.sources import write_record
+from replaceme.calibration.sources import healing_params, identify_sources, write_record
 from replaceme.edits.edits import Edits
 from replaceme.export.card import SETTINGS, RunResults, render_card
 from replaceme.export.save import save_pruned
@@ -34,7 +34,10 @@ def export(params: Params, work: Workspace) -> None:
     budget = proof_budget(source, choose_processor(params), obstacle)
     with new_folder(work.model) as folder:
         counts = save_pruned(source, edits, folder, budget)
-        write_record(params, read_json(work.dataset_input), source.folder, folder)
+        sources = identify_sources(params, read_json(work.dataset_input))
+        if healed := read_json(work.heal_dataset_input):
+            sources += identify_sources(healing_params(params), healed)
+        write_record(sources, source.folder, folder)
         results = RunResults(read_json(work.metric("solve")), read_json(work.model_versions))
         write_text(folder / CARD, render_card(params, source, edits, results))
         plain = not is_own_form(folder)
@@ -69,8 +72,8 @@ STAGE = Stage(
     run=export,
     params=SETTINGS,
     reads=(
-        Workspace.model_input, Workspace.tokenizer_input, Workspace.card_input, Workspace.dataset_input, Workspace.documents,
-        Workspace.edits, Workspace.model_versions,
+        Workspace.model_input, Workspace.tokenizer_input, Workspace.card_input, Workspace.dataset_input,
+        Workspace.heal_dataset_input, Workspace.documents, Workspace.edits, Workspace.model_versions,
     ),
     writes=Workspace.model,
     metrics=("export",),

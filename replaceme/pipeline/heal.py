@@ -1,4 +1,4 @@
-"""heal: train the last linears of the layers from the cut on, if heal_epochs is above 0."""
+"""heal: train the shortened model toward the dense model's predictions, if heal_tokens is above 0."""
 
 from __future__ import annotations
 
@@ -14,75 +14,113 @@ from replaceme.running.stage import PASS, Stage
 from replaceme.running.workspace import Workspace
 
 if TYPE_CHECKING:
+    from replaceme.base.documents import Documents
     from replaceme.edits.edits import Edits
     from replaceme.training.training import Curves
 
 
 def heal(params: Params, work: Workspace) -> None:
     """Write the final edits and metrics/heal.json; without healing, the edits are copied."""
-    figures: dict[str, Any] = {}
-    if params.heal_epochs:
+    if not params.heal_tokens:
         # Torch takes seconds to load, and most runs train nothing.
-        from replaceme.edits.edits import Edits
-        from replaceme.training.training import write_curves
-
-        edits = Edits.load(work.repaired)
-        figures, curves = _heal(params, work, edits)
-    else:
         logger.info("heal: nothing to do")
+        if not rank():
+            with new_folder(work.edits) as folder:
+                copy_tree(work.repaired, folder)
+            write_json(work.metric("heal"), {})
+        return
+    from replaceme.base.documents import TEXT
+    from replaceme.training.training import LAST, write_curves
+
+    documents = draw_text(params, work)
+    edits, figures, curves = _train(params, work, documents)
     if rank():
         return
     with new_folder(work.edits) as folder:
-        copy_tree(work.repaired, folder)
-        if params.heal_epochs:
-            edits.save(folder)
-            write_curves(folder, curves)
+        edits.save(folder)
+        write_curves(folder, curves)
+        (folder / TEXT).mkdir()
+        documents.save(folder / TEXT)
     write_json(work.metric("heal"), round_floats(figures))
-    remove(work.checkpoints)
+    remove(work.heal_checkpoints / LAST)
 
 
-def _heal(params: Params, work: Workspace, edits: Edits) -> tuple[dict[str, Any], Curves]:
-    """Train, add the changes to the edits, and return the training's figures and curves."""
+def draw_text(params: Params, work: Workspace) -> Documents:
+    """Return the text to train on: of the sources of ``heal_dataset``, documents that the calibration didn't take."""
+    from replaceme.calibration.draw import draw_after
+    from replaceme.calibration.find import find_datasets
+    from replaceme.calibration.sources import healing_params, list_sources
+    from replaceme.models.find import recorded_model
+    from replaceme.training.distillation import HELD_OUT_TOKENS
+
+    text = healing_params(params)
+    record = work.dataset_input if params.heal_dataset is None else work.heal_dataset_input
+    datasets = {number: dataset for number, dataset in enumerate(find_datasets(text, read_json(record))) if dataset}
+    drawn = zip(list_sources(params), read_json(work.documents / "documents.json")["sources"], strict=True)
+    counts = {(source.name, source.split): count["documents"] for source, count in drawn}
+    sources = list_sources(text)
+    taken = {number: counts.get((sources[number].name, sources[number].split), 0) for number in datasets}
+    tokenizer = recorded_model(params, work.tokenizer_input).tokenizer()
+    tokens = params.heal_tokens + HELD_OUT_TOKENS
+    for left_out in (taken, {}):
+        corpora = {number: dataset.open(params.seed) for number, dataset in datasets.items()}
+        documents = draw_after(corpora, left_out, tokenizer, text, tokens)
+        if len(documents):
+            break
+        logger.warning("heal_dataset: the calibration took all of the text; the training takes it again")
+    if documents.token_count < tokens:
+        logger.warning(
+            "heal_dataset: has %d tokens that the calibration didn't take; they are read %.1f times",
+            documents.token_count, params.heal_tokens / documents.token_count,
+        )  # fmt: skip
+    return documents
+
+
+def _train(params: Params, work: Workspace, documents: Documents) -> tuple[Edits, dict[str, Any], Curves]:
+    """Return the edits that give the trained model, the training's figures and the curves."""
+    from replaceme.edits.edits import Edits
     from replaceme.models.devices import use_processor
-    from replaceme.models.find import calibration_context
+    from replaceme.models.dtypes import stored_dtype
+    from replaceme.models.find import calibration_context, recorded_model
     from replaceme.models.memory import HEALING_OBSTACLE
-    from replaceme.training import healing
     from replaceme.training.checkpoints import checkpoint_key
-    from replaceme.training.training import (
-        LearningRateSchedule,
-        checkpoint_settings,
-        record_entry_and_exit,
-        summarize_training,
-        train,
-    )
+    from replaceme.training.distillation import LogitDistillation, plan_steps
+    from replaceme.training.training import checkpoint_settings, summarize_training, train
 
     use_processor(params.threads)
-    context, plan = calibration_context(params, work, obstacle=HEALING_OBSTACLE), Plan.load(work.plan)
+    context = calibration_context(params, work, obstacle=HEALING_OBSTACLE).with_documents(documents)
+    plan = Plan.load(work.plan)
     # With narrower MLPs, the states differ from the dense model's from the first layer on.
     first = 0 if plan.mlp_width else plan.blocks[0].layer_before_cut
-    schedule = LearningRateSchedule(params.heal_learning_rate, params.heal_epochs, params.batch_size, "heal_learning_rate")
+    task = LogitDistillation(context, Edits.load(work.repaired), first, params.heal_weights, params.heal_rank)
+    lengths = [len(document) for document in documents.documents]
+    steps = plan_steps(lengths, params.heal_tokens, params.heal_tokens_per_step, params.heal_learning_rate)
     settings = {
-        **checkpoint_settings(schedule, next(context.model.parameters()).device),
-        "share": healing.SHARE,
-        "first": first,
+        **checkpoint_settings(task.batches.device),
         "model": read_json(work.model_input),
         "edits": sha256_below(work.repaired),
-        "dtype": params.dtype,
+        "weights": [params.heal_weights, params.heal_rank if params.heal_weights == "lora" else 0, first],
+        "computing": [params.dtype, params.batch_size],
     }
-    states = record_entry_and_exit(context, first, len(context.layers) - 1)
-    task = healing.LogitDistillation(context, edits, first, *states)
-    key = checkpoint_key(settings, context.documents.documents)
-    parameters, curves = train(task, task.trainable_parameters(), schedule, work.checkpoints, key)
-    task.add_corrections(edits, parameters)
-    return summarize_training(curves, parameters), curves
+    parameters = task.trainable_parameters()
+    curves = train(task, parameters, steps, work.heal_checkpoints, checkpoint_key(settings, ()))
+    edits = task.healed_edits(parameters, stored_dtype(recorded_model(params, work.model_input)))
+    tokens = sum(map(task.batches.token_count, steps.documents))
+    return edits, {"training_tokens": tokens, **summarize_training(curves, parameters)}, curves
 
 
 STAGE = Stage(
     name="heal",
     run=heal,
-    params=("heal_epochs", "heal_learning_rate", *PASS),
-    reads=(Workspace.model_input, Workspace.documents, Workspace.plan, Workspace.repaired, Workspace.model_versions),
+    params=(
+        "heal_tokens", "heal_dataset", "heal_weights", "heal_learning_rate", "heal_tokens_per_step", "heal_rank",
+        "dataset_config", "dataset_split", "dataset_column", "max_length", "pack", "seed", *PASS,
+    ),
+    reads=(
+        Workspace.model_input, Workspace.tokenizer_input, Workspace.dataset_input, Workspace.heal_dataset_input,
+        Workspace.documents, Workspace.plan, Workspace.repaired, Workspace.text_versions, Workspace.model_versions,
+    ),
     writes=Workspace.edits,
     metrics=("heal",),
-    shared=lambda params, work: params.heal_epochs > 0,
-)
+    shared=lambda params, work: params.heal_tokens > 0,
+)  # fmt: skip

@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from replaceme.base.entries import dataset_title
-from replaceme.base.errors import ParameterError, ReplaceMeError
+from replaceme.base.entries import SELF, dataset_title
+from replaceme.base.errors import DatasetError, ParameterError, ReplaceMeError
 from replaceme.base.files import new_folder, write_json
 from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
 from replaceme.calibration.find import dataset_fingerprints
 from replaceme.calibration.own_text import count_own_documents
+from replaceme.calibration.sources import healing_params, list_sources
 from replaceme.evaluation.tasks import task_fingerprints
 from replaceme.methods.refusals import check_model, streaming_obstacle
 from replaceme.methods.registry import METHODS, criterion_of
@@ -68,6 +69,10 @@ def inspect_inputs(params: Params, work: Workspace) -> None:
         content[work.card_input.name] = identity(model, model.files((*CARD_FILES, TEXT_RECORD)))
     with _collecting(problems):
         content[work.dataset_input.name] = dataset_fingerprints(params)
+        own = params.heal_tokens and params.heal_dataset is not None
+        content[work.heal_dataset_input.name] = dataset_fingerprints(healing_params(params)) if own else {}
+        if params.heal_tokens and all(source.name == SELF for source in list_sources(healing_params(params))):
+            raise DatasetError("heal_dataset: self has no text beside the calibration's; name a text to train on.")
         content[work.own_text_input.name] = {"documents": count_own_documents(params)}
     with _collecting(problems):
         content[work.tasks_input.name] = task_fingerprints(params)

@@ -151,7 +151,7 @@ def find_ratio_columns(table: pd.DataFrame) -> dict[str, str]:
 
 def _is_trained(settings: Mapping[str, Any]) -> bool:
     method = METHODS.get(str(settings.get("method")))
-    return (method is not None and method.trained) or bool(settings.get("heal_epochs"))
+    return (method is not None and method.trained) or bool(settings.get("heal_tokens"))
 
 
 def _find_unseen_texts(figures: pd.DataFrame) -> list[str]:

@@ -39,13 +39,14 @@ class Workspace:
     save_path: Path | None = None
 
     # What is read from outside (folder). Fingerprints of the dense model's weights, config and code; of the tokenizer, the chat
-    # template and the generation config; of the dense model's card and licence; of the calibration text; and of the evaluation
-    # text.
+    # template and the generation config; of the dense model's card and licence; of the text of calibration and healing; and of
+    # the evaluation text.
     inputs = _Artifact("inputs")
     model_input = _Artifact("inputs/model.json")
     tokenizer_input = _Artifact("inputs/tokenizer.json")
     card_input = _Artifact("inputs/card.json")
     dataset_input = _Artifact("inputs/dataset.json")
+    heal_dataset_input = _Artifact("inputs/heal_dataset.json")
     tasks_input = _Artifact("inputs/tasks.json")
     # Versions of the packages that read text, that compute the model, and that score it (``replaceme.running.versions``).
     text_versions = _Artifact("inputs/text_versions.json")
@@ -91,6 +92,11 @@ class Workspace:
     def checkpoints(self) -> Path:
         """The folder of the checkpoints of the stage that runs; it is deleted once all that the stage writes is there."""
         return self.artifact(f"checkpoints{PARTIAL}")
+
+    @property
+    def heal_checkpoints(self) -> Path:
+        """The folder of the checkpoints of the healing; it stays, so that a longer one goes on from there."""
+        return self.artifact("heal_checkpoints")
 
     def metric(self, name: str) -> Path:
         """Return the path of a metrics file."""

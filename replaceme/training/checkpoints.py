@@ -27,7 +27,7 @@ TENSORS, STATE = "tensors.safetensors", "state.json"
 # Bytes of a tensor that are hashed at once.
 CHUNK = 1 << 26
 # Time between checkpoints, at least: seconds, and a multiple of the time that the last one took.
-CHECKPOINT_SECONDS, SAVING_SHARE = 60.0, 10
+CHECKPOINT_SECONDS, SAVING_SHARE = 60.0, 50
 
 
 class CheckpointTimer:
@@ -71,6 +71,14 @@ def save_checkpoint(folder: Path, key: str, state: Mapping[str, Any], tensors: M
     with new_folder(folder) as new:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, new / TENSORS)
         write_json(new / STATE, {"key": key, **state})
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Return the state of the checkpoint in ``folder``, whatever its key; empty if there is no readable one."""
+    try:
+        return dict(read_json(folder / STATE))
+    except (ResourceError, ValueError, TypeError):
+        return {}
 
 
 def load_checkpoint(folder: Path, key: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:

@@ -1,19 +1,21 @@
 """The training loop: weights trained on documents, a few documents per step, for any task.
 
-AdamW with a linear warm-up and a cosine decay (LLM-Streamline, arXiv 2403.19135, and its public code). Weights, moments and
-gradients are float32 whatever the model's dtype; dropout is off.
+AdamW; each step's documents and learning rate are known before it begins (``StepPlan``). Weights, moments and gradients are
+float32 whatever the model's dtype; dropout is off.
 
-An interrupted run resumes from its last checkpoint and ends with the same result as an uninterrupted one: the order of the
-documents depends only on the epoch's number, and the checkpoint holds everything else.
+An interrupted run resumes from its last checkpoint and ends with the same result as an uninterrupted one. A checkpoint belongs
+to any plan whose steps before it are the same (documents and rates). So a longer training goes on from a shorter one where the
+rate of both was constant (``StepPlan.shared``), to the bits of a run of its own.
 
 Processes can share a training: each step's documents are divided, and losses and gradients added up, so that all take the same
 step. The first one writes the checkpoints, and all read them.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol
@@ -30,24 +32,58 @@ from replaceme.base.ranks import rank
 from replaceme.base.scratch import scratch
 from replaceme.models.context import ModelContext
 from replaceme.statistics.walk import RecordStates, Signals, sum_tensors, walk
-from replaceme.training.checkpoints import CheckpointTimer, describe_environment, load_checkpoint, save_checkpoint
+from replaceme.training.checkpoints import (
+    CheckpointTimer,
+    checkpoint_key,
+    describe_environment,
+    load_checkpoint,
+    read_state,
+    save_checkpoint,
+)
 
 # Rows (number of steps taken before, loss), by the name of the curve: of a step's batch, or of the held-out documents.
 Curves = dict[str, list[tuple[int, float]]]
 CURVES = ("loss", "held_out_loss")
 
-# Published values: AdamW's weight decay, the gradient norm to clip at, the fraction of the steps that warm up, and the final
-# learning rate as a fraction of the largest.
-WEIGHT_DECAY, CLIP, WARM_UP, FLOOR = 1e-3, 5.0, 0.01, 0.25
+# Published values (LLM-Streamline, arXiv 2403.19135, and its public code): AdamW's weight decay and moments, the gradient norm
+# to clip at, the fraction of the steps that warm up, and the final learning rate as a fraction of the largest.
+WEIGHT_DECAY, BETAS, CLIP, WARM_UP, FLOOR = 1e-3, (0.9, 0.999), 5.0, 0.01, 0.25
 # Seed of the documents' order.
 SEED = 0
+# Folders of checkpoints: the last one, and that after the steps that a longer training has too.
+LAST, SHARED = "checkpoint", "shared"
 # About one document in so many is held out, by whole texts; their loss is evaluated about this often in a training.
 HELD_OUT_EVERY, EVALUATIONS = 20, 8
 
 
 @dataclass(frozen=True)
+class StepPlan:
+    """The steps of a training, one by one.
+
+    Attributes:
+        documents: of each step, by position in the task's text.
+        rates: the learning rate of each step.
+        held_out: documents that no step takes.
+        rate_name: name of the parameter that sets the learning rate, for messages.
+        evaluated: the steps before which the loss on those held out is evaluated; it is after the last one too.
+        shared: the number of first steps that a longer training has too; a checkpoint after them is kept.
+        betas: AdamW's.
+        clip: the gradient norm to clip at.
+    """
+
+    documents: Sequence[Sequence[int]]
+    rates: Sequence[float]
+    held_out: Sequence[int]
+    rate_name: str
+    evaluated: Collection[int] = (0,)
+    shared: int = 0
+    betas: tuple[float, float] = BETAS
+    clip: float = CLIP
+
+
+@dataclass(frozen=True)
 class LearningRateSchedule:
-    """Length and learning rate of a training.
+    """Length and learning rate of a training in epochs: a linear warm-up and a cosine decay.
 
     Attributes:
         learning_rate: the largest learning rate.
@@ -69,39 +105,27 @@ class LearningRateSchedule:
         done = (step + 1 - warm) / max(steps - warm, 1.0)
         return self.learning_rate * (FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * min(done, 1.0))) / 2)
 
-
-class TrainingTask(Protocol):
-    """What is learnt: a loss as a function of the weights."""
-
-    @property
-    def documents(self) -> Documents:
-        """The text."""
-        ...
-
-    def loss(self, parameters: Mapping[str, Tensor], documents: Sequence[int], step: int | None) -> Tensor:
-        """Return the mean loss over the real tokens of documents, with these weights.
-
-        Where processes share the training, it is this process's part of it: those of all add up to the mean.
-
-        Args:
-            parameters: the trained weights, float32.
-            documents: positions in a walk.
-            step: the current step (from 0). A task that estimates its loss from a part of the tokens chooses this part by the
-                step; with None, it takes the same part each time.
-        """
-        ...
-
-    def training_context(self) -> AbstractContextManager[None]:
-        """Return a context that prepares the model for the training and restores it afterwards."""
-        ...
+    def plan(self, sources: Sequence[int]) -> StepPlan:
+        """Return the steps on documents with these sources, in the order of a walk; the order depends only on the epoch."""
+        train_indices, held_out = split_indices(sources, HELD_OUT_EVERY)
+        epochs = (shuffled_batches(train_indices, epoch, self.batch_size) for epoch in range(self.epochs))
+        documents = [*chain(*epochs)]
+        rates = [self.rate(step, len(documents)) for step in range(len(documents))]
+        evaluated = range(0, len(documents), max(len(documents) // EVALUATIONS, 1))
+        return StepPlan(documents, rates, held_out, self.rate_name, evaluated)
 
 
 class DocumentBatches:
-    """Documents by position in the order of a walk."""
+    """Documents by position in a text.
+
+    Args:
+        documents: the text.
+        device: of the batches.
+    """
 
     def __init__(self, documents: Documents, device: torch.device):
         self.device = device
-        self.texts = documents.in_walk_order().documents
+        self.texts = documents.documents
         self.lengths = torch.tensor([len(text) for text in self.texts])
         self.starts = (self.lengths.cumsum(0) - self.lengths).tolist()
 
@@ -112,9 +136,42 @@ class DocumentBatches:
         return Batch(ids.to(self.device), torch.tensor([len(text) for text in texts], device=self.device), 0, 0)
 
     def rows(self, states: Tensor, documents: Sequence[int]) -> Tensor:
-        """Return the rows of documents from states (tokens, d) in the order of the walk."""
+        """Return the rows of documents from states (tokens, d) in the order of the text."""
         parts = [states[self.starts[index] : self.starts[index] + len(self.texts[index])] for index in documents]
         return torch.cat(parts).to(self.device)
+
+    def token_count(self, documents: Sequence[int]) -> int:
+        """Return the number of tokens of documents."""
+        return int(self.lengths[[*documents]].sum())
+
+
+class TrainingTask(Protocol):
+    """What is learnt: a loss as a function of the weights."""
+
+    @property
+    def documents(self) -> Documents:
+        """The text."""
+        ...
+
+    @property
+    def batches(self) -> DocumentBatches:
+        """The text, as batches."""
+        ...
+
+    def loss(self, parameters: Mapping[str, Tensor], documents: Sequence[int]) -> float:
+        """Return the mean loss over the real tokens of documents, with these weights; add its gradients where they are enabled.
+
+        Where processes share the training, it is this process's part of it: those of all add up to the mean.
+
+        Args:
+            parameters: the trained weights, float32.
+            documents: positions in a walk.
+        """
+        ...
+
+    def training_context(self) -> AbstractContextManager[None]:
+        """Return a context that prepares the model for the training and restores it afterwards."""
+        ...
 
 
 def record_entry_and_exit(context: ModelContext, first: int, last: int) -> tuple[Tensor, Tensor]:
@@ -151,48 +208,38 @@ def shuffled_batches(documents: Sequence[int], epoch: int, batch_size: int) -> l
     return [shuffled[start : start + batch_size] for start in range(0, len(shuffled), batch_size)]
 
 
-def train(
-    task: TrainingTask, parameters: dict[str, Tensor], schedule: LearningRateSchedule, folder: Path, key: str
-) -> tuple[dict[str, Tensor], Curves]:
+def train(task: TrainingTask, parameters: dict[str, Tensor], plan: StepPlan, folder: Path, key: str) -> Curves:
     """Train weights.
 
     Args:
         task: the task to learn.
         parameters: the initial values, float32 with gradients enabled; they are changed in place.
-        schedule: length and learning rate.
+        plan: its steps.
         folder: folder for checkpoints and, while it runs, the curves.
-        key: the key that a checkpoint must have to be resumed from (``replaceme.training.checkpoints``).
+        key: digest of all that the training depends on besides the plan (``replaceme.training.checkpoints``).
 
     Returns:
-        The trained parameters, and the curves.
+        The curves.
 
     Raises:
         SolveError: the loss is not finite.
     """
-    run = TrainingRun(task, parameters, schedule, folder, key)
     with task.training_context():
-        for step in progress(
-            range(run.step, run.steps), "training", "steps", note=lambda: f"loss {run.curves['loss'][-1][1]:.4g}"
-        ):
+        run = TrainingRun(task, parameters, plan, folder, key)
+        left = range(run.step, len(plan.documents))
+        for step in progress(left, "training", "steps", note=run.describe):
             run.take_step(step)
-        run.evaluate(run.steps)
-    return run.parameters, run.curves
+        run.evaluate(len(plan.documents))
+    return run.curves
 
 
 class TrainingRun:
     """A training in progress."""
 
-    def __init__(
-        self, task: TrainingTask, parameters: dict[str, Tensor], schedule: LearningRateSchedule, folder: Path, key: str
-    ):
-        self.task, self.parameters, self.schedule, self.folder, self.key = task, parameters, schedule, folder, key
-        ordered = task.documents.in_walk_order()
-        self.lengths = [len(text) for text in ordered.documents]
-        self.train_indices, self.held_out = split_indices(ordered.sources, HELD_OUT_EVERY)
-        self.optimizer = torch.optim.AdamW(parameters.values(), lr=schedule.learning_rate, weight_decay=WEIGHT_DECAY)
-        self.per_epoch = -(-len(self.train_indices) // schedule.batch_size)
-        self.steps = self.per_epoch * schedule.epochs
-        self.step = 0
+    def __init__(self, task: TrainingTask, parameters: dict[str, Tensor], plan: StepPlan, folder: Path, key: str):
+        self.task, self.parameters, self.plan, self.folder, self.key = task, parameters, plan, folder, key
+        self.optimizer = torch.optim.AdamW(parameters.values(), lr=0.0, betas=plan.betas, weight_decay=WEIGHT_DECAY)
+        self.step = self.tokens = 0
         self.curves: Curves = {name: [] for name in CURVES}
         self._resume()
         if rank() == 0:
@@ -203,60 +250,80 @@ class TrainingRun:
     def take_step(self, step: int) -> None:
         """Take one step."""
         self.evaluate(step)
-        epoch, index = divmod(step, self.per_epoch)
-        documents = shuffled_batches(self.train_indices, epoch, self.schedule.batch_size)[index]
-        loss = self.task.loss(self.parameters, documents, step)
-        self.record_loss("loss", step, sum(all_gather(float(loss.detach()))))
-        loss.backward()
+        documents = self.plan.documents[step]
+        self.record_loss("loss", step, sum(all_gather(self.task.loss(self.parameters, documents))))
         all_reduce_sum({name: parameter.grad for name, parameter in self.parameters.items() if parameter.grad is not None})
-        torch.nn.utils.clip_grad_norm_(self.parameters.values(), CLIP)
+        torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.plan.clip)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.schedule.rate(step, self.steps)
+            group["lr"] = self.plan.rates[step]
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step = step + 1
-        if rank() == 0 and self.timer.is_due():
-            self.save()
+        self.tokens += self.task.batches.token_count(documents)
+        if rank() == 0:
+            if self.step == self.plan.shared:
+                self.save(SHARED)
+            elif self.timer.is_due():
+                self.save(LAST)
 
     def evaluate(self, step: int) -> None:
-        """Record the held-out loss before the first step, at a few later ones, and after the last."""
-        if self.held_out and (step == self.steps or step % max(self.steps // EVALUATIONS, 1) == 0):
-            self.record_loss("held_out_loss", step, self.mean_loss(self.held_out))
+        """Record the held-out loss before the steps of the plan, and after the last."""
+        if self.plan.held_out and (step == len(self.plan.documents) or step in self.plan.evaluated):
+            self.record_loss("held_out_loss", step, self.mean_loss(self.plan.held_out))
 
     def mean_loss(self, documents: Sequence[int]) -> float:
         """Return the mean loss on documents, all tokens weighted equally."""
         losses, tokens = 0.0, 0
+        most = max(map(len, self.plan.documents), default=1)
         with torch.no_grad():
-            for start in range(0, len(documents), self.schedule.batch_size):
-                chosen = documents[start : start + self.schedule.batch_size]
-                count = sum(self.lengths[index] for index in chosen)
-                losses, tokens = losses + count * float(self.task.loss(self.parameters, chosen, None)), tokens + count
+            for start in range(0, len(documents), most):
+                chosen = documents[start : start + most]
+                count = self.task.batches.token_count(chosen)
+                losses, tokens = losses + count * self.task.loss(self.parameters, chosen), tokens + count
         return sum(all_gather(losses / tokens))
 
     def record_loss(self, name: str, step: int, value: float) -> None:
         """Append a loss to a curve. Raises SolveError if it is not finite."""
         if not math.isfinite(value):
-            raise SolveError(f"{self.schedule.rate_name}: the loss of the training is {value} at step {step}; use a lower one.")
+            raise SolveError(f"{self.plan.rate_name}: the loss of the training is {value} at step {step}; use a lower one.")
         self.curves[name].append((step, value))
         if rank() == 0:
             add_row(self.folder, name, step, value)
 
-    def save(self) -> None:
+    def describe(self) -> str:
+        """Return how far the training is."""
+        return f"{self.tokens:,} tokens, loss {self.curves['loss'][-1][1]:.4g}"
+
+    def save(self, name: str) -> None:
         """Write a checkpoint."""
         with self.timer.saving():
             tensors = {f"weight.{name}": parameter for name, parameter in self.parameters.items()}
-            for name, parameter in self.parameters.items():
-                tensors |= {f"{part}.{name}": value for part, value in self.optimizer.state[parameter].items()}
-            save_checkpoint(self.folder / "checkpoint", self.key, {"step": self.step, "curves": self.curves}, tensors)
+            for name_of, parameter in self.parameters.items():
+                tensors |= {f"{part}.{name_of}": value for part, value in self.optimizer.state[parameter].items()}
+            state = {"step": self.step, "tokens": self.tokens, "curves": self.curves}
+            save_checkpoint(self.folder / name, self._key_after(self.step), state, tensors)
+
+    def _key_after(self, steps: int) -> str:
+        """Return the key of a checkpoint after so many steps: it says what these were."""
+        text = chain.from_iterable(self.plan.documents[:steps])
+        settings = {"key": self.key, "rates": [*self.plan.rates[:steps]], "sizes": [*map(len, self.plan.documents[:steps])]}
+        return checkpoint_key(settings, (self.task.batches.texts[index] for index in text))
 
     def _resume(self) -> None:
-        """Continue from the last checkpoint, if all processes find one with this key."""
-        checkpoint = load_checkpoint(self.folder / "checkpoint", self.key)
-        steps = all_gather(checkpoint and checkpoint[0]["step"])
-        if checkpoint is None or len({*steps}) > 1:
-            return
-        state, tensors = checkpoint
-        self.step, self.curves = state["step"], {name: [*map(tuple, rows)] for name, rows in state["curves"].items()}
+        """Continue from the latest checkpoint whose steps are this plan's, if all processes find it."""
+        found = [(name, read_state(self.folder / name).get("step", 0)) for name in (LAST, SHARED)]
+        for name, step in sorted(found, key=lambda each: -each[1]):
+            checkpoint = None
+            if 0 < step <= len(self.plan.documents):
+                checkpoint = load_checkpoint(self.folder / name, self._key_after(step))
+            if all(all_gather(checkpoint is not None)) and checkpoint:
+                self._restore(*checkpoint)
+                logger.info("training: resumes after step %d of %d of an earlier run", self.step, len(self.plan.documents))
+                return
+
+    def _restore(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        self.step, self.tokens = state["step"], state["tokens"]
+        self.curves = {name: [*map(tuple, rows)] for name, rows in state["curves"].items()}
         for name, parameter in self.parameters.items():
             parameter.data.copy_(tensors[f"weight.{name}"])
             self.optimizer.state[parameter] = {
@@ -264,7 +331,6 @@ class TrainingRun:
                 part: tensors[f"{part}.{name}"].to("cpu" if part == "step" else parameter.device)
                 for part in ("step", "exp_avg", "exp_avg_sq")
             }
-        logger.info("training: resumes after step %d of %d of an interrupted run", self.step, self.steps)
 
 
 def write_curves(folder: Path, curves: Curves) -> None:
@@ -299,10 +365,10 @@ def summarize_training(curves: Curves, parameters: Mapping[str, Tensor]) -> dict
     return figures
 
 
-def checkpoint_settings(schedule: LearningRateSchedule, device: torch.device) -> dict[str, Any]:
-    """Return what a training depends on besides the task and the parameters, for a checkpoint's key.
+def checkpoint_settings(device: torch.device) -> dict[str, Any]:
+    """Return what a training depends on besides the task, the plan and the parameters, for a checkpoint's key.
 
     Any other code, package or kind of device than that of the first step could give steps that don't belong together.
     """
-    constants = [WEIGHT_DECAY, CLIP, WARM_UP, FLOOR, SEED, HELD_OUT_EVERY, EVALUATIONS]
-    return {**asdict(schedule), "constants": constants, **describe_environment(str(device)), "threads": torch.get_num_threads()}
+    constants = [WEIGHT_DECAY, SEED, HELD_OUT_EVERY]
+    return {"constants": constants, **describe_environment(str(device)), "threads": torch.get_num_threads()}

@@ -1,0 +1,347 @@
+"""Healing: the shortened model learns the dense model's predictions (distillation: Hinton et al., arXiv 1503.02531).
+
+A repair fits each state to the dense model's, layer by layer, with equal weight on all directions; a user sees only the
+predictions. Healing starts from the repaired weights and minimizes the mean, over all real tokens, of
+
+    KL(p ‖ q) = Σ_v p(v) log(p(v) / q(v)),    p = the dense model's distribution of the next token, q = the shortened one's:
+
+forward, at temperature 1, without labels, as does best in Minitron (arXiv 2407.14679). This is training, and every record of
+the result says so. Like a repair, it changes existing weights and adds none.
+
+The learner is a copy of the dense model with the edits folded in. It shares with it all weights that stay as they are; those
+that are trained are float32. Logits are computed for a few rows at a time, and so is the gradient of the loss with respect to
+them, q − p; no more of them is ever in memory.
+"""
+
+import copy
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import log_softmax, softmax
+
+from replaceme.base.documents import Batch, Documents, seeded_order
+from replaceme.base.group import shard
+from replaceme.edits.edits import OUTSIDE, Edits
+from replaceme.edits.fold import edited_parameters, set_parameter, shorten
+from replaceme.models.context import ModelContext
+from replaceme.models.families import Family, decoder_of, in_torch_layout, is_conv1d, parameter_of
+from replaceme.models.layers import (
+    EntryState,
+    enable_gradients,
+    input_of,
+    replace_output,
+    skip_layers,
+    start_at_layer,
+    tensor_of,
+)
+from replaceme.statistics.features import LINEARS
+from replaceme.training.training import SEED, DocumentBatches, StepPlan
+
+# Rows of logits at once: over a vocabulary of 49k, 25 MB.
+ROWS = 128
+# Tokens of the text that are held out; their loss is evaluated at the beginning, before this step, the doubled one, and so on.
+HELD_OUT_TOKENS, FIRST_EVALUATION = 4096, 8
+# The rate rises over the first steps, is constant, and falls to zero over the last part (Hägele et al., arXiv 2405.18392). So a
+# longer training has the same steps up to that part. AdamW's moments and the gradient norm to clip at: as language models are
+# trained.
+WARM_UP_STEPS, DECAY, BETAS, CLIP = 3, 0.4, (0.9, 0.95), 1.0
+
+
+def plan_steps(lengths: Sequence[int], tokens: int, tokens_per_step: int, learning_rate: float) -> StepPlan:
+    """Return the steps of a training: the text in its order, and again in another order, until the tokens are reached.
+
+    Args:
+        lengths: tokens of each document; the first ``HELD_OUT_TOKENS`` are held out, if others are left.
+        tokens: tokens to train on.
+        tokens_per_step: tokens of a step, to a document.
+        learning_rate: the largest learning rate.
+    """
+    held_out: list[int] = []
+    while len(held_out) < len(lengths) // 2 and sum(lengths[: len(held_out)]) < HELD_OUT_TOKENS:
+        held_out.append(len(held_out))
+    steps: list[list[int]] = [[]]
+    size, left = 0, tokens
+    for index in _in_epochs(range(len(held_out), len(lengths))):
+        if left <= 0:
+            break
+        if size and size + lengths[index] > tokens_per_step:
+            steps.append([])
+            size = 0
+        steps[-1].append(index)
+        size, left = size + lengths[index], left - lengths[index]
+    count, decay = len(steps), math.ceil(DECAY * len(steps))
+    rates = [learning_rate * min((step + 1) / WARM_UP_STEPS, 1, (count - step) / (decay + 1)) for step in range(count)]
+    evaluated = {0, *(FIRST_EVALUATION << power for power in range(count.bit_length()))}
+    return StepPlan(steps, rates, held_out, "heal_learning_rate", evaluated, count - decay, BETAS, CLIP)
+
+
+def _in_epochs(documents: Sequence[int]) -> Iterator[int]:
+    """Yield documents in their order, then in seeded orders, without end."""
+    yield from documents
+    epoch = 1
+    while documents:
+        yield from (documents[index] for index in seeded_order(len(documents), SEED + epoch).tolist())
+        epoch += 1
+
+
+def copy_shortened(model: Any, family: Family, edits: Edits, trained: Sequence[str]) -> Any:
+    """Return a copy of a model with the edits folded in; all parameters that stay as they are are shared with it.
+
+    Args:
+        model: the dense model.
+        family: its description.
+        edits: the changes.
+        trained: names in the copy of parameters that are to be float32.
+    """
+    learner = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    layers = shorten(learner, family, edits)
+    edited = set()
+    for name, exact in edited_parameters(learner, family, layers, edits):
+        set_parameter(learner, name, exact, torch.float32 if name in trained else None)
+        edited.add(name)
+    for name in trained:
+        if name not in edited:
+            # A copy: the dense model keeps its own.
+            set_parameter(learner, name, parameter_of(learner, name).clone(), torch.float32)
+    return learner
+
+
+def list_trained(learner: Any, family: Family, which: str, first: int) -> list[str]:
+    """Return the names of the parameters that ``heal_weights`` names.
+
+    Args:
+        learner: the shortened model.
+        family: its description.
+        which: all, after_cut, outputs or lora.
+        first: the first layer of it whose states differ from the dense model's.
+    """
+    layers, prefix = family.decoder_layers(learner), f"{family.layers}."
+    if which == "outputs":
+        return [
+            f"{prefix}{at}.{name}"
+            for at in range(first, len(layers))
+            for linear in LINEARS
+            for name in family.output_parameters(layers[at], linear)
+        ]
+    start = 0 if which in ("all", "lora") else first
+    inside = [
+        f"{prefix}{at}.{name}"
+        for at in range(start, len(layers))
+        for name, _ in layers[at].named_parameters()
+        if not name.startswith("operator.")
+    ]
+    if which == "lora":
+        return [name for name in inside if _is_linear(learner, name)]
+    norms = {id(value) for value in decoder_of(learner).parameters() if value.ndim == 1}
+    return [*inside, *(name for name, value in learner.named_parameters() if id(value) in norms and prefix not in name)]
+
+
+def _is_linear(model: nn.Module, name: str) -> bool:
+    owner = model.get_submodule(name.rpartition(".")[0])
+    return name.endswith(".weight") and (isinstance(owner, nn.Linear) or is_conv1d(owner))
+
+
+@dataclass(frozen=True)
+class LogitDistillation:
+    """Training task of healing: a shortened model learns the dense model's predictions.
+
+    Attributes:
+        context: the dense model, which stays unchanged, the text, and the documents in a forward pass.
+        edits: the edits that shorten it.
+        first: the first layer of the dense model whose states differ.
+        which: the trained weights: all, after_cut, outputs or lora.
+        rank: of the low-rank changes of lora.
+    """
+
+    context: ModelContext
+    edits: Edits
+    first: int
+    which: str = "all"
+    rank: int = 16
+
+    @property
+    def documents(self) -> Documents:
+        """The text, in the order of training."""
+        return self.context.documents
+
+    @cached_property
+    def batches(self) -> DocumentBatches:
+        """The text, as batches."""
+        return DocumentBatches(self.documents, next(self.context.model.parameters()).device)
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The trained parameters' names in the shortened model."""
+        shape = copy_shortened(self.context.model, self.context.family, Edits("", self.edits.removed_layers), [])
+        return list_trained(shape, self.context.family, self.which, self.edits.position(self.first))
+
+    @cached_property
+    def learner(self) -> Any:
+        """The shortened model; with lora, its weights don't change."""
+        trained = [] if self.which == "lora" else self.names
+        return copy_shortened(self.context.model, self.context.family, self.edits, trained)
+
+    @cached_property
+    def skipped(self) -> int:
+        """How many first layers of both models compute the same, so that the learner skips them."""
+        return 0 if self.which in ("all", "lora") else self.first
+
+    def trainable_parameters(self) -> dict[str, Tensor]:
+        """Return what is trained, float32: parameters of the learner by name; with lora, ``NAME.a`` (r, inputs), ``NAME.b``."""
+        if self.which != "lora":
+            return {name: self.learner.get_parameter(name) for name in self.names}
+        factors = {}
+        random = torch.Generator().manual_seed(SEED)
+        for name in self.names:
+            rows, columns = parameter_of(self.learner, name).shape
+            start = torch.randn(self.rank, columns, generator=random) / math.sqrt(columns)
+            for part, value in ((".a", start), (".b", torch.zeros(rows, self.rank))):
+                factors[name + part] = value.to(self.batches.device).requires_grad_()
+        return factors
+
+    @contextmanager
+    def training_context(self) -> Iterator[None]:
+        """Enable the learner's gradients inside the block; the dense model has none."""
+        parameters = [] if self.which == "lora" else [self.learner.get_parameter(name) for name in self.names]
+        with enable_gradients(self.context.model), enable_gradients(self.learner, parameters):
+            yield
+
+    def loss(self, parameters: Mapping[str, Tensor], documents: Sequence[int]) -> float:
+        """Return this process's part of the mean divergence over documents; add its gradients where they are enabled."""
+        size, count = self.context.batch_size, self.batches.token_count(documents)
+        parts = [documents[start : start + size] for start in range(0, len(documents), size)]
+        for parameter in parameters.values() if torch.is_grad_enabled() else ():
+            # A process without a batch of this step adds nothing to it.
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        with self._adapters(parameters):
+            return sum(self._loss_of_batch(part, count) for number, part in enumerate(parts) if shard().owns(number))
+
+    def _loss_of_batch(self, documents: Sequence[int], count: int) -> float:
+        """Return the sum of the divergences over a batch's tokens, divided by ``count``; add its gradients."""
+        batch = self.batches.batch(documents)
+        with torch.no_grad():
+            wanted, batch.scratch["carried"] = self._run(self.context.model, batch)
+        with self._product_format():
+            found, _ = self._run(self.learner, batch)
+        rows, total = found.detach().requires_grad_(found.requires_grad), 0.0
+        with self._heads() as (dense_head, head):
+            for start in range(0, len(rows), ROWS):
+                part = slice(start, start + ROWS)
+                with torch.no_grad():
+                    teacher = dense_head(wanted[part]).float()
+                with self._product_format():
+                    logits = head(rows[part])
+                with torch.no_grad():
+                    p, q = softmax(teacher, dim=-1), softmax(logits.float(), dim=-1)
+                    logs = log_softmax(teacher, dim=-1).sub_(log_softmax(logits.float(), dim=-1))
+                    total += float(torch.linalg.vecdot(p, logs).double().sum()) / count
+                    gradient = q.sub_(p).div_(count)
+                if logits.requires_grad:
+                    logits.backward(gradient.to(logits.dtype))
+        if rows.grad is not None:
+            found.backward(rows.grad)
+        return total
+
+    def _run(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the states of the real tokens, (tokens, d), that leave a model's last layer; and the input of ``first``.
+
+        The learner starts with that input at ``first``, where it computes the same before.
+        """
+        family, layers, seen = self.context.family, self.context.family.decoder_layers(model), {}
+        learner = model is self.learner
+
+        def record_exit(_module: nn.Module, _args: Any, output: Any) -> None:
+            seen["exit"] = batch.real(tensor_of(output))
+
+        def record_entry(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            seen["entry"] = input_of(args, kwargs)
+
+        with ExitStack() as stack:
+            if learner and self.skipped:
+                entry = EntryState(self.edits.position(self.skipped), None)
+                stack.enter_context(start_at_layer(family, layers, entry, lambda: batch))
+            stack.callback(layers[-1].register_forward_hook(record_exit).remove)
+            if not learner:
+                stack.callback(layers[self.first].register_forward_pre_hook(record_entry, with_kwargs=True).remove)
+            decoder_of(model)(input_ids=batch.input_ids, use_cache=False)
+        return seen["exit"], seen.get("entry", batch.input_ids)
+
+    @contextmanager
+    def _heads(self) -> Iterator[list[Any]]:
+        """Return a function for each model, from states that leave its last layer, (rows, d), to logits (rows, words)."""
+        with ExitStack() as stack:
+            yield [stack.enter_context(_head_of(model, self.context.family)) for model in (self.context.model, self.learner)]
+
+    def _product_format(self) -> AbstractContextManager[Any]:
+        """Return the context in which the learner's products have the dense model's dtype."""
+        dtype = self.context.model.dtype
+        return torch.autocast(self.batches.device.type, dtype, enabled=dtype != torch.float32)
+
+    @contextmanager
+    def _adapters(self, parameters: Mapping[str, Tensor]) -> Iterator[None]:
+        """Add the low-rank changes of lora, ``x Aᵀ Bᵀ``, inside the block."""
+        with ExitStack() as stack:
+            for name in self.names if self.which == "lora" else ():
+                module = self.learner.get_submodule(name.rpartition(".")[0])
+                hook = _adding(parameters[f"{name}.a"], parameters[f"{name}.b"])
+                stack.callback(module.register_forward_hook(hook).remove)
+            yield
+
+    def healed_edits(self, parameters: Mapping[str, Tensor], dtype: torch.dtype) -> Edits:
+        """Return edits that give the trained model: the value of each parameter that differs from the dense model's.
+
+        Args:
+            parameters: the trained ones.
+            dtype: of the model's files.
+        """
+        edits, family = self.edits, self.context.family
+        kept = [layer for layer in range(len(self.context.layers)) if layer not in set(edits.removed_layers)]
+        values = dict(edited_parameters(self.context.model, family, self.context.layers, edits))
+        for name in self.names:
+            value = in_torch_layout(self.learner, name, self.learner.get_parameter(name).detach())
+            if self.which == "lora":
+                value = value.double() + (parameters[f"{name}.b"] @ parameters[f"{name}.a"]).detach().double()
+            values[name] = value
+        healed = Edits(edits.title, edits.removed_layers, config=edits.config, parts=edits.parts)
+        healed.operators = {layer: P for layer, P in edits.operators.items() if P.ndim}
+        prefix = f"{family.layers}."
+        for name, value in values.items():
+            at, _, own = name.removeprefix(prefix).partition(".")
+            key = (kept[int(at)], own) if name.startswith(prefix) else (OUTSIDE, name)
+            if not key[1].startswith("operator."):
+                # A copy: of a view, the whole tensor would be stored.
+                healed.parameters[key] = value.to("cpu", dtype, copy=True).contiguous()
+        return healed
+
+
+@contextmanager
+def _head_of(model: Any, family: Family) -> Iterator[Any]:
+    """Return a function from the states that leave a model's last layer, (rows, d), to its logits (rows, words)."""
+    layers, given = family.decoder_layers(model), list[Tensor]()
+
+    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        return replace_output(output, given[-1][:, None])
+
+    def compute_logits(rows: Tensor) -> Tensor:
+        given[:] = [rows]
+        # Each row is a text of one token, which has a position in every model.
+        ids = torch.zeros(len(rows), 1, dtype=torch.long, device=rows.device)
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits[:, 0]
+        return logits
+
+    with skip_layers(family, layers), ExitStack() as stack:
+        stack.callback(layers[-1].register_forward_hook(hook).remove)
+        yield compute_logits
+
+
+def _adding(a: Tensor, b: Tensor) -> Any:
+    def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output + (args[0].to(a.dtype) @ a.T @ b.T).to(output.dtype)
+
+    return hook
