@@ -32,8 +32,8 @@ from replaceme.selection.criteria import allowed_starts
 from replaceme.selection.cut_loss import SHORTLIST, cut_losses
 from replaceme.statistics.cut_statistics import take_statistics
 from replaceme.statistics.profile import profile_model
-from replaceme.training.healing import LogitDistillation
-from replaceme.training.training import LearningRateSchedule, record_entry_and_exit, train
+from replaceme.training.distillation import LogitDistillation, plan_steps
+from replaceme.training.training import train
 
 ROUNDS = 3
 LIMITS = {"profile, activations and solve of a map": 2.2, "choice by loss": 1.5, "repair": 2.5}
@@ -77,11 +77,11 @@ def main(size: int | None) -> None:
     }
 
     def heal() -> None:
-        states = record_entry_and_exit(context, block.layer_before_cut, len(context.layers) - 1)
-        task = LogitDistillation(context, Edits("", [*block.layers]), block.layer_before_cut, *states)
-        schedule = LearningRateSchedule(params.heal_learning_rate, 1, params.batch_size, "heal_learning_rate")
+        task = LogitDistillation(context, Edits("", [*block.layers]), block.layer_before_cut)
+        lengths = [len(document) for document in documents.documents]
+        steps = plan_steps(lengths, documents.token_count, params.heal_tokens_per_step, params.heal_learning_rate)
         with tempfile.TemporaryDirectory() as folder:
-            train(task, task.trainable_parameters(), schedule, Path(folder), "")
+            train(task, task.trainable_parameters(), steps, Path(folder), "")
 
     steps: dict[str, Callable[[], object]] = {
         "bare forward pass": bare,
@@ -94,7 +94,7 @@ def main(size: int | None) -> None:
         "losses of maps": lambda: cut_losses(context, cuts, "map"),
         "losses of refits": lambda: cut_losses(context, cuts, "refit"),
         "losses of joint fits": lambda: cut_losses(context, cuts, "joint"),
-        "an epoch of healing": heal,
+        "healing on as many tokens": heal,
     }
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(ROUNDS):

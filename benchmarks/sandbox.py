@@ -39,7 +39,8 @@ ENVIRONMENT = {
 }
 SETTINGS = {
     "model_path": "model", "dataset": "text.txt", "tasks": "[held-out.txt]", "dataset_size": "20", "max_length": "48",
-    "layers_to_skip": "2", "transform": "channels", "repair": "true", "heal_epochs": "1", "dtype": "float32",
+    "layers_to_skip": "2", "transform": "channels", "repair": "true", "heal_tokens": "4000",
+    "heal_tokens_per_step": "1000", "dtype": "float32",
     "eval_dtype": "float32", "eval_tokens": "2000", "threads": "1", "device": "cpu",
 }  # fmt: skip
 # Files that hold times, process ids or sums of such files: that they are there is compared, not what they hold.

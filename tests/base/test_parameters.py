@@ -74,8 +74,8 @@ def written(tmp_path: Path, text: str) -> Path:
         ("method: slicegpt\nmin_distance_layer: 2", "min_distance_layer: method slicegpt slices all layers alike; use null."),
         ("tolerated_loss: 0.1", "tolerated_loss: needs selection: loss, which measures it, and that is null."),
         ("tolerated_loss: 0.1\nremove: 20%", "remove: and tolerated_loss each say how much goes; use one"),
-        ("heal_epochs: 1\nuse_4bit: true", "use_4bit: packs the weights that heal_epochs trains; use false."),
-        ("heal_epochs: 1\ndtype: float16", "dtype: float16 is too short for the gradients of heal_epochs"),
+        ("heal_tokens: 1k\nuse_4bit: true", "use_4bit: packs the weights that heal_tokens trains; use false."),
+        ("heal_tokens: 1k\ndtype: float16", "dtype: float16 is too short for the gradients of heal_tokens"),
         ("processes: 2\ndevice: cuda:1", "device: cuda:1 is one GPU, and each process has its own"),
         # YAML.
         ("alpha: 1\nalpha: 2", "alpha: is given twice, as 1 and as 2; keep one."),
@@ -150,9 +150,9 @@ def test_equal_values_of_a_repeated_key_are_accepted(tmp_path: Path, caplog: pyt
         ("method: cosine\nmax_iterations: 3", "max_iterations belongs to solver lbfgs or cg or trust_region of method cosine "),
         ("method: uidl\nalpha: 1.0", "alpha belongs to methods cosine, ghosted and lstsq and is ignored"),
         ("refit_ridge: 1.0", "refit_ridge belongs to transform refit or joint or channels and is ignored"),
-        ("heal_learning_rate: 1.0", "heal_learning_rate belongs to heal_epochs and is ignored"),
+        ("heal_learning_rate: 1.0", "heal_learning_rate belongs to heal_tokens and is ignored"),
         ("method: cosine\nepochs: 3", ""),
-        ("heal_epochs: 1\nheal_learning_rate: 1.0", ""),
+        ("heal_tokens: 1k\nheal_learning_rate: 1.0", ""),
         ("method: lstsq\nsolver: adam\nloss: cosine\naccurate: false", ""),
     ],
 )

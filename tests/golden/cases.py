@@ -23,12 +23,13 @@ SMALL: Mapping[str, Any] = {
     "layers": 2, "dataset_size": 20, "max_length": 48, "batch_size": 4, "dtype": "float32", "tasks": [], "threads": 1,
     "device": "cpu",
 }  # fmt: skip
+HEALED: Mapping[str, Any] = {"heal_tokens": 600, "heal_tokens_per_step": 200}
 
 
 def _of_the_readme(kind: str) -> dict[str, dict[str, Any]]:
     """Return the settings that the README's table gives a family, by name."""
     if kind in NORM_AFTER_MLP:
-        return {"norm after the MLP": {"transform": "orthogonal", "repair": False, "heal_epochs": 1}}
+        return {"norm after the MLP": {"transform": "orthogonal", "repair": False, **HEALED}}
     if kind in EXPERTS:
         return {"experts": {"transform": "dense", "repair": False}}
     if kind.startswith("falcon"):
@@ -36,7 +37,7 @@ def _of_the_readme(kind: str) -> dict[str, dict[str, Any]]:
     if kind in UNDESCRIBED:
         return {"not described": {"transform": "refit", "repair": False}}
     # The healing starts from what the default gives.
-    return {"healed": {"heal_epochs": 1}}
+    return {"healed": dict(HEALED)}
 
 
 # On a Llama alone: what a parameter changes.

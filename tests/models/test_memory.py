@@ -88,7 +88,7 @@ def run(source: Model, text: Path, target: Path, *options: str, code: int = 0) -
 REFUSED = {
     "use_4bit packs them": ["--use_4bit", "true"],
     "device_map spreads them": ["--device_map", "auto"],
-    "heal_epochs trains many layers": ["--heal_epochs", "1"],
+    "heal_tokens trains many layers": ["--heal_tokens", "1k"],
     "method slicegpt works on many layers": ["--method", "slicegpt"],
     "method llm_pruner works on many layers": (
         ["--method", "llm_pruner", "--min_distance_layer", "1", "--max_distance_layer", "5", "--max_length", "64"]

@@ -112,7 +112,7 @@ def test_speed_of_a_result_is_measured_against_the_model_it_was_made_from(
 
 def test_a_share_of_the_parameters_goes_by_layers_and_channels(arguments: list[str | Path], tmp_path: Path) -> None:
     result = tmp_path / "result"
-    share = ["--remove", "30%", "--layers", "1", "--transform", "channels", "--repair", "true", "--heal_epochs", "1"]
+    share = ["--remove", "30%", "--layers", "1", "--transform", "channels", "--repair", "true", "--heal_tokens", "1k"]
     call(commands.run_replaceme, *arguments, *share, "--save_path", result)
     model = AutoModelForCausalLM.from_pretrained(result)
     assert model.config.num_hidden_layers == 5

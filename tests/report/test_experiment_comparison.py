@@ -39,7 +39,7 @@ DOZEN = (
 TRAINING = ("llm_streamline",)
 SETTINGS = {
     "transform": "dense", "repair": False, "selection": None, "layers_to_skip": 8, "alpha": 0.0, "laco_layers": 7,
-    "solver": "adam", "loss": "cosine", "accurate": False, "l1_ratio": 0.5, "heal_epochs": 0,
+    "solver": "adam", "loss": "cosine", "accurate": False, "l1_ratio": 0.5, "heal_tokens": 0,
 }  # fmt: skip
 
 
@@ -245,7 +245,7 @@ def test_without_a_score_in_common_nothing_is_compared() -> None:
 def test_what_trains_is_marked_in_all_that_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(experiments, "read_experiments", lambda revisions, number: [*dozen(), made(number=13, heal_epochs=2)])
+    monkeypatch.setattr(experiments, "read_experiments", lambda revisions, number: [*dozen(), made(number=13, heal_tokens=2)])
     output = tmp_path / "experiments"
     experiments.compare(["--output", str(output)])
     assert {path.name for path in output.iterdir()} == {"experiments.csv", "experiments.md", "quality.png", "methods.png"}
