@@ -178,7 +178,7 @@ class Params(BaseModel):
     """What healing trains: all weights of the kept layers and the last norm; those of the layers from the cut on; only the last
     linears of their attention and MLP; or changes of low rank of all linears of the kept layers, which are folded in at the end
     (less memory)."""
-    heal_learning_rate: float = Field(3e-4, gt=0)
+    heal_learning_rate: float = Field(1e-4, gt=0)
     """AdamW's largest learning rate in healing; larger models need a smaller one, lora a larger one."""
     heal_tokens_per_step: int = Field(4096, ge=1)
     """Tokens of a step of the healing; batch_size documents at a time are computed."""

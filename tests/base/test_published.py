@@ -94,6 +94,14 @@ def test_every_recommended_value_differs_from_the_published_one() -> None:
     assert {key for key in PROGRAM_KEYS if key in FIELDS} >= {"method", "solver", "loss", "accurate", "tasks", "save_path"}
 
 
+def test_a_quick_run_takes_less_text_and_a_healed_one_trains() -> None:
+    recommended, quick, healed = (
+        read_params(None, {"preset": name}, METHODS).model_dump() for name in ("recommended", "quick", "healed")
+    )
+    assert {key for key in recommended if quick[key] != recommended[key]} == {"dataset_size", "tasks", "eval_tokens"}
+    assert {key for key in recommended if healed[key] != recommended[key]} == {"heal_tokens"}
+
+
 def test_the_recommended_cut_belongs_to_the_recommended_method(caplog: pytest.LogCaptureFixture) -> None:
     assert cut(read_params(None, methods=METHODS, preset="recommended")) == ("loss", "channels", True)
     with caplog.at_level("INFO", "replaceme"):
@@ -142,5 +150,5 @@ def test_a_file_that_states_all_that_a_preset_sets_takes_none(caplog: pytest.Log
 
 @pytest.mark.parametrize("name", ["paper", 3, ["published"]])
 def test_another_preset_is_refused(name: Any, tmp_path: Path) -> None:
-    with pytest.raises(ParameterError, match="preset: must be recommended or published, not"):
+    with pytest.raises(ParameterError, match="preset: must be one of recommended, quick, healed, published, not"):
         read(tmp_path, f"preset: {name}", None)

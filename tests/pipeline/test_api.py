@@ -107,7 +107,7 @@ def test_without_texts_the_model_writes_them(tiny: Model, tmp_path: Path) -> Non
         ({"texts": []}, "texts: must be a list of texts that aren't empty, one a document, not []"),
         ({"texts": ["a", " "]}, "texts: must be a list of texts that aren't empty, one a document, not ' '"),
         ({"model": 3}, "model: must be a path, a hub id or a model of transformers, not 3"),
-        ({"preset": "paper"}, "preset: must be recommended or published, not 'paper'"),
+        ({"preset": "paper"}, "preset: must be one of recommended, quick, healed, published, not 'paper'"),
     ],
 )
 def test_a_mistake_is_a_value_error_that_says_what_would_be_right(given: dict[str, Any], said: str, tiny: Model) -> None:

@@ -112,7 +112,10 @@ def test_the_options_are_those_that_the_stages_use() -> None:
         (["prune", "--layers", "x"], "command line: --layers (layers_to_skip): must be a whole number, not 'x'."),
         (["profile", "--model=no/where/at/all"], "--model (model_path): "),
         (["prune", "extra"], "command line: 'extra' belongs to no option; see --help."),
-        (["prune", "--preset", "paper"], "command line: preset: must be recommended or published, not 'paper'."),
+        (
+            ["prune", "--preset", "paper"],
+            "command line: preset: must be one of recommended, quick, healed, published, not 'paper'.",
+        ),
         (["report", "--save_path", "nowhere"], "save_path: there is no pruned model in "),
         (
             ["evaluate", "--compare", "x"],
