@@ -63,7 +63,7 @@ def _fastest(config: Any, threads: int, device: str) -> str:
     known: dict[str, str] = read_remembered(memory)
     if key not in known:
         use_processor(threads)
-        seconds = _measure_products(width, inputs, device)
+        seconds = measure_products(width, inputs, device)
         known[key] = "bfloat16" if seconds["float32"] >= CLEARLY * seconds["bfloat16"] else "float32"
         with suppress(OSError):  # it is measured again
             write_json(memory, known)
@@ -71,7 +71,7 @@ def _fastest(config: Any, threads: int, device: str) -> str:
 
 
 @torch.inference_mode()
-def _measure_products(width: int, inputs: int, device: str) -> dict[str, float]:
+def measure_products(width: int, inputs: int, device: str) -> dict[str, float]:
     """Return the least seconds of a product of states and a weight of an MLP, by format."""
     tokens = max(64, min(MOST_TOKENS, int(OPERATIONS / (2 * width * inputs))))
     factors = torch.full((tokens, width), 0.5, device=device), torch.full((inputs, width), 0.5, device=device)

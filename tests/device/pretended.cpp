@@ -377,6 +377,11 @@ Tensor& set_tensor(Tensor& self, const Tensor& source) {
   return set_storage(self, source.storage(), source.storage_offset(), source.sizes(), source.strides());
 }
 
+// The processor's histogram takes no integers; CUDA's does.
+Tensor histc(const Tensor& self, int64_t bins, const at::Scalar& least, const at::Scalar& most) {
+  return on_device(at::histc(seen_by_host(self).to(at::kFloat), bins, least, most).to(self.scalar_type()), self.device());
+}
+
 // The attention that always works (0); a GPU chooses another by format, mask and size.
 int64_t choose_attention(const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&, double, bool, std::optional<double>, bool) {
   return 0;
@@ -392,6 +397,7 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("set_.source_Storage_storage_offset", set_storage);
   m.impl("set_.source_Storage", set_whole);
   m.impl("set_.source_Tensor", set_tensor);
+  m.impl("histc", histc);
   m.impl("_fused_sdp_choice", choose_attention);
 }
 

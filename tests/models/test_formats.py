@@ -32,7 +32,7 @@ def measure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Measure:
             measured.append(width)
             return {"float32": float32, "bfloat16": bfloat16}
 
-        monkeypatch.setattr(formats, "_measure_products", measure_products)
+        monkeypatch.setattr(formats, "measure_products", measure_products)
         return measured
 
     return set_seconds
@@ -75,7 +75,7 @@ def test_a_missing_device_is_said_once(params: Params, tmp_path: Path, monkeypat
 
 
 def test_the_measurement_takes_both_formats() -> None:
-    seconds = formats._measure_products(64, 128, "cpu")
+    seconds = formats.measure_products(64, 128, "cpu")
     assert seconds.keys() == {"float32", "bfloat16"}
     assert all(0 < value < 1 for value in seconds.values())
 
