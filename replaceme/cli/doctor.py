@@ -2,6 +2,7 @@
 
 import platform
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from replaceme import __version__
 from replaceme.running.entry import Parser, plain_parser
@@ -51,4 +52,4 @@ def describe_machine() -> Iterator[tuple[str, str]]:
         "weights",
         f"memory: auto lets them take {format_size(int(AUTO_FRACTION * free_memory(chosen)))}; larger models are streamed",
     )
-    yield "cache", str(cache_folder()).replace(str(cache_folder().home()), "~")
+    yield "cache", str(cache_folder()).replace(str(Path.home()), "~")

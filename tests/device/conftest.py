@@ -1,4 +1,4 @@
-"""``make test-device``: what a GPU computes, on two pretended ones. A run of its own: with them, ``auto`` is no longer the processor.
+"""``make test-device``: what a GPU computes, on two pretended ones. A run of its own: ``auto`` is no longer the processor.
 
 They are skipped, with the reason, where torch was built for CUDA, and where nothing can compile them.
 """

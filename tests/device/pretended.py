@@ -1,4 +1,4 @@
-"""Two pretended CUDA devices (pretended.cpp), for a torch that was built without CUDA: ``install`` before torch is asked for one.
+"""Two pretended CUDA devices (pretended.cpp), for a torch without CUDA: ``install`` before torch is asked for one.
 
 They show mixed devices, a device without a number in a thread with another present one, wrong figures of memory, formats and
 kernels that a device lacks. They can't show a kernel's own numbers, speed, races of streams, or bitsandbytes' kernels.
