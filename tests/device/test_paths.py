@@ -140,7 +140,7 @@ def test_a_model_is_pruned_scored_and_timed_where_nobody_names_a_device(tiny: Mo
     for device in ("cpu", "auto"):
         torch.accelerator.reset_peak_memory_stats(0)
         pruned = replaceme.prune(tiny.folder, text_file, 2, tmp_path / device, device=device, **settings)
-        scores[device] = pruned.scores["perplexity"]["text"]["token"]
+        scores[device] = pruned.scores["perplexity"]["text"]["pruned"]
     assert torch.accelerator.max_memory_allocated(0)
     assert scores["auto"] == pytest.approx(scores["cpu"], rel=1e-4)
     call(main, "speed", "--model", tiny.folder, "--save_path", tmp_path / "auto", "--eval_dtype", "float32", "--threads", "1")

@@ -40,9 +40,11 @@ ON_LLAMA = {name: case for name, case in CASES.items() if "method" in name} | {
     **{f"llama: {name}": LONG[f"llama: {name}"] for name in PATHS},
     "llama: on both devices": ("llama", {"preset": "published", "device_map": "balanced"}),
 }
-# Largest relative difference of the predictions (Frobenius). Steps of a training, and of a solver that reads single tokens,
-# which are stored in 16 bits, make more of a last bit.
-TOLERANCE, OF_STEPS = 1e-5, 2e-4
+# Methods that choose by the profile alone, which an earlier setting leaves.
+BY_PROFILE = ("average", "shortgpt", "uidl")
+# Largest relative difference of the predictions (Frobenius). Single tokens are stored in 16 bits, which makes more of a last
+# bit; the solvers that go to the very minimum show it.
+TOLERANCE, OF_TOKENS = 1e-5, 1e-4
 
 
 @pytest.fixture(scope="session")
@@ -58,17 +60,16 @@ def _grouped(cases: Mapping[str, tuple[str, dict[str, Any]]], group: str) -> lis
 @pytest.mark.parametrize(("kind", "settings"), _grouped(FAMILIES, "families") + _grouped(ON_LLAMA, "llama"))
 def test_a_device_gives_the_processors_result(kind: str, settings: dict[str, Any], folder: Path) -> None:
     removed, logits = fit(folder, kind, {**settings, "device_map": None}, "cpu")
-    trained = "heal_epochs" in settings or settings.get("solver") == "lbfgs"
+    tolerance = OF_TOKENS if settings.get("solver") == "lbfgs" else TOLERANCE
     # Families of one form differ in nothing that needs float64.
     for float64 in (True, False) if kind in REPRESENTATIVES else (True,):
         set_float64(there=float64)
         torch.accelerator.reset_peak_memory_stats(1)
         # The thread's present device is the first: a name without its number would show.
         own_removed, own = fit(folder, kind, settings, "cuda" if "device_map" in settings else "cuda:1", str(float64))
-        assert torch.accelerator.max_memory_allocated(1)
+        assert torch.accelerator.max_memory_allocated(1) or settings.get("method") in BY_PROFILE
         assert own_removed == removed
-        print("DIFF", kind, settings, float64, float((own - logits).norm() / logits.norm()))
-        assert float((own - logits).norm() / logits.norm()) <= (OF_STEPS if trained else TOLERANCE), f"float64: {float64}"
+        assert float((own - logits).norm() / logits.norm()) <= tolerance, f"float64: {float64}"
 
 
 def test_every_family_and_every_method_is_tried() -> None:
