@@ -1,10 +1,10 @@
 """The pipeline at a large model's shapes, streamed: time, processor time, peak memory and bytes from the disk, by stage.
 
-``python -m benchmarks.scale FOLDER [SHAPES [MEMORY [DEVICE]]]`` makes a Llama of random bfloat16 weights in FOLDER, layer by layer,
-unless it is there already, and runs every stage up to the verified export in a process of its own: a quarter of the layers less
-by ``selection: residual``, ``transform: refit`` and ``repair``, on 16 documents of 256 tokens. SHAPES is llama-3.1-8b (16 GB),
-llama-3.1-8b-short (8 of its 32 layers, 5.6 GB: streamed, the memory is the same), llama-3.1-70b (141 GB) or tiny; MEMORY is the
-parameter ``memory``, DEVICE is ``device`` (cpu). Random weights say nothing about quality.
+``python -m benchmarks.scale FOLDER [SHAPES [MEMORY [DEVICE]]]`` makes a Llama of random bfloat16 weights in FOLDER, layer by
+layer, unless it is there already, and runs every stage up to the verified export in a process of its own: a quarter of the
+layers less by ``selection: residual``, ``transform: refit`` and ``repair``, on 16 documents of 256 tokens. SHAPES is
+llama-3.1-8b (16 GB), llama-3.1-8b-short (8 of its 32 layers, 5.6 GB: streamed, the memory is the same), llama-3.1-70b (141 GB)
+or tiny; MEMORY is the parameter ``memory``, DEVICE is ``device`` (cpu). Random weights say nothing about quality.
 """
 
 import os

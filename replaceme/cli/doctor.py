@@ -14,14 +14,14 @@ PACKAGES = (*SCORES, *FOUR_BIT, "accelerate", "dvc")
 WIDTH, FEATURES = 1536, 8960
 
 
-def make_doctor_parser() -> Parser:
+def make_parser() -> Parser:
     """Return the parser of ``replaceme doctor``."""
     return plain_parser("replaceme doctor", "Print what this machine has and what a run would use.", "replaceme doctor")
 
 
 def doctor(arguments: Sequence[str]) -> None:
     """Print the lines."""
-    make_doctor_parser().parse_args(arguments)
+    make_parser().parse_args(arguments)
     for name, words in describe_machine():
         print(f"{name:10}{words}")
 

@@ -49,6 +49,13 @@ def test_the_cost_of_a_stage_has_the_peak_and_the_name_of_the_devices() -> None:
     assert "Pretended GPU 0, Pretended GPU 1" in cost["machine"]
 
 
+def test_the_doctor_names_the_devices(capsys: pytest.CaptureFixture[str]) -> None:
+    call(main, "doctor")
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert lines["cuda:1"].startswith("Pretended GPU 1, 8.59 GB of 8.59 GB are free, float64")
+    assert lines["device"] == "auto is cuda:0 (Pretended GPU 0)"
+
+
 def test_memory_that_is_the_processors_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
     mps = SimpleNamespace(recommended_max_memory=lambda: 10 << 30, current_allocated_memory=lambda: 1 << 30)
     monkeypatch.setattr(torch, "mps", mps)
