@@ -1,9 +1,10 @@
 # make: the environment, then the pipeline on the embedded model.   make test: all tests.   make lint: ruff and mypy.
+# make test-device: what a GPU computes, on two pretended ones; needs a C++ compiler.
 # make docs: the site, in site/.   make package: the wheel, installed elsewhere.
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: all environment test lint docs package benchmarks clean
+.PHONY: all environment test test-device lint docs package benchmarks clean
 
 all: environment
 	dvc repro
@@ -30,6 +31,10 @@ environment: .venv/.run
 # One process for each core; the tests of a file stay together, and share what they make.
 test: .venv/.dev
 	pytest -n logical --dist loadfile --no-loadscope-reorder
+
+# A run of its own: with the pretended GPUs, no test would compute on the processor unless it says so.
+test-device: .venv/.dev
+	pytest tests/device -n logical --dist loadgroup
 
 lint: .venv/.dev
 	ruff check .

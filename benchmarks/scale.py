@@ -1,10 +1,10 @@
 """The pipeline at a large model's shapes, streamed: time, processor time, peak memory and bytes from the disk, by stage.
 
-``python -m benchmarks.scale FOLDER [SHAPES [MEMORY]]`` makes a Llama of random bfloat16 weights in FOLDER, layer by layer,
-unless it is there already, and runs every stage up to the verified export in a process of its own: a quarter of the layers less
-by ``selection: residual``, ``transform: refit`` and ``repair``, on 16 documents of 256 tokens. SHAPES is llama-3.1-8b (16 GB),
-llama-3.1-8b-short (8 of its 32 layers, 5.6 GB: streamed, the memory is the same), llama-3.1-70b (141 GB) or tiny; MEMORY is the
-parameter ``memory``. Random weights say nothing about quality.
+``python -m benchmarks.scale FOLDER [SHAPES [MEMORY [DEVICE]]]`` makes a Llama of random bfloat16 weights in FOLDER, layer by
+layer, unless it is there already, and runs every stage up to the verified export in a process of its own: a quarter of the
+layers less by ``selection: residual``, ``transform: refit`` and ``repair``, on 16 documents of 256 tokens. SHAPES is
+llama-3.1-8b (16 GB), llama-3.1-8b-short (8 of its 32 layers, 5.6 GB: streamed, the memory is the same), llama-3.1-70b (141 GB)
+or tiny; MEMORY is the parameter ``memory``, DEVICE is ``device`` (cpu). Random weights say nothing about quality.
 """
 
 import os
@@ -27,7 +27,7 @@ SHAPES = {
 STAGES = ["inputs", "generate", "calibrate", "profile", "select", "plan", "activations", "solve", "repair", "heal", "export"]
 SETTINGS = {
     "dataset_size": "16", "max_length": "256", "selection": "residual", "transform": "refit", "repair": "true",
-    "alpha": "0.001", "tasks": "[]", "device": "cpu",
+    "alpha": "0.001", "tasks": "[]",
 }  # fmt: skip
 
 
@@ -103,7 +103,7 @@ def run_stage(stage: str, folder: Path, log: Path) -> tuple[float, float, float,
     return seconds, busy, own, usage.ru_maxrss * 1024 / 1e9, usage.ru_inblock * 512 / 1e9
 
 
-def main(folder: Path, shapes: str = "llama-3.1-8b", memory: str = "3GB") -> None:
+def main(folder: Path, shapes: str = "llama-3.1-8b", memory: str = "3GB", device: str = "cpu") -> None:
     """Make the model, run the stages, and print a row for each."""
     # In a process of its own: the peak of a process begins with that of the one that started it.
     subprocess.run([sys.executable, "-m", "benchmarks.scale", "--prepare", str(folder), shapes], check=True)
@@ -116,7 +116,7 @@ def main(folder: Path, shapes: str = "llama-3.1-8b", memory: str = "3GB") -> Non
     layers = SHAPES[shapes][2]
     # Some kept layers have to come after the block, or there is nothing to repair.
     cut = {"layers_to_skip": str(layers // 4), "max_distance_layer": str(layers * 3 // 4)}
-    given = {"model_path": str(inputs / "model"), "dataset": str(inputs / "text.txt"), "memory": memory}
+    given = {"model_path": str(inputs / "model"), "dataset": str(inputs / "text.txt"), "memory": memory, "device": device}
     set_params(work, SETTINGS | given | cut)
     weights = sum(path.stat().st_size for path in (inputs / "model").glob("*.safetensors")) / 1e9
     print(f"{shapes}: {weights:.1f} GB of weights, memory: {memory}; the log is {log}")
@@ -141,7 +141,7 @@ def print_row(stage: str, row: tuple[float, float, float, float, float], weights
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--prepare"]:
         prepare(Path(sys.argv[2]) / sys.argv[3], sys.argv[3])
-    elif 2 <= len(sys.argv) <= 4:
+    elif 2 <= len(sys.argv) <= 5:
         main(Path(sys.argv[1]), *sys.argv[2:])
     else:
-        sys.exit(f"usage: python -m benchmarks.scale FOLDER [{'|'.join(SHAPES)} [MEMORY]]")
+        sys.exit(f"usage: python -m benchmarks.scale FOLDER [{'|'.join(SHAPES)} [MEMORY [DEVICE]]]")

@@ -90,6 +90,11 @@ def renaming(names: Mapping[str, str]) -> Iterator[None]:
         raise
 
 
+def is_out_of_device_memory(error: BaseException) -> bool:
+    """Return whether a GPU's memory ran out, as torch says it of each kind."""
+    return type(error).__name__ == "OutOfMemoryError" or "MPS backend out of memory" in str(error)
+
+
 def resource_failure(error: BaseException) -> ResourceError | None:
     """Return an error for a full disk, a too large file or exhausted memory, whatever exception a library raises; else None."""
     text = str(error)
@@ -100,6 +105,6 @@ def resource_failure(error: BaseException) -> ResourceError | None:
             "a file grew beyond what its file system or `ulimit -f` allows; choose another folder or raise the limit, and run "
             "again: finished stages are kept."
         )
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+    if isinstance(error, MemoryError) or is_out_of_device_memory(error) or "can't allocate memory" in text:
         return ResourceError("memory ran out; lower batch_size or max_length, or set use_4bit: true.")
     return None

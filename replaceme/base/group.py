@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, distributed
 
+from replaceme.base import accelerators
 from replaceme.base.errors import LostProcessError, ResourceError
 
 T = TypeVar("T")
@@ -52,7 +53,7 @@ def local_world_size() -> int:
 
 def local_gpu() -> int:
     """Return the GPU of this process: the one with its number on the machine. Raises ResourceError without one."""
-    number, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    number, count = int(os.environ.get("LOCAL_RANK", 0)), accelerators.count_devices()
     if number >= count:
         raise ResourceError(f"processes: each needs a GPU of its own, and torch sees {count}; start at most {count} a machine.")
     return number
@@ -69,10 +70,10 @@ def process_group(device: str) -> Iterator[None]:
         LostProcessError: another process has ended.
         ResourceError: there are fewer GPUs than processes.
     """
-    cuda = device != "cpu" and torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(local_gpu())
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
+    kind = None if device == "cpu" else accelerators.find_kind()
+    if kind:
+        accelerators.select_device(local_gpu())
+    distributed.init_process_group(accelerators.collective_backend(kind) if kind else "gloo", timeout=TIMEOUT)
     try:
         yield
     except RuntimeError as failure:
@@ -122,7 +123,7 @@ def all_reduce_sum(sums: MutableMapping[str, Tensor]) -> None:
             sums[name] = torch.zeros(shape, dtype=dtype, device=device)
         rows = torch.atleast_1d(sums[name])
         for part in rows.split(max(CHUNK // max(rows[:1].numel(), 1), 1)):
-            added = part.to(torch.float64, memory_format=torch.contiguous_format, copy=True)
+            added = accelerators.to_float64(part).clone(memory_format=torch.contiguous_format)
             distributed.all_reduce(added)
             part.copy_(added)
 

@@ -41,7 +41,7 @@ KINDS = {
     "literal_error": "{expected}",
 }
 WORDS = {
-    "device": "auto, cpu, cuda or cuda:N",
+    "device": "auto, cpu, cuda, mps, xpu, or one GPU as cuda:N",
     "memory": "auto, null, or a size such as 6GB or 500MiB",
     "remove": "null, or a share such as 20% or 20% of layers",
     "dataset": "a name, or a list of names with shares",
@@ -102,8 +102,12 @@ class Params(BaseModel):
     """Number format of the calibration passes; sums and solves are float64, single tokens on disk bf16. auto is the
     format in which a processor computes the model's products fastest, float32 or bfloat16, measured once; bfloat16 where memory
     asks for it, and on a GPU."""
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", title="auto, cpu, cuda or cuda:N")
-    """auto, cpu, cuda or cuda:N."""
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|(cuda|mps|xpu|npu|hpu|mtia)(:\d+)?)$",
+        title="auto, cpu, cuda, mps, xpu, or one GPU as cuda:N",
+    )
+    """auto (the GPU, if there is one), cpu, cuda (NVIDIA, and AMD by ROCm), mps (Apple), xpu (Intel), or one GPU as cuda:N."""
     device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = None
     """How accelerate spreads a model that is too large for one GPU: auto, balanced, balanced_low_0 or sequential; null puts the
     whole model on device."""

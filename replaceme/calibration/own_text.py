@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from replaceme.base.accelerators import is_accelerator, to_float64
 from replaceme.base.entries import SELF
 from replaceme.base.errors import DatasetError, ModelError
 from replaceme.base.parameters import Params
@@ -74,8 +75,8 @@ def write_texts(model: Any, tokenizer: PreTrainedTokenizerBase, count: int, leng
     plain, turns = choose_start(tokenizer), find_chat_turns(tokenizer)
     starts = [turns.opening if turns and number % 2 else plain for number in range(count)]
     documents: list[Tensor] = []
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.inference_mode():
+    devices = [model.device] if is_accelerator(model.device) else []
+    with torch.random.fork_rng(devices, device_type=model.device.type if devices else "cuda"), torch.inference_mode():
         torch.manual_seed(seed)
         steps = progress(range((length - 1) * -(-count // rows)), "writing text", "steps")
         for first in range(0, count, rows):
@@ -139,10 +140,10 @@ def _sample_tokens(logits: Tensor) -> Tensor:
 
     By the inverse of the cumulative distribution: one random number a row, where ``torch.multinomial`` takes one a word.
     """
-    cumulative = logits.double().softmax(-1).cumsum(-1)
+    cumulative = to_float64(logits).softmax(-1).cumsum(-1)
     if not bool(cumulative[:, -1].isfinite().all()):
         raise ModelError("dtype: the model's predictions overflow while it writes its own text; use bfloat16 or float32.")
-    drawn = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device) * cumulative[:, -1:]
+    drawn = torch.rand(len(logits), 1, dtype=torch.float64, device=cumulative.device) * cumulative[:, -1:]
     return torch.searchsorted(cumulative, drawn, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
 
 

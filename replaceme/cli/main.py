@@ -11,7 +11,7 @@ from typing import NoReturn
 from replaceme import __version__
 from replaceme.base.errors import ParameterError
 from replaceme.base.parameters import nearest, read_params
-from replaceme.cli import experiments, publish
+from replaceme.cli import doctor, experiments, publish
 from replaceme.cli.commands import DISTANCES_PATH, EDITS_PATH, GROUPS, SCORES_PATH, Command
 from replaceme.running.entry import Parser, plain_parser, run_command
 
@@ -90,6 +90,7 @@ OTHERS: Mapping[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "report": ("print a result's scores, and write its page", _report),
     "push": ("put a pruned model on the hub, with its card", publish.push),
     "compare": ("put the pipeline's experiments side by side (DVC)", experiments.compare),
+    "doctor": ("say what this machine has and what a run would use, for an issue", doctor.doctor),
 }
 
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from replaceme.base.accelerators import float64_device, to_float64
 from replaceme.base.errors import ModelError
 from replaceme.models.families import Family, inputs_of, parameter_of
 
@@ -54,14 +55,14 @@ def assemble_parameter(family: Family, layers: nn.ModuleList, layer: int, channe
     parts = own.shape[dimension] // count
     shape = [*own.shape]
     shape[dimension] = parts * len(channels)
-    made = torch.empty(shape, dtype=torch.float64, device=own.device)
+    made = torch.empty(shape, dtype=torch.float64, device=float64_device(own.device))
     for source in channels[:, 0].unique().tolist():
         positions = (channels[:, 0] == source).nonzero()[:, 0]
         rows, targets = _in_every_part(channels[positions, 1], parts, count), _in_every_part(positions, parts, len(channels))
         value = _rows(layers[source], name, dimension, rows)
         if dimension == 0 and source != layer:
             value = _for_norm_of(family, layers[source], layers[layer], name, rows, value)
-        made.index_copy_(dimension, targets.to(own.device), value.to(own.device))
+        made.index_copy_(dimension, targets.to(made.device), value.to(made.device))
     return made
 
 
@@ -72,7 +73,7 @@ def _in_every_part(indices: Tensor, parts: int, size: int) -> Tensor:
 
 def _rows(layer: nn.Module, name: str, dimension: int, rows: Tensor) -> Tensor:
     value = parameter_of(layer, name)
-    return value.index_select(dimension, rows.to(value.device)).double()
+    return to_float64(value.index_select(dimension, rows.to(value.device)))
 
 
 def _for_norm_of(family: Family, source: nn.Module, layer: nn.Module, name: str, rows: Tensor, value: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from replaceme.base.accelerators import to_float64
 from replaceme.edits.channels import assemble_parameter
 from replaceme.edits.edits import OUTSIDE, Change, Edits, rotation_and_gains
 from replaceme.models.depth import cut_config, renumber_layers
@@ -128,7 +129,7 @@ def _edited_in_layers(
     for layer, scale in scales.items():
         for name in family.scaling_parameters(layers[layer]) if scale != 1 else ():
             if (layer, name) not in done:
-                yield layer, name, _divided(family, name, parameter_of(layers[layer], name).double(), scale)
+                yield layer, name, _divided(family, name, to_float64(parameter_of(layers[layer], name)), scale)
     for layer, operator in edits.operators.items():
         if operator.ndim and layer in selected:
             yield layer, "operator.weight", operator
@@ -154,7 +155,7 @@ def changed_parameters(family: Family, layers: nn.ModuleList, edits: Edits) -> I
         # The last linear comes last: with a new one, the layer no longer says how many channels it had.
         for name in _rebuilt_names(family, layers, edits, layer):
             if name not in ends:
-                yield layer, name, _original(family, layers, edits, layer, name).double()
+                yield layer, name, to_float64(_original(family, layers, edits, layer, name))
         for linear, change in own.items():
             for name, exact in folds(family, layers[layer], linear, change, partial(_original, family, layers, edits, layer)):
                 yield layer, name, exact
@@ -179,7 +180,7 @@ def _original(family: Family, layers: nn.ModuleList, edits: Edits, layer: int, n
 
 def mix_parameters(layers: nn.ModuleList, mixture: Mapping[int, float], name: str) -> Tensor:
     """Return ``Σ c_j θ_j`` (float64, torch's layout) over the layers' parameters of one name."""
-    parts = (coefficient * parameter_of(layers[source], name).double() for source, coefficient in mixture.items())
+    parts = (coefficient * to_float64(parameter_of(layers[source], name)) for source, coefficient in mixture.items())
     return reduce(torch.add, parts)
 
 
@@ -210,7 +211,7 @@ def folds(
 
 def fold_parameter(original: Tensor, transform: Tensor | None, addition: Tensor | None) -> Tensor:
     """Return ``Tᵀ original + addition`` (float64) for a weight (…, d, inputs) or a bias (d,)."""
-    exact = original.double()
+    exact = to_float64(original)
     if transform is not None:
         exact = transform.to(exact).T @ exact
     return exact if addition is None else exact + addition.to(exact)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax, nll_loss
 
+from replaceme.base.accelerators import to_float64
 from replaceme.base.group import all_reduce_sum, shard
 from replaceme.base.progress import progress
 from replaceme.evaluation.windows import WINDOW, Windows
@@ -114,7 +115,7 @@ def kl_divergence(p_logs: Tensor, q_logs: Tensor) -> Tensor:
     Returns:
         (positions,) float64.
     """
-    p_logs, q_logs = p_logs.double(), q_logs.double()
+    p_logs, q_logs = to_float64(p_logs), to_float64(q_logs)
     divergence = (p_logs.exp() * (p_logs - q_logs)).sum(-1)
     # The probability of all other tokens; rounding may leave less than nothing.
     p_rest, q_rest = ((1 - logs.exp().sum(-1)).clamp_min(1e-9) for logs in (p_logs, q_logs))

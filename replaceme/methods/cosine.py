@@ -122,13 +122,14 @@ def build_problem(params: Params, sums: Sums, statistic: Statistics) -> Problem:
     """
     import torch
 
+    from replaceme.base.accelerators import float64_device
     from replaceme.models.devices import resolve_device
     from replaceme.solvers.objectives import CosineLoss, Problem, SquaredError
     from replaceme.solvers.structures import parametrise
     from replaceme.statistics.shards import StoredShards
 
     own = Objective.of(params)
-    device, width = torch.device(resolve_device(params.device)), len(sums["gram"])
+    device, width = float64_device(resolve_device(params.device)), len(sums["gram"])
     ridge, lasso = params.alpha, 0.0
     if own.loss == "elastic_net":
         ridge, lasso = params.alpha * (1 - own.l1_ratio) / 2, params.alpha * own.l1_ratio

@@ -68,11 +68,12 @@ class RemovedGroups(ModelEdit):
 
     def edited_parameters(self, model: nn.Module, family: Family, layers: nn.ModuleList) -> Iterator[tuple[int, str, Tensor]]:
         """Yield the weights and biases without the removed groups' rows and columns (``ModelEdit``)."""
+        from replaceme.base.accelerators import to_float64
         from replaceme.models.families import parameter_of
 
         for (layer, linear), groups in self.kept.items():
             for name, dimension in family.cut_parameters(layers[layer], linear).items():
-                yield layer, name, cut(parameter_of(layers[layer], name).double(), groups, dimension)
+                yield layer, name, cut(to_float64(parameter_of(layers[layer], name)), groups, dimension)
 
     def own_form(self, layers: str, position: Callable[[int], int]) -> dict[str, Any]:
         """Return the shapes of the linears that differ from those in the config."""
@@ -319,6 +320,7 @@ def measure_importance(
     """
     import torch
 
+    from replaceme.base.accelerators import to_float64
     from replaceme.models.devices import require_resident
     from replaceme.models.layers import enable_gradients
 
@@ -332,7 +334,7 @@ def measure_importance(
         def add(weight: nn.Parameter) -> None:
             assert weight.grad is not None
             products = (weight.detach().float() * weight.grad.float()).abs()
-            total.add_(products.movedim(dimension, 0).reshape(len(total), -1).sum(dim=1, dtype=torch.float64).cpu())
+            total.add_(to_float64(products.movedim(dimension, 0).reshape(len(total), -1)).sum(dim=1).cpu())
             weight.grad = None
 
         return add

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
     """Return the edits of the layer before the cut, and their fit."""
+    from replaceme.base.accelerators import float64_device
     from replaceme.edits.edits import Edits
     from replaceme.models.devices import resolve_device
     from replaceme.solvers.closed_forms import solve_closed_form, title_suffix
@@ -36,7 +37,7 @@ def solve(params: Params, block: Block, statistics: Statistics) -> Solved:
         path = ridge_path(solution, float(sums["target_squares"]), float(sums["output_squares"]))
     else:
         # Of these structures only the orthogonal one takes long: it iterates, with a singular value decomposition each time.
-        device = resolve_device(params.device) if structure == "orthogonal" else "cpu"
+        device = float64_device(resolve_device(params.device)) if structure == "orthogonal" else "cpu"
         gram, cross = sums["gram"].to(device), sums["cross"].to(device)
         transform = solve_closed_form(gram, cross, params.alpha, structure, sums.get("norm")).cpu()
         of_ridge = describe_structured_ridge(transform, sums, params.alpha, structure)

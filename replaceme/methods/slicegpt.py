@@ -99,6 +99,7 @@ class Slicing(ModelEdit):
         """Yield each parameter of the narrower model that differs from the dense model's (``ModelEdit``)."""
         import torch
 
+        from replaceme.base.accelerators import to_float64
         from replaceme.models.families import linears_within
 
         scale, ones = self.scale, torch.ones_like(self.basis(0)[0]).double()
@@ -107,7 +108,7 @@ class Slicing(ModelEdit):
             return self.basis(signal).double()
 
         def reads(module: nn.Module, name: str, norm: str, Q: Tensor) -> Tensor:
-            return _product(module.get_parameter(name), module.get_parameter(norm).detach().double()[:, None] * Q / scale)
+            return _product(module.get_parameter(name), to_float64(module.get_parameter(norm).detach())[:, None] * Q / scale)
 
         # The head comes before the embedding, whose weights it may share.
         yield None, HEAD, reads(model, HEAD, LAST_NORM, basis(2 * len(layers)))
@@ -124,7 +125,7 @@ class Slicing(ModelEdit):
                         yield index, name, reads(layer, name, norm, Q)
                 yield index, norm, ones
                 for kind, parameter in layer.get_submodule(end).named_parameters():
-                    yield index, f"{end}.{kind}", (next_Q * scale).T @ parameter.detach().double()
+                    yield index, f"{end}.{kind}", (next_Q * scale).T @ to_float64(parameter.detach())
                 if len(self.bases) > 1:
                     yield index, SHORTCUTS[part], Q.T @ next_Q
 
@@ -134,11 +135,17 @@ class Slicing(ModelEdit):
 
     def as_dense(self, layer: int, state: Tensor) -> Tensor:
         """Convert the narrower state after a layer, (tokens, width), to (tokens, d)."""
-        return state.double() @ self.basis(2 * (layer + 1)).T.to(state.device).double() / self.scale
+        from replaceme.base.accelerators import to_float64
+
+        exact = to_float64(state)
+        return exact @ self.basis(2 * (layer + 1)).T.to(exact) / self.scale
 
     def as_pruned(self, layer: int, state: Tensor) -> Tensor:
         """Convert the state before a layer, (tokens, d), to the narrower one, (tokens, width)."""
-        return state.double() @ self.basis(2 * layer).to(state.device).double() * self.scale
+        from replaceme.base.accelerators import to_float64
+
+        exact = to_float64(state)
+        return exact @ self.basis(2 * layer).to(exact) * self.scale
 
     def tensors(self) -> dict[str, Tensor]:
         """Return ``basis.<signal>``, (d, width) float32 each."""
@@ -161,7 +168,9 @@ def _product(weight: nn.Parameter, right: Tensor) -> Tensor:
     """Return ``W right`` in float64, some rows at a time: a whole embedding in float64 can be larger than a small model."""
     import torch
 
-    return torch.cat([rows.double() @ right for rows in weight.detach().split(ROWS)])
+    from replaceme.base.accelerators import to_float64
+
+    return torch.cat([to_float64(rows) @ right for rows in weight.detach().split(ROWS)])
 
 
 class _Projection:
@@ -264,13 +273,16 @@ def find_shared_basis(context: MethodContext, width: int) -> list[tuple[Tensor, 
 def principal(gram: Tensor, width: int) -> tuple[Tensor, float]:
     """Return the ``width`` leading eigenvectors of ``Σ hᵀh`` (d, d), (d, width) float32, and their part of its trace.
 
-    They are computed on the device of the sums, and stay there.
+    They are computed on the device of the sums, of which the half above the diagonal is read, and stay there.
 
     Raises:
         SolveError: the sums are not finite.
     """
     import torch
 
+    from replaceme.statistics.sums import mirror
+
+    gram = mirror(gram.clone())
     if not bool(torch.isfinite(gram).all()):
         raise SolveError("dtype: the sums over the states are not finite; use float32 or bfloat16.")
     eigenvalues, vectors = torch.linalg.eigh(gram)
@@ -293,16 +305,17 @@ def _pass_mlp(layer: Any, family: Family, states: Tensor, Q: Tensor) -> Tensor:
     """Project all tokens' states, update them by a layer's MLP, in place, and return ``Σ hᵀh`` (d, d) float64."""
     import torch
 
-    from replaceme.statistics.sums import squares
+    from replaceme.base.accelerators import float64_device
+    from replaceme.statistics.sums import add_squares
 
     norm, mlp = layer.get_submodule(family.rms_norms[1]), layer.get_submodule(family.mlp)
     device = next(mlp.parameters()).device
-    gram = torch.zeros(len(Q), len(Q), dtype=torch.float64, device=device)
+    gram = torch.zeros(len(Q), len(Q), dtype=torch.float64, device=float64_device(device))
     for rows in states.split(TOKENS):
         state = project(rows.to(device), Q)
         added = mlp(norm(state.to(rows.dtype)[None]))[0]
         state = state + family.multiplier * added.to(state)
-        gram += squares(state)
+        add_squares(gram, state)
         rows.copy_(state)
     return gram
 
@@ -317,10 +330,11 @@ class _RecordedStates:
         return {self.layer: frozenset(self.summands)}
 
     def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
-        from replaceme.statistics.sums import squares
+        from replaceme.base.accelerators import float64_device
+        from replaceme.statistics.sums import add_squares
 
         state = _sum_of(signals, self.summands, batch)
-        self.gram = self.gram.to(state.device).add_(squares(state))
+        self.gram = add_squares(self.gram.to(float64_device(state.device)), state)
         self.states[batch.tokens] = state.to(self.states)
 
 
@@ -335,13 +349,14 @@ class _PooledStates:
         return {**dict.fromkeys(range(self.layers), of_each), self.layers - 1: of_each | {"output"}}
 
     def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
-        from replaceme.statistics.sums import squares, token_weights
+        from replaceme.base.accelerators import float64_device
+        from replaceme.statistics.sums import add_squares, token_weights
 
         states = [_sum_of(signals, names, batch) for names in (("input",), ("input", "attention"))]
         if "output" in signals:
             states.append(_sum_of(signals, ("output",), batch))
         for state in states:
-            self.gram = self.gram.to(state.device).add_(squares(state * token_weights(state).sqrt()))
+            self.gram = add_squares(self.gram.to(float64_device(state.device)), state * token_weights(state).sqrt())
 
 
 def _zeros(d: int) -> Tensor:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from replaceme.base import accelerators
 from replaceme.base.errors import ModelError, ResourceError
 from replaceme.base.group import local_gpu, local_world_size
 from replaceme.base.ranks import world_size
@@ -26,35 +27,39 @@ GROUP_LIMIT, GROUP_USE = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup
 
 
 def resolve_device(device: str) -> str:
-    """Return the device, with ``auto`` resolved, and ``cuda`` as the GPU of this process if it is one of several.
+    """Return the device with its number: that of ``auto``, or of a kind alone, is this process's, or this thread's present one.
 
     Raises:
-        ResourceError: there is no such CUDA device.
+        ResourceError: there is no such device.
     """
+    kind = accelerators.find_kind()
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and world_size() > 1:
-        device = f"cuda:{local_gpu()}"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ResourceError(f"device: {device} is asked for, but torch sees no CUDA device; use cpu or auto.")
-    if ":" in device and int(device.split(":")[1]) >= torch.cuda.device_count():
-        raise ResourceError(f"device: {device} is asked for, but torch sees {torch.cuda.device_count()} CUDA devices.")
-    return device
+        device = kind or "cpu"
+    if device == "cpu":
+        return device
+    asked, _, number = device.partition(":")
+    if asked != kind:
+        seen = f"devices of the kind {kind} only" if kind else f"no {asked} device"
+        raise ResourceError(f"device: {device} is asked for, but torch sees {seen}; use {kind or 'cpu'} or auto.")
+    if number and int(number) >= (count := accelerators.count_devices()):
+        raise ResourceError(f"device: {device} is asked for, but torch sees {count} {kind} device{'s' * (count != 1)}.")
+    return f"{kind}:{number or (local_gpu() if world_size() > 1 else accelerators.current_device())}"
 
 
 def kind_of(device: str) -> str:
     """Return what a result's last digits depend on: the GPU's name; or the processor's, and the vectors that torch uses."""
-    if device.startswith("cuda"):
-        return str(torch.cuda.get_device_name(device))
+    if accelerators.is_accelerator(device):
+        return accelerators.device_name(device)
     return f"{processor()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def free_memory(device: str) -> int:
     """Return the bytes that are free on a device; for the processor, this process's part of those that swap nothing."""
-    if device.startswith("cuda"):
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free)
-    return _free_of_processor() // local_world_size()
+    free = _free_of_processor() // local_world_size()
+    if not accelerators.is_accelerator(device):
+        return free
+    own, _ = accelerators.memory(device)
+    return min(own, free) if accelerators.shares_memory(device) else own
 
 
 def total_memory() -> int:
@@ -96,8 +101,12 @@ def use_processor(threads: int) -> None:
 
 
 def release_memory() -> None:
-    """Free what only refers to itself: streamed models do, so that nothing but the garbage collector lets their weights go."""
+    """Free what only refers to itself, as streamed models do: nothing but the garbage collector lets their weights go.
+
+    The memory of an accelerator that this frees goes back to its driver: another process may be waiting for it.
+    """
     gc.collect()
+    accelerators.release_cached()
 
 
 def require_resident(layers: Mapping[int, nn.Module], words: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from replaceme.base.accelerators import to_float64
 from replaceme.base.errors import ModelError
 from replaceme.models.streaming import read_value
 
@@ -150,7 +151,7 @@ class Family:
     def norm_weight(self, layer: nn.Module) -> Tensor:
         """Return γ (d,) float64 of the norm after the layer's MLP."""
         assert self.norm_offset is not None
-        return parameter_of(layer, f"{self.mlp}.weight").double() + self.norm_offset
+        return to_float64(parameter_of(layer, f"{self.mlp}.weight")) + self.norm_offset
 
 
 def parameter_of(layer: nn.Module, name: str) -> Tensor:

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from replaceme.base.accelerators import is_accelerator, synchronize
 from replaceme.base.errors import ModelError
 from replaceme.base.fingerprints import sha256_of
 from replaceme.base.parameters import Params
 from replaceme.base.progress import progress
-from replaceme.models.devices import resolve_device, use_processor
+from replaceme.models.devices import kind_of, resolve_device, use_processor
 from replaceme.models.formats import resolve_formats
 from replaceme.models.kv_cache import cache_arguments, fill_cache
 from replaceme.models.model import Model, positions_of
@@ -85,7 +86,7 @@ def describe_setting(params: Params) -> dict[str, Any]:
     return {
         "batch_size": params.eval_batch_size,
         "dtype": params.eval_dtype,
-        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+        "device": kind_of(device) if is_accelerator(device) else device,
         "threads": params.threads,
     }
 
@@ -108,7 +109,7 @@ def _time_model(model: Any, prompt: Tensor) -> tuple[float, float]:
 
 def list_gpus(model: Any) -> list[torch.device]:
     """Return the GPUs that hold a model's weights: several, where ``device_map`` spreads it."""
-    return sorted({weight.device for weight in model.parameters() if weight.device.type == "cuda"}, key=str)
+    return sorted({weight.device for weight in model.parameters() if is_accelerator(weight.device)}, key=str)
 
 
 def measure_seconds(work: Callable[[], Any], devices: Iterable[torch.device]) -> tuple[float, Any]:
@@ -120,7 +121,7 @@ def measure_seconds(work: Callable[[], Any], devices: Iterable[torch.device]) ->
 
 def _read_clock(devices: Iterable[torch.device]) -> float:
     for device in devices:
-        torch.cuda.synchronize(device)
+        synchronize(device)
     return time.perf_counter()
 
 

@@ -32,6 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
+from replaceme.base.accelerators import float64_device
 from replaceme.base.combinations import STEPWISE
 from replaceme.base.documents import FOLDS, Batch, few_documents, folds_of
 from replaceme.base.errors import renaming
@@ -199,7 +200,8 @@ def _choose_channels(state: RepairState, layer: int, window: range, ridge: str) 
         sums = observer(layer, state.family, module, state.dense)
         state.walk_shortened(layer, [sums], documents)
         prior = assemble_parameter(state.family, state.layers, layer, candidates, f"{state.family.mlp_output}.weight").T
-        return candidates[compute_on_rank0(partial(criterion, sums.gram, sums.cross, prior, strength, number))]
+        gram, cross = (total.to(float64_device(total.device)) for total in (sums.gram, sums.cross))
+        return candidates[compute_on_rank0(partial(criterion, gram, cross, prior, strength, number))]
 
     def best(candidates: Tensor) -> Tensor:
         if len(candidates) > (most := max_candidates(kept)):

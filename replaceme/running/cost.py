@@ -37,8 +37,8 @@ Cost = dict[str, Any]
 def cost_measurement() -> Iterator[Cost]:
     """Yield a dict that has the cost of the block after its end.
 
-    It has ``seconds``, ``peak_memory_bytes``, ``machine`` (in words) and, if CUDA was used, ``peak_cuda_bytes``: the peak of
-    torch's allocated memory, summed over all devices.
+    It has ``seconds``, ``peak_memory_bytes``, ``machine`` (in words) and, if an accelerator was used, ``peak_cuda_bytes``: the
+    peak of torch's allocated memory there, summed over all devices.
     """
     cost: Cost = {}
     began = time.perf_counter()
@@ -87,7 +87,8 @@ def peak_memory() -> int:
 
 def _peak_cuda() -> dict[str, int]:
     # Don't load torch for a stage that doesn't use it.
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_initialized():
+    if "torch" not in sys.modules:
         return {}
-    return {"peak_cuda_bytes": sum(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))}
+    from replaceme.base.accelerators import peak_bytes
+
+    return {"peak_cuda_bytes": peak} if (peak := peak_bytes()) else {}

@@ -33,7 +33,8 @@ def machine() -> str:
 
 
 def _gpus() -> list[str]:
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_initialized():
+    if "torch" not in sys.modules:
         return []
-    return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    from replaceme.base.accelerators import used_names
+
+    return used_names()

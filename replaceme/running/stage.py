@@ -3,13 +3,14 @@
 Each file of ``replaceme.pipeline`` declares one stage. ``tests/pipeline`` checks them against dvc.yaml.
 """
 
+import gc
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
 from replaceme.base.combinations import Methods
-from replaceme.base.errors import ParameterError
+from replaceme.base.errors import ParameterError, is_out_of_device_memory
 from replaceme.base.files import clear_partials, read_json
 from replaceme.base.parameters import Params, read_params
 from replaceme.base.progress import logger
@@ -32,6 +33,11 @@ ORDER = (*COMPRESSION, *JUDGEMENT)
 PASS = ("batch_size", "dtype", "device", "device_map", "threads", "use_4bit", "trust_remote_code")
 SCORE_SETTINGS = ("tasks", "eval_tokens", "eval_batch_size", "eval_dtype")
 SCORING = (*SCORE_SETTINGS, "device", "device_map", "threads", "trust_remote_code")
+
+# What a GPU's memory can be too small for; the results depend on it by the order of sums only. And the largest ones that fitted
+# where others did not, so that later stages of the process begin with them.
+BATCH_SIZES = ("batch_size", "eval_batch_size")
+_largest_batches: dict[str, int] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +74,34 @@ def call_stage(stage: Stage, params: Params, work: Workspace) -> None:
     recorded = {"dtype": work.model_versions, "eval_dtype": work.score_versions}
     automatic = [key for key in recorded if key in stage.params and getattr(params, key) == "auto"]
     params = params.model_copy(update={key: read_json(recorded[key])[FORMAT] for key in automatic})
-    if world_size() == 1 or not stage.shared(params, work):
+    if world_size() == 1:
+        _run_in_memory(stage, params, work)
+    elif not stage.shared(params, work):
         stage.run(params, work)
     else:
         logger.info("%s: shared by %d processes", stage.name, world_size())
         call_in_all(stage.run, params, work)
+
+
+def _run_in_memory(stage: Stage, params: Params, work: Workspace) -> None:
+    """Run a stage; where a GPU's memory runs out, again with half as many documents in a batch, down to one.
+
+    Processes that share a stage can't: the others would wait for the one that failed.
+    """
+    params = params.model_copy(update={key: min(size, getattr(params, key)) for key, size in _largest_batches.items()})
+    try:
+        stage.run(params, work)
+        return
+    except Exception as failure:
+        halves = {key: size // 2 for key in BATCH_SIZES if key in stage.params and (size := getattr(params, key)) > 1}
+        if not halves or not is_out_of_device_memory(failure):
+            raise
+    # Only here, after the handler, does nothing hold the tensors of the run that failed.
+    _largest_batches.update(halves)
+    for key, size in halves.items():
+        logger.warning("%s: %d does not fit the GPU's memory; %s goes on with %d", key, getattr(params, key), stage.name, size)
+    gc.collect()
+    _run_in_memory(stage, params, work)
 
 
 def run_stage(stage: Stage) -> NoReturn:

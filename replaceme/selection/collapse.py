@@ -24,6 +24,7 @@ from statistics import fmean
 import torch
 from torch import nn
 
+from replaceme.base.accelerators import to_float64
 from replaceme.base.documents import Documents
 from replaceme.base.errors import ModelError, ParameterError
 from replaceme.base.plan import Block
@@ -168,7 +169,7 @@ def collapsed_blocks(
         with evaluation.candidate(edits, position) as batches:
             states = last_states(model, batches)
         return fmean(
-            float(torch.cosine_similarity(state.double(), before.double(), dim=0))
+            float(torch.cosine_similarity(to_float64(state), to_float64(before), dim=0))
             for state, before in zip(states, original, strict=True)
         )
 

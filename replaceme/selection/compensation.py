@@ -21,6 +21,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from replaceme.base.accelerators import to_float64
 from replaceme.base.documents import Batch, excerpts_of
 from replaceme.base.errors import ModelError, ParameterError
 from replaceme.base.group import all_reduce_sum
@@ -47,7 +48,7 @@ class MagnitudeSums:
 
     def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
         for signal in self.by_layer[layer]:
-            sums = batch.real(signals[signal]).abs().sum(dim=0, dtype=torch.float64).cpu()
+            sums = to_float64(batch.real(signals[signal]).abs()).sum(dim=0).cpu()
             name = f"{signal} {layer}"
             self.sums[name] = self.sums.get(name, 0.0) + sums
 
@@ -75,7 +76,7 @@ class Influence:
 
     def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
         before, after = batch.real(signals["input"]).float(), batch.real(signals["output"]).float()
-        self.sums[layer] += (1 - torch.cosine_similarity(before, after, dim=-1).double()).sum().cpu()
+        self.sums[layer] += (1 - to_float64(torch.cosine_similarity(before, after, dim=-1))).sum().cpu()
 
     def all_reduce(self) -> None:
         all_reduce_sum({"influence": self.sums})
@@ -174,11 +175,11 @@ def require_scalable(context: ModelContext) -> None:
     parts = [layer.get_submodule(path) for layer in layers[1:] for path in (family.attention, family.mlp)]
     for document in context.documents.head(DOCUMENTS, LENGTH).documents:
         text = document[None].to(model.device)
-        expected = model(text, use_cache=False).logits.double()
+        expected = to_float64(model(text, use_cache=False).logits)
         with ExitStack() as stack:
             for part in [layers[0], *parts]:
                 stack.callback(part.register_forward_hook(enlarged).remove)
-            logits = model(text, use_cache=False).logits.double()
+            logits = to_float64(model(text, use_cache=False).logits)
         # The comparison is false for NaN.
         if not float((logits - expected).norm() / expected.norm()) <= TOLERANCE:
             raise ModelError(

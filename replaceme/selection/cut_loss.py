@@ -85,9 +85,9 @@ class DerivedGram(FeatureGram):
     def __init__(self, block: Block, features: Features, last: nn.Module):
         super().__init__(block, features)
         self.signals_before_cut = ("output", *features.signals)
-        rows = [parameter_of(last, "weight").double().cpu().T]
+        rows = [parameter_of(last, "weight").cpu().double().T]
         if features.biased == "mlp_output":
-            rows.append(parameter_of(last, "bias").double().cpu()[None])
+            rows.append(parameter_of(last, "bias").cpu().double()[None])
         # M does not depend on the attention's features.
         _, columns = features.only("mlp_output")
         self.map = torch.zeros(len(features), rows[0].shape[1], dtype=torch.float64)

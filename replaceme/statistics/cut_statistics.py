@@ -25,6 +25,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from replaceme.base.accelerators import to_float64
 from replaceme.base.documents import Batch
 from replaceme.base.group import all_reduce_sum
 from replaceme.base.plan import Block
@@ -33,7 +34,7 @@ from replaceme.models.families import Linear
 from replaceme.statistics.features import LINEARS, Features
 from replaceme.statistics.hadamard import hadamard
 from replaceme.statistics.shards import ShardWriter
-from replaceme.statistics.sums import Sums, token_weights
+from replaceme.statistics.sums import Sums, product, token_weights, widen
 from replaceme.statistics.walk import Observer, Signal, Signals, walk
 
 SAMPLED_TOKENS = 2048
@@ -101,13 +102,13 @@ class Gram(SummedStatistic):
         self.norm = {} if norm is None else {"norm": norm.cpu()}
 
     def take(self, mlp_output: Tensor, output_before_cut: Tensor, target: Tensor, batch: Batch) -> None:
-        M, H = mlp_output.double(), target.double()
-        gap = H - output_before_cut.double()
+        M, H = widen(mlp_output), widen(target)
+        gap = H - widen(output_before_cut)
         Y = gap + M
         self.sums.add_squares("gram", M)
         self.sums.add(
             {
-                "cross": M.T @ Y,
+                "cross": product(M, Y),
                 "target_squares": Y.square().sum(),
                 "output_squares": H.square().sum(),
                 "gap_squares": gap.square().sum(),
@@ -170,9 +171,9 @@ class FeatureGram(SummedStatistic):
         mlp_output, output_before_cut, *inputs, target, _batch = signals
         g, gap, w = self.take_features(output_before_cut, inputs, target)
         M = mlp_output.float() * w.sqrt()
-        exact = M.double()
+        exact = widen(M)
         self.sums.add_squares("added_gram", exact)
-        self.sums.add({"feature_added": g.T @ M, "added_cross": exact.T @ gap.double()})
+        self.sums.add({"feature_added": product(g, M), "added_cross": product(exact, widen(gap))})
 
     def take_features(
         self, output_before_cut: Tensor, inputs: Sequence[Tensor], target: Tensor
@@ -203,7 +204,7 @@ class StreamGram(SummedStatistic):
         self.weighted = weighted
 
     def take(self, output_before_cut: Tensor, target: Tensor, batch: Batch) -> None:
-        h, H = output_before_cut.double(), target.double()
+        h, H = widen(output_before_cut), widen(target)
         w = token_weights(H) if self.weighted else torch.ones_like(H[:, :1])
         h, gap = h * w.sqrt(), (H - h) * w.sqrt()
         add_correction(self.sums, h, gap, H, w)
@@ -231,7 +232,7 @@ class MagnitudeRatios(SummedStatistic):
     def take(self, output_before_cut: Tensor, target: Tensor, batch: Batch) -> None:
         lengths = batch.lengths.tolist()
         before, after = (
-            torch.stack([document.abs().double().mean(dim=0) for document in self._turned(rows.float()).split(lengths)])
+            torch.stack([to_float64(document.abs()).mean(dim=0) for document in self._turned(rows.float()).split(lengths)])
             for rows in (output_before_cut, target)
         )
         ratios = torch.where(before == 0, 1, after / before)
@@ -270,7 +271,7 @@ def add_correction(sums: Sums, g: Tensor, gap: Tensor, target: Tensor, w: Tensor
         w: (tokens, 1) token weights.
     """
     sums.add_squares("gram", g)
-    sums.add({"cross": g.T @ gap, "gap_squares": gap.square().sum(), "output_squares": (w * target.square()).sum()})
+    sums.add({"cross": product(g, gap), "gap_squares": gap.square().sum(), "output_squares": (w * target.square()).sum()})
 
 
 class TokenDump(CutStatistic):

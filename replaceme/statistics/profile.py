@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from replaceme.base.accelerators import to_float64
 from replaceme.base.documents import Batch, part_of
 from replaceme.base.errors import ParameterError
 from replaceme.base.group import all_gather, all_reduce_sum
@@ -49,7 +50,7 @@ class AngularDistances:
         return signals_for(range(self.layers), "output")
 
     def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
-        batch.scratch[self, layer] = batch.last(signals["output"]).double().cpu()
+        batch.scratch[self, layer] = batch.last(signals["output"]).cpu().double()
         if layer == self.layers - 1:
             states = torch.stack([batch.scratch.pop((self, index)) for index in range(self.layers)], dim=1)
             self.sums += angular_distance(states).sum(dim=0)
@@ -89,9 +90,9 @@ class StateCosines:
                 parts = torch.stack([state[start : start + TOKENS].to(states[0].device) for state in states]).float()
                 norms = torch.linalg.vector_norm(parts, dim=-1)
                 unit = parts.div_(norms.clamp_min(TINY)[..., None]).flatten(1)
-                self.cosines += (unit @ unit.T).double().cpu()
-                self.norm_sum += norms.sum(dim=1, dtype=torch.float64).cpu()
-                self.norm_max = torch.maximum(self.norm_max, norms.amax(dim=1).double().cpu())
+                self.cosines += (unit @ unit.T).cpu().double()
+                self.norm_sum += to_float64(norms).sum(dim=1).cpu()
+                self.norm_max = torch.maximum(self.norm_max, norms.amax(dim=1).cpu().double())
             self.tokens += batch.token_count
 
     def all_reduce(self) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from replaceme.base.accelerators import to_float64
 from replaceme.base.documents import Batch, Documents
 from replaceme.base.progress import logger
 from replaceme.models.context import ModelContext
@@ -46,8 +47,10 @@ class _Proof:
         return signals_for([self.index], "input", "attention", "mlp_features", "mlp", "output")
 
     def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
-        before, attention, mlp, after = (batch.real(signals[name]).double() for name in ("input", "attention", "mlp", "output"))
-        linear = batch.real(self.linear(signals["mlp_features"])).double()
+        before, attention, mlp, after = (
+            to_float64(batch.real(signals[name])) for name in ("input", "attention", "mlp", "output")
+        )
+        linear = to_float64(batch.real(self.linear(signals["mlp_features"])))
         # Per token, since one of huge norm would hide the others; the comparisons are false for NaN.
         eps = torch.finfo(signals["output"].dtype).eps
         rounding = eps * sum(part.norm(dim=-1) for part in (before, attention, mlp, after))

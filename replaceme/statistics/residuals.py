@@ -19,6 +19,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from replaceme.base.accelerators import float64_device
 from replaceme.base.documents import HELD_OUT_EVERY, Batch, Documents, seeded_order, split_indices
 from replaceme.base.group import all_reduce_sum, merge_rows, shard
 from replaceme.base.progress import progress
@@ -148,10 +149,12 @@ def solve_small_ridge(gram: Tensor, cross: Tensor, width: int) -> Tensor:
         cross: (d, d) or (n, d).
         width: d.
     """
+    device, solved_on = gram.device, float64_device(gram.device)
+    gram, cross = gram.to(solved_on), cross.to(solved_on)
     # The Gram matrix is 0 if the MLP before the cut adds nothing.
     ridge = RIDGE * (gram.diagonal().sum() / width).clamp_min(1e-20)
     gram = gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     factor, failed = torch.linalg.cholesky_ex(gram)
     if failed:  # singular to float32
-        return torch.linalg.solve(gram.double(), cross.double()).to(gram.dtype)
-    return torch.cholesky_solve(cross, factor)
+        return torch.linalg.solve(gram.double(), cross.double()).to(gram.dtype).to(device)
+    return torch.cholesky_solve(cross, factor).to(device)

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
+from replaceme.base import accelerators
 from replaceme.base.errors import LostProcessError, ResourceError
 from replaceme.base.group import all_gather, process_group, sharing
 from replaceme.base.progress import logger
@@ -58,9 +58,13 @@ def test_processes_that_share_work_share_the_free_memory(tmp_path: Path, monkeyp
 
 
 def test_each_process_has_the_gpu_of_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert (devices.resolve_device("auto"), devices.resolve_device("cuda")) == ("cuda", "cuda")
+    _seen(monkeypatch, "cuda", 2)
+    assert [devices.resolve_device(device) for device in ("auto", "cuda", "cuda:1", "cpu")] == [
+        "cuda:0",
+        "cuda:0",
+        "cuda:1",
+        "cpu",
+    ]
     _launched(monkeypatch, 1)
     assert [devices.resolve_device(device) for device in ("auto", "cuda", "cpu")] == ["cuda:1", "cuda:1", "cpu"]
     monkeypatch.setenv("LOCAL_RANK", "2")
@@ -68,9 +72,31 @@ def test_each_process_has_the_gpu_of_its_number(monkeypatch: pytest.MonkeyPatch)
         devices.resolve_device("cuda")
 
 
+@pytest.mark.parametrize(
+    ("kind", "device", "said"),
+    [
+        (None, "mps", "device: mps is asked for, but torch sees no mps device; use cpu or auto."),
+        ("mps", "cuda", "device: cuda is asked for, but torch sees devices of the kind mps only; use mps or auto."),
+        ("xpu", "xpu:1", "device: xpu:1 is asked for, but torch sees 1 xpu device."),
+    ],
+)
+def test_a_device_that_is_not_there_is_named_with_what_is(
+    kind: str | None, device: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _seen(monkeypatch, kind, 1 if kind else 0)
+    with pytest.raises(ResourceError) as caught:
+        devices.resolve_device(device)
+    assert str(caught.value) == said
+
+
+def _seen(monkeypatch: pytest.MonkeyPatch, kind: str | None, count: int) -> None:
+    monkeypatch.setattr(accelerators, "find_kind", lambda: kind)
+    monkeypatch.setattr(accelerators, "current_device", lambda: 0)
+    monkeypatch.setattr(accelerators, "count_devices", lambda: count)
+
+
 def test_on_the_processor_no_process_needs_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    _seen(monkeypatch, "cuda", 1)
 
     def number() -> int:
         with process_group("cpu"):

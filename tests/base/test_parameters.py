@@ -38,7 +38,7 @@ def written(tmp_path: Path, text: str) -> Path:
         ("alpha: high", "alpha: must be a number, not 'high'."),
         ("refit_ridge: 0", "refit_ridge: must be above 0, not 0."),
         ("pack: yes", "pack: must be true or false, not 'yes'."),
-        ("device: tpu", "device: must be auto, cpu, cuda or cuda:N, not 'tpu'."),
+        ("device: tpu", "device: must be auto, cpu, cuda, mps, xpu, or one GPU as cuda:N, not 'tpu'."),
         ("memory: 6 gigs", "memory: must be auto, null, or a size such as 6GB or 500MiB, not '6 gigs'."),
         ("dtype: int8", "dtype: must be 'auto', 'bfloat16', 'float16' or 'float32', not 'int8'."),
         ("model_path: null", "model_path: must be a text, not null."),

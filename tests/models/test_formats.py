@@ -28,11 +28,11 @@ def measure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Measure:
     def set_seconds(float32: float, bfloat16: float) -> list[int]:
         measured: list[int] = []
 
-        def measure_products(width: int, _inputs: int) -> dict[str, float]:
+        def measure_products(width: int, _inputs: int, _device: str) -> dict[str, float]:
             measured.append(width)
             return {"float32": float32, "bfloat16": bfloat16}
 
-        monkeypatch.setattr(formats, "_measure_products", measure_products)
+        monkeypatch.setattr(formats, "measure_products", measure_products)
         return measured
 
     return set_seconds
@@ -67,7 +67,7 @@ def test_memory_asks_for_bfloat16(params: Params, tiny: Model, measure: Measure,
 
 
 def test_a_missing_device_is_said_once(params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("replaceme.base.accelerators.find_kind", lambda: None)
     params = params.model_copy(update={"device": "cuda", "dtype": "auto", "tasks": (Task("nothing.txt"),)})
     with pytest.raises(ReplaceMeError) as caught:
         inspect_inputs(params, Workspace(tmp_path))
@@ -75,7 +75,7 @@ def test_a_missing_device_is_said_once(params: Params, tmp_path: Path, monkeypat
 
 
 def test_the_measurement_takes_both_formats() -> None:
-    seconds = formats._measure_products(64, 128)
+    seconds = formats.measure_products(64, 128, "cpu")
     assert seconds.keys() == {"float32", "bfloat16"}
     assert all(0 < value < 1 for value in seconds.values())
 

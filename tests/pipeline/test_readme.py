@@ -12,7 +12,7 @@ import yaml
 from dvc.cli import parse_args
 
 from replaceme.base.parameters import read_params
-from replaceme.cli import experiments, publish
+from replaceme.cli import doctor, experiments, publish
 from replaceme.cli.commands import Command, parse_option
 from replaceme.cli.main import COMMANDS as COMMANDS_WITH_PARAMETERS
 from replaceme.cli.main import OTHERS, make_report_parser
@@ -54,7 +54,7 @@ def test_every_command_is_one_that_there_is(line: str) -> None:
     elif words[0] in SCRIPTS:
         read(Command(action="prune", description="a script", preset="published"), words[1:])
     elif words[0] == "make":
-        targets = re.findall(r"(?m)^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"))
+        targets = re.findall(r"(?m)^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"))
         assert set(words[1:]) <= set(targets)
     elif words[0] == "dvc":
         parse_args(words[1:])
@@ -72,7 +72,10 @@ def check_replaceme(words: list[str]) -> None:
     if words[0] in COMMANDS_WITH_PARAMETERS:
         read(COMMANDS_WITH_PARAMETERS[words[0]], words[1:])
     else:
-        parsers = {"report": make_report_parser, "push": publish.make_parser, "compare": experiments.make_parser}
+        parsers = {
+            "report": make_report_parser, "push": publish.make_parser, "compare": experiments.make_parser,
+            "doctor": doctor.make_parser,
+        }  # fmt: skip
         assert words == ["--version"] or parsers[words[0]]().parse_args(words[1:])
 
 

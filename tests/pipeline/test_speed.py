@@ -17,7 +17,7 @@ from replaceme.running.workspace import Workspace
 
 def test_the_clock_waits_for_every_gpu_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: events.append(str(device)))
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: events.append(str(device)))
     weights = [SimpleNamespace(device=torch.device(place)) for place in ("cuda:1", "cuda:0", "cpu", "cuda:1")]
     devices = speed.list_gpus(SimpleNamespace(parameters=lambda: weights))
     seconds, result = speed.measure_seconds(lambda: events.append("work") or 7, devices)  # type: ignore[func-returns-value]

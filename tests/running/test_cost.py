@@ -5,11 +5,11 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from replaceme.base import accelerators
 from replaceme.base.files import cache_folder, write_json, write_text
 from replaceme.base.parameters import Params, read_params
 from replaceme.methods.method import Method
@@ -39,11 +39,10 @@ def test_seconds_and_peak_are_those_of_the_block() -> None:
 
 
 def test_a_machine_is_named_and_the_peaks_of_all_its_gpus_are_added(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = SimpleNamespace(
-        is_initialized=lambda: True, device_count=lambda: 2, max_memory_allocated=lambda n: 100 * (n + 1),
-        get_device_name=lambda n: f"GPU {n}",
-    )  # fmt: skip
-    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    monkeypatch.setattr(accelerators, "find_kind", lambda: "cuda")
+    monkeypatch.setattr(accelerators, "count_devices", lambda: 2)
+    monkeypatch.setattr("torch.accelerator.max_memory_allocated", lambda number: 100 * (number + 1))
+    monkeypatch.setattr(accelerators, "device_name", lambda device: f"GPU {device[-1]}")
     monkeypatch.setattr(machine_module, "processor", lambda: "Made Up 9000")
     monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 5}, raising=False)
     monkeypatch.setattr("os.sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2_000_000}.get)
