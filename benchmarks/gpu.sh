@@ -21,7 +21,7 @@ step() {
 step "this machine" 20 replaceme doctor
 step "tests" 15 pytest -n 2 --dist loadfile --no-loadscope-reorder
 step "demo" 25 replaceme prune --device auto --tasks '[bbc_news]' --save_path "$folder/demo"
-step "demo, healed" 25 replaceme prune --device auto --heal_epochs 1 --tasks '[bbc_news]' --save_path "$folder/healed"
+step "demo, healed" 25 replaceme prune --device auto --heal_tokens 64k --tasks '[bbc_news]' --save_path "$folder/healed"
 step "demo, speed" 5 replaceme speed --device auto --save_path "$folder/demo"
 step "demo, two processes" 25 replaceme prune --device auto --processes 2 --tasks '[bbc_news]' --save_path "$folder/processes"
 step "8B, streamed" 30 python -m benchmarks.scale "$folder/8b" llama-3.1-8b 6GB auto

@@ -5,8 +5,8 @@ name. Keys that only mattered to the published program are ignored, with a log l
 
 A preset says what a run takes for the parameters that nobody names. ``published`` is what the published program does: the
 defaults in ``replaceme.base.parameters``. ``recommended`` is what we found to keep more of the model. Its values stand here
-alone; the pipeline's params.yaml states them, and a test holds the two equal. ``quick`` is the same on a quarter of the text, with
-fewer scores: a first result. ``healed`` is the same, and trained.
+alone; the pipeline's params.yaml states them, and a test holds the two equal. ``quick`` is the same on a quarter of the text,
+with fewer scores: a first result. ``healed`` is the same, and trained.
 """
 
 from collections.abc import Mapping

@@ -134,7 +134,7 @@ def _edited_in_layers(
         if operator.ndim and layer in selected:
             yield layer, "operator.weight", operator
     for (layer, name), value in edits.parameters.items():
-        yield layer, name, value.double()
+        yield layer, name, to_float64(value)
 
 
 def _divided(family: Family, name: str, exact: Tensor, scale: float) -> Tensor:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax, softmax
 
+from replaceme.base.accelerators import to_float64
 from replaceme.base.documents import Batch, Documents, seeded_order
 from replaceme.base.group import shard
 from replaceme.edits.edits import OUTSIDE, Edits
@@ -240,7 +241,7 @@ class LogitDistillation:
                 with torch.no_grad():
                     p, q = softmax(teacher, dim=-1), softmax(logits.float(), dim=-1)
                     logs = log_softmax(teacher, dim=-1).sub_(log_softmax(logits.float(), dim=-1))
-                    total += float(torch.linalg.vecdot(p, logs).double().sum()) / count
+                    total += float(to_float64(torch.linalg.vecdot(p, logs)).sum()) / count
                     gradient = q.sub_(p).div_(count)
                 if logits.requires_grad:
                     logits.backward(gradient.to(logits.dtype))
@@ -306,7 +307,7 @@ class LogitDistillation:
         for name in self.names:
             value = in_torch_layout(self.learner, name, self.learner.get_parameter(name).detach())
             if self.which == "lora":
-                value = value.double() + (parameters[f"{name}.b"] @ parameters[f"{name}.a"]).detach().double()
+                value = to_float64(value) + to_float64((parameters[f"{name}.b"] @ parameters[f"{name}.a"]).detach())
             values[name] = value
         healed = Edits(edits.title, edits.removed_layers, config=edits.config, parts=edits.parts)
         healed.operators = {layer: P for layer, P in edits.operators.items() if P.ndim}
