@@ -11,7 +11,7 @@ from typing import NoReturn
 from replaceme import __version__
 from replaceme.base.errors import ParameterError
 from replaceme.base.parameters import nearest, read_params
-from replaceme.cli import experiments, publish
+from replaceme.cli import experiments, publish, serving
 from replaceme.cli.commands import DISTANCES_PATH, EDITS_PATH, GROUPS, OVERWRITE, SCORES_PATH, Command
 from replaceme.running.entry import Parser, plain_parser, run_command
 
@@ -91,6 +91,8 @@ def _report(arguments: Sequence[str]) -> None:
 # Those that take no parameters.
 OTHERS: Mapping[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "report": ("print a result's scores, and write its page", _report),
+    "verify": ("is what is served the model that was proved: compare a folder or a server", serving.verify),
+    "chat": ("chat with a pruned model beside its dense one", serving.chat),
     "push": ("put a pruned model on the hub, with its card", publish.push),
     "compare": ("put the pipeline's experiments side by side (DVC)", experiments.compare),
 }

@@ -7,13 +7,14 @@ from replaceme.base.progress import logger
 from replaceme.calibration.sources import write_record
 from replaceme.edits.edits import Edits
 from replaceme.export.card import SETTINGS, RunResults, render_card
+from replaceme.export.reference import read_model, save_reference
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import verify_export
 from replaceme.methods.registry import METHODS
 from replaceme.models.depth import broken_patterns
 from replaceme.models.devices import use_processor
 from replaceme.models.find import recorded_model
-from replaceme.models.memory import choose_processor, proof_budget
+from replaceme.models.memory import choose_processor, load_within_budget, proof_budget
 from replaceme.models.model import Model
 from replaceme.models.model_files import CARD
 from replaceme.models.own_form import FILE, is_own_form
@@ -22,7 +23,7 @@ from replaceme.running.workspace import Workspace
 
 
 def export(params: Params, work: Workspace) -> None:
-    """Write the pruned model's folder and metrics/export.json.
+    """Write the pruned model's folder, with the reference that a served copy is compared with, and metrics/export.json.
 
     Raises:
         VerificationError: the saved model would not compute the solution; no folder is left.
@@ -41,6 +42,8 @@ def export(params: Params, work: Workspace) -> None:
         # Load it as a user would, with the code file that was just written.
         pruned = Model(folder, folder.name, trust_remote_code=source.trust_remote_code or not plain)
         figures = verify_export(source, pruned, edits, Documents.load(work.documents), budget)
+        exact = load_within_budget(pruned, choose_processor(params), "float32", obstacle=obstacle)
+        save_reference(read_model(exact, pruned.tokenizer()), folder)
         broken = broken_patterns(pruned.config(), source.family())
         work.record_own_files(folder)
     if broken:
