@@ -12,11 +12,15 @@ from replaceme.base.errors import VerificationError, renaming
 from replaceme.base.parameters import read_params
 from replaceme.base.progress import silence_libraries
 from replaceme.calibration.corpus import Chat
-from replaceme.running.entry import Parser, plain_parser
+from replaceme.running.entry import plain_parser
 
 
-def make_verify_parser() -> Parser:
-    """Return the parser of ``replaceme verify``."""
+def verify(arguments: Sequence[str]) -> None:
+    """Compare a folder or a server with the reference, and print what is found.
+
+    Raises:
+        VerificationError: it is another model.
+    """
     description = (
         "Compare a model with the reference that the export left in a pruned model's folder (verify/reference.safetensors):\n"
         "a folder, by this transformers in float32, or what a server tells of its model. Exit code 0 if it is the same, up to\n"
@@ -27,16 +31,7 @@ def make_verify_parser() -> Parser:
     parser.add_argument("--endpoint", metavar="URL", help="a server with OpenAI's interface, which is compared instead")
     parser.add_argument("--name", help="the model's name there [the first that it lists]")
     parser.add_argument("--reference", metavar="FOLDER", type=Path, help="the pruned model that FOLDER was made from [FOLDER]")
-    return parser
-
-
-def verify(arguments: Sequence[str]) -> None:
-    """Compare a folder or a server with the reference, and print what is found.
-
-    Raises:
-        VerificationError: it is another model.
-    """
-    options = make_verify_parser().parse_args(arguments)
+    options = parser.parse_args(arguments)
     silence_libraries(load=True)
     from replaceme.export.comparison import compare_readings
     from replaceme.export.endpoint import read_endpoint
@@ -49,28 +44,22 @@ def verify(arguments: Sequence[str]) -> None:
         served = read_endpoint(options.endpoint, reference, options.name)
     else:
         source = Model(options.folder, options.folder.name)
-        tokenizer = source.tokenizer()
         model = load_within_budget(source, read_params(None, {"device": "cpu"}), "float32")
-        served = read_model(model, tokenizer, reference)
-    verdict = compare_readings(reference, served)
-    print("\n".join(verdict.lines()))
-    if not verdict.is_same:
+        served = read_model(model, source.tokenizer(), reference)
+    is_same, lines = compare_readings(reference, served)
+    print("\n".join(lines))
+    if not is_same:
         raise VerificationError(f"{options.endpoint or options.folder} is not the model that was proved.")
 
 
-def make_chat_parser() -> Parser:
-    """Return the parser of ``replaceme chat``."""
+def chat(arguments: Sequence[str]) -> None:
+    """Answer what is typed by both models, each with its own conversation."""
     description = "Chat with a pruned model, beside the dense one: one answers after the other. An empty line ends the chat."
     parser = plain_parser("replaceme chat", description, "replaceme chat smaller --dense smollm2-135m-instruct")
     parser.add_argument("folder", metavar="FOLDER", help="the pruned model")
     parser.add_argument("--dense", metavar="MODEL", help="the model that it was made from: a folder, hub id or embedded name")
     parser.add_argument("--tokens", metavar="N", type=int, default=256, help="the most tokens of an answer [256]")
-    return parser
-
-
-def chat(arguments: Sequence[str]) -> None:
-    """Answer what is typed by both models, each with its own conversation."""
-    options = make_chat_parser().parse_args(arguments)
+    options = parser.parse_args(arguments)
     silence_libraries(load=True)
     from replaceme.models.find import find_model
     from replaceme.models.formats import resolve_formats

@@ -7,11 +7,10 @@ first to compute something else.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean
 
-from replaceme.export.reference import PROMPTS, STRINGS, Continuation, Readings
+from replaceme.export.reference import PROMPTS, STRINGS, Readings
 
 # Mean |Δ log p| in nats: up to the first, the same computation in another order; up to the second, weights rounded to 8 bits or
 # more. The demo without 4 layers: 0.05 in bfloat16, 0.1 with 8 bits a weight; 0.16 with a rotary base of 10,000 for 100,000.
@@ -22,85 +21,59 @@ ENTERS, LEAVES = 0.05, 0.25
 FIRST_SHARE = 0.1
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """Whether a model is the one that was proved: a word for it, what is wrong, the figures, and what could not be compared."""
+def compare_readings(reference: Readings, served: Readings) -> tuple[bool, list[str]]:
+    """Compare a served model's readings, as far as there are any, with the reference.
 
-    verdict: str
-    wrong: list[str]
-    figures: list[str]
-    unseen: list[str]
-
-    @property
-    def is_same(self) -> bool:
-        return not self.wrong
-
-    def lines(self) -> list[str]:
-        """Return the verdict in lines."""
-        wrong, unseen = [f"wrong: {each}" for each in self.wrong], [f"not compared: {each}" for each in self.unseen]
-        return [self.verdict, *wrong, *self.figures, *unseen]
-
-
-def compare_readings(reference: Readings, served: Readings) -> Verdict:
-    """Compare a served model's readings, as far as there are any, with the reference."""
-    errors = [*_list_errors(reference, served)]
-    wrong, figures, unseen = _compare_text(reference, served)
-    mean = fmean(error for _, error in errors) if errors else None
-    same = _count_equal(reference.continuations, served.continuations)
+    Returns:
+        Whether it is the same model, up to rounding; and the verdict, what is wrong, the figures, and what was not compared.
+    """
+    errors, wrong, figures, unseen = [*_list_errors(reference, served)], list[str](), list[str](), list[str]()
+    _compare_tokenizer(reference, served, wrong, figures, unseen)
+    own, theirs = reference.continuations, served.continuations
+    same = sum(a.text.strip() == b.text.strip() for a, b in zip(own, theirs, strict=False))
+    if theirs:
+        figures.append(f"greedy continuations: {same} of {len(own)} are the same text")
     if errors:
-        largest = max(error for _, error in errors)
+        mean, largest = fmean(error for _, error in errors), max(error for _, error in errors)
         figures.append(f"log-probabilities of {len(errors)} tokens: mean difference {mean:.2g} nats, largest {largest:.2g}")
-    else:
-        unseen.append("log-probabilities: none are given")
-    if served.continuations:
-        figures.append(f"greedy continuations: {same} of {len(reference.continuations)} are the same text")
-    if (mean or 0) > EQUAL and (cause := _find_cause(reference, served, errors)):
-        wrong.append(cause)
-    elif mean is not None and not mean <= ROUNDED:  # NaN too
-        wrong.append(f"weights: they differ by {mean:.2g} nats a token, more than rounding to 8 bits explains")
-    elif mean is None and served.continuations and 2 * same < len(reference.continuations):
-        wrong.append("weights: most continuations are another model's")
-    elif mean is None and not served.continuations and not wrong:
-        wrong.append("nothing could be compared")
-    if wrong:
-        verdict = "another model"
-    elif mean is None:
-        verdict = "the same, as far as text alone shows it"
-    else:
         verdict = "equal" if mean <= EQUAL else f"the same up to rounding ({mean:.2g} nats a token)"
-    return Verdict(verdict, wrong, figures, unseen)
+        if cause := _find_cause(reference, served, errors) if mean > EQUAL else None:
+            wrong.append(cause)
+        elif not mean <= ROUNDED:  # NaN too
+            wrong.append(f"weights: they differ by {mean:.2g} nats a token, more than rounding to 8 bits explains")
+    else:
+        verdict = "the same, as far as text alone shows it"
+        unseen.append("log-probabilities: none are given")
+        if 2 * same < len(own) or not theirs:
+            wrong.append("weights: most continuations are another model's" if theirs else "nothing could be compared")
+    lines = [*(f"wrong: {each}" for each in wrong), *figures, *(f"not compared: {each}" for each in unseen)]
+    return not wrong, ["another model" if wrong else verdict, *lines]
 
 
-def _compare_text(reference: Readings, served: Readings) -> tuple[list[str], list[str], list[str]]:
-    """Compare tokenizer, chat template and vocabulary; return what is wrong, what is equal, and what could not be seen."""
-    wrong, figures, unseen = list[str](), list[str](), list[str]()
-    seen = [
-        (text, own, ids)
-        for text, own, ids in zip((*PROMPTS, *STRINGS), reference.ids, served.ids, strict=True)
-        if ids is not None
-    ]
-    if other := [text for text, own, ids in seen if own != ids]:
+def _compare_tokenizer(reference: Readings, served: Readings, wrong: list[str], figures: list[str], unseen: list[str]) -> None:
+    """Compare ids, chat template and vocabulary; add to what is wrong, what is equal, and what could not be seen."""
+    texts = [*zip((*PROMPTS, *STRINGS), reference.ids, served.ids, strict=True)]
+    seen = [(text, own == ids) for text, own, ids in texts if ids is not None]
+    if other := [text for text, is_same in seen if not is_same]:
         wrong.append(f"tokenizer: {len(other)} of {len(seen)} texts have other ids, the first is {other[0][:40]!r}")
     elif seen:
         figures.append(f"tokenizer: the same ids of {len(seen)} texts")
     else:
         unseen.append("tokenizer: no ids are given")
-    if reference.chat is None or (served.chat_tokens is None and served.chat is None):
-        if reference.chat is not None and served.states is not None:
-            wrong.append("template: there is none, or it refuses the chat")
-        elif reference.chat is not None:
-            unseen.append("template: the number of the chat's tokens is not given")
-    elif served.chat is not None and served.chat != reference.chat:
-        wrong.append(f"template: the chat is {served.chat[:60]!r}…, not {reference.chat[:60]!r}…")
-    elif served.chat_tokens != reference.chat_tokens and not other:
-        wrong.append(f"template: the chat has {served.chat_tokens} tokens, not {reference.chat_tokens}")
-    else:
-        figures.append("template: the same chat" if served.chat is not None else "template: as many tokens of the chat")
-    if served.rows not in (None, reference.rows):
-        wrong.append(f"vocabulary: the embedding has {served.rows} rows, not {reference.rows}")
-    elif served.rows is None:
+    chat, tokens = served.chat, served.chat_tokens
+    if chat is not None and chat != reference.chat:
+        wrong.append(f"template: the chat is {chat[:60]!r}…, not {(reference.chat or '')[:60]!r}…")
+    elif tokens is not None and tokens != reference.chat_tokens and not other:
+        wrong.append(f"template: the chat has {tokens} tokens, not {reference.chat_tokens}")
+    elif tokens is not None:
+        figures.append("template: the same chat" if chat is not None else "template: as many tokens of the chat")
+    elif reference.chat is not None:
+        # A folder has none then, or one that refuses the chat.
+        (unseen if served.states is None else wrong).append("template: it gives no number of the chat's tokens")
+    if served.rows is None:
         unseen.append("vocabulary: its size is not given")
-    return wrong, figures, unseen
+    elif served.rows != reference.rows:
+        wrong.append(f"vocabulary: the embedding has {served.rows} rows, not {reference.rows}")
 
 
 def _list_errors(reference: Readings, served: Readings) -> Iterator[tuple[int, float]]:
@@ -116,10 +89,6 @@ def _list_errors(reference: Readings, served: Readings) -> Iterator[tuple[int, f
         count = None if own_text.text == their_text.text else 1
         pairs = zip(own_text.logprobs[:count], their_text.logprobs[:count], strict=False)
         yield from ((len(own_text.start_ids) + at, abs(a - b)) for at, (a, b) in enumerate(pairs))
-
-
-def _count_equal(own: Sequence[Continuation], theirs: Sequence[Continuation]) -> int:
-    return sum(a.text.strip() == b.text.strip() for a, b in zip(own, theirs, strict=False))
 
 
 def _find_cause(reference: Readings, served: Readings, errors: Sequence[tuple[int, float]]) -> str | None:

@@ -20,12 +20,9 @@ SECONDS = 120
 
 
 def read_endpoint(url: str, reference: Readings, name: str | None = None) -> Readings:
-    """Return what a server tells of the reference's texts.
+    """Return what the server at ``url``, which ends in ``/v1``, tells of the reference's texts.
 
-    Args:
-        url: its address, which ends in ``/v1``.
-        reference: the readings to compare with.
-        name: the model's name there; None is the first that ``/models`` lists.
+    ``name`` is the model's name there; None is the first that ``/models`` lists.
 
     Raises:
         ParameterError: the server can't be reached, or completes no text.
@@ -33,7 +30,11 @@ def read_endpoint(url: str, reference: Readings, name: str | None = None) -> Rea
     url = url.rstrip("/")
     models = _call(f"{url}/models") or {}
     name = name or next((str(each["id"]) for each in models.get("data") or []), "default")
-    ids = [_read_ids(f"{url.removesuffix('/v1')}/tokenize", name, text) for text in (*PROMPTS, *STRINGS)]
+    ids = []
+    for text in (*PROMPTS, *STRINGS):
+        # vLLM and llama.cpp have other names for the same.
+        options = {"model": name, "prompt": text, "content": text, "add_special_tokens": True, "add_special": True}
+        ids.append((_call(f"{url.removesuffix('/v1')}/tokenize", options) or {}).get("tokens"))
     logprobs: list[list[float] | None] = []
     firsts: list[float | None] = []
     for prompt, own in zip(PROMPTS, reference.ids, strict=False):
@@ -72,13 +73,6 @@ def _complete(url: str, name: str, prompt: str, tokens: int, echo: bool = False)
     generated = int(usage.get("completion_tokens", tokens)) if is_echoed else len(values)
     values = [math.nan if value is None else float(value) for value in values]
     return str(choice.get("text", "")).removeprefix(prompt if echo else ""), values, generated
-
-
-def _read_ids(url: str, name: str, text: str) -> list[int] | None:
-    # vLLM and llama.cpp have other names for the same.
-    options = {"model": name, "prompt": text, "content": text, "add_special_tokens": True, "add_special": True}
-    tokens = (_call(url, options) or {}).get("tokens")
-    return [int(token) for token in tokens] if isinstance(tokens, list) else None
 
 
 def _call(url: str, body: Mapping[str, Any] | None = None) -> dict[str, Any] | None:

@@ -31,36 +31,19 @@ PROMPTS = (
     "sixty kilometres; in spring, when the snow melts, it floods the meadows.",
     "def largest(numbers):\n    best = numbers[0]\n    for each in numbers[1:]:\n        if each > best:\n",
     "Question: What is the capital of France?\nAnswer: Paris.\nQuestion: What is the capital of Italy?\nAnswer:",
-    "Once upon a time there was a miller who had three sons.",
-    "1, 2, 4, 8, 16, 32,",
-    '{"name": "Ada", "year": 1815}',
-    "Water boils at a lower temperature on a high mountain, because",
-    "Der Zug nach Hamburg hat heute Verspätung.",
-    "Le marché se tient chaque samedi matin.",
-    "El tren llega a Madrid antes del mediodía.",
-    "Сегодня хорошая погода.",
-    "今天天气很好。",
-    "この本は面白い。",
-    "역이 나옵니다.",
-    "الكتاب على الطاولة.",
+    "Once upon a time there was a miller who had three sons.", "1, 2, 4, 8, 16, 32,", '{"name": "Ada", "year": 1815}',
+    "Water boils at a lower temperature on a high mountain, because", "Der Zug nach Hamburg hat heute Verspätung.",
+    "Le marché se tient chaque samedi matin.", "El tren llega a Madrid antes del mediodía.", "Сегодня хорошая погода.",
+    "今天天气很好。", "この本は面白い。", "역이 나옵니다.", "الكتاب على الطاولة.",
     "Dear Sir or Madam,\n\nThank you for your letter. I",
-    "# Recipe\n\n- 200 g flour\n- 3 eggs\n",
-    "SELECT name, COUNT(*) FROM visits GROUP BY",
-    "If a train travels at 80 kilometres an hour for two hours, it covers",
-    "She said that she would come, but",
-    "Patients reported a mild headache, no fever, and a",
-    "Monday, Tuesday, Wednesday,",
-    "All animals need food. A dog is an animal. Therefore a dog",
-    "<html>\n<head><title>Home</title></head>",
-    "In 1969, two people walked on the",
-    "x² + 2x + 1 = (x + 1)²",
-    "for (int i = 0; i < n; i++) {",
-    "Breaking news: the council has voted to",
-    "My favourite colour is blue, and",
-    "red green blue red green blue red green",
-    "To be added: one tablespoon of olive oil and",
-    "Good morning! How are you today?",
-)
+    "# Recipe\n\n- 200 g flour\n- 3 eggs\n", "SELECT name, COUNT(*) FROM visits GROUP BY",
+    "If a train travels at 80 kilometres an hour for two hours, it covers", "She said that she would come, but",
+    "Patients reported a mild headache, no fever, and a", "Monday, Tuesday, Wednesday,",
+    "All animals need food. A dog is an animal. Therefore a dog", "<html>\n<head><title>Home</title></head>",
+    "In 1969, two people walked on the", "x² + 2x + 1 = (x + 1)²", "for (int i = 0; i < n; i++) {",
+    "Breaking news: the council has voted to", "My favourite colour is blue, and", "red green blue red green blue red green",
+    "To be added: one tablespoon of olive oil and", "Good morning! How are you today?",
+)  # fmt: skip
 # Where tokenizers differ: white space, digits, case, accents, signs, scripts, and names of special tokens.
 STRINGS = (
     " ", "  leading", "trailing  ", "a\tb", "a\n\n\nb", "\r\n", "    four", "1234567890", "3.14159", "1,000,000", "0x1F",
@@ -68,11 +51,8 @@ STRINGS = (
     "a_b-c.d/e\\f", "user@example.org", "https://example.org/?q=1&p=2", "!!!???", "🙂👍🏽", "你好，世界", "नमस्ते", "สวัสดี",
     "<s></s>", "<|im_start|>user", "<unk> <pad> [INST]", "\u200bzero\u200bwidth", "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
 )  # fmt: skip
-CHAT = [
-    {"role": "user", "content": "What is the capital of France?"},
-    {"role": "assistant", "content": "Paris."},
-    {"role": "user", "content": "And of Italy?"},
-]
+TURNS = ("What is the capital of France?", "Paris.", "And of Italy?")
+CHAT = [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(TURNS)]
 BATCH = 8
 # Greedy continuations: of so many prompts' first tokens, of so many tokens.
 STARTS, START, GENERATED = 4, 6, 8
@@ -117,13 +97,7 @@ class Readings:
 
 @torch.inference_mode()
 def read_model(model: Any, tokenizer: Any, reference: Readings | None = None) -> Readings:
-    """Compute the readings of a model of transformers.
-
-    Args:
-        model: the model, in the dtype to compare in.
-        tokenizer: its tokenizer.
-        reference: the readings to compare with, whose token ids the model is given; None gives it those of its tokenizer.
-    """
+    """Compute the readings of a loaded model, given the token ids of a reference; None gives it those of its tokenizer."""
     ids = [list(tokenizer(text).input_ids) for text in (*PROMPTS, *STRINGS)]
     limit = positions_of(model.config)
     given = [(each or [])[:limit] for each in (reference.ids if reference else ids)[: len(PROMPTS)]]
@@ -200,13 +174,9 @@ def _continue(model: Any, tokenizer: Any, starts: Sequence[list[int]]) -> list[C
 def save_reference(readings: Readings, folder: Path) -> None:
     """Write the readings of a model into its folder."""
     (folder / REFERENCE).parent.mkdir(exist_ok=True)
-    content = {key: value for key, value in asdict(readings).items() if key not in ("states", "logprobs")}
-    tensors = {
-        "states": torch.empty(0) if readings.states is None else readings.states,
-        "logprobs": torch.tensor([value for row in readings.logprobs for value in row or []]),
-        "tokens": torch.tensor([len(row or []) for row in readings.logprobs]),
-    }
-    save_file(tensors, folder / REFERENCE, {"readings": json.dumps({**content, "texts": [*PROMPTS, *STRINGS]})})
+    content = {key: value for key, value in asdict(readings).items() if key != "states"}
+    states = torch.empty(0) if readings.states is None else readings.states
+    save_file({"states": states}, folder / REFERENCE, {"readings": json.dumps({**content, "texts": [*PROMPTS, *STRINGS]})})
 
 
 def load_reference(folder: Path) -> Readings:
@@ -220,15 +190,10 @@ def load_reference(folder: Path) -> Readings:
         raise ModelError(f"{excerpt(folder, 150)}: has no {REFERENCE}; {again}.")
     try:
         with safe_open(path, "pt") as file:
-            content = json.loads(file.metadata()["readings"])
-            states, logprobs, tokens = map(file.get_tensor, ("states", "logprobs", "tokens"))
+            content, states = json.loads(file.metadata()["readings"]), file.get_tensor("states")
         if content.pop("texts") != [*PROMPTS, *STRINGS]:
             raise ValueError("made for other texts")
         content["continuations"] = [Continuation(**each) for each in content["continuations"]]
-        return Readings(
-            **content,
-            logprobs=[part.tolist() for part in logprobs.split(tokens.tolist())],
-            states=states if len(states) else None,
-        )
+        return Readings(**content, states=states if len(states) else None)
     except Exception as failure:  # a damaged file shows in exceptions of many kinds
         raise ModelError(f"{excerpt(path, 150)}: can't be used ({excerpt(failure, 100)}); {again}.") from failure
