@@ -16,15 +16,10 @@ from replaceme.running.entry import plain_parser
 
 
 def verify(arguments: Sequence[str]) -> None:
-    """Compare a folder or a server with the reference, and print what is found.
-
-    Raises:
-        VerificationError: it is another model.
-    """
+    """Compare a folder or a server with the reference, and print what is found; VerificationError for another model."""
     description = (
-        "Compare a model with the reference that the export left in a pruned model's folder (verify/reference.safetensors):\n"
-        "a folder, by this transformers in float32, or what a server tells of its model. Exit code 0 if it is the same, up to\n"
-        "rounding; 1 if it is another model."
+        "Compare a folder, or what a server tells of its model, with the reference in a pruned model's folder, verify/.\n"
+        "Exit code 0: it is the same, up to rounding. 1: it is another model."
     )
     parser = plain_parser("replaceme verify", description, "replaceme verify smaller --endpoint http://localhost:8000/v1")
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="the model's folder")

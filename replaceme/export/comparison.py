@@ -22,11 +22,7 @@ FIRST_SHARE = 0.1
 
 
 def compare_readings(reference: Readings, served: Readings) -> tuple[bool, list[str]]:
-    """Compare a served model's readings, as far as there are any, with the reference.
-
-    Returns:
-        Whether it is the same model, up to rounding; and the verdict, what is wrong, the figures, and what was not compared.
-    """
+    """Return whether a served model is the same up to rounding; and verdict, what is wrong, figures, and what was not seen."""
     errors, wrong, figures, unseen = [*_list_errors(reference, served)], list[str](), list[str](), list[str]()
     _compare_tokenizer(reference, served, wrong, figures, unseen)
     own, theirs = reference.continuations, served.continuations

@@ -101,14 +101,9 @@ def _check_ownership(work: Workspace) -> None:
 
 
 def check_finished(work: Workspace, made_of: Mapping[str, Any]) -> None:
-    """Refuse to replace a finished result that was made of something else.
+    """Raise ParameterError if a finished result was made of something else, and name it.
 
-    Args:
-        work: its paths.
-        made_of: what it would be made of now: parameters, and fingerprints of model and text, as JSON has them.
-
-    Raises:
-        ParameterError: names what differs.
+    ``made_of`` is what it would be made of now: parameters, and fingerprints of model and text, as JSON has them.
     """
     file = work.root / MADE_OF
     earlier = read_json(file) if file.is_file() else {}
