@@ -28,21 +28,20 @@ from replaceme.models.model_files import REFERENCE
 
 PROMPTS = (
     "The river rises in the hills above the town, runs past the old mill and the railway bridge, and reaches the sea after "
-    "sixty kilometres; in spring, when the snow melts, it floods the meadows.",
-    "def largest(numbers):\n    best = numbers[0]\n    for each in numbers[1:]:\n        if each > best:\n",
-    "Question: What is the capital of France?\nAnswer: Paris.\nQuestion: What is the capital of Italy?\nAnswer:",
-    "Once upon a time there was a miller who had three sons.", "1, 2, 4, 8, 16, 32,", '{"name": "Ada", "year": 1815}',
-    "Water boils at a lower temperature on a high mountain, because", "Der Zug nach Hamburg hat heute Verspätung.",
-    "Le marché se tient chaque samedi matin.", "El tren llega a Madrid antes del mediodía.", "Сегодня хорошая погода.",
-    "今天天气很好。", "この本は面白い。", "역이 나옵니다.", "الكتاب على الطاولة.",
-    "Dear Sir or Madam,\n\nThank you for your letter. I",
-    "# Recipe\n\n- 200 g flour\n- 3 eggs\n", "SELECT name, COUNT(*) FROM visits GROUP BY",
-    "If a train travels at 80 kilometres an hour for two hours, it covers", "She said that she would come, but",
-    "Patients reported a mild headache, no fever, and a", "Monday, Tuesday, Wednesday,",
-    "All animals need food. A dog is an animal. Therefore a dog", "<html>\n<head><title>Home</title></head>",
+    "sixty kilometres; in spring it floods the meadows.",
+    "def largest(numbers):\n    best = numbers[0]\n    for each in", "Question: What is the capital of Italy?\nAnswer:",
+    "Once upon a time there was a miller who", "1, 2, 4, 8, 16, 32,", '{"name": "Ada", "year": 1815}',
+    "Water boils at a lower temperature", "Der Zug hat heute",
+    "Le marché se tient chaque", "El tren llega a Madrid", "Сегодня",
+    "今天天气", "この本は", "역이", "الكتاب",
+    "Dear Sir or Madam,\n\nThank you",
+    "# Recipe\n\n- 200 g flour\n- 3 eggs\n", "SELECT name, COUNT(*) FROM",
+    "If a train travels at 80 km/h", "She said that she would come, but",
+    "Patients reported a mild", "Monday, Tuesday, Wednesday,",
+    "All animals need food. A dog", "<html>\n<head><title>",
     "In 1969, two people walked on the", "x² + 2x + 1 = (x + 1)²", "for (int i = 0; i < n; i++) {",
-    "Breaking news: the council has voted to", "My favourite colour is blue, and", "red green blue red green blue red green",
-    "To be added: one tablespoon of olive oil and", "Good morning! How are you today?",
+    "Breaking news: the council has voted to", "My favourite colour is blue, and", "red green blue red green",
+    "To be added: one tablespoon of", "Good morning! How are you today?",
 )  # fmt: skip
 # Where tokenizers differ: white space, digits, case, accents, signs, scripts, and names of special tokens.
 STRINGS = (
