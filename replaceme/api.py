@@ -85,11 +85,13 @@ def prune(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     preset: Preset = "recommended",
+    overwrite: bool = False,
     **settings: Any,
 ) -> Pruned:
     """Remove layers of a causal language model, save the result and score both models, as ``replaceme prune`` does.
 
-    An interrupted call goes on where it stopped; a second one with other settings repeats only what they change.
+    An interrupted call goes on where it stopped. A second one with other settings, and ``overwrite``, repeats only what they
+    change.
 
     Args:
         model: a local folder, a hub id or an embedded model's name; or a loaded model, which is first saved to a temporary
@@ -100,6 +102,7 @@ def prune(
         save_path: folder of the result; None is ``<model>-<method>-<layers>`` in the current folder.
         tokenizer: of a loaded model.
         preset: the values of settings that are not given: recommended, or published (the paper's).
+        overwrite: replace a finished result of another model, text or setting in ``save_path``, which is refused otherwise.
         settings: any parameter by its name (docs/parameters.md).
 
     Raises:
@@ -126,7 +129,7 @@ def prune(
         if documents is not None:
             work = result_paths(params, result_name(params))
             params = params.model_copy(update={"dataset": str(work.root / TEXTS_FILE)})
-        return _read_result(params, _prune(params, documents))
+        return _read_result(params, _prune(params, documents, overwrite))
 
 
 def _check_call(texts: object, settings: Mapping[str, Any]) -> None:

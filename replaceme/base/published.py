@@ -81,6 +81,10 @@ def translate(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], list[s
             problems.append(f"dataset_subset: says {quote(split)} and dataset_split {quote(named)}; keep one.")
         ours["dataset_split"] = split
         notes.append("dataset_subset is read as dataset_split, as the published program does")
+    if "layers" in ours:
+        if (named := ours.get("layers_to_skip", ours["layers"])) != ours["layers"]:
+            problems.append(f"layers: says {quote(ours['layers'])} and layers_to_skip {quote(named)}; keep one.")
+        ours["layers_to_skip"] = ours.pop("layers")
     for key in PATHS:
         if ours.pop(key, None) is not None:
             notes.append(f"{key} is ignored: results are cached by content, never read from a path")

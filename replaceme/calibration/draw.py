@@ -4,7 +4,8 @@ Each document starts with the tokenizer's start of text: exactly one BOS if it h
 Padding isn't stored. Rows without tokens are skipped and counted.
 
 Each document has a source: its row, or the running text that it is a piece of. Few running texts (a .txt file is a single one)
-have ``PARTS`` sources each, one after the other, so that documents can be held out by whole sources.
+have ``PARTS`` sources each, one after the other, so that documents can be held out by whole sources. Where a text ends before
+there are enough documents to hold one out, all are split into smaller ones.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from replaceme.base.documents import SOURCE_BITS, Documents, in_shares, seeded_order
+from replaceme.base.documents import HELD_OUT_EVERY, SOURCE_BITS, Documents, in_shares, seeded_order
 from replaceme.base.errors import DatasetError
 from replaceme.base.parameters import Params
-from replaceme.base.progress import progress
+from replaceme.base.progress import logger, progress
 from replaceme.calibration.corpus import Corpus, plain_text
 from replaceme.calibration.sources import list_sources
 from replaceme.calibration.tokenization import encode, encode_in_chunks, start_of_text
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 SEPARATOR = "\n\n"
 # At most one document in so many is held out (``replaceme.training.training``): from so many texts on, a text is one source.
 PARTS = 20
+# Little text is split into pieces of no fewer tokens.
+SHORTEST_PIECE = 16
 
 
 @dataclass
@@ -81,6 +84,11 @@ def draw_documents(
     if not documents:
         empty = sum(count.empty for count in counts)
         raise DatasetError(f"dataset: no text is left after tokenization ({empty} rows were empty).")
+    if len(documents) < HELD_OUT_EVERY <= params.dataset_size:
+        documents, sources = _split_documents(documents, sources, start_of_text(tokenizer), min(PARTS, params.dataset_size))
+        for number, count in enumerate(counts):
+            own = [document for document, source in zip(documents, sources, strict=True) if source >> SOURCE_BITS == number]
+            count.documents, count.tokens = len(own), sum(map(len, own))
     return Documents(documents, sources), counts
 
 
@@ -113,6 +121,23 @@ def draw_after(
     return Documents(documents, sources)
 
 
+def _split_documents(
+    documents: list[Tensor], sources: list[int], prefix: list[int], count: int
+) -> tuple[list[Tensor], list[int]]:
+    """Halve the longest document until there are ``count``, or all are short; return them and their sources, each its own."""
+    pieces = [(source >> SOURCE_BITS, document[len(prefix) :]) for source, document in zip(sources, documents, strict=True)]
+    while len(pieces) < count:
+        at = max(range(len(pieces)), key=lambda index: len(pieces[index][1]))
+        corpus, longest = pieces[at]
+        if len(longest) < 2 * SHORTEST_PIECE:
+            break
+        pieces[at : at + 1] = [(corpus, half) for half in longest.tensor_split(2)]
+    start = torch.tensor(prefix, dtype=torch.int64)
+    logger.info("calibrate: so little text is split into %d documents, so that some can be held out", len(pieces))
+    numbered = [(corpus << SOURCE_BITS) + index for index, (corpus, _) in enumerate(pieces)]
+    return [torch.cat([start, body]) for _, body in pieces], numbered
+
+
 def _encode_corpus(
     corpus: Corpus, tokenizer: PreTrainedTokenizerBase, params: Params, counts: Counts, most: int | None = None
 ) -> Iterator[tuple[int, Tensor]]:
@@ -123,8 +148,9 @@ def _encode_corpus(
     plain = corpus.plain and not tokenizer.chat_template
     encoded = (encode(plain_text(row) if plain else row, tokenizer, prefix) for row in corpus.rows)
     if corpus.running:
+        fewest = HELD_OUT_EVERY if isinstance(params.dataset, str) and params.dataset_size >= HELD_OUT_EVERY else 0
         texts = (encode_in_chunks(text, tokenizer, prefix) for text in corpus.rows if isinstance(text, str))
-        bodies: Iterable[tuple[int, list[int]]] = islice(_cut_pieces(texts, capacity, params.seed), most)
+        bodies: Iterable[tuple[int, list[int]]] = islice(_cut_pieces(texts, capacity, params.seed, fewest), most)
     elif params.pack:
         bodies = enumerate(_pack_rows(encoded, tokenizer.encode(SEPARATOR, add_special_tokens=False), capacity, counts))
     else:
@@ -137,10 +163,10 @@ def _encode_corpus(
         yield source, torch.tensor([*prefix, *body[:capacity]])
 
 
-def _cut_pieces(texts: Iterable[Iterable[list[int]]], capacity: int, seed: int) -> Iterator[tuple[int, list[int]]]:
+def _cut_pieces(texts: Iterable[Iterable[list[int]]], capacity: int, seed: int, fewest: int) -> Iterator[tuple[int, list[int]]]:
     """Cut running texts into pieces of ``capacity`` tokens (a shorter text is one piece) and yield them in a seeded order.
 
-    The rest of a longer text is dropped. Each piece comes with the number of its source.
+    The rest of a longer text is dropped, if there are ``fewest`` pieces. Each piece comes with the number of its source.
     """
     pieces: list[Tensor] = []
     counts: list[int] = []  # pieces of each text
@@ -151,7 +177,8 @@ def _cut_pieces(texts: Iterable[Iterable[list[int]]], capacity: int, seed: int) 
             full = len(rest) // capacity * capacity
             pieces += rest[:full].split(capacity) if full else ()
             rest = rest[full:].clone()
-        if len(pieces) == before and len(rest):
+        # Of little text in one file, which is split, all of it counts.
+        if len(rest) and (len(pieces) == before or len(pieces) < fewest):
             pieces.append(rest)
         counts.append(len(pieces) - before)
     parts = 1 if len(counts) >= PARTS else PARTS

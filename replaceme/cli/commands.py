@@ -54,6 +54,8 @@ METAVARS = {
 SCORES_PATH = "JSON file for the scores [MODEL.evaluation.json]"
 DISTANCES_PATH = "folder for the distances of all pairs [MODEL-distances]"
 EDITS_PATH = "folder for the edits [MODEL-METHOD-LAYERS-transform]"
+# The option of the commands whose result is a folder.
+OVERWRITE = {"overwrite": ("", "replace a finished result of another model, text or setting")}
 # Longer lists of choices stand in the sentence, not in the option's own line.
 LONGEST_CHOICES = 48
 
@@ -70,7 +72,8 @@ class Command:
         fixed: parameters that it sets itself.
         preset: the values of what nobody names; None are those that suit the config.
         save_path: what that parameter is here; empty where it is the folder of a new result.
-        options: those that are no parameters, which the action takes by name: name → what stands for the value, a few words.
+        options: those that are no parameters, which the action takes by name: name → what stands for the value (empty for an
+            option without one), a few words.
     """
 
     action: str
@@ -111,19 +114,21 @@ class Command:
                 _add_option(group, key, [] if full else names[1:])
         group = parser.add_argument_group("this command alone")
         for name, (metavar, words) in self.options.items():
-            _add_option(group, name, [name], metavar, words)
+            _add_option(group, name, [name] if metavar else [], metavar, words)
         group = parser.add_argument_group("general")
         _add_option(group, "config", ["config"], "FILE", "YAML file of parameters; what is given here overrides it")
-        _add_option(group, "preset", ["preset"], "|".join(PRESETS), "values of what is not named: our best, or the paper's")
+        _add_option(group, "preset", ["preset"], "NAME", f"values of what is not named: {' or '.join(PRESETS)} (the paper's)")
         for name in PUBLISHED_KEYS:
             _add_option(group, name, [name])
+        for name in (name for name, (metavar, _) in self.options.items() if not metavar):
+            group.add_argument(f"--{name}", action="store_true", default=argparse.SUPPRESS, help=self.options[name][1])
         group.add_argument("--debug", action="store_true", help="show the traceback of an error")
         group.add_argument("--help", "-h", action="help", help="the common options" if prog else "show this")
         if prog:
             group.add_argument("--help-all", action="help", help="all options, with the whole description of each")
         return parser
 
-    def read_arguments(self, parser: Parser, arguments: Sequence[str]) -> tuple[Params, dict[str, str]]:
+    def read_arguments(self, parser: Parser, arguments: Sequence[str]) -> tuple[Params, dict[str, Any]]:
         """Return the parameters of a command line and its config, and the values of the other options.
 
         Raises:
@@ -222,7 +227,11 @@ def _describe_value(value: Any) -> str:
 
 
 def _run_script(action: str, description: str, save_path: str = "", **fixed: Any) -> NoReturn:
-    run_command(Command(action=action, description=description, fixed=fixed, preset="published", save_path=save_path).run)
+    options = {} if action == "evaluate" else OVERWRITE
+    command = Command(
+        action=action, description=description, fixed=fixed, preset="published", save_path=save_path, options=options
+    )  # fmt: skip
+    run_command(command.run)
 
 
 def run_replaceme() -> NoReturn:

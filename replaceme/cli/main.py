@@ -11,8 +11,8 @@ from typing import NoReturn
 from replaceme import __version__
 from replaceme.base.errors import ParameterError
 from replaceme.base.parameters import nearest, read_params
-from replaceme.cli import doctor, experiments, publish
-from replaceme.cli.commands import DISTANCES_PATH, EDITS_PATH, GROUPS, SCORES_PATH, Command
+from replaceme.cli import doctor, experiments, publish, serving
+from replaceme.cli.commands import DISTANCES_PATH, EDITS_PATH, GROUPS, OVERWRITE, SCORES_PATH, Command
 from replaceme.running.entry import Parser, plain_parser, run_command
 
 _MODEL, _TEXT, _COMPUTING, _SCORES = (GROUPS[title] for title in ("model", "calibration text", "computing", "scores"))
@@ -28,6 +28,7 @@ COMMANDS: Mapping[str, Command] = {
         "Face folder, prove it, and score both models. An interrupted run goes on where it stopped.",
         example="replaceme prune --model Qwen/Qwen3-8B --dataset fineweb --layers 4 --device cuda --save_path smaller",
         keys=_ALL,
+        options=OVERWRITE,
     ),
     "evaluate": Command(
         action="evaluate",
@@ -46,6 +47,7 @@ COMMANDS: Mapping[str, Command] = {
         example="replaceme profile --model smollm2-135m-instruct --dataset notes.txt --dataset_size 16",
         keys=(*_MODEL, *_TEXT, "min_distance_layer", "max_distance_layer", *_COMPUTING, "save_path"),
         save_path=DISTANCES_PATH,
+        options=OVERWRITE,
     ),
     "solve": Command(
         action="prune",
@@ -56,6 +58,7 @@ COMMANDS: Mapping[str, Command] = {
         keys=tuple(key for key in _ALL if key not in _SCORES),
         fixed={"save_transform_only": True},
         save_path=EDITS_PATH,
+        options=OVERWRITE,
     ),
     "speed": Command(
         action="measure",
@@ -88,6 +91,8 @@ def _report(arguments: Sequence[str]) -> None:
 # Those that take no parameters.
 OTHERS: Mapping[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "report": ("print a result's scores, and write its page", _report),
+    "verify": ("is what is served the model that was proved: compare a folder or a server", serving.verify),
+    "chat": ("chat with a pruned model beside its dense one", serving.chat),
     "push": ("put a pruned model on the hub, with its card", publish.push),
     "compare": ("put the pipeline's experiments side by side (DVC)", experiments.compare),
     "doctor": ("say what this machine has and what a run would use, for an issue", doctor.doctor),

@@ -47,11 +47,13 @@ def make_parser() -> Parser:
 def _upload(options: argparse.Namespace, folder: Path) -> None:
     from replaceme.models import hub
     from replaceme.models.model import Model
-    from replaceme.models.model_files import CARD
+    from replaceme.models.model_files import CARD, REFERENCE
     from replaceme.pipeline.report import render_run_card
 
     pipeline = Workspace()
     files: dict[str, Path | bytes] = {path.name: path for path in Model(folder, folder.name).files()}
+    if (reference := folder / REFERENCE).is_file():
+        files[REFERENCE] = reference
     if not {"config.json", CARD} <= files.keys():
         raise ParameterError(f"save_path: there is no pruned model in {folder}; run `dvc repro` or `replaceme prune` first.")
     if folder.resolve() == pipeline.model.resolve():

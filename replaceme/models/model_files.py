@@ -31,6 +31,8 @@ TOKENIZER_FILES = (
 CARD_FILES = (CARD, "LICENSE*", "NOTICE*")
 # What a pruned model was calibrated on (``replaceme.calibration.sources``).
 TEXT_RECORD = "calibration_text.json"
+# What it computes for a few texts (``replaceme.export.reference``); no runtime reads subfolders.
+REFERENCE = "verify/reference.safetensors"
 ALL_FILES = (*WEIGHT_FILES, *TOKENIZER_FILES, *CARD_FILES, TEXT_RECORD)
 # Some repositories hold the weights a second time, in their author's own format.
 LEFT_OUT = "consolidated*"

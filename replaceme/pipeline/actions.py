@@ -1,7 +1,7 @@
 """What the commands do, in any folder and without DVC."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from replaceme.base.files import new_folder, read_json, round_floats, write_json
 from replaceme.base.fingerprints import sha256_of
 from replaceme.base.parameters import Params, read_params
 from replaceme.base.progress import align, logger
+from replaceme.calibration.find import dataset_fingerprints
 from replaceme.calibration.sources import read_record
 from replaceme.evaluation.comparison import compare_scores
 from replaceme.evaluation.contamination import CalibrationText
@@ -18,6 +19,7 @@ from replaceme.evaluation.continuations import pair_continuations
 from replaceme.evaluation.scores import score_model
 from replaceme.evaluation.tables import format_score_comparison, format_scores
 from replaceme.evaluation.tasks import task_fingerprints
+from replaceme.export.card import SETTINGS
 from replaceme.methods.registry import METHODS, criterion_of
 from replaceme.models.checks import check_weights
 from replaceme.models.find import find_model, identity, recorded_model
@@ -27,7 +29,9 @@ from replaceme.models.model_files import CARD, WEIGHTS
 from replaceme.pipeline.cost import compression_figures, write_cost
 from replaceme.pipeline.report import CARD_FILE
 from replaceme.pipeline.results import (
+    MADE_OF,
     SPEED_FILE,
+    check_finished,
     exclusive_result,
     existing_result,
     publish_file,
@@ -36,7 +40,7 @@ from replaceme.pipeline.results import (
     result_name,
     scores_file,
 )
-from replaceme.pipeline.runner import run_stages
+from replaceme.pipeline.runner import STAGES, run_stages
 from replaceme.pipeline.speed import measure_speed
 from replaceme.report.page import SETTINGS_FILE, Page, render
 from replaceme.running.entry import PARAMS_FILE
@@ -47,24 +51,28 @@ from replaceme.selection.blocks import smallest_blocks
 from replaceme.selection.criteria import allowed_starts
 
 
-def run_distributed(action: Callable[..., object], params: Params, **options: str) -> None:
+def run_distributed(action: Callable[..., object], params: Params, **options: Any) -> None:
     """Run one of the following actions in as many processes as it can use; ``options`` are those that are no parameters."""
     count = params.processes if action in (prune, profile) else 1
     run_in_processes(count, lambda: action(params, **options), params.device)
 
 
-def prune(params: Params, texts: Sequence[str] | None = None) -> Workspace:
+def prune(params: Params, texts: Sequence[str] | None = None, overwrite: bool = False) -> Workspace:
     """Prune a model, save and score it, and return the paths of the result.
 
     Args:
         params: where ``save_transform_only`` is set, only the edits are saved, without a model.
         texts: calibration documents, which are written to the file that ``dataset`` names; None where it exists.
+        overwrite: whether a finished result that was made of something else is replaced.
+
+    Raises:
+        ParameterError: there is such a result, and ``overwrite`` is not set.
     """
     stages = FIT if params.save_transform_only else ORDER if params.tasks else COMPRESSION
     with exclusive_result(params, result_name(params)) as work:
         if texts is not None:
             write_text(Path(str(params.dataset)), "".join(json.dumps({"text": text}) + "\n" for text in texts))
-        run_stages(params, work, ("inputs", *stages))
+        _run_stages(params, work, stages, (*SETTINGS, "save_transform_only"), overwrite)
         if params.save_transform_only:
             publish_folder(work, work.edits)
             logger.info("only the transform was saved, to %s (edits.safetensors); no model was written", work.model)
@@ -78,6 +86,20 @@ def prune(params: Params, texts: Sequence[str] | None = None) -> Workspace:
         print(format_score_comparison(read_json(work.metric("evaluation"))))
         logger.info("the report is %s", work.report / "index.html")
     return work
+
+
+def _run_stages(params: Params, work: Workspace, stages: Sequence[str], keys: Iterable[str], overwrite: bool) -> None:
+    """Run the stages, and record what the result is made of: the parameters ``keys``; ``overwrite`` as of ``prune``."""
+    # Model and text are known by their content, not by their names. On threads, only the last bits depend.
+    settings = params.model_dump(
+        mode="json", include={*keys} - {"model_path", "revision", "dataset", "dataset_revision", "threads"}
+    )
+    if work.model.is_dir() and not overwrite:
+        check_finished(work, {**settings, "model": identity(find_model(params)), "text": dataset_fingerprints(params)})
+    run_stages(params, work, ("inputs",))
+    made_of = {**settings, "model": read_json(work.model_input), "text": read_json(work.dataset_input)}
+    write_json(work.root / MADE_OF, made_of)
+    run_stages(params, work, stages)
 
 
 def evaluate(params: Params, compare_with: str | None = None) -> None:
@@ -199,13 +221,14 @@ def _read_times(work: Workspace) -> Mapping[str, Any] | None:
     return times if times and times["weights"] == sha256_of(model.files(WEIGHTS), model.folder) else None
 
 
-def profile(params: Params) -> None:
-    """Measure all pairs of layers, and print the best block of each size."""
+def profile(params: Params, overwrite: bool = False) -> None:
+    """Measure all pairs of layers, and print the best block of each size; ``overwrite`` as of ``prune``."""
     # Nothing is pruned here, so no transform has to fold.
     bare = {"method": "uidl", "transform": "dense", "repair": False, "heal_tokens": 0}
     single = params.model_copy(update={"layers_to_skip": 1, "num_A": 1, **bare})
     with exclusive_result(params, "distances") as work:
-        run_stages(single, work, ("inputs", *ANALYSIS))
+        keys = [key for name in ANALYSIS for key in STAGES[name].params]
+        _run_stages(single, work, ANALYSIS, keys, overwrite)
         publish_folder(work, work.profile)
         content = read_json(work.profile / "profile.json")
     criteria = {"angular distance": content["angular_distance"], "residual": content["residual"]}

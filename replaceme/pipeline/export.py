@@ -1,19 +1,21 @@
 """export: save the pruned model as a Hugging Face folder, which gets its name only after verification."""
 
 from replaceme.base.documents import Documents
+from replaceme.base.errors import ParameterError
 from replaceme.base.files import new_folder, read_json, round_floats, write_json, write_text
 from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
 from replaceme.calibration.sources import healing_params, identify_sources, write_record
 from replaceme.edits.edits import Edits
 from replaceme.export.card import SETTINGS, RunResults, render_card
+from replaceme.export.reference import read_model, save_reference
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import verify_export
 from replaceme.methods.registry import METHODS
 from replaceme.models.depth import broken_patterns
 from replaceme.models.devices import use_processor
 from replaceme.models.find import recorded_model
-from replaceme.models.memory import choose_processor, proof_budget
+from replaceme.models.memory import choose_processor, load_within_budget, proof_budget
 from replaceme.models.model import Model
 from replaceme.models.model_files import CARD
 from replaceme.models.own_form import FILE, is_own_form
@@ -22,7 +24,7 @@ from replaceme.running.workspace import Workspace
 
 
 def export(params: Params, work: Workspace) -> None:
-    """Write the pruned model's folder and metrics/export.json.
+    """Write the pruned model's folder, with the reference that a served copy is compared with, and metrics/export.json.
 
     Raises:
         VerificationError: the saved model would not compute the solution; no folder is left.
@@ -44,6 +46,11 @@ def export(params: Params, work: Workspace) -> None:
         # Load it as a user would, with the code file that was just written.
         pruned = Model(folder, folder.name, trust_remote_code=source.trust_remote_code or not plain)
         figures = verify_export(source, pruned, edits, Documents.load(work.documents), budget)
+        try:
+            exact = load_within_budget(pruned, choose_processor(params), "float32", obstacle=obstacle)
+            save_reference(read_model(exact, pruned.tokenizer()), folder)
+        except ParameterError as problem:  # float32 needs more memory than the proof had
+            logger.warning("export: the reference for `replaceme verify` is not written (%s)", problem)
         broken = broken_patterns(pruned.config(), source.family())
         work.record_own_files(folder)
     if broken:

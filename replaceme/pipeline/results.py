@@ -1,16 +1,18 @@
 """Where a result goes without DVC, and whose it is: one process works there, and it replaces only what this program wrote.
 
 Intermediate results lie next to the result, in ``<save_path>.work``, with a record of the files that this program put into
-the result (``Workspace.record_own_files``). A folder with any other file, or with a file that was changed, is refused.
+the result (``Workspace.record_own_files``). A folder with any other file, or with a file that was changed, is refused. So is a
+finished result of another model, text or setting, unless the user says to overwrite it.
 """
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
-from replaceme.base.errors import ParameterError, excerpt
+from replaceme.base.errors import ParameterError, excerpt, quote
 from replaceme.base.files import clear_partials, copy_tree, local_path, new_folder, read_json
 from replaceme.base.locks import holding_lock
 from replaceme.base.parameters import Params
@@ -19,6 +21,9 @@ from replaceme.running.workspace import Workspace
 # What every file of scores has, and none of another program's.
 SCORES = {"perplexity", "accuracy", "parameters", "disk_bytes"}
 LOCK = "in-use.lock"
+# What a result was made of, or is being made of, in its work folder.
+MADE_OF = "made_of.json"
+MOST_NAMED = 3
 # Measured times, in ``Workspace.speed`` and among the comparison of experiments.
 SPEED_FILE = "speed.json"
 
@@ -93,6 +98,26 @@ def _check_ownership(work: Workspace) -> None:
     if target.exists() and (foreign := work.find_foreign_file()):
         what = f"{excerpt(target, 100)} holds {excerpt(foreign)}, which this program did not write"
         raise ParameterError(f"save_path: {what}; choose another folder.")
+
+
+def check_finished(work: Workspace, made_of: Mapping[str, Any]) -> None:
+    """Raise ParameterError if a finished result was made of something else, and name it.
+
+    ``made_of`` is what it would be made of now: parameters, and fingerprints of model and text, as JSON has them.
+    """
+    file = work.root / MADE_OF
+    earlier = read_json(file) if file.is_file() else {}
+    differences = [
+        f"another {key}" if key in ("model", "text") else f"{key} {quote(earlier.get(key))}, not {quote(made_of.get(key))}"
+        for key in {**earlier, **made_of}
+        if earlier.get(key) != made_of.get(key)
+    ]
+    if differences:
+        more = f" and {len(differences) - MOST_NAMED} more" if len(differences) > MOST_NAMED else ""
+        what = f"with {'; '.join(differences[:MOST_NAMED])}{more}" if earlier else "by another version"
+        raise ParameterError(
+            f"save_path: {excerpt(work.model, 150)} is finished, and was made {what}; choose another folder, or --overwrite."
+        )
 
 
 def publish_folder(work: Workspace, folder: Path) -> None:

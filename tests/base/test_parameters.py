@@ -78,6 +78,7 @@ def written(tmp_path: Path, text: str) -> Path:
         ("heal_tokens: 1k\ndtype: float16", "dtype: float16 is too short for the gradients of heal_tokens"),
         ("processes: 2\ndevice: cuda:1", "device: cuda:1 is one GPU, and each process has its own"),
         # YAML.
+        ("layers: 2\nlayers_to_skip: 3", "layers: says 2 and layers_to_skip 3; keep one."),
         ("alpha: 1\nalpha: 2", "alpha: is given twice, as 1 and as 2; keep one."),
         ("alpha: [", "isn't valid YAML: while parsing a flow node"),
         ("alpha: 1\n\tpack: true", "isn't valid YAML: while scanning for the next token found character '\\t'"),

@@ -56,6 +56,8 @@ def test_the_published_configs_are_read_as_published(name: str, expected: dict[s
     [
         (PUBLISHED_PROGRAM, {}, "save_transform_only", True, "dataset_subset is read as dataset_split"),
         (PUBLISHED_PROGRAM, {"dataset_split": "test"}, "dataset_split", "test", ""),
+        ("layers: 3", {}, "layers_to_skip", 3, ""),
+        ("layers: 3", {"layers_to_skip": 2}, "layers_to_skip", 2, ""),
         ("diag: true", {}, "transform", "diagonal", "diag is read as transform: diagonal"),
         ("method: cosine\nthri: true", {}, "transform", "triangular", "thri is read as transform: triangular"),
         ("diag: false\ntransform: diagonal", {}, "transform", "diagonal", ""),

@@ -92,6 +92,24 @@ def test_a_single_running_text_is_held_out_by_whole_parts(text_file: Path) -> No
     assert len({*in_order}) == 20
 
 
+def test_little_text_is_split_so_that_whole_documents_can_be_held_out(tmp_path: Path) -> None:
+    rows = [made_text(40, seed) for seed in range(3)]
+    documents, counts = draw_rows([*rows], max_length=2048)
+    whole, _ = draw_rows([*rows], 3, max_length=2048)
+    assert len(documents) == counts.documents == 20
+    assert counts.tokens == documents.token_count
+    assert all(document[0] == BOS and len(document) > 16 for document in documents.documents)
+    # In order, and nothing is lost.
+    assert [each for row in ids(documents) for each in row[1:]] == [each for row in ids(whole) for each in row[1:]]
+    assert len(split_documents(documents)[1]) == 4
+    # Also of a file whose last piece is not full; documents that the user wants so few of stay whole.
+    (tmp_path / "notes.txt").write_text(rows[0], encoding="utf-8")
+    tokens = len(made_tokenizer().encode(rows[0], add_special_tokens=False))
+    from_file, _ = draw(str(tmp_path / "notes.txt"), 64, max_length=tokens - 20)
+    assert from_file.token_count == tokens + len(from_file)
+    assert len(draw(str(tmp_path / "notes.txt"), 4, max_length=tokens - 20)[0]) == 1
+
+
 def test_chats_go_through_the_template_with_all_turns_and_one_bos() -> None:
     documents, _ = draw_rows([CHAT], max_length=100)
     assert made_tokenizer().decode(documents.documents[0]) == "<s><system>be brief\n<user>a river\n"

@@ -102,7 +102,7 @@ def _digest(kind: str, settings: Mapping[str, Any], folder: Path, text: Path) ->
     chosen = {"dataset": str(text), **SMALL, **settings}
     # One place a family: its profile is computed once.
     try:
-        pruned = replaceme.prune(source, save_path=folder / "results" / kind, **chosen)
+        pruned = replaceme.prune(source, save_path=folder / "results" / kind, overwrite=True, **chosen)
     except ReplaceMeError:
         return "refused"
     work = pruned.path.with_name(f"{pruned.path.name}.work")

@@ -54,7 +54,7 @@ def test_a_list_of_texts_gives_a_model_and_its_figures_and_a_second_call_repeats
     assert "texts.jsonl" in card
     assert str(tmp_path) not in card
     with caplog.at_level("INFO", "replaceme"):
-        again = replaceme.prune(tiny.folder, TEXTS, 2, tmp_path / "r", **{**given, "alpha": 10.0, "tasks": []})
+        again = replaceme.prune(tiny.folder, TEXTS, 2, tmp_path / "r", **{**given, "alpha": 10.0, "tasks": []}, overwrite=True)
     assert (again.scores, again.report) == ({}, None)
     unchanged = [line.split(":")[0] for line in caplog.messages if "unchanged since" in line]
     assert unchanged == [*ANALYSIS, "select", "plan", "activations"]
@@ -121,3 +121,13 @@ def test_importing_the_package_loads_nothing_of_it() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
     with pytest.raises(AttributeError, match="no attribute 'prun'"):
         replaceme.prun  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_three_short_documents_go_through_the_whole_pipeline(tiny: Model, text_file: Path, tmp_path: Path) -> None:
+    """Holding out every fifth document, they would leave none for the choice of the cut."""
+    texts = [made_text(30, seed=seed) for seed in range(3)]
+    pruned = replaceme.prune(
+        tiny.folder, texts, layers=2, save_path=tmp_path / "r", **{**SMALL, "max_length": 512}, tasks=[str(text_file)]
+    )
+    assert pruned.figures["select"]["loss"] > 0
+    assert pruned.scores["perplexity"]["text"]["ratio"] > 0

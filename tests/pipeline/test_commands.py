@@ -166,11 +166,11 @@ def test_get_lt_with_solvers_saves_the_transform_its_loss_curve_and_no_model(
     assert not list((tmp_path / "map").glob("model*"))
     # The plan has the same statistics as before, so the tokens are kept.
     capsys.readouterr()
-    call(commands.get_lt_with_solvers, "--solver", "L-BFGS", "--max_iterations", "4", *arguments)
+    call(commands.get_lt_with_solvers, "--solver", "L-BFGS", "--max_iterations", "4", "--overwrite", *arguments)
     said = capsys.readouterr().err
     assert "activations: unchanged since an earlier run" in said
     assert "solver L-BFGS is read as lbfgs" in said
-    call(commands.get_lt_with_solvers, "--loss", "mse", "--thri", "true", "--solver", "cg", *arguments)
+    call(commands.get_lt_with_solvers, "--loss", "mse", "--thri", "true", "--solver", "cg", "--overwrite", *arguments)
     assert "activations: unchanged" not in capsys.readouterr().err
     assert not list((work / "artifacts" / "statistics").glob("tokens*"))
 
@@ -412,7 +412,7 @@ def test_each_criterion_takes_its_own_best_cut(selection: str, arguments: list[s
     if selection == "loss":
         assert set(selected["losses"]) == {f"host{host}" for host in hosts}  # fewer cuts than the shortlist holds
         assert selected["losses"][f"host{selected['host']}"] == selected["loss"] == min(selected["losses"].values())
-        call(commands.get_lt_with_lstsq, *arguments, "--tolerated_loss", "50", "--save_path", tmp_path / "map")
+        call(commands.get_lt_with_lstsq, *arguments, "--tolerated_loss", "50", "--overwrite", "--save_path", tmp_path / "map")
         tolerated = json.loads((work / "metrics" / "select.json").read_text())
         assert tolerated.pop("rises") == {"layers2": pytest.approx(selected["loss"] - selected["dense_loss"], abs=1e-3)}
         assert tolerated == selected

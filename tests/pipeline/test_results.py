@@ -7,6 +7,7 @@ import pytest
 
 from replaceme.base.errors import ParameterError
 from replaceme.base.files import new_folder, write_json, write_text
+from replaceme.base.fingerprints import sha256_below
 from replaceme.base.parameters import Params
 from replaceme.cli import commands
 from replaceme.cli.main import main
@@ -106,6 +107,36 @@ def test_a_folder_with_another_programs_file_is_refused_and_left_alone(harm: str
     with pytest.raises(ParameterError, match="this program did not write; choose another folder"):
         finish(placed, "the second")
     assert {path: path.lstat().st_mtime_ns for path in (tmp_path / "places").rglob("*") if path != place.root} == before
+
+
+def test_a_finished_result_is_kept_unless_it_is_made_of_the_same_or_overwritten(
+    arguments: list[str | Path], text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def files() -> dict[str, str]:
+        return sha256_below(tmp_path / "r") | sha256_below(tmp_path / "r.work")
+
+    # Without what belongs to scores.
+    own = [*arguments[:6], *FAST[:2], *FAST[4:], *arguments[-2:], "--method", "uidl"]
+    call(main, "solve", *own)
+    call(main, "solve", *own, "--threads", "2")
+    before = files()
+    for option, difference in (
+        (("--method", "average"), "method 'uidl', not 'average'"),
+        (("--seed", "7"), "seed 42, not 7"),
+        (("--dataset", "wikipedia-sample"), "another text"),
+    ):
+        call(main, "solve", *own, *option, code=2)
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert said == (
+            f"error: save_path: {tmp_path / 'r'} is finished, and was made with {difference}; choose another folder, or "
+            "--overwrite."
+        )
+        assert files() == before
+    text_file.write_text("Another text. " * 200, encoding="utf-8")
+    call(main, "solve", *own, code=2)
+    assert "was made with another text; choose" in capsys.readouterr().err
+    call(main, "solve", *own, "--overwrite")
+    assert files() != before
 
 
 def test_a_folder_that_is_no_result_is_refused_and_nothing_is_written(

@@ -49,7 +49,7 @@ def test_a_second_run_repeats_nothing_and_a_new_alpha_what_it_changes(run: Calla
     before = sha256_below(tmp_path / "result")
     assert run() == [*ORDER]
     assert sha256_below(tmp_path / "result") == before
-    assert run("--alpha", "1e3") == [*BEFORE_SOLVE, "baseline"]
+    assert run("--alpha", "1e3", "--overwrite") == [*BEFORE_SOLVE, "baseline"]
     assert sha256_below(tmp_path / "result") != before
 
 
@@ -78,10 +78,10 @@ def test_a_run_that_is_ended_goes_on_where_it_stopped(
     with monkeypatch.context() as patch:
         patch.setattr(export, "verify_export", stop)
         if end == "a kill":
-            assert forked(lambda: run("--alpha", "7")) == KILLED
+            assert forked(lambda: run("--alpha", "7", "--overwrite")) == KILLED
             assert list(tmp_path.glob("result.*.partial"))
         else:
-            run("--alpha", "7", code=130)
+            run("--alpha", "7", "--overwrite", code=130)
     # The earlier result is whole.
     assert sha256_below(tmp_path / "result") == before
     assert run("--alpha", "7") == [*FIT, "baseline"]
