@@ -8,14 +8,14 @@ import pytest
 from replaceme.base.entries import Source
 from replaceme.base.parameters import read_params
 from replaceme.calibration.find import dataset_fingerprints
-from replaceme.calibration.sources import read_record, write_record
+from replaceme.calibration.sources import identify_sources, read_record, write_record
 from replaceme.models.model_files import TEXT_RECORD
 
 
 def recorded(dataset: Any, dense: Path, folder: Path, **options: Any) -> None:
     params = read_params(None, {"dataset": dataset, **options})
     folder.mkdir()
-    write_record(params, dataset_fingerprints(params), dense, folder)
+    write_record(identify_sources(params, dataset_fingerprints(params)), dense, folder)
 
 
 def test_the_sources_are_read_as_they_were_named_and_no_folder_is(tmp_path: Path) -> None:
@@ -34,7 +34,7 @@ def test_the_sources_are_read_as_they_were_named_and_no_folder_is(tmp_path: Path
 
 def test_a_dataset_of_the_hub_is_known_by_its_commits(tmp_path: Path) -> None:
     params = read_params(None, {"dataset": "owner/text", "dataset_split": "validation"})
-    write_record(params, {"commits": {"owner/text": "1234"}}, tmp_path / "dense", tmp_path)
+    write_record(identify_sources(params, {"commits": {"owner/text": "1234"}}), tmp_path / "dense", tmp_path)
     assert read_record(tmp_path) == [(Source("owner/text", split="validation"), {"commits": {"owner/text": "1234"}})]
 
 
