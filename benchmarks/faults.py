@@ -144,8 +144,9 @@ def try_pairs(sandbox: Sandbox, count: int, chance: random.Random) -> list[Row]:
         ended = [each.wait() for each in running]
         how = f"pair {number + 1}, the second one started {delay:.3f} s after the first"
         refusals = [
-            each.refused and "is in use by another process" in each.sentences[0] for each in ended
-        ]  # fmt: skip
+            each.refused and any(words in each.sentences[0] for words in ("is in use by another process", "or --overwrite."))
+            for each in ended
+        ]
         wrong = [str(each) for each, refusal in zip(ended, refusals, strict=True) if each.code and not refusal]
         problem = " || ".join(wrong) or ("both were refused" if all(refusals) else "")
         if not problem:

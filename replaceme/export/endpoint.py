@@ -22,10 +22,8 @@ SECONDS = 120
 def read_endpoint(url: str, reference: Readings, name: str | None = None) -> Readings:
     """Return what the server at ``url``, which ends in ``/v1``, tells of the reference's texts.
 
-    ``name`` is the model's name there; None is the first that ``/models`` lists.
-
-    Raises:
-        ParameterError: the server can't be reached, or completes no text.
+    ``name`` is the model's name there; None is the first that ``/models`` lists. Raises ParameterError if the server can't be
+    reached, or completes no text.
     """
     url = url.rstrip("/")
     models = _call(f"{url}/models") or {}
