@@ -19,7 +19,7 @@ environment: .venv/.run
 		|| { echo "error: $(PYTHON) is older than 3.11; name a newer one: make PYTHON=python3.11" >&2; exit 2; }
 	$(PYTHON) -m venv .venv
 
-# A third of the time of an installation goes to compiling modules, of which a run loads a tenth: that compiles them when they are loaded.
+# Compiling all modules takes a third of an installation, and a run loads a tenth of them: it compiles these when it loads them.
 .venv/.run: .venv/bin/python requirements.txt pyproject.toml
 	python -m pip install --quiet --disable-pip-version-check --no-compile --editable '.[pipeline,4bit]'
 	@touch $@
