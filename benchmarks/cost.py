@@ -19,6 +19,7 @@ from replaceme.base.plan import Plan
 from replaceme.base.progress import silence_libraries
 from replaceme.calibration.draw import draw_documents
 from replaceme.calibration.find import find_datasets
+from replaceme.calibration.sources import list_sources
 from replaceme.edits.edits import Edits
 from replaceme.methods.registry import METHODS, criterion_of
 from replaceme.models.context import ModelContext
@@ -78,8 +79,8 @@ def main(size: int | None) -> None:
 
     def heal() -> None:
         task = LogitDistillation(context, Edits("", [*block.layers]), block.layer_before_cut)
-        lengths = [len(document) for document in documents.documents]
-        steps = plan_steps(lengths, documents.token_count, params.heal_tokens_per_step, params.heal_learning_rate)
+        shares = [source.share for source in list_sources(params)]
+        steps = plan_steps(documents, shares, documents.token_count, params.heal_tokens_per_step, params.heal_learning_rate)
         with tempfile.TemporaryDirectory() as folder:
             train(task, task.trainable_parameters(), steps, Path(folder), "")
 

@@ -91,7 +91,7 @@ def translate(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], list[s
     _translate_structure(ours, notes, problems)
     if isinstance(epochs := ours.get("heal_epochs"), int) and not isinstance(epochs, bool):
         del ours["heal_epochs"]
-        ours |= {"heal_tokens": epochs * EPOCH_TOKENS} | ({"heal_weights": "outputs"} if epochs else {})
+        ours = {"heal_tokens": epochs * EPOCH_TOKENS} | ({"heal_weights": "outputs"} if epochs else {}) | ours
         notes.append(f"heal_epochs: {epochs} is read as heal_tokens: {ours['heal_tokens']}, of the last linears")
     for key in ("solver", "loss"):
         if ours.get(key, "") is None:  # null in the published files means not set

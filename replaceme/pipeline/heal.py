@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from replaceme.base.errors import DatasetError
 from replaceme.base.files import copy_tree, new_folder, read_json, remove, round_floats, write_json
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.parameters import Params
@@ -24,15 +26,17 @@ def heal(params: Params, work: Workspace) -> None:
     if not params.heal_tokens:
         # Torch takes seconds to load, and most runs train nothing.
         logger.info("heal: nothing to do")
-        if not rank():
-            with new_folder(work.edits) as folder:
-                copy_tree(work.repaired, folder)
-            write_json(work.metric("heal"), {})
+        with new_folder(work.edits) as folder:
+            copy_tree(work.repaired, folder)
+        write_json(work.metric("heal"), {})
         return
     from replaceme.base.documents import TEXT
+    from replaceme.base.group import all_gather
     from replaceme.training.training import LAST, write_curves
 
-    documents = draw_text(params, work)
+    # The text of a stream could differ from process to process: all take the first one's.
+    documents = all_gather(None if rank() else draw_text(params, work))[0]
+    assert documents is not None
     edits, figures, curves = _train(params, work, documents)
     if rank():
         return
@@ -57,27 +61,31 @@ def draw_text(params: Params, work: Workspace) -> Documents:
     record = work.dataset_input if params.heal_dataset is None else work.heal_dataset_input
     datasets = {number: dataset for number, dataset in enumerate(find_datasets(text, read_json(record))) if dataset}
     drawn = zip(list_sources(params), read_json(work.documents / "documents.json")["sources"], strict=True)
-    counts = {(source.name, source.split): count["documents"] for source, count in drawn}
+    counts = {replace(source, share=1.0): count["documents"] for source, count in drawn}
     sources = list_sources(text)
-    taken = {number: counts.get((sources[number].name, sources[number].split), 0) for number in datasets}
+    taken = {number: counts.get(replace(sources[number], share=1.0), 0) for number in datasets}
     tokenizer = recorded_model(params, work.tokenizer_input).tokenizer()
-    tokens = params.heal_tokens + HELD_OUT_TOKENS
+    tokens = params.heal_tokens + HELD_OUT_TOKENS + params.max_length
     for left_out in (taken, {}):
         corpora = {number: dataset.open(params.seed) for number, dataset in datasets.items()}
         documents = draw_after(corpora, left_out, tokenizer, text, tokens)
         if len(documents):
             break
         logger.warning("heal_dataset: the calibration took all of the text; the training takes it again")
-    if documents.token_count < tokens:
-        logger.warning(
-            "heal_dataset: has %d tokens that the calibration didn't take; they are read %.1f times",
-            documents.token_count, params.heal_tokens / documents.token_count,
-        )  # fmt: skip
+    if not len(documents):
+        raise DatasetError("heal_dataset: no text is left after tokenization; name a text with words.")
+    whole = sum(sources[number].share for number in datasets)
+    for number, count in documents.tokens_by_domain.items():
+        if (needed := params.heal_tokens * sources[number].share / whole) > count:
+            logger.warning(
+                "heal_dataset: %s has %d tokens for this; they are read %.1f times", sources[number].name, count, needed / count
+            )
     return documents
 
 
 def _train(params: Params, work: Workspace, documents: Documents) -> tuple[Edits, dict[str, Any], Curves]:
     """Return the edits that give the trained model, the training's figures and the curves."""
+    from replaceme.calibration.sources import healing_params, list_sources
     from replaceme.edits.edits import Edits
     from replaceme.models.devices import use_processor
     from replaceme.models.dtypes import stored_dtype
@@ -93,8 +101,8 @@ def _train(params: Params, work: Workspace, documents: Documents) -> tuple[Edits
     # With narrower MLPs, the states differ from the dense model's from the first layer on.
     first = 0 if plan.mlp_width else plan.blocks[0].layer_before_cut
     task = LogitDistillation(context, Edits.load(work.repaired), first, params.heal_weights, params.heal_rank)
-    lengths = [len(document) for document in documents.documents]
-    steps = plan_steps(lengths, params.heal_tokens, params.heal_tokens_per_step, params.heal_learning_rate)
+    shares = [source.share for source in list_sources(healing_params(params))]
+    steps = plan_steps(documents, shares, params.heal_tokens, params.heal_tokens_per_step, params.heal_learning_rate)
     settings = {
         **checkpoint_settings(task.batches.device),
         "model": read_json(work.model_input),
@@ -114,7 +122,7 @@ STAGE = Stage(
     run=heal,
     params=(
         "heal_tokens", "heal_dataset", "heal_weights", "heal_learning_rate", "heal_tokens_per_step", "heal_rank",
-        "dataset_config", "dataset_split", "dataset_column", "max_length", "pack", "seed", *PASS,
+        "dataset_size", "dataset_config", "dataset_split", "dataset_column", "max_length", "pack", "seed", *PASS,
     ),
     reads=(
         Workspace.model_input, Workspace.tokenizer_input, Workspace.dataset_input, Workspace.heal_dataset_input,

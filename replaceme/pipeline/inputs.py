@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from replaceme.base.entries import SELF, dataset_title
-from replaceme.base.errors import DatasetError, ParameterError, ReplaceMeError
+from replaceme.base.errors import DatasetError, ParameterError, ReplaceMeError, renaming
 from replaceme.base.files import new_folder, write_json
 from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
@@ -69,10 +69,10 @@ def inspect_inputs(params: Params, work: Workspace) -> None:
         content[work.card_input.name] = identity(model, model.files((*CARD_FILES, TEXT_RECORD)))
     with _collecting(problems):
         content[work.dataset_input.name] = dataset_fingerprints(params)
-        own = params.heal_tokens and params.heal_dataset is not None
-        content[work.heal_dataset_input.name] = dataset_fingerprints(healing_params(params)) if own else {}
-        if params.heal_tokens and all(source.name == SELF for source in list_sources(healing_params(params))):
-            raise DatasetError("heal_dataset: self has no text beside the calibration's; name a text to train on.")
+    content[work.heal_dataset_input.name] = {}
+    if params.heal_tokens:
+        with _collecting(problems), renaming({"dataset": "heal_dataset"}):
+            content[work.heal_dataset_input.name] = _check_healing_text(params)
         content[work.own_text_input.name] = {"documents": count_own_documents(params)}
     with _collecting(problems):
         content[work.tasks_input.name] = task_fingerprints(params)
@@ -107,6 +107,15 @@ def _check_model(params: Params, model: Model) -> Params:
         )  # fmt: skip
     check_weights(model)
     return params
+
+
+def _check_healing_text(params: Params) -> dict[str, Any]:
+    """Return what identifies the text of the healing, if it is not the calibration's. Raises DatasetError if it has none."""
+    text, own = healing_params(params), params.heal_dataset is not None
+    names = [source.name for source in list_sources(text)]
+    if SELF in names if own else {*names} == {SELF}:
+        raise DatasetError("dataset: self writes no text for a training; name a text.")
+    return dataset_fingerprints(text) if own else {}
 
 
 def _log_needs(params: Params, model: Model) -> None:

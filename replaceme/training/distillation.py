@@ -8,7 +8,7 @@ predictions. Healing starts from the repaired weights and minimizes the mean, ov
 forward, at temperature 1, without labels, as does best in Minitron (arXiv 2407.14679). This is training, and every record of
 the result says so. Like a repair, it changes existing weights and adds none.
 
-The learner is a copy of the dense model with the edits folded in. It shares with it all weights that stay as they are; those
+The student is a copy of the dense model with the edits folded in. It shares with it all weights that stay as they are; those
 that are trained are float32. Logits are computed for a few rows at a time, and so is the gradient of the loss with respect to
 them, q − p; no more of them is ever in memory.
 """
@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax, softmax
 
-from replaceme.base.accelerators import to_float64
-from replaceme.base.documents import Batch, Documents, seeded_order
+from replaceme.base.accelerators import is_accelerator, to_float64
+from replaceme.base.documents import Batch, Documents, in_shares, seeded_order
 from replaceme.base.group import shard
 from replaceme.edits.edits import OUTSIDE, Edits
 from replaceme.edits.fold import edited_parameters, set_parameter, shorten
@@ -44,8 +44,8 @@ from replaceme.models.layers import (
 from replaceme.statistics.features import LINEARS
 from replaceme.training.training import SEED, DocumentBatches, StepPlan
 
-# Rows of logits at once: over a vocabulary of 49k, 25 MB.
-ROWS = 128
+# Rows of logits at once: on a processor, whose caches are small, and on a GPU. Over a vocabulary of 49k, 128 take 25 MB.
+ROWS, DEVICE_ROWS = 128, 2048
 # Tokens of the text that are held out; their loss is evaluated at the beginning, before this step, the doubled one, and so on.
 HELD_OUT_TOKENS, FIRST_EVALUATION = 4096, 8
 # The rate rises over the first steps, is constant, and falls to zero over the last part (Hägele et al., arXiv 2405.18392). So a
@@ -54,21 +54,30 @@ HELD_OUT_TOKENS, FIRST_EVALUATION = 4096, 8
 WARM_UP_STEPS, DECAY, BETAS, CLIP = 3, 0.4, (0.9, 0.95), 1.0
 
 
-def plan_steps(lengths: Sequence[int], tokens: int, tokens_per_step: int, learning_rate: float) -> StepPlan:
-    """Return the steps of a training: the text in its order, and again in another order, until the tokens are reached.
+def plan_steps(
+    documents: Documents, shares: Sequence[float], tokens: int, tokens_per_step: int, learning_rate: float
+) -> StepPlan:
+    """Return the steps of a training on a text, in its order, until the tokens are reached.
+
+    Each domain has its share of the tokens throughout. One that ends is read again, in another order.
 
     Args:
-        lengths: tokens of each document; the first ``HELD_OUT_TOKENS`` are held out, if others are left.
+        documents: the text; the first ``HELD_OUT_TOKENS`` of it are held out, if others are left.
+        shares: of the tokens, by domain, relative to each other.
         tokens: tokens to train on.
         tokens_per_step: tokens of a step, to a document.
         learning_rate: the largest learning rate.
     """
-    held_out: list[int] = []
+    lengths, held_out = [*map(len, documents.documents)], list[int]()
     while len(held_out) < len(lengths) // 2 and sum(lengths[: len(held_out)]) < HELD_OUT_TOKENS:
         held_out.append(len(held_out))
     steps: list[list[int]] = [[]]
     size, left = 0, tokens
-    for index in _in_epochs(range(len(held_out), len(lengths))):
+    domains: dict[int, list[int]] = {}
+    for index in range(len(held_out), len(lengths)):
+        domains.setdefault(documents.domains[index], []).append(index)
+    streams = {domain: _iterate_epochs(documents, own) for domain, own in domains.items()}
+    for _, index, _ in in_shares(streams, shares):
         if left <= 0:
             break
         if size and size + lengths[index] > tokens_per_step:
@@ -82,17 +91,18 @@ def plan_steps(lengths: Sequence[int], tokens: int, tokens_per_step: int, learni
     return StepPlan(steps, rates, held_out, "heal_learning_rate", evaluated, count - decay, BETAS, CLIP)
 
 
-def _in_epochs(documents: Sequence[int]) -> Iterator[int]:
-    """Yield documents in their order, then in seeded orders, without end."""
-    yield from documents
+def _iterate_epochs(documents: Documents, indices: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+    """Yield documents with their indices, in their order, then in seeded orders, without end."""
+    yield from ((index, documents.documents[index]) for index in indices)
     epoch = 1
-    while documents:
-        yield from (documents[index] for index in seeded_order(len(documents), SEED + epoch).tolist())
+    while True:
+        for number in seeded_order(len(indices), SEED + epoch).tolist():
+            yield indices[number], documents.documents[indices[number]]
         epoch += 1
 
 
 def copy_shortened(model: Any, family: Family, edits: Edits, trained: Sequence[str]) -> Any:
-    """Return a copy of a model with the edits folded in; all parameters that stay as they are are shared with it.
+    """Return a copy of a model with the edits folded in; it shares its unchanged parameters with it.
 
     Args:
         model: the dense model.
@@ -100,29 +110,29 @@ def copy_shortened(model: Any, family: Family, edits: Edits, trained: Sequence[s
         edits: the changes.
         trained: names in the copy of parameters that are to be float32.
     """
-    learner = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
-    layers = shorten(learner, family, edits)
+    student = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    layers = shorten(student, family, edits)
     edited = set()
-    for name, exact in edited_parameters(learner, family, layers, edits):
-        set_parameter(learner, name, exact, torch.float32 if name in trained else None)
+    for name, exact in edited_parameters(student, family, layers, edits):
+        set_parameter(student, name, exact, torch.float32 if name in trained else None)
         edited.add(name)
     for name in trained:
         if name not in edited:
             # A copy: the dense model keeps its own.
-            set_parameter(learner, name, parameter_of(learner, name).clone(), torch.float32)
-    return learner
+            set_parameter(student, name, parameter_of(student, name).clone(), torch.float32)
+    return student
 
 
-def list_trained(learner: Any, family: Family, which: str, first: int) -> list[str]:
+def list_trained(student: Any, family: Family, which: str, first: int) -> list[str]:
     """Return the names of the parameters that ``heal_weights`` names.
 
     Args:
-        learner: the shortened model.
+        student: the shortened model.
         family: its description.
         which: all, after_cut, outputs or lora.
         first: the first layer of it whose states differ from the dense model's.
     """
-    layers, prefix = family.decoder_layers(learner), f"{family.layers}."
+    layers, prefix = family.decoder_layers(student), f"{family.layers}."
     if which == "outputs":
         return [
             f"{prefix}{at}.{name}"
@@ -138,9 +148,9 @@ def list_trained(learner: Any, family: Family, which: str, first: int) -> list[s
         if not name.startswith("operator.")
     ]
     if which == "lora":
-        return [name for name in inside if _is_linear(learner, name)]
-    norms = {id(value) for value in decoder_of(learner).parameters() if value.ndim == 1}
-    return [*inside, *(name for name, value in learner.named_parameters() if id(value) in norms and prefix not in name)]
+        return [name for name in inside if _is_linear(student, name)]
+    norms = {id(value) for value in decoder_of(student).parameters() if value.ndim == 1}
+    return [*inside, *(name for name, value in student.named_parameters() if id(value) in norms and prefix not in name)]
 
 
 def _is_linear(model: nn.Module, name: str) -> bool:
@@ -183,24 +193,24 @@ class LogitDistillation:
         return list_trained(shape, self.context.family, self.which, self.edits.position(self.first))
 
     @cached_property
-    def learner(self) -> Any:
+    def student(self) -> Any:
         """The shortened model; with lora, its weights don't change."""
         trained = [] if self.which == "lora" else self.names
         return copy_shortened(self.context.model, self.context.family, self.edits, trained)
 
     @cached_property
     def skipped(self) -> int:
-        """How many first layers of both models compute the same, so that the learner skips them."""
+        """How many first layers of both models compute the same, so that the student skips them."""
         return 0 if self.which in ("all", "lora") else self.first
 
     def trainable_parameters(self) -> dict[str, Tensor]:
-        """Return what is trained, float32: parameters of the learner by name; with lora, ``NAME.a`` (r, inputs), ``NAME.b``."""
+        """Return what is trained, float32: parameters of the student by name; with lora, ``NAME.a`` (r, inputs), ``NAME.b``."""
         if self.which != "lora":
-            return {name: self.learner.get_parameter(name) for name in self.names}
+            return {name: self.student.get_parameter(name) for name in self.names}
         factors = {}
         random = torch.Generator().manual_seed(SEED)
         for name in self.names:
-            rows, columns = parameter_of(self.learner, name).shape
+            rows, columns = parameter_of(self.student, name).shape
             start = torch.randn(self.rank, columns, generator=random) / math.sqrt(columns)
             for part, value in ((".a", start), (".b", torch.zeros(rows, self.rank))):
                 factors[name + part] = value.to(self.batches.device).requires_grad_()
@@ -208,14 +218,16 @@ class LogitDistillation:
 
     @contextmanager
     def training_context(self) -> Iterator[None]:
-        """Enable the learner's gradients inside the block; the dense model has none."""
-        parameters = [] if self.which == "lora" else [self.learner.get_parameter(name) for name in self.names]
-        with enable_gradients(self.context.model), enable_gradients(self.learner, parameters):
+        """Enable the student's gradients inside the block; the dense model has none."""
+        parameters = [] if self.which == "lora" else [self.student.get_parameter(name) for name in self.names]
+        with enable_gradients(self.context.model), enable_gradients(self.student, parameters):
             yield
 
     def loss(self, parameters: Mapping[str, Tensor], documents: Sequence[int]) -> float:
         """Return this process's part of the mean divergence over documents; add its gradients where they are enabled."""
-        size, count = self.context.batch_size, self.batches.token_count(documents)
+        # Smaller batches where processes would get none of a step.
+        size = min(self.context.batch_size, max(-(-len(documents) // shard().size), 1))
+        count = self.batches.token_count(documents)
         parts = [documents[start : start + size] for start in range(0, len(documents), size)]
         for parameter in parameters.values() if torch.is_grad_enabled() else ():
             # A process without a batch of this step adds nothing to it.
@@ -227,60 +239,61 @@ class LogitDistillation:
         """Return the sum of the divergences over a batch's tokens, divided by ``count``; add its gradients."""
         batch = self.batches.batch(documents)
         with torch.no_grad():
-            wanted, batch.scratch["carried"] = self._run(self.context.model, batch)
+            teacher_states = self._run(self.context.model, batch)
         with self._product_format():
-            found, _ = self._run(self.learner, batch)
-        rows, total = found.detach().requires_grad_(found.requires_grad), 0.0
+            student_states = self._run(self.student, batch)
+        rows, sums = student_states.detach().requires_grad_(student_states.requires_grad), []
+        size = DEVICE_ROWS if is_accelerator(rows.device) else ROWS
         with self._heads() as (dense_head, head):
-            for start in range(0, len(rows), ROWS):
-                part = slice(start, start + ROWS)
+            for start in range(0, len(rows), size):
+                part = slice(start, start + size)
                 with torch.no_grad():
-                    teacher = dense_head(wanted[part]).float()
+                    teacher = dense_head(teacher_states[part]).float()
                 with self._product_format():
                     logits = head(rows[part])
                 with torch.no_grad():
                     p, q = softmax(teacher, dim=-1), softmax(logits.float(), dim=-1)
                     logs = log_softmax(teacher, dim=-1).sub_(log_softmax(logits.float(), dim=-1))
-                    total += float(to_float64(torch.linalg.vecdot(p, logs)).sum()) / count
+                    sums.append(torch.linalg.vecdot(p, logs).sum())
                     gradient = q.sub_(p).div_(count)
                 if logits.requires_grad:
                     logits.backward(gradient.to(logits.dtype))
         if rows.grad is not None:
-            found.backward(rows.grad)
-        return total
+            student_states.backward(rows.grad)
+        return float(to_float64(torch.stack(sums)).sum()) / count
 
-    def _run(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the states of the real tokens, (tokens, d), that leave a model's last layer; and the input of ``first``.
+    def _run(self, model: Any, batch: Batch) -> Tensor:
+        """Return the states of the real tokens, (tokens, d), that leave a model's last layer.
 
-        The learner starts with that input at ``first``, where it computes the same before.
+        Where the student computes the same up to ``first``, it starts there with what entered that layer of the dense model.
         """
-        family, layers, seen = self.context.family, self.context.family.decoder_layers(model), {}
-        learner = model is self.learner
+        family, layers, seen = self.context.family, self.context.family.decoder_layers(model), list[Tensor]()
+        student = model is self.student
 
         def record_exit(_module: nn.Module, _args: Any, output: Any) -> None:
-            seen["exit"] = batch.real(tensor_of(output))
+            seen.append(batch.real(tensor_of(output)))
 
         def record_entry(_module: nn.Module, args: Any, kwargs: Any) -> None:
-            seen["entry"] = input_of(args, kwargs)
+            batch.scratch["carried"] = input_of(args, kwargs)
 
         with ExitStack() as stack:
-            if learner and self.skipped:
+            if student and self.skipped:
                 entry = EntryState(self.edits.position(self.skipped), None)
                 stack.enter_context(start_at_layer(family, layers, entry, lambda: batch))
             stack.callback(layers[-1].register_forward_hook(record_exit).remove)
-            if not learner:
+            if not student and self.skipped:
                 stack.callback(layers[self.first].register_forward_pre_hook(record_entry, with_kwargs=True).remove)
             decoder_of(model)(input_ids=batch.input_ids, use_cache=False)
-        return seen["exit"], seen.get("entry", batch.input_ids)
+        return seen[-1]
 
     @contextmanager
     def _heads(self) -> Iterator[list[Any]]:
         """Return a function for each model, from states that leave its last layer, (rows, d), to logits (rows, words)."""
         with ExitStack() as stack:
-            yield [stack.enter_context(_head_of(model, self.context.family)) for model in (self.context.model, self.learner)]
+            yield [stack.enter_context(_head_alone(model, self.context.family)) for model in (self.context.model, self.student)]
 
     def _product_format(self) -> AbstractContextManager[Any]:
-        """Return the context in which the learner's products have the dense model's dtype."""
+        """Return the context in which the student's products have the dense model's dtype."""
         dtype = self.context.model.dtype
         return torch.autocast(self.batches.device.type, dtype, enabled=dtype != torch.float32)
 
@@ -289,8 +302,8 @@ class LogitDistillation:
         """Add the low-rank changes of lora, ``x Aᵀ Bᵀ``, inside the block."""
         with ExitStack() as stack:
             for name in self.names if self.which == "lora" else ():
-                module = self.learner.get_submodule(name.rpartition(".")[0])
-                hook = _adding(parameters[f"{name}.a"], parameters[f"{name}.b"])
+                module = self.student.get_submodule(name.rpartition(".")[0])
+                hook = _make_low_rank_hook(parameters[f"{name}.a"], parameters[f"{name}.b"])
                 stack.callback(module.register_forward_hook(hook).remove)
             yield
 
@@ -303,9 +316,10 @@ class LogitDistillation:
         """
         edits, family = self.edits, self.context.family
         kept = [layer for layer in range(len(self.context.layers)) if layer not in set(edits.removed_layers)]
-        values = dict(edited_parameters(self.context.model, family, self.context.layers, edits))
+        trained, edited = {*self.names}, edited_parameters(self.context.model, family, self.context.layers, edits)
+        values = {name: exact.to("cpu", dtype) for name, exact in edited if name not in trained}
         for name in self.names:
-            value = in_torch_layout(self.learner, name, self.learner.get_parameter(name).detach())
+            value = in_torch_layout(self.student, name, self.student.get_parameter(name).detach())
             if self.which == "lora":
                 value = to_float64(value) + to_float64((parameters[f"{name}.b"] @ parameters[f"{name}.a"]).detach())
             values[name] = value
@@ -322,7 +336,7 @@ class LogitDistillation:
 
 
 @contextmanager
-def _head_of(model: Any, family: Family) -> Iterator[Any]:
+def _head_alone(model: Any, family: Family) -> Iterator[Any]:
     """Return a function from the states that leave a model's last layer, (rows, d), to its logits (rows, words)."""
     layers, given = family.decoder_layers(model), list[Tensor]()
 
@@ -341,7 +355,7 @@ def _head_of(model: Any, family: Family) -> Iterator[Any]:
         yield compute_logits
 
 
-def _adding(a: Tensor, b: Tensor) -> Any:
+def _make_low_rank_hook(a: Tensor, b: Tensor) -> Any:
     def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return output + (args[0].to(a.dtype) @ a.T @ b.T).to(output.dtype)
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from replaceme.base.documents import Batch, Documents, seeded_order, split_indices
 from replaceme.base.errors import SolveError
 from replaceme.base.files import round_floats
-from replaceme.base.group import all_gather, all_reduce_sum, merge_rows
+from replaceme.base.group import all_gather, all_reduce_sum, merge_rows, shard
 from replaceme.base.progress import logger, progress
 from replaceme.base.ranks import rank
 from replaceme.base.scratch import scratch
@@ -294,14 +294,14 @@ class TrainingRun:
         """Return how far the training is."""
         return f"{self.tokens:,} tokens, loss {self.curves['loss'][-1][1]:.4g}"
 
-    def save(self, name: str) -> None:
-        """Write a checkpoint."""
+    def save(self, checkpoint: str) -> None:
+        """Write a checkpoint into the folder with this name."""
         with self.timer.saving():
             tensors = {f"weight.{name}": parameter for name, parameter in self.parameters.items()}
-            for name_of, parameter in self.parameters.items():
-                tensors |= {f"{part}.{name_of}": value for part, value in self.optimizer.state[parameter].items()}
+            for name, parameter in self.parameters.items():
+                tensors |= {f"{part}.{name}": value for part, value in self.optimizer.state[parameter].items()}
             state = {"step": self.step, "tokens": self.tokens, "curves": self.curves}
-            save_checkpoint(self.folder / name, self._key_after(self.step), state, tensors)
+            save_checkpoint(self.folder / checkpoint, self._key_after(self.step), state, tensors)
 
     def _key_after(self, steps: int) -> str:
         """Return the key of a checkpoint after so many steps: it says what these were."""
@@ -371,4 +371,5 @@ def checkpoint_settings(device: torch.device) -> dict[str, Any]:
     Any other code, package or kind of device than that of the first step could give steps that don't belong together.
     """
     constants = [WEIGHT_DECAY, SEED, HELD_OUT_EVERY]
-    return {"constants": constants, **describe_environment(str(device)), "threads": torch.get_num_threads()}
+    computing = {"threads": torch.get_num_threads(), "processes": shard().size}
+    return {"constants": constants, **describe_environment(str(device)), **computing}

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from replaceme.base.documents import TEXT, Documents
+from replaceme.base.entries import Source
+from replaceme.base.errors import DatasetError
 from replaceme.base.files import read_json
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.parameters import Params, read_params
@@ -114,7 +116,7 @@ def test_a_training_equals_a_plain_loop_of_torch(tmp_path: Path) -> None:
     model = made_model()
     task = task_of(model, edits_of(model, transform="channels", repair=True), count=24)
     plain, parameters = shortened(model, task.edits), task.trainable_parameters()
-    steps = plan_steps(task.batches.lengths.tolist(), 300, 40, 1e-3)
+    steps = plan_steps(task.documents, [1.0], 300, 40, 1e-3)
     train(task, parameters, steps, tmp_path, "")
     learners = [plain.get_parameter(name) for name in parameters]
     optimizer = torch.optim.AdamW(learners, lr=1.0, betas=(0.9, 0.95), weight_decay=1e-3)
@@ -132,15 +134,17 @@ def test_a_training_equals_a_plain_loop_of_torch(tmp_path: Path) -> None:
 
 
 @given(
-    lengths=st.lists(st.integers(1, 300), min_size=2, max_size=60),
+    sizes=st.lists(st.tuples(st.integers(0, 2), st.integers(1, 300)), min_size=2, max_size=60),
     tokens=st.integers(1, 20_000),
     more=st.integers(1, 20_000),
     step=st.integers(1, 2000),
 )
-def test_a_longer_training_begins_as_a_shorter_one(lengths: list[int], tokens: int, more: int, step: int) -> None:
+def test_a_longer_training_begins_as_a_shorter_one(sizes: list[tuple[int, int]], tokens: int, more: int, step: int) -> None:
+    lengths = [length for _, length in sizes]
+    text = Documents([torch.zeros(length, dtype=torch.int64) for length in lengths], [domain << 32 for domain, _ in sizes])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distillation, "HELD_OUT_TOKENS", 400)
-        short, long = (plan_steps(lengths, count, step, 1e-3) for count in (tokens, tokens + more))
+        short, long = (plan_steps(text, [1.0, 2.0, 0.5], count, step, 1e-3) for count in (tokens, tokens + more))
     for made, count in ((short, tokens), (long, tokens + more)):
         taken = [index for documents in made.documents for index in documents]
         assert not {*taken} & {*made.held_out}
@@ -158,11 +162,36 @@ def test_the_dense_model_stays_unchanged(tmp_path: Path) -> None:
     asked = [parameter.requires_grad for parameter in model.parameters()]
     for which in (*TRAINED, "lora"):
         task = task_of(model, edits_of(model, transform="channels"), which)
-        train(task, task.trainable_parameters(), plan_steps([20] * 8, 60, 20, 1e-3), tmp_path / which, "")
+        train(task, task.trainable_parameters(), plan_steps(task.documents, [1.0], 60, 20, 1e-3), tmp_path / which, "")
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert [parameter.requires_grad for parameter in model.parameters()] == asked
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(part._forward_pre_hooks or part._forward_hooks for part in model.modules())
+
+
+def test_each_domain_has_its_share_to_the_end_and_is_read_again_where_it_ends() -> None:
+    sizes = [40] * 5 + [10] * 400
+    text = Documents([torch.zeros(size, dtype=torch.int64) for size in sizes], [(number < 5) << 32 for number in range(405)])
+    steps = plan_steps(text, [1.0, 1.0], 2000, 80, 1e-3).documents
+    taken = [index for documents in steps for index in documents]
+    assert all(any(index < 5 for index in documents) and any(index >= 5 for index in documents) for documents in steps)
+    assert 900 <= sum(sizes[index] for index in taken if index < 5) <= 1100
+    assert len({*taken}) < len(taken)
+
+
+@pytest.mark.parametrize("kind", [*REPRESENTATIVES, "qwen3", "gemma3_text"])
+def test_in_bfloat16_the_gradients_are_those_of_float32_to_its_digits(kind: str) -> None:
+    gradients = []
+    for dtype in (torch.float32, torch.bfloat16):
+        task = task_of(made_model(kind).to(dtype), Edits("", [*BLOCK.layers]))
+        parameters = task.trainable_parameters()
+        with task.training_context():
+            loss = task.loss(parameters, [0, 3, 2])
+        assert all(parameter.grad is not None and parameter.grad.dtype == torch.float32 for parameter in parameters.values())
+        gradients.append((loss, torch.cat([parameter.grad.flatten() for parameter in parameters.values()])))
+    (exact_loss, exact), (loss, rounded) = gradients
+    assert loss == pytest.approx(exact_loss, rel=0.1)
+    assert float((rounded - exact).norm()) < 0.2 * float(exact.norm())
 
 
 @pytest.mark.parametrize(
@@ -195,7 +224,7 @@ def test_a_healed_model_is_closer_to_the_dense_one_and_its_export_is_verified(
     task = task_of(source.load(), edits, which, first, count=40)
     parameters, texts = task.trainable_parameters(), task.documents.documents[:10]
     before = float(divergence(task.context.model, shortened(task.context.model, edits), texts).detach())
-    train(task, parameters, plan_steps(task.batches.lengths.tolist(), 1500, 60, 1e-3 if which == "all" else 3e-3), tmp_path, "")
+    train(task, parameters, plan_steps(task.documents, [1.0], 1500, 60, 1e-3 if which == "all" else 3e-3), tmp_path, "")
     healed = task.healed_edits(parameters, torch.float32)
     healed.save(tmp_path)
     healed = Edits.load(tmp_path)
@@ -213,7 +242,7 @@ def test_a_healed_model_that_is_streamed_is_saved_to_the_same_bits(save_tiny: Ca
     source = save_tiny("llama")
     task = task_of(source.load(), edits_of(source.load(), transform="channels", repair=True))
     parameters = task.trainable_parameters()
-    train(task, parameters, plan_steps([20] * 8, 60, 20, 1e-3), tmp_path, "")
+    train(task, parameters, plan_steps(task.documents, [1.0], 60, 20, 1e-3), tmp_path, "")
     healed = task.healed_edits(parameters, torch.float32)
     for name, budget in (("whole", None), ("streamed", 150_000)):
         save_pruned(source, healed, tmp_path / name, budget)
@@ -275,6 +304,13 @@ def test_without_other_text_the_calibrations_is_read_again_and_the_log_says_so(
         run(params, work, to_export=False)
     assert "the calibration took all of the text; the training takes it again" in caplog.text
     assert read_json(work.metric("heal"))["training_tokens"] >= 600
+
+
+def test_a_text_that_a_training_can_not_have_is_refused_by_name(healing: Params, tmp_path: Path) -> None:
+    for dataset in ((Source("wikipedia-sample"), Source("self")), "nothing.txt"):
+        params = healing.model_copy(update={"heal_dataset": dataset})
+        with pytest.raises(DatasetError, match="heal_dataset: "):
+            inspect_inputs(params, Workspace(tmp_path / "run"))
 
 
 @pytest.mark.usefixtures("checkpoint_at_each_chance")
@@ -363,6 +399,7 @@ def test_a_number_of_tokens_can_be_short_and_the_older_key_is_read() -> None:
     older = read_params(None, {"heal_epochs": 2})
     assert (older.heal_tokens, older.heal_weights) == (128_000, "outputs")
     assert read_params(None, {"heal_epochs": 0}).heal_tokens == 0
+    assert read_params(None, {"heal_epochs": 0, "heal_tokens": 7}).heal_tokens == 7
 
 
 def test_a_plan_without_steps_that_are_shared_keeps_no_checkpoint(tmp_path: Path) -> None:
