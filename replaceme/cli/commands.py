@@ -117,7 +117,7 @@ class Command:
             _add_option(group, name, [name] if metavar else [], metavar, words)
         group = parser.add_argument_group("general")
         _add_option(group, "config", ["config"], "FILE", "YAML file of parameters; what is given here overrides it")
-        _add_option(group, "preset", ["preset"], "NAME", f"values of what is not named: {' or '.join(PRESETS)} (the paper's)")
+        _add_option(group, "preset", ["preset"], "NAME", f"values of what is not named: {', '.join(PRESETS)}")
         for name in PUBLISHED_KEYS:
             _add_option(group, name, [name])
         for name in (name for name, (metavar, _) in self.options.items() if not metavar):

@@ -69,11 +69,11 @@ def inspect_inputs(params: Params, work: Workspace) -> None:
         content[work.card_input.name] = identity(model, model.files((*CARD_FILES, TEXT_RECORD)))
     with _collecting(problems):
         content[work.dataset_input.name] = dataset_fingerprints(params)
+        content[work.own_text_input.name] = {"documents": count_own_documents(params)}
     content[work.heal_dataset_input.name] = {}
     if params.heal_tokens:
         with _collecting(problems), renaming({"dataset": "heal_dataset"}):
             content[work.heal_dataset_input.name] = _check_healing_text(params)
-        content[work.own_text_input.name] = {"documents": count_own_documents(params)}
     with _collecting(problems):
         content[work.tasks_input.name] = task_fingerprints(params)
     if problems:

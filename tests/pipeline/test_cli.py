@@ -196,7 +196,7 @@ def test_evaluate_beside_the_dense_model_says_what_the_pruning_said(
     finished: Finished, tiny: Model, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tasks = ",".join(str(finished.folder / name) for name in ("text.txt", "other.txt"))
-    where = ["--tasks", tasks, "--eval_dtype", "float32", "--threads", "1", "--save_path", "s.json"]
+    where = ["--tasks", tasks, "--eval_tokens", "16384", "--eval_dtype", "float32", "--threads", "1", "--save_path", "s.json"]
     call(main, "evaluate", "--model", finished.result, *where, "--compare_with", tiny.folder)
     assert re.search(r"(?m)^text perplexity \(seen\) +[0-9.]+ +[0-9.]+ +x ", capsys.readouterr().out)
     scores = json.loads(Path("s.json").read_text())
