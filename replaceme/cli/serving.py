@@ -12,11 +12,11 @@ from replaceme.base.errors import VerificationError, renaming
 from replaceme.base.parameters import read_params
 from replaceme.base.progress import silence_libraries
 from replaceme.calibration.corpus import Chat
-from replaceme.running.entry import plain_parser
+from replaceme.running.entry import Parser, plain_parser
 
 
-def verify(arguments: Sequence[str]) -> None:
-    """Compare a folder or a server with the reference, and print what is found; VerificationError for another model."""
+def make_verify_parser() -> Parser:
+    """Return the parser of ``replaceme verify``."""
     description = (
         "Compare a folder, or what a server tells of its model, with the reference in a pruned model's folder, verify/.\n"
         "Exit code 0: it is the same, up to rounding. 1: it is another model."
@@ -26,7 +26,12 @@ def verify(arguments: Sequence[str]) -> None:
     parser.add_argument("--endpoint", metavar="URL", help="a server with OpenAI's interface, which is compared instead")
     parser.add_argument("--name", help="the model's name there [the first that it lists]")
     parser.add_argument("--reference", metavar="FOLDER", type=Path, help="the pruned model that FOLDER was made from [FOLDER]")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def verify(arguments: Sequence[str]) -> None:
+    """Compare a folder or a server with the reference, and print what is found; VerificationError for another model."""
+    options = make_verify_parser().parse_args(arguments)
     silence_libraries(load=True)
     from replaceme.export.comparison import compare_readings
     from replaceme.export.endpoint import read_endpoint
@@ -47,14 +52,19 @@ def verify(arguments: Sequence[str]) -> None:
         raise VerificationError(f"{options.endpoint or options.folder} is not the model that was proved.")
 
 
-def chat(arguments: Sequence[str]) -> None:
-    """Answer what is typed by both models, each with its own conversation."""
+def make_chat_parser() -> Parser:
+    """Return the parser of ``replaceme chat``."""
     description = "Chat with a pruned model, beside the dense one: one answers after the other. An empty line ends the chat."
     parser = plain_parser("replaceme chat", description, "replaceme chat smaller --dense smollm2-135m-instruct")
     parser.add_argument("folder", metavar="FOLDER", help="the pruned model")
     parser.add_argument("--dense", metavar="MODEL", help="the model that it was made from: a folder, hub id or embedded name")
     parser.add_argument("--tokens", metavar="N", type=int, default=256, help="the most tokens of an answer [256]")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def chat(arguments: Sequence[str]) -> None:
+    """Answer what is typed by both models, each with its own conversation."""
+    options = make_chat_parser().parse_args(arguments)
     silence_libraries(load=True)
     from replaceme.models.find import find_model
     from replaceme.models.formats import resolve_formats

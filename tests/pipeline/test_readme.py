@@ -12,7 +12,7 @@ import yaml
 from dvc.cli import parse_args
 
 from replaceme.base.parameters import read_params
-from replaceme.cli import doctor, experiments, publish
+from replaceme.cli import doctor, experiments, publish, serving
 from replaceme.cli.commands import Command, parse_option
 from replaceme.cli.main import COMMANDS as COMMANDS_WITH_PARAMETERS
 from replaceme.cli.main import OTHERS, make_report_parser
@@ -74,7 +74,7 @@ def check_replaceme(words: list[str]) -> None:
     else:
         parsers = {
             "report": make_report_parser, "push": publish.make_parser, "compare": experiments.make_parser,
-            "doctor": doctor.make_parser,
+            "doctor": doctor.make_parser, "verify": serving.make_verify_parser, "chat": serving.make_chat_parser,
         }  # fmt: skip
         assert words == ["--version"] or parsers[words[0]]().parse_args(words[1:])
 
