@@ -23,7 +23,7 @@ A parameter that was trained has its new value itself, and no other change (``re
 
 On disk: ``edits.json`` (what is no tensor) and ``edits.safetensors`` (``transform.<layer>``, d × d float64;
 ``correction.<layer>.<linear>.weight``, d × inputs float32, and ``….bias``, d; ``channels.<layer>``, f × 2 int64;
-``operator.<layer>``, a scalar, vector or matrix, float64; ``parameter.<layer>.<name>``; and the tensors of the ``ModelEdit``).
+``operator.<layer>``, a scalar, vector or matrix, float64; ``trained.<layer>.<name>``; and the tensors of the ``ModelEdit``).
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ class Edits:
             tensors[f"correction.{layer}.{linear}.weight"] = weight
             if bias is not None:
                 tensors[f"correction.{layer}.{linear}.bias"] = bias
-        tensors |= {f"parameter.{layer}.{name}": value for (layer, name), value in self.parameters.items()}
+        tensors |= {f"trained.{layer}.{name}": value for (layer, name), value in self.parameters.items()}
         if self.model_edit:
             content["model_edit"] = {"kind": self.model_edit.kind, **self.model_edit.to_json()}
             tensors |= self.model_edit.tensors()
@@ -218,8 +218,8 @@ class Edits:
             if kind == "weight":
                 bias = tensors.get(f"correction.{layer}.{linear}.bias")
                 edits.corrections[layer, cast("Linear", linear)] = tensors[f"correction.{layer}.{rest}"], bias
-        for layer, name in stored_keys(tensors, "parameter"):
-            edits.parameters[layer, name] = tensors[f"parameter.{layer}.{name}"]
+        for layer, name in stored_keys(tensors, "trained"):
+            edits.parameters[layer, name] = tensors[f"trained.{layer}.{name}"]
         if own := content.get("model_edit"):
             edits.model_edit = ModelEdit.KINDS[own["kind"]].from_stored(own, tensors)
         return edits
