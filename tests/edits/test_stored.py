@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from replaceme.edits.edits import Edits
+from replaceme.edits.edits import OUTSIDE, Edits
 from replaceme.edits.model_edit import ModelEdit
 from replaceme.methods.llm_pruner import RemovedGroups
 from replaceme.methods.llm_streamline import TrainedLayer
@@ -21,6 +21,8 @@ TENSORS = {
     "correction.9.mlp_output.bias": torch.tensor([5.0, 6.0]),
     "correction.9.attention_output.weight": torch.tensor([[7.0], [8.0]]),
     "channels.1": torch.tensor([[1, 0], [2, 3]]),
+    "trained.9.mlp.up_proj.weight": torch.tensor([[0.25]]).bfloat16(),
+    "trained.-1.model.norm.weight": torch.tensor([0.5]),
     "operator.3": torch.tensor(1.5, dtype=torch.float64),
     "operator.2": torch.tensor([1.0, 2.0], dtype=torch.float64),
     "operator.1": torch.tensor([[0.0, 1.0], [2.0, 0.0]], dtype=torch.float64),
@@ -64,6 +66,10 @@ def plain_edits() -> Edits:
         },
         mixtures={9: {11: 0.5, 9: 1.0, 10: -0.5}, 2: {2: 1.0}},
         channels={1: T["channels.1"]},
+        parameters={
+            (OUTSIDE, "model.norm.weight"): T["trained.-1.model.norm.weight"],
+            (9, "mlp.up_proj.weight"): T["trained.9.mlp.up_proj.weight"],
+        },
         operators={3: T["operator.3"], 2: T["operator.2"], 1: T["operator.1"].T.contiguous().T},
         config={"num_attention_heads": 2, "head_dim": 4},
         parts="3 of 9 heads",

@@ -50,8 +50,13 @@ def distillation_of(model: Any, documents: Documents) -> LayerDistillation:
 
 
 def trained(model: Any, documents: Documents, schedule: LearningRateSchedule, folder: Path, key: str = "key") -> Any:
-    distillation = distillation_of(model, documents)
-    return train(distillation, distillation.trainable_parameters(), schedule, folder, key)
+    return trained_on(distillation_of(model, documents), schedule, folder, key)
+
+
+def trained_on(distillation: LayerDistillation, schedule: LearningRateSchedule, folder: Path, key: str = "") -> Any:
+    """Return the trained parameters, and the curves."""
+    parameters, plan = distillation.trainable_parameters(), schedule.plan(distillation.documents.in_walk_order().sources)
+    return parameters, train(distillation, parameters, plan, folder, key)
 
 
 def trained_by(source: Model, documents: Documents, folder: Path, **options: Any) -> tuple[Edits, TrainedLayer]:
@@ -171,11 +176,11 @@ def test_held_out_texts_are_not_trained_on(pieces: int, tmp_path: Path) -> None:
     assert (sorted(train_indices + held_out), len(held_out)) == ([*range(40)], 2)
     assert not {ordered.sources[place] for place in train_indices} & {ordered.sources[place] for place in held_out}
     schedule = LearningRateSchedule(1e-3, 1, 4, RATE)
-    first, _ = train(distillation, distillation.trainable_parameters(), schedule, tmp_path / "one", "")
+    first, _ = trained_on(distillation, schedule, tmp_path / "one")
     for index in held_out:
         start = distillation.batches.starts[index]
         distillation.targets[start : start + len(distillation.batches.texts[index])] += 1
-    second, _ = train(distillation, distillation.trainable_parameters(), schedule, tmp_path / "two", "")
+    second, _ = trained_on(distillation, schedule, tmp_path / "two")
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -190,9 +195,7 @@ def test_bfloat16_states_are_trained_in_float32(documents: Documents, tmp_path: 
 def test_the_trained_layer_sees_no_later_token(kind: str, documents: Documents, tmp_path: Path) -> None:
     model = made_model(kind)
     distillation = distillation_of(model, documents)
-    parameters, _ = train(
-        distillation, distillation.trainable_parameters(), LearningRateSchedule(1e-2, 2, 4, RATE), tmp_path, ""
-    )
+    parameters, _ = trained_on(distillation, LearningRateSchedule(1e-2, 2, 4, RATE), tmp_path)
     batch, rows = distillation.batches.batch([0]), distillation.batches.rows(distillation.inputs, [0])
     changed = rows.clone()
     changed[20:] += 1

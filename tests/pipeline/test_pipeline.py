@@ -196,7 +196,7 @@ def test_the_console_script_gives_the_pipelines_model_to_the_last_bit_and_both_g
     assert script.keys() == pipeline.keys()
     assert {name for name in script if script[name] != pipeline[name]} == cards
     call(main, "push", "--repo_id", "me/small")
-    assert api.files.keys() == {path.name for path in model.iterdir()}
+    assert api.files.keys() == {path.relative_to(model).as_posix() for path in model.rglob("*") if path.is_file()}
     assert api.files["model.safetensors"] == (model / "model.safetensors").read_bytes()
     scores = {(each.dataset_name, each.metric_type) for each in ModelCard(api.files["README.md"].decode()).data.eval_results}
     assert scores == {("held-out", "perplexity"), ("questions", "accuracy")}
