@@ -12,6 +12,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from torch import Tensor
 from replaceme.base.errors import DatasetError, ModelError, excerpt
 from replaceme.calibration.tokenization import render_chat
 from replaceme.models.generation import generate
+from replaceme.models.interleaving import interleave_forwards
 from replaceme.models.model import positions_of
 from replaceme.models.model_files import REFERENCE
 
@@ -126,20 +129,25 @@ def read_model(model: Any, tokenizer: Any, reference: Readings | None = None) ->
 
 def _read_prompts(model: Any, prompts: Sequence[list[int]]) -> list[tuple[list[float], float]]:
     """Return the log-probabilities of each prompt's tokens but the first, and that of the most likely token after it."""
-    read: dict[int, tuple[list[float], float]] = {}
     # Similar lengths together: what follows a text changes nothing in it.
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    for first in range(0, len(order), BATCH):
-        part = order[first : first + BATCH]
-        batch = torch.nn.utils.rnn.pad_sequence([torch.tensor(prompts[index]) for index in part], batch_first=True)
-        mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(prompts[index]), dtype=torch.int64) for index in part], True)
-        logits = model(batch.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
-        for index, row in zip(part, logits, strict=True):
-            length = len(prompts[index])
-            scores = row[:length].float().log_softmax(-1).cpu()
-            own = scores[:-1].gather(1, torch.tensor(prompts[index][1:], dtype=torch.int64)[:, None])[:, 0]
-            read[index] = own.tolist(), scores[-1].max().item()
-    return [read[index] for index in range(len(prompts))]
+    batches = [[prompts[index] for index in order[first : first + BATCH]] for first in range(0, len(order), BATCH)]
+    read = chain.from_iterable(interleave_forwards(model, (partial(_read_batch, model, batch) for batch in batches)))
+    by_index = dict(zip(order, read, strict=True))
+    return [by_index[index] for index in range(len(prompts))]
+
+
+def _read_batch(model: Any, prompts: Sequence[list[int]]) -> list[tuple[list[float], float]]:
+    """Return what ``_read_prompts`` does, of prompts that are computed together."""
+    batch = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in prompts], batch_first=True)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(ids), dtype=torch.int64) for ids in prompts], batch_first=True)
+    logits = model(batch.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
+    read = []
+    for ids, row in zip(prompts, logits, strict=True):
+        scores = row[: len(ids)].float().log_softmax(-1).cpu()
+        own = scores[:-1].gather(1, torch.tensor(ids[1:], dtype=torch.int64)[:, None])[:, 0]
+        read.append((own.tolist(), scores[-1].max().item()))
+    return read
 
 
 def _choose_starts(tokenizer: Any, prompts: Sequence[list[int]]) -> list[list[int]]:
