@@ -195,7 +195,7 @@ def part_of(documents: Documents, tokens: int) -> Documents:
     """Return whole documents that reach so many tokens, each domain at its share, in a seeded order; or all as they are."""
     if documents.token_count <= tokens:
         return documents
-    return _first_of(_by_domain(documents.shuffled(EXCERPT_SEED)), tokens)
+    return first_documents(_by_domain(documents.shuffled(EXCERPT_SEED)), tokens)
 
 
 def _by_domain(documents: Documents) -> Iterator[tuple[int, Tensor]]:
@@ -233,10 +233,10 @@ def in_shares(
 def few_documents(documents: Documents, tokens: int) -> Documents:
     """Return the first documents of a walk (the longest ones) that reach so many tokens together, or all."""
     ordered = documents.in_walk_order()
-    return _first_of(zip(ordered.sources, ordered.documents, strict=True), tokens)
+    return first_documents(zip(ordered.sources, ordered.documents, strict=True), tokens)
 
 
-def _first_of(documents: Iterable[tuple[int, Tensor]], tokens: int) -> Documents:
+def first_documents(documents: Iterable[tuple[int, Tensor]], tokens: int) -> Documents:
     """Return the first of these sources and documents that reach so many tokens together, or all."""
     chosen: list[tuple[int, Tensor]] = []
     for source, document in documents:

@@ -145,12 +145,12 @@ def read_json(path: Path) -> Any:
 
 
 def read_remembered(path: Path) -> dict[str, Any]:
-    """Return what a JSON file in the user's cache folder remembers; nothing if it is missing or damaged."""
+    """Return what a JSON file remembers, without which a run is only slower; nothing if it is missing or damaged."""
     try:
-        known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        known = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return known
+    return known if isinstance(known, dict) else {}
 
 
 def missing_output(path: Path) -> ResourceError:

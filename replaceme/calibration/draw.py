@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from replaceme.base.documents import HELD_OUT_EVERY, SOURCE_BITS, Documents, in_shares, seeded_order
+from replaceme.base.documents import HELD_OUT_EVERY, SOURCE_BITS, Documents, first_documents, in_shares, seeded_order
 from replaceme.base.errors import DatasetError
 from replaceme.base.parameters import Params
 from replaceme.base.progress import logger, progress
@@ -111,14 +111,8 @@ def draw_after(
         for number, corpus in corpora.items()
     }
     shares = [source.share for source in list_sources(params)]
-    documents, sources, left = [], [], tokens
-    for number, source, document in in_shares(streams, shares):
-        if left <= 0:
-            break
-        documents.append(document)
-        sources.append((number << SOURCE_BITS) + source)
-        left -= len(document)
-    return Documents(documents, sources)
+    drawn = (((number << SOURCE_BITS) + source, document) for number, source, document in in_shares(streams, shares))
+    return first_documents(drawn, tokens)
 
 
 def _split_documents(

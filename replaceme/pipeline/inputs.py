@@ -112,8 +112,9 @@ def _check_model(params: Params, model: Model) -> Params:
 def _check_healing_text(params: Params) -> dict[str, Any]:
     """Return what identifies the text of the healing, if it is not the calibration's. Raises DatasetError if it has none."""
     text, own = healing_params(params), params.heal_dataset is not None
-    names = [source.name for source in list_sources(text)]
-    if SELF in names if own else {*names} == {SELF}:
+    # Beside the calibration's other sources, self is left out; named for the training, it is a mistake.
+    writes = [source.name == SELF for source in list_sources(text)]
+    if any(writes) if own else all(writes):
         raise DatasetError("dataset: self writes no text for a training; name a text.")
     return dataset_fingerprints(text) if own else {}
 

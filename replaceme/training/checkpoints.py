@@ -17,8 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from replaceme.base.errors import ResourceError
-from replaceme.base.files import new_folder, read_json, write_json
+from replaceme.base.files import new_folder, read_remembered, write_json
 from replaceme.base.fingerprints import code_digest
 from replaceme.models.devices import kind_of
 from replaceme.running.versions import FOUR_BIT, MODEL, versions
@@ -73,18 +72,10 @@ def save_checkpoint(folder: Path, key: str, state: Mapping[str, Any], tensors: M
         write_json(new / STATE, {"key": key, **state})
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """Return the state of the checkpoint in ``folder``, whatever its key; empty if there is no readable one."""
-    try:
-        return dict(read_json(folder / STATE))
-    except (ResourceError, ValueError, TypeError):
-        return {}
-
-
 def load_checkpoint(folder: Path, key: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
     """Return state and tensors of the checkpoint in ``folder``, or None if there is no readable one with this key."""
+    state = read_remembered(folder / STATE)
     try:
-        state = read_json(folder / STATE)
         return (state, load_file(folder / TENSORS)) if state.pop("key", None) == key else None
-    except (ResourceError, ValueError, AttributeError, OSError, SafetensorError):
+    except (OSError, SafetensorError):
         return None

@@ -101,26 +101,30 @@ def _iterate_epochs(documents: Documents, indices: Sequence[int]) -> Iterator[tu
         epoch += 1
 
 
-def copy_shortened(model: Any, family: Family, edits: Edits, trained: Sequence[str]) -> Any:
+def copy_shortened(model: Any, family: Family, edits: Edits, first: int, which: str) -> tuple[Any, list[str]]:
     """Return a copy of a model with the edits folded in; it shares its unchanged parameters with it.
 
     Args:
         model: the dense model.
         family: its description.
         edits: the changes.
-        trained: names in the copy of parameters that are to be float32.
+        first, which: as of ``LogitDistillation``.
+
+    Returns:
+        The copy, whose trained parameters are float32 (with lora, they stay as they are), and the names of these.
     """
     student = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
     layers = shorten(student, family, edits)
+    names = list_trained(student, family, which, edits.position(first))
+    trained = set() if which == "lora" else {*names}
     edited = set()
     for name, exact in edited_parameters(student, family, layers, edits):
         set_parameter(student, name, exact, torch.float32 if name in trained else None)
         edited.add(name)
-    for name in trained:
-        if name not in edited:
-            # A copy: the dense model keeps its own.
-            set_parameter(student, name, parameter_of(student, name).clone(), torch.float32)
-    return student
+    for name in trained - edited:
+        # A copy: the dense model keeps its own.
+        set_parameter(student, name, parameter_of(student, name).clone(), torch.float32)
+    return student, names
 
 
 def list_trained(student: Any, family: Family, which: str, first: int) -> list[str]:
@@ -187,16 +191,18 @@ class LogitDistillation:
         return DocumentBatches(self.documents, next(self.context.model.parameters()).device)
 
     @cached_property
-    def names(self) -> list[str]:
-        """The trained parameters' names in the shortened model."""
-        shape = copy_shortened(self.context.model, self.context.family, Edits("", self.edits.removed_layers), [])
-        return list_trained(shape, self.context.family, self.which, self.edits.position(self.first))
+    def _copy(self) -> tuple[Any, list[str]]:
+        return copy_shortened(self.context.model, self.context.family, self.edits, self.first, self.which)
 
-    @cached_property
+    @property
     def student(self) -> Any:
         """The shortened model; with lora, its weights don't change."""
-        trained = [] if self.which == "lora" else self.names
-        return copy_shortened(self.context.model, self.context.family, self.edits, trained)
+        return self._copy[0]
+
+    @property
+    def names(self) -> list[str]:
+        """The trained parameters' names in the shortened model."""
+        return self._copy[1]
 
     @cached_property
     def skipped(self) -> int:

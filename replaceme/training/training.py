@@ -25,7 +25,7 @@ from torch import Tensor
 
 from replaceme.base.documents import Batch, Documents, seeded_order, split_indices
 from replaceme.base.errors import SolveError
-from replaceme.base.files import round_floats
+from replaceme.base.files import read_remembered, round_floats
 from replaceme.base.group import all_gather, all_reduce_sum, merge_rows, shard
 from replaceme.base.progress import logger, progress
 from replaceme.base.ranks import rank
@@ -33,11 +33,11 @@ from replaceme.base.scratch import scratch
 from replaceme.models.context import ModelContext
 from replaceme.statistics.walk import RecordStates, Signals, sum_tensors, walk
 from replaceme.training.checkpoints import (
+    STATE,
     CheckpointTimer,
     checkpoint_key,
     describe_environment,
     load_checkpoint,
-    read_state,
     save_checkpoint,
 )
 
@@ -147,11 +147,6 @@ class DocumentBatches:
 
 class TrainingTask(Protocol):
     """What is learnt: a loss as a function of the weights."""
-
-    @property
-    def documents(self) -> Documents:
-        """The text."""
-        ...
 
     @property
     def batches(self) -> DocumentBatches:
@@ -300,7 +295,7 @@ class TrainingRun:
             tensors = {f"weight.{name}": parameter for name, parameter in self.parameters.items()}
             for name, parameter in self.parameters.items():
                 tensors |= {f"{part}.{name}": value for part, value in self.optimizer.state[parameter].items()}
-            state = {"step": self.step, "tokens": self.tokens, "curves": self.curves}
+            state = {"step": self.step, "curves": self.curves}
             save_checkpoint(self.folder / checkpoint, self._key_after(self.step), state, tensors)
 
     def _key_after(self, steps: int) -> str:
@@ -311,7 +306,7 @@ class TrainingRun:
 
     def _resume(self) -> None:
         """Continue from the latest checkpoint whose steps are this plan's, if all processes find it."""
-        found = [(name, read_state(self.folder / name).get("step", 0)) for name in (LAST, SHARED)]
+        found = [(name, read_remembered(self.folder / name / STATE).get("step", 0)) for name in (LAST, SHARED)]
         for name, step in sorted(found, key=lambda each: -each[1]):
             checkpoint = None
             if 0 < step <= len(self.plan.documents):
@@ -322,7 +317,8 @@ class TrainingRun:
                 return
 
     def _restore(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        self.step, self.tokens = state["step"], state["tokens"]
+        self.step = state["step"]
+        self.tokens = sum(map(self.task.batches.token_count, self.plan.documents[: self.step]))
         self.curves = {name: [*map(tuple, rows)] for name, rows in state["curves"].items()}
         for name, parameter in self.parameters.items():
             parameter.data.copy_(tensors[f"weight.{name}"])
