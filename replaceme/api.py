@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # The method's metrics, in the order of the stages.
-STAGES_WITH_FIGURES = ("select", "solve", "repair", "heal", "export")
+STAGES_WITH_FIGURES = ("select", "solve", "repair", "heal", "check", "export")
 TEXTS_FILE = "texts.jsonl"
 
 

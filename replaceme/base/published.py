@@ -50,6 +50,7 @@ RECOMMENDED: Mapping[str, Any] = {
     "selection": "loss",
     "transform": "channels",
     "repair": True,
+    "keep_if_better": True,
     "tasks": [
         "wikipedia", "bbc_news", "gutenberg_fiction", "python_code", "finance_answers", "medical_abstracts",
         "convention_speeches", "wikipedia_last_word", "wikipedia_continuation", "retrieval_exact",

@@ -43,6 +43,7 @@ class RunResults:
 
     Attributes:
         fit: the figures of metrics/solve.json.
+        checked: those of metrics/check.json.
         made_with: the packages that the model, and its scores, were made with → their versions.
         scores: the scores as Markdown; empty before the evaluation.
         entries: the same scores for the hub's metadata.
@@ -50,6 +51,7 @@ class RunResults:
     """
 
     fit: Mapping[str, Any] = field(default_factory=dict)
+    checked: Mapping[str, Any] = field(default_factory=dict)
     made_with: Mapping[str, str] = field(default_factory=dict)
     scores: str = ""
     entries: Sequence[EvalResult] = ()
@@ -78,6 +80,7 @@ def render_card(params: Params, source: Model, edits: Edits, results: RunResults
         "",
         *_describe_changes(params, source, edits),
         *_describe_fit(edits, results.fit),
+        *_describe_comparison(results.checked),
         "",
         "## How to load it",
         "",
@@ -200,10 +203,31 @@ def _describe_new_weights(params: Params, edits: Edits) -> list[str]:
 
 
 def _describe_fit(edits: Edits, fit: Mapping[str, Any]) -> list[str]:
-    """Say how well the map, or the new weights, reproduce the state at the cut."""
+    """Say how well the map, or the new weights, reproduce the state at the cut; nothing of a fit that is not in the model."""
+    if edits == Edits(edits.title, edits.removed_layers):
+        return []
     cut = "the first cut" if len(edits.transforms | edits.operators) > 1 else "the cut"
     residuals = [fit[key] for key in ("relative_residual", "weighted_residual") if key in fit]
     return [line for residual in residuals for line in ("", f"Relative residual of the fit at {cut}: {residual:.4g}.")]
+
+
+def describe_check(checked: Mapping[str, Any]) -> str:
+    """Say how a result compares with plain removal, given metrics/check.json; empty without a comparison."""
+    if not checked:
+        return ""
+    plain = checked["plain_removal"]
+    layers = _name_layers([*range(plain["first_layer"], plain["last_layer"] + 1)])
+    result, other = (f"x {each['perplexity_ratio']:.3g} the perplexity, KL {each['kl']:.3f}" for each in (checked, plain))
+    text = f"{checked['tokens']:,} tokens that the dense model wrote"
+    if checked["plain_removal_is_exported"]:
+        return f"Plain removal of {layers} is exported. On {text}: {other}; the result of these settings: {result}."
+    worse = " This is worse." * (checked["kl"] > plain["kl"])
+    return f"On {text}: {result}; with {layers} removed and nothing in their place: {other}.{worse}"
+
+
+def _describe_comparison(checked: Mapping[str, Any]) -> list[str]:
+    """Return the same as lines of the card."""
+    return ["", describe_check(checked).replace(" x ", " × ")] if checked else []
 
 
 def _write_example(path: str, own_code: bool) -> list[str]:

@@ -26,7 +26,7 @@ from replaceme.models.find import find_model, identity, recorded_model
 from replaceme.models.formats import resolve_formats
 from replaceme.models.model import Model
 from replaceme.models.model_files import CARD, WEIGHTS
-from replaceme.pipeline.cost import compression_figures, write_cost
+from replaceme.pipeline.cost import compression_figures, print_scores, write_cost
 from replaceme.pipeline.report import CARD_FILE
 from replaceme.pipeline.results import (
     MADE_OF,
@@ -83,7 +83,7 @@ def prune(params: Params, texts: Sequence[str] | None = None, overwrite: bool = 
             logger.info("it was not scored: nothing is known of its quality; replaceme evaluate --model %s", work.model)
             return work
         publish_file(work, work.report / CARD_FILE, CARD)
-        print(format_score_comparison(read_json(work.metric("evaluation"))))
+        print_scores(work)
         logger.info("the report is %s", work.report / "index.html")
     return work
 
@@ -195,7 +195,7 @@ def report(params: Params, folder: Path) -> None:
     page = _render_page(work, _read_times(work))
     if page is None:
         raise ParameterError(f"save_path: {work.model} was made without scores, so it has no report; prune it with tasks.")
-    print(format_score_comparison(read_json(work.metric("evaluation"))))
+    print_scores(work)
     with new_folder(folder) as new:
         page.save(new)
     logger.info("the report is %s", folder / "index.html")

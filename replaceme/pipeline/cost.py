@@ -13,6 +13,7 @@ from replaceme.base.parameters import Params
 from replaceme.base.plan import load_blocks
 from replaceme.base.progress import logger
 from replaceme.evaluation.tables import format_score_comparison
+from replaceme.export.card import describe_check
 from replaceme.methods.registry import METHODS
 from replaceme.running.cost import Cost, kept_cost
 from replaceme.running.stage import COMPRESSION, Stage
@@ -61,13 +62,16 @@ def write_cost(params: Params, work: Workspace) -> None:
     write_json(work.metric("compression"), figures)
 
 
-def summarize_run(evaluation: Mapping[str, Any], removed_layers: int, cost: Mapping[str, Any]) -> dict[str, Any]:
+def summarize_run(
+    evaluation: Mapping[str, Any], removed_layers: int, cost: Mapping[str, Any], checked: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return the figures that matter; those that a run lacks are left out.
 
     Args:
         evaluation: metrics/evaluation.json.
         removed_layers: how many whole layers were removed.
         cost: metrics/compression.json.
+        checked: metrics/check.json.
 
     Returns:
         Names and units as in docs/guides/sweeps.md.
@@ -84,6 +88,8 @@ def summarize_run(evaluation: Mapping[str, Any], removed_layers: int, cost: Mapp
         "unseen_ratio": unseen.get("perplexity_ratio"),
         "unseen_stderr": unseen.get("stderr_perplexity_ratio"),
         "unseen_kl": unseen.get("kl"),
+        "own_text_ratio": checked.get("perplexity_ratio"),
+        "plain_removal_ratio": checked.get("plain_removal", {}).get("perplexity_ratio"),
         "same_token": _multiply(unseen.get("agreement"), 100),
         "seen_ratio": geometric_mean(seen) if seen else None,
         "retention": evaluation.get("retention_percent"),
@@ -100,12 +106,21 @@ def _multiply(value: float | None, factor: float) -> float | None:
     return None if value is None else value * factor
 
 
+def print_scores(work: Workspace) -> None:
+    """Print the table of scores, and how the result compares with plain removal."""
+    lines = [format_score_comparison(read_json(work.metric("evaluation"))), describe_check(read_json(work.metric("check")))]
+    print("\n".join(filter(None, lines)))
+
+
 def write_figures(params: Params, work: Workspace) -> None:
     """Write metrics/compression.json and metrics/summary.json, and print the table of scores."""
     write_cost(params, work)
     evaluation, cost = read_json(work.metric("evaluation")), read_json(work.metric("compression"))
-    print(format_score_comparison(evaluation))
-    write_json(work.metric("summary"), summarize_run(evaluation, sum(map(len, load_blocks(work.blocks))), cost))
+    print_scores(work)
+    removed, checked = sum(map(len, load_blocks(work.blocks))), read_json(work.metric("check"))
+    write_json(work.metric("summary"), summarize_run(evaluation, removed, cost, checked))
 
 
-STAGE = Stage(name="cost", run=write_figures, reads=(Workspace.blocks,), figures=("evaluation",), methods=METHODS, always=True)
+STAGE = Stage(
+    name="cost", run=write_figures, reads=(Workspace.blocks,), figures=("check", "evaluation"), methods=METHODS, always=True
+)

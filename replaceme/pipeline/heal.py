@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 
 def heal(params: Params, work: Workspace) -> None:
-    """Write the final edits and metrics/heal.json; without healing, the edits are copied."""
+    """Write the healed edits and metrics/heal.json; without healing, the edits are copied."""
     if not params.heal_tokens:
         # Torch takes seconds to load, and most runs train nothing.
         logger.info("heal: nothing to do")
-        with new_folder(work.edits) as folder:
+        with new_folder(work.healed) as folder:
             copy_tree(work.repaired, folder)
         write_json(work.metric("heal"), {})
         return
@@ -40,7 +40,7 @@ def heal(params: Params, work: Workspace) -> None:
     edits, figures, curves = _train(params, work, documents)
     if rank():
         return
-    with new_folder(work.edits) as folder:
+    with new_folder(work.healed) as folder:
         edits.save(folder)
         write_curves(folder, curves)
         (folder / TEXT).mkdir()
@@ -128,7 +128,7 @@ STAGE = Stage(
         Workspace.model_input, Workspace.tokenizer_input, Workspace.dataset_input, Workspace.heal_dataset_input,
         Workspace.documents, Workspace.plan, Workspace.repaired, Workspace.text_versions, Workspace.model_versions,
     ),
-    writes=Workspace.edits,
+    writes=Workspace.healed,
     metrics=("heal",),
     shared=lambda params, work: params.heal_tokens > 0,
 )  # fmt: skip

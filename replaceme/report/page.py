@@ -17,6 +17,7 @@ from replaceme.base.config import settings_yaml
 from replaceme.base.files import read_json, without_folder, write_text
 from replaceme.base.parameters import Params
 from replaceme.base.plan import load_blocks
+from replaceme.export.card import describe_check
 from replaceme.methods.registry import FIELDS, criterion_of
 from replaceme.models.embedded import MODELS
 from replaceme.report import sentences, tables
@@ -87,6 +88,7 @@ def render(
         fit_table=tables.tabulate_fits(fits),
         repair=sentences.describe_repair(repaired),
         heal=sentences.describe_healing(read_json(work.metric("heal"))),
+        checked=describe_check(read_json(work.metric("check"))).replace(" x ", " × "),
         proof=sentences.describe_proof(read_json(work.metric("export")), blocks),
         published=tables.tabulate_published(),
         about=MODELS[params.model_path].disclosure if params.model_path in MODELS else "",

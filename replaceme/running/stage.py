@@ -23,7 +23,7 @@ from replaceme.running.workspace import Workspace
 
 # The order of the stages, after ``inputs``: from the text to the profile, to the final edits, and to the saved model.
 ANALYSIS = ("generate", "calibrate", "profile")
-FIT = (*ANALYSIS, "select", "plan", "activations", "solve", "repair", "heal")
+FIT = (*ANALYSIS, "select", "plan", "activations", "solve", "repair", "heal", "check")
 COMPRESSION = (*FIT, "export")
 # Judging the result is no part of the compression: it costs the same for every method.
 JUDGEMENT = ("baseline", "evaluate", "report")

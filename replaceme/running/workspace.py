@@ -64,9 +64,10 @@ class Workspace:
     plan = _Artifact("plan.json")
     # Activation statistics (folder).
     statistics = _Artifact("statistics")
-    # Edits as solved, as repaired, and as healed, which are the final ones (folders).
+    # Edits as solved, as repaired, as healed, and the final ones (folders).
     solution = _Artifact("solution")
     repaired = _Artifact("repaired")
+    healed = _Artifact("healed")
     edits = _Artifact("edits")
     # The pruned model (folder).
     model = _Artifact("model")

@@ -20,8 +20,8 @@ from replaceme.models.devices import kind_of
 from tests.conftest import EXPERTS, KINDS, NORM_AFTER_MLP, UNDESCRIBED, made_model, made_text, made_tokenizer
 
 SMALL: Mapping[str, Any] = {
-    "layers": 2, "dataset_size": 20, "max_length": 48, "batch_size": 4, "dtype": "float32", "tasks": [], "threads": 1,
-    "device": "cpu",
+    "layers": 2, "keep_if_better": False, "dataset_size": 20, "max_length": 48, "batch_size": 4, "dtype": "float32",
+    "tasks": [], "threads": 1, "device": "cpu",
 }  # fmt: skip
 HEALED: Mapping[str, Any] = {"heal_tokens": 600, "heal_tokens_per_step": 200}
 

@@ -98,7 +98,7 @@ def test_the_summary_with_the_cost_is_a_metric_and_neither_read_nor_declared_as_
     assert yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["metrics"] == ["metrics/summary.json"]
     declared = [str(stage.get(kind)) for stage in PIPELINE.values() for kind in ("deps", "outs", "metrics")]
     assert not [files for files in declared if re.search(r"compression|summary|/cost/", files)]
-    assert PIPELINE["cost"]["deps"] == ["artifacts/blocks.json", "metrics/evaluation.json"]
+    assert PIPELINE["cost"]["deps"] == ["artifacts/blocks.json", "metrics/check.json", "metrics/evaluation.json"]
 
 
 def test_metrics_keep_the_run_cache() -> None:
@@ -224,7 +224,7 @@ def test_an_experiment_with_alpha_repeats_only_what_alpha_changes_and_its_model_
     first, lock = sha256_below(project / "artifacts"), project / "dvc.lock"
     own = lock.read_text()
     output = experiment(project, "-S", "alpha=0.1", "--name", "weaker")
-    assert ran(output) == ["inputs", "solve", "repair", "heal", "export", "evaluate", "report", "cost"]
+    assert ran(output) == ["inputs", "solve", "repair", "heal", "check", "export", "evaluate", "report", "cost"]
     difference = dvc(project, "metrics", "diff", "HEAD", "--targets", "metrics/summary.json")
     assert {"same_token", "unseen_ratio", "seconds"} <= {line.split()[1] for line in difference.splitlines()[1:]}
     assert "nan" not in difference.lower()

@@ -67,7 +67,7 @@ def _repaired(params: Params, work: Workspace, stop: int | None) -> list[int]:
 def _healed(params: Params, work: Workspace, stop: int | None) -> list[int]:
     """Heal in two processes; return the steps that this one has taken. All stop after ``stop`` of them."""
     with counted(stop_at(-1 if stop is None else stop)) as steps, suppress(InterruptedRunError):
-        run_in_processes(2, lambda: run_stages(params, work, ["heal"]), "auto")
+        run_in_processes(2, lambda: run_stages(params, work, ["heal", "check"]), "auto")
     return steps
 
 

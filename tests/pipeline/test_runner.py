@@ -26,7 +26,7 @@ from tests.helpers import FAST, call
 from tests.interruption import KILLED, forked
 from tests.pipeline.conftest import Finished
 
-PASSES = ["profile", "select", "plan", "activations", "solve", "repair", "heal", "export"]
+PASSES = ["profile", "select", "plan", "activations", "solve", "repair", "heal", "check", "export"]
 BEFORE_SOLVE = ["generate", "calibrate", "profile", "select", "plan", "activations"]
 
 
@@ -129,7 +129,7 @@ def differing(before: dict[str, str], after: dict[str, str]) -> list[str]:
     [
         ("lm-eval", ["baseline", "evaluate", "report"]),
         ("torch", [*ORDER]),
-        ("tokenizers", ["generate", "calibrate", "heal", "baseline", "evaluate", "report"]),
+        ("tokenizers", ["generate", "calibrate", "heal", "check", "baseline", "evaluate", "report"]),
         ("bitsandbytes", []),
     ],
 )

@@ -172,6 +172,7 @@ def write_run(
         work.metric("solve"): solved,
         work.metric("repair"): repaired,
         work.metric("heal"): healed,
+        work.metric("check"): {},
         work.metric("export"): EXPORT,
         work.metric("select"): selected,
         work.text_versions: {"tokenizers": "3.2", "torch": "1.2"},

@@ -165,9 +165,10 @@ def test_the_summary_has_a_dozen_figures_and_what_was_seen_apart() -> None:
         "retention_percent": 90.0,
         "retention_above_chance_percent": 80.0,
     }
-    assert summarize_run(evaluation, 8, {"seconds": 60.0, "peak_memory_bytes": 1_500_000_000}) == {
+    checked = {"perplexity_ratio": 1.5, "plain_removal": {"perplexity_ratio": 3.0}}
+    assert summarize_run(evaluation, 8, {"seconds": 60.0, "peak_memory_bytes": 1_500_000_000}, checked) == {
         "removed_layers": 8, "size_percent": 80.0, "unseen_ratio": 7.0, "unseen_stderr": 0.5, "unseen_kl": 1.25,
-        "same_token": 50.0, "seen_ratio": 4.0, "retention": 90.0, "above_chance": 80.0, "exact_answers": 25.0,
-        "seconds": 60.0, "memory_gb": 1.5,
+        "own_text_ratio": 1.5, "plain_removal_ratio": 3.0, "same_token": 50.0, "seen_ratio": 4.0, "retention": 90.0,
+        "above_chance": 80.0, "exact_answers": 25.0, "seconds": 60.0, "memory_gb": 1.5,
     }  # fmt: skip
-    assert summarize_run({"parameters": {"removed_percent": 20.5}}, 2, {}) == {"removed_layers": 2, "size_percent": 79.5}
+    assert summarize_run({"parameters": {"removed_percent": 20.5}}, 2, {}, {}) == {"removed_layers": 2, "size_percent": 79.5}

@@ -30,6 +30,7 @@ from replaceme.models.model import Model
 from replaceme.models.width import mlp_width_entry
 from replaceme.pipeline.activations import observe_activations
 from replaceme.pipeline.calibrate import calibrate
+from replaceme.pipeline.check import check
 from replaceme.pipeline.cost import compression_figures
 from replaceme.pipeline.export import export
 from replaceme.pipeline.heal import draw_text, heal
@@ -254,7 +255,7 @@ def test_a_healed_model_that_is_streamed_is_saved_to_the_same_bits(save_tiny: Ca
 
 
 def run(params: Params, work: Workspace, to_export: bool = True) -> None:
-    stages = (inspect_inputs, calibrate, profile, select, plan, observe_activations, solve, repair, heal)
+    stages = (inspect_inputs, calibrate, profile, select, plan, observe_activations, solve, repair, heal, check)
     for stage in (*stages, export) if to_export else stages:
         stage(params, work)
 
@@ -319,21 +320,21 @@ def test_a_text_that_a_training_can_not_have_is_refused_by_name(healing: Params,
 def test_an_interrupted_healing_resumes_to_the_same_bits(healing: Params, tmp_path: Path) -> None:
     params, work = healing, Workspace(tmp_path / "run")
     run(params, work, to_export=False)
-    expected, curve = sha256_below(work.edits), (work.edits / "loss.tsv").read_text()
+    expected, curve = sha256_below(work.healed), (work.edits / "loss.tsv").read_text()
     steps = len(curve.splitlines()) - 1
     # It goes on where the rate begins to fall, for another length it would fall later.
     with counted() as rest:
         heal(params, work)
     assert 0 < rest[0] < steps
-    assert sha256_below(work.edits) == expected
+    assert sha256_below(work.healed) == expected
     with counted(stop_at(1)) as taken, pytest.raises(InterruptedRunError):
         heal(params, work)
     # The earlier result is still there.
-    assert sha256_below(work.edits) == expected
+    assert sha256_below(work.healed) == expected
     with counted() as last:
         heal(params, work)
     assert taken + last == rest
-    assert sha256_below(work.edits) == expected
+    assert sha256_below(work.healed) == expected
     # Other edits make another training.
     edits = Edits.load(work.repaired)
     edits.correct(edits.removed_layers[0] - 1, "mlp_output", torch.full((WIDTH, 48), 1e-3))
@@ -351,7 +352,7 @@ def test_a_longer_healing_goes_on_from_a_shorter_one_to_the_same_bits(healing: P
     with counted() as steps:
         heal(longer, two)
     assert steps[0] > 2
-    assert sha256_below(one.edits) == sha256_below(two.edits)
+    assert sha256_below(one.healed) == sha256_below(two.healed)
 
 
 @pytest.mark.usefixtures("checkpoint_at_each_chance")
@@ -360,7 +361,7 @@ def test_a_healing_whose_results_can_not_be_written_is_not_trained_again(
 ) -> None:
     work = Workspace(tmp_path / "run")
     run(healing, work, to_export=False)
-    expected = sha256_below(work.edits)
+    expected = sha256_below(work.healed)
 
     def full(*_: Any) -> None:
         raise OSError(ENOSPC, "no space left")
@@ -372,15 +373,15 @@ def test_a_healing_whose_results_can_not_be_written_is_not_trained_again(
     with counted() as steps:
         heal(healing, work)
     assert steps == []
-    assert sha256_below(work.edits) == expected
-    assert not [path for path in work.edits.parent.iterdir() if "partial" in path.name]
+    assert sha256_below(work.healed) == expected
+    assert not [path for path in work.healed.parent.iterdir() if "partial" in path.name]
 
 
 def test_repair_and_heal_work_on_read_only_links(params: Params, tmp_path: Path) -> None:
     settings = {"method": "llm_streamline", "heal_tokens": 0}
     params, work = params.model_copy(update=settings), Workspace(tmp_path / "run")
     run(params, work, to_export=False)
-    expected = sha256_below(work.edits)
+    expected = sha256_below(work.healed)
     # As DVC links its outputs, to a cache on the same disk or on another one.
     for folder in (work.solution, work.repaired):
         kept = folder.rename(tmp_path / f"{folder.name}.kept")
@@ -390,7 +391,7 @@ def test_repair_and_heal_work_on_read_only_links(params: Params, tmp_path: Path)
             (folder / path.name).symlink_to(path) if number % 2 else (folder / path.name).hardlink_to(path)
     repair(params, work)
     heal(params, work)
-    assert sha256_below(work.edits) == expected
+    assert sha256_below(work.healed) == expected
     for folder in (work.solution, work.repaired):
         assert {path.stat().st_mode & 0o777 for path in (tmp_path / f"{folder.name}.kept").iterdir()} == {0o444}
 

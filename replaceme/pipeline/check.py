@@ -1,0 +1,80 @@
+"""check: compare the result with plain removal, and take the better one, if ``keep_if_better`` is set."""
+
+from replaceme.base.combinations import NEW_WEIGHTS
+from replaceme.base.files import copy_tree, new_folder, read_json, round_floats, write_json
+from replaceme.base.parameters import Params
+from replaceme.base.progress import logger
+from replaceme.edits.edits import Edits
+from replaceme.evaluation.plain_removal import TITLE, Comparison, compare_with_plain_removal, plain_cuts, write_text
+from replaceme.models.devices import use_processor
+from replaceme.models.find import calibration_context, recorded_model
+from replaceme.models.streaming import stream_of
+from replaceme.running.stage import PASS, Stage
+from replaceme.running.workspace import Workspace
+
+
+def check(params: Params, work: Workspace) -> None:
+    """Write the final edits and metrics/check.json; without a comparison, the edits are copied."""
+    comparison = _compare(params, work) if params.keep_if_better else None
+    replaced = comparison is not None and comparison.favours_plain and _has_new_weights(params)
+    with new_folder(work.edits) as folder:
+        if comparison and replaced:
+            Edits(TITLE, [*comparison.removed_layers]).save(folder)
+        else:
+            copy_tree(work.healed, folder)
+    figures = {**comparison.figures(), "plain_removal_is_exported": replaced} if comparison else {}
+    write_json(work.metric("check"), round_floats(figures))
+    if comparison:
+        plain = figures["plain_removal"]
+        logger.info(
+            "check: on text that the dense model wrote, KL %.3f and x %.3g the perplexity; with nothing in the place of layers "
+            "%d to %d, KL %.3f and x %.3g", figures["kl"], figures["perplexity_ratio"], plain["first_layer"],
+            plain["last_layer"], plain["kl"], plain["perplexity_ratio"],
+        )  # fmt: skip
+    if replaced:
+        logger.warning("check: plain removal is better than this result, and is exported; more calibration text would help")
+
+
+def _has_new_weights(params: Params) -> bool:
+    """Return whether the result is more than a published method's, which is kept as it is."""
+    return params.repair or params.transform in NEW_WEIGHTS or params.heal_tokens > 0
+
+
+def _compare(params: Params, work: Workspace) -> Comparison | None:
+    """Return the result beside plain removal; None where there is none of its size, or no text at a reasonable cost."""
+    edits = Edits.load(work.healed)
+    if edits.parts or not edits.removed_layers:
+        logger.info("check: plain removal takes whole layers alone; it is not compared with this result")
+        return None
+    use_processor(params.threads)
+    context = calibration_context(params, work)
+    if stream_of(context.model):
+        logger.info("check: this model is read from its files for each token that it writes; plain removal is not compared")
+        return None
+    profile, count = read_json(work.profile / "profile.json"), len(edits.removed_layers)
+    first, end = params.min_distance_layer or 1, params.max_distance_layer or len(context.layers)
+    rankings = [profile["angular_distance"], profile["residual"]]
+    cuts = plain_cuts(rankings, range(first, end - count + 1), edits.removed_layers)
+    if not cuts:
+        logger.info("check: no block of %d layers fits between the limits; plain removal is not compared", count)
+        return None
+    tokenizer = recorded_model(params, work.tokenizer_input).tokenizer()
+    # Another seed than that of the calibration's own text.
+    text = write_text(context, tokenizer, params.max_length, params.seed + 1)
+    return compare_with_plain_removal(context.with_documents(text), edits, cuts)
+
+
+STAGE = Stage(
+    name="check",
+    run=check,
+    params=(
+        "keep_if_better", "transform", "repair", "heal_tokens", "min_distance_layer", "max_distance_layer", "max_length",
+        "seed", *PASS,
+    ),
+    reads=(
+        Workspace.model_input, Workspace.tokenizer_input, Workspace.documents, Workspace.profile, Workspace.healed,
+        Workspace.text_versions, Workspace.model_versions,
+    ),
+    writes=Workspace.edits,
+    metrics=("check",),
+)  # fmt: skip
