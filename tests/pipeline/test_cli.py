@@ -145,7 +145,7 @@ def test_prune_speed_and_report_make_a_result_and_its_page(
     said = capsys.readouterr()
     assert "text perplexity" in said.out
     assert "preset recommended (the default)" in said.err
-    stages = re.findall(r"(?m)^stage (\d+) of 13: (\w+)", said.err)
+    stages = re.findall(r"(?m)^stage (\d+) of 14: (\w+)", said.err)
     assert stages == [(str(number), name) for number, name in enumerate(ORDER, 1)]
     assert "\r" not in said.err
     assert json.loads(Path("r/config.json").read_text())["num_hidden_layers"] == tiny.config().num_hidden_layers - 2
