@@ -24,6 +24,7 @@ from replaceme.methods.registry import FIELDS, METHODS
 from replaceme.models.model_files import TEXT_RECORD
 from replaceme.pipeline.actions import prune as _prune
 from replaceme.pipeline.results import result_name, result_paths
+from replaceme.pipeline.sizes import apply_default_size
 from replaceme.running.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 # The method's metrics, in the order of the stages.
 STAGES_WITH_FIGURES = ("select", "solve", "repair", "heal", "check", "export")
 TEXTS_FILE = "texts.jsonl"
+# With ``remove`` alone, the largest number of whole layers.
+MOST_LAYERS = 8
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class Pruned:
 def prune(
     model: str | os.PathLike[str] | PreTrainedModel,
     texts: str | os.PathLike[str] | Sequence[str] | None = None,
-    layers: int = 8,
+    layers: int | None = None,
     save_path: str | os.PathLike[str] | None = None,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -98,7 +101,7 @@ def prune(
             folder and needs ``tokenizer``.
         texts: calibration text: a file, a hub id, an embedded text's name, or a list of documents. None is text that the model
             writes itself, unless the setting ``dataset`` says otherwise.
-        layers: how many layers to remove.
+        layers: how many layers to remove; None, where the setting ``remove`` doesn't say how much, is a share (13 %) of them.
         save_path: folder of the result; None is ``<model>-<method>-<layers>`` in the current folder.
         tokenizer: of a loaded model.
         preset: the values of settings that are not given: recommended, or published (the paper's).
@@ -112,7 +115,8 @@ def prune(
     """
     _check_call(texts, settings)
     with _saved_model(model, tokenizer) as source:
-        given = {**settings, "model_path": str(source), "layers_to_skip": layers, "preset": preset}
+        most = MOST_LAYERS if layers is None else layers
+        given = {**settings, "model_path": str(source), "layers_to_skip": most, "preset": preset}
         if save_path is not None:
             given["save_path"] = os.fspath(save_path)
         documents = None
@@ -124,6 +128,8 @@ def prune(
         else:
             given.setdefault("dataset", "self")
         params = read_params(None, given, METHODS)
+        if layers is None and params.remove is None:
+            params = apply_default_size(params)
         if max(params.processes, world_size()) > 1:
             raise ParameterError("processes: a call from Python has one; use 1 here, or the command `replaceme prune`.")
         if documents is not None:

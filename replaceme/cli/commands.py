@@ -14,6 +14,8 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
+import yaml
+
 from replaceme.base.combinations import describe_users, format_value
 from replaceme.base.config import parse_value
 from replaceme.base.errors import ParameterError, renaming
@@ -47,6 +49,8 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "parameters of single methods": tuple(key for key in FIELDS if key not in Params.model_fields),
 }  # fmt: skip
 ALIASES = {"model": "model_path", "layers": "layers_to_skip"}
+# Any of these says how much goes; of a preset it does not count, as that knows no model.
+SIZE_KEYS = ("layers_to_skip", "layers", "remove")
 # What stands for a value in the help, where neither its choices nor its type say it.
 METAVARS = {
     "model_path": "MODEL", "tasks": "TASKS", "device": "DEVICE", "memory": "SIZE", "remove": "SHARE", "save_path": "FOLDER",
@@ -148,7 +152,10 @@ class Command:
             raise ParameterError(problems)
         config = Path(given.pop("config")) if "config" in given else None
         options = {name: given.pop(name) for name in self.options if name in given}
-        return read_params(config, {**given, **self.fixed, **launched_processes()}, METHODS, self.preset), options
+        params = read_params(config, {**given, **self.fixed, **launched_processes()}, METHODS, self.preset)
+        if self.action == "prune":
+            options["sized"] = _names_size(config, given)
+        return params, options
 
     def _refuse_words(self, words: Sequence[str], prog: str) -> list[str]:
         """Return a sentence for each word that is no option."""
@@ -175,6 +182,7 @@ class Command:
         if full and key in USERS:
             words += f" ({describe_users(USERS[key])})"
         default = info.default if self.preset == "published" else RECOMMENDED.get(key, info.default)
+        default = "13% of the layers" if key == "layers_to_skip" else default
         return f"{words} [{'MODEL-METHOD-LAYERS' if key == 'save_path' else _describe_value(default)}]"
 
 
@@ -195,6 +203,12 @@ def parse_option(key: str, text: str) -> Any:
     if key == "tasks" and isinstance(value, str):
         return [part.strip() for part in text.split(",") if part.strip()]
     return value
+
+
+def _names_size(config: Path | None, given: Mapping[str, Any]) -> bool:
+    """Return whether the command line or the config, which has been read without an error, says how much goes."""
+    stated = (yaml.safe_load(config.read_text(encoding="utf-8")) or {}) if config else {}
+    return any({**stated, **given}.get(key) is not None for key in SIZE_KEYS)
 
 
 def _types(key: str) -> tuple[Any, ...]:

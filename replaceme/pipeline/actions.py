@@ -41,11 +41,13 @@ from replaceme.pipeline.results import (
     scores_file,
 )
 from replaceme.pipeline.runner import STAGES, run_stages
+from replaceme.pipeline.sizes import STAGE as SIZES
+from replaceme.pipeline.sizes import apply_default_size, print_sizes
 from replaceme.pipeline.speed import measure_speed
 from replaceme.report.page import SETTINGS_FILE, Page, render
 from replaceme.running.entry import PARAMS_FILE
 from replaceme.running.processes import run_in_processes
-from replaceme.running.stage import ANALYSIS, COMPRESSION, FIT, ORDER, pipeline_params
+from replaceme.running.stage import ANALYSIS, COMPRESSION, FIT, ORDER, Stage, pipeline_params
 from replaceme.running.workspace import Workspace
 from replaceme.selection.blocks import smallest_blocks
 from replaceme.selection.criteria import allowed_starts
@@ -57,17 +59,19 @@ def run_distributed(action: Callable[..., object], params: Params, **options: An
     run_in_processes(count, lambda: action(params, **options), params.device)
 
 
-def prune(params: Params, texts: Sequence[str] | None = None, overwrite: bool = False) -> Workspace:
+def prune(params: Params, texts: Sequence[str] | None = None, overwrite: bool = False, sized: bool = True) -> Workspace:
     """Prune a model, save and score it, and return the paths of the result.
 
     Args:
         params: where ``save_transform_only`` is set, only the edits are saved, without a model.
         texts: calibration documents, which are written to the file that ``dataset`` names; None where it exists.
         overwrite: whether a finished result that was made of something else is replaced.
+        sized: whether the user has said how much goes; if not, a share of the layers does.
 
     Raises:
         ParameterError: there is such a result, and ``overwrite`` is not set.
     """
+    params = params if sized else apply_default_size(params)
     stages = FIT if params.save_transform_only else ORDER if params.tasks else COMPRESSION
     with exclusive_result(params, result_name(params)) as work:
         if texts is not None:
@@ -88,8 +92,10 @@ def prune(params: Params, texts: Sequence[str] | None = None, overwrite: bool = 
     return work
 
 
-def _run_stages(params: Params, work: Workspace, stages: Sequence[str], keys: Iterable[str], overwrite: bool) -> None:
-    """Run the stages, and record what the result is made of: the parameters ``keys``; ``overwrite`` as of ``prune``."""
+def _run_stages(
+    params: Params, work: Workspace, stages: Sequence[str], keys: Iterable[str], overwrite: bool, then: Sequence[Stage] = ()
+) -> None:
+    """Run the stages (``then`` as of ``run_stages``), and record what the result is made of: the parameters ``keys``."""
     # Model and text are known by their content, not by their names. On threads, only the last bits depend.
     settings = params.model_dump(
         mode="json", include={*keys} - {"model_path", "revision", "dataset", "dataset_revision", "threads"}
@@ -99,7 +105,7 @@ def _run_stages(params: Params, work: Workspace, stages: Sequence[str], keys: It
     run_stages(params, work, ("inputs",))
     made_of = {**settings, "model": read_json(work.model_input), "text": read_json(work.dataset_input)}
     write_json(work.root / MADE_OF, made_of)
-    run_stages(params, work, stages)
+    run_stages(params, work, stages, then)
 
 
 def evaluate(params: Params, compare_with: str | None = None) -> None:
@@ -222,14 +228,16 @@ def _read_times(work: Workspace) -> Mapping[str, Any] | None:
 
 
 def profile(params: Params, overwrite: bool = False) -> None:
-    """Measure all pairs of layers, and print the best block of each size; ``overwrite`` as of ``prune``."""
+    """Measure all pairs of layers; print the best block and the cost of each size; ``overwrite`` as of ``prune``."""
     # Nothing is pruned here, so no transform has to fold.
     bare = {"method": "uidl", "transform": "dense", "repair": False, "heal_tokens": 0}
     single = params.model_copy(update={"layers_to_skip": 1, "num_A": 1, **bare})
     with exclusive_result(params, "distances") as work:
-        keys = [key for name in ANALYSIS for key in STAGES[name].params]
-        _run_stages(single, work, ANALYSIS, keys, overwrite)
+        keys = [key for stage in (*map(STAGES.__getitem__, ANALYSIS), SIZES) for key in stage.params]
+        _run_stages(single, work, ANALYSIS, keys, overwrite, [SIZES])
         publish_folder(work, work.profile)
+        for name in ("sizes.csv", "sizes.png"):
+            publish_file(work, work.artifact("sizes") / name, name)
         content = read_json(work.profile / "profile.json")
     criteria = {"angular distance": content["angular_distance"], "residual": content["residual"]}
     rows = [("layers to skip", *(head for name in criteria for head in ("host", "removed", name)))]
@@ -242,4 +250,5 @@ def profile(params: Params, overwrite: bool = False) -> None:
             row += [str(block.layer_before_cut), removed, f"{values[block.layer_before_cut][block.end - 1]:.4f}"]
         rows.append(tuple(row))
     print(align(rows))
-    logger.info("all pairs are in %s", work.model / "distances.csv")
+    print_sizes(work)
+    logger.info("all pairs are in %s, the sizes in sizes.csv and sizes.png beside it", work.model / "distances.csv")

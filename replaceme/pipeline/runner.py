@@ -29,17 +29,19 @@ from replaceme.running.workspace import Workspace
 STAGES: Mapping[str, Stage] = {name: import_module(f"replaceme.pipeline.{name}").STAGE for name in ("inputs", *ORDER)}
 
 
-def run_stages(params: Params, work: Workspace, names: Sequence[str]) -> list[str]:
+def run_stages(params: Params, work: Workspace, names: Sequence[str], then: Sequence[Stage] = ()) -> list[str]:
     """Run the stages that have not finished with the same key, in order, and return their names.
 
     Args:
         params: the settings.
         work: where they read and write.
         names: the stages; ``inputs``, which always runs, is not counted.
+        then: stages that are none of the pipeline's, and follow them.
     """
     ran, began = [], time.monotonic()
-    counted = [name for name in names if not STAGES[name].always]
-    for stage in map(STAGES.__getitem__, names):
+    stages = [*map(STAGES.__getitem__, names), *then]
+    counted = [stage.name for stage in stages if not stage.always]
+    for stage in stages:
         if stage.always:
             call_stage(stage, params, work)
             continue

@@ -1,0 +1,248 @@
+"""How many layers: a share of them where nobody says; and what each number costs and saves, to choose by looking.
+
+For each number of layers, the best blocks by the profile are left out of a short pass over held-out text, with nothing in their
+place:
+
+    rise = loss without the block − loss of the dense model      nats per token; of a typical domain (``Losses.rise_over``)
+    perplexity ratio = e^rise
+    speed of decoding = weights that a token reads / those of them that stay
+
+Decoding one text at a time is bound by reading the weights, so that its speed is expected, and not measured. What takes the
+block's place wins a part of the rise back: the table says where to begin, and the scores of the result what it became.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from replaceme.base.documents import excerpts_of, split_documents
+from replaceme.base.errors import ParameterError, ReplaceMeError
+from replaceme.base.files import new_folder, read_json, round_floats, write_json, write_text
+from replaceme.base.parameters import Params
+from replaceme.base.plan import Block
+from replaceme.base.progress import align, logger, progress
+from replaceme.base.ranks import rank
+from replaceme.edits.edits import Edits
+from replaceme.models.context import ModelContext
+from replaceme.models.devices import use_processor
+from replaceme.models.find import calibration_context, find_model, recorded_model
+from replaceme.models.model import Model, embedding_count, layer_count
+from replaceme.report.theme import LIGHT, WIDTH, drawing, set_grid, set_log_scale, to_png
+from replaceme.running.stage import PASS, Stage
+from replaceme.running.workspace import Workspace
+from replaceme.selection.blocks import removable_range, smallest_blocks
+from replaceme.selection.budget import Sizes
+from replaceme.selection.candidate_evaluation import CandidateEvaluation, batches_of, next_token_losses
+from replaceme.statistics.walk import forward_passes
+
+# The share of the layers that goes where nobody says how much: 4 of the demo's 30; and at most where only a loss is tolerated.
+DEFAULT_SHARE, MOST_SHARE = 0.13, 0.5
+# Tokens of each pass, and how many numbers of layers are tried at most.
+TOKENS, MOST_SIZES = 2048, 40
+# The largest ratio of the perplexities, with nothing in the block's place, at which to start.
+START_RATIO = 1.4
+
+
+def apply_default_size(params: Params) -> Params:
+    """Return the parameters with the number of layers that goes where nobody has said how much: a share of the model's.
+
+    With ``tolerated_loss``, which says how much, it is the largest number that may go.
+    """
+    try:
+        layers = layer_count(find_model(params))
+    except ReplaceMeError:  # the first stage says what is wrong with the model, and with everything else
+        return params
+    tolerates = params.tolerated_loss is not None
+    share = MOST_SHARE if tolerates else DEFAULT_SHARE
+    count = max(round(share * layers / params.num_A), 1)
+    blocks = f"{params.num_A} blocks of " if params.num_A > 1 else ""
+    logger.info(
+        "layers: %s%d of %d go%s (%.0f %%), as nothing says how many; --layers N does (replaceme profile shows the cost)",
+        blocks, count, layers, " at most" if tolerates else "", 100 * share,
+    )  # fmt: skip
+    return params.model_copy(update={"layers_to_skip": count})
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a number of removed layers costs and saves.
+
+    Attributes:
+        layers: how many go; 0 for the dense model.
+        start: the first of them.
+        rise: of the loss, in nats per token; infinity if predictions overflow.
+        gigabytes: of the weights in bfloat16, with embedding and head.
+        share: of the dense model's parameters.
+        speedup: expected of decoding; None where a token reads only some of the weights.
+    """
+
+    layers: int
+    start: int
+    rise: float
+    gigabytes: float
+    share: float
+    speedup: float | None
+
+    @property
+    def ratio(self) -> float:
+        """The perplexity in times the dense model's."""
+        return math.exp(self.rise)
+
+
+def measure_sizes(params: Params, work: Workspace) -> None:
+    """Measure what each number of layers costs and saves, and write ``sizes.json``, ``sizes.csv`` and ``sizes.png``."""
+    use_processor(params.threads)
+    source, profile = recorded_model(params, work.model_input), read_json(work.profile / "profile.json")
+    context = calibration_context(params, work)
+    blocks = _list_candidates(params, [profile["angular_distance"], profile["residual"]])
+    rises = _measure_rises(context, blocks)
+    if rank():
+        return
+    best: dict[int, tuple[float, int]] = {}
+    for block, rise in zip(blocks, rises, strict=True):
+        if math.isfinite(rise):
+            best[len(block)] = min(best.get(len(block), (math.inf, 0)), (rise, block.start))
+    sizes = _weigh_sizes(source, best)
+    start = choose_start(sizes)
+    with new_folder(work.artifact("sizes")) as folder:
+        write_json(folder / "sizes.json", [round_floats(asdict(size)) for size in sizes])
+        write_text(folder / "sizes.csv", _format_csv(sizes))
+        (folder / "sizes.png").write_bytes(to_png(draw_sizes(sizes, start)))
+
+
+def choose_start(sizes: Sequence[Size]) -> Size | None:
+    """Return the largest size whose perplexity, with nothing in the block's place, is within ``START_RATIO``, or None."""
+    within = [size for size in sizes if size.layers and size.ratio <= START_RATIO]
+    return max(within, key=lambda size: size.layers, default=None)
+
+
+def print_sizes(work: Workspace) -> None:
+    """Print the table of the measured sizes."""
+    sizes = [Size(**entry) for entry in read_json(work.artifact("sizes") / "sizes.json")]
+    start = choose_start(sizes)
+    rows = [("layers less", "removed", "GB", "parameters", "loss", "perplexity", "decoding", "")]
+    for size in sizes:
+        removed = (
+            f"{size.start}–{size.start + size.layers - 1}" if size.layers > 1 else str(size.start) if size.layers else "none"
+        )
+        rows.append(
+            (
+                str(size.layers), removed, f"{size.gigabytes:.3g}", f"{100 * size.share:.1f} %", f"+{size.rise:.3f}",
+                f"× {size.ratio:.2f}", f"× {size.speedup:.2f}" if size.speedup else "",
+                f"start here: {size.layers}" if size == start else "",
+            )
+        )  # fmt: skip
+    print(align(rows))
+    logger.info(
+        "loss (nats a token) and perplexity: on this text, with nothing in the layers' place; GB: of the weights in bfloat16; "
+        "decoding: as expected from the weights that a token reads"
+    )
+    if start is None:
+        logger.info(
+            "each of these sizes costs more than %g times the perplexity: start with the smallest, and heal", START_RATIO
+        )
+
+
+def _list_candidates(params: Params, rankings: Sequence[list[list[float]]]) -> list[Block]:
+    """Return the best block of each number of layers, up to half of them, by each ranking (as of ``smallest_blocks``)."""
+    layers = len(rankings[0])
+    first, end = removable_range(params, layers)
+    most = min(layers // 2, end - first) or 1
+    step = -(-most // MOST_SIZES)
+    blocks: list[Block] = []
+    for count in range(step, most + 1, step):
+        starts = range(first, end - count + 1)
+        blocks += [block for values in rankings for block in smallest_blocks(values, starts, count)]
+    return [*dict.fromkeys(blocks)]
+
+
+def _measure_rises(context: ModelContext, blocks: Sequence[Block]) -> list[float]:
+    """Return how much the loss of a typical domain rises without each of the blocks, in nats per token."""
+    weights, (_, held_out) = context.documents.tokens_by_domain, split_documents(context.documents)
+    # Nothing is fitted here: of too few documents to hold one out, any will do.
+    excerpts = next(filter(len, (excerpts_of(text, TOKENS) for text in (held_out, context.documents))), None)
+    if excerpts is None:
+        raise ParameterError("dataset: no document has two tokens, so that no loss can be measured; take longer texts.")
+    context = context.with_documents(excerpts)
+    with forward_passes(context, batches_of(context), None) as batches:
+        dense = next_token_losses(context, batches)
+    # A cut changes nothing before it: those states are computed once.
+    shape = excerpts.token_count, context.width
+    entering = {block.layer_before_cut: torch.empty(shape, dtype=context.model.dtype) for block in blocks}
+    evaluation = CandidateEvaluation(context, entering)
+    evaluation.record_states(entering)
+    rises = []
+    for block in progress(blocks, "measuring the sizes", "cuts"):
+        with evaluation.candidate(Edits("", [*block.layers]), block.layer_before_cut) as batches:
+            rises.append(next_token_losses(context, batches).rise_over(dense, weights))
+    return rises
+
+
+def _weigh_sizes(source: Model, best: Mapping[int, tuple[float, int]]) -> list[Size]:
+    """Return the sizes, that of the dense model first.
+
+    Args:
+        source: the dense model.
+        best: number of layers → the lowest rise, and the first layer of its block.
+    """
+    skeleton, parameters = source.skeleton(source.config()), Sizes.of(source)
+    head = skeleton.get_output_embeddings()
+    # Of an embedding that is not the head as well, a token reads one row.
+    read = parameters.total - embedding_count(skeleton) + (head.weight.numel() if head is not None else 0)
+    sizes = []
+    for count, (rise, start) in sorted({0: (0.0, 0), **best}.items()):
+        gone = sum(parameters.layers[start : start + count])
+        left = parameters.total - gone
+        # A token reads few of the experts, and how many bytes these are is not known here.
+        speedup = None if source.family().experts else read / (read - gone)
+        sizes.append(Size(count, start, rise, 2e-9 * left, left / parameters.total, speedup))
+    return sizes
+
+
+def _format_csv(sizes: Sequence[Size]) -> str:
+    heads = [*asdict(sizes[0]), "perplexity_ratio"]
+    rows = [[*asdict(size).values(), size.ratio] for size in sizes]
+    lines = [",".join("" if value is None else str(round_floats(value)) for value in row) for row in rows]
+    return "\n".join([",".join(heads), *lines]) + "\n"
+
+
+def draw_sizes(sizes: Sequence[Size], start: Size | None) -> Figure:
+    """Draw the ratio of the perplexities (left) and the size of the model (right) against the layers that go."""
+    counts = [size.layers for size in sizes]
+    with drawing(LIGHT, 0.66 * WIDTH) as figure:
+        axes = figure.add_subplot()
+        weights = axes.twinx()
+        if start is not None:
+            axes.axvline(start.layers, color=LIGHT.mark, lw=1.2)
+            axes.annotate(
+                f"start here: {start.layers}", (start.layers, 1), (5, -2), xycoords=("data", "axes fraction"),
+                textcoords="offset points", va="top", color=LIGHT.mark,
+            )  # fmt: skip
+        (ratio,) = axes.plot(counts, [size.ratio for size in sizes], color=LIGHT.pruned, marker="o", ms=4.5, lw=1.6)
+        (size,) = weights.plot(
+            counts, [size.gigabytes for size in sizes], color=LIGHT.series[1], marker="s", ms=3.5, lw=1.2, ls="--"
+        )
+        axes.set(xlabel="layers less", ylabel="perplexity (times dense)")
+        weights.set(ylabel="size in bfloat16 (GB)", ylim=(0, None))
+        set_log_scale(axes, "y", [each.ratio for each in sizes])
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        set_grid(axes)
+        weights.tick_params(length=0)
+        figure.legend(
+            [ratio, size], ["perplexity, nothing in their place", "size"], loc="outside lower center", ncols=2, frameon=False
+        )
+    return figure
+
+
+STAGE = Stage(
+    name="sizes",
+    run=measure_sizes,
+    params=("min_distance_layer", "max_distance_layer", *PASS),
+    reads=(Workspace.profile, Workspace.model_input, Workspace.documents, Workspace.model_versions),
+    writes="sizes",
+    shared=lambda params, work: True,
+)
