@@ -41,10 +41,11 @@ from replaceme.statistics.walk import forward_passes
 
 # The share of the layers that goes where nobody says how much: 4 of the demo's 30; and at most where only a loss is tolerated.
 DEFAULT_SHARE, MOST_SHARE = 0.13, 0.5
-# Tokens of each pass, and how many numbers of layers are tried at most.
-TOKENS, MOST_SIZES = 2048, 40
-# The largest ratio of the perplexities, with nothing in the block's place, at which to start.
-START_RATIO = 1.4
+# Tokens of each pass, blocks of each size by each ranking, and how many sizes are tried at most.
+TOKENS, CANDIDATES, MOST_SIZES = 2048, 2, 40
+# The largest rise, with nothing in the block's place, at which to start: 4 of the demo's 30 layers. And the one that ends the
+# search, at ten times the perplexity.
+START_RISE, LAST_RISE = 0.5, 2.3
 
 
 def apply_default_size(params: Params) -> Params:
@@ -98,14 +99,10 @@ def measure_sizes(params: Params, work: Workspace) -> None:
     use_processor(params.threads)
     source, profile = recorded_model(params, work.model_input), read_json(work.profile / "profile.json")
     context = calibration_context(params, work)
-    blocks = _list_candidates(params, [profile["angular_distance"], profile["residual"]])
-    rises = _measure_rises(context, blocks)
+    candidates = _list_candidates(params, [profile["angular_distance"], profile["residual"]])
+    best = _measure_sizes(context, candidates)
     if rank():
         return
-    best: dict[int, tuple[float, int]] = {}
-    for block, rise in zip(blocks, rises, strict=True):
-        if math.isfinite(rise):
-            best[len(block)] = min(best.get(len(block), (math.inf, 0)), (rise, block.start))
     sizes = _weigh_sizes(source, best)
     start = choose_start(sizes)
     with new_folder(work.artifact("sizes")) as folder:
@@ -115,8 +112,8 @@ def measure_sizes(params: Params, work: Workspace) -> None:
 
 
 def choose_start(sizes: Sequence[Size]) -> Size | None:
-    """Return the largest size whose perplexity, with nothing in the block's place, is within ``START_RATIO``, or None."""
-    within = [size for size in sizes if size.layers and size.ratio <= START_RATIO]
+    """Return the largest size whose loss, with nothing in the block's place, rises by ``START_RISE`` at most, or None."""
+    within = [size for size in sizes if size.layers and size.rise <= START_RISE]
     return max(within, key=lambda size: size.layers, default=None)
 
 
@@ -131,7 +128,7 @@ def print_sizes(work: Workspace) -> None:
         )
         rows.append(
             (
-                str(size.layers), removed, f"{size.gigabytes:.3g}", f"{100 * size.share:.1f} %", f"+{size.rise:.3f}",
+                str(size.layers), removed, f"{size.gigabytes:.3g}", f"{100 * size.share:.1f} %", f"{size.rise:+.3f}",
                 f"× {size.ratio:.2f}", f"× {size.speedup:.2f}" if size.speedup else "",
                 f"start here: {size.layers}" if size == start else "",
             )
@@ -142,26 +139,30 @@ def print_sizes(work: Workspace) -> None:
         "decoding: as expected from the weights that a token reads"
     )
     if start is None:
-        logger.info(
-            "each of these sizes costs more than %g times the perplexity: start with the smallest, and heal", START_RATIO
-        )
+        logger.info("each of these sizes raises the loss by more than %g nats: begin with the smallest", START_RISE)
 
 
-def _list_candidates(params: Params, rankings: Sequence[list[list[float]]]) -> list[Block]:
-    """Return the best block of each number of layers, up to half of them, by each ranking (as of ``smallest_blocks``)."""
+def _list_candidates(params: Params, rankings: Sequence[list[list[float]]]) -> list[list[Block]]:
+    """Return the best few blocks of each number of layers, up to half of them, by each ranking (as of ``smallest_blocks``)."""
     layers = len(rankings[0])
     first, end = removable_range(params, layers)
     most = min(layers // 2, end - first) or 1
     step = -(-most // MOST_SIZES)
-    blocks: list[Block] = []
+    candidates = []
     for count in range(step, most + 1, step):
         starts = range(first, end - count + 1)
-        blocks += [block for values in rankings for block in smallest_blocks(values, starts, count)]
-    return [*dict.fromkeys(blocks)]
+        blocks = [block for values in rankings for block in smallest_blocks(values, starts, count, CANDIDATES)]
+        candidates.append([*dict.fromkeys(blocks)])
+    return candidates
 
 
-def _measure_rises(context: ModelContext, blocks: Sequence[Block]) -> list[float]:
-    """Return how much the loss of a typical domain rises without each of the blocks, in nats per token."""
+def _measure_sizes(context: ModelContext, candidates: Sequence[Sequence[Block]]) -> dict[int, tuple[float, int]]:
+    """Return the lowest rise of the loss for each number of layers, and the first layer of its block, until ``LAST_RISE``.
+
+    Args:
+        context: the dense model and the text.
+        candidates: blocks of each number of layers, the fewest first.
+    """
     weights, (_, held_out) = context.documents.tokens_by_domain, split_documents(context.documents)
     # Nothing is fitted here: of too few documents to hold one out, any will do.
     excerpts = next(filter(len, (excerpts_of(text, TOKENS) for text in (held_out, context.documents))), None)
@@ -172,14 +173,21 @@ def _measure_rises(context: ModelContext, blocks: Sequence[Block]) -> list[float
         dense = next_token_losses(context, batches)
     # A cut changes nothing before it: those states are computed once.
     shape = excerpts.token_count, context.width
-    entering = {block.layer_before_cut: torch.empty(shape, dtype=context.model.dtype) for block in blocks}
-    evaluation = CandidateEvaluation(context, entering)
-    evaluation.record_states(entering)
-    rises = []
-    for block in progress(blocks, "measuring the sizes", "cuts"):
-        with evaluation.candidate(Edits("", [*block.layers]), block.layer_before_cut) as batches:
-            rises.append(next_token_losses(context, batches).rise_over(dense, weights))
-    return rises
+    before = {block.layer_before_cut for blocks in candidates for block in blocks}
+    evaluation = CandidateEvaluation(context, {layer: torch.empty(shape, dtype=context.model.dtype) for layer in before})
+    evaluation.record_states(before)
+    best: dict[int, tuple[float, int]] = {}
+    for blocks in progress(candidates, "measuring the sizes", "sizes"):
+        rises = []
+        for block in blocks:
+            with evaluation.candidate(Edits("", [*block.layers]), block.layer_before_cut) as batches:
+                rises.append((next_token_losses(context, batches).rise_over(dense, weights), block.start))
+        lowest = min(rises)
+        if math.isfinite(lowest[0]):
+            best[len(blocks[0])] = lowest
+        if lowest[0] > LAST_RISE:
+            break
+    return best
 
 
 def _weigh_sizes(source: Model, best: Mapping[int, tuple[float, int]]) -> list[Size]:
@@ -218,9 +226,10 @@ def draw_sizes(sizes: Sequence[Size], start: Size | None) -> Figure:
         weights = axes.twinx()
         if start is not None:
             axes.axvline(start.layers, color=LIGHT.mark, lw=1.2)
+            side = 1 if start.layers < 0.6 * counts[-1] else -1
             axes.annotate(
-                f"start here: {start.layers}", (start.layers, 1), (5, -2), xycoords=("data", "axes fraction"),
-                textcoords="offset points", va="top", color=LIGHT.mark,
+                f"start here: {start.layers}", (start.layers, 1), (5 * side, -2), xycoords=("data", "axes fraction"),
+                textcoords="offset points", va="top", ha="left" if side > 0 else "right", color=LIGHT.mark,
             )  # fmt: skip
         (ratio,) = axes.plot(counts, [size.ratio for size in sizes], color=LIGHT.pruned, marker="o", ms=4.5, lw=1.6)
         (size,) = weights.plot(

@@ -16,7 +16,7 @@ from replaceme.cli.main import COMMANDS, main
 from replaceme.methods.registry import METHODS
 from replaceme.models.model import Model
 from replaceme.pipeline import sizes
-from replaceme.pipeline.sizes import DEFAULT_SHARE, START_RATIO, Size, apply_default_size, choose_start
+from replaceme.pipeline.sizes import DEFAULT_SHARE, START_RISE, Size, apply_default_size, choose_start
 from replaceme.running.workspace import Workspace
 from replaceme.selection.blocks import smallest_blocks
 from tests.helpers import call
@@ -39,7 +39,7 @@ def test_profile_measures_what_each_size_costs_without_a_replacement(
         count, start = int(row["layers"]), int(row["start"])
         rankings = (profile["angular_distance"], profile["residual"])
         starts = range(1, 6 - count + 1)
-        assert not count or start in {smallest_blocks(values, starts, count)[0].start for values in rankings}
+        assert not count or start in {block.start for values in rankings for block in smallest_blocks(values, starts, count, 2)}
         model = _shortened_model(tiny, start, count)
         assert row["rise"] == pytest.approx(_mean_loss(model, held_out) - _mean_loss(dense, held_out), abs=1e-5)
         assert row["gigabytes"] == pytest.approx(2e-9 * model.num_parameters(), rel=1e-5)
@@ -71,11 +71,9 @@ def _read_weights(model: Any) -> int:
     return int(model.num_parameters() - (0 if embedding is head else embedding.numel()))
 
 
-def test_one_starts_at_the_largest_size_within_the_ratio() -> None:
-    limit = torch.tensor(START_RATIO).log().item()
-    made = [
-        Size(count, 1, rise, 1.0, 1.0, None) for count, rise in enumerate((0.0, limit / 2, 2 * limit, 0.9 * limit, 3 * limit))
-    ]
+def test_one_starts_at_the_largest_size_within_the_tolerated_rise() -> None:
+    rises = [0.0, 0.5 * START_RISE, 2 * START_RISE, 0.9 * START_RISE, 3 * START_RISE]
+    made = [Size(count, 1, rise, 1.0, 1.0, None) for count, rise in enumerate(rises)]
     assert choose_start(made) == made[3]
     assert choose_start([made[0], made[2]]) is None
 
