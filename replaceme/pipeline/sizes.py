@@ -15,13 +15,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
+import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from replaceme.base.documents import excerpts_of, split_documents
 from replaceme.base.errors import ParameterError, ReplaceMeError
-from replaceme.base.files import new_folder, read_json, round_floats, write_json, write_text
+from replaceme.base.files import new_folder, read_json, round_floats, write_json
 from replaceme.base.parameters import Params
 from replaceme.base.plan import Block
 from replaceme.base.progress import align, logger, progress
@@ -41,8 +42,8 @@ from replaceme.statistics.walk import forward_passes
 
 # The share of the layers that goes where nobody says how much: 4 of the demo's 30; and at most where only a loss is tolerated.
 DEFAULT_SHARE, MOST_SHARE = 0.13, 0.5
-# Tokens of each pass, blocks of each size by each ranking, and how many sizes are tried at most.
-TOKENS, CANDIDATES, MOST_SIZES = 2048, 2, 40
+# Tokens of each pass, and blocks of each size by each ranking.
+TOKENS, CANDIDATES = 2048, 2
 # The largest rise, with nothing in the block's place, at which to start: 4 of the demo's 30 layers. And the one that ends the
 # search, at ten times the perplexity.
 START_RISE, LAST_RISE = 0.5, 2.3
@@ -60,22 +61,19 @@ def apply_default_size(params: Params) -> Params:
     tolerates = params.tolerated_loss is not None
     share = MOST_SHARE if tolerates else DEFAULT_SHARE
     count = max(round(share * layers / params.num_A), 1)
-    blocks = f"{params.num_A} blocks of " if params.num_A > 1 else ""
     logger.info(
-        "layers: %s%d of %d go%s (%.0f %%), as nothing says how many; --layers N does (replaceme profile shows the cost)",
-        blocks, count, layers, " at most" if tolerates else "", 100 * share,
+        "layers: %d of %d go%s (%.0f %%), as nothing says how many; --layers N does (replaceme profile shows the cost)",
+        count * params.num_A, layers, " at most" if tolerates else "", 100 * share,
     )  # fmt: skip
     return params.model_copy(update={"layers_to_skip": count})
 
 
 @dataclass(frozen=True)
 class Size:
-    """What a number of removed layers costs and saves.
+    """What it costs and saves that ``layers`` layers go, from the layer ``start`` on.
 
     Attributes:
-        layers: how many go; 0 for the dense model.
-        start: the first of them.
-        rise: of the loss, in nats per token; infinity if predictions overflow.
+        rise: of the loss, in nats per token.
         gigabytes: of the weights in bfloat16, with embedding and head.
         share: of the dense model's parameters.
         speedup: expected of decoding; None where a token reads only some of the weights.
@@ -99,16 +97,15 @@ def measure_sizes(params: Params, work: Workspace) -> None:
     use_processor(params.threads)
     source, profile = recorded_model(params, work.model_input), read_json(work.profile / "profile.json")
     context = calibration_context(params, work)
-    candidates = _list_candidates(params, [profile["angular_distance"], profile["residual"]])
-    best = _measure_sizes(context, candidates)
+    best = _measure_rises(context, _list_candidates(params, [profile["angular_distance"], profile["residual"]]))
     if rank():
         return
     sizes = _weigh_sizes(source, best)
-    start = choose_start(sizes)
     with new_folder(work.artifact("sizes")) as folder:
         write_json(folder / "sizes.json", [round_floats(asdict(size)) for size in sizes])
-        write_text(folder / "sizes.csv", _format_csv(sizes))
-        (folder / "sizes.png").write_bytes(to_png(draw_sizes(sizes, start)))
+        rows = [asdict(size) | {"perplexity_ratio": size.ratio} for size in sizes]
+        pd.DataFrame(rows).map(round_floats).to_csv(folder / "sizes.csv", index=False)
+        (folder / "sizes.png").write_bytes(to_png(draw_sizes(sizes, choose_start(sizes))))
 
 
 def choose_start(sizes: Sequence[Size]) -> Size | None:
@@ -123,17 +120,13 @@ def print_sizes(work: Workspace) -> None:
     start = choose_start(sizes)
     rows = [("layers less", "removed", "GB", "parameters", "loss", "perplexity", "decoding", "")]
     for size in sizes:
-        removed = (
-            f"{size.start}–{size.start + size.layers - 1}" if size.layers > 1 else str(size.start) if size.layers else "none"
-        )
-        rows.append(
-            (
-                str(size.layers), removed, f"{size.gigabytes:.3g}", f"{100 * size.share:.1f} %", f"{size.rise:+.3f}",
-                f"× {size.ratio:.2f}", f"× {size.speedup:.2f}" if size.speedup else "",
-                f"start here: {size.layers}" if size == start else "",
-            )
-        )  # fmt: skip
-    print(align(rows))
+        last = size.start + size.layers - 1
+        removed = "none" if not size.layers else str(last) if size.layers == 1 else f"{size.start}–{last}"
+        speedup = f"× {size.speedup:.2f}" if size.speedup else ""
+        mark = f"start here: {size.layers}" if size == start else ""
+        weights = f"{size.gigabytes:.3g}", f"{100 * size.share:.1f} %"
+        rows.append((str(size.layers), removed, *weights, f"{size.rise:+.3f}", f"× {size.ratio:.2f}", speedup, mark))
+    print(f"\n{align(rows)}")
     logger.info(
         "loss (nats a token) and perplexity: on this text, with nothing in the layers' place; GB: of the weights in bfloat16; "
         "decoding: as expected from the weights that a token reads"
@@ -147,16 +140,15 @@ def _list_candidates(params: Params, rankings: Sequence[list[list[float]]]) -> l
     layers = len(rankings[0])
     first, end = removable_range(params, layers)
     most = min(layers // 2, end - first) or 1
-    step = -(-most // MOST_SIZES)
     candidates = []
-    for count in range(step, most + 1, step):
+    for count in range(1, most + 1):
         starts = range(first, end - count + 1)
         blocks = [block for values in rankings for block in smallest_blocks(values, starts, count, CANDIDATES)]
         candidates.append([*dict.fromkeys(blocks)])
     return candidates
 
 
-def _measure_sizes(context: ModelContext, candidates: Sequence[Sequence[Block]]) -> dict[int, tuple[float, int]]:
+def _measure_rises(context: ModelContext, candidates: Sequence[Sequence[Block]]) -> dict[int, tuple[float, int]]:
     """Return the lowest rise of the loss for each number of layers, and the first layer of its block, until ``LAST_RISE``.
 
     Args:
@@ -182,12 +174,10 @@ def _measure_sizes(context: ModelContext, candidates: Sequence[Sequence[Block]])
         for block in blocks:
             with evaluation.candidate(Edits("", [*block.layers]), block.layer_before_cut) as batches:
                 rises.append((next_token_losses(context, batches).rise_over(dense, weights), block.start))
-        lowest = min(rises)
-        if math.isfinite(lowest[0]):
-            best[len(blocks[0])] = lowest
-        if lowest[0] > LAST_RISE:
+        best[len(blocks[0])] = min(rises)
+        if best[len(blocks[0])][0] > LAST_RISE:
             break
-    return best
+    return {count: lowest for count, lowest in best.items() if math.isfinite(lowest[0])}
 
 
 def _weigh_sizes(source: Model, best: Mapping[int, tuple[float, int]]) -> list[Size]:
@@ -209,13 +199,6 @@ def _weigh_sizes(source: Model, best: Mapping[int, tuple[float, int]]) -> list[S
         speedup = None if source.family().experts else read / (read - gone)
         sizes.append(Size(count, start, rise, 2e-9 * left, left / parameters.total, speedup))
     return sizes
-
-
-def _format_csv(sizes: Sequence[Size]) -> str:
-    heads = [*asdict(sizes[0]), "perplexity_ratio"]
-    rows = [[*asdict(size).values(), size.ratio] for size in sizes]
-    lines = [",".join("" if value is None else str(round_floats(value)) for value in row) for row in rows]
-    return "\n".join([",".join(heads), *lines]) + "\n"
 
 
 def draw_sizes(sizes: Sequence[Size], start: Size | None) -> Figure:
