@@ -50,6 +50,11 @@ def synchronize(device: torch.device | str) -> None:
         torch.accelerator.synchronize(device)
 
 
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Return a tensor on a device. CUDA takes it without a wait for what the device computes; it may change at once here."""
+    return tensor.to(device, non_blocking=torch.device(device).type == "cuda")
+
+
 def device_name(device: str) -> str:
     """Return an accelerator's name, as its maker gives it."""
     if device.startswith("mps"):

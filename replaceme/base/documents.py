@@ -8,12 +8,14 @@ In a batch, padding comes after the text, so a causal model's real tokens never 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from replaceme.base.accelerators import to_device
 from replaceme.base.files import missing_output
 from replaceme.base.group import WHOLE, Shard
 
@@ -28,7 +30,8 @@ class Batch:
 
     Attributes:
         input_ids: (documents, longest) int64, padded at the right with 0.
-        lengths: (documents,) int64, the number of real tokens of each document.
+        lengths: (documents,) int64, the number of real tokens of each document; on the processor, which never has to wait for
+            an accelerator to know them.
         first_token: the number of real tokens before this batch in this process's part of the walk.
         position: the same in the whole walk, which several processes can share.
         scratch: tensors that observers keep from one layer of this batch for a later one.
@@ -40,13 +43,19 @@ class Batch:
     position: int
     scratch: MutableMapping[object, Tensor] = field(default_factory=dict)
 
-    @property
-    def mask(self) -> Tensor:
-        """(documents, longest) bool: which tokens are real."""
-        positions = torch.arange(self.input_ids.shape[1], device=self.input_ids.device)
-        return positions < self.lengths[:, None]
+    @cached_property
+    def indices(self) -> Tensor:
+        """(tokens,) int64: where the real tokens are among all of ``input_ids``, row by row."""
+        mask = torch.arange(self.input_ids.shape[1]) < self.lengths[:, None]
+        return to_device(mask.flatten().nonzero()[:, 0], self.input_ids.device)
 
-    @property
+    @cached_property
+    def last_indices(self) -> Tensor:
+        """(documents,) int64: where each document's last real token is among all of ``input_ids``, row by row."""
+        starts = torch.arange(len(self.lengths)) * self.input_ids.shape[1]
+        return to_device(starts + self.lengths - 1, self.input_ids.device)
+
+    @cached_property
     def token_count(self) -> int:
         """Number of real tokens."""
         return int(self.lengths.sum())
@@ -63,20 +72,18 @@ class Batch:
 
     def real(self, states: Tensor) -> Tensor:
         """Return the real tokens of ``states`` (documents, longest, width) as (tokens, width)."""
-        if self.token_count == self.input_ids.numel():
-            return states.reshape(-1, states.shape[-1])
-        return states[self.mask]
+        rows = states.flatten(0, 1)
+        return rows if self.token_count == len(rows) else rows.index_select(0, self.indices.to(states.device))
 
     def padded(self, rows: Tensor) -> Tensor:
         """Return ``rows`` (tokens, width) as (documents, longest, width), zero at padding: the inverse of ``real``."""
         states = rows.new_zeros(*self.input_ids.shape, rows.shape[-1])
-        states[self.mask.to(rows.device)] = rows
+        states.flatten(0, 1).index_copy_(0, self.indices.to(rows.device), rows)
         return states
 
     def last(self, states: Tensor) -> Tensor:
         """Return each document's last real token of ``states`` as (documents, width)."""
-        rows = torch.arange(len(self.lengths), device=states.device)
-        return states[rows, self.lengths - 1]
+        return states.flatten(0, 1).index_select(0, self.last_indices)
 
 
 class Documents:
@@ -145,7 +152,7 @@ class Documents:
             lengths = torch.tensor([len(document) for document in chosen])
             if shard.owns(number):
                 input_ids = torch.nn.utils.rnn.pad_sequence([document.long() for document in chosen], batch_first=True)
-                yield Batch(input_ids.to(device), lengths.to(device), first_token, position)
+                yield Batch(to_device(input_ids, device), lengths, first_token, position)
                 first_token += int(lengths.sum())
             position += int(lengths.sum())
 

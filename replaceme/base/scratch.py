@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from replaceme.base.accelerators import to_device
 from replaceme.base.errors import ResourceError
 from replaceme.base.files import temporary_folder
 from replaceme.base.ranks import rank
@@ -138,7 +139,7 @@ class _TensorsOnDisk(MutableMapping[object, Tensor]):
         tensor = torch.empty_like(like, device="cpu")
         self.file.file.seek(start)
         self.file.file.readinto(_bytes_of(tensor))
-        return tensor.to(device)
+        return to_device(tensor, device)
 
     def __setitem__(self, key: object, tensor: Tensor) -> None:
         if key in self.parts:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from replaceme.base.accelerators import float64_device, to_float64
+from replaceme.base.accelerators import float64_device, to_device, to_float64
 from replaceme.base.errors import ModelError
 from replaceme.models.families import Family, inputs_of, parameter_of
 
@@ -62,7 +62,7 @@ def assemble_parameter(family: Family, layers: nn.ModuleList, layer: int, channe
         value = _rows(layers[source], name, dimension, rows)
         if dimension == 0 and source != layer:
             value = _for_norm_of(family, layers[source], layers[layer], name, rows, value)
-        made.index_copy_(dimension, targets.to(made.device), value.to(made.device))
+        made.index_copy_(dimension, to_device(targets, made.device), value.to(made.device))
     return made
 
 
@@ -73,7 +73,7 @@ def _in_every_part(indices: Tensor, parts: int, size: int) -> Tensor:
 
 def _rows(layer: nn.Module, name: str, dimension: int, rows: Tensor) -> Tensor:
     value = parameter_of(layer, name)
-    return to_float64(value.index_select(dimension, rows.to(value.device)))
+    return to_float64(value.index_select(dimension, to_device(rows, value.device)))
 
 
 def _for_norm_of(family: Family, source: nn.Module, layer: nn.Module, name: str, rows: Tensor, value: Tensor) -> Tensor:

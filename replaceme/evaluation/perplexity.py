@@ -6,6 +6,7 @@ can be compared. The standard error is clustered by text (``replaceme.evaluation
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax, nll_loss
 
-from replaceme.base.accelerators import to_float64
+from replaceme.base.accelerators import to_device, to_float64
 from replaceme.base.group import all_reduce_sum, shard
 from replaceme.base.progress import progress
 from replaceme.evaluation.windows import WINDOW, Windows
@@ -84,23 +85,30 @@ def _score_batch(
     bounds = [0, *windows.counts.long().cumsum(0).tolist()]
     rows = [windows.ids[index] for index in batch]
     # The last token predicts nothing, so it is left out.
-    ids = torch.nn.utils.rnn.pad_sequence([row[:-1] for row in rows], batch_first=True).to(model.device)
+    ids = to_device(torch.nn.utils.rnn.pad_sequence([row[:-1] for row in rows], batch_first=True), model.device)
+    # Sums of parts of the windows, read all at once: each reading of a device waits for it.
+    sums: dict[str, list[tuple[int, Tensor]]] = defaultdict(list)
     for index, row, logits in zip(batch, rows, model(ids, use_cache=False).logits, strict=True):
-        count = len(row) - 1
+        count, row, likely = len(row) - 1, to_device(row, logits.device), list[Any]()
         for start in range(0, count, POSITIONS):
             end = min(start + POSITIONS, count)
             logs = log_softmax(logits[start:end].float(), dim=-1)
-            targets = row[start + 1 : end + 1].to(logs.device)
-            scores["losses"][index] += float(nll_loss(logs, targets, reduction="sum"))
+            sums["losses"].append((index, nll_loss(logs, row[start + 1 : end + 1], reduction="sum")))
             positions = slice(bounds[index] + start, bounds[index] + end)
             if "likely_ids" in scores:
-                scores["likely_logs"][positions], scores["likely_ids"][positions] = logs.topk(TOP)
+                likely.append(logs.topk(TOP))
             if dense:
-                p_logs, likely = (dense[name][positions].to(logs.device) for name in ("likely_logs", "likely_ids"))
-                q_logs = logs.gather(1, likely.long())
-                scores["divergences"][index] += float(kl_divergence(p_logs, q_logs).sum())
+                p_logs, known = (to_device(dense[name][positions], logs.device) for name in ("likely_logs", "likely_ids"))
+                q_logs = logs.gather(1, known.long())
+                sums["divergences"].append((index, kl_divergence(p_logs, q_logs).sum()))
                 # Predictions of few bits tie: the dense model's most likely token counts as the same if none is more likely.
-                scores["agreements"][index] += float((q_logs[:, 0] == logs.amax(-1)).sum())
+                sums["agreements"].append((index, (q_logs[:, 0] == logs.amax(-1)).sum()))
+        if likely:
+            whole = slice(bounds[index], bounds[index] + count)
+            scores["likely_logs"][whole], scores["likely_ids"][whole] = map(torch.cat, zip(*likely, strict=True))
+    for name, parts in sums.items():
+        for (index, _), value in zip(parts, torch.stack([part for _, part in parts]).tolist(), strict=True):
+            scores[name][index] += value
 
 
 def kl_divergence(p_logs: Tensor, q_logs: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch.nn.functional import log_softmax
 
+from replaceme.base.accelerators import to_device
 from replaceme.base.errors import DatasetError, ModelError
 from replaceme.base.group import all_gather, all_reduce_sum, shard
 from replaceme.base.progress import progress
@@ -161,17 +162,19 @@ class CausalScorer(TemplateLM):
             # The last token of the context predicts the first of the continuation.
             texts = [(contexts[row][-1], *tail[:-1]) for row, tail in zip(rows, continuations, strict=True)]
         # Padding comes after the text.
-        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(text) for text in texts], batch_first=True).to(device)
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(text) for text in texts], batch_first=True)
+        ids = to_device(ids, device)
         kept = ids.shape[1] - (0 if cache else first)
         logits = self.model(ids, logits_to_keep=kept, **cache_arguments(self.model, cache)).logits
-        scores = []
+        likelihoods, best = [], []
         for row, context, tail in zip(logits, (contexts[row] for row in rows), continuations, strict=True):
             start = len(context) - 1 - first
             logs = log_softmax(row[start : start + len(tail)].float(), dim=-1)
-            target = torch.tensor(tail, device=device)
-            likelihood = logs.gather(1, target[:, None]).sum()
-            scores.append((float(likelihood), bool((logs.argmax(-1) == target).all())))
-        return scores
+            target = to_device(torch.tensor(tail), device)
+            likelihoods.append(logs.gather(1, target[:, None]).sum())
+            best.append((logs.argmax(-1) == target).all())
+        # Read at once: each reading of a device waits for it.
+        return [*zip(torch.stack(likelihoods).tolist(), torch.stack(best).tolist(), strict=True)]
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
         """Return the text that the model writes after each question; a question that is too long loses its beginning."""

@@ -6,8 +6,7 @@ compared as they are stored.
 
 from __future__ import annotations
 
-import math
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import TYPE_CHECKING
 
 import torch
@@ -61,8 +60,11 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def is_finite(tensor: Tensor) -> bool:
-    """Return whether a tensor holds neither NaN nor infinity. Its least and largest entry tell, much faster than isfinite."""
-    if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
-        return True
-    return all(map(math.isfinite, torch.stack(tensor.aminmax()).tolist()))
+def is_finite(*tensors: Tensor) -> bool:
+    """Return whether tensors hold neither NaN nor infinity. Least and largest entries tell, much faster than isfinite."""
+    finite = defaultdict[torch.device, list[Tensor]](list)
+    for tensor in tensors:
+        if tensor.is_floating_point() and not tensor.is_meta and tensor.numel():
+            finite[tensor.device].append(torch.stack(tensor.aminmax()).isfinite().all())
+    # One reading of a device for all.
+    return all(bool(torch.stack(each).all()) for each in finite.values())

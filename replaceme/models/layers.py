@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from replaceme.base.accelerators import to_device
 from replaceme.base.documents import Batch
 from replaceme.models.families import Family, in_torch_layout, is_conv1d
 from replaceme.models.streaming import stream_of
@@ -32,7 +33,7 @@ class EntryState:
         """Return the layer's input, (documents, longest, d)."""
         if self.states is None:
             return batch.scratch["carried"]
-        return batch.padded(self.states[batch.tokens].to(batch.input_ids.device))
+        return batch.padded(to_device(self.states[batch.tokens], batch.input_ids.device))
 
 
 def tensor_of(output: Any) -> Tensor:
@@ -151,7 +152,7 @@ def start_at_layer(
     def attend(*arguments: Any, **options: Any) -> tuple[Tensor, None]:
         assert entry.attention is not None
         now = batch()
-        features = now.padded(entry.attention[now.tokens].to(input_of(arguments, options).device))
+        features = now.padded(to_device(entry.attention[now.tokens], input_of(arguments, options).device))
         return family.linear_of(layer, "attention_output")(features), None
 
     with ExitStack() as stack:

@@ -198,7 +198,7 @@ def stream_layers(source: Model, model: PreTrainedModel, budget: int, device: st
     outside = sum(each.numel() * each.itemsize for each in model.parameters() if not each.is_meta)
 
     def check(values: Iterable[Tensor]) -> None:
-        if not all(map(is_finite, values)):
+        if not is_finite(*values):
             source.check_finite(dtype_name(model.dtype))
 
     loader = LayerLoader(model, family.layers, _split_tensors(source)[1], target)

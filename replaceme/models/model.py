@@ -138,7 +138,7 @@ class Model(ModelFiles):
         """
         model = self._load(dtype, device, use_4bit, device_map, config, left_out)
         # Quantized or offloaded weights don't show it.
-        if use_4bit or device_map or not all(map(is_finite, model.parameters())):
+        if use_4bit or device_map or not is_finite(*model.parameters()):
             self.check_finite(dtype_name(model.dtype))
         return model
 

@@ -23,6 +23,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from replaceme.base.accelerators import to_device
 from replaceme.base.documents import Batch
 from replaceme.base.errors import SolveError
 from replaceme.base.group import all_reduce_sum
@@ -59,7 +60,7 @@ class Candidates:
         state = batch.real(signals["input"]).float() + batch.real(signals["attention"]).float()
         if self.bias is not None:
             state += self.multiplier * self.bias.to(state)
-        target = self.target[batch.tokens].to(state.device).float()
+        target = to_device(self.target[batch.tokens], state.device).float()
         root = token_weights(target).sqrt()
         g = batch.real(signals["mlp_features"]).float() * (self.multiplier * root)
         if not len(self.cross):
@@ -129,7 +130,7 @@ def best_channels(gram: Tensor, cross: Tensor, prior: Tensor, ridge: float, coun
         matrix = scaled.clone()
         matrix.diagonal().add_(ridge)
         factor, failed = factorize(matrix)
-        if not (is_finite(matrix) and is_finite(goal)):
+        if not is_finite(matrix, goal):
             raise SolveError("dtype: the sums over the MLP's channels are not finite; use float32 or bfloat16.")
         if failed:
             raise SolveError(f"ridge: {ridge:g} leaves the choice of channels singular; raise it, or dataset_size.")

@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
-from replaceme.base.accelerators import float64_device
+from replaceme.base.accelerators import float64_device, to_device
 from replaceme.base.combinations import STEPWISE
 from replaceme.base.documents import FOLDS, Batch, few_documents, folds_of
 from replaceme.base.errors import renaming
@@ -334,13 +334,14 @@ class ResidualSums:
 
     def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
         state = sum_tensors(batch.real(signals[name]).float() for name in self.state)
-        target = self.target[batch.tokens].to(state.device).float()
+        target = to_device(self.target[batch.tokens], state.device).float()
         w = token_weights(target)
         root = w.sqrt()
         g = self.features.columns(*(batch.real(signals[name]) for name in self.features.signals)).mul_(root)
-        gap, own = (target - state) * root, self.fold_of_token[batch.positions].to(state.device)
-        for fold in own.unique().tolist():
-            rows = slice(None) if bool((own == fold).all()) else own == fold
+        gap, own = (target - state) * root, self.fold_of_token[batch.positions]
+        present = own.unique().tolist()
+        for fold in present:
+            rows = to_device((own == fold).nonzero()[:, 0], state.device) if len(present) > 1 else slice(None)
             add_correction(self.sums[fold], g[rows], gap[rows], target[rows], w[rows])
 
     def all_reduce(self) -> None:
@@ -376,7 +377,7 @@ class PairedStatistic:
 
     def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
         self.statistic.observe(layer, signals, batch)
-        self.statistic.add_targets(self.target[batch.tokens].to(signals["output"].device), batch)
+        self.statistic.add_targets(to_device(self.target[batch.tokens], signals["output"].device), batch)
 
     def all_reduce(self) -> None:
         assert isinstance(self.statistic, Reducible)

@@ -126,9 +126,14 @@ def _losses(model: Any, batches: Iterable[Batch]) -> Iterator[tuple[int, float, 
     for batch in batches:
         position, logits = batch.position, model(batch.input_ids, use_cache=False).logits
         for row, ids, length in zip(logits, batch.input_ids, batch.lengths.tolist(), strict=True):
+            parts = [
+                cross_entropy(scores.float(), targets, reduction="sum")
+                for scores, targets in zip(row[: length - 1].split(PART), ids[1:length].split(PART), strict=True)
+            ]
+            # Read at once: each reading of a device waits for it.
             total = 0.0
-            for scores, targets in zip(row[: length - 1].split(PART), ids[1:length].split(PART), strict=True):
-                total += float(cross_entropy(scores.float(), targets, reduction="sum"))
+            for part in torch.stack(parts).tolist():
+                total += part
             yield position, total, length - 1
             position += length
 

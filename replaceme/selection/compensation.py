@@ -48,7 +48,7 @@ class MagnitudeSums:
 
     def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
         for signal in self.by_layer[layer]:
-            sums = to_float64(batch.real(signals[signal]).abs()).sum(dim=0).cpu()
+            sums = to_float64(batch.real(signals[signal]).abs()).sum(dim=0)
             name = f"{signal} {layer}"
             self.sums[name] = self.sums.get(name, 0.0) + sums
 
@@ -76,7 +76,9 @@ class Influence:
 
     def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
         before, after = batch.real(signals["input"]).float(), batch.real(signals["output"]).float()
-        self.sums[layer] += (1 - to_float64(torch.cosine_similarity(before, after, dim=-1))).sum().cpu()
+        change = (1 - to_float64(torch.cosine_similarity(before, after, dim=-1))).sum()
+        self.sums = self.sums.to(change.device)
+        self.sums[layer] += change
 
     def all_reduce(self) -> None:
         all_reduce_sum({"influence": self.sums})

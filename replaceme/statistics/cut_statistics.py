@@ -133,10 +133,9 @@ class Sample(CutStatistic):
 
     def take(self, mlp_output: Tensor, output_before_cut: Tensor, target: Tensor, batch: Batch) -> None:
         start = -batch.position % self.stride
-        M = mlp_output[start :: self.stride].float()
-        self.kept["added"].append(M.cpu())
-        self.kept["rest"].append((output_before_cut[start :: self.stride].float() - M).cpu())
-        self.kept["target"].append(target[start :: self.stride].float().cpu())
+        M, h, H = (rows[start :: self.stride].float() for rows in (mlp_output, output_before_cut, target))
+        for kept, rows in zip(self.kept.values(), torch.stack([M, h - M, H]).cpu(), strict=True):
+            kept.append(rows)
         first = (batch.position + start) // self.stride
         self.positions.append(torch.arange(first, first + len(self.kept["target"][-1])))
 

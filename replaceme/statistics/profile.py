@@ -27,6 +27,7 @@ from replaceme.base.progress import logger
 from replaceme.models.context import ModelContext
 from replaceme.models.streaming import evict_layers
 from replaceme.statistics.residuals import FIT_TOKENS, TokenSample, residual_map
+from replaceme.statistics.sums import Sums
 from replaceme.statistics.walk import Observer, Signal, Signals, signals_for, walk
 
 # Tokens of the text that are profiled: so many, or so many for each dimension of the state, of which the residuals take five.
@@ -50,10 +51,10 @@ class AngularDistances:
         return signals_for(range(self.layers), "output")
 
     def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
-        batch.scratch[self, layer] = batch.last(signals["output"]).cpu().double()
+        batch.scratch[self, layer] = batch.last(signals["output"])
         if layer == self.layers - 1:
             states = torch.stack([batch.scratch.pop((self, index)) for index in range(self.layers)], dim=1)
-            self.sums += angular_distance(states).sum(dim=0)
+            self.sums += angular_distance(states.cpu().double()).sum(dim=0)
             self.documents += len(states)
 
     def all_reduce(self) -> None:
@@ -71,10 +72,9 @@ class StateCosines:
     def __init__(self, layers: int):
         self.layers = layers
         self.tokens = 0
-        # Of the input of the first layer and the output of every layer.
-        self.cosines = torch.zeros(layers + 1, layers + 1, dtype=torch.float64)
-        self.norm_sum = torch.zeros(layers + 1, dtype=torch.float64)
-        self.norm_max = torch.zeros(layers + 1, dtype=torch.float64)
+        # ``cosines`` and ``norms`` of the input of the first layer and the output of every layer.
+        self.sums = Sums()
+        self.norm_max = torch.zeros(layers + 1)
 
     def signals(self) -> Mapping[int, frozenset[Signal]]:
         return {0: frozenset({"input", "output"}), **signals_for(range(1, self.layers), "output")}
@@ -85,30 +85,30 @@ class StateCosines:
         batch.scratch[self, layer + 1] = batch.real(signals["output"])
         if layer == self.layers - 1:
             states = [batch.scratch.pop((self, index)) for index in range(self.layers + 1)]
+            self.norm_max = self.norm_max.to(states[0].device)
             for start in range(0, batch.token_count, TOKENS):
                 # The states can be on several devices.
                 parts = torch.stack([state[start : start + TOKENS].to(states[0].device) for state in states]).float()
                 norms = torch.linalg.vector_norm(parts, dim=-1)
                 unit = parts.div_(norms.clamp_min(TINY)[..., None]).flatten(1)
-                self.cosines += (unit @ unit.T).cpu().double()
-                self.norm_sum += to_float64(norms).sum(dim=1).cpu()
-                self.norm_max = torch.maximum(self.norm_max, norms.amax(dim=1).cpu().double())
+                self.sums.add({"cosines": unit @ unit.T, "norms": to_float64(norms).sum(dim=1)})
+                self.norm_max = torch.maximum(self.norm_max, norms.amax(dim=1))
             self.tokens += batch.token_count
 
     def all_reduce(self) -> None:
-        all_reduce_sum({"cosines": self.cosines, "norms": self.norm_sum})
-        self.norm_max = torch.stack(all_gather(self.norm_max)).amax(0)
+        self.sums.all_reduce()
+        self.norm_max = torch.stack(all_gather(self.norm_max.cpu())).amax(0)
         self.tokens = sum(all_gather(self.tokens))
 
     def mean_cosine(self) -> Tensor:
         """Return (layers, layers) float64: mean cosine of the input of layer i and the output of layer j; 0 for j < i."""
-        return (self.cosines / self.tokens)[:-1, 1:].triu()
+        return (self.sums.totals["cosines"] / self.tokens)[:-1, 1:].triu()
 
     def figures(self) -> dict[str, list[float]]:
         """Return block influence, and mean and largest norm of the output: figure → one number per layer."""
         return {
             "block_influence": (1 - self.mean_cosine().diagonal()).tolist(),
-            "mean_norm": (self.norm_sum / self.tokens)[1:].tolist(),
+            "mean_norm": (self.sums.totals["norms"] / self.tokens)[1:].tolist(),
             "max_norm": self.norm_max[1:].tolist(),
         }
 

@@ -19,7 +19,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from replaceme.base.accelerators import float64_device
+from replaceme.base.accelerators import float64_device, to_device
 from replaceme.base.documents import HELD_OUT_EVERY, Batch, Documents, seeded_order, split_indices
 from replaceme.base.group import all_reduce_sum, merge_rows, shard
 from replaceme.base.progress import progress
@@ -75,11 +75,10 @@ class TokenSample:
         mlp_output, output = batch.real(signals["mlp"]), batch.real(signals["output"])
         for tokens, offset in ((self.fit, 0), (self.held_out, len(self.fit))):
             start, end = torch.searchsorted(tokens, bounds).tolist()
-            rows, stored = (tokens[start:end] - batch.position).to(mlp_output.device), slice(offset + start, offset + end)
-            self.mlp_output[layer, stored] = mlp_output[rows].cpu()
-            self.output[layer, stored] = output[rows].cpu()
-            unmap(self.mlp_output[layer, stored])
-            unmap(self.output[layer, stored])
+            rows, stored = to_device(tokens[start:end] - batch.position, output.device), slice(offset + start, offset + end)
+            for own, states in ((self.mlp_output, mlp_output), (self.output, output)):
+                own[layer, stored] = states.index_select(0, rows)
+                unmap(own[layer, stored])
 
     def all_reduce(self) -> None:
         merge_rows(self.mlp_output)

@@ -103,7 +103,7 @@ class Sums:
         """
         totals = self.totals | {name: mirror(total) for name, total in self.squares.items()}
         self.totals, self.squares = {}, {}
-        if not all(map(is_finite, totals.values())):
+        if not is_finite(*totals.values()):
             raise SolveError("dtype: the sums over the activations are not finite; use float32 or bfloat16.")
         return totals
 

@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from replaceme.base.accelerators import to_device
 from replaceme.base.documents import Batch, Documents, seeded_order, split_indices
 from replaceme.base.errors import SolveError
 from replaceme.base.files import read_remembered, round_floats
@@ -133,12 +134,12 @@ class DocumentBatches:
         """Return documents as one padded batch."""
         texts = [self.texts[index].long() for index in documents]
         ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
-        return Batch(ids.to(self.device), torch.tensor([len(text) for text in texts], device=self.device), 0, 0)
+        return Batch(to_device(ids, self.device), torch.tensor([len(text) for text in texts]), 0, 0)
 
     def rows(self, states: Tensor, documents: Sequence[int]) -> Tensor:
         """Return the rows of documents from states (tokens, d) in the order of the text."""
         parts = [states[self.starts[index] : self.starts[index] + len(self.texts[index])] for index in documents]
-        return torch.cat(parts).to(self.device)
+        return to_device(torch.cat(parts), self.device)
 
     def token_count(self, documents: Sequence[int]) -> int:
         """Return the number of tokens of documents."""

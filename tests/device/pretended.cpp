@@ -11,6 +11,7 @@
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/CachingDeviceAllocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <pybind11/functional.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
@@ -22,6 +23,7 @@
 #include <string>
 #include <unordered_set>
 
+namespace py = pybind11;
 namespace {
 using at::Tensor;
 using c10::Device;
@@ -49,8 +51,19 @@ void* real(const void* hidden) {
 
 struct Counts {
   std::atomic<int64_t> used{0}, peak{0}, reserved{0};  // reserved: also what is kept for the next tensors
+  std::atomic<int64_t> queued{0};                      // operators since the host last waited for the device
 };
 Counts counts[DEVICES];
+// Of all devices: bytes and copies from and to the host, and how often the host waited.
+std::atomic<int64_t> to_device{0}, to_host{0}, copies{0}, waits{0};
+
+// DEBUG
+std::function<void(std::string)> told;
+void wait_for(int device, const std::string& why = "") {
+  counts[device].queued = 0;
+  ++waits;
+  if (told) { py::gil_scoped_acquire gil; told(why); }
+}
 
 void raise_to(std::atomic<int64_t>& most, int64_t value) {
   int64_t before = most;
@@ -132,7 +145,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   c10::DeviceIndex deviceCount() const noexcept override { return DEVICES; }
   bool queryStream(const c10::Stream&) const override { return true; }
   void synchronizeStream(const c10::Stream&) const override {}
-  void synchronizeDevice(const c10::DeviceIndex) const override {}
+  void synchronizeDevice(const c10::DeviceIndex device) const override { wait_for(device, "synchronize"); }
   void record(void**, const c10::Stream&, const c10::DeviceIndex, const c10::EventFlag) const override {}
   void block(void*, const c10::Stream&) const override {}
   bool queryEvent(void*) const override { return true; }
@@ -275,6 +288,25 @@ void require_kernel(const std::string& name, const std::string& base, const std:
   }
 }
 
+// Count an operator that isn't a view, and what its wrapper copies and waits for: values that the host needs to go on.
+void count_operator(const std::string& name, const std::string& base, const std::vector<IValue>& given, int device) {
+  ++counts[device].queued;
+  static const std::unordered_set<std::string> waiting{
+      "aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::_unique2", "aten::unique_dim",
+      "aten::unique_consecutive", "aten::bincount", "aten::_linalg_eigh", "aten::_linalg_svd", "aten::repeat_interleave"};
+  if (waiting.count(base)) {
+    to_host += base == "aten::_local_scalar_dense" ? given[0].toTensor().itemsize() : 8;
+    ++copies;
+    wait_for(device, name);
+  }
+  // The places of a mask; a single value fills it without. (``index`` looks them up by ``nonzero``, which is seen above.)
+  if (base == "aten::_index_put_impl_" && given[2].toTensor().numel() != 1)
+    map_tensors(given[1], [&](const Tensor& index) {
+      if (index.scalar_type() == at::kBool) wait_for(device, name);
+      return index;
+    });
+}
+
 void run(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   at::AutoDispatchBelowADInplaceOrView below;
   const auto& schema = op.schema();
@@ -284,6 +316,9 @@ void run(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   std::vector<IValue> given(stack->begin() + static_cast<int64_t>(begin), stack->end());
   require_kernel(name, schema.name(), given);
   Device target = find_device(name, arguments, given);
+  const auto& returns = schema.returns();
+  bool is_view = !returns.empty() && returns[0].alias_info() && !returns[0].alias_info()->isWrite();
+  if (!is_view) count_operator(name, schema.name(), given, target.index());
 
   // The processor's view of the arguments.
   std::vector<std::pair<Tensor, Tensor>> filled, written;  // what an operator makes, or changes: (device's, processor's)
@@ -311,7 +346,6 @@ void run(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     if (device.sizes() != host.sizes() || device.strides() != host.strides())
       device.unsafeGetTensorImpl()->set_sizes_and_strides(host.sizes(), host.strides(), host.storage_offset());
 
-  const auto& returns = schema.returns();
   const size_t from = stack->size() - returns.size();
   for (size_t i = 0; i < returns.size(); ++i) {
     IValue& value = (*stack)[from + i];
@@ -340,11 +374,20 @@ Tensor empty_strided(c10::IntArrayRef size, c10::IntArrayRef stride, std::option
   return new_strided(size, stride, c10::dtype_or_default(type), device);
 }
 
-Tensor& copy_(Tensor& self, const Tensor& source, bool) {
+Tensor& copy_(Tensor& self, const Tensor& source, bool non_blocking) {
   at::AutoDispatchBelowADInplaceOrView below;
   for (const Tensor& each : {self, source}) TORCH_CHECK(each.is_cuda() || each.is_cpu(), "copy_ from or to ", each.device());
   Tensor target = self.is_cuda() ? seen_by_host(self) : self, origin = source.is_cuda() ? seen_by_host(source) : source;
-  if (target.numel() || origin.numel()) target.copy_(origin);
+  if (!target.numel() && !origin.numel()) return self;
+  target.copy_(origin);
+  int device = (self.is_cuda() ? self : source).device().index();
+  ++counts[device].queued;
+  if (self.is_cuda() && source.is_cuda()) return self;
+  // The host converts: what it gets before it sends, and what it is sent afterwards.
+  (self.is_cuda() ? to_device : to_host) += self.numel() * (self.is_cuda() ? self : source).itemsize();
+  ++copies;
+  // From memory that isn't pinned, CUDA takes what is to be copied without waiting.
+  if (!non_blocking) wait_for(device, self.is_cuda() ? "to device" : "to host");
   return self;
 }
 
@@ -422,6 +465,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("used", [](int device) { return counts[device].used.load(); });
   m.def("peak", [](int device) { return counts[device].peak.load(); });
   m.def("reserved", [](int device) { return counts[device].reserved.load(); });
+  m.def("on_wait", [](std::function<void(std::string)> f) { told = f; });
+  m.def("synchronize", [](int device) { wait_for(device); });
+  m.def("queued", [] { return counts[0].queued + counts[1].queued; });
+  m.def("traffic", [] { return std::array<int64_t, 4>{to_device, to_host, copies, waits}; });
   m.def("empty_cache", [] { allocator.emptyCache({0, 0}); });
   m.def("total", [] { return limit.load(); });
   m.def("set_limit", [](int64_t bytes) { limit = bytes; });
