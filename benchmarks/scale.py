@@ -1,4 +1,4 @@
-"""The pipeline at a large model's shapes, streamed: time, processor time, peak memory and bytes from the disk, by stage.
+"""The pipeline at a large model's shapes, streamed: time, processor time, peak memory, GPU's too, and bytes read, by stage.
 
 ``python -m benchmarks.scale FOLDER [SHAPES [MEMORY [DEVICE]]]`` makes a Llama of random bfloat16 weights in FOLDER, layer by
 layer, unless it is there already, and runs every stage up to the verified export in a process of its own: a quarter of the
@@ -7,12 +7,14 @@ llama-3.1-8b (16 GB), llama-3.1-8b-short (8 of its 32 layers, 5.6 GB: streamed, 
 or tiny; MEMORY is the parameter ``memory``, DEVICE is ``device`` (cpu). Random weights say nothing about quality.
 """
 
+import contextlib
 import os
 import re
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.sandbox import ENVIRONMENT, copy_code, make_inputs, set_params
@@ -98,9 +100,21 @@ def run_stage(stage: str, folder: Path, log: Path) -> tuple[float, float, float,
             time.sleep(0.02)
         _, status, usage = ended
     if code := os.waitstatus_to_exitcode(status):
-        sys.exit(f"stage {stage} ended with {code}; its log is {log}")
+        end = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
+        sys.exit(f"stage {stage} ended with {code}; its log is {log}, which ends:\n{end}")
     seconds, busy = time.perf_counter() - began, usage.ru_utime + usage.ru_stime
     return seconds, busy, own, usage.ru_maxrss * 1024 / 1e9, usage.ru_inblock * 512 / 1e9
+
+
+def gpu_peak(stage: str, folder: Path) -> float:
+    """Return the peak of a stage's memory on GPUs, in GB, as the stage kept it; 0 if it used none."""
+    from replaceme.methods.registry import METHODS
+    from replaceme.running.cost import kept_cost
+    from replaceme.running.stage import COMPRESSION, pipeline_params
+
+    with contextlib.chdir(folder):
+        cost = kept_cost(stage, pipeline_params(METHODS)) if stage in COMPRESSION else None
+    return float((cost or {}).get("peak_cuda_bytes", 0)) / 1e9
 
 
 def main(folder: Path, shapes: str = "llama-3.1-8b", memory: str = "3GB", device: str = "cpu") -> None:
@@ -120,21 +134,21 @@ def main(folder: Path, shapes: str = "llama-3.1-8b", memory: str = "3GB", device
     set_params(work, SETTINGS | given | cut)
     weights = sum(path.stat().st_size for path in (inputs / "model").glob("*.safetensors")) / 1e9
     print(f"{shapes}: {weights:.1f} GB of weights, memory: {memory}; the log is {log}")
-    print(
-        f"{'stage':<12} {'seconds':>8} {'processor':>10} {'memory':>8} {'with files':>10} {'from disk':>10}  in weights' sizes"
-    )
+    memories = f"{'memory':>8} {'with files':>10} {'on GPU':>8}"
+    print(f"{'stage':<12} {'seconds':>8} {'processor':>10} {memories} {'from disk':>10}  in weights' sizes")
     rows = []
     for stage in STAGES:
-        rows.append(run_stage(stage, work, log))
+        seconds, busy, own, peak, disk = run_stage(stage, work, log)
+        rows.append((seconds, busy, own, peak, gpu_peak(stage, work) if device != "cpu" else 0.0, disk))
         print_row(stage, rows[-1], weights)
-    seconds, busy, own, peaks, disk = zip(*rows, strict=True)
-    print_row("all", (sum(seconds), sum(busy), max(own), max(peaks), sum(disk)), weights)
+    totals = (sum, sum, max, max, max, sum)
+    print_row("all", [total(column) for total, column in zip(totals, zip(*rows, strict=True), strict=True)], weights)
 
 
-def print_row(stage: str, row: tuple[float, float, float, float, float], weights: float) -> None:
+def print_row(stage: str, row: Sequence[float], weights: float) -> None:
     """Print a row of the table."""
-    seconds, busy, own, peak, disk = row
-    amounts = f"{own:>5.2f} GB {peak:>7.2f} GB {disk:>7.1f} GB"
+    seconds, busy, own, peak, gpu, disk = row
+    amounts = f"{own:>5.2f} GB {peak:>7.2f} GB {gpu:>5.2f} GB {disk:>7.1f} GB"
     print(f"{stage:<12} {seconds:>8.0f} {busy:>8.0f} s {amounts}  {disk / weights:>5.2f}", flush=True)
 
 

@@ -50,6 +50,17 @@ def synchronize(device: torch.device | str) -> None:
         torch.accelerator.synchronize(device)
 
 
+def synchronize_all() -> None:
+    """Wait until all accelerators that this process has used have done what they were given."""
+    for number in range(count_devices()):
+        try:
+            used = torch.accelerator.max_memory_allocated(number)
+        except NO_FIGURES:
+            used = 1
+        if used:  # or torch would take memory of it
+            torch.accelerator.synchronize(number)
+
+
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     """Return a tensor on a device. CUDA takes it without a wait for what the device computes; it may change at once here."""
     return tensor.to(device, non_blocking=torch.device(device).type == "cuda")

@@ -47,7 +47,9 @@ def describe_machine() -> Iterator[tuple[str, str]]:
     seconds = measure_products(WIDTH, FEATURES, chosen)
     times = ", ".join(f"{format} in {1000 * each:.3g} ms" for format, each in seconds.items())
     yield "device", f"auto is {chosen} ({kind_of(chosen)})"
-    yield "dtype", f"on {chosen}, a product of {WIDTH} x {FEATURES} takes {times}"
+    known = accelerators.has_bfloat16(chosen)
+    auto = "" if known is None else f"auto is {'bfloat16' if known else 'float32'}; "
+    yield "dtype", f"{auto}on {chosen}, a product of {WIDTH} x {FEATURES} takes {times}"
     yield (
         "weights",
         f"memory: auto lets them take {format_size(int(AUTO_FRACTION * free_memory(chosen)))}; larger models are streamed",

@@ -43,6 +43,7 @@ def cost_measurement() -> Iterator[Cost]:
     cost: Cost = {}
     began = time.perf_counter()
     yield cost
+    _synchronize()
     figures = {"seconds": time.perf_counter() - began, "peak_memory_bytes": peak_memory(), **_peak_cuda()}
     cost.update(round_floats(figures, 4), machine=machine())
 
@@ -83,6 +84,13 @@ def peak_memory() -> int:
     except (OSError, IndexError):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def _synchronize() -> None:
+    if "torch" in sys.modules:
+        from replaceme.base.accelerators import synchronize_all
+
+        synchronize_all()
 
 
 def _peak_cuda() -> dict[str, int]:

@@ -97,10 +97,11 @@ class DerivedGram(FeatureGram):
         output_before_cut, *inputs, target, _batch = signals
         self.take_features(output_before_cut, inputs, target)
 
-    def tensors(self) -> dict[str, Tensor]:
-        sums = super().tensors()
-        feature_added = sums["gram"] @ self.map
-        of_mlp_output = {"added_gram": self.map.T @ feature_added, "added_cross": self.map.T @ sums["cross"]}
+    def solvable_sums(self) -> dict[str, Tensor]:
+        sums = super().solvable_sums()
+        of_features = self.map.to(sums["gram"].device)
+        feature_added = sums["gram"] @ of_features
+        of_mlp_output = {"added_gram": of_features.T @ feature_added, "added_cross": of_features.T @ sums["cross"]}
         return {**sums, "feature_added": feature_added, **of_mlp_output}
 
 
@@ -188,7 +189,7 @@ def _refit(context: ModelContext, blocks: Sequence[Block], cuts: Sequence[Edits]
         grams = {number: feature_gram(blocks[number], features[number], last_linears[number]) for number in part}
         walk(context, [*grams.values()], description="fitting the best cuts")
         for number, gram in grams.items():
-            sums = gram.tensors()
+            sums = gram.solvable_sums()
             # An MLP that adds nothing has no map to start from: this cut is measured without a fit.
             if alpha := RIDGE * float(sums["added_gram"].diagonal().mean()):
                 refit(cuts[number], blocks[number].layer_before_cut, sums, alpha, REFIT_RIDGE)

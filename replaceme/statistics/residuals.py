@@ -73,12 +73,17 @@ class TokenSample:
     def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
         bounds = torch.tensor([batch.position, batch.position + batch.token_count])
         mlp_output, output = batch.real(signals["mlp"]), batch.real(signals["output"])
-        for tokens, offset in ((self.fit, 0), (self.held_out, len(self.fit))):
-            start, end = torch.searchsorted(tokens, bounds).tolist()
-            rows, stored = to_device(tokens[start:end] - batch.position, output.device), slice(offset + start, offset + end)
-            for own, states in ((self.mlp_output, mlp_output), (self.output, output)):
-                own[layer, stored] = states.index_select(0, rows)
-                unmap(own[layer, stored])
+        parts = (self.fit, 0), (self.held_out, len(self.fit))
+        spans = [slice(*torch.searchsorted(tokens, bounds).tolist()) for tokens, _ in parts]
+        rows = torch.cat([tokens[span] for (tokens, _), span in zip(parts, spans, strict=True)]) - batch.position
+        rows = to_device(rows, output.device)
+        # One copy for all: each waits for the device.
+        chosen = torch.stack([states.index_select(0, rows) for states in (mlp_output, output)]).cpu()
+        for whole, states in ((self.mlp_output, chosen[0]), (self.output, chosen[1])):
+            for (_, offset), span, own in zip(parts, spans, states.split([s.stop - s.start for s in spans]), strict=True):
+                stored = whole[layer, offset + span.start : offset + span.stop]
+                stored.copy_(own)
+                unmap(stored)
 
     def all_reduce(self) -> None:
         merge_rows(self.mlp_output)
@@ -121,8 +126,9 @@ def residual_map(sample: TokenSample, device: torch.device | str) -> list[list[f
         M = sample.mlp_output[layer].to(device).float()
         Z = sample.output[layer].to(device).float() - M
         products = M @ M[:count].T if few else None
+        errors = []
         for last, w in enumerate(weights[layer:], start=layer + 1):
-            torch.sub(sample.output[last].to(device), Z, out=Y)
+            torch.sub(to_device(sample.output[last], device), Z, out=Y)
             goal, root = Y[:count], w[:count].sqrt()
             goal *= root
             if products is not None:
@@ -134,7 +140,8 @@ def residual_map(sample: TokenSample, device: torch.device | str) -> list[list[f
                 torch.mul(M[:count], root, out=weighted)
                 T = solve_small_ridge(squares(weighted), weighted.T @ goal, sample.width)
                 error = Y[count:].addmm_(M[count:], T, alpha=-1)
-            residuals[layer, last] = float((error.square().sum(dim=1, keepdim=True) * w[count:]).mean().sqrt())
+            errors.append((error.square().sum(dim=1, keepdim=True) * w[count:]).mean().sqrt())
+        residuals[layer, layer + 1 :] = torch.stack(errors).cpu()
     all_reduce_sum({"residuals": residuals})
     rows: list[list[float]] = residuals.tolist()
     return rows
