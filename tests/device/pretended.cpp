@@ -11,7 +11,6 @@
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/CachingDeviceAllocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
-#include <pybind11/functional.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
@@ -21,9 +20,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <string>
+#include <unordered_map>
 #include <unordered_set>
 
-namespace py = pybind11;
 namespace {
 using at::Tensor;
 using c10::Device;
@@ -57,12 +56,9 @@ Counts counts[DEVICES];
 // Of all devices: bytes and copies from and to the host, and how often the host waited.
 std::atomic<int64_t> to_device{0}, to_host{0}, copies{0}, waits{0};
 
-// DEBUG
-std::function<void(std::string)> told;
-void wait_for(int device, const std::string& why = "") {
+void wait_for(int device) {
   counts[device].queued = 0;
   ++waits;
-  if (told) { py::gil_scoped_acquire gil; told(why); }
 }
 
 void raise_to(std::atomic<int64_t>& most, int64_t value) {
@@ -145,7 +141,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   c10::DeviceIndex deviceCount() const noexcept override { return DEVICES; }
   bool queryStream(const c10::Stream&) const override { return true; }
   void synchronizeStream(const c10::Stream&) const override {}
-  void synchronizeDevice(const c10::DeviceIndex device) const override { wait_for(device, "synchronize"); }
+  void synchronizeDevice(const c10::DeviceIndex device) const override { wait_for(device); }
   void record(void**, const c10::Stream&, const c10::DeviceIndex, const c10::EventFlag) const override {}
   void block(void*, const c10::Stream&) const override {}
   bool queryEvent(void*) const override { return true; }
@@ -288,8 +284,8 @@ void require_kernel(const std::string& name, const std::string& base, const std:
   }
 }
 
-// Count an operator that isn't a view, and what its wrapper copies and waits for: values that the host needs to go on.
-void count_operator(const std::string& name, const std::string& base, const std::vector<IValue>& given, int device) {
+// Count an operator that isn't a view; and a copy and a wait, where CUDA's wrapper needs values of its results to go on.
+void count_operator(const std::string& base, const std::vector<IValue>& given, int device) {
   ++counts[device].queued;
   static const std::unordered_set<std::string> waiting{
       "aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::_unique2", "aten::unique_dim",
@@ -297,12 +293,12 @@ void count_operator(const std::string& name, const std::string& base, const std:
   if (waiting.count(base)) {
     to_host += base == "aten::_local_scalar_dense" ? given[0].toTensor().itemsize() : 8;
     ++copies;
-    wait_for(device, name);
+    wait_for(device);
   }
   // The places of a mask; a single value fills it without. (``index`` looks them up by ``nonzero``, which is seen above.)
   if (base == "aten::_index_put_impl_" && given[2].toTensor().numel() != 1)
     map_tensors(given[1], [&](const Tensor& index) {
-      if (index.scalar_type() == at::kBool) wait_for(device, name);
+      if (index.scalar_type() == at::kBool) wait_for(device);
       return index;
     });
 }
@@ -318,7 +314,7 @@ void run(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   Device target = find_device(name, arguments, given);
   const auto& returns = schema.returns();
   bool is_view = !returns.empty() && returns[0].alias_info() && !returns[0].alias_info()->isWrite();
-  if (!is_view) count_operator(name, schema.name(), given, target.index());
+  if (!is_view) count_operator(schema.name(), given, target.index());
 
   // The processor's view of the arguments.
   std::vector<std::pair<Tensor, Tensor>> filled, written;  // what an operator makes, or changes: (device's, processor's)
@@ -387,7 +383,7 @@ Tensor& copy_(Tensor& self, const Tensor& source, bool non_blocking) {
   (self.is_cuda() ? to_device : to_host) += self.numel() * (self.is_cuda() ? self : source).itemsize();
   ++copies;
   // From memory that isn't pinned, CUDA takes what is to be copied without waiting.
-  if (!non_blocking) wait_for(device, self.is_cuda() ? "to device" : "to host");
+  if (!non_blocking) wait_for(device);
   return self;
 }
 
@@ -465,10 +461,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("used", [](int device) { return counts[device].used.load(); });
   m.def("peak", [](int device) { return counts[device].peak.load(); });
   m.def("reserved", [](int device) { return counts[device].reserved.load(); });
-  m.def("on_wait", [](std::function<void(std::string)> f) { told = f; });
   m.def("synchronize", [](int device) { wait_for(device); });
   m.def("queued", [] { return counts[0].queued + counts[1].queued; });
-  m.def("traffic", [] { return std::array<int64_t, 4>{to_device, to_host, copies, waits}; });
+  m.def("traffic", [] {
+    return std::unordered_map<std::string, int64_t>{{"to_device", to_device}, {"to_host", to_host}, {"copies", copies}, {"waits", waits}};
+  });
   m.def("empty_cache", [] { allocator.emptyCache({0, 0}); });
   m.def("total", [] { return limit.load(); });
   m.def("set_limit", [](int64_t bytes) { limit = bytes; });

@@ -7,6 +7,8 @@ kernels that a device lacks. They can't show a kernel's own numbers, speed, race
 import re
 import shutil
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,17 @@ def install() -> None:
     torch._C._cuda_getCurrentRawStream = lambda device: 0  # type: ignore[attr-defined]  # torch._dynamo imports it
     plain = torch.UntypedStorage.__deepcopy__
     torch.UntypedStorage.__deepcopy__ = lambda self, memo: _copy_storage(self, memo, plain)  # type: ignore[method-assign]
+
+
+@contextmanager
+def counting() -> Iterator[dict[str, int]]:
+    """Yield a dict that has the block's traffic after its end: bytes ``to_device`` and ``to_host``, ``copies`` and ``waits``.
+
+    The host waits for a device where it reads a value of it, copies without ``non_blocking``, or synchronizes.
+    """
+    before, counts = extension.traffic(), dict[str, int]()
+    yield counts
+    counts.update({name: count - before[name] for name, count in extension.traffic().items()})
 
 
 def _describe_operators() -> tuple[set[str], set[str]]:

@@ -54,6 +54,7 @@ def test_the_doctor_names_the_devices(capsys: pytest.CaptureFixture[str]) -> Non
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert lines["cuda:1"].startswith("Pretended GPU 1, 8.59 GB of 8.59 GB are free, float64")
     assert lines["device"] == "auto is cuda:0 (Pretended GPU 0)"
+    assert lines["dtype"].startswith("auto is bfloat16; on cuda:0, a product of 1536 x 8960 takes float32 in ")
 
 
 def test_memory_that_is_the_processors_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
