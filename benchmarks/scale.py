@@ -138,11 +138,11 @@ def main(folder: Path, shapes: str = "llama-3.1-8b", memory: str = "3GB", device
     print(f"{'stage':<12} {'seconds':>8} {'processor':>10} {memories} {'from disk':>10}  in weights' sizes")
     rows = []
     for stage in STAGES:
-        seconds, busy, own, peak, disk = run_stage(stage, work, log)
-        rows.append((seconds, busy, own, peak, gpu_peak(stage, work) if device != "cpu" else 0.0, disk))
+        *others, read = run_stage(stage, work, log)
+        rows.append((*others, gpu_peak(stage, work) if device != "cpu" else 0.0, read))
         print_row(stage, rows[-1], weights)
-    totals = (sum, sum, max, max, max, sum)
-    print_row("all", [total(column) for total, column in zip(totals, zip(*rows, strict=True), strict=True)], weights)
+    seconds, busy, own, peaks, gpu, disk = zip(*rows, strict=True)
+    print_row("all", (sum(seconds), sum(busy), max(own), max(peaks), max(gpu), sum(disk)), weights)
 
 
 def print_row(stage: str, row: Sequence[float], weights: float) -> None:
