@@ -46,6 +46,7 @@ def _as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr(module, "time", _Clock())
     yield
     if OBSTACLE is None:
+        accelerators.synchronize_all()
         set_float64(there=True)
         pretended.extension.set_limit(8 << 30)
         torch.cuda.set_device(0)

@@ -47,7 +47,8 @@ def test_scores_of_a_batch_of_windows_are_read_at_once(tiny: Model) -> None:
     assert counts["waits"] <= 2 * 2 + 2 * 12
     with pretended.counting() as counts:
         scores = score_windows(model, windows, 1, "pruned", dense)
-    assert counts["waits"] <= 2 * 4
+    # One tells whether the device has float64.
+    assert counts["waits"] <= 2 * 4 + 1
     assert scores["losses"].equal(dense["losses"])
 
 
