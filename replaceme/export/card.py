@@ -280,7 +280,7 @@ def _describe_reproduction(params: Params, source: Model, results: RunResults) -
         f"With replaceme-dvc {__version__}, save these settings as `settings.yaml` (local files and folders are given by name, "
         "without their path):",
         "", "```yaml", settings_yaml(params, keys).rstrip(), "```", "",
-        "```bash", "run_replaceme --config settings.yaml", "```", "",
+        "```bash", "replaceme prune --config settings.yaml", "```", "",
         "Or write them into the pipeline's `params.yaml` and run `dvc repro`.",
         "", *([made_with, ""] if results.made_with else ()),
     ]  # fmt: skip

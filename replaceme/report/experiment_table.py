@@ -192,6 +192,10 @@ def format_comparison(comparison: Comparison) -> tuple[list[list[str]], list[str
         if len(align(_join_columns(head, table[[*fitting, name]], cells)).split("\n")[0]) <= TABLE_WIDTH:
             fitting.append(name)
     notes = [_describe_setting(table, name) for name in comparison.settings if name not in fitting]
+    if UNSEEN in table:
+        texts = [find_ratio_columns(table)[name] for name in _find_unseen_texts(table)]
+        if not table.reindex(columns=["unseen.texts"]).eq(len(texts)).all(axis=None):
+            notes.append(f"unseen: {', '.join(texts)}, which no experiment here has seen; unseen_ratio is over a run's own")
     if "seen" in cells:
         notes.append("seen: tasks that are scored on calibration text")
     return _join_columns(head, table[fitting], cells), notes

@@ -5,6 +5,7 @@ them passes them in, and gets the same page with them.
 """
 
 import base64
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,11 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from replaceme.base.config import settings_yaml
+from replaceme.base.config import WITHOUT_EFFECT, settings_yaml
 from replaceme.base.files import read_json, without_folder, write_text
 from replaceme.base.parameters import Params
 from replaceme.base.plan import load_blocks
+from replaceme.base.published import PRESETS, preset_values
 from replaceme.export.card import describe_check
 from replaceme.methods.registry import FIELDS, criterion_of
 from replaceme.models.embedded import MODELS
@@ -73,7 +75,7 @@ def render(
         parts=edits["parts"],
         removed=sum(map(len, blocks)),
         layers=len(profile["residual"]),
-        outcome=sentences.list_outcomes(evaluation),
+        outcome=sentences.list_outcomes(evaluation, speed),
         continuations=read_json(work.continuations),
         accuracy=tables.tabulate_accuracy(evaluation),
         divergence=tables.tabulate_divergence(evaluation),
@@ -92,6 +94,7 @@ def render(
         proof=sentences.describe_proof(read_json(work.metric("export")), blocks),
         published=tables.tabulate_published(),
         about=MODELS[params.model_path].disclosure if params.model_path in MODELS else "",
+        changes=_shorten_settings(params),
         settings=settings,
         versions=list_versions(made_with),
         pictures=pictures,
@@ -108,6 +111,16 @@ def _collect_fits(solved: Mapping[str, Any], repaired: Mapping[str, Any]) -> dic
     return {"block 0": solved, **later}
 
 
+def _shorten_settings(params: Params) -> str:
+    """Return the settings for a config of ``replaceme``: the nearest preset, and what differs from it."""
+    defaults, changed = {name: field.default for name, field in FIELDS.items()}, {}
+    for preset in PRESETS:
+        usual = defaults | dict(Params.model_validate(preset_values(preset, params.method)))
+        changed[preset] = [name for name in FIELDS if name not in WITHOUT_EFFECT and getattr(params, name) != usual[name]]
+    nearest = min(PRESETS, key=lambda preset: len(changed[preset]))
+    return f"preset: {nearest}\n" + settings_yaml(params, dict.fromkeys(["method", "model_path", *changed[nearest]]))
+
+
 def _encode_image(image: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(image).decode()}"
 
@@ -115,6 +128,11 @@ def _encode_image(image: bytes) -> str:
 def _allow_breaks(text: str) -> Markup:
     """Allow line breaks after the underscores of a long task name."""
     return escape(text).replace("_", Markup("_<wbr>"))
+
+
+def _keep_units(text: str) -> str:
+    """Keep signs and units with their figures; a line may break before an error, and between words."""
+    return re.sub(r" (?!±|[a-z]{4})", "\N{NO-BREAK SPACE}", text)
 
 
 _TEMPLATES = Environment(
@@ -125,4 +143,4 @@ _TEMPLATES = Environment(
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
-_TEMPLATES.filters |= {"embedded": _encode_image, "breakable": _allow_breaks}
+_TEMPLATES.filters |= {"embedded": _encode_image, "breakable": _allow_breaks, "with_units": _keep_units}

@@ -10,8 +10,13 @@ from replaceme.report.formatting import Figures, format_digits, format_percent
 BlockFigures = Sequence[Sequence[float]]
 
 
-def list_outcomes(evaluation: Figures) -> list[tuple[str, str]]:
-    """Return the main results as pairs of a value and the words after it; what the unseen texts say comes first."""
+def list_outcomes(evaluation: Figures, speed: Figures | None = None) -> list[tuple[str, str]]:
+    """Return the main results as pairs of a value and the words after it; what the unseen texts say comes first.
+
+    Args:
+        evaluation: the content of metrics/evaluation.json.
+        speed: measured times, as in ``render``.
+    """
     parts = []
     # lm-eval's own texts have no perplexity per token.
     ratios = [task["ratio"] for task in (evaluation.get("word_perplexity", {}) | evaluation.get("perplexity", {})).values()]
@@ -28,6 +33,9 @@ def list_outcomes(evaluation: Figures) -> list[tuple[str, str]]:
             parts.append((f"{kept} %", f"of the {words} kept{_describe_contamination(evaluation, 'accuracy')}"))
     if "parameters" in evaluation:
         parts.append((f"{evaluation['parameters']['removed_percent']:.1f} %", "smaller"))
+    if speed:
+        prefill, decoding = (speed[key]["speedup"] for key in ("prefill_seconds", "decode_seconds_per_token"))
+        parts.append((f"{decoding:.2f} ×", f"as fast per new token ({prefill:.2f} × in the prefill)"))
     return parts
 
 

@@ -179,11 +179,12 @@ def tabulate_divergence(evaluation: Figures) -> Table | None:
             calibrated = _describe_calibration(known[task]) if task in known else ""
             rows.append([task, f"× {format_with_error(perplexity[task], 'ratio')}", calibrated, *_format_distance(figures)])
     notes = [
+        ("seen:", "whether it was calibrated on, or text of its domain"),
         ("KL:", "divergence of the pruned model's predictions from the dense model's, for each token"),
         ("same token:", "share of positions with the dense model's most likely token"),
         ("unseen texts:", "geometric mean of the ratios, mean of the others, over the texts marked no"),
     ]
-    head = ["text", "perplexity ratio", "calibrated on", "KL, nats", "same token, %"]
+    head = ["text", "perplexity ratio", "seen", "KL, nats", "same token, %"]
     return Table("Distance from the dense model by text, ± one standard error", head, rows, notes) if rows else None
 
 

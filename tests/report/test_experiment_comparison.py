@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -217,6 +218,9 @@ def test_methods_are_compared_on_text_that_none_of_them_calibrated_on() -> None:
     assert [row["unseen perplexity"] for row in rows] == ["× 2.00", "× 3.00", "× 3.00"]
     assert {row["experiment"]: row["seen"] for row in rows}["  gyral-le01"] == "wiki"
     assert "seen: tasks that are scored on calibration text" in notes
+    said = "unseen: news, which no experiment here has seen; unseen_ratio is over a run's own"
+    assert said in notes
+    assert said not in table_of(*(replace(each, figures={**each.figures, "unseen": {"texts": 1}}) for each in own))[1]
     assert list(comparison.name_series()) == [
         "lstsq, dataset self",
         "lstsq, dataset [wiki, self]",

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from html import unescape
 from html.parser import HTMLParser
 from itertools import combinations
 from pathlib import Path
@@ -51,6 +52,12 @@ EVALUATION: dict[str, Any] = {
 }  # fmt: skip
 TABLES = [
     [
+        ["", "dense", "pruned", "saved"],
+        ["parameters", "134.5 M", "106.2 M", "21.1 %"],
+        ["size on disk", "269.1 MB", "213.4 MB", "20.7 %"],
+        ["KV cache per token", "23.04 kB", "16.9 kB", "26.7 %"],
+    ],
+    [
         ["", "average", "piqa", "my_questions"],
         ["dense", "59.7", "78.1 ± 1.1", "41.2 ± 2.2"],
         ["pruned", "56.2", "69.8 ± 1.2 *", "42.7 ± 2.3 °"],
@@ -66,12 +73,6 @@ TABLES = [
         ["wikipedia, per token", "× 7.341 ± 0.41", "18.42 ± 1.5", "135.2 ± 15"],
         ["wikipedia, per word", "× 15.89", "56.94", "904.7"],
         ["wikipedia, per byte", "× 1.546", "1.891", "2.924"],
-    ],
-    [
-        ["", "dense", "pruned", "saved"],
-        ["parameters", "134.5 M", "106.2 M", "21.1 %"],
-        ["size on disk", "269.1 MB", "213.4 MB", "20.7 %"],
-        ["KV cache per token", "23.04 kB", "16.9 kB", "26.7 %"],
     ],
 ]
 CONTINUATIONS = [
@@ -127,7 +128,7 @@ class Reader(HTMLParser):
     def handle_data(self, data: str) -> None:
         self.text += data
         if self.in_cell:
-            self.tables[-1][-1][-1] += data
+            self.tables[-1][-1][-1] += data.replace("\xa0", " ")
 
     def handle_endtag(self, tag: str) -> None:
         self.in_cell &= tag not in ("td", "th")
@@ -232,7 +233,7 @@ def test_the_distance_from_the_dense_model_is_given_for_each_text_and_first_for_
             "calibration_text": {"wikipedia": {"seen": 0, "same_domain": 1, "overlap": 0.0}},
         }
     )
-    assert page.tables[0][1:] == [
+    assert page.tables[1][1:] == [
         ["unseen texts", "× 7.341", "no", "1.500", "40.0"],
         ["wikipedia", "× 7.341 ± 0.41", "its domain", "1.500 ± 0.010", "40.0"],
     ]
@@ -252,7 +253,7 @@ def test_scores_on_calibration_text_are_marked_wherever_they_stand(show: Show) -
     for name in ("my_questions", "wikipedia"):
         texts[name] = {"seen": 1, "overlap": 0.25}
     page = show(evaluation={**EVALUATION, "calibration_text": texts})
-    accuracy, perplexity = page.tables[:2]
+    accuracy, perplexity = page.tables[1:3]
     assert accuracy[0][1:4] == ["average", "piqa", "my_questions †"]
     assert [row[0] for row in perplexity[1:]] == [f"wikipedia †, per {unit}" for unit in ("token", "word", "byte")]
     said = "† scored on calibration text, which says nothing about other text (items with 13 of its words in a row: 25 % of "
@@ -315,6 +316,7 @@ def test_times_and_costs_are_on_the_page_only_when_measured(show: Show) -> None:
     assert not re.search("Measured on|Cost of the compression", without.text)
     assert unmeasured not in whole.text
     assert "Measured on cpu, 2 threads: bfloat16, batch of 1, 5 rounds" in whole.text
+    assert "1.32 × as fast per new token (1.34 × in the prefill)" in whole.text
     assert {"1.23 s", "920 ms", "× 1.34", "45.7 ms", "34.6 ms", "× 1.32", "1.30 min", "17.6 ms", "1.474 GB"} <= whole.cells
     assert all(f"Measured on {machine}." in whole.text for machine in ("Made Up 9000, 2 cores", "Other 7, 4 cores"))
     # A part of the stages has no sum.
@@ -392,6 +394,19 @@ def test_the_users_files_are_named_without_their_folders(show: Show, tmp_path: P
 
 
 # --- Settings, pictures and files ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("preset", "own"),
+    [("recommended", {"threads": 3}), ("quick", {"layers_to_skip": 8}), ("published", {"method": "cosine", "solver": "cg"})],
+)
+def test_the_preset_and_what_differs_from_it_make_the_same_run(preset: Any, own: Any, show: Show, tmp_path: Path) -> None:
+    params = read_params(None, own, METHODS, preset)
+    text = unescape(re.findall(r"<pre[^>]*><code>(.*?)</code>", show(params).html, re.DOTALL)[0])
+    (tmp_path / "settings.yaml").write_text(text, encoding="utf-8")
+    assert text.startswith(f"preset: {preset}\n")
+    assert text.count("\n") < 6
+    assert read_params(tmp_path / "settings.yaml", methods=METHODS, preset=None) == params
 
 
 def test_the_stage_writes_the_page_its_pictures_the_settings_and_the_card(
