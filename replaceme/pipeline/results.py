@@ -116,7 +116,8 @@ def check_finished(work: Workspace, made_of: Mapping[str, Any]) -> None:
         more = f" and {len(differences) - MOST_NAMED} more" if len(differences) > MOST_NAMED else ""
         what = f"with {'; '.join(differences[:MOST_NAMED])}{more}" if earlier else "by another version"
         raise ParameterError(
-            f"save_path: {excerpt(work.model, 150)} is finished, and was made {what}; choose another folder, or --overwrite."
+            f"save_path: {excerpt(work.model, 150)} is finished, and was made {what}; choose another folder, or replace it: "
+            "--overwrite, in Python overwrite=True."
         )
 
 

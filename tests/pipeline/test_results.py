@@ -129,7 +129,7 @@ def test_a_finished_result_is_kept_unless_it_is_made_of_the_same_or_overwritten(
         said = capsys.readouterr().err.splitlines()[-1]
         assert said == (
             f"error: save_path: {tmp_path / 'r'} is finished, and was made with {difference}; choose another folder, or "
-            "--overwrite."
+            "replace it: --overwrite, in Python overwrite=True."
         )
         assert files() == before
     text_file.write_text("Another text. " * 200, encoding="utf-8")
