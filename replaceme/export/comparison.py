@@ -15,6 +15,8 @@ from replaceme.export.reference import PROMPTS, STRINGS, Readings
 # Mean |Δ log p| in nats: up to the first, the same computation in another order; up to the second, weights rounded to 8 bits or
 # more. The demo without 4 layers: 0.05 in bfloat16, 0.1 with 8 bits a weight; 0.16 with a rotary base of 10,000 for 100,000.
 EQUAL, ROUNDED = 1e-3, 0.15
+# Odd strings whose ids may be others: llama.cpp splits fractions before other signs, for example.
+ODD = 2
 # A layer that computes something else: the relative error of the state that enters it, at most, and of the one that leaves it.
 ENTERS, LEAVES = 0.05, 0.25
 # Where positions are wrong, the error at the first token is less than this share of the later ones'.
@@ -24,7 +26,7 @@ FIRST_SHARE = 0.1
 def compare_readings(reference: Readings, served: Readings) -> tuple[bool, list[str]]:
     """Return whether a served model is the same up to rounding; and verdict, what is wrong, figures, and what was not seen."""
     errors, wrong, figures, unseen = [*_list_errors(reference, served)], list[str](), list[str](), list[str]()
-    _compare_tokenizer(reference, served, wrong, figures, unseen)
+    odd = _compare_tokenizer(reference, served, wrong, figures, unseen)
     own, theirs = reference.continuations, served.continuations
     same = sum(a.text.strip() == b.text.strip() for a, b in zip(own, theirs, strict=False))
     if theirs:
@@ -32,6 +34,8 @@ def compare_readings(reference: Readings, served: Readings) -> tuple[bool, list[
     if errors:
         mean, largest = fmean(error for _, error in errors), max(error for _, error in errors)
         figures.append(f"log-probabilities of {len(errors)} tokens: mean difference {mean:.2g} nats, largest {largest:.2g}")
+        if not any(served.logprobs):
+            unseen.append("log-probabilities of the prompts: those of generated tokens alone are given")
         verdict = "equal" if mean <= EQUAL else f"the same up to rounding ({mean:.2g} nats a token)"
         if cause := _find_cause(reference, served, errors) if mean > EQUAL else None:
             wrong.append(cause)
@@ -43,15 +47,21 @@ def compare_readings(reference: Readings, served: Readings) -> tuple[bool, list[
         if 2 * same < len(own) or not theirs:
             wrong.append("weights: most continuations are another model's" if theirs else "nothing could be compared")
     lines = [*(f"wrong: {each}" for each in wrong), *figures, *(f"not compared: {each}" for each in unseen)]
-    return not wrong, ["another model" if wrong else verdict, *lines]
+    return not wrong, ["another model" if wrong else verdict + odd, *lines]
 
 
-def _compare_tokenizer(reference: Readings, served: Readings, wrong: list[str], figures: list[str], unseen: list[str]) -> None:
-    """Compare ids, chat template and vocabulary; add to what is wrong, what is equal, and what could not be seen."""
+def _compare_tokenizer(reference: Readings, served: Readings, wrong: list[str], figures: list[str], unseen: list[str]) -> str:
+    """Compare ids, chat template and vocabulary; add to what is wrong, what is equal, and what could not be seen.
+
+    Returns what the verdict says of odd strings that have other ids.
+    """
     texts = [*zip((*PROMPTS, *STRINGS), reference.ids, served.ids, strict=True)]
     seen = [(text, own == ids) for text, own, ids in texts if ids is not None]
-    if other := [text for text, is_same in seen if not is_same]:
-        wrong.append(f"tokenizer: {len(other)} of {len(seen)} texts have other ids, the first is {other[0][:40]!r}")
+    other = [text for text, is_same in seen if not is_same]
+    is_odd = len(other) <= ODD and not {*other} & {*PROMPTS}
+    if other:
+        told = f"tokenizer: {len(other)} of {len(seen)} texts have other ids, the first is {other[0][:40]!r}"
+        (figures if is_odd else wrong).append(told)
     elif seen:
         figures.append(f"tokenizer: the same ids of {len(seen)} texts")
     else:
@@ -70,6 +80,7 @@ def _compare_tokenizer(reference: Readings, served: Readings, wrong: list[str], 
         unseen.append("vocabulary: its size is not given")
     elif served.rows != reference.rows:
         wrong.append(f"vocabulary: the embedding has {served.rows} rows, not {reference.rows}")
+    return ", but for the ids of odd strings" if other and is_odd else ""
 
 
 def _list_errors(reference: Readings, served: Readings) -> Iterator[tuple[int, float]]:

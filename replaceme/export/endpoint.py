@@ -1,8 +1,9 @@
 """Read what a server with OpenAI's interface tells of its model, to compare it with the reference.
 
 Servers tell different things. vLLM gives log-probabilities of the prompt (``echo``); llama.cpp's server only those of what
-it generates, and refuses ``echo``; `transformers serve` the text alone. Where there is ``/tokenize``, beside ``/v1``, it gives
-the ids. The number of a chat's tokens is in ``usage``.
+it generates, and refuses ``echo``; llama-cpp-python's pairs each token of an echoed prompt with the scores after it, so that
+those are left out; `transformers serve` gives the text alone. Where there is ``/tokenize`` beside ``/v1``, or
+``/extras/tokenize``, it gives the ids. The number of a chat's tokens is in ``usage``.
 """
 
 import json
@@ -17,6 +18,7 @@ from replaceme.base.errors import ParameterError, excerpt
 from replaceme.export.reference import CHAT, GENERATED, PROMPTS, STRINGS, Continuation, Readings
 
 SECONDS = 120
+TOKENIZERS = ("/tokenize", "/extras/tokenize")
 
 
 def read_endpoint(url: str, reference: Readings, name: str | None = None) -> Readings:
@@ -28,17 +30,17 @@ def read_endpoint(url: str, reference: Readings, name: str | None = None) -> Rea
     url = url.rstrip("/")
     models = _call(f"{url}/models") or {}
     name = name or next((str(each["id"]) for each in models.get("data") or []), "default")
-    ids = []
-    for text in (*PROMPTS, *STRINGS):
-        # vLLM and llama.cpp have other names for the same.
-        options = {"model": name, "prompt": text, "content": text, "add_special_tokens": True, "add_special": True}
-        ids.append((_call(f"{url.removesuffix('/v1')}/tokenize", options) or {}).get("tokens"))
+    ids = [_tokenize(url.removesuffix("/v1"), name, text) for text in (*PROMPTS, *STRINGS)]
     logprobs: list[list[float] | None] = []
     firsts: list[float | None] = []
+    echo = True
     for prompt, own in zip(PROMPTS, reference.ids, strict=False):
-        _, values, generated = _complete(url, name, prompt, 1, echo=True)
+        _, values, generated = _complete(url, name, prompt, 1, echo)
         count = len(values) - generated
-        logprobs.append(values[1:count] if count == len(own or []) else None)
+        if count and count != len(own or []):
+            echo, count = False, 0
+            _, values, _ = _complete(url, name, prompt, 1)
+        logprobs.append(values[1:count] or None)
         firsts.append(values[count] if count < len(values) else None)
     continuations = []
     for each in reference.continuations:
@@ -47,6 +49,14 @@ def read_endpoint(url: str, reference: Readings, name: str | None = None) -> Rea
     chat = _call(f"{url}/chat/completions", {"model": name, "messages": CHAT, "max_tokens": 1, "temperature": 0})
     tokens = ((chat or {}).get("usage") or {}).get("prompt_tokens")
     return Readings(ids, logprobs, firsts, continuations, chat_tokens=tokens)
+
+
+def _tokenize(root: str, name: str, text: str) -> list[int] | None:
+    """Return the ids of a text; None if the server doesn't give them."""
+    # vLLM, llama.cpp and llama-cpp-python have other names for the same.
+    options = {"model": name, "prompt": text, "content": text, "input": text, "add_special_tokens": True, "add_special": True}
+    answers = (_call(root + path, options) for path in TOKENIZERS)
+    return next((answer.get("tokens") for answer in answers if answer), None)
 
 
 def _complete(url: str, name: str, prompt: str, tokens: int, echo: bool = False) -> tuple[str, list[float], int]:
