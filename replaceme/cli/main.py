@@ -93,6 +93,7 @@ def _report(arguments: Sequence[str]) -> None:
 OTHERS: Mapping[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "report": ("print a result's scores, and write its page", _report),
     "verify": ("is what is served the model that was proved: compare a folder or a server", serving.verify),
+    "convert": ("convert a model for llama.cpp (GGUF) or OpenVINO, and verify it", serving.convert),
     "chat": ("chat with a pruned model beside its dense one", serving.chat),
     "push": ("put a pruned model on the hub, with its card", publish.push),
     "compare": ("put the pipeline's experiments side by side (DVC)", experiments.compare),

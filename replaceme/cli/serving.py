@@ -1,4 +1,4 @@
-"""Commands for whoever serves a pruned model: is it the one that was proved, and what does it say beside the dense one."""
+"""Commands for whoever serves a pruned model: is it the one that was proved, convert it, and chat with it and the dense one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from replaceme.base.errors import VerificationError, renaming
+from replaceme.base.errors import ModelError, ResourceError, VerificationError, renaming
 from replaceme.base.parameters import read_params
 from replaceme.base.progress import silence_libraries
 from replaceme.calibration.corpus import Chat
@@ -22,7 +22,7 @@ def make_verify_parser() -> Parser:
         "Exit code 0: it is the same, up to rounding. 1: it is another model."
     )
     parser = plain_parser("replaceme verify", description, "replaceme verify smaller --endpoint http://localhost:8000/v1")
-    parser.add_argument("folder", metavar="FOLDER", type=Path, help="the model's folder")
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="the model's folder; a converted one, or a .gguf file")
     parser.add_argument("--endpoint", metavar="URL", help="a server with OpenAI's interface, which is compared instead")
     parser.add_argument("--name", help="the model's name there [the first that it lists]")
     parser.add_argument("--reference", metavar="FOLDER", type=Path, help="the pruned model that FOLDER was made from [FOLDER]")
@@ -36,12 +36,15 @@ def verify(arguments: Sequence[str]) -> None:
     from replaceme.export.comparison import compare_readings
     from replaceme.export.endpoint import read_endpoint
     from replaceme.export.reference import load_reference, read_model
+    from replaceme.export.runtimes import is_converted, read_converted
     from replaceme.models.memory import load_within_budget
     from replaceme.models.model import Model
 
     reference = load_reference(options.reference or options.folder)
     if options.endpoint:
         served = read_endpoint(options.endpoint, reference, options.name)
+    elif is_converted(options.folder):
+        served = read_converted(options.folder, reference)
     else:
         source = Model(options.folder, options.folder.name)
         model = load_within_budget(source, read_params(None, {"device": "cpu"}), "float32")
@@ -50,6 +53,47 @@ def verify(arguments: Sequence[str]) -> None:
     print("\n".join(lines))
     if not is_same:
         raise VerificationError(f"{options.endpoint or options.folder} is not the model that was proved.")
+
+
+def make_convert_parser() -> Parser:
+    """Return the parser of ``replaceme convert``."""
+    description = "Convert a model to the format of llama.cpp or OpenVINO, by their own converters, and verify what is written."
+    parser = plain_parser("replaceme convert", description, "replaceme convert smaller --to gguf --quantize q8_0")
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="the model's folder")
+    parser.add_argument("--to", required=True, choices=("gguf", "openvino"), help="the format")
+    parser.add_argument("--quantize", metavar="BITS", help="q8_0 or q4_k_m; for OpenVINO int8 or int4 [as the weights are]")
+    parser.add_argument("--output", metavar="PATH", type=Path, help="the new file or folder [FOLDER.gguf, FOLDER-openvino]")
+    return parser
+
+
+def convert(arguments: Sequence[str]) -> None:
+    """Convert a model, and print how far what is written is the same; VerificationError for another model."""
+    options = make_convert_parser().parse_args(arguments)
+    silence_libraries(load=True)
+    from replaceme.export import convert as converter
+    from replaceme.export.comparison import compare_readings
+    from replaceme.export.reference import load_reference
+    from replaceme.export.runtimes import read_converted
+
+    def check(path: Path, is_coarse: bool) -> None:
+        try:
+            reference = load_reference(options.folder)
+            is_same, lines = compare_readings(reference, read_converted(path, reference))
+        except (ModelError, ResourceError) as missing:
+            print(f"not verified: {missing}")
+            return
+        if is_coarse:
+            lines = [f"{options.quantize}: {line}" for line in lines if line.startswith(("log-prob", "greedy"))]
+        print("\n".join(lines))
+        if not (is_same or is_coarse):
+            raise VerificationError(f"{options.folder}: what was converted is another model, and was not kept.")
+
+    suffix = converter.FORMATS[options.to].suffix
+    folder = options.folder.resolve()
+    words = (folder.name, None if suffix else options.to, options.quantize)
+    result = options.output or folder.with_name("-".join(word for word in words if word) + suffix)
+    converter.convert(options.folder, options.to, options.quantize, result, check)
+    print(f"converted: {result}")
 
 
 def make_chat_parser() -> Parser:

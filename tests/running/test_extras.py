@@ -77,8 +77,16 @@ def test_the_tested_versions_are_within_the_ranges() -> None:
 
 
 def test_every_package_that_the_library_imports_is_required() -> None:
-    names = {canonicalize_name(each.name) for each in [*CORE, *OPTIONAL["pipeline"]]}
-    modules = {"yaml": "pyyaml", "ruamel": "ruamel-yaml", "pydantic_core": "pydantic", "markupsafe": "jinja2", "scmrepo": "dvc"}
+    extras = (each for name in ("pipeline", "gguf", "openvino") for each in OPTIONAL[name])
+    names = {canonicalize_name(each.name) for each in [*CORE, *extras]}
+    modules = {
+        "llama_cpp": "llama-cpp-python",
+        "yaml": "pyyaml",
+        "ruamel": "ruamel-yaml",
+        "pydantic_core": "pydantic",
+        "markupsafe": "jinja2",
+        "scmrepo": "dvc",
+    }
     sources = [path.read_text(encoding="utf-8") for path in (ROOT / "replaceme").rglob("*.py")]
     found = {name for text in sources for name in re.findall(r"(?m)^ *(?:from|import) ([a-z_]\w*)[\w.]*(?: import \S|$)", text)}
     third = found - sys.stdlib_module_names - {"replaceme"}
