@@ -28,7 +28,10 @@ environment: .venv/.run
 	python -m pip install --quiet --disable-pip-version-check --no-compile --editable '.[pipeline,4bit,dev]'
 	@touch $@
 
-# One process for each core; the tests of a file stay together, and share what they make.
+# One process for each core; the tests of a file stay together, and share what they make. A hundred short processes load the
+# library: they keep its bytecode, also where the environment says not to.
+test test-device: export PYTHONDONTWRITEBYTECODE =
+
 test: .venv/.dev
 	pytest -n logical --dist loadfile --no-loadscope-reorder
 

@@ -21,6 +21,11 @@ LIBRARIES = (
     "lm_eval.evaluator", "lm_eval.models.utils", "scipy.stats", "matplotlib.pyplot", "pandas", "jinja2", "ruamel.yaml",
     "pydantic.main", "pydantic.fields", "pydantic.dataclasses", "pydantic.type_adapter", "pydantic.functional_validators",
 )  # fmt: skip
+# What DVC loads for each command.
+DVC = (
+    "dvc.cli.parser", "dvc.repo", "dvc.repo.datasets", "dvc.repo.experiments", "dvc.repo.plots", "dvc.analytics",
+    "dvc.cachemgr", "dvc.data_cloud", "dvc.dirs", "dvc.lock", "dvc.rwlock", "dvc.scm",
+)  # fmt: skip
 
 
 def run_stage_command(_: Any, command: str, **options: Any) -> None:
@@ -66,6 +71,8 @@ def run_script() -> None:
     name, *words = sys.argv
     if name == "dvc":
         main(words)
+    if hook := os.environ.get("SCRIPT_HOOK"):  # a Python file
+        runpy.run_path(hook)
     entry_points(group="console_scripts", name=name)[name].load()()
 
 
@@ -77,7 +84,7 @@ def serve() -> None:
     """
     from benchmarks.tries import run_and_exit
 
-    load((*LIBRARIES, "dvc.cli", "dvc.repo", "dvc.commands.repro", "dvc.commands.experiments"))
+    load((*LIBRARIES, *DVC))
     # A collection in a child would visit, and so copy, all objects of the libraries.
     gc.freeze()
     for line in sys.stdin:

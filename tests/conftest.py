@@ -3,7 +3,7 @@
 import gc
 import random
 from base64 import b64decode
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,10 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 KINDS = [*FAMILY_CONFIGS, *FORMS]
 WIDTH, LAYERS = 32, 6
+# The tokens of a continuation.
+WRITTEN = 8
+# Files and rooms whose tests take longest.
+LONG = ("test_pipeline.py", "pipeline", "golden", "training")
 # Families without a description that are recognised by their structure, and their options.
 _RECOGNISED: dict[str, dict[str, Any]] = {
     "cohere": {"logit_scale": 1.0, "layer_norm_eps": 1e-5},
@@ -70,8 +74,8 @@ OBSTACLES = {"norm": Family(norm_offset=0.0), "experts": Family(experts=("expert
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the pipeline's files first: they take longest, and one that begins last would keep the other cores waiting."""
-    items.sort(key=lambda item: "pipeline" not in item.path.parts)
+    """Put the files that take longest first: one that begins last would keep the other cores waiting."""
+    items.sort(key=lambda item: [place not in item.path.parts for place in LONG])
 
 
 def pytest_collection_finish() -> None:
@@ -91,6 +95,14 @@ def checkpoint_at_each_chance(monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint is due whenever one can be written."""
     monkeypatch.setattr("replaceme.training.checkpoints.CHECKPOINT_SECONDS", 0.0)
     monkeypatch.setattr("replaceme.training.checkpoints.SAVING_SHARE", 0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _short_continuations() -> Iterator[None]:
+    """Let models write little after the report's prompts: at its full length, that takes most of a small run's scoring."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("replaceme.evaluation.continuations.MAX_TOKENS", WRITTEN)
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -225,6 +237,6 @@ def params(tiny: Model, text_file: Path) -> Params:
 
 @pytest.fixture(autouse=True)
 def _no_drawing(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """Make each picture a dot: drawing takes half of a small run. The report's tests and DVC's first run draw them."""
+    """Make each picture a dot: drawing takes half of a small run. The report's tests draw them."""
     if request.path.parent.name != "report":
         monkeypatch.setattr("replaceme.report.pictures.to_png", lambda figure: DOT)

@@ -193,7 +193,7 @@ def residual(model: Any, edits: Edits, documents: Documents) -> float:
 
 @pytest.mark.parametrize("kind", ["llama", "opt", "phi"])
 def test_the_chosen_channels_fit_better_than_the_layers_own_or_random_ones(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, documents = made_model(kind, torch.float64), many_documents(60)
+    model, documents = made_model(kind, torch.float64), many_documents()
 
     def by_chance(gram: Tensor, *rest: Any) -> Tensor:
         return torch.randperm(len(gram), generator=torch.Generator().manual_seed(0))[: rest[-1]].sort().values
@@ -216,7 +216,7 @@ def test_the_chosen_channels_fit_better_than_the_layers_own_or_random_ones(kind:
 
 
 def test_screened_candidates_give_a_choice_nearly_as_good(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, documents = made_model("llama", torch.float64), many_documents(60)
+    model, documents = made_model("llama", torch.float64), many_documents()
     sizes, left = list[int](), {}
 
     def counting(gram: Tensor, *rest: Any) -> Tensor:

@@ -10,11 +10,11 @@ import torch
 from replaceme.base.entries import Task
 from replaceme.base.parameters import Params
 from replaceme.evaluation import requests
-from replaceme.evaluation.continuations import MAX_TOKENS, PROMPTS, continue_prompts, pair_continuations, write_continuations
+from replaceme.evaluation.continuations import PROMPTS, continue_prompts, pair_continuations, write_continuations
 from replaceme.evaluation.scores import Scores, score_model
 from replaceme.evaluation.tasks import task_fingerprints
 from replaceme.models.model import Model
-from tests.conftest import made_model, made_text, made_tokenizer
+from tests.conftest import WRITTEN, made_model, made_text, made_tokenizer
 
 
 def plain_greedy(model: Any, ids: list[int], tokens: int) -> list[int]:
@@ -55,7 +55,7 @@ def test_a_chat_goes_through_the_template_up_to_the_reply() -> None:
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
     prompts = [tokenizer.encode(f"<user>{prompt.text}\n<assistant>" if prompt.chat else prompt.text) for prompt in PROMPTS]
-    expected = [tokenizer.decode(plain_greedy(model, ids, MAX_TOKENS), skip_special_tokens=True) for ids in prompts]
+    expected = [tokenizer.decode(plain_greedy(model, ids, WRITTEN), skip_special_tokens=True) for ids in prompts]
     assert continue_prompts(model, tokenizer, "test") == expected
     short = made_model("gpt2", max_position_embeddings=16)
     assert len(continue_prompts(short, tokenizer, "test")) == len(PROMPTS)
@@ -65,7 +65,7 @@ def test_a_chat_goes_through_the_template_up_to_the_reply() -> None:
 def test_without_a_usable_chat_template_the_prompt_is_plain(template: str | None) -> None:
     model, tokenizer = made_model(dtype=torch.float64), made_tokenizer(chat=False)
     tokenizer.chat_template = template
-    expected = [write_continuations(model, tokenizer, [tokenizer.encode(prompt.text)], MAX_TOKENS)[0] for prompt in PROMPTS]
+    expected = [write_continuations(model, tokenizer, [tokenizer.encode(prompt.text)], WRITTEN)[0] for prompt in PROMPTS]
     assert continue_prompts(model, tokenizer, "test") == expected
 
 
@@ -80,20 +80,20 @@ def test_the_dense_models_continuations_are_kept_with_its_scores(params: Params,
     assert score_model(bare, tiny, {}).continuations == []
 
 
-@pytest.mark.parametrize("right", [0, 5, 12])
-def test_exact_matches_are_counted(right: int, params: Params, tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exact_matches_are_counted(params: Params, tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = tiny.load("float32", torch.device("cpu")), tiny.tokenizer()
     queries = [made_text(1 + seed % 2, seed).strip() for seed in range(12)]
     written = [tokenizer.decode(plain_greedy(model, tokenizer.encode(text), 8), skip_special_tokens=True) for text in queries]
     answers = [re.split(r"[.\n]", text)[0].strip() for text in written]
-    items = [
-        {"query": query, "answer": answer if number < right else f"not {answer}"}
-        for number, (query, answer) in enumerate(zip(queries, answers, strict=True))
-    ]
     monkeypatch.setattr(requests, "task_items", lambda _: items)
     asked = params.model_copy(update={"tasks": (Task("retrieval_exact"),), "eval_dtype": "float32"})
-    scores = score_model(asked, tiny, task_fingerprints(asked))
-    figures = scores.figures["accuracy"]["retrieval_exact"]
-    assert figures["accuracy"] == pytest.approx(right / 12)
-    assert (figures["items"], figures["metric"], figures["fewshots"]) == (12, "exact_match", 0)
-    assert scores.items["accuracy/retrieval_exact"].tolist() == [1.0] * right + [0.0] * (12 - right)
+    for right in (0, 5, 12):
+        items = [
+            {"query": query, "answer": answer if number < right else f"not {answer}"}
+            for number, (query, answer) in enumerate(zip(queries, answers, strict=True))
+        ]
+        scores = score_model(asked, tiny, task_fingerprints(asked))
+        figures = scores.figures["accuracy"]["retrieval_exact"]
+        assert figures["accuracy"] == pytest.approx(right / 12)
+        assert (figures["items"], figures["metric"], figures["fewshots"]) == (12, "exact_match", 0)
+        assert scores.items["accuracy/retrieval_exact"].tolist() == [1.0] * right + [0.0] * (12 - right)

@@ -26,7 +26,7 @@ SMALL: Mapping[str, Any] = {
 HEALED: Mapping[str, Any] = {"heal_tokens": 600, "heal_tokens_per_step": 200}
 
 
-def _of_the_readme(kind: str) -> dict[str, dict[str, Any]]:
+def readme_settings(kind: str) -> dict[str, dict[str, Any]]:
     """Return the settings that the README's table gives a family, by name."""
     if kind in NORM_AFTER_MLP:
         return {"norm after the MLP": {"transform": "orthogonal", "repair": False, **HEALED}}
@@ -72,7 +72,7 @@ _LLAMA: Mapping[str, dict[str, Any]] = {
     "ghosted weighted": {"method": "ghosted", "ghosted_weighted": True},
 }
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    f"{kind}: {name}": (kind, settings) for kind in (*KINDS, *UNDESCRIBED) for name, settings in _of_the_readme(kind).items()
+    f"{kind}: {name}": (kind, settings) for kind in (*KINDS, *UNDESCRIBED) for name, settings in readme_settings(kind).items()
 } | {f"llama: method {name}": ("llama", {"method": name, **(PARTS if name == "llm_pruner" else {})}) for name in METHODS}
 LONG: dict[str, tuple[str, dict[str, Any]]] = {f"llama: {name}": ("llama", settings) for name, settings in _LLAMA.items()} | {
     f"{kind}: method {name}": (kind, {"method": name, **(PARTS if name == "llm_pruner" else {})})

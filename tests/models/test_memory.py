@@ -136,8 +136,8 @@ def test_a_matrix_that_a_layer_gets_counts_from_the_start(
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
-        ("gpt2", "--transform channels --repair true --selection loss"),
-        ("mixtral", "--method prune_and_comp --tasks []"),
+        ("gpt2", "--transform channels --repair true --selection loss --dataset_size 8"),
+        ("mixtral", "--method prune_and_comp --tasks [] --dataset_size 8"),
     ],
 )
 def test_a_streamed_run_gives_the_same_model_and_the_same_figures(

@@ -16,11 +16,22 @@ from benchmarks.sandbox import copy_code, set_params
 from replaceme.cli import commands
 from replaceme.models import hub
 from replaceme.models.model import Model
-from tests.conftest import DOT, made_text
+from replaceme.pipeline import speed
+from tests.conftest import DOT, WRITTEN, made_text
 from tests.helpers import FAST, call
 from tests.pipeline.helpers import TOKEN, Hub, dvc, shell
 
-# A hook that records which files of the library a stage has loaded, when its process ends.
+# Hooks of the stages. One makes each picture a dot, and lets the models write as little as in this process.
+QUICK = f"""
+import sys
+from matplotlib.figure import Figure
+
+Figure.savefig = lambda figure, file, **options: file.write({DOT!r})
+if sys.argv[0].endswith((".baseline", ".evaluate")):
+    from replaceme.evaluation import continuations
+    continuations.MAX_TOKENS = {WRITTEN}
+"""
+# One records which files of the library a stage has loaded, when its process ends.
 RECORD_FILES = """
 import atexit, json, os, pathlib, sys
 
@@ -32,12 +43,8 @@ def record():
 
 atexit.register(record)
 """
-# A hook that makes each picture a dot.
-NO_DRAWING = f"""
-from matplotlib.figure import Figure
-
-Figure.savefig = lambda figure, file, **options: file.write({DOT!r})
-"""
+# A hook of the console scripts.
+ONE_ROUND = "from replaceme.pipeline import speed; speed.ROUNDS = 1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -47,13 +54,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("slow")
 
 
+@pytest.fixture(autouse=True)
+def _one_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time each model once: that a median is taken changes no test."""
+    monkeypatch.setattr(speed, "ROUNDS", 1)
+
+
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory, tiny: Model) -> Path:
     """A copy of the repository, set to a tiny model and a text of its own, and run once."""
     folder = made_project(tmp_path_factory.mktemp("project") / "repository", tiny)
     hook, loaded = folder.parent / "record_files.py", folder.parent / "loaded"
-    hook.write_text(RECORD_FILES, encoding="utf-8")
-    (folder.parent / "no_drawing.py").write_text(NO_DRAWING, encoding="utf-8")
+    hook.write_text(QUICK + RECORD_FILES, encoding="utf-8")
+    (folder.parent / "quick.py").write_text(QUICK, encoding="utf-8")
+    (folder.parent / "one_round.py").write_text(ONE_ROUND, encoding="utf-8")
     loaded.mkdir()
     # The cache that the tests use.
     cache = str(tmp_path_factory.getbasetemp() / "cache")
@@ -142,6 +156,7 @@ def finished(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished
     """A finished run, started from an empty folder."""
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
         patch.setenv("REPLACEME_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        patch.setattr("replaceme.report.pictures.to_png", lambda figure: DOT)
         patch.chdir(tmp_path_factory.mktemp("empty"))
         call(commands.run_replaceme, "--config", config, *FAST)
         assert not list(Path().iterdir())

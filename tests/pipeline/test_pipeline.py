@@ -121,9 +121,14 @@ def ran(output: str) -> list[str]:
     return re.findall(r"Running stage '(\w+)'", output)
 
 
+def measure(project: Path, *words: str) -> str:
+    """Run a command of ``replaceme`` that times each model once."""
+    return served(project, "replaceme", *words, SCRIPT_HOOK=str(project.parent / "one_round.py"))
+
+
 def experiment(project: Path, *words: str) -> str:
     """Run an experiment, without drawing its pictures."""
-    return dvc(project, "exp", "run", *words, STAGE_HOOK=str(project.parent / "no_drawing.py"))
+    return dvc(project, "exp", "run", *words, STAGE_HOOK=str(project.parent / "quick.py"))
 
 
 def go_back(project: Path) -> str:
@@ -182,7 +187,8 @@ def test_a_second_run_runs_inputs_and_cost_alone_and_changes_no_byte(project: Pa
 
 def test_a_fresh_run_elsewhere_gives_the_same_lock_byte_for_byte(project: Path, tmp_path: Path, tiny: Model) -> None:
     folder = made_project(tmp_path / "elsewhere", tiny)
-    dvc(folder, "repro", REPLACEME_CACHE=str(tmp_path / "cache"))
+    hook = str(project.parent / "quick.py")
+    dvc(folder, "repro", REPLACEME_CACHE=str(tmp_path / "cache"), STAGE_HOOK=hook)
     assert (folder / "dvc.lock").read_text() == shell(project, "git", "show", "HEAD:dvc.lock")
 
 
@@ -265,7 +271,7 @@ def test_another_transform_changes_the_cut_and_no_pass_before_it(project: Path) 
 
 
 def test_the_experiments_are_compared_in_a_table_and_a_picture_and_their_models_are_measured_once(project: Path) -> None:
-    printed, output = served(project, "replaceme", "compare", "--speed"), project / "artifacts" / "experiments"
+    printed, output = measure(project, "compare", "--speed"), project / "artifacts" / "experiments"
     table = pd.read_csv(output / "experiments.csv")
     assert {"experiment", "best", "method", "parameters.removed_percent", "retention_percent"} <= set(table)
     assert sorted(zip(table["alpha"], table["layers_to_skip"], strict=True)) == [(0.0, 1), (0.0, 2), (0.1, 2)]
@@ -275,7 +281,7 @@ def test_the_experiments_are_compared_in_a_table_and_a_picture_and_their_models_
     assert "alpha" in printed
     assert len(re.findall(r"(?m)^\|", (output / "experiments.md").read_text())) == len(table) + 2
     assert len(json.loads((output / "speed.json").read_text())) == printed.count(", measured") == 3
-    again = served(project, "replaceme", "compare", "--speed")
+    again = measure(project, "compare", "--speed")
     assert (again.count(", measured"), again.count(", known")) == (0, 3)
     assert re.search(r"time +memory +prefill +decode\n", again)
     assert not list(project.glob("*.partial"))
@@ -316,7 +322,7 @@ def test_results_and_experiments_are_shared_through_a_remote(project: Path, tmp_
 
 
 def test_speed_is_measured_apart_from_the_lock(project: Path) -> None:
-    printed = served(project, "replaceme", "speed", "--config", "params.yaml")
+    printed = measure(project, "speed", "--config", "params.yaml")
     assert re.search(r"prefill +[\d.]+ ms +[\d.]+ ms +x [\d.]+", printed)
     speed = project / "artifacts" / "speed"
     times = json.loads((speed / "speed.json").read_text())

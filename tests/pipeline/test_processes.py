@@ -249,6 +249,7 @@ def test_a_stage_starts_processes_of_which_a_killed_one_ends_all_and_the_launche
         "error: processes: rank 1 of 2 was ended by SIGKILL, perhaps for lack of memory; run again: finished stages are kept.\n"
     )
     assert not work.profile.exists()
+    run_stages(params.model_copy(update={"dataset_size": 40}), work, ["calibrate"])
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     subprocess.run([*launcher, *stage], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, check=True)
     found = read_json(work.profile / "profile.json")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from replaceme.base.entries import Task
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.parameters import Params
 from replaceme.cli import commands
@@ -22,7 +23,7 @@ from replaceme.running import versions as versions_module
 from replaceme.running.stage import FIT, ORDER
 from replaceme.running.workspace import Workspace
 from tests.conftest import made_text
-from tests.helpers import FAST, call
+from tests.helpers import call
 from tests.interruption import KILLED, forked
 from tests.pipeline.conftest import Finished
 
@@ -153,19 +154,22 @@ def test_another_processor_and_changed_code_repeat_every_stage(change: Any, keys
 
 
 def test_the_dense_model_is_scored_once_for_all_results_and_known_by_content(
-    config: Path, tiny: Model, save_tiny: Callable[..., Model], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    params: Params, tiny: Model, save_tiny: Callable[..., Model], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     source, text = tmp_path / "model", tmp_path / "scored-once.txt"
     shutil.copytree(tiny.folder, source)
     # A text of its own, which no other test has scored.
     text.write_text(made_text(40, seed=77), encoding="utf-8")
+    setting = params.model_copy(update={"model_path": str(source), "tasks": (Task(str(text)),)})
 
-    def dense_score(name: str) -> tuple[float, bool]:
-        arguments = ["--config", config, "--model_path", source, "--tasks", text, "--save_path", tmp_path / name]
-        call(commands.run_uidl, *arguments, *FAST)
-        known = "baseline: known from an earlier run" in capsys.readouterr().err
-        metrics = json.loads((tmp_path / f"{name}.work" / "metrics" / "evaluation.json").read_text())
-        return metrics["perplexity"]["scored-once"]["dense"], known
+    def dense_score(name: str) -> tuple[dict[str, float], bool]:
+        work = Workspace(tmp_path / name)
+        inspect_inputs(setting, work)
+        caplog.clear()
+        with caplog.at_level("INFO", "replaceme"):
+            run_stages(setting, work, ["baseline"])
+        known = any(line.startswith("baseline: known from an earlier run") for line in caplog.messages)
+        return json.loads((work.baseline / "scores.json").read_text())["perplexity"]["scored-once"], known
 
     first, known = dense_score("a")
     assert not known

@@ -32,10 +32,7 @@ def test_a_model_with_too_few_positions_is_refused(params: Params, save_tiny: Ca
             speed.measure_speed(params, short, short)
 
 
-def test_times_fit_the_positions_that_a_model_has(
-    params: Params, save_tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(speed, "ROUNDS", 1)
+def test_times_fit_the_positions_that_a_model_has(params: Params, save_tiny: Callable[..., Model]) -> None:
     short = save_tiny("gpt2", max_position_embeddings=70)
     assert speed.measure_speed(params, short, short)["prompt_tokens"] == 6
 

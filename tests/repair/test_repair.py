@@ -124,16 +124,21 @@ def test_a_later_block_is_fitted_on_states_of_the_shortened_model(kind: str, hos
     assert edits.removed_layers == [layer for block in blocks for layer in block.layers]
 
 
-@pytest.mark.parametrize("kind", PLAIN_REPRESENTATIVES)
+# Where the cuts are changes nothing in a family, but for whether its MLP is parallel.
 @pytest.mark.parametrize(
-    ("blocks", "options"),
+    ("kind", "blocks", "options"),
     [
-        ((BLOCK,), {"transform": "refit", "repair": True}),
-        ((BLOCK,), {"transform": "joint", "repair": True}),
-        ((Block(1, 2),), {"transform": "joint"}),  # the first layer is the host
-        ((Block(4, 6),), {"transform": "joint", "repair": True}),  # no layer is left after the cut
-        ((Block(1, 2), Block(3, 5)), {"transform": "joint", "repair": True}),
-        ((Block(1, 2), Block(3, 5)), {"method": "uidl", "repair": True}),
+        *((kind, (Block(1, 2), Block(3, 5)), {"transform": "joint", "repair": True}) for kind in PLAIN_REPRESENTATIVES),
+        *((kind, (BLOCK,), {"transform": "refit", "repair": True}) for kind in PLAIN_REPRESENTATIVES),
+        *(
+            (kind, blocks, options)
+            for kind in ("llama", "phi")
+            for blocks, options in [
+                ((Block(1, 2),), {"transform": "joint"}),  # the first layer is the host
+                ((Block(4, 6),), {"transform": "joint", "repair": True}),  # no layer is left after the cut
+                ((Block(1, 2), Block(3, 5)), {"method": "uidl", "repair": True}),
+            ]
+        ),
     ],
 )
 def test_all_repairs_are_exported_exactly(
