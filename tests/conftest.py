@@ -98,10 +98,13 @@ def checkpoint_at_each_chance(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _short_continuations() -> Iterator[None]:
-    """Let models write little after the report's prompts: at its full length, that takes most of a small run's scoring."""
+def _less_to_write() -> Iterator[None]:
+    """Leave out what takes a good part of a small run: most of the text after the report's prompts, and the text of each config
+    that transformers loads, which it makes for a log that nobody reads.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("replaceme.evaluation.continuations.MAX_TOKENS", WRITTEN)
+        patch.setattr("transformers.PreTrainedConfig.__repr__", object.__repr__)
         yield
 
 
