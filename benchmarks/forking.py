@@ -44,9 +44,9 @@ def run_stage_command(_: Any, command: str, **options: Any) -> None:
         sys.argv = [command]
         # As ``python -m`` has it; this repository's own code is not what is tested.
         sys.path[:] = [options["cwd"], *(place for place in sys.path if Path(place) != ROOT)]
-        if hook := os.environ.get("STAGE_HOOK"):  # a Python file
-            runpy.run_path(hook)
         module = command.removeprefix("python -m ")
+        if hook := os.environ.get("STAGE_HOOK"):  # a Python file, which finds the module's name as ``stage``
+            runpy.run_path(hook, {"stage": module})
         run_and_exit(lambda: runpy.run_module(module, run_name="__main__", alter_sys=True))
     if code := os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]):
         raise StageCmdFailedError(command, code)

@@ -23,11 +23,10 @@ from tests.pipeline.helpers import TOKEN, Hub, dvc, shell
 
 # Hooks of the stages. One makes each picture a dot, and lets the models write as little as in this process.
 QUICK = f"""
-import sys
 from matplotlib.figure import Figure
 
 Figure.savefig = lambda figure, file, **options: file.write({DOT!r})
-if sys.argv[0].endswith((".baseline", ".evaluate")):
+if stage in ("stages.baseline", "stages.evaluate"):
     from replaceme.evaluation import continuations
     continuations.MAX_TOKENS = {WRITTEN}
 """
@@ -36,10 +35,10 @@ RECORD_FILES = """
 import atexit, json, os, pathlib, sys
 
 def record():
-    root, name = pathlib.Path.cwd(), sys.argv[0].removeprefix("python -m ")
+    root = pathlib.Path.cwd()
     files = [pathlib.Path(module.__file__) for module in list(sys.modules.values()) if getattr(module, "__file__", None)]
     ours = [file.relative_to(root).as_posix() for file in files if root in file.parents]
-    pathlib.Path(os.environ["LOADED"], f"{name}.json").write_text(json.dumps(sorted(ours)))
+    pathlib.Path(os.environ["LOADED"], f"{stage}.json").write_text(json.dumps(sorted(ours)))
 
 atexit.register(record)
 """
