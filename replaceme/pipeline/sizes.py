@@ -14,6 +14,7 @@ block's place wins a part of the rise back: the table says where to begin, and t
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import pandas as pd
 import torch
@@ -44,16 +45,12 @@ from replaceme.statistics.walk import forward_passes
 DEFAULT_SHARE, MOST_SHARE = 0.13, 0.5
 # Tokens of each pass, and blocks of each size by each ranking.
 TOKENS, CANDIDATES = 2048, 2
-# The largest rise, with nothing in the block's place, at which to start: 4 of the demo's 30 layers. And the one that ends the
-# search, at ten times the perplexity.
+# The largest rise at which to start: 4 of the demo's 30 layers. And the one that ends the search, at ten times the perplexity.
 START_RISE, LAST_RISE = 0.5, 2.3
 
 
 def apply_default_size(params: Params) -> Params:
-    """Return the parameters with the number of layers that goes where nobody has said how much: a share of the model's.
-
-    With ``tolerated_loss``, which says how much, it is the largest number that may go.
-    """
+    """Return the parameters with a share of the model's layers to remove, with ``tolerated_loss`` the most that may go."""
     try:
         layers = layer_count(find_model(params))
     except ReplaceMeError:  # the first stage says what is wrong with the model, and with everything else
@@ -73,23 +70,19 @@ class Size:
     """What it costs and saves that ``layers`` layers go, from the layer ``start`` on.
 
     Attributes:
-        rise: of the loss, in nats per token.
+        rise: of the loss, in nats per token; ``ratio`` is that of the perplexities.
         gigabytes: of the weights in bfloat16, with embedding and head.
         share: of the dense model's parameters.
-        speedup: expected of decoding; None where a token reads only some of the weights.
+        speedup: expected of decoding; None with experts, of which a token reads only some.
     """
 
     layers: int
     start: int
     rise: float
+    ratio: float
     gigabytes: float
     share: float
     speedup: float | None
-
-    @property
-    def ratio(self) -> float:
-        """The perplexity in times the dense model's."""
-        return math.exp(self.rise)
 
 
 def measure_sizes(params: Params, work: Workspace) -> None:
@@ -101,10 +94,10 @@ def measure_sizes(params: Params, work: Workspace) -> None:
     if rank():
         return
     sizes = _weigh_sizes(source, best)
+    rows = [round_floats(asdict(size)) for size in sizes]
     with new_folder(work.artifact("sizes")) as folder:
-        write_json(folder / "sizes.json", [round_floats(asdict(size)) for size in sizes])
-        rows = [asdict(size) | {"perplexity_ratio": size.ratio} for size in sizes]
-        pd.DataFrame(rows).map(round_floats).to_csv(folder / "sizes.csv", index=False)
+        write_json(folder / "sizes.json", rows)
+        pd.DataFrame(rows).to_csv(folder / "sizes.csv", index=False)
         (folder / "sizes.png").write_bytes(to_png(draw_sizes(sizes, choose_start(sizes))))
 
 
@@ -123,7 +116,7 @@ def print_sizes(work: Workspace) -> None:
         last = size.start + size.layers - 1
         removed = "none" if not size.layers else str(last) if size.layers == 1 else f"{size.start}–{last}"
         speedup = f"× {size.speedup:.2f}" if size.speedup else ""
-        mark = f"start here: {size.layers}" if size == start else ""
+        mark = f"start here: {size.layers}" * (size == start)
         weights = f"{size.gigabytes:.3g}", f"{100 * size.share:.1f} %"
         rows.append((str(size.layers), removed, *weights, f"{size.rise:+.3f}", f"× {size.ratio:.2f}", speedup, mark))
     print(f"\n{align(rows)}")
@@ -149,12 +142,7 @@ def _list_candidates(params: Params, rankings: Sequence[list[list[float]]]) -> l
 
 
 def _measure_rises(context: ModelContext, candidates: Sequence[Sequence[Block]]) -> dict[int, tuple[float, int]]:
-    """Return the lowest rise of the loss for each number of layers, and the first layer of its block, until ``LAST_RISE``.
-
-    Args:
-        context: the dense model and the text.
-        candidates: blocks of each number of layers, the fewest first.
-    """
+    """Return number of layers → the lowest rise of the loss among its candidates, and that block's start; to ``LAST_RISE``."""
     weights, (_, held_out) = context.documents.tokens_by_domain, split_documents(context.documents)
     # Nothing is fitted here: of too few documents to hold one out, any will do.
     excerpts = next(filter(len, (excerpts_of(text, TOKENS) for text in (held_out, context.documents))), None)
@@ -181,23 +169,16 @@ def _measure_rises(context: ModelContext, candidates: Sequence[Sequence[Block]])
 
 
 def _weigh_sizes(source: Model, best: Mapping[int, tuple[float, int]]) -> list[Size]:
-    """Return the sizes, that of the dense model first.
-
-    Args:
-        source: the dense model.
-        best: number of layers → the lowest rise, and the first layer of its block.
-    """
-    skeleton, parameters = source.skeleton(source.config()), Sizes.of(source)
+    """Return the sizes of a model, the dense one's first; ``best`` is as from ``_measure_rises``."""
+    skeleton, layers, total = source.skeleton(source.config()), Sizes.of(source).layers, Sizes.of(source).total
     head = skeleton.get_output_embeddings()
     # Of an embedding that is not the head as well, a token reads one row.
-    read = parameters.total - embedding_count(skeleton) + (head.weight.numel() if head is not None else 0)
+    read = total - embedding_count(skeleton) + (head.weight.numel() if head is not None else 0)
     sizes = []
     for count, (rise, start) in sorted({0: (0.0, 0), **best}.items()):
-        gone = sum(parameters.layers[start : start + count])
-        left = parameters.total - gone
-        # A token reads few of the experts, and how many bytes these are is not known here.
+        gone = sum(layers[start : start + count])
         speedup = None if source.family().experts else read / (read - gone)
-        sizes.append(Size(count, start, rise, 2e-9 * left, left / parameters.total, speedup))
+        sizes.append(Size(count, start, rise, math.exp(rise), 2e-9 * (total - gone), 1 - gone / total, speedup))
     return sizes
 
 
@@ -209,11 +190,8 @@ def draw_sizes(sizes: Sequence[Size], start: Size | None) -> Figure:
         weights = axes.twinx()
         if start is not None:
             axes.axvline(start.layers, color=LIGHT.mark, lw=1.2)
-            side = 1 if start.layers < 0.6 * counts[-1] else -1
-            axes.annotate(
-                f"start here: {start.layers}", (start.layers, 1), (5 * side, -2), xycoords=("data", "axes fraction"),
-                textcoords="offset points", va="top", ha="left" if side > 0 else "right", color=LIGHT.mark,
-            )  # fmt: skip
+            where: Any = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "ha": "center"}
+            axes.annotate(f"start here: {start.layers}", (start.layers, 1), (0, 3), color=LIGHT.mark, **where)
         (ratio,) = axes.plot(counts, [size.ratio for size in sizes], color=LIGHT.pruned, marker="o", ms=4.5, lw=1.6)
         (size,) = weights.plot(
             counts, [size.gigabytes for size in sizes], color=LIGHT.series[1], marker="s", ms=3.5, lw=1.2, ls="--"

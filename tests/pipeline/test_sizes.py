@@ -73,7 +73,7 @@ def _read_weights(model: Any) -> int:
 
 def test_one_starts_at_the_largest_size_within_the_tolerated_rise() -> None:
     rises = [0.0, 0.5 * START_RISE, 2 * START_RISE, 0.9 * START_RISE, 3 * START_RISE]
-    made = [Size(count, 1, rise, 1.0, 1.0, None) for count, rise in enumerate(rises)]
+    made = [Size(count, 1, rise, 1.0, 1.0, 1.0, None) for count, rise in enumerate(rises)]
     assert choose_start(made) == made[3]
     assert choose_start([made[0], made[2]]) is None
 
