@@ -130,7 +130,7 @@ class Params(BaseModel):
     influence (ShortGPT) or greedily by the loss without them (SLEB). null is the method's own published criterion."""
     layers_to_skip: int = Field(8, ge=1, title="layers to remove")
     """Number of layers to remove; methods that remove parts of layers remove as many parameters. With remove, the largest
-    number."""
+    number. The commands and the Python interface take 13 % of the layers where nothing names it."""
     remove: str | None = Field(None, pattern=r"^\d+(\.\d+)?%( of layers)?$", title="a share instead, as 20% or '20% of layers'")
     """How much to remove instead of layers_to_skip layers: a share of all parameters, as 20%, or of those in decoder layers, as
     20% of layers. With transform channels and repair it is met within 1 % of all parameters: at most layers_to_skip layers
