@@ -61,7 +61,7 @@ def test_the_speed_of_a_chat_is_read_when_the_answer_is_there(tiny: Model, monke
 def test_at_five_memory_limits_the_default_finds_the_processors_cut_and_channels(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    few = {"dataset_size": 10}
+    few = {"dataset_size": 8}
     removed, _ = fit(tmp_path, "llama", few, "cpu")
     channels = _channels(tmp_path, "cpu")
     release_memory()

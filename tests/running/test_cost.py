@@ -42,12 +42,15 @@ def test_a_machine_is_named_and_the_peaks_of_all_its_gpus_are_added(monkeypatch:
     monkeypatch.setattr(accelerators, "find_kind", lambda: "cuda")
     monkeypatch.setattr(accelerators, "count_devices", lambda: 2)
     monkeypatch.setattr("torch.accelerator.max_memory_allocated", lambda number: 100 * (number + 1))
+    waited: list[int] = []
+    monkeypatch.setattr("torch.accelerator.synchronize", waited.append)
     monkeypatch.setattr(accelerators, "device_name", lambda device: f"GPU {device[-1]}")
     monkeypatch.setattr(machine_module, "processor", lambda: "Made Up 9000")
     monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 5}, raising=False)
     monkeypatch.setattr("os.sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2_000_000}.get)
     with cost_measurement() as cost:
         pass
+    assert waited == [0, 1]
     assert cost["peak_cuda_bytes"] == 300
     packages = f"torch {version('torch')}, transformers {version('transformers')}"
     assert cost["machine"] == f"Made Up 9000, 2 cores, 8.19 GB of memory, GPU 0, GPU 1; {packages}"
