@@ -208,7 +208,9 @@ Show = Callable[..., Reader]
 
 
 def test_every_figure_of_the_evaluation_is_in_a_table_and_the_average_before_the_tasks(show: Show) -> None:
-    assert show().tables[:3] == TABLES
+    page = show()
+    assert page.tables[:3] == TABLES
+    assert re.findall("<h2>(.*?)</h2>", page.html)[:3] == ["How both models go on", "Size and speed", "Scores"]
 
 
 def test_the_main_results_stand_first_and_the_unseen_texts_before_all(show: Show) -> None:
