@@ -14,6 +14,7 @@ from replaceme.export.reference import GENERATED, PROMPTS, STRINGS, Continuation
 from replaceme.running.extras import require_package
 
 OPENVINO_MODEL = "openvino_model.xml"
+EXACT = {"INFERENCE_PRECISION_HINT": "f32"}  # where the processor has bfloat16, that is the default
 
 
 def is_converted(path: Path) -> bool:
@@ -51,7 +52,7 @@ def _read_openvino(path: Path, reference: Readings) -> Readings:
     import openvino
     from transformers import AutoTokenizer
 
-    request = openvino.Core().compile_model(path / OPENVINO_MODEL, "CPU").create_infer_request()
+    request = openvino.Core().compile_model(path / OPENVINO_MODEL, "CPU", EXACT).create_infer_request()
     tokenizer = AutoTokenizer.from_pretrained(path)
 
     def logits(ids: Sequence[int]) -> Tensor:

@@ -56,7 +56,7 @@ def export(params: Params, work: Workspace) -> None:
     if broken:
         logger.warning(
             "export: %s no longer follows the family's pattern: transformers and vLLM read it from the config, but programs "
-            "that derive it from a layer's position, such as llama.cpp, would compute something else (docs/loading.md)",
+            "that derive it from a layer's position, such as llama.cpp, would compute something else (docs/serving.md)",
             " and ".join(broken),
         )
     if not plain:

@@ -74,7 +74,8 @@ def check_replaceme(words: list[str]) -> None:
     else:
         parsers = {
             "report": make_report_parser, "push": publish.make_parser, "compare": experiments.make_parser,
-            "doctor": doctor.make_parser, "verify": serving.make_verify_parser, "convert": serving.make_convert_parser, "chat": serving.make_chat_parser,
+            "doctor": doctor.make_parser, "verify": serving.make_verify_parser, "convert": serving.make_convert_parser,
+            "chat": serving.make_chat_parser,
         }  # fmt: skip
         assert words == ["--version"] or parsers[words[0]]().parse_args(words[1:])
 
