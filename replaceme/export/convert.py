@@ -11,7 +11,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from replaceme.base.errors import ParameterError, ResourceError, excerpt
 from replaceme.base.files import temporary_folder
@@ -111,7 +113,16 @@ def _run_converter(folder: Path, name: str, weights: str, result: Path) -> None:
 def _round_gguf(source: Path, result: Path) -> None:
     import llama_cpp
 
+    llama_cpp.llama_log_set(_silent_log(), None)
     options = llama_cpp.llama_model_quantize_default_params()
     options.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M
     if llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(result), options):
-        raise ResourceError("--quantize q4_k_m: llama.cpp has failed; its own words stand above.")
+        raise ResourceError("--quantize q4_k_m: llama.cpp has failed; try q8_0.")
+
+
+@cache
+def _silent_log() -> Any:
+    """Return a callback for llama.cpp, which else prints a line for each tensor; it must live as long as llama.cpp."""
+    import llama_cpp
+
+    return llama_cpp.llama_log_callback(lambda *_: None)
