@@ -1,7 +1,8 @@
 """A model loaded by one runtime: run in that runtime's environment, as a process of its own, by ``benchmarks.serving``.
 
 ``ENV/bin/python benchmarks/runtimes.py RUNTIME PACKAGE PATH WEIGHTS IDS`` prints the package's version and the perplexity of
-the ids, a JSON list, in one window; then, for each line of its input, the tokens a second of a greedy text after the first of them.
+the ids, a JSON list, in one window; then, for each line of its input, the tokens a second of a greedy text after the first of
+them.
 """
 
 import json

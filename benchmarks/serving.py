@@ -3,9 +3,9 @@
     python -m benchmarks.serving DENSE PRUNED MODELS transformers=ENV vllm=ENV llama.cpp=ENV …
 
 DENSE and PRUNED are folders; each ENV is a virtual environment with the runtime and its converter, as none goes with all
-others. What is converted is kept in MODELS. The text is the first 512 tokens of wikipedia-sample's held-out half, in one window. Each
-runtime holds both models, each in a process of its own, and they answer in turn, so that what else the machine does falls on
-both: what counts is the ratio. Each row is printed, and added to docs/records/serving.csv.
+others. What is converted is kept in MODELS. The text is the first 512 tokens of wikipedia-sample's held-out half, in one
+window. Each runtime holds both models, each in a process of its own, and they answer in turn, so that what else the machine
+does falls on both: what counts is the ratio. Each row is printed, and added to docs/records/serving.csv.
 """
 
 import csv
