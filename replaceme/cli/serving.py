@@ -80,8 +80,7 @@ def convert(arguments: Sequence[str]) -> None:
             reference = load_reference(options.folder)
             is_same, lines = compare_readings(reference, read_converted(path, reference))
         except (ModelError, ResourceError) as missing:
-            print(f"not verified: {missing}")
-            return
+            return print(f"not verified: {missing}")
         if is_coarse:
             lines = [f"{options.quantize}: {line}" for line in lines if line.startswith(("log-prob", "greedy"))]
         print("\n".join(lines))

@@ -51,17 +51,14 @@ def compare_readings(reference: Readings, served: Readings) -> tuple[bool, list[
 
 
 def _compare_tokenizer(reference: Readings, served: Readings, wrong: list[str], figures: list[str], unseen: list[str]) -> str:
-    """Compare ids, chat template and vocabulary; add to what is wrong, what is equal, and what could not be seen.
-
-    Returns what the verdict says of odd strings that have other ids.
-    """
+    """Compare ids, template and vocabulary: add to wrong, equal and unseen; return what the verdict says of odd strings."""
     texts = [*zip((*PROMPTS, *STRINGS), reference.ids, served.ids, strict=True)]
     seen = [(text, own == ids) for text, own, ids in texts if ids is not None]
     other = [text for text, is_same in seen if not is_same]
     is_odd = len(other) <= ODD and not {*other} & {*PROMPTS}
     if other:
-        told = f"tokenizer: {len(other)} of {len(seen)} texts have other ids, the first is {other[0][:40]!r}"
-        (figures if is_odd else wrong).append(told)
+        differing = f"{len(other)} of {len(seen)} texts have other ids, the first is {other[0][:40]!r}"
+        (figures if is_odd else wrong).append(f"tokenizer: {differing}")
     elif seen:
         figures.append(f"tokenizer: the same ids of {len(seen)} texts")
     else:

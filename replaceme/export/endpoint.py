@@ -18,7 +18,6 @@ from replaceme.base.errors import ParameterError, excerpt
 from replaceme.export.reference import CHAT, GENERATED, PROMPTS, STRINGS, Continuation, Readings
 
 SECONDS = 120
-TOKENIZERS = ("/tokenize", "/extras/tokenize")
 
 
 def read_endpoint(url: str, reference: Readings, name: str | None = None) -> Readings:
@@ -55,7 +54,7 @@ def _tokenize(root: str, name: str, text: str) -> list[int] | None:
     """Return the ids of a text; None if the server doesn't give them."""
     # vLLM, llama.cpp and llama-cpp-python have other names for the same.
     options = {"model": name, "prompt": text, "content": text, "input": text, "add_special_tokens": True, "add_special": True}
-    answers = (_call(root + path, options) for path in TOKENIZERS)
+    answers = (_call(root + path, options) for path in ("/tokenize", "/extras/tokenize"))
     return next((answer.get("tokens") for answer in answers if answer), None)
 
 

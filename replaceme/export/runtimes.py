@@ -1,11 +1,11 @@
 """Read what llama.cpp or OpenVINO computes from a converted model, to compare it with the reference.
 
-Each is asked for the logits of given token ids, and for the ids of a text; the rest of the reference's readings follows.
+Each is asked for the logits of given token ids, and for the ids of a text; the rest of the readings follows.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +14,6 @@ from replaceme.export.reference import GENERATED, PROMPTS, STRINGS, Continuation
 from replaceme.running.extras import require_package
 
 OPENVINO_MODEL = "openvino_model.xml"
-EXACT = {"INFERENCE_PRECISION_HINT": "f32"}  # where the processor has bfloat16, that is the default
 
 
 def is_converted(path: Path) -> bool:
@@ -41,8 +40,7 @@ def _read_gguf(path: Path, reference: Readings) -> Readings:
         return torch.from_numpy(model.scores[: len(ids)])
 
     return _read(
-        lambda text: model.tokenize(text.encode(), special=True),
-        lambda ids: model.detokenize(ids).decode(errors="replace"),
+        lambda text: model.tokenize(text.encode(), special=True), lambda ids: model.detokenize(ids).decode(errors="replace"),
         logits, reference,
     )  # fmt: skip
 
@@ -52,25 +50,20 @@ def _read_openvino(path: Path, reference: Readings) -> Readings:
     import openvino
     from transformers import AutoTokenizer
 
-    request = openvino.Core().compile_model(path / OPENVINO_MODEL, "CPU", EXACT).create_infer_request()
+    exact = {"INFERENCE_PRECISION_HINT": "f32"}  # where the processor has bfloat16, that is the default
+    request = openvino.Core().compile_model(path / OPENVINO_MODEL, "CPU", exact).create_infer_request()
     tokenizer = AutoTokenizer.from_pretrained(path)
+    names = {name for each in request.model_inputs for name in each.names}
 
     def logits(ids: Sequence[int]) -> Tensor:
         request.reset_state()
-        row = torch.tensor([ids])
-        inputs: dict[str, Any] = {
-            "input_ids": row, "attention_mask": torch.ones_like(row), "position_ids": torch.arange(len(ids))[None],
-            "beam_idx": torch.zeros(1, dtype=torch.int32),
-        }  # fmt: skip
-        names = {name for each in request.model_inputs for name in each.names}
+        row, at, beam = torch.tensor([ids]), torch.arange(len(ids))[None], torch.zeros(1, dtype=torch.int32)
+        inputs = {"input_ids": row, "attention_mask": torch.ones_like(row), "position_ids": at, "beam_idx": beam}
         answer = request.infer({name: value.numpy() for name, value in inputs.items() if name in names})
         return torch.from_numpy(answer["logits"][0].copy())
 
-    return _read(
-        lambda text: list(tokenizer(text).input_ids),
-        lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
-        logits, reference,
-    )  # fmt: skip
+    decode = partial(tokenizer.decode, skip_special_tokens=True)
+    return _read(lambda text: list(tokenizer(text).input_ids), decode, logits, reference)
 
 
 def _read(

@@ -5,10 +5,8 @@ from importlib.util import find_spec
 from replaceme.base.errors import ResourceError
 
 # Module → the package that it comes in, and the extra that installs it.
-EXTRAS = {
-    "dvc": ("dvc", "pipeline"), "bitsandbytes": ("bitsandbytes", "4bit"), "llama_cpp": ("llama-cpp-python", "gguf"),
-    "openvino": ("openvino", "openvino"),
-}  # fmt: skip
+EXTRAS = {"dvc": ("dvc", "pipeline"), "bitsandbytes": ("bitsandbytes", "4bit")}
+EXTRAS |= {"llama_cpp": ("llama-cpp-python", "gguf"), "openvino": ("openvino", "openvino")}
 
 
 def require_package(module: str, why: str) -> None:

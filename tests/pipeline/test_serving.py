@@ -299,7 +299,7 @@ def test_convert_names_what_it_wrote_and_what_it_could_not_verify(
             ("--to", "gguf", "--quantize", "q4_k_m"),
             "--quantize q4_k_m: needs the package llama-cpp-python; install it: pip install",
         ),
-        (("--to", "gguf", "--output", "."), "--output: . is there already; name another."),
+        (("--to", "openvino", "--output", "."), "--output: . is there already; name another."),
         (
             ("--to", "openvino"),
             "--to openvino: needs the command optimum-cli; install it: pip install '.[openvino]' in the clone.",
