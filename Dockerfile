@@ -1,6 +1,6 @@
 # The commands and the pipeline, without a GPU: docker build -t replaceme . && docker run --rm -v "$PWD:/work" replaceme --help
 # torch is what pip gives, on Linux the CUDA build. For a GPU: docker run --gpus all.
-# The image was never built: its pip line was run in an empty virtual environment, and `replaceme prune` in that one.
+# The image was never built; its pip line was run in an empty virtual environment (Python 3.11, processor build of torch).
 ARG BASE=python:3.11-slim
 FROM ${BASE}
 # git: DVC's experiments are commits.
