@@ -29,8 +29,9 @@ environment: .venv/.run
 	@touch $@
 
 # One process for each core; the tests of a file stay together, and share what they make. A hundred short processes load the
-# library: they keep its bytecode, also where the environment says not to.
+# library: they keep its bytecode, also where the environment says not to. A thread that waits for another one sleeps.
 test test-device: export PYTHONDONTWRITEBYTECODE =
+test test-device: export OMP_WAIT_POLICY = passive
 
 test: .venv/.dev
 	pytest -n logical --dist loadfile --no-loadscope-reorder

@@ -98,15 +98,16 @@ def test_the_settings_on_the_card_make_the_same_model(finished: Finished, tiny: 
 def test_speed_of_a_result_is_measured_against_the_model_it_was_made_from(
     finished: Finished, config: Path, tmp_path: Path, save_tiny: Callable[..., Model], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    call(main, "speed", "--config", config, "--save_path", tmp_path / "none", code=2)
+    where = ["--config", config, "--threads", "1", "--eval_dtype", "float32"]
+    call(main, "speed", *where, "--save_path", tmp_path / "none", code=2)
     assert "save_path: there is no pruned model in" in capsys.readouterr().err
     copy = finished.copy(tmp_path)
-    call(main, "speed", "--config", config, "--save_path", copy.result)
+    call(main, "speed", *where, "--save_path", copy.result)
     times = json.loads((copy.work / "artifacts" / "speed" / "speed.json").read_text())
     assert times["weights"] == sha256_below(copy.result / "model.safetensors")
     assert set(times["decode_seconds_per_token"]) == {"dense", "pruned", "speedup"}
     other = save_tiny("mistral").folder
-    call(main, "speed", "--config", config, "--save_path", copy.result, "--model_path", other, code=2)
+    call(main, "speed", *where, "--save_path", copy.result, "--model_path", other, code=2)
     assert "is not what" in capsys.readouterr().err
 
 
