@@ -188,7 +188,7 @@ class Params(BaseModel):
     """Tokens of a step of the healing; batch_size documents at a time are computed."""
     heal_rank: int = Field(16, ge=1)
     """Rank of the changes that lora trains."""
-    keep_if_better: bool = Field(False, title="where plain removal is better, export that")
+    keep_if_better: bool = False
     """Compare the result with the removal of as many layers with nothing in their place, at its best cut, on text that the
     dense model writes. If that is nearer to the dense model, it is exported instead of weights that repair, healing or the
     transforms refit, joint and channels made; a published map is kept."""

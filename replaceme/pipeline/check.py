@@ -18,10 +18,10 @@ def check(params: Params, work: Workspace) -> None:
     comparison = _compare(params, work) if params.keep_if_better else None
     replaced = comparison is not None and comparison.favours_plain and _has_new_weights(params)
     with new_folder(work.edits) as folder:
+        # What was trained and repaired, curves and text, stays beside what is exported.
+        copy_tree(work.healed, folder)
         if comparison and replaced:
             Edits(TITLE, [*comparison.removed_layers]).save(folder)
-        else:
-            copy_tree(work.healed, folder)
     figures = {**comparison.figures(), "plain_removal_is_exported": replaced} if comparison else {}
     write_json(work.metric("check"), round_floats(figures))
     if comparison:

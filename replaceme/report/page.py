@@ -65,7 +65,7 @@ def render(
     profile, blocks = read_json(work.profile / "profile.json"), load_blocks(work.blocks)
     evaluation, solved, repaired = (read_json(work.metric(name)) for name in ("evaluation", "solve", "repair"))
     selected, edits = read_json(work.metric("select")), read_json(work.edits / "edits.json")
-    fits = _collect_fits(solved, repaired)
+    fits, checked = _collect_fits(solved, repaired), read_json(work.metric("check"))
     made_with = read_json(work.text_versions) | read_json(work.model_versions) | read_json(work.score_versions)
     pictures = draw_pictures(work, profile, blocks, evaluation, solved, params.alpha)
     settings = settings_yaml(params, FIELDS)
@@ -90,7 +90,8 @@ def render(
         fit_table=tables.tabulate_fits(fits),
         repair=sentences.describe_repair(repaired),
         heal=sentences.describe_healing(read_json(work.metric("heal"))),
-        checked=describe_check(read_json(work.metric("check"))).replace(" x ", " × "),
+        plain=checked.get("plain_removal_is_exported", False),
+        checked=describe_check(checked).replace(" x ", " × "),
         proof=sentences.describe_proof(read_json(work.metric("export")), blocks),
         published=tables.tabulate_published(),
         about=MODELS[params.model_path].disclosure if params.model_path in MODELS else "",

@@ -114,7 +114,7 @@ import sys
 from replaceme.cli.commands import run_replaceme
 from replaceme.pipeline import actions
 
-def use_libraries(params):
+def use_libraries(params, **options):
     from datasets import Dataset
     from transformers import AutoModelForCausalLM
     AutoModelForCausalLM.from_pretrained(params.model_path).save_pretrained(params.save_path)
