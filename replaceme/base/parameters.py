@@ -189,9 +189,9 @@ class Params(BaseModel):
     heal_rank: int = Field(16, ge=1)
     """Rank of the changes that lora trains."""
     keep_if_better: bool = False
-    """Compare the result with the removal of as many layers with nothing in their place, at its best cut, on text that the
-    dense model writes. If that is nearer to the dense model, it is exported instead of weights that repair, healing or the
-    transforms refit, joint and channels made; a published map is kept."""
+    """Compare the result with the removal of one block of as many layers with nothing in its place, at its best cut, on text
+    that the dense model writes. If that is nearer to the dense model by more than a standard error, it is exported instead of
+    weights that repair, healing or the transforms refit, joint and channels made; a published map is kept."""
 
     tasks: Tasks = Field(
         (Task("wikipedia"), Task("wikipedia_last_word"), Task("wikipedia_continuation")),

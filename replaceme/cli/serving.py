@@ -81,10 +81,11 @@ def convert(arguments: Sequence[str]) -> None:
             is_same, lines = compare_readings(reference, read_converted(path, reference))
         except (ModelError, ResourceError) as missing:
             return print(f"not verified: {missing}")
-        if is_coarse:
+        serious = [line for line in lines if line.startswith(("wrong: vocabulary", "wrong: tokenizer", "wrong: template"))]
+        if is_coarse and not serious:
             lines = [f"{options.quantize}: {line}" for line in lines if line.startswith(("log-prob", "greedy"))]
         print("\n".join(lines))
-        if not (is_same or is_coarse):
+        if serious or not (is_same or is_coarse):
             raise VerificationError(f"{options.folder}: what was converted is another model, and was not kept.")
 
     suffix = converter.FORMATS[options.to].suffix

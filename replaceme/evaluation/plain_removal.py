@@ -1,10 +1,11 @@
 """What a result gains over plain removal, which takes layers out and puts nothing in their place.
 
-Both shortened models read text that the dense model writes: samples x of its own distribution p. So the mean of
-``log p(x) − log q(x)`` estimates the KL divergence of whole texts, nothing is fitted on that text, and it needs no data. With
-little or narrow calibration text, a fit can be worse than none on all other text; this shows it.
+Both shortened models read text that the dense model writes, which nothing was fitted on and which needs no data. With little or
+narrow calibration text, a fit can be worse than none on all other text; this shows it. What counts is the mean KL divergence of
+the next token's distribution from the dense model's.
 
-Plain removal takes the best of several cuts for this text, as many layers as the result lacks: it is the stricter reference.
+Plain removal takes as many layers as the result lacks, in one block: the best of several for this very text, so that it is a
+strict reference.
 """
 
 from collections.abc import Iterable, Sequence
@@ -37,24 +38,26 @@ class Comparison:
 
     Attributes:
         result, plain: ``kl`` (nats a token) from the dense model, and ``perplexity_ratio`` over the dense model's.
+        stderr: standard error of the difference of both KL divergences, over the documents.
         removed_layers: those that plain removal takes.
         tokens: how many were predicted.
     """
 
     result: dict[str, float]
     plain: dict[str, float]
+    stderr: float
     removed_layers: Sequence[int]
     tokens: int
 
     @property
     def favours_plain(self) -> bool:
-        """Whether plain removal is nearer to the dense model."""
-        return self.plain["kl"] < self.result["kl"]
+        """Whether plain removal is nearer to the dense model, by more than one standard error."""
+        return self.result["kl"] - self.plain["kl"] > self.stderr
 
     def figures(self) -> dict[str, Any]:
         """Return the content of metrics/check.json, without what is exported."""
         plain = {**self.plain, "first_layer": self.removed_layers[0], "last_layer": self.removed_layers[-1]}
-        return {"tokens": self.tokens, **self.result, "plain_removal": plain}
+        return {"tokens": self.tokens, **self.result, "stderr_kl_difference": self.stderr, "plain_removal": plain}
 
 
 def plain_cuts(rankings: Iterable[list[list[float]]], starts: range, own: Sequence[int]) -> list[list[int]]:
@@ -88,15 +91,19 @@ def compare_with_plain_removal(context: ModelContext, edits: Edits, cuts: Sequen
 
     dense = score("dense model", Edits("", []), keep_likely=True)
 
-    def measure(description: str, edits: Edits) -> dict[str, float]:
-        scores = score(description, edits, dense=dense)
+    def summarize(scores: dict[str, Tensor]) -> dict[str, float]:
         rise = float(weights @ (scores["losses"] - dense["losses"]))
         return {"kl": float(weights @ scores["divergences"]), "perplexity_ratio": exp(min(rise, 700))}
 
-    result = measure("result", edits)
-    plain = [measure(f"plain removal, cut {number} of {len(cuts)}", Edits("", [*cut])) for number, cut in enumerate(cuts, 1)]
-    best = min(range(len(cuts)), key=lambda number: plain[number]["kl"])
-    return Comparison(result, plain[best], cuts[best], int(windows.counts.sum()))
+    result = score("result", edits, dense=dense)
+    plain = [
+        score(f"plain removal, cut {number} of {len(cuts)}", Edits("", [*cut]), dense=dense)
+        for number, cut in enumerate(cuts, 1)
+    ]
+    best = min(range(len(cuts)), key=lambda number: float(weights @ plain[number]["divergences"]))
+    differences = result["divergences"] - plain[best]["divergences"]
+    stderr = float(differences.std() / len(differences) ** 0.5)
+    return Comparison(summarize(result), summarize(plain[best]), stderr, cuts[best], int(windows.counts.sum()))
 
 
 def write_text(context: ModelContext, tokenizer: Any, length: int, seed: int) -> Documents:

@@ -217,7 +217,9 @@ def describe_check(checked: Mapping[str, Any]) -> str:
         return ""
     plain = checked["plain_removal"]
     layers = _name_layers([*range(plain["first_layer"], plain["last_layer"] + 1)])
-    result, other = (f"x {each['perplexity_ratio']:.3g} the perplexity, KL {each['kl']:.3f}" for each in (checked, plain))
+    result, other = (
+        f"x {each['perplexity_ratio']:.3g} the dense model's perplexity, KL {each['kl']:.3f}" for each in (checked, plain)
+    )
     text = f"{checked['tokens']:,} tokens that the dense model wrote"
     if checked["plain_removal_is_exported"]:
         return f"Plain removal of {layers} is exported. On {text}: {other}; the result of these settings: {result}."

@@ -1,6 +1,9 @@
 """check: compare the result with plain removal, and take the better one, if ``keep_if_better`` is set."""
 
+from math import isfinite
+
 from replaceme.base.combinations import NEW_WEIGHTS
+from replaceme.base.errors import ModelError
 from replaceme.base.files import copy_tree, new_folder, read_json, round_floats, write_json
 from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
@@ -32,7 +35,7 @@ def check(params: Params, work: Workspace) -> None:
             plain["last_layer"], plain["kl"], plain["perplexity_ratio"],
         )  # fmt: skip
     if replaced:
-        logger.warning("check: plain removal is better than this result, and is exported; more calibration text would help")
+        logger.warning("check: plain removal is nearer to the dense model than this result, and is exported")
 
 
 def _has_new_weights(params: Params) -> bool:
@@ -43,13 +46,16 @@ def _has_new_weights(params: Params) -> bool:
 def _compare(params: Params, work: Workspace) -> Comparison | None:
     """Return the result beside plain removal; None where there is none of its size, or no text at a reasonable cost."""
     edits = Edits.load(work.healed)
+    if edits == Edits(edits.title, edits.removed_layers):
+        logger.info("check: this result is plain removal itself")
+        return None
     if edits.parts or not edits.removed_layers:
         logger.info("check: plain removal takes whole layers alone; it is not compared with this result")
         return None
     use_processor(params.threads)
     context = calibration_context(params, work)
-    if stream_of(context.model):
-        logger.info("check: this model is read from its files for each token that it writes; plain removal is not compared")
+    if stream_of(context.model) or any(parameter.is_meta for parameter in context.model.parameters()):
+        logger.info("check: this model's weights are brought for each token that it writes; plain removal is not compared")
         return None
     profile, count = read_json(work.profile / "profile.json"), len(edits.removed_layers)
     first, end = params.min_distance_layer or 1, params.max_distance_layer or len(context.layers)
@@ -59,9 +65,17 @@ def _compare(params: Params, work: Workspace) -> Comparison | None:
         logger.info("check: no block of %d layers fits between the limits; plain removal is not compared", count)
         return None
     tokenizer = recorded_model(params, work.tokenizer_input).tokenizer()
-    # Another seed than that of the calibration's own text.
-    text = write_text(context, tokenizer, params.max_length, params.seed + 1)
-    return compare_with_plain_removal(context.with_documents(text), edits, cuts)
+    try:
+        # Another seed than that of the calibration's own text.
+        text = write_text(context, tokenizer, params.max_length, params.seed + 1)
+    except ModelError as reason:  # it has no cache of keys and values, or its texts no start
+        logger.info("check: the model can't write text by itself here; plain removal is not compared (%s)", reason)
+        return None
+    comparison = compare_with_plain_removal(context.with_documents(text), edits, cuts)
+    if not all(map(isfinite, (*comparison.result.values(), *comparison.plain.values()))):
+        logger.warning("check: dtype %s overflows in the predictions; plain removal is not compared", params.dtype)
+        return None
+    return comparison
 
 
 STAGE = Stage(

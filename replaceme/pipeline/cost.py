@@ -35,7 +35,8 @@ def compression_figures(params: Params, work: Workspace) -> dict[str, Any]:
     """
     costs = {name: cost for name in COMPRESSION if (cost := _read_cost(name, params, work))}
     seconds = {name: cost["seconds"] for name, cost in costs.items()}
-    figures: dict[str, Any] = {"trained": METHODS[params.method].trained or params.heal_tokens > 0}
+    is_plain = work.metric("check").is_file() and read_json(work.metric("check")).get("plain_removal_is_exported", False)
+    figures: dict[str, Any] = {"trained": (METHODS[params.method].trained or params.heal_tokens > 0) and not is_plain}
     if costs:
         figures |= {"stage_seconds": seconds, "machines": sorted({cost["machine"] for cost in costs.values()})}
     if missing := len(COMPRESSION) - len(costs):

@@ -36,7 +36,7 @@ from replaceme.models.model import Model, embedding_count, layer_count
 from replaceme.report.theme import LIGHT, WIDTH, drawing, set_grid, set_log_scale, to_png
 from replaceme.running.stage import PASS, Stage
 from replaceme.running.workspace import Workspace
-from replaceme.selection.blocks import removable_range, smallest_blocks
+from replaceme.selection.blocks import removable_range, smallest_blocks, starts_between
 from replaceme.selection.budget import Sizes
 from replaceme.selection.candidate_evaluation import CandidateEvaluation, batches_of, next_token_losses
 from replaceme.statistics.walk import forward_passes
@@ -57,7 +57,8 @@ def apply_default_size(params: Params) -> Params:
         return params
     tolerates = params.tolerated_loss is not None
     share = MOST_SHARE if tolerates else DEFAULT_SHARE
-    count = max(round(share * layers / params.num_A), 1)
+    room = (params.max_distance_layer or layers) - (params.min_distance_layer or 1)
+    count = max(min(round(share * layers), room) // params.num_A, 1)
     logger.info(
         "layers: %d of %d go%s (%.0f %%), as nothing says how many; --layers N does (replaceme profile shows the cost)",
         count * params.num_A, layers, " at most" if tolerates else "", 100 * share,
@@ -132,7 +133,7 @@ def _list_candidates(params: Params, rankings: Sequence[list[list[float]]]) -> l
     """Return the best few blocks of each number of layers, up to half of them, by each ranking (as of ``smallest_blocks``)."""
     layers = len(rankings[0])
     first, end = removable_range(params, layers)
-    most = min(layers // 2, end - first) or 1
+    most = min(layers // 2, len(starts_between(params.model_copy(update={"layers_to_skip": 1}), first, end))) or 1
     candidates = []
     for count in range(1, most + 1):
         starts = range(first, end - count + 1)

@@ -17,7 +17,7 @@ from markupsafe import Markup, escape
 from replaceme.base.config import WITHOUT_EFFECT, settings_yaml
 from replaceme.base.files import read_json, without_folder, write_text
 from replaceme.base.parameters import Params
-from replaceme.base.plan import load_blocks
+from replaceme.base.plan import group_adjacent, load_blocks
 from replaceme.base.published import PRESETS, preset_values
 from replaceme.export.card import describe_check
 from replaceme.methods.registry import FIELDS, criterion_of
@@ -65,7 +65,18 @@ def render(
     profile, blocks = read_json(work.profile / "profile.json"), load_blocks(work.blocks)
     evaluation, solved, repaired = (read_json(work.metric(name)) for name in ("evaluation", "solve", "repair"))
     selected, edits = read_json(work.metric("select")), read_json(work.edits / "edits.json")
-    fits, checked = _collect_fits(solved, repaired), read_json(work.metric("check"))
+    healed, checked, words = read_json(work.metric("heal")), read_json(work.metric("check")), criterion_of(params).words
+    if plain := checked.get("plain_removal_is_exported", False):
+        # What was fitted and trained is not in the model, and its cut is another.
+        blocks = tuple(group_adjacent(edits["removed_layers"]))
+        solved, repaired, healed, selected, words = (
+            {},
+            {},
+            {},
+            {},
+            "the divergence of plain removal on the dense model's own text",
+        )
+    fits = _collect_fits(solved, repaired)
     made_with = read_json(work.text_versions) | read_json(work.model_versions) | read_json(work.score_versions)
     pictures = draw_pictures(work, profile, blocks, evaluation, solved, params.alpha)
     settings = settings_yaml(params, FIELDS)
@@ -83,14 +94,12 @@ def render(
         size=tables.tabulate_sizes(evaluation),
         times=tables.tabulate_times(speed) if speed else None,
         cost=tables.tabulate_cost(cost) if cost else None,
-        cut=sentences.describe_cut(
-            profile["angular_distance"], profile["residual"], blocks, criterion_of(params).words, selected
-        ),
+        cut=sentences.describe_cut(profile["angular_distance"], profile["residual"], blocks, words, selected),
         parts_table=tables.tabulate_parts(repaired) if edits["parts"] else None,
         fit_table=tables.tabulate_fits(fits),
         repair=sentences.describe_repair(repaired),
-        heal=sentences.describe_healing(read_json(work.metric("heal"))),
-        plain=checked.get("plain_removal_is_exported", False),
+        heal=sentences.describe_healing(healed),
+        plain=plain,
         checked=describe_check(checked).replace(" x ", " × "),
         proof=sentences.describe_proof(read_json(work.metric("export")), blocks),
         published=tables.tabulate_published(),

@@ -81,6 +81,8 @@ class Influence:
         self.sums[layer] += change
 
     def all_reduce(self) -> None:
+        # A process without a batch has its zeros on the processor.
+        self.sums = self.sums.cpu()
         all_reduce_sum({"influence": self.sums})
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from math import exp
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import replaceme
 from replaceme.base.documents import Documents
+from replaceme.base.errors import ModelError
 from replaceme.edits.edits import Edits
 from replaceme.edits.fold import apply_edits
 from replaceme.evaluation import perplexity
@@ -48,6 +50,12 @@ def test_the_figures_are_those_of_models_whose_layers_are_gone(monkeypatch: pyte
     assert [*found.plain.values()] == pytest.approx(min(plain), rel=1e-5)
     assert found.removed_layers == plain[min(plain)]
     assert found.tokens == 6 * 29
+    single = [
+        [score_plainly(each, Documents([document]))[0] for document in documents.documents]
+        for each in (edits, Edits("", [*found.removed_layers]))
+    ]
+    differences = torch.tensor(single[0]) - torch.tensor(single[1])
+    assert found.stderr == pytest.approx(float(differences.std()) / 6**0.5, rel=1e-4)
 
 
 def test_the_cuts_are_the_results_own_and_the_best_of_each_ranking() -> None:
@@ -75,7 +83,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
     def changed(*arguments: Any) -> Any:
         found = true(*arguments)
         found.result["kl"] = factor * found.plain["kl"]
-        return found
+        return replace(found, stderr=0.01 * found.plain["kl"])
 
     monkeypatch.setattr(check, "compare_with_plain_removal", changed)
 
@@ -86,9 +94,10 @@ def spoil(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
         (2.0, {}, True),
         (0.5, {}, False),
         (2.0, {"transform": "dense", "repair": False, "selection": "angular"}, False),
-        (2.0, {"method": "uidl"}, False),
+        (2.0, {"method": "prune_and_comp"}, False),
+        (1.0, {}, False),
     ],
-    ids=["worse", "better", "a published map", "another method"],
+    ids=["worse", "better", "a published map", "another method", "as good"],
 )
 def test_what_is_worse_than_plain_removal_is_not_exported_unless_a_published_method_was_asked_for(
     factor: float, given: Mapping[str, Any], replaced: bool, settings: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -112,11 +121,25 @@ def test_what_is_worse_than_plain_removal_is_not_exported_unless_a_published_met
 
 @pytest.mark.parametrize(
     "given",
-    [{"keep_if_better": False}, {"preset": "published"}, {"memory": "200KB"}, {"method": "slicegpt"}],
-    ids=["off", "published", "streamed", "no whole layer"],
+    [{"keep_if_better": False}, {"preset": "published"}, {"memory": "200KB"}, {"method": "slicegpt"}, {"method": "uidl"}],
+    ids=["off", "published", "streamed", "no whole layer", "plain removal itself"],
 )
 def test_without_a_comparison_the_result_is_kept(given: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     pruned = replaceme.prune(**settings, **given)
     assert pruned.figures["check"] == {}
     assert "dense model wrote" not in (pruned.path / "README.md").read_text(encoding="utf-8")
     assert json.loads((pruned.path.parent / "small.work" / "metrics" / "check.json").read_text()) == {}
+
+
+@pytest.mark.parametrize("cause", ["no cache", "overflow"])
+def test_a_model_that_can_write_or_predict_nothing_here_keeps_its_result(
+    cause: str, settings: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> Documents:
+        raise ModelError("dataset: self needs a model with a cache.")
+
+    if cause == "no cache":
+        monkeypatch.setattr(check, "write_text", refuse)
+    else:
+        spoil(monkeypatch, float("nan"))
+    assert replaceme.prune(**settings).figures["check"] == {}
