@@ -308,7 +308,7 @@ def test_a_trained_mlp_leaves_attention_out_or_plainly_silent(
 def test_the_stages_choose_train_and_export(options: dict[str, Any], params: Params, tiny: Model, tmp_path: Path) -> None:
     settings = {"method": "llm_streamline", "batch_size": 4, "llm_streamline_epochs": 3, "llm_streamline_learning_rate": 3e-3}
     params, work = params.model_copy(update={**settings, **options}), Workspace(tmp_path / "run")
-    run_stages(params, work, *SOLVED, "repair", "heal", "export")
+    run_stages(params, work, *SOLVED, "repair", "heal", "check", "export")
     (block,) = load_blocks(work.blocks)
     if not options:
         cosines = read_json(work.profile / "profile.json")["mean_cosine"]

@@ -237,7 +237,7 @@ def test_the_stages_slice_save_and_score(plain: bool, params: Params, tmp_path: 
     params, work = params.model_copy(update={"method": "slicegpt", "plain": plain}), Workspace(tmp_path)
     run_stages(params, work, "inputs", "calibrate")
     save_blocks([], work.blocks)
-    run_stages(params, work, "plan", "activations", "solve", "repair", "heal", "export", "baseline", "evaluate")
+    run_stages(params, work, "plan", "activations", "solve", "repair", "heal", "check", "export", "baseline", "evaluate")
     figures, pruned = read_json(work.metric("repair")), Model(work.model, "pruned").load()
     slicing = Edits.load(work.edits).model_edit
     assert isinstance(slicing, Slicing)

@@ -330,7 +330,7 @@ def test_speed_is_measured_apart_from_the_lock(project: Path) -> None:
     assert times["weights"].keys() == {"model.safetensors"}
     page = (speed / "index.html").read_text()
     assert "Measured on cpu" in page
-    assert re.search(r'<th scope="row">all stages</th><td>[\d.]+ (s|min)</td>', page)
+    assert re.search(r'<th scope="row">all stages</th><td>[\d.]+\s(s|min)</td>', page)
     # The settings are those that the model was made with.
     assert (speed / "params.yaml").read_text() == (project / "artifacts" / "report" / "params.yaml").read_text()
     assert shell(project, "git", "status", "--porcelain") == ""
