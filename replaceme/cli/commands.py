@@ -14,10 +14,8 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
-import yaml
-
 from replaceme.base.combinations import describe_users, format_value
-from replaceme.base.config import parse_value
+from replaceme.base.config import parse_value, read_config
 from replaceme.base.errors import ParameterError, renaming
 from replaceme.base.parameters import Params, nearest, read_params
 from replaceme.base.progress import silence_libraries
@@ -154,7 +152,7 @@ class Command:
         options = {name: given.pop(name) for name in self.options if name in given}
         params = read_params(config, {**given, **self.fixed, **launched_processes()}, METHODS, self.preset)
         if self.action == "prune":
-            options["sized"] = _names_size(config, given)
+            options["has_size"] = _names_size(config, given)
         return params, options
 
     def _refuse_words(self, words: Sequence[str], prog: str) -> list[str]:
@@ -207,7 +205,7 @@ def parse_option(key: str, text: str) -> Any:
 
 def _names_size(config: Path | None, given: Mapping[str, Any]) -> bool:
     """Return whether the command line or the config, which has been read without an error, says how much goes."""
-    stated = (yaml.safe_load(config.read_text(encoding="utf-8")) or {}) if config else {}
+    stated, _ = read_config(config) if config else ({}, [])
     return any({**stated, **given}.get(key) is not None for key in SIZE_KEYS)
 
 

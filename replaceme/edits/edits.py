@@ -115,6 +115,11 @@ class Edits:
     parts: str = ""
     model_edit: ModelEdit | None = None
 
+    @property
+    def only_remove(self) -> bool:
+        """Whether layers are removed with nothing in their place."""
+        return self == Edits(self.title, self.removed_layers)
+
     def as_dense(self, layer: int, state: Tensor) -> Tensor:
         """Convert the pruned model's state after a kept layer, (tokens, width), to the dense model's basis and scale."""
         return self.model_edit.as_dense(layer, state) if self.model_edit else self.scale(layer + 1) * state

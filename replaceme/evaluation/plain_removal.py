@@ -10,7 +10,6 @@ strict reference.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from math import exp
 from typing import Any
 
@@ -25,7 +24,7 @@ from replaceme.evaluation.perplexity import score_windows
 from replaceme.evaluation.windows import Windows
 from replaceme.models.context import ModelContext
 from replaceme.models.kv_cache import eager_attention_where_faster
-from replaceme.selection.blocks import smallest_blocks
+from replaceme.selection.blocks import smallest_of_each
 
 TITLE = "plain removal"
 # How much the dense model writes; and of each ranking, the cuts that are measured.
@@ -68,9 +67,9 @@ def plain_cuts(rankings: Iterable[list[list[float]]], starts: range, own: Sequen
         starts: the allowed starts of a block.
         own: the layers that the result lacks.
     """
-    best = chain(*(smallest_blocks(values, starts, len(own), CUTS) for values in rankings))
-    blocks = [*(block for block in group_adjacent(own) if len(block) == len(own)), *best]
-    return [[*layers] for layers in dict.fromkeys(tuple(block.layers) for block in blocks)]
+    whole = [block for block in group_adjacent(own) if len(block) == len(own)]
+    blocks = dict.fromkeys([*whole, *smallest_of_each(rankings, starts, len(own), CUTS)])
+    return [[*block.layers] for block in blocks]
 
 
 def compare_with_plain_removal(context: ModelContext, edits: Edits, cuts: Sequence[Sequence[int]]) -> Comparison:
@@ -106,7 +105,7 @@ def compare_with_plain_removal(context: ModelContext, edits: Edits, cuts: Sequen
     return Comparison(summarize(result), summarize(plain[best]), stderr, cuts[best], int(windows.counts.sum()))
 
 
-def write_text(context: ModelContext, tokenizer: Any, length: int, seed: int) -> Documents:
+def write_own_text(context: ModelContext, tokenizer: Any, length: int, seed: int) -> Documents:
     """Return text that the dense model writes, ``DOCUMENTS`` documents of ``LENGTH`` tokens, or ``length`` if that is less."""
     with eager_attention_where_faster(context.model, context.family):
         return Documents(write_texts(context.model, tokenizer, DOCUMENTS, min(length, LENGTH), seed))

@@ -204,7 +204,7 @@ def _describe_new_weights(params: Params, edits: Edits) -> list[str]:
 
 def _describe_fit(edits: Edits, fit: Mapping[str, Any]) -> list[str]:
     """Say how well the map, or the new weights, reproduce the state at the cut; nothing of a fit that is not in the model."""
-    if edits == Edits(edits.title, edits.removed_layers):
+    if edits.only_remove:
         return []
     cut = "the first cut" if len(edits.transforms | edits.operators) > 1 else "the cut"
     residuals = [fit[key] for key in ("relative_residual", "weighted_residual") if key in fit]

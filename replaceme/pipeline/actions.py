@@ -59,19 +59,19 @@ def run_distributed(action: Callable[..., object], params: Params, **options: An
     run_in_processes(count, lambda: action(params, **options), params.device)
 
 
-def prune(params: Params, texts: Sequence[str] | None = None, overwrite: bool = False, sized: bool = True) -> Workspace:
+def prune(params: Params, texts: Sequence[str] | None = None, overwrite: bool = False, has_size: bool = True) -> Workspace:
     """Prune a model, save and score it, and return the paths of the result.
 
     Args:
         params: where ``save_transform_only`` is set, only the edits are saved, without a model.
         texts: calibration documents, which are written to the file that ``dataset`` names; None where it exists.
         overwrite: whether a finished result that was made of something else is replaced.
-        sized: whether the user has said how much goes; if not, a share of the layers does.
+        has_size: whether the user has said how much goes; if not, a share of the layers does.
 
     Raises:
         ParameterError: there is such a result, and ``overwrite`` is not set.
     """
-    params = params if sized else apply_default_size(params)
+    params = params if has_size else apply_default_size(params)
     stages = FIT if params.save_transform_only else ORDER if params.tasks else COMPRESSION
     with exclusive_result(params, result_name(params)) as work:
         if texts is not None:

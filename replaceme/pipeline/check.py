@@ -8,7 +8,7 @@ from replaceme.base.files import copy_tree, new_folder, read_json, round_floats,
 from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
 from replaceme.edits.edits import Edits
-from replaceme.evaluation.plain_removal import TITLE, Comparison, compare_with_plain_removal, plain_cuts, write_text
+from replaceme.evaluation.plain_removal import TITLE, Comparison, compare_with_plain_removal, plain_cuts, write_own_text
 from replaceme.models.devices import use_processor
 from replaceme.models.find import calibration_context, recorded_model
 from replaceme.models.streaming import stream_of
@@ -46,7 +46,7 @@ def _has_new_weights(params: Params) -> bool:
 def _compare(params: Params, work: Workspace) -> Comparison | None:
     """Return the result beside plain removal; None where there is none of its size, or no text at a reasonable cost."""
     edits = Edits.load(work.healed)
-    if edits == Edits(edits.title, edits.removed_layers):
+    if edits.only_remove:
         logger.info("check: this result is plain removal itself")
         return None
     if edits.parts or not edits.removed_layers:
@@ -67,7 +67,7 @@ def _compare(params: Params, work: Workspace) -> Comparison | None:
     tokenizer = recorded_model(params, work.tokenizer_input).tokenizer()
     try:
         # Another seed than that of the calibration's own text.
-        text = write_text(context, tokenizer, params.max_length, params.seed + 1)
+        text = write_own_text(context, tokenizer, params.max_length, params.seed + 1)
     except ModelError as reason:  # it has no cache of keys and values, or its texts no start
         logger.info("check: the model can't write text by itself here; plain removal is not compared (%s)", reason)
         return None

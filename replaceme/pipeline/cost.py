@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from statistics import geometric_mean
 from typing import Any
 
-from replaceme.base.files import read_json, round_floats, write_json
+from replaceme.base.files import read_json, read_remembered, round_floats, write_json
 from replaceme.base.parameters import Params
 from replaceme.base.plan import load_blocks
 from replaceme.base.progress import logger
@@ -35,7 +35,7 @@ def compression_figures(params: Params, work: Workspace) -> dict[str, Any]:
     """
     costs = {name: cost for name in COMPRESSION if (cost := _read_cost(name, params, work))}
     seconds = {name: cost["seconds"] for name, cost in costs.items()}
-    is_plain = work.metric("check").is_file() and read_json(work.metric("check")).get("plain_removal_is_exported", False)
+    is_plain = read_remembered(work.metric("check")).get("plain_removal_is_exported", False)
     figures: dict[str, Any] = {"trained": (METHODS[params.method].trained or params.heal_tokens > 0) and not is_plain}
     if costs:
         figures |= {"stage_seconds": seconds, "machines": sorted({cost["machine"] for cost in costs.values()})}

@@ -14,10 +14,10 @@ block's place wins a part of the rise back: the table says where to begin, and t
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
 
 import pandas as pd
-import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -36,7 +36,7 @@ from replaceme.models.model import Model, embedding_count, layer_count
 from replaceme.report.theme import LIGHT, WIDTH, drawing, set_grid, set_log_scale, to_png
 from replaceme.running.stage import PASS, Stage
 from replaceme.running.workspace import Workspace
-from replaceme.selection.blocks import removable_range, smallest_blocks, starts_between
+from replaceme.selection.blocks import removable_range, smallest_of_each, starts_between
 from replaceme.selection.budget import Sizes
 from replaceme.selection.candidate_evaluation import CandidateEvaluation, batches_of, next_token_losses
 from replaceme.statistics.walk import forward_passes
@@ -130,16 +130,11 @@ def print_sizes(work: Workspace) -> None:
 
 
 def _list_candidates(params: Params, rankings: Sequence[list[list[float]]]) -> list[list[Block]]:
-    """Return the best few blocks of each number of layers, up to half of them, by each ranking (as of ``smallest_blocks``)."""
+    """Return the best few blocks of each number of layers, up to half of them, by each ranking."""
     layers = len(rankings[0])
     first, end = removable_range(params, layers)
     most = min(layers // 2, len(starts_between(params.model_copy(update={"layers_to_skip": 1}), first, end))) or 1
-    candidates = []
-    for count in range(1, most + 1):
-        starts = range(first, end - count + 1)
-        blocks = [block for values in rankings for block in smallest_blocks(values, starts, count, CANDIDATES)]
-        candidates.append([*dict.fromkeys(blocks)])
-    return candidates
+    return [smallest_of_each(rankings, range(first, end - count + 1), count, CANDIDATES) for count in range(1, most + 1)]
 
 
 def _measure_rises(context: ModelContext, candidates: Sequence[Sequence[Block]]) -> dict[int, tuple[float, int]]:
@@ -152,11 +147,7 @@ def _measure_rises(context: ModelContext, candidates: Sequence[Sequence[Block]])
     context = context.with_documents(excerpts)
     with forward_passes(context, batches_of(context), None) as batches:
         dense = next_token_losses(context, batches)
-    # A cut changes nothing before it: those states are computed once.
-    shape = excerpts.token_count, context.width
-    before = {block.layer_before_cut for blocks in candidates for block in blocks}
-    evaluation = CandidateEvaluation(context, {layer: torch.empty(shape, dtype=context.model.dtype) for layer in before})
-    evaluation.record_states(before)
+    evaluation = CandidateEvaluation.before_cuts(context, chain(*candidates))
     best: dict[int, tuple[float, int]] = {}
     for blocks in progress(candidates, "measuring the sizes", "sizes"):
         rises = []

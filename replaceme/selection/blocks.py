@@ -1,6 +1,7 @@
 """The allowed positions of blocks, and the blocks with the smallest values among them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 
 from replaceme.base.errors import ParameterError
 from replaceme.base.parameters import Params
@@ -11,6 +12,11 @@ def smallest_blocks(values: list[list[float]], starts: range, skip: int, count: 
     """Return the ``count`` blocks with the smallest values, in order; of equals, the earliest."""
     ordered = sorted(starts, key=lambda start: values[start - 1][start - 1 + skip])
     return [Block(start, start + skip) for start in ordered[:count]]
+
+
+def smallest_of_each(rankings: Iterable[list[list[float]]], starts: range, skip: int, count: int) -> list[Block]:
+    """Return the ``count`` smallest blocks of each ranking, as of ``smallest_blocks``; those of several once."""
+    return [*dict.fromkeys(chain(*(smallest_blocks(values, starts, skip, count) for values in rankings)))]
 
 
 def disjoint_blocks(values: list[list[float]], starts: range, params: Params) -> list[Block]:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from replaceme.base.documents import Batch
 from replaceme.base.group import all_gather, shard
+from replaceme.base.plan import Block
 from replaceme.edits.edits import Edits
 from replaceme.edits.unfused import unfused
 from replaceme.models.context import ModelContext
@@ -37,6 +38,14 @@ class CandidateEvaluation:
 
     context: ModelContext
     entering: Mapping[int, Tensor] | Tensor
+
+    @classmethod
+    def before_cuts(cls, context: ModelContext, blocks: Iterable[Block]) -> Self:
+        """Return the evaluation of candidates that remove these blocks, with the states before each cut, computed once."""
+        shape = context.documents.token_count, context.width
+        evaluation = cls(context, {block.layer_before_cut: torch.empty(shape, dtype=context.model.dtype) for block in blocks})
+        evaluation.record_states(evaluation.entering)
+        return evaluation
 
     def record_states(self, layers: Iterable[int]) -> None:
         """Store the states that enter these layers in the model, hooks included."""

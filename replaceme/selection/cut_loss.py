@@ -13,7 +13,6 @@ It is fitted on the documents that the profile fits on; the loss is measured on 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from replaceme.edits.edits import Edits
 from replaceme.models.context import ModelContext
 from replaceme.models.families import Linear, parameter_of
 from replaceme.models.streaming import LazyParameter
-from replaceme.selection.blocks import smallest_blocks
+from replaceme.selection.blocks import smallest_of_each
 from replaceme.selection.candidate_evaluation import CandidateEvaluation, Losses, batches_of, next_token_losses
 from replaceme.selection.compensation import measure_gains
 from replaceme.solvers.refit import refit
@@ -142,11 +141,7 @@ def cut_losses(context: ModelContext, blocks: Sequence[Block], surrogate: Surrog
     elif surrogate == "scalar":
         for block, edits, gain in zip(blocks, cuts, measure_gains(fit, blocks), strict=True):
             edits.operators[block.layer_before_cut] = torch.tensor(gain, dtype=torch.float64)
-    # A cut changes nothing before it: those states are computed once.
-    shape = excerpts.documents.token_count, context.width
-    entering = {block.layer_before_cut: torch.empty(shape, dtype=context.model.dtype) for block in blocks}
-    evaluation = CandidateEvaluation(excerpts, entering)
-    evaluation.record_states(entering)
+    evaluation = CandidateEvaluation.before_cuts(excerpts, blocks)
     losses = []
     for block, edits in zip(progress(blocks, "measuring the best cuts", "cuts"), cuts, strict=True):
         with evaluation.candidate(edits, block.layer_before_cut) as batches:
@@ -216,8 +211,8 @@ class _CutSearch:
 
     def rise(self, count: int) -> float:
         """Measure the best blocks of ``count`` layers, and return the lowest rise of the loss; infinity if all overflow."""
-        starts, each = range(self.first, self.end - count + 1), SHORTLIST // len(self.rankings)
-        blocks = [*dict.fromkeys(chain(*(smallest_blocks(values, starts, count, each) for values in self.rankings)))]
+        starts = range(self.first, self.end - count + 1)
+        blocks = smallest_of_each(self.rankings, starts, count, SHORTLIST // len(self.rankings))
         losses, weights = cut_losses(self.context, blocks, self.surrogate), self.context.documents.tokens_by_domain
         measured = [
             Measured(block, cut.rise_over(self.dense, weights), cut.mean) for block, cut in zip(blocks, losses, strict=True)

@@ -139,7 +139,7 @@ def test_a_model_that_can_write_or_predict_nothing_here_keeps_its_result(
         raise ModelError("dataset: self needs a model with a cache.")
 
     if cause == "no cache":
-        monkeypatch.setattr(check, "write_text", refuse)
+        monkeypatch.setattr(check, "write_own_text", refuse)
     else:
         spoil(monkeypatch, float("nan"))
     assert replaceme.prune(**settings).figures["check"] == {}

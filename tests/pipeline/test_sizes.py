@@ -92,7 +92,7 @@ def test_a_share_of_the_layers_goes_where_nothing_says_how_many(
 
 
 @pytest.mark.parametrize(
-    ("words", "config", "sized"),
+    ("words", "config", "has_size"),
     [
         (["--preset", "quick"], "alpha: 0.1", False),
         (["--remove", "null"], "alpha: 0.1", False),
@@ -103,12 +103,12 @@ def test_a_share_of_the_layers_goes_where_nothing_says_how_many(
     ],
 )
 def test_the_command_line_and_a_config_say_how_much_and_a_preset_does_not(
-    words: list[str], config: str, sized: bool, tmp_path: Path
+    words: list[str], config: str, has_size: bool, tmp_path: Path
 ) -> None:
     (tmp_path / "c.yaml").write_text(config, encoding="utf-8")
     command = COMMANDS["prune"]
     _, options = command.read_arguments(command.make_parser("p", full=True), ["--config", str(tmp_path / "c.yaml"), *words])
-    assert options == {"sized": sized}
+    assert options == {"has_size": has_size}
 
 
 def test_a_command_and_a_call_without_a_number_say_how_many_layers_go(
