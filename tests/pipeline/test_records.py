@@ -1,0 +1,74 @@
+"""The figures of the README and the site are those of the committed results: docs/records and metrics/."""
+
+import re
+
+import pandas as pd
+import pytest
+
+from replaceme.base.files import read_json
+from replaceme.evaluation.tables import format_score_comparison
+from replaceme.export.card import describe_check
+from tests.pipeline.closure import ROOT
+
+RECORDS = ROOT / "docs" / "records"
+QUALITY = pd.read_csv(RECORDS / "quality.csv").set_index(["layers", "start", "heal_tokens"])
+SERVING = pd.read_csv(RECORDS / "serving.csv", dtype={"version": str})
+NOTHING, REPAIR = "nothing in their place", "repair, 64k tokens"
+# The demo without 4 layers: plain removal, the default, healed.
+FOUR = [QUALITY.loc["4 of 30", NOTHING, 0]] + [QUALITY.loc["4 of 30", REPAIR, count] for count in (0, 131_000, 250_000)]
+
+
+def read_words(page: str) -> str:
+    """Return a page's text, with one blank between words."""
+    return " ".join((ROOT / page).read_text(encoding="utf-8").split())
+
+
+def test_the_readmes_headline_is_the_records() -> None:
+    plain, default, _, healed = FOUR
+    eight_plain, eight = QUALITY.loc["8 of 30", NOTHING, 0], QUALITY.loc["8 of 30", REPAIR, 0]
+    larger_plain, larger = QUALITY.loc["7 of 28", NOTHING, 0], QUALITY.loc["7 of 28", "repair, 20k tokens", 0]
+    sentences = [
+        f"| × {plain.unseen_ratio:.2f} | **× {default.unseen_ratio:.2f}** | **× {healed.unseen_ratio:.2f}** |",
+        f"| {plain.retrieval_exact:.0%} | {default.retrieval_exact:.0%} | {healed.retrieval_exact:.0%} |".replace("%", " %"),
+        f"without them, × {eight_plain.unseen_ratio:.2f} with nothing in their place and × {eight.unseen_ratio:.2f} by the "
+        "default",
+        f"without 7 of 28 layers has × {larger_plain.unseen_ratio:.2f} with nothing in their place",
+        f"little on prose (× {larger.unseen_ratio:.2f}), and on code × {larger.python_code:.2f} instead of "
+        f"× {larger_plain.python_code:.2f}",
+        f"It is {read_json(ROOT / 'metrics' / 'evaluation.json')['parameters']['removed_percent']:.1f} % smaller",
+    ]
+    words = read_words("README.md")
+    assert [sentence for sentence in sentences if sentence not in words] == []
+    counts = {5: "Five", 6: "Six", 7: "Seven", 8: "Eight"}
+    assert f"[{counts[SERVING.runtime.nunique()]} runtimes]" in words
+
+
+@pytest.mark.parametrize("name", ["evaluation", "check"])
+def test_the_readmes_table_is_the_committed_run(name: str) -> None:
+    figures = read_json(ROOT / "metrics" / f"{name}.json")
+    printed = format_score_comparison(figures) if name == "evaluation" else describe_check(figures)
+    words = read_words("README.md")
+    assert [line for line in printed.splitlines() if " ".join(line.split()) not in words] == []
+
+
+def test_the_guide_on_healing_shows_the_records() -> None:
+    kinds = ["bbc_news", "convention_speeches", "gutenberg_fiction", "medical_abstracts"]
+    rows = [
+        [f"× {run.unseen_ratio:.3f} ± {run.unseen_stderr:.3f}" for run in FOUR[1:]],
+        [", ".join(f"{run[kind]:.2f}" for kind in kinds) for run in FOUR[1:]],
+        [f"{run.unseen_kl:.3f}, {run.same_token_percent:.1f} %" for run in FOUR[1:]],
+        [f"{run.retrieval_exact:.0%}".replace("%", " %") for run in FOUR[1:]],
+    ]
+    words = read_words("docs/guides/healing.md").replace("**", "")
+    assert [row for row in rows if f"| {' | '.join(row)} |" not in words] == []
+
+
+def test_the_page_on_serving_shows_the_records() -> None:
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    rows = [
+        f"| {run.runtime} {run.version} | {run.weights} | {run.dense_mb} → {run.pruned_mb} | {run.dense_perplexity:.2f} → "
+        f"{run.pruned_perplexity:.2f} | {run.dense_tokens_s} → {run.pruned_tokens_s} | {run.ratio:.2f} "
+        f"({', '.join(run.ratios.split())}) |"
+        for run in SERVING.itertuples()
+    ]
+    assert rows == re.findall(r"(?m)^\| .* → .* → .* → .*\|$", page)
